@@ -1,0 +1,111 @@
+//! One error for the person who reads a pod's log: what was attempted, on what, what the system said, what to do.
+
+use std::fmt;
+
+/// A step that could not be done.
+#[derive(Debug)]
+pub struct Error {
+    /// Completes "cannot …" and names the object.
+    attempted: String,
+    /// What the system, or another program, said.
+    cause: Option<String>,
+    /// What the reader can do about it.
+    advice: Option<String>,
+    /// Whether what we were given is wrong (exit code 2), rather than that the environment broke (1).
+    bad_input: bool,
+}
+
+/// What a fallible step returns.
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    /// `attempted` completes the sentence "cannot …".
+    pub fn new(attempted: impl Into<String>) -> Self {
+        Self { attempted: attempted.into(), cause: None, advice: None, bad_input: false }
+    }
+
+    /// An input that is refused: `complaint` is a whole clause that names the value and what was expected.
+    pub fn bad_input(complaint: impl Into<String>) -> Self {
+        Self { attempted: complaint.into(), cause: None, advice: None, bad_input: true }
+    }
+
+    /// Adds what the system said.
+    #[must_use]
+    pub fn because(mut self, cause: impl fmt::Display) -> Self {
+        self.cause = Some(cause.to_string());
+        self
+    }
+
+    /// Adds what the reader can do.
+    #[must_use]
+    pub fn advise(mut self, advice: impl Into<String>) -> Self {
+        self.advice = Some(advice.into());
+        self
+    }
+
+    /// The program's exit code for this error: 2 for refused input, else 1.
+    pub fn exit_code(&self) -> u8 {
+        if self.bad_input { 2 } else { 1 }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !self.bad_input {
+            f.write_str("cannot ")?;
+        }
+        f.write_str(&self.attempted)?;
+        if let Some(cause) = &self.cause {
+            write!(f, ": {cause}")?;
+        }
+        if let Some(advice) = &self.advice {
+            write!(f, "; {advice}")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Error {}
+
+/// Turns the bare error of a system call into an [`Error`] at the place that knows the object.
+pub trait Attempt<T> {
+    /// `attempted` completes "cannot …".
+    fn attempt<S: Into<String>>(self, attempted: impl FnOnce() -> S) -> Result<T>;
+}
+
+impl<T, E: fmt::Display> Attempt<T> for std::result::Result<T, E> {
+    fn attempt<S: Into<String>>(self, attempted: impl FnOnce() -> S) -> Result<T> {
+        self.map_err(|cause| Error::new(attempted()).because(cause))
+    }
+}
+
+/// Adds advice to an error that already says what failed.
+pub trait Advise<T> {
+    /// What the reader can do.
+    fn advise(self, advice: &str) -> Result<T>;
+}
+
+impl<T> Advise<T> for Result<T> {
+    fn advise(self, advice: &str) -> Result<T> {
+        self.map_err(|e| e.advise(advice))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_says_what_on_what_why_and_what_to_do_in_one_line() {
+        let error = Err::<(), _>(rustix::io::Errno::PERM)
+            .attempt(|| "mount proc on /proc")
+            .advise("run the container privileged")
+            .unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "cannot mount proc on /proc: Operation not permitted (os error 1); run the container privileged"
+        );
+        assert_eq!(error.exit_code(), 1);
+        assert_eq!(Error::bad_input("SSH_JAIL is 'yes'").exit_code(), 2);
+    }
+}

@@ -1,0 +1,199 @@
+//! Makes the jail around an image root, from inside its new namespaces. Read from top to bottom.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FileType, Mode, OFlags};
+use rustix::mount::MountAttrFlags;
+
+use crate::error::{Advise, Attempt, Error, Result};
+use crate::jail::mount_points::RESOLV_CONF;
+use crate::jail::mount_table::{DEV_LINKS, Missing, Mount, ROOT_ATTRIBUTES, SFTP_FOLDER, Source, mount_table};
+use crate::sys::mounts::{self, Detached};
+use crate::sys::tree::{Tree, kind_of};
+
+/// What the jail is made of.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// The image root. Its last component must not be a link.
+    pub image_root: PathBuf,
+    /// Whether the job builds kernel modules.
+    pub dkms: bool,
+    /// The file that is mounted on the image's /etc/resolv.conf.
+    pub resolv_conf: Option<PathBuf>,
+    /// sftp-server with its loader and libraries: (name below [`SFTP_FOLDER`], file of the container).
+    pub sftp: Vec<(String, PathBuf)>,
+}
+
+/// Makes the jail and moves this process into it. To be called by the first process of the new namespaces, which must not have
+/// another thread.
+pub fn build(plan: &Plan) -> Result<()> {
+    // Before anything is mounted: what happens here must not appear in the container, nor the other way round.
+    mounts::make_all_private().attempt(|| "cut the jail's mounts off from the container's").advise(PRIVILEGE)?;
+    // Modes of nodes and folders are as the tables say them.
+    rustix::process::umask(Mode::empty());
+
+    // The image root becomes a mount of its own: only a mount can be switched to, and only a mount can be nodev.
+    let shown = plan.image_root.display();
+    let place = Tree::open(&plan.image_root)
+        .attempt(|| format!("open the image root {shown}"))
+        .advise("it has to be a folder, not a link to one")?;
+    let root = Detached::copy_of_fd(&place, false).attempt(|| format!("copy the mount of the image root {shown}"))?;
+    root.restrict(ROOT_ATTRIBUTES, false).attempt(|| format!("make the image root {shown} nodev"))?;
+    // From here on, the tree is reached through its own mount, never again by the path it was found at.
+    let root = Tree::from_fd(root.attach(&place).attempt(|| format!("attach the image root {shown}"))?);
+
+    let table = mount_table(plan.dkms);
+    let mut devices = device_nodes(&root, table).attempt(|| "make the device nodes of the jail").advise(PRIVILEGE)?;
+    for mount in table {
+        carry_out(&root, mount, &mut devices).map_err(|e| e.attempted_on(mount))?;
+        if mount.target == "dev" && !plan.dkms {
+            furnish_dev(&root)?;
+        }
+    }
+    if let Some(file) = &plan.resolv_conf {
+        cover_resolv_conf(&root, file)?;
+    }
+    show_sftp_server(&root, &plan.sftp)?;
+
+    // Not chroot: whoever may call chroot again could leave it. The old root is gone from this namespace after this.
+    mounts::switch_root(&root).attempt(|| format!("switch the root to {shown}"))?;
+    rustix::process::umask(Mode::from_raw_mode(0o022));
+    Ok(())
+}
+
+const PRIVILEGE: &str = "the container needs CAP_SYS_ADMIN (privileged) for a jail";
+
+/// A step of one mount that failed.
+struct Failure(io::Error);
+
+impl Failure {
+    fn attempted_on(self, mount: &Mount) -> Error {
+        let what = match mount.source {
+            Source::New(kind, _) => format!("a new {kind}"),
+            Source::Container(path) => format!("the container's {path}"),
+            Source::Device(major, minor) => format!("device {major}:{minor}"),
+            Source::Itself => "a restricted view of itself".into(),
+            Source::Masked => "nothing (a mask)".into(),
+        };
+        Error::new(format!("mount {what} on /{} of the jail", mount.target)).because(self.0).advise(PRIVILEGE)
+    }
+}
+
+impl<E: Into<io::Error>> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Self(error.into())
+    }
+}
+
+fn carry_out(
+    root: &Tree,
+    mount: &Mount,
+    devices: &mut HashMap<&'static str, Detached>,
+) -> std::result::Result<(), Failure> {
+    let target = match root.handle(mount.target) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound && mount.missing == Missing::Skipped => return Ok(()),
+        Err(e) if e.kind() == io::ErrorKind::NotFound && mount.missing == Missing::Made => {
+            root.make_mount_point(mount.target, !matches!(mount.source, Source::Device(..)))?;
+            root.handle(mount.target)?
+        }
+        other => other?,
+    };
+    let found = rustix::fs::fstat(&target)?;
+    let is_folder = FileType::from_raw_mode(found.st_mode) == FileType::Directory;
+    // A handle on a link is a handle on the link itself, so a mount could not go astray; but a linked /proc or /dev would still
+    // be where the image wants it and not where programs look.
+    if mount.missing == Missing::MountPoint && !is_folder {
+        return Err(Failure(io::Error::new(io::ErrorKind::NotADirectory, format!("it is {}", kind_of(&found)))));
+    }
+    let source = match mount.source {
+        Source::New(kind, options) => Detached::filesystem(kind, options, mount.attributes)?,
+        Source::Container(path) => restricted(Detached::copy_of(path, true)?, mount.attributes, true)?,
+        Source::Device(..) => {
+            let node = devices.remove(mount.target).ok_or(io::ErrorKind::NotFound)?;
+            restricted(node, mount.attributes, false)?
+        }
+        Source::Itself => restricted(Detached::copy_of_fd(&target, true)?, mount.attributes, true)?,
+        Source::Masked if is_folder => {
+            Detached::filesystem("tmpfs", &[("size", "4k"), ("mode", "0555")], mount.attributes)?
+        }
+        Source::Masked => restricted(Detached::copy_of_fd(root.handle("dev/null")?, false)?, mount.attributes, false)?,
+    };
+    source.attach(target)?;
+    Ok(())
+}
+
+fn restricted(mount: Detached, attributes: MountAttrFlags, recursive: bool) -> io::Result<Detached> {
+    mount.restrict(attributes, recursive)?;
+    Ok(mount)
+}
+
+/// The table's device nodes, each as a mount of one file: nodes of /dev itself open nothing (nodev), and the container's own
+/// nodes are not to be had for a chmod from inside the jail. They are made in a tmpfs that lies on /dev for just that moment.
+fn device_nodes(root: &Tree, table: &[Mount]) -> io::Result<HashMap<&'static str, Detached>> {
+    let nodes =
+        Detached::filesystem("tmpfs", &[("mode", "0700")], MountAttrFlags::empty())?.attach(root.handle("dev")?)?;
+    let mut made = HashMap::new();
+    for mount in table {
+        if let Source::Device(major, minor) = mount.source {
+            let name = format!("{major}:{minor}");
+            let device = rustix::fs::makedev(major, minor);
+            rustix::fs::mknodat(&nodes, &name, FileType::CharacterDevice, Mode::from_raw_mode(0o666), device)?;
+            let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let node = rustix::fs::openat(&nodes, &name, flags, Mode::empty())?;
+            made.insert(mount.target, Detached::copy_of_fd(node, false)?);
+        }
+    }
+    mounts::detach(nodes)?;
+    Ok(made)
+}
+
+fn furnish_dev(root: &Tree) -> Result<()> {
+    for (name, target) in DEV_LINKS {
+        let attempted = || format!("link /dev/{name} in the jail");
+        let dev = root.folder("dev").attempt(attempted)?;
+        rustix::fs::symlinkat(*target, &dev, *name).attempt(attempted)?;
+    }
+    Ok(())
+}
+
+/// Mounts `file` on the image's /etc/resolv.conf: on the file, or on the link itself, wherever that points.
+fn cover_resolv_conf(root: &Tree, file: &Path) -> Result<()> {
+    let attempted = || format!("mount {} on /{RESOLV_CONF} of the image", file.display());
+    let target = root.handle(RESOLV_CONF).attempt(attempted)?;
+    let attributes =
+        MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    let copy = Detached::copy_of(file, false).attempt(attempted)?;
+    copy.restrict(attributes, false).attempt(attempted)?;
+    copy.attach(target).attempt(attempted)?;
+    Ok(())
+}
+
+/// Shows the container's sftp-server in the jail, read-only: an image need not have one, nor a libc, nor our architecture.
+fn show_sftp_server(root: &Tree, files: &[(String, PathBuf)]) -> Result<()> {
+    if files.is_empty() {
+        return Ok(());
+    }
+    let attempted = || format!("show sftp-server below /{SFTP_FOLDER} of the jail");
+    let read_only =
+        MountAttrFlags::MOUNT_ATTR_RDONLY | MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
+    root.make_mount_point(SFTP_FOLDER, true).attempt(attempted)?;
+    let place = root.handle(SFTP_FOLDER).attempt(attempted)?;
+    let folder = Detached::filesystem("tmpfs", &[("mode", "0755"), ("size", "64k")], MountAttrFlags::empty())
+        .and_then(|f| f.attach(place))
+        .attempt(attempted)?;
+    let folder = Tree::from_fd(folder);
+    for (name, file) in files {
+        let one = || -> io::Result<()> {
+            folder.touch(name)?;
+            let copy = Detached::copy_of(std::fs::canonicalize(file)?, false)?;
+            copy.restrict(read_only, false)?;
+            copy.attach(folder.handle(name)?)?;
+            Ok(())
+        };
+        one().attempt(|| format!("show {} below /{SFTP_FOLDER} of the jail", file.display()))?;
+    }
+    mounts::restrict(folder.as_fd(), read_only).attempt(attempted)
+}

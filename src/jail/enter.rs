@@ -1,0 +1,150 @@
+//! Entering the jail: `setns` to all its namespaces at once, then a child inside whose end is passed on as if it were our own.
+
+use std::io::IsTerminal;
+use std::os::fd::AsFd;
+
+use nix::sys::signal::{Signal, kill, killpg};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::{Pid, getpgrp, getpid, getsid, setpgid};
+use rustix::event::{PollFd, PollFlags};
+
+use crate::error::{Attempt, Result};
+use crate::jail::record::Record;
+use crate::jail::{NAMESPACES, capabilities};
+use crate::sys::process::{Fork, Handle, close_on_exec_from, end_like, exit_now, fork};
+use crate::sys::signals::Signals;
+use crate::sys::terminal::set_foreground;
+
+/// Moves this process into the jail: its root becomes the image root, its children live in the jail's PID namespace. It cannot
+/// be seen from inside itself.
+pub fn join(record: &Record) -> Result<()> {
+    // Until exec, the child has this program's memory and descriptors; nobody inside may look into it (CVE-2024-21626).
+    nix::sys::prctl::set_dumpable(false).attempt(|| "hide from those inside the jail")?;
+    let gone = "it has just ended; if the build environment is not closing, log in again in a moment";
+    let init = Handle::open(record.init(), record.start)
+        .attempt(|| format!("reach the jail's init (process {})", record.init))
+        .map_err(|e| e.advise(gone))?;
+    // One call for all of them, and no path: a jail half entered does not exist.
+    nix::sched::setns(&init.fd, NAMESPACES)
+        .attempt(|| format!("enter the jail of process {}", record.init))
+        .map_err(|e| e.advise("the build environment's root needs CAP_SYS_ADMIN"))
+}
+
+/// Signals that somebody may send to the process in front and that are meant for the one inside.
+const PASSED_ON: [Signal; 7] = [
+    Signal::SIGHUP,
+    Signal::SIGINT,
+    Signal::SIGQUIT,
+    Signal::SIGTERM,
+    Signal::SIGUSR1,
+    Signal::SIGUSR2,
+    Signal::SIGALRM,
+];
+
+/// Runs `inside` in a child, in the jail that was [`join`]ed; it ends in exec, or returns the exit code for that it could not.
+/// Returns this program's exit code, or does not return at all if the child died of a signal.
+pub fn run(dkms: bool, inside: impl FnOnce() -> u8) -> Result<u8> {
+    let mut held = PASSED_ON.to_vec();
+    held.push(Signal::SIGCHLD);
+    let signals = Signals::hold(&held).attempt(|| "hold back signals")?;
+    let terminal = Terminal::of_this_process();
+    match fork().attempt(|| "start a process in the jail")? {
+        Fork::Child => exit_now(start(dkms, &signals, &terminal, inside)),
+        Fork::Parent(child) => Ok(attend(child, &signals, &terminal)),
+    }
+}
+
+fn start(dkms: bool, signals: &Signals, terminal: &Terminal, inside: impl FnOnce() -> u8) -> u8 {
+    let ready = || -> Result<()> {
+        // Its own process group: `kill 0` inside reaches what is inside and not the process in front, whose group, seen from
+        // here, would be 0, which fish and others do not cope with. Not its own session: sshd's hang-up would miss it.
+        setpgid(Pid::from_raw(0), Pid::from_raw(0)).attempt(|| "make a process group in the jail")?;
+        terminal.give_to(getpid());
+        if !dkms {
+            capabilities::keep_jail_set().attempt(|| "give up capabilities")?;
+        }
+        signals.restore_for_exec().attempt(|| "restore signals")?;
+        close_on_exec_from(3).attempt(|| "mark descriptors close-on-exec")
+    };
+    match ready() {
+        Ok(()) => inside(),
+        Err(e) => {
+            eprintln!("ims-jail-shell: {e}");
+            1
+        }
+    }
+}
+
+/// The process in front: passes signals in, and the end out.
+fn attend(child: Pid, signals: &Signals, terminal: &Terminal) -> u8 {
+    // It needs nothing any more but to send signals to a child that may have become another user.
+    let kept = [caps::Capability::CAP_KILL].into_iter().collect();
+    let _ = capabilities::keep_only(&kept);
+    loop {
+        loop {
+            match waitpid(child, Some(WaitPidFlag::WNOHANG | WaitPidFlag::WUNTRACED)) {
+                Ok(WaitStatus::StillAlive) => break,
+                Ok(WaitStatus::Stopped(_, signal)) => terminal.stopped(child, signal),
+                Ok(end) => {
+                    terminal.take_back();
+                    return end_like(end);
+                }
+                Err(nix::errno::Errno::EINTR) => {}
+                Err(_) => return 1,
+            }
+        }
+        let _ = rustix::event::poll(&mut [PollFd::new(signals, PollFlags::IN)], None);
+        while let Ok(Some(signal)) = signals.next() {
+            if signal != Signal::SIGCHLD {
+                let _ = kill(child, signal);
+            }
+        }
+    }
+}
+
+/// The terminal, if this process is in its foreground and so may hand it on.
+struct Terminal {
+    /// Whether there is one to hand on.
+    ours: bool,
+    /// Whether this process leads its session, as one that sshd started does. There is then no shell outside to go back to.
+    leader: bool,
+}
+
+impl Terminal {
+    fn of_this_process() -> Self {
+        let stdin = std::io::stdin();
+        let ours = stdin.is_terminal() && nix::unistd::tcgetpgrp(stdin.as_fd()) == Ok(getpgrp());
+        Self { ours, leader: getsid(None) == Ok(getpid()) }
+    }
+
+    fn give_to(&self, group: Pid) {
+        if self.ours {
+            let _ = set_foreground(std::io::stdin(), group);
+        }
+    }
+
+    /// Only for the sake of a shell outside. A session leader leaves the terminal as it is: the kernel then sends the hang-up of its
+    /// end to what still runs in the foreground inside, as after a plain login.
+    fn take_back(&self) {
+        if !self.leader {
+            self.give_to(getpgrp());
+        }
+    }
+
+    /// The child was stopped.
+    fn stopped(&self, child: Pid, signal: Signal) {
+        let by_terminal = matches!(signal, Signal::SIGTSTP | Signal::SIGTTIN | Signal::SIGTTOU);
+        if !self.ours || !by_terminal {
+            return;
+        }
+        if !self.leader {
+            // Somebody at a shell outside pressed Ctrl-Z: stop as well, and go on together.
+            self.take_back();
+            let _ = kill(getpid(), Signal::SIGSTOP);
+        }
+        // Under sshd nobody could ever continue it. After a plain login its group would be orphaned, and these signals without
+        // effect; the same comes out here.
+        self.give_to(child);
+        let _ = killpg(child, Signal::SIGCONT);
+    }
+}

@@ -1,0 +1,128 @@
+//! What the jail's init tells the supervisor, over a socket that is also their bond: when either end closes, the other has died.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType};
+use std::os::fd::AsRawFd;
+
+use crate::verdict::Verdict;
+
+/// One message, one packet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Message {
+    /// The init's number in the container; sent by the process that started it.
+    Started(i32),
+    /// The jail stands and can be entered.
+    Ready,
+    /// A user marked the image, from inside.
+    Marked(Verdict),
+    /// The jail could not be made; a whole sentence.
+    Failed(String),
+}
+
+impl Message {
+    fn to_text(&self) -> String {
+        match self {
+            Self::Started(pid) => format!("started {pid}"),
+            Self::Ready => "ready".into(),
+            Self::Marked(verdict) => format!("marked {}", verdict.signal_file()),
+            Self::Failed(why) => format!("failed {why}"),
+        }
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        Some(match text.split_once(' ') {
+            None if text == "ready" => Self::Ready,
+            Some(("started", pid)) => Self::Started(pid.parse().ok()?),
+            Some(("marked", name)) => Self::Marked(Verdict::from_signal_file(name)?),
+            Some(("failed", why)) => Self::Failed(why.to_owned()),
+            _ => return None,
+        })
+    }
+}
+
+/// One end of the socket.
+#[derive(Debug)]
+pub struct Link {
+    fd: OwnedFd,
+}
+
+/// No message is longer; what is, is cut.
+const LONGEST: usize = 4096;
+
+impl Link {
+    /// Both ends, close-on-exec.
+    pub fn pair() -> io::Result<(Self, Self)> {
+        let (a, b) =
+            nix::sys::socket::socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
+        Ok((Self { fd: a }, Self { fd: b }))
+    }
+
+    /// Takes an end that was inherited.
+    pub fn from_fd(fd: OwnedFd) -> Self {
+        Self { fd }
+    }
+
+    /// Gives the end away, to be a child's standard input.
+    pub fn into_fd(self) -> OwnedFd {
+        self.fd
+    }
+
+    /// Sends `message`; EPIPE if the other end is gone.
+    pub fn send(&self, message: &Message) -> io::Result<()> {
+        let text = message.to_text();
+        let packet = &text.as_bytes()[..text.len().min(LONGEST)];
+        nix::sys::socket::send(self.fd.as_raw_fd(), packet, MsgFlags::MSG_NOSIGNAL)?;
+        Ok(())
+    }
+
+    /// The next message, waiting for it; `None` if the other end is gone.
+    pub fn receive(&self) -> io::Result<Option<Message>> {
+        let mut packet = [0; LONGEST];
+        loop {
+            match nix::sys::socket::recv(self.fd.as_raw_fd(), &mut packet, MsgFlags::empty()) {
+                Ok(0) | Err(nix::errno::Errno::ECONNRESET) => return Ok(None),
+                Ok(length) => {
+                    let text = String::from_utf8_lossy(&packet[..length]);
+                    return Message::parse(&text)
+                        .map(Some)
+                        .ok_or_else(|| io::Error::other("a message of another version"));
+                }
+                Err(nix::errno::Errno::EINTR) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+}
+
+impl AsFd for Link {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_arrive_as_they_were_sent_and_the_end_is_seen() {
+        let (a, b) = Link::pair().unwrap();
+        let messages = [
+            Message::Started(5),
+            Message::Ready,
+            Message::Marked(Verdict::Complete),
+            Message::Marked(Verdict::Failed),
+            Message::Failed("cannot mount: no".into()),
+        ];
+        for message in &messages {
+            a.send(message).unwrap();
+        }
+        for message in messages {
+            assert_eq!(b.receive().unwrap(), Some(message));
+        }
+        drop(a);
+        assert_eq!(b.receive().unwrap(), None);
+    }
+}

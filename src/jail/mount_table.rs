@@ -1,0 +1,175 @@
+//! What is mounted in the jail, as a table. [`super::build`] carries it out from top to bottom.
+
+use rustix::mount::MountAttrFlags;
+
+/// Where a mount comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    /// A new file system of this type with these options.
+    New(&'static str, &'static [(&'static str, &'static str)]),
+    /// What the container has at this path, with all that is mounted below it.
+    Container(&'static str),
+    /// A device node of our own, by major and minor number.
+    Device(u32, u32),
+    /// The same place of the jail once more, to restrict it.
+    Itself,
+    /// Nothing to see: an empty folder or, on a file, /dev/null.
+    Masked,
+}
+
+/// What is done where the target does not exist.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Missing {
+    /// The image lacks the folder: made for the life of the jail, recorded, and removed at the end.
+    MountPoint,
+    /// It stands in a file system of our own: made there.
+    Made,
+    /// There is then nothing to restrict.
+    Skipped,
+}
+
+/// One mount. Targets are relative to the jail's root.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Mount {
+    /// Where.
+    pub target: &'static str,
+    /// What.
+    pub source: Source,
+    /// Restrictions, beyond those the source has.
+    pub attributes: MountAttrFlags,
+    /// What if the target is missing.
+    pub missing: Missing,
+}
+
+const NOSUID: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NOSUID;
+const NODEV: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NODEV;
+const NOEXEC: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NOEXEC;
+const RDONLY: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_RDONLY;
+const NOTHING: MountAttrFlags = MountAttrFlags::empty();
+
+/// Restrictions of the image root itself: a device node that stands in the image opens nothing.
+pub const ROOT_ATTRIBUTES: MountAttrFlags = NODEV;
+
+const fn mount(target: &'static str, source: Source, attributes: MountAttrFlags, missing: Missing) -> Mount {
+    Mount { target, source, attributes, missing }
+}
+
+const fn device(target: &'static str, major: u32, minor: u32) -> Mount {
+    mount(target, Source::Device(major, minor), NOSUID.union(NOEXEC), Missing::Made)
+}
+
+const fn read_only(target: &'static str) -> Mount {
+    mount(target, Source::Itself, RDONLY.union(NOSUID).union(NODEV).union(NOEXEC), Missing::Skipped)
+}
+
+const fn masked(target: &'static str) -> Mount {
+    mount(target, Source::Masked, RDONLY, Missing::Skipped)
+}
+
+const RUN: Mount = mount("run", Source::New("tmpfs", &[("mode", "0755")]), NOSUID.union(NODEV), Missing::MountPoint);
+
+const PROC: Mount = mount("proc", Source::New("proc", &[]), NOSUID.union(NODEV).union(NOEXEC), Missing::MountPoint);
+
+/// The jail of an ordinary job.
+///
+/// /dev is a tmpfs in which nothing that a session makes is a device (nodev); the six nodes below it are mounts of their own.
+/// /proc and /sys are restricted as OCI runtimes do (runtime-spec, "Linux masked and read-only paths").
+pub const JAILED: &[Mount] = &[
+    mount(
+        "dev",
+        Source::New("tmpfs", &[("mode", "0755"), ("size", "64m")]),
+        NOSUID.union(NODEV).union(NOEXEC),
+        Missing::MountPoint,
+    ),
+    device("dev/null", 1, 3),
+    device("dev/zero", 1, 5),
+    device("dev/full", 1, 7),
+    device("dev/random", 1, 8),
+    device("dev/urandom", 1, 9),
+    device("dev/tty", 5, 0),
+    // The container's instance, not a new one: `tty` then finds the terminal that sshd opened.
+    mount("dev/pts", Source::Container("/dev/pts"), NOSUID.union(NOEXEC), Missing::Made),
+    mount("dev/shm", Source::New("tmpfs", &[("mode", "1777")]), NOSUID.union(NODEV), Missing::Made),
+    mount("dev/mqueue", Source::New("mqueue", &[]), NOSUID.union(NODEV).union(NOEXEC), Missing::Made),
+    PROC,
+    read_only("proc/bus"),
+    read_only("proc/fs"),
+    read_only("proc/irq"),
+    read_only("proc/sys"),
+    read_only("proc/sysrq-trigger"),
+    masked("proc/acpi"),
+    masked("proc/asound"),
+    masked("proc/interrupts"),
+    masked("proc/kcore"),
+    masked("proc/keys"),
+    masked("proc/latency_stats"),
+    masked("proc/sched_debug"),
+    masked("proc/scsi"),
+    masked("proc/timer_list"),
+    masked("proc/timer_stats"),
+    mount("sys", Source::Container("/sys"), RDONLY.union(NOSUID).union(NODEV).union(NOEXEC), Missing::MountPoint),
+    masked("sys/firmware"),
+    masked("sys/devices/virtual/powercap"),
+    RUN,
+];
+
+/// The jail of a job that builds kernel modules (`JOB_ENABLE_DKMS=True`): everything that the container has.
+pub const DKMS: &[Mount] = &[
+    mount("dev", Source::Container("/dev"), NOTHING, Missing::MountPoint),
+    PROC,
+    mount("sys", Source::Container("/sys"), NOTHING, Missing::MountPoint),
+    RUN,
+];
+
+/// The table for a job.
+pub fn mount_table(dkms: bool) -> &'static [Mount] {
+    if dkms { DKMS } else { JAILED }
+}
+
+/// Links in the jail's own /dev, as (name, target).
+pub const DEV_LINKS: &[(&str, &str)] = &[
+    // A link and not a node: only so does openpty find the terminal it made below /dev/pts.
+    ("ptmx", "pts/ptmx"),
+    ("fd", "/proc/self/fd"),
+    ("stdin", "/proc/self/fd/0"),
+    ("stdout", "/proc/self/fd/1"),
+    ("stderr", "/proc/self/fd/2"),
+];
+
+/// Where sftp-server, its loader and its libraries are shown, relative to the root: below the jail's own /dev, so that the image
+/// needs no folder for it.
+pub const SFTP_FOLDER: &str = "dev/.ims-sshd";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_image_lacks_is_only_ever_a_top_folder() {
+        for m in JAILED.iter().chain(DKMS) {
+            if m.missing == Missing::MountPoint {
+                assert!(!m.target.contains('/'), "{} would be made inside the image", m.target);
+            }
+        }
+    }
+
+    #[test]
+    fn a_mount_stands_after_the_one_it_lies_in() {
+        for table in [JAILED, DKMS] {
+            for (at, m) in table.iter().enumerate() {
+                if let Some((top, _)) = m.target.split_once('/') {
+                    assert!(table[..at].iter().any(|earlier| earlier.target == top), "{}", m.target);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_a_session_can_write_to_opens_a_device() {
+        assert!(ROOT_ATTRIBUTES.contains(NODEV));
+        for m in JAILED {
+            let writable_folder = matches!(m.source, Source::New("tmpfs", _));
+            assert!(!writable_folder || m.attributes.contains(NODEV), "{}", m.target);
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! What makes a build environment out of an image root: everything that can fail, before sshd listens.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use crate::error::{Advise, Attempt, Error, Result};
+use crate::lifecycle::open_jail::{self, OpenJail, Wanted};
+use crate::lifecycle::settings::Settings;
+use crate::lifecycle::signal_files::SignalFiles;
+use crate::lifecycle::state::StateFolder;
+use crate::sshd::config;
+use crate::sshd::daemon::Daemon;
+use crate::sshd::effective::Effective;
+use crate::sshd::sftp_server;
+use crate::sys::tree::{Tree, kind_of};
+use crate::verdict::Verdict;
+
+/// What does not depend on the image, and is done while one waits for it.
+pub struct Groundwork {
+    /// sftp-server with all it needs.
+    pub sftp: Vec<(String, PathBuf)>,
+}
+
+impl Groundwork {
+    /// Makes host keys where they are missing (an RSA key takes its time), and finds sshd's parts.
+    pub fn lay(settings: &Settings) -> Result<Self> {
+        crate::sshd::program()?;
+        let sftp = if settings.jailed { sftp_server::files()? } else { Vec::new() };
+        make_host_keys()?;
+        // sshd does not start without it, and in a container nobody else makes it.
+        std::fs::create_dir_all("/run/sshd").attempt(|| "make the folder /run/sshd")?;
+        Ok(Self { sftp })
+    }
+}
+
+fn make_host_keys() -> Result<()> {
+    let attempted = || "make sshd's host keys with ssh-keygen -A";
+    let output = Command::new("ssh-keygen").arg("-A").stdin(Stdio::null()).output().attempt(attempted)?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&output.stderr).trim().replace('\n', ", ");
+    Err(Error::new(attempted()).because(said))
+        .advise("/etc/ssh has to be writable; give a read-only container a tmpfs there")
+}
+
+/// Opens the image root. It has to be a folder of the parent and not a link.
+pub fn open_image_root(files: &SignalFiles, name: &str) -> Result<Tree> {
+    let shown = files.path().join(name);
+    let attempted = || format!("open the image root {}", shown.display());
+    let parent = files.parent();
+    match parent.look(name).attempt(attempted)?.as_ref().map(kind_of) {
+        Some("a folder") => parent.folder(name).attempt(attempted),
+        Some(other) => Err(Error::new(attempted()).because(format!("it is {other}"))).advise("it has to be a folder"),
+        None => Err(Error::new(attempted()).because("it does not exist"))
+            .advise("whoever creates 'ready' has to unpack the image there first"),
+    }
+}
+
+/// Removes marks that came with the image: a job must not end before it began.
+pub fn remove_old_marks(image_root: &Tree) -> Result<()> {
+    for verdict in Verdict::ALL {
+        let name = Path::new("tmp").join(verdict.signal_file());
+        if image_root.remove(&name).attempt(|| format!("remove /{} of the image", name.display()))? {
+            tracing::info!("removed /{}, which came with the image", name.display());
+        }
+    }
+    Ok(())
+}
+
+/// Makes the image's own mark as a sidecar expects it after a jailed job: a failure stands in its /tmp too, a success leaves
+/// nothing there.
+pub fn mark_in_image(image_root: &Tree, verdict: Verdict) -> Result<()> {
+    let complete = Path::new("tmp").join(Verdict::Complete.signal_file());
+    let failed = Path::new("tmp").join(Verdict::Failed.signal_file());
+    image_root.remove(&complete).attempt(|| "remove /tmp/complete of the image")?;
+    if verdict == Verdict::Failed {
+        image_root.touch(&failed).attempt(|| "create /tmp/failed in the image")?;
+    }
+    Ok(())
+}
+
+/// Writes the settings into sshd's configuration and has sshd itself say what they come to. With a jail, refuses a configuration that
+/// would let a session land outside.
+pub fn configure_sshd(settings: &Settings, state: &StateFolder) -> Result<Effective> {
+    let fragment = state.fragment();
+    let options = &settings.sshd.words;
+    let shown = settings.sshd_config.display();
+    // Without the fragment, whose Include sshd passes over as long as it does not exist: what the configuration says by itself.
+    let _ = std::fs::remove_file(&fragment);
+    let base = Effective::ask(options, "root")?;
+    let force_command = settings.jailed.then(|| force_command(state)).transpose()?;
+    let text = config::fragment(&settings.session_variables, &base, force_command.as_deref());
+    config::write(&fragment, &text)?;
+    let before = std::fs::read_to_string(&settings.sshd_config).attempt(|| format!("read {shown}"))?;
+    let after = config::including(&before, &fragment);
+    if after != before {
+        config::write(&settings.sshd_config, &after)?;
+    }
+    let effective = Effective::ask(options, "root")?;
+    if let Some(command) = &force_command {
+        effective.check_jail(command)?;
+        Effective::ask(options, "nobody")?.check_denied()?;
+    }
+    Ok(effective)
+}
+
+/// Takes the settings out of sshd's configuration again.
+pub fn unconfigure_sshd(settings: &Settings) -> Result<()> {
+    let shown = settings.sshd_config.display();
+    let before = match std::fs::read_to_string(&settings.sshd_config) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        other => other.attempt(|| format!("read {shown}"))?,
+    };
+    let after = config::without_include(&before);
+    if after == before { Ok(()) } else { config::write(&settings.sshd_config, &after) }
+}
+
+fn force_command(state: &StateFolder) -> Result<String> {
+    let program = open_jail::program()?;
+    // `exec`: the login shell makes way, so that sshd sees the helper's end as its own, a death by signal too.
+    let words = ["exec", &program.to_string_lossy(), "session", &state.jail().to_string_lossy()].map(str::to_owned);
+    Ok(shell_words::join(words))
+}
+
+/// Makes the jail.
+pub fn make_jail(
+    settings: &Settings,
+    files: &SignalFiles,
+    image_root: &Tree,
+    groundwork: &Groundwork,
+    effective: &Effective,
+    state: &StateFolder,
+) -> Result<OpenJail> {
+    let names = effective.set_env().into_iter().map(|(name, _)| name);
+    let wanted = Wanted {
+        path: &files.path().join(settings.image_root()),
+        image_root,
+        note_folder: files.parent(),
+        dkms: settings.dkms,
+        job: settings.job.as_deref(),
+        keep: names.chain(effective.accept_env().map(str::to_owned)).collect(),
+        sftp: &groundwork.sftp,
+    };
+    OpenJail::open(&wanted, state)
+}
+
+/// Starts sshd.
+pub fn start_sshd(settings: &Settings, effective: &Effective) -> Result<Daemon> {
+    Daemon::start(&settings.sshd, effective)
+}

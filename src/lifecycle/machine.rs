@@ -1,0 +1,316 @@
+//! The life of a build environment as a state machine: what is, what happens, what is to be done. No system call is made here.
+//!
+//! ```text
+//! Waiting ──ready──► Preparing ──listening──► Serving ──verdict──► Grace ──idle, or time is up──► Ending ──all ended──► Releasing ──► Done
+//!    │                   │                                          ▲
+//!    │ SIGTERM           └──────────── could not ──────────────────►│ (nothing runs: straight on to Ending)
+//!    └──────────────────────────────────────────────────────────────┘
+//! ```
+
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+
+use crate::verdict::Verdict;
+
+/// Where the environment is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    /// For `ready`.
+    Waiting,
+    /// Configuration, jail, sshd.
+    Preparing,
+    /// Sessions come and go.
+    Serving,
+    /// A verdict stands: nobody new gets in, running commands have a while to finish.
+    Grace,
+    /// What still runs is being ended.
+    Ending,
+    /// Unmount, sync, remove our leftovers, mark.
+    Releasing,
+    /// `exiting` stands.
+    Done,
+}
+
+impl State {
+    /// Its name for people and for `status`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Waiting => "waiting",
+            Self::Preparing => "preparing",
+            Self::Serving => "serving",
+            Self::Grace | Self::Ending | Self::Releasing => "closing",
+            Self::Done => "done",
+        }
+    }
+}
+
+/// What can happen.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// The sidecar says that the image is there.
+    Ready,
+    /// sshd accepts connections.
+    Listening,
+    /// Somebody marked the image.
+    Marked(Verdict),
+    /// SIGTERM or SIGINT.
+    Stop(Signal),
+    /// The environment cannot go on; why has been logged.
+    Broken,
+    /// No session is running.
+    Idle,
+    /// The time that was given with [`Action::AwaitSessions`] is up.
+    GraceOver,
+    /// Nothing of the job is running any more.
+    AllEnded,
+    /// The image root is released, and marked; or that could not be done.
+    Released {
+        /// Whether it was.
+        cleanly: bool,
+    },
+}
+
+/// What is to be done.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Action {
+    /// Make everything up to a listening sshd; answer with [`Event::Listening`] or [`Event::Broken`].
+    Prepare,
+    /// End sshd's listener: nobody new gets in.
+    StopListening,
+    /// Tell people at a terminal, and hang up.
+    HangUp(Verdict),
+    /// Answer with [`Event::Idle`] as soon as no session runs, with [`Event::GraceOver`] after this time.
+    AwaitSessions(Duration),
+    /// End every process of the job; answer with [`Event::AllEnded`] or [`Event::Broken`].
+    EndProcesses,
+    /// Unmount, sync, remove leftovers, mark with the verdict, touch `exiting`; answer with [`Event::Released`].
+    Release(Verdict),
+}
+
+/// The machine.
+#[derive(Debug)]
+pub struct Machine {
+    state: State,
+    grace: Duration,
+    verdict: Option<Verdict>,
+    exit_code: u8,
+}
+
+/// After SIGTERM nothing is kept, so nothing is waited for but the end of what is in the middle of a write.
+const GRACE_AFTER_SIGNAL: Duration = Duration::from_secs(1);
+
+impl Machine {
+    /// A machine at the beginning; `grace` is what running commands get after a verdict.
+    pub fn new(grace: Duration) -> Self {
+        Self { state: State::Waiting, grace, verdict: None, exit_code: 0 }
+    }
+
+    /// Where the environment is.
+    pub fn state(&self) -> State {
+        self.state
+    }
+
+    /// What became of the image, so far.
+    pub fn verdict(&self) -> Option<Verdict> {
+        self.verdict
+    }
+
+    /// The program's exit code, once the state is [`State::Done`].
+    pub fn exit_code(&self) -> u8 {
+        self.exit_code
+    }
+
+    /// Takes note of `event` and says what is to be done now.
+    pub fn on(&mut self, event: Event) -> Vec<Action> {
+        match (self.state, event) {
+            (State::Waiting, Event::Ready) => self.go(State::Preparing, [Action::Prepare]),
+            (State::Preparing, Event::Listening) => self.go(State::Serving, []),
+
+            (State::Serving, Event::Marked(verdict)) => {
+                self.judge(verdict);
+                self.close(self.grace)
+            }
+            (State::Grace | State::Ending, Event::Marked(verdict)) => {
+                self.judge(verdict);
+                vec![]
+            }
+            (State::Serving, Event::Stop(signal)) => {
+                self.stopped(signal);
+                self.close(GRACE_AFTER_SIGNAL)
+            }
+            (State::Waiting | State::Preparing | State::Grace, Event::Stop(signal)) => {
+                self.stopped(signal);
+                self.go(State::Ending, [Action::StopListening, Action::EndProcesses])
+            }
+            (State::Ending, Event::Stop(signal)) => {
+                self.stopped(signal);
+                vec![]
+            }
+            (State::Waiting | State::Preparing | State::Grace, Event::Broken) => {
+                self.broke();
+                self.go(State::Ending, [Action::StopListening, Action::EndProcesses])
+            }
+            (State::Serving, Event::Broken) => {
+                self.broke();
+                self.close(self.grace)
+            }
+            (State::Grace, Event::Idle | Event::GraceOver) => self.go(State::Ending, [Action::EndProcesses]),
+            (State::Ending, Event::Broken) => {
+                self.broke();
+                self.release()
+            }
+            (State::Ending, Event::AllEnded) => self.release(),
+            (State::Releasing, Event::Released { cleanly }) => {
+                if !cleanly {
+                    self.broke();
+                }
+                self.go(State::Done, [])
+            }
+            // Everything else is no news where it happens: a second `ready`, a session that ends while all is well, a mark or a
+            // signal when the image root has been released.
+            _ => vec![],
+        }
+    }
+
+    fn go<const N: usize>(&mut self, state: State, actions: [Action; N]) -> Vec<Action> {
+        self.state = state;
+        actions.into()
+    }
+
+    fn close(&mut self, grace: Duration) -> Vec<Action> {
+        let verdict = self.verdict.unwrap_or(Verdict::Failed);
+        self.go(State::Grace, [Action::StopListening, Action::HangUp(verdict), Action::AwaitSessions(grace)])
+    }
+
+    fn release(&mut self) -> Vec<Action> {
+        let verdict = self.verdict.unwrap_or(Verdict::Failed);
+        self.go(State::Releasing, [Action::Release(verdict)])
+    }
+
+    fn judge(&mut self, verdict: Verdict) {
+        // Once failed, always failed.
+        self.verdict = self.verdict.max(Some(verdict));
+    }
+
+    fn stopped(&mut self, signal: Signal) {
+        self.judge(Verdict::Failed);
+        if self.exit_code == 0 {
+            self.exit_code = if signal == Signal::SIGINT { 130 } else { 143 };
+        }
+    }
+
+    fn broke(&mut self) {
+        self.judge(Verdict::Failed);
+        self.exit_code = 1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const GRACE: Duration = Duration::from_secs(10);
+
+    fn serving() -> Machine {
+        let mut machine = Machine::new(GRACE);
+        assert_eq!(machine.on(Event::Ready), [Action::Prepare]);
+        assert_eq!(machine.on(Event::Listening), []);
+        machine
+    }
+
+    #[test]
+    fn a_completed_image() {
+        let mut machine = serving();
+        let close = [Action::StopListening, Action::HangUp(Verdict::Complete), Action::AwaitSessions(GRACE)];
+        assert_eq!(machine.on(Event::Marked(Verdict::Complete)), close);
+        assert_eq!(machine.on(Event::Idle), [Action::EndProcesses]);
+        assert_eq!(machine.on(Event::AllEnded), [Action::Release(Verdict::Complete)]);
+        assert_eq!(machine.on(Event::Released { cleanly: true }), []);
+        assert_eq!((machine.state(), machine.exit_code()), (State::Done, 0));
+    }
+
+    #[test]
+    fn failed_wins_however_late_it_comes() {
+        let mut machine = serving();
+        machine.on(Event::Marked(Verdict::Complete));
+        machine.on(Event::GraceOver);
+        machine.on(Event::Marked(Verdict::Failed));
+        machine.on(Event::Marked(Verdict::Complete));
+        assert_eq!(machine.on(Event::AllEnded), [Action::Release(Verdict::Failed)]);
+        machine.on(Event::Released { cleanly: true });
+        assert_eq!(machine.exit_code(), 0, "a marked failure is the sidecar's to report");
+    }
+
+    #[test]
+    fn a_signal_marks_failed_and_is_the_exit_code() {
+        for (signal, code) in [(Signal::SIGTERM, 143), (Signal::SIGINT, 130)] {
+            let mut machine = Machine::new(GRACE);
+            assert_eq!(machine.on(Event::Stop(signal)), [Action::StopListening, Action::EndProcesses]);
+            assert_eq!(machine.on(Event::AllEnded), [Action::Release(Verdict::Failed)]);
+            machine.on(Event::Released { cleanly: true });
+            assert_eq!(machine.exit_code(), code);
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_released_is_never_complete() {
+        let mut machine = serving();
+        machine.on(Event::Marked(Verdict::Complete));
+        machine.on(Event::Idle);
+        machine.on(Event::AllEnded);
+        machine.on(Event::Released { cleanly: false });
+        assert_eq!((machine.verdict(), machine.exit_code()), (Some(Verdict::Failed), 1));
+    }
+
+    fn event() -> impl Strategy<Value = Event> {
+        prop_oneof![
+            Just(Event::Ready),
+            Just(Event::Listening),
+            Just(Event::Marked(Verdict::Complete)),
+            Just(Event::Marked(Verdict::Failed)),
+            Just(Event::Stop(Signal::SIGTERM)),
+            Just(Event::Broken),
+            Just(Event::Idle),
+            Just(Event::GraceOver),
+            Just(Event::AllEnded),
+            Just(Event::Released { cleanly: true }),
+            Just(Event::Released { cleanly: false }),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(20_000))]
+        #[test]
+        fn in_no_order_of_events_is_a_step_left_out_or_a_failure_forgotten(events in proptest::collection::vec(event(), 0..30)) {
+            let mut machine = Machine::new(GRACE);
+            let (mut ended, mut failed) = (false, false);
+            for event in events {
+                let before = machine.state();
+                let had_ended = before == State::Ending && matches!(event, Event::AllEnded | Event::Broken);
+                failed |= before != State::Waiting && before != State::Preparing && before != State::Releasing && before != State::Done
+                    && event == Event::Marked(Verdict::Failed);
+                let actions = machine.on(event);
+                ended |= had_ended;
+                for action in &actions {
+                    if let Action::Release(verdict) = action {
+                        prop_assert!(ended, "released before all had ended");
+                        prop_assert!(!(failed && *verdict == Verdict::Complete), "complete after failed");
+                        prop_assert!(*verdict == Verdict::Failed || machine.exit_code() == 0);
+                    }
+                }
+                // A state that waits for an answer was entered by asking for it.
+                let asked = |wanted: fn(&Action) -> bool| before == machine.state() || actions.iter().any(wanted);
+                match machine.state() {
+                    State::Preparing => prop_assert!(asked(|a| *a == Action::Prepare)),
+                    State::Grace => prop_assert!(asked(|a| matches!(a, Action::AwaitSessions(_)))),
+                    State::Ending => prop_assert!(asked(|a| *a == Action::EndProcesses)),
+                    State::Releasing => prop_assert!(asked(|a| matches!(a, Action::Release(_)))),
+                    State::Done => prop_assert!(machine.verdict().is_some()),
+                    State::Waiting | State::Serving => {}
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,13 @@
+//! The life of a build environment: decide, wait, prepare, serve, close, done.
+
+pub mod environment;
+pub mod log;
+pub mod machine;
+pub mod open_jail;
+pub mod processes;
+pub mod script;
+pub mod sessions;
+pub mod settings;
+pub mod signal_files;
+pub mod state;
+pub mod supervisor;

@@ -1,0 +1,105 @@
+//! The end of all that a job still runs, and of what it has mounted in its image root.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::signal::Signal;
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::getpid;
+
+use crate::error::{Attempt, Error, Result};
+use crate::sys::mounts;
+use crate::sys::process::{Entry, descendants};
+
+/// How long a process has to end by itself after SIGTERM.
+const TERM_TIME: Duration = Duration::from_secs(1);
+
+/// How long the kernel has to end a process after SIGKILL; one that hangs in a dead network file system takes for ever.
+const KILL_TIME: Duration = Duration::from_secs(5);
+
+/// Ends every descendant of this process, which has to be a subreaper (or PID 1): TERM, and KILL for those that stay.
+pub fn end_all() -> Result<()> {
+    let began = Instant::now();
+    let mut asked = Vec::new();
+    let mut killed = Vec::new();
+    loop {
+        reap();
+        let left: Vec<Entry> = descendants(&Entry::all(), getpid()).into_iter().filter(|e| e.state != 'Z').collect();
+        if left.is_empty() {
+            return Ok(());
+        }
+        let kill_now = began.elapsed() > TERM_TIME;
+        for entry in &left {
+            if kill_now && !killed.contains(&entry.pid) {
+                tracing::warn!(
+                    pid = entry.pid.as_raw(),
+                    command = entry.command_line(),
+                    "killed, since it did not end after SIGTERM"
+                );
+                killed.push(entry.pid);
+                entry.signal(Signal::SIGKILL);
+            } else if !asked.contains(&entry.pid) {
+                asked.push(entry.pid);
+                entry.signal(Signal::SIGTERM);
+                // One that is stopped would not hear it.
+                entry.signal(Signal::SIGCONT);
+            }
+        }
+        if began.elapsed() > TERM_TIME + KILL_TIME {
+            let names: Vec<_> = left.iter().map(|e| format!("{} ({})", e.pid, e.command_line())).collect();
+            return Err(Error::new(format!("end process {}", names.join(", ")))
+                .because("it is still there after SIGKILL")
+                .advise("it waits for a device or a network file system; the image cannot be trusted"));
+        }
+        wait_for_any(
+            &left,
+            if began.elapsed() < TERM_TIME {
+                TERM_TIME.saturating_sub(began.elapsed())
+            } else {
+                Duration::from_millis(50)
+            },
+        );
+    }
+}
+
+/// Waits until one of `entries` has ended, or for `limit`.
+fn wait_for_any(entries: &[Entry], limit: Duration) {
+    use rustix::event::{PollFd, PollFlags, Timespec};
+    let handles: Vec<_> =
+        entries.iter().filter_map(|e| crate::sys::process::Handle::open(e.pid, e.start).ok()).collect();
+    if handles.len() < entries.len() {
+        // One has ended in the meantime.
+        return;
+    }
+    let mut sources: Vec<_> = handles.iter().map(|h| PollFd::new(&h.fd, PollFlags::IN)).collect();
+    let limit = Timespec { tv_sec: limit.as_secs().cast_signed(), tv_nsec: limit.subsec_nanos().into() };
+    let _ = rustix::event::poll(&mut sources, Some(&limit));
+}
+
+/// Waits for every child that has ended, ours or inherited, and tells how.
+pub fn reap() -> Vec<WaitStatus> {
+    let mut ended = Vec::new();
+    loop {
+        match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+            Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => return ended,
+            Ok(status) => ended.push(status),
+            Err(_) => {}
+        }
+    }
+}
+
+/// Takes down what is mounted below the image root at `path` in this mount namespace, such as an administrator's own
+/// `mount --bind /proc`: whoever packs the tree would walk into it. Deepest first.
+pub fn unmount_below(path: &Path) -> Result<()> {
+    let mountinfo = std::fs::read("/proc/self/mountinfo").attempt(|| "read /proc/self/mountinfo")?;
+    for mount in mounts::mount_points(&mountinfo).iter().rev() {
+        if mount.starts_with(path) && mount != path {
+            mounts::unmount(mount)
+                .attempt(|| format!("unmount {}", mount.display()))
+                .map_err(|e| e.advise("unmount it by hand; packing would walk into it"))?;
+            tracing::warn!("unmounted {}, which somebody had mounted there", mount.display());
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,111 @@
+//! Sessions at the close: who is told and hung up, and who may finish.
+
+use std::io::Write;
+use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
+use rustix::event::{PollFd, PollFlags};
+
+use crate::sshd::daemon::{Running, running};
+use crate::sys::process::{Entry, Handle};
+use crate::verdict::Verdict;
+
+/// A shell that was hung up writes its history and goes; one that does not go by then is not waited for.
+const HANG_UP_TIME: Duration = Duration::from_secs(2);
+
+/// A client whose connection stands may be between two commands of one task, as Ansible is without pipelining.
+const QUIET_TIME: Duration = Duration::from_millis(250);
+
+/// The wait for sessions to end.
+pub struct Farewell {
+    began: Instant,
+    deadline: Instant,
+    /// Leaders of sessions at a terminal, which were hung up.
+    hung_up: Vec<Pid>,
+    /// When the last session was seen.
+    quiet_since: Instant,
+    /// Their ends wake the event loop.
+    watched: Vec<Handle>,
+}
+
+/// What the wait has come to.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// No session is running.
+    Idle,
+    /// Some are; look again at this moment at the latest.
+    Until(Instant),
+    /// Some are, and their time is up.
+    Over,
+}
+
+/// Tells people at a terminal what comes, and hangs up as a lost line would. Returns whom.
+pub fn hang_up(verdict: Verdict) -> Vec<Pid> {
+    let sessions = running(None).sessions;
+    let at_terminal: Vec<&Entry> = sessions.iter().filter(|e| e.terminal != 0).collect();
+    for session in &at_terminal {
+        if let Some(path) = session.terminal_path() {
+            let word = match verdict {
+                Verdict::Complete => "marked complete and will be packed",
+                Verdict::Failed => "marked failed and will not be packed",
+            };
+            let line = format!("\r\nims-sshd: the image was {word}; this session ends now.\r\n");
+            // Somebody may have stopped the terminal's output: not a reason to wait.
+            let terminal =
+                std::fs::OpenOptions::new().write(true).custom_flags(libc::O_NOCTTY | libc::O_NONBLOCK).open(path);
+            let _ = terminal.and_then(|mut t| t.write_all(line.as_bytes()));
+        }
+        session.signal(Signal::SIGHUP);
+        session.signal(Signal::SIGCONT);
+    }
+    if !at_terminal.is_empty() {
+        tracing::info!(sessions = at_terminal.len(), "told people at a terminal and hung up");
+    }
+    at_terminal.iter().map(|e| e.pid).collect()
+}
+
+impl Farewell {
+    /// Waits for `grace` at the most. `hung_up` are those that [`hang_up`] told.
+    pub fn start(grace: Duration, hung_up: Vec<Pid>) -> Self {
+        let began = Instant::now();
+        Self { began, deadline: began + grace, hung_up, quiet_since: began, watched: Vec::new() }
+    }
+
+    /// Looks at what is running. `script` says whether the customization script is.
+    pub fn look(&mut self, listener: Option<Pid>, script: bool) -> Progress {
+        let now = Instant::now();
+        let Running { connections, mut sessions } = running(listener);
+        if now >= self.began + HANG_UP_TIME {
+            sessions.retain(|e| !self.hung_up.contains(&e.pid));
+        }
+        self.watched = sessions.iter().chain(&connections).filter_map(|e| Handle::open(e.pid, e.start).ok()).collect();
+        if !sessions.is_empty() || script {
+            self.quiet_since = now;
+        }
+        // No connection, no next command; and nobody was here when the verdict came from outside.
+        let next = if sessions.is_empty() && !script {
+            let enough = self.quiet_since + QUIET_TIME;
+            if connections.is_empty() || now >= enough {
+                return Progress::Idle;
+            }
+            enough
+        } else {
+            (self.began + HANG_UP_TIME).max(now + Duration::from_millis(100))
+        };
+        if now >= self.deadline {
+            for session in &sessions {
+                tracing::warn!(pid = session.pid.as_raw(), command = session.command_line(), "its time is up");
+            }
+            return Progress::Over;
+        }
+        Progress::Until(next.min(self.deadline))
+    }
+
+    /// Readable when one of the sessions or connections has ended.
+    pub fn ends(&self) -> impl Iterator<Item = PollFd<'_>> {
+        self.watched.iter().map(|h| PollFd::from_borrowed_fd(h.fd.as_fd(), PollFlags::IN))
+    }
+}

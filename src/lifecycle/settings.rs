@@ -1,0 +1,252 @@
+//! The variables of the contract, read once into one value. A wrong one is named, with what was expected, before anything starts.
+
+use std::collections::HashMap;
+use std::ffi::{OsStr, OsString};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::error::{Error, Result};
+use crate::sshd::options::Options;
+
+/// What the job is about (`IMS_ACTION`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Action {
+    /// An image is changed.
+    Customize,
+    /// An image was built from a recipe; a shell is wanted only to look at a failed build.
+    Create,
+}
+
+/// Everything that decides on a build environment.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// `IMS_ACTION`.
+    pub action: Action,
+    /// The argument, else `IMAGE_ROOT_PARENT`, else [`DEFAULT_PARENT`].
+    pub parent: PathBuf,
+    /// `SSHD_OPTIONS`, understood.
+    pub sshd: Options,
+    /// The configuration sshd reads, into which settings are written.
+    pub sshd_config: PathBuf,
+    /// `CUSTOMIZATION_SCRIPT`.
+    pub script: Option<PathBuf>,
+    /// `SSH_JAIL`.
+    pub jailed: bool,
+    /// `JOB_ENABLE_DKMS`.
+    pub dkms: bool,
+    /// `ENABLE_DEBUG`.
+    pub debug: bool,
+    /// `IMS_JOB_ID`.
+    pub job: Option<String>,
+    /// `IMS_CLOSE_GRACE`: how long running commands may go on after a verdict.
+    pub close_grace: Duration,
+    /// What sessions are given: names as sessions see them.
+    pub session_variables: Vec<(String, String)>,
+}
+
+/// The image root's parent where nobody says another one.
+pub const DEFAULT_PARENT: &str = "/mnt/image";
+
+/// As the Ansible tasks of a typical play take.
+const DEFAULT_GRACE: Duration = Duration::from_secs(10);
+
+/// What sessions are given: (their name, the variable it is taken from).
+const SESSION_VARIABLES: [(&str, &str); 4] = [
+    ("IMS_JOB_ID", "IMS_JOB_ID"),
+    ("IMS_ARCH", "BUILD_ARCH"),
+    ("IMS_DKMS_ENABLED", "JOB_ENABLE_DKMS"),
+    ("REMOTE_BUILD_NODE", "REMOTE_BUILD_NODE"),
+];
+
+impl Settings {
+    /// Reads `variables`; `argument` is the command line's image root parent. All complaints come at once.
+    pub fn read(argument: Option<PathBuf>, variables: impl IntoIterator<Item = (OsString, OsString)>) -> Result<Self> {
+        let mut reader = Reader { variables: variables.into_iter().collect(), complaints: Vec::new() };
+        let action =
+            reader.choice("IMS_ACTION", &[("customize", Action::Customize), ("create", Action::Create)], Case::Exact);
+        if action.is_none() && reader.text("IMS_ACTION").is_none() {
+            reader.complaints.push("IMS_ACTION is not set: expected 'customize' or 'create'".into());
+        }
+        let parent = argument.or_else(|| reader.text("IMAGE_ROOT_PARENT").map(Into::into));
+        let parent = parent.unwrap_or_else(|| DEFAULT_PARENT.into());
+        if !parent.is_absolute() {
+            reader
+                .complaints
+                .push(format!("the image root parent is '{}': expected an absolute path", parent.display()));
+        }
+        let sshd_options = reader.text("SSHD_OPTIONS").unwrap_or_default();
+        let sshd = reader.accept(Options::parse(&sshd_options));
+        let written = reader.text("SSHD_CONFIG_FILE").map(PathBuf::from);
+        let sshd_config = sshd.as_ref().and_then(|o| reader.accept(o.config_file(written.as_ref())));
+
+        let truth = [("true", true), ("false", false)];
+        let jailed = reader.choice("SSH_JAIL", &[("True", true), ("False", false)], Case::Exact).unwrap_or(false);
+        let dkms = reader.choice("JOB_ENABLE_DKMS", &truth, Case::Any).unwrap_or(false);
+        let debug = reader.choice("ENABLE_DEBUG", &truth, Case::Any).unwrap_or(false);
+        reader.choice("BUILD_ARCH", &[("x86_64", ()), ("aarch64", ())], Case::Exact);
+        reader.choice("IMS_JAIL_TIER", &[("auto", ()), ("namespace", ())], Case::Exact);
+        let close_grace = reader.seconds("IMS_CLOSE_GRACE").unwrap_or(DEFAULT_GRACE);
+        let script = reader.text("CUSTOMIZATION_SCRIPT").map(Into::into);
+        let session_variables = SESSION_VARIABLES
+            .iter()
+            .filter_map(|(name, from)| Some(((*name).to_owned(), reader.line(from)?)))
+            .collect();
+        let job = reader.line("IMS_JOB_ID").filter(|job| !job.is_empty());
+
+        match (action, sshd, sshd_config) {
+            (Some(action), Some(sshd), Some(sshd_config)) if reader.complaints.is_empty() => Ok(Self {
+                action,
+                parent,
+                sshd,
+                sshd_config,
+                script,
+                jailed,
+                dkms,
+                debug,
+                job,
+                close_grace,
+                session_variables,
+            }),
+            _ => Err(Error::bad_input(reader.complaints.join("; also, "))),
+        }
+    }
+
+    /// The image root, relative to the parent.
+    pub fn image_root(&self) -> &'static str {
+        match self.action {
+            Action::Customize => "image-root",
+            Action::Create => "build/image-root",
+        }
+    }
+}
+
+/// Whether a value's letters have to be in the case that is expected.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Case {
+    Exact,
+    Any,
+}
+
+/// Takes values out of the variables and collects what is wrong with them. An empty variable counts as not set.
+struct Reader {
+    variables: HashMap<OsString, OsString>,
+    complaints: Vec<String>,
+}
+
+impl Reader {
+    fn text(&mut self, name: &str) -> Option<String> {
+        let value = self.variables.get(OsStr::new(name)).filter(|v| !v.is_empty())?;
+        match value.to_str() {
+            Some(text) => Some(text.to_owned()),
+            None => {
+                self.complaints.push(format!("{name} is '{}': expected UTF-8", value.to_string_lossy()));
+                None
+            }
+        }
+    }
+
+    /// A value that ends up as one word of a configuration line; it may be empty.
+    fn line(&mut self, name: &str) -> Option<String> {
+        self.variables.get(OsStr::new(name))?;
+        let value = self.text(name).unwrap_or_default();
+        if value.contains(|c: char| c.is_control()) {
+            self.complaints
+                .push(format!("{name} is '{}': expected one line without control characters", value.escape_debug()));
+            return None;
+        }
+        Some(value)
+    }
+
+    fn choice<T: Copy>(&mut self, name: &str, choices: &[(&str, T)], case: Case) -> Option<T> {
+        let value = self.text(name)?;
+        let found = choices.iter().find(|(word, _)| match case {
+            Case::Exact => value == *word,
+            Case::Any => value.eq_ignore_ascii_case(word),
+        });
+        if found.is_none() {
+            let known: Vec<_> = choices.iter().map(|(word, _)| format!("'{word}'")).collect();
+            let exactly = if case == Case::Exact { ", in this spelling" } else { "" };
+            self.complaints.push(format!("{name} is '{value}': expected {}{exactly}", known.join(" or ")));
+        }
+        found.map(|(_, choice)| *choice)
+    }
+
+    fn seconds(&mut self, name: &str) -> Option<Duration> {
+        let value = self.text(name)?;
+        let seconds = value.parse().ok().map(Duration::from_secs);
+        if seconds.is_none() {
+            self.complaints.push(format!("{name} is '{value}': expected whole seconds"));
+        }
+        seconds
+    }
+
+    fn accept<T>(&mut self, result: Result<T>) -> Option<T> {
+        result.map_err(|e| self.complaints.push(e.to_string())).ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(variables: &[(&str, &str)]) -> Result<Settings> {
+        Settings::read(None, variables.iter().map(|(n, v)| ((*n).into(), (*v).into())))
+    }
+
+    #[test]
+    fn a_customize_job_as_pods_start_it() {
+        let settings = read(&[
+            ("IMS_ACTION", "customize"),
+            ("IMAGE_ROOT_PARENT", "/mnt/image"),
+            ("ENABLE_DEBUG", "False"),
+            ("SSHD_OPTIONS", "-E /etc/cray/ims/sshd.log -f /etc/cray/ims/sshd_config"),
+            ("SSHD_CONFIG_FILE", "/etc/cray/ims/sshd_config"),
+            ("IMS_JOB_ID", "7"),
+            ("SSH_JAIL", "True"),
+            ("JOB_ENABLE_DKMS", "TRUE"),
+            ("BUILD_ARCH", "x86_64"),
+            ("REMOTE_BUILD_NODE", ""),
+        ])
+        .unwrap();
+        assert!(settings.jailed && settings.dkms && !settings.debug);
+        assert_eq!(settings.image_root(), "image-root");
+        let variables: Vec<_> = settings.session_variables.iter().map(|(n, v)| (n.as_str(), v.as_str())).collect();
+        let wanted =
+            [("IMS_JOB_ID", "7"), ("IMS_ARCH", "x86_64"), ("IMS_DKMS_ENABLED", "TRUE"), ("REMOTE_BUILD_NODE", "")];
+        assert_eq!(variables, wanted);
+    }
+
+    #[test]
+    fn the_argument_comes_before_the_variable_before_the_default() {
+        let action = ("IMS_ACTION", "create");
+        assert_eq!(read(&[action]).unwrap().parent, PathBuf::from(DEFAULT_PARENT));
+        assert_eq!(read(&[action, ("IMAGE_ROOT_PARENT", "/v")]).unwrap().parent, PathBuf::from("/v"));
+        let given = Settings::read(Some("/a".into()), [("IMS_ACTION".into(), "create".into())]).unwrap();
+        assert_eq!(given.parent, PathBuf::from("/a"));
+        assert_eq!(given.image_root(), "build/image-root");
+    }
+
+    #[test]
+    fn every_wrong_value_is_named_with_what_was_expected_at_once() {
+        let wrong = [
+            ("IMS_ACTION", "destroy", "'customize' or 'create'"),
+            ("SSH_JAIL", "true", "'True' or 'False', in this spelling"),
+            ("JOB_ENABLE_DKMS", "yes", "'true' or 'false'"),
+            ("ENABLE_DEBUG", "1", "'true' or 'false'"),
+            ("BUILD_ARCH", "arm64", "'x86_64' or 'aarch64'"),
+            ("IMAGE_ROOT_PARENT", "image", "absolute"),
+            ("IMS_CLOSE_GRACE", "soon", "whole seconds"),
+            ("IMS_JAIL_TIER", "chroot", "'auto' or 'namespace'"),
+            ("SSHD_OPTIONS", "-D", "background"),
+            ("IMS_JOB_ID", "a\nSetEnv X=1", "one line"),
+        ];
+        let error = read(&wrong.map(|(name, value, _)| (name, value))).unwrap_err();
+        assert_eq!(error.exit_code(), 2);
+        let message = error.to_string();
+        for (name, _, expected) in wrong {
+            assert!(message.contains(expected), "{name}: {message}");
+            assert!(message.contains(name) || name == "IMAGE_ROOT_PARENT", "{name}: {message}");
+        }
+        assert!(read(&[]).unwrap_err().to_string().contains("IMS_ACTION is not set"));
+    }
+}

@@ -1,0 +1,218 @@
+//! Signal files: what one container of the pod tells another, by creating a file in the image root's parent.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use notify::{RecursiveMode, Watcher};
+use rustix::event::EventfdFlags;
+use rustix::fs::FlockOperation;
+
+use crate::error::{Advise, Attempt, Error, Result};
+use crate::sys::tree::{Tree, kind_of};
+use crate::verdict::Verdict;
+
+/// The sidecar has unpacked the image and written sshd's configuration.
+pub const READY: &str = "ready";
+/// sshd accepts connections.
+pub const SSHD_LISTENING: &str = "sshd_listening";
+/// Nobody writes to the image root any more.
+pub const EXITING: &str = "exiting";
+/// A build from a recipe failed.
+pub const BUILD_FAILED: &str = "build_failed";
+
+/// The image root's parent, open: signal files are made and looked for by descriptor, and never through a link.
+pub struct SignalFiles {
+    parent: Tree,
+    path: PathBuf,
+    /// Held for life: two environments on one parent would end each other.
+    lock: Option<OwnedFd>,
+}
+
+impl SignalFiles {
+    /// Opens the parent; `None` if it does not exist (yet).
+    pub fn open(path: &Path) -> Result<Option<Self>> {
+        match Tree::open(path) {
+            Ok(parent) => Ok(Some(Self { parent, path: path.to_owned(), lock: None })),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(e)
+                .attempt(|| format!("open the image root parent {}", path.display()))
+                .advise("it has to be a folder, not a link to one"),
+        }
+    }
+
+    /// The parent's path, for messages and for programs that are told it.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The parent itself.
+    pub fn parent(&self) -> &Tree {
+        &self.parent
+    }
+
+    /// Claims the parent for this environment, as long as this value lives.
+    pub fn claim(&mut self) -> Result<()> {
+        let attempted = || format!("claim {}", self.path.display());
+        let folder = self.parent.reopen().attempt(attempted)?;
+        match rustix::fs::flock(&folder, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {
+                self.lock = Some(folder);
+                Ok(())
+            }
+            Err(rustix::io::Errno::WOULDBLOCK) => Err(Error::new(attempted())
+                .because("another build environment is open on it")
+                .advise("wait for it to end, or end it with 'ims-sshd fail'")),
+            Err(e) => Err(e).attempt(attempted),
+        }
+    }
+
+    /// Whether another process has claimed the parent.
+    pub fn is_claimed(&self) -> bool {
+        let Ok(folder) = self.parent.reopen() else { return false };
+        rustix::fs::flock(folder, FlockOperation::NonBlockingLockShared) == Err(rustix::io::Errno::WOULDBLOCK)
+    }
+
+    /// Whether the signal file `name` stands there. Only a regular file is one; what else has the name is an error.
+    pub fn stands(&self, name: &str) -> Result<bool> {
+        let shown = || format!("{}/{name}", self.path.display());
+        let found = self.parent.look(name).attempt(|| format!("look for {}", shown()))?;
+        match found.as_ref().map(kind_of) {
+            None => Ok(false),
+            Some("a regular file") => Ok(true),
+            Some(other) => Err(Error::new(format!("take {} as a signal file", shown()))
+                .because(format!("it is {other}"))
+                .advise("remove it; 'touch' makes a regular file")),
+        }
+    }
+
+    /// Creates the signal file `name`, or finds it there.
+    pub fn touch(&self, name: &str) -> Result<()> {
+        let created = self
+            .parent
+            .touch(name)
+            .attempt(|| format!("create {}/{name}", self.path.display()))
+            .advise("the volume has to be writable and to have space")?;
+        if !created {
+            self.stands(name)?;
+        }
+        Ok(())
+    }
+
+    /// Removes the signal file `name` if it stands there.
+    pub fn remove(&self, name: &str) -> Result<()> {
+        self.parent.remove(name).attempt(|| format!("remove {}/{name}", self.path.display())).map(|_| ())
+    }
+
+    /// The verdict that stands there. `failed` wins.
+    pub fn verdict(&self) -> Result<Option<Verdict>> {
+        for verdict in [Verdict::Failed, Verdict::Complete] {
+            if self.stands(verdict.signal_file())? {
+                return Ok(Some(verdict));
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// Wakes the event loop when something happens in a folder. A hint and no more: a network file system tells nothing of another node's
+/// writes, so whoever waits has to look at intervals too.
+pub struct Watch {
+    wake: OwnedFd,
+    /// The folder that is watched, and by what; nothing if the kernel has no watch to spare.
+    watched: Option<(PathBuf, notify::RecommendedWatcher)>,
+}
+
+impl Watch {
+    /// A watch on nothing.
+    pub fn new() -> Result<Self> {
+        let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        Ok(Self { wake: wake.attempt(|| "make an event descriptor")?, watched: None })
+    }
+
+    /// Watches `path`, or as long as it does not exist the nearest folder above it that does.
+    pub fn on(&mut self, path: &Path) {
+        let Some(folder) = path.ancestors().find(|p| p.is_dir()) else { return };
+        if self.watched.as_ref().is_some_and(|(watched, _)| watched == folder) {
+            return;
+        }
+        let Ok(wake) = self.wake.try_clone() else { return };
+        let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+            // Reads of the folder, ours among them, are no news.
+            if !matches!(event, Ok(notify::Event { kind: notify::EventKind::Access(_), .. })) {
+                let _ = rustix::io::write(&wake, &1_u64.to_ne_bytes());
+            }
+        });
+        self.watched = watcher.ok().and_then(|mut watcher| {
+            watcher.watch(folder, RecursiveMode::NonRecursive).ok()?;
+            Some((folder.to_owned(), watcher))
+        });
+    }
+
+    /// Takes note of what woke us.
+    pub fn drain(&self) {
+        let mut count = [0; 8];
+        let _ = rustix::io::read(&self.wake, &mut count);
+    }
+}
+
+impl AsFd for Watch {
+    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.wake.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parent() -> (tempfile::TempDir, SignalFiles) {
+        let dir = tempfile::tempdir().unwrap();
+        let files = SignalFiles::open(dir.path()).unwrap().unwrap();
+        (dir, files)
+    }
+
+    #[test]
+    fn failed_wins_over_complete() {
+        let (dir, files) = parent();
+        assert_eq!(files.verdict().unwrap(), None);
+        std::fs::write(dir.path().join("complete"), "").unwrap();
+        assert_eq!(files.verdict().unwrap(), Some(Verdict::Complete));
+        files.touch("failed").unwrap();
+        assert_eq!(files.verdict().unwrap(), Some(Verdict::Failed));
+    }
+
+    #[test]
+    fn what_is_no_regular_file_is_no_signal_file() {
+        let (dir, files) = parent();
+        std::fs::create_dir(dir.path().join("complete")).unwrap();
+        std::os::unix::fs::symlink("/etc/passwd", dir.path().join("failed")).unwrap();
+        assert!(files.stands("complete").unwrap_err().to_string().contains("a folder"));
+        assert!(files.touch("failed").unwrap_err().to_string().contains("a symbolic link"));
+    }
+
+    #[test]
+    fn a_parent_is_claimed_by_one() {
+        let (dir, mut files) = parent();
+        assert!(!files.is_claimed());
+        files.claim().unwrap();
+        let mut second = SignalFiles::open(dir.path()).unwrap().unwrap();
+        assert!(second.is_claimed());
+        assert!(second.claim().unwrap_err().to_string().contains("another build environment"));
+        drop(files);
+        second.claim().unwrap();
+    }
+
+    #[test]
+    fn a_parent_that_does_not_exist_is_watched_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let late = dir.path().join("late");
+        assert!(SignalFiles::open(&late).unwrap().is_none());
+        let mut watch = Watch::new().unwrap();
+        watch.on(&late);
+        std::fs::create_dir(&late).unwrap();
+        let mut woken = [rustix::event::PollFd::new(&watch, rustix::event::PollFlags::IN)];
+        let limit = rustix::event::Timespec { tv_sec: 5, tv_nsec: 0 };
+        assert_eq!(rustix::event::poll(&mut woken, Some(&limit)).unwrap(), 1);
+    }
+}

@@ -1,0 +1,165 @@
+//! `ims-sshd customize`: a build environment on this machine, without a pod around it.
+
+use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use crate::error::{Attempt, Error, Result};
+use crate::lifecycle::settings::Settings;
+use crate::lifecycle::signal_files::READY;
+use crate::lifecycle::supervisor;
+use crate::local;
+use crate::sys::mounts::{self, Detached};
+use crate::sys::tree::Tree;
+use crate::verdict::Verdict;
+
+/// What the command line asks for.
+#[derive(Debug)]
+pub struct Customization {
+    /// The unpacked image.
+    pub image_root: PathBuf,
+    /// Where sshd listens; a free port if none is named.
+    pub port: Option<u16>,
+    /// The address it listens on.
+    pub listen: IpAddr,
+    /// Public keys that may log in; a key pair is made if none is named.
+    pub authorized_key: Option<PathBuf>,
+    /// Whether sessions land in the image root.
+    pub jailed: bool,
+    /// A script to run once the environment is open.
+    pub script: Option<PathBuf>,
+}
+
+/// Opens the environment and returns when it has closed: 0 if the image was marked complete, 1 if it was marked failed.
+pub fn run(wanted: Customization) -> Result<u8> {
+    let image_root = local::image_root(&wanted.image_root)?;
+    for file in [&wanted.authorized_key, &wanted.script].into_iter().flatten() {
+        std::fs::metadata(file).map_err(|e| Error::bad_input(format!("{}: {e}", file.display())))?;
+    }
+    let run = local::RunFolder::claim("customize", &image_root)?;
+    local::own_mounts()?;
+    local::own_terminals()?;
+    let shown = show_image_root(&image_root, run.path())?;
+
+    let (keys, identity) = authorized_keys(wanted.authorized_key.as_deref(), run.path())?;
+    let address = SocketAddr::new(wanted.listen, wanted.port.map_or_else(|| free_port(wanted.listen), Ok)?);
+    let config = configure(run.path(), address, &keys)?;
+    let script = wanted.script.map(std::path::absolute).transpose().attempt(|| "find the script")?;
+    let variables = [
+        ("IMS_ACTION", "customize".into()),
+        ("SSH_JAIL", if wanted.jailed { "True".into() } else { "False".into() }),
+        (
+            "SSHD_OPTIONS",
+            shell_words::join(["-E", &run.path().join("sshd.log").to_string_lossy(), "-f", &config.to_string_lossy()])
+                .into(),
+        ),
+        ("CUSTOMIZATION_SCRIPT", script.unwrap_or_default().into()),
+    ];
+    let passed_on =
+        ["IMS_CLOSE_GRACE", "JOB_ENABLE_DKMS"].into_iter().filter_map(|n| Some((n.into(), std::env::var_os(n)?)));
+    let variables =
+        variables.map(|(name, value): (&str, std::ffi::OsString)| (name.into(), value)).into_iter().chain(passed_on);
+    let settings = Settings::read(Some(run.path().to_owned()), variables)?;
+
+    let parent = run.path().to_owned();
+    let files = run.into_signal_files();
+    files.touch(READY)?;
+    let listening = || announce(&image_root, &parent, address, identity.as_deref(), wanted.jailed);
+    let outcome = supervisor::run(settings, Some(files), listening)?;
+    mounts::unmount(&shown).attempt(|| format!("unmount {}", shown.display()))?;
+    local::remove_folder(&parent)?;
+    Ok(match (outcome.exit_code, outcome.verdict) {
+        (0, Some(Verdict::Failed)) => 1,
+        (code, _) => code,
+    })
+}
+
+/// Shows the image root where a build environment expects it. In this program's own mounts only: nobody else sees it there.
+fn show_image_root(image_root: &Path, parent: &Path) -> Result<PathBuf> {
+    let place = parent.join("image-root");
+    let attempted = || format!("mount {} on {}", image_root.display(), place.display());
+    std::fs::create_dir_all(&place).attempt(attempted)?;
+    let target = Tree::open(&place).attempt(attempted)?;
+    Detached::copy_of(image_root, true).and_then(|mount| mount.attach(target)).attempt(attempted)?;
+    Ok(place)
+}
+
+/// The keys that may log in, and the private key that was made for it.
+fn authorized_keys(given: Option<&Path>, run: &Path) -> Result<(PathBuf, Option<PathBuf>)> {
+    let keys = run.join("authorized_keys");
+    if let Some(given) = given {
+        std::fs::copy(given, &keys).attempt(|| format!("copy {}", given.display()))?;
+        return Ok((keys, None));
+    }
+    let private = make_key(run, "id_ed25519")?;
+    std::fs::copy(private.with_extension("pub"), &keys).attempt(|| format!("write {}", keys.display()))?;
+    Ok((keys, Some(private)))
+}
+
+fn make_key(run: &Path, name: &str) -> Result<PathBuf> {
+    let file = run.join(name);
+    let attempted = || format!("make the key {}", file.display());
+    for old in [file.clone(), file.with_extension("pub")] {
+        let _ = std::fs::remove_file(old);
+    }
+    let output = Command::new("ssh-keygen")
+        .args(["-q", "-t", "ed25519", "-N", "", "-C", "ims-sshd customize", "-f"])
+        .arg(&file)
+        .stdin(Stdio::null())
+        .output()
+        .attempt(attempted)?;
+    if output.status.success() {
+        Ok(file)
+    } else {
+        Err(Error::new(attempted()).because(String::from_utf8_lossy(&output.stderr).trim()))
+    }
+}
+
+fn free_port(listen: IpAddr) -> Result<u16> {
+    let attempted = || format!("find a free port on {listen}");
+    Ok(TcpListener::bind((listen, 0)).and_then(|l| l.local_addr()).attempt(attempted)?.port())
+}
+
+fn configure(run: &Path, address: SocketAddr, keys: &Path) -> Result<PathBuf> {
+    let host_key = make_key(run, "ssh_host_ed25519_key")?;
+    let config = run.join("sshd_config");
+    let text = format!(
+        "Port {}\nListenAddress {}\nHostKey {}\nPidFile {}\nAuthorizedKeysFile {}\n\
+         PermitRootLogin yes\nPubkeyAuthentication yes\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n\
+         AcceptEnv LANG LC_*\nSubsystem sftp internal-sftp\n",
+        address.port(),
+        address.ip(),
+        host_key.display(),
+        run.join("sshd.pid").display(),
+        keys.display(),
+    );
+    std::fs::write(&config, text).attempt(|| format!("write {}", config.display()))?;
+    Ok(config)
+}
+
+/// Tells the person what to do now.
+fn announce(image_root: &Path, parent: &Path, address: SocketAddr, identity: Option<&Path>, jailed: bool) {
+    let identity = identity.map_or(String::new(), |key| format!("-i {} ", shell_words::quote(&key.to_string_lossy())));
+    println!();
+    if jailed {
+        println!("{} is open. Log in from another terminal:", image_root.display());
+    } else {
+        println!(
+            "{} is open, as {}/image-root of sessions. Log in from another terminal:",
+            image_root.display(),
+            parent.display()
+        );
+    }
+    println!();
+    println!(
+        "    ssh {identity}-o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -p {} root@{}",
+        address.port(),
+        address.ip()
+    );
+    println!();
+    if jailed {
+        println!("When done, there: touch /tmp/complete    or, to give the changes up: touch /tmp/failed");
+    }
+    println!("From here:        ims-sshd complete {0}    or: ims-sshd fail {0}", parent.display());
+    println!();
+}

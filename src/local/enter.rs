@@ -1,0 +1,61 @@
+//! `ims-sshd enter`: the jail without SSH.
+
+use std::ffi::OsString;
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::process::Command;
+
+use nix::sys::signal::Signal;
+use nix::sys::wait::WaitStatus;
+use nix::unistd::Pid;
+
+use crate::error::{Attempt, Result};
+use crate::lifecycle::open_jail::{self, OpenJail, Wanted};
+use crate::lifecycle::processes;
+use crate::lifecycle::state::StateFolder;
+use crate::local;
+use crate::sys::process::end_like;
+use crate::sys::signals::Signals;
+use crate::sys::tree::Tree;
+
+/// Makes a jail around `image_root`, runs `command` (or a shell) in it, and ends everything inside when that has ended.
+/// Returns its exit code, or dies of the signal it died of.
+pub fn run(image_root: &Path, command: &[OsString]) -> Result<u8> {
+    let image_root = local::image_root(image_root)?;
+    let run = local::RunFolder::claim("enter", &image_root)?;
+    // The command is in the foreground; what it does about these is its own business.
+    let held = [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGTSTP, Signal::SIGCHLD];
+    let _signals = Signals::hold(&held).attempt(|| "hold back signals")?;
+    nix::sys::prctl::set_child_subreaper(true).attempt(|| "become the parent of orphaned processes")?;
+    local::own_mounts()?;
+
+    let state = StateFolder::of(run.path())?;
+    let tree = Tree::open(&image_root).attempt(|| format!("open the image root {}", image_root.display()))?;
+    let notes = Tree::open(run.path()).attempt(|| format!("open {}", run.path().display()))?;
+    open_jail::clear_mount_points(&tree, &notes)?;
+    let wanted = Wanted {
+        path: &image_root,
+        image_root: &tree,
+        note_folder: &notes,
+        dkms: false,
+        job: None,
+        keep: Vec::new(),
+        sftp: &[],
+    };
+    let jail = OpenJail::open(&wanted, &state)?;
+    let mut helper = Command::new(open_jail::program()?);
+    helper.arg("enter").arg(state.jail()).arg("--").args(command);
+    let ended = helper.status().attempt(|| "start ims-jail-shell");
+
+    jail.end();
+    let all_ended = processes::end_all();
+    jail.clear(&tree, &notes, &state)?;
+    state.remove()?;
+    local::remove_folder(run.path())?;
+    all_ended?;
+    let status = ended?;
+    Ok(match WaitStatus::from_raw(Pid::from_raw(1), status.into_raw()) {
+        Ok(status) => end_like(status),
+        Err(_) => 1,
+    })
+}

@@ -1,0 +1,104 @@
+//! The same on one machine, without a pod.
+
+pub mod customize;
+pub mod enter;
+pub mod status;
+
+use std::path::{Path, PathBuf};
+
+use rustix::mount::MountAttrFlags;
+
+use crate::error::{Attempt, Error, Result};
+use crate::lifecycle::signal_files::SignalFiles;
+use crate::lifecycle::state::RUN;
+use crate::sys::mounts::{self, Detached};
+use crate::sys::tree::{Tree, escape};
+
+/// The image root that was named, without links on the way to it.
+pub fn image_root(named: &Path) -> Result<PathBuf> {
+    if !nix::unistd::geteuid().is_root() {
+        return Err(Error::new("open an image root").because("this user may not").advise("run it as root, with sudo"));
+    }
+    let refuse = |why: String| Error::bad_input(format!("IMAGE_ROOT is '{}': {why}", named.display()));
+    let real = std::fs::canonicalize(named).map_err(|e| refuse(e.to_string()))?;
+    match real.is_dir() {
+        _ if real == Path::new("/") => {
+            Err(refuse("that is this machine's own root; expected an unpacked image".into()))
+        }
+        true => Ok(real),
+        false => Err(refuse("expected a folder, an unpacked image".into())),
+    }
+}
+
+/// Mounts that only this program and what it starts see, with terminals of their own: a session in the image must not reach those
+/// of this machine's users.
+pub fn own_mounts() -> Result<()> {
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS)
+        .attempt(|| "make own mounts")
+        .map_err(|e| e.advise("run it as root, with CAP_SYS_ADMIN"))?;
+    mounts::make_all_private().attempt(|| "cut own mounts off from the machine's")
+}
+
+/// Gives sessions terminals of their own.
+pub fn own_terminals() -> Result<()> {
+    let attempted = || "mount terminals of their own for sessions on /dev/pts";
+    let options = [("ptmxmode", "0666"), ("mode", "0620"), ("gid", "5")];
+    let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    let target = Tree::open(Path::new("/dev/pts")).attempt(attempted)?;
+    // What the machine's users have open stays theirs: this instance lies over it, in our own mounts only.
+    Detached::filesystem("devpts", &options, attributes).and_then(|pts| pts.attach(target)).attempt(attempted)?;
+    let dev = Tree::open(Path::new("/dev")).attempt(attempted)?;
+    let ptmx = dev.look("ptmx").attempt(attempted)?.as_ref().map(crate::sys::tree::kind_of);
+    if ptmx == Some("a character device") {
+        let own = Detached::copy_of("/dev/pts/ptmx", false).attempt(attempted)?;
+        dev.handle("ptmx").and_then(|ptmx| own.attach(ptmx)).attempt(attempted)?;
+    }
+    Ok(())
+}
+
+/// Removes a folder with the files in it. Never descends: an image root may be mounted below.
+pub fn remove_folder(path: &Path) -> Result<()> {
+    remove_files(path, |_| true)?;
+    std::fs::remove_dir(path).attempt(|| format!("remove {}", path.display()))
+}
+
+fn remove_files(path: &Path, which: impl Fn(&str) -> bool) -> Result<()> {
+    let attempted = || format!("clear {}", path.display());
+    for entry in std::fs::read_dir(path).attempt(attempted)? {
+        let entry = entry.attempt(attempted)?;
+        if which(&entry.file_name().to_string_lossy()) {
+            let is_folder = entry.file_type().attempt(attempted)?.is_dir();
+            let remove = if is_folder { std::fs::remove_dir } else { std::fs::remove_file };
+            remove(entry.path()).attempt(|| format!("remove {}", entry.path().display()))?;
+        }
+    }
+    Ok(())
+}
+
+/// The folder of one run on an image root; the image root's parent, as a pod's environment has one.
+pub struct RunFolder {
+    files: SignalFiles,
+}
+
+impl RunFolder {
+    /// Makes and claims the folder for `image_root`, of which only one run can be open.
+    pub fn claim(command: &str, image_root: &Path) -> Result<Self> {
+        let path = Path::new(RUN).join(command).join(escape(image_root));
+        std::fs::create_dir_all(&path).attempt(|| format!("make the folder {}", path.display()))?;
+        let mut files = SignalFiles::open(&path)?.ok_or_else(|| Error::new(format!("open {}", path.display())))?;
+        files.claim()?;
+        // Signals of an earlier run that was killed mean nothing now. What it noted for us to clear up has a hidden name.
+        remove_files(&path, |name| !name.starts_with('.'))?;
+        Ok(Self { files })
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        self.files.path()
+    }
+
+    /// Its signal files, and with them the claim.
+    pub fn into_signal_files(self) -> SignalFiles {
+        self.files
+    }
+}

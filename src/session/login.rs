@@ -1,0 +1,200 @@
+//! `ims-jail-shell` as forced command: a client's request carried out inside the jail, as sshd would on the booted image.
+
+use std::ffi::{OsStr, OsString};
+use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::unistd::Gid;
+use rustix::fs::Access;
+
+use crate::error::{Attempt, Result};
+use crate::jail::enter;
+use crate::jail::mount_table::SFTP_FOLDER;
+use crate::jail::record::Record;
+use crate::session::account::{Account, DEFAULT_SHELL};
+use crate::session::environment::{LOGIN_PATH, session_environment};
+use crate::session::request::Request;
+use crate::sys::process::exec;
+use crate::sys::tree::Tree;
+
+/// Enters the jail that `record` tells of and carries out `request` there. Returns the exit code for this program.
+pub fn run(record: &Record, request: &Request) -> Result<u8> {
+    enter::join(record)?;
+    // `/` is the image root from here on.
+    let image_root = Tree::open(Path::new("/")).attempt(|| "open the image root")?;
+    let account = Account::root_of(&image_root);
+    let environment = session_environment(std::env::vars_os(), &account, &record.keep);
+    enter::run(record.dkms, || {
+        become_root(&account);
+        if matches!(request, Request::Shell) && std::io::stdin().is_terminal() {
+            greet(&image_root, &account, record);
+        }
+        report(run_first(&programs(request, &account), &environment))
+    })
+}
+
+/// A program to try, with its arguments.
+#[derive(Debug, PartialEq, Eq)]
+struct Program {
+    path: PathBuf,
+    arguments: Vec<OsString>,
+}
+
+/// What may carry out `request`, best first.
+fn programs(request: &Request, account: &Account) -> Vec<Program> {
+    let in_shell = |shell: &Path| {
+        let name = shell.file_name().unwrap_or(OsStr::new("sh"));
+        let arguments = match request {
+            Request::Command(command) => vec![name.to_owned(), "-c".into(), command.clone()],
+            _ => {
+                // A name that begins with a dash makes it a login shell.
+                let mut dashed = OsString::from("-");
+                dashed.push(name);
+                vec![dashed]
+            }
+        };
+        Program { path: shell.to_owned(), arguments }
+    };
+    match request {
+        Request::Sftp(options) => return sftp_programs(options),
+        Request::Program(words) if !words.is_empty() => return on_path(words),
+        _ => {}
+    }
+    let mut programs = vec![in_shell(&account.shell)];
+    if account.shell != Path::new(DEFAULT_SHELL) {
+        programs.push(in_shell(Path::new(DEFAULT_SHELL)));
+    }
+    programs
+}
+
+/// The places of the login path where the program could be; itself if it is a path.
+fn on_path(words: &[OsString]) -> Vec<Program> {
+    let name = Path::new(&words[0]);
+    let folders = if name.components().count() > 1 { "" } else { LOGIN_PATH };
+    folders.split(':').map(|folder| Program { path: Path::new(folder).join(name), arguments: words.to_vec() }).collect()
+}
+
+/// The container's sftp-server, by the container's loader: nothing of it is looked up in the image.
+fn sftp_programs(options: &[OsString]) -> Vec<Program> {
+    let folder = Path::new("/").join(SFTP_FOLDER);
+    let server = folder.join("sftp-server");
+    let loader = folder.join("ld.so");
+    let mut arguments: Vec<OsString> =
+        vec![loader.clone().into(), "--library-path".into(), folder.into(), server.clone().into()];
+    arguments.extend_from_slice(options);
+    let mut direct: Vec<OsString> = vec![server.clone().into()];
+    direct.extend_from_slice(options);
+    // A server that is linked statically comes without a loader.
+    vec![Program { path: loader, arguments }, Program { path: server, arguments: direct }]
+}
+
+/// Replaces this process with the first of `programs` that can be started; returns why the last one could not.
+fn run_first(programs: &[Program], environment: &[(OsString, OsString)]) -> (PathBuf, Errno) {
+    let mut failed = (PathBuf::new(), Errno::ENOENT);
+    for program in programs {
+        let shell = rustix::fs::access(&program.path, Access::EXEC_OK).map_err(Errno::from_rustix);
+        let error = match shell {
+            Ok(()) => {
+                // $SHELL is the shell that really runs.
+                let environment: Vec<_> = environment
+                    .iter()
+                    .map(|(name, value)| {
+                        let is_shell = name == "SHELL" && !program.path.starts_with(Path::new("/").join(SFTP_FOLDER));
+                        (name.clone(), if is_shell { program.path.clone().into() } else { value.clone() })
+                    })
+                    .collect();
+                match exec(&program.path, &program.arguments, &environment) {
+                    Err(error) => error,
+                }
+            }
+            Err(error) => error,
+        };
+        failed = (program.path.clone(), error);
+    }
+    failed
+}
+
+/// Says why nothing could be started, and gives the exit code that shells use for it.
+fn report((program, error): (PathBuf, Errno)) -> u8 {
+    let missing = error == Errno::ENOENT;
+    eprintln!(
+        "ims-jail-shell: cannot start {} in this image: {}; {}",
+        program.display(),
+        error.desc(),
+        if missing {
+            "it, or the loader it names, is not there"
+        } else {
+            "is it built for this architecture and executable?"
+        },
+    );
+    if missing { 127 } else { 126 }
+}
+
+fn become_root(account: &Account) {
+    // What the image lacks is not worth losing the session over: one can still mend it from inside.
+    let groups: Vec<Gid> = account.groups.iter().map(|g| Gid::from_raw(*g)).collect();
+    let _ = nix::unistd::setgroups(&groups);
+    let _ = nix::unistd::setgid(Gid::from_raw(account.group));
+    if rustix::process::chdir(&account.home).is_err() {
+        let _ = rustix::process::chdir("/");
+    }
+}
+
+fn greet(image_root: &Tree, account: &Account, record: &Record) {
+    let mut out = std::io::stdout();
+    let home = account.home.strip_prefix("/").unwrap_or(&account.home);
+    if image_root.look(home.join(".hushlogin")).is_ok_and(|found| found.is_some()) {
+        return;
+    }
+    let _ = out.write_all(&image_root.read("etc/motd", 64 << 10).unwrap_or_default());
+    let job = record.job.as_ref().map_or(String::new(), |job| format!(" of IMS job {job}"));
+    let _ = writeln!(out, "You are in the image root{job}. When done: touch /tmp/complete");
+    let _ = writeln!(out, "To give the changes up instead:           touch /tmp/failed");
+    let _ = out.flush();
+}
+
+/// One errno type's value in the other's.
+trait FromRustix {
+    fn from_rustix(errno: rustix::io::Errno) -> Self;
+}
+
+impl FromRustix for Errno {
+    fn from_rustix(errno: rustix::io::Errno) -> Self {
+        Self::from_raw(errno.raw_os_error())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tried(request: &Request, shell: &str) -> Vec<(String, Vec<String>)> {
+        let passwd = format!("root:x:0:0::/root:{shell}\n");
+        programs(request, &Account::parse(passwd.as_bytes(), b""))
+            .into_iter()
+            .map(|p| {
+                let arguments = p.arguments.into_iter().map(|a| a.into_string().unwrap()).collect();
+                (p.path.display().to_string(), arguments)
+            })
+            .collect()
+    }
+
+    #[test]
+    fn a_program_is_looked_up_on_the_images_path() {
+        let tried = tried(&Request::Program(vec!["id".into(), "-u".into()]), "/bin/zsh");
+        assert_eq!(tried.len(), LOGIN_PATH.split(':').count());
+        assert!(tried.contains(&("/bin/id".into(), vec!["id".into(), "-u".into()])));
+    }
+
+    #[test]
+    fn a_shell_is_a_login_shell_and_a_command_is_not() {
+        let shell =
+            |path: &str, arguments: &[&str]| (path.to_owned(), arguments.iter().map(ToString::to_string).collect());
+        assert_eq!(tried(&Request::Shell, "/bin/zsh"), [shell("/bin/zsh", &["-zsh"]), shell("/bin/sh", &["-sh"])]);
+        assert_eq!(
+            tried(&Request::Command("id; true".into()), "/bin/sh"),
+            [shell("/bin/sh", &["sh", "-c", "id; true"])]
+        );
+    }
+}

@@ -1,0 +1,6 @@
+//! A session: what a client asked for, and whom it becomes in the image.
+
+pub mod account;
+pub mod environment;
+pub mod login;
+pub mod request;

@@ -1,0 +1,182 @@
+//! sshd's process: started as it is told, found again after it went into the background, waited for until it listens.
+
+use std::io::{Read, Seek, SeekFrom};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::unistd::{Pid, getpid};
+
+use crate::error::{Attempt, Error, Result};
+use crate::sshd;
+use crate::sshd::effective::Effective;
+use crate::sshd::options::Options;
+use crate::sys::process::{Entry, descendants};
+
+/// The listening sshd. Its connections and sessions go on when it ends.
+#[derive(Debug)]
+pub struct Daemon {
+    /// Its number.
+    pub pid: Pid,
+}
+
+/// sshd listens some milliseconds after it was started, or never.
+const TIME_TO_LISTEN: Duration = Duration::from_secs(10);
+
+impl Daemon {
+    /// Starts `sshd $SSHD_OPTIONS` and waits until it listens on all addresses of its configuration that this machine has.
+    /// This process has to be a subreaper (or PID 1), whose child the daemon becomes.
+    pub fn start(options: &Options, effective: &Effective) -> Result<Self> {
+        let line = format!("sshd {}", shell_words::join(&options.words));
+        let attempted = || format!("start {line}");
+        let log_start = options.log.as_deref().and_then(|log| std::fs::metadata(log).ok()).map_or(0, |m| m.len());
+        let complaint = |said: String| {
+            let log = options.log.as_deref().map(|log| last_lines(log, log_start)).filter(|t| !t.is_empty());
+            let said =
+                [Some(said).filter(|s| !s.is_empty()), log].into_iter().flatten().collect::<Vec<_>>().join(" | ");
+            let error = Error::new(attempted());
+            if said.is_empty() {
+                error.because("it ended without a word").advise("give it -E FILE in SSHD_OPTIONS to see why")
+            } else {
+                error.because(said)
+            }
+        };
+        let started = Command::new(sshd::program()?)
+            .args(&options.words)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .output()
+            .attempt(attempted)?;
+        if !started.status.success() {
+            return Err(complaint(one_line(&String::from_utf8_lossy(&started.stderr))));
+        }
+        let began = Instant::now();
+        let mut first_seen = None;
+        loop {
+            // In the background sshd leads a session of its own and is this process's child.
+            let daemon = Entry::all()
+                .into_iter()
+                .filter(|e| e.parent == getpid() && e.session == e.pid && e.name.starts_with("sshd") && e.state != 'Z')
+                .max_by_key(|e| e.start);
+            let Some(daemon) = daemon else {
+                reap_ended();
+                return Err(complaint(String::new()));
+            };
+            match listening_sockets(daemon.pid) {
+                0 => {}
+                sockets => {
+                    // An address that the machine does not have is never bound; the others are within a moment of each other.
+                    let since = *first_seen.get_or_insert_with(Instant::now);
+                    if sockets >= effective.listen_addresses() || since.elapsed() > Duration::from_millis(200) {
+                        return Ok(Self { pid: daemon.pid });
+                    }
+                }
+            }
+            if began.elapsed() > TIME_TO_LISTEN {
+                let _ = kill(daemon.pid, Signal::SIGKILL);
+                return Err(complaint(format!("it does not listen after {} s", TIME_TO_LISTEN.as_secs())));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Ends the listener, so that nobody new gets in. Connections stay.
+    pub fn stop_listening(&self) {
+        let _ = kill(self.pid, Signal::SIGTERM);
+    }
+}
+
+fn reap_ended() {
+    while waitpid(None, Some(WaitPidFlag::WNOHANG)).is_ok_and(|s| s.pid().is_some()) {}
+}
+
+/// How many sockets the process listens on.
+fn listening_sockets(pid: Pid) -> usize {
+    let Ok(descriptors) = std::fs::read_dir(format!("/proc/{pid}/fd")) else { return 0 };
+    let inodes: Vec<String> = descriptors
+        .filter_map(|fd| std::fs::read_link(fd.ok()?.path()).ok())
+        .filter_map(|target| Some(target.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned()))
+        .collect();
+    ["tcp", "tcp6"]
+        .into_iter()
+        .filter_map(|table| std::fs::read_to_string(format!("/proc/{pid}/net/{table}")).ok())
+        .map(|table| listening_inodes(&table).filter(|inode| inodes.iter().any(|own| own == inode)).count())
+        .sum()
+}
+
+/// Inodes of the sockets in /proc/net/tcp (proc(5)) that are in state LISTEN, 0A.
+fn listening_inodes(table: &str) -> impl Iterator<Item = &str> {
+    table.lines().filter_map(|line| {
+        let mut fields = line.split_ascii_whitespace();
+        (fields.nth(3)? == "0A").then(|| fields.nth(5))?
+    })
+}
+
+/// The last lines that were added to `log` after its first `start` bytes, as one line.
+fn last_lines(log: &Path, start: u64) -> String {
+    let mut text = Vec::new();
+    let _ = std::fs::File::open(log).and_then(|mut f| {
+        f.seek(SeekFrom::Start(start))?;
+        f.take(64 << 10).read_to_end(&mut text)
+    });
+    let text = String::from_utf8_lossy(&text).into_owned();
+    let lines: Vec<&str> = text.lines().collect();
+    one_line(&lines[lines.len().saturating_sub(5)..].join("\n"))
+}
+
+fn one_line(text: &str) -> String {
+    text.lines().map(str::trim).filter(|l| !l.is_empty()).collect::<Vec<_>>().join(", ")
+}
+
+/// What sshd runs for clients at this moment.
+#[derive(Debug, Default)]
+pub struct Running {
+    /// One process a connection (two for some), whether or not a session is open on it.
+    pub connections: Vec<Entry>,
+    /// The first process of each session: the login shell, command, `ims-jail-shell` or internal sftp server.
+    pub sessions: Vec<Entry>,
+}
+
+/// What runs below this process. Sessions are children of connections; those of a listener that has ended count too.
+pub fn running(listener: Option<Pid>) -> Running {
+    let own = descendants(&Entry::all(), getpid());
+    let is_sshd = |pid: Pid| own.iter().any(|e| e.pid == pid && e.name.starts_with("sshd"));
+    let mut running = Running::default();
+    for entry in own.iter().filter(|e| e.state != 'Z' && Some(e.pid) != listener) {
+        let within_sshd = is_sshd(entry.parent);
+        if !entry.name.starts_with("sshd") {
+            if within_sshd {
+                running.sessions.push(entry.clone());
+            }
+        } else if within_sshd && entry.command_line().ends_with("@internal-sftp") {
+            running.sessions.push(entry.clone());
+        } else {
+            running.connections.push(entry.clone());
+        }
+    }
+    running
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn listening_sockets_are_told_from_others() {
+        let table = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n   \
+                     0: 0100007F:0016 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 4711 1 x\n   \
+                     1: 0100007F:0016 0100007F:C350 01 00000000:00000000 00:00000000 00000000     0        0 4712 1 x\n";
+        assert_eq!(listening_inodes(table).collect::<Vec<_>>(), ["4711"]);
+    }
+
+    #[test]
+    fn only_what_was_added_to_a_log_is_quoted() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = dir.path().join("log");
+        std::fs::write(&log, "old\nnew one\n\nnew two\n").unwrap();
+        assert_eq!(last_lines(&log, 4), "new one, new two");
+    }
+}

@@ -1,0 +1,181 @@
+//! What sshd itself says its configuration means (`sshd -T`): the one reader of sshd_config that cannot be wrong.
+
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use crate::error::{Attempt, Error, Result};
+use crate::session::environment::matches;
+use crate::sshd;
+
+/// The effective configuration for one user: keywords in lower case, with their values, in sshd's order.
+#[derive(Debug, Clone, Default)]
+pub struct Effective {
+    lines: Vec<(String, String)>,
+}
+
+impl Effective {
+    /// Asks sshd with these options what would hold for `user`. sshd's own complaint is the error's cause.
+    pub fn ask(options: &[String], user: &str) -> Result<Self> {
+        let attempted = || format!("have sshd check its configuration (sshd {} -T)", shell_words::join(options));
+        let output = Command::new(sshd::program()?)
+            .args(options)
+            .args(["-T", "-C", &format!("user={user},host=localhost,addr=127.0.0.1,laddr=127.0.0.1,lport=22")])
+            .stdin(Stdio::null())
+            .output()
+            .attempt(attempted)?;
+        if output.status.success() {
+            return Ok(Self::parse(&output.stdout));
+        }
+        let said = String::from_utf8_lossy(&output.stderr);
+        let said: Vec<&str> = said.lines().map(str::trim).filter(|l| !l.is_empty()).collect();
+        Err(Error::new(attempted()).because(if said.is_empty() { output.status.to_string() } else { said.join(", ") }))
+    }
+
+    /// Reads what `sshd -T` prints.
+    pub fn parse(text: &[u8]) -> Self {
+        let lines = String::from_utf8_lossy(text)
+            .lines()
+            .filter_map(|line| line.split_once(' '))
+            .map(|(keyword, value)| (keyword.to_ascii_lowercase(), value.to_owned()))
+            .collect();
+        Self { lines }
+    }
+
+    /// All values of `keyword`.
+    pub fn all<'a>(&'a self, keyword: &'a str) -> impl Iterator<Item = &'a str> {
+        self.lines.iter().filter(move |(k, _)| k == keyword).map(|(_, value)| value.as_str())
+    }
+
+    /// The first value of `keyword`.
+    pub fn first<'a>(&'a self, keyword: &'a str) -> Option<&'a str> {
+        self.all(keyword).next()
+    }
+
+    /// The variables that sessions are given.
+    pub fn set_env(&self) -> Vec<(String, String)> {
+        self.all("setenv").filter_map(|v| v.split_once('=')).map(|(n, v)| (n.to_owned(), v.to_owned())).collect()
+    }
+
+    /// Patterns of the variables that clients may send.
+    pub fn accept_env(&self) -> impl Iterator<Item = &str> {
+        self.all("acceptenv").flat_map(str::split_ascii_whitespace)
+    }
+
+    /// The addresses sshd will listen on.
+    pub fn listen_addresses(&self) -> usize {
+        self.all("listenaddress").count()
+    }
+
+    /// Where sshd writes its number.
+    pub fn pid_file(&self) -> Option<PathBuf> {
+        self.first("pidfile").filter(|p| *p != "none").map(Into::into)
+    }
+
+    /// Makes sure that root's sessions are forced into the jail by `force_command`, and that nothing goes past it.
+    pub fn check_jail(&self, force_command: &str) -> Result<()> {
+        let wanted = [
+            ("forcecommand", force_command),
+            ("permittty", "yes"),
+            ("allowstreamlocalforwarding", "no"),
+            ("permittunnel", "no"),
+            ("x11forwarding", "no"),
+            ("permituserrc", "no"),
+            ("chrootdirectory", "none"),
+            ("permituserenvironment", "no"),
+        ];
+        let refuse = |what: String| {
+            Err(Error::new("open a jailed environment")
+                .because(what)
+                .advise("change SSHD_OPTIONS or sshd's configuration; it is not opened, so that no session lands outside the jail"))
+        };
+        for (keyword, value) in wanted {
+            let found = self.first(keyword).unwrap_or("missing");
+            if found != value {
+                return refuse(format!("sshd's effective {keyword} for root is '{found}' and not '{value}'"));
+            }
+        }
+        for pattern in self.accept_env() {
+            if let Some(name) = DANGEROUS.iter().find(|name| matches(pattern.as_bytes(), name.as_bytes())) {
+                return refuse(format!(
+                    "AcceptEnv {pattern} lets a client set {name} for the login shell that starts the jail's helper"
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes sure that somebody who is not root does not get in: such a session would stay outside the jail.
+    pub fn check_denied(&self) -> Result<()> {
+        if self.all("denyusers").any(|users| users.split_ascii_whitespace().any(|u| u == "*")) {
+            return Ok(());
+        }
+        Err(Error::new("open a jailed environment")
+            .because("sshd's effective configuration lets in users other than root"))
+    }
+}
+
+/// Names of variables that make a shell, or the loader of a dynamically linked program, run somebody else's code: bash(1),
+/// ld.so(8), and glibc's list of variables that setuid programs ignore.
+const DANGEROUS: [&str; 22] = [
+    "BASH_ENV",
+    "BASH_FUNC_x%%",
+    "BASHOPTS",
+    "ENV",
+    "GCONV_PATH",
+    "GETCONF_DIR",
+    "GLIBC_TUNABLES",
+    "HOSTALIASES",
+    "IFS",
+    "LD_AUDIT",
+    "LD_LIBRARY_PATH",
+    "LD_PRELOAD",
+    "LD_PROFILE",
+    "LOCPATH",
+    "MALLOC_TRACE",
+    "NLSPATH",
+    "PATH",
+    "PROMPT_COMMAND",
+    "PS4",
+    "SHELLOPTS",
+    "TMPDIR",
+    "ZDOTDIR",
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = "forcecommand exec x\npermittty yes\nallowstreamlocalforwarding no\npermittunnel no\nx11forwarding no\n\
+                        permituserrc no\nchrootdirectory none\npermituserenvironment no\nacceptenv LANG\nacceptenv LC_*\n";
+
+    #[test]
+    fn a_configuration_that_forces_the_helper_passes() {
+        Effective::parse(GOOD.as_bytes()).check_jail("exec x").unwrap();
+    }
+
+    #[test]
+    fn every_way_past_the_helper_is_refused_by_name() {
+        for (from, to, named) in [
+            ("forcecommand exec x", "forcecommand none", "forcecommand"),
+            ("forcecommand exec x\n", "", "forcecommand"),
+            ("permittunnel no", "permittunnel yes", "permittunnel"),
+            ("allowstreamlocalforwarding no", "allowstreamlocalforwarding yes", "allowstreamlocalforwarding"),
+            ("permituserrc no", "permituserrc yes", "permituserrc"),
+            ("permituserenvironment no", "permituserenvironment yes", "permituserenvironment"),
+            ("chrootdirectory none", "chrootdirectory /x", "chrootdirectory"),
+            ("acceptenv LANG", "acceptenv *", "AcceptEnv *"),
+            ("acceptenv LANG", "acceptenv LD_*", "LD_AUDIT"),
+            ("acceptenv LANG", "acceptenv BASH_ENV", "BASH_ENV"),
+        ] {
+            let message =
+                Effective::parse(GOOD.replace(from, to).as_bytes()).check_jail("exec x").unwrap_err().to_string();
+            assert!(message.contains(named), "{message}");
+        }
+    }
+
+    #[test]
+    fn others_than_root_are_denied() {
+        Effective::parse(b"denyusers *\n").check_denied().unwrap();
+        assert!(Effective::parse(b"denyusers bob\n").check_denied().is_err());
+    }
+}

@@ -1,0 +1,150 @@
+//! `$SSHD_OPTIONS`: all the options that sshd gets. Read, to know its files and to refuse what cannot work; never added to.
+
+use std::path::PathBuf;
+
+use crate::error::{Error, Result};
+
+/// sshd's options, split and understood.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Options {
+    /// The words that sshd is started with.
+    pub words: Vec<String>,
+    /// `-f`: its configuration.
+    pub config: Option<PathBuf>,
+    /// `-E`: its log.
+    pub log: Option<PathBuf>,
+}
+
+/// The file that sshd reads without `-f`.
+pub const DEFAULT_CONFIG: &str = "/etc/ssh/sshd_config";
+
+/// Options with an argument, and without; sshd(8).
+const WITH_ARGUMENT: &str = "bCcEfghkopu";
+const WITHOUT: &str = "46eq";
+
+impl Options {
+    /// Splits `text` as a shell would split words and refuses what cannot work here, with the reason.
+    pub fn parse(text: &str) -> Result<Self> {
+        let refuse = |why: String| Error::bad_input(format!("SSHD_OPTIONS is '{text}': {why}"));
+        let words = shell_words::split(text).map_err(|e| refuse(format!("it cannot be split into words ({e})")))?;
+        let mut options = Self { words: words.clone(), ..Self::default() };
+        let mut rest = words.into_iter();
+        while let Some(word) = rest.next() {
+            let Some(letters) = word.strip_prefix('-').filter(|l| !l.is_empty() && !l.starts_with('-')) else {
+                return Err(refuse(format!("'{word}' is not an option of sshd")));
+            };
+            let mut letters = letters.chars();
+            while let Some(letter) = letters.next() {
+                if WITH_ARGUMENT.contains(letter) {
+                    let attached: String = letters.by_ref().collect();
+                    let argument = if attached.is_empty() { rest.next() } else { Some(attached) };
+                    let argument = argument.ok_or_else(|| refuse(format!("-{letter} lacks its argument")))?;
+                    options.note(letter, &argument).map_err(&refuse)?;
+                } else if !WITHOUT.contains(letter) {
+                    return Err(refuse(reason_against(letter)));
+                }
+            }
+        }
+        Ok(options)
+    }
+
+    fn note(&mut self, letter: char, argument: &str) -> std::result::Result<(), String> {
+        if matches!(letter, 'f' | 'E') && !argument.starts_with('/') {
+            return Err(format!(
+                "-{letter} {argument} is a relative path; sshd starts itself anew from / for each connection and would refuse \
+                 every one without a word, so give the absolute path"
+            ));
+        }
+        match letter {
+            'f' => self.config = Some(argument.into()),
+            'E' => self.log = Some(argument.into()),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// The configuration that sshd will really read. `settings_file` is `$SSHD_CONFIG_FILE`: where settings are to be written, which
+    /// must be the same.
+    pub fn config_file(&self, settings_file: Option<&PathBuf>) -> Result<PathBuf> {
+        let read = self.config.clone().unwrap_or_else(|| DEFAULT_CONFIG.into());
+        match settings_file {
+            Some(written) if *written != read => Err(Error::bad_input(format!(
+                "SSHD_CONFIG_FILE is '{}' but sshd reads '{}' ({}): settings would be written where sshd does not look, so \
+                 name the same file in both",
+                written.display(),
+                read.display(),
+                if self.config.is_some() { "-f in SSHD_OPTIONS" } else { "no -f in SSHD_OPTIONS" },
+            ))),
+            _ => Ok(read),
+        }
+    }
+}
+
+fn reason_against(letter: char) -> String {
+    match letter {
+        'D' => "-D keeps sshd in the foreground, but it has to run in the background; leave it out".into(),
+        'd' => "-d serves one connection in the foreground and ends; use -o LogLevel=DEBUG".into(),
+        'i' => "-i serves one connection on standard input, there is none; leave it out".into(),
+        't' | 'T' | 'G' | 'V' | 'Q' => format!("-{letter} makes sshd print something and end; leave it out"),
+        other => format!("-{other} is not an option that sshd can be started with here"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn options_are_split_as_a_shell_splits_them() {
+        let options = Options::parse("-E /etc/cray/ims/sshd.log -f '/a b/sshd_config' -qo 'Port 2222' -p22").unwrap();
+        assert_eq!(options.config, Some("/a b/sshd_config".into()));
+        assert_eq!(options.log, Some("/etc/cray/ims/sshd.log".into()));
+        assert_eq!(options.words.len(), 7);
+        assert_eq!(Options::parse("").unwrap(), Options::default());
+        assert_eq!(Options::parse("-f/x").unwrap().config, Some("/x".into()));
+    }
+
+    #[test]
+    fn what_cannot_work_is_refused_with_the_reason() {
+        for (text, reason) in [
+            ("-D", "background"),
+            ("-4De", "background"),
+            ("-i", "standard input"),
+            ("-d", "LogLevel"),
+            ("-T", "print"),
+            ("-f sshd_config", "relative"),
+            ("-E log", "relative"),
+            ("-f", "lacks"),
+            ("-z", "not an option"),
+            ("extra", "not an option"),
+            ("--help", "not an option"),
+            ("'open", "split"),
+        ] {
+            let message = Options::parse(text).unwrap_err().to_string();
+            assert!(message.contains(reason) && message.contains("SSHD_OPTIONS"), "{text}: {message}");
+        }
+    }
+
+    #[test]
+    fn settings_go_where_sshd_reads() {
+        let with = Options::parse("-f /a").unwrap();
+        assert_eq!(with.config_file(None).unwrap(), PathBuf::from("/a"));
+        assert_eq!(with.config_file(Some(&"/a".into())).unwrap(), PathBuf::from("/a"));
+        assert!(with.config_file(Some(&"/b".into())).unwrap_err().to_string().contains("SSHD_CONFIG_FILE"));
+        let without = Options::default();
+        assert_eq!(without.config_file(None).unwrap(), PathBuf::from(DEFAULT_CONFIG));
+        assert!(without.config_file(Some(&"/b".into())).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn an_accepted_line_never_holds_what_is_refused(text in "[-fEDiop /a'\"\\\\ ]{0,30}") {
+            if let Ok(options) = Options::parse(&text) {
+                prop_assert!(options.config.is_none_or(|p| p.is_absolute()));
+                prop_assert!(options.log.is_none_or(|p| p.is_absolute()));
+                prop_assert!(!options.words.iter().any(|w| w == "-D" || w == "-i") || text.contains("-o") || text.contains("-p"));
+            }
+        }
+    }
+}

@@ -1,0 +1,64 @@
+//! The container's sftp-server with all it needs to run in an image that holds nothing.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use crate::error::{Attempt, Error, Result};
+
+/// Where distributions install it: Debian, SUSE and Alpine, Fedora, and the upstream default.
+const PLACES: [&str; 4] = [
+    "/usr/lib/openssh/sftp-server",
+    "/usr/lib/ssh/sftp-server",
+    "/usr/libexec/openssh/sftp-server",
+    "/usr/libexec/sftp-server",
+];
+
+/// The files to show in the jail, as (name there, file here): the server, its loader as `ld.so`, and its libraries.
+pub fn files() -> Result<Vec<(String, PathBuf)>> {
+    let server = PLACES.into_iter().find(|p| Path::new(p).exists()).ok_or_else(|| {
+        Error::new("find sftp-server").because(format!("it is at none of {}", PLACES.join(", "))).advise(
+            "install the distribution's OpenSSH sftp server; without it neither sftp nor Ansible can transfer a file",
+        )
+    })?;
+    // The loader itself lists what it would load; this is all that ldd does.
+    let output = Command::new(server)
+        .env_clear()
+        .env("LD_TRACE_LOADED_OBJECTS", "1")
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .output()
+        .attempt(|| format!("list the libraries of {server}"))?;
+    let mut files = vec![("sftp-server".to_owned(), PathBuf::from(server))];
+    files.extend(parse(&String::from_utf8_lossy(&output.stdout)));
+    Ok(files)
+}
+
+/// Lines are `libc.so.6 => /lib/libc.so.6 (0x…)` for a library, `/lib64/ld-linux.so.2 (0x…)` for the loader.
+fn parse(listing: &str) -> Vec<(String, PathBuf)> {
+    listing
+        .lines()
+        .filter_map(|line| {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            match words.as_slice() {
+                [name, "=>", file, ..] if file.starts_with('/') => Some(((*name).to_owned(), PathBuf::from(file))),
+                [file, ..] if file.starts_with('/') => Some(("ld.so".to_owned(), PathBuf::from(file))),
+                _ => None,
+            }
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_loaders_listing_is_understood() {
+        let listing = "\tlinux-vdso.so.1 (0x00007ffe)\n\tlibc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x00007f)\n\
+                       \t/lib64/ld-linux-x86-64.so.2 (0x00007f)\n";
+        let files = parse(listing);
+        assert_eq!(files[0], ("libc.so.6".into(), "/lib/x86_64-linux-gnu/libc.so.6".into()));
+        assert_eq!(files[1], ("ld.so".into(), "/lib64/ld-linux-x86-64.so.2".into()));
+        assert_eq!(files.len(), 2);
+    }
+}

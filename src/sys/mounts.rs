@@ -1,0 +1,189 @@
+//! Mounts as descriptors: made detached, then put on a target that is itself a descriptor. No path below an untrusted tree is
+//! ever given to the kernel, and there is no second way by path if one of these calls is missing (Linux 5.12).
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use rustix::fs::CWD;
+use rustix::io::Errno;
+use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags};
+
+/// A mount that is attached nowhere yet.
+#[derive(Debug)]
+pub struct Detached {
+    fd: OwnedFd,
+}
+
+impl Detached {
+    /// A new file system of type `kind`, with its `options` (name, value) and mount attributes.
+    pub fn filesystem(kind: &str, options: &[(&str, &str)], attributes: MountAttrFlags) -> io::Result<Self> {
+        let context = rustix::mount::fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)?;
+        for (name, value) in options {
+            rustix::mount::fsconfig_set_string(&context, *name, *value)?;
+        }
+        rustix::mount::fsconfig_create(&context)?;
+        Ok(Self { fd: rustix::mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)? })
+    }
+
+    /// A private copy of what is mounted at `path` of a *trusted* tree; with `recursive`, with all that is mounted below.
+    pub fn copy_of(path: impl AsRef<Path>, recursive: bool) -> io::Result<Self> {
+        Self::copy(CWD, path.as_ref(), recursive)
+    }
+
+    /// A private copy of what `fd` stands on (a folder, a file).
+    pub fn copy_of_fd(fd: impl AsFd, recursive: bool) -> io::Result<Self> {
+        Self::copy(fd.as_fd(), Path::new(""), recursive)
+    }
+
+    fn copy(at: BorrowedFd<'_>, path: &Path, recursive: bool) -> io::Result<Self> {
+        let mut flags =
+            OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_SYMLINK_NOFOLLOW;
+        if recursive {
+            flags |= OpenTreeFlags::AT_RECURSIVE;
+        }
+        if path.as_os_str().is_empty() {
+            flags |= OpenTreeFlags::AT_EMPTY_PATH;
+        }
+        Ok(Self { fd: rustix::mount::open_tree(at, path, flags)? })
+    }
+
+    /// Adds mount attributes, to all mounts of a recursive copy if `recursive`.
+    pub fn restrict(&self, attributes: MountAttrFlags, recursive: bool) -> io::Result<()> {
+        set_attributes(self.fd.as_fd(), c"", attributes, 0, recursive)
+    }
+
+    /// Puts the mount on `target`, which is the object itself: a link is not followed, the mount covers the link.
+    /// Returns the mount's root, which stays a valid handle on what is mounted.
+    pub fn attach(self, target: impl AsFd) -> io::Result<OwnedFd> {
+        let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+        rustix::mount::move_mount(&self.fd, "", target.as_fd(), "", flags)?;
+        Ok(self.fd)
+    }
+}
+
+impl AsFd for Detached {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// Cuts every mount of this namespace off from the others, so that nothing done here is seen elsewhere, nor the other way round.
+pub fn make_all_private() -> io::Result<()> {
+    set_attributes(CWD, c"/", MountAttrFlags::empty(), libc::MS_PRIVATE, true)
+}
+
+/// Makes `new_root` (the root of an attached mount) this namespace's root and lets go of the old one altogether.
+pub fn switch_root(new_root: impl AsFd) -> io::Result<()> {
+    let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::DIRECTORY | rustix::fs::OFlags::CLOEXEC;
+    let old_root = rustix::fs::open("/", flags, rustix::fs::Mode::empty())?;
+    rustix::process::fchdir(new_root)?;
+    // With both arguments ".", the old root comes to lie on top of the new one, at the same place; no folder for it is needed.
+    rustix::process::pivot_root(".", ".")?;
+    // From the old root itself: "." of the new one would, in the second round below, be the new one.
+    rustix::process::fchdir(&old_root)?;
+    // Private first, so that detaching it is not carried into the namespace it came from.
+    set_attributes(CWD, c".", MountAttrFlags::empty(), libc::MS_PRIVATE, true)?;
+    // Until EINVAL, which says that "." is no mount of this namespace any more.
+    loop {
+        match rustix::mount::unmount(".", UnmountFlags::DETACH) {
+            Ok(()) => {}
+            Err(Errno::INVAL) => break,
+            Err(e) => return Err(e.into()),
+        }
+    }
+    rustix::process::chdir("/").map_err(Into::into)
+}
+
+/// Adds mount attributes to an attached mount, by its root.
+pub fn restrict(mount: BorrowedFd<'_>, attributes: MountAttrFlags) -> io::Result<()> {
+    set_attributes(mount, c"", attributes, 0, false)
+}
+
+/// Detaches an attached mount, by its root. Changes the working folder.
+pub fn detach(mount: OwnedFd) -> io::Result<()> {
+    rustix::process::fchdir(mount)?;
+    rustix::mount::unmount(".", UnmountFlags::DETACH)?;
+    rustix::process::chdir("/").map_err(Into::into)
+}
+
+/// `struct mount_attr` of mount_setattr(2).
+#[repr(C)]
+struct MountAttr {
+    attr_set: u64,
+    attr_clr: u64,
+    propagation: u64,
+    userns_fd: u64,
+}
+
+fn set_attributes(
+    at: BorrowedFd<'_>,
+    path: &std::ffi::CStr,
+    set: MountAttrFlags,
+    propagation: libc::c_ulong,
+    recursive: bool,
+) -> io::Result<()> {
+    let attr = MountAttr { attr_set: u64::from(set.bits()), attr_clr: 0, propagation, userns_fd: 0 };
+    let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
+    // SAFETY: `at` is open for the length of the call, `path` is NUL-terminated, and `attr` is a live `struct mount_attr` whose
+    // size is passed with it; the kernel only reads all three.
+    #[allow(unsafe_code)]
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            at.as_raw_fd(),
+            path.as_ptr(),
+            flags,
+            &raw const attr,
+            size_of::<MountAttr>(),
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// One line of `/proc/self/mountinfo`: where something is mounted.
+///
+/// The format is proc(5)'s: the fifth field is the mount point, with space, tab, newline and backslash as octal escapes.
+pub fn mount_points(mountinfo: &[u8]) -> Vec<std::path::PathBuf> {
+    use std::os::unix::ffi::OsStringExt;
+    mountinfo
+        .split(|&b| b == b'\n')
+        .filter_map(|line| line.split(|&b| b == b' ').nth(4))
+        .map(|escaped| std::ffi::OsString::from_vec(unescape(escaped)).into())
+        .collect()
+}
+
+fn unescape(escaped: &[u8]) -> Vec<u8> {
+    let mut text = Vec::with_capacity(escaped.len());
+    let mut rest = escaped;
+    while let Some((&first, tail)) = rest.split_first() {
+        if let (b'\\', Some(digits)) = (first, tail.get(..3))
+            && digits.iter().all(|d| (b'0'..=b'7').contains(d))
+        {
+            let value = digits.iter().fold(0_u32, |v, d| v * 8 + u32::from(d - b'0'));
+            text.push(u8::try_from(value & 0xff).unwrap_or(b'?'));
+            rest = &tail[3..];
+        } else {
+            text.push(first);
+            rest = tail;
+        }
+    }
+    text
+}
+
+/// Takes down the mount at `path` of a trusted name, the topmost if several are stacked; busy ones are detached.
+pub fn unmount(path: &Path) -> io::Result<()> {
+    rustix::mount::unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW).map_err(Into::into)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mount_points_are_unescaped() {
+        let text = b"36 35 98:0 / /mnt/a\\040b\\134c rw,noatime master:1 - ext3 /dev/root rw\n37 36 0:5 / /proc rw - proc proc rw\n";
+        assert_eq!(mount_points(text), [Path::new("/mnt/a b\\c"), Path::new("/proc")]);
+        assert!(mount_points(b"\n\nshort line\n").is_empty());
+    }
+}

@@ -1,0 +1,252 @@
+//! Processes: forked, waited for, found in /proc, and left.
+
+use std::convert::Infallible;
+use std::ffi::OsString;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
+use nix::sys::signal::Signal;
+use nix::sys::wait::WaitStatus;
+use nix::unistd::{ForkResult, Pid};
+use rustix::process::PidfdFlags;
+
+/// The two sides of a fork.
+pub enum Fork {
+    /// This is the new process.
+    Child,
+    /// This is the old one; the new one's number, in this process's PID namespace.
+    Parent(Pid),
+}
+
+/// Forks. For `ims-jail-shell` alone, which never starts a thread: a lock held by another thread would stay locked for ever in
+/// the child.
+pub fn fork() -> io::Result<Fork> {
+    // SAFETY: the caller is single-threaded (see above), so the child, which has the only thread, owns every lock and the
+    // allocator's state is consistent.
+    #[allow(unsafe_code)]
+    match unsafe { nix::unistd::fork() }? {
+        ForkResult::Child => Ok(Fork::Child),
+        ForkResult::Parent { child } => Ok(Fork::Parent(child)),
+    }
+}
+
+/// Ends this process at once, without running anything of Rust's or libc's on the way.
+pub fn exit_now(code: u8) -> ! {
+    // SAFETY: _exit does not return, and touches nothing of this process's memory.
+    #[allow(unsafe_code)]
+    unsafe {
+        libc::_exit(i32::from(code))
+    }
+}
+
+/// Marks every descriptor from `first` on close-on-exec, those that somebody else left open included (CVE-2024-21626).
+pub fn close_on_exec_from(first: u32) -> io::Result<()> {
+    let flags = i32::try_from(libc::CLOSE_RANGE_CLOEXEC).map_err(io::Error::other)?;
+    // SAFETY: the flag only marks descriptors; none is closed under an owner's feet.
+    #[allow(unsafe_code)]
+    let result = unsafe { libc::close_range(first, u32::MAX, flags) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Ends this process as another one ended: with its exit code, or dying of the same signal, without a core dump of our own.
+/// sshd reports a death by signal to the client only if the forced command itself dies of it.
+pub fn end_like(status: WaitStatus) -> u8 {
+    match status {
+        WaitStatus::Exited(_, code) => u8::try_from(code & 0xff).unwrap_or(u8::MAX),
+        WaitStatus::Signaled(_, signal, _) => die_of(signal),
+        _ => 1,
+    }
+}
+
+fn die_of(signal: Signal) -> u8 {
+    // Not dumpable means no core file, whatever the limits say.
+    let _ = nix::sys::prctl::set_dumpable(false);
+    let _ = crate::sys::signals::default_disposition(signal);
+    let _ = nix::sys::signal::SigSet::all().thread_unblock();
+    let _ = nix::sys::signal::raise(signal);
+    // Only for a signal that does not kill: what a shell would say.
+    128_u8.wrapping_add(u8::try_from(signal as i32).unwrap_or(0))
+}
+
+/// A process that is still the one that was meant: a descriptor that no later process of the same number can take over.
+#[derive(Debug)]
+pub struct Handle {
+    /// The process's descriptor (pidfd), readable when it has ended.
+    pub fd: OwnedFd,
+    /// Its number.
+    pub pid: Pid,
+}
+
+impl Handle {
+    /// Opens process `pid` if it is the one that was started at `start` (clock ticks after boot, /proc/PID/stat field 22).
+    /// ESRCH if that one has ended.
+    pub fn open(pid: Pid, start: u64) -> io::Result<Self> {
+        let raw = rustix::process::Pid::from_raw(pid.as_raw()).ok_or(io::ErrorKind::InvalidInput)?;
+        let fd = rustix::process::pidfd_open(raw, PidfdFlags::empty())?;
+        // Read after the descriptor was opened: if the number had changed hands before, the time tells.
+        match Entry::read(pid) {
+            Some(entry) if entry.start == start && entry.state != 'Z' => Ok(Self { fd, pid }),
+            _ => Err(rustix::io::Errno::SRCH.into()),
+        }
+    }
+
+    /// Sends it a signal; ESRCH if it has ended, never another process's.
+    pub fn signal(&self, signal: Signal) -> io::Result<()> {
+        let signal = rustix::process::Signal::from_named_raw(signal as i32).ok_or(io::ErrorKind::InvalidInput)?;
+        rustix::process::pidfd_send_signal(&self.fd, signal).map_err(Into::into)
+    }
+}
+
+/// What /proc tells of one process.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// Its number.
+    pub pid: Pid,
+    /// Its parent's.
+    pub parent: Pid,
+    /// The kernel's short name of its program, at most 15 bytes.
+    pub name: String,
+    /// Its state letter: `Z` for one that has ended and was not waited for.
+    pub state: char,
+    /// Its session's number.
+    pub session: Pid,
+    /// Its controlling terminal as a device number, 0 for none.
+    pub terminal: u64,
+    /// When it started, in clock ticks after boot.
+    pub start: u64,
+}
+
+impl Entry {
+    /// Reads /proc/PID/stat; `None` if there is no such process (any more).
+    pub fn read(pid: Pid) -> Option<Self> {
+        Self::parse(&std::fs::read(format!("/proc/{pid}/stat")).ok()?)
+    }
+
+    /// The format is proc(5)'s: the name stands in parentheses and may itself hold any byte, so the last `)` ends it.
+    fn parse(stat: &[u8]) -> Option<Self> {
+        let open = stat.iter().position(|&b| b == b'(')?;
+        let close = stat.iter().rposition(|&b| b == b')')?;
+        let pid = std::str::from_utf8(&stat[..open]).ok()?.trim().parse().ok()?;
+        let rest: Vec<&str> = std::str::from_utf8(stat.get(close + 1..)?).ok()?.split_whitespace().collect();
+        let number = |at: usize| rest.get(at)?.parse::<i64>().ok();
+        Some(Self {
+            pid: Pid::from_raw(pid),
+            name: String::from_utf8_lossy(stat.get(open + 1..close)?).into_owned(),
+            state: rest.first()?.chars().next()?,
+            parent: Pid::from_raw(i32::try_from(number(1)?).ok()?),
+            session: Pid::from_raw(i32::try_from(number(3)?).ok()?),
+            terminal: number(4)?.cast_unsigned() & 0xffff_ffff,
+            start: rest.get(19)?.parse().ok()?,
+        })
+    }
+
+    /// All processes this one can see.
+    pub fn all() -> Vec<Self> {
+        let Ok(proc) = std::fs::read_dir("/proc") else { return Vec::new() };
+        proc.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+            .filter_map(|pid| Self::read(Pid::from_raw(pid)))
+            .collect()
+    }
+
+    /// The path of its terminal, where that is a pty.
+    pub fn terminal_path(&self) -> Option<PathBuf> {
+        // dev_t as the kernel prints it: minor bits 0-7 and 20-31, major bits 8-19; ptys have majors 136 to 143.
+        let major = (self.terminal >> 8) & 0xfff;
+        let minor = (self.terminal & 0xff) | ((self.terminal >> 12) & 0xfff00);
+        (136..=143).contains(&major).then(|| PathBuf::from(format!("/dev/pts/{}", (major - 136) * 256 + minor)))
+    }
+
+    /// Sends it a signal, if it is still there.
+    pub fn signal(&self, signal: Signal) {
+        let _ = Handle::open(self.pid, self.start).and_then(|handle| handle.signal(signal));
+    }
+
+    /// Its command line, for a log; its short name where there is none.
+    pub fn command_line(&self) -> String {
+        let raw = std::fs::read(format!("/proc/{}/cmdline", self.pid)).unwrap_or_default();
+        let words: Vec<_> = raw.split(|&b| b == 0).filter(|w| !w.is_empty()).map(String::from_utf8_lossy).collect();
+        if words.is_empty() { format!("[{}]", self.name) } else { words.join(" ").escape_debug().to_string() }
+    }
+}
+
+/// When this process was started, as [`Entry::start`].
+pub fn own_start() -> Option<u64> {
+    Entry::read(nix::unistd::getpid()).map(|e| e.start)
+}
+
+/// Those of `all` that descend from `ancestor`, nearest first.
+pub fn descendants(all: &[Entry], ancestor: Pid) -> Vec<Entry> {
+    let mut found: Vec<Entry> = Vec::new();
+    let mut parents = vec![ancestor];
+    while let Some(parent) = parents.pop() {
+        for entry in all.iter().filter(|e| e.parent == parent && e.pid != ancestor) {
+            if !found.iter().any(|f| f.pid == entry.pid) {
+                parents.push(entry.pid);
+                found.push(entry.clone());
+            }
+        }
+    }
+    found
+}
+
+/// Replaces this process with `program`; returns only on failure. Strings that hold a NUL byte are an error.
+pub fn exec(
+    program: &std::path::Path,
+    arguments: &[OsString],
+    environment: &[(OsString, OsString)],
+) -> nix::Result<Infallible> {
+    use std::ffi::CString;
+    use std::os::unix::ffi::{OsStrExt, OsStringExt};
+    let c_string = |bytes: Vec<u8>| CString::new(bytes).map_err(|_| nix::errno::Errno::EINVAL);
+    let path = c_string(program.as_os_str().as_bytes().to_vec())?;
+    let arguments: Vec<_> = arguments.iter().map(|a| c_string(a.as_bytes().to_vec())).collect::<nix::Result<_>>()?;
+    let environment: Vec<_> = environment
+        .iter()
+        .map(|(name, value)| {
+            let mut pair = name.clone();
+            pair.push("=");
+            pair.push(value);
+            c_string(pair.into_vec())
+        })
+        .collect::<nix::Result<_>>()?;
+    nix::unistd::execve(&path, &arguments, &environment)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_name_may_hold_anything() {
+        let line = b"17 (a) S 1 (b) R 5 6 7 34817 8 0 0 0 0 0 0 0 0 0 20 0 1 0 4711 0 0";
+        let entry = Entry::parse(line).unwrap();
+        assert_eq!((entry.name.as_str(), entry.parent.as_raw(), entry.start), ("a) S 1 (b", 5, 4711));
+        assert_eq!(entry.terminal_path(), Some(PathBuf::from("/dev/pts/1")));
+        assert_eq!(Entry::parse(b"17 (a"), None);
+    }
+
+    #[test]
+    fn a_handle_is_refused_when_the_number_has_changed_hands() {
+        let me = nix::unistd::getpid();
+        let start = own_start().unwrap();
+        assert_eq!(Handle::open(me, start).unwrap().pid, me);
+        assert_eq!(Handle::open(me, start + 1).unwrap_err().raw_os_error(), Some(libc::ESRCH));
+    }
+
+    #[test]
+    fn descendants_are_found_through_generations() {
+        let entry = |pid, parent| Entry {
+            pid: Pid::from_raw(pid),
+            parent: Pid::from_raw(parent),
+            name: String::new(),
+            state: 'S',
+            session: Pid::from_raw(1),
+            terminal: 0,
+            start: 0,
+        };
+        let all = [entry(1, 0), entry(2, 1), entry(3, 2), entry(4, 0), entry(5, 4)];
+        let found: Vec<_> = descendants(&all, Pid::from_raw(1)).iter().map(|e| e.pid.as_raw()).collect();
+        assert_eq!(found, [2, 3]);
+    }
+}

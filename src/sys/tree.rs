@@ -1,0 +1,326 @@
+//! A folder whose contents are not trusted, reached by descriptor only.
+//!
+//! Every look-up is one `openat2` with `RESOLVE_IN_ROOT`, so that a link in the tree, absolute or with `..`, never
+//! leads out of it (CVE-2021-30465, CVE-2026-41579, CVE-2026-47766 are launchers that used a path).
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Component, Path, PathBuf};
+
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, Stat, Timestamps};
+use rustix::io::Errno;
+
+/// How often a look-up that raced with a rename or a mount is tried again; the kernel answers EAGAIN then.
+const RACE_RETRIES: usize = 128;
+
+/// An open folder, below which names are resolved as if it were `/`.
+#[derive(Debug)]
+pub struct Tree {
+    folder: OwnedFd,
+}
+
+impl Tree {
+    /// Opens the folder `path`. Its last component must not be a link (ENOTDIR): a link in an untrusted place would choose
+    /// another tree.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        Ok(Self { folder: rustix::fs::open(path, flags, Mode::empty())? })
+    }
+
+    /// Takes a folder that is already open.
+    pub fn from_fd(folder: OwnedFd) -> Self {
+        Self { folder }
+    }
+
+    /// Opens `path` below the tree; every link on the way is resolved inside it, the last component too unless `flags` hold
+    /// `NOFOLLOW`.
+    pub fn open_at(&self, path: impl AsRef<Path>, flags: OFlags, mode: Mode) -> io::Result<OwnedFd> {
+        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+        for _ in 0..RACE_RETRIES {
+            match rustix::fs::openat2(&self.folder, path.as_ref(), flags | OFlags::CLOEXEC, mode, resolve) {
+                Err(Errno::AGAIN | Errno::INTR) => {}
+                other => return other.map_err(Into::into),
+            }
+        }
+        Err(Errno::AGAIN.into())
+    }
+
+    /// A handle on the object itself, a link included.
+    pub fn handle(&self, path: impl AsRef<Path>) -> io::Result<OwnedFd> {
+        self.open_at(path, OFlags::PATH | OFlags::NOFOLLOW, Mode::empty())
+    }
+
+    /// A folder below the tree, as a tree of its own.
+    pub fn folder(&self, path: impl AsRef<Path>) -> io::Result<Tree> {
+        Ok(Tree { folder: self.open_at(path, OFlags::PATH | OFlags::DIRECTORY, Mode::empty())? })
+    }
+
+    /// What stands at `path`, a link included; `None` where nothing does.
+    pub fn look(&self, path: impl AsRef<Path>) -> io::Result<Option<Stat>> {
+        match self.handle(path) {
+            Ok(fd) => Ok(Some(rustix::fs::fstat(fd)?)),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Reads a regular file of at most `limit` bytes. Anything else at that name is an error, and nothing can make this hang:
+    /// a fifo, a device or a socket is not opened for reading.
+    pub fn read(&self, path: impl AsRef<Path>, limit: u64) -> io::Result<Vec<u8>> {
+        let fd = self.open_at(path, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY, Mode::empty())?;
+        if FileType::from_raw_mode(rustix::fs::fstat(&fd)?.st_mode) != FileType::RegularFile {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
+        }
+        let mut text = Vec::new();
+        File::from(fd).take(limit + 1).read_to_end(&mut text)?;
+        if text.len() as u64 > limit {
+            return Err(io::Error::new(io::ErrorKind::FileTooLarge, format!("larger than {limit} bytes")));
+        }
+        Ok(text)
+    }
+
+    /// Creates the file `path` if nothing is there, and never through a link. Returns whether it was created.
+    pub fn touch(&self, path: impl AsRef<Path>) -> io::Result<bool> {
+        let (folder, name) = self.parent_of(path.as_ref())?;
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
+        match folder.open_at(&name, flags, Mode::from_raw_mode(0o644)) {
+            Ok(_) => Ok(true),
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Puts `text` at `path` in one step, so that a reader sees the old file or the new, never a part; what stood there, a link
+    /// included, is replaced. Mode 0644, on disk when this returns.
+    pub fn replace(&self, path: impl AsRef<Path>, text: &[u8]) -> io::Result<()> {
+        let (folder, name) = self.parent_of(path.as_ref())?;
+        let mut temporary = OsString::from(".");
+        temporary.push(&name);
+        temporary.push(".ims-sshd");
+        folder.remove(&temporary)?;
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
+        let mut file = File::from(folder.open_at(&temporary, flags, Mode::from_raw_mode(0o644))?);
+        let written = file
+            .write_all(text)
+            .and_then(|()| file.sync_all())
+            .and_then(|()| Ok(rustix::fs::renameat(&folder.folder, &temporary, &folder.folder, &name)?));
+        if written.is_err() {
+            let _ = folder.remove(&temporary);
+        }
+        written
+    }
+
+    /// Removes the file or link `path`; nothing there is no error. Returns whether something was removed.
+    pub fn remove(&self, path: impl AsRef<Path>) -> io::Result<bool> {
+        self.unlink(path.as_ref(), AtFlags::empty())
+    }
+
+    /// Removes the empty folder `path`; nothing there is no error. Returns whether something was removed.
+    pub fn remove_folder(&self, path: impl AsRef<Path>) -> io::Result<bool> {
+        self.unlink(path.as_ref(), AtFlags::REMOVEDIR)
+    }
+
+    /// Makes the folder `path` (mode 0755), or the empty file `path`, and leaves its parent's times as they were.
+    pub fn make_mount_point(&self, path: impl AsRef<Path>, folder: bool) -> io::Result<()> {
+        let (parent, name) = self.parent_of(path.as_ref())?;
+        parent.keeping_times(|| {
+            if folder {
+                rustix::fs::mkdirat(&parent.folder, &name, Mode::from_raw_mode(0o755))?;
+            } else {
+                parent.touch(&name)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Removes what [`Tree::make_mount_point`] made, if it is still empty, and leaves the parent's times as they were.
+    /// Returns whether it is gone.
+    pub fn remove_mount_point(&self, path: impl AsRef<Path>) -> io::Result<bool> {
+        let Some(made) = self.look(path.as_ref())? else { return Ok(true) };
+        let (parent, name) = self.parent_of(path.as_ref())?;
+        parent.keeping_times(|| match FileType::from_raw_mode(made.st_mode) {
+            FileType::Directory => match parent.remove_folder(&name) {
+                Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(false),
+                other => other.map(|_| true),
+            },
+            FileType::RegularFile if made.st_size == 0 => parent.remove(&name).map(|_| true),
+            _ => Ok(false),
+        })
+    }
+
+    /// Writes all that the tree's file system still holds in memory to its disk (`syncfs`).
+    pub fn sync(&self) -> io::Result<()> {
+        // syncfs wants a descriptor that is open for reading, which an O_PATH one is not.
+        let folder =
+            rustix::fs::openat(&self.folder, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+        rustix::fs::syncfs(folder).map_err(Into::into)
+    }
+
+    /// Opens the tree's own folder for reading, as `flock` and `fsync` need it.
+    pub fn reopen(&self) -> io::Result<OwnedFd> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        rustix::fs::openat(&self.folder, ".", flags, Mode::empty()).map_err(Into::into)
+    }
+
+    fn unlink(&self, path: &Path, flags: AtFlags) -> io::Result<bool> {
+        let (folder, name) = match self.parent_of(path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false),
+            other => other?,
+        };
+        match rustix::fs::unlinkat(&folder.folder, &name, flags) {
+            Ok(()) => Ok(true),
+            Err(Errno::NOENT) => Ok(false),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    /// The folder that holds `path`, resolved inside the tree, and the last name.
+    fn parent_of(&self, path: &Path) -> io::Result<(Tree, OsString)> {
+        let name = path
+            .file_name()
+            .filter(|_| !path.as_os_str().as_bytes().ends_with(b"/"))
+            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "a path without a last name"))?;
+        let parent = path.parent().filter(|p| p.components().any(|c| matches!(c, Component::Normal(_))));
+        let folder = match parent {
+            Some(parent) => self.folder(parent)?,
+            None => Tree { folder: self.folder.try_clone()? },
+        };
+        Ok((folder, name.to_owned()))
+    }
+
+    /// Runs `change` on this folder and puts its access and modification times back: the image root must look untouched.
+    fn keeping_times<T>(&self, change: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        let before = rustix::fs::fstat(&self.folder)?;
+        let result = change()?;
+        let times = Timestamps {
+            last_access: rustix::fs::Timespec { tv_sec: before.st_atime, tv_nsec: before.st_atime_nsec.cast_signed() },
+            last_modification: rustix::fs::Timespec {
+                tv_sec: before.st_mtime,
+                tv_nsec: before.st_mtime_nsec.cast_signed(),
+            },
+        };
+        rustix::fs::utimensat(self.reopen()?, ".", &times, AtFlags::empty())?;
+        Ok(result)
+    }
+}
+
+impl AsFd for Tree {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.folder.as_fd()
+    }
+}
+
+/// The type of what a [`Stat`] describes, in words for a message.
+pub fn kind_of(stat: &Stat) -> &'static str {
+    match FileType::from_raw_mode(stat.st_mode) {
+        FileType::RegularFile => "a regular file",
+        FileType::Directory => "a folder",
+        FileType::Symlink => "a symbolic link",
+        FileType::Fifo => "a fifo",
+        FileType::Socket => "a socket",
+        FileType::CharacterDevice => "a character device",
+        FileType::BlockDevice => "a block device",
+        FileType::Unknown => "something unknown",
+    }
+}
+
+/// `path` as `/`-separated text that names one file in a flat folder: `/mnt/image` becomes `mnt-image`, as systemd-escape does.
+pub fn escape(path: &Path) -> String {
+    let trimmed: PathBuf = path.components().filter(|c| matches!(c, Component::Normal(_))).collect();
+    let mut escaped = String::new();
+    for (at, &byte) in trimmed.as_os_str().as_bytes().iter().enumerate() {
+        match byte {
+            b'/' => escaped.push('-'),
+            b'.' if at > 0 => escaped.push('.'),
+            b'0'..=b'9' | b'a'..=b'z' | b'A'..=b'Z' => escaped.push(char::from(byte)),
+            other => escaped.push_str(&format!("_{other:02x}")),
+        }
+    }
+    if escaped.is_empty() { "-".into() } else { escaped }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    #[test]
+    fn links_never_lead_out_of_the_tree() {
+        let outside = tempfile::tempdir().unwrap();
+        let inside = tempfile::tempdir().unwrap();
+        std::fs::write(outside.path().join("secret"), "x").unwrap();
+        symlink(outside.path(), inside.path().join("absolute")).unwrap();
+        symlink("../../../../../..", inside.path().join("up")).unwrap();
+        let tree = Tree::open(inside.path()).unwrap();
+        assert!(tree.read("absolute/secret", 10).is_err());
+        assert!(tree.touch("absolute/made").is_err());
+        assert!(tree.touch("up/made").unwrap());
+        assert!(inside.path().join("made").exists(), "`..` stops at the tree's root");
+        assert!(!outside.path().join("made").exists());
+    }
+
+    #[test]
+    fn a_signal_file_is_never_created_through_a_link() {
+        let outside = tempfile::tempdir().unwrap();
+        let inside = tempfile::tempdir().unwrap();
+        symlink(outside.path().join("target"), inside.path().join("complete")).unwrap();
+        let tree = Tree::open(inside.path()).unwrap();
+        assert!(!tree.touch("complete").unwrap());
+        assert!(!outside.path().join("target").exists());
+    }
+
+    #[test]
+    fn a_tree_that_is_a_link_is_refused() {
+        let real = tempfile::tempdir().unwrap();
+        let other = tempfile::tempdir().unwrap();
+        symlink(real.path(), other.path().join("link")).unwrap();
+        assert_eq!(Tree::open(&other.path().join("link")).unwrap_err().kind(), io::ErrorKind::NotADirectory);
+    }
+
+    #[test]
+    fn mount_points_leave_no_trace_and_full_ones_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        let before = std::fs::metadata(dir.path()).unwrap().modified().unwrap();
+        let tree = Tree::open(dir.path()).unwrap();
+        tree.make_mount_point("proc", true).unwrap();
+        tree.make_mount_point("file", false).unwrap();
+        assert!(tree.remove_mount_point("proc").unwrap());
+        assert!(tree.remove_mount_point("file").unwrap());
+        assert!(tree.remove_mount_point("never").unwrap());
+        assert_eq!(std::fs::metadata(dir.path()).unwrap().modified().unwrap(), before);
+        tree.make_mount_point("run", true).unwrap();
+        std::fs::write(dir.path().join("run/users"), "").unwrap();
+        assert!(!tree.remove_mount_point("run").unwrap());
+    }
+
+    #[test]
+    fn reading_a_fifo_does_not_hang_and_a_large_file_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let tree = Tree::open(dir.path()).unwrap();
+        rustix::fs::mknodat(&tree, "fifo", FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
+        assert!(tree.read("fifo", 10).is_err());
+        std::fs::write(dir.path().join("large"), [0; 11]).unwrap();
+        assert_eq!(tree.read("large", 10).unwrap_err().kind(), io::ErrorKind::FileTooLarge);
+        assert_eq!(tree.read("large", 11).unwrap().len(), 11);
+    }
+
+    #[test]
+    fn replacing_takes_the_place_of_a_link_and_leaves_its_target() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("target"), "old").unwrap();
+        symlink("target", dir.path().join("link")).unwrap();
+        Tree::open(dir.path()).unwrap().replace("link", b"new").unwrap();
+        assert_eq!(std::fs::read(dir.path().join("link")).unwrap(), b"new");
+        assert_eq!(std::fs::read(dir.path().join("target")).unwrap(), b"old");
+    }
+
+    #[test]
+    fn different_paths_have_different_names() {
+        assert_eq!(escape(Path::new("/mnt/image")), "mnt-image");
+        assert_eq!(escape(Path::new("/mnt/im-age/")), "mnt-im_2dage");
+        assert_eq!(escape(Path::new("/")), "-");
+    }
+}
