@@ -281,7 +281,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(20_000))]
+        #![proptest_config(ProptestConfig::with_cases(10 * ProptestConfig::default().cases))]
         #[test]
         fn in_no_order_of_events_is_a_step_left_out_or_a_failure_forgotten(events in proptest::collection::vec(event(), 0..30)) {
             let mut machine = Machine::new(GRACE);

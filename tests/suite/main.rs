@@ -1,0 +1,6 @@
+//! The behaviour of the programs, on a real sshd and real image roots.
+//!
+//! Every test opens a build environment of its own, as a pod would, and talks to it with the clients that people use.
+
+mod sessions;
+mod support;

@@ -1,0 +1,366 @@
+//! Build environments for tests: the real programs, a real sshd, real image roots, in folders and mounts of their own.
+
+use std::ffi::OsStr;
+use std::io::Write;
+use std::net::TcpListener;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+pub const IMS_SSHD: &str = env!("CARGO_BIN_EXE_ims-sshd");
+pub const IMS_JAIL_SHELL: &str = env!("CARGO_BIN_EXE_ims-jail-shell");
+
+/// Nothing here takes longer unless it hangs.
+pub const LIMIT: Duration = Duration::from_secs(30);
+
+/// Where `make test` keeps what is costly to make.
+pub fn cache() -> PathBuf {
+    let path = std::env::var_os("IMS_SSHD_CACHE")
+        .map_or_else(|| PathBuf::from(std::env::var_os("HOME").expect("HOME")).join(".cache/ims-sshd"), PathBuf::from);
+    assert!(
+        path.join("debian/etc/passwd").exists(),
+        "no image roots in {}: run the tests with 'make test'",
+        path.display()
+    );
+    path
+}
+
+/// Which image root an environment gets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Image {
+    /// Debian, as an overlay over the cached one: `upper` then holds just what was changed.
+    Debian,
+    /// A static busybox and a passwd file, copied.
+    Busybox,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    Jailed,
+    Plain,
+}
+
+pub const MODES: [Mode; 2] = [Mode::Jailed, Mode::Plain];
+
+/// A folder laid out as a pod's volume, before an environment opens on it. Its mounts are this thread's own and vanish with it.
+pub struct Volume {
+    pub dir: TempDir,
+    pub parent: PathBuf,
+    pub image_root: PathBuf,
+    pub port: u16,
+    pub config: PathBuf,
+    pub key: PathBuf,
+}
+
+impl Volume {
+    pub fn new(image: Image) -> Self {
+        Self::laid_out(image, "image-root")
+    }
+
+    pub fn laid_out(image: Image, below: &str) -> Self {
+        own_mounts();
+        // Not below /tmp: sshd refuses keys in a folder that everybody can write to.
+        let base = cache().join("tests");
+        std::fs::create_dir_all(&base).unwrap();
+        let dir = tempfile::tempdir_in(base).unwrap();
+        let parent = dir.path().join("parent");
+        let image_root = parent.join(below);
+        std::fs::create_dir_all(&image_root).unwrap();
+        match image {
+            Image::Debian => {
+                let (upper, work) = (dir.path().join("upper"), dir.path().join("work"));
+                std::fs::create_dir(&upper).unwrap();
+                std::fs::create_dir(&work).unwrap();
+                let options = format!(
+                    "lowerdir={},upperdir={},workdir={}",
+                    cache().join("debian").display(),
+                    upper.display(),
+                    work.display()
+                );
+                succeed(Command::new("mount").args(["-t", "overlay", "-o", &options, "overlay"]).arg(&image_root));
+            }
+            Image::Busybox => {
+                succeed(Command::new("cp").arg("-aT").arg(cache().join("busybox")).arg(&image_root));
+            }
+        }
+        let key = client_key();
+        let keys = dir.path().join("authorized_keys");
+        std::fs::copy(key.with_extension("pub"), &keys).unwrap();
+        let port = free_port();
+        let config = dir.path().join("sshd_config");
+        let text = format!(
+            "Port {port}\nListenAddress 127.0.0.1\nPidFile none\nLogLevel INFO\nPermitRootLogin yes\nPubkeyAuthentication yes\n\
+             AuthorizedKeysFile {}\nPasswordAuthentication no\nChallengeResponseAuthentication no\nMaxStartups 200\n\
+             AcceptEnv LANG LC_*\nSubsystem sftp internal-sftp\n",
+            keys.display()
+        );
+        std::fs::write(&config, text).unwrap();
+        Self { parent, image_root, port, config, key, dir }
+    }
+
+    /// What an overlay over the cached image holds: the changes, as paths.
+    pub fn changes(&self) -> Vec<PathBuf> {
+        let upper = self.dir.path().join("upper");
+        let mut found: Vec<_> = walk(&upper).into_iter().map(|p| p.strip_prefix(&upper).unwrap().to_owned()).collect();
+        found.retain(|p| !p.as_os_str().is_empty());
+        found
+    }
+
+    pub fn signal(&self, name: &str) -> PathBuf {
+        self.parent.join(name)
+    }
+
+    pub fn touch(&self, name: &str) {
+        std::fs::write(self.signal(name), "").unwrap();
+    }
+
+    pub fn sshd_log(&self) -> PathBuf {
+        self.dir.path().join("sshd.log")
+    }
+
+    /// The variables that a pod gives a customize job.
+    pub fn variables(&self, mode: Mode) -> Vec<(String, String)> {
+        [
+            ("IMS_ACTION", "customize".to_owned()),
+            ("IMAGE_ROOT_PARENT", self.parent.display().to_string()),
+            ("ENABLE_DEBUG", "False".to_owned()),
+            ("SSHD_OPTIONS", format!("-E {} -f {}", self.sshd_log().display(), self.config.display())),
+            ("SSHD_CONFIG_FILE", self.config.display().to_string()),
+            ("IMS_JOB_ID", "5ec3b0a1-job".to_owned()),
+            ("SSH_JAIL", if mode == Mode::Jailed { "True".to_owned() } else { "False".to_owned() }),
+            ("JOB_ENABLE_DKMS", "False".to_owned()),
+            ("BUILD_ARCH", "x86_64".to_owned()),
+            ("REMOTE_BUILD_NODE", String::new()),
+            ("IMS_CLOSE_GRACE", "5".to_owned()),
+        ]
+        .map(|(n, v)| (n.to_owned(), v))
+        .into()
+    }
+
+    /// Starts the entrypoint; nothing listens before `ready`.
+    pub fn start(self, mode: Mode) -> Environment {
+        self.start_with(mode, &[])
+    }
+
+    /// The same with further variables; an empty one unsets.
+    pub fn start_with(self, mode: Mode, further: &[(&str, &str)]) -> Environment {
+        let entrypoint = self.entrypoint(mode, further).spawn().unwrap();
+        Environment { entrypoint, volume: self, status: None }
+    }
+
+    pub fn log(&self) -> PathBuf {
+        self.dir.path().join("entrypoint.log")
+    }
+
+    pub fn entrypoint(&self, mode: Mode, further: &[(&str, &str)]) -> Command {
+        let log = std::fs::File::options().create(true).append(true).open(self.log()).unwrap();
+        let mut command = Command::new(IMS_SSHD);
+        command.arg("entrypoint").env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+        command.envs(self.variables(mode)).envs(further.iter().copied());
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+        command
+    }
+}
+
+/// An environment that was started.
+pub struct Environment {
+    pub entrypoint: Child,
+    pub volume: Volume,
+    pub status: Option<ExitStatus>,
+}
+
+impl std::ops::Deref for Environment {
+    type Target = Volume;
+    fn deref(&self) -> &Volume {
+        &self.volume
+    }
+}
+
+impl Environment {
+    /// A ready environment in which one can log in.
+    pub fn open(image: Image, mode: Mode) -> Self {
+        Volume::new(image).start(mode).ready()
+    }
+
+    /// Says `ready` and waits until sshd listens.
+    pub fn ready(self) -> Self {
+        self.touch("ready");
+        self.wait_for("sshd_listening");
+        self
+    }
+
+    /// Waits for a signal file.
+    pub fn wait_for(&self, name: &str) {
+        let path = self.signal(name);
+        wait_until(&format!("'{name}' to appear; the log:\n{}", self.log_text()), || path.exists());
+    }
+
+    pub fn log_text(&self) -> String {
+        std::fs::read_to_string(self.volume.log()).unwrap_or_default()
+    }
+
+    /// The end of the entrypoint, as its exit code.
+    pub fn end(&mut self) -> i32 {
+        let began = Instant::now();
+        while self.status.is_none() {
+            self.status = self.entrypoint.try_wait().unwrap();
+            assert!(began.elapsed() < LIMIT, "the entrypoint does not end; its log:\n{}", self.log_text());
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        let status = self.status.unwrap();
+        status.code().unwrap_or_else(|| 128 + status.signal().unwrap())
+    }
+
+    /// Marks the image from outside and waits for the end.
+    pub fn complete(&mut self) -> i32 {
+        self.touch("complete");
+        self.end()
+    }
+
+    pub fn ssh_options(&self) -> Vec<String> {
+        let mut options: Vec<String> = vec!["-F".into(), "none".into(), "-i".into(), self.key.display().to_string()];
+        for option in [
+            "StrictHostKeyChecking=no",
+            "UserKnownHostsFile=/dev/null",
+            "LogLevel=ERROR",
+            "BatchMode=yes",
+            "ConnectTimeout=10",
+        ] {
+            options.extend(["-o".to_owned(), option.to_owned()]);
+        }
+        options
+    }
+
+    /// `ssh` with further options; the command is to be added after the host, which is the last argument here.
+    pub fn ssh(&self, options: &[&str]) -> Command {
+        let mut command = Command::new("ssh");
+        command.args(self.ssh_options()).args(options).args(["-p", &self.port.to_string(), "root@127.0.0.1"]);
+        command.stdin(Stdio::null()).env("LC_ALL", "C.UTF-8");
+        command
+    }
+
+    /// The output of a command line over ssh.
+    pub fn run(&self, command: &str) -> Output {
+        self.ssh(&[]).arg(command).output().unwrap()
+    }
+
+    /// Standard output of a command line that has to succeed.
+    pub fn says(&self, command: &str) -> String {
+        let output = self.run(command);
+        assert!(output.status.success(), "{command}: {output:?}\nlog:\n{}", self.log_text());
+        String::from_utf8(output.stdout).unwrap().trim_end().to_owned()
+    }
+
+    /// A batch of sftp commands, with its output.
+    pub fn sftp(&self, batch: &str) -> Output {
+        let mut command = Command::new("sftp");
+        command.args(self.ssh_options()).args(["-b", "-", "-P", &self.port.to_string(), "root@127.0.0.1"]);
+        feed(&mut command, batch.as_bytes())
+    }
+}
+
+impl Drop for Environment {
+    fn drop(&mut self) {
+        if self.status.is_none() {
+            let pid = nix::unistd::Pid::from_raw(self.entrypoint.id().cast_signed());
+            let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM);
+            let _ = self.entrypoint.wait();
+        }
+        if std::thread::panicking() {
+            eprintln!("--- the entrypoint's log\n{}", self.log_text());
+            eprintln!("--- sshd's log\n{}", std::fs::read_to_string(self.sshd_log()).unwrap_or_default());
+        }
+    }
+}
+
+/// Runs `command` with `input`.
+pub fn feed(command: &mut Command, input: &[u8]) -> Output {
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    let input = input.to_vec();
+    let writer = std::thread::spawn(move || {
+        let _ = stdin.write_all(&input);
+    });
+    let output = child.wait_with_output().unwrap();
+    writer.join().unwrap();
+    output
+}
+
+/// Waits for something that no event tells of in this process.
+pub fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
+    let began = Instant::now();
+    while !holds() {
+        assert!(began.elapsed() < LIMIT, "waited {} s in vain for {what}", LIMIT.as_secs());
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+pub fn succeed(command: &mut Command) -> String {
+    let output = command.output().unwrap_or_else(|e| panic!("{command:?}: {e}"));
+    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+pub fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// All paths below `folder`, itself included, in order.
+pub fn walk(folder: &Path) -> Vec<PathBuf> {
+    let mut found = vec![folder.to_owned()];
+    let mut folders = vec![folder.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let entry = entry.unwrap();
+            if entry.file_type().unwrap().is_dir() {
+                folders.push(entry.path());
+            }
+            found.push(entry.path());
+        }
+    }
+    found.sort();
+    found
+}
+
+/// Mounts made from here on belong to this test's thread and to what it starts; they are gone with it.
+fn own_mounts() {
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).expect("the tests need root");
+    succeed(Command::new("mount").args(["--make-rprivate", "/"]));
+}
+
+/// One key pair for all tests of a run.
+fn client_key() -> PathBuf {
+    static KEY: OnceLock<(TempDir, PathBuf)> = OnceLock::new();
+    let (_, key) = KEY.get_or_init(|| {
+        let dir = tempfile::tempdir_in(cache()).unwrap();
+        let key = dir.path().join("id_ed25519");
+        succeed(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(&key));
+        (dir, key)
+    });
+    key.clone()
+}
+
+/// Numbers of processes whose command line holds `text`.
+pub fn processes_with(text: &str) -> Vec<u32> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse().ok()) else { continue };
+        let line = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        if String::from_utf8_lossy(&line).replace('\0', " ").contains(text) {
+            found.push(pid);
+        }
+    }
+    found
+}
+
+pub fn text(bytes: impl AsRef<[u8]>) -> String {
+    String::from_utf8_lossy(bytes.as_ref()).into_owned()
+}
+
+pub fn os(text: &str) -> &OsStr {
+    OsStr::new(text)
+}
