@@ -1,5 +1,6 @@
 //! Folders that the image lacks and the jail needs: made before it, noted before that, removed after it.
 
+use std::fmt::Write;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -81,23 +82,24 @@ const NOTE: &str = ".ims-sshd.mount-points";
 pub struct Made<'a> {
     image_root: &'a Tree,
     note_folder: &'a Tree,
-    made: Vec<MountPoint>,
+    points: Vec<MountPoint>,
 }
 
 impl<'a> Made<'a> {
     /// Notes `wanted` in `note_folder` and makes them.
     pub fn make(image_root: &'a Tree, note_folder: &'a Tree, wanted: Vec<MountPoint>) -> Result<Self> {
         if !wanted.is_empty() {
-            let text: String = wanted
-                .iter()
-                .map(|p| format!("{} {}\n", if p.folder { "folder" } else { "file" }, p.path.display()))
-                .collect();
+            let mut text = String::new();
+            for point in &wanted {
+                let kind = if point.folder { "folder" } else { "file" };
+                let _ = writeln!(text, "{kind} {}", point.path.display());
+            }
             note_folder
                 .replace(NOTE, text.as_bytes())
                 .attempt(|| format!("note the mount points to be made in {NOTE} beside the image root"))?;
         }
-        let made = Self { image_root, note_folder, made: wanted };
-        for point in &made.made {
+        let made = Self { image_root, note_folder, points: wanted };
+        for point in &made.points {
             image_root
                 .make_mount_point(&point.path, point.folder)
                 .attempt(|| format!("make the mount point /{} in the image", point.path.display()))
@@ -109,18 +111,18 @@ impl<'a> Made<'a> {
     /// What an earlier environment on the same parent made and, killed, did not remove.
     pub fn left_over(image_root: &'a Tree, note_folder: &'a Tree) -> Option<Self> {
         let note = note_folder.read(NOTE, 1 << 16).ok()?;
-        let made = String::from_utf8_lossy(&note)
+        let points = String::from_utf8_lossy(&note)
             .lines()
             .filter_map(|line| line.split_once(' '))
             .map(|(kind, path)| MountPoint { path: path.into(), folder: kind == "folder" })
             .collect();
-        Some(Self { image_root, note_folder, made })
+        Some(Self { image_root, note_folder, points })
     }
 
     /// Removes them, and the note. Returns what could not be removed because somebody put something there.
     pub fn remove(self) -> Result<Vec<PathBuf>> {
         let mut kept = Vec::new();
-        for point in &self.made {
+        for point in &self.points {
             let gone = self
                 .image_root
                 .remove_mount_point(&point.path)

@@ -84,7 +84,7 @@ pub fn mark_in_image(image_root: &Tree, verdict: Verdict) -> Result<()> {
 /// would let a session land outside.
 pub fn configure_sshd(settings: &Settings, state: &StateFolder) -> Result<Effective> {
     let fragment = state.fragment();
-    let options = &settings.sshd.words;
+    let options = &settings.sshd.asking;
     let shown = settings.sshd_config.display();
     // Without the fragment, whose Include sshd passes over as long as it does not exist: what the configuration says by itself.
     let _ = std::fs::remove_file(&fragment);

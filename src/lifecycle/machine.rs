@@ -46,7 +46,7 @@ impl State {
 }
 
 /// What can happen.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Event {
     /// The sidecar says that the image is there.
     Ready,
@@ -72,7 +72,7 @@ pub enum Event {
 }
 
 /// What is to be done.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {
     /// Make everything up to a listening sshd; answer with [`Event::Listening`] or [`Event::Broken`].
     Prepare,

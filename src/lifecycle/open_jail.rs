@@ -165,7 +165,7 @@ fn start(wanted: &Wanted<'_>, resolv_conf: Option<PathBuf>) -> Result<(Pid, Link
     let status = command.status().attempt(attempted)?;
     // Its end of the socket is now the init's alone: it closes when that one ends.
     drop(command);
-    let mut init = None;
+    let (mut init, mut ready) = (None, false);
     let failed = |init: Option<Pid>, why: String| {
         if let Some(init) = init {
             let _ = kill(init, Signal::SIGKILL);
@@ -175,7 +175,11 @@ fn start(wanted: &Wanted<'_>, resolv_conf: Option<PathBuf>) -> Result<(Pid, Link
         let why = why.strip_prefix("cannot ").map(str::to_owned).unwrap_or(why);
         Err(Error::new(why))
     };
+    // The init and the process that started it speak in any order.
     loop {
+        if let (Some(init), true) = (init, ready) {
+            return Ok((init, ours));
+        }
         let mut sources = [PollFd::new(&ours, PollFlags::IN)];
         let timely = rustix::event::poll(&mut sources, Some(&TIME_TO_MAKE));
         if matches!(timely, Ok(0)) {
@@ -183,11 +187,9 @@ fn start(wanted: &Wanted<'_>, resolv_conf: Option<PathBuf>) -> Result<(Pid, Link
         }
         match ours.receive().attempt(|| "hear from the jail's init")? {
             Some(Message::Started(pid)) => init = Some(Pid::from_raw(pid)),
+            Some(Message::Ready) => ready = true,
             Some(Message::Failed(why)) => return failed(init, why),
-            Some(Message::Ready) => match init {
-                Some(init) => return Ok((init, ours)),
-                None => return failed(None, "make the jail: its init did not say who it is".into()),
-            },
+            // Not lost: it stands in the image's /tmp.
             Some(Message::Marked(_)) => {}
             None => {
                 return failed(init, format!("make the jail: {} ended without a word ({status})", program.display()));

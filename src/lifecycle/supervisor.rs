@@ -107,6 +107,7 @@ struct Supervisor<F> {
 
 impl<F: FnOnce()> Supervisor<F> {
     fn live(&mut self) -> Result<Outcome> {
+        self.open_parent()?;
         tracing::info!(
             parent = %self.settings.parent.display(),
             jailed = self.settings.jailed,
@@ -115,10 +116,7 @@ impl<F: FnOnce()> Supervisor<F> {
         );
         match Groundwork::lay(&self.settings) {
             Ok(groundwork) => self.groundwork = Some(groundwork),
-            Err(e) => {
-                self.open_parent()?;
-                self.happen(broken(&e));
-            }
+            Err(e) => self.happen(broken(&e)),
         }
         while self.machine.state() != State::Done {
             let events = self.look()?;
@@ -373,7 +371,10 @@ impl<F: FnOnce()> Supervisor<F> {
         let marked = marked.and_then(|()| files.touch(EXITING));
         match marked {
             Ok(()) => {
-                tracing::info!(verdict = verdict.signal_file(), "'{EXITING}': nobody writes to the image root any more")
+                tracing::info!(
+                    verdict = verdict.signal_file(),
+                    "'{EXITING}': nobody writes to the image root any more"
+                );
             }
             Err(e) => {
                 tracing::error!("{e}");

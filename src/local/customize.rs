@@ -36,8 +36,9 @@ pub fn run(wanted: Customization) -> Result<u8> {
     for file in [&wanted.authorized_key, &wanted.script].into_iter().flatten() {
         std::fs::metadata(file).map_err(|e| Error::bad_input(format!("{}: {e}", file.display())))?;
     }
-    let run = local::RunFolder::claim("customize", &image_root)?;
+    // Before anything is opened: a descriptor from before would not see what is mounted from here on.
     local::own_mounts()?;
+    let run = local::RunFolder::claim("customize", &image_root)?;
     local::own_terminals()?;
     let shown = show_image_root(&image_root, run.path())?;
 

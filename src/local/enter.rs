@@ -22,12 +22,12 @@ use crate::sys::tree::Tree;
 /// Returns its exit code, or dies of the signal it died of.
 pub fn run(image_root: &Path, command: &[OsString]) -> Result<u8> {
     let image_root = local::image_root(image_root)?;
+    local::own_mounts()?;
     let run = local::RunFolder::claim("enter", &image_root)?;
     // The command is in the foreground; what it does about these is its own business.
     let held = [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGTSTP, Signal::SIGCHLD];
     let _signals = Signals::hold(&held).attempt(|| "hold back signals")?;
     nix::sys::prctl::set_child_subreaper(true).attempt(|| "become the parent of orphaned processes")?;
-    local::own_mounts()?;
 
     let state = StateFolder::of(run.path())?;
     let tree = Tree::open(&image_root).attempt(|| format!("open the image root {}", image_root.display()))?;

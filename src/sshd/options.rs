@@ -9,6 +9,8 @@ use crate::error::{Error, Result};
 pub struct Options {
     /// The words that sshd is started with.
     pub words: Vec<String>,
+    /// The same without `-E`: to ask sshd for its configuration, and hear its complaints.
+    pub asking: Vec<String>,
     /// `-f`: its configuration.
     pub config: Option<PathBuf>,
     /// `-E`: its log.
@@ -40,7 +42,9 @@ impl Options {
                     let argument = if attached.is_empty() { rest.next() } else { Some(attached) };
                     let argument = argument.ok_or_else(|| refuse(format!("-{letter} lacks its argument")))?;
                     options.note(letter, &argument).map_err(&refuse)?;
-                } else if !WITHOUT.contains(letter) {
+                } else if WITHOUT.contains(letter) {
+                    options.asking.push(format!("-{letter}"));
+                } else {
                     return Err(refuse(reason_against(letter)));
                 }
             }
@@ -57,9 +61,13 @@ impl Options {
         }
         match letter {
             'f' => self.config = Some(argument.into()),
-            'E' => self.log = Some(argument.into()),
+            'E' => {
+                self.log = Some(argument.into());
+                return Ok(());
+            }
             _ => {}
         }
+        self.asking.extend([format!("-{letter}"), argument.to_owned()]);
         Ok(())
     }
 
@@ -101,6 +109,7 @@ mod tests {
         assert_eq!(options.config, Some("/a b/sshd_config".into()));
         assert_eq!(options.log, Some("/etc/cray/ims/sshd.log".into()));
         assert_eq!(options.words.len(), 7);
+        assert_eq!(options.asking, ["-f", "/a b/sshd_config", "-q", "-o", "Port 2222", "-p", "22"]);
         assert_eq!(Options::parse("").unwrap(), Options::default());
         assert_eq!(Options::parse("-f/x").unwrap().config, Some("/x".into()));
     }

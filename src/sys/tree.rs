@@ -229,6 +229,7 @@ pub fn kind_of(stat: &Stat) -> &'static str {
 
 /// `path` as `/`-separated text that names one file in a flat folder: `/mnt/image` becomes `mnt-image`, as systemd-escape does.
 pub fn escape(path: &Path) -> String {
+    use std::fmt::Write;
     let trimmed: PathBuf = path.components().filter(|c| matches!(c, Component::Normal(_))).collect();
     let mut escaped = String::new();
     for (at, &byte) in trimmed.as_os_str().as_bytes().iter().enumerate() {
@@ -236,7 +237,9 @@ pub fn escape(path: &Path) -> String {
             b'/' => escaped.push('-'),
             b'.' if at > 0 => escaped.push('.'),
             b'0'..=b'9' | b'a'..=b'z' | b'A'..=b'Z' => escaped.push(char::from(byte)),
-            other => escaped.push_str(&format!("_{other:02x}")),
+            other => {
+                let _ = write!(escaped, "_{other:02x}");
+            }
         }
     }
     if escaped.is_empty() { "-".into() } else { escaped }

@@ -2,5 +2,10 @@
 //!
 //! Every test opens a build environment of its own, as a pod would, and talks to it with the clients that people use.
 
+mod files;
+mod image_untouched;
+mod lifecycle;
+mod local;
+mod refusals;
 mod sessions;
 mod support;

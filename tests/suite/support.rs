@@ -1,6 +1,5 @@
 //! Build environments for tests: the real programs, a real sshd, real image roots, in folders and mounts of their own.
 
-use std::ffi::OsStr;
 use std::io::Write;
 use std::net::TcpListener;
 use std::os::unix::process::ExitStatusExt;
@@ -99,7 +98,7 @@ impl Volume {
             keys.display()
         );
         std::fs::write(&config, text).unwrap();
-        Self { parent, image_root, port, config, key, dir }
+        Self { dir, parent, image_root, port, config, key }
     }
 
     /// What an overlay over the cached image holds: the changes, as paths.
@@ -361,6 +360,39 @@ pub fn text(bytes: impl AsRef<[u8]>) -> String {
     String::from_utf8_lossy(bytes.as_ref()).into_owned()
 }
 
-pub fn os(text: &str) -> &OsStr {
-    OsStr::new(text)
+/// A connection that stays open, on which sessions cost little.
+pub struct Master<'a> {
+    environment: &'a Environment,
+    socket: TempDir,
+}
+
+impl Environment {
+    pub fn master(&self) -> Master<'_> {
+        let master = Master { environment: self, socket: tempfile::tempdir().unwrap() };
+        let control = master.control();
+        succeed(self.ssh(&["-M", "-S", &control, "-o", "ControlPersist=60", "-f", "-N"]).stdout(Stdio::null()));
+        master
+    }
+
+    /// Where the environment has its own files.
+    pub fn state_folder(&self) -> PathBuf {
+        PathBuf::from("/run/ims-sshd").join(ims_sshd::sys::tree::escape(&self.parent))
+    }
+}
+
+impl Master<'_> {
+    fn control(&self) -> String {
+        self.socket.path().join("s").display().to_string()
+    }
+
+    /// `ssh` over the open connection; the command is to be added.
+    pub fn ssh(&self) -> Command {
+        self.environment.ssh(&["-S", &self.control()])
+    }
+}
+
+impl Drop for Master<'_> {
+    fn drop(&mut self) {
+        let _ = self.environment.ssh(&["-S", &self.control(), "-O", "exit"]).output();
+    }
 }

@@ -1,0 +1,167 @@
+//! What is refused, each with the message that tells why, and with nothing half-open left.
+
+use std::os::unix::fs::symlink;
+use std::process::Stdio;
+
+use crate::support::*;
+
+/// Starts an environment that is refused: its exit code, and what it said.
+fn refused(volume: Volume, mode: Mode, further: &[(&str, &str)], code: i32, messages: &[&str]) -> Environment {
+    volume.touch("ready");
+    let mut environment = volume.start_with(mode, further);
+    assert_eq!(environment.end(), code, "{further:?}: {}", environment.log_text());
+    let log = environment.log_text();
+    for message in messages {
+        assert!(log.contains(message), "{further:?}: '{message}' is missing in:\n{log}");
+    }
+    assert_eq!(log.matches(" ERROR ").count(), 1, "said once:\n{log}");
+    assert!(environment.signal("failed").exists() && environment.signal("exiting").exists(), "nobody must wait for it");
+    assert!(!environment.signal("complete").exists() && !environment.signal("sshd_listening").exists());
+    assert!(!environment.state_folder().exists(), "its folder is left");
+    environment
+}
+
+#[test]
+fn values_that_are_wrong_are_named_before_anything_starts() {
+    for (name, value, expected) in [
+        ("IMS_ACTION", "destroy", "IMS_ACTION is 'destroy': expected 'customize' or 'create'"),
+        ("IMS_ACTION", "", "IMS_ACTION is not set: expected 'customize' or 'create'"),
+        ("SSH_JAIL", "true", "SSH_JAIL is 'true': expected 'True' or 'False', in this spelling"),
+        ("JOB_ENABLE_DKMS", "1", "JOB_ENABLE_DKMS is '1': expected 'true' or 'false'"),
+        ("BUILD_ARCH", "riscv64", "BUILD_ARCH is 'riscv64': expected 'x86_64' or 'aarch64'"),
+        ("IMS_JAIL_TIER", "chroot", "IMS_JAIL_TIER is 'chroot': expected 'auto' or 'namespace'"),
+        ("LOG_LEVEL", "loud", "LOG_LEVEL is 'loud'"),
+        ("IMS_CLOSE_GRACE", "-1", "IMS_CLOSE_GRACE is '-1': expected whole seconds"),
+    ] {
+        let volume = Volume::new(Image::Busybox);
+        if name == "LOG_LEVEL" {
+            // There is no log yet to say it in, so it is said bare.
+            let output = volume.entrypoint(Mode::Plain, &[(name, value)]).stderr(Stdio::piped()).output().unwrap();
+            assert_eq!(output.status.code(), Some(2));
+            assert!(text(output.stderr).contains(expected));
+            continue;
+        }
+        refused(volume, Mode::Plain, &[(name, value)], 2, &[expected]);
+    }
+}
+
+#[test]
+fn options_that_cannot_work_are_refused() {
+    for (options, reason) in [
+        ("-D -f CONFIG", "-D keeps sshd in the foreground"),
+        ("-i -f CONFIG", "-i serves one connection on standard input"),
+        ("-f sshd_config", "-f sshd_config is a relative path"),
+        ("-E sshd.log -f CONFIG", "-E sshd.log is a relative path"),
+        ("-f /other/config", "SSHD_CONFIG_FILE is '"),
+        ("", "but sshd reads '/etc/ssh/sshd_config' (no -f in SSHD_OPTIONS)"),
+        ("-f CONFIG -Z", "-Z is not an option that sshd can be started with here"),
+        ("-f 'CONFIG", "it cannot be split into words"),
+    ] {
+        let volume = Volume::new(Image::Busybox);
+        let options = options.replace("CONFIG", &volume.config.display().to_string());
+        refused(volume, Mode::Jailed, &[("SSHD_OPTIONS", &options)], 2, &[reason]);
+    }
+}
+
+#[test]
+fn a_configuration_that_sshd_does_not_accept_is_refused_in_sshds_words() {
+    let volume = Volume::new(Image::Busybox);
+    let config = std::fs::read_to_string(&volume.config).unwrap();
+    std::fs::write(&volume.config, format!("{config}NoSuchKeyword yes\n")).unwrap();
+    refused(
+        volume,
+        Mode::Jailed,
+        &[],
+        1,
+        &["cannot have sshd check its configuration", "Bad configuration option: NoSuchKeyword"],
+    );
+
+    let volume = Volume::new(Image::Busybox);
+    std::fs::remove_file(&volume.config).unwrap();
+    refused(volume, Mode::Plain, &[], 1, &["No such file or directory"]);
+}
+
+#[test]
+fn a_configuration_that_leads_past_the_helper_is_refused() {
+    for (options, reason) in [
+        ("-o PermitUserEnvironment=yes", "sshd's effective permituserenvironment for root is 'yes'"),
+        ("-o AcceptEnv=*", "AcceptEnv * lets a client set"),
+        ("-o AcceptEnv=LD_PRELOAD", "AcceptEnv LD_PRELOAD lets a client set LD_PRELOAD"),
+        ("-o AcceptEnv='LANG BASH_E*'", "AcceptEnv BASH_E* lets a client set BASH_ENV"),
+    ] {
+        let volume = Volume::new(Image::Busybox);
+        let all = format!("-E {} -f {} {options}", volume.sshd_log().display(), volume.config.display());
+        let environment =
+            refused(volume, Mode::Jailed, &[("SSHD_OPTIONS", &all)], 1, &["cannot open a jailed environment", reason]);
+        assert!(!environment.log_text().contains("sshd is listening"));
+    }
+}
+
+#[test]
+fn what_else_the_configuration_says_of_root_gives_way_to_the_jail() {
+    let volume = Volume::new(Image::Busybox);
+    let config = std::fs::read_to_string(&volume.config).unwrap();
+    let tricks = "ForceCommand /bin/echo outside\nMatch User root\n  ForceCommand /bin/echo outside\n  ChrootDirectory /var\n  PermitTTY no\n";
+    std::fs::write(&volume.config, format!("{config}AllowStreamLocalForwarding yes\nPermitTunnel yes\n{tricks}"))
+        .unwrap();
+    let all =
+        format!("-f {} -o ForceCommand=none -o PermitUserRC=yes -o 'ChrootDirectory /var'", volume.config.display());
+    let environment = volume.start_with(Mode::Jailed, &[("SSHD_OPTIONS", &all)]).ready();
+    assert_eq!(environment.says("ls /"), environment.says("ls -1 /proc/1/cwd/ 2>/dev/null || ls /"));
+    assert_eq!(environment.says("cat /proc/1/comm"), "ims-jail-init");
+}
+
+#[test]
+fn a_port_that_is_taken_is_told_in_sshds_words() {
+    let volume = Volume::new(Image::Busybox);
+    let _taken = std::net::TcpListener::bind(("127.0.0.1", volume.port)).unwrap();
+    refused(volume, Mode::Jailed, &[], 1, &["cannot start sshd", "Address already in use"]);
+}
+
+#[test]
+fn an_image_root_that_is_none_is_refused() {
+    let volume = Volume::new(Image::Busybox);
+    std::fs::remove_dir_all(&volume.image_root).unwrap();
+    refused(volume, Mode::Jailed, &[], 1, &["cannot open the image root", "it does not exist"]);
+
+    let volume = Volume::new(Image::Busybox);
+    std::fs::rename(&volume.image_root, volume.dir.path().join("real")).unwrap();
+    symlink(volume.dir.path().join("real"), &volume.image_root).unwrap();
+    refused(volume, Mode::Jailed, &[], 1, &["cannot open the image root", "it is a symbolic link"]);
+}
+
+#[test]
+fn a_link_where_the_jail_mounts_is_refused_and_nothing_is_mounted_elsewhere() {
+    for name in ["proc", "sys", "dev", "run"] {
+        let volume = Volume::new(Image::Busybox);
+        let decoy = volume.dir.path().join("decoy");
+        std::fs::create_dir(&decoy).unwrap();
+        symlink(&decoy, volume.image_root.join(name)).unwrap();
+        let message = format!("cannot mount on /{name} of the image: it is a symbolic link");
+        let environment = refused(volume, Mode::Jailed, &[], 1, &[&message]);
+        assert_eq!(std::fs::read_dir(&decoy).unwrap().count(), 0);
+        assert_eq!(std::fs::read_link(environment.image_root.join(name)).unwrap(), decoy);
+        for made in ["proc", "sys", "dev", "run"].into_iter().filter(|n| *n != name) {
+            assert!(!environment.image_root.join(made).exists(), "{made} was made and is left");
+        }
+    }
+}
+
+#[test]
+fn a_parent_has_one_environment_at_a_time() {
+    let first = Environment::open(Image::Busybox, Mode::Jailed);
+    let output = first.volume.entrypoint(Mode::Jailed, &[]).stderr(Stdio::piped()).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("another build environment is open on it"), "{output:?}");
+    assert!(!first.signal("exiting").exists(), "the first one is left alone");
+    assert_eq!(first.says("echo open"), "open");
+}
+
+#[test]
+fn an_environment_that_has_ended_is_not_opened_again() {
+    let mut environment = Environment::open(Image::Busybox, Mode::Jailed);
+    assert_eq!(environment.complete(), 0);
+    let again = environment.volume.entrypoint(Mode::Jailed, &[]).stderr(Stdio::piped()).output().unwrap();
+    assert_eq!(again.status.code(), Some(1));
+    assert!(text(&again.stderr).contains("this environment has ended and the image may be being packed"));
+}
