@@ -30,9 +30,8 @@ pub fn keep_jail_set() -> Result<(), CapsError> {
 pub fn keep_only(kept: &CapsHashSet) -> Result<(), CapsError> {
     for capability in caps::all().difference(kept) {
         // An older kernel does not know the newest capabilities: what it does not know it does not give either.
-        match caps::has_cap(None, CapSet::Bounding, *capability) {
-            Ok(true) => caps::drop(None, CapSet::Bounding, *capability)?,
-            Ok(false) | Err(_) => {}
+        if caps::has_cap(None, CapSet::Bounding, *capability).unwrap_or(false) {
+            caps::drop(None, CapSet::Bounding, *capability)?;
         }
     }
     caps::clear(None, CapSet::Ambient)?;

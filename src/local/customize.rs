@@ -141,26 +141,20 @@ fn configure(run: &Path, address: SocketAddr, keys: &Path) -> Result<PathBuf> {
 /// Tells the person what to do now.
 fn announce(image_root: &Path, parent: &Path, address: SocketAddr, identity: Option<&Path>, jailed: bool) {
     let identity = identity.map_or(String::new(), |key| format!("-i {} ", shell_words::quote(&key.to_string_lossy())));
-    println!();
-    if jailed {
-        println!("{} is open. Log in from another terminal:", image_root.display());
+    let shown = image_root.display();
+    let open = if jailed {
+        format!("{shown} is open")
     } else {
-        println!(
-            "{} is open, as {}/image-root of sessions. Log in from another terminal:",
-            image_root.display(),
-            parent.display()
-        );
-    }
-    println!();
-    println!(
-        "    ssh {identity}-o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -p {} root@{}",
+        format!("{shown} is open, as {}/image-root of sessions", parent.display())
+    };
+    let options = "-o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null";
+    let inside = "When done, there: touch /tmp/complete    or, to give the changes up: touch /tmp/failed\n";
+    local::say(&format!(
+        "\n{open}. Log in from another terminal:\n\n    ssh {identity}{options} -p {} root@{}\n\n\
+         {}From here:        ims-sshd complete {parent}    or: ims-sshd fail {parent}\n\n",
         address.port(),
-        address.ip()
-    );
-    println!();
-    if jailed {
-        println!("When done, there: touch /tmp/complete    or, to give the changes up: touch /tmp/failed");
-    }
-    println!("From here:        ims-sshd complete {0}    or: ims-sshd fail {0}", parent.display());
-    println!();
+        address.ip(),
+        if jailed { inside } else { "" },
+        parent = parent.display(),
+    ));
 }

@@ -4,6 +4,7 @@ pub mod customize;
 pub mod enter;
 pub mod status;
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use rustix::mount::MountAttrFlags;
@@ -28,6 +29,12 @@ pub fn image_root(named: &Path) -> Result<PathBuf> {
         true => Ok(real),
         false => Err(refuse("expected a folder, an unpacked image".into())),
     }
+}
+
+/// Prints `text`. Nobody listening any more is no reason to end an environment.
+pub fn say(text: &str) {
+    let mut out = std::io::stdout();
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
 }
 
 /// Mounts that only this program and what it starts see, with terminals of their own: a session in the image must not reach those

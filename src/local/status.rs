@@ -7,6 +7,7 @@ use serde_json::json;
 use crate::error::{Error, Result};
 use crate::lifecycle::machine::State;
 use crate::lifecycle::signal_files::{EXITING, READY, SSHD_LISTENING, SignalFiles};
+use crate::local::say;
 use crate::verdict::Verdict;
 
 /// Marks the image; whoever runs its environment closes it.
@@ -26,14 +27,10 @@ pub fn print(parent: &Path, as_json: bool) -> Result<u8> {
     let state = state(&files)?.map(State::name);
     if as_json {
         let report = json!({ "image_root_parent": parent, "state": state, "verdict": verdict });
-        println!("{report}");
+        say(&format!("{report}\n"));
     } else {
-        println!(
-            "{}: {}{}",
-            parent.display(),
-            state.unwrap_or("not open"),
-            verdict.map_or(String::new(), |v| format!(", {v}"))
-        );
+        let verdict = verdict.map_or(String::new(), |v| format!(", {v}"));
+        say(&format!("{}: {}{verdict}\n", parent.display(), state.unwrap_or("not open")));
     }
     Ok(0)
 }
