@@ -3,9 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType};
-use std::os::fd::AsRawFd;
-
+use crate::sys::packet::Packets;
 use crate::verdict::Verdict;
 
 /// One message, one packet.
@@ -45,60 +43,42 @@ impl Message {
 /// One end of the socket.
 #[derive(Debug)]
 pub struct Link {
-    fd: OwnedFd,
+    packets: Packets,
 }
-
-/// No message is longer; what is, is cut.
-const LONGEST: usize = 4096;
 
 impl Link {
     /// Both ends, close-on-exec.
     pub fn pair() -> io::Result<(Self, Self)> {
-        let (a, b) =
-            nix::sys::socket::socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
-        Ok((Self { fd: a }, Self { fd: b }))
+        let (a, b) = Packets::pair()?;
+        Ok((Self { packets: a }, Self { packets: b }))
     }
 
     /// Takes an end that was inherited.
     pub fn from_fd(fd: OwnedFd) -> Self {
-        Self { fd }
+        Self { packets: Packets::from_fd(fd) }
     }
 
     /// Gives the end away, to be a child's standard input.
     pub fn into_fd(self) -> OwnedFd {
-        self.fd
+        self.packets.into_fd()
     }
 
     /// Sends `message`; EPIPE if the other end is gone.
     pub fn send(&self, message: &Message) -> io::Result<()> {
-        let text = message.to_text();
-        let packet = &text.as_bytes()[..text.len().min(LONGEST)];
-        nix::sys::socket::send(self.fd.as_raw_fd(), packet, MsgFlags::MSG_NOSIGNAL)?;
-        Ok(())
+        self.packets.send(message.to_text().as_bytes())
     }
 
     /// The next message, waiting for it; `None` if the other end is gone.
     pub fn receive(&self) -> io::Result<Option<Message>> {
-        let mut packet = [0; LONGEST];
-        loop {
-            match nix::sys::socket::recv(self.fd.as_raw_fd(), &mut packet, MsgFlags::empty()) {
-                Ok(0) | Err(nix::errno::Errno::ECONNRESET) => return Ok(None),
-                Ok(length) => {
-                    let text = String::from_utf8_lossy(&packet[..length]);
-                    return Message::parse(&text)
-                        .map(Some)
-                        .ok_or_else(|| io::Error::other("a message of another version"));
-                }
-                Err(nix::errno::Errno::EINTR) => {}
-                Err(e) => return Err(e.into()),
-            }
-        }
+        let Some(packet) = self.packets.receive()? else { return Ok(None) };
+        let foreign = || io::Error::other("a message of another version");
+        Message::parse(&String::from_utf8_lossy(&packet)).map(Some).ok_or_else(foreign)
     }
 }
 
 impl AsFd for Link {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+        self.packets.as_fd()
     }
 }
 

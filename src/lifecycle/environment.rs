@@ -5,8 +5,9 @@ use std::process::{Command, Stdio};
 
 use crate::error::{Advise, Attempt, Error, Result};
 use crate::lifecycle::open_jail::{self, OpenJail, Wanted};
+use crate::lifecycle::processes;
 use crate::lifecycle::settings::Settings;
-use crate::lifecycle::signal_files::SignalFiles;
+use crate::lifecycle::signal_files::{SSHD_LISTENING, SignalFiles};
 use crate::lifecycle::state::StateFolder;
 use crate::sshd::config;
 use crate::sshd::daemon::Daemon;
@@ -70,12 +71,12 @@ pub fn remove_old_marks(image_root: &Tree) -> Result<()> {
 
 /// Makes the image's own mark as a sidecar expects it after a jailed job: a failure stands in its /tmp too, a success leaves
 /// nothing there.
-pub fn mark_in_image(image_root: &Tree, verdict: Verdict) -> Result<()> {
+pub fn mark_in_image(files: &SignalFiles, image_root: &Tree, verdict: Verdict) -> Result<()> {
     let complete = Path::new("tmp").join(Verdict::Complete.signal_file());
     let failed = Path::new("tmp").join(Verdict::Failed.signal_file());
     image_root.remove(&complete).attempt(|| "remove /tmp/complete of the image")?;
     if verdict == Verdict::Failed {
-        image_root.touch(&failed).attempt(|| "create /tmp/failed in the image")?;
+        files.create(image_root, &failed).attempt(|| "create /tmp/failed in the image")?;
     }
     Ok(())
 }
@@ -145,7 +146,23 @@ pub fn make_jail(
     OpenJail::open(&wanted, state)
 }
 
-/// Starts sshd.
-pub fn start_sshd(settings: &Settings, effective: &Effective) -> Result<Daemon> {
-    Daemon::start(&settings.sshd, effective)
+/// Puts right what an earlier environment on this image root left behind when it was killed. Returns whether there was one.
+pub fn recover(files: &SignalFiles, image_root: &Tree, state: &StateFolder) -> Result<bool> {
+    let mut found = Vec::new();
+    if let Some(listener) = Daemon::noted(&state.sshd()) {
+        processes::end_tree(&listener)?;
+        found.push("a listening sshd, with its sessions");
+    }
+    if open_jail::clear_mount_points(image_root, files.parent())? {
+        found.push("mount points in the image");
+    }
+    let was_open = files.stands(SSHD_LISTENING)?;
+    if was_open {
+        files.remove(SSHD_LISTENING)?;
+        found.push("'sshd_listening'");
+    }
+    if !found.is_empty() {
+        tracing::warn!("an environment on this image root was killed before; found and cleared: {}", found.join("; "));
+    }
+    Ok(was_open)
 }

@@ -7,10 +7,11 @@
 //!    └──────────────────────────────────────────────────────────────┘
 //! ```
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
+use crate::lifecycle::restarts::{Part, Restarts};
 use crate::verdict::Verdict;
 
 /// Where the environment is in its life.
@@ -58,6 +59,10 @@ pub enum Event {
     Stop(Signal),
     /// The environment cannot go on; why has been logged.
     Broken,
+    /// A part of it has died, at this moment.
+    Died(Part, Instant),
+    /// Nobody has come for too long, or it has been open for too long.
+    Forgotten,
     /// No session is running.
     Idle,
     /// The time that was given with [`Action::AwaitSessions`] is up.
@@ -76,6 +81,8 @@ pub enum Event {
 pub enum Action {
     /// Make everything up to a listening sshd; answer with [`Event::Listening`] or [`Event::Broken`].
     Prepare,
+    /// Start what has died again, after this time; answer with [`Event::Died`] if it cannot be.
+    Restart(Part, Duration),
     /// End sshd's listener: nobody new gets in.
     StopListening,
     /// Tell people at a terminal, and hang up.
@@ -93,6 +100,7 @@ pub enum Action {
 pub struct Machine {
     state: State,
     grace: Duration,
+    restarts: Restarts,
     verdict: Option<Verdict>,
     exit_code: u8,
 }
@@ -103,7 +111,7 @@ const GRACE_AFTER_SIGNAL: Duration = Duration::from_secs(1);
 impl Machine {
     /// A machine at the beginning; `grace` is what running commands get after a verdict.
     pub fn new(grace: Duration) -> Self {
-        Self { state: State::Waiting, grace, verdict: None, exit_code: 0 }
+        Self { state: State::Waiting, grace, restarts: Restarts::default(), verdict: None, exit_code: 0 }
     }
 
     /// Where the environment is.
@@ -131,6 +139,17 @@ impl Machine {
                 self.judge(verdict);
                 self.close(self.grace)
             }
+            (State::Serving, Event::Forgotten) => {
+                self.judge(Verdict::Failed);
+                self.close(self.grace)
+            }
+            (State::Serving, Event::Died(part, now)) => match self.restarts.next(part, now) {
+                Some(wait) => vec![Action::Restart(part, wait)],
+                None => {
+                    self.broke();
+                    self.close(self.grace)
+                }
+            },
             (State::Grace | State::Ending, Event::Marked(verdict)) => {
                 self.judge(verdict);
                 vec![]
@@ -264,6 +283,18 @@ mod tests {
         assert_eq!((machine.verdict(), machine.exit_code()), (Some(Verdict::Failed), 1));
     }
 
+    #[test]
+    fn what_dies_is_started_again_until_it_has_died_too_often() {
+        let mut machine = serving();
+        let died = Event::Died(Part::Sshd, Instant::now());
+        for _ in 0..5 {
+            assert!(matches!(machine.on(died)[..], [Action::Restart(Part::Sshd, _)]));
+        }
+        assert_eq!(machine.on(died)[0], Action::StopListening);
+        assert_eq!((machine.verdict(), machine.exit_code()), (Some(Verdict::Failed), 1));
+        assert_eq!(machine.on(died), [], "nothing is started again in a close");
+    }
+
     fn event() -> impl Strategy<Value = Event> {
         prop_oneof![
             Just(Event::Ready),
@@ -272,6 +303,9 @@ mod tests {
             Just(Event::Marked(Verdict::Failed)),
             Just(Event::Stop(Signal::SIGTERM)),
             Just(Event::Broken),
+            Just(Event::Died(Part::Sshd, Instant::now())),
+            Just(Event::Died(Part::Jail, Instant::now())),
+            Just(Event::Forgotten),
             Just(Event::Idle),
             Just(Event::GraceOver),
             Just(Event::AllEnded),

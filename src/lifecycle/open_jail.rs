@@ -126,9 +126,12 @@ impl OpenJail {
     }
 }
 
-/// Removes the mount points that were noted, by this environment or by an earlier one that was killed.
-pub fn clear_mount_points(image_root: &Tree, note_folder: &Tree) -> Result<()> {
-    if let Some(made) = Made::left_over(image_root, note_folder) {
+/// Removes the mount points that were noted, by this environment or by an earlier one that was killed. Returns whether there were
+/// any.
+pub fn clear_mount_points(image_root: &Tree, note_folder: &Tree) -> Result<bool> {
+    let made = Made::left_over(image_root, note_folder);
+    let found = made.is_some();
+    if let Some(made) = made {
         for path in made.remove()? {
             tracing::info!(
                 "/{} was made for the jail and stays in the image, since something was put into it",
@@ -136,7 +139,7 @@ pub fn clear_mount_points(image_root: &Tree, note_folder: &Tree) -> Result<()> {
             );
         }
     }
-    Ok(())
+    Ok(found)
 }
 
 fn start(wanted: &Wanted<'_>, resolv_conf: Option<PathBuf>) -> Result<(Pid, Link)> {

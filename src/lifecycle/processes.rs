@@ -18,14 +18,48 @@ const TERM_TIME: Duration = Duration::from_secs(1);
 /// How long the kernel has to end a process after SIGKILL; one that hangs in a dead network file system takes for ever.
 const KILL_TIME: Duration = Duration::from_secs(5);
 
-/// Ends every descendant of this process, which has to be a subreaper (or PID 1): TERM, and KILL for those that stay.
-pub fn end_all() -> Result<()> {
+/// Ends every descendant of this process, which has to be a subreaper (or PID 1), and whoever else stands in `image_root`: TERM, and
+/// KILL for those that stay.
+pub fn end_all(image_root: Option<&Path>) -> Result<()> {
+    end(|| {
+        let all = Entry::all();
+        let mut left = descendants(&all, getpid());
+        if let Some(image_root) = image_root {
+            left.extend(standing_in(image_root, &all));
+        }
+        left
+    })
+}
+
+/// Ends the process `root` of an earlier environment with all that descends from it.
+pub fn end_tree(root: &Entry) -> Result<()> {
+    end(|| {
+        let all = Entry::all();
+        let mut left = descendants(&all, root.pid);
+        left.extend(all.into_iter().filter(|e| e.pid == root.pid && e.start == root.start));
+        left
+    })
+}
+
+/// Processes whose root or working folder is in `image_root`, as an administrator's shell from `kubectl exec`. Only those that see the
+/// same mounts: another's path of that name is another folder.
+fn standing_in(image_root: &Path, all: &[Entry]) -> Vec<Entry> {
+    let link = |entry: &Entry, name: &str| std::fs::read_link(format!("/proc/{}/{name}", entry.pid)).ok();
+    let own_mounts = std::fs::read_link("/proc/self/ns/mnt").ok();
+    let stands = |entry: &&Entry| {
+        let within = |name| link(entry, name).is_some_and(|path| path.starts_with(image_root));
+        entry.pid != getpid() && (within("cwd") || within("root")) && link(entry, "ns/mnt") == own_mounts
+    };
+    all.iter().filter(stands).cloned().collect()
+}
+
+fn end(find: impl Fn() -> Vec<Entry>) -> Result<()> {
     let began = Instant::now();
     let mut asked = Vec::new();
     let mut killed = Vec::new();
     loop {
         reap();
-        let left: Vec<Entry> = descendants(&Entry::all(), getpid()).into_iter().filter(|e| e.state != 'Z').collect();
+        let left: Vec<Entry> = find().into_iter().filter(|e| e.state != 'Z').collect();
         if left.is_empty() {
             return Ok(());
         }

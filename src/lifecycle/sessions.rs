@@ -42,29 +42,34 @@ pub enum Progress {
     Over,
 }
 
+/// Writes one line to every terminal at which there is a session. Returns the sessions' first processes.
+pub fn tell_terminals(what: &str) -> Vec<Entry> {
+    let mut sessions = running(None).sessions;
+    sessions.retain(|e| e.terminal != 0);
+    for path in sessions.iter().filter_map(Entry::terminal_path) {
+        // Somebody may have stopped the terminal's output: not a reason to wait.
+        let flags = libc::O_NOCTTY | libc::O_NONBLOCK;
+        let terminal = std::fs::OpenOptions::new().write(true).custom_flags(flags).open(path);
+        let _ = terminal.and_then(|mut t| t.write_all(format!("\r\nims-sshd: {what}\r\n").as_bytes()));
+    }
+    sessions
+}
+
 /// Tells people at a terminal what comes, and hangs up as a lost line would. Returns whom.
-pub fn hang_up(verdict: Verdict) -> Vec<Pid> {
-    let sessions = running(None).sessions;
-    let at_terminal: Vec<&Entry> = sessions.iter().filter(|e| e.terminal != 0).collect();
-    for session in &at_terminal {
-        if let Some(path) = session.terminal_path() {
-            let word = match verdict {
-                Verdict::Complete => "marked complete and will be packed",
-                Verdict::Failed => "marked failed and will not be packed",
-            };
-            let line = format!("\r\nims-sshd: the image was {word}; this session ends now.\r\n");
-            // Somebody may have stopped the terminal's output: not a reason to wait.
-            let terminal =
-                std::fs::OpenOptions::new().write(true).custom_flags(libc::O_NOCTTY | libc::O_NONBLOCK).open(path);
-            let _ = terminal.and_then(|mut t| t.write_all(line.as_bytes()));
-        }
+pub fn hang_up(verdict: Verdict, grace: Duration) -> Vec<Pid> {
+    let word = match verdict {
+        Verdict::Complete => "marked complete and will be packed",
+        Verdict::Failed => "marked failed and will not be packed",
+    };
+    let told = tell_terminals(&format!(
+        "the image was {word}; this session ends now, commands without a terminal have {} s",
+        grace.as_secs()
+    ));
+    for session in &told {
         session.signal(Signal::SIGHUP);
         session.signal(Signal::SIGCONT);
     }
-    if !at_terminal.is_empty() {
-        tracing::info!(sessions = at_terminal.len(), "told people at a terminal and hung up");
-    }
-    at_terminal.iter().map(|e| e.pid).collect()
+    told.iter().map(|e| e.pid).collect()
 }
 
 impl Farewell {

@@ -40,6 +40,10 @@ pub struct Settings {
     pub job: Option<String>,
     /// `IMS_CLOSE_GRACE`: how long running commands may go on after a verdict.
     pub close_grace: Duration,
+    /// `IMS_IDLE_LIMIT`: how long an environment without a session stays open; for ever if not set.
+    pub idle_limit: Option<Duration>,
+    /// `IMS_SESSION_LIMIT`: how long an environment stays open at the most; for ever if not set.
+    pub session_limit: Option<Duration>,
     /// What sessions are given: names as sessions see them.
     pub session_variables: Vec<(String, String)>,
 }
@@ -86,6 +90,8 @@ impl Settings {
         reader.choice("BUILD_ARCH", &[("x86_64", ()), ("aarch64", ())], Case::Exact);
         reader.choice("IMS_JAIL_TIER", &[("auto", ()), ("namespace", ())], Case::Exact);
         let close_grace = reader.seconds("IMS_CLOSE_GRACE").unwrap_or(DEFAULT_GRACE);
+        let idle_limit = reader.seconds("IMS_IDLE_LIMIT");
+        let session_limit = reader.seconds("IMS_SESSION_LIMIT");
         let script = reader.text("CUSTOMIZATION_SCRIPT").map(Into::into);
         let session_variables = SESSION_VARIABLES
             .iter()
@@ -105,6 +111,8 @@ impl Settings {
                 debug,
                 job,
                 close_grace,
+                idle_limit,
+                session_limit,
                 session_variables,
             }),
             _ => Err(Error::bad_input(reader.complaints.join("; also, "))),
@@ -236,6 +244,8 @@ mod tests {
             ("BUILD_ARCH", "arm64", "'x86_64' or 'aarch64'"),
             ("IMAGE_ROOT_PARENT", "image", "absolute"),
             ("IMS_CLOSE_GRACE", "soon", "whole seconds"),
+            ("IMS_IDLE_LIMIT", "1h", "whole seconds"),
+            ("IMS_SESSION_LIMIT", "1.5", "whole seconds"),
             ("IMS_JAIL_TIER", "chroot", "'auto' or 'namespace'"),
             ("SSHD_OPTIONS", "-D", "background"),
             ("IMS_JOB_ID", "a\nSetEnv X=1", "one line"),

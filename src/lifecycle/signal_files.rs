@@ -21,6 +21,9 @@ pub const EXITING: &str = "exiting";
 /// A build from a recipe failed.
 pub const BUILD_FAILED: &str = "build_failed";
 
+/// Empty files that can become signal files by a rename: the verdict in the parent and in the image, and `exiting`.
+const RESERVED: [&str; 3] = [".ims-sshd.reserve-1", ".ims-sshd.reserve-2", ".ims-sshd.reserve-3"];
+
 /// The image root's parent, open: signal files are made and looked for by descriptor, and never through a link.
 pub struct SignalFiles {
     parent: Tree,
@@ -86,22 +89,68 @@ impl SignalFiles {
         }
     }
 
-    /// Creates the signal file `name`, or finds it there.
+    /// Creates the signal file `name`, or finds it there. What else has the name is put aside, never followed.
     pub fn touch(&self, name: &str) -> Result<()> {
-        let created = self
-            .parent
-            .touch(name)
-            .attempt(|| format!("create {}/{name}", self.path.display()))
-            .advise("the volume has to be writable and to have space")?;
-        if !created {
-            self.stands(name)?;
+        let attempted = || format!("create {}/{name}", self.path.display());
+        if let Ok(Some(odd)) = self.parent.look(name).map(|found| found.filter(|f| kind_of(f) != "a regular file")) {
+            let aside = format!("{name}.{}", odd.st_ino);
+            self.parent.rename_to(name, &self.parent, &aside).attempt(attempted)?;
+            tracing::warn!("{name} was {} and has been renamed to {aside}", kind_of(&odd));
+        }
+        self.create(&self.parent, name.as_ref())
+            .attempt(attempted)
+            .advise("the volume has to be writable and to have space")
+    }
+
+    /// Creates the file `name` below `tree`, which lies on the parent's volume: with one of the reserved files if the volume is full.
+    pub fn create(&self, tree: &Tree, name: &Path) -> io::Result<()> {
+        match tree.touch(name) {
+            Err(e) if matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) => {
+                RESERVED.iter().find_map(|reserved| self.parent.rename_to(reserved, tree, name).ok()).ok_or(e)
+            }
+            other => other.map(|_| ()),
+        }
+    }
+
+    /// Puts files aside, to have them when a full volume takes no new one: a verdict has to be told all the same.
+    pub fn reserve(&self) -> Result<()> {
+        for name in RESERVED {
+            self.parent
+                .touch(name)
+                .attempt(|| format!("create {}/{name}", self.path.display()))
+                .advise("the volume has to be writable and to have space")?;
         }
         Ok(())
+    }
+
+    /// Removes what of the reserve was not needed.
+    pub fn release_reserve(&self) -> Result<()> {
+        RESERVED.iter().try_for_each(|name| self.remove(name))
     }
 
     /// Removes the signal file `name` if it stands there.
     pub fn remove(&self, name: &str) -> Result<()> {
         self.parent.remove(name).attempt(|| format!("remove {}/{name}", self.path.display())).map(|_| ())
+    }
+
+    /// Takes the mark `name` back: whatever has that name is removed, or put aside.
+    pub fn retract(&self, name: &str) -> Result<()> {
+        let attempted = || format!("remove {}/{name}", self.path.display());
+        match self.parent.remove(name) {
+            Err(e) if e.kind() == io::ErrorKind::IsADirectory => {
+                self.parent.rename_to(name, &self.parent, format!("{name}.folder")).attempt(attempted)
+            }
+            other => other.attempt(attempted).map(|_| ()),
+        }
+    }
+
+    /// Whether `tree` is still what stands at `name`.
+    pub fn holds(&self, name: &str, tree: &Tree) -> bool {
+        let identity = |stat: rustix::fs::Stat| (stat.st_dev, stat.st_ino);
+        match (self.parent.look(name), rustix::fs::fstat(tree)) {
+            (Ok(Some(now)), Ok(then)) => identity(now) == identity(then),
+            _ => false,
+        }
     }
 
     /// The verdict that stands there. `failed` wins.
@@ -188,7 +237,9 @@ mod tests {
         std::fs::create_dir(dir.path().join("complete")).unwrap();
         std::os::unix::fs::symlink("/etc/passwd", dir.path().join("failed")).unwrap();
         assert!(files.stands("complete").unwrap_err().to_string().contains("a folder"));
-        assert!(files.touch("failed").unwrap_err().to_string().contains("a symbolic link"));
+        assert!(files.stands("failed").unwrap_err().to_string().contains("a symbolic link"));
+        files.touch("failed").unwrap();
+        assert!(files.stands("failed").unwrap(), "what was in the way has been put aside");
     }
 
     #[test]

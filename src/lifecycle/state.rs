@@ -43,6 +43,11 @@ impl StateFolder {
         self.path.join("sshd.conf")
     }
 
+    /// Which process sshd's listener is.
+    pub fn sshd(&self) -> PathBuf {
+        self.path.join("sshd")
+    }
+
     /// The copy of the container's resolv.conf that the jail sees.
     pub fn resolv_conf(&self) -> PathBuf {
         self.path.join("resolv.conf")

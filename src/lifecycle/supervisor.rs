@@ -4,25 +4,29 @@
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
 use rustix::event::{PollFd, PollFlags, Timespec};
 
-use crate::error::{Attempt, Result};
+use crate::error::{Attempt, Error, Result};
 use crate::jail::link::Message;
 use crate::lifecycle::environment::{self, Groundwork};
 use crate::lifecycle::machine::{Action, Event, Machine, State};
-use crate::lifecycle::open_jail::{self, OpenJail};
+use crate::lifecycle::open_jail::OpenJail;
+use crate::lifecycle::presence::Presence;
 use crate::lifecycle::processes;
+use crate::lifecycle::restarts::Part;
 use crate::lifecycle::script::Script;
 use crate::lifecycle::sessions::{Farewell, Progress, hang_up};
 use crate::lifecycle::settings::{Action as JobAction, Settings};
 use crate::lifecycle::signal_files::{BUILD_FAILED, EXITING, READY, SSHD_LISTENING, SignalFiles, Watch};
 use crate::lifecycle::state::StateFolder;
-use crate::sshd::daemon::Daemon;
+use crate::lifecycle::watchfulness::Watchfulness;
+use crate::sshd::daemon::{Daemon, running};
+use crate::sshd::effective::Effective;
 use crate::sys::signals::Signals;
 use crate::sys::tree::Tree;
 use crate::verdict::Verdict;
@@ -48,14 +52,20 @@ pub fn run(settings: Settings, files: Option<SignalFiles>, listening: impl FnOnc
     let held = [Signal::SIGCHLD, Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP];
     let mut supervisor = Supervisor {
         machine: Machine::new(settings.close_grace),
+        since: SystemTime::now(),
         signals: Signals::hold(&held).attempt(|| "hold back signals")?,
         watch: Watch::new()?,
         state: StateFolder::of(&settings.parent)?,
         groundwork: None,
         files,
         image_root: None,
+        effective: None,
         jail: None,
         daemon: None,
+        presence: None,
+        restart: Vec::new(),
+        watchfulness: None,
+        closing_since: None,
         script: None,
         script_output: false,
         hung_up: Vec::new(),
@@ -88,14 +98,23 @@ fn shell_is_wanted(settings: &Settings) -> Result<bool> {
 struct Supervisor<F> {
     settings: Settings,
     machine: Machine,
+    /// When it came into its state.
+    since: SystemTime,
     signals: Signals,
     watch: Watch,
     state: StateFolder,
     groundwork: Option<Groundwork>,
     files: Option<SignalFiles>,
     image_root: Option<Tree>,
+    effective: Option<Effective>,
     jail: Option<OpenJail>,
     daemon: Option<Daemon>,
+    presence: Option<Presence>,
+    /// What is to be started again, and when.
+    restart: Vec<(Part, Instant)>,
+    watchfulness: Option<Watchfulness>,
+    /// When the verdict came; the close's steps are logged with the time since.
+    closing_since: Option<Instant>,
     script: Option<Script>,
     /// Whether the script's output can still grow; something that it started may hold it after its end.
     script_output: bool,
@@ -137,6 +156,7 @@ impl<F: FnOnce()> Supervisor<F> {
             let before = self.machine.state();
             let actions = self.machine.on(event);
             if self.machine.state() != before {
+                self.since = SystemTime::now();
                 tracing::debug!(state = ?self.machine.state(), "next");
             }
             for action in actions {
@@ -148,16 +168,24 @@ impl<F: FnOnce()> Supervisor<F> {
     fn carry_out(&mut self, action: Action) -> Option<Event> {
         match action {
             Action::Prepare => Some(self.prepare().unwrap_or_else(|e| broken(&e))),
+            Action::Restart(part, wait) => {
+                self.restart.push((part, Instant::now() + wait));
+                None
+            }
             Action::StopListening => {
+                self.restart.clear();
+                self.closing_since = Some(Instant::now());
                 if let Some(daemon) = &self.daemon {
                     daemon.stop_listening();
-                    tracing::info!("sshd takes no new connections");
+                    self.step("sshd takes no new connections");
                 }
                 None
             }
             Action::HangUp(verdict) => {
-                tracing::info!(verdict = verdict.signal_file(), "closing");
-                self.hung_up = hang_up(verdict);
+                self.hung_up = hang_up(verdict, self.settings.close_grace);
+                if !self.hung_up.is_empty() {
+                    self.step("people at a terminal were told, and hung up");
+                }
                 None
             }
             Action::AwaitSessions(grace) => {
@@ -169,10 +197,24 @@ impl<F: FnOnce()> Supervisor<F> {
                 if let Some(jail) = &self.jail {
                     jail.end();
                 }
-                Some(processes::end_all().map_or_else(|e| broken(&e), |()| Event::AllEnded))
+                let image_root =
+                    self.image_root.as_ref().map(|_| self.settings.parent.join(self.settings.image_root()));
+                Some(match processes::end_all(image_root.as_deref()) {
+                    Ok(()) => {
+                        self.step("no process of the job is left");
+                        Event::AllEnded
+                    }
+                    Err(e) => broken(&e),
+                })
             }
             Action::Release(verdict) => Some(Event::Released { cleanly: self.release(verdict) }),
         }
+    }
+
+    /// Logs a step of the close.
+    fn step(&self, what: &str) {
+        let since = self.closing_since.map_or(0, |s| s.elapsed().as_millis());
+        tracing::info!(milliseconds = since, "closing: {what}");
     }
 
     /// What has happened since the last look.
@@ -199,6 +241,11 @@ impl<F: FnOnce()> Supervisor<F> {
             State::Serving | State::Grace | State::Ending => events.extend(self.marks()),
             State::Preparing | State::Releasing | State::Done => {}
         }
+        self.look_at_sessions();
+        if self.machine.state() == State::Serving {
+            events.extend(self.start_again());
+            events.extend(self.look_after());
+        }
         if let Some(farewell) = &mut self.farewell {
             let script = self.script.is_some();
             self.look_again = None;
@@ -209,6 +256,58 @@ impl<F: FnOnce()> Supervisor<F> {
             }
         }
         Ok(events)
+    }
+
+    fn look_at_sessions(&mut self) {
+        let Some(presence) = &mut self.presence else { return };
+        for asking in presence.look() {
+            let _ = asking.send(self.status().to_string().as_bytes());
+        }
+    }
+
+    /// What `ims-sshd status` prints.
+    fn status(&self) -> serde_json::Value {
+        serde_json::json!({
+            "image_root_parent": self.settings.parent,
+            "state": self.machine.state().name(),
+            "since": humantime::format_rfc3339_seconds(self.since).to_string(),
+            "tier": self.jail.as_ref().map_or("plain", |_| "namespace"),
+            "job": self.settings.job,
+            "verdict": self.machine.verdict().map(Verdict::signal_file),
+            "sessions": self.presence.as_ref().map(Presence::to_json),
+        })
+    }
+
+    /// Starts again what has died, when its time has come.
+    fn start_again(&mut self) -> Vec<Event> {
+        let now = Instant::now();
+        let due: Vec<Part> = self.restart.extract_if(.., |(_, at)| *at <= now).map(|(part, _)| part).collect();
+        let again = |part| match part {
+            Part::Sshd => self.start_sshd(),
+            Part::Jail => self.remake_jail(),
+        };
+        let tried: Vec<_> = due.iter().copied().map(again).collect();
+        let failed = due.into_iter().zip(tried).filter_map(|(part, tried)| tried.err().map(|e| (part, e)));
+        failed
+            .map(|(part, e)| {
+                tracing::error!("{e}");
+                Event::Died(part, now)
+            })
+            .collect()
+    }
+
+    /// Looks, at intervals, whether the environment can still come to a good end.
+    fn look_after(&mut self) -> Option<Event> {
+        let watchfulness = self.watchfulness.as_mut()?;
+        if !watchfulness.is_due() {
+            return None;
+        }
+        let presence = self.presence.as_mut()?;
+        if !self.settings.jailed {
+            presence.compare(&running(self.daemon.as_ref().map(|d| d.pid)).sessions);
+        }
+        let busy = self.script.is_some() || presence.sessions().next().is_some();
+        watchfulness.look(busy, &self.settings, self.files.as_ref()?, self.image_root.as_ref()?)
     }
 
     fn open_parent(&mut self) -> Result<()> {
@@ -270,54 +369,78 @@ impl<F: FnOnce()> Supervisor<F> {
         if self.daemon.as_ref().is_some_and(|d| d.pid == pid) {
             self.daemon = None;
             if self.machine.state() == State::Serving {
-                tracing::error!("sshd {}: nobody can log in any more", how_ended(status));
-                return Some(Event::Broken);
+                let words = Daemon::last_words(&self.settings.sshd);
+                tracing::error!("sshd {}; its log ends with: {words}", how_ended(status));
+                return Some(Event::Died(Part::Sshd, Instant::now()));
             }
         }
-        if self.jail.as_ref().is_some_and(|j| j.init() == pid) && self.machine.state() != State::Ending {
+        if self.jail.as_ref().is_some_and(|j| j.init() == pid) && self.machine.state() == State::Serving {
             tracing::error!("the jail's init {}, and with it every process in the jail", how_ended(status));
-            return Some(Event::Broken);
+            return Some(Event::Died(Part::Jail, Instant::now()));
         }
         None
     }
 
     fn prepare(&mut self) -> Result<Event> {
         let began = Instant::now();
-        let settings = &self.settings;
-        let (Some(files), Some(groundwork)) = (&self.files, &self.groundwork) else { return Ok(Event::Broken) };
+        let Some(files) = &self.files else { return Ok(Event::Broken) };
         if files.stands(EXITING)? {
-            return Err(crate::error::Error::new(format!("open {} again", files.path().display()))
+            return Err(Error::new(format!("open {} again", files.path().display()))
                 .because(format!(
                     "'{EXITING}' stands there: this environment has ended and the image may be being packed"
                 ))
                 .advise("whoever starts a new job removes it before creating 'ready'"));
         }
-        let image_root = environment::open_image_root(files, settings.image_root())?;
-        // An earlier environment that was killed may have left something behind.
-        open_jail::clear_mount_points(&image_root, files.parent())?;
-        let restarted = files.stands(SSHD_LISTENING)?;
-        if restarted {
-            tracing::warn!("an environment was open on this image root before and was killed: going on with it");
-            files.remove(SSHD_LISTENING)?;
-        } else if settings.jailed {
-            environment::remove_old_marks(&image_root)?;
+        files.reserve()?;
+        let image_root = &*self.image_root.insert(environment::open_image_root(files, self.settings.image_root())?);
+        let recovered = environment::recover(files, image_root, &self.state)?;
+        if self.settings.jailed && !recovered {
+            environment::remove_old_marks(image_root)?;
         }
-        let image_root = &*self.image_root.insert(image_root);
-        let effective = environment::configure_sshd(settings, &self.state)?;
-        if settings.jailed {
-            let jail = environment::make_jail(settings, files, image_root, groundwork, &effective, &self.state)?;
-            tracing::info!(tier = "namespace", dkms = settings.dkms, "the jail is made");
-            self.jail = Some(jail);
+        self.effective = Some(environment::configure_sshd(&self.settings, &self.state)?);
+        self.presence = Some(Presence::listen(self.state.path())?);
+        if self.settings.jailed {
+            self.make_jail()?;
         }
-        let daemon = environment::start_sshd(settings, &effective)?;
-        tracing::info!(pid = daemon.pid.as_raw(), milliseconds = began.elapsed().as_millis(), "sshd is listening");
-        self.daemon = Some(daemon);
-        files.touch(SSHD_LISTENING)?;
+        self.start_sshd()?;
+        tracing::info!(milliseconds = began.elapsed().as_millis(), "the environment is open");
+        if let Some(files) = &self.files {
+            files.touch(SSHD_LISTENING)?;
+        }
         if let Some(listening) = self.listening.take() {
             listening();
         }
         self.start_script()?;
+        self.watchfulness = Some(Watchfulness::start());
         Ok(Event::Listening)
+    }
+
+    fn start_sshd(&mut self) -> Result<()> {
+        let Some(effective) = &self.effective else { return Ok(()) };
+        let daemon = Daemon::start(&self.settings.sshd, effective)?;
+        daemon.note(&self.state.sshd())?;
+        tracing::info!(pid = daemon.pid.as_raw(), "sshd is listening");
+        self.daemon = Some(daemon);
+        Ok(())
+    }
+
+    fn make_jail(&mut self) -> Result<()> {
+        let (Some(files), Some(image_root), Some(groundwork), Some(effective)) =
+            (&self.files, &self.image_root, &self.groundwork, &self.effective)
+        else {
+            return Ok(());
+        };
+        let jail = environment::make_jail(&self.settings, files, image_root, groundwork, effective, &self.state)?;
+        tracing::info!(tier = "namespace", dkms = self.settings.dkms, "the jail is made");
+        self.jail = Some(jail);
+        Ok(())
+    }
+
+    fn remake_jail(&mut self) -> Result<()> {
+        if let (Some(jail), Some(files), Some(image_root)) = (self.jail.take(), &self.files, &self.image_root) {
+            jail.clear(image_root, files.parent(), &self.state)?;
+        }
+        self.make_jail()
     }
 
     fn start_script(&mut self) -> Result<()> {
@@ -352,23 +475,26 @@ impl<F: FnOnce()> Supervisor<F> {
                 note(jail.clear(image_root, files.parent(), &self.state));
             }
             if self.settings.jailed {
-                note(environment::mark_in_image(image_root, verdict));
+                note(environment::mark_in_image(files, image_root, verdict));
             }
             let path: PathBuf = files.path().join(self.settings.image_root());
             note(processes::unmount_below(&path));
             note(image_root.sync().attempt(|| format!("write {} to its disk", path.display())));
             note(environment::unconfigure_sshd(&self.settings));
         }
+        self.presence = None;
         note(self.state.remove());
         let Some(files) = &self.files else { return cleanly };
         let verdict = if cleanly { verdict } else { Verdict::Failed };
         let marked = (|| {
+            files.touch(verdict.signal_file())?;
             if verdict == Verdict::Failed {
-                files.remove(Verdict::Complete.signal_file())?;
+                files.retract(Verdict::Complete.signal_file())?;
             }
-            files.touch(verdict.signal_file())
+            self.step("the image root is released, and marked");
+            files.touch(EXITING)?;
+            files.release_reserve()
         })();
-        let marked = marked.and_then(|()| files.touch(EXITING));
         match marked {
             Ok(()) => {
                 tracing::info!(
@@ -400,7 +526,11 @@ impl<F: FnOnce()> Supervisor<F> {
         if let Some(farewell) = &self.farewell {
             sources.extend(farewell.ends());
         }
-        let sooner = self.look_again.map(|moment| moment.saturating_duration_since(Instant::now()));
+        if let Some(presence) = &self.presence {
+            sources.extend(presence.sources());
+        }
+        let moments = self.restart.iter().map(|(_, at)| *at).chain(self.look_again);
+        let sooner = moments.min().map(|moment| moment.saturating_duration_since(Instant::now()));
         let limit = sooner.map_or(LOOK_EVERY, |s| s.min(LOOK_EVERY));
         let limit = Timespec { tv_sec: limit.as_secs().cast_signed(), tv_nsec: limit.subsec_nanos().into() };
         let _ = rustix::event::poll(&mut sources, Some(&limit));

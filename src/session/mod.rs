@@ -3,4 +3,5 @@
 pub mod account;
 pub mod environment;
 pub mod login;
+pub mod report;
 pub mod request;

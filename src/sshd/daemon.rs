@@ -20,6 +20,8 @@ use crate::sys::process::{Entry, descendants};
 pub struct Daemon {
     /// Its number.
     pub pid: Pid,
+    /// When it started, as [`Entry::start`].
+    start: u64,
 }
 
 /// sshd listens some milliseconds after it was started, or never.
@@ -71,7 +73,7 @@ impl Daemon {
                     // An address that the machine does not have is never bound; the others are within a moment of each other.
                     let since = *first_seen.get_or_insert_with(Instant::now);
                     if sockets >= effective.listen_addresses() || since.elapsed() > Duration::from_millis(200) {
-                        return Ok(Self { pid: daemon.pid });
+                        return Ok(Self { pid: daemon.pid, start: daemon.start });
                     }
                 }
             }
@@ -81,6 +83,27 @@ impl Daemon {
             }
             std::thread::sleep(Duration::from_millis(1));
         }
+    }
+
+    /// Writes down which process it is, for an environment that has to go on after this one was killed.
+    pub fn note(&self, path: &Path) -> Result<()> {
+        std::fs::write(path, format!("{} {}\n", self.pid, self.start)).attempt(|| format!("write {}", path.display()))
+    }
+
+    /// The listener that was noted at `path`, if it is still there.
+    pub fn noted(path: &Path) -> Option<Entry> {
+        let text = std::fs::read_to_string(path).ok()?;
+        let (pid, start) = text.trim().split_once(' ')?;
+        Entry::read(Pid::from_raw(pid.parse().ok()?)).filter(|e| start.parse() == Ok(e.start))
+    }
+
+    /// What sshd logged last, as one line; empty if it logs to no file.
+    pub fn last_words(options: &Options) -> String {
+        let log = options.log.as_deref();
+        log.map_or(String::new(), |log| {
+            let length = std::fs::metadata(log).map_or(0, |m| m.len());
+            last_lines(log, length.saturating_sub(2048))
+        })
     }
 
     /// Ends the listener, so that nobody new gets in. Connections stay.

@@ -1,6 +1,7 @@
 //! System calls as types: the bottom floor, and the only place of `unsafe`.
 
 pub mod mounts;
+pub mod packet;
 pub mod process;
 pub mod signals;
 pub mod terminal;

@@ -10,11 +10,22 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, Stat, Timestamps};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags, ResolveFlags, Stat, StatVfsMountFlags, Timestamps};
 use rustix::io::Errno;
 
 /// How often a look-up that raced with a rename or a mount is tried again; the kernel answers EAGAIN then.
 const RACE_RETRIES: usize = 128;
+
+/// What can be done with a file system.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Condition {
+    /// It takes what is written.
+    Writable,
+    /// It has no space, or no inode.
+    Full,
+    /// It takes nothing.
+    ReadOnly,
+}
 
 /// An open folder, below which names are resolved as if it were `/`.
 #[derive(Debug)]
@@ -111,6 +122,24 @@ impl Tree {
             let _ = folder.remove(&temporary);
         }
         written
+    }
+
+    /// Gives the file `from` of this folder the name `to` below `tree`, if nothing has it. Needs no space and no inode.
+    pub fn rename_to(&self, from: &str, tree: &Tree, to: impl AsRef<Path>) -> io::Result<()> {
+        let (folder, name) = tree.parent_of(to.as_ref())?;
+        rustix::fs::renameat_with(&self.folder, from, &folder.folder, &name, RenameFlags::NOREPLACE).map_err(Into::into)
+    }
+
+    /// Whether nothing can be written to the tree's file system, or nothing more fits.
+    pub fn condition(&self) -> io::Result<Condition> {
+        let fs = rustix::fs::fstatvfs(&self.folder)?;
+        Ok(if fs.f_flag.contains(StatVfsMountFlags::RDONLY) {
+            Condition::ReadOnly
+        } else if fs.f_blocks > 0 && fs.f_bfree == 0 || fs.f_files > 0 && fs.f_ffree == 0 {
+            Condition::Full
+        } else {
+            Condition::Writable
+        })
     }
 
     /// Removes the file or link `path`; nothing there is no error. Returns whether something was removed.

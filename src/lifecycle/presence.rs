@@ -1,0 +1,262 @@
+//! Who is in the environment: sessions as their helpers tell of them, and as they are found where no helper is (plain mode).
+
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::time::SystemTime;
+
+use base64::Engine;
+use rustix::event::{PollFd, PollFlags, Timespec};
+use serde_json::{Value, json};
+use sha2::Digest;
+
+use crate::error::{Attempt, Result};
+use crate::session::report::{Packet, SOCKET};
+use crate::sys::packet::{Listener, Packets};
+use crate::sys::process::Entry;
+
+/// A session that is running.
+#[derive(Debug, Clone)]
+pub struct Session {
+    /// Its first process: the helper, or in plain mode the shell or command.
+    pub pid: i32,
+    /// The client's address.
+    pub client: String,
+    /// The fingerprint of its key, as sshd logs it; empty where it is not known.
+    pub key: String,
+    /// Whether there is a terminal.
+    pub terminal: bool,
+    /// `shell`, `sftp`, or the command line, without what looks like a secret.
+    pub request: String,
+    /// When it began.
+    pub since: SystemTime,
+}
+
+impl Session {
+    fn to_json(&self) -> Value {
+        json!({
+            "pid": self.pid,
+            "client": self.client,
+            "key": self.key,
+            "terminal": self.terminal,
+            "request": self.request,
+            "since": humantime::format_rfc3339_seconds(self.since).to_string(),
+        })
+    }
+
+    fn log_beginning(&self) {
+        tracing::info!(
+            pid = self.pid,
+            client = self.client,
+            key = self.key,
+            terminal = self.terminal,
+            request = self.request,
+            "session begins"
+        );
+    }
+
+    fn log_end(&self, how: &str) {
+        let seconds = self.since.elapsed().unwrap_or_default().as_secs_f64();
+        tracing::info!(pid = self.pid, client = self.client, exit = how, seconds, "session ended");
+    }
+}
+
+/// One line to a helper, or to somebody who asks for the status.
+struct Line {
+    packets: Packets,
+    session: Option<Session>,
+    /// How the session ended, once that was told.
+    ended: Option<String>,
+}
+
+/// All who are there.
+pub struct Presence {
+    listener: Listener,
+    lines: Vec<Line>,
+    /// Sessions without a helper, by number and start of their first process.
+    found: Vec<(Session, u64)>,
+}
+
+impl Presence {
+    /// Listens in the environment's state folder.
+    pub fn listen(state: &Path) -> Result<Self> {
+        let path = state.join(SOCKET);
+        let listener = Listener::bind(&path).attempt(|| format!("listen at {}", path.display()))?;
+        Ok(Self { listener, lines: Vec::new(), found: Vec::new() })
+    }
+
+    /// Readable when there is something to [`Presence::look`] at.
+    pub fn sources(&self) -> impl Iterator<Item = PollFd<'_>> {
+        let listener = PollFd::from_borrowed_fd(self.listener.as_fd(), PollFlags::IN);
+        let lines = self.lines.iter().map(|l| PollFd::from_borrowed_fd(l.packets.as_fd(), PollFlags::IN));
+        std::iter::once(listener).chain(lines)
+    }
+
+    /// Sessions that are running now.
+    pub fn sessions(&self) -> impl Iterator<Item = &Session> {
+        self.lines.iter().filter_map(|l| l.session.as_ref()).chain(self.found.iter().map(|(s, _)| s))
+    }
+
+    /// The same, for the status.
+    pub fn to_json(&self) -> Value {
+        self.sessions().map(Session::to_json).collect()
+    }
+
+    /// Hears what helpers tell, and returns whether somebody asked for the status.
+    pub fn look(&mut self) -> Vec<Packets> {
+        while let Some(packets) = self.listener.accept() {
+            self.lines.push(Line { packets, session: None, ended: None });
+        }
+        let mut asking = Vec::new();
+        let mut at = 0;
+        while at < self.lines.len() {
+            match self.lines[at].hear() {
+                Heard::Nothing => at += 1,
+                Heard::End => {
+                    self.lines.swap_remove(at);
+                }
+                Heard::Question => asking.push(self.lines.swap_remove(at).packets),
+            }
+        }
+        asking
+    }
+
+    /// Compares with the first processes of all sessions, as they are found in plain mode: logs who has come and gone.
+    pub fn compare(&mut self, leaders: &[Entry]) {
+        let gone = |(session, start): &(Session, u64)| {
+            !leaders.iter().any(|e| e.pid.as_raw() == session.pid && e.start == *start)
+        };
+        for (session, _) in self.found.extract_if(.., |found| gone(found)) {
+            session.log_end("unknown");
+        }
+        for leader in leaders {
+            let pid = leader.pid.as_raw();
+            if self.found.iter().any(|(s, start)| s.pid == pid && *start == leader.start) {
+                continue;
+            }
+            let session = Session {
+                pid,
+                client: client_of(leader),
+                key: String::new(),
+                terminal: leader.terminal != 0,
+                request: without_secrets(&leader.command_line()),
+                since: SystemTime::now(),
+            };
+            session.log_beginning();
+            self.found.push((session, leader.start));
+        }
+    }
+}
+
+enum Heard {
+    Nothing,
+    Question,
+    End,
+}
+
+impl Line {
+    fn hear(&mut self) -> Heard {
+        loop {
+            let mut source = [PollFd::new(&self.packets, PollFlags::IN)];
+            if !rustix::event::poll(&mut source, Some(&Timespec::default())).is_ok_and(|ready| ready > 0) {
+                return Heard::Nothing;
+            }
+            match self.packets.receive().ok().flatten().as_deref().map(Packet::parse) {
+                Some(Some(Packet::Begin(beginning))) => {
+                    let session = Session {
+                        pid: self.packets.peer().map_or(0, nix::unistd::Pid::as_raw),
+                        client: beginning.client,
+                        key: fingerprint(&beginning.credential).unwrap_or_default(),
+                        terminal: beginning.terminal,
+                        request: without_secrets(&beginning.request),
+                        since: SystemTime::now(),
+                    };
+                    session.log_beginning();
+                    self.session = Some(session);
+                }
+                Some(Some(Packet::End(how))) => self.ended = Some(how),
+                Some(Some(Packet::Status)) => return Heard::Question,
+                Some(None) => {}
+                None => {
+                    if let Some(session) = &self.session {
+                        session.log_end(self.ended.as_deref().unwrap_or("its helper died"));
+                    }
+                    return Heard::End;
+                }
+            }
+        }
+    }
+}
+
+fn client_of(leader: &Entry) -> String {
+    let variables = std::fs::read(format!("/proc/{}/environ", leader.pid)).unwrap_or_default();
+    let connection = variables.split(|&b| b == 0).find_map(|v| v.strip_prefix(b"SSH_CONNECTION="));
+    let client = connection.and_then(|c| c.split(|&b| b == b' ').next()).unwrap_or(b"unknown");
+    String::from_utf8_lossy(client).into_owned()
+}
+
+/// The fingerprint of a key in a line of `ExposeAuthInfo`, as sshd and `ssh-keygen -l` print it.
+fn fingerprint(credential: &str) -> Option<String> {
+    let key = credential.split_ascii_whitespace().nth(2)?;
+    let raw = base64::engine::general_purpose::STANDARD.decode(key).ok()?;
+    let digest = sha2::Sha256::digest(raw);
+    Some(format!("SHA256:{}", base64::engine::general_purpose::STANDARD_NO_PAD.encode(digest)))
+}
+
+/// The value of every word such as `PASSWORD=…` or `--token …` is left out: a log is read by others than the one who typed.
+fn without_secrets(line: &str) -> String {
+    const TELLING: [&str; 6] = ["password", "passwd", "secret", "token", "apikey", "api_key"];
+    let telling = |word: &str| {
+        let word = word.to_ascii_lowercase();
+        TELLING.iter().any(|t| word.contains(t))
+    };
+    let mut hide_next = false;
+    let shown: Vec<String> = line
+        .split(' ')
+        .map(|word| {
+            let hide = std::mem::take(&mut hide_next);
+            match word.split_once(['=', ':']) {
+                Some((name, _)) if telling(name) => format!("{name}=***"),
+                _ if hide && !word.is_empty() => "***".into(),
+                _ => {
+                    hide_next = word.starts_with('-') && telling(word);
+                    word.to_owned()
+                }
+            }
+        })
+        .collect();
+    shown.join(" ").chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fingerprint_is_the_one_that_ssh_keygen_prints() {
+        let dir = tempfile::tempdir().unwrap();
+        let key = dir.path().join("key");
+        let keygen = |arguments: &[&str]| {
+            let output = std::process::Command::new("ssh-keygen").args(arguments).arg(&key).output().unwrap();
+            String::from_utf8(output.stdout).unwrap()
+        };
+        keygen(&["-q", "-t", "ed25519", "-N", "", "-f"]);
+        let public = std::fs::read_to_string(key.with_extension("pub")).unwrap();
+        let printed = keygen(&["-l", "-f"]);
+        let ours = fingerprint(&format!("publickey {public}")).unwrap();
+        assert!(printed.contains(&ours), "{printed} {ours}");
+        assert_eq!(fingerprint("password"), None);
+    }
+
+    #[test]
+    fn no_secret_reaches_the_log() {
+        for (line, shown) in [
+            ("PASSWORD=abc run --x", "PASSWORD=*** run --x"),
+            ("tool --token abc --user me", "tool --token *** --user me"),
+            ("curl -H X-Auth-Token:abc", "curl -H X-Auth-Token=***"),
+            ("echo a\nb\x1b[1m", "echo a b [1m"),
+            ("touch /tmp/complete", "touch /tmp/complete"),
+        ] {
+            assert_eq!(without_secrets(line), shown);
+        }
+    }
+}

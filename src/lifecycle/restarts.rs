@@ -1,0 +1,55 @@
+//! How often something that died is started again, and after which wait.
+
+use std::time::{Duration, Instant};
+
+/// What can die and be started again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    /// sshd's listener.
+    Sshd,
+    /// The jail's init, and with it all that ran in the jail.
+    Jail,
+}
+
+/// Remembers restarts of the last minute.
+#[derive(Debug, Default)]
+pub struct Restarts {
+    past: Vec<(Part, Instant)>,
+}
+
+/// More often in a [`MINUTE`] is a fault that starting again does not mend.
+const MOST: usize = 5;
+const MINUTE: Duration = Duration::from_mins(1);
+
+impl Restarts {
+    /// The wait before `part`, which died at `now`, is started again: none, then 0.5 s, doubled each time. `None` if it has been
+    /// started too often.
+    pub fn next(&mut self, part: Part, now: Instant) -> Option<Duration> {
+        self.past.retain(|(_, at)| now.saturating_duration_since(*at) < MINUTE);
+        let before = self.past.iter().filter(|(p, _)| *p == part).count();
+        if before >= MOST {
+            return None;
+        }
+        self.past.push((part, now));
+        Some(if before == 0 { Duration::ZERO } else { Duration::from_millis(500 << (before - 1)) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn five_times_a_minute_with_growing_waits() {
+        let mut restarts = Restarts::default();
+        let start = Instant::now();
+        let waits: Vec<_> = (0..6).map(|s| restarts.next(Part::Sshd, start + Duration::from_secs(s))).collect();
+        let seconds: Vec<_> = waits.iter().map(|w| w.map(|d| d.as_millis())).collect();
+        assert_eq!(seconds, [Some(0), Some(500), Some(1000), Some(2000), Some(4000), None]);
+        assert!(restarts.next(Part::Jail, start).is_some(), "each part has its own count");
+        assert!(
+            restarts.next(Part::Sshd, start + Duration::from_secs(61)).is_some(),
+            "a minute later the first is forgotten"
+        );
+    }
+}

@@ -1,0 +1,134 @@
+//! What `ims-jail-shell` tells the supervisor of its session: who came, for what, and how it ended. Told, not asked: a session does
+//! not wait for an answer, and goes on if nobody listens.
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use crate::session::request::Request;
+use crate::sys::packet::Packets;
+
+/// The beginning of a session.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Beginning {
+    /// The client's address, as sshd saw it.
+    pub client: String,
+    /// What it authenticated with, a line of `ExposeAuthInfo`: `publickey ssh-ed25519 AAAA…`.
+    pub credential: String,
+    /// Whether there is a terminal.
+    pub terminal: bool,
+    /// `shell`, `sftp`, or the command line.
+    pub request: String,
+}
+
+/// No log line needs more of a command.
+const LONGEST_REQUEST: usize = 1000;
+
+impl Beginning {
+    /// Of this process's session, from what sshd gave it.
+    pub fn of_this_session(request: &Request, terminal: bool) -> Self {
+        let variable = |name| std::env::var_os(name).unwrap_or_default();
+        let connection = variable("SSH_CONNECTION");
+        let client = connection.as_bytes().split(|&b| b == b' ').next().unwrap_or_default();
+        let credential = std::fs::read(variable("SSH_USER_AUTH")).unwrap_or_default();
+        let credential = credential.split(|&b| b == b'\n').next().unwrap_or_default();
+        let words = |words: &[std::ffi::OsString]| words.join(OsStr::new(" "));
+        let request = match request {
+            Request::Shell => "shell".into(),
+            Request::Sftp(_) => "sftp".into(),
+            Request::Command(line) => line.clone(),
+            Request::Program(program) => words(program),
+        };
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).replace('\0', " ");
+        Self {
+            client: text(client),
+            credential: text(credential),
+            terminal,
+            request: text(&request.as_bytes()[..request.len().min(LONGEST_REQUEST)]),
+        }
+    }
+
+    fn to_packet(&self) -> Vec<u8> {
+        let terminal = if self.terminal { "terminal" } else { "" };
+        ["begin", &self.client, &self.credential, terminal, &self.request].join("\0").into_bytes()
+    }
+}
+
+/// A packet that the supervisor gets.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Packet {
+    /// A session begins; its end is told on the same connection, or the connection closes.
+    Begin(Beginning),
+    /// It ended: an exit code, or `signal NAME`.
+    End(String),
+    /// Somebody asks how things are.
+    Status,
+}
+
+impl Packet {
+    /// The packet's bytes: fields, separated by NUL bytes.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        match self {
+            Self::Begin(beginning) => beginning.to_packet(),
+            Self::End(how) => format!("end\0{how}").into_bytes(),
+            Self::Status => b"status".into(),
+        }
+    }
+
+    /// Reads a packet; `None` if it is none.
+    pub fn parse(bytes: &[u8]) -> Option<Self> {
+        let text = String::from_utf8_lossy(bytes);
+        let fields: Vec<&str> = text.split('\0').collect();
+        Some(match fields.as_slice() {
+            ["begin", client, credential, terminal, request] => Self::Begin(Beginning {
+                client: (*client).to_owned(),
+                credential: (*credential).to_owned(),
+                terminal: *terminal == "terminal",
+                request: (*request).to_owned(),
+            }),
+            ["end", how] => Self::End((*how).to_owned()),
+            ["status"] => Self::Status,
+            _ => return None,
+        })
+    }
+}
+
+/// The line to the supervisor, open for the session's length.
+pub struct Report(Option<Packets>);
+
+impl Report {
+    /// Tells of the beginning, to the socket beside the record at `jail`.
+    pub fn begin(jail: &Path, beginning: Beginning) -> Self {
+        let packets = Packets::connect(&jail.with_file_name(SOCKET)).ok();
+        Self(packets.filter(|p| p.send(&Packet::Begin(beginning).to_bytes()).is_ok()))
+    }
+
+    /// Tells of the end.
+    pub fn end(&self, how: String) {
+        if let Some(packets) = &self.0 {
+            let _ = packets.send(&Packet::End(how).to_bytes());
+        }
+    }
+}
+
+/// The supervisor's socket, in its state folder.
+pub const SOCKET: &str = "control";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn packets_are_read_as_they_were_written() {
+        let beginning = Beginning {
+            client: "192.0.2.1".into(),
+            credential: "publickey ssh-ed25519 AAAA".into(),
+            terminal: true,
+            request: "echo a\nb".into(),
+        };
+        for packet in [Packet::Begin(beginning), Packet::End("signal SIGTERM".into()), Packet::Status] {
+            assert_eq!(Packet::parse(&packet.to_bytes()), Some(packet));
+        }
+        assert_eq!(Packet::parse(b"begin\0x"), None);
+    }
+}
