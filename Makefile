@@ -9,7 +9,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
 RUN_PACKAGES := openssh-server openssh-client openssh-sftp-server mmdebstrap busybox-static
 TEST_PACKAGES := $(RUN_PACKAGES) rsync python3-paramiko strace
-BENCH_PACKAGES := $(RUN_PACKAGES) hyperfine
+BENCH_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev bubblewrap
 
 .PHONY: run build test bench install-run install-test install-bench
 
