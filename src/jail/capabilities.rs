@@ -1,44 +1,46 @@
 //! What root may do in the jail.
 
-use caps::{CapSet, Capability, CapsHashSet, errors::CapsError};
+use rustix::thread::{CapabilitySet, CapabilitySets};
 
 /// The capabilities that root keeps in the jail, each with who needs it. Everything else leaves the bounding set, so that no
 /// program started in the jail, setuid or with file capabilities, gets it back.
-pub const KEPT: &[(Capability, &str)] = &[
-    (Capability::CAP_AUDIT_WRITE, "su, sudo and login write audit records"),
-    (Capability::CAP_CHOWN, "rpm, dpkg and tar give files to their owners"),
-    (Capability::CAP_DAC_OVERRIDE, "root edits any file of the image"),
-    (Capability::CAP_FOWNER, "rpm, dpkg and rsync set modes and times of others' files"),
-    (Capability::CAP_FSETID, "rpm and dpkg keep setuid and setgid bits"),
-    (Capability::CAP_KILL, "root ends others' processes in the jail"),
-    (Capability::CAP_MKNOD, "packages such as filesystem, and dracut, make device nodes (which open nothing: nodev)"),
-    (Capability::CAP_NET_BIND_SERVICE, "a package's test starts its service on its own port"),
-    (Capability::CAP_NET_RAW, "ping carries it as a file capability and cannot be started without"),
-    (Capability::CAP_SETFCAP, "rpm and setcap store file capabilities"),
-    (Capability::CAP_SETGID, "su, sudo, apt's sandbox user"),
-    (Capability::CAP_SETPCAP, "programs that give up capabilities of their own"),
-    (Capability::CAP_SETUID, "su, sudo, apt's sandbox user"),
-    (Capability::CAP_SYS_CHROOT, "rpm --root, dracut, scriptlets that use chroot inside the image"),
+pub const KEPT: &[(CapabilitySet, &str)] = &[
+    (CapabilitySet::AUDIT_WRITE, "su, sudo and login write audit records"),
+    (CapabilitySet::CHOWN, "rpm, dpkg and tar give files to their owners"),
+    (CapabilitySet::DAC_OVERRIDE, "root edits any file of the image"),
+    (CapabilitySet::FOWNER, "rpm, dpkg and rsync set modes and times of others' files"),
+    (CapabilitySet::FSETID, "rpm and dpkg keep setuid and setgid bits"),
+    (CapabilitySet::KILL, "root ends others' processes in the jail"),
+    (CapabilitySet::MKNOD, "packages such as filesystem, and dracut, make device nodes (which open nothing: nodev)"),
+    (CapabilitySet::NET_BIND_SERVICE, "a package's test starts its service on its own port"),
+    (CapabilitySet::NET_RAW, "ping carries it as a file capability and cannot be started without"),
+    (CapabilitySet::SETFCAP, "rpm and setcap store file capabilities"),
+    (CapabilitySet::SETGID, "su, sudo, apt's sandbox user"),
+    (CapabilitySet::SETPCAP, "programs that give up capabilities of their own"),
+    (CapabilitySet::SETUID, "su, sudo, apt's sandbox user"),
+    (CapabilitySet::SYS_CHROOT, "rpm --root, dracut, scriptlets that use chroot inside the image"),
 ];
 
 /// Leaves this process the kept capabilities only, for good.
-pub fn keep_jail_set() -> Result<(), CapsError> {
-    keep_only(&KEPT.iter().map(|(capability, _)| *capability).collect())
+pub fn keep_jail_set() -> rustix::io::Result<()> {
+    keep_only(KEPT.iter().map(|(capability, _)| *capability).collect())
 }
 
 /// Leaves this process `kept` only, of those it has, for good: bounding, ambient, inheritable, permitted, effective.
-pub fn keep_only(kept: &CapsHashSet) -> Result<(), CapsError> {
-    for capability in caps::all().difference(kept) {
-        // An older kernel does not know the newest capabilities: what it does not know it does not give either.
-        if caps::has_cap(None, CapSet::Bounding, *capability).unwrap_or(false) {
-            caps::drop(None, CapSet::Bounding, *capability)?;
+pub fn keep_only(kept: CapabilitySet) -> rustix::io::Result<()> {
+    // By number and not by name: this kernel may know capabilities that have no name here yet.
+    for capability in (0..u64::BITS).map(|number| CapabilitySet::from_bits_retain(1 << number)) {
+        match rustix::thread::capability_is_in_bounding_set(capability) {
+            Ok(true) if !kept.contains(capability) => rustix::thread::remove_capability_from_bounding_set(capability)?,
+            Ok(_) => {}
+            // The kernel's last one was the one before.
+            Err(_) => break,
         }
     }
-    caps::clear(None, CapSet::Ambient)?;
-    let left: CapsHashSet = caps::read(None, CapSet::Permitted)?.intersection(kept).copied().collect();
-    caps::set(None, CapSet::Effective, &left)?;
-    caps::set(None, CapSet::Permitted, &left)?;
-    caps::clear(None, CapSet::Inheritable)
+    rustix::thread::clear_ambient_capability_set()?;
+    let left = rustix::thread::capabilities(None)?.permitted & kept;
+    let sets = CapabilitySets { effective: left, permitted: left, inheritable: CapabilitySet::empty() };
+    rustix::thread::set_capabilities(None, sets)
 }
 
 #[cfg(test)]
@@ -47,24 +49,23 @@ mod tests {
 
     #[test]
     fn what_leads_out_of_the_jail_is_not_kept() {
-        use Capability::*;
         for dangerous in [
-            CAP_SYS_ADMIN,
-            CAP_SYS_PTRACE,
-            CAP_SYS_MODULE,
-            CAP_SYS_RAWIO,
-            CAP_DAC_READ_SEARCH,
-            CAP_SYS_BOOT,
-            CAP_SYS_TIME,
-            CAP_NET_ADMIN,
-            CAP_BPF,
-            CAP_PERFMON,
-            CAP_SYSLOG,
-            CAP_CHECKPOINT_RESTORE,
-            CAP_MAC_ADMIN,
-            CAP_MAC_OVERRIDE,
+            CapabilitySet::SYS_ADMIN,
+            CapabilitySet::SYS_PTRACE,
+            CapabilitySet::SYS_MODULE,
+            CapabilitySet::SYS_RAWIO,
+            CapabilitySet::DAC_READ_SEARCH,
+            CapabilitySet::SYS_BOOT,
+            CapabilitySet::SYS_TIME,
+            CapabilitySet::NET_ADMIN,
+            CapabilitySet::BPF,
+            CapabilitySet::PERFMON,
+            CapabilitySet::SYSLOG,
+            CapabilitySet::CHECKPOINT_RESTORE,
+            CapabilitySet::MAC_ADMIN,
+            CapabilitySet::MAC_OVERRIDE,
         ] {
-            assert!(KEPT.iter().all(|(kept, _)| *kept != dangerous), "{dangerous}");
+            assert!(KEPT.iter().all(|(kept, _)| *kept != dangerous), "{dangerous:?}");
         }
     }
 }

@@ -7,6 +7,7 @@ use nix::sys::signal::{Signal, kill, killpg};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, getpgrp, getpid, getsid, setpgid};
 use rustix::event::{PollFd, PollFlags};
+use rustix::thread::CapabilitySet;
 
 use crate::error::{Attempt, Result};
 use crate::jail::record::Record;
@@ -78,8 +79,7 @@ fn start(dkms: bool, signals: &Signals, terminal: &Terminal, inside: impl FnOnce
 /// The process in front: passes signals in, and the end out.
 fn attend(child: Pid, signals: &Signals, terminal: &Terminal) -> u8 {
     // It needs nothing any more but to send signals to a child that may have become another user.
-    let kept = [caps::Capability::CAP_KILL].into_iter().collect();
-    let _ = capabilities::keep_only(&kept);
+    let _ = capabilities::keep_only(CapabilitySet::KILL);
     loop {
         loop {
             match waitpid(child, Some(WaitPidFlag::WNOHANG | WaitPidFlag::WUNTRACED)) {

@@ -5,12 +5,12 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
-use caps::Capability;
 use nix::errno::Errno;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::thread::CapabilitySet;
 
 use crate::error::{Attempt, Result};
 use crate::jail::NAMESPACES;
@@ -54,8 +54,8 @@ fn prepare(plan: &Plan) -> Result<(Signals, Watch)> {
     let signals = Signals::hold(&[Signal::SIGCHLD]).attempt(|| "hold back SIGCHLD")?;
     build(plan)?;
     // It only looks at names from now on, whatever the modes of a user's /tmp.
-    let kept = [Capability::CAP_DAC_READ_SEARCH].into_iter().collect();
-    capabilities::keep_only(&kept).attempt(|| "give up the capabilities of the jail's init")?;
+    capabilities::keep_only(CapabilitySet::DAC_READ_SEARCH)
+        .attempt(|| "give up the capabilities of the jail's init")?;
     let watch = Watch::start().attempt(|| "watch /tmp of the jail")?;
     // The log and whatever else came with the start is none of the jail's business.
     let null = std::fs::OpenOptions::new()
