@@ -5,8 +5,6 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
-
 use ims_sshd::error::{Attempt, Result};
 use ims_sshd::jail::build::Plan;
 use ims_sshd::jail::init;
@@ -14,62 +12,72 @@ use ims_sshd::jail::record::Record;
 use ims_sshd::session::login;
 use ims_sshd::session::request::Request;
 
-/// Makes a jail around an image root, or enters it. Started by ims-sshd and by sshd, not by hand.
-#[derive(Parser)]
-#[command(version)]
-struct Arguments {
-    #[command(subcommand)]
-    command: Command,
-}
+const USAGE: &str = "\
+Makes a jail around an image root, or enters it. Started by ims-sshd and by sshd, not by hand.
 
-#[derive(Subcommand)]
+  ims-jail-shell init --root FOLDER [--dkms] [--resolv-conf FILE] [--sftp NAME=FILE]...
+      make the jail and be its first process; standard input is the socket to the supervisor
+  ims-jail-shell session JAIL
+      enter the jail and carry out SSH_ORIGINAL_COMMAND, or start a login shell
+  ims-jail-shell enter JAIL [-- PROGRAM [ARGUMENT]...]
+      enter the jail and run a program of the image, or a login shell
+
+JAIL is the file in which ims-sshd wrote down where the jail is.";
+
+/// What this program is told to do.
 enum Command {
-    /// Make the jail and be its first process; standard input is the socket to the supervisor.
-    Init {
-        /// The image root.
-        #[arg(long)]
-        root: PathBuf,
-        /// Give the jail all that the container has, as a build of kernel modules needs it.
-        #[arg(long)]
-        dkms: bool,
-        /// The file to show as /etc/resolv.conf.
-        #[arg(long)]
-        resolv_conf: Option<PathBuf>,
-        /// A file that sftp needs, as NAME=FILE; can be repeated.
-        #[arg(long, value_parser = name_and_file)]
-        sftp: Vec<(String, PathBuf)>,
-    },
-    /// Enter the jail and carry out `SSH_ORIGINAL_COMMAND`, or start a login shell.
-    Session {
-        /// Where the jail is, as the supervisor wrote it down.
-        jail: PathBuf,
-    },
-    /// Enter the jail and run a program of the image; a login shell without one.
-    Enter {
-        /// Where the jail is, as the supervisor wrote it down.
-        jail: PathBuf,
-        /// The program and its arguments.
-        #[arg(last = true)]
-        command: Vec<OsString>,
-    },
+    Init(Plan),
+    Session(PathBuf),
+    Enter(PathBuf, Vec<OsString>),
 }
 
-fn name_and_file(text: &str) -> std::result::Result<(String, PathBuf), String> {
-    let (name, file) = text.split_once('=').ok_or("expected NAME=FILE")?;
-    Ok((name.to_owned(), file.into()))
+/// Reads the command line, which is always one of ims-sshd's own. Without a parser made for people: to build one would be a tenth
+/// of the time that a session takes to start.
+fn command(words: &[OsString]) -> Option<Command> {
+    let (name, words) = words.split_first()?;
+    match (name.to_str()?, words) {
+        ("init", options) => init_plan(options).map(Command::Init),
+        ("session", [jail]) => Some(Command::Session(jail.into())),
+        ("enter", [jail]) => Some(Command::Enter(jail.into(), Vec::new())),
+        ("enter", [jail, dashes, program @ ..]) if dashes == "--" => {
+            Some(Command::Enter(jail.into(), program.to_vec()))
+        }
+        _ => None,
+    }
+}
+
+fn init_plan(words: &[OsString]) -> Option<Plan> {
+    let mut plan = Plan { image_root: PathBuf::new(), dkms: false, resolv_conf: None, sftp: Vec::new() };
+    let mut words = words.iter();
+    while let Some(option) = words.next() {
+        match option.to_str()? {
+            "--root" => plan.image_root = words.next()?.into(),
+            "--dkms" => plan.dkms = true,
+            "--resolv-conf" => plan.resolv_conf = Some(words.next()?.into()),
+            "--sftp" => {
+                let (name, file) = words.next()?.to_str()?.split_once('=')?;
+                plan.sftp.push((name.to_owned(), file.into()));
+            }
+            _ => return None,
+        }
+    }
+    (!plan.image_root.as_os_str().is_empty()).then_some(plan)
 }
 
 fn main() -> ExitCode {
-    let result = match Arguments::parse().command {
-        Command::Init { root, dkms, resolv_conf, sftp } => {
-            make(&Plan { image_root: root, dkms, resolv_conf, sftp }).map(|()| 0)
-        }
-        Command::Session { jail } => {
+    let words: Vec<_> = std::env::args_os().skip(1).collect();
+    let result = match command(&words) {
+        Some(Command::Init(plan)) => make(&plan).map(|()| 0),
+        Some(Command::Session(jail)) => {
             let request = Request::from_original_command(std::env::var_os("SSH_ORIGINAL_COMMAND").as_deref());
             Record::read(&jail).and_then(|record| login::run(&record, &request))
         }
-        Command::Enter { jail, command } => {
-            Record::read(&jail).and_then(|record| login::run(&record, &Request::Program(command)))
+        Some(Command::Enter(jail, program)) => {
+            Record::read(&jail).and_then(|record| login::run(&record, &Request::Program(program)))
+        }
+        None => {
+            eprintln!("{USAGE}");
+            return ExitCode::from(2);
         }
     };
     match result {
