@@ -15,7 +15,7 @@ use crate::jail::record::Record;
 use crate::session::account::{Account, DEFAULT_SHELL};
 use crate::session::environment::{LOGIN_PATH, session_environment};
 use crate::session::request::Request;
-use crate::sys::process::exec;
+use crate::sys::process::Exec;
 use crate::sys::tree::Tree;
 
 /// Enters the jail that `record` tells of and carries out `request` there. Returns the exit code for this program.
@@ -25,12 +25,16 @@ pub fn run(record: &Record, request: &Request) -> Result<u8> {
     let image_root = Tree::open(Path::new("/")).attempt(|| "open the image root")?;
     let account = Account::root_of(&image_root);
     let environment = session_environment(std::env::vars_os(), &account, &record.keep);
+    // All put together before the fork: every page of memory that the child writes to is copied first.
+    let programs = programs(request, &account);
+    let programs = programs.iter().map(|program| program.prepared(&environment)).collect::<nix::Result<Vec<_>>>();
+    let programs = programs.attempt(|| "put the arguments of the program together")?;
     enter::run(record.dkms, || {
         become_root(&account);
         if matches!(request, Request::Shell) && std::io::stdin().is_terminal() {
             greet(&image_root, &account, record);
         }
-        report(run_first(&programs(request, &account), &environment))
+        report(run_first(&programs))
     })
 }
 
@@ -39,6 +43,18 @@ pub fn run(record: &Record, request: &Request) -> Result<u8> {
 struct Program {
     path: PathBuf,
     arguments: Vec<OsString>,
+    is_shell: bool,
+}
+
+impl Program {
+    fn prepared(&self, environment: &[(OsString, OsString)]) -> nix::Result<Exec> {
+        let environment = environment.iter().map(|(name, value)| {
+            // $SHELL is the shell that really runs.
+            let value = if name == "SHELL" && self.is_shell { self.path.as_os_str() } else { value };
+            (name.as_os_str(), value)
+        });
+        Exec::new(&self.path, &self.arguments, environment)
+    }
 }
 
 /// What may carry out `request`, best first.
@@ -54,7 +70,7 @@ fn programs(request: &Request, account: &Account) -> Vec<Program> {
                 vec![dashed]
             }
         };
-        Program { path: shell.to_owned(), arguments }
+        Program { path: shell.to_owned(), arguments, is_shell: true }
     };
     match request {
         Request::Sftp(options) => return sftp_programs(options),
@@ -72,7 +88,8 @@ fn programs(request: &Request, account: &Account) -> Vec<Program> {
 fn on_path(words: &[OsString]) -> Vec<Program> {
     let name = Path::new(&words[0]);
     let folders = if name.components().count() > 1 { "" } else { LOGIN_PATH };
-    folders.split(':').map(|folder| Program { path: Path::new(folder).join(name), arguments: words.to_vec() }).collect()
+    let candidate = |folder| Program { path: Path::new(folder).join(name), arguments: words.to_vec(), is_shell: false };
+    folders.split(':').map(candidate).collect()
 }
 
 /// The container's sftp-server, by the container's loader: nothing of it is looked up in the image.
@@ -86,37 +103,30 @@ fn sftp_programs(options: &[OsString]) -> Vec<Program> {
     let mut direct: Vec<OsString> = vec![server.clone().into()];
     direct.extend_from_slice(options);
     // A server that is linked statically comes without a loader.
-    vec![Program { path: loader, arguments }, Program { path: server, arguments: direct }]
+    vec![
+        Program { path: loader, arguments, is_shell: false },
+        Program { path: server, arguments: direct, is_shell: false },
+    ]
 }
 
 /// Replaces this process with the first of `programs` that can be started; returns why the last one could not.
-fn run_first(programs: &[Program], environment: &[(OsString, OsString)]) -> (PathBuf, Errno) {
-    let mut failed = (PathBuf::new(), Errno::ENOENT);
+fn run_first(programs: &[Exec]) -> (&Path, Errno) {
+    let mut failed = (Path::new(""), Errno::ENOENT);
     for program in programs {
-        let shell = rustix::fs::access(&program.path, Access::EXEC_OK).map_err(Errno::from_rustix);
-        let error = match shell {
+        let error = match rustix::fs::access(program.path(), Access::EXEC_OK) {
             Ok(()) => {
-                // $SHELL is the shell that really runs.
-                let environment: Vec<_> = environment
-                    .iter()
-                    .map(|(name, value)| {
-                        let is_shell = name == "SHELL" && !program.path.starts_with(Path::new("/").join(SFTP_FOLDER));
-                        (name.clone(), if is_shell { program.path.clone().into() } else { value.clone() })
-                    })
-                    .collect();
-                match exec(&program.path, &program.arguments, &environment) {
-                    Err(error) => error,
-                }
+                let Err(error) = program.replace_this_process();
+                error
             }
-            Err(error) => error,
+            Err(error) => Errno::from_rustix(error),
         };
-        failed = (program.path.clone(), error);
+        failed = (program.path(), error);
     }
     failed
 }
 
 /// Says why nothing could be started, and gives the exit code that shells use for it.
-fn report((program, error): (PathBuf, Errno)) -> u8 {
+fn report((program, error): (&Path, Errno)) -> u8 {
     let missing = error == Errno::ENOENT;
     eprintln!(
         "ims-jail-shell: cannot start {} in this image: {}; {}",

@@ -1,10 +1,11 @@
 //! Processes: forked, waited for, found in /proc, and left.
 
 use std::convert::Infallible;
-use std::ffi::OsString;
+use std::ffi::{CString, OsStr, OsString};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 
 use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
@@ -190,27 +191,39 @@ pub fn descendants(all: &[Entry], ancestor: Pid) -> Vec<Entry> {
     found
 }
 
-/// Replaces this process with `program`; returns only on failure. Strings that hold a NUL byte are an error.
-pub fn exec(
-    program: &std::path::Path,
-    arguments: &[OsString],
-    environment: &[(OsString, OsString)],
-) -> nix::Result<Infallible> {
-    use std::ffi::CString;
-    use std::os::unix::ffi::{OsStrExt, OsStringExt};
-    let c_string = |bytes: Vec<u8>| CString::new(bytes).map_err(|_| nix::errno::Errno::EINVAL);
-    let path = c_string(program.as_os_str().as_bytes().to_vec())?;
-    let arguments: Vec<_> = arguments.iter().map(|a| c_string(a.as_bytes().to_vec())).collect::<nix::Result<_>>()?;
-    let environment: Vec<_> = environment
-        .iter()
-        .map(|(name, value)| {
-            let mut pair = name.clone();
-            pair.push("=");
-            pair.push(value);
-            c_string(pair.into_vec())
+/// A program with all that execve(2) takes.
+#[derive(Debug)]
+pub struct Exec {
+    path: CString,
+    arguments: Vec<CString>,
+    environment: Vec<CString>,
+}
+
+impl Exec {
+    /// EINVAL for a string that holds a NUL byte.
+    pub fn new<'a>(
+        path: &Path,
+        arguments: &[OsString],
+        environment: impl IntoIterator<Item = (&'a OsStr, &'a OsStr)>,
+    ) -> nix::Result<Self> {
+        let c_string = |bytes: &[u8]| CString::new(bytes).map_err(|_| nix::errno::Errno::EINVAL);
+        let pair = |(name, value): (&OsStr, &OsStr)| c_string(&[name.as_bytes(), b"=", value.as_bytes()].concat());
+        Ok(Self {
+            path: c_string(path.as_os_str().as_bytes())?,
+            arguments: arguments.iter().map(|a| c_string(a.as_bytes())).collect::<nix::Result<_>>()?,
+            environment: environment.into_iter().map(pair).collect::<nix::Result<_>>()?,
         })
-        .collect::<nix::Result<_>>()?;
-    nix::unistd::execve(&path, &arguments, &environment)
+    }
+
+    /// The program's file.
+    pub fn path(&self) -> &Path {
+        Path::new(OsStr::from_bytes(self.path.as_bytes()))
+    }
+
+    /// Returns only on failure.
+    pub fn replace_this_process(&self) -> nix::Result<Infallible> {
+        nix::unistd::execve(&self.path, &self.arguments, &self.environment)
+    }
 }
 
 #[cfg(test)]
