@@ -13,7 +13,7 @@ mod support;
 
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
@@ -37,7 +37,9 @@ fn main() -> ExitCode {
     life(runs, &mut report);
     entering(runs * 20, &mut report);
     memory(&mut report);
-    connection(runs * 5, &mut report);
+    let key = connection(runs * 5, &mut report);
+    // All environments of a run share it, so none removes it.
+    std::fs::remove_dir_all(key.parent().unwrap()).unwrap();
     report.exit_code()
 }
 
@@ -164,8 +166,8 @@ fn memory(report: &mut Report) {
     close(environment);
 }
 
-/// `ssh host true` over a connection that stands.
-fn connection(rounds: usize, report: &mut Report) {
+/// `ssh host true` over a connection that stands. Returns the client's key.
+fn connection(rounds: usize, report: &mut Report) -> PathBuf {
     report.title(&format!("ssh host true, over a connection that stands ({rounds} rounds)"));
     let environments = [Mode::Jailed, Mode::Plain].map(|mode| {
         let volume = Volume::new(Image::Debian);
@@ -191,11 +193,13 @@ fn connection(rounds: usize, report: &mut Report) {
     report.add("plain", Unit::Milliseconds, plain, Bound::Information);
     report.add("jailed", Unit::Milliseconds, jailed, Bound::Information);
     report.add("jailed without plain's", Unit::Milliseconds, more, Bound::Information);
+    let key = environments[0].0.key.clone();
     for (environment, mut master, _) in environments {
         master.kill().unwrap();
         master.wait().unwrap();
         close(environment);
     }
+    key
 }
 
 /// An entrypoint that waits for `ready`, all it does beforehand done.
