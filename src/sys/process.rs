@@ -2,7 +2,8 @@
 
 use std::convert::Infallible;
 use std::ffi::{CString, OsStr, OsString};
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -121,7 +122,10 @@ pub struct Entry {
 impl Entry {
     /// Reads /proc/PID/stat; `None` if there is no such process (any more).
     pub fn read(pid: Pid) -> Option<Self> {
-        Self::parse(&std::fs::read(format!("/proc/{pid}/stat")).ok()?)
+        // The kernel gives the whole line to the first read that has room for it: 52 numbers at the most.
+        let mut line = [0; 2048];
+        let length = File::open(format!("/proc/{pid}/stat")).ok()?.read(&mut line).ok()?;
+        Self::parse(&line[..length])
     }
 
     /// The format is proc(5)'s: the name stands in parentheses and may itself hold any byte, so the last `)` ends it.

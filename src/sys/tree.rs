@@ -82,10 +82,12 @@ impl Tree {
     /// a fifo, a device or a socket is not opened for reading.
     pub fn read(&self, path: impl AsRef<Path>, limit: u64) -> io::Result<Vec<u8>> {
         let fd = self.open_at(path, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY, Mode::empty())?;
-        if FileType::from_raw_mode(rustix::fs::fstat(&fd)?.st_mode) != FileType::RegularFile {
+        let found = rustix::fs::fstat(&fd)?;
+        if FileType::from_raw_mode(found.st_mode) != FileType::RegularFile {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
         }
-        let mut text = Vec::new();
+        let size = u64::try_from(found.st_size).unwrap_or(0).min(limit);
+        let mut text = Vec::with_capacity(usize::try_from(size).unwrap_or(0) + 1);
         File::from(fd).take(limit + 1).read_to_end(&mut text)?;
         if text.len() as u64 > limit {
             return Err(io::Error::new(io::ErrorKind::FileTooLarge, format!("larger than {limit} bytes")));
