@@ -11,7 +11,7 @@ use crate::lifecycle::signal_files::{SSHD_LISTENING, SignalFiles};
 use crate::lifecycle::state::StateFolder;
 use crate::sshd::config;
 use crate::sshd::daemon::Daemon;
-use crate::sshd::effective::Effective;
+use crate::sshd::effective::{Effective, Question};
 use crate::sshd::sftp_server;
 use crate::sys::tree::{Tree, kind_of};
 use crate::verdict::Verdict;
@@ -98,10 +98,14 @@ pub fn configure_sshd(settings: &Settings, state: &StateFolder) -> Result<Effect
     if after != before {
         config::write(&settings.sshd_config, &after)?;
     }
-    let effective = Effective::ask(options, "root")?;
-    if let Some(command) = &force_command {
+    // The two are asked at once, since a pod waits for the answers, and both are heard, whatever the first one is.
+    let nobodys = force_command.is_some().then(|| Question::put(options, "nobody")).transpose()?;
+    let roots = Effective::ask(options, "root");
+    let nobodys = nobodys.map(Question::answer);
+    let effective = roots?;
+    if let (Some(command), Some(nobodys)) = (&force_command, nobodys) {
         effective.check_jail(command)?;
-        Effective::ask(options, "nobody")?.check_denied()?;
+        nobodys?.check_denied()?;
     }
     Ok(effective)
 }

@@ -1,11 +1,45 @@
 //! What sshd itself says its configuration means (`sshd -T`): the one reader of sshd_config that cannot be wrong.
 
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use crate::error::{Attempt, Error, Result};
 use crate::session::environment::matches;
 use crate::sshd;
+
+/// A sshd that was asked and has not answered yet. It takes its ten milliseconds; several think at once.
+pub struct Question {
+    attempted: String,
+    sshd: Child,
+}
+
+impl Question {
+    /// Asks what would hold for `user` with these options.
+    pub fn put(options: &[String], user: &str) -> Result<Self> {
+        let attempted = format!("have sshd check its configuration (sshd {} -T)", shell_words::join(options));
+        let sshd = Command::new(sshd::program()?)
+            .args(options)
+            .args(["-T", "-C", &format!("user={user},host=localhost,addr=127.0.0.1,laddr=127.0.0.1,lport=22")])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .attempt(|| &attempted)?;
+        Ok(Self { attempted, sshd })
+    }
+
+    /// Waits for the answer. sshd's own complaint is the error's cause.
+    pub fn answer(self) -> Result<Effective> {
+        let output = self.sshd.wait_with_output().attempt(|| &self.attempted)?;
+        if output.status.success() {
+            return Ok(Effective::parse(&output.stdout));
+        }
+        let said = String::from_utf8_lossy(&output.stderr);
+        let said: Vec<&str> = said.lines().map(str::trim).filter(|l| !l.is_empty()).collect();
+        let why = if said.is_empty() { output.status.to_string() } else { said.join(", ") };
+        Err(Error::new(self.attempted).because(why))
+    }
+}
 
 /// The effective configuration for one user: keywords in lower case, with their values, in sshd's order.
 #[derive(Debug, Clone, Default)]
@@ -16,19 +50,7 @@ pub struct Effective {
 impl Effective {
     /// Asks sshd with these options what would hold for `user`. sshd's own complaint is the error's cause.
     pub fn ask(options: &[String], user: &str) -> Result<Self> {
-        let attempted = || format!("have sshd check its configuration (sshd {} -T)", shell_words::join(options));
-        let output = Command::new(sshd::program()?)
-            .args(options)
-            .args(["-T", "-C", &format!("user={user},host=localhost,addr=127.0.0.1,laddr=127.0.0.1,lport=22")])
-            .stdin(Stdio::null())
-            .output()
-            .attempt(attempted)?;
-        if output.status.success() {
-            return Ok(Self::parse(&output.stdout));
-        }
-        let said = String::from_utf8_lossy(&output.stderr);
-        let said: Vec<&str> = said.lines().map(str::trim).filter(|l| !l.is_empty()).collect();
-        Err(Error::new(attempted()).because(if said.is_empty() { output.status.to_string() } else { said.join(", ") }))
+        Question::put(options, user)?.answer()
     }
 
     /// Reads what `sshd -T` prints.
