@@ -45,7 +45,7 @@ fn main() -> ExitCode {
 
 /// From `ready` to `sshd_listening`, and from `complete` to `exiting`.
 fn life(runs: usize, report: &mut Report) {
-    report.title(&format!("An environment's life ({runs} environments, nobody logged in)"));
+    title(&format!("An environment's life ({runs} environments, nobody logged in)"));
     let [mut opened_jailed, mut opened_plain, mut closed_jailed, mut closed_plain] = [const { Vec::new() }; 4];
     let mut bare = Vec::new();
     for _ in 0..runs {
@@ -81,7 +81,7 @@ fn life(runs: usize, report: &mut Report) {
 
 /// What it takes to run a program in a jail that stands, against others who do so.
 fn entering(rounds: usize, report: &mut Report) {
-    report.title(&format!("Running a program in an open jail ({rounds} rounds)"));
+    title(&format!("Running a program in an open jail ({rounds} rounds)"));
     let environment = Environment::open(Image::Debian, Mode::Jailed);
     let record = StateFolder::of(&environment.parent).unwrap().jail();
     let init = Record::read(&record).unwrap().init.to_string();
@@ -143,7 +143,7 @@ fn entering(rounds: usize, report: &mut Report) {
 
 /// What stands in memory while nothing happens.
 fn memory(report: &mut Report) {
-    report.title("Memory while nothing happens");
+    title("Memory while nothing happens");
     let environment = Environment::open(Image::Debian, Mode::Jailed);
     let record = StateFolder::of(&environment.parent).unwrap().jail();
     let init = Record::read(&record).unwrap().init.cast_unsigned();
@@ -168,7 +168,7 @@ fn memory(report: &mut Report) {
 
 /// `ssh host true` over a connection that stands. Returns the client's key.
 fn connection(rounds: usize, report: &mut Report) -> PathBuf {
-    report.title(&format!("ssh host true, over a connection that stands ({rounds} rounds)"));
+    title(&format!("ssh host true, over a connection that stands ({rounds} rounds)"));
     let environments = [Mode::Jailed, Mode::Plain].map(|mode| {
         let volume = Volume::new(Image::Debian);
         // Debian's bash reads ~/.bashrc of the one whom sshd starts it for, but not below another shell: whatever root's
@@ -303,7 +303,7 @@ fn ratios(a: &[f64], b: &[f64]) -> Vec<f64> {
     a.iter().zip(b).map(|(a, b)| a / b).collect()
 }
 
-/// The sum of `fields` of /proc/PID/smaps_rollup (proc(5)), which are in KiB, in MiB.
+/// The sum of `fields` of proc(5)'s `smaps_rollup`, which are in KiB, in MiB.
 fn memory_of(pid: u32, fields: &[&str]) -> f64 {
     let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
     let lines = text.lines().map(|line| line.split_ascii_whitespace().collect::<Vec<_>>());
@@ -327,6 +327,10 @@ enum Bound {
     Information,
 }
 
+fn title(title: &str) {
+    println!("\n{title}");
+}
+
 /// Prints the figures and remembers whether one is missed by far.
 #[derive(Default)]
 struct Report {
@@ -334,10 +338,6 @@ struct Report {
 }
 
 impl Report {
-    fn title(&mut self, title: &str) {
-        println!("\n{title}");
-    }
-
     fn add(&mut self, name: &str, unit: Unit, mut samples: Vec<f64>, bound: Bound) {
         samples.sort_by(f64::total_cmp);
         let median = f64::midpoint(samples[(samples.len() - 1) / 2], samples[samples.len() / 2]);
@@ -359,7 +359,7 @@ impl Report {
                 format!("{limit} {unit}: {reached}{}", aim.unwrap_or_default())
             }
         };
-        println!("  {:<54}{:>8.2} {:<3} {:<16} {judgement}", name, median, unit, spread);
+        println!("  {name:<54}{median:>8.2} {unit:<3} {spread:<16} {judgement}");
     }
 
     fn exit_code(&self) -> ExitCode {
