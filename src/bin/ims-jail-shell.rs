@@ -67,13 +67,13 @@ fn init_plan(words: &[OsString]) -> Option<Plan> {
 fn main() -> ExitCode {
     let words: Vec<_> = std::env::args_os().skip(1).collect();
     let result = match command(&words) {
-        Some(Command::Init(plan)) => make(&plan).map(|()| 0),
+        Some(Command::Init(plan)) => make(&plan),
         Some(Command::Session(jail)) => {
             let request = Request::from_original_command(std::env::var_os("SSH_ORIGINAL_COMMAND").as_deref());
-            Record::read(&jail).and_then(|record| login::run(&record, &request))
+            Record::read(&jail).and_then(|record| match login::run(&record, &request)? {})
         }
         Some(Command::Enter(jail, program)) => {
-            Record::read(&jail).and_then(|record| login::run(&record, &Request::Program(program)))
+            Record::read(&jail).and_then(|record| match login::run(&record, &Request::Program(program))? {})
         }
         None => {
             eprintln!("{USAGE}");
@@ -81,7 +81,7 @@ fn main() -> ExitCode {
         }
     };
     match result {
-        Ok(code) => ExitCode::from(code),
+        Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("ims-jail-shell: {error}");
             // What ssh itself answers when it cannot get to the host, and what Ansible takes as unreachable.

@@ -1,5 +1,6 @@
 //! Entering the jail: `setns` to all its namespaces at once, then a child inside whose end is passed on as if it were our own.
 
+use std::convert::Infallible;
 use std::io::IsTerminal;
 use std::os::fd::AsFd;
 
@@ -43,15 +44,16 @@ const PASSED_ON: [Signal; 7] = [
 ];
 
 /// Runs `inside` in a child, in the jail that was [`join`]ed; it ends in exec, or returns the exit code for that it could not.
-/// Returns this program's exit code, or does not return at all if the child died of a signal.
-pub fn run(dkms: bool, inside: impl FnOnce() -> u8) -> Result<u8> {
+/// This process ends as the child does: with its exit code, or dying of the same signal.
+pub fn run(dkms: bool, inside: impl FnOnce() -> u8) -> Result<Infallible> {
     let mut held = PASSED_ON.to_vec();
     held.push(Signal::SIGCHLD);
     let signals = Signals::hold(&held).attempt(|| "hold back signals")?;
     let terminal = Terminal::of_this_process();
     match fork().attempt(|| "start a process in the jail")? {
         Fork::Child => exit_now(start(dkms, &signals, &terminal, inside)),
-        Fork::Parent(child) => Ok(attend(child, &signals, &terminal)),
+        // At once: the client waits for this end, and freeing memory first would only copy pages shared with the child.
+        Fork::Parent(child) => exit_now(attend(child, &signals, &terminal)),
     }
 }
 

@@ -1,5 +1,6 @@
 //! `ims-jail-shell` as forced command: a client's request carried out inside the jail, as sshd would on the booted image.
 
+use std::convert::Infallible;
 use std::ffi::{OsStr, OsString};
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -18,8 +19,8 @@ use crate::session::request::Request;
 use crate::sys::process::Exec;
 use crate::sys::tree::Tree;
 
-/// Enters the jail that `record` tells of and carries out `request` there. Returns the exit code for this program.
-pub fn run(record: &Record, request: &Request) -> Result<u8> {
+/// Enters the jail that `record` tells of and carries out `request` there. This process ends as that does.
+pub fn run(record: &Record, request: &Request) -> Result<Infallible> {
     enter::join(record)?;
     // `/` is the image root from here on.
     let image_root = Tree::open(Path::new("/")).attempt(|| "open the image root")?;
