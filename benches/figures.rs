@@ -18,7 +18,6 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use ims_sshd::jail::record::Record;
-use ims_sshd::lifecycle::signal_files::SignalFiles;
 use ims_sshd::lifecycle::state::StateFolder;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::sys::signal::{Signal, kill};
@@ -86,16 +85,22 @@ fn entering(rounds: usize, report: &mut Report) {
     let record = StateFolder::of(&environment.parent).unwrap().jail();
     let init = Record::read(&record).unwrap().init.to_string();
     let image_root = &environment.image_root;
+    // A program that was copied, as by an installation, starts a tenth sooner than the linker's own file: its pages lie together.
+    let installed = environment.dir.path().join("ims-jail-shell");
+    std::fs::copy(IMS_JAIL_SHELL, &installed).unwrap();
+    let installed = installed.to_str().unwrap();
+    let linked = environment.dir.path().join("enter.linked");
     let least = environment.dir.path().join("enter");
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/enter.c");
-    succeed(Command::new("cc").args(["-O2", "-static", "-o"]).arg(&least).arg(source));
+    succeed(Command::new("cc").args(["-O2", "-static", "-o"]).arg(&linked).arg(source));
+    std::fs::copy(&linked, &least).unwrap();
 
     let quiet = |program: &str| {
         let mut command = Command::new(program);
         command.stdin(Stdio::null()).stdout(Stdio::null());
         command
     };
-    let mut enter = quiet(IMS_JAIL_SHELL);
+    let mut enter = quiet(installed);
     enter.arg("enter").arg(&record).args(["--", "/bin/true"]);
     let mut c = quiet(least.to_str().unwrap());
     c.args([&init, "/bin/true"]);
@@ -103,7 +108,7 @@ fn entering(rounds: usize, report: &mut Report) {
     nsenter.args(["-t", &init, "-m", "-p", "/bin/true"]);
     let mut chroot = quiet("chroot");
     chroot.arg(image_root).arg("/bin/true");
-    let mut session = quiet(IMS_JAIL_SHELL);
+    let mut session = quiet(installed);
     session.arg("session").arg(&record).env("SSH_ORIGINAL_COMMAND", "true");
     let mut nsenter_shell = quiet("nsenter");
     nsenter_shell.args(["-t", &init, "-m", "-p", "/bin/bash", "-c", "true"]);
@@ -205,9 +210,11 @@ fn connection(rounds: usize, report: &mut Report) -> PathBuf {
 /// An entrypoint that waits for `ready`, all it does beforehand done.
 fn waiting(volume: Volume, mode: Mode) -> Environment {
     let environment = volume.start(mode);
-    // It claims the folder when it begins to wait.
-    let files = SignalFiles::open(&environment.parent).unwrap().unwrap();
-    wait_until("the entrypoint to wait for 'ready'", || files.is_claimed());
+    // It claims the folder when it begins to wait; proc(5) tells of the lock.
+    let lock = format!(" FLOCK  ADVISORY  WRITE {} ", environment.entrypoint.id());
+    wait_until("the entrypoint to wait for 'ready'", || {
+        std::fs::read_to_string("/proc/locks").unwrap().contains(&lock)
+    });
     environment
 }
 
