@@ -58,16 +58,24 @@ impl SignalFiles {
     pub fn claim(&mut self) -> Result<()> {
         let attempted = || format!("claim {}", self.path.display());
         let folder = self.parent.reopen().attempt(attempted)?;
-        match rustix::fs::flock(&folder, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {
-                self.lock = Some(folder);
-                Ok(())
+        // More than one try: `status` looks by sharing the lock for a moment, which is no claim.
+        for _ in 0..1000 {
+            match rustix::fs::flock(&folder, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => {
+                    self.lock = Some(folder);
+                    return Ok(());
+                }
+                Err(rustix::io::Errno::WOULDBLOCK) => {}
+                Err(e) => return Err(e).attempt(attempted),
             }
-            Err(rustix::io::Errno::WOULDBLOCK) => Err(Error::new(attempted())
-                .because("another build environment is open on it")
-                .advise("wait for it to end, or end it with 'ims-sshd fail'")),
-            Err(e) => Err(e).attempt(attempted),
+            if rustix::fs::flock(&folder, FlockOperation::NonBlockingLockShared) == Err(rustix::io::Errno::WOULDBLOCK) {
+                break;
+            }
+            std::thread::yield_now();
         }
+        Err(Error::new(attempted())
+            .because("another build environment is open on it")
+            .advise("wait for it to end, or end it with 'ims-sshd fail'"))
     }
 
     /// Whether another process has claimed the parent.
@@ -252,6 +260,24 @@ mod tests {
         assert!(second.claim().unwrap_err().to_string().contains("another build environment"));
         drop(files);
         second.claim().unwrap();
+    }
+
+    #[test]
+    fn to_look_whether_a_parent_is_claimed_does_not_keep_others_from_claiming_it() {
+        let (dir, _) = parent();
+        let done = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let files = SignalFiles::open(dir.path()).unwrap().unwrap();
+                while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                    files.is_claimed();
+                }
+            });
+            let claim = || SignalFiles::open(dir.path()).unwrap().unwrap().claim();
+            let failed: Vec<_> = (0..2000).filter_map(|_| claim().err()).collect();
+            done.store(true, std::sync::atomic::Ordering::Relaxed);
+            assert!(failed.is_empty(), "{} times: {}", failed.len(), failed[0]);
+        });
     }
 
     #[test]
