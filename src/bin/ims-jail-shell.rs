@@ -8,7 +8,6 @@ use std::process::ExitCode;
 use ims_sshd::error::{Attempt, Result};
 use ims_sshd::jail::build::Plan;
 use ims_sshd::jail::init;
-use ims_sshd::jail::record::Record;
 use ims_sshd::session::login;
 use ims_sshd::session::request::Request;
 
@@ -70,10 +69,10 @@ fn main() -> ExitCode {
         Some(Command::Init(plan)) => make(&plan),
         Some(Command::Session(jail)) => {
             let request = Request::from_original_command(std::env::var_os("SSH_ORIGINAL_COMMAND").as_deref());
-            Record::read(&jail).and_then(|record| match login::run(&record, &request)? {})
+            login::run(&jail, &request).map(|never| match never {})
         }
         Some(Command::Enter(jail, program)) => {
-            Record::read(&jail).and_then(|record| match login::run(&record, &Request::Program(program))? {})
+            login::run(&jail, &Request::Program(program)).map(|never| match never {})
         }
         None => {
             eprintln!("{USAGE}");

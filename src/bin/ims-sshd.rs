@@ -16,6 +16,9 @@ use ims_sshd::verdict::Verdict;
 #[derive(Parser)]
 #[command(version, arg_required_else_help = true)]
 struct Arguments {
+    /// How the log on standard error looks; its level is $LOG_LEVEL (debug, info, warning, error)
+    #[arg(long, global = true, value_enum, default_value = "text")]
+    log_format: log::Format,
     #[command(subcommand)]
     command: Command,
 }
@@ -97,7 +100,7 @@ fn main() -> ExitCode {
     } else {
         Arguments::parse()
     };
-    match log::start().and_then(|()| run(arguments.command)) {
+    match log::start(arguments.log_format).and_then(|()| run(arguments.command)) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
             tracing::error!("{error}");

@@ -18,8 +18,8 @@ use crate::sys::signals::Signals;
 use crate::sys::terminal::set_foreground;
 
 /// Moves this process into the jail: its root becomes the image root, its children live in the jail's PID namespace. It cannot
-/// be seen from inside itself.
-pub fn join(record: &Record) -> Result<()> {
+/// be seen from inside itself. Returns the jail's init.
+pub fn join(record: &Record) -> Result<Handle> {
     // Until exec, the child has this program's memory and descriptors; nobody inside may look into it (CVE-2024-21626).
     nix::sys::prctl::set_dumpable(false).attempt(|| "hide from those inside the jail")?;
     let gone = "it has just ended; if the build environment is not closing, log in again in a moment";
@@ -29,7 +29,8 @@ pub fn join(record: &Record) -> Result<()> {
     // One call for all of them, and no path: a jail half entered does not exist.
     nix::sched::setns(&init.fd, NAMESPACES)
         .attempt(|| format!("enter the jail of process {}", record.init))
-        .map_err(|e| e.advise("the build environment's root needs CAP_SYS_ADMIN"))
+        .map_err(|e| e.advise("the build environment's root needs CAP_SYS_ADMIN"))?;
+    Ok(init)
 }
 
 /// Signals that somebody may send to the process in front and that are meant for the one inside.
@@ -44,8 +45,8 @@ const PASSED_ON: [Signal; 7] = [
 ];
 
 /// Runs `inside` in a child, in the jail that was [`join`]ed; it ends in exec, or returns the exit code for that it could not.
-/// This process ends as the child does: with its exit code, or dying of the same signal.
-pub fn run(dkms: bool, inside: impl FnOnce() -> u8) -> Result<Infallible> {
+/// This process ends as the child does, with its exit code or dying of the same signal, after `ended` has been told how.
+pub fn run(dkms: bool, ended: impl FnOnce(&WaitStatus), inside: impl FnOnce() -> u8) -> Result<Infallible> {
     let mut held = PASSED_ON.to_vec();
     held.push(Signal::SIGCHLD);
     let signals = Signals::hold(&held).attempt(|| "hold back signals")?;
@@ -53,7 +54,7 @@ pub fn run(dkms: bool, inside: impl FnOnce() -> u8) -> Result<Infallible> {
     match fork().attempt(|| "start a process in the jail")? {
         Fork::Child => exit_now(start(dkms, &signals, &terminal, inside)),
         // At once: the client waits for this end, and freeing memory first would only copy pages shared with the child.
-        Fork::Parent(child) => exit_now(attend(child, &signals, &terminal)),
+        Fork::Parent(child) => exit_now(attend(child, &signals, &terminal, ended)),
     }
 }
 
@@ -79,7 +80,7 @@ fn start(dkms: bool, signals: &Signals, terminal: &Terminal, inside: impl FnOnce
 }
 
 /// The process in front: passes signals in, and the end out.
-fn attend(child: Pid, signals: &Signals, terminal: &Terminal) -> u8 {
+fn attend(child: Pid, signals: &Signals, terminal: &Terminal, ended: impl FnOnce(&WaitStatus)) -> u8 {
     // It needs nothing any more but to send signals to a child that may have become another user.
     let _ = capabilities::keep_only(CapabilitySet::KILL);
     loop {
@@ -88,6 +89,7 @@ fn attend(child: Pid, signals: &Signals, terminal: &Terminal) -> u8 {
                 Ok(WaitStatus::StillAlive) => break,
                 Ok(WaitStatus::Stopped(_, signal)) => terminal.stopped(child, signal),
                 Ok(end) => {
+                    ended(&end);
                     terminal.take_back();
                     return end_like(end);
                 }

@@ -6,8 +6,17 @@ use tracing_subscriber::filter::LevelFilter;
 
 use crate::error::{Error, Result};
 
+/// How a line looks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Format {
+    /// For people.
+    Text,
+    /// One JSON object a line, for collectors.
+    Json,
+}
+
 /// Starts the log at the level `LOG_LEVEL` names (default `info`).
-pub fn start() -> Result<()> {
+pub fn start(format: Format) -> Result<()> {
     let level = std::env::var("LOG_LEVEL").unwrap_or_default();
     let filter = match level.to_ascii_lowercase().as_str() {
         "" | "info" => LevelFilter::INFO,
@@ -18,11 +27,14 @@ pub fn start() -> Result<()> {
             return Err(Error::bad_input(format!("LOG_LEVEL is '{level}': expected DEBUG, INFO, WARNING or ERROR")));
         }
     };
-    tracing_subscriber::fmt()
+    let log = tracing_subscriber::fmt()
         .with_max_level(filter)
         .with_target(false)
         .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(std::io::stderr)
-        .init();
+        .with_writer(std::io::stderr);
+    match format {
+        Format::Text => log.init(),
+        Format::Json => log.json().flatten_event(true).init(),
+    }
     Ok(())
 }

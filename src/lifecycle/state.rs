@@ -16,9 +16,14 @@ pub struct StateFolder {
 }
 
 impl StateFolder {
+    /// Where the folder of the environment on `parent` is, or would be.
+    pub fn place(parent: &Path) -> PathBuf {
+        Path::new(RUN).join(escape(parent))
+    }
+
     /// The folder of the environment on the image root parent `parent`; made if it is not there.
     pub fn of(parent: &Path) -> Result<Self> {
-        let state = Self { path: Path::new(RUN).join(escape(parent)) };
+        let state = Self { path: Self::place(parent) };
         std::fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)

@@ -1,13 +1,18 @@
 //! `ims-sshd complete`, `fail` and `status`: the signal files, from a person's side.
 
+use std::fmt::Write;
 use std::path::Path;
 
-use serde_json::json;
+use rustix::event::{PollFd, PollFlags, Timespec};
+use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
 use crate::lifecycle::machine::State;
 use crate::lifecycle::signal_files::{EXITING, READY, SSHD_LISTENING, SignalFiles};
+use crate::lifecycle::state::StateFolder;
 use crate::local::say;
+use crate::session::report::{Packet, SOCKET};
+use crate::sys::packet::Packets;
 use crate::verdict::Verdict;
 
 /// Marks the image; whoever runs its environment closes it.
@@ -20,19 +25,51 @@ pub fn mark(parent: &Path, verdict: Verdict) -> Result<u8> {
     files.touch(verdict.signal_file()).map(|()| 0)
 }
 
-/// Prints where the environment is in its life.
+/// Prints where the environment is in its life, and who is in it. Of one in another container it tells what the signal files do.
 pub fn print(parent: &Path, as_json: bool) -> Result<u8> {
     let files = open(parent)?;
-    let verdict = files.verdict()?.map(Verdict::signal_file);
-    let state = state(&files)?.map(State::name);
+    let report = match ask(parent) {
+        Some(report) => report,
+        None => {
+            let state = state(&files)?.map(State::name);
+            let verdict = files.verdict()?.map(Verdict::signal_file);
+            json!({ "image_root_parent": parent, "state": state, "verdict": verdict })
+        }
+    };
     if as_json {
-        let report = json!({ "image_root_parent": parent, "state": state, "verdict": verdict });
         say(&format!("{report}\n"));
     } else {
-        let verdict = verdict.map_or(String::new(), |v| format!(", {v}"));
-        say(&format!("{}: {}{verdict}\n", parent.display(), state.unwrap_or("not open")));
+        say(&in_words(&report));
     }
     Ok(0)
+}
+
+/// What the supervisor itself says, if it is here and answers in time.
+fn ask(parent: &Path) -> Option<Value> {
+    let packets = Packets::connect(&StateFolder::place(parent).join(SOCKET)).ok()?;
+    packets.send(&Packet::Status.to_bytes()).ok()?;
+    let limit = Timespec { tv_sec: 2, tv_nsec: 0 };
+    rustix::event::poll(&mut [PollFd::new(&packets, PollFlags::IN)], Some(&limit)).ok().filter(|ready| *ready > 0)?;
+    serde_json::from_slice(&packets.receive().ok()??).ok()
+}
+
+fn in_words(report: &Value) -> String {
+    let word = |value: &Value| value.as_str().map(str::to_owned);
+    let mut text = word(&report["image_root_parent"]).unwrap_or_default();
+    text += ": ";
+    text += &word(&report["state"]).unwrap_or_else(|| "not open".into());
+    for (before, field) in [(" since ", "since"), (", tier ", "tier"), (", marked ", "verdict")] {
+        if let Some(value) = word(&report[field]) {
+            text += before;
+            text += &value;
+        }
+    }
+    text += "\n";
+    for session in report["sessions"].as_array().into_iter().flatten() {
+        let column = |name| word(&session[name]).unwrap_or_default();
+        let _ = writeln!(text, "  {}  since {}  {}", column("client"), column("since"), column("request"));
+    }
+    text
 }
 
 fn state(files: &SignalFiles) -> Result<Option<State>> {

@@ -6,6 +6,8 @@ use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
+use nix::sys::signal::Signal;
+use nix::sys::wait::WaitStatus;
 use nix::unistd::Gid;
 use rustix::fs::Access;
 
@@ -15,13 +17,18 @@ use crate::jail::mount_table::SFTP_FOLDER;
 use crate::jail::record::Record;
 use crate::session::account::{Account, DEFAULT_SHELL};
 use crate::session::environment::{LOGIN_PATH, session_environment};
+use crate::session::report::{Beginning, Report};
 use crate::session::request::Request;
 use crate::sys::process::Exec;
 use crate::sys::tree::Tree;
 
-/// Enters the jail that `record` tells of and carries out `request` there. This process ends as that does.
-pub fn run(record: &Record, request: &Request) -> Result<Infallible> {
-    enter::join(record)?;
+/// Enters the jail that the record at `jail` tells of and carries out `request` there. This process ends as that does.
+pub fn run(jail: &Path, request: &Request) -> Result<Infallible> {
+    let record = &Record::read(jail)?;
+    let at_terminal = std::io::stdin().is_terminal();
+    // Told before the container's sockets are out of sight.
+    let told = Report::begin(jail, &Beginning::of_this_session(request, at_terminal));
+    let init = enter::join(record)?;
     // `/` is the image root from here on.
     let image_root = Tree::open(Path::new("/")).attempt(|| "open the image root")?;
     let account = Account::root_of(&image_root);
@@ -30,14 +37,24 @@ pub fn run(record: &Record, request: &Request) -> Result<Infallible> {
     let programs = programs(request, &account);
     let programs = programs.iter().map(|program| program.prepared(&environment)).collect::<nix::Result<Vec<_>>>();
     let programs = programs.attempt(|| "put the arguments of the program together")?;
-    enter::run(record.dkms, || {
+    let ended = |status: &WaitStatus| {
+        told.end(status);
+        if matches!(status, WaitStatus::Signaled(_, Signal::SIGKILL, _)) && init.has_ended() {
+            eprintln!(
+                "ims-jail-shell: the jail has ended: the environment is closing, or its init was killed; {LOG_IN_AGAIN}"
+            );
+        }
+    };
+    enter::run(record.dkms, ended, || {
         become_root(&account);
-        if matches!(request, Request::Shell) && std::io::stdin().is_terminal() {
+        if matches!(request, Request::Shell) && at_terminal {
             greet(&image_root, &account, record);
         }
         report(run_first(&programs))
     })
 }
+
+const LOG_IN_AGAIN: &str = "if it is not closing, log in again in a moment";
 
 /// A program to try, with its arguments.
 #[derive(Debug, PartialEq, Eq)]

@@ -5,6 +5,8 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+use nix::sys::wait::WaitStatus;
+
 use crate::session::request::Request;
 use crate::sys::packet::Packets;
 
@@ -59,7 +61,7 @@ impl Beginning {
 pub enum Packet {
     /// A session begins; its end is told on the same connection, or the connection closes.
     Begin(Beginning),
-    /// It ended: an exit code, or `signal NAME`.
+    /// It ended: an exit code, or a signal's name.
     End(String),
     /// Somebody asks how things are.
     Status,
@@ -98,13 +100,18 @@ pub struct Report(Option<Packets>);
 
 impl Report {
     /// Tells of the beginning, to the socket beside the record at `jail`.
-    pub fn begin(jail: &Path, beginning: Beginning) -> Self {
+    pub fn begin(jail: &Path, beginning: &Beginning) -> Self {
         let packets = Packets::connect(&jail.with_file_name(SOCKET)).ok();
-        Self(packets.filter(|p| p.send(&Packet::Begin(beginning).to_bytes()).is_ok()))
+        Self(packets.filter(|p| p.send(&beginning.to_packet()).is_ok()))
     }
 
     /// Tells of the end.
-    pub fn end(&self, how: String) {
+    pub fn end(&self, status: &WaitStatus) {
+        let how = match status {
+            WaitStatus::Exited(_, code) => code.to_string(),
+            WaitStatus::Signaled(_, signal, _) => signal.to_string(),
+            other => format!("{other:?}"),
+        };
         if let Some(packets) = &self.0 {
             let _ = packets.send(&Packet::End(how).to_bytes());
         }
@@ -126,7 +133,7 @@ mod tests {
             terminal: true,
             request: "echo a\nb".into(),
         };
-        for packet in [Packet::Begin(beginning), Packet::End("signal SIGTERM".into()), Packet::Status] {
+        for packet in [Packet::Begin(beginning), Packet::End("SIGTERM".into()), Packet::Status] {
             assert_eq!(Packet::parse(&packet.to_bytes()), Some(packet));
         }
         assert_eq!(Packet::parse(b"begin\0x"), None);
