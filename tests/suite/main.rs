@@ -9,3 +9,4 @@ mod local;
 mod refusals;
 mod sessions;
 mod support;
+mod terminal;

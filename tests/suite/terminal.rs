@@ -1,0 +1,684 @@
+//! What a person at a terminal sees, through a real pty around the real `ssh`. What a jailed session is expected to do is what a plain
+//! one does on the same sshd.
+
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
+use rexpect::ReadUntil;
+use rexpect::process::WaitStatus;
+use rexpect::session::{Options, PtySession, spawn_with_options};
+
+use ims_sshd::sys::process::{Entry, descendants};
+
+use crate::support::*;
+
+/// What shells and terminals say when something is wrong between them.
+const COMPLAINTS: [&str; 5] =
+    ["job control", "not a tty", "cannot set terminal", "nappropriate ioctl", "can't access tty"];
+
+/// What the shells of the tests are told to prompt with, so that nobody's profile decides it.
+const PROMPT: &str = "[prompt]# ";
+
+/// What a program started in a shell cannot be reached by.
+const BLOCKED_SIGNALS: &str = "grep SigBlk /proc/self/status";
+
+/// A person's terminal: 31 rows, 200 columns (wide, so that no line editor wraps what is typed), with a program in it.
+struct Terminal {
+    session: PtySession,
+    /// Everything that was to be seen so far.
+    screen: String,
+    questions: u32,
+}
+
+impl Terminal {
+    /// Opens a terminal with `command`, of which program, arguments and variables count.
+    fn with(command: &Command) -> Self {
+        // The pty comes without echo, which ssh would hand on to the other side: no person's terminal is like that.
+        let mut started = Command::new("sh");
+        started.args(["-c", "stty echo rows 31 cols 200; exec \"$@\"", "sh"]);
+        started.arg(command.get_program()).args(command.get_args());
+        started.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?)))).env("TERM", "xterm");
+        let limit = u64::try_from(LIMIT.as_millis()).unwrap();
+        let session = spawn_with_options(started, Options::new().timeout_ms(Some(limit))).unwrap();
+        Self { session, screen: String::new(), questions: 0 }
+    }
+
+    /// `ssh -tt` with a command.
+    fn running(environment: &Environment, command: &str) -> Self {
+        Self::with(environment.ssh(&["-tt", "-e", "none"]).arg(command))
+    }
+
+    /// `ssh` without a command, once the shell prompts.
+    fn at_a_shell(environment: &Environment) -> Self {
+        let mut terminal = Self::with(&environment.ssh(&["-tt", "-e", "none"]));
+        terminal.wait_for_first_prompt();
+        terminal
+    }
+
+    fn wait_for_first_prompt(&mut self) {
+        self.see("# ");
+        // A plain login's history is that of whoever runs the tests; the quotes keep the echo of this line from being the prompt.
+        self.line("unset HISTFILE; PS1='[pro'\"mpt]# \"");
+        self.see(PROMPT);
+    }
+
+    /// Waits for `wanted`; returns what came before it.
+    fn see(&mut self, wanted: &str) -> String {
+        self.see_any(ReadUntil::String(wanted.to_owned())).0
+    }
+
+    fn see_any(&mut self, wanted: ReadUntil) -> (String, String) {
+        let what = wanted.to_string();
+        match self.session.exp_any(vec![wanted]) {
+            Ok((before, found)) => {
+                self.screen += &before;
+                self.screen += &found;
+                (before, found)
+            }
+            Err(e) => panic!("waited for {what}: {e}\nseen before that:\n{}", self.screen),
+        }
+    }
+
+    fn line(&mut self, text: &str) {
+        self.session.send_line(text).unwrap();
+    }
+
+    fn key(&mut self, control: char) {
+        self.session.send_control(control).unwrap();
+    }
+
+    /// What the shell prints for a command line, trimmed; it prompts again afterwards.
+    fn ask(&mut self, command: &str) -> String {
+        self.questions += 1;
+        let n = self.questions;
+        // The quotes keep the echo of what is typed from being taken for the answer.
+        self.line(&format!("echo \"<\"{n}\">\"; {command}; echo \"</\"{n}\">\""));
+        self.see(&format!("<{n}>\r\n"));
+        let answer = self.see(&format!("</{n}>\r\n"));
+        self.see(PROMPT);
+        answer.replace('\r', "").trim_end().to_owned()
+    }
+
+    /// `$?`.
+    fn status(&mut self) -> String {
+        self.line("echo \"<\"$?\">\"");
+        let rest = self.see(">\r\n");
+        self.see(PROMPT);
+        rest.rsplit('<').next().unwrap().to_owned()
+    }
+
+    fn is_shown(&self, text: &str) -> bool {
+        self.screen.contains(text)
+    }
+
+    fn resize(&self, rows: u16, columns: u16) {
+        let size = rustix::termios::Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+        rustix::termios::tcsetwinsize(self.session.process().get_file_handle().unwrap(), size).unwrap();
+    }
+
+    /// Types all of `text` at once, as a paste does.
+    fn paste(&self, text: &str) {
+        use std::io::Write;
+        self.session.process().get_file_handle().unwrap().write_all(text.as_bytes()).unwrap();
+    }
+
+    /// Waits for the end of the program; returns its exit code and the whole screen.
+    fn end(mut self) -> (i32, String) {
+        self.see_any(ReadUntil::EOF);
+        match self.session.process().wait().unwrap() {
+            WaitStatus::Exited(_, code) => (code, self.screen),
+            WaitStatus::Signaled(_, signal, _) => (128 + signal as i32, self.screen),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// The client is gone without a word, as in a crash.
+    fn vanish(mut self) {
+        self.session.process_mut().signal(Signal::SIGKILL).unwrap();
+        self.session.process().wait().unwrap();
+    }
+}
+
+/// A number of seconds that no other test sleeps for, and longer than any test.
+fn long(environment: &Environment, which: u32) -> String {
+    (u32::from(environment.port) * 10 + 1_000_000 + which).to_string()
+}
+
+/// The processes that are `sleep seconds` and nothing more.
+fn sleeping(seconds: &str) -> Vec<u32> {
+    let exactly = format!("sleep\0{seconds}\0");
+    let is_it = |pid: &u32| std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line == exactly.as_bytes());
+    processes_with(&format!("sleep {seconds}")).into_iter().filter(is_it).collect()
+}
+
+/// Waits until `sleep seconds` runs in the foreground of its terminal: only then do keys reach it.
+fn wait_in_front(seconds: &str) {
+    wait_until(&format!("sleep {seconds} in the foreground"), || {
+        sleeping(seconds).first().is_some_and(|pid| {
+            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+            let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+            // proc(5): state, parent, group, session, terminal, the terminal's foreground group
+            fields.len() > 5 && fields[0] != "T" && fields[2] == fields[5]
+        })
+    });
+}
+
+/// Everything that runs in the environment.
+fn everything(environment: &Environment) -> Vec<Pid> {
+    let entrypoint = Pid::from_raw(environment.entrypoint.id().cast_signed());
+    let mut pids: Vec<Pid> =
+        descendants(&Entry::all(), entrypoint).iter().filter(|e| e.state != 'Z').map(|e| e.pid).collect();
+    pids.sort();
+    pids
+}
+
+fn open_both() -> [Environment; 2] {
+    MODES.map(|mode| Environment::open(Image::Debian, mode))
+}
+
+fn set_root_shell(volume: &Volume, shell: &str) {
+    std::fs::write(volume.image_root.join("etc/passwd"), format!("root:x:0:0:root:/root:{shell}\n")).unwrap();
+}
+
+#[track_caller]
+fn assert_no_complaint(screen: &str) {
+    for complaint in COMPLAINTS {
+        assert!(!screen.contains(complaint), "'{complaint}' in:\n{screen}");
+    }
+}
+
+#[test]
+fn a_terminal_is_one_in_every_respect() {
+    for environment in open_both() {
+        let mut terminal = Terminal::at_a_shell(&environment);
+        let tty = terminal.ask("tty");
+        assert!(tty.strip_prefix("/dev/pts/").is_some_and(|n| n.parse::<u32>().is_ok()), "{tty}");
+        let all = "test -c $(tty) && test -t 0 && test -t 1 && test -t 2 && : >/dev/tty && : <$(tty)";
+        assert_eq!(terminal.ask(&format!("{all} && echo all")), "all");
+        assert_eq!(terminal.ask("ps -o tty= -p $$"), tty.trim_start_matches("/dev/"));
+        assert_eq!(terminal.ask("(echo to the terminal >/dev/tty) >/dev/null 2>&1"), "to the terminal");
+        let python = "import os; m, s = os.openpty(); print(os.path.exists(os.ttyname(s)), os.isatty(s))";
+        assert_eq!(terminal.ask(&format!("python3 -c '{python}'")), "True True");
+        let inner = terminal.ask("script -qec tty /dev/null");
+        assert!(inner.starts_with("/dev/pts/") && inner != tty, "{inner} in {tty}");
+        assert_eq!(terminal.ask("echo $TERM"), "xterm");
+        assert_eq!(terminal.ask("stty size"), "31 200");
+
+        assert_eq!(terminal.ask(BLOCKED_SIGNALS), "SigBlk:\t0000000000000000");
+        terminal
+            .line(&format!("trap 'echo \"now \"$(stty size)' WINCH; sleep {} & wait; kill $!", long(&environment, 0)));
+        wait_until("the shell to wait", || !sleeping(&long(&environment, 0)).is_empty());
+        terminal.resize(45, 123);
+        terminal.see("now 45 123\r\n");
+        terminal.see(PROMPT);
+        terminal.ask("wait");
+        assert_eq!(terminal.ask("stty size"), "45 123");
+        terminal.line("exit");
+        let (code, screen) = terminal.end();
+        assert_eq!(code, 0);
+        assert_no_complaint(&screen);
+    }
+}
+
+#[test]
+fn a_command_has_a_terminal_only_if_the_client_asks_for_one() {
+    let ttys = "tty; for fd in 0 1 2; do test -t $fd && echo $fd; done; true";
+    for environment in open_both() {
+        let (code, screen) = Terminal::running(&environment, ttys).end();
+        assert_eq!(code, 0, "{screen}");
+        assert!(screen.starts_with("/dev/pts/") && screen.ends_with("\r\n0\r\n1\r\n2\r\n"), "{screen:?}");
+        let without = environment.ssh(&["-T"]).arg(ttys).output().unwrap();
+        assert_eq!((text(without.stdout), text(without.stderr)), ("not a tty\n".to_owned(), String::new()));
+        // One who types into a shell without a terminal sees what it prints, and nothing else.
+        let shell = feed(&mut environment.ssh(&["-T"]), b"tty\nexit 4\n");
+        assert_eq!(shell.status.code(), Some(4));
+        assert_eq!(text(shell.stderr), "");
+        assert_eq!(text(shell.stdout).lines().last(), Some("not a tty"));
+
+        let mut command = environment.ssh(&["-tt", "-o", "SendEnv=LANG"]);
+        command.env("LANG", "C.UTF-8").arg("echo $TERM $LANG $(stty size)");
+        assert_eq!(Terminal::with(&command).end().1, "xterm C.UTF-8 31 200\r\n");
+    }
+}
+
+#[test]
+fn a_person_is_told_where_they_are_and_how_to_finish_and_a_command_is_not() {
+    for (image, name) in [(Image::Debian, "-bash"), (Image::Busybox, "-sh")] {
+        let environment = Environment::open(image, Mode::Jailed);
+        if image == Image::Busybox {
+            std::fs::write(environment.image_root.join("etc/motd"), "image of the tests\n").unwrap();
+        }
+        let mut terminal = Terminal::at_a_shell(&environment);
+        let greeting = terminal.screen.clone();
+        let lines: Vec<&str> = greeting.lines().map(str::trim_end).take(3).collect();
+        assert_eq!(lines[0], "image of the tests");
+        assert!(lines[1].contains("image root of IMS job 5ec3b0a1-job"), "{greeting}");
+        assert!(lines[1].ends_with("touch /tmp/complete") && lines[2].ends_with("touch /tmp/failed"), "{greeting}");
+        assert_eq!(greeting.matches("image of the tests").count(), 1);
+        assert_eq!(terminal.ask("echo $0"), name);
+        if image == Image::Debian {
+            assert_eq!(terminal.ask("shopt -q login_shell && echo login"), "login");
+        }
+        assert_eq!(terminal.ask("pwd; echo $HOME $USER $LOGNAME"), "/root\n/root root root");
+        // No session of their own has it either: a program in the shell's place ends as it should.
+        terminal.line("exec sh -c 'exit 3'");
+        assert_eq!(terminal.end().0, 3);
+
+        assert_eq!(Terminal::running(&environment, "echo only").end().1, "only\r\n");
+        assert_eq!(text(feed(&mut environment.ssh(&["-T"]), b"echo only\n").stdout), "only\n");
+
+        std::fs::write(environment.image_root.join("root/.hushlogin"), "").unwrap();
+        let hushed = Terminal::at_a_shell(&environment);
+        assert!(!hushed.is_shown("image of the tests") && !hushed.is_shown("/tmp/complete"), "{}", hushed.screen);
+    }
+}
+
+#[test]
+fn no_shell_complains_about_the_terminal_and_all_control_jobs() {
+    let [jailed, plain] = open_both();
+    let busybox = Environment::open(Image::Busybox, Mode::Jailed);
+    controls_jobs(&jailed, "bash");
+    controls_jobs(&plain, "bash");
+    set_root_shell(&jailed, "/bin/dash");
+    controls_jobs(&jailed, "dash");
+    controls_jobs(&busybox, "busybox");
+}
+
+fn controls_jobs(environment: &Environment, shell: &str) {
+    let mut terminal = Terminal::at_a_shell(environment);
+    let seconds = long(environment, if shell == "dash" { 1 } else { 2 });
+    let sleep = format!("sleep {seconds}");
+
+    terminal.line(&sleep);
+    wait_in_front(&seconds);
+    terminal.key('z');
+    terminal.see("Stopped");
+    terminal.see(PROMPT);
+    let jobs = terminal.ask("jobs");
+    assert!(jobs.contains("Stopped") && jobs.contains(&sleep), "{shell}: {jobs}");
+    terminal.ask("bg");
+    let jobs = terminal.ask("jobs");
+    assert!(jobs.contains("Running") && jobs.contains(&sleep), "{shell}: {jobs}");
+    terminal.line("fg");
+    wait_in_front(&seconds);
+    terminal.key('c');
+    terminal.see(PROMPT);
+    assert_eq!(terminal.status(), "130", "{shell}");
+    assert!(sleeping(&seconds).is_empty());
+
+    terminal.line(&sleep);
+    wait_in_front(&seconds);
+    terminal.key('\\');
+    terminal.see(PROMPT);
+    assert_eq!(terminal.status(), "131", "{shell}");
+
+    terminal.session.send("half a command").unwrap();
+    terminal.key('c');
+    terminal.see(PROMPT);
+    assert_eq!(terminal.ask("echo still here"), "still here");
+
+    terminal.line("echo \"ready \"now; cat");
+    terminal.see("ready now\r\n");
+    terminal.line("a line");
+    // Once typed, once printed.
+    terminal.see("a line\r\n");
+    terminal.see("a line\r\n");
+    terminal.key('d');
+    terminal.see(PROMPT);
+
+    // A pipeline is one job: its processes share a group that gets the terminal.
+    terminal.line(&format!("{sleep} | cat"));
+    wait_in_front(&seconds);
+    terminal.key('c');
+    terminal.see(PROMPT);
+    assert_eq!(terminal.ask("kill 0; echo survived it"), "survived it", "{shell}");
+
+    terminal.key('d');
+    let (_, screen) = terminal.end();
+    assert_no_complaint(&screen);
+}
+
+#[test]
+fn keys_do_to_a_command_what_they_do_to_it_plain() {
+    let by = |key: char| {
+        open_both().map(|environment| {
+            let seconds = long(&environment, 3);
+            let mut terminal = Terminal::running(&environment, &format!("sleep {seconds}"));
+            wait_in_front(&seconds);
+            terminal.key(key);
+            let end = terminal.end();
+            wait_until("the command to be gone", || sleeping(&seconds).is_empty());
+            end
+        })
+    };
+    for key in ['c', '\\'] {
+        let [jailed, plain] = by(key);
+        assert_eq!(jailed, plain, "{key}");
+        assert_ne!(plain.0, 0);
+    }
+}
+
+#[test]
+fn a_command_that_nobody_could_continue_is_not_stopped() {
+    for environment in open_both() {
+        let seconds = long(&environment, 4);
+        let mut terminal = Terminal::running(&environment, "echo \"here \"we are; cat; exit 6");
+        terminal.see("here we are\r\n");
+        terminal.key('z');
+        terminal.see("^Z");
+        terminal.line("a line");
+        terminal.see("a line\r\n");
+        terminal.see("a line\r\n");
+        terminal.key('d');
+        assert_eq!(terminal.end().0, 6);
+
+        // Nor one that stops itself with the terminal's signals.
+        let stops = format!("kill -TSTP $$; kill -TTIN $$; kill -TTOU $$; echo goes on; exit 7; sleep {seconds}");
+        let (code, screen) = Terminal::running(&environment, &stops).end();
+        assert_eq!((code, screen.as_str()), (7, "goes on\r\n"));
+    }
+}
+
+#[test]
+fn how_a_shell_ends_is_reported_as_after_a_plain_login() {
+    let ends =
+        ["exit 0", "exit 3", "exit 255", "kill -9 $$", "kill -HUP $$", "trap - TERM; kill -USR1 $$", "kill -ABRT $$"];
+    let codes = open_both().map(|environment| {
+        let codes = ends.map(|end| {
+            let mut terminal = Terminal::at_a_shell(&environment);
+            terminal.line(end);
+            let (code, screen) = terminal.end();
+            assert_no_complaint(&screen);
+            code
+        });
+        let commands = ends.map(|end| Terminal::running(&environment, end).end());
+        (codes, commands)
+    });
+    let [jailed, plain] = codes;
+    assert_eq!(jailed, plain);
+    assert_eq!(plain.0[..3], [0, 3, 255]);
+}
+
+#[test]
+fn what_was_started_with_nohup_goes_on_after_the_logout_until_the_close() {
+    for mut environment in open_both() {
+        let seconds = long(&environment, 5);
+        let mut terminal = Terminal::at_a_shell(&environment);
+        terminal.line(&format!("nohup sleep {seconds} </dev/null >/dev/null 2>&1 &"));
+        terminal.see(PROMPT);
+        wait_until("the job to run", || !sleeping(&seconds).is_empty());
+        terminal.line("exit 3");
+        assert_eq!(terminal.end().0, 3);
+        assert_eq!(sleeping(&seconds).len(), 1);
+        assert_eq!(environment.says("echo somebody else"), "somebody else");
+        assert_eq!(sleeping(&seconds).len(), 1);
+        assert_eq!(environment.complete(), 0);
+        assert!(sleeping(&seconds).is_empty());
+    }
+}
+
+#[test]
+fn nothing_is_left_of_a_session_whose_client_vanished() {
+    for environment in open_both() {
+        let before = everything(&environment);
+        for commands in [&["sleep"][..], &["bash --norc", "sleep"], &[]] {
+            let seconds = long(&environment, 6);
+            let mut terminal = Terminal::at_a_shell(&environment);
+            for command in commands {
+                if *command == "sleep" {
+                    terminal.line(&format!("sleep {seconds}"));
+                    wait_in_front(&seconds);
+                } else {
+                    terminal.line(command);
+                    terminal.see("# ");
+                }
+            }
+            assert!(everything(&environment).len() > before.len());
+            terminal.vanish();
+            wait_until("the session to end", || everything(&environment) == before);
+            assert!(sleeping(&seconds).is_empty());
+        }
+    }
+}
+
+#[test]
+fn a_command_without_a_terminal_outlives_its_client_but_not_the_close() {
+    for mut environment in open_both() {
+        let seconds = long(&environment, 7);
+        let mut client = environment.ssh(&[]).arg(format!("sleep {seconds}")).stderr(Stdio::null()).spawn().unwrap();
+        wait_until("the command to run", || !sleeping(&seconds).is_empty());
+        client.kill().unwrap();
+        client.wait().unwrap();
+        wait_until("sshd to notice", || {
+            let sshd = |pid: &&Pid| Entry::read(**pid).is_some_and(|e| e.name.starts_with("sshd"));
+            everything(&environment).iter().filter(sshd).count() == 1
+        });
+        assert_eq!(sleeping(&seconds).len(), 1);
+        let began = Instant::now();
+        assert_eq!(environment.complete(), 0);
+        // Nobody waits for it: it has no client that could.
+        assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
+        assert!(sleeping(&seconds).is_empty());
+    }
+}
+
+#[test]
+fn a_person_is_told_of_the_close_and_their_shell_gets_to_save_its_state() {
+    for mode in MODES {
+        let mut environment = Environment::open(Image::Debian, mode);
+        let (notes, image) = match mode {
+            Mode::Jailed => (PathBuf::from("/root"), environment.image_root.join("root")),
+            Mode::Plain => (environment.dir.path().to_owned(), environment.dir.path().to_owned()),
+        };
+        let notes = notes.display();
+        let seconds = long(&environment, 8);
+
+        let mut idle = Terminal::at_a_shell(&environment);
+        idle.ask(&format!("HISTFILE={notes}/history; trap 'echo hung up > {notes}/hup' HUP"));
+        // bash runs the one for HUP only if there is one for EXIT too, on any machine.
+        idle.ask(&format!("trap 'echo left > {notes}/exit' EXIT"));
+        idle.ask("true something to remember");
+        let mut busy = Terminal::at_a_shell(&environment);
+        busy.line(&format!("sleep {seconds}"));
+        wait_in_front(&seconds);
+
+        let began = Instant::now();
+        let mark = match mode {
+            Mode::Jailed => "/tmp/complete".to_owned(),
+            Mode::Plain => environment.signal("complete").display().to_string(),
+        };
+        environment.says(&format!("touch {mark}"));
+        for terminal in [idle, busy] {
+            let (_, screen) = terminal.end();
+            let told = "ims-sshd: the image was marked complete and will be packed; this session ends now.";
+            assert_eq!(screen.lines().filter(|line| line.trim_end() == told).count(), 1, "{screen}");
+            assert_no_complaint(&screen);
+        }
+        assert_eq!(environment.end(), 0);
+        assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
+        let read = |name: &str| std::fs::read_to_string(image.join(name)).unwrap_or_else(|e| panic!("{name}: {e}"));
+        assert_eq!((read("exit").as_str(), read("hup").as_str()), ("left\n", "hung up\n"), "{mode:?}");
+        assert!(read("history").contains("something to remember"), "{mode:?}");
+        assert!(sleeping(&seconds).is_empty());
+    }
+}
+
+#[test]
+fn a_person_who_finishes_at_the_prompt_is_told_the_same() {
+    let mut environment = Environment::open(Image::Debian, Mode::Jailed);
+    let mut terminal = Terminal::at_a_shell(&environment);
+    terminal.line("touch /tmp/failed");
+    let (_, screen) = terminal.end();
+    assert!(screen.contains("ims-sshd: the image was marked failed and will not be packed"), "{screen}");
+    assert_eq!(environment.end(), 0);
+}
+
+#[test]
+fn a_paste_of_ten_thousand_characters_arrives_whole() {
+    let pasted = (0..200).map(|n| format!("{n:049}")).collect::<Vec<_>>().join("\n") + "\n";
+    assert_eq!(pasted.len(), 10_000);
+    for mode in MODES {
+        let environment = Environment::open(Image::Debian, mode);
+        let (notes, image) = match mode {
+            Mode::Jailed => (PathBuf::from("/root"), environment.image_root.join("root")),
+            Mode::Plain => (environment.dir.path().to_owned(), environment.dir.path().to_owned()),
+        };
+        let notes = notes.display();
+        let mut terminal = Terminal::at_a_shell(&environment);
+        terminal.line(&format!("echo \"go \"now; cat > {notes}/lines"));
+        terminal.see("go now\r\n");
+        terminal.paste(&pasted);
+        // The last line's echo: then nothing of it is under way any more.
+        terminal.see(&format!("{:049}\r\n", 199));
+        terminal.key('d');
+        terminal.see(PROMPT);
+        assert_eq!(std::fs::read_to_string(image.join("lines")).unwrap(), pasted, "{mode:?}");
+
+        let one_line = pasted.replace('\n', ".");
+        terminal.line(&format!("stty -icanon -echo; echo \"go \"now; head -c 10000 > {notes}/characters; stty sane"));
+        terminal.see("go now\r\n");
+        terminal.paste(&one_line);
+        terminal.see(PROMPT);
+        assert_eq!(std::fs::read_to_string(image.join("characters")).unwrap(), one_line, "{mode:?}");
+    }
+}
+
+#[test]
+fn an_image_without_its_shell_is_entered_with_sh_and_one_without_any_says_so() {
+    let volume = Volume::new(Image::Busybox);
+    set_root_shell(&volume, "/bin/bash");
+    let environment = volume.start(Mode::Jailed).ready();
+    let mut terminal = Terminal::at_a_shell(&environment);
+    assert_eq!(terminal.ask("echo $0 $SHELL"), "-sh /bin/sh");
+    terminal.line("exit 5");
+    assert_eq!(terminal.end().0, 5);
+
+    let volume = Volume::new(Image::Busybox);
+    std::fs::remove_file(volume.image_root.join("bin/sh")).unwrap();
+    let environment = volume.start(Mode::Jailed).ready();
+    let why = "ims-jail-shell: cannot start /bin/sh in this image: No such file or directory";
+    let (code, screen) = Terminal::with(&environment.ssh(&["-tt"])).end();
+    assert_eq!(code, 127, "{screen}");
+    assert!(screen.contains(why), "{screen}");
+    let command = environment.run("id");
+    assert_eq!(command.status.code(), Some(127));
+    assert!(text(command.stderr).starts_with(why));
+}
+
+/// A person's own shell on this machine, from which they enter an image root.
+fn own_shell() -> Terminal {
+    let mut shell = Command::new("bash");
+    shell.args(["--norc", "--noprofile", "-i"]).env("PS1", "# ").env("HISTFILE", "");
+    let mut terminal = Terminal::with(&shell);
+    terminal.wait_for_first_prompt();
+    terminal
+}
+
+#[test]
+fn one_can_enter_an_image_root_from_a_shell_and_come_back_to_it() {
+    let volume = Volume::new(Image::Debian);
+    let enter = format!("{IMS_SSHD} enter {}", volume.image_root.display());
+    let seconds = format!("9{}", volume.port);
+    let mut terminal = own_shell();
+
+    terminal.line(&enter);
+    terminal.see("# ");
+    terminal.line("PS1='[pro'\"mpt]# \"; unset HISTFILE");
+    terminal.see(PROMPT);
+    assert_eq!(terminal.ask("cat /etc/motd; shopt -q login_shell && echo $0"), "image of the tests\n-bash");
+    assert!(terminal.ask("tty").starts_with("/dev/pts/"));
+    assert_eq!(terminal.ask(BLOCKED_SIGNALS), "SigBlk:\t0000000000000000");
+    terminal.line(&format!("sleep {seconds}"));
+    wait_in_front(&seconds);
+    terminal.key('z');
+    terminal.see("Stopped");
+    terminal.see(PROMPT);
+    terminal.line("fg");
+    wait_in_front(&seconds);
+    terminal.key('c');
+    terminal.see(PROMPT);
+    assert_eq!(terminal.status(), "130");
+    terminal.line("exit 9");
+    terminal.see(PROMPT);
+    assert_eq!(terminal.status(), "9");
+
+    // The outer shell has its terminal back, with all that goes with it.
+    terminal.line(&format!("sleep {seconds}"));
+    wait_in_front(&seconds);
+    terminal.key('c');
+    terminal.see(PROMPT);
+    assert_eq!(terminal.status(), "130");
+    terminal.line("exit");
+    let (_, screen) = terminal.end();
+    assert_no_complaint(&screen);
+}
+
+#[test]
+fn a_program_in_an_image_root_is_a_job_of_the_shell_it_was_started_from() {
+    let volume = Volume::new(Image::Debian);
+    let enter = format!("{IMS_SSHD} enter {} --", volume.image_root.display());
+    let seconds = format!("8{}", volume.port);
+    let mut terminal = own_shell();
+
+    assert_eq!(terminal.ask(&format!("{enter} cat /etc/motd")), "image of the tests");
+    terminal.line(&format!("{enter} sleep {seconds}"));
+    wait_in_front(&seconds);
+    terminal.key('z');
+    terminal.see("Stopped");
+    terminal.see(PROMPT);
+    terminal.ask("bg");
+    // In the background it leaves the terminal alone.
+    assert_eq!(terminal.ask("jobs | grep -c Running; tty >/dev/null && echo mine"), "1\nmine");
+    terminal.line("fg");
+    terminal.see("sleep");
+    terminal.key('z');
+    terminal.see("Stopped");
+    terminal.see(PROMPT);
+    terminal.line("fg");
+    wait_in_front(&seconds);
+    terminal.key('c');
+    terminal.see(PROMPT);
+    assert_eq!(terminal.status(), "130");
+    assert!(sleeping(&seconds).is_empty());
+
+    // One that was sent to the background and then wants to read waits until it is in front again.
+    terminal.line(&format!("{enter} sh -c 'echo \"type \"something; read a; echo \"read \"$a; exit 11'"));
+    terminal.see("type something\r\n");
+    terminal.key('z');
+    terminal.see("Stopped");
+    terminal.see(PROMPT);
+    terminal.line("bg");
+    terminal.see(PROMPT);
+    assert_eq!(terminal.ask("echo the shell reads on"), "the shell reads on");
+    terminal.line("fg");
+    terminal.see("exit 11'\r\n");
+    terminal.line("an answer");
+    terminal.see("read an answer\r\n");
+    terminal.see(PROMPT);
+    assert_eq!(terminal.status(), "11");
+
+    // One that ends in the background does not take the terminal either.
+    let sleeps_a_moment = format!("{enter} sh -c 'sleep 1; exit 12'");
+    terminal.line(&format!("{sleeps_a_moment} & wait $!"));
+    terminal.see(PROMPT);
+    assert_eq!(terminal.status(), "12");
+    assert_eq!(terminal.ask("stty size"), "31 200");
+    terminal.line("exit");
+    assert_no_complaint(&terminal.end().1);
+
+    // Nor is one stopped that no shell is there to continue.
+    let mut alone = Command::new(IMS_SSHD);
+    alone.arg("enter").arg(&volume.image_root).args(["--", "sh", "-c", "echo \"here \"we are; cat; exit 6"]);
+    let mut terminal = Terminal::with(&alone);
+    terminal.see("here we are\r\n");
+    terminal.key('z');
+    terminal.see("^Z");
+    terminal.line("a line");
+    terminal.see("a line\r\n");
+    terminal.see("a line\r\n");
+    terminal.key('d');
+    assert_eq!(terminal.end().0, 6);
+}
