@@ -11,6 +11,7 @@ use rustix::fs::OFlags;
 use rustix::pipe::PipeFlags;
 
 use crate::error::{Attempt, Result};
+use crate::sys::signals::hold_none;
 
 /// A script that was started.
 pub struct Script {
@@ -34,7 +35,7 @@ impl Script {
             rustix::fs::fcntl_setfl(&output, OFlags::NONBLOCK)?;
             command.stdin(Stdio::null()).stdout(theirs.try_clone()?).stderr(theirs);
             // A group of its own, so that it can be ended with what it started.
-            let child = command.envs(variables.iter().cloned()).process_group(0).spawn()?;
+            let child = hold_none(command.envs(variables.iter().cloned())).process_group(0).spawn()?;
             Ok(Self { pid: Pid::from_raw(child.id().cast_signed()), output, line: Vec::new() })
         };
         let in_shell = || {

@@ -15,7 +15,7 @@ use crate::lifecycle::processes;
 use crate::lifecycle::state::StateFolder;
 use crate::local;
 use crate::sys::process::end_like;
-use crate::sys::signals::Signals;
+use crate::sys::signals::{Signals, hold_none};
 use crate::sys::tree::Tree;
 
 /// Makes a jail around `image_root`, runs `command` (or a shell) in it, and ends everything inside when that has ended.
@@ -25,7 +25,7 @@ pub fn run(image_root: &Path, command: &[OsString]) -> Result<u8> {
     local::own_mounts()?;
     let run = local::RunFolder::claim("enter", &image_root)?;
     // The command is in the foreground; what it does about these is its own business.
-    let held = [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGTSTP, Signal::SIGCHLD];
+    let held = [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGCHLD];
     let _signals = Signals::hold(&held).attempt(|| "hold back signals")?;
     nix::sys::prctl::set_child_subreaper(true).attempt(|| "become the parent of orphaned processes")?;
 
@@ -45,7 +45,7 @@ pub fn run(image_root: &Path, command: &[OsString]) -> Result<u8> {
     let jail = OpenJail::open(&wanted, &state)?;
     let mut helper = Command::new(open_jail::program()?);
     helper.arg("enter").arg(state.jail()).arg("--").args(command);
-    let ended = helper.status().attempt(|| "start ims-jail-shell");
+    let ended = hold_none(&mut helper).status().attempt(|| "start ims-jail-shell");
 
     jail.end();
     let all_ended = processes::end_all(None);
