@@ -1,12 +1,11 @@
 //! Entering the jail: `setns` to all its namespaces at once, then a child inside whose end is passed on as if it were our own.
 
 use std::convert::Infallible;
-use std::io::IsTerminal;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::{Pid, getpgrp, getpid, getsid, setpgid};
+use nix::unistd::{Pid, getpgrp, getpid, getsid, setpgid, tcgetpgrp};
 use rustix::event::{PollFd, PollFlags};
 use rustix::thread::CapabilitySet;
 
@@ -14,7 +13,7 @@ use crate::error::{Attempt, Result};
 use crate::jail::record::Record;
 use crate::jail::{NAMESPACES, capabilities};
 use crate::sys::process::{Fork, Handle, close_on_exec_from, end_like, exit_now, fork};
-use crate::sys::signals::Signals;
+use crate::sys::signals::{Signals, stop_own_group};
 use crate::sys::terminal::set_foreground;
 
 /// Moves this process into the jail: its root becomes the image root, its children live in the jail's PID namespace. It cannot
@@ -34,7 +33,7 @@ pub fn join(record: &Record) -> Result<Handle> {
 }
 
 /// Signals that somebody may send to the process in front and that are meant for the one inside.
-const PASSED_ON: [Signal; 7] = [
+const PASSED_ON: [Signal; 8] = [
     Signal::SIGHUP,
     Signal::SIGINT,
     Signal::SIGQUIT,
@@ -42,19 +41,20 @@ const PASSED_ON: [Signal; 7] = [
     Signal::SIGUSR1,
     Signal::SIGUSR2,
     Signal::SIGALRM,
+    Signal::SIGTSTP,
 ];
 
 /// Runs `inside` in a child, in the jail that was [`join`]ed; it ends in exec, or returns the exit code for that it could not.
 /// This process ends as the child does, with its exit code or dying of the same signal, after `ended` has been told how.
 pub fn run(dkms: bool, ended: impl FnOnce(&WaitStatus), inside: impl FnOnce() -> u8) -> Result<Infallible> {
     let mut held = PASSED_ON.to_vec();
-    held.push(Signal::SIGCHLD);
+    held.extend([Signal::SIGCHLD, Signal::SIGCONT]);
     let signals = Signals::hold(&held).attempt(|| "hold back signals")?;
-    let terminal = Terminal::of_this_process();
+    let mut terminal = Terminal::of_this_process();
     match fork().attempt(|| "start a process in the jail")? {
         Fork::Child => exit_now(start(dkms, &signals, &terminal, inside)),
         // At once: the client waits for this end, and freeing memory first would only copy pages shared with the child.
-        Fork::Parent(child) => exit_now(attend(child, &signals, &terminal, ended)),
+        Fork::Parent(child) => exit_now(attend(child, &signals, &mut terminal, ended)),
     }
 }
 
@@ -63,7 +63,7 @@ fn start(dkms: bool, signals: &Signals, terminal: &Terminal, inside: impl FnOnce
         // Its own process group: `kill 0` inside reaches what is inside and not the process in front, whose group, seen from
         // here, would be 0, which fish and others do not cope with. Not its own session: sshd's hang-up would miss it.
         setpgid(Pid::from_raw(0), Pid::from_raw(0)).attempt(|| "make a process group in the jail")?;
-        terminal.give_to(getpid());
+        terminal.show_in_front(getpid());
         if !dkms {
             capabilities::keep_jail_set().attempt(|| "give up capabilities")?;
         }
@@ -80,7 +80,7 @@ fn start(dkms: bool, signals: &Signals, terminal: &Terminal, inside: impl FnOnce
 }
 
 /// The process in front: passes signals in, and the end out.
-fn attend(child: Pid, signals: &Signals, terminal: &Terminal, ended: impl FnOnce(&WaitStatus)) -> u8 {
+fn attend(child: Pid, signals: &Signals, terminal: &mut Terminal, ended: impl FnOnce(&WaitStatus)) -> u8 {
     // It needs nothing any more but to send signals to a child that may have become another user.
     let _ = capabilities::keep_only(CapabilitySet::KILL);
     loop {
@@ -99,56 +99,87 @@ fn attend(child: Pid, signals: &Signals, terminal: &Terminal, ended: impl FnOnce
         }
         let _ = rustix::event::poll(&mut [PollFd::new(signals, PollFlags::IN)], None);
         while let Ok(Some(signal)) = signals.next() {
-            if signal != Signal::SIGCHLD {
-                let _ = kill(child, signal);
+            match signal {
+                Signal::SIGCHLD => {}
+                // A shell outside has continued this job, in front or not.
+                Signal::SIGCONT => terminal.go_on(child),
+                passed_on => {
+                    let _ = kill(child, passed_on);
+                }
             }
         }
     }
 }
 
-/// The terminal, if this process is in its foreground and so may hand it on.
+/// The controlling terminal, which is lent to the jail while this process is in its foreground.
 struct Terminal {
-    /// Whether there is one to hand on.
-    ours: bool,
+    /// None if there is none.
+    fd: Option<OwnedFd>,
     /// Whether this process leads its session, as one that sshd started does. There is then no shell outside to go back to.
     leader: bool,
+    /// Whether the jail has it.
+    lent: bool,
 }
 
 impl Terminal {
     fn of_this_process() -> Self {
-        let stdin = std::io::stdin();
-        let ours = stdin.is_terminal() && nix::unistd::tcgetpgrp(stdin.as_fd()) == Ok(getpgrp());
-        Self { ours, leader: getsid(None) == Ok(getpid()) }
+        let streams = [std::io::stdin().as_fd(), std::io::stdout().as_fd(), std::io::stderr().as_fd()]
+            .map(|stream| stream.try_clone_to_owned().ok());
+        // Only of the controlling terminal does the kernel tell the foreground group.
+        let fd = streams.into_iter().flatten().find(|stream| tcgetpgrp(stream).is_ok());
+        let mut this = Self { fd, leader: getsid(None) == Ok(getpid()), lent: false };
+        this.lent = this.is_ours();
+        this
     }
 
-    fn give_to(&self, group: Pid) {
-        if self.ours {
-            let _ = set_foreground(std::io::stdin(), group);
+    /// Whether this process is in the foreground.
+    fn is_ours(&self) -> bool {
+        self.fd.as_ref().is_some_and(|fd| tcgetpgrp(fd) == Ok(getpgrp()))
+    }
+
+    /// Puts `group` in the foreground, if the terminal is lent.
+    fn show_in_front(&self, group: Pid) {
+        if let (true, Some(fd)) = (self.lent, &self.fd) {
+            let _ = set_foreground(fd, group);
         }
     }
 
-    /// Only for the sake of a shell outside. A session leader leaves the terminal as it is: the kernel then sends the hang-up of its
-    /// end to what still runs in the foreground inside, as after a plain login.
-    fn take_back(&self) {
+    /// Only for the sake of a shell outside, and only what the jail has: in the background the terminal is that shell's. A session
+    /// leader leaves it as it is: the kernel then sends the hang-up of its end to what still runs in the foreground inside, as after a
+    /// plain login.
+    fn take_back(&mut self) {
         if !self.leader {
-            self.give_to(getpgrp());
+            self.show_in_front(getpgrp());
+            self.lent = false;
         }
     }
 
     /// The child was stopped.
-    fn stopped(&self, child: Pid, signal: Signal) {
-        let by_terminal = matches!(signal, Signal::SIGTSTP | Signal::SIGTTIN | Signal::SIGTTOU);
-        if !self.ours || !by_terminal {
-            return;
-        }
-        if !self.leader {
-            // Somebody at a shell outside pressed Ctrl-Z: stop as well, and go on together.
+    fn stopped(&mut self, child: Pid, signal: Signal) {
+        if self.leader {
+            // Nobody could ever continue it. After a plain login its group would be orphaned, and these signals without effect; the
+            // same comes out here.
+            if matches!(signal, Signal::SIGTSTP | Signal::SIGTTIN | Signal::SIGTTOU) {
+                self.show_in_front(child);
+                let _ = killpg(child, Signal::SIGCONT);
+            }
+        } else if self.is_ours() && matches!(signal, Signal::SIGTTIN | Signal::SIGTTOU) {
+            // A shell outside has put a running job in front, of which it tells nobody.
+            self.go_on(child);
+        } else {
+            // Somebody pressed Ctrl-Z. The shell outside has to see its job stopped: this process and the one that started it.
             self.take_back();
-            let _ = kill(getpid(), Signal::SIGSTOP);
+            let _ = stop_own_group();
+            self.go_on(child);
         }
-        // Under sshd nobody could ever continue it. After a plain login its group would be orphaned, and these signals without
-        // effect; the same comes out here.
-        self.give_to(child);
+    }
+
+    /// The shell outside has continued this process, and in front if it gave it the terminal.
+    fn go_on(&mut self, child: Pid) {
+        if !self.leader {
+            self.lent |= self.is_ours();
+            self.show_in_front(child);
+        }
         let _ = killpg(child, Signal::SIGCONT);
     }
 }
