@@ -15,6 +15,9 @@ use crate::sys::process::{Entry, descendants};
 /// How long a process has to end by itself after SIGTERM.
 const TERM_TIME: Duration = Duration::from_secs(1);
 
+/// What is put away, is put away by then.
+const ASK_TIME: Duration = Duration::from_millis(200);
+
 /// How long the kernel has to end a process after SIGKILL; one that hangs in a dead network file system takes for ever.
 const KILL_TIME: Duration = Duration::from_secs(5);
 
@@ -29,6 +32,27 @@ pub fn end_all(image_root: Option<&Path>) -> Result<()> {
         }
         left
     })
+}
+
+/// Asks every descendant of this process but `spared` to end, and waits a moment for those that have something to put away, such as an
+/// editor its recovery file. Before the jail's init is killed, which asks nobody.
+pub fn ask_to_end(spared: nix::unistd::Pid) {
+    let began = Instant::now();
+    let mut asked: Vec<Entry> = Vec::new();
+    loop {
+        reap();
+        let mut left = descendants(&Entry::all(), getpid());
+        left.retain(|e| e.pid != spared && e.state != 'Z');
+        if left.is_empty() || began.elapsed() >= ASK_TIME {
+            return;
+        }
+        for entry in left.iter().filter(|e| !asked.contains(e)) {
+            entry.signal(Signal::SIGTERM);
+            entry.signal(Signal::SIGCONT);
+        }
+        wait_for_any(&left, ASK_TIME.saturating_sub(began.elapsed()));
+        asked.extend(left);
+    }
 }
 
 /// Ends the process `root` of an earlier environment with all that descends from it.

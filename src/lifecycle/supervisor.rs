@@ -195,6 +195,7 @@ impl<F: FnOnce()> Supervisor<F> {
             Action::EndProcesses => {
                 self.farewell = None;
                 if let Some(jail) = &self.jail {
+                    processes::ask_to_end(jail.init());
                     jail.end();
                 }
                 let image_root =
