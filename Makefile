@@ -1,33 +1,45 @@
 # make run     opens a small Debian image root over SSH, jailed (IMAGE_ROOT=/path/to/yours to take your own)
 # make test    all tests
 # make bench   the figures
-# All install what they need on a Debian 12 machine with Rust.
+# make image   the container image, built by docker, podman or buildah (IMAGE=name:tag, BUILDER=…, BUILD_FLAGS=… to have it otherwise)
+# The first three install what they need on a Debian 12 machine with Rust.
 
 CACHE ?= $(HOME)/.cache/ims-sshd
 IMAGE_ROOT ?= $(CACHE)/demo
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+# Built as who calls make, run as root: cargo starts the program through sudo.
+AS_ROOT := $(if $(SUDO),--config "target.'cfg(all())'.runner='sudo -E'")
 
 RUN_PACKAGES := openssh-server openssh-client openssh-sftp-server mmdebstrap busybox-static
 TEST_PACKAGES := $(RUN_PACKAGES) rsync python3-paramiko strace
 BENCH_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev bubblewrap
 
-.PHONY: run build test bench install-run install-test install-bench
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)
+REVISION := $(shell git rev-parse HEAD 2>/dev/null)
+BUILDER ?= $(firstword $(foreach name,docker podman buildah,$(shell command -v $(name))))
+IMAGE ?= ims-sshd:$(VERSION)
+
+.PHONY: run build test bench image install-run install-test install-bench
 
 run: install-run build
 	$(SUDO) tests/image-roots $(CACHE)
 	[ -e $(IMAGE_ROOT) ] || $(SUDO) cp -aT $(CACHE)/debian $(IMAGE_ROOT)
-	$(SUDO) "$$(cargo metadata --no-deps --format-version 1 | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')/$$(rustc --print host-tuple)/release/ims-sshd" customize $(IMAGE_ROOT)
+	cargo $(AS_ROOT) run --release --locked --quiet --bin ims-sshd -- customize $(IMAGE_ROOT)
 
 build:
 	cargo build --release --locked
 
 test: install-test
 	$(SUDO) tests/image-roots $(CACHE)
-	IMS_SSHD_CACHE=$(CACHE) cargo test --locked
+	IMS_SSHD_CACHE=$(CACHE) cargo $(AS_ROOT) test --locked
 
 bench: install-bench build
 	$(SUDO) tests/image-roots $(CACHE)
-	IMS_SSHD_CACHE=$(CACHE) cargo bench --locked
+	IMS_SSHD_CACHE=$(CACHE) cargo $(AS_ROOT) bench --locked
+
+image:
+	$(or $(BUILDER),$(error make image needs docker, podman or buildah)) build $(BUILD_FLAGS) -t $(IMAGE) \
+		--build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) --build-arg CREATED=$$(date -u +%Y-%m-%dT%H:%M:%SZ) .
 
 install-run install-test install-bench: install-%:
 	@tests/install-packages $($(shell echo $* | tr a-z A-Z)_PACKAGES)
