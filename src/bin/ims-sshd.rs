@@ -100,6 +100,10 @@ fn main() -> ExitCode {
     } else {
         Arguments::parse()
     };
+    let awaited = match &arguments.command {
+        Command::Entrypoint { image_root_parent } => Some(parent_or_default(image_root_parent.clone())),
+        _ => None,
+    };
     match log::start(arguments.log_format).and_then(|()| run(arguments.command)) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
@@ -107,6 +111,9 @@ fn main() -> ExitCode {
             // Before the log has started, which is refused input too.
             if !tracing::dispatcher::has_been_set() {
                 eprintln!("ims-sshd: {error}");
+            }
+            if let Some(parent) = awaited {
+                supervisor::tell_refusal(&parent);
             }
             ExitCode::from(error.exit_code())
         }
@@ -132,7 +139,6 @@ fn run(command: Command) -> Result<u8> {
 }
 
 fn entrypoint(image_root_parent: Option<PathBuf>) -> Result<u8> {
-    let settings = Settings::read(image_root_parent.clone(), std::env::vars_os())
-        .inspect_err(|_| supervisor::tell_refusal(&parent_or_default(image_root_parent)))?;
+    let settings = Settings::read(image_root_parent, std::env::vars_os())?;
     supervisor::run(settings, None, || {}).map(|outcome| outcome.exit_code)
 }

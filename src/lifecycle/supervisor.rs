@@ -386,11 +386,14 @@ impl<F: FnOnce()> Supervisor<F> {
         let began = Instant::now();
         let Some(files) = &self.files else { return Ok(Event::Broken) };
         if files.stands(EXITING)? {
-            return Err(Error::new(format!("open {} again", files.path().display()))
+            let error = Error::new(format!("open {} again", files.path().display()))
                 .because(format!(
                     "'{EXITING}' stands there: this environment has ended and the image may be being packed"
                 ))
-                .advise("whoever starts a new job removes it before creating 'ready'"));
+                .advise("whoever starts a new job removes it before creating 'ready'");
+            // Its verdict stands as well, and is not ours to change.
+            self.files = None;
+            return Err(error);
         }
         files.reserve()?;
         let image_root = &*self.image_root.insert(environment::open_image_root(files, self.settings.image_root())?);
@@ -551,11 +554,12 @@ fn how_ended(status: WaitStatus) -> String {
     }
 }
 
-/// Tells the other containers that no environment will open on `parent`, so that nobody waits for one. For input that was refused
-/// before an environment existed; one that is open there is left alone.
+/// Tells the other containers that no environment will open on `parent`, so that nobody waits for one. For what goes wrong before an
+/// environment exists; one that is open there, or has ended, is left alone.
 pub fn tell_refusal(parent: &std::path::Path) {
     if let Ok(Some(mut files)) = SignalFiles::open(parent)
         && files.claim().is_ok()
+        && !files.stands(EXITING).unwrap_or(false)
     {
         let told = files.touch(Verdict::Failed.signal_file()).and_then(|()| files.touch(EXITING));
         if let Err(e) = told {
