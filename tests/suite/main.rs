@@ -6,6 +6,7 @@ mod files;
 mod image_untouched;
 mod lifecycle;
 mod local;
+mod readme;
 mod refusals;
 mod sessions;
 mod support;

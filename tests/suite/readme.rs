@@ -1,0 +1,217 @@
+//! README.md and SECURITY.md say what is: their commands are run, their tables and messages are compared with the source.
+
+use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use crate::support::*;
+
+const README: &str = include_str!("../../README.md");
+const SECURITY: &str = include_str!("../../SECURITY.md");
+const MAKEFILE: &str = include_str!("../../Makefile");
+const SETTINGS: &str = include_str!("../../src/lifecycle/settings.rs");
+const LOG: &str = include_str!("../../src/lifecycle/log.rs");
+const CAPABILITIES: &str = include_str!("../../src/jail/capabilities.rs");
+const EFFECTIVE: &str = include_str!("../../src/sshd/effective.rs");
+
+#[test]
+fn every_command_of_the_readme_does_what_it_is_there_for() {
+    let commands = commands(README);
+    assert!(commands.len() >= 8, "{commands:?}");
+    for command in commands {
+        let words = shell_words::split(command).unwrap();
+        match words.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
+            ["make", target] => assert!(makes(target), "{command}: the Makefile has no such target"),
+            ["ims-sshd", "customize", options @ ..] => customize(command, options.contains(&"--script")),
+            ["ims-sshd", "enter", ..] => {
+                let desk = Desk::new();
+                let output = desk.shell(command).output().unwrap();
+                assert!(output.status.success(), "{command}: {output:?}");
+                assert!(text(&output.stdout).contains("Debian"), "{command}: {output:?}");
+            }
+            ["ims-sshd", "status", ..] => {
+                let (environment, desk) = (Environment::open(Image::Busybox, Mode::Jailed), Desk::new());
+                let parent = &environment.parent;
+                assert!(succeed(desk.shell(command).env("IMAGE_ROOT_PARENT", parent)).contains("serving"), "{command}");
+            }
+            ["ims-sshd", verdict @ ("complete" | "fail")] => {
+                let (mut environment, desk) = (Environment::open(Image::Busybox, Mode::Jailed), Desk::new());
+                succeed(desk.shell(command).env("IMAGE_ROOT_PARENT", &environment.parent));
+                assert_eq!(environment.end(), 0, "{command}");
+                assert_eq!(environment.signal("failed").exists(), *verdict == "fail", "{command}");
+            }
+            ["touch", mark @ ("/tmp/complete" | "/tmp/failed")] => {
+                let mut environment = Environment::open(Image::Busybox, Mode::Jailed);
+                environment.says(command);
+                assert_eq!(environment.end(), 0, "{command}");
+                assert!(environment.signal(mark.trim_start_matches("/tmp/")).exists(), "{command}");
+            }
+            _ => panic!("README.md shows '{command}', and this test does not know how to run it"),
+        }
+    }
+}
+
+/// Runs it until it is open, logs in as it says, and marks the image; one with a script does that by itself.
+fn customize(command: &str, script: bool) {
+    let desk = Desk::new();
+    let mut program = Ended(desk.shell(&format!("exec {command}")).stdout(Stdio::piped()).spawn().unwrap());
+    let mut lines = BufReader::new(program.0.stdout.take().unwrap()).lines().map(Result::unwrap);
+    let login =
+        lines.find(|line| line.trim_start().starts_with("ssh ")).unwrap_or_else(|| panic!("{command}: no ssh line"));
+    if !script {
+        let session = format!("{login} -F none -o BatchMode=yes 'cat /etc/motd && touch /tmp/complete'");
+        assert!(succeed(&mut desk.shell(&session)).contains("image of the tests"), "{command}");
+    }
+    lines.for_each(drop);
+    assert_eq!(program.0.wait().unwrap().code(), Some(0), "{command}");
+    assert!(!script || desk.volume.image_root.join("installed").exists(), "{command}: the script has not run");
+}
+
+/// A folder as README's reader has it: `./image-root`, a script, a key of their own, and the programs on the path.
+struct Desk {
+    volume: Volume,
+}
+
+impl Desk {
+    fn new() -> Self {
+        let volume = Volume::new(Image::Debian);
+        let script =
+            "#!/bin/sh\nset -e\ntouch \"$IMAGE_ROOT_PARENT/image-root/installed\" \"$IMAGE_ROOT_PARENT/complete\"\n";
+        std::fs::write(volume.parent.join("install.sh"), script).unwrap();
+        std::fs::create_dir(volume.dir.path().join(".ssh")).unwrap();
+        std::fs::copy(volume.key.with_extension("pub"), volume.dir.path().join(".ssh/id_ed25519.pub")).unwrap();
+        Self { volume }
+    }
+
+    fn shell(&self, line: &str) -> Command {
+        let programs = Path::new(IMS_SSHD).parent().unwrap();
+        let mut command = Command::new("sh");
+        command.args(["-c", line]).current_dir(&self.volume.parent).stdin(Stdio::null()).env_clear();
+        command.env("HOME", self.volume.dir.path());
+        command.env("PATH", format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", programs.display()));
+        command
+    }
+}
+
+/// A program that does not outlive a failed test.
+struct Ended(Child);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        if let Ok(None) = self.0.try_wait() {
+            let pid = nix::unistd::Pid::from_raw(self.0.id().cast_signed());
+            let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM);
+            let _ = self.0.wait();
+        }
+    }
+}
+
+fn makes(target: &str) -> bool {
+    MAKEFILE.lines().any(|line| line.split_once(':').is_some_and(|(name, _)| name == target))
+}
+
+#[test]
+fn every_variable_of_the_readme_is_read_and_every_one_that_is_read_is_in_it() {
+    let documented: BTreeSet<_> = table(section("## Environment variables")).map(|row| code(&row[0])).collect();
+    let read: BTreeSet<_> = [SETTINGS, LOG].into_iter().flat_map(names_in).collect();
+    assert_eq!(documented, read);
+}
+
+#[test]
+fn every_message_of_the_readme_is_one_that_the_programs_print() {
+    let source: String = sources().iter().map(|path| literals(&std::fs::read_to_string(path).unwrap())).collect();
+    let rows: Vec<_> = table(section("## Troubleshooting")).collect();
+    assert!(rows.len() > 30);
+    for row in rows {
+        let message = code(&row[0]);
+        let fixed = message.strip_prefix("cannot ").unwrap_or(&message);
+        for part in fixed.split(": ").filter(|part| *part != "…") {
+            assert!(source.contains(part), "'{part}' of '{message}' is nowhere in src/");
+        }
+    }
+}
+
+#[test]
+fn security_md_has_the_capabilities_and_the_checks_of_the_source() {
+    let kept = CAPABILITIES.lines().filter_map(|line| line.trim().strip_prefix("(Capability::")?.strip_suffix("\"),"));
+    let mut rows: Vec<String> = kept
+        .map(|line| line.split_once(", \"").unwrap())
+        .map(|(capability, who)| format!("| `{capability}` | {who} |"))
+        .collect();
+    assert_eq!(rows.len(), SECURITY.matches("| `CAP_").count());
+    let (_, checks) = EFFECTIVE.split_once("let wanted = [").unwrap();
+    let checks = checks.lines().map(str::trim).skip(1).take_while(|line| *line != "];");
+    rows.extend(checks.map(|line| format!("| `{}` |", line.split('"').nth(1).unwrap())));
+    let (_, dangerous) = EFFECTIVE.split_once("const DANGEROUS").unwrap();
+    let dangerous = dangerous.lines().skip(1).take_while(|line| *line != "];");
+    rows.extend(dangerous.map(|line| format!("`{}`", line.trim().trim_matches([',', '"']))));
+    assert!(rows.len() > 40);
+    for row in rows {
+        assert!(SECURITY.contains(&row), "SECURITY.md lacks {row}");
+    }
+}
+
+/// The lines of all ```sh blocks.
+fn commands(markdown: &str) -> Vec<&str> {
+    let blocks = markdown.split("\n```sh\n").skip(1).map(|rest| rest.split("\n```").next().unwrap());
+    blocks.flat_map(str::lines).filter(|line| !line.is_empty()).collect()
+}
+
+fn section(heading: &str) -> &'static str {
+    let (_, rest) = README.split_once(&format!("\n{heading}\n")).unwrap();
+    rest.split("\n## ").next().unwrap()
+}
+
+/// Rows of all tables in it whose first cell begins with code.
+fn table(section: &str) -> impl Iterator<Item = Vec<String>> {
+    section
+        .lines()
+        .filter(|line| line.starts_with("| `"))
+        .map(|line| line.trim_matches('|').split(" | ").map(|cell| cell.trim().to_owned()).collect())
+}
+
+/// What stands between the first two backticks.
+fn code(cell: &str) -> String {
+    cell.split('`').nth(1).unwrap().to_owned()
+}
+
+/// String literals that look like a variable's name, in the part that is no test.
+fn names_in(source: &str) -> Vec<String> {
+    let source = source.split("#[cfg(test)]").next().unwrap();
+    let name = |text: &&str| text.contains('_') && text.bytes().all(|b| b.is_ascii_uppercase() || b == b'_');
+    source.split('"').filter(name).map(str::to_owned).collect()
+}
+
+fn sources() -> Vec<PathBuf> {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    walk(&src).into_iter().filter(|path| path.extension() == Some(os("rs"))).collect()
+}
+
+/// A source's text with its string literals as they are printed: in one line, with `…` for what is put in.
+fn literals(source: &str) -> String {
+    let source = source.split("#[cfg(test)]").next().unwrap();
+    let mut joined = String::new();
+    for (at, piece) in source.split("\\\n").enumerate() {
+        joined += if at == 0 { piece } else { piece.trim_start() };
+    }
+    for (constant, value) in [("{READY}", "ready"), ("{EXITING}", "exiting")] {
+        joined = joined.replace(constant, value);
+    }
+    let mut text = String::new();
+    let mut rest = joined.as_str();
+    while let Some((before, after)) = rest.split_once('{') {
+        text += before;
+        rest = match after.split_once('}') {
+            Some((inside, after)) if inside.bytes().all(|b| b.is_ascii_alphanumeric() || b"_:?".contains(&b)) => {
+                text.push('…');
+                after
+            }
+            _ => {
+                text.push('{');
+                after
+            }
+        };
+    }
+    (text + rest).replace("……", "…")
+}
