@@ -28,7 +28,7 @@ pub fn join(record: &Record) -> Result<Handle> {
     // One call for all of them, and no path: a jail half entered does not exist.
     nix::sched::setns(&init.fd, NAMESPACES)
         .attempt(|| format!("enter the jail of process {}", record.init))
-        .map_err(|e| e.advise("the build environment's root needs CAP_SYS_ADMIN"))?;
+        .map_err(|e| e.advise("the build environment's root needs CAP_SYS_ADMIN and CAP_SYS_PTRACE"))?;
     Ok(init)
 }
 

@@ -4,6 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use caps::{CapSet, Capability};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
@@ -51,6 +52,7 @@ const TIME_TO_MAKE: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 impl OpenJail {
     /// Makes the jail and writes down in `state` where it is. This process has to be a subreaper (or PID 1).
     pub fn open(wanted: &Wanted<'_>, state: &StateFolder) -> Result<Self> {
+        check_entrance()?;
         let mut points = mount_points::missing(wanted.image_root, mount_table(wanted.dkms))?;
         let text = std::fs::read(Path::new("/").join(mount_points::RESOLV_CONF)).ok();
         let decision = mount_points::resolv_conf(wanted.image_root, text.as_deref())?;
@@ -140,6 +142,18 @@ pub fn clear_mount_points(image_root: &Tree, note_folder: &Tree) -> Result<bool>
         }
     }
     Ok(found)
+}
+
+/// The jail's init is hidden from those inside (not dumpable), and by the same rule of ptrace(2) from us, whose sessions name it to
+/// enter its namespaces.
+fn check_entrance() -> Result<()> {
+    let attempted = || "make a jail that sessions can enter";
+    if caps::has_cap(None, CapSet::Effective, Capability::CAP_SYS_PTRACE).attempt(attempted)? {
+        return Ok(());
+    }
+    Err(Error::new(attempted())
+        .because("root may not look at the jail's init")
+        .advise("the container needs CAP_SYS_PTRACE beside CAP_SYS_ADMIN, or has to be privileged"))
 }
 
 fn start(wanted: &Wanted<'_>, resolv_conf: Option<PathBuf>) -> Result<(Pid, Link)> {

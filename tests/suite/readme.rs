@@ -152,7 +152,7 @@ fn security_md_has_the_capabilities_and_the_checks_of_the_source() {
     }
 }
 
-/// The lines of all ```sh blocks.
+/// The lines of all blocks that are marked as `sh`.
 fn commands(markdown: &str) -> Vec<&str> {
     let blocks = markdown.split("\n```sh\n").skip(1).map(|rest| rest.split("\n```").next().unwrap());
     blocks.flat_map(str::lines).filter(|line| !line.is_empty()).collect()
