@@ -165,6 +165,13 @@ impl Volume {
     }
 }
 
+impl Drop for Volume {
+    fn drop(&mut self) {
+        // A folder with a mount on it cannot be removed, and would stay behind.
+        let _ = Command::new("umount").arg("--lazy").arg(&self.image_root).stderr(Stdio::null()).status();
+    }
+}
+
 /// An environment that was started.
 pub struct Environment {
     pub entrypoint: Child,
