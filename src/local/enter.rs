@@ -42,7 +42,11 @@ pub fn run(image_root: &Path, command: &[OsString]) -> Result<u8> {
         keep: Vec::new(),
         sftp: &[],
     };
-    let jail = OpenJail::open(&wanted, &state)?;
+    let jail = OpenJail::open(&wanted, &state).inspect_err(|_| {
+        let _ = state.remove();
+        // Stays if it holds the note of a mount point that could not be removed.
+        let _ = std::fs::remove_dir(run.path());
+    })?;
     let mut helper = Command::new(open_jail::program()?);
     helper.arg("enter").arg(state.jail()).arg("--").args(command);
     let ended = hold_none(&mut helper).status().attempt(|| "start ims-jail-shell");
