@@ -4,11 +4,11 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use caps::{CapSet, Capability};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
 use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::thread::CapabilitySet;
 
 use crate::error::{Attempt, Error, Result};
 use crate::jail::link::{Link, Message};
@@ -148,7 +148,7 @@ pub fn clear_mount_points(image_root: &Tree, note_folder: &Tree) -> Result<bool>
 /// enter its namespaces.
 fn check_entrance() -> Result<()> {
     let attempted = || "make a jail that sessions can enter";
-    if caps::has_cap(None, CapSet::Effective, Capability::CAP_SYS_PTRACE).attempt(attempted)? {
+    if rustix::thread::capabilities(None).attempt(attempted)?.effective.contains(CapabilitySet::SYS_PTRACE) {
         return Ok(());
     }
     Err(Error::new(attempted())

@@ -185,7 +185,7 @@ fn names_in(source: &str) -> Vec<String> {
 
 fn sources() -> Vec<PathBuf> {
     let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-    walk(&src).into_iter().filter(|path| path.extension() == Some(os("rs"))).collect()
+    walk(&src).into_iter().filter(|path| path.extension() == Some("rs".as_ref())).collect()
 }
 
 /// A source's text with its string literals as they are printed: in one line, with `…` for what is put in.

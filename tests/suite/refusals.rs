@@ -1,7 +1,8 @@
 //! What is refused, each with the message that tells why, and with nothing half-open left.
 
 use std::os::unix::fs::symlink;
-use std::process::Stdio;
+use std::path::Path;
+use std::process::{Command, Stdio};
 
 use crate::support::*;
 
@@ -30,17 +31,9 @@ fn values_that_are_wrong_are_named_before_anything_starts() {
         ("JOB_ENABLE_DKMS", "1", "JOB_ENABLE_DKMS is '1': expected 'true' or 'false'"),
         ("BUILD_ARCH", "riscv64", "BUILD_ARCH is 'riscv64': expected 'x86_64' or 'aarch64'"),
         ("IMS_JAIL_TIER", "chroot", "IMS_JAIL_TIER is 'chroot': expected 'auto' or 'namespace'"),
-        ("LOG_LEVEL", "loud", "LOG_LEVEL is 'loud'"),
         ("IMS_CLOSE_GRACE", "-1", "IMS_CLOSE_GRACE is '-1': expected whole seconds"),
     ] {
         let volume = Volume::new(Image::Busybox);
-        if name == "LOG_LEVEL" {
-            // There is no log yet to say it in, so it is said bare.
-            let output = volume.entrypoint(Mode::Plain, &[(name, value)]).stderr(Stdio::piped()).output().unwrap();
-            assert_eq!(output.status.code(), Some(2));
-            assert!(text(output.stderr).contains(expected));
-            continue;
-        }
         refused(volume, Mode::Plain, &[(name, value)], 2, &[expected]);
     }
 }
@@ -164,4 +157,59 @@ fn an_environment_that_has_ended_is_not_opened_again() {
     let again = environment.volume.entrypoint(Mode::Jailed, &[]).stderr(Stdio::piped()).output().unwrap();
     assert_eq!(again.status.code(), Some(1));
     assert!(text(&again.stderr).contains("this environment has ended and the image may be being packed"));
+}
+
+/// What the log says, the variables, what is done before, the exit code.
+type Case<'a> = (&'a str, &'a [(&'a str, &'a str)], &'a dyn Fn(&Volume), i32);
+
+#[test]
+fn whatever_the_reason_nobody_is_left_waiting() {
+    let locked = |volume: &Volume| {
+        // A name that belongs to something else, where the environment wants its own folder.
+        std::fs::create_dir_all("/run/ims-sshd").unwrap();
+        succeed(Command::new("mount").args(["-t", "tmpfs", "-o", "ro", "tmpfs", "/run/ims-sshd"]));
+        volume.touch("ready");
+    };
+    let odd_mark = |volume: &Volume| std::fs::create_dir(volume.signal("build_failed")).unwrap();
+    let cases: [Case; 4] = [
+        ("IMS_ACTION is 'destroy'", &[("IMS_ACTION", "destroy")], &|_| (), 2),
+        ("LOG_LEVEL is 'loud'", &[("LOG_LEVEL", "loud")], &|_| (), 2),
+        ("build_failed as a signal file", &[("IMS_ACTION", "create")], &odd_mark, 1),
+        ("cannot make the folder /run/ims-sshd/", &[], &locked, 1),
+    ];
+    for (reason, variables, before, code) in cases {
+        let volume = Volume::new(Image::Busybox);
+        before(&volume);
+        let mut environment = volume.start_with(Mode::Jailed, variables);
+        assert_eq!(environment.end(), code, "{reason}: {}", environment.log_text());
+        assert!(environment.log_text().contains(reason), "{reason}: {}", environment.log_text());
+        for name in ["failed", "exiting"] {
+            assert!(environment.signal(name).exists(), "{reason}: no '{name}'; {}", environment.log_text());
+        }
+    }
+}
+
+#[test]
+fn an_environment_that_has_ended_is_not_judged_again_by_a_restart() {
+    let volume = Volume::new(Image::Busybox);
+    for name in ["ready", "complete", "exiting"] {
+        volume.touch(name);
+    }
+    let mut environment = volume.start(Mode::Jailed);
+    assert_eq!(environment.end(), 1);
+    assert!(environment.log_text().contains("this environment has ended"), "{}", environment.log_text());
+    assert!(environment.signal("complete").exists(), "'complete' was taken away while the image may be being packed");
+    assert!(!environment.signal("failed").exists());
+}
+
+#[test]
+fn a_jail_that_no_session_could_enter_is_not_opened() {
+    let volume = Volume::new(Image::Busybox);
+    let mut command = Command::new("setpriv");
+    command.args(["--bounding-set", "-sys_ptrace", IMS_SSHD, "enter"]).arg(&volume.image_root).args(["--", "true"]);
+    let output = command.output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(text(&output.stderr).contains("needs CAP_SYS_PTRACE"), "{output:?}");
+    let name = ims_sshd::sys::tree::escape(&volume.image_root);
+    assert!(!Path::new("/run/ims-sshd/enter").join(name).exists(), "its folder is left behind");
 }
