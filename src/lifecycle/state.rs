@@ -1,13 +1,46 @@
 //! The environment's own folder below /run: what its helper and its sshd read, and nobody else writes.
 
+use std::fmt::Write;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::DirBuilderExt;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
+
+use sha2::Digest;
 
 use crate::error::{Attempt, Result};
-use crate::sys::tree::escape;
 
 /// All environments of this machine or container have their folders here.
 pub const RUN: &str = "/run/ims-sshd";
+
+/// `path` as the name of one file: `/mnt/image` becomes `mnt-image`, much as systemd-escape does. Of a long one, the end and a digest
+/// of the whole: the folder's name has to fit a file system, and a socket in it the kernel's 108 bytes.
+pub fn name_for(path: &Path) -> String {
+    let names = path.components().filter_map(|c| match c {
+        Component::Normal(name) => Some(name.as_bytes()),
+        _ => None,
+    });
+    let mut escaped = String::new();
+    for &byte in &names.collect::<Vec<_>>().join(&b'/') {
+        match byte {
+            b'/' => escaped.push('-'),
+            b'0'..=b'9' | b'a'..=b'z' | b'A'..=b'Z' => escaped.push(char::from(byte)),
+            b'.' if !escaped.is_empty() => escaped.push('.'),
+            other => {
+                let _ = write!(escaped, "_{other:02x}");
+            }
+        }
+    }
+    if escaped.len() > LONGEST_NAME {
+        let digest = sha2::Sha256::digest(&escaped);
+        escaped.drain(..escaped.len() - LONGEST_NAME / 2);
+        for byte in &digest[..8] {
+            let _ = write!(escaped, "_{byte:02x}");
+        }
+    }
+    if escaped.is_empty() { "-".into() } else { escaped }
+}
+
+const LONGEST_NAME: usize = 64;
 
 /// One environment's folder.
 #[derive(Debug, Clone)]
@@ -18,7 +51,7 @@ pub struct StateFolder {
 impl StateFolder {
     /// Where the folder of the environment on `parent` is, or would be.
     pub fn place(parent: &Path) -> PathBuf {
-        Path::new(RUN).join(escape(parent))
+        Path::new(RUN).join(name_for(parent))
     }
 
     /// The folder of the environment on the image root parent `parent`; made if it is not there.
@@ -65,5 +98,21 @@ impl StateFolder {
             entry.and_then(|e| std::fs::remove_file(e.path())).attempt(attempted)?;
         }
         std::fs::remove_dir(&self.path).attempt(attempted)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn different_paths_have_different_names_that_fit() {
+        assert_eq!(name_for(Path::new("/mnt/image")), "mnt-image");
+        assert_eq!(name_for(Path::new("/mnt/im-age/")), "mnt-im_2dage");
+        assert_eq!(name_for(Path::new("/.hidden/x.y")), "_2ehidden-x.y");
+        assert_eq!(name_for(Path::new("/")), "-");
+        let long = "/a-long-folder".repeat(20);
+        let names = [name_for(Path::new(&long)), name_for(Path::new(&format!("/x{long}")))];
+        assert!(names.iter().all(|n| n.len() <= LONGEST_NAME) && names[0] != names[1], "{names:?}");
     }
 }

@@ -11,9 +11,9 @@ use rustix::mount::MountAttrFlags;
 
 use crate::error::{Attempt, Error, Result};
 use crate::lifecycle::signal_files::SignalFiles;
-use crate::lifecycle::state::RUN;
+use crate::lifecycle::state::{RUN, name_for};
 use crate::sys::mounts::{self, Detached};
-use crate::sys::tree::{Tree, escape};
+use crate::sys::tree::Tree;
 
 /// The image root that was named, without links on the way to it.
 pub fn image_root(named: &Path) -> Result<PathBuf> {
@@ -90,7 +90,7 @@ pub struct RunFolder {
 impl RunFolder {
     /// Makes and claims the folder for `image_root`, of which only one run can be open.
     pub fn claim(command: &str, image_root: &Path) -> Result<Self> {
-        let path = Path::new(RUN).join(command).join(escape(image_root));
+        let path = Path::new(RUN).join(command).join(name_for(image_root));
         std::fs::create_dir_all(&path).attempt(|| format!("make the folder {}", path.display()))?;
         let mut files = SignalFiles::open(&path)?.ok_or_else(|| Error::new(format!("open {}", path.display())))?;
         files.claim()?;

@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Component, Path};
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags, ResolveFlags, Stat, StatVfsMountFlags, Timestamps};
 use rustix::io::Errno;
@@ -258,24 +258,6 @@ pub fn kind_of(stat: &Stat) -> &'static str {
     }
 }
 
-/// `path` as `/`-separated text that names one file in a flat folder: `/mnt/image` becomes `mnt-image`, as systemd-escape does.
-pub fn escape(path: &Path) -> String {
-    use std::fmt::Write;
-    let trimmed: PathBuf = path.components().filter(|c| matches!(c, Component::Normal(_))).collect();
-    let mut escaped = String::new();
-    for (at, &byte) in trimmed.as_os_str().as_bytes().iter().enumerate() {
-        match byte {
-            b'/' => escaped.push('-'),
-            b'.' if at > 0 => escaped.push('.'),
-            b'0'..=b'9' | b'a'..=b'z' | b'A'..=b'Z' => escaped.push(char::from(byte)),
-            other => {
-                let _ = write!(escaped, "_{other:02x}");
-            }
-        }
-    }
-    if escaped.is_empty() { "-".into() } else { escaped }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -349,12 +331,5 @@ mod tests {
         Tree::open(dir.path()).unwrap().replace("link", b"new").unwrap();
         assert_eq!(std::fs::read(dir.path().join("link")).unwrap(), b"new");
         assert_eq!(std::fs::read(dir.path().join("target")).unwrap(), b"old");
-    }
-
-    #[test]
-    fn different_paths_have_different_names() {
-        assert_eq!(escape(Path::new("/mnt/image")), "mnt-image");
-        assert_eq!(escape(Path::new("/mnt/im-age/")), "mnt-im_2dage");
-        assert_eq!(escape(Path::new("/")), "-");
     }
 }

@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Command, Output, Stdio};
 
 use crate::support::*;
 
@@ -15,8 +15,8 @@ fn image_root() -> tempfile::TempDir {
 }
 
 /// Starts `customize` and reads what it prints up to the line that ends its announcement.
-fn customize(image_root: &Path, arguments: &[&str]) -> (Child, String) {
-    let mut child = Command::new(IMS_SSHD)
+fn customize(image_root: &Path, arguments: &[&str]) -> (Ended, String) {
+    let child = Command::new(IMS_SSHD)
         .arg("customize")
         .arg(image_root)
         .args(arguments)
@@ -25,6 +25,7 @@ fn customize(image_root: &Path, arguments: &[&str]) -> (Child, String) {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
+    let mut child = Ended(child);
     let mut printed = String::new();
     let mut lines = BufReader::new(child.stdout.take().unwrap());
     while !printed.contains("ims-sshd complete") {

@@ -56,7 +56,7 @@ fn every_command_of_the_readme_does_what_it_is_there_for() {
 fn customize(command: &str, script: bool) {
     let desk = Desk::new();
     let mut program = Ended(desk.shell(&format!("exec {command}")).stdout(Stdio::piped()).spawn().unwrap());
-    let mut lines = BufReader::new(program.0.stdout.take().unwrap()).lines().map(Result::unwrap);
+    let mut lines = BufReader::new(program.stdout.take().unwrap()).lines().map(Result::unwrap);
     let login =
         lines.find(|line| line.trim_start().starts_with("ssh ")).unwrap_or_else(|| panic!("{command}: no ssh line"));
     if !script {
@@ -64,7 +64,7 @@ fn customize(command: &str, script: bool) {
         assert!(succeed(&mut desk.shell(&session)).contains("image of the tests"), "{command}");
     }
     lines.for_each(drop);
-    assert_eq!(program.0.wait().unwrap().code(), Some(0), "{command}");
+    assert_eq!(program.wait().unwrap().code(), Some(0), "{command}");
     assert!(!script || desk.volume.image_root.join("installed").exists(), "{command}: the script has not run");
 }
 
@@ -91,19 +91,6 @@ impl Desk {
         command.env("HOME", self.volume.dir.path());
         command.env("PATH", format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", programs.display()));
         command
-    }
-}
-
-/// A program that does not outlive a failed test.
-struct Ended(Child);
-
-impl Drop for Ended {
-    fn drop(&mut self) {
-        if let Ok(None) = self.0.try_wait() {
-            let pid = nix::unistd::Pid::from_raw(self.0.id().cast_signed());
-            let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM);
-            let _ = self.0.wait();
-        }
     }
 }
 
@@ -134,10 +121,11 @@ fn every_message_of_the_readme_is_one_that_the_programs_print() {
 
 #[test]
 fn security_md_has_the_capabilities_and_the_checks_of_the_source() {
-    let kept = CAPABILITIES.lines().filter_map(|line| line.trim().strip_prefix("(Capability::")?.strip_suffix("\"),"));
+    let kept =
+        CAPABILITIES.lines().filter_map(|line| line.trim().strip_prefix("(CapabilitySet::")?.strip_suffix("\"),"));
     let mut rows: Vec<String> = kept
         .map(|line| line.split_once(", \"").unwrap())
-        .map(|(capability, who)| format!("| `{capability}` | {who} |"))
+        .map(|(capability, who)| format!("| `CAP_{capability}` | {who} |"))
         .collect();
     assert_eq!(rows.len(), SECURITY.matches("| `CAP_").count());
     let (_, checks) = EFFECTIVE.split_once("let wanted = [").unwrap();

@@ -210,6 +210,6 @@ fn a_jail_that_no_session_could_enter_is_not_opened() {
     let output = command.output().unwrap();
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     assert!(text(&output.stderr).contains("needs CAP_SYS_PTRACE"), "{output:?}");
-    let name = ims_sshd::sys::tree::escape(&volume.image_root);
+    let name = ims_sshd::lifecycle::state::name_for(&volume.image_root);
     assert!(!Path::new("/run/ims-sshd/enter").join(name).exists(), "its folder is left behind");
 }

@@ -383,7 +383,7 @@ impl Environment {
 
     /// Where the environment has its own files.
     pub fn state_folder(&self) -> PathBuf {
-        PathBuf::from("/run/ims-sshd").join(ims_sshd::sys::tree::escape(&self.parent))
+        ims_sshd::lifecycle::state::StateFolder::place(&self.parent)
     }
 }
 
@@ -401,5 +401,31 @@ impl Master<'_> {
 impl Drop for Master<'_> {
     fn drop(&mut self) {
         let _ = self.environment.ssh(&["-S", &self.control(), "-O", "exit"]).output();
+    }
+}
+
+/// A program that ends with its test, however that ends.
+pub struct Ended(pub Child);
+
+impl std::ops::Deref for Ended {
+    type Target = Child;
+    fn deref(&self) -> &Child {
+        &self.0
+    }
+}
+
+impl std::ops::DerefMut for Ended {
+    fn deref_mut(&mut self) -> &mut Child {
+        &mut self.0
+    }
+}
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        if let Ok(None) = self.0.try_wait() {
+            let pid = nix::unistd::Pid::from_raw(self.0.id().cast_signed());
+            let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM);
+            let _ = self.0.wait();
+        }
     }
 }
