@@ -69,6 +69,13 @@ pub fn remove_old_marks(image_root: &Tree) -> Result<()> {
     Ok(())
 }
 
+/// Whether `failed` stands in the parent or, for a jailed job, in the image's /tmp.
+pub fn is_marked_failed(files: &SignalFiles, image_root: Option<&Tree>) -> bool {
+    let name = Verdict::Failed.signal_file();
+    let in_image = |root: &Tree| matches!(root.look(Path::new("tmp").join(name)), Ok(Some(_)));
+    files.stands(name).unwrap_or(true) || image_root.is_some_and(in_image)
+}
+
 /// Makes the image's own mark as a sidecar expects it after a jailed job: a failure stands in its /tmp too, a success leaves
 /// nothing there.
 pub fn mark_in_image(files: &SignalFiles, image_root: &Tree, verdict: Verdict) -> Result<()> {

@@ -478,9 +478,6 @@ impl<F: FnOnce()> Supervisor<F> {
             if let Some(jail) = self.jail.take() {
                 note(jail.clear(image_root, files.parent(), &self.state));
             }
-            if self.settings.jailed {
-                note(environment::mark_in_image(files, image_root, verdict));
-            }
             let path: PathBuf = files.path().join(self.settings.image_root());
             note(processes::unmount_below(&path));
             note(image_root.sync().attempt(|| format!("write {} to its disk", path.display())));
@@ -489,15 +486,22 @@ impl<F: FnOnce()> Supervisor<F> {
         self.presence = None;
         note(self.state.remove());
         let Some(files) = &self.files else { return cleanly };
-        let verdict = if cleanly { verdict } else { Verdict::Failed };
+        let image_root = self.image_root.as_ref().filter(|_| self.settings.jailed);
+        // A mark that was made while the last processes were ending counts too.
+        let failed_late = environment::is_marked_failed(files, image_root);
+        let verdict = if cleanly && !failed_late { verdict } else { Verdict::Failed };
         let marked = (|| {
+            if let Some(image_root) = image_root {
+                environment::mark_in_image(files, image_root, verdict)?;
+            }
             files.touch(verdict.signal_file())?;
             if verdict == Verdict::Failed {
                 files.retract(Verdict::Complete.signal_file())?;
             }
             self.step("the image root is released, and marked");
-            files.touch(EXITING)?;
-            files.release_reserve()
+            // Gives a full volume the inode that 'exiting' needs.
+            files.release_reserve()?;
+            files.touch(EXITING)
         })();
         match marked {
             Ok(()) => {

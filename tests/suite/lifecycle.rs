@@ -82,6 +82,26 @@ fn failed_wins_over_complete() {
 }
 
 #[test]
+fn failed_wins_even_if_it_comes_from_the_last_process_that_is_ended() {
+    for mode in MODES {
+        let mut environment = Volume::new(Image::Debian).start_with(mode, &[("IMS_CLOSE_GRACE", "1")]).ready();
+        let mark = |name: &str| match mode {
+            Mode::Jailed => format!("/tmp/{name}"),
+            Mode::Plain => environment.signal(name).display().to_string(),
+        };
+        let late = format!("trap 'touch {}; exit' TERM; echo trapped; while :; do sleep 0.1; done", mark("failed"));
+        // Its first line says that the trap is set.
+        let fifo = "/dev/shm/late.$$";
+        environment.says(&format!(
+            "mkfifo {fifo} && (setsid nohup sh -c \"{late}\" >{fifo} 2>/dev/null &) && head -n 1 {fifo}; rm {fifo}"
+        ));
+        environment.says(&format!("touch {}", mark("complete")));
+        assert_eq!(environment.end(), 0, "{mode:?}");
+        assert!(environment.signal("failed").exists() && !environment.signal("complete").exists(), "{mode:?}");
+    }
+}
+
+#[test]
 fn the_command_that_asks_for_the_end_still_sends_its_result() {
     for mode in MODES {
         let mut environment = Environment::open(Image::Debian, mode);
