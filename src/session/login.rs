@@ -4,6 +4,7 @@ use std::convert::Infallible;
 use std::ffi::{OsStr, OsString};
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
@@ -39,7 +40,7 @@ pub fn run(jail: &Path, request: &Request) -> Result<Infallible> {
     let programs = programs.attempt(|| "put the arguments of the program together")?;
     let ended = |status: &WaitStatus| {
         told.end(status);
-        if matches!(status, WaitStatus::Signaled(_, Signal::SIGKILL, _)) && init.has_ended() {
+        if matches!(status, WaitStatus::Signaled(_, Signal::SIGKILL, _)) && init.ends_within(TIME_TO_FOLLOW) {
             eprintln!(
                 "ims-jail-shell: the jail has ended: the environment is closing, or its init was killed; {LOG_IN_AGAIN}"
             );
@@ -53,6 +54,9 @@ pub fn run(jail: &Path, request: &Request) -> Result<Infallible> {
         report(run_first(&programs))
     })
 }
+
+/// A killed init ends after all others in the jail, once the last of those was waited for: after this session's process.
+const TIME_TO_FOLLOW: Duration = Duration::from_millis(200);
 
 const LOG_IN_AGAIN: &str = "if it is not closing, log in again in a moment";
 
