@@ -12,6 +12,7 @@ use crate::lifecycle::state::StateFolder;
 use crate::sshd::config;
 use crate::sshd::daemon::Daemon;
 use crate::sshd::effective::{Effective, Question};
+use crate::sshd::options::Options;
 use crate::sshd::sftp_server;
 use crate::sys::tree::{Tree, kind_of};
 use crate::verdict::Verdict;
@@ -158,11 +159,19 @@ pub fn make_jail(
 }
 
 /// Puts right what an earlier environment on this image root left behind when it was killed. Returns whether there was one.
-pub fn recover(files: &SignalFiles, image_root: &Tree, state: &StateFolder) -> Result<bool> {
+pub fn recover(files: &SignalFiles, image_root: &Tree, state: &StateFolder, options: &Options) -> Result<bool> {
     let mut found = Vec::new();
     if let Some(listener) = Daemon::noted(&state.sshd()) {
         processes::end_tree(&listener)?;
         found.push("a listening sshd, with its sessions");
+    }
+    // A listener that was killed before it was noted, or connections that had lost theirs.
+    let others = Daemon::with_log(options);
+    for other in &others {
+        processes::end_tree(other)?;
+    }
+    if !others.is_empty() {
+        found.push("sshd of its connections, with its sessions");
     }
     if open_jail::clear_mount_points(image_root, files.parent())? {
         found.push("mount points in the image");

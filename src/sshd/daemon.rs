@@ -1,7 +1,7 @@
 //! sshd's process: started as it is told, found again after it went into the background, waited for until it listens.
 
 use std::io::{Read, Seek, SeekFrom};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -95,6 +95,22 @@ impl Daemon {
         let text = std::fs::read_to_string(path).ok()?;
         let (pid, start) = text.trim().split_once(' ')?;
         Entry::read(Pid::from_raw(pid.parse().ok()?)).filter(|e| start.parse() == Ok(e.start))
+    }
+
+    /// Every sshd that has the log of these options open, listener or connection: those of an earlier environment as long as this one
+    /// has started none. Without `-E` there is nothing to know them by.
+    pub fn with_log(options: &Options) -> Vec<Entry> {
+        let Some(log) = &options.log else { return Vec::new() };
+        // A log that was removed since is still theirs.
+        let removed = PathBuf::from(format!("{} (deleted)", log.display()));
+        let is_open = |entry: &Entry| {
+            std::fs::read_dir(format!("/proc/{}/fd", entry.pid)).is_ok_and(|mut descriptors| {
+                descriptors.any(|fd| {
+                    fd.and_then(|fd| std::fs::read_link(fd.path())).is_ok_and(|file| file == *log || file == removed)
+                })
+            })
+        };
+        Entry::all().into_iter().filter(|e| e.name.starts_with("sshd") && is_open(e)).collect()
     }
 
     /// What sshd logged last, as one line; empty if it logs to no file.
