@@ -8,6 +8,7 @@ pub mod presence;
 pub mod processes;
 pub mod restarts;
 pub mod script;
+pub mod secrets;
 pub mod sessions;
 pub mod settings;
 pub mod signal_files;

@@ -9,6 +9,7 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::getpid;
 
 use crate::error::{Attempt, Error, Result};
+use crate::lifecycle::secrets::without_secrets;
 use crate::sys::mounts;
 use crate::sys::process::{Entry, descendants};
 
@@ -90,11 +91,7 @@ fn end(find: impl Fn() -> Vec<Entry>) -> Result<()> {
         let kill_now = began.elapsed() > TERM_TIME;
         for entry in &left {
             if kill_now && !killed.contains(&entry.pid) {
-                tracing::warn!(
-                    pid = entry.pid.as_raw(),
-                    command = entry.command_line(),
-                    "killed, since it did not end after SIGTERM"
-                );
+                tell_killed(entry);
                 killed.push(entry.pid);
                 entry.signal(Signal::SIGKILL);
             } else if !asked.contains(&entry.pid) {
@@ -105,7 +102,8 @@ fn end(find: impl Fn() -> Vec<Entry>) -> Result<()> {
             }
         }
         if began.elapsed() > TERM_TIME + KILL_TIME {
-            let names: Vec<_> = left.iter().map(|e| format!("{} ({})", e.pid, e.command_line())).collect();
+            let names: Vec<_> =
+                left.iter().map(|e| format!("{} ({})", e.pid, without_secrets(&e.command_line()))).collect();
             return Err(Error::new(format!("end process {}", names.join(", ")))
                 .because("it is still there after SIGKILL")
                 .advise("it waits for a device or a network file system; the image cannot be trusted"));
@@ -119,6 +117,11 @@ fn end(find: impl Fn() -> Vec<Entry>) -> Result<()> {
             },
         );
     }
+}
+
+fn tell_killed(entry: &Entry) {
+    let command = without_secrets(&entry.command_line());
+    tracing::warn!(pid = entry.pid.as_raw(), command, "killed, since it did not end after SIGTERM");
 }
 
 /// Waits until one of `entries` has ended, or for `limit`.

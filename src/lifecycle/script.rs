@@ -11,6 +11,7 @@ use rustix::fs::OFlags;
 use rustix::pipe::PipeFlags;
 
 use crate::error::{Attempt, Result};
+use crate::lifecycle::secrets::without_secrets;
 use crate::sys::signals::hold_none;
 
 /// A script that was started.
@@ -89,10 +90,8 @@ impl Script {
     fn log_line(&mut self) {
         let line = String::from_utf8_lossy(&self.line).trim_end_matches('\r').to_owned();
         if !line.is_empty() {
-            // A terminal's control sequences have no business in a log.
-            let shown: String =
-                line.chars().map(|c| if c.is_control() && c != '\t' { '\u{fffd}' } else { c }).collect();
-            tracing::info!("customization script: {shown}");
+            // A terminal's control sequences have no business in a log, nor has what `set -x` shows of a secret.
+            tracing::info!("customization script: {}", without_secrets(&line));
         }
         self.line.clear();
     }

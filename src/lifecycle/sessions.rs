@@ -9,6 +9,7 @@ use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use rustix::event::{PollFd, PollFlags};
 
+use crate::lifecycle::secrets::without_secrets;
 use crate::sshd::daemon::{Running, running};
 use crate::sys::process::{Entry, Handle};
 use crate::verdict::Verdict;
@@ -102,7 +103,11 @@ impl Farewell {
         };
         if now >= self.deadline {
             for session in &sessions {
-                tracing::warn!(pid = session.pid.as_raw(), command = session.command_line(), "its time is up");
+                tracing::warn!(
+                    pid = session.pid.as_raw(),
+                    command = without_secrets(&session.command_line()),
+                    "its time is up"
+                );
             }
             return Progress::Over;
         }

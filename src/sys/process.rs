@@ -175,11 +175,11 @@ impl Entry {
         let _ = Handle::open(self.pid, self.start).and_then(|handle| handle.signal(signal));
     }
 
-    /// Its command line, for a log; its short name where there is none.
+    /// Its command line; its short name where there is none. It may hold secrets, and control characters.
     pub fn command_line(&self) -> String {
         let raw = std::fs::read(format!("/proc/{}/cmdline", self.pid)).unwrap_or_default();
         let words: Vec<_> = raw.split(|&b| b == 0).filter(|w| !w.is_empty()).map(String::from_utf8_lossy).collect();
-        if words.is_empty() { format!("[{}]", self.name) } else { words.join(" ").escape_debug().to_string() }
+        if words.is_empty() { format!("[{}]", self.name) } else { words.join(" ") }
     }
 }
 
