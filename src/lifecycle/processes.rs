@@ -1,12 +1,13 @@
 //! The end of all that a job still runs, and of what it has mounted in its image root.
 
-use std::path::Path;
+use std::fs::File;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::getpid;
+use nix::unistd::{Pid, getpid};
 
 use crate::error::{Attempt, Error, Result};
 use crate::lifecycle::secrets::without_secrets;
@@ -22,22 +23,37 @@ const ASK_TIME: Duration = Duration::from_millis(200);
 /// How long the kernel has to end a process after SIGKILL; one that hangs in a dead network file system takes for ever.
 const KILL_TIME: Duration = Duration::from_secs(5);
 
-/// Ends every descendant of this process, which has to be a subreaper (or PID 1), and whoever else stands in `image_root`: TERM, and
-/// KILL for those that stay.
-pub fn end_all(image_root: Option<&Path>) -> Result<()> {
+/// Ends every descendant of this process, which has to be a subreaper (or PID 1), and whoever else stands in `image_root` or among the
+/// mounts of its jail: TERM, and KILL for those that stay.
+pub fn end_all(image_root: Option<&Path>, jail: Option<&Mounts>) -> Result<()> {
     end(|| {
         let all = Entry::all();
         let mut left = descendants(&all, getpid());
         if let Some(image_root) = image_root {
-            left.extend(standing_in(image_root, &all));
+            left.extend(standing_in(image_root, jail, &all));
         }
         left
     })
 }
 
+/// A mount namespace, kept from ending: no other one can have its name meanwhile.
+pub struct Mounts {
+    name: PathBuf,
+    _open: File,
+}
+
+impl Mounts {
+    /// Those that process `pid` sees.
+    pub fn of(pid: Pid) -> Option<Self> {
+        let path = format!("/proc/{pid}/ns/mnt");
+        let open = File::open(&path).ok()?;
+        Some(Self { name: std::fs::read_link(path).ok()?, _open: open })
+    }
+}
+
 /// Asks every descendant of this process but `spared` to end, and waits a moment for those that have something to put away, such as an
 /// editor its recovery file. Before the jail's init is killed, which asks nobody.
-pub fn ask_to_end(spared: nix::unistd::Pid) {
+pub fn ask_to_end(spared: Pid) {
     let began = Instant::now();
     let mut asked: Vec<Entry> = Vec::new();
     loop {
@@ -45,6 +61,8 @@ pub fn ask_to_end(spared: nix::unistd::Pid) {
         let mut left = descendants(&Entry::all(), getpid());
         left.retain(|e| e.pid != spared && e.state != 'Z');
         if left.is_empty() || began.elapsed() >= ASK_TIME {
+            // The jail's end kills them, those in it at least.
+            left.iter().for_each(tell_killed);
             return;
         }
         for entry in left.iter().filter(|e| !asked.contains(e)) {
@@ -67,13 +85,14 @@ pub fn end_tree(root: &Entry) -> Result<()> {
 }
 
 /// Processes whose root or working folder is in `image_root`, as an administrator's shell from `kubectl exec`. Only those that see the
-/// same mounts: another's path of that name is another folder.
-fn standing_in(image_root: &Path, all: &[Entry]) -> Vec<Entry> {
+/// same mounts: another's path of that name is another folder. And those that have entered the jail's mounts, but not its processes.
+fn standing_in(image_root: &Path, jail: Option<&Mounts>, all: &[Entry]) -> Vec<Entry> {
     let link = |entry: &Entry, name: &str| std::fs::read_link(format!("/proc/{}/{name}", entry.pid)).ok();
     let own_mounts = std::fs::read_link("/proc/self/ns/mnt").ok();
     let stands = |entry: &&Entry| {
         let within = |name| link(entry, name).is_some_and(|path| path.starts_with(image_root));
-        entry.pid != getpid() && (within("cwd") || within("root")) && link(entry, "ns/mnt") == own_mounts
+        let Some(mounts) = link(entry, "ns/mnt").filter(|_| entry.pid != getpid()) else { return false };
+        jail.is_some_and(|j| j.name == mounts) || Some(mounts) == own_mounts && (within("cwd") || within("root"))
     };
     all.iter().filter(stands).cloned().collect()
 }

@@ -17,7 +17,7 @@ use crate::lifecycle::environment::{self, Groundwork};
 use crate::lifecycle::machine::{Action, Event, Machine, State};
 use crate::lifecycle::open_jail::OpenJail;
 use crate::lifecycle::presence::Presence;
-use crate::lifecycle::processes;
+use crate::lifecycle::processes::{self, Mounts};
 use crate::lifecycle::restarts::Part;
 use crate::lifecycle::script::Script;
 use crate::lifecycle::sessions::{Farewell, Progress, hang_up};
@@ -194,13 +194,14 @@ impl<F: FnOnce()> Supervisor<F> {
             }
             Action::EndProcesses => {
                 self.farewell = None;
+                let jails_mounts = self.jail.as_ref().and_then(|jail| Mounts::of(jail.init()));
                 if let Some(jail) = &self.jail {
                     processes::ask_to_end(jail.init());
                     jail.end();
                 }
                 let image_root =
                     self.image_root.as_ref().map(|_| self.settings.parent.join(self.settings.image_root()));
-                Some(match processes::end_all(image_root.as_deref()) {
+                Some(match processes::end_all(image_root.as_deref(), jails_mounts.as_ref()) {
                     Ok(()) => {
                         self.step("no process of the job is left");
                         Event::AllEnded

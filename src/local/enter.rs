@@ -52,7 +52,7 @@ pub fn run(image_root: &Path, command: &[OsString]) -> Result<u8> {
     let ended = hold_none(&mut helper).status().attempt(|| "start ims-jail-shell");
 
     jail.end();
-    let all_ended = processes::end_all(None);
+    let all_ended = processes::end_all(None, None);
     jail.clear(&tree, &notes, &state)?;
     state.remove()?;
     local::remove_folder(run.path())?;
