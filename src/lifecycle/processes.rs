@@ -61,8 +61,10 @@ pub fn ask_to_end(spared: Pid) {
         let mut left = descendants(&Entry::all(), getpid());
         left.retain(|e| e.pid != spared && e.state != 'Z');
         if left.is_empty() || began.elapsed() >= ASK_TIME {
-            // The jail's end kills them, those in it at least.
-            left.iter().for_each(tell_killed);
+            // The jail's end kills those in it; the others have some more time.
+            let jail_of = |pid: Pid| std::fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
+            let jail = jail_of(spared);
+            left.iter().filter(|e| jail.is_some() && jail_of(e.pid) == jail).for_each(tell_killed);
             return;
         }
         for entry in left.iter().filter(|e| !asked.contains(e)) {
