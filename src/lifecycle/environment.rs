@@ -82,11 +82,10 @@ pub fn is_marked_failed(files: &SignalFiles, image_root: Option<&Tree>) -> bool 
 pub fn mark_in_image(files: &SignalFiles, image_root: &Tree, verdict: Verdict) -> Result<()> {
     let complete = Path::new("tmp").join(Verdict::Complete.signal_file());
     let failed = Path::new("tmp").join(Verdict::Failed.signal_file());
-    image_root.remove(&complete).attempt(|| "remove /tmp/complete of the image")?;
     if verdict == Verdict::Failed {
         files.create(image_root, &failed).attempt(|| "create /tmp/failed in the image")?;
     }
-    Ok(())
+    image_root.remove(&complete).attempt(|| "remove /tmp/complete of the image").map(|_| ())
 }
 
 /// Writes the settings into sshd's configuration and has sshd itself say what they come to. With a jail, refuses a configuration that
@@ -118,15 +117,18 @@ pub fn configure_sshd(settings: &Settings, state: &StateFolder) -> Result<Effect
     Ok(effective)
 }
 
-/// Takes the settings out of sshd's configuration again.
-pub fn unconfigure_sshd(settings: &Settings) -> Result<()> {
+/// Takes the settings out of sshd's configuration again. Returns whether there were any.
+pub fn unconfigure_sshd(settings: &Settings) -> Result<bool> {
     let shown = settings.sshd_config.display();
     let before = match std::fs::read_to_string(&settings.sshd_config) {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(false),
         other => other.attempt(|| format!("read {shown}"))?,
     };
     let after = config::without_include(&before);
-    if after == before { Ok(()) } else { config::write(&settings.sshd_config, &after) }
+    if after == before {
+        return Ok(false);
+    }
+    config::write(&settings.sshd_config, &after).map(|()| true)
 }
 
 fn force_command(state: &StateFolder) -> Result<String> {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use notify::{RecursiveMode, Watcher};
 use rustix::event::EventfdFlags;
-use rustix::fs::FlockOperation;
+use rustix::fs::{FlockOperation, Stat};
 
 use crate::error::{Advise, Attempt, Error, Result};
 use crate::sys::tree::{Tree, kind_of};
@@ -101,9 +101,7 @@ impl SignalFiles {
     pub fn touch(&self, name: &str) -> Result<()> {
         let attempted = || format!("create {}/{name}", self.path.display());
         if let Ok(Some(odd)) = self.parent.look(name).map(|found| found.filter(|f| kind_of(f) != "a regular file")) {
-            let aside = format!("{name}.{}", odd.st_ino);
-            self.parent.rename_to(name, &self.parent, &aside).attempt(attempted)?;
-            tracing::warn!("{name} was {} and has been renamed to {aside}", kind_of(&odd));
+            self.put_aside(name, &odd).attempt(attempted)?;
         }
         self.create(&self.parent, name.as_ref())
             .attempt(attempted)
@@ -146,10 +144,19 @@ impl SignalFiles {
         let attempted = || format!("remove {}/{name}", self.path.display());
         match self.parent.remove(name) {
             Err(e) if e.kind() == io::ErrorKind::IsADirectory => {
-                self.parent.rename_to(name, &self.parent, format!("{name}.folder")).attempt(attempted)
+                self.parent.look(name).and_then(|found| found.map_or(Ok(()), |odd| self.put_aside(name, &odd)))
             }
-            other => other.attempt(attempted).map(|_| ()),
+            other => other.map(|_| ()),
         }
+        .attempt(attempted)
+    }
+
+    /// Gives what is no signal file another name, which nothing else has.
+    fn put_aside(&self, name: &str, odd: &Stat) -> io::Result<()> {
+        let aside = format!("{name}.{}", odd.st_ino);
+        self.parent.rename_to(name, &self.parent, &aside)?;
+        tracing::warn!("{name} was {} and has been renamed to {aside}", kind_of(odd));
+        Ok(())
     }
 
     /// Whether `tree` is still what stands at `name`.

@@ -481,8 +481,10 @@ impl<F: FnOnce()> Supervisor<F> {
             }
             let path: PathBuf = files.path().join(self.settings.image_root());
             note(processes::unmount_below(&path));
+            self.step("nothing is mounted in the image root");
             note(image_root.sync().attempt(|| format!("write {} to its disk", path.display())));
-            note(environment::unconfigure_sshd(&self.settings));
+            self.step("all is on its disk");
+            note(environment::unconfigure_sshd(&self.settings).map(|_| ()));
         }
         self.presence = None;
         note(self.state.remove());
@@ -490,14 +492,22 @@ impl<F: FnOnce()> Supervisor<F> {
         let image_root = self.image_root.as_ref().filter(|_| self.settings.jailed);
         // A mark that was made while the last processes were ending counts too.
         let failed_late = environment::is_marked_failed(files, image_root);
-        let verdict = if cleanly && !failed_late { verdict } else { Verdict::Failed };
-        let marked = (|| {
-            if let Some(image_root) = image_root {
-                environment::mark_in_image(files, image_root, verdict)?;
+        let mut verdict = if cleanly && !failed_late { verdict } else { Verdict::Failed };
+        let mark = |verdict| image_root.map_or(Ok(()), |root| environment::mark_in_image(files, root, verdict));
+        if let Err(e) = mark(verdict) {
+            tracing::error!("{e}");
+            cleanly = false;
+            if verdict == Verdict::Complete {
+                // What is not to be packed must not look as if it were.
+                verdict = Verdict::Failed;
+                mark(verdict).unwrap_or_else(|e| tracing::error!("{e}"));
             }
+        }
+        let marked = (|| {
             files.touch(verdict.signal_file())?;
             if verdict == Verdict::Failed {
-                files.retract(Verdict::Complete.signal_file())?;
+                // If it stays, 'failed' wins all the same: not a reason to keep the others waiting for 'exiting'.
+                files.retract(Verdict::Complete.signal_file()).unwrap_or_else(|e| tracing::error!("{e}"));
             }
             self.step("the image root is released, and marked");
             // Gives a full volume the inode that 'exiting' needs.
