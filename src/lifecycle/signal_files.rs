@@ -108,11 +108,13 @@ impl SignalFiles {
             .advise("the volume has to be writable and to have space")
     }
 
-    /// Creates the file `name` below `tree`, which lies on the parent's volume: with one of the reserved files if the volume is full.
+    /// Creates the file `name` below `tree`, which lies on the parent's volume: if the volume is full, with one of the reserved files, or
+    /// as another name of `ready`, where it was full before any could be reserved.
     pub fn create(&self, tree: &Tree, name: &Path) -> io::Result<()> {
         match tree.touch(name) {
             Err(e) if matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) => {
-                RESERVED.iter().find_map(|reserved| self.parent.rename_to(reserved, tree, name).ok()).ok_or(e)
+                let reserved = RESERVED.iter().any(|reserved| self.parent.rename_to(reserved, tree, name).is_ok());
+                if reserved || self.parent.link_to(READY, tree, name).is_ok() { Ok(()) } else { Err(e) }
             }
             other => other.map(|_| ()),
         }

@@ -129,7 +129,20 @@ impl Tree {
     /// Gives the file `from` of this folder the name `to` below `tree`, if nothing has it. Needs no space and no inode.
     pub fn rename_to(&self, from: &str, tree: &Tree, to: impl AsRef<Path>) -> io::Result<()> {
         let (folder, name) = tree.parent_of(to.as_ref())?;
-        rustix::fs::renameat_with(&self.folder, from, &folder.folder, &name, RenameFlags::NOREPLACE).map_err(Into::into)
+        match rustix::fs::renameat_with(&self.folder, from, &folder.folder, &name, RenameFlags::NOREPLACE) {
+            // NFS, CephFS and most FUSE file systems do not know the flag.
+            Err(Errno::INVAL) if folder.look(&name)?.is_none() => {
+                rustix::fs::renameat(&self.folder, from, &folder.folder, &name)
+            }
+            other => other,
+        }
+        .map_err(Into::into)
+    }
+
+    /// Gives the file `from` of this folder a second name, `to` below `tree`, if nothing has that. Needs no inode on most disks.
+    pub fn link_to(&self, from: &str, tree: &Tree, to: impl AsRef<Path>) -> io::Result<()> {
+        let (folder, name) = tree.parent_of(to.as_ref())?;
+        rustix::fs::linkat(&self.folder, from, &folder.folder, &name, AtFlags::empty()).map_err(Into::into)
     }
 
     /// Whether nothing can be written to the tree's file system, or nothing more fits.
