@@ -234,10 +234,11 @@ impl<F: FnOnce()> Supervisor<F> {
         match self.machine.state() {
             State::Waiting => {
                 self.open_parent()?;
-                if let Some(files) = &self.files
-                    && files.stands(READY).unwrap_or(false)
-                {
-                    events.push(Event::Ready);
+                match self.files.as_ref().map(|files| files.stands(READY)) {
+                    Some(Ok(true)) => events.push(Event::Ready),
+                    // Nobody will make a better one while this stands there.
+                    Some(Err(e)) => events.push(broken(&e)),
+                    _ => {}
                 }
             }
             State::Serving | State::Grace | State::Ending => events.extend(self.marks()),
