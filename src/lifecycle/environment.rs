@@ -161,19 +161,28 @@ pub fn make_jail(
 }
 
 /// Puts right what an earlier environment on this image root left behind when it was killed. Returns whether there was one.
-pub fn recover(files: &SignalFiles, image_root: &Tree, state: &StateFolder, options: &Options) -> Result<bool> {
+pub fn recover(settings: &Settings, files: &SignalFiles, image_root: &Tree, state: &StateFolder) -> Result<bool> {
     let mut found = Vec::new();
     if let Some(listener) = Daemon::noted(&state.sshd()) {
         processes::end_tree(&listener)?;
         found.push("a listening sshd, with its sessions");
     }
     // A listener that was killed before it was noted, or connections that had lost theirs.
-    let others = Daemon::with_log(options);
+    let others = Daemon::with_log(&settings.sshd);
     for other in &others {
         processes::end_tree(other)?;
     }
     if !others.is_empty() {
         found.push("sshd of its connections, with its sessions");
+    }
+    // Its init ended with it: the kernel closed its end of their socket.
+    match std::fs::remove_file(state.jail()) {
+        Ok(()) => found.push("the record of its jail"),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+        Err(e) => return Err(e).attempt(|| format!("remove {}", state.jail().display())),
+    }
+    if unconfigure_sshd(settings)? {
+        found.push("its line in sshd's configuration");
     }
     if open_jail::clear_mount_points(image_root, files.parent())? {
         found.push("mount points in the image");

@@ -399,7 +399,7 @@ impl<F: FnOnce()> Supervisor<F> {
         }
         files.reserve()?;
         let image_root = &*self.image_root.insert(environment::open_image_root(files, self.settings.image_root())?);
-        let recovered = environment::recover(files, image_root, &self.state, &self.settings.sshd)?;
+        let recovered = environment::recover(&self.settings, files, image_root, &self.state)?;
         if self.settings.jailed && !recovered {
             environment::remove_old_marks(image_root)?;
         }
