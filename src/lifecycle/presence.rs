@@ -2,7 +2,7 @@
 
 use std::os::fd::AsFd;
 use std::path::Path;
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 use base64::Engine;
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -75,6 +75,8 @@ pub struct Presence {
     lines: Vec<Line>,
     /// Sessions without a helper, by number and start of their first process.
     found: Vec<(Session, u64)>,
+    /// When a session was last heard to end, however short it was.
+    last_heard: Option<Instant>,
 }
 
 impl Presence {
@@ -82,7 +84,7 @@ impl Presence {
     pub fn listen(state: &Path) -> Result<Self> {
         let path = state.join(SOCKET);
         let listener = Listener::bind(&path).attempt(|| format!("listen at {}", path.display()))?;
-        Ok(Self { listener, lines: Vec::new(), found: Vec::new() })
+        Ok(Self { listener, lines: Vec::new(), found: Vec::new(), last_heard: None })
     }
 
     /// Readable when there is something to [`Presence::look`] at.
@@ -102,6 +104,11 @@ impl Presence {
         self.sessions().map(Session::to_json).collect()
     }
 
+    /// When a session was last heard to end.
+    pub fn last_heard(&self) -> Option<Instant> {
+        self.last_heard
+    }
+
     /// Hears what helpers tell, and returns whether somebody asked for the status.
     pub fn look(&mut self) -> Vec<Packets> {
         while let Some(packets) = self.listener.accept() {
@@ -114,6 +121,7 @@ impl Presence {
                 Heard::Nothing => at += 1,
                 Heard::End => {
                     self.lines.swap_remove(at);
+                    self.last_heard = Some(Instant::now());
                 }
                 Heard::Question => asking.push(self.lines.swap_remove(at).packets),
             }

@@ -310,7 +310,7 @@ impl<F: FnOnce()> Supervisor<F> {
             presence.compare(&running(self.daemon.as_ref().map(|d| d.pid)).sessions);
         }
         let busy = self.script.is_some() || presence.sessions().next().is_some();
-        watchfulness.look(busy, &self.settings, self.files.as_ref()?, self.image_root.as_ref()?)
+        watchfulness.look(busy, presence.last_heard(), &self.settings, self.files.as_ref()?, self.image_root.as_ref()?)
     }
 
     fn open_parent(&mut self) -> Result<()> {

@@ -45,12 +45,18 @@ impl Watchfulness {
         due
     }
 
-    /// Looks, and says why the environment should close, if it should. `busy` is whether a session or the script is running.
-    pub fn look(&mut self, busy: bool, settings: &Settings, files: &SignalFiles, image_root: &Tree) -> Option<Event> {
+    /// Looks, and says why the environment should close, if it should. `busy` is whether a session or the script is running, `last` when
+    /// one ended that may have been too short to be seen running.
+    pub fn look(
+        &mut self,
+        busy: bool,
+        last: Option<Instant>,
+        settings: &Settings,
+        files: &SignalFiles,
+        image_root: &Tree,
+    ) -> Option<Event> {
         let now = Instant::now();
-        if busy {
-            self.last_session = now;
-        }
+        self.last_session = if busy { now } else { self.last_session.max(last.unwrap_or(self.last_session)) };
         self.limits(now, settings).or_else(|| self.image_root(now, busy, settings, files, image_root))
     }
 
