@@ -85,8 +85,8 @@ pub enum Action {
     Restart(Part, Duration),
     /// End sshd's listener: nobody new gets in.
     StopListening,
-    /// Tell people at a terminal, and hang up.
-    HangUp(Verdict),
+    /// Tell people at a terminal, and how long the others have, and hang up.
+    HangUp(Verdict, Duration),
     /// Answer with [`Event::Idle`] as soon as no session runs, with [`Event::GraceOver`] after this time.
     AwaitSessions(Duration),
     /// End every process of the job; answer with [`Event::AllEnded`] or [`Event::Broken`].
@@ -199,7 +199,7 @@ impl Machine {
 
     fn close(&mut self, grace: Duration) -> Vec<Action> {
         let verdict = self.verdict.unwrap_or(Verdict::Failed);
-        self.go(State::Grace, [Action::StopListening, Action::HangUp(verdict), Action::AwaitSessions(grace)])
+        self.go(State::Grace, [Action::StopListening, Action::HangUp(verdict, grace), Action::AwaitSessions(grace)])
     }
 
     fn release(&mut self) -> Vec<Action> {
@@ -242,7 +242,7 @@ mod tests {
     #[test]
     fn a_completed_image() {
         let mut machine = serving();
-        let close = [Action::StopListening, Action::HangUp(Verdict::Complete), Action::AwaitSessions(GRACE)];
+        let close = [Action::StopListening, Action::HangUp(Verdict::Complete, GRACE), Action::AwaitSessions(GRACE)];
         assert_eq!(machine.on(Event::Marked(Verdict::Complete)), close);
         assert_eq!(machine.on(Event::Idle), [Action::EndProcesses]);
         assert_eq!(machine.on(Event::AllEnded), [Action::Release(Verdict::Complete)]);

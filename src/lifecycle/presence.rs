@@ -14,6 +14,7 @@ use crate::lifecycle::secrets::without_secrets;
 use crate::session::report::{Packet, SOCKET};
 use crate::sys::packet::{Listener, Packets};
 use crate::sys::process::Entry;
+use crate::sys::tree::Tree;
 
 /// A session that is running.
 #[derive(Debug, Clone)]
@@ -129,6 +130,12 @@ impl Presence {
         asking
     }
 
+    /// Logs the end of those that the close has ended.
+    pub fn close(mut self) {
+        self.look();
+        self.compare(&[]);
+    }
+
     /// Compares with the first processes of all sessions, as they are found in plain mode: logs who has come and gone.
     pub fn compare(&mut self, leaders: &[Entry]) {
         let gone = |(session, start): &(Session, u64)| {
@@ -144,8 +151,8 @@ impl Presence {
             }
             let session = Session {
                 pid,
-                client: client_of(leader),
-                key: String::new(),
+                client: variable_of(leader, "SSH_CONNECTION").map_or("unknown".into(), |c| first_word(&c)),
+                key: key_of(leader).unwrap_or_default(),
                 terminal: leader.terminal != 0,
                 request: without_secrets(&leader.command_line()),
                 since: SystemTime::now(),
@@ -196,11 +203,22 @@ impl Line {
     }
 }
 
-fn client_of(leader: &Entry) -> String {
-    let variables = std::fs::read(format!("/proc/{}/environ", leader.pid)).unwrap_or_default();
-    let connection = variables.split(|&b| b == 0).find_map(|v| v.strip_prefix(b"SSH_CONNECTION="));
-    let client = connection.and_then(|c| c.split(|&b| b == b' ').next()).unwrap_or(b"unknown");
-    String::from_utf8_lossy(client).into_owned()
+/// What sshd gave a session as `name`.
+fn variable_of(leader: &Entry, name: &str) -> Option<String> {
+    let variables = std::fs::read(format!("/proc/{}/environ", leader.pid)).ok()?;
+    let variables = String::from_utf8_lossy(&variables);
+    variables.split('\0').find_map(|v| v.strip_prefix(name)?.strip_prefix('=')).map(str::to_owned)
+}
+
+fn first_word(text: &str) -> String {
+    text.split(' ').next().unwrap_or_default().to_owned()
+}
+
+/// By the file in which sshd tells a session what it authenticated with.
+fn key_of(leader: &Entry) -> Option<String> {
+    // As a tree: the session may have put something there that one would wait for.
+    let told = Tree::open(Path::new("/")).ok()?.read(variable_of(leader, "SSH_USER_AUTH")?, 64 << 10).ok()?;
+    fingerprint(String::from_utf8_lossy(&told).lines().next()?)
 }
 
 /// The fingerprint of a key in a line of `ExposeAuthInfo`, as sshd and `ssh-keygen -l` print it.

@@ -181,8 +181,8 @@ impl<F: FnOnce()> Supervisor<F> {
                 }
                 None
             }
-            Action::HangUp(verdict) => {
-                self.hung_up = hang_up(verdict, self.settings.close_grace);
+            Action::HangUp(verdict, grace) => {
+                self.hung_up = hang_up(verdict, grace);
                 if !self.hung_up.is_empty() {
                     self.step("people at a terminal were told, and hung up");
                 }
@@ -487,7 +487,9 @@ impl<F: FnOnce()> Supervisor<F> {
             self.step("all is on its disk");
             note(environment::unconfigure_sshd(&self.settings).map(|_| ()));
         }
-        self.presence = None;
+        if let Some(presence) = self.presence.take() {
+            presence.close();
+        }
         note(self.state.remove());
         let Some(files) = &self.files else { return cleanly };
         let image_root = self.image_root.as_ref().filter(|_| self.settings.jailed);

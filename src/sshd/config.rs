@@ -37,11 +37,9 @@ pub fn fragment(variables: &[(String, String)], base: &Effective, force_command:
             merged.push((name, value));
         }
     }
-    let mut text = String::new();
-    if !merged.is_empty() {
-        let words: Vec<_> = merged.iter().map(|(name, value)| quoted(&format!("{name}={value}"))).collect();
-        text += &ENVIRONMENT.replace("@SETENV@", &words.join(" "));
-    }
+    let words: String = merged.iter().map(|(name, value)| format!(" {}", quoted(&format!("{name}={value}")))).collect();
+    let set_env = if merged.is_empty() { String::new() } else { format!("SetEnv{words}") };
+    let mut text = ENVIRONMENT.replace("@SETENV@", &set_env);
     if let Some(command) = force_command {
         text += &JAIL.replace("@FORCE_COMMAND@", command);
     }
