@@ -11,7 +11,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 AS_ROOT := $(if $(SUDO),--config "target.'cfg(all())'.runner='sudo -E'")
 
 RUN_PACKAGES := openssh-server openssh-client openssh-sftp-server mmdebstrap busybox-static
-TEST_PACKAGES := $(RUN_PACKAGES) rsync python3-paramiko strace
+TEST_PACKAGES := $(RUN_PACKAGES) rsync python3-paramiko strace bindfs
 BENCH_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev bubblewrap
 
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)

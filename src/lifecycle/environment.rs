@@ -12,7 +12,6 @@ use crate::lifecycle::state::StateFolder;
 use crate::sshd::config;
 use crate::sshd::daemon::Daemon;
 use crate::sshd::effective::{Effective, Question};
-use crate::sshd::options::Options;
 use crate::sshd::sftp_server;
 use crate::sys::tree::{Tree, kind_of};
 use crate::verdict::Verdict;

@@ -487,6 +487,12 @@ impl<F: FnOnce()> Supervisor<F> {
             self.step("all is on its disk");
             note(environment::unconfigure_sshd(&self.settings).map(|_| ()));
         }
+        if let (Some(files), None, true) = (&self.files, &self.image_root, self.settings.jailed)
+            && let Ok(image_root) = environment::open_image_root(files, self.settings.image_root())
+        {
+            // It was never opened here, but who packs it looks for the mark in it too. Half unpacked it may have no place for one.
+            let _ = environment::mark_in_image(files, &image_root, verdict);
+        }
         if let Some(presence) = self.presence.take() {
             presence.close();
         }

@@ -2,6 +2,7 @@
 //!
 //! Every test opens a build environment of its own, as a pod would, and talks to it with the clients that people use.
 
+mod close;
 mod faults;
 mod files;
 mod image_untouched;

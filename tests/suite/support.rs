@@ -168,7 +168,9 @@ impl Volume {
 impl Drop for Volume {
     fn drop(&mut self) {
         // A folder with a mount on it cannot be removed, and would stay behind.
-        let _ = Command::new("umount").arg("--lazy").arg(&self.image_root).stderr(Stdio::null()).status();
+        for place in [&self.image_root, &self.parent] {
+            let _ = Command::new("umount").arg("--lazy").arg(place).stderr(Stdio::null()).status();
+        }
     }
 }
 
