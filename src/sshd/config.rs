@@ -37,8 +37,8 @@ pub fn fragment(variables: &[(String, String)], base: &Effective, force_command:
             merged.push((name, value));
         }
     }
-    let words: String = merged.iter().map(|(name, value)| format!(" {}", quoted(&format!("{name}={value}")))).collect();
-    let set_env = if merged.is_empty() { String::new() } else { format!("SetEnv{words}") };
+    let words: Vec<_> = merged.iter().map(|(name, value)| quoted(&format!("{name}={value}"))).collect();
+    let set_env = if words.is_empty() { String::new() } else { format!("SetEnv {}", words.join(" ")) };
     let mut text = ENVIRONMENT.replace("@SETENV@", &set_env);
     if let Some(command) = force_command {
         text += &JAIL.replace("@FORCE_COMMAND@", command);
