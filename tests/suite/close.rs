@@ -298,7 +298,8 @@ fn an_image_root_that_vanishes_or_is_replaced_or_becomes_read_only_fails_the_env
         std::fs::create_dir(&environment.image_root).unwrap();
     };
     let read_only = |environment: &Environment| mount(&["-o", "remount,bind,ro"], &environment.image_root);
-    let cases: [(&dyn Fn(&Environment), &str); 3] = [
+    type Case<'a> = (&'a dyn Fn(&Environment), &'a str);
+    let cases: [Case; 3] = [
         (&vanish, "has vanished, or another folder stands in its place: closing as failed"),
         (&replace, "has vanished, or another folder stands in its place: closing as failed"),
         (&read_only, "has become read-only: closing as failed"),
@@ -442,7 +443,8 @@ fn a_full_run_or_a_full_folder_of_sshds_configuration_fails_the_environment() {
         volume.config = folder.join("sshd_config");
         fill(&folder);
     };
-    let cases: [(&str, &dyn Fn(&mut Volume)); 2] =
+    type Case<'a> = (&'a str, &'a dyn Fn(&mut Volume));
+    let cases: [Case; 2] =
         [("sshd.conf: No space left on device", &run), ("sshd_config: No space left on device", &config)];
     for (word, full) in cases {
         let mut volume = Volume::new(Image::Busybox);
@@ -466,7 +468,9 @@ fn marks_that_stand_beside_ready_close_at_once() {
     {
         for mode in MODES {
             let volume = Volume::new(Image::Busybox);
-            marks.iter().for_each(|mark| volume.touch(mark));
+            for mark in marks {
+                volume.touch(mark);
+            }
             volume.touch("ready");
             let mut environment = volume.start(mode);
             assert_eq!(environment.end(), 0, "{}", environment.log_text());
@@ -570,11 +574,11 @@ fn what_a_killed_entrypoint_left_is_found_told_and_cleared() {
         std::fs::write(volume.image_root.join("etc/resolv.conf"), "").unwrap();
         // The record of a jail whose init is no more: this number belongs to somebody else now.
         let mut somebody = Outsider::start(Command::new("sleep").arg("97010"));
-        let state = PathBuf::from("/run/ims-sshd").join(ims_sshd::sys::tree::escape(&volume.parent));
-        std::fs::create_dir_all(&state).unwrap();
-        std::fs::write(state.join("jail"), format!("init {} 1\ndkms false\n", somebody.0.id())).unwrap();
-        std::fs::write(state.join("sshd"), format!("{} 1\n", somebody.0.id())).unwrap();
-        std::fs::write(state.join("control"), "").unwrap();
+        let folder = PathBuf::from("/run/ims-sshd").join(ims_sshd::sys::tree::escape(&volume.parent));
+        std::fs::create_dir_all(&folder).unwrap();
+        std::fs::write(folder.join("jail"), format!("init {} 1\ndkms false\n", somebody.0.id())).unwrap();
+        std::fs::write(folder.join("sshd"), format!("{} 1\n", somebody.0.id())).unwrap();
+        std::fs::write(folder.join("control"), "").unwrap();
 
         let mut environment = volume.start(mode).ready();
         logged(&environment, "the environment is open");
@@ -593,7 +597,7 @@ fn what_a_killed_entrypoint_left_is_found_told_and_cleared() {
         assert!(somebody.0.try_wait().unwrap().is_none(), "a process that has nothing to do with it was ended");
         assert_eq!(environment.complete(), 0);
         assert_eq!(std::fs::read_to_string(&environment.config).unwrap(), clean);
-        assert!(!environment.image_root.join("proc").exists() && !state.exists());
+        assert!(!environment.image_root.join("proc").exists() && !folder.exists());
         let left: Vec<_> = std::fs::read_dir(&environment.parent).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert!(left.iter().all(|n| !n.to_string_lossy().starts_with('.')), "{left:?}");
         drop(somebody);
