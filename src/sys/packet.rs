@@ -26,7 +26,7 @@ impl Packets {
     /// Connects to the [`Listener`] at `path`. Does not wait for it to accept.
     pub fn connect(path: &Path) -> io::Result<Self> {
         let fd = socket::socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
-        at_address(path, |address| socket::connect(fd.as_raw_fd(), address))?;
+        socket::connect(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
         Ok(Self { fd })
     }
 
@@ -75,19 +75,6 @@ impl AsFd for Packets {
     }
 }
 
-/// Calls `act` with the address of `path`. The kernel takes no more than 108 bytes; a longer path is named by way of its folder's
-/// descriptor.
-fn at_address<T>(path: &Path, act: impl FnOnce(&UnixAddr) -> nix::Result<T>) -> io::Result<T> {
-    match (UnixAddr::new(path), path.parent(), path.file_name()) {
-        (Err(Errno::ENAMETOOLONG), Some(folder), Some(name)) => {
-            let folder = crate::sys::tree::Tree::open(folder)?;
-            let short = Path::new("/proc/self/fd").join(folder.as_fd().as_raw_fd().to_string()).join(name);
-            Ok(act(&UnixAddr::new(&short)?)?)
-        }
-        (address, ..) => Ok(act(&address?)?),
-    }
-}
-
 /// A place to connect to.
 #[derive(Debug)]
 pub struct Listener {
@@ -103,7 +90,7 @@ impl Listener {
         }
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let fd = socket::socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
-        at_address(path, |address| socket::bind(fd.as_raw_fd(), address))?;
+        socket::bind(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
         socket::listen(&fd, Backlog::MAXCONN)?;
         Ok(Self { fd })
     }
@@ -121,21 +108,5 @@ impl Listener {
 impl AsFd for Listener {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_path_that_is_too_long_for_an_address_is_listened_and_connected_to() {
-        let dir = tempfile::tempdir().unwrap();
-        let folder = dir.path().join("x".repeat(200));
-        std::fs::create_dir(&folder).unwrap();
-        let listener = Listener::bind(&folder.join("control")).unwrap();
-        let client = Packets::connect(&folder.join("control")).unwrap();
-        client.send(b"hello").unwrap();
-        assert_eq!(listener.accept().unwrap().receive().unwrap().unwrap(), b"hello");
     }
 }
