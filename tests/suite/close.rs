@@ -574,7 +574,7 @@ fn what_a_killed_entrypoint_left_is_found_told_and_cleared() {
         std::fs::write(volume.image_root.join("etc/resolv.conf"), "").unwrap();
         // The record of a jail whose init is no more: this number belongs to somebody else now.
         let mut somebody = Outsider::start(Command::new("sleep").arg("97010"));
-        let folder = PathBuf::from("/run/ims-sshd").join(ims_sshd::sys::tree::escape(&volume.parent));
+        let folder = ims_sshd::lifecycle::state::StateFolder::place(&volume.parent);
         std::fs::create_dir_all(&folder).unwrap();
         std::fs::write(folder.join("jail"), format!("init {} 1\ndkms false\n", somebody.0.id())).unwrap();
         std::fs::write(folder.join("sshd"), format!("{} 1\n", somebody.0.id())).unwrap();
