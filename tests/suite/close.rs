@@ -290,6 +290,7 @@ fn a_signal_during_the_grace_shortens_it() {
 
 #[test]
 fn an_image_root_that_vanishes_or_is_replaced_or_becomes_read_only_fails_the_environment() {
+    type Case<'a> = (&'a dyn Fn(&Environment), &'a str);
     let vanish = |environment: &Environment| {
         std::fs::rename(&environment.image_root, environment.parent.join("elsewhere")).unwrap();
     };
@@ -298,7 +299,6 @@ fn an_image_root_that_vanishes_or_is_replaced_or_becomes_read_only_fails_the_env
         std::fs::create_dir(&environment.image_root).unwrap();
     };
     let read_only = |environment: &Environment| mount(&["-o", "remount,bind,ro"], &environment.image_root);
-    type Case<'a> = (&'a dyn Fn(&Environment), &'a str);
     let cases: [Case; 3] = [
         (&vanish, "has vanished, or another folder stands in its place: closing as failed"),
         (&replace, "has vanished, or another folder stands in its place: closing as failed"),
@@ -430,6 +430,7 @@ fn a_volume_that_becomes_read_only_ends_the_environment_with_a_word_in_the_log()
 
 #[test]
 fn a_full_run_or_a_full_folder_of_sshds_configuration_fails_the_environment() {
+    type Case<'a> = (&'a str, &'a dyn Fn(&mut Volume));
     let run = |volume: &mut Volume| {
         std::fs::create_dir_all("/run/ims-sshd").unwrap();
         mount(&["-t", "tmpfs", "-o", "nr_inodes=2", "tmpfs"], Path::new("/run/ims-sshd"));
@@ -443,7 +444,6 @@ fn a_full_run_or_a_full_folder_of_sshds_configuration_fails_the_environment() {
         volume.config = folder.join("sshd_config");
         fill(&folder);
     };
-    type Case<'a> = (&'a str, &'a dyn Fn(&mut Volume));
     let cases: [Case; 2] =
         [("sshd.conf: No space left on device", &run), ("sshd_config: No space left on device", &config)];
     for (word, full) in cases {
