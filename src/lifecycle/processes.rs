@@ -12,7 +12,7 @@ use nix::unistd::{Pid, getpid};
 use crate::error::{Attempt, Error, Result};
 use crate::lifecycle::secrets::without_secrets;
 use crate::sys::mounts;
-use crate::sys::process::{Entry, descendants};
+use crate::sys::process::{Entry, Handle, descendants};
 
 /// How long a process has to end by itself after SIGTERM.
 const TERM_TIME: Duration = Duration::from_secs(1);
@@ -55,7 +55,7 @@ impl Mounts {
 /// editor its recovery file. Before the jail's init is killed, which asks nobody.
 pub fn ask_to_end(spared: Pid) {
     let began = Instant::now();
-    let mut asked: Vec<Entry> = Vec::new();
+    let mut asked = Vec::new();
     loop {
         reap();
         let mut left = descendants(&Entry::all(), getpid());
@@ -67,12 +67,8 @@ pub fn ask_to_end(spared: Pid) {
             left.iter().filter(|e| jail.is_some() && jail_of(e.pid) == jail).for_each(tell_killed);
             return;
         }
-        for entry in left.iter().filter(|e| !asked.contains(e)) {
-            entry.signal(Signal::SIGTERM);
-            entry.signal(Signal::SIGCONT);
-        }
-        wait_for_any(&left, ASK_TIME.saturating_sub(began.elapsed()));
-        asked.extend(left);
+        let handles = left.iter().filter_map(|entry| ask_once(entry, &mut asked)).collect();
+        wait_for_all(handles, ASK_TIME.saturating_sub(began.elapsed()));
     }
 }
 
@@ -110,18 +106,16 @@ fn end(find: impl Fn() -> Vec<Entry>) -> Result<()> {
             return Ok(());
         }
         let kill_now = began.elapsed() > TERM_TIME;
-        for entry in &left {
+        let handles = left.iter().filter_map(|entry| {
+            let handle = ask_once(entry, &mut asked)?;
             if kill_now && !killed.contains(&entry.pid) {
                 tell_killed(entry);
                 killed.push(entry.pid);
-                entry.signal(Signal::SIGKILL);
-            } else if !asked.contains(&entry.pid) {
-                asked.push(entry.pid);
-                entry.signal(Signal::SIGTERM);
-                // One that is stopped would not hear it.
-                entry.signal(Signal::SIGCONT);
+                let _ = handle.signal(Signal::SIGKILL);
             }
-        }
+            Some(handle)
+        });
+        let handles = handles.collect();
         if began.elapsed() > TERM_TIME + KILL_TIME {
             let names: Vec<_> =
                 left.iter().map(|e| format!("{} ({})", e.pid, without_secrets(&e.command_line()))).collect();
@@ -129,14 +123,8 @@ fn end(find: impl Fn() -> Vec<Entry>) -> Result<()> {
                 .because("it is still there after SIGKILL")
                 .advise("it waits for a device or a network file system; the image cannot be trusted"));
         }
-        wait_for_any(
-            &left,
-            if began.elapsed() < TERM_TIME {
-                TERM_TIME.saturating_sub(began.elapsed())
-            } else {
-                Duration::from_millis(50)
-            },
-        );
+        let moment = Duration::from_millis(50);
+        wait_for_all(handles, TERM_TIME.saturating_sub(began.elapsed()).max(moment));
     }
 }
 
@@ -145,18 +133,31 @@ fn tell_killed(entry: &Entry) {
     tracing::warn!(pid = entry.pid.as_raw(), command, "killed, since it did not end after SIGTERM");
 }
 
-/// Waits until one of `entries` has ended, or for `limit`.
-fn wait_for_any(entries: &[Entry], limit: Duration) {
-    use rustix::event::{PollFd, PollFlags, Timespec};
-    let handles: Vec<_> =
-        entries.iter().filter_map(|e| crate::sys::process::Handle::open(e.pid, e.start).ok()).collect();
-    if handles.len() < entries.len() {
-        // One has ended in the meantime.
-        return;
+/// Opens `entry` if it is still there and, the first time, asks it to end.
+fn ask_once(entry: &Entry, asked: &mut Vec<Pid>) -> Option<Handle> {
+    let handle = Handle::open(entry.pid, entry.start).ok()?;
+    if !asked.contains(&entry.pid) {
+        asked.push(entry.pid);
+        let _ = handle.signal(Signal::SIGTERM);
+        // One that is stopped would not hear it.
+        let _ = handle.signal(Signal::SIGCONT);
     }
-    let mut sources: Vec<_> = handles.iter().map(|h| PollFd::new(&h.fd, PollFlags::IN)).collect();
-    let limit = Timespec { tv_sec: limit.as_secs().cast_signed(), tv_nsec: limit.subsec_nanos().into() };
-    let _ = rustix::event::poll(&mut sources, Some(&limit));
+    Some(handle)
+}
+
+/// Waits until all of `handles` have ended, or for `limit`: looking at all processes anew for each that ends would take longer than they
+/// do.
+fn wait_for_all(mut handles: Vec<Handle>, limit: Duration) {
+    use rustix::event::{PollFd, PollFlags, Timespec};
+    let began = Instant::now();
+    while !handles.is_empty() && began.elapsed() < limit {
+        let left = limit.saturating_sub(began.elapsed());
+        let left = Timespec { tv_sec: left.as_secs().cast_signed(), tv_nsec: left.subsec_nanos().into() };
+        let mut sources: Vec<_> = handles.iter().map(|h| PollFd::new(&h.fd, PollFlags::IN)).collect();
+        let _ = rustix::event::poll(&mut sources, Some(&left));
+        let mut ended = sources.iter().map(|s| !s.revents().is_empty()).collect::<Vec<_>>().into_iter();
+        handles.retain(|_| ended.next() != Some(true));
+    }
 }
 
 /// Waits for every child that has ended, ours or inherited, and tells how.
