@@ -528,7 +528,7 @@ fn nobody_writes_once_exiting_stands_and_writers_do_not_hold_the_close_up() {
     }
 }
 
-/// Of an environment without sessions, whatever runs in it.
+/// Of an environment without sessions, whatever runs in it. A machine with nothing else to do takes a quarter of it; tests run side by side.
 const CLOSE_LIMIT: Duration = Duration::from_secs(1);
 
 /// What an environment holds on to.
