@@ -139,6 +139,11 @@ fn run(command: Command) -> Result<u8> {
 }
 
 fn entrypoint(image_root_parent: Option<PathBuf>) -> Result<u8> {
-    let settings = Settings::read(image_root_parent, std::env::vars_os())?;
+    let parent = parent_or_default(image_root_parent.clone());
+    let settings = Settings::read(image_root_parent, std::env::vars_os()).map_err(|refusal| {
+        // Who starts the image with nothing is told everything at once.
+        let missing = || format!("{} does not exist: it has to be the job's volume", parent.display());
+        if parent.exists() { refusal } else { refusal.advise(missing()) }
+    })?;
     supervisor::run(settings, None, || {}).map(|outcome| outcome.exit_code)
 }
