@@ -11,11 +11,13 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 AS_ROOT := $(if $(SUDO),--config "target.'cfg(all())'.runner='sudo -E'")
 
 RUN_PACKAGES := openssh-server openssh-client openssh-sftp-server mmdebstrap busybox-static
-TEST_PACKAGES := $(RUN_PACKAGES) rsync python3-paramiko strace bindfs
+TEST_PACKAGES := $(RUN_PACKAGES) rsync python3-paramiko strace bindfs \
+	podman buildah runc catatonit squashfs-tools ansible-core python3-venv
 BENCH_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev bubblewrap
 
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)
-REVISION := $(shell git rev-parse HEAD 2>/dev/null)
+REVISION := $(or $(shell git rev-parse HEAD 2>/dev/null),unknown)
+SOURCE := $(or $(shell git config --get remote.origin.url 2>/dev/null),unknown)
 BUILDER ?= $(firstword $(foreach name,docker podman buildah,$(shell command -v $(name))))
 IMAGE ?= ims-sshd:$(VERSION)
 
@@ -31,6 +33,8 @@ build:
 
 test: install-test
 	$(SUDO) tests/image-roots $(CACHE)
+	$(SUDO) tests/kubernetes-schemas $(CACHE)
+	$(SUDO) tests/container-images $(CACHE) $(VERSION) $(REVISION)
 	IMS_SSHD_CACHE=$(CACHE) cargo $(AS_ROOT) test --locked
 
 bench: install-bench build
@@ -39,7 +43,8 @@ bench: install-bench build
 
 image:
 	$(or $(BUILDER),$(error make image needs docker, podman or buildah)) build $(BUILD_FLAGS) -t $(IMAGE) \
-		--build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) --build-arg CREATED=$$(date -u +%Y-%m-%dT%H:%M:%SZ) .
+		--build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) --build-arg SOURCE=$(SOURCE) \
+		--build-arg CREATED=$$(date -u +%Y-%m-%dT%H:%M:%SZ) .
 
 install-run install-test install-bench: install-%:
 	@tests/install-packages $($(shell echo $* | tr a-z A-Z)_PACKAGES)

@@ -1,0 +1,127 @@
+//! What is in the image, and what it says when it is started wrongly.
+
+use std::collections::BTreeSet;
+
+use crate::podman::*;
+
+#[test]
+fn started_with_nothing_it_says_what_is_missing() {
+    let output = output(&mut podman(&["run", "--rm", "--network=none", IMAGE]));
+    assert_eq!(output.status.code(), Some(2), "{output:?}");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("IMS_ACTION is not set"), "{said}");
+    assert!(said.contains("/mnt/image does not exist"), "{said}");
+}
+
+#[test]
+fn entrypoint_sh_is_the_same() {
+    let output = output(&mut podman(&["run", "--rm", "--network=none", "--entrypoint=/entrypoint.sh", IMAGE]));
+    assert_eq!(output.status.code(), Some(2), "{output:?}");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("IMS_ACTION is not set"), "{output:?}");
+}
+
+#[test]
+fn it_has_no_file_that_everybody_can_write_to() {
+    assert_eq!(in_image("find / -xdev ! -type l -perm -0002 ! -perm -1000 ! -path '/proc/*' ! -path '/dev/*'"), "");
+}
+
+#[test]
+fn it_has_no_setuid_program_beyond_the_distributions() {
+    let list = "find / -xdev -type f -perm /6000 ! -path '/proc/*' | sort";
+    let base = in_container(BASE, list);
+    let image = in_container(IMAGE, list);
+    let own: Vec<_> = image.lines().filter(|path| !base.lines().any(|other| other == *path)).collect();
+    // Of Debian's package openssh-client, as it has them.
+    assert_eq!(own, ["/usr/bin/ssh-agent", "/usr/lib/openssh/ssh-keysign"]);
+    in_image("dpkg --verify openssh-client");
+    assert_eq!(in_image("find /usr/bin/ims-sshd /usr/bin/ims-jail-shell /usr/bin/qemu-* ! -perm 0755"), "");
+}
+
+#[test]
+fn it_has_no_key() {
+    assert_eq!(in_image("ls -A /etc/ssh | grep host_key || true"), "");
+    assert_eq!(in_image("grep -rlE 'BEGIN [A-Z ]*PRIVATE KEY' /etc /root /home /run /var /opt /srv || true"), "");
+    assert_eq!(in_image("find / -xdev -name authorized_keys"), "");
+}
+
+#[test]
+fn it_has_no_tool_to_build_with_and_only_the_packages_that_it_needs() {
+    let tools = "for t in cc gcc ld as make cargo rustc perl-build git curl wget; do command -v $t || true; done";
+    assert_eq!(in_image(tools), "");
+    let packages = |image: &str| -> BTreeSet<String> {
+        let query = ["run", "--rm", "--network=none", "--entrypoint=dpkg-query", image, "-W", "-f", "${Package}\n"];
+        succeed(&mut podman(&query)).lines().map(str::to_owned).collect()
+    };
+    let (base, image) = (packages(BASE), packages(IMAGE));
+    let added: Vec<_> = image.difference(&base).map(String::as_str).collect();
+    assert_eq!(added, ADDED);
+}
+
+/// The packages named in the Dockerfile, and what they depend on.
+const ADDED: [&str; 25] = [
+    "libbsd0",
+    "libcbor0.8",
+    "libedit2",
+    "libfido2-1",
+    "libgssapi-krb5-2",
+    "libk5crypto3",
+    "libkeyutils1",
+    "libkrb5-3",
+    "libkrb5support0",
+    "liblzo2-2",
+    "libncursesw6",
+    "libnsl2",
+    "libproc2-0",
+    "libssl3",
+    "libtirpc-common",
+    "libtirpc3",
+    "libwrap0",
+    "openssh-client",
+    "openssh-server",
+    "openssh-sftp-server",
+    "procps",
+    "runit-helper",
+    "sensible-utils",
+    "squashfs-tools",
+    "ucf",
+];
+
+#[test]
+fn its_labels_and_files_tell_what_it_is() {
+    let labels = succeed(&mut podman(&["image", "inspect", "--format", "{{json .Labels}}", IMAGE]));
+    let labels: serde_json::Value = serde_json::from_str(&labels).unwrap();
+    let label = |name: &str| labels[format!("org.opencontainers.image.{name}")].as_str().unwrap_or_default().to_owned();
+    assert_eq!(label("version"), env!("CARGO_PKG_VERSION"));
+    assert_eq!(label("licenses"), "MIT");
+    assert!(!label("source").is_empty() && !label("created").is_empty());
+    assert_eq!(in_image("cat /gitInfo.txt"), label("revision"));
+    assert_eq!(in_image("ims-sshd --version"), concat!("ims-sshd ", env!("CARGO_PKG_VERSION")));
+    assert_eq!(in_image("wc -c < /run_script.sh; readlink /entrypoint.sh"), "0\n/usr/bin/ims-sshd");
+    let other = if cfg!(target_arch = "aarch64") { "x86_64" } else { "aarch64" };
+    assert!(in_image(&format!("qemu-{other}-static --version")).contains("version"));
+}
+
+#[test]
+fn the_example_changes_an_image_by_itself() {
+    let dir = tempfile::tempdir_in(cache()).unwrap();
+    succeed(
+        std::process::Command::new("unsquashfs")
+            .args(["-quiet", "-no-progress", "-d"])
+            .arg(dir.path().join("image-root"))
+            .arg(cache().join("containers/busybox.sqsh")),
+    );
+    std::fs::write(dir.path().join("ready"), "").unwrap();
+    let volume = format!("{}:/mnt/image", dir.path().display());
+    succeed(&mut podman(&[
+        "run",
+        "--rm",
+        "--network=none",
+        "--env=IMS_ACTION=customize",
+        "--volume",
+        &volume,
+        EXAMPLE,
+    ]));
+    let motd = std::fs::read_to_string(dir.path().join("image-root/etc/motd")).unwrap();
+    assert!(motd.contains("by an example"), "{motd}");
+    assert!(dir.path().join("complete").exists() && dir.path().join("exiting").exists());
+}

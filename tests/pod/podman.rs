@@ -1,0 +1,302 @@
+//! podman in a storage of its own, and pods made of the manifests in deploy/.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+pub const IMAGE: &str = "localhost/ims-sshd-test/ims-sshd:latest";
+pub const BASE: &str = "localhost/ims-sshd-test/debian:bookworm-slim";
+pub const EXAMPLE: &str = "localhost/ims-sshd-test/example:latest";
+
+/// Nothing here takes longer unless it hangs.
+const LIMIT: Duration = Duration::from_secs(180);
+
+/// Where `make test` keeps what is costly to make.
+pub fn cache() -> PathBuf {
+    let path = std::env::var_os("IMS_SSHD_CACHE")
+        .map_or_else(|| PathBuf::from(std::env::var_os("HOME").expect("HOME")).join(".cache/ims-sshd"), PathBuf::from);
+    let path = std::fs::canonicalize(&path).unwrap_or(path);
+    assert!(
+        path.join("containers/busybox.sqsh").exists(),
+        "no container images in {}: run the tests with 'make test'",
+        path.display()
+    );
+    path
+}
+
+pub fn repository() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+pub fn podman(arguments: &[&str]) -> Command {
+    let storage = cache().join("containers");
+    let mut command = Command::new("podman");
+    for (option, folder) in [("--root", "root"), ("--runroot", "run"), ("--tmpdir", "tmp")] {
+        command.arg(option).arg(storage.join(folder));
+    }
+    command.env("CONTAINERS_CONF", repository().join("tests/containers.conf"));
+    // conmon leaves a file where it stands when the kernel kills for want of memory.
+    command.args(arguments).current_dir(storage).stdin(Stdio::null());
+    command
+}
+
+pub fn output(command: &mut Command) -> Output {
+    command.output().unwrap_or_else(|e| panic!("{command:?}: {e}"))
+}
+
+/// Standard output of what has to succeed.
+pub fn succeed(command: &mut Command) -> String {
+    let output = output(command);
+    assert!(
+        output.status.success(),
+        "{command:?}: {}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8_lossy(&output.stdout).trim_end().to_owned()
+}
+
+/// Runs `script` in a container of the image that is gone afterwards.
+pub fn in_image(script: &str) -> String {
+    in_container(IMAGE, script)
+}
+
+/// The same, of another image.
+pub fn in_container(image: &str, script: &str) -> String {
+    succeed(&mut podman(&["run", "--rm", "--network=none", "--entrypoint=/bin/sh", image, "-c", script]))
+}
+
+/// Below those that the kernel gives to clients, which might have one before the pod's sshd has.
+fn free_port() -> u16 {
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    let begin = 20_000 + (std::process::id() as usize * 17) % 10_000;
+    (0..1000)
+        .map(|_| u16::try_from(begin + NEXT.fetch_add(1, Ordering::Relaxed)).unwrap())
+        .find(|port| std::net::TcpListener::bind(("127.0.0.1", *port)).is_ok())
+        .expect("a free port")
+}
+
+/// What kustomize makes of a variant; validated.
+pub fn manifests(variant: &str) -> Vec<Value> {
+    let mut python = Command::new(cache().join("kubernetes-validate/bin/python"));
+    python.arg(repository().join("tests/pod/manifests.py"));
+    // The folder may be another user's.
+    python.env("PYTHONDONTWRITEBYTECODE", "1").arg("--validate");
+    serde_json::from_str(&succeed(python.arg(repository().join("deploy/kubernetes").join(variant)))).unwrap()
+}
+
+/// One object of them.
+pub fn object<'a>(objects: &'a mut [Value], kind: &str, name: &str) -> &'a mut Value {
+    let named = |o: &&mut Value| o["kind"] == kind && o["metadata"]["name"] == name;
+    objects.iter_mut().find(named).unwrap_or_else(|| panic!("no {kind} {name}"))
+}
+
+/// A job's pod, running.
+pub struct Pod {
+    pub name: String,
+    /// The image root parent.
+    pub volume: PathBuf,
+    pub port: u16,
+    pub key: PathBuf,
+    /// The sshd container as the manifest has it.
+    pub sshd: Value,
+    volumes: Vec<String>,
+    _dir: TempDir,
+}
+
+static COUNT: AtomicUsize = AtomicUsize::new(0);
+/// The first one makes the image of the container that holds a pod together.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+/// The variant that is run here.
+pub const VARIANT: &str = "variants/ordinary";
+
+impl Pod {
+    /// Starts the pod of the job `name` on an unpacked `archive` and waits until one can log in. `change` may change the sshd container.
+    pub fn open(name: &str, archive: &str, change: impl FnOnce(&mut Value)) -> Self {
+        let base = cache().join("tests");
+        std::fs::create_dir_all(&base).unwrap();
+        let dir = tempfile::tempdir_in(base).unwrap();
+        let volume = dir.path().join("volume");
+        std::fs::create_dir(&volume).unwrap();
+        std::fs::copy(cache().join("containers").join(archive), volume.join("image.sqsh")).unwrap();
+        let key = dir.path().join("id_ed25519");
+        succeed(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(&key));
+        // The pod has the machine's network, so that nothing of it has to be set up; its sshd listens on the loopback address.
+        let port = free_port();
+
+        let own = format!("ims-sshd-test-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        let mut objects = manifests(VARIANT);
+        let mut keys = object(&mut objects, "ConfigMap", "ims-sshd-keys").take();
+        let config = keys["data"]["sshd_config"].as_str().unwrap();
+        let config = config.replace("Port 22\n", &format!("Port {port}\nListenAddress 127.0.0.1\n"));
+        assert!(config.contains("127.0.0.1"), "{config}");
+        keys["data"]["sshd_config"] = config.into();
+        keys["data"]["authorized_keys"] = std::fs::read_to_string(key.with_extension("pub")).unwrap().into();
+        let mut scripts = object(&mut objects, "ConfigMap", "ims-sshd-scripts").take();
+        // podman keeps each as a volume of that name.
+        for map in [&mut keys, &mut scripts] {
+            map["metadata"]["name"] = format!("{own}-{}", map["metadata"]["name"].as_str().unwrap()).into();
+        }
+
+        let mut spec = object(&mut objects, "Job", name)["spec"]["template"]["spec"].take();
+        spec["hostNetwork"] = true.into();
+        let mut volumes = Vec::new();
+        for one in spec["volumes"].as_array_mut().unwrap() {
+            if one.get("persistentVolumeClaim").is_some() {
+                *one = json!({"name": one["name"], "hostPath": {"path": volume, "type": "Directory"}});
+            }
+            one["name"] = format!("{own}-{}", one["name"].as_str().unwrap()).into();
+            if let Some(map) = one.get_mut("configMap") {
+                map["name"] = format!("{own}-{}", map["name"].as_str().unwrap()).into();
+                volumes.push(map["name"].as_str().unwrap().to_owned());
+            } else {
+                volumes.push(one["name"].as_str().unwrap().to_owned());
+            }
+        }
+        for list in ["initContainers", "containers"] {
+            for container in spec[list].as_array_mut().unwrap() {
+                container["image"] = IMAGE.into();
+                container["imagePullPolicy"] = "Never".into();
+                for mount in container["volumeMounts"].as_array_mut().unwrap() {
+                    mount["name"] = format!("{own}-{}", mount["name"].as_str().unwrap()).into();
+                }
+            }
+        }
+        let sshd = spec["containers"][0].clone();
+        let container = spec["containers"][0].as_object_mut().unwrap();
+        // podman makes timers of systemd out of probes; here they are run by the test.
+        for only_kubernetes in ["readinessProbe", "livenessProbe", "ports"] {
+            container.remove(only_kubernetes).unwrap();
+        }
+        change(&mut spec["containers"][0]);
+        // To compress is not what is tested.
+        let pack = spec["containers"][1]["command"].as_array_mut().unwrap();
+        pack.extend(["-noI", "-noD", "-noF", "-noX"].map(Into::into));
+        let pod = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": own}, "spec": spec});
+        let file = dir.path().join("pod.yaml");
+        std::fs::write(&file, [keys, scripts, pod].map(|o| o.to_string()).join("\n---\n")).unwrap();
+
+        let pod = Self { name: own, volume, port, key, sshd, volumes, _dir: dir };
+        {
+            let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            succeed(podman(&["play", "kube", "--quiet"]).arg(file));
+        }
+        pod
+    }
+
+    /// Waits until one can log in.
+    pub fn listening(self) -> Self {
+        self.wait_for("sshd_listening");
+        self
+    }
+
+    pub fn wait_for(&self, signal: &str) {
+        let (path, end) = (self.volume.join(signal), self.volume.join("exiting"));
+        wait_until(&format!("'{signal}' to appear"), || {
+            assert!(!end.exists() || path.exists(), "the environment has ended before '{signal}'");
+            path.exists()
+        });
+    }
+
+    pub fn container(&self, name: &str) -> String {
+        format!("{}-{name}", self.name)
+    }
+
+    /// Waits for the end of a container; its exit code.
+    pub fn end(&self, name: &str) -> i32 {
+        let container = self.container(name);
+        wait_until(&format!("{name} to end"), || self.state(name)["Running"] == false);
+        succeed(&mut podman(&["wait", &container])).parse().unwrap()
+    }
+
+    pub fn state(&self, name: &str) -> Value {
+        let text = succeed(&mut podman(&["inspect", "--format", "{{json .State}}", &self.container(name)]));
+        serde_json::from_str(&text).unwrap()
+    }
+
+    pub fn logs(&self, name: &str) -> String {
+        let output = output(&mut podman(&["logs", &self.container(name)]));
+        String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
+    }
+
+    /// Runs a probe of the manifest as a kubelet would.
+    pub fn probe(&self, name: &str) -> bool {
+        let command = self.sshd[name]["exec"]["command"].as_array().unwrap();
+        let command: Vec<_> = command.iter().map(|word| word.as_str().unwrap()).collect();
+        let container = self.container("sshd");
+        output(podman(&["exec", &container]).args(command)).status.success()
+    }
+
+    pub fn ssh_options(&self) -> Vec<String> {
+        let mut options: Vec<String> = ["-F", "none", "-i"].map(Into::into).into();
+        options.push(self.key.display().to_string());
+        for option in [
+            "StrictHostKeyChecking=no",
+            "UserKnownHostsFile=/dev/null",
+            "LogLevel=ERROR",
+            "BatchMode=yes",
+            "ConnectTimeout=10",
+        ] {
+            options.extend(["-o".to_owned(), option.to_owned()]);
+        }
+        options
+    }
+
+    /// `ssh`; the command is to be added.
+    pub fn ssh(&self, options: &[&str]) -> Command {
+        let mut command = Command::new("ssh");
+        command.args(self.ssh_options()).args(options).args(["-p", &self.port.to_string(), "root@127.0.0.1"]);
+        command.stdin(Stdio::null());
+        command
+    }
+
+    /// Standard output of a command line that has to succeed in a session.
+    pub fn says(&self, command: &str) -> String {
+        succeed(self.ssh(&[]).arg(command))
+    }
+
+    /// Both containers end well, and say what became of the image.
+    pub fn ends_well(&self) {
+        assert_eq!(self.end("sshd"), 0);
+        assert_eq!(self.end("sidecar"), 0);
+        assert!(self.volume.join("exiting").exists());
+    }
+}
+
+impl Drop for Pod {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            for name in ["prepare", "sshd", "sidecar"] {
+                eprintln!("--- log of {name}\n{}", self.logs(name));
+            }
+        }
+        let _ = output(&mut podman(&["pod", "rm", "--force", "--time=0", &self.name]));
+        for volume in &self.volumes {
+            let _ = output(&mut podman(&["volume", "rm", "--force", volume]));
+        }
+    }
+}
+
+pub fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
+    let began = Instant::now();
+    while !holds() {
+        assert!(began.elapsed() < LIMIT, "waited {} s in vain for {what}", LIMIT.as_secs());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// The paths in a packed image, with what they are.
+pub fn packed(archive: &Path) -> std::collections::BTreeSet<String> {
+    let list = succeed(Command::new("unsquashfs").args(["-no-progress", "-lls"]).arg(archive));
+    let paths = list.lines().filter_map(|line| {
+        let (kind, path) = (line.chars().next()?, line.split_once("squashfs-root")?.1);
+        Some(format!("{kind} {path}"))
+    });
+    paths.collect()
+}
