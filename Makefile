@@ -17,6 +17,8 @@ BENCH_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev bubblewrap
 
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)
 REVISION := $(or $(shell git rev-parse HEAD 2>/dev/null),unknown)
+# The last one that changed what the image is made of: with any other, what is cached of it holds.
+IMAGE_REVISION := $(or $(shell git log -1 --format=%H -- Dockerfile .cargo Cargo.toml Cargo.lock src sshd_config.d 2>/dev/null),unknown)
 SOURCE := $(or $(shell git config --get remote.origin.url 2>/dev/null),unknown)
 BUILDER ?= $(firstword $(foreach name,docker podman buildah,$(shell command -v $(name))))
 IMAGE ?= ims-sshd:$(VERSION)
@@ -34,7 +36,7 @@ build:
 test: install-test
 	$(SUDO) tests/image-roots $(CACHE)
 	$(SUDO) tests/kubernetes-schemas $(CACHE)
-	$(SUDO) tests/container-images $(CACHE) $(VERSION) $(REVISION)
+	$(SUDO) tests/container-images $(CACHE) $(VERSION) $(IMAGE_REVISION)
 	IMS_SSHD_CACHE=$(CACHE) cargo $(AS_ROOT) test --locked
 
 bench: install-bench build

@@ -25,14 +25,15 @@ fn the_variants_differ_in_what_they_are_named_for() {
     assert_eq!(security(&ordinary)["capabilities"]["add"], serde_json::json!(["SYS_ADMIN", "SYS_PTRACE"]));
     assert!(security(&ordinary).get("privileged").is_none());
     assert_eq!(user["hostUsers"], false);
-    assert!(security(&user).get("privileged").is_none());
+    assert!(security(&user).get("privileged").is_none() && security(&user).get("capabilities").is_none());
     assert_eq!(kata["runtimeClassName"], "kata-qemu");
     assert_eq!(security(&kata)["privileged"], true);
-    let dkms = |spec: &serde_json::Value| {
+    let variable = |spec: &serde_json::Value, name: &str| {
         let variables = spec["containers"][0]["env"].as_array().unwrap().clone();
-        variables.into_iter().find(|v| v["name"] == "JOB_ENABLE_DKMS").unwrap()["value"].clone()
+        variables.into_iter().find(|v| v["name"] == name).unwrap()["value"].as_str().unwrap().to_owned()
     };
-    assert_eq!((dkms(&ordinary), dkms(&kata)), ("False".into(), "True".into()));
+    assert_eq!([&ordinary, &user, &kata].map(|spec| variable(spec, "JOB_ENABLE_DKMS")), ["False", "False", "True"]);
+    assert_eq!([&ordinary, &user, &kata].map(|spec| variable(spec, "SSH_JAIL")), ["True", "False", "True"]);
 }
 
 #[test]

@@ -14,7 +14,7 @@ pub const BASE: &str = "localhost/ims-sshd-test/debian:bookworm-slim";
 pub const EXAMPLE: &str = "localhost/ims-sshd-test/example:latest";
 
 /// Nothing here takes longer unless it hangs.
-const LIMIT: Duration = Duration::from_secs(180);
+const LIMIT: Duration = Duration::from_mins(3);
 
 /// Where `make test` keeps what is costly to make.
 pub fn cache() -> PathBuf {
