@@ -12,15 +12,16 @@ AS_ROOT := $(if $(SUDO),--config "target.'cfg(all())'.runner='sudo -E'")
 
 RUN_PACKAGES := openssh-server openssh-client openssh-sftp-server mmdebstrap busybox-static
 TEST_PACKAGES := $(RUN_PACKAGES) rsync python3-paramiko strace bindfs \
-	podman buildah runc catatonit squashfs-tools ansible-core python3-venv
+	podman runc catatonit squashfs-tools ansible-core python3-venv
 BENCH_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev bubblewrap
 
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)
 REVISION := $(or $(shell git rev-parse HEAD 2>/dev/null),unknown)
-# The last one that changed what the image is made of: with any other, what is cached of it holds.
-IMAGE_REVISION := $(or $(shell git log -1 --format=%H -- Dockerfile .cargo Cargo.toml Cargo.lock src sshd_config.d 2>/dev/null),unknown)
+# The last commit that changed what the image is made of, and its date: with any other, what is cached of it would not hold.
+IMAGE_COMMIT := $(or $(shell git log -1 --format='%H %cI' -- Dockerfile .cargo Cargo.toml Cargo.lock src sshd_config.d 2>/dev/null),unknown unknown)
 SOURCE := $(or $(shell git config --get remote.origin.url 2>/dev/null),unknown)
 BUILDER ?= $(firstword $(foreach name,docker podman buildah,$(shell command -v $(name))))
+CREATED ?= $(shell date -u +%Y-%m-%dT%H:%M:%SZ)
 IMAGE ?= ims-sshd:$(VERSION)
 
 .PHONY: run build test bench image install-run install-test install-bench
@@ -36,7 +37,7 @@ build:
 test: install-test
 	$(SUDO) tests/image-roots $(CACHE)
 	$(SUDO) tests/kubernetes-schemas $(CACHE)
-	$(SUDO) tests/container-images $(CACHE) $(VERSION) $(IMAGE_REVISION)
+	$(SUDO) tests/container-images $(CACHE) $(VERSION) $(IMAGE_COMMIT)
 	IMS_SSHD_CACHE=$(CACHE) cargo $(AS_ROOT) test --locked
 
 bench: install-bench build
@@ -46,7 +47,7 @@ bench: install-bench build
 image:
 	$(or $(BUILDER),$(error make image needs docker, podman or buildah)) build $(BUILD_FLAGS) -t $(IMAGE) \
 		--build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) --build-arg SOURCE=$(SOURCE) \
-		--build-arg CREATED=$$(date -u +%Y-%m-%dT%H:%M:%SZ) .
+		--build-arg CREATED=$(CREATED) .
 
 install-run install-test install-bench: install-%:
 	@tests/install-packages $($(shell echo $* | tr a-z A-Z)_PACKAGES)

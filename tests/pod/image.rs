@@ -125,3 +125,13 @@ fn the_example_changes_an_image_by_itself() {
     assert!(motd.contains("by an example"), "{motd}");
     assert!(dir.path().join("complete").exists() && dir.path().join("exiting").exists());
 }
+
+#[test]
+fn it_is_small() {
+    let size = |image: &str| -> u64 {
+        succeed(&mut podman(&["image", "inspect", "--format", "{{.Size}}", image])).parse().unwrap()
+    };
+    let added = size(IMAGE) - size(BASE);
+    // README.md says 43 MB.
+    assert!((38_000_000..48_000_000).contains(&added), "{added} bytes on top of the base");
+}
