@@ -112,7 +112,7 @@ fn a_failed_build_is_looked_at_and_repaired() {
 #[test]
 fn a_stopped_container_ends_in_order_and_in_time() {
     let pod = Pod::open("ims-sshd-customize", "busybox.sqsh", |_| {}).listening();
-    let mut session = pod.ssh(&[]).arg("sleep 600").spawn().unwrap();
+    let mut session = pod.ssh(&[]).arg("sleep 600").stderr(Stdio::null()).spawn().unwrap();
     wait_until("the session", || pod.says("ps").contains("sleep 600"));
     let began = Instant::now();
     succeed(&mut podman(&["stop", "--time=20", &pod.container("sshd")]));
