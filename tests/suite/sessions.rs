@@ -8,7 +8,7 @@ use crate::support::*;
 #[test]
 fn a_command_runs_in_the_image_when_jailed_and_beside_it_when_plain() {
     let jailed = Environment::open(Image::Debian, Mode::Jailed);
-    assert_eq!(jailed.says("cat /etc/motd; ls -d /work 2>/dev/null || true"), "image of the tests");
+    assert_eq!(jailed.says("cat /etc/motd"), "image of the tests");
     let plain = Environment::open(Image::Debian, Mode::Plain);
     assert_eq!(plain.says(&format!("cat {}/etc/motd", plain.image_root.display())), "image of the tests");
 }
