@@ -570,8 +570,12 @@ fn an_image_without_its_shell_is_entered_with_sh_and_one_without_any_says_so() {
 
 /// A person's own shell on this machine, from which they enter an image root.
 fn own_shell() -> Terminal {
-    let mut shell = Command::new("bash");
-    shell.args(["--norc", "--noprofile", "-i"]).env("PS1", "# ").env("HISTFILE", "");
+    // A run in the background of a script has keys ignored, which everything it starts would inherit.
+    let mut shell = Command::new("env");
+    shell
+        .args(["--default-signal=INT,QUIT,TSTP", "bash", "--norc", "--noprofile", "-i"])
+        .env("PS1", "# ")
+        .env("HISTFILE", "");
     let mut terminal = Terminal::with(&shell);
     terminal.wait_for_first_prompt();
     terminal
