@@ -639,3 +639,26 @@ fn nothing_is_left_of_many_sessions() {
     assert_eq!(environment.complete(), 0);
     household.assert_empty();
 }
+
+#[test]
+fn an_sshd_that_dies_again_and_again_ends_the_environment_with_its_last_words() {
+    let mut environment = Environment::open(Image::Busybox, Mode::Plain);
+    let noted = environment.state_folder().join("sshd");
+    let listener = || {
+        let text = std::fs::read_to_string(&noted).unwrap_or_default();
+        text.split_once(' ').and_then(|(pid, _)| pid.parse().ok()).map(Pid::from_raw)
+    };
+    let mut killed = None;
+    // Started again five times; the sixth death within a minute is one too many.
+    for _ in 0..6 {
+        wait_until("another sshd", || listener().is_some() && listener() != killed);
+        killed = listener();
+        kill(killed.unwrap(), Signal::SIGKILL).unwrap();
+    }
+    assert_eq!(environment.end(), 1);
+    let log = environment.log_text();
+    assert_eq!(log.matches("sshd was killed by SIGKILL; its log ends with: ").count(), 6, "{log}");
+    assert!(log.contains("Server listening on 127.0.0.1"), "{log}");
+    assert!(environment.signal("failed").exists() && environment.signal("exiting").exists());
+    assert!(!environment.signal("complete").exists());
+}
