@@ -45,6 +45,8 @@ impl Daemon {
                 error.because(said)
             }
         };
+        // What is there before is not the listener: connections outlive theirs, and are then children of this process too.
+        let before = Self::children();
         let started = Command::new(sshd::program()?)
             .args(&options.words)
             .stdin(Stdio::null())
@@ -58,11 +60,8 @@ impl Daemon {
         let began = Instant::now();
         let mut first_seen = None;
         loop {
-            // In the background sshd leads a session of its own and is this process's child.
-            let daemon = Entry::all()
-                .into_iter()
-                .filter(|e| e.parent == getpid() && e.session == e.pid && e.name.starts_with("sshd") && e.state != 'Z')
-                .max_by_key(|e| e.start);
+            let daemon =
+                Self::children().into_iter().filter(|e| !before.iter().any(|b| b.pid == e.pid)).max_by_key(|e| e.start);
             let Some(daemon) = daemon else {
                 reap_ended();
                 return Err(complaint(String::new()));
@@ -83,6 +82,13 @@ impl Daemon {
             }
             std::thread::sleep(Duration::from_millis(1));
         }
+    }
+
+    /// sshds in the background: each leads a session of its own and is this process's child.
+    fn children() -> Vec<Entry> {
+        let mut all = Entry::all();
+        all.retain(|e| e.parent == getpid() && e.session == e.pid && e.name.starts_with("sshd") && e.state != 'Z');
+        all
     }
 
     /// Writes down which process it is, for an environment that has to go on after this one was killed.

@@ -662,3 +662,20 @@ fn an_sshd_that_dies_again_and_again_ends_the_environment_with_its_last_words() 
     assert!(environment.signal("failed").exists() && environment.signal("exiting").exists());
     assert!(!environment.signal("complete").exists());
 }
+
+#[test]
+fn a_connection_that_outlives_its_sshd_is_not_taken_for_the_next_one() {
+    let environment = Environment::open(Image::Busybox, Mode::Plain);
+    let master = environment.master();
+    // The next sshd finds its port taken, which it notices in the background only.
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let config = std::fs::read_to_string(&environment.config).unwrap();
+    let port = |port: u16| format!("Port {port}\n");
+    let other = config.replace(&port(environment.port), &port(taken.local_addr().unwrap().port()));
+    std::fs::write(&environment.config, other).unwrap();
+    let noted = std::fs::read_to_string(environment.state_folder().join("sshd")).unwrap();
+    kill(Pid::from_raw(noted.split_once(' ').unwrap().0.parse().unwrap()), Signal::SIGKILL).unwrap();
+    wait_until("the next sshd's complaint", || environment.log_text().contains("cannot start sshd"));
+    assert!(environment.log_text().contains("Address already in use"), "{}", environment.log_text());
+    assert_eq!(text(master.ssh().arg("echo open").output().unwrap().stdout), "open\n");
+}
