@@ -1,6 +1,5 @@
 //! What sshd itself says its configuration means (`sshd -T`): the one reader of sshd_config that cannot be wrong.
 
-use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
 use crate::error::{Attempt, Error, Result};
@@ -86,11 +85,6 @@ impl Effective {
     /// The addresses sshd will listen on.
     pub fn listen_addresses(&self) -> usize {
         self.all("listenaddress").count()
-    }
-
-    /// Where sshd writes its number.
-    pub fn pid_file(&self) -> Option<PathBuf> {
-        self.first("pidfile").filter(|p| *p != "none").map(Into::into)
     }
 
     /// Makes sure that root's sessions are forced into the jail by `force_command`, and that nothing goes past it.

@@ -183,11 +183,6 @@ impl Entry {
     }
 }
 
-/// When this process was started, as [`Entry::start`].
-pub fn own_start() -> Option<u64> {
-    Entry::read(nix::unistd::getpid()).map(|e| e.start)
-}
-
 /// Those of `all` that descend from `ancestor`, nearest first.
 pub fn descendants(all: &[Entry], ancestor: Pid) -> Vec<Entry> {
     let mut found: Vec<Entry> = Vec::new();
@@ -254,7 +249,7 @@ mod tests {
     #[test]
     fn a_handle_is_refused_when_the_number_has_changed_hands() {
         let me = nix::unistd::getpid();
-        let start = own_start().unwrap();
+        let start = Entry::read(me).unwrap().start;
         assert_eq!(Handle::open(me, start).unwrap().pid, me);
         assert_eq!(Handle::open(me, start + 1).unwrap_err().raw_os_error(), Some(libc::ESRCH));
     }
