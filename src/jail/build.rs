@@ -1,22 +1,26 @@
 //! Makes the jail around an image root, from inside its new namespaces. Read from top to bottom.
 
-use std::collections::HashMap;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FileType, Mode, OFlags};
+use rustix::fs::{FileType, Mode};
 use rustix::mount::MountAttrFlags;
 
 use crate::error::{Advise, Attempt, Error, Result};
-use crate::jail::mount_points::RESOLV_CONF;
-use crate::jail::mount_table::{DEV_LINKS, Missing, Mount, ROOT_ATTRIBUTES, SFTP_FOLDER, Source, mount_table};
+use crate::jail::mount_table::{DEV_LINKS, Missing, Mount, Proc, ROOT_ATTRIBUTES, SFTP_FOLDER, Source, mount_table};
+use crate::jail::resolv_conf::RESOLV_CONF;
+use crate::jail::tier::Tier;
 use crate::sys::mounts::{self, Detached};
 use crate::sys::tree::{Tree, kind_of};
 
 /// What the jail is made of.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Plan {
+    /// How strong it is.
+    pub tier: Tier,
+    /// Where its /proc comes from.
+    pub proc: Proc,
     /// The image root. Its last component must not be a link.
     pub image_root: PathBuf,
     /// Whether the job builds kernel modules.
@@ -30,25 +34,33 @@ pub struct Plan {
 /// Makes the jail and moves this process into it. To be called by the first process of the new namespaces, which must not have
 /// another thread.
 pub fn build(plan: &Plan) -> Result<()> {
+    let shown = plan.image_root.display();
+    let open = || {
+        Tree::open(&plan.image_root)
+            .attempt(|| format!("open the image root {shown}"))
+            .advise("it has to be a folder, not a link to one")
+    };
+    if plan.tier == Tier::Chroot {
+        let attempted = || format!("change the root to {shown}");
+        return mounts::change_root(&open()?).attempt(attempted).advise(plan.tier.needs());
+    }
+    let needs = plan.tier.needs();
     // Before anything is mounted: what happens here must not appear in the container, nor the other way round.
-    mounts::make_all_private().attempt(|| "cut the jail's mounts off from the container's").advise(PRIVILEGE)?;
-    // Modes of nodes and folders are as the tables say them.
+    mounts::make_all_private().attempt(|| "cut the jail's mounts off from the container's").advise(needs)?;
+    // Modes of folders are as the tables say them.
     rustix::process::umask(Mode::empty());
 
     // The image root becomes a mount of its own: only a mount can be switched to, and only a mount can be nodev.
-    let shown = plan.image_root.display();
-    let place = Tree::open(&plan.image_root)
-        .attempt(|| format!("open the image root {shown}"))
-        .advise("it has to be a folder, not a link to one")?;
-    let root = Detached::copy_of_fd(&place, false).attempt(|| format!("copy the mount of the image root {shown}"))?;
+    let place = open()?;
+    let root = Detached::copy_of_fd(&place, false)
+        .attempt(|| format!("copy the mount of the image root {shown}"))
+        .advise("nothing may be mounted below it")?;
     root.restrict(ROOT_ATTRIBUTES, false).attempt(|| format!("make the image root {shown} nodev"))?;
     // From here on, the tree is reached through its own mount, never again by the path it was found at.
     let root = Tree::from_fd(root.attach(&place).attempt(|| format!("attach the image root {shown}"))?);
 
-    let table = mount_table(plan.dkms);
-    let mut devices = device_nodes(&root, table).attempt(|| "make the device nodes of the jail").advise(PRIVILEGE)?;
-    for mount in table {
-        carry_out(&root, mount, &mut devices).map_err(|e| e.attempted_on(mount))?;
+    for mount in mount_table(plan.dkms, plan.proc) {
+        carry_out(&root, &mount).map_err(|e| e.attempted_on(&mount).advise(needs))?;
         if mount.target == "dev" && !plan.dkms {
             furnish_dev(&root)?;
         }
@@ -64,8 +76,6 @@ pub fn build(plan: &Plan) -> Result<()> {
     Ok(())
 }
 
-const PRIVILEGE: &str = "the container needs CAP_SYS_ADMIN (privileged) for a jail";
-
 /// A step of one mount that failed.
 struct Failure(io::Error);
 
@@ -74,11 +84,10 @@ impl Failure {
         let what = match mount.source {
             Source::New(kind, _) => format!("a new {kind}"),
             Source::Container(path) => format!("the container's {path}"),
-            Source::Device(major, minor) => format!("device {major}:{minor}"),
             Source::Itself => "a restricted view of itself".into(),
             Source::Masked => "nothing (a mask)".into(),
         };
-        Error::new(format!("mount {what} on /{} of the jail", mount.target)).because(self.0).advise(PRIVILEGE)
+        Error::new(format!("mount {what} on /{} of the jail", mount.target)).because(self.0)
     }
 }
 
@@ -88,15 +97,11 @@ impl<E: Into<io::Error>> From<E> for Failure {
     }
 }
 
-fn carry_out(
-    root: &Tree,
-    mount: &Mount,
-    devices: &mut HashMap<&'static str, Detached>,
-) -> std::result::Result<(), Failure> {
+fn carry_out(root: &Tree, mount: &Mount) -> std::result::Result<(), Failure> {
     let target = match root.handle(mount.target) {
         Err(e) if e.kind() == io::ErrorKind::NotFound && mount.missing == Missing::Skipped => return Ok(()),
         Err(e) if e.kind() == io::ErrorKind::NotFound && mount.missing == Missing::Made => {
-            root.make_mount_point(mount.target, !matches!(mount.source, Source::Device(..)))?;
+            root.make_mount_point(mount.target, is_folder(&mount.source)?)?;
             root.handle(mount.target)?
         }
         other => other?,
@@ -111,10 +116,6 @@ fn carry_out(
     let source = match mount.source {
         Source::New(kind, options) => Detached::filesystem(kind, options, mount.attributes)?,
         Source::Container(path) => restricted(Detached::copy_of(path, true)?, mount.attributes, true)?,
-        Source::Device(..) => {
-            let node = devices.remove(mount.target).ok_or(io::ErrorKind::NotFound)?;
-            restricted(node, mount.attributes, false)?
-        }
         Source::Itself => restricted(Detached::copy_of_fd(&target, true)?, mount.attributes, true)?,
         Source::Masked if is_folder => {
             Detached::filesystem("tmpfs", &[("size", "4k"), ("mode", "0555")], mount.attributes)?
@@ -130,24 +131,12 @@ fn restricted(mount: Detached, attributes: MountAttrFlags, recursive: bool) -> i
     Ok(mount)
 }
 
-/// The table's device nodes, each as a mount of one file: nodes of /dev itself open nothing (nodev), and the container's own
-/// nodes are not to be had for a chmod from inside the jail. They are made in a tmpfs that lies on /dev for just that moment.
-fn device_nodes(root: &Tree, table: &[Mount]) -> io::Result<HashMap<&'static str, Detached>> {
-    let nodes =
-        Detached::filesystem("tmpfs", &[("mode", "0700")], MountAttrFlags::empty())?.attach(root.handle("dev")?)?;
-    let mut made = HashMap::new();
-    for mount in table {
-        if let Source::Device(major, minor) = mount.source {
-            let name = format!("{major}:{minor}");
-            let device = rustix::fs::makedev(major, minor);
-            rustix::fs::mknodat(&nodes, &name, FileType::CharacterDevice, Mode::from_raw_mode(0o666), device)?;
-            let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            let node = rustix::fs::openat(&nodes, &name, flags, Mode::empty())?;
-            made.insert(mount.target, Detached::copy_of_fd(node, false)?);
-        }
+/// Whether what is to be mounted is a folder, and not one file.
+fn is_folder(source: &Source) -> io::Result<bool> {
+    match source {
+        Source::Container(path) => Ok(std::fs::metadata(path)?.is_dir()),
+        _ => Ok(true),
     }
-    mounts::detach(nodes)?;
-    Ok(made)
 }
 
 fn furnish_dev(root: &Tree) -> Result<()> {

@@ -9,9 +9,11 @@ use nix::unistd::{Pid, getpgrp, getpid, getsid, setpgid, tcgetpgrp};
 use rustix::event::{PollFd, PollFlags};
 use rustix::thread::CapabilitySet;
 
-use crate::error::{Attempt, Result};
+use crate::error::{Advise, Attempt, Result};
+use crate::jail::capabilities;
 use crate::jail::record::Record;
-use crate::jail::{NAMESPACES, capabilities};
+use crate::jail::tier::Tier;
+use crate::sys::mounts::change_root;
 use crate::sys::process::{Fork, Handle, close_on_exec_from, end_like, exit_now, fork};
 use crate::sys::signals::{Signals, stop_own_group};
 use crate::sys::terminal::set_foreground;
@@ -22,13 +24,21 @@ pub fn join(record: &Record) -> Result<Handle> {
     // Until exec, the child has this program's memory and descriptors; nobody inside may look into it (CVE-2024-21626).
     nix::sys::prctl::set_dumpable(false).attempt(|| "hide from those inside the jail")?;
     let gone = "it has just ended; if the build environment is not closing, log in again in a moment";
-    let init = Handle::open(record.init(), record.start)
-        .attempt(|| format!("reach the jail's init (process {})", record.init))
-        .map_err(|e| e.advise(gone))?;
-    // One call for all of them, and no path: a jail half entered does not exist.
-    nix::sched::setns(&init.fd, NAMESPACES)
-        .attempt(|| format!("enter the jail of process {}", record.init))
-        .map_err(|e| e.advise("the build environment's root needs CAP_SYS_ADMIN and CAP_SYS_PTRACE"))?;
+    let attempted = || format!("reach the jail's init (process {})", record.init.pid);
+    let init = Handle::open(record.init).attempt(attempted).advise(gone)?;
+    // The descriptors themselves, which the supervisor had from the init, and not the init's files below /proc: for those, since it is
+    // hidden from everybody, one would need CAP_SYS_PTRACE.
+    let doors = record.keeper.open_descriptors(&record.doors);
+    let attempted = || format!("open the jail's doors, which process {} holds", record.keeper.pid);
+    let doors = doors.attempt(attempted).advise("the build environment has just ended")?;
+    // If one of them stays closed, this process ends: nothing is ever started in a jail half entered.
+    for (door, (name, flag)) in doors.iter().zip(record.tier.namespaces()) {
+        let attempted = || format!("enter the jail's {name} namespace");
+        nix::sched::setns(door, *flag).attempt(attempted).advise(record.tier.needs())?;
+    }
+    if let (Tier::Chroot, [image_root]) = (record.tier, doors.as_slice()) {
+        change_root(image_root).attempt(|| "change the root to the image root").advise(record.tier.needs())?;
+    }
     Ok(init)
 }
 

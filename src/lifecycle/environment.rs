@@ -9,6 +9,7 @@ use crate::lifecycle::processes;
 use crate::lifecycle::settings::Settings;
 use crate::lifecycle::signal_files::{SSHD_LISTENING, SignalFiles};
 use crate::lifecycle::state::StateFolder;
+use crate::lifecycle::tier::{self, Choice};
 use crate::sshd::config;
 use crate::sshd::daemon::Daemon;
 use crate::sshd::effective::{Effective, Question};
@@ -20,17 +21,20 @@ use crate::verdict::Verdict;
 pub struct Groundwork {
     /// sftp-server with all it needs.
     pub sftp: Vec<(String, PathBuf)>,
+    /// What kind of jail is made; nothing in plain mode.
+    pub jail: Option<Choice>,
 }
 
 impl Groundwork {
-    /// Makes host keys where they are missing (an RSA key takes its time), and finds sshd's parts.
-    pub fn lay(settings: &Settings) -> Result<Self> {
+    /// Makes host keys where they are missing (an RSA key takes its time), finds sshd's parts, and finds out which jail can be had.
+    pub fn lay(settings: &Settings, state: &StateFolder) -> Result<Self> {
         crate::sshd::program()?;
         let sftp = if settings.jailed { sftp_server::files()? } else { Vec::new() };
         make_host_keys()?;
         // sshd does not start without it, and in a container nobody else makes it.
         std::fs::create_dir_all("/run/sshd").attempt(|| "make the folder /run/sshd")?;
-        Ok(Self { sftp })
+        let choose = || tier::choose(settings.tier, settings.dkms, state);
+        Ok(Self { sftp, jail: settings.jailed.then(choose).transpose()? })
     }
 }
 
@@ -142,19 +146,21 @@ pub fn make_jail(
     settings: &Settings,
     files: &SignalFiles,
     image_root: &Tree,
-    groundwork: &Groundwork,
+    (kind, sftp): (Choice, &[(String, PathBuf)]),
     effective: &Effective,
     state: &StateFolder,
 ) -> Result<OpenJail> {
     let names = effective.set_env().into_iter().map(|(name, _)| name);
     let wanted = Wanted {
+        tier: kind.tier,
+        proc: kind.proc,
         path: &files.path().join(settings.image_root()),
         image_root,
         note_folder: files.parent(),
         dkms: settings.dkms,
         job: settings.job.as_deref(),
         keep: names.chain(effective.accept_env().map(str::to_owned)).collect(),
-        sftp: &groundwork.sftp,
+        sftp,
     };
     OpenJail::open(&wanted, state)
 }
@@ -183,8 +189,8 @@ pub fn recover(settings: &Settings, files: &SignalFiles, image_root: &Tree, stat
     if unconfigure_sshd(settings)? {
         found.push("its line in sshd's configuration");
     }
-    if open_jail::clear_mount_points(image_root, files.parent())? {
-        found.push("mount points in the image");
+    if open_jail::clear_image_root(image_root, files.parent())? {
+        found.push("what it had added to the image");
     }
     let was_open = files.stands(SSHD_LISTENING)?;
     if was_open {

@@ -17,7 +17,7 @@ use crate::lifecycle::environment::{self, Groundwork};
 use crate::lifecycle::machine::{Action, Event, Machine, State};
 use crate::lifecycle::open_jail::OpenJail;
 use crate::lifecycle::presence::Presence;
-use crate::lifecycle::processes::{self, Mounts};
+use crate::lifecycle::processes;
 use crate::lifecycle::restarts::Part;
 use crate::lifecycle::script::Script;
 use crate::lifecycle::sessions::{Farewell, Progress, hang_up};
@@ -133,7 +133,7 @@ impl<F: FnOnce()> Supervisor<F> {
             job = self.settings.job.as_deref().unwrap_or("none"),
             "waiting for '{READY}'",
         );
-        match Groundwork::lay(&self.settings) {
+        match Groundwork::lay(&self.settings, &self.state) {
             Ok(groundwork) => self.groundwork = Some(groundwork),
             Err(e) => self.happen(broken(&e)),
         }
@@ -194,14 +194,15 @@ impl<F: FnOnce()> Supervisor<F> {
             }
             Action::EndProcesses => {
                 self.farewell = None;
-                let jails_mounts = self.jail.as_ref().and_then(|jail| Mounts::of(jail.init()));
-                if let Some(jail) = &self.jail {
-                    processes::ask_to_end(jail.init());
+                let jail = self.jail.as_ref();
+                if let Some(jail) = jail {
+                    processes::ask_to_end(jail.init(), jail.namespace("pid").as_deref());
                     jail.end();
                 }
+                let jails_mounts = jail.and_then(|jail| jail.namespace("mnt"));
                 let image_root =
                     self.image_root.as_ref().map(|_| self.settings.parent.join(self.settings.image_root()));
-                Some(match processes::end_all(image_root.as_deref(), jails_mounts.as_ref()) {
+                Some(match processes::end_all(image_root.as_deref(), jails_mounts.as_deref()) {
                     Ok(()) => {
                         self.step("no process of the job is left");
                         Event::AllEnded
@@ -436,8 +437,10 @@ impl<F: FnOnce()> Supervisor<F> {
         else {
             return Ok(());
         };
-        let jail = environment::make_jail(&self.settings, files, image_root, groundwork, effective, &self.state)?;
-        tracing::info!(tier = "namespace", dkms = self.settings.dkms, "the jail is made");
+        let Some(kind) = groundwork.jail else { return Ok(()) };
+        let made_with = (kind, groundwork.sftp.as_slice());
+        let jail = environment::make_jail(&self.settings, files, image_root, made_with, effective, &self.state)?;
+        tracing::info!(tier = kind.tier.name(), dkms = self.settings.dkms, "the jail is made");
         self.jail = Some(jail);
         Ok(())
     }

@@ -16,6 +16,7 @@ use crate::error::{Attempt, Result};
 use crate::jail::enter;
 use crate::jail::mount_table::SFTP_FOLDER;
 use crate::jail::record::Record;
+use crate::jail::tier::Tier;
 use crate::session::account::{Account, DEFAULT_SHELL};
 use crate::session::environment::{LOGIN_PATH, session_environment};
 use crate::session::report::{Beginning, Report};
@@ -29,13 +30,17 @@ pub fn run(jail: &Path, request: &Request) -> Result<Infallible> {
     let at_terminal = std::io::stdin().is_terminal();
     // Told before the container's sockets are out of sight.
     let told = Report::begin(jail, &Beginning::of_this_session(request, at_terminal));
+    let beside = outside_sftp_folder(jail, record, request)?;
     let init = enter::join(record)?;
     // `/` is the image root from here on.
     let image_root = Tree::open(Path::new("/")).attempt(|| "open the image root")?;
     let account = Account::root_of(&image_root);
     let environment = session_environment(std::env::vars_os(), &account, &record.keep);
     // All put together before the fork: every page of memory that the child writes to is copied first.
-    let programs = programs(request, &account);
+    let mut programs = programs(request, &account);
+    if beside.is_some() {
+        programs = sftp_programs(Path::new("."), &beginning_at_home(request, &account, &image_root));
+    }
     let programs = programs.iter().map(|program| program.prepared(&environment)).collect::<nix::Result<Vec<_>>>();
     let programs = programs.attempt(|| "put the arguments of the program together")?;
     let ended = |status: &WaitStatus| {
@@ -48,6 +53,13 @@ pub fn run(jail: &Path, request: &Request) -> Result<Infallible> {
     };
     enter::run(record.dkms, ended, || {
         become_root(&account);
+        if let Some(folder) = &beside {
+            // Outside the root, where no path leads: its loader and libraries are found there, and then it goes where it is told.
+            if let Err(e) = rustix::process::fchdir(folder) {
+                eprintln!("ims-jail-shell: cannot go to the folder of sftp-server: {e}");
+                return 1;
+            }
+        }
         if matches!(request, Request::Shell) && at_terminal {
             greet(&image_root, &account, record);
         }
@@ -95,7 +107,7 @@ fn programs(request: &Request, account: &Account) -> Vec<Program> {
         Program { path: shell.to_owned(), arguments, is_shell: true }
     };
     match request {
-        Request::Sftp(options) => return sftp_programs(options),
+        Request::Sftp(options) => return sftp_programs(&Path::new("/").join(SFTP_FOLDER), options),
         Request::Program(words) if !words.is_empty() => return on_path(words),
         _ => {}
     }
@@ -114,9 +126,30 @@ fn on_path(words: &[OsString]) -> Vec<Program> {
     folders.split(':').map(candidate).collect()
 }
 
-/// The container's sftp-server, by the container's loader: nothing of it is looked up in the image.
-fn sftp_programs(options: &[OsString]) -> Vec<Program> {
-    let folder = Path::new("/").join(SFTP_FOLDER);
+/// In the chroot tier, the folder in which the container's sftp-server stands, open. Where nothing can be mounted, it is not seen in the
+/// image.
+fn outside_sftp_folder(jail: &Path, record: &Record, request: &Request) -> Result<Option<Tree>> {
+    if record.tier != Tier::Chroot || !matches!(request, Request::Sftp(_)) {
+        return Ok(None);
+    }
+    let folder = jail.with_file_name("sftp");
+    Tree::open(&folder).attempt(|| format!("open {}", folder.display())).map(Some)
+}
+
+/// sftp-server's options with the folder it begins in, which has to exist: else it would stay where it was started.
+fn beginning_at_home(request: &Request, account: &Account, image_root: &Tree) -> Vec<OsString> {
+    let mut options = match request {
+        Request::Sftp(options) => options.clone(),
+        _ => Vec::new(),
+    };
+    let home = account.home.as_path();
+    let is_there = image_root.folder(home).is_ok();
+    options.extend(["-d".into(), if is_there { home.as_os_str() } else { OsStr::new("/") }.to_owned()]);
+    options
+}
+
+/// The container's sftp-server in `folder`, by the container's loader: nothing of it is looked up in the image.
+fn sftp_programs(folder: &Path, options: &[OsString]) -> Vec<Program> {
     let server = folder.join("sftp-server");
     let loader = folder.join("ld.so");
     let mut arguments: Vec<OsString> =

@@ -95,16 +95,15 @@ pub fn switch_root(new_root: impl AsFd) -> io::Result<()> {
     rustix::process::chdir("/").map_err(Into::into)
 }
 
+/// Makes `root` this process's root and working folder, and nothing more: whoever may call chroot again can leave it.
+pub fn change_root(root: impl AsFd) -> io::Result<()> {
+    rustix::process::fchdir(root)?;
+    rustix::process::chroot(".").map_err(Into::into)
+}
+
 /// Adds mount attributes to an attached mount, by its root.
 pub fn restrict(mount: BorrowedFd<'_>, attributes: MountAttrFlags) -> io::Result<()> {
     set_attributes(mount, c"", attributes, 0, false)
-}
-
-/// Detaches an attached mount, by its root. Changes the working folder.
-pub fn detach(mount: OwnedFd) -> io::Result<()> {
-    rustix::process::fchdir(mount)?;
-    rustix::mount::unmount(".", UnmountFlags::DETACH)?;
-    rustix::process::chdir("/").map_err(Into::into)
 }
 
 /// `struct mount_attr` of mount_setattr(2).
