@@ -108,7 +108,7 @@ impl<'a> Made<'a> {
     /// Notes `wanted` in `note_folder` and makes them; device nodes only as far as this container may.
     pub fn make(image_root: &'a Tree, note_folder: &'a Tree, wanted: Vec<Addition>) -> Result<Self> {
         if !wanted.is_empty() {
-            let text: String = wanted.iter().map(|addition| format!("{addition}\n")).collect();
+            let text = wanted.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
             note_folder
                 .replace(NOTE, text.as_bytes())
                 .attempt(|| format!("note what is to be added to the image in {NOTE} beside the image root"))?;

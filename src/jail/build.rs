@@ -42,11 +42,10 @@ pub fn build(plan: &Plan) -> Result<()> {
     };
     if plan.tier == Tier::Chroot {
         let attempted = || format!("change the root to {shown}");
-        return mounts::change_root(&open()?).attempt(attempted).advise(plan.tier.needs());
+        return mounts::change_root(&open()?).attempt(attempted);
     }
-    let needs = plan.tier.needs();
     // Before anything is mounted: what happens here must not appear in the container, nor the other way round.
-    mounts::make_all_private().attempt(|| "cut the jail's mounts off from the container's").advise(needs)?;
+    mounts::make_all_private().attempt(|| "cut the jail's mounts off from the container's")?;
     // Modes of folders are as the tables say them.
     rustix::process::umask(Mode::empty());
 
@@ -60,7 +59,7 @@ pub fn build(plan: &Plan) -> Result<()> {
     let root = Tree::from_fd(root.attach(&place).attempt(|| format!("attach the image root {shown}"))?);
 
     for mount in mount_table(plan.dkms, plan.proc) {
-        carry_out(&root, &mount).map_err(|e| e.attempted_on(&mount).advise(needs))?;
+        carry_out(&root, &mount).map_err(|e| e.attempted_on(&mount))?;
         if mount.target == "dev" && !plan.dkms {
             furnish_dev(&root)?;
         }

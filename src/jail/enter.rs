@@ -34,10 +34,10 @@ pub fn join(record: &Record) -> Result<Handle> {
     // If one of them stays closed, this process ends: nothing is ever started in a jail half entered.
     for (door, (name, flag)) in doors.iter().zip(record.tier.namespaces()) {
         let attempted = || format!("enter the jail's {name} namespace");
-        nix::sched::setns(door, *flag).attempt(attempted).advise(record.tier.needs())?;
+        nix::sched::setns(door, *flag).attempt(attempted)?;
     }
     if let (Tier::Chroot, [image_root]) = (record.tier, doors.as_slice()) {
-        change_root(image_root).attempt(|| "change the root to the image root").advise(record.tier.needs())?;
+        change_root(image_root).attempt(|| "change the root to the image root")?;
     }
     Ok(init)
 }
@@ -92,7 +92,7 @@ fn start(dkms: bool, signals: &Signals, terminal: &Terminal, inside: impl FnOnce
 /// The process in front: passes signals in, and the end out.
 fn attend(child: Pid, signals: &Signals, terminal: &mut Terminal, ended: impl FnOnce(&WaitStatus)) -> u8 {
     // It needs nothing any more but to send signals to a child that may have become another user.
-    let _ = capabilities::keep_only(CapabilitySet::KILL);
+    let _ = capabilities::hold_only(CapabilitySet::KILL);
     loop {
         loop {
             match waitpid(child, Some(WaitPidFlag::WNOHANG | WaitPidFlag::WUNTRACED)) {

@@ -15,7 +15,7 @@ use nix::unistd::{Pid, getpid};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::thread::CapabilitySet;
 
-use crate::error::{Advise, Attempt, Result};
+use crate::error::{Attempt, Result};
 use crate::jail::build::{Plan, build};
 use crate::jail::capabilities;
 use crate::jail::link::{Link, Message};
@@ -35,7 +35,6 @@ pub fn run(plan: &Plan, supervisor: OwnedFd) -> Result<()> {
     nix::sys::prctl::set_dumpable(false).attempt(|| "hide the jail's init from those inside")?;
     let made = make_namespaces(plan.tier)
         .attempt(|| "make the jail's namespaces")
-        .advise(plan.tier.needs())
         .and_then(|()| fork().attempt(|| "start the jail's init"));
     match made {
         Err(e) => link.send(&Message::Failed(e.to_string())).attempt(|| "tell the supervisor"),
@@ -76,9 +75,9 @@ fn make_namespaces(tier: Tier) -> io::Result<()> {
                 here.send(b"unshared")?;
             }
             drop(here);
-            let mapped = waitpid(mapper, None)?;
+            let ended = waitpid(mapper, None)?;
             unshared?;
-            match mapped {
+            match ended {
                 WaitStatus::Exited(_, 0) => Ok(()),
                 WaitStatus::Exited(_, code) => Err(io::Error::from_raw_os_error(code)),
                 _ => Err(Errno::EIO.into()),
@@ -92,13 +91,15 @@ fn make_namespaces(tier: Tier) -> io::Result<()> {
 /// The format is user_namespaces(7)'s: lines of the first number inside, the first number outside, how many.
 fn map_identity(process: Pid) -> io::Result<()> {
     for file in ["uid_map", "gid_map"] {
-        let mut map = String::new();
-        for line in std::fs::read_to_string(format!("/proc/self/{file}"))?.lines() {
-            let mut numbers = line.split_ascii_whitespace();
-            if let (Some(first), Some(_), Some(count)) = (numbers.next(), numbers.next(), numbers.next()) {
-                map += &format!("{first} {first} {count}\n");
+        let ours = std::fs::read_to_string(format!("/proc/self/{file}"))?;
+        let lines = ours.lines().map(|line| {
+            let numbers: Vec<&str> = line.split_ascii_whitespace().collect();
+            match numbers.as_slice() {
+                [first, _, count] => format!("{first} {first} {count}"),
+                _ => String::new(),
             }
-        }
+        });
+        let map = lines.collect::<Vec<_>>().join("\n");
         std::fs::write(format!("/proc/{process}/{file}"), map)?;
     }
     Ok(())
@@ -122,7 +123,7 @@ fn prepare(plan: &Plan) -> Result<Inside> {
     let null = File::options().read(true).write(true).open("/dev/null").attempt(|| "open /dev/null")?;
     build(plan)?;
     // It only looks at names from now on, whatever the modes of a user's /tmp.
-    capabilities::keep_only(CapabilitySet::DAC_READ_SEARCH)
+    capabilities::hold_only(CapabilitySet::DAC_READ_SEARCH)
         .attempt(|| "give up the capabilities of the jail's init")?;
     let watch = Watch::start().attempt(|| "watch /tmp of the jail")?;
     rustix::stdio::dup2_stdin(&null)

@@ -62,12 +62,12 @@ impl Tier {
     /// What a container must be allowed for it.
     pub fn needs(self) -> &'static str {
         match self {
-            Self::Namespace => "this tier needs CAP_SYS_ADMIN (a privileged container)",
+            Self::Namespace => "CAP_SYS_ADMIN (a privileged container)",
             Self::User => {
-                "this tier needs that the container may make user namespaces and mount in them (seccomp and AppArmor profile, \
-                 user.max_user_namespaces, CAP_SETUID, CAP_SETGID, CAP_SETFCAP)"
+                "leave to make user namespaces and to mount in them (seccomp, AppArmor, user.max_user_namespaces), and CAP_SETUID, \
+                 CAP_SETGID, CAP_SETFCAP"
             }
-            Self::Chroot => "this tier needs CAP_SYS_CHROOT",
+            Self::Chroot => "CAP_SYS_CHROOT",
         }
     }
 
@@ -76,7 +76,7 @@ impl Tier {
         match self {
             Self::Namespace => None,
             Self::User => {
-                Some("device nodes cannot be made in the image, ports below 1024 and ping are as the container allows")
+                Some("device nodes in the image, ports below 1024 and ping unless the container allows them to all")
             }
             Self::Chroot => {
                 Some("/proc, /sys, a named terminal and processes of its own; a session can leave the image root")

@@ -45,6 +45,8 @@ pub struct Wanted<'a> {
 /// An open jail.
 #[derive(Debug)]
 pub struct OpenJail {
+    /// Whether the image's empty /dev has stayed so, since this container may not make device nodes.
+    pub without_devices: bool,
     tier: Tier,
     init: Handle,
     link: Link,
@@ -74,11 +76,6 @@ impl OpenJail {
         }
         let text = text.filter(|_| decision != ResolvConf::AsItIs);
         let made = Made::make(wanted.image_root, wanted.note_folder, lacking)?;
-        if made.without_devices {
-            tracing::warn!(
-                "this container may not make device nodes (CAP_MKNOD): the image's /dev stays as it is, and `>/dev/null` makes a file, which is removed at the end"
-            );
-        }
         let opened = prepare_files(wanted, state, text.as_deref()).and_then(|resolv_conf| {
             let (init, link, mut doors) = start(wanted, resolv_conf)?;
             if chrooted {
@@ -89,7 +86,14 @@ impl OpenJail {
             let identity = Identity::of(init).ok_or_else(ended)?;
             let handle = Handle::open(identity).map_err(|_| ended())?;
             let text = text.filter(|_| !chrooted);
-            let jail = Self { tier: wanted.tier, init: handle, link, doors: doors, resolv_conf: text };
+            let jail = Self {
+                without_devices: made.without_devices,
+                tier: wanted.tier,
+                init: handle,
+                link,
+                doors,
+                resolv_conf: text,
+            };
             jail.record(wanted, identity, state).inspect_err(|_| jail.end())?;
             Ok(jail)
         });

@@ -29,24 +29,35 @@ const CHOICES: [Choice; 4] = [
 /// The best kind that can be had, of tier `wanted` if one is named. Logs what it is, why it is no better one, and what is lost by that.
 /// This process has to be a subreaper (or PID 1).
 pub fn choose(wanted: Option<Tier>, dkms: bool, state: &StateFolder) -> Result<Choice> {
-    let mut refused: Vec<(Choice, Error)> = Vec::new();
+    let mut refused: Vec<(Tier, Error)> = Vec::new();
     for choice in CHOICES.into_iter().filter(|choice| wanted.is_none_or(|tier| tier == choice.tier)) {
         match attempt(choice, dkms, state) {
-            Ok(()) => {
-                log(choice, wanted.is_some(), dkms, &refused);
+            Ok(trial) => {
+                log(choice, &trial, wanted.is_some(), dkms, &refused);
                 return Ok(choice);
             }
-            Err(e) => refused.push((choice, e)),
+            Err(e) => refused.push((choice.tier, e)),
         }
     }
-    let reasons: Vec<_> = refused.iter().map(|(choice, e)| format!("{}: {e}", choice.tier.name())).collect();
-    let tier =
-        wanted.map_or("any tier".into(), |tier| format!("the tier '{}', which IMS_JAIL_TIER asks for", tier.name()));
-    Err(Error::new(format!("have a jail of {tier}")).because(reasons.join("; ")))
+    let tier = wanted.map_or("any tier".into(), |tier| format!("tier '{}', which IMS_JAIL_TIER asks for", tier.name()));
+    Err(Error::new(format!("have a jail of {tier}")).because(reasons(refused.iter()).join("; ")))
+}
+
+/// One for each tier: the last, since it is why the tier was given up.
+fn reasons<'a>(refused: impl Iterator<Item = &'a (Tier, Error)>) -> Vec<String> {
+    let refused: Vec<_> = refused.collect();
+    let last = |tier| refused.iter().copied().rfind(|(refused, _)| *refused == tier);
+    let sentence = |(tier, why): &(Tier, Error)| format!("{} needs {}: {why}", tier.name(), tier.needs());
+    Tier::ALL.into_iter().filter_map(last).map(sentence).collect()
+}
+
+/// What a trial has shown beside that it can be done.
+struct Trial {
+    without_devices: bool,
 }
 
 /// Makes a jail around an empty folder and enters it, with all that a real one has; nothing of it remains.
-fn attempt(choice: Choice, dkms: bool, state: &StateFolder) -> Result<()> {
+fn attempt(choice: Choice, dkms: bool, state: &StateFolder) -> Result<Trial> {
     let trial = state.trial()?;
     let path = trial.path().join("image-root");
     let attempted = || format!("make a jail on trial in {}", trial.path().display());
@@ -65,13 +76,12 @@ fn attempt(choice: Choice, dkms: bool, state: &StateFolder) -> Result<()> {
         sftp: &[],
     };
     let made = OpenJail::open(&wanted, &trial).and_then(|jail| {
+        let shown = Trial { without_devices: jail.without_devices };
         let entered = enter(&trial);
         jail.end();
-        jail.clear(&image_root, &note_folder, &trial).and(entered)
+        jail.clear(&image_root, &note_folder, &trial).and(entered).map(|()| shown)
     });
-    made.and(trial.remove()).inspect_err(|_| {
-        let _ = trial.remove();
-    })
+    trial.remove().and(made)
 }
 
 fn enter(trial: &StateFolder) -> Result<()> {
@@ -87,29 +97,24 @@ fn enter(trial: &StateFolder) -> Result<()> {
     Err(Error::new(attempted()).because(said.trim().trim_start_matches("ims-jail-shell: ")))
 }
 
-fn log(choice: Choice, forced: bool, dkms: bool, refused: &[(Choice, Error)]) {
+fn log(choice: Choice, shown: &Trial, forced: bool, dkms: bool, refused: &[(Tier, Error)]) {
     let mut lacks: Vec<_> = choice.tier.lacks().into_iter().collect();
     if choice.tier == Tier::User && choice.proc == Proc::Container {
         lacks.push("/proc is the container's, so that its processes can be seen");
     }
+    if shown.without_devices {
+        lacks.push("device nodes (CAP_MKNOD): `>/dev/null` makes a file, which is removed at the end");
+    }
     let tier = choice.tier.name();
-    let name = |choice: &Choice| match choice.proc {
-        Proc::New => format!("{} with a /proc of its own", choice.tier.name()),
-        Proc::Container => choice.tier.name().to_owned(),
-    };
-    let mut line = format!("the jail's tier is {tier}");
-    if forced {
-        line += ", as IMS_JAIL_TIER says";
-    }
-    for (better, why) in refused {
-        line += &format!("; not {}: {why}", name(better));
-    }
+    let mut parts = vec![format!("the jail's tier is {tier}{}", if forced { ", as IMS_JAIL_TIER says" } else { "" })];
+    parts.extend(reasons(refused.iter().filter(|(better, _)| *better != choice.tier)));
     if !lacks.is_empty() {
-        line += &format!("; missing: {}", lacks.join(", "));
+        parts.push(format!("missing: {}", lacks.join(", ")));
     }
     if dkms {
-        line += "; with JOB_ENABLE_DKMS a session has the container's devices and can leave the image root";
+        parts.push("with JOB_ENABLE_DKMS a session has the container's devices and can leave the image root".into());
     }
+    let line = parts.join("; ");
     match choice.tier {
         Tier::Chroot => tracing::warn!(tier, "{line}"),
         // As it should be; the jail's own line names it.
