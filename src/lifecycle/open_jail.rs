@@ -47,7 +47,8 @@ pub struct Wanted<'a> {
 pub struct OpenJail {
     /// Whether the image's empty /dev has stayed so, since this container may not make device nodes.
     pub without_devices: bool,
-    tier: Tier,
+    /// How strong it is.
+    pub tier: Tier,
     init: Handle,
     link: Link,
     /// By these it is entered: the tier's namespaces or, in the chroot tier, the image root. Sessions open them where this process has

@@ -275,7 +275,7 @@ impl<F: FnOnce()> Supervisor<F> {
             "image_root_parent": self.settings.parent,
             "state": self.machine.state().name(),
             "since": humantime::format_rfc3339_seconds(self.since).to_string(),
-            "tier": self.jail.as_ref().map_or("plain", |_| "namespace"),
+            "tier": self.jail.as_ref().map_or("plain", |jail| jail.tier.name()),
             "job": self.settings.job,
             "verdict": self.machine.verdict().map(Verdict::signal_file),
             "sessions": self.presence.as_ref().map(Presence::to_json),

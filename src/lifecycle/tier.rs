@@ -1,5 +1,6 @@
 //! Which tier this container can have: found out once, by making a jail of each around an empty folder and entering it.
 
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use crate::error::{Attempt, Error, Result};
@@ -29,16 +30,19 @@ const CHOICES: [Choice; 4] = [
 /// The best kind that can be had, of tier `wanted` if one is named. Logs what it is, why it is no better one, and what is lost by that.
 /// This process has to be a subreaper (or PID 1).
 pub fn choose(wanted: Option<Tier>, dkms: bool, state: &StateFolder) -> Result<Choice> {
+    let ground = Ground::new(state)?;
     let mut refused: Vec<(Tier, Error)> = Vec::new();
     for choice in CHOICES.into_iter().filter(|choice| wanted.is_none_or(|tier| tier == choice.tier)) {
-        match attempt(choice, dkms, state) {
-            Ok(trial) => {
-                log(choice, &trial, wanted.is_some(), dkms, &refused);
+        match ground.attempt(choice, dkms) {
+            Ok(shown) => {
+                ground.state.remove()?;
+                log(choice, &shown, wanted.is_some(), dkms, &refused);
                 return Ok(choice);
             }
             Err(e) => refused.push((choice.tier, e)),
         }
     }
+    ground.state.remove()?;
     let tier = wanted.map_or("any tier".into(), |tier| format!("tier '{}', which IMS_JAIL_TIER asks for", tier.name()));
     Err(Error::new(format!("have a jail of {tier}")).because(reasons(refused.iter()).join("; ")))
 }
@@ -56,32 +60,45 @@ struct Trial {
     without_devices: bool,
 }
 
-/// Makes a jail around an empty folder and enters it, with all that a real one has; nothing of it remains.
-fn attempt(choice: Choice, dkms: bool, state: &StateFolder) -> Result<Trial> {
-    let trial = state.trial()?;
-    let path = trial.path().join("image-root");
-    let attempted = || format!("make a jail on trial in {}", trial.path().display());
-    std::fs::create_dir_all(&path).attempt(attempted)?;
-    let image_root = Tree::open(&path).attempt(attempted)?;
-    let note_folder = Tree::open(trial.path()).attempt(attempted)?;
-    let wanted = Wanted {
-        tier: choice.tier,
-        proc: choice.proc,
-        path: &path,
-        image_root: &image_root,
-        note_folder: &note_folder,
-        dkms,
-        job: None,
-        keep: Vec::new(),
-        sftp: &[],
-    };
-    let made = OpenJail::open(&wanted, &trial).and_then(|jail| {
+/// Where jails are made on trial: an empty image root, and a folder for what belongs to them.
+struct Ground {
+    state: StateFolder,
+    path: PathBuf,
+    image_root: Tree,
+    note_folder: Tree,
+}
+
+impl Ground {
+    fn new(state: &StateFolder) -> Result<Self> {
+        let state = state.trial()?;
+        let path = state.path().join("image-root");
+        let attempted = || format!("make the folder {}, for a jail on trial", path.display());
+        std::fs::create_dir_all(&path).attempt(attempted)?;
+        let image_root = Tree::open(&path).attempt(attempted)?;
+        let note_folder = Tree::open(state.path()).attempt(attempted)?;
+        Ok(Self { state, path, image_root, note_folder })
+    }
+
+    /// Makes a jail and enters it, with all that a real one has.
+    fn attempt(&self, choice: Choice, dkms: bool) -> Result<Trial> {
+        let wanted = Wanted {
+            tier: choice.tier,
+            proc: choice.proc,
+            path: &self.path,
+            image_root: &self.image_root,
+            note_folder: &self.note_folder,
+            dkms,
+            job: None,
+            keep: Vec::new(),
+            sftp: &[],
+        };
+        let jail = OpenJail::open(&wanted, &self.state)?;
         let shown = Trial { without_devices: jail.without_devices };
-        let entered = enter(&trial);
+        let entered = enter(&self.state);
         jail.end();
-        jail.clear(&image_root, &note_folder, &trial).and(entered).map(|()| shown)
-    });
-    trial.remove().and(made)
+        jail.clear(&self.image_root, &self.note_folder, &self.state)?;
+        entered.map(|()| shown)
+    }
 }
 
 fn enter(trial: &StateFolder) -> Result<()> {

@@ -279,11 +279,10 @@ fn pid_of(environment: &Environment) -> Pid {
     Pid::from_raw(environment.entrypoint.id().cast_signed())
 }
 
-/// The number after `name` in a file of the state folder.
-fn noted(environment: &Environment, file: &str, name: &str) -> Pid {
-    let text = std::fs::read_to_string(environment.state_folder().join(file)).unwrap();
-    let number = text.strip_prefix(name).unwrap().split_whitespace().next().unwrap();
-    Pid::from_raw(number.parse().unwrap())
+/// sshd, as the environment has noted it.
+fn listener(environment: &Environment) -> Pid {
+    let text = std::fs::read_to_string(environment.state_folder().join("sshd")).unwrap();
+    Pid::from_raw(ims_sshd::sys::process::Identity::parse(&text).unwrap().pid)
 }
 
 fn logged(environment: &Environment, what: &str, times: usize) {
@@ -327,9 +326,9 @@ fn run(cell: Cell) {
             (Some(visitor), ..) => visitor,
             (_, Some(shell), Phase::Closing) if cell.mode == Mode::Plain => parent_of(shell),
             (_, Some(shell), Phase::Closing) => parent_of(parent_of(shell)),
-            _ => noted(&environment, "sshd", ""),
+            _ => listener(&environment),
         },
-        Part::JailInit => noted(&environment, "jail", "init "),
+        Part::JailInit => environment.jails_init(),
         Part::Helper => parent_of(victim.unwrap()),
         Part::Shell => victim.unwrap(),
         Part::Script => {
@@ -545,7 +544,7 @@ struct Holdings {
 
 impl Holdings {
     fn of(environment: &Environment, household: &Household) -> Self {
-        let both = [pid_of(environment), noted(environment, "jail", "init ")];
+        let both = [pid_of(environment), environment.jails_init()];
         let count = |text: String| text.lines().count();
         let mut processes: Vec<_> = household.members().iter().map(Entry::command_line).collect();
         processes.sort();
@@ -620,7 +619,7 @@ fn nothing_is_left_of_many_sessions() {
             }
         });
     };
-    let (entrypoint, init) = (pid_of(&environment), noted(&environment, "jail", "init "));
+    let (entrypoint, init) = (pid_of(&environment), environment.jails_init());
     run_up_to(wanted / 5);
     let early = [entrypoint, init].map(resident);
     run_up_to(wanted);

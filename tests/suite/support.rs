@@ -387,6 +387,12 @@ impl Environment {
         master
     }
 
+    /// The jail's first process.
+    pub fn jails_init(&self) -> nix::unistd::Pid {
+        let record = ims_sshd::jail::record::Record::read(&self.state_folder().join("jail")).unwrap();
+        nix::unistd::Pid::from_raw(record.init.pid)
+    }
+
     /// Where the environment has its own files.
     pub fn state_folder(&self) -> PathBuf {
         ims_sshd::lifecycle::state::StateFolder::place(&self.parent)
