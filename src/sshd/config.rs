@@ -39,11 +39,9 @@ pub fn fragment(variables: &[(String, String)], base: &Effective, force_command:
     }
     let words: Vec<_> = merged.iter().map(|(name, value)| quoted(&format!("{name}={value}"))).collect();
     let set_env = if words.is_empty() { String::new() } else { format!("SetEnv {}", words.join(" ")) };
-    let mut text = ENVIRONMENT.replace("@SETENV@", &set_env);
-    if let Some(command) = force_command {
-        text += &JAIL.replace("@FORCE_COMMAND@", command);
-    }
-    text
+    let jail = force_command.map_or(String::new(), |command| JAIL.replace("@FORCE_COMMAND@", command));
+    // The variables last: they are not ours, and may hold anything.
+    ENVIRONMENT.replace("@JAIL@", &jail).replace("@SETENV@", &set_env)
 }
 
 /// One word of sshd_config: in double quotes, in which a backslash stands before a quote and before a backslash.

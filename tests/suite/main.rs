@@ -11,6 +11,7 @@ mod files;
 mod image_untouched;
 mod lifecycle;
 mod local;
+mod readers;
 mod readme;
 mod refusals;
 mod sessions;
