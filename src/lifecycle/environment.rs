@@ -103,7 +103,7 @@ pub fn configure_sshd(settings: &Settings, state: &StateFolder) -> Result<Effect
     let force_command = settings.jailed.then(|| force_command(state)).transpose()?;
     let text = config::fragment(&settings.session_variables, &base, force_command.as_deref());
     config::write(&fragment, &text)?;
-    let before = std::fs::read_to_string(&settings.sshd_config).attempt(|| format!("read {shown}"))?;
+    let before = std::fs::read(&settings.sshd_config).attempt(|| format!("read {shown}"))?;
     let after = config::including(&before, &fragment);
     if after != before {
         config::write(&settings.sshd_config, &after)?;
@@ -123,7 +123,7 @@ pub fn configure_sshd(settings: &Settings, state: &StateFolder) -> Result<Effect
 /// Takes the settings out of sshd's configuration again. Returns whether there were any.
 pub fn unconfigure_sshd(settings: &Settings) -> Result<bool> {
     let shown = settings.sshd_config.display();
-    let before = match std::fs::read_to_string(&settings.sshd_config) {
+    let before = match std::fs::read(&settings.sshd_config) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(false),
         other => other.attempt(|| format!("read {shown}"))?,
     };

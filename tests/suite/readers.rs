@@ -140,7 +140,7 @@ proptest! {
         let base = Effective::ask(&options, "root").unwrap();
         let job = [("IMS_JOB_ID".to_owned(), "new".to_owned())];
         std::fs::write(&ours, fragment(&job, &base, Some(COMMAND))).unwrap();
-        std::fs::write(&config, including(&by_itself, &ours)).unwrap();
+        std::fs::write(&config, including(by_itself.as_bytes(), &ours)).unwrap();
         let effective = Effective::ask(&options, "root").unwrap();
         effective.check_jail(COMMAND).unwrap();
         Effective::ask(&options, "nobody").unwrap().check_denied().unwrap();
