@@ -210,8 +210,11 @@ mod tests {
         }
     }
 
-    /// Mostly the bytes that mean something.
+    /// Mostly what means something.
     fn soup() -> impl Strategy<Value = Vec<u8>> {
-        vec(prop_oneof![any::<u8>(), prop::sample::select(b"0:::\n\n,/#root\0".to_vec())], 0..120)
+        let known =
+            prop::sample::select(&["root", "root:x:0:0:", "g:x:5:root", ":", "0", ",", "/", "#", "\n", "\n", "\0"][..]);
+        let piece = prop_oneof![3 => known.prop_map(|text| text.as_bytes().to_vec()), 1 => vec(any::<u8>(), 1..3)];
+        vec(piece, 0..30).prop_map(|pieces| pieces.concat())
     }
 }

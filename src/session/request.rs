@@ -86,8 +86,11 @@ mod tests {
 
     proptest! {
         #[test]
-        fn sftp_is_what_a_shell_would_only_split_and_all_else_stays_as_it_is(pieces in vec((piece(), " {0,2}"), 0..6)) {
-            let line: String = pieces.into_iter().flat_map(|(piece, space)| [piece, space]).collect();
+        fn sftp_is_what_a_shell_would_only_split_and_all_else_stays_as_it_is(
+            server in "(internal-sftp|/lib/sftp-server)? {0,2}",
+            pieces in vec((piece(), " {0,2}"), 0..6),
+        ) {
+            let line = server + &pieces.into_iter().map(|(piece, space)| piece + &space).collect::<String>();
             match Request::from_original_command(Some(OsStr::new(&line))) {
                 Request::Sftp(options) => {
                     let mut words = shell_words::split(&line).unwrap();

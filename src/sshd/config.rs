@@ -102,10 +102,10 @@ mod tests {
         let end = || "[ \t]{0,1}(\n|\r\n)";
         let text = |(line, end): (String, String)| ((line + &end).into_bytes(), false);
         prop_oneof![
-            ("[ \t]?(Port 22|Match User root|Include|include /etc/ssh/\\*\\.conf|# ims-sshd|\\PC{0,12})", end())
+            ("[ \t]?(Port 22|Match User root|Include|include /etc/ssh/\\*\\.conf|# ims-sshd|[ -~\u{e9}]{0,12})", end())
                 .prop_map(text),
             // What somebody else marked like ours.
-            ("(PermitTTY no|#?[ ]?Include|IncludeX /x|\\PC{0,6}) # ims-sshd", end()).prop_map(text),
+            ("(PermitTTY no|#?[ ]?Include|IncludeX /x|[ -~\u{e9}]{0,6}) # ims-sshd", end()).prop_map(text),
             ("/[a-z0-9/._-]{0,12}", end())
                 .prop_map(|(path, end)| (format!("Include {path} {MARK}{end}").into_bytes(), true)),
             vec(any::<u8>(), 0..20).prop_map(|mut bytes| {
