@@ -141,7 +141,7 @@ mod tests {
             base in vec(("[A-Z_]{1,3}", "[ -~]{0,12}"), 0..4),
             command in prop::option::of("exec [a-z/' ]{0,12}"),
         ) {
-            let answer: String = base.iter().map(|(name, value)| format!("setenv {name}={value}\n")).collect();
+            let answer = base.iter().map(|(name, value)| format!("setenv {name}={value}\n")).collect::<Vec<_>>().concat();
             let text = fragment(&job, &Effective::parse(answer.as_bytes()), command.as_deref());
             let line = text.lines().map(str::trim_start).find(|line| line.starts_with("SetEnv "));
             let words = shell_words::split(line.unwrap_or("SetEnv")).unwrap();

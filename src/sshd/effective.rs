@@ -202,7 +202,7 @@ mod tests {
             lines in prop::collection::vec(("[a-z]{1,4}|AcceptEnv|setenv", "[!-~\u{e9}][ -~\u{e9}]{0,8}"), 0..6),
             asked in "[a-z]{1,2}",
         ) {
-            let answer: String = lines.iter().map(|(keyword, value)| format!("{keyword} {value}\n")).collect();
+            let answer = lines.iter().map(|(keyword, value)| format!("{keyword} {value}\n")).collect::<Vec<_>>().concat();
             let effective = Effective::parse(answer.as_bytes());
             for keyword in lines.iter().map(|(keyword, _)| keyword.to_ascii_lowercase()).chain([asked]) {
                 let values: Vec<_> =

@@ -29,7 +29,8 @@ fn passwd_line() -> impl Strategy<Value = String> {
         4 => (name(), "0{0,2}|1", "[0-9]{0,2}", "[^:\n\0]{0,3}", path(), path()).prop_map(
             |(name, user, group, comment, home, shell)| format!("{name}:x:{user}:{group}:{comment}:{home}:{shell}"),
         ),
-        2 => (name(), "0|1|x", "(:0){0,1}", ":{0,3}").prop_map(|(name, user, group, colons)| format!("{name}:x:{user}{group}{colons}")),
+        2 => (name(), "0|1|x", "(:0){0,1}", ":{0,3}")
+            .prop_map(|(name, user, group, colons)| format!("{name}:x:{user}{group}{colons}")),
         1 => "[a-z:0 #+-]{0,8}",
     ]
 }
@@ -128,7 +129,7 @@ proptest! {
     #![proptest_config(few())]
     #[test]
     fn whatever_sshds_configuration_says_roots_sessions_land_in_the_jail_and_nobody_elses_anywhere(
-        global in vec(prop_oneof!["(PermitUserEnvironment|permituserenvironment) (yes|no|LANG)", "DenyUsers (root|bob)", "Port 22"], 0..3),
+        global in vec("(PermitUserEnvironment|permituserenvironment) (yes|no|LANG)|DenyUsers (root|bob)|Port 22", 0..3),
         lines in vec(directive(), 0..10),
     ) {
         const COMMAND: &str = "exec /opt/ims-jail-shell session /run/jail";
