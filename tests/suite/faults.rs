@@ -449,24 +449,9 @@ fn whatever_dies_and_whenever_the_environment_ends_with_a_clear_word() {
     println!("{} cells", cells.len());
     assert!(cells.len() >= 60);
     cells.retain(|cell| format!("{cell:?}").contains(&only));
-    let (next, began) = (AtomicUsize::new(0), Instant::now());
-    let failed = std::sync::Mutex::new(Vec::new());
-    std::thread::scope(|scope| {
-        for _ in 0..AT_ONCE {
-            scope.spawn(|| {
-                while let Some(&cell) = cells.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    // A thread of its own: its mounts are the cell's.
-                    let name = format!("{cell:?}");
-                    let thread = std::thread::Builder::new().name(name.clone()).spawn(move || run(cell)).unwrap();
-                    if thread.join().is_err() {
-                        failed.lock().unwrap().push(name);
-                    }
-                }
-            });
-        }
-    });
+    let began = Instant::now();
+    let failed = run_each(&cells, AT_ONCE, |cell| format!("{cell:?}"), |cell| run(*cell));
     println!("{:.1} s", began.elapsed().as_secs_f64());
-    let failed = failed.into_inner().unwrap();
     assert!(failed.is_empty(), "{} of {} cells failed: {failed:#?}", failed.len(), cells.len());
 }
 

@@ -1,11 +1,14 @@
 //! Build environments for tests: the real programs, a real sshd, real image roots, in folders and mounts of their own.
 
+use std::collections::{BTreeMap, HashSet};
 use std::io::Write;
 use std::net::TcpListener;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
@@ -265,9 +268,14 @@ impl Environment {
 
     /// A batch of sftp commands, with its output.
     pub fn sftp(&self, batch: &str) -> Output {
+        feed(&mut self.sftp_client(), batch.as_bytes())
+    }
+
+    /// `sftp` that reads its commands from standard input.
+    pub fn sftp_client(&self) -> Command {
         let mut command = Command::new("sftp");
         command.args(self.ssh_options()).args(["-b", "-", "-P", &self.port.to_string(), "root@127.0.0.1"]);
-        feed(&mut command, batch.as_bytes())
+        command
     }
 }
 
@@ -332,6 +340,65 @@ pub fn walk(folder: &Path) -> Vec<PathBuf> {
     }
     found.sort();
     found
+}
+
+/// All that one can see of a tree, but for times of access and of change of the inode, which nobody can put back: of each path a
+/// description, and the content.
+pub type Digest = BTreeMap<PathBuf, (String, Vec<u8>)>;
+
+pub fn digest(root: &Path) -> Digest {
+    let mut read = HashSet::new();
+    let mut describe = |path: &Path| {
+        let m = std::fs::symlink_metadata(path).unwrap();
+        let content = match m.file_type() {
+            t if t.is_symlink() => std::fs::read_link(path).unwrap().into_os_string().into_encoded_bytes(),
+            // Of a file with many names, once.
+            t if t.is_file() && read.insert(m.ino()) => std::fs::read(path).unwrap(),
+            _ => Vec::new(),
+        };
+        let size = if m.is_dir() { 0 } else { m.size() };
+        let owner = format!("{}:{}", m.uid(), m.gid());
+        let times = format!("{}.{}", m.mtime(), m.mtime_nsec());
+        (format!("{} {:o} {owner} {} {:x} {size} {times}", m.ino(), m.mode(), m.nlink(), m.rdev()), content)
+    };
+    walk(root).into_iter().map(|path| (path.strip_prefix(root).unwrap().to_owned(), describe(&path))).collect()
+}
+
+/// In what two digests differ, for a person.
+pub fn differences(before: &Digest, after: &Digest) -> Vec<String> {
+    let describe = |seen: Option<&(String, Vec<u8>)>| seen.map_or("nothing".to_owned(), |(text, _)| text.clone());
+    let paths: std::collections::BTreeSet<_> = before.keys().chain(after.keys()).collect();
+    paths
+        .into_iter()
+        .filter(|path| before.get(*path) != after.get(*path))
+        .map(|path| format!("/{}: {} -> {}", path.display(), describe(before.get(path)), describe(after.get(path))))
+        .collect()
+}
+
+/// Runs each case in a thread of its own, whose mounts are the case's, a few at a time. Returns the names of those that failed.
+pub fn run_each<T: Sync>(
+    cases: &[T],
+    at_once: usize,
+    name: impl Fn(&T) -> String + Sync,
+    run: impl Fn(&T) + Sync,
+) -> Vec<String> {
+    let next = AtomicUsize::new(0);
+    let failed = Mutex::new(Vec::new());
+    std::thread::scope(|scope| {
+        for _ in 0..at_once {
+            scope.spawn(|| {
+                while let Some(case) = cases.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    std::thread::scope(|scope| {
+                        let builder = std::thread::Builder::new().name(name(case));
+                        if builder.spawn_scoped(scope, || run(case)).unwrap().join().is_err() {
+                            failed.lock().unwrap().push(name(case));
+                        }
+                    });
+                }
+            });
+        }
+    });
+    failed.into_inner().unwrap()
 }
 
 /// Mounts made from here on belong to this test's thread and to what it starts; they are gone with it.
