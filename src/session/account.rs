@@ -27,6 +27,10 @@ pub const DEFAULT_SHELL: &str = "/bin/sh";
 /// No passwd or group file of an image is larger; a larger one is taken as missing.
 const LIMIT: u64 = 16 << 20;
 
+/// No line of passwd is longer; a longer one is taken as missing. Its home is an argument for every program, which the kernel refuses
+/// from 128 KiB on: nobody could log in to mend the line.
+const LONGEST_LINE: usize = 16 << 10;
+
 impl Account {
     /// Root as `image_root` knows it; the customary values where it does not say.
     pub fn root_of(image_root: &Tree) -> Self {
@@ -45,7 +49,8 @@ impl Account {
             home: "/root".into(),
             shell: DEFAULT_SHELL.into(),
         };
-        let root = passwd.split(|&b| b == b'\n').find_map(|line| {
+        let mut lines = passwd.split(|&b| b == b'\n').filter(|line| line.len() <= LONGEST_LINE);
+        let root = lines.find_map(|line| {
             // The last field holds the rest of the line.
             let fields: Vec<&[u8]> = line.trim_ascii_start().splitn(7, |&b| b == b':').collect();
             let is_entry = !matches!(fields[0], [] | [b'#' | b'+' | b'-', ..]) && !line.contains(&0);
