@@ -19,6 +19,8 @@ pub struct Account {
     pub home: PathBuf,
     /// The login shell.
     pub shell: PathBuf,
+    /// Whether passwd says all this; where not, it is what is customary.
+    pub known: bool,
 }
 
 /// What passwd(5) says of an account without a shell.
@@ -48,6 +50,7 @@ impl Account {
             groups: Vec::new(),
             home: "/root".into(),
             shell: DEFAULT_SHELL.into(),
+            known: false,
         };
         let mut lines = passwd.split(|&b| b == b'\n').filter(|line| line.len() <= LONGEST_LINE);
         let root = lines.find_map(|line| {
@@ -58,6 +61,7 @@ impl Account {
             is_root.then_some(fields)
         });
         if let Some(fields) = root {
+            account.known = true;
             if let Ok(name) = std::str::from_utf8(fields[0]) {
                 name.clone_into(&mut account.name);
             }

@@ -10,9 +10,9 @@ use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
 use nix::unistd::Gid;
-use rustix::fs::Access;
+use rustix::fs::{Access, Mode, OFlags};
 
-use crate::error::{Attempt, Result};
+use crate::error::{Attempt, Error, Result};
 use crate::jail::enter;
 use crate::jail::mount_table::SFTP_FOLDER;
 use crate::jail::record::Record;
@@ -22,7 +22,7 @@ use crate::session::environment::{LOGIN_PATH, session_environment};
 use crate::session::report::{Beginning, Report};
 use crate::session::request::Request;
 use crate::sys::process::Exec;
-use crate::sys::tree::Tree;
+use crate::sys::tree::{Tree, kind_of};
 
 /// Enters the jail that the record at `jail` tells of and carries out `request` there. This process ends as that does.
 pub fn run(jail: &Path, request: &Request) -> Result<Infallible> {
@@ -35,6 +35,11 @@ pub fn run(jail: &Path, request: &Request) -> Result<Infallible> {
     // `/` is the image root from here on.
     let image_root = Tree::open(Path::new("/")).attempt(|| "open the image root")?;
     let account = Account::root_of(&image_root);
+    let transfer = matches!(request, Request::Sftp(_));
+    if transfer && let Err(error) = check_what_sftp_server_reads(&image_root) {
+        told.end(&WaitStatus::Exited(nix::unistd::getpid(), 255), Some(&error.to_string()));
+        return Err(error);
+    }
     let environment = session_environment(std::env::vars_os(), &account, &record.keep);
     // All put together before the fork: every page of memory that the child writes to is copied first.
     let mut programs = programs(request, &account);
@@ -44,7 +49,9 @@ pub fn run(jail: &Path, request: &Request) -> Result<Infallible> {
     let programs = programs.iter().map(|program| program.prepared(&environment)).collect::<nix::Result<Vec<_>>>();
     let programs = programs.attempt(|| "put the arguments of the program together")?;
     let ended = |status: &WaitStatus| {
-        told.end(status);
+        // Of what an sftp-server says on standard error, sshd passes nothing on.
+        let nobody = transfer && !account.known && matches!(status, WaitStatus::Exited(_, 1));
+        told.end(status, nobody.then_some("/etc/passwd of the image has no user number 0, whom sftp-server looks for"));
         if matches!(status, WaitStatus::Signaled(_, Signal::SIGKILL, _)) && init.ends_within(TIME_TO_FOLLOW) {
             eprintln!(
                 "ims-jail-shell: the jail has ended: the environment is closing, or its init was killed; {LOG_IN_AGAIN}"
@@ -162,6 +169,21 @@ fn sftp_programs(folder: &Path, options: &[OsString]) -> Vec<Program> {
         Program { path: loader, arguments, is_shell: false },
         Program { path: server, arguments: direct, is_shell: false },
     ]
+}
+
+/// What the container's sftp-server, its loader and its libc read of the image.
+const READ_BY_SFTP_SERVER: [&str; 5] =
+    ["etc/ld.so.preload", "etc/nsswitch.conf", "etc/passwd", "etc/group", "etc/localtime"];
+
+/// They would wait for ever for somebody to write to a fifo, and the client with them.
+fn check_what_sftp_server_reads(image_root: &Tree) -> Result<()> {
+    for name in READ_BY_SFTP_SERVER {
+        let found = image_root.open_at(name, OFlags::PATH, Mode::empty()).and_then(|fd| Ok(rustix::fs::fstat(fd)?));
+        if found.is_ok_and(|found| kind_of(&found) == "a fifo") {
+            return Err(Error::new("start sftp-server in this image").because(format!("/{name} is a fifo")));
+        }
+    }
+    Ok(())
 }
 
 /// Replaces this process with the first of `programs` that can be started; returns why the last one could not.
