@@ -26,8 +26,8 @@ pub struct Account {
 /// What passwd(5) says of an account without a shell.
 pub const DEFAULT_SHELL: &str = "/bin/sh";
 
-/// No passwd or group file of an image is larger; a larger one is taken as missing.
-const LIMIT: u64 = 16 << 20;
+/// No passwd or group file of an image is larger, which is one of 50,000 users; a larger one is taken as missing. Each session reads them.
+const LIMIT: u64 = 4 << 20;
 
 /// No line of passwd is longer; a longer one is taken as missing. Its home is an argument for every program, which the kernel refuses
 /// from 128 KiB on: nobody could log in to mend the line.
