@@ -8,6 +8,7 @@
 mod close;
 mod faults;
 mod files;
+mod hostile;
 mod image_untouched;
 mod lifecycle;
 mod local;

@@ -64,11 +64,25 @@ impl Volume {
     }
 
     pub fn laid_out(image: Image, below: &str) -> Self {
+        Self::in_folder(Self::folder(), image, below)
+    }
+
+    /// On no disk, for those who open many: each environment has what it changed written to its disk, with all that others did there.
+    pub fn in_memory(image: Image) -> Self {
+        let dir = Self::folder();
+        succeed(Command::new("mount").args(["-t", "tmpfs", "-o", "mode=0755", "tmpfs"]).arg(dir.path()));
+        Self::in_folder(dir, image, "image-root")
+    }
+
+    fn folder() -> TempDir {
         own_mounts();
         // Not below /tmp: sshd refuses keys in a folder that everybody can write to.
         let base = cache().join("tests");
         std::fs::create_dir_all(&base).unwrap();
-        let dir = tempfile::tempdir_in(base).unwrap();
+        tempfile::tempdir_in(base).unwrap()
+    }
+
+    fn in_folder(dir: TempDir, image: Image, below: &str) -> Self {
         let parent = dir.path().join("parent");
         let image_root = parent.join(below);
         std::fs::create_dir_all(&image_root).unwrap();
@@ -171,7 +185,7 @@ impl Volume {
 impl Drop for Volume {
     fn drop(&mut self) {
         // A folder with a mount on it cannot be removed, and would stay behind.
-        for place in [&self.image_root, &self.parent] {
+        for place in [self.image_root.as_path(), &self.parent, self.dir.path()] {
             let _ = Command::new("umount").arg("--lazy").arg(place).stderr(Stdio::null()).status();
         }
     }
@@ -240,6 +254,8 @@ impl Environment {
             "LogLevel=ERROR",
             "BatchMode=yes",
             "ConnectTimeout=10",
+            // The default one takes longer than all the rest of a session.
+            "KexAlgorithms=curve25519-sha256",
         ] {
             options.extend(["-o".to_owned(), option.to_owned()]);
         }
@@ -268,13 +284,14 @@ impl Environment {
 
     /// A batch of sftp commands, with its output.
     pub fn sftp(&self, batch: &str) -> Output {
-        feed(&mut self.sftp_client(), batch.as_bytes())
+        feed(&mut self.sftp_client(&[]), batch.as_bytes())
     }
 
-    /// `sftp` that reads its commands from standard input.
-    pub fn sftp_client(&self) -> Command {
+    /// `sftp` with further options, reading its commands from standard input.
+    pub fn sftp_client(&self, options: &[&str]) -> Command {
         let mut command = Command::new("sftp");
-        command.args(self.ssh_options()).args(["-b", "-", "-P", &self.port.to_string(), "root@127.0.0.1"]);
+        command.args(self.ssh_options()).args(options);
+        command.args(["-b", "-", "-P", &self.port.to_string(), "root@127.0.0.1"]);
         command
     }
 }
@@ -474,6 +491,11 @@ impl Master<'_> {
     /// `ssh` over the open connection; the command is to be added.
     pub fn ssh(&self) -> Command {
         self.environment.ssh(&["-S", &self.control()])
+    }
+
+    /// `sftp` over it, reading its commands from standard input.
+    pub fn sftp(&self) -> Command {
+        self.environment.sftp_client(&["-o", &format!("ControlPath={}", self.control())])
     }
 }
 
