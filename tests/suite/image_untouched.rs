@@ -8,12 +8,17 @@ use crate::support::*;
 #[test]
 fn a_tree_is_the_same_before_and_after() {
     type Shape = fn(&Path);
-    let shapes: [(&str, Shape); 6] = [
+    let shapes: [(&str, Shape); 8] = [
         ("no resolv.conf, no mount point", |_| {}),
         ("a dangling link", |root| {
             symlink("../run/systemd/resolve/stub-resolv.conf", root.join("etc/resolv.conf")).unwrap();
         }),
         ("an absolute link", |root| symlink("/run/netconfig/resolv.conf", root.join("etc/resolv.conf")).unwrap()),
+        ("a link to a file of the image", |root| {
+            std::fs::write(root.join("root/resolv.conf"), "nameserver 192.0.2.1\n").unwrap();
+            symlink("/root/resolv.conf", root.join("etc/resolv.conf")).unwrap();
+        }),
+        ("a link loop", |root| symlink("resolv.conf", root.join("etc/resolv.conf")).unwrap()),
         ("a regular file", |root| std::fs::write(root.join("etc/resolv.conf"), "nameserver 192.0.2.1\n").unwrap()),
         ("the container's text", |root| {
             std::fs::copy("/etc/resolv.conf", root.join("etc/resolv.conf")).unwrap();
@@ -38,6 +43,19 @@ fn a_tree_is_the_same_before_and_after() {
         let beside: Vec<_> = std::fs::read_dir(&environment.parent).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert!(!beside.iter().any(|n| n.to_string_lossy().starts_with('.')), "{beside:?}");
     }
+}
+
+#[test]
+fn a_folder_in_the_place_of_resolv_conf_stays_as_it_is() {
+    let volume = Volume::new(Image::Busybox);
+    std::fs::create_dir(volume.image_root.join("etc/resolv.conf")).unwrap();
+    std::fs::write(volume.image_root.join("etc/resolv.conf/file"), "the image's\n").unwrap();
+    let before = digest(&volume.image_root);
+    let mut environment = volume.start(Mode::Jailed).ready();
+    assert_eq!(environment.says("cat /etc/resolv.conf/file"), "the image's");
+    assert_eq!(environment.complete(), 0);
+    let changed = differences(&before, &digest(&environment.image_root));
+    assert!(changed.is_empty(), "{changed:#?}");
 }
 
 #[test]
