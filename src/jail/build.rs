@@ -1,5 +1,6 @@
 //! Makes the jail around an image root, from inside its new namespaces. Read from top to bottom.
 
+use std::collections::HashMap;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -58,21 +59,40 @@ pub fn build(plan: &Plan) -> Result<()> {
     // From here on, the tree is reached through its own mount, never again by the path it was found at.
     let root = Tree::from_fd(root.attach(&place).attempt(|| format!("attach the image root {shown}"))?);
 
+    let mut jail = Jail { root, mounted: HashMap::new() };
     for mount in mount_table(plan.dkms, plan.proc) {
-        carry_out(&root, &mount).map_err(|e| e.attempted_on(&mount))?;
+        carry_out(&mut jail, &mount).map_err(|e| e.attempted_on(&mount))?;
         if mount.target == "dev" && !plan.dkms {
-            furnish_dev(&root)?;
+            furnish_dev(&jail)?;
         }
     }
     if let Some(file) = &plan.resolv_conf {
-        cover_resolv_conf(&root, file)?;
+        cover_resolv_conf(&jail.root, file)?;
     }
-    show_sftp_server(&root, &plan.sftp)?;
+    show_sftp_server(&jail, &plan.sftp)?;
 
     // Not chroot: whoever may call chroot again could leave it. The old root is gone from this namespace after this.
-    mounts::switch_root(&root).attempt(|| format!("switch the root to {shown}"))?;
+    mounts::switch_root(&jail.root).attempt(|| format!("switch the root to {shown}"))?;
     rustix::process::umask(Mode::from_raw_mode(0o022));
     Ok(())
+}
+
+/// The jail while it is made.
+struct Jail {
+    root: Tree,
+    /// What is mounted on the image's own folders so far, by their names.
+    mounted: HashMap<&'static str, Tree>,
+}
+
+impl Jail {
+    /// The tree to find `path` in, and the path there. What lies in a mount of ours is found by way of that mount: whoever renames
+    /// things in the image meanwhile has no say in it, and so cannot keep a part of /proc from being restricted.
+    fn locate<'a>(&self, path: &'a str) -> io::Result<(&Tree, &'a str)> {
+        match path.split_once('/') {
+            Some((mount, rest)) => Ok((self.mounted.get(mount).ok_or(io::ErrorKind::NotFound)?, rest)),
+            None => Ok((&self.root, path)),
+        }
+    }
 }
 
 /// A step of one mount that failed.
@@ -96,12 +116,13 @@ impl<E: Into<io::Error>> From<E> for Failure {
     }
 }
 
-fn carry_out(root: &Tree, mount: &Mount) -> std::result::Result<(), Failure> {
-    let target = match root.handle(mount.target) {
+fn carry_out(jail: &mut Jail, mount: &Mount) -> std::result::Result<(), Failure> {
+    let (tree, path) = jail.locate(mount.target)?;
+    let target = match tree.handle(path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound && mount.missing == Missing::Skipped => return Ok(()),
         Err(e) if e.kind() == io::ErrorKind::NotFound && mount.missing == Missing::Made => {
-            root.make_mount_point(mount.target, is_folder(&mount.source)?)?;
-            root.handle(mount.target)?
+            tree.make_mount_point(path, is_folder(&mount.source)?)?;
+            tree.handle(path)?
         }
         other => other?,
     };
@@ -119,9 +140,15 @@ fn carry_out(root: &Tree, mount: &Mount) -> std::result::Result<(), Failure> {
         Source::Masked if is_folder => {
             Detached::filesystem("tmpfs", &[("size", "4k"), ("mode", "0555")], mount.attributes)?
         }
-        Source::Masked => restricted(Detached::copy_of_fd(root.handle("dev/null")?, false)?, mount.attributes, false)?,
+        Source::Masked => {
+            let (dev, null) = jail.locate("dev/null")?;
+            restricted(Detached::copy_of_fd(dev.handle(null)?, false)?, mount.attributes, false)?
+        }
     };
-    source.attach(target)?;
+    let top = Tree::from_fd(source.attach(target)?);
+    if path == mount.target {
+        jail.mounted.insert(mount.target, top);
+    }
     Ok(())
 }
 
@@ -138,11 +165,11 @@ fn is_folder(source: &Source) -> io::Result<bool> {
     }
 }
 
-fn furnish_dev(root: &Tree) -> Result<()> {
+fn furnish_dev(jail: &Jail) -> Result<()> {
     for (name, target) in DEV_LINKS {
         let attempted = || format!("link /dev/{name} in the jail");
-        let dev = root.folder("dev").attempt(attempted)?;
-        rustix::fs::symlinkat(*target, &dev, *name).attempt(attempted)?;
+        let dev = jail.mounted.get("dev").ok_or("it is not mounted").attempt(attempted)?;
+        rustix::fs::symlinkat(*target, dev, *name).attempt(attempted)?;
     }
     Ok(())
 }
@@ -160,15 +187,16 @@ fn cover_resolv_conf(root: &Tree, file: &Path) -> Result<()> {
 }
 
 /// Shows the container's sftp-server in the jail, read-only: an image need not have one, nor a libc, nor our architecture.
-fn show_sftp_server(root: &Tree, files: &[(String, PathBuf)]) -> Result<()> {
+fn show_sftp_server(jail: &Jail, files: &[(String, PathBuf)]) -> Result<()> {
     if files.is_empty() {
         return Ok(());
     }
     let attempted = || format!("show sftp-server below /{SFTP_FOLDER} of the jail");
     let read_only =
         MountAttrFlags::MOUNT_ATTR_RDONLY | MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
-    root.make_mount_point(SFTP_FOLDER, true).attempt(attempted)?;
-    let place = root.handle(SFTP_FOLDER).attempt(attempted)?;
+    let (run, name) = jail.locate(SFTP_FOLDER).attempt(attempted)?;
+    run.make_mount_point(name, true).attempt(attempted)?;
+    let place = run.handle(name).attempt(attempted)?;
     let folder = Detached::filesystem("tmpfs", &[("mode", "0755"), ("size", "64k")], MountAttrFlags::empty())
         .and_then(|f| f.attach(place))
         .attempt(attempted)?;

@@ -137,11 +137,11 @@ fn short(path: &Path) -> PathBuf {
 }
 
 /// The decoy: what a link out of the image would find.
-fn host(volume: &Volume) -> PathBuf {
+pub fn host(volume: &Volume) -> PathBuf {
     volume.dir.path().join("host")
 }
 
-fn make_host(volume: &Volume) {
+pub fn make_host(volume: &Volume) {
     for folder in ["proc", "sys", "dev/pts", "etc", "run", "tmp", "root", "bin"] {
         std::fs::create_dir_all(host(volume).join(folder)).unwrap();
     }
@@ -387,14 +387,6 @@ fn mounted(mountinfo: &[u8]) -> Vec<PathBuf> {
     let mut found = mount_points(mountinfo);
     found.retain(|path| path != Path::new("/etc/resolv.conf"));
     found
-}
-
-/// Where this thread, and what it starts, sees something mounted that was not there `before`. What vanishes is no matter: mounts go with
-/// the folder they are on, whoever removes that.
-fn new_mounts(before: &[PathBuf]) -> Vec<PathBuf> {
-    let mut now = mount_points(&std::fs::read("/proc/thread-self/mountinfo").unwrap());
-    now.retain(|mount| !before.contains(mount));
-    now
 }
 
 /// What is usual where nothing is hostile.

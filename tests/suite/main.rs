@@ -12,6 +12,7 @@ mod hostile;
 mod image_untouched;
 mod lifecycle;
 mod local;
+mod racing;
 mod readers;
 mod readme;
 mod refusals;

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
+use ims_sshd::sys::mounts::mount_points;
 use tempfile::TempDir;
 
 pub const IMS_SSHD: &str = env!("CARGO_BIN_EXE_ims-sshd");
@@ -390,6 +391,14 @@ pub fn differences(before: &Digest, after: &Digest) -> Vec<String> {
         .filter(|path| before.get(*path) != after.get(*path))
         .map(|path| format!("/{}: {} -> {}", path.display(), describe(before.get(path)), describe(after.get(path))))
         .collect()
+}
+
+/// Where this thread, and what it starts, sees something mounted that was not there `before`. What vanishes is no matter: mounts go with
+/// the folder they are on, whoever removes that.
+pub fn new_mounts(before: &[PathBuf]) -> Vec<PathBuf> {
+    let mut now = mount_points(&std::fs::read("/proc/thread-self/mountinfo").unwrap());
+    now.retain(|mount| !before.contains(mount));
+    now
 }
 
 /// Runs each case in a thread of its own, whose mounts are the case's, a few at a time. Returns the names of those that failed.
