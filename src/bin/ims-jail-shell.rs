@@ -18,7 +18,8 @@ const USAGE: &str = "\
 Makes a jail around an image root, or enters it. Started by ims-sshd and by sshd, not by hand.
 
   ims-jail-shell init --tier TIER --root FOLDER [--dkms] [--proc-of-container] [--resolv-conf FILE] [--sftp NAME=FILE]...
-      make the jail and be its first process; standard input is the socket to the supervisor
+      make the jail around the working folder, which messages call FOLDER, and be its first process; standard input is the socket to
+      the supervisor
   ims-jail-shell session JAIL
       enter the jail and carry out SSH_ORIGINAL_COMMAND, or start a login shell
   ims-jail-shell enter JAIL [-- PROGRAM [ARGUMENT]...]

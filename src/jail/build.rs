@@ -22,7 +22,7 @@ pub struct Plan {
     pub tier: Tier,
     /// Where its /proc comes from.
     pub proc: Proc,
-    /// The image root. Its last component must not be a link.
+    /// The image root's path, for messages: by the time they are read, another folder may stand there.
     pub image_root: PathBuf,
     /// Whether the job builds kernel modules.
     pub dkms: bool,
@@ -32,18 +32,13 @@ pub struct Plan {
     pub sftp: Vec<(String, PathBuf)>,
 }
 
-/// Makes the jail and moves this process into it. To be called by the first process of the new namespaces, which must not have
-/// another thread.
+/// Makes the jail around this process's working folder, which is the image root, and moves the process into it. To be called by the
+/// first process of the new namespaces, which must not have another thread.
 pub fn build(plan: &Plan) -> Result<()> {
     let shown = plan.image_root.display();
-    let open = || {
-        Tree::open(&plan.image_root)
-            .attempt(|| format!("open the image root {shown}"))
-            .advise("it has to be a folder, not a link to one")
-    };
+    let place = Tree::open(Path::new(".")).attempt(|| format!("open the image root {shown}"))?;
     if plan.tier == Tier::Chroot {
-        let attempted = || format!("change the root to {shown}");
-        return mounts::change_root(&open()?).attempt(attempted);
+        return mounts::change_root(&place).attempt(|| format!("change the root to {shown}"));
     }
     // Before anything is mounted: what happens here must not appear in the container, nor the other way round.
     mounts::make_all_private().attempt(|| "cut the jail's mounts off from the container's")?;
@@ -51,12 +46,11 @@ pub fn build(plan: &Plan) -> Result<()> {
     rustix::process::umask(Mode::empty());
 
     // The image root becomes a mount of its own: only a mount can be switched to, and only a mount can be nodev.
-    let place = open()?;
     let root = Detached::copy_of_fd(&place, false)
         .attempt(|| format!("copy the mount of the image root {shown}"))
         .advise("nothing may be mounted below it")?;
     root.restrict(ROOT_ATTRIBUTES, false).attempt(|| format!("make the image root {shown} nodev"))?;
-    // From here on, the tree is reached through its own mount, never again by the path it was found at.
+    // From here on, the tree is reached through its own mount.
     let root = Tree::from_fd(root.attach(&place).attempt(|| format!("attach the image root {shown}"))?);
 
     let mut jail = Jail { root, mounted: HashMap::new() };

@@ -26,9 +26,9 @@ pub struct Wanted<'a> {
     pub tier: Tier,
     /// Where its /proc comes from.
     pub proc: Proc,
-    /// The image root's path, in this mount namespace.
+    /// The image root's path, for messages.
     pub path: &'a Path,
-    /// The same, open.
+    /// The image root itself.
     pub image_root: &'a Tree,
     /// Where it is noted what the image lacks and gets: the image root's parent.
     pub note_folder: &'a Tree,
@@ -209,13 +209,15 @@ fn start(wanted: &Wanted<'_>, resolv_conf: Option<PathBuf>) -> Result<(Pid, Link
     let program = program()?;
     let attempted = || format!("start {}", program.display());
     let (ours, theirs) = Link::pair().attempt(|| "make a socket to the jail's init")?;
+    // By descriptor: its path may lead to another folder by now.
+    let image_root = format!("/proc/self/fd/{}", wanted.image_root.as_fd().as_raw_fd());
     let mut command = Command::new(&program);
     command
         .arg("init")
         .args(["--tier", wanted.tier.name(), "--root"])
         .arg(wanted.path)
         .stdin(Stdio::from(theirs.into_fd()))
-        .current_dir("/")
+        .current_dir(image_root)
         .env_clear();
     if wanted.dkms {
         command.arg("--dkms");

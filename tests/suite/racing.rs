@@ -188,3 +188,30 @@ fn mount_points_that_are_swapped_for_links_get_no_mount_outside() {
 
 /// What a refusal names.
 const NAMED: [&str; 6] = ["/dev", "/proc", "/sys", "/run", "/etc/resolv.conf", "cannot start sh in this image"];
+
+#[test]
+fn an_image_root_that_is_swapped_for_another_folder_is_never_half_of_a_jail() {
+    let (volume, _) = image();
+    let container = std::fs::read_to_string("/etc/resolv.conf").unwrap();
+    // It needs nothing mounted for its name servers, and the other one does.
+    std::fs::write(volume.image_root.join("etc/resolv.conf"), &container).unwrap();
+    let other = volume.parent.join("other");
+    succeed(Command::new("cp").arg("-aT").args([&volume.image_root, &other]));
+    std::fs::write(other.join("etc/resolv.conf"), "nameserver 192.0.2.1\n").unwrap();
+    let (state, rounds) = (State::default(), rounds(200));
+    let mut made = 0;
+    std::thread::scope(|scope| {
+        let _racer = Racer::start(scope, &state, vec![(volume.image_root.clone(), other)]);
+        for _ in 0..rounds {
+            let output = enter(&volume, "cat /etc/resolv.conf");
+            if output.status.success() {
+                made += 1;
+                assert_eq!(text(&output.stdout), container, "one image root was prepared, and another one entered");
+            } else {
+                assert!(text(&output.stderr).contains(&volume.image_root.display().to_string()), "{output:?}");
+            }
+        }
+    });
+    println!("{made} jails of {rounds} made, during {} swaps", state.swapped.load(Ordering::Relaxed));
+    assert!(made >= rounds / 20, "too few jails came to be for the race to mean anything");
+}
