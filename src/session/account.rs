@@ -184,7 +184,9 @@ mod tests {
         ) {
             let text: Vec<&[u8]> = lines.iter().map(|(line, _)| line.as_slice()).collect();
             let account = Account::parse(&[&text.join(&b'\n'), end.as_bytes()].concat(), b"");
-            let root = lines.into_iter().find_map(|(_, root)| root).unwrap_or(Root {
+            let root = lines.into_iter().find_map(|(_, root)| root);
+            let known = root.is_some();
+            let root = root.unwrap_or(Root {
                 name: "root".into(),
                 group: 0,
                 home: "/root".into(),
@@ -196,6 +198,7 @@ mod tests {
                 groups: vec![root.group],
                 home: root.home.into(),
                 shell: root.shell.into(),
+                known,
             });
         }
 

@@ -23,7 +23,11 @@ struct Tier {
     mounts: bool,
 }
 
-const TIERS: [Tier; 1] = [Tier { name: "namespace", mounts: true }];
+const TIERS: [Tier; 3] = [
+    Tier { name: "namespace", mounts: true },
+    Tier { name: "user", mounts: true },
+    Tier { name: "chroot", mounts: false },
+];
 
 /// What comes of an image.
 #[derive(Clone, Debug)]
@@ -46,17 +50,24 @@ struct Case {
     name: String,
     /// Makes an image of busybox hostile.
     shape: Box<dyn Fn(&Volume) + Sync>,
-    /// What comes of it in a tier with mounts, and in one without.
-    outcomes: [Outcome; 2],
+    /// What comes of it in each of [`TIERS`].
+    outcomes: [Outcome; 3],
 }
 
 impl Case {
     fn new(name: impl Into<String>, outcome: Outcome, shape: impl Fn(&Volume) + Sync + 'static) -> Self {
-        Self { name: name.into(), shape: Box::new(shape), outcomes: [outcome.clone(), outcome] }
+        Self { name: name.into(), shape: Box::new(shape), outcomes: [(); 3].map(|()| outcome.clone()) }
+    }
+
+    /// The kernel gives a user namespace no copy of a mount without what is mounted below it.
+    fn bound(name: impl Into<String>, shape: impl Fn(&Volume) + Sync + 'static) -> Self {
+        let mut case = Self::new(name, Works, shape);
+        case.outcomes[1] = Refused("nothing may be mounted below it".into());
+        case
     }
 
     fn outcome(&self, tier: &Tier) -> &Outcome {
-        &self.outcomes[usize::from(!tier.mounts)]
+        &self.outcomes[TIERS.iter().position(|known| known.name == tier.name).unwrap()]
     }
 }
 
@@ -177,7 +188,7 @@ fn odd_places() -> Vec<Case> {
             cases.push(Case {
                 name: format!("{thing:?} at /{place}"),
                 shape: Box::new(shape),
-                outcomes: [mounted, unmounted],
+                outcomes: [mounted.clone(), mounted, unmounted],
             });
         }
     }
@@ -211,7 +222,7 @@ fn odd_image_roots() -> Vec<Case> {
                 }
             }
         }),
-        Case::new("forty levels of binds in each other, and one of the host", Works, |volume| {
+        Case::bound("forty levels of binds in each other, and one of the host", |volume| {
             let mut place = volume.image_root.join("bound");
             std::fs::create_dir(&place).unwrap();
             let source = volume.dir.path().join("source");
@@ -222,7 +233,7 @@ fn odd_image_roots() -> Vec<Case> {
             }
             bind(&host(volume), &place);
         }),
-        Case::new("binds where the jail mounts", Works, |volume| {
+        Case::bound("binds where the jail mounts", |volume| {
             for name in ["proc", "sys", "dev", "run"] {
                 let place = volume.image_root.join(name);
                 std::fs::create_dir(&place).unwrap();
@@ -246,7 +257,11 @@ fn odd_image_roots() -> Vec<Case> {
                 std::fs::write(volume.image_root.join("run/etc/resolv.conf"), "nameserver 192.0.2.1\n").unwrap();
                 symlink("run/etc", volume.image_root.join("etc")).unwrap();
             }),
-            outcomes: [Refused("on /etc/resolv.conf of the image".into()), Works],
+            outcomes: [
+                Refused("on /etc/resolv.conf of the image".into()),
+                Refused("on /etc/resolv.conf of the image".into()),
+                Works,
+            ],
         },
         Case::new("no shell at all", Answered("cannot start /bin/sh in this image"), |volume| {
             std::fs::remove_dir_all(volume.image_root.join("bin")).unwrap();
@@ -515,7 +530,10 @@ fn enter(case: &Case, tier: &Tier) -> Vec<PathBuf> {
     let mounts_before = new_mounts(&[]);
     let mut command = Command::new("prlimit");
     command.arg(format!("--data={MEMORY}")).args([IMS_SSHD, "enter"]).arg(&volume.image_root);
-    command.args(["--", "cat", "/proc/self/mountinfo"]).env("IMS_JAIL_TIER", tier.name);
+    // Where nothing is mounted, there is no such file.
+    command
+        .args(["--", "sh", "-c", "test ! -e /proc/self || cat /proc/self/mountinfo"])
+        .env("IMS_JAIL_TIER", tier.name);
     let output = limited(&command, b"");
     match case.outcome(tier) {
         // It looks for no marks.

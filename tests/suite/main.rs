@@ -19,3 +19,4 @@ mod refusals;
 mod sessions;
 mod support;
 mod terminal;
+mod tiers;

@@ -49,6 +49,9 @@ pub enum Mode {
 
 pub const MODES: [Mode; 2] = [Mode::Jailed, Mode::Plain];
 
+/// How strong a jail can be, best first.
+pub const TIERS: [&str; 3] = ["namespace", "user", "chroot"];
+
 /// A folder laid out as a pod's volume, before an environment opens on it. Its mounts are this thread's own and vanish with it.
 pub struct Volume {
     pub dir: TempDir,
