@@ -53,12 +53,17 @@ fn make_host_keys() -> Result<()> {
 pub fn open_image_root(files: &SignalFiles, name: &str) -> Result<Tree> {
     let shown = files.path().join(name);
     let attempted = || format!("open the image root {}", shown.display());
-    let parent = files.parent();
-    match parent.look(name).attempt(attempted)?.as_ref().map(kind_of) {
-        Some("a folder") => parent.folder(name).attempt(attempted),
-        Some(other) => Err(Error::new(attempted()).because(format!("it is {other}"))).advise("it has to be a folder"),
-        None => Err(Error::new(attempted()).because("it does not exist"))
-            .advise("whoever creates 'ready' has to unpack the image there first"),
+    // Looked at by the same descriptor that it is then reached by: what was a folder a moment ago may be a link now.
+    let found = match files.parent().handle(name) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            return Err(Error::new(attempted()).because("it does not exist"))
+                .advise("whoever creates 'ready' has to unpack the image there first");
+        }
+        other => other.attempt(attempted)?,
+    };
+    match kind_of(&rustix::fs::fstat(&found).attempt(attempted)?) {
+        "a folder" => Ok(Tree::from_fd(found)),
+        other => Err(Error::new(attempted()).because(format!("it is {other}"))).advise("it has to be a folder"),
     }
 }
 

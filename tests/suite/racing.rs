@@ -215,3 +215,64 @@ fn an_image_root_that_is_swapped_for_another_folder_is_never_half_of_a_jail() {
     println!("{made} jails of {rounds} made, during {} swaps", state.swapped.load(Ordering::Relaxed));
     assert!(made >= rounds / 20, "too few jails came to be for the race to mean anything");
 }
+
+/// One environment, while its image root is swapped for a link to another folder. Returns whether it was opened.
+fn open_in_a_race() -> bool {
+    let (volume, _) = image();
+    // Beside the image root: a link to it does not even lead out of the parent.
+    let twin = volume.parent.join("twin");
+    succeed(Command::new("cp").arg("-aT").args([&volume.image_root, &twin]));
+    let mut swaps = Vec::new();
+    for (name, target) in [("to-twin", "twin"), ("to-host", "../host")] {
+        let link = volume.parent.join(name);
+        symlink(target, &link).unwrap();
+        assert!(link.metadata().unwrap().is_dir());
+        swaps.push((volume.image_root.clone(), link));
+    }
+    let image_root = std::fs::metadata(&volume.image_root).unwrap().ino();
+    let witnesses = [Witness::of(&host(&volume)), Witness::of(&twin)];
+    let state = State::default();
+    let mut opened = false;
+    std::thread::scope(|scope| {
+        let mut environment = volume.start(Mode::Jailed);
+        let _racer = Racer::start(scope, &state, swaps);
+        environment.touch("ready");
+        wait_until("the environment to open, or to be refused", || {
+            environment.status = environment.entrypoint.try_wait().unwrap();
+            environment.status.is_some() || environment.signal("sshd_listening").exists()
+        });
+        // It may be closing by now, as it looks whether the image root is still there.
+        let record = std::fs::read_to_string(environment.state_folder().join("jail")).unwrap_or_default();
+        if let Some(init) = record.split_whitespace().nth(1)
+            && let Ok(root) = std::fs::metadata(format!("/proc/{init}/root/"))
+        {
+            opened = true;
+            assert_eq!(root.ino(), image_root, "the jail's root is another folder");
+        }
+        environment.touch("complete");
+        let code = environment.end();
+        assert!(environment.signal("exiting").exists());
+        let log = environment.log_text();
+        assert!(code == 0 || log.contains("the image root"), "{log}");
+        assert_eq!(witnesses.each_ref().map(Witness::saw), [const { Vec::<String>::new() }; 2]);
+    });
+    opened
+}
+
+#[test]
+fn an_image_root_that_is_swapped_for_a_link_is_never_left() {
+    let rounds = vec![(); rounds(40)];
+    let opened = AtomicUsize::new(0);
+    let failed = run_each(
+        &rounds,
+        2,
+        |()| "a race".to_owned(),
+        |()| {
+            opened.fetch_add(usize::from(open_in_a_race()), Ordering::Relaxed);
+        },
+    );
+    let opened = opened.into_inner();
+    println!("{opened} jails of {} made", rounds.len());
+    assert!(failed.is_empty(), "{} of {}", failed.len(), rounds.len());
+    assert!(opened >= rounds.len() / 20, "too few jails came to be for the race to mean anything");
+}
