@@ -110,7 +110,7 @@ impl Thing {
         let path = volume.image_root.join(place);
         std::fs::create_dir_all(&path).unwrap();
         if self == Unreadable {
-            return std::fs::set_permissions(&path, Permissions::from_mode(0)).unwrap();
+            return std::fs::set_permissions(&path, Permissions::from_mode(0o000)).unwrap();
         }
         std::fs::remove_dir_all(&path).unwrap();
         let up = Path::new(place).components().map(|_| "..").collect::<PathBuf>();
@@ -460,13 +460,13 @@ fn live(case: &Case, tier: &Tier) -> Usual {
                 _ => assert!(text(&transfer.stdout).contains("etc"), "{transfer:?}"),
             }
             drop(master);
-            assert_eq!(new_mounts(&mounts_shaped), [PathBuf::new(); 0], "mounted outside the jail");
+            assert_eq!(new_mounts(&mounts_shaped), Vec::<PathBuf>::new(), "mounted outside the jail");
             assert_eq!(environment.complete(), 0);
             assert!(environment.signal("exiting").exists());
         }
     }
     let time = began.elapsed();
-    assert_eq!(new_mounts(&mounts_before), [PathBuf::new(); 0], "mounted at the end");
+    assert_eq!(new_mounts(&mounts_before), Vec::<PathBuf>::new(), "mounted at the end");
     let mut changed = differences(&host_before, &digest(&host(&environment)));
     if nothing_below {
         changed.extend(differences(&image_before, &image(&environment)));
@@ -543,7 +543,7 @@ fn enter(case: &Case, tier: &Tier) -> Vec<PathBuf> {
         }
         _ => assert!(output.status.success(), "{output:?}"),
     }
-    assert_eq!(new_mounts(&mounts_before), [PathBuf::new(); 0]);
+    assert_eq!(new_mounts(&mounts_before), Vec::<PathBuf>::new());
     let after = [&host(&volume), &volume.image_root].map(|root| digest(root));
     let changed: Vec<_> = before.iter().zip(&after).flat_map(|(before, after)| differences(before, after)).collect();
     assert!(changed.is_empty(), "{changed:#?}");

@@ -181,7 +181,7 @@ fn mount_points_that_are_swapped_for_links_get_no_mount_outside() {
     });
     println!("{made} jails made, {refused} refused, during {} swaps", state.swapped.load(Ordering::Relaxed));
     assert_eq!(witness.saw(), [""; 0]);
-    assert_eq!(new_mounts(&mounts_before), [PathBuf::new(); 0]);
+    assert_eq!(new_mounts(&mounts_before), Vec::<PathBuf>::new());
     let after = [digest(&host(&volume)), digest(&volume.image_root)];
     let mut changed: Vec<_> = before.iter().zip(&after).flat_map(|(a, b)| differences(a, b)).collect();
     // The racer's own times.
