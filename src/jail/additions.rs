@@ -123,6 +123,12 @@ impl<'a> Made<'a> {
             match result {
                 Err(e) if matches!(addition.kind, Kind::Device(..)) && e.kind() == io::ErrorKind::PermissionDenied => {
                     made.without_devices = true;
+                    // A program that discards its output would make the file; one that needs the name, such as sftp-server, does not start.
+                    if addition.path == Path::new("dev/null") {
+                        image_root
+                            .make_mount_point(&addition.path, false)
+                            .attempt(|| "make the file /dev/null in the image")?;
+                    }
                 }
                 other => other
                     .attempt(|| format!("make /{} in the image", addition.path.display()))

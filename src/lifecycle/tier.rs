@@ -120,7 +120,7 @@ fn log(choice: Choice, shown: &Trial, forced: bool, dkms: bool, refused: &[(Tier
         lacks.push("/proc is the container's, so that its processes can be seen");
     }
     if shown.without_devices {
-        lacks.push("device nodes (CAP_MKNOD): `>/dev/null` makes a file, which is removed at the end");
+        lacks.push("device nodes (CAP_MKNOD), so that /dev/null is a file, which is removed at the end");
     }
     let tier = choice.tier.name();
     let mut parts = vec![format!("the jail's tier is {tier}{}", if forced { ", as IMS_JAIL_TIER says" } else { "" })];

@@ -36,7 +36,7 @@ pub fn run(jail: &Path, request: &Request) -> Result<Infallible> {
     let image_root = Tree::open(Path::new("/")).attempt(|| "open the image root")?;
     let account = Account::root_of(&image_root);
     let transfer = matches!(request, Request::Sftp(_));
-    if transfer && let Err(error) = check_what_sftp_server_reads(&image_root) {
+    if transfer && let Err(error) = check_what_sftp_server_opens(&image_root) {
         told.end(&WaitStatus::Exited(nix::unistd::getpid(), 255), Some(&error.to_string()));
         return Err(error);
     }
@@ -175,12 +175,20 @@ fn sftp_programs(folder: &Path, options: &[OsString]) -> Vec<Program> {
 const READ_BY_SFTP_SERVER: [&str; 5] =
     ["etc/ld.so.preload", "etc/nsswitch.conf", "etc/passwd", "etc/group", "etc/localtime"];
 
-/// They would wait for ever for somebody to write to a fifo, and the client with them.
-fn check_what_sftp_server_reads(image_root: &Tree) -> Result<()> {
+/// They would wait for ever for somebody to write to a fifo, and the client with them. And of what sftp-server says before it ends, sshd
+/// passes nothing on.
+fn check_what_sftp_server_opens(image_root: &Tree) -> Result<()> {
+    let attempted = || "start sftp-server in this image";
+    let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::NOCTTY;
+    image_root.open_at("dev/null", flags, Mode::empty()).attempt(|| "open its /dev/null").map_err(|e| {
+        Error::new(attempted())
+            .because(e)
+            .advise("only an empty /dev of the image is furnished where nothing can be mounted")
+    })?;
     for name in READ_BY_SFTP_SERVER {
         let found = image_root.open_at(name, OFlags::PATH, Mode::empty()).and_then(|fd| Ok(rustix::fs::fstat(fd)?));
         if found.is_ok_and(|found| kind_of(&found) == "a fifo") {
-            return Err(Error::new("start sftp-server in this image").because(format!("/{name} is a fifo")));
+            return Err(Error::new(attempted()).because(format!("/{name} is a fifo")));
         }
     }
     Ok(())

@@ -184,7 +184,12 @@ fn odd_places() -> Vec<Case> {
                 ("tmp", AbsoluteLink | LinkUp) => Works,
                 _ => Refused("cannot remove /tmp/complete of the image".into()),
             };
-            let unmounted = if matches!(place, "etc" | "tmp") { mounted.clone() } else { Works };
+            let unmounted = match (place, thing) {
+                ("dev" | "dev/pts", Nothing) | ("dev", Unreadable) => Works,
+                ("dev" | "dev/pts", _) => NoTransfer("cannot open its /dev/null"),
+                ("etc" | "tmp", _) => mounted.clone(),
+                _ => Works,
+            };
             cases.push(Case {
                 name: format!("{thing:?} at /{place}"),
                 shape: Box::new(shape),
