@@ -174,10 +174,11 @@ mod tests {
             (prop::sample::select(vec!['f', 'E']), path.boxed()),
             (prop::sample::select(vec!['b', 'C', 'c', 'g', 'h', 'k', 'o', 'p', 'u']), "[ -~\t\n\u{e9}]{1,12}".boxed()),
         ];
-        let with = prop::option::of((argument, any::<bool>()).prop_map(|((l, a), attached)| (l, a, attached)));
-        ("[46eq]{0,3}", with)
-            .prop_filter("at least one letter", |(flags, with)| !flags.is_empty() || with.is_some())
-            .prop_map(|(flags, with)| Group { flags, with })
+        let with = (argument, any::<bool>()).prop_map(|((letter, argument), attached)| (letter, argument, attached));
+        prop_oneof![
+            "[46eq]{1,3}".prop_map(|flags| Group { flags, with: None }),
+            ("[46eq]{0,3}", with).prop_map(|(flags, with)| Group { flags, with: Some(with) }),
+        ]
     }
 
     /// One word in one of the ways of quoting.
