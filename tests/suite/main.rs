@@ -6,6 +6,7 @@
 #![allow(clippy::pedantic)]
 
 mod close;
+mod escape;
 mod faults;
 mod files;
 mod hostile;
