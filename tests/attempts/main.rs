@@ -5,6 +5,7 @@
 //! attempts list             all attempts: name, where it works, source
 //! attempts NAME             one attempt, with those variables
 //! attempts all              all attempts, a line each
+//! attempts type TEXT        pushes TEXT into the terminal that is standard input, for whoever reads from it next
 //! ```
 //!
 //! Exit code 0: out, with evidence on standard output. 1: held, and by what. 3: this kernel has no such thing. Anything else: the
@@ -46,6 +47,7 @@ fn main() -> ExitCode {
         ["decoys", folder] => decoys::stay(Path::new(folder)).expect("decoys can be made"),
         ["victim", _] => decoys::victim().expect("a victim can sit at its terminal"),
         ["with-session-key", rest @ ..] => decoys::with_session_key(rest).expect("the program can be started"),
+        ["type", text] => return terminals::type_text(text),
         [name] => return one(name),
         _ => panic!("usage: attempts list | all | decoys FOLDER | NAME"),
     }

@@ -31,3 +31,14 @@ pub fn steal() -> Outcome {
     sys::push_input(&terminal, b'#').step("push a character into it")?;
     Ok("took another's terminal away and typed there".into())
 }
+
+/// `attempts type TEXT`: that and Enter, for whoever reads next from this process's own terminal.
+pub fn type_text(text: &str) -> std::process::ExitCode {
+    match text.bytes().chain([b'\n']).try_for_each(|byte| sys::push_input(std::io::stdin(), byte)) {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(why) => {
+            println!("held: {why}");
+            std::process::ExitCode::FAILURE
+        }
+    }
+}

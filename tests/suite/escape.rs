@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
 use crate::support::*;
+use crate::terminal::{Terminal, own_shell};
 
 /// Tiers that a session must not be able to leave.
 const TIERS: [&str; 1] = ["namespace"];
@@ -194,4 +195,35 @@ fn what_is_not_defended_is_said() {
     for (attempt, sentence) in NOT_DEFENDED {
         assert!(said.contains(sentence), "{attempt}");
     }
+}
+
+/// CVE-2016-2568, CVE-2017-5226: a program pushes a line into its own terminal (TIOCSTI); the shell that it was started from is the
+/// next to read.
+#[test]
+fn what_a_session_types_no_shell_outside_reads() {
+    let volume = Volume::new(Image::Busybox);
+    prepare(&volume.image_root);
+    let marker = |name: &str| volume.dir.path().join(name);
+    let types = |name: &str| format!("/attempts type 'touch {}'", marker(name).display());
+
+    let mut terminal = own_shell();
+    terminal.line(&format!("chroot {} {}", volume.image_root.display(), types("chroot")));
+    wait_until("the shell to read what was typed in a chroot", || marker("chroot").exists());
+    terminal.line("exit");
+    terminal.end();
+
+    let mut terminal = own_shell();
+    terminal.line(&format!("{IMS_SSHD} enter {} -- {}", volume.image_root.display(), types("enter")));
+    // Whatever the shell read before this line, it has carried out before the answer comes.
+    terminal.line("true");
+    assert_eq!(terminal.ask("echo over"), "over");
+    assert!(!marker("enter").exists(), "the shell read what was typed in the jail");
+    terminal.line("exit");
+    terminal.end();
+
+    let mut environment = volume.start(Mode::Jailed).ready();
+    let marker = environment.dir.path().join("session");
+    Terminal::running(&environment, &format!("/attempts type 'touch {}'", marker.display())).end();
+    assert_eq!(environment.complete(), 0);
+    assert!(!marker.exists(), "somebody outside read what was typed in a session");
 }
