@@ -85,6 +85,12 @@ fn every_capability(others: CloneFlags) -> Result<(), Held> {
     Ok(())
 }
 
+/// The same by the calls of 32-bit programs.
+pub fn nested_by_32_bits() -> Outcome {
+    sys::unshare_by_32_bits(libc::CLONE_NEWUSER | libc::CLONE_NEWNS).step("unshare the user namespace")?;
+    Ok("has a user namespace of its own".into())
+}
+
 /// There: taking away what is covered up.
 pub fn nested_uncover() -> Outcome {
     every_capability(CloneFlags::empty())?;

@@ -312,3 +312,28 @@ pub fn read_key(name: &CStr, ring: i32) -> io::Result<Vec<u8>> {
     text.truncate(checked(length)?.unsigned_abs() as usize);
     Ok(text)
 }
+
+/// unshare(2) by the calls of 32-bit programs, which every program may use where the kernel has them.
+pub fn unshare_by_32_bits(flags: c_int) -> io::Result<()> {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let mut result: i32 = 310;
+        // SAFETY: this call takes a number, in ebx, which the compiler keeps for itself: it is put back.
+        unsafe {
+            std::arch::asm!(
+                "xchg {flags:r}, rbx",
+                "int 0x80",
+                "xchg {flags:r}, rbx",
+                flags = inout(reg) i64::from(flags) => _,
+                inout("eax") result,
+                out("r8") _, out("r9") _, out("r10") _, out("r11") _,
+            );
+        }
+        if result < 0 { Err(io::Error::from_raw_os_error(-result)) } else { Ok(()) }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        let _ = flags;
+        Err(io::Error::from_raw_os_error(libc::ENOSYS))
+    }
+}

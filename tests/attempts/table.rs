@@ -114,6 +114,12 @@ pub const ATTEMPTS: &[Attempt] = &[
     ),
     attempt("nested-sys", Machine, namespaces::nested_sys, "user_namespaces(7), network_namespaces(7)"),
     attempt("nested-cgroup", Machine, namespaces::nested_cgroup, "cgroup_namespaces(7); CVE-2022-0492"),
+    attempt(
+        "nested-by-32-bits",
+        MachineIfBuilt,
+        namespaces::nested_by_32_bits,
+        "seccomp(2), caveats: several architectures",
+    ),
     attempt("socket", Machine, sockets::path, "unix(7)"),
     attempt("abstract-socket", Machine, sockets::abstract_name, "unix(7); CVE-2020-15257 (containerd-shim)"),
     attempt("supervisor", Machine, sockets::supervisor, "unix(7)"),
