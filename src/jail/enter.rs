@@ -10,9 +10,10 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::thread::CapabilitySet;
 
 use crate::error::{Advise, Attempt, Result};
-use crate::jail::capabilities;
 use crate::jail::record::Record;
 use crate::jail::tier::Tier;
+use crate::jail::{capabilities, refused_calls};
+use crate::sys::calls;
 use crate::sys::mounts::change_root;
 use crate::sys::process::{Fork, Handle, close_on_exec_from, end_like, exit_now, fork};
 use crate::sys::signals::{Signals, stop_own_group};
@@ -56,25 +57,29 @@ const PASSED_ON: [Signal; 8] = [
 
 /// Runs `inside` in a child, in the jail that was [`join`]ed; it ends in exec, or returns the exit code for that it could not.
 /// This process ends as the child does, with its exit code or dying of the same signal, after `ended` has been told how.
-pub fn run(dkms: bool, ended: impl FnOnce(&WaitStatus), inside: impl FnOnce() -> u8) -> Result<Infallible> {
+pub fn run(record: &Record, ended: impl FnOnce(&WaitStatus), inside: impl FnOnce() -> u8) -> Result<Infallible> {
     let mut held = PASSED_ON.to_vec();
     held.extend([Signal::SIGCHLD, Signal::SIGCONT]);
     let signals = Signals::hold(&held).attempt(|| "hold back signals")?;
     let mut terminal = Terminal::of_this_process();
     match fork().attempt(|| "start a process in the jail")? {
-        Fork::Child => exit_now(start(dkms, &signals, &terminal, inside)),
+        Fork::Child => exit_now(start(record, &signals, &terminal, inside)),
         // At once: the client waits for this end, and freeing memory first would only copy pages shared with the child.
         Fork::Parent(child) => exit_now(attend(child, &signals, &mut terminal, ended)),
     }
 }
 
-fn start(dkms: bool, signals: &Signals, terminal: &Terminal, inside: impl FnOnce() -> u8) -> u8 {
+fn start(record: &Record, signals: &Signals, terminal: &Terminal, inside: impl FnOnce() -> u8) -> u8 {
     let ready = || -> Result<()> {
         // Its own process group: `kill 0` inside reaches what is inside and not the process in front, whose group, seen from
         // here, would be 0, which fish and others do not cope with. Not its own session: sshd's hang-up would miss it.
         setpgid(Pid::from_raw(0), Pid::from_raw(0)).attempt(|| "make a process group in the jail")?;
         terminal.show_in_front(getpid());
-        if !dkms {
+        if !record.dkms {
+            // First, since it takes CAP_SYS_ADMIN; which the chroot tier lacks, and holds nobody anyway.
+            if record.tier != Tier::Chroot {
+                calls::filter(&refused_calls::program()).attempt(|| "give up system calls")?;
+            }
             capabilities::keep_jail_set().attempt(|| "give up capabilities")?;
         }
         signals.restore_for_exec().attempt(|| "restore signals")?;

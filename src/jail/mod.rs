@@ -8,5 +8,6 @@ pub mod init;
 pub mod link;
 pub mod mount_table;
 pub mod record;
+pub mod refused_calls;
 pub mod resolv_conf;
 pub mod tier;

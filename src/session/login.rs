@@ -58,7 +58,7 @@ pub fn run(jail: &Path, request: &Request) -> Result<Infallible> {
             );
         }
     };
-    enter::run(record.dkms, ended, || {
+    enter::run(record, ended, || {
         become_root(&account);
         if let Some(folder) = &beside {
             // Outside the root, where no path leads: its loader and libraries are found there, and then it goes where it is told.

@@ -14,6 +14,7 @@ const MAKEFILE: &str = include_str!("../../Makefile");
 const SETTINGS: &str = include_str!("../../src/lifecycle/settings.rs");
 const LOG: &str = include_str!("../../src/lifecycle/log.rs");
 const CAPABILITIES: &str = include_str!("../../src/jail/capabilities.rs");
+const REFUSED_CALLS: &str = include_str!("../../src/jail/refused_calls.rs");
 const EFFECTIVE: &str = include_str!("../../src/sshd/effective.rs");
 
 #[test]
@@ -129,6 +130,15 @@ fn security_md_has_the_capabilities_and_the_checks_of_the_source() {
         .map(|(capability, who)| format!("| `CAP_{capability}` | {who} |"))
         .collect();
     assert_eq!(rows.len(), SECURITY.matches("| `CAP_").count());
+    let (_, calls) = REFUSED_CALLS.split_once("const RULES").unwrap();
+    let calls: Vec<_> = calls.split_once("\n];").unwrap().0.split('"').skip(1).step_by(2).collect();
+    assert_eq!(
+        calls.len(),
+        2 * (SECURITY.matches("| `ENOSYS` |").count() + SECURITY.matches("| `EPERM` for ").count())
+    );
+    for call in calls.chunks(2) {
+        rows.extend([format!("| `{}` |", call[0]), format!("| {} |", call[1])]);
+    }
     let (_, checks) = EFFECTIVE.split_once("let wanted = [").unwrap();
     let checks = checks.lines().map(str::trim).skip(1).take_while(|line| *line != "];");
     rows.extend(checks.map(|line| format!("| `{}` |", line.split('"').nth(1).unwrap())));
