@@ -37,14 +37,14 @@ fn all_attempts() -> Vec<Attempt> {
 }
 
 /// What lies outside: a file, a process at a terminal, sockets, memory, a queue, a key.
-struct Decoys {
+pub struct Decoys {
     program: Child,
     variables: Vec<(String, String)>,
-    secret: String,
+    pub secret: String,
 }
 
 impl Decoys {
-    fn lay_out(volume: &Volume, name: &str) -> Self {
+    pub fn lay_out(volume: &Volume, name: &str) -> Self {
         let folder = volume.dir.path().join(name);
         std::fs::create_dir(&folder).unwrap();
         let mut program = Command::new(attempts())
@@ -63,7 +63,7 @@ impl Decoys {
         Self { program, variables, secret }
     }
 
-    fn value(&self, name: &str) -> &str {
+    pub fn value(&self, name: &str) -> &str {
         &self.variables.iter().find(|(known, _)| known == name).unwrap().1
     }
 
@@ -75,7 +75,7 @@ impl Decoys {
     }
 
     /// Nobody has done anything to them.
-    fn assert_unharmed(&self) {
+    pub fn assert_unharmed(&self) {
         assert_eq!(std::fs::read_to_string(self.value("OUTSIDE_FILE")).unwrap(), self.secret);
         let line = std::fs::read_to_string(format!("/proc/{}/cmdline", self.value("OUTSIDE_PROCESS"))).unwrap();
         assert!(line.contains("victim"), "the process outside has ended");

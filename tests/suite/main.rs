@@ -7,6 +7,7 @@
 
 mod close;
 mod escape;
+mod escape_clients;
 mod faults;
 mod files;
 mod hostile;
