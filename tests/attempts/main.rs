@@ -5,6 +5,7 @@
 //! attempts list             all attempts: name, where it works, source
 //! attempts NAME             one attempt, with those variables
 //! attempts all              all attempts, a line each
+//! attempts ambush            looks into those who enter the jail meanwhile
 //! attempts type TEXT        pushes TEXT into the terminal that is standard input, for whoever reads from it next
 //! ```
 //!
@@ -13,6 +14,7 @@
 
 #![allow(clippy::pedantic)]
 
+mod ambush;
 mod child;
 mod decoys;
 mod devices;
@@ -32,6 +34,7 @@ mod terminals;
 use std::path::Path;
 use std::process::{Command, ExitCode};
 
+use outcome::Outcome;
 use table::ATTEMPTS;
 
 const OUT: u8 = 0;
@@ -48,6 +51,7 @@ fn main() -> ExitCode {
         ["victim", _] => decoys::victim().expect("a victim can sit at its terminal"),
         ["with-session-key", rest @ ..] => decoys::with_session_key(rest).expect("the program can be started"),
         ["type", text] => return terminals::type_text(text),
+        ["ambush"] => return report(ambush::ambush()),
         [name] => return one(name),
         _ => panic!("usage: attempts list | all | decoys FOLDER | NAME"),
     }
@@ -62,7 +66,11 @@ fn list() {
 
 fn one(name: &str) -> ExitCode {
     let attempt = ATTEMPTS.iter().find(|a| a.name == name).unwrap_or_else(|| panic!("there is no attempt {name}"));
-    match (attempt.run)() {
+    report((attempt.run)())
+}
+
+fn report(outcome: Outcome) -> ExitCode {
+    match outcome {
         Ok(evidence) => {
             println!("{evidence}");
             ExitCode::from(OUT)

@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use crate::escape::Decoys;
 use crate::support::*;
@@ -47,7 +47,22 @@ const ATTEMPTS: &[Attempt] = &[
     ("scp -O", "scp(1)", |c| c.scp_reads(&["-O"])),
 ];
 
+/// `ssh -N` with forwarding, killed in the end: ssh may miss a SIGTERM that comes just before it waits again.
+struct Forwarding(Child);
+
+impl Drop for Forwarding {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 impl Client {
+    fn forwarding(&self, options: &[&str]) -> Forwarding {
+        let options = [&["-N", "-o", "ExitOnForwardFailure=yes"], options].concat();
+        Forwarding(self.environment.ssh(&options).stderr(Stdio::null()).spawn().unwrap())
+    }
+
     /// An environment whose sshd allows all that it can allow, and whose root has files that sshd runs.
     fn of(mode: Mode) -> Self {
         let volume = Volume::new(Image::Busybox);
@@ -133,8 +148,8 @@ impl Client {
     fn reaches_socket(&self) -> bool {
         let socket = self.path("local");
         let forward = format!("{}:{}", socket.display(), self.decoys.value("OUTSIDE_SOCKET"));
-        let _ssh = Ended(self.environment.ssh(&["-N", "-L", &forward]).spawn().unwrap());
-        wait_until("ssh to listen", || socket.exists());
+        let _ssh = self.forwarding(&["-L", &forward]);
+        wait_until("ssh to listen", || UnixStream::connect(&socket).is_ok());
         let mut said = String::new();
         let heard = UnixStream::connect(&socket).unwrap().read_to_string(&mut said);
         heard.is_ok() && said == self.decoys.secret
@@ -143,9 +158,8 @@ impl Client {
     fn makes_socket(&self) -> bool {
         let socket = self.path("remote");
         let forward = format!("{}:{}", socket.display(), self.decoys.value("OUTSIDE_SOCKET"));
-        let options = ["-N", "-o", "ExitOnForwardFailure=yes", "-R", &forward];
-        let mut ssh = Ended(self.environment.ssh(&options).stderr(Stdio::null()).spawn().unwrap());
-        wait_until("the socket, or that it is refused", || socket.exists() || ssh.try_wait().unwrap().is_some());
+        let mut ssh = self.forwarding(&["-R", &forward]);
+        wait_until("the socket, or that it is refused", || socket.exists() || ssh.0.try_wait().unwrap().is_some());
         socket.exists()
     }
 
@@ -221,8 +235,7 @@ fn a_proxy_reaches_the_network_which_is_the_containers_and_no_socket() {
     for mode in MODES {
         let client = Client::of(mode);
         let proxy = free_port();
-        let _ssh =
-            Ended(client.environment.ssh(&["-N", "-D", &proxy.to_string()]).stderr(Stdio::null()).spawn().unwrap());
+        let _ssh = client.forwarding(&["-D", &proxy.to_string()]);
         wait_until("ssh to listen", || TcpStream::connect(("127.0.0.1", proxy)).is_ok());
 
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
