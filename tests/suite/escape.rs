@@ -12,7 +12,7 @@ use crate::support::*;
 use crate::terminal::{Terminal, own_shell};
 
 /// Tiers that a session must not be able to leave.
-const TIERS: [&str; 1] = ["namespace"];
+const TIERS: [&str; 2] = ["namespace", "user"];
 
 /// What is not defended, and where SECURITY.md says so.
 const NOT_DEFENDED: [(&str, &str); 1] = [("abstract-socket", "**The network** is the container's")];
@@ -228,32 +228,34 @@ fn what_a_session_types_no_shell_outside_reads() {
 
 #[test]
 fn a_helper_cannot_be_looked_into_on_its_way_into_the_jail() {
-    let volume = Volume::new(Image::Busybox);
-    prepare(&volume.image_root);
-    let weak = Volume::new(Image::Busybox);
-    prepare(&weak.image_root);
-    let environment = volume.start(Mode::Jailed).ready();
-    let master = environment.master();
-    let while_sessions_come = |mut ambush: Command| {
-        let mut ambush = Ended(ambush.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap());
-        while ambush.try_wait().unwrap().is_none() {
-            succeed(master.ssh().arg("true"));
-        }
-        let said = std::io::read_to_string(ambush.stdout.take().unwrap()).unwrap();
-        (ambush.wait().unwrap().code(), said)
-    };
+    for tier in TIERS {
+        let volume = Volume::new(Image::Busybox);
+        prepare(&volume.image_root);
+        let weak = Volume::new(Image::Busybox);
+        prepare(&weak.image_root);
+        let environment = volume.start_with(Mode::Jailed, &[("IMS_JAIL_TIER", tier)]).ready();
+        let master = environment.master();
+        let while_sessions_come = |mut ambush: Command| {
+            let mut ambush = Ended(ambush.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap());
+            while ambush.try_wait().unwrap().is_none() {
+                succeed(master.ssh().arg("true"));
+            }
+            let said = std::io::read_to_string(ambush.stdout.take().unwrap()).unwrap();
+            (ambush.wait().unwrap().code(), said)
+        };
 
-    let mut chroot = Command::new("unshare");
-    chroot.args(["--mount", "--propagation", "private", "sh", "-c"]);
-    chroot.arg("mkdir -p $1/proc; mount --rbind /proc $1/proc; exec chroot $1 /attempts ambush").arg("sh");
-    chroot.arg(&weak.image_root);
-    let (code, said) = while_sessions_come(chroot);
-    assert_eq!(code, Some(0), "in a chroot with the machine's processes it must get one: {said}");
+        let mut chroot = Command::new("unshare");
+        chroot.args(["--mount", "--propagation", "private", "sh", "-c"]);
+        chroot.arg("mkdir -p $1/proc; mount --rbind /proc $1/proc; exec chroot $1 /attempts ambush").arg("sh");
+        chroot.arg(&weak.image_root);
+        let (code, said) = while_sessions_come(chroot);
+        assert_eq!(code, Some(0), "in a chroot with the machine's processes it must get one: {said}");
 
-    let mut jailed = master.ssh();
-    jailed.arg("/attempts ambush");
-    let (code, said) = while_sessions_come(jailed);
-    assert_eq!(code, Some(1), "{said}");
+        let mut jailed = master.ssh();
+        jailed.arg("/attempts ambush");
+        let (code, said) = while_sessions_come(jailed);
+        assert_eq!(code, Some(1), "{tier}: {said}");
+    }
 }
 
 /// The network is the container's, and so are its abstract sockets: none of them is ours. What we listen at is a path.
