@@ -29,6 +29,7 @@ impl Groundwork {
     /// Makes host keys where they are missing (an RSA key takes its time), finds sshd's parts, and finds out which jail can be had.
     pub fn lay(settings: &Settings, state: &StateFolder) -> Result<Self> {
         crate::sshd::program()?;
+        crate::sshd::check_rights()?;
         let sftp = if settings.jailed { sftp_server::files()? } else { Vec::new() };
         make_host_keys()?;
         // sshd does not start without it, and in a container nobody else makes it.

@@ -6,14 +6,29 @@ pub mod effective;
 pub mod options;
 pub mod sftp_server;
 
+use rustix::thread::CapabilitySet;
+
+use crate::error::{Advise, Attempt, Error, Result};
+
 /// Where distributions install sshd, which wants to be started by an absolute path.
 const SSHD_PLACES: [&str; 3] = ["/usr/sbin/sshd", "/usr/local/sbin/sshd", "/sbin/sshd"];
 
 /// The server's program.
-pub fn program() -> crate::error::Result<&'static str> {
+pub fn program() -> Result<&'static str> {
     SSHD_PLACES.into_iter().find(|p| std::path::Path::new(p).exists()).ok_or_else(|| {
-        crate::error::Error::new("find sshd")
+        Error::new("find sshd")
             .because(format!("it is at none of {}", SSHD_PLACES.join(", ")))
             .advise("install the distribution's OpenSSH server")
     })
+}
+
+/// Refuses a container in which sshd would listen and let nobody in: before it asks for a key it becomes its own unprivileged user.
+pub fn check_rights() -> Result<()> {
+    let attempted = || "let anybody log in";
+    let held = rustix::thread::capabilities(None).attempt(attempted)?.effective;
+    if held.contains(CapabilitySet::SETUID | CapabilitySet::SETGID) {
+        return Ok(());
+    }
+    Err(Error::new(attempted()).because("sshd may not become another user"))
+        .advise("the container needs CAP_SETUID and CAP_SETGID")
 }

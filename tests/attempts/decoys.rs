@@ -32,7 +32,8 @@ pub fn stay(folder: &Path) -> std::io::Result<()> {
     let queue = CString::new(format!("/decoy-{number}")).expect("a name");
     sys::make_queue(&queue, secret.as_bytes())?;
     let key = CString::new(format!("decoy-{number}")).expect("a name");
-    let user_key = sys::add_key(&key, secret.as_bytes(), sys::USER_KEYRING)?;
+    // Not in a container whose seccomp profile refuses it.
+    let user_key = sys::add_key(&key, secret.as_bytes(), sys::USER_KEYRING);
 
     let terminal = nix::pty::openpty(None, None)?;
     let path = std::fs::read_link(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&terminal.slave)))?;
@@ -51,7 +52,7 @@ pub fn stay(folder: &Path) -> std::io::Result<()> {
 
     for (name, value) in [
         ("FILE", file.display().to_string()),
-        ("HANDLE", Handle::of(open)?.to_string()),
+        ("HANDLE", handle(open)),
         ("SOCKET", socket.display().to_string()),
         ("ABSTRACT_SOCKET", abstract_name),
         ("SHARED_MEMORY", number.to_string()),
@@ -60,11 +61,8 @@ pub fn stay(folder: &Path) -> std::io::Result<()> {
         ("TERMINAL", path.display().to_string()),
         ("PROCESS", process.to_string()),
         // Kernels before 6.14 and 6.18 know no handles on these.
-        ("PROCESS_HANDLE", Handle::of(handle_on_process).map_or_else(|_| "0".into(), |h| h.to_string())),
-        (
-            "NAMESPACE_HANDLE",
-            Handle::of(File::open("/proc/self/ns/mnt")?).map_or_else(|_| "0".into(), |h| h.to_string()),
-        ),
+        ("PROCESS_HANDLE", handle(handle_on_process)),
+        ("NAMESPACE_HANDLE", handle(File::open("/proc/self/ns/mnt")?)),
     ] {
         println!("OUTSIDE_{name}={value}");
     }
@@ -75,8 +73,15 @@ pub fn stay(folder: &Path) -> std::io::Result<()> {
     victim.wait()?;
     memory.remove();
     sys::remove_queue(&queue);
-    sys::remove_key(user_key, sys::USER_KEYRING);
+    if let Ok(user_key) = user_key {
+        sys::remove_key(user_key, sys::USER_KEYRING);
+    }
     Ok(())
+}
+
+/// A handle, or one that is on nothing, where the file system or the container's seccomp profile gives none.
+fn handle(fd: impl std::os::fd::AsFd) -> String {
+    Handle::of(fd).map_or_else(|_| "0".into(), |handle| handle.to_string())
 }
 
 fn random() -> std::io::Result<String> {
@@ -99,8 +104,8 @@ fn speak(listener: UnixListener, secret: &str) {
 pub fn victim() -> std::io::Result<()> {
     rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
     nix::unistd::setsid()?;
-    // Something else to enter than what everybody is in.
-    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWUTS)?;
+    // Something else to enter than what everybody is in, where that can be had.
+    let _ = nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWUTS);
     rustix::process::ioctl_tiocsctty(std::io::stdin())?;
     println!();
     loop {

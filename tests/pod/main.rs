@@ -2,6 +2,7 @@
 //!
 //! Every test runs a container or a pod of its own, which is gone with it.
 
+mod containers;
 mod image;
 mod manifests;
 mod podman;

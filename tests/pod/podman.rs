@@ -72,7 +72,7 @@ pub fn in_container(image: &str, script: &str) -> String {
 }
 
 /// Below those that the kernel gives to clients, which might have one before the pod's sshd has.
-fn free_port() -> u16 {
+pub fn free_port() -> u16 {
     static NEXT: AtomicUsize = AtomicUsize::new(0);
     let begin = 20_000 + (std::process::id() as usize * 17) % 10_000;
     (0..1000)
@@ -234,18 +234,7 @@ impl Pod {
     }
 
     pub fn ssh_options(&self) -> Vec<String> {
-        let mut options: Vec<String> = ["-F", "none", "-i"].map(Into::into).into();
-        options.push(self.key.display().to_string());
-        for option in [
-            "StrictHostKeyChecking=no",
-            "UserKnownHostsFile=/dev/null",
-            "LogLevel=ERROR",
-            "BatchMode=yes",
-            "ConnectTimeout=10",
-        ] {
-            options.extend(["-o".to_owned(), option.to_owned()]);
-        }
-        options
+        ssh_options(&self.key)
     }
 
     /// `ssh`; the command is to be added.
@@ -267,6 +256,22 @@ impl Pod {
         assert_eq!(self.end("sidecar"), 0);
         assert!(self.volume.join("exiting").exists());
     }
+}
+
+/// For a client that knows nobody.
+pub fn ssh_options(key: &Path) -> Vec<String> {
+    let mut options: Vec<String> = ["-F", "none", "-i"].map(Into::into).into();
+    options.push(key.display().to_string());
+    for option in [
+        "StrictHostKeyChecking=no",
+        "UserKnownHostsFile=/dev/null",
+        "LogLevel=ERROR",
+        "BatchMode=yes",
+        "ConnectTimeout=10",
+    ] {
+        options.extend(["-o".to_owned(), option.to_owned()]);
+    }
+    options
 }
 
 impl Drop for Pod {
