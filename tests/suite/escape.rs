@@ -156,6 +156,7 @@ fn every_attempt_gets_out_where_it_can_and_none_out_of_the_jail() {
         let log = std::fs::File::create(volume.log()).unwrap();
         let entrypoint = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().unwrap();
         let mut environment = Environment { entrypoint, volume, status: None }.ready();
+        assert!(environment.log_text().contains(&format!("tier=\"{tier}\"")), "{}", environment.log_text());
         let master = environment.master();
 
         let mut wrong = Vec::new();
