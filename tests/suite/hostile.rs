@@ -465,13 +465,13 @@ fn live(case: &Case, tier: &Tier) -> Usual {
                 _ => assert!(text(&transfer.stdout).contains("etc"), "{transfer:?}"),
             }
             drop(master);
-            assert_eq!(new_mounts(&mounts_shaped), Vec::<PathBuf>::new(), "mounted outside the jail");
+            assert_eq!(new_mounts(&mounts_shaped), [], "mounted outside the jail");
             assert_eq!(environment.complete(), 0);
             assert!(environment.signal("exiting").exists());
         }
     }
     let time = began.elapsed();
-    assert_eq!(new_mounts(&mounts_before), Vec::<PathBuf>::new(), "mounted at the end");
+    assert_eq!(new_mounts(&mounts_before), [], "mounted at the end");
     let mut changed = differences(&host_before, &digest(&host(&environment)));
     if nothing_below {
         changed.extend(differences(&image_before, &image(&environment)));
@@ -548,7 +548,7 @@ fn enter(case: &Case, tier: &Tier) -> Vec<PathBuf> {
         }
         _ => assert!(output.status.success(), "{output:?}"),
     }
-    assert_eq!(new_mounts(&mounts_before), Vec::<PathBuf>::new());
+    assert_eq!(new_mounts(&mounts_before), []);
     let after = [&host(&volume), &volume.image_root].map(|root| digest(root));
     let changed: Vec<_> = before.iter().zip(&after).flat_map(|(before, after)| differences(before, after)).collect();
     assert!(changed.is_empty(), "{changed:#?}");

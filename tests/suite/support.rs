@@ -396,11 +396,13 @@ pub fn differences(before: &Digest, after: &Digest) -> Vec<String> {
         .collect()
 }
 
-/// Where this thread, and what it starts, sees something mounted that was not there `before`. What vanishes is no matter: mounts go with
-/// the folder they are on, whoever removes that.
-pub fn new_mounts(before: &[PathBuf]) -> Vec<PathBuf> {
-    let mut now = mount_points(&std::fs::read("/proc/thread-self/mountinfo").unwrap());
-    now.retain(|mount| !before.contains(mount));
+/// What this thread, and what it starts, sees mounted that was not there `before`, as numbers and places. What vanishes is no matter:
+/// mounts go with the folder that they are on, whoever removes that, as they go along where it is moved.
+pub fn new_mounts(before: &[(u32, PathBuf)]) -> Vec<(u32, PathBuf)> {
+    let mountinfo = std::fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
+    let numbers = mountinfo.lines().map(|line| line.split(' ').next().unwrap().parse().unwrap());
+    let mut now: Vec<(u32, PathBuf)> = numbers.zip(mount_points(mountinfo.as_bytes())).collect();
+    now.retain(|(number, _)| !before.iter().any(|(known, _)| known == number));
     now
 }
 
