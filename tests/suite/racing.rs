@@ -7,6 +7,7 @@ use std::process::{Command, Output};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::Scope;
 
+use ims_sshd::jail::record::Record;
 use ims_sshd::sys::mounts::mount_points;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use rustix::fs::{CWD, RenameFlags};
@@ -245,9 +246,8 @@ fn open_in_a_race() -> bool {
             environment.status.is_some() || environment.signal("sshd_listening").exists()
         });
         // It may be closing by now, as it looks whether the image root is still there.
-        let record = std::fs::read_to_string(environment.state_folder().join("jail")).unwrap_or_default();
-        if let Some(init) = record.split_whitespace().nth(1)
-            && let Ok(root) = std::fs::metadata(format!("/proc/{init}/root/"))
+        if let Ok(record) = Record::read(&environment.state_folder().join("jail"))
+            && let Ok(root) = std::fs::metadata(format!("/proc/{}/root/", record.init.pid))
         {
             opened = true;
             assert_eq!(root.ino(), image_root, "the jail's root is another folder");
