@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::Scope;
 
 use ims_sshd::jail::record::Record;
+use ims_sshd::jail::tier::Tier;
 use ims_sshd::sys::mounts::mount_points;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use rustix::fs::{CWD, RenameFlags};
@@ -122,8 +123,10 @@ fn rounds(share: usize) -> usize {
 /// What is mounted inside, which can be seen as soon as /proc is in its place again.
 const LOOK: &str = "until cat /proc/self/mountinfo; do true; done";
 
-fn enter(volume: &Volume, command: &str) -> Output {
-    Command::new(IMS_SSHD).arg("enter").arg(&volume.image_root).args(["--", "sh", "-c", command]).output().unwrap()
+fn enter(volume: &Volume, tier: Tier, command: &str) -> Output {
+    let mut enter = Command::new(IMS_SSHD);
+    enter.arg("enter").arg(&volume.image_root).args(["--", "sh", "-c", command]).env("IMS_JAIL_TIER", tier.name());
+    enter.output().unwrap()
 }
 
 #[test]
@@ -149,6 +152,12 @@ fn a_mount_by_path_goes_astray_in_this_race() {
 
 #[test]
 fn mount_points_that_are_swapped_for_links_get_no_mount_outside() {
+    for (tier, share) in [(Tier::Namespace, 80), (Tier::User, 40)] {
+        make_jails_in_a_race(tier, rounds(share));
+    }
+}
+
+fn make_jails_in_a_race(tier: Tier, wanted: usize) {
     let (volume, swaps) = image();
     let mounts = |output: &Output| {
         let mut found = mount_points(&output.stdout);
@@ -156,15 +165,15 @@ fn mount_points_that_are_swapped_for_links_get_no_mount_outside() {
         found.retain(|mount| mount.file_stem() != Some("resolv".as_ref()));
         found
     };
-    let usual = mounts(&enter(&volume, LOOK)).len();
+    let usual = mounts(&enter(&volume, tier, LOOK)).len();
     let before = [digest(&host(&volume)), digest(&volume.image_root)];
     let (witness, mounts_before) = (Witness::of(&host(&volume)), new_mounts(&[]));
-    let (state, wanted) = (State::default(), rounds(120));
+    let state = State::default();
     let (mut made, mut refused) = (0, 0);
     std::thread::scope(|scope| {
         let _racer = Racer::start(scope, &state, swaps);
         while made < wanted {
-            let output = enter(&volume, LOOK);
+            let output = enter(&volume, tier, LOOK);
             let said = text(&output.stderr);
             match output.status.code() {
                 Some(0) => {
@@ -180,7 +189,11 @@ fn mount_points_that_are_swapped_for_links_get_no_mount_outside() {
             }
         }
     });
-    println!("{made} jails made, {refused} refused, during {} swaps", state.swapped.load(Ordering::Relaxed));
+    println!(
+        "{}: {made} jails made, {refused} refused, during {} swaps",
+        tier.name(),
+        state.swapped.load(Ordering::Relaxed)
+    );
     assert_eq!(witness.saw(), [""; 0]);
     assert_eq!(new_mounts(&mounts_before), []);
     let after = [digest(&host(&volume)), digest(&volume.image_root)];
@@ -207,7 +220,7 @@ fn an_image_root_that_is_swapped_for_another_folder_is_never_half_of_a_jail() {
     std::thread::scope(|scope| {
         let _racer = Racer::start(scope, &state, vec![(volume.image_root.clone(), other)]);
         for _ in 0..rounds {
-            let output = enter(&volume, "cat /etc/resolv.conf");
+            let output = enter(&volume, Tier::Namespace, "cat /etc/resolv.conf");
             if output.status.success() {
                 made += 1;
                 assert_eq!(text(&output.stdout), container, "one image root was prepared, and another one entered");
