@@ -10,6 +10,7 @@ use crate::support::*;
 const README: &str = include_str!("../../README.md");
 const SECURITY: &str = include_str!("../../SECURITY.md");
 const PAST_CVES: &str = include_str!("../../docs/PAST_CVES.md");
+const ATTEMPTS: &str = include_str!("../attempts/table.rs");
 const MAKEFILE: &str = include_str!("../../Makefile");
 const SETTINGS: &str = include_str!("../../src/lifecycle/settings.rs");
 const LOG: &str = include_str!("../../src/lifecycle/log.rs");
@@ -167,7 +168,8 @@ fn every_test_and_every_file_that_the_page_of_past_cves_names_exists() {
         for name in codes(test) {
             let named =
                 |rest: &str| rest.split_once("fn ").is_some_and(|(_, rest)| rest.starts_with(&format!("{name}(")));
-            assert!(text.split("#[test]").skip(1).any(named), "{cve}: there is no test '{name}'");
+            let attempted = || ATTEMPTS.contains(&format!("\"{name}\","));
+            assert!(text.split("#[test]").skip(1).any(named) || attempted(), "{cve}: there is no test '{name}'");
         }
         assert!(test.contains('`') || test.starts_with('-'), "{cve}: {test}");
     }
