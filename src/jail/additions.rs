@@ -85,7 +85,7 @@ pub fn devices(image_root: &Tree) -> Result<Vec<Addition>> {
     let attempted = || "look at /dev of the image";
     let folder = match image_root.look("dev").attempt(attempted)?.as_ref().map(kind_of) {
         None => Some(Addition { path: "dev".into(), kind: Kind::Folder }),
-        Some("a folder") if image_root.folder("dev").and_then(|dev| dev.is_empty()).attempt(attempted)? => None,
+        Some("a folder") if image_root.folder("dev").and_then(|dev| dev.names()).attempt(attempted)?.is_empty() => None,
         Some(_) => return Ok(Vec::new()),
     };
     let node = |(name, major, minor)| Addition { path: Path::new("dev").join(name), kind: Kind::Device(major, minor) };

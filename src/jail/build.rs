@@ -9,7 +9,9 @@ use rustix::fs::{FileType, Mode};
 use rustix::mount::MountAttrFlags;
 
 use crate::error::{Advise, Attempt, Error, Result};
-use crate::jail::mount_table::{DEV_LINKS, Missing, Mount, Proc, ROOT_ATTRIBUTES, SFTP_FOLDER, Source, mount_table};
+use crate::jail::mount_table::{
+    DEV_LINKS, KERNEL_FILE_ATTRIBUTES, Missing, Mount, Proc, ROOT_ATTRIBUTES, SFTP_FOLDER, Source, mount_table,
+};
 use crate::jail::resolv_conf::RESOLV_CONF;
 use crate::jail::tier::Tier;
 use crate::sys::mounts::{self, Detached};
@@ -56,8 +58,10 @@ pub fn build(plan: &Plan) -> Result<()> {
     let mut jail = Jail { root, mounted: HashMap::new() };
     for mount in mount_table(plan.dkms, plan.proc) {
         carry_out(&mut jail, &mount).map_err(|e| e.attempted_on(&mount))?;
-        if mount.target == "dev" && !plan.dkms {
-            furnish_dev(&jail)?;
+        match mount.target {
+            "dev" if !plan.dkms => furnish_dev(&jail)?,
+            "proc" if !plan.dkms => protect_kernel_files(&jail)?,
+            _ => {}
         }
     }
     if let Some(file) = &plan.resolv_conf {
@@ -97,7 +101,6 @@ impl Failure {
         let what = match mount.source {
             Source::New(kind, _) => format!("a new {kind}"),
             Source::Container(path) => format!("the container's {path}"),
-            Source::Itself => "a restricted view of itself".into(),
             Source::Masked => "nothing (a mask)".into(),
         };
         Error::new(format!("mount {what} on /{} of the jail", mount.target)).because(self.0)
@@ -130,7 +133,6 @@ fn carry_out(jail: &mut Jail, mount: &Mount) -> std::result::Result<(), Failure>
     let source = match mount.source {
         Source::New(kind, options) => Detached::filesystem(kind, options, mount.attributes)?,
         Source::Container(path) => restricted(Detached::copy_of(path, true)?, mount.attributes, true)?,
-        Source::Itself => restricted(Detached::copy_of_fd(&target, true)?, mount.attributes, true)?,
         Source::Masked if is_folder => {
             Detached::filesystem("tmpfs", &[("size", "4k"), ("mode", "0555")], mount.attributes)?
         }
@@ -164,6 +166,28 @@ fn furnish_dev(jail: &Jail) -> Result<()> {
         let attempted = || format!("link /dev/{name} in the jail");
         let dev = jail.mounted.get("dev").ok_or("it is not mounted").attempt(attempted)?;
         rustix::fs::symlinkat(*target, dev, *name).attempt(attempted)?;
+    }
+    Ok(())
+}
+
+/// Makes all in /proc that is no process read-only, by a mount of each on itself.
+fn protect_kernel_files(jail: &Jail) -> Result<()> {
+    let attempted = || "make what is no process in /proc of the jail read-only";
+    let (proc, _) = jail.locate("proc/self").attempt(attempted)?;
+    let protect = |name: &str| -> io::Result<()> {
+        let file = proc.handle(name)?;
+        let kind = FileType::from_raw_mode(rustix::fs::fstat(&file)?.st_mode);
+        // Links have no mode; what is something else is masked by the container.
+        if matches!(kind, FileType::RegularFile | FileType::Directory) {
+            restricted(Detached::copy_of_fd(&file, true)?, KERNEL_FILE_ATTRIBUTES, true)?.attach(file)?;
+        }
+        Ok(())
+    };
+    for name in proc.names().attempt(attempted)? {
+        let name = name.to_string_lossy();
+        if !name.bytes().all(|b| b.is_ascii_digit()) {
+            protect(&name).attempt(|| format!("make /proc/{name} of the jail read-only"))?;
+        }
     }
     Ok(())
 }

@@ -9,8 +9,6 @@ pub enum Source {
     New(&'static str, &'static [(&'static str, &'static str)]),
     /// What the container has at this path, with all that is mounted below it.
     Container(&'static str),
-    /// The same place of the jail once more, to restrict it.
-    Itself,
     /// Nothing to see: an empty folder or, on a file, /dev/null.
     Masked,
 }
@@ -45,6 +43,9 @@ const NOEXEC: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NOEXEC;
 const RDONLY: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_RDONLY;
 const NOTHING: MountAttrFlags = MountAttrFlags::empty();
 
+/// Restrictions of what stands in /proc beside the processes: one file for all the machine, whose mode root could change for everybody.
+pub const KERNEL_FILE_ATTRIBUTES: MountAttrFlags = RDONLY.union(NOSUID).union(NODEV).union(NOEXEC);
+
 /// Restrictions of the image root itself: a device node that stands in the image opens nothing.
 pub const ROOT_ATTRIBUTES: MountAttrFlags = NODEV;
 
@@ -55,10 +56,6 @@ const fn mount(target: &'static str, source: Source, attributes: MountAttrFlags,
 /// Read-only, which keeps nobody from reading and writing the device, but does from changing the mode of the container's node.
 const fn device(node: &'static str) -> Mount {
     mount(node.split_at(1).1, Source::Container(node), RDONLY.union(NOSUID).union(NOEXEC), Missing::Made)
-}
-
-const fn read_only(target: &'static str) -> Mount {
-    mount(target, Source::Itself, RDONLY.union(NOSUID).union(NODEV).union(NOEXEC), Missing::Skipped)
 }
 
 const fn masked(target: &'static str) -> Mount {
@@ -73,7 +70,8 @@ const PROC: Mount = mount("proc", Source::New("proc", &[]), NOSUID.union(NODEV).
 ///
 /// /dev is a tmpfs in which nothing that a session makes is a device (nodev); the six nodes below it are mounts of their own, of the
 /// container's nodes, since a user namespace can make none.
-/// /proc and /sys are restricted as OCI runtimes do (runtime-spec, "Linux masked and read-only paths").
+/// /proc and /sys are masked as OCI runtimes do (runtime-spec, "Linux masked and read-only paths"); of /proc, all that is no process is
+/// read-only ([`KERNEL_FILE_ATTRIBUTES`]).
 pub const JAILED: &[Mount] = &[
     mount(
         "dev",
@@ -92,11 +90,6 @@ pub const JAILED: &[Mount] = &[
     mount("dev/shm", Source::New("tmpfs", &[("mode", "1777")]), NOSUID.union(NODEV), Missing::Made),
     mount("dev/mqueue", Source::New("mqueue", &[]), NOSUID.union(NODEV).union(NOEXEC), Missing::Made),
     PROC,
-    read_only("proc/bus"),
-    read_only("proc/fs"),
-    read_only("proc/irq"),
-    read_only("proc/sys"),
-    read_only("proc/sysrq-trigger"),
     masked("proc/acpi"),
     masked("proc/asound"),
     masked("proc/interrupts"),

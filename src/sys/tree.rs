@@ -3,7 +3,7 @@
 //! Every look-up is one `openat2` with `RESOLVE_IN_ROOT`, so that a link in the tree, absolute or with `..`, never
 //! leads out of it (CVE-2021-30465, CVE-2026-41579, CVE-2026-47766 are launchers that used a path).
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -224,14 +224,11 @@ impl Tree {
         parent.keeping_times(|| parent.remove(&name)).map(|_| true)
     }
 
-    /// Whether the folder holds nothing.
-    pub fn is_empty(&self) -> io::Result<bool> {
-        for entry in rustix::fs::Dir::read_from(self.reopen()?)? {
-            if !matches!(entry?.file_name().to_bytes(), b"." | b"..") {
-                return Ok(false);
-            }
-        }
-        Ok(true)
+    /// What the folder holds, by name.
+    pub fn names(&self) -> io::Result<Vec<OsString>> {
+        let entries = rustix::fs::Dir::read_from(self.reopen()?)?;
+        let names = entries.map(|entry| Ok(OsStr::from_bytes(entry?.file_name().to_bytes()).to_owned()));
+        names.filter(|name| !name.as_ref().is_ok_and(|name| name == "." || name == "..")).collect()
     }
 
     /// Writes all that the tree's file system still holds in memory to its disk (`syncfs`).

@@ -112,6 +112,16 @@ pub fn any_in_proc() -> Outcome {
     })
 }
 
+/// The mode of a file in /proc, which is that of every procfs of the machine; to the one that it has.
+pub fn mode_in_proc() -> Outcome {
+    let files = ["version", "meminfo", "stat", "cpuinfo"].map(|name| Path::new("/proc").join(name));
+    any(files, |path| {
+        let permissions = std::fs::metadata(&path).step(format!("look at {}", path.display()))?.permissions();
+        std::fs::set_permissions(&path, permissions).step(format!("change the mode of {}", path.display()))?;
+        Ok(format!("changed the mode of {}", path.display()))
+    })
+}
+
 /// Any setting in /sys.
 pub fn any_in_sys() -> Outcome {
     any_below(Path::new("/sys"), &|_| false)

@@ -72,6 +72,7 @@ pub const ATTEMPTS: &[Attempt] = &[
     attempt("binfmt-register", Chroot, kernel_files::binfmt_register, "Linux: binfmt-misc.rst"),
     attempt("release-agent", ChrootIfBuilt, kernel_files::release_agent, "cgroups(7); CVE-2022-0492"),
     attempt("cgroup", Chroot, kernel_files::cgroup, "cgroups(7)"),
+    attempt("mode-in-proc", Chroot, kernel_files::mode_in_proc, "fs/proc/generic.c: one inode's mode for all"),
     attempt("any-in-proc", Chroot, kernel_files::any_in_proc, "runtime-spec, read-only paths"),
     attempt("any-in-sys", Chroot, kernel_files::any_in_sys, "runtime-spec, masked paths; sysfs(5)"),
     attempt("kernel-memory", ChrootIfBuilt, kernel_files::kernel_memory, "proc_kcore(5)"),

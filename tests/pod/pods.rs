@@ -86,8 +86,6 @@ fn a_plain_session_changes_the_image_from_beside_it() {
     let plain = |sshd: &mut serde_json::Value| {
         let variables = sshd["env"].as_array_mut().unwrap();
         variables.iter_mut().find(|v| v["name"] == "SSH_JAIL").unwrap()["value"] = "False".into();
-        // It needs no more than a runtime gives by itself.
-        sshd["securityContext"].as_object_mut().unwrap().remove("capabilities").unwrap();
     };
     let pod = Pod::open("ims-sshd-customize", "busybox.sqsh", plain).listening();
     assert!(pod.probe("readinessProbe"));
