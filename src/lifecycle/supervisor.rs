@@ -12,8 +12,10 @@ use nix::unistd::Pid;
 use rustix::event::{PollFd, PollFlags, Timespec};
 
 use crate::error::{Attempt, Error, Result};
+use crate::jail::binfmt::Registration;
 use crate::jail::link::Message;
 use crate::lifecycle::environment::{self, Groundwork};
+use crate::lifecycle::foreign;
 use crate::lifecycle::machine::{Action, Event, Machine, State};
 use crate::lifecycle::open_jail::OpenJail;
 use crate::lifecycle::presence::Presence;
@@ -59,6 +61,7 @@ pub fn run(settings: Settings, files: Option<SignalFiles>, listening: impl FnOnc
         groundwork: None,
         files,
         image_root: None,
+        interpreter: None,
         effective: None,
         jail: None,
         daemon: None,
@@ -106,6 +109,8 @@ struct Supervisor<F> {
     groundwork: Option<Groundwork>,
     files: Option<SignalFiles>,
     image_root: Option<Tree>,
+    /// What an image of another architecture runs by, if it is ours.
+    interpreter: Option<Registration>,
     effective: Option<Effective>,
     jail: Option<OpenJail>,
     daemon: Option<Daemon>,
@@ -403,6 +408,14 @@ impl<F: FnOnce()> Supervisor<F> {
         if self.settings.jailed && !recovered {
             environment::remove_old_marks(image_root)?;
         }
+        self.interpreter = match foreign::prepare(image_root, self.settings.architecture, files.parent()) {
+            // Beside the image root, people may have come for its files alone.
+            Err(e) if !self.settings.jailed => {
+                tracing::warn!("{e}");
+                None
+            }
+            other => other?,
+        };
         self.effective = Some(environment::configure_sshd(&self.settings, &self.state)?);
         self.presence = Some(Presence::listen(self.state.path())?);
         if self.settings.jailed {
@@ -496,6 +509,7 @@ impl<F: FnOnce()> Supervisor<F> {
         if let Some(presence) = self.presence.take() {
             presence.close();
         }
+        self.interpreter = None;
         note(self.state.remove());
         let Some(files) = &self.files else { return cleanly };
         let image_root = self.image_root.as_ref().filter(|_| self.settings.jailed);

@@ -10,6 +10,7 @@ use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
 
 use crate::error::{Attempt, Result};
+use crate::lifecycle::foreign;
 use crate::lifecycle::open_jail::{self, OpenJail, Wanted};
 use crate::lifecycle::processes;
 use crate::lifecycle::state::StateFolder;
@@ -42,7 +43,8 @@ pub fn run(image_root: &Path, command: &[OsString]) -> Result<u8> {
         keep: Vec::new(),
         sftp: &[],
     };
-    let jail = OpenJail::open(&wanted, &state).inspect_err(|_| {
+    let prepared = foreign::prepare(&tree, None, &notes).and_then(|i| Ok((i, OpenJail::open(&wanted, &state)?)));
+    let (interpreter, jail) = prepared.inspect_err(|_| {
         let _ = state.remove();
         // Stays if it holds the note of a mount point that could not be removed.
         let _ = std::fs::remove_dir(run.path());
@@ -53,6 +55,7 @@ pub fn run(image_root: &Path, command: &[OsString]) -> Result<u8> {
 
     jail.end();
     let all_ended = processes::end_all(None, None);
+    drop(interpreter);
     jail.clear(&tree, &notes, &state)?;
     state.remove()?;
     local::remove_folder(run.path())?;
