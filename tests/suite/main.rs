@@ -6,8 +6,10 @@
 #![allow(clippy::pedantic)]
 
 mod close;
+mod distributions;
 mod faults;
 mod files;
+mod foreign;
 mod image_untouched;
 mod lifecycle;
 mod local;

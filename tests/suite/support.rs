@@ -35,6 +35,28 @@ pub enum Image {
     Debian,
     /// A static busybox and a passwd file, copied.
     Busybox,
+    /// Debian for aarch64, as an overlay too, as are the following.
+    DebianArm64,
+    /// An image of rpm packages.
+    Rpm,
+    /// Busybox and musl, in the manner of Alpine's.
+    Musl,
+    /// One static program.
+    Distroless,
+}
+
+impl Image {
+    /// The name of its folder, and of its recipe in tests/image-roots.d.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Debian => "debian",
+            Self::Busybox => "busybox",
+            Self::DebianArm64 => "debian-arm64",
+            Self::Rpm => "rpm",
+            Self::Musl => "musl",
+            Self::Distroless => "distroless",
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,21 +91,18 @@ impl Volume {
         let parent = dir.path().join("parent");
         let image_root = parent.join(below);
         std::fs::create_dir_all(&image_root).unwrap();
+        let original = cache().join(image.name());
         match image {
-            Image::Debian => {
+            Image::Busybox => {
+                succeed(Command::new("cp").arg("-aT").arg(original).arg(&image_root));
+            }
+            _ => {
                 let (upper, work) = (dir.path().join("upper"), dir.path().join("work"));
                 std::fs::create_dir(&upper).unwrap();
                 std::fs::create_dir(&work).unwrap();
-                let options = format!(
-                    "lowerdir={},upperdir={},workdir={}",
-                    cache().join("debian").display(),
-                    upper.display(),
-                    work.display()
-                );
+                let options =
+                    format!("lowerdir={},upperdir={},workdir={}", original.display(), upper.display(), work.display());
                 succeed(Command::new("mount").args(["-t", "overlay", "-o", &options, "overlay"]).arg(&image_root));
-            }
-            Image::Busybox => {
-                succeed(Command::new("cp").arg("-aT").arg(cache().join("busybox")).arg(&image_root));
             }
         }
         let key = client_key();
@@ -315,6 +334,14 @@ pub fn succeed(command: &mut Command) -> String {
 
 pub fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// Gives apt in the image what this machine's apt needs to reach its mirrors, such as a proxy.
+pub fn share_apts_settings(environment: &Environment) {
+    let settings = succeed(Command::new("apt-config").arg("dump"));
+    let of_mirrors: String =
+        settings.lines().filter(|line| line.starts_with("Acquire::")).flat_map(|l| [l, "\n"]).collect();
+    std::fs::write(environment.image_root.join("etc/apt/apt.conf.d/99mirrors"), of_mirrors).unwrap();
 }
 
 /// All paths below `folder`, itself included, in order.
