@@ -339,9 +339,9 @@ pub fn free_port() -> u16 {
 /// Gives apt in the image what this machine's apt needs to reach its mirrors, such as a proxy.
 pub fn share_apts_settings(environment: &Environment) {
     let settings = succeed(Command::new("apt-config").arg("dump"));
-    let of_mirrors: String =
-        settings.lines().filter(|line| line.starts_with("Acquire::")).flat_map(|l| [l, "\n"]).collect();
-    std::fs::write(environment.image_root.join("etc/apt/apt.conf.d/99mirrors"), of_mirrors).unwrap();
+    let of_mirrors = |line: &&str| line.starts_with("Acquire::http") || line.starts_with("Acquire::Check-");
+    let kept: String = settings.lines().filter(of_mirrors).flat_map(|line| [line, "\n"]).collect();
+    std::fs::write(environment.image_root.join("etc/apt/apt.conf.d/99mirrors"), kept).unwrap();
 }
 
 /// All paths below `folder`, itself included, in order.
