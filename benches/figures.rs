@@ -151,7 +151,7 @@ fn memory(report: &mut Report) {
     title("Memory while nothing happens");
     let environment = Environment::open(Image::Debian, Mode::Jailed);
     let record = StateFolder::of(&environment.parent).unwrap().jail();
-    let init = Record::read(&record).unwrap().init.cast_unsigned();
+    let init = Record::read(&record).unwrap().init.pid.cast_unsigned();
     let mut client =
         environment.ssh(&[]).arg("echo in; exec sleep 1000").stdout(Stdio::piped()).spawn().expect("start ssh");
     // When this arrives, the program in the jail is another one than the helper that waits for it.

@@ -6,20 +6,28 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use ims_sshd::error::{Attempt, Result};
+use ims_sshd::jail::architecture::Architecture;
 use ims_sshd::jail::build::Plan;
-use ims_sshd::jail::init;
+use ims_sshd::jail::mount_table::Proc;
+use ims_sshd::jail::record::Record;
+use ims_sshd::jail::tier::Tier;
+use ims_sshd::jail::{enter, init};
 use ims_sshd::session::login;
 use ims_sshd::session::request::Request;
 
 const USAGE: &str = "\
 Makes a jail around an image root, or enters it. Started by ims-sshd and by sshd, not by hand.
 
-  ims-jail-shell init --root FOLDER [--dkms] [--resolv-conf FILE] [--sftp NAME=FILE]...
-      make the jail and be its first process; standard input is the socket to the supervisor
+  ims-jail-shell init --tier TIER --root FOLDER [--dkms] [--emulate ARCHITECTURE] [--proc-of-container] [--resolv-conf FILE]
+                      [--sftp NAME=FILE]...
+      make the jail around the working folder, which messages call FOLDER, and be its first process; standard input is the socket to
+      the supervisor
   ims-jail-shell session JAIL
       enter the jail and carry out SSH_ORIGINAL_COMMAND, or start a login shell
   ims-jail-shell enter JAIL [-- PROGRAM [ARGUMENT]...]
       enter the jail and run a program of the image, or a login shell
+  ims-jail-shell try JAIL
+      enter the jail and leave it
 
 JAIL is the file in which ims-sshd wrote down where the jail is.";
 
@@ -28,6 +36,7 @@ enum Command {
     Init(Plan),
     Session(PathBuf),
     Enter(PathBuf, Vec<OsString>),
+    Try(PathBuf),
 }
 
 /// Reads the command line, which is always one of ims-sshd's own. Without a parser made for people: to build one would be a tenth
@@ -41,17 +50,21 @@ fn command(words: &[OsString]) -> Option<Command> {
         ("enter", [jail, dashes, program @ ..]) if dashes == "--" => {
             Some(Command::Enter(jail.into(), program.to_vec()))
         }
+        ("try", [jail]) => Some(Command::Try(jail.into())),
         _ => None,
     }
 }
 
 fn init_plan(words: &[OsString]) -> Option<Plan> {
-    let mut plan = Plan { image_root: PathBuf::new(), dkms: false, resolv_conf: None, sftp: Vec::new() };
+    let mut plan = Plan::default();
     let mut words = words.iter();
     while let Some(option) = words.next() {
         match option.to_str()? {
+            "--tier" => plan.tier = Tier::from_name(words.next()?.to_str()?)?,
             "--root" => plan.image_root = words.next()?.into(),
             "--dkms" => plan.dkms = true,
+            "--emulate" => plan.emulated = Some(Architecture::from_name(words.next()?.to_str()?)?),
+            "--proc-of-container" => plan.proc = Proc::Container,
             "--resolv-conf" => plan.resolv_conf = Some(words.next()?.into()),
             "--sftp" => {
                 let (name, file) = words.next()?.to_str()?.split_once('=')?;
@@ -74,6 +87,7 @@ fn main() -> ExitCode {
         Some(Command::Enter(jail, program)) => {
             login::run(&jail, &Request::Program(program)).map(|never| match never {})
         }
+        Some(Command::Try(jail)) => Record::read(&jail).and_then(|record| enter::join(&record).map(|_| ())),
         None => {
             eprintln!("{USAGE}");
             return ExitCode::from(2);

@@ -40,6 +40,11 @@ impl Architecture {
         }
     }
 
+    /// The one of that name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|architecture| architecture.name() == name)
+    }
+
     /// ELF's number (`e_machine`).
     fn machine(self) -> u8 {
         match self {

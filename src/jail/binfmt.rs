@@ -144,6 +144,11 @@ impl Drop for Registration {
 /// which there is one for each `owner` (letters and digits).
 pub fn provide(architecture: Architecture, owner: &str) -> Result<Interpreter> {
     let attempted = || format!("have programs for {} run on this machine", architecture.name());
+    let interpreter = interpreter(architecture);
+    if !interpreter.exists() && architecture.runs() {
+        // Not looked at: the first look into a user namespace's own table, still empty, takes away the node's.
+        return Ok(Interpreter::Unseen);
+    }
     let table = match Table::open() {
         Ok(table) => table,
         Err(_) if architecture.runs() => return Ok(Interpreter::Unseen),
@@ -163,7 +168,6 @@ pub fn provide(architecture: Architecture, owner: &str) -> Result<Interpreter> {
     if let Some(entry) = serving(&table.entries().attempt(attempted)?, architecture) {
         return Ok(Interpreter::Registered(entry.clone()));
     }
-    let interpreter = interpreter(architecture);
     if !interpreter.exists() {
         return Err(Error::new(attempted()).because(format!("{} does not exist", interpreter.display())))
             .advise("install Debian's qemu-user-static, or take an image of this machine's architecture");

@@ -5,66 +5,92 @@ use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FileType, Mode, OFlags};
+use rustix::fs::{FileType, Mode};
 use rustix::mount::MountAttrFlags;
 
 use crate::error::{Advise, Attempt, Error, Result};
-use crate::jail::mount_points::RESOLV_CONF;
-use crate::jail::mount_table::{DEV_LINKS, Missing, Mount, ROOT_ATTRIBUTES, SFTP_FOLDER, Source, mount_table};
+use crate::jail::architecture::Architecture;
+use crate::jail::mount_table::{DEV_LINKS, Missing, Mount, Proc, ROOT_ATTRIBUTES, SFTP_FOLDER, Source, mount_table};
+use crate::jail::resolv_conf::RESOLV_CONF;
+use crate::jail::tier::Tier;
 use crate::sys::mounts::{self, Detached};
 use crate::sys::tree::{Tree, kind_of};
 
 /// What the jail is made of.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Plan {
-    /// The image root. Its last component must not be a link.
+    /// How strong it is.
+    pub tier: Tier,
+    /// Where its /proc comes from.
+    pub proc: Proc,
+    /// The image root's path, for messages: by the time they are read, another folder may stand there.
     pub image_root: PathBuf,
     /// Whether the job builds kernel modules.
     pub dkms: bool,
+    /// What the image's programs are for, if the jail has to see to it itself that they run.
+    pub emulated: Option<Architecture>,
     /// The file that is mounted on the image's /etc/resolv.conf.
     pub resolv_conf: Option<PathBuf>,
     /// sftp-server with its loader and libraries: (name below [`SFTP_FOLDER`], file of the container).
     pub sftp: Vec<(String, PathBuf)>,
 }
 
-/// Makes the jail and moves this process into it. To be called by the first process of the new namespaces, which must not have
-/// another thread.
+/// Makes the jail around this process's working folder, which is the image root, and moves the process into it. To be called by the
+/// first process of the new namespaces, which must not have another thread.
 pub fn build(plan: &Plan) -> Result<()> {
+    let shown = plan.image_root.display();
+    let place = Tree::open(Path::new(".")).attempt(|| format!("open the image root {shown}"))?;
+    if plan.tier == Tier::Chroot {
+        return mounts::change_root(&place).attempt(|| format!("change the root to {shown}"));
+    }
     // Before anything is mounted: what happens here must not appear in the container, nor the other way round.
-    mounts::make_all_private().attempt(|| "cut the jail's mounts off from the container's").advise(PRIVILEGE)?;
-    // Modes of nodes and folders are as the tables say them.
+    mounts::make_all_private().attempt(|| "cut the jail's mounts off from the container's")?;
+    // Modes of folders are as the tables say them.
     rustix::process::umask(Mode::empty());
 
     // The image root becomes a mount of its own: only a mount can be switched to, and only a mount can be nodev.
-    let shown = plan.image_root.display();
-    let place = Tree::open(&plan.image_root)
-        .attempt(|| format!("open the image root {shown}"))
-        .advise("it has to be a folder, not a link to one")?;
-    let root = Detached::copy_of_fd(&place, false).attempt(|| format!("copy the mount of the image root {shown}"))?;
+    let root = Detached::copy_of_fd(&place, false)
+        .attempt(|| format!("copy the mount of the image root {shown}"))
+        .advise("nothing may be mounted below it")?;
     root.restrict(ROOT_ATTRIBUTES, false).attempt(|| format!("make the image root {shown} nodev"))?;
-    // From here on, the tree is reached through its own mount, never again by the path it was found at.
+    // From here on, the tree is reached through its own mount.
     let root = Tree::from_fd(root.attach(&place).attempt(|| format!("attach the image root {shown}"))?);
 
-    let table = mount_table(plan.dkms);
-    let mut devices = device_nodes(&root, table).attempt(|| "make the device nodes of the jail").advise(PRIVILEGE)?;
-    for mount in table {
-        carry_out(&root, mount, &mut devices).map_err(|e| e.attempted_on(mount))?;
+    let mut jail = Jail { root, mounted: HashMap::new() };
+    for mount in mount_table(plan.dkms, plan.proc) {
+        carry_out(&mut jail, &mount).map_err(|e| e.attempted_on(&mount))?;
         if mount.target == "dev" && !plan.dkms {
-            furnish_dev(&root)?;
+            furnish_dev(&jail)?;
         }
     }
     if let Some(file) = &plan.resolv_conf {
-        cover_resolv_conf(&root, file)?;
+        cover_resolv_conf(&jail.root, file)?;
     }
-    show_sftp_server(&root, &plan.sftp)?;
+    show_sftp_server(&jail, &plan.sftp)?;
 
     // Not chroot: whoever may call chroot again could leave it. The old root is gone from this namespace after this.
-    mounts::switch_root(&root).attempt(|| format!("switch the root to {shown}"))?;
+    mounts::switch_root(&jail.root).attempt(|| format!("switch the root to {shown}"))?;
     rustix::process::umask(Mode::from_raw_mode(0o022));
     Ok(())
 }
 
-const PRIVILEGE: &str = "the container needs CAP_SYS_ADMIN (privileged) for a jail";
+/// The jail while it is made.
+struct Jail {
+    root: Tree,
+    /// What is mounted on the image's own folders so far, by their names.
+    mounted: HashMap<&'static str, Tree>,
+}
+
+impl Jail {
+    /// The tree to find `path` in, and the path there. What lies in a mount of ours is found by way of that mount: whoever renames
+    /// things in the image meanwhile has no say in it, and so cannot keep a part of /proc from being restricted.
+    fn locate<'a>(&self, path: &'a str) -> io::Result<(&Tree, &'a str)> {
+        match path.split_once('/') {
+            Some((mount, rest)) => Ok((self.mounted.get(mount).ok_or(io::ErrorKind::NotFound)?, rest)),
+            None => Ok((&self.root, path)),
+        }
+    }
+}
 
 /// A step of one mount that failed.
 struct Failure(io::Error);
@@ -74,11 +100,10 @@ impl Failure {
         let what = match mount.source {
             Source::New(kind, _) => format!("a new {kind}"),
             Source::Container(path) => format!("the container's {path}"),
-            Source::Device(major, minor) => format!("device {major}:{minor}"),
             Source::Itself => "a restricted view of itself".into(),
             Source::Masked => "nothing (a mask)".into(),
         };
-        Error::new(format!("mount {what} on /{} of the jail", mount.target)).because(self.0).advise(PRIVILEGE)
+        Error::new(format!("mount {what} on /{} of the jail", mount.target)).because(self.0)
     }
 }
 
@@ -88,16 +113,13 @@ impl<E: Into<io::Error>> From<E> for Failure {
     }
 }
 
-fn carry_out(
-    root: &Tree,
-    mount: &Mount,
-    devices: &mut HashMap<&'static str, Detached>,
-) -> std::result::Result<(), Failure> {
-    let target = match root.handle(mount.target) {
+fn carry_out(jail: &mut Jail, mount: &Mount) -> std::result::Result<(), Failure> {
+    let (tree, path) = jail.locate(mount.target)?;
+    let target = match tree.handle(path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound && mount.missing == Missing::Skipped => return Ok(()),
         Err(e) if e.kind() == io::ErrorKind::NotFound && mount.missing == Missing::Made => {
-            root.make_mount_point(mount.target, !matches!(mount.source, Source::Device(..)))?;
-            root.handle(mount.target)?
+            tree.make_mount_point(path, is_folder(&mount.source)?)?;
+            tree.handle(path)?
         }
         other => other?,
     };
@@ -111,17 +133,19 @@ fn carry_out(
     let source = match mount.source {
         Source::New(kind, options) => Detached::filesystem(kind, options, mount.attributes)?,
         Source::Container(path) => restricted(Detached::copy_of(path, true)?, mount.attributes, true)?,
-        Source::Device(..) => {
-            let node = devices.remove(mount.target).ok_or(io::ErrorKind::NotFound)?;
-            restricted(node, mount.attributes, false)?
-        }
         Source::Itself => restricted(Detached::copy_of_fd(&target, true)?, mount.attributes, true)?,
         Source::Masked if is_folder => {
             Detached::filesystem("tmpfs", &[("size", "4k"), ("mode", "0555")], mount.attributes)?
         }
-        Source::Masked => restricted(Detached::copy_of_fd(root.handle("dev/null")?, false)?, mount.attributes, false)?,
+        Source::Masked => {
+            let (dev, null) = jail.locate("dev/null")?;
+            restricted(Detached::copy_of_fd(dev.handle(null)?, false)?, mount.attributes, false)?
+        }
     };
-    source.attach(target)?;
+    let top = Tree::from_fd(source.attach(target)?);
+    if path == mount.target {
+        jail.mounted.insert(mount.target, top);
+    }
     Ok(())
 }
 
@@ -130,31 +154,19 @@ fn restricted(mount: Detached, attributes: MountAttrFlags, recursive: bool) -> i
     Ok(mount)
 }
 
-/// The table's device nodes, each as a mount of one file: nodes of /dev itself open nothing (nodev), and the container's own
-/// nodes are not to be had for a chmod from inside the jail. They are made in a tmpfs that lies on /dev for just that moment.
-fn device_nodes(root: &Tree, table: &[Mount]) -> io::Result<HashMap<&'static str, Detached>> {
-    let nodes =
-        Detached::filesystem("tmpfs", &[("mode", "0700")], MountAttrFlags::empty())?.attach(root.handle("dev")?)?;
-    let mut made = HashMap::new();
-    for mount in table {
-        if let Source::Device(major, minor) = mount.source {
-            let name = format!("{major}:{minor}");
-            let device = rustix::fs::makedev(major, minor);
-            rustix::fs::mknodat(&nodes, &name, FileType::CharacterDevice, Mode::from_raw_mode(0o666), device)?;
-            let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            let node = rustix::fs::openat(&nodes, &name, flags, Mode::empty())?;
-            made.insert(mount.target, Detached::copy_of_fd(node, false)?);
-        }
+/// Whether what is to be mounted is a folder, and not one file.
+fn is_folder(source: &Source) -> io::Result<bool> {
+    match source {
+        Source::Container(path) => Ok(std::fs::metadata(path)?.is_dir()),
+        _ => Ok(true),
     }
-    mounts::detach(nodes)?;
-    Ok(made)
 }
 
-fn furnish_dev(root: &Tree) -> Result<()> {
+fn furnish_dev(jail: &Jail) -> Result<()> {
     for (name, target) in DEV_LINKS {
         let attempted = || format!("link /dev/{name} in the jail");
-        let dev = root.folder("dev").attempt(attempted)?;
-        rustix::fs::symlinkat(*target, &dev, *name).attempt(attempted)?;
+        let dev = jail.mounted.get("dev").ok_or("it is not mounted").attempt(attempted)?;
+        rustix::fs::symlinkat(*target, dev, *name).attempt(attempted)?;
     }
     Ok(())
 }
@@ -172,15 +184,16 @@ fn cover_resolv_conf(root: &Tree, file: &Path) -> Result<()> {
 }
 
 /// Shows the container's sftp-server in the jail, read-only: an image need not have one, nor a libc, nor our architecture.
-fn show_sftp_server(root: &Tree, files: &[(String, PathBuf)]) -> Result<()> {
+fn show_sftp_server(jail: &Jail, files: &[(String, PathBuf)]) -> Result<()> {
     if files.is_empty() {
         return Ok(());
     }
     let attempted = || format!("show sftp-server below /{SFTP_FOLDER} of the jail");
     let read_only =
         MountAttrFlags::MOUNT_ATTR_RDONLY | MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
-    root.make_mount_point(SFTP_FOLDER, true).attempt(attempted)?;
-    let place = root.handle(SFTP_FOLDER).attempt(attempted)?;
+    let (run, name) = jail.locate(SFTP_FOLDER).attempt(attempted)?;
+    run.make_mount_point(name, true).attempt(attempted)?;
+    let place = run.handle(name).attempt(attempted)?;
     let folder = Detached::filesystem("tmpfs", &[("mode", "0755"), ("size", "64k")], MountAttrFlags::empty())
         .and_then(|f| f.attach(place))
         .attempt(attempted)?;

@@ -21,22 +21,25 @@ pub const KEPT: &[(CapabilitySet, &str)] = &[
     (CapabilitySet::SYS_CHROOT, "rpm --root, dracut, scriptlets that use chroot inside the image"),
 ];
 
-/// Leaves this process the kept capabilities only, for good.
+/// Leaves this process, and whatever it starts, the kept capabilities only, for good. Takes CAP_SETPCAP if there are others.
 pub fn keep_jail_set() -> rustix::io::Result<()> {
-    keep_only(KEPT.iter().map(|(capability, _)| *capability).collect())
-}
-
-/// Leaves this process `kept` only, of those it has, for good: bounding, ambient, inheritable, permitted, effective.
-pub fn keep_only(kept: CapabilitySet) -> rustix::io::Result<()> {
+    let kept = KEPT.iter().map(|(capability, _)| *capability).collect();
     // By number and not by name: this kernel may know capabilities that have no name here yet.
     for capability in (0..u64::BITS).map(|number| CapabilitySet::from_bits_retain(1 << number)) {
         match rustix::thread::capability_is_in_bounding_set(capability) {
-            Ok(true) if !kept.contains(capability) => rustix::thread::remove_capability_from_bounding_set(capability)?,
+            Ok(true) if !CapabilitySet::contains(&kept, capability) => {
+                rustix::thread::remove_capability_from_bounding_set(capability)?;
+            }
             Ok(_) => {}
             // The kernel's last one was the one before.
             Err(_) => break,
         }
     }
+    hold_only(kept)
+}
+
+/// Leaves this process `kept` only, of those it has. For one that starts no program, which would have what is in the bounding set.
+pub fn hold_only(kept: CapabilitySet) -> rustix::io::Result<()> {
     rustix::thread::clear_ambient_capability_set()?;
     let left = rustix::thread::capabilities(None)?.permitted & kept;
     let sets = CapabilitySets { effective: left, permitted: left, inheritable: CapabilitySet::empty() };

@@ -9,9 +9,12 @@ use nix::unistd::{Pid, getpgrp, getpid, getsid, setpgid, tcgetpgrp};
 use rustix::event::{PollFd, PollFlags};
 use rustix::thread::CapabilitySet;
 
-use crate::error::{Attempt, Result};
+use crate::error::{Advise, Attempt, Result};
 use crate::jail::record::Record;
-use crate::jail::{NAMESPACES, capabilities};
+use crate::jail::tier::Tier;
+use crate::jail::{capabilities, refused_calls};
+use crate::sys::calls;
+use crate::sys::mounts::change_root;
 use crate::sys::process::{Fork, Handle, close_on_exec_from, end_like, exit_now, fork};
 use crate::sys::signals::{Signals, stop_own_group};
 use crate::sys::terminal::set_foreground;
@@ -22,13 +25,21 @@ pub fn join(record: &Record) -> Result<Handle> {
     // Until exec, the child has this program's memory and descriptors; nobody inside may look into it (CVE-2024-21626).
     nix::sys::prctl::set_dumpable(false).attempt(|| "hide from those inside the jail")?;
     let gone = "it has just ended; if the build environment is not closing, log in again in a moment";
-    let init = Handle::open(record.init(), record.start)
-        .attempt(|| format!("reach the jail's init (process {})", record.init))
-        .map_err(|e| e.advise(gone))?;
-    // One call for all of them, and no path: a jail half entered does not exist.
-    nix::sched::setns(&init.fd, NAMESPACES)
-        .attempt(|| format!("enter the jail of process {}", record.init))
-        .map_err(|e| e.advise("the build environment's root needs CAP_SYS_ADMIN and CAP_SYS_PTRACE"))?;
+    let attempted = || format!("reach the jail's init (process {})", record.init.pid);
+    let init = Handle::open(record.init).attempt(attempted).advise(gone)?;
+    // The descriptors themselves, which the supervisor had from the init, and not the init's files below /proc: for those, since it is
+    // hidden from everybody, one would need CAP_SYS_PTRACE.
+    let doors = record.keeper.open_descriptors(&record.doors);
+    let attempted = || format!("open the jail's doors, which process {} holds", record.keeper.pid);
+    let doors = doors.attempt(attempted).advise("the build environment has just ended")?;
+    // If one of them stays closed, this process ends: nothing is ever started in a jail half entered.
+    for (door, (name, flag)) in doors.iter().zip(record.tier.namespaces()) {
+        let attempted = || format!("enter the jail's {name} namespace");
+        nix::sched::setns(door, *flag).attempt(attempted)?;
+    }
+    if let (Tier::Chroot, [image_root]) = (record.tier, doors.as_slice()) {
+        change_root(image_root).attempt(|| "change the root to the image root")?;
+    }
     Ok(init)
 }
 
@@ -46,25 +57,29 @@ const PASSED_ON: [Signal; 8] = [
 
 /// Runs `inside` in a child, in the jail that was [`join`]ed; it ends in exec, or returns the exit code for that it could not.
 /// This process ends as the child does, with its exit code or dying of the same signal, after `ended` has been told how.
-pub fn run(dkms: bool, ended: impl FnOnce(&WaitStatus), inside: impl FnOnce() -> u8) -> Result<Infallible> {
+pub fn run(record: &Record, ended: impl FnOnce(&WaitStatus), inside: impl FnOnce() -> u8) -> Result<Infallible> {
     let mut held = PASSED_ON.to_vec();
     held.extend([Signal::SIGCHLD, Signal::SIGCONT]);
     let signals = Signals::hold(&held).attempt(|| "hold back signals")?;
     let mut terminal = Terminal::of_this_process();
     match fork().attempt(|| "start a process in the jail")? {
-        Fork::Child => exit_now(start(dkms, &signals, &terminal, inside)),
+        Fork::Child => exit_now(start(record, &signals, &terminal, inside)),
         // At once: the client waits for this end, and freeing memory first would only copy pages shared with the child.
         Fork::Parent(child) => exit_now(attend(child, &signals, &mut terminal, ended)),
     }
 }
 
-fn start(dkms: bool, signals: &Signals, terminal: &Terminal, inside: impl FnOnce() -> u8) -> u8 {
+fn start(record: &Record, signals: &Signals, terminal: &Terminal, inside: impl FnOnce() -> u8) -> u8 {
     let ready = || -> Result<()> {
         // Its own process group: `kill 0` inside reaches what is inside and not the process in front, whose group, seen from
         // here, would be 0, which fish and others do not cope with. Not its own session: sshd's hang-up would miss it.
         setpgid(Pid::from_raw(0), Pid::from_raw(0)).attempt(|| "make a process group in the jail")?;
         terminal.show_in_front(getpid());
-        if !dkms {
+        if !record.dkms {
+            // First, since it takes CAP_SYS_ADMIN; which the chroot tier lacks, and holds nobody anyway.
+            if record.tier != Tier::Chroot {
+                calls::filter(&refused_calls::program()).attempt(|| "give up system calls")?;
+            }
             capabilities::keep_jail_set().attempt(|| "give up capabilities")?;
         }
         signals.restore_for_exec().attempt(|| "restore signals")?;
@@ -82,7 +97,7 @@ fn start(dkms: bool, signals: &Signals, terminal: &Terminal, inside: impl FnOnce
 /// The process in front: passes signals in, and the end out.
 fn attend(child: Pid, signals: &Signals, terminal: &mut Terminal, ended: impl FnOnce(&WaitStatus)) -> u8 {
     // It needs nothing any more but to send signals to a child that may have become another user.
-    let _ = capabilities::keep_only(CapabilitySet::KILL);
+    let _ = capabilities::hold_only(CapabilitySet::KILL);
     loop {
         loop {
             match waitpid(child, Some(WaitPidFlag::WNOHANG | WaitPidFlag::WUNTRACED)) {

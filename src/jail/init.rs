@@ -2,6 +2,8 @@
 //!
 //! When it ends, the kernel ends every process in the jail; when the supervisor dies, it ends.
 
+use std::fs::File;
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
@@ -9,14 +11,17 @@ use nix::errno::Errno;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::{Pid, getpid};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::thread::CapabilitySet;
 
 use crate::error::{Attempt, Result};
-use crate::jail::NAMESPACES;
+use crate::jail::binfmt::{self, Interpreter};
 use crate::jail::build::{Plan, build};
 use crate::jail::capabilities;
 use crate::jail::link::{Link, Message};
+use crate::jail::tier::Tier;
+use crate::sys::packet::Packets;
 use crate::sys::process::{Fork, exit_now, fork};
 use crate::sys::signals::Signals;
 use crate::verdict::Verdict;
@@ -29,16 +34,15 @@ pub fn run(plan: &Plan, supervisor: OwnedFd) -> Result<()> {
     let link = Link::from_fd(supervisor);
     // Before anything of this process can be seen from the jail: nobody inside may look into it (CVE-2024-21626, CVE-2019-5736).
     nix::sys::prctl::set_dumpable(false).attempt(|| "hide the jail's init from those inside")?;
-    let made = nix::sched::unshare(NAMESPACES)
+    let made = make_namespaces(plan.tier)
         .attempt(|| "make the jail's namespaces")
-        .map_err(|e| e.advise("the container needs CAP_SYS_ADMIN (privileged) for a jail"))
         .and_then(|()| fork().attempt(|| "start the jail's init"));
     match made {
         Err(e) => link.send(&Message::Failed(e.to_string())).attempt(|| "tell the supervisor"),
         Ok(Fork::Parent(init)) => link.send(&Message::Started(init.as_raw())).attempt(|| "tell the supervisor"),
         Ok(Fork::Child) => {
             let code = match prepare(plan) {
-                Ok((signals, watch)) => serve(&link, &signals, watch),
+                Ok(inside) => serve(&link, inside),
                 Err(e) => {
                     let _ = link.send(&Message::Failed(e.to_string()));
                     1
@@ -49,34 +53,101 @@ pub fn run(plan: &Plan, supervisor: OwnedFd) -> Result<()> {
     }
 }
 
-fn prepare(plan: &Plan) -> Result<(Signals, Watch)> {
+/// Leaves the container's namespaces. Its first child is then the first process of the new PID namespace.
+fn make_namespaces(tier: Tier) -> io::Result<()> {
+    if tier != Tier::User {
+        return nix::sched::unshare(tier.flags()).map_err(Into::into);
+    }
+    // Only somebody who has stayed outside may write a map of more than one user.
+    let (here, outside) = Packets::pair()?;
+    let this = getpid();
+    match fork()? {
+        Fork::Child => {
+            drop(here);
+            let told = matches!(outside.receive(), Ok(Some(_)));
+            let mapped = if told { map_identity(this) } else { Ok(()) };
+            let code = mapped.map_or_else(|e| e.raw_os_error().unwrap_or(libc::EIO), |()| 0);
+            exit_now(u8::try_from(code).unwrap_or(1))
+        }
+        Fork::Parent(mapper) => {
+            drop(outside);
+            let unshared = nix::sched::unshare(tier.flags());
+            if unshared.is_ok() {
+                here.send(b"unshared")?;
+            }
+            drop(here);
+            let ended = waitpid(mapper, None)?;
+            unshared?;
+            match ended {
+                WaitStatus::Exited(_, 0) => Ok(()),
+                WaitStatus::Exited(_, code) => Err(io::Error::from_raw_os_error(code)),
+                _ => Err(Errno::EIO.into()),
+            }
+        }
+    }
+}
+
+/// Gives the users and groups of the user namespace that `process` has made the numbers that they have here, all that there are here.
+///
+/// The format is user_namespaces(7)'s: lines of the first number inside, the first number outside, how many.
+fn map_identity(process: Pid) -> io::Result<()> {
+    for file in ["uid_map", "gid_map"] {
+        let ours = std::fs::read_to_string(format!("/proc/self/{file}"))?;
+        let lines = ours.lines().map(|line| {
+            let numbers: Vec<&str> = line.split_ascii_whitespace().collect();
+            match numbers.as_slice() {
+                [first, _, count] => format!("{first} {first} {count}"),
+                _ => String::new(),
+            }
+        });
+        let map = lines.collect::<Vec<_>>().join("\n");
+        std::fs::write(format!("/proc/{process}/{file}"), map)?;
+    }
+    Ok(())
+}
+
+/// What the jail's init has to do with.
+struct Inside {
+    signals: Signals,
+    watch: Watch,
+    /// The jail's namespaces, for those who are to enter.
+    namespaces: Vec<OwnedFd>,
+    /// What programs for another architecture run by, as long as this is kept.
+    _interpreter: Option<Interpreter>,
+}
+
+fn prepare(plan: &Plan) -> Result<Inside> {
     let _ = nix::sys::prctl::set_name(c"ims-jail-init");
     let signals = Signals::hold(&[Signal::SIGCHLD]).attempt(|| "hold back SIGCHLD")?;
+    let open = |name: &str| File::open(Path::new("/proc/self/ns").join(name)).map(OwnedFd::from);
+    let namespaces = plan.tier.namespaces().iter().map(|(name, _)| open(name)).collect::<io::Result<_>>();
+    let namespaces = namespaces.attempt(|| "open the jail's namespaces")?;
+    // The log and whatever else came with the start is none of the jail's business.
+    let null = File::options().read(true).write(true).open("/dev/null").attempt(|| "open /dev/null")?;
+    // Before the root is switched: the interpreter is the container's.
+    let interpreter = plan.emulated.map(|architecture| binfmt::provide(architecture, "jail")).transpose()?;
     build(plan)?;
     // It only looks at names from now on, whatever the modes of a user's /tmp.
-    capabilities::keep_only(CapabilitySet::DAC_READ_SEARCH)
+    capabilities::hold_only(CapabilitySet::DAC_READ_SEARCH)
         .attempt(|| "give up the capabilities of the jail's init")?;
     let watch = Watch::start().attempt(|| "watch /tmp of the jail")?;
-    // The log and whatever else came with the start is none of the jail's business.
-    let null = std::fs::OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open("/dev/null")
-        .attempt(|| "open /dev/null of the jail")?;
     rustix::stdio::dup2_stdin(&null)
         .and_then(|()| rustix::stdio::dup2_stdout(&null))
         .and_then(|()| rustix::stdio::dup2_stderr(&null))
         .attempt(|| "let go of the container's streams")?;
-    Ok((signals, watch))
+    Ok(Inside { signals, watch, namespaces, _interpreter: interpreter })
 }
 
 /// How long a mark can stay unseen at the most if no event tells of it, as on a network file system another node writes to.
 const LOOK_EVERY: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 
-fn serve(link: &Link, signals: &Signals, mut watch: Watch) -> u8 {
-    if link.send(&Message::Ready).is_err() {
+fn serve(link: &Link, inside: Inside) -> u8 {
+    let Inside { signals, mut watch, namespaces, _interpreter } = inside;
+    let descriptors: Vec<_> = namespaces.iter().map(AsFd::as_fd).collect();
+    if link.send_with(&Message::Ready, &descriptors).is_err() {
         return 1;
     }
+    drop(namespaces);
     let mut told = Vec::new();
     loop {
         for verdict in Verdict::ALL {
@@ -91,7 +162,7 @@ fn serve(link: &Link, signals: &Signals, mut watch: Watch) -> u8 {
         watch.renew();
         let mut sources = vec![
             PollFd::new(link, PollFlags::RDHUP),
-            PollFd::new(signals, PollFlags::IN),
+            PollFd::new(&signals, PollFlags::IN),
             PollFd::from_borrowed_fd(watch.events.as_fd(), PollFlags::IN),
         ];
         if let Some(mounts) = &watch.mounts {
@@ -123,7 +194,7 @@ fn reap() {
 struct Watch {
     events: Inotify,
     /// The kernel raises a priority event on this when the jail's mounts change.
-    mounts: Option<std::fs::File>,
+    mounts: Option<File>,
     tmp: Option<(WatchDescriptor, (u64, u64))>,
 }
 
@@ -133,7 +204,7 @@ impl Watch {
         let names =
             AddWatchFlags::IN_CREATE | AddWatchFlags::IN_MOVE | AddWatchFlags::IN_DELETE | AddWatchFlags::IN_ONLYDIR;
         events.add_watch("/", names)?;
-        let mut watch = Self { events, mounts: std::fs::File::open("/proc/self/mountinfo").ok(), tmp: None };
+        let mut watch = Self { events, mounts: File::open("/proc/self/mountinfo").ok(), tmp: None };
         watch.renew();
         Ok(watch)
     }

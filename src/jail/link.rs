@@ -11,7 +11,7 @@ use crate::verdict::Verdict;
 pub enum Message {
     /// The init's number in the container; sent by the process that started it.
     Started(i32),
-    /// The jail stands and can be entered.
+    /// The jail stands and can be entered, by the descriptors that come with this: the tier's namespaces.
     Ready,
     /// A user marked the image, from inside.
     Marked(Verdict),
@@ -65,14 +65,20 @@ impl Link {
 
     /// Sends `message`; EPIPE if the other end is gone.
     pub fn send(&self, message: &Message) -> io::Result<()> {
-        self.packets.send(message.to_text().as_bytes())
+        self.send_with(message, &[])
     }
 
-    /// The next message, waiting for it; `None` if the other end is gone.
-    pub fn receive(&self) -> io::Result<Option<Message>> {
-        let Some(packet) = self.packets.receive()? else { return Ok(None) };
+    /// Sends `message` and, with it, a copy of each of `descriptors`.
+    pub fn send_with(&self, message: &Message, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+        self.packets.send_with(message.to_text().as_bytes(), descriptors)
+    }
+
+    /// The next message and the descriptors that came with it, waiting for it; `None` if the other end is gone.
+    pub fn receive(&self) -> io::Result<Option<(Message, Vec<OwnedFd>)>> {
+        let Some((packet, descriptors)) = self.packets.receive_with()? else { return Ok(None) };
         let foreign = || io::Error::other("a message of another version");
-        Message::parse(&String::from_utf8_lossy(&packet)).map(Some).ok_or_else(foreign)
+        let message = Message::parse(&String::from_utf8_lossy(&packet)).ok_or_else(foreign)?;
+        Ok(Some((message, descriptors)))
     }
 }
 
@@ -100,9 +106,11 @@ mod tests {
             a.send(message).unwrap();
         }
         for message in messages {
-            assert_eq!(b.receive().unwrap(), Some(message));
+            assert_eq!(b.receive().unwrap().unwrap().0, message);
         }
+        a.send_with(&Message::Ready, &[a.as_fd(), b.as_fd()]).unwrap();
+        assert_eq!(b.receive().unwrap().unwrap().1.len(), 2);
         drop(a);
-        assert_eq!(b.receive().unwrap(), None);
+        assert!(b.receive().unwrap().is_none());
     }
 }

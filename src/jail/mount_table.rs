@@ -9,8 +9,6 @@ pub enum Source {
     New(&'static str, &'static [(&'static str, &'static str)]),
     /// What the container has at this path, with all that is mounted below it.
     Container(&'static str),
-    /// A device node of our own, by major and minor number.
-    Device(u32, u32),
     /// The same place of the jail once more, to restrict it.
     Itself,
     /// Nothing to see: an empty folder or, on a file, /dev/null.
@@ -54,8 +52,9 @@ const fn mount(target: &'static str, source: Source, attributes: MountAttrFlags,
     Mount { target, source, attributes, missing }
 }
 
-const fn device(target: &'static str, major: u32, minor: u32) -> Mount {
-    mount(target, Source::Device(major, minor), NOSUID.union(NOEXEC), Missing::Made)
+/// Read-only, which keeps nobody from reading and writing the device, but does from changing the mode of the container's node.
+const fn device(node: &'static str) -> Mount {
+    mount(node.split_at(1).1, Source::Container(node), RDONLY.union(NOSUID).union(NOEXEC), Missing::Made)
 }
 
 const fn read_only(target: &'static str) -> Mount {
@@ -72,7 +71,8 @@ const PROC: Mount = mount("proc", Source::New("proc", &[]), NOSUID.union(NODEV).
 
 /// The jail of an ordinary job.
 ///
-/// /dev is a tmpfs in which nothing that a session makes is a device (nodev); the six nodes below it are mounts of their own.
+/// /dev is a tmpfs in which nothing that a session makes is a device (nodev); the six nodes below it are mounts of their own, of the
+/// container's nodes, since a user namespace can make none.
 /// /proc and /sys are restricted as OCI runtimes do (runtime-spec, "Linux masked and read-only paths").
 pub const JAILED: &[Mount] = &[
     mount(
@@ -81,12 +81,12 @@ pub const JAILED: &[Mount] = &[
         NOSUID.union(NODEV).union(NOEXEC),
         Missing::MountPoint,
     ),
-    device("dev/null", 1, 3),
-    device("dev/zero", 1, 5),
-    device("dev/full", 1, 7),
-    device("dev/random", 1, 8),
-    device("dev/urandom", 1, 9),
-    device("dev/tty", 5, 0),
+    device("/dev/null"),
+    device("/dev/zero"),
+    device("/dev/full"),
+    device("/dev/random"),
+    device("/dev/urandom"),
+    device("/dev/tty"),
     // The container's instance, not a new one: `tty` then finds the terminal that sshd opened.
     mount("dev/pts", Source::Container("/dev/pts"), NOSUID.union(NOEXEC), Missing::Made),
     mount("dev/shm", Source::New("tmpfs", &[("mode", "1777")]), NOSUID.union(NODEV), Missing::Made),
@@ -121,9 +121,24 @@ pub const DKMS: &[Mount] = &[
     RUN,
 ];
 
+/// Where the jail's /proc comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Proc {
+    /// A procfs of the jail's own, which shows the jail's processes only.
+    #[default]
+    New,
+    /// The container's, with what is masked there. For a user namespace: the kernel gives it no new one where that would uncover what is
+    /// masked (`mount_too_revealing`).
+    Container,
+}
+
 /// The table for a job.
-pub fn mount_table(dkms: bool) -> &'static [Mount] {
-    if dkms { DKMS } else { JAILED }
+pub fn mount_table(dkms: bool, proc: Proc) -> impl Iterator<Item = Mount> {
+    let table = if dkms { DKMS } else { JAILED };
+    table.iter().map(move |mount| match (mount.source, proc) {
+        (Source::New("proc", _), Proc::Container) => Mount { source: Source::Container("/proc"), ..*mount },
+        _ => *mount,
+    })
 }
 
 /// Links in the jail's own /dev, as (name, target).

@@ -3,7 +3,11 @@
 //! Lines of a name and its value; written by the supervisor below /run, where only the build environment's root writes:
 //!
 //! ```text
+//! tier NAME          how strong the jail is
 //! init PID START     its number, and its start in clock ticks after boot
+//! keeper PID START   the process that holds the descriptors by which the jail is entered
+//! door FD            one of them, by its number there; any number, in this order: the tier's namespaces, or
+//!                    in the chroot tier the image root
 //! dkms BOOL          whether sessions keep the container's capabilities
 //! job ID             the IMS job, for the greeting; may be missing
 //! keep PATTERN       a name (with * and ?) of a variable that sessions keep; any number
@@ -11,17 +15,21 @@
 
 use std::path::Path;
 
-use nix::unistd::Pid;
-
 use crate::error::{Attempt, Error, Result};
+use crate::jail::tier::Tier;
+use crate::sys::process::Identity;
 
 /// What a session needs to know of the jail.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Record {
-    /// The init's number in the container.
-    pub init: i32,
-    /// When it started, as [`crate::sys::process::Entry::start`].
-    pub start: u64,
+    /// How strong the jail is.
+    pub tier: Tier,
+    /// The jail's init, as the container numbers it.
+    pub init: Identity,
+    /// The process that holds the doors.
+    pub keeper: Identity,
+    /// Numbers of the keeper's descriptors.
+    pub doors: Vec<i32>,
     /// Whether sessions keep the container's capabilities.
     pub dkms: bool,
     /// The IMS job.
@@ -31,15 +39,14 @@ pub struct Record {
 }
 
 impl Record {
-    /// The init's number.
-    pub fn init(&self) -> Pid {
-        Pid::from_raw(self.init)
-    }
-
     /// The file's text.
     pub fn to_text(&self) -> String {
         use std::fmt::Write;
-        let mut text = format!("init {} {}\ndkms {}\n", self.init, self.start, self.dkms);
+        let mut text =
+            format!("tier {}\ninit {}\nkeeper {}\ndkms {}\n", self.tier.name(), self.init, self.keeper, self.dkms);
+        for door in &self.doors {
+            let _ = writeln!(text, "door {door}");
+        }
         if let Some(job) = &self.job {
             let _ = writeln!(text, "job {job}");
         }
@@ -51,22 +58,24 @@ impl Record {
 
     /// Reads the file's text; `None` if it is not one.
     pub fn parse(text: &str) -> Option<Self> {
-        let mut record = Self::default();
+        let (mut tier, mut init, mut keeper, mut dkms, mut job) = (None, None, None, None, None);
+        let (mut doors, mut keep) = (Vec::new(), Vec::new());
         for line in text.lines() {
             let (name, value) = line.split_once(' ')?;
             match name {
-                "init" => {
-                    let (pid, start) = value.split_once(' ')?;
-                    record.init = pid.parse().ok()?;
-                    record.start = start.parse().ok()?;
-                }
-                "dkms" => record.dkms = value.parse().ok()?,
-                "job" => record.job = Some(value.to_owned()),
-                "keep" => record.keep.push(value.to_owned()),
+                "tier" => tier = Tier::from_name(value),
+                "init" => init = Identity::parse(value),
+                "keeper" => keeper = Identity::parse(value),
+                "door" => doors.push(value.parse().ok()?),
+                "dkms" => dkms = value.parse().ok(),
+                "job" => job = Some(value.to_owned()),
+                "keep" => keep.push(value.to_owned()),
                 _ => return None,
             }
         }
-        (record.init > 0).then_some(record)
+        let record = Self { tier: tier?, init: init?, keeper: keeper?, doors, dkms: dkms?, job, keep };
+        // With one less, a session would come to stand outside.
+        (record.doors.len() == record.tier.namespaces().len().max(1)).then_some(record)
     }
 
     /// Reads the file at `path`.
@@ -84,10 +93,19 @@ mod tests {
 
     #[test]
     fn a_record_is_read_as_it_was_written() {
-        let record =
-            Record { init: 7, start: 99, dkms: true, job: Some("a b".into()), keep: vec!["LC_*".into(), "X".into()] };
-        assert_eq!(Record::parse(&record.to_text()), Some(record));
+        let record = Record {
+            tier: Tier::User,
+            init: Identity { pid: 7, start: 99 },
+            keeper: Identity { pid: 1, start: 3 },
+            doors: vec![9, 4, 5, 6, 7],
+            dkms: true,
+            job: Some("a b".into()),
+            keep: vec!["LC_*".into(), "X".into()],
+        };
+        let text = record.to_text();
+        assert_eq!(Record::parse(&text), Some(record));
+        assert_eq!(Record::parse(&text.replace("door 9\n", "")), None, "a door is missing");
         assert_eq!(Record::parse(""), None);
-        assert_eq!(Record::parse("init x 1\n"), None);
+        assert_eq!(Record::parse("tier user\ninit x 1\n"), None);
     }
 }

@@ -4,11 +4,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use crate::error::{Advise, Attempt, Error, Result};
+use crate::jail::architecture::Architecture;
 use crate::lifecycle::open_jail::{self, OpenJail, Wanted};
 use crate::lifecycle::processes;
 use crate::lifecycle::settings::Settings;
 use crate::lifecycle::signal_files::{SSHD_LISTENING, SignalFiles};
 use crate::lifecycle::state::StateFolder;
+use crate::lifecycle::tier::{self, Choice};
 use crate::sshd::config;
 use crate::sshd::daemon::Daemon;
 use crate::sshd::effective::{Effective, Question};
@@ -20,17 +22,20 @@ use crate::verdict::Verdict;
 pub struct Groundwork {
     /// sftp-server with all it needs.
     pub sftp: Vec<(String, PathBuf)>,
+    /// What kind of jail is made; nothing in plain mode.
+    pub jail: Option<Choice>,
 }
 
 impl Groundwork {
-    /// Makes host keys where they are missing (an RSA key takes its time), and finds sshd's parts.
-    pub fn lay(settings: &Settings) -> Result<Self> {
+    /// Makes host keys where they are missing (an RSA key takes its time), finds sshd's parts, and finds out which jail can be had.
+    pub fn lay(settings: &Settings, state: &StateFolder) -> Result<Self> {
         crate::sshd::program()?;
         let sftp = if settings.jailed { sftp_server::files()? } else { Vec::new() };
         make_host_keys()?;
         // sshd does not start without it, and in a container nobody else makes it.
         std::fs::create_dir_all("/run/sshd").attempt(|| "make the folder /run/sshd")?;
-        Ok(Self { sftp })
+        let choose = || tier::choose(settings.tier, settings.dkms, state);
+        Ok(Self { sftp, jail: settings.jailed.then(choose).transpose()? })
     }
 }
 
@@ -49,12 +54,17 @@ fn make_host_keys() -> Result<()> {
 pub fn open_image_root(files: &SignalFiles, name: &str) -> Result<Tree> {
     let shown = files.path().join(name);
     let attempted = || format!("open the image root {}", shown.display());
-    let parent = files.parent();
-    match parent.look(name).attempt(attempted)?.as_ref().map(kind_of) {
-        Some("a folder") => parent.folder(name).attempt(attempted),
-        Some(other) => Err(Error::new(attempted()).because(format!("it is {other}"))).advise("it has to be a folder"),
-        None => Err(Error::new(attempted()).because("it does not exist"))
-            .advise("whoever creates 'ready' has to unpack the image there first"),
+    // Looked at by the same descriptor that it is then reached by: what was a folder a moment ago may be a link now.
+    let found = match files.parent().handle(name) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            return Err(Error::new(attempted()).because("it does not exist"))
+                .advise("whoever creates 'ready' has to unpack the image there first");
+        }
+        other => other.attempt(attempted)?,
+    };
+    match kind_of(&rustix::fs::fstat(&found).attempt(attempted)?) {
+        "a folder" => Ok(Tree::from_fd(found)),
+        other => Err(Error::new(attempted()).because(format!("it is {other}"))).advise("it has to be a folder"),
     }
 }
 
@@ -99,7 +109,7 @@ pub fn configure_sshd(settings: &Settings, state: &StateFolder) -> Result<Effect
     let force_command = settings.jailed.then(|| force_command(state)).transpose()?;
     let text = config::fragment(&settings.session_variables, &base, force_command.as_deref());
     config::write(&fragment, &text)?;
-    let before = std::fs::read_to_string(&settings.sshd_config).attempt(|| format!("read {shown}"))?;
+    let before = std::fs::read(&settings.sshd_config).attempt(|| format!("read {shown}"))?;
     let after = config::including(&before, &fragment);
     if after != before {
         config::write(&settings.sshd_config, &after)?;
@@ -119,7 +129,7 @@ pub fn configure_sshd(settings: &Settings, state: &StateFolder) -> Result<Effect
 /// Takes the settings out of sshd's configuration again. Returns whether there were any.
 pub fn unconfigure_sshd(settings: &Settings) -> Result<bool> {
     let shown = settings.sshd_config.display();
-    let before = match std::fs::read_to_string(&settings.sshd_config) {
+    let before = match std::fs::read(&settings.sshd_config) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(false),
         other => other.attempt(|| format!("read {shown}"))?,
     };
@@ -142,19 +152,23 @@ pub fn make_jail(
     settings: &Settings,
     files: &SignalFiles,
     image_root: &Tree,
-    groundwork: &Groundwork,
+    (kind, sftp): (Choice, &[(String, PathBuf)]),
+    emulated: Option<Architecture>,
     effective: &Effective,
     state: &StateFolder,
 ) -> Result<OpenJail> {
     let names = effective.set_env().into_iter().map(|(name, _)| name);
     let wanted = Wanted {
+        tier: kind.tier,
+        proc: kind.proc,
         path: &files.path().join(settings.image_root()),
         image_root,
         note_folder: files.parent(),
         dkms: settings.dkms,
+        emulated,
         job: settings.job.as_deref(),
         keep: names.chain(effective.accept_env().map(str::to_owned)).collect(),
-        sftp: &groundwork.sftp,
+        sftp,
     };
     OpenJail::open(&wanted, state)
 }
@@ -183,8 +197,8 @@ pub fn recover(settings: &Settings, files: &SignalFiles, image_root: &Tree, stat
     if unconfigure_sshd(settings)? {
         found.push("its line in sshd's configuration");
     }
-    if open_jail::clear_mount_points(image_root, files.parent())? {
-        found.push("mount points in the image");
+    if open_jail::clear_image_root(image_root, files.parent())? {
+        found.push("what it had added to the image");
     }
     let was_open = files.stands(SSHD_LISTENING)?;
     if was_open {

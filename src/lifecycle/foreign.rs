@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use crate::error::{Attempt, Result};
 use crate::jail::architecture::{Architecture, HEADER};
 use crate::jail::binfmt::{self, Interpreter, Registration};
+use crate::jail::tier::Tier;
 use crate::session::account::Account;
 use crate::sys::tree::Tree;
 
@@ -28,11 +29,19 @@ pub fn telltale(image_root: &Tree) -> Option<(PathBuf, Architecture)> {
     })
 }
 
+/// By whom the image's programs are made to run; as long as this is kept.
+#[derive(Debug, Default)]
+pub struct Emulation {
+    /// What they are for, if the jail has to see to it itself.
+    pub in_jail: Option<Architecture>,
+    /// Ours.
+    registration: Option<Registration>,
+}
+
 /// Has the image's programs run on this machine, if they are for another one. `told` is what `BUILD_ARCH` says; where the image says
-/// something else, it is the image that counts. `parent` is the image root's parent, whose environment owns what is registered.
-///
-/// What is returned has to be kept for as long as they are to run.
-pub fn prepare(image_root: &Tree, told: Option<Architecture>, parent: &Tree) -> Result<Option<Registration>> {
+/// something else, it is the image that counts. `parent` is the image root's parent, whose environment owns what is registered. A jail
+/// of tier `tier` that is a user namespace has a table of its own, where it troubles nobody and needs no privilege.
+pub fn prepare(image_root: &Tree, told: Option<Architecture>, parent: &Tree, tier: Option<Tier>) -> Result<Emulation> {
     let seen = telltale(image_root);
     if let (Some(told), Some((path, seen))) = (told, &seen)
         && told != *seen
@@ -44,28 +53,31 @@ pub fn prepare(image_root: &Tree, told: Option<Architecture>, parent: &Tree) -> 
             seen.name()
         );
     }
+    let mut emulation = Emulation::default();
     let Some(architecture) = seen.map(|(_, seen)| seen).or(told).filter(|a| *a != Architecture::OWN) else {
-        return Ok(None);
+        return Ok(emulation);
     };
+    let name = architecture.name();
+    if tier == Some(Tier::User) {
+        tracing::info!("programs for {name} run by what the jail registers for itself");
+        emulation.in_jail = Some(architecture);
+        return Ok(emulation);
+    }
     let place = rustix::fs::fstat(parent).attempt(|| "look at the image root's parent")?;
     // One volume, one environment: unique among all that share the kernel's table, and found again after a restart.
     let owner = format!("{:x}x{:x}", place.st_dev, place.st_ino);
-    let name = architecture.name();
-    Ok(match binfmt::provide(architecture, &owner)? {
+    match binfmt::provide(architecture, &owner)? {
         Interpreter::Registered(entry) => {
             tracing::info!("programs for {name} run by {}, which was registered before", entry.interpreter.display());
-            None
         }
-        Interpreter::Unseen => {
-            tracing::info!("programs for {name} run by what the node has registered");
-            None
-        }
+        Interpreter::Unseen => tracing::info!("programs for {name} run by what the node has registered"),
         Interpreter::Own(registration) => {
             let interpreter = binfmt::interpreter(architecture);
             tracing::info!("programs for {name} run by {}, registered until the end", interpreter.display());
-            Some(registration)
+            emulation.registration = Some(registration);
         }
-    })
+    }
+    Ok(emulation)
 }
 
 #[cfg(test)]

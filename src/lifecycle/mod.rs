@@ -15,4 +15,5 @@ pub mod settings;
 pub mod signal_files;
 pub mod state;
 pub mod supervisor;
+pub mod tier;
 pub mod watchfulness;

@@ -1,34 +1,42 @@
 //! The jail as the supervisor has it: made, recorded, watched, ended, and no trace of it left in the image root.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::waitpid;
-use nix::unistd::Pid;
+use nix::unistd::{Pid, getpid};
 use rustix::event::{PollFd, PollFlags, Timespec};
-use rustix::thread::CapabilitySet;
 
 use crate::error::{Attempt, Error, Result};
+use crate::jail::additions::{self, Addition, Kind, Made};
+use crate::jail::architecture::Architecture;
 use crate::jail::link::{Link, Message};
-use crate::jail::mount_points::{self, Made, ResolvConf};
-use crate::jail::mount_table::mount_table;
+use crate::jail::mount_table::{Proc, mount_table};
 use crate::jail::record::Record;
+use crate::jail::resolv_conf::{self, RESOLV_CONF, ResolvConf};
+use crate::jail::tier::Tier;
 use crate::lifecycle::state::StateFolder;
-use crate::sys::process::{Entry, Handle};
+use crate::sys::process::{Handle, Identity};
 use crate::sys::tree::Tree;
 
 /// What a jail is made of, as the supervisor knows it.
 pub struct Wanted<'a> {
-    /// The image root's path, in this mount namespace.
+    /// How strong it is.
+    pub tier: Tier,
+    /// Where its /proc comes from.
+    pub proc: Proc,
+    /// The image root's path, for messages.
     pub path: &'a Path,
-    /// The same, open.
+    /// The image root itself.
     pub image_root: &'a Tree,
-    /// Where mount points that the image lacks are noted: the image root's parent.
+    /// Where it is noted what the image lacks and gets: the image root's parent.
     pub note_folder: &'a Tree,
     /// Whether the job builds kernel modules.
     pub dkms: bool,
+    /// What the image's programs are for, if the jail has to see to it itself that they run.
+    pub emulated: Option<Architecture>,
     /// The IMS job.
     pub job: Option<&'a str>,
     /// Variables that sessions keep.
@@ -40,8 +48,15 @@ pub struct Wanted<'a> {
 /// An open jail.
 #[derive(Debug)]
 pub struct OpenJail {
+    /// Whether the image's empty /dev has stayed so, since this container may not make device nodes.
+    pub without_devices: bool,
+    /// How strong it is.
+    pub tier: Tier,
     init: Handle,
     link: Link,
+    /// By these it is entered: the tier's namespaces or, in the chroot tier, the image root. Sessions open them where this process has
+    /// them, so they stay open as long as the jail is.
+    doors: Vec<OwnedFd>,
     /// The container's resolv.conf when the jail was made, if a copy of it is mounted.
     resolv_conf: Option<Vec<u8>>,
 }
@@ -52,45 +67,66 @@ const TIME_TO_MAKE: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 impl OpenJail {
     /// Makes the jail and writes down in `state` where it is. This process has to be a subreaper (or PID 1).
     pub fn open(wanted: &Wanted<'_>, state: &StateFolder) -> Result<Self> {
-        check_entrance()?;
-        let mut points = mount_points::missing(wanted.image_root, mount_table(wanted.dkms))?;
-        let text = std::fs::read(Path::new("/").join(mount_points::RESOLV_CONF)).ok();
-        let decision = mount_points::resolv_conf(wanted.image_root, text.as_deref())?;
-        if decision == ResolvConf::Made {
-            points.push(mount_points::MountPoint { path: mount_points::RESOLV_CONF.into(), folder: false });
+        let chrooted = wanted.tier == Tier::Chroot;
+        let mut lacking = if chrooted {
+            additions::devices(wanted.image_root)?
+        } else {
+            additions::mount_points(wanted.image_root, mount_table(wanted.dkms, wanted.proc))?
+        };
+        let text = std::fs::read(Path::new("/").join(RESOLV_CONF)).ok();
+        let decision = resolv_conf::decide(wanted.image_root, text.as_deref())?;
+        if decision == ResolvConf::Made && !chrooted {
+            lacking.push(Addition { path: RESOLV_CONF.into(), kind: Kind::File });
         }
         let text = text.filter(|_| decision != ResolvConf::AsItIs);
-        if let Some(text) = &text {
-            // A copy: what a session writes into it must not reach the container's.
-            std::fs::write(state.resolv_conf(), text).attempt(|| format!("write {}", state.resolv_conf().display()))?;
-        }
-        let made = Made::make(wanted.image_root, wanted.note_folder, points)?;
-        match start(wanted, text.is_some().then(|| state.resolv_conf())) {
-            Ok((init, link)) => {
-                let ended = || Error::new("make the jail").because("its init ended at once");
-                let entry = Entry::read(init).ok_or_else(ended)?;
-                let init = Handle::open(init, entry.start).map_err(|_| ended())?;
-                let jail = Self { init, link, resolv_conf: text };
-                jail.record(wanted, entry.start, state).inspect_err(|_| jail.end())?;
-                Ok(jail)
+        let made = Made::make(wanted.image_root, wanted.note_folder, lacking)?;
+        let opened = prepare_files(wanted, state, text.as_deref()).and_then(|resolv_conf| {
+            let (init, link, mut doors) = start(wanted, resolv_conf)?;
+            if chrooted {
+                doors.push(wanted.image_root.reopen().attempt(|| "open the image root for sessions")?);
             }
-            Err(e) => {
-                let _ = made.remove();
-                Err(e)
-            }
-        }
+            // It was not waited for, so its number is still its own.
+            let ended = || Error::new("make the jail").because("its init ended at once");
+            let identity = Identity::of(init).ok_or_else(ended)?;
+            let handle = Handle::open(identity).map_err(|_| ended())?;
+            let text = text.filter(|_| !chrooted);
+            let jail = Self {
+                without_devices: made.without_devices,
+                tier: wanted.tier,
+                init: handle,
+                link,
+                doors,
+                resolv_conf: text,
+            };
+            jail.record(wanted, identity, state).inspect_err(|_| jail.end())?;
+            Ok(jail)
+        });
+        opened.inspect_err(|_| {
+            let _ = clear_image_root(wanted.image_root, wanted.note_folder);
+        })
     }
 
-    fn record(&self, wanted: &Wanted<'_>, start: u64, state: &StateFolder) -> Result<()> {
+    fn record(&self, wanted: &Wanted<'_>, init: Identity, state: &StateFolder) -> Result<()> {
+        let attempted = || format!("write {}", state.jail().display());
+        let this = Identity::of(getpid())
+            .ok_or_else(|| Error::new(attempted()).because("/proc does not show this process"))?;
         let record = Record {
-            init: self.init.pid.as_raw(),
-            start,
+            tier: wanted.tier,
+            init,
+            keeper: this,
+            doors: self.doors.iter().map(AsRawFd::as_raw_fd).collect(),
             dkms: wanted.dkms,
             job: wanted.job.map(Into::into),
             keep: wanted.keep.clone(),
         };
-        let attempted = || format!("write {}", state.jail().display());
         Tree::open(state.path()).and_then(|t| t.replace("jail", record.to_text().as_bytes())).attempt(attempted)
+    }
+
+    /// The name of its own namespace of this kind, as links below `/proc/PID/ns` have it; nothing if it has none.
+    pub fn namespace(&self, kind: &str) -> Option<PathBuf> {
+        let at = self.tier.namespaces().iter().position(|(name, _)| *name == kind)?;
+        let found = rustix::fs::fstat(self.doors.get(at)?).ok()?;
+        Some(format!("{kind}:[{}]", found.st_ino).into())
     }
 
     /// The jail's first process.
@@ -105,34 +141,40 @@ impl OpenJail {
 
     /// What the init tells; to be called when the link is readable. `None` if the init has ended.
     pub fn told(&self) -> Option<Message> {
-        self.link.receive().ok().flatten()
+        self.link.receive().ok().flatten().map(|(message, _)| message)
     }
 
-    /// Ends every process in the jail. When this returns, none is left: the kernel lets the init end only after all others.
+    /// Ends every process in the jail. When this returns, none is left: the kernel lets the init end only after all others. In the
+    /// chroot tier it ends the init alone.
     pub fn end(&self) {
         let _ = self.init.signal(Signal::SIGKILL);
         while waitpid(self.init.pid, None) == Err(nix::errno::Errno::EINTR) {}
     }
 
-    /// Removes the jail's traces from the image root, after its end: keeps an edited resolv.conf, removes mount points.
+    /// Removes the jail's traces from the image root, after its end: keeps an edited resolv.conf, removes what was added.
     pub fn clear(self, image_root: &Tree, note_folder: &Tree, state: &StateFolder) -> Result<()> {
         let edited = match &self.resolv_conf {
-            Some(text) => mount_points::keep_edited_resolv_conf(image_root, &state.resolv_conf(), text),
+            Some(text) => resolv_conf::keep_edited(image_root, &state.resolv_conf(), text),
             None => Ok(false),
         };
         if matches!(edited, Ok(true)) {
-            tracing::info!("a session edited /etc/resolv.conf: its text is kept in the image");
+            tracing::info!("{RESOLV_CONF_EDITED}");
         }
-        clear_mount_points(image_root, note_folder)?;
+        clear_image_root(image_root, note_folder)?;
         edited.map(|_| ())
     }
 }
 
-/// Removes the mount points that were noted, by this environment or by an earlier one that was killed. Returns whether there were
-/// any.
-pub fn clear_mount_points(image_root: &Tree, note_folder: &Tree) -> Result<bool> {
+const RESOLV_CONF_EDITED: &str = "a session edited /etc/resolv.conf: its text is kept in the image";
+
+/// Removes what was noted, by this environment or by an earlier one that was killed. Returns whether there was anything.
+pub fn clear_image_root(image_root: &Tree, note_folder: &Tree) -> Result<bool> {
+    let lent = resolv_conf::take_back(image_root, note_folder)?;
+    if lent == Some(true) {
+        tracing::info!("{RESOLV_CONF_EDITED}");
+    }
     let made = Made::left_over(image_root, note_folder);
-    let found = made.is_some();
+    let found = made.is_some() || lent.is_some();
     if let Some(made) = made {
         for path in made.remove()? {
             tracing::info!(
@@ -144,32 +186,50 @@ pub fn clear_mount_points(image_root: &Tree, note_folder: &Tree) -> Result<bool>
     Ok(found)
 }
 
-/// The jail's init is hidden from those inside (not dumpable), and by the same rule of ptrace(2) from us, whose sessions name it to
-/// enter its namespaces.
-fn check_entrance() -> Result<()> {
-    let attempted = || "make a jail that sessions can enter";
-    if rustix::thread::capabilities(None).attempt(attempted)?.effective.contains(CapabilitySet::SYS_PTRACE) {
-        return Ok(());
+/// What the jail is made with beside the image root: the container's resolv.conf, as a copy that is mounted (returned) or put into the
+/// image; and sftp-server where nothing can be mounted.
+fn prepare_files(wanted: &Wanted<'_>, state: &StateFolder, resolv_conf: Option<&[u8]>) -> Result<Option<PathBuf>> {
+    if wanted.tier == Tier::Chroot {
+        if let Some(text) = resolv_conf {
+            resolv_conf::lend(wanted.image_root, wanted.note_folder, text)?;
+        }
+        let folder = state.sftp();
+        let copy = || -> std::io::Result<()> {
+            std::fs::create_dir_all(&folder)?;
+            wanted.sftp.iter().try_for_each(|(name, file)| std::fs::copy(file, folder.join(name)).map(|_| ()))
+        };
+        return copy().attempt(|| format!("copy sftp-server to {}", folder.display())).map(|()| None);
     }
-    Err(Error::new(attempted())
-        .because("root may not look at the jail's init")
-        .advise("the container needs CAP_SYS_PTRACE beside CAP_SYS_ADMIN, or has to be privileged"))
+    let Some(text) = resolv_conf else { return Ok(None) };
+    // A copy: what a session writes into it must not reach the container's.
+    let path = state.resolv_conf();
+    std::fs::write(&path, text).attempt(|| format!("write {}", path.display()))?;
+    Ok(Some(path))
 }
 
-fn start(wanted: &Wanted<'_>, resolv_conf: Option<PathBuf>) -> Result<(Pid, Link)> {
+/// Starts the init. Returns it, the socket to it, and the jail's doors.
+fn start(wanted: &Wanted<'_>, resolv_conf: Option<PathBuf>) -> Result<(Pid, Link, Vec<OwnedFd>)> {
     let program = program()?;
     let attempted = || format!("start {}", program.display());
     let (ours, theirs) = Link::pair().attempt(|| "make a socket to the jail's init")?;
+    // By descriptor: its path may lead to another folder by now.
+    let image_root = format!("/proc/self/fd/{}", wanted.image_root.as_fd().as_raw_fd());
     let mut command = Command::new(&program);
     command
         .arg("init")
-        .arg("--root")
+        .args(["--tier", wanted.tier.name(), "--root"])
         .arg(wanted.path)
         .stdin(Stdio::from(theirs.into_fd()))
-        .current_dir("/")
+        .current_dir(image_root)
         .env_clear();
     if wanted.dkms {
         command.arg("--dkms");
+    }
+    if let Some(architecture) = wanted.emulated {
+        command.args(["--emulate", architecture.name()]);
+    }
+    if wanted.proc == Proc::Container {
+        command.arg("--proc-of-container");
     }
     if let Some(file) = resolv_conf {
         command.arg("--resolv-conf").arg(file);
@@ -182,7 +242,7 @@ fn start(wanted: &Wanted<'_>, resolv_conf: Option<PathBuf>) -> Result<(Pid, Link
     let status = command.status().attempt(attempted)?;
     // Its end of the socket is now the init's alone: it closes when that one ends.
     drop(command);
-    let (mut init, mut ready) = (None, false);
+    let (mut init, mut doors) = (None, None);
     let failed = |init: Option<Pid>, why: String| {
         if let Some(init) = init {
             let _ = kill(init, Signal::SIGKILL);
@@ -194,8 +254,8 @@ fn start(wanted: &Wanted<'_>, resolv_conf: Option<PathBuf>) -> Result<(Pid, Link
     };
     // The init and the process that started it speak in any order.
     loop {
-        if let (Some(init), true) = (init, ready) {
-            return Ok((init, ours));
+        if let (Some(init), Some(doors)) = (init, doors.take_if(|_| init.is_some())) {
+            return Ok((init, ours, doors));
         }
         let mut sources = [PollFd::new(&ours, PollFlags::IN)];
         let timely = rustix::event::poll(&mut sources, Some(&TIME_TO_MAKE));
@@ -203,11 +263,11 @@ fn start(wanted: &Wanted<'_>, resolv_conf: Option<PathBuf>) -> Result<(Pid, Link
             return failed(init, format!("make the jail within {} s", TIME_TO_MAKE.tv_sec));
         }
         match ours.receive().attempt(|| "hear from the jail's init")? {
-            Some(Message::Started(pid)) => init = Some(Pid::from_raw(pid)),
-            Some(Message::Ready) => ready = true,
-            Some(Message::Failed(why)) => return failed(init, why),
+            Some((Message::Started(pid), _)) => init = Some(Pid::from_raw(pid)),
+            Some((Message::Ready, namespaces)) => doors = Some(namespaces),
+            Some((Message::Failed(why), _)) => return failed(init, why),
             // Not lost: it stands in the image's /tmp.
-            Some(Message::Marked(_)) => {}
+            Some((Message::Marked(_), _)) => {}
             None => {
                 return failed(init, format!("make the jail: {} ended without a word ({status})", program.display()));
             }

@@ -1,7 +1,6 @@
 //! The end of all that a job still runs, and of what it has mounted in its image root.
 
-use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -24,8 +23,8 @@ const ASK_TIME: Duration = Duration::from_millis(200);
 const KILL_TIME: Duration = Duration::from_secs(5);
 
 /// Ends every descendant of this process, which has to be a subreaper (or PID 1), and whoever else stands in `image_root` or among the
-/// mounts of its jail: TERM, and KILL for those that stay.
-pub fn end_all(image_root: Option<&Path>, jail: Option<&Mounts>) -> Result<()> {
+/// mounts of its jail, whose namespace's name that is: TERM, and KILL for those that stay.
+pub fn end_all(image_root: Option<&Path>, jail: Option<&Path>) -> Result<()> {
     end(|| {
         let all = Entry::all();
         let mut left = descendants(&all, getpid());
@@ -36,24 +35,9 @@ pub fn end_all(image_root: Option<&Path>, jail: Option<&Mounts>) -> Result<()> {
     })
 }
 
-/// A mount namespace, kept from ending: no other one can have its name meanwhile.
-pub struct Mounts {
-    name: PathBuf,
-    _open: File,
-}
-
-impl Mounts {
-    /// Those that process `pid` sees.
-    pub fn of(pid: Pid) -> Option<Self> {
-        let path = format!("/proc/{pid}/ns/mnt");
-        let open = File::open(&path).ok()?;
-        Some(Self { name: std::fs::read_link(path).ok()?, _open: open })
-    }
-}
-
 /// Asks every descendant of this process but `spared` to end, and waits a moment for those that have something to put away, such as an
-/// editor its recovery file. Before the jail's init is killed, which asks nobody.
-pub fn ask_to_end(spared: Pid) {
+/// editor its recovery file. Before the jail's init is killed, which asks nobody. `jail` is the name of its PID namespace.
+pub fn ask_to_end(spared: Pid, jail: Option<&Path>) {
     let began = Instant::now();
     let mut asked = Vec::new();
     loop {
@@ -63,8 +47,7 @@ pub fn ask_to_end(spared: Pid) {
         if left.is_empty() || began.elapsed() >= ASK_TIME {
             // The jail's end kills those in it; the others have some more time.
             let jail_of = |pid: Pid| std::fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
-            let jail = jail_of(spared);
-            left.iter().filter(|e| jail.is_some() && jail_of(e.pid) == jail).for_each(tell_killed);
+            left.iter().filter(|e| jail.is_some() && jail_of(e.pid).as_deref() == jail).for_each(tell_killed);
             return;
         }
         let handles = left.iter().filter_map(|entry| ask_once(entry, &mut asked)).collect();
@@ -84,13 +67,13 @@ pub fn end_tree(root: &Entry) -> Result<()> {
 
 /// Processes whose root or working folder is in `image_root`, as an administrator's shell from `kubectl exec`. Only those that see the
 /// same mounts: another's path of that name is another folder. And those that have entered the jail's mounts, but not its processes.
-fn standing_in(image_root: &Path, jail: Option<&Mounts>, all: &[Entry]) -> Vec<Entry> {
+fn standing_in(image_root: &Path, jail: Option<&Path>, all: &[Entry]) -> Vec<Entry> {
     let link = |entry: &Entry, name: &str| std::fs::read_link(format!("/proc/{}/{name}", entry.pid)).ok();
     let own_mounts = std::fs::read_link("/proc/self/ns/mnt").ok();
     let stands = |entry: &&Entry| {
         let within = |name| link(entry, name).is_some_and(|path| path.starts_with(image_root));
         let Some(mounts) = link(entry, "ns/mnt").filter(|_| entry.pid != getpid()) else { return false };
-        jail.is_some_and(|j| j.name == mounts) || Some(mounts) == own_mounts && (within("cwd") || within("root"))
+        jail == Some(mounts.as_path()) || Some(mounts) == own_mounts && (within("cwd") || within("root"))
     };
     all.iter().filter(stands).cloned().collect()
 }
@@ -135,7 +118,7 @@ fn tell_killed(entry: &Entry) {
 
 /// Opens `entry` if it is still there and, the first time, asks it to end.
 fn ask_once(entry: &Entry, asked: &mut Vec<Pid>) -> Option<Handle> {
-    let handle = Handle::open(entry.pid, entry.start).ok()?;
+    let handle = Handle::open(entry.identity()).ok()?;
     if !asked.contains(&entry.pid) {
         asked.push(entry.pid);
         let _ = handle.signal(Signal::SIGTERM);

@@ -87,7 +87,7 @@ impl Farewell {
         if now >= self.began + HANG_UP_TIME {
             sessions.retain(|e| !self.hung_up.contains(&e.pid));
         }
-        self.watched = sessions.iter().chain(&connections).filter_map(|e| Handle::open(e.pid, e.start).ok()).collect();
+        self.watched = sessions.iter().chain(&connections).filter_map(|e| Handle::open(e.identity()).ok()).collect();
         if !sessions.is_empty() || script {
             self.quiet_since = now;
         }

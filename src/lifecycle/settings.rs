@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use crate::error::{Error, Result};
 use crate::jail::architecture::Architecture;
+use crate::jail::tier::Tier;
 use crate::sshd::options::Options;
 
 /// What the job is about (`IMS_ACTION`).
@@ -33,6 +34,8 @@ pub struct Settings {
     pub script: Option<PathBuf>,
     /// `SSH_JAIL`.
     pub jailed: bool,
+    /// `IMS_JAIL_TIER`; the best that can be had if there is none.
+    pub tier: Option<Tier>,
     /// `JOB_ENABLE_DKMS`.
     pub dkms: bool,
     /// `ENABLE_DEBUG`.
@@ -91,7 +94,7 @@ impl Settings {
         let dkms = reader.choice("JOB_ENABLE_DKMS", &truth, Case::Any).unwrap_or(false);
         let debug = reader.choice("ENABLE_DEBUG", &truth, Case::Any).unwrap_or(false);
         let architecture = reader.choice("BUILD_ARCH", &Architecture::ALL.map(|a| (a.name(), a)), Case::Exact);
-        reader.choice("IMS_JAIL_TIER", &[("auto", ()), ("namespace", ())], Case::Exact);
+        let tier = reader.tier();
         let close_grace = reader.seconds("IMS_CLOSE_GRACE").unwrap_or(DEFAULT_GRACE);
         let idle_limit = reader.seconds("IMS_IDLE_LIMIT");
         let session_limit = reader.seconds("IMS_SESSION_LIMIT");
@@ -110,6 +113,7 @@ impl Settings {
                 sshd_config,
                 script,
                 jailed,
+                tier,
                 dkms,
                 debug,
                 architecture,
@@ -130,6 +134,14 @@ impl Settings {
             Action::Create => "build/image-root",
         }
     }
+}
+
+/// `IMS_JAIL_TIER` alone, for who needs no more.
+pub fn jail_tier(value: Option<OsString>) -> Result<Option<Tier>> {
+    let variables = value.map(|value| ("IMS_JAIL_TIER".into(), value)).into_iter().collect();
+    let mut reader = Reader { variables, complaints: Vec::new() };
+    let tier = reader.tier();
+    if reader.complaints.is_empty() { Ok(tier) } else { Err(Error::bad_input(reader.complaints.join("; "))) }
 }
 
 /// Whether a value's letters have to be in the case that is expected.
@@ -181,6 +193,12 @@ impl Reader {
             self.complaints.push(format!("{name} is '{value}': expected {}{exactly}", known.join(" or ")));
         }
         found.map(|(_, choice)| *choice)
+    }
+
+    fn tier(&mut self) -> Option<Tier> {
+        let named = Tier::ALL.map(|tier| (tier.name(), Some(tier)));
+        let choices: Vec<_> = [("auto", None)].into_iter().chain(named).collect();
+        self.choice("IMS_JAIL_TIER", &choices, Case::Exact).flatten()
     }
 
     fn seconds(&mut self, name: &str) -> Option<Duration> {
@@ -250,7 +268,7 @@ mod tests {
             ("IMS_CLOSE_GRACE", "soon", "whole seconds"),
             ("IMS_IDLE_LIMIT", "1h", "whole seconds"),
             ("IMS_SESSION_LIMIT", "1.5", "whole seconds"),
-            ("IMS_JAIL_TIER", "chroot", "'auto' or 'namespace'"),
+            ("IMS_JAIL_TIER", "strong", "'auto' or 'namespace' or 'user' or 'chroot'"),
             ("SSHD_OPTIONS", "-D", "background"),
             ("IMS_JOB_ID", "a\nSetEnv X=1", "one line"),
         ];

@@ -56,7 +56,11 @@ impl StateFolder {
 
     /// The folder of the environment on the image root parent `parent`; made if it is not there.
     pub fn of(parent: &Path) -> Result<Self> {
-        let state = Self { path: Self::place(parent) };
+        Self::at(Self::place(parent))
+    }
+
+    fn at(path: PathBuf) -> Result<Self> {
+        let state = Self { path };
         std::fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
@@ -91,13 +95,19 @@ impl StateFolder {
         self.path.join("resolv.conf")
     }
 
-    /// Removes the folder and the files in it.
+    /// sftp-server with what it needs, for a jail in which nothing can be mounted.
+    pub fn sftp(&self) -> PathBuf {
+        self.path.join("sftp")
+    }
+
+    /// A folder below it, of the same kind, for a jail that is made on trial.
+    pub fn trial(&self) -> Result<Self> {
+        Self::at(self.path.join("trial"))
+    }
+
+    /// Removes the folder with all that is in it.
     pub fn remove(&self) -> Result<()> {
-        let attempted = || format!("remove {}", self.path.display());
-        for entry in std::fs::read_dir(&self.path).attempt(attempted)? {
-            entry.and_then(|e| std::fs::remove_file(e.path())).attempt(attempted)?;
-        }
-        std::fs::remove_dir(&self.path).attempt(attempted)
+        std::fs::remove_dir_all(&self.path).attempt(|| format!("remove {}", self.path.display()))
     }
 }
 

@@ -12,14 +12,13 @@ use nix::unistd::Pid;
 use rustix::event::{PollFd, PollFlags, Timespec};
 
 use crate::error::{Attempt, Error, Result};
-use crate::jail::binfmt::Registration;
 use crate::jail::link::Message;
 use crate::lifecycle::environment::{self, Groundwork};
-use crate::lifecycle::foreign;
+use crate::lifecycle::foreign::{self, Emulation};
 use crate::lifecycle::machine::{Action, Event, Machine, State};
 use crate::lifecycle::open_jail::OpenJail;
 use crate::lifecycle::presence::Presence;
-use crate::lifecycle::processes::{self, Mounts};
+use crate::lifecycle::processes;
 use crate::lifecycle::restarts::Part;
 use crate::lifecycle::script::Script;
 use crate::lifecycle::sessions::{Farewell, Progress, hang_up};
@@ -61,7 +60,7 @@ pub fn run(settings: Settings, files: Option<SignalFiles>, listening: impl FnOnc
         groundwork: None,
         files,
         image_root: None,
-        interpreter: None,
+        emulation: Emulation::default(),
         effective: None,
         jail: None,
         daemon: None,
@@ -109,8 +108,8 @@ struct Supervisor<F> {
     groundwork: Option<Groundwork>,
     files: Option<SignalFiles>,
     image_root: Option<Tree>,
-    /// What an image of another architecture runs by, if it is ours.
-    interpreter: Option<Registration>,
+    /// What an image of another architecture runs by.
+    emulation: Emulation,
     effective: Option<Effective>,
     jail: Option<OpenJail>,
     daemon: Option<Daemon>,
@@ -138,7 +137,7 @@ impl<F: FnOnce()> Supervisor<F> {
             job = self.settings.job.as_deref().unwrap_or("none"),
             "waiting for '{READY}'",
         );
-        match Groundwork::lay(&self.settings) {
+        match Groundwork::lay(&self.settings, &self.state) {
             Ok(groundwork) => self.groundwork = Some(groundwork),
             Err(e) => self.happen(broken(&e)),
         }
@@ -199,14 +198,15 @@ impl<F: FnOnce()> Supervisor<F> {
             }
             Action::EndProcesses => {
                 self.farewell = None;
-                let jails_mounts = self.jail.as_ref().and_then(|jail| Mounts::of(jail.init()));
-                if let Some(jail) = &self.jail {
-                    processes::ask_to_end(jail.init());
+                let jail = self.jail.as_ref();
+                if let Some(jail) = jail {
+                    processes::ask_to_end(jail.init(), jail.namespace("pid").as_deref());
                     jail.end();
                 }
+                let jails_mounts = jail.and_then(|jail| jail.namespace("mnt"));
                 let image_root =
                     self.image_root.as_ref().map(|_| self.settings.parent.join(self.settings.image_root()));
-                Some(match processes::end_all(image_root.as_deref(), jails_mounts.as_ref()) {
+                Some(match processes::end_all(image_root.as_deref(), jails_mounts.as_deref()) {
                     Ok(()) => {
                         self.step("no process of the job is left");
                         Event::AllEnded
@@ -279,7 +279,7 @@ impl<F: FnOnce()> Supervisor<F> {
             "image_root_parent": self.settings.parent,
             "state": self.machine.state().name(),
             "since": humantime::format_rfc3339_seconds(self.since).to_string(),
-            "tier": self.jail.as_ref().map_or("plain", |_| "namespace"),
+            "tier": self.jail.as_ref().map_or("plain", |jail| jail.tier.name()),
             "job": self.settings.job,
             "verdict": self.machine.verdict().map(Verdict::signal_file),
             "sessions": self.presence.as_ref().map(Presence::to_json),
@@ -408,11 +408,12 @@ impl<F: FnOnce()> Supervisor<F> {
         if self.settings.jailed && !recovered {
             environment::remove_old_marks(image_root)?;
         }
-        self.interpreter = match foreign::prepare(image_root, self.settings.architecture, files.parent()) {
+        let tier = self.groundwork.as_ref().and_then(|groundwork| groundwork.jail).map(|kind| kind.tier);
+        self.emulation = match foreign::prepare(image_root, self.settings.architecture, files.parent(), tier) {
             // Beside the image root, people may have come for its files alone.
             Err(e) if !self.settings.jailed => {
                 tracing::warn!("{e}");
-                None
+                Emulation::default()
             }
             other => other?,
         };
@@ -449,8 +450,12 @@ impl<F: FnOnce()> Supervisor<F> {
         else {
             return Ok(());
         };
-        let jail = environment::make_jail(&self.settings, files, image_root, groundwork, effective, &self.state)?;
-        tracing::info!(tier = "namespace", dkms = self.settings.dkms, "the jail is made");
+        let Some(kind) = groundwork.jail else { return Ok(()) };
+        let made_with = (kind, groundwork.sftp.as_slice());
+        let emulated = self.emulation.in_jail;
+        let jail =
+            environment::make_jail(&self.settings, files, image_root, made_with, emulated, effective, &self.state)?;
+        tracing::info!(tier = kind.tier.name(), dkms = self.settings.dkms, "the jail is made");
         self.jail = Some(jail);
         Ok(())
     }
@@ -509,7 +514,7 @@ impl<F: FnOnce()> Supervisor<F> {
         if let Some(presence) = self.presence.take() {
             presence.close();
         }
-        self.interpreter = None;
+        self.emulation = Emulation::default();
         note(self.state.remove());
         let Some(files) = &self.files else { return cleanly };
         let image_root = self.image_root.as_ref().filter(|_| self.settings.jailed);

@@ -19,13 +19,19 @@ pub struct Account {
     pub home: PathBuf,
     /// The login shell.
     pub shell: PathBuf,
+    /// Whether passwd says all this; where not, it is what is customary.
+    pub known: bool,
 }
 
 /// What passwd(5) says of an account without a shell.
 pub const DEFAULT_SHELL: &str = "/bin/sh";
 
-/// No passwd or group file of an image is larger; a larger one is taken as missing.
-const LIMIT: u64 = 16 << 20;
+/// No passwd or group file of an image is larger, which is one of 50,000 users; a larger one is taken as missing. Each session reads them.
+const LIMIT: u64 = 4 << 20;
+
+/// No line of passwd is longer; a longer one is taken as missing. Its home is an argument for every program, which the kernel refuses
+/// from 128 KiB on: nobody could log in to mend the line.
+const LONGEST_LINE: usize = 16 << 10;
 
 impl Account {
     /// Root as `image_root` knows it; the customary values where it does not say.
@@ -35,7 +41,8 @@ impl Account {
         Self::parse(&passwd, &group)
     }
 
-    /// Reads passwd(5) and group(5). The first line with user number 0 counts, as for getpwuid; lines that are none are passed over.
+    /// Reads passwd(5) and group(5) as glibc's getpwuid and getgrouplist do: the first entry with user number 0 counts, comments and
+    /// NIS's `+` and `-` are none, fields at the end may be missing. The customary values stand in for what is no absolute path.
     pub fn parse(passwd: &[u8], group: &[u8]) -> Self {
         let mut account = Self {
             name: "root".into(),
@@ -43,20 +50,28 @@ impl Account {
             groups: Vec::new(),
             home: "/root".into(),
             shell: DEFAULT_SHELL.into(),
+            known: false,
         };
-        let fields = passwd.split(|&b| b == b'\n').find_map(|line| {
-            let fields: Vec<&[u8]> = line.split(|&b| b == b':').collect();
-            let complete = fields.len() == 7 && fields[2] == b"0" && !fields[0].is_empty() && !line.contains(&0);
-            complete.then_some(fields)
+        let mut lines = passwd.split(|&b| b == b'\n').filter(|line| line.len() <= LONGEST_LINE);
+        let root = lines.find_map(|line| {
+            // The last field holds the rest of the line.
+            let fields: Vec<&[u8]> = line.trim_ascii_start().splitn(7, |&b| b == b':').collect();
+            let is_entry = !matches!(fields[0], [] | [b'#' | b'+' | b'-', ..]) && !line.contains(&0);
+            let is_root = is_entry && number(fields.get(2)?) == Some(0) && number(fields.get(3)?).is_some();
+            is_root.then_some(fields)
         });
-        if let Some(fields) = fields {
+        if let Some(fields) = root {
+            account.known = true;
             if let Ok(name) = std::str::from_utf8(fields[0]) {
                 name.clone_into(&mut account.name);
             }
             account.group = number(fields[3]).unwrap_or(0);
-            let path = |bytes: &[u8]| bytes.starts_with(b"/").then(|| PathBuf::from(OsStr::from_bytes(bytes)));
-            account.home = path(fields[5]).unwrap_or(account.home);
-            account.shell = path(fields[6]).unwrap_or(account.shell);
+            let path = |at: usize| {
+                let field = fields.get(at).filter(|field| field.starts_with(b"/"));
+                field.map(|field| PathBuf::from(OsStr::from_bytes(field)))
+            };
+            account.home = path(5).unwrap_or(account.home);
+            account.shell = path(6).unwrap_or(account.shell);
         }
         account.groups = groups_of(account.name.as_bytes(), group);
         if !account.groups.contains(&account.group) {
@@ -69,8 +84,9 @@ impl Account {
 /// The kernel allows 65536; no root needs more than a few.
 const MOST_GROUPS: usize = 1024;
 
+/// getgrouplist knows no comments, other than getpwuid: on the booted image, too, root is in a group whose line was commented out.
 fn groups_of(name: &[u8], group: &[u8]) -> Vec<u32> {
-    let lines = group.split(|&b| b == b'\n').map(|line| line.split(|&b| b == b':').collect::<Vec<_>>());
+    let lines = group.split(|&b| b == b'\n').map(|line| line.splitn(4, |&b| b == b':').collect::<Vec<_>>());
     lines
         .filter(|fields| fields.len() == 4 && fields[3].split(|&b| b == b',').any(|member| member == name))
         .filter_map(|fields| number(fields[2]))
@@ -85,6 +101,7 @@ fn number(digits: &[u8]) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::collection::vec;
     use proptest::prelude::*;
 
     #[test]
@@ -98,21 +115,119 @@ mod tests {
 
     #[test]
     fn an_image_without_root_still_has_one() {
-        for passwd in
-            [&b""[..], b"root:x:0:0", b"root:x:0:0:r:relative:sh\n", b"ro\0t:x:0:0:::\n", b"root:x:00:0:::/bin/x\n"]
-        {
+        for passwd in [
+            &b""[..],
+            b"root:x:0:0",
+            b"root:x:0:0:r:relative:sh\n",
+            b"ro\0t:x:0:0:::\n",
+            b"#root:x:0:0::/x:/x\n+:x:0:0::/x:/x\n",
+        ] {
             let account = Account::parse(passwd, b"");
             assert_eq!((account.home, account.shell), ("/root".into(), DEFAULT_SHELL.into()));
             assert_eq!((account.group, account.groups), (0, vec![0]));
         }
     }
 
+    /// A line of passwd, and whether it makes root.
+    fn passwd_line() -> impl Strategy<Value = (Vec<u8>, Option<Root>)> {
+        let text = |line: String| (line.into_bytes(), None);
+        let name = "[a-z][a-z0-9 .#+-]{0,4}";
+        let path = "/[a-z0-9/ .#-]{0,6}";
+        prop_oneof![
+            4 => (name, "0{1,3}", 0..70000_u32, "[^:\\n\0]{0,3}", path, path, "[ \\t]{0,1}").prop_map(
+                |(name, user, group, comment, home, shell, indent)| {
+                    let line = format!("{indent}{name}:x:{user}:{group}:{comment}:{home}:{shell}");
+                    (line.into_bytes(), Some(Root { name, group, home, shell }))
+                },
+            ),
+            // With fields left out, or empty, the customary ones are taken.
+            2 => (name, 0..100_u32, ":{0,3}").prop_map(|(name, group, colons)| {
+                let line = format!("{name}:x:0:{group}{colons}").into_bytes();
+                (line, Some(Root { name, group, home: "/root".into(), shell: DEFAULT_SHELL.into() }))
+            }),
+            4 => (name, "[1-9][0-9]{0,9}", path).prop_map(move |(name, user, home)| text(format!("{name}:x:{user}:0::{home}:/bin/u"))),
+            // Comments, NIS's entries, what lacks a number or a field, blanks.
+            1 => "[ \\t]{0,1}[#+-][a-z]{0,4}:x:0:0::/evil:/bin/evil".prop_map(text),
+            1 => "[a-z]{1,3}(:x)?|[ \\t:]{0,4}".prop_map(text),
+            1 => "[a-z]{1,3}:x:((0x|zero|)?:0:|0:[a-z]?):/evil:/bin/evil".prop_map(text),
+            1 => vec(any::<u8>(), 0..20).prop_map(|mut bytes| {
+                bytes.retain(|&b| b != b'\n' && b != b'0');
+                (bytes, None)
+            }),
+        ]
+    }
+
+    #[derive(Debug, Clone)]
+    struct Root {
+        name: String,
+        group: u32,
+        home: String,
+        shell: String,
+    }
+
+    /// A line of group, and the number of the group that `root` is in by it.
+    fn group_line() -> impl Strategy<Value = (String, Option<u32>)> {
+        let others = || "([a-qs-z][a-z0]{0,3},){0,2}";
+        prop_oneof![
+            (others(), others(), 0..70000_u32)
+                .prop_map(|(before, after, number)| { (format!("g:x:{number}:{before}root,{after}"), Some(number)) }),
+            (others(), 0..70000_u32).prop_map(|(others, number)| (format!("g:x:{number}:{others}rooter"), None)),
+            "g:x:root|g:x:five:root|root:x:0:|g:root:5:".prop_map(|line| (line, None)),
+        ]
+    }
+
     proptest! {
         #[test]
-        fn no_file_breaks_it(passwd in proptest::collection::vec(any::<u8>(), 0..400), group in proptest::collection::vec(any::<u8>(), 0..200)) {
+        fn root_is_the_first_entry_with_number_0_whatever_stands_around_it(
+            lines in vec(passwd_line(), 0..6),
+            end in "\n?",
+        ) {
+            let text: Vec<&[u8]> = lines.iter().map(|(line, _)| line.as_slice()).collect();
+            let account = Account::parse(&[&text.join(&b'\n'), end.as_bytes()].concat(), b"");
+            let root = lines.into_iter().find_map(|(_, root)| root);
+            let known = root.is_some();
+            let root = root.unwrap_or(Root {
+                name: "root".into(),
+                group: 0,
+                home: "/root".into(),
+                shell: DEFAULT_SHELL.into(),
+            });
+            prop_assert_eq!(account, Account {
+                name: root.name,
+                group: root.group,
+                groups: vec![root.group],
+                home: root.home.into(),
+                shell: root.shell.into(),
+                known,
+            });
+        }
+
+        #[test]
+        fn root_is_in_the_groups_that_name_it(lines in vec(group_line(), 0..6)) {
+            let text: Vec<&str> = lines.iter().map(|(line, _)| line.as_str()).collect();
+            let account = Account::parse(b"root:x:0:0::/root:/bin/sh", text.join("\n").as_bytes());
+            let mut groups: Vec<u32> = lines.iter().filter_map(|(_, number)| *number).collect();
+            if !groups.contains(&0) {
+                groups.insert(0, 0);
+            }
+            prop_assert_eq!(account.groups, groups);
+        }
+
+        #[test]
+        fn no_file_breaks_it(passwd in soup(), group in soup()) {
             let account = Account::parse(&passwd, &group);
             prop_assert!(account.home.is_absolute() && account.shell.is_absolute());
-            prop_assert!(!account.home.as_os_str().as_bytes().contains(&0));
+            for text in [account.name.as_bytes(), account.home.as_os_str().as_bytes(), account.shell.as_os_str().as_bytes()] {
+                prop_assert!(!text.contains(&0) && !text.contains(&b'\n'));
+            }
         }
+    }
+
+    /// Mostly what means something.
+    fn soup() -> impl Strategy<Value = Vec<u8>> {
+        let known =
+            prop::sample::select(&["root", "root:x:0:0:", "g:x:5:root", ":", "0", ",", "/", "#", "\n", "\n", "\0"][..]);
+        let piece = prop_oneof![3 => known.prop_map(|text| text.as_bytes().to_vec()), 1 => vec(any::<u8>(), 1..3)];
+        vec(piece, 0..30).prop_map(|pieces| pieces.concat())
     }
 }

@@ -35,7 +35,13 @@ pub fn session_environment(
         let ours = own.iter().any(|(o, _)| name == *o) || DROPPED.iter().any(|d| name == *d);
         wanted && !ours
     };
-    let mut environment: Vec<_> = given.into_iter().filter(|(name, _)| is_kept(name)).collect();
+    let mut environment: Vec<(OsString, OsString)> = Vec::new();
+    for (name, value) in given {
+        // Of two of one name getenv finds the first and bash the last; programs that disagree on it can be played off against each other.
+        if is_kept(&name) && !environment.iter().any(|(known, _)| *known == name) {
+            environment.push((name, value));
+        }
+    }
     environment.extend(own.map(|(name, value)| (name.into(), value.to_owned())));
     environment
 }
@@ -71,6 +77,8 @@ pub fn matches(pattern: &[u8], name: &[u8]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::collection::vec;
+    use proptest::prelude::*;
 
     fn environment(given: &[(&str, &str)], keep: &[&str]) -> Vec<(String, String)> {
         let account = Account::parse(b"root:x:0:0::/home/r:/bin/zsh\n", b"");
@@ -132,6 +140,73 @@ mod tests {
             ("", "", true),
         ] {
             assert_eq!(matches(pattern.as_bytes(), name.as_bytes()), wanted, "{pattern} {name}");
+        }
+    }
+
+    /// The meaning of a pattern, word for word.
+    fn means(pattern: &[u8], name: &[u8]) -> bool {
+        match (pattern, name) {
+            ([], []) => true,
+            ([b'*', rest @ ..], _) => (0..=name.len()).any(|taken| means(rest, &name[taken..])),
+            ([b'?', pattern @ ..], [_, name @ ..]) => means(pattern, name),
+            ([p, pattern @ ..], [n, name @ ..]) => p == n && means(pattern, name),
+            _ => false,
+        }
+    }
+
+    fn name() -> impl Strategy<Value = String> {
+        prop_oneof![
+            "(USER|LOGNAME|HOME|SHELL|PATH|MAIL)",
+            "(SSH_AUTH_SOCK|SSH_USER_AUTH|SSH_ORIGINAL_COMMAND|SSH_ASKPASS)",
+            "(LD_PRELOAD|BASH_ENV|ENV|IFS|KUBECONFIG|IMAGE_ROOT_PARENT|BASH_FUNC_x%%|PWD|XDG_RUNTIME_DIR|_)",
+            "(TERM|COLORTERM|LANG|LANGUAGE|LC_|SSH_|IMS_)[A-Z]{0,2}",
+            "[A-Za-z_ =]{0,4}",
+        ]
+    }
+
+    fn pattern() -> impl Strategy<Value = String> {
+        prop_oneof![name(), "[ABHPS_*?]{0,5}", (name(), "[*?]{1,2}").prop_map(|(name, stars)| name + &stars)]
+    }
+
+    proptest! {
+        #[test]
+        fn a_pattern_matches_what_it_means(pattern in "[AB*?]{0,8}", name in "[AB]{0,10}") {
+            prop_assert_eq!(matches(pattern.as_bytes(), name.as_bytes()), means(pattern.as_bytes(), name.as_bytes()));
+        }
+
+        #[test]
+        fn a_session_gets_what_is_the_jobs_and_nothing_of_the_containers(
+            given in vec((name(), "[a-z/]{0,3}"), 0..12),
+            keep in vec(pattern(), 0..4),
+        ) {
+            let given_to: Vec<_> = given.iter().map(|(n, v)| (n.as_str(), v.as_str())).collect();
+            let got = environment(&given_to, &keep.iter().map(String::as_str).collect::<Vec<_>>());
+            let own = [
+                ("USER", "root"),
+                ("LOGNAME", "root"),
+                ("HOME", "/home/r"),
+                ("SHELL", "/bin/zsh"),
+                ("PATH", LOGIN_PATH),
+                ("MAIL", "/var/mail/root"),
+            ];
+            let wanted = |name: &str| {
+                let matched = |pattern: &str| means(pattern.as_bytes(), name.as_bytes());
+                (KEPT.iter().any(|p| matched(p)) || keep.iter().any(|p| matched(p))) && !DROPPED.contains(&name)
+            };
+            for (name, value) in &got {
+                prop_assert_eq!(got.iter().filter(|(n, _)| n == name).count(), 1, "{} twice", name);
+                let meant = match own.iter().find(|(n, _)| n == name) {
+                    Some((_, value)) => value,
+                    // As getenv finds it: the first of several.
+                    None if wanted(name) => given_to.iter().find(|(n, _)| n == name).map(|(_, v)| v).unwrap(),
+                    None => return Err(TestCaseError::fail(format!("{name} came in"))),
+                };
+                prop_assert_eq!(value, meant);
+            }
+            let given_names = given_to.iter().map(|(name, _)| *name).filter(|name| wanted(name));
+            for name in own.iter().map(|(name, _)| *name).chain(given_names) {
+                prop_assert!(got.iter().any(|(n, _)| n == name), "{} is missing", name);
+            }
         }
     }
 }

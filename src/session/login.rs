@@ -10,18 +10,19 @@ use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
 use nix::unistd::Gid;
-use rustix::fs::Access;
+use rustix::fs::{Access, Mode, OFlags};
 
-use crate::error::{Attempt, Result};
+use crate::error::{Attempt, Error, Result};
 use crate::jail::enter;
 use crate::jail::mount_table::SFTP_FOLDER;
 use crate::jail::record::Record;
+use crate::jail::tier::Tier;
 use crate::session::account::{Account, DEFAULT_SHELL};
 use crate::session::environment::{LOGIN_PATH, session_environment};
 use crate::session::report::{Beginning, Report};
 use crate::session::request::Request;
 use crate::sys::process::Exec;
-use crate::sys::tree::Tree;
+use crate::sys::tree::{Tree, kind_of};
 
 /// Enters the jail that the record at `jail` tells of and carries out `request` there. This process ends as that does.
 pub fn run(jail: &Path, request: &Request) -> Result<Infallible> {
@@ -29,25 +30,43 @@ pub fn run(jail: &Path, request: &Request) -> Result<Infallible> {
     let at_terminal = std::io::stdin().is_terminal();
     // Told before the container's sockets are out of sight.
     let told = Report::begin(jail, &Beginning::of_this_session(request, at_terminal));
+    let beside = outside_sftp_folder(jail, record, request)?;
     let init = enter::join(record)?;
     // `/` is the image root from here on.
     let image_root = Tree::open(Path::new("/")).attempt(|| "open the image root")?;
     let account = Account::root_of(&image_root);
+    let transfer = matches!(request, Request::Sftp(_));
+    if transfer && let Err(error) = check_what_sftp_server_opens(&image_root) {
+        told.end(&WaitStatus::Exited(nix::unistd::getpid(), 255), Some(&error.to_string()));
+        return Err(error);
+    }
     let environment = session_environment(std::env::vars_os(), &account, &record.keep);
     // All put together before the fork: every page of memory that the child writes to is copied first.
-    let programs = programs(request, &account);
+    let mut programs = programs(request, &account);
+    if beside.is_some() {
+        programs = sftp_programs(Path::new("."), &beginning_at_home(request, &account, &image_root));
+    }
     let programs = programs.iter().map(|program| program.prepared(&environment)).collect::<nix::Result<Vec<_>>>();
     let programs = programs.attempt(|| "put the arguments of the program together")?;
     let ended = |status: &WaitStatus| {
-        told.end(status);
+        // Of what an sftp-server says on standard error, sshd passes nothing on.
+        let nobody = transfer && !account.known && matches!(status, WaitStatus::Exited(_, 1));
+        told.end(status, nobody.then_some("/etc/passwd of the image has no user number 0, whom sftp-server looks for"));
         if matches!(status, WaitStatus::Signaled(_, Signal::SIGKILL, _)) && init.ends_within(TIME_TO_FOLLOW) {
             eprintln!(
                 "ims-jail-shell: the jail has ended: the environment is closing, or its init was killed; {LOG_IN_AGAIN}"
             );
         }
     };
-    enter::run(record.dkms, ended, || {
+    enter::run(record, ended, || {
         become_root(&account);
+        if let Some(folder) = &beside {
+            // Outside the root, where no path leads: its loader and libraries are found there, and then it goes where it is told.
+            if let Err(e) = rustix::process::fchdir(folder) {
+                eprintln!("ims-jail-shell: cannot go to the folder of sftp-server: {e}");
+                return 1;
+            }
+        }
         if matches!(request, Request::Shell) && at_terminal {
             greet(&image_root, &account, record);
         }
@@ -95,7 +114,7 @@ fn programs(request: &Request, account: &Account) -> Vec<Program> {
         Program { path: shell.to_owned(), arguments, is_shell: true }
     };
     match request {
-        Request::Sftp(options) => return sftp_programs(options),
+        Request::Sftp(options) => return sftp_programs(&Path::new("/").join(SFTP_FOLDER), options),
         Request::Program(words) if !words.is_empty() => return on_path(words),
         _ => {}
     }
@@ -114,9 +133,30 @@ fn on_path(words: &[OsString]) -> Vec<Program> {
     folders.split(':').map(candidate).collect()
 }
 
-/// The container's sftp-server, by the container's loader: nothing of it is looked up in the image.
-fn sftp_programs(options: &[OsString]) -> Vec<Program> {
-    let folder = Path::new("/").join(SFTP_FOLDER);
+/// In the chroot tier, the folder in which the container's sftp-server stands, open. Where nothing can be mounted, it is not seen in the
+/// image.
+fn outside_sftp_folder(jail: &Path, record: &Record, request: &Request) -> Result<Option<Tree>> {
+    if record.tier != Tier::Chroot || !matches!(request, Request::Sftp(_)) {
+        return Ok(None);
+    }
+    let folder = jail.with_file_name("sftp");
+    Tree::open(&folder).attempt(|| format!("open {}", folder.display())).map(Some)
+}
+
+/// sftp-server's options with the folder it begins in, which has to exist: else it would stay where it was started.
+fn beginning_at_home(request: &Request, account: &Account, image_root: &Tree) -> Vec<OsString> {
+    let mut options = match request {
+        Request::Sftp(options) => options.clone(),
+        _ => Vec::new(),
+    };
+    let home = account.home.as_path();
+    let is_there = image_root.folder(home).is_ok();
+    options.extend(["-d".into(), if is_there { home.as_os_str() } else { OsStr::new("/") }.to_owned()]);
+    options
+}
+
+/// The container's sftp-server in `folder`, by the container's loader: nothing of it is looked up in the image.
+fn sftp_programs(folder: &Path, options: &[OsString]) -> Vec<Program> {
     let server = folder.join("sftp-server");
     let loader = folder.join("ld.so");
     let mut arguments: Vec<OsString> =
@@ -129,6 +169,29 @@ fn sftp_programs(options: &[OsString]) -> Vec<Program> {
         Program { path: loader, arguments, is_shell: false },
         Program { path: server, arguments: direct, is_shell: false },
     ]
+}
+
+/// What the container's sftp-server, its loader and its libc read of the image.
+const READ_BY_SFTP_SERVER: [&str; 5] =
+    ["etc/ld.so.preload", "etc/nsswitch.conf", "etc/passwd", "etc/group", "etc/localtime"];
+
+/// They would wait for ever for somebody to write to a fifo, and the client with them. And of what sftp-server says before it ends, sshd
+/// passes nothing on.
+fn check_what_sftp_server_opens(image_root: &Tree) -> Result<()> {
+    let attempted = || "start sftp-server in this image";
+    let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::NOCTTY;
+    image_root.open_at("dev/null", flags, Mode::empty()).attempt(|| "open its /dev/null").map_err(|e| {
+        Error::new(attempted())
+            .because(e)
+            .advise("only an empty /dev of the image is furnished where nothing can be mounted")
+    })?;
+    for name in READ_BY_SFTP_SERVER {
+        let found = image_root.open_at(name, OFlags::PATH, Mode::empty()).and_then(|fd| Ok(rustix::fs::fstat(fd)?));
+        if found.is_ok_and(|found| kind_of(&found) == "a fifo") {
+            return Err(Error::new(attempted()).because(format!("/{name} is a fifo")));
+        }
+    }
+    Ok(())
 }
 
 /// Replaces this process with the first of `programs` that can be started; returns why the last one could not.

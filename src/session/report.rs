@@ -105,13 +105,14 @@ impl Report {
         Self(packets.filter(|p| p.send(&beginning.to_packet()).is_ok()))
     }
 
-    /// Tells of the end.
-    pub fn end(&self, status: &WaitStatus) {
+    /// Tells of the end and, where sshd lets no client see it, of the reason.
+    pub fn end(&self, status: &WaitStatus, reason: Option<&str>) {
         let how = match status {
             WaitStatus::Exited(_, code) => code.to_string(),
             WaitStatus::Signaled(_, signal, _) => signal.to_string(),
             other => format!("{other:?}"),
         };
+        let how = reason.map_or(how.clone(), |reason| format!("{how}: {reason}"));
         if let Some(packets) = &self.0 {
             let _ = packets.send(&Packet::End(how).to_bytes());
         }

@@ -1,8 +1,6 @@
 //! What the client asked sshd for.
 
 use std::ffi::{OsStr, OsString};
-use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
 
 /// A session's request.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,21 +30,24 @@ impl Request {
 }
 
 fn sftp_options(command: &str) -> Option<Vec<OsString>> {
-    // Anything that a shell would do more with than split it is a command.
-    let plain = |b: u8| b.is_ascii_alphanumeric() || b" _-./,=:+".contains(&b);
+    // Anything that a shell would do more with than split it is a command. `%u` is sftp-server's own, in its start folder.
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b" _-./,=:+%".contains(&b);
     if !command.bytes().all(plain) {
         return None;
     }
     let mut words = command.split_ascii_whitespace();
-    let server = Path::new(words.next()?);
-    let known = server == Path::new("internal-sftp")
-        || (server.is_absolute() && server.file_name() == Some(OsStr::from_bytes(b"sftp-server")));
+    let server = words.next()?;
+    // As text: paths would be equal to those with a `/` or `/.` behind them, which name no program.
+    let known = server == "internal-sftp" || server.starts_with('/') && server.ends_with("/sftp-server");
     known.then(|| words.map(OsString::from).collect())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+    use std::os::unix::ffi::OsStrExt;
 
     #[test]
     fn requests_are_told_apart() {
@@ -59,7 +60,10 @@ mod tests {
             ("/usr/lib/ssh/sftp-server -R", sftp(&["-R"])),
             ("internal-sftp; id", command("internal-sftp; id")),
             ("internal-sftp $(id)", command("internal-sftp $(id)")),
+            ("internal-sftp -d /srv/%u", sftp(&["-d", "/srv/%u"])),
             ("internal-sftpd", command("internal-sftpd")),
+            ("internal-sftp/", command("internal-sftp/")),
+            ("/usr/lib/ssh/sftp-server/.", command("/usr/lib/ssh/sftp-server/.")),
             ("sftp-server", command("sftp-server")),
             ("scp -t /tmp", command("scp -t /tmp")),
             ("", command("")),
@@ -69,9 +73,53 @@ mod tests {
         assert_eq!(Request::from_original_command(None), Request::Shell);
     }
 
-    #[test]
-    fn a_command_is_kept_byte_for_byte() {
-        let raw = OsStr::from_bytes(b"echo \xff\xfe");
-        assert_eq!(Request::from_original_command(Some(raw)), Request::Command(raw.to_owned()));
+    /// The server as configurations name it, near misses, options, and what shells read as more than a word.
+    fn piece() -> impl Strategy<Value = String> {
+        prop_oneof![
+            "internal-sftp|/usr/lib(exec|64)?/(openssh/|ssh/)?sftp-server",
+            "internal-sftp(d|/|/\\.|,)|/?sftp-server(/|/\\.|\\.old)?|[A-Z]=b|scp|Internal-sftp",
+            "-[a-zA-Z]|[a-z0-9/=,.:+_%-]{0,8}",
+            "[;&|$`'\"\\\\(){}<>*?~#!\\[\\]^\t\n]",
+            "\\PC",
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn sftp_is_what_a_shell_would_only_split_and_all_else_stays_as_it_is(
+            server in "(internal-sftp|/lib/sftp-server)? {0,2}",
+            pieces in vec((piece(), " {0,2}"), 0..6),
+        ) {
+            let line = server + &pieces.into_iter().map(|(piece, space)| piece + &space).collect::<String>();
+            match Request::from_original_command(Some(OsStr::new(&line))) {
+                Request::Sftp(options) => {
+                    let mut words = shell_words::split(&line).unwrap();
+                    let server = words.remove(0);
+                    prop_assert!(server == "internal-sftp" || server.starts_with('/') && server.ends_with("/sftp-server"));
+                    prop_assert_eq!(options, words.into_iter().map(OsString::from).collect::<Vec<_>>());
+                    prop_assert!(!line.contains(|c| "|&;<>()$`\\\"'*?[#~!{}^\t\n".contains(c)), "a shell would do more");
+                }
+                Request::Command(command) => prop_assert_eq!(command, OsString::from(line)),
+                other => prop_assert!(false, "{other:?}"),
+            }
+        }
+
+        #[test]
+        fn every_subsystem_of_a_configuration_is_sftp(
+            server in "internal-sftp|(/[a-z0-9_.+-]{1,8}){0,3}/sftp-server",
+            options in vec("-[a-zA-Z]|[a-zA-Z0-9/=,.:+_%-]{1,8}", 0..5),
+        ) {
+            let line = [vec![server], options.clone()].concat().join(" ");
+            let meant = Request::Sftp(options.into_iter().map(OsString::from).collect());
+            prop_assert_eq!(Request::from_original_command(Some(OsStr::new(&line))), meant);
+        }
+
+        #[test]
+        fn a_command_is_kept_byte_for_byte(raw in vec(any::<u8>(), 0..40), at in any::<prop::sample::Index>()) {
+            let mut raw = raw;
+            raw.insert(at.index(raw.len() + 1), 0xff);
+            let raw = OsStr::from_bytes(&raw);
+            prop_assert_eq!(Request::from_original_command(Some(raw)), Request::Command(raw.to_owned()));
+        }
     }
 }

@@ -12,21 +12,20 @@ const ENVIRONMENT: &str = include_str!("../../sshd_config.d/environment.conf");
 const JAIL: &str = include_str!("../../sshd_config.d/jail.conf");
 
 /// The configuration's text with the fragment's `Include` as its first line, and nowhere else.
-pub fn including(config: &str, fragment: &Path) -> String {
-    format!("{}\n{}", include_line(fragment), without_include(config))
+pub fn including(config: &[u8], fragment: &Path) -> Vec<u8> {
+    let line = format!("Include {} {MARK}\n", fragment.display());
+    [line.as_bytes(), &without_include(config)].concat()
 }
 
-/// The configuration's text without any line that includes a fragment of ours, whatever environment wrote it.
-pub fn without_include(config: &str) -> String {
-    config.split_inclusive('\n').filter(|line| !line.trim_end().ends_with(MARK)).collect()
+/// The configuration's text without any line that includes a fragment of ours, whatever environment wrote it. It need not be UTF-8, which
+/// sshd does not ask for.
+pub fn without_include(config: &[u8]) -> Vec<u8> {
+    let is_ours = |line: &[u8]| line.starts_with(b"Include /") && line.trim_ascii_end().ends_with(MARK.as_bytes());
+    config.split_inclusive(|&b| b == b'\n').filter(|line| !is_ours(line)).flatten().copied().collect()
 }
 
-/// By this the line is known again.
+/// By this at its end the line is known again.
 const MARK: &str = "# ims-sshd";
-
-fn include_line(fragment: &Path) -> String {
-    format!("Include {} {MARK}", fragment.display())
-}
 
 /// The fragment's text. `variables` are the job's; those that the configuration sets already (`base`, without our fragment) are kept
 /// where the job has none of that name. With `force_command`, root's sessions are jailed.
@@ -39,11 +38,9 @@ pub fn fragment(variables: &[(String, String)], base: &Effective, force_command:
     }
     let words: Vec<_> = merged.iter().map(|(name, value)| quoted(&format!("{name}={value}"))).collect();
     let set_env = if words.is_empty() { String::new() } else { format!("SetEnv {}", words.join(" ")) };
-    let mut text = ENVIRONMENT.replace("@SETENV@", &set_env);
-    if let Some(command) = force_command {
-        text += &JAIL.replace("@FORCE_COMMAND@", command);
-    }
-    text
+    let jail = force_command.map_or(String::new(), |command| JAIL.replace("@FORCE_COMMAND@", command));
+    // The variables last: they are not ours, and may hold anything.
+    ENVIRONMENT.replace("@JAIL@", &jail).replace("@SETENV@", &set_env)
 }
 
 /// One word of sshd_config: in double quotes, in which a backslash stands before a quote and before a backslash.
@@ -53,7 +50,7 @@ fn quoted(word: &str) -> String {
 
 /// Puts `text` at `path` in one step: sshd sees the old file or the new one. Keeps the mode and owner of a file that stands there;
 /// a link is followed, as sshd does.
-pub fn write(path: &Path, text: &str) -> Result<()> {
+pub fn write(path: &Path, text: impl AsRef<[u8]>) -> Result<()> {
     let attempted = || format!("write {}", path.display());
     let path = match std::fs::canonicalize(path) {
         Ok(real) => real,
@@ -68,7 +65,7 @@ pub fn write(path: &Path, text: &str) -> Result<()> {
         let (mode, owner) = before.as_ref().map_or((0o600, (0, 0)), |m| (m.mode() & 0o7777, (m.uid(), m.gid())));
         file.set_permissions(std::fs::Permissions::from_mode(mode))?;
         std::os::unix::fs::fchown(&file, Some(owner.0), Some(owner.1))?;
-        file.write_all(text.as_bytes())?;
+        file.write_all(text.as_ref())?;
         file.sync_all()?;
         std::fs::rename(&temporary, &path)
     };
@@ -83,28 +80,81 @@ pub fn write(path: &Path, text: &str) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::collection::vec;
     use proptest::prelude::*;
     use std::process::Command;
 
-    const FRAGMENT: &str = "/run/ims-sshd/x/sshd.conf";
-
     #[test]
     fn the_include_is_the_first_line_once() {
-        let once = including("Port 22\nSubsystem sftp internal-sftp", Path::new(FRAGMENT));
-        assert_eq!(once.lines().next(), Some("Include /run/ims-sshd/x/sshd.conf # ims-sshd"));
-        assert_eq!(including(&once, Path::new(FRAGMENT)), once);
-        let moved = including(&once, Path::new("/elsewhere"));
-        assert_eq!(moved.matches("Include").count(), 1);
-        assert_eq!(without_include(&once), "Port 22\nSubsystem sftp internal-sftp");
+        let by_itself = b"PermitTTY no # ims-sshd\n# G\xfcnter's\nPort 22";
+        let once = including(by_itself, Path::new("/run/ims-sshd/x/sshd.conf"));
+        let line = b"Include /run/ims-sshd/x/sshd.conf # ims-sshd\n";
+        assert_eq!(once, [&line[..], by_itself].concat());
+        assert_eq!(
+            including(&once, Path::new("/elsewhere")),
+            [b"Include /elsewhere # ims-sshd\n", &by_itself[..]].concat()
+        );
+        assert_eq!(without_include(&once), by_itself);
+    }
+
+    /// A line with its end, and whether it is one of ours.
+    fn line() -> impl Strategy<Value = (Vec<u8>, bool)> {
+        let end = || "[ \t]{0,1}(\n|\r\n)";
+        let text = |(line, end): (String, String)| ((line + &end).into_bytes(), false);
+        prop_oneof![
+            ("[ \t]?(Port 22|Match User root|Include|include /etc/ssh/\\*\\.conf|# ims-sshd|[ -~\u{e9}]{0,12})", end())
+                .prop_map(text),
+            // What somebody else marked like ours.
+            ("(PermitTTY no|#?[ ]?Include|IncludeX /x|[ -~\u{e9}]{0,6}) # ims-sshd", end()).prop_map(text),
+            ("/[a-z0-9/._-]{0,12}", end())
+                .prop_map(|(path, end)| (format!("Include {path} {MARK}{end}").into_bytes(), true)),
+            vec(any::<u8>(), 0..20).prop_map(|mut bytes| {
+                bytes.retain(|&b| b != b'\n');
+                bytes.push(b'\n');
+                (bytes, false)
+            }),
+        ]
     }
 
     proptest! {
         #[test]
-        fn including_changes_nothing_else(config in "(?s).{0,200}") {
-            prop_assume!(!config.lines().any(|l| l.trim_end().ends_with(MARK)));
-            let with = including(&config, Path::new(FRAGMENT));
-            prop_assert_eq!(&without_include(&with), &config);
-            prop_assert_eq!(including(&with, Path::new(FRAGMENT)), with);
+        fn the_include_comes_first_and_all_lines_that_are_not_ours_stay(
+            lines in vec(line(), 0..8),
+            last in "(Port 22|# ims-sshd)?",
+            path in "/[a-z0-9/._-]{0,20}",
+        ) {
+            let all = |ours: bool| -> Vec<u8> {
+                let lines = lines.iter().filter(|(_, our)| ours || !our).flat_map(|(line, _)| line.clone());
+                lines.chain(last.bytes()).collect()
+            };
+            let before = all(true);
+            let with = including(&before, Path::new(&path));
+            prop_assert_eq!(&with, &[format!("Include {path} # ims-sshd\n").as_bytes(), &all(false)].concat());
+            prop_assert_eq!(&including(&with, Path::new(&path)), &with);
+            prop_assert_eq!(without_include(&with), all(false));
+            prop_assert_eq!(without_include(&before), all(false));
+        }
+
+        #[test]
+        fn the_fragment_holds_each_variable_as_one_word(
+            job in vec(("[A-Z_]{1,3}", "[^\0\r\n]{0,12}"), 0..4),
+            base in vec(("[A-Z_]{1,3}", "[ -~]{0,12}"), 0..4),
+            command in prop::option::of("exec [a-z/' ]{0,12}"),
+        ) {
+            let answer = base.iter().map(|(name, value)| format!("setenv {name}={value}\n")).collect::<Vec<_>>().concat();
+            let text = fragment(&job, &Effective::parse(answer.as_bytes()), command.as_deref());
+            let line = text.lines().map(str::trim_start).find(|line| line.starts_with("SetEnv "));
+            let words = shell_words::split(line.unwrap_or("SetEnv")).unwrap();
+            let mut wanted = vec!["SetEnv".to_owned()];
+            wanted.extend(job.iter().map(|(name, value)| format!("{name}={value}")));
+            for (at, (name, value)) in base.iter().enumerate() {
+                if !job.iter().chain(&base[..at]).any(|(known, _)| known == name) {
+                    wanted.push(format!("{name}={value}"));
+                }
+            }
+            prop_assert_eq!(words, wanted);
+            let forced = text.lines().find_map(|line| line.trim_start().strip_prefix("ForceCommand "));
+            prop_assert_eq!(forced, command.as_deref());
         }
     }
 

@@ -13,7 +13,7 @@ use crate::error::{Attempt, Error, Result};
 use crate::sshd;
 use crate::sshd::effective::Effective;
 use crate::sshd::options::Options;
-use crate::sys::process::{Entry, descendants};
+use crate::sys::process::{Entry, Identity, descendants};
 
 /// The listening sshd. Its connections and sessions go on when it ends.
 #[derive(Debug)]
@@ -93,14 +93,14 @@ impl Daemon {
 
     /// Writes down which process it is, for an environment that has to go on after this one was killed.
     pub fn note(&self, path: &Path) -> Result<()> {
-        std::fs::write(path, format!("{} {}\n", self.pid, self.start)).attempt(|| format!("write {}", path.display()))
+        let identity = Identity { pid: self.pid.as_raw(), start: self.start };
+        std::fs::write(path, identity.to_string()).attempt(|| format!("write {}", path.display()))
     }
 
     /// The listener that was noted at `path`, if it is still there.
     pub fn noted(path: &Path) -> Option<Entry> {
-        let text = std::fs::read_to_string(path).ok()?;
-        let (pid, start) = text.trim().split_once(' ')?;
-        Entry::read(Pid::from_raw(pid.parse().ok()?)).filter(|e| start.parse() == Ok(e.start))
+        let noted = Identity::parse(&std::fs::read_to_string(path).ok()?)?;
+        Entry::read(Pid::from_raw(noted.pid)).filter(|e| e.identity() == noted)
     }
 
     /// Every sshd that has the log of these options open, listener or connection: those of an earlier environment as long as this one

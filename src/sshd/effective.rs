@@ -160,6 +160,7 @@ const DANGEROUS: [&str; 22] = [
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     const GOOD: &str = "forcecommand exec x\npermittty yes\nallowstreamlocalforwarding no\npermittunnel no\nx11forwarding no\n\
                         permituserrc no\nchrootdirectory none\npermituserenvironment no\nacceptenv LANG\nacceptenv LC_*\n";
@@ -193,5 +194,57 @@ mod tests {
     fn others_than_root_are_denied() {
         Effective::parse(b"denyusers *\n").check_denied().unwrap();
         assert!(Effective::parse(b"denyusers bob\n").check_denied().is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn what_sshd_answers_is_understood_line_by_line(
+            lines in prop::collection::vec(("[a-z]{1,4}|AcceptEnv|setenv", "[!-~\u{e9}][ -~\u{e9}]{0,8}"), 0..6),
+            asked in "[a-z]{1,2}",
+        ) {
+            let answer = lines.iter().map(|(keyword, value)| format!("{keyword} {value}\n")).collect::<Vec<_>>().concat();
+            let effective = Effective::parse(answer.as_bytes());
+            for keyword in lines.iter().map(|(keyword, _)| keyword.to_ascii_lowercase()).chain([asked]) {
+                let values: Vec<_> =
+                    lines.iter().filter(|(k, _)| k.eq_ignore_ascii_case(&keyword)).map(|(_, value)| value.as_str()).collect();
+                prop_assert_eq!(effective.all(&keyword).collect::<Vec<_>>(), values.clone());
+                prop_assert_eq!(effective.first(&keyword), values.first().copied());
+            }
+        }
+
+        #[test]
+        fn a_pattern_that_a_dangerous_name_matches_is_refused_however_it_is_written(
+            name in prop::sample::select(&DANGEROUS[..]),
+            wild in prop::collection::vec(0..6_u8, 22),
+            among in "([A-Z]{2}_X ){0,2}",
+        ) {
+            let pattern: String = name
+                .chars()
+                .zip(wild)
+                .map(|(letter, wild)| match wild {
+                    0 => "?".into(),
+                    1 => "*".into(),
+                    2 => format!("*{letter}**"),
+                    _ => letter.to_string(),
+                })
+                .collect();
+            let answer = GOOD.replace("acceptenv LANG", &format!("acceptenv {among}{pattern}"));
+            prop_assert!(Effective::parse(answer.as_bytes()).check_jail("exec x").is_err(), "{}", pattern);
+        }
+
+        #[test]
+        fn a_value_that_differs_anywhere_is_refused(
+            at in any::<prop::sample::Index>(),
+            value in "yes|no|none|exec|exec x |exec xx| ?exec y|/|all",
+            more in "(acceptenv [A-Z]{2}_X\n|port 22\n){0,2}",
+        ) {
+            let mut lines: Vec<&str> = GOOD.lines().collect();
+            let at = at.index(lines.len() - 2);
+            let (keyword, meant) = lines[at].split_once(' ').unwrap();
+            let changed = format!("{keyword} {value}");
+            lines[at] = &changed;
+            let answer = more + &lines.join("\n");
+            prop_assert_eq!(Effective::parse(answer.as_bytes()).check_jail("exec x").is_ok(), value == meant);
+        }
     }
 }

@@ -146,13 +146,105 @@ mod tests {
         assert!(without.config_file(Some(&"/b".into())).is_err());
     }
 
+    /// One or more letters behind one dash, the last perhaps with an argument, as the next word or in the same.
+    #[derive(Debug, Clone)]
+    struct Group {
+        flags: String,
+        with: Option<(char, String, bool)>,
+    }
+
+    impl Group {
+        fn words(&self) -> Vec<String> {
+            match &self.with {
+                None => vec![format!("-{}", self.flags)],
+                Some((letter, argument, true)) => vec![format!("-{}{letter}{argument}", self.flags)],
+                Some((letter, argument, false)) => vec![format!("-{}{letter}", self.flags), argument.clone()],
+            }
+        }
+
+        fn last_of(groups: &[Self], wanted: char) -> Option<PathBuf> {
+            let mut arguments = groups.iter().filter_map(|g| g.with.as_ref()).filter(|(letter, ..)| *letter == wanted);
+            arguments.next_back().map(|(_, argument, _)| argument.into())
+        }
+    }
+
+    fn group() -> impl Strategy<Value = Group> {
+        let path = "/[ -~]{0,12}";
+        let argument = prop_oneof![
+            (prop::sample::select(vec!['f', 'E']), path.boxed()),
+            (prop::sample::select(vec!['b', 'C', 'c', 'g', 'h', 'k', 'o', 'p', 'u']), "[ -~\t\n\u{e9}]{1,12}".boxed()),
+        ];
+        let with = (argument, any::<bool>()).prop_map(|((letter, argument), attached)| (letter, argument, attached));
+        prop_oneof![
+            "[46eq]{1,3}".prop_map(|flags| Group { flags, with: None }),
+            ("[46eq]{0,3}", with).prop_map(|(flags, with)| Group { flags, with: Some(with) }),
+        ]
+    }
+
+    /// One word in one of the ways of quoting.
+    fn quoted(word: &str, way: u8) -> String {
+        match way {
+            0 => shell_words::quote(word).into_owned(),
+            1 => format!("'{}'", word.replace('\'', "'\\''")),
+            _ => {
+                let mut text = String::from("\"");
+                for c in word.chars() {
+                    if "\"\\$`".contains(c) {
+                        text.push('\\');
+                    }
+                    text.push(c);
+                }
+                text + "\""
+            }
+        }
+    }
+
+    fn line(words: &[String], ways: &[(u8, String)]) -> String {
+        words.iter().zip(ways.iter().cycle()).map(|(word, (way, space))| quoted(word, *way) + space).collect()
+    }
+
+    fn ways() -> impl Strategy<Value = Vec<(u8, String)>> {
+        prop::collection::vec((0..3_u8, "[ \t\n]{1,2}"), 1..6)
+    }
+
     proptest! {
         #[test]
-        fn an_accepted_line_never_holds_what_is_refused(text in "[-fEDiop /a'\"\\\\ ]{0,30}") {
+        fn what_was_meant_is_understood_however_it_is_written(groups in prop::collection::vec(group(), 0..6), ways in ways()) {
+            let words: Vec<String> = groups.iter().flat_map(Group::words).collect();
+            let options = Options::parse(&line(&words, &ways)).unwrap();
+            prop_assert_eq!(options.config, Group::last_of(&groups, 'f'));
+            prop_assert_eq!(options.log, Group::last_of(&groups, 'E'));
+            let mut asking = Vec::new();
+            for Group { flags, with } in &groups {
+                asking.extend(flags.chars().map(|letter| format!("-{letter}")));
+                if let Some((letter, argument, _)) = with.as_ref().filter(|(letter, ..)| *letter != 'E') {
+                    asking.extend([format!("-{letter}"), argument.clone()]);
+                }
+            }
+            prop_assert_eq!(options.asking, asking);
+            prop_assert_eq!(options.words, words);
+        }
+
+        #[test]
+        fn what_cannot_work_is_refused_wherever_it_stands(
+            groups in prop::collection::vec(group(), 0..5),
+            at in any::<prop::sample::Index>(),
+            bad in "-[46eq]{0,2}[DditTGVQRrz\u{e9}][46eq]{0,2}|-[46eq]{0,2}[fE]([a-z.]/?.{0,4})|[a-z/]{0,5}|--?|--[a-z]{1,5}",
+            ways in ways(),
+        ) {
+            let before = at.index(groups.len() + 1);
+            let mut words: Vec<String> = groups[..before].iter().flat_map(Group::words).collect();
+            words.push(bad);
+            words.extend(groups[before..].iter().flat_map(Group::words));
+            prop_assert!(Options::parse(&line(&words, &ways)).is_err());
+        }
+
+        #[test]
+        fn no_line_breaks_it(text in "[-fEDiop /a'\"\\\\\\$# \t\n]{0,30}|\\PC{0,20}") {
             if let Ok(options) = Options::parse(&text) {
-                prop_assert!(options.config.is_none_or(|p| p.is_absolute()));
-                prop_assert!(options.log.is_none_or(|p| p.is_absolute()));
-                prop_assert!(!options.words.iter().any(|w| w == "-D" || w == "-i") || text.contains("-o") || text.contains("-p"));
+                prop_assert!(options.config.is_none_or(|path| path.is_absolute()));
+                prop_assert!(options.log.is_none_or(|path| path.is_absolute()));
+                prop_assert_eq!(shell_words::split(&text).unwrap(), options.words);
             }
         }
     }

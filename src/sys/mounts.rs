@@ -102,16 +102,15 @@ pub fn switch_root(new_root: impl AsFd) -> io::Result<()> {
     rustix::process::chdir("/").map_err(Into::into)
 }
 
+/// Makes `root` this process's root and working folder, and nothing more: whoever may call chroot again can leave it.
+pub fn change_root(root: impl AsFd) -> io::Result<()> {
+    rustix::process::fchdir(root)?;
+    rustix::process::chroot(".").map_err(Into::into)
+}
+
 /// Adds mount attributes to an attached mount, by its root.
 pub fn restrict(mount: BorrowedFd<'_>, attributes: MountAttrFlags) -> io::Result<()> {
     set_attributes(mount, c"", attributes, 0, false)
-}
-
-/// Detaches an attached mount, by its root. Changes the working folder.
-pub fn detach(mount: OwnedFd) -> io::Result<()> {
-    rustix::process::fchdir(mount)?;
-    rustix::mount::unmount(".", UnmountFlags::DETACH)?;
-    rustix::process::chdir("/").map_err(Into::into)
 }
 
 /// `struct mount_attr` of mount_setattr(2).
@@ -186,11 +185,45 @@ pub fn unmount(path: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+    use std::ffi::OsString;
+    use std::os::unix::ffi::OsStringExt;
+    use std::path::PathBuf;
 
     #[test]
     fn mount_points_are_unescaped() {
         let text = b"36 35 98:0 / /mnt/a\\040b\\134c rw,noatime master:1 - ext3 /dev/root rw\n37 36 0:5 / /proc rw - proc proc rw\n";
         assert_eq!(mount_points(text), [Path::new("/mnt/a b\\c"), Path::new("/proc")]);
         assert!(mount_points(b"\n\nshort line\n").is_empty());
+    }
+
+    /// As the kernel writes a path: seq_path_root in its fs/proc_namespace.c escapes these four bytes.
+    fn escaped(path: &[u8]) -> Vec<u8> {
+        let one = |b: &u8| if b" \t\n\\".contains(b) { format!("\\{b:03o}").into_bytes() } else { vec![*b] };
+        path.iter().flat_map(one).collect()
+    }
+
+    fn path() -> impl Strategy<Value = Vec<u8>> {
+        let byte = prop_oneof![3 => 1..=255_u8, 1 => prop::sample::select(b" \t\n\\01347#/".to_vec())];
+        vec(byte, 0..20).prop_map(|rest| [&b"/"[..], &rest].concat())
+    }
+
+    proptest! {
+        #[test]
+        fn every_mount_point_is_found_as_it_is(mounts in vec((path(), path(), "( (shared|master):[0-9]{1,3}){0,2}"), 0..6)) {
+            let line = |(root, point, tags): &(Vec<u8>, Vec<u8>, String)| {
+                let fields = [b"36 35 98:0".to_vec(), escaped(root), escaped(point), format!("rw{tags} - ext3 /dev/root rw\n").into()];
+                fields.join(&b' ')
+            };
+            let points: Vec<PathBuf> = mounts.iter().map(|(_, point, _)| OsString::from_vec(point.clone()).into()).collect();
+            prop_assert_eq!(mount_points(&mounts.iter().flat_map(line).collect::<Vec<_>>()), points);
+        }
+
+        #[test]
+        fn no_text_breaks_it(text in vec(prop_oneof![any::<u8>(), prop::sample::select(b" \n\\0789".to_vec())], 0..120)) {
+            let lines = text.split(|&b| b == b'\n').filter(|line| line.split(|&b| b == b' ').count() >= 5).count();
+            prop_assert_eq!(mount_points(&text).len(), lines);
+        }
     }
 }

@@ -1,14 +1,21 @@
 //! Local sockets that carry whole packets (`SOCK_SEQPACKET`): what one program of ours tells another, and that it is still there.
 
-use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
-use nix::errno::Errno;
-use nix::sys::socket::{self, AddressFamily, Backlog, MsgFlags, SockFlag, SockType, UnixAddr};
+use rustix::io::Errno;
+use rustix::net::{
+    self, AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
+};
 
 /// No packet is longer; what is, is cut.
 pub const LONGEST: usize = 16 << 10;
+
+/// No packet carries more descriptors; what else comes is closed.
+const MOST_DESCRIPTORS: usize = 8;
 
 /// One end of a connection.
 #[derive(Debug)]
@@ -19,14 +26,14 @@ pub struct Packets {
 impl Packets {
     /// Both ends, close-on-exec.
     pub fn pair() -> io::Result<(Self, Self)> {
-        let (a, b) = socket::socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
+        let (a, b) = net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
         Ok((Self { fd: a }, Self { fd: b }))
     }
 
     /// Connects to the [`Listener`] at `path`. Does not wait for it to accept.
     pub fn connect(path: &Path) -> io::Result<Self> {
-        let fd = socket::socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
-        socket::connect(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
+        let fd = net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+        net::connect(&fd, &SocketAddrUnix::new(path)?)?;
         Ok(Self { fd })
     }
 
@@ -42,21 +49,45 @@ impl Packets {
 
     /// Sends one packet; EPIPE if the other end is gone.
     pub fn send(&self, packet: &[u8]) -> io::Result<()> {
-        socket::send(self.fd.as_raw_fd(), &packet[..packet.len().min(LONGEST)], MsgFlags::MSG_NOSIGNAL)?;
+        self.send_with(packet, &[])
+    }
+
+    /// Sends one packet and, with it, a copy of each of `descriptors`.
+    pub fn send_with(&self, packet: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        if !descriptors.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(descriptors)) {
+            return Err(Errno::TOOBIG.into());
+        }
+        let packet = [IoSlice::new(&packet[..packet.len().min(LONGEST)])];
+        net::sendmsg(&self.fd, &packet, &mut ancillary, SendFlags::NOSIGNAL)?;
         Ok(())
     }
 
-    /// The next packet, waiting for it; `None` if the other end is gone.
+    /// The next packet, waiting for it; `None` if the other end is gone. Descriptors that come with it are closed.
     pub fn receive(&self) -> io::Result<Option<Vec<u8>>> {
+        Ok(self.receive_with()?.map(|(packet, _)| packet))
+    }
+
+    /// The next packet and the descriptors that came with it, close-on-exec.
+    pub fn receive_with(&self) -> io::Result<Option<(Vec<u8>, Vec<OwnedFd>)>> {
         let mut packet = vec![0; LONGEST];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         loop {
-            match socket::recv(self.fd.as_raw_fd(), &mut packet, MsgFlags::empty()) {
-                Ok(0) | Err(Errno::ECONNRESET) => return Ok(None),
-                Ok(length) => {
-                    packet.truncate(length);
-                    return Ok(Some(packet));
+            let mut into = [IoSliceMut::new(&mut packet)];
+            match net::recvmsg(&self.fd, &mut into, &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
+                Ok(received) if received.bytes == 0 => return Ok(None),
+                Err(Errno::CONNRESET) => return Ok(None),
+                Ok(received) => {
+                    packet.truncate(received.bytes);
+                    let messages = ancillary.drain().filter_map(|message| match message {
+                        RecvAncillaryMessage::ScmRights(descriptors) => Some(descriptors),
+                        _ => None,
+                    });
+                    return Ok(Some((packet, messages.flatten().collect())));
                 }
-                Err(Errno::EINTR) => {}
+                Err(Errno::INTR) => {}
                 Err(e) => return Err(e.into()),
             }
         }
@@ -64,8 +95,8 @@ impl Packets {
 
     /// The process at the other end.
     pub fn peer(&self) -> io::Result<nix::unistd::Pid> {
-        let credentials = socket::getsockopt(&self.fd, socket::sockopt::PeerCredentials)?;
-        Ok(nix::unistd::Pid::from_raw(credentials.pid()))
+        let credentials = net::sockopt::socket_peercred(&self.fd)?;
+        Ok(nix::unistd::Pid::from_raw(credentials.pid.as_raw_nonzero().get()))
     }
 }
 
@@ -88,20 +119,16 @@ impl Listener {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
             _ => {}
         }
-        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-        let fd = socket::socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
-        socket::bind(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
-        socket::listen(&fd, Backlog::MAXCONN)?;
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let fd = net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+        net::bind(&fd, &SocketAddrUnix::new(path)?)?;
+        net::listen(&fd, libc::SOMAXCONN)?;
         Ok(Self { fd })
     }
 
     /// The next connection that is waiting, if any.
     pub fn accept(&self) -> Option<Packets> {
-        let fd = socket::accept4(self.fd.as_raw_fd(), SockFlag::SOCK_CLOEXEC).ok()?;
-        // SAFETY: accept4 has just opened this descriptor, so nobody else owns it.
-        #[allow(unsafe_code)]
-        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-        Some(Packets { fd })
+        net::accept_with(&self.fd, SocketFlags::CLOEXEC).ok().map(Packets::from_fd)
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::convert::Infallible;
 use std::ffi::{CString, OsStr, OsString};
+use std::fmt;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
@@ -12,6 +13,7 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
 use nix::unistd::{ForkResult, Pid};
+use rustix::fs::{Mode, OFlags};
 use rustix::process::PidfdFlags;
 
 /// The two sides of a fork.
@@ -72,6 +74,47 @@ fn die_of(signal: Signal) -> u8 {
     128_u8.wrapping_add(u8::try_from(signal as i32).unwrap_or(0))
 }
 
+/// Which process is meant, in a way that no later one of the same number fits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Identity {
+    /// Its number.
+    pub pid: i32,
+    /// When it started, in clock ticks after boot (/proc/PID/stat field 22).
+    pub start: u64,
+}
+
+impl Identity {
+    /// Process `pid`, which must not be able to end meanwhile: this one, or a child that was not waited for.
+    pub fn of(pid: Pid) -> Option<Self> {
+        Entry::read(pid).map(|entry| Self { pid: pid.as_raw(), start: entry.start })
+    }
+
+    /// Reads what was written with [`fmt::Display`].
+    pub fn parse(text: &str) -> Option<Self> {
+        let (pid, start) = text.trim_end().split_once(' ')?;
+        Some(Self { pid: pid.parse().ok()?, start: start.parse().ok()? })
+    }
+
+    /// Opens anew what the process has open under these numbers. ESRCH if it has ended; EACCES if this one may not look at it
+    /// (ptrace(2), PTRACE_MODE_READ), as root may at root's that have no more capabilities.
+    pub fn open_descriptors(self, numbers: &[i32]) -> io::Result<Vec<OwnedFd>> {
+        let path = format!("/proc/{}", self.pid);
+        let process = rustix::fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+        let open = |name: &str| rustix::fs::openat(&process, name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+        match Entry::from_stat(open("stat")?.into()) {
+            Some(entry) if entry.start == self.start => {}
+            _ => return Err(rustix::io::Errno::SRCH.into()),
+        }
+        numbers.iter().map(|number| open(&format!("fd/{number}")).map_err(Into::into)).collect()
+    }
+}
+
+impl fmt::Display for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.pid, self.start)
+    }
+}
+
 /// A process that is still the one that was meant: a descriptor that no later process of the same number can take over.
 #[derive(Debug)]
 pub struct Handle {
@@ -82,14 +125,14 @@ pub struct Handle {
 }
 
 impl Handle {
-    /// Opens process `pid` if it is the one that was started at `start` (clock ticks after boot, /proc/PID/stat field 22).
-    /// ESRCH if that one has ended.
-    pub fn open(pid: Pid, start: u64) -> io::Result<Self> {
-        let raw = rustix::process::Pid::from_raw(pid.as_raw()).ok_or(io::ErrorKind::InvalidInput)?;
+    /// Opens the process. ESRCH if it has ended.
+    pub fn open(process: Identity) -> io::Result<Self> {
+        let raw = rustix::process::Pid::from_raw(process.pid).ok_or(io::ErrorKind::InvalidInput)?;
         let fd = rustix::process::pidfd_open(raw, PidfdFlags::empty())?;
+        let pid = Pid::from_raw(process.pid);
         // Read after the descriptor was opened: if the number had changed hands before, the time tells.
         match Entry::read(pid) {
-            Some(entry) if entry.start == start && entry.state != 'Z' => Ok(Self { fd, pid }),
+            Some(entry) if entry.start == process.start && entry.state != 'Z' => Ok(Self { fd, pid }),
             _ => Err(rustix::io::Errno::SRCH.into()),
         }
     }
@@ -130,10 +173,19 @@ pub struct Entry {
 impl Entry {
     /// Reads /proc/PID/stat; `None` if there is no such process (any more).
     pub fn read(pid: Pid) -> Option<Self> {
+        Self::from_stat(File::open(format!("/proc/{pid}/stat")).ok()?)
+    }
+
+    fn from_stat(mut stat: File) -> Option<Self> {
         // The kernel gives the whole line to the first read that has room for it: 52 numbers at the most.
         let mut line = [0; 2048];
-        let length = File::open(format!("/proc/{pid}/stat")).ok()?.read(&mut line).ok()?;
+        let length = stat.read(&mut line).ok()?;
         Self::parse(&line[..length])
+    }
+
+    /// Which process it is.
+    pub fn identity(&self) -> Identity {
+        Identity { pid: self.pid.as_raw(), start: self.start }
     }
 
     /// The format is proc(5)'s: the name stands in parentheses and may itself hold any byte, so the last `)` ends it.
@@ -172,7 +224,7 @@ impl Entry {
 
     /// Sends it a signal, if it is still there.
     pub fn signal(&self, signal: Signal) {
-        let _ = Handle::open(self.pid, self.start).and_then(|handle| handle.signal(signal));
+        let _ = Handle::open(self.identity()).and_then(|handle| handle.signal(signal));
     }
 
     /// Its command line; its short name where there is none. It may hold secrets, and control characters.
@@ -249,9 +301,13 @@ mod tests {
     #[test]
     fn a_handle_is_refused_when_the_number_has_changed_hands() {
         let me = nix::unistd::getpid();
-        let start = Entry::read(me).unwrap().start;
-        assert_eq!(Handle::open(me, start).unwrap().pid, me);
-        assert_eq!(Handle::open(me, start + 1).unwrap_err().raw_os_error(), Some(libc::ESRCH));
+        let this = Identity::of(me).unwrap();
+        assert_eq!(Identity::parse(&this.to_string()), Some(this));
+        let later = Identity { start: this.start + 1, ..this };
+        assert_eq!(Handle::open(this).unwrap().pid, me);
+        assert_eq!(Handle::open(later).unwrap_err().raw_os_error(), Some(libc::ESRCH));
+        assert_eq!(this.open_descriptors(&[0, 1]).unwrap().len(), 2);
+        assert_eq!(later.open_descriptors(&[0]).unwrap_err().raw_os_error(), Some(libc::ESRCH));
     }
 
     #[test]

@@ -6,7 +6,7 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path};
 
@@ -206,6 +206,45 @@ impl Tree {
         })
     }
 
+    /// Makes the character device `path` (mode 0666), and leaves its parent's times as they were.
+    pub fn make_device(&self, path: impl AsRef<Path>, major: u32, minor: u32) -> io::Result<()> {
+        let (parent, name) = self.parent_of(path.as_ref())?;
+        let device = rustix::fs::makedev(major, minor);
+        parent.keeping_times(|| {
+            let mode = Mode::from_raw_mode(0o666);
+            rustix::fs::mknodat(&parent.folder, &name, FileType::CharacterDevice, mode, device)?;
+            // For all, whatever the umask is. By descriptor: whoever renames here gets no other file's mode changed.
+            let node = parent.handle(&name)?;
+            if rustix::fs::fstat(&node)?.st_rdev != device {
+                return Err(Errno::EXIST.into());
+            }
+            rustix::fs::chmod(format!("/proc/self/fd/{}", node.as_raw_fd()), mode).map_err(Into::into)
+        })
+    }
+
+    /// Removes what [`Tree::make_device`] made, or a regular file that was written in its place, and leaves the parent's times as they
+    /// were. Returns whether it is gone.
+    pub fn remove_device(&self, path: impl AsRef<Path>, major: u32, minor: u32) -> io::Result<bool> {
+        let Some(found) = self.look(path.as_ref())? else { return Ok(true) };
+        let (parent, name) = self.parent_of(path.as_ref())?;
+        match FileType::from_raw_mode(found.st_mode) {
+            FileType::CharacterDevice if found.st_rdev == rustix::fs::makedev(major, minor) => {}
+            FileType::RegularFile => {}
+            _ => return Ok(false),
+        }
+        parent.keeping_times(|| parent.remove(&name)).map(|_| true)
+    }
+
+    /// Whether the folder holds nothing.
+    pub fn is_empty(&self) -> io::Result<bool> {
+        for entry in rustix::fs::Dir::read_from(self.reopen()?)? {
+            if !matches!(entry?.file_name().to_bytes(), b"." | b"..") {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// Writes all that the tree's file system still holds in memory to its disk (`syncfs`).
     pub fn sync(&self) -> io::Result<()> {
         // syncfs wants a descriptor that is open for reading, which an O_PATH one is not.
@@ -247,7 +286,7 @@ impl Tree {
     }
 
     /// Runs `change` on this folder and puts its access and modification times back: the image root must look untouched.
-    fn keeping_times<T>(&self, change: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    pub fn keeping_times<T>(&self, change: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
         let before = rustix::fs::fstat(&self.folder)?;
         let result = change()?;
         let times = Timestamps {

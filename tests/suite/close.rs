@@ -123,9 +123,8 @@ fn the_close_takes_its_steps_in_order_and_logs_each_with_its_time() {
             ["97002", "97003"].iter().all(|n| processes_with(&format!("sleep {n}")).iter().any(|p| comm(*p) == "sleep"))
         });
         let mut in_jail = (mode == Mode::Jailed).then(|| {
-            let record = std::fs::read_to_string(environment.state_folder().join("jail")).unwrap();
-            let init = record.split_whitespace().nth(1).unwrap();
-            let started = Outsider::start(Command::new("nsenter").args(["-t", init, "-m", "sleep", "97004"]));
+            let init = environment.jails_init().to_string();
+            let started = Outsider::start(Command::new("nsenter").args(["-t", &init, "-m", "sleep", "97004"]));
             wait_until("it to have entered", || comm(started.0.id()) == "sleep");
             started
         });
@@ -430,7 +429,7 @@ fn a_volume_that_becomes_read_only_ends_the_environment_with_a_word_in_the_log()
 
 #[test]
 fn a_full_run_or_a_full_folder_of_sshds_configuration_fails_the_environment() {
-    type Case<'a> = (&'a str, &'a dyn Fn(&mut Volume));
+    type Case<'a> = (&'a str, &'a str, &'a dyn Fn(&mut Volume));
     let run = |volume: &mut Volume| {
         std::fs::create_dir_all("/run/ims-sshd").unwrap();
         mount(&["-t", "tmpfs", "-o", "nr_inodes=2", "tmpfs"], Path::new("/run/ims-sshd"));
@@ -444,15 +443,17 @@ fn a_full_run_or_a_full_folder_of_sshds_configuration_fails_the_environment() {
         volume.config = folder.join("sshd_config");
         fill(&folder);
     };
-    let cases: [Case; 2] =
-        [("sshd.conf: No space left on device", &run), ("sshd_config: No space left on device", &config)];
-    for (word, full) in cases {
+    let cases: [Case; 2] = [
+        ("cannot make the folder", "trial: No space left on device", &run),
+        ("cannot write", "sshd_config: No space left on device", &config),
+    ];
+    for (attempted, reason, full) in cases {
         let mut volume = Volume::new(Image::Busybox);
         full(&mut volume);
         volume.touch("ready");
         let before = std::fs::read(&volume.config).unwrap();
         let mut environment = volume.start(Mode::Jailed);
-        failed_visibly(&mut environment, 1, &["cannot write ", word]);
+        failed_visibly(&mut environment, 1, &[attempted, reason]);
         assert_eq!(std::fs::read(&environment.config).unwrap(), before, "half a configuration");
         assert!(environment.image_root.join("tmp/failed").exists());
         for place in [Path::new("/run/ims-sshd"), &environment.dir.path().join("etc")] {
@@ -568,7 +569,7 @@ fn what_a_killed_entrypoint_left_is_found_told_and_cleared() {
         for name in ["sshd_listening", ".ims-sshd.reserve-1", ".ims-sshd.reserve-3"] {
             volume.touch(name);
         }
-        std::fs::write(volume.signal(".ims-sshd.mount-points"), "folder proc\nfolder dev\nfile etc/resolv.conf\n")
+        std::fs::write(volume.signal(".ims-sshd.additions"), "folder proc\nfolder dev\nfile etc/resolv.conf\n")
             .unwrap();
         std::fs::create_dir(volume.image_root.join("proc")).unwrap();
         std::fs::write(volume.image_root.join("etc/resolv.conf"), "").unwrap();
@@ -576,7 +577,7 @@ fn what_a_killed_entrypoint_left_is_found_told_and_cleared() {
         let mut somebody = Outsider::start(Command::new("sleep").arg("97010"));
         let folder = ims_sshd::lifecycle::state::StateFolder::place(&volume.parent);
         std::fs::create_dir_all(&folder).unwrap();
-        std::fs::write(folder.join("jail"), format!("init {} 1\ndkms false\n", somebody.0.id())).unwrap();
+        std::fs::write(folder.join("jail"), format!("tier namespace\ninit {} 1\n", somebody.0.id())).unwrap();
         std::fs::write(folder.join("sshd"), format!("{} 1\n", somebody.0.id())).unwrap();
         std::fs::write(folder.join("control"), "").unwrap();
 
@@ -588,7 +589,7 @@ fn what_a_killed_entrypoint_left_is_found_told_and_cleared() {
         let found = found.unwrap_or_else(|| panic!("{mode:?}: {log}"));
         for word in [
             "the record of its jail",
-            "mount points in the image",
+            "what it had added to the image",
             "'sshd_listening'",
             "its line in sshd's configuration",
         ] {
@@ -825,7 +826,7 @@ fn the_log_has_the_format_and_the_level_that_were_asked_for() {
     ] {
         let volume = Volume::new(Image::Busybox);
         let mut command = volume.entrypoint(Mode::Plain, &[("LOG_LEVEL", level)]);
-        volume.touch(".ims-sshd.mount-points");
+        volume.touch(".ims-sshd.additions");
         let entrypoint = command.args(["--log-format", "json"]).spawn().unwrap();
         let mut environment = Environment { entrypoint, volume, status: None }.ready();
         environment.says("true");

@@ -279,11 +279,10 @@ fn pid_of(environment: &Environment) -> Pid {
     Pid::from_raw(environment.entrypoint.id().cast_signed())
 }
 
-/// The number after `name` in a file of the state folder.
-fn noted(environment: &Environment, file: &str, name: &str) -> Pid {
-    let text = std::fs::read_to_string(environment.state_folder().join(file)).unwrap();
-    let number = text.strip_prefix(name).unwrap().split_whitespace().next().unwrap();
-    Pid::from_raw(number.parse().unwrap())
+/// sshd, as the environment has noted it.
+fn listener(environment: &Environment) -> Pid {
+    let text = std::fs::read_to_string(environment.state_folder().join("sshd")).unwrap();
+    Pid::from_raw(ims_sshd::sys::process::Identity::parse(&text).unwrap().pid)
 }
 
 fn logged(environment: &Environment, what: &str, times: usize) {
@@ -327,9 +326,9 @@ fn run(cell: Cell) {
             (Some(visitor), ..) => visitor,
             (_, Some(shell), Phase::Closing) if cell.mode == Mode::Plain => parent_of(shell),
             (_, Some(shell), Phase::Closing) => parent_of(parent_of(shell)),
-            _ => noted(&environment, "sshd", ""),
+            _ => listener(&environment),
         },
-        Part::JailInit => noted(&environment, "jail", "init "),
+        Part::JailInit => environment.jails_init(),
         Part::Helper => parent_of(victim.unwrap()),
         Part::Shell => victim.unwrap(),
         Part::Script => {
@@ -450,24 +449,9 @@ fn whatever_dies_and_whenever_the_environment_ends_with_a_clear_word() {
     println!("{} cells", cells.len());
     assert!(cells.len() >= 60);
     cells.retain(|cell| format!("{cell:?}").contains(&only));
-    let (next, began) = (AtomicUsize::new(0), Instant::now());
-    let failed = std::sync::Mutex::new(Vec::new());
-    std::thread::scope(|scope| {
-        for _ in 0..AT_ONCE {
-            scope.spawn(|| {
-                while let Some(&cell) = cells.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    // A thread of its own: its mounts are the cell's.
-                    let name = format!("{cell:?}");
-                    let thread = std::thread::Builder::new().name(name.clone()).spawn(move || run(cell)).unwrap();
-                    if thread.join().is_err() {
-                        failed.lock().unwrap().push(name);
-                    }
-                }
-            });
-        }
-    });
+    let began = Instant::now();
+    let failed = run_each(&cells, AT_ONCE, |cell| format!("{cell:?}"), |cell| run(*cell));
     println!("{:.1} s", began.elapsed().as_secs_f64());
-    let failed = failed.into_inner().unwrap();
     assert!(failed.is_empty(), "{} of {} cells failed: {failed:#?}", failed.len(), cells.len());
 }
 
@@ -545,7 +529,7 @@ struct Holdings {
 
 impl Holdings {
     fn of(environment: &Environment, household: &Household) -> Self {
-        let both = [pid_of(environment), noted(environment, "jail", "init ")];
+        let both = [pid_of(environment), environment.jails_init()];
         let count = |text: String| text.lines().count();
         let mut processes: Vec<_> = household.members().iter().map(Entry::command_line).collect();
         processes.sort();
@@ -620,7 +604,7 @@ fn nothing_is_left_of_many_sessions() {
             }
         });
     };
-    let (entrypoint, init) = (pid_of(&environment), noted(&environment, "jail", "init "));
+    let (entrypoint, init) = (pid_of(&environment), environment.jails_init());
     run_up_to(wanted / 5);
     let early = [entrypoint, init].map(resident);
     run_up_to(wanted);

@@ -12,11 +12,12 @@ use nix::unistd::Pid;
 use crate::support::*;
 
 /// Tiers that emulate.
-const TIERS: [&str; 1] = ["namespace"];
+const TIERS: [&str; 2] = ["namespace", "user"];
 
 /// What environments log.
 const OURS: &str = "programs for aarch64 run by /usr/bin/qemu-aarch64-static, registered until the end";
 const OTHERS: &str = "programs for aarch64 run by /usr/bin/qemu-aarch64-static, which was registered before";
+const THE_JAILS: &str = "programs for aarch64 run by what the jail registers for itself";
 const UNSEEN: &str = "programs for aarch64 run by what the node has registered";
 
 fn open(tier: &str) -> Environment {
@@ -84,6 +85,7 @@ fn an_aarch64_image_is_as_on_a_machine_of_its_own() {
         assert!(environment.says("ps -e -o args").contains("sleep 1000"), "sessions see each other's processes");
         let entry = table.entry_of(&environment);
         assert_eq!(entry.exists(), environment.log_text().contains(OURS));
+        assert_eq!(environment.log_text().contains(THE_JAILS), tier == "user", "{}", environment.log_text());
         environment.says("touch /tmp/complete");
         assert_eq!(environment.end(), 0);
         assert!(!entry.exists(), "the entry is left");
@@ -161,11 +163,13 @@ fn the_sftp_server_of_an_aarch64_image_is_not_emulated() {
 
 #[test]
 fn enter_emulates_too() {
-    let volume = Volume::new(Image::DebianArm64);
-    let mut enter = Command::new(IMS_SSHD);
-    enter.arg("enter").arg(&volume.image_root).args(["--", "sh", "-c", "uname -m; exit 7"]);
-    let output = enter.output().unwrap();
-    assert_eq!((output.status.code(), text(&output.stdout).as_str()), (Some(7), "aarch64\n"), "{output:?}");
+    for tier in TIERS {
+        let volume = Volume::new(Image::DebianArm64);
+        let mut enter = Command::new(IMS_SSHD);
+        enter.arg("enter").arg(&volume.image_root).args(["--", "sh", "-c", "uname -m; exit 7"]);
+        let output = enter.env("IMS_JAIL_TIER", tier).output().unwrap();
+        assert_eq!((output.status.code(), text(&output.stdout).as_str()), (Some(7), "aarch64\n"), "{output:?}");
+    }
 }
 
 #[test]
@@ -200,6 +204,8 @@ fn what_a_killed_environment_registered_is_gone_after_the_next_one() {
     assert!(!entry.exists(), "the entry is left");
 }
 
+const PLAIN: (Mode, &str) = (Mode::Plain, "auto");
+
 /// An entry for aarch64 as a node may have it, with these flags.
 fn registered(flags: &str) -> String {
     let magic = r"\\x7fELF\\x02\\x01\\x01\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x02\\x00\\xb7\\x00";
@@ -209,8 +215,8 @@ fn registered(flags: &str) -> String {
 
 /// A node with a table of its own (a user namespace): `setup` is what stands in it before an environment starts there, by way of
 /// `wrapper`. Returns whether the environment was open, and its log. At its end the table has to be as it was.
-fn on_a_node(volume: Volume, mode: Mode, setup: &str, wrapper: &str) -> (bool, String) {
-    let program = volume.entrypoint(mode, &[("BUILD_ARCH", "aarch64")]);
+fn on_a_node(volume: Volume, (mode, tier): (Mode, &str), setup: &str, wrapper: &str) -> (bool, String) {
+    let program = volume.entrypoint(mode, &[("BUILD_ARCH", "aarch64"), ("IMS_JAIL_TIER", tier)]);
     let table = volume.dir.path().join("table");
     std::fs::create_dir(&table).unwrap();
     let mut node = Command::new("unshare");
@@ -255,7 +261,7 @@ fn what_the_node_has_registered_is_used_if_it_works_in_a_jail_and_never_touched(
         ("one whose interpreter is looked for in the image", registered("OC"), OURS),
         ("one that is switched off", registered("F") + "echo 0 > $TABLE/node", OURS),
     ] {
-        let (open, log) = on_a_node(Volume::new(Image::DebianArm64), Mode::Plain, &setup, "");
+        let (open, log) = on_a_node(Volume::new(Image::DebianArm64), PLAIN, &setup, "");
         assert!(open && log.contains(said), "{name}: {log}");
     }
 }
@@ -267,16 +273,18 @@ fn a_jailed_environment_that_cannot_emulate_does_not_open_and_a_plain_one_says_s
         ("echo 0 > $TABLE/status", "", "binfmt_misc is switched off"),
         ("", WITHOUT_PRIVILEGE, "binfmt_misc cannot be mounted: Operation not permitted"),
     ] {
-        for mode in MODES {
+        // In the tier that has the container's own table.
+        for (mode, level) in [(PLAIN, "WARN"), ((Mode::Jailed, "chroot"), "ERROR")] {
             let (open, log) = on_a_node(Volume::new(Image::DebianArm64), mode, setup, wrapper);
-            let level = if mode == Mode::Jailed { "ERROR" } else { "WARN" };
             let line = format!("{level} cannot have programs for aarch64 run on this machine: {complaint}");
             assert!(log.contains(&line), "{mode:?}: {log}");
-            assert_eq!(open, mode == Mode::Plain, "{log}");
+            assert_eq!(open, mode == PLAIN, "{log}");
         }
+        let (open, log) = on_a_node(Volume::new(Image::DebianArm64), (Mode::Jailed, "user"), setup, wrapper);
+        assert!(open && log.contains(THE_JAILS), "{log}");
     }
     // What the node has registered works without a look at it.
-    let (open, log) = on_a_node(Volume::new(Image::DebianArm64), Mode::Plain, &registered("F"), WITHOUT_PRIVILEGE);
+    let (open, log) = on_a_node(Volume::new(Image::DebianArm64), PLAIN, &registered("F"), WITHOUT_PRIVILEGE);
     assert!(open && log.contains(UNSEEN), "{log}");
 }
 
@@ -284,7 +292,7 @@ fn a_jailed_environment_that_cannot_emulate_does_not_open_and_a_plain_one_says_s
 fn a_container_without_qemu_says_what_to_install() {
     let volume = Volume::new(Image::DebianArm64);
     hide("/usr/bin/qemu-aarch64-static", volume.dir.path());
-    let (open, log) = on_a_node(volume, Mode::Jailed, "", "");
+    let (open, log) = on_a_node(volume, (Mode::Jailed, "user"), "", "");
     assert!(
         !open && log.contains("/usr/bin/qemu-aarch64-static does not exist; install Debian's qemu-user-static"),
         "{log}"

@@ -1,44 +1,24 @@
 //! A session that did nothing leaves no trace in the image root: the tree is the same before and after, byte and inode.
 
-use std::collections::BTreeMap;
-use std::os::unix::fs::{MetadataExt, symlink};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::symlink;
+use std::path::Path;
 
 use crate::support::*;
-
-/// All that one can see of a tree, but for times of access and of change of the inode, which nobody can put back.
-fn digest(root: &Path) -> BTreeMap<PathBuf, String> {
-    let describe = |path: &Path| {
-        let m = std::fs::symlink_metadata(path).unwrap();
-        let content = match m.file_type() {
-            t if t.is_symlink() => std::fs::read_link(path).unwrap().display().to_string(),
-            t if t.is_file() => format!("{:?}", std::fs::read(path).unwrap()),
-            _ => String::new(),
-        };
-        let size = if m.is_dir() { 0 } else { m.size() };
-        format!(
-            "{} {:o} {}:{} {} {size} {}.{} {content}",
-            m.ino(),
-            m.mode(),
-            m.uid(),
-            m.gid(),
-            m.nlink(),
-            m.mtime(),
-            m.mtime_nsec()
-        )
-    };
-    walk(root).into_iter().map(|path| (path.strip_prefix(root).unwrap().to_owned(), describe(&path))).collect()
-}
 
 #[test]
 fn a_tree_is_the_same_before_and_after() {
     type Shape = fn(&Path);
-    let shapes: [(&str, Shape); 6] = [
+    let shapes: [(&str, Shape); 8] = [
         ("no resolv.conf, no mount point", |_| {}),
         ("a dangling link", |root| {
             symlink("../run/systemd/resolve/stub-resolv.conf", root.join("etc/resolv.conf")).unwrap();
         }),
         ("an absolute link", |root| symlink("/run/netconfig/resolv.conf", root.join("etc/resolv.conf")).unwrap()),
+        ("a link to a file of the image", |root| {
+            std::fs::write(root.join("root/resolv.conf"), "nameserver 192.0.2.1\n").unwrap();
+            symlink("/root/resolv.conf", root.join("etc/resolv.conf")).unwrap();
+        }),
+        ("a link loop", |root| symlink("resolv.conf", root.join("etc/resolv.conf")).unwrap()),
         ("a regular file", |root| std::fs::write(root.join("etc/resolv.conf"), "nameserver 192.0.2.1\n").unwrap()),
         ("the container's text", |root| {
             std::fs::copy("/etc/resolv.conf", root.join("etc/resolv.conf")).unwrap();
@@ -58,19 +38,24 @@ fn a_tree_is_the_same_before_and_after() {
         assert_eq!(environment.says("cat /etc/resolv.conf"), container.trim_end(), "{name}: DNS as in the container");
         assert!(environment.sftp("ls /\n").status.success());
         assert_eq!(environment.complete(), 0);
-        let after = digest(&environment.image_root);
-        for (path, then) in &before {
-            assert_eq!(after.get(path), Some(then), "{name}: /{}", path.display());
-        }
-        assert_eq!(
-            after.len(),
-            before.len(),
-            "{name}: {:?}",
-            after.keys().filter(|p| !before.contains_key(*p)).collect::<Vec<_>>()
-        );
+        let changed = differences(&before, &digest(&environment.image_root));
+        assert!(changed.is_empty(), "{name}: {changed:#?}");
         let beside: Vec<_> = std::fs::read_dir(&environment.parent).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert!(!beside.iter().any(|n| n.to_string_lossy().starts_with('.')), "{beside:?}");
     }
+}
+
+#[test]
+fn a_folder_in_the_place_of_resolv_conf_stays_as_it_is() {
+    let volume = Volume::new(Image::Busybox);
+    std::fs::create_dir(volume.image_root.join("etc/resolv.conf")).unwrap();
+    std::fs::write(volume.image_root.join("etc/resolv.conf/file"), "the image's\n").unwrap();
+    let before = digest(&volume.image_root);
+    let mut environment = volume.start(Mode::Jailed).ready();
+    assert_eq!(environment.says("cat /etc/resolv.conf/file"), "the image's");
+    assert_eq!(environment.complete(), 0);
+    let changed = differences(&before, &digest(&environment.image_root));
+    assert!(changed.is_empty(), "{changed:#?}");
 }
 
 #[test]

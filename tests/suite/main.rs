@@ -7,14 +7,20 @@
 
 mod close;
 mod distributions;
+mod escape;
+mod escape_clients;
 mod faults;
 mod files;
 mod foreign;
+mod hostile;
 mod image_untouched;
 mod lifecycle;
 mod local;
+mod racing;
+mod readers;
 mod readme;
 mod refusals;
 mod sessions;
 mod support;
 mod terminal;
+mod tiers;

@@ -9,10 +9,12 @@ use crate::support::*;
 
 const README: &str = include_str!("../../README.md");
 const SECURITY: &str = include_str!("../../SECURITY.md");
+const PAST_CVES: &str = include_str!("../../docs/PAST_CVES.md");
 const MAKEFILE: &str = include_str!("../../Makefile");
 const SETTINGS: &str = include_str!("../../src/lifecycle/settings.rs");
 const LOG: &str = include_str!("../../src/lifecycle/log.rs");
 const CAPABILITIES: &str = include_str!("../../src/jail/capabilities.rs");
+const REFUSED_CALLS: &str = include_str!("../../src/jail/refused_calls.rs");
 const EFFECTIVE: &str = include_str!("../../src/sshd/effective.rs");
 
 #[test]
@@ -128,6 +130,15 @@ fn security_md_has_the_capabilities_and_the_checks_of_the_source() {
         .map(|(capability, who)| format!("| `CAP_{capability}` | {who} |"))
         .collect();
     assert_eq!(rows.len(), SECURITY.matches("| `CAP_").count());
+    let (_, calls) = REFUSED_CALLS.split_once("const RULES").unwrap();
+    let calls: Vec<_> = calls.split_once("\n];").unwrap().0.split('"').skip(1).step_by(2).collect();
+    assert_eq!(
+        calls.len(),
+        2 * (SECURITY.matches("| `ENOSYS` |").count() + SECURITY.matches("| `EPERM` for ").count())
+    );
+    for call in calls.chunks(2) {
+        rows.extend([format!("| `{}` |", call[0]), format!("| {} |", call[1])]);
+    }
     let (_, checks) = EFFECTIVE.split_once("let wanted = [").unwrap();
     let checks = checks.lines().map(str::trim).skip(1).take_while(|line| *line != "];");
     rows.extend(checks.map(|line| format!("| `{}` |", line.split('"').nth(1).unwrap())));
@@ -138,6 +149,36 @@ fn security_md_has_the_capabilities_and_the_checks_of_the_source() {
     for row in rows {
         assert!(SECURITY.contains(&row), "SECURITY.md lacks {row}");
     }
+}
+
+#[test]
+fn every_test_and_every_file_that_the_page_of_past_cves_names_exists() {
+    let top = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let files = ["src", "tests"].map(|folder| walk(&top.join(folder))).concat();
+    let text: String =
+        files.iter().filter(|file| file.is_file()).map(|file| std::fs::read_to_string(file).unwrap()).collect();
+    let rows: Vec<Vec<&str>> =
+        PAST_CVES.lines().filter(|line| line.starts_with("| CVE-")).map(|line| line.split(" | ").collect()).collect();
+    assert!(rows.len() > 40);
+    for row in &rows {
+        let [cve, .., test] = row[..] else { panic!("{row:?}") };
+        assert_eq!(row.len(), 5, "{cve}");
+        assert_eq!(rows.iter().filter(|other| other[0] == cve).count(), 1, "{cve} twice");
+        for name in codes(test) {
+            let named =
+                |rest: &str| rest.split_once("fn ").is_some_and(|(_, rest)| rest.starts_with(&format!("{name}(")));
+            assert!(text.split("#[test]").skip(1).any(named), "{cve}: there is no test '{name}'");
+        }
+        assert!(test.contains('`') || test.starts_with('-'), "{cve}: {test}");
+    }
+    for file in codes(PAST_CVES).filter(|code| code.starts_with("src/")) {
+        assert!(top.join(file).is_file(), "there is no {file}");
+    }
+}
+
+/// What stands between backticks.
+fn codes(markdown: &str) -> impl Iterator<Item = &str> {
+    markdown.split('`').skip(1).step_by(2)
 }
 
 /// The lines of all blocks that are marked as `sh`.

@@ -30,7 +30,7 @@ fn values_that_are_wrong_are_named_before_anything_starts() {
         ("SSH_JAIL", "true", "SSH_JAIL is 'true': expected 'True' or 'False', in this spelling"),
         ("JOB_ENABLE_DKMS", "1", "JOB_ENABLE_DKMS is '1': expected 'true' or 'false'"),
         ("BUILD_ARCH", "riscv64", "BUILD_ARCH is 'riscv64': expected 'x86_64' or 'aarch64'"),
-        ("IMS_JAIL_TIER", "chroot", "IMS_JAIL_TIER is 'chroot': expected 'auto' or 'namespace'"),
+        ("IMS_JAIL_TIER", "strong", "IMS_JAIL_TIER is 'strong': expected 'auto' or 'namespace' or 'user' or 'chroot'"),
         ("IMS_CLOSE_GRACE", "-1", "IMS_CLOSE_GRACE is '-1': expected whole seconds"),
     ] {
         let volume = Volume::new(Image::Busybox);
@@ -203,13 +203,45 @@ fn an_environment_that_has_ended_is_not_judged_again_by_a_restart() {
 }
 
 #[test]
-fn a_jail_that_no_session_could_enter_is_not_opened() {
+fn a_tier_that_cannot_be_had_is_never_replaced_by_another() {
     let volume = Volume::new(Image::Busybox);
-    let mut command = Command::new("setpriv");
-    command.args(["--bounding-set", "-sys_ptrace", IMS_SSHD, "enter"]).arg(&volume.image_root).args(["--", "true"]);
-    let output = command.output().unwrap();
-    assert_eq!(output.status.code(), Some(1), "{output:?}");
-    assert!(text(&output.stderr).contains("needs CAP_SYS_PTRACE"), "{output:?}");
-    let name = ims_sshd::lifecycle::state::name_for(&volume.image_root);
-    assert!(!Path::new("/run/ims-sshd/enter").join(name).exists(), "its folder is left behind");
+    let enter = |tier: &str, taken: &str| {
+        let mut command = Command::new("setpriv");
+        command.args(["--bounding-set", taken, IMS_SSHD, "enter"]).arg(&volume.image_root).args(["--", "echo", "in"]);
+        command.env("IMS_JAIL_TIER", tier).output().unwrap()
+    };
+    for (tier, taken, reason) in [
+        (
+            "namespace",
+            "-sys_admin",
+            "cannot have a jail of tier 'namespace', which IMS_JAIL_TIER asks for: namespace needs CAP_SYS_ADMIN",
+        ),
+        (
+            "user",
+            "-setuid",
+            "cannot have a jail of tier 'user', which IMS_JAIL_TIER asks for: user needs leave to make user namespaces",
+        ),
+        (
+            "chroot",
+            "-sys_chroot",
+            "cannot have a jail of tier 'chroot', which IMS_JAIL_TIER asks for: chroot needs CAP_SYS_CHROOT",
+        ),
+        ("auto", "-sys_admin,-setfcap,-sys_chroot", "cannot have a jail of any tier: namespace needs"),
+    ] {
+        let output = enter(tier, taken);
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        assert!(text(&output.stderr).contains(reason), "{output:?}");
+        let name = ims_sshd::lifecycle::state::name_for(&volume.image_root);
+        assert!(!Path::new("/run/ims-sshd/enter").join(name).exists(), "its folder is left behind");
+    }
+    // Nothing of the namespace tier asks for more than CAP_SYS_ADMIN, nor of the user tier for that.
+    for (taken, tier) in
+        [("-sys_ptrace", None), ("-sys_admin,-sys_ptrace", Some("user")), ("-sys_admin,-setfcap", Some("chroot"))]
+    {
+        let output = enter("auto", taken);
+        assert_eq!(text(&output.stdout), "in\n", "{output:?}");
+        let log = text(&output.stderr);
+        let said = log.split_once("the jail's tier is ").map(|(_, rest)| rest.split(';').next().unwrap());
+        assert_eq!(said, tier, "{log}");
+    }
 }

@@ -1,13 +1,17 @@
 //! Build environments for tests: the real programs, a real sshd, real image roots, in folders and mounts of their own.
 
+use std::collections::{BTreeMap, HashSet};
 use std::io::Write;
 use std::net::TcpListener;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
+use ims_sshd::sys::mounts::mount_points;
 use tempfile::TempDir;
 
 pub const IMS_SSHD: &str = env!("CARGO_BIN_EXE_ims-sshd");
@@ -67,6 +71,9 @@ pub enum Mode {
 
 pub const MODES: [Mode; 2] = [Mode::Jailed, Mode::Plain];
 
+/// How strong a jail can be, best first.
+pub const TIERS: [&str; 3] = ["namespace", "user", "chroot"];
+
 /// A folder laid out as a pod's volume, before an environment opens on it. Its mounts are this thread's own and vanish with it.
 pub struct Volume {
     pub dir: TempDir,
@@ -83,11 +90,25 @@ impl Volume {
     }
 
     pub fn laid_out(image: Image, below: &str) -> Self {
+        Self::in_folder(Self::folder(), image, below)
+    }
+
+    /// On no disk, for those who open many: each environment has what it changed written to its disk, with all that others did there.
+    pub fn in_memory(image: Image) -> Self {
+        let dir = Self::folder();
+        succeed(Command::new("mount").args(["-t", "tmpfs", "-o", "mode=0755", "tmpfs"]).arg(dir.path()));
+        Self::in_folder(dir, image, "image-root")
+    }
+
+    fn folder() -> TempDir {
         own_mounts();
         // Not below /tmp: sshd refuses keys in a folder that everybody can write to.
         let base = cache().join("tests");
         std::fs::create_dir_all(&base).unwrap();
-        let dir = tempfile::tempdir_in(base).unwrap();
+        tempfile::tempdir_in(base).unwrap()
+    }
+
+    fn in_folder(dir: TempDir, image: Image, below: &str) -> Self {
         let parent = dir.path().join("parent");
         let image_root = parent.join(below);
         std::fs::create_dir_all(&image_root).unwrap();
@@ -187,7 +208,7 @@ impl Volume {
 impl Drop for Volume {
     fn drop(&mut self) {
         // A folder with a mount on it cannot be removed, and would stay behind.
-        for place in [&self.image_root, &self.parent] {
+        for place in [self.image_root.as_path(), &self.parent, self.dir.path()] {
             let _ = Command::new("umount").arg("--lazy").arg(place).stderr(Stdio::null()).status();
         }
     }
@@ -256,6 +277,8 @@ impl Environment {
             "LogLevel=ERROR",
             "BatchMode=yes",
             "ConnectTimeout=10",
+            // The default one takes longer than all the rest of a session.
+            "KexAlgorithms=curve25519-sha256",
         ] {
             options.extend(["-o".to_owned(), option.to_owned()]);
         }
@@ -284,9 +307,15 @@ impl Environment {
 
     /// A batch of sftp commands, with its output.
     pub fn sftp(&self, batch: &str) -> Output {
+        feed(&mut self.sftp_client(&[]), batch.as_bytes())
+    }
+
+    /// `sftp` with further options, reading its commands from standard input.
+    pub fn sftp_client(&self, options: &[&str]) -> Command {
         let mut command = Command::new("sftp");
-        command.args(self.ssh_options()).args(["-b", "-", "-P", &self.port.to_string(), "root@127.0.0.1"]);
-        feed(&mut command, batch.as_bytes())
+        command.args(self.ssh_options()).args(options);
+        command.args(["-b", "-", "-P", &self.port.to_string(), "root@127.0.0.1"]);
+        command
     }
 }
 
@@ -363,6 +392,73 @@ pub fn walk(folder: &Path) -> Vec<PathBuf> {
     found
 }
 
+/// All that one can see of a tree, but for times of access and of change of the inode, which nobody can put back: of each path a
+/// description, and the content.
+pub type Digest = BTreeMap<PathBuf, (String, Vec<u8>)>;
+
+pub fn digest(root: &Path) -> Digest {
+    let mut read = HashSet::new();
+    let mut describe = |path: &Path| {
+        let m = std::fs::symlink_metadata(path).unwrap();
+        let content = match m.file_type() {
+            t if t.is_symlink() => std::fs::read_link(path).unwrap().into_os_string().into_encoded_bytes(),
+            // Of a file with many names, once.
+            t if t.is_file() && read.insert(m.ino()) => std::fs::read(path).unwrap(),
+            _ => Vec::new(),
+        };
+        let size = if m.is_dir() { 0 } else { m.size() };
+        let owner = format!("{}:{}", m.uid(), m.gid());
+        let times = format!("{}.{}", m.mtime(), m.mtime_nsec());
+        (format!("{} {:o} {owner} {} {:x} {size} {times}", m.ino(), m.mode(), m.nlink(), m.rdev()), content)
+    };
+    walk(root).into_iter().map(|path| (path.strip_prefix(root).unwrap().to_owned(), describe(&path))).collect()
+}
+
+/// In what two digests differ, for a person.
+pub fn differences(before: &Digest, after: &Digest) -> Vec<String> {
+    let describe = |seen: Option<&(String, Vec<u8>)>| seen.map_or("nothing".to_owned(), |(text, _)| text.clone());
+    let paths: std::collections::BTreeSet<_> = before.keys().chain(after.keys()).collect();
+    paths
+        .into_iter()
+        .filter(|path| before.get(*path) != after.get(*path))
+        .map(|path| format!("/{}: {} -> {}", path.display(), describe(before.get(path)), describe(after.get(path))))
+        .collect()
+}
+
+/// Where this thread, and what it starts, sees something mounted that was not there `before`. What vanishes is no matter: mounts go with
+/// the folder they are on, whoever removes that.
+pub fn new_mounts(before: &[PathBuf]) -> Vec<PathBuf> {
+    let mut now = mount_points(&std::fs::read("/proc/thread-self/mountinfo").unwrap());
+    now.retain(|mount| !before.contains(mount));
+    now
+}
+
+/// Runs each case in a thread of its own, whose mounts are the case's, a few at a time. Returns the names of those that failed.
+pub fn run_each<T: Sync>(
+    cases: &[T],
+    at_once: usize,
+    name: impl Fn(&T) -> String + Sync,
+    run: impl Fn(&T) + Sync,
+) -> Vec<String> {
+    let next = AtomicUsize::new(0);
+    let failed = Mutex::new(Vec::new());
+    std::thread::scope(|scope| {
+        for _ in 0..at_once {
+            scope.spawn(|| {
+                while let Some(case) = cases.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    std::thread::scope(|scope| {
+                        let builder = std::thread::Builder::new().name(name(case));
+                        if builder.spawn_scoped(scope, || run(case)).unwrap().join().is_err() {
+                            failed.lock().unwrap().push(name(case));
+                        }
+                    });
+                }
+            });
+        }
+    });
+    failed.into_inner().unwrap()
+}
+
 /// Mounts made from here on belong to this test's thread and to what it starts; they are gone with it.
 fn own_mounts() {
     nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).expect("the tests need root");
@@ -416,6 +512,12 @@ impl Environment {
         master
     }
 
+    /// The jail's first process.
+    pub fn jails_init(&self) -> nix::unistd::Pid {
+        let record = ims_sshd::jail::record::Record::read(&self.state_folder().join("jail")).unwrap();
+        nix::unistd::Pid::from_raw(record.init.pid)
+    }
+
     /// Where the environment has its own files.
     pub fn state_folder(&self) -> PathBuf {
         ims_sshd::lifecycle::state::StateFolder::place(&self.parent)
@@ -430,6 +532,11 @@ impl Master<'_> {
     /// `ssh` over the open connection; the command is to be added.
     pub fn ssh(&self) -> Command {
         self.environment.ssh(&["-S", &self.control()])
+    }
+
+    /// `sftp` over it, reading its commands from standard input.
+    pub fn sftp(&self) -> Command {
+        self.environment.sftp_client(&["-o", &format!("ControlPath={}", self.control())])
     }
 }
 

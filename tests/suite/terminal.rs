@@ -26,7 +26,7 @@ const PROMPT: &str = "[prompt]# ";
 const BLOCKED_SIGNALS: &str = "grep SigBlk /proc/self/status";
 
 /// A person's terminal: 31 rows, 200 columns (wide, so that no line editor wraps what is typed), with a program in it.
-struct Terminal {
+pub struct Terminal {
     session: PtySession,
     /// Everything that was to be seen so far.
     screen: String,
@@ -47,12 +47,12 @@ impl Terminal {
     }
 
     /// `ssh -tt` with a command.
-    fn running(environment: &Environment, command: &str) -> Self {
+    pub fn running(environment: &Environment, command: &str) -> Self {
         Self::with(environment.ssh(&["-tt", "-e", "none"]).arg(command))
     }
 
     /// `ssh` without a command, once the shell prompts.
-    fn at_a_shell(environment: &Environment) -> Self {
+    pub fn at_a_shell(environment: &Environment) -> Self {
         let mut terminal = Self::with(&environment.ssh(&["-tt", "-e", "none"]));
         terminal.wait_for_first_prompt();
         terminal
@@ -82,7 +82,7 @@ impl Terminal {
         }
     }
 
-    fn line(&mut self, text: &str) {
+    pub fn line(&mut self, text: &str) {
         self.session.send_line(text).unwrap();
     }
 
@@ -91,7 +91,7 @@ impl Terminal {
     }
 
     /// What the shell prints for a command line, trimmed; it prompts again afterwards.
-    fn ask(&mut self, command: &str) -> String {
+    pub fn ask(&mut self, command: &str) -> String {
         self.questions += 1;
         let n = self.questions;
         // The quotes keep the echo of what is typed from being taken for the answer.
@@ -126,7 +126,7 @@ impl Terminal {
     }
 
     /// Waits for the end of the program; returns its exit code and the whole screen.
-    fn end(mut self) -> (i32, String) {
+    pub fn end(mut self) -> (i32, String) {
         self.see_any(ReadUntil::EOF);
         match self.session.process().wait().unwrap() {
             WaitStatus::Exited(_, code) => (code, self.screen),
@@ -571,7 +571,7 @@ fn an_image_without_its_shell_is_entered_with_sh_and_one_without_any_says_so() {
 }
 
 /// A person's own shell on this machine, from which they enter an image root.
-fn own_shell() -> Terminal {
+pub fn own_shell() -> Terminal {
     // A run in the background of a script has keys ignored, which everything it starts would inherit.
     let mut shell = Command::new("env");
     shell

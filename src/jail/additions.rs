@@ -1,0 +1,225 @@
+//! What the image lacks and the jail needs: made before it, noted before that, removed after it.
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Advise, Attempt, Error, Result};
+use crate::jail::mount_table::{Missing, Mount};
+use crate::sys::tree::{Tree, kind_of};
+
+/// A name that does not exist in the image root, and is to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Addition {
+    /// Relative to the image root.
+    pub path: PathBuf,
+    /// What is made there.
+    pub kind: Kind,
+}
+
+/// What can be added.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// An empty folder, to mount on.
+    Folder,
+    /// An empty file, to mount on.
+    File,
+    /// A character device, by major and minor number.
+    Device(u32, u32),
+}
+
+/// Lines of the note: `folder PATH`, `file PATH`, `device MAJOR:MINOR PATH`.
+impl fmt::Display for Addition {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let path = self.path.display();
+        match self.kind {
+            Kind::Folder => write!(f, "folder {path}"),
+            Kind::File => write!(f, "file {path}"),
+            Kind::Device(major, minor) => write!(f, "device {major}:{minor} {path}"),
+        }
+    }
+}
+
+impl Addition {
+    fn parse(line: &str) -> Option<Self> {
+        let (word, rest) = line.split_once(' ')?;
+        let (kind, path) = match word {
+            "folder" => (Kind::Folder, rest),
+            "file" => (Kind::File, rest),
+            "device" => {
+                let (numbers, path) = rest.split_once(' ')?;
+                let (major, minor) = numbers.split_once(':')?;
+                (Kind::Device(major.parse().ok()?, minor.parse().ok()?), path)
+            }
+            _ => return None,
+        };
+        Some(Self { path: path.into(), kind })
+    }
+}
+
+/// Which of the table's targets the image lacks. Refuses an image in which something else than a folder stands in a target's
+/// place: a link there would move the mount elsewhere.
+pub fn mount_points(image_root: &Tree, table: impl Iterator<Item = Mount>) -> Result<Vec<Addition>> {
+    let mut missing = Vec::new();
+    for mount in table.filter(|m| m.missing == Missing::MountPoint) {
+        let found = image_root.look(mount.target).attempt(|| format!("look at /{} of the image", mount.target))?;
+        match found.as_ref().map(kind_of) {
+            None => missing.push(Addition { path: mount.target.into(), kind: Kind::Folder }),
+            Some("a folder") => {}
+            Some(other) => {
+                return Err(Error::new(format!("mount on /{} of the image", mount.target))
+                    .because(format!("it is {other}"))
+                    .advise("it has to be a folder, or not to exist"));
+            }
+        }
+    }
+    Ok(missing)
+}
+
+/// The nodes that a shell needs where nothing can be mounted: without them `>/dev/null` would make a file, which would be packed.
+const DEVICES: [(&str, u32, u32); 6] =
+    [("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)];
+
+/// The device nodes of a jail without mounts, if the image's /dev is empty or missing; an image that has something there is left alone.
+pub fn devices(image_root: &Tree) -> Result<Vec<Addition>> {
+    let attempted = || "look at /dev of the image";
+    let folder = match image_root.look("dev").attempt(attempted)?.as_ref().map(kind_of) {
+        None => Some(Addition { path: "dev".into(), kind: Kind::Folder }),
+        Some("a folder") if image_root.folder("dev").and_then(|dev| dev.is_empty()).attempt(attempted)? => None,
+        Some(_) => return Ok(Vec::new()),
+    };
+    let node = |(name, major, minor)| Addition { path: Path::new("dev").join(name), kind: Kind::Device(major, minor) };
+    Ok(folder.into_iter().chain(DEVICES.map(node)).collect())
+}
+
+/// The note of what was made, in the image root's parent: it outlives a container that is restarted.
+const NOTE: &str = ".ims-sshd.additions";
+
+/// Additions that were made to an image root. They are noted in its parent before they are made.
+pub struct Made<'a> {
+    image_root: &'a Tree,
+    note_folder: &'a Tree,
+    additions: Vec<Addition>,
+    /// Whether the kernel refused to make device nodes.
+    pub without_devices: bool,
+}
+
+impl<'a> Made<'a> {
+    /// Notes `wanted` in `note_folder` and makes them; device nodes only as far as this container may.
+    pub fn make(image_root: &'a Tree, note_folder: &'a Tree, wanted: Vec<Addition>) -> Result<Self> {
+        if !wanted.is_empty() {
+            let text = wanted.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
+            note_folder
+                .replace(NOTE, text.as_bytes())
+                .attempt(|| format!("note what is to be added to the image in {NOTE} beside the image root"))?;
+        }
+        let mut made = Self { image_root, note_folder, additions: wanted, without_devices: false };
+        for addition in &made.additions {
+            let result = match addition.kind {
+                Kind::Folder => image_root.make_mount_point(&addition.path, true),
+                Kind::File => image_root.make_mount_point(&addition.path, false),
+                Kind::Device(major, minor) => image_root.make_device(&addition.path, major, minor),
+            };
+            match result {
+                Err(e) if matches!(addition.kind, Kind::Device(..)) && e.kind() == io::ErrorKind::PermissionDenied => {
+                    made.without_devices = true;
+                    // A program that discards its output would make the file; one that needs the name, such as sftp-server, does not start.
+                    if addition.path == Path::new("dev/null") {
+                        image_root
+                            .make_mount_point(&addition.path, false)
+                            .attempt(|| "make the file /dev/null in the image")?;
+                    }
+                }
+                other => other
+                    .attempt(|| format!("make /{} in the image", addition.path.display()))
+                    .advise("the image root has to be writable and to have space")?,
+            }
+        }
+        Ok(made)
+    }
+
+    /// What an earlier environment on the same parent made and, killed, did not remove.
+    pub fn left_over(image_root: &'a Tree, note_folder: &'a Tree) -> Option<Self> {
+        let note = note_folder.read(NOTE, 1 << 16).ok()?;
+        let additions = String::from_utf8_lossy(&note).lines().filter_map(Addition::parse).collect();
+        Some(Self { image_root, note_folder, additions, without_devices: false })
+    }
+
+    /// Removes them, and the note. Returns what could not be removed because somebody put something there.
+    pub fn remove(self) -> Result<Vec<PathBuf>> {
+        let mut kept = Vec::new();
+        // A folder after what was made in it.
+        for addition in self.additions.iter().rev() {
+            let gone = match addition.kind {
+                Kind::Folder | Kind::File => self.image_root.remove_mount_point(&addition.path),
+                Kind::Device(major, minor) => self.image_root.remove_device(&addition.path, major, minor),
+            };
+            let gone = gone.attempt(|| format!("remove /{} from the image", addition.path.display()))?;
+            if !gone {
+                kept.push(addition.path.clone());
+            }
+        }
+        self.note_folder.remove(NOTE).attempt(|| format!("remove {NOTE} beside the image root"))?;
+        Ok(kept)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::jail::mount_table::{Proc, mount_table};
+    use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
+
+    fn table() -> impl Iterator<Item = Mount> {
+        mount_table(false, Proc::New)
+    }
+
+    #[test]
+    fn a_link_in_the_place_of_a_mount_point_is_refused_by_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let tree = Tree::open(dir.path()).unwrap();
+        symlink("/tmp", dir.path().join("dev")).unwrap();
+        let message = mount_points(&tree, table()).unwrap_err().to_string();
+        assert!(message.contains("/dev") && message.contains("a symbolic link"), "{message}");
+    }
+
+    #[test]
+    fn what_a_killed_environment_added_is_found_and_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join("image-root")).unwrap();
+        let parent = Tree::open(dir.path()).unwrap();
+        let root = parent.folder("image-root").unwrap();
+        let wanted = mount_points(&root, table()).unwrap();
+        assert_eq!(wanted.len(), 4);
+        Made::make(&root, &parent, wanted).unwrap();
+        std::fs::write(dir.path().join("image-root/run/kept"), "").unwrap();
+        let kept = Made::left_over(&root, &parent).unwrap().remove().unwrap();
+        assert_eq!(kept, [Path::new("run")]);
+        assert!(!dir.path().join("image-root/proc").exists());
+        assert!(Made::left_over(&root, &parent).is_none());
+    }
+
+    #[test]
+    fn device_nodes_are_made_in_an_empty_dev_only_and_taken_away_with_what_was_written_in_their_place() {
+        let dir = tempfile::tempdir().unwrap();
+        let tree = Tree::open(dir.path()).unwrap();
+        let dev = dir.path().join("dev");
+        assert_eq!(devices(&tree).unwrap().len(), DEVICES.len() + 1, "no /dev: it is made too");
+        std::fs::create_dir(&dev).unwrap();
+        let before = std::fs::metadata(&dev).unwrap();
+        let made = Made::make(&tree, &tree, devices(&tree).unwrap()).unwrap();
+        assert!(!made.without_devices);
+        let null = std::fs::metadata(dev.join("null")).unwrap();
+        assert!(null.file_type().is_char_device() && null.permissions().mode() & 0o777 == 0o666);
+        std::fs::remove_file(dev.join("null")).unwrap();
+        std::fs::write(dev.join("null"), "output that was to vanish").unwrap();
+        std::fs::remove_file(dev.join("tty")).unwrap();
+        symlink("elsewhere", dev.join("tty")).unwrap();
+        assert!(devices(&tree).unwrap().is_empty(), "somebody has something there");
+        let kept = Made::left_over(&tree, &tree).unwrap().remove().unwrap();
+        assert_eq!(kept, [Path::new("dev/tty")], "that was meant");
+        std::fs::remove_file(dev.join("tty")).unwrap();
+        assert!(std::fs::read_dir(&dev).unwrap().next().is_none());
+        assert_eq!(std::fs::metadata(&dev).unwrap().ino(), before.ino());
+    }
+}

@@ -1,0 +1,142 @@
+//! Which tier this container can have: found out once, by making a jail of each around an empty folder and entering it.
+
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use crate::error::{Attempt, Error, Result};
+use crate::jail::mount_table::Proc;
+use crate::jail::tier::Tier;
+use crate::lifecycle::open_jail::{OpenJail, Wanted, program};
+use crate::lifecycle::state::StateFolder;
+use crate::sys::tree::Tree;
+
+/// A kind of jail that can be had.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Choice {
+    /// How strong it is.
+    pub tier: Tier,
+    /// Where its /proc comes from.
+    pub proc: Proc,
+}
+
+/// What is tried, best first. In a user namespace the kernel may refuse a procfs of its own.
+const CHOICES: [Choice; 4] = [
+    Choice { tier: Tier::Namespace, proc: Proc::New },
+    Choice { tier: Tier::User, proc: Proc::New },
+    Choice { tier: Tier::User, proc: Proc::Container },
+    Choice { tier: Tier::Chroot, proc: Proc::Container },
+];
+
+/// The best kind that can be had, of tier `wanted` if one is named. Logs what it is, why it is no better one, and what is lost by that.
+/// This process has to be a subreaper (or PID 1).
+pub fn choose(wanted: Option<Tier>, dkms: bool, state: &StateFolder) -> Result<Choice> {
+    let ground = Ground::new(state)?;
+    let mut refused: Vec<(Tier, Error)> = Vec::new();
+    for choice in CHOICES.into_iter().filter(|choice| wanted.is_none_or(|tier| tier == choice.tier)) {
+        match ground.attempt(choice, dkms) {
+            Ok(shown) => {
+                ground.state.remove()?;
+                log(choice, &shown, wanted.is_some(), dkms, &refused);
+                return Ok(choice);
+            }
+            Err(e) => refused.push((choice.tier, e)),
+        }
+    }
+    ground.state.remove()?;
+    let tier = wanted.map_or("any tier".into(), |tier| format!("tier '{}', which IMS_JAIL_TIER asks for", tier.name()));
+    Err(Error::new(format!("have a jail of {tier}")).because(reasons(refused.iter()).join("; ")))
+}
+
+/// One for each tier: the last, since it is why the tier was given up.
+fn reasons<'a>(refused: impl Iterator<Item = &'a (Tier, Error)>) -> Vec<String> {
+    let refused: Vec<_> = refused.collect();
+    let last = |tier| refused.iter().copied().rfind(|(refused, _)| *refused == tier);
+    let sentence = |(tier, why): &(Tier, Error)| format!("{} needs {}: {why}", tier.name(), tier.needs());
+    Tier::ALL.into_iter().filter_map(last).map(sentence).collect()
+}
+
+/// What a trial has shown beside that it can be done.
+struct Trial {
+    without_devices: bool,
+}
+
+/// Where jails are made on trial: an empty image root, and a folder for what belongs to them.
+struct Ground {
+    state: StateFolder,
+    path: PathBuf,
+    image_root: Tree,
+    note_folder: Tree,
+}
+
+impl Ground {
+    fn new(state: &StateFolder) -> Result<Self> {
+        let state = state.trial()?;
+        let path = state.path().join("image-root");
+        let attempted = || format!("make the folder {}, for a jail on trial", path.display());
+        std::fs::create_dir_all(&path).attempt(attempted)?;
+        let image_root = Tree::open(&path).attempt(attempted)?;
+        let note_folder = Tree::open(state.path()).attempt(attempted)?;
+        Ok(Self { state, path, image_root, note_folder })
+    }
+
+    /// Makes a jail and enters it, with all that a real one has.
+    fn attempt(&self, choice: Choice, dkms: bool) -> Result<Trial> {
+        let wanted = Wanted {
+            tier: choice.tier,
+            proc: choice.proc,
+            path: &self.path,
+            image_root: &self.image_root,
+            note_folder: &self.note_folder,
+            dkms,
+            emulated: None,
+            job: None,
+            keep: Vec::new(),
+            sftp: &[],
+        };
+        let jail = OpenJail::open(&wanted, &self.state)?;
+        let shown = Trial { without_devices: jail.without_devices };
+        let entered = enter(&self.state);
+        jail.end();
+        jail.clear(&self.image_root, &self.note_folder, &self.state)?;
+        entered.map(|()| shown)
+    }
+}
+
+fn enter(trial: &StateFolder) -> Result<()> {
+    let helper = program()?;
+    let attempted = || "enter a jail that was made on trial";
+    let mut command = Command::new(helper);
+    command.arg("try").arg(trial.jail()).env_clear().current_dir("/").stdin(Stdio::null());
+    let output = command.output().attempt(attempted)?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    Err(Error::new(attempted()).because(said.trim().trim_start_matches("ims-jail-shell: ")))
+}
+
+fn log(choice: Choice, shown: &Trial, forced: bool, dkms: bool, refused: &[(Tier, Error)]) {
+    let mut lacks: Vec<_> = choice.tier.lacks().into_iter().collect();
+    if choice.tier == Tier::User && choice.proc == Proc::Container {
+        lacks.push("/proc is the container's, so that its processes can be seen");
+    }
+    if shown.without_devices {
+        lacks.push("device nodes (CAP_MKNOD), so that /dev/null is a file, which is removed at the end");
+    }
+    let tier = choice.tier.name();
+    let mut parts = vec![format!("the jail's tier is {tier}{}", if forced { ", as IMS_JAIL_TIER says" } else { "" })];
+    parts.extend(reasons(refused.iter().filter(|(better, _)| *better != choice.tier)));
+    if !lacks.is_empty() {
+        parts.push(format!("missing: {}", lacks.join(", ")));
+    }
+    if dkms {
+        parts.push("with JOB_ENABLE_DKMS a session has the container's devices and can leave the image root".into());
+    }
+    let line = parts.join("; ");
+    match choice.tier {
+        Tier::Chroot => tracing::warn!(tier, "{line}"),
+        // As it should be; the jail's own line names it.
+        Tier::Namespace if !forced && !dkms => tracing::debug!(tier, "{line}"),
+        _ => tracing::info!(tier, "{line}"),
+    }
+}

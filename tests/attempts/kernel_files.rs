@@ -1,0 +1,147 @@
+//! At the kernel's settings, which are the whole machine's. A file that can be opened for writing is evidence; nothing is written.
+
+use std::io::Read;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{Mode, OFlags};
+use rustix::mount::MountFlags;
+
+use crate::outcome::{Held, Outcome, Step, any};
+
+/// Whether `path` lets itself be opened for writing.
+pub fn writable(path: &Path) -> Outcome {
+    let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::NOCTTY | OFlags::CLOEXEC;
+    rustix::fs::open(path, flags, Mode::empty()).step(format!("open {} for writing", path.display()))?;
+    Ok(format!("can write to {}", path.display()))
+}
+
+/// `echo b` there restarts the machine.
+pub fn sysrq_trigger() -> Outcome {
+    writable(Path::new("/proc/sysrq-trigger"))
+}
+
+/// A program that the kernel starts outside whenever a process dumps core.
+pub fn core_pattern() -> Outcome {
+    writable(Path::new("/proc/sys/kernel/core_pattern"))
+}
+
+/// A program that the kernel starts outside to load a module.
+pub fn modprobe() -> Outcome {
+    writable(Path::new("/proc/sys/kernel/modprobe"))
+}
+
+/// A program that the kernel starts outside to switch the machine off.
+pub fn poweroff_command() -> Outcome {
+    writable(Path::new("/proc/sys/kernel/poweroff_cmd"))
+}
+
+/// A program that the kernel starts outside for every device that comes.
+pub fn uevent_helper() -> Outcome {
+    writable(Path::new("/sys/kernel/uevent_helper"))
+}
+
+/// A place in the root to mount on, gone with the attempt if that is held.
+pub struct Place(pub PathBuf);
+
+impl Place {
+    /// Makes it.
+    pub fn new() -> Self {
+        let path = PathBuf::from(format!("/tmp/mount-{}", std::process::id()));
+        std::fs::create_dir_all(&path).expect("a folder can be made");
+        Self(path)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let _ = rustix::mount::unmount(&self.0, rustix::mount::UnmountFlags::DETACH);
+        let _ = std::fs::remove_dir(&self.0);
+    }
+}
+
+/// Mounts a new file system of `kind` and looks for one of `files` there that can be written to.
+pub fn mount_and_write(kind: &str, files: &[&str]) -> Outcome {
+    let place = Place::new();
+    rustix::mount::mount(kind, &place.0, kind, MountFlags::empty(), None).step(format!("mount a new {kind}"))?;
+    any(files, |file| writable(&place.0.join(file)))
+}
+
+/// Programs that the kernel starts for files of a kind.
+pub fn binfmt_register() -> Outcome {
+    writable(Path::new("/proc/sys/fs/binfmt_misc/register")).or_else(|_| mount_and_write("binfmt_misc", &["register"]))
+}
+
+fn hierarchies() -> Vec<PathBuf> {
+    let entries = std::fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten();
+    entries.map(|entry| entry.path()).chain([PathBuf::from("/sys/fs/cgroup")]).collect()
+}
+
+/// A program that the kernel starts outside once a cgroup is empty.
+pub fn release_agent() -> Outcome {
+    any(hierarchies(), |folder| writable(&folder.join("release_agent")))
+}
+
+/// Another cgroup, with other limits.
+pub fn cgroup() -> Outcome {
+    any(hierarchies(), |folder| writable(&folder.join("cgroup.procs")))
+}
+
+/// A writable file below `folder`, but for what `passes` says is none of the machine's.
+pub fn any_below(folder: &Path, passes: &dyn Fn(&Path) -> bool) -> Outcome {
+    let entries = std::fs::read_dir(folder).step(format!("list {}", folder.display()))?;
+    any(entries.flatten().filter(|entry| !passes(&entry.path())), |entry| {
+        let path = entry.path();
+        let found = entry.metadata().step(format!("look at {}", path.display()))?;
+        if found.is_dir() {
+            return any_below(&path, passes);
+        }
+        // Root opens what nobody can write to as well.
+        if !found.is_file() || found.mode() & 0o222 == 0 {
+            return Err(Held::by(format!("open {}", path.display()), "it is no file that can be written to"));
+        }
+        writable(&path)
+    })
+}
+
+/// Any setting in /proc. What processes have there is their own; a pressure file (psi) is opened for writing to wait for an event.
+pub fn any_in_proc() -> Outcome {
+    any_below(Path::new("/proc"), &|path| {
+        let top = path.strip_prefix("/proc").ok().and_then(|p| p.components().next()?.as_os_str().to_str());
+        top.is_none_or(|top| top.parse::<i32>().is_ok() || top == "pressure")
+    })
+}
+
+/// Any setting in /sys.
+pub fn any_in_sys() -> Outcome {
+    any_below(Path::new("/sys"), &|_| false)
+}
+
+/// The machine's memory.
+pub fn kernel_memory() -> Outcome {
+    let mut magic = [0; 4];
+    let mut file = std::fs::File::open("/proc/kcore").step("open /proc/kcore")?;
+    file.read_exact(&mut magic).step("read /proc/kcore")?;
+    Ok(format!("/proc/kcore begins with {magic:x?}"))
+}
+
+/// Where the jail shows files of the environment, read-only.
+const SHOWN: &str = "/run/.ims-sshd";
+
+fn shown() -> Vec<PathBuf> {
+    std::fs::read_dir(SHOWN).into_iter().flatten().flatten().map(|entry| entry.path()).collect()
+}
+
+/// The environment's own programs, as far as the jail shows them.
+pub fn shown_programs() -> Outcome {
+    any(shown(), |path| writable(&path))
+}
+
+/// The same after the mount was made writable.
+pub fn shown_programs_remounted() -> Outcome {
+    any(shown(), |path| {
+        let name = std::ffi::CString::new(path.as_os_str().as_encoded_bytes()).expect("a name");
+        crate::sys::make_writable(&name).step(format!("make the mount {} writable", path.display()))?;
+        writable(&path)
+    })
+}

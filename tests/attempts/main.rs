@@ -1,0 +1,106 @@
+//! Attempts to get out of a jail, each by name. Linked statically, so that it runs in any image root and any container.
+//!
+//! ```text
+//! attempts decoys FOLDER    makes what the attempts are after, outside; prints variables for them; stays until its input ends
+//! attempts list             all attempts: name, where it works, source
+//! attempts NAME             one attempt, with those variables
+//! attempts all              all attempts, a line each
+//! attempts ambush            looks into those who enter the jail meanwhile
+//! attempts type TEXT        pushes TEXT into the terminal that is standard input, for whoever reads from it next
+//! ```
+//!
+//! Exit code 0: out, with evidence on standard output. 1: held, and by what. 3: this kernel has no such thing. Anything else: the
+//! attempt itself is broken. `all` ends with 0 if all were held, with 1 if one got out, with 2 if one is broken.
+
+#![allow(clippy::pedantic)]
+
+mod ambush;
+mod child;
+mod decoys;
+mod devices;
+mod kernel_files;
+mod mounts;
+mod namespaces;
+mod outcome;
+mod outside;
+mod privileges;
+mod processes;
+mod roots;
+mod sockets;
+mod sys;
+mod table;
+mod terminals;
+
+use std::path::Path;
+use std::process::{Command, ExitCode};
+
+use outcome::Outcome;
+use table::ATTEMPTS;
+
+const OUT: u8 = 0;
+const HELD: u8 = 1;
+const ABSENT: u8 = 3;
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match arguments.as_slice() {
+        ["list"] => list(),
+        ["all"] => return all(),
+        ["decoys", folder] => decoys::stay(Path::new(folder)).expect("decoys can be made"),
+        ["victim", _] => decoys::victim().expect("a victim can sit at its terminal"),
+        ["with-session-key", rest @ ..] => decoys::with_session_key(rest).expect("the program can be started"),
+        ["type", text] => return terminals::type_text(text),
+        ["ambush"] => return report(ambush::ambush()),
+        [name] => return one(name),
+        _ => panic!("usage: attempts list | all | decoys FOLDER | NAME"),
+    }
+    ExitCode::SUCCESS
+}
+
+fn list() {
+    for attempt in ATTEMPTS {
+        println!("{}\t{:?}\t{}", attempt.name, attempt.bites, attempt.source);
+    }
+}
+
+fn one(name: &str) -> ExitCode {
+    let attempt = ATTEMPTS.iter().find(|a| a.name == name).unwrap_or_else(|| panic!("there is no attempt {name}"));
+    report((attempt.run)())
+}
+
+fn report(outcome: Outcome) -> ExitCode {
+    match outcome {
+        Ok(evidence) => {
+            println!("{evidence}");
+            ExitCode::from(OUT)
+        }
+        Err(held) => {
+            println!("{held}");
+            ExitCode::from(if held.is_absent() { ABSENT } else { HELD })
+        }
+    }
+}
+
+/// Each in a process of its own: an attempt leaves that in a state that no other could begin from.
+fn all() -> ExitCode {
+    let this = std::env::current_exe().expect("this program's file");
+    let (mut out, mut broken) = (false, false);
+    for attempt in ATTEMPTS {
+        let output = Command::new(&this).arg(attempt.name).output().expect("this program can be started");
+        let said = String::from_utf8_lossy(&output.stdout);
+        let how = match output.status.code().and_then(|code| u8::try_from(code).ok()) {
+            Some(OUT) => {
+                out = true;
+                "OUT"
+            }
+            Some(HELD | ABSENT) => "held",
+            _ => {
+                broken = true;
+                "BROKEN"
+            }
+        };
+        println!("{how}\t{}\t{}{}", attempt.name, said.trim(), String::from_utf8_lossy(&output.stderr).trim());
+    }
+    ExitCode::from(if broken { 2 } else { u8::from(out) })
+}

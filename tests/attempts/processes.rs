@@ -1,0 +1,113 @@
+//! At the processes outside.
+
+use std::os::fd::OwnedFd;
+
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Resource, Rlimit, Signal};
+
+use crate::outcome::{Held, Outcome, Step, any};
+use crate::outside::{process, secret, told, visible_processes};
+use crate::sys;
+
+/// A signal that nobody is harmed by: the right to send it is the right to send any.
+const HARMLESS: Signal = Signal::WINCH;
+
+/// The process outside, by its number; and the jail's own init, which is known by its name.
+fn targets() -> Result<Vec<i32>, Held> {
+    let init = std::fs::read_to_string("/proc/1/comm").is_ok_and(|name| name == "ims-jail-init\n");
+    match (process(), init) {
+        (Ok(process), true) => Ok(vec![1, process]),
+        (Ok(process), false) => Ok(vec![process]),
+        (Err(_), true) => Ok(vec![1]),
+        (Err(held), false) => Err(held),
+    }
+}
+
+fn pid(number: i32) -> Pid {
+    Pid::from_raw(number).expect("a process number")
+}
+
+/// Tracing.
+pub fn trace() -> Outcome {
+    any(targets()?, |process| {
+        sys::ptrace_seize(process).step(format!("trace process {process}"))?;
+        Ok(format!("traces process {process}"))
+    })
+}
+
+/// Reading its memory.
+pub fn memory() -> Outcome {
+    any(targets()?, |process| {
+        let maps = std::fs::read_to_string(format!("/proc/{process}/maps")).step(format!("read {process}'s maps"))?;
+        let stack = maps.lines().find(|line| line.ends_with("[stack]"));
+        let (from, to) = stack.and_then(|line| line.split(' ').next()?.split_once('-')).expect("it has a stack");
+        let number = |text| usize::from_str_radix(text, 16).expect("an address");
+        let mut stack = vec![0; number(to) - number(from)];
+        sys::read_memory(process, number(from), &mut stack).step(format!("read {process}'s memory"))?;
+        secret(&stack)
+    })
+}
+
+/// Opening its memory as a file.
+pub fn memory_file() -> Outcome {
+    any(targets()?, |process| {
+        let path = format!("/proc/{process}/mem");
+        std::fs::File::options().write(true).open(&path).step(format!("open {path}"))?;
+        Ok(format!("can write to {path}"))
+    })
+}
+
+/// Its environment variables.
+pub fn environment() -> Outcome {
+    any(visible_processes(), |process| {
+        let path = format!("/proc/{process}/environ");
+        secret(&std::fs::read(&path).step(format!("read {path}"))?)
+    })
+}
+
+/// Sending it a signal.
+pub fn kill() -> Outcome {
+    let process = process()?;
+    rustix::process::kill_process(pid(process), HARMLESS).step(format!("send process {process} a signal"))?;
+    Ok(format!("sent process {process} a signal"))
+}
+
+/// Sending a signal to whoever leads this session, which sshd started outside.
+pub fn kill_session_leader() -> Outcome {
+    let leader = nix::unistd::getsid(None).step("ask for the session's leader")?;
+    if leader.as_raw() == 0 {
+        return Err(Held::by("find the session's leader", "it is out of sight"));
+    }
+    if leader == nix::unistd::getpid() {
+        return Err(Held::by("find the session's leader", "it is this process"));
+    }
+    rustix::process::test_kill_process(pid(leader.as_raw())).step("send the session's leader a signal")?;
+    Ok(format!("may send signals to process {leader}, which leads this session"))
+}
+
+fn handle_on_process() -> Result<OwnedFd, Held> {
+    rustix::process::pidfd_open(pid(process()?), PidfdFlags::empty()).step("pidfd_open")
+}
+
+/// Taking a descriptor of it.
+pub fn steal_descriptor() -> Outcome {
+    let handle = handle_on_process()?;
+    let taken = rustix::process::pidfd_getfd(handle, 0, PidfdGetfdFlags::empty()).step("pidfd_getfd")?;
+    Ok(format!("has its standard input: {taken:?}"))
+}
+
+/// Reaching it by a handle from outside, which is no number.
+pub fn process_handle() -> Outcome {
+    let handle: sys::Handle = told("PROCESS_HANDLE").parse().expect("a handle");
+    let place = rustix::process::pidfd_open(rustix::process::getpid(), PidfdFlags::empty()).step("pidfd_open")?;
+    let process = handle.open(place, libc::O_RDONLY).step("open_by_handle_at")?;
+    rustix::process::pidfd_send_signal(process, HARMLESS).step("send it a signal")?;
+    Ok("sent the process a signal".into())
+}
+
+/// Changing its limits.
+pub fn limits() -> Outcome {
+    let process = pid(process()?);
+    let limit = Rlimit { current: Some(0), maximum: Some(0) };
+    rustix::process::prlimit(Some(process), Resource::Core, limit).step("prlimit")?;
+    Ok("changed its limits".into())
+}

@@ -1,0 +1,304 @@
+//! The jail holds: every known way out is tried, first where it works, then in the jail.
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+
+use nix::unistd::Pid;
+
+use ims_sshd::sys::process::{Entry, descendants};
+
+use crate::support::*;
+use crate::terminal::{Terminal, own_shell};
+
+/// Tiers that a session must not be able to leave.
+const TIERS: [&str; 2] = ["namespace", "user"];
+
+/// What is not defended, and where SECURITY.md says so.
+const NOT_DEFENDED: [(&str, &str); 1] = [("abstract-socket", "**The network** is the container's")];
+
+/// The program of tests/attempts.
+fn attempts() -> PathBuf {
+    let program = Path::new(IMS_SSHD).with_file_name("examples").join("attempts");
+    assert!(program.exists(), "no attempts: 'cargo build --example attempts' makes them");
+    program
+}
+
+struct Attempt {
+    name: String,
+    bites: String,
+}
+
+fn all_attempts() -> Vec<Attempt> {
+    let list = succeed(Command::new(attempts()).arg("list"));
+    let parse = |line: &str| {
+        let mut fields = line.split('\t').map(str::to_owned);
+        let attempt = Attempt { name: fields.next().unwrap(), bites: fields.next().unwrap() };
+        assert!(fields.next().is_some_and(|source| !source.is_empty()), "{line}: where is it known from?");
+        attempt
+    };
+    list.lines().map(parse).collect()
+}
+
+/// What lies outside: a file, a process at a terminal, sockets, memory, a queue, a key.
+pub struct Decoys {
+    program: Child,
+    variables: Vec<(String, String)>,
+    pub secret: String,
+}
+
+impl Decoys {
+    pub fn lay_out(volume: &Volume, name: &str) -> Self {
+        let folder = volume.dir.path().join(name);
+        std::fs::create_dir(&folder).unwrap();
+        let mut program = Command::new(attempts())
+            .arg("decoys")
+            .arg(&folder)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let lines = BufReader::new(program.stdout.take().unwrap()).lines().map(Result::unwrap);
+        let variable = |line: String| line.split_once('=').map(|(name, value)| (name.to_owned(), value.to_owned()));
+        let mut variables: Vec<_> = lines.take_while(|line| !line.is_empty()).filter_map(variable).collect();
+        let control = ims_sshd::lifecycle::state::StateFolder::place(&volume.parent).join("control");
+        variables.push(("OUTSIDE_CONTROL".into(), control.display().to_string()));
+        let secret = std::fs::read_to_string(folder.join("file")).unwrap();
+        Self { program, variables, secret }
+    }
+
+    pub fn value(&self, name: &str) -> &str {
+        &self.variables.iter().find(|(known, _)| known == name).unwrap().1
+    }
+
+    /// `attempts with-session-key …`, to which a program is to be added that has a keyring of the environment's.
+    fn with_session_key(&self) -> Command {
+        let mut command = Command::new(attempts());
+        command.args(["with-session-key", self.value("OUTSIDE_KEY"), &self.secret]);
+        command
+    }
+
+    /// Nobody has done anything to them.
+    pub fn assert_unharmed(&self) {
+        assert_eq!(std::fs::read_to_string(self.value("OUTSIDE_FILE")).unwrap(), self.secret);
+        let line = std::fs::read_to_string(format!("/proc/{}/cmdline", self.value("OUTSIDE_PROCESS"))).unwrap();
+        assert!(line.contains("victim"), "the process outside has ended");
+    }
+}
+
+impl Drop for Decoys {
+    fn drop(&mut self) {
+        drop(self.program.stdin.take());
+        let _ = self.program.wait();
+    }
+}
+
+/// What is put into an image root: the attempts, and a node of a disk.
+fn prepare(image_root: &Path) {
+    std::fs::copy(attempts(), image_root.join("attempts")).unwrap();
+    let opens = |disk: &Path| std::fs::File::open(Path::new("/dev").join(disk.file_name().unwrap())).is_ok();
+    let disks = std::fs::read_dir("/sys/block").unwrap().map(|disk| disk.unwrap().path());
+    let disk = disks.into_iter().find(|disk| opens(disk)).expect("a disk that can be opened");
+    let number = std::fs::read_to_string(disk.join("dev")).unwrap();
+    let (major, minor) = number.trim().split_once(':').unwrap();
+    succeed(Command::new("mknod").arg(image_root.join("planted-disk")).args(["b", major, minor]));
+}
+
+/// A chroot with every capability, and with all that a jail does not have. Its mounts are gone with it.
+const CHROOT: &str = r#"
+    set -e
+    cd "$1"
+    mount --bind . .
+    cd "$1"
+    mkdir -p proc sys dev run/.ims-sshd
+    for folder in proc sys dev; do mount --rbind /$folder $folder; done
+    mount --bind /dev/null proc/keys
+    touch run/.ims-sshd/server run/.ims-sshd/read-only
+    mount --bind "$OUTSIDE_FILE" run/.ims-sshd/server
+    mount --bind -o ro "$OUTSIDE_FILE" run/.ims-sshd/read-only
+    exec 9</
+    exec chroot . /attempts "$2"
+"#;
+
+/// Makes the attempt where it is said to work.
+fn weakly(attempt: &Attempt, image_root: &Path, decoys: &Decoys) -> Output {
+    let mut command = decoys.with_session_key();
+    command.args(["unshare", "--mount", "--propagation", "private"]).envs(decoys.variables.iter().cloned());
+    if attempt.bites.starts_with("Chroot") {
+        command.args(["sh", "-c", CHROOT, "sh"]).arg(image_root).arg(&attempt.name);
+    } else {
+        command.arg(attempts()).arg(&attempt.name);
+    }
+    command.stdin(Stdio::null()).output().unwrap()
+}
+
+fn kernel_settings() -> Vec<String> {
+    let read = |name| std::fs::read_to_string(Path::new("/proc/sys/kernel").join(name)).unwrap_or_default();
+    ["core_pattern", "modprobe", "poweroff_cmd", "sysrq", "hostname"].map(read).into()
+}
+
+#[test]
+fn every_attempt_gets_out_where_it_can_and_none_out_of_the_jail() {
+    let settings = kernel_settings();
+    for tier in TIERS {
+        let weak = Volume::new(Image::Busybox);
+        prepare(&weak.image_root);
+
+        let volume = Volume::new(Image::Busybox);
+        prepare(&volume.image_root);
+        let outside = Decoys::lay_out(&volume, "outside");
+        let decoys = Decoys::lay_out(&volume, "decoys");
+        let variables = outside.variables.iter().map(|(name, value)| format!("export {name}={value}\n"));
+        std::fs::write(volume.image_root.join("variables"), variables.collect::<String>()).unwrap();
+        let mut command = outside.with_session_key();
+        command.args([IMS_SSHD, "entrypoint"]).env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+        command.envs(volume.variables(Mode::Jailed)).env("IMS_JAIL_TIER", tier);
+        let log = std::fs::File::create(volume.log()).unwrap();
+        let entrypoint = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().unwrap();
+        let mut environment = Environment { entrypoint, volume, status: None }.ready();
+        let master = environment.master();
+
+        let mut wrong = Vec::new();
+        let mut bitten = 0;
+        for attempt in all_attempts() {
+            let name = &attempt.name;
+            let output = weakly(&attempt, &weak.image_root, &decoys);
+            match output.status.code() {
+                Some(0) => bitten += 1,
+                Some(3) if attempt.bites.ends_with("IfBuilt") => {}
+                _ => wrong.push(format!("{name}: does not get out where it could: {output:?}")),
+            }
+
+            let output = master.ssh().arg(format!(". /variables; /attempts {name}")).output().unwrap();
+            let expected = NOT_DEFENDED.iter().any(|(known, _)| known == name);
+            match output.status.code() {
+                Some(0) if expected => {}
+                Some(1 | 3) if !expected => {}
+                _ => wrong.push(format!("{name}: in the jail ({tier}): {output:?}")),
+            }
+        }
+        assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+        assert!(bitten >= 60, "only {bitten} attempts were shown to work anywhere");
+
+        drop(master);
+        outside.assert_unharmed();
+        assert_eq!(environment.complete(), 0);
+    }
+    assert_eq!(kernel_settings(), settings);
+}
+
+#[test]
+fn what_is_not_defended_is_said() {
+    let said = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("SECURITY.md")).unwrap();
+    for (attempt, sentence) in NOT_DEFENDED {
+        assert!(said.contains(sentence), "{attempt}");
+    }
+}
+
+/// CVE-2016-2568, CVE-2017-5226: a program pushes a line into its own terminal (TIOCSTI); the shell that it was started from is the
+/// next to read.
+#[test]
+fn what_a_session_types_no_shell_outside_reads() {
+    let volume = Volume::new(Image::Busybox);
+    prepare(&volume.image_root);
+    let marker = |name: &str| volume.dir.path().join(name);
+    let types = |name: &str| format!("/attempts type 'touch {}'", marker(name).display());
+
+    let mut terminal = own_shell();
+    terminal.line(&format!("chroot {} {}", volume.image_root.display(), types("chroot")));
+    wait_until("the shell to read what was typed in a chroot", || marker("chroot").exists());
+    terminal.line("exit");
+    terminal.end();
+
+    let mut terminal = own_shell();
+    terminal.line(&format!("{IMS_SSHD} enter {} -- {}", volume.image_root.display(), types("enter")));
+    // Whatever the shell read before this line, it has carried out before the answer comes.
+    terminal.line("true");
+    assert_eq!(terminal.ask("echo over"), "over");
+    assert!(!marker("enter").exists(), "the shell read what was typed in the jail");
+    terminal.line("exit");
+    terminal.end();
+
+    let mut environment = volume.start(Mode::Jailed).ready();
+    let marker = environment.dir.path().join("session");
+    Terminal::running(&environment, &format!("/attempts type 'touch {}'", marker.display())).end();
+    assert_eq!(environment.complete(), 0);
+    assert!(!marker.exists(), "somebody outside read what was typed in a session");
+}
+
+#[test]
+fn a_helper_cannot_be_looked_into_on_its_way_into_the_jail() {
+    for tier in TIERS {
+        let volume = Volume::new(Image::Busybox);
+        prepare(&volume.image_root);
+        let weak = Volume::new(Image::Busybox);
+        prepare(&weak.image_root);
+        let environment = volume.start_with(Mode::Jailed, &[("IMS_JAIL_TIER", tier)]).ready();
+        let master = environment.master();
+        let while_sessions_come = |mut ambush: Command| {
+            let mut ambush = Ended(ambush.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap());
+            while ambush.try_wait().unwrap().is_none() {
+                succeed(master.ssh().arg("true"));
+            }
+            let said = std::io::read_to_string(ambush.stdout.take().unwrap()).unwrap();
+            (ambush.wait().unwrap().code(), said)
+        };
+
+        let mut chroot = Command::new("unshare");
+        chroot.args(["--mount", "--propagation", "private", "sh", "-c"]);
+        chroot.arg("mkdir -p $1/proc; mount --rbind /proc $1/proc; exec chroot $1 /attempts ambush").arg("sh");
+        chroot.arg(&weak.image_root);
+        let (code, said) = while_sessions_come(chroot);
+        assert_eq!(code, Some(0), "in a chroot with the machine's processes it must get one: {said}");
+
+        let mut jailed = master.ssh();
+        jailed.arg("/attempts ambush");
+        let (code, said) = while_sessions_come(jailed);
+        assert_eq!(code, Some(1), "{tier}: {said}");
+    }
+}
+
+/// The network is the container's, and so are its abstract sockets: none of them is ours. What we listen at is a path.
+#[test]
+fn the_supervisor_listens_where_only_root_outside_comes_to() {
+    let environment = Environment::open(Image::Busybox, Mode::Jailed);
+    let _session = environment.master();
+    let supervisor = Pid::from_raw(environment.entrypoint.id().cast_signed());
+    let processes: Vec<_> = descendants(&Entry::all(), supervisor).iter().map(|entry| entry.pid).collect();
+    assert!(processes.len() >= 3, "sshd, the jail's init, a session");
+    let sockets: Vec<String> = processes
+        .iter()
+        .chain([&supervisor])
+        .flat_map(|process| {
+            let descriptors = std::fs::read_dir(format!("/proc/{process}/fd")).into_iter().flatten().flatten();
+            descriptors.filter_map(|d| {
+                Some(
+                    std::fs::read_link(d.path())
+                        .ok()?
+                        .to_str()?
+                        .strip_prefix("socket:[")?
+                        .trim_end_matches(']')
+                        .to_owned(),
+                )
+            })
+        })
+        .collect();
+    // proc_net_unix(5): the seventh field is the socket's number, the eighth its name.
+    let listed = std::fs::read_to_string("/proc/net/unix").unwrap();
+    let fields = listed.lines().map(|line| line.split_ascii_whitespace().collect::<Vec<_>>());
+    let names: Vec<&str> =
+        fields.filter(|f| sockets.iter().any(|s| *s == f[6])).filter_map(|f| f.get(7).copied()).collect();
+    let control = environment.state_folder().join("control");
+    assert!(names.contains(&control.to_str().unwrap()), "{names:?}");
+    assert!(names.iter().all(|name| !name.starts_with('@')), "{names:?}");
+
+    let ask = |program: &mut Command| program.env("OUTSIDE_CONTROL", &control).arg("supervisor").output().unwrap();
+    assert_eq!(ask(&mut Command::new(attempts())).status.code(), Some(0));
+    // Where another user finds it: the test's folders are root's.
+    let shared = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(shared.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let program = shared.path().join("attempts");
+    std::fs::copy(attempts(), &program).unwrap();
+    let other = ask(Command::new("setpriv").args(["--reuid=65534", "--regid=65534", "--clear-groups"]).arg(program));
+    assert_eq!(other.status.code(), Some(1), "{other:?}");
+}

@@ -1,0 +1,129 @@
+//! The tiers of the jail: what a session has in each, and what each leaves behind.
+
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+
+use crate::support::*;
+
+fn open(image: Image, tier: &str) -> Environment {
+    Volume::new(image).start_with(Mode::Jailed, &[("IMS_JAIL_TIER", tier)]).ready()
+}
+
+#[test]
+fn a_session_in_every_tier_is_the_images_root_and_ends_with_the_job() {
+    for tier in TIERS {
+        let volume = Volume::new(Image::Debian);
+        // sshd's own ChrootDirectory refuses such an image root; there, no login works.
+        std::fs::set_permissions(&volume.image_root, std::fs::Permissions::from_mode(0o775)).unwrap();
+        // Not a path of the container.
+        std::fs::create_dir(volume.image_root.join("odd")).unwrap();
+        std::fs::copy(volume.image_root.join("bin/bash"), volume.image_root.join("odd/shell")).unwrap();
+        std::fs::write(
+            volume.image_root.join("etc/passwd"),
+            "root:x:0:0:root:/root:/odd/shell\n_apt:x:100:65534::/:/bin/false\n",
+        )
+        .unwrap();
+        let mut environment = volume.start_with(Mode::Jailed, &[("IMS_JAIL_TIER", tier)]).ready();
+        let log = environment.log_text();
+        assert!(log.contains(&format!("the jail is made tier=\"{tier}\"")), "{log}");
+        assert_eq!(environment.says("echo $0 $HOME; cat /etc/motd"), "shell /root\nimage of the tests", "{tier}");
+        assert_eq!(environment.run("exit 7").status.code(), Some(7), "{tier}");
+        assert_eq!(environment.says("echo x | tee /dev/null; head -c 3 /dev/zero | wc -c"), "x\n3", "{tier}");
+        assert_eq!(
+            environment.says("touch /root/f && chown 100:65534 /root/f && stat -c %u:%g /root/f"),
+            "100:65534",
+            "{tier}"
+        );
+        let container = std::fs::read_to_string("/etc/resolv.conf").unwrap();
+        assert_eq!(environment.says("cat /etc/resolv.conf"), container.trim_end(), "{tier}");
+        let kept = environment.says("nohup setsid sleep 97100 >/dev/null 2>&1 & echo $!");
+        assert!(!kept.is_empty());
+        std::fs::write(environment.dir.path().join("sent"), "sent").unwrap();
+        let sent = environment.dir.path().join("sent");
+        let output = environment.sftp(&format!("pwd\nput {} /root/sent\nls /root/sent\n", sent.display()));
+        let shown = text(&output.stdout);
+        assert!(output.status.success() && shown.contains("working directory: /root\n"), "{tier}: {output:?}");
+        assert_eq!(environment.says("cat /root/sent"), "sent", "{tier}");
+        assert_eq!(environment.run("touch /tmp/complete").status.code(), Some(0), "{tier}");
+        assert_eq!(environment.end(), 0, "{tier}: {}", environment.log_text());
+        assert!(processes_with("sleep 97100").is_empty(), "{tier}: a process was left");
+        assert!(environment.signal("complete").exists() && !environment.image_root.join("tmp/complete").exists());
+    }
+}
+
+#[test]
+fn a_terminal_has_its_name_where_devpts_can_be_mounted_and_works_where_it_cannot() {
+    for (tier, name) in [("namespace", "/dev/pts/"), ("user", "/dev/pts/"), ("chroot", "not a tty")] {
+        let environment = open(Image::Debian, tier);
+        let output =
+            environment.ssh(&["-tt"]).arg("tty; stty size; echo typed < /dev/tty > /dev/tty").output().unwrap();
+        let shown = text(&output.stdout);
+        assert!(shown.starts_with(name) && shown.contains("typed"), "{tier}: {shown}");
+    }
+}
+
+#[test]
+fn a_user_namespace_holds_what_the_tier_says() {
+    let environment = open(Image::Debian, "user");
+    let own = std::fs::read_link("/proc/self/ns/user").unwrap();
+    assert_ne!(environment.says("readlink /proc/self/ns/user"), own.display().to_string());
+    let map = environment.says("cat /proc/self/uid_map");
+    let outside = std::fs::read_to_string("/proc/self/uid_map").unwrap();
+    assert_eq!(map.split_whitespace().collect::<Vec<_>>(), outside.split_whitespace().collect::<Vec<_>>());
+    assert_eq!(environment.says("ps -e -o comm= | sort -u | head -1; cat /proc/1/comm"), "bash\nims-jail-init");
+    let refused = environment.run("mknod /root/disk b 8 0");
+    assert!(text(&refused.stderr).contains("Operation not permitted"), "{refused:?}");
+    let chmod = environment.run("chmod 600 /dev/null");
+    assert!(text(&chmod.stderr).contains("Read-only file system"), "the container's node: {chmod:?}");
+    assert_eq!(std::fs::metadata("/dev/null").unwrap().permissions().mode() & 0o777, 0o666);
+}
+
+#[test]
+fn nodes_and_a_lent_resolv_conf_of_the_chroot_tier_are_gone_after_a_kill_too() {
+    let volume = Volume::new(Image::Busybox);
+    let own = volume.image_root.join("etc/resolv.conf");
+    std::os::unix::fs::symlink("/run/netconfig/resolv.conf", &own).unwrap();
+    std::fs::create_dir(volume.image_root.join("dev")).unwrap();
+    let before = digest(&volume.image_root);
+    let mut environment = volume.start_with(Mode::Jailed, &[("IMS_JAIL_TIER", "chroot")]).ready();
+    let null = environment.image_root.join("dev/null");
+    assert!(std::fs::metadata(&null).unwrap().file_type().is_char_device());
+    assert!(std::fs::read_link(&own).is_err(), "the container's text stands there");
+    environment.entrypoint.kill().unwrap();
+    environment.end();
+    let Environment { volume, .. } = &environment;
+    let again = volume.entrypoint(Mode::Jailed, &[("IMS_JAIL_TIER", "chroot")]).spawn().unwrap();
+    environment.entrypoint = again;
+    environment.status = None;
+    wait_until("the second environment to be open", || {
+        environment.log_text().matches("the environment is open").count() == 2
+    });
+    assert!(environment.log_text().contains("what it had added to the image"), "{}", environment.log_text());
+    assert_eq!(environment.complete(), 0);
+    assert_eq!(digest(&environment.image_root), before);
+}
+
+#[test]
+fn with_dkms_a_package_finds_all_that_a_kernel_build_looks_at() {
+    let volume = Volume::new(Image::Debian);
+    let folder = volume.image_root.join("root/module");
+    std::fs::create_dir_all(folder.join("DEBIAN")).unwrap();
+    std::fs::create_dir_all(folder.join("usr/src/module-1.0")).unwrap();
+    std::fs::write(folder.join("DEBIAN/control"), "Package: module-dkms\nVersion: 1.0\nArchitecture: all\nMaintainer: nobody <n@example.org>\nDescription: a module\n").unwrap();
+    // What dkms, depmod and a module's configure script read; a mount, as initrd builders make it; a loop device's control node.
+    let script = "#!/bin/sh -e\n\
+        test -r /proc/version && grep -q processor /proc/cpuinfo && test -e /proc/modules && test -w /proc/sys/kernel/hostname\n\
+        test -d /sys/module && test -d /sys/devices/system/cpu && test -w /sys/module\n\
+        test -c /dev/null && test -c /dev/kmsg && head -c 1 /dev/urandom > /dev/null\n\
+        mkdir -p /tmp/build && mount -t tmpfs tmpfs /tmp/build && cp -r /usr/src/module-1.0 /tmp/build && umount /tmp/build && rmdir /tmp/build\n\
+        mknod /usr/src/module-1.0/node c 1 3\n";
+    let postinst = folder.join("DEBIAN/postinst");
+    std::fs::write(&postinst, script).unwrap();
+    std::fs::set_permissions(&postinst, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let environment = volume.start_with(Mode::Jailed, &[("JOB_ENABLE_DKMS", "True")]).ready();
+    let built = environment.run("cd /root && dpkg-deb --build module && dpkg -i module.deb");
+    assert!(built.status.success(), "{built:?}");
+    assert!(environment.log_text().contains("with JOB_ENABLE_DKMS a session has the container's devices"));
+    // The test can fail: without it, the same package does not install.
+    let environment = open(Image::Debian, "namespace");
+    assert!(!environment.run(&format!("cat > /root/p <<'END'\n{script}END\nsh -e /root/p")).status.success());
+}
