@@ -89,8 +89,9 @@ fn dracut_builds_an_initrd_in_a_debian() {
         let errors = [&built.stdout, &built.stderr].map(text).concat();
         assert!(!errors.to_lowercase().contains("error") && !errors.contains("failed"), "{errors}");
         let listing = environment.says("lsinitrd /boot/initrd");
-        for part in ["usr/lib/systemd/systemd", "dev/null", "init"] {
-            assert!(listing.contains(part), "no {part}: {listing}");
+        // In a user namespace dracut goes without device nodes; the kernel that boots it makes them.
+        for (part, found) in [("init -> usr/lib/systemd/systemd", true), ("dev/null", tier != "user")] {
+            assert_eq!(listing.contains(part), found, "{part}: {listing}");
         }
         assert_eq!(environment.complete(), 0);
         assert!(std::fs::metadata(environment.image_root.join("boot/initrd")).unwrap().len() > 1 << 20);
