@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use ims_sshd::error::{Attempt, Result};
+use ims_sshd::jail::architecture::Architecture;
 use ims_sshd::jail::build::Plan;
 use ims_sshd::jail::mount_table::Proc;
 use ims_sshd::jail::record::Record;
@@ -17,7 +18,8 @@ use ims_sshd::session::request::Request;
 const USAGE: &str = "\
 Makes a jail around an image root, or enters it. Started by ims-sshd and by sshd, not by hand.
 
-  ims-jail-shell init --tier TIER --root FOLDER [--dkms] [--proc-of-container] [--resolv-conf FILE] [--sftp NAME=FILE]...
+  ims-jail-shell init --tier TIER --root FOLDER [--dkms] [--emulate ARCHITECTURE] [--proc-of-container] [--resolv-conf FILE]
+                      [--sftp NAME=FILE]...
       make the jail around the working folder, which messages call FOLDER, and be its first process; standard input is the socket to
       the supervisor
   ims-jail-shell session JAIL
@@ -61,6 +63,7 @@ fn init_plan(words: &[OsString]) -> Option<Plan> {
             "--tier" => plan.tier = Tier::from_name(words.next()?.to_str()?)?,
             "--root" => plan.image_root = words.next()?.into(),
             "--dkms" => plan.dkms = true,
+            "--emulate" => plan.emulated = Some(Architecture::from_name(words.next()?.to_str()?)?),
             "--proc-of-container" => plan.proc = Proc::Container,
             "--resolv-conf" => plan.resolv_conf = Some(words.next()?.into()),
             "--sftp" => {

@@ -9,6 +9,7 @@ use rustix::fs::{FileType, Mode};
 use rustix::mount::MountAttrFlags;
 
 use crate::error::{Advise, Attempt, Error, Result};
+use crate::jail::architecture::Architecture;
 use crate::jail::mount_table::{
     DEV_LINKS, KERNEL_FILE_ATTRIBUTES, Missing, Mount, Proc, ROOT_ATTRIBUTES, SFTP_FOLDER, Source, mount_table,
 };
@@ -28,6 +29,8 @@ pub struct Plan {
     pub image_root: PathBuf,
     /// Whether the job builds kernel modules.
     pub dkms: bool,
+    /// What the image's programs are for, if the jail has to see to it itself that they run.
+    pub emulated: Option<Architecture>,
     /// The file that is mounted on the image's /etc/resolv.conf.
     pub resolv_conf: Option<PathBuf>,
     /// sftp-server with its loader and libraries: (name below [`SFTP_FOLDER`], file of the container).

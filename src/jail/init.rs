@@ -16,6 +16,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::thread::CapabilitySet;
 
 use crate::error::{Attempt, Result};
+use crate::jail::binfmt::{self, Interpreter};
 use crate::jail::build::{Plan, build};
 use crate::jail::capabilities;
 use crate::jail::link::{Link, Message};
@@ -111,6 +112,8 @@ struct Inside {
     watch: Watch,
     /// The jail's namespaces, for those who are to enter.
     namespaces: Vec<OwnedFd>,
+    /// What programs for another architecture run by, as long as this is kept.
+    _interpreter: Option<Interpreter>,
 }
 
 fn prepare(plan: &Plan) -> Result<Inside> {
@@ -121,6 +124,8 @@ fn prepare(plan: &Plan) -> Result<Inside> {
     let namespaces = namespaces.attempt(|| "open the jail's namespaces")?;
     // The log and whatever else came with the start is none of the jail's business.
     let null = File::options().read(true).write(true).open("/dev/null").attempt(|| "open /dev/null")?;
+    // Before the root is switched: the interpreter is the container's.
+    let interpreter = plan.emulated.map(|architecture| binfmt::provide(architecture, "jail")).transpose()?;
     build(plan)?;
     // It only looks at names from now on, whatever the modes of a user's /tmp.
     capabilities::hold_only(CapabilitySet::DAC_READ_SEARCH)
@@ -130,14 +135,14 @@ fn prepare(plan: &Plan) -> Result<Inside> {
         .and_then(|()| rustix::stdio::dup2_stdout(&null))
         .and_then(|()| rustix::stdio::dup2_stderr(&null))
         .attempt(|| "let go of the container's streams")?;
-    Ok(Inside { signals, watch, namespaces })
+    Ok(Inside { signals, watch, namespaces, _interpreter: interpreter })
 }
 
 /// How long a mark can stay unseen at the most if no event tells of it, as on a network file system another node writes to.
 const LOOK_EVERY: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 
 fn serve(link: &Link, inside: Inside) -> u8 {
-    let Inside { signals, mut watch, namespaces } = inside;
+    let Inside { signals, mut watch, namespaces, _interpreter } = inside;
     let descriptors: Vec<_> = namespaces.iter().map(AsFd::as_fd).collect();
     if link.send_with(&Message::Ready, &descriptors).is_err() {
         return 1;

@@ -1,6 +1,8 @@
 //! The jail: the namespaces around the image root. Made once a job, entered by every session.
 
 pub mod additions;
+pub mod architecture;
+pub mod binfmt;
 pub mod build;
 pub mod capabilities;
 pub mod enter;

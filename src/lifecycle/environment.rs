@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use crate::error::{Advise, Attempt, Error, Result};
+use crate::jail::architecture::Architecture;
 use crate::lifecycle::open_jail::{self, OpenJail, Wanted};
 use crate::lifecycle::processes;
 use crate::lifecycle::settings::Settings;
@@ -153,6 +154,7 @@ pub fn make_jail(
     files: &SignalFiles,
     image_root: &Tree,
     (kind, sftp): (Choice, &[(String, PathBuf)]),
+    emulated: Option<Architecture>,
     effective: &Effective,
     state: &StateFolder,
 ) -> Result<OpenJail> {
@@ -164,6 +166,7 @@ pub fn make_jail(
         image_root,
         note_folder: files.parent(),
         dkms: settings.dkms,
+        emulated,
         job: settings.job.as_deref(),
         keep: names.chain(effective.accept_env().map(str::to_owned)).collect(),
         sftp,

@@ -1,6 +1,7 @@
 //! The life of a build environment: decide, wait, prepare, serve, close, done.
 
 pub mod environment;
+pub mod foreign;
 pub mod log;
 pub mod machine;
 pub mod open_jail;

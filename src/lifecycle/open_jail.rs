@@ -11,6 +11,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 
 use crate::error::{Attempt, Error, Result};
 use crate::jail::additions::{self, Addition, Kind, Made};
+use crate::jail::architecture::Architecture;
 use crate::jail::link::{Link, Message};
 use crate::jail::mount_table::{Proc, mount_table};
 use crate::jail::record::Record;
@@ -34,6 +35,8 @@ pub struct Wanted<'a> {
     pub note_folder: &'a Tree,
     /// Whether the job builds kernel modules.
     pub dkms: bool,
+    /// What the image's programs are for, if the jail has to see to it itself that they run.
+    pub emulated: Option<Architecture>,
     /// The IMS job.
     pub job: Option<&'a str>,
     /// Variables that sessions keep.
@@ -221,6 +224,9 @@ fn start(wanted: &Wanted<'_>, resolv_conf: Option<PathBuf>) -> Result<(Pid, Link
         .env_clear();
     if wanted.dkms {
         command.arg("--dkms");
+    }
+    if let Some(architecture) = wanted.emulated {
+        command.args(["--emulate", architecture.name()]);
     }
     if wanted.proc == Proc::Container {
         command.arg("--proc-of-container");

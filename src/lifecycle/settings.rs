@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::error::{Error, Result};
+use crate::jail::architecture::Architecture;
 use crate::jail::tier::Tier;
 use crate::sshd::options::Options;
 
@@ -39,6 +40,8 @@ pub struct Settings {
     pub dkms: bool,
     /// `ENABLE_DEBUG`.
     pub debug: bool,
+    /// `BUILD_ARCH`.
+    pub architecture: Option<Architecture>,
     /// `IMS_JOB_ID`.
     pub job: Option<String>,
     /// `IMS_CLOSE_GRACE`: how long running commands may go on after a verdict.
@@ -90,7 +93,7 @@ impl Settings {
         let jailed = reader.choice("SSH_JAIL", &[("True", true), ("False", false)], Case::Exact).unwrap_or(false);
         let dkms = reader.choice("JOB_ENABLE_DKMS", &truth, Case::Any).unwrap_or(false);
         let debug = reader.choice("ENABLE_DEBUG", &truth, Case::Any).unwrap_or(false);
-        reader.choice("BUILD_ARCH", &[("x86_64", ()), ("aarch64", ())], Case::Exact);
+        let architecture = reader.choice("BUILD_ARCH", &Architecture::ALL.map(|a| (a.name(), a)), Case::Exact);
         let tier = reader.tier();
         let close_grace = reader.seconds("IMS_CLOSE_GRACE").unwrap_or(DEFAULT_GRACE);
         let idle_limit = reader.seconds("IMS_IDLE_LIMIT");
@@ -113,6 +116,7 @@ impl Settings {
                 tier,
                 dkms,
                 debug,
+                architecture,
                 job,
                 close_grace,
                 idle_limit,

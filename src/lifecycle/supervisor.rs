@@ -14,6 +14,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use crate::error::{Attempt, Error, Result};
 use crate::jail::link::Message;
 use crate::lifecycle::environment::{self, Groundwork};
+use crate::lifecycle::foreign::{self, Emulation};
 use crate::lifecycle::machine::{Action, Event, Machine, State};
 use crate::lifecycle::open_jail::OpenJail;
 use crate::lifecycle::presence::Presence;
@@ -59,6 +60,7 @@ pub fn run(settings: Settings, files: Option<SignalFiles>, listening: impl FnOnc
         groundwork: None,
         files,
         image_root: None,
+        emulation: Emulation::default(),
         effective: None,
         jail: None,
         daemon: None,
@@ -106,6 +108,8 @@ struct Supervisor<F> {
     groundwork: Option<Groundwork>,
     files: Option<SignalFiles>,
     image_root: Option<Tree>,
+    /// What an image of another architecture runs by.
+    emulation: Emulation,
     effective: Option<Effective>,
     jail: Option<OpenJail>,
     daemon: Option<Daemon>,
@@ -404,6 +408,15 @@ impl<F: FnOnce()> Supervisor<F> {
         if self.settings.jailed && !recovered {
             environment::remove_old_marks(image_root)?;
         }
+        let tier = self.groundwork.as_ref().and_then(|groundwork| groundwork.jail).map(|kind| kind.tier);
+        self.emulation = match foreign::prepare(image_root, self.settings.architecture, files.parent(), tier) {
+            // Beside the image root, people may have come for its files alone.
+            Err(e) if !self.settings.jailed => {
+                tracing::warn!("{e}");
+                Emulation::default()
+            }
+            other => other?,
+        };
         self.effective = Some(environment::configure_sshd(&self.settings, &self.state)?);
         self.presence = Some(Presence::listen(self.state.path())?);
         if self.settings.jailed {
@@ -439,7 +452,9 @@ impl<F: FnOnce()> Supervisor<F> {
         };
         let Some(kind) = groundwork.jail else { return Ok(()) };
         let made_with = (kind, groundwork.sftp.as_slice());
-        let jail = environment::make_jail(&self.settings, files, image_root, made_with, effective, &self.state)?;
+        let emulated = self.emulation.in_jail;
+        let jail =
+            environment::make_jail(&self.settings, files, image_root, made_with, emulated, effective, &self.state)?;
         tracing::info!(tier = kind.tier.name(), dkms = self.settings.dkms, "the jail is made");
         self.jail = Some(jail);
         Ok(())
@@ -499,6 +514,7 @@ impl<F: FnOnce()> Supervisor<F> {
         if let Some(presence) = self.presence.take() {
             presence.close();
         }
+        self.emulation = Emulation::default();
         note(self.state.remove());
         let Some(files) = &self.files else { return cleanly };
         let image_root = self.image_root.as_ref().filter(|_| self.settings.jailed);

@@ -88,6 +88,7 @@ impl Ground {
             image_root: &self.image_root,
             note_folder: &self.note_folder,
             dkms,
+            emulated: None,
             job: None,
             keep: Vec::new(),
             sftp: &[],

@@ -10,6 +10,7 @@ use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
 
 use crate::error::{Attempt, Error, Result};
+use crate::lifecycle::foreign;
 use crate::lifecycle::open_jail::{self, OpenJail, Wanted};
 use crate::lifecycle::processes;
 use crate::lifecycle::settings::jail_tier;
@@ -42,6 +43,7 @@ pub fn run(image_root: &Path, command: &[OsString]) -> Result<u8> {
         e
     };
     let kind = tier::choose(tier, false, &state).map_err(cleared)?;
+    let emulation = foreign::prepare(&tree, None, &notes, Some(kind.tier)).map_err(cleared)?;
     let wanted = Wanted {
         tier: kind.tier,
         proc: kind.proc,
@@ -49,6 +51,7 @@ pub fn run(image_root: &Path, command: &[OsString]) -> Result<u8> {
         image_root: &tree,
         note_folder: &notes,
         dkms: false,
+        emulated: emulation.in_jail,
         job: None,
         keep: Vec::new(),
         sftp: &[],
@@ -60,6 +63,7 @@ pub fn run(image_root: &Path, command: &[OsString]) -> Result<u8> {
 
     jail.end();
     let all_ended = processes::end_all(Some(&image_root), jail.namespace("mnt").as_deref());
+    drop(emulation);
     jail.clear(&tree, &notes, &state)?;
     state.remove()?;
     local::remove_folder(run.path())?;

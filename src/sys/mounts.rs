@@ -62,6 +62,13 @@ impl Detached {
     }
 }
 
+impl From<Detached> for OwnedFd {
+    /// The mount's root, reached by nobody else.
+    fn from(mount: Detached) -> Self {
+        mount.fd
+    }
+}
+
 impl AsFd for Detached {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()

@@ -21,6 +21,17 @@ fn entrypoint_sh_is_the_same() {
 }
 
 #[test]
+fn it_runs_an_image_root_for_aarch64_with_what_a_jail_needs() {
+    let image_root = format!("{}:/mnt/image/image-root:O", cache().join("debian-arm64").display());
+    let enter = ["--entrypoint=ims-sshd", IMAGE, "enter", "/mnt/image/image-root", "--", "uname", "-m"];
+    // In the tiers that these capabilities allow: namespace, and user.
+    for capabilities in [&["--cap-add=SYS_ADMIN,SYS_PTRACE"][..], &[]] {
+        let mut container = podman(&["run", "--rm", "--network=none", "--volume", &image_root]);
+        assert_eq!(succeed(container.args(capabilities).args(enter)), "aarch64", "{capabilities:?}");
+    }
+}
+
+#[test]
 fn it_has_no_file_that_everybody_can_write_to() {
     assert_eq!(in_image("find / -xdev ! -type l -perm -0002 ! -perm -1000 ! -path '/proc/*' ! -path '/dev/*'"), "");
 }

@@ -6,10 +6,12 @@
 #![allow(clippy::pedantic)]
 
 mod close;
+mod distributions;
 mod escape;
 mod escape_clients;
 mod faults;
 mod files;
+mod foreign;
 mod hostile;
 mod image_untouched;
 mod lifecycle;

@@ -1,0 +1,148 @@
+//! What machine a program is for: by its ELF header, and by trying whether such a program runs here.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::AsRawFd;
+use std::process::{Command, Stdio};
+
+use rustix::fs::MemfdFlags;
+
+/// A machine that images are made for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Architecture {
+    /// 64-bit x86.
+    X86_64,
+    /// 64-bit Arm, little-endian.
+    Aarch64,
+}
+
+/// How much of a file says what machine it is for: ELF's identification, type and machine.
+pub const HEADER: usize = 20;
+
+/// ELF's identification of a 64-bit little-endian file, without the ABI and what comes after it.
+const IDENTIFICATION: [u8; 7] = *b"\x7fELF\x02\x01\x01";
+
+/// ELF's two types of programs: with a fixed address, and with any (PIE, and the loaders).
+const TYPES: [u8; 2] = [2, 3];
+
+impl Architecture {
+    /// All that are known.
+    pub const ALL: [Self; 2] = [Self::X86_64, Self::Aarch64];
+
+    /// This machine's.
+    pub const OWN: Self = if cfg!(target_arch = "aarch64") { Self::Aarch64 } else { Self::X86_64 };
+
+    /// As `uname -m` and `BUILD_ARCH` call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::X86_64 => "x86_64",
+            Self::Aarch64 => "aarch64",
+        }
+    }
+
+    /// The one of that name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|architecture| architecture.name() == name)
+    }
+
+    /// ELF's number (`e_machine`).
+    fn machine(self) -> u8 {
+        match self {
+            Self::X86_64 => 62,
+            Self::Aarch64 => 183,
+        }
+    }
+
+    /// The machine of the program that begins with `header`; `None` if it is no ELF program for a known one.
+    pub fn of_elf(header: &[u8]) -> Option<Self> {
+        let header = header.get(..HEADER)?;
+        let known = header.starts_with(&IDENTIFICATION) && TYPES.contains(&header[16]) && header[17] == 0;
+        Self::ALL.into_iter().find(|a| known && header[18..] == [a.machine(), 0])
+    }
+
+    /// The two headers that a program for it begins with.
+    pub fn headers(self) -> [[u8; HEADER]; 2] {
+        TYPES.map(|kind| {
+            let mut header = [0; HEADER];
+            header[..IDENTIFICATION.len()].copy_from_slice(&IDENTIFICATION);
+            header[16] = kind;
+            header[18] = self.machine();
+            header
+        })
+    }
+
+    /// Whether a program for it runs here, found out by running one.
+    pub fn runs(self) -> bool {
+        self.try_smallest().unwrap_or(false)
+    }
+
+    fn try_smallest(self) -> io::Result<bool> {
+        // Not close-on-exec: an interpreter that is given a name opens it.
+        let mut file = File::from(rustix::fs::memfd_create("program", MemfdFlags::empty())?);
+        file.write_all(&self.smallest_program())?;
+        let mut program = Command::new(format!("/proc/self/fd/{}", file.as_raw_fd()));
+        let status = program.env_clear().stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status()?;
+        Ok(status.code() == Some(EXIT_CODE.into()))
+    }
+
+    /// A program that does nothing but end with [`EXIT_CODE`].
+    fn smallest_program(self) -> Vec<u8> {
+        const ADDRESS: u64 = 0x40_0000;
+        let code: [u8; 12] = match self {
+            // mov eax, 60 (exit); mov edi, 42; syscall
+            Self::X86_64 => [0xb8, 60, 0, 0, 0, 0xbf, EXIT_CODE, 0, 0, 0, 0x0f, 0x05],
+            // mov x8, #93 (exit); mov x0, #42; svc #0
+            Self::Aarch64 => [0xa8, 0x0b, 0x80, 0xd2, 0x40, EXIT_CODE >> 3, 0x80, 0xd2, 0x01, 0, 0, 0xd4],
+        };
+        let (header, segment) = (64_u16, 56_u16);
+        let before_code = u64::from(header + segment);
+        let size = before_code + code.len() as u64;
+        let mut program = self.headers()[0].to_vec();
+        program.extend(1_u32.to_le_bytes());
+        // Entry, where the segments are described, and that there are no sections.
+        program.extend([ADDRESS + before_code, header.into(), 0].map(u64::to_le_bytes).concat());
+        program.extend(0_u32.to_le_bytes());
+        program.extend([header, segment, 1, 0, 0, 0].map(u16::to_le_bytes).concat());
+        // One segment: all of the file, loaded, to be read and executed.
+        program.extend([1_u32, 5].map(u32::to_le_bytes).concat());
+        program.extend([0, ADDRESS, ADDRESS, size, size, 0x1_0000].map(u64::to_le_bytes).concat());
+        program.extend(code);
+        program
+    }
+}
+
+const EXIT_CODE: u8 = 42;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_says_what_machine_it_is_for() {
+        for architecture in Architecture::ALL {
+            for header in architecture.headers() {
+                assert_eq!(Architecture::of_elf(&header), Some(architecture));
+            }
+            assert_eq!(Architecture::of_elf(&architecture.smallest_program()), Some(architecture));
+        }
+        let own = std::fs::read(std::env::current_exe().unwrap()).unwrap();
+        assert_eq!(Architecture::of_elf(&own), Some(Architecture::OWN));
+    }
+
+    #[test]
+    fn what_is_no_program_for_a_known_machine_says_nothing() {
+        let header = Architecture::Aarch64.headers()[0];
+        for (at, value) in [(0, b'#'), (4, 1), (5, 2), (16, 1), (17, 1), (18, 40), (19, 1)] {
+            let mut other = header;
+            other[at] = value;
+            assert_eq!(Architecture::of_elf(&other), None, "byte {at}");
+        }
+        assert_eq!(Architecture::of_elf(&header[..19]), None);
+        assert_eq!(Architecture::of_elf(b"#!/bin/sh\n# a long script"), None);
+    }
+
+    #[test]
+    fn a_program_for_this_machine_runs() {
+        assert!(Architecture::OWN.runs());
+    }
+}

@@ -1,0 +1,308 @@
+//! The kernel's table of interpreters for programs of other kinds (binfmt_misc): what is in it, and our own entry.
+//!
+//! The table is the user namespace's (since Linux 6.7; before, there is one for the whole machine), so it is shared with all other
+//! containers of the node. It is reached through a mount of our own that is attached nowhere. What is there is never changed: another
+//! environment, or the node itself, may run by it. Our entry bears a name of its own, and goes with its environment.
+//!
+//! Since Linux 6.7 the entries vanish with the last mount of the table. So ours is kept open for as long as its entry is needed.
+
+use std::fmt::Write as _;
+use std::io::{self, ErrorKind};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{Dir, Mode, OFlags};
+use rustix::mount::MountAttrFlags;
+
+use crate::error::{Advise, Attempt, Error, Result};
+use crate::jail::architecture::{Architecture, HEADER};
+use crate::sys::mounts::Detached;
+use crate::sys::tree::Tree;
+
+/// One entry of the table.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Entry {
+    /// Its file's name.
+    pub name: String,
+    /// Whether it is switched on.
+    pub enabled: bool,
+    /// The interpreter.
+    pub interpreter: PathBuf,
+    /// Letters, as in a registration.
+    pub flags: String,
+    /// Where in a file the magic is.
+    offset: usize,
+    magic: Vec<u8>,
+    /// Which bits of the magic count; all if it is empty.
+    mask: Vec<u8>,
+}
+
+impl Entry {
+    /// Reads an entry's file as the kernel shows it; `None` if it goes by a file's extension, or is none.
+    pub fn parse(name: &str, text: &str) -> Option<Self> {
+        let value = |field: &str| text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(' '));
+        Some(Self {
+            name: name.to_owned(),
+            enabled: text.lines().next() == Some("enabled"),
+            interpreter: value("interpreter")?.into(),
+            flags: value("flags:").unwrap_or_default().to_owned(),
+            offset: value("offset")?.parse().ok()?,
+            magic: bytes(value("magic")?)?,
+            mask: value("mask").map_or(Some(Vec::new()), bytes)?,
+        })
+    }
+
+    /// Whether the kernel would take it for a file that begins with `header`.
+    pub fn takes(&self, header: &[u8]) -> bool {
+        let masks = self.mask.iter().copied().chain(std::iter::repeat(0xff));
+        let Some(place) = header.get(self.offset..).and_then(|rest| rest.get(..self.magic.len())) else { return false };
+        self.enabled && place.iter().zip(&self.magic).zip(masks).all(|((byte, magic), mask)| (byte ^ magic) & mask == 0)
+    }
+
+    /// Whether its interpreter is found in every jail: opened when it was registered, and not looked for again.
+    fn holds_its_interpreter(&self) -> bool {
+        self.flags.contains('F')
+    }
+
+    fn is_an_environments(&self) -> bool {
+        self.name.starts_with(PREFIX)
+    }
+}
+
+/// Names of environments' own entries begin so.
+const PREFIX: &str = "ims-sshd-";
+
+fn bytes(hexadecimal: &str) -> Option<Vec<u8>> {
+    let digit = |at: usize| hexadecimal.get(at..at + 2).and_then(|two| u8::from_str_radix(two, 16).ok());
+    (0..hexadecimal.len()).step_by(2).map(digit).collect()
+}
+
+/// The entry that runs programs for `architecture` in a jail, and that no environment takes away at its end.
+///
+/// Which of two entries the kernel takes is not to be seen. So one that would not work in a jail spoils the others; the last one
+/// registered comes first.
+pub fn serving(entries: &[Entry], architecture: Architecture) -> Option<&Entry> {
+    let takes = |entry: &&Entry| architecture.headers().iter().all(|header| entry.takes(header));
+    let mut matching = entries.iter().filter(takes);
+    if !matching.clone().all(Entry::holds_its_interpreter) {
+        return None;
+    }
+    matching.find(|entry| !entry.is_an_environments())
+}
+
+/// The line that registers `interpreter` under `name`.
+///
+/// `F`: the kernel opens it now, so that it is found in every jail. `P`: it learns the name that the program was called by, which
+/// login shells and busybox go by. `O`: it is handed the program open. Not `C`: a setuid program does not make QEMU setuid, whose
+/// variables would let a user write as root.
+pub fn registration(name: &str, architecture: Architecture, interpreter: &Path) -> String {
+    let escaped = |bytes: &[u8]| {
+        bytes.iter().fold(String::new(), |mut text, byte| {
+            let _ = write!(text, "\\x{byte:02x}");
+            text
+        })
+    };
+    let [magic, other_type] = architecture.headers();
+    let mut mask = [0xff; HEADER];
+    // Programs for any operating system's ABI.
+    mask[7] = 0;
+    mask[16] = !(magic[16] ^ other_type[16]);
+    format!(":{name}:M:0:{}:{}:{}:POF", escaped(&magic), escaped(&mask), interpreter.display())
+}
+
+/// Where the static QEMU for `architecture` is installed, as distributions and this project's container image have it.
+pub fn interpreter(architecture: Architecture) -> PathBuf {
+    format!("/usr/bin/qemu-{}-static", architecture.name()).into()
+}
+
+/// By what programs for another architecture run.
+#[derive(Debug)]
+pub enum Interpreter {
+    /// By somebody else's entry.
+    Registered(Entry),
+    /// By one that cannot be seen from here, but works.
+    Unseen,
+    /// By ours.
+    Own(Registration),
+}
+
+/// Our entry, which is removed when this is dropped.
+#[derive(Debug)]
+pub struct Registration {
+    table: Table,
+    name: String,
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        if let Err(e) = self.table.remove(&self.name) {
+            tracing::warn!("cannot remove the interpreter {} from the kernel's table: {e}", self.name);
+        }
+    }
+}
+
+/// Has programs for `architecture` run in every jail of this user namespace, by what is there already or by an entry of our own, of
+/// which there is one for each `owner` (letters and digits).
+pub fn provide(architecture: Architecture, owner: &str) -> Result<Interpreter> {
+    let attempted = || format!("have programs for {} run on this machine", architecture.name());
+    let interpreter = interpreter(architecture);
+    if !interpreter.exists() && architecture.runs() {
+        // Not looked at: the first look into a user namespace's own table, still empty, takes away the node's.
+        return Ok(Interpreter::Unseen);
+    }
+    let table = match Table::open() {
+        Ok(table) => table,
+        Err(_) if architecture.runs() => return Ok(Interpreter::Unseen),
+        Err(e) => {
+            return Err(Error::new(attempted()).because(format!("binfmt_misc cannot be mounted: {e}"))).advise(
+                "the container needs CAP_SYS_ADMIN (privileged), or the node a registered QEMU with flag F for all its containers",
+            );
+        }
+    };
+    let name = format!("{PREFIX}{}-{owner}", architecture.name());
+    // Left by an environment of the same owner that was killed.
+    table.remove(&name).attempt(attempted)?;
+    if !table.is_on().attempt(attempted)? {
+        return Err(Error::new(attempted()).because("binfmt_misc is switched off"))
+            .advise("echo 1 > /proc/sys/fs/binfmt_misc/status on the node");
+    }
+    if let Some(entry) = serving(&table.entries().attempt(attempted)?, architecture) {
+        return Ok(Interpreter::Registered(entry.clone()));
+    }
+    if !interpreter.exists() {
+        return Err(Error::new(attempted()).because(format!("{} does not exist", interpreter.display())))
+            .advise("install Debian's qemu-user-static, or take an image of this machine's architecture");
+    }
+    table.register(&registration(&name, architecture, &interpreter)).attempt(|| {
+        format!("register {} as the interpreter of programs for {}", interpreter.display(), architecture.name())
+    })?;
+    Ok(Interpreter::Own(Registration { table, name }))
+}
+
+/// The table, open.
+#[derive(Debug)]
+struct Table(Tree);
+
+impl Table {
+    fn open() -> io::Result<Self> {
+        let attributes =
+            MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+        Ok(Self(Tree::from_fd(Detached::filesystem("binfmt_misc", &[], attributes)?.into())))
+    }
+
+    fn is_on(&self) -> io::Result<bool> {
+        Ok(self.0.read("status", LARGEST_ENTRY)? == b"enabled\n")
+    }
+
+    fn entries(&self) -> io::Result<Vec<Entry>> {
+        let mut entries = Vec::new();
+        for found in Dir::new(self.0.reopen()?)? {
+            let name = found?.file_name().to_string_lossy().into_owned();
+            // Not the folder itself nor the file to register with, nor an entry that was removed meanwhile.
+            if let Ok(text) = self.0.read(&name, LARGEST_ENTRY) {
+                entries.extend(Entry::parse(&name, &String::from_utf8_lossy(&text)));
+            }
+        }
+        Ok(entries)
+    }
+
+    fn register(&self, line: &str) -> io::Result<()> {
+        self.write("register", line)
+    }
+
+    /// Removes an entry; that there is none is no error.
+    fn remove(&self, name: &str) -> io::Result<()> {
+        match self.write(name, "-1") {
+            Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
+            other => other,
+        }
+    }
+
+    fn write(&self, name: &str, text: &str) -> io::Result<()> {
+        let file = self.0.open_at(name, OFlags::WRONLY, Mode::empty())?;
+        // In one call: the kernel takes each for a whole line.
+        rustix::io::write(file, text.as_bytes()).map(drop).map_err(Into::into)
+    }
+}
+
+/// The kernel shows an entry in one page.
+const LARGEST_ENTRY: u64 = 64 << 10;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const OTHERS: &str = "enabled\ninterpreter /usr/libexec/qemu-binfmt/aarch64-binfmt-P\nflags: POF\noffset 0\n\
+         magic 7f454c460201010000000000000000000200b700\nmask ffffffffffffff00fffffffffffffffffeffffff\n";
+
+    fn entry(name: &str, text: &str) -> Entry {
+        Entry::parse(name, text).unwrap()
+    }
+
+    #[test]
+    fn an_entry_of_the_kernels_table_is_understood() {
+        let found = entry("qemu-aarch64", OTHERS);
+        assert!(found.enabled && found.holds_its_interpreter());
+        assert_eq!(found.interpreter, Path::new("/usr/libexec/qemu-binfmt/aarch64-binfmt-P"));
+        assert!(Architecture::Aarch64.headers().iter().all(|h| found.takes(h)));
+        assert!(Architecture::X86_64.headers().iter().all(|h| !found.takes(h)));
+        assert_eq!(Entry::parse("java", "enabled\ninterpreter /usr/bin/java\nflags: \nextension .jar\n"), None);
+        for file in ["enabled\n", "disabled\n", ""] {
+            assert_eq!(Entry::parse("status", file), None);
+        }
+        let exact = entry("exact", "enabled\ninterpreter /x\nflags: \noffset 2\nmagic 4c46\n");
+        assert!(exact.takes(b"\x7fELF") && !exact.takes(b"\x7fEL") && !exact.takes(b""));
+    }
+
+    #[test]
+    fn an_entry_that_works_in_every_jail_is_left_and_any_other_is_not_enough() {
+        let without = |old: &str, new: &str| OTHERS.replace(old, new);
+        let decide = |entries: &[Entry]| serving(entries, Architecture::Aarch64).map(|e| e.name.clone());
+        let good = entry("good", OTHERS);
+        let by_path = entry("by-path", &without("POF", "PO"));
+        let off = entry("off", &without("enabled", "disabled"));
+        let another_job = entry("ims-sshd-aarch64-1", OTHERS);
+        assert_eq!(decide(std::slice::from_ref(&good)).as_deref(), Some("good"));
+        assert_eq!(decide(&[]), None);
+        assert_eq!(decide(std::slice::from_ref(&by_path)), None);
+        assert_eq!(decide(std::slice::from_ref(&off)), None);
+        assert_eq!(decide(std::slice::from_ref(&another_job)), None, "it ends with its environment");
+        assert_eq!(decide(&[off, another_job, good.clone()]).as_deref(), Some("good"));
+        assert_eq!(decide(&[good.clone(), by_path]), None, "the kernel may take either");
+        assert_eq!(serving(&[good], Architecture::X86_64), None);
+    }
+
+    #[test]
+    fn what_is_registered_takes_both_types_of_programs_and_those_of_no_other_machine() {
+        for architecture in Architecture::ALL {
+            let line = registration("x", architecture, Path::new("/usr/bin/qemu"));
+            let fields: Vec<_> = line.split(':').collect();
+            assert_eq!((fields[1], fields[2], fields[6], fields[7]), ("x", "M", "/usr/bin/qemu", "POF"));
+            let shown = |field: &str| field.replace("\\x", "");
+            let text = format!(
+                "enabled\ninterpreter {}\nflags: {}\noffset {}\nmagic {}\nmask {}\n",
+                fields[6],
+                fields[7],
+                fields[3],
+                shown(fields[4]),
+                shown(fields[5])
+            );
+            let entry = entry("x", &text);
+            for other in Architecture::ALL {
+                assert!(other.headers().iter().all(|header| entry.takes(header) == (other == architecture)));
+            }
+            let mut linux_abi = architecture.headers()[1];
+            linux_abi[7] = 3;
+            assert!(entry.takes(&linux_abi));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_entry_breaks_it(text in "(enabled\n|interpreter /x\n|flags: F\n|offset 99\n|magic 7F4\n|magic é0\n|mask 0\n|.{0,20}\n){0,9}") {
+            if let Some(entry) = Entry::parse("x", &text) {
+                entry.takes(&Architecture::Aarch64.headers()[0]);
+            }
+        }
+    }
+}
