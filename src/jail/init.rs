@@ -130,7 +130,7 @@ fn prepare(plan: &Plan) -> Result<Inside> {
     // It only looks at names from now on, whatever the modes of a user's /tmp.
     capabilities::hold_only(CapabilitySet::DAC_READ_SEARCH)
         .attempt(|| "give up the capabilities of the jail's init")?;
-    let watch = Watch::start().attempt(|| "watch /tmp of the jail")?;
+    let watch = Watch::start(plan.tier).attempt(|| "watch /tmp of the jail")?;
     rustix::stdio::dup2_stdin(&null)
         .and_then(|()| rustix::stdio::dup2_stdout(&null))
         .and_then(|()| rustix::stdio::dup2_stderr(&null))
@@ -193,18 +193,19 @@ fn reap() {
 /// Watches /tmp *as users see it*: a /tmp that is replaced, linked elsewhere or mounted over is followed at once.
 struct Watch {
     events: Inotify,
-    /// The kernel raises a priority event on this when the jail's mounts change.
+    /// The kernel raises a priority event on this when the jail's mounts change. None where /proc is the image's, which may hold anything.
     mounts: Option<File>,
     tmp: Option<(WatchDescriptor, (u64, u64))>,
 }
 
 impl Watch {
-    fn start() -> nix::Result<Self> {
+    fn start(tier: Tier) -> nix::Result<Self> {
         let events = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
         let names =
             AddWatchFlags::IN_CREATE | AddWatchFlags::IN_MOVE | AddWatchFlags::IN_DELETE | AddWatchFlags::IN_ONLYDIR;
         events.add_watch("/", names)?;
-        let mut watch = Self { events, mounts: File::open("/proc/self/mountinfo").ok(), tmp: None };
+        let mounts = if tier == Tier::Chroot { None } else { File::open("/proc/self/mountinfo").ok() };
+        let mut watch = Self { events, mounts, tmp: None };
         watch.renew();
         Ok(watch)
     }
