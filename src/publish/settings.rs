@@ -38,6 +38,8 @@ pub struct Settings {
     pub ims: Option<Ims>,
     /// How servers are talked to.
     pub network: Network,
+    /// `IMS_START_LIMIT`: how long the build environment may take to start.
+    pub start_limit: Duration,
 }
 
 /// How the packed image is made.
@@ -137,6 +139,7 @@ impl Settings {
             stall_limit: reader.seconds("IMS_STALL_LIMIT").unwrap_or(Duration::from_secs(30)),
             retry_limit: reader.seconds("IMS_RETRY_LIMIT").unwrap_or(Duration::from_secs(200)),
         };
+        let start_limit = reader.seconds("IMS_START_LIMIT").unwrap_or(Duration::from_mins(2));
         let job = reader.line("IMS_JOB_ID").filter(|job| !job.is_empty());
         if let Some(wrong) = job.as_ref().filter(|job| job.contains('/')) {
             reader.complaints.push(format!("IMS_JOB_ID is '{wrong}': expected one without '/'"));
@@ -145,7 +148,22 @@ impl Settings {
             return Err(Error::bad_input(reader.complaints.join("; also, ")));
         }
         let name = name.unwrap_or_else(|| "image".into());
-        Ok(Self { action, parent, job, jailed, debug, name, arch, boot, md5, packing, store, ims, network })
+        Ok(Self {
+            action,
+            parent,
+            job,
+            jailed,
+            debug,
+            name,
+            arch,
+            boot,
+            md5,
+            packing,
+            store,
+            ims,
+            network,
+            start_limit,
+        })
     }
 
     /// The image root's place below the parent.
