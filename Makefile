@@ -10,10 +10,10 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 # Built as who calls make, run as root: cargo starts the program through sudo.
 AS_ROOT := $(if $(SUDO),--config "target.'cfg(all())'.runner='sudo -E'")
 
-RUN_PACKAGES := openssh-server openssh-client openssh-sftp-server mmdebstrap busybox-static
+RUN_PACKAGES := openssh-server openssh-client openssh-sftp-server mmdebstrap busybox-static squashfs-tools
 TEST_PACKAGES := $(RUN_PACKAGES) rsync python3-paramiko strace bindfs \
 	qemu-user-static rpm musl-tools \
-	podman runc catatonit squashfs-tools ansible-core python3-venv
+	podman runc catatonit ansible-core python3-venv xz-utils zstd libcap2-bin openssl
 BENCH_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev bubblewrap
 
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)
@@ -38,6 +38,7 @@ build:
 test: install-test
 	$(SUDO) tests/image-roots $(CACHE) debian busybox debian-arm64 rpm musl distroless
 	$(SUDO) tests/kubernetes-schemas $(CACHE)
+	$(SUDO) tests/s3-server $(CACHE)
 	$(SUDO) tests/container-images $(CACHE) $(VERSION) $(IMAGE_COMMIT)
 	IMS_SSHD_CACHE=$(CACHE) cargo $(AS_ROOT) test --locked
 

@@ -114,7 +114,7 @@ fn state(path: &Path, found: &std::fs::Metadata) -> String {
         let target = std::fs::read_link(path).unwrap_or_default();
         return format!("{owner} -> {}", target.as_os_str().as_bytes().escape_ascii());
     }
-    format!("{owner} {} {} {}", found.size(), found.mtime(), found.rdev())
+    format!("{owner} {} {}.{} {}", found.size(), found.mtime(), found.mtime_nsec(), found.rdev())
 }
 
 fn packages(work: &Work, root: &Path) -> BTreeMap<String, String> {

@@ -13,11 +13,9 @@ use crate::error::{Attempt, Error, Result};
 use crate::publish::progress::Progress;
 use crate::publish::work::{Fault, Work, in_full, is_passing, patiently, without_query};
 
-/// A connection that brings less than this within the stall limit is one that stalls.
+/// A connection that brings less than this within the stall limit is one that stalls. A try that has brought as much begins the time for
+/// further ones anew.
 const LEAST: u64 = 64 * 1024;
-
-/// A try that has brought this much begins the time for further ones anew.
-const FORWARD: u64 = 1024 * 1024;
 
 /// One file on its way.
 struct Download<'a> {
@@ -54,12 +52,11 @@ pub fn fetch(work: &Work, url: &str, md5: Option<&str>, path: &Path, copies: u64
     };
     work.wait(async {
         loop {
-            let before = download.length;
             let result = patiently(work.network.retry_limit, &attempted, async || {
                 let began = download.length;
                 match download.go_on(path, copies).await {
                     // The patience of another round.
-                    Err(Fault::Passing(cause)) if download.length >= began + FORWARD => {
+                    Err(Fault::Passing(cause)) if download.length >= began + LEAST => {
                         tracing::warn!("cannot {attempted} yet: {cause}; going on at {} bytes", download.length);
                         Ok(false)
                     }
@@ -70,7 +67,6 @@ pub fn fetch(work: &Work, url: &str, md5: Option<&str>, path: &Path, copies: u64
             if result.await? {
                 return Ok(());
             }
-            debug_assert!(download.length > before);
         }
     })?;
     download.check(md5).map_err(|why| Error::new(attempted).because(why))?;

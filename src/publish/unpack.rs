@@ -83,6 +83,7 @@ impl Overlay {
     pub fn mount(work: &Work, source: &Path, folder: &Path, image_root: &Path) -> Result<Self> {
         let attempted = || format!("mount {} on {}", source.display(), image_root.display());
         let [squashfs, upper, inner] = ["lower", "upper", "work"].map(|name| folder.join(name));
+        let first = !upper.exists();
         for made in [folder, &squashfs, &upper, &inner, image_root] {
             std::fs::create_dir_all(made).attempt(|| format!("make the folder {}", made.display()))?;
         }
@@ -98,9 +99,11 @@ impl Overlay {
             overlay.mounted.push(squashfs.clone());
             overlay.lower = squashfs;
         }
-        // The root's owner and mode are the upper folder's.
+        // The root's owner, mode and time are the upper folder's.
         let root = std::fs::metadata(&overlay.lower).attempt(attempted)?;
-        copy_root(&root, &upper).attempt(attempted)?;
+        if first {
+            copy_root(&root, &upper).attempt(attempted)?;
+        }
         let names = [overlay.lower.as_path(), &upper, &inner].map(escape);
         let options = [("lowerdir", names[0].as_str()), ("upperdir", &names[1]), ("workdir", &names[2])];
         let target = Tree::open(image_root).attempt(attempted)?;
@@ -138,7 +141,8 @@ impl Drop for Overlay {
 fn copy_root(root: &std::fs::Metadata, upper: &Path) -> std::io::Result<()> {
     use std::os::unix::fs::{MetadataExt, PermissionsExt};
     std::os::unix::fs::chown(upper, Some(root.uid()), Some(root.gid()))?;
-    std::fs::set_permissions(upper, std::fs::Permissions::from_mode(root.mode() & 0o7777))
+    std::fs::set_permissions(upper, std::fs::Permissions::from_mode(root.mode() & 0o7777))?;
+    std::fs::File::open(upper)?.set_modified(root.modified()?)
 }
 
 /// A path as an option of overlay takes it.
