@@ -11,8 +11,8 @@ use crate::error::{Attempt, Error, Result};
 use crate::sys::tree::Tree;
 
 const RESOLV_CONF: &str = "etc/resolv.conf";
-/// What the image had in its place.
-const ASIDE: &str = "etc/.resolv.conf.ims-sshd";
+/// What the image had in its place. No name that [`Tree::replace`] uses.
+const ASIDE: &str = "etc/.resolv.conf.before-ims-sshd";
 
 /// Authorities in the image.
 const AUTHORITIES: &str = "etc/cray/ca";
@@ -93,10 +93,7 @@ fn is_link(found: &rustix::fs::Stat) -> bool {
 
 /// Both in the image's /etc, whose own links are resolved inside it.
 fn rename(image_root: &Tree, from: &str, to: &str) -> std::io::Result<()> {
-    let etc = image_root.folder("etc")?;
-    let name = |path: &'static str| path.trim_start_matches("etc/").to_owned();
-    let names = [from, to].map(|path| if path == ASIDE { name(ASIDE) } else { name(RESOLV_CONF) });
-    etc.rename_to(&names[0], &etc, &names[1])
+    image_root.folder("etc")?.rename_to(from.trim_start_matches("etc/"), image_root, to)
 }
 
 /// Puts keys and configuration where the other container's sshd reads them.

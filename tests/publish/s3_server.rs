@@ -140,25 +140,27 @@ impl Breaker {
 
 fn pass(mut client: TcpStream, mut server: TcpStream, point: Option<usize>, broken: &AtomicUsize) {
     let (mut back_from, mut back_to) = (server.try_clone().unwrap(), client.try_clone().unwrap());
-    std::thread::spawn(move || {
-        let _ = std::io::copy(&mut back_from, &mut back_to);
-        let _ = back_to.shutdown(std::net::Shutdown::Write);
+    let back = std::thread::spawn(move || {
+        // Half of it stays open after a reset: nothing is said on it then.
+        if std::io::copy(&mut back_from, &mut back_to).is_ok() {
+            let _ = back_to.shutdown(std::net::Shutdown::Write);
+        }
     });
     let (mut buffer, mut passed) = ([0; 4096], 0);
     while let Ok(length @ 1..) = client.read(&mut buffer) {
         let length = point.map_or(length, |point| length.min(point - passed));
         if server.write_all(&buffer[..length]).is_err() {
-            return;
+            break;
         }
         passed += length;
         if Some(passed) == point {
             broken.fetch_add(1, Ordering::Relaxed);
             reset(&client);
-            reset(&server);
-            return;
+            break;
         }
     }
-    let _ = server.shutdown(std::net::Shutdown::Write);
+    let _ = server.shutdown(std::net::Shutdown::Both);
+    let _ = back.join();
 }
 
 /// Takes objects of any size as S3 does, and keeps nothing of them but their sizes.
