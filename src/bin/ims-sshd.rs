@@ -34,7 +34,8 @@ enum Command {
         /// The folder that holds image-root and the signal files [default: $IMAGE_ROOT_PARENT, else /mnt/image]
         image_root_parent: Option<PathBuf>,
     },
-    /// Open an image root on this machine over SSH, until it is marked complete or failed
+    /// Open an image on this machine over SSH, until it is marked complete or failed
+    #[command(after_help = CUSTOMIZE_EXAMPLES)]
     Customize(CustomizeArguments),
     /// Enter the jail of an image root without SSH and run a command, or a shell
     Enter {
@@ -114,6 +115,11 @@ enum Command {
         folder: PathBuf,
     },
 }
+
+const CUSTOMIZE_EXAMPLES: &str = "Examples:
+  ims-sshd customize ./image-root
+  ims-sshd customize ./image.sqsh --output ./out
+  ims-sshd customize ./image.sqsh --output s3://boot-images --plain --script ./install.sh";
 
 const PREPARE_EXAMPLES: &str = "Examples:
   ims-sshd prepare /mnt/image 'https://s3.example/boot-images/…/rootfs?X-Amz-Signature=…'
@@ -241,8 +247,15 @@ fn parent_or_default(given: Option<PathBuf>) -> PathBuf {
 
 #[derive(Args)]
 struct CustomizeArguments {
-    /// The unpacked image
-    image_root: PathBuf,
+    /// The unpacked image, which is changed where it is; with --output also a squashfs, a tar archive, or a URL (https, s3)
+    #[arg(value_name = "SOURCE")]
+    source: String,
+    /// Publish the new image there: a folder, or s3://BUCKET
+    #[arg(long, value_name = "STORE")]
+    output: Option<String>,
+    /// Where what is changed is kept meanwhile: a disk with as much space as two new images
+    #[arg(long, value_name = "FOLDER", default_value = "/var/tmp/ims-sshd")]
+    work: PathBuf,
     /// Port to listen on [default: a free one]
     #[arg(long)]
     port: Option<u16>,
@@ -258,6 +271,10 @@ struct CustomizeArguments {
     /// A script to run once the environment is open
     #[arg(long, value_name = "FILE")]
     script: Option<PathBuf>,
+    #[command(flatten)]
+    packing: PackingOptions,
+    #[command(flatten)]
+    image: ImageOptions,
 }
 
 fn main() -> ExitCode {
@@ -291,14 +308,7 @@ fn main() -> ExitCode {
 fn run(command: Command) -> Result<u8> {
     match command {
         Command::Entrypoint { image_root_parent } => entrypoint(image_root_parent),
-        Command::Customize(arguments) => customize::run(Customization {
-            image_root: arguments.image_root,
-            port: arguments.port,
-            listen: arguments.listen,
-            authorized_key: arguments.authorized_key,
-            jailed: !arguments.plain,
-            script: arguments.script,
-        }),
+        Command::Customize(arguments) => run_customize(arguments),
         Command::Enter { image_root, command } => enter::run(&image_root, &command),
         Command::Complete(parent) => status::mark(&parent.path(), Verdict::Complete),
         Command::Fail(parent) => status::mark(&parent.path(), Verdict::Failed),
@@ -330,6 +340,38 @@ fn run(command: Command) -> Result<u8> {
             written.attempt(|| format!("write the man pages into {}", folder.display())).map(|_| 0)
         }
     }
+}
+
+fn run_customize(arguments: CustomizeArguments) -> Result<u8> {
+    let packing = arguments.packing;
+    let output = match arguments.output {
+        None => None,
+        Some(store) => {
+            let mut options = arguments.image.variables();
+            // A name is as good as another where nobody else has said one.
+            for (name, value) in &mut options {
+                if ["KERNEL_FILENAME", "INITRD_FILENAME"].contains(name) {
+                    let named = value.take().or_else(|| std::env::var(*name).ok()).filter(|name| !name.is_empty());
+                    *value = Some(named.unwrap_or_else(|| "auto".into()));
+                }
+            }
+            let servers = [("IMAGE_STORE", Some(store)), ("IMAGE_COMPRESSION", packing.compression)];
+            let variables = variables(options.into_iter().chain(servers));
+            let work = std::path::absolute(&arguments.work).attempt(|| format!("find {}", arguments.work.display()))?;
+            Some(publishing::Settings::read(Some(work), variables)?)
+        }
+    };
+    customize::run(Customization {
+        source: arguments.source,
+        output,
+        exclude: packing.exclude,
+        changes: packing.changes,
+        port: arguments.port,
+        listen: arguments.listen,
+        authorized_key: arguments.authorized_key,
+        jailed: !arguments.plain,
+        script: arguments.script,
+    })
 }
 
 fn run_sidecar(arguments: SidecarArguments) -> Result<u8> {

@@ -75,6 +75,13 @@ pub fn find(image_root: &Tree, names: &Names, arch: &str) -> Result<BootFiles> {
     })
 }
 
+/// Whether the image is one that nobody boots: nothing in /boot is called like a kernel.
+pub fn has_none(image_root: &Tree) -> bool {
+    let is_kernel =
+        |name: &String| ["vmlinu", "Image", "zImage", "bzImage"].iter().any(|begin| name.starts_with(begin));
+    !entries(image_root, "boot").iter().any(is_kernel)
+}
+
 fn missing(what: &str, of: &str, boot: &[String]) -> Error {
     let holds = if boot.is_empty() { "nothing".to_owned() } else { boot.join(", ") };
     Error::new(format!("find {what} {of} in the image"))

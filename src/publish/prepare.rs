@@ -81,7 +81,7 @@ pub fn prepare(
         tracing::info!("{} is there already", image_root.display());
         return Ok(None);
     }
-    let result = archive(work, settings, source, open, &fetched).and_then(|archive| match open {
+    let result = archive(work, settings, source, open).and_then(|archive| match open {
         Open::Overlay => {
             let folder = parent.join(OVERLAY);
             Overlay::mount(work, &archive, &folder, image_root).map(Some).inspect_err(|_| {
@@ -111,8 +111,9 @@ pub fn prepare(
     result
 }
 
-/// The archive, or folder, on this machine.
-fn archive(work: &Work, settings: &Settings, source: &Source, open: Open, fetched: &Path) -> Result<PathBuf> {
+/// The archive, or folder, on this machine: fetched, if it was not before.
+pub fn archive(work: &Work, settings: &Settings, source: &Source, open: Open) -> Result<PathBuf> {
+    let fetched = settings.parent.join(ARCHIVE);
     let url = match source {
         Source::Here(path) => {
             let found = std::fs::canonicalize(path).attempt(|| format!("open {}", path.display()))?;
@@ -122,13 +123,17 @@ fn archive(work: &Work, settings: &Settings, source: &Source, open: Open, fetche
         Source::Web(url) => url.clone(),
         Source::S3(bucket, key) => work.wait(store::sign(bucket, key, &settings.store, &settings.network))?,
     };
-    let part = with_suffix(fetched, ".part");
+    // It gets its name when it is whole.
+    if fetched.exists() {
+        return Ok(fetched);
+    }
+    let part = with_suffix(&fetched, ".part");
     // Unpacked it takes as much again, and more.
     let copies = if open == Open::Unpack { 2 } else { 1 };
     download::fetch(work, &url, settings.md5.as_deref(), &part, copies)?;
     source::kind(&part)?;
-    std::fs::rename(&part, fetched).attempt(|| format!("rename {}", part.display()))?;
-    Ok(fetched.to_owned())
+    std::fs::rename(&part, &fetched).attempt(|| format!("rename {}", part.display()))?;
+    Ok(fetched)
 }
 
 fn check_md5(work: &Work, settings: &Settings, path: &Path) -> Result<()> {
