@@ -127,6 +127,5 @@ fn answer(connection: &TcpStream, served: &Mutex<Served>, requests: &Mutex<Vec<R
 
 /// Closes with a reset instead of an end.
 pub fn reset(connection: &TcpStream) {
-    let linger = libc::linger { l_onoff: 1, l_linger: 0 };
-    nix::sys::socket::setsockopt(connection, nix::sys::socket::sockopt::Linger, &linger).unwrap();
+    rustix::net::sockopt::set_socket_linger(connection, Some(Duration::ZERO)).unwrap();
 }

@@ -5,6 +5,7 @@
 #[path = "../suite/support.rs"]
 mod support;
 
+mod customize;
 mod file_server;
 mod ims_server;
 mod job;
