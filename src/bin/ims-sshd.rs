@@ -253,9 +253,9 @@ struct CustomizeArguments {
     /// Publish the new image there: a folder, or s3://BUCKET
     #[arg(long, value_name = "STORE")]
     output: Option<String>,
-    /// Where what is changed is kept meanwhile: a disk with as much space as two new images
-    #[arg(long, value_name = "FOLDER", default_value = "/var/tmp/ims-sshd")]
-    work: PathBuf,
+    /// Where what is changed is kept meanwhile, on a disk with space for two new images [default: $TMPDIR, else /var/tmp]
+    #[arg(long, value_name = "FOLDER")]
+    work: Option<PathBuf>,
     /// Port to listen on [default: a free one]
     #[arg(long)]
     port: Option<u16>,
@@ -357,7 +357,9 @@ fn run_customize(arguments: CustomizeArguments) -> Result<u8> {
             }
             let servers = [("IMAGE_STORE", Some(store)), ("IMAGE_COMPRESSION", packing.compression)];
             let variables = variables(options.into_iter().chain(servers));
-            let work = std::path::absolute(&arguments.work).attempt(|| format!("find {}", arguments.work.display()))?;
+            let elsewhere = || std::env::var_os("TMPDIR").map_or_else(|| "/var/tmp".into(), PathBuf::from);
+            let work = arguments.work.unwrap_or_else(elsewhere).join("ims-sshd");
+            let work = std::path::absolute(&work).attempt(|| format!("find {}", work.display()))?;
             Some(publishing::Settings::read(Some(work), variables)?)
         }
     };

@@ -138,11 +138,8 @@ impl Pod {
         assert!(config.contains("127.0.0.1"), "{config}");
         keys["data"]["sshd_config"] = config.into();
         keys["data"]["authorized_keys"] = std::fs::read_to_string(key.with_extension("pub")).unwrap().into();
-        let mut scripts = object(&mut objects, "ConfigMap", "ims-sshd-scripts").take();
-        // podman keeps each as a volume of that name.
-        for map in [&mut keys, &mut scripts] {
-            map["metadata"]["name"] = format!("{own}-{}", map["metadata"]["name"].as_str().unwrap()).into();
-        }
+        // podman keeps it as a volume of that name.
+        keys["metadata"]["name"] = format!("{own}-{}", keys["metadata"]["name"].as_str().unwrap()).into();
 
         let mut spec = object(&mut objects, "Job", name)["spec"]["template"]["spec"].take();
         spec["hostNetwork"] = true.into();
@@ -175,12 +172,9 @@ impl Pod {
             container.remove(only_kubernetes).unwrap();
         }
         change(&mut spec["containers"][0]);
-        // To compress is not what is tested.
-        let pack = spec["containers"][1]["command"].as_array_mut().unwrap();
-        pack.extend(["-noI", "-noD", "-noF", "-noX"].map(Into::into));
         let pod = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": own}, "spec": spec});
         let file = dir.path().join("pod.yaml");
-        std::fs::write(&file, [keys, scripts, pod].map(|o| o.to_string()).join("\n---\n")).unwrap();
+        std::fs::write(&file, [keys, pod].map(|o| o.to_string()).join("\n---\n")).unwrap();
 
         let pod = Self { name: own, volume, port, key, sshd, volumes, _dir: dir };
         {

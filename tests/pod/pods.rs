@@ -136,5 +136,5 @@ fn a_container_killed_for_want_of_memory_is_noticed_and_nothing_is_packed() {
     assert_eq!(pod.end("sidecar"), 1);
     assert!(pod.volume.join("failed").exists());
     assert!(!pod.volume.join("customized.sqsh").exists());
-    assert!(pod.logs("sidecar").contains("gone without a word"), "{}", pod.logs("sidecar"));
+    assert!(pod.logs("sidecar").contains("without a word"), "{}", pod.logs("sidecar"));
 }

@@ -23,7 +23,7 @@ fn customize(dir: &Path, source: &str, output: &str, verdict: &str, variables: &
 }
 
 fn nothing_stays(dir: &Path) {
-    assert_eq!(std::fs::read_dir(dir.join("work")).unwrap().count(), 0);
+    assert_eq!(std::fs::read_dir(dir.join("work/ims-sshd")).unwrap().count(), 0);
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
     assert!(!mounts.contains(dir.to_str().unwrap()), "{mounts}");
     assert!(!succeed(Command::new("losetup").arg("--list")).contains(dir.to_str().unwrap()));
