@@ -55,7 +55,7 @@ pub fn find(image_root: &Tree, names: &Names, arch: &str) -> Result<BootFiles> {
     let boot = entries(image_root, "boot");
     let modules = entries(image_root, "lib/modules");
     let kernel = match names.kernel.as_str() {
-        AUTO => newest_kernel(&boot, &modules).ok_or_else(|| missing("a kernel", "/boot", &boot))?,
+        AUTO => newest_kernel(&boot, &modules).ok_or_else(|| missing("a kernel", &boot))?,
         "vmlinuz" if arch == "aarch64" => "Image",
         name => name,
     };
@@ -64,13 +64,13 @@ pub fn find(image_root: &Tree, names: &Names, arch: &str) -> Result<BootFiles> {
             let real = real_name(image_root, kernel);
             let version = version_of(&real).or_else(|| version_of(kernel));
             let found = version.and_then(|version| initrd_of(version, &boot));
-            found.ok_or_else(|| missing("the initrd", &format!("/boot/{kernel}"), &boot))?
+            found.ok_or_else(|| missing(&format!("the initrd of {kernel}"), &boot))?
         }
         name => name,
     };
     Ok(BootFiles {
-        kernel: open(image_root, kernel)?.ok_or_else(|| missing("the kernel", &format!("/boot/{kernel}"), &boot))?,
-        initrd: open(image_root, initrd)?.ok_or_else(|| missing("the initrd", &format!("/boot/{initrd}"), &boot))?,
+        kernel: open(image_root, kernel)?.ok_or_else(|| missing(&format!("the kernel /boot/{kernel}"), &boot))?,
+        initrd: open(image_root, initrd)?.ok_or_else(|| missing(&format!("the initrd /boot/{initrd}"), &boot))?,
         parameters: open(image_root, &names.parameters)?,
     })
 }
@@ -82,9 +82,9 @@ pub fn has_none(image_root: &Tree) -> bool {
     !entries(image_root, "boot").iter().any(is_kernel)
 }
 
-fn missing(what: &str, of: &str, boot: &[String]) -> Error {
+fn missing(what: &str, boot: &[String]) -> Error {
     let holds = if boot.is_empty() { "nothing".to_owned() } else { boot.join(", ") };
-    Error::new(format!("find {what} {of} in the image"))
+    Error::new(format!("find {what} in the image"))
         .because(format!("no regular file of the image; /boot holds {holds}"))
         .advise("name one of them by KERNEL_FILENAME and INITRD_FILENAME, or 'auto'")
 }

@@ -43,7 +43,10 @@ fn every_kind_of_source_is_opened_changed_and_published() {
         // A store of its own each, so that what is in it is this one's.
         let store = dir.path().join(format!("out-{number}"));
         std::fs::rename(tree.join("boot/vmlinuz"), tree.join("boot/vmlinuz-6.1.0")).ok();
-        let named = [("KERNEL_FILENAME", if number == 3 { "auto" } else { "vmlinuz" }.into()), ("INITRD_FILENAME", "initrd".into())];
+        let named = [
+            ("KERNEL_FILENAME", if number == 3 { "auto" } else { "vmlinuz" }.into()),
+            ("INITRD_FILENAME", "initrd".into()),
+        ];
         let output = customize(dir.path(), source, store.to_str().unwrap(), "complete", &named);
         assert!(output.status.success(), "{source}: {output:?}");
         let id = report(&output)["ims_image_record"]["id"].as_str().unwrap().to_owned();
