@@ -337,7 +337,7 @@ fn run(command: Command) -> Result<u8> {
         }
         Command::Man { folder } => {
             let written = clap_mangen::generate_to(Arguments::command(), &folder);
-            written.attempt(|| format!("write the man pages into {}", folder.display())).map(|_| 0)
+            written.attempt(|| format!("write the man pages into {}", folder.display())).map(|()| 0)
         }
     }
 }

@@ -95,10 +95,7 @@ fn open(image_root: &Tree, name: &str) -> Result<Option<BootFile>> {
     let path = format!("boot/{name}");
     let attempted = || format!("open /{path} of the image");
     // Looked at before it is opened for reading: to open a device can do something.
-    let handle = match image_root.open_at(&path, OFlags::PATH, Mode::empty()) {
-        Ok(handle) => handle,
-        Err(_) => return Ok(None),
-    };
+    let Ok(handle) = image_root.open_at(&path, OFlags::PATH, Mode::empty()) else { return Ok(None) };
     let found = rustix::fs::fstat(&handle).attempt(attempted)?;
     if FileType::from_raw_mode(found.st_mode) != FileType::RegularFile {
         return Ok(None);
@@ -199,9 +196,9 @@ mod tests {
             let path = dir.path().join(file);
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
             if file.ends_with('/') {
-                std::fs::create_dir_all(path).unwrap()
+                std::fs::create_dir_all(path).unwrap();
             } else {
-                std::fs::write(path, file).unwrap()
+                std::fs::write(path, file).unwrap();
             }
         }
         let tree = Tree::open(dir.path()).unwrap();
@@ -247,7 +244,7 @@ mod tests {
     #[test]
     fn what_is_no_regular_file_is_not_there() {
         let (dir, tree) = image(&["boot/initrd"]);
-        rustix::fs::mknodat(&tree.folder("boot").unwrap(), "vmlinuz", FileType::Fifo, Mode::from_raw_mode(0o600), 0)
+        rustix::fs::mknodat(tree.folder("boot").unwrap(), "vmlinuz", FileType::Fifo, Mode::from_raw_mode(0o600), 0)
             .unwrap();
         assert!(find(&tree, &names("vmlinuz", "initrd"), "x86_64").is_err());
         std::fs::remove_file(dir.path().join("boot/vmlinuz")).unwrap();

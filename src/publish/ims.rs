@@ -55,7 +55,7 @@ struct Token {
 const TOKEN_MARGIN: Duration = Duration::from_secs(10);
 
 /// For one request of a few bytes with its answer.
-const REQUEST_LIMIT: Duration = Duration::from_secs(60);
+const REQUEST_LIMIT: Duration = Duration::from_mins(1);
 
 impl<'a> Ims<'a> {
     /// As the variables say.
@@ -73,7 +73,7 @@ impl<'a> Ims<'a> {
     pub fn set_status(&mut self, status: Status) -> Result<()> {
         let attempted = format!("set the job's status to {}", status.name());
         let Some(path) = self.job_path() else { return Ok(()) };
-        self.call(&attempted, Method::PATCH, &path, Some(&json!({ "status": status.name() })))?;
+        self.call(&attempted, &Method::PATCH, &path, Some(&json!({ "status": status.name() })))?;
         tracing::info!("the job's status is {}", status.name());
         Ok(())
     }
@@ -81,7 +81,7 @@ impl<'a> Ims<'a> {
     /// The job's record; nothing without a job.
     pub fn job(&mut self) -> Result<Option<Value>> {
         match self.job_path() {
-            Some(path) => self.call("read the job's record", Method::GET, &path, None),
+            Some(path) => self.call("read the job's record", &Method::GET, &path, None),
             None => Ok(None),
         }
     }
@@ -90,12 +90,12 @@ impl<'a> Ims<'a> {
     pub fn set_resultant_image(&mut self, image: &str) -> Result<Option<Value>> {
         let Some(path) = self.job_path() else { return Ok(None) };
         let body = json!({ "resultant_image_id": image });
-        self.call("tell the job's new image", Method::PATCH, &path, Some(&body))
+        self.call("tell the job's new image", &Method::PATCH, &path, Some(&body))
     }
 
     /// Identifiers of all images without content that are called `name`.
     pub fn empty_images(&mut self, name: &str) -> Result<Vec<String>> {
-        let images = self.call("read the images' records", Method::GET, "/images", None)?.unwrap_or_default();
+        let images = self.call("read the images' records", &Method::GET, "/images", None)?.unwrap_or_default();
         let empty = |image: &&Value| image["name"] == name && image.get("link").is_none_or(Value::is_null);
         let all = images.as_array().into_iter().flatten();
         Ok(all.filter(empty).filter_map(|image| image["id"].as_str().map(str::to_owned)).collect())
@@ -111,7 +111,7 @@ impl<'a> Ims<'a> {
             if let Some(id) = self.empty_images(name)?.into_iter().find(|id| !known.contains(id)) {
                 return self.image(&id)?.ok_or_else(|| Error::new(attempted).because("its record is gone again"));
             }
-            match self.call_once(&attempted, Method::POST, "/images", Some(&body))? {
+            match self.call_once(&attempted, &Method::POST, "/images", Some(&body))? {
                 Ok(record) => return record.ok_or_else(|| Error::new(attempted).because("there is no record of it")),
                 Err(cause) if began.elapsed() >= self.work.network.retry_limit => {
                     return Err(Error::new(attempted).because(cause));
@@ -123,18 +123,18 @@ impl<'a> Ims<'a> {
 
     /// An image's record; nothing if there is none.
     pub fn image(&mut self, id: &str) -> Result<Option<Value>> {
-        self.call("read the image's record", Method::GET, &format!("/images/{id}"), None)
+        self.call("read the image's record", &Method::GET, &format!("/images/{id}"), None)
     }
 
     /// Puts content into an image's record.
     pub fn link_image(&mut self, id: &str, link: &Value) -> Result<Option<Value>> {
         let body = json!({ "link": link });
-        self.call("tell the image's manifest", Method::PATCH, &format!("/images/{id}"), Some(&body))
+        self.call("tell the image's manifest", &Method::PATCH, &format!("/images/{id}"), Some(&body))
     }
 
     /// Takes an image's record back; one that is not there is no error.
     pub fn delete_image(&mut self, id: &str) -> Result<()> {
-        self.call("delete the image's record", Method::DELETE, &format!("/images/{id}"), None).map(|_| ())
+        self.call("delete the image's record", &Method::DELETE, &format!("/images/{id}"), None).map(|_| ())
     }
 
     fn job_path(&self) -> Option<String> {
@@ -142,14 +142,14 @@ impl<'a> Ims<'a> {
     }
 
     /// A call that may be repeated. Nothing where there is no IMS, and where a record that is asked for or deleted is not there.
-    fn call(&mut self, attempted: &str, method: Method, path: &str, body: Option<&Value>) -> Result<Option<Value>> {
+    fn call(&mut self, attempted: &str, method: &Method, path: &str, body: Option<&Value>) -> Result<Option<Value>> {
         if self.at.is_none() {
             return Ok(None);
         }
         let work = self.work;
         let this = &mut *self;
         work.wait(patiently(work.network.retry_limit, attempted, async || {
-            this.request(attempted, method.clone(), path, body).await
+            this.request(attempted, method, path, body).await
         }))
     }
 
@@ -158,7 +158,7 @@ impl<'a> Ims<'a> {
     fn call_once(
         &mut self,
         attempted: &str,
-        method: Method,
+        method: &Method,
         path: &str,
         body: Option<&Value>,
     ) -> Result<std::result::Result<Option<Value>, String>> {
@@ -179,7 +179,7 @@ impl<'a> Ims<'a> {
     async fn request(
         &mut self,
         attempted: &str,
-        method: Method,
+        method: &Method,
         path: &str,
         body: Option<&Value>,
     ) -> std::result::Result<Option<Value>, Fault> {
@@ -198,7 +198,7 @@ impl<'a> Ims<'a> {
         if status.is_success() {
             return Ok(if text.is_empty() { None } else { serde_json::from_str(&text).ok() });
         }
-        if status == StatusCode::NOT_FOUND && [Method::GET, Method::DELETE].contains(&method) {
+        if status == StatusCode::NOT_FOUND && [Method::GET, Method::DELETE].contains(method) {
             return Ok(None);
         }
         let cause = problem(status, &text);
@@ -249,7 +249,7 @@ pub fn problem(status: StatusCode, text: &str) -> String {
         ["detail", "error_description", "title", "error"].map(|name| answer[name].as_str().unwrap_or_default());
     let mut said = fields.into_iter().find(|said| !said.is_empty()).unwrap_or_default().to_owned();
     if let Some(errors) = answer["errors"].as_object().filter(|e| !e.is_empty()) {
-        said += &format!(" {}", Value::from(errors.clone()));
+        said = format!("{said} {}", Value::from(errors.clone()));
     }
     if said.is_empty() {
         said = text.split_whitespace().collect::<Vec<_>>().join(" ").chars().take(300).collect();

@@ -144,7 +144,7 @@ impl Sidecar<'_> {
                     tracing::info!("the image was marked failed: nothing is packed");
                     self.ims.set_status(Status::Error)?;
                     Journal::clear(self.files)?;
-                    return Ok(if action == Action::Create { 1 } else { 0 });
+                    return Ok(u8::from(action == Action::Create));
                 }
                 if let Some(text) = &journal.resolv_conf {
                     pod_files::take_resolv_conf(&image_root, text)?;
@@ -173,12 +173,10 @@ impl Sidecar<'_> {
     }
 
     fn give_up_with_the_pod(&self) -> Result<()> {
-        match self.files.stands(POD_ERROR)? {
-            true => {
-                Err(Error::new("go on").because(format!("'{POD_ERROR}' stands in {}", self.files.path().display())))
-            }
-            false => Ok(()),
+        if !self.files.stands(POD_ERROR)? {
+            return Ok(());
         }
+        Err(Error::new("go on").because(format!("'{POD_ERROR}' stands in {}", self.files.path().display())))
     }
 
     /// Everything that the environment needs, then `ready`.

@@ -55,7 +55,7 @@ const COMPRESSED: [(&[u8], &str); 3] =
 const SQUASHFS: (&[u8], u64, u64) = (b"hsqs", 40, 4096);
 
 /// A tar archive is made of blocks of this size, and ends with two that are empty.
-const TAR_BLOCK: u64 = 512;
+const TAR_BLOCK: usize = 512;
 
 /// Looks at a file. One that is neither, or that is shorter or longer than it says, is refused.
 pub fn kind(path: &Path) -> Result<Kind> {
@@ -88,8 +88,9 @@ pub fn kind(path: &Path) -> Result<Kind> {
             "it is neither a squashfs nor a tar archive (plain, or compressed with gzip, xz or zstd)".into(),
         );
     }
-    let mut end = [1; 2 * TAR_BLOCK as usize];
-    let whole = size % TAR_BLOCK == 0 && file.read_exact_at(&mut end, size.saturating_sub(2 * TAR_BLOCK)).is_ok();
+    let mut end = [1; 2 * TAR_BLOCK];
+    let at = size.saturating_sub(end.len() as u64);
+    let whole = size.is_multiple_of(TAR_BLOCK as u64) && file.read_exact_at(&mut end, at).is_ok();
     if !whole || end.iter().any(|&b| b != 0) {
         return refuse("it is a tar archive that is cut off, or that something follows".into());
     }

@@ -119,6 +119,11 @@ pub const VARIANT: &str = "variants/ordinary";
 impl Pod {
     /// Starts the pod of the job `name` on an unpacked `archive` and waits until one can log in. `change` may change the sshd container.
     pub fn open(name: &str, archive: &str, change: impl FnOnce(&mut Value)) -> Self {
+        Self::of(name, archive, |spec| change(&mut spec["containers"][0]))
+    }
+
+    /// The same; `change` may change all of the pod.
+    pub fn of(name: &str, archive: &str, change: impl FnOnce(&mut Value)) -> Self {
         let base = cache().join("tests");
         std::fs::create_dir_all(&base).unwrap();
         let dir = tempfile::tempdir_in(base).unwrap();
@@ -171,7 +176,7 @@ impl Pod {
         for only_kubernetes in ["readinessProbe", "livenessProbe", "ports"] {
             container.remove(only_kubernetes).unwrap();
         }
-        change(&mut spec["containers"][0]);
+        change(&mut spec);
         let pod = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": own}, "spec": spec});
         let file = dir.path().join("pod.yaml");
         std::fs::write(&file, [keys, pod].map(|o| o.to_string()).join("\n---\n")).unwrap();

@@ -54,9 +54,9 @@ fn every_kind_of_source_is_opened_changed_and_published() {
         let rootfs = store.join(&id).join("rootfs");
         succeed(Command::new("unsquashfs").args(["-quiet", "-no-progress", "-dest"]).args([&published, &rootfs]));
         assert_eq!(std::fs::read_to_string(published.join("etc/motd")).unwrap(), "new\n");
-        let mut names: Vec<_> = std::fs::read_dir(store.join(&id)).unwrap().map(|e| e.unwrap().file_name()).collect();
-        names.sort();
-        assert_eq!(names, ["boot_parameters", "initrd", "kernel", "manifest.json", "rootfs"]);
+        let mut keys: Vec<_> = std::fs::read_dir(store.join(&id)).unwrap().map(|e| e.unwrap().file_name()).collect();
+        keys.sort();
+        assert_eq!(keys, ["boot_parameters", "initrd", "kernel", "manifest.json", "rootfs"]);
         assert_eq!(std::fs::read(store.join(&id).join("kernel")).unwrap(), b"a kernel");
         nothing_stays(dir.path());
     }

@@ -118,10 +118,29 @@ impl Job {
         assert!(self.ims.state().images.is_empty(), "{:?}", self.ims.state().images);
     }
 
-    /// Everything is there and fits together, computed without the program under test.
+    /// See [`Published::is_whole`].
     pub fn is_published(&self, output: &Output) {
         assert_eq!(self.ims.status(), "success", "{}", text(&output.stderr));
-        let report = report(output);
+        Published { bucket: &self.bucket, ims: &self.ims }.is_whole(&text(&output.stdout));
+    }
+
+    /// The published root, unpacked.
+    pub fn unpacked(&self) -> PathBuf {
+        Published { bucket: &self.bucket, ims: &self.ims }.unpacked(self.volume.dir.path())
+    }
+}
+
+/// What a job has published.
+pub struct Published<'a> {
+    pub bucket: &'a Bucket,
+    pub ims: &'a ImsServer,
+}
+
+impl Published<'_> {
+    /// Everything is there and fits together, computed without the program under test.
+    pub fn is_whole(&self, said: &str) {
+        let report = said.lines().find(|line| line.starts_with("{\"ims_image_artifacts"));
+        let report: Value = serde_json::from_str(report.unwrap_or_else(|| panic!("no report: {said}"))).unwrap();
         assert_eq!(report["result"], "success");
         let state = self.ims.state();
         assert_eq!(state.refused, [""; 0]);
@@ -169,12 +188,11 @@ impl Job {
         }
     }
 
-    /// The published root, unpacked.
-    pub fn unpacked(&self) -> PathBuf {
+    /// The published root, unpacked in `dir`.
+    pub fn unpacked(&self, dir: &Path) -> PathBuf {
         let key = self.bucket.keys().into_iter().find(|key| key.ends_with("/rootfs")).unwrap();
-        let file = self.volume.dir.path().join("rootfs");
+        let (file, tree) = (dir.join("rootfs"), dir.join("published"));
         std::fs::write(&file, self.bucket.get(&key).body).unwrap();
-        let tree = self.volume.dir.path().join("published");
         succeed(Command::new("unsquashfs").args(["-quiet", "-no-progress", "-dest"]).args([&tree, &file]));
         tree
     }

@@ -130,7 +130,7 @@ impl Breaker {
                 let point = (number % every == 0 && !points.is_empty()).then(|| points.remove(0));
                 let count = count.clone();
                 std::thread::spawn(move || {
-                    pass(connection, TcpStream::connect(("127.0.0.1", to)).unwrap(), point, &count)
+                    pass(connection, TcpStream::connect(("127.0.0.1", to)).unwrap(), point, &count);
                 });
             }
         });
