@@ -34,12 +34,13 @@ pub fn put_authorities(image_root: &Tree, folder: &Path) -> Result<()> {
     let Ok(entries) = std::fs::read_dir(folder) else { return Ok(()) };
     let mut path = String::new();
     for name in AUTHORITIES.split('/') {
-        path += name;
-        match rustix::fs::mkdirat(image_root, &path, Mode::from_raw_mode(0o755)) {
+        // Of one name at a time: on a longer way the kernel would follow the image's links out of it.
+        let above = image_root.folder(if path.is_empty() { "." } else { &path }).attempt(attempted)?;
+        match rustix::fs::mkdirat(&above, name, Mode::from_raw_mode(0o755)) {
             Ok(()) | Err(rustix::io::Errno::EXIST) => {}
             Err(e) => return Err(e).attempt(attempted),
         }
-        path.push('/');
+        path = format!("{path}{name}/");
     }
     for entry in entries {
         let file = entry.attempt(attempted)?.path();
