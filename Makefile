@@ -16,7 +16,7 @@ RUN_PACKAGES := openssh-server openssh-client openssh-sftp-server mmdebstrap bus
 TEST_PACKAGES := $(RUN_PACKAGES) rsync python3-paramiko strace bindfs \
 	qemu-user-static rpm musl-tools \
 	podman runc catatonit ansible-core python3-venv xz-utils zstd libcap2-bin openssl
-BENCH_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev bubblewrap
+BENCH_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev bubblewrap curl
 
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)
 REVISION := $(or $(shell git rev-parse HEAD 2>/dev/null),unknown)

@@ -167,7 +167,7 @@ impl ImageOptions {
 #[derive(Args)]
 #[command(next_help_heading = "Packing")]
 struct PackingOptions {
-    /// gzip, zstd or xz [variable: IMAGE_COMPRESSION] [default: gzip]
+    /// gzip, zstd, xz or none [variable: IMAGE_COMPRESSION] [default: gzip]
     #[arg(long, value_name = "ALGORITHM")]
     compression: Option<String>,
     /// Leave out what matches, below the image root; any number of times

@@ -12,10 +12,10 @@ use crate::lifecycle::{self, supervisor};
 use crate::local;
 use crate::publish::changes::Inventory;
 use crate::publish::ims::Ims;
-use crate::publish::prepare::{INVENTORY, Open, archive, prepare};
+use crate::publish::prepare::{INVENTORY, prepare};
 use crate::publish::settings::Settings;
 use crate::publish::sidecar::write_changes;
-use crate::publish::source::{self, Kind, Source};
+use crate::publish::source::Source;
 use crate::publish::upload::{Image, Publication};
 use crate::publish::work::Work;
 use crate::publish::{boot, package};
@@ -102,8 +102,7 @@ fn publish(wanted: &Customization, source: &Source, output: &Settings, work: &Wo
         // A folder is customized where it is.
         Source::Here(path) if path.is_dir() => (local::image_root(path)?, None),
         _ => {
-            let open = how_to_open(work, output, source)?;
-            let overlay = prepare(work, output, source, open, &mounted)?;
+            let overlay = prepare(work, output, source, None, &mounted)?;
             (mounted, overlay)
         }
     };
@@ -150,15 +149,6 @@ fn publish(wanted: &Customization, source: &Source, output: &Settings, work: &Wo
     let report = Publication { work, settings: output, ims, files: &files }.publish(image)?;
     local::say(&format!("{report}\n"));
     Ok(0)
-}
-
-/// Below an overlay what can be: a squashfs. What is fetched is one, or is unpacked.
-fn how_to_open(work: &Work, output: &Settings, source: &Source) -> Result<Open> {
-    let archive = archive(work, output, source, Open::Overlay)?;
-    Ok(match source::kind(&archive)? {
-        Kind::Squashfs => Open::Overlay,
-        Kind::Tar(_) => Open::Unpack,
-    })
 }
 
 /// Opens the environment on an image root.

@@ -72,7 +72,7 @@ impl<'a> Ims<'a> {
     /// Tells how far the job is.
     pub fn set_status(&mut self, status: Status) -> Result<()> {
         let attempted = format!("set the job's status to {}", status.name());
-        let Some(path) = self.job_path() else { return Ok(()) };
+        let Some(path) = self.job_path().filter(|_| self.is_there()) else { return Ok(()) };
         self.call(&attempted, &Method::PATCH, &path, Some(&json!({ "status": status.name() })))?;
         tracing::info!("the job's status is {}", status.name());
         Ok(())

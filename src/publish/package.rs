@@ -52,7 +52,10 @@ fn squash(
     let _ = std::fs::remove_file(part);
     let mut mksquashfs = Command::new("mksquashfs");
     mksquashfs.args([image_root, part]).args(["-noappend", "-quiet", "-no-progress", "-xattrs"]);
-    mksquashfs.args(["-comp", packing.compression]);
+    match packing.compression {
+        "none" => mksquashfs.args(["-noI", "-noD", "-noF", "-noX"]),
+        algorithm => mksquashfs.args(["-comp", algorithm]),
+    };
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     mksquashfs.args(["-processors", &processors.to_string(), "-mem", &format!("{}M", memory() >> 20)]);
     // It refuses to have both.

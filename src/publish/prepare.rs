@@ -10,7 +10,7 @@ use crate::publish::ims::{Ims, Status};
 use crate::publish::journal::Journal;
 use crate::publish::package::with_suffix;
 use crate::publish::settings::Settings;
-use crate::publish::source::Source;
+use crate::publish::source::{Kind, Source};
 use crate::publish::unpack::{Overlay, unpack};
 use crate::publish::work::Work;
 use crate::publish::{source, store};
@@ -40,7 +40,7 @@ pub fn run(settings: &Settings, source: &str, open: Open) -> Result<u8> {
     let result = ims.set_status(Status::FetchingImage).and_then(|()| {
         clear_signals(&settings.parent)?;
         let image_root = settings.parent.join(settings.image_root());
-        match prepare(&work, settings, &source, open, &image_root)? {
+        match prepare(&work, settings, &source, Some(open), &image_root)? {
             Some(overlay) => overlay.keep(),
             None => tracing::info!("the image root is {}", image_root.display()),
         }
@@ -65,41 +65,46 @@ fn clear_signals(parent: &Path) -> Result<()> {
 }
 
 /// Makes the image root of `source`; what it was made of on the way is gone if that fails. One that stands there is whole: it gets its
-/// name last.
+/// name last. Where nobody says how to open it, in the best way that there is.
 pub fn prepare(
     work: &Work,
     settings: &Settings,
     source: &Source,
-    open: Open,
+    open: Option<Open>,
     image_root: &Path,
 ) -> Result<Option<Overlay>> {
     let parent = &settings.parent;
     let fetched = parent.join(ARCHIVE);
     let unpacking = parent.join(UNPACKING);
     remove(&unpacking)?;
-    if open == Open::Unpack && image_root.exists() {
+    if open == Some(Open::Unpack) && image_root.exists() {
         tracing::info!("{} is there already", image_root.display());
         return Ok(None);
     }
-    let result = archive(work, settings, source, open).and_then(|archive| match open {
-        Open::Overlay => {
-            let folder = parent.join(OVERLAY);
-            Overlay::mount(work, &archive, &folder, image_root).map(Some).inspect_err(|_| {
-                let _ = std::fs::remove_dir_all(folder);
-            })
-        }
-        Open::Unpack => {
-            unpack(work, &archive, &unpacking)?;
-            Inventory::of(work, &unpacking)?.save(&parent.join(INVENTORY))?;
-            if let Some(above) = image_root.parent() {
-                std::fs::create_dir_all(above).attempt(|| format!("make the folder {}", above.display()))?;
+    let mut unpacked = true;
+    let result =
+        archive(work, settings, source, open).and_then(|archive| match open.map_or_else(|| best(&archive), Ok)? {
+            Open::Overlay => {
+                unpacked = false;
+                let folder = parent.join(OVERLAY);
+                Overlay::mount(work, &archive, &folder, image_root).map(Some).inspect_err(|_| {
+                    let _ = std::fs::remove_dir_all(folder);
+                })
             }
-            std::fs::rename(&unpacking, image_root).attempt(|| format!("rename {}", unpacking.display()))?;
-            Ok(None)
-        }
-    });
+            // Left by a customization that could not be published.
+            Open::Unpack if image_root.exists() => Ok(None),
+            Open::Unpack => {
+                unpack(work, &archive, &unpacking)?;
+                Inventory::of(work, &unpacking)?.save(&parent.join(INVENTORY))?;
+                if let Some(above) = image_root.parent() {
+                    std::fs::create_dir_all(above).attempt(|| format!("make the folder {}", above.display()))?;
+                }
+                std::fs::rename(&unpacking, image_root).attempt(|| format!("rename {}", unpacking.display()))?;
+                Ok(None)
+            }
+        });
     let ours = matches!(source, Source::Web(_) | Source::S3(..));
-    if result.is_err() || open == Open::Unpack {
+    if result.is_err() || unpacked {
         let _ = remove(&unpacking);
         for file in ours.then_some(fetched.as_path()).into_iter().chain([with_suffix(&fetched, ".part").as_path()]) {
             let _ = std::fs::remove_file(file);
@@ -111,8 +116,14 @@ pub fn prepare(
     result
 }
 
-/// The archive, or folder, on this machine: fetched, if it was not before.
-pub fn archive(work: &Work, settings: &Settings, source: &Source, open: Open) -> Result<PathBuf> {
+/// Below an overlay what can be: a squashfs, or a folder.
+fn best(archive: &Path) -> Result<Open> {
+    let overlay = archive.is_dir() || source::kind(archive)? == Kind::Squashfs;
+    Ok(if overlay { Open::Overlay } else { Open::Unpack })
+}
+
+/// The archive, or folder, on this machine.
+fn archive(work: &Work, settings: &Settings, source: &Source, open: Option<Open>) -> Result<PathBuf> {
     let fetched = settings.parent.join(ARCHIVE);
     let url = match source {
         Source::Here(path) => {
@@ -123,13 +134,9 @@ pub fn archive(work: &Work, settings: &Settings, source: &Source, open: Open) ->
         Source::Web(url) => url.clone(),
         Source::S3(bucket, key) => work.wait(store::sign(bucket, key, &settings.store, &settings.network))?,
     };
-    // It gets its name when it is whole.
-    if fetched.exists() {
-        return Ok(fetched);
-    }
     let part = with_suffix(&fetched, ".part");
     // Unpacked it takes as much again, and more.
-    let copies = if open == Open::Unpack { 2 } else { 1 };
+    let copies = if open == Some(Open::Unpack) { 2 } else { 1 };
     download::fetch(work, &url, settings.md5.as_deref(), &part, copies)?;
     source::kind(&part)?;
     std::fs::rename(&part, &fetched).attempt(|| format!("rename {}", part.display()))?;

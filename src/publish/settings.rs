@@ -127,7 +127,7 @@ impl Settings {
         if let Some(wrong) = md5.as_ref().filter(|sum| sum.len() != 32 || !sum.bytes().all(|b| b.is_ascii_hexdigit())) {
             reader.complaints.push(format!("DOWNLOAD_MD5SUM is '{wrong}': expected 32 hexadecimal digits"));
         }
-        let compressions = ["gzip", "zstd", "xz"].map(|c| (c, c));
+        let compressions = ["gzip", "zstd", "xz", "none"].map(|c| (c, c));
         let packing = Packing {
             compression: reader.choice("IMAGE_COMPRESSION", &compressions, Case::Exact).unwrap_or("gzip"),
             epoch: reader.seconds("SOURCE_DATE_EPOCH").map(|d| d.as_secs()),

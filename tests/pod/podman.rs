@@ -176,6 +176,9 @@ impl Pod {
         for only_kubernetes in ["readinessProbe", "livenessProbe", "ports"] {
             container.remove(only_kubernetes).unwrap();
         }
+        // To compress is not what is tested.
+        let variables = spec["containers"][1]["env"].as_array_mut().unwrap();
+        variables.push(json!({"name": "IMAGE_COMPRESSION", "value": "none"}));
         change(&mut spec);
         let pod = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": own}, "spec": spec});
         let file = dir.path().join("pod.yaml");

@@ -13,4 +13,5 @@ mod package;
 mod prepare;
 mod s3_server;
 mod sidecar;
+mod tls;
 mod upload;

@@ -350,13 +350,13 @@ fn connections_to_the_store_that_break_are_overcome() {
     let job = Job::new();
     let random = feed(Command::new("head").args(["-c", "40M", "/dev/urandom"]), b"").stdout;
     std::fs::write(job.volume.image_root.join("random"), random).unwrap();
-    let breaker = Breaker::start(&[0, 1, 50, 100, 200, 500, 100_000, 1_000_000, 3_000_000, 8_000_000], 1);
+    let breaker = Breaker::start(&[0, 1, 20, 50, 100, 200, 300, 500, 100_000, 1_000_000, 2_000_000, 3_000_000], 1);
     let running = Running::start(&job, Mode::Plain, &[("S3_ENDPOINT", breaker.endpoint.as_str())].map(|(n, v)| (n, v)))
         .waiting_on_user();
     running.mark(Mode::Plain, "complete");
     let output = running.end();
     assert!(output.status.success(), "{}", text(&output.stderr));
-    assert_eq!(breaker.broken.load(std::sync::atomic::Ordering::Relaxed), 10);
+    assert!(breaker.broken.load(std::sync::atomic::Ordering::Relaxed) >= 10);
     job.is_published(&output);
     assert_eq!(job.bucket.begun(), 0);
 }
