@@ -8,7 +8,9 @@ WORKDIR /src
 COPY . .
 RUN cargo build --release --locked --bins \
     && install -D -t /out "target/$(rustc --print host-tuple)/release/ims-sshd" \
-        "target/$(rustc --print host-tuple)/release/ims-jail-shell"
+        "target/$(rustc --print host-tuple)/release/ims-jail-shell" \
+    && mkdir -p /share/bash-completion/completions /share/man/man1 && /out/ims-sshd man /share/man/man1 \
+    && /out/ims-sshd completions bash > /share/bash-completion/completions/ims-sshd
 
 # Of the package's forty programs the one for the other architecture, with its licence.
 FROM ${BASE_IMAGE} AS qemu
@@ -23,10 +25,11 @@ FROM ${BASE_IMAGE}
 # Host keys are the environment's own: made at its start, never shared by all that run this image.
 RUN apt-get -q update \
     && DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends \
-        openssh-server openssh-sftp-server squashfs-tools \
+        openssh-server openssh-sftp-server squashfs-tools xz-utils zstd \
     && rm -rf /etc/ssh/ssh_host_* /var/lib/apt/lists/* /var/cache/apt/*.bin /var/cache/debconf/*-old /var/log/apt /var/log/dpkg.log
 COPY --from=qemu /out/ /
 COPY --from=build /out/ /usr/bin/
+COPY --from=build /share/ /usr/share/
 ARG REVISION=unknown
 # Manifests start /entrypoint.sh, and a customization script is put over /run_script.sh.
 RUN ln -s /usr/bin/ims-sshd /entrypoint.sh && touch /run_script.sh && echo "${REVISION}" > /gitInfo.txt

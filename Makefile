@@ -1,20 +1,22 @@
-# make run     opens a small Debian image root over SSH, jailed (IMAGE_ROOT=/path/to/yours to take your own)
+# make run     opens a small Debian image over SSH, jailed, and publishes what becomes of it in out/ (FROM=/path/to/image.sqsh takes yours,
+#              OUT=… puts it elsewhere; IMAGE_ROOT=/path/to/folder changes one where it is and publishes nothing)
 # make test    all tests
 # make bench   the figures
 # make image   the container image, built by docker, podman or buildah (IMAGE=name:tag, BUILDER=…, BUILD_FLAGS=… to have it otherwise)
 # The first three install what they need on a Debian 12 machine with Rust.
 
 CACHE ?= $(HOME)/.cache/ims-sshd
-IMAGE_ROOT ?= $(CACHE)/demo
+FROM ?= $(CACHE)/demo.sqsh
+OUT ?= out
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 # Built as who calls make, run as root: cargo starts the program through sudo.
 AS_ROOT := $(if $(SUDO),--config "target.'cfg(all())'.runner='sudo -E'")
 
-RUN_PACKAGES := openssh-server openssh-client openssh-sftp-server mmdebstrap busybox-static
+RUN_PACKAGES := openssh-server openssh-client openssh-sftp-server mmdebstrap busybox-static squashfs-tools cpio
 TEST_PACKAGES := $(RUN_PACKAGES) rsync python3-paramiko strace bindfs \
 	qemu-user-static rpm musl-tools \
-	podman runc catatonit squashfs-tools ansible-core python3-venv
-BENCH_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev bubblewrap
+	podman runc catatonit ansible-core python3-venv xz-utils zstd libcap2-bin openssl
+BENCH_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev bubblewrap curl
 
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)
 REVISION := $(or $(shell git rev-parse HEAD 2>/dev/null),unknown)
@@ -28,9 +30,9 @@ IMAGE ?= ims-sshd:$(VERSION)
 .PHONY: run build test bench image install-run install-test install-bench
 
 run: install-run build
-	$(SUDO) tests/image-roots $(CACHE) debian
-	[ -e $(IMAGE_ROOT) ] || $(SUDO) cp -aT $(CACHE)/debian $(IMAGE_ROOT)
-	cargo $(AS_ROOT) run --release --locked --quiet --bin ims-sshd -- customize $(IMAGE_ROOT)
+	$(SUDO) tests/image-roots $(CACHE) debian busybox
+	$(if $(IMAGE_ROOT),,$(SUDO) tests/demo-image $(CACHE))
+	cargo $(AS_ROOT) run --release --locked --quiet --bin ims-sshd -- customize $(or $(IMAGE_ROOT),$(FROM) --output $(OUT))
 
 build:
 	cargo build --release --locked
@@ -38,6 +40,7 @@ build:
 test: install-test
 	$(SUDO) tests/image-roots $(CACHE) debian busybox debian-arm64 rpm musl distroless
 	$(SUDO) tests/kubernetes-schemas $(CACHE)
+	$(SUDO) tests/s3-server $(CACHE)
 	$(SUDO) tests/container-images $(CACHE) $(VERSION) $(IMAGE_COMMIT)
 	IMS_SSHD_CACHE=$(CACHE) cargo $(AS_ROOT) test --locked
 

@@ -11,6 +11,14 @@
 #[path = "../tests/suite/support.rs"]
 mod support;
 
+#[allow(dead_code)]
+#[path = "../tests/publish/file_server.rs"]
+mod file_server;
+mod publishing;
+#[allow(dead_code)]
+#[path = "../tests/publish/s3_server.rs"]
+mod s3_server;
+
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -36,6 +44,7 @@ fn main() -> ExitCode {
     life(runs, &mut report);
     entering(runs * 20, &mut report);
     memory(&mut report);
+    publishing::publishing((runs / 3).max(1), &mut report);
     let key = connection(runs * 5, &mut report);
     // All environments of a run share it, so none removes it.
     std::fs::remove_dir_all(key.parent().unwrap()).unwrap();

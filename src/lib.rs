@@ -7,6 +7,7 @@
 //! - [`session`]: what a client asked for, and the image's root whom it becomes.
 //! - [`sshd`]: OpenSSH's options, its configuration, its process.
 //! - [`lifecycle`]: the life of a build environment, from `ready` to `exiting`.
+//! - [`publish`]: what stands before `ready` and after `exiting`: fetching, packing, uploading, registering.
 //! - [`local`]: the same on one machine, without a pod.
 //!
 //! The words (image root, build environment, jail, session, signal file) are those of README.md.
@@ -15,6 +16,7 @@ pub mod error;
 pub mod jail;
 pub mod lifecycle;
 pub mod local;
+pub mod publish;
 pub mod session;
 pub mod sshd;
 pub mod sys;

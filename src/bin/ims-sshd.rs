@@ -1,15 +1,19 @@
 //! The build environment's entrypoint, and the same on one machine.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 
-use ims_sshd::error::Result;
+use ims_sshd::error::{Attempt, Result};
 use ims_sshd::lifecycle::settings::{DEFAULT_PARENT, Settings};
 use ims_sshd::lifecycle::{log, supervisor};
 use ims_sshd::local::customize::{self, Customization};
 use ims_sshd::local::{enter, status};
+use ims_sshd::publish::prepare::Open;
+use ims_sshd::publish::sidecar::{self, Places};
+use ims_sshd::publish::{command, prepare, settings as publishing};
 use ims_sshd::verdict::Verdict;
 
 /// Opens an image root over SSH, jailed inside it, and ends in an order that lets it be packed.
@@ -30,7 +34,8 @@ enum Command {
         /// The folder that holds image-root and the signal files [default: $IMAGE_ROOT_PARENT, else /mnt/image]
         image_root_parent: Option<PathBuf>,
     },
-    /// Open an image root on this machine over SSH, until it is marked complete or failed
+    /// Open an image on this machine over SSH, until it is marked complete or failed
+    #[command(after_help = CUSTOMIZE_EXAMPLES)]
     Customize(CustomizeArguments),
     /// Enter the jail of an image root without SSH and run a command, or a shell
     Enter {
@@ -38,7 +43,53 @@ enum Command {
         image_root: PathBuf,
         /// The command and its arguments
         #[arg(last = true)]
-        command: Vec<std::ffi::OsString>,
+        command: Vec<OsString>,
+    },
+    /// Fetch an image and make an image root of it
+    #[command(after_help = PREPARE_EXAMPLES)]
+    Prepare {
+        /// The folder that gets image-root [default: $IMAGE_ROOT_PARENT, else /mnt/image]; left out where one argument is given
+        #[arg(value_name = "IMAGE_ROOT_PARENT")]
+        first: String,
+        /// An image: URL (https, s3), squashfs, tar archive (plain, gzip, xz, zstd) or folder
+        #[arg(value_name = "SOURCE")]
+        second: Option<String>,
+        /// How it becomes a tree
+        #[arg(long, value_enum, default_value = "unpack")]
+        open: Open,
+        #[command(flatten)]
+        servers: ServerOptions,
+    },
+    /// Stand beside a pod's build environment: let it open, wait for its end, publish the image
+    Sidecar(SidecarArguments),
+    /// Pack an image root
+    #[command(after_help = PACKAGE_EXAMPLES)]
+    Package {
+        /// The image root, or the folder that holds image-root [default: $IMAGE_ROOT_PARENT, else /mnt/image]
+        image_root: Option<PathBuf>,
+        /// The squashfs to write [default: NAME.sqsh beside image-root, else here]
+        #[arg(long, value_name = "FILE")]
+        archive: Option<PathBuf>,
+        #[command(flatten)]
+        packing: PackingOptions,
+        #[command(flatten)]
+        image: ImageOptions,
+    },
+    /// Upload a packed image with its boot files and manifest.json, and register it with IMS where there is one
+    #[command(after_help = UPLOAD_EXAMPLES)]
+    Upload {
+        /// The image root, or the folder that holds image-root [default: $IMAGE_ROOT_PARENT, else /mnt/image]
+        image_root: Option<PathBuf>,
+        /// The squashfs [default: NAME.sqsh beside image-root, else here]
+        #[arg(long, value_name = "FILE")]
+        archive: Option<PathBuf>,
+        /// The kernel with its symbols
+        #[arg(long, value_name = "FILE")]
+        debug_kernel: Option<PathBuf>,
+        #[command(flatten)]
+        image: ImageOptions,
+        #[command(flatten)]
+        servers: ServerOptions,
     },
     /// Mark the image complete: its environment closes and it may be packed
     Complete(Parent),
@@ -52,6 +103,129 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Print a shell's completions
+    Completions {
+        /// The shell
+        #[arg(value_enum)]
+        shell: clap_complete::Shell,
+    },
+    /// Write the man pages into a folder
+    Man {
+        /// The folder, which is there
+        folder: PathBuf,
+    },
+}
+
+const CUSTOMIZE_EXAMPLES: &str = "Examples:
+  ims-sshd customize ./image-root
+  ims-sshd customize ./image.sqsh --output ./out
+  ims-sshd customize ./image.sqsh --output s3://boot-images --plain --script ./install.sh";
+
+const PREPARE_EXAMPLES: &str = "Examples:
+  ims-sshd prepare /mnt/image 'https://s3.example/boot-images/…/rootfs?X-Amz-Signature=…'
+  ims-sshd prepare --open overlay /srv/work ./image.sqsh";
+
+const PACKAGE_EXAMPLES: &str = "Examples:
+  ims-sshd package
+  ims-sshd package --kernel auto --initrd auto --compression zstd --archive compute.sqsh ./image-root";
+
+const UPLOAD_EXAMPLES: &str = "Examples:
+  ims-sshd upload --name compute
+  ims-sshd upload --kernel auto --initrd auto --store ./store --archive compute.sqsh ./image-root";
+
+/// Options that are a pod's variables by other names.
+type Variables = Vec<(&'static str, Option<String>)>;
+
+#[derive(Args)]
+#[command(next_help_heading = "Image")]
+struct ImageOptions {
+    /// What the new image is called [variable: IMAGE_ROOT_ARCHIVE_NAME] [default: image]
+    #[arg(long)]
+    name: Option<String>,
+    /// The kernel's name in /boot, or auto for the newest [variable: KERNEL_FILENAME] [default: vmlinuz]
+    #[arg(long, value_name = "NAME")]
+    kernel: Option<String>,
+    /// The initrd's, or auto for the one that belongs to the kernel [variable: INITRD_FILENAME] [default: initrd]
+    #[arg(long, value_name = "NAME")]
+    initrd: Option<String>,
+    /// That of the kernel's parameters, if the image has them [variable: KERNEL_PARAMETERS_FILENAME] [default: kernel-parameters]
+    #[arg(long, value_name = "NAME")]
+    kernel_parameters: Option<String>,
+}
+
+impl ImageOptions {
+    fn variables(self) -> Variables {
+        vec![
+            ("IMAGE_ROOT_ARCHIVE_NAME", self.name),
+            ("KERNEL_FILENAME", self.kernel),
+            ("INITRD_FILENAME", self.initrd),
+            ("KERNEL_PARAMETERS_FILENAME", self.kernel_parameters),
+        ]
+    }
+}
+
+#[derive(Args)]
+#[command(next_help_heading = "Packing")]
+struct PackingOptions {
+    /// gzip, zstd, xz or none [variable: IMAGE_COMPRESSION] [default: gzip]
+    #[arg(long, value_name = "ALGORITHM")]
+    compression: Option<String>,
+    /// Leave out what matches, below the image root; any number of times
+    #[arg(long, value_name = "PATTERN")]
+    exclude: Vec<String>,
+    /// Write what has changed since 'ims-sshd prepare', as JSON
+    #[arg(long, value_name = "FILE")]
+    changes: Option<PathBuf>,
+}
+
+#[derive(Args)]
+#[command(next_help_heading = "Servers")]
+struct ServerOptions {
+    /// Where images are kept: s3://BUCKET, or a folder [variable: IMAGE_STORE] [default: s3://$S3_BUCKET]
+    #[arg(long, value_name = "URL")]
+    store: Option<String>,
+    /// The S3 server; its keys are $S3_ACCESS_KEY and $S3_SECRET_KEY [variable: S3_ENDPOINT]
+    #[arg(long, value_name = "URL")]
+    s3_endpoint: Option<String>,
+    /// Where jobs and images are registered [variable: IMS_URL] [default: nowhere, without $OAUTH_CONFIG_DIR]
+    #[arg(long, value_name = "URL")]
+    ims_url: Option<String>,
+}
+
+impl ServerOptions {
+    fn variables(self) -> Variables {
+        vec![("IMAGE_STORE", self.store), ("S3_ENDPOINT", self.s3_endpoint), ("IMS_URL", self.ims_url)]
+    }
+}
+
+#[derive(Args)]
+struct SidecarArguments {
+    /// The folder that holds image-root and the signal files [default: $IMAGE_ROOT_PARENT, else /mnt/image]
+    image_root_parent: Option<PathBuf>,
+    /// Public keys that may log in
+    #[arg(long, value_name = "FILE", default_value = "/etc/cray/authorized_keys")]
+    authorized_keys: PathBuf,
+    /// sshd's configuration [default: port 22, root by key alone]
+    #[arg(long, value_name = "FILE")]
+    sshd_config: Option<PathBuf>,
+    /// The folder that both are put into, which the build environment's sshd reads
+    #[arg(long, value_name = "FOLDER", default_value = "/etc/cray/ims")]
+    sshd_folder: PathBuf,
+    /// Certificates of authorities that the image gets
+    #[arg(long, value_name = "FOLDER", default_value = "/etc/cray/ca")]
+    authorities: PathBuf,
+    #[command(flatten)]
+    packing: PackingOptions,
+    #[command(flatten)]
+    image: ImageOptions,
+    #[command(flatten)]
+    servers: ServerOptions,
+}
+
+/// The environment's variables, and the options, which count before them.
+fn variables(options: impl IntoIterator<Item = (&'static str, Option<String>)>) -> Vec<(OsString, OsString)> {
+    let given = options.into_iter().filter_map(|(name, value)| Some((name.into(), value?.into())));
+    std::env::vars_os().chain(given).collect()
 }
 
 #[derive(Args)]
@@ -73,8 +247,15 @@ fn parent_or_default(given: Option<PathBuf>) -> PathBuf {
 
 #[derive(Args)]
 struct CustomizeArguments {
-    /// The unpacked image
-    image_root: PathBuf,
+    /// The unpacked image, which is changed where it is; with --output also a squashfs, a tar archive, or a URL (https, s3)
+    #[arg(value_name = "SOURCE")]
+    source: String,
+    /// Publish the new image there: a folder, or s3://BUCKET
+    #[arg(long, value_name = "STORE")]
+    output: Option<String>,
+    /// Where what is changed is kept meanwhile, on a disk with space for two new images [default: $TMPDIR, else /var/tmp]
+    #[arg(long, value_name = "FOLDER")]
+    work: Option<PathBuf>,
     /// Port to listen on [default: a free one]
     #[arg(long)]
     port: Option<u16>,
@@ -90,6 +271,10 @@ struct CustomizeArguments {
     /// A script to run once the environment is open
     #[arg(long, value_name = "FILE")]
     script: Option<PathBuf>,
+    #[command(flatten)]
+    packing: PackingOptions,
+    #[command(flatten)]
+    image: ImageOptions,
 }
 
 fn main() -> ExitCode {
@@ -123,19 +308,88 @@ fn main() -> ExitCode {
 fn run(command: Command) -> Result<u8> {
     match command {
         Command::Entrypoint { image_root_parent } => entrypoint(image_root_parent),
-        Command::Customize(arguments) => customize::run(Customization {
-            image_root: arguments.image_root,
-            port: arguments.port,
-            listen: arguments.listen,
-            authorized_key: arguments.authorized_key,
-            jailed: !arguments.plain,
-            script: arguments.script,
-        }),
+        Command::Customize(arguments) => run_customize(arguments),
         Command::Enter { image_root, command } => enter::run(&image_root, &command),
         Command::Complete(parent) => status::mark(&parent.path(), Verdict::Complete),
         Command::Fail(parent) => status::mark(&parent.path(), Verdict::Failed),
         Command::Status { parent, json } => status::print(&parent.path(), json),
+        Command::Prepare { first, second, open, servers } => {
+            let (parent, source) = second.map_or((None, first.clone()), |source| (Some(first.into()), source));
+            let settings = publishing::Settings::read(parent, variables(servers.variables()))?;
+            prepare::run(&settings, &source, open)
+        }
+        Command::Sidecar(arguments) => run_sidecar(arguments),
+        Command::Package { image_root, archive, packing, image } => {
+            let compression = [("IMAGE_COMPRESSION", packing.compression)];
+            let settings =
+                publishing::Settings::read(None, variables(image.variables().into_iter().chain(compression)))?;
+            let (named, archive, changes) = (image_root.as_deref(), archive.as_deref(), packing.changes.as_deref());
+            command::package(&settings, named, archive, &packing.exclude, changes)
+        }
+        Command::Upload { image_root, archive, debug_kernel, image, servers } => {
+            let options = image.variables().into_iter().chain(servers.variables());
+            let settings = publishing::Settings::read(None, variables(options))?;
+            command::upload(&settings, image_root.as_deref(), archive.as_deref(), debug_kernel.as_deref())
+        }
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Arguments::command(), "ims-sshd", &mut std::io::stdout());
+            Ok(0)
+        }
+        Command::Man { folder } => {
+            let written = clap_mangen::generate_to(Arguments::command(), &folder);
+            written.attempt(|| format!("write the man pages into {}", folder.display())).map(|()| 0)
+        }
     }
+}
+
+fn run_customize(arguments: CustomizeArguments) -> Result<u8> {
+    let packing = arguments.packing;
+    let output = match arguments.output {
+        None => None,
+        Some(store) => {
+            let mut options = arguments.image.variables();
+            // A name is as good as another where nobody else has said one.
+            for (name, value) in &mut options {
+                if ["KERNEL_FILENAME", "INITRD_FILENAME"].contains(name) {
+                    let named = value.take().or_else(|| std::env::var(*name).ok()).filter(|name| !name.is_empty());
+                    *value = Some(named.unwrap_or_else(|| "auto".into()));
+                }
+            }
+            let servers = [("IMAGE_STORE", Some(store)), ("IMAGE_COMPRESSION", packing.compression)];
+            let variables = variables(options.into_iter().chain(servers));
+            let elsewhere = || std::env::var_os("TMPDIR").map_or_else(|| "/var/tmp".into(), PathBuf::from);
+            let work = arguments.work.unwrap_or_else(elsewhere).join("ims-sshd");
+            let work = std::path::absolute(&work).attempt(|| format!("find {}", work.display()))?;
+            Some(publishing::Settings::read(Some(work), variables)?)
+        }
+    };
+    customize::run(Customization {
+        source: arguments.source,
+        output,
+        exclude: packing.exclude,
+        changes: packing.changes,
+        port: arguments.port,
+        listen: arguments.listen,
+        authorized_key: arguments.authorized_key,
+        jailed: !arguments.plain,
+        script: arguments.script,
+    })
+}
+
+fn run_sidecar(arguments: SidecarArguments) -> Result<u8> {
+    let compression = [("IMAGE_COMPRESSION", arguments.packing.compression)];
+    let options = arguments.image.variables().into_iter().chain(arguments.servers.variables()).chain(compression);
+    let variables = variables(options);
+    let settings = publishing::Settings::read(arguments.image_root_parent, variables.clone());
+    let places = Places {
+        authorized_keys: arguments.authorized_keys,
+        sshd_config: arguments.sshd_config,
+        sshd_folder: arguments.sshd_folder,
+        authorities: arguments.authorities,
+        exclude: arguments.packing.exclude,
+        changes: arguments.packing.changes,
+    };
+    sidecar::run(settings, variables, &places)
 }
 
 fn entrypoint(image_root_parent: Option<PathBuf>) -> Result<u8> {

@@ -71,7 +71,7 @@ const SESSION_VARIABLES: [(&str, &str); 4] = [
 impl Settings {
     /// Reads `variables`; `argument` is the command line's image root parent. All complaints come at once.
     pub fn read(argument: Option<PathBuf>, variables: impl IntoIterator<Item = (OsString, OsString)>) -> Result<Self> {
-        let mut reader = Reader { variables: variables.into_iter().collect(), complaints: Vec::new() };
+        let mut reader = Reader::of(variables);
         let action =
             reader.choice("IMS_ACTION", &[("customize", Action::Customize), ("create", Action::Create)], Case::Exact);
         if action.is_none() && reader.text("IMS_ACTION").is_none() {
@@ -138,27 +138,31 @@ impl Settings {
 
 /// `IMS_JAIL_TIER` alone, for who needs no more.
 pub fn jail_tier(value: Option<OsString>) -> Result<Option<Tier>> {
-    let variables = value.map(|value| ("IMS_JAIL_TIER".into(), value)).into_iter().collect();
-    let mut reader = Reader { variables, complaints: Vec::new() };
+    let mut reader = Reader::of(value.map(|value| ("IMS_JAIL_TIER".into(), value)));
     let tier = reader.tier();
     if reader.complaints.is_empty() { Ok(tier) } else { Err(Error::bad_input(reader.complaints.join("; "))) }
 }
 
 /// Whether a value's letters have to be in the case that is expected.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Case {
+pub(crate) enum Case {
     Exact,
     Any,
 }
 
 /// Takes values out of the variables and collects what is wrong with them. An empty variable counts as not set.
-struct Reader {
+pub(crate) struct Reader {
     variables: HashMap<OsString, OsString>,
-    complaints: Vec<String>,
+    pub(crate) complaints: Vec<String>,
 }
 
 impl Reader {
-    fn text(&mut self, name: &str) -> Option<String> {
+    /// Where a variable comes twice, the later one counts.
+    pub(crate) fn of(variables: impl IntoIterator<Item = (OsString, OsString)>) -> Self {
+        Self { variables: variables.into_iter().collect(), complaints: Vec::new() }
+    }
+
+    pub(crate) fn text(&mut self, name: &str) -> Option<String> {
         let value = self.variables.get(OsStr::new(name)).filter(|v| !v.is_empty())?;
         match value.to_str() {
             Some(text) => Some(text.to_owned()),
@@ -170,7 +174,7 @@ impl Reader {
     }
 
     /// A value that ends up as one word of a configuration line; it may be empty.
-    fn line(&mut self, name: &str) -> Option<String> {
+    pub(crate) fn line(&mut self, name: &str) -> Option<String> {
         self.variables.get(OsStr::new(name))?;
         let value = self.text(name).unwrap_or_default();
         if value.contains(|c: char| c.is_control()) {
@@ -181,7 +185,7 @@ impl Reader {
         Some(value)
     }
 
-    fn choice<T: Copy>(&mut self, name: &str, choices: &[(&str, T)], case: Case) -> Option<T> {
+    pub(crate) fn choice<T: Copy>(&mut self, name: &str, choices: &[(&str, T)], case: Case) -> Option<T> {
         let value = self.text(name)?;
         let found = choices.iter().find(|(word, _)| match case {
             Case::Exact => value == *word,
@@ -201,7 +205,7 @@ impl Reader {
         self.choice("IMS_JAIL_TIER", &choices, Case::Exact).flatten()
     }
 
-    fn seconds(&mut self, name: &str) -> Option<Duration> {
+    pub(crate) fn seconds(&mut self, name: &str) -> Option<Duration> {
         let value = self.text(name)?;
         let seconds = value.parse().ok().map(Duration::from_secs);
         if seconds.is_none() {
@@ -210,7 +214,7 @@ impl Reader {
         seconds
     }
 
-    fn accept<T>(&mut self, result: Result<T>) -> Option<T> {
+    pub(crate) fn accept<T>(&mut self, result: Result<T>) -> Option<T> {
         result.map_err(|e| self.complaints.push(e.to_string())).ok()
     }
 }

@@ -1,14 +1,24 @@
-//! `ims-sshd customize`: a build environment on this machine, without a pod around it.
+//! `ims-sshd customize`: a build environment on this machine, without a pod around it; with a store, from the source image to the
+//! published one.
 
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use crate::error::{Attempt, Error, Result};
-use crate::lifecycle::settings::Settings;
-use crate::lifecycle::signal_files::READY;
-use crate::lifecycle::supervisor;
+use crate::lifecycle::signal_files::{READY, SignalFiles};
+use crate::lifecycle::state::name_for;
+use crate::lifecycle::{self, supervisor};
 use crate::local;
+use crate::publish::changes::Inventory;
+use crate::publish::ims::Ims;
+use crate::publish::prepare::{INVENTORY, prepare};
+use crate::publish::settings::Settings;
+use crate::publish::sidecar::write_changes;
+use crate::publish::source::Source;
+use crate::publish::upload::{Image, Publication};
+use crate::publish::work::Work;
+use crate::publish::{boot, package};
 use crate::sys::mounts::{self, Detached};
 use crate::sys::tree::Tree;
 use crate::verdict::Verdict;
@@ -16,8 +26,14 @@ use crate::verdict::Verdict;
 /// What the command line asks for.
 #[derive(Debug)]
 pub struct Customization {
-    /// The unpacked image.
-    pub image_root: PathBuf,
+    /// The unpacked image; with `output` also an archive or a URL.
+    pub source: String,
+    /// What the new image is published by, if it is to be.
+    pub output: Option<Settings>,
+    /// Patterns below the image root that are not packed.
+    pub exclude: Vec<String>,
+    /// Where to write what has changed.
+    pub changes: Option<PathBuf>,
     /// Where sshd listens; a free port if none is named.
     pub port: Option<u16>,
     /// The address it listens on.
@@ -30,22 +46,121 @@ pub struct Customization {
     pub script: Option<PathBuf>,
 }
 
-/// Opens the environment and returns when it has closed: 0 if the image was marked complete, 1 if it was marked failed.
-pub fn run(wanted: Customization) -> Result<u8> {
-    let image_root = local::image_root(&wanted.image_root)?;
+/// Opens the environment and returns when it has closed, and the new image is published if it is to be: 0 if the image was marked complete,
+/// 1 if it was marked failed.
+pub fn run(mut wanted: Customization) -> Result<u8> {
+    let Some(mut output) = wanted.output.take() else {
+        let image_root = local::image_root(Path::new(&wanted.source))?;
+        check_files(&wanted)?;
+        local::own_mounts()?;
+        return open(&wanted, &image_root);
+    };
+    local::need_root()?;
+    check_files(&wanted)?;
+    let source = Source::parse(&wanted.source)?;
+    // Before anything is opened: a descriptor from before would not see what is mounted from here on.
+    local::own_mounts()?;
+    let work = Work::begin(&output.network)?;
+    output.parent = workplace(&output.parent, &wanted.source)?;
+    let _claim = claim(&output.parent)?;
+    let mut complete = false;
+    let result = publish(&wanted, &source, &output, &work, &mut complete);
+    if complete && let Err(error) = result {
+        let kept = format!("what was changed is kept in {}; the same command goes on with it", output.parent.display());
+        return Err(error.advise(kept));
+    }
+    std::fs::remove_dir_all(&output.parent).attempt(|| format!("remove {}", output.parent.display()))?;
+    result
+}
+
+fn check_files(wanted: &Customization) -> Result<()> {
     for file in [&wanted.authorized_key, &wanted.script].into_iter().flatten() {
         std::fs::metadata(file).map_err(|e| Error::bad_input(format!("{}: {e}", file.display())))?;
     }
-    // Before anything is opened: a descriptor from before would not see what is mounted from here on.
-    local::own_mounts()?;
-    let run = local::RunFolder::claim("customize", &image_root)?;
+    Ok(())
+}
+
+/// The folder of this source's customization.
+fn workplace(below: &Path, source: &str) -> Result<PathBuf> {
+    let absolute = std::path::absolute(source).unwrap_or_else(|_| source.into());
+    let place = below.join(name_for(&absolute));
+    std::fs::create_dir_all(&place).attempt(|| format!("make the folder {}", place.display()))?;
+    std::fs::canonicalize(&place).attempt(|| format!("open {}", place.display()))
+}
+
+/// Two on one workplace would end each other.
+fn claim(place: &Path) -> Result<SignalFiles> {
+    let mut files = SignalFiles::open(place)?.ok_or_else(|| Error::new(format!("open {}", place.display())))?;
+    files.claim()?;
+    Ok(files)
+}
+
+/// Source in, image out.
+fn publish(wanted: &Customization, source: &Source, output: &Settings, work: &Work, complete: &mut bool) -> Result<u8> {
+    let mounted = output.parent.join("image-root");
+    let (image_root, overlay) = match source {
+        // A folder is customized where it is.
+        Source::Here(path) if path.is_dir() => (local::image_root(path)?, None),
+        _ => {
+            let overlay = prepare(work, output, source, None, &mounted)?;
+            (mounted, overlay)
+        }
+    };
+    let before = match (&wanted.changes, &overlay) {
+        (None, _) => None,
+        (Some(_), Some(overlay)) => Some(overlay.lower.clone()),
+        (Some(_), None) => {
+            Inventory::of(work, &image_root)?.save(&output.parent.join(INVENTORY))?;
+            None
+        }
+    };
+    let code = open(wanted, &image_root)?;
+    if code != 0 {
+        return Ok(code);
+    }
+    *complete = true;
+    if let (Some(to), before) = (&wanted.changes, before) {
+        let inventory = output.parent.join(INVENTORY);
+        if let Some(lower) = before {
+            Inventory::of(work, &lower)?.save(&inventory)?;
+        }
+        write_changes(work, &inventory, &image_root, to)?;
+    }
+    let tree = Tree::open(&image_root).attempt(|| format!("open the image root {}", image_root.display()))?;
+    let boot = match boot::find(&tree, &output.boot, output.arch) {
+        Err(_) if boot::has_none(&tree) => {
+            tracing::warn!(
+                "the image has no kernel in /boot: it is published without one, for a container or a chroot"
+            );
+            None
+        }
+        found => Some(found?),
+    };
+    drop(tree);
+    let archive = output.parent.join("packed.sqsh");
+    package::pack(work, &image_root, &archive, &output.packing, &wanted.exclude)?;
+    if let Some(overlay) = overlay {
+        overlay.unmount()?;
+    }
+    let rootfs = std::fs::File::open(&archive).attempt(|| format!("open {}", archive.display()))?;
+    let files = SignalFiles::open(&output.parent)?.ok_or_else(|| Error::new("open the workplace"))?;
+    let ims = Ims::of(work, output);
+    let image = Image { rootfs, boot, debug_kernel: None };
+    let report = Publication { work, settings: output, ims, files: &files }.publish(image)?;
+    local::say(&format!("{report}\n"));
+    Ok(0)
+}
+
+/// Opens the environment on an image root.
+fn open(wanted: &Customization, image_root: &Path) -> Result<u8> {
+    let run = local::RunFolder::claim("customize", image_root)?;
     local::own_terminals()?;
-    let shown = show_image_root(&image_root, run.path())?;
+    let shown = show_image_root(image_root, run.path())?;
 
     let (keys, identity) = authorized_keys(wanted.authorized_key.as_deref(), run.path())?;
     let address = SocketAddr::new(wanted.listen, wanted.port.map_or_else(|| free_port(wanted.listen), Ok)?);
     let config = configure(run.path(), address, &keys)?;
-    let script = wanted.script.map(std::path::absolute).transpose().attempt(|| "find the script")?;
+    let script = wanted.script.as_ref().map(std::path::absolute).transpose().attempt(|| "find the script")?;
     let variables = [
         ("IMS_ACTION", "customize".into()),
         ("SSH_JAIL", if wanted.jailed { "True".into() } else { "False".into() }),
@@ -61,12 +176,12 @@ pub fn run(wanted: Customization) -> Result<u8> {
         .filter_map(|n| Some((n.into(), std::env::var_os(n)?)));
     let variables =
         variables.map(|(name, value): (&str, std::ffi::OsString)| (name.into(), value)).into_iter().chain(passed_on);
-    let settings = Settings::read(Some(run.path().to_owned()), variables)?;
+    let settings = lifecycle::settings::Settings::read(Some(run.path().to_owned()), variables)?;
 
     let parent = run.path().to_owned();
     let files = run.into_signal_files();
     files.touch(READY)?;
-    let listening = || announce(&image_root, &parent, address, identity.as_deref(), wanted.jailed);
+    let listening = || announce(image_root, &parent, address, identity.as_deref(), wanted.jailed);
     let outcome = supervisor::run(settings, Some(files), listening)?;
     mounts::unmount(&shown).attempt(|| format!("unmount {}", shown.display()))?;
     local::remove_folder(&parent)?;

@@ -15,11 +15,17 @@ use crate::lifecycle::state::{RUN, name_for};
 use crate::sys::mounts::{self, Detached};
 use crate::sys::tree::Tree;
 
+/// Refuses who is not root.
+pub fn need_root() -> Result<()> {
+    if nix::unistd::geteuid().is_root() {
+        return Ok(());
+    }
+    Err(Error::new("open an image root").because("this user may not").advise("run it as root, with sudo"))
+}
+
 /// The image root that was named, without links on the way to it.
 pub fn image_root(named: &Path) -> Result<PathBuf> {
-    if !nix::unistd::geteuid().is_root() {
-        return Err(Error::new("open an image root").because("this user may not").advise("run it as root, with sudo"));
-    }
+    need_root()?;
     let refuse = |why: String| Error::bad_input(format!("IMAGE_ROOT is '{}': {why}", named.display()));
     let real = std::fs::canonicalize(named).map_err(|e| refuse(e.to_string()))?;
     match real.is_dir() {

@@ -119,6 +119,11 @@ pub const VARIANT: &str = "variants/ordinary";
 impl Pod {
     /// Starts the pod of the job `name` on an unpacked `archive` and waits until one can log in. `change` may change the sshd container.
     pub fn open(name: &str, archive: &str, change: impl FnOnce(&mut Value)) -> Self {
+        Self::of(name, archive, |spec| change(&mut spec["containers"][0]))
+    }
+
+    /// The same; `change` may change all of the pod.
+    pub fn of(name: &str, archive: &str, change: impl FnOnce(&mut Value)) -> Self {
         let base = cache().join("tests");
         std::fs::create_dir_all(&base).unwrap();
         let dir = tempfile::tempdir_in(base).unwrap();
@@ -138,11 +143,8 @@ impl Pod {
         assert!(config.contains("127.0.0.1"), "{config}");
         keys["data"]["sshd_config"] = config.into();
         keys["data"]["authorized_keys"] = std::fs::read_to_string(key.with_extension("pub")).unwrap().into();
-        let mut scripts = object(&mut objects, "ConfigMap", "ims-sshd-scripts").take();
-        // podman keeps each as a volume of that name.
-        for map in [&mut keys, &mut scripts] {
-            map["metadata"]["name"] = format!("{own}-{}", map["metadata"]["name"].as_str().unwrap()).into();
-        }
+        // podman keeps it as a volume of that name.
+        keys["metadata"]["name"] = format!("{own}-{}", keys["metadata"]["name"].as_str().unwrap()).into();
 
         let mut spec = object(&mut objects, "Job", name)["spec"]["template"]["spec"].take();
         spec["hostNetwork"] = true.into();
@@ -174,13 +176,13 @@ impl Pod {
         for only_kubernetes in ["readinessProbe", "livenessProbe", "ports"] {
             container.remove(only_kubernetes).unwrap();
         }
-        change(&mut spec["containers"][0]);
         // To compress is not what is tested.
-        let pack = spec["containers"][1]["command"].as_array_mut().unwrap();
-        pack.extend(["-noI", "-noD", "-noF", "-noX"].map(Into::into));
+        let variables = spec["containers"][1]["env"].as_array_mut().unwrap();
+        variables.push(json!({"name": "IMAGE_COMPRESSION", "value": "none"}));
+        change(&mut spec);
         let pod = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": own}, "spec": spec});
         let file = dir.path().join("pod.yaml");
-        std::fs::write(&file, [keys, scripts, pod].map(|o| o.to_string()).join("\n---\n")).unwrap();
+        std::fs::write(&file, [keys, pod].map(|o| o.to_string()).join("\n---\n")).unwrap();
 
         let pod = Self { name: own, volume, port, key, sshd, volumes, _dir: dir };
         {

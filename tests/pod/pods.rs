@@ -6,7 +6,11 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
+use crate::file_server::{Fault, FileServer};
+use crate::ims_server::ImsServer;
+use crate::job;
 use crate::podman::*;
+use crate::s3_server::Bucket;
 
 /// What CFS does at its end: asks for it and hangs up at once.
 const GOODBYE: &str = "
@@ -136,5 +140,51 @@ fn a_container_killed_for_want_of_memory_is_noticed_and_nothing_is_packed() {
     assert_eq!(pod.end("sidecar"), 1);
     assert!(pod.volume.join("failed").exists());
     assert!(!pod.volume.join("customized.sqsh").exists());
-    assert!(pod.logs("sidecar").contains("gone without a word"), "{}", pod.logs("sidecar"));
+    assert!(pod.logs("sidecar").contains("without a word"), "{}", pod.logs("sidecar"));
+}
+
+#[test]
+fn a_job_of_ims_fetches_customizes_and_publishes_an_image() {
+    let dir = tempfile::tempdir_in(cache()).unwrap();
+    let squashfs = std::fs::read(job::squashfs_of(&job::image(dir.path()))).unwrap();
+    let server = FileServer::start(squashfs.clone(), &[Fault::ResetAfter(squashfs.len() / 2)]);
+    let (bucket, ims) = (Bucket::new(), ImsServer::start());
+    // Found by its name: a static program resolves names by itself.
+    let url = server.url.replace("127.0.0.1", "localhost");
+    let mut variables = bucket.variables();
+    variables.extend(ims.variables());
+    variables.push(("IMAGE_ROOT_ARCHIVE_NAME", "compute-ö".into()));
+    variables.push(("DOWNLOAD_MD5SUM", job::md5(&squashfs)));
+    for (_, value) in &mut variables {
+        *value = value.replace("http://127.0.0.1", "http://localhost");
+    }
+    let endpoint = ims.url.replace("127.0.0.1", "localhost").replace("/apis/ims", "/token");
+    std::fs::write(ims.oauth.path().join("endpoint"), endpoint).unwrap();
+    let change = |spec: &mut serde_json::Value| {
+        let prepare = &mut spec["initContainers"][0];
+        prepare["command"] = json!(["ims-sshd", "prepare", "/mnt/image", url]);
+        let variables: Vec<_> = variables.iter().map(|(name, value)| json!({"name": name, "value": value})).collect();
+        prepare["env"] = variables.clone().into();
+        let sidecar = spec["containers"][1]["env"].as_array_mut().unwrap();
+        sidecar.retain(|variable| !variables.iter().any(|other| other["name"] == variable["name"]));
+        sidecar.extend(variables);
+        let oauth = ims.oauth.path();
+        spec["volumes"]
+            .as_array_mut()
+            .unwrap()
+            .push(json!({"name": "oauth", "hostPath": {"path": oauth, "type": "Directory"}}));
+        for (list, number) in [("initContainers", 0), ("containers", 1)] {
+            let mounts = spec[list][number]["volumeMounts"].as_array_mut().unwrap();
+            mounts.push(json!({"name": "oauth", "mountPath": oauth, "readOnly": true}));
+        }
+    };
+    let pod = Pod::of("ims-sshd-customize", "busybox.sqsh", change);
+    wait_until("'waiting_on_user'", || ims.status() == "waiting_on_user");
+    pod.says("echo new > /etc/motd");
+    goodbye(&pod, "touch /tmp/complete");
+    pod.ends_well();
+    assert_eq!(ims.statuses(), ["fetching_image", "waiting_on_user", "packaging_artifacts", "success"]);
+    let job = job::Published { bucket: &bucket, ims: &ims };
+    job.is_whole(&pod.logs("sidecar"));
+    assert_eq!(std::fs::read_to_string(job.unpacked(dir.path()).join("etc/motd")).unwrap(), "new\n");
 }

@@ -13,6 +13,7 @@ const PAST_CVES: &str = include_str!("../../docs/PAST_CVES.md");
 const ATTEMPTS: &str = include_str!("../attempts/table.rs");
 const MAKEFILE: &str = include_str!("../../Makefile");
 const SETTINGS: &str = include_str!("../../src/lifecycle/settings.rs");
+const PUBLISHING: &str = include_str!("../../src/publish/settings.rs");
 const LOG: &str = include_str!("../../src/lifecycle/log.rs");
 const CAPABILITIES: &str = include_str!("../../src/jail/capabilities.rs");
 const REFUSED_CALLS: &str = include_str!("../../src/jail/refused_calls.rs");
@@ -27,6 +28,8 @@ fn every_command_of_the_readme_does_what_it_is_there_for() {
         match words.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
             ["make", target] => assert!(makes(target), "{command}: the Makefile has no such target"),
             ["ims-sshd", "customize", options @ ..] => customize(command, options.contains(&"--script")),
+            ["ims-sshd", "prepare", ..] => publish(),
+            ["ims-sshd", "package" | "upload", ..] => {}
             ["ims-sshd", "enter", ..] => {
                 let desk = Desk::new();
                 let output = desk.shell(command).output().unwrap();
@@ -53,6 +56,18 @@ fn every_command_of_the_readme_does_what_it_is_there_for() {
             _ => panic!("README.md shows '{command}', and this test does not know how to run it"),
         }
     }
+}
+
+/// Runs the three steps of README one after the other, each on what the one before has made.
+fn publish() {
+    let desk = Desk::new();
+    for step in ["prepare", "package", "upload"] {
+        let all = commands(README);
+        let command = all.iter().find(|command| command.starts_with(&format!("ims-sshd {step}"))).unwrap();
+        succeed(&mut desk.shell(command));
+    }
+    let published = walk(&desk.volume.parent.join("store"));
+    assert!(published.iter().any(|path| path.ends_with("manifest.json")), "{published:?}");
 }
 
 /// Runs it until it is open, logs in as it says, and marks the image; one with a script does that by itself.
@@ -84,6 +99,17 @@ impl Desk {
         std::fs::write(volume.parent.join("install.sh"), script).unwrap();
         std::fs::create_dir(volume.dir.path().join(".ssh")).unwrap();
         std::fs::copy(volume.key.with_extension("pub"), volume.dir.path().join(".ssh/id_ed25519.pub")).unwrap();
+        // An image that boots, as far as its files' names say.
+        let tree = volume.dir.path().join("image");
+        succeed(Command::new("cp").arg("-aT").arg(cache().join("busybox")).arg(&tree));
+        for (file, content) in
+            [("boot/vmlinuz-6.1.0", ""), ("boot/initrd-6.1.0", ""), ("etc/motd", "image of the tests")]
+        {
+            std::fs::create_dir_all(tree.join(file).parent().unwrap()).unwrap();
+            std::fs::write(tree.join(file), content).unwrap();
+        }
+        let squashfs = volume.parent.join("image.sqsh");
+        succeed(Command::new("mksquashfs").args([&tree, &squashfs]).args(["-quiet", "-no-progress"]));
         Self { volume }
     }
 
@@ -91,7 +117,7 @@ impl Desk {
         let programs = Path::new(IMS_SSHD).parent().unwrap();
         let mut command = Command::new("sh");
         command.args(["-c", line]).current_dir(&self.volume.parent).stdin(Stdio::null()).env_clear();
-        command.env("HOME", self.volume.dir.path());
+        command.env("HOME", self.volume.dir.path()).env("TMPDIR", self.volume.dir.path());
         command.env("PATH", format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", programs.display()));
         command
     }
@@ -104,7 +130,7 @@ fn makes(target: &str) -> bool {
 #[test]
 fn every_variable_of_the_readme_is_read_and_every_one_that_is_read_is_in_it() {
     let documented: BTreeSet<_> = table(section("## Environment variables")).map(|row| code(&row[0])).collect();
-    let read: BTreeSet<_> = [SETTINGS, LOG].into_iter().flat_map(names_in).collect();
+    let read: BTreeSet<_> = [SETTINGS, PUBLISHING, LOG].into_iter().flat_map(names_in).collect();
     assert_eq!(documented, read);
 }
 
@@ -210,7 +236,9 @@ fn code(cell: &str) -> String {
 /// String literals that look like a variable's name, in the part that is no test.
 fn names_in(source: &str) -> Vec<String> {
     let source = source.split("#[cfg(test)]").next().unwrap();
-    let name = |text: &&str| text.contains('_') && text.bytes().all(|b| b.is_ascii_uppercase() || b == b'_');
+    let name = |text: &&str| {
+        text.contains('_') && text.bytes().all(|b| b.is_ascii_uppercase() || b.is_ascii_digit() || b == b'_')
+    };
     source.split('"').filter(name).map(str::to_owned).collect()
 }
 

@@ -1,0 +1,88 @@
+//! From a source to a published image, against the tools that do the bare work.
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use crate::s3_server::Sink;
+use crate::support::{IMS_SSHD, cache, succeed};
+use crate::{Bound, Report, Unit, in_turns, ratios, title};
+
+/// Of the image whose size does not matter to an overlay, and of the one that is uploaded.
+const MEGABYTES: usize = 1024;
+
+pub fn publishing(rounds: usize, report: &mut Report) {
+    title(&format!("From a source to a published image ({rounds} rounds)"));
+    let base = cache().join("tests");
+    std::fs::create_dir_all(&base).unwrap();
+    let dir = tempfile::tempdir_in(base).unwrap();
+    let squashfs = large(dir.path());
+    opening(dir.path(), &squashfs, rounds, report);
+    packing(dir.path(), rounds, report);
+    uploading(dir.path(), &squashfs, rounds, report);
+}
+
+/// A squashfs of a gigabyte that nothing can compress.
+fn large(dir: &Path) -> std::path::PathBuf {
+    let tree = dir.join("large");
+    std::fs::create_dir_all(tree.join("files")).unwrap();
+    let script = "cd $0 && for n in $(seq $1); do head -c 1M /dev/urandom > files/$n; done";
+    succeed(Command::new("sh").args(["-c", script]).arg(&tree).arg(MEGABYTES.to_string()));
+    let squashfs = dir.join("large.sqsh");
+    succeed(Command::new("mksquashfs").args([&tree, &squashfs]).args(["-noI", "-noD", "-noF", "-noX", "-no-progress"]));
+    std::fs::remove_dir_all(tree).unwrap();
+    squashfs
+}
+
+fn quiet(program: &str) -> Command {
+    let mut command = Command::new(program);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    command
+}
+
+fn opening(dir: &Path, squashfs: &Path, rounds: usize, report: &mut Report) {
+    let clean = "rm -rf $1 && exec $0 prepare --open overlay $1 $2";
+    let mut overlay = quiet("unshare");
+    overlay.args(["-m", "sh", "-c", clean, IMS_SSHD]).args([&dir.join("overlay"), squashfs]);
+    let mut unsquashfs = quiet("sh");
+    unsquashfs.args(["-c", "rm -rf $0 && exec unsquashfs -no-progress -d $0 $1"]).args([&dir.join("bare"), squashfs]);
+    let [ours, bare] = in_turns(rounds, [&mut overlay, &mut unsquashfs]);
+    let limit = Bound::Limit { limit: 0.05, aim: None };
+    report.add("prepare by overlay, against unsquashfs", Unit::Times, ratios(&ours, &bare), limit);
+    report.add("prepare by overlay", Unit::Milliseconds, ours, Bound::Information);
+    std::fs::remove_dir_all(dir.join("bare")).unwrap();
+}
+
+fn packing(dir: &Path, rounds: usize, report: &mut Report) {
+    let tree = dir.join("debian");
+    succeed(Command::new("cp").arg("-aT").arg(cache().join("debian")).arg(&tree));
+    for file in ["boot/vmlinuz", "boot/initrd"] {
+        std::fs::write(tree.join(file), "").unwrap();
+    }
+    let archive = dir.join("packed.sqsh");
+    let mut ours = quiet(IMS_SSHD);
+    ours.args(["package", "--archive"]).args([&archive, &tree]);
+    let mut bare = quiet("sh");
+    let processors = std::thread::available_parallelism().unwrap().to_string();
+    let script = "rm -f $0 && exec mksquashfs $1 $0 -noappend -quiet -no-progress -xattrs -comp gzip -processors $2";
+    bare.args(["-c", script]).args([&archive, &tree]).arg(processors);
+    let [ours, bare] = in_turns(rounds, [&mut ours, &mut bare]);
+    let limit = Bound::Limit { limit: 1.03, aim: None };
+    report.add("package, against mksquashfs", Unit::Times, ratios(&ours, &bare), limit);
+}
+
+fn uploading(dir: &Path, squashfs: &Path, rounds: usize, report: &mut Report) {
+    let sink = Sink::start();
+    let mut ours = quiet(IMS_SSHD);
+    ours.args(["upload", "--archive"]).arg(squashfs).arg(dir.join("debian")).current_dir(dir).envs(sink.variables());
+    let endpoint = &sink.variables()[0].1;
+    let mut curl = quiet("curl");
+    curl.args(["--silent", "--fail", "-H", "Expect:", "-T"]).arg(squashfs).arg(format!("{endpoint}/bucket/curl"));
+    let mut checksum = quiet("md5sum");
+    checksum.arg(squashfs);
+    let [ours, curl, checksum] = in_turns(rounds, [&mut ours, &mut curl, &mut checksum]);
+    let raw: Vec<_> = curl.iter().zip(&checksum).map(|(put, sum)| put + sum).collect();
+    // As fast as nine tenths of it.
+    let limit = Bound::Limit { limit: 1.0 / 0.9, aim: None };
+    report.add("upload, against md5sum and curl one after the other", Unit::Times, ratios(&ours, &raw), limit);
+    report.add("upload, against curl alone", Unit::Times, ratios(&ours, &curl), Bound::Information);
+}

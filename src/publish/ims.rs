@@ -1,0 +1,278 @@
+//! IMS: where jobs tell how far they are, and where images are registered.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use reqwest::{Method, StatusCode};
+use serde_json::{Value, json};
+
+use crate::error::{Attempt, Error, Result};
+use crate::publish::settings::{self, Settings};
+use crate::publish::work::{Fault, Work, is_passing, patiently};
+
+/// How far a job is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Status {
+    /// The image is fetched and opened.
+    FetchingImage,
+    /// sshd accepts connections.
+    WaitingOnUser,
+    /// The image is packed and uploaded.
+    PackagingArtifacts,
+    /// There is no new image.
+    Error,
+    /// There is a new image.
+    Success,
+}
+
+impl Status {
+    /// As IMS names it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::FetchingImage => "fetching_image",
+            Self::WaitingOnUser => "waiting_on_user",
+            Self::PackagingArtifacts => "packaging_artifacts",
+            Self::Error => "error",
+            Self::Success => "success",
+        }
+    }
+}
+
+/// A job's end of IMS; every call says nothing where there is none.
+pub struct Ims<'a> {
+    work: &'a Work,
+    at: Option<settings::Ims>,
+    job: Option<String>,
+    token: Option<Token>,
+}
+
+struct Token {
+    bearer: String,
+    until: Instant,
+}
+
+/// A token is not used in its last moments.
+const TOKEN_MARGIN: Duration = Duration::from_secs(10);
+
+/// For one request of a few bytes with its answer.
+const REQUEST_LIMIT: Duration = Duration::from_mins(1);
+
+impl<'a> Ims<'a> {
+    /// As the variables say.
+    pub fn of(work: &'a Work, settings: &Settings) -> Self {
+        let (at, job) = (settings.ims.clone(), settings.job.clone());
+        Self { work, at, job, token: None }
+    }
+
+    /// Whether there is one.
+    pub fn is_there(&self) -> bool {
+        self.at.is_some()
+    }
+
+    /// Tells how far the job is.
+    pub fn set_status(&mut self, status: Status) -> Result<()> {
+        let attempted = format!("set the job's status to {}", status.name());
+        let Some(path) = self.job_path().filter(|_| self.is_there()) else { return Ok(()) };
+        self.call(&attempted, &Method::PATCH, &path, Some(&json!({ "status": status.name() })))?;
+        tracing::info!("the job's status is {}", status.name());
+        Ok(())
+    }
+
+    /// The job's record; nothing without a job.
+    pub fn job(&mut self) -> Result<Option<Value>> {
+        match self.job_path() {
+            Some(path) => self.call("read the job's record", &Method::GET, &path, None),
+            None => Ok(None),
+        }
+    }
+
+    /// The new image is this job's.
+    pub fn set_resultant_image(&mut self, image: &str) -> Result<Option<Value>> {
+        let Some(path) = self.job_path() else { return Ok(None) };
+        let body = json!({ "resultant_image_id": image });
+        self.call("tell the job's new image", &Method::PATCH, &path, Some(&body))
+    }
+
+    /// Identifiers of all images without content that are called `name`.
+    pub fn empty_images(&mut self, name: &str) -> Result<Vec<String>> {
+        let images = self.call("read the images' records", &Method::GET, "/images", None)?.unwrap_or_default();
+        let empty = |image: &&Value| image["name"] == name && image.get("link").is_none_or(Value::is_null);
+        let all = images.as_array().into_iter().flatten();
+        Ok(all.filter(empty).filter_map(|image| image["id"].as_str().map(str::to_owned)).collect())
+    }
+
+    /// The record of a new image. Of `known` are those that stood before it was first asked for: a request whose answer was lost, to a
+    /// connection or to a crash, is not made again if its record is there.
+    pub fn create_image(&mut self, name: &str, arch: &str, known: &[String]) -> Result<Value> {
+        let attempted = format!("register the image '{name}'");
+        let body = json!({ "name": name, "arch": arch });
+        let began = Instant::now();
+        loop {
+            if let Some(id) = self.empty_images(name)?.into_iter().find(|id| !known.contains(id)) {
+                return self.image(&id)?.ok_or_else(|| Error::new(attempted).because("its record is gone again"));
+            }
+            match self.call_once(&attempted, &Method::POST, "/images", Some(&body))? {
+                Ok(record) => return record.ok_or_else(|| Error::new(attempted).because("there is no record of it")),
+                Err(cause) if began.elapsed() >= self.work.network.retry_limit => {
+                    return Err(Error::new(attempted).because(cause));
+                }
+                Err(cause) => tracing::warn!("cannot {attempted} yet: {cause}; looking whether it is there"),
+            }
+        }
+    }
+
+    /// An image's record; nothing if there is none.
+    pub fn image(&mut self, id: &str) -> Result<Option<Value>> {
+        self.call("read the image's record", &Method::GET, &format!("/images/{id}"), None)
+    }
+
+    /// Puts content into an image's record.
+    pub fn link_image(&mut self, id: &str, link: &Value) -> Result<Option<Value>> {
+        let body = json!({ "link": link });
+        self.call("tell the image's manifest", &Method::PATCH, &format!("/images/{id}"), Some(&body))
+    }
+
+    /// Takes an image's record back; one that is not there is no error.
+    pub fn delete_image(&mut self, id: &str) -> Result<()> {
+        self.call("delete the image's record", &Method::DELETE, &format!("/images/{id}"), None).map(|_| ())
+    }
+
+    fn job_path(&self) -> Option<String> {
+        self.job.as_ref().map(|job| format!("/jobs/{job}"))
+    }
+
+    /// A call that may be repeated. Nothing where there is no IMS, and where a record that is asked for or deleted is not there.
+    fn call(&mut self, attempted: &str, method: &Method, path: &str, body: Option<&Value>) -> Result<Option<Value>> {
+        if self.at.is_none() {
+            return Ok(None);
+        }
+        let work = self.work;
+        let this = &mut *self;
+        work.wait(patiently(work.network.retry_limit, attempted, async || {
+            this.request(attempted, method, path, body).await
+        }))
+    }
+
+    /// A call that must not be repeated unseen: the inner error is one that may pass.
+    #[allow(clippy::type_complexity)]
+    fn call_once(
+        &mut self,
+        attempted: &str,
+        method: &Method,
+        path: &str,
+        body: Option<&Value>,
+    ) -> Result<std::result::Result<Option<Value>, String>> {
+        let work = self.work;
+        let this = &mut *self;
+        work.wait(async {
+            match this.request(attempted, method, path, body).await {
+                Ok(answer) => Ok(Ok(answer)),
+                Err(Fault::Passing(cause)) => {
+                    tokio::time::sleep(Duration::from_millis(200)).await;
+                    Ok(Err(cause))
+                }
+                Err(Fault::Final(error)) => Err(error),
+            }
+        })
+    }
+
+    async fn request(
+        &mut self,
+        attempted: &str,
+        method: &Method,
+        path: &str,
+        body: Option<&Value>,
+    ) -> std::result::Result<Option<Value>, Fault> {
+        let Some(at) = self.at.clone() else { return Ok(None) };
+        let mut request =
+            self.work.client().request(method.clone(), format!("{}{path}", at.url)).timeout(REQUEST_LIMIT);
+        if let Some(folder) = &at.oauth {
+            request = request.bearer_auth(self.token(folder).await?);
+        }
+        if let Some(body) = body {
+            request = request.header("content-type", "application/json").body(body.to_string());
+        }
+        let response = request.send().await?;
+        let status = response.status();
+        let text = response.text().await?;
+        if status.is_success() {
+            return Ok(if text.is_empty() { None } else { serde_json::from_str(&text).ok() });
+        }
+        if status == StatusCode::NOT_FOUND && [Method::GET, Method::DELETE].contains(method) {
+            return Ok(None);
+        }
+        let cause = problem(status, &text);
+        if status == StatusCode::UNAUTHORIZED && self.token.take().is_some() {
+            // It may have expired, or been taken back: the next try has a new one.
+            return Err(Fault::Passing(cause));
+        }
+        Err(if is_passing(status) { Fault::Passing(cause) } else { Fault::Final(Error::new(attempted).because(cause)) })
+    }
+
+    /// A token of OAuth, by client credentials.
+    async fn token(&mut self, folder: &Path) -> std::result::Result<String, Fault> {
+        if let Some(token) = self.token.as_ref().filter(|t| t.until > Instant::now()) {
+            return Ok(token.bearer.clone());
+        }
+        let read = |name: &str| {
+            let file = folder.join(name);
+            let text = std::fs::read_to_string(&file).attempt(|| format!("read {}", file.display()))?;
+            Ok::<_, Error>(text.trim().to_owned())
+        };
+        let (endpoint, id, secret) = (read("endpoint")?, read("client-id")?, read("client-secret")?);
+        let request = self.work.client().post(&endpoint).timeout(REQUEST_LIMIT).basic_auth(id, Some(secret));
+        let request = request.header("content-type", "application/x-www-form-urlencoded");
+        let asked = Instant::now();
+        let response = request.body("grant_type=client_credentials").send().await?;
+        let status = response.status();
+        let text = response.text().await?;
+        let attempted = format!("get a token from {endpoint}");
+        if !status.is_success() {
+            let cause = problem(status, &text);
+            let error = Error::new(attempted).because(&cause).advise("see the credentials in OAUTH_CONFIG_DIR");
+            return Err(if is_passing(status) { Fault::Passing(cause) } else { Fault::Final(error) });
+        }
+        let answer: Value = serde_json::from_str(&text).unwrap_or_default();
+        let Some(bearer) = answer["access_token"].as_str() else {
+            return Err(Fault::Final(Error::new(attempted).because("there is none in the answer")));
+        };
+        let lives = Duration::from_secs(answer["expires_in"].as_u64().unwrap_or(60)).saturating_sub(TOKEN_MARGIN);
+        self.token = Some(Token { bearer: bearer.to_owned(), until: asked + lives });
+        Ok(bearer.to_owned())
+    }
+}
+
+/// What a server says is wrong: RFC 7807's details, or OAuth's, or the text as it is.
+pub fn problem(status: StatusCode, text: &str) -> String {
+    let answer: Value = serde_json::from_str(text).unwrap_or_default();
+    let fields =
+        ["detail", "error_description", "title", "error"].map(|name| answer[name].as_str().unwrap_or_default());
+    let mut said = fields.into_iter().find(|said| !said.is_empty()).unwrap_or_default().to_owned();
+    if let Some(errors) = answer["errors"].as_object().filter(|e| !e.is_empty()) {
+        said = format!("{said} {}", Value::from(errors.clone()));
+    }
+    if said.is_empty() {
+        said = text.split_whitespace().collect::<Vec<_>>().join(" ").chars().take(300).collect();
+    }
+    format!("the server answers {status}: {said}").trim_end_matches([':', ' ']).to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_details_of_a_problem_are_told() {
+        let conflict = StatusCode::CONFLICT;
+        let rfc7807 = r#"{"title": "Conflict", "detail": "The job has ended.", "status": 409}"#;
+        assert_eq!(problem(conflict, rfc7807), "the server answers 409 Conflict: The job has ended.");
+        let fields = r#"{"title": "Bad", "errors": {"name": ["too short"]}}"#;
+        assert_eq!(problem(conflict, fields), r#"the server answers 409 Conflict: Bad {"name":["too short"]}"#);
+        assert_eq!(
+            problem(conflict, r#"{"error": "invalid_client"}"#),
+            "the server answers 409 Conflict: invalid_client"
+        );
+        assert_eq!(problem(conflict, "<html>\n no"), "the server answers 409 Conflict: <html> no");
+        assert_eq!(problem(conflict, ""), "the server answers 409 Conflict");
+    }
+}

@@ -1,0 +1,20 @@
+//! What stands before `ready` and after `exiting`: an image is fetched and opened, packed, uploaded and registered.
+
+pub mod boot;
+pub mod changes;
+pub mod command;
+pub mod download;
+pub mod ims;
+pub mod journal;
+pub mod manifest;
+pub mod package;
+pub mod pod_files;
+pub mod prepare;
+pub mod progress;
+pub mod settings;
+pub mod sidecar;
+pub mod source;
+pub mod store;
+pub mod unpack;
+pub mod upload;
+pub mod work;

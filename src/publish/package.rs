@@ -1,0 +1,215 @@
+//! The image root becomes a squashfs.
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::error::{Attempt, Error, Result};
+use crate::publish::progress::Progress;
+use crate::publish::settings::Packing;
+use crate::publish::work::Work;
+use crate::sys::mounts;
+use crate::sys::process::Entry;
+
+/// The least that mksquashfs gets of memory, and which part of all it takes, as it would by itself.
+const MEMORY: (u64, u64) = (64 << 20, 4);
+
+/// Where limits of memory are, in either version of cgroups, as a container sees its own.
+const MEMORY_LIMITS: [&str; 2] = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"];
+
+/// Extended attributes that a squashfs keeps.
+const KEPT: [&str; 3] = ["user.", "trusted.", "security."];
+
+/// Packs `image_root` to the file `to`, which appears when it is whole. `exclude` are patterns below the root, as mksquashfs has them.
+pub fn pack(work: &Work, image_root: &Path, to: &Path, packing: &Packing, exclude: &[String]) -> Result<()> {
+    let attempted = format!("pack {}", image_root.display());
+    let image_root = std::fs::canonicalize(image_root).attempt(|| attempted.clone())?;
+    nothing_is_mounted_below(&image_root, &attempted)?;
+    nobody_stands_in(&image_root, &attempted)?;
+    let part = with_suffix(to, ".part");
+    let result = squash(work, &image_root, &part, packing, exclude, &attempted)
+        .and_then(|()| if exclude.is_empty() { attributes_are_kept(&image_root, &part, &attempted) } else { Ok(()) })
+        .and_then(|()| std::fs::rename(&part, to).attempt(|| format!("rename {}", part.display())));
+    if result.is_err() {
+        let _ = std::fs::remove_file(&part);
+    }
+    result
+}
+
+fn squash(
+    work: &Work,
+    image_root: &Path,
+    part: &Path,
+    packing: &Packing,
+    exclude: &[String],
+    attempted: &str,
+) -> Result<()> {
+    // What an earlier one left that was killed.
+    let _ = std::fs::remove_file(part);
+    let mut mksquashfs = Command::new("mksquashfs");
+    mksquashfs.args([image_root, part]).args(["-noappend", "-quiet", "-no-progress", "-xattrs"]);
+    match packing.compression {
+        "none" => mksquashfs.args(["-noI", "-noD", "-noF", "-noX"]),
+        algorithm => mksquashfs.args(["-comp", algorithm]),
+    };
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    mksquashfs.args(["-processors", &processors.to_string(), "-mem", &format!("{}M", memory() >> 20)]);
+    // It refuses to have both.
+    mksquashfs.env_remove("SOURCE_DATE_EPOCH");
+    if let Some(epoch) = packing.epoch {
+        mksquashfs.args(["-mkfs-time", &epoch.to_string(), "-all-time", &epoch.to_string()]);
+    }
+    if !exclude.is_empty() {
+        mksquashfs.args(["-wildcards", "-e"]).args(exclude);
+    }
+    let mut progress = Progress::begin("packing", None);
+    let look = || progress.at(std::fs::metadata(part).map_or(0, |m| m.len()));
+    let said = work.succeed(attempted, &mut mksquashfs, look)?;
+    if !said.is_empty() {
+        // It passes over what it cannot read, and only says so.
+        return Err(Error::new(attempted).because(said.lines().collect::<Vec<_>>().join(", ")));
+    }
+    File::open(part).and_then(|file| file.sync_all()).attempt(|| format!("write {}", part.display()))
+}
+
+/// mksquashfs would walk into what is mounted, and never come back from /proc.
+fn nothing_is_mounted_below(image_root: &Path, attempted: &str) -> Result<()> {
+    let mountinfo = std::fs::read("/proc/self/mountinfo").attempt(|| "read /proc/self/mountinfo")?;
+    let below = |mount: &&PathBuf| mount.starts_with(image_root) && *mount != image_root;
+    match mounts::mount_points(&mountinfo).iter().find(below) {
+        Some(mount) => Err(Error::new(attempted)
+            .because(format!("something is mounted on {}", mount.display()))
+            .advise("unmount it: packing would walk into it")),
+        None => Ok(()),
+    }
+}
+
+/// Who has its root or working folder there may still write.
+fn nobody_stands_in(image_root: &Path, attempted: &str) -> Result<()> {
+    let stands = |entry: &Entry| {
+        let link = |name: &str| std::fs::read_link(format!("/proc/{}/{name}", entry.pid)).ok();
+        ["cwd", "root"].into_iter().filter_map(link).any(|path| path.starts_with(image_root))
+    };
+    match Entry::all().into_iter().find(|e| e.pid != nix::unistd::getpid() && stands(e)) {
+        Some(entry) => Err(Error::new(attempted)
+            .because(format!("process {} ({}) stands in it", entry.pid, entry.name))
+            .advise("end it first: what it writes would be packed in part")),
+        None => Ok(()),
+    }
+}
+
+/// What mksquashfs may take: a share of what the container has, and not of what the node has.
+fn memory() -> u64 {
+    let limits = MEMORY_LIMITS.iter().filter_map(|file| std::fs::read_to_string(file).ok()?.trim().parse().ok());
+    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let total = meminfo.split_whitespace().nth(1).and_then(|kilobytes| kilobytes.parse::<u64>().ok());
+    share_of_memory(limits.chain(total.map(|kilobytes| kilobytes << 10)).min())
+}
+
+fn share_of_memory(all: Option<u64>) -> u64 {
+    (all.unwrap_or(0) / MEMORY.1).max(MEMORY.0)
+}
+
+/// Every set of extended attributes, file capabilities among them, is in the squashfs: it keeps each set once, and counts them.
+fn attributes_are_kept(image_root: &Path, squashfs: &Path, attempted: &str) -> Result<()> {
+    let mut sets = HashSet::new();
+    let mut folders = vec![image_root.to_owned()];
+    collect_attributes(image_root, &mut sets).attempt(|| attempted)?;
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(&folder).attempt(|| attempted)? {
+            let entry = entry.attempt(|| attempted)?;
+            let path = entry.path();
+            collect_attributes(&path, &mut sets).attempt(|| attempted)?;
+            if entry.file_type().attempt(|| attempted)?.is_dir() {
+                folders.push(path);
+            }
+        }
+    }
+    let kept = attribute_sets(squashfs).attempt(|| format!("read {}", squashfs.display()))?;
+    if kept == sets.len() as u64 {
+        return Ok(());
+    }
+    Err(Error::new(attempted)
+        .because(format!("it has {} different sets of extended attributes, and the squashfs {kept}", sets.len())))
+}
+
+type Attributes = Vec<(Vec<u8>, Vec<u8>)>;
+
+fn collect_attributes(path: &Path, sets: &mut HashSet<Attributes>) -> rustix::io::Result<()> {
+    let mut names = [0; 4096];
+    let length = match rustix::fs::llistxattr(path, &mut names[..]) {
+        // No attributes, or a file system that has none.
+        Ok(0) | Err(rustix::io::Errno::NOTSUP) => return Ok(()),
+        other => other?,
+    };
+    let mut set = Attributes::new();
+    for name in names[..length].split(|&b| b == 0).filter(|n| KEPT.iter().any(|kept| n.starts_with(kept.as_bytes()))) {
+        let mut value = vec![0; 65536];
+        let name_text = std::ffi::OsStr::from_bytes(name);
+        let length = rustix::fs::lgetxattr(path, name_text, &mut value[..])?;
+        value.truncate(length);
+        set.push((name.to_owned(), value));
+    }
+    if !set.is_empty() {
+        set.sort();
+        sets.insert(set);
+    }
+    Ok(())
+}
+
+/// How many sets a squashfs has: its superblock says at byte 56 where their table is, and that how many at its byte 8.
+fn attribute_sets(squashfs: &Path) -> std::io::Result<u64> {
+    let file = File::open(squashfs)?;
+    let mut number = [0; 8];
+    file.read_exact_at(&mut number, 56)?;
+    let table = u64::from_le_bytes(number);
+    if table == u64::MAX {
+        return Ok(0);
+    }
+    let mut count = [0; 4];
+    file.read_exact_at(&mut count, table + 8)?;
+    Ok(u32::from_le_bytes(count).into())
+}
+
+/// A path with something more at its end.
+pub fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    name.into()
+}
+
+/// The MD5 of a file, read once from its start.
+pub fn md5_of(work: &Work, file: &File, what: &str) -> Result<String> {
+    use md5::{Digest, Md5};
+    use std::io::Seek;
+    let attempted = || format!("read {what}");
+    let (mut file, mut sum, mut buffer) = (file, Md5::new(), vec![0; 1 << 20]);
+    let mut progress = Progress::begin(format!("checksum of {what}"), file.metadata().ok().map(|m| m.len()));
+    file.rewind().attempt(attempted)?;
+    loop {
+        let length = file.read(&mut buffer).attempt(attempted)?;
+        if length == 0 {
+            return Ok(crate::publish::download::hex(&sum.finalize()));
+        }
+        sum.update(&buffer[..length]);
+        progress.add(length as u64);
+        work.heed()?;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_a_quarter_of_the_least_that_limits_it() {
+        assert_eq!(share_of_memory(Some(8 << 30)), 2 << 30);
+        assert_eq!(share_of_memory(Some(100 << 20)), 64 << 20);
+        assert_eq!(share_of_memory(None), 64 << 20);
+        assert!(memory() >= 64 << 20);
+    }
+}

@@ -1,0 +1,213 @@
+//! What an image gets of the pod while it is customized: its authorities, which stay, and its name servers, which go again unless
+//! somebody has put in others. And what sshd gets: keys and a configuration.
+
+use std::io::Write;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::Path;
+
+use rustix::fs::Mode;
+
+use crate::error::{Attempt, Error, Result};
+use crate::sys::tree::Tree;
+
+const RESOLV_CONF: &str = "etc/resolv.conf";
+/// What the image had in its place. No name that [`Tree::replace`] uses.
+const ASIDE: &str = "etc/.resolv.conf.before-ims-sshd";
+
+/// Authorities in the image.
+const AUTHORITIES: &str = "etc/cray/ca";
+
+/// The one that a pod names, whatever its file is called.
+const AUTHORITY: &str = "certificate_authority.crt";
+
+/// Of a file that is read from the pod or the image.
+const LIMIT: u64 = 16 << 20;
+
+/// sshd's configuration where none is given.
+const SSHD_CONFIG: &str = "Port 22\nLogLevel INFO\nPermitRootLogin yes\nPubkeyAuthentication yes\n\
+    AuthorizedKeysFile /etc/cray/ims/authorized_keys\nPasswordAuthentication no\nChallengeResponseAuthentication no\n\
+    Subsystem sftp internal-sftp\n";
+
+/// Copies the authorities of `folder` into the image, without the links by which Kubernetes keeps them.
+pub fn put_authorities(image_root: &Tree, folder: &Path) -> Result<()> {
+    let attempted = || format!("put {} into the image", folder.display());
+    let Ok(entries) = std::fs::read_dir(folder) else { return Ok(()) };
+    let mut path = String::new();
+    for name in AUTHORITIES.split('/') {
+        // Of one name at a time: on a longer way the kernel would follow the image's links out of it.
+        let above = image_root.folder(if path.is_empty() { "." } else { &path }).attempt(attempted)?;
+        match rustix::fs::mkdirat(&above, name, Mode::from_raw_mode(0o755)) {
+            Ok(()) | Err(rustix::io::Errno::EXIST) => {}
+            Err(e) => return Err(e).attempt(attempted),
+        }
+        path = format!("{path}{name}/");
+    }
+    for entry in entries {
+        let file = entry.attempt(attempted)?.path();
+        let name = file.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+        if name.starts_with("..") || !file.is_file() {
+            continue;
+        }
+        let text = std::fs::read(&file).attempt(|| format!("read {}", file.display()))?;
+        image_root.replace(format!("{path}{name}"), &text).attempt(attempted)?;
+        if name != AUTHORITY && image_root.look(format!("{path}{AUTHORITY}")).attempt(attempted)?.is_none() {
+            image_root.replace(format!("{path}{AUTHORITY}"), &text).attempt(attempted)?;
+        }
+    }
+    Ok(())
+}
+
+/// Puts `text` into the image's resolv.conf. What stood there, a link that leads nowhere included, is put aside.
+pub fn put_resolv_conf(image_root: &Tree, text: &str) -> Result<()> {
+    let attempted = || format!("put the pod's name servers into /{RESOLV_CONF} of the image");
+    if image_root.look("etc").attempt(attempted)?.is_none() {
+        return Ok(());
+    }
+    // Aside already: an earlier run was killed after that.
+    if image_root.look(RESOLV_CONF).attempt(attempted)?.is_some()
+        && image_root.look(ASIDE).attempt(attempted)?.is_none()
+    {
+        rename(image_root, RESOLV_CONF, ASIDE).attempt(attempted)?;
+    }
+    image_root.replace(RESOLV_CONF, text.as_bytes()).attempt(attempted)
+}
+
+/// Gives the image its own resolv.conf back, unless somebody has changed the pod's `text`: then theirs stays.
+pub fn take_resolv_conf(image_root: &Tree, text: &str) -> Result<()> {
+    let attempted = || format!("give the image its own /{RESOLV_CONF} back");
+    let same = image_root.look(RESOLV_CONF).attempt(attempted)?.is_some_and(|found| !is_link(&found))
+        && image_root.read(RESOLV_CONF, LIMIT).is_ok_and(|now| now == text.as_bytes());
+    if !same {
+        tracing::info!("/{RESOLV_CONF} of the image was changed, and stays as it is");
+        return image_root.remove(ASIDE).attempt(attempted).map(|_| ());
+    }
+    image_root.remove(RESOLV_CONF).attempt(attempted)?;
+    if image_root.look(ASIDE).attempt(attempted)?.is_some() {
+        rename(image_root, ASIDE, RESOLV_CONF).attempt(attempted)?;
+    }
+    Ok(())
+}
+
+fn is_link(found: &rustix::fs::Stat) -> bool {
+    rustix::fs::FileType::from_raw_mode(found.st_mode).is_symlink()
+}
+
+/// Both in the image's /etc, whose own links are resolved inside it.
+fn rename(image_root: &Tree, from: &str, to: &str) -> std::io::Result<()> {
+    image_root.folder("etc")?.rename_to(from.trim_start_matches("etc/"), image_root, to)
+}
+
+/// Puts keys and configuration where the other container's sshd reads them.
+pub fn configure_sshd(folder: &Path, keys: &str, config: Option<&Path>) -> Result<()> {
+    let attempted = || format!("write sshd's configuration into {}", folder.display());
+    std::fs::create_dir_all(folder).attempt(attempted)?;
+    // sshd takes no keys from a folder that everybody can write to, which a new volume is.
+    std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o755)).attempt(attempted)?;
+    let config = match config {
+        Some(file) => std::fs::read_to_string(file).attempt(|| format!("read {}", file.display()))?,
+        None => SSHD_CONFIG.to_owned(),
+    };
+    if keys.trim().is_empty() {
+        return Err(Error::new(attempted()).because("there is no public key, and nobody could log in"));
+    }
+    for (name, text) in [("authorized_keys", keys), ("sshd_config", &config)] {
+        let mut options = std::fs::File::options();
+        let file = options.write(true).create(true).truncate(true).mode(0o600).open(folder.join(name));
+        file.and_then(|mut file| file.write_all(text.as_bytes())).attempt(attempted)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    const POD: &str = "nameserver 192.0.2.1\n";
+
+    fn image() -> (tempfile::TempDir, Tree) {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join("etc")).unwrap();
+        let tree = Tree::open(dir.path()).unwrap();
+        (dir, tree)
+    }
+
+    #[test]
+    fn an_image_gets_its_own_resolv_conf_back_file_link_or_nothing() {
+        let (dir, tree) = image();
+        let place = dir.path().join("etc/resolv.conf");
+        put_resolv_conf(&tree, POD).unwrap();
+        assert_eq!(std::fs::read_to_string(&place).unwrap(), POD);
+        take_resolv_conf(&tree, POD).unwrap();
+        assert!(std::fs::symlink_metadata(&place).is_err());
+
+        symlink("/run/netconfig/resolv.conf", &place).unwrap();
+        put_resolv_conf(&tree, POD).unwrap();
+        // A run that was killed here does it again.
+        put_resolv_conf(&tree, POD).unwrap();
+        assert_eq!(std::fs::read_to_string(&place).unwrap(), POD);
+        take_resolv_conf(&tree, POD).unwrap();
+        assert_eq!(std::fs::read_link(&place).unwrap(), Path::new("/run/netconfig/resolv.conf"));
+
+        std::fs::remove_file(&place).unwrap();
+        std::fs::write(&place, "nameserver 203.0.113.1\n").unwrap();
+        put_resolv_conf(&tree, POD).unwrap();
+        take_resolv_conf(&tree, POD).unwrap();
+        assert_eq!(std::fs::read_to_string(&place).unwrap(), "nameserver 203.0.113.1\n");
+        assert_eq!(std::fs::read_dir(dir.path().join("etc")).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn what_somebody_has_put_into_resolv_conf_stays() {
+        let (dir, tree) = image();
+        let place = dir.path().join("etc/resolv.conf");
+        for before in [None, Some("nameserver 203.0.113.1\n")] {
+            if let Some(text) = before {
+                std::fs::write(&place, text).unwrap();
+            }
+            put_resolv_conf(&tree, POD).unwrap();
+            std::fs::write(&place, "nameserver 198.51.100.1\n").unwrap();
+            take_resolv_conf(&tree, POD).unwrap();
+            assert_eq!(std::fs::read_to_string(&place).unwrap(), "nameserver 198.51.100.1\n");
+            assert_eq!(std::fs::read_dir(dir.path().join("etc")).unwrap().count(), 1);
+        }
+    }
+
+    #[test]
+    fn links_in_an_image_lead_nothing_of_ours_out_of_it() {
+        let outside = tempfile::tempdir().unwrap();
+        let authorities = tempfile::tempdir().unwrap();
+        std::fs::write(authorities.path().join("certificate_authority.crt"), "authority").unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let tree = Tree::open(dir.path()).unwrap();
+        symlink(outside.path(), dir.path().join("etc")).unwrap();
+        assert!(put_authorities(&tree, authorities.path()).is_err());
+        let _ = put_resolv_conf(&tree, POD);
+        std::fs::remove_file(dir.path().join("etc")).unwrap();
+        std::fs::create_dir(dir.path().join("etc")).unwrap();
+        symlink(outside.path(), dir.path().join("etc/cray")).unwrap();
+        assert!(put_authorities(&tree, authorities.path()).is_err());
+        assert_eq!(std::fs::read_dir(outside.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn authorities_are_copied_without_the_links_of_kubernetes_again_and_again() {
+        let pod = tempfile::tempdir().unwrap();
+        std::fs::create_dir(pod.path().join("..2026")).unwrap();
+        std::fs::write(pod.path().join("..2026/certificate_authority.crt"), "authority").unwrap();
+        symlink("..2026", pod.path().join("..data")).unwrap();
+        symlink("..data/certificate_authority.crt", pod.path().join("certificate_authority.crt")).unwrap();
+        let (dir, tree) = image();
+        // As an image has it that was customized by others.
+        let there = dir.path().join("etc/cray/ca");
+        std::fs::create_dir_all(&there).unwrap();
+        symlink("..data/certificate_authority.crt", there.join("certificate_authority.crt")).unwrap();
+        for _ in 0..2 {
+            put_authorities(&tree, pod.path()).unwrap();
+            let names: Vec<_> = std::fs::read_dir(&there).unwrap().map(|e| e.unwrap().file_name()).collect();
+            assert_eq!(names, ["certificate_authority.crt"]);
+            assert_eq!(std::fs::read_to_string(there.join("certificate_authority.crt")).unwrap(), "authority");
+        }
+        put_authorities(&tree, Path::new("/nowhere")).unwrap();
+    }
+}

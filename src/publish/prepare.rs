@@ -1,0 +1,163 @@
+//! `ims-sshd prepare`: a source image becomes an image root, or nothing is there.
+
+use std::path::{Path, PathBuf};
+
+use crate::error::{Attempt, Error, Result};
+use crate::lifecycle::signal_files::{EXITING, READY, SSHD_LISTENING, SignalFiles};
+use crate::publish::changes::Inventory;
+use crate::publish::download;
+use crate::publish::ims::{Ims, Status};
+use crate::publish::journal::Journal;
+use crate::publish::package::with_suffix;
+use crate::publish::settings::Settings;
+use crate::publish::source::{Kind, Source};
+use crate::publish::unpack::{Overlay, unpack};
+use crate::publish::work::Work;
+use crate::publish::{source, store};
+use crate::verdict::Verdict;
+
+/// How an archive becomes a tree.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Open {
+    /// Written out. In a pod, where a mount of one container is not seen by the next.
+    Unpack,
+    /// A squashfs, or a folder, mounted below an overlay that takes the changes; whatever its size, in a moment.
+    Overlay,
+}
+
+/// Of the parent: what is fetched, what an overlay keeps, and what the image was before.
+const ARCHIVE: &str = "image.sqsh";
+const OVERLAY: &str = "overlay";
+const UNPACKING: &str = ".ims-sshd.unpacking";
+/// Where [`Inventory`] is kept for `--changes`.
+pub const INVENTORY: &str = ".ims-sshd.inventory";
+
+/// Fetches and opens `source` in a pod, and tells IMS.
+pub fn run(settings: &Settings, source: &str, open: Open) -> Result<u8> {
+    let source = Source::parse(source)?;
+    let work = Work::begin(&settings.network)?;
+    let mut ims = Ims::of(&work, settings);
+    let result = ims.set_status(Status::FetchingImage).and_then(|()| {
+        clear_signals(&settings.parent)?;
+        let image_root = settings.parent.join(settings.image_root());
+        match prepare(&work, settings, &source, Some(open), &image_root)? {
+            Some(overlay) => overlay.keep(),
+            None => tracing::info!("the image root is {}", image_root.display()),
+        }
+        Ok(0)
+    });
+    result.inspect_err(|_| {
+        work.finish_regardless();
+        if let Err(e) = ims.set_status(Status::Error) {
+            tracing::error!("{e}");
+        }
+    })
+}
+
+/// Signals of an earlier job mean nothing to this one.
+fn clear_signals(parent: &Path) -> Result<()> {
+    std::fs::create_dir_all(parent).attempt(|| format!("make the folder {}", parent.display()))?;
+    let files = SignalFiles::open(parent)?.ok_or_else(|| Error::new(format!("open {}", parent.display())))?;
+    for name in [READY, SSHD_LISTENING, EXITING].into_iter().chain(Verdict::ALL.map(Verdict::signal_file)) {
+        files.retract(name)?;
+    }
+    Journal::clear(&files)
+}
+
+/// Makes the image root of `source`; what it was made of on the way is gone if that fails. One that stands there is whole: it gets its
+/// name last. Where nobody says how to open it, in the best way that there is.
+pub fn prepare(
+    work: &Work,
+    settings: &Settings,
+    source: &Source,
+    open: Option<Open>,
+    image_root: &Path,
+) -> Result<Option<Overlay>> {
+    let parent = &settings.parent;
+    let fetched = parent.join(ARCHIVE);
+    let unpacking = parent.join(UNPACKING);
+    remove(&unpacking)?;
+    if open == Some(Open::Unpack) && image_root.exists() {
+        tracing::info!("{} is there already", image_root.display());
+        return Ok(None);
+    }
+    let mut unpacked = true;
+    let result =
+        archive(work, settings, source, open).and_then(|archive| match open.map_or_else(|| best(&archive), Ok)? {
+            Open::Overlay => {
+                unpacked = false;
+                let folder = parent.join(OVERLAY);
+                Overlay::mount(work, &archive, &folder, image_root).map(Some).inspect_err(|_| {
+                    let _ = std::fs::remove_dir_all(folder);
+                })
+            }
+            // Left by a customization that could not be published.
+            Open::Unpack if image_root.exists() => Ok(None),
+            Open::Unpack => {
+                unpack(work, &archive, &unpacking)?;
+                Inventory::of(work, &unpacking)?.save(&parent.join(INVENTORY))?;
+                if let Some(above) = image_root.parent() {
+                    std::fs::create_dir_all(above).attempt(|| format!("make the folder {}", above.display()))?;
+                }
+                std::fs::rename(&unpacking, image_root).attempt(|| format!("rename {}", unpacking.display()))?;
+                Ok(None)
+            }
+        });
+    let ours = matches!(source, Source::Web(_) | Source::S3(..));
+    if result.is_err() || unpacked {
+        let _ = remove(&unpacking);
+        for file in ours.then_some(fetched.as_path()).into_iter().chain([with_suffix(&fetched, ".part").as_path()]) {
+            let _ = std::fs::remove_file(file);
+        }
+    }
+    if result.is_err() {
+        let _ = std::fs::remove_file(parent.join(INVENTORY));
+    }
+    result
+}
+
+/// Below an overlay what can be: a squashfs, or a folder.
+fn best(archive: &Path) -> Result<Open> {
+    let overlay = archive.is_dir() || source::kind(archive)? == Kind::Squashfs;
+    Ok(if overlay { Open::Overlay } else { Open::Unpack })
+}
+
+/// The archive, or folder, on this machine.
+fn archive(work: &Work, settings: &Settings, source: &Source, open: Option<Open>) -> Result<PathBuf> {
+    let fetched = settings.parent.join(ARCHIVE);
+    let url = match source {
+        Source::Here(path) => {
+            let found = std::fs::canonicalize(path).attempt(|| format!("open {}", path.display()))?;
+            check_md5(work, settings, &found)?;
+            return Ok(found);
+        }
+        Source::Web(url) => url.clone(),
+        Source::S3(bucket, key) => work.wait(store::sign(bucket, key, &settings.store, &settings.network))?,
+    };
+    let part = with_suffix(&fetched, ".part");
+    // Unpacked it takes as much again, and more.
+    let copies = if open == Some(Open::Unpack) { 2 } else { 1 };
+    download::fetch(work, &url, settings.md5.as_deref(), &part, copies)?;
+    source::kind(&part)?;
+    std::fs::rename(&part, &fetched).attempt(|| format!("rename {}", part.display()))?;
+    Ok(fetched)
+}
+
+fn check_md5(work: &Work, settings: &Settings, path: &Path) -> Result<()> {
+    let Some(expected) = settings.md5.as_ref().filter(|_| path.is_file()) else { return Ok(()) };
+    let shown = path.display().to_string();
+    let file = std::fs::File::open(path).attempt(|| format!("open {shown}"))?;
+    let sum = crate::publish::package::md5_of(work, &file, &shown)?;
+    if sum != *expected {
+        return Err(Error::new(format!("take {shown}")).because(format!("its MD5 is {sum}, expected {expected}")));
+    }
+    Ok(())
+}
+
+/// Removes a tree; one that is not there is no error.
+fn remove(tree: &Path) -> Result<()> {
+    match std::fs::remove_dir_all(tree) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e).attempt(|| format!("remove {}", tree.display())),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,288 @@
+//! The variables of `prepare`, `sidecar`, `package` and `upload`, read once into one value. Options of the command line are variables that
+//! come later, and count before those of the environment.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::error::{Error, Result};
+use crate::lifecycle::settings::{Action, Case, DEFAULT_PARENT, Reader};
+use crate::publish::boot::Names;
+
+/// Everything that decides on how an image is fetched and published.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// `IMS_ACTION`.
+    pub action: Option<Action>,
+    /// The argument, else `IMAGE_ROOT_PARENT`, else the default.
+    pub parent: PathBuf,
+    /// `IMS_JOB_ID`.
+    pub job: Option<String>,
+    /// `SSH_JAIL`.
+    pub jailed: bool,
+    /// `ENABLE_DEBUG`.
+    pub debug: bool,
+    /// `IMAGE_ROOT_ARCHIVE_NAME`: the new image's name.
+    pub name: String,
+    /// `BUILD_ARCH`.
+    pub arch: &'static str,
+    /// `KERNEL_FILENAME`, `INITRD_FILENAME`, `KERNEL_PARAMETERS_FILENAME`.
+    pub boot: Names,
+    /// `DOWNLOAD_MD5SUM`: what the source has to come to.
+    pub md5: Option<String>,
+    /// How the packed image is made.
+    pub packing: Packing,
+    /// Where images are kept.
+    pub store: Store,
+    /// Where jobs and images are registered; nowhere, on one machine.
+    pub ims: Option<Ims>,
+    /// How servers are talked to.
+    pub network: Network,
+    /// `IMS_START_LIMIT`: how long the build environment may take to start.
+    pub start_limit: Duration,
+}
+
+/// How the packed image is made.
+#[derive(Debug, Clone)]
+pub struct Packing {
+    /// `--compression`.
+    pub compression: &'static str,
+    /// `SOURCE_DATE_EPOCH`: the time that all in the image gets, in seconds.
+    pub epoch: Option<u64>,
+}
+
+/// Where images are kept.
+#[derive(Debug, Clone)]
+pub struct Store {
+    /// `IMAGE_STORE`, else the bucket `S3_BUCKET`, as URL.
+    pub url: Option<String>,
+    /// `S3_ENDPOINT`.
+    pub endpoint: Option<String>,
+    /// `S3_ACCESS_KEY` and `S3_SECRET_KEY`.
+    pub keys: Option<(String, String)>,
+    /// `S3_SSL_VALIDATE`: whether the server's certificate is checked, and by which authorities if a file is named.
+    pub validate: Validate,
+}
+
+/// What `S3_SSL_VALIDATE` asks for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Validate {
+    /// Against the authorities known here.
+    Yes,
+    /// Not at all.
+    No,
+    /// Against those in a file.
+    By(PathBuf),
+}
+
+/// Where jobs and images are registered.
+#[derive(Debug, Clone)]
+pub struct Ims {
+    /// `IMS_URL`.
+    pub url: String,
+    /// `OAUTH_CONFIG_DIR`, where it holds credentials.
+    pub oauth: Option<PathBuf>,
+}
+
+/// How servers are talked to.
+#[derive(Debug, Clone)]
+pub struct Network {
+    /// `CA_CERT`: further authorities, in PEM.
+    pub ca: Option<PathBuf>,
+    /// `IMS_STALL_LIMIT`: a connection that brings next to nothing for so long is given up.
+    pub stall_limit: Duration,
+    /// `IMS_RETRY_LIMIT`: what fails is tried again for so long.
+    pub retry_limit: Duration,
+}
+
+const DEFAULT_IMS: &str = "https://api-gw-service-nmn.local/apis/ims";
+const DEFAULT_BUCKET: &str = "boot-images";
+
+impl Settings {
+    /// Reads `variables`; where one comes twice, the later one counts. All complaints come at once.
+    pub fn read(argument: Option<PathBuf>, variables: impl IntoIterator<Item = (OsString, OsString)>) -> Result<Self> {
+        let mut reader = Reader::of(variables);
+        // IMS itself finds an unknown action in the sidecar's report.
+        let action =
+            reader.choice("IMS_ACTION", &[("customize", Action::Customize), ("create", Action::Create)], Case::Exact);
+        let parent = argument.or_else(|| reader.text("IMAGE_ROOT_PARENT").map(Into::into));
+        let parent = parent.unwrap_or_else(|| DEFAULT_PARENT.into());
+        if !parent.is_absolute() {
+            let complaint = format!("the image root parent is '{}': expected an absolute path", parent.display());
+            reader.complaints.push(complaint);
+        }
+        let truth = [("true", true), ("false", false)];
+        let jailed = reader.choice("SSH_JAIL", &[("True", true), ("False", false)], Case::Exact).unwrap_or(false);
+        let debug = reader.choice("ENABLE_DEBUG", &truth, Case::Any).unwrap_or(false);
+        let arches = [("x86_64", "x86_64"), ("aarch64", "aarch64")];
+        let arch = reader.choice("BUILD_ARCH", &arches, Case::Exact).unwrap_or(std::env::consts::ARCH);
+        let boot = Names {
+            kernel: file_name(&mut reader, "KERNEL_FILENAME").unwrap_or_else(|| "vmlinuz".into()),
+            initrd: file_name(&mut reader, "INITRD_FILENAME").unwrap_or_else(|| "initrd".into()),
+            parameters: file_name(&mut reader, "KERNEL_PARAMETERS_FILENAME")
+                .unwrap_or_else(|| "kernel-parameters".into()),
+        };
+        let name = reader.line("IMAGE_ROOT_ARCHIVE_NAME").filter(|n| !n.is_empty());
+        let md5 = reader.text("DOWNLOAD_MD5SUM").map(|sum| sum.to_ascii_lowercase());
+        if let Some(wrong) = md5.as_ref().filter(|sum| sum.len() != 32 || !sum.bytes().all(|b| b.is_ascii_hexdigit())) {
+            reader.complaints.push(format!("DOWNLOAD_MD5SUM is '{wrong}': expected 32 hexadecimal digits"));
+        }
+        let compressions = ["gzip", "zstd", "xz", "none"].map(|c| (c, c));
+        let packing = Packing {
+            compression: reader.choice("IMAGE_COMPRESSION", &compressions, Case::Exact).unwrap_or("gzip"),
+            epoch: reader.seconds("SOURCE_DATE_EPOCH").map(|d| d.as_secs()),
+        };
+        let store = store(&mut reader);
+        let ims = ims(&mut reader);
+        let network = Network {
+            ca: reader.text("CA_CERT").map(Into::into),
+            stall_limit: reader.seconds("IMS_STALL_LIMIT").unwrap_or(Duration::from_secs(30)),
+            retry_limit: reader.seconds("IMS_RETRY_LIMIT").unwrap_or(Duration::from_secs(200)),
+        };
+        let start_limit = reader.seconds("IMS_START_LIMIT").unwrap_or(Duration::from_mins(2));
+        let job = reader.line("IMS_JOB_ID").filter(|job| !job.is_empty());
+        if let Some(wrong) = job.as_ref().filter(|job| job.contains('/')) {
+            reader.complaints.push(format!("IMS_JOB_ID is '{wrong}': expected one without '/'"));
+        }
+        if !reader.complaints.is_empty() {
+            return Err(Error::bad_input(reader.complaints.join("; also, ")));
+        }
+        let name = name.unwrap_or_else(|| "image".into());
+        Ok(Self {
+            action,
+            parent,
+            job,
+            jailed,
+            debug,
+            name,
+            arch,
+            boot,
+            md5,
+            packing,
+            store,
+            ims,
+            network,
+            start_limit,
+        })
+    }
+
+    /// The image root's place below the parent.
+    pub fn image_root(&self) -> &'static str {
+        match self.action {
+            Some(Action::Create) => "build/image-root",
+            _ => "image-root",
+        }
+    }
+}
+
+/// A name in the image's /boot.
+fn file_name(reader: &mut Reader, variable: &str) -> Option<String> {
+    let name = reader.line(variable).filter(|n| !n.is_empty())?;
+    if name.contains('/') || name == "." || name == ".." {
+        reader.complaints.push(format!("{variable} is '{name}': expected the name of a file in the image's /boot"));
+    }
+    Some(name)
+}
+
+fn store(reader: &mut Reader) -> Store {
+    let url = reader.text("IMAGE_STORE");
+    let endpoint = reader.text("S3_ENDPOINT");
+    let bucket = reader.text("S3_BUCKET");
+    let keys = match (reader.text("S3_ACCESS_KEY"), reader.text("S3_SECRET_KEY")) {
+        (Some(access), Some(secret)) => Some((access, secret)),
+        (None, None) => None,
+        _ => {
+            reader.complaints.push("of S3_ACCESS_KEY and S3_SECRET_KEY one is not set: expected both".into());
+            None
+        }
+    };
+    let bucket = bucket.or_else(|| endpoint.is_some().then(|| DEFAULT_BUCKET.into()));
+    let validate = match reader.text("S3_SSL_VALIDATE") {
+        None => Validate::Yes,
+        Some(word) if word.eq_ignore_ascii_case("true") => Validate::Yes,
+        Some(word) if word.eq_ignore_ascii_case("false") => Validate::No,
+        Some(file) if file.starts_with('/') => Validate::By(file.into()),
+        Some(other) => {
+            let complaint = format!("S3_SSL_VALIDATE is '{other}': expected 'true', 'false' or a file of certificates");
+            reader.complaints.push(complaint);
+            Validate::Yes
+        }
+    };
+    Store { url: url.or_else(|| bucket.map(|b| format!("s3://{b}"))), endpoint, keys, validate }
+}
+
+fn ims(reader: &mut Reader) -> Option<Ims> {
+    let url = reader.text("IMS_URL");
+    // Mounted into every container of a pod, and empty where there is no IMS.
+    let oauth = reader.text("OAUTH_CONFIG_DIR").map(PathBuf::from).filter(|dir| dir.join("endpoint").exists());
+    if url.is_none() && oauth.is_none() {
+        return None;
+    }
+    let url = url.unwrap_or_else(|| DEFAULT_IMS.into());
+    Some(Ims { url: url.trim_end_matches('/').to_owned(), oauth })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(variables: &[(&str, &str)]) -> Result<Settings> {
+        Settings::read(None, variables.iter().map(|(n, v)| ((*n).into(), (*v).into())))
+    }
+
+    #[test]
+    fn a_sidecar_as_pods_start_it() {
+        let settings = read(&[
+            ("OAUTH_CONFIG_DIR", "/nowhere"),
+            ("ENABLE_DEBUG", "False"),
+            ("IMS_ACTION", "customize"),
+            ("IMAGE_ROOT_PARENT", "/mnt/image"),
+            ("IMAGE_ROOT_ARCHIVE_NAME", "compute ä"),
+            ("KERNEL_FILENAME", "vmlinuz"),
+            ("INITRD_FILENAME", ""),
+            ("KERNEL_PARAMETERS_FILENAME", "kernel-parameters"),
+            ("IMS_JOB_ID", "7"),
+            ("SSH_JAIL", "True"),
+            ("BUILD_ARCH", "x86_64"),
+            ("REMOTE_BUILD_NODE", ""),
+            ("S3_BUCKET", "boot-images"),
+            ("S3_ACCESS_KEY", "a"),
+            ("S3_SECRET_KEY", "s"),
+            ("S3_ENDPOINT", "http://rgw"),
+            ("S3_SSL_VALIDATE", "False"),
+            ("CA_CERT", "/etc/cray/ca/certificate_authority.crt"),
+        ])
+        .unwrap();
+        assert_eq!(settings.store.url.as_deref(), Some("s3://boot-images"));
+        assert_eq!(settings.store.validate, Validate::No);
+        assert_eq!((settings.boot.initrd.as_str(), settings.name.as_str()), ("initrd", "compute ä"));
+        assert!(settings.ims.is_none() && settings.jailed);
+        assert_eq!(settings.network.retry_limit, Duration::from_secs(200));
+    }
+
+    #[test]
+    fn without_ims_and_store_everything_stays_on_this_machine() {
+        let settings = read(&[]).unwrap();
+        assert!(settings.ims.is_none() && settings.store.url.is_none() && settings.job.is_none());
+        assert_eq!(settings.image_root(), "image-root");
+        assert_eq!(read(&[("IMS_ACTION", "create")]).unwrap().image_root(), "build/image-root");
+    }
+
+    #[test]
+    fn every_wrong_value_is_named_at_once() {
+        let wrong = [
+            ("IMS_ACTION", "destroy"),
+            ("KERNEL_FILENAME", "../../etc/shadow"),
+            ("DOWNLOAD_MD5SUM", "no"),
+            ("S3_SSL_VALIDATE", "perhaps"),
+            ("S3_ACCESS_KEY", "alone"),
+            ("IMS_JOB_ID", "../images"),
+            ("IMAGE_COMPRESSION", "rar"),
+            ("IMS_RETRY_LIMIT", "long"),
+        ];
+        let message = read(&wrong).unwrap_err().to_string();
+        for (name, _) in wrong {
+            assert!(message.contains(name), "{name}: {message}");
+        }
+    }
+}

@@ -1,0 +1,293 @@
+//! `ims-sshd sidecar`: what stands beside a pod's build environment, on events. It lets the environment open, tells IMS how far it is,
+//! and publishes the image when the environment has ended well. It never waits for one that is gone.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec};
+use serde_json::json;
+
+use crate::error::{Attempt, Error, Result};
+use crate::lifecycle::settings::Action;
+use crate::lifecycle::signal_files::{BUILD_FAILED, EXITING, READY, SSHD_LISTENING, SignalFiles, Watch};
+use crate::local::say;
+use crate::publish::changes::Inventory;
+use crate::publish::ims::{Ims, Status};
+use crate::publish::journal::{Journal, Phase};
+use crate::publish::prepare::INVENTORY;
+use crate::publish::settings::Settings;
+use crate::publish::upload::{Image, Publication};
+use crate::publish::work::Work;
+use crate::publish::{boot, package, pod_files};
+use crate::sys::tree::Tree;
+use crate::verdict::Verdict;
+
+/// The builder, or who supervises the pod, has given it up.
+const POD_ERROR: &str = "pod_error";
+
+/// How long a signal file can stay unseen at the most where the file system raises no event.
+const LOOK_EVERY: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+
+/// How long an environment that has listened may be without its claim on the volume: one that is being restarted has none.
+const GONE: Duration = Duration::from_secs(5);
+
+/// How long the environment has to close when this container is asked to end.
+const CLOSE_TIME: Duration = Duration::from_secs(20);
+
+/// What belongs to the command line alone.
+#[derive(Debug, Clone)]
+pub struct Places {
+    /// Who may log in.
+    pub authorized_keys: PathBuf,
+    /// How sshd is configured, if not as usual.
+    pub sshd_config: Option<PathBuf>,
+    /// Where the other container's sshd reads both.
+    pub sshd_folder: PathBuf,
+    /// Authorities that the image gets.
+    pub authorities: PathBuf,
+    /// Patterns below the image root that are not packed.
+    pub exclude: Vec<String>,
+    /// Where to write what has changed.
+    pub changes: Option<PathBuf>,
+}
+
+/// How the other container ended.
+#[derive(Debug, PartialEq, Eq)]
+enum Ended {
+    Well,
+    Failed,
+}
+
+/// Runs a sidecar from start to end. `settings` that are refused are told IMS, as far as they name one.
+pub fn run(
+    settings: Result<Settings>,
+    variables: Vec<(std::ffi::OsString, std::ffi::OsString)>,
+    places: &Places,
+) -> Result<u8> {
+    let (settings, refusal) = match settings {
+        Ok(settings) => (settings, None),
+        Err(refusal) => {
+            let to_tell = ["IMS_URL", "OAUTH_CONFIG_DIR", "IMS_JOB_ID", "CA_CERT"];
+            let few = variables.into_iter().filter(|(name, _)| to_tell.iter().any(|known| name == *known));
+            (Settings::read(None, few)?, Some(refusal))
+        }
+    };
+    let work = Work::begin(&settings.network)?;
+    let ims = Ims::of(&work, &settings);
+    let result = refusal.map_or(Ok(()), Err).and_then(|()| {
+        let files = SignalFiles::open(&settings.parent)?
+            .ok_or_else(|| Error::new(format!("open {}", settings.parent.display())).because("it does not exist"))?;
+        let ims = Ims::of(&work, &settings);
+        let mut sidecar = Sidecar { work: &work, settings: &settings, places, files: &files, ims };
+        sidecar.live()
+    });
+    conclude(&work, ims, result)
+}
+
+/// Whatever goes wrong, IMS hears of it, and whoever started this.
+fn conclude(work: &Work, mut ims: Ims, result: Result<u8>) -> Result<u8> {
+    let Err(error) = result else { return result };
+    work.finish_regardless();
+    if let Err(untold) = ims.set_status(Status::Error) {
+        tracing::error!("{untold}");
+    }
+    say(&format!("{}\n", json!({ "error": error.to_string(), "result": "failure" })));
+    match work.interrupted() {
+        Some(signal) => {
+            tracing::error!("{error}");
+            Ok(128_u8.saturating_add(u8::try_from(signal as i32).unwrap_or(0)))
+        }
+        None => Err(error),
+    }
+}
+
+struct Sidecar<'a> {
+    work: &'a Work,
+    settings: &'a Settings,
+    places: &'a Places,
+    files: &'a SignalFiles,
+    ims: Ims<'a>,
+}
+
+impl Sidecar<'_> {
+    fn live(&mut self) -> Result<u8> {
+        // A container that is started again after the job has ended does nothing more.
+        if let Some(job) = self.ims.job()? {
+            match job["status"].as_str() {
+                Some("success") => return Ok(0),
+                Some("error") => return Err(Error::new("go on").because("the job's status is error already")),
+                _ => {}
+            }
+        }
+        self.give_up_with_the_pod()?;
+        let mut journal = Journal::open(self.files, self.settings.job.as_deref());
+        let action = self.settings.action.ok_or_else(|| {
+            Error::new("start").because("IMS_ACTION is not set").advise("set it to 'customize' or 'create'")
+        })?;
+        let wants_shell = match action {
+            Action::Customize => true,
+            Action::Create if !self.files.stands(BUILD_FAILED)? => false,
+            Action::Create if self.settings.debug => true,
+            Action::Create => {
+                return Err(Error::new("publish the image")
+                    .because("its build failed")
+                    .advise("ENABLE_DEBUG=true opens a shell beside it"));
+            }
+        };
+        let image_root = self.open_image_root()?;
+        if journal.phase < Phase::Packing {
+            if wants_shell {
+                if journal.phase < Phase::Ready {
+                    self.let_open(&image_root, action, &mut journal)?;
+                }
+                if self.shell(&image_root)? == Ended::Failed {
+                    tracing::info!("the image was marked failed: nothing is packed");
+                    self.ims.set_status(Status::Error)?;
+                    Journal::clear(self.files)?;
+                    return Ok(u8::from(action == Action::Create));
+                }
+                if let Some(text) = &journal.resolv_conf {
+                    pod_files::take_resolv_conf(&image_root, text)?;
+                }
+            } else {
+                pod_files::put_authorities(&image_root, &self.places.authorities)?;
+            }
+            journal.resolv_conf = None;
+            journal.phase = Phase::Packing;
+            journal.note(self.files)?;
+        }
+        drop(image_root);
+        self.publish()
+    }
+
+    fn path(&self) -> PathBuf {
+        self.files.path().join(self.settings.image_root())
+    }
+
+    fn open_image_root(&self) -> Result<Tree> {
+        let shown = self.path();
+        self.files
+            .parent()
+            .folder(self.settings.image_root())
+            .attempt(|| format!("open the image root {}", shown.display()))
+    }
+
+    fn give_up_with_the_pod(&self) -> Result<()> {
+        if !self.files.stands(POD_ERROR)? {
+            return Ok(());
+        }
+        Err(Error::new("go on").because(format!("'{POD_ERROR}' stands in {}", self.files.path().display())))
+    }
+
+    /// Everything that the environment needs, then `ready`.
+    fn let_open(&mut self, image_root: &Tree, action: Action, journal: &mut Journal) -> Result<()> {
+        if action == Action::Customize {
+            pod_files::put_authorities(image_root, &self.places.authorities)?;
+            let text = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
+            journal.resolv_conf = Some(text.clone());
+            journal.note(self.files)?;
+            pod_files::put_resolv_conf(image_root, &text)?;
+        }
+        let keys = &self.places.authorized_keys;
+        let keys = std::fs::read_to_string(keys).attempt(|| format!("read the public keys in {}", keys.display()))?;
+        pod_files::configure_sshd(&self.places.sshd_folder, &keys, self.places.sshd_config.as_deref())?;
+        for name in [EXITING, SSHD_LISTENING].into_iter().chain(Verdict::ALL.map(Verdict::signal_file)) {
+            self.files.retract(name)?;
+        }
+        if self.settings.jailed {
+            for verdict in Verdict::ALL {
+                let mark = Path::new("tmp").join(verdict.signal_file());
+                image_root.remove(&mark).attempt(|| format!("remove /{} of the image", mark.display()))?;
+            }
+        }
+        journal.phase = Phase::Ready;
+        journal.note(self.files)?;
+        self.files.touch(READY)?;
+        tracing::info!("'{READY}': the environment may open");
+        Ok(())
+    }
+
+    /// Waits for the environment's end, and notices when nobody is there who could bring it about.
+    fn shell(&mut self, image_root: &Tree) -> Result<Ended> {
+        let mut watch = Watch::new()?;
+        let mut last_seen = Instant::now();
+        let (mut listened, mut asked_to_end) = (false, None);
+        loop {
+            watch.on(self.files.path());
+            watch.drain();
+            if self.files.stands(EXITING)? {
+                break;
+            }
+            self.give_up_with_the_pod()?;
+            if !listened && self.files.stands(SSHD_LISTENING)? {
+                listened = true;
+                self.ims.set_status(Status::WaitingOnUser)?;
+            }
+            if self.files.is_claimed() {
+                last_seen = Instant::now();
+            }
+            let patience = if listened { GONE } else { self.settings.start_limit };
+            if last_seen.elapsed() > patience && !self.files.stands(EXITING)? {
+                let _ = self.files.touch(Verdict::Failed.signal_file());
+                let seconds = patience.as_secs();
+                return Err(Error::new("wait for the build environment")
+                    .because(format!("it has been gone for {seconds} s without a word"))
+                    .advise("see the log of the container that runs sshd, and the node's"));
+            }
+            if asked_to_end.is_none() && self.work.heed().is_err() {
+                // The environment closes in order, and this container after it.
+                self.files.touch(Verdict::Failed.signal_file())?;
+                asked_to_end = Some(Instant::now());
+                self.work.finish_regardless();
+            }
+            if asked_to_end.is_some_and(|since| since.elapsed() > CLOSE_TIME) {
+                break;
+            }
+            let mut sources = [PollFd::new(&watch, PollFlags::IN), PollFd::new(self.work.signals(), PollFlags::IN)];
+            let _ = rustix::event::poll(&mut sources, Some(&LOOK_EVERY));
+        }
+        if let Some(signal) = self.work.interrupted() {
+            return Err(Error::new("go on").because(format!("{signal} came")));
+        }
+        if !listened && self.files.stands(SSHD_LISTENING)? {
+            self.ims.set_status(Status::WaitingOnUser)?;
+        }
+        let failed = Verdict::Failed.signal_file();
+        let in_image = self.settings.jailed && !matches!(image_root.look(Path::new("tmp").join(failed)), Ok(None));
+        Ok(if self.files.stands(failed)? || in_image { Ended::Failed } else { Ended::Well })
+    }
+
+    fn publish(&mut self) -> Result<u8> {
+        self.ims.set_status(Status::PackagingArtifacts)?;
+        let (image_root, tree) = (self.path(), self.open_image_root()?);
+        // What is missing is told before anything is packed.
+        let has_store = self.settings.store.url.is_some();
+        let boot = has_store.then(|| boot::find(&tree, &self.settings.boot, self.settings.arch)).transpose()?;
+        drop(tree);
+        let name = self.settings.name.replace('/', "_");
+        let squashfs = self.files.path().join(format!("{name}.sqsh"));
+        package::pack(self.work, &image_root, &squashfs, &self.settings.packing, &self.places.exclude)?;
+        tracing::info!("packed {}", squashfs.display());
+        if let Some(file) = &self.places.changes {
+            write_changes(self.work, &self.files.path().join(INVENTORY), &image_root, file)?;
+        }
+        if !has_store {
+            tracing::info!("no store is named (S3_BUCKET, IMAGE_STORE): the packed image stays where it is");
+            self.ims.set_status(Status::Success)?;
+            return Journal::clear(self.files).map(|()| 0);
+        }
+        let rootfs = std::fs::File::open(&squashfs).attempt(|| format!("open {}", squashfs.display()))?;
+        let image = Image { rootfs, boot, debug_kernel: None };
+        let ims = Ims::of(self.work, self.settings);
+        let mut publication = Publication { work: self.work, settings: self.settings, ims, files: self.files };
+        let report = publication.publish(image)?;
+        say(&format!("{report}\n"));
+        Ok(0)
+    }
+}
+
+/// Writes what has changed since the inventory was made.
+pub fn write_changes(work: &Work, inventory: &Path, image_root: &Path, to: &Path) -> Result<()> {
+    let changes = Inventory::load(inventory)?.changes_to(&Inventory::of(work, image_root)?);
+    std::fs::write(to, format!("{changes:#}\n")).attempt(|| format!("write {}", to.display()))
+}

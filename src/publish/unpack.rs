@@ -1,0 +1,152 @@
+//! An archive becomes a tree: written out, or mounted below an overlay.
+
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use rustix::mount::MountAttrFlags;
+
+use crate::error::{Attempt, Error, Result};
+use crate::publish::progress::Progress;
+use crate::publish::source::{self, Kind};
+use crate::publish::work::Work;
+use crate::sys::mounts::{self, Detached};
+use crate::sys::tree::Tree;
+
+/// What tar says of members that it puts elsewhere than they say, or not at all.
+const OUTSIDE: [&str; 2] = ["Removing leading", "Member name contains '..'"];
+
+/// Writes the tree out of `archive` (a file, or a folder that is copied) to `to`, which must not exist.
+pub fn unpack(work: &Work, archive: &Path, to: &Path) -> Result<()> {
+    let attempted = format!("unpack {}", archive.display());
+    let volume = to.parent().map(Path::to_owned).unwrap_or_default();
+    let before = used(&volume);
+    let mut progress = Progress::begin("unpacking", None);
+    let look = || progress.at(used(&volume).saturating_sub(before));
+    if archive.is_dir() {
+        let mut copy = Command::new("cp");
+        copy.args(["-aT", "--reflink=auto"]).args([archive, to]);
+        return work.succeed(&attempted, &mut copy, look).map(|_| ());
+    }
+    match source::kind(archive)? {
+        Kind::Squashfs => {
+            let mut unsquashfs = Command::new("unsquashfs");
+            unsquashfs.args(["-quiet", "-no-progress", "-dest"]).args([to, archive]);
+            let said = work.succeed(&attempted, &mut unsquashfs, look)?;
+            if !said.is_empty() {
+                tracing::warn!("unsquashfs: {}", said.lines().collect::<Vec<_>>().join(", "));
+            }
+        }
+        Kind::Tar(compressed) => {
+            std::fs::create_dir(to).attempt(|| format!("make the folder {}", to.display()))?;
+            let mut tar = Command::new("tar");
+            tar.args([
+                "--extract",
+                "--preserve-permissions",
+                "--numeric-owner",
+                "--acls",
+                "--xattrs",
+                "--xattrs-include=*",
+            ]);
+            if let Some(program) = compressed {
+                tar.arg(format!("--use-compress-program={program}"));
+            }
+            tar.arg("--directory").arg(to).arg("--file").arg(archive);
+            // A member's path with '..' fails tar, an absolute one only has it say so.
+            let said = work.succeed(&attempted, &mut tar, look)?;
+            if OUTSIDE.iter().any(|warning| said.contains(warning)) {
+                return Err(Error::new(attempted).because(format!("it has members outside its root: {said}")));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What is used of the volume that `path` is on, in bytes.
+fn used(path: &Path) -> u64 {
+    rustix::fs::statvfs(path).map_or(0, |disk| (disk.f_blocks - disk.f_bfree).saturating_mul(disk.f_frsize))
+}
+
+/// A tree that is mounted: the source below, what is changed above it.
+#[derive(Debug)]
+pub struct Overlay {
+    /// Where it is seen.
+    pub image_root: PathBuf,
+    /// The source itself, as it was.
+    pub lower: PathBuf,
+    mounted: Vec<PathBuf>,
+}
+
+impl Overlay {
+    /// Mounts `source`, a squashfs or a folder, at `image_root`; `folder` takes what is changed. One that was mounted like this before is
+    /// found as it was left. To be mounted by one container after the other, never by two at a time.
+    pub fn mount(work: &Work, source: &Path, folder: &Path, image_root: &Path) -> Result<Self> {
+        let attempted = || format!("mount {} on {}", source.display(), image_root.display());
+        let [squashfs, upper, inner] = ["lower", "upper", "work"].map(|name| folder.join(name));
+        let first = !upper.exists();
+        for made in [folder, &squashfs, &upper, &inner, image_root] {
+            std::fs::create_dir_all(made).attempt(|| format!("make the folder {}", made.display()))?;
+        }
+        let mut overlay = Self { image_root: image_root.to_owned(), lower: source.to_owned(), mounted: Vec::new() };
+        if !source.is_dir() {
+            if source::kind(source)? != Kind::Squashfs {
+                return Err(Error::new(attempted()).because("it is no squashfs").advise("unpack it (--open unpack)"));
+            }
+            let mut mount = Command::new("mount");
+            mount.args(["-t", "squashfs", "-o", "loop,ro"]).args([source, &squashfs]);
+            work.succeed(&attempted(), &mut mount, || {})
+                .map_err(|e| e.advise("a loop device and CAP_SYS_ADMIN are needed; without them, --open unpack"))?;
+            overlay.mounted.push(squashfs.clone());
+            overlay.lower = squashfs;
+        }
+        // The root's owner, mode and time are the upper folder's.
+        let root = std::fs::metadata(&overlay.lower).attempt(attempted)?;
+        if first {
+            copy_root(&root, &upper).attempt(attempted)?;
+        }
+        let names = [overlay.lower.as_path(), &upper, &inner].map(escape);
+        let options = [("lowerdir", names[0].as_str()), ("upperdir", &names[1]), ("workdir", &names[2])];
+        let target = Tree::open(image_root).attempt(attempted)?;
+        Detached::filesystem("overlay", &options, MountAttrFlags::empty())
+            .and_then(|mount| mount.attach(target))
+            .attempt(attempted)?;
+        overlay.mounted.push(image_root.to_owned());
+        Ok(overlay)
+    }
+
+    /// Takes the mounts down.
+    pub fn unmount(mut self) -> Result<()> {
+        self.take_down()
+    }
+
+    /// Leaves them as they are when this program ends.
+    pub fn keep(mut self) {
+        self.mounted.clear();
+    }
+
+    fn take_down(&mut self) -> Result<()> {
+        while let Some(place) = self.mounted.pop() {
+            mounts::unmount(&place).attempt(|| format!("unmount {}", place.display()))?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Overlay {
+    fn drop(&mut self) {
+        let _ = self.take_down();
+    }
+}
+
+fn copy_root(root: &std::fs::Metadata, upper: &Path) -> std::io::Result<()> {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+    std::os::unix::fs::chown(upper, Some(root.uid()), Some(root.gid()))?;
+    std::fs::set_permissions(upper, std::fs::Permissions::from_mode(root.mode() & 0o7777))?;
+    std::fs::File::open(upper)?.set_modified(root.modified()?)
+}
+
+/// A path as an option of overlay takes it.
+fn escape(path: &Path) -> String {
+    let text = String::from_utf8_lossy(path.as_os_str().as_bytes());
+    text.replace('\\', "\\\\").replace(':', "\\:").replace(',', "\\,")
+}

@@ -1,0 +1,265 @@
+//! Artifacts go to the store, the manifest last, and the image is registered.
+
+use std::fs::File;
+use std::future::Future;
+use std::os::unix::fs::FileExt;
+use std::time::SystemTime;
+
+use md5::{Digest, Md5};
+use object_store::MultipartUpload;
+use serde_json::{Value, json};
+use tokio::task::JoinSet;
+
+use crate::error::{Attempt, Error, Result};
+use crate::lifecycle::signal_files::SignalFiles;
+use crate::publish::boot::{BootFile, BootFiles};
+use crate::publish::download::hex;
+use crate::publish::ims::{Ims, Status};
+use crate::publish::journal::Journal;
+use crate::publish::manifest::{self, Artifact};
+use crate::publish::package::md5_of;
+use crate::publish::progress::Progress;
+use crate::publish::settings::Settings;
+use crate::publish::store::Store;
+use crate::publish::work::{Work, in_full};
+
+/// Of a large object: as much as goes in one request, and how many do at a time. All that is in memory.
+const PART: u64 = 16 << 20;
+const AT_A_TIME: usize = 3;
+
+/// A store takes no more parts than this of one object.
+const MOST_PARTS: u64 = 10_000;
+
+/// Keys below the image's, with their types.
+pub const ROOTFS: (&str, &str) = ("rootfs", "application/vnd.cray.image.rootfs.squashfs");
+const KERNEL: (&str, &str) = ("kernel", "application/vnd.cray.image.kernel");
+const INITRD: (&str, &str) = ("initrd", "application/vnd.cray.image.initrd");
+const DEBUG_KERNEL: (&str, &str) = ("debug_kernel", "application/vnd.cray.image.debug.kernel");
+const PARAMETERS: (&str, &str) = ("boot_parameters", "application/vnd.cray.image.parameters.boot");
+const MANIFEST: (&str, &str) = ("manifest.json", "application/json");
+
+/// All that can be of an image.
+const KEYS: [&str; 6] = [ROOTFS.0, KERNEL.0, INITRD.0, DEBUG_KERNEL.0, PARAMETERS.0, MANIFEST.0];
+
+/// What is published.
+pub struct Image {
+    /// The packed image.
+    pub rootfs: File,
+    /// What boots it; nothing of one that is never booted.
+    pub boot: Option<BootFiles>,
+    /// The kernel with its symbols.
+    pub debug_kernel: Option<File>,
+}
+
+/// Where it is published, and what is noted of it.
+pub struct Publication<'a> {
+    /// Servers.
+    pub work: &'a Work,
+    /// The variables.
+    pub settings: &'a Settings,
+    /// Registers it.
+    pub ims: Ims<'a>,
+    /// Where the journal is.
+    pub files: &'a SignalFiles,
+}
+
+impl Publication<'_> {
+    /// Uploads and registers `image`, and returns what is printed of it. What fails is taken back.
+    pub fn publish(&mut self, image: Image) -> Result<Value> {
+        let mut journal = Journal::open(self.files, self.settings.job.as_deref());
+        let store = Store::open(&self.settings.store, &self.work.network)?;
+        let result = self.carry_out(&store, &mut journal, image);
+        if result.is_err() {
+            self.work.finish_regardless();
+            if let Some(id) = &journal.image {
+                self.take_back(&store, id);
+            }
+        }
+        Journal::clear(self.files)?;
+        result
+    }
+
+    fn carry_out(&mut self, store: &Store, journal: &mut Journal, image: Image) -> Result<Value> {
+        let mut record = self.register(journal)?;
+        let id = journal.image.clone().unwrap_or_default();
+        let artifacts = if record.get("link").is_some_and(|link| !link.is_null()) {
+            // An earlier run got as far as this: all is uploaded.
+            Vec::new()
+        } else {
+            let (artifacts, link) = self.upload(store, &id, image)?;
+            record = self.ims.link_image(&id, &link)?.unwrap_or_else(|| self.local_record(&id, &link));
+            artifacts
+        };
+        let job = self.ims.set_resultant_image(&id)?;
+        if !self.ims.is_there() {
+            tracing::info!(
+                "the image is {}; it is registered nowhere, since neither IMS_URL nor OAUTH_CONFIG_DIR names an IMS",
+                store.url_of(&id)
+            );
+        }
+        // Last: it ends the job, and its volume with it.
+        self.ims.set_status(Status::Success)?;
+        Ok(json!({
+            "ims_image_artifacts": artifacts.iter().map(Artifact::entry).collect::<Vec<_>>(),
+            "ims_image_record": record,
+            "ims_job_record": job.unwrap_or_else(|| json!({})),
+            "result": "success",
+        }))
+    }
+
+    /// The new image's record; one that an earlier run has made is found again.
+    fn register(&mut self, journal: &mut Journal) -> Result<Value> {
+        let name = &self.settings.name;
+        if !self.ims.is_there() {
+            let id = journal.image.take().map_or_else(random_id, Ok)?;
+            journal.image = Some(id.clone());
+            journal.note(self.files)?;
+            return Ok(json!({ "id": id, "name": name, "arch": self.settings.arch }));
+        }
+        if let Some(id) = &journal.image
+            && let Some(record) = self.ims.image(id)?
+        {
+            return Ok(record);
+        }
+        let known = match journal.known.take() {
+            Some(known) => known,
+            None => {
+                let known = self.ims.empty_images(name)?;
+                journal.known = Some(known.clone());
+                journal.note(self.files)?;
+                known
+            }
+        };
+        let record = self.ims.create_image(name, self.settings.arch, &known)?;
+        let Some(id) = record["id"].as_str() else {
+            return Err(Error::new(format!("register the image '{name}'")).because("its record has no id"));
+        };
+        journal.known = Some(known);
+        journal.image = Some(id.to_owned());
+        journal.note(self.files)?;
+        tracing::info!(image = id, "the image '{name}' has its record");
+        Ok(record)
+    }
+
+    /// Uploads everything; returns the artifacts and the manifest's link.
+    fn upload(&self, store: &Store, id: &str, image: Image) -> Result<(Vec<Artifact>, Value)> {
+        let (kernel, initrd, parameters) = match image.boot {
+            Some(boot) => (Some(boot.kernel), Some(boot.initrd), boot.parameters),
+            None => (None, None, None),
+        };
+        let content = |file: Option<BootFile>| file.map(|file| file.content);
+        let pieces = [
+            (ROOTFS, Some(image.rootfs)),
+            (KERNEL, content(kernel)),
+            (INITRD, content(initrd)),
+            (DEBUG_KERNEL, image.debug_kernel),
+            (PARAMETERS, content(parameters)),
+        ];
+        let mut artifacts = Vec::new();
+        for ((key, media_type), content) in pieces {
+            let Some(content) = content else { continue };
+            let md5 = md5_of(self.work, &content, key)?;
+            let metadata = [
+                ("md5sum", md5.clone()),
+                ("x-shasta-ims-image-name", self.settings.name.clone()),
+                ("x-shasta-ims-image-id", id.to_owned()),
+                ("x-shasta-ims-job-id", self.settings.job.clone().unwrap_or_default()),
+            ];
+            let place = format!("{id}/{key}");
+            let url = store.url_of(&place);
+            self.put(store, &place, &content, media_type, &metadata)?;
+            let etag = self.etag(store, &place, content.metadata().attempt(|| format!("look at {key}"))?.len())?;
+            tracing::info!(md5, etag, "uploaded {url}");
+            artifacts.push(Artifact { path: url, etag, md5, media_type });
+        }
+        let text = manifest::text(&artifacts, SystemTime::now());
+        let md5 = hex(&Md5::digest(&text));
+        let (place, size) = (format!("{id}/{}", MANIFEST.0), text.len() as u64);
+        let metadata = [("md5sum", md5.clone())];
+        self.wait(&format!("upload {}", store.url_of(&place)), store.put(&place, text, MANIFEST.1, &metadata))?;
+        let etag = self.etag(store, &place, size)?;
+        let link = Artifact { path: store.url_of(&place), etag, md5, media_type: MANIFEST.1 }.link();
+        Ok((artifacts, link))
+    }
+
+    /// Uploads one file, a large one in parts, each of which is tried again by itself.
+    fn put(
+        &self,
+        store: &Store,
+        place: &str,
+        content: &File,
+        media_type: &'static str,
+        metadata: &[(&'static str, String)],
+    ) -> Result<()> {
+        let attempted = format!("upload {}", store.url_of(place));
+        let size = content.metadata().attempt(|| attempted.clone())?.len();
+        if size <= PART {
+            let mut bytes = vec![0; usize::try_from(size).attempt(|| attempted.clone())?];
+            content.read_exact_at(&mut bytes, 0).attempt(|| attempted.clone())?;
+            return self.wait(&attempted, store.put(place, bytes, media_type, metadata));
+        }
+        let mut upload = self.wait(&attempted, store.begin(place, media_type, metadata))?;
+        let sent = self.work.wait(async {
+            send(upload.as_mut(), content, size).await.map_err(|e| Error::new(attempted.clone()).because(e))
+        });
+        // An upload that was begun and not ended is no object, and takes space all the same.
+        let ended = sent.and_then(|()| self.wait(&attempted, upload.complete()));
+        if ended.is_err() {
+            self.work.finish_regardless();
+            let _ = self.wait(&attempted, upload.abort());
+        }
+        ended.map(|_| ())
+    }
+
+    fn etag(&self, store: &Store, place: &str, size: u64) -> Result<String> {
+        let attempted = format!("look at {}", store.url_of(place));
+        match self.wait(&attempted, store.head(place))? {
+            (etag, found) if found == size => Ok(etag),
+            (_, found) => Err(Error::new(attempted).because(format!("it has {found} bytes, expected {size}"))),
+        }
+    }
+
+    fn wait<T>(&self, attempted: &str, work: impl Future<Output = object_store::Result<T>>) -> Result<T> {
+        self.work.wait(async { work.await.map_err(|e| Error::new(attempted).because(in_full(&e))) })
+    }
+
+    fn local_record(&self, id: &str, link: &Value) -> Value {
+        json!({ "id": id, "name": self.settings.name, "arch": self.settings.arch, "link": link })
+    }
+
+    /// Leaves neither objects nor a record of an image that is none.
+    fn take_back(&mut self, store: &Store, id: &str) {
+        let keys = KEYS.iter().map(|key| format!("{id}/{key}"));
+        let deleted = self.wait(&format!("delete {}", store.url_of(id)), store.delete(keys));
+        store.sweep(id);
+        for error in [deleted.err(), self.ims.delete_image(id).err()].into_iter().flatten() {
+            tracing::error!("{error}; it stays behind");
+        }
+        tracing::info!("what was uploaded of image {id} has been taken back");
+    }
+}
+
+async fn send(upload: &mut dyn MultipartUpload, content: &File, size: u64) -> std::result::Result<(), String> {
+    let part = PART.max(size.div_ceil(MOST_PARTS));
+    let mut progress = Progress::begin("uploading", Some(size));
+    let mut sending = JoinSet::new();
+    let mut at = 0;
+    while at < size || !sending.is_empty() {
+        if at < size && sending.len() < AT_A_TIME {
+            let length = part.min(size - at);
+            let mut bytes = vec![0; usize::try_from(length).map_err(|e| e.to_string())?];
+            content.read_exact_at(&mut bytes, at).map_err(|e| e.to_string())?;
+            at += length;
+            let sent = upload.put_part(bytes.into());
+            sending.spawn(async move { sent.await.map(|()| length) });
+        } else if let Some(ended) = sending.join_next().await {
+            progress.add(ended.map_err(|e| e.to_string())?.map_err(|e| in_full(&e))?);
+        }
+    }
+    Ok(())
+}
+
+fn random_id() -> Result<String> {
+    let id = std::fs::read_to_string("/proc/sys/kernel/random/uuid").attempt(|| "make an image's id")?;
+    Ok(id.trim().to_owned())
+}

@@ -1,0 +1,310 @@
+//! What steps are carried out with: servers and programs are waited for, and a signal that asks this program to end interrupts both.
+
+use std::cell::Cell;
+use std::future::{Future, poll_fn};
+use std::path::Path;
+use std::pin::pin;
+use std::process::{Child, Command, Output, Stdio};
+use std::task::Poll;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use rustix::event::{PollFd, PollFlags, Timespec};
+use tokio::runtime::Runtime;
+
+use crate::error::{Attempt, Error, Result};
+use crate::publish::settings::{Network, Validate};
+use crate::sys::signals::{Signals, hold_none};
+
+/// How often one looks whether a signal came, and how far a program is.
+const TICK: Duration = Duration::from_millis(200);
+
+/// Between two tries, at first and at the most.
+const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
+
+/// Servers, programs, and the signals that end both.
+pub struct Work {
+    runtime: Runtime,
+    client: reqwest::Client,
+    signals: Signals,
+    /// The signal that came.
+    interrupted: Cell<Option<Signal>>,
+    /// Set while what was begun is taken back.
+    deaf: Cell<bool>,
+    /// The limits.
+    pub network: Network,
+}
+
+/// Why a try failed.
+pub enum Fault {
+    /// It may go better the next time.
+    Passing(String),
+    /// It will not.
+    Final(Error),
+}
+
+impl From<Error> for Fault {
+    fn from(error: Error) -> Self {
+        Self::Final(error)
+    }
+}
+
+impl From<reqwest::Error> for Fault {
+    fn from(error: reqwest::Error) -> Self {
+        Self::Passing(in_full(&error))
+    }
+}
+
+impl Work {
+    /// Holds SIGTERM and SIGINT back from here on: as the first process of a container a program dies of none by itself.
+    pub fn begin(network: &Network) -> Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        Ok(Self {
+            runtime: runtime.attempt(|| "start an event loop")?,
+            client: client(network, &Validate::Yes)?,
+            signals: Signals::hold(&[Signal::SIGTERM, Signal::SIGINT]).attempt(|| "hold back signals")?,
+            interrupted: Cell::new(None),
+            deaf: Cell::new(false),
+            network: network.clone(),
+        })
+    }
+
+    /// The client for servers other than stores.
+    pub fn client(&self) -> &reqwest::Client {
+        &self.client
+    }
+
+    /// The signal that interrupted the work, if one did.
+    pub fn interrupted(&self) -> Option<Signal> {
+        self.interrupted.get()
+    }
+
+    /// What came so far is dealt with: from here on no signal interrupts what is done to put things right.
+    pub fn finish_regardless(&self) {
+        self.deaf.set(true);
+    }
+
+    /// Where a waiting loop of one's own hears of signals.
+    pub fn signals(&self) -> &Signals {
+        &self.signals
+    }
+
+    /// Looks whether a signal came.
+    pub fn heed(&self) -> Result<()> {
+        if self.deaf.get() {
+            return Ok(());
+        }
+        if let Some(signal) = self.signals.next().attempt(|| "read signals")? {
+            self.interrupted.set(Some(signal));
+        }
+        match self.interrupted.get() {
+            Some(signal) => Err(Error::new("go on").because(format!("{signal} came"))),
+            None => Ok(()),
+        }
+    }
+
+    /// Waits for `work` of servers.
+    pub fn wait<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
+        self.heed()?;
+        self.runtime.block_on(async {
+            let mut work = pin!(work);
+            let mut tick = tokio::time::interval(TICK);
+            poll_fn(|context| {
+                if let Poll::Ready(result) = work.as_mut().poll(context) {
+                    return Poll::Ready(result);
+                }
+                while tick.poll_tick(context).is_ready() {
+                    if let Err(interrupted) = self.heed() {
+                        return Poll::Ready(Err(interrupted));
+                    }
+                }
+                Poll::Pending
+            })
+            .await
+        })
+    }
+
+    /// Runs a program to its end and returns what it said; `look` is called now and then. A signal kills it.
+    pub fn run(&self, command: &mut Command, mut look: impl FnMut()) -> Result<Output> {
+        self.heed()?;
+        let name = Path::new(command.get_program()).display().to_string();
+        let attempted = || format!("run {name}");
+        command.stdin(Stdio::null()).env("LC_ALL", "C");
+        // What it says goes to files: a pipe would fill up while nobody reads it.
+        let (out, err) = (temporary().attempt(attempted)?, temporary().attempt(attempted)?);
+        command.stdout(out.try_clone().attempt(attempted)?).stderr(err.try_clone().attempt(attempted)?);
+        let mut child = hold_none(command).spawn().attempt(attempted)?;
+        let status = loop {
+            if let Some(status) = child.try_wait().attempt(attempted)? {
+                break status;
+            }
+            if let Err(interrupted) = self.heed() {
+                let _ = child.kill().and_then(|()| child.wait());
+                return Err(interrupted);
+            }
+            self.rest(&child).attempt(attempted)?;
+            look();
+        };
+        Ok(Output {
+            status,
+            stdout: read_from_start(out).attempt(attempted)?,
+            stderr: read_from_start(err).attempt(attempted)?,
+        })
+    }
+
+    /// Runs a program that has to succeed; returns what it said on standard error all the same.
+    pub fn succeed(&self, attempted: &str, command: &mut Command, look: impl FnMut()) -> Result<String> {
+        let output = self.run(command, look)?;
+        let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+        if output.status.success() {
+            return Ok(said);
+        }
+        let lines: Vec<_> = said.lines().collect();
+        let last = lines[lines.len().saturating_sub(3)..].join(", ");
+        Err(Error::new(attempted).because(if last.is_empty() { output.status.to_string() } else { last }))
+    }
+
+    /// Until the program ends, a signal comes, or a tick has passed.
+    fn rest(&self, child: &Child) -> std::io::Result<()> {
+        let pid = rustix::process::Pid::from_child(child);
+        let ended = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?;
+        let tick = Timespec { tv_sec: 0, tv_nsec: TICK.subsec_nanos().into() };
+        let mut sources = [PollFd::new(&ended, PollFlags::IN), PollFd::new(&self.signals, PollFlags::IN)];
+        match rustix::event::poll(&mut sources, Some(&tick)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+            Err(e) => Err(e.into()),
+        }
+    }
+}
+
+fn temporary() -> std::io::Result<std::fs::File> {
+    rustix::fs::memfd_create("output", rustix::fs::MemfdFlags::CLOEXEC).map(Into::into).map_err(Into::into)
+}
+
+fn read_from_start(mut file: std::fs::File) -> std::io::Result<Vec<u8>> {
+    use std::io::{Read, Seek};
+    let mut text = Vec::new();
+    file.rewind()?;
+    file.read_to_end(&mut text)?;
+    Ok(text)
+}
+
+/// A client of HTTP as the variables ask for it. A connection that brings nothing is given up; how long a whole request may take is the
+/// caller's to say.
+pub fn client(network: &Network, validate: &Validate) -> Result<reqwest::Client> {
+    let mut builder = reqwest::Client::builder()
+        .connect_timeout(network.stall_limit)
+        .read_timeout(network.stall_limit)
+        .user_agent(concat!("ims-sshd/", env!("CARGO_PKG_VERSION")))
+        .danger_accept_invalid_certs(*validate == Validate::No);
+    for certificate in authorities(network, validate)? {
+        let attempted = || "take the certificates of CA_CERT";
+        builder = builder.add_root_certificate(reqwest::Certificate::from_der(&certificate).attempt(attempted)?);
+    }
+    builder.build().attempt(|| "set up TLS")
+}
+
+/// The authorities that are trusted beside those of the system, each in DER.
+pub fn authorities(network: &Network, validate: &Validate) -> Result<Vec<Vec<u8>>> {
+    let named = match validate {
+        Validate::By(file) => Some(file),
+        _ => None,
+    };
+    let mut found = Vec::new();
+    for file in network.ca.iter().chain(named) {
+        let pem = match std::fs::read_to_string(file) {
+            // Pods name it whether or not there is one.
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound && network.ca.as_ref() == Some(file) => continue,
+            other => other.attempt(|| format!("read the certificates in {}", file.display()))?,
+        };
+        found.extend(certificates(&pem).attempt(|| format!("read the certificates in {}", file.display()))?);
+    }
+    Ok(found)
+}
+
+fn certificates(pem: &str) -> std::result::Result<Vec<Vec<u8>>, base64::DecodeError> {
+    use base64::Engine;
+    let blocks = pem.split("-----BEGIN CERTIFICATE-----").skip(1);
+    let blocks = blocks.filter_map(|rest| rest.split("-----END CERTIFICATE-----").next());
+    blocks
+        .map(|block| base64::engine::general_purpose::STANDARD.decode(block.split_whitespace().collect::<String>()))
+        .collect()
+}
+
+/// An error of HTTP with all that lies below it: "error sending request" alone says nothing.
+pub fn in_full(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut below = error.source();
+    while let Some(cause) = below {
+        let said = cause.to_string();
+        if !text.contains(&said) {
+            text += ": ";
+            text += &said;
+        }
+        below = cause.source();
+    }
+    without_query(&text)
+}
+
+/// A presigned URL is a key: what follows its question mark is in no message.
+pub fn without_query(text: &str) -> String {
+    let mut kept = String::new();
+    let mut rest = text;
+    while let Some(begin) = rest.find("http") {
+        let (before, url) = rest.split_at(begin);
+        let end = url.find(|c: char| c.is_whitespace() || "()'\"".contains(c)).unwrap_or(url.len());
+        kept += before;
+        kept += url[..end].split('?').next().unwrap_or_default();
+        rest = &url[end..];
+    }
+    kept + rest
+}
+
+/// Tries until it succeeds, fails for good, or has not come forward for as long as `limit`. `attempted` completes "cannot …".
+pub async fn patiently<T>(
+    limit: Duration,
+    attempted: &str,
+    mut attempt: impl AsyncFnMut() -> std::result::Result<T, Fault>,
+) -> Result<T> {
+    let began = Instant::now();
+    let mut pause = PAUSE.0;
+    loop {
+        let cause = match attempt().await {
+            Ok(done) => return Ok(done),
+            Err(Fault::Final(error)) => return Err(error),
+            Err(Fault::Passing(cause)) => cause,
+        };
+        if began.elapsed() + pause > limit {
+            let tried = format!("tried for {} s (IMS_RETRY_LIMIT)", limit.as_secs());
+            return Err(Error::new(attempted).because(cause).advise(tried));
+        }
+        tracing::warn!("cannot {attempted} yet: {cause}; trying again");
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(PAUSE.1);
+    }
+}
+
+/// Whether an answer of this status may be another one the next time.
+pub fn is_passing(status: reqwest::StatusCode) -> bool {
+    status.is_server_error() || [408, 425, 429].contains(&status.as_u16())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_key_in_a_presigned_url_is_in_no_message() {
+        let text = "error sending request for url (http://s3/b/k?X-Amz-Signature=abc): refused";
+        assert_eq!(without_query(text), "error sending request for url (http://s3/b/k): refused");
+        assert_eq!(without_query("no url"), "no url");
+    }
+
+    #[test]
+    fn certificates_are_taken_out_of_pem_whatever_stands_around_them() {
+        let pem = "# one\n-----BEGIN CERTIFICATE-----\nAAEC\nAwQ=\n-----END CERTIFICATE-----\n-----BEGIN CERTIFICATE-----\nBQ==\n-----END CERTIFICATE-----\n";
+        assert_eq!(certificates(pem).unwrap(), [vec![0, 1, 2, 3, 4], vec![5]]);
+        assert!(certificates("-----BEGIN CERTIFICATE-----\n!\n-----END CERTIFICATE-----").is_err());
+        assert!(certificates("nothing").unwrap().is_empty());
+    }
+}

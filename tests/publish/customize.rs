@@ -1,0 +1,104 @@
+//! From a source to a published image on one machine.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use crate::file_server::{Fault, FileServer};
+use crate::job::*;
+use crate::s3_server::Bucket;
+use crate::support::*;
+
+/// A script that changes the image and marks it.
+fn script(dir: &Path, verdict: &str) -> PathBuf {
+    let file = dir.join(format!("script-{verdict}"));
+    let lines = format!("set -e\ncd $IMAGE_ROOT_PARENT\necho new > image-root/etc/motd\ntouch {verdict}\n");
+    std::fs::write(&file, lines).unwrap();
+    file
+}
+
+fn customize(dir: &Path, source: &str, output: &str, verdict: &str, variables: &[(&str, String)]) -> Output {
+    let mut command = ims_sshd(&["customize", source, "--output", output, "--script"], variables);
+    command.arg(script(dir, verdict)).arg("--work").arg(dir.join("work")).current_dir(dir);
+    command.output().unwrap()
+}
+
+fn nothing_stays(dir: &Path) {
+    assert_eq!(std::fs::read_dir(dir.join("work/ims-sshd")).unwrap().count(), 0);
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    assert!(!mounts.contains(dir.to_str().unwrap()), "{mounts}");
+    assert!(!succeed(Command::new("losetup").arg("--list")).contains(dir.to_str().unwrap()));
+}
+
+#[test]
+fn every_kind_of_source_is_opened_changed_and_published() {
+    let dir = folder();
+    let tree = image(dir.path());
+    let squashfs = squashfs_of(&tree);
+    let tar = dir.path().join("image.tar.gz");
+    succeed(Command::new("tar").args(["-c", "-z", "-f"]).arg(&tar).arg("-C").arg(&tree).arg("."));
+    let server = FileServer::start(std::fs::read(&squashfs).unwrap(), &[Fault::ResetAfter(100_000)]);
+    let before = std::fs::read(&squashfs).unwrap();
+    let sources = [squashfs.display().to_string(), tar.display().to_string(), server.url, tree.display().to_string()];
+    for (number, source) in sources.iter().enumerate() {
+        // A store of its own each, so that what is in it is this one's.
+        let store = dir.path().join(format!("out-{number}"));
+        std::fs::rename(tree.join("boot/vmlinuz"), tree.join("boot/vmlinuz-6.1.0")).ok();
+        let named = [
+            ("KERNEL_FILENAME", if number == 3 { "auto" } else { "vmlinuz" }.into()),
+            ("INITRD_FILENAME", "initrd".into()),
+        ];
+        let output = customize(dir.path(), source, store.to_str().unwrap(), "complete", &named);
+        assert!(output.status.success(), "{source}: {output:?}");
+        let id = report(&output)["ims_image_record"]["id"].as_str().unwrap().to_owned();
+        let published = dir.path().join(format!("published-{number}"));
+        let rootfs = store.join(&id).join("rootfs");
+        succeed(Command::new("unsquashfs").args(["-quiet", "-no-progress", "-dest"]).args([&published, &rootfs]));
+        assert_eq!(std::fs::read_to_string(published.join("etc/motd")).unwrap(), "new\n");
+        let mut keys: Vec<_> = std::fs::read_dir(store.join(&id)).unwrap().map(|e| e.unwrap().file_name()).collect();
+        keys.sort();
+        assert_eq!(keys, ["boot_parameters", "initrd", "kernel", "manifest.json", "rootfs"]);
+        assert_eq!(std::fs::read(store.join(&id).join("kernel")).unwrap(), b"a kernel");
+        nothing_stays(dir.path());
+    }
+    assert!(std::fs::read(&squashfs).unwrap() == before, "a source is not changed");
+    assert!(tree.join("etc/motd").exists(), "but a folder is, in its place");
+}
+
+#[test]
+fn an_image_marked_failed_is_not_published() {
+    let dir = folder();
+    let squashfs = squashfs_of(&image(dir.path())).display().to_string();
+    let store = dir.path().join("out");
+    let output = customize(dir.path(), &squashfs, store.to_str().unwrap(), "failed", &[]);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(!store.exists());
+    nothing_stays(dir.path());
+}
+
+#[test]
+fn what_was_changed_is_kept_when_it_could_not_be_published() {
+    let dir = folder();
+    let bucket = Bucket::new();
+    let squashfs = squashfs_of(&image(dir.path())).display().to_string();
+    let mut variables = bucket.variables();
+    variables.extend([("KERNEL_FILENAME", "vmlinuz".into()), ("INITRD_FILENAME", "initrd".into())]);
+    let output = customize(dir.path(), &squashfs, "s3://no-such-bucket", "complete", &variables);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("the same command goes on with it"), "{output:?}");
+    let output = customize(dir.path(), &squashfs, &format!("s3://{}", bucket.name), "complete", &variables);
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(bucket.keys().len(), 5);
+    nothing_stays(dir.path());
+}
+
+#[test]
+fn an_image_that_nobody_boots_is_published_without_a_kernel() {
+    let dir = folder();
+    let tree = image(dir.path());
+    std::fs::remove_dir_all(tree.join("boot")).unwrap();
+    let squashfs = squashfs_of(&tree).display().to_string();
+    let output = customize(dir.path(), &squashfs, "out", "complete", &[]);
+    assert!(output.status.success(), "{output:?}");
+    assert!(text(&output.stderr).contains("published without one"), "{output:?}");
+    assert_eq!(report(&output)["ims_image_artifacts"].as_array().unwrap().len(), 1);
+}

@@ -1,0 +1,131 @@
+//! A server of one file, that knows ranges and If-Match, and misbehaves as it is told to.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+/// What happens to one request; those after the last one are answered well.
+#[derive(Clone, Debug)]
+pub enum Fault {
+    /// The connection is reset after so many bytes of the body.
+    ResetAfter(usize),
+    /// It ends there as if the body had ended.
+    CloseAfter(usize),
+    /// An answer of this status, with a body.
+    Status(u16),
+    /// A byte now and then, for ever.
+    Drip,
+    /// Nothing at all.
+    Silence,
+    /// The file becomes another one, of the same length, before the answer.
+    Change,
+}
+
+pub struct FileServer {
+    pub url: String,
+    pub requests: Arc<Mutex<Vec<Request>>>,
+}
+
+/// What was asked for, and from where on it was answered.
+#[derive(Clone, Debug)]
+pub struct Request {
+    pub range: Option<u64>,
+    pub if_match: Option<String>,
+}
+
+struct Served {
+    content: Vec<u8>,
+    etag: String,
+    faults: Vec<Fault>,
+}
+
+impl FileServer {
+    pub fn start(content: Vec<u8>, faults: &[Fault]) -> Self {
+        let etag = format!("{:x}-1", content.len());
+        Self::with_etag(content, &etag, faults)
+    }
+
+    pub fn with_etag(content: Vec<u8>, etag: &str, faults: &[Fault]) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}/boot-images/rootfs?X-Amz-Signature=secret", listener.local_addr().unwrap());
+        let requests = Arc::new(Mutex::new(Vec::new()));
+        let served = Arc::new(Mutex::new(Served { content, etag: etag.to_owned(), faults: faults.to_vec() }));
+        let heard = requests.clone();
+        std::thread::spawn(move || {
+            for connection in listener.incoming().map_while(Result::ok) {
+                let (served, heard) = (served.clone(), heard.clone());
+                std::thread::spawn(move || answer(&connection, &served, &heard));
+            }
+        });
+        Self { url, requests }
+    }
+}
+
+fn answer(connection: &TcpStream, served: &Mutex<Served>, requests: &Mutex<Vec<Request>>) -> Option<()> {
+    let mut lines = BufReader::new(connection).lines().map_while(Result::ok).take_while(|line| !line.is_empty());
+    lines.next()?;
+    let headers: Vec<_> =
+        lines.filter_map(|l| l.split_once(": ").map(|(n, v)| (n.to_lowercase(), v.to_owned()))).collect();
+    let header = |name: &str| headers.iter().find(|(n, _)| n == name).map(|(_, v)| v.clone());
+    let range: Option<u64> =
+        header("range").map(|r| r.trim_start_matches("bytes=").trim_end_matches('-').parse().unwrap());
+    requests.lock().unwrap().push(Request { range, if_match: header("if-match") });
+    let (content, etag, fault) = {
+        let mut served = served.lock().unwrap();
+        let fault = (!served.faults.is_empty()).then(|| served.faults.remove(0));
+        if matches!(fault, Some(Fault::Change)) {
+            served.content.iter_mut().for_each(|byte| *byte = !*byte);
+            served.etag += "0";
+        }
+        (served.content.clone(), served.etag.clone(), fault)
+    };
+    let mut out = connection;
+    if let Some(Fault::Status(status)) = fault {
+        let body = "<Error>no</Error>";
+        return write!(
+            out,
+            "HTTP/1.1 {status} no\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}",
+            body.len()
+        )
+        .ok();
+    }
+    if header("if-match").is_some_and(|wanted| wanted.trim_matches('"') != etag) {
+        return write!(out, "HTTP/1.1 412 Precondition Failed\r\ncontent-length: 0\r\nconnection: close\r\n\r\n").ok();
+    }
+    let from = usize::try_from(range.unwrap_or(0)).unwrap();
+    let head = match range {
+        Some(_) => {
+            format!("206 Partial Content\r\ncontent-range: bytes {from}-{}/{}", content.len() - 1, content.len())
+        }
+        None => "200 OK".to_owned(),
+    };
+    let body = &content[from..];
+    if !matches!(fault, Some(Fault::Silence)) {
+        let length = body.len();
+        write!(out, "HTTP/1.1 {head}\r\netag: \"{etag}\"\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n")
+            .ok()?;
+    }
+    match fault {
+        Some(Fault::ResetAfter(bytes)) => {
+            out.write_all(&body[..bytes.min(body.len())]).ok()?;
+            reset(connection);
+            None
+        }
+        Some(Fault::CloseAfter(bytes)) => out.write_all(&body[..bytes.min(body.len())]).ok(),
+        Some(Fault::Drip) => {
+            for byte in body {
+                out.write_all(&[*byte]).ok()?;
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            None
+        }
+        Some(Fault::Silence) => (&mut &*connection).read_to_end(&mut Vec::new()).ok().map(|_| ()),
+        _ => out.write_all(body).ok(),
+    }
+}
+
+/// Closes with a reset instead of an end.
+pub fn reset(connection: &TcpStream) {
+    rustix::net::sockopt::set_socket_linger(connection, Some(Duration::ZERO)).unwrap();
+}

@@ -1,0 +1,271 @@
+//! An IMS that takes what its published schema knows and nothing else: an unknown field is 400, a wrong state 409. What it refuses is
+//! told in RFC 7807's details.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use serde_json::{Value, json};
+
+pub const JOB: &str = "46a2731e-a1d0-4f98-ba92-4f78c756bb12";
+
+/// As in the schema.
+const STATUSES: [&str; 9] = [
+    "creating",
+    "fetching_image",
+    "fetching_recipe",
+    "waiting_for_repos",
+    "building_image",
+    "packaging_artifacts",
+    "waiting_on_user",
+    "error",
+    "success",
+];
+
+/// What happens to the next request that begins like this.
+#[derive(Clone, Debug)]
+pub enum Fault {
+    /// An error of the server, and nothing is done.
+    Status(u16),
+    /// It is done, and the answer is lost.
+    LostAnswer,
+    /// The token is refused.
+    ExpiredToken,
+    /// Nobody ever answers.
+    Silence,
+}
+
+#[derive(Default)]
+pub struct State {
+    pub images: BTreeMap<String, Value>,
+    pub job: Value,
+    /// Every request that changed something: method, path, body.
+    pub changes: Vec<(String, String, Value)>,
+    pub tokens: usize,
+    /// What was refused as wrong.
+    pub refused: Vec<String>,
+    faults: Vec<(String, Fault)>,
+    made: usize,
+}
+
+pub struct ImsServer {
+    pub url: String,
+    pub oauth: tempfile::TempDir,
+    state: Arc<Mutex<State>>,
+}
+
+impl ImsServer {
+    pub fn start() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let job = json!({
+            "id": JOB, "status": "creating", "job_type": "customize", "artifact_id": JOB, "public_key_id": JOB,
+            "image_root_archive_name": "compute", "resultant_image_id": null,
+        });
+        let state = Arc::new(Mutex::new(State { job, ..State::default() }));
+        let oauth = tempfile::tempdir().unwrap();
+        for (name, text) in [
+            ("endpoint", format!("http://{address}/token\n")),
+            ("client-id", "admin".into()),
+            ("client-secret", "s:cret".into()),
+        ] {
+            std::fs::write(oauth.path().join(name), text).unwrap();
+        }
+        let shared = state.clone();
+        std::thread::spawn(move || {
+            for connection in listener.incoming().map_while(Result::ok) {
+                let state = shared.clone();
+                std::thread::spawn(move || while answer(&connection, &state).is_some() {});
+            }
+        });
+        Self { url: format!("http://{address}/apis/ims"), oauth, state }
+    }
+
+    pub fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap()
+    }
+
+    /// The next request "METHOD /path" that begins like this goes wrong.
+    pub fn fail(&self, request: &str, fault: Fault) {
+        self.state().faults.push((request.to_owned(), fault));
+    }
+
+    pub fn status(&self) -> String {
+        self.state().job["status"].as_str().unwrap().to_owned()
+    }
+
+    /// Statuses in their order.
+    pub fn statuses(&self) -> Vec<String> {
+        let of_job = |(_, path, body): &(String, String, Value)| {
+            path.starts_with("/jobs").then(|| body["status"].as_str().map(str::to_owned)).flatten()
+        };
+        self.state().changes.iter().filter_map(of_job).collect()
+    }
+
+    pub fn variables(&self) -> Vec<(&'static str, String)> {
+        vec![
+            ("IMS_URL", self.url.clone()),
+            ("OAUTH_CONFIG_DIR", self.oauth.path().display().to_string()),
+            ("IMS_JOB_ID", JOB.into()),
+        ]
+    }
+}
+
+fn answer(connection: &TcpStream, state: &Mutex<State>) -> Option<()> {
+    let mut reader = BufReader::new(connection);
+    let mut line = String::new();
+    reader.read_line(&mut line).ok().filter(|&n| n > 0)?;
+    let mut words = line.split_whitespace().map(str::to_owned);
+    let (method, path) = (words.next()?, words.next()?);
+    let mut headers = BTreeMap::new();
+    loop {
+        let mut line = String::new();
+        reader.read_line(&mut line).ok()?;
+        match line.trim_end().split_once(": ") {
+            Some((name, value)) => drop(headers.insert(name.to_lowercase(), value.to_owned())),
+            None => break,
+        }
+    }
+    let length = headers.get("content-length").map_or(0, |n| n.parse().unwrap());
+    let mut body = vec![0; length];
+    reader.read_exact(&mut body).ok()?;
+    let fault = {
+        let mut state = state.lock().unwrap();
+        let request = format!("{method} {path}").replace("/apis/ims", "");
+        let at = state.faults.iter().position(|(begin, _)| request.starts_with(begin.as_str()));
+        at.map(|at| state.faults.remove(at).1)
+    };
+    let (status, answer) = match fault {
+        Some(Fault::Status(status)) => (status, json!({"title": "Out of order", "status": status})),
+        Some(Fault::ExpiredToken) => {
+            (401, json!({"error": "invalid_token", "error_description": "The token has expired"}))
+        }
+        Some(Fault::Silence) => {
+            std::thread::park();
+            return None;
+        }
+        Some(Fault::LostAnswer) => {
+            handle(state, &method, &path, &headers, &body);
+            crate::file_server::reset(connection);
+            return None;
+        }
+        None => handle(state, &method, &path, &headers, &body),
+    };
+    let text = if status == 204 { String::new() } else { answer.to_string() };
+    let mut out = connection;
+    write!(out, "HTTP/1.1 {status} x\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{text}", text.len())
+        .ok()
+}
+
+fn handle(
+    state: &Mutex<State>,
+    method: &str,
+    path: &str,
+    headers: &BTreeMap<String, String>,
+    body: &[u8],
+) -> (u16, Value) {
+    let state = &mut *state.lock().unwrap();
+    let result = if path == "/token" { token(state, headers, body) } else { api(state, method, path, headers, body) };
+    result.unwrap_or_else(|(status, detail)| {
+        if status != 404 {
+            state.refused.push(format!("{method} {path}: {detail}"));
+        }
+        (status, json!({"title": "Refused", "detail": detail, "status": status}))
+    })
+}
+
+type Handled = Result<(u16, Value), (u16, String)>;
+
+fn token(state: &mut State, headers: &BTreeMap<String, String>, body: &[u8]) -> Handled {
+    // admin:s:cret
+    if headers.get("authorization").map(String::as_str) != Some("Basic YWRtaW46czpjcmV0") {
+        return Err((401, "who are you".into()));
+    }
+    if body != b"grant_type=client_credentials" {
+        return Err((400, format!("grant: {}", String::from_utf8_lossy(body))));
+    }
+    state.tokens += 1;
+    Ok((200, json!({"access_token": format!("token-{}", state.tokens), "expires_in": 300, "token_type": "Bearer"})))
+}
+
+fn api(state: &mut State, method: &str, path: &str, headers: &BTreeMap<String, String>, body: &[u8]) -> Handled {
+    if headers.get("authorization") != Some(&format!("Bearer token-{}", state.tokens)) {
+        return Err((401, "no token".into()));
+    }
+    let path = path.strip_prefix("/apis/ims").ok_or((404, "elsewhere".to_owned()))?;
+    let body: Value =
+        if body.is_empty() { Value::Null } else { serde_json::from_slice(body).map_err(|e| (400, e.to_string()))? };
+    let (_, rest) = path.split_at(1);
+    let (collection, id) = rest.split_once('/').map_or((rest, None), |(c, id)| (c, Some(id)));
+    let missing = || (404, format!("no {path}"));
+    let result = match (method, collection, id) {
+        ("GET", "images", None) => Ok((200, state.images.values().cloned().collect::<Vec<_>>().into())),
+        ("POST", "images", None) => {
+            only(&body, &["name", "link", "arch"])?;
+            let name = body["name"].as_str().filter(|n| !n.is_empty()).ok_or((400, "name: a string".to_owned()))?;
+            if !["x86_64", "aarch64", ""].contains(&body["arch"].as_str().unwrap_or_default()) {
+                return Err((400, "arch: x86_64 or aarch64".into()));
+            }
+            state.made += 1;
+            let id = format!("00000000-0000-4000-8000-{:012}", state.made);
+            let record = json!({"id": id, "created": "2026-01-01T00:00:00", "name": name, "arch": body["arch"], "link": body.get("link")});
+            state.images.insert(id, record.clone());
+            Ok((201, record))
+        }
+        ("GET", "images", Some(id)) => Ok((200, state.images.get(id).ok_or_else(missing)?.clone())),
+        ("DELETE", "images", Some(id)) => state.images.remove(id).map(|_| (204, Value::Null)).ok_or_else(missing),
+        ("PATCH", "images", Some(id)) => {
+            only(&body, &["link", "arch"])?;
+            only(&body["link"], &["path", "etag", "type"])?;
+            if ["path", "etag", "type"].iter().any(|name| !body["link"][name].is_string()) {
+                return Err((400, "link: path, etag and type".into()));
+            }
+            let image = state.images.get_mut(id).ok_or_else(missing)?;
+            if !image["link"].is_null() && image["link"] != body["link"] {
+                return Err((409, "the image has a link".into()));
+            }
+            image["link"] = body["link"].clone();
+            Ok((200, image.clone()))
+        }
+        ("GET", "jobs", Some(id)) if state.job["id"] == id => Ok((200, state.job.clone())),
+        ("PATCH", "jobs", Some(id)) if state.job["id"] == id => patch_job(state, &body),
+        _ => Err(missing()),
+    }?;
+    if method != "GET" {
+        state.changes.push((method.to_owned(), path.to_owned(), body));
+    }
+    Ok(result)
+}
+
+fn patch_job(state: &mut State, body: &Value) -> Handled {
+    only(body, &["status", "resultant_image_id"])?;
+    if ["success", "error"].contains(&state.job["status"].as_str().unwrap()) {
+        return Err((409, format!("the job has ended with {}", state.job["status"])));
+    }
+    if let Some(status) = body.get("status") {
+        if !STATUSES.iter().any(|known| status == known) {
+            return Err((400, format!("status: {status}")));
+        }
+        if status == "success" && state.job["resultant_image_id"].is_null() {
+            return Err((409, "a success without an image".into()));
+        }
+        state.job["status"] = status.clone();
+    }
+    if let Some(image) = body.get("resultant_image_id") {
+        let linked = state.images.get(image.as_str().unwrap_or_default()).is_some_and(|image| !image["link"].is_null());
+        if !linked {
+            return Err((409, "no image with a link".into()));
+        }
+        state.job["resultant_image_id"] = image.clone();
+    }
+    Ok((200, state.job.clone()))
+}
+
+fn only(body: &Value, known: &[&str]) -> Result<(), (u16, String)> {
+    let fields = body.as_object().ok_or((400, "an object is expected".to_owned()))?;
+    match fields.keys().find(|name| !known.contains(&name.as_str())) {
+        Some(unknown) => Err((400, format!("{unknown}: unknown field"))),
+        None => Ok(()),
+    }
+}

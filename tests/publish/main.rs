@@ -1,0 +1,17 @@
+//! From a source image to a published one: the real program, real archives, a real S3 server (moto), and an IMS that takes nothing but what
+//! its published schema knows. All of it over real HTTP, on the loopback address.
+
+#[allow(dead_code)]
+#[path = "../suite/support.rs"]
+mod support;
+
+mod customize;
+mod file_server;
+mod ims_server;
+mod job;
+mod package;
+mod prepare;
+mod s3_server;
+mod sidecar;
+mod tls;
+mod upload;

@@ -1,0 +1,148 @@
+//! From an image root to a squashfs.
+
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use crate::job::*;
+use crate::support::*;
+
+fn package(arguments: &[&str]) -> Output {
+    let output =
+        ims_sshd(&["package"], &[("SOURCE_DATE_EPOCH", "1700000000".into())]).args(arguments).output().unwrap();
+    assert!(output.status.code().is_some(), "{output:?}");
+    output
+}
+
+fn refused(tree: &Path, archive: &Path, reason: &str) {
+    let output = package(&["--archive", archive.to_str().unwrap(), tree.to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(text(&output.stderr).contains(reason), "expected '{reason}': {}", text(&output.stderr));
+    let folder = std::fs::read_dir(archive.parent().unwrap()).unwrap();
+    let left: Vec<_> =
+        folder.map(|e| e.unwrap().file_name()).filter(|n| n.to_string_lossy().contains("sqsh")).collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+#[test]
+fn it_is_the_same_to_the_byte_whenever_it_is_packed() {
+    let dir = folder();
+    let tree = image(dir.path());
+    let packed = |name: &str, compression: &str| {
+        let archive = dir.path().join(name);
+        let output =
+            package(&["--compression", compression, "--archive", archive.to_str().unwrap(), tree.to_str().unwrap()]);
+        assert!(output.status.success(), "{output:?}");
+        assert_eq!(text(output.stdout).trim(), archive.to_str().unwrap());
+        std::fs::read(archive).unwrap()
+    };
+    for compression in ["gzip", "zstd", "xz"] {
+        let first = packed("first.sqsh", compression);
+        succeed(Command::new("touch").arg("-h").arg(tree.join("etc/passwd")));
+        assert!(first == packed("second.sqsh", compression), "{compression}");
+        let said = succeed(Command::new("unsquashfs").arg("-s").arg(dir.path().join("first.sqsh")));
+        assert!(said.contains(&format!("Compression {compression}")), "{said}");
+    }
+}
+
+#[test]
+fn a_parent_with_an_image_root_is_packed_where_it_stands() {
+    let dir = folder();
+    let parent = dir.path().join("parent");
+    std::fs::create_dir(&parent).unwrap();
+    std::fs::rename(image(dir.path()), parent.join("image-root")).unwrap();
+    let output = package(&["--name", "compute", parent.to_str().unwrap()]);
+    assert!(output.status.success(), "{output:?}");
+    assert!(parent.join("compute.sqsh").exists() && !parent.join("compute.sqsh.part").exists());
+}
+
+#[test]
+fn a_missing_kernel_is_refused_with_what_boot_holds() {
+    let dir = folder();
+    let tree = image(dir.path());
+    let archive = dir.path().join("image.sqsh");
+    std::fs::rename(tree.join("boot/vmlinuz"), tree.join("boot/vmlinuz-6.1.0")).unwrap();
+    refused(&tree, &archive, "/boot holds initrd, kernel-parameters, vmlinuz-6.1.0");
+    std::os::unix::fs::symlink("/etc/hostname", tree.join("boot/vmlinuz")).unwrap();
+    refused(&tree, &archive, "find the kernel /boot/vmlinuz in the image");
+    let output = package(&["--kernel", "auto", "--archive", archive.to_str().unwrap(), tree.to_str().unwrap()]);
+    assert!(output.status.success(), "{output:?}");
+}
+
+#[test]
+fn it_is_refused_while_something_is_mounted_or_somebody_stands_in_it() {
+    let dir = folder();
+    let tree = image(dir.path());
+    let archive = dir.path().join("image.sqsh");
+    std::fs::create_dir(tree.join("proc")).unwrap();
+    let script = "mount -t proc proc $1/proc && exec $0 package --archive $2 $1";
+    let output =
+        Command::new("unshare").args(["-m", "sh", "-c", script, IMS_SSHD]).args([&tree, &archive]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("something is mounted on"), "{output:?}");
+    let mut somebody = Command::new("cat").current_dir(tree.join("etc")).stdin(Stdio::piped()).spawn().unwrap();
+    refused(&tree, &archive, &format!("process {} (cat) stands in it", somebody.id()));
+    drop(somebody.stdin.take());
+    somebody.wait().unwrap();
+    assert!(package(&["--archive", archive.to_str().unwrap(), tree.to_str().unwrap()]).status.success());
+}
+
+#[test]
+fn capabilities_and_attributes_of_files_are_kept() {
+    let dir = folder();
+    let tree = image(dir.path());
+    succeed(Command::new("setcap").arg("cap_net_raw+ep").arg(tree.join("bin/busybox")));
+    let attributes = [("user.note", "one"), ("user.other", "two")];
+    for (name, value) in attributes {
+        let path = tree.join("etc/passwd");
+        rustix::fs::setxattr(&path, name, value.as_bytes(), rustix::fs::XattrFlags::empty()).unwrap();
+    }
+    let archive = dir.path().join("image.sqsh");
+    let output = package(&["--archive", archive.to_str().unwrap(), tree.to_str().unwrap()]);
+    assert!(output.status.success(), "{output:?}");
+    let unpacked = dir.path().join("unpacked");
+    succeed(Command::new("unsquashfs").args(["-quiet", "-no-progress", "-dest"]).args([&unpacked, &archive]));
+    assert!(succeed(Command::new("getcap").arg(unpacked.join("bin/busybox"))).contains("cap_net_raw=ep"));
+    let mut value = [0; 16];
+    let length = rustix::fs::getxattr(unpacked.join("etc/passwd"), "user.other", &mut value[..]).unwrap();
+    assert_eq!(&value[..length], b"two");
+}
+
+#[test]
+fn what_is_excluded_is_left_out_and_what_has_changed_is_told() {
+    let dir = folder();
+    let tree = image(dir.path());
+    std::fs::create_dir_all(tree.join("var/lib/dpkg")).unwrap();
+    let status = |version: &str| format!("Package: bash\nStatus: install ok installed\nVersion: {version}\n");
+    std::fs::write(tree.join("var/lib/dpkg/status"), status("5.1")).unwrap();
+    let parent = dir.path().join("parent");
+    let [parent_text, tree_text] = [&parent, &tree].map(|p| p.to_str().unwrap());
+    assert!(ims_sshd(&["prepare", parent_text, tree_text], &[]).status().unwrap().success());
+    let root = parent.join("image-root");
+    std::fs::write(root.join("etc/motd"), "new").unwrap();
+    std::fs::write(root.join("etc/passwd"), "changed").unwrap();
+    std::fs::remove_file(root.join("boot/kernel-parameters")).unwrap();
+    std::fs::write(root.join("var/lib/dpkg/status"), status("5.2")).unwrap();
+    let changes = dir.path().join("changes.json");
+    let output = package(&["--exclude", "etc/mo*", "--changes", changes.to_str().unwrap(), parent_text]);
+    assert!(output.status.success(), "{output:?}");
+    let changes: serde_json::Value = serde_json::from_slice(&std::fs::read(changes).unwrap()).unwrap();
+    assert_eq!(changes["added"], serde_json::json!(["/etc/motd"]));
+    assert_eq!(changes["removed"], serde_json::json!(["/boot/kernel-parameters"]));
+    assert_eq!(changes["altered"], serde_json::json!(["/etc/passwd", "/var/lib/dpkg/status"]));
+    assert_eq!(changes["packages"]["altered"], serde_json::json!({"bash": ["5.1", "5.2"]}));
+    let list = succeed(Command::new("unsquashfs").arg("-l").arg(parent.join("image.sqsh")));
+    assert!(list.contains("/etc/passwd") && !list.contains("/etc/motd"), "{list}");
+}
+
+#[test]
+fn a_full_disk_leaves_no_archive() {
+    let dir = folder();
+    let tree = image(dir.path());
+    let disk = dir.path().join("disk");
+    std::fs::create_dir(&disk).unwrap();
+    let script =
+        "mount -t tmpfs -o size=64k tmpfs $2 && $0 package --archive $2/image.sqsh $1; code=$?; ls -A $2; exit $code";
+    let output =
+        Command::new("unshare").args(["-m", "sh", "-c", script, IMS_SSHD]).args([&tree, &disk]).output().unwrap();
+    assert_eq!((output.status.code(), text(&output.stdout)), (Some(1), String::new()), "{}", text(&output.stderr));
+}

@@ -1,0 +1,319 @@
+//! From a source to an image root, or to nothing.
+
+use std::path::Path;
+use std::process::{Command, Output};
+use std::time::Instant;
+
+use crate::file_server::{Fault, FileServer};
+use crate::ims_server::ImsServer;
+use crate::job::*;
+use crate::s3_server::Bucket;
+use crate::support::*;
+
+fn prepare(parent: &Path, source: &str, variables: &[(&str, String)]) -> Output {
+    ims_sshd(&["prepare", &parent.display().to_string(), source], variables).output().unwrap()
+}
+
+/// Of a folder in which nothing was prepared.
+fn is_empty(parent: &Path) {
+    let left: Vec<_> = walk(parent).into_iter().filter(|path| path != parent).collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+fn refused(parent: &Path, source: &str, reason: &str) {
+    let output = prepare(parent, source, &[]);
+    assert_eq!(output.status.code(), Some(1), "{source}: {output:?}");
+    assert!(text(&output.stderr).contains(reason), "{source}: expected '{reason}': {}", text(&output.stderr));
+    is_empty(parent);
+}
+
+fn same_tree(a: &Path, b: &Path) {
+    let list =
+        "cd \"$0\" && find . -exec stat -c '%n %f %u %g %Y' {} + | sort && find . -type f -exec md5sum {} + | sort";
+    let of = |tree: &Path| succeed(Command::new("sh").args(["-c", list]).arg(tree));
+    assert_eq!(of(a), of(b));
+}
+
+#[test]
+fn every_kind_of_source_becomes_the_same_tree() {
+    let dir = folder();
+    let tree = image(dir.path());
+    let squashfs = squashfs_of(&tree);
+    let mut sources = vec![tree.clone(), squashfs];
+    for (suffix, option) in [("tar", None), ("tar.gz", Some("-z")), ("tar.xz", Some("-J")), ("tar.zst", Some("--zstd"))]
+    {
+        let file = dir.path().join(format!("image.{suffix}"));
+        succeed(Command::new("tar").args(option).args(["-c", "-f"]).arg(&file).arg("-C").arg(&tree).arg("."));
+        sources.push(file);
+    }
+    for (number, source) in sources.iter().enumerate() {
+        let parent = dir.path().join(format!("parent-{number}"));
+        let output = prepare(&parent, &source.display().to_string(), &[]);
+        assert!(output.status.success(), "{}: {output:?}", source.display());
+        same_tree(&tree, &parent.join("image-root"));
+    }
+    let bucket = Bucket::new();
+    bucket.put("a/rootfs", &std::fs::read(&sources[1]).unwrap());
+    let parent = dir.path().join("parent-s3");
+    let output = prepare(&parent, &format!("s3://{}/a/rootfs", bucket.name), &bucket.variables());
+    assert!(output.status.success(), "{output:?}");
+    same_tree(&tree, &parent.join("image-root"));
+    let names: Vec<_> = std::fs::read_dir(&parent).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert!(!names.iter().any(|n| n == "image.sqsh"), "the archive is gone: {names:?}");
+}
+
+#[test]
+fn what_is_not_what_it_claims_is_refused_and_nothing_is_left() {
+    let dir = folder();
+    let tree = image(dir.path());
+    let squashfs = std::fs::read(squashfs_of(&tree)).unwrap();
+    let parent = dir.path().join("parent");
+    let named = |name: &str, content: &[u8]| {
+        let file = dir.path().join(name);
+        std::fs::write(&file, content).unwrap();
+        file.display().to_string()
+    };
+    refused(&parent, &named("page", b"<html>404</html>"), "neither a squashfs nor a tar archive");
+    refused(&parent, &named("short", &squashfs[..squashfs.len() / 2]), "cut off");
+    refused(&parent, &named("long", &[squashfs.as_slice(), &[1; 5000]].concat()), "something follows");
+    let mut damaged = squashfs.clone();
+    let middle = damaged.len() / 2;
+    damaged[middle..middle + 4096].fill(0xaa);
+    refused(&parent, &named("damaged", &damaged), "cannot unpack");
+    refused(&parent, "/nowhere/image", "No such file");
+
+    let tar = dir.path().join("image.tar");
+    succeed(Command::new("tar").args(["-c", "-f"]).arg(&tar).arg("-C").arg(&tree).arg("."));
+    let tar = std::fs::read(tar).unwrap();
+    refused(&parent, &named("short.tar", &tar[..tar.len() / 1024 * 512]), "cut off");
+    refused(&parent, &named("long.tar", &[tar.as_slice(), &[1; 512]].concat()), "cut off, or that something follows");
+    let packed = feed(Command::new("gzip").arg("-c"), &tar).stdout;
+    refused(&parent, &named("short.gz", &packed[..packed.len() / 2]), "cannot unpack");
+    refused(&parent, &named("long.gz", &[packed.as_slice(), &[1; 512]].concat()), "cannot unpack");
+}
+
+#[test]
+fn members_outside_the_root_are_refused_and_write_nothing_there() {
+    let dir = folder();
+    let parent = dir.path().join("parent");
+    let outside = dir.path().join("outside");
+    std::fs::create_dir(&outside).unwrap();
+    // A tar archive as no tar makes one.
+    let make = "
+import io, sys, tarfile
+archive, kind, outside = sys.argv[1:]
+with tarfile.open(archive, 'w') as tar:
+    def add(name, **fields):
+        member = tarfile.TarInfo(name)
+        for key, value in fields.items(): setattr(member, key, value)
+        content = b'' if 'linkname' in fields else b'hostile'
+        member.size = len(content)
+        tar.addfile(member, io.BytesIO(content))
+    if kind == 'absolute': add(outside + '/made')
+    if kind == 'dots': add('../../outside/made')
+    if kind == 'link':
+        add('way', type=tarfile.SYMTYPE, linkname=outside)
+        add('way/made')
+    if kind == 'hardlink':
+        add('copy', type=tarfile.LNKTYPE, linkname=outside + '/secret')
+";
+    std::fs::write(outside.join("secret"), "secret").unwrap();
+    for kind in ["absolute", "dots", "link", "hardlink"] {
+        let archive = dir.path().join(format!("{kind}.tar"));
+        succeed(Command::new("/usr/bin/python3").args(["-c", make]).arg(&archive).arg(kind).arg(&outside));
+        refused(&parent, &archive.display().to_string(), "cannot unpack");
+        assert_eq!(std::fs::read_dir(&outside).unwrap().count(), 1, "{kind}");
+    }
+    // A squashfs, its names as they stand in it replaced.
+    let tree = dir.path().join("plain");
+    std::fs::create_dir_all(tree.join("XXXXXXXXXX")).unwrap();
+    std::fs::write(tree.join("XXXXXXXXXX/made"), "hostile").unwrap();
+    let file = dir.path().join("plain.sqsh");
+    succeed(Command::new("mksquashfs").args([&tree, &file]).args([
+        "-noI",
+        "-noD",
+        "-noF",
+        "-noX",
+        "-quiet",
+        "-no-progress",
+    ]));
+    let mut bytes = std::fs::read(&file).unwrap();
+    let at = bytes.windows(10).position(|w| w == b"XXXXXXXXXX").unwrap();
+    bytes[at..at + 10].copy_from_slice(b"../outside");
+    std::fs::write(&file, bytes).unwrap();
+    refused(&parent, &file.display().to_string(), "cannot unpack");
+    assert_eq!(std::fs::read_dir(&outside).unwrap().count(), 1);
+}
+
+#[test]
+fn a_download_goes_on_where_it_was_reset_ten_times() {
+    let dir = folder();
+    let tree = image(dir.path());
+    let content = std::fs::read(squashfs_of(&tree)).unwrap();
+    let faults: Vec<_> = (1..=10).map(|n| Fault::ResetAfter(content.len() / 12 * (n % 2) + n)).collect();
+    let server = FileServer::start(content.clone(), &faults);
+    let parent = dir.path().join("parent");
+    let output = prepare(&parent, &server.url, &[("DOWNLOAD_MD5SUM", md5(&content))]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    same_tree(&tree, &parent.join("image-root"));
+    let requests = server.requests.lock().unwrap().clone();
+    assert_eq!(requests.len(), 11);
+    let ranges: Vec<_> = requests.iter().map(|r| r.range.unwrap_or(0)).collect();
+    assert!(ranges.is_sorted() && ranges[10] > 0, "nothing is fetched twice: {ranges:?}");
+    assert!(requests[10].if_match.is_some());
+    assert!(!text(&output.stderr).contains("Signature"), "a presigned URL is a key");
+}
+
+#[test]
+fn errors_of_the_server_ends_of_connections_and_silence_are_overcome() {
+    let dir = folder();
+    let tree = image(dir.path());
+    let content = std::fs::read(squashfs_of(&tree)).unwrap();
+    let faults = [
+        Fault::Status(500),
+        Fault::Status(503),
+        Fault::CloseAfter(1000),
+        Fault::Silence,
+        Fault::Drip,
+        Fault::CloseAfter(5000),
+        Fault::Status(429),
+    ];
+    let server = FileServer::start(content, &faults);
+    let parent = dir.path().join("parent");
+    let output = prepare(&parent, &server.url, &[]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    same_tree(&tree, &parent.join("image-root"));
+}
+
+#[test]
+fn a_server_that_only_drips_is_given_up() {
+    let dir = folder();
+    let server = FileServer::start(vec![0; 1 << 20], &vec![Fault::Drip; 100]);
+    let parent = dir.path().join("parent");
+    let began = Instant::now();
+    let output = prepare(&parent, &server.url, &[("IMS_RETRY_LIMIT", "3".into()), ("IMS_STALL_LIMIT", "1".into())]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("IMS_STALL_LIMIT"), "{}", text(&output.stderr));
+    assert!(began.elapsed().as_secs() < 10);
+    is_empty(&parent);
+}
+
+#[test]
+fn a_file_that_changes_on_the_way_is_fetched_anew() {
+    let dir = folder();
+    let tree = image(dir.path());
+    let content = std::fs::read(squashfs_of(&tree)).unwrap();
+    let other: Vec<_> = content.iter().map(|byte| !byte).collect();
+    let server = FileServer::start(other, &[Fault::ResetAfter(5000), Fault::Change]);
+    let parent = dir.path().join("parent");
+    let output = prepare(&parent, &server.url, &[("DOWNLOAD_MD5SUM", md5(&content))]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    same_tree(&tree, &parent.join("image-root"));
+}
+
+#[test]
+fn a_wrong_checksum_is_refused_wherever_it_stands() {
+    let dir = folder();
+    let content = std::fs::read(squashfs_of(&image(dir.path()))).unwrap();
+    let parent = dir.path().join("parent");
+    let wrong = md5(b"something else");
+    let ims = ImsServer::start();
+    let server = FileServer::start(content.clone(), &[]);
+    let mut variables = ims.variables();
+    variables.push(("DOWNLOAD_MD5SUM", wrong.clone()));
+    let output = prepare(&parent, &server.url, &variables);
+    assert!(text(&output.stderr).contains(&format!("expected {wrong}")), "{}", text(&output.stderr));
+    is_empty(&parent);
+    assert_eq!(ims.statuses(), ["fetching_image", "error"]);
+    let server = FileServer::with_etag(content, &wrong, &[]);
+    refused(&parent, &server.url, &format!("expected {wrong}"));
+    let server = FileServer::start(Vec::new(), &[Fault::Status(403)]);
+    refused(&parent, &server.url, "403 Forbidden");
+}
+
+#[test]
+fn a_disk_that_is_too_small_is_noticed_before_and_one_that_fills_up_meanwhile() {
+    let dir = folder();
+    let tree = image(dir.path());
+    std::fs::write(tree.join("zeros"), vec![0; 64 << 20]).unwrap();
+    let content = std::fs::read(squashfs_of(&tree)).unwrap();
+    let server = FileServer::start(content.clone(), &[]);
+    let disk = dir.path().join("disk");
+    std::fs::create_dir(&disk).unwrap();
+    // 16 MB: enough for the archive, not for what is in it. Mounted for this test's own programs only.
+    let mounted = |size: usize| {
+        let script = format!(
+            "mount -t tmpfs -o size={size} tmpfs {0} && {IMS_SSHD} prepare {0}/parent '{1}'; code=$?; ls -A {0}/parent; exit $code",
+            disk.display(),
+            server.url
+        );
+        Command::new("unshare").args(["-m", "sh", "-c", &script]).env("IMS_RETRY_LIMIT", "2").output().unwrap()
+    };
+    let small = mounted(content.len() / 2 / 4096 * 4096);
+    assert!(text(&small.stderr).contains("are free"), "{small:?}");
+    let full = mounted(content.len() * 4 / 4096 * 4096);
+    assert!(text(&full.stderr).contains("cannot unpack"), "{full:?}");
+    for output in [small, full] {
+        assert_eq!((output.status.code(), text(&output.stdout)), (Some(1), String::new()));
+    }
+}
+
+#[test]
+fn killed_at_any_moment_it_is_begun_again_and_ends_well() {
+    let dir = folder();
+    let tree = image(dir.path());
+    std::fs::write(tree.join("random"), feed(Command::new("head").args(["-c", "20M", "/dev/urandom"]), b"").stdout)
+        .unwrap();
+    let content = std::fs::read(squashfs_of(&tree)).unwrap();
+    let server = FileServer::start(content, &[]);
+    let parent = dir.path().join("parent");
+    let parent_text = parent.display().to_string();
+    let moments: [(&str, &dyn Fn() -> bool); 3] = [
+        ("fetching", &|| parent.join("image.sqsh.part").exists()),
+        ("unpacking", &|| parent.join(".ims-sshd.unpacking").exists()),
+        ("done", &|| parent.join("image-root").exists()),
+    ];
+    for (name, has_come) in moments {
+        let mut child = ims_sshd(&["prepare", &parent_text, &server.url], &[]).spawn().unwrap();
+        wait_until(name, has_come);
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    // unsquashfs of one that was killed.
+    wait_until("its programs to end", || processes_with(&parent_text).is_empty());
+    let output = prepare(&parent, &server.url, &[]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    same_tree(&tree, &parent.join("image-root"));
+    assert!(!parent.join("image.sqsh").exists() || parent.join("image-root").exists());
+}
+
+#[test]
+fn an_overlay_shows_the_image_and_keeps_its_source() {
+    let dir = folder();
+    let tree = image(dir.path());
+    let squashfs = squashfs_of(&tree);
+    let before = std::fs::read(&squashfs).unwrap();
+    let parent = dir.path().join("parent");
+    let script = "set -e; $0 prepare --open overlay $1 $2; cp -a $1/image-root $1/copy; echo more > $1/image-root/etc/more; \
+                  umount $1/image-root $1/overlay/lower; $0 prepare --open overlay $1 $2; cat $1/image-root/etc/more";
+    let mut shell = Command::new("unshare");
+    shell.args(["-m", "sh", "-c", script, IMS_SSHD]).args([&parent, &squashfs]);
+    assert_eq!(succeed(&mut shell), "more\n", "the next one to mount it finds what was changed");
+    same_tree(&tree, &parent.join("copy"));
+    assert_eq!(std::fs::read(&squashfs).unwrap(), before);
+}
+
+#[test]
+fn a_terminated_prepare_ends_at_once_and_leaves_nothing() {
+    let dir = folder();
+    let server = FileServer::start(vec![0; 1 << 20], &[Fault::Silence]);
+    let parent = dir.path().join("parent");
+    let mut child = ims_sshd(&["prepare", &parent.display().to_string(), &server.url], &[]).spawn().unwrap();
+    wait_until("the request", || !server.requests.lock().unwrap().is_empty());
+    let pid = nix::unistd::Pid::from_raw(child.id().cast_signed());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+    let began = Instant::now();
+    assert!(!child.wait().unwrap().success());
+    assert!(began.elapsed().as_secs_f64() < 1.5);
+    is_empty(&parent);
+}

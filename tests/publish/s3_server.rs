@@ -1,0 +1,220 @@
+//! moto's server, one for all tests of a run, each with a bucket of its own; and a way to it on which connections break.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+
+use crate::file_server::reset;
+use crate::support::{cache, free_port, text, wait_until};
+
+/// A bucket, and where it is.
+pub struct Bucket {
+    pub name: String,
+    pub endpoint: String,
+}
+
+/// An answer of a server.
+pub struct Answer {
+    pub status: u16,
+    pub headers: Vec<(String, String)>,
+    pub body: Vec<u8>,
+}
+
+impl Answer {
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.headers.iter().find(|(n, _)| n == name).map(|(_, v)| v.as_str())
+    }
+}
+
+/// Starts it once. It dies with this process: of the thread that started it, which never ends before.
+fn server() -> u16 {
+    static PORT: OnceLock<u16> = OnceLock::new();
+    *PORT.get_or_init(|| {
+        let port = free_port();
+        let program = cache().join("s3-server/bin/moto_server");
+        assert!(program.exists(), "no S3 server in {}: run the tests with 'make test'", program.display());
+        std::thread::spawn(move || {
+            let mut command = Command::new("setpriv");
+            command.args(["--pdeathsig", "KILL"]).arg(program).args(["-H", "127.0.0.1", "-p", &port.to_string()]);
+            command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+            let _ = command.spawn().unwrap().wait();
+        });
+        wait_until("the S3 server to listen", || TcpStream::connect(("127.0.0.1", port)).is_ok());
+        port
+    })
+}
+
+impl Bucket {
+    pub fn new() -> Self {
+        static COUNT: AtomicUsize = AtomicUsize::new(0);
+        let port = server();
+        let name = format!("bucket-{}", COUNT.fetch_add(1, Ordering::Relaxed));
+        let bucket = Self { name, endpoint: format!("http://127.0.0.1:{port}") };
+        assert_eq!(bucket.ask("PUT", "", b"").status, 200);
+        bucket
+    }
+
+    /// The variables that name it.
+    pub fn variables(&self) -> Vec<(&'static str, String)> {
+        vec![
+            ("S3_ENDPOINT", self.endpoint.clone()),
+            ("S3_BUCKET", self.name.clone()),
+            ("S3_ACCESS_KEY", "access".into()),
+            ("S3_SECRET_KEY", "secret".into()),
+            ("S3_SSL_VALIDATE", "False".into()),
+        ]
+    }
+
+    /// A request without the program under test.
+    pub fn ask(&self, method: &str, key: &str, body: &[u8]) -> Answer {
+        ask(server(), method, &format!("/{}/{key}", self.name), body)
+    }
+
+    pub fn put(&self, key: &str, body: &[u8]) {
+        assert_eq!(self.ask("PUT", key, body).status, 200);
+    }
+
+    pub fn get(&self, key: &str) -> Answer {
+        let answer = self.ask("GET", key, b"");
+        assert_eq!(answer.status, 200, "{key}");
+        answer
+    }
+
+    /// All keys in it.
+    pub fn keys(&self) -> Vec<String> {
+        let listing = text(self.ask("GET", "?list-type=2", b"").body);
+        let keys = listing.split("<Key>").skip(1).map(|rest| rest.split('<').next().unwrap().to_owned());
+        keys.collect()
+    }
+
+    /// Uploads that were begun and neither ended nor taken back.
+    pub fn begun(&self) -> usize {
+        text(self.ask("GET", "?uploads", b"").body).matches("<UploadId>").count()
+    }
+}
+
+pub fn ask(port: u16, method: &str, path: &str, body: &[u8]) -> Answer {
+    let mut connection = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    let length = body.len();
+    write!(connection, "{method} {path} HTTP/1.0\r\nhost: 127.0.0.1:{port}\r\nauthorization: AWS4-HMAC-SHA256 Credential=access/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0\r\ncontent-length: {length}\r\n\r\n").unwrap();
+    connection.write_all(body).unwrap();
+    let mut answer = Vec::new();
+    connection.read_to_end(&mut answer).unwrap();
+    let end = answer.windows(4).position(|w| w == b"\r\n\r\n").expect("headers");
+    let head = text(&answer[..end]);
+    let mut lines = head.lines();
+    let status = lines.next().unwrap().split(' ').nth(1).unwrap().parse().unwrap();
+    let headers = lines.filter_map(|l| l.split_once(": ")).map(|(n, v)| (n.to_lowercase(), v.to_owned()));
+    Answer { status, headers: headers.collect(), body: answer.split_off(end + 4) }
+}
+
+/// Goes between the program and the server, and resets connections after so many bytes of what is sent; one after the other, in turn.
+pub struct Breaker {
+    pub endpoint: String,
+    pub broken: Arc<AtomicUsize>,
+}
+
+impl Breaker {
+    /// `every`: each so manieth connection breaks; the points in turn.
+    pub fn start(points: &[usize], every: usize) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let endpoint = format!("http://{}", listener.local_addr().unwrap());
+        let broken = Arc::new(AtomicUsize::new(0));
+        let (points, count) = (Mutex::new(points.to_vec()), broken.clone());
+        let to = server();
+        std::thread::spawn(move || {
+            for (number, connection) in listener.incoming().map_while(Result::ok).enumerate() {
+                let mut points = points.lock().unwrap();
+                let point = (number % every == 0 && !points.is_empty()).then(|| points.remove(0));
+                let count = count.clone();
+                std::thread::spawn(move || {
+                    pass(connection, TcpStream::connect(("127.0.0.1", to)).unwrap(), point, &count);
+                });
+            }
+        });
+        Self { endpoint, broken }
+    }
+}
+
+fn pass(mut client: TcpStream, mut server: TcpStream, point: Option<usize>, broken: &AtomicUsize) {
+    let (mut back_from, mut back_to) = (server.try_clone().unwrap(), client.try_clone().unwrap());
+    let back = std::thread::spawn(move || {
+        // Half of it stays open after a reset: nothing is said on it then.
+        if std::io::copy(&mut back_from, &mut back_to).is_ok() {
+            let _ = back_to.shutdown(std::net::Shutdown::Write);
+        }
+    });
+    let (mut buffer, mut passed) = ([0; 4096], 0);
+    while let Ok(length @ 1..) = client.read(&mut buffer) {
+        let length = point.map_or(length, |point| length.min(point - passed));
+        if server.write_all(&buffer[..length]).is_err() {
+            break;
+        }
+        passed += length;
+        if Some(passed) == point {
+            broken.fetch_add(1, Ordering::Relaxed);
+            reset(&client);
+            break;
+        }
+    }
+    let _ = server.shutdown(std::net::Shutdown::Both);
+    let _ = back.join();
+}
+
+/// Takes objects of any size as S3 does, and keeps nothing of them but their sizes.
+pub struct Sink {
+    endpoint: String,
+    pub sizes: Arc<Mutex<std::collections::BTreeMap<String, u64>>>,
+}
+
+impl Sink {
+    pub fn start() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let endpoint = format!("http://{}", listener.local_addr().unwrap());
+        let sizes = Arc::new(Mutex::new(std::collections::BTreeMap::new()));
+        let shared = sizes.clone();
+        std::thread::spawn(move || {
+            for connection in listener.incoming().map_while(Result::ok) {
+                let sizes = shared.clone();
+                std::thread::spawn(move || while swallow(&connection, &sizes).is_some() {});
+            }
+        });
+        Self { endpoint, sizes }
+    }
+
+    pub fn variables(&self) -> Vec<(&'static str, String)> {
+        let values = [("S3_ENDPOINT", &*self.endpoint), ("S3_ACCESS_KEY", "access"), ("S3_SECRET_KEY", "secret")];
+        values.map(|(name, value)| (name, value.to_owned())).into()
+    }
+}
+
+fn swallow(connection: &TcpStream, sizes: &Mutex<std::collections::BTreeMap<String, u64>>) -> Option<()> {
+    use std::io::{BufRead, BufReader};
+    let mut reader = BufReader::with_capacity(1 << 20, connection);
+    let mut lines = reader.by_ref().lines().map_while(Result::ok).take_while(|line| !line.is_empty());
+    let request = lines.next()?;
+    let length =
+        lines.filter_map(|l| l.to_lowercase().strip_prefix("content-length: ")?.parse().ok()).last().unwrap_or(0);
+    std::io::copy(&mut reader.take(length), &mut std::io::sink()).ok()?;
+    let mut words = request.split(' ');
+    let (method, url) = (words.next()?, words.next()?);
+    let (path, query) = url.split_once('?').unwrap_or((url, ""));
+    let mut sizes = sizes.lock().unwrap();
+    let size = sizes.entry(path.to_owned()).or_default();
+    let mut body = "";
+    match method {
+        "PUT" => *size += length,
+        "POST" if query.starts_with("uploads") => {
+            body = "<InitiateMultipartUploadResult><Bucket>b</Bucket><Key>k</Key><UploadId>u</UploadId></InitiateMultipartUploadResult>";
+        }
+        "POST" => body = "<CompleteMultipartUploadResult><ETag>\"e-1\"</ETag></CompleteMultipartUploadResult>",
+        _ => {}
+    }
+    let length = if method == "HEAD" { *size } else { body.len() as u64 };
+    let date = "Thu, 01 Jan 2026 00:00:00 GMT";
+    let mut out = connection;
+    write!(out, "HTTP/1.1 200 OK\r\netag: \"e\"\r\nlast-modified: {date}\r\ncontent-length: {length}\r\n\r\n{body}")
+        .ok()
+}

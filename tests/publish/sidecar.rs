@@ -1,0 +1,433 @@
+//! The whole of a job: the sidecar beside the build environment, a session, and what is published, or that nothing is.
+
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::ims_server::Fault;
+use crate::job::*;
+use crate::s3_server::Breaker;
+use crate::support::*;
+
+/// The programs of both containers.
+struct Running<'a> {
+    job: &'a Job,
+    sidecar: Option<Child>,
+    sshd: Child,
+}
+
+impl<'a> Running<'a> {
+    fn start(job: &'a Job, mode: Mode, further: &[(&'static str, &str)]) -> Self {
+        let sidecar = job.sidecar(mode, further).spawn().unwrap();
+        let config = job.sshd_config();
+        let options = format!("-E {} -f {config}", job.volume.sshd_log().display());
+        let mut variables = vec![("SSHD_OPTIONS", options.as_str()), ("SSHD_CONFIG_FILE", config.as_str())];
+        variables.extend(further.iter().filter(|(name, _)| ["IMS_ACTION", "ENABLE_DEBUG"].contains(name)));
+        let sshd = job.volume.entrypoint(mode, &variables).spawn().unwrap();
+        Self { job, sidecar: Some(sidecar), sshd }
+    }
+
+    fn open(job: &'a Job, mode: Mode) -> Self {
+        Self::start(job, mode, &[]).waiting_on_user()
+    }
+
+    fn waiting_on_user(self) -> Self {
+        wait_until("'waiting_on_user'", || self.job.ims.status() == "waiting_on_user");
+        // Whoever is told so connects at once, and takes a refusal for final.
+        std::net::TcpStream::connect(("127.0.0.1", self.job.volume.port)).expect("sshd listens");
+        self
+    }
+
+    fn ssh(&self, command: &str) -> Output {
+        let mut ssh = Command::new("ssh");
+        ssh.args([
+            "-F",
+            "none",
+            "-o",
+            "StrictHostKeyChecking=no",
+            "-o",
+            "UserKnownHostsFile=/dev/null",
+            "-o",
+            "BatchMode=yes",
+        ]);
+        ssh.args(["-o", "LogLevel=ERROR", "-p", &self.job.volume.port.to_string(), "-i"]).arg(&self.job.volume.key);
+        ssh.args(["root@127.0.0.1", command]).stdin(Stdio::null()).output().unwrap()
+    }
+
+    fn mark(&self, mode: Mode, verdict: &str) {
+        let place = if mode == Mode::Jailed { "/tmp".into() } else { self.job.volume.parent.display().to_string() };
+        self.ssh(&format!("touch {place}/{verdict}"));
+    }
+
+    /// The sidecar's end.
+    fn end(mut self) -> Output {
+        self.sidecar.take().unwrap().wait_with_output().unwrap()
+    }
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        if let Some(mut sidecar) = self.sidecar.take() {
+            let _ = sidecar.kill();
+            let _ = sidecar.wait();
+        }
+        let _ = kill(Pid::from_raw(self.sshd.id().cast_signed()), Signal::SIGTERM);
+        let _ = self.sshd.wait();
+        if std::thread::panicking() {
+            eprintln!(
+                "--- the environment's log\n{}",
+                std::fs::read_to_string(self.job.volume.log()).unwrap_or_default()
+            );
+        }
+    }
+}
+
+const CUSTOMIZED: [&str; 3] = ["waiting_on_user", "packaging_artifacts", "success"];
+
+#[test]
+fn a_customized_image_is_published_jailed_and_plain() {
+    for mode in MODES {
+        let job = Job::new();
+        let dir = job.volume.dir.path();
+        std::fs::create_dir(dir.join("ca")).unwrap();
+        std::fs::write(dir.join("ca/certificate_authority.crt"), "authority").unwrap();
+        std::os::unix::fs::symlink("/run/netconfig/resolv.conf", job.volume.image_root.join("etc/resolv.conf"))
+            .unwrap();
+        let running = Running::open(&job, mode);
+        let root = if mode == Mode::Jailed { String::new() } else { job.volume.image_root.display().to_string() };
+        let said = running.ssh(&format!("cat {root}/etc/resolv.conf; echo new > {root}/etc/motd"));
+        assert_eq!(text(said.stdout), std::fs::read_to_string("/etc/resolv.conf").unwrap());
+        running.mark(mode, "complete");
+        let output = running.end();
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        assert_eq!(job.ims.statuses(), CUSTOMIZED);
+        job.is_published(&output);
+        let published = job.unpacked();
+        assert_eq!(std::fs::read_to_string(published.join("etc/motd")).unwrap(), "new\n");
+        assert_eq!(
+            std::fs::read_link(published.join("etc/resolv.conf")).unwrap(),
+            Path::new("/run/netconfig/resolv.conf")
+        );
+        assert_eq!(
+            std::fs::read_to_string(published.join("etc/cray/ca/certificate_authority.crt")).unwrap(),
+            "authority"
+        );
+        assert!(!published.join("tmp/complete").exists());
+    }
+}
+
+#[test]
+fn the_calls_of_ims_come_in_the_contracts_order() {
+    let job = Job::new();
+    let running = Running::open(&job, Mode::Plain);
+    running.mark(Mode::Plain, "complete");
+    assert!(running.end().status.success());
+    let state = job.ims.state();
+    let id = state.images.keys().next().unwrap().clone();
+    let job_path = format!("/jobs/{}", crate::ims_server::JOB);
+    let calls: Vec<_> = state
+        .changes
+        .iter()
+        .map(|(method, path, body)| {
+            let fields: Vec<_> = body.as_object().unwrap().keys().cloned().collect();
+            format!("{method} {path} {}", fields.join(","))
+        })
+        .collect();
+    let expected = [
+        format!("PATCH {job_path} status"),
+        format!("PATCH {job_path} status"),
+        "POST /images arch,name".into(),
+        format!("PATCH /images/{id} link"),
+        format!("PATCH {job_path} resultant_image_id"),
+        format!("PATCH {job_path} status"),
+    ];
+    assert_eq!(calls, expected);
+}
+
+#[test]
+fn a_failed_customization_is_an_error_and_publishes_nothing() {
+    for mode in MODES {
+        let job = Job::new();
+        let running = Running::open(&job, mode);
+        running.mark(mode, "failed");
+        let output = running.end();
+        assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+        assert_eq!(job.ims.statuses(), ["waiting_on_user", "error"]);
+        job.nothing_is_left();
+        assert!(!job.volume.parent.join("compute-ö.sqsh").exists());
+    }
+}
+
+#[test]
+fn name_servers_that_somebody_has_put_in_stay() {
+    let job = Job::new();
+    std::fs::write(job.volume.image_root.join("etc/resolv.conf"), "nameserver 203.0.113.1\n").unwrap();
+    let running = Running::open(&job, Mode::Jailed);
+    // As Ansible's template does: by a rename.
+    let said = running.ssh("echo nameserver 198.51.100.1 > /etc/new && mv /etc/new /etc/resolv.conf");
+    assert!(said.status.success(), "{said:?}");
+    running.mark(Mode::Jailed, "complete");
+    assert!(running.end().status.success());
+    assert_eq!(std::fs::read_to_string(job.unpacked().join("etc/resolv.conf")).unwrap(), "nameserver 198.51.100.1\n");
+}
+
+#[test]
+fn a_missing_kernel_is_an_error_with_what_there_is() {
+    let job = Job::new();
+    std::fs::rename(job.volume.image_root.join("boot/vmlinuz"), job.volume.image_root.join("boot/bzImage")).unwrap();
+    let running = Running::open(&job, Mode::Plain);
+    running.mark(Mode::Plain, "complete");
+    let output = running.end();
+    assert_eq!(output.status.code(), Some(1));
+    let report = report(&output);
+    assert_eq!(report["result"], "failure");
+    assert!(report["error"].as_str().unwrap().contains("/boot holds bzImage, initrd"), "{report}");
+    assert_eq!(job.ims.statuses().last().unwrap(), "error");
+    job.nothing_is_left();
+}
+
+#[test]
+fn a_build_that_succeeded_is_published_without_a_shell() {
+    let job = Job::laid_out("build/image-root");
+    let output = job.sidecar(Mode::Plain, &[("IMS_ACTION", "create")]).output().unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert_eq!(job.ims.statuses(), ["packaging_artifacts", "success"]);
+    job.is_published(&output);
+}
+
+#[test]
+fn a_build_that_failed_is_an_error_or_gets_its_shell() {
+    let job = Job::laid_out("build/image-root");
+    job.volume.touch("build_failed");
+    let output = job.sidecar(Mode::Plain, &[("IMS_ACTION", "create")]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(job.ims.statuses(), ["error"]);
+    job.nothing_is_left();
+    for (verdict, code, status) in [("failed", 1, "error"), ("complete", 0, "success")] {
+        let job = Job::laid_out("build/image-root");
+        job.volume.touch("build_failed");
+        let further = [("IMS_ACTION", "create"), ("ENABLE_DEBUG", "True")];
+        let running = Running::start(&job, Mode::Plain, &further).waiting_on_user();
+        running.mark(Mode::Plain, verdict);
+        let output = running.end();
+        assert_eq!(output.status.code(), Some(code), "{}", text(&output.stderr));
+        assert_eq!(job.ims.status(), status);
+    }
+}
+
+#[test]
+fn what_cannot_go_well_is_an_error_and_never_waited_for() {
+    let job = Job::new();
+    let began = Instant::now();
+    let output = job.sidecar(Mode::Plain, &[("IMS_START_LIMIT", "1")]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("it has been gone for 1 s"), "{}", text(&output.stderr));
+    assert_eq!(job.ims.statuses(), ["error"]);
+    assert!(job.volume.signal("failed").exists() && began.elapsed() < Duration::from_secs(5));
+
+    let job = Job::new();
+    job.volume.touch("pod_error");
+    let output = job.sidecar(Mode::Plain, &[]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(report(&output)["error"].as_str().unwrap().contains("pod_error"));
+    assert_eq!(job.ims.statuses(), ["error"]);
+
+    let job = Job::new();
+    let output = job.sidecar(Mode::Plain, &[("IMS_ACTION", "destroy")]).output().unwrap();
+    assert_ne!(output.status.code(), Some(0));
+    assert!(report(&output)["error"].as_str().unwrap().contains("IMS_ACTION is 'destroy'"));
+    assert_eq!(job.ims.statuses(), ["error"]);
+}
+
+#[test]
+fn an_environment_that_was_killed_is_noticed_in_seconds() {
+    let job = Job::new();
+    let mut running = Running::open(&job, Mode::Plain);
+    running.sshd.kill().unwrap();
+    running.sshd.wait().unwrap();
+    let began = Instant::now();
+    let output = running.end();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(began.elapsed() < Duration::from_secs(8));
+    assert_eq!(job.ims.statuses(), ["waiting_on_user", "error"]);
+    // Its sshd lives on without it; the next environment on this volume ends it.
+    let mut next = job
+        .volume
+        .entrypoint(
+            Mode::Plain,
+            &[
+                ("SSHD_CONFIG_FILE", ""),
+                ("SSHD_OPTIONS", &format!("-E {} -f {}", job.volume.sshd_log().display(), job.sshd_config())),
+            ],
+        )
+        .spawn()
+        .unwrap();
+    next.wait().unwrap();
+}
+
+#[test]
+fn a_sidecar_that_is_asked_to_end_closes_the_environment_and_tells() {
+    let job = Job::new();
+    let mut running = Running::open(&job, Mode::Jailed);
+    let sidecar = running.sidecar.take().unwrap();
+    let began = Instant::now();
+    kill(Pid::from_raw(sidecar.id().cast_signed()), Signal::SIGTERM).unwrap();
+    let output = sidecar.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(143), "{}", text(&output.stderr));
+    assert!(began.elapsed() < Duration::from_secs(4));
+    assert_eq!(job.ims.statuses(), ["waiting_on_user", "error"]);
+    assert!(job.volume.signal("exiting").exists());
+    job.nothing_is_left();
+}
+
+#[test]
+fn errors_lost_answers_and_expired_tokens_of_ims_are_overcome() {
+    let job = Job::new();
+    for (request, fault) in [
+        ("PATCH /jobs", Fault::Status(503)),
+        ("PATCH /jobs", Fault::LostAnswer),
+        ("POST /token", Fault::Status(500)),
+        ("POST /images", Fault::LostAnswer),
+        ("GET /images", Fault::ExpiredToken),
+        ("PATCH /images", Fault::ExpiredToken),
+        ("PATCH /images", Fault::LostAnswer),
+        ("GET /jobs", Fault::Silence),
+    ] {
+        job.ims.fail(request, fault);
+    }
+    let running = Running::open(&job, Mode::Plain);
+    running.mark(Mode::Plain, "complete");
+    let output = running.end();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    job.is_published(&output);
+    assert!(job.ims.state().tokens > 1);
+}
+
+#[test]
+fn an_ims_that_refuses_is_told_with_its_own_words_and_nothing_stays() {
+    let job = Job::new();
+    job.ims.fail("PATCH /images", Fault::Status(400));
+    let running = Running::open(&job, Mode::Plain);
+    running.mark(Mode::Plain, "complete");
+    let output = running.end();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(report(&output)["error"].as_str().unwrap().contains("400 Bad Request: Out of order"), "{output:?}");
+    assert_eq!(job.ims.status(), "error");
+    job.nothing_is_left();
+}
+
+#[test]
+fn an_ims_that_is_gone_is_given_up_in_time() {
+    let job = Job::new();
+    for _ in 0..100 {
+        job.ims.fail("GET /jobs", Fault::Status(503));
+    }
+    let began = Instant::now();
+    let output = job.sidecar(Mode::Plain, &[("IMS_RETRY_LIMIT", "2")]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("IMS_RETRY_LIMIT"), "{}", text(&output.stderr));
+    assert!(began.elapsed() < Duration::from_secs(6));
+    assert_eq!(job.ims.status(), "error");
+}
+
+#[test]
+fn a_store_that_refuses_leaves_neither_objects_nor_a_record() {
+    let job = Job::new();
+    let running = Running::start(&job, Mode::Plain, &[("S3_BUCKET", "no-such-bucket")]).waiting_on_user();
+    running.mark(Mode::Plain, "complete");
+    let output = running.end();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(report(&output)["error"].as_str().unwrap().contains("cannot upload s3://no-such-bucket/"), "{output:?}");
+    assert_eq!(job.ims.status(), "error");
+    job.nothing_is_left();
+}
+
+#[test]
+fn connections_to_the_store_that_break_are_overcome() {
+    let job = Job::new();
+    let random = feed(Command::new("head").args(["-c", "40M", "/dev/urandom"]), b"").stdout;
+    std::fs::write(job.volume.image_root.join("random"), random).unwrap();
+    let breaker = Breaker::start(&[0, 1, 20, 50, 100, 200, 300, 500, 100_000, 1_000_000, 2_000_000, 3_000_000], 1);
+    let running = Running::start(&job, Mode::Plain, &[("S3_ENDPOINT", breaker.endpoint.as_str())].map(|(n, v)| (n, v)))
+        .waiting_on_user();
+    running.mark(Mode::Plain, "complete");
+    let output = running.end();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert!(breaker.broken.load(std::sync::atomic::Ordering::Relaxed) >= 10);
+    // An upload whose beginning was answered into a broken connection cannot be known of: it is no object, and the bucket's rule removes it.
+    job.is_published(&output);
+}
+
+/// Kills the sidecar at a moment, and starts it again.
+fn killed_when(moment: &str, has_come: impl Fn(&Job) -> bool) {
+    let job = Job::new();
+    let random = feed(Command::new("head").args(["-c", "40M", "/dev/urandom"]), b"").stdout;
+    std::fs::write(job.volume.image_root.join("random"), random).unwrap();
+    let mut running = Running::start(&job, Mode::Plain, &[]);
+    let early = ["ready", "listening"].contains(&moment);
+    if !early {
+        wait_until("'waiting_on_user'", || job.ims.status() == "waiting_on_user");
+        job.volume.touch("complete");
+    }
+    let mut first = running.sidecar.take().unwrap();
+    wait_until(moment, || has_come(&job));
+    first.kill().unwrap();
+    first.wait().unwrap();
+    let parent = job.volume.parent.display().to_string();
+    wait_until("mksquashfs to end", || processes_with(&format!("mksquashfs {parent}")).is_empty());
+    let second = job.sidecar(Mode::Plain, &[]).spawn().unwrap();
+    running.sidecar = Some(second);
+    if early {
+        wait_until("'waiting_on_user'", || job.ims.status() == "waiting_on_user");
+        job.volume.touch("complete");
+    }
+    let output = running.end();
+    assert!(output.status.success(), "{moment}: {}", text(&output.stderr));
+    if job.ims.state().changes.iter().filter(|(_, _, body)| body["status"] == "success").count() == 1
+        && !output.stdout.is_empty()
+    {
+        job.is_published(&output);
+    }
+    assert_eq!(job.ims.status(), "success", "{moment}");
+    assert_eq!(job.ims.state().images.len(), 1, "{moment}: one image, and no orphan");
+    assert_eq!(job.bucket.keys().len(), 5, "{moment}: {:?}", job.bucket.keys());
+    assert!(!job.ims.statuses().contains(&"error".to_owned()));
+}
+
+#[test]
+fn killed_before_the_image_is_packed_it_goes_on() {
+    killed_when("ready", |job| job.volume.signal("ready").exists());
+    killed_when("listening", |job| job.ims.status() == "waiting_on_user");
+    killed_when("closing", |job| job.volume.signal("exiting").exists());
+    killed_when("packing", |job| job.volume.parent.join("compute-ö.sqsh.part").exists());
+}
+
+#[test]
+fn killed_while_the_image_is_published_it_goes_on_with_the_same_image() {
+    let done = |job: &Job, method: &str, path: &str| {
+        job.ims.state().changes.iter().any(|(m, p, _)| m == method && p.starts_with(path))
+    };
+    killed_when("packed", |job| job.volume.parent.join("compute-ö.sqsh").exists());
+    killed_when("registered", |job| done(job, "POST", "/images"));
+    killed_when("uploading", |job| !job.bucket.keys().is_empty() || job.bucket.begun() > 0);
+    killed_when("uploaded", |job| job.bucket.keys().iter().any(|key| key.ends_with("manifest.json")));
+    killed_when("linked", |job| done(job, "PATCH", "/images"));
+    killed_when("success", |job| job.ims.status() == "success");
+}
+
+#[test]
+fn without_ims_and_store_the_packed_image_stays_on_the_volume() {
+    let job = Job::new();
+    let nowhere = ["IMS_URL", "OAUTH_CONFIG_DIR", "S3_BUCKET", "S3_ENDPOINT", "S3_ACCESS_KEY", "S3_SECRET_KEY"];
+    let further: Vec<_> = nowhere.map(|name| (name, "")).into();
+    let running = Running::start(&job, Mode::Plain, &further);
+    wait_until("sshd", || job.volume.signal("sshd_listening").exists());
+    running.mark(Mode::Plain, "complete");
+    let output = running.end();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert!(job.volume.parent.join("compute-ö.sqsh").exists());
+    assert!(text(&output.stderr).contains("no store is named"), "{}", text(&output.stderr));
+}
