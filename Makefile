@@ -12,6 +12,7 @@ AS_ROOT := $(if $(SUDO),--config "target.'cfg(all())'.runner='sudo -E'")
 
 RUN_PACKAGES := openssh-server openssh-client openssh-sftp-server mmdebstrap busybox-static
 TEST_PACKAGES := $(RUN_PACKAGES) rsync python3-paramiko strace bindfs \
+	qemu-user-static rpm musl-tools \
 	podman runc catatonit squashfs-tools ansible-core python3-venv
 BENCH_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev bubblewrap
 
@@ -27,7 +28,7 @@ IMAGE ?= ims-sshd:$(VERSION)
 .PHONY: run build test bench image install-run install-test install-bench
 
 run: install-run build
-	$(SUDO) tests/image-roots $(CACHE)
+	$(SUDO) tests/image-roots $(CACHE) debian
 	[ -e $(IMAGE_ROOT) ] || $(SUDO) cp -aT $(CACHE)/debian $(IMAGE_ROOT)
 	cargo $(AS_ROOT) run --release --locked --quiet --bin ims-sshd -- customize $(IMAGE_ROOT)
 
@@ -35,13 +36,13 @@ build:
 	cargo build --release --locked
 
 test: install-test
-	$(SUDO) tests/image-roots $(CACHE)
+	$(SUDO) tests/image-roots $(CACHE) debian busybox debian-arm64 rpm musl distroless node
 	$(SUDO) tests/kubernetes-schemas $(CACHE)
 	$(SUDO) tests/container-images $(CACHE) $(VERSION) $(IMAGE_COMMIT)
 	IMS_SSHD_CACHE=$(CACHE) cargo $(AS_ROOT) test --locked
 
 bench: install-bench build
-	$(SUDO) tests/image-roots $(CACHE)
+	$(SUDO) tests/image-roots $(CACHE) debian busybox
 	IMS_SSHD_CACHE=$(CACHE) cargo $(AS_ROOT) bench --locked
 
 image:

@@ -39,6 +39,31 @@ pub enum Image {
     Debian,
     /// A static busybox and a passwd file, copied.
     Busybox,
+    /// Debian for aarch64, as an overlay too, as are the following.
+    DebianArm64,
+    /// An image of rpm packages.
+    Rpm,
+    /// Busybox and musl, in the manner of Alpine's.
+    Musl,
+    /// One static program.
+    Distroless,
+    /// Debian with what people use at a terminal and tools use over SSH.
+    Node,
+}
+
+impl Image {
+    /// The name of its folder, and of its recipe in tests/image-roots.d.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Debian => "debian",
+            Self::Busybox => "busybox",
+            Self::DebianArm64 => "debian-arm64",
+            Self::Rpm => "rpm",
+            Self::Musl => "musl",
+            Self::Distroless => "distroless",
+            Self::Node => "node",
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,21 +115,18 @@ impl Volume {
         let parent = dir.path().join("parent");
         let image_root = parent.join(below);
         std::fs::create_dir_all(&image_root).unwrap();
+        let original = cache().join(image.name());
         match image {
-            Image::Debian => {
+            Image::Busybox => {
+                succeed(Command::new("cp").arg("-aT").arg(original).arg(&image_root));
+            }
+            _ => {
                 let (upper, work) = (dir.path().join("upper"), dir.path().join("work"));
                 std::fs::create_dir(&upper).unwrap();
                 std::fs::create_dir(&work).unwrap();
-                let options = format!(
-                    "lowerdir={},upperdir={},workdir={}",
-                    cache().join("debian").display(),
-                    upper.display(),
-                    work.display()
-                );
+                let options =
+                    format!("lowerdir={},upperdir={},workdir={}", original.display(), upper.display(), work.display());
                 succeed(Command::new("mount").args(["-t", "overlay", "-o", &options, "overlay"]).arg(&image_root));
-            }
-            Image::Busybox => {
-                succeed(Command::new("cp").arg("-aT").arg(cache().join("busybox")).arg(&image_root));
             }
         }
         let key = client_key();
@@ -344,6 +366,16 @@ pub fn succeed(command: &mut Command) -> String {
 
 pub fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// Gives apt in the image what this machine's apt needs to reach its mirrors, such as a proxy.
+pub fn share_apts_settings(environment: &Environment) {
+    let settings = succeed(Command::new("apt-config").arg("dump"));
+    let of_mirrors = |line: &&str| line.starts_with("Acquire::http") || line.starts_with("Acquire::Check-");
+    let mut kept: String = settings.lines().filter(of_mirrors).flat_map(|line| [line, "\n"]).collect();
+    // Half of what an update fetches, and nothing that is read here.
+    kept += "Acquire::Languages \"none\";\n";
+    std::fs::write(environment.image_root.join("etc/apt/apt.conf.d/99mirrors"), kept).unwrap();
 }
 
 /// All paths below `folder`, itself included, in order.

@@ -147,10 +147,11 @@ fn long(environment: &Environment, which: u32) -> String {
     (u32::from(environment.port) * 10 + 1_000_000 + which).to_string()
 }
 
-/// The processes that are `sleep seconds` and nothing more.
+/// The processes that are `sleep seconds` and nothing more, or the interpreter of such a one.
 fn sleeping(seconds: &str) -> Vec<u32> {
-    let exactly = format!("sleep\0{seconds}\0");
-    let is_it = |pid: &u32| std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line == exactly.as_bytes());
+    let exactly = format!("\0sleep\0{seconds}\0");
+    let line = |pid: &u32| std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let is_it = |pid: &u32| format!("\0{}", line(pid)).ends_with(&exactly);
     processes_with(&format!("sleep {seconds}")).into_iter().filter(is_it).collect()
 }
 
@@ -285,6 +286,7 @@ fn no_shell_complains_about_the_terminal_and_all_control_jobs() {
     set_root_shell(&jailed, "/bin/dash");
     controls_jobs(&jailed, "dash");
     controls_jobs(&busybox, "busybox");
+    controls_jobs(&Environment::open(Image::DebianArm64, Mode::Jailed), "bash");
 }
 
 fn controls_jobs(environment: &Environment, shell: &str) {
