@@ -17,7 +17,8 @@ use ims_sshd::session::request::Request;
 const USAGE: &str = "\
 Makes a jail around an image root, or enters it. Started by ims-sshd and by sshd, not by hand.
 
-  ims-jail-shell init --tier TIER --root FOLDER [--dkms] [--proc-of-container] [--resolv-conf FILE] [--sftp NAME=FILE]...
+  ims-jail-shell init --tier TIER --root FOLDER [--dkms] [--proc-of-container] [--hostname NAME] [--resolv-conf FILE]
+      [--sftp NAME=FILE]...
       make the jail around the working folder, which messages call FOLDER, and be its first process; standard input is the socket to
       the supervisor
   ims-jail-shell session JAIL
@@ -62,6 +63,7 @@ fn init_plan(words: &[OsString]) -> Option<Plan> {
             "--root" => plan.image_root = words.next()?.into(),
             "--dkms" => plan.dkms = true,
             "--proc-of-container" => plan.proc = Proc::Container,
+            "--hostname" => plan.hostname = Some(words.next()?.into()),
             "--resolv-conf" => plan.resolv_conf = Some(words.next()?.into()),
             "--sftp" => {
                 let (name, file) = words.next()?.to_str()?.split_once('=')?;

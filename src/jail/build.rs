@@ -1,6 +1,7 @@
 //! Makes the jail around an image root, from inside its new namespaces. Read from top to bottom.
 
 use std::collections::HashMap;
+use std::ffi::OsString;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -28,6 +29,8 @@ pub struct Plan {
     pub image_root: PathBuf,
     /// Whether the job builds kernel modules.
     pub dkms: bool,
+    /// The jail's host name; the container's if there is none.
+    pub hostname: Option<OsString>,
     /// The file that is mounted on the image's /etc/resolv.conf.
     pub resolv_conf: Option<PathBuf>,
     /// sftp-server with its loader and libraries: (name below [`SFTP_FOLDER`], file of the container).
@@ -41,6 +44,9 @@ pub fn build(plan: &Plan) -> Result<()> {
     let place = Tree::open(Path::new(".")).attempt(|| format!("open the image root {shown}"))?;
     if plan.tier == Tier::Chroot {
         return mounts::change_root(&place).attempt(|| format!("change the root to {shown}"));
+    }
+    if let Some(name) = &plan.hostname {
+        nix::unistd::sethostname(name).attempt(|| format!("name the jail {}", name.display()))?;
     }
     // Before anything is mounted: what happens here must not appear in the container, nor the other way round.
     mounts::make_all_private().attempt(|| "cut the jail's mounts off from the container's")?;

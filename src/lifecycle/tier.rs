@@ -89,6 +89,7 @@ impl Ground {
             note_folder: &self.note_folder,
             dkms,
             job: None,
+            hostname: None,
             keep: Vec::new(),
             sftp: &[],
         };

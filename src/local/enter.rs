@@ -50,6 +50,7 @@ pub fn run(image_root: &Path, command: &[OsString]) -> Result<u8> {
         note_folder: &notes,
         dkms: false,
         job: None,
+        hostname: None,
         keep: Vec::new(),
         sftp: &[],
     };

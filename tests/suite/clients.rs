@@ -24,10 +24,10 @@ use std::process::Command;
 use crate::support::*;
 
 /// What can be asked for its version on this machine, by a shell line with `$CACHE`, in the order of the page.
-const VERSIONS: &[(&str, &str)] = &[];
+const VERSIONS: &[(&str, &str)] = &[("OpenSSH ssh", "ssh -V 2>&1"), ("git", "git --version")];
 
 /// The rows of each file.
-const SHOWN: &[&[Row]] = &[];
+const SHOWN: &[&[Row]] = &[crate::agent::ROWS];
 
 /// Where a session lands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

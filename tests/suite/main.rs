@@ -5,6 +5,7 @@
 // A test is read from top to bottom, once; what helps those who call a function is not for it.
 #![allow(clippy::pedantic)]
 
+mod agent;
 mod clients;
 mod close;
 mod escape;
@@ -15,6 +16,7 @@ mod hostile;
 mod image_untouched;
 mod lifecycle;
 mod local;
+mod look;
 mod racing;
 mod readers;
 mod readme;

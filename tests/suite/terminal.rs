@@ -40,7 +40,7 @@ impl Terminal {
         let mut started = Command::new("sh");
         started.args(["-c", "stty echo rows 31 cols 200; exec \"$@\"", "sh"]);
         started.arg(command.get_program()).args(command.get_args());
-        started.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?)))).env("TERM", "xterm");
+        started.env("TERM", "xterm").envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
         let limit = u64::try_from(LIMIT.as_millis()).unwrap();
         let session = spawn_with_options(started, Options::new().timeout_ms(Some(limit))).unwrap();
         Self { session, screen: String::new(), questions: 0 }
@@ -53,7 +53,12 @@ impl Terminal {
 
     /// `ssh` without a command, once the shell prompts.
     pub fn at_a_shell(environment: &Environment) -> Self {
-        let mut terminal = Self::with(&environment.ssh(&["-tt", "-e", "none"]));
+        Self::at_a_shell_of(environment, "xterm")
+    }
+
+    /// The same, from a terminal of another kind.
+    pub fn at_a_shell_of(environment: &Environment, kind: &str) -> Self {
+        let mut terminal = Self::with(environment.ssh(&["-tt", "-e", "none"]).env("TERM", kind));
         terminal.wait_for_first_prompt();
         terminal
     }
