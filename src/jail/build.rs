@@ -67,6 +67,7 @@ pub fn build(plan: &Plan) -> Result<()> {
         match mount.target {
             "dev" if !plan.dkms => furnish_dev(&jail)?,
             "proc" if !plan.dkms => protect_kernel_files(&jail)?,
+            "run" => make_utmp(&jail)?,
             _ => {}
         }
     }
@@ -196,6 +197,13 @@ fn protect_kernel_files(jail: &Jail) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Nobody is logged in yet, as on a node that has just booted: screen, for one, complains if there is no such file to write to.
+fn make_utmp(jail: &Jail) -> Result<()> {
+    let attempted = || "make /run/utmp in the jail";
+    let (run, name) = jail.locate("run/utmp").attempt(attempted)?;
+    run.touch(name).attempt(attempted).map(|_| ())
 }
 
 /// Mounts `file` on the image's /etc/resolv.conf: on the file, or on the link itself, wherever that points.

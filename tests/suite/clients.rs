@@ -24,10 +24,24 @@ use std::process::Command;
 use crate::support::*;
 
 /// What can be asked for its version on this machine, by a shell line with `$CACHE`, in the order of the page.
-const VERSIONS: &[(&str, &str)] = &[("OpenSSH ssh", "ssh -V 2>&1"), ("git", "git --version")];
+const VERSIONS: &[(&str, &str)] = &[
+    ("OpenSSH ssh", "ssh -V 2>&1"),
+    ("git", "git --version"),
+    ("bash", "chroot $CACHE/node bash --version"),
+    ("dash", "chroot $CACHE/node dpkg-query -W dash"),
+    ("zsh", "chroot $CACHE/node dpkg-query -W zsh"),
+    ("fish", "chroot $CACHE/node dpkg-query -W fish"),
+    ("busybox sh", "chroot $CACHE/node busybox"),
+    ("vim", "chroot $CACHE/node dpkg-query -W vim"),
+    ("less", "chroot $CACHE/node dpkg-query -W less"),
+    ("top", "chroot $CACHE/node dpkg-query -W procps"),
+    ("tmux", "chroot $CACHE/node dpkg-query -W tmux"),
+    ("screen", "chroot $CACHE/node dpkg-query -W screen"),
+    ("su, sudo, script", "chroot $CACHE/node dpkg-query -W util-linux"),
+];
 
 /// The rows of each file.
-const SHOWN: &[&[Row]] = &[crate::agent::ROWS];
+const SHOWN: &[&[Row]] = &[crate::agent::ROWS, crate::people::ROWS];
 
 /// Where a session lands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -76,12 +76,7 @@ impl Client {
         // Root's home, of which the real one is not to be touched.
         let home = dir.join("home");
         std::fs::create_dir_all(home.join(".ssh")).unwrap();
-        let passwd = std::fs::read_to_string("/etc/passwd").unwrap();
-        let root = passwd.lines().find(|line| line.starts_with("root:")).unwrap();
-        let mut fields: Vec<_> = root.split(':').map(str::to_owned).collect();
-        fields[5] = home.display().to_string();
-        std::fs::write(dir.join("passwd"), passwd.replacen(root, &fields.join(":"), 1)).unwrap();
-        succeed(Command::new("mount").arg("--bind").arg(dir.join("passwd")).arg("/etc/passwd"));
+        replace_root(&volume, &home, "/bin/bash");
         let variables = format!("BASH_ENV={}/script\n", dir.display());
         std::fs::write(home.join(".ssh/environment"), variables).unwrap();
         std::fs::write(home.join(".ssh/rc"), format!("touch {}/rc\n", dir.display())).unwrap();

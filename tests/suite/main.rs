@@ -17,6 +17,7 @@ mod image_untouched;
 mod lifecycle;
 mod local;
 mod look;
+mod people;
 mod racing;
 mod readers;
 mod readme;

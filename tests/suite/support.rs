@@ -474,6 +474,18 @@ fn own_mounts() {
     }
 }
 
+/// Gives root of this machine, as this thread and what it starts see it, another home and shell.
+pub fn replace_root(volume: &Volume, home: &Path, shell: &str) {
+    let passwd = std::fs::read_to_string("/etc/passwd").unwrap();
+    let root = passwd.lines().find(|line| line.starts_with("root:")).unwrap();
+    let mut fields: Vec<_> = root.split(':').collect();
+    let home = home.display().to_string();
+    (fields[5], fields[6]) = (&home, shell);
+    let file = volume.dir.path().join("passwd");
+    std::fs::write(&file, passwd.replacen(root, &fields.join(":"), 1)).unwrap();
+    succeed(Command::new("mount").arg("--bind").arg(&file).arg("/etc/passwd"));
+}
+
 /// One key pair for all tests of a run.
 fn client_key() -> PathBuf {
     static KEY: OnceLock<(TempDir, PathBuf)> = OnceLock::new();
