@@ -12,6 +12,7 @@ AS_ROOT := $(if $(SUDO),--config "target.'cfg(all())'.runner='sudo -E'")
 
 RUN_PACKAGES := openssh-server openssh-client openssh-sftp-server mmdebstrap busybox-static
 TEST_PACKAGES := $(RUN_PACKAGES) rsync python3-paramiko strace bindfs \
+	acl attr fish git less libcap2-bin screen sshfs sudo tmux vim zsh \
 	qemu-user-static rpm musl-tools \
 	podman runc catatonit squashfs-tools ansible-core python3-venv
 BENCH_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev bubblewrap

@@ -55,6 +55,8 @@ fn the_clients_agent_lists_its_keys_and_signs(place: Place) {
     // More than are served at once.
     let many = says("for i in $(seq 40); do ssh-add -l & done; wait");
     assert_eq!(many, agent.keys.repeat(40));
+    // More than fits anywhere on the way, asked without waiting for answers.
+    assert_eq!(says(&format!("python3 -c \"{ASK_MANY}\"")), "20000\n");
     // One that hangs up without a word does not end the others'.
     let open =
         "import os, socket; s = socket.socket(socket.AF_UNIX); s.connect(os.environ['SSH_AUTH_SOCK']); s.send(b'\\0')";
@@ -89,6 +91,44 @@ fn git_fetches_with_the_clients_agent(place: Place) {
     assert_eq!((text(&output.stdout).as_str(), text(&output.stderr).as_str()), ("text", ""));
     let without = environment.ssh(&["-a"]).arg(clone).output().unwrap();
     assert!(text(&without.stderr).contains("Permission denied (publickey)"), "{without:?}");
+}
+
+/// Asks for the keys (draft-ietf-sshm-ssh-agent: a length of 4 bytes, then 11) and counts the answers.
+const ASK_MANY: &str = "
+import os, socket, struct, threading
+s = socket.socket(socket.AF_UNIX)
+s.connect(os.environ['SSH_AUTH_SOCK'])
+threading.Thread(target=s.sendall, args=(b'\\0\\0\\0\\1\\x0b' * 20000,)).start()
+answers = s.makefile('rb')
+kinds = [answers.read(struct.unpack('>I', answers.read(4))[0])[0] for _ in range(20000)]
+print(kinds.count(12))
+";
+
+#[test]
+fn what_is_planted_where_the_agents_socket_comes_leads_nowhere() {
+    for place in [Place::Namespace, Place::User] {
+        let environment = place.open(Image::Debian);
+        let agent = Agent::start(&environment);
+        // At every name that it may get: that of its process.
+        let plant = |what: &str| {
+            let next = succeed(Command::new("sh").args(["-c", "echo $$"]));
+            let most = std::fs::read_to_string("/proc/sys/kernel/pid_max").unwrap();
+            // Where numbers begin again: RESERVED_PIDS of Linux.
+            let numbers =
+                format!("(n if n < {most} else n - {most} + 300 for n in range({0}, {0} + 20000))", next.trim());
+            let names = format!("f'/run/ssh-agent.{{n}}' for n in {}", numbers.replace('\n', ""));
+            environment.says(&format!("python3 -c \"import os; [{what} for name in ({names})]\""));
+        };
+        plant("os.symlink('/root/made', name)");
+        let ask = "ssh-add -l; test -S $SSH_AUTH_SOCK && test ! -L $SSH_AUTH_SOCK && echo so";
+        assert_eq!(text(agent.bring(&environment, &[], ask).stdout), format!("{}so\n", agent.keys), "{place:?}");
+        assert!(!environment.image_root.join("root/made").exists());
+        // With its place taken, a session does without.
+        plant("(os.path.lexists(name) and os.unlink(name), os.makedirs(name + '/in-it'))");
+        let said = agent.bring(&environment, &[], "echo ${SSH_AUTH_SOCK-none}; exit 7");
+        let (code, out, err) = (said.status.code(), text(said.stdout), text(said.stderr));
+        assert_eq!((code, out.as_str(), err.as_str()), (Some(7), "none\n", ""), "{place:?}");
+    }
 }
 
 #[test]

@@ -27,6 +27,12 @@ use crate::support::*;
 const VERSIONS: &[(&str, &str)] = &[
     ("OpenSSH ssh", "ssh -V 2>&1"),
     ("git", "git --version"),
+    ("OpenSSH sftp", "ssh -V 2>&1"),
+    ("OpenSSH scp", "ssh -V 2>&1"),
+    ("sshfs", "sshfs --version"),
+    ("rsync", "rsync --version"),
+    ("tar", "tar --version"),
+    ("setcap", "dpkg-query -W libcap2-bin"),
     ("bash", "chroot $CACHE/node bash --version"),
     ("dash", "chroot $CACHE/node dpkg-query -W dash"),
     ("zsh", "chroot $CACHE/node dpkg-query -W zsh"),
@@ -41,7 +47,7 @@ const VERSIONS: &[(&str, &str)] = &[
 ];
 
 /// The rows of each file.
-const SHOWN: &[&[Row]] = &[crate::agent::ROWS, crate::people::ROWS];
+const SHOWN: &[&[Row]] = &[crate::agent::ROWS, crate::transfers::ROWS, crate::people::ROWS];
 
 /// Where a session lands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -26,3 +26,4 @@ mod sessions;
 mod support;
 mod terminal;
 mod tiers;
+mod transfers;

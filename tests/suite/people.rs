@@ -7,6 +7,7 @@ use crate::support::*;
 use crate::terminal::{COMPLAINTS, PROMPT, Terminal, long, wait_in_front};
 
 crate::clients::shown! {
+    "OpenSSH ssh", "a terminal with `-t` and none with `-T`, in the client's locale" => a_terminal_is_there_if_it_is_asked_for;
     "bash", "as root's shell: job control, window size, a line of 10,000 characters, exit code" => bash_is_roots_shell;
     "dash", "as root's shell: job control, window size, exit code" => dash_is_roots_shell;
     "zsh", "as root's shell: job control, window size, a line of 10,000 characters, exit code" => zsh_is_roots_shell;
@@ -87,6 +88,25 @@ fn leave(mut terminal: Terminal) {
     for complaint in COMPLAINTS.into_iter().chain(["arning", "annot", "ould not", "unable"]) {
         assert!(!screen.contains(complaint), "'{complaint}' in:\n{screen}");
     }
+}
+
+fn a_terminal_is_there_if_it_is_asked_for(place: Place) {
+    let desk = Desk::new(place, "/bin/bash");
+    let ask = |option: &str| {
+        let mut ssh = desk.environment.ssh(&[option, "-o", "SendEnv=LC_ALL"]);
+        ssh.env("LC_ALL", "C.UTF-8").arg("tty; echo $TERM $LC_ALL; locale charmap; echo 'a line' >&2; exit 7");
+        ssh
+    };
+    let (code, screen) = Terminal::with(&ask("-t")).end();
+    assert!(code == 7 && screen.starts_with("/dev/pts/"), "{screen}");
+    assert!(screen.ends_with("\r\nxterm C.UTF-8\r\nUTF-8\r\na line\r\n"), "{screen}");
+    let without = ask("-T").output().unwrap();
+    // bash itself says so where nobody does.
+    let said = "not a tty\ndumb C.UTF-8\nUTF-8\n".to_owned();
+    assert_eq!(
+        (without.status.code(), text(without.stdout), text(without.stderr)),
+        (Some(7), said, "a line\n".to_owned())
+    );
 }
 
 fn is_roots_shell(place: Place, shell: &str, edits_long_lines: bool) {
