@@ -14,8 +14,9 @@ AS_ROOT := $(if $(SUDO),--config "target.'cfg(all())'.runner='sudo -E'")
 
 RUN_PACKAGES := openssh-server openssh-client openssh-sftp-server mmdebstrap busybox-static squashfs-tools cpio
 TEST_PACKAGES := $(RUN_PACKAGES) rsync python3-paramiko strace bindfs \
+	acl attr fish git less libcap2-bin screen sshfs sudo tmux vim zsh \
 	qemu-user-static rpm musl-tools \
-	podman runc catatonit ansible-core python3-venv xz-utils zstd libcap2-bin openssl
+	podman runc catatonit ansible-core python3-venv xz-utils zstd openssl
 BENCH_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev bubblewrap curl
 
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)
@@ -38,7 +39,7 @@ build:
 	cargo build --release --locked
 
 test: install-test
-	$(SUDO) tests/image-roots $(CACHE) debian busybox debian-arm64 rpm musl distroless
+	$(SUDO) tests/image-roots $(CACHE) debian busybox debian-arm64 rpm musl distroless node
 	$(SUDO) tests/kubernetes-schemas $(CACHE)
 	$(SUDO) tests/s3-server $(CACHE)
 	$(SUDO) tests/container-images $(CACHE) $(VERSION) $(IMAGE_COMMIT)

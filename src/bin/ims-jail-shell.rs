@@ -18,8 +18,8 @@ use ims_sshd::session::request::Request;
 const USAGE: &str = "\
 Makes a jail around an image root, or enters it. Started by ims-sshd and by sshd, not by hand.
 
-  ims-jail-shell init --tier TIER --root FOLDER [--dkms] [--emulate ARCHITECTURE] [--proc-of-container] [--resolv-conf FILE]
-                      [--sftp NAME=FILE]...
+  ims-jail-shell init --tier TIER --root FOLDER [--dkms] [--emulate ARCHITECTURE] [--proc-of-container] [--hostname NAME]
+                      [--resolv-conf FILE] [--sftp NAME=FILE]...
       make the jail around the working folder, which messages call FOLDER, and be its first process; standard input is the socket to
       the supervisor
   ims-jail-shell session JAIL
@@ -65,6 +65,7 @@ fn init_plan(words: &[OsString]) -> Option<Plan> {
             "--dkms" => plan.dkms = true,
             "--emulate" => plan.emulated = Some(Architecture::from_name(words.next()?.to_str()?)?),
             "--proc-of-container" => plan.proc = Proc::Container,
+            "--hostname" => plan.hostname = Some(words.next()?.into()),
             "--resolv-conf" => plan.resolv_conf = Some(words.next()?.into()),
             "--sftp" => {
                 let (name, file) = words.next()?.to_str()?.split_once('=')?;

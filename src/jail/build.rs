@@ -1,6 +1,7 @@
 //! Makes the jail around an image root, from inside its new namespaces. Read from top to bottom.
 
 use std::collections::HashMap;
+use std::ffi::OsString;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -31,6 +32,8 @@ pub struct Plan {
     pub dkms: bool,
     /// What the image's programs are for, if the jail has to see to it itself that they run.
     pub emulated: Option<Architecture>,
+    /// The jail's host name; the container's if there is none.
+    pub hostname: Option<OsString>,
     /// The file that is mounted on the image's /etc/resolv.conf.
     pub resolv_conf: Option<PathBuf>,
     /// sftp-server with its loader and libraries: (name below [`SFTP_FOLDER`], file of the container).
@@ -44,6 +47,9 @@ pub fn build(plan: &Plan) -> Result<()> {
     let place = Tree::open(Path::new(".")).attempt(|| format!("open the image root {shown}"))?;
     if plan.tier == Tier::Chroot {
         return mounts::change_root(&place).attempt(|| format!("change the root to {shown}"));
+    }
+    if let Some(name) = &plan.hostname {
+        nix::unistd::sethostname(name).attempt(|| format!("name the jail {}", name.display()))?;
     }
     // Before anything is mounted: what happens here must not appear in the container, nor the other way round.
     mounts::make_all_private().attempt(|| "cut the jail's mounts off from the container's")?;
@@ -64,6 +70,7 @@ pub fn build(plan: &Plan) -> Result<()> {
         match mount.target {
             "dev" if !plan.dkms => furnish_dev(&jail)?,
             "proc" if !plan.dkms => protect_kernel_files(&jail)?,
+            "run" => make_utmp(&jail)?,
             _ => {}
         }
     }
@@ -193,6 +200,13 @@ fn protect_kernel_files(jail: &Jail) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Nobody is logged in yet, as on a node that has just booted: screen, for one, complains if there is no such file to write to.
+fn make_utmp(jail: &Jail) -> Result<()> {
+    let attempted = || "make /run/utmp in the jail";
+    let (run, name) = jail.locate("run/utmp").attempt(attempted)?;
+    run.touch(name).attempt(attempted).map(|_| ())
 }
 
 /// Mounts `file` on the image's /etc/resolv.conf: on the file, or on the link itself, wherever that points.

@@ -10,6 +10,7 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::thread::CapabilitySet;
 
 use crate::error::{Advise, Attempt, Result};
+use crate::jail::agent::Agent;
 use crate::jail::record::Record;
 use crate::jail::tier::Tier;
 use crate::jail::{capabilities, refused_calls};
@@ -56,8 +57,14 @@ const PASSED_ON: [Signal; 8] = [
 ];
 
 /// Runs `inside` in a child, in the jail that was [`join`]ed; it ends in exec, or returns the exit code for that it could not.
-/// This process ends as the child does, with its exit code or dying of the same signal, after `ended` has been told how.
-pub fn run(record: &Record, ended: impl FnOnce(&WaitStatus), inside: impl FnOnce() -> u8) -> Result<Infallible> {
+/// This process ends as the child does, with its exit code or dying of the same signal, after `ended` has been told how. Until then it
+/// serves the client's `agent`.
+pub fn run(
+    record: &Record,
+    agent: Option<Agent>,
+    ended: impl FnOnce(&WaitStatus),
+    inside: impl FnOnce() -> u8,
+) -> Result<Infallible> {
     let mut held = PASSED_ON.to_vec();
     held.extend([Signal::SIGCHLD, Signal::SIGCONT]);
     let signals = Signals::hold(&held).attempt(|| "hold back signals")?;
@@ -65,7 +72,7 @@ pub fn run(record: &Record, ended: impl FnOnce(&WaitStatus), inside: impl FnOnce
     match fork().attempt(|| "start a process in the jail")? {
         Fork::Child => exit_now(start(record, &signals, &terminal, inside)),
         // At once: the client waits for this end, and freeing memory first would only copy pages shared with the child.
-        Fork::Parent(child) => exit_now(attend(child, &signals, &mut terminal, ended)),
+        Fork::Parent(child) => exit_now(attend(child, &signals, &mut terminal, agent, ended)),
     }
 }
 
@@ -94,10 +101,17 @@ fn start(record: &Record, signals: &Signals, terminal: &Terminal, inside: impl F
     }
 }
 
-/// The process in front: passes signals in, and the end out.
-fn attend(child: Pid, signals: &Signals, terminal: &mut Terminal, ended: impl FnOnce(&WaitStatus)) -> u8 {
+/// The process in front: passes signals in, the agent's words in and out, and the end out.
+fn attend(
+    child: Pid,
+    signals: &Signals,
+    terminal: &mut Terminal,
+    agent: Option<Agent>,
+    ended: impl FnOnce(&WaitStatus),
+) -> u8 {
     // It needs nothing any more but to send signals to a child that may have become another user.
     let _ = capabilities::hold_only(CapabilitySet::KILL);
+    let mut agent = agent.filter(|agent| agent.go_outside().is_ok());
     loop {
         loop {
             match waitpid(child, Some(WaitPidFlag::WNOHANG | WaitPidFlag::WUNTRACED)) {
@@ -105,6 +119,7 @@ fn attend(child: Pid, signals: &Signals, terminal: &mut Terminal, ended: impl Fn
                 Ok(WaitStatus::Stopped(_, signal)) => terminal.stopped(child, signal),
                 Ok(end) => {
                     ended(&end);
+                    agent.iter().for_each(Agent::remove);
                     terminal.take_back();
                     return end_like(end);
                 }
@@ -112,7 +127,13 @@ fn attend(child: Pid, signals: &Signals, terminal: &mut Terminal, ended: impl Fn
                 Err(_) => return 1,
             }
         }
-        let _ = rustix::event::poll(&mut [PollFd::new(signals, PollFlags::IN)], None);
+        let mut sources = vec![PollFd::new(signals, PollFlags::IN)];
+        sources.extend(agent.iter().flat_map(Agent::interests));
+        let _ = rustix::event::poll(&mut sources, None);
+        let ready: Vec<_> = sources[1..].iter().map(|source| !source.revents().is_empty()).collect();
+        if let Some(agent) = &mut agent {
+            agent.go_on(ready.into_iter());
+        }
         while let Ok(Some(signal)) = signals.next() {
             match signal {
                 Signal::SIGCHLD => {}

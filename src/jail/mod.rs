@@ -1,6 +1,7 @@
 //! The jail: the namespaces around the image root. Made once a job, entered by every session.
 
 pub mod additions;
+pub mod agent;
 pub mod architecture;
 pub mod binfmt;
 pub mod build;

@@ -78,9 +78,9 @@ impl Tier {
             Self::User => {
                 Some("device nodes in the image, ports below 1024 and ping unless the container allows them to all")
             }
-            Self::Chroot => {
-                Some("/proc, /sys, a named terminal and processes of its own; a session can leave the image root")
-            }
+            Self::Chroot => Some(
+                "/proc, /sys, a named terminal, a host name and processes of its own, the client's ssh-agent; a session can leave the image root",
+            ),
         }
     }
 }

@@ -108,7 +108,7 @@ pub fn configure_sshd(settings: &Settings, state: &StateFolder) -> Result<Effect
     let _ = std::fs::remove_file(&fragment);
     let base = Effective::ask(options, "root")?;
     let force_command = settings.jailed.then(|| force_command(state)).transpose()?;
-    let text = config::fragment(&settings.session_variables, &base, force_command.as_deref());
+    let text = config::fragment(&settings.session_variables, &base, settings.agent, force_command.as_deref());
     config::write(&fragment, &text)?;
     let before = std::fs::read(&settings.sshd_config).attempt(|| format!("read {shown}"))?;
     let after = config::including(&before, &fragment);
@@ -168,6 +168,7 @@ pub fn make_jail(
         dkms: settings.dkms,
         emulated,
         job: settings.job.as_deref(),
+        hostname: settings.hostname.as_deref(),
         keep: names.chain(effective.accept_env().map(str::to_owned)).collect(),
         sftp,
     };

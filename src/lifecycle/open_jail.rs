@@ -39,6 +39,8 @@ pub struct Wanted<'a> {
     pub emulated: Option<Architecture>,
     /// The IMS job.
     pub job: Option<&'a str>,
+    /// The host name in the jail, if another than the container's.
+    pub hostname: Option<&'a str>,
     /// Variables that sessions keep.
     pub keep: Vec<String>,
     /// sshd's sftp-server with what it needs; none if there are no sftp sessions.
@@ -230,6 +232,9 @@ fn start(wanted: &Wanted<'_>, resolv_conf: Option<PathBuf>) -> Result<(Pid, Link
     }
     if wanted.proc == Proc::Container {
         command.arg("--proc-of-container");
+    }
+    if let Some(name) = wanted.hostname {
+        command.args(["--hostname", name]);
     }
     if let Some(file) = resolv_conf {
         command.arg("--resolv-conf").arg(file);

@@ -21,6 +21,8 @@ pub enum Action {
 
 /// Everything that decides on a build environment.
 #[derive(Debug, Clone)]
+// Each is a variable that says yes or no.
+#[allow(clippy::struct_excessive_bools)]
 pub struct Settings {
     /// `IMS_ACTION`.
     pub action: Action,
@@ -38,6 +40,10 @@ pub struct Settings {
     pub tier: Option<Tier>,
     /// `JOB_ENABLE_DKMS`.
     pub dkms: bool,
+    /// `IMS_JAIL_HOSTNAME`: the jail's host name; the container's if there is none.
+    pub hostname: Option<String>,
+    /// `IMS_AGENT_FORWARDING`: whether clients may bring their ssh-agent, as far as sshd lets them.
+    pub agent: bool,
     /// `ENABLE_DEBUG`.
     pub debug: bool,
     /// `BUILD_ARCH`.
@@ -95,6 +101,8 @@ impl Settings {
         let debug = reader.choice("ENABLE_DEBUG", &truth, Case::Any).unwrap_or(false);
         let architecture = reader.choice("BUILD_ARCH", &Architecture::ALL.map(|a| (a.name(), a)), Case::Exact);
         let tier = reader.tier();
+        let hostname = reader.host_name("IMS_JAIL_HOSTNAME");
+        let agent = reader.choice("IMS_AGENT_FORWARDING", &truth, Case::Any).unwrap_or(true);
         let close_grace = reader.seconds("IMS_CLOSE_GRACE").unwrap_or(DEFAULT_GRACE);
         let idle_limit = reader.seconds("IMS_IDLE_LIMIT");
         let session_limit = reader.seconds("IMS_SESSION_LIMIT");
@@ -115,6 +123,8 @@ impl Settings {
                 jailed,
                 tier,
                 dkms,
+                hostname,
+                agent,
                 debug,
                 architecture,
                 job,
@@ -205,6 +215,24 @@ impl Reader {
         self.choice("IMS_JAIL_TIER", &choices, Case::Exact).flatten()
     }
 
+    fn host_name(&mut self, name: &str) -> Option<String> {
+        let value = self.text(name)?;
+        let is_label = |label: &str| {
+            !label.is_empty()
+                && !label.starts_with('-')
+                && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
+        };
+        // What sethostname takes.
+        if value.len() <= 64 && value.split('.').all(is_label) {
+            return Some(value);
+        }
+        self.complaints.push(format!(
+            "{name} is '{}': expected at most 64 letters, digits, dots and dashes, as in host names",
+            value.escape_debug()
+        ));
+        None
+    }
+
     pub(crate) fn seconds(&mut self, name: &str) -> Option<Duration> {
         let value = self.text(name)?;
         let seconds = value.parse().ok().map(Duration::from_secs);
@@ -272,6 +300,8 @@ mod tests {
             ("IMS_CLOSE_GRACE", "soon", "whole seconds"),
             ("IMS_IDLE_LIMIT", "1h", "whole seconds"),
             ("IMS_SESSION_LIMIT", "1.5", "whole seconds"),
+            ("IMS_JAIL_HOSTNAME", "node_1", "as in host names"),
+            ("IMS_AGENT_FORWARDING", "no", "'true' or 'false'"),
             ("IMS_JAIL_TIER", "strong", "'auto' or 'namespace' or 'user' or 'chroot'"),
             ("SSHD_OPTIONS", "-D", "background"),
             ("IMS_JOB_ID", "a\nSetEnv X=1", "one line"),

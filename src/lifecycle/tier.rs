@@ -90,6 +90,7 @@ impl Ground {
             dkms,
             emulated: None,
             job: None,
+            hostname: None,
             keep: Vec::new(),
             sftp: &[],
         };

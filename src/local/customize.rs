@@ -171,9 +171,10 @@ fn open(wanted: &Customization, image_root: &Path) -> Result<u8> {
         ),
         ("CUSTOMIZATION_SCRIPT", script.unwrap_or_default().into()),
     ];
-    let passed_on = ["IMS_CLOSE_GRACE", "IMS_JAIL_TIER", "JOB_ENABLE_DKMS"]
-        .into_iter()
-        .filter_map(|n| Some((n.into(), std::env::var_os(n)?)));
+    let passed_on =
+        ["IMS_AGENT_FORWARDING", "IMS_CLOSE_GRACE", "IMS_JAIL_HOSTNAME", "IMS_JAIL_TIER", "JOB_ENABLE_DKMS"]
+            .into_iter()
+            .filter_map(|n| Some((n.into(), std::env::var_os(n)?)));
     let variables =
         variables.map(|(name, value): (&str, std::ffi::OsString)| (name.into(), value)).into_iter().chain(passed_on);
     let settings = lifecycle::settings::Settings::read(Some(run.path().to_owned()), variables)?;

@@ -53,6 +53,7 @@ pub fn run(image_root: &Path, command: &[OsString]) -> Result<u8> {
         dkms: false,
         emulated: emulation.in_jail,
         job: None,
+        hostname: None,
         keep: Vec::new(),
         sftp: &[],
     };

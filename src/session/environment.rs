@@ -11,23 +11,33 @@ const KEPT: &[&str] = &["TERM", "COLORTERM", "LANG", "LANGUAGE", "LC_*", "SSH_*"
 /// Names that belong to the container although they look like the client's: they point to files outside the jail.
 const DROPPED: &[&str] = &["SSH_AUTH_SOCK", "SSH_USER_AUTH", "SSH_ORIGINAL_COMMAND", "SSH_ASKPASS"];
 
+/// Names that say something of the client or of the job, which no file of the image knows.
+const RESERVED: &[&str] = &["SSH_*", "IMS_*"];
+
+/// Of the names that a session has already, those that /etc/environment of the image changes, as on the booted image: there, too, its
+/// locale comes before the client's.
+const CHANGED: &[&str] = &["PATH", "MAIL", "LANG", "LANGUAGE", "LC_*", "SYSTEMD_OFFLINE"];
+
 /// What a login on the booted image would find before its profile is read.
 pub const LOGIN_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// A session's variables: those of `given` that match [`KEPT`] or `keep` (names that the server's configuration gives), then those of
-/// the account. What belongs to the container (its PATH, HOME, `LD_*`, `BASH_ENV` and all the rest) does not come in.
+/// the account, then those of the image's /etc/environment that take nothing from the client and the job. What belongs to the container (its PATH, HOME, `LD_*`, `BASH_ENV` and all the rest) does not come in.
 pub fn session_environment(
     given: impl IntoIterator<Item = (OsString, OsString)>,
     account: &Account,
     keep: &[String],
+    of_image: Vec<(OsString, OsString)>,
 ) -> Vec<(OsString, OsString)> {
-    let own: [(&str, &OsStr); 6] = [
+    let own: [(&str, &OsStr); 7] = [
         ("USER", account.name.as_ref()),
         ("LOGNAME", account.name.as_ref()),
         ("HOME", account.home.as_ref()),
         ("SHELL", account.shell.as_ref()),
         ("PATH", LOGIN_PATH.as_ref()),
         ("MAIL", "/var/mail/root".as_ref()),
+        // No systemd runs here, and systemctl says and does what it does in a chroot, where scripts of packages expect it to end well.
+        ("SYSTEMD_OFFLINE", "1".as_ref()),
     ];
     let is_kept = |name: &OsStr| {
         let matches = |pattern: &str| matches(pattern.as_bytes(), name.as_bytes());
@@ -43,6 +53,14 @@ pub fn session_environment(
         }
     }
     environment.extend(own.map(|(name, value)| (name.into(), value.to_owned())));
+    for (name, value) in of_image {
+        let is_among = |patterns: &[&str]| patterns.iter().any(|p| matches(p.as_bytes(), name.as_bytes()));
+        match environment.iter_mut().find(|(known, _)| *known == name) {
+            Some((_, known)) if is_among(CHANGED) => *known = value,
+            None if !is_among(RESERVED) => environment.push((name, value)),
+            _ => {}
+        }
+    }
     environment
 }
 
@@ -85,7 +103,7 @@ mod tests {
         let given = given.iter().map(|(n, v)| ((*n).into(), (*v).into()));
         let keep: Vec<_> = keep.iter().map(|k| (*k).to_owned()).collect();
         let text = |s: OsString| s.into_string().unwrap();
-        session_environment(given, &account, &keep).into_iter().map(|(n, v)| (text(n), text(v))).collect()
+        session_environment(given, &account, &keep, Vec::new()).into_iter().map(|(n, v)| (text(n), text(v))).collect()
     }
 
     #[test]
@@ -118,11 +136,24 @@ mod tests {
             ("SHELL", "/bin/zsh"),
             ("PATH", LOGIN_PATH),
             ("MAIL", "/var/mail/root"),
+            ("SYSTEMD_OFFLINE", "1"),
         ]
         .map(|(n, v)| (n.to_owned(), v.to_owned()))
         .into();
         wanted.sort();
         assert_eq!(got, wanted);
+    }
+
+    #[test]
+    fn the_images_file_gives_what_neither_the_client_nor_the_job_nor_the_account_has_and_the_locale() {
+        let given = [("TERM", "xterm"), ("LANG", "client"), ("REMOTE_BUILD_NODE", "job"), ("SSH_CLIENT", "a")];
+        let of_image = "TERM LANG LC_ALL REMOTE_BUILD_NODE SSH_CLIENT SSH_AUTH_SOCK IMS_X HOME USER PATH NEW";
+        let pair = |(name, value): (&str, &str)| (name.into(), value.into());
+        let of_image = of_image.split(' ').map(|name| pair((name, "image"))).collect();
+        let got =
+            session_environment(given.map(pair), &Account::parse(b"", b""), &["REMOTE_BUILD_NODE".into()], of_image);
+        let changed = got.iter().filter(|(_, value)| value == "image").map(|(name, _)| name.to_str().unwrap());
+        assert_eq!(changed.collect::<Vec<_>>(), ["LANG", "PATH", "LC_ALL", "NEW"]);
     }
 
     #[test]
@@ -188,6 +219,7 @@ mod tests {
                 ("SHELL", "/bin/zsh"),
                 ("PATH", LOGIN_PATH),
                 ("MAIL", "/var/mail/root"),
+                ("SYSTEMD_OFFLINE", "1"),
             ];
             let wanted = |name: &str| {
                 let matched = |pattern: &str| means(pattern.as_bytes(), name.as_bytes());

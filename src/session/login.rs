@@ -13,14 +13,17 @@ use nix::unistd::Gid;
 use rustix::fs::{Access, Mode, OFlags};
 
 use crate::error::{Attempt, Error, Result};
+use crate::jail::agent::Outside;
 use crate::jail::enter;
 use crate::jail::mount_table::SFTP_FOLDER;
 use crate::jail::record::Record;
 use crate::jail::tier::Tier;
 use crate::session::account::{Account, DEFAULT_SHELL};
 use crate::session::environment::{LOGIN_PATH, session_environment};
+use crate::session::etc_environment;
 use crate::session::report::{Beginning, Report};
 use crate::session::request::Request;
+use crate::session::terminfo;
 use crate::sys::process::Exec;
 use crate::sys::tree::{Tree, kind_of};
 
@@ -31,6 +34,7 @@ pub fn run(jail: &Path, request: &Request) -> Result<Infallible> {
     // Told before the container's sockets are out of sight.
     let told = Report::begin(jail, &Beginning::of_this_session(request, at_terminal));
     let beside = outside_sftp_folder(jail, record, request)?;
+    let agent = agent_outside(record, request);
     let init = enter::join(record)?;
     // `/` is the image root from here on.
     let image_root = Tree::open(Path::new("/")).attempt(|| "open the image root")?;
@@ -40,7 +44,11 @@ pub fn run(jail: &Path, request: &Request) -> Result<Infallible> {
         told.end(&WaitStatus::Exited(nix::unistd::getpid(), 255), Some(&error.to_string()));
         return Err(error);
     }
-    let environment = session_environment(std::env::vars_os(), &account, &record.keep);
+    let agent = agent.and_then(|agent| agent.show(&image_root).ok());
+    // The container's sftp-server needs none of the image's settings, and could be kept from starting by them.
+    let of_image = if transfer { Vec::new() } else { etc_environment::read(&image_root) };
+    let mut environment = session_environment(std::env::vars_os(), &account, &record.keep, of_image);
+    environment.extend(agent.as_ref().map(|agent| ("SSH_AUTH_SOCK".into(), agent.path().into())));
     // All put together before the fork: every page of memory that the child writes to is copied first.
     let mut programs = programs(request, &account);
     if beside.is_some() {
@@ -58,7 +66,7 @@ pub fn run(jail: &Path, request: &Request) -> Result<Infallible> {
             );
         }
     };
-    enter::run(record, ended, || {
+    enter::run(record, agent, ended, || {
         become_root(&account);
         if let Some(folder) = &beside {
             // Outside the root, where no path leads: its loader and libraries are found there, and then it goes where it is told.
@@ -131,6 +139,12 @@ fn on_path(words: &[OsString]) -> Vec<Program> {
     let folders = if name.components().count() > 1 { "" } else { LOGIN_PATH };
     let candidate = |folder| Program { path: Path::new(folder).join(name), arguments: words.to_vec(), is_shell: false };
     folders.split(':').map(candidate).collect()
+}
+
+/// The client's agent, for who can use one. The chroot tier has no /run that does not belong to the image.
+fn agent_outside(record: &Record, request: &Request) -> Option<Outside> {
+    let wanted = record.tier != Tier::Chroot && matches!(request, Request::Shell | Request::Command(_));
+    wanted.then(Outside::of_this_session)?
 }
 
 /// In the chroot tier, the folder in which the container's sftp-server stands, open. Where nothing can be mounted, it is not seen in the
@@ -246,6 +260,13 @@ fn greet(image_root: &Tree, account: &Account, record: &Record) {
     let job = record.job.as_ref().map_or(String::new(), |job| format!(" of IMS job {job}"));
     let _ = writeln!(out, "You are in the image root{job}. When done: touch /tmp/complete");
     let _ = writeln!(out, "To give the changes up instead:           touch /tmp/failed");
+    if let Some(terminal) = std::env::var_os("TERM").filter(|terminal| terminfo::is_unknown(terminal, image_root)) {
+        let terminal = terminal.display();
+        let _ = writeln!(
+            out,
+            "The image knows no terminal '{terminal}' (terminfo). Most work as: export TERM=xterm-256color"
+        );
+    }
     let _ = out.flush();
 }
 

@@ -2,6 +2,8 @@
 
 pub mod account;
 pub mod environment;
+pub mod etc_environment;
 pub mod login;
 pub mod report;
 pub mod request;
+pub mod terminfo;

@@ -28,8 +28,9 @@ pub fn without_include(config: &[u8]) -> Vec<u8> {
 const MARK: &str = "# ims-sshd";
 
 /// The fragment's text. `variables` are the job's; those that the configuration sets already (`base`, without our fragment) are kept
-/// where the job has none of that name. With `force_command`, root's sessions are jailed.
-pub fn fragment(variables: &[(String, String)], base: &Effective, force_command: Option<&str>) -> String {
+/// where the job has none of that name. Without `agent`, clients do not bring their ssh-agent, whatever the configuration says. With
+/// `force_command`, root's sessions are jailed.
+pub fn fragment(variables: &[(String, String)], base: &Effective, agent: bool, force_command: Option<&str>) -> String {
     let mut merged = variables.to_vec();
     for (name, value) in base.set_env() {
         if !merged.iter().any(|(known, _)| *known == name) {
@@ -39,8 +40,9 @@ pub fn fragment(variables: &[(String, String)], base: &Effective, force_command:
     let words: Vec<_> = merged.iter().map(|(name, value)| quoted(&format!("{name}={value}"))).collect();
     let set_env = if words.is_empty() { String::new() } else { format!("SetEnv {}", words.join(" ")) };
     let jail = force_command.map_or(String::new(), |command| JAIL.replace("@FORCE_COMMAND@", command));
+    let agent = if agent { "" } else { "AllowAgentForwarding no" };
     // The variables last: they are not ours, and may hold anything.
-    ENVIRONMENT.replace("@JAIL@", &jail).replace("@SETENV@", &set_env)
+    ENVIRONMENT.replace("@JAIL@", &jail).replace("@AGENT@", agent).replace("@SETENV@", &set_env)
 }
 
 /// One word of sshd_config: in double quotes, in which a backslash stands before a quote and before a backslash.
@@ -142,7 +144,7 @@ mod tests {
             command in prop::option::of("exec [a-z/' ]{0,12}"),
         ) {
             let answer = base.iter().map(|(name, value)| format!("setenv {name}={value}\n")).collect::<Vec<_>>().concat();
-            let text = fragment(&job, &Effective::parse(answer.as_bytes()), command.as_deref());
+            let text = fragment(&job, &Effective::parse(answer.as_bytes()), true, command.as_deref());
             let line = text.lines().map(str::trim_start).find(|line| line.starts_with("SetEnv "));
             let words = shell_words::split(line.unwrap_or("SetEnv")).unwrap();
             let mut wanted = vec!["SetEnv".to_owned()];
@@ -166,7 +168,7 @@ mod tests {
             let variables = [("A".to_owned(), value), ("B".to_owned(), other)];
             let dir = tempfile::tempdir().unwrap();
             let file = dir.path().join("config");
-            std::fs::write(&file, fragment(&variables, &Effective::default(), None)).unwrap();
+            std::fs::write(&file, fragment(&variables, &Effective::default(), true, None)).unwrap();
             let sshd = Command::new(crate::sshd::program().unwrap()).arg("-T").arg("-f").arg(&file).output().unwrap();
             prop_assert!(sshd.status.success(), "{}", String::from_utf8_lossy(&sshd.stderr));
             prop_assert_eq!(Effective::parse(&sshd.stdout).set_env(), variables);
@@ -176,7 +178,7 @@ mod tests {
     #[test]
     fn a_variable_that_the_configuration_sets_is_kept_unless_the_job_has_it() {
         let base = Effective::parse(b"setenv IMS_JOB_ID=old\nsetenv SITE=x y\n");
-        let text = fragment(&[("IMS_JOB_ID".into(), "new".into())], &base, None);
+        let text = fragment(&[("IMS_JOB_ID".into(), "new".into())], &base, true, None);
         assert!(text.contains("SetEnv \"IMS_JOB_ID=new\" \"SITE=x y\"\n"), "{text}");
     }
 

@@ -18,7 +18,7 @@ const TIERS: [&str; 2] = ["namespace", "user"];
 const NOT_DEFENDED: [(&str, &str); 1] = [("abstract-socket", "**The network** is the container's")];
 
 /// The program of tests/attempts.
-fn attempts() -> PathBuf {
+pub fn attempts() -> PathBuf {
     let program = Path::new(IMS_SSHD).with_file_name("examples").join("attempts");
     assert!(program.exists(), "no attempts: 'cargo build --example attempts' makes them");
     program

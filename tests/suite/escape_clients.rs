@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use crate::escape::Decoys;
+use crate::escape::{Decoys, attempts};
 use crate::support::*;
 
 /// Somebody with a key, who knows the names of things outside.
@@ -21,6 +21,7 @@ type Attempt = (&'static str, &'static str, fn(&Client) -> bool);
 const ATTEMPTS: &[Attempt] = &[
     ("ssh -L to a socket", "ssh(1), AllowStreamLocalForwarding", Client::reaches_socket),
     ("ssh -R with a socket", "ssh(1), AllowStreamLocalForwarding", Client::makes_socket),
+    ("SSH_AUTH_SOCK", "ssh-agent(1); sshd_config(5), AcceptEnv", Client::is_given_other_agent),
     ("LD_PRELOAD", "ld.so(8); sshd_config(5), AcceptEnv", Client::is_preloaded),
     // A bash that sshd starts reads ~/.bashrc instead; the next one does not.
     ("BASH_ENV", "bash(1); sshd_config(5), AcceptEnv", |c| {
@@ -70,16 +71,12 @@ impl Client {
         let dir = volume.dir.path();
         let script = |name: &str| std::fs::write(dir.join(name), format!("touch {}/mark\n", dir.display())).unwrap();
         script("script");
+        std::fs::copy(attempts(), volume.image_root.join("attempts")).unwrap();
 
         // Root's home, of which the real one is not to be touched.
         let home = dir.join("home");
         std::fs::create_dir_all(home.join(".ssh")).unwrap();
-        let passwd = std::fs::read_to_string("/etc/passwd").unwrap();
-        let root = passwd.lines().find(|line| line.starts_with("root:")).unwrap();
-        let mut fields: Vec<_> = root.split(':').map(str::to_owned).collect();
-        fields[5] = home.display().to_string();
-        std::fs::write(dir.join("passwd"), passwd.replacen(root, &fields.join(":"), 1)).unwrap();
-        succeed(Command::new("mount").arg("--bind").arg(dir.join("passwd")).arg("/etc/passwd"));
+        replace_root(&volume, &home, "/bin/bash");
         let variables = format!("BASH_ENV={}/script\n", dir.display());
         std::fs::write(home.join(".ssh/environment"), variables).unwrap();
         std::fs::write(home.join(".ssh/rc"), format!("touch {}/rc\n", dir.display())).unwrap();
@@ -93,7 +90,7 @@ impl Client {
         let mut config = std::fs::File::options().append(true).open(&volume.config).unwrap();
         write!(
             config,
-            "PermitUserEnvironment yes\nPermitUserRC yes\nAllowStreamLocalForwarding yes\nSubsystem mark sh {}/script\n",
+            "AcceptEnv SSH_AUTH_SOCK\nPermitUserEnvironment yes\nPermitUserRC yes\nAllowStreamLocalForwarding yes\nSubsystem mark sh {}/script\n",
             dir.display()
         )
         .unwrap();
@@ -161,6 +158,17 @@ impl Client {
         let mut ssh = self.forwarding(&["-R", &forward]);
         wait_until("the socket, or that it is refused", || socket.exists() || ssh.0.try_wait().unwrap().is_some());
         socket.exists()
+    }
+
+    /// Whether a socket that the client names is taken for its agent's.
+    fn is_given_other_agent(&self) -> bool {
+        let named = format!("SetEnv=SSH_AUTH_SOCK={}", self.decoys.value("OUTSIDE_SOCKET"));
+        let image_root = self.environment.image_root.display();
+        let listens =
+            format!("cd /; test -x attempts || cd {image_root}; OUTSIDE_SOCKET=$SSH_AUTH_SOCK ./attempts socket");
+        let output = self.environment.ssh(&["-o", &named]).arg(listens).output().unwrap();
+        assert!(matches!(output.status.code(), Some(0 | 1)), "nobody has tried: {output:?}");
+        output.status.success()
     }
 
     /// Whether `run` with a name for a copy leaves the secret in it.

@@ -5,6 +5,8 @@
 // A test is read from top to bottom, once; what helps those who call a function is not for it.
 #![allow(clippy::pedantic)]
 
+mod agent;
+mod clients;
 mod close;
 mod distributions;
 mod escape;
@@ -16,6 +18,8 @@ mod hostile;
 mod image_untouched;
 mod lifecycle;
 mod local;
+mod look;
+mod people;
 mod racing;
 mod readers;
 mod readme;
@@ -24,3 +28,4 @@ mod sessions;
 mod support;
 mod terminal;
 mod tiers;
+mod transfers;

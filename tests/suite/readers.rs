@@ -141,7 +141,7 @@ proptest! {
         std::fs::write(&config, &by_itself).unwrap();
         let base = Effective::ask(&options, "root").unwrap();
         let job = [("IMS_JOB_ID".to_owned(), "new".to_owned())];
-        std::fs::write(&ours, fragment(&job, &base, Some(COMMAND))).unwrap();
+        std::fs::write(&ours, fragment(&job, &base, true, Some(COMMAND))).unwrap();
         std::fs::write(&config, including(by_itself.as_bytes(), &ours)).unwrap();
         let effective = Effective::ask(&options, "root").unwrap();
         effective.check_jail(COMMAND).unwrap();

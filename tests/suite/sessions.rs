@@ -239,6 +239,7 @@ fn nothing_of_the_containers_variables_comes_in() {
         "SHLVL",
         "SSH_CLIENT",
         "SSH_CONNECTION",
+        "SYSTEMD_OFFLINE",
         "USER",
         "_",
     ];

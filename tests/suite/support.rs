@@ -47,6 +47,8 @@ pub enum Image {
     Musl,
     /// One static program.
     Distroless,
+    /// Debian with what people use at a terminal and tools use over SSH.
+    Node,
 }
 
 impl Image {
@@ -59,6 +61,7 @@ impl Image {
             Self::Rpm => "rpm",
             Self::Musl => "musl",
             Self::Distroless => "distroless",
+            Self::Node => "node",
         }
     }
 }
@@ -476,6 +479,18 @@ fn own_mounts() {
     if Path::new("/root/.bashrc").exists() {
         succeed(Command::new("mount").args(["--bind", "/dev/null", "/root/.bashrc"]));
     }
+}
+
+/// Gives root of this machine, as this thread and what it starts see it, another home and shell.
+pub fn replace_root(volume: &Volume, home: &Path, shell: &str) {
+    let passwd = std::fs::read_to_string("/etc/passwd").unwrap();
+    let root = passwd.lines().find(|line| line.starts_with("root:")).unwrap();
+    let mut fields: Vec<_> = root.split(':').collect();
+    let home = home.display().to_string();
+    (fields[5], fields[6]) = (&home, shell);
+    let file = volume.dir.path().join("passwd");
+    std::fs::write(&file, passwd.replacen(root, &fields.join(":"), 1)).unwrap();
+    succeed(Command::new("mount").arg("--bind").arg(&file).arg("/etc/passwd"));
 }
 
 /// One key pair for all tests of a run.

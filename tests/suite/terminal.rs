@@ -16,11 +16,11 @@ use ims_sshd::sys::process::{Entry, descendants};
 use crate::support::*;
 
 /// What shells and terminals say when something is wrong between them.
-const COMPLAINTS: [&str; 5] =
+pub const COMPLAINTS: [&str; 5] =
     ["job control", "not a tty", "cannot set terminal", "nappropriate ioctl", "can't access tty"];
 
 /// What the shells of the tests are told to prompt with, so that nobody's profile decides it.
-const PROMPT: &str = "[prompt]# ";
+pub const PROMPT: &str = "[prompt]# ";
 
 /// What a program started in a shell cannot be reached by.
 const BLOCKED_SIGNALS: &str = "grep SigBlk /proc/self/status";
@@ -29,18 +29,18 @@ const BLOCKED_SIGNALS: &str = "grep SigBlk /proc/self/status";
 pub struct Terminal {
     session: PtySession,
     /// Everything that was to be seen so far.
-    screen: String,
+    pub screen: String,
     questions: u32,
 }
 
 impl Terminal {
     /// Opens a terminal with `command`, of which program, arguments and variables count.
-    fn with(command: &Command) -> Self {
+    pub fn with(command: &Command) -> Self {
         // The pty comes without echo, which ssh would hand on to the other side: no person's terminal is like that.
         let mut started = Command::new("sh");
         started.args(["-c", "stty echo rows 31 cols 200; exec \"$@\"", "sh"]);
         started.arg(command.get_program()).args(command.get_args());
-        started.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?)))).env("TERM", "xterm");
+        started.env("TERM", "xterm").envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
         let limit = u64::try_from(LIMIT.as_millis()).unwrap();
         let session = spawn_with_options(started, Options::new().timeout_ms(Some(limit))).unwrap();
         Self { session, screen: String::new(), questions: 0 }
@@ -53,7 +53,12 @@ impl Terminal {
 
     /// `ssh` without a command, once the shell prompts.
     pub fn at_a_shell(environment: &Environment) -> Self {
-        let mut terminal = Self::with(&environment.ssh(&["-tt", "-e", "none"]));
+        Self::at_a_shell_of(environment, "xterm")
+    }
+
+    /// The same, from a terminal of another kind.
+    pub fn at_a_shell_of(environment: &Environment, kind: &str) -> Self {
+        let mut terminal = Self::with(environment.ssh(&["-tt", "-e", "none"]).env("TERM", kind));
         terminal.wait_for_first_prompt();
         terminal
     }
@@ -66,7 +71,7 @@ impl Terminal {
     }
 
     /// Waits for `wanted`; returns what came before it.
-    fn see(&mut self, wanted: &str) -> String {
+    pub fn see(&mut self, wanted: &str) -> String {
         self.see_any(ReadUntil::String(wanted.to_owned())).0
     }
 
@@ -86,8 +91,14 @@ impl Terminal {
         self.session.send_line(text).unwrap();
     }
 
-    fn key(&mut self, control: char) {
+    pub fn key(&mut self, control: char) {
         self.session.send_control(control).unwrap();
+    }
+
+    /// Keys as they are, without a return.
+    pub fn keys(&mut self, keys: &str) {
+        self.session.send(keys).unwrap();
+        self.session.flush().unwrap();
     }
 
     /// What the shell prints for a command line, trimmed; it prompts again afterwards.
@@ -114,7 +125,7 @@ impl Terminal {
         self.screen.contains(text)
     }
 
-    fn resize(&self, rows: u16, columns: u16) {
+    pub fn resize(&self, rows: u16, columns: u16) {
         let size = rustix::termios::Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
         rustix::termios::tcsetwinsize(self.session.process().get_file_handle().unwrap(), size).unwrap();
     }
@@ -143,7 +154,7 @@ impl Terminal {
 }
 
 /// A number of seconds that no other test sleeps for, and longer than any test.
-fn long(environment: &Environment, which: u32) -> String {
+pub fn long(environment: &Environment, which: u32) -> String {
     (u32::from(environment.port) * 10 + 1_000_000 + which).to_string()
 }
 
@@ -156,7 +167,7 @@ fn sleeping(seconds: &str) -> Vec<u32> {
 }
 
 /// Waits until `sleep seconds` runs in the foreground of its terminal: only then do keys reach it.
-fn wait_in_front(seconds: &str) {
+pub fn wait_in_front(seconds: &str) {
     wait_until(&format!("sleep {seconds} in the foreground"), || {
         sleeping(seconds).first().is_some_and(|pid| {
             let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
@@ -185,7 +196,7 @@ fn set_root_shell(volume: &Volume, shell: &str) {
 }
 
 #[track_caller]
-fn assert_no_complaint(screen: &str) {
+pub fn assert_no_complaint(screen: &str) {
     for complaint in COMPLAINTS {
         assert!(!screen.contains(complaint), "'{complaint}' in:\n{screen}");
     }
