@@ -5,6 +5,7 @@
 // A test is read from top to bottom, once; what helps those who call a function is not for it.
 #![allow(clippy::pedantic)]
 
+mod clients;
 mod close;
 mod escape;
 mod escape_clients;

@@ -1,0 +1,139 @@
+//! Which client does what where: docs/CLIENTS.md, made of the tests that show it.
+//!
+//! A file of tests lists what it shows with `crate::clients::shown!`, once, and is named in `SHOWN` below, its clients in `VERSIONS`:
+//!
+//! ```ignore
+//! crate::clients::shown! {
+//!     "OpenSSH sftp", "a file is put over another by rename" => a_file_is_renamed_over_another;
+//!     "OpenSSH sftp", "the space that is left (`df`)" => the_space_is_told, { User: "the container's" };
+//! }
+//!
+//! fn a_file_is_renamed_over_another(place: Place) {
+//!     let environment = place.open(Image::Debian);
+//!     …
+//! }
+//! ```
+//!
+//! Each line is a row of the page and, by the function's name, a test (`…::shown::a_file_is_renamed_over_another`), which calls the
+//! function in every place, each in a thread of its own. So no row stands there that nobody tries. A cell says "yes", or what the line says
+//! of that place instead; the function gets the place and has to show just that.
+
+use std::path::Path;
+use std::process::Command;
+
+use crate::support::*;
+
+/// What can be asked for its version on this machine, by a shell line with `$CACHE`, in the order of the page.
+const VERSIONS: &[(&str, &str)] = &[];
+
+/// The rows of each file.
+const SHOWN: &[&[Row]] = &[];
+
+/// Where a session lands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    Namespace,
+    User,
+    Plain,
+}
+
+pub const PLACES: [Place; 3] = [Place::Namespace, Place::User, Place::Plain];
+
+impl Place {
+    pub fn mode(self) -> Mode {
+        if self == Self::Plain { Mode::Plain } else { Mode::Jailed }
+    }
+
+    /// The variables of an environment of this place.
+    pub fn variables(self) -> &'static [(&'static str, &'static str)] {
+        match self {
+            Self::Namespace => &[("IMS_JAIL_TIER", "namespace")],
+            Self::User => &[("IMS_JAIL_TIER", "user")],
+            Self::Plain => &[],
+        }
+    }
+
+    pub fn open(self, image: Image) -> Environment {
+        self.open_on(Volume::new(image))
+    }
+
+    pub fn open_on(self, volume: Volume) -> Environment {
+        volume.start_with(self.mode(), self.variables()).ready()
+    }
+}
+
+/// A row of the page.
+#[derive(Clone, Copy)]
+pub struct Row {
+    pub client: &'static str,
+    pub what: &'static str,
+    /// Places in which it is not simply "yes".
+    pub but: &'static [(Place, &'static str)],
+}
+
+/// See the top of this file.
+macro_rules! shown {
+    ($($client:expr, $what:literal => $test:ident $(, { $($place:ident: $cell:literal),+ })?;)+) => {
+        pub const ROWS: &[crate::clients::Row] = &[$(crate::clients::Row {
+            client: $client,
+            what: $what,
+            but: &[$($((crate::clients::Place::$place, $cell)),+)?],
+        }),+];
+
+        mod shown {
+            $(#[test]
+            fn $test() {
+                crate::clients::in_every_place(super::$test);
+            })+
+        }
+    };
+}
+pub(crate) use shown;
+
+pub fn in_every_place(test: fn(Place)) {
+    let failed = run_each(&PLACES, 2, |place| format!("{place:?}"), |place| test(*place));
+    assert!(failed.is_empty(), "failed in {failed:?}");
+}
+
+#[test]
+fn the_page_of_clients_is_what_the_tests_show() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/CLIENTS.md");
+    let shown = shown_page();
+    // Below stand the versions of the machine that wrote the page; another one's do not make it wrong.
+    let written = std::fs::read_to_string(&path).unwrap_or_default();
+    if written.split(VERSIONS_BEGIN).next() != Some(&shown) {
+        std::fs::write(&path, format!("{shown}{VERSIONS_BEGIN}{}", versions())).unwrap();
+        panic!("{} was not what the tests show and has been written anew: look at it, and commit it", path.display());
+    }
+}
+
+const VERSIONS_BEGIN: &str = "\n## Versions\n";
+
+fn shown_page() -> String {
+    let mut page = "# Clients\n\n\
+        What the tests show, with the real programs: the page is written by them (`tests/suite/clients.rs`). The columns are where a session\n\
+        lands: in a jail of the tier `namespace` or `user`, or, in plain mode, in the build environment.\n\n\
+        | client | what | namespace | user | plain |\n|---|---|---|---|---|\n"
+        .to_owned();
+    for row in SHOWN.concat() {
+        assert!(VERSIONS.iter().any(|(client, _)| *client == row.client), "'{}' has no line in VERSIONS", row.client);
+        let cell = |place| row.but.iter().find(|(but, _)| *but == place).map_or("yes", |(_, cell)| cell);
+        let [namespace, user, plain] = PLACES.map(cell);
+        page += &format!("| {} | {} | {namespace} | {user} | {plain} |\n", row.client, row.what);
+    }
+    page
+}
+
+fn versions() -> String {
+    let mut text =
+        "\nThose of the machine on which the page was written last.\n\n| client | version |\n|---|---|\n".to_owned();
+    for (client, line) in VERSIONS {
+        let answer = succeed(Command::new("sh").args(["-c", line]).env("CACHE", cache()));
+        let version = answer.split(|c: char| c.is_whitespace() || "[],()_".contains(c)).find(|word| {
+            let word = word.strip_prefix('v').unwrap_or(word);
+            word.contains('.') && word.starts_with(|c: char| c.is_ascii_digit())
+        });
+        text += &format!("| {client} | {} |\n", version.unwrap_or_else(|| panic!("no version in '{answer}'")));
+    }
+    text
+}
