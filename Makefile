@@ -12,8 +12,10 @@ AS_ROOT := $(if $(SUDO),--config "target.'cfg(all())'.runner='sudo -E'")
 
 RUN_PACKAGES := openssh-server openssh-client openssh-sftp-server mmdebstrap busybox-static
 TEST_PACKAGES := $(RUN_PACKAGES) rsync python3-paramiko strace bindfs \
-	podman runc catatonit squashfs-tools ansible-core python3-venv
-BENCH_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev bubblewrap
+	podman runc catatonit squashfs-tools ansible python3-venv
+# Kubernetes' schemas, and the newest ansible-core that runs on Debian's Python and manages it.
+TEST_PYTHON_PACKAGES := kubernetes-validate==1.37.0 ansible-core==2.19.14
+BENCH_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev bubblewrap rsync ansible-core
 
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)
 REVISION := $(or $(shell git rev-parse HEAD 2>/dev/null),unknown)
@@ -27,7 +29,7 @@ IMAGE ?= ims-sshd:$(VERSION)
 .PHONY: run build test bench image install-run install-test install-bench
 
 run: install-run build
-	$(SUDO) tests/image-roots $(CACHE)
+	$(SUDO) tests/image-roots $(CACHE) debian
 	[ -e $(IMAGE_ROOT) ] || $(SUDO) cp -aT $(CACHE)/debian $(IMAGE_ROOT)
 	cargo $(AS_ROOT) run --release --locked --quiet --bin ims-sshd -- customize $(IMAGE_ROOT)
 
@@ -35,13 +37,13 @@ build:
 	cargo build --release --locked
 
 test: install-test
-	$(SUDO) tests/image-roots $(CACHE)
-	$(SUDO) tests/kubernetes-schemas $(CACHE)
+	$(SUDO) tests/image-roots $(CACHE) debian busybox managed
+	$(SUDO) tests/python-packages $(CACHE) $(TEST_PYTHON_PACKAGES)
 	$(SUDO) tests/container-images $(CACHE) $(VERSION) $(IMAGE_COMMIT)
 	IMS_SSHD_CACHE=$(CACHE) cargo $(AS_ROOT) test --locked
 
 bench: install-bench build
-	$(SUDO) tests/image-roots $(CACHE)
+	$(SUDO) tests/image-roots $(CACHE) debian managed
 	IMS_SSHD_CACHE=$(CACHE) cargo $(AS_ROOT) bench --locked
 
 image:

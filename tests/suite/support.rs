@@ -39,6 +39,19 @@ pub enum Image {
     Debian,
     /// A static busybox and a passwd file, copied.
     Busybox,
+    /// Debian as Ansible manages it, as an overlay too.
+    Managed,
+}
+
+impl Image {
+    /// The name of its folder, and of its recipe in tests/image-roots.d.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Debian => "debian",
+            Self::Busybox => "busybox",
+            Self::Managed => "managed",
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,21 +103,18 @@ impl Volume {
         let parent = dir.path().join("parent");
         let image_root = parent.join(below);
         std::fs::create_dir_all(&image_root).unwrap();
+        let original = cache().join(image.name());
         match image {
-            Image::Debian => {
+            Image::Busybox => {
+                succeed(Command::new("cp").arg("-aT").arg(original).arg(&image_root));
+            }
+            _ => {
                 let (upper, work) = (dir.path().join("upper"), dir.path().join("work"));
                 std::fs::create_dir(&upper).unwrap();
                 std::fs::create_dir(&work).unwrap();
-                let options = format!(
-                    "lowerdir={},upperdir={},workdir={}",
-                    cache().join("debian").display(),
-                    upper.display(),
-                    work.display()
-                );
+                let options =
+                    format!("lowerdir={},upperdir={},workdir={}", original.display(), upper.display(), work.display());
                 succeed(Command::new("mount").args(["-t", "overlay", "-o", &options, "overlay"]).arg(&image_root));
-            }
-            Image::Busybox => {
-                succeed(Command::new("cp").arg("-aT").arg(cache().join("busybox")).arg(&image_root));
             }
         }
         let key = client_key();
