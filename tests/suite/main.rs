@@ -5,8 +5,10 @@
 // A test is read from top to bottom, once; what helps those who call a function is not for it.
 #![allow(clippy::pedantic)]
 
+mod ansible;
 mod clients;
 mod close;
+mod commands;
 mod escape;
 mod escape_clients;
 mod faults;
