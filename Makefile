@@ -16,8 +16,10 @@ RUN_PACKAGES := openssh-server openssh-client openssh-sftp-server mmdebstrap bus
 TEST_PACKAGES := $(RUN_PACKAGES) rsync python3-paramiko strace bindfs \
 	acl attr fish git less libcap2-bin screen sshfs sudo tmux vim zsh \
 	qemu-user-static rpm musl-tools \
-	podman runc catatonit ansible-core python3-venv xz-utils zstd openssl
-BENCH_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev bubblewrap curl
+	podman runc catatonit ansible python3-venv xz-utils zstd openssl
+# Kubernetes' schemas, the newest ansible-core that runs on Debian's Python and manages it, an S3 server.
+TEST_PYTHON_PACKAGES := kubernetes-validate==1.37.0 ansible-core==2.19.14 'moto[s3,server]==5.2.1'
+BENCH_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev bubblewrap curl rsync ansible-core
 
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)
 REVISION := $(or $(shell git rev-parse HEAD 2>/dev/null),unknown)
@@ -39,14 +41,13 @@ build:
 	cargo build --release --locked
 
 test: install-test
-	$(SUDO) tests/image-roots $(CACHE) debian busybox debian-arm64 rpm musl distroless node
-	$(SUDO) tests/kubernetes-schemas $(CACHE)
-	$(SUDO) tests/s3-server $(CACHE)
+	$(SUDO) tests/image-roots $(CACHE) debian busybox debian-arm64 rpm musl distroless node managed
+	$(SUDO) tests/python-packages $(CACHE) $(TEST_PYTHON_PACKAGES)
 	$(SUDO) tests/container-images $(CACHE) $(VERSION) $(IMAGE_COMMIT)
 	IMS_SSHD_CACHE=$(CACHE) cargo $(AS_ROOT) test --locked
 
 bench: install-bench build
-	$(SUDO) tests/image-roots $(CACHE) debian busybox
+	$(SUDO) tests/image-roots $(CACHE) debian busybox managed
 	IMS_SSHD_CACHE=$(CACHE) cargo $(AS_ROOT) bench --locked
 
 image:

@@ -33,7 +33,7 @@ fn server() -> u16 {
     static PORT: OnceLock<u16> = OnceLock::new();
     *PORT.get_or_init(|| {
         let port = free_port();
-        let program = cache().join("s3-server/bin/moto_server");
+        let program = cache().join("moto/bin/moto_server");
         assert!(program.exists(), "no S3 server in {}: run the tests with 'make test'", program.display());
         std::thread::spawn(move || {
             let mut command = Command::new("setpriv");

@@ -6,6 +6,7 @@
 //! crate::clients::shown! {
 //!     "OpenSSH sftp", "a file is put over another by rename" => a_file_is_renamed_over_another;
 //!     "OpenSSH sftp", "the space that is left (`df`)" => the_space_is_told, { User: "the container's" };
+//!     "OpenSSH scp", "recursive", "with -p" => trees_are_copied;
 //! }
 //!
 //! fn a_file_is_renamed_over_another(place: Place) {
@@ -14,7 +15,7 @@
 //! }
 //! ```
 //!
-//! Each line is a row of the page and, by the function's name, a test (`…::shown::a_file_is_renamed_over_another`), which calls the
+//! Each text is a row of the page and each line, by the function's name, a test (`…::shown::a_file_is_renamed_over_another`), which calls the
 //! function in every place, each in a thread of its own. So no row stands there that nobody tries. A cell says "yes", or what the line says
 //! of that place instead; the function gets the place and has to show just that.
 
@@ -26,9 +27,12 @@ use crate::support::*;
 /// What can be asked for its version on this machine, by a shell line with `$CACHE`, in the order of the page.
 const VERSIONS: &[(&str, &str)] = &[
     ("OpenSSH ssh", "ssh -V 2>&1"),
-    ("git", "git --version"),
     ("OpenSSH sftp", "ssh -V 2>&1"),
     ("OpenSSH scp", "ssh -V 2>&1"),
+    ("Ansible (Debian's)", "/usr/bin/ansible --version"),
+    ("Ansible (newest for Python 3.11)", "$CACHE/ansible-core/bin/ansible --version"),
+    ("paramiko", "/usr/bin/python3 -W ignore -c 'import paramiko; print(paramiko.__version__)'"),
+    ("git", "git --version"),
     ("sshfs", "sshfs --version"),
     ("rsync", "rsync --version"),
     ("tar", "tar --version"),
@@ -47,7 +51,7 @@ const VERSIONS: &[(&str, &str)] = &[
 ];
 
 /// The rows of each file.
-const SHOWN: &[&[Row]] = &[crate::agent::ROWS, crate::transfers::ROWS, crate::people::ROWS];
+const SHOWN: &[&[Row]] = &[crate::ansible::ROWS, crate::agent::ROWS, crate::transfers::ROWS, crate::people::ROWS];
 
 /// Where a session lands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,23 +84,28 @@ impl Place {
     pub fn open_on(self, volume: Volume) -> Environment {
         volume.start_with(self.mode(), self.variables()).ready()
     }
+
+    /// In a container of its own, made of the same image, so that a plain session may change what it likes.
+    pub fn open_in_container(self) -> Environment {
+        Volume::new(Image::Managed).start_in_container(self.mode(), self.variables()).ready()
+    }
 }
 
 /// A row of the page.
 #[derive(Clone, Copy)]
 pub struct Row {
     pub client: &'static str,
-    pub what: &'static str,
+    pub what: &'static [&'static str],
     /// Places in which it is not simply "yes".
     pub but: &'static [(Place, &'static str)],
 }
 
 /// See the top of this file.
 macro_rules! shown {
-    ($($client:expr, $what:literal => $test:ident $(, { $($place:ident: $cell:literal),+ })?;)+) => {
+    ($($client:expr, $($what:literal),+ => $test:ident $(, { $($place:ident: $cell:literal),+ })?;)+) => {
         pub const ROWS: &[crate::clients::Row] = &[$(crate::clients::Row {
             client: $client,
-            what: $what,
+            what: &[$($what),+],
             but: &[$($((crate::clients::Place::$place, $cell)),+)?],
         }),+];
 
@@ -139,9 +148,11 @@ fn shown_page() -> String {
         assert!(VERSIONS.iter().any(|(client, _)| *client == row.client), "'{}' has no line in VERSIONS", row.client);
         let cell = |place| row.but.iter().find(|(but, _)| *but == place).map_or("yes", |(_, cell)| cell);
         let [namespace, user, plain] = PLACES.map(cell);
-        page += &format!("| {} | {} | {namespace} | {user} | {plain} |\n", row.client, row.what);
+        for what in row.what {
+            page += &format!("| {} | {what} | {namespace} | {user} | {plain} |\n", row.client);
+        }
     }
-    page
+    page + &crate::commands::page()
 }
 
 fn versions() -> String {

@@ -6,8 +6,10 @@
 #![allow(clippy::pedantic)]
 
 mod agent;
+mod ansible;
 mod clients;
 mod close;
+mod commands;
 mod distributions;
 mod escape;
 mod escape_clients;

@@ -49,6 +49,8 @@ pub enum Image {
     Distroless,
     /// Debian with what people use at a terminal and tools use over SSH.
     Node,
+    /// Debian as Ansible manages it, as an overlay too.
+    Managed,
 }
 
 impl Image {
@@ -62,6 +64,7 @@ impl Image {
             Self::Musl => "musl",
             Self::Distroless => "distroless",
             Self::Node => "node",
+            Self::Managed => "managed",
         }
     }
 }
@@ -199,12 +202,33 @@ impl Volume {
     }
 
     pub fn entrypoint(&self, mode: Mode, further: &[(&str, &str)]) -> Command {
-        let log = std::fs::File::options().create(true).append(true).open(self.log()).unwrap();
         let mut command = Command::new(IMS_SSHD);
-        command.arg("entrypoint").env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+        self.equip(command.arg("entrypoint"), mode, further);
+        command
+    }
+
+    /// Starts the entrypoint in a container of its own, made of the same image: what a plain session changes is that container's, and
+    /// nothing but the jail tells it from a jailed one.
+    pub fn start_in_container(self, mode: Mode, further: &[(&str, &str)]) -> Environment {
+        const CONTAINER: &str = "mkdir -p \"$1/container\" \"$1/container.work\"\n\
+            mount -t overlay -o \"lowerdir=$2,upperdir=$1/container,workdir=$1/container.work\" overlay /mnt\n\
+            for place in /dev /proc /sys \"$1\" \"$3\"; do mkdir -p \"/mnt$place\"; mount --rbind \"$place\" \"/mnt$place\"; done\n\
+            cp /etc/resolv.conf /mnt/etc; cp /etc/ssh/ssh_host_* /mnt/etc/ssh || true\n\
+            mkdir /mnt/.outside && cd /mnt && pivot_root . .outside && umount -l /.outside && rmdir /.outside\n\
+            shift 3; exec \"$@\"";
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "sh", "-ec", CONTAINER, "sh"]).arg(self.dir.path());
+        command.arg(cache().join(Image::Managed.name())).arg(Path::new(IMS_SSHD).parent().unwrap());
+        self.equip(command.args([IMS_SSHD, "entrypoint"]), mode, further);
+        let entrypoint = command.spawn().unwrap();
+        Environment { entrypoint, volume: self, status: None }
+    }
+
+    fn equip(&self, command: &mut Command, mode: Mode, further: &[(&str, &str)]) {
+        let log = std::fs::File::options().create(true).append(true).open(self.log()).unwrap();
+        command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
         command.envs(self.variables(mode)).envs(further.iter().copied());
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
-        command
     }
 }
 
@@ -561,6 +585,14 @@ impl Master<'_> {
     /// `sftp` over it, reading its commands from standard input.
     pub fn sftp(&self) -> Command {
         self.environment.sftp_client(&["-o", &format!("ControlPath={}", self.control())])
+    }
+
+    /// `scp` over it; what is to be copied is to be added.
+    pub fn scp(&self) -> Command {
+        let mut command = Command::new("scp");
+        command.args(self.environment.ssh_options()).args(["-o", &format!("ControlPath={}", self.control())]);
+        command.args(["-P", &self.environment.port.to_string()]);
+        command
     }
 }
 
