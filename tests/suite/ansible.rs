@@ -16,15 +16,15 @@ crate::clients::shown! {
         "a failing task's own exit code",
         "/etc/resolv.conf is replaced, where the sidecar has left the container's text in it",
         "the task that marks the image complete reports ok" => debians_ansible_manages_a_node;
+    "Ansible (Debian's)",
+        "`transfer_method` sftp, scp, scp -O and piped without pipelining; smart with it",
+        "20 names of one node with 20 forks" => debians_ansible_takes_every_way_to_a_node_of_many_names;
     "Ansible (newest for Python 3.11)",
         "setup, command, shell, copy, template, unarchive, apt, user, service_facts, become",
         "`async` with `poll: 0`, and `async_status`",
         "a failing task's own exit code",
         "/etc/resolv.conf is replaced, where the sidecar has left the container's text in it",
         "the task that marks the image complete reports ok" => the_newest_ansible_manages_a_node;
-    "Ansible (Debian's)",
-        "`transfer_method` sftp, scp, scp -O and piped without pipelining; smart with it",
-        "20 names of one node with 20 forks" => debians_ansible_takes_every_way_to_a_node_of_many_names;
     "Ansible (newest for Python 3.11)",
         "`transfer_method` sftp, scp, scp -O and piped without pipelining; smart with it",
         "20 names of one node with 20 forks" => the_newest_ansible_takes_every_way_to_a_node_of_many_names;
@@ -92,7 +92,10 @@ fn takes_every_way(place: Place, ansible: Ansible) {
     let controller = Controller::new(&environment, ansible);
     let recap = controller.play("ways.yml", &marker(place, &environment));
     assert_eq!(recap.matches(" unreachable=0    failed=0 ").count(), 25, "{recap}");
-    assert_eq!(environment.says("ls /srv | grep -c ^name"), "20");
+    assert_eq!(
+        environment.says("ls /srv | grep -c ^name; cat /srv/by_*"),
+        format!("20{}", "\ncopied as it is".repeat(5))
+    );
 }
 
 /// What a session touches when the image is complete.
@@ -191,8 +194,11 @@ fn the_configuration_services_own_commands_are_never_lost(place: Place) {
         \x20   if out.read() == b'50\\n': break\n\
         client.exec_command('touch ' + mark)\n\
         client.close()\n";
-    let mut environment = place.open_in_container();
-    let folder = environment.says("mktemp -d");
+    let mut environment = place.open(Image::Debian);
+    let folder = match place.mode() {
+        Mode::Jailed => "/srv".to_owned(),
+        Mode::Plain => environment.image_root.join("srv").display().to_string(),
+    };
     let mark = marker(place, &environment);
     let mut client = Command::new("/usr/bin/python3");
     client.args(["-W", "ignore", "-c", PROGRAM, &environment.port.to_string()]).arg(&environment.key);
