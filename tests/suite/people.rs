@@ -160,7 +160,9 @@ fn vim_writes_a_file(place: Place) {
     terminal.line("vim -u NONE file; echo \"vim \"ended");
     terminal.see("~");
     terminal.keys("ihello\r");
-    terminal.keys("\u{1b}:autocmd VimResized * echo 'now' &columns\r");
+    terminal.keys("\u{1b}:autocmd VimResized * echo 'now' &columns\r:echo 'before' &columns\r");
+    // It has read all that before its window changes.
+    terminal.see("before 200");
     terminal.resize(40, 90);
     terminal.see("now 90");
     terminal.keys(":wq\r");
