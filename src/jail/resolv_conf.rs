@@ -1,6 +1,5 @@
 //! The image's /etc/resolv.conf, which is to hold the container's text while the jail is open, and its own before and after.
 
-use std::fmt::Write;
 use std::io;
 use std::path::Path;
 
@@ -115,10 +114,7 @@ pub fn take_back(image_root: &Tree, note_folder: &Tree) -> Result<Option<bool>> 
 }
 
 fn digest(text: &[u8]) -> String {
-    sha2::Sha256::digest(text).iter().fold(String::new(), |mut hex, byte| {
-        let _ = write!(hex, "{byte:02x}");
-        hex
-    })
+    format!("{:x}", sha2::Sha256::digest(text))
 }
 
 #[cfg(test)]

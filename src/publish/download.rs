@@ -162,7 +162,7 @@ impl Download<'_> {
     }
 
     fn check(&self, md5: Option<&str>) -> std::result::Result<(), String> {
-        let sum = hex(&self.sum.clone().finalize());
+        let sum = format!("{:x}", self.sum.clone().finalize());
         let etag = self.etag.as_deref().map(|etag| etag.trim_start_matches("W/").trim_matches('"'));
         let from_etag = etag.filter(|e| self.etag_is_md5 && e.len() == 32 && e.bytes().all(|b| b.is_ascii_hexdigit()));
         match md5.or(from_etag) {
@@ -190,13 +190,4 @@ pub fn check_space(path: &Path, needed: u64) -> Result<()> {
         return Err(Error::new(attempted()).because(format!("{free} are free")).advise("give the volume more space"));
     }
     Ok(())
-}
-
-/// Bytes as hexadecimal digits.
-pub fn hex(bytes: &[u8]) -> String {
-    use std::fmt::Write;
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
 }

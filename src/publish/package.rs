@@ -193,7 +193,7 @@ pub fn md5_of(work: &Work, file: &File, what: &str) -> Result<String> {
     loop {
         let length = file.read(&mut buffer).attempt(attempted)?;
         if length == 0 {
-            return Ok(crate::publish::download::hex(&sum.finalize()));
+            return Ok(format!("{:x}", sum.finalize()));
         }
         sum.update(&buffer[..length]);
         progress.add(length as u64);

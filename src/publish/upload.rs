@@ -13,7 +13,6 @@ use tokio::task::JoinSet;
 use crate::error::{Attempt, Error, Result};
 use crate::lifecycle::signal_files::SignalFiles;
 use crate::publish::boot::{BootFile, BootFiles};
-use crate::publish::download::hex;
 use crate::publish::ims::{Ims, Status};
 use crate::publish::journal::Journal;
 use crate::publish::manifest::{self, Artifact};
@@ -173,7 +172,7 @@ impl Publication<'_> {
             artifacts.push(Artifact { path: url, etag, md5, media_type });
         }
         let text = manifest::text(&artifacts, SystemTime::now());
-        let md5 = hex(&Md5::digest(&text));
+        let md5 = format!("{:x}", Md5::digest(&text));
         let (place, size) = (format!("{id}/{}", MANIFEST.0), text.len() as u64);
         let metadata = [("md5sum", md5.clone())];
         self.wait(&format!("upload {}", store.url_of(&place)), store.put(&place, text, MANIFEST.1, &metadata))?;
