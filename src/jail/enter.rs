@@ -1,4 +1,4 @@
-//! Entering the jail: `setns` to all its namespaces at once, then a child inside whose end is passed on as if it were our own.
+//! Entering the jail: by all its doors, then a child inside whose end is passed on as if it were our own.
 
 use std::convert::Infallible;
 use std::os::fd::{AsFd, OwnedFd};
@@ -14,7 +14,7 @@ use crate::jail::agent::Agent;
 use crate::jail::record::Record;
 use crate::jail::tier::Tier;
 use crate::jail::{capabilities, refused_calls};
-use crate::sys::calls;
+use crate::sys::calls::{self, Instruction};
 use crate::sys::mounts::change_root;
 use crate::sys::process::{Fork, Handle, close_on_exec_from, end_like, exit_now, fork};
 use crate::sys::signals::{Signals, stop_own_group};
@@ -69,23 +69,31 @@ pub fn run(
     held.extend([Signal::SIGCHLD, Signal::SIGCONT]);
     let signals = Signals::hold(&held).attempt(|| "hold back signals")?;
     let mut terminal = Terminal::of_this_process();
+    // Before the fork, as all that the child needs. Not in the chroot tier, which lacks CAP_SYS_ADMIN for it and holds nobody anyway.
+    let refused = (record.tier != Tier::Chroot).then(refused_calls::program);
     match fork().attempt(|| "start a process in the jail")? {
-        Fork::Child => exit_now(start(record, &signals, &terminal, inside)),
+        Fork::Child => exit_now(start(record.dkms, refused.as_deref(), &signals, &terminal, inside)),
         // At once: the client waits for this end, and freeing memory first would only copy pages shared with the child.
         Fork::Parent(child) => exit_now(attend(child, &signals, &mut terminal, agent, ended)),
     }
 }
 
-fn start(record: &Record, signals: &Signals, terminal: &Terminal, inside: impl FnOnce() -> u8) -> u8 {
+fn start(
+    dkms: bool,
+    refused: Option<&[Instruction]>,
+    signals: &Signals,
+    terminal: &Terminal,
+    inside: impl FnOnce() -> u8,
+) -> u8 {
     let ready = || -> Result<()> {
         // Its own process group: `kill 0` inside reaches what is inside and not the process in front, whose group, seen from
         // here, would be 0, which fish and others do not cope with. Not its own session: sshd's hang-up would miss it.
         setpgid(Pid::from_raw(0), Pid::from_raw(0)).attempt(|| "make a process group in the jail")?;
         terminal.show_in_front(getpid());
-        if !record.dkms {
-            // First, since it takes CAP_SYS_ADMIN; which the chroot tier lacks, and holds nobody anyway.
-            if record.tier != Tier::Chroot {
-                calls::filter(&refused_calls::program()).attempt(|| "give up system calls")?;
+        if !dkms {
+            // First, since it takes CAP_SYS_ADMIN.
+            if let Some(refused) = refused {
+                calls::filter(refused).attempt(|| "give up system calls")?;
             }
             capabilities::keep_jail_set().attempt(|| "give up capabilities")?;
         }
