@@ -6,13 +6,14 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, getpid};
-use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::event::{PollFd, PollFlags};
 use rustix::thread::CapabilitySet;
 
 use crate::error::{Attempt, Result};
@@ -22,6 +23,7 @@ use crate::jail::capabilities;
 use crate::jail::link::{Link, Message};
 use crate::jail::tier::Tier;
 use crate::sys::packet::Packets;
+use crate::sys::poll;
 use crate::sys::process::{Fork, exit_now, fork};
 use crate::sys::signals::Signals;
 use crate::verdict::Verdict;
@@ -139,7 +141,7 @@ fn prepare(plan: &Plan) -> Result<Inside> {
 }
 
 /// How long a mark can stay unseen at the most if no event tells of it, as on a network file system another node writes to.
-const LOOK_EVERY: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 fn serve(link: &Link, inside: Inside) -> u8 {
     let Inside { signals, mut watch, namespaces, _interpreter } = inside;
@@ -168,7 +170,7 @@ fn serve(link: &Link, inside: Inside) -> u8 {
         if let Some(mounts) = &watch.mounts {
             sources.push(PollFd::new(mounts, PollFlags::PRI));
         }
-        match rustix::event::poll(&mut sources, Some(&LOOK_EVERY)) {
+        match poll::wait(&mut sources, LOOK_EVERY) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(_) => return 1,
         }

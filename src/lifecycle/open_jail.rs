@@ -3,11 +3,12 @@
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::waitpid;
 use nix::unistd::{Pid, getpid};
-use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::event::{PollFd, PollFlags};
 
 use crate::error::{Attempt, Error, Result};
 use crate::jail::additions::{self, Addition, Kind, Made};
@@ -18,6 +19,7 @@ use crate::jail::record::Record;
 use crate::jail::resolv_conf::{self, RESOLV_CONF, ResolvConf};
 use crate::jail::tier::Tier;
 use crate::lifecycle::state::StateFolder;
+use crate::sys::poll;
 use crate::sys::process::{Handle, Identity};
 use crate::sys::tree::Tree;
 
@@ -64,7 +66,7 @@ pub struct OpenJail {
 }
 
 /// A jail is made in milliseconds, or never.
-const TIME_TO_MAKE: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
+const TIME_TO_MAKE: Duration = Duration::from_secs(10);
 
 impl OpenJail {
     /// Makes the jail and writes down in `state` where it is. This process has to be a subreaper (or PID 1).
@@ -263,9 +265,9 @@ fn start(wanted: &Wanted<'_>, resolv_conf: Option<PathBuf>) -> Result<(Pid, Link
             return Ok((init, ours, doors));
         }
         let mut sources = [PollFd::new(&ours, PollFlags::IN)];
-        let timely = rustix::event::poll(&mut sources, Some(&TIME_TO_MAKE));
+        let timely = poll::wait(&mut sources, TIME_TO_MAKE);
         if matches!(timely, Ok(0)) {
-            return failed(init, format!("make the jail within {} s", TIME_TO_MAKE.tv_sec));
+            return failed(init, format!("make the jail within {} s", TIME_TO_MAKE.as_secs()));
         }
         match ours.receive().attempt(|| "hear from the jail's init")? {
             Some((Message::Started(pid), _)) => init = Some(Pid::from_raw(pid)),

@@ -2,10 +2,10 @@
 
 use std::os::fd::AsFd;
 use std::path::Path;
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use base64::Engine;
-use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::event::{PollFd, PollFlags};
 use serde_json::{Value, json};
 use sha2::Digest;
 
@@ -13,6 +13,7 @@ use crate::error::{Attempt, Result};
 use crate::lifecycle::secrets::without_secrets;
 use crate::session::report::{Packet, SOCKET};
 use crate::sys::packet::{Listener, Packets};
+use crate::sys::poll;
 use crate::sys::process::Entry;
 use crate::sys::tree::Tree;
 
@@ -173,7 +174,7 @@ impl Line {
     fn hear(&mut self) -> Heard {
         loop {
             let mut source = [PollFd::new(&self.packets, PollFlags::IN)];
-            if !rustix::event::poll(&mut source, Some(&Timespec::default())).is_ok_and(|ready| ready > 0) {
+            if !poll::wait(&mut source, Duration::ZERO).is_ok_and(|ready| ready > 0) {
                 return Heard::Nothing;
             }
             match self.packets.receive().ok().flatten().as_deref().map(Packet::parse) {

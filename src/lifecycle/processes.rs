@@ -10,8 +10,8 @@ use nix::unistd::{Pid, getpid};
 
 use crate::error::{Attempt, Error, Result};
 use crate::lifecycle::secrets::without_secrets;
-use crate::sys::mounts;
 use crate::sys::process::{Entry, Handle, descendants};
+use crate::sys::{mounts, poll};
 
 /// How long a process has to end by itself after SIGTERM.
 const TERM_TIME: Duration = Duration::from_secs(1);
@@ -131,13 +131,12 @@ fn ask_once(entry: &Entry, asked: &mut Vec<Pid>) -> Option<Handle> {
 /// Waits until all of `handles` have ended, or for `limit`: looking at all processes anew for each that ends would take longer than they
 /// do.
 fn wait_for_all(mut handles: Vec<Handle>, limit: Duration) {
-    use rustix::event::{PollFd, PollFlags, Timespec};
+    use rustix::event::{PollFd, PollFlags};
     let began = Instant::now();
     while !handles.is_empty() && began.elapsed() < limit {
         let left = limit.saturating_sub(began.elapsed());
-        let left = Timespec { tv_sec: left.as_secs().cast_signed(), tv_nsec: left.subsec_nanos().into() };
         let mut sources: Vec<_> = handles.iter().map(|h| PollFd::new(&h.fd, PollFlags::IN)).collect();
-        let _ = rustix::event::poll(&mut sources, Some(&left));
+        let _ = poll::wait(&mut sources, left);
         let mut ended = sources.iter().map(|s| !s.revents().is_empty()).collect::<Vec<_>>().into_iter();
         handles.retain(|_| ended.next() != Some(true));
     }

@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use notify::{RecursiveMode, Watcher};
 use rustix::event::EventfdFlags;
@@ -20,6 +21,9 @@ pub const SSHD_LISTENING: &str = "sshd_listening";
 pub const EXITING: &str = "exiting";
 /// A build from a recipe failed.
 pub const BUILD_FAILED: &str = "build_failed";
+
+/// How long a signal file can stay unseen at the most where the file system raises no event.
+pub const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// Empty files that can become signal files by a rename: the verdict in the parent and in the image, and `exiting`.
 const RESERVED: [&str; 3] = [".ims-sshd.reserve-1", ".ims-sshd.reserve-2", ".ims-sshd.reserve-3"];
@@ -298,7 +302,6 @@ mod tests {
         watch.on(&late);
         std::fs::create_dir(&late).unwrap();
         let mut woken = [rustix::event::PollFd::new(&watch, rustix::event::PollFlags::IN)];
-        let limit = rustix::event::Timespec { tv_sec: 5, tv_nsec: 0 };
-        assert_eq!(rustix::event::poll(&mut woken, Some(&limit)).unwrap(), 1);
+        assert_eq!(crate::sys::poll::wait(&mut woken, Duration::from_secs(5)).unwrap(), 1);
     }
 }

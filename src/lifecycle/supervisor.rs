@@ -9,7 +9,7 @@ use std::time::{Duration, Instant, SystemTime};
 use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
-use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::event::{PollFd, PollFlags};
 
 use crate::error::{Attempt, Error, Result};
 use crate::jail::link::Message;
@@ -23,11 +23,12 @@ use crate::lifecycle::restarts::Part;
 use crate::lifecycle::script::Script;
 use crate::lifecycle::sessions::{Farewell, Progress, hang_up};
 use crate::lifecycle::settings::{Action as JobAction, Settings};
-use crate::lifecycle::signal_files::{BUILD_FAILED, EXITING, READY, SSHD_LISTENING, SignalFiles, Watch};
+use crate::lifecycle::signal_files::{BUILD_FAILED, EXITING, LOOK_EVERY, READY, SSHD_LISTENING, SignalFiles, Watch};
 use crate::lifecycle::state::StateFolder;
 use crate::lifecycle::watchfulness::Watchfulness;
 use crate::sshd::daemon::{Daemon, running};
 use crate::sshd::effective::Effective;
+use crate::sys::poll;
 use crate::sys::signals::Signals;
 use crate::sys::tree::Tree;
 use crate::verdict::Verdict;
@@ -40,9 +41,6 @@ pub struct Outcome {
     /// The exit code of the contract: 0 for complete and failed, 1 if the environment broke, 128 + n after signal n.
     pub exit_code: u8,
 }
-
-/// How long a signal file can stay unseen at the most where the file system raises no event.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// Runs a build environment from start to end. `files` is the image root's parent if the caller has claimed it already; `listening` is
 /// called once, when sshd accepts connections.
@@ -335,7 +333,7 @@ impl<F: FnOnce()> Supervisor<F> {
         let mut marks = Vec::new();
         if let Some(jail) = &self.jail {
             let mut source = [PollFd::from_borrowed_fd(jail.link(), PollFlags::IN)];
-            if rustix::event::poll(&mut source, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
+            if poll::wait(&mut source, Duration::ZERO).is_ok_and(|ready| ready > 0)
                 && let Some(Message::Marked(verdict)) = jail.told()
             {
                 tracing::info!(verdict = verdict.signal_file(), "marked from inside the jail");
@@ -579,8 +577,7 @@ impl<F: FnOnce()> Supervisor<F> {
         let moments = self.restart.iter().map(|(_, at)| *at).chain(self.look_again);
         let sooner = moments.min().map(|moment| moment.saturating_duration_since(Instant::now()));
         let limit = sooner.map_or(LOOK_EVERY, |s| s.min(LOOK_EVERY));
-        let limit = Timespec { tv_sec: limit.as_secs().cast_signed(), tv_nsec: limit.subsec_nanos().into() };
-        let _ = rustix::event::poll(&mut sources, Some(&limit));
+        let _ = poll::wait(&mut sources, limit);
     }
 }
 

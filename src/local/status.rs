@@ -2,8 +2,9 @@
 
 use std::fmt::Write;
 use std::path::Path;
+use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::event::{PollFd, PollFlags};
 use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
@@ -13,6 +14,7 @@ use crate::lifecycle::state::StateFolder;
 use crate::local::say;
 use crate::session::report::{Packet, SOCKET};
 use crate::sys::packet::Packets;
+use crate::sys::poll;
 use crate::verdict::Verdict;
 
 /// Marks the image; whoever runs its environment closes it.
@@ -48,8 +50,8 @@ pub fn print(parent: &Path, as_json: bool) -> Result<u8> {
 fn ask(parent: &Path) -> Option<Value> {
     let packets = Packets::connect(&StateFolder::place(parent).join(SOCKET)).ok()?;
     packets.send(&Packet::Status.to_bytes()).ok()?;
-    let limit = Timespec { tv_sec: 2, tv_nsec: 0 };
-    rustix::event::poll(&mut [PollFd::new(&packets, PollFlags::IN)], Some(&limit)).ok().filter(|ready| *ready > 0)?;
+    let limit = Duration::from_secs(2);
+    poll::wait(&mut [PollFd::new(&packets, PollFlags::IN)], limit).ok().filter(|ready| *ready > 0)?;
     serde_json::from_slice(&packets.receive().ok()??).ok()
 }
 

@@ -4,12 +4,13 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::event::{PollFd, PollFlags};
 use serde_json::json;
 
 use crate::error::{Attempt, Error, Result};
+use crate::lifecycle::environment;
 use crate::lifecycle::settings::Action;
-use crate::lifecycle::signal_files::{BUILD_FAILED, EXITING, READY, SSHD_LISTENING, SignalFiles, Watch};
+use crate::lifecycle::signal_files::{BUILD_FAILED, EXITING, LOOK_EVERY, READY, SSHD_LISTENING, SignalFiles, Watch};
 use crate::local::say;
 use crate::publish::changes::Inventory;
 use crate::publish::ims::{Ims, Status};
@@ -19,14 +20,12 @@ use crate::publish::settings::Settings;
 use crate::publish::upload::{Image, Publication};
 use crate::publish::work::Work;
 use crate::publish::{boot, package, pod_files};
+use crate::sys::poll;
 use crate::sys::tree::Tree;
 use crate::verdict::Verdict;
 
 /// The builder, or who supervises the pod, has given it up.
 const POD_ERROR: &str = "pod_error";
-
-/// How long a signal file can stay unseen at the most where the file system raises no event.
-const LOOK_EVERY: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 
 /// How long an environment that has listened may be without its claim on the volume: one that is being restarted has none.
 const GONE: Duration = Duration::from_secs(5);
@@ -195,10 +194,7 @@ impl Sidecar<'_> {
             self.files.retract(name)?;
         }
         if self.settings.jailed {
-            for verdict in Verdict::ALL {
-                let mark = Path::new("tmp").join(verdict.signal_file());
-                image_root.remove(&mark).attempt(|| format!("remove /{} of the image", mark.display()))?;
-            }
+            environment::remove_old_marks(image_root)?;
         }
         journal.phase = Phase::Ready;
         journal.note(self.files)?;
@@ -244,7 +240,7 @@ impl Sidecar<'_> {
                 break;
             }
             let mut sources = [PollFd::new(&watch, PollFlags::IN), PollFd::new(self.work.signals(), PollFlags::IN)];
-            let _ = rustix::event::poll(&mut sources, Some(&LOOK_EVERY));
+            let _ = poll::wait(&mut sources, LOOK_EVERY);
         }
         if let Some(signal) = self.work.interrupted() {
             return Err(Error::new("go on").because(format!("{signal} came")));

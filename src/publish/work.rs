@@ -9,11 +9,12 @@ use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::event::{PollFd, PollFlags};
 use tokio::runtime::Runtime;
 
 use crate::error::{Attempt, Error, Result};
 use crate::publish::settings::{Network, Validate};
+use crate::sys::poll;
 use crate::sys::signals::{Signals, hold_none};
 
 /// How often one looks whether a signal came, and how far a program is.
@@ -168,9 +169,8 @@ impl Work {
     fn rest(&self, child: &Child) -> std::io::Result<()> {
         let pid = rustix::process::Pid::from_child(child);
         let ended = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?;
-        let tick = Timespec { tv_sec: 0, tv_nsec: TICK.subsec_nanos().into() };
         let mut sources = [PollFd::new(&ended, PollFlags::IN), PollFd::new(&self.signals, PollFlags::IN)];
-        match rustix::event::poll(&mut sources, Some(&tick)) {
+        match poll::wait(&mut sources, TICK) {
             Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
             Err(e) => Err(e.into()),
         }

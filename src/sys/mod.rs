@@ -3,6 +3,7 @@
 pub mod calls;
 pub mod mounts;
 pub mod packet;
+pub mod poll;
 pub mod process;
 pub mod signals;
 pub mod terminal;

@@ -16,6 +16,8 @@ use nix::unistd::{ForkResult, Pid};
 use rustix::fs::{Mode, OFlags};
 use rustix::process::PidfdFlags;
 
+use crate::sys::poll;
+
 /// The two sides of a fork.
 pub enum Fork {
     /// This is the new process.
@@ -139,9 +141,8 @@ impl Handle {
 
     /// Whether it has ended, or does within `limit`.
     pub fn ends_within(&self, limit: Duration) -> bool {
-        use rustix::event::{PollFd, PollFlags, Timespec, poll};
-        let limit = Timespec { tv_sec: limit.as_secs().cast_signed(), tv_nsec: limit.subsec_nanos().into() };
-        poll(&mut [PollFd::new(&self.fd, PollFlags::IN)], Some(&limit)).is_ok_and(|ready| ready > 0)
+        use rustix::event::{PollFd, PollFlags};
+        poll::wait(&mut [PollFd::new(&self.fd, PollFlags::IN)], limit).is_ok_and(|ready| ready > 0)
     }
 
     /// Sends it a signal; ESRCH if it has ended, never another process's.
