@@ -98,6 +98,17 @@ mod tests {
     use proptest::collection::vec;
     use proptest::prelude::*;
 
+    /// What root of that image has of its own.
+    const OWN: [(&str, &str); 7] = [
+        ("USER", "root"),
+        ("LOGNAME", "root"),
+        ("HOME", "/home/r"),
+        ("SHELL", "/bin/zsh"),
+        ("PATH", LOGIN_PATH),
+        ("MAIL", "/var/mail/root"),
+        ("SYSTEMD_OFFLINE", "1"),
+    ];
+
     fn environment(given: &[(&str, &str)], keep: &[&str]) -> Vec<(String, String)> {
         let account = Account::parse(b"root:x:0:0::/home/r:/bin/zsh\n", b"");
         let given = given.iter().map(|(n, v)| ((*n).into(), (*v).into()));
@@ -130,16 +141,11 @@ mod tests {
             ("SSH_CONNECTION", "a 1 b 2"),
             ("IMS_JOB_ID", "7"),
             ("SITE_PROXY", "p"),
-            ("USER", "root"),
-            ("LOGNAME", "root"),
-            ("HOME", "/home/r"),
-            ("SHELL", "/bin/zsh"),
-            ("PATH", LOGIN_PATH),
-            ("MAIL", "/var/mail/root"),
-            ("SYSTEMD_OFFLINE", "1"),
         ]
-        .map(|(n, v)| (n.to_owned(), v.to_owned()))
-        .into();
+        .iter()
+        .chain(&OWN)
+        .map(|(n, v)| ((*n).to_owned(), (*v).to_owned()))
+        .collect();
         wanted.sort();
         assert_eq!(got, wanted);
     }
@@ -212,22 +218,13 @@ mod tests {
         ) {
             let given_to: Vec<_> = given.iter().map(|(n, v)| (n.as_str(), v.as_str())).collect();
             let got = environment(&given_to, &keep.iter().map(String::as_str).collect::<Vec<_>>());
-            let own = [
-                ("USER", "root"),
-                ("LOGNAME", "root"),
-                ("HOME", "/home/r"),
-                ("SHELL", "/bin/zsh"),
-                ("PATH", LOGIN_PATH),
-                ("MAIL", "/var/mail/root"),
-                ("SYSTEMD_OFFLINE", "1"),
-            ];
             let wanted = |name: &str| {
                 let matched = |pattern: &str| means(pattern.as_bytes(), name.as_bytes());
                 (KEPT.iter().any(|p| matched(p)) || keep.iter().any(|p| matched(p))) && !DROPPED.contains(&name)
             };
             for (name, value) in &got {
                 prop_assert_eq!(got.iter().filter(|(n, _)| n == name).count(), 1, "{} twice", name);
-                let meant = match own.iter().find(|(n, _)| n == name) {
+                let meant = match OWN.iter().find(|(n, _)| n == name) {
                     Some((_, value)) => value,
                     // As getenv finds it: the first of several.
                     None if wanted(name) => given_to.iter().find(|(n, _)| n == name).map(|(_, v)| v).unwrap(),
@@ -236,7 +233,7 @@ mod tests {
                 prop_assert_eq!(value, meant);
             }
             let given_names = given_to.iter().map(|(name, _)| *name).filter(|name| wanted(name));
-            for name in own.iter().map(|(name, _)| *name).chain(given_names) {
+            for name in OWN.iter().map(|(name, _)| *name).chain(given_names) {
                 prop_assert!(got.iter().any(|(n, _)| n == name), "{} is missing", name);
             }
         }

@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use crate::support::ssh_options;
+
 pub const IMAGE: &str = "localhost/ims-sshd-test/ims-sshd:latest";
 pub const BASE: &str = "localhost/ims-sshd-test/debian:bookworm-slim";
 pub const EXAMPLE: &str = "localhost/ims-sshd-test/example:latest";
@@ -258,22 +260,6 @@ impl Pod {
         assert_eq!(self.end("sidecar"), 0);
         assert!(self.volume.join("exiting").exists());
     }
-}
-
-/// For a client that knows nobody.
-pub fn ssh_options(key: &Path) -> Vec<String> {
-    let mut options: Vec<String> = ["-F", "none", "-i"].map(Into::into).into();
-    options.push(key.display().to_string());
-    for option in [
-        "StrictHostKeyChecking=no",
-        "UserKnownHostsFile=/dev/null",
-        "LogLevel=ERROR",
-        "BatchMode=yes",
-        "ConnectTimeout=10",
-    ] {
-        options.extend(["-o".to_owned(), option.to_owned()]);
-    }
-    options
 }
 
 impl Drop for Pod {

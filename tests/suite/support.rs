@@ -297,18 +297,9 @@ impl Environment {
     }
 
     pub fn ssh_options(&self) -> Vec<String> {
-        let mut options: Vec<String> = vec!["-F".into(), "none".into(), "-i".into(), self.key.display().to_string()];
-        for option in [
-            "StrictHostKeyChecking=no",
-            "UserKnownHostsFile=/dev/null",
-            "LogLevel=ERROR",
-            "BatchMode=yes",
-            "ConnectTimeout=10",
-            // The default one takes longer than all the rest of a session.
-            "KexAlgorithms=curve25519-sha256",
-        ] {
-            options.extend(["-o".to_owned(), option.to_owned()]);
-        }
+        let mut options = ssh_options(&self.key);
+        // The default one takes longer than all the rest of a session.
+        options.extend(["-o", "KexAlgorithms=curve25519-sha256"].map(Into::into));
         options
     }
 
@@ -358,6 +349,21 @@ impl Drop for Environment {
             eprintln!("--- sshd's log\n{}", std::fs::read_to_string(self.sshd_log()).unwrap_or_default());
         }
     }
+}
+
+/// For a client that knows nobody.
+pub fn ssh_options(key: &Path) -> Vec<String> {
+    let mut options: Vec<String> = vec!["-F".into(), "none".into(), "-i".into(), key.display().to_string()];
+    for option in [
+        "StrictHostKeyChecking=no",
+        "UserKnownHostsFile=/dev/null",
+        "LogLevel=ERROR",
+        "BatchMode=yes",
+        "ConnectTimeout=10",
+    ] {
+        options.extend(["-o".to_owned(), option.to_owned()]);
+    }
+    options
 }
 
 /// Runs `command` with `input`.
