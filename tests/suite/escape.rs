@@ -96,7 +96,11 @@ impl Drop for Decoys {
 /// What is put into an image root: the attempts, and a node of a disk.
 fn prepare(image_root: &Path) {
     std::fs::copy(attempts(), image_root.join("attempts")).unwrap();
-    let opens = |disk: &Path| std::fs::File::open(Path::new("/dev").join(disk.file_name().unwrap())).is_ok();
+    // A loop device comes and goes with other tests.
+    let opens = |disk: &Path| {
+        let name = disk.file_name().unwrap().to_str().unwrap();
+        !name.starts_with("loop") && std::fs::File::open(Path::new("/dev").join(name)).is_ok()
+    };
     let disks = std::fs::read_dir("/sys/block").unwrap().map(|disk| disk.unwrap().path());
     let disk = disks.into_iter().find(|disk| opens(disk)).expect("a disk that can be opened");
     let number = std::fs::read_to_string(disk.join("dev")).unwrap();
@@ -123,6 +127,8 @@ const CHROOT: &str = r#"
 /// Makes the attempt where it is said to work.
 fn weakly(attempt: &Attempt, image_root: &Path, decoys: &Decoys) -> Output {
     let mut command = decoys.with_session_key();
+    // The leader of this test's own session may have ended long ago: here one lives.
+    command.args(["setsid", "--fork", "--wait", "sh", "-c", r#""$@"; exit $?"#, "sh"]);
     command.args(["unshare", "--mount", "--propagation", "private"]).envs(decoys.variables.iter().cloned());
     if attempt.bites.starts_with("Chroot") {
         command.args(["sh", "-c", CHROOT, "sh"]).arg(image_root).arg(&attempt.name);

@@ -345,10 +345,17 @@ impl Drop for Environment {
             let _ = self.entrypoint.wait();
         }
         if std::thread::panicking() {
-            eprintln!("--- the entrypoint's log\n{}", self.log_text());
-            eprintln!("--- sshd's log\n{}", std::fs::read_to_string(self.sshd_log()).unwrap_or_default());
+            eprintln!("--- the end of the entrypoint's log\n{}", last_lines(&self.log_text()));
+            let sshd = std::fs::read_to_string(self.sshd_log()).unwrap_or_default();
+            eprintln!("--- the end of sshd's log\n{}", last_lines(&sshd));
         }
     }
+}
+
+/// So few that what a test itself says above them is still seen where the end of its output is shown.
+fn last_lines(text: &str) -> String {
+    let lines: Vec<_> = text.lines().collect();
+    lines[lines.len().saturating_sub(15)..].join("\n")
 }
 
 /// For a client that knows nobody.
