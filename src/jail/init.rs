@@ -145,7 +145,7 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 fn serve(link: &Link, inside: Inside) -> u8 {
     let Inside { signals, mut watch, namespaces, _interpreter } = inside;
-    let descriptors: Vec<_> = namespaces.iter().map(AsFd::as_fd).collect();
+    let descriptors: Vec<_> = namespaces.iter().map(AsFd::as_fd).chain([watch.events.as_fd()]).collect();
     if link.send_with(&Message::Ready, &descriptors).is_err() {
         return 1;
     }

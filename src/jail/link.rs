@@ -11,7 +11,8 @@ use crate::verdict::Verdict;
 pub enum Message {
     /// The init's number in the container; sent by the process that started it.
     Started(i32),
-    /// The jail stands and can be entered, by the descriptors that come with this: the tier's namespaces.
+    /// The jail stands and can be entered, by the descriptors that come with this: the tier's namespaces. The last one is of the init's
+    /// inotify: the kernel takes some ten milliseconds to let go of it, which whoever has a copy spares the init at its end.
     Ready,
     /// A user marked the image, from inside.
     Marked(Verdict),

@@ -109,7 +109,7 @@ pub fn configure_sshd(settings: &Settings, state: &StateFolder) -> Result<Effect
     let base = Effective::ask(options, "root")?;
     let force_command = settings.jailed.then(|| force_command(state)).transpose()?;
     let text = config::fragment(&settings.session_variables, &base, settings.agent, force_command.as_deref());
-    config::write(&fragment, &text)?;
+    std::fs::write(&fragment, &text).attempt(|| format!("write {}", fragment.display()))?;
     let before = std::fs::read(&settings.sshd_config).attempt(|| format!("read {shown}"))?;
     let after = config::including(&before, &fragment);
     if after != before {

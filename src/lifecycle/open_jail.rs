@@ -61,6 +61,8 @@ pub struct OpenJail {
     /// By these it is entered: the tier's namespaces or, in the chroot tier, the image root. Sessions open them where this process has
     /// them, so they stay open as long as the jail is.
     doors: Vec<OwnedFd>,
+    /// The init's inotify, let go of in the background.
+    events: OwnedFd,
     /// The container's resolv.conf when the jail was made, if a copy of it is mounted.
     resolv_conf: Option<Vec<u8>>,
 }
@@ -86,6 +88,7 @@ impl OpenJail {
         let made = Made::make(wanted.image_root, wanted.note_folder, lacking)?;
         let opened = prepare_files(wanted, state, text.as_deref()).and_then(|resolv_conf| {
             let (init, link, mut doors) = start(wanted, resolv_conf)?;
+            let events = doors.pop().ok_or("its init is of another version").attempt(|| "make the jail")?;
             if chrooted {
                 doors.push(wanted.image_root.reopen().attempt(|| "open the image root for sessions")?);
             }
@@ -100,6 +103,7 @@ impl OpenJail {
                 init: handle,
                 link,
                 doors,
+                events,
                 resolv_conf: text,
             };
             jail.record(wanted, identity, state).inspect_err(|_| jail.end())?;
@@ -164,6 +168,8 @@ impl OpenJail {
         if matches!(edited, Ok(true)) {
             tracing::info!("{RESOLV_CONF_EDITED}");
         }
+        let events = self.events;
+        std::thread::spawn(move || drop(events));
         clear_image_root(image_root, note_folder)?;
         edited.map(|_| ())
     }
@@ -211,7 +217,7 @@ fn prepare_files(wanted: &Wanted<'_>, state: &StateFolder, resolv_conf: Option<&
     Ok(Some(path))
 }
 
-/// Starts the init. Returns it, the socket to it, and the jail's doors.
+/// Starts the init. Returns it, the socket to it, and the jail's doors with the init's inotify.
 fn start(wanted: &Wanted<'_>, resolv_conf: Option<PathBuf>) -> Result<(Pid, Link, Vec<OwnedFd>)> {
     let program = program()?;
     let attempted = || format!("start {}", program.display());

@@ -10,7 +10,7 @@ use nix::unistd::{Pid, getpid};
 
 use crate::error::{Attempt, Error, Result};
 use crate::lifecycle::secrets::without_secrets;
-use crate::sys::process::{Entry, Handle, descendants};
+use crate::sys::process::{Entry, Handle, descendants, numbers, own_descendants};
 use crate::sys::{mounts, poll};
 
 /// How long a process has to end by itself after SIGTERM.
@@ -26,10 +26,9 @@ const KILL_TIME: Duration = Duration::from_secs(5);
 /// mounts of its jail, whose namespace's name that is: TERM, and KILL for those that stay.
 pub fn end_all(image_root: Option<&Path>, jail: Option<&Path>) -> Result<()> {
     end(|| {
-        let all = Entry::all();
-        let mut left = descendants(&all, getpid());
+        let mut left = own_descendants();
         if let Some(image_root) = image_root {
-            left.extend(standing_in(image_root, jail, &all));
+            left.extend(standing_in(image_root, jail));
         }
         left
     })
@@ -42,7 +41,7 @@ pub fn ask_to_end(spared: Pid, jail: Option<&Path>) {
     let mut asked = Vec::new();
     loop {
         reap();
-        let mut left = descendants(&Entry::all(), getpid());
+        let mut left = own_descendants();
         left.retain(|e| e.pid != spared && e.state != 'Z');
         if left.is_empty() || began.elapsed() >= ASK_TIME {
             // The jail's end kills those in it; the others have some more time.
@@ -67,15 +66,16 @@ pub fn end_tree(root: &Entry) -> Result<()> {
 
 /// Processes whose root or working folder is in `image_root`, as an administrator's shell from `kubectl exec`. Only those that see the
 /// same mounts: another's path of that name is another folder. And those that have entered the jail's mounts, but not its processes.
-fn standing_in(image_root: &Path, jail: Option<&Path>, all: &[Entry]) -> Vec<Entry> {
-    let link = |entry: &Entry, name: &str| std::fs::read_link(format!("/proc/{}/{name}", entry.pid)).ok();
+fn standing_in(image_root: &Path, jail: Option<&Path>) -> Vec<Entry> {
+    let link = |pid: Pid, name: &str| std::fs::read_link(format!("/proc/{pid}/{name}")).ok();
     let own_mounts = std::fs::read_link("/proc/self/ns/mnt").ok();
-    let stands = |entry: &&Entry| {
-        let within = |name| link(entry, name).is_some_and(|path| path.starts_with(image_root));
-        let Some(mounts) = link(entry, "ns/mnt").filter(|_| entry.pid != getpid()) else { return false };
+    let this = getpid();
+    let stands = |pid: &Pid| {
+        let within = |name| link(*pid, name).is_some_and(|path| path.starts_with(image_root));
+        let Some(mounts) = link(*pid, "ns/mnt").filter(|_| *pid != this) else { return false };
         jail == Some(mounts.as_path()) || Some(mounts) == own_mounts && (within("cwd") || within("root"))
     };
-    all.iter().filter(stands).cloned().collect()
+    numbers(Path::new("/proc")).filter(stands).filter_map(Entry::read).collect()
 }
 
 fn end(find: impl Fn() -> Vec<Entry>) -> Result<()> {
@@ -86,7 +86,11 @@ fn end(find: impl Fn() -> Vec<Entry>) -> Result<()> {
         reap();
         let left: Vec<Entry> = find().into_iter().filter(|e| e.state != 'Z').collect();
         if left.is_empty() {
-            return Ok(());
+            // Whoever has just ended may have left children, which are this process's now.
+            if reap().is_empty() {
+                return Ok(());
+            }
+            continue;
         }
         let kill_now = began.elapsed() > TERM_TIME;
         let handles = left.iter().filter_map(|entry| {

@@ -499,9 +499,10 @@ impl<F: FnOnce()> Supervisor<F> {
             let path: PathBuf = files.path().join(self.settings.image_root());
             note(processes::unmount_below(&path));
             self.step("nothing is mounted in the image root");
+            // First: what it writes to the same disk is then written with the rest.
+            note(environment::unconfigure_sshd(&self.settings).map(|_| ()));
             note(image_root.sync().attempt(|| format!("write {} to its disk", path.display())));
             self.step("all is on its disk");
-            note(environment::unconfigure_sshd(&self.settings).map(|_| ()));
         }
         if let (Some(files), None, true) = (&self.files, &self.image_root, self.settings.jailed)
             && let Ok(image_root) = environment::open_image_root(files, self.settings.image_root())

@@ -13,7 +13,7 @@ use crate::error::{Attempt, Error, Result};
 use crate::sshd;
 use crate::sshd::effective::Effective;
 use crate::sshd::options::Options;
-use crate::sys::process::{Entry, Identity, descendants};
+use crate::sys::process::{Entry, Identity, own_descendants};
 
 /// The listening sshd. Its connections and sessions go on when it ends.
 #[derive(Debug)]
@@ -86,9 +86,9 @@ impl Daemon {
 
     /// sshds in the background: each leads a session of its own and is this process's child.
     fn children() -> Vec<Entry> {
-        let mut all = Entry::all();
-        all.retain(|e| e.parent == getpid() && e.session == e.pid && e.name.starts_with("sshd") && e.state != 'Z');
-        all
+        let mut own = own_descendants();
+        own.retain(|e| e.parent == getpid() && e.session == e.pid && e.name.starts_with("sshd") && e.state != 'Z');
+        own
     }
 
     /// Writes down which process it is, for an environment that has to go on after this one was killed.
@@ -187,7 +187,7 @@ pub struct Running {
 
 /// What runs below this process. Sessions are children of connections; those of a listener that has ended count too.
 pub fn running(listener: Option<Pid>) -> Running {
-    let own = descendants(&Entry::all(), getpid());
+    let own = own_descendants();
     let is_sshd = |pid: Pid| own.iter().any(|e| e.pid == pid && e.name.starts_with("sshd"));
     let mut running = Running::default();
     for entry in own.iter().filter(|e| e.state != 'Z' && Some(e.pid) != listener) {

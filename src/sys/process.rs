@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
-use nix::unistd::{ForkResult, Pid};
+use nix::unistd::{ForkResult, Pid, getpid};
 use rustix::fs::{Mode, OFlags};
 use rustix::process::PidfdFlags;
 
@@ -209,10 +209,7 @@ impl Entry {
 
     /// All processes this one can see.
     pub fn all() -> Vec<Self> {
-        let Ok(proc) = std::fs::read_dir("/proc") else { return Vec::new() };
-        proc.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
-            .filter_map(|pid| Self::read(Pid::from_raw(pid)))
-            .collect()
+        numbers(Path::new("/proc")).filter_map(Self::read).collect()
     }
 
     /// The path of its terminal, where that is a pty.
@@ -234,6 +231,37 @@ impl Entry {
         let words: Vec<_> = raw.split(|&b| b == 0).filter(|w| !w.is_empty()).map(String::from_utf8_lossy).collect();
         if words.is_empty() { format!("[{}]", self.name) } else { words.join(" ") }
     }
+}
+
+/// The processes or threads that a folder of proc(5) has folders of.
+pub fn numbers(folder: &Path) -> impl Iterator<Item = Pid> + use<> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten();
+    entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).map(Pid::from_raw)
+}
+
+/// Those that descend from this process, which has to be a subreaper (or PID 1): by the kernel's lists of children, so that the machine's
+/// other processes cost nothing. One whose parent ends at this moment may be missing: whoever has to know that none is left looks
+/// again if, after this, there was a child to wait for.
+pub fn own_descendants() -> Vec<Entry> {
+    let mut found = Vec::new();
+    let mut parents = vec![getpid()];
+    while let Some(parent) = parents.pop() {
+        for thread in numbers(Path::new(&format!("/proc/{parent}/task"))) {
+            match std::fs::read_to_string(format!("/proc/{parent}/task/{thread}/children")) {
+                Ok(children) => {
+                    let children = children.split_ascii_whitespace().filter_map(|pid| pid.parse().ok());
+                    found.extend(children.filter_map(|pid| {
+                        parents.push(Pid::from_raw(pid));
+                        Entry::read(Pid::from_raw(pid))
+                    }));
+                }
+                // The kernel lacks CONFIG_PROC_CHILDREN: the long way.
+                Err(_) if parent == getpid() => return descendants(&Entry::all(), parent),
+                Err(_) => {}
+            }
+        }
+    }
+    found
 }
 
 /// Those of `all` that descend from `ancestor`, nearest first.

@@ -475,7 +475,7 @@ fn nobody_writes_once_exiting_stands_and_writers_do_not_hold_the_close_up() {
         // In this test's thread: the second volume's mounts take the place of the first's.
         let volume = Volume::new(Image::Debian);
         let household = Household::of(&volume);
-        let mut environment = volume.start_with(mode, &[("IMS_CLOSE_GRACE", "1")]).ready();
+        let mut environment = volume.start_with(mode, &[("IMS_CLOSE_GRACE", "10")]).ready();
         let folder = environment.image_root.join("root/written");
         std::fs::create_dir(&folder).unwrap();
         let seen = if mode == Mode::Jailed { "/root/written".into() } else { folder.display().to_string() };
@@ -512,8 +512,9 @@ fn nobody_writes_once_exiting_stands_and_writers_do_not_hold_the_close_up() {
     }
 }
 
-/// Of an environment without sessions, whatever runs in it. A machine with nothing else to do takes a quarter of it; tests run side by side.
-const CLOSE_LIMIT: Duration = Duration::from_secs(1);
+/// Of an environment without sessions, whatever runs in it: far from the grace. A machine with nothing else to do takes a tenth of it;
+/// tests run side by side.
+const CLOSE_LIMIT: Duration = Duration::from_secs(3);
 
 /// What an environment holds on to.
 #[derive(Debug, PartialEq, Eq)]
