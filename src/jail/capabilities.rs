@@ -26,13 +26,16 @@ pub fn keep_jail_set() -> rustix::io::Result<()> {
     let kept = KEPT.iter().map(|(capability, _)| *capability).collect();
     // By number and not by name: this kernel may know capabilities that have no name here yet.
     for capability in (0..u64::BITS).map(|number| CapabilitySet::from_bits_retain(1 << number)) {
-        match rustix::thread::capability_is_in_bounding_set(capability) {
-            Ok(true) if !CapabilitySet::contains(&kept, capability) => {
-                rustix::thread::remove_capability_from_bounding_set(capability)?;
+        if CapabilitySet::contains(&kept, capability) {
+            continue;
+        }
+        if let Err(error) = rustix::thread::remove_capability_from_bounding_set(capability) {
+            // It may be gone already, or the kernel's last one may have been the one before.
+            match rustix::thread::capability_is_in_bounding_set(capability) {
+                Ok(true) => return Err(error),
+                Ok(false) => {}
+                Err(_) => break,
             }
-            Ok(_) => {}
-            // The kernel's last one was the one before.
-            Err(_) => break,
         }
     }
     hold_only(kept)

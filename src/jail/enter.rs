@@ -16,7 +16,7 @@ use crate::jail::tier::Tier;
 use crate::jail::{capabilities, refused_calls};
 use crate::sys::calls::{self, Instruction};
 use crate::sys::mounts::change_root;
-use crate::sys::process::{Fork, Handle, close_on_exec_from, end_like, exit_now, fork};
+use crate::sys::process::{Handle, close_on_exec_from, end_like, exit_now, spawn};
 use crate::sys::signals::{Signals, stop_own_group};
 use crate::sys::terminal::set_foreground;
 
@@ -69,13 +69,12 @@ pub fn run(
     held.extend([Signal::SIGCHLD, Signal::SIGCONT]);
     let signals = Signals::hold(&held).attempt(|| "hold back signals")?;
     let mut terminal = Terminal::of_this_process();
-    // Before the fork, as all that the child needs. Not in the chroot tier, which lacks CAP_SYS_ADMIN for it and holds nobody anyway.
+    // Not in the chroot tier, which lacks CAP_SYS_ADMIN for it and holds nobody anyway.
     let refused = (record.tier != Tier::Chroot).then(refused_calls::program);
-    match fork().attempt(|| "start a process in the jail")? {
-        Fork::Child => exit_now(start(record.dkms, refused.as_deref(), &signals, &terminal, inside)),
-        // At once: the client waits for this end, and freeing memory first would only copy pages shared with the child.
-        Fork::Parent(child) => exit_now(attend(child, &signals, &mut terminal, agent, ended)),
-    }
+    let child = spawn(|| start(record.dkms, refused.as_deref(), &signals, &terminal, inside));
+    let child = child.attempt(|| "start a process in the jail")?;
+    // At once: the client waits for this end.
+    exit_now(attend(child, &signals, &mut terminal, agent, ended))
 }
 
 fn start(
@@ -167,10 +166,11 @@ struct Terminal {
 
 impl Terminal {
     fn of_this_process() -> Self {
-        let streams = [std::io::stdin().as_fd(), std::io::stdout().as_fd(), std::io::stderr().as_fd()]
-            .map(|stream| stream.try_clone_to_owned().ok());
+        let (stdin, stdout, stderr) = (std::io::stdin(), std::io::stdout(), std::io::stderr());
+        let mut streams = [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()].into_iter();
         // Only of the controlling terminal does the kernel tell the foreground group.
-        let fd = streams.into_iter().flatten().find(|stream| tcgetpgrp(stream).is_ok());
+        let terminal = streams.find(|stream| tcgetpgrp(stream).is_ok());
+        let fd = terminal.and_then(|terminal| terminal.try_clone_to_owned().ok());
         let mut this = Self { fd, leader: getsid(None) == Ok(getpid()), lent: false };
         this.lent = this.is_ours();
         this

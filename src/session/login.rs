@@ -49,7 +49,6 @@ pub fn run(jail: &Path, request: &Request) -> Result<Infallible> {
     let of_image = if transfer { Vec::new() } else { etc_environment::read(&image_root) };
     let mut environment = session_environment(std::env::vars_os(), &account, &record.keep, of_image);
     environment.extend(agent.as_ref().map(|agent| ("SSH_AUTH_SOCK".into(), agent.path().into())));
-    // All put together before the fork: every page of memory that the child writes to is copied first.
     let mut programs = programs(request, &account);
     if beside.is_some() {
         programs = sftp_programs(Path::new("."), &beginning_at_home(request, &account, &image_root));
@@ -66,6 +65,9 @@ pub fn run(jail: &Path, request: &Request) -> Result<Infallible> {
             );
         }
     };
+    if matches!(request, Request::Shell) && at_terminal {
+        greet(&image_root, &account, record);
+    }
     enter::run(record, agent, ended, || {
         become_root(&account);
         if let Some(folder) = &beside {
@@ -74,9 +76,6 @@ pub fn run(jail: &Path, request: &Request) -> Result<Infallible> {
                 eprintln!("ims-jail-shell: cannot go to the folder of sftp-server: {e}");
                 return 1;
             }
-        }
-        if matches!(request, Request::Shell) && at_terminal {
-            greet(&image_root, &account, record);
         }
         report(run_first(&programs))
     })

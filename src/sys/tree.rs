@@ -81,8 +81,8 @@ impl Tree {
     /// Reads a regular file of at most `limit` bytes. Anything else at that name is an error, and nothing can make this hang:
     /// a fifo, a device or a socket is not opened for reading.
     pub fn read(&self, path: impl AsRef<Path>, limit: u64) -> io::Result<Vec<u8>> {
-        let file = self.open_regular(path)?;
-        let size = file.metadata()?.len().min(limit);
+        let (file, size) = self.open_regular(path)?;
+        let size = size.min(limit);
         let mut text = Vec::with_capacity(usize::try_from(size).unwrap_or(0) + 1);
         file.take(limit + 1).read_to_end(&mut text)?;
         if text.len() as u64 > limit {
@@ -94,16 +94,18 @@ impl Tree {
     /// Reads the first `length` bytes of a regular file, or all of a shorter one.
     pub fn read_beginning(&self, path: impl AsRef<Path>, length: usize) -> io::Result<Vec<u8>> {
         let mut text = Vec::with_capacity(length);
-        self.open_regular(path)?.take(length as u64).read_to_end(&mut text)?;
+        self.open_regular(path)?.0.take(length as u64).read_to_end(&mut text)?;
         Ok(text)
     }
 
-    fn open_regular(&self, path: impl AsRef<Path>) -> io::Result<File> {
+    /// The file and its size.
+    fn open_regular(&self, path: impl AsRef<Path>) -> io::Result<(File, u64)> {
         let fd = self.open_at(path, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY, Mode::empty())?;
-        if FileType::from_raw_mode(rustix::fs::fstat(&fd)?.st_mode) != FileType::RegularFile {
+        let found = rustix::fs::fstat(&fd)?;
+        if FileType::from_raw_mode(found.st_mode) != FileType::RegularFile {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
         }
-        Ok(File::from(fd))
+        Ok((File::from(fd), u64::try_from(found.st_size).unwrap_or(0)))
     }
 
     /// Creates the file `path` if nothing is there, and never through a link. Returns whether it was created.
