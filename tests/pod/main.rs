@@ -23,3 +23,4 @@ mod image;
 mod manifests;
 mod podman;
 mod pods;
+mod way_in;

@@ -1,0 +1,89 @@
+//! What a session's way into the jail costs, in numbers that no other load of a machine changes: those of `ims-jail-shell` as the image
+//! has it, from its start until the image's program begins. A change that costs more has to say so here.
+//!
+//! Counted by ptrace(2), step by step: Debian's valgrind does not know pidfd_open(2).
+
+use std::path::Path;
+use std::process::Command;
+
+use ims_sshd::lifecycle::state::StateFolder;
+use nix::libc::c_long;
+use nix::sys::ptrace::{self, Event, Options};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
+
+use crate::podman::{IMAGE, podman};
+use crate::support::{Environment, Image, Mode, succeed};
+
+/// Without those that the program takes to start and end when it does nothing: the C library's start depends on the processor.
+const INSTRUCTIONS: u64 = 1;
+
+/// All, the C library's and the runtime's start among them.
+const SYSTEM_CALLS: u64 = 1;
+
+/// So much more than committed is no change.
+const MARGIN: f64 = 1.05;
+
+#[test]
+fn a_session_takes_no_more_instructions_and_system_calls_to_begin_than_are_committed() {
+    let environment = Environment::open(Image::Busybox, Mode::Jailed);
+    let program = environment.dir.path().join("ims-jail-shell");
+    let container = succeed(&mut podman(&["create", IMAGE]));
+    let copied = podman(&["cp", &format!("{container}:/usr/bin/ims-jail-shell")]).arg(&program).status();
+    succeed(&mut podman(&["rm", &container]));
+    assert!(copied.unwrap().success());
+
+    let record = StateFolder::of(&environment.parent).unwrap().jail();
+    let session = ["session".as_ref(), record.as_os_str()];
+    let begins = |arguments: &[_], go_on: GoOn| count(&program, arguments, go_on);
+    // One that is told nothing says how it is used, and ends.
+    let instructions = begins(&session, ptrace::step) - begins(&[], ptrace::step);
+    // Each stops twice, before and after; the last one is execve, which does not come back.
+    let system_calls = begins(&session, ptrace::syscall).div_ceil(2);
+    println!("{instructions} instructions, {system_calls} system calls");
+    assert!(instructions as f64 <= INSTRUCTIONS as f64 * MARGIN, "{instructions} instructions, not {INSTRUCTIONS}");
+    assert!(system_calls as f64 <= SYSTEM_CALLS as f64 * MARGIN, "{system_calls} system calls, not {SYSTEM_CALLS}");
+}
+
+/// How a halted process goes on until it is counted again.
+type GoOn = fn(Pid, Option<Signal>) -> nix::Result<()>;
+
+/// How often `program` is halted until it ends, or until a child of its becomes another program.
+fn count(program: &Path, arguments: &[&std::ffi::OsStr], go_on: GoOn) -> u64 {
+    let mut shell = Command::new("sh");
+    shell.args(["-c", r#"kill -STOP $$; exec "$@""#, "sh"]).arg(program).args(arguments);
+    shell.env_clear().env("SSH_ORIGINAL_COMMAND", "true").env("SSH_CONNECTION", "192.0.2.1 40000 192.0.2.2 22");
+    let mut shell = shell.stdin(std::process::Stdio::null()).stderr(std::process::Stdio::null()).spawn().unwrap();
+    let parent = Pid::from_raw(shell.id().cast_signed());
+    assert_eq!(waitpid(parent, Some(WaitPidFlag::WUNTRACED)), Ok(WaitStatus::Stopped(parent, Signal::SIGSTOP)));
+    let options = Options::PTRACE_O_TRACEEXEC | Options::PTRACE_O_TRACEVFORK | Options::PTRACE_O_EXITKILL;
+    ptrace::seize(parent, options).unwrap();
+    kill(parent, Signal::SIGCONT).unwrap();
+    let is = |status, event: Event| matches!(status, WaitStatus::PtraceEvent(_, _, e) if e == event as i32);
+    while !is(waitpid(parent, None).unwrap(), Event::PTRACE_EVENT_EXEC) {
+        ptrace::cont(parent, None).unwrap();
+    }
+    // The child's parent is halted by the kernel until it has become another program: there is one to wait for at a time.
+    let (mut counted, mut process) = (0, parent);
+    loop {
+        go_on(process, None).unwrap();
+        match waitpid(process, None).unwrap() {
+            WaitStatus::Exited(..) => break,
+            status if is(status, Event::PTRACE_EVENT_EXEC) => break,
+            status if is(status, Event::PTRACE_EVENT_VFORK) => {
+                let child: c_long = ptrace::getevent(process).unwrap();
+                process = Pid::from_raw(child.try_into().unwrap());
+                // It begins halted.
+                waitpid(process, None).unwrap();
+                go_on(parent, None).unwrap();
+            }
+            _ => counted += 1,
+        }
+    }
+    // In the jail, the child has another number; it ends with this one's interest in it.
+    let _ = kill(process, Signal::SIGKILL);
+    let _ = shell.kill();
+    shell.wait().unwrap();
+    counted
+}
