@@ -13,8 +13,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
-use crate::podman::{IMAGE, podman};
-use crate::support::{Environment, Image, Mode, succeed};
+use crate::podman::{IMAGE, podman, succeed};
+use crate::support::{Environment, Image, Mode};
 
 /// Without those that the program takes to start and end when it does nothing: the C library's start depends on the processor.
 const INSTRUCTIONS: u64 = 1;
