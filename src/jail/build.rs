@@ -38,7 +38,7 @@ pub struct Plan {
     pub hostname: Option<OsString>,
     /// The file that is mounted on the image's /etc/resolv.conf.
     pub resolv_conf: Option<PathBuf>,
-    /// sftp-server with its loader and libraries: (name below [`SFTP_FOLDER`], file of the container).
+    /// sftp-server with its loader and libraries: (name below [`SFTP_FOLDER`], file of the container, not a link).
     pub sftp: Vec<(String, PathBuf)>,
     /// A mount namespace that holds next to nothing, of which the jail's becomes a copy; a copy of the container's, with all that is mounted
     /// there, if there is none.
@@ -245,8 +245,7 @@ const SHOWN_ATTRIBUTES: MountAttrFlags =
     MountAttrFlags::MOUNT_ATTR_RDONLY.union(MountAttrFlags::MOUNT_ATTR_NOSUID).union(MountAttrFlags::MOUNT_ATTR_NODEV);
 
 fn copy_sftp_file(file: &Path) -> Result<Detached> {
-    let copy = std::fs::canonicalize(file).and_then(|file| Detached::copy_of(file, false, SHOWN_ATTRIBUTES));
-    copy.attempt(|| format!("copy the mount of {}", file.display()))
+    Detached::copy_of(file, false, SHOWN_ATTRIBUTES).attempt(|| format!("copy the mount of {}", file.display()))
 }
 
 /// Shows the container's sftp-server in the jail, read-only: an image need not have one, nor a libc, nor our architecture.

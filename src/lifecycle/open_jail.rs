@@ -125,7 +125,9 @@ impl OpenJail {
             job: wanted.job.map(Into::into),
             keep: wanted.keep.clone(),
         };
-        Tree::open(state.path()).and_then(|t| t.replace("jail", record.to_text().as_bytes())).attempt(attempted)
+        // In one step for those who read it, but not on disk: it tells of processes, which end before that could matter.
+        let new = state.jail().with_extension("new");
+        std::fs::write(&new, record.to_text()).and_then(|()| std::fs::rename(new, state.jail())).attempt(attempted)
     }
 
     /// Its own namespace of this kind; nothing if it has none.
