@@ -7,6 +7,7 @@
 //!
 //! Exits with 1 if a limit is missed by more than half of it.
 
+mod making;
 #[allow(dead_code)]
 #[path = "../tests/suite/support.rs"]
 mod support;
@@ -43,6 +44,7 @@ fn main() -> ExitCode {
     println!("{:<58}{:>8}   {:<16}  limit", "", "median", "least … most");
     let mut report = Report::default();
     life(runs, &mut report);
+    making::making(runs * 10, &mut report);
     entering(runs * 20, &mut report);
     memory(&mut report);
     publishing::publishing((runs / 3).max(1), &mut report);

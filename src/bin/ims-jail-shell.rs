@@ -19,9 +19,9 @@ const USAGE: &str = "\
 Makes a jail around an image root, or enters it. Started by ims-sshd and by sshd, not by hand.
 
   ims-jail-shell init --tier TIER --root FOLDER [--dkms] [--emulate ARCHITECTURE] [--proc-of-container] [--hostname NAME]
-                      [--resolv-conf FILE] [--sftp NAME=FILE]...
+                      [--resolv-conf FILE] [--sftp NAME=FILE]... [--bare NAMESPACE]
       make the jail around the working folder, which messages call FOLDER, and be its first process; standard input is the socket to
-      the supervisor
+      the supervisor. Its mount namespace begins as a copy of NAMESPACE, else of the container's
   ims-jail-shell session JAIL
       enter the jail and carry out SSH_ORIGINAL_COMMAND, or start a login shell
   ims-jail-shell enter JAIL [-- PROGRAM [ARGUMENT]...]
@@ -66,6 +66,7 @@ fn init_plan(words: &[OsString]) -> Option<Plan> {
             "--emulate" => plan.emulated = Some(Architecture::from_name(words.next()?.to_str()?)?),
             "--proc-of-container" => plan.proc = Proc::Container,
             "--hostname" => plan.hostname = Some(words.next()?.into()),
+            "--bare" => plan.bare = Some(words.next()?.into()),
             "--resolv-conf" => plan.resolv_conf = Some(words.next()?.into()),
             "--sftp" => {
                 let (name, file) = words.next()?.to_str()?.split_once('=')?;

@@ -2,10 +2,12 @@
 
 use std::collections::HashMap;
 use std::ffi::OsString;
+use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
+use nix::sched::CloneFlags;
 use rustix::fs::{FileType, Mode};
 use rustix::mount::MountAttrFlags;
 
@@ -36,8 +38,11 @@ pub struct Plan {
     pub hostname: Option<OsString>,
     /// The file that is mounted on the image's /etc/resolv.conf.
     pub resolv_conf: Option<PathBuf>,
-    /// sftp-server with its loader and libraries: (name below [`SFTP_FOLDER`], file of the container).
+    /// sftp-server with its loader and libraries: (name below [`SFTP_FOLDER`], file of the container, not a link).
     pub sftp: Vec<(String, PathBuf)>,
+    /// A mount namespace that holds next to nothing, of which the jail's becomes a copy; a copy of the container's, with all that is mounted
+    /// there, if there is none.
+    pub bare: Option<PathBuf>,
 }
 
 /// Makes the jail around this process's working folder, which is the image root, and moves the process into it. To be called by the
@@ -51,22 +56,33 @@ pub fn build(plan: &Plan) -> Result<()> {
     if let Some(name) = &plan.hostname {
         nix::unistd::sethostname(name).attempt(|| format!("name the jail {}", name.display()))?;
     }
-    // Before anything is mounted: what happens here must not appear in the container, nor the other way round.
-    mounts::make_all_private().attempt(|| "cut the jail's mounts off from the container's")?;
     // Modes of folders are as the tables say them.
     rustix::process::umask(Mode::empty());
 
+    // All that comes from the container, as copies that are attached nowhere yet: soon its mounts are out of sight. So are new file
+    // systems: the kernel gives a user namespace a procfs only where one can be seen.
     // The image root becomes a mount of its own: only a mount can be switched to, and only a mount can be nodev.
-    let root = Detached::copy_of_fd(&place, false)
+    let root = Detached::copy_of_fd(&place, false, ROOT_ATTRIBUTES)
         .attempt(|| format!("copy the mount of the image root {shown}"))
         .advise("nothing may be mounted below it")?;
-    root.restrict(ROOT_ATTRIBUTES, false).attempt(|| format!("make the image root {shown} nodev"))?;
-    // From here on, the tree is reached through its own mount.
-    let root = Tree::from_fd(root.attach(&place).attempt(|| format!("attach the image root {shown}"))?);
+    let table = mount_table(plan.dkms, plan.proc);
+    let table = table.map(|mount| source(&mount).map(|source| (mount, source)).map_err(|e| e.attempted_on(&mount)));
+    let table = table.collect::<Result<Vec<_>>>()?;
+    let resolv_conf = plan.resolv_conf.as_deref().map(copy_resolv_conf).transpose()?;
+    let sftp = plan.sftp.iter().map(|(name, file)| Ok((name.as_str(), copy_sftp_file(file)?)));
+    let sftp = sftp.collect::<Result<Vec<_>>>()?;
 
-    let mut jail = Jail { root, mounted: HashMap::new() };
-    for mount in mount_table(plan.dkms, plan.proc) {
-        carry_out(&mut jail, &mount).map_err(|e| e.attempted_on(&mount))?;
+    // What is mounted from here on must not appear in the container, nor the other way round.
+    match &plan.bare {
+        Some(namespace) => copy_namespace(namespace).attempt(|| "copy the mount namespace of the jail on trial"),
+        None => mounts::make_all_private().attempt(|| "cut the jail's mounts off from the container's"),
+    }?;
+    // From here on, the tree is reached through its own mount.
+    let root = mounts::cover_root(root).attempt(|| format!("attach the image root {shown}"))?;
+
+    let mut jail = Jail { root: Tree::from_fd(root), mounted: HashMap::new() };
+    for (mount, source) in table {
+        carry_out(&mut jail, &mount, source).map_err(|e| e.attempted_on(&mount))?;
         match mount.target {
             "dev" if !plan.dkms => furnish_dev(&jail)?,
             "proc" if !plan.dkms => protect_kernel_files(&jail)?,
@@ -74,10 +90,10 @@ pub fn build(plan: &Plan) -> Result<()> {
             _ => {}
         }
     }
-    if let Some(file) = &plan.resolv_conf {
-        cover_resolv_conf(&jail.root, file)?;
+    if let Some(copy) = resolv_conf {
+        cover_resolv_conf(&jail.root, copy)?;
     }
-    show_sftp_server(&jail, &plan.sftp)?;
+    show_sftp_server(&jail, sftp)?;
 
     // Not chroot: whoever may call chroot again could leave it. The old root is gone from this namespace after this.
     mounts::switch_root(&jail.root).attempt(|| format!("switch the root to {shown}"))?;
@@ -123,12 +139,27 @@ impl<E: Into<io::Error>> From<E> for Failure {
     }
 }
 
-fn carry_out(jail: &mut Jail, mount: &Mount) -> std::result::Result<(), Failure> {
+/// What is to be mounted, attached nowhere yet. Nothing for a mask, which depends on what it is to cover.
+fn source(mount: &Mount) -> std::result::Result<Option<Detached>, Failure> {
+    Ok(match mount.source {
+        Source::New(kind, options) => Some(Detached::filesystem(kind, options, mount.attributes)?),
+        Source::Container(path) => Some(Detached::copy_of(path, true, mount.attributes)?),
+        Source::Masked => None,
+    })
+}
+
+/// Moves this process into a mount namespace of its own that begins as a copy of the one that can be opened at `path`.
+fn copy_namespace(path: &Path) -> io::Result<()> {
+    nix::sched::setns(File::open(path)?, CloneFlags::CLONE_NEWNS)?;
+    nix::sched::unshare(CloneFlags::CLONE_NEWNS).map_err(Into::into)
+}
+
+fn carry_out(jail: &mut Jail, mount: &Mount, source: Option<Detached>) -> std::result::Result<(), Failure> {
     let (tree, path) = jail.locate(mount.target)?;
     let target = match tree.handle(path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound && mount.missing == Missing::Skipped => return Ok(()),
         Err(e) if e.kind() == io::ErrorKind::NotFound && mount.missing == Missing::Made => {
-            tree.make_mount_point(path, is_folder(&mount.source)?)?;
+            tree.make_mount_point(path, source.as_ref().map_or(Ok(true), is_folder)?)?;
             tree.handle(path)?
         }
         other => other?,
@@ -140,15 +171,12 @@ fn carry_out(jail: &mut Jail, mount: &Mount) -> std::result::Result<(), Failure>
     if mount.missing == Missing::MountPoint && !is_folder {
         return Err(Failure(io::Error::new(io::ErrorKind::NotADirectory, format!("it is {}", kind_of(&found)))));
     }
-    let source = match mount.source {
-        Source::New(kind, options) => Detached::filesystem(kind, options, mount.attributes)?,
-        Source::Container(path) => restricted(Detached::copy_of(path, true)?, mount.attributes, true)?,
-        Source::Masked if is_folder => {
-            Detached::filesystem("tmpfs", &[("size", "4k"), ("mode", "0555")], mount.attributes)?
-        }
-        Source::Masked => {
+    let source = match source {
+        Some(source) => source,
+        None if is_folder => Detached::filesystem("tmpfs", &[("size", "4k"), ("mode", "0555")], mount.attributes)?,
+        None => {
             let (dev, null) = jail.locate("dev/null")?;
-            restricted(Detached::copy_of_fd(dev.handle(null)?, false)?, mount.attributes, false)?
+            Detached::copy_of_fd(dev.handle(null)?, false, mount.attributes)?
         }
     };
     let top = Tree::from_fd(source.attach(target)?);
@@ -158,17 +186,9 @@ fn carry_out(jail: &mut Jail, mount: &Mount) -> std::result::Result<(), Failure>
     Ok(())
 }
 
-fn restricted(mount: Detached, attributes: MountAttrFlags, recursive: bool) -> io::Result<Detached> {
-    mount.restrict(attributes, recursive)?;
-    Ok(mount)
-}
-
-/// Whether what is to be mounted is a folder, and not one file.
-fn is_folder(source: &Source) -> io::Result<bool> {
-    match source {
-        Source::Container(path) => Ok(std::fs::metadata(path)?.is_dir()),
-        _ => Ok(true),
-    }
+/// Whether what is mounted is a folder, and not one file.
+fn is_folder(mount: &Detached) -> io::Result<bool> {
+    Ok(FileType::from_raw_mode(rustix::fs::fstat(mount)?.st_mode) == FileType::Directory)
 }
 
 fn furnish_dev(jail: &Jail) -> Result<()> {
@@ -189,7 +209,7 @@ fn protect_kernel_files(jail: &Jail) -> Result<()> {
         let kind = FileType::from_raw_mode(rustix::fs::fstat(&file)?.st_mode);
         // Links have no mode; what is something else is masked by the container.
         if matches!(kind, FileType::RegularFile | FileType::Directory) {
-            restricted(Detached::copy_of_fd(&file, true)?, KERNEL_FILE_ATTRIBUTES, true)?.attach(file)?;
+            Detached::copy_of_fd(&file, true, KERNEL_FILE_ATTRIBUTES)?.attach(file)?;
         }
         Ok(())
     };
@@ -209,26 +229,31 @@ fn make_utmp(jail: &Jail) -> Result<()> {
     run.touch(name).attempt(attempted).map(|_| ())
 }
 
-/// Mounts `file` on the image's /etc/resolv.conf: on the file, or on the link itself, wherever that points.
-fn cover_resolv_conf(root: &Tree, file: &Path) -> Result<()> {
-    let attempted = || format!("mount {} on /{RESOLV_CONF} of the image", file.display());
-    let target = root.handle(RESOLV_CONF).attempt(attempted)?;
+fn copy_resolv_conf(file: &Path) -> Result<Detached> {
     let attributes =
         MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOEXEC;
-    let copy = Detached::copy_of(file, false).attempt(attempted)?;
-    copy.restrict(attributes, false).attempt(attempted)?;
-    copy.attach(target).attempt(attempted)?;
-    Ok(())
+    Detached::copy_of(file, false, attributes).attempt(|| format!("copy the mount of {}", file.display()))
+}
+
+/// Mounts `copy` on the image's /etc/resolv.conf: on the file, or on the link itself, wherever that points.
+fn cover_resolv_conf(root: &Tree, copy: Detached) -> Result<()> {
+    let cover = || copy.attach(root.handle(RESOLV_CONF)?);
+    cover().attempt(|| format!("mount the container's on /{RESOLV_CONF} of the image")).map(|_| ())
+}
+
+const SHOWN_ATTRIBUTES: MountAttrFlags =
+    MountAttrFlags::MOUNT_ATTR_RDONLY.union(MountAttrFlags::MOUNT_ATTR_NOSUID).union(MountAttrFlags::MOUNT_ATTR_NODEV);
+
+fn copy_sftp_file(file: &Path) -> Result<Detached> {
+    Detached::copy_of(file, false, SHOWN_ATTRIBUTES).attempt(|| format!("copy the mount of {}", file.display()))
 }
 
 /// Shows the container's sftp-server in the jail, read-only: an image need not have one, nor a libc, nor our architecture.
-fn show_sftp_server(jail: &Jail, files: &[(String, PathBuf)]) -> Result<()> {
+fn show_sftp_server(jail: &Jail, files: Vec<(&str, Detached)>) -> Result<()> {
     if files.is_empty() {
         return Ok(());
     }
     let attempted = || format!("show sftp-server below /{SFTP_FOLDER} of the jail");
-    let read_only =
-        MountAttrFlags::MOUNT_ATTR_RDONLY | MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
     let (run, name) = jail.locate(SFTP_FOLDER).attempt(attempted)?;
     run.make_mount_point(name, true).attempt(attempted)?;
     let place = run.handle(name).attempt(attempted)?;
@@ -236,15 +261,13 @@ fn show_sftp_server(jail: &Jail, files: &[(String, PathBuf)]) -> Result<()> {
         .and_then(|f| f.attach(place))
         .attempt(attempted)?;
     let folder = Tree::from_fd(folder);
-    for (name, file) in files {
+    for (name, copy) in files {
         let one = || -> io::Result<()> {
             folder.touch(name)?;
-            let copy = Detached::copy_of(std::fs::canonicalize(file)?, false)?;
-            copy.restrict(read_only, false)?;
             copy.attach(folder.handle(name)?)?;
             Ok(())
         };
-        one().attempt(|| format!("show {} below /{SFTP_FOLDER} of the jail", file.display()))?;
+        one().attempt(|| format!("show {name} below /{SFTP_FOLDER} of the jail"))?;
     }
-    mounts::restrict(folder.as_fd(), read_only).attempt(attempted)
+    mounts::restrict(folder.as_fd(), SHOWN_ATTRIBUTES).attempt(attempted)
 }

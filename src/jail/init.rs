@@ -9,11 +9,13 @@ use std::path::Path;
 use std::time::Duration;
 
 use nix::errno::Errno;
+use nix::sched::CloneFlags;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, getpid};
 use rustix::event::{PollFd, PollFlags};
+use rustix::fs::{Mode, OFlags};
 use rustix::thread::CapabilitySet;
 
 use crate::error::{Attempt, Result};
@@ -26,6 +28,7 @@ use crate::sys::packet::Packets;
 use crate::sys::poll;
 use crate::sys::process::{Fork, exit_now, fork};
 use crate::sys::signals::Signals;
+use crate::sys::tree::Tree;
 use crate::verdict::Verdict;
 
 /// Makes the jail and stays as its first process. `supervisor` is this program's end of the [`Link`].
@@ -36,7 +39,7 @@ pub fn run(plan: &Plan, supervisor: OwnedFd) -> Result<()> {
     let link = Link::from_fd(supervisor);
     // Before anything of this process can be seen from the jail: nobody inside may look into it (CVE-2024-21626, CVE-2019-5736).
     nix::sys::prctl::set_dumpable(false).attempt(|| "hide the jail's init from those inside")?;
-    let made = make_namespaces(plan.tier)
+    let made = make_namespaces(plan)
         .attempt(|| "make the jail's namespaces")
         .and_then(|()| fork().attempt(|| "start the jail's init"));
     match made {
@@ -55,10 +58,15 @@ pub fn run(plan: &Plan, supervisor: OwnedFd) -> Result<()> {
     }
 }
 
-/// Leaves the container's namespaces. Its first child is then the first process of the new PID namespace.
-fn make_namespaces(tier: Tier) -> io::Result<()> {
-    if tier != Tier::User {
-        return nix::sched::unshare(tier.flags()).map_err(Into::into);
+/// Leaves the container's namespaces, but not its mounts where [`build`] leaves them for a bare namespace. Its first child is then the
+/// first process of the new PID namespace.
+fn make_namespaces(plan: &Plan) -> io::Result<()> {
+    let mut flags = plan.tier.flags();
+    if plan.bare.is_some() {
+        flags -= CloneFlags::CLONE_NEWNS;
+    }
+    if plan.tier != Tier::User {
+        return nix::sched::unshare(flags).map_err(Into::into);
     }
     // Only somebody who has stayed outside may write a map of more than one user.
     let (here, outside) = Packets::pair()?;
@@ -73,7 +81,7 @@ fn make_namespaces(tier: Tier) -> io::Result<()> {
         }
         Fork::Parent(mapper) => {
             drop(outside);
-            let unshared = nix::sched::unshare(tier.flags());
+            let unshared = nix::sched::unshare(flags);
             if unshared.is_ok() {
                 here.send(b"unshared")?;
             }
@@ -121,14 +129,16 @@ struct Inside {
 fn prepare(plan: &Plan) -> Result<Inside> {
     let _ = nix::sys::prctl::set_name(c"ims-jail-init");
     let signals = Signals::hold(&[Signal::SIGCHLD]).attempt(|| "hold back SIGCHLD")?;
-    let open = |name: &str| File::open(Path::new("/proc/self/ns").join(name)).map(OwnedFd::from);
-    let namespaces = plan.tier.namespaces().iter().map(|(name, _)| open(name)).collect::<io::Result<_>>();
-    let namespaces = namespaces.attempt(|| "open the jail's namespaces")?;
+    // The links in it are this process's, whatever namespaces it is in when one is opened.
+    let own = Tree::open(Path::new("/proc/self/ns")).attempt(|| "open the folder of this process's namespaces")?;
     // The log and whatever else came with the start is none of the jail's business.
     let null = File::options().read(true).write(true).open("/dev/null").attempt(|| "open /dev/null")?;
     // Before the root is switched: the interpreter is the container's.
     let interpreter = plan.emulated.map(|architecture| binfmt::provide(architecture, "jail")).transpose()?;
     build(plan)?;
+    let open = |name: &str| rustix::fs::openat(&own, name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+    let namespaces = plan.tier.namespaces().iter().map(|(name, _)| Ok(open(name)?)).collect::<io::Result<_>>();
+    let namespaces = namespaces.attempt(|| "open the jail's namespaces")?;
     // It only looks at names from now on, whatever the modes of a user's /tmp.
     capabilities::hold_only(CapabilitySet::DAC_READ_SEARCH)
         .attempt(|| "give up the capabilities of the jail's init")?;

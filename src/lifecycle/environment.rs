@@ -1,5 +1,6 @@
 //! What makes a build environment out of an image root: everything that can fail, before sshd listens.
 
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -153,7 +154,7 @@ pub fn make_jail(
     settings: &Settings,
     files: &SignalFiles,
     image_root: &Tree,
-    (kind, sftp): (Choice, &[(String, PathBuf)]),
+    (kind, sftp): (&Choice, &[(String, PathBuf)]),
     emulated: Option<Architecture>,
     effective: &Effective,
     state: &StateFolder,
@@ -171,6 +172,7 @@ pub fn make_jail(
         hostname: settings.hostname.as_deref(),
         keep: names.chain(effective.accept_env().map(str::to_owned)).collect(),
         sftp,
+        bare: kind.bare.as_ref().map(AsFd::as_fd),
     };
     OpenJail::open(&wanted, state)
 }

@@ -47,6 +47,8 @@ pub struct Wanted<'a> {
     pub keep: Vec<String>,
     /// sshd's sftp-server with what it needs; none if there are no sftp sessions.
     pub sftp: &'a [(String, PathBuf)],
+    /// The bare mount namespace that a jail on trial has left; none if the tier cannot make use of it.
+    pub bare: Option<BorrowedFd<'a>>,
 }
 
 /// An open jail.
@@ -127,13 +129,19 @@ impl OpenJail {
             job: wanted.job.map(Into::into),
             keep: wanted.keep.clone(),
         };
-        Tree::open(state.path()).and_then(|t| t.replace("jail", record.to_text().as_bytes())).attempt(attempted)
+        // In one step for those who read it, but not on disk: it tells of processes, which end before that could matter.
+        let new = state.jail().with_extension("new");
+        std::fs::write(&new, record.to_text()).and_then(|()| std::fs::rename(new, state.jail())).attempt(attempted)
     }
 
-    /// The name of its own namespace of this kind, as links below `/proc/PID/ns` have it; nothing if it has none.
+    /// Its own namespace of this kind; nothing if it has none.
+    pub fn door(&self, kind: &str) -> Option<&OwnedFd> {
+        self.doors.get(self.tier.namespaces().iter().position(|(name, _)| *name == kind)?)
+    }
+
+    /// The namespace's name, as links below `/proc/PID/ns` have it.
     pub fn namespace(&self, kind: &str) -> Option<PathBuf> {
-        let at = self.tier.namespaces().iter().position(|(name, _)| *name == kind)?;
-        let found = rustix::fs::fstat(self.doors.get(at)?).ok()?;
+        let found = rustix::fs::fstat(self.door(kind)?).ok()?;
         Some(format!("{kind}:[{}]", found.st_ino).into())
     }
 
@@ -251,6 +259,9 @@ fn start(wanted: &Wanted<'_>, resolv_conf: Option<PathBuf>) -> Result<(Pid, Link
         let mut pair = std::ffi::OsString::from(format!("{name}="));
         pair.push(file);
         command.arg("--sftp").arg(pair);
+    }
+    if let Some(bare) = wanted.bare {
+        command.arg("--bare").arg(format!("/proc/{}/fd/{}", getpid(), bare.as_raw_fd()));
     }
     let status = command.status().attempt(attempted)?;
     // Its end of the socket is now the init's alone: it closes when that one ends.

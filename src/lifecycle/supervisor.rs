@@ -406,7 +406,7 @@ impl<F: FnOnce()> Supervisor<F> {
         if self.settings.jailed && !recovered {
             environment::remove_old_marks(image_root)?;
         }
-        let tier = self.groundwork.as_ref().and_then(|groundwork| groundwork.jail).map(|kind| kind.tier);
+        let tier = self.groundwork.as_ref().and_then(|groundwork| groundwork.jail.as_ref()).map(|kind| kind.tier);
         self.emulation = match foreign::prepare(image_root, self.settings.architecture, files.parent(), tier) {
             // Beside the image root, people may have come for its files alone.
             Err(e) if !self.settings.jailed => {
@@ -448,7 +448,7 @@ impl<F: FnOnce()> Supervisor<F> {
         else {
             return Ok(());
         };
-        let Some(kind) = groundwork.jail else { return Ok(()) };
+        let Some(kind) = &groundwork.jail else { return Ok(()) };
         let made_with = (kind, groundwork.sftp.as_slice());
         let emulated = self.emulation.in_jail;
         let jail =

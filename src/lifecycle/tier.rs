@@ -1,5 +1,6 @@
 //! Which tier this container can have: found out once, by making a jail of each around an empty folder and entering it.
 
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
@@ -11,20 +12,24 @@ use crate::lifecycle::state::StateFolder;
 use crate::sys::tree::Tree;
 
 /// A kind of jail that can be had.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct Choice {
     /// How strong it is.
     pub tier: Tier,
     /// Where its /proc comes from.
     pub proc: Proc,
+    /// The mount namespace that the one on trial has left, which holds the empty folder alone: what begins with a copy of it is made
+    /// without one of all that is mounted in the container. None but in the tier `namespace`: in a user namespace nobody may copy the
+    /// image root's mount as long as it is the container's, nor see it from here.
+    pub bare: Option<OwnedFd>,
 }
 
 /// What is tried, best first. In a user namespace the kernel may refuse a procfs of its own.
-const CHOICES: [Choice; 4] = [
-    Choice { tier: Tier::Namespace, proc: Proc::New },
-    Choice { tier: Tier::User, proc: Proc::New },
-    Choice { tier: Tier::User, proc: Proc::Container },
-    Choice { tier: Tier::Chroot, proc: Proc::Container },
+const KINDS: [(Tier, Proc); 4] = [
+    (Tier::Namespace, Proc::New),
+    (Tier::User, Proc::New),
+    (Tier::User, Proc::Container),
+    (Tier::Chroot, Proc::Container),
 ];
 
 /// The best kind that can be had, of tier `wanted` if one is named. Logs what it is, why it is no better one, and what is lost by that.
@@ -32,14 +37,18 @@ const CHOICES: [Choice; 4] = [
 pub fn choose(wanted: Option<Tier>, dkms: bool, state: &StateFolder) -> Result<Choice> {
     let ground = Ground::new(state)?;
     let mut refused: Vec<(Tier, Error)> = Vec::new();
-    for choice in CHOICES.into_iter().filter(|choice| wanted.is_none_or(|tier| tier == choice.tier)) {
-        match ground.attempt(choice, dkms) {
+    for (tier, proc) in KINDS.into_iter().filter(|(tier, _)| wanted.is_none_or(|wanted| wanted == *tier)) {
+        match ground.attempt(tier, proc, dkms) {
             Ok(shown) => {
-                ground.state.remove()?;
-                log(choice, &shown, wanted.is_some(), dkms, &refused);
+                let choice = Choice { tier, proc, bare: shown.bare };
+                // Nothing can be mounted on a folder that was removed: with a bare namespace it goes with the state folder.
+                if choice.bare.is_none() {
+                    ground.state.remove()?;
+                }
+                log(&choice, shown.without_devices, wanted.is_some(), dkms, &refused);
                 return Ok(choice);
             }
-            Err(e) => refused.push((choice.tier, e)),
+            Err(e) => refused.push((tier, e)),
         }
     }
     ground.state.remove()?;
@@ -58,6 +67,7 @@ fn reasons<'a>(refused: impl Iterator<Item = &'a (Tier, Error)>) -> Vec<String> 
 /// What a trial has shown beside that it can be done.
 struct Trial {
     without_devices: bool,
+    bare: Option<OwnedFd>,
 }
 
 /// Where jails are made on trial: an empty image root, and a folder for what belongs to them.
@@ -80,10 +90,10 @@ impl Ground {
     }
 
     /// Makes a jail and enters it, with all that a real one has.
-    fn attempt(&self, choice: Choice, dkms: bool) -> Result<Trial> {
+    fn attempt(&self, tier: Tier, proc: Proc, dkms: bool) -> Result<Trial> {
         let wanted = Wanted {
-            tier: choice.tier,
-            proc: choice.proc,
+            tier,
+            proc,
             path: &self.path,
             image_root: &self.image_root,
             note_folder: &self.note_folder,
@@ -93,13 +103,18 @@ impl Ground {
             hostname: None,
             keep: Vec::new(),
             sftp: &[],
+            bare: None,
         };
         let jail = OpenJail::open(&wanted, &self.state)?;
-        let shown = Trial { without_devices: jail.without_devices };
         let entered = enter(&self.state);
+        let bare = jail.door("mnt").filter(|_| tier == Tier::Namespace).map(OwnedFd::try_clone).transpose();
+        let bare = bare.attempt(|| "keep the mount namespace of a jail that was made on trial");
+        let without_devices = jail.without_devices;
         jail.end();
+        // With the mount points go the mounts: the kernel takes them down in all namespaces.
         jail.clear(&self.image_root, &self.note_folder, &self.state)?;
-        entered.map(|()| shown)
+        entered?;
+        Ok(Trial { without_devices, bare: bare? })
     }
 }
 
@@ -116,12 +131,12 @@ fn enter(trial: &StateFolder) -> Result<()> {
     Err(Error::new(attempted()).because(said.trim().trim_start_matches("ims-jail-shell: ")))
 }
 
-fn log(choice: Choice, shown: &Trial, forced: bool, dkms: bool, refused: &[(Tier, Error)]) {
+fn log(choice: &Choice, without_devices: bool, forced: bool, dkms: bool, refused: &[(Tier, Error)]) {
     let mut lacks: Vec<_> = choice.tier.lacks().into_iter().collect();
     if choice.tier == Tier::User && choice.proc == Proc::Container {
         lacks.push("/proc is the container's, so that its processes can be seen");
     }
-    if shown.without_devices {
+    if without_devices {
         lacks.push("device nodes (CAP_MKNOD), so that /dev/null is a file, which is removed at the end");
     }
     let tier = choice.tier.name();

@@ -5,6 +5,8 @@ use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use rustix::mount::MountAttrFlags;
+
 use crate::error::{Attempt, Error, Result};
 use crate::lifecycle::signal_files::{READY, SignalFiles};
 use crate::lifecycle::state::name_for;
@@ -198,7 +200,9 @@ fn show_image_root(image_root: &Path, parent: &Path) -> Result<PathBuf> {
     let attempted = || format!("mount {} on {}", image_root.display(), place.display());
     std::fs::create_dir_all(&place).attempt(attempted)?;
     let target = Tree::open(&place).attempt(attempted)?;
-    Detached::copy_of(image_root, true).and_then(|mount| mount.attach(target)).attempt(attempted)?;
+    Detached::copy_of(image_root, true, MountAttrFlags::empty())
+        .and_then(|mount| mount.attach(target))
+        .attempt(attempted)?;
     Ok(place)
 }
 

@@ -1,6 +1,7 @@
 //! `ims-sshd enter`: the jail without SSH.
 
 use std::ffi::OsString;
+use std::os::fd::AsFd;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::Command;
@@ -56,6 +57,7 @@ pub fn run(image_root: &Path, command: &[OsString]) -> Result<u8> {
         hostname: None,
         keep: Vec::new(),
         sftp: &[],
+        bare: kind.bare.as_ref().map(AsFd::as_fd),
     };
     let jail = OpenJail::open(&wanted, &state).map_err(cleared)?;
     let mut helper = Command::new(open_jail::program()?);

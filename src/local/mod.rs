@@ -63,7 +63,7 @@ pub fn own_terminals() -> Result<()> {
     let dev = Tree::open(Path::new("/dev")).attempt(attempted)?;
     let ptmx = dev.look("ptmx").attempt(attempted)?.as_ref().map(crate::sys::tree::kind_of);
     if ptmx == Some("a character device") {
-        let own = Detached::copy_of("/dev/pts/ptmx", false).attempt(attempted)?;
+        let own = Detached::copy_of("/dev/pts/ptmx", false, MountAttrFlags::empty()).attempt(attempted)?;
         dev.handle("ptmx").and_then(|ptmx| own.attach(ptmx)).attempt(attempted)?;
     }
     Ok(())

@@ -13,7 +13,7 @@ const PLACES: [&str; 4] = [
     "/usr/libexec/sftp-server",
 ];
 
-/// The files to show in the jail, as (name there, file here): the server, its loader as `ld.so`, and its libraries.
+/// The files to show in the jail, as (name there, file here, which is not a link): the server, its loader as `ld.so`, and its libraries.
 pub fn files() -> Result<Vec<(String, PathBuf)>> {
     let server = PLACES.into_iter().find(|p| Path::new(p).exists()).ok_or_else(|| {
         Error::new("find sftp-server").because(format!("it is at none of {}", PLACES.join(", "))).advise(
@@ -30,6 +30,9 @@ pub fn files() -> Result<Vec<(String, PathBuf)>> {
         .attempt(|| format!("list the libraries of {server}"))?;
     let mut files = vec![("sftp-server".to_owned(), PathBuf::from(server))];
     files.extend(parse(&String::from_utf8_lossy(&output.stdout)));
+    for (_, file) in &mut files {
+        *file = file.canonicalize().attempt(|| format!("find what {} is", file.display()))?;
+    }
     Ok(files)
 }
 

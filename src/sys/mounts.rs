@@ -26,17 +26,18 @@ impl Detached {
         Ok(Self { fd: rustix::mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)? })
     }
 
-    /// A private copy of what is mounted at `path` of a *trusted* tree; with `recursive`, with all that is mounted below.
-    pub fn copy_of(path: impl AsRef<Path>, recursive: bool) -> io::Result<Self> {
-        Self::copy(CWD, path.as_ref(), recursive)
+    /// A private copy of what is mounted at `path` of a *trusted* tree, with further `attributes`; with `recursive`, all that is mounted
+    /// below it too.
+    pub fn copy_of(path: impl AsRef<Path>, recursive: bool, attributes: MountAttrFlags) -> io::Result<Self> {
+        Self::copy(CWD, path.as_ref(), recursive, attributes)
     }
 
-    /// A private copy of what `fd` stands on (a folder, a file).
-    pub fn copy_of_fd(fd: impl AsFd, recursive: bool) -> io::Result<Self> {
-        Self::copy(fd.as_fd(), Path::new(""), recursive)
+    /// The same of what `fd` stands on (a folder, a file).
+    pub fn copy_of_fd(fd: impl AsFd, recursive: bool, attributes: MountAttrFlags) -> io::Result<Self> {
+        Self::copy(fd.as_fd(), Path::new(""), recursive, attributes)
     }
 
-    fn copy(at: BorrowedFd<'_>, path: &Path, recursive: bool) -> io::Result<Self> {
+    fn copy(at: BorrowedFd<'_>, path: &Path, recursive: bool, attributes: MountAttrFlags) -> io::Result<Self> {
         let mut flags =
             OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_SYMLINK_NOFOLLOW;
         if recursive {
@@ -45,12 +46,10 @@ impl Detached {
         if path.as_os_str().is_empty() {
             flags |= OpenTreeFlags::AT_EMPTY_PATH;
         }
-        Ok(Self { fd: rustix::mount::open_tree(at, path, flags)? })
-    }
-
-    /// Adds mount attributes, to all mounts of a recursive copy if `recursive`.
-    pub fn restrict(&self, attributes: MountAttrFlags, recursive: bool) -> io::Result<()> {
-        set_attributes(self.fd.as_fd(), c"", attributes, 0, recursive)
+        let fd = rustix::mount::open_tree(at, path, flags)?;
+        // A copy of a shared mount is shared with it, wherever it is attached.
+        set_attributes(fd.as_fd(), c"", attributes, libc::MS_PRIVATE, recursive)?;
+        Ok(Self { fd })
     }
 
     /// Puts the mount on `target`, which is the object itself: a link is not followed, the mount covers the link.
@@ -80,10 +79,19 @@ pub fn make_all_private() -> io::Result<()> {
     set_attributes(CWD, c"/", MountAttrFlags::empty(), libc::MS_PRIVATE, true)
 }
 
+/// Puts `mount` on this namespace's root, where it is seen by nobody yet. Returns the mount's own root, for [`switch_root`].
+pub fn cover_root(mount: Detached) -> io::Result<OwnedFd> {
+    mount.attach(own_root()?)
+}
+
+fn own_root() -> io::Result<OwnedFd> {
+    let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::DIRECTORY | rustix::fs::OFlags::CLOEXEC;
+    rustix::fs::open("/", flags, rustix::fs::Mode::empty()).map_err(Into::into)
+}
+
 /// Makes `new_root` (the root of an attached mount) this namespace's root and lets go of the old one altogether.
 pub fn switch_root(new_root: impl AsFd) -> io::Result<()> {
-    let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::DIRECTORY | rustix::fs::OFlags::CLOEXEC;
-    let old_root = rustix::fs::open("/", flags, rustix::fs::Mode::empty())?;
+    let old_root = own_root()?;
     rustix::process::fchdir(new_root)?;
     // With both arguments ".", the old root comes to lie on top of the new one, at the same place; no folder for it is needed.
     rustix::process::pivot_root(".", ".")?;

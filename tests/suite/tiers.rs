@@ -1,6 +1,10 @@
 //! The tiers of the jail: what a session has in each, and what each leaves behind.
 
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use ims_sshd::sys::mounts::mount_points;
 
 use crate::support::*;
 
@@ -126,4 +130,60 @@ fn with_dkms_a_package_finds_all_that_a_kernel_build_looks_at() {
     // The test can fail: without it, the same package does not install.
     let environment = open(Image::Debian, "namespace");
     assert!(!environment.run(&format!("cat > /root/p <<'END'\n{script}END\nsh -e /root/p")).status.success());
+}
+
+fn mount_tmpfs(place: &Path) {
+    succeed(Command::new("mount").args(["-t", "tmpfs", "tmpfs"]).arg(place));
+}
+
+fn mounted_inside(environment: &Environment) -> Vec<PathBuf> {
+    let mut found = mount_points(environment.says("cat /proc/self/mountinfo").as_bytes());
+    found.sort();
+    found
+}
+
+#[test]
+fn a_jail_holds_the_same_mounts_whatever_is_mounted_in_the_container() {
+    for tier in ["namespace", "user"] {
+        let usual = mounted_inside(&open(Image::Busybox, tier));
+        let volume = Volume::new(Image::Busybox);
+        for number in 0..1000 {
+            let place = volume.dir.path().join("mounts").join(number.to_string());
+            std::fs::create_dir_all(&place).unwrap();
+            rustix::mount::mount("tmpfs", &place, "tmpfs", rustix::mount::MountFlags::empty(), None).unwrap();
+        }
+        let mut environment = volume.start_with(Mode::Jailed, &[("IMS_JAIL_TIER", tier)]).ready();
+        assert_eq!(mounted_inside(&environment), usual, "{tier}");
+        // Made anew, it begins as the first one did, and not with what that one has left.
+        let first = environment.says("readlink /proc/self/ns/mnt");
+        nix::sys::signal::kill(environment.jails_init(), nix::sys::signal::Signal::SIGKILL).unwrap();
+        wait_until("another jail", || environment.log_text().matches("the jail is made").count() == 2);
+        assert_eq!(mounted_inside(&environment), usual, "{tier}, made anew");
+        assert_ne!(environment.says("readlink /proc/self/ns/mnt"), first, "{tier}");
+        assert_eq!(environment.complete(), 0);
+    }
+}
+
+#[test]
+fn what_is_mounted_later_is_seen_where_it_is_mounted_alone() {
+    for tier in ["namespace", "user"] {
+        let volume = Volume::new(Image::Busybox);
+        for folder in ["outside", "inside"] {
+            std::fs::create_dir(volume.image_root.join(folder)).unwrap();
+        }
+        // As systemd has it, and a container that propagates mounts (Kubernetes' Bidirectional).
+        succeed(Command::new("mount").args(["--make-rshared", "/"]));
+        // With DKMS a session may mount.
+        let variables = [("IMS_JAIL_TIER", tier), ("JOB_ENABLE_DKMS", "True")];
+        let environment = volume.start_with(Mode::Jailed, &variables).ready();
+        let before = (mounted_inside(&environment), new_mounts(&[]));
+        for place in [&environment.image_root.join("outside"), Path::new("/sys/kernel"), Path::new("/dev/shm")] {
+            mount_tmpfs(place);
+        }
+        assert_eq!(mounted_inside(&environment), before.0, "{tier}");
+        assert_eq!(new_mounts(&before.1).len(), 3);
+        environment.says("for place in /inside /sys/kernel /dev/shm; do mount -t tmpfs tmpfs $place; done");
+        assert_eq!(mounted_inside(&environment).len(), before.0.len() + 3, "{tier}");
+        assert_eq!(new_mounts(&before.1).len(), 3, "{tier}");
+    }
 }
