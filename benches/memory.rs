@@ -9,9 +9,12 @@ use crate::report::{LineChart, limit};
 use crate::support::{Image, Master, Mode, Volume, processes_with, wait_until};
 use crate::{Bound, Report, Unit};
 
-const SESSIONS: [usize; 5] = [1, 10, 50, 100, 200];
+const SESSIONS: [usize; 6] = [0, 1, 10, 50, 100, 200];
 
-const NAMES: [&str; 3] = ["ims-sshd entrypoint", "the jail's init", "ims-jail-shell of a session"];
+const ENTRYPOINT: &str = "ims-sshd entrypoint";
+const INIT: &str = "the jail's init";
+const HELPER: &str = "ims-jail-shell of a session";
+const ADDED: &str = "all that a session adds";
 
 pub fn memory(_: usize, report: &mut Report) {
     let volume = Volume::new(Image::Debian);
@@ -23,18 +26,26 @@ pub fn memory(_: usize, report: &mut Report) {
     let init = environment.jails_init().as_raw().cast_unsigned();
     let helper = format!("session {}", environment.state_folder().join("jail").display());
     let mut clients = Vec::new();
-    let mut seen = [const { Vec::new() }; NAMES.len()];
+    let mut lines = [ENTRYPOINT, INIT, HELPER, ADDED].map(|name| (name.to_owned(), Vec::new()));
+    let mut without_sessions = 0.0;
     for count in SESSIONS {
         while clients.len() < count {
             clients.push(session(&master));
         }
-        let helpers = processes_with(&helper);
+        let helpers: Vec<_> = processes_with(&helper).into_iter().map(pss).collect();
         assert_eq!(helpers.len(), count, "{helpers:?}");
-        let samples = [vec![pss(environment.entrypoint.id())], vec![pss(init)], helpers.into_iter().map(pss).collect()];
-        for ((name, samples), seen) in NAMES.iter().zip(samples).zip(&mut seen) {
-            seen.push((count as f64, median(&samples)));
-            let bound = if *name == NAMES[2] { limit(400.0) } else { Bound::Information };
-            report.add(&format!("{name}, {count} sessions: PSS"), Unit::Kibibytes, samples, bound);
+        let (entrypoint, init) = (pss(environment.entrypoint.id()), pss(init));
+        let all = entrypoint + init + helpers.iter().sum::<f64>();
+        let mut values = vec![(ENTRYPOINT, vec![entrypoint]), (INIT, vec![init])];
+        if count == 0 {
+            without_sessions = all;
+        } else {
+            values.extend([(HELPER, helpers), (ADDED, vec![(all - without_sessions) / count as f64])]);
+        }
+        for ((name, values), (_, points)) in values.into_iter().zip(&mut lines) {
+            points.push((count as f64, median(&values)));
+            let bound = if name == ADDED { limit(400.0) } else { Bound::Information };
+            report.add(&format!("{name}, of {count} sessions: PSS"), Unit::Kibibytes, values, bound);
         }
     }
     for mut client in clients {
@@ -43,20 +54,24 @@ pub fn memory(_: usize, report: &mut Report) {
     }
     wait_until("the sessions to end", || processes_with(&helper).is_empty());
     drop(master);
-    report.note("A session is a waiting `ims-jail-shell` beside what sshd has, and the image's own program, which count in no row.");
+    report.note(
+        "A page that several processes have counts in parts in each, so a process's share falls as sessions join it; what a session adds is \
+         what all three kinds have more than without sessions, divided by these. sshd's own, and the image's program, count in no row.",
+    );
     report.lines(LineChart {
         file: "memory",
-        title: "Memory while nothing happens",
+        title: "Memory while sessions wait",
         x: "sessions",
-        y: "PSS of one process, KiB (of sessions: median)",
-        lines: NAMES.map(str::to_owned).into_iter().zip(seen).collect(),
+        y: "PSS, KiB (of the sessions: median)",
+        lines: lines.to_vec(),
     });
     close(environment);
 }
 
-/// One that waits in the jail.
+/// One that waits in the jail, until its client is gone.
 fn session(master: &Master<'_>) -> Child {
-    let mut client = master.ssh().arg("echo in; exec sleep 1000").stdout(Stdio::piped()).spawn().expect("start ssh");
+    let mut client =
+        master.ssh().arg("echo in; exec cat").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("start ssh");
     // When this arrives, the program in the jail is another one than the helper that waits for it.
     client.stdout.as_mut().unwrap().read_exact(&mut [0; 3]).unwrap();
     client
