@@ -66,7 +66,8 @@ pub fn crowd(runs: usize, report: &mut Report) {
         file: "crowd",
         title: "ssh host true, many at once, over new connections",
         x: "clients at once",
-        y: "milliseconds until a client has its answer",
+        y: "milliseconds until the answer (logarithmic)",
+        of_a_colour: 2,
         lines,
     });
     close_all(environments);

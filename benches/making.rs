@@ -66,7 +66,8 @@ pub fn making(runs: usize, report: &mut Report) {
         file: "making",
         title: "Making a jail in a container of many mounts",
         x: "mounts in the container",
-        y: "milliseconds, median",
+        y: "milliseconds, median (logarithmic)",
+        of_a_colour: 1,
         lines: NAMES.iter().zip(&samples).map(|(name, samples)| (name.replace('`', ""), line(samples))).collect(),
     });
 }

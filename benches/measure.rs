@@ -14,11 +14,12 @@ pub fn milliseconds(time: Duration) -> f64 {
     time.as_secs_f64() * 1000.0
 }
 
-/// How long each of `commands` takes, in rounds of one after the other; the first round warms up and does not count.
+/// How long each of `commands` takes, in rounds of one after the other; before them, one that warms up and does not count. Who wants a
+/// single round wants it soon, and gets it cold.
 #[allow(clippy::needless_pass_by_value)]
 pub fn in_turns<const N: usize>(rounds: usize, commands: [&mut Command; N]) -> [Vec<f64>; N] {
     let mut samples = [const { Vec::new() }; N];
-    for round in 0..=rounds {
+    for round in usize::from(rounds == 1)..=rounds {
         for at in order(round, N) {
             let took = succeeding(&mut *commands[at]);
             if round > 0 {

@@ -45,7 +45,7 @@ pub fn memory(_: usize, report: &mut Report) {
         for ((name, values), (_, points)) in values.into_iter().zip(&mut lines) {
             points.push((count as f64, median(&values)));
             let bound = if name == ADDED { limit(400.0) } else { Bound::Information };
-            report.add(&format!("{name}, of {count} sessions: PSS"), Unit::Kibibytes, values, bound);
+            report.add(&format!("{name}, {count} sessions: PSS"), Unit::Kibibytes, values, bound);
         }
     }
     for mut client in clients {
@@ -62,8 +62,9 @@ pub fn memory(_: usize, report: &mut Report) {
         file: "memory",
         title: "Memory while sessions wait",
         x: "sessions",
-        y: "PSS, KiB (of the sessions: median)",
-        lines: lines.to_vec(),
+        y: "PSS in KiB, of sessions the median (logarithmic)",
+        of_a_colour: 1,
+        lines: lines.into(),
     });
     close(environment);
 }

@@ -27,12 +27,14 @@ pub struct BarChart {
     pub bars: Vec<(String, Vec<f64>)>,
 }
 
-/// What becomes of something as something else grows.
+/// What becomes of something as something else grows, on a logarithmic axis.
 pub struct LineChart {
     pub file: &'static str,
     pub title: &'static str,
     pub x: &'static str,
     pub y: &'static str,
+    /// So many of them in a row have one colour; the first is the thickest.
+    pub of_a_colour: usize,
     pub lines: Vec<(String, Vec<(f64, f64)>)>,
 }
 
@@ -70,18 +72,16 @@ impl BarChart {
         let root = SVGBackend::new(file, SIZE).into_drawing_area();
         root.fill(&WHITE).unwrap();
         let summaries: Vec<_> = self.bars.iter().map(|(name, samples)| (name, Summary::of(samples))).collect();
-        let medians = summaries.iter().map(|(_, summary)| summary.median());
-        // Whole powers of ten, with room for the last number.
-        let least = 10f64.powf(medians.clone().fold(f64::MAX, f64::min).log10().floor());
-        let most = 10f64.powf(medians.fold(0.0, f64::max).log10().ceil()) * 3.0;
+        let (least, most) = decades(summaries.iter().map(|(_, summary)| summary.median()));
         let count = self.bars.len() as f64;
+        // Beside the longest bar there is room for its number.
         let mut chart = ChartBuilder::on(&root)
             .caption(self.title, (FONT, 20))
             .margin(12)
             .margin_left(260)
             .margin_right(24)
             .x_label_area_size(48)
-            .build_cartesian_2d((least..most).log_scale(), count..0.0)
+            .build_cartesian_2d((least..most * 3.0).log_scale(), count..0.0)
             .unwrap();
         chart
             .configure_mesh()
@@ -113,18 +113,20 @@ impl LineChart {
         let root = SVGBackend::new(file, SIZE).into_drawing_area();
         root.fill(&WHITE).unwrap();
         let points = || self.lines.iter().flat_map(|(_, points)| points);
-        let (x, y) = points().fold((0f64, 0f64), |(x, y), point| (x.max(point.0), y.max(point.1)));
+        let widest = points().map(|point| point.0).fold(0.0, f64::max);
+        let (least, most) = decades(points().map(|point| point.1));
+        // Above all lines there is room for their names.
         let mut chart = ChartBuilder::on(&root)
             .caption(self.title, (FONT, 20))
             .margin(12)
             .margin_right(28)
             .x_label_area_size(48)
             .y_label_area_size(72)
-            .build_cartesian_2d(0.0..x, 0.0..y * 1.35)
+            .build_cartesian_2d(0.0..widest, (least..most * 10.0).log_scale())
             .unwrap();
         chart
             .configure_mesh()
-            .light_line_style(TRANSPARENT)
+            .disable_x_mesh()
             .x_desc(self.x)
             .y_desc(self.y)
             .x_label_formatter(&|value| format!("{value}"))
@@ -133,20 +135,15 @@ impl LineChart {
             .draw()
             .unwrap();
         for (at, (name, points)) in self.lines.iter().enumerate() {
-            let colour = COLOURS[at % COLOURS.len()];
-            // The colours come round once more with a thinner line.
-            let style = colour.stroke_width(if at < COLOURS.len() { 3 } else { 1 });
-            let line = LineSeries::new(points.iter().copied(), style);
-            chart
-                .draw_series(line)
-                .unwrap()
-                .label(name.as_str())
-                .legend(move |(x, y)| PathElement::new([(x, y), (x + 20, y)], style));
+            let colour = COLOURS[at / self.of_a_colour];
+            let style = colour.stroke_width(if at % self.of_a_colour == 0 { 3 } else { 1 });
+            let line = chart.draw_series(LineSeries::new(points.iter().copied(), style)).unwrap();
+            line.label(name.as_str()).legend(move |(x, y)| PathElement::new([(x, y), (x + 20, y)], style));
             chart.draw_series(points.iter().map(|point| Circle::new(*point, 4, colour.filled()))).unwrap();
         }
         chart
             .configure_series_labels()
-            .position(SeriesLabelPosition::UpperLeft)
+            .position(SeriesLabelPosition::UpperRight)
             .background_style(WHITE.mix(0.85))
             .border_style(BLACK.mix(0.3))
             .label_font((FONT, 14))
@@ -154,4 +151,11 @@ impl LineChart {
             .unwrap();
         root.present().unwrap();
     }
+}
+
+/// The powers of ten between which all of them lie.
+fn decades(values: impl Iterator<Item = f64> + Clone) -> (f64, f64) {
+    let least = values.clone().fold(f64::MAX, f64::min);
+    let most = values.fold(0.0, f64::max);
+    (10f64.powf(least.log10().floor()), 10f64.powf(most.log10().ceil()))
 }
