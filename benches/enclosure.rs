@@ -6,15 +6,16 @@ use std::process::{Child, Command, ExitCode};
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::unistd::Pid;
 
-use crate::support::cache;
+use crate::support::{cache, succeed};
 
 /// Set for the program inside.
 const INSIDE: &str = "IMS_SSHD_BENCH_INSIDE";
 
-/// What nspawn notes down of its own in /run is to go as well.
-const ENTER: &str = "mount --bind \"$1\" \"$2\"\n\
-    mkdir -p /run/systemd && mount -t tmpfs tmpfs /run/systemd\n\
-    shift 2; exec \"$@\"";
+/// A /run of their own too, where runc and nspawn note down what they run.
+const ENTER: &str = "mount --bind \"$1\" \"$2\"; mount -t tmpfs tmpfs /run; shift 2; exec \"$@\"";
+
+/// Below this, in each hierarchy, are the control groups of containers.
+pub const CONTROL_GROUP: &str = "/ims-sshd-figures";
 
 pub fn is_inside() -> bool {
     std::env::var_os(INSIDE).is_some()
@@ -24,9 +25,13 @@ pub fn is_inside() -> bool {
 pub fn run() -> ExitCode {
     let (tests, own) = (cache().join("tests"), tempfile::tempdir_in(cache()).unwrap());
     std::fs::create_dir_all(&tests).unwrap();
-    let mut unshare = Command::new("unshare");
-    unshare.args(["--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-ec", ENTER, "sh"]);
-    unshare.args([own.path(), &tests]).arg(std::env::current_exe().unwrap()).args(std::env::args_os().skip(1));
+    let mut unshare = Command::new("setpriv");
+    unshare.args(["--pdeathsig=KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]);
+    unshare
+        .args(["sh", "-ec", ENTER, "sh"])
+        .args([own.path(), &tests])
+        .arg(std::env::current_exe().unwrap())
+        .args(std::env::args_os().skip(1));
     // Not of the terminal's process group: Ctrl-C comes to this process, and clients of the figures' do not see it.
     let mut child = unshare.env(INSIDE, "1").env("TMPDIR", &tests).process_group(0).spawn().expect("start unshare");
     // Not before the start: what is started would have them blocked too.
@@ -40,8 +45,11 @@ pub fn run() -> ExitCode {
             kill_inside(&child);
         }
     };
+    let groups = format!("*{CONTROL_GROUP}*");
+    let mut remove = Command::new("find");
+    succeed(remove.args(["/sys/fs/cgroup", "-depth", "-type", "d", "-path", &groups, "-delete"]));
     own.close().expect("remove the figures' folder");
-    ExitCode::from(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(130))
+    ExitCode::from(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1))
 }
 
 /// Ends the first process of the namespace, and by that all others. `unshare` returns when none is left.

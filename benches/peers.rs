@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use crate::enclosure::CONTROL_GROUP;
 use crate::support::succeed;
 
 pub fn bwrap(root: &Path) -> Command {
@@ -55,7 +56,8 @@ impl Container {
     pub fn run(root: &Path, folder: &Path) -> Self {
         let container = Self { storage: folder.join("podman") };
         let mut run = container.podman();
-        run.args(["run", "--detach", "--name", NAME, "--network=host", "--rootfs"]).arg(root);
+        run.args(["run", "--detach", "--name", NAME, "--network=host"]);
+        run.args(["--cgroup-parent", CONTROL_GROUP, "--rootfs"]).arg(root);
         succeed(run.args(["sleep", "infinity"]));
         container
     }

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use crate::measure::succeeding;
+use crate::measure::time;
 use crate::peers::{podman, quiet};
 use crate::support::{IMS_JAIL_SHELL, IMS_SSHD, cache, succeed};
 use crate::{Bound, Report, Unit};
@@ -56,7 +56,7 @@ fn build() -> f64 {
     make.arg("--directory").arg(env!("CARGO_MANIFEST_DIR")).args(["--silent", "image"]);
     make.arg(format!("IMAGE={image}")).arg(format!("BUILDER=podman {}", words.join(" ")));
     make.arg(format!("BUILD_FLAGS={flags}")).envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
-    let seconds = succeeding(&mut make) / 1000.0;
+    let milliseconds = time(|| drop(succeed(&mut make)));
     succeed(podman(&storage).args(["image", "rm", image]));
-    seconds
+    milliseconds / 1000.0
 }
