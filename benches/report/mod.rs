@@ -16,7 +16,7 @@ use statistics::Summary;
 
 #[derive(Clone, Copy)]
 pub enum Unit {
-    Nanoseconds,
+    Microseconds,
     Milliseconds,
     Seconds,
     Times,
@@ -31,7 +31,7 @@ pub enum Unit {
 impl Unit {
     fn label(self) -> &'static str {
         match self {
-            Self::Nanoseconds => "ns",
+            Self::Microseconds => "µs",
             Self::Milliseconds => "ms",
             Self::Seconds => "s",
             Self::Times => "×",
