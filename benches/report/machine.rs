@@ -17,7 +17,7 @@ const VERSIONS: [(&str, &str, &str); 12] = [
     ("rsync", "rsync", "--version"),
     ("Ansible", "ansible", "--version"),
     ("mksquashfs", "mksquashfs", "-version"),
-    ("C compiler", "cc", "--version"),
+    ("C compiler", "cc", "-dumpfullversion"),
 ];
 
 pub struct Machine {
@@ -66,11 +66,11 @@ fn load() -> String {
     text.split(' ').take(3).collect::<Vec<_>>().join(", ")
 }
 
-/// The first line of what it prints, without its name.
+/// The first line of what it prints, from the first digit on.
 fn version(program: &str, option: &str) -> String {
     let output = Command::new(program).arg(option).stdin(Stdio::null()).output();
     let output = output.unwrap_or_else(|e| panic!("{program}: {e}: run the figures with 'make bench'"));
     let text = String::from_utf8_lossy(if output.stdout.is_empty() { &output.stderr } else { &output.stdout });
     let line = text.lines().next().unwrap_or_default();
-    line.strip_prefix(program).unwrap_or(line).trim().to_owned()
+    line.trim_start_matches(|c: char| !c.is_ascii_digit()).trim_end_matches(']').to_owned()
 }
