@@ -1,7 +1,7 @@
 # make run     opens a small Debian image over SSH, jailed, and publishes what becomes of it in out/ (FROM=/path/to/image.sqsh takes yours,
 #              OUT=… puts it elsewhere; IMAGE_ROOT=/path/to/folder changes one where it is and publishes nothing)
 # make test    all tests
-# make bench   the figures
+# make bench   the figures, beside those of the peers, for docs/BENCHMARKS.md
 # make image   the container image, built by docker, podman or buildah (IMAGE=name:tag, BUILDER=…, BUILD_FLAGS=… to have it otherwise)
 # The first three install what they need on a Debian 12 machine with Rust.
 
@@ -19,7 +19,7 @@ TEST_PACKAGES := $(RUN_PACKAGES) rsync python3-paramiko strace bindfs \
 	podman runc catatonit ansible python3-venv xz-utils zstd openssl
 # Kubernetes' schemas, the newest ansible-core that runs on Debian's Python and manages it, an S3 server.
 TEST_PYTHON_PACKAGES := kubernetes-validate==1.37.0 ansible-core==2.19.14 'moto[s3,server]==5.2.1'
-BENCH_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev bubblewrap curl rsync ansible-core
+BENCH_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev bubblewrap systemd-container util-linux podman runc curl rsync ansible-core
 
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)
 REVISION := $(or $(shell git rev-parse HEAD 2>/dev/null),unknown)
@@ -48,7 +48,8 @@ test: install-test
 
 bench: install-bench build
 	$(SUDO) tests/image-roots $(CACHE) debian busybox managed
-	IMS_SSHD_CACHE=$(CACHE) cargo $(AS_ROOT) bench --locked
+	$(SUDO) tests/container-images $(CACHE) $(VERSION) $(IMAGE_COMMIT)
+	IMS_SSHD_CACHE=$(CACHE) cargo $(AS_ROOT) bench --locked --bench figures
 
 image:
 	$(or $(BUILDER),$(error make image needs docker, podman or buildah)) build $(BUILD_FLAGS) -t $(IMAGE) \

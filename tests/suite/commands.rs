@@ -3,7 +3,6 @@
 
 use std::fmt;
 use std::os::unix::process::ExitStatusExt;
-use std::process::Command;
 
 use crate::clients::Place;
 use crate::support::*;
@@ -248,7 +247,7 @@ fn a_client_sees_no_difference_between_a_jail_and_a_plain_login_but_those_that_a
         || Place::Plain.open_in_container(),
         || Place::Namespace.open_in_container(),
         || Place::User.open_in_container(),
-        || original(Volume::new(Image::Managed)),
+        || Volume::new(Image::Managed).chroot_directory(),
     ];
     let seen = columns.map(|open| {
         std::thread::spawn(move || {
@@ -340,20 +339,4 @@ fn try_line(master: &Master<'_>, folder: &std::path::Path, client: Client, line:
     };
     let output = feed(command.current_dir(folder).env_remove("SSH_AUTH_SOCK"), input.as_bytes());
     Seen(output.status.into_raw(), text(output.stderr), text(output.stdout))
-}
-
-/// The image root opened by sshd alone, with its `ChrootDirectory`.
-fn original(volume: Volume) -> Environment {
-    let file = volume.dir.path().join("pid");
-    let chroot = format!("ChrootDirectory {}\nPidFile {}\n", volume.image_root.display(), file.display());
-    let config = std::fs::read_to_string(&volume.config).unwrap().replace("PidFile none\n", &chroot);
-    let keys = volume.dir.path().join("host_key");
-    succeed(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(&keys));
-    std::fs::write(&volume.config, format!("HostKey {}\n{config}", keys.display())).unwrap();
-    std::fs::create_dir_all("/run/sshd").unwrap();
-    let mut sshd = Command::new(ims_sshd::sshd::program().unwrap());
-    sshd.arg("-D").arg("-E").arg(volume.sshd_log()).arg("-f").arg(&volume.config);
-    let environment = Environment { entrypoint: sshd.spawn().unwrap(), volume, status: None };
-    wait_until("sshd to listen", || file.exists());
-    environment
 }

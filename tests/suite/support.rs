@@ -224,6 +224,22 @@ impl Volume {
         Environment { entrypoint, volume: self, status: None }
     }
 
+    /// The image root opened by sshd alone, with its `ChrootDirectory`.
+    pub fn chroot_directory(self) -> Environment {
+        let file = self.dir.path().join("pid");
+        let chroot = format!("ChrootDirectory {}\nPidFile {}\n", self.image_root.display(), file.display());
+        let config = std::fs::read_to_string(&self.config).unwrap().replace("PidFile none\n", &chroot);
+        let keys = self.dir.path().join("host_key");
+        succeed(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(&keys));
+        std::fs::write(&self.config, format!("HostKey {}\n{config}", keys.display())).unwrap();
+        std::fs::create_dir_all("/run/sshd").unwrap();
+        let mut sshd = Command::new(ims_sshd::sshd::program().unwrap());
+        sshd.arg("-D").arg("-E").arg(self.sshd_log()).arg("-f").arg(&self.config);
+        let environment = Environment { entrypoint: sshd.spawn().unwrap(), volume: self, status: None };
+        wait_until("sshd to listen", || file.exists());
+        environment
+    }
+
     fn equip(&self, command: &mut Command, mode: Mode, further: &[(&str, &str)]) {
         let log = std::fs::File::options().create(true).append(true).open(self.log()).unwrap();
         command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
@@ -534,7 +550,9 @@ pub fn replace_root(volume: &Volume, home: &Path, shell: &str) {
 fn client_key() -> PathBuf {
     static KEY: OnceLock<(TempDir, PathBuf)> = OnceLock::new();
     let (_, key) = KEY.get_or_init(|| {
-        let dir = tempfile::tempdir_in(cache()).unwrap();
+        let base = cache().join("tests");
+        std::fs::create_dir_all(&base).unwrap();
+        let dir = tempfile::tempdir_in(base).unwrap();
         let key = dir.path().join("id_ed25519");
         succeed(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(&key));
         (dir, key)

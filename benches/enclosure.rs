@@ -1,0 +1,62 @@
+//! Everything that the figures start ends with them: they run in namespaces of their own, which go when they go, however that comes about.
+
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, ExitCode};
+
+use nix::sys::signal::{SigSet, Signal, kill};
+use nix::unistd::Pid;
+
+use crate::support::{cache, succeed};
+
+/// Set for the program inside.
+const INSIDE: &str = "IMS_SSHD_BENCH_INSIDE";
+
+/// A /run of their own too, where runc and nspawn note down what they run.
+const ENTER: &str = "mount --bind \"$1\" \"$2\"; mount -t tmpfs tmpfs /run; shift 2; exec \"$@\"";
+
+/// Below this, in each hierarchy, are the control groups of containers.
+pub const CONTROL_GROUP: &str = "/ims-sshd-figures";
+
+pub fn is_inside() -> bool {
+    std::env::var_os(INSIDE).is_some()
+}
+
+/// Runs this program once more, as the first process of a PID namespace, with mounts of its own and a folder that is removed afterwards.
+pub fn run() -> ExitCode {
+    let (tests, own) = (cache().join("tests"), tempfile::tempdir_in(cache()).unwrap());
+    std::fs::create_dir_all(&tests).unwrap();
+    let mut unshare = Command::new("setpriv");
+    unshare.args(["--pdeathsig=KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]);
+    unshare
+        .args(["sh", "-ec", ENTER, "sh"])
+        .args([own.path(), &tests])
+        .arg(std::env::current_exe().unwrap())
+        .args(std::env::args_os().skip(1));
+    // Not of the terminal's process group: Ctrl-C comes to this process, and clients of the figures' do not see it.
+    let mut child = unshare.env(INSIDE, "1").env("TMPDIR", &tests).process_group(0).spawn().expect("start unshare");
+    // Not before the start: what is started would have them blocked too.
+    let signals = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGCHLD]);
+    signals.thread_block().unwrap();
+    let status = loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            break status;
+        }
+        if signals.wait().unwrap() != Signal::SIGCHLD {
+            kill_inside(&child);
+        }
+    };
+    let groups = format!("*{CONTROL_GROUP}*");
+    let mut remove = Command::new("find");
+    succeed(remove.args(["/sys/fs/cgroup", "-depth", "-type", "d", "-path", &groups, "-delete"]));
+    own.close().expect("remove the figures' folder");
+    ExitCode::from(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1))
+}
+
+/// Ends the first process of the namespace, and by that all others. `unshare` returns when none is left.
+fn kill_inside(unshare: &Child) {
+    let pid = unshare.id();
+    let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    for child in children.split_ascii_whitespace() {
+        let _ = kill(Pid::from_raw(child.parse().unwrap()), Signal::SIGKILL);
+    }
+}

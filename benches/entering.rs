@@ -1,0 +1,90 @@
+//! What it takes to run a program in a jail that stands, against others who do so, and against those who make one each time.
+
+use std::path::Path;
+use std::process::Command;
+
+use crate::environments::{close, installed, least};
+use crate::measure::in_turns;
+use crate::peers::{self, Container, quiet};
+use crate::report::{BarChart, limit};
+use crate::support::{Environment, IMS_JAIL_SHELL, IMS_SSHD, Image, Mode};
+use crate::{Bound, Report, Unit, ratios};
+
+pub fn entering(runs: usize, report: &mut Report) {
+    let environment = Environment::open(Image::Debian, Mode::Jailed);
+    let (folder, root) = (environment.dir.path(), environment.image_root.as_path());
+    let record = environment.state_folder().join("jail");
+    let init = environment.jails_init().to_string();
+    let (helper, least) = (installed(Path::new(IMS_JAIL_SHELL), folder), least(folder));
+    let container = Container::run(root, folder);
+
+    let mut enter = quiet(&helper);
+    enter.arg("enter").arg(&record).args(["--", "/bin/true"]);
+    let mut c = quiet(&least);
+    c.args([&init, "/bin/true"]);
+    let mut nsenter = nsenter(&init, &["/bin/true"]);
+    let mut chroot = quiet("chroot");
+    chroot.arg(root).arg("/bin/true");
+    let mut unshare = peers::unshare(root);
+    let mut bwrap = peers::bwrap(root);
+    let mut session = quiet(&helper);
+    session.arg("session").arg(&record).env("SSH_ORIGINAL_COMMAND", "true");
+    let mut nsenter_shell = self::nsenter(&init, &["/bin/bash", "-c", "true"]);
+    let fast =
+        [&mut enter, &mut c, &mut nsenter, &mut chroot, &mut unshare, &mut bwrap, &mut session, &mut nsenter_shell];
+    let [entered, c, nsenter, chroot, unshare, bwrap, session, nsenter_shell] = in_turns(runs * 20, fast);
+
+    let mut nspawn = peers::nspawn(root);
+    let mut exec = container.exec("/bin/true");
+    let mut whole = quiet(IMS_SSHD);
+    whole.arg("enter").arg(root).args(["--", "/bin/true"]);
+    let slow = [&mut enter, &mut nspawn, &mut exec, &mut whole];
+    let [beside_slow, nspawn, exec, whole] = in_turns(runs * 2, slow);
+
+    let bars = [
+        ("a C program of 30 lines", &c),
+        ("ims-jail-shell enter", &entered),
+        ("chroot", &chroot),
+        ("nsenter -m -p -i -u", &nsenter),
+        ("unshare, chroot (makes it)", &unshare),
+        ("bwrap (makes it)", &bwrap),
+        ("ims-sshd enter (makes it)", &whole),
+        ("systemd-nspawn (makes it)", &nspawn),
+        ("podman exec", &exec),
+    ];
+    for (name, samples) in bars {
+        report.add(&format!("{name}: `/bin/true`"), Unit::Milliseconds, samples.clone(), Bound::Information);
+    }
+    report.add("enter / the C program", Unit::Times, ratios(&entered, &c), limit(1.25));
+    report.add("enter / nsenter", Unit::Times, ratios(&entered, &nsenter), limit(0.5));
+    report.add("enter / chroot", Unit::Times, ratios(&entered, &chroot), Bound::Information);
+    report.add("enter / unshare", Unit::Times, ratios(&entered, &unshare), Bound::Information);
+    report.add("enter / bwrap", Unit::Times, ratios(&entered, &bwrap), limit(0.3));
+    report.add("enter / systemd-nspawn", Unit::Times, ratios(&beside_slow, &nspawn), limit(0.05));
+    report.add("enter / podman exec", Unit::Times, ratios(&beside_slow, &exec), Bound::Information);
+    report.add("the C program / nsenter", Unit::Times, ratios(&c, &nsenter), Bound::Information);
+    // Most of it is the shell's own start.
+    let of_shells = ratios(&session, &nsenter_shell);
+    report.add("a session's `true` by the image's bash", Unit::Milliseconds, session, Bound::Information);
+    report.add("the same / nsenter of the same shell", Unit::Times, of_shells, limit(0.8));
+    report.note(
+        "All run `/bin/true` of one Debian image root: the first four and `podman exec` in a jail, a root or a container that stands, the \
+         others in one that each makes for itself. The C program, `benches/enter.c`, does no more than it must: setns, fork, exec, wait. \
+         nspawn and podman take turns with `enter` in rounds of their own.",
+    );
+    report.bars(BarChart {
+        file: "entering",
+        title: "Enter and run /bin/true",
+        axis: "milliseconds, median and quartiles (logarithmic)",
+        bars: bars.map(|(name, samples)| (name.to_owned(), samples.clone())).to_vec(),
+    });
+    drop(container);
+    close(environment);
+}
+
+/// Into the namespaces that the jail has.
+fn nsenter(init: &str, program: &[&str]) -> Command {
+    let mut nsenter = quiet("nsenter");
+    nsenter.args(["-t", init, "-m", "-p", "-i", "-u"]).args(program);
+    nsenter
+}

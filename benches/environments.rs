@@ -1,0 +1,104 @@
+//! Environments as the figures need them: watched by the kernel's events, and ended without a trace.
+
+use std::io::Write;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::process::Command;
+
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use rustix::event::{PollFd, PollFlags, Timespec};
+
+use crate::support::{Environment, Image, LIMIT, Mode, Volume, succeed, wait_until};
+
+/// An entrypoint that waits for `ready`, all it does beforehand done.
+pub fn waiting(volume: Volume, mode: Mode) -> Environment {
+    let environment = volume.start(mode);
+    // It claims the folder when it begins to wait; proc(5) tells of the lock.
+    let lock = format!(" FLOCK  ADVISORY  WRITE {} ", environment.entrypoint.id());
+    wait_until("the entrypoint to wait for 'ready'", || {
+        std::fs::read_to_string("/proc/locks").unwrap().contains(&lock)
+    });
+    environment
+}
+
+/// The three ways to open an image root that are compared: jailed, plain, and sshd's own `ChrootDirectory`. The first two are in containers
+/// made of the image root's own image, so that what runs at the other end is the same everywhere.
+pub fn three_ways() -> [(&'static str, Environment); 3] {
+    let volume = || {
+        let volume = Volume::in_memory(Image::Managed);
+        // Debian's bash reads the files of an interactive shell for the one whom sshd starts it for, but not below another shell:
+        // they are to be read nowhere.
+        let mut config = std::fs::File::options().append(true).open(&volume.config).unwrap();
+        config.write_all(b"SetEnv SHLVL=1\n").unwrap();
+        volume
+    };
+    let contained = |mode| volume().start_in_container(mode, &[("IMS_JAIL_TIER", "namespace")]).ready();
+    [
+        ("jailed", contained(Mode::Jailed)),
+        ("plain", contained(Mode::Plain)),
+        ("ChrootDirectory", volume().chroot_directory()),
+    ]
+}
+
+/// Ends an environment and leaves nothing of it.
+pub fn close(mut environment: Environment) {
+    if !environment.signal("complete").exists() {
+        environment.touch("complete");
+    }
+    assert_eq!(environment.end(), 0, "{}", environment.log_text());
+    remove(environment);
+}
+
+/// The same of one that was ended otherwise, or by the drop itself.
+pub fn remove(environment: Environment) {
+    let folder = environment.dir.path().to_owned();
+    drop(environment);
+    assert!(!folder.exists(), "{} is left", folder.display());
+}
+
+/// Ends each of [`three_ways`].
+pub fn close_all(environments: [(&str, Environment); 3]) {
+    let [(_, jailed), (_, plain), (_, chroot)] = environments;
+    close(jailed);
+    close(plain);
+    remove(chroot);
+}
+
+/// A copy of a program, as an installation makes it: it starts a tenth sooner than the linker's own file, since its pages lie together.
+pub fn installed(program: &Path, folder: &Path) -> String {
+    let copy = folder.join(program.file_name().unwrap());
+    std::fs::copy(program, &copy).unwrap();
+    copy.to_str().unwrap().to_owned()
+}
+
+/// The C program that the jail's helper is measured against.
+pub fn least(folder: &Path) -> String {
+    let linked = folder.join("linked");
+    std::fs::create_dir(&linked).unwrap();
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/enter.c");
+    succeed(Command::new("cc").args(["-O2", "-static", "-o"]).arg(linked.join("enter")).arg(source));
+    installed(&linked.join("enter"), folder)
+}
+
+/// Names that appear in a folder, as the kernel tells of them.
+pub struct Creations(Inotify);
+
+impl Creations {
+    pub fn in_folder(folder: &Path) -> Self {
+        let events = Inotify::init(InitFlags::IN_CLOEXEC).unwrap();
+        events.add_watch(folder, AddWatchFlags::IN_CREATE | AddWatchFlags::IN_MOVED_TO).unwrap();
+        Self(events)
+    }
+
+    pub fn wait_for(&self, name: &str) {
+        loop {
+            let limit = Timespec { tv_sec: LIMIT.as_secs().cast_signed(), tv_nsec: 0 };
+            let ready =
+                rustix::event::poll(&mut [PollFd::from_borrowed_fd(self.0.as_fd(), PollFlags::IN)], Some(&limit));
+            assert_ne!(ready, Ok(0), "waited {} s in vain for '{name}'", LIMIT.as_secs());
+            if self.0.read_events().unwrap().iter().any(|event| event.name.as_deref() == Some(name.as_ref())) {
+                return;
+            }
+        }
+    }
+}

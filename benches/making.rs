@@ -1,0 +1,130 @@
+//! What it takes to make a jail, as the container's mounts grow in number, against those who make theirs for each program.
+
+use std::fs::File;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use ims_sshd::jail::link::{Link, Message};
+use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::waitpid;
+use nix::unistd::Pid;
+
+use crate::environments::installed;
+use crate::measure::{order, succeeding, time};
+use crate::peers;
+use crate::report::statistics::median;
+use crate::report::{LineChart, limit};
+use crate::support::{IMS_JAIL_SHELL, Image, Volume, succeed};
+use crate::{Bound, Report, Unit, ratios};
+
+/// How many mounts the container has beside its own.
+const MOUNTS: [usize; 3] = [0, 100, 1000];
+
+const NAMES: [&str; 3] = ["ims-jail-shell init until `ready`", "unshare, chroot: `/bin/true`", "bwrap: `/bin/true`"];
+
+pub fn making(runs: usize, report: &mut Report) {
+    let volume = Volume::new(Image::Debian);
+    let helper = installed(Path::new(IMS_JAIL_SHELL), volume.dir.path());
+    let containers = MOUNTS.map(|count| Container::with(count, &helper, volume.dir.path()));
+    let resolv_conf = volume.dir.path().join("resolv.conf");
+    // The supervisor sees to it that the image has the file which it is mounted on.
+    for file in [&resolv_conf, &volume.image_root.join("etc/resolv.conf")] {
+        std::fs::write(file, "nameserver 127.0.0.1\n").unwrap();
+    }
+    let mut samples = [const { [const { Vec::new() }; MOUNTS.len()] }; NAMES.len()];
+    for round in 0..=runs * 5 {
+        for at in order(round, MOUNTS.len()) {
+            let Container { mounts, bare } = &containers[at];
+            setns(mounts, CloneFlags::CLONE_NEWNS).unwrap();
+            let mut init = init(&helper, &volume.image_root);
+            init.arg("--resolv-conf").arg(&resolv_conf);
+            for (name, file) in ims_sshd::sshd::sftp_server::files().unwrap() {
+                init.arg("--sftp").arg(format!("{name}={}", file.display()));
+            }
+            init.arg("--bare").arg(format!("/proc/{}/fd/{}", std::process::id(), bare.as_raw_fd()));
+            let took = [
+                make(init).0,
+                succeeding(&mut peers::unshare(&volume.image_root)),
+                succeeding(&mut peers::bwrap(&volume.image_root)),
+            ];
+            // The first round warms up.
+            if round > 0 {
+                samples.iter_mut().zip(took).for_each(|(samples, took)| samples[at].push(took));
+            }
+        }
+    }
+    for (name, samples) in NAMES.iter().zip(&samples) {
+        for (count, samples) in MOUNTS.iter().zip(samples) {
+            let bound = if *name == NAMES[0] { limit(3.0) } else { Bound::Information };
+            report.add(&format!("{name}, {count} mounts"), Unit::Milliseconds, samples.clone(), bound);
+        }
+    }
+    for (at, (name, samples)) in NAMES.iter().zip(&samples).enumerate() {
+        let bound = if at == 0 { limit(1.2) } else { Bound::Information };
+        let of_mounts = ratios(&samples[2], &samples[0]);
+        report.add(&format!("{name}, {} / {} mounts", MOUNTS[2], MOUNTS[0]), Unit::Times, of_mounts, bound);
+    }
+    report.note("unshare and bwrap make theirs and run `/bin/true` in it, which is how they can be had.");
+    let line = |samples: &[Vec<f64>; 3]| {
+        MOUNTS.iter().zip(samples).map(|(count, samples)| (*count as f64, median(samples))).collect()
+    };
+    report.lines(LineChart {
+        file: "making",
+        title: "Making a jail in a container of many mounts",
+        x: "mounts in the container",
+        y: "milliseconds, median (logarithmic)",
+        of_a_colour: 1,
+        lines: NAMES.iter().zip(&samples).map(|(name, samples)| (name.replace('`', ""), line(samples))).collect(),
+    });
+}
+
+/// A mount namespace with so many more mounts, and the bare one that a jail on trial has left, as the supervisor makes one.
+struct Container {
+    mounts: File,
+    bare: OwnedFd,
+}
+
+impl Container {
+    /// Comes to stand in it.
+    fn with(count: usize, helper: &str, folder: &Path) -> Self {
+        let script = "for n in $(seq $1); do mkdir -p $0/$n && mount -t tmpfs -o size=4k tmpfs $0/$n || exit; done";
+        unshare(CloneFlags::CLONE_NEWNS).unwrap();
+        let places = folder.join(format!("mounts-{count}"));
+        succeed(Command::new("sh").args(["-c", script]).arg(places).arg(count.to_string()));
+        let trial = folder.join(format!("trial-{count}"));
+        let points = ["dev", "proc", "run", "sys"].map(|name| trial.join(name));
+        points.iter().for_each(|point| std::fs::create_dir_all(point).unwrap());
+        let (_, mut jail) = make(init(helper, &trial));
+        // With the mount points go the mounts.
+        points.iter().for_each(|point| std::fs::remove_dir(point).unwrap());
+        Self { mounts: File::open("/proc/thread-self/ns/mnt").unwrap(), bare: jail.swap_remove(0) }
+    }
+}
+
+fn init(helper: &str, root: &Path) -> Command {
+    let mut init = Command::new(helper);
+    init.args(["init", "--tier", "namespace", "--root"]).arg(root).current_dir(root).env_clear();
+    init
+}
+
+/// Makes a jail as the supervisor does, and ends it. Returns how long it takes until it can be entered, and what it is entered by.
+fn make(mut init: Command) -> (f64, Vec<OwnedFd>) {
+    let (ours, theirs) = Link::pair().unwrap();
+    init.stdin(Stdio::from(theirs.into_fd()));
+    let (mut number, mut jail) = (None, None);
+    let took = time(|| {
+        assert!(init.status().unwrap().success());
+        while number.is_none() || jail.is_none() {
+            match ours.receive().unwrap() {
+                Some((Message::Started(pid), _)) => number = Some(Pid::from_raw(pid)),
+                Some((Message::Ready, namespaces)) => jail = Some(namespaces),
+                other => panic!("{other:?}"),
+            }
+        }
+    });
+    kill(number.unwrap(), Signal::SIGKILL).unwrap();
+    waitpid(number.unwrap(), None).unwrap();
+    (took, jail.unwrap())
+}

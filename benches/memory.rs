@@ -1,0 +1,86 @@
+//! What the programs have in memory while nothing happens: proportional set size, in which a page that several have counts in parts.
+
+use std::io::Read;
+use std::process::{Child, Stdio};
+
+use crate::environments::close;
+use crate::report::statistics::median;
+use crate::report::{LineChart, limit};
+use crate::support::{Image, Master, Mode, Volume, processes_with, wait_until};
+use crate::{Bound, Report, Unit};
+
+const SESSIONS: [usize; 6] = [0, 1, 10, 50, 100, 200];
+
+const ENTRYPOINT: &str = "ims-sshd entrypoint";
+const INIT: &str = "the jail's init";
+const HELPER: &str = "ims-jail-shell of a session";
+const ADDED: &str = "all that a session adds";
+
+pub fn memory(_: usize, report: &mut Report) {
+    let volume = Volume::new(Image::Debian);
+    let config = std::fs::read_to_string(&volume.config).unwrap();
+    // All over one connection: what counts is what a session adds.
+    std::fs::write(&volume.config, config + "MaxSessions 200\n").unwrap();
+    let environment = volume.start(Mode::Jailed).ready();
+    let master = environment.master();
+    let init = environment.jails_init().as_raw().cast_unsigned();
+    let helper = format!("session {}", environment.state_folder().join("jail").display());
+    let mut clients = Vec::new();
+    let mut lines = [ENTRYPOINT, INIT, HELPER, ADDED].map(|name| (name.to_owned(), Vec::new()));
+    let mut without_sessions = 0.0;
+    for count in SESSIONS {
+        while clients.len() < count {
+            clients.push(session(&master));
+        }
+        let helpers: Vec<_> = processes_with(&helper).into_iter().map(pss).collect();
+        assert_eq!(helpers.len(), count, "{helpers:?}");
+        let (entrypoint, init) = (pss(environment.entrypoint.id()), pss(init));
+        let all = entrypoint + init + helpers.iter().sum::<f64>();
+        let mut values = vec![(ENTRYPOINT, vec![entrypoint]), (INIT, vec![init])];
+        if count == 0 {
+            without_sessions = all;
+        } else {
+            values.extend([(HELPER, helpers), (ADDED, vec![(all - without_sessions) / count as f64])]);
+        }
+        for ((name, values), (_, points)) in values.into_iter().zip(&mut lines) {
+            points.push((count as f64, median(&values)));
+            let bound = if name == ADDED { limit(400.0) } else { Bound::Information };
+            report.add(&format!("{name}, {count} sessions: PSS"), Unit::Kibibytes, values, bound);
+        }
+    }
+    for mut client in clients {
+        client.kill().unwrap();
+        client.wait().unwrap();
+    }
+    wait_until("the sessions to end", || processes_with(&helper).is_empty());
+    drop(master);
+    report.note(
+        "A page that several processes have counts in parts in each, so a process's share falls as sessions join it; what a session adds is \
+         what all three kinds have more than without sessions, divided by these. sshd's own, and the image's program, count in no row.",
+    );
+    report.lines(LineChart {
+        file: "memory",
+        title: "Memory while sessions wait",
+        x: "sessions",
+        y: "PSS in KiB, of sessions the median (logarithmic)",
+        of_a_colour: 1,
+        lines: lines.into(),
+    });
+    close(environment);
+}
+
+/// One that waits in the jail, until its client is gone.
+fn session(master: &Master<'_>) -> Child {
+    let mut client =
+        master.ssh().arg("echo in; exec cat").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("start ssh");
+    // When this arrives, the program in the jail is another one than the helper that waits for it.
+    client.stdout.as_mut().unwrap().read_exact(&mut [0; 3]).unwrap();
+    client
+}
+
+/// In KiB, as proc(5)'s `smaps_rollup` has it.
+fn pss(pid: u32) -> f64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
+    let value = text.lines().find_map(|line| line.strip_prefix("Pss:")).unwrap();
+    value.trim().trim_end_matches(" kB").parse().unwrap()
+}

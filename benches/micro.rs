@@ -1,0 +1,11 @@
+//! Criterion's own report of what is read: `cargo bench --bench micro`.
+
+mod parsing;
+
+use criterion::Criterion;
+
+fn main() {
+    let mut criterion = Criterion::default().configure_from_args();
+    parsing::measure(&mut criterion);
+    criterion.final_summary();
+}

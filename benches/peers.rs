@@ -1,0 +1,82 @@
+//! Others who run a program in an image root: as command lines that do what is closest to the jail.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use crate::enclosure::CONTROL_GROUP;
+use crate::support::succeed;
+
+pub fn bwrap(root: &Path) -> Command {
+    let mut command = quiet("bwrap");
+    command.arg("--bind").arg(root).args(["/", "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/run"]);
+    command.args(["--unshare-pid", "--unshare-ipc", "--unshare-uts", "/bin/true"]);
+    command
+}
+
+/// The namespaces of the jail, a fresh /proc, and chroot.
+pub fn unshare(root: &Path) -> Command {
+    let mut command = quiet("unshare");
+    command.args(["--mount", "--pid", "--ipc", "--uts", "--fork", "--mount-proc"]);
+    command.arg(format!("--root={}", root.display())).arg("/bin/true");
+    command
+}
+
+/// Without systemd around it, and with none of what it does for a machine that boots.
+pub fn nspawn(root: &Path) -> Command {
+    let mut command = quiet("systemd-nspawn");
+    command.args(["--quiet", "--register=no", "--keep-unit", "--settings=no", "--link-journal=no", "--pipe"]);
+    command.args(["--resolv-conf=off", "--timezone=off"]).arg("--directory").arg(root).arg("/bin/true");
+    command
+}
+
+pub fn quiet(program: &str) -> Command {
+    let mut command = Command::new(program);
+    command.stdin(Stdio::null()).stdout(Stdio::null());
+    command
+}
+
+/// With all that it keeps in `storage`.
+pub fn podman(storage: &Path) -> Command {
+    let mut command = quiet("podman");
+    for (option, folder) in [("--root", "root"), ("--runroot", "run"), ("--tmpdir", "tmp")] {
+        command.arg(option).arg(storage.join(folder));
+    }
+    command.env("CONTAINERS_CONF", Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/containers.conf"));
+    command
+}
+
+/// podman's container of an image root, in a storage of its own, until this is dropped.
+pub struct Container {
+    storage: PathBuf,
+}
+
+const NAME: &str = "figures";
+
+impl Container {
+    pub fn run(root: &Path, folder: &Path) -> Self {
+        let container = Self { storage: folder.join("podman") };
+        let mut run = container.podman();
+        run.args(["run", "--detach", "--name", NAME, "--network=host"]);
+        run.args(["--cgroup-parent", CONTROL_GROUP, "--rootfs"]).arg(root);
+        succeed(run.args(["sleep", "infinity"]));
+        container
+    }
+
+    pub fn exec(&self, program: &str) -> Command {
+        let mut command = self.podman();
+        command.args(["exec", NAME, program]);
+        command
+    }
+
+    fn podman(&self) -> Command {
+        podman(&self.storage)
+    }
+}
+
+impl Drop for Container {
+    fn drop(&mut self) {
+        let _ = self.podman().args(["rm", "--force", "--time=0", NAME]).output();
+        // podman mounts its storage on itself.
+        let _ = Command::new("umount").arg("--recursive").arg(self.storage.join("root/overlay")).output();
+    }
+}

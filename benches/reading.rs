@@ -1,0 +1,28 @@
+//! Criterion's samples of what is read, as figures among the others.
+
+use std::path::Path;
+use std::time::Duration;
+
+use criterion::Criterion;
+use serde_json::Value;
+
+use crate::parsing::{CASES, measure};
+use crate::{Bound, Report, Unit};
+
+pub fn reading(_: usize, report: &mut Report) {
+    let folder = tempfile::tempdir().unwrap();
+    let criterion = Criterion::default().output_directory(folder.path()).without_plots();
+    measure(&mut criterion.warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(2)));
+    for (name, what) in CASES {
+        report.add(what, Unit::Microseconds, samples(&folder.path().join(name)), Bound::Information);
+    }
+    report.note("`cargo bench --bench micro` shows the same with criterion's own statistics.");
+}
+
+/// Microseconds of one iteration, of each of criterion's samples, which are in nanoseconds.
+fn samples(case: &Path) -> Vec<f64> {
+    let text = std::fs::read_to_string(case.join("new/sample.json")).unwrap();
+    let sample: Value = serde_json::from_str(&text).unwrap();
+    let numbers = |name: &str| sample[name].as_array().unwrap().iter().map(|number| number.as_f64().unwrap());
+    numbers("times").zip(numbers("iters")).map(|(time, iterations)| time / iterations / 1000.0).collect()
+}
