@@ -4,7 +4,7 @@
 //! Counted by ptrace(2), step by step: Debian's valgrind does not know pidfd_open(2).
 
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use ims_sshd::lifecycle::state::StateFolder;
 use nix::libc::c_long;
@@ -57,8 +57,9 @@ fn count(program: &Path, arguments: &[&std::ffi::OsStr], go_on: GoOn) -> u64 {
     let mut shell = Command::new("sh");
     shell.args(["-c", r#"kill -STOP $$; exec "$@""#, "sh"]).arg(program).args(arguments);
     shell.env_clear().env("SSH_ORIGINAL_COMMAND", "true").env("SSH_CONNECTION", "192.0.2.1 40000 192.0.2.2 22");
-    let shell = shell.stdin(std::process::Stdio::null()).stderr(std::process::Stdio::null()).spawn().unwrap();
-    let parent = Pid::from_raw(shell.id().cast_signed());
+    shell.stdin(Stdio::null()).stderr(Stdio::null());
+    // Waited for by its number, as its child.
+    let parent = Pid::from_raw(shell.spawn().unwrap().id().cast_signed());
     assert_eq!(waitpid(parent, Some(WaitPidFlag::WUNTRACED)), Ok(WaitStatus::Stopped(parent, Signal::SIGSTOP)));
     let options = Options::PTRACE_O_TRACEEXEC | Options::PTRACE_O_TRACEVFORK | Options::PTRACE_O_EXITKILL;
     ptrace::seize(parent, options).unwrap();
