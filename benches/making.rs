@@ -95,10 +95,14 @@ impl Container {
         succeed(Command::new("sh").args(["-c", script]).arg(places).arg(count.to_string()));
         let trial = folder.join(format!("trial-{count}"));
         let points = ["dev", "proc", "run", "sys"].map(|name| trial.join(name));
-        points.iter().for_each(|point| std::fs::create_dir_all(point).unwrap());
+        for point in &points {
+            std::fs::create_dir_all(point).unwrap();
+        }
         let (_, mut jail) = make(init(helper, &trial));
         // With the mount points go the mounts.
-        points.iter().for_each(|point| std::fs::remove_dir(point).unwrap());
+        for point in points {
+            std::fs::remove_dir(point).unwrap();
+        }
         Self { mounts: File::open("/proc/thread-self/ns/mnt").unwrap(), bare: jail.swap_remove(0) }
     }
 }
