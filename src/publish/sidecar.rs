@@ -156,7 +156,7 @@ impl Sidecar<'_> {
             journal.note(self.files)?;
         }
         drop(image_root);
-        self.publish()
+        self.publish(&mut journal)
     }
 
     fn path(&self) -> PathBuf {
@@ -253,7 +253,7 @@ impl Sidecar<'_> {
         Ok(if self.files.stands(failed)? || in_image { Ended::Failed } else { Ended::Well })
     }
 
-    fn publish(&mut self) -> Result<u8> {
+    fn publish(&mut self, journal: &mut Journal) -> Result<u8> {
         self.ims.set_status(Status::PackagingArtifacts)?;
         let (image_root, tree) = (self.path(), self.open_image_root()?);
         // What is missing is told before anything is packed.
@@ -262,10 +262,14 @@ impl Sidecar<'_> {
         drop(tree);
         let name = self.settings.name.replace('/', "_");
         let squashfs = self.files.path().join(format!("{name}.sqsh"));
-        package::pack(self.work, &image_root, &squashfs, &self.settings.packing, &self.places.exclude)?;
-        tracing::info!("packed {}", squashfs.display());
-        if let Some(file) = &self.places.changes {
-            write_changes(self.work, &self.files.path().join(INVENTORY), &image_root, file)?;
+        if journal.phase < Phase::Packed {
+            package::pack(self.work, &image_root, &squashfs, &self.settings.packing, &self.places.exclude)?;
+            tracing::info!("packed {}", squashfs.display());
+            if let Some(file) = &self.places.changes {
+                write_changes(self.work, &self.files.path().join(INVENTORY), &image_root, file)?;
+            }
+            journal.phase = Phase::Packed;
+            journal.note(self.files)?;
         }
         if !has_store {
             tracing::info!("no store is named (S3_BUCKET, IMAGE_STORE): the packed image stays where it is");
