@@ -9,7 +9,7 @@ use nix::unistd::Pid;
 
 use crate::ims_server::Fault;
 use crate::job::*;
-use crate::s3_server::Breaker;
+use crate::s3_server::{Breaker, Closed, Gate};
 use crate::support::*;
 
 /// The programs of both containers.
@@ -416,6 +416,28 @@ fn killed_while_the_image_is_published_it_goes_on_with_the_same_image() {
     killed_when("uploaded", |job| job.bucket.keys().iter().any(|key| key.ends_with("manifest.json")));
     killed_when("linked", |job| done(job, "PATCH", "/images"));
     killed_when("success", |job| job.ims.status() == "success");
+}
+
+#[test]
+fn a_sidecar_that_was_killed_amid_an_upload_sends_only_what_is_missing() {
+    let job = Job::new();
+    let random = feed(Command::new("head").args(["-c", "60M", "/dev/urandom"]), b"").stdout;
+    std::fs::write(job.volume.image_root.join("random"), random).unwrap();
+    let gate = Gate::start(1, Closed::Silent);
+    let further = [("S3_ENDPOINT", gate.endpoint.as_str()), ("IMS_STALL_LIMIT", "100")];
+    let mut running = Running::start(&job, Mode::Plain, &further).waiting_on_user();
+    running.mark(Mode::Plain, "complete");
+    let mut first = running.sidecar.take().unwrap();
+    // One is taken, and the three after it are on their way.
+    wait_until("the parts to be sent", || gate.parts() == 4);
+    first.kill().unwrap();
+    first.wait().unwrap();
+    let gate = Gate::start(usize::MAX, Closed::Silent);
+    running.sidecar = Some(job.sidecar(Mode::Plain, &[("S3_ENDPOINT", &gate.endpoint)]).spawn().unwrap());
+    let output = running.end();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert_eq!((gate.parts(), gate.begun(), job.bucket.begun()), (3, 0, 0));
+    job.is_published(&output);
 }
 
 #[test]

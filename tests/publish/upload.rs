@@ -73,7 +73,7 @@ fn a_large_image_is_uploaded_without_being_read_into_memory() {
     assert!(sizes.iter().any(|(path, size)| path.ends_with("/rootfs") && *size == 1 << 30), "{sizes:?}");
 }
 
-/// An upload of an archive of eight parts to a bucket.
+/// An upload of an archive of several parts to a bucket.
 struct Upload {
     dir: tempfile::TempDir,
     tree: PathBuf,
@@ -81,7 +81,7 @@ struct Upload {
     bucket: Bucket,
 }
 
-const PARTS: usize = 8;
+const PARTS: usize = 6;
 
 /// How many are sent at a time.
 const AT_A_TIME: usize = 3;
@@ -144,9 +144,7 @@ fn write_parts(file: &Path, seed: u8) {
 
 #[test]
 fn an_upload_that_was_killed_goes_on_with_the_parts_that_are_missing() {
-    for parts in [1, 4] {
-        assert_eq!(Upload::killed_after(parts).again(), (PARTS - parts, 0));
-    }
+    assert_eq!(Upload::killed_after(2).again(), (PARTS - 2, 0));
 }
 
 #[test]
