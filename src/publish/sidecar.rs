@@ -78,7 +78,12 @@ pub fn run(
             .ok_or_else(|| Error::new(format!("open {}", settings.parent.display())).because("it does not exist"))?;
         let ims = Ims::of(&work, &settings);
         let mut sidecar = Sidecar { work: &work, settings: &settings, places, files: &files, ims };
-        sidecar.live()
+        // Before IMS hears of it: it ends the job, and its volume with it.
+        sidecar.live().inspect_err(|_| {
+            if let Err(e) = sidecar.publication().give_up() {
+                tracing::error!("{e}");
+            }
+        })
     });
     conclude(&work, ims, result)
 }
@@ -278,11 +283,14 @@ impl Sidecar<'_> {
         }
         let rootfs = std::fs::File::open(&squashfs).attempt(|| format!("open {}", squashfs.display()))?;
         let image = Image { rootfs, boot, debug_kernel: None };
-        let ims = Ims::of(self.work, self.settings);
-        let mut publication = Publication { work: self.work, settings: self.settings, ims, files: self.files };
-        let report = publication.publish(image)?;
+        let report = self.publication().publish(image)?;
         say(&format!("{report}\n"));
         Ok(0)
+    }
+
+    fn publication(&self) -> Publication<'_> {
+        let ims = Ims::of(self.work, self.settings);
+        Publication { work: self.work, settings: self.settings, ims, files: self.files }
     }
 }
 

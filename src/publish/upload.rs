@@ -69,6 +69,14 @@ impl Publication<'_> {
         result
     }
 
+    /// Takes back what an earlier run has published in part that was killed, where nothing more is published.
+    pub fn give_up(&mut self) -> Result<()> {
+        let Some(id) = Journal::open(self.files, self.settings.job.as_deref()).image else { return Ok(()) };
+        self.work.finish_regardless();
+        self.take_back(&Store::open(&self.settings.store, &self.work.network)?, &id);
+        Journal::clear(self.files)
+    }
+
     fn carry_out(&mut self, store: &Store, journal: &mut Journal, image: Image) -> Result<Value> {
         let mut record = self.register(journal)?;
         let id = journal.image.clone().unwrap_or_default();
