@@ -169,11 +169,7 @@ impl Sidecar<'_> {
     }
 
     fn open_image_root(&self) -> Result<Tree> {
-        let shown = self.path();
-        self.files
-            .parent()
-            .folder(self.settings.image_root())
-            .attempt(|| format!("open the image root {}", shown.display()))
+        environment::open_image_root(self.files, self.settings.image_root())
     }
 
     fn give_up_with_the_pod(&self) -> Result<()> {
@@ -253,9 +249,8 @@ impl Sidecar<'_> {
         if !listened && self.files.stands(SSHD_LISTENING)? {
             self.ims.set_status(Status::WaitingOnUser)?;
         }
-        let failed = Verdict::Failed.signal_file();
-        let in_image = self.settings.jailed && !matches!(image_root.look(Path::new("tmp").join(failed)), Ok(None));
-        Ok(if self.files.stands(failed)? || in_image { Ended::Failed } else { Ended::Well })
+        let failed = environment::is_marked_failed(self.files, self.settings.jailed.then_some(image_root));
+        Ok(if failed { Ended::Failed } else { Ended::Well })
     }
 
     fn publish(&mut self, journal: &mut Journal) -> Result<u8> {

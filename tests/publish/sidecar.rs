@@ -228,6 +228,16 @@ fn what_cannot_go_well_is_an_error_and_never_waited_for() {
     assert_eq!(job.ims.statuses(), ["error"]);
     assert!(job.volume.signal("failed").exists() && began.elapsed() < Duration::from_secs(5));
 
+    // A link in its place leads elsewhere.
+    let job = Job::new();
+    let elsewhere = job.volume.parent.join("build");
+    std::fs::create_dir(&elsewhere).unwrap();
+    std::os::unix::fs::symlink("../image-root", elsewhere.join("image-root")).unwrap();
+    let output = job.sidecar(Mode::Plain, &[("IMS_ACTION", "create")]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+    assert!(text(&output.stderr).contains("it is a symbolic link"), "{}", text(&output.stderr));
+    job.nothing_is_left();
+
     let job = Job::new();
     job.volume.touch("pod_error");
     let output = job.sidecar(Mode::Plain, &[]).output().unwrap();

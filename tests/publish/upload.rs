@@ -57,20 +57,23 @@ fn a_packed_image_is_registered_without_a_job() {
     assert_eq!(state.changes.len(), 2, "the job is nobody's: {:?}", state.changes);
 }
 
+/// `IMS_SSHD_UPLOAD_GIB` (default 1) is how large it is.
 #[test]
 fn a_large_image_is_uploaded_without_being_read_into_memory() {
+    let gib = std::env::var("IMS_SSHD_UPLOAD_GIB").map_or(1, |n| n.parse().expect("IMS_SSHD_UPLOAD_GIB: a number"));
     let dir = folder();
     let tree = image(dir.path());
     let file = dir.path().join("sparse.sqsh");
-    succeed(Command::new("truncate").args(["-s", "1G"]).arg(&file));
+    succeed(Command::new("truncate").args(["-s", &format!("{gib}G")]).arg(&file));
     let sink = Sink::start();
     let mut command = ims_sshd(&["upload", "--archive"], &sink.variables());
     command.args([&file, &tree]).current_dir(dir.path());
+    let began = std::time::Instant::now();
     let most = memory_of(command.stdout(Stdio::null()).spawn().unwrap());
-    println!("1 GiB uploaded with {} MiB of memory at the most", most >> 10);
+    println!("{gib} GiB uploaded in {:.0?} with {} MiB of memory at the most", began.elapsed(), most >> 10);
     assert!(most <= 128 << 10, "{most} KiB");
     let sizes = sink.sizes.lock().unwrap();
-    assert!(sizes.iter().any(|(path, size)| path.ends_with("/rootfs") && *size == 1 << 30), "{sizes:?}");
+    assert!(sizes.iter().any(|(path, size)| path.ends_with("/rootfs") && *size == gib << 30), "{sizes:?}");
 }
 
 /// An upload of an archive of several parts to a bucket.
