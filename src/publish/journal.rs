@@ -45,8 +45,6 @@ pub struct Journal {
     pub known: Option<Vec<String>>,
     /// The new image.
     pub image: Option<String>,
-    /// What the pod's resolv.conf said when it was put into the image.
-    pub resolv_conf: Option<String>,
 }
 
 impl Journal {
@@ -57,19 +55,19 @@ impl Journal {
         let text = |name: &str| noted[name].as_str().map(str::to_owned);
         let job = job.map(str::to_owned);
         if text("job") != job || noted.is_null() {
-            return Self { job, phase: Phase::Begun, known: None, image: None, resolv_conf: None };
+            return Self { job, phase: Phase::Begun, known: None, image: None };
         }
         let phase = PHASES.iter().find(|(_, name)| noted["phase"] == *name).map_or(Phase::Begun, |(phase, _)| *phase);
         let known =
             noted["known"].as_array().map(|ids| ids.iter().filter_map(|i| i.as_str().map(str::to_owned)).collect());
-        Self { job, phase, known, image: text("image"), resolv_conf: text("resolv_conf") }
+        Self { job, phase, known, image: text("image") }
     }
 
     /// Writes it down before what it tells is done.
     pub fn note(&self, files: &SignalFiles) -> Result<()> {
         let phase = PHASES.iter().find(|(phase, _)| *phase == self.phase).map_or("begun", |(_, name)| *name);
         let text = json!({
-            "job": self.job, "phase": phase, "known": self.known, "image": self.image, "resolv_conf": self.resolv_conf,
+            "job": self.job, "phase": phase, "known": self.known, "image": self.image,
         });
         let attempted = || format!("write {}/{FILE}", files.path().display());
         files.parent().replace(FILE, text.to_string().as_bytes()).attempt(attempted)

@@ -8,6 +8,7 @@ use rustix::event::{PollFd, PollFlags};
 use serde_json::json;
 
 use crate::error::{Attempt, Error, Result};
+use crate::jail::resolv_conf::{self, RESOLV_CONF, ResolvConf, SIDECAR};
 use crate::lifecycle::environment;
 use crate::lifecycle::settings::Action;
 use crate::lifecycle::signal_files::{BUILD_FAILED, EXITING, LOOK_EVERY, READY, SSHD_LISTENING, SignalFiles, Watch};
@@ -144,19 +145,19 @@ impl Sidecar<'_> {
                 if journal.phase < Phase::Ready {
                     self.let_open(&image_root, action, &mut journal)?;
                 }
-                if self.shell(&image_root)? == Ended::Failed {
+                let ended = self.shell(&image_root)?;
+                if SIDECAR.take_back(&image_root, self.files.parent())? == Some(true) {
+                    tracing::info!("/{RESOLV_CONF} of the image was changed, and stays as it is");
+                }
+                if ended == Ended::Failed {
                     tracing::info!("the image was marked failed: nothing is packed");
                     self.ims.set_status(Status::Error)?;
                     Journal::clear(self.files)?;
                     return Ok(u8::from(action == Action::Create));
                 }
-                if let Some(text) = &journal.resolv_conf {
-                    pod_files::take_resolv_conf(&image_root, text)?;
-                }
             } else {
                 pod_files::put_authorities(&image_root, &self.places.authorities)?;
             }
-            journal.resolv_conf = None;
             journal.phase = Phase::Packing;
             journal.note(self.files)?;
         }
@@ -183,10 +184,7 @@ impl Sidecar<'_> {
     fn let_open(&mut self, image_root: &Tree, action: Action, journal: &mut Journal) -> Result<()> {
         if action == Action::Customize {
             pod_files::put_authorities(image_root, &self.places.authorities)?;
-            let text = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
-            journal.resolv_conf = Some(text.clone());
-            journal.note(self.files)?;
-            pod_files::put_resolv_conf(image_root, &text)?;
+            self.lend_resolv_conf(image_root)?;
         }
         let keys = &self.places.authorized_keys;
         let keys = std::fs::read_to_string(keys).attempt(|| format!("read the public keys in {}", keys.display()))?;
@@ -202,6 +200,18 @@ impl Sidecar<'_> {
         self.files.touch(READY)?;
         tracing::info!("'{READY}': the environment may open");
         Ok(())
+    }
+
+    /// The pod's name servers for the image, until the environment has ended.
+    fn lend_resolv_conf(&self, image_root: &Tree) -> Result<()> {
+        let parent = self.files.parent();
+        // An earlier run was killed amid this.
+        SIDECAR.take_back(image_root, parent)?;
+        let text = std::fs::read(Path::new("/").join(RESOLV_CONF)).ok();
+        match (resolv_conf::decide(image_root, text.as_deref())?, text) {
+            (ResolvConf::Covered | ResolvConf::Made, Some(text)) => SIDECAR.lend(image_root, parent, &text),
+            _ => Ok(()),
+        }
     }
 
     /// Waits for the environment's end, and notices when nobody is there who could bring it about.
