@@ -1,11 +1,12 @@
 //! From a source to a published image, against the tools that do the bare work.
 
+use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 use crate::s3_server::Sink;
-use crate::support::{IMS_SSHD, cache, succeed};
-use crate::{Bound, Report, Unit, in_turns, ratios, title};
+use crate::support::{IMS_SSHD, cache, free_port, ssh_options, succeed, wait_until};
+use crate::{Bound, Report, Unit, in_turns, ratios, time, title};
 
 /// Of the image whose size does not matter to an overlay, and of the one that is uploaded.
 const MEGABYTES: usize = 1024;
@@ -19,6 +20,7 @@ pub fn publishing(rounds: usize, report: &mut Report) {
     opening(dir.path(), &squashfs, rounds, report);
     packing(dir.path(), rounds, report);
     uploading(dir.path(), &squashfs, rounds, report);
+    customizing(dir.path(), rounds, report);
 }
 
 /// A squashfs of a gigabyte that nothing can compress.
@@ -85,4 +87,39 @@ fn uploading(dir: &Path, squashfs: &Path, rounds: usize, report: &mut Report) {
     let limit = Bound::Limit { limit: 1.0 / 0.9, aim: None };
     report.add("upload, against md5sum and curl one after the other", Unit::Times, ratios(&ours, &raw), limit);
     report.add("upload, against curl alone", Unit::Times, ratios(&ours, &curl), Bound::Information);
+}
+
+/// From the command to a session in the image that [`packing`] has packed.
+fn customizing(dir: &Path, rounds: usize, report: &mut Report) {
+    let key = dir.join("id_ed25519");
+    succeed(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(&key));
+    let mut took = Vec::new();
+    for _ in 0..rounds {
+        let port = free_port();
+        let ssh = |command: &str| {
+            let mut ssh = quiet("ssh");
+            assert!(
+                ssh.args(ssh_options(&key))
+                    .args(["-p", &port.to_string(), "root@127.0.0.1", command])
+                    .status()
+                    .unwrap()
+                    .success()
+            );
+        };
+        let mut customize = quiet(IMS_SSHD);
+        customize.arg("customize").arg(dir.join("packed.sqsh")).arg("--output").arg(dir.join("store"));
+        customize.arg("--work").arg(dir.join("work")).arg("--authorized-key").arg(key.with_extension("pub"));
+        customize.args(["--port", &port.to_string()]);
+        let mut child = None;
+        took.push(time(|| {
+            child = Some(customize.spawn().unwrap());
+            wait_until("sshd to listen", || TcpStream::connect(("127.0.0.1", port)).is_ok());
+            ssh("true");
+        }));
+        // Given up: what is packed and stored of it is measured by itself.
+        ssh("touch /tmp/failed");
+        assert_eq!(child.unwrap().wait().unwrap().code(), Some(1));
+    }
+    let limit = Bound::Limit { limit: 1000.0, aim: None };
+    report.add("customize a squashfs, until the first ssh has ended", Unit::Milliseconds, took, limit);
 }

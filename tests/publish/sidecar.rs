@@ -43,17 +43,7 @@ impl<'a> Running<'a> {
 
     fn ssh(&self, command: &str) -> Output {
         let mut ssh = Command::new("ssh");
-        ssh.args([
-            "-F",
-            "none",
-            "-o",
-            "StrictHostKeyChecking=no",
-            "-o",
-            "UserKnownHostsFile=/dev/null",
-            "-o",
-            "BatchMode=yes",
-        ]);
-        ssh.args(["-o", "LogLevel=ERROR", "-p", &self.job.volume.port.to_string(), "-i"]).arg(&self.job.volume.key);
+        ssh.args(ssh_options(&self.job.volume.key)).args(["-p", &self.job.volume.port.to_string()]);
         ssh.args(["root@127.0.0.1", command]).stdin(Stdio::null()).output().unwrap()
     }
 
