@@ -1,6 +1,7 @@
 //! `ims-sshd customize`: a build environment on this machine, without a pod around it; with a store, from the source image to the
 //! published one.
 
+use std::io::IsTerminal;
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -155,7 +156,10 @@ fn publish(wanted: &Customization, source: &Source, output: &Settings, work: &Wo
     let ims = Ims::of(work, output);
     let image = Image { rootfs, boot, debug_kernel: None };
     let report = Publication { work, settings: output, ims, files: &files }.publish(image)?;
-    local::say(&format!("{report}\n"));
+    // For programs. A person has read above where the image is.
+    if !std::io::stdout().is_terminal() {
+        local::say(&format!("{report}\n"));
+    }
     Ok(0)
 }
 

@@ -58,7 +58,7 @@ fn of_rpm(work: &Work, database: &Tree) -> Result<BTreeMap<String, String>> {
     let copy = Copied::of(database).attempt(|| "copy their database")?;
     let mut rpm = Command::new("rpm");
     rpm.arg("--dbpath").arg(&copy.0).args(["-qa", "--queryformat", "%{NAME}.%{ARCH} %{EVR}\\n"]);
-    let output = work.run(&mut rpm, || {})?;
+    let output = work.run(&mut rpm, |_| {})?;
     let text = String::from_utf8_lossy(&output.stdout);
     // One that it takes for damaged it tells of, and ends well.
     let said = String::from_utf8_lossy(&output.stderr);

@@ -126,7 +126,7 @@ impl Work {
     }
 
     /// Runs a program to its end and returns what it said; `look` is called now and then. A signal kills it.
-    pub fn run(&self, command: &mut Command, mut look: impl FnMut()) -> Result<Output> {
+    pub fn run(&self, command: &mut Command, mut look: impl FnMut(&Child)) -> Result<Output> {
         self.heed()?;
         let name = Path::new(command.get_program()).display().to_string();
         let attempted = || format!("run {name}");
@@ -144,7 +144,7 @@ impl Work {
                 return Err(interrupted);
             }
             self.rest(&child).attempt(attempted)?;
-            look();
+            look(&child);
         };
         Ok(Output {
             status,
@@ -154,7 +154,7 @@ impl Work {
     }
 
     /// Runs a program that has to succeed; returns what it said on standard error all the same.
-    pub fn succeed(&self, attempted: &str, command: &mut Command, look: impl FnMut()) -> Result<String> {
+    pub fn succeed(&self, attempted: &str, command: &mut Command, look: impl FnMut(&Child)) -> Result<String> {
         let output = self.run(command, look)?;
         let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
         if output.status.success() {
