@@ -213,6 +213,18 @@ fn a_file_that_changes_on_the_way_is_fetched_anew() {
 }
 
 #[test]
+fn an_answer_of_another_range_is_not_put_behind_what_is_there() {
+    let dir = folder();
+    let tree = image(dir.path());
+    let content = std::fs::read(squashfs_of(&tree)).unwrap();
+    let server = FileServer::start(content, &[Fault::ResetAfter(5000), Fault::OtherRange]);
+    let parent = dir.path().join("parent");
+    let output = prepare(&parent, &server.url, &[]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    same_tree(&tree, &parent.join("image-root"));
+}
+
+#[test]
 fn a_wrong_checksum_is_refused_wherever_it_stands() {
     let dir = folder();
     let content = std::fs::read(squashfs_of(&image(dir.path()))).unwrap();
