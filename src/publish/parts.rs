@@ -62,7 +62,7 @@ impl Sender<'_> {
             if sent? {
                 return Upload::clear(self.files);
             }
-            self.abort()?;
+            self.forget()?;
         }
     }
 
@@ -75,8 +75,17 @@ impl Sender<'_> {
                 upload.note(self.files)?;
                 Ok(Some(upload))
             }
-            _ => self.abort().map(|()| None),
+            _ => self.forget().map(|()| None),
         }
+    }
+
+    /// Takes back what is noted, and goes on where the store does not let it be taken.
+    fn forget(&self) -> Result<()> {
+        if let Err(error) = self.abort() {
+            self.work.heed()?;
+            tracing::warn!("{error}; it stays behind");
+        }
+        Ok(())
     }
 
     /// Takes back what is noted as begun.

@@ -29,8 +29,10 @@ fn serve(socket: &UdpSocket, name: &str) {
     while let Ok((length, client)) = socket.recv_from(&mut packet) {
         let question = &packet[12..length];
         let end = question.iter().position(|&b| b == 0).unwrap() + 5;
-        let labels: Vec<u8> =
-            name.split('.').flat_map(|label| [&[label.len() as u8], label.as_bytes()].concat()).collect();
+        let labels: Vec<u8> = name
+            .split('.')
+            .flat_map(|label| [&[u8::try_from(label.len()).unwrap()], label.as_bytes()].concat())
+            .collect();
         let (known, is_a) = (question.starts_with(&labels), question[end - 4..end - 2] == [0, 1]);
         let count = u8::from(known && is_a);
         let mut answer =

@@ -141,7 +141,7 @@ impl Upload {
 
 /// A file of as many parts, the last one a byte long, all of which differ.
 fn write_parts(file: &Path, seed: u8) {
-    let content: Vec<u8> = (0..PARTS - 1).flat_map(|part| vec![part as u8 + seed; 16 << 20]).chain([0]).collect();
+    let content: Vec<u8> = (seed..).take(PARTS - 1).flat_map(|byte| vec![byte; 16 << 20]).chain([0]).collect();
     std::fs::write(file, content).unwrap();
 }
 
