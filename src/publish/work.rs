@@ -1,6 +1,6 @@
 //! What steps are carried out with: servers and programs are waited for, and a signal that asks this program to end interrupts both.
 
-use std::cell::Cell;
+use std::cell::{Cell, OnceCell};
 use std::future::{Future, poll_fn};
 use std::path::Path;
 use std::pin::pin;
@@ -26,7 +26,8 @@ const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_
 /// Servers, programs, and the signals that end both.
 pub struct Work {
     runtime: Runtime,
-    client: reqwest::Client,
+    /// Made when it is needed: to read all authorities of the system takes longer than to mount an image.
+    client: OnceCell<reqwest::Client>,
     signals: Signals,
     /// The signal that came.
     interrupted: Cell<Option<Signal>>,
@@ -62,7 +63,7 @@ impl Work {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         Ok(Self {
             runtime: runtime.attempt(|| "start an event loop")?,
-            client: client(network, &Validate::Yes)?,
+            client: OnceCell::new(),
             signals: Signals::hold(&[Signal::SIGTERM, Signal::SIGINT]).attempt(|| "hold back signals")?,
             interrupted: Cell::new(None),
             deaf: Cell::new(false),
@@ -71,8 +72,12 @@ impl Work {
     }
 
     /// The client for servers other than stores.
-    pub fn client(&self) -> &reqwest::Client {
-        &self.client
+    pub fn client(&self) -> Result<&reqwest::Client> {
+        if let Some(client) = self.client.get() {
+            return Ok(client);
+        }
+        let made = client(&self.network, &Validate::Yes)?;
+        Ok(self.client.get_or_init(|| made))
     }
 
     /// The signal that interrupted the work, if one did.
