@@ -228,7 +228,11 @@ impl Sidecar<'_> {
             self.give_up_with_the_pod()?;
             if !listened && self.files.stands(SSHD_LISTENING)? {
                 listened = true;
-                self.ims.set_status(Status::WaitingOnUser)?;
+                match self.ims.set_status(Status::WaitingOnUser) {
+                    // A signal came meanwhile, and is heeded below.
+                    Err(_) if self.work.interrupted().is_some() => {}
+                    other => other?,
+                }
             }
             if self.files.is_claimed() {
                 last_seen = Instant::now();

@@ -284,6 +284,19 @@ fn a_sidecar_that_is_asked_to_end_closes_the_environment_and_tells() {
 }
 
 #[test]
+fn a_sidecar_that_is_asked_to_end_while_ims_is_silent_closes_the_environment_too() {
+    let job = Job::new();
+    job.ims.fail("PATCH /jobs", Fault::Silence);
+    let mut running = Running::start(&job, Mode::Plain, &[("IMS_STALL_LIMIT", "100")]);
+    let sidecar = running.sidecar.take().unwrap();
+    wait_until("IMS to be told", || job.ims.is_well());
+    kill(Pid::from_raw(sidecar.id().cast_signed()), Signal::SIGTERM).unwrap();
+    let output = sidecar.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(143), "{}", text(&output.stderr));
+    assert!(job.volume.signal("exiting").exists());
+}
+
+#[test]
 fn errors_lost_answers_and_expired_tokens_of_ims_are_overcome() {
     let job = Job::new();
     for (request, fault) in [
