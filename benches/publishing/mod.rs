@@ -1,11 +1,13 @@
 //! From a source to a published image, against the tools that do the bare work.
 
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 use crate::s3_server::Sink;
-use crate::support::{IMS_SSHD, cache, succeed};
-use crate::{Bound, Report, Unit, in_turns, ratios, title};
+use crate::support::{IMS_SSHD, cache, free_port, ssh_options, succeed, wait_until};
+use crate::{Bound, Report, Unit, in_turns, ratios, time, title};
 
 /// Of the image whose size does not matter to an overlay, and of the one that is uploaded.
 const MEGABYTES: usize = 1024;
@@ -19,6 +21,7 @@ pub fn publishing(rounds: usize, report: &mut Report) {
     opening(dir.path(), &squashfs, rounds, report);
     packing(dir.path(), rounds, report);
     uploading(dir.path(), &squashfs, rounds, report);
+    customizing(dir.path(), rounds, report);
 }
 
 /// A squashfs of a gigabyte that nothing can compress.
@@ -40,16 +43,51 @@ fn quiet(program: &str) -> Command {
 }
 
 fn opening(dir: &Path, squashfs: &Path, rounds: usize, report: &mut Report) {
-    let clean = "rm -rf $1 && exec $0 prepare --open overlay $1 $2";
-    let mut overlay = quiet("unshare");
-    overlay.args(["-m", "sh", "-c", clean, IMS_SSHD]).args([&dir.join("overlay"), squashfs]);
-    let mut unsquashfs = quiet("sh");
-    unsquashfs.args(["-c", "rm -rf $0 && exec unsquashfs -no-progress -d $0 $1"]).args([&dir.join("bare"), squashfs]);
-    let [ours, bare] = in_turns(rounds, [&mut overlay, &mut unsquashfs]);
+    let [overlay, bare] = ["overlay", "bare"].map(|name| dir.join(name));
+    let [mut ours, mut unpacked] = [const { Vec::new() }; 2];
+    for round in 0..=rounds {
+        // What the other one has written is on its disk before this one begins.
+        succeed(&mut Command::new("sync"));
+        let took = (mounted(&overlay, squashfs), {
+            let mut unsquashfs = quiet("unsquashfs");
+            unsquashfs.args(["-no-progress", "-d"]).args([&bare, squashfs]);
+            time(|| assert!(unsquashfs.status().unwrap().success()))
+        });
+        std::fs::remove_dir_all(&bare).unwrap();
+        // The first round warms up.
+        if round > 0 {
+            ours.push(took.0);
+            unpacked.push(took.1);
+        }
+    }
     let limit = Bound::Limit { limit: 0.05, aim: None };
-    report.add("prepare by overlay, against unsquashfs", Unit::Times, ratios(&ours, &bare), limit);
+    report.add("prepare by overlay, against unsquashfs", Unit::Times, ratios(&ours, &unpacked), limit);
     report.add("prepare by overlay", Unit::Milliseconds, ours, Bound::Information);
-    std::fs::remove_dir_all(dir.join("bare")).unwrap();
+}
+
+/// How long it takes until the image is there. Its mounts end with a shell that waits, which is not measured.
+fn mounted(parent: &Path, squashfs: &Path) -> f64 {
+    let mut shell = Command::new("unshare");
+    shell.args([
+        "-m",
+        "sh",
+        "-c",
+        "echo; read go; $0 prepare --open overlay $1 $2 2> /dev/null; echo; read end",
+        IMS_SSHD,
+    ]);
+    shell.args([parent, squashfs]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut shell = shell.spawn().unwrap();
+    let (mut to, mut from) = (shell.stdin.take().unwrap(), shell.stdout.take().unwrap());
+    from.read_exact(&mut [0]).unwrap();
+    let took = time(|| {
+        to.write_all(b"\n").unwrap();
+        from.read_exact(&mut [0]).unwrap();
+    });
+    assert!(parent.join("overlay/upper").exists());
+    drop(to);
+    shell.wait().unwrap();
+    std::fs::remove_dir_all(parent).unwrap();
+    took
 }
 
 fn packing(dir: &Path, rounds: usize, report: &mut Report) {
@@ -85,4 +123,39 @@ fn uploading(dir: &Path, squashfs: &Path, rounds: usize, report: &mut Report) {
     let limit = Bound::Limit { limit: 1.0 / 0.9, aim: None };
     report.add("upload, against md5sum and curl one after the other", Unit::Times, ratios(&ours, &raw), limit);
     report.add("upload, against curl alone", Unit::Times, ratios(&ours, &curl), Bound::Information);
+}
+
+/// From the command to a session in the image that [`packing`] has packed.
+fn customizing(dir: &Path, rounds: usize, report: &mut Report) {
+    let key = dir.join("id_ed25519");
+    succeed(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(&key));
+    let mut took = Vec::new();
+    for _ in 0..rounds {
+        let port = free_port();
+        let ssh = |command: &str| {
+            let mut ssh = quiet("ssh");
+            assert!(
+                ssh.args(ssh_options(&key))
+                    .args(["-p", &port.to_string(), "root@127.0.0.1", command])
+                    .status()
+                    .unwrap()
+                    .success()
+            );
+        };
+        let mut customize = quiet(IMS_SSHD);
+        customize.arg("customize").arg(dir.join("packed.sqsh")).arg("--output").arg(dir.join("store"));
+        customize.arg("--work").arg(dir.join("work")).arg("--authorized-key").arg(key.with_extension("pub"));
+        customize.args(["--port", &port.to_string()]);
+        let mut child = None;
+        took.push(time(|| {
+            child = Some(customize.spawn().unwrap());
+            wait_until("sshd to listen", || TcpStream::connect(("127.0.0.1", port)).is_ok());
+            ssh("true");
+        }));
+        // Given up: what is packed and stored of it is measured by itself.
+        ssh("touch /tmp/failed");
+        assert_eq!(child.unwrap().wait().unwrap().code(), Some(1));
+    }
+    let limit = Bound::Limit { limit: 1000.0, aim: None };
+    report.add("customize a squashfs, until the first ssh has ended", Unit::Milliseconds, took, limit);
 }

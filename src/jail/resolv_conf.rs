@@ -58,59 +58,79 @@ pub fn keep_edited(image_root: &Tree, copy: &Path, container_text: &[u8]) -> Res
     Ok(true)
 }
 
-/// Where the image's own waits meanwhile if nothing can be mounted on it. In its own folder, so that moving it there and back keeps it as
-/// it is, inode and all.
-const ASIDE: &str = ".ims-sshd.resolv.conf";
-
-/// The note that a text was lent, in the image root's parent: its SHA-256 in hexadecimal digits.
-const NOTE: &str = ".ims-sshd.resolv-conf";
-
-/// Puts `text` in the place of the image's own where nothing can be mounted, and the image's own aside. Noted before it is done.
-pub fn lend(image_root: &Tree, note_folder: &Tree, text: &[u8]) -> Result<()> {
-    let attempted = || "put the container's /etc/resolv.conf into the image";
-    let advice = "the image root has to be writable and to have space";
-    note_folder.replace(NOTE, digest(text).as_bytes()).attempt(attempted).advise(advice)?;
-    let put = || -> io::Result<()> {
-        let etc = image_root.folder("etc")?;
-        etc.keeping_times(|| {
-            if etc.look("resolv.conf")?.is_some() {
-                etc.rename_to("resolv.conf", &etc, ASIDE)?;
-            }
-            etc.replace("resolv.conf", text)
-        })
-    };
-    put().attempt(attempted).advise(advice)
+/// Who puts a text into the image in the place of its own. The names are theirs alone: a sidecar's text stands there while environments
+/// come and go, and put right what an earlier one has left.
+pub struct Lender {
+    /// Where the image's own waits meanwhile. In its own folder, so that moving it there and back keeps it as it is, inode and all.
+    aside: &'static str,
+    /// The note that a text was lent, in the image root's parent: its SHA-256 in hexadecimal digits.
+    note: &'static str,
 }
 
-/// Puts the image's own back, unless somebody has changed what was lent: then that stays. Returns nothing if nothing was lent, else
-/// whether it was changed.
+/// A build environment, where nothing can be mounted.
+const ENVIRONMENT: Lender = Lender { aside: ".ims-sshd.resolv.conf", note: ".ims-sshd.resolv-conf" };
+
+/// A sidecar, for sessions of any kind.
+pub const SIDECAR: Lender = Lender { aside: ".ims-sshd.sidecar.resolv.conf", note: ".ims-sshd.sidecar.resolv-conf" };
+
+/// [`Lender::lend`] of a build environment.
+pub fn lend(image_root: &Tree, note_folder: &Tree, text: &[u8]) -> Result<()> {
+    ENVIRONMENT.lend(image_root, note_folder, text)
+}
+
+/// [`Lender::take_back`] of a build environment.
 pub fn take_back(image_root: &Tree, note_folder: &Tree) -> Result<Option<bool>> {
-    let Ok(lent) = note_folder.read(NOTE, LIMIT) else { return Ok(None) };
-    let put_back = || -> io::Result<bool> {
-        let etc = image_root.folder("etc")?;
-        let now = etc.look("resolv.conf")?;
-        let ours = now.as_ref().map(kind_of) == Some("a regular file")
-            && etc.read("resolv.conf", LIMIT).is_ok_and(|text| digest(&text).as_bytes() == lent);
-        let changed = now.is_some() && !ours;
-        etc.keeping_times(|| {
-            if changed {
-                etc.remove(ASIDE)?;
-            } else {
-                etc.remove("resolv.conf")?;
-                if etc.look(ASIDE)?.is_some() {
-                    etc.rename_to(ASIDE, &etc, "resolv.conf")?;
+    ENVIRONMENT.take_back(image_root, note_folder)
+}
+
+impl Lender {
+    /// Puts `text` in the place of the image's own, and the image's own aside. Noted before it is done.
+    pub fn lend(&self, image_root: &Tree, note_folder: &Tree, text: &[u8]) -> Result<()> {
+        let attempted = || "put the container's /etc/resolv.conf into the image";
+        let advice = "the image root has to be writable and to have space";
+        note_folder.replace(self.note, digest(text).as_bytes()).attempt(attempted).advise(advice)?;
+        let put = || -> io::Result<()> {
+            let etc = image_root.folder("etc")?;
+            etc.keeping_times(|| {
+                if etc.look("resolv.conf")?.is_some() {
+                    etc.rename_to("resolv.conf", &etc, self.aside)?;
                 }
-            }
-            Ok(changed)
-        })
-    };
-    let changed = match put_back() {
-        // A session has removed /etc altogether.
-        Err(e) if e.kind() == io::ErrorKind::NotFound => true,
-        other => other.attempt(|| "put the image's own /etc/resolv.conf back")?,
-    };
-    note_folder.remove(NOTE).attempt(|| format!("remove {NOTE} beside the image root"))?;
-    Ok(Some(changed))
+                etc.replace("resolv.conf", text)
+            })
+        };
+        put().attempt(attempted).advise(advice)
+    }
+
+    /// Puts the image's own back, unless somebody has changed what was lent: then that stays. Returns nothing if nothing was lent, else
+    /// whether it was changed.
+    pub fn take_back(&self, image_root: &Tree, note_folder: &Tree) -> Result<Option<bool>> {
+        let Ok(lent) = note_folder.read(self.note, LIMIT) else { return Ok(None) };
+        let put_back = || -> io::Result<bool> {
+            let etc = image_root.folder("etc")?;
+            let now = etc.look("resolv.conf")?;
+            let ours = now.as_ref().map(kind_of) == Some("a regular file")
+                && etc.read("resolv.conf", LIMIT).is_ok_and(|text| digest(&text).as_bytes() == lent);
+            let changed = now.is_some() && !ours;
+            etc.keeping_times(|| {
+                if changed {
+                    etc.remove(self.aside)?;
+                } else {
+                    etc.remove("resolv.conf")?;
+                    if etc.look(self.aside)?.is_some() {
+                        etc.rename_to(self.aside, &etc, "resolv.conf")?;
+                    }
+                }
+                Ok(changed)
+            })
+        };
+        let changed = match put_back() {
+            // A session has removed /etc altogether.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => true,
+            other => other.attempt(|| "put the image's own /etc/resolv.conf back")?,
+        };
+        note_folder.remove(self.note).attempt(|| format!("remove {} beside the image root", self.note))?;
+        Ok(Some(changed))
+    }
 }
 
 fn digest(text: &[u8]) -> String {
@@ -178,5 +198,24 @@ mod tests {
         assert_eq!(take_back(&tree, &tree).unwrap(), Some(false));
         assert!(!file.exists(), "there was none");
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "the note is gone");
+    }
+
+    #[test]
+    fn what_a_sidecar_lent_stays_while_environments_come_and_go() {
+        let dir = tempfile::tempdir().unwrap();
+        let tree = Tree::open(dir.path()).unwrap();
+        let etc = dir.path().join("etc");
+        let file = etc.join("resolv.conf");
+        std::fs::create_dir(&etc).unwrap();
+        std::fs::write(&file, "image's").unwrap();
+        SIDECAR.lend(&tree, &tree, b"pod's").unwrap();
+        assert_eq!(take_back(&tree, &tree).unwrap(), None, "an environment that begins");
+        lend(&tree, &tree, b"container's").unwrap();
+        assert_eq!(std::fs::read(&file).unwrap(), b"container's");
+        assert_eq!(take_back(&tree, &tree).unwrap(), Some(false));
+        assert_eq!(std::fs::read(&file).unwrap(), b"pod's");
+        assert_eq!(SIDECAR.take_back(&tree, &tree).unwrap(), Some(false));
+        assert_eq!(std::fs::read(&file).unwrap(), b"image's");
+        assert_eq!((std::fs::read_dir(&etc).unwrap().count(), std::fs::read_dir(dir.path()).unwrap().count()), (1, 1));
     }
 }

@@ -81,10 +81,11 @@ pub fn remove_old_marks(image_root: &Tree) -> Result<()> {
     Ok(())
 }
 
-/// Whether `failed` stands in the parent or, for a jailed job, in the image's /tmp.
+/// Whether `failed` stands in the parent or, for a jailed job, in the image's /tmp. What cannot be looked at counts as failed: nothing
+/// of which one does not know is packed.
 pub fn is_marked_failed(files: &SignalFiles, image_root: Option<&Tree>) -> bool {
     let name = Verdict::Failed.signal_file();
-    let in_image = |root: &Tree| matches!(root.look(Path::new("tmp").join(name)), Ok(Some(_)));
+    let in_image = |root: &Tree| !matches!(root.look(Path::new("tmp").join(name)), Ok(None));
     files.stands(name).unwrap_or(true) || image_root.is_some_and(in_image)
 }
 
@@ -213,4 +214,30 @@ pub fn recover(settings: &Settings, files: &SignalFiles, image_root: &Tree, stat
         tracing::warn!("an environment on this image root was killed before; found and cleared: {}", found.join("; "));
     }
     Ok(was_open)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_is_marked_failed_outside_or_inside_or_where_one_cannot_look() {
+        let dir = tempfile::tempdir().unwrap();
+        let files = SignalFiles::open(dir.path()).unwrap().unwrap();
+        let root = dir.path().join("image-root");
+        std::fs::create_dir(&root).unwrap();
+        let tree = open_image_root(&files, "image-root").unwrap();
+        assert!(!is_marked_failed(&files, Some(&tree)), "without a /tmp");
+        std::os::unix::fs::symlink("tmp", root.join("tmp")).unwrap();
+        assert!(is_marked_failed(&files, Some(&tree)), "a link to itself");
+        assert!(!is_marked_failed(&files, None));
+        std::fs::remove_file(root.join("tmp")).unwrap();
+        std::fs::create_dir(root.join("tmp")).unwrap();
+        assert!(!is_marked_failed(&files, Some(&tree)));
+        std::fs::write(root.join("tmp/failed"), "").unwrap();
+        assert!(is_marked_failed(&files, Some(&tree)));
+        std::fs::remove_file(root.join("tmp/failed")).unwrap();
+        std::fs::write(dir.path().join("failed"), "").unwrap();
+        assert!(is_marked_failed(&files, None));
+    }
 }

@@ -1,6 +1,7 @@
 //! `ims-sshd customize`: a build environment on this machine, without a pod around it; with a store, from the source image to the
 //! published one.
 
+use std::io::IsTerminal;
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -71,6 +72,10 @@ pub fn run(mut wanted: Customization) -> Result<u8> {
         let kept = format!("what was changed is kept in {}; the same command goes on with it", output.parent.display());
         return Err(error.advise(kept));
     }
+    if !complete {
+        let files = files_of(&output.parent)?;
+        Publication { work: &work, settings: &output, ims: Ims::of(&work, &output), files: &files }.give_up()?;
+    }
     std::fs::remove_dir_all(&output.parent).attempt(|| format!("remove {}", output.parent.display()))?;
     result
 }
@@ -92,9 +97,13 @@ fn workplace(below: &Path, source: &str) -> Result<PathBuf> {
 
 /// Two on one workplace would end each other.
 fn claim(place: &Path) -> Result<SignalFiles> {
-    let mut files = SignalFiles::open(place)?.ok_or_else(|| Error::new(format!("open {}", place.display())))?;
+    let mut files = files_of(place)?;
     files.claim()?;
     Ok(files)
+}
+
+fn files_of(place: &Path) -> Result<SignalFiles> {
+    SignalFiles::open(place)?.ok_or_else(|| Error::new(format!("open {}", place.display())))
 }
 
 /// Source in, image out.
@@ -145,11 +154,14 @@ fn publish(wanted: &Customization, source: &Source, output: &Settings, work: &Wo
         overlay.unmount()?;
     }
     let rootfs = std::fs::File::open(&archive).attempt(|| format!("open {}", archive.display()))?;
-    let files = SignalFiles::open(&output.parent)?.ok_or_else(|| Error::new("open the workplace"))?;
+    let files = files_of(&output.parent)?;
     let ims = Ims::of(work, output);
     let image = Image { rootfs, boot, debug_kernel: None };
     let report = Publication { work, settings: output, ims, files: &files }.publish(image)?;
-    local::say(&format!("{report}\n"));
+    // For programs. A person has read above where the image is.
+    if !std::io::stdout().is_terminal() {
+        local::say(&format!("{report}\n"));
+    }
     Ok(0)
 }
 

@@ -5,11 +5,11 @@ use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::process::Command;
 
 use serde_json::{Map, Value, json};
 
 use crate::error::{Attempt, Error, Result};
+use crate::publish::packages;
 use crate::publish::work::Work;
 
 /// A tree as it was at one time: of each path what tells that it has changed.
@@ -19,10 +19,6 @@ pub struct Inventory {
     /// Packages with their versions; of rpm where its program is there.
     packages: BTreeMap<String, String>,
 }
-
-/// Where packages of Debian are told, and what tells that there are any of rpm's.
-const DPKG: &str = "var/lib/dpkg/status";
-const RPM: [&str; 2] = ["usr/lib/sysimage/rpm", "var/lib/rpm"];
 
 impl Inventory {
     /// Looks through the tree at `root`.
@@ -42,7 +38,7 @@ impl Inventory {
                 }
             }
         }
-        Ok(Self { files, packages: packages(work, root) })
+        Ok(Self { files, packages: packages::of(work, root)? })
     }
 
     /// Keeps it in a file.
@@ -115,33 +111,6 @@ fn state(path: &Path, found: &std::fs::Metadata) -> String {
         return format!("{owner} -> {}", target.as_os_str().as_bytes().escape_ascii());
     }
     format!("{owner} {} {}.{} {}", found.size(), found.mtime(), found.mtime_nsec(), found.rdev())
-}
-
-fn packages(work: &Work, root: &Path) -> BTreeMap<String, String> {
-    let mut packages = BTreeMap::new();
-    // Found by descriptor: in an image of anybody's it may be a link, or anything.
-    let status = crate::sys::tree::Tree::open(root).and_then(|tree| tree.read(DPKG, 64 << 20));
-    for paragraph in String::from_utf8_lossy(&status.unwrap_or_default()).split("\n\n") {
-        let field = |name: &str| paragraph.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
-        if let (Some(name), Some(version), Some(state)) = (field("Package"), field("Version"), field("Status"))
-            && state.ends_with(" installed")
-        {
-            packages.insert(name.to_owned(), version.to_owned());
-        }
-    }
-    if let Some(database) = RPM.iter().map(|place| root.join(place)).find(|place| place.is_dir()) {
-        let mut rpm = Command::new("rpm");
-        rpm.arg("--dbpath").arg(&database).args(["-qa", "--queryformat", "%{NAME}.%{ARCH} %{EVR}\\n"]);
-        match work.run(&mut rpm, || {}) {
-            Ok(output) if output.status.success() => {
-                let text = String::from_utf8_lossy(&output.stdout).into_owned();
-                packages
-                    .extend(text.lines().filter_map(|l| l.split_once(' ')).map(|(n, v)| (n.to_owned(), v.to_owned())));
-            }
-            _ => tracing::warn!("the image has packages of rpm, which are not told apart without its program"),
-        }
-    }
-    packages
 }
 
 #[cfg(test)]

@@ -77,7 +77,7 @@ pub fn fetch(work: &Work, url: &str, md5: Option<&str>, path: &Path, copies: u64
 impl Download<'_> {
     /// One request, from where the last one ended.
     async fn go_on(&mut self, path: &Path, copies: u64) -> std::result::Result<(), Fault> {
-        let mut request = self.work.client().get(self.url);
+        let mut request = self.work.client()?.get(self.url);
         if self.length > 0 {
             request = request.header(RANGE, format!("bytes={}-", self.length));
             if let Some(etag) = &self.etag {

@@ -185,7 +185,7 @@ impl<'a> Ims<'a> {
     ) -> std::result::Result<Option<Value>, Fault> {
         let Some(at) = self.at.clone() else { return Ok(None) };
         let mut request =
-            self.work.client().request(method.clone(), format!("{}{path}", at.url)).timeout(REQUEST_LIMIT);
+            self.work.client()?.request(method.clone(), format!("{}{path}", at.url)).timeout(REQUEST_LIMIT);
         if let Some(folder) = &at.oauth {
             request = request.bearer_auth(self.token(folder).await?);
         }
@@ -220,7 +220,7 @@ impl<'a> Ims<'a> {
             Ok::<_, Error>(text.trim().to_owned())
         };
         let (endpoint, id, secret) = (read("endpoint")?, read("client-id")?, read("client-secret")?);
-        let request = self.work.client().post(&endpoint).timeout(REQUEST_LIMIT).basic_auth(id, Some(secret));
+        let request = self.work.client()?.post(&endpoint).timeout(REQUEST_LIMIT).basic_auth(id, Some(secret));
         let request = request.header("content-type", "application/x-www-form-urlencoded");
         let asked = Instant::now();
         let response = request.body("grant_type=client_credentials").send().await?;

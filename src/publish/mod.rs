@@ -8,6 +8,8 @@ pub mod ims;
 pub mod journal;
 pub mod manifest;
 pub mod package;
+pub mod packages;
+pub mod parts;
 pub mod pod_files;
 pub mod prepare;
 pub mod progress;

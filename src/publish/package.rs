@@ -2,11 +2,11 @@
 
 use std::collections::HashSet;
 use std::fs::File;
-use std::io::Read;
+use std::io::{IsTerminal, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command};
 
 use crate::error::{Attempt, Error, Result};
 use crate::publish::progress::Progress;
@@ -66,14 +66,38 @@ fn squash(
     if !exclude.is_empty() {
         mksquashfs.args(["-wildcards", "-e"]).args(exclude);
     }
-    let mut progress = Progress::begin("packing", None);
-    let look = || progress.at(std::fs::metadata(part).map_or(0, |m| m.len()));
+    // Who looks on sees how much there is; to count it takes a while.
+    let total = if std::io::stderr().is_terminal() { Some(size_of(image_root).attempt(|| attempted)?) } else { None };
+    let mut progress = Progress::begin("packing", total);
+    let look = |child: &Child| progress.at(has_read(child).unwrap_or(0));
     let said = work.succeed(attempted, &mut mksquashfs, look)?;
     if !said.is_empty() {
         // It passes over what it cannot read, and only says so.
         return Err(Error::new(attempted).because(said.lines().collect::<Vec<_>>().join(", ")));
     }
     File::open(part).and_then(|file| file.sync_all()).attempt(|| format!("write {}", part.display()))
+}
+
+/// What all files below `root` come to, in bytes.
+fn size_of(root: &Path) -> std::io::Result<u64> {
+    let (mut size, mut folders) = (0, vec![root.to_owned()]);
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(&folder)? {
+            let (path, found) = entry.and_then(|entry| Ok((entry.path(), entry.metadata()?)))?;
+            if found.is_dir() {
+                folders.push(path);
+            } else {
+                size += found.len();
+            }
+        }
+    }
+    Ok(size)
+}
+
+/// How many bytes a program has read so far, by proc(5).
+fn has_read(child: &Child) -> Option<u64> {
+    let text = std::fs::read_to_string(format!("/proc/{}/io", child.id())).ok()?;
+    text.lines().find_map(|line| line.strip_prefix("rchar: ")?.parse().ok())
 }
 
 /// mksquashfs would walk into what is mounted, and never come back from /proc.

@@ -1,5 +1,4 @@
-//! What an image gets of the pod while it is customized: its authorities, which stay, and its name servers, which go again unless
-//! somebody has put in others. And what sshd gets: keys and a configuration.
+//! What an image gets of the pod: its authorities. And what sshd gets: keys and a configuration.
 
 use std::io::Write;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
@@ -10,18 +9,11 @@ use rustix::fs::Mode;
 use crate::error::{Attempt, Error, Result};
 use crate::sys::tree::Tree;
 
-const RESOLV_CONF: &str = "etc/resolv.conf";
-/// What the image had in its place. No name that [`Tree::replace`] uses.
-const ASIDE: &str = "etc/.resolv.conf.before-ims-sshd";
-
 /// Authorities in the image.
 const AUTHORITIES: &str = "etc/cray/ca";
 
 /// The one that a pod names, whatever its file is called.
 const AUTHORITY: &str = "certificate_authority.crt";
-
-/// Of a file that is read from the pod or the image.
-const LIMIT: u64 = 16 << 20;
 
 /// sshd's configuration where none is given.
 const SSHD_CONFIG: &str = "Port 22\nLogLevel INFO\nPermitRootLogin yes\nPubkeyAuthentication yes\n\
@@ -57,46 +49,6 @@ pub fn put_authorities(image_root: &Tree, folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Puts `text` into the image's resolv.conf. What stood there, a link that leads nowhere included, is put aside.
-pub fn put_resolv_conf(image_root: &Tree, text: &str) -> Result<()> {
-    let attempted = || format!("put the pod's name servers into /{RESOLV_CONF} of the image");
-    if image_root.look("etc").attempt(attempted)?.is_none() {
-        return Ok(());
-    }
-    // Aside already: an earlier run was killed after that.
-    if image_root.look(RESOLV_CONF).attempt(attempted)?.is_some()
-        && image_root.look(ASIDE).attempt(attempted)?.is_none()
-    {
-        rename(image_root, RESOLV_CONF, ASIDE).attempt(attempted)?;
-    }
-    image_root.replace(RESOLV_CONF, text.as_bytes()).attempt(attempted)
-}
-
-/// Gives the image its own resolv.conf back, unless somebody has changed the pod's `text`: then theirs stays.
-pub fn take_resolv_conf(image_root: &Tree, text: &str) -> Result<()> {
-    let attempted = || format!("give the image its own /{RESOLV_CONF} back");
-    let same = image_root.look(RESOLV_CONF).attempt(attempted)?.is_some_and(|found| !is_link(&found))
-        && image_root.read(RESOLV_CONF, LIMIT).is_ok_and(|now| now == text.as_bytes());
-    if !same {
-        tracing::info!("/{RESOLV_CONF} of the image was changed, and stays as it is");
-        return image_root.remove(ASIDE).attempt(attempted).map(|_| ());
-    }
-    image_root.remove(RESOLV_CONF).attempt(attempted)?;
-    if image_root.look(ASIDE).attempt(attempted)?.is_some() {
-        rename(image_root, ASIDE, RESOLV_CONF).attempt(attempted)?;
-    }
-    Ok(())
-}
-
-fn is_link(found: &rustix::fs::Stat) -> bool {
-    rustix::fs::FileType::from_raw_mode(found.st_mode).is_symlink()
-}
-
-/// Both in the image's /etc, whose own links are resolved inside it.
-fn rename(image_root: &Tree, from: &str, to: &str) -> std::io::Result<()> {
-    image_root.folder("etc")?.rename_to(from.trim_start_matches("etc/"), image_root, to)
-}
-
 /// Puts keys and configuration where the other container's sshd reads them.
 pub fn configure_sshd(folder: &Path, keys: &str, config: Option<&Path>) -> Result<()> {
     let attempted = || format!("write sshd's configuration into {}", folder.display());
@@ -123,54 +75,11 @@ mod tests {
     use super::*;
     use std::os::unix::fs::symlink;
 
-    const POD: &str = "nameserver 192.0.2.1\n";
-
     fn image() -> (tempfile::TempDir, Tree) {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir(dir.path().join("etc")).unwrap();
         let tree = Tree::open(dir.path()).unwrap();
         (dir, tree)
-    }
-
-    #[test]
-    fn an_image_gets_its_own_resolv_conf_back_file_link_or_nothing() {
-        let (dir, tree) = image();
-        let place = dir.path().join("etc/resolv.conf");
-        put_resolv_conf(&tree, POD).unwrap();
-        assert_eq!(std::fs::read_to_string(&place).unwrap(), POD);
-        take_resolv_conf(&tree, POD).unwrap();
-        assert!(std::fs::symlink_metadata(&place).is_err());
-
-        symlink("/run/netconfig/resolv.conf", &place).unwrap();
-        put_resolv_conf(&tree, POD).unwrap();
-        // A run that was killed here does it again.
-        put_resolv_conf(&tree, POD).unwrap();
-        assert_eq!(std::fs::read_to_string(&place).unwrap(), POD);
-        take_resolv_conf(&tree, POD).unwrap();
-        assert_eq!(std::fs::read_link(&place).unwrap(), Path::new("/run/netconfig/resolv.conf"));
-
-        std::fs::remove_file(&place).unwrap();
-        std::fs::write(&place, "nameserver 203.0.113.1\n").unwrap();
-        put_resolv_conf(&tree, POD).unwrap();
-        take_resolv_conf(&tree, POD).unwrap();
-        assert_eq!(std::fs::read_to_string(&place).unwrap(), "nameserver 203.0.113.1\n");
-        assert_eq!(std::fs::read_dir(dir.path().join("etc")).unwrap().count(), 1);
-    }
-
-    #[test]
-    fn what_somebody_has_put_into_resolv_conf_stays() {
-        let (dir, tree) = image();
-        let place = dir.path().join("etc/resolv.conf");
-        for before in [None, Some("nameserver 203.0.113.1\n")] {
-            if let Some(text) = before {
-                std::fs::write(&place, text).unwrap();
-            }
-            put_resolv_conf(&tree, POD).unwrap();
-            std::fs::write(&place, "nameserver 198.51.100.1\n").unwrap();
-            take_resolv_conf(&tree, POD).unwrap();
-            assert_eq!(std::fs::read_to_string(&place).unwrap(), "nameserver 198.51.100.1\n");
-            assert_eq!(std::fs::read_dir(dir.path().join("etc")).unwrap().count(), 1);
-        }
     }
 
     #[test]
@@ -182,7 +91,6 @@ mod tests {
         let tree = Tree::open(dir.path()).unwrap();
         symlink(outside.path(), dir.path().join("etc")).unwrap();
         assert!(put_authorities(&tree, authorities.path()).is_err());
-        let _ = put_resolv_conf(&tree, POD);
         std::fs::remove_file(dir.path().join("etc")).unwrap();
         std::fs::create_dir(dir.path().join("etc")).unwrap();
         symlink(outside.path(), dir.path().join("etc/cray")).unwrap();

@@ -8,6 +8,7 @@ use rustix::event::{PollFd, PollFlags};
 use serde_json::json;
 
 use crate::error::{Attempt, Error, Result};
+use crate::jail::resolv_conf::{self, RESOLV_CONF, ResolvConf, SIDECAR};
 use crate::lifecycle::environment;
 use crate::lifecycle::settings::Action;
 use crate::lifecycle::signal_files::{BUILD_FAILED, EXITING, LOOK_EVERY, READY, SSHD_LISTENING, SignalFiles, Watch};
@@ -78,7 +79,12 @@ pub fn run(
             .ok_or_else(|| Error::new(format!("open {}", settings.parent.display())).because("it does not exist"))?;
         let ims = Ims::of(&work, &settings);
         let mut sidecar = Sidecar { work: &work, settings: &settings, places, files: &files, ims };
-        sidecar.live()
+        // Before IMS hears of it: it ends the job, and its volume with it.
+        sidecar.live().inspect_err(|_| {
+            if let Err(e) = sidecar.publication().give_up() {
+                tracing::error!("{e}");
+            }
+        })
     });
     conclude(&work, ims, result)
 }
@@ -139,24 +145,24 @@ impl Sidecar<'_> {
                 if journal.phase < Phase::Ready {
                     self.let_open(&image_root, action, &mut journal)?;
                 }
-                if self.shell(&image_root)? == Ended::Failed {
+                let ended = self.shell(&image_root)?;
+                if SIDECAR.take_back(&image_root, self.files.parent())? == Some(true) {
+                    tracing::info!("/{RESOLV_CONF} of the image was changed, and stays as it is");
+                }
+                if ended == Ended::Failed {
                     tracing::info!("the image was marked failed: nothing is packed");
                     self.ims.set_status(Status::Error)?;
                     Journal::clear(self.files)?;
                     return Ok(u8::from(action == Action::Create));
                 }
-                if let Some(text) = &journal.resolv_conf {
-                    pod_files::take_resolv_conf(&image_root, text)?;
-                }
             } else {
                 pod_files::put_authorities(&image_root, &self.places.authorities)?;
             }
-            journal.resolv_conf = None;
             journal.phase = Phase::Packing;
             journal.note(self.files)?;
         }
         drop(image_root);
-        self.publish()
+        self.publish(&mut journal)
     }
 
     fn path(&self) -> PathBuf {
@@ -164,11 +170,7 @@ impl Sidecar<'_> {
     }
 
     fn open_image_root(&self) -> Result<Tree> {
-        let shown = self.path();
-        self.files
-            .parent()
-            .folder(self.settings.image_root())
-            .attempt(|| format!("open the image root {}", shown.display()))
+        environment::open_image_root(self.files, self.settings.image_root())
     }
 
     fn give_up_with_the_pod(&self) -> Result<()> {
@@ -182,10 +184,7 @@ impl Sidecar<'_> {
     fn let_open(&mut self, image_root: &Tree, action: Action, journal: &mut Journal) -> Result<()> {
         if action == Action::Customize {
             pod_files::put_authorities(image_root, &self.places.authorities)?;
-            let text = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
-            journal.resolv_conf = Some(text.clone());
-            journal.note(self.files)?;
-            pod_files::put_resolv_conf(image_root, &text)?;
+            self.lend_resolv_conf(image_root)?;
         }
         let keys = &self.places.authorized_keys;
         let keys = std::fs::read_to_string(keys).attempt(|| format!("read the public keys in {}", keys.display()))?;
@@ -203,6 +202,18 @@ impl Sidecar<'_> {
         Ok(())
     }
 
+    /// The pod's name servers for the image, until the environment has ended.
+    fn lend_resolv_conf(&self, image_root: &Tree) -> Result<()> {
+        let parent = self.files.parent();
+        // An earlier run was killed amid this.
+        SIDECAR.take_back(image_root, parent)?;
+        let text = std::fs::read(Path::new("/").join(RESOLV_CONF)).ok();
+        match (resolv_conf::decide(image_root, text.as_deref())?, text) {
+            (ResolvConf::Covered | ResolvConf::Made, Some(text)) => SIDECAR.lend(image_root, parent, &text),
+            _ => Ok(()),
+        }
+    }
+
     /// Waits for the environment's end, and notices when nobody is there who could bring it about.
     fn shell(&mut self, image_root: &Tree) -> Result<Ended> {
         let mut watch = Watch::new()?;
@@ -217,7 +228,11 @@ impl Sidecar<'_> {
             self.give_up_with_the_pod()?;
             if !listened && self.files.stands(SSHD_LISTENING)? {
                 listened = true;
-                self.ims.set_status(Status::WaitingOnUser)?;
+                match self.ims.set_status(Status::WaitingOnUser) {
+                    // A signal came meanwhile, and is heeded below.
+                    Err(_) if self.work.interrupted().is_some() => {}
+                    other => other?,
+                }
             }
             if self.files.is_claimed() {
                 last_seen = Instant::now();
@@ -248,12 +263,11 @@ impl Sidecar<'_> {
         if !listened && self.files.stands(SSHD_LISTENING)? {
             self.ims.set_status(Status::WaitingOnUser)?;
         }
-        let failed = Verdict::Failed.signal_file();
-        let in_image = self.settings.jailed && !matches!(image_root.look(Path::new("tmp").join(failed)), Ok(None));
-        Ok(if self.files.stands(failed)? || in_image { Ended::Failed } else { Ended::Well })
+        let failed = environment::is_marked_failed(self.files, self.settings.jailed.then_some(image_root));
+        Ok(if failed { Ended::Failed } else { Ended::Well })
     }
 
-    fn publish(&mut self) -> Result<u8> {
+    fn publish(&mut self, journal: &mut Journal) -> Result<u8> {
         self.ims.set_status(Status::PackagingArtifacts)?;
         let (image_root, tree) = (self.path(), self.open_image_root()?);
         // What is missing is told before anything is packed.
@@ -262,10 +276,14 @@ impl Sidecar<'_> {
         drop(tree);
         let name = self.settings.name.replace('/', "_");
         let squashfs = self.files.path().join(format!("{name}.sqsh"));
-        package::pack(self.work, &image_root, &squashfs, &self.settings.packing, &self.places.exclude)?;
-        tracing::info!("packed {}", squashfs.display());
-        if let Some(file) = &self.places.changes {
-            write_changes(self.work, &self.files.path().join(INVENTORY), &image_root, file)?;
+        if journal.phase < Phase::Packed {
+            package::pack(self.work, &image_root, &squashfs, &self.settings.packing, &self.places.exclude)?;
+            tracing::info!("packed {}", squashfs.display());
+            if let Some(file) = &self.places.changes {
+                write_changes(self.work, &self.files.path().join(INVENTORY), &image_root, file)?;
+            }
+            journal.phase = Phase::Packed;
+            journal.note(self.files)?;
         }
         if !has_store {
             tracing::info!("no store is named (S3_BUCKET, IMAGE_STORE): the packed image stays where it is");
@@ -274,11 +292,14 @@ impl Sidecar<'_> {
         }
         let rootfs = std::fs::File::open(&squashfs).attempt(|| format!("open {}", squashfs.display()))?;
         let image = Image { rootfs, boot, debug_kernel: None };
-        let ims = Ims::of(self.work, self.settings);
-        let mut publication = Publication { work: self.work, settings: self.settings, ims, files: self.files };
-        let report = publication.publish(image)?;
+        let report = self.publication().publish(image)?;
         say(&format!("{report}\n"));
         Ok(0)
+    }
+
+    fn publication(&self) -> Publication<'_> {
+        let ims = Ims::of(self.work, self.settings);
+        Publication { work: self.work, settings: self.settings, ims, files: self.files }
     }
 }
 

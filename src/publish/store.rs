@@ -1,16 +1,22 @@
 //! A store of images, by URL: `s3://bucket[/prefix]` or a folder.
 
-use std::path::{Path as FilePath, PathBuf};
+use std::fs::File;
+use std::future::Future;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use object_store::aws::{AmazonS3, AmazonS3Builder};
 use object_store::local::LocalFileSystem;
+use object_store::multipart::{MultipartStore, PartId};
 use object_store::path::Path;
 use object_store::signer::Signer;
 use object_store::{
-    Attribute, Attributes, BackoffConfig, Certificate, ClientOptions, ObjectStore, ObjectStoreExt, PutMultipartOptions,
+    Attribute, Attributes, BackoffConfig, Certificate, ClientOptions, MultipartId, ObjectStore, ObjectStoreExt,
     PutPayload, RetryConfig,
 };
+use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
 
 use crate::error::{Attempt, Error, Result};
 use crate::publish::settings::{self, Network, Validate};
@@ -21,14 +27,36 @@ const SIGNED_FOR: Duration = Duration::from_hours(6);
 
 /// Where images are kept.
 pub struct Store {
-    objects: Box<dyn ObjectStore>,
+    objects: Objects,
     /// Before every key.
     prefix: Path,
     /// What a published object's URL begins with.
     url: String,
-    /// Whether objects have types and metadata, which files have not.
-    described: bool,
 }
+
+enum Objects {
+    /// With what it is made of: one that describes an upload is made for that alone.
+    S3 {
+        bucket: Arc<AmazonS3>,
+        builder: Box<AmazonS3Builder>,
+        options: Box<ClientOptions>,
+    },
+    Folder {
+        files: LocalFileSystem,
+        folder: PathBuf,
+    },
+}
+
+/// What is told of an object beside its content. Files have neither.
+pub struct Description {
+    /// Its media type.
+    pub media_type: &'static str,
+    /// Further names and values.
+    pub metadata: Vec<(&'static str, String)>,
+}
+
+/// In the name of a file that is not whole yet; [`LocalFileSystem`] takes none with it and a number for an object.
+const BEGUN: &str = "#1";
 
 impl Store {
     /// Opens the store that the variables name. A folder is made if it is not there.
@@ -43,9 +71,14 @@ impl Store {
             if bucket.is_empty() {
                 return Err(refuse());
             }
-            let objects = Box::new(s3(bucket, settings, network)?);
+            let (builder, options) = s3(bucket, settings, network)?;
+            let objects = Objects::S3 {
+                bucket: Arc::new(build(bucket, builder.clone(), options.clone())?),
+                builder: Box::new(builder),
+                options: Box::new(options),
+            };
             let prefix = Path::parse(prefix.trim_matches('/')).map_err(|_| refuse())?;
-            return Ok(Self { objects, prefix, url: format!("s3://{bucket}"), described: true });
+            return Ok(Self { objects, prefix, url: format!("s3://{bucket}") });
         }
         let folder = match url.split_once("://") {
             Some(("file", path)) => PathBuf::from(path),
@@ -55,9 +88,9 @@ impl Store {
         let attempted = || format!("open the store {}", folder.display());
         std::fs::create_dir_all(&folder).attempt(attempted)?;
         let folder = std::fs::canonicalize(&folder).attempt(attempted)?;
-        let objects = LocalFileSystem::new_with_prefix(&folder).attempt(attempted)?;
+        let files = LocalFileSystem::new_with_prefix(&folder).attempt(attempted)?;
         let url = format!("file://{}", folder.display());
-        Ok(Self { objects: Box::new(objects), prefix: Path::default(), url, described: false })
+        Ok(Self { objects: Objects::Folder { files, folder }, prefix: Path::default(), url })
     }
 
     /// The URL of a key.
@@ -69,50 +102,102 @@ impl Store {
         key.split('/').fold(self.prefix.clone(), Path::join)
     }
 
-    /// Begins an object that is put together of parts.
-    pub async fn begin(
+    fn objects(&self) -> &dyn ObjectStore {
+        match &self.objects {
+            Objects::S3 { bucket, .. } => bucket.as_ref(),
+            Objects::Folder { files, .. } => files,
+        }
+    }
+
+    /// Begins an object that is put together of parts, and returns what the store calls it.
+    pub async fn begin(&self, key: &str, description: &Description) -> object_store::Result<MultipartId> {
+        match &self.objects {
+            Objects::S3 { builder, options, .. } => {
+                // The crate gives no description to an upload whose name one gets to know, but such headers to every request.
+                let options = options.as_ref().clone().with_default_headers(description.headers()?);
+                let describing = builder.as_ref().clone().with_client_options(options).build()?;
+                describing.create_multipart(&self.path(key)).await
+            }
+            Objects::Folder { folder, .. } => {
+                let begun = format!("{}{BEGUN}", self.path(key));
+                let file = folder.join(&begun);
+                let above = file.parent().map_or(Ok(()), std::fs::create_dir_all);
+                above.and_then(|()| File::create(&file)).map_err(|e| failure(key, e))?;
+                Ok(begun)
+            }
+        }
+    }
+
+    /// Puts part `number`, which begins at byte `at`, and returns the store's mark of it. One that is there already is replaced.
+    pub fn put_part(
         &self,
         key: &str,
-        media_type: &'static str,
-        metadata: &[(&'static str, String)],
-    ) -> object_store::Result<Box<dyn object_store::MultipartUpload>> {
-        let options = PutMultipartOptions { attributes: self.attributes(media_type, metadata), ..Default::default() };
-        self.objects.put_multipart_opts(&self.path(key), options).await
+        id: &MultipartId,
+        (number, at): (usize, u64),
+        content: Vec<u8>,
+    ) -> impl Future<Output = object_store::Result<String>> + Send + 'static {
+        let (path, id) = (self.path(key), id.clone());
+        let place = match &self.objects {
+            Objects::S3 { bucket, .. } => Ok(bucket.clone()),
+            Objects::Folder { folder, .. } => Err(folder.join(&id)),
+        };
+        async move {
+            match place {
+                Ok(bucket) => Ok(bucket.put_part(&path, &id, number, content.into()).await?.content_id),
+                Err(file) => {
+                    let file = File::options().write(true).open(file);
+                    file.and_then(|file| file.write_all_at(&content, at)).map_err(|e| failure(path.as_ref(), e))?;
+                    Ok(String::new())
+                }
+            }
+        }
+    }
+
+    /// Makes one object of all parts, whose marks are `parts`.
+    pub async fn complete(&self, key: &str, id: &MultipartId, parts: Vec<String>) -> object_store::Result<()> {
+        match &self.objects {
+            Objects::S3 { bucket, .. } => {
+                let parts = parts.into_iter().map(|content_id| PartId { content_id }).collect();
+                bucket.complete_multipart(&self.path(key), id, parts).await.map(|_| ())
+            }
+            Objects::Folder { folder, .. } => {
+                let whole = folder.join(self.path(key).as_ref());
+                std::fs::rename(folder.join(id), whole).map_err(|e| failure(key, e))
+            }
+        }
+    }
+
+    /// Leaves nothing of an object that was begun; one that is not there is no error.
+    pub async fn abort(&self, key: &str, id: &MultipartId) -> object_store::Result<()> {
+        let aborted = match &self.objects {
+            Objects::S3 { bucket, .. } => bucket.abort_multipart(&self.path(key), id).await,
+            Objects::Folder { folder, .. } => std::fs::remove_file(folder.join(id)).map_err(|e| failure(key, e)),
+        };
+        match aborted {
+            Err(object_store::Error::NotFound { .. }) => Ok(()),
+            other => other,
+        }
     }
 
     /// Puts a small object in one piece.
-    pub async fn put(
-        &self,
-        key: &str,
-        content: Vec<u8>,
-        media_type: &'static str,
-        metadata: &[(&'static str, String)],
-    ) -> object_store::Result<()> {
-        let options = self.attributes(media_type, metadata).into();
-        self.objects.put_opts(&self.path(key), PutPayload::from(content), options).await.map(|_| ())
-    }
-
-    fn attributes(&self, media_type: &'static str, metadata: &[(&'static str, String)]) -> Attributes {
-        let mut attributes = Attributes::new();
-        if self.described {
-            attributes.insert(Attribute::ContentType, media_type.into());
-            for (name, value) in metadata {
-                attributes.insert(Attribute::Metadata((*name).into()), in_ascii(value).into());
-            }
-        }
-        attributes
+    pub async fn put(&self, key: &str, content: Vec<u8>, description: &Description) -> object_store::Result<()> {
+        let attributes = match self.objects {
+            Objects::S3 { .. } => description.attributes(),
+            Objects::Folder { .. } => Attributes::new(),
+        };
+        self.objects().put_opts(&self.path(key), PutPayload::from(content), attributes.into()).await.map(|_| ())
     }
 
     /// The store's own mark of an object's content, without quotes, and the object's size.
     pub async fn head(&self, key: &str) -> object_store::Result<(String, u64)> {
-        let found = self.objects.head(&self.path(key)).await?;
+        let found = self.objects().head(&self.path(key)).await?;
         Ok((found.e_tag.unwrap_or_default().trim_matches('"').to_owned(), found.size))
     }
 
     /// Deletes these keys; one that is not there is no error.
     pub async fn delete(&self, keys: impl Iterator<Item = String>) -> object_store::Result<()> {
         for key in keys {
-            match self.objects.delete(&self.path(&key)).await {
+            match self.objects().delete(&self.path(&key)).await {
                 Ok(()) | Err(object_store::Error::NotFound { .. }) => {}
                 Err(e) => return Err(e),
             }
@@ -122,8 +207,10 @@ impl Store {
 
     /// What of an image lies in a folder and is no object (any more): the folder itself, and beginnings of files.
     pub fn sweep(&self, image: &str) {
-        if let Some(folder) = self.url.strip_prefix("file://").filter(|_| !image.is_empty()) {
-            let folder = FilePath::new(folder).join(image);
+        if let Objects::Folder { folder, .. } = &self.objects
+            && !image.is_empty()
+        {
+            let folder = folder.join(image);
             let entries = std::fs::read_dir(&folder).into_iter().flatten().flatten();
             for begun in entries.filter(|e| e.file_name().to_string_lossy().contains('#')) {
                 let _ = std::fs::remove_file(begun.path());
@@ -133,15 +220,46 @@ impl Store {
     }
 }
 
+impl Description {
+    fn attributes(&self) -> Attributes {
+        let mut attributes = Attributes::from_iter([(Attribute::ContentType, self.media_type)]);
+        for (name, value) in &self.metadata {
+            attributes.insert(Attribute::Metadata((*name).into()), in_ascii(value).into());
+        }
+        attributes
+    }
+
+    fn headers(&self) -> object_store::Result<HeaderMap> {
+        let mut headers = HeaderMap::from_iter([(CONTENT_TYPE, HeaderValue::from_static(self.media_type))]);
+        for (name, value) in &self.metadata {
+            let name = HeaderName::try_from(format!("x-amz-meta-{name}")).map_err(|e| failure(name, e))?;
+            headers.insert(name, HeaderValue::try_from(in_ascii(value)).map_err(|e| failure(value, e))?);
+        }
+        Ok(headers)
+    }
+}
+
+/// An error of one's own among those of stores.
+fn failure(key: &str, cause: impl std::error::Error + Send + Sync + 'static) -> object_store::Error {
+    let source: Box<dyn std::error::Error + Send + Sync> = Box::new(cause);
+    let is_missing = source.downcast_ref().is_some_and(|e: &std::io::Error| e.kind() == std::io::ErrorKind::NotFound);
+    if is_missing {
+        return object_store::Error::NotFound { path: key.to_owned(), source };
+    }
+    object_store::Error::Generic { store: "the store", source }
+}
+
 /// A URL that leads to an object without further keys.
 pub async fn sign(bucket: &str, key: &str, settings: &settings::Store, network: &Network) -> Result<String> {
     let attempted = || format!("sign a URL of s3://{bucket}/{key}");
     let path = Path::parse(key).attempt(attempted)?;
-    let url = s3(bucket, settings, network)?.signed_url(reqwest::Method::GET, &path, SIGNED_FOR).await;
+    let (builder, options) = s3(bucket, settings, network)?;
+    let url = build(bucket, builder, options)?.signed_url(reqwest::Method::GET, &path, SIGNED_FOR).await;
     url.map(|url| url.to_string()).map_err(|e| Error::new(attempted()).because(in_full(&e)))
 }
 
-fn s3(bucket: &str, settings: &settings::Store, network: &Network) -> Result<AmazonS3> {
+/// What a bucket is opened with.
+fn s3(bucket: &str, settings: &settings::Store, network: &Network) -> Result<(AmazonS3Builder, ClientOptions)> {
     let Some((access, secret)) = &settings.keys else {
         return Err(Error::bad_input("S3_ACCESS_KEY and S3_SECRET_KEY are not set: expected the store's keys"));
     };
@@ -169,13 +287,17 @@ fn s3(bucket: &str, settings: &settings::Store, network: &Network) -> Result<Ama
         .with_access_key_id(access)
         .with_secret_access_key(secret)
         .with_region("us-east-1")
-        .with_client_options(options)
         .with_retry(retry);
     if let Some(endpoint) = &settings.endpoint {
         // Over TLS nothing is lost by it, and the content is not read once more for its checksum.
         builder = builder.with_endpoint(endpoint).with_unsigned_payload(endpoint.starts_with("https:"));
     }
-    builder.build().map_err(|e| Error::new(format!("open the store s3://{bucket}")).because(in_full(&e)))
+    Ok((builder, options))
+}
+
+fn build(bucket: &str, builder: AmazonS3Builder, options: ClientOptions) -> Result<AmazonS3> {
+    let built = builder.with_client_options(options).build();
+    built.map_err(|e| Error::new(format!("open the store s3://{bucket}")).because(in_full(&e)))
 }
 
 /// What is not ASCII has no place in a header: written as in a URL.

@@ -2,7 +2,7 @@
 
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command};
 
 use rustix::mount::MountAttrFlags;
 
@@ -22,7 +22,7 @@ pub fn unpack(work: &Work, archive: &Path, to: &Path) -> Result<()> {
     let volume = to.parent().map(Path::to_owned).unwrap_or_default();
     let before = used(&volume);
     let mut progress = Progress::begin("unpacking", None);
-    let look = || progress.at(used(&volume).saturating_sub(before));
+    let look = |_: &Child| progress.at(used(&volume).saturating_sub(before));
     if archive.is_dir() {
         let mut copy = Command::new("cp");
         copy.args(["-aT", "--reflink=auto"]).args([archive, to]);
@@ -94,7 +94,7 @@ impl Overlay {
             }
             let mut mount = Command::new("mount");
             mount.args(["-t", "squashfs", "-o", "loop,ro"]).args([source, &squashfs]);
-            work.succeed(&attempted(), &mut mount, || {})
+            work.succeed(&attempted(), &mut mount, |_| {})
                 .map_err(|e| e.advise("a loop device and CAP_SYS_ADMIN are needed; without them, --open unpack"))?;
             overlay.mounted.push(squashfs.clone());
             overlay.lower = squashfs;

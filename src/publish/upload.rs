@@ -6,9 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::time::SystemTime;
 
 use md5::{Digest, Md5};
-use object_store::MultipartUpload;
 use serde_json::{Value, json};
-use tokio::task::JoinSet;
 
 use crate::error::{Attempt, Error, Result};
 use crate::lifecycle::signal_files::SignalFiles;
@@ -17,17 +15,10 @@ use crate::publish::ims::{Ims, Status};
 use crate::publish::journal::Journal;
 use crate::publish::manifest::{self, Artifact};
 use crate::publish::package::md5_of;
-use crate::publish::progress::Progress;
+use crate::publish::parts::{Large, PART, Sender};
 use crate::publish::settings::Settings;
-use crate::publish::store::Store;
+use crate::publish::store::{Description, Store};
 use crate::publish::work::{Work, in_full};
-
-/// Of a large object: as much as goes in one request, and how many do at a time. All that is in memory.
-const PART: u64 = 16 << 20;
-const AT_A_TIME: usize = 3;
-
-/// A store takes no more parts than this of one object.
-const MOST_PARTS: u64 = 10_000;
 
 /// Keys below the image's, with their types.
 pub const ROOTFS: (&str, &str) = ("rootfs", "application/vnd.cray.image.rootfs.squashfs");
@@ -76,6 +67,14 @@ impl Publication<'_> {
         }
         Journal::clear(self.files)?;
         result
+    }
+
+    /// Takes back what an earlier run has published in part that was killed, where nothing more is published.
+    pub fn give_up(&mut self) -> Result<()> {
+        let Some(id) = Journal::open(self.files, self.settings.job.as_deref()).image else { return Ok(()) };
+        self.work.finish_regardless();
+        self.take_back(&Store::open(&self.settings.store, &self.work.network)?, &id);
+        Journal::clear(self.files)
     }
 
     fn carry_out(&mut self, store: &Store, journal: &mut Journal, image: Image) -> Result<Value> {
@@ -158,7 +157,7 @@ impl Publication<'_> {
         for ((key, media_type), content) in pieces {
             let Some(content) = content else { continue };
             let md5 = md5_of(self.work, &content, key)?;
-            let metadata = [
+            let metadata = vec![
                 ("md5sum", md5.clone()),
                 ("x-shasta-ims-image-name", self.settings.name.clone()),
                 ("x-shasta-ims-image-id", id.to_owned()),
@@ -166,48 +165,34 @@ impl Publication<'_> {
             ];
             let place = format!("{id}/{key}");
             let url = store.url_of(&place);
-            self.put(store, &place, &content, media_type, &metadata)?;
-            let etag = self.etag(store, &place, content.metadata().attempt(|| format!("look at {key}"))?.len())?;
+            let size = content.metadata().attempt(|| format!("look at {key}"))?.len();
+            let description = Description { media_type, metadata };
+            let object = Large { place: &place, content: &content, size, md5: &md5, description: &description };
+            self.put(store, &object)?;
+            let etag = self.etag(store, &place, size)?;
             tracing::info!(md5, etag, "uploaded {url}");
             artifacts.push(Artifact { path: url, etag, md5, media_type });
         }
         let text = manifest::text(&artifacts, SystemTime::now());
         let md5 = format!("{:x}", Md5::digest(&text));
         let (place, size) = (format!("{id}/{}", MANIFEST.0), text.len() as u64);
-        let metadata = [("md5sum", md5.clone())];
-        self.wait(&format!("upload {}", store.url_of(&place)), store.put(&place, text, MANIFEST.1, &metadata))?;
+        let description = Description { media_type: MANIFEST.1, metadata: vec![("md5sum", md5.clone())] };
+        self.wait(&format!("upload {}", store.url_of(&place)), store.put(&place, text, &description))?;
         let etag = self.etag(store, &place, size)?;
+        store.sweep(id);
         let link = Artifact { path: store.url_of(&place), etag, md5, media_type: MANIFEST.1 }.link();
         Ok((artifacts, link))
     }
 
-    /// Uploads one file, a large one in parts, each of which is tried again by itself.
-    fn put(
-        &self,
-        store: &Store,
-        place: &str,
-        content: &File,
-        media_type: &'static str,
-        metadata: &[(&'static str, String)],
-    ) -> Result<()> {
-        let attempted = format!("upload {}", store.url_of(place));
-        let size = content.metadata().attempt(|| attempted.clone())?.len();
-        if size <= PART {
-            let mut bytes = vec![0; usize::try_from(size).attempt(|| attempted.clone())?];
-            content.read_exact_at(&mut bytes, 0).attempt(|| attempted.clone())?;
-            return self.wait(&attempted, store.put(place, bytes, media_type, metadata));
+    /// Uploads one file, a large one in parts.
+    fn put(&self, store: &Store, object: &Large) -> Result<()> {
+        if object.size > PART {
+            return Sender { work: self.work, store, files: self.files }.send(object);
         }
-        let mut upload = self.wait(&attempted, store.begin(place, media_type, metadata))?;
-        let sent = self.work.wait(async {
-            send(upload.as_mut(), content, size).await.map_err(|e| Error::new(attempted.clone()).because(e))
-        });
-        // An upload that was begun and not ended is no object, and takes space all the same.
-        let ended = sent.and_then(|()| self.wait(&attempted, upload.complete()));
-        if ended.is_err() {
-            self.work.finish_regardless();
-            let _ = self.wait(&attempted, upload.abort());
-        }
-        ended.map(|_| ())
+        let attempted = format!("upload {}", store.url_of(object.place));
+        let mut bytes = vec![0; usize::try_from(object.size).attempt(|| attempted.clone())?];
+        object.content.read_exact_at(&mut bytes, 0).attempt(|| attempted.clone())?;
+        self.wait(&attempted, store.put(object.place, bytes, object.description))
     }
 
     fn etag(&self, store: &Store, place: &str, size: u64) -> Result<String> {
@@ -229,33 +214,14 @@ impl Publication<'_> {
     /// Leaves neither objects nor a record of an image that is none.
     fn take_back(&mut self, store: &Store, id: &str) {
         let keys = KEYS.iter().map(|key| format!("{id}/{key}"));
+        let aborted = Sender { work: self.work, store, files: self.files }.abort();
         let deleted = self.wait(&format!("delete {}", store.url_of(id)), store.delete(keys));
         store.sweep(id);
-        for error in [deleted.err(), self.ims.delete_image(id).err()].into_iter().flatten() {
+        for error in [aborted.err(), deleted.err(), self.ims.delete_image(id).err()].into_iter().flatten() {
             tracing::error!("{error}; it stays behind");
         }
         tracing::info!("what was uploaded of image {id} has been taken back");
     }
-}
-
-async fn send(upload: &mut dyn MultipartUpload, content: &File, size: u64) -> std::result::Result<(), String> {
-    let part = PART.max(size.div_ceil(MOST_PARTS));
-    let mut progress = Progress::begin("uploading", Some(size));
-    let mut sending = JoinSet::new();
-    let mut at = 0;
-    while at < size || !sending.is_empty() {
-        if at < size && sending.len() < AT_A_TIME {
-            let length = part.min(size - at);
-            let mut bytes = vec![0; usize::try_from(length).map_err(|e| e.to_string())?];
-            content.read_exact_at(&mut bytes, at).map_err(|e| e.to_string())?;
-            at += length;
-            let sent = upload.put_part(bytes.into());
-            sending.spawn(async move { sent.await.map(|()| length) });
-        } else if let Some(ended) = sending.join_next().await {
-            progress.add(ended.map_err(|e| e.to_string())?.map_err(|e| in_full(&e))?);
-        }
-    }
-    Ok(())
 }
 
 fn random_id() -> Result<String> {

@@ -1,6 +1,6 @@
 //! What steps are carried out with: servers and programs are waited for, and a signal that asks this program to end interrupts both.
 
-use std::cell::Cell;
+use std::cell::{Cell, OnceCell};
 use std::future::{Future, poll_fn};
 use std::path::Path;
 use std::pin::pin;
@@ -26,7 +26,8 @@ const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_
 /// Servers, programs, and the signals that end both.
 pub struct Work {
     runtime: Runtime,
-    client: reqwest::Client,
+    /// Made when it is needed: to read all authorities of the system takes longer than to mount an image.
+    client: OnceCell<reqwest::Client>,
     signals: Signals,
     /// The signal that came.
     interrupted: Cell<Option<Signal>>,
@@ -62,7 +63,7 @@ impl Work {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         Ok(Self {
             runtime: runtime.attempt(|| "start an event loop")?,
-            client: client(network, &Validate::Yes)?,
+            client: OnceCell::new(),
             signals: Signals::hold(&[Signal::SIGTERM, Signal::SIGINT]).attempt(|| "hold back signals")?,
             interrupted: Cell::new(None),
             deaf: Cell::new(false),
@@ -71,8 +72,12 @@ impl Work {
     }
 
     /// The client for servers other than stores.
-    pub fn client(&self) -> &reqwest::Client {
-        &self.client
+    pub fn client(&self) -> Result<&reqwest::Client> {
+        if let Some(client) = self.client.get() {
+            return Ok(client);
+        }
+        let made = client(&self.network, &Validate::Yes)?;
+        Ok(self.client.get_or_init(|| made))
     }
 
     /// The signal that interrupted the work, if one did.
@@ -126,7 +131,7 @@ impl Work {
     }
 
     /// Runs a program to its end and returns what it said; `look` is called now and then. A signal kills it.
-    pub fn run(&self, command: &mut Command, mut look: impl FnMut()) -> Result<Output> {
+    pub fn run(&self, command: &mut Command, mut look: impl FnMut(&Child)) -> Result<Output> {
         self.heed()?;
         let name = Path::new(command.get_program()).display().to_string();
         let attempted = || format!("run {name}");
@@ -144,7 +149,7 @@ impl Work {
                 return Err(interrupted);
             }
             self.rest(&child).attempt(attempted)?;
-            look();
+            look(&child);
         };
         Ok(Output {
             status,
@@ -154,7 +159,7 @@ impl Work {
     }
 
     /// Runs a program that has to succeed; returns what it said on standard error all the same.
-    pub fn succeed(&self, attempted: &str, command: &mut Command, look: impl FnMut()) -> Result<String> {
+    pub fn succeed(&self, attempted: &str, command: &mut Command, look: impl FnMut(&Child)) -> Result<String> {
         let output = self.run(command, look)?;
         let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
         if output.status.success() {

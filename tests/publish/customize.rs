@@ -5,7 +5,7 @@ use std::process::{Command, Output};
 
 use crate::file_server::{Fault, FileServer};
 use crate::job::*;
-use crate::s3_server::Bucket;
+use crate::s3_server::{Bucket, Closed, Gate};
 use crate::support::*;
 
 /// A script that changes the image and marks it.
@@ -88,6 +88,31 @@ fn what_was_changed_is_kept_when_it_could_not_be_published() {
     let output = customize(dir.path(), &squashfs, &format!("s3://{}", bucket.name), "complete", &variables);
     assert!(output.status.success(), "{output:?}");
     assert_eq!(bucket.keys().len(), 5);
+    nothing_stays(dir.path());
+}
+
+#[test]
+fn what_was_published_in_part_is_taken_back_when_the_image_is_given_up() {
+    let dir = folder();
+    let (bucket, gate) = (Bucket::new(), Gate::start(0, Closed::Silent));
+    let tree = image(dir.path());
+    let random = feed(Command::new("head").args(["-c", "20M", "/dev/urandom"]), b"").stdout;
+    std::fs::write(tree.join("random"), random).unwrap();
+    let squashfs = squashfs_of(&tree).display().to_string();
+    let output = format!("s3://{}", bucket.name);
+    let mut variables = bucket.variables();
+    variables.extend([("KERNEL_FILENAME", "vmlinuz".into()), ("INITRD_FILENAME", "initrd".into())]);
+    variables.push(("S3_ENDPOINT", gate.endpoint.clone()));
+    let mut command = ims_sshd(&["customize", &squashfs, "--output", &output, "--script"], &variables);
+    command.arg(script(dir.path(), "complete")).arg("--work").arg(dir.path().join("work"));
+    let mut child = command.stdout(std::process::Stdio::null()).spawn().unwrap();
+    wait_until("a part to be sent", || gate.parts() > 0);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert_eq!(bucket.begun(), 1);
+    let output = customize(dir.path(), &squashfs, &output, "failed", &bucket.variables());
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert_eq!((bucket.begun(), bucket.keys().len()), (0, 0));
     nothing_stays(dir.path());
 }
 

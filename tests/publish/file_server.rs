@@ -18,6 +18,8 @@ pub enum Fault {
     Drip,
     /// Nothing at all.
     Silence,
+    /// The answer to a range begins at the file's start, and says so.
+    OtherRange,
     /// The file becomes another one, of the same length, before the answer.
     Change,
 }
@@ -93,7 +95,7 @@ fn answer(connection: &TcpStream, served: &Mutex<Served>, requests: &Mutex<Vec<R
     if header("if-match").is_some_and(|wanted| wanted.trim_matches('"') != etag) {
         return write!(out, "HTTP/1.1 412 Precondition Failed\r\ncontent-length: 0\r\nconnection: close\r\n\r\n").ok();
     }
-    let from = usize::try_from(range.unwrap_or(0)).unwrap();
+    let from = if matches!(fault, Some(Fault::OtherRange)) { 0 } else { usize::try_from(range.unwrap_or(0)).unwrap() };
     let head = match range {
         Some(_) => {
             format!("206 Partial Content\r\ncontent-range: bytes {from}-{}/{}", content.len() - 1, content.len())

@@ -91,6 +91,11 @@ impl ImsServer {
         self.state().faults.push((request.to_owned(), fault));
     }
 
+    /// All that was to go wrong has begun to.
+    pub fn is_well(&self) -> bool {
+        self.state().faults.is_empty()
+    }
+
     pub fn status(&self) -> String {
         self.state().job["status"].as_str().unwrap().to_owned()
     }

@@ -9,6 +9,7 @@ mod customize;
 mod file_server;
 mod ims_server;
 mod job;
+mod name_server;
 mod package;
 mod prepare;
 mod s3_server;

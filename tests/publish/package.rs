@@ -135,6 +135,45 @@ fn what_is_excluded_is_left_out_and_what_has_changed_is_told() {
 }
 
 #[test]
+fn packages_of_rpm_are_told_and_asked_for_without_a_trace_or_it_is_said_that_they_are_not() {
+    let dir = folder();
+    let (tree, parent) = (dir.path().join("source"), dir.path().join("parent"));
+    let database = tree.join("usr/lib/sysimage/rpm");
+    std::fs::create_dir_all(&database).unwrap();
+    std::fs::create_dir_all(tree.join("var/lib")).unwrap();
+    // Which root is meant is the image's, not this machine's.
+    std::os::unix::fs::symlink("/usr/lib/sysimage/rpm", tree.join("var/lib/rpm")).unwrap();
+    make_bootable(&tree);
+    let parent_text = parent.to_str().unwrap();
+    let output = ims_sshd(&["prepare", parent_text, tree.to_str().unwrap()], &[]).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    // Something is installed.
+    let root = parent.join("image-root");
+    std::fs::copy(cache().join("rpm/var/lib/rpm/rpmdb.sqlite"), root.join("usr/lib/sysimage/rpm/rpmdb.sqlite"))
+        .unwrap();
+    let before = digest(&root);
+    let changes = dir.path().join("changes.json");
+    let packed = |path: &str| -> (serde_json::Value, String) {
+        let mut command = ims_sshd(&["package", "--changes", changes.to_str().unwrap(), parent_text], &[]);
+        let output = command.env("PATH", path).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        (serde_json::from_slice(&std::fs::read(&changes).unwrap()).unwrap(), text(&output.stderr))
+    };
+    let (told, said) = packed("/usr/sbin:/usr/bin:/sbin:/bin");
+    assert_eq!(told["packages"]["added"], serde_json::json!({"system.x86_64": "1-1"}), "{said}");
+    assert_eq!(differences(&before, &digest(&root)), [""; 0]);
+    let few = dir.path().join("few");
+    std::fs::create_dir(&few).unwrap();
+    std::os::unix::fs::symlink("/usr/bin/mksquashfs", few.join("mksquashfs")).unwrap();
+    let (told, said) = packed(few.to_str().unwrap());
+    assert_eq!(told["added"], serde_json::json!(["/usr/lib/sysimage/rpm/rpmdb.sqlite"]));
+    assert!(
+        said.contains("packages of rpm, in /usr/lib/sysimage/rpm of the image, are not told: cannot run rpm"),
+        "{said}"
+    );
+}
+
+#[test]
 fn a_full_disk_leaves_no_archive() {
     let dir = folder();
     let tree = image(dir.path());

@@ -7,6 +7,7 @@ use std::time::Instant;
 use crate::file_server::{Fault, FileServer};
 use crate::ims_server::ImsServer;
 use crate::job::*;
+use crate::name_server::with_names;
 use crate::s3_server::Bucket;
 use crate::support::*;
 
@@ -212,6 +213,18 @@ fn a_file_that_changes_on_the_way_is_fetched_anew() {
 }
 
 #[test]
+fn an_answer_of_another_range_is_not_put_behind_what_is_there() {
+    let dir = folder();
+    let tree = image(dir.path());
+    let content = std::fs::read(squashfs_of(&tree)).unwrap();
+    let server = FileServer::start(content, &[Fault::ResetAfter(5000), Fault::OtherRange]);
+    let parent = dir.path().join("parent");
+    let output = prepare(&parent, &server.url, &[]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    same_tree(&tree, &parent.join("image-root"));
+}
+
+#[test]
 fn a_wrong_checksum_is_refused_wherever_it_stands() {
     let dir = folder();
     let content = std::fs::read(squashfs_of(&image(dir.path()))).unwrap();
@@ -316,4 +329,24 @@ fn a_terminated_prepare_ends_at_once_and_leaves_nothing() {
     assert!(!child.wait().unwrap().success());
     assert!(began.elapsed().as_secs_f64() < 1.5);
     is_empty(&parent);
+}
+
+#[test]
+fn servers_are_found_by_name_though_the_program_is_linked_statically() {
+    let dir = folder();
+    let tree = image(dir.path());
+    let squashfs = std::fs::read(squashfs_of(&tree)).unwrap();
+    with_names(dir.path(), "images.example.test", "in-file.example.test", || {
+        for (number, name) in ["images.example.test", "in-file.example.test"].iter().enumerate() {
+            let server = FileServer::start(squashfs.clone(), &[]);
+            let parent = dir.path().join(format!("parent-{number}"));
+            let output = prepare(&parent, &server.url.replace("127.0.0.1", name), &[]);
+            assert!(output.status.success(), "{name}: {output:?}");
+            same_tree(&tree, &parent.join("image-root"));
+        }
+        let url = "http://unknown.example.test/rootfs";
+        let output = prepare(&dir.path().join("unknown"), url, &[("IMS_RETRY_LIMIT", "1".into())]);
+        assert_eq!(output.status.code(), Some(1));
+        assert!(text(&output.stderr).contains("Name or service not known"), "{}", text(&output.stderr));
+    });
 }

@@ -163,6 +163,89 @@ fn pass(mut client: TcpStream, mut server: TcpStream, point: Option<usize>, brok
     let _ = back.join();
 }
 
+/// Goes between the program and the server, and lets so many parts of objects through; what becomes of the others is to be said.
+pub struct Gate {
+    pub endpoint: String,
+    asked: Arc<Mutex<Vec<String>>>,
+}
+
+/// What becomes of parts that are not let through.
+#[derive(Clone, Copy)]
+pub enum Closed {
+    /// They are never answered.
+    Silent,
+    /// They are refused, for good.
+    Refusing,
+}
+
+impl Gate {
+    pub fn start(parts: usize, closed: Closed) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let endpoint = format!("http://{}", listener.local_addr().unwrap());
+        let asked = Arc::new(Mutex::new(Vec::new()));
+        let (heard, to) = (asked.clone(), server());
+        std::thread::spawn(move || {
+            for connection in listener.incoming().map_while(Result::ok) {
+                let heard = heard.clone();
+                std::thread::spawn(move || {
+                    let server = TcpStream::connect(("127.0.0.1", to)).unwrap();
+                    let _ = pass_one(&connection, server, &heard, parts, closed);
+                    let _ = connection.shutdown(std::net::Shutdown::Both);
+                });
+            }
+        });
+        Self { endpoint, asked }
+    }
+
+    /// How many parts were offered.
+    pub fn parts(&self) -> usize {
+        self.asked.lock().unwrap().iter().filter(|request| is_part(request)).count()
+    }
+
+    /// How often an upload was begun.
+    pub fn begun(&self) -> usize {
+        self.asked.lock().unwrap().iter().filter(|request| request.contains("?uploads")).count()
+    }
+}
+
+fn is_part(request: &str) -> bool {
+    request.contains("partNumber=")
+}
+
+/// One request and its answer.
+fn pass_one(
+    client: &TcpStream,
+    mut server: TcpStream,
+    heard: &Mutex<Vec<String>>,
+    parts: usize,
+    closed: Closed,
+) -> std::io::Result<()> {
+    use std::io::{BufRead, BufReader};
+    let mut reader = BufReader::new(client);
+    let lines: Vec<_> = reader.by_ref().lines().map_while(Result::ok).take_while(|line| !line.is_empty()).collect();
+    let Some(request) = lines.first() else { return Ok(()) };
+    let length = lines.iter().find_map(|l| l.to_lowercase().strip_prefix("content-length: ")?.parse().ok());
+    let number = {
+        let mut heard = heard.lock().unwrap();
+        heard.push(request.clone());
+        heard.iter().filter(|request| is_part(request)).count()
+    };
+    let mut body = reader.take(length.unwrap_or(0));
+    if is_part(request) && number > parts {
+        std::io::copy(&mut body, &mut std::io::sink())?;
+        let mut out = client;
+        return match closed {
+            Closed::Silent => out.read_to_end(&mut Vec::new()).map(|_| ()),
+            Closed::Refusing => {
+                write!(out, "HTTP/1.1 403 Forbidden\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+            }
+        };
+    }
+    write!(server, "{}\r\nconnection: close\r\n\r\n", lines.join("\r\n"))?;
+    std::io::copy(&mut body, &mut server)?;
+    std::io::copy(&mut server, &mut &*client).map(|_| ())
+}
+
 /// Takes objects of any size as S3 does, and keeps nothing of them but their sizes.
 pub struct Sink {
     endpoint: String,

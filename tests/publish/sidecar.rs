@@ -9,7 +9,7 @@ use nix::unistd::Pid;
 
 use crate::ims_server::Fault;
 use crate::job::*;
-use crate::s3_server::Breaker;
+use crate::s3_server::{Breaker, Closed, Gate};
 use crate::support::*;
 
 /// The programs of both containers.
@@ -43,17 +43,7 @@ impl<'a> Running<'a> {
 
     fn ssh(&self, command: &str) -> Output {
         let mut ssh = Command::new("ssh");
-        ssh.args([
-            "-F",
-            "none",
-            "-o",
-            "StrictHostKeyChecking=no",
-            "-o",
-            "UserKnownHostsFile=/dev/null",
-            "-o",
-            "BatchMode=yes",
-        ]);
-        ssh.args(["-o", "LogLevel=ERROR", "-p", &self.job.volume.port.to_string(), "-i"]).arg(&self.job.volume.key);
+        ssh.args(ssh_options(&self.job.volume.key)).args(["-p", &self.job.volume.port.to_string()]);
         ssh.args(["root@127.0.0.1", command]).stdin(Stdio::null()).output().unwrap()
     }
 
@@ -228,6 +218,16 @@ fn what_cannot_go_well_is_an_error_and_never_waited_for() {
     assert_eq!(job.ims.statuses(), ["error"]);
     assert!(job.volume.signal("failed").exists() && began.elapsed() < Duration::from_secs(5));
 
+    // A link in its place leads elsewhere.
+    let job = Job::new();
+    let elsewhere = job.volume.parent.join("build");
+    std::fs::create_dir(&elsewhere).unwrap();
+    std::os::unix::fs::symlink("../image-root", elsewhere.join("image-root")).unwrap();
+    let output = job.sidecar(Mode::Plain, &[("IMS_ACTION", "create")]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+    assert!(text(&output.stderr).contains("it is a symbolic link"), "{}", text(&output.stderr));
+    job.nothing_is_left();
+
     let job = Job::new();
     job.volume.touch("pod_error");
     let output = job.sidecar(Mode::Plain, &[]).output().unwrap();
@@ -281,6 +281,19 @@ fn a_sidecar_that_is_asked_to_end_closes_the_environment_and_tells() {
     assert_eq!(job.ims.statuses(), ["waiting_on_user", "error"]);
     assert!(job.volume.signal("exiting").exists());
     job.nothing_is_left();
+}
+
+#[test]
+fn a_sidecar_that_is_asked_to_end_while_ims_is_silent_closes_the_environment_too() {
+    let job = Job::new();
+    job.ims.fail("PATCH /jobs", Fault::Silence);
+    let mut running = Running::start(&job, Mode::Plain, &[("IMS_STALL_LIMIT", "100")]);
+    let sidecar = running.sidecar.take().unwrap();
+    wait_until("IMS to be told", || job.ims.is_well());
+    kill(Pid::from_raw(sidecar.id().cast_signed()), Signal::SIGTERM).unwrap();
+    let output = sidecar.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(143), "{}", text(&output.stderr));
+    assert!(job.volume.signal("exiting").exists());
 }
 
 #[test]
@@ -416,6 +429,28 @@ fn killed_while_the_image_is_published_it_goes_on_with_the_same_image() {
     killed_when("uploaded", |job| job.bucket.keys().iter().any(|key| key.ends_with("manifest.json")));
     killed_when("linked", |job| done(job, "PATCH", "/images"));
     killed_when("success", |job| job.ims.status() == "success");
+}
+
+#[test]
+fn a_sidecar_that_was_killed_amid_an_upload_sends_only_what_is_missing() {
+    let job = Job::new();
+    let random = feed(Command::new("head").args(["-c", "60M", "/dev/urandom"]), b"").stdout;
+    std::fs::write(job.volume.image_root.join("random"), random).unwrap();
+    let gate = Gate::start(1, Closed::Silent);
+    let further = [("S3_ENDPOINT", gate.endpoint.as_str()), ("IMS_STALL_LIMIT", "100")];
+    let mut running = Running::start(&job, Mode::Plain, &further).waiting_on_user();
+    running.mark(Mode::Plain, "complete");
+    let mut first = running.sidecar.take().unwrap();
+    // One is taken, and the three after it are on their way.
+    wait_until("the parts to be sent", || gate.parts() == 4);
+    first.kill().unwrap();
+    first.wait().unwrap();
+    let gate = Gate::start(usize::MAX, Closed::Silent);
+    running.sidecar = Some(job.sidecar(Mode::Plain, &[("S3_ENDPOINT", &gate.endpoint)]).spawn().unwrap());
+    let output = running.end();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert_eq!((gate.parts(), gate.begun(), job.bucket.begun()), (3, 0, 0));
+    job.is_published(&output);
 }
 
 #[test]

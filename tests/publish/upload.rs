@@ -1,10 +1,11 @@
 //! From a packed image to a store.
 
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use crate::ims_server::ImsServer;
 use crate::job::*;
-use crate::s3_server::{Bucket, Sink};
+use crate::s3_server::{Bucket, Closed, Gate, Sink};
 use crate::support::*;
 
 #[test]
@@ -56,20 +57,152 @@ fn a_packed_image_is_registered_without_a_job() {
     assert_eq!(state.changes.len(), 2, "the job is nobody's: {:?}", state.changes);
 }
 
+/// `IMS_SSHD_UPLOAD_GIB` (default 1) is how large it is.
 #[test]
 fn a_large_image_is_uploaded_without_being_read_into_memory() {
+    let gib = std::env::var("IMS_SSHD_UPLOAD_GIB").map_or(1, |n| n.parse().expect("IMS_SSHD_UPLOAD_GIB: a number"));
     let dir = folder();
     let tree = image(dir.path());
     let file = dir.path().join("sparse.sqsh");
-    succeed(Command::new("truncate").args(["-s", "1G"]).arg(&file));
+    succeed(Command::new("truncate").args(["-s", &format!("{gib}G")]).arg(&file));
     let sink = Sink::start();
     let mut command = ims_sshd(&["upload", "--archive"], &sink.variables());
     command.args([&file, &tree]).current_dir(dir.path());
+    let began = std::time::Instant::now();
     let most = memory_of(command.stdout(Stdio::null()).spawn().unwrap());
-    println!("1 GiB uploaded with {} MiB of memory at the most", most >> 10);
+    println!("{gib} GiB uploaded in {:.0?} with {} MiB of memory at the most", began.elapsed(), most >> 10);
     assert!(most <= 128 << 10, "{most} KiB");
     let sizes = sink.sizes.lock().unwrap();
-    assert!(sizes.iter().any(|(path, size)| path.ends_with("/rootfs") && *size == 1 << 30), "{sizes:?}");
+    assert!(sizes.iter().any(|(path, size)| path.ends_with("/rootfs") && *size == gib << 30), "{sizes:?}");
+}
+
+/// An upload of an archive of several parts to a bucket.
+struct Upload {
+    dir: tempfile::TempDir,
+    tree: PathBuf,
+    archive: PathBuf,
+    bucket: Bucket,
+}
+
+const PARTS: usize = 6;
+
+/// How many are sent at a time.
+const AT_A_TIME: usize = 3;
+
+impl Upload {
+    fn new() -> Self {
+        let dir = folder();
+        let tree = image(dir.path());
+        let archive = dir.path().join("packed.sqsh");
+        write_parts(&archive, 1);
+        Self { dir, tree, archive, bucket: Bucket::new() }
+    }
+
+    fn through(&self, gate: &Gate) -> Command {
+        let mut variables = self.bucket.variables();
+        variables.push(("S3_ENDPOINT", gate.endpoint.clone()));
+        let mut command = ims_sshd(&["upload", "--archive"], &variables);
+        command.arg(&self.archive).arg(&self.tree).current_dir(self.dir.path());
+        command
+    }
+
+    /// Kills it when so many parts are there.
+    fn killed_after(parts: usize) -> Self {
+        let upload = Self::new();
+        let gate = Gate::start(parts, Closed::Silent);
+        let mut child = upload.through(&gate).env("IMS_STALL_LIMIT", "100").spawn().unwrap();
+        // Others are offered when those that were taken are noted.
+        wait_until("the parts to be sent", || gate.parts() == parts + AT_A_TIME);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(upload.bucket.begun(), 1);
+        upload
+    }
+
+    /// Runs it to its end; how many parts it has sent, and how often it has begun an upload.
+    fn again(&self) -> (usize, usize) {
+        let gate = Gate::start(usize::MAX, Closed::Silent);
+        // A part of an upload that it does not know is an inner error of moto, which is tried again, and not found in S3.
+        let output = self.through(&gate).env("IMS_RETRY_LIMIT", "3").output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        let report = report(&output);
+        let id = report["ims_image_record"]["id"].as_str().unwrap();
+        let object = self.bucket.get(&format!("{id}/rootfs"));
+        assert!(object.body == std::fs::read(&self.archive).unwrap());
+        assert_eq!(object.header("content-type"), Some("application/vnd.cray.image.rootfs.squashfs"));
+        assert_eq!(object.header("x-amz-meta-md5sum"), Some(md5(&object.body).as_str()));
+        assert_eq!(self.bucket.keys().len(), 5, "{:?}", self.bucket.keys());
+        assert_eq!(self.bucket.begun(), 0);
+        let left: Vec<_> = std::fs::read_dir(self.dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert_eq!(left.len(), 2, "{left:?}");
+        (gate.parts(), gate.begun())
+    }
+}
+
+/// A file of as many parts, the last one a byte long, all of which differ.
+fn write_parts(file: &Path, seed: u8) {
+    let content: Vec<u8> = (seed..).take(PARTS - 1).flat_map(|byte| vec![byte; 16 << 20]).chain([0]).collect();
+    std::fs::write(file, content).unwrap();
+}
+
+#[test]
+fn an_upload_that_was_killed_goes_on_with_the_parts_that_are_missing() {
+    assert_eq!(Upload::killed_after(2).again(), (PARTS - 2, 0));
+}
+
+#[test]
+fn an_upload_that_the_store_has_forgotten_begins_anew() {
+    let upload = Upload::killed_after(2);
+    let listing = text(upload.bucket.ask("GET", "?uploads", b"").body);
+    let field = |name: &str| listing.split_once(name).unwrap().1.split('<').next().unwrap().to_owned();
+    let (key, id) = (field("<Key>"), field("<UploadId>"));
+    assert_eq!(upload.bucket.ask("DELETE", &format!("{key}?uploadId={id}"), b"").status, 204);
+    let (parts, begun) = upload.again();
+    // Those before were tried in vain.
+    assert!(parts > PARTS && begun == 1, "{parts} {begun}");
+}
+
+#[test]
+fn an_upload_of_a_file_that_has_changed_is_taken_back_and_begins_anew() {
+    let upload = Upload::killed_after(2);
+    write_parts(&upload.archive, 100);
+    assert_eq!(upload.again(), (PARTS, 1));
+}
+
+#[test]
+fn an_upload_that_fails_for_good_leaves_no_parts() {
+    let upload = Upload::new();
+    let gate = Gate::start(3, Closed::Refusing);
+    let output = upload.through(&gate).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(text(&output.stderr).contains("403 Forbidden"), "{output:?}");
+    assert_eq!((upload.bucket.begun(), upload.bucket.keys().len()), (0, 0));
+    assert_eq!(upload.again(), (PARTS, 1));
+}
+
+#[test]
+fn an_upload_to_a_folder_that_was_killed_leaves_nothing_begun() {
+    let dir = folder();
+    let tree = image(dir.path());
+    let (archive, store) = (dir.path().join("sparse.sqsh"), dir.path().join("store"));
+    succeed(Command::new("truncate").args(["-s", "200M"]).arg(&archive));
+    let mut command = ims_sshd(&["upload", "--store"], &[]);
+    command.arg(&store).arg("--archive").args([&archive, &tree]).current_dir(dir.path());
+    let mut first = command.stdout(Stdio::piped()).spawn().unwrap();
+    let files = || -> Vec<String> {
+        let found = succeed(Command::new("find").arg(&store).args(["-type", "f", "-printf", "%f\n"]));
+        found.lines().map(str::to_owned).collect()
+    };
+    wait_until("the upload to begin", || store.exists() && !files().is_empty());
+    first.kill().unwrap();
+    assert!(!first.wait().unwrap().success(), "killed too late");
+    assert_ne!(files(), [""; 0]);
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let mut names = files();
+    names.sort();
+    assert_eq!(names, ["boot_parameters", "initrd", "kernel", "manifest.json", "rootfs"]);
+    assert_eq!(report(&output)["ims_image_artifacts"][0]["md5"], "3566de3a97906edb98d004d6b947ae9b");
 }
 
 /// Waits for its end, and returns the most memory that it had, in KiB.

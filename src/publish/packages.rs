@@ -1,0 +1,94 @@
+//! The packages of an image, by the databases that it has.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use rustix::fs::{Mode, OFlags};
+
+use crate::error::{Attempt, Result};
+use crate::publish::work::Work;
+use crate::sys::tree::Tree;
+
+/// Where Debian's packages are told, and where those of rpm.
+const DPKG: &str = "var/lib/dpkg/status";
+const RPM: [&str; 2] = ["usr/lib/sysimage/rpm", "var/lib/rpm"];
+
+const LIMIT: u64 = 64 << 20;
+
+/// Names with versions. What cannot be read of an image, which is anybody's, is told in the log and is no error.
+pub fn of(work: &Work, root: &Path) -> Result<BTreeMap<String, String>> {
+    let tree = Tree::open(root).attempt(|| format!("open {}", root.display()))?;
+    let mut packages = of_dpkg(&String::from_utf8_lossy(&tree.read(DPKG, LIMIT).unwrap_or_default()));
+    for place in RPM {
+        // On many the one is a link to the other.
+        if let Ok(database) = tree.folder(place)
+            && database.names().is_ok_and(|names| !names.is_empty())
+        {
+            match of_rpm(work, &database) {
+                Ok(found) => packages.extend(found),
+                Err(e) => {
+                    work.heed()?;
+                    tracing::warn!("packages of rpm, in /{place} of the image, are not told: {e}; their files are");
+                }
+            }
+            break;
+        }
+    }
+    Ok(packages)
+}
+
+fn of_dpkg(status: &str) -> BTreeMap<String, String> {
+    let mut packages = BTreeMap::new();
+    for paragraph in status.split("\n\n") {
+        let field = |name: &str| paragraph.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
+        if let (Some(name), Some(version), Some(state)) = (field("Package"), field("Version"), field("Status"))
+            && state.ends_with(" installed")
+        {
+            packages.insert(name.to_owned(), version.to_owned());
+        }
+    }
+    packages
+}
+
+/// rpm is asked about a copy: of sqlite even a question leaves files beside the database.
+fn of_rpm(work: &Work, database: &Tree) -> Result<BTreeMap<String, String>> {
+    let copy = Copied::of(database).attempt(|| "copy their database")?;
+    let mut rpm = Command::new("rpm");
+    rpm.arg("--dbpath").arg(&copy.0).args(["-qa", "--queryformat", "%{NAME}.%{ARCH} %{EVR}\\n"]);
+    let output = work.run(&mut rpm, |_| {})?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    // One that it takes for damaged it tells of, and ends well.
+    let said = String::from_utf8_lossy(&output.stderr);
+    if !output.status.success() || (text.is_empty() && !said.is_empty()) {
+        return Err(crate::error::Error::new("ask rpm").because(said.lines().last().unwrap_or("it failed")));
+    }
+    Ok(text.lines().filter_map(|line| line.split_once(' ')).map(|(n, v)| (n.to_owned(), v.to_owned())).collect())
+}
+
+/// The files of a folder, in one that goes away.
+struct Copied(PathBuf);
+
+impl Copied {
+    fn of(folder: &Tree) -> io::Result<Self> {
+        let id = std::fs::read_to_string("/proc/sys/kernel/random/uuid")?;
+        let copied = Self(std::env::temp_dir().join(format!("ims-sshd-{}", id.trim())));
+        std::fs::create_dir(&copied.0)?;
+        for name in folder.names()? {
+            let file = folder.open_at(&name, OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK, Mode::empty());
+            let Ok(mut file) = file.map(File::from) else { continue };
+            if file.metadata()?.is_file() {
+                io::copy(&mut file, &mut File::create_new(copied.0.join(&name))?)?;
+            }
+        }
+        Ok(copied)
+    }
+}
+
+impl Drop for Copied {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}

@@ -1,0 +1,158 @@
+//! A large file goes to a store in parts. Which of them are there is noted, so that whoever begins again after a crash sends the others
+//! alone.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use tokio::task::JoinSet;
+
+use crate::error::{Attempt, Error, Result};
+use crate::lifecycle::signal_files::SignalFiles;
+use crate::publish::journal::{MOST_PARTS, Upload};
+use crate::publish::progress::Progress;
+use crate::publish::store::{Description, Store};
+use crate::publish::work::{Fault, Work, in_full, patiently};
+
+/// As much as goes in one request, and how many do at a time. All that is in memory.
+pub const PART: u64 = 16 << 20;
+const AT_A_TIME: usize = 3;
+
+/// Who sends it, and where to.
+pub struct Sender<'a> {
+    /// Servers.
+    pub work: &'a Work,
+    /// The store.
+    pub store: &'a Store,
+    /// Where it is noted.
+    pub files: &'a SignalFiles,
+}
+
+/// What is sent.
+pub struct Large<'a> {
+    /// Its key.
+    pub place: &'a str,
+    /// The file.
+    pub content: &'a File,
+    /// Its size, in bytes.
+    pub size: u64,
+    /// What it comes to.
+    pub md5: &'a str,
+    /// What is told of it.
+    pub description: &'a Description,
+}
+
+impl Sender<'_> {
+    /// Sends what of `object` is not there yet. What fails stays noted, for [`Sender::abort`] or for the next one.
+    pub fn send(&self, object: &Large) -> Result<()> {
+        let attempted = format!("upload {}", self.store.url_of(object.place));
+        let mut noted = self.noted(object)?;
+        loop {
+            let goes_on = noted.is_some();
+            let sent = self.work.wait(async {
+                match self.try_send(object, noted.take()).await {
+                    Ok(()) => Ok(true),
+                    Err(Fault::Final(error)) => Err(error),
+                    Err(Fault::Passing(cause)) if goes_on => {
+                        tracing::warn!("cannot go on with what was uploaded before: {cause}; beginning anew");
+                        Ok(false)
+                    }
+                    Err(Fault::Passing(cause)) => Err(Error::new(&attempted).because(cause)),
+                }
+            });
+            if sent? {
+                return Upload::clear(self.files);
+            }
+            self.forget()?;
+        }
+    }
+
+    /// An upload of the same content to the same place that was begun and not ended. Any other is taken back: it is no object, and takes
+    /// space all the same.
+    fn noted(&self, object: &Large) -> Result<Option<Upload>> {
+        let url = self.store.url_of(object.place);
+        match Upload::open(self.files) {
+            Some(upload) if upload.url == url && upload.md5 == object.md5 && upload.part == part_of(object.size) => {
+                upload.note(self.files)?;
+                Ok(Some(upload))
+            }
+            _ => self.forget().map(|()| None),
+        }
+    }
+
+    /// Takes back what is noted, and goes on where the store does not let it be taken.
+    fn forget(&self) -> Result<()> {
+        if let Err(error) = self.abort() {
+            self.work.heed()?;
+            tracing::warn!("{error}; it stays behind");
+        }
+        Ok(())
+    }
+
+    /// Takes back what is noted as begun.
+    pub fn abort(&self) -> Result<()> {
+        let Some(upload) = Upload::open(self.files) else { return Ok(()) };
+        if self.store.url_of(&upload.place) != upload.url {
+            tracing::warn!("an upload to {} was begun and not ended: it stays in that store", upload.url);
+            return Upload::clear(self.files);
+        }
+        let attempted = format!("take back what was uploaded of {}", upload.url);
+        let limit = self.work.network.retry_limit;
+        self.work.wait(patiently(limit, &attempted, async || {
+            self.store.abort(&upload.place, &upload.id).await.map_err(|e| Fault::Passing(in_full(&e)))
+        }))?;
+        Upload::clear(self.files)
+    }
+
+    /// What the store refuses of one upload, because it has forgotten it, it may take of another.
+    async fn try_send(&self, object: &Large<'_>, noted: Option<Upload>) -> std::result::Result<(), Fault> {
+        let told = |error: object_store::Error| Fault::Passing(in_full(&error));
+        let part = part_of(object.size);
+        let mut upload = match noted {
+            Some(upload) => upload,
+            None => {
+                let id = self.store.begin(object.place, object.description).await.map_err(told)?;
+                let (url, place) = (self.store.url_of(object.place), object.place.to_owned());
+                let begun = Upload { url, place, md5: object.md5.to_owned(), part, id, parts: Vec::new() };
+                begun.note(self.files)?;
+                begun
+            }
+        };
+        let mut missing = (0..usize::try_from(object.size.div_ceil(part)).unwrap_or(MOST_PARTS))
+            .filter(|number| !matches!(upload.parts.get(*number), Some(Some(_))))
+            .collect::<Vec<_>>()
+            .into_iter();
+        let there = upload.parts.iter().flatten().count() as u64 * part;
+        if there > 0 {
+            tracing::info!("{} parts are there already, and {} are missing", there / part, missing.len());
+        }
+        let mut progress = Progress::begin("uploading", Some(object.size));
+        progress.at(there);
+        let mut sending = JoinSet::new();
+        loop {
+            if sending.len() < AT_A_TIME
+                && let Some(number) = missing.next()
+            {
+                let at = number as u64 * part;
+                let length = part.min(object.size - at);
+                let read = || format!("read what is uploaded to {}", self.store.url_of(object.place));
+                let mut bytes = vec![0; usize::try_from(length).attempt(read)?];
+                object.content.read_exact_at(&mut bytes, at).attempt(read)?;
+                let sent = self.store.put_part(object.place, &upload.id, (number, at), bytes);
+                sending.spawn(async move { (number, length, sent.await) });
+            } else if let Some(ended) = sending.join_next().await {
+                let (number, length, mark) = ended.attempt(|| "send a part")?;
+                upload.add(self.files, number, &mark.map_err(told)?)?;
+                progress.add(length);
+            } else {
+                break;
+            }
+        }
+        let parts = upload.parts.into_iter().flatten().collect();
+        self.store.complete(object.place, &upload.id, parts).await.map_err(told)
+    }
+}
+
+/// How large a part is of an object of this size.
+fn part_of(size: u64) -> u64 {
+    PART.max(size.div_ceil(MOST_PARTS as u64))
+}
