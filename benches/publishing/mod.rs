@@ -5,9 +5,10 @@ use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use crate::measure::{in_turns, ratios, time};
 use crate::s3_server::Sink;
 use crate::support::{IMS_SSHD, cache, free_port, ssh_options, succeed, wait_until};
-use crate::{Bound, Report, Unit, in_turns, ratios, time, title};
+use crate::{Bound, Report, Unit, title};
 
 /// Of the image whose size does not matter to an overlay, and of the one that is uploaded.
 const MEGABYTES: usize = 1024;
