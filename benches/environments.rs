@@ -53,7 +53,11 @@ pub fn close(mut environment: Environment) {
 pub fn remove(environment: Environment) {
     let folder = environment.dir.path().to_owned();
     drop(environment);
-    assert!(!folder.exists(), "{} is left", folder.display());
+    // A peer may still be letting go of it.
+    wait_until(&format!("{} to be gone", folder.display()), || {
+        let _ = std::fs::remove_dir_all(&folder);
+        !folder.exists()
+    });
 }
 
 /// Ends each of [`three_ways`].
