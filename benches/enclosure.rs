@@ -12,7 +12,7 @@ use crate::support::{cache, succeed};
 const INSIDE: &str = "IMS_SSHD_BENCH_INSIDE";
 
 /// A /run of their own too, where runc and nspawn note down what they run.
-const ENTER: &str = "mount --bind \"$1\" \"$2\"; mount -t tmpfs tmpfs /run; shift 2; exec \"$@\"";
+const ENTER: &str = "mount --bind \"$1\" \"$2\"; mount -t tmpfs -o mode=0755 tmpfs /run; shift 2; exec \"$@\"";
 
 /// Below this, in each hierarchy, are the control groups of containers.
 pub const CONTROL_GROUP: &str = "/ims-sshd-figures";
