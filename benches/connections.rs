@@ -35,6 +35,10 @@ pub fn connections(runs: usize, report: &mut Report) {
         let more = differences(jailed, chroot);
         report.add(&format!("{kind}, jailed − ChrootDirectory"), Unit::Milliseconds, more, Bound::Information);
     }
+    report.note(
+        "In a jail the container's shell, which sshd starts as after a plain login, becomes `ims-jail-shell`, which starts the image's shell: \
+         one program and one shell more.",
+    );
     report.bars(BarChart {
         file: "connections",
         title: "ssh host true",

@@ -56,7 +56,8 @@ pub fn memory(_: usize, report: &mut Report) {
     drop(master);
     report.note(
         "A page that several processes have counts in parts in each, so a process's share falls as sessions join it; what a session adds is \
-         what all three kinds have more than without sessions, divided by these. sshd's own, and the image's program, count in no row.",
+         what all three kinds have more than without sessions, divided by these. The first one pays for the pages of its program that the init does not need. sshd's own, and the image's program, \
+         count in no row.",
     );
     report.lines(LineChart {
         file: "memory",

@@ -258,9 +258,24 @@ pub fn numbers(folder: &Path) -> impl Iterator<Item = Pid> + use<> {
 }
 
 /// Those that descend from this process, which has to be a subreaper (or PID 1): by the kernel's lists of children, so that the machine's
-/// other processes cost nothing. One whose parent ends at this moment may be missing: whoever has to know that none is left looks
-/// again if, after this, there was a child to wait for.
+/// other processes cost nothing.
 pub fn own_descendants() -> Vec<Entry> {
+    let pids = |entries: &[Entry]| entries.iter().map(|e| e.pid).collect::<Vec<_>>();
+    let mut before = walk_own();
+    // One whose parent ends during a walk may be missed, in a list that was read before and in one that is gone; the next finds it.
+    for _ in 0..10 {
+        let again = walk_own();
+        match (before, again) {
+            (Some(before), Some(again)) if pids(&before) == pids(&again) => return again,
+            (_, None) => break,
+            (_, again) => before = again,
+        }
+    }
+    descendants(&Entry::all(), getpid())
+}
+
+/// One walk; `None` if the kernel lacks CONFIG_PROC_CHILDREN.
+fn walk_own() -> Option<Vec<Entry>> {
     let mut found = Vec::new();
     let mut parents = vec![getpid()];
     while let Some(parent) = parents.pop() {
@@ -273,13 +288,12 @@ pub fn own_descendants() -> Vec<Entry> {
                         Entry::read(Pid::from_raw(pid))
                     }));
                 }
-                // The kernel lacks CONFIG_PROC_CHILDREN: the long way.
-                Err(_) if parent == getpid() => return descendants(&Entry::all(), parent),
+                Err(_) if parent == getpid() => return None,
                 Err(_) => {}
             }
         }
     }
-    found
+    Some(found)
 }
 
 /// Those of `all` that descend from `ancestor`, nearest first.
@@ -355,6 +369,26 @@ mod tests {
         assert_eq!(Handle::open(later).unwrap_err().raw_os_error(), Some(libc::ESRCH));
         assert_eq!(this.open_descriptors(&[0, 1]).unwrap().len(), 2);
         assert_eq!(later.open_descriptors(&[0]).unwrap_err().raw_os_error(), Some(libc::ESRCH));
+    }
+
+    #[test]
+    fn a_descendant_is_found_while_its_parent_ends() {
+        use std::process::{Command, Stdio};
+        nix::sys::prctl::set_child_subreaper(true).unwrap();
+        for _ in 0..300 {
+            let mut shell = Command::new("sh");
+            shell.args(["-c", "sleep 60 & echo $!; read line"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+            let mut shell = shell.spawn().unwrap();
+            let mut line = [0; 16];
+            let length = shell.stdout.take().unwrap().read(&mut line).unwrap();
+            let child = Pid::from_raw(std::str::from_utf8(&line[..length]).unwrap().trim().parse().unwrap());
+            drop(shell.stdin.take());
+            let found = own_descendants().iter().any(|e| e.pid == child);
+            shell.wait().unwrap();
+            nix::sys::signal::kill(child, Signal::SIGKILL).unwrap();
+            nix::sys::wait::waitpid(child, None).unwrap();
+            assert!(found, "process {child} was missed");
+        }
     }
 
     #[test]
