@@ -40,24 +40,12 @@ pub fn three_ways() -> [(&'static str, Environment); 3] {
     ]
 }
 
-/// Ends an environment and leaves nothing of it.
+/// Ends an environment. What a peer has not let go of yet goes with the enclosure.
 pub fn close(mut environment: Environment) {
     if !environment.signal("complete").exists() {
         environment.touch("complete");
     }
     assert_eq!(environment.end(), 0, "{}", environment.log_text());
-    remove(environment);
-}
-
-/// The same of one that was ended otherwise, or by the drop itself.
-pub fn remove(environment: Environment) {
-    let folder = environment.dir.path().to_owned();
-    drop(environment);
-    // A peer may still be letting go of it.
-    wait_until(&format!("{} to be gone", folder.display()), || {
-        let _ = std::fs::remove_dir_all(&folder);
-        !folder.exists()
-    });
 }
 
 /// Ends each of [`three_ways`].
@@ -65,7 +53,7 @@ pub fn close_all(environments: [(&str, Environment); 3]) {
     let [(_, jailed), (_, plain), (_, chroot)] = environments;
     close(jailed);
     close(plain);
-    remove(chroot);
+    drop(chroot);
 }
 
 /// A copy of a program, as an installation makes it: it starts a tenth sooner than the linker's own file, since its pages lie together.

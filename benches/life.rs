@@ -7,7 +7,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
 
-use crate::environments::{Creations, close, remove, waiting};
+use crate::environments::{Creations, close, waiting};
 use crate::measure::time;
 use crate::report::limit;
 use crate::support::{Environment, Image, Mode, Volume, wait_until};
@@ -77,7 +77,7 @@ fn terminate(mut environment: Environment) -> f64 {
     });
     environment.status = status;
     assert_eq!(environment.end(), 143, "{}", environment.log_text());
-    remove(environment);
+    drop(environment);
     took
 }
 
