@@ -5,7 +5,6 @@ use std::process::{Command, Stdio};
 
 use crate::environments::{close_all, three_ways};
 use crate::measure::in_turns;
-use crate::report::limit;
 use crate::support::{Environment, succeed};
 use crate::{Bound, Report, Unit, ratios};
 
@@ -24,7 +23,7 @@ pub fn ansible(runs: usize, report: &mut Report) {
         report.add(&format!("{TASKS} tasks, {name}"), Unit::Seconds, seconds, Bound::Information);
     }
     let [jailed, plain, chroot] = &samples;
-    report.add("jailed / plain", Unit::Times, ratios(jailed, plain), limit(1.03));
+    report.add("jailed / plain", Unit::Times, ratios(jailed, plain), Bound::Limit(1.03));
     report.add("jailed / ChrootDirectory", Unit::Times, ratios(jailed, chroot), Bound::Information);
     close_all(environments);
 }

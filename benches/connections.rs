@@ -2,7 +2,7 @@
 
 use crate::environments::{close_all, three_ways};
 use crate::measure::{differences, in_turns};
-use crate::report::{BarChart, limit};
+use crate::report::BarChart;
 use crate::support::Environment;
 use crate::{Bound, Report, Unit};
 
@@ -24,7 +24,7 @@ pub fn connections(runs: usize, report: &mut Report) {
     let new = in_turns(runs * 3, commands.each_mut());
     let mut bars = Vec::new();
     for (kind, samples, bound) in
-        [("a connection that stands", warm, limit(2.0)), ("a new connection", new, Bound::Information)]
+        [("a connection that stands", warm, Bound::Limit(2.0)), ("a new connection", new, Bound::Information)]
     {
         for ((name, _), samples) in environments.iter().zip(&samples) {
             report.add(&format!("{kind}, {name}"), Unit::Milliseconds, samples.clone(), Bound::Information);

@@ -6,8 +6,8 @@ use std::time::Instant;
 
 use crate::environments::{close_all, three_ways};
 use crate::measure::{milliseconds, order};
+use crate::report::LineChart;
 use crate::report::statistics::{median, quantile};
-use crate::report::{LineChart, limit};
 use crate::support::Environment;
 use crate::{Bound, Report, Unit, ratios};
 
@@ -55,11 +55,11 @@ pub fn crowd(runs: usize, report: &mut Report) {
             report.add(&format!("{what}: p50"), Unit::Milliseconds, crowds.p50, Bound::Information);
             report.add(&format!("{what}: p99"), Unit::Milliseconds, crowds.p99, Bound::Information);
         }
-        let bound = if *clients == 100 { limit(1.3) } else { Bound::Information };
+        let bound = if *clients == 100 { Bound::Limit(1.3) } else { Bound::Information };
         report.add(&format!("{clients} at once: p99, jailed / plain"), Unit::Times, slowest, bound);
     }
     for ((way, _), failures) in environments.iter().zip(failures) {
-        report.add(&format!("failures of all clients, {way}"), Unit::Failures, vec![failures], limit(0.0));
+        report.add(&format!("failures of all clients, {way}"), Unit::Failures, vec![failures], Bound::Limit(0.0));
     }
     report.note("`MaxStartups` is 200 everywhere. The clients run on the same machine and take most of its time.");
     report.lines(LineChart {

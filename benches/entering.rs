@@ -6,7 +6,7 @@ use std::process::Command;
 use crate::environments::{close, installed, least};
 use crate::measure::in_turns;
 use crate::peers::{self, Container, quiet};
-use crate::report::{BarChart, limit};
+use crate::report::BarChart;
 use crate::support::{Environment, IMS_JAIL_SHELL, IMS_SSHD, Image, Mode};
 use crate::{Bound, Report, Unit, ratios};
 
@@ -67,12 +67,12 @@ pub fn entering(runs: usize, report: &mut Report) {
     for (name, samples) in bars {
         report.add(&format!("{name}: `/bin/true`"), Unit::Milliseconds, samples.clone(), Bound::Information);
     }
-    report.add("enter / the C program", Unit::Times, ratios(&entered, &c), limit(1.25));
-    report.add("enter / nsenter", Unit::Times, ratios(&entered, &nsenter), limit(0.5));
+    report.add("enter / the C program", Unit::Times, ratios(&entered, &c), Bound::Limit(1.25));
+    report.add("enter / nsenter", Unit::Times, ratios(&entered, &nsenter), Bound::Limit(0.5));
     report.add("enter / chroot", Unit::Times, ratios(&entered, &chroot), Bound::Information);
     report.add("enter / unshare", Unit::Times, ratios(&entered, &unshare), Bound::Information);
-    report.add("enter / bwrap", Unit::Times, ratios(&entered, &bwrap), limit(0.3));
-    report.add("enter / systemd-nspawn", Unit::Times, ratios(&beside_slow, &nspawn), limit(0.05));
+    report.add("enter / bwrap", Unit::Times, ratios(&entered, &bwrap), Bound::Limit(0.3));
+    report.add("enter / systemd-nspawn", Unit::Times, ratios(&beside_slow, &nspawn), Bound::Limit(0.05));
     report.add("enter / podman exec", Unit::Times, ratios(&beside_slow, &exec), Bound::Information);
     report.add("the C program / nsenter", Unit::Times, ratios(&c, &nsenter), Bound::Information);
     report.add("the C program / bwrap", Unit::Times, ratios(&c, &bwrap), Bound::Information);
@@ -80,7 +80,7 @@ pub fn entering(runs: usize, report: &mut Report) {
     let of_shells = ratios(&session, &nsenter_shell);
     report.add("a session's `true` by the image's bash", Unit::Milliseconds, session, Bound::Information);
     report.add("the same by the C program", Unit::Milliseconds, c_shell, Bound::Information);
-    report.add("the same / nsenter of the same shell", Unit::Times, of_shells, limit(0.8));
+    report.add("the same / nsenter of the same shell", Unit::Times, of_shells, Bound::Limit(0.8));
     report.note(
         "All run `/bin/true` of one Debian image root: the first four and `podman exec` in a jail, a root or a container that stands, the \
          others in one that each makes for itself. The C program, `benches/enter.c`, does no more than it must: setns, fork, exec, wait. \

@@ -5,8 +5,9 @@ use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::Command;
 
+use ims_sshd::sys::poll;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
-use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::event::{PollFd, PollFlags};
 
 use crate::support::{Environment, Image, LIMIT, Mode, Volume, succeed, wait_until};
 
@@ -84,9 +85,7 @@ impl Creations {
 
     pub fn wait_for(&self, name: &str) {
         loop {
-            let limit = Timespec { tv_sec: LIMIT.as_secs().cast_signed(), tv_nsec: 0 };
-            let ready =
-                rustix::event::poll(&mut [PollFd::from_borrowed_fd(self.0.as_fd(), PollFlags::IN)], Some(&limit));
+            let ready = poll::wait(&mut [PollFd::from_borrowed_fd(self.0.as_fd(), PollFlags::IN)], LIMIT);
             assert_ne!(ready, Ok(0), "waited {} s in vain for '{name}'", LIMIT.as_secs());
             if self.0.read_events().unwrap().iter().any(|event| event.name.as_deref() == Some(name.as_ref())) {
                 return;

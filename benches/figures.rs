@@ -42,7 +42,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use measure::{in_turns, ratios};
-use report::{Bound, Report, Unit, title};
+use report::{Bound, Report, Unit};
 
 /// A group of figures: its name, the page's heading, and what takes them.
 type Group = (&'static str, &'static str, fn(usize, &mut Report));
@@ -56,9 +56,7 @@ const GROUPS: [Group; 11] = [
     ("ansible", "Ansible", ansible::ansible),
     ("life", "An environment's life", life::life),
     ("memory", "Memory", memory::memory),
-    ("publishing", "From a source to a published image", |runs, report| {
-        publishing::publishing(runs.div_ceil(3), report);
-    }),
+    ("publishing", "From a source to a published image", publishing::publishing),
     ("sizes", "Sizes", sizes::sizes),
     ("reading", "Reading and planning", reading::reading),
 ];

@@ -9,7 +9,6 @@ use nix::unistd::Pid;
 
 use crate::environments::{Creations, close, waiting};
 use crate::measure::time;
-use crate::report::limit;
 use crate::support::{Environment, Image, Mode, Volume, wait_until};
 use crate::{Bound, Report, Unit};
 
@@ -48,10 +47,10 @@ pub fn life(runs: usize, report: &mut Report) {
     }
     let ms = Unit::Milliseconds;
     report.add("bare sshd, from its start until it listens", ms, bare, Bound::Information);
-    report.add("`ready` to `sshd_listening` without bare sshd's, jailed", ms, jailed.opened, limit(60.0));
-    report.add("the same, plain", ms, plain.opened, limit(60.0));
-    report.add("`complete` to `exiting`, idle, jailed", ms, jailed.completed, limit(15.0));
-    report.add("the same, plain", ms, plain.completed, limit(15.0));
+    report.add("`ready` to `sshd_listening` without bare sshd's, jailed", ms, jailed.opened, Bound::Limit(60.0));
+    report.add("the same, plain", ms, plain.opened, Bound::Limit(60.0));
+    report.add("`complete` to `exiting`, idle, jailed", ms, jailed.completed, Bound::Limit(15.0));
+    report.add("the same, plain", ms, plain.completed, Bound::Limit(15.0));
     let name = format!("`complete` to `exiting`, {WRITERS} processes writing, jailed");
     report.add(&name, ms, with_writers, Bound::Information);
     report.add("SIGTERM to the end of the entrypoint, jailed", ms, jailed.terminated, Bound::Information);

@@ -14,8 +14,8 @@ use nix::unistd::Pid;
 use crate::environments::installed;
 use crate::measure::{order, succeeding, time};
 use crate::peers;
+use crate::report::LineChart;
 use crate::report::statistics::median;
-use crate::report::{LineChart, limit};
 use crate::support::{IMS_JAIL_SHELL, Image, Volume, succeed};
 use crate::{Bound, Report, Unit, ratios};
 
@@ -57,12 +57,12 @@ pub fn making(runs: usize, report: &mut Report) {
     }
     for (name, samples) in NAMES.iter().zip(&samples) {
         for (count, samples) in MOUNTS.iter().zip(samples) {
-            let bound = if *name == NAMES[0] { limit(3.0) } else { Bound::Information };
+            let bound = if *name == NAMES[0] { Bound::Limit(3.0) } else { Bound::Information };
             report.add(&format!("{name}, {count} mounts"), Unit::Milliseconds, samples.clone(), bound);
         }
     }
     for (at, (name, samples)) in NAMES.iter().zip(&samples).enumerate() {
-        let bound = if at == 0 { limit(1.2) } else { Bound::Information };
+        let bound = if at == 0 { Bound::Limit(1.2) } else { Bound::Information };
         let of_mounts = ratios(&samples[2], &samples[0]);
         report.add(&format!("{name}, {} / {} mounts", MOUNTS[2], MOUNTS[0]), Unit::Times, of_mounts, bound);
     }

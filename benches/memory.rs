@@ -4,8 +4,8 @@ use std::io::Read;
 use std::process::{Child, Stdio};
 
 use crate::environments::close;
+use crate::report::LineChart;
 use crate::report::statistics::median;
-use crate::report::{LineChart, limit};
 use crate::support::{Image, Master, Mode, Volume, processes_with, wait_until};
 use crate::{Bound, Report, Unit};
 
@@ -44,7 +44,7 @@ pub fn memory(_: usize, report: &mut Report) {
         }
         for ((name, values), (_, points)) in values.into_iter().zip(&mut lines) {
             points.push((count as f64, median(&values)));
-            let bound = if name == ADDED { limit(400.0) } else { Bound::Information };
+            let bound = if name == ADDED { Bound::Limit(400.0) } else { Bound::Information };
             report.add(&format!("{name}, {count} sessions: PSS"), Unit::Kibibytes, values, bound);
         }
     }

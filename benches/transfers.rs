@@ -4,7 +4,6 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use crate::environments::{close_all, three_ways};
-use crate::report::limit;
 use crate::support::{Environment, succeed};
 use crate::{Bound, Report, Unit, in_turns, ratios};
 
@@ -57,7 +56,12 @@ pub fn transfers(runs: usize, report: &mut Report) {
             let per_second = samples.iter().map(|milliseconds| amount / milliseconds * 1000.0).collect();
             report.add(&what, unit, per_second, Bound::Information);
         }
-        report.add(&format!("{name}: time, jailed / plain"), Unit::Times, ratios(&jailed, &plain), limit(1.0 / share));
+        report.add(
+            &format!("{name}: time, jailed / plain"),
+            Unit::Times,
+            ratios(&jailed, &plain),
+            Bound::Limit(1.0 / share),
+        );
     }
     close_all(environments);
 }

@@ -6,15 +6,16 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use crate::measure::{in_turns, ratios, time};
+use crate::peers;
 use crate::s3_server::Sink;
 use crate::support::{IMS_SSHD, cache, free_port, ssh_options, succeed, wait_until};
-use crate::{Bound, Report, Unit, title};
+use crate::{Bound, Report, Unit};
 
 /// Of the image whose size does not matter to an overlay, and of the one that is uploaded.
 const MEGABYTES: usize = 1024;
 
-pub fn publishing(rounds: usize, report: &mut Report) {
-    title(&format!("From a source to a published image ({rounds} rounds)"));
+pub fn publishing(runs: usize, report: &mut Report) {
+    let rounds = runs.div_ceil(3);
     let base = cache().join("tests");
     std::fs::create_dir_all(&base).unwrap();
     let dir = tempfile::tempdir_in(base).unwrap();
@@ -37,9 +38,10 @@ fn large(dir: &Path) -> std::path::PathBuf {
     squashfs
 }
 
+/// Without its log either.
 fn quiet(program: &str) -> Command {
-    let mut command = Command::new(program);
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut command = peers::quiet(program);
+    command.stderr(Stdio::null());
     command
 }
 
@@ -61,7 +63,7 @@ fn opening(dir: &Path, squashfs: &Path, rounds: usize, report: &mut Report) {
             unpacked.push(took.1);
         }
     }
-    let limit = Bound::Limit { limit: 0.05, aim: None };
+    let limit = Bound::Limit(0.05);
     report.add("prepare by overlay, against unsquashfs", Unit::Times, ratios(&ours, &unpacked), limit);
     report.add("prepare by overlay", Unit::Milliseconds, ours, Bound::Information);
 }
@@ -105,7 +107,7 @@ fn packing(dir: &Path, rounds: usize, report: &mut Report) {
     let script = "rm -f $0 && exec mksquashfs $1 $0 -noappend -quiet -no-progress -xattrs -comp gzip -processors $2";
     bare.args(["-c", script]).args([&archive, &tree]).arg(processors);
     let [ours, bare] = in_turns(rounds, [&mut ours, &mut bare]);
-    let limit = Bound::Limit { limit: 1.03, aim: None };
+    let limit = Bound::Limit(1.03);
     report.add("package, against mksquashfs", Unit::Times, ratios(&ours, &bare), limit);
 }
 
@@ -121,7 +123,7 @@ fn uploading(dir: &Path, squashfs: &Path, rounds: usize, report: &mut Report) {
     let [ours, curl, checksum] = in_turns(rounds, [&mut ours, &mut curl, &mut checksum]);
     let raw: Vec<_> = curl.iter().zip(&checksum).map(|(put, sum)| put + sum).collect();
     // As fast as nine tenths of it.
-    let limit = Bound::Limit { limit: 1.0 / 0.9, aim: None };
+    let limit = Bound::Limit(1.0 / 0.9);
     report.add("upload, against md5sum and curl one after the other", Unit::Times, ratios(&ours, &raw), limit);
     report.add("upload, against curl alone", Unit::Times, ratios(&ours, &curl), Bound::Information);
 }
@@ -157,6 +159,6 @@ fn customizing(dir: &Path, rounds: usize, report: &mut Report) {
         ssh("touch /tmp/failed");
         assert_eq!(child.unwrap().wait().unwrap().code(), Some(1));
     }
-    let limit = Bound::Limit { limit: 1000.0, aim: None };
+    let limit = Bound::Limit(1000.0);
     report.add("customize a squashfs, until the first ssh has ended", Unit::Milliseconds, took, limit);
 }

@@ -47,22 +47,9 @@ impl Unit {
 
 #[derive(Clone, Copy)]
 pub enum Bound {
-    /// What the median must not exceed, and what it is meant to stay below.
-    Limit {
-        limit: f64,
-        aim: Option<f64>,
-    },
+    /// What the median must not exceed.
+    Limit(f64),
     Information,
-}
-
-/// What one is to stay below.
-pub fn limit(limit: f64) -> Bound {
-    Bound::Limit { limit, aim: None }
-}
-
-/// A heading on the terminal alone; the page has the group's.
-pub fn title(title: &str) {
-    println!("\n{title}");
 }
 
 /// One figure.
@@ -97,7 +84,7 @@ impl Report {
 
     /// All that is added from here on belongs to a group of this heading.
     pub fn section(&mut self, heading: &'static str) {
-        title(heading);
+        println!("\n{heading}");
         self.sections.push(Section { heading, rows: Vec::new(), notes: Vec::new(), plots: Vec::new() });
     }
 
@@ -111,11 +98,10 @@ impl Report {
         let median = summary.median();
         let judgement = match bound {
             Bound::Information => String::new(),
-            Bound::Limit { limit, aim } => {
+            Bound::Limit(limit) => {
                 self.missed_by_far |= median > limit * 1.5;
                 let reached = if median <= limit { "reached" } else { "MISSED" };
-                let aim = aim.map(|aim| format!(", aim {aim}: {}", if median <= aim { "reached" } else { "not yet" }));
-                format!("≤ {} {}: {reached}{}", number(limit), unit.label(), aim.unwrap_or_default())
+                format!("≤ {} {}: {reached}", number(limit), unit.label())
             }
         };
         let spread = page::spread(&summary);

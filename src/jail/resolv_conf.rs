@@ -68,20 +68,10 @@ pub struct Lender {
 }
 
 /// A build environment, where nothing can be mounted.
-const ENVIRONMENT: Lender = Lender { aside: ".ims-sshd.resolv.conf", note: ".ims-sshd.resolv-conf" };
+pub const ENVIRONMENT: Lender = Lender { aside: ".ims-sshd.resolv.conf", note: ".ims-sshd.resolv-conf" };
 
 /// A sidecar, for sessions of any kind.
 pub const SIDECAR: Lender = Lender { aside: ".ims-sshd.sidecar.resolv.conf", note: ".ims-sshd.sidecar.resolv-conf" };
-
-/// [`Lender::lend`] of a build environment.
-pub fn lend(image_root: &Tree, note_folder: &Tree, text: &[u8]) -> Result<()> {
-    ENVIRONMENT.lend(image_root, note_folder, text)
-}
-
-/// [`Lender::take_back`] of a build environment.
-pub fn take_back(image_root: &Tree, note_folder: &Tree) -> Result<Option<bool>> {
-    ENVIRONMENT.take_back(image_root, note_folder)
-}
 
 impl Lender {
     /// Puts `text` in the place of the image's own, and the image's own aside. Noted before it is done.
@@ -170,32 +160,32 @@ mod tests {
         let etc = dir.path().join("etc");
         let file = etc.join("resolv.conf");
         std::fs::create_dir(&etc).unwrap();
-        assert_eq!(take_back(&tree, &tree).unwrap(), None, "nothing was lent");
+        assert_eq!(ENVIRONMENT.take_back(&tree, &tree).unwrap(), None, "nothing was lent");
 
         symlink("/run/netconfig/resolv.conf", &file).unwrap();
         let state =
             |path: &Path| std::fs::symlink_metadata(path).map(|m| (m.ino(), m.mtime(), m.mtime_nsec())).unwrap();
         let before = (state(&etc), state(&file));
-        lend(&tree, &tree, b"container's").unwrap();
+        ENVIRONMENT.lend(&tree, &tree, b"container's").unwrap();
         assert_eq!(std::fs::read(&file).unwrap(), b"container's");
-        assert_eq!(take_back(&tree, &tree).unwrap(), Some(false));
+        assert_eq!(ENVIRONMENT.take_back(&tree, &tree).unwrap(), Some(false));
         assert_eq!((state(&etc), state(&file)), before);
 
-        lend(&tree, &tree, b"container's").unwrap();
+        ENVIRONMENT.lend(&tree, &tree, b"container's").unwrap();
         std::fs::write(&file, "edited").unwrap();
-        assert_eq!(take_back(&tree, &tree).unwrap(), Some(true));
+        assert_eq!(ENVIRONMENT.take_back(&tree, &tree).unwrap(), Some(true));
         assert_eq!(std::fs::read(&file).unwrap(), b"edited");
         assert_eq!(std::fs::read_dir(&etc).unwrap().count(), 1, "nothing of ours stays beside it");
 
         // Killed between the two steps.
-        lend(&tree, &tree, b"container's").unwrap();
+        ENVIRONMENT.lend(&tree, &tree, b"container's").unwrap();
         std::fs::remove_file(&file).unwrap();
-        assert_eq!(take_back(&tree, &tree).unwrap(), Some(false));
+        assert_eq!(ENVIRONMENT.take_back(&tree, &tree).unwrap(), Some(false));
         assert_eq!(std::fs::read(&file).unwrap(), b"edited");
 
         std::fs::remove_file(&file).unwrap();
-        lend(&tree, &tree, b"container's").unwrap();
-        assert_eq!(take_back(&tree, &tree).unwrap(), Some(false));
+        ENVIRONMENT.lend(&tree, &tree, b"container's").unwrap();
+        assert_eq!(ENVIRONMENT.take_back(&tree, &tree).unwrap(), Some(false));
         assert!(!file.exists(), "there was none");
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "the note is gone");
     }
@@ -209,10 +199,10 @@ mod tests {
         std::fs::create_dir(&etc).unwrap();
         std::fs::write(&file, "image's").unwrap();
         SIDECAR.lend(&tree, &tree, b"pod's").unwrap();
-        assert_eq!(take_back(&tree, &tree).unwrap(), None, "an environment that begins");
-        lend(&tree, &tree, b"container's").unwrap();
+        assert_eq!(ENVIRONMENT.take_back(&tree, &tree).unwrap(), None, "an environment that begins");
+        ENVIRONMENT.lend(&tree, &tree, b"container's").unwrap();
         assert_eq!(std::fs::read(&file).unwrap(), b"container's");
-        assert_eq!(take_back(&tree, &tree).unwrap(), Some(false));
+        assert_eq!(ENVIRONMENT.take_back(&tree, &tree).unwrap(), Some(false));
         assert_eq!(std::fs::read(&file).unwrap(), b"pod's");
         assert_eq!(SIDECAR.take_back(&tree, &tree).unwrap(), Some(false));
         assert_eq!(std::fs::read(&file).unwrap(), b"image's");

@@ -187,7 +187,7 @@ const RESOLV_CONF_EDITED: &str = "a session edited /etc/resolv.conf: its text is
 
 /// Removes what was noted, by this environment or by an earlier one that was killed. Returns whether there was anything.
 pub fn clear_image_root(image_root: &Tree, note_folder: &Tree) -> Result<bool> {
-    let lent = resolv_conf::take_back(image_root, note_folder)?;
+    let lent = resolv_conf::ENVIRONMENT.take_back(image_root, note_folder)?;
     if lent == Some(true) {
         tracing::info!("{RESOLV_CONF_EDITED}");
     }
@@ -209,7 +209,7 @@ pub fn clear_image_root(image_root: &Tree, note_folder: &Tree) -> Result<bool> {
 fn prepare_files(wanted: &Wanted<'_>, state: &StateFolder, resolv_conf: Option<&[u8]>) -> Result<Option<PathBuf>> {
     if wanted.tier == Tier::Chroot {
         if let Some(text) = resolv_conf {
-            resolv_conf::lend(wanted.image_root, wanted.note_folder, text)?;
+            resolv_conf::ENVIRONMENT.lend(wanted.image_root, wanted.note_folder, text)?;
         }
         let folder = state.sftp();
         let copy = || -> std::io::Result<()> {

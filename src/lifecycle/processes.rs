@@ -86,11 +86,7 @@ fn end(find: impl Fn() -> Vec<Entry>) -> Result<()> {
         reap();
         let left: Vec<Entry> = find().into_iter().filter(|e| e.state != 'Z').collect();
         if left.is_empty() {
-            // Whoever has just ended may have left children, which are this process's now.
-            if reap().is_empty() {
-                return Ok(());
-            }
-            continue;
+            return Ok(());
         }
         let kill_now = began.elapsed() > TERM_TIME;
         let handles = left.iter().filter_map(|entry| {

@@ -11,11 +11,10 @@ use crate::lifecycle::signal_files::SignalFiles;
 use crate::publish::journal::{MOST_PARTS, Upload};
 use crate::publish::progress::Progress;
 use crate::publish::store::{Description, Store};
-use crate::publish::work::{Fault, Work, in_full, patiently};
+use crate::publish::work::{AT_A_TIME, Fault, Work, in_full, patiently};
 
-/// As much as goes in one request, and how many do at a time. All that is in memory.
+/// As much as goes in one request. What is under way is in memory.
 pub const PART: u64 = 16 << 20;
-const AT_A_TIME: usize = 3;
 
 /// Who sends it, and where to.
 pub struct Sender<'a> {
@@ -121,12 +120,12 @@ impl Sender<'_> {
             .filter(|number| !matches!(upload.parts.get(*number), Some(Some(_))))
             .collect::<Vec<_>>()
             .into_iter();
-        let there = upload.parts.iter().flatten().count() as u64 * part;
+        let there = upload.parts.iter().flatten().count() as u64;
         if there > 0 {
-            tracing::info!("{} parts are there already, and {} are missing", there / part, missing.len());
+            tracing::info!("{there} parts are there already, and {} are missing", missing.len());
         }
         let mut progress = Progress::begin("uploading", Some(object.size));
-        progress.at(there);
+        progress.at(there * part);
         let mut sending = JoinSet::new();
         loop {
             if sending.len() < AT_A_TIME

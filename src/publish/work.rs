@@ -57,8 +57,8 @@ impl From<reqwest::Error> for Fault {
     }
 }
 
-/// As many as parts are sent at a time.
-const THREADS: usize = 3;
+/// How many requests of one kind are under way at a time, each worked on by a thread.
+pub const AT_A_TIME: usize = 3;
 
 impl Work {
     /// Holds SIGTERM and SIGINT back from here on: as the first process of a container a program dies of none by itself.
@@ -66,7 +66,7 @@ impl Work {
         // Before the threads, which would die of them: they begin with this one's mask.
         let signals = Signals::hold(&[Signal::SIGTERM, Signal::SIGINT]).attempt(|| "hold back signals")?;
         // What is sent is signed and encrypted, which is more than one processor's work.
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(THREADS).enable_all().build();
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(AT_A_TIME).enable_all().build();
         Ok(Self {
             runtime: runtime.attempt(|| "start an event loop")?,
             client: OnceCell::new(),
