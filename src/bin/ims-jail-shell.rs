@@ -24,6 +24,8 @@ Makes a jail around an image root, or enters it. Started by ims-sshd and by sshd
       the supervisor. Its mount namespace begins as a copy of NAMESPACE, else of the container's
   ims-jail-shell session JAIL
       enter the jail and carry out SSH_ORIGINAL_COMMAND, or start a login shell
+  ims-jail-shell -c LINE
+      as the shell that sshd starts: the forced command 'exec ims-jail-shell session JAIL'
   ims-jail-shell enter JAIL [-- PROGRAM [ARGUMENT]...]
       enter the jail and run a program of the image, or a login shell
   ims-jail-shell try JAIL
@@ -46,6 +48,10 @@ fn command(words: &[OsString]) -> Option<Command> {
     match (name.to_str()?, words) {
         ("init", options) => init_plan(options).map(Command::Init),
         ("session", [jail]) => Some(Command::Session(jail.into())),
+        ("-c", [line]) => match shell_words::split(line.to_str()?).ok()?.as_slice() {
+            [exec, _, session, jail] if exec == "exec" && session == "session" => Some(Command::Session(jail.into())),
+            _ => None,
+        },
         ("enter", [jail]) => Some(Command::Enter(jail.into(), Vec::new())),
         ("enter", [jail, dashes, program @ ..]) if dashes == "--" => {
             Some(Command::Enter(jail.into(), program.to_vec()))

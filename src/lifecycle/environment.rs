@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 
 use crate::error::{Advise, Attempt, Error, Result};
 use crate::jail::architecture::Architecture;
+use crate::jail::tier::Tier;
 use crate::lifecycle::open_jail::{self, OpenJail, Wanted};
 use crate::lifecycle::processes;
 use crate::lifecycle::settings::Settings;
@@ -15,6 +16,7 @@ use crate::lifecycle::tier::{self, Choice};
 use crate::sshd::config;
 use crate::sshd::daemon::Daemon;
 use crate::sshd::effective::{Effective, Question};
+use crate::sshd::login_shell::LoginShell;
 use crate::sshd::sftp_server;
 use crate::sys::tree::{Tree, kind_of};
 use crate::verdict::Verdict;
@@ -148,6 +150,13 @@ fn force_command(state: &StateFolder) -> Result<String> {
     // `exec`: the login shell makes way, so that sshd sees the helper's end as its own, a death by signal too.
     let words = ["exec", &program.to_string_lossy(), "session", &state.jail().to_string_lossy()].map(str::to_owned);
     Ok(shell_words::join(words))
+}
+
+/// The shell that sshd is to find for root, so that no shell of the container has part in a session in a jail of this kind; `None` where
+/// no mount namespace can be made for sshd.
+pub fn login_shell(jail: &Choice, state: &StateFolder) -> Result<Option<LoginShell>> {
+    let shell = || Ok(LoginShell { program: open_jail::program()?, passwd: state.passwd() });
+    (jail.tier == Tier::Namespace).then(shell).transpose()
 }
 
 /// Makes the jail.

@@ -85,6 +85,11 @@ impl StateFolder {
         self.path.join("sshd.conf")
     }
 
+    /// The copy of the container's /etc/passwd that sshd sees.
+    pub fn passwd(&self) -> PathBuf {
+        self.path.join("passwd")
+    }
+
     /// Which process sshd's listener is.
     pub fn sshd(&self) -> PathBuf {
         self.path.join("sshd")

@@ -435,7 +435,9 @@ impl<F: FnOnce()> Supervisor<F> {
 
     fn start_sshd(&mut self) -> Result<()> {
         let Some(effective) = &self.effective else { return Ok(()) };
-        let daemon = Daemon::start(&self.settings.sshd, effective)?;
+        let jail = self.groundwork.as_ref().and_then(|groundwork| groundwork.jail.as_ref());
+        let shell = jail.map(|jail| environment::login_shell(jail, &self.state)).transpose()?.flatten();
+        let daemon = Daemon::start(&self.settings.sshd, effective, shell.as_ref())?;
         daemon.note(&self.state.sshd())?;
         tracing::info!(pid = daemon.pid.as_raw(), "sshd is listening");
         self.daemon = Some(daemon);

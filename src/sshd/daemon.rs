@@ -12,6 +12,7 @@ use nix::unistd::{Pid, getpid};
 use crate::error::{Attempt, Error, Result};
 use crate::sshd;
 use crate::sshd::effective::Effective;
+use crate::sshd::login_shell::LoginShell;
 use crate::sshd::options::Options;
 use crate::sys::process::{Entry, Identity, own_descendants};
 
@@ -28,9 +29,9 @@ pub struct Daemon {
 const TIME_TO_LISTEN: Duration = Duration::from_secs(10);
 
 impl Daemon {
-    /// Starts `sshd $SSHD_OPTIONS` and waits until it listens on all addresses of its configuration that this machine has.
-    /// This process has to be a subreaper (or PID 1), whose child the daemon becomes.
-    pub fn start(options: &Options, effective: &Effective) -> Result<Self> {
+    /// Starts `sshd $SSHD_OPTIONS`, which finds `shell` for root, and waits until it listens on all addresses of its configuration that
+    /// this machine has. This process has to be a subreaper (or PID 1), whose child the daemon becomes.
+    pub fn start(options: &Options, effective: &Effective, shell: Option<&LoginShell>) -> Result<Self> {
         let line = format!("sshd {}", shell_words::join(&options.words));
         let attempted = || format!("start {line}");
         let log_start = options.log.as_deref().and_then(|log| std::fs::metadata(log).ok()).map_or(0, |m| m.len());
@@ -47,13 +48,16 @@ impl Daemon {
         };
         // What is there before is not the listener: connections outlive theirs, and are then children of this process too.
         let before = Self::children();
-        let started = Command::new(sshd::program()?)
-            .args(&options.words)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .output()
-            .attempt(attempted)?;
+        let mut sshd = Command::new(sshd::program()?);
+        sshd.args(&options.words).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        // By a thread of its own, whose mounts are another's where sshd's have to be.
+        let started = std::thread::scope(|scope| {
+            let start = || {
+                shell.map_or(Ok(()), LoginShell::put_in_place)?;
+                sshd.output().attempt(attempted)
+            };
+            scope.spawn(start).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })?;
         if !started.status.success() {
             return Err(complaint(one_line(&String::from_utf8_lossy(&started.stderr))));
         }

@@ -3,6 +3,7 @@
 pub mod config;
 pub mod daemon;
 pub mod effective;
+pub mod login_shell;
 pub mod options;
 pub mod sftp_server;
 

@@ -79,6 +79,11 @@ pub fn make_all_private() -> io::Result<()> {
     set_attributes(CWD, c"/", MountAttrFlags::empty(), libc::MS_PRIVATE, true)
 }
 
+/// Has every mount of this namespace follow what is done to the one it is a copy of, and not the other way round.
+pub fn make_all_followers() -> io::Result<()> {
+    set_attributes(CWD, c"/", MountAttrFlags::empty(), libc::MS_SLAVE, true)
+}
+
 /// Puts `mount` on this namespace's root, where it is seen by nobody yet. Returns the mount's own root, for [`switch_root`].
 pub fn cover_root(mount: Detached) -> io::Result<OwnedFd> {
     mount.attach(own_root()?)

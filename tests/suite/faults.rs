@@ -164,10 +164,10 @@ impl Gate {
     }
 }
 
-/// Everything that a test's thread has started: its mount namespace is nobody else's, and no process leaves it but into the jail,
+/// Everything that a test's thread has started: its UTS namespace is nobody else's, and no process leaves it but into the jail,
 /// where its root is the image root.
 struct Household {
-    mounts: PathBuf,
+    uts: PathBuf,
     image_device: u64,
     image_root: PathBuf,
 }
@@ -179,8 +179,9 @@ impl Household {
         if profile.exists() {
             succeed(Command::new("mount").args(["--bind", "/dev/null"]).arg(profile));
         }
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWUTS).unwrap();
         Self {
-            mounts: std::fs::read_link("/proc/thread-self/ns/mnt").unwrap(),
+            uts: std::fs::read_link("/proc/thread-self/ns/uts").unwrap(),
             image_device: std::fs::metadata(&volume.image_root).unwrap().dev(),
             image_root: volume.image_root.clone(),
         }
@@ -193,8 +194,8 @@ impl Household {
         let mut all = Entry::all();
         all.retain(|e| {
             let within = |name| device(e, name) == Some(self.image_device);
-            let mounts = std::fs::read_link(format!("/proc/{}/ns/mnt", e.pid)).ok();
-            e.state != 'Z' && (mounts.as_ref() == Some(&self.mounts) || within("root") || within("cwd"))
+            let uts = std::fs::read_link(format!("/proc/{}/ns/uts", e.pid)).ok();
+            e.state != 'Z' && (uts.as_ref() == Some(&self.uts) || within("root") || within("cwd"))
         });
         all
     }

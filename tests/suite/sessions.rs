@@ -247,6 +247,32 @@ fn nothing_of_the_containers_variables_comes_in() {
 }
 
 #[test]
+fn a_shell_of_the_container_has_no_part_in_a_jailed_session() {
+    for (mode, tier, shell, code, heard) in [
+        (Mode::Plain, "auto", "/bin/bash", 0, true),
+        (Mode::Plain, "auto", "/usr/sbin/nologin", 1, false),
+        // In this tier no mount namespace can be made for sshd, and the container's shell makes way for the helper.
+        (Mode::Jailed, "user", "/bin/bash", 0, true),
+        (Mode::Jailed, "namespace", "/bin/bash", 0, false),
+        (Mode::Jailed, "namespace", "/usr/sbin/nologin", 0, false),
+    ] {
+        let volume = Volume::new(Image::Busybox);
+        let home = volume.dir.path().join("home");
+        std::fs::create_dir(&home).unwrap();
+        std::fs::write(home.join(".bashrc"), "echo noise").unwrap();
+        replace_root(&volume, &home, shell);
+        let environment = volume.start_with(mode, &[("IMS_JAIL_TIER", tier)]).ready();
+        let output = environment.run("exit 0");
+        let said = text(output.stdout);
+        assert_eq!((output.status.code(), said == "noise\n"), (Some(code), heard), "{mode:?} {tier} {shell}: {said}");
+        // In the container root is who it was.
+        assert!(succeed(Command::new("getent").args(["passwd", "root"])).trim_end().ends_with(shell));
+        drop(environment);
+        succeed(Command::new("umount").arg("/etc/passwd"));
+    }
+}
+
+#[test]
 fn an_image_without_roots_shell_falls_back_and_one_without_any_says_so() {
     let volume = Volume::new(Image::Busybox);
     std::fs::write(volume.image_root.join("etc/passwd"), "root:x:0:0::/nowhere:/bin/zsh\n").unwrap();

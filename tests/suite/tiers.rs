@@ -180,11 +180,22 @@ fn what_is_mounted_later_is_seen_where_it_is_mounted_alone() {
         let variables = [("IMS_JAIL_TIER", tier), ("JOB_ENABLE_DKMS", "True")];
         let environment = volume.start_with(Mode::Jailed, &variables).ready();
         let before = (mounted_inside(&environment), new_mounts(&[]));
-        for place in [&environment.image_root.join("outside"), Path::new("/sys/kernel"), Path::new("/dev/shm")] {
+        let outside = environment.image_root.join("outside");
+        for place in [&outside, Path::new("/sys/kernel"), Path::new("/dev/shm")] {
             mount_tmpfs(place);
         }
         assert_eq!(mounted_inside(&environment), before.0, "{tier}");
         assert_eq!(new_mounts(&before.1).len(), 3);
+        // sshd has mounts of its own, but not such that a volume of the container would stay busy.
+        let sshd = std::fs::read_to_string(environment.state_folder().join("sshd")).unwrap();
+        let seen_by_sshd = || {
+            let mounts = std::fs::read(format!("/proc/{}/mountinfo", sshd.split(' ').next().unwrap())).unwrap();
+            mount_points(&mounts).contains(&outside)
+        };
+        assert!(seen_by_sshd());
+        succeed(Command::new("umount").arg(&outside));
+        assert!(!seen_by_sshd());
+        mount_tmpfs(&outside);
         environment.says("for place in /inside /sys/kernel /dev/shm; do mount -t tmpfs tmpfs $place; done");
         assert_eq!(mounted_inside(&environment).len(), before.0.len() + 3, "{tier}");
         assert_eq!(new_mounts(&before.1).len(), 3, "{tier}");
