@@ -36,8 +36,8 @@ pub fn connections(runs: usize, report: &mut Report) {
         report.add(&format!("{kind}, jailed − ChrootDirectory"), Unit::Milliseconds, more, Bound::Information);
     }
     report.note(
-        "In a jail the container's shell, which sshd starts as after a plain login, becomes `ims-jail-shell`, which starts the image's shell: \
-         one program and one shell more.",
+        "For a plain login sshd starts the container's shell; in a jail it starts `ims-jail-shell`, which starts the image's shell: one \
+         program more.",
     );
     report.bars(BarChart {
         file: "connections",
