@@ -119,7 +119,7 @@ fn a_stopped_container_ends_in_order_and_in_time() {
     let began = Instant::now();
     succeed(&mut podman(&["stop", "--time=20", &pod.container("sshd")]));
     let took = began.elapsed();
-    assert!(took < Duration::from_secs(3), "it took {took:?}");
+    assert!(took < Duration::from_secs(10), "it took {took:?}");
     assert_eq!(pod.end("sshd"), 143);
     assert_eq!(pod.end("sidecar"), 0);
     assert!(!session.wait().unwrap().success());

