@@ -375,19 +375,24 @@ fn keys_do_to_a_command_what_they_do_to_it_plain() {
     }
 }
 
+const ONE_TO_BE_STOPPED: &str = "echo \"here \"we are; cat; exit 6";
+
+fn goes_on_after_the_stop_key(mut terminal: Terminal) {
+    terminal.see("here we are\r\n");
+    terminal.key('z');
+    terminal.see("^Z");
+    terminal.line("a line");
+    terminal.see("a line\r\n");
+    terminal.see("a line\r\n");
+    terminal.key('d');
+    assert_eq!(terminal.end().0, 6);
+}
+
 #[test]
 fn a_command_that_nobody_could_continue_is_not_stopped() {
     for environment in open_both() {
         let seconds = long(&environment, 4);
-        let mut terminal = Terminal::running(&environment, "echo \"here \"we are; cat; exit 6");
-        terminal.see("here we are\r\n");
-        terminal.key('z');
-        terminal.see("^Z");
-        terminal.line("a line");
-        terminal.see("a line\r\n");
-        terminal.see("a line\r\n");
-        terminal.key('d');
-        assert_eq!(terminal.end().0, 6);
+        goes_on_after_the_stop_key(Terminal::running(&environment, ONE_TO_BE_STOPPED));
 
         // Nor one that stops itself with the terminal's signals.
         let stops = format!("kill -TSTP $$; kill -TTIN $$; kill -TTOU $$; echo goes on; exit 7; sleep {seconds}");
@@ -689,14 +694,6 @@ fn a_program_in_an_image_root_is_a_job_of_the_shell_it_was_started_from() {
 
     // Nor is one stopped that no shell is there to continue.
     let mut alone = Command::new(IMS_SSHD);
-    alone.arg("enter").arg(&volume.image_root).args(["--", "sh", "-c", "echo \"here \"we are; cat; exit 6"]);
-    let mut terminal = Terminal::with(&alone);
-    terminal.see("here we are\r\n");
-    terminal.key('z');
-    terminal.see("^Z");
-    terminal.line("a line");
-    terminal.see("a line\r\n");
-    terminal.see("a line\r\n");
-    terminal.key('d');
-    assert_eq!(terminal.end().0, 6);
+    alone.arg("enter").arg(&volume.image_root).args(["--", "sh", "-c", ONE_TO_BE_STOPPED]);
+    goes_on_after_the_stop_key(Terminal::with(&alone));
 }
