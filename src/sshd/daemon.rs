@@ -14,7 +14,7 @@ use crate::sshd;
 use crate::sshd::effective::Effective;
 use crate::sshd::login_shell::LoginShell;
 use crate::sshd::options::Options;
-use crate::sys::process::{Entry, Identity, own_descendants};
+use crate::sys::process::{Entry, Identity, output_within, own_descendants};
 
 /// The listening sshd. Its connections and sessions go on when it ends.
 #[derive(Debug)]
@@ -48,13 +48,14 @@ impl Daemon {
         };
         // What is there before is not the listener: connections outlive theirs, and are then children of this process too.
         let before = Self::children();
-        let mut sshd = Command::new(sshd::program()?);
-        sshd.args(&options.words).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        let mut command = Command::new(sshd::program()?);
+        command.args(&options.words).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         // By a thread of its own, whose mounts are another's where sshd's have to be.
         let started = std::thread::scope(|scope| {
             let start = || {
                 shell.map_or(Ok(()), LoginShell::put_in_place)?;
-                sshd.output().attempt(attempted)
+                let sshd = command.spawn().attempt(attempted)?;
+                output_within(sshd, sshd::TIME_LIMIT).attempt(attempted)?.ok_or_else(|| sshd::late(attempted()))
             };
             scope.spawn(start).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })?;

@@ -5,6 +5,7 @@ use std::process::{Child, Command, Stdio};
 use crate::error::{Attempt, Error, Result};
 use crate::session::environment::matches;
 use crate::sshd;
+use crate::sys::process::output_within;
 
 /// A sshd that was asked and has not answered yet. It takes its ten milliseconds; several think at once.
 pub struct Question {
@@ -29,7 +30,9 @@ impl Question {
 
     /// Waits for the answer. sshd's own complaint is the error's cause.
     pub fn answer(self) -> Result<Effective> {
-        let output = self.sshd.wait_with_output().attempt(|| &self.attempted)?;
+        let Some(output) = output_within(self.sshd, sshd::TIME_LIMIT).attempt(|| &self.attempted)? else {
+            return Err(sshd::late(self.attempted));
+        };
         if output.status.success() {
             return Ok(Effective::parse(&output.stdout));
         }

@@ -7,12 +7,24 @@ pub mod login_shell;
 pub mod options;
 pub mod sftp_server;
 
+use std::time::Duration;
+
 use rustix::thread::CapabilitySet;
 
 use crate::error::{Advise, Attempt, Error, Result};
 
 /// Where distributions install sshd, which wants to be started by an absolute path.
 const SSHD_PLACES: [&str; 3] = ["/usr/sbin/sshd", "/usr/local/sbin/sshd", "/sbin/sshd"];
+
+/// sshd answers, and goes into the background, within milliseconds. What it opens or asks for on the way may keep it for ever: a fifo, a
+/// name server that is gone.
+const TIME_LIMIT: Duration = Duration::from_secs(20);
+
+fn late(attempted: String) -> Error {
+    Error::new(attempted)
+        .because(format!("it was not done after {} s", TIME_LIMIT.as_secs()))
+        .advise("see what it waits for: a name in ListenAddress, a file of its configuration that cannot be read")
+}
 
 /// The server's program.
 pub fn program() -> Result<&'static str> {

@@ -8,6 +8,7 @@ use std::io::{self, Read};
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::process::{Child, Output};
 use std::time::Duration;
 
 use nix::sched::CloneFlags;
@@ -168,6 +169,20 @@ impl Handle {
         let signal = rustix::process::Signal::from_named_raw(signal as i32).ok_or(io::ErrorKind::InvalidInput)?;
         rustix::process::pidfd_send_signal(&self.fd, signal).map_err(Into::into)
     }
+}
+
+/// What a child whose output is piped has printed once it has ended; `None` if it did not within `limit`, and was killed.
+pub fn output_within(child: Child, limit: Duration) -> io::Result<Option<Output>> {
+    let identity = Identity::of(Pid::from_raw(child.id().cast_signed())).ok_or(io::ErrorKind::NotFound)?;
+    std::thread::scope(|scope| {
+        let is_late = scope.spawn(move || {
+            // One that has ended already cannot be opened.
+            let late = Handle::open(identity).ok().filter(|handle| !handle.ends_within(limit));
+            late.is_some_and(|handle| handle.signal(Signal::SIGKILL).is_ok())
+        });
+        let output = child.wait_with_output()?;
+        Ok((!is_late.join().unwrap_or(false)).then_some(output))
+    })
 }
 
 /// What /proc tells of one process.

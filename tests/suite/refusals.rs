@@ -75,6 +75,17 @@ fn a_configuration_that_sshd_does_not_accept_is_refused_in_sshds_words() {
 }
 
 #[test]
+fn a_configuration_that_sshd_does_not_come_to_the_end_of_is_refused_in_time() {
+    let volume = Volume::new(Image::Busybox);
+    let fifo = volume.dir.path().join("fifo.conf");
+    succeed(Command::new("mkfifo").arg(&fifo));
+    let config = std::fs::read_to_string(&volume.config).unwrap();
+    std::fs::write(&volume.config, format!("{config}Include {}\n", fifo.display())).unwrap();
+    let reason = "cannot have sshd check its configuration";
+    refused(volume, Mode::Jailed, &[], 1, &[reason, "it was not done after 20 s"]);
+}
+
+#[test]
 fn a_configuration_that_leads_past_the_helper_is_refused() {
     for (options, reason) in [
         ("-o PermitUserEnvironment=yes", "sshd's effective permituserenvironment for root is 'yes'"),
