@@ -17,8 +17,12 @@ use crate::verdict::Verdict;
 /// A shell that was hung up writes its history and goes; one that does not go by then is not waited for.
 const HANG_UP_TIME: Duration = Duration::from_secs(2);
 
-/// A client whose connection stands may be between two commands of one task, as Ansible is without pipelining.
+/// A client whose connection stands may be between two commands of one task, as Ansible is without pipelining; and sshd has an exit code to
+/// send.
 const QUIET_TIME: Duration = Duration::from_millis(250);
+
+/// How often one looks whether sshd has noticed that a session has ended: of that no event tells.
+const LOOK_EVERY: Duration = Duration::from_millis(10);
 
 /// The wait for sessions to end.
 pub struct Farewell {
@@ -26,8 +30,8 @@ pub struct Farewell {
     deadline: Instant,
     /// Leaders of sessions at a terminal, which were hung up.
     hung_up: Vec<Pid>,
-    /// When the last session was seen.
-    quiet_since: Instant,
+    /// Since when no session is running, and each client could hear how its own has ended; nothing as long as that is not so.
+    quiet_since: Option<Instant>,
     /// Their ends wake the event loop.
     watched: Vec<Handle>,
 }
@@ -77,29 +81,30 @@ impl Farewell {
     /// Waits for `grace` at the most. `hung_up` are those that [`hang_up`] told.
     pub fn start(grace: Duration, hung_up: Vec<Pid>) -> Self {
         let began = Instant::now();
-        Self { began, deadline: began + grace, hung_up, quiet_since: began, watched: Vec::new() }
+        Self { began, deadline: began + grace, hung_up, quiet_since: None, watched: Vec::new() }
     }
 
     /// Looks at what is running. `script` says whether the customization script is.
     pub fn look(&mut self, listener: Option<Pid>, script: bool) -> Progress {
         let now = Instant::now();
-        let Running { connections, mut sessions } = running(listener);
+        let Running { connections, mut sessions, unheard } = running(listener);
         if now >= self.began + HANG_UP_TIME {
             sessions.retain(|e| !self.hung_up.contains(&e.pid));
         }
         self.watched = sessions.iter().chain(&connections).filter_map(|e| Handle::open(e.identity()).ok()).collect();
-        if !sessions.is_empty() || script {
-            self.quiet_since = now;
-        }
-        // No connection, no next command; and nobody was here when the verdict came from outside.
-        let next = if sessions.is_empty() && !script {
-            let enough = self.quiet_since + QUIET_TIME;
+        let next = if !sessions.is_empty() || script {
+            self.quiet_since = None;
+            (self.began + HANG_UP_TIME).max(now + Duration::from_millis(100))
+        } else if unheard > 0 {
+            self.quiet_since = None;
+            now + LOOK_EVERY
+        } else {
+            let enough = *self.quiet_since.get_or_insert(now) + QUIET_TIME;
+            // No connection, no next command.
             if connections.is_empty() || now >= enough {
                 return Progress::Idle;
             }
             enough
-        } else {
-            (self.began + HANG_UP_TIME).max(now + Duration::from_millis(100))
         };
         if now >= self.deadline {
             for session in &sessions {

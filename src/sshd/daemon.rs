@@ -188,6 +188,8 @@ pub struct Running {
     pub connections: Vec<Entry>,
     /// The first process of each session: the login shell, command, `ims-jail-shell` or internal sftp server.
     pub sessions: Vec<Entry>,
+    /// Sessions of whose end sshd has taken no note yet, and so neither have their clients.
+    pub unheard: usize,
 }
 
 /// What runs below this process. Sessions are children of connections; those of a listener that has ended count too.
@@ -195,9 +197,11 @@ pub fn running(listener: Option<Pid>) -> Running {
     let own = own_descendants();
     let is_sshd = |pid: Pid| own.iter().any(|e| e.pid == pid && e.name.starts_with("sshd"));
     let mut running = Running::default();
-    for entry in own.iter().filter(|e| e.state != 'Z' && Some(e.pid) != listener) {
+    for entry in own.iter().filter(|e| Some(e.pid) != listener) {
         let within_sshd = is_sshd(entry.parent);
-        if !entry.name.starts_with("sshd") {
+        if entry.state == 'Z' {
+            running.unheard += usize::from(within_sshd && Some(entry.parent) != listener);
+        } else if !entry.name.starts_with("sshd") {
             if within_sshd {
                 running.sessions.push(entry.clone());
             }

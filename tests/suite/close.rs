@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use ims_sshd::sys::process::{Entry, descendants};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -263,6 +264,34 @@ fn a_connection_without_a_session_holds_the_close_for_a_moment_only() {
         assert_eq!(environment.complete(), 0, "{mode:?}");
         assert!(began.elapsed() < Duration::from_secs(10), "{mode:?}: {:?}", began.elapsed());
         eprintln!("{mode:?}: {:?} for a close with a kept connection", began.elapsed());
+    }
+}
+
+#[test]
+fn a_client_hears_how_its_command_ended_however_late_its_sshd_does() {
+    for mode in MODES {
+        let mut environment = Volume::new(Image::Busybox).start_with(mode, &[("IMS_CLOSE_GRACE", "25")]).ready();
+        let go = environment.image_root.join("go");
+        let seen = if mode == Mode::Jailed { "/go".into() } else { go.display().to_string() };
+        let command = format!("echo begun; until [ -e {seen} ]; do sleep 0.02; done; echo finished; exit 7");
+        let mut client = environment.ssh(&[]).arg(command).stdout(Stdio::piped()).spawn().unwrap();
+        let mut first = [0; 6];
+        std::io::Read::read_exact(client.stdout.as_mut().unwrap(), &mut first).unwrap();
+        environment.touch("complete");
+        logged(&environment, "closing: sshd takes no new connections");
+        let entrypoint = Pid::from_raw(environment.entrypoint.id().cast_signed());
+        let of_sshd = || descendants(&Entry::all(), entrypoint).into_iter().filter(|e| e.name.starts_with("sshd"));
+        wait_until("the listener to end", || of_sshd().count() == 1);
+        let sshd = of_sshd().next().unwrap().pid;
+        kill(sshd, Signal::SIGSTOP).unwrap();
+        std::fs::write(&go, "").unwrap();
+        wait_until("the command to end", || Entry::all().iter().any(|e| e.parent == sshd && e.state == 'Z'));
+        // Not to wait for something: longer than a connection without a session holds the close.
+        std::thread::sleep(Duration::from_millis(500));
+        kill(sshd, Signal::SIGCONT).unwrap();
+        let output = client.wait_with_output().unwrap();
+        assert_eq!((text(output.stdout).as_str(), output.status.code()), ("finished\n", Some(7)), "{mode:?}");
+        assert_eq!(environment.end(), 0);
     }
 }
 
