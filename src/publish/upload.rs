@@ -179,7 +179,10 @@ impl Publication<'_> {
         let description = Description { media_type: MANIFEST.1, metadata: vec![("md5sum", md5.clone())] };
         self.wait(&format!("upload {}", store.url_of(&place)), store.put(&place, text, &description))?;
         let etag = self.etag(store, &place, size)?;
-        store.sweep(id);
+        if let Err(error) = self.sweep(store, id) {
+            self.work.heed()?;
+            tracing::warn!("{error}; it stays behind");
+        }
         let link = Artifact { path: store.url_of(&place), etag, md5, media_type: MANIFEST.1 }.link();
         Ok((artifacts, link))
     }
@@ -211,13 +214,18 @@ impl Publication<'_> {
         json!({ "id": id, "name": self.settings.name, "arch": self.settings.arch, "link": link })
     }
 
+    /// What no run has noted: a store that has begun an upload may be the only one who knows.
+    fn sweep(&self, store: &Store, id: &str) -> Result<()> {
+        self.wait(&format!("look for uploads to {} that were begun", store.url_of(id)), store.sweep(id))
+    }
+
     /// Leaves neither objects nor a record of an image that is none.
     fn take_back(&mut self, store: &Store, id: &str) {
         let keys = KEYS.iter().map(|key| format!("{id}/{key}"));
         let aborted = Sender { work: self.work, store, files: self.files }.abort();
         let deleted = self.wait(&format!("delete {}", store.url_of(id)), store.delete(keys));
-        store.sweep(id);
-        for error in [aborted.err(), deleted.err(), self.ims.delete_image(id).err()].into_iter().flatten() {
+        let swept = self.sweep(store, id);
+        for error in [aborted, deleted, swept, self.ims.delete_image(id)].into_iter().filter_map(Result::err) {
             tracing::error!("{error}; it stays behind");
         }
         tracing::info!("what was uploaded of image {id} has been taken back");

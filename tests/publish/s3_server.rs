@@ -170,12 +170,14 @@ pub struct Gate {
 }
 
 /// What becomes of parts that are not let through.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Closed {
     /// They are never answered.
     Silent,
     /// They are refused, for good.
     Refusing,
+    /// None comes as far: uploads are begun, and nobody hears of it.
+    Unheard,
 }
 
 impl Gate {
@@ -204,8 +206,12 @@ impl Gate {
 
     /// How often an upload was begun.
     pub fn begun(&self) -> usize {
-        self.asked.lock().unwrap().iter().filter(|request| request.contains("?uploads")).count()
+        self.asked.lock().unwrap().iter().filter(|request| begins(request)).count()
     }
+}
+
+fn begins(request: &str) -> bool {
+    request.starts_with("POST ") && request.contains("?uploads")
 }
 
 fn is_part(request: &str) -> bool {
@@ -239,10 +245,16 @@ fn pass_one(
             Closed::Refusing => {
                 write!(out, "HTTP/1.1 403 Forbidden\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
             }
+            Closed::Unheard => unreachable!("a part of an upload that nobody has heard of"),
         };
     }
     write!(server, "{}\r\nconnection: close\r\n\r\n", lines.join("\r\n"))?;
     std::io::copy(&mut body, &mut server)?;
+    if begins(request) && closed == Closed::Unheard {
+        std::io::copy(&mut server, &mut std::io::sink())?;
+        let mut out = client;
+        return out.read_to_end(&mut Vec::new()).map(|_| ());
+    }
     std::io::copy(&mut server, &mut &*client).map(|_| ())
 }
 

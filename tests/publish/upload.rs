@@ -121,6 +121,11 @@ impl Upload {
 
     /// Runs it to its end; how many parts it has sent, and how often it has begun an upload.
     fn again(&self) -> (usize, usize) {
+        self.again_beside(0)
+    }
+
+    /// The same in a bucket in which others have begun as many.
+    fn again_beside(&self, others: usize) -> (usize, usize) {
         let gate = Gate::start(usize::MAX, Closed::Silent);
         // A part of an upload that it does not know is an inner error of moto, which is tried again, and not found in S3.
         let output = self.through(&gate).env("IMS_RETRY_LIMIT", "3").output().unwrap();
@@ -132,7 +137,7 @@ impl Upload {
         assert_eq!(object.header("content-type"), Some("application/vnd.cray.image.rootfs.squashfs"));
         assert_eq!(object.header("x-amz-meta-md5sum"), Some(md5(&object.body).as_str()));
         assert_eq!(self.bucket.keys().len(), 5, "{:?}", self.bucket.keys());
-        assert_eq!(self.bucket.begun(), 0);
+        assert_eq!(self.bucket.begun(), others);
         let left: Vec<_> = std::fs::read_dir(self.dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert_eq!(left.len(), 2, "{left:?}");
         (gate.parts(), gate.begun())
@@ -167,6 +172,27 @@ fn an_upload_of_a_file_that_has_changed_is_taken_back_and_begins_anew() {
     let upload = Upload::killed_after(2);
     write_parts(&upload.archive, 100);
     assert_eq!(upload.again(), (PARTS, 1));
+}
+
+#[test]
+fn an_upload_that_was_killed_before_it_heard_that_it_had_begun_leaves_nothing_begun() {
+    let upload = Upload::new();
+    let gate = Gate::start(0, Closed::Unheard);
+    let mut child = upload.through(&gate).env("IMS_STALL_LIMIT", "100").spawn().unwrap();
+    wait_until("the upload to begin", || upload.bucket.begun() == 1);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    // What others have begun in the bucket is theirs.
+    assert_eq!(upload.bucket.ask("POST", "other/rootfs?uploads", b"").status, 200);
+    assert_eq!(upload.again_beside(1), (PARTS, 1));
+}
+
+#[test]
+fn an_upload_to_another_store_takes_back_what_was_begun_before() {
+    let mut upload = Upload::killed_after(2);
+    let before = std::mem::replace(&mut upload.bucket, Bucket::new());
+    assert_eq!(upload.again(), (PARTS, 1));
+    assert_eq!(before.begun(), 0);
 }
 
 #[test]
