@@ -13,8 +13,8 @@ use crate::error::{Attempt, Error, Result};
 use crate::publish::progress::Progress;
 use crate::publish::work::{Fault, Work, in_full, is_passing, patiently, without_query};
 
-/// A connection that brings less than this within the stall limit is one that stalls. A try that has brought as much begins the time for
-/// further ones anew.
+/// A connection that brings less than this within the stall limit is one that stalls. What has come further by as much than ever before
+/// begins the time for further tries anew.
 const LEAST: u64 = 64 * 1024;
 
 /// One file on its way.
@@ -50,13 +50,14 @@ pub fn fetch(work: &Work, url: &str, md5: Option<&str>, path: &Path, copies: u64
         etag_is_md5: false,
         progress: Progress::begin("fetching", None),
     };
+    let mut reached = 0;
     work.wait(async {
         loop {
             let result = patiently(work.network.retry_limit, &attempted, async || {
-                let began = download.length;
                 match download.go_on(path, copies).await {
                     // The patience of another round.
-                    Err(Fault::Passing(cause)) if download.length >= began + LEAST => {
+                    Err(Fault::Passing(cause)) if download.length >= reached + LEAST => {
+                        reached = download.length;
                         tracing::warn!("cannot {attempted} yet: {cause}; going on at {} bytes", download.length);
                         Ok(false)
                     }

@@ -190,12 +190,16 @@ impl Publication<'_> {
     /// Uploads one file, a large one in parts.
     fn put(&self, store: &Store, object: &Large) -> Result<()> {
         if object.size > PART {
-            return Sender { work: self.work, store, files: self.files }.send(object);
+            return self.sender(store).send(object);
         }
         let attempted = format!("upload {}", store.url_of(object.place));
         let mut bytes = vec![0; usize::try_from(object.size).attempt(|| attempted.clone())?];
         object.content.read_exact_at(&mut bytes, 0).attempt(|| attempted.clone())?;
         self.wait(&attempted, store.put(object.place, bytes, object.description))
+    }
+
+    fn sender<'a>(&'a self, store: &'a Store) -> Sender<'a> {
+        Sender { work: self.work, store, settings: &self.settings.store, files: self.files }
     }
 
     fn etag(&self, store: &Store, place: &str, size: u64) -> Result<String> {
@@ -222,7 +226,7 @@ impl Publication<'_> {
     /// Leaves neither objects nor a record of an image that is none.
     fn take_back(&mut self, store: &Store, id: &str) {
         let keys = KEYS.iter().map(|key| format!("{id}/{key}"));
-        let aborted = Sender { work: self.work, store, files: self.files }.abort();
+        let aborted = self.sender(store).abort();
         let deleted = self.wait(&format!("delete {}", store.url_of(id)), store.delete(keys));
         let swept = self.sweep(store, id);
         for error in [aborted, deleted, swept, self.ims.delete_image(id)].into_iter().filter_map(Result::err) {
