@@ -60,10 +60,7 @@ impl Publication<'_> {
         let store = Store::open(&self.settings.store, &self.work.network)?;
         let result = self.carry_out(&store, &mut journal, image);
         if result.is_err() {
-            self.work.finish_regardless();
-            if let Some(id) = &journal.image {
-                self.take_back(&store, id);
-            }
+            self.take_back(&store, &journal);
         }
         Journal::clear(self.files)?;
         result
@@ -71,9 +68,11 @@ impl Publication<'_> {
 
     /// Takes back what an earlier run has published in part that was killed, where nothing more is published.
     pub fn give_up(&mut self) -> Result<()> {
-        let Some(id) = Journal::open(self.files, self.settings.job.as_deref()).image else { return Ok(()) };
-        self.work.finish_regardless();
-        self.take_back(&Store::open(&self.settings.store, &self.work.network)?, &id);
+        let journal = Journal::open(self.files, self.settings.job.as_deref());
+        if journal.image.is_none() && journal.known.is_none() {
+            return Ok(());
+        }
+        self.take_back(&Store::open(&self.settings.store, &self.work.network)?, &journal);
         Journal::clear(self.files)
     }
 
@@ -119,21 +118,20 @@ impl Publication<'_> {
         {
             return Ok(record);
         }
-        let known = match journal.known.take() {
-            Some(known) => known,
+        let record = match &journal.known {
+            Some(known) => self.ims.find_image(name, known)?,
             None => {
-                let known = self.ims.empty_images(name)?;
-                journal.known = Some(known.clone());
+                journal.known = Some(self.ims.empty_images(name)?);
                 journal.note(self.files)?;
-                known
+                None
             }
         };
-        let record = self.ims.create_image(name, self.settings.arch, &known)?;
-        let Some(id) = record["id"].as_str() else {
+        let known = journal.known.as_deref().unwrap_or_default();
+        let record = record.map_or_else(|| self.ims.create_image(name, self.settings.arch, known), Ok)?;
+        let Some(id) = id_of(&record) else {
             return Err(Error::new(format!("register the image '{name}'")).because("its record has no id"));
         };
-        journal.known = Some(known);
-        journal.image = Some(id.to_owned());
+        journal.image = Some(id.clone());
         journal.note(self.files)?;
         tracing::info!(image = id, "the image '{name}' has its record");
         Ok(record)
@@ -223,17 +221,33 @@ impl Publication<'_> {
         self.wait(&format!("look for uploads to {} that were begun", store.url_of(id)), store.sweep(id))
     }
 
-    /// Leaves neither objects nor a record of an image that is none.
-    fn take_back(&mut self, store: &Store, id: &str) {
+    /// Leaves neither objects nor a record of an image that is none, whatever signal comes.
+    fn take_back(&mut self, store: &Store, journal: &Journal) {
+        self.work.finish_regardless();
+        let id = match (&journal.image, &journal.known) {
+            (Some(id), _) => Ok(Some(id.clone())),
+            // It may have been asked for, and the answer was not noted.
+            (None, Some(known)) => self.ims.find_image(&self.settings.name, known).map(|record| id_of(&record?)),
+            (None, None) => Ok(None),
+        };
+        let id = id.unwrap_or_else(|error| {
+            tracing::error!("{error}; if the image was registered, its record stays behind");
+            None
+        });
+        let Some(id) = id else { return };
         let keys = KEYS.iter().map(|key| format!("{id}/{key}"));
         let aborted = self.sender(store).abort();
-        let deleted = self.wait(&format!("delete {}", store.url_of(id)), store.delete(keys));
-        let swept = self.sweep(store, id);
-        for error in [aborted, deleted, swept, self.ims.delete_image(id)].into_iter().filter_map(Result::err) {
+        let deleted = self.wait(&format!("delete {}", store.url_of(&id)), store.delete(keys));
+        let swept = self.sweep(store, &id);
+        for error in [aborted, deleted, swept, self.ims.delete_image(&id)].into_iter().filter_map(Result::err) {
             tracing::error!("{error}; it stays behind");
         }
         tracing::info!("what was uploaded of image {id} has been taken back");
     }
+}
+
+fn id_of(record: &Value) -> Option<String> {
+    record["id"].as_str().filter(|id| !id.is_empty()).map(str::to_owned)
 }
 
 fn random_id() -> Result<String> {

@@ -30,6 +30,10 @@ pub enum Fault {
     Status(u16),
     /// It is done, and the answer is lost.
     LostAnswer,
+    /// It is done, and nobody ever answers.
+    SilentlyDone,
+    /// It is answered, and just then somebody else registers an image of this name.
+    Rival(&'static str),
     /// The token is refused.
     ExpiredToken,
     /// Nobody ever answers.
@@ -47,6 +51,17 @@ pub struct State {
     pub refused: Vec<String>,
     faults: Vec<(String, Fault)>,
     made: usize,
+}
+
+impl State {
+    /// A new image's record; the earlier one comes first.
+    pub fn register(&mut self, name: &str, arch: &str, link: Value) -> Value {
+        self.made += 1;
+        let id = format!("00000000-0000-4000-8000-{:012}", self.made);
+        let record = json!({"id": id, "created": "2026-01-01T00:00:00", "name": name, "arch": arch, "link": link});
+        self.images.insert(id, record.clone());
+        record
+    }
 }
 
 pub struct ImsServer {
@@ -150,6 +165,16 @@ fn answer(connection: &TcpStream, state: &Mutex<State>) -> Option<()> {
             std::thread::park();
             return None;
         }
+        Some(Fault::SilentlyDone) => {
+            handle(state, &method, &path, &headers, &body);
+            std::thread::park();
+            return None;
+        }
+        Some(Fault::Rival(name)) => {
+            let answer = handle(state, &method, &path, &headers, &body);
+            state.lock().unwrap().register(name, "x86_64", Value::Null);
+            answer
+        }
         Some(Fault::LostAnswer) => {
             handle(state, &method, &path, &headers, &body);
             crate::file_server::reset(connection);
@@ -212,11 +237,7 @@ fn api(state: &mut State, method: &str, path: &str, headers: &BTreeMap<String, S
             if !["x86_64", "aarch64", ""].contains(&body["arch"].as_str().unwrap_or_default()) {
                 return Err((400, "arch: x86_64 or aarch64".into()));
             }
-            state.made += 1;
-            let id = format!("00000000-0000-4000-8000-{:012}", state.made);
-            let record = json!({"id": id, "created": "2026-01-01T00:00:00", "name": name, "arch": body["arch"], "link": body.get("link")});
-            state.images.insert(id, record.clone());
-            Ok((201, record))
+            Ok((201, state.register(name, body["arch"].as_str().unwrap_or_default(), body["link"].clone())))
         }
         ("GET", "images", Some(id)) => Ok((200, state.images.get(id).ok_or_else(missing)?.clone())),
         ("DELETE", "images", Some(id)) => state.images.remove(id).map(|_| (204, Value::Null)).ok_or_else(missing),

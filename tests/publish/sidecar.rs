@@ -52,6 +52,12 @@ impl<'a> Running<'a> {
         self.ssh(&format!("touch {place}/{verdict}"));
     }
 
+    fn kill_sidecar(&mut self) {
+        let mut sidecar = self.sidecar.take().unwrap();
+        sidecar.kill().unwrap();
+        sidecar.wait().unwrap();
+    }
+
     /// The sidecar's end.
     fn end(mut self) -> Output {
         self.sidecar.take().unwrap().wait_with_output().unwrap()
@@ -234,12 +240,45 @@ fn what_cannot_go_well_is_an_error_and_never_waited_for() {
     assert_eq!(output.status.code(), Some(1));
     assert!(report(&output)["error"].as_str().unwrap().contains("pod_error"));
     assert_eq!(job.ims.statuses(), ["error"]);
+    assert!(!job.volume.signal("ready").exists());
 
     let job = Job::new();
     let output = job.sidecar(Mode::Plain, &[("IMS_ACTION", "destroy")]).output().unwrap();
     assert_ne!(output.status.code(), Some(0));
     assert!(report(&output)["error"].as_str().unwrap().contains("IMS_ACTION is 'destroy'"));
     assert_eq!(job.ims.statuses(), ["error"]);
+}
+
+#[test]
+fn a_job_that_has_ended_with_an_error_is_not_begun_again() {
+    let job = Job::new();
+    job.ims.state().job["status"] = "error".into();
+    let output = job.sidecar(Mode::Plain, &[]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+    assert!(!job.volume.signal("ready").exists());
+    job.nothing_is_left();
+}
+
+#[test]
+fn a_job_of_ims_without_a_store_is_an_error_before_anybody_has_changed_the_image() {
+    let job = Job::new();
+    let output = job.sidecar(Mode::Plain, &[("S3_BUCKET", ""), ("S3_ENDPOINT", "")]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+    assert!(report(&output)["error"].as_str().unwrap().contains("no store is named"), "{output:?}");
+    assert_eq!(job.ims.statuses(), ["error"]);
+    assert!(!job.volume.signal("ready").exists());
+}
+
+#[test]
+fn a_pod_that_is_given_up_meanwhile_is_an_error() {
+    let job = Job::new();
+    let running = Running::open(&job, Mode::Plain);
+    job.volume.touch("pod_error");
+    let output = running.end();
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+    assert!(report(&output)["error"].as_str().unwrap().contains("pod_error"));
+    assert_eq!(job.ims.statuses(), ["waiting_on_user", "error"]);
+    job.nothing_is_left();
 }
 
 #[test]
@@ -320,6 +359,41 @@ fn errors_lost_answers_and_expired_tokens_of_ims_are_overcome() {
 }
 
 #[test]
+fn of_images_of_the_same_name_none_is_taken_for_the_new_one_that_stood_before() {
+    let job = Job::new();
+    let link = serde_json::json!({"path": "s3://b/k", "etag": "e", "type": "s3"});
+    job.ims.state().register("compute-ö", "x86_64", serde_json::Value::Null);
+    job.ims.fail("GET /images", Fault::Rival("another"));
+    job.ims.fail("POST /images", Fault::LostAnswer);
+    new_image_is_its_own(&job, 3);
+
+    // One that has content is not new.
+    let job = Job::new();
+    job.ims.state().register("compute-ö", "x86_64", link);
+    job.ims.fail("POST /images", Fault::LostAnswer);
+    new_image_is_its_own(&job, 2);
+
+    let job = Job::new();
+    job.ims.fail("GET /images", Fault::Rival("compute-ö"));
+    new_image_is_its_own(&job, 2);
+}
+
+/// Publishes, by which it becomes the last of as many.
+fn new_image_is_its_own(job: &Job, images: usize) {
+    let before = job.ims.state().images.clone();
+    let running = Running::open(job, Mode::Plain);
+    running.mark(Mode::Plain, "complete");
+    let output = running.end();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let state = job.ims.state();
+    assert_eq!(state.images.len(), images, "{:?}", state.images);
+    assert_eq!(state.job["resultant_image_id"], **state.images.last_key_value().unwrap().0);
+    for (id, record) in before {
+        assert_eq!(state.images[&id], record);
+    }
+}
+
+#[test]
 fn an_ims_that_refuses_is_told_with_its_own_words_and_nothing_stays() {
     let job = Job::new();
     job.ims.fail("PATCH /images", Fault::Status(400));
@@ -385,10 +459,8 @@ fn killed_when(moment: &str, has_come: impl Fn(&Job) -> bool) {
         wait_until("'waiting_on_user'", || job.ims.status() == "waiting_on_user");
         job.volume.touch("complete");
     }
-    let mut first = running.sidecar.take().unwrap();
     wait_until(moment, || has_come(&job));
-    first.kill().unwrap();
-    first.wait().unwrap();
+    running.kill_sidecar();
     let parent = job.volume.parent.display().to_string();
     wait_until("mksquashfs to end", || processes_with(&format!("mksquashfs {parent}")).is_empty());
     let second = job.sidecar(Mode::Plain, &[]).spawn().unwrap();
@@ -440,16 +512,68 @@ fn a_sidecar_that_was_killed_amid_an_upload_sends_only_what_is_missing() {
     let further = [("S3_ENDPOINT", gate.endpoint.as_str()), ("IMS_STALL_LIMIT", "100")];
     let mut running = Running::start(&job, Mode::Plain, &further).waiting_on_user();
     running.mark(Mode::Plain, "complete");
-    let mut first = running.sidecar.take().unwrap();
     // One is taken, and the three after it are on their way.
     wait_until("the parts to be sent", || gate.parts() == 4);
-    first.kill().unwrap();
-    first.wait().unwrap();
+    running.kill_sidecar();
     let gate = Gate::start(usize::MAX, Closed::Silent);
     running.sidecar = Some(job.sidecar(Mode::Plain, &[("S3_ENDPOINT", &gate.endpoint)]).spawn().unwrap());
     let output = running.end();
     assert!(output.status.success(), "{}", text(&output.stderr));
     assert_eq!((gate.parts(), gate.begun(), job.bucket.begun()), (3, 0, 0));
+    job.is_published(&output);
+}
+
+/// A sidecar that was killed amid an upload, and the environment, which has ended.
+fn killed_amid_an_upload(job: &Job) -> Running<'_> {
+    let random = feed(Command::new("head").args(["-c", "40M", "/dev/urandom"]), b"").stdout;
+    std::fs::write(job.volume.image_root.join("random"), random).unwrap();
+    let gate = Gate::start(0, Closed::Silent);
+    let further = [("S3_ENDPOINT", gate.endpoint.as_str()), ("IMS_STALL_LIMIT", "100")];
+    let mut running = Running::start(job, Mode::Plain, &further).waiting_on_user();
+    running.mark(Mode::Plain, "complete");
+    wait_until("a part to be sent", || gate.parts() > 0);
+    running.kill_sidecar();
+    assert_eq!((job.bucket.begun(), job.ims.state().images.len()), (1, 1));
+    running
+}
+
+#[test]
+fn what_was_published_in_part_is_taken_back_when_nothing_more_is_published() {
+    let job = Job::new();
+    let _running = killed_amid_an_upload(&job);
+    job.volume.touch("pod_error");
+    let output = job.sidecar(Mode::Plain, &[]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+    assert_eq!(job.ims.status(), "error");
+    job.nothing_is_left();
+}
+
+#[test]
+fn an_image_that_was_registered_unheard_is_taken_back_when_nothing_more_is_published() {
+    let job = Job::new();
+    job.ims.fail("POST /images", Fault::SilentlyDone);
+    let mut running = Running::start(&job, Mode::Plain, &[("IMS_STALL_LIMIT", "100")]).waiting_on_user();
+    running.mark(Mode::Plain, "complete");
+    wait_until("the image to be registered", || !job.ims.state().images.is_empty());
+    running.kill_sidecar();
+    job.volume.touch("pod_error");
+    let output = job.sidecar(Mode::Plain, &[]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+    job.nothing_is_left();
+}
+
+#[test]
+fn a_pod_that_begins_again_amid_an_upload_goes_on_with_the_same_image() {
+    let job = Job::new();
+    let mut running = killed_amid_an_upload(&job);
+    let source = job.volume.image_root.display().to_string();
+    let mut prepare = ims_sshd(&["prepare", "--open", "unpack"], &job.variables(Mode::Plain));
+    let output = prepare.arg(&job.volume.parent).arg(source).output().unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    running.sidecar = Some(job.sidecar(Mode::Plain, &[]).spawn().unwrap());
+    let output = running.end();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert_eq!(job.bucket.begun(), 0);
     job.is_published(&output);
 }
 
