@@ -13,8 +13,8 @@ use object_store::multipart::{MultipartStore, PartId};
 use object_store::path::Path;
 use object_store::signer::Signer;
 use object_store::{
-    Attribute, Attributes, BackoffConfig, Certificate, ClientOptions, MultipartId, ObjectStore, ObjectStoreExt,
-    PutPayload, RetryConfig,
+    Attribute, Attributes, BackoffConfig, Certificate, ClientOptions, GetOptions, MultipartId, ObjectStore,
+    ObjectStoreExt, PutPayload, RetryConfig,
 };
 use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
 
@@ -50,6 +50,9 @@ enum Objects {
         folder: PathBuf,
     },
 }
+
+/// Of the further names that of an object's checksum.
+pub const MD5: &str = "md5sum";
 
 /// What is told of an object beside its content. Files have neither.
 pub struct Description {
@@ -202,6 +205,15 @@ impl Store {
     pub async fn head(&self, key: &str) -> object_store::Result<(String, u64)> {
         let found = self.objects().head(&self.path(key)).await?;
         Ok((found.e_tag.unwrap_or_default().trim_matches('"').to_owned(), found.size))
+    }
+
+    /// Whether this object is there, as it was described.
+    pub async fn holds(&self, key: &str, size: u64, md5: &str) -> bool {
+        let head = GetOptions { head: true, ..GetOptions::default() };
+        let sum = Attribute::Metadata(MD5.into());
+        let found = self.objects().get_opts(&self.path(key), head).await;
+        found
+            .is_ok_and(|found| found.meta.size == size && found.attributes.get(&sum).is_some_and(|s| s.as_ref() == md5))
     }
 
     /// Deletes these keys; one that is not there is no error.

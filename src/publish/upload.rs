@@ -17,7 +17,7 @@ use crate::publish::manifest::{self, Artifact};
 use crate::publish::package::md5_of;
 use crate::publish::parts::{Large, PART, Sender};
 use crate::publish::settings::Settings;
-use crate::publish::store::{Description, Store};
+use crate::publish::store::{Description, MD5, Store};
 use crate::publish::work::{Work, in_full};
 
 /// Keys below the image's, with their types.
@@ -94,7 +94,8 @@ impl Publication<'_> {
                 store.url_of(&id)
             );
         }
-        // Last: it ends the job, and its volume with it.
+        // Last: it ends the job, its volume and this pod. Once it is told nothing may be taken back, whatever signal comes.
+        self.work.finish_regardless();
         self.ims.set_status(Status::Success)?;
         Ok(json!({
             "ims_image_artifacts": artifacts.iter().map(Artifact::entry).collect::<Vec<_>>(),
@@ -156,7 +157,7 @@ impl Publication<'_> {
             let Some(content) = content else { continue };
             let md5 = md5_of(self.work, &content, key)?;
             let metadata = vec![
-                ("md5sum", md5.clone()),
+                (MD5, md5.clone()),
                 ("x-shasta-ims-image-name", self.settings.name.clone()),
                 ("x-shasta-ims-image-id", id.to_owned()),
                 ("x-shasta-ims-job-id", self.settings.job.clone().unwrap_or_default()),
@@ -174,7 +175,7 @@ impl Publication<'_> {
         let text = manifest::text(&artifacts, SystemTime::now());
         let md5 = format!("{:x}", Md5::digest(&text));
         let (place, size) = (format!("{id}/{}", MANIFEST.0), text.len() as u64);
-        let description = Description { media_type: MANIFEST.1, metadata: vec![("md5sum", md5.clone())] };
+        let description = Description { media_type: MANIFEST.1, metadata: vec![(MD5, md5.clone())] };
         self.wait(&format!("upload {}", store.url_of(&place)), store.put(&place, text, &description))?;
         let etag = self.etag(store, &place, size)?;
         if let Err(error) = self.sweep(store, id) {

@@ -23,7 +23,7 @@ const STATUSES: [&str; 9] = [
     "success",
 ];
 
-/// What happens to the next request that begins like this.
+/// What happens to the next request that begins like this: method, path, body.
 #[derive(Clone, Debug)]
 pub enum Fault {
     /// An error of the server, and nothing is done.
@@ -47,6 +47,8 @@ pub struct State {
     /// Every request that changed something: method, path, body.
     pub changes: Vec<(String, String, Value)>,
     pub tokens: usize,
+    /// In seconds.
+    pub token_lives: u64,
     /// What was refused as wrong.
     pub refused: Vec<String>,
     faults: Vec<(String, Fault)>,
@@ -78,7 +80,7 @@ impl ImsServer {
             "id": JOB, "status": "creating", "job_type": "customize", "artifact_id": JOB, "public_key_id": JOB,
             "image_root_archive_name": "compute", "resultant_image_id": null,
         });
-        let state = Arc::new(Mutex::new(State { job, ..State::default() }));
+        let state = Arc::new(Mutex::new(State { job, token_lives: 300, ..State::default() }));
         let oauth = tempfile::tempdir().unwrap();
         for (name, text) in [
             ("endpoint", format!("http://{address}/token\n")),
@@ -101,7 +103,7 @@ impl ImsServer {
         self.state.lock().unwrap()
     }
 
-    /// The next request "METHOD /path" that begins like this goes wrong.
+    /// The next request "METHOD /path body" that begins like this goes wrong.
     pub fn fail(&self, request: &str, fault: Fault) {
         self.state().faults.push((request.to_owned(), fault));
     }
@@ -152,7 +154,7 @@ fn answer(connection: &TcpStream, state: &Mutex<State>) -> Option<()> {
     reader.read_exact(&mut body).ok()?;
     let fault = {
         let mut state = state.lock().unwrap();
-        let request = format!("{method} {path}").replace("/apis/ims", "");
+        let request = format!("{method} {path} {}", String::from_utf8_lossy(&body)).replace("/apis/ims", "");
         let at = state.faults.iter().position(|(begin, _)| request.starts_with(begin.as_str()));
         at.map(|at| state.faults.remove(at).1)
     };
@@ -216,7 +218,10 @@ fn token(state: &mut State, headers: &BTreeMap<String, String>, body: &[u8]) -> 
         return Err((400, format!("grant: {}", String::from_utf8_lossy(body))));
     }
     state.tokens += 1;
-    Ok((200, json!({"access_token": format!("token-{}", state.tokens), "expires_in": 300, "token_type": "Bearer"})))
+    Ok((
+        200,
+        json!({"access_token": format!("token-{}", state.tokens), "expires_in": state.token_lives, "token_type": "Bearer"}),
+    ))
 }
 
 fn api(state: &mut State, method: &str, path: &str, headers: &BTreeMap<String, String>, body: &[u8]) -> Handled {

@@ -243,6 +243,13 @@ fn what_cannot_go_well_is_an_error_and_never_waited_for() {
     assert!(!job.volume.signal("ready").exists());
 
     let job = Job::new();
+    std::fs::write(job.volume.dir.path().join("authorized_keys"), "\n").unwrap();
+    let output = job.sidecar(Mode::Plain, &[]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(report(&output)["error"].as_str().unwrap().contains("there is no public key"));
+    assert!(!job.volume.signal("ready").exists());
+
+    let job = Job::new();
     let output = job.sidecar(Mode::Plain, &[("IMS_ACTION", "destroy")]).output().unwrap();
     assert_ne!(output.status.code(), Some(0));
     assert!(report(&output)["error"].as_str().unwrap().contains("IMS_ACTION is 'destroy'"));
@@ -390,6 +397,28 @@ fn new_image_is_its_own(job: &Job, images: usize) {
     assert_eq!(state.job["resultant_image_id"], **state.images.last_key_value().unwrap().0);
     for (id, record) in before {
         assert_eq!(state.images[&id], record);
+    }
+}
+
+/// IMS ends the job with it, and asks the pod to end.
+#[test]
+fn a_success_that_was_told_is_one_whatever_comes_after() {
+    let success = format!("PATCH /jobs/{} {{\"status\":\"success\"}}", crate::ims_server::JOB);
+    for fault in [Fault::LostAnswer, Fault::SilentlyDone] {
+        let job = Job::new();
+        job.ims.fail(&success, fault.clone());
+        let running = Running::open(&job, Mode::Plain);
+        let pid = Pid::from_raw(running.sidecar.as_ref().unwrap().id().cast_signed());
+        running.mark(Mode::Plain, "complete");
+        wait_until("'success'", || job.ims.status() == "success");
+        if matches!(fault, Fault::SilentlyDone) {
+            kill(pid, Signal::SIGTERM).unwrap();
+        }
+        let output = running.end();
+        assert!(output.status.success(), "{fault:?}: {}", text(&output.stderr));
+        // What is told again of a job that has ended.
+        assert_eq!(std::mem::take(&mut job.ims.state().refused).len(), 1);
+        job.is_published(&output);
     }
 }
 

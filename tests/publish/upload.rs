@@ -76,6 +76,38 @@ fn a_large_image_is_uploaded_without_being_read_into_memory() {
     assert!(sizes.iter().any(|(path, size)| path.ends_with("/rootfs") && *size == gib << 30), "{sizes:?}");
 }
 
+#[test]
+fn a_store_that_has_lost_something_is_noticed() {
+    let dir = folder();
+    let tree = image(dir.path());
+    let squashfs = squashfs_of(&tree);
+    let sink = Sink::losing(1);
+    let output = ims_sshd(&["upload", "--archive"], &sink.variables())
+        .args([&squashfs, &tree])
+        .current_dir(dir.path())
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let size = squashfs.metadata().unwrap().len();
+    assert!(text(&output.stderr).contains(&format!("it has {} bytes, expected {size}", size - 1)), "{output:?}");
+}
+
+#[test]
+fn a_token_is_not_used_in_its_last_moments() {
+    let dir = folder();
+    let tree = image(dir.path());
+    let squashfs = squashfs_of(&tree);
+    let (bucket, ims) = (Bucket::new(), ImsServer::start());
+    ims.state().token_lives = 5;
+    let mut variables = bucket.variables();
+    variables.extend(ims.variables());
+    let mut command = ims_sshd(&["upload", "--archive"], &variables);
+    let output = command.args([&squashfs, &tree]).current_dir(dir.path()).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let state = ims.state();
+    assert!(state.tokens > state.changes.len(), "{} tokens", state.tokens);
+}
+
 /// An upload of an archive of several parts to a bucket.
 struct Upload {
     dir: tempfile::TempDir,
@@ -109,14 +141,19 @@ impl Upload {
     /// Kills it when so many parts are there.
     fn killed_after(parts: usize) -> Self {
         let upload = Self::new();
+        upload.kill_after(parts);
+        upload
+    }
+
+    /// Runs it until so many more are there.
+    fn kill_after(&self, parts: usize) {
         let gate = Gate::start(parts, Closed::Silent);
-        let mut child = upload.through(&gate).env("IMS_STALL_LIMIT", "100").spawn().unwrap();
+        let mut child = self.through(&gate).env("IMS_STALL_LIMIT", "100").spawn().unwrap();
         // Others are offered when those that were taken are noted.
         wait_until("the parts to be sent", || gate.parts() == parts + AT_A_TIME);
         child.kill().unwrap();
         child.wait().unwrap();
-        assert_eq!(upload.bucket.begun(), 1);
-        upload
+        assert_eq!(self.bucket.begun(), 1);
     }
 
     /// Runs it to its end; how many parts it has sent, and how often it has begun an upload.
@@ -126,9 +163,12 @@ impl Upload {
 
     /// The same in a bucket in which others have begun as many.
     fn again_beside(&self, others: usize) -> (usize, usize) {
-        let gate = Gate::start(usize::MAX, Closed::Silent);
+        self.ended_through(&Gate::start(usize::MAX, Closed::Silent), others)
+    }
+
+    fn ended_through(&self, gate: &Gate, others: usize) -> (usize, usize) {
         // A part of an upload that it does not know is an inner error of moto, which is tried again, and not found in S3.
-        let output = self.through(&gate).env("IMS_RETRY_LIMIT", "3").output().unwrap();
+        let output = self.through(gate).env("IMS_RETRY_LIMIT", "3").output().unwrap();
         assert!(output.status.success(), "{output:?}");
         let report = report(&output);
         let id = report["ims_image_record"]["id"].as_str().unwrap();
@@ -185,6 +225,23 @@ fn an_upload_that_was_killed_before_it_heard_that_it_had_begun_leaves_nothing_be
     // What others have begun in the bucket is theirs.
     assert_eq!(upload.bucket.ask("POST", "other/rootfs?uploads", b"").status, 200);
     assert_eq!(upload.again_beside(1), (PARTS, 1));
+}
+
+#[test]
+fn an_upload_that_has_ended_unheard_has_ended() {
+    let upload = Upload::new();
+    let gate = Gate::start(usize::MAX, Closed::EndsUnheard);
+    assert_eq!(upload.ended_through(&gate, 0), (PARTS, 1));
+}
+
+#[test]
+fn an_upload_of_which_a_note_was_cut_off_can_be_killed_again() {
+    let upload = Upload::killed_after(2);
+    let notes = upload.dir.path().join(".ims-sshd.upload");
+    let text = std::fs::read(&notes).unwrap();
+    std::fs::write(&notes, &text[..text.len() - 3]).unwrap();
+    upload.kill_after(1);
+    assert_eq!(upload.again(), (PARTS - 2, 0));
 }
 
 #[test]
