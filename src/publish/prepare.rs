@@ -8,7 +8,7 @@ use crate::publish::changes::Inventory;
 use crate::publish::download;
 use crate::publish::ims::{Ims, Status};
 use crate::publish::journal::{Journal, Phase};
-use crate::publish::package::with_suffix;
+use crate::publish::package::{md5_of, with_suffix};
 use crate::publish::settings::Settings;
 use crate::publish::source::{Kind, Source};
 use crate::publish::unpack::{Overlay, unpack};
@@ -90,8 +90,12 @@ pub fn prepare(
             Open::Overlay => {
                 unpacked = false;
                 let folder = parent.join(OVERLAY);
+                // What was changed above an earlier one is kept, though it cannot be mounted this time.
+                let is_new = !folder.exists();
                 Overlay::mount(work, &archive, &folder, image_root).map(Some).inspect_err(|_| {
-                    let _ = std::fs::remove_dir_all(folder);
+                    if is_new {
+                        let _ = std::fs::remove_dir_all(folder).and_then(|()| std::fs::remove_dir(image_root));
+                    }
                 })
             }
             // Left by a customization that could not be published.
@@ -141,7 +145,6 @@ fn archive(work: &Work, settings: &Settings, source: &Source, open: Option<Open>
     // Unpacked it takes as much again, and more.
     let copies = if open == Some(Open::Unpack) { 2 } else { 1 };
     download::fetch(work, &url, settings.md5.as_deref(), &part, copies)?;
-    source::kind(&part)?;
     std::fs::rename(&part, &fetched).attempt(|| format!("rename {}", part.display()))?;
     Ok(fetched)
 }
@@ -150,7 +153,7 @@ fn check_md5(work: &Work, settings: &Settings, path: &Path) -> Result<()> {
     let Some(expected) = settings.md5.as_ref().filter(|_| path.is_file()) else { return Ok(()) };
     let shown = path.display().to_string();
     let file = std::fs::File::open(path).attempt(|| format!("open {shown}"))?;
-    let sum = crate::publish::package::md5_of(work, &file, &shown)?;
+    let sum = md5_of(work, &file, &shown)?;
     if sum != *expected {
         return Err(Error::new(format!("take {shown}")).because(format!("its MD5 is {sum}, expected {expected}")));
     }

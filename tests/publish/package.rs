@@ -190,11 +190,12 @@ fn a_file_that_cannot_be_read_is_not_packed_as_an_empty_one() {
 /// A tree that takes a while, and a program that packs it, with its mksquashfs at work.
 fn packing(dir: &Path) -> (PathBuf, Child, Pid) {
     let tree = image(dir);
-    let random = feed(Command::new("head").args(["-c", "30M", "/dev/urandom"]), b"").stdout;
+    let random = feed(Command::new("head").args(["-c", "16M", "/dev/urandom"]), b"").stdout;
     std::fs::write(tree.join("random"), random).unwrap();
     let mut command = ims_sshd(&["package", "--compression", "xz", "--archive", "image.sqsh"], &[]);
     let child = command.arg(&tree).current_dir(dir).spawn().unwrap();
-    wait_until("the archive to begin", || dir.join("image.sqsh.part").exists());
+    let begun = |archive: std::fs::Metadata| archive.len() > 1 << 20;
+    wait_until("the archive to grow", || dir.join("image.sqsh.part").metadata().is_ok_and(begun));
     let mksquashfs = processes_with(&format!("mksquashfs {}", tree.display()));
     (tree, child, Pid::from_raw(mksquashfs[0].cast_signed()))
 }

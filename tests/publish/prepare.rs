@@ -356,6 +356,25 @@ fn an_overlay_shows_the_image_and_keeps_its_source() {
 }
 
 #[test]
+fn what_was_changed_above_an_overlay_outlives_a_source_that_cannot_be_mounted() {
+    let dir = folder();
+    let tree = image(dir.path());
+    let squashfs = squashfs_of(&tree);
+    let wrong = dir.path().join("wrong");
+    std::fs::write(&wrong, "<html>").unwrap();
+    let parent = dir.path().join("parent");
+    let output = ims_sshd(&["prepare", "--open", "overlay"], &[]).args([&parent, &wrong]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    is_empty(&parent);
+    let script = "set -e; $0 prepare --open overlay $1 $2; echo more > $1/image-root/etc/more; \
+                  umount $1/image-root $1/overlay/lower; ! $0 prepare --open overlay $1 $3; \
+                  $0 prepare --open overlay $1 $2; cat $1/image-root/etc/more";
+    let mut shell = Command::new("unshare");
+    shell.args(["-m", "sh", "-c", script, IMS_SSHD]).args([&parent, &squashfs, &wrong]);
+    assert_eq!(succeed(&mut shell), "more\n");
+}
+
+#[test]
 fn a_terminated_prepare_ends_at_once_and_leaves_nothing() {
     let dir = folder();
     let server = FileServer::start(vec![0; 1 << 20], &[Fault::Silence]);

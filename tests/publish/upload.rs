@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use crate::ims_server::ImsServer;
+use crate::ims_server::{Fault, ImsServer};
 use crate::job::*;
 use crate::s3_server::{Bucket, Closed, Gate, Sink};
 use crate::support::*;
@@ -55,6 +55,34 @@ fn a_packed_image_is_registered_without_a_job() {
     let object = bucket.get(&format!("{id}/debug_kernel"));
     assert_eq!(object.header("content-type"), Some("application/vnd.cray.image.debug.kernel"));
     assert_eq!(state.changes.len(), 2, "the job is nobody's: {:?}", state.changes);
+}
+
+#[test]
+fn an_image_that_was_prepared_anew_is_not_taken_for_one_whose_upload_was_killed() {
+    let dir = folder();
+    let tree = image(dir.path());
+    let parent = dir.path().join("parent");
+    let (bucket, ims) = (Bucket::new(), ImsServer::start());
+    let mut variables = bucket.variables();
+    variables.extend(ims.variables().into_iter().filter(|(name, _)| *name != "IMS_JOB_ID"));
+    let packed = || {
+        assert!(ims_sshd(&["prepare"], &[]).args([&parent, &tree]).status().unwrap().success());
+        assert!(ims_sshd(&["package"], &[]).arg(&parent).status().unwrap().success());
+        let mut upload = ims_sshd(&["upload"], &variables);
+        upload.arg(&parent).env("IMS_STALL_LIMIT", "100");
+        upload
+    };
+    ims.fail("PATCH /images", Fault::SilentlyDone);
+    let mut child = packed().spawn().unwrap();
+    wait_until("the image to be linked", || ims.state().images.values().any(|image| !image["link"].is_null()));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    std::fs::remove_dir_all(parent.join("image-root")).unwrap();
+    std::fs::write(tree.join("boot/vmlinuz"), "another kernel").unwrap();
+    let output = packed().output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let id = report(&output)["ims_image_record"]["id"].as_str().unwrap().to_owned();
+    assert_eq!(bucket.get(&format!("{id}/kernel")).body, b"another kernel");
 }
 
 /// `IMS_SSHD_UPLOAD_GIB` (default 1) is how large it is.
