@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{Seek, Write};
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use md5::{Digest, Md5};
 use reqwest::StatusCode;
@@ -120,19 +120,17 @@ impl Download<'_> {
         let window = self.work.network.stall_limit;
         let (mut since, mut there) = (Instant::now(), self.length);
         loop {
-            let left = window.saturating_sub(since.elapsed()).max(Duration::from_millis(1));
-            let chunk = match tokio::time::timeout(left, response.chunk()).await {
-                Ok(chunk) => chunk.map_err(|e| Fault::Passing(in_full(&e)))?,
-                Err(_) if self.length - there < LEAST => {
-                    let slow = format!("{} bytes within {} s (IMS_STALL_LIMIT)", self.length - there, window.as_secs());
+            if since.elapsed() >= window {
+                let brought = self.length - there;
+                if brought < LEAST {
+                    let slow = format!("{brought} bytes within {} s (IMS_STALL_LIMIT)", window.as_secs());
                     return Err(Fault::Passing(slow));
                 }
-                Err(_) => {
-                    (since, there) = (Instant::now(), self.length);
-                    continue;
-                }
-            };
-            let Some(chunk) = chunk else { break };
+                (since, there) = (Instant::now(), self.length);
+            }
+            let left = window.saturating_sub(since.elapsed());
+            let Ok(chunk) = tokio::time::timeout(left, response.chunk()).await else { continue };
+            let Some(chunk) = chunk.map_err(|e| Fault::Passing(in_full(&e)))? else { break };
             self.file.write_all(&chunk).attempt(|| format!("write {}", path.display()))?;
             self.sum.update(&chunk);
             self.length += chunk.len() as u64;
@@ -141,13 +139,6 @@ impl Download<'_> {
                 let longer =
                     Error::new(format!("fetch {}", without_query(self.url))).because("it is longer than it said");
                 return Err(Fault::Final(longer));
-            }
-            if since.elapsed() >= window {
-                if self.length - there < LEAST {
-                    let slow = format!("{} bytes within {} s (IMS_STALL_LIMIT)", self.length - there, window.as_secs());
-                    return Err(Fault::Passing(slow));
-                }
-                (since, there) = (Instant::now(), self.length);
             }
         }
         match self.total {
@@ -182,7 +173,7 @@ fn starts_at(headers: &HeaderMap, length: u64) -> bool {
 }
 
 /// Refuses what will not fit.
-pub fn check_space(path: &Path, needed: u64) -> Result<()> {
+fn check_space(path: &Path, needed: u64) -> Result<()> {
     let folder = path.parent().unwrap_or(Path::new("."));
     let attempted = || format!("put {needed} bytes into {}", folder.display());
     let disk = rustix::fs::statvfs(folder).attempt(attempted)?;

@@ -259,7 +259,7 @@ impl<'a> Ims<'a> {
 }
 
 /// What a server says is wrong: RFC 7807's details, or OAuth's, or the text as it is.
-pub fn problem(status: StatusCode, text: &str) -> String {
+fn problem(status: StatusCode, text: &str) -> String {
     let answer: Value = serde_json::from_str(text).unwrap_or_default();
     let fields =
         ["detail", "error_description", "title", "error"].map(|name| answer[name].as_str().unwrap_or_default());

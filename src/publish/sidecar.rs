@@ -280,8 +280,7 @@ impl Sidecar<'_> {
         let has_store = self.settings.store.url.is_some();
         let boot = has_store.then(|| boot::find(&tree, &self.settings.boot, self.settings.arch)).transpose()?;
         drop(tree);
-        let name = self.settings.name.replace('/', "_");
-        let squashfs = self.files.path().join(format!("{name}.sqsh"));
+        let squashfs = self.files.path().join(self.settings.archive());
         if journal.phase < Phase::Packed {
             package::pack(self.work, &image_root, &squashfs, &self.settings.packing, &self.places.exclude)?;
             tracing::info!("packed {}", squashfs.display());

@@ -21,7 +21,7 @@ use crate::publish::store::{Description, MD5, Store};
 use crate::publish::work::{Work, in_full};
 
 /// Keys below the image's, with their types.
-pub const ROOTFS: (&str, &str) = ("rootfs", "application/vnd.cray.image.rootfs.squashfs");
+const ROOTFS: (&str, &str) = ("rootfs", "application/vnd.cray.image.rootfs.squashfs");
 const KERNEL: (&str, &str) = ("kernel", "application/vnd.cray.image.kernel");
 const INITRD: (&str, &str) = ("initrd", "application/vnd.cray.image.initrd");
 const DEBUG_KERNEL: (&str, &str) = ("debug_kernel", "application/vnd.cray.image.debug.kernel");

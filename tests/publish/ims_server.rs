@@ -57,7 +57,7 @@ pub struct State {
 
 impl State {
     /// A new image's record; the earlier one comes first.
-    pub fn register(&mut self, name: &str, arch: &str, link: Value) -> Value {
+    pub fn register(&mut self, name: &str, arch: &str, link: &Value) -> Value {
         self.made += 1;
         let id = format!("00000000-0000-4000-8000-{:012}", self.made);
         let record = json!({"id": id, "created": "2026-01-01T00:00:00", "name": name, "arch": arch, "link": link});
@@ -174,7 +174,7 @@ fn answer(connection: &TcpStream, state: &Mutex<State>) -> Option<()> {
         }
         Some(Fault::Rival(name)) => {
             let answer = handle(state, &method, &path, &headers, &body);
-            state.lock().unwrap().register(name, "x86_64", Value::Null);
+            state.lock().unwrap().register(name, "x86_64", &Value::Null);
             answer
         }
         Some(Fault::LostAnswer) => {
@@ -242,7 +242,7 @@ fn api(state: &mut State, method: &str, path: &str, headers: &BTreeMap<String, S
             if !["x86_64", "aarch64", ""].contains(&body["arch"].as_str().unwrap_or_default()) {
                 return Err((400, "arch: x86_64 or aarch64".into()));
             }
-            Ok((201, state.register(name, body["arch"].as_str().unwrap_or_default(), body["link"].clone())))
+            Ok((201, state.register(name, body["arch"].as_str().unwrap_or_default(), &body["link"])))
         }
         ("GET", "images", Some(id)) => Ok((200, state.images.get(id).ok_or_else(missing)?.clone())),
         ("DELETE", "images", Some(id)) => state.images.remove(id).map(|_| (204, Value::Null)).ok_or_else(missing),

@@ -219,7 +219,7 @@ fn a_file_that_becomes_shorter_on_the_way_leaves_nothing_of_the_longer_one() {
     let content = std::fs::read(squashfs_of(&tree)).unwrap();
     let length = content.len();
     let faults = [Fault::CloseAfter(length + 50_000), Fault::Shorten(length)];
-    let server = FileServer::start([content.as_slice(), &[1; 100_000]].concat(), &faults);
+    let server = FileServer::start([content.as_slice(), &vec![1; 100_000]].concat(), &faults);
     let parent = dir.path().join("parent");
     let output = prepare(&parent, &server.url, &[]);
     assert!(output.status.success(), "{}", text(&output.stderr));
