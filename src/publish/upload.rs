@@ -96,7 +96,13 @@ impl Publication<'_> {
         }
         // Last: it ends the job, its volume and this pod. Once it is told nothing may be taken back, whatever signal comes.
         self.work.finish_regardless();
-        self.ims.set_status(Status::Success)?;
+        if let Err(refused) = self.ims.set_status(Status::Success) {
+            // Of a job that has ended it is refused, though it be the same: the answer to an earlier try may have been lost.
+            let stands = self.ims.job()?.is_some_and(|job| job["status"] == Status::Success.name());
+            if !stands {
+                return Err(refused);
+            }
+        }
         Ok(json!({
             "ims_image_artifacts": artifacts.iter().map(Artifact::entry).collect::<Vec<_>>(),
             "ims_image_record": record,
