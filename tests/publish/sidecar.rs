@@ -157,6 +157,24 @@ fn a_failed_customization_is_an_error_and_publishes_nothing() {
     }
 }
 
+/// As environments of others mark it, and between two looks.
+#[test]
+fn a_failure_in_the_image_alone_counts_as_does_an_environment_that_was_open_for_a_moment() {
+    let job = Job::new();
+    let sidecar = job.sidecar(Mode::Jailed, &[]).spawn().unwrap();
+    let pid = Pid::from_raw(sidecar.id().cast_signed());
+    wait_until("'ready'", || job.volume.signal("ready").exists());
+    kill(pid, Signal::SIGSTOP).unwrap();
+    std::fs::write(job.volume.image_root.join("tmp/failed"), "").unwrap();
+    job.volume.touch("sshd_listening");
+    job.volume.touch("exiting");
+    kill(pid, Signal::SIGCONT).unwrap();
+    let output = sidecar.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    assert_eq!(job.ims.statuses(), ["waiting_on_user", "error"]);
+    job.nothing_is_left();
+}
+
 #[test]
 fn name_servers_that_somebody_has_put_in_stay() {
     let job = Job::new();
