@@ -92,6 +92,10 @@ fn a_customized_image_is_published_jailed_and_plain() {
         std::fs::write(dir.join("ca/certificate_authority.crt"), "authority").unwrap();
         std::os::unix::fs::symlink("/run/netconfig/resolv.conf", job.volume.image_root.join("etc/resolv.conf"))
             .unwrap();
+        // Of another job.
+        for stale in ["sshd_listening", "complete", "failed", "exiting"] {
+            job.volume.touch(stale);
+        }
         let running = Running::open(&job, mode);
         let root = if mode == Mode::Jailed { String::new() } else { job.volume.image_root.display().to_string() };
         let said = running.ssh(&format!("cat {root}/etc/resolv.conf; echo new > {root}/etc/motd"));
@@ -161,11 +165,14 @@ fn a_failed_customization_is_an_error_and_publishes_nothing() {
 #[test]
 fn a_failure_in_the_image_alone_counts_as_does_an_environment_that_was_open_for_a_moment() {
     let job = Job::new();
+    let mark = job.volume.image_root.join("tmp/failed");
+    std::fs::write(&mark, "").unwrap();
     let sidecar = job.sidecar(Mode::Jailed, &[]).spawn().unwrap();
     let pid = Pid::from_raw(sidecar.id().cast_signed());
     wait_until("'ready'", || job.volume.signal("ready").exists());
     kill(pid, Signal::SIGSTOP).unwrap();
-    std::fs::write(job.volume.image_root.join("tmp/failed"), "").unwrap();
+    assert!(!mark.exists(), "one that came with the image is none");
+    std::fs::write(&mark, "").unwrap();
     job.volume.touch("sshd_listening");
     job.volume.touch("exiting");
     kill(pid, Signal::SIGCONT).unwrap();
@@ -278,7 +285,7 @@ fn what_cannot_go_well_is_an_error_and_never_waited_for() {
 fn a_job_that_has_ended_with_an_error_is_not_begun_again() {
     let job = Job::new();
     job.ims.state().job["status"] = "error".into();
-    let output = job.sidecar(Mode::Plain, &[]).output().unwrap();
+    let output = job.sidecar(Mode::Plain, &[("IMS_START_LIMIT", "1")]).output().unwrap();
     assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
     assert!(!job.volume.signal("ready").exists());
     job.nothing_is_left();
@@ -287,7 +294,8 @@ fn a_job_that_has_ended_with_an_error_is_not_begun_again() {
 #[test]
 fn a_job_of_ims_without_a_store_is_an_error_before_anybody_has_changed_the_image() {
     let job = Job::new();
-    let output = job.sidecar(Mode::Plain, &[("S3_BUCKET", ""), ("S3_ENDPOINT", "")]).output().unwrap();
+    let further = [("S3_BUCKET", ""), ("S3_ENDPOINT", ""), ("IMS_START_LIMIT", "1")];
+    let output = job.sidecar(Mode::Plain, &further).output().unwrap();
     assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
     assert!(report(&output)["error"].as_str().unwrap().contains("no store is named"), "{output:?}");
     assert_eq!(job.ims.statuses(), ["error"]);
