@@ -161,6 +161,8 @@ fn answer(connection: &TcpStream, state: &Mutex<State>) -> Option<()> {
     let (status, answer) = match fault {
         Some(Fault::Status(status)) => (status, json!({"title": "Out of order", "status": status})),
         Some(Fault::ExpiredToken) => {
+            // And is refused from now on.
+            state.lock().unwrap().tokens += 1;
             (401, json!({"error": "invalid_token", "error_description": "The token has expired"}))
         }
         Some(Fault::Silence) => {
