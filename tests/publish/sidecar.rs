@@ -605,17 +605,25 @@ fn what_was_published_in_part_is_taken_back_when_nothing_more_is_published() {
 }
 
 #[test]
-fn an_image_that_was_registered_unheard_is_taken_back_when_nothing_more_is_published() {
-    let job = Job::new();
-    job.ims.fail("POST /images", Fault::SilentlyDone);
-    let mut running = Running::start(&job, Mode::Plain, &[("IMS_STALL_LIMIT", "100")]).waiting_on_user();
-    running.mark(Mode::Plain, "complete");
-    wait_until("the image to be registered", || !job.ims.state().images.is_empty());
-    running.kill_sidecar();
-    job.volume.touch("pod_error");
-    let output = job.sidecar(Mode::Plain, &[]).output().unwrap();
-    assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
-    job.nothing_is_left();
+fn an_image_that_was_registered_unheard_is_found_again_or_taken_back() {
+    for given_up in [false, true] {
+        let job = Job::new();
+        job.ims.fail("POST /images", Fault::SilentlyDone);
+        let mut running = Running::start(&job, Mode::Plain, &[("IMS_STALL_LIMIT", "100")]).waiting_on_user();
+        running.mark(Mode::Plain, "complete");
+        wait_until("the image to be registered", || !job.ims.state().images.is_empty());
+        running.kill_sidecar();
+        if given_up {
+            job.volume.touch("pod_error");
+        }
+        let output = job.sidecar(Mode::Plain, &[]).output().unwrap();
+        assert_eq!(output.status.success(), !given_up, "{}", text(&output.stderr));
+        if given_up {
+            job.nothing_is_left();
+        } else {
+            job.is_published(&output);
+        }
+    }
 }
 
 #[test]
