@@ -32,8 +32,8 @@ pub enum Fault {
     LostAnswer,
     /// It is done, and nobody ever answers.
     SilentlyDone,
-    /// It is answered, and just then somebody else registers an image of this name.
-    Rival(&'static str),
+    /// It is answered, and just then somebody else registers an image of this name, with this link.
+    Rival(&'static str, Value),
     /// The token is refused.
     ExpiredToken,
     /// Nobody ever answers.
@@ -174,9 +174,9 @@ fn answer(connection: &TcpStream, state: &Mutex<State>) -> Option<()> {
             std::thread::park();
             return None;
         }
-        Some(Fault::Rival(name)) => {
+        Some(Fault::Rival(name, link)) => {
             let answer = handle(state, &method, &path, &headers, &body);
-            state.lock().unwrap().register(name, "x86_64", &Value::Null);
+            state.lock().unwrap().register(name, "x86_64", &link);
             answer
         }
         Some(Fault::LostAnswer) => {

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde_json::{Value, json};
 
 use crate::ims_server::Fault;
 use crate::job::*;
@@ -394,21 +395,16 @@ fn errors_lost_answers_and_expired_tokens_of_ims_are_overcome() {
 
 #[test]
 fn of_images_of_the_same_name_none_is_taken_for_the_new_one_that_stood_before() {
+    let link = json!({"path": "s3://b/k", "etag": "e", "type": "s3"});
+    for rival in [Fault::Rival("another", Value::Null), Fault::Rival("compute-ö", link)] {
+        let job = Job::new();
+        job.ims.state().register("compute-ö", "x86_64", &Value::Null);
+        job.ims.fail("GET /images", rival);
+        job.ims.fail("POST /images", Fault::LostAnswer);
+        new_image_is_its_own(&job, 3);
+    }
     let job = Job::new();
-    let link = serde_json::json!({"path": "s3://b/k", "etag": "e", "type": "s3"});
-    job.ims.state().register("compute-ö", "x86_64", &serde_json::Value::Null);
-    job.ims.fail("GET /images", Fault::Rival("another"));
-    job.ims.fail("POST /images", Fault::LostAnswer);
-    new_image_is_its_own(&job, 3);
-
-    // One that has content is not new.
-    let job = Job::new();
-    job.ims.state().register("compute-ö", "x86_64", &link);
-    job.ims.fail("POST /images", Fault::LostAnswer);
-    new_image_is_its_own(&job, 2);
-
-    let job = Job::new();
-    job.ims.fail("GET /images", Fault::Rival("compute-ö"));
+    job.ims.fail("GET /images", Fault::Rival("compute-ö", Value::Null));
     new_image_is_its_own(&job, 2);
 }
 
