@@ -174,7 +174,7 @@ pub struct Gate {
 pub enum Closed {
     /// They are never answered.
     Silent,
-    /// They are refused, for good.
+    /// They are refused, for good, and so is whoever asks what was begun.
     Refusing,
     /// None comes as far: uploads are begun, and nobody hears of it.
     Unheard,
@@ -257,6 +257,10 @@ fn pass_one(
     }
     write!(server, "{}\r\nconnection: close\r\n\r\n", lines.join("\r\n"))?;
     std::io::copy(&mut body, &mut server)?;
+    if request.starts_with("GET ") && request.contains("?uploads") && closed == Closed::Refusing {
+        let mut out = client;
+        return write!(out, "HTTP/1.1 403 Forbidden\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
+    }
     if begins(request) && closed == Closed::Unheard {
         std::io::copy(&mut server, &mut std::io::sink())?;
         let mut out = client;

@@ -598,6 +598,7 @@ fn what_was_published_in_part_is_taken_back_when_nothing_more_is_published() {
     assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
     assert_eq!(job.ims.status(), "error");
     job.nothing_is_left();
+    assert!(!job.volume.parent.join(".ims-sshd.publication").exists(), "there is nothing to go on with");
 }
 
 #[test]
