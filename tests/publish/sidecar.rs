@@ -271,7 +271,7 @@ fn what_cannot_go_well_is_an_error_and_never_waited_for() {
 
     let job = Job::new();
     std::fs::write(job.volume.dir.path().join("authorized_keys"), "\n").unwrap();
-    let output = job.sidecar(Mode::Plain, &[]).output().unwrap();
+    let output = job.sidecar(Mode::Plain, &[("IMS_START_LIMIT", "1")]).output().unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert!(report(&output)["error"].as_str().unwrap().contains("there is no public key"));
     assert!(!job.volume.signal("ready").exists());
