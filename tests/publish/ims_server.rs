@@ -174,9 +174,9 @@ fn answer(connection: &TcpStream, state: &Mutex<State>) -> Option<()> {
             std::thread::park();
             return None;
         }
-        Some(Fault::Rival(name, link)) => {
+        Some(Fault::Rival(name, content)) => {
             let answer = handle(state, &method, &path, &headers, &body);
-            state.lock().unwrap().register(name, "x86_64", &link);
+            state.lock().unwrap().register(name, "x86_64", &content);
             answer
         }
         Some(Fault::LostAnswer) => {
