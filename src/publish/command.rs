@@ -37,8 +37,7 @@ impl Place {
             let shown = image_root.display();
             return Err(Error::bad_input(format!("the image root is '{shown}': expected an unpacked image")));
         }
-        let name = settings.name.replace('/', "_");
-        let archive = archive.map_or_else(|| folder.join(format!("{name}.sqsh")), Path::to_owned);
+        let archive = archive.map_or_else(|| folder.join(settings.archive()), Path::to_owned);
         let archive = std::path::absolute(&archive).attempt(|| format!("find {}", archive.display()))?;
         let folder = std::fs::canonicalize(&folder).attempt(|| format!("open {}", folder.display()))?;
         Ok(Self { image_root, folder, archive })

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{Seek, Write};
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use md5::{Digest, Md5};
 use reqwest::StatusCode;
@@ -13,8 +13,8 @@ use crate::error::{Attempt, Error, Result};
 use crate::publish::progress::Progress;
 use crate::publish::work::{Fault, Work, in_full, is_passing, patiently, without_query};
 
-/// A connection that brings less than this within the stall limit is one that stalls. A try that has brought as much begins the time for
-/// further ones anew.
+/// A connection that brings less than this within the stall limit is one that stalls. What has come further by as much than ever before
+/// begins the time for further tries anew.
 const LEAST: u64 = 64 * 1024;
 
 /// One file on its way.
@@ -50,13 +50,14 @@ pub fn fetch(work: &Work, url: &str, md5: Option<&str>, path: &Path, copies: u64
         etag_is_md5: false,
         progress: Progress::begin("fetching", None),
     };
+    let mut reached = 0;
     work.wait(async {
         loop {
             let result = patiently(work.network.retry_limit, &attempted, async || {
-                let began = download.length;
                 match download.go_on(path, copies).await {
                     // The patience of another round.
-                    Err(Fault::Passing(cause)) if download.length >= began + LEAST => {
+                    Err(Fault::Passing(cause)) if download.length >= reached + LEAST => {
+                        reached = download.length;
                         tracing::warn!("cannot {attempted} yet: {cause}; going on at {} bytes", download.length);
                         Ok(false)
                     }
@@ -119,19 +120,17 @@ impl Download<'_> {
         let window = self.work.network.stall_limit;
         let (mut since, mut there) = (Instant::now(), self.length);
         loop {
-            let left = window.saturating_sub(since.elapsed()).max(Duration::from_millis(1));
-            let chunk = match tokio::time::timeout(left, response.chunk()).await {
-                Ok(chunk) => chunk.map_err(|e| Fault::Passing(in_full(&e)))?,
-                Err(_) if self.length - there < LEAST => {
-                    let slow = format!("{} bytes within {} s (IMS_STALL_LIMIT)", self.length - there, window.as_secs());
+            if since.elapsed() >= window {
+                let brought = self.length - there;
+                if brought < LEAST {
+                    let slow = format!("{brought} bytes within {} s (IMS_STALL_LIMIT)", window.as_secs());
                     return Err(Fault::Passing(slow));
                 }
-                Err(_) => {
-                    (since, there) = (Instant::now(), self.length);
-                    continue;
-                }
-            };
-            let Some(chunk) = chunk else { break };
+                (since, there) = (Instant::now(), self.length);
+            }
+            let left = window.saturating_sub(since.elapsed());
+            let Ok(chunk) = tokio::time::timeout(left, response.chunk()).await else { continue };
+            let Some(chunk) = chunk.map_err(|e| Fault::Passing(in_full(&e)))? else { break };
             self.file.write_all(&chunk).attempt(|| format!("write {}", path.display()))?;
             self.sum.update(&chunk);
             self.length += chunk.len() as u64;
@@ -140,13 +139,6 @@ impl Download<'_> {
                 let longer =
                     Error::new(format!("fetch {}", without_query(self.url))).because("it is longer than it said");
                 return Err(Fault::Final(longer));
-            }
-            if since.elapsed() >= window {
-                if self.length - there < LEAST {
-                    let slow = format!("{} bytes within {} s (IMS_STALL_LIMIT)", self.length - there, window.as_secs());
-                    return Err(Fault::Passing(slow));
-                }
-                (since, there) = (Instant::now(), self.length);
             }
         }
         match self.total {
@@ -181,7 +173,7 @@ fn starts_at(headers: &HeaderMap, length: u64) -> bool {
 }
 
 /// Refuses what will not fit.
-pub fn check_space(path: &Path, needed: u64) -> Result<()> {
+fn check_space(path: &Path, needed: u64) -> Result<()> {
     let folder = path.parent().unwrap_or(Path::new("."));
     let attempted = || format!("put {needed} bytes into {}", folder.display());
     let disk = rustix::fs::statvfs(folder).attempt(attempted)?;

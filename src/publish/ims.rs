@@ -95,28 +95,38 @@ impl<'a> Ims<'a> {
 
     /// Identifiers of all images without content that are called `name`.
     pub fn empty_images(&mut self, name: &str) -> Result<Vec<String>> {
-        let images = self.call("read the images' records", &Method::GET, "/images", None)?.unwrap_or_default();
-        let empty = |image: &&Value| image["name"] == name && image.get("link").is_none_or(Value::is_null);
-        let all = images.as_array().into_iter().flatten();
-        Ok(all.filter(empty).filter_map(|image| image["id"].as_str().map(str::to_owned)).collect())
+        let id = |image: &Value| image["id"].as_str().map(str::to_owned);
+        Ok(self.empty_records(name)?.iter().filter_map(id).collect())
     }
 
-    /// The record of a new image. Of `known` are those that stood before it was first asked for: a request whose answer was lost, to a
-    /// connection or to a crash, is not made again if its record is there.
+    /// The record of an image that was asked for, and whose answer was lost to a connection or to a crash. Of `known` are those that stood
+    /// before.
+    pub fn find_image(&mut self, name: &str, known: &[String]) -> Result<Option<Value>> {
+        let is_new = |image: &Value| !known.iter().any(|id| image["id"] == **id);
+        Ok(self.empty_records(name)?.into_iter().find(is_new))
+    }
+
+    fn empty_records(&mut self, name: &str) -> Result<Vec<Value>> {
+        let images = self.call("read the images' records", &Method::GET, "/images", None)?.unwrap_or_default();
+        let empty = |image: &&Value| image["name"] == name && image.get("link").is_none_or(Value::is_null);
+        Ok(images.as_array().into_iter().flatten().filter(empty).cloned().collect())
+    }
+
+    /// The record of a new image. Whose answer was lost is not asked for again if its record is there, and not one of `known`.
     pub fn create_image(&mut self, name: &str, arch: &str, known: &[String]) -> Result<Value> {
         let attempted = format!("register the image '{name}'");
         let body = json!({ "name": name, "arch": arch });
         let began = Instant::now();
         loop {
-            if let Some(id) = self.empty_images(name)?.into_iter().find(|id| !known.contains(id)) {
-                return self.image(&id)?.ok_or_else(|| Error::new(attempted).because("its record is gone again"));
-            }
             match self.call_once(&attempted, &Method::POST, "/images", Some(&body))? {
                 Ok(record) => return record.ok_or_else(|| Error::new(attempted).because("there is no record of it")),
                 Err(cause) if began.elapsed() >= self.work.network.retry_limit => {
                     return Err(Error::new(attempted).because(cause));
                 }
                 Err(cause) => tracing::warn!("cannot {attempted} yet: {cause}; looking whether it is there"),
+            }
+            if let Some(record) = self.find_image(name, known)? {
+                return Ok(record);
             }
         }
     }
@@ -243,7 +253,7 @@ impl<'a> Ims<'a> {
 }
 
 /// What a server says is wrong: RFC 7807's details, or OAuth's, or the text as it is.
-pub fn problem(status: StatusCode, text: &str) -> String {
+fn problem(status: StatusCode, text: &str) -> String {
     let answer: Value = serde_json::from_str(text).unwrap_or_default();
     let fields =
         ["detail", "error_description", "title", "error"].map(|name| answer[name].as_str().unwrap_or_default());

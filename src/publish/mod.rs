@@ -1,5 +1,6 @@
 //! What stands before `ready` and after `exiting`: an image is fetched and opened, packed, uploaded and registered.
 
+pub mod begun;
 pub mod boot;
 pub mod changes;
 pub mod command;

@@ -21,8 +21,9 @@ const MEMORY: (u64, u64) = (64 << 20, 4);
 /// Where limits of memory are, in either version of cgroups, as a container sees its own.
 const MEMORY_LIMITS: [&str; 2] = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"];
 
-/// Extended attributes that a squashfs keeps.
+/// Extended attributes that a squashfs keeps, and what mksquashfs says of others, which are access lists.
 const KEPT: [&str; 3] = ["user.", "trusted.", "security."];
+const NOT_KEPT: &str = "Unrecognised xattr prefix ";
 
 /// Packs `image_root` to the file `to`, which appears when it is whole. `exclude` are patterns below the root, as mksquashfs has them.
 pub fn pack(work: &Work, image_root: &Path, to: &Path, packing: &Packing, exclude: &[String]) -> Result<()> {
@@ -71,9 +72,16 @@ fn squash(
     let mut progress = Progress::begin("packing", total);
     let look = |child: &Child| progress.at(has_read(child).unwrap_or(0));
     let said = work.succeed(attempted, &mut mksquashfs, look)?;
+    let (mut not_kept, said): (Vec<_>, Vec<_>) = said.lines().partition(|line| line.starts_with(NOT_KEPT));
+    // It says so of every file.
+    not_kept.sort_unstable();
+    not_kept.dedup();
+    for line in not_kept {
+        tracing::warn!("mksquashfs: {line}: a squashfs has no place for it");
+    }
     if !said.is_empty() {
         // It passes over what it cannot read, and only says so.
-        return Err(Error::new(attempted).because(said.lines().collect::<Vec<_>>().join(", ")));
+        return Err(Error::new(attempted).because(said.join(", ")));
     }
     File::open(part).and_then(|file| file.sync_all()).attempt(|| format!("write {}", part.display()))
 }

@@ -10,6 +10,7 @@ use crate::error::{Attempt, Error, Result};
 use crate::lifecycle::signal_files::SignalFiles;
 use crate::publish::journal::{MOST_PARTS, Upload};
 use crate::publish::progress::Progress;
+use crate::publish::settings;
 use crate::publish::store::{Description, Store};
 use crate::publish::work::{AT_A_TIME, Fault, Work, in_full, patiently};
 
@@ -22,6 +23,8 @@ pub struct Sender<'a> {
     pub work: &'a Work,
     /// The store.
     pub store: &'a Store,
+    /// What opens another one.
+    pub settings: &'a settings::Store,
     /// Where it is noted.
     pub files: &'a SignalFiles,
 }
@@ -87,17 +90,15 @@ impl Sender<'_> {
         Ok(())
     }
 
-    /// Takes back what is noted as begun.
+    /// Takes back what is noted as begun. If that is in another store, by the keys of this one, which are good for all buckets of a server.
     pub fn abort(&self) -> Result<()> {
         let Some(upload) = Upload::open(self.files) else { return Ok(()) };
-        if self.store.url_of(&upload.place) != upload.url {
-            tracing::warn!("an upload to {} was begun and not ended: it stays in that store", upload.url);
-            return Upload::clear(self.files);
-        }
         let attempted = format!("take back what was uploaded of {}", upload.url);
+        let url = upload.url.strip_suffix(&upload.place).map(str::to_owned);
+        let store = Store::open(&settings::Store { url, ..self.settings.clone() }, &self.work.network)?;
         let limit = self.work.network.retry_limit;
         self.work.wait(patiently(limit, &attempted, async || {
-            self.store.abort(&upload.place, &upload.id).await.map_err(|e| Fault::Passing(in_full(&e)))
+            store.abort(&upload.place, &upload.id).await.map_err(|e| Fault::Passing(in_full(&e)))
         }))?;
         Upload::clear(self.files)
     }
@@ -147,7 +148,11 @@ impl Sender<'_> {
             }
         }
         let parts = upload.parts.into_iter().flatten().collect();
-        self.store.complete(object.place, &upload.id, parts).await.map_err(told)
+        match self.store.complete(object.place, &upload.id, parts).await {
+            // An earlier try, or run, may have ended it unheard. Then some stores know nothing of it any more.
+            Err(_) if self.store.holds(object.place, object.size, object.md5).await => Ok(()),
+            ended => ended.map_err(told),
+        }
     }
 }
 

@@ -7,8 +7,8 @@ use crate::lifecycle::signal_files::{EXITING, READY, SSHD_LISTENING, SignalFiles
 use crate::publish::changes::Inventory;
 use crate::publish::download;
 use crate::publish::ims::{Ims, Status};
-use crate::publish::journal::Journal;
-use crate::publish::package::with_suffix;
+use crate::publish::journal::{Journal, Phase};
+use crate::publish::package::{md5_of, with_suffix};
 use crate::publish::settings::Settings;
 use crate::publish::source::{Kind, Source};
 use crate::publish::unpack::{Overlay, unpack};
@@ -38,8 +38,8 @@ pub fn run(settings: &Settings, source: &str, open: Open) -> Result<u8> {
     let work = Work::begin(&settings.network)?;
     let mut ims = Ims::of(&work, settings);
     let result = ims.set_status(Status::FetchingImage).and_then(|()| {
-        clear_signals(&settings.parent)?;
         let image_root = settings.parent.join(settings.image_root());
+        clear_signals(settings, image_root.exists())?;
         match prepare(&work, settings, &source, Some(open), &image_root)? {
             Some(overlay) => overlay.keep(),
             None => tracing::info!("the image root is {}", image_root.display()),
@@ -54,14 +54,17 @@ pub fn run(settings: &Settings, source: &str, open: Open) -> Result<u8> {
     })
 }
 
-/// Signals of an earlier job mean nothing to this one.
-fn clear_signals(parent: &Path) -> Result<()> {
+/// Signals of an earlier job mean nothing to this one, and of this one's they are of a pod that is gone. What was published in part by this
+/// job is gone on with if the image root is the same.
+fn clear_signals(settings: &Settings, is_prepared: bool) -> Result<()> {
+    let parent = &settings.parent;
     std::fs::create_dir_all(parent).attempt(|| format!("make the folder {}", parent.display()))?;
     let files = SignalFiles::open(parent)?.ok_or_else(|| Error::new(format!("open {}", parent.display())))?;
     for name in [READY, SSHD_LISTENING, EXITING].into_iter().chain(Verdict::ALL.map(Verdict::signal_file)) {
         files.retract(name)?;
     }
-    Journal::clear(&files)
+    let goes_on = is_prepared && Journal::open(&files, settings.job.as_deref()).phase >= Phase::Packing;
+    if goes_on { Ok(()) } else { Journal::clear(&files) }
 }
 
 /// Makes the image root of `source`; what it was made of on the way is gone if that fails. One that stands there is whole: it gets its
@@ -87,8 +90,12 @@ pub fn prepare(
             Open::Overlay => {
                 unpacked = false;
                 let folder = parent.join(OVERLAY);
+                // What was changed above an earlier one is kept, though it cannot be mounted this time.
+                let is_new = !folder.exists();
                 Overlay::mount(work, &archive, &folder, image_root).map(Some).inspect_err(|_| {
-                    let _ = std::fs::remove_dir_all(folder);
+                    if is_new {
+                        let _ = std::fs::remove_dir_all(folder).and_then(|()| std::fs::remove_dir(image_root));
+                    }
                 })
             }
             // Left by a customization that could not be published.
@@ -138,7 +145,6 @@ fn archive(work: &Work, settings: &Settings, source: &Source, open: Option<Open>
     // Unpacked it takes as much again, and more.
     let copies = if open == Some(Open::Unpack) { 2 } else { 1 };
     download::fetch(work, &url, settings.md5.as_deref(), &part, copies)?;
-    source::kind(&part)?;
     std::fs::rename(&part, &fetched).attempt(|| format!("rename {}", part.display()))?;
     Ok(fetched)
 }
@@ -147,7 +153,7 @@ fn check_md5(work: &Work, settings: &Settings, path: &Path) -> Result<()> {
     let Some(expected) = settings.md5.as_ref().filter(|_| path.is_file()) else { return Ok(()) };
     let shown = path.display().to_string();
     let file = std::fs::File::open(path).attempt(|| format!("open {shown}"))?;
-    let sum = crate::publish::package::md5_of(work, &file, &shown)?;
+    let sum = md5_of(work, &file, &shown)?;
     if sum != *expected {
         return Err(Error::new(format!("take {shown}")).because(format!("its MD5 is {sum}, expected {expected}")));
     }

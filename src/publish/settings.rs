@@ -166,6 +166,11 @@ impl Settings {
         })
     }
 
+    /// How the packed image is called.
+    pub fn archive(&self) -> String {
+        format!("{}.sqsh", self.name.replace('/', "_"))
+    }
+
     /// The image root's place below the parent.
     pub fn image_root(&self) -> &'static str {
         match self.action {

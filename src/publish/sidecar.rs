@@ -121,6 +121,12 @@ impl Sidecar<'_> {
             match job["status"].as_str() {
                 Some("success") => return Ok(0),
                 Some("error") => return Err(Error::new("go on").because("the job's status is error already")),
+                // Its volume goes with the job, and the packed image with that.
+                _ if self.settings.store.url.is_none() => {
+                    return Err(Error::new("publish the image of a job of IMS")
+                        .because("no store is named")
+                        .advise("set S3_BUCKET or IMAGE_STORE"));
+                }
                 _ => {}
             }
         }
@@ -274,8 +280,7 @@ impl Sidecar<'_> {
         let has_store = self.settings.store.url.is_some();
         let boot = has_store.then(|| boot::find(&tree, &self.settings.boot, self.settings.arch)).transpose()?;
         drop(tree);
-        let name = self.settings.name.replace('/', "_");
-        let squashfs = self.files.path().join(format!("{name}.sqsh"));
+        let squashfs = self.files.path().join(self.settings.archive());
         if journal.phase < Phase::Packed {
             package::pack(self.work, &image_root, &squashfs, &self.settings.packing, &self.places.exclude)?;
             tracing::info!("packed {}", squashfs.display());
@@ -287,7 +292,6 @@ impl Sidecar<'_> {
         }
         if !has_store {
             tracing::info!("no store is named (S3_BUCKET, IMAGE_STORE): the packed image stays where it is");
-            self.ims.set_status(Status::Success)?;
             return Journal::clear(self.files).map(|()| 0);
         }
         let rootfs = std::fs::File::open(&squashfs).attempt(|| format!("open {}", squashfs.display()))?;

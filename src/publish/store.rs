@@ -13,17 +13,21 @@ use object_store::multipart::{MultipartStore, PartId};
 use object_store::path::Path;
 use object_store::signer::Signer;
 use object_store::{
-    Attribute, Attributes, BackoffConfig, Certificate, ClientOptions, MultipartId, ObjectStore, ObjectStoreExt,
-    PutPayload, RetryConfig,
+    Attribute, Attributes, BackoffConfig, Certificate, ClientOptions, GetOptions, MultipartId, ObjectStore,
+    ObjectStoreExt, PutPayload, RetryConfig,
 };
 use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
 
 use crate::error::{Attempt, Error, Result};
+use crate::publish::begun;
 use crate::publish::settings::{self, Network, Validate};
 use crate::publish::work::{authorities, in_full};
 
 /// How long a URL that was signed here is good for.
-const SIGNED_FOR: Duration = Duration::from_hours(6);
+pub const SIGNED_FOR: Duration = Duration::from_hours(6);
+
+/// What requests are signed for; stores of one's own do not care.
+pub const REGION: &str = "us-east-1";
 
 /// Where images are kept.
 pub struct Store {
@@ -46,6 +50,9 @@ enum Objects {
         folder: PathBuf,
     },
 }
+
+/// Of the further names that of an object's checksum.
+pub const MD5: &str = "md5sum";
 
 /// What is told of an object beside its content. Files have neither.
 pub struct Description {
@@ -102,6 +109,11 @@ impl Store {
         key.split('/').fold(self.prefix.clone(), Path::join)
     }
 
+    /// An object of a folder that is not whole yet: by its key alone, whatever somebody has noted of it.
+    fn begun(&self, folder: &std::path::Path, key: &str) -> PathBuf {
+        folder.join(format!("{}{BEGUN}", self.path(key)))
+    }
+
     fn objects(&self) -> &dyn ObjectStore {
         match &self.objects {
             Objects::S3 { bucket, .. } => bucket.as_ref(),
@@ -119,11 +131,10 @@ impl Store {
                 describing.create_multipart(&self.path(key)).await
             }
             Objects::Folder { folder, .. } => {
-                let begun = format!("{}{BEGUN}", self.path(key));
-                let file = folder.join(&begun);
+                let file = self.begun(folder, key);
                 let above = file.parent().map_or(Ok(()), std::fs::create_dir_all);
                 above.and_then(|()| File::create(&file)).map_err(|e| failure(key, e))?;
-                Ok(begun)
+                Ok(MultipartId::new())
             }
         }
     }
@@ -139,7 +150,7 @@ impl Store {
         let (path, id) = (self.path(key), id.clone());
         let place = match &self.objects {
             Objects::S3 { bucket, .. } => Ok(bucket.clone()),
-            Objects::Folder { folder, .. } => Err(folder.join(&id)),
+            Objects::Folder { folder, .. } => Err(self.begun(folder, key)),
         };
         async move {
             match place {
@@ -162,7 +173,7 @@ impl Store {
             }
             Objects::Folder { folder, .. } => {
                 let whole = folder.join(self.path(key).as_ref());
-                std::fs::rename(folder.join(id), whole).map_err(|e| failure(key, e))
+                std::fs::rename(self.begun(folder, key), whole).map_err(|e| failure(key, e))
             }
         }
     }
@@ -171,7 +182,9 @@ impl Store {
     pub async fn abort(&self, key: &str, id: &MultipartId) -> object_store::Result<()> {
         let aborted = match &self.objects {
             Objects::S3 { bucket, .. } => bucket.abort_multipart(&self.path(key), id).await,
-            Objects::Folder { folder, .. } => std::fs::remove_file(folder.join(id)).map_err(|e| failure(key, e)),
+            Objects::Folder { folder, .. } => {
+                std::fs::remove_file(self.begun(folder, key)).map_err(|e| failure(key, e))
+            }
         };
         match aborted {
             Err(object_store::Error::NotFound { .. }) => Ok(()),
@@ -194,6 +207,15 @@ impl Store {
         Ok((found.e_tag.unwrap_or_default().trim_matches('"').to_owned(), found.size))
     }
 
+    /// Whether this object is there, as it was described.
+    pub async fn holds(&self, key: &str, size: u64, md5: &str) -> bool {
+        let head = GetOptions { head: true, ..GetOptions::default() };
+        let sum = Attribute::Metadata(MD5.into());
+        let found = self.objects().get_opts(&self.path(key), head).await;
+        found
+            .is_ok_and(|found| found.meta.size == size && found.attributes.get(&sum).is_some_and(|s| s.as_ref() == md5))
+    }
+
     /// Deletes these keys; one that is not there is no error.
     pub async fn delete(&self, keys: impl Iterator<Item = String>) -> object_store::Result<()> {
         for key in keys {
@@ -205,17 +227,22 @@ impl Store {
         Ok(())
     }
 
-    /// What of an image lies in a folder and is no object (any more): the folder itself, and beginnings of files.
-    pub fn sweep(&self, image: &str) {
-        if let Objects::Folder { folder, .. } = &self.objects
-            && !image.is_empty()
-        {
-            let folder = folder.join(image);
-            let entries = std::fs::read_dir(&folder).into_iter().flatten().flatten();
-            for begun in entries.filter(|e| e.file_name().to_string_lossy().contains('#')) {
-                let _ = std::fs::remove_file(begun.path());
+    /// Takes back what of an image is no object: uploads that were begun in a bucket; in a folder beginnings of files, and the image's own
+    /// one if it is empty.
+    pub async fn sweep(&self, image: &str) -> object_store::Result<()> {
+        match &self.objects {
+            // Everybody's.
+            _ if image.is_empty() => Ok(()),
+            Objects::S3 { bucket, options, .. } => begun::abort_below(bucket, options, &self.path(image)).await,
+            Objects::Folder { folder, .. } => {
+                let folder = folder.join(self.path(image).as_ref());
+                let entries = std::fs::read_dir(&folder).into_iter().flatten().flatten();
+                for begun in entries.filter(|e| e.file_name().to_string_lossy().contains('#')) {
+                    let _ = std::fs::remove_file(begun.path());
+                }
+                let _ = std::fs::remove_dir(folder);
+                Ok(())
             }
-            let _ = std::fs::remove_dir(folder);
         }
     }
 }
@@ -240,7 +267,7 @@ impl Description {
 }
 
 /// An error of one's own among those of stores.
-fn failure(key: &str, cause: impl std::error::Error + Send + Sync + 'static) -> object_store::Error {
+pub fn failure(key: &str, cause: impl std::error::Error + Send + Sync + 'static) -> object_store::Error {
     let source: Box<dyn std::error::Error + Send + Sync> = Box::new(cause);
     let is_missing = source.downcast_ref().is_some_and(|e: &std::io::Error| e.kind() == std::io::ErrorKind::NotFound);
     if is_missing {
@@ -286,7 +313,7 @@ fn s3(bucket: &str, settings: &settings::Store, network: &Network) -> Result<(Am
         .with_bucket_name(bucket)
         .with_access_key_id(access)
         .with_secret_access_key(secret)
-        .with_region("us-east-1")
+        .with_region(REGION)
         .with_retry(retry);
     if let Some(endpoint) = &settings.endpoint {
         // Over TLS nothing is lost by it, and the content is not read once more for its checksum.

@@ -17,11 +17,11 @@ use crate::publish::manifest::{self, Artifact};
 use crate::publish::package::md5_of;
 use crate::publish::parts::{Large, PART, Sender};
 use crate::publish::settings::Settings;
-use crate::publish::store::{Description, Store};
+use crate::publish::store::{Description, MD5, Store};
 use crate::publish::work::{Work, in_full};
 
 /// Keys below the image's, with their types.
-pub const ROOTFS: (&str, &str) = ("rootfs", "application/vnd.cray.image.rootfs.squashfs");
+const ROOTFS: (&str, &str) = ("rootfs", "application/vnd.cray.image.rootfs.squashfs");
 const KERNEL: (&str, &str) = ("kernel", "application/vnd.cray.image.kernel");
 const INITRD: (&str, &str) = ("initrd", "application/vnd.cray.image.initrd");
 const DEBUG_KERNEL: (&str, &str) = ("debug_kernel", "application/vnd.cray.image.debug.kernel");
@@ -60,10 +60,7 @@ impl Publication<'_> {
         let store = Store::open(&self.settings.store, &self.work.network)?;
         let result = self.carry_out(&store, &mut journal, image);
         if result.is_err() {
-            self.work.finish_regardless();
-            if let Some(id) = &journal.image {
-                self.take_back(&store, id);
-            }
+            self.take_back(&store, &journal);
         }
         Journal::clear(self.files)?;
         result
@@ -71,9 +68,11 @@ impl Publication<'_> {
 
     /// Takes back what an earlier run has published in part that was killed, where nothing more is published.
     pub fn give_up(&mut self) -> Result<()> {
-        let Some(id) = Journal::open(self.files, self.settings.job.as_deref()).image else { return Ok(()) };
-        self.work.finish_regardless();
-        self.take_back(&Store::open(&self.settings.store, &self.work.network)?, &id);
+        let journal = Journal::open(self.files, self.settings.job.as_deref());
+        if journal.image.is_none() && journal.known.is_none() {
+            return Ok(());
+        }
+        self.take_back(&Store::open(&self.settings.store, &self.work.network)?, &journal);
         Journal::clear(self.files)
     }
 
@@ -95,8 +94,15 @@ impl Publication<'_> {
                 store.url_of(&id)
             );
         }
-        // Last: it ends the job, and its volume with it.
-        self.ims.set_status(Status::Success)?;
+        // Last: it ends the job, its volume and this pod. Once it is told nothing may be taken back, whatever signal comes.
+        self.work.finish_regardless();
+        if let Err(refused) = self.ims.set_status(Status::Success) {
+            // Of a job that has ended it is refused, though it be the same: the answer to an earlier try may have been lost.
+            let stands = self.ims.job()?.is_some_and(|job| job["status"] == Status::Success.name());
+            if !stands {
+                return Err(refused);
+            }
+        }
         Ok(json!({
             "ims_image_artifacts": artifacts.iter().map(Artifact::entry).collect::<Vec<_>>(),
             "ims_image_record": record,
@@ -119,21 +125,20 @@ impl Publication<'_> {
         {
             return Ok(record);
         }
-        let known = match journal.known.take() {
-            Some(known) => known,
+        let record = match &journal.known {
+            Some(known) => self.ims.find_image(name, known)?,
             None => {
-                let known = self.ims.empty_images(name)?;
-                journal.known = Some(known.clone());
+                journal.known = Some(self.ims.empty_images(name)?);
                 journal.note(self.files)?;
-                known
+                None
             }
         };
-        let record = self.ims.create_image(name, self.settings.arch, &known)?;
-        let Some(id) = record["id"].as_str() else {
+        let known = journal.known.as_deref().unwrap_or_default();
+        let record = record.map_or_else(|| self.ims.create_image(name, self.settings.arch, known), Ok)?;
+        let Some(id) = id_of(&record) else {
             return Err(Error::new(format!("register the image '{name}'")).because("its record has no id"));
         };
-        journal.known = Some(known);
-        journal.image = Some(id.to_owned());
+        journal.image = Some(id.clone());
         journal.note(self.files)?;
         tracing::info!(image = id, "the image '{name}' has its record");
         Ok(record)
@@ -158,7 +163,7 @@ impl Publication<'_> {
             let Some(content) = content else { continue };
             let md5 = md5_of(self.work, &content, key)?;
             let metadata = vec![
-                ("md5sum", md5.clone()),
+                (MD5, md5.clone()),
                 ("x-shasta-ims-image-name", self.settings.name.clone()),
                 ("x-shasta-ims-image-id", id.to_owned()),
                 ("x-shasta-ims-job-id", self.settings.job.clone().unwrap_or_default()),
@@ -176,10 +181,13 @@ impl Publication<'_> {
         let text = manifest::text(&artifacts, SystemTime::now());
         let md5 = format!("{:x}", Md5::digest(&text));
         let (place, size) = (format!("{id}/{}", MANIFEST.0), text.len() as u64);
-        let description = Description { media_type: MANIFEST.1, metadata: vec![("md5sum", md5.clone())] };
+        let description = Description { media_type: MANIFEST.1, metadata: vec![(MD5, md5.clone())] };
         self.wait(&format!("upload {}", store.url_of(&place)), store.put(&place, text, &description))?;
         let etag = self.etag(store, &place, size)?;
-        store.sweep(id);
+        if let Err(error) = self.sweep(store, id) {
+            self.work.heed()?;
+            tracing::warn!("{error}; it stays behind");
+        }
         let link = Artifact { path: store.url_of(&place), etag, md5, media_type: MANIFEST.1 }.link();
         Ok((artifacts, link))
     }
@@ -187,12 +195,16 @@ impl Publication<'_> {
     /// Uploads one file, a large one in parts.
     fn put(&self, store: &Store, object: &Large) -> Result<()> {
         if object.size > PART {
-            return Sender { work: self.work, store, files: self.files }.send(object);
+            return self.sender(store).send(object);
         }
         let attempted = format!("upload {}", store.url_of(object.place));
         let mut bytes = vec![0; usize::try_from(object.size).attempt(|| attempted.clone())?];
         object.content.read_exact_at(&mut bytes, 0).attempt(|| attempted.clone())?;
         self.wait(&attempted, store.put(object.place, bytes, object.description))
+    }
+
+    fn sender<'a>(&'a self, store: &'a Store) -> Sender<'a> {
+        Sender { work: self.work, store, settings: &self.settings.store, files: self.files }
     }
 
     fn etag(&self, store: &Store, place: &str, size: u64) -> Result<String> {
@@ -211,17 +223,38 @@ impl Publication<'_> {
         json!({ "id": id, "name": self.settings.name, "arch": self.settings.arch, "link": link })
     }
 
-    /// Leaves neither objects nor a record of an image that is none.
-    fn take_back(&mut self, store: &Store, id: &str) {
+    /// What no run has noted: a store that has begun an upload may be the only one who knows.
+    fn sweep(&self, store: &Store, id: &str) -> Result<()> {
+        self.wait(&format!("look for uploads to {} that were begun", store.url_of(id)), store.sweep(id))
+    }
+
+    /// Leaves neither objects nor a record of an image that is none, whatever signal comes.
+    fn take_back(&mut self, store: &Store, journal: &Journal) {
+        self.work.finish_regardless();
+        let id = match (&journal.image, &journal.known) {
+            (Some(id), _) => Ok(Some(id.clone())),
+            // It may have been asked for, and the answer was not noted.
+            (None, Some(known)) => self.ims.find_image(&self.settings.name, known).map(|record| id_of(&record?)),
+            (None, None) => Ok(None),
+        };
+        let id = id.unwrap_or_else(|error| {
+            tracing::error!("{error}; if the image was registered, its record stays behind");
+            None
+        });
+        let Some(id) = id else { return };
         let keys = KEYS.iter().map(|key| format!("{id}/{key}"));
-        let aborted = Sender { work: self.work, store, files: self.files }.abort();
-        let deleted = self.wait(&format!("delete {}", store.url_of(id)), store.delete(keys));
-        store.sweep(id);
-        for error in [aborted.err(), deleted.err(), self.ims.delete_image(id).err()].into_iter().flatten() {
+        let aborted = self.sender(store).abort();
+        let deleted = self.wait(&format!("delete {}", store.url_of(&id)), store.delete(keys));
+        let swept = self.sweep(store, &id);
+        for error in [aborted, deleted, swept, self.ims.delete_image(&id)].into_iter().filter_map(Result::err) {
             tracing::error!("{error}; it stays behind");
         }
         tracing::info!("what was uploaded of image {id} has been taken back");
     }
+}
+
+fn id_of(record: &Value) -> Option<String> {
+    record["id"].as_str().filter(|id| !id.is_empty()).map(str::to_owned)
 }
 
 fn random_id() -> Result<String> {

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 /// What happens to one request; those after the last one are answered well.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub enum Fault {
     /// The connection is reset after so many bytes of the body.
     ResetAfter(usize),
@@ -20,8 +20,18 @@ pub enum Fault {
     Silence,
     /// The answer to a range begins at the file's start, and says so.
     OtherRange,
+    /// All of the file, whatever part was asked for.
+    Whole,
+    /// The answer to a range ends after so many bytes, and says so.
+    ShortRange(usize),
+    /// The answer to a range goes on behind the file's end.
+    LongRange,
     /// The file becomes another one, of the same length, before the answer.
     Change,
+    /// It becomes its own beginning, of so many bytes.
+    Shorten(usize),
+    /// The store has encrypted it by a key of its own.
+    Encrypted,
 }
 
 pub struct FileServer {
@@ -76,8 +86,12 @@ fn answer(connection: &TcpStream, served: &Mutex<Served>, requests: &Mutex<Vec<R
     let (content, etag, fault) = {
         let mut served = served.lock().unwrap();
         let fault = (!served.faults.is_empty()).then(|| served.faults.remove(0));
-        if matches!(fault, Some(Fault::Change)) {
-            served.content.iter_mut().for_each(|byte| *byte = !*byte);
+        match fault {
+            Some(Fault::Change) => served.content.iter_mut().for_each(|byte| *byte = !*byte),
+            Some(Fault::Shorten(length)) => served.content.truncate(length),
+            _ => {}
+        }
+        if matches!(fault, Some(Fault::Change | Fault::Shorten(_))) {
             served.etag += "0";
         }
         (served.content.clone(), served.etag.clone(), fault)
@@ -95,14 +109,17 @@ fn answer(connection: &TcpStream, served: &Mutex<Served>, requests: &Mutex<Vec<R
     if header("if-match").is_some_and(|wanted| wanted.trim_matches('"') != etag) {
         return write!(out, "HTTP/1.1 412 Precondition Failed\r\ncontent-length: 0\r\nconnection: close\r\n\r\n").ok();
     }
+    let range = range.filter(|_| !matches!(fault, Some(Fault::Whole)));
     let from = if matches!(fault, Some(Fault::OtherRange)) { 0 } else { usize::try_from(range.unwrap_or(0)).unwrap() };
+    let length = content.len();
+    let to = if let Some(Fault::ShortRange(bytes)) = fault { from + bytes } else { length };
     let head = match range {
-        Some(_) => {
-            format!("206 Partial Content\r\ncontent-range: bytes {from}-{}/{}", content.len() - 1, content.len())
-        }
+        Some(_) => format!("206 Partial Content\r\ncontent-range: bytes {from}-{}/{length}", to - 1),
+        None if matches!(fault, Some(Fault::Encrypted)) => "200 OK\r\nx-amz-server-side-encryption: aws:kms".to_owned(),
         None => "200 OK".to_owned(),
     };
-    let body = &content[from..];
+    let further = if matches!(fault, Some(Fault::LongRange)) { &[0; 5000][..] } else { &[] };
+    let body = &[&content[from..to], further].concat();
     if !matches!(fault, Some(Fault::Silence)) {
         let length = body.len();
         write!(out, "HTTP/1.1 {head}\r\netag: \"{etag}\"\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n")

@@ -23,13 +23,17 @@ const STATUSES: [&str; 9] = [
     "success",
 ];
 
-/// What happens to the next request that begins like this.
+/// What happens to the next request that begins like this: method, path, body.
 #[derive(Clone, Debug)]
 pub enum Fault {
     /// An error of the server, and nothing is done.
     Status(u16),
     /// It is done, and the answer is lost.
     LostAnswer,
+    /// It is done, and nobody ever answers.
+    SilentlyDone,
+    /// It is answered, and just then somebody else registers an image of this name, with this link.
+    Rival(&'static str, Value),
     /// The token is refused.
     ExpiredToken,
     /// Nobody ever answers.
@@ -43,10 +47,23 @@ pub struct State {
     /// Every request that changed something: method, path, body.
     pub changes: Vec<(String, String, Value)>,
     pub tokens: usize,
+    /// In seconds.
+    pub token_lives: u64,
     /// What was refused as wrong.
     pub refused: Vec<String>,
     faults: Vec<(String, Fault)>,
     made: usize,
+}
+
+impl State {
+    /// A new image's record; the earlier one comes first.
+    pub fn register(&mut self, name: &str, arch: &str, link: &Value) -> Value {
+        self.made += 1;
+        let id = format!("00000000-0000-4000-8000-{:012}", self.made);
+        let record = json!({"id": id, "created": "2026-01-01T00:00:00", "name": name, "arch": arch, "link": link});
+        self.images.insert(id, record.clone());
+        record
+    }
 }
 
 pub struct ImsServer {
@@ -63,7 +80,7 @@ impl ImsServer {
             "id": JOB, "status": "creating", "job_type": "customize", "artifact_id": JOB, "public_key_id": JOB,
             "image_root_archive_name": "compute", "resultant_image_id": null,
         });
-        let state = Arc::new(Mutex::new(State { job, ..State::default() }));
+        let state = Arc::new(Mutex::new(State { job, token_lives: 300, ..State::default() }));
         let oauth = tempfile::tempdir().unwrap();
         for (name, text) in [
             ("endpoint", format!("http://{address}/token\n")),
@@ -86,7 +103,7 @@ impl ImsServer {
         self.state.lock().unwrap()
     }
 
-    /// The next request "METHOD /path" that begins like this goes wrong.
+    /// The next request "METHOD /path body" that begins like this goes wrong.
     pub fn fail(&self, request: &str, fault: Fault) {
         self.state().faults.push((request.to_owned(), fault));
     }
@@ -137,18 +154,30 @@ fn answer(connection: &TcpStream, state: &Mutex<State>) -> Option<()> {
     reader.read_exact(&mut body).ok()?;
     let fault = {
         let mut state = state.lock().unwrap();
-        let request = format!("{method} {path}").replace("/apis/ims", "");
+        let request = format!("{method} {path} {}", String::from_utf8_lossy(&body)).replace("/apis/ims", "");
         let at = state.faults.iter().position(|(begin, _)| request.starts_with(begin.as_str()));
         at.map(|at| state.faults.remove(at).1)
     };
     let (status, answer) = match fault {
         Some(Fault::Status(status)) => (status, json!({"title": "Out of order", "status": status})),
         Some(Fault::ExpiredToken) => {
+            // And is refused from now on.
+            state.lock().unwrap().tokens += 1;
             (401, json!({"error": "invalid_token", "error_description": "The token has expired"}))
         }
         Some(Fault::Silence) => {
             std::thread::park();
             return None;
+        }
+        Some(Fault::SilentlyDone) => {
+            handle(state, &method, &path, &headers, &body);
+            std::thread::park();
+            return None;
+        }
+        Some(Fault::Rival(name, content)) => {
+            let answer = handle(state, &method, &path, &headers, &body);
+            state.lock().unwrap().register(name, "x86_64", &content);
+            answer
         }
         Some(Fault::LostAnswer) => {
             handle(state, &method, &path, &headers, &body);
@@ -191,7 +220,10 @@ fn token(state: &mut State, headers: &BTreeMap<String, String>, body: &[u8]) -> 
         return Err((400, format!("grant: {}", String::from_utf8_lossy(body))));
     }
     state.tokens += 1;
-    Ok((200, json!({"access_token": format!("token-{}", state.tokens), "expires_in": 300, "token_type": "Bearer"})))
+    Ok((
+        200,
+        json!({"access_token": format!("token-{}", state.tokens), "expires_in": state.token_lives, "token_type": "Bearer"}),
+    ))
 }
 
 fn api(state: &mut State, method: &str, path: &str, headers: &BTreeMap<String, String>, body: &[u8]) -> Handled {
@@ -212,11 +244,7 @@ fn api(state: &mut State, method: &str, path: &str, headers: &BTreeMap<String, S
             if !["x86_64", "aarch64", ""].contains(&body["arch"].as_str().unwrap_or_default()) {
                 return Err((400, "arch: x86_64 or aarch64".into()));
             }
-            state.made += 1;
-            let id = format!("00000000-0000-4000-8000-{:012}", state.made);
-            let record = json!({"id": id, "created": "2026-01-01T00:00:00", "name": name, "arch": body["arch"], "link": body.get("link")});
-            state.images.insert(id, record.clone());
-            Ok((201, record))
+            Ok((201, state.register(name, body["arch"].as_str().unwrap_or_default(), &body["link"])))
         }
         ("GET", "images", Some(id)) => Ok((200, state.images.get(id).ok_or_else(missing)?.clone())),
         ("DELETE", "images", Some(id)) => state.images.remove(id).map(|_| (204, Value::Null)).ok_or_else(missing),

@@ -1,7 +1,12 @@
 //! From an image root to a squashfs.
 
-use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::io::Read;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use crate::job::*;
 use crate::support::*;
@@ -17,9 +22,12 @@ fn refused(tree: &Path, archive: &Path, reason: &str) {
     let output = package(&["--archive", archive.to_str().unwrap(), tree.to_str().unwrap()]);
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     assert!(text(&output.stderr).contains(reason), "expected '{reason}': {}", text(&output.stderr));
-    let folder = std::fs::read_dir(archive.parent().unwrap()).unwrap();
-    let left: Vec<_> =
-        folder.map(|e| e.unwrap().file_name()).filter(|n| n.to_string_lossy().contains("sqsh")).collect();
+    nothing_is_packed(archive.parent().unwrap());
+}
+
+fn nothing_is_packed(folder: &Path) {
+    let names = std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().file_name());
+    let left: Vec<_> = names.filter(|n| n.to_string_lossy().starts_with("image.sqsh")).collect();
     assert!(left.is_empty(), "{left:?}");
 }
 
@@ -83,6 +91,19 @@ fn it_is_refused_while_something_is_mounted_or_somebody_stands_in_it() {
     refused(&tree, &archive, &format!("process {} (cat) stands in it", somebody.id()));
     drop(somebody.stdin.take());
     somebody.wait().unwrap();
+    // Its working folder stays outside, and it says when it stands there.
+    let script = "import os, sys; os.chroot(sys.argv[1]); print(flush=True); sys.stdin.read()";
+    let mut somebody = Command::new("/usr/bin/python3")
+        .args(["-c", script])
+        .arg(&tree)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    somebody.stdout.take().unwrap().read_exact(&mut [0]).unwrap();
+    refused(&tree, &archive, &format!("process {} (python3) stands in it", somebody.id()));
+    drop(somebody.stdin.take());
+    somebody.wait().unwrap();
     assert!(package(&["--archive", archive.to_str().unwrap(), tree.to_str().unwrap()]).status.success());
 }
 
@@ -105,6 +126,102 @@ fn capabilities_and_attributes_of_files_are_kept() {
     let mut value = [0; 16];
     let length = rustix::fs::getxattr(unpacked.join("etc/passwd"), "user.other", &mut value[..]).unwrap();
     assert_eq!(&value[..length], b"two");
+}
+
+#[test]
+fn attributes_that_are_not_packed_are_noticed() {
+    let dir = folder();
+    let tree = image(dir.path());
+    succeed(Command::new("setcap").arg("cap_net_raw+ep").arg(tree.join("bin/busybox")));
+    // One that was built without them.
+    let few = dir.path().join("few");
+    std::fs::create_dir(&few).unwrap();
+    let mksquashfs = few.join("mksquashfs");
+    std::fs::write(&mksquashfs, "#!/bin/sh\nexec /usr/bin/mksquashfs \"$@\" -no-xattrs\n").unwrap();
+    std::fs::set_permissions(&mksquashfs, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let mut command = ims_sshd(&["package", "--archive", "image.sqsh"], &[]);
+    let output = command.arg(&tree).env("PATH", &few).current_dir(dir.path()).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(text(&output.stderr).contains("1 different sets of extended attributes, and the squashfs 0"), "{output:?}");
+    nothing_is_packed(dir.path());
+}
+
+#[test]
+fn access_lists_for_which_a_squashfs_has_no_place_are_told_and_left_out() {
+    let dir = folder();
+    let tree = image(dir.path());
+    // Version, then tag, permissions and number of each entry; as packages of systemd give one to the journal's folder.
+    let entries: [(u16, u16, u32); 5] =
+        [(0x01, 6, u32::MAX), (0x02, 4, 1000), (0x04, 4, u32::MAX), (0x10, 4, u32::MAX), (0x20, 4, u32::MAX)];
+    let entries = entries.iter().flat_map(|(tag, permissions, id)| {
+        [&tag.to_le_bytes()[..], &permissions.to_le_bytes(), &id.to_le_bytes()].concat()
+    });
+    let list: Vec<_> = 2_u32.to_le_bytes().into_iter().chain(entries).collect();
+    let flags = rustix::fs::XattrFlags::empty();
+    rustix::fs::setxattr(tree.join("etc/passwd"), "system.posix_acl_access", &list, flags).unwrap();
+    let archive = dir.path().join("image.sqsh");
+    let output = package(&["--archive", archive.to_str().unwrap(), tree.to_str().unwrap()]);
+    assert!(output.status.success(), "{output:?}");
+    assert!(text(&output.stderr).contains("system.posix_acl_access"), "{output:?}");
+}
+
+/// mksquashfs puts an empty file in its place, and ends well.
+#[test]
+fn a_file_that_cannot_be_read_is_not_packed_as_an_empty_one() {
+    let dir = folder();
+    let tree = image(dir.path());
+    let file = squashfs_of(&tree);
+    let mut bytes = std::fs::read(&file).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle..middle + 4096].fill(0xaa);
+    std::fs::write(&file, bytes).unwrap();
+    // Opened in place nobody has read all of it before.
+    let script = "mkdir mounted && mount -t squashfs -o loop,ro $1 mounted && $0 package --archive image.sqsh mounted";
+    let mut command = Command::new("unshare");
+    command.args(["-m", "sh", "-c", script, IMS_SSHD]).arg(&file).current_dir(dir.path());
+    let output = command.output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(text(&output.stderr).contains("cannot pack"), "{output:?}");
+    nothing_is_packed(dir.path());
+}
+
+/// A tree that takes a while, and a program that packs it, with its mksquashfs at work.
+fn packing(dir: &Path) -> (PathBuf, Child, Pid) {
+    let tree = image(dir);
+    let random = feed(Command::new("head").args(["-c", "16M", "/dev/urandom"]), b"").stdout;
+    std::fs::write(tree.join("random"), random).unwrap();
+    let mut command = ims_sshd(&["package", "--compression", "xz", "--archive", "image.sqsh"], &[]);
+    let child = command.arg(&tree).current_dir(dir).spawn().unwrap();
+    let begun = |archive: std::fs::Metadata| archive.len() > 1 << 20;
+    wait_until("the archive to grow", || dir.join("image.sqsh.part").metadata().is_ok_and(begun));
+    let mksquashfs = processes_with(&format!("mksquashfs {}", tree.display()));
+    (tree, child, Pid::from_raw(mksquashfs[0].cast_signed()))
+}
+
+#[test]
+fn a_terminated_package_ends_at_once_and_leaves_nothing() {
+    let dir = folder();
+    let (_, mut child, mksquashfs) = packing(dir.path());
+    kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM).unwrap();
+    assert!(!child.wait().unwrap().success());
+    assert!(kill(mksquashfs, None).is_err(), "mksquashfs goes on");
+    nothing_is_packed(dir.path());
+}
+
+#[test]
+fn a_mksquashfs_that_was_left_alone_does_not_write_into_the_next_archive() {
+    let dir = folder();
+    let (tree, mut child, mksquashfs) = packing(dir.path());
+    kill(mksquashfs, Signal::SIGSTOP).unwrap();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let mut command = ims_sshd(&["package", "--compression", "none", "--archive", "image.sqsh"], &[]);
+    let output = command.arg(&tree).current_dir(dir.path()).output().unwrap();
+    let archive = std::fs::read(dir.path().join("image.sqsh")).unwrap_or_default();
+    kill(mksquashfs, Signal::SIGCONT).unwrap();
+    wait_until("mksquashfs to end", || kill(mksquashfs, None).is_err());
+    assert!(output.status.success(), "{output:?}");
+    assert!(archive == std::fs::read(dir.path().join("image.sqsh")).unwrap());
 }
 
 #[test]

@@ -213,15 +213,46 @@ fn a_file_that_changes_on_the_way_is_fetched_anew() {
 }
 
 #[test]
-fn an_answer_of_another_range_is_not_put_behind_what_is_there() {
+fn a_file_that_becomes_shorter_on_the_way_leaves_nothing_of_the_longer_one() {
     let dir = folder();
     let tree = image(dir.path());
     let content = std::fs::read(squashfs_of(&tree)).unwrap();
-    let server = FileServer::start(content, &[Fault::ResetAfter(5000), Fault::OtherRange]);
+    let length = content.len();
+    let faults = [Fault::CloseAfter(length + 50_000), Fault::Shorten(length)];
+    let server = FileServer::start([content.as_slice(), &vec![1; 100_000]].concat(), &faults);
     let parent = dir.path().join("parent");
     let output = prepare(&parent, &server.url, &[]);
     assert!(output.status.success(), "{}", text(&output.stderr));
     same_tree(&tree, &parent.join("image-root"));
+}
+
+#[test]
+fn a_file_that_never_stops_changing_is_given_up() {
+    let dir = folder();
+    let faults = [Fault::ResetAfter(100_000), Fault::Status(412)].repeat(30);
+    let server = FileServer::start(vec![0; 1 << 20], &faults);
+    let parent = dir.path().join("parent");
+    let output = prepare(&parent, &server.url, &[("IMS_RETRY_LIMIT", "1".into())]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("it has changed on the server"), "{}", text(&output.stderr));
+    assert!(text(&output.stderr).contains("IMS_RETRY_LIMIT"), "{}", text(&output.stderr));
+    is_empty(&parent);
+}
+
+#[test]
+fn what_a_server_makes_of_a_range_is_put_where_it_belongs() {
+    let dir = folder();
+    let tree = image(dir.path());
+    let content = std::fs::read(squashfs_of(&tree)).unwrap();
+    for (number, fault) in [Fault::OtherRange, Fault::Whole, Fault::ShortRange(3000)].into_iter().enumerate() {
+        let server = FileServer::start(content.clone(), &[Fault::ResetAfter(5000), fault]);
+        let parent = dir.path().join(format!("parent-{number}"));
+        let output = prepare(&parent, &server.url, &[]);
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        same_tree(&tree, &parent.join("image-root"));
+    }
+    let server = FileServer::start(content, &[Fault::ResetAfter(5000), Fault::LongRange]);
+    refused(&dir.path().join("long"), &server.url, "it is longer than it said");
 }
 
 #[test]
@@ -238,10 +269,18 @@ fn a_wrong_checksum_is_refused_wherever_it_stands() {
     assert!(text(&output.stderr).contains(&format!("expected {wrong}")), "{}", text(&output.stderr));
     is_empty(&parent);
     assert_eq!(ims.statuses(), ["fetching_image", "error"]);
-    let server = FileServer::with_etag(content, &wrong, &[]);
+    let server = FileServer::with_etag(content.clone(), &wrong, &[]);
     refused(&parent, &server.url, &format!("expected {wrong}"));
+    let here = squashfs_of(&dir.path().join("tree")).display().to_string();
+    let output = prepare(&parent, &here, &[("DOWNLOAD_MD5SUM", wrong.clone())]);
+    assert!(text(&output.stderr).contains(&format!("expected {wrong}")), "{}", text(&output.stderr));
+    is_empty(&parent);
     let server = FileServer::start(Vec::new(), &[Fault::Status(403)]);
     refused(&parent, &server.url, "403 Forbidden");
+    // With a key of the store's own the mark is no checksum, though it looks like one.
+    let server = FileServer::with_etag(content, &wrong, &[Fault::Encrypted]);
+    let output = prepare(&parent, &server.url, &[]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
 }
 
 #[test]
@@ -314,6 +353,25 @@ fn an_overlay_shows_the_image_and_keeps_its_source() {
     assert_eq!(succeed(&mut shell), "more\n", "the next one to mount it finds what was changed");
     same_tree(&tree, &parent.join("copy"));
     assert_eq!(std::fs::read(&squashfs).unwrap(), before);
+}
+
+#[test]
+fn what_was_changed_above_an_overlay_outlives_a_source_that_cannot_be_mounted() {
+    let dir = folder();
+    let tree = image(dir.path());
+    let squashfs = squashfs_of(&tree);
+    let wrong = dir.path().join("wrong");
+    std::fs::write(&wrong, "<html>").unwrap();
+    let parent = dir.path().join("parent");
+    let output = ims_sshd(&["prepare", "--open", "overlay"], &[]).args([&parent, &wrong]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    is_empty(&parent);
+    let script = "set -e; $0 prepare --open overlay $1 $2; echo more > $1/image-root/etc/more; \
+                  umount $1/image-root $1/overlay/lower; ! $0 prepare --open overlay $1 $3; \
+                  $0 prepare --open overlay $1 $2; cat $1/image-root/etc/more";
+    let mut shell = Command::new("unshare");
+    shell.args(["-m", "sh", "-c", script, IMS_SSHD]).args([&parent, &squashfs, &wrong]);
+    assert_eq!(succeed(&mut shell), "more\n");
 }
 
 #[test]

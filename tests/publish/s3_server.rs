@@ -169,13 +169,17 @@ pub struct Gate {
     asked: Arc<Mutex<Vec<String>>>,
 }
 
-/// What becomes of parts that are not let through.
-#[derive(Clone, Copy)]
+/// What becomes of parts that are not let through, or of other requests.
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Closed {
     /// They are never answered.
     Silent,
-    /// They are refused, for good.
+    /// They are refused, for good, and so is whoever asks what was begun.
     Refusing,
+    /// None comes as far: uploads are begun, and nobody hears of it.
+    Unheard,
+    /// All are let through, and the upload ends unheard: the connection is closed. Whoever asks again is told that there is none.
+    EndsUnheard,
 }
 
 impl Gate {
@@ -204,8 +208,16 @@ impl Gate {
 
     /// How often an upload was begun.
     pub fn begun(&self) -> usize {
-        self.asked.lock().unwrap().iter().filter(|request| request.contains("?uploads")).count()
+        self.asked.lock().unwrap().iter().filter(|request| begins(request)).count()
     }
+}
+
+fn begins(request: &str) -> bool {
+    request.starts_with("POST ") && request.contains("?uploads")
+}
+
+fn ends(request: &str) -> bool {
+    request.starts_with("POST ") && request.contains("?uploadId=")
 }
 
 fn is_part(request: &str) -> bool {
@@ -225,10 +237,11 @@ fn pass_one(
     let lines: Vec<_> = reader.by_ref().lines().map_while(Result::ok).take_while(|line| !line.is_empty()).collect();
     let Some(request) = lines.first() else { return Ok(()) };
     let length = lines.iter().find_map(|l| l.to_lowercase().strip_prefix("content-length: ")?.parse().ok());
-    let number = {
+    let (number, ended) = {
         let mut heard = heard.lock().unwrap();
         heard.push(request.clone());
-        heard.iter().filter(|request| is_part(request)).count()
+        let count = |is: fn(&str) -> bool| heard.iter().filter(|request| is(request)).count();
+        (count(is_part), count(ends))
     };
     let mut body = reader.take(length.unwrap_or(0));
     if is_part(request) && number > parts {
@@ -239,10 +252,28 @@ fn pass_one(
             Closed::Refusing => {
                 write!(out, "HTTP/1.1 403 Forbidden\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
             }
+            Closed::Unheard | Closed::EndsUnheard => unreachable!("{request}"),
         };
     }
     write!(server, "{}\r\nconnection: close\r\n\r\n", lines.join("\r\n"))?;
     std::io::copy(&mut body, &mut server)?;
+    if request.starts_with("GET ") && request.contains("?uploads") && closed == Closed::Refusing {
+        let mut out = client;
+        return write!(out, "HTTP/1.1 403 Forbidden\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
+    }
+    if begins(request) && closed == Closed::Unheard {
+        std::io::copy(&mut server, &mut std::io::sink())?;
+        let mut out = client;
+        return out.read_to_end(&mut Vec::new()).map(|_| ());
+    }
+    if ends(request) && closed == Closed::EndsUnheard {
+        std::io::copy(&mut server, &mut std::io::sink())?;
+        let mut out = client;
+        return match ended {
+            1 => Ok(()),
+            _ => write!(out, "HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"),
+        };
+    }
     std::io::copy(&mut server, &mut &*client).map(|_| ())
 }
 
@@ -254,6 +285,11 @@ pub struct Sink {
 
 impl Sink {
     pub fn start() -> Self {
+        Self::losing(0)
+    }
+
+    /// So many bytes of each object are not there afterwards.
+    pub fn losing(bytes: u64) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let endpoint = format!("http://{}", listener.local_addr().unwrap());
         let sizes = Arc::new(Mutex::new(std::collections::BTreeMap::new()));
@@ -261,7 +297,7 @@ impl Sink {
         std::thread::spawn(move || {
             for connection in listener.incoming().map_while(Result::ok) {
                 let sizes = shared.clone();
-                std::thread::spawn(move || while swallow(&connection, &sizes).is_some() {});
+                std::thread::spawn(move || while swallow(&connection, &sizes, bytes).is_some() {});
             }
         });
         Self { endpoint, sizes }
@@ -273,7 +309,7 @@ impl Sink {
     }
 }
 
-fn swallow(connection: &TcpStream, sizes: &Mutex<std::collections::BTreeMap<String, u64>>) -> Option<()> {
+fn swallow(connection: &TcpStream, sizes: &Mutex<std::collections::BTreeMap<String, u64>>, lost: u64) -> Option<()> {
     use std::io::{BufRead, BufReader};
     let mut reader = BufReader::with_capacity(1 << 20, connection);
     let mut lines = reader.by_ref().lines().map_while(Result::ok).take_while(|line| !line.is_empty());
@@ -295,7 +331,7 @@ fn swallow(connection: &TcpStream, sizes: &Mutex<std::collections::BTreeMap<Stri
         "POST" => body = "<CompleteMultipartUploadResult><ETag>\"e-1\"</ETag></CompleteMultipartUploadResult>",
         _ => {}
     }
-    let length = if method == "HEAD" { *size } else { body.len() as u64 };
+    let length = if method == "HEAD" { size.saturating_sub(lost) } else { body.len() as u64 };
     let date = "Thu, 01 Jan 2026 00:00:00 GMT";
     let mut out = connection;
     write!(out, "HTTP/1.1 200 OK\r\netag: \"e\"\r\nlast-modified: {date}\r\ncontent-length: {length}\r\n\r\n{body}")

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde_json::{Value, json};
 
 use crate::ims_server::Fault;
 use crate::job::*;
@@ -52,6 +53,12 @@ impl<'a> Running<'a> {
         self.ssh(&format!("touch {place}/{verdict}"));
     }
 
+    fn kill_sidecar(&mut self) {
+        let mut sidecar = self.sidecar.take().unwrap();
+        sidecar.kill().unwrap();
+        sidecar.wait().unwrap();
+    }
+
     /// The sidecar's end.
     fn end(mut self) -> Output {
         self.sidecar.take().unwrap().wait_with_output().unwrap()
@@ -86,6 +93,10 @@ fn a_customized_image_is_published_jailed_and_plain() {
         std::fs::write(dir.join("ca/certificate_authority.crt"), "authority").unwrap();
         std::os::unix::fs::symlink("/run/netconfig/resolv.conf", job.volume.image_root.join("etc/resolv.conf"))
             .unwrap();
+        // Of another job.
+        for stale in ["sshd_listening", "complete", "failed", "exiting"] {
+            job.volume.touch(stale);
+        }
         let running = Running::open(&job, mode);
         let root = if mode == Mode::Jailed { String::new() } else { job.volume.image_root.display().to_string() };
         let said = running.ssh(&format!("cat {root}/etc/resolv.conf; echo new > {root}/etc/motd"));
@@ -149,6 +160,28 @@ fn a_failed_customization_is_an_error_and_publishes_nothing() {
         job.nothing_is_left();
         assert!(!job.volume.parent.join("compute-ö.sqsh").exists());
     }
+}
+
+/// As environments of others mark it, and between two looks.
+#[test]
+fn a_failure_in_the_image_alone_counts_as_does_an_environment_that_was_open_for_a_moment() {
+    let job = Job::new();
+    let mark = job.volume.image_root.join("tmp/failed");
+    std::fs::write(&mark, "").unwrap();
+    let sidecar = job.sidecar(Mode::Jailed, &[]).spawn().unwrap();
+    let pid = Pid::from_raw(sidecar.id().cast_signed());
+    wait_until("'ready'", || job.volume.signal("ready").exists());
+    kill(pid, Signal::SIGSTOP).unwrap();
+    let old_one = mark.exists();
+    std::fs::write(&mark, "").unwrap();
+    job.volume.touch("sshd_listening");
+    job.volume.touch("exiting");
+    kill(pid, Signal::SIGCONT).unwrap();
+    let output = sidecar.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    assert_eq!(job.ims.statuses(), ["waiting_on_user", "error"]);
+    assert!(!old_one, "one that came with the image does not count");
+    job.nothing_is_left();
 }
 
 #[test]
@@ -234,12 +267,53 @@ fn what_cannot_go_well_is_an_error_and_never_waited_for() {
     assert_eq!(output.status.code(), Some(1));
     assert!(report(&output)["error"].as_str().unwrap().contains("pod_error"));
     assert_eq!(job.ims.statuses(), ["error"]);
+    assert!(!job.volume.signal("ready").exists());
+
+    let job = Job::new();
+    std::fs::write(job.volume.dir.path().join("authorized_keys"), "\n").unwrap();
+    let output = job.sidecar(Mode::Plain, &[("IMS_START_LIMIT", "1")]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(report(&output)["error"].as_str().unwrap().contains("there is no public key"));
+    assert!(!job.volume.signal("ready").exists());
 
     let job = Job::new();
     let output = job.sidecar(Mode::Plain, &[("IMS_ACTION", "destroy")]).output().unwrap();
     assert_ne!(output.status.code(), Some(0));
     assert!(report(&output)["error"].as_str().unwrap().contains("IMS_ACTION is 'destroy'"));
     assert_eq!(job.ims.statuses(), ["error"]);
+}
+
+#[test]
+fn a_job_that_has_ended_with_an_error_is_not_begun_again() {
+    let job = Job::new();
+    job.ims.state().job["status"] = "error".into();
+    let output = job.sidecar(Mode::Plain, &[("IMS_START_LIMIT", "1")]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+    assert!(!job.volume.signal("ready").exists());
+    job.nothing_is_left();
+}
+
+#[test]
+fn a_job_of_ims_without_a_store_is_an_error_before_anybody_has_changed_the_image() {
+    let job = Job::new();
+    let further = [("S3_BUCKET", ""), ("S3_ENDPOINT", ""), ("IMS_START_LIMIT", "1")];
+    let output = job.sidecar(Mode::Plain, &further).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+    assert!(report(&output)["error"].as_str().unwrap().contains("no store is named"), "{output:?}");
+    assert_eq!(job.ims.statuses(), ["error"]);
+    assert!(!job.volume.signal("ready").exists());
+}
+
+#[test]
+fn a_pod_that_is_given_up_meanwhile_is_an_error() {
+    let job = Job::new();
+    let running = Running::open(&job, Mode::Plain);
+    job.volume.touch("pod_error");
+    let output = running.end();
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+    assert!(report(&output)["error"].as_str().unwrap().contains("pod_error"));
+    assert_eq!(job.ims.statuses(), ["waiting_on_user", "error"]);
+    job.nothing_is_left();
 }
 
 #[test]
@@ -320,6 +394,58 @@ fn errors_lost_answers_and_expired_tokens_of_ims_are_overcome() {
 }
 
 #[test]
+fn of_images_of_the_same_name_none_is_taken_for_the_new_one_that_stood_before() {
+    let link = json!({"path": "s3://b/k", "etag": "e", "type": "s3"});
+    for rival in [Fault::Rival("another", Value::Null), Fault::Rival("compute-ö", link)] {
+        let job = Job::new();
+        job.ims.state().register("compute-ö", "x86_64", &Value::Null);
+        job.ims.fail("GET /images", rival);
+        job.ims.fail("POST /images", Fault::LostAnswer);
+        new_image_is_its_own(&job, 3);
+    }
+    let job = Job::new();
+    job.ims.fail("GET /images", Fault::Rival("compute-ö", Value::Null));
+    new_image_is_its_own(&job, 2);
+}
+
+/// Publishes, by which it becomes the last of as many.
+fn new_image_is_its_own(job: &Job, images: usize) {
+    let before = job.ims.state().images.clone();
+    let running = Running::open(job, Mode::Plain);
+    running.mark(Mode::Plain, "complete");
+    let output = running.end();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let state = job.ims.state();
+    assert_eq!(state.images.len(), images, "{:?}", state.images);
+    assert_eq!(state.job["resultant_image_id"], **state.images.last_key_value().unwrap().0);
+    for (id, record) in before {
+        assert_eq!(state.images[&id], record);
+    }
+}
+
+/// IMS ends the job with it, and asks the pod to end.
+#[test]
+fn a_success_that_was_told_is_one_whatever_comes_after() {
+    let success = format!("PATCH /jobs/{} {{\"status\":\"success\"}}", crate::ims_server::JOB);
+    for fault in [Fault::LostAnswer, Fault::SilentlyDone] {
+        let job = Job::new();
+        job.ims.fail(&success, fault.clone());
+        let running = Running::open(&job, Mode::Plain);
+        let pid = Pid::from_raw(running.sidecar.as_ref().unwrap().id().cast_signed());
+        running.mark(Mode::Plain, "complete");
+        wait_until("'success'", || job.ims.status() == "success");
+        if matches!(fault, Fault::SilentlyDone) {
+            kill(pid, Signal::SIGTERM).unwrap();
+        }
+        let output = running.end();
+        assert!(output.status.success(), "{fault:?}: {}", text(&output.stderr));
+        // What is told again of a job that has ended.
+        assert_eq!(std::mem::take(&mut job.ims.state().refused).len(), 1);
+        job.is_published(&output);
+    }
+}
+
+#[test]
 fn an_ims_that_refuses_is_told_with_its_own_words_and_nothing_stays() {
     let job = Job::new();
     job.ims.fail("PATCH /images", Fault::Status(400));
@@ -370,8 +496,8 @@ fn connections_to_the_store_that_break_are_overcome() {
     let output = running.end();
     assert!(output.status.success(), "{}", text(&output.stderr));
     assert!(breaker.broken.load(std::sync::atomic::Ordering::Relaxed) >= 10);
-    // An upload whose beginning was answered into a broken connection cannot be known of: it is no object, and the bucket's rule removes it.
     job.is_published(&output);
+    assert_eq!(job.bucket.begun(), 0, "though the answers to some were lost");
 }
 
 /// Kills the sidecar at a moment, and starts it again.
@@ -385,10 +511,8 @@ fn killed_when(moment: &str, has_come: impl Fn(&Job) -> bool) {
         wait_until("'waiting_on_user'", || job.ims.status() == "waiting_on_user");
         job.volume.touch("complete");
     }
-    let mut first = running.sidecar.take().unwrap();
     wait_until(moment, || has_come(&job));
-    first.kill().unwrap();
-    first.wait().unwrap();
+    running.kill_sidecar();
     let parent = job.volume.parent.display().to_string();
     wait_until("mksquashfs to end", || processes_with(&format!("mksquashfs {parent}")).is_empty());
     let second = job.sidecar(Mode::Plain, &[]).spawn().unwrap();
@@ -440,16 +564,77 @@ fn a_sidecar_that_was_killed_amid_an_upload_sends_only_what_is_missing() {
     let further = [("S3_ENDPOINT", gate.endpoint.as_str()), ("IMS_STALL_LIMIT", "100")];
     let mut running = Running::start(&job, Mode::Plain, &further).waiting_on_user();
     running.mark(Mode::Plain, "complete");
-    let mut first = running.sidecar.take().unwrap();
     // One is taken, and the three after it are on their way.
     wait_until("the parts to be sent", || gate.parts() == 4);
-    first.kill().unwrap();
-    first.wait().unwrap();
+    running.kill_sidecar();
     let gate = Gate::start(usize::MAX, Closed::Silent);
     running.sidecar = Some(job.sidecar(Mode::Plain, &[("S3_ENDPOINT", &gate.endpoint)]).spawn().unwrap());
     let output = running.end();
     assert!(output.status.success(), "{}", text(&output.stderr));
     assert_eq!((gate.parts(), gate.begun(), job.bucket.begun()), (3, 0, 0));
+    job.is_published(&output);
+}
+
+/// A sidecar that was killed amid an upload, and the environment, which has ended.
+fn killed_amid_an_upload(job: &Job) -> Running<'_> {
+    let random = feed(Command::new("head").args(["-c", "40M", "/dev/urandom"]), b"").stdout;
+    std::fs::write(job.volume.image_root.join("random"), random).unwrap();
+    let gate = Gate::start(0, Closed::Silent);
+    let further = [("S3_ENDPOINT", gate.endpoint.as_str()), ("IMS_STALL_LIMIT", "100")];
+    let mut running = Running::start(job, Mode::Plain, &further).waiting_on_user();
+    running.mark(Mode::Plain, "complete");
+    wait_until("a part to be sent", || gate.parts() > 0);
+    running.kill_sidecar();
+    assert_eq!((job.bucket.begun(), job.ims.state().images.len()), (1, 1));
+    running
+}
+
+#[test]
+fn what_was_published_in_part_is_taken_back_when_nothing_more_is_published() {
+    let job = Job::new();
+    let _running = killed_amid_an_upload(&job);
+    job.volume.touch("pod_error");
+    let output = job.sidecar(Mode::Plain, &[]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+    assert_eq!(job.ims.status(), "error");
+    job.nothing_is_left();
+    assert!(!job.volume.parent.join(".ims-sshd.publication").exists(), "there is nothing to go on with");
+}
+
+#[test]
+fn an_image_that_was_registered_unheard_is_found_again_or_taken_back() {
+    for given_up in [false, true] {
+        let job = Job::new();
+        job.ims.fail("POST /images", Fault::SilentlyDone);
+        let mut running = Running::start(&job, Mode::Plain, &[("IMS_STALL_LIMIT", "100")]).waiting_on_user();
+        running.mark(Mode::Plain, "complete");
+        wait_until("the image to be registered", || !job.ims.state().images.is_empty());
+        running.kill_sidecar();
+        if given_up {
+            job.volume.touch("pod_error");
+        }
+        let output = job.sidecar(Mode::Plain, &[]).output().unwrap();
+        assert_eq!(output.status.success(), !given_up, "{}", text(&output.stderr));
+        if given_up {
+            job.nothing_is_left();
+        } else {
+            job.is_published(&output);
+        }
+    }
+}
+
+#[test]
+fn a_pod_that_begins_again_amid_an_upload_goes_on_with_the_same_image() {
+    let job = Job::new();
+    let mut running = killed_amid_an_upload(&job);
+    let source = job.volume.image_root.display().to_string();
+    let mut prepare = ims_sshd(&["prepare", "--open", "unpack"], &job.variables(Mode::Plain));
+    let output = prepare.arg(&job.volume.parent).arg(source).output().unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    running.sidecar = Some(job.sidecar(Mode::Plain, &[]).spawn().unwrap());
+    let output = running.end();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert_eq!(job.bucket.begun(), 0);
     job.is_published(&output);
 }
 

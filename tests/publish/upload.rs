@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use crate::ims_server::ImsServer;
+use crate::ims_server::{Fault, ImsServer};
 use crate::job::*;
 use crate::s3_server::{Bucket, Closed, Gate, Sink};
 use crate::support::*;
@@ -57,6 +57,34 @@ fn a_packed_image_is_registered_without_a_job() {
     assert_eq!(state.changes.len(), 2, "the job is nobody's: {:?}", state.changes);
 }
 
+#[test]
+fn an_image_that_was_prepared_anew_is_not_taken_for_one_whose_upload_was_killed() {
+    let dir = folder();
+    let tree = image(dir.path());
+    let parent = dir.path().join("parent");
+    let (bucket, ims) = (Bucket::new(), ImsServer::start());
+    let mut variables = bucket.variables();
+    variables.extend(ims.variables().into_iter().filter(|(name, _)| *name != "IMS_JOB_ID"));
+    let packed = || {
+        assert!(ims_sshd(&["prepare"], &[]).args([&parent, &tree]).status().unwrap().success());
+        assert!(ims_sshd(&["package"], &[]).arg(&parent).status().unwrap().success());
+        let mut upload = ims_sshd(&["upload"], &variables);
+        upload.arg(&parent).env("IMS_STALL_LIMIT", "100");
+        upload
+    };
+    ims.fail("PATCH /images", Fault::SilentlyDone);
+    let mut child = packed().spawn().unwrap();
+    wait_until("the image to be linked", || ims.state().images.values().any(|image| !image["link"].is_null()));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    std::fs::remove_dir_all(parent.join("image-root")).unwrap();
+    std::fs::write(tree.join("boot/vmlinuz"), "another kernel").unwrap();
+    let output = packed().output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let id = report(&output)["ims_image_record"]["id"].as_str().unwrap().to_owned();
+    assert_eq!(bucket.get(&format!("{id}/kernel")).body, b"another kernel");
+}
+
 /// `IMS_SSHD_UPLOAD_GIB` (default 1) is how large it is.
 #[test]
 fn a_large_image_is_uploaded_without_being_read_into_memory() {
@@ -74,6 +102,38 @@ fn a_large_image_is_uploaded_without_being_read_into_memory() {
     assert!(most <= 128 << 10, "{most} KiB");
     let sizes = sink.sizes.lock().unwrap();
     assert!(sizes.iter().any(|(path, size)| path.ends_with("/rootfs") && *size == gib << 30), "{sizes:?}");
+}
+
+#[test]
+fn a_store_that_has_lost_something_is_noticed() {
+    let dir = folder();
+    let tree = image(dir.path());
+    let squashfs = squashfs_of(&tree);
+    let sink = Sink::losing(1);
+    let output = ims_sshd(&["upload", "--archive"], &sink.variables())
+        .args([&squashfs, &tree])
+        .current_dir(dir.path())
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let size = squashfs.metadata().unwrap().len();
+    assert!(text(&output.stderr).contains(&format!("it has {} bytes, expected {size}", size - 1)), "{output:?}");
+}
+
+#[test]
+fn a_token_is_not_used_in_its_last_moments() {
+    let dir = folder();
+    let tree = image(dir.path());
+    let squashfs = squashfs_of(&tree);
+    let (bucket, ims) = (Bucket::new(), ImsServer::start());
+    ims.state().token_lives = 5;
+    let mut variables = bucket.variables();
+    variables.extend(ims.variables());
+    let mut command = ims_sshd(&["upload", "--archive"], &variables);
+    let output = command.args([&squashfs, &tree]).current_dir(dir.path()).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let state = ims.state();
+    assert!(state.tokens > state.changes.len(), "{} tokens", state.tokens);
 }
 
 /// An upload of an archive of several parts to a bucket.
@@ -109,21 +169,34 @@ impl Upload {
     /// Kills it when so many parts are there.
     fn killed_after(parts: usize) -> Self {
         let upload = Self::new();
+        upload.kill_after(parts);
+        upload
+    }
+
+    /// Runs it until so many more are there.
+    fn kill_after(&self, parts: usize) {
         let gate = Gate::start(parts, Closed::Silent);
-        let mut child = upload.through(&gate).env("IMS_STALL_LIMIT", "100").spawn().unwrap();
+        let mut child = self.through(&gate).env("IMS_STALL_LIMIT", "100").spawn().unwrap();
         // Others are offered when those that were taken are noted.
         wait_until("the parts to be sent", || gate.parts() == parts + AT_A_TIME);
         child.kill().unwrap();
         child.wait().unwrap();
-        assert_eq!(upload.bucket.begun(), 1);
-        upload
+        assert_eq!(self.bucket.begun(), 1);
     }
 
     /// Runs it to its end; how many parts it has sent, and how often it has begun an upload.
     fn again(&self) -> (usize, usize) {
-        let gate = Gate::start(usize::MAX, Closed::Silent);
+        self.again_beside(0)
+    }
+
+    /// The same in a bucket in which others have begun as many.
+    fn again_beside(&self, others: usize) -> (usize, usize) {
+        self.ended_through(&Gate::start(usize::MAX, Closed::Silent), others)
+    }
+
+    fn ended_through(&self, gate: &Gate, others: usize) -> (usize, usize) {
         // A part of an upload that it does not know is an inner error of moto, which is tried again, and not found in S3.
-        let output = self.through(&gate).env("IMS_RETRY_LIMIT", "3").output().unwrap();
+        let output = self.through(gate).env("IMS_RETRY_LIMIT", "3").output().unwrap();
         assert!(output.status.success(), "{output:?}");
         let report = report(&output);
         let id = report["ims_image_record"]["id"].as_str().unwrap();
@@ -132,7 +205,7 @@ impl Upload {
         assert_eq!(object.header("content-type"), Some("application/vnd.cray.image.rootfs.squashfs"));
         assert_eq!(object.header("x-amz-meta-md5sum"), Some(md5(&object.body).as_str()));
         assert_eq!(self.bucket.keys().len(), 5, "{:?}", self.bucket.keys());
-        assert_eq!(self.bucket.begun(), 0);
+        assert_eq!(self.bucket.begun(), others);
         let left: Vec<_> = std::fs::read_dir(self.dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert_eq!(left.len(), 2, "{left:?}");
         (gate.parts(), gate.begun())
@@ -167,6 +240,44 @@ fn an_upload_of_a_file_that_has_changed_is_taken_back_and_begins_anew() {
     let upload = Upload::killed_after(2);
     write_parts(&upload.archive, 100);
     assert_eq!(upload.again(), (PARTS, 1));
+}
+
+#[test]
+fn an_upload_that_was_killed_before_it_heard_that_it_had_begun_leaves_nothing_begun() {
+    let upload = Upload::new();
+    let gate = Gate::start(0, Closed::Unheard);
+    let mut child = upload.through(&gate).env("IMS_STALL_LIMIT", "100").spawn().unwrap();
+    wait_until("the upload to begin", || upload.bucket.begun() == 1);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    // What others have begun in the bucket is theirs.
+    assert_eq!(upload.bucket.ask("POST", "other/rootfs?uploads", b"").status, 200);
+    assert_eq!(upload.again_beside(1), (PARTS, 1));
+}
+
+#[test]
+fn an_upload_that_has_ended_unheard_has_ended() {
+    let upload = Upload::new();
+    let gate = Gate::start(usize::MAX, Closed::EndsUnheard);
+    assert_eq!(upload.ended_through(&gate, 0), (PARTS, 1));
+}
+
+#[test]
+fn an_upload_of_which_a_note_was_cut_off_can_be_killed_again() {
+    let upload = Upload::killed_after(2);
+    let notes = upload.dir.path().join(".ims-sshd.upload");
+    let text = std::fs::read(&notes).unwrap();
+    std::fs::write(&notes, &text[..text.len() - 3]).unwrap();
+    upload.kill_after(1);
+    assert_eq!(upload.again(), (PARTS - 2, 0));
+}
+
+#[test]
+fn an_upload_to_another_store_takes_back_what_was_begun_before() {
+    let mut upload = Upload::killed_after(2);
+    let before = std::mem::replace(&mut upload.bucket, Bucket::new());
+    assert_eq!(upload.again(), (PARTS, 1));
+    assert_eq!(before.begun(), 0);
 }
 
 #[test]
