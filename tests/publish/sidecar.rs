@@ -4,6 +4,7 @@ use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use ims_sshd::sys::process::output_within;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
@@ -61,8 +62,13 @@ impl<'a> Running<'a> {
 
     /// The sidecar's end.
     fn end(mut self) -> Output {
-        self.sidecar.take().unwrap().wait_with_output().unwrap()
+        ended(self.sidecar.take().unwrap())
     }
+}
+
+/// What a sidecar has said, which always ends; here within this time.
+fn ended(sidecar: Child) -> Output {
+    output_within(sidecar, Duration::from_secs(90)).unwrap().expect("the sidecar does not end")
 }
 
 impl Drop for Running<'_> {
@@ -177,7 +183,7 @@ fn a_failure_in_the_image_alone_counts_as_does_an_environment_that_was_open_for_
     job.volume.touch("sshd_listening");
     job.volume.touch("exiting");
     kill(pid, Signal::SIGCONT).unwrap();
-    let output = sidecar.wait_with_output().unwrap();
+    let output = ended(sidecar);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
     assert_eq!(job.ims.statuses(), ["waiting_on_user", "error"]);
     assert!(!old_one, "one that came with the image does not count");
@@ -215,7 +221,7 @@ fn a_missing_kernel_is_an_error_with_what_there_is() {
 #[test]
 fn a_build_that_succeeded_is_published_without_a_shell() {
     let job = Job::laid_out("build/image-root");
-    let output = job.sidecar(Mode::Plain, &[("IMS_ACTION", "create")]).output().unwrap();
+    let output = ended(job.sidecar(Mode::Plain, &[("IMS_ACTION", "create")]).spawn().unwrap());
     assert!(output.status.success(), "{}", text(&output.stderr));
     assert_eq!(job.ims.statuses(), ["packaging_artifacts", "success"]);
     job.is_published(&output);
@@ -225,7 +231,7 @@ fn a_build_that_succeeded_is_published_without_a_shell() {
 fn a_build_that_failed_is_an_error_or_gets_its_shell() {
     let job = Job::laid_out("build/image-root");
     job.volume.touch("build_failed");
-    let output = job.sidecar(Mode::Plain, &[("IMS_ACTION", "create")]).output().unwrap();
+    let output = ended(job.sidecar(Mode::Plain, &[("IMS_ACTION", "create")]).spawn().unwrap());
     assert_eq!(output.status.code(), Some(1));
     assert_eq!(job.ims.statuses(), ["error"]);
     job.nothing_is_left();
@@ -245,7 +251,7 @@ fn a_build_that_failed_is_an_error_or_gets_its_shell() {
 fn what_cannot_go_well_is_an_error_and_never_waited_for() {
     let job = Job::new();
     let began = Instant::now();
-    let output = job.sidecar(Mode::Plain, &[("IMS_START_LIMIT", "1")]).output().unwrap();
+    let output = ended(job.sidecar(Mode::Plain, &[("IMS_START_LIMIT", "1")]).spawn().unwrap());
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stderr).contains("it has been gone for 1 s"), "{}", text(&output.stderr));
     assert_eq!(job.ims.statuses(), ["error"]);
@@ -256,14 +262,14 @@ fn what_cannot_go_well_is_an_error_and_never_waited_for() {
     let elsewhere = job.volume.parent.join("build");
     std::fs::create_dir(&elsewhere).unwrap();
     std::os::unix::fs::symlink("../image-root", elsewhere.join("image-root")).unwrap();
-    let output = job.sidecar(Mode::Plain, &[("IMS_ACTION", "create")]).output().unwrap();
+    let output = ended(job.sidecar(Mode::Plain, &[("IMS_ACTION", "create")]).spawn().unwrap());
     assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
     assert!(text(&output.stderr).contains("it is a symbolic link"), "{}", text(&output.stderr));
     job.nothing_is_left();
 
     let job = Job::new();
     job.volume.touch("pod_error");
-    let output = job.sidecar(Mode::Plain, &[]).output().unwrap();
+    let output = ended(job.sidecar(Mode::Plain, &[]).spawn().unwrap());
     assert_eq!(output.status.code(), Some(1));
     assert!(report(&output)["error"].as_str().unwrap().contains("pod_error"));
     assert_eq!(job.ims.statuses(), ["error"]);
@@ -271,13 +277,13 @@ fn what_cannot_go_well_is_an_error_and_never_waited_for() {
 
     let job = Job::new();
     std::fs::write(job.volume.dir.path().join("authorized_keys"), "\n").unwrap();
-    let output = job.sidecar(Mode::Plain, &[("IMS_START_LIMIT", "1")]).output().unwrap();
+    let output = ended(job.sidecar(Mode::Plain, &[("IMS_START_LIMIT", "1")]).spawn().unwrap());
     assert_eq!(output.status.code(), Some(1));
     assert!(report(&output)["error"].as_str().unwrap().contains("there is no public key"));
     assert!(!job.volume.signal("ready").exists());
 
     let job = Job::new();
-    let output = job.sidecar(Mode::Plain, &[("IMS_ACTION", "destroy")]).output().unwrap();
+    let output = ended(job.sidecar(Mode::Plain, &[("IMS_ACTION", "destroy")]).spawn().unwrap());
     assert_ne!(output.status.code(), Some(0));
     assert!(report(&output)["error"].as_str().unwrap().contains("IMS_ACTION is 'destroy'"));
     assert_eq!(job.ims.statuses(), ["error"]);
@@ -287,7 +293,7 @@ fn what_cannot_go_well_is_an_error_and_never_waited_for() {
 fn a_job_that_has_ended_with_an_error_is_not_begun_again() {
     let job = Job::new();
     job.ims.state().job["status"] = "error".into();
-    let output = job.sidecar(Mode::Plain, &[("IMS_START_LIMIT", "1")]).output().unwrap();
+    let output = ended(job.sidecar(Mode::Plain, &[("IMS_START_LIMIT", "1")]).spawn().unwrap());
     assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
     assert!(!job.volume.signal("ready").exists());
     job.nothing_is_left();
@@ -297,7 +303,7 @@ fn a_job_that_has_ended_with_an_error_is_not_begun_again() {
 fn a_job_of_ims_without_a_store_is_an_error_before_anybody_has_changed_the_image() {
     let job = Job::new();
     let further = [("S3_BUCKET", ""), ("S3_ENDPOINT", ""), ("IMS_START_LIMIT", "1")];
-    let output = job.sidecar(Mode::Plain, &further).output().unwrap();
+    let output = ended(job.sidecar(Mode::Plain, &further).spawn().unwrap());
     assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
     assert!(report(&output)["error"].as_str().unwrap().contains("no store is named"), "{output:?}");
     assert_eq!(job.ims.statuses(), ["error"]);
@@ -349,7 +355,7 @@ fn a_sidecar_that_is_asked_to_end_closes_the_environment_and_tells() {
     let sidecar = running.sidecar.take().unwrap();
     let began = Instant::now();
     kill(Pid::from_raw(sidecar.id().cast_signed()), Signal::SIGTERM).unwrap();
-    let output = sidecar.wait_with_output().unwrap();
+    let output = ended(sidecar);
     assert_eq!(output.status.code(), Some(143), "{}", text(&output.stderr));
     assert!(began.elapsed() < Duration::from_secs(9));
     assert_eq!(job.ims.statuses(), ["waiting_on_user", "error"]);
@@ -365,7 +371,7 @@ fn a_sidecar_that_is_asked_to_end_while_ims_is_silent_closes_the_environment_too
     let sidecar = running.sidecar.take().unwrap();
     wait_until("IMS to be told", || job.ims.is_well());
     kill(Pid::from_raw(sidecar.id().cast_signed()), Signal::SIGTERM).unwrap();
-    let output = sidecar.wait_with_output().unwrap();
+    let output = ended(sidecar);
     assert_eq!(output.status.code(), Some(143), "{}", text(&output.stderr));
     assert!(job.volume.signal("exiting").exists());
 }
@@ -465,7 +471,7 @@ fn an_ims_that_is_gone_is_given_up_in_time() {
         job.ims.fail("GET /jobs", Fault::Status(503));
     }
     let began = Instant::now();
-    let output = job.sidecar(Mode::Plain, &[("IMS_RETRY_LIMIT", "2")]).output().unwrap();
+    let output = ended(job.sidecar(Mode::Plain, &[("IMS_RETRY_LIMIT", "2")]).spawn().unwrap());
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stderr).contains("IMS_RETRY_LIMIT"), "{}", text(&output.stderr));
     assert!(began.elapsed() < Duration::from_secs(20));
@@ -594,7 +600,7 @@ fn what_was_published_in_part_is_taken_back_when_nothing_more_is_published() {
     let job = Job::new();
     let _running = killed_amid_an_upload(&job);
     job.volume.touch("pod_error");
-    let output = job.sidecar(Mode::Plain, &[]).output().unwrap();
+    let output = ended(job.sidecar(Mode::Plain, &[]).spawn().unwrap());
     assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
     assert_eq!(job.ims.status(), "error");
     job.nothing_is_left();
@@ -613,7 +619,7 @@ fn an_image_that_was_registered_unheard_is_found_again_or_taken_back() {
         if given_up {
             job.volume.touch("pod_error");
         }
-        let output = job.sidecar(Mode::Plain, &[]).output().unwrap();
+        let output = ended(job.sidecar(Mode::Plain, &[]).spawn().unwrap());
         assert_eq!(output.status.success(), !given_up, "{}", text(&output.stderr));
         if given_up {
             job.nothing_is_left();
