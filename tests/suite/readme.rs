@@ -237,7 +237,9 @@ fn code(cell: &str) -> String {
 fn names_in(source: &str) -> Vec<String> {
     let source = source.split("#[cfg(test)]").next().unwrap();
     let name = |text: &&str| {
-        text.contains('_') && text.bytes().all(|b| b.is_ascii_uppercase() || b.is_ascii_digit() || b == b'_')
+        text.len() > 1
+            && text.contains('_')
+            && text.bytes().all(|b| b.is_ascii_uppercase() || b.is_ascii_digit() || b == b'_')
     };
     source.split('"').filter(name).map(str::to_owned).collect()
 }
