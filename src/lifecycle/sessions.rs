@@ -22,7 +22,7 @@ const HANG_UP_TIME: Duration = Duration::from_secs(2);
 const QUIET_TIME: Duration = Duration::from_millis(250);
 
 /// How often one looks whether sshd has noticed that a session has ended: of that no event tells.
-const LOOK_EVERY: Duration = Duration::from_millis(10);
+const NOTICE_TIME: Duration = Duration::from_millis(10);
 
 /// The wait for sessions to end.
 pub struct Farewell {
@@ -97,7 +97,7 @@ impl Farewell {
             (self.began + HANG_UP_TIME).max(now + Duration::from_millis(100))
         } else if unheard > 0 {
             self.quiet_since = None;
-            now + LOOK_EVERY
+            now + NOTICE_TIME
         } else {
             let enough = *self.quiet_since.get_or_insert(now) + QUIET_TIME;
             // No connection, no next command.

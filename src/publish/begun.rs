@@ -3,7 +3,6 @@
 
 use object_store::aws::{AmazonS3, AwsAuthorizer};
 use object_store::client::{HttpConnector, HttpRequest, HttpRequestBody, ReqwestConnector};
-use object_store::multipart::MultipartStore;
 use object_store::path::Path;
 use object_store::signer::Signer;
 use object_store::{ClientOptions, MultipartId};
@@ -11,15 +10,13 @@ use reqwest::Method;
 
 use crate::publish::store::{REGION, SIGNED_FOR, failure};
 
-/// Takes back all of them whose keys lie below `folder`.
-pub async fn abort_below(bucket: &AmazonS3, options: &ClientOptions, folder: &Path) -> object_store::Result<()> {
-    for (name, id) in parse(&listing(bucket, options, folder).await?) {
-        match bucket.abort_multipart(&folder.clone().join(name), &id).await {
-            Ok(()) | Err(object_store::Error::NotFound { .. }) => {}
-            Err(e) => return Err(e),
-        }
-    }
-    Ok(())
+/// All of them whose keys lie below `folder`: the last name of each key, with what the store calls the upload.
+pub async fn below(
+    bucket: &AmazonS3,
+    options: &ClientOptions,
+    folder: &Path,
+) -> object_store::Result<Vec<(String, MultipartId)>> {
+    Ok(parse(&listing(bucket, options, folder).await?))
 }
 
 /// The answer to ListMultipartUploads: a thousand at the most, and an image has six keys.
@@ -42,7 +39,7 @@ async fn listing(bucket: &AmazonS3, options: &ClientOptions, folder: &Path) -> o
     Ok(String::from_utf8_lossy(&text).into_owned())
 }
 
-/// The last name of each key, with what the store calls the upload. Of an image's keys none has a character that XML writes otherwise.
+/// Of an image's keys none has a character that XML writes otherwise.
 fn parse(listing: &str) -> Vec<(String, MultipartId)> {
     let field = |text: &str, name: &str| {
         let (_, rest) = text.split_once(&format!("<{name}>"))?;

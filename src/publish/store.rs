@@ -233,7 +233,12 @@ impl Store {
         match &self.objects {
             // Everybody's.
             _ if image.is_empty() => Ok(()),
-            Objects::S3 { bucket, options, .. } => begun::abort_below(bucket, options, &self.path(image)).await,
+            Objects::S3 { bucket, options, .. } => {
+                for (name, id) in begun::below(bucket, options, &self.path(image)).await? {
+                    self.abort(&format!("{image}/{name}"), &id).await?;
+                }
+                Ok(())
+            }
             Objects::Folder { folder, .. } => {
                 let folder = folder.join(self.path(image).as_ref());
                 let entries = std::fs::read_dir(&folder).into_iter().flatten().flatten();

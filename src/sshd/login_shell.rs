@@ -9,7 +9,7 @@
 use std::path::{Path, PathBuf};
 
 use nix::sched::CloneFlags;
-use rustix::fs::{CWD, Mode, OFlags};
+use rustix::fs::{Mode, OFlags};
 use rustix::mount::MountAttrFlags;
 
 use crate::error::{Attempt, Result};
@@ -42,7 +42,7 @@ impl LoginShell {
             | MountAttrFlags::MOUNT_ATTR_NOSUID
             | MountAttrFlags::MOUNT_ATTR_NODEV
             | MountAttrFlags::MOUNT_ATTR_NOEXEC;
-        let place = rustix::fs::openat(CWD, PASSWD, OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
+        let place = rustix::fs::open(PASSWD, OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
         let place = place.attempt(attempted)?;
         let own = Detached::copy_of(&self.passwd, false, attributes);
         own.and_then(|own| own.attach(place)).map(drop).attempt(attempted)

@@ -4,6 +4,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use ims_sshd::sshd::daemon::Daemon;
 use ims_sshd::sys::mounts::mount_points;
 
 use crate::support::*;
@@ -187,9 +188,9 @@ fn what_is_mounted_later_is_seen_where_it_is_mounted_alone() {
         assert_eq!(mounted_inside(&environment), before.0, "{tier}");
         assert_eq!(new_mounts(&before.1).len(), 3);
         // sshd has mounts of its own, but not such that a volume of the container would stay busy.
-        let sshd = std::fs::read_to_string(environment.state_folder().join("sshd")).unwrap();
+        let sshd = Daemon::noted(&environment.state_folder().join("sshd")).unwrap().pid;
         let seen_by_sshd = || {
-            let mounts = std::fs::read(format!("/proc/{}/mountinfo", sshd.split(' ').next().unwrap())).unwrap();
+            let mounts = std::fs::read(format!("/proc/{sshd}/mountinfo")).unwrap();
             mount_points(&mounts).contains(&outside)
         };
         assert!(seen_by_sshd());
