@@ -174,6 +174,7 @@ fn open(wanted: &Customization, image_root: &Path) -> Result<u8> {
     let (keys, identity) = authorized_keys(wanted.authorized_key.as_deref(), run.path())?;
     let address = SocketAddr::new(wanted.listen, wanted.port.map_or_else(|| free_port(wanted.listen), Ok)?);
     let config = configure(run.path(), address, &keys)?;
+    let login = configure_client(run.path(), address, identity.as_deref())?;
     let script = wanted.script.as_ref().map(std::path::absolute).transpose().attempt(|| "find the script")?;
     let variables = [
         ("IMS_ACTION", "customize".into()),
@@ -196,7 +197,7 @@ fn open(wanted: &Customization, image_root: &Path) -> Result<u8> {
     let parent = run.path().to_owned();
     let files = run.into_signal_files();
     files.touch(READY)?;
-    let listening = || announce(image_root, &parent, address, identity.as_deref(), wanted.jailed);
+    let listening = || announce(image_root, &parent, &login, wanted.jailed);
     let outcome = supervisor::run(settings, Some(files), listening)?;
     mounts::unmount(&shown).attempt(|| format!("unmount {}", shown.display()))?;
     local::remove_folder(&parent)?;
@@ -254,8 +255,11 @@ fn free_port(listen: IpAddr) -> Result<u16> {
     Ok(TcpListener::bind((listen, 0)).and_then(|l| l.local_addr()).attempt(attempted)?.port())
 }
 
+/// The key of the sshd that this run starts.
+const HOST_KEY: &str = "ssh_host_ed25519_key";
+
 fn configure(run: &Path, address: SocketAddr, keys: &Path) -> Result<PathBuf> {
-    let host_key = make_key(run, "ssh_host_ed25519_key")?;
+    let host_key = make_key(run, HOST_KEY)?;
     let config = run.join("sshd_config");
     let text = format!(
         "Port {}\nListenAddress {}\nHostKey {}\nPidFile {}\nAuthorizedKeysFile {}\n\
@@ -271,22 +275,45 @@ fn configure(run: &Path, address: SocketAddr, keys: &Path) -> Result<PathBuf> {
     Ok(config)
 }
 
+/// The name by which ssh's configuration knows the environment.
+const HOST_ALIAS: &str = "image";
+
+/// Writes a configuration for ssh, scp, sftp and Ansible, so that the line that people type is short and the host key is verified: the
+/// key is known before sshd has started.
+fn configure_client(run: &Path, address: SocketAddr, identity: Option<&Path>) -> Result<PathBuf> {
+    let public = run.join(HOST_KEY).with_extension("pub");
+    let key = std::fs::read_to_string(&public).attempt(|| format!("read {}", public.display()))?;
+    let known_hosts = run.join("known_hosts");
+    std::fs::write(&known_hosts, format!("{HOST_ALIAS} {key}"))
+        .attempt(|| format!("write {}", known_hosts.display()))?;
+    // No quotes: the run directory's name is made of letters, digits, '-', '.' and '_'.
+    let identity =
+        identity.map_or(String::new(), |key| format!("    IdentityFile {}\n    IdentitiesOnly yes\n", key.display()));
+    let text = format!(
+        "Host {HOST_ALIAS}\n    HostName {}\n    Port {}\n    User root\n{identity}    HostKeyAlias {HOST_ALIAS}\n    \
+         UserKnownHostsFile {}\n    GlobalKnownHostsFile /dev/null\n    StrictHostKeyChecking yes\n    SendEnv LANG LC_*\n",
+        address.ip(),
+        address.port(),
+        known_hosts.display(),
+    );
+    let config = run.join("ssh_config");
+    std::fs::write(&config, text).attempt(|| format!("write {}", config.display()))?;
+    Ok(config)
+}
+
 /// Tells the person what to do now.
-fn announce(image_root: &Path, parent: &Path, address: SocketAddr, identity: Option<&Path>, jailed: bool) {
-    let identity = identity.map_or(String::new(), |key| format!("-i {} ", shell_words::quote(&key.to_string_lossy())));
+fn announce(image_root: &Path, parent: &Path, login: &Path, jailed: bool) {
     let shown = image_root.display();
     let open = if jailed {
         format!("{shown} is open")
     } else {
         format!("{shown} is open, as {}/image-root of sessions", parent.display())
     };
-    let options = "-o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null";
     let inside = "When done, there: touch /tmp/complete    or, to give the changes up: touch /tmp/failed\n";
     local::say(&format!(
-        "\n{open}. Log in from another terminal:\n\n    ssh {identity}{options} -p {} root@{}\n\n\
+        "\n{open}. Log in from another terminal:\n\n    ssh -F {} {HOST_ALIAS}\n\n\
          {}From here:        ims-sshd complete {parent}    or: ims-sshd fail {parent}\n\n",
-        address.port(),
-        address.ip(),
+        login.display(),
         if jailed { inside } else { "" },
         parent = parent.display(),
     ));

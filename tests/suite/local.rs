@@ -53,6 +53,12 @@ fn ims_sshd(arguments: &[&str]) -> Output {
 fn the_printed_line_logs_in_and_complete_is_success() {
     let image = image_root();
     let (mut child, printed) = customize(&image.path().join("image"), &[]);
+    let line = printed.lines().find(|line| line.trim_start().starts_with("ssh ")).unwrap().trim();
+    let config = line.strip_prefix("ssh -F ").and_then(|rest| rest.strip_suffix(" image")).expect(line);
+    assert!(Path::new(config).starts_with(parent_in(&printed)), "{line}");
+    // Other clients take the same file.
+    let sftp = feed(Command::new("sftp").args(["-F", config, "-b", "-", "image"]), b"pwd\n");
+    assert!(sftp.status.success() && text(&sftp.stderr).is_empty(), "{sftp:?}");
     let output = run_pasted(&printed, "echo in > /root/file; touch /tmp/complete; echo here");
     assert_eq!(text(output.stdout), "here\n");
     assert!(child.wait().unwrap().success());
@@ -130,7 +136,7 @@ fn an_own_key_and_port_are_used() {
     let public = key.with_extension("pub");
     let (mut child, printed) =
         customize(&image.path().join("image"), &["--authorized-key", &public.display().to_string(), "--port", &port]);
-    assert!(printed.contains(&format!("-p {port} root@127.0.0.1")), "{printed}");
+    assert!(run_pasted(&printed, "true").status.code() == Some(255), "the key is not ssh's default one");
     let login = |key: &Path| {
         let mut ssh = Command::new("ssh");
         ssh.args(["-F", "none", "-o", "BatchMode=yes", "-o", "IdentitiesOnly=yes", "-o", "StrictHostKeyChecking=no"]);
@@ -144,6 +150,22 @@ fn an_own_key_and_port_are_used() {
     assert!(text(login(&stranger).stderr).contains("Permission denied"));
     assert!(login(&key).status.success());
     assert_eq!(child.wait().unwrap().code(), Some(1));
+}
+
+#[test]
+fn another_host_key_than_the_environments_is_refused() {
+    let image = image_root();
+    let (mut child, printed) = customize(&image.path().join("image"), &[]);
+    let run = parent_in(&printed);
+    let known = std::fs::read_to_string(run.join("known_hosts")).unwrap();
+    let other = run.join("id_ed25519.pub");
+    std::fs::write(run.join("known_hosts"), format!("image {}", std::fs::read_to_string(other).unwrap())).unwrap();
+    let refused = run_pasted(&printed, "true");
+    assert_eq!(refused.status.code(), Some(255), "{refused:?}");
+    assert!(text(refused.stderr).contains("Host key verification failed"));
+    std::fs::write(run.join("known_hosts"), known).unwrap();
+    assert!(run_pasted(&printed, "touch /tmp/complete").status.success());
+    assert!(child.wait().unwrap().success());
 }
 
 #[test]

@@ -78,7 +78,7 @@ fn customize(command: &str, script: bool) {
     let login =
         lines.find(|line| line.trim_start().starts_with("ssh ")).unwrap_or_else(|| panic!("{command}: no ssh line"));
     if !script {
-        let session = format!("{login} -F none -o BatchMode=yes 'cat /etc/motd && touch /tmp/complete'");
+        let session = format!("{login} -o BatchMode=yes 'cat /etc/motd && touch /tmp/complete'");
         assert!(succeed(&mut desk.shell(&session)).contains("image of the tests"), "{command}");
     }
     lines.for_each(drop);
