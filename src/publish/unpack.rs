@@ -4,6 +4,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 
+use rustix::io::Errno;
 use rustix::mount::MountAttrFlags;
 
 use crate::error::{Attempt, Error, Result};
@@ -67,6 +68,44 @@ fn used(path: &Path) -> u64 {
     rustix::fs::statvfs(path).map_or(0, |disk| (disk.f_blocks - disk.f_bfree).saturating_mul(disk.f_frsize))
 }
 
+// Options that make an overlay behave as a disk does. Nobody else can redirect a change: the upper directory is root's alone, and the
+// overlay hides its own attributes from sessions. A redirect in the source has no further layer to lead to.
+
+/// A directory of the source can be renamed; without it, rename(2) fails with EXDEV.
+const REDIRECT: (&str, &str) = ("redirect_dir", "on");
+
+/// A file of several names stays one file when one of them is changed. The kernel then refuses changes to another source (ESTALE), and
+/// changes that are mounted elsewhere (EBUSY).
+const INDEX: (&str, &str) = ("index", "on");
+
+/// All files are of one device, as tar --one-file-system and rsync -x expect.
+const ONE_DEVICE: (&str, &str) = ("xino", "on");
+
+/// Whatever the module's default is: an attribute in the source could else lend a file the content of another.
+const NO_METACOPY: (&str, &str) = ("metacopy", "off");
+
+/// Those of the options that the kernel has left out, which it does without an error where a file system lacks what they need.
+fn lacking(image_root: &Path) -> Vec<&'static str> {
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let is_ours = |line: &&str| mounts::mount_points(line.as_bytes()) == [image_root];
+    let options = mounts.lines().rfind(is_ours).and_then(|line| line.rsplit(' ').next()).unwrap_or_default();
+    let is_on = |name: &str| match options.split(',').find_map(|option| option.strip_prefix(name)?.strip_prefix('=')) {
+        Some(value) => value == "on",
+        // What is as the module has it by default is not shown.
+        None => {
+            std::fs::read_to_string(format!("/sys/module/overlay/parameters/{name}")).is_ok_and(|v| v.trim() == "Y")
+        }
+    };
+    [REDIRECT.0, INDEX.0].into_iter().filter(|name| !is_on(name)).collect()
+}
+
+fn without(option: &str) -> &'static str {
+    match option {
+        "index" => "a file of several names becomes several files when one of them is changed",
+        _ => "directories of the source cannot be renamed",
+    }
+}
+
 /// A tree that is mounted: the source below, what is changed above it.
 #[derive(Debug)]
 pub struct Overlay {
@@ -105,12 +144,24 @@ impl Overlay {
             copy_root(&root, &upper).attempt(attempted)?;
         }
         let names = [overlay.lower.as_path(), &upper, &inner].map(escape);
-        let options = [("lowerdir", names[0].as_str()), ("upperdir", &names[1]), ("workdir", &names[2])];
-        let target = Tree::open(image_root).attempt(attempted)?;
-        Detached::filesystem("overlay", &options, MountAttrFlags::empty())
-            .and_then(|mount| mount.attach(target))
-            .attempt(attempted)?;
+        let layers = [("lowerdir", names[0].as_str()), ("upperdir", &names[1]), ("workdir", &names[2])];
+        let mount = |further: &[(&'static str, &'static str)]| {
+            let options: Vec<_> = layers.iter().chain(further).copied().collect();
+            let target = Tree::open(image_root)?;
+            Detached::filesystem("overlay", &options, MountAttrFlags::empty())?.attach(target)
+        };
+        let mounted = match mount(&[REDIRECT, INDEX, ONE_DEVICE, NO_METACOPY]) {
+            // A program of a customization that was killed holds the mount; the environment that opens next ends it.
+            Err(e) if Errno::from_io_error(&e) == Some(Errno::BUSY) => mount(&[REDIRECT, ONE_DEVICE, NO_METACOPY]),
+            other => other,
+        };
+        mounted
+            .attempt(attempted)
+            .map_err(|e| e.advise(format!("if {} holds changes to another image, remove it", folder.display())))?;
         overlay.mounted.push(image_root.to_owned());
+        for option in lacking(image_root) {
+            tracing::warn!("the overlay on {} lacks {option}: {}", image_root.display(), without(option));
+        }
         Ok(overlay)
     }
 

@@ -117,6 +117,27 @@ fn what_was_published_in_part_is_taken_back_when_the_image_is_given_up() {
 }
 
 #[test]
+fn a_customization_that_was_killed_while_it_was_open_is_gone_on_with() {
+    let dir = folder();
+    let squashfs = squashfs_of(&image(dir.path())).display().to_string();
+    let boot = [("KERNEL_FILENAME", "vmlinuz".into()), ("INITRD_FILENAME", "initrd".into())];
+    let first = dir.path().join("first");
+    std::fs::write(&first, "echo kept > $IMAGE_ROOT_PARENT/image-root/etc/kept; touch \"$0.done\"\n").unwrap();
+    let mut command = ims_sshd(&["customize", &squashfs, "--output", "out", "--script"], &boot);
+    command.arg(&first).arg("--work").arg(dir.path().join("work")).current_dir(dir.path());
+    let mut killed = command.stdout(std::process::Stdio::null()).spawn().unwrap();
+    wait_until("the script to end", || dir.path().join("first.done").exists());
+    killed.kill().unwrap();
+    killed.wait().unwrap();
+    let output = customize(dir.path(), &squashfs, "out", "complete", &boot);
+    assert!(output.status.success(), "{output:?}");
+    let id = report(&output)["ims_image_record"]["id"].as_str().unwrap().to_owned();
+    let rootfs = dir.path().join("out").join(id).join("rootfs");
+    assert_eq!(succeed(Command::new("unsquashfs").arg("-cat").arg(rootfs).arg("etc/kept")), "kept\n");
+    nothing_stays(dir.path());
+}
+
+#[test]
 fn an_image_that_nobody_boots_is_published_without_a_kernel() {
     let dir = folder();
     let tree = image(dir.path());
@@ -126,4 +147,53 @@ fn an_image_that_nobody_boots_is_published_without_a_kernel() {
     assert!(output.status.success(), "{output:?}");
     assert!(text(&output.stderr).contains("published without one"), "{output:?}");
     assert_eq!(report(&output)["ims_image_artifacts"].as_array().unwrap().len(), 1);
+}
+
+/// Renames a directory by rename(2), where `mv` would copy, and changes a file by one of its names.
+const AS_ON_A_DISK: &str = "set -e\ncd $IMAGE_ROOT_PARENT/image-root\n\
+    /usr/bin/python3 -c 'import os; os.rename(\"opt/old\", \"opt/new\"); os.rename(\"opt/new/in\", \"srv/in\")'\n\
+    chmod 600 usr/one; echo more >> usr/two\n\
+    /usr/bin/python3 -c 'import os; assert len({os.lstat(p).st_dev for p in (\".\", \"usr/one\", \"opt/new/leaf\")}) == 1'\n\
+    touch ../complete\n";
+
+#[test]
+fn a_mounted_source_takes_directory_renames_and_changes_to_hard_links_as_a_disk_does() {
+    let dir = folder();
+    let tree = image(dir.path());
+    for name in ["opt/old/in", "srv", "usr"] {
+        std::fs::create_dir_all(tree.join(name)).unwrap();
+    }
+    std::fs::write(tree.join("opt/old/in/file"), "inside\n").unwrap();
+    std::fs::write(tree.join("opt/old/leaf"), "leaf\n").unwrap();
+    std::fs::write(tree.join("usr/one"), "one\n").unwrap();
+    for name in ["two", "three"] {
+        std::fs::hard_link(tree.join("usr/one"), tree.join("usr").join(name)).unwrap();
+    }
+    let squashfs = squashfs_of(&tree);
+    let file = dir.path().join("script");
+    std::fs::write(&file, AS_ON_A_DISK).unwrap();
+    // A directory is customized where it is, on a disk; an archive is mounted below an overlay.
+    let published = [&squashfs, &tree].map(|source| {
+        let store = dir.path().join(format!("{}.out", source.file_name().unwrap().display()));
+        let boot = [("KERNEL_FILENAME", "vmlinuz".into()), ("INITRD_FILENAME", "initrd".into())];
+        let mut command = ims_sshd(&["customize", source.to_str().unwrap(), "--output"], &boot);
+        command.arg(&store).arg("--script").arg(&file).arg("--work").arg(dir.path().join("work"));
+        let changes = store.with_extension("changes");
+        let output = command.arg("--changes").arg(&changes).current_dir(dir.path()).output().unwrap();
+        assert!(output.status.success(), "{source:?}: {output:?}");
+        assert!(!text(&output.stderr).contains("lacks"), "{output:?}");
+        let id = report(&output)["ims_image_record"]["id"].as_str().unwrap().to_owned();
+        let to = store.join("unpacked");
+        let mut unsquashfs = Command::new("unsquashfs");
+        succeed(unsquashfs.args(["-quiet", "-no-progress", "-dest"]).arg(&to).arg(store.join(id).join("rootfs")));
+        let changes: serde_json::Value = serde_json::from_slice(&std::fs::read(changes).unwrap()).unwrap();
+        let find = "find . -path ./proc -prune -o -type f -printf '%p %m %n %s\\n' | sort; cat usr/three srv/in/file opt/new/leaf";
+        (succeed(Command::new("sh").args(["-c", find]).current_dir(to)), changes)
+    });
+    assert_eq!(published[0], published[1]);
+    let (files, changes) = &published[0];
+    assert!(files.contains("./usr/three 600 3 9\n") && files.ends_with("one\nmore\ninside\nleaf\n"), "{files}");
+    assert_eq!(changes["altered"], serde_json::json!(["/usr/one", "/usr/three", "/usr/two"]));
+    assert!(changes["removed"].as_array().unwrap().contains(&"/opt/old/leaf".into()), "{changes}");
+    nothing_stays(dir.path());
 }
