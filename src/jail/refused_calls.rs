@@ -1,65 +1,223 @@
 //! System calls that lead out of the jail although they need no capability, as a table, and the program by which the kernel refuses
-//! them. Each is one by which an attempt of the test suite got out.
+//! them.
 
 use crate::sys::calls::Instruction;
 
 /// What is done about a call.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy)]
 enum Rule {
-    /// It does not exist here (ENOSYS).
-    Absent,
-    /// Refused (EPERM) if this argument, counted from 0, has one of these bits.
-    RefusedWith(u32, u32),
-    /// Refused (EPERM) if this argument is this.
-    RefusedFor(u32, u32),
+    /// It always fails with this error.
+    Always(i32),
+    /// It fails with this error if all these tests of its arguments hold.
+    If(&'static [Test], i32),
 }
 
-const NEW_USER: Rule = Rule::RefusedWith(0, libc::CLONE_NEWUSER.cast_unsigned());
+use Rule::{Always, If};
 
-/// Calls by name, what is done about each, and why.
-const RULES: [(&str, Rule, &str); 7] = [
-    ("add_key", Rule::Absent, "the keyrings of root outside are those of root inside"),
-    ("request_key", Rule::Absent, "the same"),
-    ("keyctl", Rule::Absent, "the same"),
-    (
-        "unshare",
-        NEW_USER,
-        "who makes a user namespace has every capability in it, and reaches the container's own cgroup",
-    ),
-    ("clone", NEW_USER, "the same"),
-    // C libraries then take clone.
-    ("clone3", Rule::Absent, "the same: its flags stand in memory, where a filter cannot look"),
-    // The kernel looks at 32 bits of the request only (CVE-2019-10063), and so does this.
-    (
-        "ioctl",
-        Rule::RefusedFor(1, TIOCSTI),
-        "types for the shell that 'ims-sshd enter' was started from (CVE-2016-2568)",
-    ),
+/// A test of the lower 32 bits of one argument, counted from 0.
+#[derive(Debug, Clone, Copy)]
+enum Test {
+    /// It has one of these bits.
+    HasAny(u32, u32),
+    /// Of its bits in the mask, they are one of these values.
+    In(u32, u32, &'static [u32]),
+    /// They are none of these values.
+    NotIn(u32, u32, &'static [u32]),
+}
+
+use Test::{HasAny, In, NotIn};
+
+/// One call. A test compares the names and reasons with SECURITY.md.
+#[allow(dead_code)]
+struct Call {
+    name: &'static str,
+    numbers: Numbers,
+    rule: Rule,
+    why: &'static str,
+}
+
+/// A call's numbers, for each way to call the kernel. `None` where it does not exist. A processor has two of the four.
+#[derive(Clone, Copy)]
+#[allow(dead_code)]
+struct Numbers {
+    x86_64: Option<u32>,
+    i386: Option<u32>,
+    aarch64: Option<u32>,
+    arm: Option<u32>,
+}
+
+/// Numbers are those of arch/x86/entry/syscalls, asm-generic/unistd.h and arch/arm/tools/syscall.tbl in Linux.
+const fn numbers(x86_64: u32, i386: u32, aarch64: u32, arm: u32) -> Numbers {
+    Numbers { x86_64: Some(x86_64), i386: Some(i386), aarch64: Some(aarch64), arm: Some(arm) }
+}
+
+/// Calls that came after Linux 5.1 have one number everywhere.
+const fn everywhere(number: u32) -> Numbers {
+    numbers(number, number, number, number)
+}
+
+const fn call(name: &'static str, numbers: Numbers, rule: Rule, why: &'static str) -> Call {
+    Call { name, numbers, rule, why }
+}
+
+const NEW_USER: Rule = If(&[HasAny(0, libc::CLONE_NEWUSER.cast_unsigned())], libc::EPERM);
+const INTERNET: &[u32] = &[libc::AF_INET.cast_unsigned(), libc::AF_INET6.cast_unsigned()];
+const ALLOWED_FAMILIES: &[u32] = &[
+    libc::AF_UNIX.cast_unsigned(),
+    libc::AF_INET.cast_unsigned(),
+    libc::AF_INET6.cast_unsigned(),
+    libc::AF_NETLINK.cast_unsigned(),
 ];
+const OTHER_FAMILY: Rule = If(&[NotIn(0, ALL_BITS, ALLOWED_FAMILIES)], libc::EAFNOSUPPORT);
+const ALL_BITS: u32 = u32::MAX;
+
+/// A socket's type has flags beside it (`SOCK_TYPE_MASK` of linux/net.h).
+const TYPE_BITS: u32 = 0xf;
+const SOCK_PACKET: u32 = 10;
+
+/// A pidfd is asked for at this level, by these options (asm-generic/socket.h).
+const AT_SOCKET: Test = In(1, ALL_BITS, &[libc::SOL_SOCKET.cast_unsigned()]);
+const SO_PASSPIDFD: u32 = 76;
+const SO_PEERPIDFD: u32 = 77;
 
 /// asm-generic/ioctls.h.
 const TIOCSTI: u32 = 0x5412;
+const TIOCLINUX: u32 = 0x541c;
+
+/// Calls, what is done about each, and why. The error is one that programs expect of a kernel without the call, so that they go on by
+/// another way.
+const CALLS: &[Call] = &[
+    call(
+        "add_key",
+        numbers(248, 286, 217, 309),
+        Always(libc::ENOSYS),
+        "the keyrings of root outside are those of root inside",
+    ),
+    call("request_key", numbers(249, 287, 218, 310), Always(libc::ENOSYS), "the same"),
+    call("keyctl", numbers(250, 288, 219, 311), Always(libc::ENOSYS), "the same"),
+    call(
+        "unshare",
+        numbers(272, 310, 97, 337),
+        NEW_USER,
+        "who makes a user namespace has every capability in it, and reaches the container's own cgroup",
+    ),
+    call("clone", numbers(56, 120, 220, 120), NEW_USER, "the same"),
+    // C libraries then take clone.
+    call(
+        "clone3",
+        everywhere(435),
+        Always(libc::ENOSYS),
+        "the same: its flags stand in memory, where a filter cannot look",
+    ),
+    // The kernel looks at 32 bits of the request only (CVE-2019-10063), and so does this.
+    call(
+        "ioctl",
+        numbers(16, 54, 29, 54),
+        If(&[In(1, ALL_BITS, &[TIOCSTI, TIOCLINUX])], libc::EPERM),
+        "types for the shell that 'ims-sshd enter' was started from, on a virtual console too (CVE-2016-2568, CVE-2023-28100)",
+    ),
+    call(
+        "pidfd_getfd",
+        everywhere(438),
+        Always(libc::ENOSYS),
+        "takes a descriptor of any process of root's that has no more capabilities: the handle on it need not come from this PID namespace",
+    ),
+    call(
+        "getsockopt",
+        numbers(55, 365, 209, 295),
+        If(&[AT_SOCKET, In(2, ALL_BITS, &[SO_PEERPIDFD])], libc::ENOPROTOOPT),
+        "gives such a handle on whoever listens at a socket outside",
+    ),
+    call(
+        "setsockopt",
+        numbers(54, 366, 208, 294),
+        If(&[AT_SOCKET, In(2, ALL_BITS, &[SO_PASSPIDFD])], libc::ENOPROTOOPT),
+        "has one come with each message from outside",
+    ),
+    call(
+        "socket",
+        numbers(41, 359, 198, 281),
+        OTHER_FAMILY,
+        "AF_PACKET sees all packets of the pod; AF_VSOCK reaches the machine that the node runs on; AF_ALG and others reach parts of the \
+         kernel that no image needs (CVE-2026-31431)",
+    ),
+    call(
+        "socket",
+        numbers(41, 359, 198, 281),
+        If(&[In(0, ALL_BITS, INTERNET), In(1, TYPE_BITS, &[SOCK_PACKET])], libc::EAFNOSUPPORT),
+        "an old name of AF_PACKET",
+    ),
+    call(
+        "socket",
+        numbers(41, 359, 198, 281),
+        If(
+            &[
+                In(0, ALL_BITS, INTERNET),
+                In(1, TYPE_BITS, &[libc::SOCK_RAW.cast_unsigned()]),
+                NotIn(2, ALL_BITS, &[libc::IPPROTO_ICMP.cast_unsigned(), libc::IPPROTO_ICMPV6.cast_unsigned()]),
+            ],
+            libc::EPERM,
+        ),
+        "it sees what others in the pod are sent; ping needs no more than ICMP",
+    ),
+    call("socketpair", numbers(53, 360, 199, 288), OTHER_FAMILY, "the same as for socket"),
+    call(
+        "socketcall",
+        Numbers { x86_64: None, i386: Some(102), aarch64: None, arm: None },
+        Always(libc::ENOSYS),
+        "all calls about sockets in one: its arguments stand in memory, where a filter cannot look",
+    ),
+    call(
+        "io_uring_setup",
+        everywhere(425),
+        Always(libc::ENOSYS),
+        "what is done through it, sockets too, passes by this filter",
+    ),
+    call("io_uring_enter", everywhere(426), Always(libc::ENOSYS), "the same"),
+    call("io_uring_register", everywhere(427), Always(libc::ENOSYS), "the same"),
+    call(
+        "userfaultfd",
+        numbers(323, 374, 282, 388),
+        Always(libc::ENOSYS),
+        "holds the kernel up in the middle of a copy, by which holes in it are used",
+    ),
+    call(
+        "bpf",
+        numbers(321, 357, 280, 386),
+        Always(libc::EPERM),
+        "a program in the kernel, which some nodes leave to everybody",
+    ),
+    call(
+        "perf_event_open",
+        numbers(298, 336, 241, 364),
+        Always(libc::EPERM),
+        "counts what others do, which some nodes leave to everybody",
+    ),
+    call(
+        "syslog",
+        numbers(103, 103, 116, 103),
+        Always(libc::EPERM),
+        "the kernel's log is the node's, and some nodes leave it to everybody",
+    ),
+];
 
 /// A way of calling the kernel: every processor has one of 64 and one of 32 bits, and any program may use both.
 struct Convention {
-    /// AUDIT_ARCH_… of linux/audit.h.
+    /// `AUDIT_ARCH_…` of linux/audit.h.
     architecture: u32,
-    /// Its numbers of the calls, in the order of the rules.
-    numbers: [u32; RULES.len()],
+    number: fn(&Numbers) -> Option<u32>,
 }
 
-/// Numbers are those of arch/x86/entry/syscalls in Linux.
 #[cfg(target_arch = "x86_64")]
 const CONVENTIONS: [Convention; 2] = [
-    Convention { architecture: 0xc000_003e, numbers: [248, 249, 250, 272, 56, 435, 16] },
-    Convention { architecture: 0x4000_0003, numbers: [286, 287, 288, 310, 120, 435, 54] },
+    Convention { architecture: 0xc000_003e, number: |numbers| numbers.x86_64 },
+    Convention { architecture: 0x4000_0003, number: |numbers| numbers.i386 },
 ];
 
-/// Numbers are those of asm-generic/unistd.h and arch/arm/tools/syscall.tbl in Linux.
 #[cfg(target_arch = "aarch64")]
 const CONVENTIONS: [Convention; 2] = [
-    Convention { architecture: 0xc000_00b7, numbers: [217, 218, 219, 97, 220, 435, 29] },
-    Convention { architecture: 0x4000_0028, numbers: [309, 310, 311, 337, 120, 435, 54] },
+    Convention { architecture: 0xc000_00b7, number: |numbers| numbers.aarch64 },
+    Convention { architecture: 0x4000_0028, number: |numbers| numbers.arm },
 ];
 
 /// Where struct seccomp_data has the call's number, its convention, and the lower half of its first argument (little-endian).
@@ -71,8 +229,10 @@ const ARGUMENTS: u32 = 16;
 const X32: u32 = 0x4000_0000;
 
 const ALLOW: Instruction = give(libc::SECCOMP_RET_ALLOW);
-const ENOSYS: Instruction = give(libc::SECCOMP_RET_ERRNO | libc::ENOSYS.cast_unsigned());
-const EPERM: Instruction = give(libc::SECCOMP_RET_ERRNO | libc::EPERM.cast_unsigned());
+
+const fn fail(error: i32) -> Instruction {
+    give(libc::SECCOMP_RET_ERRNO | error.cast_unsigned())
+}
 
 const fn instruction(code: u32, value: u32, skip_if: u8, skip_if_not: u8) -> Instruction {
     // Codes are below 256 (linux/bpf_common.h).
@@ -88,14 +248,23 @@ const fn load(place: u32) -> Instruction {
     instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, place, 0, 0)
 }
 
-/// Goes on if what was loaded is `value`, else skips `otherwise` instructions.
-const fn if_equal(value: u32, otherwise: u8) -> Instruction {
-    instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, value, 0, otherwise)
+const fn keep_bits(mask: u32) -> Instruction {
+    instruction(libc::BPF_ALU | libc::BPF_AND | libc::BPF_K, mask, 0, 0)
 }
 
-/// Goes on if what was loaded has one of `bits`, else skips `otherwise` instructions.
-const fn if_any_bit(bits: u32, otherwise: u8) -> Instruction {
-    instruction(libc::BPF_JMP | libc::BPF_JSET | libc::BPF_K, bits, 0, otherwise)
+/// Skips so many instructions if what was loaded is `value`, or if it is not.
+const fn if_equal(value: u32, skip_if: u8, skip_if_not: u8) -> Instruction {
+    instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, value, skip_if, skip_if_not)
+}
+
+/// Skips so many instructions if what was loaded has none of `bits`.
+const fn unless_any_bit(bits: u32, skip: u8) -> Instruction {
+    instruction(libc::BPF_JMP | libc::BPF_JSET | libc::BPF_K, bits, 0, skip)
+}
+
+/// A jump over `instructions`. The longest one leads over all calls of a convention, and a unit test makes the program.
+fn over(instructions: &[Instruction]) -> u8 {
+    u8::try_from(instructions.len()).expect("a jump is as long as a byte can say")
 }
 
 /// The program, for [`crate::sys::calls::filter`]. What comes by a convention that is not known does not exist.
@@ -103,31 +272,56 @@ pub fn program() -> Vec<Instruction> {
     let mut program = vec![load(ARCHITECTURE)];
     for convention in &CONVENTIONS {
         let answers = convention.answers();
-        let length = u8::try_from(answers.len()).expect("a jump is as long as a byte can say");
-        program.push(if_equal(convention.architecture, length));
+        program.push(if_equal(convention.architecture, 0, over(&answers)));
         program.extend(answers);
     }
-    program.push(ENOSYS);
+    program.push(fail(libc::ENOSYS));
     program
 }
 
 impl Convention {
     /// What is answered to a call by this convention.
     fn answers(&self) -> Vec<Instruction> {
-        let mut answers = vec![load(NUMBER), if_any_bit(X32, 1), ENOSYS];
-        for ((_, rule, _), &number) in RULES.iter().zip(&self.numbers) {
-            let (argument, test) = match *rule {
-                Rule::Absent => {
-                    answers.extend([if_equal(number, 1), ENOSYS]);
-                    continue;
-                }
-                Rule::RefusedWith(argument, bits) => (argument, if_any_bit(bits, 1)),
-                Rule::RefusedFor(argument, value) => (argument, if_equal(value, 1)),
-            };
-            answers.extend([if_equal(number, 4), load(ARGUMENTS + 8 * argument), test, EPERM, ALLOW]);
+        let mut answers = vec![load(NUMBER), unless_any_bit(X32, 1), fail(libc::ENOSYS)];
+        for call in CALLS {
+            let Some(number) = (self.number)(&call.numbers) else { continue };
+            let answer = call.rule.answer();
+            // The tests of the call before may have loaded something else.
+            answers.extend([load(NUMBER), if_equal(number, 0, over(&answer))]);
+            answers.extend(answer);
         }
         answers.push(ALLOW);
         answers
+    }
+}
+
+impl Rule {
+    /// The error; what comes after it, if the call is not to fail.
+    fn answer(self) -> Vec<Instruction> {
+        let (tests, error) = match self {
+            Always(error) => (&[][..], error),
+            If(tests, error) => (tests, error),
+        };
+        // From the last test to the first: each skips all that comes after it.
+        tests.iter().rev().fold(vec![fail(error)], |rest, test| [test.before(&rest), rest].concat())
+    }
+}
+
+impl Test {
+    /// Goes on with `rest` if the test holds, and skips it if not.
+    fn before(self, rest: &[Instruction]) -> Vec<Instruction> {
+        let argument = |number: u32| load(ARGUMENTS + 8 * number);
+        let (number, mask, values, equal, none_equal) = match self {
+            HasAny(number, bits) => return vec![argument(number), unless_any_bit(bits, over(rest))],
+            In(number, mask, values) => (number, mask, values, 0, over(rest)),
+            NotIn(number, mask, values) => (number, mask, values, over(rest), 0),
+        };
+        // From the last comparison to the first, as in a rule.
+        let compare = |further: Vec<Instruction>, value: &u32| {
+            let otherwise = if further.is_empty() { none_equal } else { 0 };
+            [vec![if_equal(*value, over(&further) + equal, otherwise)], further].concat()
+        };
+        [vec![argument(number), keep_bits(mask)], values.iter().rev().fold(Vec::new(), compare)].concat()
     }
 }
 
@@ -136,8 +330,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_numbers_of_this_processor_are_libcs() {
-        let libcs = [
+    fn numbers_of_this_processor_are_those_of_libc() {
+        for (name, number) in [
             ("add_key", libc::SYS_add_key),
             ("request_key", libc::SYS_request_key),
             ("keyctl", libc::SYS_keyctl),
@@ -145,10 +339,89 @@ mod tests {
             ("clone", libc::SYS_clone),
             ("clone3", libc::SYS_clone3),
             ("ioctl", libc::SYS_ioctl),
-        ];
-        for (at, (name, number)) in libcs.into_iter().enumerate() {
-            assert_eq!((RULES[at].0, i64::from(CONVENTIONS[0].numbers[at])), (name, number));
+            ("pidfd_getfd", libc::SYS_pidfd_getfd),
+            ("getsockopt", libc::SYS_getsockopt),
+            ("setsockopt", libc::SYS_setsockopt),
+            ("socket", libc::SYS_socket),
+            ("socketpair", libc::SYS_socketpair),
+            ("io_uring_setup", libc::SYS_io_uring_setup),
+            ("io_uring_enter", libc::SYS_io_uring_enter),
+            ("io_uring_register", libc::SYS_io_uring_register),
+            ("userfaultfd", libc::SYS_userfaultfd),
+            ("bpf", libc::SYS_bpf),
+            ("perf_event_open", libc::SYS_perf_event_open),
+            ("syslog", libc::SYS_syslog),
+        ] {
+            let calls: Vec<_> = CALLS.iter().filter(|call| call.name == name).collect();
+            assert!(!calls.is_empty(), "{name}");
+            for call in calls {
+                let known = (CONVENTIONS[0].number)(&call.numbers).map(i64::from);
+                assert_eq!(known, Some(number), "{name}");
+            }
         }
         assert_eq!(u64::from(TIOCSTI), libc::TIOCSTI);
+        assert_eq!(u64::from(TIOCLINUX), libc::TIOCLINUX);
+    }
+
+    /// What the kernel answers to a call by `program`: it carries out the instructions that are used here.
+    fn answer(program: &[Instruction], architecture: u32, number: u32, arguments: [u32; 3]) -> u32 {
+        let (mut at, mut loaded) = (0, 0);
+        loop {
+            let Instruction { code, jt, jf, k } = program[at];
+            let code = u32::from(code);
+            at += 1;
+            if code == libc::BPF_LD | libc::BPF_W | libc::BPF_ABS {
+                loaded = match k {
+                    NUMBER => number,
+                    ARCHITECTURE => architecture,
+                    place => arguments[((place - ARGUMENTS) / 8) as usize],
+                };
+            } else if code == libc::BPF_ALU | libc::BPF_AND | libc::BPF_K {
+                loaded &= k;
+            } else if code == libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K {
+                at += usize::from(if loaded == k { jt } else { jf });
+            } else if code == libc::BPF_JMP | libc::BPF_JSET | libc::BPF_K {
+                at += usize::from(if loaded & k == 0 { jf } else { jt });
+            } else {
+                assert_eq!(code, libc::BPF_RET | libc::BPF_K);
+                return k;
+            }
+        }
+    }
+
+    /// What the table says of a call, word for word.
+    fn meant(convention: &Convention, number: u32, arguments: [u32; 3]) -> u32 {
+        let holds = |test: &Test| match *test {
+            HasAny(at, bits) => arguments[at as usize] & bits != 0,
+            In(at, mask, values) => values.contains(&(arguments[at as usize] & mask)),
+            NotIn(at, mask, values) => !values.contains(&(arguments[at as usize] & mask)),
+        };
+        for call in CALLS.iter().filter(|call| (convention.number)(&call.numbers) == Some(number)) {
+            match call.rule {
+                Always(error) => return fail(error).k,
+                If(tests, error) if tests.iter().all(holds) => return fail(error).k,
+                If(..) => {}
+            }
+        }
+        libc::SECCOMP_RET_ALLOW
+    }
+
+    #[test]
+    fn the_program_does_what_the_table_says() {
+        let program = program();
+        let values = [0, 1, 2, 3, 10, 16, 17, 40, 58, 76, 77, TIOCSTI, TIOCLINUX, 0x1000_0000, 0x0008_000a];
+        for convention in &CONVENTIONS {
+            let numbers = CALLS.iter().filter_map(|call| (convention.number)(&call.numbers)).chain([0, 1, 57, 449]);
+            for number in numbers {
+                for (a, b) in values.iter().flat_map(|a| values.map(|b| (*a, b))) {
+                    for arguments in values.map(|c| [a, b, c]) {
+                        let got = answer(&program, convention.architecture, number, arguments);
+                        assert_eq!(got, meant(convention, number, arguments), "{number} {arguments:?}");
+                    }
+                }
+            }
+            assert_eq!(answer(&program, convention.architecture, X32 | 1, [0; 3]), fail(libc::ENOSYS).k);
+        }
+        assert_eq!(answer(&program, 0, 1, [0; 3]), fail(libc::ENOSYS).k);
     }
 }

@@ -48,6 +48,14 @@ pub fn stay(folder: &Path) -> std::io::Result<()> {
     // One line says that it sits at its terminal.
     std::io::BufReader::new(victim.stdout.take().expect("a pipe")).read_line(&mut String::new())?;
     let process = rustix::process::Pid::from_child(&victim);
+    let neighbours_socket = format!("neighbour-{number}");
+    let mut neighbour = Command::new(std::env::current_exe()?)
+        .args(["neighbour", &neighbours_socket])
+        .arg(&file)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()?;
+    std::io::BufReader::new(neighbour.stdout.take().expect("a pipe")).read_line(&mut String::new())?;
     let handle_on_process = rustix::process::pidfd_open(process, PidfdFlags::empty())?;
 
     for (name, value) in [
@@ -55,6 +63,7 @@ pub fn stay(folder: &Path) -> std::io::Result<()> {
         ("HANDLE", handle(open)),
         ("SOCKET", socket.display().to_string()),
         ("ABSTRACT_SOCKET", abstract_name),
+        ("NEIGHBOUR", neighbours_socket),
         ("SHARED_MEMORY", number.to_string()),
         ("QUEUE", queue.to_string_lossy().into_owned()),
         ("KEY", key.to_string_lossy().into_owned()),
@@ -69,8 +78,10 @@ pub fn stay(folder: &Path) -> std::io::Result<()> {
     println!();
     std::io::stdin().read_to_end(&mut Vec::new())?;
 
-    victim.kill()?;
-    victim.wait()?;
+    for mut process in [victim, neighbour] {
+        process.kill()?;
+        process.wait()?;
+    }
     memory.remove();
     sys::remove_queue(&queue);
     if let Ok(user_key) = user_key {
@@ -111,6 +122,30 @@ pub fn victim() -> std::io::Result<()> {
     loop {
         std::thread::park();
     }
+}
+
+/// `attempts neighbour SOCKET FILE`: a process of root's with no capabilities, which so may be looked into by any other of root's. It has a
+/// file open, listens at an abstract socket, and answers a byte to everybody, and to each message.
+pub fn neighbour(socket: &str, file: &Path) -> std::io::Result<()> {
+    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
+    let _open = File::open(file)?;
+    let none = rustix::thread::CapabilitySet::empty();
+    let sets = rustix::thread::CapabilitySets { effective: none, permitted: none, inheritable: none };
+    rustix::thread::set_capabilities(None, sets)?;
+    let listener = UnixListener::bind_addr(&SocketAddr::from_abstract_name(socket)?)?;
+    println!();
+    for stream in listener.incoming() {
+        let mut stream = stream?;
+        std::thread::spawn(move || {
+            let mut message = [0; 16];
+            loop {
+                if stream.write_all(b".").is_err() || !matches!(stream.read(&mut message), Ok(1..)) {
+                    break;
+                }
+            }
+        });
+    }
+    Ok(())
 }
 
 /// `attempts with-session-key NAME SECRET PROGRAM…`: starts a program with a session keyring in which there is a key.

@@ -48,6 +48,7 @@ fn main() -> ExitCode {
         ["list"] => list(),
         ["all"] => return all(),
         ["decoys", folder] => decoys::stay(Path::new(folder)).expect("decoys can be made"),
+        ["neighbour", socket, file] => decoys::neighbour(socket, Path::new(file)).expect("a neighbour can listen"),
         ["victim", _] => decoys::victim().expect("a victim can sit at its terminal"),
         ["with-session-key", rest @ ..] => decoys::with_session_key(rest).expect("the program can be started"),
         ["type", text] => return terminals::type_text(text),

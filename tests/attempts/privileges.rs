@@ -57,3 +57,21 @@ pub fn change_network() -> Outcome {
     sys::loopback_flags(&socket, true).step("set flags of lo")?;
     Ok("set flags of lo".into())
 }
+
+/// Giving the kernel work by a ring, of which no filter of system calls hears.
+pub fn ring() -> Outcome {
+    sys::ring().step("io_uring_setup")?;
+    Ok("has a ring".into())
+}
+
+/// Holding the kernel up whenever it touches this process's memory.
+pub fn page_fault_handler() -> Outcome {
+    sys::page_fault_handler().step("userfaultfd")?;
+    Ok("handles its page faults itself".into())
+}
+
+/// Reading the kernel's log.
+pub fn read_kernel_log() -> Outcome {
+    let read = sys::read_kernel_log().step("syslog")?;
+    Ok(format!("read {read} bytes of the kernel's log"))
+}

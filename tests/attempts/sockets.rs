@@ -2,14 +2,16 @@
 
 use std::ffi::CString;
 use std::io::Read;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixStream};
 use std::path::Path;
 
 use ims_sshd::session::report::Packet;
 use ims_sshd::sys::packet::Packets;
+use rustix::process::PidfdGetfdFlags;
 
-use crate::outcome::{Outcome, Step};
+use crate::outcome::{Held, Outcome, Step, any};
 use crate::outside::{secret, told};
 use crate::sys;
 
@@ -24,10 +26,97 @@ pub fn path() -> Outcome {
     hear(UnixStream::connect(told("SOCKET")).step("connect to the socket outside")?)
 }
 
+fn connect(abstract_name: String) -> Result<UnixStream, Held> {
+    let address = SocketAddr::from_abstract_name(abstract_name).expect("a name");
+    UnixStream::connect_addr(&address).step("connect to the abstract socket outside")
+}
+
 /// A socket with an abstract name, which belongs to the network.
 pub fn abstract_name() -> Outcome {
-    let address = SocketAddr::from_abstract_name(told("ABSTRACT_SOCKET")).expect("a name");
-    hear(UnixStream::connect_addr(&address).step("connect to the abstract socket outside")?)
+    hear(connect(told("ABSTRACT_SOCKET"))?)
+}
+
+/// A file that the neighbour of this handle has open.
+fn file_of(neighbour: OwnedFd) -> Outcome {
+    any(3..64, |number| {
+        let taken = rustix::process::pidfd_getfd(&neighbour, number, PidfdGetfdFlags::empty()).step("pidfd_getfd")?;
+        let mut text = [0; 128];
+        let length = rustix::io::pread(taken, &mut text[..], 0).step("read what it has open")?;
+        secret(&text[..length])
+    })
+}
+
+/// A file of whoever listens at a socket outside, by a handle on it.
+pub fn peer() -> Outcome {
+    let stream = connect(told("NEIGHBOUR"))?;
+    file_of(sys::peer(stream.as_fd()).step("ask for a handle on the peer")?)
+}
+
+/// The same by the calls of 32-bit programs.
+pub fn peer_by_32_bits() -> Outcome {
+    let stream = connect(told("NEIGHBOUR"))?;
+    any([false, true], |multiplexed| {
+        file_of(sys::peer_by_32_bits(stream.as_fd(), multiplexed).step("ask for a handle on the peer")?)
+    })
+}
+
+/// A file of whoever sends a message from outside, by a handle that comes with it.
+pub fn sender() -> Outcome {
+    let stream = connect(told("NEIGHBOUR"))?;
+    sys::ask_for_senders(stream.as_fd()).step("ask for handles on senders")?;
+    // A message that was sent before comes without one.
+    rustix::io::write(&stream, b"again").step("have the neighbour send a message")?;
+    any(0..2, |_| file_of(sys::sender(stream.as_fd()).step("receive a handle on the sender")?))
+}
+
+fn opened(family: i32, kind: i32, protocol: i32) -> Outcome {
+    let what = format!("open a socket of family {family}, type {kind}, protocol {protocol}");
+    sys::socket(family, kind, protocol).step(&what)?;
+    Ok(what)
+}
+
+/// All packets of the network, of which /proc/net/packet then tells.
+pub fn packets() -> Outcome {
+    opened(libc::AF_PACKET, libc::SOCK_RAW, i32::from(3_u16.to_be()))
+}
+
+/// The same by their old name.
+#[allow(deprecated)]
+pub fn packets_by_their_old_name() -> Outcome {
+    any([libc::AF_INET, libc::AF_INET6], |family| opened(family, libc::SOCK_PACKET, i32::from(3_u16.to_be())))
+}
+
+/// What others in the network are sent by TCP and UDP.
+pub fn raw() -> Outcome {
+    any([libc::AF_INET, libc::AF_INET6], |family| {
+        any([libc::IPPROTO_TCP, libc::IPPROTO_UDP, libc::IPPROTO_RAW], |protocol| {
+            opened(family, libc::SOCK_RAW, protocol)
+        })
+    })
+}
+
+/// Families other than those that an image needs; three-quarters of the numbers mean none.
+fn other_families() -> impl Iterator<Item = i32> {
+    let needed = [libc::AF_UNSPEC, libc::AF_UNIX, libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK];
+    (0..128).filter(move |family| !needed.contains(family))
+}
+
+/// Any other kind of sockets that the kernel has: of virtual machines, of its ciphers, …
+pub fn other_families_of_any_type() -> Outcome {
+    any(other_families(), |family| any(1..=6, |kind| opened(family, kind, 0)))
+}
+
+/// The same by the calls of 32-bit programs.
+pub fn other_families_by_32_bits() -> Outcome {
+    any([false, true], |multiplexed| {
+        any(other_families(), |family| {
+            any(1..=6, |kind| {
+                let socket = sys::socket_by_32_bits(family.cast_unsigned(), kind, multiplexed);
+                socket.step(format!("open a socket of family {family}, type {kind}"))?;
+                Ok(format!("has a socket of family {family}"))
+            })
+        })
+    })
 }
 
 /// The supervisor's own socket.

@@ -313,27 +313,173 @@ pub fn read_key(name: &CStr, ring: i32) -> io::Result<Vec<u8>> {
     Ok(text)
 }
 
-/// unshare(2) by the calls of 32-bit programs, which every program may use where the kernel has them.
-pub fn unshare_by_32_bits(flags: c_int) -> io::Result<()> {
+/// A system call in the way of 32-bit programs, which every program may use where the kernel has it. Pointers have to be below 4 GB.
+pub fn call_by_32_bits(number: i32, arguments: [u32; 5]) -> io::Result<i32> {
     #[cfg(target_arch = "x86_64")]
     {
-        let mut result: i32 = 310;
-        // SAFETY: this call takes a number, in ebx, which the compiler keeps for itself: it is put back.
+        let mut result = number;
+        // SAFETY: the callers pass numbers, or addresses of a `LowMemory`. The first argument's register is the compiler's own: it is
+        // put back.
         unsafe {
             std::arch::asm!(
-                "xchg {flags:r}, rbx",
+                "xchg {first:r}, rbx",
                 "int 0x80",
-                "xchg {flags:r}, rbx",
-                flags = inout(reg) i64::from(flags) => _,
+                "xchg {first:r}, rbx",
+                first = inout(reg) u64::from(arguments[0]) => _,
                 inout("eax") result,
+                in("ecx") arguments[1],
+                in("edx") arguments[2],
+                in("esi") arguments[3],
+                in("edi") arguments[4],
                 out("r8") _, out("r9") _, out("r10") _, out("r11") _,
             );
         }
-        if result < 0 { Err(io::Error::from_raw_os_error(-result)) } else { Ok(()) }
+        if result < 0 { Err(io::Error::from_raw_os_error(-result)) } else { Ok(result) }
     }
     #[cfg(not(target_arch = "x86_64"))]
     {
-        let _ = flags;
+        let _ = (number, arguments);
         Err(io::Error::from_raw_os_error(libc::ENOSYS))
     }
+}
+
+/// unshare(2) by 32 bits.
+pub fn unshare_by_32_bits(flags: c_int) -> io::Result<()> {
+    call_by_32_bits(310, [flags.cast_unsigned(), 0, 0, 0, 0]).map(drop)
+}
+
+/// Words that have an address below 4 GB.
+pub struct LowMemory(*mut u32);
+
+impl LowMemory {
+    pub fn new(words: &[u32]) -> io::Result<Self> {
+        #[cfg(target_arch = "x86_64")]
+        let low = libc::MAP_32BIT;
+        #[cfg(not(target_arch = "x86_64"))]
+        let low = 0;
+        let (access, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | low);
+        // SAFETY: new memory, which is never given back, at a place that the kernel chooses.
+        let place = unsafe { libc::mmap(std::ptr::null_mut(), 4096, access, kind, -1, 0) };
+        if place == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let place = place.cast::<u32>();
+        // SAFETY: there is room for 1024 words.
+        unsafe { std::ptr::copy_nonoverlapping(words.as_ptr(), place, words.len().min(1024)) };
+        Ok(Self(place))
+    }
+
+    /// The address of a word.
+    pub fn address(&self, word: usize) -> u32 {
+        u32::try_from(self.0.addr() + 4 * word).expect("it is below 4 GB")
+    }
+
+    /// The first word, as a descriptor that a system call has just opened for us.
+    pub fn descriptor(&self) -> io::Result<OwnedFd> {
+        // SAFETY: the memory is ours.
+        owned(unsafe { self.0.read_volatile() }.into())
+    }
+}
+
+/// Any socket.
+pub fn socket(family: c_int, kind: c_int, protocol: c_int) -> io::Result<OwnedFd> {
+    // SAFETY: takes numbers.
+    owned(unsafe { libc::socket(family, kind | libc::SOCK_CLOEXEC, protocol) }.into())
+}
+
+/// The same by 32 bits, and by the call for all that is about sockets.
+pub fn socket_by_32_bits(family: u32, kind: u32, multiplexed: bool) -> io::Result<OwnedFd> {
+    let arguments = LowMemory::new(&[family, kind, 0])?;
+    let socket = if multiplexed {
+        call_by_32_bits(102, [1, arguments.address(0), 0, 0, 0])
+    } else {
+        call_by_32_bits(359, [family, kind, 0, 0, 0])
+    };
+    owned(socket?.into())
+}
+
+/// asm-generic/socket.h.
+const SO_PASSPIDFD: c_int = 76;
+const SO_PEERPIDFD: c_int = 77;
+const SCM_PIDFD: c_int = 4;
+
+/// A handle on the process that listens at the other end of a socket.
+pub fn peer(socket: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let (mut handle, mut length): (c_int, libc::socklen_t) = (-1, 4);
+    let place = (&raw mut handle).cast();
+    // SAFETY: the kernel writes one int.
+    let result =
+        unsafe { libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, SO_PEERPIDFD, place, &raw mut length) };
+    checked(result.into())?;
+    owned(handle.into())
+}
+
+/// The same by 32 bits, and by the call for all that is about sockets.
+pub fn peer_by_32_bits(socket: BorrowedFd<'_>, multiplexed: bool) -> io::Result<OwnedFd> {
+    let memory = LowMemory::new(&[0, 4])?;
+    let (level, option) = (libc::SOL_SOCKET.cast_unsigned(), SO_PEERPIDFD.cast_unsigned());
+    let arguments = [socket.as_raw_fd().cast_unsigned(), level, option, memory.address(0), memory.address(1)];
+    if multiplexed {
+        let arguments = LowMemory::new(&arguments)?;
+        call_by_32_bits(102, [15, arguments.address(0), 0, 0, 0])?;
+    } else {
+        call_by_32_bits(365, arguments)?;
+    }
+    memory.descriptor()
+}
+
+/// Has a handle on its sender come with each message.
+pub fn ask_for_senders(socket: BorrowedFd<'_>) -> io::Result<()> {
+    let yes: c_int = 1;
+    let place = (&raw const yes).cast();
+    // SAFETY: the kernel reads one int.
+    checked(unsafe { libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, SO_PASSPIDFD, place, 4) }.into()).map(drop)
+}
+
+/// Receives a message; returns the handle on its sender.
+pub fn sender(socket: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let (mut byte, mut control) = ([0_u8; 1], [0_u64; 16]);
+    let mut part = libc::iovec { iov_base: byte.as_mut_ptr().cast(), iov_len: 1 };
+    // SAFETY: a msghdr is plain data, for which zeros are valid.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = &raw mut part;
+    message.msg_iovlen = 1;
+    message.msg_control = control.as_mut_ptr().cast();
+    message.msg_controllen = size_of_val(&control) as _;
+    // SAFETY: all that the message points to is ours; the kernel says how much of it it has written.
+    unsafe {
+        checked(libc::recvmsg(socket.as_raw_fd(), &raw mut message, 0) as c_long)?;
+        let mut header = libc::CMSG_FIRSTHDR(&raw const message);
+        while !header.is_null() {
+            if ((*header).cmsg_level, (*header).cmsg_type) == (libc::SOL_SOCKET, SCM_PIDFD) {
+                return owned(libc::CMSG_DATA(header).cast::<c_int>().read_unaligned().into());
+            }
+            header = libc::CMSG_NXTHDR(&raw const message, header);
+        }
+    }
+    Err(io::Error::from_raw_os_error(libc::ENOENT))
+}
+
+/// A ring by which the kernel is given work: io_uring_setup(2).
+pub fn ring() -> io::Result<OwnedFd> {
+    let mut parameters = [0_u32; 30];
+    // SAFETY: the kernel reads and writes a struct io_uring_params, of 120 bytes.
+    owned(unsafe { libc::syscall(libc::SYS_io_uring_setup, 1, parameters.as_mut_ptr()) })
+}
+
+/// A handler of this process's page faults, those in user mode only: userfaultfd(2).
+pub fn page_fault_handler() -> io::Result<OwnedFd> {
+    const UFFD_USER_MODE_ONLY: c_int = 1;
+    // SAFETY: takes a number.
+    owned(unsafe { libc::syscall(libc::SYS_userfaultfd, UFFD_USER_MODE_ONLY | libc::O_CLOEXEC) })
+}
+
+/// What the kernel has logged.
+pub fn read_kernel_log() -> io::Result<usize> {
+    const SYSLOG_ACTION_READ_ALL: c_int = 3;
+    let mut text = [0_u8; 4096];
+    let length = text.len() as c_int;
+    // SAFETY: the buffer is as long as it is said to be.
+    let read = unsafe { libc::klogctl(SYSLOG_ACTION_READ_ALL, text.as_mut_ptr().cast(), length) };
+    checked(read.into()).map(|read| read.unsigned_abs() as usize)
 }
