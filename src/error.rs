@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::printable::Printable;
+
 /// A step that could not be done.
 #[derive(Debug)]
 pub struct Error {
@@ -54,12 +56,13 @@ impl fmt::Display for Error {
         if !self.bad_input {
             f.write_str("cannot ")?;
         }
-        f.write_str(&self.attempted)?;
+        // A file's name, or what a program said, is in it: one line, wherever it is printed.
+        write!(f, "{}", Printable(&self.attempted))?;
         if let Some(cause) = &self.cause {
-            write!(f, ": {cause}")?;
+            write!(f, ": {}", Printable(cause))?;
         }
         if let Some(advice) = &self.advice {
-            write!(f, "; {advice}")?;
+            write!(f, "; {}", Printable(advice))?;
         }
         Ok(())
     }
@@ -106,6 +109,8 @@ mod tests {
             "cannot mount proc on /proc: Operation not permitted (os error 1); run the container privileged"
         );
         assert_eq!(error.exit_code(), 1);
+        let error = Error::new("open 'a\nb'").because("said\r\x1b[2K").advise("remove 'a\nb'");
+        assert_eq!(error.to_string(), r"cannot open 'a\nb': said\r\u{1b}[2K; remove 'a\nb'");
         assert_eq!(Error::bad_input("SSH_JAIL is 'yes'").exit_code(), 2);
     }
 }

@@ -16,6 +16,7 @@ pub mod error;
 pub mod jail;
 pub mod lifecycle;
 pub mod local;
+pub mod printable;
 pub mod publish;
 pub mod session;
 pub mod sshd;

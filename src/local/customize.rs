@@ -160,7 +160,7 @@ fn publish(wanted: &Customization, source: &Source, output: &Settings, work: &Wo
     let report = Publication { work, settings: output, ims, files: &files }.publish(image)?;
     // For programs. A person has read above where the image is.
     if !std::io::stdout().is_terminal() {
-        local::say(&format!("{report}\n"));
+        local::say_json(&report);
     }
     Ok(0)
 }

@@ -12,6 +12,7 @@ use rustix::mount::MountAttrFlags;
 use crate::error::{Attempt, Error, Result};
 use crate::lifecycle::signal_files::SignalFiles;
 use crate::lifecycle::state::{RUN, name_for};
+use crate::printable;
 use crate::sys::mounts::{self, Detached};
 use crate::sys::tree::Tree;
 
@@ -41,6 +42,11 @@ pub fn image_root(named: &Path) -> Result<PathBuf> {
 pub fn say(text: &str) {
     let mut out = std::io::stdout();
     let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+}
+
+/// Prints `value` in JSON, in one line.
+pub fn say_json(value: &serde_json::Value) {
+    say(&format!("{}\n", printable::json(&value.to_string())));
 }
 
 /// Mounts that only this program and what it starts see, with terminals of their own: a session in the image must not reach those

@@ -11,7 +11,8 @@ use crate::error::{Error, Result};
 use crate::lifecycle::machine::State;
 use crate::lifecycle::signal_files::{EXITING, READY, SSHD_LISTENING, SignalFiles};
 use crate::lifecycle::state::StateFolder;
-use crate::local::say;
+use crate::local::{say, say_json};
+use crate::printable::Printable;
 use crate::session::report::{Packet, SOCKET};
 use crate::sys::packet::Packets;
 use crate::sys::poll;
@@ -39,7 +40,7 @@ pub fn print(parent: &Path, as_json: bool) -> Result<u8> {
         }
     };
     if as_json {
-        say(&format!("{report}\n"));
+        say_json(&report);
     } else {
         say(&in_words(&report));
     }
@@ -56,7 +57,7 @@ fn ask(parent: &Path) -> Option<Value> {
 }
 
 fn in_words(report: &Value) -> String {
-    let word = |value: &Value| value.as_str().map(str::to_owned);
+    let word = |value: &Value| value.as_str().map(|text| Printable(text).to_string());
     let mut text = word(&report["image_root_parent"]).unwrap_or_default();
     text += ": ";
     text += &word(&report["state"]).unwrap_or_else(|| "not open".into());

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Attempt, Error, Result};
 use crate::lifecycle::signal_files::SignalFiles;
-use crate::local::say;
+use crate::local::{say, say_json};
 use crate::publish::boot::{self, BootFiles};
 use crate::publish::ims::Ims;
 use crate::publish::package;
@@ -87,6 +87,6 @@ pub fn upload(
     let files = SignalFiles::open(&place.folder)?.ok_or_else(|| Error::new(attempted(&place.folder)))?;
     let ims = Ims::of(&work, settings);
     let report = Publication { work: &work, settings, ims, files: &files }.publish(image)?;
-    say(&format!("{report}\n"));
+    say_json(&report);
     Ok(0)
 }

@@ -3,6 +3,8 @@
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
+use crate::printable::Printable;
+
 /// Between two lines of a log.
 const LINE_EVERY: Duration = Duration::from_secs(10);
 
@@ -27,7 +29,8 @@ impl Progress {
     pub fn begin(what: impl Into<String>, total: Option<u64>) -> Self {
         let now = Instant::now();
         let terminal = std::io::stderr().is_terminal();
-        Self { what: what.into(), total, done: 0, began: now, told: now, terminal }
+        let what = Printable(what.into()).to_string();
+        Self { what, total, done: 0, began: now, told: now, terminal }
     }
 
     /// It turns out how much there is to do.

@@ -12,7 +12,7 @@ use crate::jail::resolv_conf::{self, RESOLV_CONF, ResolvConf, SIDECAR};
 use crate::lifecycle::environment;
 use crate::lifecycle::settings::Action;
 use crate::lifecycle::signal_files::{BUILD_FAILED, EXITING, LOOK_EVERY, READY, SSHD_LISTENING, SignalFiles, Watch};
-use crate::local::say;
+use crate::local::say_json;
 use crate::publish::changes::Inventory;
 use crate::publish::ims::{Ims, Status};
 use crate::publish::journal::{Journal, Phase};
@@ -96,7 +96,7 @@ fn conclude(work: &Work, mut ims: Ims, result: Result<u8>) -> Result<u8> {
     if let Err(untold) = ims.set_status(Status::Error) {
         tracing::error!("{untold}");
     }
-    say(&format!("{}\n", json!({ "error": error.to_string(), "result": "failure" })));
+    say_json(&json!({ "error": error.to_string(), "result": "failure" }));
     match work.interrupted() {
         Some(signal) => {
             tracing::error!("{error}");
@@ -297,7 +297,7 @@ impl Sidecar<'_> {
         let rootfs = std::fs::File::open(&squashfs).attempt(|| format!("open {}", squashfs.display()))?;
         let image = Image { rootfs, boot, debug_kernel: None };
         let report = self.publication().publish(image)?;
-        say(&format!("{report}\n"));
+        say_json(&report);
         Ok(0)
     }
 

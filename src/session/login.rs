@@ -18,6 +18,7 @@ use crate::jail::enter;
 use crate::jail::mount_table::SFTP_FOLDER;
 use crate::jail::record::Record;
 use crate::jail::tier::Tier;
+use crate::printable::Printable;
 use crate::session::account::{Account, DEFAULT_SHELL};
 use crate::session::environment::{LOGIN_PATH, session_environment};
 use crate::session::etc_environment;
@@ -228,7 +229,7 @@ fn report((program, error): (&Path, Errno)) -> u8 {
     let missing = error == Errno::ENOENT;
     eprintln!(
         "ims-jail-shell: cannot start {} in this image: {}; {}",
-        program.display(),
+        Printable(program.to_string_lossy()),
         error.desc(),
         if missing {
             "it, or the loader it names, is not there"
@@ -256,7 +257,7 @@ fn greet(image_root: &Tree, account: &Account, record: &Record) {
         return;
     }
     let _ = out.write_all(&image_root.read("etc/motd", 64 << 10).unwrap_or_default());
-    let job = record.job.as_ref().map_or(String::new(), |job| format!(" of IMS job {job}"));
+    let job = record.job.as_ref().map_or(String::new(), |job| format!(" of IMS job {}", Printable(job)));
     let _ = writeln!(out, "You are in the image root{job}. When done: touch /tmp/complete");
     let _ = writeln!(out, "To give the changes up instead:           touch /tmp/failed");
     if let Some(terminal) = std::env::var_os("TERM").filter(|terminal| terminfo::is_unknown(terminal, image_root)) {

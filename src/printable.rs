@@ -1,0 +1,72 @@
+//! Text of others (names of files and processes, what a program or server said) as it is shown to people: in one line, and without
+//! characters that steer a terminal or hide what stands there.
+
+use std::fmt::{self, Write};
+
+/// Writes `text` with what is not printable (control characters, line separators, bidirectional overrides, invisible characters) as the
+/// escapes of Rust's strings: a newline as `\n`, ESC as `\u{1b}`. Backslashes stay single, so to escape twice changes nothing.
+pub struct Printable<T>(pub T);
+
+impl<T: AsRef<str>> fmt::Display for Printable<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.as_ref().chars().try_for_each(|c| {
+            if is_printable(c) { f.write_char(c) } else { c.escape_debug().try_for_each(|c| f.write_char(c)) }
+        })
+    }
+}
+
+/// The same for the text of a JSON value, which means the same afterwards: such characters only stand in its strings, and newlines only
+/// between them.
+pub fn json(text: &str) -> String {
+    text.chars().fold(String::with_capacity(text.len()), |mut shown, c| {
+        if c == '\n' || is_printable(c) {
+            shown.push(c);
+        } else {
+            for unit in c.encode_utf16(&mut [0; 2]) {
+                let _ = write!(shown, "\\u{unit:04x}");
+            }
+        }
+        shown
+    })
+}
+
+fn is_printable(c: char) -> bool {
+    matches!(c, ' '..='~') || c.escape_debug().len() == 1
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn what_is_not_printable_is_escaped_and_the_rest_stays() {
+        for (text, shown) in [
+            ("cannot open 'a\\b' \"größe\" 漢字 🦀", "cannot open 'a\\b' \"größe\" 漢字 🦀"),
+            ("a\nb\r\tc\0", r"a\nb\r\tc\0"),
+            ("\x1b]0;x\x07\x7f\u{9b}1m", r"\u{1b}]0;x\u{7}\u{7f}\u{9b}1m"),
+            ("\u{2028}\u{2029}\u{85}\u{b}\u{c}", r"\u{2028}\u{2029}\u{85}\u{b}\u{c}"),
+            ("\u{202e}gpj\u{2066}\u{200f}", r"\u{202e}gpj\u{2066}\u{200f}"),
+            ("\u{200b}\u{feff}\u{ad}\u{a0}", r"\u{200b}\u{feff}\u{ad}\u{a0}"),
+        ] {
+            assert_eq!(Printable(text).to_string(), shown);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn escaping_twice_changes_nothing(text: String) {
+            let once = Printable(text).to_string();
+            prop_assert_eq!(Printable(&once).to_string(), once.clone());
+            prop_assert!(!once.chars().any(char::is_control));
+        }
+
+        #[test]
+        fn escaped_json_means_the_same(text: String) {
+            let value = serde_json::Value::String(text);
+            let shown = json(&value.to_string());
+            prop_assert!(!shown.chars().any(char::is_control), "{shown:?}");
+            prop_assert_eq!(serde_json::from_str::<serde_json::Value>(&shown).unwrap(), value);
+        }
+    }
+}
