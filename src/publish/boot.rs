@@ -100,8 +100,8 @@ fn open(image_root: &Tree, name: &str) -> Result<Option<BootFile>> {
     if FileType::from_raw_mode(found.st_mode) != FileType::RegularFile {
         return Ok(None);
     }
-    let content = image_root.open_at(&path, OFlags::RDONLY | OFlags::NONBLOCK, Mode::empty()).attempt(attempted)?;
-    Ok(Some(BootFile { path, content: content.into() }))
+    let content = image_root.open_regular(&path, OFlags::RDONLY).attempt(attempted)?;
+    Ok(Some(BootFile { path, content }))
 }
 
 /// The last name of what /boot/`name` leads to, if that is a link to one.

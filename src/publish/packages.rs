@@ -1,12 +1,13 @@
 //! The packages of an image, by the databases that it has.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io;
+use std::fs::{DirBuilder, File};
+use std::io::{self, Read};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::OFlags;
 
 use crate::error::{Attempt, Result};
 use crate::publish::work::Work;
@@ -16,7 +17,11 @@ use crate::sys::tree::Tree;
 const DPKG: &str = "var/lib/dpkg/status";
 const RPM: [&str; 2] = ["usr/lib/sysimage/rpm", "var/lib/rpm"];
 
+/// No file of dpkg's is larger.
 const LIMIT: u64 = 64 << 20;
+
+/// No database of rpm's is larger, all its files together; holes count, since a copy has none.
+const RPM_LIMIT: u64 = 1 << 30;
 
 /// Names with versions. What cannot be read of an image, which is anybody's, is told in the log and is no error.
 pub fn of(work: &Work, root: &Path) -> Result<BTreeMap<String, String>> {
@@ -68,20 +73,23 @@ fn of_rpm(work: &Work, database: &Tree) -> Result<BTreeMap<String, String>> {
     Ok(text.lines().filter_map(|line| line.split_once(' ')).map(|(n, v)| (n.to_owned(), v.to_owned())).collect())
 }
 
-/// The files of a folder, in one that goes away.
+/// A copy of the regular files of a directory, removed when it is dropped. Nobody else reads it.
 struct Copied(PathBuf);
 
 impl Copied {
     fn of(folder: &Tree) -> io::Result<Self> {
         let id = std::fs::read_to_string("/proc/sys/kernel/random/uuid")?;
         let copied = Self(std::env::temp_dir().join(format!("ims-sshd-{}", id.trim())));
-        std::fs::create_dir(&copied.0)?;
+        DirBuilder::new().mode(0o700).create(&copied.0)?;
+        let mut left = RPM_LIMIT;
         for name in folder.names()? {
-            let file = folder.open_at(&name, OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK, Mode::empty());
-            let Ok(mut file) = file.map(File::from) else { continue };
-            if file.metadata()?.is_file() {
-                io::copy(&mut file, &mut File::create_new(copied.0.join(&name))?)?;
-            }
+            // Its lock is a fifo or a socket in some versions.
+            let Ok(file) = folder.open_regular(&name, OFlags::RDONLY | OFlags::NOFOLLOW) else { continue };
+            let Some(rest) = left.checked_sub(file.metadata()?.len()) else {
+                return Err(io::Error::new(io::ErrorKind::FileTooLarge, format!("larger than {RPM_LIMIT} bytes")));
+            };
+            io::copy(&mut file.take(left), &mut File::create_new(copied.0.join(&name))?)?;
+            left = rest;
         }
         Ok(copied)
     }

@@ -193,8 +193,7 @@ const READ_BY_SFTP_SERVER: [&str; 5] =
 /// passes nothing on.
 fn check_what_sftp_server_opens(image_root: &Tree) -> Result<()> {
     let attempted = || "start sftp-server in this image";
-    let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::NOCTTY;
-    image_root.open_at("dev/null", flags, Mode::empty()).attempt(|| "open its /dev/null").map_err(|e| {
+    open_null(image_root).attempt(|| "open its /dev/null").map_err(|e| {
         Error::new(attempted())
             .because(e)
             .advise("only an empty /dev of the image is furnished where nothing can be mounted")
@@ -206,6 +205,16 @@ fn check_what_sftp_server_opens(image_root: &Tree) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Opens /dev/null as sftp-server does. Another device of that name, which the image may have brought, is not opened.
+fn open_null(image_root: &Tree) -> std::io::Result<()> {
+    let found = rustix::fs::fstat(image_root.open_at("dev/null", OFlags::PATH, Mode::empty())?)?;
+    if kind_of(&found) == "a character device" && found.st_rdev != rustix::fs::makedev(1, 3) {
+        return Err(std::io::Error::other("it is another device"));
+    }
+    let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::NOCTTY;
+    image_root.open_at("dev/null", flags, Mode::empty()).map(|_| ())
 }
 
 /// Replaces this process with the first of `programs` that can be started; returns why the last one could not.

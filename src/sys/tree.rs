@@ -78,34 +78,48 @@ impl Tree {
         }
     }
 
-    /// Reads a regular file of at most `limit` bytes. Anything else at that name is an error, and nothing can make this hang:
-    /// a fifo, a device or a socket is not opened for reading.
+    /// Reads a regular file of at most `limit` bytes; a larger one is not read at all, however many of its bytes are holes. See
+    /// [`Tree::open_regular`].
     pub fn read(&self, path: impl AsRef<Path>, limit: u64) -> io::Result<Vec<u8>> {
-        let (file, size) = self.open_regular(path)?;
-        let size = size.min(limit);
+        let file = self.open_regular(path, OFlags::RDONLY)?;
+        let too_large = || io::Error::new(io::ErrorKind::FileTooLarge, format!("larger than {limit} bytes"));
+        let size = file.metadata()?.len();
+        if size > limit {
+            return Err(too_large());
+        }
+        // Files of procfs have no size, and others may grow.
         let mut text = Vec::with_capacity(usize::try_from(size).unwrap_or(0) + 1);
         file.take(limit + 1).read_to_end(&mut text)?;
-        if text.len() as u64 > limit {
-            return Err(io::Error::new(io::ErrorKind::FileTooLarge, format!("larger than {limit} bytes")));
-        }
-        Ok(text)
+        if text.len() as u64 > limit { Err(too_large()) } else { Ok(text) }
     }
 
     /// Reads the first `length` bytes of a regular file, or all of a shorter one.
     pub fn read_beginning(&self, path: impl AsRef<Path>, length: usize) -> io::Result<Vec<u8>> {
         let mut text = Vec::with_capacity(length);
-        self.open_regular(path)?.0.take(length as u64).read_to_end(&mut text)?;
+        self.open_regular(path, OFlags::RDONLY)?.take(length as u64).read_to_end(&mut text)?;
         Ok(text)
     }
 
-    /// The file and its size.
-    fn open_regular(&self, path: impl AsRef<Path>) -> io::Result<(File, u64)> {
-        let fd = self.open_at(path, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY, Mode::empty())?;
-        let found = rustix::fs::fstat(&fd)?;
+    /// Opens the regular file `path` with `flags` (access mode, `APPEND`, `NOFOLLOW`), every link on the way resolved inside the tree.
+    /// Anything else at that name is an error and is not opened: opening a device or a fifo acts on it, and may wait for ever. A file
+    /// that another process has leased (`F_SETLEASE`) is EAGAIN instead of a wait of 45 s.
+    pub fn open_regular(&self, path: impl AsRef<Path>, flags: OFlags) -> io::Result<File> {
+        let path = path.as_ref();
+        let handle = self.open_at(path, OFlags::PATH | (flags & OFlags::NOFOLLOW), Mode::empty())?;
+        let found = rustix::fs::fstat(&handle)?;
         if FileType::from_raw_mode(found.st_mode) != FileType::RegularFile {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("it is {}", kind_of(&found))));
         }
-        Ok((File::from(fd), u64::try_from(found.st_size).unwrap_or(0)))
+        let flags = (flags - OFlags::NOFOLLOW) | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+        if let Some(own) = own_descriptors()? {
+            // The object that was looked at, whatever has its name meanwhile.
+            return Ok(rustix::fs::openat(own, handle.as_raw_fd().to_string(), flags, Mode::empty())?.into());
+        }
+        // A jail of the chroot tier has no procfs. Whoever can exchange names below its root is root in there, and opens any device himself.
+        let file = self.open_at(path, flags | OFlags::NOFOLLOW, Mode::empty())?;
+        let opened = rustix::fs::fstat(&file)?;
+        let same = (opened.st_dev, opened.st_ino) == (found.st_dev, found.st_ino);
+        if same { Ok(file.into()) } else { Err(Errno::AGAIN.into()) }
     }
 
     /// Creates the file `path` if nothing is there, and never through a link. Returns whether it was created.
@@ -304,6 +318,18 @@ impl AsFd for Tree {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.folder.as_fd()
     }
+}
+
+/// This process's descriptors as procfs shows them, by which one that is O_PATH is opened for use. `None` where /proc is no procfs, but
+/// a directory of the image, whose `self/fd/7` may be a link to anything.
+fn own_descriptors() -> io::Result<Option<OwnedFd>> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let folder = match rustix::fs::open("/proc/self/fd", flags, Mode::empty()) {
+        Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => return Ok(None),
+        other => other?,
+    };
+    let is_procfs = rustix::fs::fstatfs(&folder)?.f_type == rustix::fs::PROC_SUPER_MAGIC;
+    Ok(is_procfs.then_some(folder))
 }
 
 /// The type of what a [`Stat`] describes, in words for a message.

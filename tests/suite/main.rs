@@ -27,6 +27,7 @@ mod readers;
 mod readme;
 mod refusals;
 mod sessions;
+mod special_files;
 mod support;
 mod terminal;
 mod tiers;
