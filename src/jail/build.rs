@@ -61,8 +61,10 @@ pub fn build(plan: &Plan) -> Result<()> {
 
     // All that comes from the container, as copies that are attached nowhere yet: soon its mounts are out of sight. So are new file
     // systems: the kernel gives a user namespace a procfs only where one can be seen.
-    // The image root becomes a mount of its own: only a mount can be switched to, and only a mount can be nodev.
+    // The image root becomes a mount of its own: only a mount can be switched to, and only a mount can be nodev. An overlay is nosuid
+    // outside, and sudo has to work inside.
     let root = Detached::copy_of_fd(&place, false, ROOT_ATTRIBUTES)
+        .and_then(Detached::honouring_setuid)
         .attempt(|| format!("copy the mount of the image root {shown}"))
         .advise("nothing may be mounted below it")?;
     let table = mount_table(plan.dkms, plan.proc);

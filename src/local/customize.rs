@@ -213,7 +213,9 @@ fn show_image_root(image_root: &Path, parent: &Path) -> Result<PathBuf> {
     let attempted = || format!("mount {} on {}", image_root.display(), place.display());
     std::fs::create_dir_all(&place).attempt(attempted)?;
     let target = Tree::open(&place).attempt(attempted)?;
+    // An overlay is `nosuid` where others see it. Below this directory, which is root's alone, sudo and su have to work.
     Detached::copy_of(image_root, true, MountAttrFlags::empty())
+        .and_then(Detached::honouring_setuid)
         .and_then(|mount| mount.attach(target))
         .attempt(attempted)?;
     Ok(place)

@@ -132,7 +132,7 @@ impl Overlay {
                 return Err(Error::new(attempted()).because("it is no squashfs").advise("unpack it (--open unpack)"));
             }
             let mut mount = Command::new("mount");
-            mount.args(["-t", "squashfs", "-o", "loop,ro"]).args([source, &squashfs]);
+            mount.args(["-t", "squashfs", "-o", "loop,ro,nodev,nosuid"]).args([source, &squashfs]);
             work.succeed(&attempted(), &mut mount, |_| {})
                 .map_err(|e| e.advise("a loop device and CAP_SYS_ADMIN are needed; without them, --open unpack"))?;
             overlay.mounted.push(squashfs.clone());
@@ -148,7 +148,9 @@ impl Overlay {
         let mount = |further: &[(&'static str, &'static str)]| {
             let options: Vec<_> = layers.iter().chain(further).copied().collect();
             let target = Tree::open(image_root)?;
-            Detached::filesystem("overlay", &options, MountAttrFlags::empty())?.attach(target)
+            // The machine's users may see it: no setuid program of the image runs outside a jail, which honours them inside.
+            let attributes = MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOSUID;
+            Detached::filesystem("overlay", &options, attributes)?.attach(target)
         };
         let mounted = match mount(&[REDIRECT, INDEX, ONE_DEVICE, NO_METACOPY]) {
             // A program of a customization that was killed holds the mount; the environment that opens next ends it.

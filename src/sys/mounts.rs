@@ -52,6 +52,16 @@ impl Detached {
         Ok(Self { fd })
     }
 
+    /// Has setuid bits and file capabilities count in the mount, though what it is a copy of is `nosuid`. A mount of another user
+    /// namespace stays as it is: the kernel has locked it.
+    pub fn honouring_setuid(self) -> io::Result<Self> {
+        let attr_clr = u64::from(MountAttrFlags::MOUNT_ATTR_NOSUID.bits());
+        match change_attributes(self.fd.as_fd(), c"", &MountAttr { attr_clr, ..MountAttr::default() }, false) {
+            Err(e) if e.raw_os_error() == Some(libc::EPERM) => Ok(self),
+            other => other.map(|()| self),
+        }
+    }
+
     /// Puts the mount on `target`, which is the object itself: a link is not followed, the mount covers the link.
     /// Returns the mount's root, which stays a valid handle on what is mounted.
     pub fn attach(self, target: impl AsFd) -> io::Result<OwnedFd> {
@@ -128,6 +138,7 @@ pub fn restrict(mount: BorrowedFd<'_>, attributes: MountAttrFlags) -> io::Result
 
 /// `struct mount_attr` of mount_setattr(2).
 #[repr(C)]
+#[derive(Default)]
 struct MountAttr {
     attr_set: u64,
     attr_clr: u64,
@@ -142,9 +153,13 @@ fn set_attributes(
     propagation: libc::c_ulong,
     recursive: bool,
 ) -> io::Result<()> {
-    let attr = MountAttr { attr_set: u64::from(set.bits()), attr_clr: 0, propagation, userns_fd: 0 };
+    let change = MountAttr { attr_set: u64::from(set.bits()), propagation, ..MountAttr::default() };
+    change_attributes(at, path, &change, recursive)
+}
+
+fn change_attributes(at: BorrowedFd<'_>, path: &std::ffi::CStr, change: &MountAttr, recursive: bool) -> io::Result<()> {
     let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
-    // SAFETY: `at` is open for the length of the call, `path` is NUL-terminated, and `attr` is a live `struct mount_attr` whose
+    // SAFETY: `at` is open for the length of the call, `path` is NUL-terminated, and `change` is a live `struct mount_attr` whose
     // size is passed with it; the kernel only reads all three.
     #[allow(unsafe_code)]
     let result = unsafe {
@@ -153,7 +168,7 @@ fn set_attributes(
             at.as_raw_fd(),
             path.as_ptr(),
             flags,
-            &raw const attr,
+            std::ptr::from_ref(change),
             size_of::<MountAttr>(),
         )
     };

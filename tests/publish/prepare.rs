@@ -355,6 +355,37 @@ fn an_overlay_shows_the_image_and_keeps_its_source() {
     assert_eq!(std::fs::read(&squashfs).unwrap(), before);
 }
 
+/// Of the image's own devices and setuid programs, those who see the mounts can use none; inside the jail, sudo and su work.
+#[test]
+fn an_overlay_is_mounted_nodev_and_nosuid_and_setuid_programs_work_in_the_jail_alone() {
+    let dir = folder();
+    let parent = dir.path().join("parent");
+    let source = dir.path().join("image.sqsh");
+    let tree = dir.path().join("tree");
+    succeed(Command::new("mkdir").arg("-p").arg(tree.join("dev")));
+    let root = cache().join("debian");
+    let script = "set -e; tree=$3; mkdir -p $tree/usr/bin $tree/usr/lib $tree/etc; ln -s usr/bin $tree/bin; ln -s usr/lib $tree/lib; \
+                  ln -s usr/lib64 $tree/lib64; cp -a $4/usr/lib64 $tree/usr/; cp $4/etc/passwd $tree/etc; \
+                  cp -a $4/usr/lib/x86_64-linux-gnu $tree/usr/lib/; cp -a $4/usr/bin/dash $4/usr/bin/id $4/usr/bin/setpriv $tree/usr/bin; \
+                  ln -s dash $tree/usr/bin/sh; cp $4/usr/bin/id $tree/usr/bin/as-root; chmod 4755 $tree/usr/bin/as-root; \
+                  mknod $tree/null c 1 3; chmod 666 $tree/null; mksquashfs $tree $2 -quiet -no-progress; \
+                  $0 prepare --open overlay $1 $2; cat /proc/self/mountinfo; ! echo opened > $1/image-root/null || echo DEVICE; \
+                  as='setpriv --reuid 1000 --clear-groups'; \
+                  echo outside $($as $1/image-root/usr/bin/as-root -u); \
+                  echo inside $(IMS_JAIL_TIER=namespace $0 enter $1/image-root -- $as as-root -u); \
+                  umount $1/image-root $1/overlay/lower";
+    let mut command = Command::new("unshare");
+    let output =
+        command.args(["-m", "sh", "-c", script, IMS_SSHD]).args([&parent, &source, &tree, &root]).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let said = text(&output.stdout);
+    for place in ["parent/image-root", "parent/overlay/lower"] {
+        let mount = said.lines().find(|line| line.contains(place)).unwrap();
+        assert!(mount.contains("nosuid") && mount.contains("nodev"), "{mount}");
+    }
+    assert!(said.contains("outside 1000\ninside 0\n") && !said.contains("DEVICE"), "{output:?}");
+}
+
 #[test]
 fn what_was_changed_above_an_overlay_outlives_a_source_that_cannot_be_mounted() {
     let dir = folder();
