@@ -10,6 +10,7 @@ use ims_sshd::error::{Attempt, Result};
 use ims_sshd::lifecycle::settings::{DEFAULT_PARENT, Settings};
 use ims_sshd::lifecycle::{log, supervisor};
 use ims_sshd::local::customize::{self, Customization};
+use ims_sshd::local::job::Job;
 use ims_sshd::local::{enter, status};
 use ims_sshd::publish::prepare::Open;
 use ims_sshd::publish::sidecar::{self, Places};
@@ -250,12 +251,6 @@ struct CustomizeArguments {
     /// The unpacked image, which is changed where it is; with --output also a squashfs, a tar archive, or a URL (https, s3)
     #[arg(value_name = "SOURCE")]
     source: String,
-    /// Publish the new image there: a folder, or s3://BUCKET
-    #[arg(long, value_name = "STORE")]
-    output: Option<String>,
-    /// Where what is changed is kept meanwhile, on a disk with space for two new images [default: $TMPDIR, else /var/tmp]
-    #[arg(long, value_name = "FOLDER")]
-    work: Option<PathBuf>,
     /// Port to listen on [default: a free one]
     #[arg(long)]
     port: Option<u16>,
@@ -272,9 +267,49 @@ struct CustomizeArguments {
     #[arg(long, value_name = "FILE")]
     script: Option<PathBuf>,
     #[command(flatten)]
+    job: JobOptions,
+}
+
+/// What becomes of an image on one machine.
+#[derive(Args)]
+struct JobOptions {
+    /// Publish the new image there: a directory, or s3://BUCKET
+    #[arg(long, value_name = "STORE")]
+    output: Option<String>,
+    /// Where what is changed is kept meanwhile, on a disk with space for two new images [default: $TMPDIR, else /var/tmp]
+    #[arg(long, value_name = "DIRECTORY")]
+    work: Option<PathBuf>,
+    #[command(flatten)]
     packing: PackingOptions,
     #[command(flatten)]
     image: ImageOptions,
+}
+
+impl JobOptions {
+    fn read(self, source: String) -> Result<Job> {
+        let Self { output, work, packing, image } = self;
+        // A directory is changed where it is, which takes none of the variables.
+        let settings = if output.is_none() && Path::new(&source).is_dir() {
+            None
+        } else {
+            let mut options = image.variables();
+            // A name is as good as another where nobody else has said one.
+            for (name, value) in &mut options {
+                if ["KERNEL_FILENAME", "INITRD_FILENAME"].contains(name) {
+                    let named = value.take().or_else(|| std::env::var(*name).ok()).filter(|name| !name.is_empty());
+                    *value = Some(named.unwrap_or_else(|| "auto".into()));
+                }
+            }
+            let variables = variables(options.into_iter().chain([("IMAGE_COMPRESSION", packing.compression)]));
+            let elsewhere = || std::env::var_os("TMPDIR").map_or_else(|| "/var/tmp".into(), PathBuf::from);
+            let work = work.unwrap_or_else(elsewhere).join("ims-sshd");
+            let work = std::path::absolute(&work).attempt(|| format!("find {}", work.display()))?;
+            let mut settings = publishing::Settings::read(Some(work), variables)?;
+            settings.store.url = output;
+            Some(settings)
+        };
+        Ok(Job { source, settings, exclude: packing.exclude, changes: packing.changes })
+    }
 }
 
 fn main() -> ExitCode {
@@ -343,37 +378,14 @@ fn run(command: Command) -> Result<u8> {
 }
 
 fn run_customize(arguments: CustomizeArguments) -> Result<u8> {
-    let packing = arguments.packing;
-    let output = match arguments.output {
-        None => None,
-        Some(store) => {
-            let mut options = arguments.image.variables();
-            // A name is as good as another where nobody else has said one.
-            for (name, value) in &mut options {
-                if ["KERNEL_FILENAME", "INITRD_FILENAME"].contains(name) {
-                    let named = value.take().or_else(|| std::env::var(*name).ok()).filter(|name| !name.is_empty());
-                    *value = Some(named.unwrap_or_else(|| "auto".into()));
-                }
-            }
-            let servers = [("IMAGE_STORE", Some(store)), ("IMAGE_COMPRESSION", packing.compression)];
-            let variables = variables(options.into_iter().chain(servers));
-            let elsewhere = || std::env::var_os("TMPDIR").map_or_else(|| "/var/tmp".into(), PathBuf::from);
-            let work = arguments.work.unwrap_or_else(elsewhere).join("ims-sshd");
-            let work = std::path::absolute(&work).attempt(|| format!("find {}", work.display()))?;
-            Some(publishing::Settings::read(Some(work), variables)?)
-        }
-    };
-    customize::run(Customization {
-        source: arguments.source,
-        output,
-        exclude: packing.exclude,
-        changes: packing.changes,
+    let wanted = Customization {
         port: arguments.port,
         listen: arguments.listen,
         authorized_key: arguments.authorized_key,
         jailed: !arguments.plain,
         script: arguments.script,
-    })
+    };
+    customize::run(arguments.job.read(arguments.source)?, &wanted)
 }
 
 fn run_sidecar(arguments: SidecarArguments) -> Result<u8> {

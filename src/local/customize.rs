@@ -1,7 +1,5 @@
-//! `ims-sshd customize`: a build environment on this machine, without a pod around it; with a store, from the source image to the
-//! published one.
+//! `ims-sshd customize`: a build environment on this machine, without a pod around it.
 
-use std::io::IsTerminal;
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -9,34 +7,17 @@ use std::process::{Command, Stdio};
 use rustix::mount::MountAttrFlags;
 
 use crate::error::{Attempt, Error, Result};
-use crate::lifecycle::signal_files::{READY, SignalFiles};
-use crate::lifecycle::state::name_for;
+use crate::lifecycle::signal_files::READY;
 use crate::lifecycle::{self, supervisor};
 use crate::local;
-use crate::publish::changes::Inventory;
-use crate::publish::ims::Ims;
-use crate::publish::prepare::{INVENTORY, prepare};
-use crate::publish::settings::Settings;
-use crate::publish::sidecar::write_changes;
-use crate::publish::source::Source;
-use crate::publish::upload::{Image, Publication};
-use crate::publish::work::Work;
-use crate::publish::{boot, package};
+use crate::local::job::{Fate, Job};
 use crate::sys::mounts::{self, Detached};
 use crate::sys::tree::Tree;
 use crate::verdict::Verdict;
 
-/// What the command line asks for.
+/// How the environment is opened.
 #[derive(Debug)]
 pub struct Customization {
-    /// The unpacked image; with `output` also an archive or a URL.
-    pub source: String,
-    /// What the new image is published by, if it is to be.
-    pub output: Option<Settings>,
-    /// Patterns below the image root that are not packed.
-    pub exclude: Vec<String>,
-    /// Where to write what has changed.
-    pub changes: Option<PathBuf>,
     /// Where sshd listens; a free port if none is named.
     pub port: Option<u16>,
     /// The address it listens on.
@@ -51,122 +32,21 @@ pub struct Customization {
 
 /// Opens the environment and returns when it has closed, and the new image is published if it is to be: 0 if the image was marked complete,
 /// 1 if it was marked failed.
-pub fn run(mut wanted: Customization) -> Result<u8> {
-    let Some(mut output) = wanted.output.take() else {
-        let image_root = local::image_root(Path::new(&wanted.source))?;
-        check_files(&wanted)?;
-        local::own_mounts()?;
-        return open(&wanted, &image_root);
-    };
+pub fn run(job: Job, wanted: &Customization) -> Result<u8> {
     local::need_root()?;
-    check_files(&wanted)?;
-    let source = Source::parse(&wanted.source)?;
-    // Before anything is opened: a descriptor from before would not see what is mounted from here on.
-    local::own_mounts()?;
-    let work = Work::begin(&output.network)?;
-    output.parent = workplace(&output.parent, &wanted.source)?;
-    let _claim = claim(&output.parent)?;
-    let mut complete = false;
-    let result = publish(&wanted, &source, &output, &work, &mut complete);
-    if complete && let Err(error) = result {
-        let kept = format!("what was changed is kept in {}; the same command goes on with it", output.parent.display());
-        return Err(error.advise(kept));
+    if !job.publishes() {
+        local::image_root(Path::new(&job.source))?;
     }
-    if !complete {
-        let files = files_of(&output.parent)?;
-        Publication { work: &work, settings: &output, ims: Ims::of(&work, &output), files: &files }.give_up()?;
-    }
-    std::fs::remove_dir_all(&output.parent).attempt(|| format!("remove {}", output.parent.display()))?;
-    result
-}
-
-fn check_files(wanted: &Customization) -> Result<()> {
     for file in [&wanted.authorized_key, &wanted.script].into_iter().flatten() {
         std::fs::metadata(file).map_err(|e| Error::bad_input(format!("{}: {e}", file.display())))?;
     }
-    Ok(())
-}
-
-/// The folder of this source's customization.
-fn workplace(below: &Path, source: &str) -> Result<PathBuf> {
-    let absolute = std::path::absolute(source).unwrap_or_else(|_| source.into());
-    let place = below.join(name_for(&absolute));
-    std::fs::create_dir_all(&place).attempt(|| format!("make the folder {}", place.display()))?;
-    std::fs::canonicalize(&place).attempt(|| format!("open {}", place.display()))
-}
-
-/// Two on one workplace would end each other.
-fn claim(place: &Path) -> Result<SignalFiles> {
-    let mut files = files_of(place)?;
-    files.claim()?;
-    Ok(files)
-}
-
-fn files_of(place: &Path) -> Result<SignalFiles> {
-    SignalFiles::open(place)?.ok_or_else(|| Error::new(format!("open {}", place.display())))
-}
-
-/// Source in, image out.
-fn publish(wanted: &Customization, source: &Source, output: &Settings, work: &Work, complete: &mut bool) -> Result<u8> {
-    let mounted = output.parent.join("image-root");
-    let (image_root, overlay) = match source {
-        // A folder is customized where it is.
-        Source::Here(path) if path.is_dir() => (local::image_root(path)?, None),
-        _ => {
-            let overlay = prepare(work, output, source, None, &mounted)?;
-            (mounted, overlay)
-        }
-    };
-    let before = match (&wanted.changes, &overlay) {
-        (None, _) => None,
-        (Some(_), Some(overlay)) => Some(overlay.lower.clone()),
-        (Some(_), None) => {
-            Inventory::of(work, &image_root)?.save(&output.parent.join(INVENTORY))?;
-            None
-        }
-    };
-    let code = open(wanted, &image_root)?;
-    if code != 0 {
-        return Ok(code);
-    }
-    *complete = true;
-    if let (Some(to), before) = (&wanted.changes, before) {
-        let inventory = output.parent.join(INVENTORY);
-        if let Some(lower) = before {
-            Inventory::of(work, &lower)?.save(&inventory)?;
-        }
-        write_changes(work, &inventory, &image_root, to)?;
-    }
-    let tree = Tree::open(&image_root).attempt(|| format!("open the image root {}", image_root.display()))?;
-    let boot = match boot::find(&tree, &output.boot, output.arch) {
-        Err(_) if boot::has_none(&tree) => {
-            tracing::warn!(
-                "the image has no kernel in /boot: it is published without one, for a container or a chroot"
-            );
-            None
-        }
-        found => Some(found?),
-    };
-    drop(tree);
-    let archive = output.parent.join("packed.sqsh");
-    package::pack(work, &image_root, &archive, &output.packing, &wanted.exclude)?;
-    if let Some(overlay) = overlay {
-        overlay.unmount()?;
-    }
-    let rootfs = std::fs::File::open(&archive).attempt(|| format!("open {}", archive.display()))?;
-    let files = files_of(&output.parent)?;
-    let ims = Ims::of(work, output);
-    let image = Image { rootfs, boot, debug_kernel: None };
-    let report = Publication { work, settings: output, ims, files: &files }.publish(image)?;
-    // For programs. A person has read above where the image is.
-    if !std::io::stdout().is_terminal() {
-        local::say_json(&report);
-    }
-    Ok(0)
+    // Before anything is opened: a descriptor from before would not see what is mounted from here on.
+    local::own_mounts()?;
+    job.run(|image_root| open(wanted, image_root))
 }
 
 /// Opens the environment on an image root.
-fn open(wanted: &Customization, image_root: &Path) -> Result<u8> {
+fn open(wanted: &Customization, image_root: &Path) -> Result<(Fate, u8)> {
     let run = local::RunFolder::claim("customize", image_root)?;
     local::own_terminals()?;
     let shown = show_image_root(image_root, run.path())?;
@@ -202,8 +82,10 @@ fn open(wanted: &Customization, image_root: &Path) -> Result<u8> {
     mounts::unmount(&shown).attempt(|| format!("unmount {}", shown.display()))?;
     local::remove_folder(&parent)?;
     Ok(match (outcome.exit_code, outcome.verdict) {
-        (0, Some(Verdict::Failed)) => 1,
-        (code, _) => code,
+        (0, Some(Verdict::Failed)) => (Fate::Discard, 1),
+        (0, _) => (Fate::Publish, 0),
+        // Nobody has given the changes up: a signal came, or the environment broke.
+        (code, _) => (Fate::Keep, code),
     })
 }
 

@@ -2,6 +2,7 @@
 
 pub mod customize;
 pub mod enter;
+pub mod job;
 pub mod status;
 
 use std::io::Write;

@@ -123,6 +123,14 @@ pub fn prepare(
     result
 }
 
+/// Whether `parent` holds an image root that somebody may have changed: an unpacked one, or an overlay with something in its upper layer.
+pub fn holds_changes(parent: &Path, image_root: &Path) -> bool {
+    match Overlay::changes(&parent.join(OVERLAY)) {
+        Some(changes) => changes,
+        None => image_root.exists(),
+    }
+}
+
 /// Below an overlay what can be: a squashfs, or a folder.
 fn best(archive: &Path) -> Result<Open> {
     let overlay = archive.is_dir() || source::kind(archive)? == Kind::Squashfs;

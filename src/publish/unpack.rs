@@ -106,6 +106,9 @@ fn without(option: &str) -> &'static str {
     }
 }
 
+/// What takes the changes, in an overlay's own directory.
+const UPPER: &str = "upper";
+
 /// A tree that is mounted: the source below, what is changed above it.
 #[derive(Debug)]
 pub struct Overlay {
@@ -121,7 +124,7 @@ impl Overlay {
     /// found as it was left. To be mounted by one container after the other, never by two at a time.
     pub fn mount(work: &Work, source: &Path, folder: &Path, image_root: &Path) -> Result<Self> {
         let attempted = || format!("mount {} on {}", source.display(), image_root.display());
-        let [squashfs, upper, inner] = ["lower", "upper", "work"].map(|name| folder.join(name));
+        let [squashfs, upper, inner] = ["lower", UPPER, "work"].map(|name| folder.join(name));
         let first = !upper.exists();
         for made in [folder, &squashfs, &upper, &inner, image_root] {
             std::fs::create_dir_all(made).attempt(|| format!("make the folder {}", made.display()))?;
@@ -165,6 +168,11 @@ impl Overlay {
             tracing::warn!("the overlay on {} lacks {option}: {}", image_root.display(), without(option));
         }
         Ok(overlay)
+    }
+
+    /// Whether anything was changed above the source; nothing if there is no overlay in `folder`.
+    pub fn changes(folder: &Path) -> Option<bool> {
+        std::fs::read_dir(folder.join(UPPER)).ok().map(|mut names| names.next().is_some())
     }
 
     /// Takes the mounts down.

@@ -92,6 +92,28 @@ fn what_was_changed_is_kept_when_it_could_not_be_published() {
 }
 
 #[test]
+fn changes_are_kept_when_a_signal_ends_customize_before_a_verdict() {
+    let dir = folder();
+    let squashfs = squashfs_of(&image(dir.path())).display().to_string();
+    let interrupting = dir.path().join("interrupting");
+    std::fs::write(&interrupting, "echo kept > $IMAGE_ROOT_PARENT/image-root/etc/kept; kill -INT $PPID\n").unwrap();
+    let mut command = ims_sshd(&["customize", &squashfs, "--output", "out", "--script"], &[]);
+    command.arg(interrupting).arg("--work").arg(dir.path().join("work")).current_dir(dir.path());
+    let output = command.output().unwrap();
+    assert_eq!(output.status.code(), Some(130), "{output:?}");
+    assert!(text(&output.stderr).contains("the same command goes on with it"), "{output:?}");
+    assert!(!dir.path().join("out").exists());
+    let named = [("KERNEL_FILENAME", "vmlinuz".into()), ("INITRD_FILENAME", "initrd".into())];
+    let output = customize(dir.path(), &squashfs, "out", "complete", &named);
+    assert!(output.status.success(), "{output:?}");
+    assert!(text(&output.stderr).contains("going on with what was changed before"), "{output:?}");
+    let id = report(&output)["ims_image_record"]["id"].as_str().unwrap().to_owned();
+    let listed = succeed(Command::new("unsquashfs").arg("-l").arg(dir.path().join("out").join(id).join("rootfs")));
+    assert!(listed.contains("etc/kept") && listed.contains("etc/motd") && !listed.contains("tmp/failed"), "{listed}");
+    nothing_stays(dir.path());
+}
+
+#[test]
 fn what_was_published_in_part_is_taken_back_when_the_image_is_given_up() {
     let dir = folder();
     let (bucket, gate) = (Bucket::new(), Gate::start(0, Closed::Silent));

@@ -1,0 +1,209 @@
+//! One image from its source to a store: opened, changed by somebody, and then published, kept or discarded. `customize` and `enter`
+//! differ in what happens between.
+
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Attempt, Error, Result};
+use crate::lifecycle::signal_files::SignalFiles;
+use crate::lifecycle::state::name_for;
+use crate::local;
+use crate::publish::changes::Inventory;
+use crate::publish::ims::Ims;
+use crate::publish::prepare::{INVENTORY, holds_changes, prepare};
+use crate::publish::settings::Settings;
+use crate::publish::sidecar::write_changes;
+use crate::publish::source::Source;
+use crate::publish::unpack::Overlay;
+use crate::publish::upload::{Image, Publication};
+use crate::publish::work::Work;
+use crate::publish::{boot, package};
+use crate::sys::tree::Tree;
+
+/// What the command line says of the image.
+#[derive(Debug)]
+pub struct Job {
+    /// A directory, a squashfs, a tar archive, or a URL.
+    pub source: String,
+    /// How the image is fetched, packed and published: its parent is the directory below which changes are kept, and without a store
+    /// they are discarded at the end. None for a directory that is changed where it is, and nothing else.
+    pub settings: Option<Settings>,
+    /// Patterns below the image root that are not packed.
+    pub exclude: Vec<String>,
+    /// Where to write what has changed.
+    pub changes: Option<PathBuf>,
+}
+
+/// What becomes of the changes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fate {
+    /// They are packed and published.
+    Publish,
+    /// They stay on this machine, and the same command goes on with them.
+    Keep,
+    /// They are gone. A directory that was changed where it is stays as it is now.
+    Discard,
+}
+
+impl Job {
+    /// Whether a directory is changed where it is, and nothing is published.
+    pub fn is_in_place(&self) -> bool {
+        self.settings.is_none()
+    }
+
+    /// Whether the image can be published at the end.
+    pub fn publishes(&self) -> bool {
+        self.settings.as_ref().is_some_and(|settings| settings.store.url.is_some())
+    }
+
+    /// Opens the image and gives its root to `session`, which says what becomes of the changes. Returns what the session returned
+    /// beside that. Unless the job [`Job::is_in_place`], the caller has called [`local::own_mounts`] before.
+    pub fn run<T>(mut self, session: impl FnOnce(&Path) -> Result<(Fate, T)>) -> Result<T> {
+        let publishes = self.publishes();
+        let Some(mut settings) = self.settings.take() else {
+            let image_root = local::image_root(Path::new(&self.source))?;
+            return session(&image_root).map(|(_, value)| value);
+        };
+        let source = Source::parse(&self.source)?;
+        let work = Work::begin(&settings.network)?;
+        settings.parent = workplace(&settings.parent, &self.source, publishes)?;
+        let _claim = claim(&settings.parent)?;
+        let parent = &settings.parent;
+        let mounted = parent.join("image-root");
+        if !publishes {
+            // Left by a run that was killed.
+            clear(parent)?;
+        } else if holds_changes(parent, &mounted) {
+            tracing::info!("going on with what was changed before, which is kept in {}", parent.display());
+        }
+        let opened = Opened { job: &self, settings: &settings, work: &work };
+        let result = opened.carry_out(&source, &mounted, session);
+        let kept = || {
+            format!(
+                "what was changed is kept in {}; the same command goes on with it, and who removes that directory drops it",
+                parent.display()
+            )
+        };
+        if publishes && holds_changes(parent, &mounted) {
+            match result {
+                Ok((Fate::Keep, value)) => {
+                    tracing::warn!("{}", kept());
+                    return Ok(value);
+                }
+                Err(error) => return Err(error.advise(kept())),
+                Ok(_) => {}
+            }
+        }
+        let files = files_of(parent)?;
+        Publication { work: &work, settings: &settings, ims: Ims::of(&work, &settings), files: &files }.give_up()?;
+        std::fs::remove_dir_all(parent).attempt(|| format!("remove {}", parent.display()))?;
+        result.map(|(_, value)| value)
+    }
+}
+
+/// The directory of this source's job. Changes that are discarded at the end have one of their own, since those that are kept must not go
+/// with them.
+fn workplace(below: &Path, source: &str, publishes: bool) -> Result<PathBuf> {
+    let absolute = std::path::absolute(source).unwrap_or_else(|_| source.into());
+    let mut name = name_for(&absolute);
+    if !publishes {
+        name += "+discard";
+    }
+    let place = below.join(name);
+    std::fs::create_dir_all(&place).attempt(|| format!("make the directory {}", place.display()))?;
+    std::fs::canonicalize(&place).attempt(|| format!("open {}", place.display()))
+}
+
+/// Two on one workplace would end each other.
+fn claim(place: &Path) -> Result<SignalFiles> {
+    let mut files = files_of(place)?;
+    files.claim()?;
+    Ok(files)
+}
+
+/// Removes what is in a directory, and not the directory itself, which is claimed.
+fn clear(place: &Path) -> Result<()> {
+    let attempted = || format!("clear {}", place.display());
+    for entry in std::fs::read_dir(place).attempt(attempted)? {
+        let entry = entry.attempt(attempted)?;
+        let is_directory = entry.file_type().attempt(attempted)?.is_dir();
+        let remove = if is_directory { std::fs::remove_dir_all } else { std::fs::remove_file };
+        remove(entry.path()).attempt(|| format!("remove {}", entry.path().display()))?;
+    }
+    Ok(())
+}
+
+fn files_of(place: &Path) -> Result<SignalFiles> {
+    SignalFiles::open(place)?.ok_or_else(|| Error::new(format!("open {}", place.display())))
+}
+
+/// A job on its workplace.
+struct Opened<'a> {
+    job: &'a Job,
+    settings: &'a Settings,
+    work: &'a Work,
+}
+
+impl Opened<'_> {
+    /// Source in, image out.
+    fn carry_out<T>(
+        &self,
+        source: &Source,
+        mounted: &Path,
+        session: impl FnOnce(&Path) -> Result<(Fate, T)>,
+    ) -> Result<(Fate, T)> {
+        let (image_root, overlay) = match source {
+            // A directory is changed where it is.
+            Source::Here(path) if path.is_dir() => (local::image_root(path)?, None),
+            _ => (mounted.to_owned(), prepare(self.work, self.settings, source, None, mounted)?),
+        };
+        if let (Some(_), None) = (&self.job.changes, &overlay) {
+            Inventory::of(self.work, &image_root)?.save(&self.inventory())?;
+        }
+        let (fate, value) = session(&image_root)?;
+        if fate == Fate::Publish && self.settings.store.url.is_some() {
+            self.publish(&image_root, overlay)?;
+        }
+        Ok((fate, value))
+    }
+
+    /// What the image was before, for `--changes`.
+    fn inventory(&self) -> PathBuf {
+        self.settings.parent.join(INVENTORY)
+    }
+
+    fn publish(&self, image_root: &Path, overlay: Option<Overlay>) -> Result<()> {
+        let Self { job, settings, work } = self;
+        if let Some(to) = &job.changes {
+            if let Some(overlay) = &overlay {
+                Inventory::of(work, &overlay.lower)?.save(&self.inventory())?;
+            }
+            write_changes(work, &self.inventory(), image_root, to)?;
+        }
+        let tree = Tree::open(image_root).attempt(|| format!("open the image root {}", image_root.display()))?;
+        let boot = match boot::find(&tree, &settings.boot, settings.arch) {
+            Err(_) if boot::has_none(&tree) => {
+                tracing::warn!(
+                    "the image has no kernel in /boot: it is published without one, for a container or a chroot"
+                );
+                None
+            }
+            found => Some(found?),
+        };
+        drop(tree);
+        let archive = settings.parent.join("packed.sqsh");
+        package::pack(work, image_root, &archive, &settings.packing, &job.exclude)?;
+        if let Some(overlay) = overlay {
+            overlay.unmount()?;
+        }
+        let rootfs = std::fs::File::open(&archive).attempt(|| format!("open {}", archive.display()))?;
+        let files = files_of(&settings.parent)?;
+        let image = Image { rootfs, boot, debug_kernel: None };
+        let report = Publication { work, settings, ims: Ims::of(work, settings), files: &files }.publish(image)?;
+        // For programs. A person has read above where the image is.
+        if !std::io::stdout().is_terminal() {
+            local::say_json(&report);
+        }
+        Ok(())
+    }
+}
