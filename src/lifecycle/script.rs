@@ -11,7 +11,7 @@ use rustix::fs::OFlags;
 use rustix::pipe::PipeFlags;
 
 use crate::error::{Attempt, Result};
-use crate::lifecycle::secrets::without_secrets;
+use crate::lifecycle::secrets::Lines;
 use crate::sys::signals::hold_none;
 
 /// A script that was started.
@@ -20,6 +20,7 @@ pub struct Script {
     output: OwnedFd,
     /// The beginning of a line whose end has not come yet.
     line: Vec<u8>,
+    lines: Lines,
 }
 
 /// A longer line is logged in pieces.
@@ -37,7 +38,7 @@ impl Script {
             command.stdin(Stdio::null()).stdout(theirs.try_clone()?).stderr(theirs);
             // A group of its own, so that it can be ended with what it started.
             let child = hold_none(command.envs(variables.iter().cloned())).process_group(0).spawn()?;
-            Ok(Self { pid: Pid::from_raw(child.id().cast_signed()), output, line: Vec::new() })
+            Ok(Self { pid: Pid::from_raw(child.id().cast_signed()), output, line: Vec::new(), lines: Lines::default() })
         };
         let in_shell = || {
             let shell = if Path::new("/bin/bash").exists() { "/bin/bash" } else { "/bin/sh" };
@@ -90,8 +91,8 @@ impl Script {
     fn log_line(&mut self) {
         let line = String::from_utf8_lossy(&self.line).trim_end_matches('\r').to_owned();
         if !line.is_empty() {
-            // A terminal's control sequences have no business in a log, nor has what `set -x` shows of a secret.
-            tracing::info!("customization script: {}", without_secrets(&line));
+            // `set -x` shows secrets.
+            tracing::info!("customization script: {}", self.lines.without_secrets(&line));
         }
         self.line.clear();
     }

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::error::{Attempt, Error, Result};
 use crate::publish::settings::{self, Settings};
-use crate::publish::work::{Fault, Work, is_passing, patiently};
+use crate::publish::work::{Fault, Work, is_passing, patiently, without_query};
 
 /// How far a job is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -236,7 +236,7 @@ impl<'a> Ims<'a> {
         let response = request.body("grant_type=client_credentials").send().await?;
         let status = response.status();
         let text = response.text().await?;
-        let attempted = format!("get a token from {endpoint}");
+        let attempted = format!("get a token from {}", without_query(&endpoint));
         if !status.is_success() {
             let cause = problem(status, &text);
             let error = Error::new(attempted).because(&cause).advise("see the credentials in OAUTH_CONFIG_DIR");

@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Attempt, Error, Result};
+use crate::lifecycle::secrets::without_secrets;
 
 /// Where it lies.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,7 +22,8 @@ pub enum Source {
 impl Source {
     /// Understands what the command line names.
     pub fn parse(text: &str) -> Result<Self> {
-        let refuse = |expected: &str| Error::bad_input(format!("SOURCE is '{text}': expected {expected}"));
+        let refuse =
+            |expected: &str| Error::bad_input(format!("SOURCE is '{}': expected {expected}", without_secrets(text)));
         match text.split_once("://") {
             Some(("http" | "https", _)) => Ok(Self::Web(text.to_owned())),
             Some(("s3", rest)) => match rest.split_once('/') {

@@ -19,6 +19,7 @@ use object_store::{
 use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
 
 use crate::error::{Attempt, Error, Result};
+use crate::lifecycle::secrets::without_secrets;
 use crate::publish::begun;
 use crate::publish::settings::{self, Network, Validate};
 use crate::publish::work::{authorities, in_full};
@@ -71,8 +72,12 @@ impl Store {
         let Some(url) = &settings.url else {
             return Err(Error::bad_input("no store is named: expected S3_BUCKET, IMAGE_STORE or --store"));
         };
-        let refuse =
-            || Error::bad_input(format!("the store is '{url}': expected s3://BUCKET, file:///FOLDER or a folder"));
+        let refuse = || {
+            Error::bad_input(format!(
+                "the store is '{}': expected s3://BUCKET, file:///FOLDER or a folder",
+                without_secrets(url)
+            ))
+        };
         if let Some(rest) = url.strip_prefix("s3://") {
             let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
             if bucket.is_empty() {

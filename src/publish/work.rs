@@ -13,6 +13,7 @@ use rustix::event::{PollFd, PollFlags};
 use tokio::runtime::Runtime;
 
 use crate::error::{Attempt, Error, Result};
+use crate::lifecycle::secrets;
 use crate::publish::settings::{Network, Validate};
 use crate::sys::poll;
 use crate::sys::signals::{Signals, hold_none};
@@ -256,15 +257,19 @@ pub fn in_full(error: &dyn std::error::Error) -> String {
     without_query(&text)
 }
 
-/// A presigned URL is a key: what follows its question mark is in no message.
+/// A presigned URL is a key: what follows its question mark is in no message, nor are a name and password before its host.
 pub fn without_query(text: &str) -> String {
     let mut kept = String::new();
     let mut rest = text;
     while let Some(begin) = rest.find("http") {
         let (before, url) = rest.split_at(begin);
         let end = url.find(|c: char| c.is_whitespace() || "()'\"".contains(c)).unwrap_or(url.len());
+        let mut shown = url[..end].to_owned();
+        if let Some(login) = shown.find("://").and_then(|at| secrets::login(&shown, at + 3)) {
+            shown.replace_range(login, "***");
+        }
         kept += before;
-        kept += url[..end].split('?').next().unwrap_or_default();
+        kept += shown.split('?').next().unwrap_or_default();
         rest = &url[end..];
     }
     kept + rest
@@ -307,6 +312,7 @@ mod tests {
     fn the_key_in_a_presigned_url_is_in_no_message() {
         let text = "error sending request for url (http://s3/b/k?X-Amz-Signature=abc): refused";
         assert_eq!(without_query(text), "error sending request for url (http://s3/b/k): refused");
+        assert_eq!(without_query("https://me:a?b@s3/k?sig=abc and http://s3/k"), "https://***@s3/k and http://s3/k");
         assert_eq!(without_query("no url"), "no url");
     }
 

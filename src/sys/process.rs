@@ -262,7 +262,12 @@ impl Entry {
     pub fn command_line(&self) -> String {
         let raw = std::fs::read(format!("/proc/{}/cmdline", self.pid)).unwrap_or_default();
         let words: Vec<_> = raw.split(|&b| b == 0).filter(|w| !w.is_empty()).map(String::from_utf8_lossy).collect();
-        if words.is_empty() { format!("[{}]", self.name) } else { words.join(" ") }
+        match words.as_slice() {
+            [] => format!("[{}]", self.name),
+            // A title that the process gave itself.
+            [title] => title.clone().into_owned(),
+            words => shell_words::join(words),
+        }
     }
 }
 

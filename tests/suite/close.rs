@@ -791,7 +791,7 @@ fn the_status_tells_who_is_there_and_the_log_who_came_and_went() {
                 (true, Mode::Plain) => "-bash",
                 (false, _) => "echo begun; cat; echo finished",
             };
-            assert!(request.ends_with(wanted), "{mode:?}: {session}");
+            assert!(request.trim_end_matches('\'').ends_with(wanted), "{mode:?}: {session}");
         }
         let words = status(&environment, &[]);
         assert!(words.starts_with(&format!("{}: serving since ", environment.parent.display())), "{words}");
@@ -876,6 +876,40 @@ fn the_log_has_the_format_and_the_level_that_were_asked_for() {
 }
 
 #[test]
+fn a_newline_in_a_name_forges_no_line_and_steers_no_terminal() {
+    const HOSTILE: &str = "x\n2026-01-01T00:00:00Z  INFO forged\r\x1b[2K\u{2028}\u{202e}";
+    let escaped = |shown: &str, what: &str| {
+        assert!(shown.contains(r"x\n2026") && shown.contains("INFO forged"), "{what}: {shown}");
+        assert!(!shown.contains(['\r', '\x1b', '\u{2028}', '\u{202e}']), "{what}: {shown:?}");
+        assert!(!shown.lines().any(|line| line.starts_with("2026-01-01T")), "{what}: {shown}");
+    };
+    for mode in MODES {
+        let mut environment = Environment::open(Image::Busybox, mode);
+        let mut session = environment.ssh(&[]);
+        session.arg(format!("cat; : '{HOSTILE}'")).stdin(Stdio::piped()).stdout(Stdio::null());
+        let session = session.spawn().unwrap();
+        wait_until("the session to be seen", || sessions(&environment).len() == 1);
+        let shown = status(&environment, &[]);
+        escaped(&shown, "status");
+        assert_eq!(shown.lines().count(), 2, "{shown}");
+        assert!(!status(&environment, &["--json"]).contains(['\x1b', '\u{2028}', '\u{202e}']));
+        assert!(sessions(&environment)[0]["request"].as_str().unwrap().contains(HOSTILE));
+        session.wait_with_output().unwrap();
+        assert_eq!(environment.complete(), 0);
+        escaped(&environment.log_text(), "log");
+    }
+    let volume = Volume::new(Image::Busybox);
+    std::fs::create_dir_all(volume.image_root.join("boot")).unwrap();
+    std::fs::write(volume.image_root.join("boot").join(HOSTILE), "").unwrap();
+    for arguments in [&["enter", "--", HOSTILE][..], &["package", "--kernel", "nonesuch"]] {
+        let (command, options) = arguments.split_first().unwrap();
+        let output = Command::new(IMS_SSHD).arg(command).arg(&volume.image_root).args(options).output().unwrap();
+        assert!(!output.status.success());
+        escaped(&text(output.stderr), command);
+    }
+}
+
+#[test]
 fn no_secret_is_ever_in_the_log() {
     let commands = [
         "PASSWORD=hidden01 true",
@@ -887,11 +921,18 @@ fn no_secret_is_ever_in_the_log() {
         "export AWS_SECRET_ACCESS_KEY=hidden09\nS3_ACCESS_KEY=hidden10",
         "true https://me:hidden11@example.org/",
         "echo root:hidden12 | true chpasswd",
+        "DB_PASS=hidden13 true --pass hidden14 --password=hidden15",
+        "true; : mysql -phidden16; : curl -u me:hidden17 'https://s3/b?X-Amz-Credential=hidden18&X-Amz-Signature=hidden19'",
     ];
     for mode in MODES {
         let volume = Volume::new(Image::Busybox);
         let script = volume.dir.path().join("script");
-        std::fs::write(&script, "set -x\nPASSWORD=hidden20\ntrue --token hidden21\n").unwrap();
+        std::fs::write(
+            &script,
+            "set -x\nPASSWORD=hidden20\ntrue --token hidden21\n\
+             printf -- '-----BEGIN RSA PRIVATE KEY-----\\nhidden22\\n-----END RSA PRIVATE KEY-----\\n'\n",
+        )
+        .unwrap();
         let script = script.display().to_string();
         let variables = [
             ("S3_ACCESS_KEY", "hidden30"),
