@@ -13,6 +13,7 @@ use crate::lifecycle::settings::Settings;
 use crate::lifecycle::signal_files::{SSHD_LISTENING, SignalFiles};
 use crate::lifecycle::state::StateFolder;
 use crate::lifecycle::tier::{self, Choice};
+use crate::sshd::accept_env;
 use crate::sshd::config;
 use crate::sshd::daemon::Daemon;
 use crate::sshd::effective::{Effective, Question};
@@ -125,6 +126,7 @@ pub fn configure_sshd(settings: &Settings, state: &StateFolder) -> Result<Effect
     let nobodys = nobodys.map(Question::answer);
     let effective = roots?;
     if let (Some(command), Some(nobodys)) = (&force_command, nobodys) {
+        accept_env::check(&settings.sshd_config, &settings.sshd)?;
         effective.check_jail(command)?;
         nobodys?.check_denied()?;
     }

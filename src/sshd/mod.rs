@@ -1,5 +1,6 @@
 //! OpenSSH's server: its options, its configuration, its process.
 
+pub mod accept_env;
 pub mod config;
 pub mod daemon;
 pub mod effective;

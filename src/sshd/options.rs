@@ -71,6 +71,11 @@ impl Options {
         Ok(())
     }
 
+    /// Lines of configuration among them (`-o`).
+    pub fn settings(&self) -> impl Iterator<Item = &str> {
+        self.asking.windows(2).filter(|pair| pair[0] == "-o").map(|pair| pair[1].as_str())
+    }
+
     /// The configuration that sshd will really read. `settings_file` is `$SSHD_CONFIG_FILE`: where settings are to be written, which
     /// must be the same.
     pub fn config_file(&self, settings_file: Option<&PathBuf>) -> Result<PathBuf> {

@@ -17,6 +17,7 @@ const PUBLISHING: &str = include_str!("../../src/publish/settings.rs");
 const LOG: &str = include_str!("../../src/lifecycle/log.rs");
 const CAPABILITIES: &str = include_str!("../../src/jail/capabilities.rs");
 const REFUSED_CALLS: &str = include_str!("../../src/jail/refused_calls.rs");
+const ACCEPT_ENV: &str = include_str!("../../src/sshd/accept_env.rs");
 const EFFECTIVE: &str = include_str!("../../src/sshd/effective.rs");
 
 #[test]
@@ -168,7 +169,7 @@ fn security_md_has_the_capabilities_and_the_checks_of_the_source() {
     let (_, checks) = EFFECTIVE.split_once("let wanted = [").unwrap();
     let checks = checks.lines().map(str::trim).skip(1).take_while(|line| *line != "];");
     rows.extend(checks.map(|line| format!("| `{}` |", line.split('"').nth(1).unwrap())));
-    let (_, dangerous) = EFFECTIVE.split_once("const DANGEROUS").unwrap();
+    let (_, dangerous) = ACCEPT_ENV.split_once("const DANGEROUS").unwrap();
     let dangerous = dangerous.lines().skip(1).take_while(|line| *line != "];");
     rows.extend(dangerous.map(|line| format!("`{}`", line.trim().trim_matches([',', '"']))));
     assert!(rows.len() > 40);

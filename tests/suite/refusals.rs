@@ -90,7 +90,7 @@ fn a_configuration_that_leads_past_the_helper_is_refused() {
     for (options, reason) in [
         ("-o PermitUserEnvironment=yes", "sshd's effective permituserenvironment for root is 'yes'"),
         ("-o AcceptEnv=*", "AcceptEnv * lets a client set"),
-        ("-o AcceptEnv=LD_PRELOAD", "AcceptEnv LD_PRELOAD lets a client set LD_PRELOAD"),
+        ("-o AcceptEnv=LD_PRELOAD", "AcceptEnv LD_PRELOAD lets a client set LD_*"),
         ("-o AcceptEnv='LANG BASH_E*'", "AcceptEnv BASH_E* lets a client set BASH_ENV"),
     ] {
         let volume = Volume::new(Image::Busybox);
@@ -99,6 +99,93 @@ fn a_configuration_that_leads_past_the_helper_is_refused() {
             refused(volume, Mode::Jailed, &[("SSHD_OPTIONS", &all)], 1, &["cannot open a jailed environment", reason]);
         assert!(!environment.log_text().contains("sshd is listening"));
     }
+}
+
+/// `sshd -T` is asked for one address, and each client has its own.
+#[test]
+fn a_dangerous_accept_env_is_refused_in_whichever_match_block_and_file_it_stands() {
+    let blocks = |inside: &str| {
+        [
+            "Address 10.0.0.0/8",
+            "Host *.example",
+            "LocalPort 1-65535",
+            "LocalAddress 10.1.2.3",
+            "User root Address !127.0.0.1",
+            "all",
+        ]
+        .map(|criteria| format!("Match {criteria}\n  {inside}\n"))
+    };
+    let mut cases: Vec<(String, &str)> = Vec::new();
+    cases.extend(
+        blocks("AcceptEnv LANG LD_PRELOAD")
+            .map(|block| (block, "sshd_config line 15: AcceptEnv LD_PRELOAD lets a client set LD_*")),
+    );
+    cases.extend(
+        blocks("acceptenv=\"BASH_FUNC_exec%%\"")
+            .map(|block| (block, "sshd_config line 15: AcceptEnv BASH_FUNC_exec%%")),
+    );
+    cases.extend(blocks("Include FOLDER/*.conf").map(|block| (block, "further.conf line 3: AcceptEnv XDG_*")));
+    for (block, reason) in cases {
+        let volume = Volume::new(Image::Busybox);
+        let folder = volume.dir.path().join("config.d");
+        std::fs::create_dir(&folder).unwrap();
+        std::fs::write(
+            folder.join("first.conf"),
+            "Include FOLDER/deeper/f?rther.conf\n".replace("FOLDER", folder.to_str().unwrap()),
+        )
+        .unwrap();
+        std::fs::create_dir(folder.join("deeper")).unwrap();
+        std::fs::write(folder.join("deeper/further.conf"), "\nMatch Address 10.9.0.0/16\nAcceptEnv XDG_*\n").unwrap();
+        let config = std::fs::read_to_string(&volume.config).unwrap();
+        std::fs::write(&volume.config, config + &block.replace("FOLDER", folder.to_str().unwrap())).unwrap();
+        let environment = refused(
+            volume,
+            Mode::Jailed,
+            &[("IMS_JAIL_TIER", "user")],
+            1,
+            &["cannot open a jailed environment", reason],
+        );
+        assert!(!environment.log_text().contains("sshd is listening"));
+    }
+
+    // The legitimate: the same blocks with what clients send, and files that are not there.
+    let volume = Volume::new(Image::Busybox);
+    let config = std::fs::read_to_string(&volume.config).unwrap();
+    let harmless =
+        blocks("AcceptEnv LANG LC_* XMODIFIERS").concat() + "Include /nowhere/*.conf nowhere.conf\n# AcceptEnv *\n";
+    std::fs::write(&volume.config, config + &harmless).unwrap();
+    let environment = volume.start(Mode::Jailed).ready();
+    let output = environment.ssh(&["-o", "SetEnv=XMODIFIERS=@im LC_X=y"]).arg("echo $LC_X").output().unwrap();
+    assert_eq!(text(&output.stdout), "y\n", "{output:?}");
+}
+
+/// What the fragment sets for root comes first, so that no block can set it otherwise for another address.
+#[test]
+fn what_a_match_block_says_of_another_address_gives_way_to_the_jail() {
+    let volume = Volume::new(Image::Busybox);
+    let config = std::fs::read_to_string(&volume.config).unwrap();
+    let all = "ForceCommand none\nPermitTTY no\nAllowStreamLocalForwarding yes\nPermitTunnel yes\nX11Forwarding yes\nPermitUserRC yes\n\
+               ChrootDirectory /var\n";
+    let blocks = ["Address 10.0.0.0/8", "Host *", "LocalPort 4711", "User root LocalAddress 10.1.2.3", "User root"];
+    std::fs::write(&volume.config, config + &blocks.map(|block| format!("Match {block}\n{all}")).concat()).unwrap();
+    let environment = volume.start(Mode::Jailed).ready();
+    for client in ["addr=10.1.2.3,laddr=10.1.2.3,lport=4711,host=x", "addr=::1,laddr=::1,lport=22,host=localhost"] {
+        let mut sshd = Command::new(ims_sshd::sshd::program().unwrap());
+        let said =
+            succeed(sshd.arg("-T").arg("-f").arg(&environment.config).args(["-C", &format!("user=root,{client}")]));
+        for line in [
+            "forcecommand exec ",
+            "permittty yes",
+            "allowstreamlocalforwarding no",
+            "permittunnel no",
+            "x11forwarding no",
+            "permituserrc no",
+            "chrootdirectory none",
+        ] {
+            assert!(said.contains(&format!("\n{line}")), "{client}: no '{line}' in {said}");
+        }
+    }
+    assert_eq!(environment.says("cat /proc/1/comm"), "ims-jail-init");
 }
 
 #[test]

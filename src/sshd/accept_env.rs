@@ -1,0 +1,248 @@
+//! Which variables a client may set, by any `AcceptEnv` of sshd's configuration.
+//!
+//! `sshd -T` tells what holds for one address, and every connection may have another: a `Match` block that it passes over adds its own
+//! patterns to those before. For all other keywords that are judged, sshd takes the first value it finds, which is that of our fragment.
+//! So every file of the configuration is read, and a pattern is judged wherever it stands.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Attempt, Error, Result};
+use crate::sshd::options::Options;
+
+/// Names, or patterns of names, of variables that make a shell, or the loader of a dynamically linked program, run somebody else's code or
+/// write a file: bash(1), fish(1), zsh(1), ksh(1), ld.so(8), and glibc's list of variables that setuid programs ignore.
+const DANGEROUS: [&str; 22] = [
+    "BASH_ENV",
+    "BASH_FUNC_*",
+    "BASHOPTS",
+    "ENV",
+    "FPATH",
+    "GCONV_PATH",
+    "GETCONF_DIR",
+    "GLIBC_TUNABLES",
+    "HOSTALIASES",
+    "IFS",
+    "LD_*",
+    "LOCPATH",
+    "MALLOC_TRACE",
+    "NLSPATH",
+    "PATH",
+    "PROMPT_COMMAND",
+    "PS4",
+    "SHELLOPTS",
+    "TMPDIR",
+    "XDG_CONFIG_*",
+    "XDG_DATA_*",
+    "ZDOTDIR",
+];
+
+/// Refuses `pattern`, which stands at `place`, if a client could set a dangerous variable by it.
+pub fn judge(place: &str, pattern: &str) -> Result<()> {
+    let Some(name) = DANGEROUS.iter().find(|name| have_a_name_in_common(pattern.as_bytes(), name.as_bytes())) else {
+        return Ok(());
+    };
+    Err(Error::new("open a jailed environment")
+        .because(format!(
+            "{place}: AcceptEnv {pattern} lets a client set {name} for the login shell that starts the jail's helper"
+        ))
+        .advise("take the pattern out, in whichever Match block it stands; it is not opened, so that no client runs code outside the jail"))
+}
+
+/// Whether some name matches both patterns of sshd: `*` is any number of bytes, `?` is one.
+fn have_a_name_in_common(a: &[u8], b: &[u8]) -> bool {
+    // matched[j]: whether what was taken of `a` so far and the first j bytes of `b` have a name in common.
+    let mut matched = vec![false; b.len() + 1];
+    matched[0] = true;
+    for j in 0..b.len() {
+        matched[j + 1] = matched[j] && b[j] == b'*';
+    }
+    for &x in a {
+        let before = matched.clone();
+        matched[0] = before[0] && x == b'*';
+        for (j, &y) in b.iter().enumerate() {
+            let same = x == y || x == b'?' || y == b'?';
+            matched[j + 1] =
+                if x == b'*' || y == b'*' { before[j + 1] || matched[j] || before[j] } else { before[j] && same };
+        }
+    }
+    matched[b.len()]
+}
+
+/// Judges all patterns of the configuration that `options` name, and of the options themselves.
+pub fn check(config: &Path, options: &Options) -> Result<()> {
+    for line in options.settings() {
+        if let Some(Line::AcceptEnv(patterns)) = Line::parse(line) {
+            patterns.iter().try_for_each(|pattern| judge("SSHD_OPTIONS", pattern))?;
+        }
+    }
+    let (mut read, mut unread) = (BTreeSet::new(), vec![config.to_owned()]);
+    while let Some(file) = unread.pop() {
+        if read.contains(&file) {
+            continue;
+        }
+        let shown = file.display().to_string();
+        let text = read_regular(&file).attempt(|| format!("read {shown}, a part of sshd's configuration"))?;
+        for (number, line) in (1..).zip(text.split('\n')) {
+            let place = || format!("{shown} line {number}");
+            match Line::parse(line) {
+                Some(Line::AcceptEnv(patterns)) => {
+                    patterns.iter().try_for_each(|pattern| judge(&place(), pattern))?;
+                }
+                Some(Line::Include(patterns)) => {
+                    for pattern in patterns {
+                        let found = included(&pattern)
+                            .attempt(|| format!("find what Include {pattern} means ({})", place()))?;
+                        unread.extend(found);
+                    }
+                }
+                None => {}
+            }
+        }
+        read.insert(file);
+    }
+    Ok(())
+}
+
+/// sshd has read the file before, as a whole: it is neither too large nor anything to wait for. Only that it is the same is not sure.
+fn read_regular(path: &Path) -> io::Result<String> {
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
+    }
+    let mut text = Vec::new();
+    file.take(LARGEST).read_to_end(&mut text)?;
+    Ok(String::from_utf8_lossy(&text).into_owned())
+}
+
+/// No configuration is larger.
+const LARGEST: u64 = 16 << 20;
+
+/// The files that an Include means. A relative path is relative to sshd's own directory, not to that of the file.
+fn included(pattern: &str) -> std::result::Result<Vec<PathBuf>, Box<dyn std::error::Error>> {
+    if pattern.contains(char::REPLACEMENT_CHARACTER) {
+        return Err("it is not UTF-8".into());
+    }
+    let pattern = Path::new("/etc/ssh").join(pattern);
+    let options = glob::MatchOptions { require_literal_leading_dot: true, ..glob::MatchOptions::new() };
+    let found = glob::glob_with(&pattern.to_string_lossy(), options)?;
+    Ok(found.collect::<std::result::Result<_, _>>()?)
+}
+
+/// A line that says something here.
+#[derive(Debug, PartialEq, Eq)]
+enum Line {
+    AcceptEnv(Vec<String>),
+    Include(Vec<String>),
+}
+
+impl Line {
+    /// Reads a line as every version of sshd may read it. What one takes for several words, another takes for one: both are judged, and a
+    /// comment behind words counts as words, as it did before OpenSSH 8.5.
+    fn parse(line: &str) -> Option<Self> {
+        // A quote begins anywhere in a keyword, and its end is the keyword's.
+        let mut open = false;
+        let ended: String = line
+            .chars()
+            .filter_map(|c| match c {
+                '"' => {
+                    open = !open;
+                    (!open).then_some(' ')
+                }
+                c => Some(c),
+            })
+            .collect();
+        let joined: String = line.chars().filter(|c| !matches!(c, '"' | '\'' | '\\')).collect();
+        let words = |text: &str| -> Vec<String> {
+            let separates = |c: char| c.is_ascii_whitespace() || c == '=';
+            text.split(separates).filter(|word| !word.is_empty()).map(str::to_owned).collect()
+        };
+        let read = words(&ended);
+        let (keyword, arguments) = read.split_first()?;
+        let mut arguments = arguments.to_vec();
+        arguments.extend(words(&joined).into_iter().skip(1));
+        // A path with spaces in it.
+        arguments.extend(shell_words::split(line).unwrap_or_default().into_iter().skip(1));
+        match keyword.to_ascii_lowercase().as_str() {
+            "acceptenv" => Some(Self::AcceptEnv(arguments)),
+            "include" => Some(Self::Include(arguments)),
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::session::environment::matches;
+    use proptest::prelude::*;
+
+    #[test]
+    fn lines_are_read_as_any_sshd_may_read_them() {
+        for line in [
+            "AcceptEnv LD_PRELOAD",
+            "acceptenv=LD_PRELOAD",
+            " \t=ACCEPTENV\tLANG LD_PRELOAD\r",
+            "\"AcceptEnv\"LD_PRELOAD",
+            "Accept\"Env\"LD_PRELOAD",
+            "AcceptEnv L\"D\"_PRELOAD",
+            "AcceptEnv 'LD_PRELOAD'",
+            "AcceptEnv \"LANG\" \"LD_PRELOAD\"",
+            "AcceptEnv LANG # LD_PRELOAD",
+        ] {
+            let Some(Line::AcceptEnv(patterns)) = Line::parse(line) else { panic!("{line}") };
+            assert!(patterns.iter().any(|pattern| judge("x", pattern).is_err()), "{line}: {patterns:?}");
+        }
+        for line in ["", "#AcceptEnv LD_PRELOAD", "# AcceptEnv *", "AcceptEnvironment x", "SetEnv LD_PRELOAD=x"] {
+            assert_eq!(Line::parse(line), None, "{line}");
+        }
+        let Some(Line::Include(files)) = Line::parse("include \"/a b\" c") else { panic!("it includes") };
+        assert!(files.contains(&"/a b".into()) && files.contains(&"c".into()), "{files:?}");
+    }
+
+    #[test]
+    fn what_clients_send_is_let_in() {
+        for pattern in ["LANG", "LC_*", "LANGUAGE", "XMODIFIERS", "COLORTERM", "TZ", "GIT_*", "LC_????", "NO_COLOR"] {
+            judge("x", pattern).unwrap();
+        }
+        for pattern in ["*", "?*", "L*", "LD_X", "BASH_FUNC_exec%%", "BASH_*", "????", "*_PATH", "PATH", "XDG_*"] {
+            assert!(judge("x", pattern).is_err(), "{pattern}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_pattern_is_refused_if_it_takes_a_dangerous_name_however_it_is_written(
+            name in prop::sample::select(&DANGEROUS[..]),
+            end in "[A-Z%]{1,4}",
+            wild in prop::collection::vec(0..6_u8, 22),
+        ) {
+            let name = name.replace('*', &end);
+            let pattern: String = name
+                .chars()
+                .zip(wild)
+                .map(|(letter, wild)| match wild {
+                    0 => "?".into(),
+                    1 => "*".into(),
+                    2 => format!("*{letter}**"),
+                    _ => letter.to_string(),
+                })
+                .collect();
+            prop_assert!(judge("x", &pattern).is_err(), "{}", pattern);
+        }
+
+        #[test]
+        fn patterns_have_a_name_in_common_if_one_is_found(a in "[AB*?]{0,4}", b in "[AB*?]{0,4}") {
+            // All names of up to eight letters: a shortest one in common is no longer than both patterns.
+            let names = (0..=8_u32).flat_map(|length| {
+                (0..2_u32.pow(length)).map(move |bits| (0..length).map(|at| b"AB"[(bits >> at & 1) as usize]).collect::<Vec<u8>>())
+            });
+            let mut names = names;
+            let found = names.any(|name| matches(a.as_bytes(), &name) && matches(b.as_bytes(), &name));
+            prop_assert_eq!(have_a_name_in_common(a.as_bytes(), b.as_bytes()), found, "{} {}", a, b);
+        }
+    }
+}
