@@ -59,8 +59,12 @@ fn make_host_keys() -> Result<()> {
 pub fn open_image_root(files: &SignalFiles, name: &str) -> Result<Tree> {
     let shown = files.path().join(name);
     let attempted = || format!("open the image root {}", shown.display());
-    // Looked at by the same descriptor that it is then reached by: what was a folder a moment ago may be a link now.
-    let found = match files.parent().handle(name) {
+    // The descriptor that was looked at is the one that is used: what was a directory a moment ago may be a link now.
+    let found = match files.parent().handle_without_links(name) {
+        Err(e) if e.raw_os_error() == Some(rustix::io::Errno::LOOP.raw_os_error()) => {
+            return Err(Error::new(attempted()).because("a directory on the way to it is a symbolic link"))
+                .advise("it has to be a directory of the volume");
+        }
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
             return Err(Error::new(attempted()).because("it does not exist"))
                 .advise("whoever creates 'ready' has to unpack the image there first");

@@ -8,8 +8,10 @@ use crate::error::{Attempt, Error, Result};
 use crate::lifecycle::signal_files::SignalFiles;
 use crate::lifecycle::state::name_for;
 use crate::local;
+use crate::publish::boot;
 use crate::publish::changes::Inventory;
 use crate::publish::ims::Ims;
+use crate::publish::package::{self, Archive, open_tree};
 use crate::publish::prepare::{INVENTORY, holds_changes, prepare};
 use crate::publish::settings::Settings;
 use crate::publish::sidecar::write_changes;
@@ -17,7 +19,6 @@ use crate::publish::source::Source;
 use crate::publish::unpack::Overlay;
 use crate::publish::upload::{Image, Publication};
 use crate::publish::work::Work;
-use crate::publish::{boot, package};
 use crate::sys::tree::Tree;
 
 /// What the command line says of the image.
@@ -158,7 +159,7 @@ impl Opened<'_> {
             _ => (mounted.to_owned(), prepare(self.work, self.settings, source, None, mounted)?),
         };
         if let (Some(_), None) = (&self.job.changes, &overlay) {
-            Inventory::of(self.work, &image_root)?.save(&self.inventory())?;
+            Inventory::of(self.work, &open_tree(&image_root)?)?.save(&self.workplace()?, INVENTORY)?;
         }
         let (fate, value) = session(&image_root)?;
         if fate == Fate::Publish && self.settings.store.url.is_some() {
@@ -167,20 +168,19 @@ impl Opened<'_> {
         Ok((fate, value))
     }
 
-    /// What the image was before, for `--changes`.
-    fn inventory(&self) -> PathBuf {
-        self.settings.parent.join(INVENTORY)
+    fn workplace(&self) -> Result<Tree> {
+        open_tree(&self.settings.parent)
     }
 
     fn publish(&self, image_root: &Path, overlay: Option<Overlay>) -> Result<()> {
         let Self { job, settings, work } = self;
+        let (workplace, tree) = (self.workplace()?, open_tree(image_root)?);
         if let Some(to) = &job.changes {
             if let Some(overlay) = &overlay {
-                Inventory::of(work, &overlay.lower)?.save(&self.inventory())?;
+                Inventory::of(work, &open_tree(&overlay.lower)?)?.save(&workplace, INVENTORY)?;
             }
-            write_changes(work, &self.inventory(), image_root, to)?;
+            write_changes(work, &workplace, &tree, to)?;
         }
-        let tree = Tree::open(image_root).attempt(|| format!("open the image root {}", image_root.display()))?;
         let boot = match boot::find(&tree, &settings.boot, settings.arch) {
             Err(_) if boot::has_none(&tree) => {
                 tracing::warn!(
@@ -190,13 +190,12 @@ impl Opened<'_> {
             }
             found => Some(found?),
         };
+        let archive = Archive { folder: &workplace, name: "packed.sqsh" };
+        let rootfs = package::pack(work, &tree, &archive, &settings.packing, &job.exclude)?;
         drop(tree);
-        let archive = settings.parent.join("packed.sqsh");
-        package::pack(work, image_root, &archive, &settings.packing, &job.exclude)?;
         if let Some(overlay) = overlay {
             overlay.unmount()?;
         }
-        let rootfs = std::fs::File::open(&archive).attempt(|| format!("open {}", archive.display()))?;
         let files = files_of(&settings.parent)?;
         let image = Image { rootfs, boot, debug_kernel: None };
         let report = Publication { work, settings, ims: Ims::of(work, settings), files: &files }.publish(image)?;

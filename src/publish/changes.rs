@@ -1,16 +1,20 @@
 //! What a customization has changed, against the image that it began with.
 
 use std::collections::BTreeMap;
-use std::io::Write;
+use std::ffi::OsStr;
+use std::io::{self, Write};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
-use std::path::Path;
 
+use rustix::fs::{FileType, Stat};
 use serde_json::{Map, Value, json};
 
 use crate::error::{Attempt, Error, Result};
 use crate::publish::packages;
 use crate::publish::work::Work;
+use crate::sys::tree::Tree;
+
+/// An inventory of a million files with long names is smaller.
+const LIMIT: u64 = 1 << 30;
 
 /// A tree as it was at one time: of each path what tells that it has changed.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -21,30 +25,31 @@ pub struct Inventory {
 }
 
 impl Inventory {
-    /// Looks through the tree at `root`.
-    pub fn of(work: &Work, root: &Path) -> Result<Self> {
-        let attempted = || format!("look through {}", root.display());
+    /// Looks through a tree.
+    pub fn of(work: &Work, root: &Tree) -> Result<Self> {
+        let attempted = || format!("look through {}", root.shown().display());
         let mut files = BTreeMap::new();
-        let mut folders = vec![root.to_owned()];
-        while let Some(folder) = folders.pop() {
-            work.heed()?;
-            for entry in std::fs::read_dir(&folder).attempt(attempted)? {
-                let path = entry.attempt(attempted)?.path();
-                let found = std::fs::symlink_metadata(&path).attempt(attempted)?;
-                let name = path.strip_prefix(root).unwrap_or(&path).as_os_str().as_bytes().escape_ascii().to_string();
-                files.insert(format!("/{name}"), state(&path, &found));
-                if found.is_dir() {
-                    folders.push(path);
-                }
+        let mut interrupted = Ok(());
+        let looked = root.walk(|path, folder, name, found| {
+            interrupted = work.heed();
+            if interrupted.is_err() {
+                return Err(io::ErrorKind::Interrupted.into());
             }
-        }
+            if !path.as_os_str().is_empty() {
+                let path = path.as_os_str().as_bytes().escape_ascii();
+                files.insert(format!("/{path}"), state(folder, name, found));
+            }
+            Ok(())
+        });
+        interrupted?;
+        looked.attempt(attempted)?;
         Ok(Self { files, packages: packages::of(work, root)? })
     }
 
-    /// Keeps it in a file.
-    pub fn save(&self, path: &Path) -> Result<()> {
-        let attempted = || format!("write {}", path.display());
-        let mut file = std::io::BufWriter::new(std::fs::File::create(path).attempt(attempted)?);
+    /// Keeps it in the file `name` of a directory.
+    pub fn save(&self, folder: &Tree, name: &str) -> Result<()> {
+        let attempted = || format!("write {}/{name}", folder.shown().display());
+        let mut file = io::BufWriter::new(folder.create_file(name).attempt(attempted)?);
         for (kind, map) in [("file", &self.files), ("package", &self.packages)] {
             for (name, state) in map {
                 writeln!(file, "{kind}\t{name}\t{state}").attempt(attempted)?;
@@ -53,12 +58,14 @@ impl Inventory {
         file.flush().attempt(attempted)
     }
 
-    /// Reads what was kept.
-    pub fn load(path: &Path) -> Result<Self> {
-        let attempted = || format!("read what the image was before, {}", path.display());
-        let text = std::fs::read_to_string(path)
+    /// Reads what was kept. On a shared volume it may be anybody's: it decides on nothing but what is told.
+    pub fn load(folder: &Tree, name: &str) -> Result<Self> {
+        let attempted = || format!("read what the image was before, {}/{name}", folder.shown().display());
+        let text = folder
+            .read(name, LIMIT)
             .attempt(attempted)
             .map_err(|e| e.advise("only an image that 'ims-sshd prepare' has opened can be compared"))?;
+        let text = String::from_utf8(text).attempt(attempted)?;
         let mut inventory = Self::default();
         for line in text.lines() {
             let mut fields = line.splitn(3, '\t').map(str::to_owned);
@@ -100,17 +107,17 @@ impl Inventory {
     }
 }
 
-/// A folder's size and time change with what is in it, which is told by itself.
-fn state(path: &Path, found: &std::fs::Metadata) -> String {
-    let owner = format!("{:o} {} {}", found.mode(), found.uid(), found.gid());
-    if found.is_dir() {
-        return owner;
+/// A directory's size and time change with what is in it, which is told by itself.
+fn state(folder: &Tree, name: &OsStr, found: &Stat) -> String {
+    let owner = format!("{:o} {} {}", found.st_mode, found.st_uid, found.st_gid);
+    match FileType::from_raw_mode(found.st_mode) {
+        FileType::Directory => owner,
+        FileType::Symlink => {
+            let target = rustix::fs::readlinkat(folder, name, Vec::new()).unwrap_or_default();
+            format!("{owner} -> {}", target.as_bytes().escape_ascii())
+        }
+        _ => format!("{owner} {} {}.{} {}", found.st_size, found.st_mtime, found.st_mtime_nsec, found.st_rdev),
     }
-    if found.is_symlink() {
-        let target = std::fs::read_link(path).unwrap_or_default();
-        return format!("{owner} -> {}", target.as_os_str().as_bytes().escape_ascii());
-    }
-    format!("{owner} {} {}.{} {}", found.size(), found.mtime(), found.mtime_nsec(), found.rdev())
 }
 
 #[cfg(test)]
@@ -132,8 +139,9 @@ mod tests {
                 "packages": { "added": {"nano": "7"}, "removed": {"vim": "9"}, "altered": {"bash": ["5.1", "5.2"]} },
             })
         );
-        let file = tempfile::NamedTempFile::new().unwrap();
-        before.save(file.path()).unwrap();
-        assert_eq!(Inventory::load(file.path()).unwrap(), before);
+        let dir = tempfile::tempdir().unwrap();
+        let folder = Tree::open(dir.path()).unwrap();
+        before.save(&folder, "inventory").unwrap();
+        assert_eq!(Inventory::load(&folder, "inventory").unwrap(), before);
     }
 }

@@ -1,53 +1,68 @@
 //! `ims-sshd package` and `ims-sshd upload`: the steps of a sidecar, one by one.
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Attempt, Error, Result};
+use crate::lifecycle::environment;
 use crate::lifecycle::signal_files::SignalFiles;
 use crate::local::{say, say_json};
 use crate::publish::boot::{self, BootFiles};
 use crate::publish::ims::Ims;
-use crate::publish::package;
-use crate::publish::prepare::INVENTORY;
+use crate::publish::package::{self, Archive, open_tree};
 use crate::publish::settings::Settings;
 use crate::publish::sidecar::write_changes;
 use crate::publish::upload::{Image, Publication};
 use crate::publish::work::Work;
 use crate::sys::tree::Tree;
 
-/// An image root, and the folder that its archive and the notes about it are in.
+/// An image root, and where its archive and the notes about it are.
 struct Place {
-    image_root: PathBuf,
-    folder: PathBuf,
-    archive: PathBuf,
+    image_root: Tree,
+    /// The notes.
+    files: SignalFiles,
+    archive_folder: Tree,
+    archive_name: String,
 }
 
 impl Place {
     /// `named` is an image root's parent, or an image root; the archive of the latter is put where one stands.
     fn of(settings: &Settings, named: Option<&Path>, archive: Option<&Path>) -> Result<Self> {
         let parent = named.unwrap_or(&settings.parent);
-        let below = parent.join(settings.image_root());
-        let (image_root, folder) = if below.is_dir() || named.is_none() {
-            (below, parent.to_owned())
+        let is_parent = named.is_none() || parent.join(settings.image_root()).is_dir();
+        let folder = real(if is_parent { parent } else { Path::new(".") })?;
+        let files = SignalFiles::open(&folder)?.ok_or_else(|| missing(&folder))?;
+        let image_root = if is_parent {
+            environment::open_image_root(&files, settings.image_root())?
+        } else if parent.is_dir() {
+            open_tree(&real(parent)?)?
         } else {
-            (parent.to_owned(), ".".into())
+            return Err(missing(parent));
         };
-        if !image_root.is_dir() {
-            let shown = image_root.display();
-            return Err(Error::bad_input(format!("the image root is '{shown}': expected an unpacked image")));
-        }
         let archive = archive.map_or_else(|| folder.join(settings.archive()), Path::to_owned);
         let archive = std::path::absolute(&archive).attempt(|| format!("find {}", archive.display()))?;
-        let folder = std::fs::canonicalize(&folder).attempt(|| format!("open {}", folder.display()))?;
-        Ok(Self { image_root, folder, archive })
+        let (Some(above), Some(name)) = (archive.parent(), archive.file_name().and_then(OsStr::to_str)) else {
+            return Err(Error::bad_input(format!("the archive is '{}': expected a file", archive.display())));
+        };
+        Ok(Self { image_root, files, archive_folder: open_tree(&real(above)?)?, archive_name: name.to_owned() })
+    }
+
+    fn archive(&self) -> Archive<'_> {
+        Archive { folder: &self.archive_folder, name: &self.archive_name }
     }
 
     fn boot(&self, settings: &Settings) -> Result<BootFiles> {
-        let real = std::fs::canonicalize(&self.image_root).attempt(|| format!("open {}", self.image_root.display()))?;
-        let tree = Tree::open(&real).attempt(|| format!("open {}", real.display()))?;
-        boot::find(&tree, &settings.boot, settings.arch)
+        boot::find(&self.image_root, &settings.boot, settings.arch)
     }
+}
+
+fn real(path: &Path) -> Result<PathBuf> {
+    std::fs::canonicalize(path).attempt(|| format!("open {}", path.display()))
+}
+
+fn missing(image_root: &Path) -> Error {
+    Error::bad_input(format!("the image root is '{}': expected an unpacked image", image_root.display()))
 }
 
 /// Packs an image root.
@@ -61,11 +76,11 @@ pub fn package(
     let place = Place::of(settings, named, archive)?;
     place.boot(settings)?;
     let work = Work::begin(&settings.network)?;
-    package::pack(&work, &place.image_root, &place.archive, &settings.packing, exclude)?;
+    package::pack(&work, &place.image_root, &place.archive(), &settings.packing, exclude)?;
     if let Some(file) = changes {
-        write_changes(&work, &place.folder.join(INVENTORY), &place.image_root, file)?;
+        write_changes(&work, place.files.parent(), &place.image_root, file)?;
     }
-    say(&format!("{}\n", place.archive.display()));
+    say(&format!("{}\n", place.archive().shown()));
     Ok(0)
 }
 
@@ -77,16 +92,13 @@ pub fn upload(
     debug_kernel: Option<&Path>,
 ) -> Result<u8> {
     let place = Place::of(settings, named, archive)?;
-    let attempted = |file: &Path| format!("open {}", file.display());
-    let rootfs = File::open(&place.archive)
-        .attempt(|| attempted(&place.archive))
-        .map_err(|e| e.advise("'ims-sshd package' makes it"))?;
-    let debug_kernel = debug_kernel.map(|file| File::open(file).attempt(|| attempted(file))).transpose()?;
+    let rootfs = place.archive().open().map_err(|e| e.advise("'ims-sshd package' makes it"))?;
+    let opened = |file: &Path| File::open(file).attempt(|| format!("open {}", file.display()));
+    let debug_kernel = debug_kernel.map(opened).transpose()?;
     let image = Image { rootfs, boot: Some(place.boot(settings)?), debug_kernel };
     let work = Work::begin(&settings.network)?;
-    let files = SignalFiles::open(&place.folder)?.ok_or_else(|| Error::new(attempted(&place.folder)))?;
     let ims = Ims::of(&work, settings);
-    let report = Publication { work: &work, settings, ims, files: &files }.publish(image)?;
+    let report = Publication { work: &work, settings, ims, files: &place.files }.publish(image)?;
     say_json(&report);
     Ok(0)
 }

@@ -2,11 +2,13 @@
 
 use std::collections::HashSet;
 use std::fs::File;
-use std::io::{IsTerminal, Read};
+use std::io::{self, IsTerminal, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
+
+use rustix::fs::{FileType, OFlags};
 
 use crate::error::{Attempt, Error, Result};
 use crate::publish::progress::Progress;
@@ -14,6 +16,7 @@ use crate::publish::settings::Packing;
 use crate::publish::work::Work;
 use crate::sys::mounts;
 use crate::sys::process::Entry;
+use crate::sys::tree::Tree;
 
 /// The least that mksquashfs gets of memory, and which part of all it takes, as it would by itself.
 const MEMORY: (u64, u64) = (64 << 20, 4);
@@ -25,34 +28,65 @@ const MEMORY_LIMITS: [&str; 2] = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/m
 const KEPT: [&str; 3] = ["user.", "trusted.", "security."];
 const NOT_KEPT: &str = "Unrecognised xattr prefix ";
 
-/// Packs `image_root` to the file `to`, which appears when it is whole. `exclude` are patterns below the root, as mksquashfs has them.
-pub fn pack(work: &Work, image_root: &Path, to: &Path, packing: &Packing, exclude: &[String]) -> Result<()> {
-    let attempted = format!("pack {}", image_root.display());
-    let image_root = std::fs::canonicalize(image_root).attempt(|| attempted.clone())?;
-    nothing_is_mounted_below(&image_root, &attempted)?;
-    nobody_stands_in(&image_root, &attempted)?;
-    let part = with_suffix(to, ".part");
-    let result = squash(work, &image_root, &part, packing, exclude, &attempted)
-        .and_then(|()| if exclude.is_empty() { attributes_are_kept(&image_root, &part, &attempted) } else { Ok(()) })
-        .and_then(|()| std::fs::rename(&part, to).attempt(|| format!("rename {}", part.display())));
-    if result.is_err() {
-        let _ = std::fs::remove_file(&part);
+/// Where a packed image is put.
+pub struct Archive<'a> {
+    /// The directory.
+    pub folder: &'a Tree,
+    /// Its name there.
+    pub name: &'a str,
+}
+
+impl Archive<'_> {
+    /// Opens one that is there.
+    pub fn open(&self) -> Result<File> {
+        self.folder
+            .open_regular(self.name, OFlags::RDONLY | OFlags::NOFOLLOW)
+            .attempt(|| format!("open {}", self.shown()))
     }
-    result
+
+    /// Its path now, for messages.
+    pub fn shown(&self) -> String {
+        self.folder.shown().join(self.name).display().to_string()
+    }
+}
+
+/// Opens a directory that was named, whose last name must not be a link.
+pub fn open_tree(path: &Path) -> Result<Tree> {
+    Tree::open(path).attempt(|| format!("open {}", path.display()))
+}
+
+/// Packs `image_root` to the file `to`, which appears when it is whole, and returns what was written: the name may be another file's by
+/// then. `exclude` are patterns below the root, as mksquashfs has them.
+pub fn pack(work: &Work, image_root: &Tree, to: &Archive, packing: &Packing, exclude: &[String]) -> Result<File> {
+    let shown = image_root.shown();
+    let attempted = format!("pack {}", shown.display());
+    nothing_is_mounted_below(&shown, &attempted)?;
+    nobody_stands_in(&shown, &attempted)?;
+    let part = format!("{}.part", to.name);
+    // A new file: neither a link nor what an earlier mksquashfs may still write to is in its place.
+    let file = to.folder.create_file(&part).attempt(|| format!("create {}.part", to.shown()))?;
+    let result = squash(work, image_root, &file, packing, exclude, &attempted)
+        .and_then(|()| if exclude.is_empty() { attributes_are_kept(image_root, &file, &attempted) } else { Ok(()) })
+        .and_then(|()| file.sync_all().attempt(|| format!("write {}.part", to.shown())))
+        .and_then(|()| to.folder.rename(&part, to.name).attempt(|| format!("rename {}.part", to.shown())));
+    if result.is_err() {
+        let _ = to.folder.remove(&part);
+    }
+    result.map(|()| file)
 }
 
 fn squash(
     work: &Work,
-    image_root: &Path,
-    part: &Path,
+    image_root: &Tree,
+    part: &File,
     packing: &Packing,
     exclude: &[String],
     attempted: &str,
 ) -> Result<()> {
-    // What an earlier one left that was killed.
-    let _ = std::fs::remove_file(part);
     let mut mksquashfs = Command::new("mksquashfs");
-    mksquashfs.args([image_root, part]).args(["-noappend", "-quiet", "-no-progress", "-xattrs"]);
+    // Both by descriptor: on a shared volume a name may lead elsewhere by the time that mksquashfs opens it.
+    mksquashfs.current_dir(image_root.path()).args([".", "/proc/self/fd/0"]);
+    mksquashfs.args(["-noappend", "-quiet", "-no-progress", "-xattrs"]);
     match packing.compression {
         "none" => mksquashfs.args(["-noI", "-noD", "-noF", "-noX"]),
         algorithm => mksquashfs.args(["-comp", algorithm]),
@@ -68,10 +102,11 @@ fn squash(
         mksquashfs.args(["-wildcards", "-e"]).args(exclude);
     }
     // Who looks on sees how much there is; to count it takes a while.
-    let total = if std::io::stderr().is_terminal() { Some(size_of(image_root).attempt(|| attempted)?) } else { None };
+    let total = if io::stderr().is_terminal() { Some(size_of(image_root).attempt(|| attempted)?) } else { None };
     let mut progress = Progress::begin("packing", total);
     let look = |child: &Child| progress.at(has_read(child).unwrap_or(0));
-    let said = work.succeed(attempted, &mut mksquashfs, look)?;
+    let output = part.try_clone().attempt(|| attempted)?.into();
+    let said = work.succeed_with(attempted, &mut mksquashfs, output, look)?;
     let (mut not_kept, said): (Vec<_>, Vec<_>) = said.lines().partition(|line| line.starts_with(NOT_KEPT));
     // It says so of every file.
     not_kept.sort_unstable();
@@ -83,22 +118,18 @@ fn squash(
         // It passes over what it cannot read, and only says so.
         return Err(Error::new(attempted).because(said.join(", ")));
     }
-    File::open(part).and_then(|file| file.sync_all()).attempt(|| format!("write {}", part.display()))
+    Ok(())
 }
 
 /// What all files below `root` come to, in bytes.
-fn size_of(root: &Path) -> std::io::Result<u64> {
-    let (mut size, mut folders) = (0, vec![root.to_owned()]);
-    while let Some(folder) = folders.pop() {
-        for entry in std::fs::read_dir(&folder)? {
-            let (path, found) = entry.and_then(|entry| Ok((entry.path(), entry.metadata()?)))?;
-            if found.is_dir() {
-                folders.push(path);
-            } else {
-                size += found.len();
-            }
+fn size_of(root: &Tree) -> io::Result<u64> {
+    let mut size = 0;
+    root.walk(|_, _, _, found| {
+        if FileType::from_raw_mode(found.st_mode) != FileType::Directory {
+            size += u64::try_from(found.st_size).unwrap_or(0);
         }
-    }
+        Ok(())
+    })?;
     Ok(size)
 }
 
@@ -147,21 +178,11 @@ fn share_of_memory(all: Option<u64>) -> u64 {
 }
 
 /// Every set of extended attributes, file capabilities among them, is in the squashfs: it keeps each set once, and counts them.
-fn attributes_are_kept(image_root: &Path, squashfs: &Path, attempted: &str) -> Result<()> {
+fn attributes_are_kept(image_root: &Tree, squashfs: &File, attempted: &str) -> Result<()> {
     let mut sets = HashSet::new();
-    let mut folders = vec![image_root.to_owned()];
-    collect_attributes(image_root, &mut sets).attempt(|| attempted)?;
-    while let Some(folder) = folders.pop() {
-        for entry in std::fs::read_dir(&folder).attempt(|| attempted)? {
-            let entry = entry.attempt(|| attempted)?;
-            let path = entry.path();
-            collect_attributes(&path, &mut sets).attempt(|| attempted)?;
-            if entry.file_type().attempt(|| attempted)?.is_dir() {
-                folders.push(path);
-            }
-        }
-    }
-    let kept = attribute_sets(squashfs).attempt(|| format!("read {}", squashfs.display()))?;
+    let collected = image_root.walk(|_, folder, name, _| collect_attributes(&folder.path().join(name), &mut sets));
+    collected.attempt(|| attempted)?;
+    let kept = attribute_sets(squashfs).attempt(|| "read the packed image")?;
     if kept == sets.len() as u64 {
         return Ok(());
     }
@@ -171,7 +192,7 @@ fn attributes_are_kept(image_root: &Path, squashfs: &Path, attempted: &str) -> R
 
 type Attributes = Vec<(Vec<u8>, Vec<u8>)>;
 
-fn collect_attributes(path: &Path, sets: &mut HashSet<Attributes>) -> rustix::io::Result<()> {
+fn collect_attributes(path: &Path, sets: &mut HashSet<Attributes>) -> io::Result<()> {
     let mut names = [0; 4096];
     let length = match rustix::fs::llistxattr(path, &mut names[..]) {
         // No attributes, or a file system that has none.
@@ -194,8 +215,7 @@ fn collect_attributes(path: &Path, sets: &mut HashSet<Attributes>) -> rustix::io
 }
 
 /// How many sets a squashfs has: its superblock says at byte 56 where their table is, and that how many at its byte 8.
-fn attribute_sets(squashfs: &Path) -> std::io::Result<u64> {
-    let file = File::open(squashfs)?;
+fn attribute_sets(file: &File) -> io::Result<u64> {
     let mut number = [0; 8];
     file.read_exact_at(&mut number, 56)?;
     let table = u64::from_le_bytes(number);
@@ -205,13 +225,6 @@ fn attribute_sets(squashfs: &Path) -> std::io::Result<u64> {
     let mut count = [0; 4];
     file.read_exact_at(&mut count, table + 8)?;
     Ok(u32::from_le_bytes(count).into())
-}
-
-/// A path with something more at its end.
-pub fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(suffix);
-    name.into()
 }
 
 /// The MD5 of a file, read once from its start.

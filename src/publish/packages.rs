@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::{DirBuilder, File};
 use std::io::{self, Read};
 use std::os::unix::fs::DirBuilderExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 
 use rustix::fs::OFlags;
@@ -24,8 +24,7 @@ const LIMIT: u64 = 64 << 20;
 const RPM_LIMIT: u64 = 1 << 30;
 
 /// Names with versions. What cannot be read of an image, which is anybody's, is told in the log and is no error.
-pub fn of(work: &Work, root: &Path) -> Result<BTreeMap<String, String>> {
-    let tree = Tree::open(root).attempt(|| format!("open {}", root.display()))?;
+pub fn of(work: &Work, tree: &Tree) -> Result<BTreeMap<String, String>> {
     let mut packages = of_dpkg(&String::from_utf8_lossy(&tree.read(DPKG, LIMIT).unwrap_or_default()));
     for place in RPM {
         // On many the one is a link to the other.

@@ -8,7 +8,7 @@ use crate::publish::changes::Inventory;
 use crate::publish::download;
 use crate::publish::ims::{Ims, Status};
 use crate::publish::journal::{Journal, Phase};
-use crate::publish::package::{md5_of, with_suffix};
+use crate::publish::package::{md5_of, open_tree};
 use crate::publish::settings::Settings;
 use crate::publish::source::{Kind, Source};
 use crate::publish::unpack::{Overlay, unpack};
@@ -102,7 +102,7 @@ pub fn prepare(
             Open::Unpack if image_root.exists() => Ok(None),
             Open::Unpack => {
                 unpack(work, &archive, &unpacking)?;
-                Inventory::of(work, &unpacking)?.save(&parent.join(INVENTORY))?;
+                Inventory::of(work, &open_tree(&unpacking)?)?.save(&open_tree(parent)?, INVENTORY)?;
                 if let Some(above) = image_root.parent() {
                     std::fs::create_dir_all(above).attempt(|| format!("make the folder {}", above.display()))?;
                 }
@@ -166,6 +166,13 @@ fn check_md5(work: &Work, settings: &Settings, path: &Path) -> Result<()> {
         return Err(Error::new(format!("take {shown}")).because(format!("its MD5 is {sum}, expected {expected}")));
     }
     Ok(())
+}
+
+/// A path with something more at its end.
+fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    name.into()
 }
 
 /// Removes a tree; one that is not there is no error.

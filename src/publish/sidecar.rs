@@ -16,11 +16,12 @@ use crate::local::say_json;
 use crate::publish::changes::Inventory;
 use crate::publish::ims::{Ims, Status};
 use crate::publish::journal::{Journal, Phase};
+use crate::publish::package::{self, Archive};
 use crate::publish::prepare::INVENTORY;
 use crate::publish::settings::Settings;
 use crate::publish::upload::{Image, Publication};
 use crate::publish::work::Work;
-use crate::publish::{boot, package, pod_files};
+use crate::publish::{boot, pod_files};
 use crate::sys::poll;
 use crate::sys::tree::Tree;
 use crate::verdict::Verdict;
@@ -167,12 +168,7 @@ impl Sidecar<'_> {
             journal.phase = Phase::Packing;
             journal.note(self.files)?;
         }
-        drop(image_root);
-        self.publish(&mut journal)
-    }
-
-    fn path(&self) -> PathBuf {
-        self.files.path().join(self.settings.image_root())
+        self.publish(&image_root, &mut journal)
     }
 
     fn open_image_root(&self) -> Result<Tree> {
@@ -273,28 +269,32 @@ impl Sidecar<'_> {
         Ok(if failed { Ended::Failed } else { Ended::Well })
     }
 
-    fn publish(&mut self, journal: &mut Journal) -> Result<u8> {
+    /// Everything is read by descriptors from here on: sessions of a plain job may still be there, and rename what they like.
+    fn publish(&mut self, image_root: &Tree, journal: &mut Journal) -> Result<u8> {
         self.ims.set_status(Status::PackagingArtifacts)?;
-        let (image_root, tree) = (self.path(), self.open_image_root()?);
         // What is missing is told before anything is packed.
         let has_store = self.settings.store.url.is_some();
-        let boot = has_store.then(|| boot::find(&tree, &self.settings.boot, self.settings.arch)).transpose()?;
-        drop(tree);
-        let squashfs = self.files.path().join(self.settings.archive());
-        if journal.phase < Phase::Packed {
-            package::pack(self.work, &image_root, &squashfs, &self.settings.packing, &self.places.exclude)?;
-            tracing::info!("packed {}", squashfs.display());
-            if let Some(file) = &self.places.changes {
-                write_changes(self.work, &self.files.path().join(INVENTORY), &image_root, file)?;
+        let boot = has_store.then(|| boot::find(image_root, &self.settings.boot, self.settings.arch)).transpose()?;
+        let archive = Archive { folder: self.files.parent(), name: &self.settings.archive() };
+        let rootfs = if journal.phase < Phase::Packed {
+            let packed = package::pack(self.work, image_root, &archive, &self.settings.packing, &self.places.exclude)?;
+            tracing::info!("packed {}", archive.shown());
+            if let Some(file) = &self.places.changes
+                && let Err(error) = write_changes(self.work, self.files.parent(), image_root, file)
+            {
+                self.work.heed()?;
+                tracing::warn!("{error}; the image is published all the same");
             }
             journal.phase = Phase::Packed;
             journal.note(self.files)?;
-        }
+            packed
+        } else {
+            archive.open()?
+        };
         if !has_store {
             tracing::info!("no store is named (S3_BUCKET, IMAGE_STORE): the packed image stays where it is");
             return Journal::clear(self.files).map(|()| 0);
         }
-        let rootfs = std::fs::File::open(&squashfs).attempt(|| format!("open {}", squashfs.display()))?;
         let image = Image { rootfs, boot, debug_kernel: None };
         let report = self.publication().publish(image)?;
         say_json(&report);
@@ -307,8 +307,8 @@ impl Sidecar<'_> {
     }
 }
 
-/// Writes what has changed since the inventory was made.
-pub fn write_changes(work: &Work, inventory: &Path, image_root: &Path, to: &Path) -> Result<()> {
-    let changes = Inventory::load(inventory)?.changes_to(&Inventory::of(work, image_root)?);
+/// Writes what has changed since the inventory in `folder` was made.
+pub fn write_changes(work: &Work, folder: &Tree, image_root: &Tree, to: &Path) -> Result<()> {
+    let changes = Inventory::load(folder, INVENTORY)?.changes_to(&Inventory::of(work, image_root)?);
     std::fs::write(to, format!("{changes:#}\n")).attempt(|| format!("write {}", to.display()))
 }

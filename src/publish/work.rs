@@ -16,6 +16,7 @@ use crate::error::{Attempt, Error, Result};
 use crate::lifecycle::secrets;
 use crate::publish::settings::{Network, Validate};
 use crate::sys::poll;
+use crate::sys::process::end_with_us;
 use crate::sys::signals::{Signals, hold_none};
 
 /// How often one looks whether a signal came, and how far a program is.
@@ -138,15 +139,19 @@ impl Work {
     }
 
     /// Runs a program to its end and returns what it said; `look` is called now and then. A signal kills it.
-    pub fn run(&self, command: &mut Command, mut look: impl FnMut(&Child)) -> Result<Output> {
+    pub fn run(&self, command: &mut Command, look: impl FnMut(&Child)) -> Result<Output> {
+        self.run_with(command, Stdio::null(), look)
+    }
+
+    fn run_with(&self, command: &mut Command, stdin: Stdio, mut look: impl FnMut(&Child)) -> Result<Output> {
         self.heed()?;
         let name = Path::new(command.get_program()).display().to_string();
         let attempted = || format!("run {name}");
-        command.stdin(Stdio::null()).env("LC_ALL", "C");
+        command.stdin(stdin).env("LC_ALL", "C");
         // What it says goes to files: a pipe would fill up while nobody reads it.
         let (out, err) = (temporary().attempt(attempted)?, temporary().attempt(attempted)?);
         command.stdout(out.try_clone().attempt(attempted)?).stderr(err.try_clone().attempt(attempted)?);
-        let mut child = hold_none(command).spawn().attempt(attempted)?;
+        let mut child = end_with_us(hold_none(command)).spawn().attempt(attempted)?;
         let status = loop {
             if let Some(status) = child.try_wait().attempt(attempted)? {
                 break status;
@@ -167,7 +172,18 @@ impl Work {
 
     /// Runs a program that has to succeed; returns what it said on standard error all the same.
     pub fn succeed(&self, attempted: &str, command: &mut Command, look: impl FnMut(&Child)) -> Result<String> {
-        let output = self.run(command, look)?;
+        self.succeed_with(attempted, command, Stdio::null(), look)
+    }
+
+    /// The same of a program whose standard input is `stdin`.
+    pub fn succeed_with(
+        &self,
+        attempted: &str,
+        command: &mut Command,
+        stdin: Stdio,
+        look: impl FnMut(&Child),
+    ) -> Result<String> {
+        let output = self.run_with(command, stdin, look)?;
         let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
         if output.status.success() {
             return Ok(said);

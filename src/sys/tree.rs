@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Component, Path};
+use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags, ResolveFlags, Stat, StatVfsMountFlags, Timestamps};
 use rustix::io::Errno;
@@ -49,9 +49,12 @@ impl Tree {
     /// Opens `path` below the tree; every link on the way is resolved inside it, the last component too unless `flags` hold
     /// `NOFOLLOW`.
     pub fn open_at(&self, path: impl AsRef<Path>, flags: OFlags, mode: Mode) -> io::Result<OwnedFd> {
-        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+        self.resolve(path.as_ref(), flags, mode, ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS)
+    }
+
+    fn resolve(&self, path: &Path, flags: OFlags, mode: Mode, resolve: ResolveFlags) -> io::Result<OwnedFd> {
         for _ in 0..RACE_RETRIES {
-            match rustix::fs::openat2(&self.folder, path.as_ref(), flags | OFlags::CLOEXEC, mode, resolve) {
+            match rustix::fs::openat2(&self.folder, path, flags | OFlags::CLOEXEC, mode, resolve) {
                 Err(Errno::AGAIN | Errno::INTR) => {}
                 other => return other.map_err(Into::into),
             }
@@ -67,6 +70,21 @@ impl Tree {
     /// A folder below the tree, as a tree of its own.
     pub fn folder(&self, path: impl AsRef<Path>) -> io::Result<Tree> {
         Ok(Tree { folder: self.open_at(path, OFlags::PATH | OFlags::DIRECTORY, Mode::empty())? })
+    }
+
+    /// The directory `path` below the tree, on whose way nothing is a link.
+    pub fn folder_without_links(&self, path: impl AsRef<Path>) -> io::Result<Tree> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW;
+        Ok(Tree { folder: self.open_without_links(path, flags)? })
+    }
+
+    /// A handle on the object `path`, on whose way nothing is a link (ELOOP); the object itself may be one.
+    pub fn handle_without_links(&self, path: impl AsRef<Path>) -> io::Result<OwnedFd> {
+        self.open_without_links(path, OFlags::PATH | OFlags::NOFOLLOW)
+    }
+
+    fn open_without_links(&self, path: impl AsRef<Path>, flags: OFlags) -> io::Result<OwnedFd> {
+        self.resolve(path.as_ref(), flags, Mode::empty(), ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS)
     }
 
     /// What stands at `path`, a link included; `None` where nothing does.
@@ -120,6 +138,48 @@ impl Tree {
         let opened = rustix::fs::fstat(&file)?;
         let same = (opened.st_dev, opened.st_ino) == (found.st_dev, found.st_ino);
         if same { Ok(file.into()) } else { Err(Errno::AGAIN.into()) }
+    }
+
+    /// Creates the empty file `name` of this directory, for reading and writing, in place of what had the name. Mode 0600.
+    pub fn create_file(&self, name: impl AsRef<Path>) -> io::Result<File> {
+        self.remove(&name)?;
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
+        Ok(self.open_at(name, flags, Mode::from_raw_mode(0o600))?.into())
+    }
+
+    /// Gives the file `from` of this directory the name `to`, in place of what had it.
+    pub fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        rustix::fs::renameat(&self.folder, from, &self.folder, to).map_err(Into::into)
+    }
+
+    /// A path that leads to the tree's own directory, whatever its name is by now, as long as this value lives; for this process and for
+    /// the working directory of what it starts.
+    pub fn path(&self) -> PathBuf {
+        format!("/proc/self/fd/{}", self.folder.as_raw_fd()).into()
+    }
+
+    /// Where the directory is now, for messages.
+    pub fn shown(&self) -> PathBuf {
+        std::fs::read_link(self.path()).unwrap_or_else(|_| self.path())
+    }
+
+    /// Calls `visit` for the directory itself and for everything below it: with the path below the tree, the directory that holds it, its
+    /// name there, and what it is. Follows no link, and reaches nothing outside, whatever is renamed meanwhile.
+    pub fn walk(&self, mut visit: impl FnMut(&Path, &Tree, &OsStr, &Stat) -> io::Result<()>) -> io::Result<()> {
+        visit(Path::new(""), self, OsStr::new("."), &rustix::fs::fstat(&self.folder)?)?;
+        let mut folders = vec![PathBuf::from(".")];
+        while let Some(path) = folders.pop() {
+            let folder = self.folder_without_links(&path)?;
+            for name in folder.names()? {
+                let below = path.join(&name);
+                let found = rustix::fs::statat(&folder, &name, AtFlags::SYMLINK_NOFOLLOW)?;
+                visit(below.strip_prefix(".").unwrap_or(&below), &folder, &name, &found)?;
+                if FileType::from_raw_mode(found.st_mode) == FileType::Directory {
+                    folders.push(below);
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Creates the file `path` if nothing is there, and never through a link. Returns whether it was created.

@@ -48,6 +48,12 @@ pub fn squashfs_of(tree: &Path) -> PathBuf {
     file
 }
 
+/// Programs of this name whose working directory is `tree`.
+pub fn at_work_in(tree: &Path, name: &str) -> Vec<u32> {
+    let in_tree = |pid: &u32| std::fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd == tree);
+    processes_with(name).into_iter().filter(in_tree).collect()
+}
+
 pub fn md5(bytes: &[u8]) -> String {
     let output = feed(&mut Command::new("md5sum"), bytes);
     text(output.stdout).split(' ').next().unwrap().to_owned()

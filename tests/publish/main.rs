@@ -15,4 +15,5 @@ mod prepare;
 mod s3_server;
 mod sidecar;
 mod tls;
+mod trust;
 mod upload;

@@ -519,8 +519,7 @@ fn killed_when(moment: &str, has_come: impl Fn(&Job) -> bool) {
     }
     wait_until(moment, || has_come(&job));
     running.kill_sidecar();
-    let parent = job.volume.parent.display().to_string();
-    wait_until("mksquashfs to end", || processes_with(&format!("mksquashfs {parent}")).is_empty());
+    wait_until("mksquashfs to end", || at_work_in(&job.volume.image_root, "mksquashfs").is_empty());
     let second = job.sidecar(Mode::Plain, &[]).spawn().unwrap();
     running.sidecar = Some(second);
     if early {
