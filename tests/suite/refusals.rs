@@ -108,7 +108,7 @@ fn a_dangerous_accept_env_is_refused_in_whichever_match_block_and_file_it_stands
         [
             "Address 10.0.0.0/8",
             "Host *.example",
-            "LocalPort 1-65535",
+            "LocalPort 4711",
             "LocalAddress 10.1.2.3",
             "User root Address !127.0.0.1",
             "all",
