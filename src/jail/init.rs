@@ -161,15 +161,19 @@ fn serve(link: &Link, inside: Inside) -> u8 {
     }
     drop(namespaces);
     let mut told = Vec::new();
-    loop {
+    let mut tell_marks = || {
         for verdict in Verdict::ALL {
             let marked = rustix::fs::lstat(Path::new("/tmp").join(verdict.signal_file())).is_ok();
             if marked && !told.contains(&verdict) {
-                if link.send(&Message::Marked(verdict)).is_err() {
-                    return 1;
-                }
+                link.send(&Message::Marked(verdict))?;
                 told.push(verdict);
             }
+        }
+        io::Result::Ok(())
+    };
+    loop {
+        if tell_marks().is_err() {
+            return 1;
         }
         watch.renew();
         let mut sources = vec![
@@ -185,6 +189,9 @@ fn serve(link: &Link, inside: Inside) -> u8 {
             Err(_) => return 1,
         }
         if !sources[0].revents().is_empty() {
+            // The supervisor closes the environment, or has died. A mark that was made as the processes in the jail were asked to end
+            // is seen only here: /tmp may be a mount of the jail's own.
+            let _ = tell_marks();
             return 1;
         }
         while let Ok(Some(_)) = signals.next() {}

@@ -74,6 +74,11 @@ impl Link {
         self.packets.send_with(message.to_text().as_bytes(), descriptors)
     }
 
+    /// Tells the other end that nothing more is sent; it can still send.
+    pub fn finish(&self) -> io::Result<()> {
+        self.packets.finish()
+    }
+
     /// The next message and the descriptors that came with it, waiting for it; `None` if the other end is gone.
     pub fn receive(&self) -> io::Result<Option<(Message, Vec<OwnedFd>)>> {
         let Some((packet, descriptors)) = self.packets.receive_with()? else { return Ok(None) };

@@ -18,6 +18,7 @@ use crate::jail::mount_table::{Proc, mount_table};
 use crate::jail::record::Record;
 use crate::jail::resolv_conf::{self, RESOLV_CONF, ResolvConf};
 use crate::jail::tier::Tier;
+use crate::lifecycle::processes::KILL_TIME;
 use crate::lifecycle::state::StateFolder;
 use crate::sys::poll;
 use crate::sys::process::{Handle, Identity};
@@ -72,6 +73,9 @@ pub struct OpenJail {
 /// A jail is made in milliseconds, or never.
 const TIME_TO_MAKE: Duration = Duration::from_secs(10);
 
+/// How long the init has to end by itself, unless a session keeps all processors busy.
+const TIME_TO_FINISH: Duration = Duration::from_millis(200);
+
 impl OpenJail {
     /// Makes the jail and writes down in `state` where it is. This process has to be a subreaper (or PID 1).
     pub fn open(wanted: &Wanted<'_>, state: &StateFolder) -> Result<Self> {
@@ -108,7 +112,7 @@ impl OpenJail {
                 events,
                 resolv_conf: text,
             };
-            jail.record(wanted, identity, state).inspect_err(|_| jail.end())?;
+            jail.record(wanted, identity, state).inspect_err(|_| drop(jail.end()))?;
             Ok(jail)
         });
         opened.inspect_err(|_| {
@@ -160,11 +164,21 @@ impl OpenJail {
         self.link.receive().ok().flatten().map(|(message, _)| message)
     }
 
-    /// Ends every process in the jail. When this returns, none is left: the kernel lets the init end only after all others. In the
+    /// Ends every process in the jail. When this succeeds, none is left: the kernel lets the init end only after all others. In the
     /// chroot tier it ends the init alone.
-    pub fn end(&self) {
-        let _ = self.init.signal(Signal::SIGKILL);
+    pub fn end(&self) -> Result<()> {
+        // The init looks for marks once more, and ends. The link then has what it found.
+        let _ = self.link.finish();
+        if !self.init.ends_within(TIME_TO_FINISH) {
+            let _ = self.init.signal(Signal::SIGKILL);
+        }
+        if !self.init.ends_within(KILL_TIME) {
+            return Err(Error::new("end the jail")
+                .because("a process in it is still there after SIGKILL")
+                .advise("it waits for a device or a network file system; the image cannot be trusted"));
+        }
         while waitpid(self.init.pid, None) == Err(nix::errno::Errno::EINTR) {}
+        Ok(())
     }
 
     /// Removes the jail's traces from the image root, after its end: keeps an edited resolv.conf, removes what was added.

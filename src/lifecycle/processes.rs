@@ -1,135 +1,199 @@
 //! The end of all that a job still runs, and of what it has mounted in its image root.
 
+use std::collections::HashSet;
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::{Pid, getpid};
+use nix::unistd::Pid;
 
 use crate::error::{Attempt, Error, Result};
+use crate::lifecycle::open_jail::OpenJail;
 use crate::lifecycle::secrets::without_secrets;
-use crate::sys::process::{Entry, Handle, descendants, numbers, own_descendants};
+use crate::sys::process::{Entry, Handle, descendants, numbers, visit_descendants};
 use crate::sys::{mounts, poll};
 
 /// How long a process has to end by itself after SIGTERM.
 const TERM_TIME: Duration = Duration::from_secs(1);
 
-/// What is put away, is put away by then.
+/// Time for the programs in a jail to save state (an editor's recovery file) before the jail is killed.
 const ASK_TIME: Duration = Duration::from_millis(200);
 
-/// How long the kernel has to end a process after SIGKILL; one that hangs in a dead network file system takes for ever.
-const KILL_TIME: Duration = Duration::from_secs(5);
+/// How long the kernel has to end a process after SIGKILL; one that hangs in a dead network file system takes for ever. Together with the
+/// time to ask, less than the 5 s that a close takes at most after the grace.
+pub const KILL_TIME: Duration = Duration::from_millis(3500);
 
-/// Ends every descendant of this process, which has to be a subreaper (or PID 1), and whoever else stands in `image_root` or among the
-/// mounts of its jail, whose namespace's name that is: TERM, and KILL for those that stay.
-pub fn end_all(image_root: Option<&Path>, jail: Option<&Path>) -> Result<()> {
-    end(|| {
-        let mut left = own_descendants();
-        if let Some(image_root) = image_root {
-            left.extend(standing_in(image_root, jail));
-        }
-        left
-    })
-}
+/// As many processes are named in the log; of the others it tells how many they are.
+const NAMED: usize = 20;
 
-/// Asks every descendant of this process but `spared` to end, and waits a moment for those that have something to put away, such as an
-/// editor its recovery file. Before the jail's init is killed, which asks nobody. `jail` is the name of its PID namespace.
-pub fn ask_to_end(spared: Pid, jail: Option<&Path>) {
-    let began = Instant::now();
-    let mut asked = Vec::new();
-    loop {
-        reap();
-        let mut left = own_descendants();
-        left.retain(|e| e.pid != spared && e.state != 'Z');
-        if left.is_empty() || began.elapsed() >= ASK_TIME {
-            // The jail's end kills those in it; the others have some more time.
-            let jail_of = |pid: Pid| std::fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
-            left.iter().filter(|e| jail.is_some() && jail_of(e.pid).as_deref() == jail).for_each(tell_killed);
-            return;
+/// As many processes are watched for their end, each by a descriptor.
+const WATCHED: usize = 16;
+
+/// Ends every process of the job: each descendant of this process, which has to be a subreaper (or PID 1), and whoever is in `jail`: TERM,
+/// and KILL for those that stay. A process that only has its working directory in the image root is not the job's.
+pub fn end_all(jail: Option<&OpenJail>) -> Result<()> {
+    let mut ending = Ending::begin();
+    let (init, mounts) = (jail.map(OpenJail::init), jail.and_then(|jail| jail.namespace("mnt")));
+    let visit = |visit: Visitor<'_>| {
+        visit_descendants(&mut |entry| if Some(entry.pid) == init { ControlFlow::Continue(()) } else { visit(entry) });
+        if let Some(mounts) = &mounts {
+            visit_those_among(mounts, visit);
         }
-        let handles = left.iter().filter_map(|entry| ask_once(entry, &mut asked)).collect();
-        wait_for_all(handles, ASK_TIME.saturating_sub(began.elapsed()));
+    };
+    if let Some(jail) = jail {
+        ending.ask(visit);
+        ending.tell_killed_with(jail);
+        jail.end()?;
     }
+    ending.finish(visit)
 }
 
 /// Ends the process `root` of an earlier environment with all that descends from it.
 pub fn end_tree(root: &Entry) -> Result<()> {
-    end(|| {
+    Ending::begin().finish(|visit| {
         let all = Entry::all();
-        let mut left = descendants(&all, root.pid);
-        left.extend(all.into_iter().filter(|e| e.pid == root.pid && e.start == root.start));
-        left
+        let root = all.iter().find(|e| e.identity() == root.identity());
+        let found = root.into_iter().flat_map(|root| std::iter::once(root.clone()).chain(descendants(&all, root.pid)));
+        let _ = found.into_iter().try_for_each(|entry| visit(&entry));
     })
 }
 
-/// Processes whose root or working folder is in `image_root`, as an administrator's shell from `kubectl exec`. Only those that see the
-/// same mounts: another's path of that name is another folder. And those that have entered the jail's mounts, but not its processes.
-fn standing_in(image_root: &Path, jail: Option<&Path>) -> Vec<Entry> {
-    let link = |pid: Pid, name: &str| std::fs::read_link(format!("/proc/{pid}/{name}")).ok();
-    let own_mounts = std::fs::read_link("/proc/self/ns/mnt").ok();
-    let this = getpid();
-    let stands = |pid: &Pid| {
-        let within = |name| link(*pid, name).is_some_and(|path| path.starts_with(image_root));
-        let Some(mounts) = link(*pid, "ns/mnt").filter(|_| *pid != this) else { return false };
-        jail == Some(mounts.as_path()) || Some(mounts) == own_mounts && (within("cwd") || within("root"))
-    };
-    numbers(Path::new("/proc")).filter(stands).filter_map(Entry::read).collect()
+type Visitor<'a> = &'a mut dyn FnMut(&Entry) -> ControlFlow<()>;
+
+/// Those that have entered the mount namespace of this name, but are not in the jail's PID namespace, as by `nsenter --mount`.
+fn visit_those_among(mounts: &Path, visit: Visitor<'_>) {
+    let among = |pid: &Pid| std::fs::read_link(format!("/proc/{pid}/ns/mnt")).is_ok_and(|own| own == mounts);
+    let found = numbers(Path::new("/proc")).filter(among).filter_map(Entry::read);
+    let _ = found.into_iter().try_for_each(|entry| visit(&entry));
 }
 
-fn end(find: impl Fn() -> Vec<Entry>) -> Result<()> {
-    let began = Instant::now();
-    let mut asked = Vec::new();
-    let mut killed = Vec::new();
-    loop {
-        reap();
-        let left: Vec<Entry> = find().into_iter().filter(|e| e.state != 'Z').collect();
-        if left.is_empty() {
-            return Ok(());
-        }
-        let kill_now = began.elapsed() > TERM_TIME;
-        let handles = left.iter().filter_map(|entry| {
-            let handle = ask_once(entry, &mut asked)?;
-            if kill_now && !killed.contains(&entry.pid) {
-                tell_killed(entry);
-                killed.push(entry.pid);
-                let _ = handle.signal(Signal::SIGKILL);
+/// Processes on their way to their end, in sweeps: what forks faster than one looks is found by the next.
+struct Ending {
+    began: Instant,
+    asked: HashSet<Pid>,
+    /// When the newest of those that the first sweep asked had started. A later process may be what a program has started because it was
+    /// asked to end, to save its state.
+    newest: Option<u64>,
+    killed: Told,
+}
+
+/// What a sweep has found.
+struct Sweep {
+    left: usize,
+    watched: Vec<Handle>,
+}
+
+impl Ending {
+    fn begin() -> Self {
+        Self { began: Instant::now(), asked: HashSet::new(), newest: None, killed: Told::default() }
+    }
+
+    /// Asks everybody to end, and waits for that a moment.
+    fn ask(&mut self, visit: impl Fn(Visitor<'_>)) {
+        loop {
+            let sweep = self.sweep(&visit, false);
+            // Those who were asked last have their time too, however many there were to ask.
+            let limit = self.began + TERM_TIME.min(ASK_TIME);
+            if sweep.left == 0 || Instant::now() >= limit {
+                return;
             }
-            Some(handle)
-        });
-        let handles = handles.collect();
-        if began.elapsed() > TERM_TIME + KILL_TIME {
-            let names: Vec<_> =
-                left.iter().map(|e| format!("{} ({})", e.pid, without_secrets(&e.command_line()))).collect();
-            return Err(Error::new(format!("end process {}", names.join(", ")))
-                .because("it is still there after SIGKILL")
-                .advise("it waits for a device or a network file system; the image cannot be trusted"));
+            wait_for_all(sweep.watched, limit.saturating_duration_since(Instant::now()));
         }
-        let moment = Duration::from_millis(50);
-        wait_for_all(handles, TERM_TIME.saturating_sub(began.elapsed()).max(moment));
+    }
+
+    /// Asks everybody to end, kills whoever has not ended in time, and returns when nobody is left.
+    fn finish(mut self, visit: impl Fn(Visitor<'_>)) -> Result<()> {
+        loop {
+            let elapsed = self.began.elapsed();
+            let sweep = self.sweep(&visit, elapsed >= TERM_TIME);
+            if sweep.left == 0 {
+                return Ok(());
+            }
+            if elapsed >= TERM_TIME + KILL_TIME {
+                let mut names = Vec::new();
+                visit(&mut |entry| {
+                    names.push(format!("{} ({})", entry.pid, without_secrets(&entry.command_line())));
+                    if names.len() < NAMED { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+                });
+                return Err(Error::new(format!("end process {}", names.join(", ")))
+                    .because(format!("{} processes are still there after SIGKILL", sweep.left))
+                    .advise("they wait for a device or a network file system; the image cannot be trusted"));
+            }
+            let moment = Duration::from_millis(50);
+            wait_for_all(sweep.watched, TERM_TIME.saturating_sub(self.began.elapsed()).max(moment));
+        }
+    }
+
+    fn sweep(&mut self, visit: &impl Fn(Visitor<'_>), kill: bool) -> Sweep {
+        reap();
+        let mut sweep = Sweep { left: 0, watched: Vec::new() };
+        let (is_first, newest) = (self.newest.is_none(), self.newest.unwrap_or(0));
+        visit(&mut |entry| {
+            if entry.has_ended() {
+                return ControlFlow::Continue(());
+            }
+            sweep.left += 1;
+            // It may have ended since; a number that is another process's by now is not signalled.
+            let Ok(handle) = Handle::open(entry.identity()) else { return ControlFlow::Continue(()) };
+            if kill {
+                if handle.signal(Signal::SIGKILL).is_ok() {
+                    self.killed.tell(entry);
+                }
+            } else if (is_first || entry.start < newest) && self.asked.insert(entry.pid) {
+                self.newest = self.newest.max(Some(entry.start));
+                let _ = handle.signal(Signal::SIGTERM);
+                // One that is stopped would not hear it.
+                let _ = handle.signal(Signal::SIGCONT);
+            }
+            if sweep.watched.len() < WATCHED {
+                sweep.watched.push(handle);
+            }
+            // To ask has its time; to kill ends only when all are dead.
+            if kill || self.began.elapsed() < TERM_TIME { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+        });
+        sweep
+    }
+
+    /// Names those who are killed with their jail.
+    fn tell_killed_with(&mut self, jail: &OpenJail) {
+        let Some(pids) = jail.namespace("pid") else { return };
+        visit_descendants(&mut |entry| {
+            let is_inside = || std::fs::read_link(format!("/proc/{}/ns/pid", entry.pid)).is_ok_and(|own| own == pids);
+            if entry.pid != jail.init() && !entry.has_ended() && is_inside() {
+                self.killed.tell(entry);
+            }
+            ControlFlow::Continue(())
+        });
     }
 }
 
-fn tell_killed(entry: &Entry) {
-    let command = without_secrets(&entry.command_line());
-    tracing::warn!(pid = entry.pid.as_raw(), command, "killed, since it did not end after SIGTERM");
+/// Who was killed, as far as it is told.
+#[derive(Default)]
+struct Told {
+    pids: HashSet<Pid>,
 }
 
-/// Opens `entry` if it is still there and, the first time, asks it to end.
-fn ask_once(entry: &Entry, asked: &mut Vec<Pid>) -> Option<Handle> {
-    let handle = Handle::open(entry.identity()).ok()?;
-    if !asked.contains(&entry.pid) {
-        asked.push(entry.pid);
-        let _ = handle.signal(Signal::SIGTERM);
-        // One that is stopped would not hear it.
-        let _ = handle.signal(Signal::SIGCONT);
+impl Told {
+    fn tell(&mut self, entry: &Entry) {
+        if self.pids.insert(entry.pid) && self.pids.len() <= NAMED {
+            let command = without_secrets(&entry.command_line());
+            tracing::warn!(pid = entry.pid.as_raw(), command, "killed, since it did not end after SIGTERM");
+        }
     }
-    Some(handle)
 }
 
-/// Waits until all of `handles` have ended, or for `limit`: looking at all processes anew for each that ends would take longer than they
-/// do.
+impl Drop for Told {
+    fn drop(&mut self) {
+        if self.pids.len() > NAMED {
+            tracing::warn!("killed {} more processes, which did not end after SIGTERM", self.pids.len() - NAMED);
+        }
+    }
+}
+
+/// Waits until all of `handles` have ended, or for `limit`: a sweep for each that ends would take longer than they do.
 fn wait_for_all(mut handles: Vec<Handle>, limit: Duration) {
     use rustix::event::{PollFd, PollFlags};
     let began = Instant::now();

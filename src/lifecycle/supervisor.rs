@@ -67,7 +67,7 @@ pub fn run(settings: Settings, files: Option<SignalFiles>, listening: impl FnOnc
         watchfulness: None,
         closing_since: None,
         script: None,
-        script_output: false,
+        script_output: None,
         hung_up: Vec::new(),
         farewell: None,
         look_again: None,
@@ -117,9 +117,10 @@ struct Supervisor<F> {
     watchfulness: Option<Watchfulness>,
     /// When the verdict came; the close's steps are logged with the time since.
     closing_since: Option<Instant>,
-    script: Option<Script>,
-    /// Whether the script's output can still grow; something that it started may hold it after its end.
-    script_output: bool,
+    /// The customization script, as long as it runs.
+    script: Option<Pid>,
+    /// Its output, as long as that can grow: what the script has started may write to it after the script's end.
+    script_output: Option<Script>,
     hung_up: Vec<Pid>,
     farewell: Option<Farewell>,
     look_again: Option<Instant>,
@@ -196,15 +197,7 @@ impl<F: FnOnce()> Supervisor<F> {
             }
             Action::EndProcesses => {
                 self.farewell = None;
-                let jail = self.jail.as_ref();
-                if let Some(jail) = jail {
-                    processes::ask_to_end(jail.init(), jail.namespace("pid").as_deref());
-                    jail.end();
-                }
-                let jails_mounts = jail.and_then(|jail| jail.namespace("mnt"));
-                let image_root =
-                    self.image_root.as_ref().map(|_| self.settings.parent.join(self.settings.image_root()));
-                Some(match processes::end_all(image_root.as_deref(), jails_mounts.as_deref()) {
+                Some(match processes::end_all(self.jail.as_ref()) {
                     Ok(()) => {
                         self.step("no process of the job is left");
                         Event::AllEnded
@@ -357,7 +350,7 @@ impl<F: FnOnce()> Supervisor<F> {
     /// What it means that a child has ended.
     fn ended(&mut self, status: WaitStatus) -> Option<Event> {
         let pid = status.pid()?;
-        if self.script.as_ref().is_some_and(|s| s.pid() == pid) {
+        if self.script == Some(pid) {
             self.log_script();
             self.script = None;
             if matches!(status, WaitStatus::Exited(_, 0)) {
@@ -472,16 +465,15 @@ impl<F: FnOnce()> Supervisor<F> {
         let mut variables = self.settings.session_variables.clone();
         variables.push(("IMAGE_ROOT_PARENT".into(), self.settings.parent.display().to_string()));
         tracing::info!("customization script {} starts", path.display());
-        self.script = Some(Script::start(path, &variables)?);
-        self.script_output = true;
+        let script = Script::start(path, &variables)?;
+        self.script = Some(script.pid());
+        self.script_output = Some(script);
         Ok(())
     }
 
     fn log_script(&mut self) {
-        if self.script_output
-            && let Some(script) = &mut self.script
-        {
-            self.script_output = script.log_output();
+        if self.script_output.as_mut().is_some_and(|output| !output.log_output()) {
+            self.script_output = None;
         }
     }
 
@@ -568,8 +560,8 @@ impl<F: FnOnce()> Supervisor<F> {
         if let Some(link) = link {
             sources.push(PollFd::from_borrowed_fd(link, PollFlags::IN));
         }
-        if let Some(script) = self.script.as_ref().filter(|_| self.script_output) {
-            sources.push(PollFd::from_borrowed_fd(script.as_fd(), PollFlags::IN));
+        if let Some(output) = &self.script_output {
+            sources.push(PollFd::from_borrowed_fd(output.as_fd(), PollFlags::IN));
         }
         if let Some(farewell) = &self.farewell {
             sources.extend(farewell.ends());

@@ -110,7 +110,7 @@ impl Ground {
         let bare = jail.door("mnt").filter(|_| tier == Tier::Namespace).map(OwnedFd::try_clone).transpose();
         let bare = bare.attempt(|| "keep the mount namespace of a jail that was made on trial");
         let without_devices = jail.without_devices;
-        jail.end();
+        jail.end()?;
         // With the mount points go the mounts: the kernel takes them down in all namespaces.
         jail.clear(&self.image_root, &self.note_folder, &self.state)?;
         entered?;

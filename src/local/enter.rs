@@ -64,8 +64,7 @@ pub fn run(image_root: &Path, command: &[OsString]) -> Result<u8> {
     helper.arg("enter").arg(state.jail()).arg("--").args(command);
     let ended = hold_none(&mut helper).status().attempt(|| "start ims-jail-shell");
 
-    jail.end();
-    let all_ended = processes::end_all(Some(&image_root), jail.namespace("mnt").as_deref());
+    let all_ended = processes::end_all(Some(&jail));
     drop(emulation);
     jail.clear(&tree, &notes, &state)?;
     state.remove()?;

@@ -14,7 +14,7 @@ use crate::sshd;
 use crate::sshd::effective::Effective;
 use crate::sshd::login_shell::LoginShell;
 use crate::sshd::options::Options;
-use crate::sys::process::{Entry, Identity, output_within, own_descendants};
+use crate::sys::process::{Entry, Identity, children, output_within};
 
 /// The listening sshd. Its connections and sessions go on when it ends.
 #[derive(Debug)]
@@ -91,8 +91,8 @@ impl Daemon {
 
     /// sshds in the background: each leads a session of its own and is this process's child.
     fn children() -> Vec<Entry> {
-        let mut own = own_descendants();
-        own.retain(|e| e.parent == getpid() && e.session == e.pid && e.name.starts_with("sshd") && e.state != 'Z');
+        let mut own: Vec<_> = children(getpid()).into_iter().filter_map(Entry::read).collect();
+        own.retain(|e| e.session == e.pid && e.name.starts_with("sshd") && !e.has_ended());
         own
     }
 
@@ -194,24 +194,52 @@ pub struct Running {
 
 /// What runs below this process. Sessions are children of connections; those of a listener that has ended count too.
 pub fn running(listener: Option<Pid>) -> Running {
-    let own = own_descendants();
-    let is_sshd = |pid: Pid| own.iter().any(|e| e.pid == pid && e.name.starts_with("sshd"));
     let mut running = Running::default();
-    for entry in own.iter().filter(|e| Some(e.pid) != listener) {
-        let within_sshd = is_sshd(entry.parent);
-        if entry.state == 'Z' {
+    for entry in sshds_with_children().into_iter().filter(|e| Some(e.pid) != listener) {
+        let within_sshd = entry.parent != getpid();
+        let is_sshd = entry.name.starts_with("sshd");
+        if entry.has_ended() {
             running.unheard += usize::from(within_sshd && Some(entry.parent) != listener);
-        } else if !entry.name.starts_with("sshd") {
-            if within_sshd {
-                running.sessions.push(entry.clone());
-            }
-        } else if within_sshd && entry.command_line().ends_with("@internal-sftp") {
-            running.sessions.push(entry.clone());
-        } else {
-            running.connections.push(entry.clone());
+        } else if within_sshd && (!is_sshd || entry.command_line().ends_with("@internal-sftp")) {
+            running.sessions.push(entry);
+        } else if is_sshd {
+            running.connections.push(entry);
         }
     }
     running
+}
+
+/// Every sshd below this process and the children of each. What sessions have started is not walked: it can be any number of processes.
+fn sshds_with_children() -> Vec<Entry> {
+    let walk = || {
+        let mut found = Vec::new();
+        let mut parents = vec![getpid()];
+        while let Some(parent) = parents.pop() {
+            for entry in children(parent).into_iter().filter_map(Entry::read) {
+                let is_sshd = entry.name.starts_with("sshd");
+                if is_sshd {
+                    parents.push(entry.pid);
+                }
+                // Of this process's own children, the others are the jail's init, the script, and what sessions have left behind.
+                if is_sshd || parent != getpid() {
+                    found.push(entry);
+                }
+            }
+        }
+        found
+    };
+    let pids = |entries: &[Entry]| entries.iter().map(|e| e.pid).collect::<Vec<_>>();
+    let mut before = walk();
+    // A connection whose listener ends during a walk may be missed, in a list that was read before and in one that is gone; the next walk
+    // finds it.
+    for _ in 0..10 {
+        let again = walk();
+        if pids(&before) == pids(&again) {
+            return again;
+        }
+        before = again;
+    }
+    before
 }
 
 #[cfg(test)]

@@ -64,6 +64,11 @@ impl Packets {
         Ok(())
     }
 
+    /// Sends nothing more: the other end sees that, and can still send.
+    pub fn finish(&self) -> io::Result<()> {
+        net::shutdown(&self.fd, net::Shutdown::Write).map_err(Into::into)
+    }
+
     /// The next packet, waiting for it; `None` if the other end is gone. Descriptors that come with it are closed.
     pub fn receive(&self) -> io::Result<Option<Vec<u8>>> {
         Ok(self.receive_with()?.map(|(packet, _)| packet))

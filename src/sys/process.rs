@@ -1,10 +1,12 @@
 //! Processes: forked, waited for, found in /proc, and left.
 
+use std::collections::{HashMap, VecDeque};
 use std::convert::Infallible;
 use std::ffi::{CString, OsStr, OsString};
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Read};
+use std::ops::ControlFlow;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
@@ -154,7 +156,7 @@ impl Handle {
         let pid = Pid::from_raw(process.pid);
         // Read after the descriptor was opened: if the number had changed hands before, the time tells.
         match Entry::read(pid) {
-            Some(entry) if entry.start == process.start && entry.state != 'Z' => Ok(Self { fd, pid }),
+            Some(entry) if entry.start == process.start && !entry.has_ended() => Ok(Self { fd, pid }),
             _ => Err(rustix::io::Errno::SRCH.into()),
         }
     }
@@ -219,6 +221,8 @@ pub struct Entry {
     pub terminal: u64,
     /// When it started, in clock ticks after boot.
     pub start: u64,
+    /// How many threads it has.
+    pub threads: u64,
 }
 
 impl Entry {
@@ -254,7 +258,13 @@ impl Entry {
             session: Pid::from_raw(i32::try_from(number(3)?).ok()?),
             terminal: number(4)?.cast_unsigned() & 0xffff_ffff,
             start: rest.get(19)?.parse().ok()?,
+            threads: rest.get(17)?.parse().ok()?,
         })
+    }
+
+    /// Whether it has ended and only its parent has not waited for it yet. A process whose first thread alone has ended is still there.
+    pub fn has_ended(&self) -> bool {
+        self.state == 'Z' && self.threads <= 1
     }
 
     /// All processes this one can see.
@@ -294,55 +304,45 @@ pub fn numbers(folder: &Path) -> impl Iterator<Item = Pid> + use<> {
     entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).map(Pid::from_raw)
 }
 
-/// Those that descend from this process, which has to be a subreaper (or PID 1): by the kernel's lists of children, so that the machine's
-/// other processes cost nothing.
-pub fn own_descendants() -> Vec<Entry> {
-    let pids = |entries: &[Entry]| entries.iter().map(|e| e.pid).collect::<Vec<_>>();
-    let mut before = walk_own();
-    // One whose parent ends during a walk may be missed, in a list that was read before and in one that is gone; the next finds it.
-    for _ in 0..10 {
-        let again = walk_own();
-        match (before, again) {
-            (Some(before), Some(again)) if pids(&before) == pids(&again) => return again,
-            (_, None) => break,
-            (_, again) => before = again,
-        }
+/// The children of process `parent`, by the kernel's lists, so that the machine's other processes cost nothing. This process, as a
+/// subreaper or PID 1, has no descendant as long as it has no child.
+pub fn children(parent: Pid) -> Vec<Pid> {
+    let list = |thread: Pid| std::fs::read_to_string(format!("/proc/{parent}/task/{thread}/children"));
+    if parent == getpid() && list(parent).is_err() {
+        // The kernel lacks CONFIG_PROC_CHILDREN.
+        return Entry::all().iter().filter(|e| e.parent == parent).map(|e| e.pid).collect();
     }
-    descendants(&Entry::all(), getpid())
+    let lists = numbers(Path::new(&format!("/proc/{parent}/task"))).filter_map(|thread| list(thread).ok());
+    lists
+        .flat_map(|list| list.split_ascii_whitespace().filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>())
+        .map(Pid::from_raw)
+        .collect()
 }
 
-/// One walk; `None` if the kernel lacks CONFIG_PROC_CHILDREN.
-fn walk_own() -> Option<Vec<Entry>> {
-    let mut found = Vec::new();
-    let mut parents = vec![getpid()];
-    while let Some(parent) = parents.pop() {
-        for thread in numbers(Path::new(&format!("/proc/{parent}/task"))) {
-            match std::fs::read_to_string(format!("/proc/{parent}/task/{thread}/children")) {
-                Ok(children) => {
-                    let children = children.split_ascii_whitespace().filter_map(|pid| pid.parse().ok());
-                    found.extend(children.filter_map(|pid| {
-                        parents.push(Pid::from_raw(pid));
-                        Entry::read(Pid::from_raw(pid))
-                    }));
-                }
-                Err(_) if parent == getpid() => return None,
-                Err(_) => {}
-            }
+/// Calls `visit` for each process that descends from this one, at once when it is found and after the list of its own children was read,
+/// until `visit` breaks. A process whose parent ends meanwhile may be missed; it is a child of this process then.
+pub fn visit_descendants(visit: &mut dyn FnMut(&Entry) -> ControlFlow<()>) {
+    let mut found = children(getpid());
+    while let Some(pid) = found.pop() {
+        found.extend(children(pid));
+        if Entry::read(pid).is_some_and(|entry| visit(&entry).is_break()) {
+            return;
         }
     }
-    Some(found)
 }
 
 /// Those of `all` that descend from `ancestor`, nearest first.
 pub fn descendants(all: &[Entry], ancestor: Pid) -> Vec<Entry> {
+    let mut of_parent: HashMap<Pid, Vec<&Entry>> = HashMap::new();
+    for entry in all.iter().filter(|e| e.pid != ancestor) {
+        of_parent.entry(entry.parent).or_default().push(entry);
+    }
     let mut found: Vec<Entry> = Vec::new();
-    let mut parents = vec![ancestor];
-    while let Some(parent) = parents.pop() {
-        for entry in all.iter().filter(|e| e.parent == parent && e.pid != ancestor) {
-            if !found.iter().any(|f| f.pid == entry.pid) {
-                parents.push(entry.pid);
-                found.push(entry.clone());
-            }
+    let mut parents = VecDeque::from([ancestor]);
+    while let Some(parent) = parents.pop_front() {
+        for entry in of_parent.remove(&parent).unwrap_or_default() {
+            parents.push_back(entry.pid);
+            found.push(entry.clone());
         }
     }
     found
@@ -394,6 +394,8 @@ mod tests {
         assert_eq!((entry.name.as_str(), entry.parent.as_raw(), entry.start), ("a) S 1 (b", 5, 4711));
         assert_eq!(entry.terminal_path(), Some(PathBuf::from("/dev/pts/1")));
         assert_eq!(Entry::parse(b"17 (a"), None);
+        let ended = Entry { state: 'Z', ..entry };
+        assert!(ended.has_ended() && !Entry { threads: 3, ..ended }.has_ended());
     }
 
     #[test]
@@ -420,7 +422,14 @@ mod tests {
             let length = shell.stdout.take().unwrap().read(&mut line).unwrap();
             let child = Pid::from_raw(std::str::from_utf8(&line[..length]).unwrap().trim().parse().unwrap());
             drop(shell.stdin.take());
-            let found = own_descendants().iter().any(|e| e.pid == child);
+            // It is found by the first look or, where its parent ended during that, by the second.
+            let mut found = false;
+            for _ in 0..2 {
+                visit_descendants(&mut |entry| {
+                    found |= entry.pid == child;
+                    ControlFlow::Continue(())
+                });
+            }
             shell.wait().unwrap();
             nix::sys::signal::kill(child, Signal::SIGKILL).unwrap();
             nix::sys::wait::waitpid(child, None).unwrap();
@@ -438,6 +447,7 @@ mod tests {
             session: Pid::from_raw(1),
             terminal: 0,
             start: 0,
+            threads: 1,
         };
         let all = [entry(1, 0), entry(2, 1), entry(3, 2), entry(4, 0), entry(5, 4)];
         let found: Vec<_> = descendants(&all, Pid::from_raw(1)).iter().map(|e| e.pid.as_raw()).collect();

@@ -197,6 +197,32 @@ fn enter_runs_a_command_in_the_jail_and_passes_its_end_on() {
 }
 
 #[test]
+fn enter_ends_nothing_but_what_it_started() {
+    let image = image_root();
+    let root = image.path().join("image");
+    let mut editor = Ended(Command::new("sleep").arg("6544").current_dir(root.join("bin")).spawn().unwrap());
+    for tier in TIERS {
+        let line = format!("cd {} && {IMS_SSHD} enter . -- sh -c 'sleep 6545 &' && echo still here", root.display());
+        let mut shell = Command::new("sh");
+        let output = shell.args(["-c", &line]).env("IMS_JAIL_TIER", tier).stdin(Stdio::null()).output().unwrap();
+        assert_eq!((text(&output.stdout).as_str(), output.status.code()), ("still here\n", Some(0)), "{output:?}");
+        assert!(processes_with("sleep 6545").is_empty(), "{tier}: what is left inside ends with it");
+        assert!(editor.try_wait().unwrap().is_none(), "{tier}: somebody else's process was ended");
+    }
+    // A customization script that stands in the image root while it enters it.
+    let volume = Volume::new(Image::Busybox);
+    let script = volume.dir.path().join("script");
+    let lines = format!(
+        "cd $IMAGE_ROOT_PARENT/image-root && {IMS_SSHD} enter . -- touch /root/entered && touch $IMAGE_ROOT_PARENT/complete\n"
+    );
+    std::fs::write(&script, lines).unwrap();
+    let mut environment = volume.start_with(Mode::Plain, &[("CUSTOMIZATION_SCRIPT", script.to_str().unwrap())]);
+    environment.touch("ready");
+    assert_eq!(environment.end(), 0, "{}", environment.log_text());
+    assert!(environment.signal("complete").exists() && environment.image_root.join("root/entered").exists());
+}
+
+#[test]
 fn an_image_root_that_cannot_be_is_refused() {
     for (path, reason) in
         [("/", "this machine's own root"), ("/nowhere", "No such file"), ("/etc/passwd", "expected a folder")]
