@@ -1,11 +1,15 @@
 //! The life of a build environment as a state machine: what is, what happens, what is to be done. No system call is made here.
 //!
 //! ```text
-//! Waiting ──ready──► Preparing ──listening──► Serving ──verdict──► Grace ──idle, or time is up──► Ending ──all ended──► Releasing ──► Done
-//!    │                   │                                          ▲
-//!    │ SIGTERM           └──────────── could not ──────────────────►│ (nothing runs: straight on to Ending)
-//!    └──────────────────────────────────────────────────────────────┘
+//! Waiting ──ready──► Preparing ──listening──► Serving ──verdict──► Grace ──idle, or time is up──► Ending ──all ended──► Releasing
+//!    │                   │                                          ▲                                                        │
+//!    │ SIGTERM           └──────────── could not ──────────────────►│ (nothing runs: straight on to Ending)        released  │
+//!    └──────────────────────────────────────────────────────────────┘                                                        ▼
+//!                                                                                  Done ◄── Announcing ◄──recorded── Recording ⟲ failed
 //! ```
+//!
+//! The machine alone decides the verdict, and hears of every mark until the verdict is recorded: what it says last is what the verdict
+//! file, the mark in the image, the exit code and whoever publishes the image go by.
 
 use std::time::{Duration, Instant};
 
@@ -27,8 +31,12 @@ pub enum State {
     Grace,
     /// What still runs is being ended.
     Ending,
-    /// Unmount, sync, remove our leftovers, mark.
+    /// The image root is being unmounted, synced and cleared of what is ours.
     Releasing,
+    /// The verdict is being written to where others look for it.
+    Recording,
+    /// The others are being told that nobody writes to the image root any more.
+    Announcing,
     /// `exiting` stands.
     Done,
 }
@@ -40,7 +48,7 @@ impl State {
             Self::Waiting => "waiting",
             Self::Preparing => "preparing",
             Self::Serving => "serving",
-            Self::Grace | Self::Ending | Self::Releasing => "closing",
+            Self::Grace | Self::Ending | Self::Releasing | Self::Recording | Self::Announcing => "closing",
             Self::Done => "done",
         }
     }
@@ -69,9 +77,23 @@ pub enum Event {
     GraceOver,
     /// Nothing of the job is running any more.
     AllEnded,
-    /// The image root is released, and marked; or that could not be done.
+    /// The image root is released.
     Released {
-        /// Whether it was.
+        /// Whether nothing of ours is left in it.
+        cleanly: bool,
+    },
+    /// This verdict stands in its signal file.
+    Recorded {
+        /// The one that was asked for.
+        verdict: Verdict,
+        /// Whether it stands in the image too, where it has to.
+        cleanly: bool,
+    },
+    /// This verdict's signal file could not be made.
+    Unrecorded(Verdict),
+    /// The others know, or cannot be told.
+    Announced {
+        /// Whether they know.
         cleanly: bool,
     },
 }
@@ -91,8 +113,12 @@ pub enum Action {
     AwaitSessions(Duration),
     /// End every process of the job; answer with [`Event::AllEnded`] or [`Event::Broken`].
     EndProcesses,
-    /// Unmount, sync, remove leftovers, mark with the verdict, touch `exiting`; answer with [`Event::Released`].
-    Release(Verdict),
+    /// Unmount, sync, remove leftovers; answer with [`Event::Released`].
+    Release,
+    /// Mark the image root with the verdict; answer with [`Event::Recorded`] or [`Event::Unrecorded`].
+    Record(Verdict),
+    /// Touch `exiting`; answer with [`Event::Announced`].
+    Announce,
 }
 
 /// The machine.
@@ -150,7 +176,7 @@ impl Machine {
                     self.close(self.grace)
                 }
             },
-            (State::Grace | State::Ending, Event::Marked(verdict)) => {
+            (State::Grace | State::Ending | State::Releasing | State::Recording, Event::Marked(verdict)) => {
                 self.judge(verdict);
                 vec![]
             }
@@ -177,17 +203,32 @@ impl Machine {
             (State::Grace, Event::Idle | Event::GraceOver) => self.go(State::Ending, [Action::EndProcesses]),
             (State::Ending, Event::Broken) => {
                 self.broke();
-                self.release()
+                self.go(State::Releasing, [Action::Release])
             }
-            (State::Ending, Event::AllEnded) => self.release(),
+            (State::Ending, Event::AllEnded) => self.go(State::Releasing, [Action::Release]),
             (State::Releasing, Event::Released { cleanly }) => {
-                if !cleanly {
-                    self.broke();
+                self.broke_unless(cleanly);
+                self.record()
+            }
+            (State::Recording, Event::Recorded { verdict, cleanly }) => {
+                self.broke_unless(cleanly);
+                if self.verdict == Some(verdict) {
+                    self.go(State::Announcing, [Action::Announce])
+                } else {
+                    self.record()
                 }
+            }
+            (State::Recording, Event::Unrecorded(verdict)) => {
+                self.broke();
+                // Without its verdict file a failed image must not be announced: it would look complete.
+                if self.verdict == Some(verdict) { self.go(State::Done, []) } else { self.record() }
+            }
+            (State::Announcing, Event::Announced { cleanly }) => {
+                self.broke_unless(cleanly);
                 self.go(State::Done, [])
             }
-            // Everything else is no news where it happens: a second `ready`, a session that ends while all is well, a mark or a
-            // signal when the image root has been released.
+            // Everything else is no news where it happens: a second `ready`, a session that ends while all is well, a signal when the
+            // image root is being released.
             _ => vec![],
         }
     }
@@ -202,9 +243,9 @@ impl Machine {
         self.go(State::Grace, [Action::StopListening, Action::HangUp(verdict, grace), Action::AwaitSessions(grace)])
     }
 
-    fn release(&mut self) -> Vec<Action> {
-        let verdict = self.verdict.unwrap_or(Verdict::Failed);
-        self.go(State::Releasing, [Action::Release(verdict)])
+    fn record(&mut self) -> Vec<Action> {
+        let verdict = *self.verdict.get_or_insert(Verdict::Failed);
+        self.go(State::Recording, [Action::Record(verdict)])
     }
 
     fn judge(&mut self, verdict: Verdict) {
@@ -223,6 +264,12 @@ impl Machine {
         self.judge(Verdict::Failed);
         self.exit_code = 1;
     }
+
+    fn broke_unless(&mut self, cleanly: bool) {
+        if !cleanly {
+            self.broke();
+        }
+    }
 }
 
 #[cfg(test)]
@@ -231,6 +278,12 @@ mod tests {
     use proptest::prelude::*;
 
     const GRACE: Duration = Duration::from_secs(10);
+    const RELEASED: Event = Event::Released { cleanly: true };
+    const ANNOUNCED: Event = Event::Announced { cleanly: true };
+
+    fn recorded(verdict: Verdict) -> Event {
+        Event::Recorded { verdict, cleanly: true }
+    }
 
     fn serving() -> Machine {
         let mut machine = Machine::new(GRACE);
@@ -245,9 +298,14 @@ mod tests {
         let close = [Action::StopListening, Action::HangUp(Verdict::Complete, GRACE), Action::AwaitSessions(GRACE)];
         assert_eq!(machine.on(Event::Marked(Verdict::Complete)), close);
         assert_eq!(machine.on(Event::Idle), [Action::EndProcesses]);
-        assert_eq!(machine.on(Event::AllEnded), [Action::Release(Verdict::Complete)]);
-        assert_eq!(machine.on(Event::Released { cleanly: true }), []);
-        assert_eq!((machine.state(), machine.exit_code()), (State::Done, 0));
+        assert_eq!(machine.on(Event::AllEnded), [Action::Release]);
+        assert_eq!(machine.on(RELEASED), [Action::Record(Verdict::Complete)]);
+        assert_eq!(machine.on(recorded(Verdict::Complete)), [Action::Announce]);
+        assert_eq!(machine.on(ANNOUNCED), []);
+        assert_eq!(
+            (machine.state(), machine.verdict(), machine.exit_code()),
+            (State::Done, Some(Verdict::Complete), 0)
+        );
     }
 
     #[test]
@@ -257,9 +315,44 @@ mod tests {
         machine.on(Event::GraceOver);
         machine.on(Event::Marked(Verdict::Failed));
         machine.on(Event::Marked(Verdict::Complete));
-        assert_eq!(machine.on(Event::AllEnded), [Action::Release(Verdict::Failed)]);
-        machine.on(Event::Released { cleanly: true });
+        machine.on(Event::AllEnded);
+        assert_eq!(machine.on(RELEASED), [Action::Record(Verdict::Failed)]);
+        assert_eq!(machine.on(recorded(Verdict::Failed)), [Action::Announce]);
+        machine.on(ANNOUNCED);
         assert_eq!(machine.exit_code(), 0, "a marked failure is the sidecar's to report");
+    }
+
+    #[test]
+    fn failed_wins_while_the_image_root_is_released_and_while_the_verdict_is_recorded() {
+        for before_recording in [true, false] {
+            let mut machine = serving();
+            machine.on(Event::Marked(Verdict::Complete));
+            machine.on(Event::Idle);
+            machine.on(Event::AllEnded);
+            if before_recording {
+                machine.on(Event::Marked(Verdict::Failed));
+            } else {
+                assert_eq!(machine.on(RELEASED), [Action::Record(Verdict::Complete)]);
+                machine.on(Event::Marked(Verdict::Failed));
+            }
+            let next = machine.on(if before_recording { RELEASED } else { recorded(Verdict::Complete) });
+            assert_eq!(next, [Action::Record(Verdict::Failed)]);
+            assert_eq!(machine.on(recorded(Verdict::Failed)), [Action::Announce]);
+            assert_eq!((machine.verdict(), machine.exit_code()), (Some(Verdict::Failed), 0));
+        }
+    }
+
+    #[test]
+    fn a_verdict_that_cannot_be_recorded_is_failed_and_is_not_announced_without_its_file() {
+        let mut machine = serving();
+        machine.on(Event::Marked(Verdict::Complete));
+        machine.on(Event::Idle);
+        machine.on(Event::AllEnded);
+        machine.on(RELEASED);
+        let not_in_image = Event::Recorded { verdict: Verdict::Complete, cleanly: false };
+        assert_eq!(machine.on(not_in_image), [Action::Record(Verdict::Failed)]);
+        assert_eq!(machine.on(Event::Unrecorded(Verdict::Failed)), []);
+        assert_eq!((machine.state(), machine.exit_code()), (State::Done, 1));
     }
 
     #[test]
@@ -267,8 +360,8 @@ mod tests {
         for (signal, code) in [(Signal::SIGTERM, 143), (Signal::SIGINT, 130)] {
             let mut machine = Machine::new(GRACE);
             assert_eq!(machine.on(Event::Stop(signal)), [Action::StopListening, Action::EndProcesses]);
-            assert_eq!(machine.on(Event::AllEnded), [Action::Release(Verdict::Failed)]);
-            machine.on(Event::Released { cleanly: true });
+            machine.on(Event::AllEnded);
+            assert_eq!(machine.on(RELEASED), [Action::Record(Verdict::Failed)]);
             assert_eq!(machine.exit_code(), code);
         }
     }
@@ -279,7 +372,7 @@ mod tests {
         machine.on(Event::Marked(Verdict::Complete));
         machine.on(Event::Idle);
         machine.on(Event::AllEnded);
-        machine.on(Event::Released { cleanly: false });
+        assert_eq!(machine.on(Event::Released { cleanly: false }), [Action::Record(Verdict::Failed)]);
         assert_eq!((machine.verdict(), machine.exit_code()), (Some(Verdict::Failed), 1));
     }
 
@@ -295,12 +388,15 @@ mod tests {
         assert_eq!(machine.on(died), [], "nothing is started again in a close");
     }
 
+    fn verdict() -> impl Strategy<Value = Verdict> {
+        proptest::sample::select(&Verdict::ALL[..])
+    }
+
     fn event() -> impl Strategy<Value = Event> {
         prop_oneof![
             Just(Event::Ready),
             Just(Event::Listening),
-            Just(Event::Marked(Verdict::Complete)),
-            Just(Event::Marked(Verdict::Failed)),
+            verdict().prop_map(Event::Marked),
             Just(Event::Stop(Signal::SIGTERM)),
             Just(Event::Broken),
             Just(Event::Died(Part::Sshd, Instant::now())),
@@ -309,29 +405,38 @@ mod tests {
             Just(Event::Idle),
             Just(Event::GraceOver),
             Just(Event::AllEnded),
-            Just(Event::Released { cleanly: true }),
-            Just(Event::Released { cleanly: false }),
+            any::<bool>().prop_map(|cleanly| Event::Released { cleanly }),
+            (verdict(), any::<bool>()).prop_map(|(verdict, cleanly)| Event::Recorded { verdict, cleanly }),
+            verdict().prop_map(Event::Unrecorded),
+            any::<bool>().prop_map(|cleanly| Event::Announced { cleanly }),
         ]
     }
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(10 * ProptestConfig::default().cases))]
         #[test]
-        fn in_no_order_of_events_is_a_step_left_out_or_a_failure_forgotten(events in proptest::collection::vec(event(), 0..30)) {
+        fn in_no_order_of_events_is_a_step_left_out_or_a_failure_forgotten(events in proptest::collection::vec(event(), 0..40)) {
             let mut machine = Machine::new(GRACE);
-            let (mut ended, mut failed) = (false, false);
+            let (mut ended, mut failed, mut recorded) = (false, false, None);
             for event in events {
                 let before = machine.state();
-                let had_ended = before == State::Ending && matches!(event, Event::AllEnded | Event::Broken);
-                failed |= before != State::Waiting && before != State::Preparing && before != State::Releasing && before != State::Done
-                    && event == Event::Marked(Verdict::Failed);
+                ended |= before == State::Ending && matches!(event, Event::AllEnded | Event::Broken);
+                failed |= event == Event::Marked(Verdict::Failed)
+                    && matches!(before, State::Serving | State::Grace | State::Ending | State::Releasing | State::Recording);
+                if let (State::Recording, Event::Recorded { verdict, .. }) = (before, event) {
+                    recorded = Some(verdict);
+                }
                 let actions = machine.on(event);
-                ended |= had_ended;
                 for action in &actions {
-                    if let Action::Release(verdict) = action {
-                        prop_assert!(ended, "released before all had ended");
-                        prop_assert!(!(failed && *verdict == Verdict::Complete), "complete after failed");
-                        prop_assert!(*verdict == Verdict::Failed || machine.exit_code() == 0);
+                    match action {
+                        Action::Release => prop_assert!(ended, "released before all had ended"),
+                        Action::Record(verdict) => {
+                            prop_assert_eq!(Some(*verdict), machine.verdict());
+                            prop_assert!(!(failed && *verdict == Verdict::Complete), "complete after failed");
+                            prop_assert!(*verdict == Verdict::Failed || machine.exit_code() == 0);
+                        }
+                        Action::Announce => prop_assert_eq!(recorded, machine.verdict(), "another verdict than recorded"),
+                        _ => {}
                     }
                 }
                 // A state that waits for an answer was entered by asking for it.
@@ -340,7 +445,9 @@ mod tests {
                     State::Preparing => prop_assert!(asked(|a| *a == Action::Prepare)),
                     State::Grace => prop_assert!(asked(|a| matches!(a, Action::AwaitSessions(_)))),
                     State::Ending => prop_assert!(asked(|a| *a == Action::EndProcesses)),
-                    State::Releasing => prop_assert!(asked(|a| matches!(a, Action::Release(_)))),
+                    State::Releasing => prop_assert!(asked(|a| *a == Action::Release)),
+                    State::Recording => prop_assert!(asked(|a| matches!(a, Action::Record(_)))),
+                    State::Announcing => prop_assert!(asked(|a| *a == Action::Announce)),
                     State::Done => prop_assert!(machine.verdict().is_some()),
                     State::Waiting | State::Serving => {}
                 }

@@ -168,8 +168,9 @@ impl<F: FnOnce()> Supervisor<F> {
         }
     }
 
-    fn carry_out(&mut self, action: Action) -> Option<Event> {
-        match action {
+    fn carry_out(&mut self, action: Action) -> Vec<Event> {
+        let closing = matches!(action, Action::EndProcesses | Action::Release | Action::Record(_));
+        let answer = match action {
             Action::Prepare => Some(self.prepare().unwrap_or_else(|e| broken(&e))),
             Action::Restart(part, wait) => {
                 self.restart.push((part, Instant::now() + wait));
@@ -205,8 +206,13 @@ impl<F: FnOnce()> Supervisor<F> {
                     Err(e) => broken(&e),
                 })
             }
-            Action::Release(verdict) => Some(Event::Released { cleanly: self.release(verdict) }),
-        }
+            Action::Release => Some(Event::Released { cleanly: self.release() }),
+            Action::Record(verdict) => Some(self.record(verdict)),
+            Action::Announce => Some(Event::Announced { cleanly: self.announce() }),
+        };
+        // A process may mark the image as it is ended, and another container at any time: until the verdict is recorded, it counts.
+        let late = if closing { self.late_marks() } else { Vec::new() };
+        late.into_iter().chain(answer).collect()
     }
 
     /// Logs a step of the close.
@@ -237,8 +243,8 @@ impl<F: FnOnce()> Supervisor<F> {
                     _ => {}
                 }
             }
-            State::Serving | State::Grace | State::Ending => events.extend(self.marks()),
-            State::Preparing | State::Releasing | State::Done => {}
+            State::Serving | State::Grace => events.extend(self.marks()),
+            _ => {}
         }
         self.look_at_sessions();
         if self.machine.state() == State::Serving {
@@ -325,8 +331,11 @@ impl<F: FnOnce()> Supervisor<F> {
     fn marks(&mut self) -> Vec<Event> {
         let mut marks = Vec::new();
         if let Some(jail) = &self.jail {
-            let mut source = [PollFd::from_borrowed_fd(jail.link(), PollFlags::IN)];
-            if poll::wait(&mut source, Duration::ZERO).is_ok_and(|ready| ready > 0)
+            let readable = || {
+                let mut source = [PollFd::from_borrowed_fd(jail.link(), PollFlags::IN)];
+                poll::wait(&mut source, Duration::ZERO).is_ok_and(|ready| ready > 0)
+            };
+            while readable()
                 && let Some(Message::Marked(verdict)) = jail.told()
             {
                 tracing::info!(verdict = verdict.signal_file(), "marked from inside the jail");
@@ -477,8 +486,21 @@ impl<F: FnOnce()> Supervisor<F> {
         }
     }
 
-    /// Gives the image root back: no trace of ours, nothing mounted, everything on disk; then the verdict, then `exiting`, last.
-    fn release(&mut self, verdict: Verdict) -> bool {
+    /// Marks that were made while the environment closes, in the image too: nobody in the jail watches that any more.
+    fn late_marks(&mut self) -> Vec<Event> {
+        const FAILED: Event = Event::Marked(Verdict::Failed);
+        let mut marks = self.marks();
+        let known = self.machine.verdict() == Some(Verdict::Failed) || marks.contains(&FAILED);
+        let image_root = self.image_root.as_ref().filter(|_| self.settings.jailed);
+        if !known && self.files.as_ref().is_some_and(|files| environment::is_marked_failed(files, image_root)) {
+            tracing::info!("marked failed while closing");
+            marks.push(FAILED);
+        }
+        marks
+    }
+
+    /// Gives the image root back: no trace of ours, nothing mounted, everything on disk. Returns whether all of that was done.
+    fn release(&mut self) -> bool {
         let mut cleanly = true;
         let mut note = |result: Result<()>| {
             if let Err(e) = result {
@@ -498,56 +520,64 @@ impl<F: FnOnce()> Supervisor<F> {
             note(image_root.sync().attempt(|| format!("write {} to its disk", path.display())));
             self.step("all is on its disk");
         }
-        if let (Some(files), None, true) = (&self.files, &self.image_root, self.settings.jailed)
-            && let Ok(image_root) = environment::open_image_root(files, self.settings.image_root())
-        {
-            // It was never opened here, but who packs it looks for the mark in it too. Half unpacked it may have no place for one.
-            let _ = environment::mark_in_image(files, &image_root, verdict);
-        }
         if let Some(presence) = self.presence.take() {
             presence.close();
         }
         self.emulation = Emulation::default();
         note(self.state.remove());
-        let Some(files) = &self.files else { return cleanly };
-        let image_root = self.image_root.as_ref().filter(|_| self.settings.jailed);
-        // A mark that was made while the last processes were ending counts too.
-        let failed_late = environment::is_marked_failed(files, image_root);
-        let mut verdict = if cleanly && !failed_late { verdict } else { Verdict::Failed };
-        let mark = |verdict| image_root.map_or(Ok(()), |root| environment::mark_in_image(files, root, verdict));
-        if let Err(e) = mark(verdict) {
-            tracing::error!("{e}");
-            cleanly = false;
-            if verdict == Verdict::Complete {
-                // What is not to be packed must not look as if it were.
-                verdict = Verdict::Failed;
-                mark(verdict).unwrap_or_else(|e| tracing::error!("{e}"));
-            }
-        }
-        let marked = (|| {
-            files.touch(verdict.signal_file())?;
-            if verdict == Verdict::Failed {
-                // If it stays, 'failed' wins all the same: not a reason to keep the others waiting for 'exiting'.
-                files.retract(Verdict::Complete.signal_file()).unwrap_or_else(|e| tracing::error!("{e}"));
-            }
-            self.step("the image root is released, and marked");
-            // Gives a full volume the inode that 'exiting' needs.
-            files.release_reserve()?;
-            files.touch(EXITING)
-        })();
-        match marked {
-            Ok(()) => {
-                tracing::info!(
-                    verdict = verdict.signal_file(),
-                    "'{EXITING}': nobody writes to the image root any more"
-                );
-            }
-            Err(e) => {
+        cleanly
+    }
+
+    /// Marks the image root with the verdict: in the parent and, for a jailed job, in the image.
+    fn record(&self, verdict: Verdict) -> Event {
+        let mut cleanly = true;
+        let Some(files) = &self.files else { return Event::Recorded { verdict, cleanly } };
+        if self.settings.jailed {
+            let name = self.settings.image_root();
+            let marked = match &self.image_root {
+                Some(image_root) => environment::mark_in_image(files, image_root, verdict),
+                // The image root was never opened here, but whoever packs it looks for the mark in it too. A half-unpacked one may have
+                // no place for a mark.
+                None => {
+                    let _ = environment::open_image_root(files, name)
+                        .and_then(|image_root| environment::mark_in_image(files, &image_root, verdict));
+                    Ok(())
+                }
+            };
+            if let Err(e) = marked {
                 tracing::error!("{e}");
                 cleanly = false;
+                if verdict == Verdict::Complete {
+                    // An image that is not to be packed must not look as if it were.
+                    return Event::Recorded { verdict, cleanly };
+                }
             }
         }
-        cleanly
+        if let Err(e) = files.touch(verdict.signal_file()) {
+            tracing::error!("{e}");
+            return Event::Unrecorded(verdict);
+        }
+        if verdict == Verdict::Failed {
+            // If it stays, 'failed' wins all the same: not a reason to keep the others waiting for 'exiting'.
+            files.retract(Verdict::Complete.signal_file()).unwrap_or_else(|e| tracing::error!("{e}"));
+        }
+        self.step("the image root is released, and marked");
+        Event::Recorded { verdict, cleanly }
+    }
+
+    /// Tells the others that nobody writes to the image root any more. Returns whether that could be done.
+    fn announce(&self) -> bool {
+        let Some(files) = &self.files else { return true };
+        // Gives a full volume the inode that 'exiting' needs.
+        let announced = files.release_reserve().and_then(|()| files.touch(EXITING));
+        match &announced {
+            Ok(()) => tracing::info!(
+                verdict = self.machine.verdict().map(Verdict::signal_file),
+                "closed: '{EXITING}' created, the image root can be packed"
+            ),
+            Err(e) => tracing::error!("{e}"),
+        }
+        announced.is_ok()
     }
 
     /// Sleeps until something happens, or until it is time to look whether something has.

@@ -157,10 +157,7 @@ impl Sidecar<'_> {
                     tracing::info!("/{RESOLV_CONF} of the image was changed, and stays as it is");
                 }
                 if ended == Ended::Failed {
-                    tracing::info!("the image was marked failed: nothing is packed");
-                    self.ims.set_status(Status::Error)?;
-                    Journal::clear(self.files)?;
-                    return Ok(u8::from(action == Action::Create));
+                    return self.end_as_failed(action);
                 }
             } else {
                 pod_files::put_authorities(&image_root, &self.places.authorities)?;
@@ -168,7 +165,25 @@ impl Sidecar<'_> {
             journal.phase = Phase::Packing;
             journal.note(self.files)?;
         }
-        self.publish(&image_root, &mut journal)
+        let image = self.pack(&image_root, &mut journal)?;
+        // A mark that was made since then, or before this container was started again.
+        if wants_shell && self.is_marked_failed(&image_root) {
+            return self.end_as_failed(action);
+        }
+        self.publish(image)
+    }
+
+    fn is_marked_failed(&self, image_root: &Tree) -> bool {
+        environment::is_marked_failed(self.files, self.settings.jailed.then_some(image_root))
+    }
+
+    /// What an earlier run has published in part is rolled back too.
+    fn end_as_failed(&mut self, action: Action) -> Result<u8> {
+        tracing::info!("the image was marked failed: it is not published");
+        self.publication().give_up()?;
+        self.ims.set_status(Status::Error)?;
+        Journal::clear(self.files)?;
+        Ok(u8::from(action == Action::Create))
     }
 
     fn open_image_root(&self) -> Result<Tree> {
@@ -265,12 +280,12 @@ impl Sidecar<'_> {
         if !listened && self.files.stands(SSHD_LISTENING)? {
             self.ims.set_status(Status::WaitingOnUser)?;
         }
-        let failed = environment::is_marked_failed(self.files, self.settings.jailed.then_some(image_root));
-        Ok(if failed { Ended::Failed } else { Ended::Well })
+        Ok(if self.is_marked_failed(image_root) { Ended::Failed } else { Ended::Well })
     }
 
-    /// Everything is read by descriptors from here on: sessions of a plain job may still be there, and rename what they like.
-    fn publish(&mut self, image_root: &Tree, journal: &mut Journal) -> Result<u8> {
+    /// Packs the image root. Everything is read by descriptors from here on: sessions of a plain job may still be there, and rename what
+    /// they like.
+    fn pack(&mut self, image_root: &Tree, journal: &mut Journal) -> Result<Image> {
         self.ims.set_status(Status::PackagingArtifacts)?;
         // What is missing is told before anything is packed.
         let has_store = self.settings.store.url.is_some();
@@ -291,11 +306,14 @@ impl Sidecar<'_> {
         } else {
             archive.open()?
         };
-        if !has_store {
+        Ok(Image { rootfs, boot, debug_kernel: None })
+    }
+
+    fn publish(&mut self, image: Image) -> Result<u8> {
+        if self.settings.store.url.is_none() {
             tracing::info!("no store is named (S3_BUCKET, IMAGE_STORE): the packed image stays where it is");
             return Journal::clear(self.files).map(|()| 0);
         }
-        let image = Image { rootfs, boot, debug_kernel: None };
         let report = self.publication().publish(image)?;
         say_json(&report);
         Ok(0)

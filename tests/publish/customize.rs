@@ -219,3 +219,29 @@ fn a_mounted_source_takes_directory_renames_and_changes_to_hard_links_as_a_disk_
     assert!(changes["removed"].as_array().unwrap().contains(&"/opt/old/leaf".into()), "{changes}");
     nothing_stays(dir.path());
 }
+
+#[test]
+fn late_failed_mark_is_not_published() {
+    // A process that marks the image as it is ended, outside and in the image; in plain mode too.
+    for (number, (plain, mark)) in
+        [(false, "failed"), (false, "image-root/tmp/failed"), (true, "failed")].into_iter().enumerate()
+    {
+        let dir = folder();
+        let tree = image(dir.path());
+        let squashfs = squashfs_of(&tree).display().to_string();
+        let lines = format!(
+            "cd $IMAGE_ROOT_PARENT\n(trap 'touch {mark}; exit' TERM; touch set; while :; do sleep 0.1; done) &\n\
+             until [ -e set ]; do sleep 0.1; done\nrm set\ntouch complete\n"
+        );
+        let script = dir.path().join("late");
+        std::fs::write(&script, lines).unwrap();
+        let store = dir.path().join("out");
+        let named = [("KERNEL_FILENAME", "vmlinuz".into()), ("INITRD_FILENAME", "initrd".into())];
+        let mut command = ims_sshd(&["customize", &squashfs, "--output"], &named);
+        command.arg(&store).arg("--script").arg(script).arg("--work").arg(dir.path().join("work"));
+        let output = command.args(plain.then_some("--plain")).output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{number}: {output:?}");
+        assert!(!store.exists(), "{number}: the image was published");
+        nothing_stays(dir.path());
+    }
+}

@@ -168,6 +168,35 @@ fn a_failed_customization_is_an_error_and_publishes_nothing() {
     }
 }
 
+#[test]
+fn failed_mark_made_during_packing_is_not_published() {
+    for mode in MODES {
+        let job = Job::new();
+        let tools = job.volume.dir.path().join("tools");
+        std::fs::create_dir(&tools).unwrap();
+        let mark = match mode {
+            Mode::Jailed => job.volume.image_root.join("tmp/failed"),
+            Mode::Plain => job.volume.signal("failed"),
+        };
+        // Packs when the mark stands there.
+        let waits = format!(
+            "#!/bin/sh\nuntil [ -e '{}' ]; do sleep 0.05; done\nexec /usr/bin/mksquashfs \"$@\"\n",
+            mark.display()
+        );
+        std::fs::write(tools.join("mksquashfs"), waits).unwrap();
+        succeed(Command::new("chmod").args(["+x"]).arg(tools.join("mksquashfs")));
+        let path = format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", tools.display());
+        let running = Running::start(&job, mode, &[("PATH", &path)]).waiting_on_user();
+        running.mark(mode, "complete");
+        wait_until("'packaging_artifacts'", || job.ims.status() == "packaging_artifacts");
+        std::fs::write(mark, "").unwrap();
+        let output = running.end();
+        assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+        assert_eq!(job.ims.statuses(), ["waiting_on_user", "packaging_artifacts", "error"]);
+        job.nothing_is_left();
+    }
+}
+
 /// As environments of others mark it, and between two looks.
 #[test]
 fn a_failure_in_the_image_alone_counts_as_does_an_environment_that_was_open_for_a_moment() {
