@@ -88,7 +88,13 @@ pub fn build(plan: &Plan) -> Result<()> {
         match mount.target {
             "dev" if !plan.dkms => furnish_dev(&jail)?,
             "proc" if !plan.dkms => protect_kernel_files(&jail)?,
-            "run" => make_utmp(&jail)?,
+            "run" => {
+                make_utmp(&jail)?;
+                show_root_of_init(&jail)?;
+                if plan.proc == Proc::Container {
+                    show_name_of_init(&jail)?;
+                }
+            }
             _ => {}
         }
     }
@@ -229,6 +235,37 @@ fn make_utmp(jail: &Jail) -> Result<()> {
     let attempted = || "make /run/utmp in the jail";
     let (run, name) = jail.locate("run/utmp").attempt(attempted)?;
     run.touch(name).attempt(attempted).map(|_| ())
+}
+
+/// Covers the link /proc/1/root with one to /proc: nobody inside may follow the kernel's own, as the init is hidden from them. systemctl,
+/// udevadm and Ansible follow it and take themselves to be in a chroot if it leads to another directory than `/`; where they
+/// cannot follow it, they try to reach a running systemd and fail.
+fn show_root_of_init(jail: &Jail) -> Result<()> {
+    const NAME: &str = ".ims-sshd.root";
+    let show = || -> io::Result<()> {
+        let ((run, _), (proc, link)) = (jail.locate("run/-")?, jail.locate("proc/1/root")?);
+        let target = match proc.handle(link) {
+            // A /proc of the container that hides others' processes (hidepid).
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+            other => other?,
+        };
+        // A link can be mounted on a link, and is then followed as any is. The mount outlives its name.
+        rustix::fs::symlinkat("/proc", run, NAME)?;
+        Detached::copy_of_fd(run.handle(NAME)?, false, MountAttrFlags::empty())?.attach(target)?;
+        run.remove(NAME).map(|_| ())
+    };
+    show().attempt(|| "mount a link on /proc/1/root of the jail")
+}
+
+/// Where /proc is the container's, gives its first process the name of the jail's.
+fn show_name_of_init(jail: &Jail) -> Result<()> {
+    let show = || -> io::Result<()> {
+        let (proc, _) = jail.locate("proc/-")?;
+        Detached::copy_of_fd(proc.handle("self/comm")?, false, KERNEL_FILE_ATTRIBUTES)?
+            .attach(proc.handle("1/comm")?)?;
+        Ok(())
+    };
+    show().attempt(|| "show the init's name in /proc of the jail")
 }
 
 fn copy_resolv_conf(file: &Path) -> Result<Detached> {

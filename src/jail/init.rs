@@ -2,6 +2,7 @@
 //!
 //! When it ends, the kernel ends every process in the jail; when the supervisor dies, it ends.
 
+use std::ffi::{CStr, OsStr};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -127,7 +128,8 @@ struct Inside {
 }
 
 fn prepare(plan: &Plan) -> Result<Inside> {
-    let _ = nix::sys::prctl::set_name(c"ims-jail-init");
+    let name = comm(&Tree::open(Path::new(".")).attempt(|| "open the image root")?);
+    let _ = nix::sys::prctl::set_name(name);
     let signals = Signals::hold(&[Signal::SIGCHLD]).attempt(|| "hold back SIGCHLD")?;
     // The links in it are this process's, whatever namespaces it is in when one is opened.
     let own = Tree::open(Path::new("/proc/self/ns")).attempt(|| "open the folder of this process's namespaces")?;
@@ -148,6 +150,23 @@ fn prepare(plan: &Plan) -> Result<Inside> {
         .and_then(|()| rustix::stdio::dup2_stderr(&null))
         .attempt(|| "let go of the container's streams")?;
     Ok(Inside { signals, watch, namespaces, _interpreter: interpreter })
+}
+
+/// The name that the image's own init has once it is booted, as in /proc/1/comm: Ansible's `service_mgr`, Chef and Puppet choose by it how
+/// services are managed, and should choose as on the node.
+fn comm(image_root: &Tree) -> &'static CStr {
+    let is_there = |path: &str| matches!(image_root.look(path), Ok(Some(_)));
+    let init = ["sbin/init", "usr/sbin/init"].into_iter().find(|path| is_there(path));
+    let program = init.and_then(|init| image_root.leads_to(init).ok());
+    match program.as_deref().and_then(Path::file_name).and_then(OsStr::to_str) {
+        Some("systemd") => c"systemd",
+        // The first replaces itself by the second.
+        Some("runit-init" | "runit") => c"runit",
+        // On SUSE, the initrd starts it without the link.
+        None if is_there("usr/lib/systemd/systemd") => c"systemd",
+        // On the node, others' names do not tell them apart either: Ansible then looks for their files.
+        _ => c"init",
+    }
 }
 
 /// How long a mark can stay unseen at the most if no event tells of it, as on a network file system another node writes to.
@@ -246,5 +265,34 @@ impl Watch {
 
     fn drain(&self) {
         while self.events.read_events().is_ok_and(|events| !events.is_empty()) {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    #[test]
+    fn the_jails_init_has_the_name_that_the_images_own_has_when_booted() {
+        for (link, file, wanted) in [
+            ("/lib/systemd/systemd", "lib/systemd/systemd", c"systemd"),
+            ("../lib/systemd/systemd", "usr/lib/systemd/systemd", c"systemd"),
+            ("", "usr/lib/systemd/systemd", c"systemd"),
+            ("runit-init", "sbin/runit-init", c"runit"),
+            ("/bin/busybox", "usr/lib/systemd/systemd", c"init"),
+            ("openrc-init", "sbin/openrc-init", c"init"),
+            ("", "etc/passwd", c"init"),
+            ("init", "sbin/other", c"init"),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            std::fs::create_dir(dir.path().join("sbin")).unwrap();
+            if !link.is_empty() {
+                symlink(link, dir.path().join("sbin/init")).unwrap();
+            }
+            std::fs::create_dir_all(dir.path().join(file).parent().unwrap()).unwrap();
+            std::fs::write(dir.path().join(file), "").unwrap();
+            assert_eq!(comm(&Tree::open(dir.path()).unwrap()), wanted, "{link} {file}");
+        }
     }
 }

@@ -16,7 +16,7 @@ const RESERVED: &[&str] = &["SSH_*", "IMS_*"];
 
 /// Of the names that a session has already, those that /etc/environment of the image changes, as on the booted image: there, too, its
 /// locale comes before the client's.
-const CHANGED: &[&str] = &["PATH", "MAIL", "LANG", "LANGUAGE", "LC_*", "SYSTEMD_OFFLINE"];
+const CHANGED: &[&str] = &["PATH", "MAIL", "LANG", "LANGUAGE", "LC_*"];
 
 /// What a login on the booted image would find before its profile is read.
 pub const LOGIN_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -29,15 +29,13 @@ pub fn session_environment(
     keep: &[String],
     of_image: Vec<(OsString, OsString)>,
 ) -> Vec<(OsString, OsString)> {
-    let own: [(&str, &OsStr); 7] = [
+    let own: [(&str, &OsStr); 6] = [
         ("USER", account.name.as_ref()),
         ("LOGNAME", account.name.as_ref()),
         ("HOME", account.home.as_ref()),
         ("SHELL", account.shell.as_ref()),
         ("PATH", LOGIN_PATH.as_ref()),
         ("MAIL", "/var/mail/root".as_ref()),
-        // No systemd runs here, and systemctl says and does what it does in a chroot, where scripts of packages expect it to end well.
-        ("SYSTEMD_OFFLINE", "1".as_ref()),
     ];
     let is_kept = |name: &OsStr| {
         let matches = |pattern: &str| matches(pattern.as_bytes(), name.as_bytes());
@@ -99,14 +97,13 @@ mod tests {
     use proptest::prelude::*;
 
     /// What root of that image has of its own.
-    const OWN: [(&str, &str); 7] = [
+    const OWN: [(&str, &str); 6] = [
         ("USER", "root"),
         ("LOGNAME", "root"),
         ("HOME", "/home/r"),
         ("SHELL", "/bin/zsh"),
         ("PATH", LOGIN_PATH),
         ("MAIL", "/var/mail/root"),
-        ("SYSTEMD_OFFLINE", "1"),
     ];
 
     fn environment(given: &[(&str, &str)], keep: &[&str]) -> Vec<(String, String)> {

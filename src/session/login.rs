@@ -49,6 +49,9 @@ pub fn run(jail: &Path, request: &Request) -> Result<Infallible> {
     // The container's sftp-server needs none of the image's settings, and could be kept from starting by them.
     let of_image = if transfer { Vec::new() } else { etc_environment::read(&image_root) };
     let mut environment = session_environment(std::env::vars_os(), &account, &record.keep, of_image);
+    if record.tier == Tier::Chroot && !environment.iter().any(|(name, _)| name == OFFLINE) {
+        environment.push((OFFLINE.into(), "1".into()));
+    }
     environment.extend(agent.as_ref().map(|agent| ("SSH_AUTH_SOCK".into(), agent.path().into())));
     let mut programs = programs(request, &account);
     if beside.is_some() {
@@ -81,6 +84,9 @@ pub fn run(jail: &Path, request: &Request) -> Result<Infallible> {
         report(run_first(&programs))
     })
 }
+
+/// Tells systemctl that no systemd runs. Without /proc, older versions do not notice that by themselves.
+const OFFLINE: &str = "SYSTEMD_OFFLINE";
 
 /// A killed init ends after all others in the jail, once the last of those was waited for: after this session's process.
 const TIME_TO_FOLLOW: Duration = Duration::from_millis(200);

@@ -16,6 +16,9 @@ use rustix::io::Errno;
 /// How often a look-up that raced with a rename or a mount is tried again; the kernel answers EAGAIN then.
 const RACE_RETRIES: usize = 128;
 
+/// The kernel follows no more links in one path either.
+const MOST_LINKS: usize = 40;
+
 /// What can be done with a file system.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Condition {
@@ -93,6 +96,53 @@ impl Tree {
             Ok(fd) => Ok(Some(rustix::fs::fstat(fd)?)),
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(e) => Err(e),
+        }
+    }
+
+    /// Where `path` leads, link by link and the last component too, as names below the tree's root; what does not exist is taken as it is
+    /// written. An error where the links lead in a circle.
+    pub fn leads_to(&self, path: impl AsRef<Path>) -> io::Result<PathBuf> {
+        let mut found = PathBuf::new();
+        let mut ahead = path.as_ref().to_owned();
+        let mut links = 0;
+        loop {
+            let mut components = ahead.components();
+            let Some(next) = components.next() else { return Ok(found) };
+            let rest = components.as_path().to_owned();
+            match next {
+                Component::ParentDir => drop(found.pop()),
+                Component::RootDir => found.clear(),
+                Component::Normal(name) => found.push(name),
+                Component::CurDir | Component::Prefix(_) => {}
+            }
+            ahead = match next {
+                Component::Normal(_) => match self.target(&found)? {
+                    Some(target) => {
+                        links += 1;
+                        if links > MOST_LINKS {
+                            return Err(Errno::LOOP.into());
+                        }
+                        found.pop();
+                        target.join(rest)
+                    }
+                    None => rest,
+                },
+                _ => rest,
+            };
+        }
+    }
+
+    /// What the link at `path` holds; `None` where no link stands.
+    fn target(&self, path: &Path) -> io::Result<Option<PathBuf>> {
+        let link = match self.handle(path) {
+            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => return Ok(None),
+            other => other?,
+        };
+        match rustix::fs::readlinkat(&link, "", Vec::new()) {
+            Ok(target) => Ok(Some(OsStr::from_bytes(target.to_bytes()).into())),
+            // Of a handle on something else, the kernel says so.
+            Err(Errno::NOENT | Errno::INVAL) => Ok(None),
+            Err(e) => Err(e.into()),
         }
     }
 
@@ -424,6 +474,35 @@ mod tests {
         assert!(tree.touch("up/made").unwrap());
         assert!(inside.path().join("made").exists(), "`..` stops at the tree's root");
         assert!(!outside.path().join("made").exists());
+    }
+
+    #[test]
+    fn a_path_is_resolved_link_by_link_below_the_root_and_beyond_what_exists() {
+        let dir = tempfile::tempdir().unwrap();
+        let tree = Tree::open(dir.path()).unwrap();
+        std::fs::create_dir_all(dir.path().join("etc/real")).unwrap();
+        for (target, link) in [
+            ("../run/resolve/stub", "etc/relative"),
+            ("/run", "var-run"),
+            ("../var-run/there", "etc/twice"),
+            ("loop", "loop"),
+            ("real/../relative", "etc/up"),
+            ("../../../../etc", "out"),
+        ] {
+            symlink(target, dir.path().join(link)).unwrap();
+        }
+        for (path, wanted) in [
+            ("etc/relative", "run/resolve/stub"),
+            ("/etc/twice", "run/there"),
+            ("etc/up", "run/resolve/stub"),
+            ("out/relative", "run/resolve/stub"),
+            ("etc/missing/../x", "etc/x"),
+            ("etc/real", "etc/real"),
+            ("", ""),
+        ] {
+            assert_eq!(tree.leads_to(path).unwrap(), Path::new(wanted), "{path}");
+        }
+        assert!(tree.leads_to("loop/x").is_err());
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! At the processes outside.
 
 use std::os::fd::OwnedFd;
+use std::path::Path;
 
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Resource, Rlimit, Signal};
 
@@ -11,9 +12,9 @@ use crate::sys;
 /// A signal that nobody is harmed by: the right to send it is the right to send any.
 const HARMLESS: Signal = Signal::WINCH;
 
-/// The process outside, by its number; and the jail's own init, which is known by its name.
+/// The process outside, by its number; and the jail's own init, which is known by its root.
 fn targets() -> Result<Vec<i32>, Held> {
-    let init = std::fs::read_to_string("/proc/1/comm").is_ok_and(|name| name == "ims-jail-init\n");
+    let init = std::fs::read_link("/proc/1/root").is_ok_and(|root| root == Path::new("/proc"));
     match (process(), init) {
         (Ok(process), true) => Ok(vec![1, process]),
         (Ok(process), false) => Ok(vec![process]),

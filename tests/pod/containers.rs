@@ -202,10 +202,11 @@ fn line(kind: &Kind) -> String {
     let tty = if container.says(&["-tt"], "tty").starts_with("/dev/pts/") { "by name" } else { "without a name" };
     let containers = succeed(&mut podman(&["exec", &container.name, "cat", "/etc/resolv.conf"]));
     let dns = if container.says(&[], "cat /etc/resolv.conf") == containers { "the container's" } else { "none" };
-    let proc = match container.says(&[], "cat /proc/1/comm").as_str() {
-        "ims-jail-init" => "its own",
-        "" => "none",
-        _ => "the container's",
+    // A shell that becomes readlink keeps its number.
+    let proc = match container.says(&[], "echo $$; exec readlink /proc/self").lines().collect::<Vec<_>>().as_slice() {
+        [own, shown] if own == shown => "its own",
+        [_, _] => "the container's",
+        _ => "none",
     };
     let sftp = if container.can_transfer() { "yes" } else { "no" };
     let (made, out) = container.attempts();

@@ -65,10 +65,7 @@ fn an_aarch64_image_is_as_on_a_machine_of_its_own() {
                 .len(),
             1
         );
-        assert_eq!(
-            environment.says("exec -a some-name bash -c 'echo $0; ps -o comm= -p 1'"),
-            "some-name\nims-jail-init"
-        );
+        assert_eq!(environment.says("exec -a some-name bash -c 'echo $0; ps -o comm= -p 1'"), "some-name\ninit");
         assert_eq!(environment.says("bash -c 'echo $0' some-name; sh -c 'echo err >&2' 2>&1"), "some-name\nerr");
         assert_eq!(text(feed(&mut environment.ssh(&[]), b"echo $0; exit 3\n").stdout), "-bash\n");
         // A shebang's program is looked at by the kernel once more.

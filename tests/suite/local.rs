@@ -184,7 +184,7 @@ fn enter_runs_a_command_in_the_jail_and_passes_its_end_on() {
     let output = ims_sshd(&["enter", &path, "--", "sh", "-c", "cat /proc/1/comm; echo $PATH; exit 7"]);
     assert_eq!(output.status.code(), Some(7), "{output:?}");
     let said = text(output.stdout);
-    assert!(said.starts_with("ims-jail-init\n/usr/local/sbin:"), "{said}");
+    assert!(said.starts_with("init\n/usr/local/sbin:"), "{said}");
     let output =
         feed(Command::new(IMS_SSHD).args(["enter", &path]), b"echo $0; pwd; touch /root/file; (sleep 6543 &)\n");
     assert_eq!(text(output.stdout), "-sh\n/root\n");

@@ -7,6 +7,7 @@
 
 mod agent;
 mod ansible;
+mod as_on_a_node;
 mod clients;
 mod close;
 mod commands;

@@ -199,7 +199,7 @@ fn what_else_the_configuration_says_of_root_gives_way_to_the_jail() {
         format!("-f {} -o ForceCommand=none -o PermitUserRC=yes -o 'ChrootDirectory /var'", volume.config.display());
     let environment = volume.start_with(Mode::Jailed, &[("SSHD_OPTIONS", &all)]).ready();
     assert_eq!(environment.says("ls /"), environment.says("ls -1 /proc/1/cwd/ 2>/dev/null || ls /"));
-    assert_eq!(environment.says("cat /proc/1/comm"), "ims-jail-init");
+    assert_eq!(environment.says("cat /proc/1/comm"), "init");
 }
 
 #[test]

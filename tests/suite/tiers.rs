@@ -74,7 +74,7 @@ fn a_user_namespace_holds_what_the_tier_says() {
     let map = environment.says("cat /proc/self/uid_map");
     let outside = std::fs::read_to_string("/proc/self/uid_map").unwrap();
     assert_eq!(map.split_whitespace().collect::<Vec<_>>(), outside.split_whitespace().collect::<Vec<_>>());
-    assert_eq!(environment.says("ps -e -o comm= | sort -u | head -1; cat /proc/1/comm"), "bash\nims-jail-init");
+    assert_eq!(environment.says("ps -e -o comm= | sort -u | head -1; cat /proc/1/comm"), "bash\ninit");
     let refused = environment.run("mknod /root/disk b 8 0");
     assert!(text(&refused.stderr).contains("Operation not permitted"), "{refused:?}");
     let chmod = environment.run("chmod 600 /dev/null");

@@ -1,0 +1,129 @@
+//! What programs of the image see is what they would see on the booted node or in a chroot, and not something that is neither.
+
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::Path;
+use std::process::{Command, Output};
+
+use crate::support::*;
+
+const JAILED: [&str; 2] = ["namespace", "user"];
+
+fn open(volume: Volume, tier: &str) -> Environment {
+    volume.start_with(Mode::Jailed, &[("IMS_JAIL_TIER", tier)]).ready()
+}
+
+/// A command line in a plain chroot that has a /proc, where the first process has another root.
+fn in_chroot(image_root: &Path, line: &str) -> Output {
+    let script =
+        "mount -t proc proc \"$0/proc\"; mount --rbind /dev \"$0/dev\"; chroot \"$0\" /bin/bash -c \"$1\"; exit $?";
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "--pid", "--fork", "sh", "-c", script]).arg(image_root).arg(line);
+    command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").env("HOME", "/root").output().unwrap()
+}
+
+/// As root, by way of programs that pass none of the session's variables on.
+const SYSTEMD: [&str; 10] = [
+    "systemctl restart cron",
+    "systemctl daemon-reload",
+    "sudo systemctl restart cron",
+    "su - -c 'systemctl restart cron'",
+    "env -i /usr/bin/systemctl daemon-reload",
+    "env -i SHELL=/bin/sh HOME=/root sh -c 'systemctl try-restart cron'",
+    "systemctl is-system-running",
+    "systemctl enable systemd-networkd && systemctl is-enabled systemd-networkd && systemctl disable systemd-networkd",
+    "env -i udevadm trigger && env -i udevadm control --reload && env -i udevadm settle",
+    "env -i systemd-detect-virt --chroot",
+];
+
+#[test]
+fn systemctl_behaves_as_in_a_chroot_whatever_the_environment_variables_are() {
+    let node = || {
+        let volume = Volume::new(Image::Node);
+        // sudo complains of a host name that it cannot resolve.
+        std::fs::copy("/etc/hosts", volume.image_root.join("etc/hosts")).unwrap();
+        volume
+    };
+    let chroot = node();
+    let wanted = SYSTEMD.map(|line| in_chroot(&chroot.image_root, line));
+    for tier in JAILED {
+        let environment = open(node(), tier);
+        let master = environment.master();
+        for (line, wanted) in SYSTEMD.iter().zip(&wanted) {
+            let got = master.ssh().arg(line).output().unwrap();
+            assert_eq!(
+                (got.status.code(), text(&got.stdout), text(&got.stderr)),
+                (wanted.status.code(), text(&wanted.stdout), text(&wanted.stderr)),
+                "{tier}: {line}"
+            );
+        }
+        // In a chroot they may not look at the first process, and fail.
+        assert_eq!(environment.run("su nobody -s /bin/sh -c 'env -i systemctl restart cron'").status.code(), Some(0));
+        assert_eq!(environment.says("env | grep -c SYSTEMD || true"), "0", "{tier}");
+        assert_eq!(environment.says("ls -A /run | grep -c ims-sshd.root || true"), "0", "{tier}");
+    }
+    let environment = open(Volume::new(Image::Node), "chroot");
+    assert_eq!(environment.run("systemctl restart cron").status.code(), Some(0));
+}
+
+/// A file, and what it links to; an empty text makes it a program.
+type InitFile = (&'static str, &'static str);
+
+/// An image of an init system, by what it has; and what Ansible finds on the node that is booted from it.
+const INITS: [(&str, &[InitFile], &str); 6] = [
+    (
+        "systemd",
+        &[("lib/systemd/systemd", ""), ("bin/systemctl", ""), ("sbin/init", "/lib/systemd/systemd")],
+        "systemd",
+    ),
+    ("systemd without a link", &[("lib/systemd/systemd", ""), ("bin/systemctl", "")], "systemd"),
+    ("OpenRC", &[("sbin/openrc", ""), ("sbin/init", "/bin/busybox")], "openrc"),
+    ("runit", &[("sbin/runit-init", ""), ("sbin/init", "runit-init")], "runit"),
+    ("System V", &[("etc/init.d/rc", ""), ("sbin/init", "")], "sysvinit"),
+    ("none", &[], "service"),
+];
+
+#[test]
+fn ansible_finds_the_service_manager_that_the_booted_node_has() {
+    for (name, files, wanted) in INITS {
+        for tier in JAILED {
+            let volume = Volume::new(Image::Managed);
+            std::fs::remove_dir_all(volume.image_root.join("etc/init.d")).unwrap();
+            for (file, link) in files {
+                let file = volume.image_root.join(file);
+                std::fs::create_dir_all(file.parent().unwrap()).unwrap();
+                if link.is_empty() {
+                    std::fs::write(&file, "#!/bin/sh\n").unwrap();
+                    std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o755)).unwrap();
+                } else {
+                    symlink(link, file).unwrap();
+                }
+            }
+            let environment = open(volume, tier);
+            for ansible in ["/usr/bin/ansible".into(), cache().join("ansible-core/bin/ansible")] {
+                let facts = service_manager(&environment, &ansible);
+                assert!(facts.contains(&format!("\"ansible_service_mgr\": \"{wanted}\"")), "{name}, {tier}: {facts}");
+            }
+        }
+    }
+}
+
+fn service_manager(environment: &Environment, ansible: &Path) -> String {
+    let home = tempfile::tempdir().unwrap();
+    let mut command = Command::new(ansible);
+    command.args(["-i", "127.0.0.1,", "-m", "setup", "-a", "filter=ansible_service_mgr", "-u", "root", "all"]);
+    let options = environment.ssh_options().join(" ");
+    command.args(["-e", &format!("ansible_port={} ansible_python_interpreter=/usr/bin/python3", environment.port)]);
+    command.args(["--ssh-common-args", &options]);
+    command.env_clear().env("PATH", "/usr/bin:/bin").env("HOME", home.path()).env("LC_ALL", "C.UTF-8");
+    succeed(&mut command)
+}
+
+#[test]
+fn a_jail_with_the_containers_proc_shows_the_jails_init_too() {
+    let volume = Volume::new(Image::Node);
+    // What a container masks, so that the kernel gives a user namespace no procfs of its own.
+    succeed(Command::new("mount").args(["-t", "tmpfs", "tmpfs", "/proc/fs"]));
+    let environment = open(volume, "user");
+    assert!(environment.log_text().contains("/proc is the container's"), "{}", environment.log_text());
+    assert_eq!(environment.says("cat /proc/1/comm; env -i systemctl restart cron; echo $?"), "systemd\n0");
+}
