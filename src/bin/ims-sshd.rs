@@ -10,8 +10,9 @@ use ims_sshd::error::{Attempt, Result};
 use ims_sshd::lifecycle::settings::{DEFAULT_PARENT, Settings};
 use ims_sshd::lifecycle::{log, supervisor};
 use ims_sshd::local::customize::{self, Customization};
+use ims_sshd::local::enter::{self, Answer, Entry};
 use ims_sshd::local::job::Job;
-use ims_sshd::local::{enter, status};
+use ims_sshd::local::status;
 use ims_sshd::publish::prepare::Open;
 use ims_sshd::publish::sidecar::{self, Places};
 use ims_sshd::publish::{command, prepare, settings as publishing};
@@ -38,14 +39,9 @@ enum Command {
     /// Open an image on this machine over SSH, until it is marked complete or failed
     #[command(after_help = CUSTOMIZE_EXAMPLES)]
     Customize(CustomizeArguments),
-    /// Enter the jail of an image root without SSH and run a command, or a shell
-    Enter {
-        /// The unpacked image
-        image_root: PathBuf,
-        /// The command and its arguments
-        #[arg(last = true)]
-        command: Vec<OsString>,
-    },
+    /// Open an image in this terminal, without SSH, and run a shell or a command in it
+    #[command(after_help = ENTER_EXAMPLES)]
+    Enter(EnterArguments),
     /// Fetch an image and make an image root of it
     #[command(after_help = PREPARE_EXAMPLES)]
     Prepare {
@@ -121,6 +117,11 @@ const CUSTOMIZE_EXAMPLES: &str = "Examples:
   ims-sshd customize ./image-root
   ims-sshd customize ./image.sqsh --output ./out
   ims-sshd customize ./image.sqsh --output s3://boot-images --plain --script ./install.sh";
+
+const ENTER_EXAMPLES: &str = "Examples:
+  ims-sshd enter ./image-root
+  ims-sshd enter ./image.sqsh --output ./out
+  ims-sshd enter ./image.sqsh --output ./out --yes -- dnf -y update";
 
 const PREPARE_EXAMPLES: &str = "Examples:
   ims-sshd prepare /mnt/image 'https://s3.example/boot-images/…/rootfs?X-Amz-Signature=…'
@@ -270,6 +271,25 @@ struct CustomizeArguments {
     job: JobOptions,
 }
 
+#[derive(Args)]
+struct EnterArguments {
+    /// An unpacked image, which is changed where it is; or a squashfs, a tar archive, or a URL (https, s3), whose changes are discarded at
+    /// the end without --output
+    #[arg(value_name = "SOURCE")]
+    source: String,
+    /// Publish at the end without asking, unless the command has failed
+    #[arg(long, requires = "output", conflicts_with = "discard")]
+    yes: bool,
+    /// Discard what was changed at the end without asking
+    #[arg(long, requires = "output")]
+    discard: bool,
+    #[command(flatten)]
+    job: JobOptions,
+    /// The command and its arguments [default: the login shell]
+    #[arg(last = true)]
+    command: Vec<OsString>,
+}
+
 /// What becomes of an image on one machine.
 #[derive(Args)]
 struct JobOptions {
@@ -344,7 +364,14 @@ fn run(command: Command) -> Result<u8> {
     match command {
         Command::Entrypoint { image_root_parent } => entrypoint(image_root_parent),
         Command::Customize(arguments) => run_customize(arguments),
-        Command::Enter { image_root, command } => enter::run(&image_root, &command),
+        Command::Enter(arguments) => {
+            let answer = match (arguments.yes, arguments.discard) {
+                (true, _) => Some(Answer::Yes),
+                (_, true) => Some(Answer::Discard),
+                _ => None,
+            };
+            enter::run(arguments.job.read(arguments.source)?, &Entry { command: arguments.command, answer })
+        }
         Command::Complete(parent) => status::mark(&parent.path(), Verdict::Complete),
         Command::Fail(parent) => status::mark(&parent.path(), Verdict::Failed),
         Command::Status { parent, json } => status::print(&parent.path(), json),

@@ -30,6 +30,14 @@ impl Message {
         }
     }
 
+    /// The mark that it tells of, if it does.
+    pub fn mark(self) -> Option<Verdict> {
+        match self {
+            Self::Marked(verdict) => Some(verdict),
+            _ => None,
+        }
+    }
+
     fn parse(text: &str) -> Option<Self> {
         Some(match text.split_once(' ') {
             None if text == "ready" => Self::Ready,

@@ -1,78 +1,342 @@
-//! `ims-sshd enter`: the jail without SSH.
+//! `ims-sshd enter`: the jail without SSH, in this terminal.
 
 use std::ffi::OsString;
+use std::io::IsTerminal;
 use std::os::fd::AsFd;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Child, Command};
+use std::time::{Duration, Instant};
 
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::sys::termios::{SetArg, Termios, tcgetattr, tcsetattr};
 use nix::sys::wait::WaitStatus;
-use nix::unistd::Pid;
+use nix::unistd::{Pid, getpgrp, tcgetpgrp};
+use rustix::event::{PollFd, PollFlags};
 
 use crate::error::{Attempt, Error, Result};
-use crate::lifecycle::foreign;
+use crate::jail::link::Message;
+use crate::jail::tier::Tier;
 use crate::lifecycle::open_jail::{self, OpenJail, Wanted};
-use crate::lifecycle::processes;
 use crate::lifecycle::settings::jail_tier;
 use crate::lifecycle::state::StateFolder;
-use crate::lifecycle::tier;
+use crate::lifecycle::{environment, foreign, processes, tier};
 use crate::local;
+use crate::local::job::{Fate, Job};
+use crate::sys::poll;
 use crate::sys::process::end_like;
 use crate::sys::signals::{Signals, hold_none};
 use crate::sys::tree::Tree;
+use crate::verdict::Verdict;
 
-/// Makes a jail around `image_root`, runs `command` (or a shell) in it, and ends everything inside when that has ended.
-/// Returns its exit code, or dies of the signal it died of.
-pub fn run(image_root: &Path, command: &[OsString]) -> Result<u8> {
+/// What is run, and what comes after it.
+#[derive(Debug)]
+pub struct Entry {
+    /// A program of the image with its arguments; the login shell if there is none.
+    pub command: Vec<OsString>,
+    /// What becomes of the changes, if it is said beforehand.
+    pub answer: Option<Answer>,
+}
+
+/// Whether the image is to be published.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Answer {
+    /// `--yes`.
+    Yes,
+    /// `--discard`.
+    Discard,
+}
+
+/// Makes a jail around the job's image root, runs the command in it, and ends everything inside when that has ended. Then the image is
+/// published, kept or discarded. Returns the command's exit code, or dies of the signal it died of; 0 for a published image.
+pub fn run(job: Job, entry: &Entry) -> Result<u8> {
+    local::need_root()?;
     let tier = jail_tier(std::env::var_os("IMS_JAIL_TIER"))?;
-    let image_root = local::image_root(image_root)?;
-    let run = local::RunFolder::claim("enter", &image_root)?;
-    // The command is in the foreground; what it does about these is its own business.
-    let held = [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGCHLD];
-    let _signals = Signals::hold(&held).attempt(|| "hold back signals")?;
-    nix::sys::prctl::set_child_subreaper(true).attempt(|| "become the parent of orphaned processes")?;
+    if entry.answer == Some(Answer::Discard) && Path::new(&job.source).is_dir() {
+        let complaint = format!("--discard: '{}' is a directory, which is changed where it is", job.source);
+        return Err(Error::bad_input(complaint));
+    }
+    let publishes = job.publishes();
+    if !job.is_in_place() {
+        if !publishes {
+            let source = &job.source;
+            tracing::info!("what is changed in {source} is discarded at the end; --output STORE publishes it instead");
+        }
+        // Before anything is opened: a descriptor from before would not see what is mounted from here on.
+        local::own_mounts()?;
+    }
+    let question = format!("Publish what has become of {}?", job.source);
+    let end = job.run(|image_root| {
+        let session = Session { is_shell: entry.command.is_empty(), publishes, tier };
+        let (status, verdict) = session.run(image_root, &entry.command)?;
+        if !publishes {
+            return Ok((Fate::Discard, verdict.map_or(status, exited_as)));
+        }
+        Ok(match decide(status, verdict, entry.answer, session.is_at_terminal()) {
+            Some(Fate::Publish) => (Fate::Publish, exited(0)),
+            Some(Fate::Keep) => {
+                tracing::warn!("the command failed: the image is not published");
+                (Fate::Keep, status)
+            }
+            Some(Fate::Discard) => (Fate::Discard, verdict.map_or(status, exited_as)),
+            None => match ask(&question)? {
+                Some(fate) => (fate, exited(0)),
+                None => {
+                    tracing::error!(
+                        "the image is not published: there is no terminal to ask at; --yes publishes it, --discard does not"
+                    );
+                    (Fate::Keep, exited(1))
+                }
+            },
+        })
+    })?;
+    Ok(end_like(end))
+}
 
-    let state = StateFolder::of(run.path())?;
-    let tree = Tree::open(&image_root).attempt(|| format!("open the image root {}", image_root.display()))?;
-    let notes = Tree::open(run.path()).attempt(|| format!("open {}", run.path().display()))?;
-    open_jail::clear_image_root(&tree, &notes)?;
-    let cleared = |e: Error| {
-        let _ = state.remove();
-        // Stays if it holds the note of an addition that could not be removed.
-        let _ = std::fs::remove_dir(run.path());
-        e
-    };
-    let kind = tier::choose(tier, false, &state).map_err(cleared)?;
-    let emulation = foreign::prepare(&tree, None, &notes, Some(kind.tier)).map_err(cleared)?;
-    let wanted = Wanted {
-        tier: kind.tier,
-        proc: kind.proc,
-        path: &image_root,
-        image_root: &tree,
-        note_folder: &notes,
-        dkms: false,
-        emulated: emulation.in_jail,
-        job: None,
-        hostname: None,
-        keep: Vec::new(),
-        sftp: &[],
-        bare: kind.bare.as_ref().map(AsFd::as_fd),
-    };
-    let jail = OpenJail::open(&wanted, &state).map_err(cleared)?;
-    let mut helper = Command::new(open_jail::program()?);
-    helper.arg("enter").arg(state.jail()).arg("--").args(command);
-    let ended = hold_none(&mut helper).status().attempt(|| "start ims-jail-shell");
+fn exited(code: i32) -> WaitStatus {
+    WaitStatus::Exited(Pid::from_raw(1), code)
+}
 
-    let all_ended = processes::end_all(Some(&jail));
-    drop(emulation);
-    jail.clear(&tree, &notes, &state)?;
-    state.remove()?;
-    local::remove_folder(run.path())?;
-    all_ended?;
-    let status = ended?;
-    Ok(match WaitStatus::from_raw(Pid::from_raw(1), status.into_raw()) {
-        Ok(status) => end_like(status),
-        Err(_) => 1,
-    })
+/// As `customize` ends.
+fn exited_as(verdict: Verdict) -> WaitStatus {
+    exited(i32::from(verdict == Verdict::Failed))
+}
+
+/// What becomes of the changes; none if somebody has to be asked.
+///
+/// A mark in the image counts most, since it was made last. The exit code of a shell at a terminal is that of its last command, and says
+/// nothing; every other command has failed with one that is not 0.
+fn decide(status: WaitStatus, verdict: Option<Verdict>, answer: Option<Answer>, at_terminal: bool) -> Option<Fate> {
+    let failed = match status {
+        WaitStatus::Exited(_, code) => code != 0 && !at_terminal,
+        _ => true,
+    };
+    match (verdict, answer) {
+        (Some(Verdict::Failed), _) | (None, Some(Answer::Discard)) => Some(Fate::Discard),
+        (None, _) if failed => Some(Fate::Keep),
+        (Some(Verdict::Complete), _) | (None, Some(Answer::Yes)) => Some(Fate::Publish),
+        (None, None) => None,
+    }
+}
+
+/// Asks the person at the terminal; none if there is no terminal. A signal, the end of input, and an empty line keep the changes.
+fn ask(question: &str) -> Result<Option<Fate>> {
+    let stdin = std::io::stdin();
+    if !stdin.is_terminal() || !std::io::stderr().is_terminal() {
+        return Ok(None);
+    }
+    let attempted = || "read the answer";
+    let signals = Signals::hold(&[Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP]).attempt(attempted)?;
+    // Those that were meant for the session.
+    while let Ok(Some(_)) = signals.next() {}
+    loop {
+        eprint!("{question} (y)es, (k)eep the changes for later, (d)iscard them [k]: ");
+        let mut sources = [PollFd::new(&stdin, PollFlags::IN), PollFd::new(&signals, PollFlags::IN)];
+        match rustix::event::poll(&mut sources, None) {
+            Err(rustix::io::Errno::INTR) => continue,
+            other => other.attempt(attempted)?,
+        };
+        // One line, as the terminal has it; the standard library's buffer could take more, which poll would not tell of.
+        let mut line = [0; 64];
+        let length = if sources[1].revents().is_empty() { rustix::io::read(&stdin, &mut line).unwrap_or(0) } else { 0 };
+        if length == 0 {
+            while let Ok(Some(_)) = signals.next() {}
+            eprintln!();
+            return Ok(Some(Fate::Keep));
+        }
+        match String::from_utf8_lossy(&line[..length]).trim().to_ascii_lowercase().as_str() {
+            "y" | "yes" => return Ok(Some(Fate::Publish)),
+            "" | "k" | "keep" => return Ok(Some(Fate::Keep)),
+            "d" | "discard" => return Ok(Some(Fate::Discard)),
+            _ => {}
+        }
+    }
+}
+
+/// A shell that was hung up has this long to write its history.
+const HANG_UP_TIME: Duration = Duration::from_secs(2);
+
+/// What runs in the jail.
+struct Session {
+    /// Whether it is the login shell.
+    is_shell: bool,
+    publishes: bool,
+    tier: Option<Tier>,
+}
+
+impl Session {
+    /// Whether a person is at the shell, who is hung up when the image is marked, as in a session over SSH.
+    fn is_at_terminal(&self) -> bool {
+        self.is_shell && std::io::stdin().is_terminal()
+    }
+
+    /// Whether marks in the image's /tmp mean anything: not for a command that changes a directory and nothing else.
+    fn heeds_marks(&self) -> bool {
+        self.is_shell || self.publishes
+    }
+
+    /// Returns how it ended, and the mark that was made in the image.
+    fn run(&self, image_root: &Path, command: &[OsString]) -> Result<(WaitStatus, Option<Verdict>)> {
+        let run = local::RunFolder::claim("enter", image_root)?;
+        // The command is in the foreground; what it does about these is its own business.
+        let held = [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGCHLD];
+        let signals = Signals::hold(&held).attempt(|| "block signals")?;
+        nix::sys::prctl::set_child_subreaper(true).attempt(|| "become the parent of orphaned processes")?;
+
+        let state = StateFolder::of(run.path())?;
+        let tree = Tree::open(image_root).attempt(|| format!("open the image root {}", image_root.display()))?;
+        let notes = Tree::open(run.path()).attempt(|| format!("open {}", run.path().display()))?;
+        open_jail::clear_image_root(&tree, &notes)?;
+        let cleared = |e: Error| {
+            let _ = state.remove();
+            // Stays if it holds the note of an addition that could not be removed.
+            let _ = std::fs::remove_dir(run.path());
+            e
+        };
+        if self.heeds_marks() {
+            environment::remove_old_marks(&tree).map_err(cleared)?;
+        }
+        let kind = tier::choose(self.tier, false, &state).map_err(cleared)?;
+        let emulation = foreign::prepare(&tree, None, &notes, Some(kind.tier)).map_err(cleared)?;
+        let wanted = Wanted {
+            tier: kind.tier,
+            proc: kind.proc,
+            path: image_root,
+            image_root: &tree,
+            note_folder: &notes,
+            dkms: false,
+            emulated: emulation.in_jail,
+            job: None,
+            hostname: None,
+            keep: Vec::new(),
+            sftp: &[],
+            bare: kind.bare.as_ref().map(AsFd::as_fd),
+        };
+        let jail = OpenJail::open(&wanted, &state).map_err(cleared)?;
+        let mut helper = Command::new(open_jail::program()?);
+        helper.arg("enter").arg(state.jail()).arg("--").args(command);
+        let terminal = self.is_at_terminal().then(TerminalModes::save).flatten();
+        let ended = hold_none(&mut helper).spawn().attempt(|| "start ims-jail-shell");
+        let ended = ended.and_then(|helper| self.attend(helper, &jail, &signals));
+
+        let all_ended = processes::end_all(Some(&jail));
+        // The init has looked for marks once more before it ended.
+        let told_last = match all_ended {
+            Ok(()) if self.heeds_marks() => std::iter::from_fn(|| jail.told()).filter_map(Message::mark).max(),
+            _ => None,
+        };
+        if let Some(terminal) = terminal {
+            terminal.restore();
+        }
+        drop(emulation);
+        jail.clear(&tree, &notes, &state)?;
+        state.remove()?;
+        local::remove_folder(run.path())?;
+        all_ended?;
+        let (status, told) = ended?;
+        let found = if self.heeds_marks() { take_marks(&tree)? } else { None };
+        Ok((status, told.max(told_last).max(found)))
+    }
+
+    /// Waits for the end of the command, and hangs up a person's shell when the image is marked.
+    fn attend(&self, mut helper: Child, jail: &OpenJail, signals: &Signals) -> Result<(WaitStatus, Option<Verdict>)> {
+        let attempted = || "wait for ims-jail-shell";
+        let pid = Pid::from_raw(helper.id().cast_signed());
+        let mut marked: Option<Verdict> = None;
+        let mut hung_up: Option<Instant> = None;
+        let mut listens = self.heeds_marks();
+        loop {
+            if let Some(status) = helper.try_wait().attempt(attempted)? {
+                return WaitStatus::from_raw(pid, status.into_raw()).attempt(attempted).map(|status| (status, marked));
+            }
+            if hung_up.is_some_and(|since| since.elapsed() >= HANG_UP_TIME) {
+                let _ = jail.end();
+            }
+            let mut sources = vec![PollFd::new(signals, PollFlags::IN)];
+            if listens {
+                sources.push(PollFd::from_borrowed_fd(jail.link(), PollFlags::IN));
+            }
+            let _ = poll::wait(&mut sources, HANG_UP_TIME / 4);
+            let is_told = sources.get(1).is_some_and(|link| !link.revents().is_empty());
+            while let Ok(Some(signal)) = signals.next() {
+                // The terminal sends these to its foreground, which is in the jail; what comes here is from elsewhere.
+                if matches!(signal, Signal::SIGTERM | Signal::SIGHUP) {
+                    let _ = kill(pid, signal);
+                }
+            }
+            match is_told.then(|| jail.told().map(Message::mark)) {
+                Some(Some(Some(verdict))) => {
+                    marked = marked.max(Some(verdict));
+                    if self.is_at_terminal() && hung_up.is_none() {
+                        let word = match (verdict, self.publishes) {
+                            (Verdict::Complete, true) => "complete and will be packed",
+                            (Verdict::Complete, false) => "complete",
+                            (Verdict::Failed, _) => "failed",
+                        };
+                        eprint!("\r\nims-sshd: the image was marked {word}; this session ends now\r\n");
+                        let _ = kill(pid, Signal::SIGHUP);
+                        hung_up = Some(Instant::now());
+                    }
+                }
+                // The init has ended: nothing more will be told.
+                Some(None) => listens = false,
+                Some(Some(None)) | None => {}
+            }
+        }
+    }
+}
+
+/// Removes the marks of the image's /tmp, where they would be packed. Returns which there were.
+fn take_marks(image_root: &Tree) -> Result<Option<Verdict>> {
+    let mut found = None;
+    for verdict in Verdict::ALL {
+        let name = Path::new("tmp").join(verdict.signal_file());
+        if image_root.remove(&name).attempt(|| format!("remove /{} of the image", name.display()))? {
+            found = found.max(Some(verdict));
+        }
+    }
+    Ok(found)
+}
+
+/// The terminal's modes, as the person's own shell has them: a shell that is killed leaves them as its line editor needs them.
+struct TerminalModes(Termios);
+
+impl TerminalModes {
+    fn save() -> Option<Self> {
+        tcgetattr(std::io::stdin()).ok().map(Self)
+    }
+
+    /// Only in the foreground: in the background the terminal is another's.
+    fn restore(&self) {
+        if tcgetpgrp(std::io::stdin()) == Ok(getpgrp()) {
+            let _ = tcsetattr(std::io::stdin(), SetArg::TCSADRAIN, &self.0);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mark_counts_more_than_an_answer_and_a_failed_command_is_kept() {
+        let killed = WaitStatus::Signaled(Pid::from_raw(1), Signal::SIGHUP, false);
+        let (yes, discard) = (Some(Answer::Yes), Some(Answer::Discard));
+        for (status, verdict, answer, at_terminal, fate) in [
+            (exited(0), None, yes, false, Some(Fate::Publish)),
+            (exited(0), None, None, false, None),
+            (exited(3), None, yes, false, Some(Fate::Keep)),
+            (exited(3), None, None, false, Some(Fate::Keep)),
+            (exited(3), None, yes, true, Some(Fate::Publish)),
+            (exited(3), None, None, true, None),
+            (killed, None, yes, true, Some(Fate::Keep)),
+            (exited(0), None, discard, false, Some(Fate::Discard)),
+            (exited(3), None, discard, false, Some(Fate::Discard)),
+            (exited(3), Some(Verdict::Complete), None, false, Some(Fate::Publish)),
+            (killed, Some(Verdict::Complete), discard, true, Some(Fate::Publish)),
+            (exited(0), Some(Verdict::Failed), yes, false, Some(Fate::Discard)),
+        ] {
+            assert_eq!(decide(status, verdict, answer, at_terminal), fate, "{status:?} {verdict:?} {answer:?}");
+        }
+    }
 }

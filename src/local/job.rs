@@ -15,7 +15,7 @@ use crate::publish::package::{self, Archive, open_tree};
 use crate::publish::prepare::{INVENTORY, holds_changes, prepare};
 use crate::publish::settings::Settings;
 use crate::publish::sidecar::write_changes;
-use crate::publish::source::Source;
+use crate::publish::source::{self, Source};
 use crate::publish::unpack::Overlay;
 use crate::publish::upload::{Image, Publication};
 use crate::publish::work::Work;
@@ -66,6 +66,12 @@ impl Job {
             return session(&image_root).map(|(_, value)| value);
         };
         let source = Source::parse(&self.source)?;
+        if let Source::Here(path) = &source {
+            let refuse = |e| Error::bad_input(format!("SOURCE is '{}': {e}", path.display()));
+            if !std::fs::metadata(path).map_err(refuse)?.is_dir() {
+                source::kind(path)?;
+            }
+        }
         let work = Work::begin(&settings.network)?;
         settings.parent = workplace(&settings.parent, &self.source, publishes)?;
         let _claim = claim(&settings.parent)?;

@@ -22,7 +22,7 @@ fn customize(dir: &Path, source: &str, output: &str, verdict: &str, variables: &
     command.output().unwrap()
 }
 
-fn nothing_stays(dir: &Path) {
+pub fn nothing_stays(dir: &Path) {
     assert_eq!(std::fs::read_dir(dir.join("work/ims-sshd")).unwrap().count(), 0);
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
     assert!(!mounts.contains(dir.to_str().unwrap()), "{mounts}");

@@ -6,6 +6,7 @@
 mod support;
 
 mod customize;
+mod enter;
 mod file_server;
 mod ims_server;
 mod job;

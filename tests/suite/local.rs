@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use crate::support::*;
+use crate::terminal::{PROMPT, Terminal, own_shell};
 
 /// A copied image root of its own.
 fn image_root() -> tempfile::TempDir {
@@ -224,14 +225,146 @@ fn enter_ends_nothing_but_what_it_started() {
 
 #[test]
 fn an_image_root_that_cannot_be_is_refused() {
-    for (path, reason) in
-        [("/", "this machine's own root"), ("/nowhere", "No such file"), ("/etc/passwd", "expected a folder")]
-    {
-        for command in ["customize", "enter"] {
-            let output = ims_sshd(&[command, path]);
-            assert_eq!(output.status.code(), Some(2), "{output:?}");
-            assert!(text(&output.stderr).contains(reason), "{output:?}");
-        }
+    for (command, path, reason, code) in [
+        ("customize", "/", "this machine's own root", 2),
+        ("customize", "/nowhere", "No such file", 2),
+        ("customize", "/etc/passwd", "expected a folder", 2),
+        ("enter", "/", "this machine's own root", 2),
+        ("enter", "/nowhere", "No such file", 2),
+        ("enter", "/etc/passwd", "cannot take /etc/passwd as an image", 1),
+        ("enter", "", "expected a URL, a folder", 2),
+    ] {
+        let output = ims_sshd(&[command, path]);
+        assert_eq!(output.status.code(), Some(code), "{output:?}");
+        assert!(text(&output.stderr).contains(reason), "{output:?}");
+    }
+}
+
+/// A directory with a squashfs of a busybox that boots, for a person at a terminal.
+fn desk() -> tempfile::TempDir {
+    let dir = image_root();
+    let image = dir.path().join("image");
+    std::fs::create_dir(image.join("boot")).unwrap();
+    for name in ["vmlinuz-6.1.0", "initrd-6.1.0"] {
+        std::fs::write(image.join("boot").join(name), name).unwrap();
+    }
+    std::fs::write(image.join("etc/profile"), format!("PS1='{PROMPT}'\n")).unwrap();
+    let squashfs = dir.path().join("image.sqsh");
+    succeed(Command::new("mksquashfs").args([&image, &squashfs]).args(["-quiet", "-no-progress"]));
+    dir
+}
+
+/// `ims-sshd enter image.sqsh` in a terminal, once the shell in the image prompts.
+fn enter_at_a_terminal(desk: &Path, options: &str) -> Terminal {
+    let line = format!("cd {} && exec {IMS_SSHD} enter image.sqsh --work work {options}", desk.display());
+    let mut terminal = Terminal::with(Command::new("sh").args(["-c", &line]));
+    terminal.see(PROMPT);
+    terminal
+}
+
+/// Files of the one image that was published.
+fn published(desk: &Path) -> String {
+    let images: Vec<_> = std::fs::read_dir(desk.join("out")).unwrap().map(|e| e.unwrap().path()).collect();
+    assert_eq!(images.len(), 1, "{images:?}");
+    assert!(images[0].join("manifest.json").exists());
+    succeed(Command::new("unsquashfs").arg("-l").arg(images[0].join("rootfs")))
+}
+
+fn is_empty(directory: PathBuf) -> bool {
+    std::fs::read_dir(directory).map_or(true, |mut entries| entries.next().is_none())
+}
+
+#[test]
+fn enter_asks_at_the_end_whether_to_publish_and_goes_on_with_what_was_kept() {
+    let desk = desk();
+    let path = desk.path();
+    let mut terminal = enter_at_a_terminal(path, "--output out");
+    assert_eq!(terminal.ask("touch /root/first; echo $0"), "-sh");
+    terminal.line("false; exit");
+    terminal.see("(d)iscard them [k]: ");
+    terminal.line("what");
+    terminal.see("(d)iscard them [k]: ");
+    terminal.line("");
+    let (code, screen) = terminal.end();
+    assert_eq!(code, 0, "{screen}");
+    assert!(screen.contains("the same command goes on with it") && is_empty(path.join("out")), "{screen}");
+
+    // To look at it without publishing anything is to look at the source, and leaves what is kept alone.
+    let mut terminal = enter_at_a_terminal(path, "");
+    assert_eq!(terminal.ask("echo /root/*"), "/root/*");
+    terminal.line("exit 9");
+    assert_eq!(terminal.end().0, 9);
+
+    let mut terminal = enter_at_a_terminal(path, "--output out");
+    assert_eq!(terminal.ask("touch /root/second; echo /root/*"), "/root/first /root/second");
+    terminal.line("exit");
+    terminal.see("(d)iscard them [k]: ");
+    terminal.key('c');
+    assert_eq!(terminal.end().0, 0, "it is kept");
+
+    let mut terminal = enter_at_a_terminal(path, "--output out");
+    terminal.line("exit");
+    terminal.see("(d)iscard them [k]: ");
+    terminal.line("y");
+    let (code, screen) = terminal.end();
+    assert_eq!(code, 0, "{screen}");
+    let files = published(path);
+    assert!(files.contains("root/first") && files.contains("root/second"), "{files}");
+    assert!(is_empty(path.join("work/ims-sshd")), "the work directory is left");
+}
+
+#[test]
+fn changes_are_discarded_when_the_person_who_entered_says_so() {
+    let desk = desk();
+    let mut terminal = enter_at_a_terminal(desk.path(), "--output out");
+    terminal.line("touch /root/new; exit");
+    terminal.see("(d)iscard them [k]: ");
+    terminal.line("d");
+    assert_eq!(terminal.end().0, 0);
+    let mut terminal = enter_at_a_terminal(desk.path(), "--output out --discard");
+    assert_eq!(terminal.ask("echo /root/*; touch /root/newer"), "/root/*");
+    terminal.line("exit 3");
+    let (code, screen) = terminal.end();
+    assert_eq!(code, 3, "{screen}");
+    assert!(!screen.contains("[k]: ") && is_empty(desk.path().join("out")), "{screen}");
+    assert!(is_empty(desk.path().join("work/ims-sshd")));
+}
+
+#[test]
+fn a_mark_in_the_shell_that_was_entered_ends_it_and_answers() {
+    let desk = desk();
+    let path = desk.path();
+    let mut terminal = enter_at_a_terminal(path, "--output out");
+    terminal.line("touch /etc/new /tmp/failed");
+    let (code, screen) = terminal.end();
+    assert_eq!(code, 1, "{screen}");
+    assert!(screen.contains("marked failed; this session ends now") && is_empty(path.join("out")), "{screen}");
+    assert!(is_empty(path.join("work/ims-sshd")));
+
+    // The person's own shell finds the terminal as it was, whatever the image's line editor has made of it.
+    let mut terminal = own_shell();
+    terminal.line(&format!("cd {}; stty -a | md5sum > before", path.display()));
+    terminal.see(PROMPT);
+    terminal.line(&format!("{IMS_SSHD} enter image.sqsh --work work --output out"));
+    terminal.see(PROMPT);
+    terminal.line("touch /etc/newer /tmp/complete");
+    terminal.see("marked complete and will be packed; this session ends now");
+    terminal.see(PROMPT);
+    assert_eq!(terminal.ask("stty -a | md5sum | cmp - before && echo same"), "same");
+    terminal.line("exit");
+    terminal.end();
+    let files = published(path);
+    assert!(files.contains("etc/newer") && !files.contains("etc/new\n") && !files.contains("tmp/complete"), "{files}");
+
+    // In a directory that is changed where it is, neither mark stays.
+    let image = path.join("image");
+    for (mark, code) in [("complete", 0), ("failed", 1)] {
+        let mut command = Command::new(IMS_SSHD);
+        let mut terminal = Terminal::with(command.arg("enter").arg(&image));
+        terminal.see(PROMPT);
+        terminal.line(&format!("touch /etc/{mark} /tmp/{mark}"));
+        assert_eq!(terminal.end().0, code, "{mark}");
+        assert!(image.join("etc").join(mark).exists() && !image.join("tmp").join(mark).exists(), "{mark}");
     }
 }
 

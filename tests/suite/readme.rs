@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use crate::support::*;
+use crate::terminal::Terminal;
 
 const README: &str = include_str!("../../README.md");
 const SECURITY: &str = include_str!("../../SECURITY.md");
@@ -31,11 +32,19 @@ fn every_command_of_the_readme_does_what_it_is_there_for() {
             ["ims-sshd", "customize", options @ ..] => customize(command, options.contains(&"--script")),
             ["ims-sshd", "prepare", ..] => publish(),
             ["ims-sshd", "package" | "upload", ..] => {}
-            ["ims-sshd", "enter", ..] => {
+            ["ims-sshd", "enter", "./image-root", ..] => {
+                let output = succeed(&mut Desk::new().shell(command));
+                assert!(output.contains("Debian"), "{command}: {output}");
+            }
+            ["ims-sshd", "enter", "./image.sqsh", options @ ..] => {
                 let desk = Desk::new();
-                let output = desk.shell(command).output().unwrap();
-                assert!(output.status.success(), "{command}: {output:?}");
-                assert!(text(&output.stdout).contains("Debian"), "{command}: {output:?}");
+                if options.contains(&"--yes") {
+                    succeed(&mut desk.shell(command));
+                } else {
+                    answer(&desk, command);
+                }
+                let published = walk(&desk.volume.parent.join("out"));
+                assert!(published.iter().any(|path| path.ends_with("manifest.json")), "{command}: {published:?}");
             }
             ["ims-sshd", "status", ..] => {
                 let (environment, desk) = (Environment::open(Image::Busybox, Mode::Jailed), Desk::new());
@@ -57,6 +66,21 @@ fn every_command_of_the_readme_does_what_it_is_there_for() {
             _ => panic!("README.md shows '{command}', and this test does not know how to run it"),
         }
     }
+}
+
+/// Enters an image at a terminal, leaves it again, and has it published.
+fn answer(desk: &Desk, command: &str) {
+    let shell = desk.shell(command);
+    let mut there = Command::new("sh");
+    there.args(["-c", &format!("cd {} && exec {command}", desk.volume.parent.display())]);
+    there.envs(shell.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    let mut terminal = Terminal::with(&there);
+    terminal.see("# ");
+    terminal.line("exit");
+    terminal.see("[k]: ");
+    terminal.line("y");
+    let (code, screen) = terminal.end();
+    assert_eq!(code, 0, "{command}: {screen}");
 }
 
 /// Runs the three steps of README one after the other, each on what the one before has made.

@@ -1,0 +1,121 @@
+//! `ims-sshd enter`, from a source to a published image, without anybody at a terminal.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use crate::customize::nothing_stays;
+use crate::file_server::FileServer;
+use crate::job::*;
+use crate::support::*;
+
+/// `ims-sshd enter SOURCE` with a work directory in `dir`, a command of the image's shell, and the test image's boot files.
+fn enter(dir: &Path, source: &str, options: &[&str], command: &str) -> Output {
+    let mut enter = ims_sshd(&["enter", source, "--kernel", "vmlinuz", "--initrd", "initrd"], &[]);
+    enter.arg("--work").arg(dir.join("work")).args(options).args(["--", "sh", "-c", command]).current_dir(dir);
+    enter.output().unwrap()
+}
+
+/// Paths of the one image in the store `out` of `dir`.
+fn published(dir: &Path) -> String {
+    let images: Vec<_> = std::fs::read_dir(dir.join("out")).unwrap().map(|e| e.unwrap().path()).collect();
+    assert_eq!(images.len(), 1, "{images:?}");
+    succeed(Command::new("unsquashfs").arg("-l").arg(images[0].join("rootfs")))
+}
+
+#[test]
+fn every_kind_of_source_is_entered_and_its_changes_are_discarded_without_an_output() {
+    let dir = folder();
+    let tree = image(dir.path());
+    let squashfs = squashfs_of(&tree);
+    let tar = dir.path().join("image.tar.gz");
+    succeed(Command::new("tar").args(["-c", "-z", "-f"]).arg(&tar).arg("-C").arg(&tree).arg("."));
+    let bytes = std::fs::read(&squashfs).unwrap();
+    let server = FileServer::start(bytes.clone(), &[]);
+    for source in [squashfs.display().to_string(), tar.display().to_string(), server.url] {
+        let output = enter(dir.path(), &source, &[], "touch /etc/new && ls /etc/new && exit 7");
+        assert_eq!(output.status.code(), Some(7), "{source}: {output:?}");
+        assert_eq!(text(&output.stdout), "/etc/new\n", "nothing of ours is in the command's output");
+        assert!(text(&output.stderr).contains("is discarded at the end; --output STORE publishes it"), "{output:?}");
+        nothing_stays(dir.path());
+    }
+    assert!(std::fs::read(&squashfs).unwrap() == bytes, "a source is not changed");
+}
+
+#[test]
+fn a_command_that_succeeds_is_published_with_yes_and_kept_without_an_answer() {
+    let dir = folder();
+    let squashfs = squashfs_of(&image(dir.path())).display().to_string();
+    let unanswered = enter(dir.path(), &squashfs, &["--output", "out"], "touch /etc/first");
+    assert_eq!(unanswered.status.code(), Some(1), "{unanswered:?}");
+    let said = text(&unanswered.stderr);
+    assert!(said.contains("--yes publishes it") && said.contains("the same command goes on with it"), "{said}");
+
+    let failed = enter(dir.path(), &squashfs, &["--output", "out", "--yes"], "touch /etc/second; exit 9");
+    assert_eq!(failed.status.code(), Some(9), "{failed:?}");
+    assert!(text(&failed.stderr).contains("the command failed: the image is not published"), "{failed:?}");
+    assert!(!dir.path().join("out").exists());
+
+    let output = enter(dir.path(), &squashfs, &["--output", "out", "--yes"], "test -e /etc/first && rm /bin/ls");
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert_eq!(report(&output)["result"], "success");
+    let files = published(dir.path());
+    assert!(files.contains("etc/first") && files.contains("etc/second") && !files.contains("bin/ls\n"), "{files}");
+    nothing_stays(dir.path());
+}
+
+#[test]
+fn marks_and_discard_decide_before_the_exit_code() {
+    let dir = folder();
+    let squashfs = squashfs_of(&image(dir.path())).display().to_string();
+    let yes: &[&str] = &["--output", "out", "--yes"];
+    let discard: &[&str] = &["--output", "out", "--discard"];
+    for (options, command, code) in
+        [(yes, "touch /tmp/failed", 1), (yes, "touch /tmp/complete /tmp/failed", 1), (discard, "exit 4", 4)]
+    {
+        let output = enter(dir.path(), &squashfs, options, command);
+        assert_eq!(output.status.code(), Some(code), "{command}: {output:?}");
+        assert!(!dir.path().join("out").exists());
+        nothing_stays(dir.path());
+    }
+    let output = enter(dir.path(), &squashfs, &["--output", "out"], "touch /tmp/complete /etc/new; exit 5");
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let files = published(dir.path());
+    assert!(files.contains("etc/new") && !files.contains("tmp/complete"), "{files}");
+    nothing_stays(dir.path());
+}
+
+#[test]
+fn a_directory_is_changed_where_it_is_and_published() {
+    let dir = folder();
+    let tree = image(dir.path());
+    let source = tree.display().to_string();
+    let refused = enter(dir.path(), &source, &["--output", "out", "--discard"], "true");
+    assert_eq!(refused.status.code(), Some(2), "{refused:?}");
+    assert!(text(&refused.stderr).contains("is a directory, which is changed where it is"), "{refused:?}");
+    let output = enter(dir.path(), &source, &["--output", "out", "--yes"], "touch /etc/new");
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert!(published(dir.path()).contains("etc/new") && tree.join("etc/new").exists());
+    // Without an output nothing of it is read: variables that would be refused are no matter.
+    let mut plain = ims_sshd(&["enter", &source, "--", "true"], &[("IMAGE_COMPRESSION", "rar".into())]);
+    assert!(plain.output().unwrap().status.success());
+    nothing_stays(dir.path());
+}
+
+#[test]
+fn a_killed_enter_leaves_nothing_open_and_the_next_begins_with_the_source() {
+    let dir = folder();
+    let squashfs = squashfs_of(&image(dir.path())).display().to_string();
+    let mut killed = ims_sshd(&["enter", &squashfs, "--work"], &[]);
+    killed.arg(dir.path().join("work")).args(["--", "sh", "-c", "touch /etc/new; echo made; exec sleep 600"]);
+    let mut killed = Ended(killed.stdout(std::process::Stdio::piped()).spawn().unwrap());
+    let mut said = [0; 5];
+    std::io::Read::read_exact(killed.stdout.as_mut().unwrap(), &mut said).unwrap();
+    killed.kill().unwrap();
+    killed.wait().unwrap();
+    wait_until("the loop device to be free", || {
+        !succeed(Command::new("losetup").arg("--list")).contains(dir.path().to_str().unwrap())
+    });
+    let output = enter(dir.path(), &squashfs, &[], "test ! -e /etc/new");
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    nothing_stays(dir.path());
+}
