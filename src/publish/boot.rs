@@ -1,8 +1,8 @@
-//! The files that a node boots from: found in the image's /boot, and nowhere but in the image.
+//! The files that a node boots from: found in the image's /boot and beside its modules, and nowhere but in the image.
 
 use std::cmp::Ordering;
+use std::fmt::Write;
 use std::fs::File;
-use std::path::Path;
 
 use rustix::fs::{Dir, FileType, Mode, OFlags};
 
@@ -43,76 +43,116 @@ pub struct BootFiles {
 /// Chooses by itself.
 const AUTO: &str = "auto";
 
-/// How kernels are named, before their version.
-const KERNELS: [&str; 4] = ["vmlinuz-", "Image-", "vmlinux-", "zImage-"];
+/// How kernels are called, alone or before `-` and their version or flavour (`vmlinuz-lts`); the one that boots everywhere first.
+const KERNELS: [&str; 5] = ["vmlinuz", "Image", "zImage", "bzImage", "vmlinux"];
 
-/// How their initrd is named: (before, after the version).
+/// Endings of what lies beside a kernel: its checksum, its signature, what it was before an upgrade, the same with its symbols.
+const BESIDE_KERNELS: [&str; 5] = [".hmac", ".old", ".sig", ".gz", ".xz"];
+
+/// How the initrd of a kernel is called: before and after its version or flavour.
 const INITRDS: [(&str, &str); 5] =
     [("initrd-", ""), ("initrd.img-", ""), ("initramfs-", ".img"), ("initramfs-", ""), ("initrd-", ".img")];
+
+/// How it is called where it is the only one: in a directory of modules (ostree, MicroOS), or beside a kernel without a version.
+const BARE_INITRDS: [&str; 4] = ["initrd", "initrd.img", "initramfs.img", "initramfs"];
+
+/// Where modules are, each kernel's in a directory of its version. In most images the first leads to the second.
+const MODULES: [&str; 2] = ["lib/modules", "usr/lib/modules"];
+
+/// No image has more kernels, and one that is made to keep us busy does not.
+const MOST_ENTRIES: usize = 1000;
+
+/// No message needs more names of a directory.
+const MOST_NAMES: usize = 20;
+
+/// The modules of one kernel.
+#[derive(Debug)]
+struct Modules {
+    version: String,
+    directory: String,
+    /// The kernel itself, where the package keeps it (EL 9 and later, Fedora, Arch), and kernel-install would copy it from.
+    kernel: Option<String>,
+    /// What mkinitcpio of Arch calls this kernel in /boot.
+    flavour: Option<String>,
+}
+
+/// A kernel that the image has.
+#[derive(Debug)]
+struct Kernel {
+    path: String,
+    /// That of its modules, where it can be told.
+    version: Option<String>,
+    /// What follows `vmlinuz-` in its name, or would.
+    flavour: Option<String>,
+    /// Of two with one version the higher one is taken.
+    preference: usize,
+}
 
 /// Finds and opens them. `arch` as in `BUILD_ARCH`: on aarch64 the kernel that is called `vmlinuz` is `Image`.
 pub fn find(image_root: &Tree, names: &Names, arch: &str) -> Result<BootFiles> {
     let boot = entries(image_root, "boot");
-    let modules = entries(image_root, "lib/modules");
+    let modules = modules(image_root);
+    let missing = |what: &str| missing(what, &boot, &modules);
     let kernel = match names.kernel.as_str() {
-        AUTO => newest_kernel(&boot, &modules).ok_or_else(|| missing("a kernel", &boot))?,
-        "vmlinuz" if arch == "aarch64" => "Image",
-        name => name,
+        AUTO => best(kernels(image_root, &boot, &modules), &modules).ok_or_else(|| missing("a kernel"))?,
+        "vmlinuz" if arch == "aarch64" => in_boot(image_root, "Image", &modules),
+        name => in_boot(image_root, name, &modules),
     };
+    let content = open(image_root, &kernel.path)?.ok_or_else(|| missing(&format!("the kernel /{}", kernel.path)))?;
     let initrd = match names.initrd.as_str() {
         AUTO => {
-            let real = real_name(image_root, kernel);
-            let version = version_of(&real).or_else(|| version_of(kernel));
-            let found = version.and_then(|version| initrd_of(version, &boot));
-            found.ok_or_else(|| missing(&format!("the initrd of {kernel}"), &boot))?
+            let found = initrds(&kernel, &modules).into_iter().find(|path| is_file(image_root, path));
+            found.ok_or_else(|| missing(&format!("the initrd of /{}", kernel.path)))?
         }
-        name => name,
+        name => format!("boot/{name}"),
     };
     Ok(BootFiles {
-        kernel: open(image_root, kernel)?.ok_or_else(|| missing(&format!("the kernel /boot/{kernel}"), &boot))?,
-        initrd: open(image_root, initrd)?.ok_or_else(|| missing(&format!("the initrd /boot/{initrd}"), &boot))?,
-        parameters: open(image_root, &names.parameters)?,
+        kernel: content,
+        initrd: open(image_root, &initrd)?.ok_or_else(|| missing(&format!("the initrd /{initrd}")))?,
+        parameters: open(image_root, &format!("boot/{}", names.parameters))?,
     })
 }
 
-/// Whether the image is one that nobody boots: nothing in /boot is called like a kernel.
+/// Whether the image is one that nobody boots: it has no kernel, neither in /boot nor beside modules.
 pub fn has_none(image_root: &Tree) -> bool {
-    let is_kernel =
-        |name: &String| ["vmlinu", "Image", "zImage", "bzImage"].iter().any(|begin| name.starts_with(begin));
-    !entries(image_root, "boot").iter().any(is_kernel)
+    kernels(image_root, &entries(image_root, "boot"), &modules(image_root)).is_empty()
 }
 
-fn missing(what: &str, boot: &[String]) -> Error {
-    let holds = if boot.is_empty() { "nothing".to_owned() } else { boot.join(", ") };
+fn missing(what: &str, boot: &[String], modules: &[Modules]) -> Error {
+    let mut holds = match boot {
+        [] => "nothing".to_owned(),
+        names => names[..names.len().min(MOST_NAMES)].join(", "),
+    };
+    if boot.len() > MOST_NAMES {
+        let _ = write!(holds, " and {} more", boot.len() - MOST_NAMES);
+    }
+    for kernel in modules.iter().filter_map(|m| m.kernel.as_ref()).take(MOST_NAMES) {
+        let _ = write!(holds, ", and there is /{kernel}");
+    }
     Error::new(format!("find {what} in the image"))
         .because(format!("no regular file of the image; /boot holds {holds}"))
-        .advise("name one of them by KERNEL_FILENAME and INITRD_FILENAME, or 'auto'")
+        .advise(
+            "name a file of /boot by KERNEL_FILENAME and INITRD_FILENAME, or 'auto', which looks in /lib/modules too",
+        )
 }
 
-/// Opens /boot/`name`, every link on the way resolved inside the image. What is no regular file is not there: a fifo would hang, and a
+/// Opens the file `path`, every link on the way resolved inside the image. What is no regular file is not there: a fifo would hang, and a
 /// device would not end.
-fn open(image_root: &Tree, name: &str) -> Result<Option<BootFile>> {
-    let path = format!("boot/{name}");
-    let attempted = || format!("open /{path} of the image");
-    // Looked at before it is opened for reading: to open a device can do something.
-    let Ok(handle) = image_root.open_at(&path, OFlags::PATH, Mode::empty()) else { return Ok(None) };
-    let found = rustix::fs::fstat(&handle).attempt(attempted)?;
-    if FileType::from_raw_mode(found.st_mode) != FileType::RegularFile {
+fn open(image_root: &Tree, path: &str) -> Result<Option<BootFile>> {
+    if !is_file(image_root, path) {
         return Ok(None);
     }
-    let content = image_root.open_regular(&path, OFlags::RDONLY).attempt(attempted)?;
-    Ok(Some(BootFile { path, content }))
+    let content = image_root.open_regular(path, OFlags::RDONLY).attempt(|| format!("open /{path} of the image"))?;
+    Ok(Some(BootFile { path: path.to_owned(), content }))
 }
 
-/// The last name of what /boot/`name` leads to, if that is a link to one.
-fn real_name(image_root: &Tree, name: &str) -> String {
-    let handle = image_root.handle(Path::new("boot").join(name));
-    let target = handle.ok().and_then(|link| rustix::fs::readlinkat(link, "", Vec::new()).ok());
-    let target = target.map(|t| t.to_string_lossy().into_owned()).unwrap_or_default();
-    target.rsplit('/').next().filter(|last| !last.is_empty()).unwrap_or(name).to_owned()
+/// Whether `path` leads to a regular file. Without opening it for reading: to open a device can do something.
+fn is_file(image_root: &Tree, path: &str) -> bool {
+    let found = image_root.open_at(path, OFlags::PATH, Mode::empty()).and_then(|fd| Ok(rustix::fs::fstat(fd)?));
+    found.is_ok_and(|found| FileType::from_raw_mode(found.st_mode) == FileType::RegularFile)
 }
 
-/// Names in a folder of the image, in order; none where there is no such folder.
+/// Names in a directory of the image, in order, as many as any image has; none where there is no such directory.
 fn entries(image_root: &Tree, path: &str) -> Vec<String> {
     let folder = image_root.folder(path).and_then(|f| f.reopen());
     let Some(folder) = folder.ok().and_then(|fd| Dir::new(fd).ok()) else { return Vec::new() };
@@ -122,66 +162,170 @@ fn entries(image_root: &Tree, path: &str) -> Vec<String> {
         .filter(|n| n != "." && n != "..")
         .collect();
     names.sort();
+    names.truncate(MOST_ENTRIES);
     names
 }
 
-/// The kernel of the highest version; one whose modules are there comes before one whose are not.
-fn newest_kernel<'a>(boot: &'a [String], modules: &[String]) -> Option<&'a str> {
-    let kernels = boot.iter().filter_map(|name| Some((name.as_str(), version_of(name)?)));
-    let newest = kernels.max_by(|(_, a), (_, b)| {
-        let has_modules = |version: &str| modules.iter().any(|m| m == version);
-        has_modules(a).cmp(&has_modules(b)).then_with(|| compare_versions(a, b))
-    });
-    newest.map(|(name, _)| name)
-}
-
-fn version_of(kernel: &str) -> Option<&str> {
-    let version = KERNELS.iter().find_map(|prefix| kernel.strip_prefix(prefix))?;
-    // Beside a kernel lie its checksum and what it was before an upgrade.
-    let beside = [".hmac", ".old", ".sig", ".gz.hmac"].iter().any(|suffix| version.ends_with(suffix));
-    (!beside && version.starts_with(|c: char| c.is_ascii_digit())).then_some(version)
-}
-
-fn initrd_of<'a>(version: &str, boot: &'a [String]) -> Option<&'a str> {
-    let wanted = INITRDS.iter().map(|(before, after)| format!("{before}{version}{after}"));
-    wanted.filter_map(|name| boot.iter().find(|n| **n == name)).map(String::as_str).next()
-}
-
-/// Versions as package managers order them: numbers by value, the rest as text.
-fn compare_versions(a: &str, b: &str) -> Ordering {
-    let (mut a, mut b) = (parts(a), parts(b));
-    loop {
-        let order = match (a.next(), b.next()) {
-            (None, None) => return Ordering::Equal,
-            (x, y) => match (x.map(number), y.map(number)) {
-                (Some(Some(x)), Some(Some(y))) => x.cmp(&y),
-                // 6.1-rc1 comes before 6.1.1: a word comes before a number.
-                (Some(None), Some(Some(_))) => Ordering::Less,
-                (Some(Some(_)), Some(None)) => Ordering::Greater,
-                _ => x.cmp(&y),
-            },
-        };
-        if order != Ordering::Equal {
-            return order;
+fn modules(image_root: &Tree) -> Vec<Modules> {
+    let mut found: Vec<Modules> = Vec::new();
+    for above in MODULES {
+        for version in entries(image_root, above) {
+            let directory = format!("{above}/{version}");
+            if image_root.folder(&directory).is_err() || found.iter().any(|m| m.version == version) {
+                continue;
+            }
+            let kernel =
+                KERNELS.iter().map(|name| format!("{directory}/{name}")).find(|path| is_file(image_root, path));
+            let flavour = image_root.read(format!("{directory}/pkgbase"), 4096).ok();
+            let flavour = flavour.map(|text| String::from_utf8_lossy(&text).trim().to_owned());
+            found.push(Modules { version, directory, kernel, flavour });
         }
+    }
+    found
+}
+
+fn kernels(image_root: &Tree, boot: &[String], modules: &[Modules]) -> Vec<Kernel> {
+    let in_boot = boot.iter().filter(|name| flavour_of(name).is_some()).map(|name| in_boot(image_root, name, modules));
+    let mut found: Vec<_> = in_boot.filter(|kernel| is_file(image_root, &kernel.path)).collect();
+    found.extend(modules.iter().filter_map(|modules| {
+        let path = modules.kernel.clone()?;
+        Some(Kernel { path, version: Some(modules.version.clone()), flavour: modules.flavour.clone(), preference: 0 })
+    }));
+    found
+}
+
+/// The kernel /boot/`name`, whether it is there or not.
+fn in_boot(image_root: &Tree, name: &str, modules: &[Modules]) -> Kernel {
+    let path = format!("boot/{name}");
+    let target = image_root.handle(&path).ok().and_then(|link| rustix::fs::readlinkat(link, "", Vec::new()).ok());
+    let target = target.map(|target| target.to_string_lossy().into_owned()).unwrap_or_default();
+    let (above, last) = target.rsplit_once('/').unwrap_or(("", &target));
+    let above = above.rsplit('/').next().unwrap_or_default();
+    // `vmlinuz` is mostly a link to the kernel with its version, in /boot or in the directory of its modules.
+    let own = flavour_of(name).filter(|flavour| !flavour.is_empty());
+    let flavour = own.or_else(|| flavour_of(last).filter(|flavour| !flavour.is_empty()));
+    let version = flavour
+        .filter(|flavour| flavour.starts_with(|c: char| c.is_ascii_digit()))
+        .or_else(|| modules.iter().map(|m| m.version.as_str()).find(|version| *version == above))
+        .or_else(|| version_of(flavour, modules));
+    let position = KERNELS.iter().position(|kernel| name.starts_with(kernel)).unwrap_or(KERNELS.len());
+    Kernel {
+        path,
+        version: version.map(str::to_owned),
+        flavour: flavour.map(str::to_owned),
+        preference: if own.is_some() { 2 * KERNELS.len() } else { KERNELS.len() } - position,
+    }
+}
+
+/// What follows the `-` in a kernel's name, or nothing; `None` if this is no kernel's name.
+fn flavour_of(name: &str) -> Option<&str> {
+    if BESIDE_KERNELS.iter().any(|ending| name.ends_with(ending)) {
+        return None;
+    }
+    KERNELS.iter().find_map(|kernel| {
+        let rest = name.strip_prefix(kernel)?;
+        if rest.is_empty() { Some(rest) } else { rest.strip_prefix('-') }
+    })
+}
+
+/// The version of a kernel whose name has none: the newest of its flavour, or the only one.
+fn version_of<'a>(flavour: Option<&str>, modules: &'a [Modules]) -> Option<&'a str> {
+    let Some(flavour) = flavour else {
+        return if let [only] = modules { Some(&only.version) } else { None };
+    };
+    let ending = format!("-{flavour}");
+    let of_flavour = |m: &&Modules| m.flavour.as_deref() == Some(flavour) || m.version.ends_with(&ending);
+    modules.iter().filter(of_flavour).map(|m| m.version.as_str()).max_by(|a, b| compare_versions(a, b))
+}
+
+/// The kernel to boot by default: one that has modules, no debug kernel, the highest version; and only where there is no other one that
+/// is there for crashes and repairs.
+fn best(kernels: Vec<Kernel>, modules: &[Modules]) -> Option<Kernel> {
+    let is_called = |kernel: &Kernel, words: &[&str]| {
+        let name = [kernel.version.as_deref(), kernel.flavour.as_deref()].into_iter().flatten();
+        name.into_iter().any(|name| words.iter().any(|word| name.contains(word)))
+    };
+    let rank = |kernel: &Kernel| {
+        let has_modules = modules.iter().any(|m| Some(&m.version) == kernel.version.as_ref());
+        (!is_called(kernel, &["rescue", "kdump"]), has_modules, !is_called(kernel, &["debug"]))
+    };
+    let version = |kernel: &Kernel| kernel.version.clone().unwrap_or_default();
+    kernels.into_iter().max_by(|a, b| {
+        let by_version = || compare_versions(&version(a), &version(b));
+        rank(a).cmp(&rank(b)).then_with(by_version).then_with(|| a.preference.cmp(&b.preference))
+    })
+}
+
+/// Where the initrd of `kernel` can be, best first.
+fn initrds(kernel: &Kernel, modules: &[Modules]) -> Vec<String> {
+    let own = modules.iter().find(|m| Some(&m.version) == kernel.version.as_ref());
+    let of_modules = own.and_then(|m| m.flavour.as_deref());
+    let names = [kernel.version.as_deref(), kernel.flavour.as_deref(), of_modules].into_iter().flatten();
+    let mut found: Vec<_> =
+        names.flat_map(|name| INITRDS.map(|(before, after)| format!("boot/{before}{name}{after}"))).collect();
+    let is_bare = KERNELS.iter().any(|name| kernel.path == format!("boot/{name}"));
+    for directory in own.map(|m| m.directory.as_str()).into_iter().chain(is_bare.then_some("boot")) {
+        found.extend(BARE_INITRDS.map(|name| format!("{directory}/{name}")));
+    }
+    found
+}
+
+/// A piece of a version, in the order in which pieces count: `6.9~rc1` and `6.9-rc1` come before `6.9`, that before `6.9-a`, and that
+/// before `6.9.1`.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Piece<'a> {
+    Before(&'a str),
+    End,
+    Word(&'a str),
+    /// Without leading zeros, by length first: of any size.
+    Number(usize, &'a str),
+}
+
+/// Versions as package managers order them, but that `-rc1` comes before the release, as in what the kernel calls itself, and a variant
+/// (`.aarch64+64k`) before the kernel that it is one of.
+fn compare_versions(a: &str, b: &str) -> Ordering {
+    let ((a, variant_of_a), (b, variant_of_b)) = (without_variant(a), without_variant(b));
+    let (mut pieces_of_a, mut pieces_of_b) = (pieces(a), pieces(b));
+    loop {
+        let (x, y) = (pieces_of_a.next().unwrap_or(Piece::End), pieces_of_b.next().unwrap_or(Piece::End));
+        match x.cmp(&y) {
+            Ordering::Equal if x == Piece::End => break,
+            Ordering::Equal => {}
+            order => return order,
+        }
+    }
+    variant_of_a.is_none().cmp(&variant_of_b.is_none()).then_with(|| variant_of_a.cmp(&variant_of_b))
+}
+
+/// Red Hat's kernels have their variant after the architecture.
+fn without_variant(version: &str) -> (&str, Option<&str>) {
+    match version.rsplit_once('+') {
+        Some((version, variant)) if [".x86_64", ".aarch64"].iter().any(|arch| version.ends_with(arch)) => {
+            (version, Some(variant))
+        }
+        _ => (version, None),
     }
 }
 
 /// The runs of digits and of letters.
-fn parts(version: &str) -> impl Iterator<Item = &str> {
+fn pieces(version: &str) -> impl Iterator<Item = Piece<'_>> {
     let mut rest = version;
     std::iter::from_fn(move || {
-        rest = rest.trim_start_matches(|c: char| !c.is_ascii_alphanumeric());
-        let digits = rest.bytes().next()?.is_ascii_digit();
-        let same = |b: u8| b.is_ascii_alphanumeric() && b.is_ascii_digit() == digits;
-        let (run, after) = rest.split_at(rest.bytes().position(|b| !same(b)).unwrap_or(rest.len()));
+        rest = rest.trim_start_matches(|c: char| !c.is_ascii_alphanumeric() && c != '~');
+        let first = rest.bytes().next()?;
+        let same = |b: u8| b.is_ascii_alphanumeric() && b.is_ascii_digit() == first.is_ascii_digit();
+        let length = if first == b'~' { 1 } else { rest.bytes().position(|b| !same(b)).unwrap_or(rest.len()) };
+        let (run, after) = rest.split_at(length);
         rest = after;
-        Some(run)
+        Some(if first.is_ascii_digit() {
+            let number = run.trim_start_matches('0');
+            Piece::Number(number.len(), number)
+        } else if ["~", "rc", "pre", "alpha", "beta"].contains(&run) {
+            Piece::Before(run)
+        } else {
+            Piece::Word(run)
+        })
     })
-}
-
-fn number(part: &str) -> Option<u64> {
-    part.parse().ok()
 }
 
 #[cfg(test)]
@@ -197,6 +341,8 @@ mod tests {
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
             if file.ends_with('/') {
                 std::fs::create_dir_all(path).unwrap();
+            } else if let Some((name, content)) = file.split_once('=') {
+                std::fs::write(dir.path().join(name), content).unwrap();
             } else {
                 std::fs::write(path, file).unwrap();
             }
@@ -278,11 +424,147 @@ mod tests {
         assert_eq!(found.initrd.path, "boot/initrd-5.14.21-150500.55.9-default");
     }
 
+    /// What `auto` comes to, by the paths.
+    fn chosen(files: &[&str]) -> (String, String) {
+        let (_dir, tree) = image(files);
+        let found = find(&tree, &names("auto", "auto"), "x86_64").unwrap();
+        (found.kernel.path, found.initrd.path)
+    }
+
+    /// Files of an image, and which are chosen; `V` is a version of EL 9, and directories end with `/`.
+    const LAYOUTS: [(&str, &str); 13] = [
+        // EL 9 and later in a container, without kernel-install's copy; dracut was run by hand.
+        ("lib/modules/V/vmlinuz boot/initramfs-V.img", "lib/modules/V/vmlinuz boot/initramfs-V.img"),
+        // The same where /lib is no link.
+        ("usr/lib/modules/V/vmlinuz boot/initramfs-V.img", "usr/lib/modules/V/vmlinuz boot/initramfs-V.img"),
+        // ostree and bootc, openSUSE MicroOS.
+        ("lib/modules/V/vmlinuz lib/modules/V/initramfs.img", "lib/modules/V/vmlinuz lib/modules/V/initramfs.img"),
+        ("lib/modules/V/vmlinuz lib/modules/V/initrd", "lib/modules/V/vmlinuz lib/modules/V/initrd"),
+        // EL 9 installed by Anaconda.
+        (
+            "lib/modules/V/vmlinuz boot/vmlinuz-V boot/initramfs-V.img boot/initramfs-Vkdump.img \
+             boot/vmlinuz-0-rescue-0123 boot/initramfs-0-rescue-0123.img",
+            "boot/vmlinuz-V boot/initramfs-V.img",
+        ),
+        // Alpine, with one kernel and with two.
+        ("lib/modules/6.6.31-0-lts/ boot/vmlinuz-lts boot/initramfs-lts", "boot/vmlinuz-lts boot/initramfs-lts"),
+        (
+            "lib/modules/6.6.31-0-lts/ boot/vmlinuz-lts boot/initramfs-lts \
+             lib/modules/6.6.40-0-virt/ boot/vmlinuz-virt boot/initramfs-virt",
+            "boot/vmlinuz-virt boot/initramfs-virt",
+        ),
+        // Arch, and its image before the hook that copies the kernel has run.
+        (
+            "usr/lib/modules/6.9.1-arch1-1/vmlinuz usr/lib/modules/6.9.1-arch1-1/pkgbase=linux boot/vmlinuz-linux \
+             boot/initramfs-linux.img boot/initramfs-linux-fallback.img usr/lib/modules/6.6.31-1-lts/pkgbase=linux-lts \
+             boot/vmlinuz-linux-lts boot/initramfs-linux-lts.img",
+            "boot/vmlinuz-linux boot/initramfs-linux.img",
+        ),
+        (
+            "lib/modules/6.9.1-arch1-1/vmlinuz lib/modules/6.9.1-arch1-1/pkgbase=linux boot/initramfs-linux.img",
+            "lib/modules/6.9.1-arch1-1/vmlinuz boot/initramfs-linux.img",
+        ),
+        // Kernels without a version.
+        ("lib/modules/6.9.1/ boot/Image boot/initrd.img", "boot/Image boot/initrd.img"),
+        ("boot/zImage boot/initramfs.img", "boot/zImage boot/initramfs.img"),
+        ("lib/modules/6.9.1/ boot/vmlinuz boot/initrd.img-6.9.1", "boot/vmlinuz boot/initrd.img-6.9.1"),
+        ("boot/Image-6.9.1 boot/initrd-6.9.1", "boot/Image-6.9.1 boot/initrd-6.9.1"),
+    ];
+
     #[test]
-    fn versions_are_ordered_as_package_managers_do() {
-        for (older, newer) in
-            [("6.1.9", "6.1.10"), ("6.1.0-rc1", "6.1.0-1"), ("5.14", "6"), ("6.1", "6.1.1"), ("6.1-a", "6.1-b")]
-        {
+    fn auto_finds_the_kernel_and_its_initrd_where_each_distribution_puts_them() {
+        for layout in LAYOUTS {
+            let [files, wanted] = [layout.0, layout.1].map(|names| names.replace('V', "5.14.0-503.el9.x86_64"));
+            let (kernel, initrd) = chosen(&files.split_whitespace().collect::<Vec<_>>());
+            assert_eq!(format!("{kernel} {initrd}"), wanted, "{files}");
+        }
+    }
+
+    #[test]
+    fn auto_takes_no_debug_kdump_or_rescue_kernel_before_another() {
+        for (worse, better) in [
+            ("6.9.0", "6.9.1"),
+            ("6.9.0-rc1", "6.9.0"),
+            ("6.9~rc1-amd64", "6.9-amd64"),
+            ("6.12.0-55.el10.x86_64+debug", "6.12.0-55.el10.x86_64"),
+            ("6.12.0-56.el10.x86_64+debug", "6.12.0-55.el10.x86_64"),
+            ("6.9.1-debug", "6.9.0-default"),
+            ("6.9.1-kdump", "6.9.0-default"),
+            ("0-rescue-a1b2", "4.18.0-80.el8.x86_64"),
+            ("9.9.9-rescue", "6.9.1-debug"),
+        ] {
+            let files = [worse, better]
+                .map(|v| [format!("boot/vmlinuz-{v}"), format!("boot/initrd-{v}"), format!("lib/modules/{v}/")]);
+            for files in [files.concat(), files.iter().rev().flatten().cloned().collect()] {
+                let files: Vec<_> = files.iter().map(String::as_str).collect();
+                assert_eq!(chosen(&files).0, format!("boot/vmlinuz-{better}"));
+            }
+        }
+        // Where there is nothing else.
+        assert_eq!(chosen(&["boot/vmlinuz-6.9.1-debug", "boot/initrd-6.9.1-debug"]).0, "boot/vmlinuz-6.9.1-debug");
+    }
+
+    #[test]
+    fn a_kernel_of_lib_modules_that_boot_links_to_has_the_initrd_of_its_version() {
+        let (dir, tree) =
+            image(&["usr/lib/modules/6.9.1-1-default/vmlinuz", "boot/initrd-6.9.1-1-default", "boot/initrd-6.9.0"]);
+        symlink("../usr/lib/modules/6.9.1-1-default/vmlinuz", dir.path().join("boot/vmlinuz")).unwrap();
+        for kernel in ["vmlinuz", "auto"] {
+            let found = find(&tree, &names(kernel, "auto"), "x86_64").unwrap();
+            assert_eq!(found.initrd.path, "boot/initrd-6.9.1-1-default");
+            assert_eq!(text(found.kernel), "usr/lib/modules/6.9.1-1-default/vmlinuz");
+        }
+    }
+
+    #[test]
+    fn an_image_with_a_kernel_anywhere_is_one_that_is_booted() {
+        for file in [
+            "boot/vmlinuz-lts",
+            "boot/Image",
+            "boot/vmlinux-6.1",
+            "lib/modules/6.1/vmlinuz",
+            "usr/lib/modules/6.1/vmlinuz",
+        ] {
+            assert!(!has_none(&image(&[file]).1), "{file}");
+        }
+        // Headers, and modules alone, of a container.
+        assert!(has_none(&image(&["lib/modules/6.1/modules.dep", "boot/config-6.1", "boot/initrd-6.1"]).1));
+    }
+
+    #[test]
+    fn a_name_that_the_image_does_not_have_is_told_with_those_that_it_has() {
+        let (_dir, tree) = image(&["boot/config-6.1", "lib/modules/6.1/vmlinuz"]);
+        let error = find(&tree, &names("nonesuch", "auto"), "x86_64").unwrap_err().to_string();
+        assert!(error.contains("/boot holds config-6.1") && error.contains("/lib/modules/6.1/vmlinuz"), "{error}");
+        let many: Vec<_> = (0..1000).map(|n| format!("boot/file{n}")).collect();
+        let (_dir, tree) = image(&many.iter().map(String::as_str).collect::<Vec<_>>());
+        let error = find(&tree, &names("nonesuch", "auto"), "x86_64").unwrap_err().to_string();
+        assert!(error.len() < 1000 && error.contains("and 980 more"), "{error}");
+    }
+
+    #[test]
+    fn versions_are_ordered_as_distributions_do() {
+        for (older, newer) in [
+            ("6.1.9", "6.1.10"),
+            ("6.1.0-rc1", "6.1.0-1"),
+            ("5.14", "6"),
+            ("6.1", "6.1.1"),
+            ("6.1-a", "6.1-b"),
+            ("6.9.0-rc1", "6.9.0"),
+            ("6.9.0-rc1", "6.9.0-rc2"),
+            ("6.9.0-rc9", "6.9.0-rc10"),
+            ("6.9~rc1", "6.9"),
+            ("6.9~rc1", "6.9-amd64"),
+            ("6.9.0-0.rc1.20240325.15.fc41.x86_64", "6.9.0-64.fc41.x86_64"),
+            ("6.9.0-060900rc1-generic", "6.9.0-060900-generic"),
+            ("6.8.12", "6.9.0-rc1"),
+            ("6.9.0-64.fc41.x86_64", "6.9.1-1.fc41.x86_64"),
+            ("5.14.21-150500.55.9-default", "5.14.21-150500.55.10-default"),
+            ("6.1.0-9-amd64", "6.1.0-10-amd64"),
+            ("5.14.0-503.el9.aarch64+64k", "5.14.0-503.el9.aarch64"),
+            ("5.14.0-503.el9.aarch64", "5.14.0-504.el9.aarch64+64k"),
+            ("6.1.0-99999999999999999999998", "6.1.0-99999999999999999999999"),
+        ] {
             assert_eq!(compare_versions(older, newer), Ordering::Less, "{older} {newer}");
             assert_eq!(compare_versions(newer, older), Ordering::Greater, "{older} {newer}");
         }
