@@ -12,7 +12,7 @@ use ims_sshd::lifecycle::{log, supervisor};
 use ims_sshd::local::customize::{self, Customization};
 use ims_sshd::local::enter::{self, Answer, Entry};
 use ims_sshd::local::job::Job;
-use ims_sshd::local::status;
+use ims_sshd::local::{status, work_directory};
 use ims_sshd::publish::prepare::Open;
 use ims_sshd::publish::sidecar::{self, Places};
 use ims_sshd::publish::{command, prepare, settings as publishing};
@@ -296,7 +296,7 @@ struct JobOptions {
     /// Publish the new image there: a directory, or s3://BUCKET
     #[arg(long, value_name = "STORE")]
     output: Option<String>,
-    /// Where what is changed is kept meanwhile, on a disk with space for two new images [default: $TMPDIR, else /var/tmp]
+    /// Where what is changed is kept meanwhile, on a disk with space for two new images [default: /var/lib]
     #[arg(long, value_name = "DIRECTORY")]
     work: Option<PathBuf>,
     #[command(flatten)]
@@ -321,8 +321,7 @@ impl JobOptions {
                 }
             }
             let variables = variables(options.into_iter().chain([("IMAGE_COMPRESSION", packing.compression)]));
-            let elsewhere = || std::env::var_os("TMPDIR").map_or_else(|| "/var/tmp".into(), PathBuf::from);
-            let work = work.unwrap_or_else(elsewhere).join("ims-sshd");
+            let work = work.map_or_else(|| work_directory::DEFAULT.into(), |directory| directory.join("ims-sshd"));
             let work = std::path::absolute(&work).attempt(|| format!("find {}", work.display()))?;
             let mut settings = publishing::Settings::read(Some(work), variables)?;
             settings.store.url = output;

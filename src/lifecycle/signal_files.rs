@@ -83,6 +83,11 @@ impl SignalFiles {
             .advise("wait for it to end, or end it with 'ims-sshd fail'"))
     }
 
+    /// A descriptor that keeps the claim beyond this value's life.
+    pub fn share_claim(&self) -> io::Result<Option<OwnedFd>> {
+        self.lock.as_ref().map(OwnedFd::try_clone).transpose()
+    }
+
     /// Whether another process has claimed the parent.
     pub fn is_claimed(&self) -> bool {
         let Ok(folder) = self.parent.reopen() else { return false };

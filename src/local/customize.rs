@@ -75,7 +75,8 @@ fn open(wanted: &Customization, image_root: &Path) -> Result<(Fate, u8)> {
     let settings = lifecycle::settings::Settings::read(Some(run.path().to_owned()), variables)?;
 
     let parent = run.path().to_owned();
-    let files = run.into_signal_files();
+    // Until the directory is removed: who begins before that must not find its files vanish.
+    let (files, _claim) = run.into_signal_files()?;
     files.touch(READY)?;
     let listening = || announce(image_root, &parent, &login, wanted.jailed);
     let outcome = supervisor::run(settings, Some(files), listening)?;

@@ -4,10 +4,11 @@
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 
-use crate::error::{Attempt, Error, Result};
+use crate::error::{Error, Result};
 use crate::lifecycle::signal_files::SignalFiles;
 use crate::lifecycle::state::name_for;
 use crate::local;
+use crate::local::work_directory::WorkDirectory;
 use crate::publish::boot;
 use crate::publish::changes::Inventory;
 use crate::publish::ims::Ims;
@@ -18,8 +19,7 @@ use crate::publish::sidecar::write_changes;
 use crate::publish::source::{self, Source};
 use crate::publish::unpack::Overlay;
 use crate::publish::upload::{Image, Publication};
-use crate::publish::work::Work;
-use crate::sys::tree::Tree;
+use crate::publish::work::{Work, without_query};
 
 /// What the command line says of the image.
 #[derive(Debug)]
@@ -73,17 +73,17 @@ impl Job {
             }
         }
         let work = Work::begin(&settings.network)?;
-        settings.parent = workplace(&settings.parent, &self.source, publishes)?;
-        let _claim = claim(&settings.parent)?;
+        let place = WorkDirectory::claim(&settings.parent, &name_of(&source, &self.source, publishes))?;
+        place.path().clone_into(&mut settings.parent);
         let parent = &settings.parent;
         let mounted = parent.join("image-root");
         if !publishes {
             // Left by a run that was killed.
-            clear(parent)?;
+            place.clear()?;
         } else if holds_changes(parent, &mounted) {
             tracing::info!("going on with what was changed before, which is kept in {}", parent.display());
         }
-        let opened = Opened { job: &self, settings: &settings, work: &work };
+        let opened = Opened { job: &self, settings: &settings, work: &work, files: place.files() };
         let result = opened.carry_out(&source, &mounted, session);
         let kept = || {
             format!(
@@ -101,47 +101,23 @@ impl Job {
                 Ok(_) => {}
             }
         }
-        let files = files_of(parent)?;
-        Publication { work: &work, settings: &settings, ims: Ims::of(&work, &settings), files: &files }.give_up()?;
-        std::fs::remove_dir_all(parent).attempt(|| format!("remove {}", parent.display()))?;
+        opened.publication().give_up()?;
+        place.remove()?;
         result.map(|(_, value)| value)
     }
 }
 
-/// The directory of this source's job. Changes that are discarded at the end have one of their own, since those that are kept must not go
-/// with them.
-fn workplace(below: &Path, source: &str, publishes: bool) -> Result<PathBuf> {
-    let absolute = std::path::absolute(source).unwrap_or_else(|_| source.into());
-    let mut name = name_for(&absolute);
+/// What this source's job calls its directory. Changes that are discarded at the end have one of their own, since those that are kept must
+/// not go with them. A URL counts without what signs it, wherever the command is given.
+fn name_of(source: &Source, text: &str, publishes: bool) -> String {
+    let mut name = match source {
+        Source::Here(path) => name_for(&std::path::absolute(path).unwrap_or_else(|_| path.clone())),
+        _ => name_for(Path::new(&without_query(text))),
+    };
     if !publishes {
         name += "+discard";
     }
-    let place = below.join(name);
-    std::fs::create_dir_all(&place).attempt(|| format!("make the directory {}", place.display()))?;
-    std::fs::canonicalize(&place).attempt(|| format!("open {}", place.display()))
-}
-
-/// Two on one workplace would end each other.
-fn claim(place: &Path) -> Result<SignalFiles> {
-    let mut files = files_of(place)?;
-    files.claim()?;
-    Ok(files)
-}
-
-/// Removes what is in a directory, and not the directory itself, which is claimed.
-fn clear(place: &Path) -> Result<()> {
-    let attempted = || format!("clear {}", place.display());
-    for entry in std::fs::read_dir(place).attempt(attempted)? {
-        let entry = entry.attempt(attempted)?;
-        let is_directory = entry.file_type().attempt(attempted)?.is_dir();
-        let remove = if is_directory { std::fs::remove_dir_all } else { std::fs::remove_file };
-        remove(entry.path()).attempt(|| format!("remove {}", entry.path().display()))?;
-    }
-    Ok(())
-}
-
-fn files_of(place: &Path) -> Result<SignalFiles> {
-    SignalFiles::open(place)?.ok_or_else(|| Error::new(format!("open {}", place.display())))
+    name
 }
 
 /// A job on its workplace.
@@ -149,6 +125,7 @@ struct Opened<'a> {
     job: &'a Job,
     settings: &'a Settings,
     work: &'a Work,
+    files: &'a SignalFiles,
 }
 
 impl Opened<'_> {
@@ -165,7 +142,7 @@ impl Opened<'_> {
             _ => (mounted.to_owned(), prepare(self.work, self.settings, source, None, mounted)?),
         };
         if let (Some(_), None) = (&self.job.changes, &overlay) {
-            Inventory::of(self.work, &open_tree(&image_root)?)?.save(&self.workplace()?, INVENTORY)?;
+            Inventory::of(self.work, &open_tree(&image_root)?)?.save(self.files.parent(), INVENTORY)?;
         }
         let (fate, value) = session(&image_root)?;
         if fate == Fate::Publish && self.settings.store.url.is_some() {
@@ -174,18 +151,19 @@ impl Opened<'_> {
         Ok((fate, value))
     }
 
-    fn workplace(&self) -> Result<Tree> {
-        open_tree(&self.settings.parent)
+    fn publication(&self) -> Publication<'_> {
+        let ims = Ims::of(self.work, self.settings);
+        Publication { work: self.work, settings: self.settings, ims, files: self.files }
     }
 
     fn publish(&self, image_root: &Path, overlay: Option<Overlay>) -> Result<()> {
-        let Self { job, settings, work } = self;
-        let (workplace, tree) = (self.workplace()?, open_tree(image_root)?);
+        let Self { job, settings, work, .. } = self;
+        let (workplace, tree) = (self.files.parent(), open_tree(image_root)?);
         if let Some(to) = &job.changes {
             if let Some(overlay) = &overlay {
-                Inventory::of(work, &open_tree(&overlay.lower)?)?.save(&workplace, INVENTORY)?;
+                Inventory::of(work, &open_tree(&overlay.lower)?)?.save(workplace, INVENTORY)?;
             }
-            write_changes(work, &workplace, &tree, to)?;
+            write_changes(work, workplace, &tree, to)?;
         }
         let boot = match boot::find(&tree, &settings.boot, settings.arch) {
             Err(_) if boot::has_none(&tree) => {
@@ -196,15 +174,14 @@ impl Opened<'_> {
             }
             found => Some(found?),
         };
-        let archive = Archive { folder: &workplace, name: "packed.sqsh" };
+        let archive = Archive { folder: workplace, name: "packed.sqsh" };
         let rootfs = package::pack(work, &tree, &archive, &settings.packing, &job.exclude)?;
         drop(tree);
         if let Some(overlay) = overlay {
             overlay.unmount()?;
         }
-        let files = files_of(&settings.parent)?;
         let image = Image { rootfs, boot, debug_kernel: None };
-        let report = Publication { work, settings, ims: Ims::of(work, settings), files: &files }.publish(image)?;
+        let report = self.publication().publish(image)?;
         // For programs. A person has read above where the image is.
         if !std::io::stdout().is_terminal() {
             local::say_json(&report);

@@ -4,8 +4,12 @@ pub mod customize;
 pub mod enter;
 pub mod job;
 pub mod status;
+pub mod work_directory;
 
+use std::fs::Permissions;
 use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::mount::MountAttrFlags;
@@ -95,18 +99,41 @@ fn remove_files(path: &Path, which: impl Fn(&str) -> bool) -> Result<()> {
     Ok(())
 }
 
+/// Claims the directory that `make` makes or finds, and does so once more if it was removed meanwhile, by the run that had it before.
+fn claim(make: impl Fn() -> Result<PathBuf>) -> Result<SignalFiles> {
+    loop {
+        let path = make()?;
+        let attempted = || format!("open {}", path.display());
+        let Some(mut files) = SignalFiles::open(&path)? else { continue };
+        files.claim()?;
+        let claimed = rustix::fs::fstat(files.parent()).attempt(attempted)?;
+        match std::fs::symlink_metadata(&path) {
+            Ok(found) if (found.dev(), found.ino()) == (claimed.st_dev, claimed.st_ino) => return Ok(files),
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e).attempt(attempted),
+            _ => {}
+        }
+    }
+}
+
 /// The folder of one run on an image root; the image root's parent, as a pod's environment has one.
 pub struct RunFolder {
     files: SignalFiles,
 }
 
 impl RunFolder {
-    /// Makes and claims the folder for `image_root`, of which only one run can be open.
+    /// Makes and claims the folder for `image_root`, of which only one run can be open. Others can open what they know the name of: who has
+    /// an authorized key, ssh's configuration. Private keys are root's.
     pub fn claim(command: &str, image_root: &Path) -> Result<Self> {
-        let path = Path::new(RUN).join(command).join(name_for(image_root));
-        std::fs::create_dir_all(&path).attempt(|| format!("make the folder {}", path.display()))?;
-        let mut files = SignalFiles::open(&path)?.ok_or_else(|| Error::new(format!("open {}", path.display())))?;
-        files.claim()?;
+        let all = Path::new(RUN).join(command);
+        let path = all.join(name_for(image_root));
+        let files = claim(|| {
+            let attempted = || format!("make the folder {}", path.display());
+            std::fs::create_dir_all(&path).attempt(attempted)?;
+            for folder in [Path::new(RUN), &all, &path] {
+                std::fs::set_permissions(folder, Permissions::from_mode(0o711)).attempt(attempted)?;
+            }
+            Ok(path.clone())
+        })?;
         // Signals of an earlier run that was killed mean nothing now. What it noted for us to clear up has a hidden name.
         remove_files(&path, |name| !name.starts_with('.'))?;
         Ok(Self { files })
@@ -117,8 +144,9 @@ impl RunFolder {
         self.files.path()
     }
 
-    /// Its signal files, and with them the claim.
-    pub fn into_signal_files(self) -> SignalFiles {
-        self.files
+    /// Its signal files, and with them the claim, which also lasts as long as the descriptor does.
+    pub fn into_signal_files(self) -> Result<(SignalFiles, Option<OwnedFd>)> {
+        let claim = self.files.share_claim().attempt(|| format!("keep {} claimed", self.path().display()))?;
+        Ok((self.files, claim))
     }
 }

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{Seek, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::Instant;
 
@@ -38,7 +39,15 @@ struct Download<'a> {
 pub fn fetch(work: &Work, url: &str, md5: Option<&str>, path: &Path, copies: u64) -> Result<()> {
     let shown = without_query(url);
     let attempted = format!("fetch {shown}");
-    let file = File::create(path).attempt(|| format!("create {}", path.display()))?;
+    // An image holds its /etc/shadow.
+    let mut open = File::options();
+    let file = open
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(path)
+        .attempt(|| format!("create {}", path.display()))?;
     let mut download = Download {
         work,
         url,

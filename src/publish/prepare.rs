@@ -1,5 +1,6 @@
 //! `ims-sshd prepare`: a source image becomes an image root, or nothing is there.
 
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Attempt, Error, Result};
@@ -58,7 +59,9 @@ pub fn run(settings: &Settings, source: &str, open: Open) -> Result<u8> {
 /// job is gone on with if the image root is the same.
 fn clear_signals(settings: &Settings, is_prepared: bool) -> Result<()> {
     let parent = &settings.parent;
-    std::fs::create_dir_all(parent).attempt(|| format!("make the folder {}", parent.display()))?;
+    // Setuid programs of the image are out of other users' reach. A volume that is there is shared as its owner wants it.
+    let mut make = std::fs::DirBuilder::new();
+    make.recursive(true).mode(0o700).create(parent).attempt(|| format!("make the folder {}", parent.display()))?;
     let files = SignalFiles::open(parent)?.ok_or_else(|| Error::new(format!("open {}", parent.display())))?;
     for name in [READY, SSHD_LISTENING, EXITING].into_iter().chain(Verdict::ALL.map(Verdict::signal_file)) {
         files.retract(name)?;

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::future::Future;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{DirBuilderExt, FileExt};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -137,8 +137,8 @@ impl Store {
             }
             Objects::Folder { folder, .. } => {
                 let file = self.begun(folder, key);
-                let above = file.parent().map_or(Ok(()), std::fs::create_dir_all);
-                above.and_then(|()| File::create(&file)).map_err(|e| failure(key, e))?;
+                let made = make_directory_of(&file).and_then(|()| File::create(&file));
+                made.map_err(|e| failure(key, e))?;
                 Ok(MultipartId::new())
             }
         }
@@ -199,9 +199,12 @@ impl Store {
 
     /// Puts a small object in one piece.
     pub async fn put(&self, key: &str, content: Vec<u8>, description: &Description) -> object_store::Result<()> {
-        let attributes = match self.objects {
+        let attributes = match &self.objects {
             Objects::S3 { .. } => description.attributes(),
-            Objects::Folder { .. } => Attributes::new(),
+            Objects::Folder { folder, .. } => {
+                make_directory_of(&folder.join(self.path(key).as_ref())).map_err(|e| failure(key, e))?;
+                Attributes::new()
+            }
         };
         self.objects().put_opts(&self.path(key), PutPayload::from(content), attributes.into()).await.map(|_| ())
     }
@@ -255,6 +258,12 @@ impl Store {
             }
         }
     }
+}
+
+/// Makes the directory of an object. What is published is an image's owner's alone, as its /etc/shadow is, until he lets others in.
+fn make_directory_of(object: &std::path::Path) -> std::io::Result<()> {
+    let mut make = std::fs::DirBuilder::new();
+    object.parent().map_or(Ok(()), |directory| make.recursive(true).mode(0o700).create(directory))
 }
 
 impl Description {

@@ -1,6 +1,8 @@
 //! An archive becomes a tree: written out, or mounted below an overlay.
 
+use std::fs::Permissions;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 
@@ -129,6 +131,8 @@ impl Overlay {
         for made in [folder, &squashfs, &upper, &inner, image_root] {
             std::fs::create_dir_all(made).attempt(|| format!("make the folder {}", made.display()))?;
         }
+        // Setuid programs in the upper directory count; in the overlay, which others may see, they do not.
+        std::fs::set_permissions(folder, Permissions::from_mode(0o700)).attempt(attempted)?;
         let mut overlay = Self { image_root: image_root.to_owned(), lower: source.to_owned(), mounted: Vec::new() };
         if !source.is_dir() {
             if source::kind(source)? != Kind::Squashfs {
@@ -200,7 +204,7 @@ impl Drop for Overlay {
 }
 
 fn copy_root(root: &std::fs::Metadata, upper: &Path) -> std::io::Result<()> {
-    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+    use std::os::unix::fs::MetadataExt;
     std::os::unix::fs::chown(upper, Some(root.uid()), Some(root.gid()))?;
     std::fs::set_permissions(upper, std::fs::Permissions::from_mode(root.mode() & 0o7777))?;
     std::fs::File::open(upper)?.set_modified(root.modified()?)

@@ -1,5 +1,7 @@
 //! From a source to a published image on one machine.
 
+use std::fs::Permissions;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -244,4 +246,141 @@ fn late_failed_mark_is_not_published() {
         assert!(!store.exists(), "{number}: the image was published");
         nothing_stays(dir.path());
     }
+}
+
+#[test]
+fn other_users_reach_nothing_of_an_image_that_is_customized() {
+    let dir = folder();
+    let tree = image(dir.path());
+    std::fs::write(tree.join("etc/shadow"), "root:secret:::::::\n").unwrap();
+    std::fs::set_permissions(tree.join("bin/busybox"), Permissions::from_mode(0o4755)).unwrap();
+    let squashfs = squashfs_of(&tree);
+    let script = dir.path().join("script");
+    let lines = "set -e\nroot=$IMAGE_ROOT_PARENT/image-root\ncp --preserve=mode $root/bin/busybox $root/bin/changed\n\
+                 for place in /var/lib /var/lib/ims-sshd /var/lib/ims-sshd/*/overlay/upper/bin/changed \
+                 $IMAGE_ROOT_PARENT/ssh_config $IMAGE_ROOT_PARENT/id_ed25519; do\n\
+                 stat -c '%n %a %u' $place\n\
+                 setpriv --reuid 65534 --clear-groups sh -c 'cat $0 || ls $0/' $place > /dev/null 2>&1 || continue\n\
+                 echo nobody reads $place\ndone\n\
+                 stat -c '%n %a %u' /var/lib/ims-sshd/*\ntouch $IMAGE_ROOT_PARENT/complete\n";
+    std::fs::write(&script, lines).unwrap();
+    // Without --work, whatever variables say.
+    let run = "mount -t tmpfs tmpfs /var/lib; mount -t tmpfs -o mode=0755 tmpfs /srv; $0 customize $1 --output $2 --script $3; \
+               find /var/lib/ims-sshd -type f -name '*.sqsh' -printf '%f %m\\n'; ls -d /var/tmp/ims-sshd* /tmp/ims-sshd* 2> /dev/null; \
+               cd /srv; stat -c '%n %a %u' out out/* out/*/*; as='setpriv --reuid 65534 --clear-groups'; \
+               $as ls out; $as cat out/*/rootfs > /dev/null && echo nobody reads the image";
+    let customize = |output: &str| {
+        let named = [("KERNEL_FILENAME", "vmlinuz"), ("INITRD_FILENAME", "initrd"), ("TMPDIR", "/tmp")];
+        let mut command = Command::new("unshare");
+        command.args(["-m", "sh", "-c", run, IMS_SSHD]).arg(&squashfs).arg(output).arg(&script).envs(named);
+        let output = command.current_dir(dir.path()).output().unwrap();
+        let said = text(&output.stdout) + &text(&output.stderr);
+        let reached: Vec<_> = said.split("nobody reads ").skip(1).map(|rest| rest.lines().next().unwrap()).collect();
+        // The last is what a person with a key of his own needs.
+        assert!(reached.len() == 2 && reached[0] == "/var/lib" && reached[1].ends_with("/ssh_config"), "{said}");
+        for mode in
+            ["/var/lib/ims-sshd 700 0", "/overlay/upper/bin/changed 4755 0", "tree.sqsh 700 0", "/id_ed25519 600 0"]
+        {
+            assert!(said.lines().any(|line| line.ends_with(mode)), "{mode}: {said}");
+        }
+        said
+    };
+    // What could not be published stays.
+    let said = customize("/proc/out");
+    assert!(said.contains("\npacked.sqsh 600\n"), "{said}");
+    let said = customize("/srv/out");
+    assert!(said.contains("\nout 755 0\nout/") && said.contains("/rootfs: Permission denied"), "{said}");
+    assert!(!said.contains(".sqsh 6") && !said.contains("/tmp/ims-sshd"), "{said}");
+}
+
+#[test]
+fn a_work_directory_that_others_can_exchange_is_refused() {
+    let dir = folder();
+    let place = |name: &str, mode: u32, owner: u32| {
+        let path = dir.path().join(name);
+        std::fs::create_dir_all(&path).unwrap();
+        std::os::unix::fs::chown(&path, Some(owner), Some(owner)).unwrap();
+        std::fs::set_permissions(&path, Permissions::from_mode(mode)).unwrap();
+        path
+    };
+    let link = |name: &str, target: &Path, owner: u32| {
+        let path = dir.path().join(name);
+        std::os::unix::fs::symlink(target, &path).unwrap();
+        std::os::unix::fs::lchown(&path, Some(owner), Some(owner)).unwrap();
+    };
+    place("foreign/ims-sshd", 0o700, 65534);
+    place("open/ims-sshd", 0o777, 0);
+    place("sticky/ims-sshd", 0o1777, 0);
+    place("group/ims-sshd", 0o775, 0);
+    place("home", 0o755, 1234);
+    place("homes/deep/ims-sshd", 0o700, 0);
+    place("homes", 0o755, 1234);
+    place("everybodys", 0o777, 0);
+    place("tmp", 0o1777, 0);
+    place("wide/ims-sshd", 0o755, 0);
+    let real = place("real", 0o755, 0);
+    link("tmp/link", &real, 65534);
+    link("roots-link", &real, 0);
+    std::fs::create_dir(dir.path().join("below-link")).unwrap();
+    link("below-link/ims-sshd", &real, 65534);
+    std::fs::create_dir(dir.path().join("file")).unwrap();
+    std::fs::write(dir.path().join("file/ims-sshd"), "").unwrap();
+    let work_in = |name: &str, caller: Option<&str>| {
+        let mut command = ims_sshd(&["customize", "missing.sqsh", "--output", "out", "--work", name], &[]);
+        if let Some(caller) = caller {
+            command.env("SUDO_UID", caller);
+        }
+        let output = command.current_dir(dir.path()).output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        text(&output.stderr)
+    };
+    for (name, reason) in [
+        ("foreign", "belongs to user 65534"),
+        ("open", "others than its owner can write to"),
+        ("sticky", "others than its owner can write to"),
+        ("group", "others than its owner can write to"),
+        ("home", "belongs to user 1234"),
+        ("homes/deep", "belongs to user 1234"),
+        ("everybodys", "others than its owner can write to"),
+        ("tmp/link", "belongs to user 65534"),
+        ("below-link", "belongs to user 65534"),
+        ("file", "File exists"),
+    ] {
+        let said = work_in(name, Some("77"));
+        assert!(said.contains("cannot keep files of an image in") && said.contains(reason), "{name}: {said}");
+    }
+    for (name, caller) in [
+        ("tmp", None),
+        ("wide", None),
+        ("roots-link", None),
+        ("new", None),
+        ("home", Some("1234")),
+        ("homes/deep", Some("1234")),
+    ] {
+        let said = work_in(name, caller);
+        assert!(said.contains("cannot open missing.sqsh"), "{name}: {said}");
+        let made = dir.path().join(name).join("ims-sshd").metadata().unwrap();
+        assert_eq!((made.permissions().mode() & 0o7777, made.uid()), (0o700, 0), "{name}");
+    }
+}
+
+#[test]
+fn a_second_customization_of_the_same_source_is_told_of_the_first() {
+    let dir = folder();
+    let squashfs = squashfs_of(&image(dir.path())).display().to_string();
+    let fifo = dir.path().join("fifo");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let waiting = dir.path().join("waiting");
+    std::fs::write(&waiting, format!("read line < {}; touch $IMAGE_ROOT_PARENT/failed\n", fifo.display())).unwrap();
+    let mut command = ims_sshd(&["customize", &squashfs, "--output", "out", "--script"], &[]);
+    command.arg(&waiting).arg("--work").arg(dir.path().join("work")).current_dir(dir.path());
+    let mut first = command.spawn().unwrap();
+    // Opens when the script reads.
+    let mut goes_on = std::fs::File::options().write(true).open(&fifo).unwrap();
+    let second = command.output().unwrap();
+    assert_eq!(second.status.code(), Some(1), "{second:?}");
+    assert!(text(&second.stderr).contains("another build environment is open on it"), "{second:?}");
+    std::io::Write::write_all(&mut goes_on, b"\n").unwrap();
+    assert_eq!(first.wait().unwrap().code(), Some(1));
+    nothing_stays(dir.path());
 }

@@ -1,0 +1,93 @@
+//! Where a job on this machine keeps what belongs to the image: a directory of root's own. Setuid programs of the image and its
+//! /etc/shadow lie below, which the machine's other users must neither reach nor exchange.
+
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use crate::error::{Attempt, Error, Result};
+use crate::lifecycle::signal_files::SignalFiles;
+use crate::local;
+
+/// The directory of all jobs, where the command line names none.
+pub const DEFAULT: &str = "/var/lib/ims-sshd";
+
+/// Bits of a mode with which others can change what a directory holds, and one with which only what is theirs.
+const WRITABLE: u32 = 0o022;
+const STICKY: u32 = 0o1000;
+
+/// One job's directory, claimed as long as this value lives.
+pub struct WorkDirectory {
+    files: SignalFiles,
+}
+
+impl WorkDirectory {
+    /// Makes the directory `name` below `all`, or finds it as an earlier run has left it. Another run that is using it is an error.
+    pub fn claim(all: &Path, name: &str) -> Result<Self> {
+        let all = own(all)?;
+        local::claim(|| own(&all.join(name))).map(|files| Self { files })
+    }
+
+    /// The directory, without links on the way to it.
+    pub fn path(&self) -> &Path {
+        self.files.path()
+    }
+
+    /// Its files, among them what is noted of a publication.
+    pub fn files(&self) -> &SignalFiles {
+        &self.files
+    }
+
+    /// Removes what is in it.
+    pub fn clear(&self) -> Result<()> {
+        let attempted = || format!("clear {}", self.path().display());
+        for entry in std::fs::read_dir(self.path()).attempt(attempted)? {
+            let entry = entry.attempt(attempted)?;
+            let is_directory = entry.file_type().attempt(attempted)?.is_dir();
+            let remove = if is_directory { std::fs::remove_dir_all } else { std::fs::remove_file };
+            remove(entry.path()).attempt(|| format!("remove {}", entry.path().display()))?;
+        }
+        Ok(())
+    }
+
+    /// Removes it with what is in it.
+    pub fn remove(self) -> Result<()> {
+        std::fs::remove_dir_all(self.path()).attempt(|| format!("remove {}", self.path().display()))
+    }
+}
+
+/// Makes the directory `path` (mode 0700) if it is not there, and returns it without links, once it is certain that only root decides
+/// what is found by that path.
+fn own(path: &Path) -> Result<PathBuf> {
+    let attempted = || format!("keep files of an image in {}", path.display());
+    let advice = "name a directory by --work that only root can change, and all above it";
+    let refuse = |why: String| Err(Error::new(attempted()).because(why).advise(advice));
+    let mut make = std::fs::DirBuilder::new();
+    make.recursive(true).mode(0o700).create(path).attempt(attempted)?;
+    let real = std::fs::canonicalize(path).attempt(attempted)?;
+    // The links on the way first: each is a decision of whoever made it.
+    for place in path.ancestors().chain(real.ancestors()) {
+        let found = std::fs::symlink_metadata(place).attempt(attempted)?;
+        if !is_trusted(found.uid()) {
+            let owner = found.uid();
+            return refuse(format!("{} belongs to user {owner}, who can exchange what is there", place.display()));
+        }
+        let is_open = found.mode() & WRITABLE != 0 && !found.is_symlink();
+        if is_open && (place == real || found.mode() & STICKY == 0) {
+            return refuse(format!("others than its owner can write to {}", place.display()));
+        }
+    }
+    let found = std::fs::symlink_metadata(&real).attempt(attempted)?;
+    if found.uid() != 0 {
+        return refuse(format!("it belongs to user {}", found.uid()));
+    }
+    if found.mode() & 0o077 != 0 {
+        std::fs::set_permissions(&real, std::fs::Permissions::from_mode(0o700)).attempt(attempted)?;
+    }
+    Ok(real)
+}
+
+/// Root, and who has become root to start this program: a directory in his home is as good as his word.
+fn is_trusted(user: u32) -> bool {
+    let caller = || std::env::var("SUDO_UID").ok()?.parse::<u32>().ok();
+    user == 0 || caller() == Some(user)
+}
