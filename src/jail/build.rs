@@ -87,7 +87,8 @@ pub fn build(plan: &Plan) -> Result<()> {
         carry_out(&mut jail, &mount, source).map_err(|e| e.attempted_on(&mount))?;
         match mount.target {
             "dev" if !plan.dkms => furnish_dev(&jail)?,
-            "proc" if !plan.dkms => protect_kernel_files(&jail)?,
+            // The container's is read-only as a whole.
+            "proc" if !plan.dkms && plan.proc == Proc::New => protect_kernel_files(&jail)?,
             "run" => {
                 make_utmp(&jail)?;
                 show_root_of_init(&jail)?;

@@ -120,16 +120,19 @@ pub enum Proc {
     /// A procfs of the jail's own, which shows the jail's processes only.
     #[default]
     New,
-    /// The container's, with what is masked there. For a user namespace: the kernel gives it no new one where that would uncover what is
-    /// masked (`mount_too_revealing`).
+    /// The container's, with what is masked there, and read-only: it shows the processes outside, whose files (`oom_score_adj`,
+    /// `coredump_filter`, `autogroup`, …) any root may write to. For a user namespace: the kernel gives it no new one where that would
+    /// uncover what is masked (`mount_too_revealing`).
     Container,
 }
 
 /// The table for a job.
 pub fn mount_table(dkms: bool, proc: Proc) -> impl Iterator<Item = Mount> {
-    let table = if dkms { DKMS } else { JAILED };
+    let (table, restricted) = if dkms { (DKMS, NOTHING) } else { (JAILED, RDONLY) };
     table.iter().map(move |mount| match (mount.source, proc) {
-        (Source::New("proc", _), Proc::Container) => Mount { source: Source::Container("/proc"), ..*mount },
+        (Source::New("proc", _), Proc::Container) => {
+            Mount { source: Source::Container("/proc"), attributes: mount.attributes.union(restricted), ..*mount }
+        }
         _ => *mount,
     })
 }

@@ -134,7 +134,7 @@ fn enter(trial: &StateFolder) -> Result<()> {
 fn log(choice: &Choice, without_devices: bool, forced: bool, dkms: bool, refused: &[(Tier, Error)]) {
     let mut lacks: Vec<_> = choice.tier.lacks().into_iter().collect();
     if choice.tier == Tier::User && choice.proc == Proc::Container {
-        lacks.push("/proc is the container's, so that its processes can be seen");
+        lacks.push("/proc is the container's, read-only, so that its processes can be seen");
     }
     if without_devices {
         lacks.push("device nodes (CAP_MKNOD), so that /dev/null is a file, which is removed at the end");

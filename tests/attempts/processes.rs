@@ -1,10 +1,12 @@
 //! At the processes outside.
 
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Resource, Rlimit, Signal};
 
+use crate::kernel_files::writable;
 use crate::outcome::{Held, Outcome, Step, any};
 use crate::outside::{process, secret, told, visible_processes};
 use crate::sys;
@@ -62,6 +64,27 @@ pub fn environment() -> Outcome {
     any(visible_processes(), |process| {
         let path = format!("/proc/{process}/environ");
         secret(&std::fs::read(&path).step(format!("read {path}"))?)
+    })
+}
+
+/// Its settings in /proc, and its threads': whom the kernel ends first, what a core dump holds, its name, its groups.
+pub fn settings() -> Outcome {
+    let process = process()?;
+    let threads = format!("/proc/{process}/task");
+    let folders = std::fs::read_dir(&threads).step(format!("list {threads}"))?.flatten().map(|thread| thread.path());
+    any(folders.chain([format!("/proc/{process}").into()]), |folder| {
+        let entries = std::fs::read_dir(&folder).step(format!("list {}", folder.display()))?.flatten();
+        any(entries, |entry| {
+            let found = entry.metadata().step(format!("look at {}", entry.path().display()))?;
+            // Root opens what nobody can write to as well.
+            if !found.is_file() || found.mode() & 0o222 == 0 {
+                return Err(Held::by(
+                    format!("open {}", entry.path().display()),
+                    "it is no file that can be written to",
+                ));
+            }
+            writable(&entry.path())
+        })
     })
 }
 

@@ -51,6 +51,12 @@ pub const ATTEMPTS: &[Attempt] = &[
     attempt("memory", Chroot, processes::memory, "process_vm_readv(2)"),
     attempt("memory-file", Chroot, processes::memory_file, "proc_pid_mem(5)"),
     attempt("environment", Chroot, processes::environment, "proc_pid_environ(5)"),
+    attempt(
+        "settings-of-process",
+        Chroot,
+        processes::settings,
+        "proc_pid_oom_score_adj(5), proc_pid_coredump_filter(5)",
+    ),
     attempt("kill", Chroot, processes::kill, "kill(2)"),
     attempt("kill-session-leader", Chroot, processes::kill_session_leader, "kill(2), getsid(2)"),
     attempt("steal-descriptor", Chroot, processes::steal_descriptor, "pidfd_getfd(2)"),

@@ -146,7 +146,7 @@ fn kernel_settings() -> Vec<String> {
 #[test]
 fn every_attempt_gets_out_where_it_can_and_none_out_of_the_jail() {
     let settings = kernel_settings();
-    for tier in TIERS {
+    for (tier, masked) in [("namespace", false), ("user", false), ("user", true)] {
         let weak = Volume::new(Image::Busybox);
         prepare(&weak.image_root);
 
@@ -157,12 +157,21 @@ fn every_attempt_gets_out_where_it_can_and_none_out_of_the_jail() {
         let variables = outside.variables.iter().map(|(name, value)| format!("export {name}={value}\n"));
         std::fs::write(volume.image_root.join("variables"), variables.collect::<String>()).unwrap();
         let mut command = outside.with_session_key();
+        if masked {
+            command.args(MASKING_PROC);
+        }
         command.args([IMS_SSHD, "entrypoint"]).env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
         command.envs(volume.variables(Mode::Jailed)).env("IMS_JAIL_TIER", tier);
         let log = std::fs::File::create(volume.log()).unwrap();
         let entrypoint = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().unwrap();
         let mut environment = Environment { entrypoint, volume, status: None }.ready();
         assert!(environment.log_text().contains(&format!("tier=\"{tier}\"")), "{}", environment.log_text());
+        assert_eq!(
+            environment.log_text().contains("/proc is the container's, read-only"),
+            masked,
+            "{}",
+            environment.log_text()
+        );
         let master = environment.master();
 
         let mut wrong = Vec::new();
@@ -181,11 +190,13 @@ fn every_attempt_gets_out_where_it_can_and_none_out_of_the_jail() {
             match output.status.code() {
                 Some(0) if expected => {}
                 Some(1 | 3) if !expected => {}
-                _ => wrong.push(format!("{name}: in the jail ({tier}): {output:?}")),
+                _ => wrong.push(format!("{name}: in the jail ({tier}, the container's /proc: {masked}): {output:?}")),
             }
         }
         assert!(wrong.is_empty(), "{}", wrong.join("\n"));
-        println!("{bitten} attempts got out where they could, none of them out of a jail of tier {tier}");
+        println!(
+            "{bitten} attempts got out where they could, none of them out of a jail of tier {tier} (the container's /proc: {masked})"
+        );
         assert!(bitten >= 70, "only {bitten} attempts were shown to work anywhere");
 
         drop(master);

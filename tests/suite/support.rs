@@ -80,6 +80,18 @@ pub const MODES: [Mode; 2] = [Mode::Jailed, Mode::Plain];
 /// How strong a jail can be, best first.
 pub const TIERS: [&str; 3] = ["namespace", "user", "chroot"];
 
+/// Words before a command that start it where a file of /proc is masked.
+pub const MASKING_PROC: [&str; 8] = [
+    "unshare",
+    "--mount",
+    "--propagation",
+    "private",
+    "sh",
+    "-ec",
+    "mount --bind /dev/null /proc/keys; exec \"$@\"",
+    "sh",
+];
+
 /// A folder laid out as a pod's volume, before an environment opens on it. Its mounts are this thread's own and vanish with it.
 pub struct Volume {
     pub dir: TempDir,
@@ -195,6 +207,14 @@ impl Volume {
     pub fn start_with(self, mode: Mode, further: &[(&str, &str)]) -> Environment {
         let entrypoint = self.entrypoint(mode, further).spawn().unwrap();
         Environment { entrypoint, volume: self, status: None }
+    }
+
+    /// The same in a container whose /proc is masked: the kernel then gives a user namespace no procfs of its own.
+    pub fn start_where_proc_is_masked(self, mode: Mode, further: &[(&str, &str)]) -> Environment {
+        let mut command = Command::new(MASKING_PROC[0]);
+        command.args(&MASKING_PROC[1..]);
+        self.equip(command.args([IMS_SSHD, "entrypoint"]), mode, further);
+        Environment { entrypoint: command.spawn().unwrap(), volume: self, status: None }
     }
 
     pub fn log(&self) -> PathBuf {

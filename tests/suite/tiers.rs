@@ -55,6 +55,36 @@ fn a_session_in_every_tier_is_the_images_root_and_ends_with_the_job() {
     }
 }
 
+/// It is read-only, which no program of a session minds; what is written through /proc/self/fd is not written to /proc.
+#[test]
+fn where_a_jail_has_the_containers_proc_packages_are_installed_and_users_changed() {
+    let volume = Volume::new(Image::Managed);
+    let mut environment = volume.start_where_proc_is_masked(Mode::Jailed, &[("IMS_JAIL_TIER", "user")]).ready();
+    assert!(environment.log_text().contains("/proc is the container's, read-only"), "{}", environment.log_text());
+    for (command, said) in [
+        ("sudo -n sh -c 'echo $HOME'", "/root"),
+        ("su - -c 'echo $0'", "-bash"),
+        ("echo y > /dev/stdout; echo z > /proc/self/fd/1", "y\nz"),
+        ("bash -c 'cat <(echo a)'", "a"),
+        ("cat /proc/self/comm /proc/self/oom_score_adj", "cat\n0"),
+        ("python3 -c 'import subprocess as s; print(s.check_output([\"true\"], preexec_fn=lambda: None))'", "b''"),
+        ("(echo 5 > /proc/self/oom_score_adj) 2>&1 | grep -o 'Read-only file system'", "Read-only file system"),
+    ] {
+        assert_eq!(environment.says(command), said, "{command}");
+    }
+    let package = environment.image_root.join("tried");
+    std::fs::create_dir_all(package.join("DEBIAN")).unwrap();
+    let control =
+        "Package: tried\nVersion: 1\nArchitecture: all\nMaintainer: nobody <nobody@example.org>\nDescription: tried\n";
+    std::fs::write(package.join("DEBIAN/control"), control).unwrap();
+    std::fs::write(package.join("DEBIAN/postinst"), "#!/bin/sh\nuseradd -m tried && su tried -c id > /tried.id\n")
+        .unwrap();
+    std::fs::set_permissions(package.join("DEBIAN/postinst"), std::fs::Permissions::from_mode(0o755)).unwrap();
+    environment.says("dpkg-deb -b /tried /tried.deb >&2 && apt-get -q install -y /tried.deb >&2");
+    assert!(environment.says("cat /tried.id").contains("(tried)"));
+    assert_eq!(environment.complete(), 0);
+}
+
 #[test]
 fn a_terminal_has_its_name_where_devpts_can_be_mounted_and_works_where_it_cannot() {
     for (tier, name) in [("namespace", "/dev/pts/"), ("user", "/dev/pts/"), ("chroot", "not a tty")] {
