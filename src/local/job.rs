@@ -12,6 +12,7 @@ use crate::local::work_directory::WorkDirectory;
 use crate::publish::boot;
 use crate::publish::changes::Inventory;
 use crate::publish::ims::Ims;
+use crate::publish::journal::{Journal, Notes};
 use crate::publish::package::{self, Archive, open_tree};
 use crate::publish::prepare::{INVENTORY, holds_changes, prepare};
 use crate::publish::settings::Settings;
@@ -83,7 +84,8 @@ impl Job {
         } else if holds_changes(parent, &mounted) {
             tracing::info!("going on with what was changed before, which is kept in {}", parent.display());
         }
-        let opened = Opened { job: &self, settings: &settings, work: &work, files: place.files() };
+        let notes = Notes::private(place.files(), &settings);
+        let opened = Opened { job: &self, settings: &settings, work: &work, files: place.files(), notes: &notes };
         let result = opened.carry_out(&source, &mounted, session);
         let kept = || {
             format!(
@@ -101,7 +103,7 @@ impl Job {
                 Ok(_) => {}
             }
         }
-        opened.publication().give_up()?;
+        opened.publication().give_up(&mut Journal::read(&notes)?)?;
         place.remove()?;
         result.map(|(_, value)| value)
     }
@@ -126,6 +128,7 @@ struct Opened<'a> {
     settings: &'a Settings,
     work: &'a Work,
     files: &'a SignalFiles,
+    notes: &'a Notes<'a>,
 }
 
 impl Opened<'_> {
@@ -153,7 +156,7 @@ impl Opened<'_> {
 
     fn publication(&self) -> Publication<'_> {
         let ims = Ims::of(self.work, self.settings);
-        Publication { work: self.work, settings: self.settings, ims, files: self.files }
+        Publication { work: self.work, settings: self.settings, ims, notes: self.notes }
     }
 
     fn publish(&self, image_root: &Path, overlay: Option<Overlay>) -> Result<()> {
@@ -181,7 +184,7 @@ impl Opened<'_> {
             overlay.unmount()?;
         }
         let image = Image { rootfs, boot, debug_kernel: None };
-        let report = self.publication().publish(image)?;
+        let report = self.publication().publish(&mut Journal::read(self.notes)?, image)?;
         // For programs. A person has read above where the image is.
         if !std::io::stdout().is_terminal() {
             local::say_json(&report);

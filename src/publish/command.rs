@@ -10,6 +10,7 @@ use crate::lifecycle::signal_files::SignalFiles;
 use crate::local::{say, say_json};
 use crate::publish::boot::{self, BootFiles};
 use crate::publish::ims::Ims;
+use crate::publish::journal::{Journal, Notes};
 use crate::publish::package::{self, Archive, open_tree};
 use crate::publish::settings::Settings;
 use crate::publish::sidecar::write_changes;
@@ -98,7 +99,9 @@ pub fn upload(
     let image = Image { rootfs, boot: Some(place.boot(settings)?), debug_kernel };
     let work = Work::begin(&settings.network)?;
     let ims = Ims::of(&work, settings);
-    let report = Publication { work: &work, settings, ims, files: &place.files }.publish(image)?;
+    let notes = Notes::new(&place.files, settings);
+    let mut journal = Journal::read(&notes)?;
+    let report = Publication { work: &work, settings, ims, notes: &notes }.publish(&mut journal, image)?;
     say_json(&report);
     Ok(0)
 }

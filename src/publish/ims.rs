@@ -3,10 +3,11 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use reqwest::{Method, StatusCode};
+use reqwest::{Method, StatusCode, Url};
 use serde_json::{Value, json};
 
 use crate::error::{Attempt, Error, Result};
+use crate::publish::id::Id;
 use crate::publish::settings::{self, Settings};
 use crate::publish::work::{Fault, Work, is_passing, patiently, without_query};
 
@@ -42,7 +43,7 @@ impl Status {
 pub struct Ims<'a> {
     work: &'a Work,
     at: Option<settings::Ims>,
-    job: Option<String>,
+    job: Option<Id>,
     token: Option<Token>,
 }
 
@@ -60,8 +61,8 @@ const REQUEST_LIMIT: Duration = Duration::from_mins(1);
 impl<'a> Ims<'a> {
     /// As the variables say.
     pub fn of(work: &'a Work, settings: &Settings) -> Self {
-        let (at, job) = (settings.ims.clone(), settings.job.clone());
-        Self { work, at, job, token: None }
+        let job = settings.job.as_deref().and_then(Id::parse);
+        Self { work, at: settings.ims.clone(), job, token: None }
     }
 
     /// Whether there is one.
@@ -72,53 +73,59 @@ impl<'a> Ims<'a> {
     /// Tells how far the job is.
     pub fn set_status(&mut self, status: Status) -> Result<()> {
         let attempted = format!("set the job's status to {}", status.name());
-        let Some(path) = self.job_path().filter(|_| self.is_there()) else { return Ok(()) };
-        self.call(&attempted, &Method::PATCH, &path, Some(&json!({ "status": status.name() })))?;
+        let Some(job) = self.job.clone().filter(|_| self.is_there()) else { return Ok(()) };
+        self.call(&attempted, &Method::PATCH, &["jobs", job.as_str()], Some(&json!({ "status": status.name() })))?;
         tracing::info!("the job's status is {}", status.name());
         Ok(())
     }
 
     /// The job's record; nothing without a job.
     pub fn job(&mut self) -> Result<Option<Value>> {
-        match self.job_path() {
-            Some(path) => self.call("read the job's record", &Method::GET, &path, None),
-            None => Ok(None),
-        }
+        let Some(job) = self.job.clone() else { return Ok(None) };
+        self.call("read the job's record", &Method::GET, &["jobs", job.as_str()], None)
     }
 
     /// The new image is this job's.
-    pub fn set_resultant_image(&mut self, image: &str) -> Result<Option<Value>> {
-        let Some(path) = self.job_path() else { return Ok(None) };
-        let body = json!({ "resultant_image_id": image });
-        self.call("tell the job's new image", &Method::PATCH, &path, Some(&body))
+    pub fn set_resultant_image(&mut self, image: &Id) -> Result<Option<Value>> {
+        let Some(job) = self.job.clone() else { return Ok(None) };
+        let body = json!({ "resultant_image_id": image.as_str() });
+        self.call("set the job's resultant image", &Method::PATCH, &["jobs", job.as_str()], Some(&body))
     }
 
-    /// Identifiers of all images without content that are called `name`.
-    pub fn empty_images(&mut self, name: &str) -> Result<Vec<String>> {
-        let id = |image: &Value| image["id"].as_str().map(str::to_owned);
-        Ok(self.empty_records(name)?.iter().filter_map(id).collect())
+    /// Ids of all images without content that are called `name`.
+    pub fn empty_images(&mut self, name: &str) -> Result<Vec<Id>> {
+        Ok(self.empty_records(name)?.iter().filter_map(id_of).collect())
     }
 
-    /// The record of an image that was asked for, and whose answer was lost to a connection or to a crash. Of `known` are those that stood
-    /// before.
-    pub fn find_image(&mut self, name: &str, known: &[String]) -> Result<Option<Value>> {
-        let is_new = |image: &Value| !known.iter().any(|id| image["id"] == **id);
-        Ok(self.empty_records(name)?.into_iter().find(is_new))
+    /// The record of an image that was asked for, and whose answer was lost to a connection or to a crash. `known` stood before. Of several
+    /// new ones nobody knows which is whose: none is taken.
+    pub fn find_image(&mut self, name: &str, known: &[Id]) -> Result<Option<Value>> {
+        let is_new = |image: &Value| id_of(image).is_some_and(|id| !known.contains(&id));
+        let mut new: Vec<_> = self.empty_records(name)?.into_iter().filter(is_new).collect();
+        if new.len() > 1 {
+            let ids: Vec<_> = new.iter().filter_map(id_of).map(|id| id.to_string()).collect();
+            tracing::warn!(
+                "images {} are new, empty and called '{name}': left, since any may be another job's",
+                ids.join(", ")
+            );
+            return Ok(None);
+        }
+        Ok(new.pop())
     }
 
     fn empty_records(&mut self, name: &str) -> Result<Vec<Value>> {
-        let images = self.call("read the images' records", &Method::GET, "/images", None)?.unwrap_or_default();
+        let images = self.call("read the images' records", &Method::GET, &["images"], None)?.unwrap_or_default();
         let empty = |image: &&Value| image["name"] == name && image.get("link").is_none_or(Value::is_null);
         Ok(images.as_array().into_iter().flatten().filter(empty).cloned().collect())
     }
 
     /// The record of a new image. Whose answer was lost is not asked for again if its record is there, and not one of `known`.
-    pub fn create_image(&mut self, name: &str, arch: &str, known: &[String]) -> Result<Value> {
+    pub fn create_image(&mut self, name: &str, arch: &str, known: &[Id]) -> Result<Value> {
         let attempted = format!("register the image '{name}'");
         let body = json!({ "name": name, "arch": arch });
         let began = Instant::now();
         loop {
-            match self.call_once(&attempted, &Method::POST, "/images", Some(&body))? {
+            match self.call_once(&attempted, &Method::POST, &["images"], Some(&body))? {
                 Ok(record) => return record.ok_or_else(|| Error::new(attempted).because("there is no record of it")),
                 Err(cause) if began.elapsed() >= self.work.network.retry_limit => {
                     return Err(Error::new(attempted).because(cause));
@@ -132,27 +139,28 @@ impl<'a> Ims<'a> {
     }
 
     /// An image's record; nothing if there is none.
-    pub fn image(&mut self, id: &str) -> Result<Option<Value>> {
-        self.call("read the image's record", &Method::GET, &format!("/images/{id}"), None)
+    pub fn image(&mut self, id: &Id) -> Result<Option<Value>> {
+        self.call("read the image's record", &Method::GET, &["images", id.as_str()], None)
     }
 
     /// Puts content into an image's record.
-    pub fn link_image(&mut self, id: &str, link: &Value) -> Result<Option<Value>> {
+    pub fn link_image(&mut self, id: &Id, link: &Value) -> Result<Option<Value>> {
         let body = json!({ "link": link });
-        self.call("tell the image's manifest", &Method::PATCH, &format!("/images/{id}"), Some(&body))
+        self.call(
+            "set the manifest link in the IMS image record",
+            &Method::PATCH,
+            &["images", id.as_str()],
+            Some(&body),
+        )
     }
 
     /// Takes an image's record back; one that is not there is no error.
-    pub fn delete_image(&mut self, id: &str) -> Result<()> {
-        self.call("delete the image's record", &Method::DELETE, &format!("/images/{id}"), None).map(|_| ())
-    }
-
-    fn job_path(&self) -> Option<String> {
-        self.job.as_ref().map(|job| format!("/jobs/{job}"))
+    pub fn delete_image(&mut self, id: &Id) -> Result<()> {
+        self.call("delete the image's record", &Method::DELETE, &["images", id.as_str()], None).map(|_| ())
     }
 
     /// A call that may be repeated. Nothing where there is no IMS, and where a record that is asked for or deleted is not there.
-    fn call(&mut self, attempted: &str, method: &Method, path: &str, body: Option<&Value>) -> Result<Option<Value>> {
+    fn call(&mut self, attempted: &str, method: &Method, path: &[&str], body: Option<&Value>) -> Result<Option<Value>> {
         if self.at.is_none() {
             return Ok(None);
         }
@@ -169,7 +177,7 @@ impl<'a> Ims<'a> {
         &mut self,
         attempted: &str,
         method: &Method,
-        path: &str,
+        path: &[&str],
         body: Option<&Value>,
     ) -> Result<std::result::Result<Option<Value>, String>> {
         let work = self.work;
@@ -190,12 +198,11 @@ impl<'a> Ims<'a> {
         &mut self,
         attempted: &str,
         method: &Method,
-        path: &str,
+        path: &[&str],
         body: Option<&Value>,
     ) -> std::result::Result<Option<Value>, Fault> {
         let Some(at) = self.at.clone() else { return Ok(None) };
-        let mut request =
-            self.work.client()?.request(method.clone(), format!("{}{path}", at.url)).timeout(REQUEST_LIMIT);
+        let mut request = self.work.client()?.request(method.clone(), below(&at.url, path)?).timeout(REQUEST_LIMIT);
         if let Some(folder) = &at.oauth {
             request = request.bearer_auth(self.token(folder).await?);
         }
@@ -252,6 +259,22 @@ impl<'a> Ims<'a> {
     }
 }
 
+/// The id in a record; `None` in one whose id is none that IMS makes.
+pub fn id_of(record: &Value) -> Option<Id> {
+    record["id"].as_str().and_then(Id::parse)
+}
+
+/// The URL of `path` below `base`: each of its names is one segment, whatever stands in it.
+fn below(base: &str, path: &[&str]) -> Result<Url> {
+    let attempted = || format!("call {base}");
+    let mut url = Url::parse(base).attempt(attempted)?;
+    url.path_segments_mut()
+        .map_err(|()| Error::new(attempted()).because("it has no path"))?
+        .pop_if_empty()
+        .extend(path);
+    Ok(url)
+}
+
 /// What a server says is wrong: RFC 7807's details, or OAuth's, or the text as it is.
 fn problem(status: StatusCode, text: &str) -> String {
     let answer: Value = serde_json::from_str(text).unwrap_or_default();
@@ -270,6 +293,15 @@ fn problem(status: StatusCode, text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn each_name_of_a_path_is_one_segment() {
+        let url = |path: &[&str]| below("http://ims/apis/ims", path).unwrap().to_string();
+        assert_eq!(url(&["images", "46a2731e"]), "http://ims/apis/ims/images/46a2731e");
+        assert_eq!(below("http://ims/", &["jobs"]).unwrap().as_str(), "http://ims/jobs");
+        assert_eq!(url(&["images", "../../smd?a#b"]), "http://ims/apis/ims/images/..%2F..%2Fsmd%3Fa%23b");
+        assert!(!url(&["images", ".."]).contains(".."));
+    }
 
     #[test]
     fn the_details_of_a_problem_are_told() {

@@ -1,23 +1,102 @@
-//! What has been done already, on the volume: whoever begins again after a crash goes on from there.
+//! What has been done already, on the volume: a sidecar that begins again after a crash goes on from there. Sessions of a plain job write to
+//! the volume too, so every line is authenticated, and what is not authentic is treated as absent.
 
+use std::cell::OnceCell;
 use std::io::Write;
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::OFlags;
 use serde_json::{Value, json};
 
 use crate::error::{Attempt, Result};
-use crate::lifecycle::signal_files::SignalFiles;
+use crate::lifecycle::signal_files::{READY, SignalFiles};
+use crate::publish::id::Id;
+use crate::publish::seal::Seal;
+use crate::publish::settings::Settings;
 
 /// Where it is kept, in the image root's parent.
 const FILE: &str = ".ims-sshd.publication";
 
-/// Of an upload, beside it: the parts that have been sent, one a line, which costs the same for the last as for the first.
+/// State of an upload, beside it: the parts that have been sent, one a line, which costs the same for the last as for the first.
 const PARTS: &str = ".ims-sshd.upload";
 
 const LIMIT: u64 = 16 << 20;
 
 /// A store takes no more parts than this of one object.
 pub const MOST_PARTS: usize = 10_000;
+
+/// What lines are authenticated as.
+const JOURNAL: &str = "journal";
+const UPLOAD: &str = "upload";
+
+/// Where notes are kept, and what authenticates them.
+pub struct Notes<'a> {
+    files: &'a SignalFiles,
+    settings: &'a Settings,
+    /// Whether nobody else writes there.
+    is_private: bool,
+    /// Made when it is needed: it may come of a store that nothing is published in.
+    seal: OnceCell<Seal>,
+}
+
+impl<'a> Notes<'a> {
+    /// Notes of the job of `settings`, in the image root's parent.
+    pub fn new(files: &'a SignalFiles, settings: &'a Settings) -> Self {
+        Self { files, settings, is_private: false, seal: OnceCell::new() }
+    }
+
+    /// The same in a directory of our own, that nobody else writes to.
+    pub fn private(files: &'a SignalFiles, settings: &'a Settings) -> Self {
+        Self { is_private: true, ..Self::new(files, settings) }
+    }
+
+    fn seal(&self) -> Result<&Seal> {
+        if let Some(seal) = self.seal.get() {
+            return Ok(seal);
+        }
+        let made = Seal::of(self.settings, self.files.parent(), self.is_private)?;
+        Ok(self.seal.get_or_init(|| made))
+    }
+
+    /// The text of a file; `None` if there is none, and nothing that could be one.
+    fn text(&self, name: &str) -> Option<String> {
+        let text = self.files.parent().read(name, LIMIT);
+        let text = text.and_then(|text| String::from_utf8(text).map_err(std::io::Error::other));
+        match text {
+            Ok(text) => Some(text),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => None,
+            Err(e) => {
+                self.ignored(name, &e.to_string());
+                None
+            }
+        }
+    }
+
+    fn ignored(&self, name: &str, why: &str) {
+        tracing::warn!(
+            "ignored {}: {why}; what was published in part before, if anything was, is left in the store",
+            self.shown(name)
+        );
+    }
+
+    fn write(&self, name: &str, text: &str) -> Result<()> {
+        self.files.parent().replace(name, text.as_bytes()).attempt(|| format!("write {}", self.shown(name)))
+    }
+
+    fn shown(&self, name: &str) -> String {
+        format!("{}/{name}", self.files.path().display())
+    }
+
+    /// Removes all notes: everything is done, or rolled back.
+    pub fn clear(&self) -> Result<()> {
+        clear(self.files)
+    }
+}
+
+/// Removes whatever notes stand there.
+pub fn clear(files: &SignalFiles) -> Result<()> {
+    files.remove(PARTS)?;
+    files.remove(FILE)
+}
 
 /// How far a sidecar was.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -35,48 +114,50 @@ pub enum Phase {
 const PHASES: [(Phase, &str); 4] =
     [(Phase::Begun, "begun"), (Phase::Ready, "ready"), (Phase::Packing, "packing"), (Phase::Packed, "packed")];
 
-/// The notes of one job.
+/// How far one job is.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Journal {
-    job: Option<String>,
     /// How far the sidecar was.
     pub phase: Phase,
     /// Empty images of this name that stood before ours was asked for; nothing as long as it was not.
-    pub known: Option<Vec<String>>,
+    pub known: Option<Vec<Id>>,
     /// The new image.
-    pub image: Option<String>,
+    pub image: Option<Id>,
 }
 
 impl Journal {
-    /// Reads what was noted for this job; another job's notes mean nothing.
-    pub fn open(files: &SignalFiles, job: Option<&str>) -> Self {
-        let noted = files.parent().read(FILE, LIMIT).ok().and_then(|text| serde_json::from_slice(&text).ok());
-        let noted: Value = noted.unwrap_or_default();
-        let text = |name: &str| noted[name].as_str().map(str::to_owned);
-        let job = job.map(str::to_owned);
-        if text("job") != job || noted.is_null() {
-            return Self { job, phase: Phase::Begun, known: None, image: None };
-        }
-        let phase = PHASES.iter().find(|(_, name)| noted["phase"] == *name).map_or(Phase::Begun, |(phase, _)| *phase);
-        let known =
-            noted["known"].as_array().map(|ids| ids.iter().filter_map(|i| i.as_str().map(str::to_owned)).collect());
-        Self { job, phase, known, image: text("image") }
+    /// Reads how far this job is. Read once: from then on what is in memory counts, whatever becomes of the file.
+    pub fn read(notes: &Notes) -> Result<Self> {
+        let mut journal = Self { phase: Phase::Begun, known: None, image: None };
+        let Some(text) = notes.text(FILE) else { return Ok(journal) };
+        // `prepare` of a pod that begins again takes it away: then everything before the packing is done again.
+        let may_be_open = notes.files.stands(READY)?;
+        let Some(authentic) = notes.seal()?.open(JOURNAL, &text) else {
+            let claimed = text.find('{').and_then(|at| serde_json::from_str::<Value>(&text[at..]).ok());
+            let is_of_another_job = claimed.is_some_and(|claimed| claimed["job"] != json!(notes.settings.job));
+            if !is_of_another_job {
+                notes.ignored(FILE, "this job's sidecar has not written it, or its keys have changed");
+                // An environment that is open, or has ended, is not begun again. Who can write the file can create 'ready' too.
+                journal.phase = if may_be_open { Phase::Ready } else { Phase::Begun };
+            }
+            return Ok(journal);
+        };
+        let fields: Value = serde_json::from_str(authentic).unwrap_or_default();
+        let id = |id: &Value| id.as_str().and_then(Id::parse);
+        let phase = PHASES.iter().find(|(_, name)| fields["phase"] == *name).map_or(Phase::Begun, |(phase, _)| *phase);
+        journal.phase = if phase == Phase::Ready && !may_be_open { Phase::Begun } else { phase };
+        journal.known = fields["known"].as_array().map(|ids| ids.iter().filter_map(id).collect());
+        journal.image = id(&fields["image"]);
+        Ok(journal)
     }
 
     /// Writes it down before what it tells is done.
-    pub fn note(&self, files: &SignalFiles) -> Result<()> {
+    pub fn write(&self, notes: &Notes) -> Result<()> {
         let phase = PHASES.iter().find(|(phase, _)| *phase == self.phase).map_or("begun", |(_, name)| *name);
-        let text = json!({
-            "job": self.job, "phase": phase, "known": self.known, "image": self.image,
-        });
-        let attempted = || format!("write {}/{FILE}", files.path().display());
-        files.parent().replace(FILE, text.to_string().as_bytes()).attempt(attempted)
-    }
-
-    /// All is done, or taken back.
-    pub fn clear(files: &SignalFiles) -> Result<()> {
-        Upload::clear(files)?;
-        files.remove(FILE)
+        let known = self.known.as_ref().map(|ids| ids.iter().map(Id::as_str).collect::<Vec<_>>());
+        let image = self.image.as_ref().map(Id::as_str);
+        let text = json!({ "job": notes.settings.job, "phase": phase, "known": known, "image": image });
+        notes.write(FILE, &notes.seal()?.line(JOURNAL, &text.to_string()))
     }
 }
 
@@ -93,43 +174,59 @@ pub struct Upload {
     pub part: u64,
     /// What the store calls it as long as it is in parts.
     pub id: String,
-    /// The store's marks of the parts that are there.
+    /// The store's ETags of the parts that are there.
     pub parts: Vec<Option<String>>,
 }
 
 impl Upload {
     /// Reads what was noted, if anything was.
-    pub fn open(files: &SignalFiles) -> Option<Self> {
-        let text = files.parent().read(PARTS, LIMIT).ok()?;
-        let text = String::from_utf8(text).ok()?;
-        // Of a line that was cut off one does not know how it goes on.
-        let mut lines = text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n'));
-        let noted: Value = serde_json::from_str(lines.next()?).ok()?;
+    pub fn read(notes: &Notes) -> Result<Option<Self>> {
+        let Some(text) = notes.text(PARTS) else { return Ok(None) };
+        let seal = notes.seal()?;
+        let mut lines = text.split_inclusive('\n');
+        let Some(first) = lines.next().and_then(|line| seal.open(UPLOAD, line)) else {
+            notes.ignored(PARTS, "this job's sidecar has not written it, or its keys have changed");
+            return Ok(None);
+        };
+        let Some(mut upload) = Self::parse(first) else { return Ok(None) };
+        let kind = upload.kind_of_part();
+        for line in lines {
+            // A line that was cut off, and one that somebody has added, is of a part that is sent again.
+            let part = seal.open(&kind, line).and_then(|line| line.split_once(' '));
+            let Some((number, mark)) = part else { continue };
+            if let Some(number) = number.parse().ok().filter(|number| *number < MOST_PARTS) {
+                upload.set(number, mark);
+            }
+        }
+        Ok(Some(upload))
+    }
+
+    fn parse(line: &str) -> Option<Self> {
+        let noted: Value = serde_json::from_str(line).ok()?;
         let text = |name: &str| noted[name].as_str().map(str::to_owned);
         let (url, place, md5, id) = (text("url")?, text("place")?, text("md5")?, text("id")?);
-        let mut upload = Self { url, place, md5, part: noted["part"].as_u64()?, id, parts: Vec::new() };
-        for (number, mark) in lines.filter_map(|line| line.split_once(' ')) {
-            upload.set(number.parse().ok().filter(|number| *number < MOST_PARTS)?, mark);
-        }
-        Some(upload)
+        Some(Self { url, place, md5, part: noted["part"].as_u64()?, id, parts: Vec::new() })
     }
 
     /// Notes it as it is.
-    pub fn note(&self, files: &SignalFiles) -> Result<()> {
+    pub fn write(&self, notes: &Notes) -> Result<()> {
+        let seal = notes.seal()?;
         let what = json!({ "url": self.url, "place": self.place, "md5": self.md5, "part": self.part, "id": self.id });
-        let mut text = format!("{what}\n");
+        let mut text = seal.line(UPLOAD, &what.to_string());
         for (number, mark) in self.parts.iter().enumerate() {
-            text += &mark.as_ref().map_or(String::new(), |mark| line(number, mark));
+            text += &mark.as_ref().map_or(String::new(), |mark| self.line(seal, number, mark));
         }
-        files.parent().replace(PARTS, text.as_bytes()).attempt(|| attempted(files))
+        notes.write(PARTS, &text)
     }
 
     /// Notes that a part is there. In one piece, and not waited for: it outlives this program, and need not outlive the machine.
-    pub fn add(&mut self, files: &SignalFiles, number: usize, mark: &str) -> Result<()> {
+    pub fn add(&mut self, notes: &Notes, number: usize, mark: &str) -> Result<()> {
         self.set(number, mark);
-        let file = files.parent().open_at(PARTS, OFlags::WRONLY | OFlags::APPEND | OFlags::NOFOLLOW, Mode::empty());
-        file.and_then(|file| std::fs::File::from(file).write_all(line(number, mark).as_bytes()))
-            .attempt(|| attempted(files))
+        let line = self.line(notes.seal()?, number, mark);
+        let flags = OFlags::WRONLY | OFlags::APPEND | OFlags::NOFOLLOW;
+        let file = notes.files.parent().open_regular(PARTS, flags);
+        // Somebody has removed it.
+        file.and_then(|mut file| file.write_all(line.as_bytes())).or_else(|_| self.write(notes))
     }
 
     fn set(&mut self, number: usize, mark: &str) {
@@ -137,65 +234,133 @@ impl Upload {
         self.parts[number] = Some(mark.to_owned());
     }
 
-    /// It is whole, or taken back.
-    pub fn clear(files: &SignalFiles) -> Result<()> {
-        files.remove(PARTS)
+    fn line(&self, seal: &Seal, number: usize, mark: &str) -> String {
+        seal.line(&self.kind_of_part(), &format!("{number} {mark}"))
     }
-}
 
-fn line(number: usize, mark: &str) -> String {
-    format!("{number} {mark}\n")
-}
+    fn kind_of_part(&self) -> String {
+        format!("part of {}", self.id)
+    }
 
-fn attempted(files: &SignalFiles) -> String {
-    format!("write {}/{PARTS}", files.path().display())
+    /// It is whole, or rolled back.
+    pub fn clear(notes: &Notes) -> Result<()> {
+        notes.files.remove(PARTS)
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
-    #[test]
-    fn what_was_noted_is_found_again_by_the_same_job_alone() {
+    const IDS: [&str; 2] = ["46a2731e-a1d0-4f98-ba92-4f78c756bb12", "00000000-0000-4000-8000-000000000001"];
+
+    fn settings(job: &str) -> Settings {
+        let variables = [("IMS_JOB_ID", job), ("S3_ACCESS_KEY", "a"), ("S3_SECRET_KEY", "s"), ("S3_BUCKET", "b")];
+        Settings::read(None, variables.map(|(n, v)| (n.into(), v.into()))).unwrap()
+    }
+
+    fn volume() -> (tempfile::TempDir, SignalFiles) {
         let dir = tempfile::tempdir().unwrap();
         let files = SignalFiles::open(dir.path()).unwrap().unwrap();
-        let mut journal = Journal::open(&files, Some("7"));
-        assert_eq!(journal.phase, Phase::Begun);
-        journal.phase = Phase::Packing;
-        journal.known = Some(vec!["a".into()]);
-        journal.image = Some("b".into());
-        journal.note(&files).unwrap();
-        assert_eq!(Journal::open(&files, Some("7")), journal);
-        assert_eq!(Journal::open(&files, Some("8")).image, None);
-        Journal::clear(&files).unwrap();
-        assert_eq!(Journal::open(&files, Some("7")).phase, Phase::Begun);
+        (dir, files)
+    }
+
+    fn journal() -> Journal {
+        let [a, b] = IDS.map(|id| Id::parse(id).unwrap());
+        Journal { phase: Phase::Packing, known: Some(vec![a]), image: Some(b) }
+    }
+
+    fn upload() -> Upload {
+        let [url, place, md5, id] = ["s3://b/p/k", "k", "d41d8", "an id"].map(str::to_owned);
+        Upload { url, place, md5, part: 16, id, parts: vec![Some(String::new()), None, Some("\"c\"".into())] }
     }
 
     #[test]
-    fn the_parts_of_an_upload_are_found_again_but_for_what_was_cut_off() {
-        let dir = tempfile::tempdir().unwrap();
-        let files = SignalFiles::open(dir.path()).unwrap().unwrap();
-        assert_eq!(Upload::open(&files), None);
-        let [url, place, md5, id] = ["s3://b/p/k", "k", "d41d8", "an id"].map(str::to_owned);
-        let mut upload = Upload { url, place, md5, part: 16, id, parts: Vec::new() };
-        upload.note(&files).unwrap();
-        upload.add(&files, 2, "\"c\"").unwrap();
-        upload.add(&files, 0, "").unwrap();
-        assert_eq!(upload.parts, [Some(String::new()), None, Some("\"c\"".into())]);
-        assert_eq!(Upload::open(&files).as_ref(), Some(&upload));
-        upload.note(&files).unwrap();
+    fn a_journal_is_read_by_the_same_job_alone() {
+        let (_dir, files) = volume();
+        let (ours, other) = (settings("7"), settings("8"));
+        let notes = Notes::new(&files, &ours);
+        let absent = Journal { phase: Phase::Begun, known: None, image: None };
+        assert_eq!(Journal::read(&notes).unwrap(), absent);
+        journal().write(&notes).unwrap();
+        assert_eq!(Journal::read(&Notes::new(&files, &ours)).unwrap(), journal());
+        files.touch(READY).unwrap();
+        assert_eq!(Journal::read(&Notes::new(&files, &other)).unwrap(), absent);
+        notes.clear().unwrap();
+        assert_eq!(Journal::read(&notes).unwrap(), absent);
+    }
+
+    #[test]
+    fn an_environment_that_may_be_open_is_not_begun_again_when_the_journal_is_forged() {
+        let (dir, files) = volume();
+        let ours = settings("7");
+        let phase = || Journal::read(&Notes::new(&files, &ours)).unwrap().phase;
+        let mut ready = journal();
+        ready.phase = Phase::Ready;
+        ready.write(&Notes::new(&files, &ours)).unwrap();
+        assert_eq!(phase(), Phase::Begun, "a pod that begins again has no 'ready'");
+        files.touch(READY).unwrap();
+        assert_eq!(phase(), Phase::Ready);
+        std::fs::write(dir.path().join(FILE), r#"x {"job":"7","phase":"packed","image":"../.."}"#).unwrap();
+        assert_eq!(phase(), Phase::Ready);
+        files.remove(READY).unwrap();
+        assert_eq!(phase(), Phase::Begun);
+    }
+
+    #[test]
+    fn parts_of_an_upload_are_read_but_for_a_line_that_was_cut_off() {
+        let (dir, files) = volume();
+        let ours = settings("7");
+        let notes = Notes::new(&files, &ours);
+        assert_eq!(Upload::read(&notes).unwrap(), None);
+        let mut begun = Upload { parts: Vec::new(), ..upload() };
+        begun.write(&notes).unwrap();
+        begun.add(&notes, 2, "\"c\"").unwrap();
+        begun.add(&notes, 0, "").unwrap();
+        assert_eq!(begun, upload());
+        assert_eq!(Upload::read(&notes).unwrap(), Some(upload()));
         let file = dir.path().join(PARTS);
         let whole = std::fs::read_to_string(&file).unwrap();
-        std::fs::write(&file, whole + "1 \"b").unwrap();
-        assert_eq!(Upload::open(&files), Some(upload));
-        // What stands there may be anybody's; a number that no part has takes no memory.
-        std::fs::write(
-            &file,
-            r#"{"url":"u","place":"p","md5":"m","part":1,"id":"i"}"#.to_owned() + "\n18446744073709551615 x\n",
-        )
-        .unwrap();
-        assert_eq!(Upload::open(&files), None);
-        Journal::clear(&files).unwrap();
-        assert!(!file.exists());
+        std::fs::write(&file, &whole[..whole.len() - 1]).unwrap();
+        assert_eq!(Upload::read(&notes).unwrap().unwrap().parts, [None, None, Some("\"c\"".into())]);
+        // Somebody removes it amid the upload.
+        std::fs::remove_file(&file).unwrap();
+        begun.add(&notes, 1, "b").unwrap();
+        assert_eq!(Upload::read(&notes).unwrap(), Some(begun));
+    }
+
+    proptest! {
+        /// Whatever one byte, or one line, is replaced by: what was written is read, or less of it, and never anything else.
+        #[test]
+        fn nothing_but_what_was_written_is_ever_read(
+            at in 0.0..1.0_f64, byte: u8, inserted in proptest::option::of("[ -~\n]{0,80}"), cut: bool
+        ) {
+            let (dir, files) = volume();
+            let ours = settings("7");
+            let notes = Notes::new(&files, &ours);
+            journal().write(&notes).unwrap();
+            upload().write(&notes).unwrap();
+            for name in [FILE, PARTS] {
+                let file = dir.path().join(name);
+                let mut text = std::fs::read(&file).unwrap();
+                #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss)]
+                let at = (text.len() as f64 * at) as usize;
+                match &inserted {
+                    Some(inserted) => drop(text.splice(at..at, inserted.bytes())),
+                    None if cut => text.truncate(at),
+                    None => text[at] = byte,
+                }
+                std::fs::write(&file, text).unwrap();
+            }
+            let read = Journal::read(&notes).unwrap();
+            prop_assert!(read == journal() || (read.image, read.known, read.phase) == (None, None, Phase::Begun));
+            if let Some(read) = Upload::read(&notes).unwrap() {
+                prop_assert_eq!(&Upload { parts: Vec::new(), ..read.clone() }, &Upload { parts: Vec::new(), ..upload() });
+                for (number, mark) in read.parts.iter().enumerate() {
+                    prop_assert!(mark.is_none() || upload().parts.get(number) == Some(mark));
+                }
+            }
+        }
     }
 }

@@ -7,8 +7,7 @@ use std::os::unix::fs::FileExt;
 use tokio::task::JoinSet;
 
 use crate::error::{Attempt, Error, Result};
-use crate::lifecycle::signal_files::SignalFiles;
-use crate::publish::journal::{MOST_PARTS, Upload};
+use crate::publish::journal::{MOST_PARTS, Notes, Upload};
 use crate::publish::progress::Progress;
 use crate::publish::settings;
 use crate::publish::store::{Description, Store};
@@ -26,7 +25,7 @@ pub struct Sender<'a> {
     /// What opens another one.
     pub settings: &'a settings::Store,
     /// Where it is noted.
-    pub files: &'a SignalFiles,
+    pub notes: &'a Notes<'a>,
 }
 
 /// What is sent.
@@ -62,45 +61,45 @@ impl Sender<'_> {
                 }
             });
             if sent? {
-                return Upload::clear(self.files);
+                return Upload::clear(self.notes);
             }
             self.forget()?;
         }
     }
 
-    /// An upload of the same content to the same place that was begun and not ended. Any other is taken back: it is no object, and takes
+    /// An unfinished upload of the same content to the same place. Any other is aborted: it is no object, and takes
     /// space all the same.
     fn noted(&self, object: &Large) -> Result<Option<Upload>> {
         let url = self.store.url_of(object.place);
-        match Upload::open(self.files) {
+        match Upload::read(self.notes)? {
             Some(upload) if upload.url == url && upload.md5 == object.md5 && upload.part == part_of(object.size) => {
-                upload.note(self.files)?;
+                upload.write(self.notes)?;
                 Ok(Some(upload))
             }
             _ => self.forget().map(|()| None),
         }
     }
 
-    /// Takes back what is noted, and goes on where the store does not let it be taken.
+    /// Aborts the recorded upload, and goes on where the store refuses that.
     fn forget(&self) -> Result<()> {
         if let Err(error) = self.abort() {
             self.work.heed()?;
-            tracing::warn!("{error}; it stays behind");
+            tracing::warn!("{error}; left in the store, delete it by hand");
         }
         Ok(())
     }
 
-    /// Takes back what is noted as begun. If that is in another store, by the keys of this one, which are good for all buckets of a server.
+    /// Aborts the recorded upload. One in another store is aborted with the keys of this one, which are good for all buckets of a server.
     pub fn abort(&self) -> Result<()> {
-        let Some(upload) = Upload::open(self.files) else { return Ok(()) };
-        let attempted = format!("take back what was uploaded of {}", upload.url);
+        let Some(upload) = Upload::read(self.notes)? else { return Ok(()) };
+        let attempted = format!("abort the unfinished upload of {}", upload.url);
         let url = upload.url.strip_suffix(&upload.place).map(str::to_owned);
         let store = Store::open(&settings::Store { url, ..self.settings.clone() }, &self.work.network)?;
         let limit = self.work.network.retry_limit;
         self.work.wait(patiently(limit, &attempted, async || {
             store.abort(&upload.place, &upload.id).await.map_err(|e| Fault::Passing(in_full(&e)))
         }))?;
-        Upload::clear(self.files)
+        Upload::clear(self.notes)
     }
 
     /// What the store refuses of one upload, because it has forgotten it, it may take of another.
@@ -113,7 +112,7 @@ impl Sender<'_> {
                 let id = self.store.begin(object.place, object.description).await.map_err(told)?;
                 let (url, place) = (self.store.url_of(object.place), object.place.to_owned());
                 let begun = Upload { url, place, md5: object.md5.to_owned(), part, id, parts: Vec::new() };
-                begun.note(self.files)?;
+                begun.write(self.notes)?;
                 begun
             }
         };
@@ -141,7 +140,7 @@ impl Sender<'_> {
                 sending.spawn(async move { (number, length, sent.await) });
             } else if let Some(ended) = sending.join_next().await {
                 let (number, length, mark) = ended.attempt(|| "send a part")?;
-                upload.add(self.files, number, &mark.map_err(told)?)?;
+                upload.add(self.notes, number, &mark.map_err(told)?)?;
                 progress.add(length);
             } else {
                 break;

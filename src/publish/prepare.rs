@@ -8,7 +8,7 @@ use crate::lifecycle::signal_files::{EXITING, READY, SSHD_LISTENING, SignalFiles
 use crate::publish::changes::Inventory;
 use crate::publish::download;
 use crate::publish::ims::{Ims, Status};
-use crate::publish::journal::{Journal, Phase};
+use crate::publish::journal;
 use crate::publish::package::{md5_of, open_tree};
 use crate::publish::settings::Settings;
 use crate::publish::source::{Kind, Source};
@@ -55,8 +55,8 @@ pub fn run(settings: &Settings, source: &str, open: Open) -> Result<u8> {
     })
 }
 
-/// Signals of an earlier job mean nothing to this one, and of this one's they are of a pod that is gone. What was published in part by this
-/// job is gone on with if the image root is the same.
+/// Removes signals: an earlier job's mean nothing to this one, and this one's are of a pod that is gone. What this job published in part is
+/// gone on with if the image root is the same.
 fn clear_signals(settings: &Settings, is_prepared: bool) -> Result<()> {
     let parent = &settings.parent;
     // Setuid programs of the image are out of other users' reach. A volume that is there is shared as its owner wants it.
@@ -66,8 +66,8 @@ fn clear_signals(settings: &Settings, is_prepared: bool) -> Result<()> {
     for name in [READY, SSHD_LISTENING, EXITING].into_iter().chain(Verdict::ALL.map(Verdict::signal_file)) {
         files.retract(name)?;
     }
-    let goes_on = is_prepared && Journal::open(&files, settings.job.as_deref()).phase >= Phase::Packing;
-    if goes_on { Ok(()) } else { Journal::clear(&files) }
+    // Nothing that was published in part is of this image root.
+    if is_prepared { Ok(()) } else { journal::clear(&files) }
 }
 
 /// Makes the image root of `source`; what it was made of on the way is gone if that fails. One that stands there is whole: it gets its

@@ -8,6 +8,7 @@ use std::time::Duration;
 use crate::error::{Error, Result};
 use crate::lifecycle::settings::{Action, Case, DEFAULT_PARENT, Reader};
 use crate::publish::boot::Names;
+use crate::publish::id::Id;
 
 /// Everything that decides on how an image is fetched and published.
 #[derive(Debug, Clone)]
@@ -141,8 +142,10 @@ impl Settings {
         };
         let start_limit = reader.seconds("IMS_START_LIMIT").unwrap_or(Duration::from_mins(2));
         let job = reader.line("IMS_JOB_ID").filter(|job| !job.is_empty());
-        if let Some(wrong) = job.as_ref().filter(|job| job.contains('/')) {
-            reader.complaints.push(format!("IMS_JOB_ID is '{wrong}': expected one without '/'"));
+        // Without an IMS it is told and nothing more; with one it ends in URLs.
+        if let Some(wrong) = job.as_ref().filter(|job| job.contains('/') || ims.is_some() && Id::parse(job).is_none()) {
+            let expected = if ims.is_some() { "the id of a job of IMS, a UUID" } else { "one without '/'" };
+            reader.complaints.push(format!("IMS_JOB_ID is '{wrong}': expected {expected}"));
         }
         if !reader.complaints.is_empty() {
             return Err(Error::bad_input(reader.complaints.join("; also, ")));
@@ -224,6 +227,9 @@ fn ims(reader: &mut Reader) -> Option<Ims> {
         return None;
     }
     let url = url.unwrap_or_else(|| DEFAULT_IMS.into());
+    if !reqwest::Url::parse(&url).is_ok_and(|url| ["http", "https"].contains(&url.scheme())) {
+        reader.complaints.push(format!("IMS_URL is '{url}': expected a URL of http or https"));
+    }
     Some(Ims { url: url.trim_end_matches('/').to_owned(), oauth })
 }
 
@@ -285,7 +291,10 @@ mod tests {
             ("IMAGE_COMPRESSION", "rar"),
             ("IMS_RETRY_LIMIT", "long"),
         ];
-        let message = read(&wrong).unwrap_err().to_string();
+        let refused = |variables: &[(&str, &str)]| read(variables).unwrap_err().to_string();
+        assert!(refused(&[("IMS_URL", "ims")]).contains("IMS_URL"));
+        assert!(refused(&[("IMS_URL", "http://ims"), ("IMS_JOB_ID", "7")]).contains("a UUID"));
+        let message = refused(&wrong);
         for (name, _) in wrong {
             assert!(message.contains(name), "{name}: {message}");
         }

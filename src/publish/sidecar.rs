@@ -15,7 +15,7 @@ use crate::lifecycle::signal_files::{BUILD_FAILED, EXITING, LOOK_EVERY, READY, S
 use crate::local::say_json;
 use crate::publish::changes::Inventory;
 use crate::publish::ims::{Ims, Status};
-use crate::publish::journal::{Journal, Phase};
+use crate::publish::journal::{Journal, Notes, Phase};
 use crate::publish::package::{self, Archive};
 use crate::publish::prepare::INVENTORY;
 use crate::publish::settings::Settings;
@@ -70,7 +70,9 @@ pub fn run(
         Err(refusal) => {
             let to_tell = ["IMS_URL", "OAUTH_CONFIG_DIR", "IMS_JOB_ID", "CA_CERT"];
             let few = variables.into_iter().filter(|(name, _)| to_tell.iter().any(|known| name == *known));
-            (Settings::read(None, few)?, Some(refusal))
+            // A job's id that is none is refused again, and IMS cannot be told.
+            let to_tell = Settings::read(None, few).or_else(|_| Settings::read(None, []))?;
+            (to_tell, Some(refusal))
         }
     };
     let work = Work::begin(&settings.network)?;
@@ -78,11 +80,14 @@ pub fn run(
     let result = refusal.map_or(Ok(()), Err).and_then(|()| {
         let files = SignalFiles::open(&settings.parent)?
             .ok_or_else(|| Error::new(format!("open {}", settings.parent.display())).because("it does not exist"))?;
+        let notes = Notes::new(&files, &settings);
+        let journal = Journal::read(&notes)?;
         let ims = Ims::of(&work, &settings);
-        let mut sidecar = Sidecar { work: &work, settings: &settings, places, files: &files, ims };
+        let mut sidecar =
+            Sidecar { work: &work, settings: &settings, places, files: &files, notes: &notes, journal, ims };
         // Before IMS hears of it: it ends the job, and its volume with it.
         sidecar.live().inspect_err(|_| {
-            if let Err(e) = sidecar.publication().give_up() {
+            if let Err(e) = sidecar.publication().give_up(&mut sidecar.journal) {
                 tracing::error!("{e}");
             }
         })
@@ -112,10 +117,12 @@ struct Sidecar<'a> {
     settings: &'a Settings,
     places: &'a Places,
     files: &'a SignalFiles,
+    notes: &'a Notes<'a>,
+    journal: Journal,
     ims: Ims<'a>,
 }
 
-impl Sidecar<'_> {
+impl<'a> Sidecar<'a> {
     fn live(&mut self) -> Result<u8> {
         // A container that is started again after the job has ended does nothing more.
         if let Some(job) = self.ims.job()? {
@@ -132,7 +139,6 @@ impl Sidecar<'_> {
             }
         }
         self.give_up_with_the_pod()?;
-        let mut journal = Journal::open(self.files, self.settings.job.as_deref());
         let action = self.settings.action.ok_or_else(|| {
             Error::new("start").because("IMS_ACTION is not set").advise("set it to 'customize' or 'create'")
         })?;
@@ -147,10 +153,10 @@ impl Sidecar<'_> {
             }
         };
         let image_root = self.open_image_root()?;
-        if journal.phase < Phase::Packing {
+        if self.journal.phase < Phase::Packing {
             if wants_shell {
-                if journal.phase < Phase::Ready {
-                    self.let_open(&image_root, action, &mut journal)?;
+                if self.journal.phase < Phase::Ready {
+                    self.let_open(&image_root, action)?;
                 }
                 let ended = self.shell(&image_root)?;
                 if SIDECAR.take_back(&image_root, self.files.parent())? == Some(true) {
@@ -162,10 +168,10 @@ impl Sidecar<'_> {
             } else {
                 pod_files::put_authorities(&image_root, &self.places.authorities)?;
             }
-            journal.phase = Phase::Packing;
-            journal.note(self.files)?;
+            self.journal.phase = Phase::Packing;
+            self.journal.write(self.notes)?;
         }
-        let image = self.pack(&image_root, &mut journal)?;
+        let image = self.pack(&image_root)?;
         // A mark that was made since then, or before this container was started again.
         if wants_shell && self.is_marked_failed(&image_root) {
             return self.end_as_failed(action);
@@ -180,9 +186,9 @@ impl Sidecar<'_> {
     /// What an earlier run has published in part is rolled back too.
     fn end_as_failed(&mut self, action: Action) -> Result<u8> {
         tracing::info!("the image was marked failed: it is not published");
-        self.publication().give_up()?;
+        self.publication().give_up(&mut self.journal)?;
         self.ims.set_status(Status::Error)?;
-        Journal::clear(self.files)?;
+        self.notes.clear()?;
         Ok(u8::from(action == Action::Create))
     }
 
@@ -198,7 +204,7 @@ impl Sidecar<'_> {
     }
 
     /// Everything that the environment needs, then `ready`.
-    fn let_open(&mut self, image_root: &Tree, action: Action, journal: &mut Journal) -> Result<()> {
+    fn let_open(&mut self, image_root: &Tree, action: Action) -> Result<()> {
         if action == Action::Customize {
             pod_files::put_authorities(image_root, &self.places.authorities)?;
             self.lend_resolv_conf(image_root)?;
@@ -212,8 +218,8 @@ impl Sidecar<'_> {
         if self.settings.jailed {
             environment::remove_old_marks(image_root)?;
         }
-        journal.phase = Phase::Ready;
-        journal.note(self.files)?;
+        self.journal.phase = Phase::Ready;
+        self.journal.write(self.notes)?;
         self.files.touch(READY)?;
         tracing::info!("'{READY}': the environment may open");
         Ok(())
@@ -285,13 +291,13 @@ impl Sidecar<'_> {
 
     /// Packs the image root. Everything is read by descriptors from here on: sessions of a plain job may still be there, and rename what
     /// they like.
-    fn pack(&mut self, image_root: &Tree, journal: &mut Journal) -> Result<Image> {
+    fn pack(&mut self, image_root: &Tree) -> Result<Image> {
         self.ims.set_status(Status::PackagingArtifacts)?;
         // What is missing is told before anything is packed.
         let has_store = self.settings.store.url.is_some();
         let boot = has_store.then(|| boot::find(image_root, &self.settings.boot, self.settings.arch)).transpose()?;
         let archive = Archive { folder: self.files.parent(), name: &self.settings.archive() };
-        let rootfs = if journal.phase < Phase::Packed {
+        let rootfs = if self.journal.phase < Phase::Packed {
             let packed = package::pack(self.work, image_root, &archive, &self.settings.packing, &self.places.exclude)?;
             tracing::info!("packed {}", archive.shown());
             if let Some(file) = &self.places.changes
@@ -300,8 +306,8 @@ impl Sidecar<'_> {
                 self.work.heed()?;
                 tracing::warn!("{error}; the image is published all the same");
             }
-            journal.phase = Phase::Packed;
-            journal.note(self.files)?;
+            self.journal.phase = Phase::Packed;
+            self.journal.write(self.notes)?;
             packed
         } else {
             archive.open()?
@@ -312,16 +318,16 @@ impl Sidecar<'_> {
     fn publish(&mut self, image: Image) -> Result<u8> {
         if self.settings.store.url.is_none() {
             tracing::info!("no store is named (S3_BUCKET, IMAGE_STORE): the packed image stays where it is");
-            return Journal::clear(self.files).map(|()| 0);
+            return self.notes.clear().map(|()| 0);
         }
-        let report = self.publication().publish(image)?;
+        let report = self.publication().publish(&mut self.journal, image)?;
         say_json(&report);
         Ok(0)
     }
 
-    fn publication(&self) -> Publication<'_> {
+    fn publication(&self) -> Publication<'a> {
         let ims = Ims::of(self.work, self.settings);
-        Publication { work: self.work, settings: self.settings, ims, files: self.files }
+        Publication { work: self.work, settings: self.settings, ims, notes: self.notes }
     }
 }
 

@@ -92,11 +92,7 @@ impl Store {
             let prefix = Path::parse(prefix.trim_matches('/')).map_err(|_| refuse())?;
             return Ok(Self { objects, prefix, url: format!("s3://{bucket}") });
         }
-        let folder = match url.split_once("://") {
-            Some(("file", path)) => PathBuf::from(path),
-            Some(_) => return Err(refuse()),
-            None => PathBuf::from(url),
-        };
+        let folder = folder(url).ok_or_else(refuse)?;
         let attempted = || format!("open the store {}", folder.display());
         std::fs::create_dir_all(&folder).attempt(attempted)?;
         let folder = std::fs::canonicalize(&folder).attempt(attempted)?;
@@ -224,6 +220,38 @@ impl Store {
             .is_ok_and(|found| found.meta.size == size && found.attributes.get(&sum).is_some_and(|s| s.as_ref() == md5))
     }
 
+    /// Whether an object is there.
+    pub async fn is_there(&self, key: &str) -> object_store::Result<bool> {
+        match self.objects().head(&self.path(key)).await {
+            Ok(_) => Ok(true),
+            Err(object_store::Error::NotFound { .. }) => Ok(false),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Whether none of these keys is described as somebody else's: each of `wanted` is described so, or not at all.
+    pub async fn is_described(
+        &self,
+        keys: impl Iterator<Item = String>,
+        wanted: &[(&'static str, String)],
+    ) -> object_store::Result<bool> {
+        for key in keys {
+            let head = GetOptions { head: true, ..GetOptions::default() };
+            let found = match self.objects().get_opts(&self.path(&key), head).await {
+                Err(object_store::Error::NotFound { .. }) => continue,
+                other => other?,
+            };
+            let differs = |(name, value): &(&'static str, String)| {
+                let told = found.attributes.get(&Attribute::Metadata((*name).into()));
+                told.is_some_and(|told| told.as_ref() != in_ascii(value))
+            };
+            if wanted.iter().any(differs) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// Deletes these keys; one that is not there is no error.
     pub async fn delete(&self, keys: impl Iterator<Item = String>) -> object_store::Result<()> {
         for key in keys {
@@ -239,8 +267,6 @@ impl Store {
     /// one if it is empty.
     pub async fn sweep(&self, image: &str) -> object_store::Result<()> {
         match &self.objects {
-            // Everybody's.
-            _ if image.is_empty() => Ok(()),
             Objects::S3 { bucket, options, .. } => {
                 for (name, id) in begun::below(bucket, options, &self.path(image)).await? {
                     self.abort(&format!("{image}/{name}"), &id).await?;
@@ -264,6 +290,15 @@ impl Store {
 fn make_directory_of(object: &std::path::Path) -> std::io::Result<()> {
     let mut make = std::fs::DirBuilder::new();
     object.parent().map_or(Ok(()), |directory| make.recursive(true).mode(0o700).create(directory))
+}
+
+/// The directory that a URL, or a path, names as store.
+pub fn folder(url: &str) -> Option<PathBuf> {
+    match url.split_once("://") {
+        Some(("file", path)) => Some(path.into()),
+        Some(_) => None,
+        None => Some(url.into()),
+    }
 }
 
 impl Description {

@@ -9,10 +9,10 @@ use md5::{Digest, Md5};
 use serde_json::{Value, json};
 
 use crate::error::{Attempt, Error, Result};
-use crate::lifecycle::signal_files::SignalFiles;
 use crate::publish::boot::{BootFile, BootFiles};
-use crate::publish::ims::{Ims, Status};
-use crate::publish::journal::Journal;
+use crate::publish::id::Id;
+use crate::publish::ims::{Ims, Status, id_of};
+use crate::publish::journal::{Journal, Notes};
 use crate::publish::manifest::{self, Artifact};
 use crate::publish::package::md5_of;
 use crate::publish::parts::{Large, PART, Sender};
@@ -50,35 +50,53 @@ pub struct Publication<'a> {
     /// Registers it.
     pub ims: Ims<'a>,
     /// Where the journal is.
-    pub files: &'a SignalFiles,
+    pub notes: &'a Notes<'a>,
 }
 
 impl Publication<'_> {
-    /// Uploads and registers `image`, and returns what is printed of it. What fails is taken back.
-    pub fn publish(&mut self, image: Image) -> Result<Value> {
-        let mut journal = Journal::open(self.files, self.settings.job.as_deref());
+    /// Uploads and registers `image`, and returns what is printed of it. What fails is rolled back.
+    pub fn publish(&mut self, journal: &mut Journal, image: Image) -> Result<Value> {
         let store = Store::open(&self.settings.store, &self.work.network)?;
-        let result = self.carry_out(&store, &mut journal, image);
+        let result = self.forget_published(&store, journal).and_then(|()| self.carry_out(&store, journal, image));
         if result.is_err() {
-            self.take_back(&store, &journal);
+            self.roll_back(&store, journal);
         }
-        Journal::clear(self.files)?;
+        self.clear(journal)?;
         result
     }
 
-    /// Takes back what an earlier run has published in part that was killed, where nothing more is published.
-    pub fn give_up(&mut self) -> Result<()> {
-        let journal = Journal::open(self.files, self.settings.job.as_deref());
+    /// Rolls back what an earlier run has published in part that was killed, where nothing more is published.
+    pub fn give_up(&mut self, journal: &mut Journal) -> Result<()> {
         if journal.image.is_none() && journal.known.is_none() {
             return Ok(());
         }
-        self.take_back(&Store::open(&self.settings.store, &self.work.network)?, &journal);
-        Journal::clear(self.files)
+        let store = Store::open(&self.settings.store, &self.work.network)?;
+        self.work.finish_regardless();
+        self.forget_published(&store, journal)?;
+        self.roll_back(&store, journal);
+        self.clear(journal)
+    }
+
+    fn clear(&self, journal: &mut Journal) -> Result<()> {
+        (journal.image, journal.known) = (None, None);
+        self.notes.clear()
+    }
+
+    /// Forgets an image that is whole. Without an IMS its manifest says so, which comes last: nothing is left to do to it, and notes of that
+    /// time, put back by somebody, make it neither overwritten nor deleted.
+    fn forget_published(&self, store: &Store, journal: &mut Journal) -> Result<()> {
+        let Some(id) = journal.image.clone().filter(|_| !self.ims.is_there()) else { return Ok(()) };
+        let manifest = format!("{id}/{}", MANIFEST.0);
+        if self.wait(&format!("look at {}", store.url_of(&manifest)), store.is_there(&manifest))? {
+            tracing::info!("image {id} was published before");
+            journal.image = None;
+        }
+        Ok(())
     }
 
     fn carry_out(&mut self, store: &Store, journal: &mut Journal, image: Image) -> Result<Value> {
         let mut record = self.register(journal)?;
-        let id = journal.image.clone().unwrap_or_default();
+        let id = id_of(&record).ok_or_else(|| Error::new("publish the image").because("its record has no id"))?;
         let artifacts = if record.get("link").is_some_and(|link| !link.is_null()) {
             // An earlier run got as far as this: all is uploaded.
             Vec::new()
@@ -91,10 +109,10 @@ impl Publication<'_> {
         if !self.ims.is_there() {
             tracing::info!(
                 "the image is {}; it is registered nowhere, since neither IMS_URL nor OAUTH_CONFIG_DIR names an IMS",
-                store.url_of(&id)
+                store.url_of(id.as_str())
             );
         }
-        // Last: it ends the job, its volume and this pod. Once it is told nothing may be taken back, whatever signal comes.
+        // Last: it ends the job, its volume and this pod. Nothing may be rolled back once IMS knows, whatever signal comes.
         self.work.finish_regardless();
         if let Err(refused) = self.ims.set_status(Status::Success) {
             // Of a job that has ended it is refused, though it be the same: the answer to an earlier try may have been lost.
@@ -115,37 +133,48 @@ impl Publication<'_> {
     fn register(&mut self, journal: &mut Journal) -> Result<Value> {
         let name = &self.settings.name;
         if !self.ims.is_there() {
-            let id = journal.image.take().map_or_else(random_id, Ok)?;
+            let id = journal.image.take().map_or_else(Id::random, Ok)?;
             journal.image = Some(id.clone());
-            journal.note(self.files)?;
-            return Ok(json!({ "id": id, "name": name, "arch": self.settings.arch }));
+            journal.write(self.notes)?;
+            return Ok(json!({ "id": id.as_str(), "name": name, "arch": self.settings.arch }));
         }
         if let Some(id) = &journal.image
             && let Some(record) = self.ims.image(id)?
         {
-            return Ok(record);
+            if self.is_ours(&record) {
+                return Ok(record);
+            }
+            tracing::warn!("image {id} is not what this job began: left as it is");
+            (journal.image, journal.known) = (None, None);
         }
         let record = match &journal.known {
             Some(known) => self.ims.find_image(name, known)?,
             None => {
                 journal.known = Some(self.ims.empty_images(name)?);
-                journal.note(self.files)?;
+                journal.write(self.notes)?;
                 None
             }
         };
         let known = journal.known.as_deref().unwrap_or_default();
         let record = record.map_or_else(|| self.ims.create_image(name, self.settings.arch, known), Ok)?;
         let Some(id) = id_of(&record) else {
-            return Err(Error::new(format!("register the image '{name}'")).because("its record has no id"));
+            return Err(Error::new(format!("register the image '{name}'"))
+                .because(format!("the id of its record is {}: expected a UUID", record["id"])));
         };
         journal.image = Some(id.clone());
-        journal.note(self.files)?;
-        tracing::info!(image = id, "the image '{name}' has its record");
+        journal.write(self.notes)?;
+        tracing::info!(image = id.as_str(), "the image '{name}' has its record");
         Ok(record)
     }
 
+    /// Whether a record can be what this job has made. One that is linked is published: a job ends with it, so that without a job it is done.
+    fn is_ours(&self, record: &Value) -> bool {
+        let is_linked = record.get("link").is_some_and(|link| !link.is_null());
+        record["name"] == self.settings.name && (!is_linked || self.settings.job.is_some())
+    }
+
     /// Uploads everything; returns the artifacts and the manifest's link.
-    fn upload(&self, store: &Store, id: &str, image: Image) -> Result<(Vec<Artifact>, Value)> {
+    fn upload(&self, store: &Store, id: &Id, image: Image) -> Result<(Vec<Artifact>, Value)> {
         let (kernel, initrd, parameters) = match image.boot {
             Some(boot) => (Some(boot.kernel), Some(boot.initrd), boot.parameters),
             None => (None, None, None),
@@ -162,12 +191,8 @@ impl Publication<'_> {
         for ((key, media_type), content) in pieces {
             let Some(content) = content else { continue };
             let md5 = md5_of(self.work, &content, key)?;
-            let metadata = vec![
-                (MD5, md5.clone()),
-                ("x-shasta-ims-image-name", self.settings.name.clone()),
-                ("x-shasta-ims-image-id", id.to_owned()),
-                ("x-shasta-ims-job-id", self.settings.job.clone().unwrap_or_default()),
-            ];
+            let mut metadata = vec![(MD5, md5.clone()), ("x-shasta-ims-image-name", self.settings.name.clone())];
+            metadata.extend(self.marks(id));
             let place = format!("{id}/{key}");
             let url = store.url_of(&place);
             let size = content.metadata().attempt(|| format!("look at {key}"))?.len();
@@ -186,10 +211,16 @@ impl Publication<'_> {
         let etag = self.etag(store, &place, size)?;
         if let Err(error) = self.sweep(store, id) {
             self.work.heed()?;
-            tracing::warn!("{error}; it stays behind");
+            tracing::warn!("{error}; left in the store, delete it by hand");
         }
         let link = Artifact { path: store.url_of(&place), etag, md5, media_type: MANIFEST.1 }.link();
         Ok((artifacts, link))
+    }
+
+    /// What is told of an object of this image that tells it from others'.
+    fn marks(&self, id: &Id) -> [(&'static str, String); 2] {
+        let job = self.settings.job.clone().unwrap_or_default();
+        [("x-shasta-ims-image-id", id.to_string()), ("x-shasta-ims-job-id", job)]
     }
 
     /// Uploads one file, a large one in parts.
@@ -204,7 +235,7 @@ impl Publication<'_> {
     }
 
     fn sender<'a>(&'a self, store: &'a Store) -> Sender<'a> {
-        Sender { work: self.work, store, settings: &self.settings.store, files: self.files }
+        Sender { work: self.work, store, settings: &self.settings.store, notes: self.notes }
     }
 
     fn etag(&self, store: &Store, place: &str, size: u64) -> Result<String> {
@@ -219,45 +250,51 @@ impl Publication<'_> {
         self.work.wait(async { work.await.map_err(|e| Error::new(attempted).because(in_full(&e))) })
     }
 
-    fn local_record(&self, id: &str, link: &Value) -> Value {
-        json!({ "id": id, "name": self.settings.name, "arch": self.settings.arch, "link": link })
+    fn local_record(&self, id: &Id, link: &Value) -> Value {
+        json!({ "id": id.as_str(), "name": self.settings.name, "arch": self.settings.arch, "link": link })
     }
 
     /// What no run has noted: a store that has begun an upload may be the only one who knows.
-    fn sweep(&self, store: &Store, id: &str) -> Result<()> {
-        self.wait(&format!("look for uploads to {} that were begun", store.url_of(id)), store.sweep(id))
+    fn sweep(&self, store: &Store, id: &Id) -> Result<()> {
+        let image = id.as_str();
+        self.wait(&format!("look for uploads to {} that were begun", store.url_of(image)), store.sweep(image))
     }
 
-    /// Leaves neither objects nor a record of an image that is none, whatever signal comes.
-    fn take_back(&mut self, store: &Store, journal: &Journal) {
+    /// Leaves neither objects nor a record of an image that is none, whatever signal comes. What cannot be this job's is left.
+    fn roll_back(&mut self, store: &Store, journal: &Journal) {
         self.work.finish_regardless();
-        let id = match (&journal.image, &journal.known) {
+        let image = match (&journal.image, &journal.known) {
             (Some(id), _) => Ok(Some(id.clone())),
             // It may have been asked for, and the answer was not noted.
             (None, Some(known)) => self.ims.find_image(&self.settings.name, known).map(|record| id_of(&record?)),
             (None, None) => Ok(None),
         };
-        let id = id.unwrap_or_else(|error| {
-            tracing::error!("{error}; if the image was registered, its record stays behind");
+        let image = image.unwrap_or_else(|error| {
+            tracing::error!("{error}; if the image was registered, its record is left, delete it by hand");
             None
         });
-        let Some(id) = id else { return };
+        let Some(id) = image else { return };
+        match self.was_made_here(store, &id) {
+            Ok(true) => {}
+            Ok(false) => return tracing::error!("image {id} is not what this job began: left as it is"),
+            Err(error) => return tracing::error!("{error}; image {id} is left, delete it by hand"),
+        }
         let keys = KEYS.iter().map(|key| format!("{id}/{key}"));
         let aborted = self.sender(store).abort();
-        let deleted = self.wait(&format!("delete {}", store.url_of(&id)), store.delete(keys));
+        let deleted = self.wait(&format!("delete {}", store.url_of(id.as_str())), store.delete(keys));
         let swept = self.sweep(store, &id);
         for error in [aborted, deleted, swept, self.ims.delete_image(&id)].into_iter().filter_map(Result::err) {
-            tracing::error!("{error}; it stays behind");
+            tracing::error!("{error}; left in the store, delete it by hand");
         }
-        tracing::info!("what was uploaded of image {id} has been taken back");
+        tracing::info!("rolled back what was uploaded of image {id}");
     }
-}
 
-fn id_of(record: &Value) -> Option<String> {
-    record["id"].as_str().filter(|id| !id.is_empty()).map(str::to_owned)
-}
-
-fn random_id() -> Result<String> {
-    let id = std::fs::read_to_string("/proc/sys/kernel/random/uuid").attempt(|| "make an image's id")?;
-    Ok(id.trim().to_owned())
+    /// Whether neither the record nor any object of an image is somebody else's, by what they say themselves.
+    fn was_made_here(&mut self, store: &Store, id: &Id) -> Result<bool> {
+        if self.ims.image(id)?.is_some_and(|record| !self.is_ours(&record)) {
+            return Ok(false);
+        }
+        let keys = KEYS.iter().map(|key| format!("{id}/{key}"));
+        self.wait(&format!("look at {}", store.url_of(id.as_str())), store.is_described(keys, &self.marks(id)))
+    }
 }

@@ -46,6 +46,8 @@ pub struct State {
     pub job: Value,
     /// Every request that changed something: method, path, body.
     pub changes: Vec<(String, String, Value)>,
+    /// Every request, whatever became of it: method and path.
+    pub requests: Vec<String>,
     pub tokens: usize,
     /// In seconds.
     pub token_lives: u64,
@@ -68,7 +70,7 @@ impl State {
 
 pub struct ImsServer {
     pub url: String,
-    pub oauth: tempfile::TempDir,
+    pub oauth: Arc<tempfile::TempDir>,
     state: Arc<Mutex<State>>,
 }
 
@@ -96,7 +98,12 @@ impl ImsServer {
                 std::thread::spawn(move || while answer(&connection, &state).is_some() {});
             }
         });
-        Self { url: format!("http://{address}/apis/ims"), oauth, state }
+        Self { url: format!("http://{address}/apis/ims"), oauth: Arc::new(oauth), state }
+    }
+
+    /// The same server.
+    pub fn share(&self) -> Self {
+        Self { url: self.url.clone(), oauth: self.oauth.clone(), state: self.state.clone() }
     }
 
     pub fn state(&self) -> MutexGuard<'_, State> {
@@ -154,6 +161,7 @@ fn answer(connection: &TcpStream, state: &Mutex<State>) -> Option<()> {
     reader.read_exact(&mut body).ok()?;
     let fault = {
         let mut state = state.lock().unwrap();
+        state.requests.push(format!("{method} {path}"));
         let request = format!("{method} {path} {}", String::from_utf8_lossy(&body)).replace("/apis/ims", "");
         let at = state.faults.iter().position(|(begin, _)| request.starts_with(begin.as_str()));
         at.map(|at| state.faults.remove(at).1)

@@ -56,6 +56,11 @@ impl Bucket {
         bucket
     }
 
+    /// The same bucket.
+    pub fn share(&self) -> Self {
+        Self { name: self.name.clone(), endpoint: self.endpoint.clone() }
+    }
+
     /// The variables that name it.
     pub fn variables(&self) -> Vec<(&'static str, String)> {
         vec![
@@ -199,6 +204,12 @@ impl Gate {
             }
         });
         Self { endpoint, asked }
+    }
+
+    /// What was asked for: method and path of each.
+    pub fn requests(&self) -> Vec<String> {
+        let words = |line: &String| line.split(' ').take(2).collect::<Vec<_>>().join(" ");
+        self.asked.lock().unwrap().iter().map(words).collect()
     }
 
     /// How many parts were offered.

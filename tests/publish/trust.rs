@@ -5,7 +5,11 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use serde_json::{Value, json};
+
+use crate::ims_server::JOB;
 use crate::job::*;
+use crate::s3_server::{Closed, Gate};
 use crate::support::*;
 
 /// A directory with an image root that is the sidecar's and not the job's.
@@ -116,4 +120,180 @@ fn damaged_inventory_of_any_kind_costs_the_report_and_not_the_image() {
         published_is_the_jobs_own(&job, &output, kind);
         assert!(!changes.exists(), "{kind}");
     }
+}
+
+/// Where a sidecar keeps how far it is, and how far an upload is.
+const NOTES: [&str; 2] = [".ims-sshd.publication", ".ims-sshd.upload"];
+
+/// A job whose sidecar was killed amid an upload, in a bucket and an IMS in which others have images too.
+struct Killed {
+    job: Job,
+    /// Its image.
+    own: String,
+    /// A published image of somebody else, and one of this job's name that somebody else is about to publish.
+    others: [String; 2],
+    /// An upload that somebody else has begun.
+    upload: String,
+    notes: [String; 2],
+}
+
+impl Killed {
+    fn new() -> Self {
+        let job = Job::laid_out("build/image-root");
+        let random = feed(Command::new("head").args(["-c", "20M", "/dev/urandom"]), b"").stdout;
+        std::fs::write(job.volume.image_root.join("random"), random).unwrap();
+        let own = kill_amid_an_upload(&job);
+        let link = json!({"path": "s3://b/k", "etag": "e", "type": "s3"});
+        let others = [("victim", link), ("compute-ö", Value::Null)].map(|(name, link)| {
+            let record = job.ims.state().register(name, "x86_64", &link);
+            record["id"].as_str().unwrap().to_owned()
+        });
+        for id in &others {
+            job.bucket.put(&format!("{id}/rootfs"), b"of others");
+            job.bucket.put(&format!("{id}/kernel"), b"of others");
+        }
+        let begun = text(job.bucket.ask("POST", &format!("{}/rootfs?uploads", others[0]), b"").body);
+        let upload = begun.split_once("<UploadId>").unwrap().1.split('<').next().unwrap().to_owned();
+        let notes = NOTES.map(|name| std::fs::read_to_string(job.volume.parent.join(name)).unwrap());
+        Self { job, own, others, upload, notes }
+    }
+
+    /// Gives the job up with these notes, and returns what was asked for of IMS and of the store.
+    fn give_up(&self, notes: &[String; 2]) -> Vec<String> {
+        for (name, text) in NOTES.iter().zip(notes) {
+            std::fs::write(self.job.volume.parent.join(name), text).unwrap();
+        }
+        self.job.volume.touch("pod_error");
+        self.job.ims.state().job["status"] = "packaging_artifacts".into();
+        self.job.ims.state().requests.clear();
+        let gate = Gate::start(usize::MAX, Closed::Silent);
+        let output = create(&self.job, &[("S3_ENDPOINT", &gate.endpoint)]);
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        assert_eq!(self.job.ims.status(), "error");
+        gate.requests().into_iter().chain(std::mem::take(&mut self.job.ims.state().requests)).collect()
+    }
+
+    /// Nothing but this job's own was asked for, and what is others' is there.
+    fn is_only_its_own(&self, requests: &[String], what: &str) {
+        let (own, bucket) = (&self.own, &self.job.bucket.name);
+        let ims = ["GET", "DELETE"].map(|method| format!("{method} /apis/ims/images/{own}"));
+        let job = ["GET", "PATCH"].map(|method| format!("{method} /apis/ims/jobs/{JOB}"));
+        let whole = ["POST /token", "GET /apis/ims/images"].map(str::to_owned).into_iter().chain(ims).chain(job);
+        let whole: Vec<_> = whole.collect();
+        for request in requests {
+            let (_, path) = request.split_once(' ').unwrap();
+            let of_image = path.starts_with(&format!("/{bucket}/{own}/"))
+                || path.starts_with(&format!("/{bucket}/?uploads")) && path.ends_with(&format!("prefix={own}%2F"));
+            // Which keys stands in the body; those of others are looked for below.
+            let deletes = *request == format!("POST /{bucket}?delete");
+            assert!(whole.contains(request) || of_image || deletes, "{what}: {request}");
+        }
+        for id in &self.others {
+            assert!(self.job.ims.state().images.contains_key(id), "{what}: the record {id} is gone");
+            for key in ["rootfs", "kernel"] {
+                assert_eq!(self.job.bucket.get(&format!("{id}/{key}")).body, b"of others", "{what}");
+            }
+        }
+        let begun = text(self.job.bucket.ask("GET", "?uploads", b"").body);
+        assert!(begun.contains(&self.upload), "{what}: others' upload is aborted");
+    }
+}
+
+/// Runs a sidecar until it sends the first part, and kills it; returns its image.
+fn kill_amid_an_upload(job: &Job) -> String {
+    let before: Vec<_> = job.ims.state().images.keys().cloned().collect();
+    let gate = Gate::start(0, Closed::Silent);
+    let further = [("IMS_ACTION", "create"), ("S3_ENDPOINT", &gate.endpoint), ("IMS_STALL_LIMIT", "100")];
+    let mut sidecar = job.sidecar(Mode::Plain, &further).spawn().unwrap();
+    wait_until("a part to be sent", || gate.parts() > 0);
+    sidecar.kill().unwrap();
+    sidecar.wait().unwrap();
+    let images = job.ims.state().images.clone();
+    images.into_keys().find(|id| !before.contains(id)).unwrap()
+}
+
+/// The notes with fields of the first object in them replaced.
+fn with(notes: &str, fields: &[(&str, Value)]) -> String {
+    let begin = notes.find('{').unwrap();
+    let end = begin + notes[begin..].find('\n').unwrap_or(notes.len() - begin);
+    let mut object: Value = serde_json::from_str(&notes[begin..end]).unwrap();
+    for (name, value) in fields {
+        object[name] = value.clone();
+    }
+    format!("{}{object}{}", &notes[..begin], &notes[end..])
+}
+
+#[test]
+fn forged_notes_on_the_volume_make_the_sidecar_delete_and_call_nothing_of_others() {
+    let killed = Killed::new();
+    let [publication, upload] = &killed.notes;
+    let [published, same_name] = &killed.others;
+    let bucket = &killed.job.bucket.name;
+    let elsewhere = killed.job.volume.dir.path().join("elsewhere");
+    std::fs::create_dir_all(elsewhere.join(published)).unwrap();
+    std::fs::write(elsewhere.join(published).join("rootfs#1"), "of others").unwrap();
+    let ids = [published, same_name, "../../smd/hsm/v2/State/Components", "x/../..?a=b#c"];
+    let mut forged: Vec<(String, [String; 2])> = Vec::new();
+    for id in ids {
+        for (field, value) in [("image", json!(id)), ("known", json!([id])), ("job", json!(id)), ("phase", json!(id))] {
+            forged.push((format!("{field} {id}"), [with(publication, &[(field, value)]), upload.clone()]));
+        }
+        for field in ["url", "place", "id", "md5", "part"] {
+            forged.push((format!("{field} {id}"), [publication.clone(), with(upload, &[(field, json!(id))])]));
+        }
+        let all = [
+            ("url", json!(format!("s3://{bucket}/{id}/rootfs"))),
+            ("place", json!(format!("{id}/rootfs"))),
+            ("id", json!(killed.upload)),
+        ];
+        forged.push((format!("an upload to {id}"), [publication.clone(), with(upload, &all)]));
+        let image = with(publication, &[("image", json!(id))]);
+        forged.push((format!("both {id}"), [image, with(upload, &all)]));
+    }
+    for value in [Value::Null, json!([7])] {
+        for field in ["image", "known", "job", "phase"] {
+            forged.push((format!("{field} {value}"), [with(publication, &[(field, value.clone())]), upload.clone()]));
+        }
+    }
+    let unheard = [("image", Value::Null), ("known", json!([killed.own]))];
+    forged.push(("an image unheard of".into(), [with(publication, &unheard), upload.clone()]));
+    let here = [
+        ("url", json!(format!("file://{}/{published}/rootfs", elsewhere.display()))),
+        ("place", json!(format!("{published}/rootfs"))),
+    ];
+    forged.push(("a directory".into(), [publication.clone(), with(upload, &here)]));
+    for text in ["", "{", "null", "\n\n", "{}\n{}\n"] {
+        forged.push((format!("text {text:?}"), [text.into(), text.into()]));
+    }
+    for (what, notes) in &forged {
+        killed.is_only_its_own(&killed.give_up(notes), what);
+    }
+    assert_eq!(std::fs::read(elsewhere.join(published).join("rootfs#1")).unwrap(), b"of others");
+    println!("{} forged notes", forged.len());
+}
+
+#[test]
+fn own_notes_roll_back_what_this_job_made_and_nothing_else() {
+    let killed = Killed::new();
+    assert!(killed.job.ims.state().images.contains_key(&killed.own) && killed.job.bucket.begun() == 2);
+    let requests = killed.give_up(&killed.notes);
+    killed.is_only_its_own(&requests, "its own");
+    assert!(!killed.job.ims.state().images.contains_key(&killed.own));
+    assert_eq!((killed.job.bucket.begun(), killed.job.bucket.keys().len()), (1, 4));
+    for name in NOTES {
+        assert!(!killed.job.volume.parent.join(name).exists());
+    }
+}
+
+#[test]
+fn authentic_notes_of_another_volume_roll_back_nothing() {
+    let killed = Killed::new();
+    let mut other = Job::laid_out("build/image-root");
+    std::fs::write(other.volume.image_root.join("random"), vec![7; 20 << 20]).unwrap();
+    (other.bucket, other.ims) = (killed.job.bucket.share(), killed.job.ims.share());
+    let image = kill_amid_an_upload(&other);
+    let theirs = NOTES.map(|name| std::fs::read_to_string(other.volume.parent.join(name)).unwrap());
+    let requests = killed.give_up(&theirs);
+    killed.is_only_its_own(&requests, "of another volume");
+    assert!(killed.job.ims.state().images.contains_key(&image));
 }
