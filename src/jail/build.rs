@@ -13,6 +13,7 @@ use rustix::mount::MountAttrFlags;
 
 use crate::error::{Advise, Attempt, Error, Result};
 use crate::jail::architecture::Architecture;
+use crate::jail::hostname;
 use crate::jail::mount_table::{
     DEV_LINKS, KERNEL_FILE_ATTRIBUTES, Missing, Mount, Proc, ROOT_ATTRIBUTES, SFTP_FOLDER, Source, mount_table,
 };
@@ -53,9 +54,7 @@ pub fn build(plan: &Plan) -> Result<()> {
     if plan.tier == Tier::Chroot {
         return mounts::change_root(&place).attempt(|| format!("change the root to {shown}"));
     }
-    if let Some(name) = &plan.hostname {
-        nix::unistd::sethostname(name).attempt(|| format!("name the jail {}", name.display()))?;
-    }
+    hostname::give(plan.hostname.as_deref())?;
     // Modes of folders are as the tables say them.
     rustix::process::umask(Mode::empty());
 

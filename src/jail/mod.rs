@@ -7,6 +7,7 @@ pub mod binfmt;
 pub mod build;
 pub mod capabilities;
 pub mod enter;
+pub mod hostname;
 pub mod init;
 pub mod link;
 pub mod mount_table;

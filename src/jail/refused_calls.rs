@@ -109,6 +109,12 @@ const CALLS: &[Call] = &[
         Always(libc::ENOSYS),
         "the same: its flags stand in memory, where a filter cannot look",
     ),
+    call(
+        "setns",
+        numbers(308, 346, 268, 375),
+        Always(libc::EPERM),
+        "root would have every capability in the user namespace that the jail's host name belongs to; into any other it may not",
+    ),
     // The kernel looks at 32 bits of the request only (CVE-2019-10063), and so does this.
     call(
         "ioctl",
@@ -338,6 +344,7 @@ mod tests {
             ("unshare", libc::SYS_unshare),
             ("clone", libc::SYS_clone),
             ("clone3", libc::SYS_clone3),
+            ("setns", libc::SYS_setns),
             ("ioctl", libc::SYS_ioctl),
             ("pidfd_getfd", libc::SYS_pidfd_getfd),
             ("getsockopt", libc::SYS_getsockopt),

@@ -1,7 +1,7 @@
 //! Into other namespaces: those outside, and new ones in which one has every right.
 
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 
 use nix::sched::{CloneFlags, setns, unshare};
@@ -89,6 +89,19 @@ fn every_capability(others: CloneFlags) -> Result<(), Held> {
 pub fn nested_by_32_bits() -> Outcome {
     sys::unshare_by_32_bits(libc::CLONE_NEWUSER | libc::CLONE_NEWNS).step("unshare the user namespace")?;
     Ok("has a user namespace of its own".into())
+}
+
+/// The user namespace that the host name belongs to: its owner may enter it, and there has every capability.
+pub fn owner_of_the_name() -> Outcome {
+    let names = File::open("/proc/self/ns/uts").step("open /proc/self/ns/uts")?;
+    let owner = sys::owner(names.as_fd()).step("ask for its user namespace")?;
+    let number = |fd: &dyn AsRawFd| std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).ok();
+    if number(&owner) == std::fs::read_link("/proc/self/ns/user").ok() {
+        return Err(std::io::Error::from_raw_os_error(libc::ENOENT)).step("find another user namespace");
+    }
+    setns(owner, CloneFlags::CLONE_NEWUSER).step("enter it")?;
+    unshare(CloneFlags::CLONE_NEWNS).step("unshare the mount namespace")?;
+    Ok("has every capability in a user namespace, and mounts of its own".into())
 }
 
 /// There: taking away what is covered up.

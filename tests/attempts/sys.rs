@@ -102,6 +102,12 @@ pub fn neighbour(namespace: BorrowedFd<'_>, after: bool) -> io::Result<OwnedFd> 
     owned(unsafe { libc::ioctl(namespace.as_raw_fd(), request as _, &raw mut information) }.into())
 }
 
+/// The user namespace that owns `namespace` (`NS_GET_USERNS`).
+pub fn owner(namespace: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    // SAFETY: the request takes nothing.
+    owned(unsafe { libc::ioctl(namespace.as_raw_fd(), 0xb701) }.into())
+}
+
 /// Reads the flags of network interface `lo` and sets the same ones, if `set`.
 pub fn loopback_flags(socket: impl AsFd, set: bool) -> io::Result<()> {
     // SAFETY: an ifreq is plain data, for which zeros are valid.

@@ -106,6 +106,7 @@ pub const ATTEMPTS: &[Attempt] = &[
         namespaces::neighbours,
         "ioctl_nsfs(2), NS_MNT_GET_NEXT, Linux 6.12",
     ),
+    attempt("owner-of-the-name", ChrootIfBuilt, namespaces::owner_of_the_name, "ioctl_nsfs(2), user_namespaces(7)"),
     attempt("new-mounts", Chroot, namespaces::new_mounts, "unshare(2)"),
     attempt(
         "nested-uncover",

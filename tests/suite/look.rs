@@ -148,6 +148,26 @@ fn the_jail_has_the_name_that_it_is_given_and_the_container_keeps_its_own() {
     assert_eq!(environment.says("cat /proc/sys/kernel/hostname"), own.trim());
 }
 
+/// Without a capability that would open the jail; and a name that is given to an image is none of the machine's.
+#[test]
+fn root_in_the_jail_changes_its_host_name_and_no_others() {
+    let own = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
+    for tier in ["namespace", "user"] {
+        let variables = [("IMS_JAIL_TIER", tier), ("IMS_JAIL_HOSTNAME", "nid000001")];
+        let mut environment = Volume::new(Image::Debian).start_with(Mode::Jailed, &variables).ready();
+        assert_eq!(environment.says("hostname; hostname nid000002 && uname -n"), "nid000001\nnid000002", "{tier}");
+        assert_eq!(environment.says("hostname; cat /proc/sys/kernel/hostname"), "nid000002\nnid000002", "{tier}");
+        let python = "import socket; socket.sethostname('nid000003'); print(socket.gethostname())";
+        assert_eq!(environment.says(&format!("python3 -c \"{python}\"")), "nid000003", "{tier}");
+        assert_eq!(environment.says("domainname example && domainname"), "example", "{tier}");
+        // A user of the image may not, as on a node.
+        let users = environment.run("setpriv --reuid=65534 --clear-groups hostname nid000004");
+        assert!(text(&users.stderr).contains("you must be root"), "{tier}: {users:?}");
+        assert_eq!(environment.complete(), 0);
+        assert_eq!(std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap(), own);
+    }
+}
+
 #[test]
 fn limits_and_umask_are_those_of_a_plain_session() {
     let [jailed, user, plain] = PLACES.map(|place| place.open(Image::Debian).says("umask; ulimit -a; ulimit -Ha"));

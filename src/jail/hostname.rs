@@ -1,0 +1,43 @@
+//! The jail's host name: its own, and its root's to change.
+//!
+//! sethostname(2) asks for CAP_SYS_ADMIN in the user namespace that owns the UTS namespace. That capability would open the jail. But
+//! who has made a user namespace has every capability in it from outside (user_namespaces(7)): so the jail's UTS namespace belongs to
+//! one that its root has made, in which nothing else is and no process lives. `super::refused_calls` keeps everybody from entering it.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::os::fd::AsFd;
+
+use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::wait::waitpid;
+
+use crate::error::{Attempt, Result};
+use crate::sys::packet::Packets;
+use crate::sys::process::{Fork, exit_now, fork};
+
+/// Gives this process, in a new UTS namespace, another one that root may name, and the jail's `name` to it. Where the kernel allows no
+/// more user namespaces, the name cannot be changed from inside.
+pub fn give(name: Option<&OsStr>) -> Result<()> {
+    let attempted = || "make a UTS namespace that the jail's root may name";
+    let (here, outside) = Packets::pair().attempt(attempted)?;
+    match fork().attempt(attempted)? {
+        Fork::Child => {
+            drop(here);
+            let made = unshare(CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWUTS);
+            let made = made.ok().and_then(|()| File::open("/proc/self/ns/uts").ok());
+            let sent = made.is_none_or(|namespace| outside.send_with(b"made", &[namespace.as_fd()]).is_ok());
+            exit_now(u8::from(!sent))
+        }
+        Fork::Parent(child) => {
+            drop(outside);
+            let made = here.receive_with().attempt(attempted)?;
+            waitpid(child, None).attempt(attempted)?;
+            for namespace in made.into_iter().flat_map(|(_, namespaces)| namespaces) {
+                setns(namespace, CloneFlags::CLONE_NEWUTS)
+                    .attempt(|| "enter the UTS namespace that the jail's root may name")?;
+            }
+        }
+    }
+    let Some(name) = name else { return Ok(()) };
+    nix::unistd::sethostname(name).attempt(|| format!("name the jail {}", name.display()))
+}
