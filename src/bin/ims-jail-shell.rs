@@ -1,4 +1,5 @@
-//! The one program that touches the jail: `init` makes it, and as sshd's forced command it enters it.
+//! The one program that touches the jail: `init` makes it, as sshd's forced command it enters it, and a copy of it is the first program
+//! of every session inside.
 
 use std::ffi::OsString;
 use std::os::fd::AsFd;
@@ -12,6 +13,7 @@ use ims_sshd::jail::mount_table::Proc;
 use ims_sshd::jail::record::Record;
 use ims_sshd::jail::tier::Tier;
 use ims_sshd::jail::{enter, init};
+use ims_sshd::session::inside::{self, Errand};
 use ims_sshd::session::login;
 use ims_sshd::session::request::Request;
 
@@ -28,6 +30,8 @@ Makes a jail around an image root, or enters it. Started by ims-sshd and by sshd
       as the shell that sshd starts: the forced command 'exec ims-jail-shell session JAIL'
   ims-jail-shell enter JAIL [-- PROGRAM [ARGUMENT]...]
       enter the jail and run a program of the image, or a login shell
+  ims-jail-shell inside [--beside] [--job ID] REQUEST [WORD]...
+      in the jail: carry out what session or enter was asked for
   ims-jail-shell try JAIL
       enter the jail and leave it
 
@@ -38,6 +42,7 @@ enum Command {
     Init(Plan),
     Session(PathBuf),
     Enter(PathBuf, Vec<OsString>),
+    Inside(Errand),
     Try(PathBuf),
 }
 
@@ -56,6 +61,7 @@ fn command(words: &[OsString]) -> Option<Command> {
         ("enter", [jail, dashes, program @ ..]) if dashes == "--" => {
             Some(Command::Enter(jail.into(), program.to_vec()))
         }
+        ("inside", words) => Errand::from_words(words).map(Command::Inside),
         ("try", [jail]) => Some(Command::Try(jail.into())),
         _ => None,
     }
@@ -90,11 +96,13 @@ fn main() -> ExitCode {
         Some(Command::Init(plan)) => make(&plan),
         Some(Command::Session(jail)) => {
             let request = Request::from_original_command(std::env::var_os("SSH_ORIGINAL_COMMAND").as_deref());
-            login::run(&jail, &request).map(|never| match never {})
+            login::run(&jail, request).map(|never| match never {})
         }
-        Some(Command::Enter(jail, program)) => {
-            login::run(&jail, &Request::Program(program)).map(|never| match never {})
-        }
+        Some(Command::Enter(jail, program)) => login::run(&jail, Request::Program(program)).map(|never| match never {}),
+        Some(Command::Inside(errand)) => match inside::run(&errand) {
+            Ok(code) => return ExitCode::from(code),
+            Err(error) => Err(error),
+        },
         Some(Command::Try(jail)) => Record::read(&jail).and_then(|record| enter::join(&record).map(|_| ())),
         None => {
             eprintln!("{USAGE}");

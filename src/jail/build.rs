@@ -4,18 +4,18 @@ use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use nix::sched::CloneFlags;
-use rustix::fs::{FileType, Mode};
+use rustix::fs::{FileType, Mode, OFlags};
 use rustix::mount::MountAttrFlags;
 
 use crate::error::{Advise, Attempt, Error, Result};
 use crate::jail::architecture::Architecture;
 use crate::jail::hostname;
 use crate::jail::mount_table::{
-    DEV_LINKS, KERNEL_FILE_ATTRIBUTES, Missing, Mount, Proc, ROOT_ATTRIBUTES, SFTP_FOLDER, Source, mount_table,
+    DEV_LINKS, KERNEL_FILE_ATTRIBUTES, Missing, Mount, PROGRAMS, Proc, ROOT_ATTRIBUTES, Source, mount_table,
 };
 use crate::jail::resolv_conf::RESOLV_CONF;
 use crate::jail::tier::Tier;
@@ -39,7 +39,7 @@ pub struct Plan {
     pub hostname: Option<OsString>,
     /// The file that is mounted on the image's /etc/resolv.conf.
     pub resolv_conf: Option<PathBuf>,
-    /// sftp-server with its loader and libraries: (name below [`SFTP_FOLDER`], file of the container, not a link).
+    /// sftp-server with its loader and libraries: (name below [`PROGRAMS`], file of the container, not a link).
     pub sftp: Vec<(String, PathBuf)>,
     /// A mount namespace that holds next to nothing, of which the jail's becomes a copy; a copy of the container's, with all that is mounted
     /// there, if there is none.
@@ -47,12 +47,14 @@ pub struct Plan {
 }
 
 /// Makes the jail around this process's working folder, which is the image root, and moves the process into it. To be called by the
-/// first process of the new namespaces, which must not have another thread.
-pub fn build(plan: &Plan) -> Result<()> {
+/// first process of the new namespaces, which must not have another thread. Returns the [`Programs`] of the jail.
+pub fn build(plan: &Plan) -> Result<Programs> {
     let shown = plan.image_root.display();
     let place = Tree::open(Path::new(".")).attempt(|| format!("open the image root {shown}"))?;
     if plan.tier == Tier::Chroot {
-        return mounts::change_root(&place).attempt(|| format!("change the root to {shown}"));
+        let helper = File::open(OWN_PROGRAM).attempt(|| "open ims-jail-shell")?;
+        mounts::change_root(&place).attempt(|| format!("change the root to {shown}"))?;
+        return Ok(Programs { helper: helper.into(), others: Vec::new() });
     }
     hostname::give(plan.hostname.as_deref())?;
     // Modes of folders are as the tables say them.
@@ -70,8 +72,7 @@ pub fn build(plan: &Plan) -> Result<()> {
     let table = table.map(|mount| source(&mount).map(|source| (mount, source)).map_err(|e| e.attempted_on(&mount)));
     let table = table.collect::<Result<Vec<_>>>()?;
     let resolv_conf = plan.resolv_conf.as_deref().map(copy_resolv_conf).transpose()?;
-    let sftp = plan.sftp.iter().map(|(name, file)| Ok((name.as_str(), copy_sftp_file(file)?)));
-    let sftp = sftp.collect::<Result<Vec<_>>>()?;
+    let (copies, programs) = copy_programs(&plan.sftp)?;
 
     // What is mounted from here on must not appear in the container, nor the other way round.
     match &plan.bare {
@@ -101,12 +102,21 @@ pub fn build(plan: &Plan) -> Result<()> {
     if let Some(copy) = resolv_conf {
         cover_resolv_conf(&jail.root, copy)?;
     }
-    show_sftp_server(&jail, sftp)?;
+    show_programs(&jail, copies)?;
 
     // Not chroot: whoever may call chroot again could leave it. The old root is gone from this namespace after this.
     mounts::switch_root(&jail.root).attempt(|| format!("switch the root to {shown}"))?;
     rustix::process::umask(Mode::from_raw_mode(0o022));
-    Ok(())
+    Ok(programs)
+}
+
+/// The jail's copies of the container's programs, open for reading. As long as they are, the kernel gives nobody inside a write lease on
+/// one of them, on which each further session would have to wait (fcntl(2), F_SETLEASE).
+pub struct Programs {
+    /// `ims-jail-shell`. In the chroot tier it is the container's own: where nothing can be mounted, no copy could be kept as it is.
+    pub helper: OwnedFd,
+    /// sftp-server, its loader and its libraries.
+    pub others: Vec<OwnedFd>,
 }
 
 /// The jail while it is made.
@@ -280,33 +290,42 @@ fn cover_resolv_conf(root: &Tree, copy: Detached) -> Result<()> {
     cover().attempt(|| format!("mount the container's on /{RESOLV_CONF} of the image")).map(|_| ())
 }
 
-const SHOWN_ATTRIBUTES: MountAttrFlags =
+const PROGRAMS_ATTRIBUTES: MountAttrFlags =
     MountAttrFlags::MOUNT_ATTR_RDONLY.union(MountAttrFlags::MOUNT_ATTR_NOSUID).union(MountAttrFlags::MOUNT_ATTR_NODEV);
 
-fn copy_sftp_file(file: &Path) -> Result<Detached> {
-    Detached::copy_of(file, false, SHOWN_ATTRIBUTES).attempt(|| format!("copy the mount of {}", file.display()))
+/// This program's file, by the container's /proc.
+const OWN_PROGRAM: &str = "/proc/self/exe";
+
+/// Copies this program and the `further` ones, (name, file), into a read-only tmpfs of the jail's own. A process inside can open what it
+/// runs (/proc/PID/exe), and root there owns files of root: with the container's files instead of copies it could change their modes,
+/// owners and attributes and take leases on them, even through a read-only mount of them (CVE-2019-5736 is of this kind).
+fn copy_programs(further: &[(String, PathBuf)]) -> Result<(Detached, Programs)> {
+    let attempted = || "make a tmpfs for the jail's programs";
+    let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
+    let tmpfs = Detached::filesystem("tmpfs", &[("mode", "0755")], attributes).attempt(attempted)?;
+    let folder = Tree::from_fd(tmpfs.as_fd().try_clone_to_owned().attempt(attempted)?);
+    let copy = |name: &str, file: &Path| {
+        let copy = || -> io::Result<()> {
+            let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL;
+            let mut copy = File::from(folder.open_at(name, flags, Mode::from_raw_mode(0o555))?);
+            io::copy(&mut File::open(file)?, &mut copy).map(drop)
+        };
+        copy().attempt(|| format!("copy {} into the jail", file.display()))
+    };
+    copy("ims-jail-shell", Path::new(OWN_PROGRAM))?;
+    further.iter().try_for_each(|(name, file)| copy(name, file))?;
+    mounts::restrict(tmpfs.as_fd(), PROGRAMS_ATTRIBUTES).attempt(|| "make the jail's programs read-only")?;
+    let open = |name: &str| folder.open_at(name, OFlags::RDONLY, Mode::empty()).attempt(|| format!("open {name}"));
+    let others = further.iter().map(|(name, _)| open(name)).collect::<Result<_>>()?;
+    Ok((tmpfs, Programs { helper: open("ims-jail-shell")?, others }))
 }
 
-/// Shows the container's sftp-server in the jail, read-only: an image need not have one, nor a libc, nor our architecture.
-fn show_sftp_server(jail: &Jail, files: Vec<(&str, Detached)>) -> Result<()> {
-    if files.is_empty() {
-        return Ok(());
-    }
-    let attempted = || format!("show sftp-server below /{SFTP_FOLDER} of the jail");
-    let (run, name) = jail.locate(SFTP_FOLDER).attempt(attempted)?;
-    run.make_mount_point(name, true).attempt(attempted)?;
-    let place = run.handle(name).attempt(attempted)?;
-    let folder = Detached::filesystem("tmpfs", &[("mode", "0755"), ("size", "64k")], MountAttrFlags::empty())
-        .and_then(|f| f.attach(place))
-        .attempt(attempted)?;
-    let folder = Tree::from_fd(folder);
-    for (name, copy) in files {
-        let one = || -> io::Result<()> {
-            folder.touch(name)?;
-            copy.attach(folder.handle(name)?)?;
-            Ok(())
-        };
-        one().attempt(|| format!("show {name} below /{SFTP_FOLDER} of the jail"))?;
-    }
-    mounts::restrict(folder.as_fd(), SHOWN_ATTRIBUTES).attempt(attempted)
+/// Shows the copies in the jail: an image need not have an sftp-server, nor a libc, nor our architecture.
+fn show_programs(jail: &Jail, copies: Detached) -> Result<()> {
+    let show = || -> io::Result<()> {
+        let (run, name) = jail.locate(PROGRAMS)?;
+        run.make_mount_point(name, true)?;
+        copies.attach(run.handle(name)?).map(drop)
+    };
+    show().attempt(|| format!("show the jail's programs at /{PROGRAMS}"))
 }

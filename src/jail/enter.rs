@@ -1,4 +1,8 @@
-//! Entering the jail: by all its doors, then a child inside whose end is passed on as if it were our own.
+//! Entering the jail, the outer stage: joins all its namespaces and starts a child inside, whose end is passed on as if it were our own.
+//!
+//! The child holds descriptors of the container and runs the container's program, so it must not look at anything that the image says:
+//! a path such as /proc/self/fd/4 or an interpreter such as /proc/self/exe would lead outside (CVE-2024-21626, CVE-2019-5736). It becomes
+//! the jail's own copy of this program, without descriptors but the three streams: [`crate::session::inside`] is the inner stage.
 
 use std::convert::Infallible;
 use std::os::fd::{AsFd, OwnedFd};
@@ -16,23 +20,35 @@ use crate::jail::tier::Tier;
 use crate::jail::{capabilities, refused_calls};
 use crate::sys::calls::{self, Instruction};
 use crate::sys::mounts::change_root;
-use crate::sys::process::{Handle, close_on_exec_from, end_like, exit_now, spawn};
+use crate::sys::process::{Exec, Handle, close_on_exec_from, end_like, exit_now, spawn};
 use crate::sys::signals::{Signals, stop_own_group};
 use crate::sys::terminal::set_foreground;
+use crate::sys::tree::Tree;
+
+/// A jail that this process has joined.
+pub struct Joined {
+    /// The jail's init.
+    pub init: Handle,
+    /// The jail's copy of this program, open.
+    helper: OwnedFd,
+}
 
 /// Moves this process into the jail: its root becomes the image root, its children live in the jail's PID namespace. It cannot
-/// be seen from inside itself. Returns the jail's init.
-pub fn join(record: &Record) -> Result<Handle> {
+/// be seen from inside itself.
+pub fn join(record: &Record) -> Result<Joined> {
+    let hide = || nix::sys::prctl::set_dumpable(false).attempt(|| "hide from those inside the jail");
     // Until exec, the child has this program's memory and descriptors; nobody inside may look into it (CVE-2024-21626).
-    nix::sys::prctl::set_dumpable(false).attempt(|| "hide from those inside the jail")?;
+    hide()?;
     let gone = "it has just ended; if the build environment is not closing, log in again in a moment";
     let attempted = || format!("reach the jail's init (process {})", record.init.pid);
     let init = Handle::open(record.init).attempt(attempted).advise(gone)?;
     // The descriptors themselves, which the supervisor had from the init, and not the init's files below /proc: for those, since it is
     // hidden from everybody, one would need CAP_SYS_PTRACE.
-    let doors = record.keeper.open_descriptors(&record.doors);
-    let attempted = || format!("open the jail's doors, which process {} holds", record.keeper.pid);
-    let doors = doors.attempt(attempted).advise("the build environment has just ended")?;
+    let numbers = [&record.doors[..], &[record.helper]].concat();
+    let attempted = || format!("open the jail's namespaces, which process {} holds", record.keeper.pid);
+    let ended = "the build environment has just ended";
+    let mut doors = record.keeper.open_descriptors(&numbers).attempt(attempted).advise(ended)?;
+    let helper = doors.pop().ok_or("there is none").attempt(|| "open the jail's copy of ims-jail-shell")?;
     // If one of them stays closed, this process ends: nothing is ever started in a jail half entered.
     for (door, (name, flag)) in doors.iter().zip(record.tier.namespaces()) {
         let attempted = || format!("enter the jail's {name} namespace");
@@ -41,7 +57,9 @@ pub fn join(record: &Record) -> Result<Handle> {
     if let (Tier::Chroot, [image_root]) = (record.tier, doors.as_slice()) {
         change_root(image_root).attempt(|| "change the root to the image root")?;
     }
-    Ok(init)
+    // Whoever gains rights, as by joining a user namespace, is as dumpable as fs.suid_dumpable says (prctl(2), PR_SET_DUMPABLE).
+    hide()?;
+    Ok(Joined { init, helper })
 }
 
 /// Signals that somebody may send to the process in front and that are meant for the one inside.
@@ -56,14 +74,16 @@ const PASSED_ON: [Signal; 8] = [
     Signal::SIGTSTP,
 ];
 
-/// Runs `inside` in a child, in the jail that was [`join`]ed; it ends in exec, or returns the exit code for that it could not.
-/// This process ends as the child does, with its exit code or dying of the same signal, after `ended` has been told how. Until then it
-/// serves the client's `agent`.
+/// Starts the `inner` stage in the jail that was [`join`]ed, in the working folder `folder` if one is given, else at the jail's root.
+/// This process ends as that does, with its exit code or dying of the same signal, after `ended` has been told how. Until then it serves
+/// the client's `agent`.
 pub fn run(
     record: &Record,
+    joined: &Joined,
+    inner: &Exec,
+    folder: Option<&Tree>,
     agent: Option<Agent>,
     ended: impl FnOnce(&WaitStatus),
-    inside: impl FnOnce() -> u8,
 ) -> Result<Infallible> {
     let mut held = PASSED_ON.to_vec();
     held.extend([Signal::SIGCHLD, Signal::SIGCONT]);
@@ -71,41 +91,43 @@ pub fn run(
     let mut terminal = Terminal::of_this_process();
     // Not in the chroot tier, which lacks CAP_SYS_ADMIN for it and holds nobody anyway.
     let refused = (record.tier != Tier::Chroot).then(refused_calls::program);
-    let child = spawn(|| start(record.dkms, refused.as_deref(), &signals, &terminal, inside));
+    let child = spawn(|| {
+        let prepared = prepare(record.dkms, refused.as_deref(), &signals, &terminal, folder);
+        let become_inner =
+            || inner.replace_this_process_by(&joined.helper).attempt(|| "start the jail's ims-jail-shell");
+        let Err(error) = prepared.and_then(|()| become_inner());
+        eprintln!("ims-jail-shell: {error}");
+        1
+    });
     let child = child.attempt(|| "start a process in the jail")?;
     // At once: the client waits for this end.
     exit_now(attend(child, &signals, &mut terminal, agent, ended))
 }
 
-fn start(
+/// Makes the child ready to become the inner stage. It looks up no name here.
+fn prepare(
     dkms: bool,
     refused: Option<&[Instruction]>,
     signals: &Signals,
     terminal: &Terminal,
-    inside: impl FnOnce() -> u8,
-) -> u8 {
-    let ready = || -> Result<()> {
-        // Its own process group: `kill 0` inside reaches what is inside and not the process in front, whose group, seen from
-        // here, would be 0, which fish and others do not cope with. Not its own session: sshd's hang-up would miss it.
-        setpgid(Pid::from_raw(0), Pid::from_raw(0)).attempt(|| "make a process group in the jail")?;
-        terminal.show_in_front(getpid());
-        if !dkms {
-            // First, since it takes CAP_SYS_ADMIN.
-            if let Some(refused) = refused {
-                calls::filter(refused).attempt(|| "give up system calls")?;
-            }
-            capabilities::keep_jail_set().attempt(|| "give up capabilities")?;
+    folder: Option<&Tree>,
+) -> Result<()> {
+    // Its own process group: `kill 0` inside reaches what is inside and not the process in front, whose group, seen from
+    // here, would be 0, which fish and others do not cope with. Not its own session: sshd's hang-up would miss it.
+    setpgid(Pid::from_raw(0), Pid::from_raw(0)).attempt(|| "make a process group in the jail")?;
+    terminal.show_in_front(getpid());
+    if !dkms {
+        // First, since it takes CAP_SYS_ADMIN.
+        if let Some(refused) = refused {
+            calls::filter(refused).attempt(|| "give up system calls")?;
         }
-        signals.restore_for_exec().attempt(|| "restore signals")?;
-        close_on_exec_from(3).attempt(|| "mark descriptors close-on-exec")
-    };
-    match ready() {
-        Ok(()) => inside(),
-        Err(e) => {
-            eprintln!("ims-jail-shell: {e}");
-            1
-        }
+        capabilities::keep_jail_set().attempt(|| "give up capabilities")?;
     }
+    signals.restore_for_exec().attempt(|| "restore signals")?;
+    if let Some(folder) = folder {
+        rustix::process::fchdir(folder).attempt(|| "change to the working folder of the session's program")?;
+    }
+    close_on_exec_from(3).attempt(|| "mark descriptors close-on-exec")
 }
 
 /// The process in front: passes signals in, the agent's words in and out, and the end out.

@@ -21,7 +21,7 @@ use rustix::thread::CapabilitySet;
 
 use crate::error::{Attempt, Result};
 use crate::jail::binfmt::{self, Interpreter};
-use crate::jail::build::{Plan, build};
+use crate::jail::build::{Plan, Programs, build};
 use crate::jail::capabilities;
 use crate::jail::link::{Link, Message};
 use crate::jail::tier::Tier;
@@ -123,6 +123,7 @@ struct Inside {
     watch: Watch,
     /// The jail's namespaces, for those who are to enter.
     namespaces: Vec<OwnedFd>,
+    programs: Programs,
     /// What programs for another architecture run by, as long as this is kept.
     _interpreter: Option<Interpreter>,
 }
@@ -137,7 +138,7 @@ fn prepare(plan: &Plan) -> Result<Inside> {
     let null = File::options().read(true).write(true).open("/dev/null").attempt(|| "open /dev/null")?;
     // Before the root is switched: the interpreter is the container's.
     let interpreter = plan.emulated.map(|architecture| binfmt::provide(architecture, "jail")).transpose()?;
-    build(plan)?;
+    let programs = build(plan)?;
     let open = |name: &str| rustix::fs::openat(&own, name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
     let namespaces = plan.tier.namespaces().iter().map(|(name, _)| Ok(open(name)?)).collect::<io::Result<_>>();
     let namespaces = namespaces.attempt(|| "open the jail's namespaces")?;
@@ -149,7 +150,7 @@ fn prepare(plan: &Plan) -> Result<Inside> {
         .and_then(|()| rustix::stdio::dup2_stdout(&null))
         .and_then(|()| rustix::stdio::dup2_stderr(&null))
         .attempt(|| "let go of the container's streams")?;
-    Ok(Inside { signals, watch, namespaces, _interpreter: interpreter })
+    Ok(Inside { signals, watch, namespaces, programs, _interpreter: interpreter })
 }
 
 /// The name that the image's own init has once it is booted, as in /proc/1/comm: Ansible's `service_mgr`, Chef and Puppet choose by it how
@@ -173,8 +174,9 @@ fn comm(image_root: &Tree) -> &'static CStr {
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 fn serve(link: &Link, inside: Inside) -> u8 {
-    let Inside { signals, mut watch, namespaces, _interpreter } = inside;
-    let descriptors: Vec<_> = namespaces.iter().map(AsFd::as_fd).chain([watch.events.as_fd()]).collect();
+    let Inside { signals, mut watch, namespaces, programs, _interpreter } = inside;
+    let further = [programs.helper.as_fd(), watch.events.as_fd()];
+    let descriptors: Vec<_> = namespaces.iter().map(AsFd::as_fd).chain(further).collect();
     if link.send_with(&Message::Ready, &descriptors).is_err() {
         return 1;
     }

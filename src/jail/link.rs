@@ -11,8 +11,9 @@ use crate::verdict::Verdict;
 pub enum Message {
     /// The init's number in the container; sent by the process that started it.
     Started(i32),
-    /// The jail stands and can be entered, by the descriptors that come with this: the tier's namespaces. The last one is of the init's
-    /// inotify: the kernel takes some ten milliseconds to let go of it, which whoever has a copy spares the init at its end.
+    /// The jail stands and can be entered, by the descriptors that come with this: the tier's namespaces, then the jail's copy of
+    /// `ims-jail-shell`. The last one is the init's inotify: closing an inotify takes some ten milliseconds, and the supervisor keeps a
+    /// duplicate so that the init's exit does not wait for it.
     Ready,
     /// A user marked the image, from inside.
     Marked(Verdict),

@@ -147,9 +147,9 @@ pub const DEV_LINKS: &[(&str, &str)] = &[
     ("stderr", "/proc/self/fd/2"),
 ];
 
-/// Where sftp-server, its loader and its libraries are shown, relative to the root: below the jail's own /run, so that the image
-/// needs no folder for it.
-pub const SFTP_FOLDER: &str = "run/.ims-sshd";
+/// Where the jail has its copies of the container's programs, relative to the root: below the jail's own /run, so that the image needs no
+/// directory for them.
+pub const PROGRAMS: &str = "run/.ims-sshd";
 
 #[cfg(test)]
 mod tests {

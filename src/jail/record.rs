@@ -8,6 +8,7 @@
 //! keeper PID START   the process that holds the descriptors by which the jail is entered
 //! door FD            one of them, by its number there; any number, in this order: the tier's namespaces, or
 //!                    in the chroot tier the image root
+//! helper FD          the jail's copy of ims-jail-shell, by its number there
 //! dkms BOOL          whether sessions keep the container's capabilities
 //! job ID             the IMS job, for the greeting; may be missing
 //! keep PATTERN       a name (with * and ?) of a variable that sessions keep; any number
@@ -30,6 +31,8 @@ pub struct Record {
     pub keeper: Identity,
     /// Numbers of the keeper's descriptors.
     pub doors: Vec<i32>,
+    /// Number of the keeper's descriptor of the jail's copy of `ims-jail-shell`, which is all that runs inside of our own.
+    pub helper: i32,
     /// Whether sessions keep the container's capabilities.
     pub dkms: bool,
     /// The IMS job.
@@ -44,6 +47,7 @@ impl Record {
         use std::fmt::Write;
         let mut text =
             format!("tier {}\ninit {}\nkeeper {}\ndkms {}\n", self.tier.name(), self.init, self.keeper, self.dkms);
+        let _ = writeln!(text, "helper {}", self.helper);
         for door in &self.doors {
             let _ = writeln!(text, "door {door}");
         }
@@ -58,7 +62,7 @@ impl Record {
 
     /// Reads the file's text; `None` if it is not one.
     pub fn parse(text: &str) -> Option<Self> {
-        let (mut tier, mut init, mut keeper, mut dkms, mut job) = (None, None, None, None, None);
+        let (mut tier, mut init, mut keeper, mut helper, mut dkms, mut job) = (None, None, None, None, None, None);
         let (mut doors, mut keep) = (Vec::new(), Vec::new());
         for line in text.lines() {
             let (name, value) = line.split_once(' ')?;
@@ -67,13 +71,14 @@ impl Record {
                 "init" => init = Identity::parse(value),
                 "keeper" => keeper = Identity::parse(value),
                 "door" => doors.push(value.parse().ok()?),
+                "helper" => helper = value.parse().ok(),
                 "dkms" => dkms = value.parse().ok(),
                 "job" => job = Some(value.to_owned()),
                 "keep" => keep.push(value.to_owned()),
                 _ => return None,
             }
         }
-        let record = Self { tier: tier?, init: init?, keeper: keeper?, doors, dkms: dkms?, job, keep };
+        let record = Self { tier: tier?, init: init?, keeper: keeper?, doors, helper: helper?, dkms: dkms?, job, keep };
         // With one less, a session would come to stand outside.
         (record.doors.len() == record.tier.namespaces().len().max(1)).then_some(record)
     }
@@ -98,6 +103,7 @@ mod tests {
             init: Identity { pid: 7, start: 99 },
             keeper: Identity { pid: 1, start: 3 },
             doors: vec![9, 4, 5, 6, 7],
+            helper: 8,
             dkms: true,
             job: Some("a b".into()),
             keep: vec!["LC_*".into(), "X".into()],

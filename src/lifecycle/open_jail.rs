@@ -64,7 +64,9 @@ pub struct OpenJail {
     /// By these it is entered: the tier's namespaces or, in the chroot tier, the image root. Sessions open them where this process has
     /// them, so they stay open as long as the jail is.
     doors: Vec<OwnedFd>,
-    /// The init's inotify, let go of in the background.
+    /// The jail's copy of `ims-jail-shell`, which sessions open here too.
+    helper: OwnedFd,
+    /// The init's inotify, closed in the background.
     events: OwnedFd,
     /// The container's resolv.conf when the jail was made, if a copy of it is mounted.
     resolv_conf: Option<Vec<u8>>,
@@ -94,7 +96,10 @@ impl OpenJail {
         let made = Made::make(wanted.image_root, wanted.note_folder, lacking)?;
         let opened = prepare_files(wanted, state, text.as_deref()).and_then(|resolv_conf| {
             let (init, link, mut doors) = start(wanted, resolv_conf)?;
-            let events = doors.pop().ok_or("its init is of another version").attempt(|| "make the jail")?;
+            let (events, helper) = (doors.pop(), doors.pop());
+            let (Some(events), Some(helper)) = (events, helper) else {
+                return Err(Error::new("make the jail").because("its init is of another version"));
+            };
             if chrooted {
                 doors.push(wanted.image_root.reopen().attempt(|| "open the image root for sessions")?);
             }
@@ -109,6 +114,7 @@ impl OpenJail {
                 init: handle,
                 link,
                 doors,
+                helper,
                 events,
                 resolv_conf: text,
             };
@@ -129,6 +135,7 @@ impl OpenJail {
             init,
             keeper: this,
             doors: self.doors.iter().map(AsRawFd::as_raw_fd).collect(),
+            helper: self.helper.as_raw_fd(),
             dkms: wanted.dkms,
             job: wanted.job.map(Into::into),
             keep: wanted.keep.clone(),
@@ -239,7 +246,7 @@ fn prepare_files(wanted: &Wanted<'_>, state: &StateFolder, resolv_conf: Option<&
     Ok(Some(path))
 }
 
-/// Starts the init. Returns it, the socket to it, and the jail's doors with the init's inotify.
+/// Starts the init. Returns it, the socket to it, and the descriptors that come with [`Message::Ready`].
 fn start(wanted: &Wanted<'_>, resolv_conf: Option<PathBuf>) -> Result<(Pid, Link, Vec<OwnedFd>)> {
     let program = program()?;
     let attempted = || format!("start {}", program.display());

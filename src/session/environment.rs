@@ -16,41 +16,52 @@ const RESERVED: &[&str] = &["SSH_*", "IMS_*"];
 
 /// Of the names that a session has already, those that /etc/environment of the image changes, as on the booted image: there, too, its
 /// locale comes before the client's.
-const CHANGED: &[&str] = &["PATH", "MAIL", "LANG", "LANGUAGE", "LC_*"];
+const CHANGED: &[&str] = &["PATH", "MAIL", "LANG", "LANGUAGE", "LC_*", "SYSTEMD_OFFLINE"];
 
 /// What a login on the booted image would find before its profile is read.
 pub const LOGIN_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// A session's variables: those of `given` that match [`KEPT`] or `keep` (names that the server's configuration gives), then those of
-/// the account, then those of the image's /etc/environment that take nothing from the client and the job. What belongs to the container (its PATH, HOME, `LD_*`, `BASH_ENV` and all the rest) does not come in.
-pub fn session_environment(
+/// What the image's root gets, whatever the client sends.
+const OWN: [&str; 6] = ["USER", "LOGNAME", "HOME", "SHELL", "PATH", "MAIL"];
+
+/// The variables that come into the jail: those of `given` that match [`KEPT`] or `keep` (names that the server's configuration gives).
+/// What belongs to the container (its PATH, HOME, `LD_*`, `BASH_ENV` and all the rest) does not come in.
+pub fn client_environment(
     given: impl IntoIterator<Item = (OsString, OsString)>,
-    account: &Account,
     keep: &[String],
-    of_image: Vec<(OsString, OsString)>,
 ) -> Vec<(OsString, OsString)> {
-    let own: [(&str, &OsStr); 6] = [
-        ("USER", account.name.as_ref()),
-        ("LOGNAME", account.name.as_ref()),
-        ("HOME", account.home.as_ref()),
-        ("SHELL", account.shell.as_ref()),
-        ("PATH", LOGIN_PATH.as_ref()),
-        ("MAIL", "/var/mail/root".as_ref()),
-    ];
     let is_kept = |name: &OsStr| {
         let matches = |pattern: &str| matches(pattern.as_bytes(), name.as_bytes());
         let wanted = KEPT.iter().copied().any(matches) || keep.iter().map(String::as_str).any(matches);
-        let ours = own.iter().any(|(o, _)| name == *o) || DROPPED.iter().any(|d| name == *d);
-        wanted && !ours
+        wanted && !OWN.iter().chain(DROPPED).any(|other| name == *other)
     };
     let mut environment: Vec<(OsString, OsString)> = Vec::new();
     for (name, value) in given {
-        // Of two of one name getenv finds the first and bash the last; programs that disagree on it can be played off against each other.
+        // With duplicate names getenv(3) returns the first and bash the last; two programs could see different values.
         if is_kept(&name) && !environment.iter().any(|(known, _)| *known == name) {
             environment.push((name, value));
         }
     }
-    environment.extend(own.map(|(name, value)| (name.into(), value.to_owned())));
+    environment
+}
+
+/// A session's variables: those of the client, then those of the account, then those of the image's /etc/environment that take nothing
+/// from the client and the job.
+pub fn session_environment(
+    client: Vec<(OsString, OsString)>,
+    account: &Account,
+    of_image: Vec<(OsString, OsString)>,
+) -> Vec<(OsString, OsString)> {
+    let values: [&OsStr; OWN.len()] = [
+        account.name.as_ref(),
+        account.name.as_ref(),
+        account.home.as_ref(),
+        account.shell.as_ref(),
+        LOGIN_PATH.as_ref(),
+        "/var/mail/root".as_ref(),
+    ];
+    let mut environment = client;
+    environment.extend(OWN.iter().zip(values).map(|(name, value)| (name.into(), value.to_owned())));
     for (name, value) in of_image {
         let is_among = |patterns: &[&str]| patterns.iter().any(|p| matches(p.as_bytes(), name.as_bytes()));
         match environment.iter_mut().find(|(known, _)| *known == name) {
@@ -111,7 +122,8 @@ mod tests {
         let given = given.iter().map(|(n, v)| ((*n).into(), (*v).into()));
         let keep: Vec<_> = keep.iter().map(|k| (*k).to_owned()).collect();
         let text = |s: OsString| s.into_string().unwrap();
-        session_environment(given, &account, &keep, Vec::new()).into_iter().map(|(n, v)| (text(n), text(v))).collect()
+        let client = client_environment(given, &keep);
+        session_environment(client, &account, Vec::new()).into_iter().map(|(n, v)| (text(n), text(v))).collect()
     }
 
     #[test]
@@ -153,8 +165,8 @@ mod tests {
         let of_image = "TERM LANG LC_ALL REMOTE_BUILD_NODE SSH_CLIENT SSH_AUTH_SOCK IMS_X HOME USER PATH NEW";
         let pair = |(name, value): (&str, &str)| (name.into(), value.into());
         let of_image = of_image.split(' ').map(|name| pair((name, "image"))).collect();
-        let got =
-            session_environment(given.map(pair), &Account::parse(b"", b""), &["REMOTE_BUILD_NODE".into()], of_image);
+        let client = client_environment(given.map(pair), &["REMOTE_BUILD_NODE".into()]);
+        let got = session_environment(client, &Account::parse(b"", b""), of_image);
         let changed = got.iter().filter(|(_, value)| value == "image").map(|(name, _)| name.to_str().unwrap());
         assert_eq!(changed.collect::<Vec<_>>(), ["LANG", "PATH", "LC_ALL", "NEW"]);
     }

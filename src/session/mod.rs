@@ -3,6 +3,7 @@
 pub mod account;
 pub mod environment;
 pub mod etc_environment;
+pub mod inside;
 pub mod login;
 pub mod report;
 pub mod request;

@@ -7,13 +7,14 @@ use std::fmt;
 use std::fs::File;
 use std::io::{self, Read};
 use std::ops::ControlFlow;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output};
 use std::time::Duration;
 
+use nix::fcntl::AtFlags;
 use nix::sched::CloneFlags;
 use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
@@ -69,12 +70,20 @@ pub fn exit_now(code: u8) -> ! {
     }
 }
 
-/// Marks every descriptor from `first` on close-on-exec, those that somebody else left open included (CVE-2024-21626).
+/// Marks every descriptor from `first` on close-on-exec, including those that another program left open.
 pub fn close_on_exec_from(first: u32) -> io::Result<()> {
     let flags = i32::try_from(libc::CLOSE_RANGE_CLOEXEC).map_err(io::Error::other)?;
     // SAFETY: the flag only marks descriptors; none is closed under an owner's feet.
     #[allow(unsafe_code)]
     let result = unsafe { libc::close_range(first, u32::MAX, flags) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Closes every descriptor from 3 on. For a program that has just started and has opened nothing itself.
+pub fn close_all_but_streams() -> io::Result<()> {
+    // SAFETY: the caller has opened nothing yet, so no value of this process owns any of these descriptors.
+    #[allow(unsafe_code)]
+    let result = unsafe { libc::close_range(3, u32::MAX, 0) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
@@ -380,6 +389,11 @@ impl Exec {
     /// Returns only on failure.
     pub fn replace_this_process(&self) -> nix::Result<Infallible> {
         nix::unistd::execve(&self.path, &self.arguments, &self.environment)
+    }
+
+    /// Becomes the program that is open as `program`, whatever the path says. Returns only on failure.
+    pub fn replace_this_process_by(&self, program: impl AsFd) -> nix::Result<Infallible> {
+        nix::unistd::execveat(program, c"", &self.arguments, &self.environment, AtFlags::AT_EMPTY_PATH)
     }
 }
 

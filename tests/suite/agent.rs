@@ -13,14 +13,14 @@ crate::clients::shown! {
 }
 
 /// An agent that holds the key of all tests.
-struct Agent {
+pub struct Agent {
     _program: Ended,
-    socket: PathBuf,
-    keys: String,
+    pub socket: PathBuf,
+    pub keys: String,
 }
 
 impl Agent {
-    fn start(environment: &Environment) -> Self {
+    pub fn start(environment: &Environment) -> Self {
         let socket = environment.dir.path().join("agent");
         let program = Command::new("ssh-agent").arg("-D").arg("-a").arg(&socket).stdout(Stdio::null()).spawn().unwrap();
         let program = Ended(program);

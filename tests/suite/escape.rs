@@ -43,7 +43,7 @@ fn all_attempts() -> Vec<Attempt> {
 /// What lies outside: a file, a process at a terminal, sockets, memory, a queue, a key.
 pub struct Decoys {
     program: Child,
-    variables: Vec<(String, String)>,
+    pub variables: Vec<(String, String)>,
     pub secret: String,
 }
 

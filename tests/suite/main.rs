@@ -12,6 +12,7 @@ mod clients;
 mod close;
 mod commands;
 mod distributions;
+mod entering;
 mod escape;
 mod escape_clients;
 mod faults;

@@ -601,13 +601,20 @@ pub fn text(bytes: impl AsRef<[u8]>) -> String {
 pub struct Master<'a> {
     environment: &'a Environment,
     socket: TempDir,
+    agent: Option<PathBuf>,
 }
 
 impl Environment {
     pub fn master(&self) -> Master<'_> {
-        let master = Master { environment: self, socket: tempfile::tempdir().unwrap() };
-        let control = master.control();
-        succeed(self.ssh(&["-M", "-S", &control, "-o", "ControlPersist=60", "-f", "-N"]).stdout(Stdio::null()));
+        self.master_with(None)
+    }
+
+    /// The same, with this agent in each of its sessions.
+    pub fn master_with(&self, agent: Option<&Path>) -> Master<'_> {
+        let master =
+            Master { environment: self, socket: tempfile::tempdir().unwrap(), agent: agent.map(Path::to_owned) };
+        let mut ssh = master.ssh_with(&["-M", "-o", "ControlPersist=60", "-f", "-N"]);
+        succeed(ssh.stdout(Stdio::null()));
         master
     }
 
@@ -630,7 +637,16 @@ impl Master<'_> {
 
     /// `ssh` over the open connection; the command is to be added.
     pub fn ssh(&self) -> Command {
-        self.environment.ssh(&["-S", &self.control()])
+        self.ssh_with(&[])
+    }
+
+    /// The same with further options.
+    pub fn ssh_with(&self, options: &[&str]) -> Command {
+        let control = self.control();
+        let agent = if self.agent.is_some() { "-A" } else { "-a" };
+        let mut ssh = self.environment.ssh(&[&["-S", &control, agent], options].concat());
+        ssh.envs(self.agent.iter().map(|socket| ("SSH_AUTH_SOCK", socket)));
+        ssh
     }
 
     /// `sftp` over it, reading its commands from standard input.

@@ -1,0 +1,435 @@
+//! `ims-jail-shell inside`, the inner stage: the jail's copy of this program, started in the jail by [`crate::jail::enter`]. It closes every
+//! descriptor but the three streams, and only then looks at what the image says: passwd, group, /etc/environment, home and shell, the
+//! greeting. Nothing that it could open or become by a path of the image lies outside then, whatever the path is.
+
+use std::ffi::{OsStr, OsString};
+use std::io::{IsTerminal, Write};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::sys::signal::Signal;
+use nix::unistd::Gid;
+use rustix::fs::{Mode, OFlags};
+
+use crate::error::{Attempt, Error, Result};
+use crate::jail::mount_table::PROGRAMS;
+use crate::printable::Printable;
+use crate::session::account::{Account, DEFAULT_SHELL};
+use crate::session::environment::{LOGIN_PATH, session_environment};
+use crate::session::etc_environment;
+use crate::session::request::Request;
+use crate::session::terminfo;
+use crate::sys::process::{Exec, close_all_but_streams};
+use crate::sys::signals::default_disposition;
+use crate::sys::tree::{Tree, kind_of};
+
+/// What the inner stage is told: words of its command line. Its environment is the client's part of the session's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Errand {
+    /// What to carry out.
+    pub request: Request,
+    /// Whether sftp-server stands in the working directory, outside the root (chroot tier).
+    pub beside: bool,
+    /// The IMS job, for the greeting.
+    pub job: Option<String>,
+}
+
+impl Errand {
+    /// The inner stage with these words, for [`Exec::replace_this_process_by`]. EINVAL for a string that holds a NUL byte.
+    pub fn program(&self, environment: &[(OsString, OsString)]) -> nix::Result<Exec> {
+        let words = [vec!["ims-jail-shell".into(), "inside".into()], self.to_words()].concat();
+        let environment = environment.iter().map(|(name, value)| (name.as_os_str(), value.as_os_str()));
+        Exec::new(Path::new(""), &words, environment)
+    }
+
+    fn to_words(&self) -> Vec<OsString> {
+        let mut words: Vec<OsString> = Vec::new();
+        if self.beside {
+            words.push("--beside".into());
+        }
+        if let Some(job) = &self.job {
+            words.extend(["--job".into(), job.into()]);
+        }
+        let (kind, further): (_, &[OsString]) = match &self.request {
+            Request::Shell => ("shell", &[]),
+            Request::Command(line) => ("command", std::slice::from_ref(line)),
+            Request::Sftp(options) => ("sftp", options),
+            Request::Program(program) => ("program", program),
+        };
+        words.push(kind.into());
+        words.extend_from_slice(further);
+        words
+    }
+
+    /// Reads the words behind `inside`; `None` if they are none.
+    pub fn from_words(mut words: &[OsString]) -> Option<Self> {
+        let (mut beside, mut job) = (false, None);
+        let request = loop {
+            let (word, further) = words.split_first()?;
+            words = further;
+            match word.to_str()? {
+                "--beside" => beside = true,
+                "--job" => {
+                    let (name, further) = words.split_first()?;
+                    job = Some(name.to_str()?.to_owned());
+                    words = further;
+                }
+                "shell" => break Request::Shell,
+                "command" => break Request::Command(words.first()?.clone()),
+                "sftp" => break Request::Sftp(words.to_vec()),
+                "program" => break Request::Program(words.to_vec()),
+                _ => return None,
+            }
+        };
+        Some(Self { request, beside, job })
+    }
+}
+
+/// Carries out `errand`. Returns the exit code if no program could be started.
+pub fn run(errand: &Errand) -> Result<u8> {
+    close_all_but_streams().attempt(|| "close the descriptors that came into the jail")?;
+    let image_root = Tree::open(Path::new("/")).attempt(|| "open the image root")?;
+    let account = Account::root_of(&image_root);
+    let request = &errand.request;
+    let transfer = matches!(request, Request::Sftp(_));
+    if transfer {
+        check_what_sftp_server_opens(&image_root)?;
+    }
+    // The container's sftp-server needs none of the image's settings, and could be kept from starting by them.
+    let of_image = if transfer { Vec::new() } else { etc_environment::read(&image_root) };
+    let environment = session_environment(std::env::vars_os().collect(), &account, of_image);
+    if matches!(request, Request::Shell) && std::io::stdin().is_terminal() {
+        greet(&image_root, &account, errand.job.as_deref());
+    }
+    let programs = match request {
+        Request::Sftp(options) if errand.beside => {
+            sftp_programs(Path::new("."), &beginning_in_image(options, &account.home, &image_root))
+        }
+        _ => programs(request, &account),
+    };
+    become_root(&account);
+    if !errand.beside {
+        go_home(&image_root, &account.home);
+    }
+    // Rust's runtime ignores it, which `yes | head` would inherit.
+    default_disposition(Signal::SIGPIPE).attempt(|| "restore SIGPIPE")?;
+    let programs = programs.iter().map(|program| Ok((program, program.prepared(&environment)?)));
+    let programs = programs.collect::<nix::Result<Vec<_>>>();
+    let programs = programs.attempt(|| "put the arguments of the program together")?;
+    Ok(report(run_first(&programs, &image_root)))
+}
+
+/// Why sftp-server cannot work in this image, if that is to be seen.
+pub fn why_no_transfer(image_root: &Tree) -> Option<String> {
+    if let Err(error) = check_what_sftp_server_opens(image_root) {
+        return Some(error.to_string());
+    }
+    let nobody = "/etc/passwd of the image has no user number 0, whom sftp-server looks for";
+    (!Account::root_of(image_root).known).then(|| nobody.to_owned())
+}
+
+/// A program to try, with its arguments.
+#[derive(Debug, PartialEq, Eq)]
+struct Program {
+    path: PathBuf,
+    arguments: Vec<OsString>,
+    is_shell: bool,
+}
+
+impl Program {
+    fn prepared(&self, environment: &[(OsString, OsString)]) -> nix::Result<Exec> {
+        let environment = environment.iter().map(|(name, value)| {
+            // $SHELL is the shell that really runs.
+            let value = if name == "SHELL" && self.is_shell { self.path.as_os_str() } else { value };
+            (name.as_os_str(), value)
+        });
+        Exec::new(&self.path, &self.arguments, environment)
+    }
+}
+
+/// What may carry out `request`, best first.
+fn programs(request: &Request, account: &Account) -> Vec<Program> {
+    let in_shell = |shell: &Path| {
+        let name = shell.file_name().unwrap_or(OsStr::new("sh"));
+        let arguments = match request {
+            Request::Command(command) => vec![name.to_owned(), "-c".into(), command.clone()],
+            _ => {
+                // A name that begins with a dash makes it a login shell.
+                let mut dashed = OsString::from("-");
+                dashed.push(name);
+                vec![dashed]
+            }
+        };
+        Program { path: shell.to_owned(), arguments, is_shell: true }
+    };
+    match request {
+        Request::Sftp(options) => return sftp_programs(&Path::new("/").join(PROGRAMS), options),
+        Request::Program(words) if !words.is_empty() => return on_path(words),
+        _ => {}
+    }
+    let mut programs = vec![in_shell(&account.shell)];
+    if account.shell != Path::new(DEFAULT_SHELL) {
+        programs.push(in_shell(Path::new(DEFAULT_SHELL)));
+    }
+    programs
+}
+
+/// The places of the login path where the program could be; itself if it is a path.
+fn on_path(words: &[OsString]) -> Vec<Program> {
+    let name = Path::new(&words[0]);
+    let folders = if name.components().count() > 1 { "" } else { LOGIN_PATH };
+    let candidate = |folder| Program { path: Path::new(folder).join(name), arguments: words.to_vec(), is_shell: false };
+    folders.split(':').map(candidate).collect()
+}
+
+/// sftp-server's options where it is started outside the root, in a working directory that it must leave: it stays there if it cannot
+/// change to its start directory. So what could hide our `-d` from it (another `-d`, a word that ends the options) goes, the directory has
+/// to exist, and a `%`, which it would expand, is doubled.
+fn beginning_in_image(options: &[OsString], home: &Path, image_root: &Tree) -> Vec<OsString> {
+    let mut kept = Vec::new();
+    let mut wanted = None;
+    let mut words = options.iter();
+    while let Some(word) = words.next() {
+        // sftp-server(8); every letter is a word of its own here, and a value the next one.
+        match word.as_encoded_bytes() {
+            b"-c" | b"-e" | b"-h" | b"-R" => kept.push(word.clone()),
+            b"-f" | b"-l" | b"-P" | b"-p" | b"-Q" | b"-u" => {
+                kept.extend([Some(word), words.next()].into_iter().flatten().cloned());
+            }
+            b"-d" => wanted = words.next(),
+            _ => break,
+        }
+    }
+    let expanded = wanted.map(|wanted| expand(wanted.as_bytes(), home));
+    let candidates = [expanded.as_deref(), Some(home)].into_iter().flatten();
+    let begins = candidates.into_iter().find(|path| path.is_absolute() && image_root.folder(path).is_ok());
+    let begins = begins.unwrap_or(Path::new("/")).as_os_str().as_bytes();
+    let escaped = begins.iter().flat_map(|&b| std::iter::repeat_n(b, if b == b'%' { 2 } else { 1 })).collect();
+    kept.extend(["-d".into(), OsString::from_vec(escaped)]);
+    kept
+}
+
+/// The start directory that sftp-server(8) takes this for.
+fn expand(wanted: &[u8], home: &Path) -> PathBuf {
+    let mut path = Vec::new();
+    let mut bytes = wanted.iter();
+    while let Some(&byte) = bytes.next() {
+        match (byte, if byte == b'%' { bytes.next() } else { None }) {
+            (b'%', Some(b'd')) => path.extend_from_slice(home.as_os_str().as_bytes()),
+            (b'%', Some(b'u')) => path.extend_from_slice(b"root"),
+            (b'%', Some(b'U')) => path.push(b'0'),
+            (_, other) => path.push(*other.unwrap_or(&byte)),
+        }
+    }
+    OsString::from_vec(path).into()
+}
+
+/// The container's sftp-server in `folder`, by the container's loader: nothing of it is looked up in the image.
+fn sftp_programs(folder: &Path, options: &[OsString]) -> Vec<Program> {
+    let server = folder.join("sftp-server");
+    let loader = folder.join("ld.so");
+    let mut arguments: Vec<OsString> =
+        vec![loader.clone().into(), "--library-path".into(), folder.into(), server.clone().into()];
+    arguments.extend_from_slice(options);
+    let mut direct: Vec<OsString> = vec![server.clone().into()];
+    direct.extend_from_slice(options);
+    // A server that is linked statically comes without a loader.
+    vec![
+        Program { path: loader, arguments, is_shell: false },
+        Program { path: server, arguments: direct, is_shell: false },
+    ]
+}
+
+/// What the container's sftp-server, its loader and its libc read of the image.
+const READ_BY_SFTP_SERVER: [&str; 5] =
+    ["etc/ld.so.preload", "etc/nsswitch.conf", "etc/passwd", "etc/group", "etc/localtime"];
+
+/// They would wait for ever for somebody to write to a fifo, and the client with them. And of what sftp-server says before it ends, sshd
+/// passes nothing on.
+fn check_what_sftp_server_opens(image_root: &Tree) -> Result<()> {
+    let attempted = || "start sftp-server in this image";
+    open_null(image_root).attempt(|| "open its /dev/null").map_err(|e| {
+        Error::new(attempted())
+            .because(e)
+            .advise("only an empty /dev of the image is furnished where nothing can be mounted")
+    })?;
+    for name in READ_BY_SFTP_SERVER {
+        let found = image_root.open_at(name, OFlags::PATH, Mode::empty()).and_then(|fd| Ok(rustix::fs::fstat(fd)?));
+        if found.is_ok_and(|found| kind_of(&found) == "a fifo") {
+            return Err(Error::new(attempted()).because(format!("/{name} is a fifo")));
+        }
+    }
+    Ok(())
+}
+
+/// Opens /dev/null as sftp-server does. Another device of that name, which the image may have brought, is not opened.
+fn open_null(image_root: &Tree) -> std::io::Result<()> {
+    let found = rustix::fs::fstat(image_root.open_at("dev/null", OFlags::PATH, Mode::empty())?)?;
+    if kind_of(&found) == "a character device" && found.st_rdev != rustix::fs::makedev(1, 3) {
+        return Err(std::io::Error::other("it is another device"));
+    }
+    let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::NOCTTY;
+    image_root.open_at("dev/null", flags, Mode::empty()).map(|_| ())
+}
+
+/// Replaces this process with the first of `programs` that can be started; returns why the last one could not.
+///
+/// A path is looked up below the root and without magic links (/proc/self/exe) before the kernel follows it. The kernel looks it up again,
+/// and somebody inside may have changed it meanwhile: there is nothing outside left that it could lead to.
+fn run_first<'a>(programs: &[(&'a Program, Exec)], image_root: &Tree) -> (&'a Path, Errno) {
+    let mut failed = (Path::new(""), Errno::ENOENT);
+    for (program, prepared) in programs {
+        let found = if program.path.is_absolute() {
+            image_root.open_at(&program.path, OFlags::PATH, Mode::empty()).map(drop)
+        } else {
+            Ok(())
+        };
+        let error = match found {
+            Ok(()) => {
+                let Err(error) = prepared.replace_this_process();
+                error
+            }
+            Err(error) => Errno::from_raw(error.raw_os_error().unwrap_or(0)),
+        };
+        failed = (&program.path, error);
+    }
+    failed
+}
+
+/// Says why nothing could be started, and gives the exit code that shells use for it.
+fn report((program, error): (&Path, Errno)) -> u8 {
+    let missing = error == Errno::ENOENT;
+    eprintln!(
+        "ims-jail-shell: cannot start {} in this image: {}; {}",
+        Printable(program.to_string_lossy()),
+        error.desc(),
+        if missing {
+            "it, or the loader it names, is not there"
+        } else {
+            "is it built for this architecture and executable?"
+        },
+    );
+    if missing { 127 } else { 126 }
+}
+
+fn become_root(account: &Account) {
+    // What the image lacks is not worth losing the session over: one can still mend it from inside.
+    let groups: Vec<Gid> = account.groups.iter().map(|g| Gid::from_raw(*g)).collect();
+    let _ = nix::unistd::setgroups(&groups);
+    let _ = nix::unistd::setgid(Gid::from_raw(account.group));
+}
+
+/// Changes to root's home, resolved below the root and without magic links, by its descriptor; to the root if there is none.
+fn go_home(image_root: &Tree, home: &Path) {
+    let went = image_root.folder(home).and_then(|home| Ok(rustix::process::fchdir(home)?));
+    if went.is_err() {
+        let _ = rustix::process::fchdir(image_root);
+    }
+}
+
+fn greet(image_root: &Tree, account: &Account, job: Option<&str>) {
+    let mut out = std::io::stdout();
+    let home = account.home.strip_prefix("/").unwrap_or(&account.home);
+    if image_root.look(home.join(".hushlogin")).is_ok_and(|found| found.is_some()) {
+        return;
+    }
+    let _ = out.write_all(&image_root.read("etc/motd", 64 << 10).unwrap_or_default());
+    let job = job.map_or(String::new(), |job| format!(" of IMS job {}", Printable(job)));
+    let _ = writeln!(out, "You are in the image root{job}. When done: touch /tmp/complete");
+    let _ = writeln!(out, "To give the changes up instead:           touch /tmp/failed");
+    if let Some(terminal) = std::env::var_os("TERM").filter(|terminal| terminfo::is_unknown(terminal, image_root)) {
+        let terminal = terminal.display();
+        let _ = writeln!(
+            out,
+            "The image knows no terminal '{terminal}' (terminfo). Most work as: export TERM=xterm-256color"
+        );
+    }
+    let _ = out.flush();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    fn tried(request: &Request, shell: &str) -> Vec<(String, Vec<String>)> {
+        let passwd = format!("root:x:0:0::/root:{shell}\n");
+        programs(request, &Account::parse(passwd.as_bytes(), b""))
+            .into_iter()
+            .map(|p| {
+                let arguments = p.arguments.into_iter().map(|a| a.into_string().unwrap()).collect();
+                (p.path.display().to_string(), arguments)
+            })
+            .collect()
+    }
+
+    #[test]
+    fn a_program_is_looked_up_on_the_images_path() {
+        let tried = tried(&Request::Program(vec!["id".into(), "-u".into()]), "/bin/zsh");
+        assert_eq!(tried.len(), LOGIN_PATH.split(':').count());
+        assert!(tried.contains(&("/bin/id".into(), vec!["id".into(), "-u".into()])));
+    }
+
+    #[test]
+    fn a_shell_is_a_login_shell_and_a_command_is_not() {
+        let shell =
+            |path: &str, arguments: &[&str]| (path.to_owned(), arguments.iter().map(ToString::to_string).collect());
+        assert_eq!(tried(&Request::Shell, "/bin/zsh"), [shell("/bin/zsh", &["-zsh"]), shell("/bin/sh", &["-sh"])]);
+        assert_eq!(
+            tried(&Request::Command("id; true".into()), "/bin/sh"),
+            [shell("/bin/sh", &["sh", "-c", "id; true"])]
+        );
+    }
+
+    fn errand() -> impl Strategy<Value = Errand> {
+        let word = || vec(1..=255_u8, 0..6).prop_map(OsString::from_vec);
+        let request = prop_oneof![
+            Just(Request::Shell),
+            word().prop_map(Request::Command),
+            vec(word(), 0..4).prop_map(Request::Sftp),
+            vec(word(), 0..4).prop_map(Request::Program),
+        ];
+        (request, any::<bool>(), prop::option::of("-{0,2}[a-z]{0,4}")).prop_map(|(request, beside, job)| Errand {
+            request,
+            beside,
+            job,
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn an_errand_is_read_as_it_was_written(errand in errand()) {
+            prop_assert_eq!(Errand::from_words(&errand.to_words()), Some(errand));
+        }
+    }
+
+    #[test]
+    fn an_sftp_server_outside_the_root_begins_in_a_directory_that_exists() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["a%%b", "srv/root", "there"] {
+            std::fs::create_dir_all(dir.path().join(name)).unwrap();
+        }
+        let image_root = Tree::open(dir.path()).unwrap();
+        for (options, home, meant) in [
+            ("", "/there", "-d /there"),
+            ("", "/a%%b", "-d /a%%%%b"),
+            ("", "/missing", "-d /"),
+            ("--", "/there", "-d /there"),
+            ("-- -d /missing", "/there", "-d /there"),
+            ("-l INFO -e file -R", "/there", "-l INFO -e -d /there"),
+            ("-R -d /srv/%u", "/there", "-R -d /srv/root"),
+            ("-d /missing -d /srv", "/there", "-d /srv"),
+            ("-d /missing", "/there", "-d /there"),
+            ("-d there", "/there", "-d /there"),
+            ("-d", "/there", "-d /there"),
+            ("-Rd/missing", "/there", "-d /there"),
+            ("-u 0022 -d %d", "/there", "-u 0022 -d /there"),
+        ] {
+            let options: Vec<OsString> = options.split_ascii_whitespace().map(Into::into).collect();
+            let got = beginning_in_image(&options, Path::new(home), &image_root);
+            assert_eq!(got.join(OsStr::new(" ")), OsStr::new(meant), "{options:?} {home}");
+        }
+    }
+}

@@ -1,0 +1,265 @@
+//! The way into the jail: no path that the image names leads to anything of the container, whatever descriptors are open where a session
+//! comes from.
+
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use crate::agent::Agent;
+use crate::escape::{Decoys, attempts};
+use crate::support::*;
+
+/// Leads to the top of the container from any directory of it.
+const UP: &str = "/../../../../../../../../../../../../..";
+
+/// Whether a session stands outside: a way up from its working directory leads to the file there.
+const STANDS_OUTSIDE: &str = ". /variables; exec /attempts inherited-working-folder";
+
+/// Programs outside, which are busybox: what they say as root's shell for a command is that command, and as a login shell `Linux`.
+const FOR_A_COMMAND: &str = "echo";
+const FOR_A_LOGIN: &str = "uname";
+
+/// The image's shell knows no such command.
+const SAID: &str = "said-by-a-program-outside";
+
+/// Puts into an image what the tests need, and makes what lies outside of it.
+fn lay_out(volume: &Volume, tier: &str) -> Decoys {
+    let outside = Decoys::lay_out(volume, "outside");
+    for program in [FOR_A_COMMAND, FOR_A_LOGIN] {
+        std::fs::copy(cache().join("busybox/bin/busybox"), volume.dir.path().join("outside").join(program)).unwrap();
+    }
+    let root = &volume.image_root;
+    std::fs::copy(attempts(), root.join("attempts")).unwrap();
+    let variables = outside.variables.iter().map(|(name, value)| format!("export {name}={value}\n"));
+    std::fs::write(root.join("variables"), variables.collect::<String>()).unwrap();
+    for number in 0..50 {
+        symlink(format!("/proc/self/fd/{number}"), root.join(format!("root/link-{number}"))).unwrap();
+        symlink(format!("link-{number}"), root.join(format!("root/far-{number}"))).unwrap();
+    }
+    symlink("/root", root.join("srv/home")).unwrap();
+    symlink("/bin/bash", root.join("usr/local/bin/linked")).unwrap();
+    let script = root.join("usr/local/bin/script");
+    std::fs::write(&script, "#!/bin/sh\nexec /bin/bash \"$@\"\n").unwrap();
+    std::fs::set_permissions(script, PermissionsExt::from_mode(0o755)).unwrap();
+    if tier == "chroot" {
+        // Where we mount nothing, somebody else may have.
+        succeed(Command::new("mount").args(["-t", "proc", "proc"]).arg(root.join("proc")));
+        let _ = symlink("/proc/self/fd", root.join("dev/fd"));
+    }
+    outside
+}
+
+/// Ways of an image to name what is open as `number`.
+fn names_of(number: u32) -> [String; 5] {
+    ["/proc/self/fd/", "/proc/thread-self/fd/", "/dev/fd/", "/root/link-", "/root/far-"]
+        .map(|name| format!("{name}{number}"))
+}
+
+/// Other names that the kernel resolves by itself, and not by their text.
+const FURTHER_NAMES: [&str; 4] = ["/proc/self/cwd", "/proc/self/root/..", "/proc/thread-self/cwd", "/proc/1/cwd"];
+
+fn set_root(volume: &Volume, home: &str, shell: &str) {
+    std::fs::write(volume.image_root.join("etc/passwd"), format!("root:x:0:0:root:{home}:{shell}\n")).unwrap();
+}
+
+/// A program outside, by way of a directory there.
+fn program_by(volume: &Volume, directory: &str, program: &str) -> String {
+    format!("{directory}{UP}{}/outside/{program}", volume.dir.path().display())
+}
+
+/// Homes that are honest, and where a session then stands.
+const HOMES: [(&str, &str); 8] = [
+    ("/root", "/root"),
+    ("/root/", "/root"),
+    ("/srv/home", "/root"),
+    ("/root/../srv", "/srv"),
+    ("/../../srv", "/srv"),
+    ("/a%%b", "/"),
+    ("/missing", "/"),
+    ("/etc/hostname", "/"),
+];
+
+const SHELLS: [&str; 4] = ["/bin/bash", "/usr/local/bin/linked", "/usr/local/bin/script", "/bin/../bin/sh"];
+
+/// A client of an environment, with an agent or without.
+struct Client<'a> {
+    environment: &'a Environment,
+    outside: &'a Decoys,
+    tier: &'a str,
+    master: Master<'a>,
+}
+
+impl Client<'_> {
+    /// A file of the client, which gets what is read.
+    fn got(&self) -> std::path::PathBuf {
+        let got = self.environment.dir.path().join("got");
+        let _ = std::fs::remove_file(&got);
+        got
+    }
+
+    /// The path of the file outside, from any directory of the container.
+    fn file_outside(&self) -> String {
+        format!("{}{}", &UP[1..], self.outside.value("OUTSIDE_FILE"))
+    }
+
+    fn is_secret(&self, file: &Path) -> bool {
+        std::fs::read_to_string(file).is_ok_and(|text| text == self.outside.secret)
+    }
+
+    fn out_by_command(&self) -> bool {
+        self.master.ssh().arg(STANDS_OUTSIDE).output().unwrap().status.success()
+    }
+
+    /// The kinds of sessions that get at the file outside.
+    fn out(&self) -> Vec<&'static str> {
+        let terminal = self.master.ssh_with(&["-tt"]).arg(STANDS_OUTSIDE).output().unwrap();
+        let shell = feed(&mut self.master.ssh(), format!("{STANDS_OUTSIDE}\n").as_bytes());
+        let got = self.got();
+        feed(&mut self.master.sftp(), format!("get {} {}\n", self.file_outside(), got.display()).as_bytes());
+        let sftp = self.is_secret(&got);
+        let got = self.got();
+        let from = format!("root@127.0.0.1:{}", self.file_outside());
+        self.master.scp().arg("-O").arg(from).arg(&got).output().unwrap();
+        let kinds = [
+            ("command", self.out_by_command()),
+            ("terminal", terminal.status.success()),
+            ("shell", shell.status.success()),
+            ("sftp", sftp),
+            ("scp -O", self.is_secret(&got)),
+        ];
+        kinds.into_iter().filter(|(_, out)| *out).map(|(kind, _)| kind).collect()
+    }
+
+    /// Whether a program outside becomes the shell of a command, or of a login.
+    fn out_by_shell(&self, directory: &str) -> bool {
+        set_root(self.environment, "/root", &program_by(self.environment, directory, FOR_A_COMMAND));
+        let command = self.master.ssh().arg(SAID).output().unwrap();
+        set_root(self.environment, "/root", &program_by(self.environment, directory, FOR_A_LOGIN));
+        let login = feed(&mut self.master.ssh(), b"");
+        text(command.stdout).contains(SAID) || text(login.stdout).contains("Linux")
+    }
+
+    fn asserts_honest_ones_work(&self) {
+        let said = |command: &str| {
+            let output = self.master.ssh().arg(command).output().unwrap();
+            assert!(output.status.success(), "{}: {command}: {output:?}", self.tier);
+            text(output.stdout)
+        };
+        for (home, stands) in HOMES {
+            set_root(self.environment, home, "/bin/sh");
+            assert_eq!(said("pwd -P; echo $HOME"), format!("{stands}\n{home}\n"), "{}", self.tier);
+            let sftp = feed(&mut self.master.sftp(), b"pwd\n");
+            assert!(text(&sftp.stdout).contains(&format!("directory: {stands}\n")), "{}: {home}: {sftp:?}", self.tier);
+            let (here, got) = (self.environment.dir.path().join("here"), self.got());
+            std::fs::write(&here, home).unwrap();
+            for copy in
+                [[here.to_str().unwrap(), "root@127.0.0.1:copy"], ["root@127.0.0.1:copy", got.to_str().unwrap()]]
+            {
+                succeed(self.master.scp().arg("-O").args(copy));
+            }
+            assert_eq!(std::fs::read_to_string(&got).unwrap(), home);
+            assert!(self.environment.image_root.join(&stands[1..]).join("copy").exists());
+        }
+        for shell in SHELLS {
+            set_root(self.environment, "/root", shell);
+            assert_eq!(said("echo $SHELL; [ -n \"$PS1\" ] || cd; pwd"), format!("{shell}\n/root\n"), "{}", self.tier);
+        }
+    }
+}
+
+/// Numbers of the descriptors that could be open in a program that enters a jail for sshd.
+const NUMBERS: std::ops::RangeInclusive<u32> = 3..=11;
+
+#[test]
+fn no_home_and_no_shell_of_the_image_leads_a_session_outside() {
+    let (mut tried, mut wrong) = (0, Vec::new());
+    for tier in TIERS {
+        let volume = Volume::new(Image::Debian);
+        let outside = lay_out(&volume, tier);
+        let environment = volume.start_with(Mode::Jailed, &[("IMS_JAIL_TIER", tier)]).ready();
+        let agent = Agent::start(&environment);
+        for socket in [Some(agent.socket.as_path()), None] {
+            let master = environment.master_with(socket);
+            let client = Client { environment: &environment, outside: &outside, tier, master };
+            // With an agent, there is a directory of the container's open, below whatever number.
+            let spellings = if socket.is_some() { usize::MAX } else { 1 };
+            let names = NUMBERS.flat_map(|number| names_of(number).into_iter().take(spellings));
+            for name in names.chain(FURTHER_NAMES.map(str::to_owned)) {
+                tried += 2;
+                set_root(&environment, &name, "/bin/sh");
+                // The kinds differ in what is open, but not in how a name is spelled.
+                let out = if name.contains("self") { client.out() } else { Vec::new() };
+                if !out.is_empty() || client.out_by_command() {
+                    wrong.push(format!("{tier}: home {name}: {out:?}"));
+                }
+                if client.out_by_shell(&name) {
+                    wrong.push(format!("{tier}: shell below {name}"));
+                }
+            }
+            client.asserts_honest_ones_work();
+            if socket.is_some() && tier != "chroot" {
+                assert_eq!(text(client.master.ssh().arg("ssh-add -l").output().unwrap().stdout), agent.keys);
+            }
+        }
+        outside.assert_unharmed();
+    }
+    assert!(wrong.is_empty(), "{} of {tried} fields lead outside: {wrong:#?}", wrong.len());
+    println!("{tried} fields of passwd, each by two kinds of sessions or five: none leads outside");
+}
+
+/// `ims-sshd enter`, from a shell that has this many directories of the container open.
+fn enter(volume: &Volume, tier: &str, open: u32, program: &[&str]) -> Command {
+    let mut enter = Command::new("bash");
+    let script = "for ((n = 3; n < 3 + $1; n++)); do eval \"exec $n</\"; done; shift; exec \"$@\"";
+    enter.args(["-c", script, "bash", &open.to_string(), IMS_SSHD, "enter"]).arg(&volume.image_root);
+    enter.args(program).env("IMS_JAIL_TIER", tier).stdin(Stdio::null());
+    enter
+}
+
+#[test]
+fn no_home_and_no_shell_of_the_image_leads_enter_outside_whatever_its_caller_has_open() {
+    let (mut tried, mut wrong) = (0, Vec::new());
+    for tier in TIERS {
+        let volume = Volume::new(Image::Debian);
+        let outside = lay_out(&volume, tier);
+        let few = [(0, 3), (1, 3), (7, 9)].map(|(open, number)| (open, vec![format!("/proc/self/fd/{number}")]));
+        let many = [3, 9, 42].map(|number| (40, names_of(number).to_vec()));
+        for (open, names) in few.into_iter().chain(many) {
+            for name in names {
+                tried += 2;
+                set_root(&volume, &name, "/bin/sh");
+                let home = enter(&volume, tier, open, &["--", "/bin/sh", "-c", STANDS_OUTSIDE]).output().unwrap();
+                if home.status.success() {
+                    wrong.push(format!("{tier}: {open} open, home {name}"));
+                }
+                set_root(&volume, "/root", &program_by(&volume, &name, FOR_A_LOGIN));
+                let shell = enter(&volume, tier, open, &[]).output().unwrap();
+                if text(shell.stdout).contains("Linux") {
+                    wrong.push(format!("{tier}: {open} open, shell below {name}"));
+                }
+            }
+        }
+        // A directory that is a stream comes in, and then it is no matter what passwd says.
+        set_root(&volume, "/root", "/bin/sh");
+        let script = format!("cd /proc/self/fd/0 && {STANDS_OUTSIDE}");
+        let mut command = enter(&volume, tier, 0, &["--", "/bin/sh", "-c", &script]);
+        let directory = command.stdin(std::fs::File::open("/").unwrap()).output().unwrap();
+        if !text(&directory.stderr).contains("standard input is a directory") {
+            wrong.push(format!("{tier}: a directory as standard input: {:?}", directory.status));
+        }
+
+        for (home, stands) in HOMES {
+            set_root(&volume, home, "/bin/sh");
+            let said = succeed(&mut enter(&volume, tier, 40, &["--", "pwd", "-P"]));
+            assert_eq!(said, format!("{stands}\n"), "{tier}");
+        }
+        for shell in SHELLS {
+            set_root(&volume, "/root", shell);
+            let said = feed(&mut enter(&volume, tier, 40, &[]), b"echo $SHELL; pwd\n");
+            assert_eq!(text(&said.stdout), format!("{shell}\n/root\n"), "{tier}: {said:?}");
+        }
+        outside.assert_unharmed();
+    }
+    assert!(wrong.is_empty(), "{} of {tried} fields lead outside: {wrong:#?}", wrong.len());
+    println!("{tried} fields of passwd: none leads outside");
+}
