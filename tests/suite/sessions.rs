@@ -314,10 +314,7 @@ fn only_root_gets_into_a_jailed_environment() {
 fn sessions_go_on_when_the_helpers_file_is_what_they_look_for() {
     // The helper's program is the container's: from inside it can be neither found nor written.
     let environment = Environment::open(Image::Debian, Mode::Jailed);
-    assert_eq!(
-        environment.says(&format!("ls {IMS_JAIL_SHELL} /proc/1/exe /proc/1/root 2>/dev/null || echo hidden")),
-        "hidden"
-    );
+    assert_eq!(environment.says(&format!("ls {IMS_JAIL_SHELL} /proc/1/exe 2>/dev/null || echo hidden")), "hidden");
 }
 
 #[test]
