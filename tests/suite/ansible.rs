@@ -87,6 +87,15 @@ fn manages_a_node(place: Place, ansible: Ansible) {
     }
 }
 
+#[test]
+fn ansible_names_a_jail_and_is_told_what_belongs_to_the_node() {
+    for place in [Place::Namespace, Place::User] {
+        let environment = place.open_in_container();
+        let recap = Controller::new(&environment, debians()).play("limits.yml", "");
+        assert!(recap.contains(" unreachable=0    failed=0 ") && recap.contains(" ignored=2 "), "{place:?}: {recap}");
+    }
+}
+
 fn takes_every_way(place: Place, ansible: Ansible) {
     let environment = place.open_in_container();
     let controller = Controller::new(&environment, ansible);

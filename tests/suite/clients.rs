@@ -152,7 +152,7 @@ fn shown_page() -> String {
             page += &format!("| {} | {what} | {namespace} | {user} | {plain} |\n", row.client);
         }
     }
-    page + &crate::commands::page()
+    page + &crate::commands::page() + &crate::limits::page()
 }
 
 fn versions() -> String {

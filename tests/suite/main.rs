@@ -21,6 +21,7 @@ mod foreign;
 mod hostile;
 mod image_untouched;
 mod lifecycle;
+mod limits;
 mod local;
 mod look;
 mod people;
