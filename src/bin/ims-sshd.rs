@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use ims_sshd::error::{Attempt, Result};
+use ims_sshd::jail::binds::Bind;
 use ims_sshd::lifecycle::settings::{DEFAULT_PARENT, Settings};
 use ims_sshd::lifecycle::{log, supervisor};
 use ims_sshd::local::customize::{self, Customization};
@@ -264,6 +265,10 @@ struct CustomizeArguments {
     /// Sessions land on this machine, beside the image root, and not in it
     #[arg(long)]
     plain: bool,
+    /// Show a directory or file of this machine in the image, at the same path if no other is named; nothing of it is packed. Any number of
+    /// times
+    #[arg(long, value_name = "SOURCE[:TARGET[:ro]]", value_parser = Bind::parse, conflicts_with = "plain")]
+    bind: Vec<Bind>,
     /// A script to run once the environment is open
     #[arg(long, value_name = "FILE")]
     script: Option<PathBuf>,
@@ -283,6 +288,10 @@ struct EnterArguments {
     /// Discard what was changed at the end without asking
     #[arg(long, requires = "output")]
     discard: bool,
+    /// Show a directory or file of this machine in the image, at the same path if no other is named; nothing of it is packed. Any number of
+    /// times
+    #[arg(long, value_name = "SOURCE[:TARGET[:ro]]", value_parser = Bind::parse)]
+    bind: Vec<Bind>,
     #[command(flatten)]
     job: JobOptions,
     /// The command and its arguments [default: the login shell]
@@ -369,7 +378,8 @@ fn run(command: Command) -> Result<u8> {
                 (_, true) => Some(Answer::Discard),
                 _ => None,
             };
-            enter::run(arguments.job.read(arguments.source)?, &Entry { command: arguments.command, answer })
+            let entry = Entry { command: arguments.command, binds: arguments.bind, answer };
+            enter::run(arguments.job.read(arguments.source)?, &entry)
         }
         Command::Complete(parent) => status::mark(&parent.path(), Verdict::Complete),
         Command::Fail(parent) => status::mark(&parent.path(), Verdict::Failed),
@@ -409,6 +419,7 @@ fn run_customize(arguments: CustomizeArguments) -> Result<u8> {
         listen: arguments.listen,
         authorized_key: arguments.authorized_key,
         jailed: !arguments.plain,
+        binds: arguments.bind,
         script: arguments.script,
     };
     customize::run(arguments.job.read(arguments.source)?, &wanted)

@@ -13,6 +13,7 @@ use rustix::mount::MountAttrFlags;
 
 use crate::error::{Advise, Attempt, Error, Result};
 use crate::jail::architecture::Architecture;
+use crate::jail::binds::Bind;
 use crate::jail::hostname;
 use crate::jail::mount_table::{
     DEV_LINKS, KERNEL_FILE_ATTRIBUTES, Missing, Mount, PROGRAMS, Proc, ROOT_ATTRIBUTES, Source, mount_table,
@@ -41,6 +42,8 @@ pub struct Plan {
     pub resolv_conf: Option<PathBuf>,
     /// sftp-server with its loader and libraries: (name below [`PROGRAMS`], file of the container, not a link).
     pub sftp: Vec<(String, PathBuf)>,
+    /// Bind mounts, with targets that exist and have no link on the way.
+    pub binds: Vec<Bind>,
     /// A mount namespace that holds next to nothing, of which the jail's becomes a copy; a copy of the container's, with all that is mounted
     /// there, if there is none.
     pub bare: Option<PathBuf>,
@@ -73,6 +76,7 @@ pub fn build(plan: &Plan) -> Result<Programs> {
     let table = table.collect::<Result<Vec<_>>>()?;
     let resolv_conf = plan.resolv_conf.as_deref().map(copy_resolv_conf).transpose()?;
     let (copies, programs) = copy_programs(&plan.sftp)?;
+    let binds = plan.binds.iter().map(|bind| Ok((bind, bind.copy()?))).collect::<Result<Vec<_>>>()?;
 
     // What is mounted from here on must not appear in the container, nor the other way round.
     match &plan.bare {
@@ -103,6 +107,11 @@ pub fn build(plan: &Plan) -> Result<Programs> {
         cover_resolv_conf(&jail.root, copy)?;
     }
     show_programs(&jail, copies)?;
+
+    // Last: a source may hold anything, and no name of it is looked up.
+    for (bind, copy) in binds {
+        bind.attach(copy, &jail.root)?;
+    }
 
     // Not chroot: whoever may call chroot again could leave it. The old root is gone from this namespace after this.
     mounts::switch_root(&jail.root).attempt(|| format!("switch the root to {shown}"))?;

@@ -3,6 +3,7 @@
 pub mod additions;
 pub mod agent;
 pub mod architecture;
+pub mod binds;
 pub mod binfmt;
 pub mod build;
 pub mod capabilities;

@@ -39,6 +39,9 @@ impl Groundwork {
         make_host_keys()?;
         // sshd does not start without it, and in a container nobody else makes it.
         std::fs::create_dir_all("/run/sshd").attempt(|| "make the folder /run/sshd")?;
+        if !settings.jailed && !settings.binds.is_empty() {
+            tracing::warn!("IMS_JAIL_BINDS is of no use in plain mode: sessions see what the container sees");
+        }
         let choose = || tier::choose(settings.tier, settings.dkms, state);
         Ok(Self { sftp, jail: settings.jailed.then(choose).transpose()? })
     }
@@ -187,6 +190,7 @@ pub fn make_jail(
         job: settings.job.as_deref(),
         hostname: settings.hostname.as_deref(),
         keep: names.chain(effective.accept_env().map(str::to_owned)).collect(),
+        binds: &settings.binds,
         sftp,
         bare: kind.bare.as_ref().map(AsFd::as_fd),
     };

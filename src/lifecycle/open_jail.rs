@@ -13,6 +13,7 @@ use rustix::event::{PollFd, PollFlags};
 use crate::error::{Attempt, Error, Result};
 use crate::jail::additions::{self, Addition, Kind, Made};
 use crate::jail::architecture::Architecture;
+use crate::jail::binds::{self, Bind};
 use crate::jail::link::{Link, Message};
 use crate::jail::mount_table::{Proc, mount_table};
 use crate::jail::record::Record;
@@ -25,6 +26,7 @@ use crate::sys::process::{Handle, Identity};
 use crate::sys::tree::Tree;
 
 /// What a jail is made of, as the supervisor knows it.
+#[derive(Clone)]
 pub struct Wanted<'a> {
     /// How strong it is.
     pub tier: Tier,
@@ -46,6 +48,8 @@ pub struct Wanted<'a> {
     pub hostname: Option<&'a str>,
     /// Variables that sessions keep.
     pub keep: Vec<String>,
+    /// Bind mounts that the job asks for.
+    pub binds: &'a [Bind],
     /// sshd's sftp-server with what it needs; none if there are no sftp sessions.
     pub sftp: &'a [(String, PathBuf)],
     /// The bare mount namespace that a jail on trial has left; none if the tier cannot make use of it.
@@ -93,6 +97,9 @@ impl OpenJail {
             lacking.push(Addition { path: RESOLV_CONF.into(), kind: Kind::File });
         }
         let text = text.filter(|_| decision != ResolvConf::AsItIs);
+        let (placed, lacking_for_binds) = binds::place(wanted.image_root, wanted.tier, wanted.binds)?;
+        lacking.extend(lacking_for_binds);
+        let wanted = &Wanted { binds: &placed, ..wanted.clone() };
         let made = Made::make(wanted.image_root, wanted.note_folder, lacking)?;
         let opened = prepare_files(wanted, state, text.as_deref()).and_then(|resolv_conf| {
             let (init, link, mut doors) = start(wanted, resolv_conf)?;
@@ -275,6 +282,9 @@ fn start(wanted: &Wanted<'_>, resolv_conf: Option<PathBuf>) -> Result<(Pid, Link
     }
     if let Some(file) = resolv_conf {
         command.arg("--resolv-conf").arg(file);
+    }
+    for Bind { source, target, read_only } in wanted.binds {
+        command.arg("--bind").args([source, target]).arg(if *read_only { "ro" } else { "rw" });
     }
     for (name, file) in wanted.sftp {
         let mut pair = std::ffi::OsString::from(format!("{name}="));

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use crate::error::{Error, Result};
 use crate::jail::architecture::Architecture;
+use crate::jail::binds::Bind;
 use crate::jail::tier::Tier;
 use crate::sshd::options::Options;
 
@@ -42,6 +43,8 @@ pub struct Settings {
     pub dkms: bool,
     /// `IMS_JAIL_HOSTNAME`: the jail's host name; the container's if there is none.
     pub hostname: Option<String>,
+    /// `IMS_JAIL_BINDS`: what of the container is shown in the jail.
+    pub binds: Vec<Bind>,
     /// `IMS_AGENT_FORWARDING`: whether clients may bring their ssh-agent, as far as sshd lets them.
     pub agent: bool,
     /// `ENABLE_DEBUG`.
@@ -102,6 +105,7 @@ impl Settings {
         let architecture = reader.choice("BUILD_ARCH", &Architecture::ALL.map(|a| (a.name(), a)), Case::Exact);
         let tier = reader.tier();
         let hostname = reader.host_name("IMS_JAIL_HOSTNAME");
+        let binds = reader.binds("IMS_JAIL_BINDS");
         let agent = reader.choice("IMS_AGENT_FORWARDING", &truth, Case::Any).unwrap_or(true);
         let close_grace = reader.seconds("IMS_CLOSE_GRACE").unwrap_or(DEFAULT_GRACE);
         let idle_limit = reader.seconds("IMS_IDLE_LIMIT");
@@ -124,6 +128,7 @@ impl Settings {
                 tier,
                 dkms,
                 hostname,
+                binds,
                 agent,
                 debug,
                 architecture,
@@ -233,6 +238,19 @@ impl Reader {
         None
     }
 
+    fn binds(&mut self, name: &str) -> Vec<Bind> {
+        let value = self.text(name).unwrap_or_default();
+        let words = match shell_words::split(&value) {
+            Ok(words) => words,
+            Err(e) => {
+                self.complaints.push(format!("{name} is '{value}': {e}"));
+                return Vec::new();
+            }
+        };
+        let mut bind = |word: &String| Bind::parse(word).map_err(|why| self.complaints.push(format!("{name}: {why}")));
+        words.iter().filter_map(|word| bind(word).ok()).collect()
+    }
+
     pub(crate) fn seconds(&mut self, name: &str) -> Option<Duration> {
         let value = self.text(name)?;
         let seconds = value.parse().ok().map(Duration::from_secs);
@@ -301,6 +319,7 @@ mod tests {
             ("IMS_IDLE_LIMIT", "1h", "whole seconds"),
             ("IMS_SESSION_LIMIT", "1.5", "whole seconds"),
             ("IMS_JAIL_HOSTNAME", "node_1", "as in host names"),
+            ("IMS_JAIL_BINDS", "/nowhere:/opt", "SOURCE is '/nowhere'"),
             ("IMS_AGENT_FORWARDING", "no", "'true' or 'false'"),
             ("IMS_JAIL_TIER", "strong", "'auto' or 'namespace' or 'user' or 'chroot'"),
             ("SSHD_OPTIONS", "-D", "background"),

@@ -102,6 +102,7 @@ impl Ground {
             job: None,
             hostname: None,
             keep: Vec::new(),
+            binds: &[],
             sftp: &[],
             bare: None,
         };

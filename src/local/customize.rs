@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 use rustix::mount::MountAttrFlags;
 
 use crate::error::{Attempt, Error, Result};
+use crate::jail::binds::Bind;
 use crate::lifecycle::signal_files::READY;
 use crate::lifecycle::{self, supervisor};
 use crate::local;
@@ -26,6 +27,8 @@ pub struct Customization {
     pub authorized_key: Option<PathBuf>,
     /// Whether sessions land in the image root.
     pub jailed: bool,
+    /// What of this machine is shown in the jail.
+    pub binds: Vec<Bind>,
     /// A script to run once the environment is open.
     pub script: Option<PathBuf>,
 }
@@ -72,7 +75,8 @@ fn open(wanted: &Customization, image_root: &Path) -> Result<(Fate, u8)> {
             .filter_map(|n| Some((n.into(), std::env::var_os(n)?)));
     let variables =
         variables.map(|(name, value): (&str, std::ffi::OsString)| (name.into(), value)).into_iter().chain(passed_on);
-    let settings = lifecycle::settings::Settings::read(Some(run.path().to_owned()), variables)?;
+    let mut settings = lifecycle::settings::Settings::read(Some(run.path().to_owned()), variables)?;
+    settings.binds.clone_from(&wanted.binds);
 
     let parent = run.path().to_owned();
     // Until the directory is removed: who begins before that must not find its files vanish.

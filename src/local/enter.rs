@@ -15,6 +15,7 @@ use nix::unistd::{Pid, getpgrp, tcgetpgrp};
 use rustix::event::{PollFd, PollFlags};
 
 use crate::error::{Attempt, Error, Result};
+use crate::jail::binds::Bind;
 use crate::jail::link::Message;
 use crate::jail::tier::Tier;
 use crate::lifecycle::open_jail::{self, OpenJail, Wanted};
@@ -34,6 +35,8 @@ use crate::verdict::Verdict;
 pub struct Entry {
     /// A program of the image with its arguments; the login shell if there is none.
     pub command: Vec<OsString>,
+    /// What of this machine is shown in the jail.
+    pub binds: Vec<Bind>,
     /// What becomes of the changes, if it is said beforehand.
     pub answer: Option<Answer>,
 }
@@ -68,7 +71,7 @@ pub fn run(job: Job, entry: &Entry) -> Result<u8> {
     let question = format!("Publish what has become of {}?", job.source);
     let end = job.run(|image_root| {
         let session = Session { is_shell: entry.command.is_empty(), publishes, tier };
-        let (status, verdict) = session.run(image_root, &entry.command)?;
+        let (status, verdict) = session.run(image_root, entry)?;
         if !publishes {
             return Ok((Fate::Discard, verdict.map_or(status, exited_as)));
         }
@@ -176,7 +179,7 @@ impl Session {
     }
 
     /// Returns how it ended, and the mark that was made in the image.
-    fn run(&self, image_root: &Path, command: &[OsString]) -> Result<(WaitStatus, Option<Verdict>)> {
+    fn run(&self, image_root: &Path, entry: &Entry) -> Result<(WaitStatus, Option<Verdict>)> {
         let run = local::RunFolder::claim("enter", image_root)?;
         // The command is in the foreground; what it does about these is its own business.
         let held = [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGCHLD];
@@ -209,12 +212,13 @@ impl Session {
             job: None,
             hostname: None,
             keep: Vec::new(),
+            binds: &entry.binds,
             sftp: &[],
             bare: kind.bare.as_ref().map(AsFd::as_fd),
         };
         let jail = OpenJail::open(&wanted, &state).map_err(cleared)?;
         let mut helper = Command::new(open_jail::program()?);
-        helper.arg("enter").arg(state.jail()).arg("--").args(command);
+        helper.arg("enter").arg(state.jail()).arg("--").args(&entry.command);
         let terminal = self.is_at_terminal().then(TerminalModes::save).flatten();
         let ended = hold_none(&mut helper).spawn().attempt(|| "start ims-jail-shell");
         let ended = ended.and_then(|helper| self.attend(helper, &jail, &signals));

@@ -65,6 +65,18 @@ impl Tree {
         Err(Errno::AGAIN.into())
     }
 
+    /// A handle on what stands at `path`, through links that stay in the tree. EXDEV for one that leads out of it, as an absolute one does.
+    pub fn beneath(&self, path: impl AsRef<Path>) -> io::Result<OwnedFd> {
+        self.resolve(path.as_ref(), OFlags::PATH, Mode::empty(), ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS)
+    }
+
+    /// The path below the tree at which the kernel has `found`, which was opened in it. By the time it is used, it may have moved.
+    pub fn path_of(&self, found: &OwnedFd) -> io::Result<PathBuf> {
+        let own = std::fs::read_link(self.path())?;
+        let found = std::fs::read_link(format!("/proc/self/fd/{}", found.as_raw_fd()))?;
+        found.strip_prefix(own).map(Path::to_owned).map_err(|_| io::ErrorKind::NotFound.into())
+    }
+
     /// A handle on the object itself, a link included.
     pub fn handle(&self, path: impl AsRef<Path>) -> io::Result<OwnedFd> {
         self.open_at(path, OFlags::PATH | OFlags::NOFOLLOW, Mode::empty())

@@ -8,6 +8,7 @@
 mod agent;
 mod ansible;
 mod as_on_a_node;
+mod binds;
 mod clients;
 mod close;
 mod commands;

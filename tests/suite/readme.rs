@@ -32,6 +32,12 @@ fn every_command_of_the_readme_does_what_it_is_there_for() {
             ["ims-sshd", "customize", options @ ..] => customize(command, options.contains(&"--script")),
             ["ims-sshd", "prepare", ..] => publish(),
             ["ims-sshd", "package" | "upload", ..] => {}
+            ["ims-sshd", "enter", "./image-root", "--bind", ..] => {
+                let desk = Desk::new();
+                std::fs::create_dir(desk.volume.parent.join("repo")).unwrap();
+                std::fs::write(desk.volume.parent.join("repo/package"), "").unwrap();
+                assert_eq!(succeed(&mut desk.shell(command)), "package\n", "{command}");
+            }
             ["ims-sshd", "enter", "./image-root", ..] => {
                 let output = succeed(&mut Desk::new().shell(command));
                 assert!(output.contains("Debian"), "{command}: {output}");

@@ -1,0 +1,270 @@
+//! Bind mounts: directories and files of the container that a job asks to see in the jail, as `SOURCE[:TARGET[:ro]]`.
+//!
+//! The source is the administrator's and trusted; the target lies in the image, which is not.
+
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Component, Path, PathBuf};
+
+use rustix::mount::MountAttrFlags;
+
+use crate::error::{Advise, Attempt, Error, Result};
+use crate::jail::additions::{Addition, Kind};
+use crate::jail::tier::Tier;
+use crate::sys::mounts::Detached;
+use crate::sys::tree::{Tree, kind_of};
+
+/// One bind mount.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Bind {
+    /// What is shown: a path of the container without links.
+    pub source: PathBuf,
+    /// Where, relative to the image root.
+    pub target: PathBuf,
+    /// Whether nothing can be changed through it, nor through what is mounted below it.
+    pub read_only: bool,
+}
+
+/// What the jail itself mounts or puts into the image.
+const TAKEN_TARGETS: [&str; 5] = ["proc", "sys", "dev", "run", "etc/resolv.conf"];
+
+/// What the jail hides or restricts, which a bind mount must not show again; the last one has the keys of open environments.
+const HIDDEN_SOURCES: [&str; 4] = ["/proc", "/sys", "/dev", "/run/ims-sshd"];
+
+impl Bind {
+    /// Understands `SOURCE[:TARGET[:ro]]`, and looks at the source. Returns what is wrong with it, which begins with SOURCE or TARGET.
+    pub fn parse(text: &str) -> std::result::Result<Self, String> {
+        let words: Vec<_> = text.split(':').collect();
+        let (source, target, read_only) = match words[..] {
+            [source] => (source, None, false),
+            [source, target] => (source, Some(target), false),
+            [source, target, "ro"] => (source, Some(target), true),
+            _ => return Err("expected SOURCE[:TARGET[:ro]]".into()),
+        };
+        let named = std::path::absolute(source).map_err(|e| format!("SOURCE is '{source}': {e}"))?;
+        let refuse = |why: &str| Err(format!("SOURCE is '{}': {why}", named.display()));
+        let real = match std::fs::canonicalize(&named) {
+            Ok(real) => real,
+            Err(e) => return refuse(&e.to_string()),
+        };
+        match std::fs::metadata(&real) {
+            Ok(found) if found.is_dir() || found.is_file() => {}
+            Ok(_) => return refuse("expected a directory or a regular file"),
+            Err(e) => return refuse(&e.to_string()),
+        }
+        if let Some(hidden) = HIDDEN_SOURCES.iter().find(|hidden| overlap(&real, Path::new(hidden))) {
+            return refuse(&format!("it is, holds or lies in {hidden}, which a session must not reach"));
+        }
+        let target = target.map_or(named.clone(), PathBuf::from);
+        let refuse = |why: &str| Err(format!("TARGET is '{}': {why}", target.display()));
+        if !target.is_absolute()
+            || target.components().any(|c| c == Component::ParentDir)
+            || target.as_os_str().as_encoded_bytes().iter().any(u8::is_ascii_control)
+        {
+            return refuse("expected an absolute path in the image without '..' and control characters");
+        }
+        let relative: PathBuf = target.components().filter(|c| matches!(c, Component::Normal(_))).collect();
+        if let Some(why) = taken(&relative) {
+            return refuse(&why);
+        }
+        Ok(Self { source: real, target: relative, read_only })
+    }
+
+    /// A copy of what is mounted at the source, with all that is mounted below it, which may cover something on purpose.
+    pub fn copy(&self) -> Result<Detached> {
+        let mut attributes = MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOSUID;
+        attributes.set(MountAttrFlags::MOUNT_ATTR_RDONLY, self.read_only);
+        Detached::copy_of(&self.source, true, attributes).attempt(|| self.attempted())
+    }
+
+    /// Puts the copy on the target.
+    pub fn attach(&self, copy: Detached, root: &Tree) -> Result<()> {
+        let attach = || copy.attach(root.handle(&self.target)?);
+        attach().attempt(|| self.attempted()).map(drop)
+    }
+
+    fn attempted(&self) -> String {
+        format!("bind {} to /{} of the image", self.source.display(), self.target.display())
+    }
+}
+
+/// Whether one is the other, or lies in it.
+fn overlap(a: &Path, b: &Path) -> bool {
+    a.starts_with(b) || b.starts_with(a)
+}
+
+/// Why nothing can be bound at `target`, relative to the image root.
+fn taken(target: &Path) -> Option<String> {
+    if target.as_os_str().is_empty() {
+        return Some("that is the image root itself".into());
+    }
+    // Not what holds them: /etc as a whole may be covered, with resolv.conf in it.
+    let taken = TAKEN_TARGETS.iter().find(|taken| target.starts_with(taken));
+    taken.map(|taken| format!("/{taken} is the jail's own"))
+}
+
+/// The binds as they lie in this image, with no link on the way to a target, and what the image lacks for them. Everything that can be
+/// refused is refused here.
+pub fn place(image_root: &Tree, tier: Tier, binds: &[Bind]) -> Result<(Vec<Bind>, Vec<Addition>)> {
+    let (mut placed, mut lacking): (Vec<Bind>, Vec<Addition>) = (Vec::new(), Vec::new());
+    let root = rustix::fs::fstat(image_root).attempt(|| "look at the image root")?;
+    for bind in binds {
+        let attempted = || bind.attempted();
+        let refuse = |why: String| Error::new(attempted()).because(why);
+        if tier == Tier::Chroot {
+            return Err(refuse("in the tier 'chroot' nothing can be mounted".into()))
+                .advise("allow the container another tier, or leave the bind mount out");
+        }
+        let is_root = |m: std::fs::Metadata| (m.dev(), m.ino()) == (root.st_dev, root.st_ino);
+        if bind.source.ancestors().any(|above| std::fs::metadata(above).is_ok_and(is_root)) {
+            return Err(refuse("the source lies in the image root".into()));
+        }
+        let is_directory = std::fs::metadata(&bind.source).attempt(attempted)?.is_dir();
+        let kind = if is_directory { Kind::Folder } else { Kind::File };
+        let (there, missing) = nearest(image_root, &bind.target).map_err(refuse)?;
+        // Path::join of nothing would add a slash, which only a directory's name may end with.
+        let target: PathBuf = there.components().chain(missing.components()).collect();
+        if let Some(why) = taken(&target) {
+            return Err(refuse(format!("a link of the image leads to /{}: {why}", target.display())));
+        }
+        if let Some(other) = placed.iter().find(|other| overlap(&other.target, &target)) {
+            let why = format!("{} is bound to /{}", other.source.display(), other.target.display());
+            return Err(refuse(why)).advise("no target can be, or lie in, another one");
+        }
+        let found = image_root.look(&target).attempt(attempted)?;
+        match (found.as_ref().map(kind_of), is_directory) {
+            (None | Some("a folder"), true) | (None | Some("a regular file"), false) => {}
+            (Some(other), _) => {
+                let expected = if is_directory { "a directory" } else { "a regular file" };
+                return Err(refuse(format!("the source is {expected}, and the target is {other}")));
+            }
+        }
+        for above in missing.ancestors().filter(|path| !path.as_os_str().is_empty()).collect::<Vec<_>>().iter().rev() {
+            let kind = if **above == missing { kind } else { Kind::Folder };
+            let addition = Addition { path: there.join(above), kind };
+            if !lacking.contains(&addition) {
+                lacking.push(addition);
+            }
+        }
+        placed.push(Bind { target, ..bind.clone() });
+    }
+    Ok((placed, lacking))
+}
+
+/// What of `target` exists in the image, as a path without links, and the rest. Links are followed as long as they stay in the image.
+fn nearest(image_root: &Tree, target: &Path) -> std::result::Result<(PathBuf, PathBuf), String> {
+    for path in target.ancestors() {
+        let shown = || format!("/{} of the image", path.display());
+        let found = if path.as_os_str().is_empty() { image_root.beneath(".") } else { image_root.beneath(path) };
+        match found {
+            Ok(found) => {
+                let real = image_root.path_of(&found).map_err(|e| format!("{}: {e}", shown()))?;
+                let rest = target.strip_prefix(path).unwrap_or(target);
+                return Ok((real, rest.to_owned()));
+            }
+            Err(e) if e.kind() == io::ErrorKind::NotFound => match image_root.look(path) {
+                Ok(None) => {}
+                Ok(Some(_)) => return Err(format!("{} is a link to nothing", shown())),
+                Err(e) => return Err(format!("{}: {e}", shown())),
+            },
+            Err(e) if e.raw_os_error() == Some(libc::EXDEV) => {
+                return Err(format!("a link on the way to {} leads out of the image root", shown()));
+            }
+            Err(e) => return Err(format!("{}: {e}", shown())),
+        }
+    }
+    Ok((PathBuf::new(), target.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    #[test]
+    fn a_bind_is_read_as_source_target_and_ro() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().canonicalize().unwrap();
+        let shown = path.display();
+        let bind = |target: &str, read_only| Bind { source: path.clone(), target: target.into(), read_only };
+        assert_eq!(Bind::parse(&format!("{shown}:/opt//./repo/")).unwrap(), bind("opt/repo", false));
+        assert_eq!(Bind::parse(&format!("{shown}:/opt:ro")).unwrap(), bind("opt", true));
+        let same = path.strip_prefix("/").unwrap().to_str().unwrap();
+        assert_eq!(Bind::parse(&shown.to_string()).unwrap(), bind(same, false));
+        assert_eq!(Bind::parse(".:/opt").unwrap().source, std::env::current_dir().unwrap());
+        std::os::unix::net::UnixListener::bind(path.join("socket")).unwrap();
+        for (wrong, why) in [
+            (format!("{shown}:/opt:rw"), "expected SOURCE[:TARGET[:ro]]"),
+            (format!("{shown}:/opt:ro:ro"), "expected SOURCE[:TARGET[:ro]]"),
+            (String::new(), "SOURCE is ''"),
+            (format!("{shown}/missing:/opt"), "No such file"),
+            (format!("{shown}/socket:/opt"), "expected a directory or a regular file"),
+            ("/:/opt".into(), "it is, holds or lies in /proc"),
+            ("/proc/sys:/opt".into(), "it is, holds or lies in /proc"),
+            ("/dev/shm:/opt".into(), "it is, holds or lies in /dev"),
+            (format!("{shown}:"), "expected an absolute path"),
+            (format!("{shown}:opt"), "expected an absolute path"),
+            (format!("{shown}:/opt/../etc"), "without '..'"),
+            (format!("{shown}:/opt\nfile /etc/passwd"), "control characters"),
+            (format!("{shown}:/"), "the image root itself"),
+            (format!("{shown}:/proc"), "/proc is the jail's own"),
+            (format!("{shown}://run/x"), "/run is the jail's own"),
+            (format!("{shown}:/etc/resolv.conf"), "the jail's own"),
+        ] {
+            let refused = Bind::parse(&wrong).unwrap_err();
+            assert!(refused.contains(why), "{wrong}: {refused}");
+        }
+    }
+
+    #[test]
+    fn a_target_is_found_in_the_image_and_links_out_of_it_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let (root, source) = (dir.path().join("root"), dir.path().join("source"));
+        std::fs::create_dir_all(root.join("usr/lib")).unwrap();
+        std::fs::create_dir(root.join("run")).unwrap();
+        std::fs::create_dir(&source).unwrap();
+        std::fs::write(root.join("file"), "").unwrap();
+        for (link, to) in [
+            ("lib", "usr/lib"),
+            ("out", "/etc"),
+            ("up", "../../etc"),
+            ("nothing", "usr/nothing"),
+            ("running", "run"),
+            ("loop", "loop"),
+        ] {
+            symlink(to, root.join(link)).unwrap();
+        }
+        let tree = Tree::open(&root).unwrap();
+        let bind = |target: &str| Bind { source: source.clone(), target: target.into(), read_only: false };
+        let (placed, lacking) = place(&tree, Tier::User, &[bind("lib/a/b"), bind("lib/a/c"), bind("usr/x")]).unwrap();
+        let targets: Vec<_> = placed.iter().map(|bind| bind.target.to_str().unwrap()).collect();
+        assert_eq!(targets, ["usr/lib/a/b", "usr/lib/a/c", "usr/x"]);
+        let lacking: Vec<_> = lacking.iter().map(ToString::to_string).collect();
+        assert_eq!(lacking, ["folder usr/lib/a", "folder usr/lib/a/b", "folder usr/lib/a/c", "folder usr/x"]);
+        assert_eq!(place(&tree, Tier::User, &[bind("usr/lib")]).unwrap().1, []);
+        for (targets, why) in [
+            (&["out/x"][..], "leads out of the image root"),
+            (&["out"], "leads out of the image root"),
+            (&["up/x"], "leads out of the image root"),
+            (&["nothing/x"], "is a link to nothing"),
+            (&["loop"], "Too many levels"),
+            (&["running/x"], "leads to /run/x: /run is the jail's own"),
+            (&["file"], "the source is a directory, and the target is a regular file"),
+            (&["file/x"], "Not a directory"),
+            (&["lib/x", "usr/lib/x"], "no target can be, or lie in, another one"),
+            (&["opt", "opt/x"], "no target can be, or lie in, another one"),
+        ] {
+            let binds: Vec<_> = targets.iter().map(|target| bind(target)).collect();
+            let refused = place(&tree, Tier::User, &binds).unwrap_err().to_string();
+            assert!(refused.contains(why), "{targets:?}: {refused}");
+        }
+        let licence = dir.path().join("licence");
+        std::fs::write(&licence, "").unwrap();
+        let file = Bind { source: licence, ..bind("file") };
+        let (placed, lacking) = place(&tree, Tier::User, std::slice::from_ref(&file)).unwrap();
+        assert_eq!((placed, lacking), (vec![file], Vec::new()));
+        let file = Bind { source: root.join("file"), ..bind("usr/y") };
+        assert!(place(&tree, Tier::User, &[file]).unwrap_err().to_string().contains("lies in the image root"));
+        assert!(place(&tree, Tier::Chroot, &[bind("usr/y")]).unwrap_err().to_string().contains("tier 'chroot'"));
+    }
+}

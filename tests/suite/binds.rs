@@ -1,0 +1,228 @@
+//! Bind mounts: what a job asks to see of the container is seen in the jail, and leaves no trace in the image root.
+
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::support::*;
+
+/// What the administrator has beside the image: a package repository with a disk of its own below it, a licence, and a place to write to.
+struct Sources {
+    dir: PathBuf,
+}
+
+impl Sources {
+    fn new(volume: &Volume) -> Self {
+        let dir = volume.dir.path().join("sources");
+        for directory in ["repo/disk", "work", "with space"] {
+            std::fs::create_dir_all(dir.join(directory)).unwrap();
+        }
+        succeed(Command::new("mount").args(["-t", "tmpfs", "tmpfs"]).arg(dir.join("repo/disk")));
+        std::fs::write(dir.join("repo/package"), "package").unwrap();
+        std::fs::write(dir.join("repo/disk/inner"), "inner").unwrap();
+        std::fs::write(dir.join("licence"), "licensed").unwrap();
+        succeed(Command::new("mknod").arg(dir.join("work/null")).args(["c", "1", "3"]));
+        std::fs::copy(cache().join("busybox/bin/busybox"), dir.join("work/setuid")).unwrap();
+        std::os::unix::fs::chown(dir.join("work/setuid"), Some(0), Some(0)).unwrap();
+        std::fs::set_permissions(dir.join("work/setuid"), std::fs::Permissions::from_mode(0o4755)).unwrap();
+        Self { dir }
+    }
+
+    fn binds(&self) -> String {
+        let dir = self.dir.display();
+        format!("{dir}/repo:/opt/vendor/repo:ro\n{dir}/licence:/etc/licence:ro {dir}/work:/srv '{dir}/with space'")
+    }
+}
+
+impl Drop for Sources {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("--lazy").arg(self.dir.join("repo/disk")).status();
+    }
+}
+
+fn start(volume: Volume, further: &[(&str, &str)], binds: &str) -> Environment {
+    volume.start_with(Mode::Jailed, &[further, &[("IMS_JAIL_BINDS", binds)]].concat())
+}
+
+#[test]
+fn bind_mounts_are_seen_in_the_jail_and_leave_no_trace_in_the_image() {
+    let dkms = [("JOB_ENABLE_DKMS", "True")];
+    for further in [&[("IMS_JAIL_TIER", "namespace")][..], &[("IMS_JAIL_TIER", "user")], &dkms] {
+        let volume = Volume::new(Image::Busybox);
+        std::fs::create_dir(volume.image_root.join("srv")).unwrap();
+        std::fs::write(volume.image_root.join("etc/licence"), "the image's own").unwrap();
+        let sources = Sources::new(&volume);
+        let before = digest(&volume.image_root);
+        let sources_before = digest(&sources.dir);
+        let mut environment = start(volume, further, &sources.binds()).ready();
+        let says = |command: &str| environment.says(command);
+        let refused = |command: &str| {
+            let output = environment.run(command);
+            assert!(!output.status.success(), "{further:?}: {command}: {output:?}");
+            text(&output.stderr)
+        };
+        assert_eq!(
+            says("cat /opt/vendor/repo/package /opt/vendor/repo/disk/inner /etc/licence"),
+            "packageinnerlicensed"
+        );
+        assert!(says("ls -d '/root'/../*").contains("/root/../srv"));
+        assert!(says(&format!("test -d '{}/with space' && echo there", sources.dir.display())).contains("there"));
+        for write in [
+            "touch /opt/vendor/repo/new",
+            "touch /opt/vendor/repo/disk/new",
+            "echo more >> /etc/licence",
+            "chmod 777 /etc/licence",
+        ] {
+            assert!(refused(write).contains("Read-only file system"), "{further:?}: {write}");
+        }
+        // No way up or out: what is above a bind mount is the image.
+        assert_eq!(says("cd /opt/vendor/repo/disk && cd ../../.. && pwd && ls"), "/opt\nvendor");
+        assert_eq!(says("ls /srv/.. | grep -c sources; true"), "0");
+        assert!(!refused("echo x > /srv/null").is_empty(), "a device node in the source opens nothing");
+        assert_eq!(says("grep ' /srv ' /proc/mounts | grep nosuid | grep -c nodev"), "1", "{further:?}");
+        if further != dkms {
+            for remount in ["mount -o remount,rw /opt/vendor/repo", "mount -o remount,bind,rw /opt/vendor/repo"] {
+                refused(remount);
+            }
+            assert!(refused("touch /opt/vendor/repo/new").contains("Read-only file system"), "{further:?}");
+        }
+        assert_eq!(digest(&sources.dir), sources_before, "{further:?}");
+        says("echo written > /srv/new; rm /srv/setuid");
+        assert_eq!(std::fs::read_to_string(sources.dir.join("work/new")).unwrap(), "written\n");
+        assert!(!sources.dir.join("work/setuid").exists());
+        assert_eq!(environment.complete(), 0);
+        let changed = differences(&before, &digest(&environment.image_root));
+        assert!(changed.is_empty(), "{further:?}: {changed:#?}");
+    }
+}
+
+#[test]
+fn mount_points_of_binds_are_gone_after_a_kill_and_after_a_jail_that_was_remade() {
+    let volume = Volume::new(Image::Busybox);
+    let sources = Sources::new(&volume);
+    let before = digest(&volume.image_root);
+    let mut environment = start(volume, &[], &sources.binds()).ready();
+    nix::sys::signal::kill(environment.jails_init(), nix::sys::signal::Signal::SIGKILL).unwrap();
+    wait_until("the jail to be made again", || environment.log_text().matches("the jail is made").count() == 2);
+    wait_until("a session in it", || environment.run("cat /etc/licence").stdout == b"licensed");
+    environment.entrypoint.kill().unwrap();
+    environment.end();
+    assert!(
+        environment.image_root.join("opt/vendor/repo").exists() && environment.image_root.join("etc/licence").exists()
+    );
+    environment.entrypoint = environment.volume.entrypoint(Mode::Jailed, &[]).spawn().unwrap();
+    environment.status = None;
+    wait_until("the second environment to be open", || {
+        environment.log_text().matches("the environment is open").count() == 2
+    });
+    assert!(!environment.run("ls /opt").status.success());
+    assert_eq!(environment.complete(), 0);
+    let changed = differences(&before, &digest(&environment.image_root));
+    assert!(changed.is_empty(), "{changed:#?}");
+}
+
+#[test]
+fn binds_that_cannot_be_are_refused_before_sshd_listens_and_change_nothing() {
+    type Shape = fn(&Path);
+    let nothing: Shape = |_| {};
+    // (binds with sources below the administrator's, what the image is made like, the tier, what is said)
+    let cases: [(&str, Shape, &str, &str); 17] = [
+        ("missing:/opt", nothing, "", "missing': No such file"),
+        ("repo:/", nothing, "", "that is the image root itself"),
+        ("repo:/proc/x", nothing, "", "/proc is the jail's own"),
+        ("repo:/sys", nothing, "", "/sys is the jail's own"),
+        ("repo:/dev/shm", nothing, "", "/dev is the jail's own"),
+        ("repo:/run/repo", nothing, "", "/run is the jail's own"),
+        ("repo:/opt/../proc", nothing, "", "without '..'"),
+        ("repo:opt", nothing, "", "expected an absolute path"),
+        ("repo:/opt:rx", nothing, "", "expected SOURCE[:TARGET[:ro]]"),
+        ("/:/opt", nothing, "", "it is, holds or lies in /proc"),
+        ("/run/ims-sshd:/opt", nothing, "", "it is, holds or lies in /run/ims-sshd"),
+        ("repo:/opt work:/opt", nothing, "", "no target can be, or lie in, another one"),
+        ("repo:/opt work:/opt/work", nothing, "", "no target can be, or lie in, another one"),
+        ("repo:/out/x", |root| symlink("/etc", root.join("out")).unwrap(), "", "leads out of the image root"),
+        ("repo:/up/x", |root| symlink("../../..", root.join("up")).unwrap(), "", "leads out of the image root"),
+        ("licence:/root", nothing, "", "the source is a regular file, and the target is a "),
+        ("repo:/opt", nothing, "chroot", "in the tier 'chroot' nothing can be mounted"),
+    ];
+    for (binds, shape, tier, why) in cases {
+        let volume = Volume::new(Image::Busybox);
+        let sources = Sources::new(&volume);
+        std::fs::create_dir_all("/run/ims-sshd").unwrap();
+        shape(&volume.image_root);
+        let before = digest(&volume.image_root);
+        let binds = binds.split(' ').map(|bind| match bind.starts_with('/') {
+            true => bind.to_owned(),
+            false => format!("{}/{bind}", sources.dir.display()),
+        });
+        let binds = binds.collect::<Vec<_>>().join("\n");
+        let mut environment = start(volume, &[("IMS_JAIL_TIER", tier)], &binds);
+        environment.touch("ready");
+        assert_ne!(environment.end(), 0, "{binds}");
+        let log = environment.log_text();
+        assert!(log.contains(why) && !log.contains("sshd is listening"), "{binds}: {log}");
+        let mut changed = differences(&before, &digest(&environment.image_root));
+        // A failed job is marked there.
+        changed.retain(|line| !line.starts_with("/tmp"));
+        assert!(changed.is_empty(), "{binds}: {changed:#?}");
+    }
+}
+
+#[test]
+fn plain_mode_says_that_binds_are_of_no_use() {
+    let volume = Volume::new(Image::Busybox);
+    let sources = Sources::new(&volume);
+    let binds = sources.binds();
+    let mut environment = volume.start_with(Mode::Plain, &[("IMS_JAIL_BINDS", &binds)]).ready();
+    assert!(environment.log_text().contains("IMS_JAIL_BINDS is of no use in plain mode"));
+    assert_eq!(environment.complete(), 0);
+    let output = Command::new(IMS_SSHD).args(["customize", "--plain", "--bind", "/srv", "/nowhere"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(text(&output.stderr).contains("cannot be used with"), "{output:?}");
+}
+
+#[test]
+fn a_source_in_the_image_root_is_refused_by_whatever_path_it_is_named() {
+    let volume = Volume::new(Image::Busybox);
+    let other = volume.dir.path().join("other");
+    std::fs::create_dir(&other).unwrap();
+    succeed(Command::new("mount").arg("--bind").arg(&volume.image_root).arg(&other));
+    for source in [volume.image_root.join("etc"), other.join("etc"), other.clone()] {
+        let bind = format!("{}:/mnt", source.display());
+        let mut enter = Command::new(IMS_SSHD);
+        let output =
+            enter.args(["enter", "--bind", &bind]).arg(&volume.image_root).args(["--", "true"]).output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{bind}: {output:?}");
+        assert!(text(&output.stderr).contains("the source lies in the image root"), "{bind}: {output:?}");
+    }
+    succeed(Command::new("umount").arg(&other));
+}
+
+#[test]
+fn enter_and_customize_show_binds_and_pack_nothing_of_them() {
+    let volume = Volume::new(Image::Busybox);
+    let sources = Sources::new(&volume);
+    let squashfs = volume.dir.path().join("image.sqsh");
+    succeed(Command::new("mksquashfs").arg(&volume.image_root).arg(&squashfs).args(["-quiet", "-no-progress"]));
+    let script = volume.dir.path().join("script");
+    // The image root as others see it, while the jail is open.
+    std::fs::write(
+        &script,
+        "cd $IMAGE_ROOT_PARENT; test -z \"$(ls -A image-root/opt/repo)\" && chroot image-root touch /etc/new && touch complete\n",
+    )
+    .unwrap();
+    let ends: [&[&str]; 2] =
+        [&["--script", "script"], &["--yes", "--", "sh", "-c", "cat /opt/repo/package; touch /etc/new"]];
+    for (command, end) in ["customize", "enter"].into_iter().zip(ends) {
+        let mut program = Command::new(IMS_SSHD);
+        program.args([command, "image.sqsh", "--bind", "sources/repo:/opt/repo:ro", "--output", command]);
+        program.args(["--work", "work"]).args(end).current_dir(volume.dir.path());
+        let said = succeed(&mut program);
+        assert!(command == "customize" || said.starts_with("package"), "{said}");
+        let published =
+            walk(&volume.dir.path().join(command)).into_iter().find(|path| path.ends_with("rootfs")).unwrap();
+        let files = succeed(Command::new("unsquashfs").arg("-l").arg(published));
+        assert!(files.contains("etc/new") && !files.contains("/opt"), "{command}: {files}");
+    }
+    assert_eq!(std::fs::metadata(sources.dir.join("repo/package")).unwrap().nlink(), 1);
+}
