@@ -49,7 +49,7 @@ enum Command {
         /// The folder that gets image-root [default: $IMAGE_ROOT_PARENT, else /mnt/image]; left out where one argument is given
         #[arg(value_name = "IMAGE_ROOT_PARENT")]
         first: String,
-        /// An image: URL (https, s3), squashfs, tar archive (plain, gzip, xz, zstd) or folder
+        /// An image: URL (https, s3), squashfs, archive of tar or cpio (plain, gzip, xz, zstd), saved container image or directory
         #[arg(value_name = "SOURCE")]
         second: Option<String>,
         /// How it becomes a tree
@@ -250,7 +250,7 @@ fn parent_or_default(given: Option<PathBuf>) -> PathBuf {
 
 #[derive(Args)]
 struct CustomizeArguments {
-    /// The unpacked image, which is changed where it is; with --output also a squashfs, a tar archive, or a URL (https, s3)
+    /// The unpacked image, which is changed where it is; with --output also a squashfs, an archive, or a URL (https, s3)
     #[arg(value_name = "SOURCE")]
     source: String,
     /// Port to listen on [default: a free one]
@@ -278,7 +278,7 @@ struct CustomizeArguments {
 
 #[derive(Args)]
 struct EnterArguments {
-    /// An unpacked image, which is changed where it is; or a squashfs, a tar archive, or a URL (https, s3), whose changes are discarded at
+    /// An unpacked image, which is changed where it is; or a squashfs, an archive, or a URL (https, s3), whose changes are discarded at
     /// the end without --output
     #[arg(value_name = "SOURCE")]
     source: String,

@@ -12,7 +12,7 @@ use crate::publish::journal;
 use crate::publish::package::{md5_of, open_tree};
 use crate::publish::settings::Settings;
 use crate::publish::source::{Kind, Source};
-use crate::publish::unpack::{Overlay, unpack};
+use crate::publish::unpack::{Overlay, layers_in, unpack};
 use crate::publish::work::Work;
 use crate::publish::{source, store};
 use crate::verdict::Verdict;
@@ -136,7 +136,8 @@ pub fn holds_changes(parent: &Path, image_root: &Path) -> bool {
 
 /// Below an overlay what can be: a squashfs, or a folder.
 fn best(archive: &Path) -> Result<Open> {
-    let overlay = archive.is_dir() || source::kind(archive)? == Kind::Squashfs;
+    let overlay =
+        if archive.is_dir() { layers_in(archive)?.is_none() } else { source::kind(archive)? == Kind::Squashfs };
     Ok(if overlay { Open::Overlay } else { Open::Unpack })
 }
 

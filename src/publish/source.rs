@@ -1,12 +1,17 @@
 //! What an image is made from: where it lies, and what it is.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use rustix::fs::SeekFrom;
+use rustix::io::Errno;
 
 use crate::error::{Attempt, Error, Result};
 use crate::lifecycle::secrets::without_secrets;
+use crate::sys::signals::hold_none;
 
 /// Where it lies.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,8 +38,10 @@ impl Source {
                 _ => Err(refuse("s3://BUCKET/KEY")),
             },
             Some(("file", path)) => Ok(Self::Here(path.into())),
-            Some(_) => Err(refuse("a URL of http, https, s3 or file, a folder, a squashfs or a tar archive")),
-            None if text.is_empty() => Err(refuse("a URL, a folder, a squashfs or a tar archive")),
+            Some(_) => {
+                Err(refuse("a URL of http, https, s3 or file, a directory, a squashfs or an archive of tar or cpio"))
+            }
+            None if text.is_empty() => Err(refuse("a URL, a directory, a squashfs or an archive of tar or cpio")),
             None => Ok(Self::Here(text.into())),
         }
     }
@@ -47,48 +54,59 @@ pub enum Kind {
     Squashfs,
     /// A tar archive, with the program that unpacks it first.
     Tar(Option<&'static str>),
+    /// A cpio archive of the format `newc`, the same.
+    Cpio(Option<&'static str>),
 }
 
 /// What compressed files begin with.
 const COMPRESSED: [(&[u8], &str); 3] =
     [(&[0x1f, 0x8b], "gzip"), (&[0xfd, b'7', b'z', b'X', b'Z', 0], "xz"), (&[0x28, 0xb5, 0x2f, 0xfd], "zstd")];
 
-/// The magic of a squashfs, where its size stands in the superblock, and to what it is padded.
-const SQUASHFS: (&[u8], u64, u64) = (b"hsqs", 40, 4096);
+/// The magic of a squashfs, and where its size stands in the superblock.
+const SQUASHFS: (&[u8], usize) = (b"hsqs", 40);
+
+/// What entries of cpio archives begin with: `newc`, without checksums and with them.
+const CPIO: [&[u8]; 2] = [b"070701", b"070702"];
+
+/// Older formats of cpio, which hold no file above 2 or 8 GiB: `odc`, and binary in either byte order.
+const OLD_CPIO: [&[u8]; 3] = [b"070707", b"\xc7\x71", b"\x71\xc7"];
 
 /// A tar archive is made of blocks of this size, and ends with two that are empty.
 const TAR_BLOCK: usize = 512;
 
-/// Looks at a file. One that is neither, or that is shorter or longer than it says, is refused.
+/// Looks at a file. One that is none of these, or that is shorter or longer than it says, is refused.
 pub fn kind(path: &Path) -> Result<Kind> {
     let attempted = || format!("take {} as an image", path.display());
     let file = File::open(path).attempt(attempted)?;
     let size = file.metadata().attempt(attempted)?.len();
-    let mut start = [0; 512];
-    let length = read_up_to(&file, &mut start).attempt(attempted)?;
-    let start = &start[..length];
+    let start = read_up_to(&file, TAR_BLOCK).attempt(attempted)?;
     let refuse = |why: String| Err(Error::new(attempted()).because(why));
     if start.starts_with(SQUASHFS.0) {
-        let at = usize::try_from(SQUASHFS.1).unwrap_or_default();
-        let Some(bytes) = start.get(at..at + 8) else {
+        let Some(bytes) = start.get(SQUASHFS.1..SQUASHFS.1 + 8) else {
             return refuse("it is a squashfs cut off in its first block".into());
         };
         let used = u64::from_le_bytes(bytes.try_into().unwrap_or_default());
         return if size < used {
             refuse(format!("it is cut off: {size} bytes of a squashfs of {used}"))
-        } else if size > used.next_multiple_of(SQUASHFS.2) {
+        } else if !is_zero(&file, used, size).attempt(attempted)? {
+            // It is padded to the blocks of a device or a tape, with zeros.
             refuse(format!("something follows it: {size} bytes, and a squashfs of {used}"))
         } else {
             Ok(Kind::Squashfs)
         };
     }
     if let Some((_, program)) = COMPRESSED.iter().find(|(magic, _)| start.starts_with(magic)) {
-        return Ok(Kind::Tar(Some(program)));
+        let content = uncompressed(&file, program).attempt(|| format!("{} with {program}", attempted()))?;
+        return match archive(&content) {
+            Some(Archive::Tar) => Ok(Kind::Tar(Some(program))),
+            Some(Archive::Cpio) => Ok(Kind::Cpio(Some(program))),
+            None => refuse(format!("what {program} has compressed is {}", unknown(&content))),
+        };
     }
-    if start.get(257..262) != Some(b"ustar") {
-        return refuse(
-            "it is neither a squashfs nor a tar archive (plain, or compressed with gzip, xz or zstd)".into(),
-        );
+    match archive(&start) {
+        Some(Archive::Cpio) => return Ok(Kind::Cpio(None)),
+        Some(Archive::Tar) => {}
+        None => return refuse(format!("it is {}", unknown(&start))),
     }
     let mut end = [1; 2 * TAR_BLOCK];
     let at = size.saturating_sub(end.len() as u64);
@@ -99,15 +117,78 @@ pub fn kind(path: &Path) -> Result<Kind> {
     Ok(Kind::Tar(None))
 }
 
-fn read_up_to(file: &File, buffer: &mut [u8]) -> io::Result<usize> {
-    let mut length = 0;
-    while length < buffer.len() {
-        match file.read_at(&mut buffer[length..], length as u64)? {
+/// Whether the file is a tar archive without a member, uncompressed: it begins with the zeros that end one.
+pub fn is_empty_tar(path: &Path) -> io::Result<bool> {
+    let file = File::open(path)?;
+    let size = file.metadata()?.len();
+    is_zero(&file, 0, size)
+}
+
+enum Archive {
+    Tar,
+    Cpio,
+}
+
+fn archive(start: &[u8]) -> Option<Archive> {
+    if start.get(257..262) == Some(b"ustar") {
+        return Some(Archive::Tar);
+    }
+    CPIO.iter().any(|magic| start.starts_with(magic)).then_some(Archive::Cpio)
+}
+
+fn unknown(start: &[u8]) -> &'static str {
+    if OLD_CPIO.iter().any(|magic| start.starts_with(magic)) {
+        "a cpio archive of an old format; make it with 'cpio -o -H newc'"
+    } else if start.starts_with(SQUASHFS.0) {
+        "a squashfs, which is compressed itself; unpack the file first"
+    } else {
+        "neither a squashfs nor an archive of tar or cpio (plain, or compressed with gzip, xz or zstd)"
+    }
+}
+
+/// What the first block of a compressed file holds, or less where it is damaged.
+fn uncompressed(file: &File, program: &str) -> io::Result<Vec<u8>> {
+    let mut command = Command::new(program);
+    command.arg("-dc").stdin(file.try_clone()?).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut child = hold_none(&mut command).spawn()?;
+    let mut start = Vec::new();
+    if let Some(out) = child.stdout.take() {
+        out.take(TAR_BLOCK as u64).read_to_end(&mut start)?;
+    }
+    let _ = child.kill();
+    child.wait()?;
+    Ok(start)
+}
+
+/// Whether all from `at` on is zero. Holes are not read.
+fn is_zero(file: &File, mut at: u64, size: u64) -> io::Result<bool> {
+    let mut buffer = vec![0; 1 << 20];
+    while at < size {
+        at = match rustix::fs::seek(file, SeekFrom::Data(at)) {
+            Ok(data) => data,
+            Err(Errno::NXIO) => return Ok(true),
+            Err(e) => return Err(e.into()),
+        };
+        let length = file.read_at(&mut buffer, at)?;
+        if length == 0 || buffer[..length].iter().any(|&b| b != 0) {
+            return Ok(length == 0);
+        }
+        at += length as u64;
+    }
+    Ok(true)
+}
+
+fn read_up_to(file: &File, length: usize) -> io::Result<Vec<u8>> {
+    let mut start = vec![0; length];
+    let mut there = 0;
+    while there < length {
+        match file.read_at(&mut start[there..], there as u64)? {
             0 => break,
-            read => length += read,
+            read => there += read,
         }
     }
-    Ok(length)
+    start.truncate(there);
+    Ok(start)
 }
 
 #[cfg(test)]
@@ -138,17 +219,34 @@ mod tests {
         assert_eq!(of(&squashfs).unwrap(), Kind::Squashfs);
         assert!(of(&squashfs[..4499]).unwrap_err().contains("cut off"));
         assert!(of(&squashfs[..20]).unwrap_err().contains("cut off"));
-        squashfs.resize(8193, 0);
+        squashfs.resize(3 << 20, 0);
+        assert_eq!(of(&squashfs).unwrap(), Kind::Squashfs, "with zeros after it");
+        squashfs.push(1);
         assert!(of(&squashfs).unwrap_err().contains("something follows"));
-        assert_eq!(of(&[0x1f, 0x8b, 8]).unwrap(), Kind::Tar(Some("gzip")));
-        assert_eq!(of(b"\xfd7zXZ\0").unwrap(), Kind::Tar(Some("xz")));
-        assert_eq!(of(b"\x28\xb5\x2f\xfd").unwrap(), Kind::Tar(Some("zstd")));
+        // A hole of 16 TB is not read.
+        of(&squashfs[..3 << 20]).unwrap();
+        File::options().write(true).open(&path).unwrap().set_len(1 << 43).unwrap();
+        assert_eq!(kind(&path).unwrap(), Kind::Squashfs);
         assert!(of(b"<html>").unwrap_err().contains("neither"));
         assert!(of(b"").unwrap_err().contains("neither"));
         let mut tar = vec![0; 2048];
         tar[257..262].copy_from_slice(b"ustar");
         assert_eq!(of(&tar).unwrap(), Kind::Tar(None));
         assert!(of(&tar[..1024]).is_err(), "without its end");
+        let cpio = [&b"070701"[..], &[b'0'; 104]].concat();
+        assert_eq!(of(&cpio).unwrap(), Kind::Cpio(None));
+        assert!(of(b"070707000000").unwrap_err().contains("cpio -o -H newc"));
+        for program in ["gzip", "xz", "zstd"] {
+            let packed = |content: &[u8]| {
+                std::fs::write(&path, content).unwrap();
+                Command::new(program).arg("-c").stdin(File::open(&path).unwrap()).output().unwrap().stdout
+            };
+            assert_eq!(of(&packed(&tar)).unwrap(), Kind::Tar(Some(program)));
+            assert_eq!(of(&packed(&cpio)).unwrap(), Kind::Cpio(Some(program)));
+            assert!(of(&packed(&squashfs)).unwrap_err().contains("unpack the file first"));
+            assert!(of(&packed(b"a text")).unwrap_err().contains("neither"));
+            assert!(of(&packed(&tar)[..8]).unwrap_err().contains("neither"), "cut off in its first block");
+        }
         tar.extend([7; 512]);
         assert!(of(&tar).unwrap_err().contains("something follows"));
     }

@@ -1,10 +1,12 @@
 //! An archive becomes a tree: written out, or mounted below an overlay.
 
-use std::fs::Permissions;
+use std::fs::{File, Permissions};
+use std::io::{self, BufReader};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
+use std::process::{Child, Command, Stdio};
+use std::time::SystemTime;
 
 use rustix::io::Errno;
 use rustix::mount::MountAttrFlags;
@@ -13,20 +15,23 @@ use crate::error::{Attempt, Error, Result};
 use crate::publish::progress::Progress;
 use crate::publish::source::{self, Kind};
 use crate::publish::work::Work;
+use crate::publish::{cpio, layers};
 use crate::sys::mounts::{self, Detached};
+use crate::sys::signals::hold_none;
 use crate::sys::tree::Tree;
 
-/// What tar says of members that it puts elsewhere than they say.
-const ELSEWHERE: &str = "Removing leading";
-
-/// Writes the tree out of `archive` (a file, or a folder that is copied) to `to`, which must not exist.
+/// Writes the tree out of `archive` (a file, or a directory that is copied) to `to`, which must not exist. Of a container's image that was
+/// saved the tree is that of its layers.
 pub fn unpack(work: &Work, archive: &Path, to: &Path) -> Result<()> {
     let attempted = format!("unpack {}", archive.display());
     let volume = to.parent().map(Path::to_owned).unwrap_or_default();
     let before = used(&volume);
     let mut progress = Progress::begin("unpacking", None);
-    let look = |_: &Child| progress.at(used(&volume).saturating_sub(before));
+    let mut look = |_: &Child| progress.at(used(&volume).saturating_sub(before));
     if archive.is_dir() {
+        if layers_in(archive)?.is_some() {
+            return unpack_layers(work, archive, to, look);
+        }
         let mut copy = Command::new("cp");
         copy.args(["-aT", "--reflink=auto"]).args([archive, to]);
         return work.succeed(&attempted, &mut copy, look).map(|_| ());
@@ -39,30 +44,126 @@ pub fn unpack(work: &Work, archive: &Path, to: &Path) -> Result<()> {
             if !said.is_empty() {
                 tracing::warn!("unsquashfs: {}", said.lines().collect::<Vec<_>>().join(", "));
             }
+            Ok(())
         }
         Kind::Tar(compressed) => {
-            std::fs::create_dir(to).attempt(|| format!("make the folder {}", to.display()))?;
-            let mut tar = Command::new("tar");
-            tar.args([
-                "--extract",
-                "--preserve-permissions",
-                "--numeric-owner",
-                "--acls",
-                "--xattrs",
-                "--xattrs-include=*",
-            ]);
-            if let Some(program) = compressed {
-                tar.arg(format!("--use-compress-program={program}"));
+            unpack_tar(work, archive, compressed, to, &mut look)?;
+            if layers_in(to)?.is_none() {
+                return Ok(());
             }
-            tar.arg("--directory").arg(to).arg("--file").arg(archive);
-            // A member's path with '..' fails tar, an absolute one only has it say so.
-            let said = work.succeed(&attempted, &mut tar, look)?;
-            if said.contains(ELSEWHERE) {
-                return Err(Error::new(attempted).because(format!("it has members outside its root: {said}")));
-            }
+            let saved = Removed(beside(to, ".saved"));
+            std::fs::rename(to, &saved.0).attempt(|| format!("rename {}", to.display()))?;
+            unpack_layers(work, &saved.0, to, look)
         }
+        Kind::Cpio(compressed) => unpack_cpio(work, archive, compressed, to),
+    }
+}
+
+/// A directory of ours that is gone when this is.
+struct Removed(PathBuf);
+
+impl Drop for Removed {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A place beside `to`, where nothing is.
+fn beside(to: &Path, ending: &str) -> PathBuf {
+    let mut name = to.file_name().unwrap_or_default().to_owned();
+    name.push(ending);
+    let place = to.with_file_name(name);
+    let _ = std::fs::remove_dir_all(&place);
+    place
+}
+
+/// The layers of the container's image that is saved in a directory.
+pub fn layers_in(saved: &Path) -> Result<Option<Vec<PathBuf>>> {
+    let tree = Tree::open(saved).attempt(|| format!("open {}", saved.display()))?;
+    layers::layers(&tree)
+}
+
+fn unpack_layers(work: &Work, saved: &Path, to: &Path, mut look: impl FnMut(&Child)) -> Result<()> {
+    std::fs::create_dir(to).attempt(|| format!("make the directory {}", to.display()))?;
+    let root = Tree::open(to).attempt(|| format!("open {}", to.display()))?;
+    for layer in layers_in(saved)?.unwrap_or_default() {
+        let archive = saved.join(&layer);
+        let attempted = || format!("unpack the layer {}", layer.display());
+        // One that changes nothing holds nothing but the two blocks that end an archive.
+        if source::is_empty_tar(&archive).attempt(attempted)? {
+            continue;
+        }
+        let Kind::Tar(compressed) = source::kind(&archive)? else {
+            return Err(Error::new(attempted()).because("it is no tar archive"));
+        };
+        let began = SystemTime::now();
+        let directory = Removed(beside(to, ".layer"));
+        unpack_tar(work, &archive, compressed, &directory.0, &mut look)?;
+        let tree = Tree::open(&directory.0).attempt(attempted)?;
+        layers::merge(&tree, &root, began).attempt(attempted)?;
     }
     Ok(())
+}
+
+fn unpack_tar(
+    work: &Work,
+    archive: &Path,
+    compressed: Option<&str>,
+    to: &Path,
+    look: impl FnMut(&Child),
+) -> Result<()> {
+    std::fs::create_dir(to).attempt(|| format!("make the directory {}", to.display()))?;
+    let mut tar = Command::new("tar");
+    tar.args(["--extract", "--preserve-permissions", "--numeric-owner", "--acls", "--xattrs", "--xattrs-include=*"]);
+    if let Some(program) = compressed {
+        tar.arg(format!("--use-compress-program={program}"));
+    }
+    tar.arg("--directory").arg(to).arg("--file").arg(archive);
+    // It fails at a member whose path has '..' in it, and leaves out the leading '/' of others and of what hard links lead to.
+    let said = work.succeed(&format!("unpack {}", archive.display()), &mut tar, look)?;
+    if !said.is_empty() {
+        tracing::warn!("tar: {}", said.lines().collect::<Vec<_>>().join(", "));
+    }
+    Ok(())
+}
+
+fn unpack_cpio(work: &Work, archive: &Path, compressed: Option<&str>, to: &Path) -> Result<()> {
+    let attempted = || format!("unpack {}", archive.display());
+    std::fs::create_dir(to).attempt(|| format!("make the directory {}", to.display()))?;
+    let root = Tree::open(to).attempt(attempted)?;
+    let file = File::open(archive).attempt(attempted)?;
+    let size = file.metadata().attempt(attempted)?.len();
+    let mut progress = Progress::begin("unpacking", Some(size));
+    let position = file.try_clone().attempt(attempted)?;
+    let look = || {
+        // The program that unpacks it first reads by the same descriptor.
+        progress.at(rustix::fs::tell(&position)?);
+        work.heed().map_err(io::Error::other)
+    };
+    let unpacked = match compressed {
+        None => cpio::unpack(BufReader::with_capacity(1 << 20, file), &root, look),
+        Some(program) => {
+            let mut command = Command::new(program);
+            command.arg("-dc").stdin(file).stdout(Stdio::piped());
+            let mut child = hold_none(&mut command).spawn().attempt(|| format!("run {program}"))?;
+            let content = child.stdout.take().map(|out| BufReader::with_capacity(1 << 20, out));
+            let unpacked = content.map_or(Ok(()), |content| cpio::unpack(content, &root, look));
+            if unpacked.is_err() {
+                let _ = child.kill();
+            }
+            let status = child.wait().attempt(attempted)?;
+            // It has read all there is, up to the checksum at the end.
+            unpacked.and_then(|()| {
+                let failed = || io::Error::other(format!("{program}: {status}"));
+                status.success().then_some(()).ok_or_else(failed)
+            })
+        }
+    };
+    work.heed()?;
+    unpacked.map_err(|e| match e.kind() {
+        io::ErrorKind::UnexpectedEof => Error::new(attempted()).because("the cpio archive is cut off"),
+        _ => Error::new(attempted()).because(e),
+    })
 }
 
 /// What is used of the volume that `path` is on, in bytes.
@@ -134,6 +235,10 @@ impl Overlay {
         // Setuid programs in the upper directory count; in the overlay, which others may see, they do not.
         std::fs::set_permissions(folder, Permissions::from_mode(0o700)).attempt(attempted)?;
         let mut overlay = Self { image_root: image_root.to_owned(), lower: source.to_owned(), mounted: Vec::new() };
+        if source.is_dir() && layers_in(source)?.is_some() {
+            let saved = Error::new(attempted()).because("it is a saved image of a container");
+            return Err(saved.advise("unpack its layers (--open unpack)"));
+        }
         if !source.is_dir() {
             if source::kind(source)? != Kind::Squashfs {
                 return Err(Error::new(attempted()).because("it is no squashfs").advise("unpack it (--open unpack)"));

@@ -5,6 +5,7 @@
 #[path = "../suite/support.rs"]
 mod support;
 
+mod archives;
 mod customize;
 mod enter;
 mod file_server;

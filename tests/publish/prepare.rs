@@ -16,19 +16,19 @@ fn prepare(parent: &Path, source: &str, variables: &[(&str, String)]) -> Output 
 }
 
 /// Of a folder in which nothing was prepared.
-fn is_empty(parent: &Path) {
+pub fn is_empty(parent: &Path) {
     let left: Vec<_> = walk(parent).into_iter().filter(|path| path != parent).collect();
     assert!(left.is_empty(), "{left:?}");
 }
 
-fn refused(parent: &Path, source: &str, reason: &str) {
+pub fn refused(parent: &Path, source: &str, reason: &str) {
     let output = prepare(parent, source, &[]);
     assert_eq!(output.status.code(), Some(1), "{source}: {output:?}");
     assert!(text(&output.stderr).contains(reason), "{source}: expected '{reason}': {}", text(&output.stderr));
     is_empty(parent);
 }
 
-fn same_tree(a: &Path, b: &Path) {
+pub fn same_tree(a: &Path, b: &Path) {
     let list =
         "cd \"$0\" && find . -exec stat -c '%n %f %u %g %Y' {} + | sort && find . -type f -exec md5sum {} + | sort";
     let of = |tree: &Path| succeed(Command::new("sh").args(["-c", list]).arg(tree));
@@ -74,7 +74,7 @@ fn what_is_not_what_it_claims_is_refused_and_nothing_is_left() {
         std::fs::write(&file, content).unwrap();
         file.display().to_string()
     };
-    refused(&parent, &named("page", b"<html>404</html>"), "neither a squashfs nor a tar archive");
+    refused(&parent, &named("page", b"<html>404</html>"), "neither a squashfs nor an archive of tar or cpio");
     refused(&parent, &named("short", &squashfs[..squashfs.len() / 2]), "cut off");
     refused(&parent, &named("long", &[squashfs.as_slice(), &[1; 5000]].concat()), "something follows");
     let mut damaged = squashfs.clone();
@@ -110,7 +110,6 @@ with tarfile.open(archive, 'w') as tar:
         content = b'' if 'linkname' in fields else b'hostile'
         member.size = len(content)
         tar.addfile(member, io.BytesIO(content))
-    if kind == 'absolute': add(outside + '/made')
     if kind == 'dots': add('../../outside/made')
     if kind == 'link':
         add('way', type=tarfile.SYMTYPE, linkname=outside)
@@ -119,7 +118,7 @@ with tarfile.open(archive, 'w') as tar:
         add('copy', type=tarfile.LNKTYPE, linkname=outside + '/secret')
 ";
     std::fs::write(outside.join("secret"), "secret").unwrap();
-    for kind in ["absolute", "dots", "link", "hardlink"] {
+    for kind in ["dots", "link", "hardlink"] {
         let archive = dir.path().join(format!("{kind}.tar"));
         succeed(Command::new("/usr/bin/python3").args(["-c", make]).arg(&archive).arg(kind).arg(&outside));
         refused(&parent, &archive.display().to_string(), "cannot unpack");

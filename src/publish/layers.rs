@@ -1,0 +1,317 @@
+//! Images of containers as they are saved (`docker save`, `podman save`, an OCI layout): layers, each a tar archive, one above the other.
+
+use std::collections::BTreeSet;
+use std::ffi::{OsStr, OsString};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Stat, Timespec, Timestamps, Uid, XattrFlags};
+use rustix::io::Errno;
+use serde_json::Value;
+
+use crate::error::{Attempt, Error, Result};
+use crate::sys::tree::Tree;
+
+/// A file of this name says that its directory has nothing of the layers below; with another name after the first part, that they have
+/// no file of that name any more (OCI image layer specification, "Whiteouts").
+const OPAQUE: &[u8] = b".wh..wh..opq";
+const WHITEOUT: &[u8] = b".wh.";
+/// What a storage driver (aufs) kept for itself.
+const OF_DRIVER: &[u8] = b".wh..wh.";
+
+/// No description of an image is larger.
+const LARGEST: u64 = 4 << 20;
+
+/// No engine makes an image of more layers.
+const MOST_LAYERS: usize = 1000;
+
+/// An index of indexes of indexes is made to keep us busy.
+const DEEPEST: usize = 4;
+
+/// The kernel lets an attribute, and all names of them, be so long.
+const LONGEST_ATTRIBUTE: usize = 64 << 10;
+
+/// Times of files are those of the clock's last tick.
+const CLOCK_TICK: Duration = Duration::from_millis(50);
+
+/// The layers of the image that is saved in the directory `saved`, lowest first, as paths below it without links; nothing if it is no saved
+/// image.
+pub fn layers(saved: &Tree) -> Result<Option<Vec<PathBuf>>> {
+    let attempted = || "read the description of the saved image";
+    let layers = match description(saved, "manifest.json") {
+        Some(images) if images[0]["Layers"].is_array() => {
+            let images = images.as_array().map(Vec::as_slice).unwrap_or_default();
+            let [image] = images else {
+                let names = images.iter().map(|image| image["RepoTags"][0].as_str().unwrap_or("one without a name"));
+                return Err(several(&names.collect::<Vec<_>>()));
+            };
+            strings(&image["Layers"])
+        }
+        // `podman save --format docker-dir`, `skopeo copy … dir:`.
+        Some(image) if image["layers"].is_array() && saved.look("version").is_ok_and(|found| found.is_some()) => {
+            let digests = image["layers"].as_array().into_iter().flatten();
+            digests.map(|layer| blob(layer)?.rsplit('/').next().map(str::to_owned)).collect()
+        }
+        _ if saved.look("oci-layout").is_ok_and(|found| found.is_some()) => {
+            let index = description(saved, "index.json")
+                .ok_or_else(|| Error::new(attempted()).because("there is no index.json"))?;
+            let image = image_of(saved, index, 0)?;
+            let digests = image["layers"].as_array().into_iter().flatten();
+            digests.map(blob).collect::<Option<_>>()
+        }
+        _ => return Ok(None),
+    };
+    let layers = layers.filter(|layers| layers.len() <= MOST_LAYERS);
+    let layers =
+        layers.ok_or_else(|| Error::new(attempted()).because("it does not name its layers as docker and OCI do"))?;
+    let resolve = |layer: String| {
+        let attempted = || format!("find the layer {layer} of the saved image");
+        let path = saved.leads_to(&layer).attempt(attempted)?;
+        // A device or a fifo is no layer.
+        saved.open_regular(&path, OFlags::RDONLY | OFlags::NOFOLLOW).attempt(attempted)?;
+        Ok(path)
+    };
+    layers.into_iter().map(resolve).collect::<Result<_>>().map(Some)
+}
+
+fn description(saved: &Tree, path: &str) -> Option<Value> {
+    serde_json::from_slice(&saved.read(path, LARGEST).ok()?).ok()
+}
+
+fn strings(list: &Value) -> Option<Vec<String>> {
+    list.as_array()?.iter().map(|text| text.as_str().map(str::to_owned)).collect()
+}
+
+fn several(names: &[&str]) -> Error {
+    Error::new("take the saved images as one image root")
+        .because(format!("there are {}: {}", names.len(), names.join(", ")))
+        .advise("save one of them, for one architecture (podman save, skopeo copy --override-arch)")
+}
+
+/// The manifest of the only image that `index` leads to.
+fn image_of(saved: &Tree, index: Value, depth: usize) -> Result<Value> {
+    if index["layers"].is_array() {
+        return Ok(index);
+    }
+    let entries = index["manifests"].as_array().map(Vec::as_slice).unwrap_or_default();
+    // Beside an image lies what is attested of it, which is for no architecture.
+    let is_image = |entry: &&Value| entry["platform"]["architecture"] != "unknown";
+    let images: Vec<_> = entries.iter().filter(is_image).collect();
+    let [image] = images.as_slice() else {
+        let name = |entry: &&Value| -> String {
+            let name = entry["annotations"]["org.opencontainers.image.ref.name"].as_str();
+            name.or(entry["platform"]["architecture"].as_str()).unwrap_or("one without a name").to_owned()
+        };
+        let names: Vec<_> = images.iter().map(name).collect();
+        return Err(several(&names.iter().map(String::as_str).collect::<Vec<_>>()));
+    };
+    let next = blob(image).filter(|_| depth < DEEPEST).and_then(|path| description(saved, &path));
+    let next = next.ok_or_else(|| {
+        let digest = image["digest"].as_str().unwrap_or("without a digest");
+        Error::new(format!("read the manifest {digest} of the saved image"))
+    })?;
+    image_of(saved, next, depth + 1)
+}
+
+/// Where the content lies that a descriptor names by its digest.
+fn blob(descriptor: &Value) -> Option<String> {
+    let (algorithm, digits) = descriptor["digest"].as_str()?.split_once(':')?;
+    let is_name = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric());
+    (is_name(algorithm) && is_name(digits)).then(|| format!("blobs/{algorithm}/{digits}"))
+}
+
+/// Moves what is in `layer`, which was unpacked after `began`, over `root`, and removes what it hides there. Both are on one file system
+/// and nobody else changes them; no link is followed.
+pub fn merge(layer: &Tree, root: &Tree, began: SystemTime) -> io::Result<()> {
+    let mut directories = vec![(PathBuf::from("."), false)];
+    let mut attributes = Vec::new();
+    while let Some((path, is_new)) = directories.pop() {
+        let (from, to) = (layer.folder_without_links(&path)?, root.folder_without_links(&path)?);
+        let found = rustix::fs::fstat(&from)?;
+        let names: BTreeSet<OsString> = from.names()?.into_iter().collect();
+        if names.contains(OsStr::from_bytes(OPAQUE)) {
+            to.names()?.iter().try_for_each(|name| remove(&to, name))?;
+        }
+        let is_whiteout = |name: &&OsString| name.as_bytes().starts_with(WHITEOUT);
+        for name in names.iter().filter(is_whiteout) {
+            match &name.as_bytes()[WHITEOUT.len()..] {
+                b"" | b"." | b".." => return Err(Errno::INVAL.into()),
+                _ if name.as_bytes().starts_with(OF_DRIVER) => {}
+                hidden => remove(&to, OsStr::from_bytes(hidden))?,
+            }
+        }
+        for name in names.iter().filter(|name| !is_whiteout(name)) {
+            let (new, old) = (is_directory(&from, name)?, is_directory(&to, name)?);
+            if (new, old) == (Some(true), Some(true)) {
+                directories.push((path.join(name), false));
+                continue;
+            }
+            remove(&to, name)?;
+            if new == Some(true) {
+                rustix::fs::mkdirat(&to, name, Mode::RWXU)?;
+                directories.push((path.join(name), true));
+            } else {
+                rustix::fs::renameat(&from, name, &to, name)?;
+            }
+        }
+        // A directory that the layer only has on the way to something else, tar has made just now.
+        if is_new || modified(&found) + CLOCK_TICK < began {
+            attributes.push((path, found));
+        }
+    }
+    // What was moved into a directory has changed its time.
+    for (path, found) in attributes {
+        copy_attributes(&layer.folder_without_links(&path)?, &found, &root.folder_without_links(&path)?)?;
+    }
+    Ok(())
+}
+
+fn is_directory(tree: &Tree, name: &OsStr) -> io::Result<Option<bool>> {
+    Ok(tree.look(name)?.map(|found| FileType::from_raw_mode(found.st_mode) == FileType::Directory))
+}
+
+fn remove(directory: &Tree, name: &OsStr) -> io::Result<()> {
+    match is_directory(directory, name)? {
+        None => Ok(()),
+        Some(true) => {
+            let place = format!("/proc/self/fd/{}", directory.as_fd().as_raw_fd());
+            std::fs::remove_dir_all(Path::new(&place).join(name))
+        }
+        Some(false) => Ok(rustix::fs::unlinkat(directory, name, AtFlags::empty())?),
+    }
+}
+
+fn modified(found: &Stat) -> SystemTime {
+    let seconds = Duration::from_secs(found.st_mtime.try_into().unwrap_or_default());
+    UNIX_EPOCH + seconds + Duration::from_nanos(found.st_mtime_nsec)
+}
+
+/// Gives the directory `to` the owner, mode, times and extended attributes of `from`, which looked like `found`.
+fn copy_attributes(from: &Tree, found: &Stat, to: &Tree) -> io::Result<()> {
+    let (from, to) = (from.reopen()?, to.reopen()?);
+    rustix::fs::fchown(&to, Some(Uid::from_raw(found.st_uid)), Some(Gid::from_raw(found.st_gid)))?;
+    let wanted = attribute_names(&from)?;
+    for name in attribute_names(&to)?.difference(&wanted) {
+        rustix::fs::fremovexattr(&to, name)?;
+    }
+    let mut value = vec![0; LONGEST_ATTRIBUTE];
+    for name in &wanted {
+        let length = rustix::fs::fgetxattr(&from, name, value.as_mut_slice())?;
+        rustix::fs::fsetxattr(&to, name, &value[..length], XattrFlags::empty())?;
+    }
+    rustix::fs::fchmod(&to, Mode::from_raw_mode(found.st_mode & 0o7777))?;
+    let modified = Timespec { tv_sec: found.st_mtime, tv_nsec: found.st_mtime_nsec.cast_signed() };
+    Ok(rustix::fs::futimens(&to, &Timestamps { last_access: modified, last_modification: modified })?)
+}
+
+fn attribute_names(directory: &OwnedFd) -> io::Result<BTreeSet<OsString>> {
+    let mut names = vec![0; LONGEST_ATTRIBUTE];
+    let length = rustix::fs::flistxattr(directory, names.as_mut_slice())?;
+    let names = names[..length].split(|&b| b == 0).filter(|name| !name.is_empty());
+    Ok(names.map(|name| OsStr::from_bytes(name).to_owned()).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn tree(files: &[(&str, Value)]) -> (tempfile::TempDir, Tree) {
+        let dir = tempfile::tempdir().unwrap();
+        for (path, content) in files {
+            let path = dir.path().join(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, content.to_string()).unwrap();
+        }
+        let tree = Tree::open(dir.path()).unwrap();
+        (dir, tree)
+    }
+
+    #[test]
+    fn layers_are_those_that_docker_podman_and_oci_name() {
+        let found = |files: &[(&str, Value)]| {
+            let (_dir, tree) = tree(files);
+            layers(&tree).map_err(|e| e.to_string())
+        };
+        let text = || json!("");
+        let paths = |paths: &[&str]| Ok(Some(paths.iter().map(PathBuf::from).collect::<Vec<_>>()));
+        let docker = json!([{"Config": "c.json", "RepoTags": ["a:1"], "Layers": ["1/layer.tar", "2.tar"]}]);
+        assert_eq!(
+            found(&[("manifest.json", docker), ("1/layer.tar", text()), ("2.tar", text())]),
+            paths(&["1/layer.tar", "2.tar"])
+        );
+        let manifest = ("blobs/sha256/aa", json!({"layers": [{"digest": "sha256:bb"}, {"digest": "sha256:cc"}]}));
+        let attested = json!({"digest": "sha256:00", "platform": {"architecture": "unknown", "os": "unknown"}});
+        let index = json!({"manifests": [{"digest": "sha256:aa", "platform": {"architecture": "amd64"}}, attested]});
+        let oci = |index: Value| {
+            let blobs = [("blobs/sha256/bb", text()), ("blobs/sha256/cc", text()), ("blobs/sha256/dd", index.clone())];
+            let files = [("oci-layout", json!({})), ("index.json", index), manifest.clone()];
+            found(&files.into_iter().chain(blobs).collect::<Vec<_>>())
+        };
+        let both = paths(&["blobs/sha256/bb", "blobs/sha256/cc"]);
+        assert_eq!(oci(index.clone()), both);
+        // An index of an index, as buildx writes it; and one that leads to itself.
+        assert_eq!(
+            found(&[
+                ("oci-layout", json!({})),
+                ("index.json", json!({"manifests": [{"digest": "sha256:dd"}]})),
+                ("blobs/sha256/dd", index),
+                manifest.clone(),
+                ("blobs/sha256/bb", text()),
+                ("blobs/sha256/cc", text())
+            ]),
+            both
+        );
+        assert!(oci(json!({"manifests": [{"digest": "sha256:dd"}]})).unwrap_err().contains("sha256:dd"));
+        for (hostile, word) in [
+            ("sha256:../../../etc/passwd", "cannot read"),
+            ("sha256:", "cannot read"),
+            ("sha256:ee", "cannot read"),
+            ("aa", "cannot read"),
+        ] {
+            assert!(oci(json!({"manifests": [{"digest": hostile}]})).unwrap_err().contains(word), "{hostile}");
+        }
+        let two = json!({"manifests": [{"digest": "sha256:aa", "platform": {"architecture": "amd64"}}, {"digest": "sha256:aa", "platform": {"architecture": "arm64"}}]});
+        assert!(oci(two).unwrap_err().contains("there are 2: amd64, arm64; save one"));
+        let two = json!([{"RepoTags": ["a:1"], "Layers": []}, {"RepoTags": ["b:1"], "Layers": []}]);
+        assert!(found(&[("manifest.json", two)]).unwrap_err().contains("a:1, b:1"));
+        assert!(
+            found(&[("manifest.json", json!([{"Layers": ["../../etc/passwd"]}]))])
+                .unwrap_err()
+                .contains("cannot find the layer")
+        );
+        assert!(found(&[("manifest.json", json!([{"Layers": vec!["l"; 1001]}])), ("l", text())]).is_err());
+        // An image root that has a file of that name.
+        for manifest in [json!({"name": "app"}), json!([1]), json!("text")] {
+            assert_eq!(found(&[("manifest.json", manifest), ("etc/passwd", text())]), Ok(None));
+        }
+    }
+
+    #[test]
+    fn a_layer_that_leads_out_of_the_saved_image_or_is_no_file_is_refused() {
+        let (dir, tree) = tree(&[("manifest.json", json!([{"Layers": ["layer.tar"]}]))]);
+        let layer = dir.path().join("layer.tar");
+        for target in ["/etc/passwd", "../../../../etc/passwd", "layer.tar"] {
+            let _ = std::fs::remove_file(&layer);
+            std::os::unix::fs::symlink(target, &layer).unwrap();
+            assert!(layers(&tree).is_err(), "{target}");
+        }
+        std::fs::remove_file(&layer).unwrap();
+        nix::unistd::mkfifo(&layer, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert!(layers(&tree).is_err());
+    }
+
+    #[test]
+    fn a_whiteout_of_the_directory_above_is_refused() {
+        for name in [".wh.", ".wh..", ".wh..."] {
+            let (_layer, layer) = tree(&[(name, json!(""))]);
+            let (dir, root) = tree(&[("kept/file", json!(""))]);
+            let root = root.folder("kept").unwrap();
+            assert!(merge(&layer, &root, SystemTime::now()).is_err(), "{name}");
+            assert!(dir.path().join("kept/file").exists());
+        }
+    }
+}

@@ -1,0 +1,228 @@
+//! What people have instead of a squashfs: saved images of containers, cpio archives, tar archives with absolute names.
+
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use crate::job::*;
+use crate::prepare::{is_empty, refused, same_tree};
+use crate::support::*;
+
+fn prepare(parent: &Path, source: &Path) -> Output {
+    ims_sshd(&["prepare", &parent.display().to_string(), &source.display().to_string()], &[]).output().unwrap()
+}
+
+fn taken(parent: &Path, source: &Path) -> PathBuf {
+    let output = prepare(parent, source);
+    assert!(output.status.success(), "{}: {}", source.display(), text(&output.stderr));
+    let left: Vec<_> = std::fs::read_dir(parent).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(left.len(), 2, "the image root and its inventory: {left:?}");
+    parent.join("image-root")
+}
+
+/// Four layers: files are removed, a link becomes a directory, a directory a link, one is emptied, one gets another mode.
+const CONTAINERFILE: &str = "FROM scratch
+ADD tree.tar /
+RUN mkdir -p /a/b /gone/deep && echo 1 > /a/b/x && echo 2 > /a/y && ln /a/y /a/z && ln -s /etc/passwd /link && \
+    touch /gone/deep/file && mkdir -m 1777 /sticky && chmod 700 /etc
+RUN rm /a/b/x && echo new > /a/b/n && rm /link && mkdir /link && touch /link/file
+RUN rm -rf /a /gone /sticky && mkdir /a && touch /a/only && ln -s a /sticky && mkdir -m 2750 /late && chown 7:8 /late
+";
+
+#[test]
+fn a_saved_container_image_is_unpacked_layer_by_layer_as_podman_mounts_it() {
+    let dir = folder();
+    let place = dir.path();
+    succeed(Command::new("tar").arg("-cf").arg(place.join("tree.tar")).arg("-C").arg(cache().join("busybox")).arg("."));
+    std::fs::write(place.join("Containerfile"), CONTAINERFILE).unwrap();
+    let podman = |arguments: &[&str]| {
+        let mut command = Command::new("podman");
+        for (option, name) in [("--root", "root"), ("--runroot", "run"), ("--tmpdir", "tmp")] {
+            command.arg(option).arg(place.join(name));
+        }
+        succeed(
+            command
+                .env("CONTAINERS_CONF", concat!(env!("CARGO_MANIFEST_DIR"), "/tests/containers.conf"))
+                .args(arguments)
+                .current_dir(place),
+        )
+    };
+    podman(&["build", "--isolation=chroot", "--layers", "--tag=image:1", "."]);
+    let mounted = PathBuf::from(podman(&["image", "mount", "image:1"]).trim());
+    let same_as_mounted = |image_root: &Path| {
+        // The root itself is in no layer.
+        for program in ["chmod", "touch"] {
+            succeed(Command::new(program).arg(format!("--reference={}", mounted.display())).arg(image_root));
+        }
+        same_tree(&mounted, image_root);
+    };
+    let formats = ["docker-archive", "oci-archive", "oci-dir", "docker-dir"];
+    for format in formats {
+        podman(&["save", "--quiet", "--format", format, "--output", format, "image:1"]);
+        let image_root = taken(&place.join(format!("parent-{format}")), &place.join(format));
+        same_as_mounted(&image_root);
+        assert_eq!(std::fs::metadata(image_root.join("late")).unwrap().mode() & 0o7777, 0o2750);
+        assert!(!walk(&image_root).iter().any(|path| path.to_string_lossy().contains(".wh.")));
+    }
+    succeed(Command::new("gzip").arg(place.join("docker-archive")));
+    same_as_mounted(&taken(&place.join("parent-gz"), &place.join("docker-archive.gz")));
+
+    // Two images are not one image root; and layers are no directory that could be mounted.
+    podman(&["build", "--isolation=chroot", "--tag=other:1", "--label=a=b", "."]);
+    podman(&["save", "--quiet", "--multi-image-archive", "--output=both", "image:1", "other:1"]);
+    refused(&place.join("parent"), &place.join("both").display().to_string(), "there are 2");
+    let (parent, layers) = (place.join("parent").display().to_string(), place.join("oci-dir").display().to_string());
+    let output = ims_sshd(&["prepare", "--open", "overlay", &parent, &layers], &[]).output().unwrap();
+    assert!(!output.status.success() && text(&output.stderr).contains("--open unpack"), "{output:?}");
+    is_empty(Path::new(&parent));
+}
+
+#[test]
+fn a_hostile_layer_writes_and_removes_nothing_outside_the_root() {
+    let dir = folder();
+    let outside = dir.path().join("outside");
+    std::fs::create_dir(&outside).unwrap();
+    std::fs::write(outside.join("secret"), "secret").unwrap();
+    // A saved image as no engine makes one; each layer is a list of (name, kind, target).
+    let make = "
+import io, json, sys, tarfile
+archive, layers = sys.argv[1], json.loads(sys.argv[2])
+def tar_of(members):
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode='w') as tar:
+        for name, kind, target in members:
+            member = tarfile.TarInfo(name)
+            member.type = {'file': tarfile.REGTYPE, 'link': tarfile.SYMTYPE, 'hard': tarfile.LNKTYPE, 'dir': tarfile.DIRTYPE}[kind]
+            member.linkname, member.mode = target, 0o755
+            tar.addfile(member)
+    return out.getvalue()
+with tarfile.open(archive, 'w') as tar:
+    contents = [tar_of(layer) for layer in layers]
+    names = ['%d/layer.tar' % n for n in range(len(layers))]
+    for name, content in [('manifest.json', json.dumps([{'Layers': names}]).encode()), *zip(names, contents)]:
+        member = tarfile.TarInfo(name)
+        member.size = len(content)
+        tar.addfile(member, io.BytesIO(content))
+";
+    let out = outside.display().to_string();
+    let up = "../../../outside".to_owned();
+    let archive_of = |name: &str, layers: serde_json::Value| {
+        let archive = dir.path().join(format!("{name}.tar"));
+        succeed(Command::new("/usr/bin/python3").args(["-c", make]).arg(&archive).arg(layers.to_string()));
+        archive
+    };
+    let untouched = || {
+        let names: Vec<_> = std::fs::read_dir(&outside).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert_eq!(names, ["secret"]);
+    };
+    let parent = dir.path().join("parent");
+    for (name, layers) in [
+        ("whiteout-above", serde_json::json!([[["a", "file", ""]], [[".wh...", "file", ""]]])),
+        (
+            "whiteout-above-in-link",
+            serde_json::json!([[["way", "link", out]], [["way", "dir", ""], ["way/.wh...", "file", ""]]]),
+        ),
+        ("dots", serde_json::json!([[["../../outside/made", "file", ""]]])),
+        ("hard-link", serde_json::json!([[["copy", "hard", format!("{out}/secret")]]])),
+        ("link-in-one-layer", serde_json::json!([[["way", "link", out], ["way/made", "file", ""]]])),
+    ] {
+        refused(&parent, &archive_of(name, layers).display().to_string(), "cannot unpack");
+        untouched();
+    }
+    // What would lead out through a link of a lower layer replaces the link, as with an engine.
+    for target in [&out, &up] {
+        let layers = serde_json::json!([
+            [["way", "link", target], ["gone", "link", target], ["d", "dir", ""], ["d/way", "link", target]],
+            [["way", "dir", ""], ["way/made", "file", ""], ["way/.wh.secret", "file", ""], [".wh.gone", "file", ""]],
+            [["d/way/.wh..wh..opq", "file", ""], ["d/way/made", "file", ""]]
+        ]);
+        let image_root = taken(&dir.path().join(format!("parent-{}", target.len())), &archive_of("through", layers));
+        untouched();
+        let kinds = ["way", "d/way"].map(|name| std::fs::symlink_metadata(image_root.join(name)).unwrap().is_dir());
+        assert_eq!(kinds, [true, true]);
+        assert!(image_root.join("way/made").exists() && std::fs::symlink_metadata(image_root.join("gone")).is_err());
+    }
+}
+
+#[test]
+fn a_cpio_archive_becomes_the_same_tree() {
+    let dir = folder();
+    let tree = image(dir.path());
+    std::fs::hard_link(tree.join("etc/passwd"), tree.join("etc/second-name")).unwrap();
+    symlink("/etc/passwd", tree.join("absolute")).unwrap();
+    std::fs::write(tree.join("größe und mehr"), "x").unwrap();
+    std::fs::set_permissions(tree.join("etc/second-name"), PermissionsExt::from_mode(0o4711)).unwrap();
+    succeed(
+        Command::new("sh")
+            .arg("-c")
+            .arg("mknod null c 1 3; mkfifo fifo; chown 7:8 fifo; mkdir -m 2750 shared")
+            .current_dir(&tree),
+    );
+    let archives = "find . | cpio --quiet -o -H newc > ../plain.cpio
+        find . -depth | cpio --quiet -o -H crc > ../depth-first.cpio
+        find . | cpio --quiet -o -H newc | tee ../plain | gzip > ../image.gz; xz -k ../plain; zstd -q ../plain
+        find . | cpio --quiet -o -H odc > ../old.cpio";
+    succeed(Command::new("sh").args(["-e", "-c", archives]).current_dir(&tree));
+    for (number, name) in ["plain.cpio", "depth-first.cpio", "image.gz", "plain.xz", "plain.zst"].iter().enumerate() {
+        let image_root = taken(&dir.path().join(format!("parent-{number}")), &dir.path().join(name));
+        same_tree(&tree, &image_root);
+        let look = |name: &str| std::fs::symlink_metadata(image_root.join(name)).unwrap();
+        assert_eq!((look("etc/passwd").ino(), look("etc/passwd").nlink()), (look("etc/second-name").ino(), 2));
+        assert!(look("null").file_type().is_char_device() && look("null").rdev() == 0x103, "{name}");
+    }
+    let parent = dir.path().join("parent");
+    refused(&parent, &dir.path().join("old.cpio").display().to_string(), "cpio -o -H newc");
+    for (name, reason) in [("plain.cpio", "is cut off"), ("image.gz", "cannot unpack"), ("plain.zst", "cannot unpack")]
+    {
+        let whole = std::fs::read(dir.path().join(name)).unwrap();
+        let short = dir.path().join("short");
+        std::fs::write(&short, &whole[..whole.len() * 2 / 3]).unwrap();
+        refused(&parent, &short.display().to_string(), reason);
+    }
+    is_empty(&parent);
+}
+
+#[test]
+fn absolute_names_in_a_tar_archive_are_taken_below_the_root_as_tar_does() {
+    let dir = folder();
+    let tree = dir.path().join("tree");
+    std::fs::create_dir_all(tree.join("etc")).unwrap();
+    std::fs::write(tree.join("etc/file"), "content").unwrap();
+    std::fs::hard_link(tree.join("etc/file"), tree.join("etc/name")).unwrap();
+    symlink("/etc/file", tree.join("link")).unwrap();
+    let archive = dir.path().join("image.tar");
+    succeed(
+        Command::new("tar")
+            .args(["-P", "-c", "-f"])
+            .arg(&archive)
+            .args(["--transform=s,^\\.,,", "-C"])
+            .arg(&tree)
+            .arg("."),
+    );
+    let names = succeed(Command::new("tar").arg("-Ptvf").arg(&archive));
+    assert!(names.contains(" /etc/file") && names.contains("link to /etc/"), "{names}");
+    let image_root = taken(&dir.path().join("parent"), &archive);
+    same_tree(&tree, &image_root);
+    assert_eq!(std::fs::read_link(image_root.join("link")).unwrap(), Path::new("/etc/file"));
+}
+
+#[test]
+fn a_squashfs_with_zeros_after_it_is_taken() {
+    let dir = folder();
+    let tree = image(dir.path());
+    let squashfs = squashfs_of(&tree);
+    let size = std::fs::metadata(&squashfs).unwrap().len().next_multiple_of(1 << 20) + (1 << 20);
+    std::fs::File::options().write(true).open(&squashfs).unwrap().set_len(size).unwrap();
+    same_tree(&tree, &taken(&dir.path().join("parent"), &squashfs));
+    let parent = dir.path().join("mounted");
+    let (place, source) = (parent.display().to_string(), squashfs.display().to_string());
+    let output = ims_sshd(&["prepare", "--open", "overlay", &place, &source], &[]).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    same_tree(&tree, &parent.join("image-root"));
+    std::fs::File::options()
+        .append(true)
+        .open(&squashfs)
+        .and_then(|mut file| std::io::Write::write_all(&mut file, b"x"))
+        .unwrap();
+    refused(&dir.path().join("other"), &source, "something follows");
+}
