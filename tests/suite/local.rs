@@ -1,6 +1,6 @@
 //! One machine, no pod: `customize`, `enter`, `complete`, `fail`, `status`.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -311,6 +311,25 @@ fn enter_asks_at_the_end_whether_to_publish_and_goes_on_with_what_was_kept() {
     let files = published(path);
     assert!(files.contains("root/first") && files.contains("root/second"), "{files}");
     assert!(is_empty(path.join("work/ims-sshd")), "the work directory is left");
+}
+
+#[test]
+fn changes_are_kept_when_the_terminal_goes_away() {
+    let desk = desk();
+    let path = desk.path().display();
+    let enter = format!("{IMS_SSHD} enter {path}/image.sqsh --work {path}/work --output {path}/out");
+    let mut script = Command::new("script");
+    script.args(["-q", "-c", &format!("exec {enter}"), "/dev/null"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut script = Ended(script.spawn().unwrap());
+    script.stdin.as_mut().unwrap().write_all(b"touch /root/first; echo ma''de\n").unwrap();
+    let mut seen = BufReader::new(script.stdout.take().unwrap()).lines();
+    assert!(seen.any(|line| line.unwrap().contains("made")));
+    script.kill().unwrap();
+    script.wait().unwrap();
+    wait_until("enter to end", || processes_with(&enter).is_empty());
+    let output = Command::new("sh").args(["-c", &format!("{enter} --yes -- test -e /root/first")]).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    assert!(published(desk.path()).contains("root/first"));
 }
 
 #[test]
