@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
-use ims_sshd::error::{Attempt, Result};
+use ims_sshd::error::{Attempt, Error, Result};
 use ims_sshd::jail::binds::Bind;
 use ims_sshd::lifecycle::settings::{DEFAULT_PARENT, Settings};
 use ims_sshd::lifecycle::{log, supervisor};
@@ -55,6 +55,8 @@ enum Command {
         /// How it becomes a tree
         #[arg(long, value_enum, default_value = "unpack")]
         open: Open,
+        #[command(flatten)]
+        checksum: ChecksumOptions,
         #[command(flatten)]
         servers: ServerOptions,
     },
@@ -138,6 +140,19 @@ const UPLOAD_EXAMPLES: &str = "Examples:
 
 /// Options that are a pod's variables by other names.
 type Variables = Vec<(&'static str, Option<String>)>;
+
+#[derive(Args)]
+struct ChecksumOptions {
+    /// What the source's SHA-256 has to be [variable: DOWNLOAD_SHA256SUM]
+    #[arg(long, value_name = "SUM")]
+    sha256: Option<String>,
+}
+
+impl ChecksumOptions {
+    fn variables(self) -> Variables {
+        vec![("DOWNLOAD_SHA256SUM", self.sha256)]
+    }
+}
 
 #[derive(Args)]
 #[command(next_help_heading = "Image")]
@@ -309,6 +324,8 @@ struct JobOptions {
     #[arg(long, value_name = "DIRECTORY")]
     work: Option<PathBuf>,
     #[command(flatten)]
+    checksum: ChecksumOptions,
+    #[command(flatten)]
     packing: PackingOptions,
     #[command(flatten)]
     image: ImageOptions,
@@ -316,12 +333,19 @@ struct JobOptions {
 
 impl JobOptions {
     fn read(self, source: String) -> Result<Job> {
-        let Self { output, work, packing, image } = self;
+        let Self { output, work, checksum, packing, image } = self;
         // A directory is changed where it is, which takes none of the variables.
-        let settings = if output.is_none() && Path::new(&source).is_dir() {
+        let is_directory = Path::new(&source).is_dir();
+        if is_directory && checksum.sha256.is_some() {
+            return Err(Error::bad_input(format!(
+                "--sha256 is given, and SOURCE is '{source}': expected a file or a URL"
+            )));
+        }
+        let settings = if output.is_none() && is_directory {
             None
         } else {
             let mut options = image.variables();
+            options.extend(checksum.variables());
             // A name is as good as another where nobody else has said one.
             for (name, value) in &mut options {
                 if ["KERNEL_FILENAME", "INITRD_FILENAME"].contains(name) {
@@ -384,9 +408,10 @@ fn run(command: Command) -> Result<u8> {
         Command::Complete(parent) => status::mark(&parent.path(), Verdict::Complete),
         Command::Fail(parent) => status::mark(&parent.path(), Verdict::Failed),
         Command::Status { parent, json } => status::print(&parent.path(), json),
-        Command::Prepare { first, second, open, servers } => {
+        Command::Prepare { first, second, open, checksum, servers } => {
             let (parent, source) = second.map_or((None, first.clone()), |source| (Some(first.into()), source));
-            let settings = publishing::Settings::read(parent, variables(servers.variables()))?;
+            let options = checksum.variables().into_iter().chain(servers.variables());
+            let settings = publishing::Settings::read(parent, variables(options))?;
             prepare::run(&settings, &source, open)
         }
         Command::Sidecar(arguments) => run_sidecar(arguments),

@@ -1,5 +1,5 @@
-//! Uploads that were begun in a bucket and neither ended nor taken back. Whoever dies, or loses its connection, before it hears what the
-//! store calls them can only ask the store, which the crate does not.
+//! Unfinished multipart uploads whose id was never received, by a crash or a lost connection: only ListMultipartUploads finds them, which the
+//! crate does not call.
 
 use object_store::aws::{AmazonS3, AwsAuthorizer};
 use object_store::client::{HttpConnector, HttpRequest, HttpRequestBody, ReqwestConnector};
@@ -8,19 +8,25 @@ use object_store::signer::Signer;
 use object_store::{ClientOptions, MultipartId};
 use reqwest::Method;
 
-use crate::publish::store::{REGION, SIGNED_FOR, failure};
+use crate::publish::store::{SIGNED_FOR, failure};
 
 /// All of them whose keys lie below `folder`: the last name of each key, with what the store calls the upload.
 pub async fn below(
     bucket: &AmazonS3,
     options: &ClientOptions,
+    region: &str,
     folder: &Path,
 ) -> object_store::Result<Vec<(String, MultipartId)>> {
-    Ok(parse(&listing(bucket, options, folder).await?))
+    Ok(parse(&listing(bucket, options, region, folder).await?))
 }
 
 /// The answer to ListMultipartUploads: a thousand at the most, and an image has six keys.
-async fn listing(bucket: &AmazonS3, options: &ClientOptions, folder: &Path) -> object_store::Result<String> {
+async fn listing(
+    bucket: &AmazonS3,
+    options: &ClientOptions,
+    region: &str,
+    folder: &Path,
+) -> object_store::Result<String> {
     // Where the bucket is; the request is signed in its headers.
     let mut url = bucket.signed_url(Method::GET, &Path::default(), SIGNED_FOR).await?;
     url.query_pairs_mut().clear().append_pair("uploads", "").append_pair("prefix", &format!("{folder}/"));
@@ -28,7 +34,7 @@ async fn listing(bucket: &AmazonS3, options: &ClientOptions, folder: &Path) -> o
     let mut request = HttpRequest::new(HttpRequestBody::empty());
     *request.uri_mut() = url.as_str().parse().map_err(|e| failure(folder.as_ref(), e))?;
     let credential = bucket.credentials().get_credential().await?;
-    AwsAuthorizer::new(&credential, "s3", REGION).authorize(&mut request, None);
+    AwsAuthorizer::new(&credential, "s3", region).authorize(&mut request, None);
     let client = ReqwestConnector::default().connect(options)?;
     let answer = client.execute(request).await.map_err(|e| failure(folder.as_ref(), e))?;
     let status = answer.status();

@@ -2,17 +2,16 @@
 
 use std::fs::File;
 use std::io::{Seek, Write};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
 use std::time::Instant;
 
-use md5::{Digest, Md5};
 use reqwest::StatusCode;
-use reqwest::header::{CONTENT_RANGE, ETAG, HeaderMap, IF_MATCH, RANGE};
+use reqwest::header::{CONTENT_RANGE, ETAG, HeaderMap, HeaderName, IF_MATCH, RANGE};
 
 use crate::error::{Attempt, Error, Result};
+use crate::publish::checksum::{Expected, Sums};
 use crate::publish::progress::Progress;
 use crate::publish::work::{Fault, Work, in_full, is_passing, patiently, without_query};
+use crate::sys::tree::Tree;
 
 /// A connection that brings less than this within the stall limit is one that stalls. What has come further by as much than ever before
 /// begins the time for further tries anew.
@@ -23,37 +22,38 @@ struct Download<'a> {
     work: &'a Work,
     url: &'a str,
     file: File,
+    /// Where that is, for messages.
+    path: String,
     /// What has come of it.
     length: u64,
-    sum: Md5,
+    sums: Sums,
     /// What it comes to, once the server has said so.
     total: Option<u64>,
-    /// The server's mark of its content.
     etag: Option<String>,
-    /// Whether the mark can be the content's MD5.
+    /// Whether the ETag can be the content's MD5.
     etag_is_md5: bool,
     progress: Progress,
 }
 
-/// Fetches `url` to `path`. `md5` is what it has to come to; `copies` how often its size has to fit on the disk.
-pub fn fetch(work: &Work, url: &str, md5: Option<&str>, path: &Path, copies: u64) -> Result<()> {
+/// Fetches `url` to the file `name` of a directory, in place of what is there. `copies` is how often its size has to fit on the disk.
+pub fn fetch(work: &Work, url: &str, expected: &Expected, folder: &Tree, name: &str, copies: u64) -> Result<()> {
     let shown = without_query(url);
     let attempted = format!("fetch {shown}");
-    // An image holds its /etc/shadow.
-    let mut open = File::options();
-    let file = open
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(path)
-        .attempt(|| format!("create {}", path.display()))?;
+    if url.starts_with("http://") && !expected.is_given() {
+        tracing::warn!(
+            "{shown} is fetched without TLS and without a checksum: anybody on the way can replace the image; use https, or give its \
+             checksum (--sha256, DOWNLOAD_SHA256SUM)"
+        );
+    }
+    let path = folder.shown().join(name).display().to_string();
+    let file = folder.create_file(name).attempt(|| format!("create {path}"))?;
     let mut download = Download {
         work,
         url,
         file,
+        path,
         length: 0,
-        sum: Md5::new(),
+        sums: Sums::of(expected),
         total: None,
         etag: None,
         etag_is_md5: false,
@@ -63,7 +63,7 @@ pub fn fetch(work: &Work, url: &str, md5: Option<&str>, path: &Path, copies: u64
     work.wait(async {
         loop {
             let result = patiently(work.network.retry_limit, &attempted, async || {
-                match download.go_on(path, copies).await {
+                match download.go_on(copies).await {
                     // The patience of another round.
                     Err(Fault::Passing(cause)) if download.length >= reached + LEAST => {
                         reached = download.length;
@@ -79,18 +79,19 @@ pub fn fetch(work: &Work, url: &str, md5: Option<&str>, path: &Path, copies: u64
             }
         }
     })?;
-    download.check(md5).map_err(|why| Error::new(attempted).because(why))?;
+    download.check(expected).map_err(|why| Error::new(attempted).because(why))?;
     tracing::info!(bytes = download.length, "fetched {shown}");
-    download.file.sync_all().attempt(|| format!("write {}", path.display()))
+    download.file.sync_all().attempt(|| format!("write {}", download.path))
 }
 
 impl Download<'_> {
     /// One request, from where the last one ended.
-    async fn go_on(&mut self, path: &Path, copies: u64) -> std::result::Result<(), Fault> {
+    async fn go_on(&mut self, copies: u64) -> std::result::Result<(), Fault> {
         let mut request = self.work.client()?.get(self.url);
         if self.length > 0 {
             request = request.header(RANGE, format!("bytes={}-", self.length));
-            if let Some(etag) = &self.etag {
+            // A weak ETag matches nothing there (RFC 9110, 13.1.1): the answer's is compared below.
+            if let Some(etag) = self.etag.as_ref().filter(|etag| !is_weak(etag)) {
                 request = request.header(IF_MATCH, etag);
             }
         }
@@ -98,7 +99,8 @@ impl Download<'_> {
         let status = response.status();
         match status {
             StatusCode::OK => self.begin_anew()?,
-            StatusCode::PARTIAL_CONTENT if starts_at(response.headers(), self.length) => {}
+            StatusCode::PARTIAL_CONTENT
+                if starts_at(response.headers(), self.length) && self.is_same(response.headers()) => {}
             StatusCode::PRECONDITION_FAILED | StatusCode::RANGE_NOT_SATISFIABLE | StatusCode::PARTIAL_CONTENT => {
                 self.begin_anew()?;
                 return Err(Fault::Passing("it has changed on the server; beginning again".into()));
@@ -116,14 +118,12 @@ impl Download<'_> {
             }
         }
         if status == StatusCode::OK {
-            let header = |name| response.headers().get(name).and_then(|v| v.to_str().ok()).map(str::to_owned);
-            self.etag = header(ETAG.as_str());
-            // With keys of the store's own the mark is something else.
-            self.etag_is_md5 = header("x-amz-server-side-encryption").is_none();
+            self.etag = text_of(response.headers(), ETAG.as_str()).map(str::to_owned);
+            self.etag_is_md5 = is_md5(response.headers());
             self.total = response.content_length();
             if let Some(total) = self.total {
                 self.progress.expect(total);
-                check_space(path, total.saturating_mul(copies))?;
+                check_space(&self.file, &self.path, total.saturating_mul(copies))?;
             }
         }
         let window = self.work.network.stall_limit;
@@ -140,8 +140,8 @@ impl Download<'_> {
             let left = window.saturating_sub(since.elapsed());
             let Ok(chunk) = tokio::time::timeout(left, response.chunk()).await else { continue };
             let Some(chunk) = chunk.map_err(|e| Fault::Passing(in_full(&e)))? else { break };
-            self.file.write_all(&chunk).attempt(|| format!("write {}", path.display()))?;
-            self.sum.update(&chunk);
+            self.file.write_all(&chunk).attempt(|| format!("write {}", self.path))?;
+            self.sums.update(&chunk);
             self.length += chunk.len() as u64;
             self.progress.at(self.length);
             if self.total.is_some_and(|total| self.length > total) {
@@ -158,21 +158,40 @@ impl Download<'_> {
 
     fn begin_anew(&mut self) -> Result<()> {
         (self.length, self.total, self.etag) = (0, None, None);
-        self.sum.reset();
+        self.sums.reset();
         self.file.set_len(0).and_then(|()| self.file.rewind()).attempt(|| "begin the file again")
     }
 
-    fn check(&self, md5: Option<&str>) -> std::result::Result<(), String> {
-        let sum = format!("{:x}", self.sum.clone().finalize());
-        let etag = self.etag.as_deref().map(|etag| etag.trim_start_matches("W/").trim_matches('"'));
-        let from_etag = etag.filter(|e| self.etag_is_md5 && e.len() == 32 && e.bytes().all(|b| b.is_ascii_hexdigit()));
-        match md5.or(from_etag) {
-            Some(expected) if !expected.eq_ignore_ascii_case(&sum) => {
-                Err(format!("its MD5 is {sum}, expected {expected}"))
-            }
-            _ => Ok(()),
-        }
+    /// Whether a partial answer is of the content that was begun with.
+    fn is_same(&self, headers: &HeaderMap) -> bool {
+        let now = text_of(headers, ETAG.as_str());
+        now.is_none() || self.etag.is_none() || now == self.etag.as_deref()
     }
+
+    fn check(&self, expected: &Expected) -> std::result::Result<(), String> {
+        let etag = self.etag.as_deref().map(|etag| etag.trim_matches('"')).filter(|_| self.etag_is_md5);
+        let md5 = expected.md5.clone().or_else(|| etag.map(str::to_owned));
+        self.sums.check(&Expected { md5, sha256: expected.sha256.clone() })
+    }
+}
+
+fn text_of<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
+    headers.get(name)?.to_str().ok()
+}
+
+fn is_weak(etag: &str) -> bool {
+    etag.starts_with("W/")
+}
+
+/// Whether the ETag of an answer is the MD5 of its content: it looks like one, and no header says that it is something else.
+fn is_md5(headers: &HeaderMap) -> bool {
+    let etag = text_of(headers, ETAG.as_str()).filter(|etag| !is_weak(etag)).unwrap_or_default().trim_matches('"');
+    let names = headers.keys().map(HeaderName::as_str);
+    // Encrypted with keys that are not the store's (SSE-C, SSE-KMS); Swift's large objects, made of others.
+    let other = ["x-amz-server-side-encryption", "x-static-large-object", "x-object-manifest"];
+    etag.len() == 32
+        && etag.bytes().all(|b| b.is_ascii_hexdigit())
+        && !names.into_iter().any(|name| other.iter().any(|other| name.starts_with(other)))
 }
 
 /// Whether a partial answer begins at `length`.
@@ -182,13 +201,41 @@ fn starts_at(headers: &HeaderMap, length: u64) -> bool {
 }
 
 /// Refuses what will not fit.
-fn check_space(path: &Path, needed: u64) -> Result<()> {
-    let folder = path.parent().unwrap_or(Path::new("."));
-    let attempted = || format!("put {needed} bytes into {}", folder.display());
-    let disk = rustix::fs::statvfs(folder).attempt(attempted)?;
+fn check_space(file: &File, path: &str, needed: u64) -> Result<()> {
+    let attempted = || format!("put {needed} bytes into {path}");
+    let disk = rustix::fs::fstatvfs(file).attempt(attempted)?;
     let free = disk.f_bavail.saturating_mul(disk.f_frsize);
     if free < needed {
         return Err(Error::new(attempted()).because(format!("{free} are free")).advise("give the volume more space"));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_etag_that_is_no_md5_is_taken_for_none() {
+        let sum = "\"d41d8cd98f00b204e9800998ecf8427e\"";
+        let of = |headers: &[(&'static str, &'static str)]| {
+            let pairs = headers.iter().map(|(name, value)| (HeaderName::from_static(name), value.parse().unwrap()));
+            is_md5(&pairs.collect())
+        };
+        assert!(of(&[("etag", sum)]));
+        assert!(of(&[("etag", "D41D8CD98F00B204E9800998ECF8427E")]), "as Swift writes it, without quotes");
+        for etag in ["W/\"d41d8cd98f00b204e9800998ecf8427e\"", "\"d41d8cd98f00b204e9800998ecf8427e-2\"", "\"x\"", ""] {
+            assert!(!of(&[("etag", etag)]), "{etag}");
+        }
+        for (name, value) in [
+            ("x-static-large-object", "True"),
+            ("x-object-manifest", "container/prefix"),
+            ("x-amz-server-side-encryption", "aws:kms"),
+            ("x-amz-server-side-encryption", "aws:kms:dsse"),
+            ("x-amz-server-side-encryption-customer-algorithm", "AES256"),
+        ] {
+            assert!(!of(&[("etag", sum), (name, value)]), "{name}: {value}");
+        }
+        assert!(!of(&[]));
+    }
 }

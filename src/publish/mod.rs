@@ -3,6 +3,7 @@
 pub mod begun;
 pub mod boot;
 pub mod changes;
+pub mod checksum;
 pub mod command;
 pub mod cpio;
 pub mod download;

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::fs::File;
-use std::io::{self, IsTerminal, Read};
+use std::io::{self, IsTerminal};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -225,25 +225,6 @@ fn attribute_sets(file: &File) -> io::Result<u64> {
     let mut count = [0; 4];
     file.read_exact_at(&mut count, table + 8)?;
     Ok(u32::from_le_bytes(count).into())
-}
-
-/// The MD5 of a file, read once from its start.
-pub fn md5_of(work: &Work, file: &File, what: &str) -> Result<String> {
-    use md5::{Digest, Md5};
-    use std::io::Seek;
-    let attempted = || format!("read {what}");
-    let (mut file, mut sum, mut buffer) = (file, Md5::new(), vec![0; 1 << 20]);
-    let mut progress = Progress::begin(format!("checksum of {what}"), file.metadata().ok().map(|m| m.len()));
-    file.rewind().attempt(attempted)?;
-    loop {
-        let length = file.read(&mut buffer).attempt(attempted)?;
-        if length == 0 {
-            return Ok(format!("{:x}", sum.finalize()));
-        }
-        sum.update(&buffer[..length]);
-        progress.add(length as u64);
-        work.heed()?;
-    }
 }
 
 #[cfg(test)]

@@ -9,12 +9,13 @@ use crate::publish::changes::Inventory;
 use crate::publish::download;
 use crate::publish::ims::{Ims, Status};
 use crate::publish::journal;
-use crate::publish::package::{md5_of, open_tree};
+use crate::publish::package::open_tree;
 use crate::publish::settings::Settings;
 use crate::publish::source::{Kind, Source};
 use crate::publish::unpack::{Overlay, layers_in, unpack};
 use crate::publish::work::Work;
 use crate::publish::{source, store};
+use crate::sys::tree::kind_of;
 use crate::verdict::Verdict;
 
 /// How an archive becomes a tree.
@@ -28,6 +29,7 @@ pub enum Open {
 
 /// Of the parent: what is fetched, what an overlay keeps, and what the image was before.
 const ARCHIVE: &str = "image.sqsh";
+const FETCHING: &str = "image.sqsh.part";
 const OVERLAY: &str = "overlay";
 const UNPACKING: &str = ".ims-sshd.unpacking";
 /// Where [`Inventory`] is kept for `--changes`.
@@ -82,6 +84,7 @@ pub fn prepare(
     let parent = &settings.parent;
     let fetched = parent.join(ARCHIVE);
     let unpacking = parent.join(UNPACKING);
+    refuse_links(parent, image_root)?;
     remove(&unpacking)?;
     if open == Some(Open::Unpack) && image_root.exists() {
         tracing::info!("{} is there already", image_root.display());
@@ -116,7 +119,7 @@ pub fn prepare(
     let ours = matches!(source, Source::Web(_) | Source::S3(..));
     if result.is_err() || unpacked {
         let _ = remove(&unpacking);
-        for file in ours.then_some(fetched.as_path()).into_iter().chain([with_suffix(&fetched, ".part").as_path()]) {
+        for file in ours.then_some(fetched.as_path()).into_iter().chain([parent.join(FETCHING).as_path()]) {
             let _ = std::fs::remove_file(file);
         }
     }
@@ -147,36 +150,50 @@ fn archive(work: &Work, settings: &Settings, source: &Source, open: Option<Open>
     let url = match source {
         Source::Here(path) => {
             let found = std::fs::canonicalize(path).attempt(|| format!("open {}", path.display()))?;
-            check_md5(work, settings, &found)?;
+            if settings.expected.is_given() {
+                let shown = found.display().to_string();
+                if found.is_dir() {
+                    return Err(Error::new(format!("take {shown}"))
+                        .because("it is a directory, which has no checksum")
+                        .advise("leave the checksum out"));
+                }
+                let file = std::fs::File::open(&found).attempt(|| format!("open {shown}"))?;
+                settings.expected.check(work, &file, &shown)?;
+            }
             return Ok(found);
         }
         Source::Web(url) => url.clone(),
         Source::S3(bucket, key) => work.wait(store::sign(bucket, key, &settings.store, &settings.network))?,
     };
-    let part = with_suffix(&fetched, ".part");
     // Unpacked it takes as much again, and more.
     let copies = if open == Some(Open::Unpack) { 2 } else { 1 };
-    download::fetch(work, &url, settings.md5.as_deref(), &part, copies)?;
-    std::fs::rename(&part, &fetched).attempt(|| format!("rename {}", part.display()))?;
+    let parent = open_tree(&settings.parent)?;
+    download::fetch(work, &url, &settings.expected, &parent, FETCHING, copies)?;
+    parent.rename(FETCHING, ARCHIVE).attempt(|| format!("rename {FETCHING}"))?;
     Ok(fetched)
 }
 
-fn check_md5(work: &Work, settings: &Settings, path: &Path) -> Result<()> {
-    let Some(expected) = settings.md5.as_ref().filter(|_| path.is_file()) else { return Ok(()) };
-    let shown = path.display().to_string();
-    let file = std::fs::File::open(path).attempt(|| format!("open {shown}"))?;
-    let sum = md5_of(work, &file, &shown)?;
-    if sum != *expected {
-        return Err(Error::new(format!("take {shown}")).because(format!("its MD5 is {sum}, expected {expected}")));
+/// Refuses links in the places of directories: on a volume of an earlier job they would have it unpacked, or its changes kept, elsewhere.
+fn refuse_links(parent: &Path, image_root: &Path) -> Result<()> {
+    let tree = open_tree(parent)?;
+    let places = ["", "lower", "upper", "work"].map(|name| Path::new(OVERLAY).join(name));
+    let image_root = image_root.strip_prefix(parent).ok().into_iter().flat_map(Path::ancestors).map(Path::to_owned);
+    for place in places.into_iter().chain(image_root).filter(|place| !place.as_os_str().is_empty()) {
+        let shown = parent.join(&place);
+        let is_link = match tree.handle_without_links(&place) {
+            Ok(found) => {
+                kind_of(&rustix::fs::fstat(&found).attempt(|| format!("look at {}", shown.display()))?)
+                    == "a symbolic link"
+            }
+            Err(e) => e.raw_os_error() == Some(rustix::io::Errno::LOOP.raw_os_error()),
+        };
+        if is_link {
+            return Err(Error::new(format!("open {}", shown.display()))
+                .because("it is a symbolic link")
+                .advise("remove it"));
+        }
     }
     Ok(())
-}
-
-/// A path with something more at its end.
-fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(suffix);
-    name.into()
 }
 
 /// Removes a tree; one that is not there is no error.

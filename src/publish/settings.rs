@@ -8,6 +8,7 @@ use std::time::Duration;
 use crate::error::{Error, Result};
 use crate::lifecycle::settings::{Action, Case, DEFAULT_PARENT, Reader};
 use crate::publish::boot::Names;
+use crate::publish::checksum::Expected;
 use crate::publish::id::Id;
 
 /// Everything that decides on how an image is fetched and published.
@@ -29,8 +30,8 @@ pub struct Settings {
     pub arch: &'static str,
     /// `KERNEL_FILENAME`, `INITRD_FILENAME`, `KERNEL_PARAMETERS_FILENAME`.
     pub boot: Names,
-    /// `DOWNLOAD_MD5SUM`: what the source has to come to.
-    pub md5: Option<String>,
+    /// `DOWNLOAD_MD5SUM`, `DOWNLOAD_SHA256SUM`: what the source has to come to.
+    pub expected: Expected,
     /// How the packed image is made.
     pub packing: Packing,
     /// Where images are kept.
@@ -57,11 +58,16 @@ pub struct Packing {
 pub struct Store {
     /// `IMAGE_STORE`, else the bucket `S3_BUCKET`, as URL.
     pub url: Option<String>,
-    /// `S3_ENDPOINT`.
+    /// `S3_ENDPOINT`, else `AWS_ENDPOINT_URL_S3`, else `AWS_ENDPOINT_URL`.
     pub endpoint: Option<String>,
-    /// `S3_ACCESS_KEY` and `S3_SECRET_KEY`.
+    /// `S3_ACCESS_KEY` and `S3_SECRET_KEY`, else `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`.
     pub keys: Option<(String, String)>,
-    /// `S3_SSL_VALIDATE`: whether the server's certificate is checked, and by which authorities if a file is named.
+    /// `AWS_SESSION_TOKEN`: what belongs to keys that are good for a while.
+    pub token: Option<String>,
+    /// `AWS_REGION`, else `AWS_DEFAULT_REGION`: what requests are signed for.
+    pub region: String,
+    /// `S3_SSL_VALIDATE`: whether the server's certificate is checked, and by which authorities if a file is named, there or by
+    /// `AWS_CA_BUNDLE`.
     pub validate: Validate,
 }
 
@@ -98,6 +104,8 @@ pub struct Network {
 
 const DEFAULT_IMS: &str = "https://api-gw-service-nmn.local/apis/ims";
 const DEFAULT_BUCKET: &str = "boot-images";
+/// Stores of one's own do not care.
+const DEFAULT_REGION: &str = "us-east-1";
 
 impl Settings {
     /// Reads `variables`; where one comes twice, the later one counts. All complaints come at once.
@@ -124,10 +132,10 @@ impl Settings {
                 .unwrap_or_else(|| "kernel-parameters".into()),
         };
         let name = reader.line("IMAGE_ROOT_ARCHIVE_NAME").filter(|n| !n.is_empty());
-        let md5 = reader.text("DOWNLOAD_MD5SUM").map(|sum| sum.to_ascii_lowercase());
-        if let Some(wrong) = md5.as_ref().filter(|sum| sum.len() != 32 || !sum.bytes().all(|b| b.is_ascii_hexdigit())) {
-            reader.complaints.push(format!("DOWNLOAD_MD5SUM is '{wrong}': expected 32 hexadecimal digits"));
-        }
+        let expected = Expected {
+            md5: checksum(&mut reader, "DOWNLOAD_MD5SUM", 32),
+            sha256: checksum(&mut reader, "DOWNLOAD_SHA256SUM", 64),
+        };
         let compressions = ["gzip", "zstd", "xz", "none"].map(|c| (c, c));
         let packing = Packing {
             compression: reader.choice("IMAGE_COMPRESSION", &compressions, Case::Exact).unwrap_or("gzip"),
@@ -160,7 +168,7 @@ impl Settings {
             name,
             arch,
             boot,
-            md5,
+            expected,
             packing,
             store,
             ims,
@@ -192,22 +200,29 @@ fn file_name(reader: &mut Reader, variable: &str) -> Option<String> {
     Some(name)
 }
 
+/// A checksum of so many hexadecimal digits.
+fn checksum(reader: &mut Reader, variable: &str, digits: usize) -> Option<String> {
+    let sum = reader.text(variable)?.to_ascii_lowercase();
+    if sum.len() != digits || !sum.bytes().all(|b| b.is_ascii_hexdigit()) {
+        reader.complaints.push(format!("{variable} is '{sum}': expected {digits} hexadecimal digits"));
+    }
+    Some(sum)
+}
+
 fn store(reader: &mut Reader) -> Store {
     let url = reader.text("IMAGE_STORE");
     let endpoint = reader.text("S3_ENDPOINT");
-    let bucket = reader.text("S3_BUCKET");
-    let keys = match (reader.text("S3_ACCESS_KEY"), reader.text("S3_SECRET_KEY")) {
-        (Some(access), Some(secret)) => Some((access, secret)),
-        (None, None) => None,
-        _ => {
-            reader.complaints.push("of S3_ACCESS_KEY and S3_SECRET_KEY one is not set: expected both".into());
-            None
-        }
-    };
-    let bucket = bucket.or_else(|| endpoint.is_some().then(|| DEFAULT_BUCKET.into()));
+    let bucket = reader.text("S3_BUCKET").or_else(|| endpoint.is_some().then(|| DEFAULT_BUCKET.into()));
+    let endpoint = endpoint.or_else(|| ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"].iter().find_map(|n| reader.text(n)));
+    let [ours, aws] = [("S3_ACCESS_KEY", "S3_SECRET_KEY"), ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")]
+        .map(|names| pair(reader, names));
+    // A token belongs to the keys that it came with.
+    let token = reader.text("AWS_SESSION_TOKEN").filter(|_| ours.is_none() || aws.is_none());
+    let region = ["AWS_REGION", "AWS_DEFAULT_REGION"].iter().find_map(|n| reader.text(n));
+    let bundle = reader.text("AWS_CA_BUNDLE").map_or(Validate::Yes, |file| Validate::By(file.into()));
     let validate = match reader.text("S3_SSL_VALIDATE") {
-        None => Validate::Yes,
-        Some(word) if word.eq_ignore_ascii_case("true") => Validate::Yes,
+        None => bundle,
+        Some(word) if word.eq_ignore_ascii_case("true") => bundle,
         Some(word) if word.eq_ignore_ascii_case("false") => Validate::No,
         Some(file) if file.starts_with('/') => Validate::By(file.into()),
         Some(other) => {
@@ -216,7 +231,26 @@ fn store(reader: &mut Reader) -> Store {
             Validate::Yes
         }
     };
-    Store { url: url.or_else(|| bucket.map(|b| format!("s3://{b}"))), endpoint, keys, validate }
+    Store {
+        url: url.or_else(|| bucket.map(|b| format!("s3://{b}"))),
+        endpoint,
+        keys: ours.or(aws),
+        token,
+        region: region.unwrap_or_else(|| DEFAULT_REGION.into()),
+        validate,
+    }
+}
+
+/// Two variables of which neither is of use alone.
+fn pair(reader: &mut Reader, (first, second): (&str, &str)) -> Option<(String, String)> {
+    match (reader.text(first), reader.text(second)) {
+        (Some(a), Some(b)) => Some((a, b)),
+        (None, None) => None,
+        _ => {
+            reader.complaints.push(format!("of {first} and {second} one is not set: expected both"));
+            None
+        }
+    }
 }
 
 fn ims(reader: &mut Reader) -> Option<Ims> {
@@ -280,11 +314,37 @@ mod tests {
     }
 
     #[test]
+    fn variables_of_aws_count_where_ours_are_not_set() {
+        let aws = [
+            ("AWS_ACCESS_KEY_ID", "A"),
+            ("AWS_SECRET_ACCESS_KEY", "S"),
+            ("AWS_SESSION_TOKEN", "T"),
+            ("AWS_REGION", "eu-north-1"),
+            ("AWS_ENDPOINT_URL", "https://s3"),
+            ("AWS_CA_BUNDLE", "/ca.pem"),
+        ];
+        let store = read(&aws).unwrap().store;
+        assert_eq!(store.keys, Some(("A".into(), "S".into())));
+        assert_eq!((store.token.as_deref(), store.region.as_str()), (Some("T"), "eu-north-1"));
+        assert_eq!((store.endpoint.as_deref(), store.validate), (Some("https://s3"), Validate::By("/ca.pem".into())));
+        assert_eq!(store.url, None, "an endpoint of AWS names no bucket");
+        let ours = [("S3_ACCESS_KEY", "a"), ("S3_SECRET_KEY", "s"), ("S3_ENDPOINT", "http://rgw")];
+        let store = read(&[&aws[..], &ours, &[("S3_SSL_VALIDATE", "False")]].concat()).unwrap().store;
+        assert_eq!(store.keys, Some(("a".into(), "s".into())));
+        assert_eq!((store.token, store.endpoint.as_deref()), (None, Some("http://rgw")), "the token is of other keys");
+        assert_eq!((store.url.as_deref(), store.validate), (Some("s3://boot-images"), Validate::No));
+        let store = read(&[&ours[..2], &aws[2..3]].concat()).unwrap().store;
+        assert_eq!((store.token.as_deref(), store.region.as_str()), (Some("T"), "us-east-1"));
+        assert!(read(&aws[..1]).unwrap_err().to_string().contains("AWS_SECRET_ACCESS_KEY"));
+    }
+
+    #[test]
     fn every_wrong_value_is_named_at_once() {
         let wrong = [
             ("IMS_ACTION", "destroy"),
             ("KERNEL_FILENAME", "../../etc/shadow"),
             ("DOWNLOAD_MD5SUM", "no"),
+            ("DOWNLOAD_SHA256SUM", "d41d8cd98f00b204e9800998ecf8427e"),
             ("S3_SSL_VALIDATE", "perhaps"),
             ("S3_ACCESS_KEY", "alone"),
             ("IMS_JOB_ID", "../images"),

@@ -27,9 +27,6 @@ use crate::publish::work::{authorities, in_full};
 /// How long a URL that was signed here is good for.
 pub const SIGNED_FOR: Duration = Duration::from_hours(6);
 
-/// What requests are signed for; stores of one's own do not care.
-pub const REGION: &str = "us-east-1";
-
 /// Where images are kept.
 pub struct Store {
     objects: Objects,
@@ -45,6 +42,7 @@ enum Objects {
         bucket: Arc<AmazonS3>,
         builder: Box<AmazonS3Builder>,
         options: Box<ClientOptions>,
+        region: String,
     },
     Folder {
         files: LocalFileSystem,
@@ -88,6 +86,7 @@ impl Store {
                 bucket: Arc::new(build(bucket, builder.clone(), options.clone())?),
                 builder: Box::new(builder),
                 options: Box::new(options),
+                region: settings.region.clone(),
             };
             let prefix = Path::parse(prefix.trim_matches('/')).map_err(|_| refuse())?;
             return Ok(Self { objects, prefix, url: format!("s3://{bucket}") });
@@ -267,8 +266,8 @@ impl Store {
     /// one if it is empty.
     pub async fn sweep(&self, image: &str) -> object_store::Result<()> {
         match &self.objects {
-            Objects::S3 { bucket, options, .. } => {
-                for (name, id) in begun::below(bucket, options, &self.path(image)).await? {
+            Objects::S3 { bucket, options, region, .. } => {
+                for (name, id) in begun::below(bucket, options, region, &self.path(image)).await? {
                     self.abort(&format!("{image}/{name}"), &id).await?;
                 }
                 Ok(())
@@ -342,7 +341,9 @@ pub async fn sign(bucket: &str, key: &str, settings: &settings::Store, network: 
 /// What a bucket is opened with.
 fn s3(bucket: &str, settings: &settings::Store, network: &Network) -> Result<(AmazonS3Builder, ClientOptions)> {
     let Some((access, secret)) = &settings.keys else {
-        return Err(Error::bad_input("S3_ACCESS_KEY and S3_SECRET_KEY are not set: expected the store's keys"));
+        return Err(Error::bad_input(
+            "S3_ACCESS_KEY and S3_SECRET_KEY, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, are not set: expected the store's keys",
+        ));
     };
     let mut options = ClientOptions::new()
         .with_connect_timeout(network.stall_limit)
@@ -367,8 +368,11 @@ fn s3(bucket: &str, settings: &settings::Store, network: &Network) -> Result<(Am
         .with_bucket_name(bucket)
         .with_access_key_id(access)
         .with_secret_access_key(secret)
-        .with_region(REGION)
+        .with_region(&settings.region)
         .with_retry(retry);
+    if let Some(token) = &settings.token {
+        builder = builder.with_token(token);
+    }
     if let Some(endpoint) = &settings.endpoint {
         // Over TLS nothing is lost by it, and the content is not read once more for its checksum.
         builder = builder.with_endpoint(endpoint).with_unsigned_payload(endpoint.starts_with("https:"));

@@ -10,11 +10,11 @@ use serde_json::{Value, json};
 
 use crate::error::{Attempt, Error, Result};
 use crate::publish::boot::{BootFile, BootFiles};
+use crate::publish::checksum::md5_of;
 use crate::publish::id::Id;
 use crate::publish::ims::{Ims, Status, id_of};
 use crate::publish::journal::{Journal, Notes};
 use crate::publish::manifest::{self, Artifact};
-use crate::publish::package::md5_of;
 use crate::publish::parts::{Large, PART, Sender};
 use crate::publish::settings::Settings;
 use crate::publish::store::{Description, MD5, Store};

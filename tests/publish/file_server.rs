@@ -30,8 +30,8 @@ pub enum Fault {
     Change,
     /// It becomes its own beginning, of so many bytes.
     Shorten(usize),
-    /// The store has encrypted it by a key of its own.
-    Encrypted,
+    /// The answer has this header besides: name and value.
+    Described(&'static str),
 }
 
 pub struct FileServer {
@@ -92,7 +92,8 @@ fn answer(connection: &TcpStream, served: &Mutex<Served>, requests: &Mutex<Vec<R
             _ => {}
         }
         if matches!(fault, Some(Fault::Change | Fault::Shorten(_))) {
-            served.etag += "0";
+            let at = served.etag.trim_end_matches('"').len();
+            served.etag.insert(at, '0');
         }
         (served.content.clone(), served.etag.clone(), fault)
     };
@@ -115,15 +116,18 @@ fn answer(connection: &TcpStream, served: &Mutex<Served>, requests: &Mutex<Vec<R
     let to = if let Some(Fault::ShortRange(bytes)) = fault { from + bytes } else { length };
     let head = match range {
         Some(_) => format!("206 Partial Content\r\ncontent-range: bytes {from}-{}/{length}", to - 1),
-        None if matches!(fault, Some(Fault::Encrypted)) => "200 OK\r\nx-amz-server-side-encryption: aws:kms".to_owned(),
-        None => "200 OK".to_owned(),
+        None => match fault {
+            Some(Fault::Described(header)) => format!("200 OK\r\n{header}"),
+            _ => "200 OK".to_owned(),
+        },
     };
     let further = if matches!(fault, Some(Fault::LongRange)) { &[0; 5000][..] } else { &[] };
     let body = &[&content[from..to], further].concat();
     if !matches!(fault, Some(Fault::Silence)) {
         let length = body.len();
-        write!(out, "HTTP/1.1 {head}\r\netag: \"{etag}\"\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n")
-            .ok()?;
+        // A weak one has its quotes already.
+        let etag = if etag.starts_with("W/") { etag } else { format!("\"{etag}\"") };
+        write!(out, "HTTP/1.1 {head}\r\netag: {etag}\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n").ok()?;
     }
     match fault {
         Some(Fault::ResetAfter(bytes)) => {

@@ -276,10 +276,121 @@ fn a_wrong_checksum_is_refused_wherever_it_stands() {
     is_empty(&parent);
     let server = FileServer::start(Vec::new(), &[Fault::Status(403)]);
     refused(&parent, &server.url, "403 Forbidden");
-    // With a key of the store's own the mark is no checksum, though it looks like one.
-    let server = FileServer::with_etag(content, &wrong, &[Fault::Encrypted]);
-    let output = prepare(&parent, &server.url, &[]);
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    let output = feed(&mut Command::new("sha256sum"), bytes);
+    text(output.stdout).split(' ').next().unwrap().to_owned()
+}
+
+#[test]
+fn sha256_is_checked_beside_md5_wherever_it_is_given() {
+    let dir = folder();
+    let tree = image(dir.path());
+    let here = squashfs_of(&tree).display().to_string();
+    let content = std::fs::read(&here).unwrap();
+    let (right, wrong) = (sha256(&content), sha256(b"something else"));
+    let server = FileServer::start(content.clone(), &[Fault::ResetAfter(5000)]);
+    let parent = dir.path().join("parent");
+    let parent_text = parent.display().to_string();
+    for source in [&here, &server.url] {
+        for (by_option, sum, md5_sum, goes) in [
+            (true, &wrong, None, false),
+            (false, &wrong, Some(md5(&content)), false),
+            (false, &right, Some(md5(b"something else")), false),
+            (true, &right.to_uppercase(), Some(md5(&content)), true),
+            (false, &right, None, true),
+        ] {
+            let mut variables: Vec<_> = md5_sum.iter().map(|sum| ("DOWNLOAD_MD5SUM", sum.clone())).collect();
+            // An option counts before the variable.
+            variables.push(("DOWNLOAD_SHA256SUM", if by_option { "0".repeat(64) } else { sum.clone() }));
+            let mut command = ims_sshd(&["prepare", &parent_text, source], &variables);
+            if by_option {
+                command.args(["--sha256", sum]);
+            }
+            let output = command.output().unwrap();
+            assert_eq!(output.status.success(), goes, "{source}: {}", text(&output.stderr));
+            if goes {
+                same_tree(&tree, &parent.join("image-root"));
+                std::fs::remove_dir_all(&parent).unwrap();
+            } else {
+                let expected = if *sum == wrong { format!("expected {wrong}") } else { "its MD5 is".into() };
+                assert!(text(&output.stderr).contains(&expected), "{source}: {}", text(&output.stderr));
+                is_empty(&parent);
+            }
+        }
+    }
+    let output = prepare(&parent, tree.to_str().unwrap(), &[("DOWNLOAD_SHA256SUM", right.clone())]);
+    assert!(text(&output.stderr).contains("it is a directory, which has no checksum"), "{output:?}");
+    for command in ["customize", "enter"] {
+        let output = ims_sshd(&[command, tree.to_str().unwrap(), "--sha256", &right], &[]).output().unwrap();
+        assert_eq!(output.status.code(), Some(2), "{command}: {output:?}");
+    }
+    let output = ims_sshd(&["enter", &here, "--sha256", &wrong, "--", "true"], &[]).output().unwrap();
+    assert!(text(&output.stderr).contains(&format!("expected {wrong}")), "{output:?}");
+}
+
+#[test]
+fn plain_http_without_a_checksum_is_warned_of() {
+    let dir = folder();
+    let content = std::fs::read(squashfs_of(&image(dir.path()))).unwrap();
+    let server = FileServer::start(content.clone(), &[]);
+    let warning = "without TLS and without a checksum";
+    for (number, (variables, warned)) in [
+        (vec![], true),
+        (vec![("DOWNLOAD_MD5SUM", md5(&content))], false),
+        (vec![("DOWNLOAD_SHA256SUM", sha256(&content))], false),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let output = prepare(&dir.path().join(format!("parent-{number}")), &server.url, &variables);
+        assert!(output.status.success(), "{output:?}");
+        assert_eq!(text(&output.stderr).contains(warning), warned, "{}", text(&output.stderr));
+    }
+}
+
+#[test]
+fn etags_that_are_no_md5_are_not_taken_for_one() {
+    let dir = folder();
+    let tree = image(dir.path());
+    let content = std::fs::read(squashfs_of(&tree)).unwrap();
+    let wrong = md5(b"something else");
+    let weak = format!("W/\"{wrong}\"");
+    for (number, (etag, fault)) in [
+        (&wrong, Fault::Described("x-amz-server-side-encryption: aws:kms")),
+        (&wrong, Fault::Described("x-amz-server-side-encryption-customer-algorithm: AES256")),
+        (&wrong, Fault::Described("X-Static-Large-Object: True")),
+        (&wrong, Fault::Described("X-Object-Manifest: parts/rootfs")),
+        (&weak, Fault::Described("server: nginx")),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let server = FileServer::with_etag(content.clone(), etag, &[fault]);
+        let parent = dir.path().join(format!("parent-{number}"));
+        let output = prepare(&parent, &server.url, &[]);
+        assert!(output.status.success(), "{fault:?}: {}", text(&output.stderr));
+        same_tree(&tree, &parent.join("image-root"));
+    }
+}
+
+#[test]
+fn a_download_with_a_weak_etag_goes_on_and_notices_a_change() {
+    let dir = folder();
+    let tree = image(dir.path());
+    let content = std::fs::read(squashfs_of(&tree)).unwrap();
+    let server = FileServer::with_etag(content.clone(), "W/\"1\"", &[Fault::ResetAfter(5000)]);
+    let output = prepare(&dir.path().join("same"), &server.url, &[]);
     assert!(output.status.success(), "{}", text(&output.stderr));
+    same_tree(&tree, &dir.path().join("same/image-root"));
+    let requests = server.requests.lock().unwrap().clone();
+    assert_eq!((requests.len(), requests[1].range.is_some(), requests[1].if_match.clone()), (2, true, None));
+    let other: Vec<_> = content.iter().map(|byte| !byte).collect();
+    let server = FileServer::with_etag(other, "W/\"1\"", &[Fault::ResetAfter(5000), Fault::Change]);
+    let output = prepare(&dir.path().join("changed"), &server.url, &[]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    same_tree(&tree, &dir.path().join("changed/image-root"));
 }
 
 #[test]

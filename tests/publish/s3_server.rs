@@ -206,6 +206,11 @@ impl Gate {
         Self { endpoint, asked }
     }
 
+    /// The heads of all requests.
+    pub fn heads(&self) -> Vec<String> {
+        self.asked.lock().unwrap().clone()
+    }
+
     /// What was asked for: method and path of each.
     pub fn requests(&self) -> Vec<String> {
         let words = |line: &String| line.split(' ').take(2).collect::<Vec<_>>().join(" ");
@@ -250,7 +255,7 @@ fn pass_one(
     let length = lines.iter().find_map(|l| l.to_lowercase().strip_prefix("content-length: ")?.parse().ok());
     let (number, ended) = {
         let mut heard = heard.lock().unwrap();
-        heard.push(request.clone());
+        heard.push(lines.join("\n"));
         let count = |is: fn(&str) -> bool| heard.iter().filter(|request| is(request)).count();
         (count(is_part), count(ends))
     };

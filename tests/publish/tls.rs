@@ -97,21 +97,23 @@ fn a_stores_certificate_is_checked_unless_s3_ssl_validate_is_false() {
     let tls = Tls::start(dir.path(), port_of(&bucket.endpoint));
     let authority = dir.path().join("ca.crt").display().to_string();
     let nowhere = "/nowhere".to_owned();
-    for (validate, ca, goes) in [
-        ("true", &nowhere, false),
-        ("true", &authority, true),
-        (authority.as_str(), &nowhere, true),
-        ("False", &nowhere, true),
+    for (validate, ca, bundle, goes) in [
+        ("true", &nowhere, "", false),
+        ("true", &authority, "", true),
+        (authority.as_str(), &nowhere, "", true),
+        ("", &nowhere, authority.as_str(), true),
+        ("False", &nowhere, "", true),
     ] {
         let mut variables = bucket.variables();
         variables.push(("S3_ENDPOINT", format!("https://127.0.0.1:{}", tls.port)));
         variables.push(("S3_SSL_VALIDATE", validate.into()));
         variables.push(("CA_CERT", ca.clone()));
+        variables.push(("AWS_CA_BUNDLE", bundle.into()));
         variables.push(("IMS_RETRY_LIMIT", "2".into()));
         let mut command = ims_sshd(&["upload", "--archive"], &variables);
         let output = command.args([&squashfs, &tree]).current_dir(dir.path()).output().unwrap();
-        assert_eq!(output.status.success(), goes, "{validate} {ca}: {}", text(&output.stderr));
+        assert_eq!(output.status.success(), goes, "{validate} {ca} {bundle}: {}", text(&output.stderr));
         assert!(goes || text(&output.stderr).contains("certificate"), "{}", text(&output.stderr));
     }
-    assert_eq!(bucket.keys().len(), 3 * 5);
+    assert_eq!(bucket.keys().len(), 4 * 5);
 }

@@ -7,6 +7,7 @@ use std::process::{Command, Output};
 
 use serde_json::{Value, json};
 
+use crate::file_server::FileServer;
 use crate::ims_server::JOB;
 use crate::job::*;
 use crate::s3_server::{Closed, Gate};
@@ -296,4 +297,51 @@ fn authentic_notes_of_another_volume_roll_back_nothing() {
     let requests = killed.give_up(&theirs);
     killed.is_only_its_own(&requests, "of another volume");
     assert!(killed.job.ims.state().images.contains_key(&image));
+}
+
+#[test]
+fn links_that_an_earlier_job_left_on_the_volume_lead_no_image_elsewhere() {
+    let dir = folder();
+    let tree = image(dir.path());
+    let squashfs = squashfs_of(&tree).display().to_string();
+    let server = FileServer::start(std::fs::read(&squashfs).unwrap(), &[]);
+    let elsewhere = dir.path().join("elsewhere");
+    std::fs::create_dir(&elsewhere).unwrap();
+    std::fs::write(elsewhere.join("file"), "of others").unwrap();
+    let is_as_it_was = |what: &str| {
+        assert_eq!(std::fs::read(elsewhere.join("file")).unwrap(), b"of others", "{what}");
+        assert_eq!(std::fs::read_dir(&elsewhere).unwrap().count(), 1, "{what}");
+    };
+    for (number, (open, place, action)) in [
+        ("overlay", "overlay", "customize"),
+        ("overlay", "overlay/upper", "customize"),
+        ("overlay", "overlay/work", "customize"),
+        ("overlay", "overlay/lower", "customize"),
+        ("overlay", "image-root", "customize"),
+        ("unpack", "image-root", "customize"),
+        ("unpack", "build", "create"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let parent = dir.path().join(format!("parent-{number}"));
+        let place = parent.join(place);
+        std::fs::create_dir_all(place.parent().unwrap()).unwrap();
+        symlink(&elsewhere, &place).unwrap();
+        let mut command = Command::new("unshare");
+        command.args(["-m", IMS_SSHD, "prepare", "--open", open]).arg(&parent).arg(&squashfs);
+        let output = command.env("IMS_ACTION", action).output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{}: {output:?}", place.display());
+        assert!(text(&output.stderr).contains("it is a symbolic link; remove it"), "{output:?}");
+        is_as_it_was(open);
+    }
+    let parent = dir.path().join("parent");
+    std::fs::create_dir(&parent).unwrap();
+    for name in ["image.sqsh.part", "image.sqsh", ".ims-sshd.unpacking", ".ims-sshd.inventory"] {
+        symlink(elsewhere.join(if name.contains("unpacking") { "" } else { "file" }), parent.join(name)).unwrap();
+    }
+    let output = ims_sshd(&["prepare", parent.to_str().unwrap(), &server.url], &[]).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    assert!(parent.join("image-root/etc/passwd").exists());
+    is_as_it_was("files");
 }

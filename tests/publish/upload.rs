@@ -243,6 +243,42 @@ fn an_upload_of_a_file_that_has_changed_is_taken_back_and_begins_anew() {
 }
 
 #[test]
+fn requests_are_signed_with_keys_token_and_region_of_aws_variables() {
+    let upload = Upload::new();
+    let gate = Gate::start(usize::MAX, Closed::Silent);
+    let variables = [
+        ("AWS_ACCESS_KEY_ID", "access".to_owned()),
+        ("AWS_SECRET_ACCESS_KEY", "secret".into()),
+        ("AWS_SESSION_TOKEN", "the-token".into()),
+        ("AWS_REGION", "eu-north-1".into()),
+        ("AWS_ENDPOINT_URL", gate.endpoint.clone()),
+    ];
+    let store = format!("s3://{}", upload.bucket.name);
+    let mut command = ims_sshd(&["upload", "--store", &store, "--archive"], &variables);
+    let output = command.arg(&upload.archive).arg(&upload.tree).current_dir(upload.dir.path()).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let heads = gate.heads();
+    // The listing of what was begun is signed by itself.
+    assert!(heads.iter().any(|head| head.contains("uploads=&prefix=")) && heads.len() > PARTS, "{heads:?}");
+    for head in heads {
+        assert!(head.contains("/eu-north-1/s3/aws4_request"), "{head}");
+        assert!(head.contains("x-amz-security-token: the-token"), "{head}");
+    }
+    // What is fetched is signed in its URL.
+    let key = upload.bucket.keys().into_iter().find(|key| key.ends_with("/kernel")).unwrap();
+    let gate = Gate::start(usize::MAX, Closed::Silent);
+    let source = format!("s3://{}/{key}", upload.bucket.name);
+    let mut prepare = ims_sshd(&["prepare", upload.dir.path().join("parent").to_str().unwrap(), &source], &variables);
+    let output = prepare.env("AWS_ENDPOINT_URL", &gate.endpoint).output().unwrap();
+    assert!(text(&output.stderr).contains("neither a squashfs nor a tar archive"), "{output:?}");
+    let head = gate.heads().remove(0);
+    assert!(
+        head.contains("eu-north-1%2Fs3%2Faws4_request") && head.contains("X-Amz-Security-Token=the-token"),
+        "{head}"
+    );
+}
+
+#[test]
 fn an_upload_that_was_killed_before_it_heard_that_it_had_begun_leaves_nothing_begun() {
     let upload = Upload::new();
     let gate = Gate::start(0, Closed::Unheard);
