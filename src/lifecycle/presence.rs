@@ -17,6 +17,9 @@ use crate::sys::poll;
 use crate::sys::process::Entry;
 use crate::sys::tree::Tree;
 
+/// So many descriptors this process keeps for everything else: without one it could neither look for a mark nor end a process.
+const RESERVED: u64 = 48;
+
 /// A session that is running.
 #[derive(Debug, Clone)]
 pub struct Session {
@@ -28,6 +31,8 @@ pub struct Session {
     pub key: String,
     /// Whether there is a terminal.
     pub terminal: bool,
+    /// Whether it is a shell at a terminal, without a command of the client's.
+    pub interactive: bool,
     /// `shell`, `sftp`, or the command line, without what looks like a secret.
     pub request: String,
     /// When it began.
@@ -75,6 +80,10 @@ struct Line {
 pub struct Presence {
     listener: Listener,
     lines: Vec<Line>,
+    /// As many lines are held at once; of further sessions nothing is heard.
+    most_lines: usize,
+    /// Whether that has happened, and was told.
+    was_full: bool,
     /// Sessions without a helper, by number and start of their first process.
     found: Vec<(Session, u64)>,
     /// When a session was last heard to end, however short it was.
@@ -86,7 +95,9 @@ impl Presence {
     pub fn listen(state: &Path) -> Result<Self> {
         let path = state.join(SOCKET);
         let listener = Listener::bind(&path).attempt(|| format!("listen at {}", path.display()))?;
-        Ok(Self { listener, lines: Vec::new(), found: Vec::new(), last_heard: None })
+        let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(u64::MAX);
+        let most_lines = usize::try_from(limit.saturating_sub(RESERVED)).unwrap_or(usize::MAX).max(1);
+        Ok(Self { listener, lines: Vec::new(), most_lines, was_full: false, found: Vec::new(), last_heard: None })
     }
 
     /// Readable when there is something to [`Presence::look`] at.
@@ -101,7 +112,12 @@ impl Presence {
         self.lines.iter().filter_map(|l| l.session.as_ref()).chain(self.found.iter().map(|(s, _)| s))
     }
 
-    /// The same, for the status.
+    /// Whether the session whose first process is `leader` is an interactive shell.
+    pub fn is_interactive(&self, leader: &Entry) -> bool {
+        self.sessions().any(|session| session.interactive && session.pid == leader.pid.as_raw())
+    }
+
+    /// Sessions that are running now, for the status.
     pub fn to_json(&self) -> Value {
         self.sessions().map(Session::to_json).collect()
     }
@@ -114,7 +130,14 @@ impl Presence {
     /// Hears what helpers tell, and returns whether somebody asked for the status.
     pub fn look(&mut self) -> Vec<Packets> {
         while let Some(packets) = self.listener.accept() {
-            self.lines.push(Line { packets, session: None, ended: None });
+            if self.lines.len() < self.most_lines {
+                self.lines.push(Line { packets, session: None, ended: None });
+            } else if !std::mem::replace(&mut self.was_full, true) {
+                let most = self.most_lines;
+                tracing::warn!(
+                    "{most} sessions are open: further ones are not logged, for lack of descriptors (ulimit -n)"
+                );
+            }
         }
         let mut asking = Vec::new();
         let mut at = 0;
@@ -155,6 +178,7 @@ impl Presence {
                 client: variable_of(leader, "SSH_CONNECTION").map_or("unknown".into(), |c| first_word(&c)),
                 key: key_of(leader).unwrap_or_default(),
                 terminal: leader.terminal != 0,
+                interactive: leader.terminal != 0 && leader.is_login_shell(),
                 request: without_secrets(&leader.command_line()),
                 since: SystemTime::now(),
             };
@@ -184,6 +208,7 @@ impl Line {
                         client: beginning.client,
                         key: fingerprint(&beginning.credential).unwrap_or_default(),
                         terminal: beginning.terminal,
+                        interactive: beginning.interactive,
                         request: without_secrets(&beginning.request),
                         since: SystemTime::now(),
                     };

@@ -1,6 +1,6 @@
 //! The end of all that a job still runs, and of what it has mounted in its image root.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -38,14 +38,16 @@ pub fn end_all(jail: Option<&OpenJail>) -> Result<()> {
     let mut ending = Ending::begin();
     let (init, mounts) = (jail.map(OpenJail::init), jail.and_then(|jail| jail.namespace("mnt")));
     let visit = |visit: Visitor<'_>| {
-        visit_descendants(&mut |entry| if Some(entry.pid) == init { ControlFlow::Continue(()) } else { visit(entry) });
+        // The init is ended last, by its jail.
+        let visit = &mut |entry: &Entry| if Some(entry.pid) == init { ControlFlow::Continue(()) } else { visit(entry) };
+        visit_descendants(visit);
         if let Some(mounts) = &mounts {
             visit_those_among(mounts, visit);
         }
     };
     if let Some(jail) = jail {
-        ending.ask(visit);
-        ending.tell_killed_with(jail);
+        let left = ending.ask(visit);
+        ending.tell_killed_with(jail, left);
         jail.end()?;
     }
     ending.finish(visit)
@@ -74,6 +76,9 @@ fn visit_those_among(mounts: &Path, visit: Visitor<'_>) {
 struct Ending {
     began: Instant,
     asked: HashSet<Pid>,
+    /// Process groups that were signalled as a whole, and by which sweep.
+    groups: HashMap<(Pid, Signal), usize>,
+    sweeps: usize,
     /// When the newest of those that the first sweep asked had started. A later process may be what a program has started because it was
     /// asked to end, to save its state.
     newest: Option<u64>,
@@ -88,17 +93,23 @@ struct Sweep {
 
 impl Ending {
     fn begin() -> Self {
-        Self { began: Instant::now(), asked: HashSet::new(), newest: None, killed: Told::default() }
+        Self {
+            began: Instant::now(),
+            asked: HashSet::new(),
+            groups: HashMap::new(),
+            sweeps: 0,
+            newest: None,
+            killed: Told::default(),
+        }
     }
 
-    /// Asks everybody to end, and waits for that a moment.
-    fn ask(&mut self, visit: impl Fn(Visitor<'_>)) {
+    /// Asks everybody to end, and waits for that a moment. Returns how many were left in the end.
+    fn ask(&mut self, visit: impl Fn(Visitor<'_>)) -> usize {
         loop {
             let sweep = self.sweep(&visit, false);
-            // Those who were asked last have their time too, however many there were to ask.
-            let limit = self.began + TERM_TIME.min(ASK_TIME);
+            let limit = self.began + ASK_TIME;
             if sweep.left == 0 || Instant::now() >= limit {
-                return;
+                return sweep.left;
             }
             wait_for_all(sweep.watched, limit.saturating_duration_since(Instant::now()));
         }
@@ -129,6 +140,7 @@ impl Ending {
 
     fn sweep(&mut self, visit: &impl Fn(Visitor<'_>), kill: bool) -> Sweep {
         reap();
+        self.sweeps += 1;
         let mut sweep = Sweep { left: 0, watched: Vec::new() };
         let (is_first, newest) = (self.newest.is_none(), self.newest.unwrap_or(0));
         visit(&mut |entry| {
@@ -136,20 +148,17 @@ impl Ending {
                 return ControlFlow::Continue(());
             }
             sweep.left += 1;
-            // It may have ended since; a number that is another process's by now is not signalled.
-            let Ok(handle) = Handle::open(entry.identity()) else { return ControlFlow::Continue(()) };
             if kill {
-                if handle.signal(Signal::SIGKILL).is_ok() {
-                    self.killed.tell(entry);
-                }
+                self.killed.tell(entry);
+                self.signal(entry, Signal::SIGKILL);
             } else if (is_first || entry.start < newest) && self.asked.insert(entry.pid) {
                 self.newest = self.newest.max(Some(entry.start));
-                let _ = handle.signal(Signal::SIGTERM);
+                self.signal(entry, Signal::SIGTERM);
                 // One that is stopped would not hear it.
-                let _ = handle.signal(Signal::SIGCONT);
+                self.signal(entry, Signal::SIGCONT);
             }
             if sweep.watched.len() < WATCHED {
-                sweep.watched.push(handle);
+                sweep.watched.extend(Handle::open(entry.identity()));
             }
             // To ask has its time; to kill ends only when all are dead.
             if kill || self.began.elapsed() < TERM_TIME { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
@@ -157,16 +166,37 @@ impl Ending {
         sweep
     }
 
-    /// Names those who are killed with their jail.
-    fn tell_killed_with(&mut self, jail: &OpenJail) {
+    /// Signals a process, with its group if that is the job's own: a crowd is then signalled at once, and nobody escapes by a fork.
+    fn signal(&mut self, entry: &Entry, signal: Signal) {
+        // A child that was not waited for keeps the group's number from being another's. Its session was made by a process of the job,
+        // since it is not this process's own, and so was every member.
+        let own_session = nix::unistd::getsid(None);
+        if entry.parent == nix::unistd::getpid() && own_session.is_ok_and(|own| own != entry.session) {
+            let sweep = *self.groups.entry((entry.group, signal)).or_insert_with(|| {
+                let _ = nix::sys::signal::killpg(entry.group, signal);
+                self.sweeps
+            });
+            // Who is left of a group that an earlier sweep has killed came since.
+            if sweep == self.sweeps || signal != Signal::SIGKILL {
+                return;
+            }
+        }
+        // It may have ended since: a number that is another process's by now is not signalled.
+        let _ = Handle::open(entry.identity()).and_then(|handle| handle.signal(signal));
+    }
+
+    /// Names those who are killed with their jail, of whom the last sweep has found so many left.
+    fn tell_killed_with(&mut self, jail: &OpenJail, left: usize) {
         let Some(pids) = jail.namespace("pid") else { return };
         visit_descendants(&mut |entry| {
             let is_inside = || std::fs::read_link(format!("/proc/{}/ns/pid", entry.pid)).is_ok_and(|own| own == pids);
             if entry.pid != jail.init() && !entry.has_ended() && is_inside() {
                 self.killed.tell(entry);
             }
-            ControlFlow::Continue(())
+            // To look at each takes longer than to kill them.
+            if self.killed.pids.len() < NAMED { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
         });
+        self.killed.unnamed = left.saturating_sub(self.killed.pids.len());
     }
 }
 
@@ -174,21 +204,28 @@ impl Ending {
 #[derive(Default)]
 struct Told {
     pids: HashSet<Pid>,
+    unnamed: usize,
 }
 
 impl Told {
     fn tell(&mut self, entry: &Entry) {
-        if self.pids.insert(entry.pid) && self.pids.len() <= NAMED {
-            let command = without_secrets(&entry.command_line());
-            tracing::warn!(pid = entry.pid.as_raw(), command, "killed, since it did not end after SIGTERM");
+        if self.pids.contains(&entry.pid) {
+            return;
         }
+        if self.pids.len() >= NAMED {
+            self.unnamed += 1;
+            return;
+        }
+        self.pids.insert(entry.pid);
+        let command = without_secrets(&entry.command_line());
+        tracing::warn!(pid = entry.pid.as_raw(), command, "killed, since it did not end after SIGTERM");
     }
 }
 
 impl Drop for Told {
     fn drop(&mut self) {
-        if self.pids.len() > NAMED {
-            tracing::warn!("killed {} more processes, which did not end after SIGTERM", self.pids.len() - NAMED);
+        if self.pids.len() >= NAMED && self.unnamed > 0 {
+            tracing::warn!("killed at least {} more processes, which did not end after SIGTERM", self.unnamed);
         }
     }
 }

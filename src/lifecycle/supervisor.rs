@@ -26,9 +26,10 @@ use crate::lifecycle::settings::{Action as JobAction, Settings};
 use crate::lifecycle::signal_files::{BUILD_FAILED, EXITING, LOOK_EVERY, READY, SSHD_LISTENING, SignalFiles, Watch};
 use crate::lifecycle::state::StateFolder;
 use crate::lifecycle::watchfulness::Watchfulness;
-use crate::sshd::daemon::{Daemon, running};
+use crate::sshd::daemon::{Clients, Daemon, Running};
 use crate::sshd::effective::Effective;
 use crate::sys::poll;
+use crate::sys::process::{Entry, Expendable};
 use crate::sys::signals::Signals;
 use crate::sys::tree::Tree;
 use crate::verdict::Verdict;
@@ -63,6 +64,7 @@ pub fn run(settings: Settings, files: Option<SignalFiles>, listening: impl FnOnc
         jail: None,
         daemon: None,
         presence: None,
+        clients: Clients::default(),
         restart: Vec::new(),
         watchfulness: None,
         closing_since: None,
@@ -112,6 +114,7 @@ struct Supervisor<F> {
     jail: Option<OpenJail>,
     daemon: Option<Daemon>,
     presence: Option<Presence>,
+    clients: Clients,
     /// What is to be started again, and when.
     restart: Vec<(Part, Instant)>,
     watchfulness: Option<Watchfulness>,
@@ -186,7 +189,9 @@ impl<F: FnOnce()> Supervisor<F> {
                 None
             }
             Action::HangUp(verdict, grace) => {
-                self.hung_up = hang_up(verdict, grace);
+                let running = self.running();
+                let shells = self.interactive(running);
+                self.hung_up = hang_up(&shells, verdict, grace);
                 if !self.hung_up.is_empty() {
                     self.step("people at a terminal were told, and hung up");
                 }
@@ -251,10 +256,10 @@ impl<F: FnOnce()> Supervisor<F> {
             events.extend(self.start_again());
             events.extend(self.look_after());
         }
-        if let Some(farewell) = &mut self.farewell {
-            let script = self.script.is_some();
+        if self.farewell.is_some() {
+            let (running, script) = (self.running(), self.script.is_some());
             self.look_again = None;
-            match farewell.look(self.daemon.as_ref().map(|d| d.pid), script) {
+            match self.farewell.as_mut().map_or(Progress::Idle, |farewell| farewell.look(running, script)) {
                 Progress::Idle => events.push(Event::Idle),
                 Progress::Over => events.push(Event::GraceOver),
                 Progress::Until(moment) => self.look_again = Some(moment),
@@ -303,16 +308,31 @@ impl<F: FnOnce()> Supervisor<F> {
 
     /// Looks, at intervals, whether the environment can still come to a good end.
     fn look_after(&mut self) -> Option<Event> {
-        let watchfulness = self.watchfulness.as_mut()?;
-        if !watchfulness.is_due() {
+        if !self.watchfulness.as_mut()?.is_due() {
             return None;
         }
-        let presence = self.presence.as_mut()?;
-        if !self.settings.jailed {
-            presence.compare(&running(self.daemon.as_ref().map(|d| d.pid)).sessions);
+        let running = self.running();
+        let busy = self.script.is_some() || !running.sessions.is_empty();
+        let shells = self.interactive(running);
+        let last = self.presence.as_ref()?.last_heard();
+        let (files, image_root) = (self.files.as_ref()?, self.image_root.as_ref()?);
+        self.watchfulness.as_mut()?.look(busy, last, &self.settings, &shells, files, image_root)
+    }
+
+    /// What sshd runs for clients. In plain mode it is here that one hears who has come and gone.
+    fn running(&mut self) -> Running {
+        let running = self.clients.look(self.daemon.as_ref().map(|daemon| daemon.pid));
+        if let Some(presence) = self.presence.as_mut().filter(|_| !self.settings.jailed) {
+            presence.compare(&running.sessions);
         }
-        let busy = self.script.is_some() || presence.sessions().next().is_some();
-        watchfulness.look(busy, presence.last_heard(), &self.settings, self.files.as_ref()?, self.image_root.as_ref()?)
+        running
+    }
+
+    /// The interactive shells among those who are there.
+    fn interactive(&self, running: Running) -> Vec<Entry> {
+        let mut sessions = running.sessions;
+        sessions.retain(|leader| self.presence.as_ref().is_some_and(|presence| presence.is_interactive(leader)));
+        sessions
     }
 
     fn open_parent(&mut self) -> Result<()> {
@@ -439,6 +459,7 @@ impl<F: FnOnce()> Supervisor<F> {
         let Some(effective) = &self.effective else { return Ok(()) };
         let jail = self.groundwork.as_ref().and_then(|groundwork| groundwork.jail.as_ref());
         let shell = jail.map(|jail| environment::login_shell(jail, &self.state)).transpose()?.flatten();
+        let _expendable = Expendable::children();
         let daemon = Daemon::start(&self.settings.sshd, effective, shell.as_ref())?;
         daemon.note(&self.state.sshd())?;
         tracing::info!(pid = daemon.pid.as_raw(), "sshd is listening");
@@ -453,6 +474,7 @@ impl<F: FnOnce()> Supervisor<F> {
             return Ok(());
         };
         let Some(kind) = &groundwork.jail else { return Ok(()) };
+        let _expendable = Expendable::children();
         let made_with = (kind, groundwork.sftp.as_slice());
         let emulated = self.emulation.in_jail;
         let jail =
@@ -464,7 +486,7 @@ impl<F: FnOnce()> Supervisor<F> {
 
     fn remake_jail(&mut self) -> Result<()> {
         if let (Some(jail), Some(files), Some(image_root)) = (self.jail.take(), &self.files, &self.image_root) {
-            jail.clear(image_root, files.parent())?;
+            jail.clear(image_root, files.parent(), &self.state)?;
         }
         self.make_jail()
     }
@@ -474,6 +496,7 @@ impl<F: FnOnce()> Supervisor<F> {
         let mut variables = self.settings.session_variables.clone();
         variables.push(("IMAGE_ROOT_PARENT".into(), self.settings.parent.display().to_string()));
         tracing::info!("customization script {} starts", path.display());
+        let _expendable = Expendable::children();
         let script = Script::start(path, &variables)?;
         self.script = Some(script.pid());
         self.script_output = Some(script);
@@ -510,7 +533,7 @@ impl<F: FnOnce()> Supervisor<F> {
         };
         if let (Some(files), Some(image_root)) = (&self.files, &self.image_root) {
             if let Some(jail) = self.jail.take() {
-                note(jail.clear(image_root, files.parent()));
+                note(jail.clear(image_root, files.parent(), &self.state));
             }
             let path: PathBuf = files.path().join(self.settings.image_root());
             note(processes::unmount_below(&path));

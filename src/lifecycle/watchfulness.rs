@@ -7,6 +7,7 @@ use crate::lifecycle::machine::Event;
 use crate::lifecycle::sessions::tell_terminals;
 use crate::lifecycle::settings::Settings;
 use crate::lifecycle::signal_files::SignalFiles;
+use crate::sys::process::Entry;
 use crate::sys::tree::{Condition, Tree};
 
 /// An environment without a session on a full volume is given up after this time: nobody can mark it from inside.
@@ -46,21 +47,22 @@ impl Watchfulness {
     }
 
     /// Looks, and says why the environment should close, if it should. `busy` is whether a session or the script is running, `last` when
-    /// one ended that may have been too short to be seen running.
+    /// one ended that may have been too short to be seen running; `shells` are the interactive ones.
     pub fn look(
         &mut self,
         busy: bool,
         last: Option<Instant>,
         settings: &Settings,
+        shells: &[Entry],
         files: &SignalFiles,
         image_root: &Tree,
     ) -> Option<Event> {
         let now = Instant::now();
         self.last_session = if busy { now } else { self.last_session.max(last.unwrap_or(self.last_session)) };
-        self.limits(now, settings).or_else(|| self.image_root(now, busy, settings, files, image_root))
+        self.limits(now, shells, settings).or_else(|| self.image_root(now, busy, settings, files, image_root))
     }
 
-    fn limits(&mut self, now: Instant, settings: &Settings) -> Option<Event> {
+    fn limits(&mut self, now: Instant, shells: &[Entry], settings: &Settings) -> Option<Event> {
         if let Some(limit) = settings.idle_limit
             && now.duration_since(self.last_session) >= limit
         {
@@ -75,10 +77,10 @@ impl Watchfulness {
         }
         if left <= WARNING_TIME.min(limit / 2) && !self.warned {
             self.warned = true;
-            tell_terminals(&format!(
-                "this environment closes as failed in {} s; before that, mark it complete",
-                left.as_secs()
-            ));
+            tell_terminals(
+                shells,
+                &format!("this environment closes as failed in {} s; before that, mark it complete", left.as_secs()),
+            );
         }
         None
     }

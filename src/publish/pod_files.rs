@@ -4,6 +4,8 @@ use std::io::Write;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
+use rustix::fs::Mode;
+
 use crate::error::{Attempt, Error, Result};
 use crate::sys::tree::Tree;
 
@@ -22,7 +24,16 @@ const SSHD_CONFIG: &str = "Port 22\nLogLevel INFO\nPermitRootLogin yes\nPubkeyAu
 pub fn put_authorities(image_root: &Tree, folder: &Path) -> Result<()> {
     let attempted = || format!("put {} into the image", folder.display());
     let Ok(entries) = std::fs::read_dir(folder) else { return Ok(()) };
-    image_root.make_folders(AUTHORITIES).attempt(attempted)?;
+    let mut path = String::new();
+    for name in AUTHORITIES.split('/') {
+        // Of one name at a time: on a longer way the kernel would follow the image's links out of it.
+        let above = image_root.folder(if path.is_empty() { "." } else { &path }).attempt(attempted)?;
+        match rustix::fs::mkdirat(&above, name, Mode::from_raw_mode(0o755)) {
+            Ok(()) | Err(rustix::io::Errno::EXIST) => {}
+            Err(e) => return Err(e).attempt(attempted),
+        }
+        path = format!("{path}{name}/");
+    }
     for entry in entries {
         let file = entry.attempt(attempted)?.path();
         let name = file.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
@@ -30,9 +41,9 @@ pub fn put_authorities(image_root: &Tree, folder: &Path) -> Result<()> {
             continue;
         }
         let text = std::fs::read(&file).attempt(|| format!("read {}", file.display()))?;
-        image_root.replace(format!("{AUTHORITIES}/{name}"), &text).attempt(attempted)?;
-        if name != AUTHORITY && image_root.look(format!("{AUTHORITIES}/{AUTHORITY}")).attempt(attempted)?.is_none() {
-            image_root.replace(format!("{AUTHORITIES}/{AUTHORITY}"), &text).attempt(attempted)?;
+        image_root.replace(format!("{path}{name}"), &text).attempt(attempted)?;
+        if name != AUTHORITY && image_root.look(format!("{path}{AUTHORITY}")).attempt(attempted)?.is_none() {
+            image_root.replace(format!("{path}{AUTHORITY}"), &text).attempt(attempted)?;
         }
     }
     Ok(())

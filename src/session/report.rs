@@ -19,6 +19,8 @@ pub struct Beginning {
     pub credential: String,
     /// Whether there is a terminal.
     pub terminal: bool,
+    /// Whether it is a shell at a terminal, without a command of the client's.
+    pub interactive: bool,
     /// `shell`, `sftp`, or the command line.
     pub request: String,
 }
@@ -29,6 +31,7 @@ const LONGEST_REQUEST: usize = 1000;
 impl Beginning {
     /// Of this process's session, from what sshd gave it.
     pub fn of_this_session(request: &Request, terminal: bool) -> Self {
+        let interactive = terminal && *request == Request::Shell;
         let variable = |name| std::env::var_os(name).unwrap_or_default();
         let connection = variable("SSH_CONNECTION");
         let client = connection.as_bytes().split(|&b| b == b' ').next().unwrap_or_default();
@@ -47,13 +50,18 @@ impl Beginning {
             client: text(client),
             credential: text(credential),
             terminal,
+            interactive,
             request: text(&request.as_bytes()[..request.len().min(LONGEST_REQUEST)]),
         }
     }
 
     fn to_packet(&self) -> Vec<u8> {
-        let terminal = if self.terminal { "terminal" } else { "" };
-        ["begin", &self.client, &self.credential, terminal, &self.request].join("\0").into_bytes()
+        let kind = match (self.interactive, self.terminal) {
+            (true, _) => "interactive",
+            (false, true) => "terminal",
+            (false, false) => "",
+        };
+        ["begin", &self.client, &self.credential, kind, &self.request].join("\0").into_bytes()
     }
 }
 
@@ -83,10 +91,11 @@ impl Packet {
         let text = String::from_utf8_lossy(bytes);
         let fields: Vec<&str> = text.split('\0').collect();
         Some(match fields.as_slice() {
-            ["begin", client, credential, terminal, request] => Self::Begin(Beginning {
+            ["begin", client, credential, kind, request] => Self::Begin(Beginning {
                 client: (*client).to_owned(),
                 credential: (*credential).to_owned(),
-                terminal: *terminal == "terminal",
+                terminal: !kind.is_empty(),
+                interactive: *kind == "interactive",
                 request: (*request).to_owned(),
             }),
             ["end", how] => Self::End((*how).to_owned()),
@@ -133,6 +142,7 @@ mod tests {
             client: "192.0.2.1".into(),
             credential: "publickey ssh-ed25519 AAAA".into(),
             terminal: true,
+            interactive: false,
             request: "echo a\nb".into(),
         };
         for packet in [Packet::Begin(beginning), Packet::End("SIGTERM".into()), Packet::Status] {

@@ -1,5 +1,6 @@
 //! sshd's process: started as it is told, found again after it went into the background, waited for until it listens.
 
+use std::collections::{HashMap, HashSet};
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -181,7 +182,7 @@ fn one_line(text: &str) -> String {
     text.lines().map(str::trim).filter(|l| !l.is_empty()).collect::<Vec<_>>().join(", ")
 }
 
-/// What sshd runs for clients at this moment.
+/// What sshd runs for clients at one moment.
 #[derive(Debug, Default)]
 pub struct Running {
     /// One process a connection (two for some), whether or not a session is open on it.
@@ -190,56 +191,81 @@ pub struct Running {
     pub sessions: Vec<Entry>,
     /// Sessions of whose end sshd has taken no note yet, and so neither have their clients.
     pub unheard: usize,
+    /// When a session has ended last whose connection stands, as far as the looks tell.
+    pub last_end: Option<Instant>,
 }
 
-/// What runs below this process. Sessions are children of connections; those of a listener that has ended count too.
-pub fn running(listener: Option<Pid>) -> Running {
-    let mut running = Running::default();
-    for entry in sshds_with_children().into_iter().filter(|e| Some(e.pid) != listener) {
-        let within_sshd = entry.parent != getpid();
-        let is_sshd = entry.name.starts_with("sshd");
-        if entry.has_ended() {
-            running.unheard += usize::from(within_sshd && Some(entry.parent) != listener);
-        } else if within_sshd && (!is_sshd || entry.command_line().ends_with("@internal-sftp")) {
-            running.sessions.push(entry);
-        } else if is_sshd {
-            running.connections.push(entry);
+/// The clients of an sshd, as they are seen from one look to the next.
+#[derive(Debug, Default)]
+pub struct Clients {
+    /// Connections: what they had waited for at the last look, and when that was more than at the look before.
+    connections: HashMap<Identity, (u64, Option<Instant>)>,
+    /// Children of this process that are no sshd, such as what sessions have left behind: there can be thousands of them.
+    strangers: HashSet<Pid>,
+}
+
+impl Clients {
+    /// What runs below this process. Sessions are children of connections; those of a listener that has ended count too.
+    pub fn look(&mut self, listener: Option<Pid>) -> Running {
+        let mut running = Running::default();
+        let mut before = std::mem::take(&mut self.connections);
+        for entry in self.sshds_with_children().into_iter().filter(|e| Some(e.pid) != listener) {
+            let within_sshd = entry.parent != getpid();
+            let is_sshd = entry.name.starts_with("sshd");
+            if entry.has_ended() {
+                running.unheard += usize::from(within_sshd && Some(entry.parent) != listener);
+            } else if within_sshd && (!is_sshd || entry.command_line().ends_with("@internal-sftp")) {
+                running.sessions.push(entry);
+            } else if is_sshd {
+                // However short a session was: sshd has waited for its process.
+                let (faults, last_end) = before.remove(&entry.identity()).unwrap_or((0, None));
+                let last_end = if entry.faults_of_children > faults { Some(Instant::now()) } else { last_end };
+                running.last_end = running.last_end.max(last_end);
+                self.connections.insert(entry.identity(), (entry.faults_of_children, last_end));
+                running.connections.push(entry);
+            }
         }
+        running
     }
-    running
-}
 
-/// Every sshd below this process and the children of each. What sessions have started is not walked: it can be any number of processes.
-fn sshds_with_children() -> Vec<Entry> {
-    let walk = || {
+    /// Every sshd below this process and the children of each. What sessions have started is not walked: it can be any number of
+    /// processes.
+    fn sshds_with_children(&mut self) -> Vec<Entry> {
         let mut found = Vec::new();
-        let mut parents = vec![getpid()];
-        while let Some(parent) = parents.pop() {
-            for entry in children(parent).into_iter().filter_map(Entry::read) {
-                let is_sshd = entry.name.starts_with("sshd");
-                if is_sshd {
-                    parents.push(entry.pid);
+        let mut seen = HashSet::new();
+        // A connection whose listener ends during a walk may be missed, in a list that was read before and in one that is gone: it is a
+        // child of this process then, and found by the next walk.
+        for _ in 0..10 {
+            let mut parents = vec![getpid()];
+            let before = seen.len();
+            while let Some(parent) = parents.pop() {
+                let own = parent == getpid();
+                let mut listed = children(parent);
+                if own {
+                    let all: HashSet<_> = listed.iter().copied().collect();
+                    self.strangers.retain(|pid| all.contains(pid));
+                    listed.retain(|pid| !self.strangers.contains(pid));
                 }
-                // Of this process's own children, the others are the jail's init, the script, and what sessions have left behind.
-                if is_sshd || parent != getpid() {
-                    found.push(entry);
+                for pid in listed {
+                    let Some(entry) = Entry::read(pid) else { continue };
+                    let is_sshd = entry.name.starts_with("sshd");
+                    if is_sshd {
+                        parents.push(pid);
+                    } else if own {
+                        self.strangers.insert(pid);
+                        continue;
+                    }
+                    if seen.insert(pid) {
+                        found.push(entry);
+                    }
                 }
+            }
+            if seen.len() == before {
+                break;
             }
         }
         found
-    };
-    let pids = |entries: &[Entry]| entries.iter().map(|e| e.pid).collect::<Vec<_>>();
-    let mut before = walk();
-    // A connection whose listener ends during a walk may be missed, in a list that was read before and in one that is gone; the next walk
-    // finds it.
-    for _ in 0..10 {
-        let again = walk();
-        if pids(&before) == pids(&again) {
-            return again;
-        }
-        before = again;
     }
-    before
 }
 
 #[cfg(test)]

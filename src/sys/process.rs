@@ -108,7 +108,7 @@ fn die_of(signal: Signal) -> u8 {
 }
 
 /// Which process is meant, in a way that no later one of the same number fits.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Identity {
     /// Its number.
     pub pid: i32,
@@ -224,6 +224,8 @@ pub struct Entry {
     pub name: String,
     /// Its state letter: `Z` for one that has ended and was not waited for.
     pub state: char,
+    /// Its process group's number.
+    pub group: Pid,
     /// Its session's number.
     pub session: Pid,
     /// Its controlling terminal as a device number, 0 for none.
@@ -232,6 +234,8 @@ pub struct Entry {
     pub start: u64,
     /// How many threads it has.
     pub threads: u64,
+    /// Minor page faults of its children that have ended and were waited for: grows with each of them.
+    pub faults_of_children: u64,
 }
 
 impl Entry {
@@ -264,10 +268,12 @@ impl Entry {
             name: String::from_utf8_lossy(stat.get(open + 1..close)?).into_owned(),
             state: rest.first()?.chars().next()?,
             parent: Pid::from_raw(i32::try_from(number(1)?).ok()?),
+            group: Pid::from_raw(i32::try_from(number(2)?).ok()?),
             session: Pid::from_raw(i32::try_from(number(3)?).ok()?),
             terminal: number(4)?.cast_unsigned() & 0xffff_ffff,
             start: rest.get(19)?.parse().ok()?,
             threads: rest.get(17)?.parse().ok()?,
+            faults_of_children: rest.get(8)?.parse().ok()?,
         })
     }
 
@@ -292,6 +298,12 @@ impl Entry {
     /// Sends it a signal, if it is still there.
     pub fn signal(&self, signal: Signal) {
         let _ = Handle::open(self.identity()).and_then(|handle| handle.signal(signal));
+    }
+
+    /// Whether it was started as a login shell without a command: a name that begins with a dash (login(1)), and nothing more.
+    pub fn is_login_shell(&self) -> bool {
+        let line = std::fs::read(format!("/proc/{}/cmdline", self.pid)).unwrap_or_default();
+        line.starts_with(b"-") && line.iter().position(|&b| b == 0) == Some(line.len() - 1)
     }
 
     /// Its command line; its short name where there is none. It may hold secrets, and control characters.
@@ -355,6 +367,32 @@ pub fn descendants(all: &[Entry], ancestor: Pid) -> Vec<Entry> {
         }
     }
     found
+}
+
+/// While this lives, processes that this one starts are ended before it when memory is used up: a tenth of the memory counts as theirs
+/// (proc_pid_oom_score_adj(5)).
+#[derive(Debug)]
+pub struct Expendable {
+    before: Option<i32>,
+}
+
+impl Expendable {
+    const FILE: &str = "/proc/self/oom_score_adj";
+
+    /// From now on. Without effect where that may not be set.
+    pub fn children() -> Self {
+        let before: Option<i32> = std::fs::read_to_string(Self::FILE).ok().and_then(|text| text.trim().parse().ok());
+        let set = |own: &i32| std::fs::write(Self::FILE, (own + 100).min(1000).to_string()).is_ok();
+        Self { before: before.filter(set) }
+    }
+}
+
+impl Drop for Expendable {
+    fn drop(&mut self) {
+        if let Some(before) = self.before {
+            let _ = std::fs::write(Self::FILE, before.to_string());
+        }
+    }
 }
 
 /// A program with all that execve(2) takes.
@@ -458,10 +496,12 @@ mod tests {
             parent: Pid::from_raw(parent),
             name: String::new(),
             state: 'S',
+            group: Pid::from_raw(1),
             session: Pid::from_raw(1),
             terminal: 0,
             start: 0,
             threads: 1,
+            faults_of_children: 0,
         };
         let all = [entry(1, 0), entry(2, 1), entry(3, 2), entry(4, 0), entry(5, 4)];
         let found: Vec<_> = descendants(&all, Pid::from_raw(1)).iter().map(|e| e.pid.as_raw()).collect();

@@ -223,7 +223,7 @@ fn a_session_without_a_terminal_gets_the_grace_which_ends_with_it() {
         assert_eq!(environment.end(), 0);
         assert!(began.elapsed() < Duration::from_secs(10), "{mode:?}: {:?} after the last session", began.elapsed());
         eprintln!("{mode:?}: {:?} from the end of the last session to the end", began.elapsed());
-        assert!(!environment.log_text().contains("its time is up"));
+        assert!(!environment.log_text().contains("still running when the grace period ended"));
     }
 }
 
@@ -238,7 +238,7 @@ fn when_the_grace_is_over_who_still_runs_is_named_without_secrets() {
         assert_eq!(environment.complete(), 0, "{mode:?}");
         client.wait().unwrap();
         let log = environment.log_text();
-        assert!(log.contains("its time is up"), "{mode:?}: {log}");
+        assert!(log.contains("still running when the grace period ended"), "{mode:?}: {log}");
         assert!(log.contains("killed, since it did not end after SIGTERM"), "{mode:?}: {log}");
         assert!(!log.contains("hidden"), "{mode:?}: a secret in the log:\n{log}");
     }
@@ -256,6 +256,88 @@ fn a_connection_without_a_session_holds_the_close_for_a_moment_only() {
         assert_eq!(environment.complete(), 0, "{mode:?}");
         assert!(began.elapsed() < Duration::from_secs(10), "{mode:?}: {:?}", began.elapsed());
         eprintln!("{mode:?}: {:?} for a close with a kept connection", began.elapsed());
+    }
+}
+
+#[test]
+fn command_on_a_terminal_may_finish_while_an_interactive_shell_is_hung_up() {
+    for (mode, tier) in [(Mode::Jailed, "namespace"), (Mode::Jailed, "chroot"), (Mode::Plain, "")] {
+        let further = [("IMS_CLOSE_GRACE", "25"), ("IMS_JAIL_TIER", tier)];
+        let mut environment = Volume::new(Image::Busybox).start_with(mode, &further).ready();
+        let mark = match mode {
+            Mode::Jailed => "/tmp/complete".to_owned(),
+            Mode::Plain => environment.signal("complete").display().to_string(),
+        };
+        let at_terminal = |command: Option<&str>| {
+            let mut session = environment.ssh(&["-tt"]);
+            session.args(command).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap()
+        };
+        // The name of a shell is a command too.
+        let (shell, command) = (at_terminal(None), at_terminal(Some("exec sh")));
+        wait_until("both to be there", || sessions(&environment).len() == 2);
+        let output = environment.ssh(&["-tt"]).arg(format!("touch {mark}; sleep 1; echo done; exit 7")).output();
+        let output = output.unwrap();
+        assert_eq!((text(&output.stdout).as_str(), output.status.code()), ("done\r\n", Some(7)), "{mode:?} {tier}");
+        let told = text(shell.wait_with_output().unwrap().stdout);
+        assert!(told.contains("this session ends now, running commands have 25 s"), "{mode:?} {tier}: {told}");
+        assert!(environment.entrypoint.try_wait().unwrap().is_none(), "{mode:?} {tier}: a command still runs");
+        let output = feed_running(command, b"echo $((6*7)); exit\n");
+        assert!(output.contains("42\r\n") && !output.contains("ims-sshd:"), "{mode:?} {tier}: {output}");
+        assert_eq!(environment.end(), 0, "{}", environment.log_text());
+        assert!(environment.signal("complete").exists());
+    }
+}
+
+/// What a client prints that is given `input`.
+fn feed_running(mut client: Child, input: &[u8]) -> String {
+    client.stdin.as_mut().unwrap().write_all(input).unwrap();
+    text(client.wait_with_output().unwrap().stdout)
+}
+
+#[test]
+fn client_between_two_sessions_of_a_task_may_open_the_next_and_an_idle_connection_holds_nothing_up() {
+    for mode in MODES {
+        let mut environment = Volume::new(Image::Busybox).start_with(mode, &[("IMS_CLOSE_GRACE", "60")]).ready();
+        let idle = environment.master();
+        assert!(idle.ssh().arg("true").status().unwrap().success());
+        // The master's socket, and not the connection, is what its end would take away.
+        std::mem::forget(idle);
+        let master = environment.master();
+        let mark = match mode {
+            Mode::Jailed => "/tmp/complete".to_owned(),
+            Mode::Plain => environment.signal("complete").display().to_string(),
+        };
+        let say = |line: &str| text(master.ssh().arg(line).output().unwrap().stdout);
+        assert_eq!(say(&format!("touch {mark}; echo marked")), "marked\n", "{mode:?}");
+        logged(&environment, "closing: sshd takes no new connections");
+        // A second and more from one session to the next, twice: as a client does that is busy or far away.
+        for _ in 0..2 {
+            std::thread::sleep(Duration::from_millis(1500));
+            assert_eq!(say("echo still here"), "still here\n", "{mode:?}");
+        }
+        drop(master);
+        let began = Instant::now();
+        assert_eq!(environment.end(), 0, "{mode:?}");
+        // What is left is the time that the idle connection's own session gives it; there is a whole minute of grace.
+        assert!(began.elapsed() < Duration::from_secs(15), "{mode:?}: {:?}", began.elapsed());
+    }
+}
+
+#[test]
+fn long_idle_connection_does_not_hold_the_close_at_all() {
+    for mode in MODES {
+        let mut environment = Volume::new(Image::Busybox).start_with(mode, &[("IMS_CLOSE_GRACE", "60")]).ready();
+        let master = environment.master();
+        assert!(master.ssh().arg("true").status().unwrap().success());
+        std::mem::forget(master);
+        // Longer than a client may take from one session to the next.
+        std::thread::sleep(Duration::from_millis(7500));
+        assert_eq!(environment.complete(), 0, "{mode:?}");
+        let log = environment.log_text();
+        let line = log.lines().find(|line| line.contains("no process of the job is left")).unwrap();
+        let took: u64 = line.rsplit_once("milliseconds=").unwrap().1.parse().unwrap();
+        eprintln!("{mode:?}: {took} ms for a close with an idle connection");
+        assert!(took < 1000, "{mode:?}: {took} ms");
     }
 }
 
@@ -590,8 +672,10 @@ fn what_a_killed_entrypoint_left_is_found_told_and_cleared() {
         for name in ["sshd_listening", ".ims-sshd.reserve-1", ".ims-sshd.reserve-3"] {
             volume.touch(name);
         }
-        std::fs::write(volume.signal(".ims-sshd.additions"), "folder proc\nfolder dev\n").unwrap();
+        std::fs::write(volume.signal(".ims-sshd.additions"), "folder proc\nfolder dev\nfile etc/resolv.conf\n")
+            .unwrap();
         std::fs::create_dir(volume.image_root.join("proc")).unwrap();
+        std::fs::write(volume.image_root.join("etc/resolv.conf"), "").unwrap();
         // The record of a jail whose init is no more: this number belongs to somebody else now.
         let mut somebody = Outsider::start(Command::new("sleep").arg("97010"));
         let folder = ims_sshd::lifecycle::state::StateFolder::place(&volume.parent);

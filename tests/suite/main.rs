@@ -9,6 +9,7 @@ mod agent;
 mod ansible;
 mod as_on_a_node;
 mod binds;
+mod bounds;
 mod clients;
 mod close;
 mod commands;
