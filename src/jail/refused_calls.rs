@@ -285,6 +285,24 @@ pub fn program() -> Vec<Instruction> {
     program
 }
 
+/// A program that refuses `calls` (`SYS_…` of libc) to one that has no use for them, and user namespaces, in which it would have every
+/// capability. Only the first convention exists.
+pub fn refusing(calls: &[libc::c_long]) -> Vec<Instruction> {
+    let mut program = vec![load(ARCHITECTURE), if_equal(CONVENTIONS[0].architecture, 1, 0), fail(libc::ENOSYS)];
+    program.extend([load(NUMBER), unless_any_bit(X32, 1), fail(libc::ENOSYS)]);
+    for number in calls.iter().filter_map(|number| u32::try_from(*number).ok()) {
+        program.extend([if_equal(number, 0, 1), fail(libc::EPERM)]);
+    }
+    for call in CALLS.iter().filter(|call| ["clone", "clone3"].contains(&call.name)) {
+        let Some(number) = (CONVENTIONS[0].number)(&call.numbers) else { continue };
+        let answer = call.rule.answer();
+        program.extend([load(NUMBER), if_equal(number, 0, over(&answer))]);
+        program.extend(answer);
+    }
+    program.push(ALLOW);
+    program
+}
+
 impl Convention {
     /// What is answered to a call by this convention.
     fn answers(&self) -> Vec<Instruction> {

@@ -11,6 +11,7 @@ use std::process::{Child, Command};
 use rustix::fs::{FileType, OFlags};
 
 use crate::error::{Attempt, Error, Result};
+use crate::publish::confined::Confined;
 use crate::publish::progress::Progress;
 use crate::publish::settings::Packing;
 use crate::publish::work::Work;
@@ -65,7 +66,7 @@ pub fn pack(work: &Work, image_root: &Tree, to: &Archive, packing: &Packing, exc
     let part = format!("{}.part", to.name);
     // A new file: neither a link nor what an earlier mksquashfs may still write to is in its place.
     let file = to.folder.create_file(&part).attempt(|| format!("create {}.part", to.shown()))?;
-    let result = squash(work, image_root, &file, packing, exclude, &attempted)
+    let result = squash(work, image_root, (&file, to.folder), packing, exclude, &attempted)
         .and_then(|()| if exclude.is_empty() { attributes_are_kept(image_root, &file, &attempted) } else { Ok(()) })
         .and_then(|()| file.sync_all().attempt(|| format!("write {}.part", to.shown())))
         .and_then(|()| to.folder.rename(&part, to.name).attempt(|| format!("rename {}.part", to.shown())));
@@ -78,14 +79,14 @@ pub fn pack(work: &Work, image_root: &Tree, to: &Archive, packing: &Packing, exc
 fn squash(
     work: &Work,
     image_root: &Tree,
-    part: &File,
+    (part, volume): (&File, &Tree),
     packing: &Packing,
     exclude: &[String],
     attempted: &str,
 ) -> Result<()> {
     let mut mksquashfs = Command::new("mksquashfs");
     // Both by descriptor: on a shared volume a name may lead elsewhere by the time that mksquashfs opens it.
-    mksquashfs.current_dir(image_root.path()).args([".", "/proc/self/fd/0"]);
+    mksquashfs.args([".", "/proc/self/fd/0"]);
     mksquashfs.args(["-noappend", "-quiet", "-no-progress", "-xattrs"]);
     match packing.compression {
         "none" => mksquashfs.args(["-noI", "-noD", "-noF", "-noX"]),
@@ -105,8 +106,8 @@ fn squash(
     let total = if io::stderr().is_terminal() { Some(size_of(image_root).attempt(|| attempted)?) } else { None };
     let mut progress = Progress::begin("packing", total);
     let look = |child: &Child| progress.at(has_read(child).unwrap_or(0));
-    let output = part.try_clone().attempt(|| attempted)?.into();
-    let said = work.succeed_with(attempted, &mut mksquashfs, output, look)?;
+    let confined = Confined::packing(image_root, part, volume)?;
+    let said = work.succeed(attempted, &mut mksquashfs, Some(&confined), look)?;
     let (mut not_kept, said): (Vec<_>, Vec<_>) = said.lines().partition(|line| line.starts_with(NOT_KEPT));
     // It says so of every file.
     not_kept.sort_unstable();
@@ -167,10 +168,15 @@ fn nobody_stands_in(image_root: &Path, attempted: &str) -> Result<()> {
 
 /// What mksquashfs may take: a share of what the container has, and not of what the node has.
 fn memory() -> u64 {
+    share_of_memory(all_memory())
+}
+
+/// What the container may take of the node's memory.
+pub fn all_memory() -> Option<u64> {
     let limits = MEMORY_LIMITS.iter().filter_map(|file| std::fs::read_to_string(file).ok()?.trim().parse().ok());
     let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let total = meminfo.split_whitespace().nth(1).and_then(|kilobytes| kilobytes.parse::<u64>().ok());
-    share_of_memory(limits.chain(total.map(|kilobytes| kilobytes << 10)).min())
+    limits.chain(total.map(|kilobytes| kilobytes << 10)).min()
 }
 
 fn share_of_memory(all: Option<u64>) -> u64 {
