@@ -14,6 +14,7 @@ use crate::error::{Attempt, Error, Result};
 use crate::publish::confined::Confined;
 use crate::publish::progress::Progress;
 use crate::publish::settings::Packing;
+use crate::publish::source::{self, Kind};
 use crate::publish::work::Work;
 use crate::sys::mounts;
 use crate::sys::process::Entry;
@@ -24,6 +25,10 @@ const MEMORY: (u64, u64) = (64 << 20, 4);
 
 /// Where limits of memory are, in either version of cgroups, as a container sees its own.
 const MEMORY_LIMITS: [&str; 2] = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"];
+
+/// Where kiwi leaves its description of the image, in the image.
+const KIWIS: &str = "image";
+const KIWIS_DESCRIPTION: &str = "image/config.xml";
 
 /// Extended attributes that a squashfs keeps, and what mksquashfs says of others, which are access lists.
 const KEPT: [&str; 3] = ["user.", "trusted.", "security."];
@@ -43,6 +48,15 @@ impl Archive<'_> {
         self.folder
             .open_regular(self.name, OFlags::RDONLY | OFlags::NOFOLLOW)
             .attempt(|| format!("open {}", self.shown()))
+    }
+
+    /// Opens one that somebody else has packed, and that is whole.
+    pub fn open_squashfs(&self) -> Result<File> {
+        let file = self.open()?;
+        match source::kind_of_file(&file, &self.shown())? {
+            Kind::Squashfs => Ok(file),
+            _ => Err(Error::new(format!("take {} as an image", self.shown())).because("it is no squashfs")),
+        }
     }
 
     /// Its path now, for messages.
@@ -99,6 +113,9 @@ fn squash(
     if let Some(epoch) = packing.epoch {
         mksquashfs.args(["-mkfs-time", &epoch.to_string(), "-all-time", &epoch.to_string()]);
     }
+    if let Some(owner) = kiwis_own(image_root) {
+        mksquashfs.args(["-p", &format!("{KIWIS} m 700 {owner}")]);
+    }
     if !exclude.is_empty() {
         mksquashfs.args(["-wildcards", "-e"]).args(exclude);
     }
@@ -120,6 +137,17 @@ fn squash(
         return Err(Error::new(attempted).because(said.join(", ")));
     }
     Ok(())
+}
+
+/// The owner of /image, where kiwi has left its description of the image there, which may hold the passwords of repositories. Then nobody
+/// else can read it in the packed image.
+fn kiwis_own(image_root: &Tree) -> Option<String> {
+    let is = |path: &str, wanted: FileType| {
+        let found = image_root.handle_without_links(path).and_then(|fd| Ok(rustix::fs::fstat(fd)?));
+        found.ok().filter(|found| FileType::from_raw_mode(found.st_mode) == wanted)
+    };
+    let found = is(KIWIS, FileType::Directory).filter(|_| is(KIWIS_DESCRIPTION, FileType::RegularFile).is_some());
+    found.map(|found| format!("{} {}", found.st_uid, found.st_gid))
 }
 
 /// What all files below `root` come to, in bytes.
