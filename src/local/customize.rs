@@ -88,10 +88,10 @@ fn open(wanted: &Customization, image_root: &Path) -> Result<(Fate, u8)> {
     mounts::unmount(&shown).attempt(|| format!("unmount {}", shown.display()))?;
     local::remove_folder(&parent)?;
     Ok(match (outcome.exit_code, outcome.verdict) {
-        (0, Some(Verdict::Failed)) => (Fate::Discard, 1),
-        (0, _) => (Fate::Publish, 0),
-        // Nobody has given the changes up: a signal came, or the environment broke.
-        (code, _) => (Fate::Keep, code),
+        (0, Some(Verdict::Failed)) if outcome.given_up => (Fate::Discard, 1),
+        (0, Some(Verdict::Complete) | None) => (Fate::Publish, 0),
+        // Nobody has given the changes up: the script failed, a signal came, or the environment broke.
+        (code, _) => (Fate::Keep, code.max(1)),
     })
 }
 
