@@ -163,10 +163,12 @@ fn a_container_that_ims_derives_from_it_for_a_remote_node_runs_its_script_to_the
     wait_until("sshd of the script", || volume.join("listening").exists() || !running());
     let login = "ssh -i /root/.ssh/id -o StrictHostKeyChecking=no root@localhost 'cat /etc/debian_version && touch /changed /tmp/complete'";
     let session = output(&mut podman(&["exec", &container, "sh", "-c", login]));
-    wait_until("the end of the script", || !running());
+    if session.status.success() {
+        wait_until("the end of the script", || !running());
+    }
     let logs = output(&mut podman(&["logs", &container]));
-    let code = succeed(&mut podman(&["wait", &container]));
-    succeed(&mut podman(&["rm", "--force", &container]));
+    let code = succeed(&mut podman(&["inspect", "--format", "{{.State.ExitCode}}", &container]));
+    succeed(&mut podman(&["rm", "--force", "--time=0", &container]));
     succeed(&mut podman(&["rmi", "--force", name]));
     assert!(session.status.success(), "{session:?} {logs:?}");
     assert_eq!(code, "0", "{logs:?}");
@@ -209,6 +211,6 @@ fn it_is_small() {
         succeed(&mut podman(&["image", "inspect", "--format", "{{.Size}}", image])).parse().unwrap()
     };
     let added = size(IMAGE) - size(BASE);
-    // README.md says 50 MB.
-    assert!((44_000_000..55_000_000).contains(&added), "{added} bytes on top of the base");
+    // README.md says 56 MB.
+    assert!((50_000_000..61_000_000).contains(&added), "{added} bytes on top of the base");
 }

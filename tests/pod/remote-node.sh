@@ -21,6 +21,8 @@ update-ca-certificates || end
 openssl verify -CApath /etc/ssl/certs /etc/cray/ca/certificate_authority.crt && echo "the site is trusted"
 
 unsquashfs -quiet -no-progress -d "$root" "$parent/image.sqsh" || end
+# sshd asks for it of a ChrootDirectory.
+chmod 755 "$root"
 cp /etc/resolv.conf "$root/etc/resolv.conf"
 for folder in proc sys dev; do
     mount --rbind "/$folder" "$root/$folder" && mount --make-rslave "$root/$folder" || end
