@@ -117,14 +117,13 @@ fn init(helper: &str, root: &Path) -> Command {
 fn make(mut init: Command) -> (f64, Vec<OwnedFd>) {
     let (ours, theirs) = Link::pair().unwrap();
     init.stdin(Stdio::from(theirs.into_fd()));
-    let (mut number, mut jail, mut serves) = (None, None, false);
+    let (mut number, mut jail) = (None, None);
     let took = time(|| {
         assert!(init.status().unwrap().success());
-        while number.is_none() || !serves {
+        while number.is_none() || jail.is_none() {
             match ours.receive().unwrap() {
                 Some((Message::Started(pid), _)) => number = Some(Pid::from_raw(pid)),
-                Some((Message::Made, namespaces)) => jail = Some(namespaces),
-                Some((Message::Ready, _)) => serves = true,
+                Some((Message::Ready, namespaces)) => jail = Some(namespaces),
                 other => panic!("{other:?}"),
             }
         }

@@ -5,7 +5,6 @@ pub mod boot;
 pub mod changes;
 pub mod checksum;
 pub mod command;
-pub mod confined;
 pub mod cpio;
 pub mod download;
 pub mod id;

@@ -24,12 +24,16 @@ pub fn without_include(config: &[u8]) -> Vec<u8> {
     config.split_inclusive(|&b| b == b'\n').filter(|line| !is_ours(line)).flatten().copied().collect()
 }
 
+/// sshd's own limit of sessions on one connection (`DEFAULT_SESSIONS_MAX` in its servconf.h).
+const DEFAULT_MAX_SESSIONS: &str = "10";
+
 /// By this at its end the line is known again.
 const MARK: &str = "# ims-sshd";
 
 /// The fragment's text. `variables` are the job's; those that the configuration sets already (`base`, without our fragment) are kept
-/// where the job has none of that name. Without `agent`, clients do not bring their ssh-agent, whatever the configuration says. With
-/// `force_command`, root's sessions are jailed.
+/// where the job has none of that name. One connection can have many sessions, unless the configuration has another limit than sshd's own.
+/// Without `agent`, clients do not bring their ssh-agent, whatever the configuration says. With `force_command`, root's sessions are
+/// jailed.
 pub fn fragment(variables: &[(String, String)], base: &Effective, agent: bool, force_command: Option<&str>) -> String {
     let mut merged = variables.to_vec();
     for (name, value) in base.set_env() {
@@ -41,8 +45,16 @@ pub fn fragment(variables: &[(String, String)], base: &Effective, agent: bool, f
     let set_env = if words.is_empty() { String::new() } else { format!("SetEnv {}", words.join(" ")) };
     let jail = force_command.map_or(String::new(), |command| JAIL.replace("@FORCE_COMMAND@", command));
     let agent = if agent { "" } else { "AllowAgentForwarding no" };
+    let sessions = match base.first("maxsessions") {
+        None | Some(DEFAULT_MAX_SESSIONS) => "MaxSessions 1000",
+        Some(_) => "",
+    };
     // The variables last: they are not ours, and may hold anything.
-    ENVIRONMENT.replace("@JAIL@", &jail).replace("@AGENT@", agent).replace("@SETENV@", &set_env)
+    ENVIRONMENT
+        .replace("@JAIL@", &jail)
+        .replace("@SESSIONS@", sessions)
+        .replace("@AGENT@", agent)
+        .replace("@SETENV@", &set_env)
 }
 
 /// One word of sshd_config: in double quotes, in which a backslash stands before a quote and before a backslash.
@@ -180,6 +192,16 @@ mod tests {
         let base = Effective::parse(b"setenv IMS_JOB_ID=old\nsetenv SITE=x y\n");
         let text = fragment(&[("IMS_JOB_ID".into(), "new".into())], &base, true, None);
         assert!(text.contains("SetEnv \"IMS_JOB_ID=new\" \"SITE=x y\"\n"), "{text}");
+    }
+
+    #[test]
+    fn one_connection_may_have_many_sessions_unless_the_configuration_limits_them() {
+        let limit = |answer: &str| {
+            let text = fragment(&[], &Effective::parse(answer.as_bytes()), true, None);
+            text.lines().find_map(|line| line.strip_prefix("MaxSessions ")).map(str::to_owned)
+        };
+        assert_eq!(limit("maxsessions 10\n").as_deref(), Some("1000"));
+        assert_eq!(limit("maxsessions 3\n"), None);
     }
 
     #[test]

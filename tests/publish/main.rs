@@ -6,7 +6,6 @@
 mod support;
 
 mod archives;
-mod confined;
 mod customize;
 mod enter;
 mod file_server;

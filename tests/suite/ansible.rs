@@ -1,9 +1,12 @@
 //! Ansible, configured as the Configuration Framework Service configures it, and that service's own sequence over paramiko.
 
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
 
-use serde_json::json;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::clients::Place;
@@ -18,7 +21,13 @@ crate::clients::shown! {
         "the task that marks the image complete reports ok" => debians_ansible_manages_a_node;
     "Ansible (Debian's)",
         "`transfer_method` sftp, scp, scp -O and piped without pipelining; smart with it",
-        "20 names of one node with 20 forks" => debians_ansible_takes_every_way_to_a_node_of_many_names;
+        "50 names of one node with 20 forks" => debians_ansible_takes_every_way_to_a_node_of_many_names;
+    "Ansible (Debian's)",
+        "with its default configuration: the manual's sample, whose last task (copy, command, file) marks the image; `become`, `async`",
+        "the same with 100 ms of latency, and as the Configuration Framework Service configures it",
+        "a last task that marks the image and fails: its own exit code" => debians_ansible_ends_with_the_image;
+    "Ansible (Debian's)",
+        "50 names of one node with 50 forks and the default configuration, each of which marks the image" => debians_ansible_ends_fifty_names_of_a_node;
     "Ansible (newest for Python 3.11)",
         "setup, command, shell, copy, template, unarchive, apt, user, service_facts, become",
         "`async` with `poll: 0`, and `async_status`",
@@ -27,7 +36,13 @@ crate::clients::shown! {
         "the task that marks the image complete reports ok" => the_newest_ansible_manages_a_node;
     "Ansible (newest for Python 3.11)",
         "`transfer_method` sftp, scp, scp -O and piped without pipelining; smart with it",
-        "20 names of one node with 20 forks" => the_newest_ansible_takes_every_way_to_a_node_of_many_names;
+        "50 names of one node with 20 forks" => the_newest_ansible_takes_every_way_to_a_node_of_many_names;
+    "Ansible (newest for Python 3.11)",
+        "with its default configuration: the manual's sample, whose last task (copy, command, file) marks the image; `become`, `async`",
+        "the same with 100 ms of latency, and as the Configuration Framework Service configures it",
+        "a last task that marks the image and fails: its own exit code" => the_newest_ansible_ends_with_the_image;
+    "Ansible (newest for Python 3.11)",
+        "50 names of one node with 50 forks and the default configuration, each of which marks the image" => the_newest_ansible_ends_fifty_names_of_a_node;
     "paramiko",
         "the probe `echo ~root && sleep 0`",
         "50 commands whose connection is closed at once, none of them lost",
@@ -48,6 +63,22 @@ fn debians_ansible_takes_every_way_to_a_node_of_many_names(place: Place) {
 
 fn the_newest_ansible_takes_every_way_to_a_node_of_many_names(place: Place) {
     takes_every_way(place, newest());
+}
+
+fn debians_ansible_ends_with_the_image(place: Place) {
+    ends_with_the_image(place, debians);
+}
+
+fn the_newest_ansible_ends_with_the_image(place: Place) {
+    ends_with_the_image(place, newest);
+}
+
+fn debians_ansible_ends_fifty_names_of_a_node(place: Place) {
+    ends_fifty_names(place, debians());
+}
+
+fn the_newest_ansible_ends_fifty_names_of_a_node(place: Place) {
+    ends_fifty_names(place, newest());
 }
 
 struct Ansible {
@@ -100,11 +131,126 @@ fn takes_every_way(place: Place, ansible: Ansible) {
     let environment = place.open_in_container();
     let controller = Controller::new(&environment, ansible);
     let recap = controller.play("ways.yml", &marker(place, &environment));
-    assert_eq!(recap.matches(" unreachable=0    failed=0 ").count(), 25, "{recap}");
+    assert_eq!(recap.matches(" unreachable=0    failed=0 ").count(), 55, "{recap}");
     assert_eq!(
         environment.says("ls /srv | grep -c ^name; cat /srv/by_*"),
-        format!("20{}", "\ncopied as it is".repeat(5))
+        format!("50{}", "\ncopied as it is".repeat(5))
     );
+}
+
+/// How the manual's sample is played.
+struct End {
+    /// The module that marks the image.
+    last: &'static str,
+    /// How modules get to the node where they are not piped to it; none for Ansible's default.
+    way: Option<&'static str>,
+    configuration: Configuration,
+    latency: Duration,
+}
+
+fn ends_with_the_image(place: Place, ansible: fn() -> Ansible) {
+    const AT_ONCE: Duration = Duration::ZERO;
+    let ends = [
+        ("copy", None, Configuration::Default, AT_ONCE),
+        ("command", Some("scp"), Configuration::Default, AT_ONCE),
+        ("file", Some("piped"), Configuration::Default, AT_ONCE),
+        ("failing", Some("sftp"), Configuration::Default, AT_ONCE),
+        ("copy", None, Configuration::Default, Duration::from_millis(100)),
+        ("copy", None, Configuration::OfTheService, AT_ONCE),
+    ];
+    for (last, way, configuration, latency) in ends {
+        let end = End { last, way, configuration, latency };
+        let case = format!("{place:?}, {last} by {way:?}, {configuration:?}, {latency:?}");
+        let mut environment = place.open_in_container();
+        let proxy = Proxy::start(environment.port, end.latency);
+        let controller = Controller::reaching(&environment, ansible(), proxy.port);
+        let output = controller.output(
+            "ends.yml",
+            end.configuration,
+            &marker(place, &environment),
+            &json!({
+                "nodes": "node", "last": end.last, "ansible_ssh_transfer_method": end.way.unwrap_or("smart"),
+            }),
+        );
+        let shown = text([output.stdout, output.stderr].concat());
+        let code = if end.last == "failing" { 2 } else { 0 };
+        assert_eq!(output.status.code(), Some(code), "{case}: {shown}\n{}", environment.log_text());
+        assert!(shown.contains(" unreachable=0 "), "{case}: {shown}");
+        assert_eq!(environment.end(), 0, "{case}: {}", environment.log_text());
+        assert!(environment.signal("complete").exists(), "{case}");
+    }
+}
+
+fn ends_fifty_names(place: Place, ansible: Ansible) {
+    let volume = Volume::new(Image::Managed);
+    let further: Vec<_> = place.variables().iter().copied().chain([("IMS_CLOSE_GRACE", "60")]).collect();
+    let mut environment = volume.start_in_container(place.mode(), &further).ready();
+    let controller = Controller::new(&environment, ansible);
+    let complete = marker(place, &environment);
+    let output = controller.output(
+        "ends.yml",
+        Configuration::Default,
+        &complete,
+        &json!({
+            "nodes": "names", "last": "copy",
+        }),
+    );
+    let shown = text([output.stdout, output.stderr].concat());
+    assert_eq!(output.status.code(), Some(0), "{place:?}: {shown}\n{}", environment.log_text());
+    assert_eq!(shown.matches(" unreachable=0    failed=0 ").count(), 50, "{shown}");
+    assert_eq!(environment.end(), 0, "{}", environment.log_text());
+    assert!(environment.signal("complete").exists());
+}
+
+/// Between clients and an environment: what either says arrives half of `latency` later. It ends when the test does.
+struct Proxy {
+    port: u16,
+}
+
+impl Proxy {
+    fn start(target: u16, latency: Duration) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        std::thread::spawn(move || {
+            for client in listener.incoming() {
+                let (Ok(client), Ok(server)) = (client, TcpStream::connect(("127.0.0.1", target))) else { continue };
+                let ends = [(client.try_clone().unwrap(), server.try_clone().unwrap()), (server, client)];
+                for (from, to) in ends {
+                    std::thread::spawn(move || Self::carry(from, to, latency / 2));
+                }
+            }
+        });
+        Self { port }
+    }
+
+    fn carry(mut from: TcpStream, mut to: TcpStream, delay: Duration) {
+        let (late, due) = std::sync::mpsc::channel::<(Instant, Vec<u8>)>();
+        to.set_nodelay(true).unwrap();
+        let mut buffer = vec![0; 64 << 10];
+        let sender = std::thread::spawn(move || {
+            for (moment, bytes) in due {
+                std::thread::sleep(moment.saturating_duration_since(Instant::now()));
+                if to.write_all(&bytes).is_err() {
+                    break;
+                }
+            }
+            let _ = to.shutdown(Shutdown::Write);
+        });
+        while let Ok(length @ 1..) = from.read(&mut buffer) {
+            if late.send((Instant::now() + delay, buffer[..length].to_vec())).is_err() {
+                break;
+            }
+        }
+        drop(late);
+        let _ = sender.join();
+    }
+}
+
+/// How Ansible is configured.
+#[derive(Clone, Copy, Debug)]
+enum Configuration {
+    Default,
+    OfTheService,
 }
 
 /// What a session touches when the image is complete.
@@ -123,9 +269,16 @@ struct Controller {
 
 impl Controller {
     fn new(environment: &Environment, ansible: Ansible) -> Self {
+        Self::reaching(environment, ansible, environment.port)
+    }
+
+    /// One that reaches the environment by this port.
+    fn reaching(environment: &Environment, ansible: Ansible, port: u16) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let place = folder.path();
         for (name, text) in [
+            ("nothing_file", ""),
+            ("default.cfg", ""),
             ("copied", "copied as it is\n"),
             ("rendered.j2", "{{ greeting }}\n"),
             ("resolv.conf.j2", "# of {{ ansible_facts.env.IMS_JOB_ID }}\nnameserver 192.0.2.53\n"),
@@ -142,40 +295,48 @@ impl Controller {
         }
         succeed(Command::new("tar").args(["-czf", "packed.tar.gz", "-C", "pack", "unpacked"]).current_dir(place));
         succeed(Command::new("dpkg-deb").args(["--build", "deb", "tree/local.deb"]).current_dir(place));
-        std::fs::write(place.join("inventory"), inventory(environment, &ansible)).unwrap();
+        std::fs::write(place.join("inventory"), inventory(environment, &ansible, port)).unwrap();
         Self { folder, ansible }
     }
 
     /// What a play reports at its end.
     fn play(&self, playbook: &str, complete: &str) -> String {
+        let output = self.output(playbook, Configuration::OfTheService, complete, &json!({}));
+        let shown = text(&output.stdout);
+        assert!(output.status.success(), "{shown}\n{}", text(&output.stderr));
+        shown[shown.rfind("PLAY RECAP").unwrap()..].to_owned()
+    }
+
+    /// A whole play, with further variables.
+    fn output(&self, playbook: &str, configuration: Configuration, complete: &str, further: &Value) -> Output {
         let plays = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/suite/ansible");
         let mut command = Command::new(&self.ansible.program);
         command.arg("-i").arg(self.folder.path().join("inventory")).arg(plays.join(playbook));
         let folder = self.folder.path();
         let variables = json!({"files": folder, "complete": complete, "synchronizes": self.ansible.synchronizes});
-        command.arg("-e").arg(variables.to_string());
+        command.arg("-e").arg(variables.to_string()).arg("-e").arg(further.to_string());
         command.env_clear().env("PATH", "/usr/bin:/bin").env("HOME", folder).env("LC_ALL", "C.UTF-8");
-        command.env("ANSIBLE_CONFIG", plays.join("ansible.cfg"));
+        match configuration {
+            Configuration::OfTheService => command.env("ANSIBLE_CONFIG", plays.join("ansible.cfg")),
+            Configuration::Default => command.env("ANSIBLE_CONFIG", folder.join("default.cfg")).args(["--forks", "50"]),
+        };
         // Which would be looked for in the newest's own folders.
         command.env("ANSIBLE_COLLECTIONS_PATH", "/usr/lib/python3/dist-packages");
-        let output = command.output().unwrap();
-        let shown = text(&output.stdout);
-        assert!(output.status.success(), "{shown}\n{}", text(&output.stderr));
-        shown[shown.rfind("PLAY RECAP").unwrap()..].to_owned()
+        command.output().unwrap()
     }
 }
 
-fn inventory(environment: &Environment, ansible: &Ansible) -> String {
+fn inventory(environment: &Environment, ansible: &Ansible, port: u16) -> String {
     // Not by an address of this machine, to which synchronize would copy without SSH.
     const WAYS: &str = "by_smart\nby_sftp ansible_ssh_transfer_method=sftp ansible_pipelining=false\n\
         by_scp ansible_ssh_transfer_method=scp ansible_pipelining=false\n\
         by_old_scp ansible_ssh_transfer_method=scp ansible_scp_extra_args=-O ansible_pipelining=false\n\
         by_pipe ansible_ssh_transfer_method=piped ansible_pipelining=false\n";
-    let names: String = (1..=20).map(|number| format!("name{number:02}\n")).collect();
+    let names: String = (1..=50).map(|number| format!("name{number:02}\n")).collect();
     format!(
         "[all:vars]\nansible_host=build-environment\nansible_port={}\nansible_user=root\nansible_ssh_common_args=-o HostName=127.0.0.1 {}\n\
          ansible_python_interpreter={}\n[nodes]\nnode\n[ways]\n{WAYS}[names]\n{names}",
-        environment.port,
+        port,
         environment.ssh_options().join(" "),
         ansible.interpreter
     )

@@ -105,8 +105,8 @@ fn one_connection_carries_many_sessions() {
     for mode in MODES {
         let environment = Environment::open(Image::Debian, mode);
         let master = environment.master();
-        // sshd's MaxSessions is 10.
-        let mut running: Vec<_> = (0..10)
+        // More than sshd's own limit, which is 10.
+        let mut running: Vec<_> = (0..30)
             .map(|i| {
                 let mut ssh = master.ssh();
                 ssh.arg(format!("read x; echo {i} $x; exit {i}"))
