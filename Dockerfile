@@ -25,8 +25,12 @@ FROM ${BASE_IMAGE}
 # Host keys are the environment's own: made at its start, never shared by all that run this image.
 RUN apt-get -q update \
     && DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends \
-        openssh-server openssh-sftp-server squashfs-tools xz-utils zstd \
+        ca-certificates openssh-server openssh-sftp-server squashfs-tools xz-utils zstd \
     && rm -rf /etc/ssh/ssh_host_* /var/lib/apt/lists/* /var/cache/apt/*.bin /var/cache/debconf/*-old /var/log/apt /var/log/dpkg.log
+# IMS derives the container for a remote build node from this image: its script is bash under '#!/bin/sh', and puts the site's certificate
+# where SUSE has such.
+RUN ln -sf bash /bin/sh \
+    && mkdir -p /usr/share/pki/trust && ln -s /usr/local/share/ca-certificates /usr/share/pki/trust/anchors
 COPY --from=qemu /out/ /
 COPY --from=build /out/ /usr/bin/
 COPY --from=build /share/ /usr/share/

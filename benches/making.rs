@@ -117,13 +117,14 @@ fn init(helper: &str, root: &Path) -> Command {
 fn make(mut init: Command) -> (f64, Vec<OwnedFd>) {
     let (ours, theirs) = Link::pair().unwrap();
     init.stdin(Stdio::from(theirs.into_fd()));
-    let (mut number, mut jail) = (None, None);
+    let (mut number, mut jail, mut serves) = (None, None, false);
     let took = time(|| {
         assert!(init.status().unwrap().success());
-        while number.is_none() || jail.is_none() {
+        while number.is_none() || !serves {
             match ours.receive().unwrap() {
                 Some((Message::Started(pid), _)) => number = Some(Pid::from_raw(pid)),
-                Some((Message::Ready, namespaces)) => jail = Some(namespaces),
+                Some((Message::Made, namespaces)) => jail = Some(namespaces),
+                Some((Message::Ready, _)) => serves = true,
                 other => panic!("{other:?}"),
             }
         }

@@ -2,7 +2,7 @@
 //! of every session inside.
 
 use std::ffi::OsString;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -25,6 +25,8 @@ Makes a jail around an image root, or enters it. Started by ims-sshd and by sshd
                       [--resolv-conf FILE] [--bind SOURCE TARGET rw|ro]... [--sftp NAME=FILE]... [--bare NAMESPACE]
       make the jail around the working folder, which messages call FOLDER, and be its first process; standard input is the socket to
       the supervisor. Its mount namespace begins as a copy of NAMESPACE, else of the container's
+  ims-jail-shell serve TIER
+      in the jail: be its first process
   ims-jail-shell session JAIL
       enter the jail and carry out SSH_ORIGINAL_COMMAND, or start a login shell
   ims-jail-shell -c LINE
@@ -41,6 +43,7 @@ JAIL is the file in which ims-sshd wrote down where the jail is.";
 /// What this program is told to do.
 enum Command {
     Init(Plan),
+    Serve(Tier),
     Session(PathBuf),
     Enter(PathBuf, Vec<OsString>),
     Inside(Errand),
@@ -53,6 +56,7 @@ fn command(words: &[OsString]) -> Option<Command> {
     let (name, words) = words.split_first()?;
     match (name.to_str()?, words) {
         ("init", options) => init_plan(options).map(Command::Init),
+        ("serve", [tier]) => Tier::from_name(tier.to_str()?).map(Command::Serve),
         ("session", [jail]) => Some(Command::Session(jail.into())),
         ("-c", [line]) => match shell_words::split(line.to_str()?).ok()?.as_slice() {
             [exec, _, session, jail] if exec == "exec" && session == "session" => Some(Command::Session(jail.into())),
@@ -98,7 +102,11 @@ fn init_plan(words: &[OsString]) -> Option<Plan> {
 fn main() -> ExitCode {
     let words: Vec<_> = std::env::args_os().skip(1).collect();
     let result = match command(&words) {
-        Some(Command::Init(plan)) => make(&plan),
+        Some(Command::Init(plan)) => socket().and_then(|socket| init::run(&plan, socket)),
+        Some(Command::Serve(tier)) => match socket() {
+            Ok(socket) => return ExitCode::from(init::serve(tier, socket)),
+            Err(error) => Err(error),
+        },
         Some(Command::Session(jail)) => {
             let request = Request::from_original_command(std::env::var_os("SSH_ORIGINAL_COMMAND").as_deref());
             login::run(&jail, request).map(|never| match never {})
@@ -124,7 +132,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn make(plan: &Plan) -> Result<()> {
-    let link = std::io::stdin().as_fd().try_clone_to_owned().attempt(|| "take over the socket to the supervisor")?;
-    init::run(plan, link)
+/// Standard input of the jail's init.
+fn socket() -> Result<OwnedFd> {
+    std::io::stdin().as_fd().try_clone_to_owned().attempt(|| "take over the socket to the supervisor")
 }

@@ -8,14 +8,17 @@
 
 use std::fmt::Write as _;
 use std::io::{self, ErrorKind};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 
+use nix::sched::CloneFlags;
 use rustix::fs::{Dir, Mode, OFlags};
 use rustix::mount::MountAttrFlags;
 
 use crate::error::{Advise, Attempt, Error, Result};
 use crate::jail::architecture::{Architecture, HEADER};
-use crate::sys::mounts::Detached;
+use crate::jail::programs;
+use crate::sys::mounts::{self, Detached};
 use crate::sys::tree::Tree;
 
 /// One entry of the table.
@@ -125,6 +128,16 @@ pub enum Interpreter {
     Own(Registration),
 }
 
+impl Interpreter {
+    /// The table in which our entry is, which vanishes with its last mount.
+    pub fn table(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Self::Own(registration) => Some(registration.table.0.as_fd()),
+            Self::Registered(_) | Self::Unseen => None,
+        }
+    }
+}
+
 /// Our entry, which is removed when this is dropped.
 #[derive(Debug)]
 pub struct Registration {
@@ -141,21 +154,28 @@ impl Drop for Registration {
 }
 
 /// Has programs for `architecture` run in every jail of this user namespace, by what is there already or by an entry of our own, of
-/// which there is one for each `owner` (letters and digits).
-pub fn provide(architecture: Architecture, owner: &str) -> Result<Interpreter> {
+/// which there is one for each `owner` (letters and digits). For a jail that has to hold, `own` is set: its QEMU must be a copy. The
+/// container's or the node's would run inside by its own file, whose mode and owner a session could change through /proc/PID/exe.
+///
+/// Where it registers an entry, the calling thread has a mount namespace of its own afterwards.
+pub fn provide(architecture: Architecture, owner: &str, own: bool) -> Result<Interpreter> {
     let attempted = || format!("have programs for {} run on this machine", architecture.name());
     let interpreter = interpreter(architecture);
-    if !interpreter.exists() && architecture.runs() {
+    let works = || !own && architecture.runs();
+    if !interpreter.exists() && works() {
         // Not looked at: the first look into a user namespace's own table, still empty, takes away the node's.
         return Ok(Interpreter::Unseen);
     }
     let table = match Table::open() {
         Ok(table) => table,
-        Err(_) if architecture.runs() => return Ok(Interpreter::Unseen),
+        Err(_) if works() => return Ok(Interpreter::Unseen),
         Err(e) => {
-            return Err(Error::new(attempted()).because(format!("binfmt_misc cannot be mounted: {e}"))).advise(
-                "the container needs CAP_SYS_ADMIN (privileged), or the node a registered QEMU with flag F for all its containers",
-            );
+            let why = Error::new(attempted()).because(format!("binfmt_misc cannot be mounted: {e}"));
+            return Err(why).advise(if own {
+                "the container needs CAP_SYS_ADMIN (privileged), or the node Linux 6.7"
+            } else {
+                "the container needs CAP_SYS_ADMIN (privileged), or the node a registered QEMU with flag F for all its containers"
+            });
         }
     };
     let name = format!("{PREFIX}{}-{owner}", architecture.name());
@@ -165,17 +185,35 @@ pub fn provide(architecture: Architecture, owner: &str) -> Result<Interpreter> {
         return Err(Error::new(attempted()).because("binfmt_misc is switched off"))
             .advise("echo 1 > /proc/sys/fs/binfmt_misc/status on the node");
     }
-    if let Some(entry) = serving(&table.entries().attempt(attempted)?, architecture) {
+    if !own && let Some(entry) = serving(&table.entries().attempt(attempted)?, architecture) {
         return Ok(Interpreter::Registered(entry.clone()));
     }
     if !interpreter.exists() {
         return Err(Error::new(attempted()).because(format!("{} does not exist", interpreter.display())))
             .advise("install Debian's qemu-user-static, or take an image of this machine's architecture");
     }
-    table.register(&registration(&name, architecture, &interpreter)).attempt(|| {
+    register_copy(&table, &name, architecture, &interpreter).attempt(|| {
         format!("register {} as the interpreter of programs for {}", interpreter.display(), architecture.name())
     })?;
     Ok(Interpreter::Own(Registration { table, name }))
+}
+
+/// Registers a read-only copy of `interpreter` under the interpreter's own path, by which programs show it (`ps`). The kernel looks the path
+/// up once, as this thread sees it: the copy covers the directory meanwhile, in a mount namespace of this thread's own.
+fn register_copy(table: &Table, name: &str, architecture: Architecture, interpreter: &Path) -> Result<()> {
+    let (Some(directory), Some(file)) = (interpreter.parent(), interpreter.file_name()) else {
+        return Err(Error::new("copy the interpreter").because("it has no directory"));
+    };
+    let (copy, _) = programs::copy([(file.to_string_lossy().as_ref(), interpreter)])?;
+    let register = || -> io::Result<()> {
+        nix::sched::unshare(CloneFlags::CLONE_NEWNS)?;
+        mounts::make_all_private()?;
+        copy.attach(Tree::open(directory)?)?;
+        let registered = table.register(&registration(name, architecture, interpreter));
+        mounts::unmount(directory)?;
+        registered
+    };
+    register().attempt(|| "write to binfmt_misc")
 }
 
 /// The table, open.

@@ -4,11 +4,11 @@ use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use nix::sched::CloneFlags;
-use rustix::fs::{FileType, Mode, OFlags};
+use rustix::fs::{FileType, Mode};
 use rustix::mount::MountAttrFlags;
 
 use crate::error::{Advise, Attempt, Error, Result};
@@ -18,6 +18,7 @@ use crate::jail::hostname;
 use crate::jail::mount_table::{
     DEV_LINKS, KERNEL_FILE_ATTRIBUTES, Missing, Mount, PROGRAMS, Proc, ROOT_ATTRIBUTES, Source, mount_table,
 };
+use crate::jail::programs;
 use crate::jail::resolv_conf::RESOLV_CONF;
 use crate::jail::tier::Tier;
 use crate::sys::mounts::{self, Detached};
@@ -119,8 +120,7 @@ pub fn build(plan: &Plan) -> Result<Programs> {
     Ok(programs)
 }
 
-/// The jail's copies of the container's programs, open for reading. As long as they are, the kernel gives nobody inside a write lease on
-/// one of them, on which each further session would have to wait (fcntl(2), F_SETLEASE).
+/// The jail's copies of the container's programs, to be kept open ([`programs::copy`]).
 pub struct Programs {
     /// `ims-jail-shell`. In the chroot tier it is the container's own: where nothing can be mounted, no copy could be kept as it is.
     pub helper: OwnedFd,
@@ -299,34 +299,15 @@ fn cover_resolv_conf(root: &Tree, copy: Detached) -> Result<()> {
     cover().attempt(|| format!("mount the container's on /{RESOLV_CONF} of the image")).map(|_| ())
 }
 
-const PROGRAMS_ATTRIBUTES: MountAttrFlags =
-    MountAttrFlags::MOUNT_ATTR_RDONLY.union(MountAttrFlags::MOUNT_ATTR_NOSUID).union(MountAttrFlags::MOUNT_ATTR_NODEV);
-
 /// This program's file, by the container's /proc.
 const OWN_PROGRAM: &str = "/proc/self/exe";
 
-/// Copies this program and the `further` ones, (name, file), into a read-only tmpfs of the jail's own. A process inside can open what it
-/// runs (/proc/PID/exe), and root there owns files of root: with the container's files instead of copies it could change their modes,
-/// owners and attributes and take leases on them, even through a read-only mount of them (CVE-2019-5736 is of this kind).
+/// Copies this program and `further` ones, (name, file).
 fn copy_programs(further: &[(String, PathBuf)]) -> Result<(Detached, Programs)> {
-    let attempted = || "make a tmpfs for the jail's programs";
-    let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
-    let tmpfs = Detached::filesystem("tmpfs", &[("mode", "0755")], attributes).attempt(attempted)?;
-    let folder = Tree::from_fd(tmpfs.as_fd().try_clone_to_owned().attempt(attempted)?);
-    let copy = |name: &str, file: &Path| {
-        let copy = || -> io::Result<()> {
-            let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL;
-            let mut copy = File::from(folder.open_at(name, flags, Mode::from_raw_mode(0o555))?);
-            io::copy(&mut File::open(file)?, &mut copy).map(drop)
-        };
-        copy().attempt(|| format!("copy {} into the jail", file.display()))
-    };
-    copy("ims-jail-shell", Path::new(OWN_PROGRAM))?;
-    further.iter().try_for_each(|(name, file)| copy(name, file))?;
-    mounts::restrict(tmpfs.as_fd(), PROGRAMS_ATTRIBUTES).attempt(|| "make the jail's programs read-only")?;
-    let open = |name: &str| folder.open_at(name, OFlags::RDONLY, Mode::empty()).attempt(|| format!("open {name}"));
-    let others = further.iter().map(|(name, _)| open(name)).collect::<Result<_>>()?;
-    Ok((tmpfs, Programs { helper: open("ims-jail-shell")?, others }))
+    let own = ("ims-jail-shell", Path::new(OWN_PROGRAM));
+    let further = further.iter().map(|(name, file)| (name.as_str(), file.as_path()));
+    let (tmpfs, mut copies) = programs::copy(std::iter::once(own).chain(further))?;
+    Ok((tmpfs, Programs { helper: copies.remove(0), others: copies }))
 }
 
 /// Shows the copies in the jail: an image need not have an sftp-server, nor a libc, nor our architecture.

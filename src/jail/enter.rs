@@ -92,7 +92,7 @@ pub fn run(
     // Not in the chroot tier, which lacks CAP_SYS_ADMIN for it and holds nobody anyway.
     let refused = (record.tier != Tier::Chroot).then(refused_calls::program);
     let child = spawn(|| {
-        let prepared = prepare(record.dkms, refused.as_deref(), &signals, &terminal, folder);
+        let prepared = prepare(record.dkms, refused, &signals, &terminal, folder);
         let become_inner =
             || inner.replace_this_process_by(&joined.helper).attempt(|| "start the jail's ims-jail-shell");
         let Err(error) = prepared.and_then(|()| become_inner());

@@ -15,26 +15,28 @@ use crate::error::{Attempt, Result};
 use crate::sys::packet::Packets;
 use crate::sys::process::{Fork, exit_now, fork};
 
-/// Gives this process, in a new UTS namespace, another one that root may name, and the jail's `name` to it. Where the kernel allows no
-/// more user namespaces, the name cannot be changed from inside.
+/// Gives this process, in a new UTS namespace, another one that root may name, and the jail's `name` to it. Where none can be had,
+/// the name cannot be changed from inside.
 pub fn give(name: Option<&OsStr>) -> Result<()> {
     let attempted = || "make a UTS namespace that the jail's root may name";
     let (here, outside) = Packets::pair().attempt(attempted)?;
     match fork().attempt(attempted)? {
         Fork::Child => {
             drop(here);
-            let made = unshare(CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWUTS);
-            let made = made.ok().and_then(|()| File::open("/proc/self/ns/uts").ok());
-            let sent = made.is_none_or(|namespace| outside.send_with(b"made", &[namespace.as_fd()]).is_ok());
-            exit_now(u8::from(!sent))
+            if unshare(CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWUTS).is_ok()
+                && let Ok(namespace) = File::open("/proc/self/ns/uts")
+            {
+                let _ = outside.send_with(b"made", &[namespace.as_fd()]);
+            }
+            exit_now(0)
         }
         Fork::Parent(child) => {
             drop(outside);
             let made = here.receive_with().attempt(attempted)?;
             waitpid(child, None).attempt(attempted)?;
             for namespace in made.into_iter().flat_map(|(_, namespaces)| namespaces) {
-                setns(namespace, CloneFlags::CLONE_NEWUTS)
-                    .attempt(|| "enter the UTS namespace that the jail's root may name")?;
+                // Refused where a security module gives nobody rights in user namespaces.
+                let _ = setns(namespace, CloneFlags::CLONE_NEWUTS);
             }
         }
     }

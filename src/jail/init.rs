@@ -2,7 +2,8 @@
 //!
 //! When it ends, the kernel ends every process in the jail; when the supervisor dies, it ends.
 
-use std::ffi::{CStr, OsStr};
+use std::convert::Infallible;
+use std::ffi::{CStr, OsStr, OsString};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -17,17 +18,18 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, getpid};
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::{Mode, OFlags};
+use rustix::io::FdFlags;
 use rustix::thread::CapabilitySet;
 
 use crate::error::{Attempt, Result};
 use crate::jail::binfmt::{self, Interpreter};
-use crate::jail::build::{Plan, Programs, build};
+use crate::jail::build::{Plan, build};
 use crate::jail::capabilities;
 use crate::jail::link::{Link, Message};
 use crate::jail::tier::Tier;
 use crate::sys::packet::Packets;
 use crate::sys::poll;
-use crate::sys::process::{Fork, exit_now, fork};
+use crate::sys::process::{Exec, Fork, close_on_exec_from, exit_now, fork};
 use crate::sys::signals::Signals;
 use crate::sys::tree::Tree;
 use crate::verdict::Verdict;
@@ -47,14 +49,9 @@ pub fn run(plan: &Plan, supervisor: OwnedFd) -> Result<()> {
         Err(e) => link.send(&Message::Failed(e.to_string())).attempt(|| "tell the supervisor"),
         Ok(Fork::Parent(init)) => link.send(&Message::Started(init.as_raw())).attempt(|| "tell the supervisor"),
         Ok(Fork::Child) => {
-            let code = match prepare(plan) {
-                Ok(inside) => serve(&link, inside),
-                Err(e) => {
-                    let _ = link.send(&Message::Failed(e.to_string()));
-                    1
-                }
-            };
-            exit_now(code)
+            let Err(e) = make(plan, &link);
+            let _ = link.send(&Message::Failed(e.to_string()));
+            exit_now(1)
         }
     }
 }
@@ -117,40 +114,63 @@ fn map_identity(process: Pid) -> io::Result<()> {
     Ok(())
 }
 
+/// Makes the jail around this process, which then becomes the jail's own copy of this program, to [`serve`]. With it goes whatever else came
+/// with the start: descriptors of the container, the log, and the container's program, which /proc/1/exe would lead to.
+fn make(plan: &Plan, link: &Link) -> Result<Infallible> {
+    // The links in it are this process's, whatever namespaces it is in when one is opened.
+    let own = Tree::open(Path::new("/proc/self/ns")).attempt(|| "open the directory of this process's namespaces")?;
+    let null = File::options().read(true).write(true).open("/dev/null").attempt(|| "open /dev/null")?;
+    // Before the root is switched: the interpreter is the container's.
+    let interpreter = plan.emulated.map(|architecture| binfmt::provide(architecture, "jail", true)).transpose()?;
+    let programs = build(plan)?;
+    let open = |name: &str| rustix::fs::openat(&own, name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+    let namespaces = plan.tier.namespaces().iter().map(|(name, _)| Ok(open(name)?)).collect::<io::Result<Vec<_>>>();
+    let namespaces = namespaces.attempt(|| "open the jail's namespaces")?;
+    let doors: Vec<_> = namespaces.iter().map(AsFd::as_fd).chain([programs.helper.as_fd()]).collect();
+    link.send_with(&Message::Made, &doors).attempt(|| "tell the supervisor")?;
+    // The streams but for the socket to the supervisor, which is standard input.
+    rustix::stdio::dup2_stdout(&null)
+        .and_then(|()| rustix::stdio::dup2_stderr(&null))
+        .attempt(|| "close the container's streams")?;
+    close_on_exec_from(3).attempt(|| "mark descriptors close-on-exec")?;
+    // These stay open as long as the init lives, and nothing is done with them.
+    let kept = interpreter.iter().filter_map(Interpreter::table).chain(programs.others.iter().map(AsFd::as_fd));
+    for kept in kept {
+        rustix::io::fcntl_setfd(kept, FdFlags::empty()).attempt(|| "keep the jail's programs open")?;
+    }
+    let words = ["ims-jail-shell", "serve", plan.tier.name()].map(OsString::from);
+    let copy = Exec::new(Path::new(""), &words, []).attempt(|| "put the init's words together")?;
+    copy.replace_this_process_by(&programs.helper).attempt(|| "start the jail's ims-jail-shell")
+}
+
+/// Serves as the jail's init, which [`make`] has become. `supervisor` is this program's end of the [`Link`]. Returns the exit code.
+pub fn serve(tier: Tier, supervisor: OwnedFd) -> u8 {
+    let link = Link::from_fd(supervisor);
+    match prepare(tier) {
+        Ok(inside) => watch_over(&link, inside),
+        Err(e) => {
+            let _ = link.send(&Message::Failed(e.to_string()));
+            1
+        }
+    }
+}
+
 /// What the jail's init has to do with.
 struct Inside {
     signals: Signals,
     watch: Watch,
-    /// The jail's namespaces, for those who are to enter.
-    namespaces: Vec<OwnedFd>,
-    programs: Programs,
-    /// What programs for another architecture run by, as long as this is kept.
-    _interpreter: Option<Interpreter>,
 }
 
-fn prepare(plan: &Plan) -> Result<Inside> {
-    let name = comm(&Tree::open(Path::new(".")).attempt(|| "open the image root")?);
-    let _ = nix::sys::prctl::set_name(name);
-    let signals = Signals::hold(&[Signal::SIGCHLD]).attempt(|| "hold back SIGCHLD")?;
-    // The links in it are this process's, whatever namespaces it is in when one is opened.
-    let own = Tree::open(Path::new("/proc/self/ns")).attempt(|| "open the folder of this process's namespaces")?;
-    // The log and whatever else came with the start is none of the jail's business.
-    let null = File::options().read(true).write(true).open("/dev/null").attempt(|| "open /dev/null")?;
-    // Before the root is switched: the interpreter is the container's.
-    let interpreter = plan.emulated.map(|architecture| binfmt::provide(architecture, "jail")).transpose()?;
-    let programs = build(plan)?;
-    let open = |name: &str| rustix::fs::openat(&own, name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
-    let namespaces = plan.tier.namespaces().iter().map(|(name, _)| Ok(open(name)?)).collect::<io::Result<_>>();
-    let namespaces = namespaces.attempt(|| "open the jail's namespaces")?;
+fn prepare(tier: Tier) -> Result<Inside> {
+    // Once more after exec. The supervisor lets nobody in yet.
+    nix::sys::prctl::set_dumpable(false).attempt(|| "hide the jail's init from those inside")?;
+    let _ = nix::sys::prctl::set_name(comm(&Tree::open(Path::new("/")).attempt(|| "open the image root")?));
+    let signals = Signals::hold(&[Signal::SIGCHLD]).attempt(|| "block SIGCHLD")?;
     // It only looks at names from now on, whatever the modes of a user's /tmp.
     capabilities::hold_only(CapabilitySet::DAC_READ_SEARCH)
         .attempt(|| "give up the capabilities of the jail's init")?;
-    let watch = Watch::start(plan.tier).attempt(|| "watch /tmp of the jail")?;
-    rustix::stdio::dup2_stdin(&null)
-        .and_then(|()| rustix::stdio::dup2_stdout(&null))
-        .and_then(|()| rustix::stdio::dup2_stderr(&null))
-        .attempt(|| "let go of the container's streams")?;
-    Ok(Inside { signals, watch, namespaces, programs, _interpreter: interpreter })
+    let watch = Watch::start(tier).attempt(|| "watch /tmp of the jail")?;
+    Ok(Inside { signals, watch })
 }
 
 /// The name that the image's own init has once it is booted, as in /proc/1/comm: Ansible's `service_mgr`, Chef and Puppet choose by it how
@@ -173,14 +193,11 @@ fn comm(image_root: &Tree) -> &'static CStr {
 /// How long a mark can stay unseen at the most if no event tells of it, as on a network file system another node writes to.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
-fn serve(link: &Link, inside: Inside) -> u8 {
-    let Inside { signals, mut watch, namespaces, programs, _interpreter } = inside;
-    let further = [programs.helper.as_fd(), watch.events.as_fd()];
-    let descriptors: Vec<_> = namespaces.iter().map(AsFd::as_fd).chain(further).collect();
-    if link.send_with(&Message::Ready, &descriptors).is_err() {
+fn watch_over(link: &Link, inside: Inside) -> u8 {
+    let Inside { signals, mut watch } = inside;
+    if link.send_with(&Message::Ready, &[watch.events.as_fd()]).is_err() {
         return 1;
     }
-    drop(namespaces);
     let mut told = Vec::new();
     let mut tell_marks = || {
         for verdict in Verdict::ALL {

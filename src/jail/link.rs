@@ -11,9 +11,11 @@ use crate::verdict::Verdict;
 pub enum Message {
     /// The init's number in the container; sent by the process that started it.
     Started(i32),
-    /// The jail stands and can be entered, by the descriptors that come with this: the tier's namespaces, then the jail's copy of
-    /// `ims-jail-shell`. The last one is the init's inotify: closing an inotify takes some ten milliseconds, and the supervisor keeps a
-    /// duplicate so that the init's exit does not wait for it.
+    /// The jail is made, and entered by the descriptors that come with this: the tier's namespaces, then the jail's copy of
+    /// `ims-jail-shell`.
+    Made,
+    /// The init serves; the jail can be entered. The descriptor that comes with this is the init's inotify: closing an inotify takes some
+    /// ten milliseconds, and the supervisor keeps a duplicate so that the init's exit does not wait for it.
     Ready,
     /// A user marked the image, from inside.
     Marked(Verdict),
@@ -25,6 +27,7 @@ impl Message {
     fn to_text(&self) -> String {
         match self {
             Self::Started(pid) => format!("started {pid}"),
+            Self::Made => "made".into(),
             Self::Ready => "ready".into(),
             Self::Marked(verdict) => format!("marked {}", verdict.signal_file()),
             Self::Failed(why) => format!("failed {why}"),
@@ -41,6 +44,7 @@ impl Message {
 
     fn parse(text: &str) -> Option<Self> {
         Some(match text.split_once(' ') {
+            None if text == "made" => Self::Made,
             None if text == "ready" => Self::Ready,
             Some(("started", pid)) => Self::Started(pid.parse().ok()?),
             Some(("marked", name)) => Self::Marked(Verdict::from_signal_file(name)?),
@@ -112,6 +116,7 @@ mod tests {
         let (a, b) = Link::pair().unwrap();
         let messages = [
             Message::Started(5),
+            Message::Made,
             Message::Ready,
             Message::Marked(Verdict::Complete),
             Message::Marked(Verdict::Failed),

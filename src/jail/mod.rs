@@ -12,6 +12,7 @@ pub mod hostname;
 pub mod init;
 pub mod link;
 pub mod mount_table;
+pub mod programs;
 pub mod record;
 pub mod refused_calls;
 pub mod resolv_conf;

@@ -36,24 +36,17 @@ struct Call {
     why: &'static str,
 }
 
-/// A call's numbers, for each way to call the kernel. `None` where it does not exist. A processor has two of the four.
-#[derive(Clone, Copy)]
-#[allow(dead_code)]
-struct Numbers {
-    x86_64: Option<u32>,
-    i386: Option<u32>,
-    aarch64: Option<u32>,
-    arm: Option<u32>,
-}
+/// A call's numbers on x86_64, i386, aarch64 and arm. `None` where it does not exist.
+type Numbers = [Option<u32>; 4];
 
 /// Numbers are those of arch/x86/entry/syscalls, asm-generic/unistd.h and arch/arm/tools/syscall.tbl in Linux.
 const fn numbers(x86_64: u32, i386: u32, aarch64: u32, arm: u32) -> Numbers {
-    Numbers { x86_64: Some(x86_64), i386: Some(i386), aarch64: Some(aarch64), arm: Some(arm) }
+    [Some(x86_64), Some(i386), Some(aarch64), Some(arm)]
 }
 
 /// Calls that came after Linux 5.1 have one number everywhere.
 const fn everywhere(number: u32) -> Numbers {
-    numbers(number, number, number, number)
+    [Some(number); 4]
 }
 
 const fn call(name: &'static str, numbers: Numbers, rule: Rule, why: &'static str) -> Call {
@@ -169,7 +162,7 @@ const CALLS: &[Call] = &[
     call("socketpair", numbers(53, 360, 199, 288), OTHER_FAMILY, "the same as for socket"),
     call(
         "socketcall",
-        Numbers { x86_64: None, i386: Some(102), aarch64: None, arm: None },
+        [None, Some(102), None, None],
         Always(libc::ENOSYS),
         "all calls about sockets in one: its arguments stand in memory, where a filter cannot look",
     ),
@@ -211,20 +204,17 @@ const CALLS: &[Call] = &[
 struct Convention {
     /// `AUDIT_ARCH_…` of linux/audit.h.
     architecture: u32,
-    number: fn(&Numbers) -> Option<u32>,
+    /// Which of a call's numbers.
+    column: usize,
 }
 
 #[cfg(target_arch = "x86_64")]
-const CONVENTIONS: [Convention; 2] = [
-    Convention { architecture: 0xc000_003e, number: |numbers| numbers.x86_64 },
-    Convention { architecture: 0x4000_0003, number: |numbers| numbers.i386 },
-];
+const CONVENTIONS: [Convention; 2] =
+    [Convention { architecture: 0xc000_003e, column: 0 }, Convention { architecture: 0x4000_0003, column: 1 }];
 
 #[cfg(target_arch = "aarch64")]
-const CONVENTIONS: [Convention; 2] = [
-    Convention { architecture: 0xc000_00b7, number: |numbers| numbers.aarch64 },
-    Convention { architecture: 0x4000_0028, number: |numbers| numbers.arm },
-];
+const CONVENTIONS: [Convention; 2] =
+    [Convention { architecture: 0xc000_00b7, column: 2 }, Convention { architecture: 0x4000_0028, column: 3 }];
 
 /// Where struct seccomp_data has the call's number, its convention, and the lower half of its first argument (little-endian).
 const NUMBER: u32 = 0;
@@ -268,67 +258,154 @@ const fn unless_any_bit(bits: u32, skip: u8) -> Instruction {
     instruction(libc::BPF_JMP | libc::BPF_JSET | libc::BPF_K, bits, 0, skip)
 }
 
-/// A jump over `instructions`. The longest one leads over all calls of a convention, and a unit test makes the program.
-fn over(instructions: &[Instruction]) -> u8 {
-    u8::try_from(instructions.len()).expect("a jump is as long as a byte can say")
+/// A jump to the end of the part of the program that it stands in, until that is known.
+const END: u8 = u8::MAX;
+
+/// The program while it is made, by the compiler: a session does not wait for it.
+struct Program {
+    instructions: [Instruction; 512],
+    length: usize,
 }
 
-/// The program, for [`crate::sys::calls::filter`]. What comes by a convention that is not known does not exist.
-pub fn program() -> Vec<Instruction> {
-    let mut program = vec![load(ARCHITECTURE)];
-    for convention in &CONVENTIONS {
-        let answers = convention.answers();
-        program.push(if_equal(convention.architecture, 0, over(&answers)));
-        program.extend(answers);
+impl Program {
+    const fn new() -> Self {
+        Self { instructions: [ALLOW; 512], length: 0 }
     }
-    program.push(fail(libc::ENOSYS));
-    program
-}
 
-impl Convention {
-    /// What is answered to a call by this convention.
-    fn answers(&self) -> Vec<Instruction> {
-        let mut answers = vec![load(NUMBER), unless_any_bit(X32, 1), fail(libc::ENOSYS)];
-        for call in CALLS {
-            let Some(number) = (self.number)(&call.numbers) else { continue };
-            let answer = call.rule.answer();
-            // The tests of the call before may have loaded something else.
-            answers.extend([load(NUMBER), if_equal(number, 0, over(&answer))]);
-            answers.extend(answer);
+    const fn add(&mut self, instruction: Instruction) {
+        self.instructions[self.length] = instruction;
+        self.length += 1;
+    }
+
+    /// Ends the part that began when the program had this length.
+    const fn end_part(&mut self, start: usize) {
+        let mut at = start;
+        while at < self.length {
+            let distance = self.length - at - 1;
+            let jump = &mut self.instructions[at];
+            if jump.jt == END || jump.jf == END {
+                assert!(distance < END as usize, "a jump is as long as a byte can say");
+            }
+            #[allow(clippy::cast_possible_truncation)]
+            let distance = distance as u8;
+            if jump.jt == END {
+                jump.jt = distance;
+            }
+            if jump.jf == END {
+                jump.jf = distance;
+            }
+            at += 1;
         }
-        answers.push(ALLOW);
-        answers
     }
-}
 
-impl Rule {
-    /// The error; what comes after it, if the call is not to fail.
-    fn answer(self) -> Vec<Instruction> {
-        let (tests, error) = match self {
-            Always(error) => (&[][..], error),
+    /// Answers the calls of a convention.
+    const fn answer_calls(&mut self, convention: &Convention) {
+        let start = self.length;
+        self.add(if_equal(convention.architecture, 0, END));
+        self.add(load(NUMBER));
+        self.add(unless_any_bit(X32, 1));
+        self.add(fail(libc::ENOSYS));
+        let mut at = 0;
+        while at < CALLS.len() {
+            if let Some(number) = CALLS[at].numbers[convention.column] {
+                self.answer_call(number, CALLS[at].rule);
+            }
+            at += 1;
+        }
+        self.add(ALLOW);
+        self.end_part(start);
+    }
+
+    /// Answers one call, if it is to fail; what comes after it, if not.
+    const fn answer_call(&mut self, number: u32, rule: Rule) {
+        let start = self.length;
+        // The tests of the call before may have loaded something else.
+        self.add(load(NUMBER));
+        self.add(if_equal(number, 0, END));
+        let (tests, error) = match rule {
+            Always(error) => (&[] as &[Test], error),
             If(tests, error) => (tests, error),
         };
-        // From the last test to the first: each skips all that comes after it.
-        tests.iter().rev().fold(vec![fail(error)], |rest, test| [test.before(&rest), rest].concat())
+        let mut at = 0;
+        while at < tests.len() {
+            self.test(tests[at]);
+            at += 1;
+        }
+        self.add(fail(error));
+        self.end_part(start);
+    }
+
+    /// Goes on if the test holds; else to the end of the part.
+    const fn test(&mut self, test: Test) {
+        let (argument, mask, values, equal, none_equal) = match test {
+            HasAny(argument, bits) => {
+                self.add(load(ARGUMENTS + 8 * argument));
+                self.add(unless_any_bit(bits, END));
+                return;
+            }
+            In(argument, mask, values) => (argument, mask, values, 0, END),
+            NotIn(argument, mask, values) => (argument, mask, values, END, 0),
+        };
+        self.add(load(ARGUMENTS + 8 * argument));
+        self.add(keep_bits(mask));
+        let mut further = values.len();
+        while further > 0 {
+            further -= 1;
+            // If equal, over the comparisons that are left.
+            #[allow(clippy::cast_possible_truncation)]
+            let equal = if equal == END { END } else { further as u8 };
+            let value = values[values.len() - 1 - further];
+            self.add(if_equal(value, equal, if further == 0 { none_equal } else { 0 }));
+        }
     }
 }
 
-impl Test {
-    /// Goes on with `rest` if the test holds, and skips it if not.
-    fn before(self, rest: &[Instruction]) -> Vec<Instruction> {
-        let argument = |number: u32| load(ARGUMENTS + 8 * number);
-        let (number, mask, values, equal, none_equal) = match self {
-            HasAny(number, bits) => return vec![argument(number), unless_any_bit(bits, over(rest))],
-            In(number, mask, values) => (number, mask, values, 0, over(rest)),
-            NotIn(number, mask, values) => (number, mask, values, over(rest), 0),
-        };
-        // From the last comparison to the first, as in a rule.
-        let compare = |further: Vec<Instruction>, value: &u32| {
-            let otherwise = if further.is_empty() { none_equal } else { 0 };
-            [vec![if_equal(*value, over(&further) + equal, otherwise)], further].concat()
-        };
-        [vec![argument(number), keep_bits(mask)], values.iter().rev().fold(Vec::new(), compare)].concat()
+const PROGRAM: Program = {
+    let mut program = Program::new();
+    program.add(load(ARCHITECTURE));
+    program.answer_calls(&CONVENTIONS[0]);
+    program.answer_calls(&CONVENTIONS[1]);
+    // What comes by a convention that is not known does not exist.
+    program.add(fail(libc::ENOSYS));
+    program
+};
+
+/// The program, for [`crate::sys::calls::filter`].
+pub fn program() -> &'static [Instruction] {
+    const LENGTH: usize = PROGRAM.length;
+    static INSTRUCTIONS: [Instruction; LENGTH] = {
+        let mut all = [ALLOW; LENGTH];
+        let mut at = 0;
+        while at < LENGTH {
+            all[at] = PROGRAM.instructions[at];
+            at += 1;
+        }
+        all
+    };
+    &INSTRUCTIONS
+}
+
+/// A program that refuses `calls` (`SYS_…` of libc) to one that has no use for them, and user namespaces, in which it would have every
+/// capability. Only the first convention exists.
+pub fn refusing(calls: &[libc::c_long]) -> Vec<Instruction> {
+    let convention = &CONVENTIONS[0];
+    let mut program = Program::new();
+    program.add(load(ARCHITECTURE));
+    program.add(if_equal(convention.architecture, 1, 0));
+    program.add(fail(libc::ENOSYS));
+    program.add(load(NUMBER));
+    program.add(unless_any_bit(X32, 1));
+    program.add(fail(libc::ENOSYS));
+    for number in calls.iter().filter_map(|number| u32::try_from(*number).ok()) {
+        program.answer_call(number, Always(libc::EPERM));
     }
+    for call in CALLS.iter().filter(|call| ["clone", "clone3"].contains(&call.name)) {
+        if let Some(number) = call.numbers[convention.column] {
+            program.answer_call(number, call.rule);
+        }
+    }
+    program.add(ALLOW);
+    program.instructions[..program.length].to_vec()
 }
 
 #[cfg(test)]
@@ -362,7 +439,7 @@ mod tests {
             let calls: Vec<_> = CALLS.iter().filter(|call| call.name == name).collect();
             assert!(!calls.is_empty(), "{name}");
             for call in calls {
-                let known = (CONVENTIONS[0].number)(&call.numbers).map(i64::from);
+                let known = call.numbers[CONVENTIONS[0].column].map(i64::from);
                 assert_eq!(known, Some(number), "{name}");
             }
         }
@@ -403,7 +480,7 @@ mod tests {
             In(at, mask, values) => values.contains(&(arguments[at as usize] & mask)),
             NotIn(at, mask, values) => !values.contains(&(arguments[at as usize] & mask)),
         };
-        for call in CALLS.iter().filter(|call| (convention.number)(&call.numbers) == Some(number)) {
+        for call in CALLS.iter().filter(|call| call.numbers[convention.column] == Some(number)) {
             match call.rule {
                 Always(error) => return fail(error).k,
                 If(tests, error) if tests.iter().all(holds) => return fail(error).k,
@@ -418,17 +495,17 @@ mod tests {
         let program = program();
         let values = [0, 1, 2, 3, 10, 16, 17, 40, 58, 76, 77, TIOCSTI, TIOCLINUX, 0x1000_0000, 0x0008_000a];
         for convention in &CONVENTIONS {
-            let numbers = CALLS.iter().filter_map(|call| (convention.number)(&call.numbers)).chain([0, 1, 57, 449]);
+            let numbers = CALLS.iter().filter_map(|call| call.numbers[convention.column]).chain([0, 1, 57, 449]);
             for number in numbers {
                 for (a, b) in values.iter().flat_map(|a| values.map(|b| (*a, b))) {
                     for arguments in values.map(|c| [a, b, c]) {
-                        let got = answer(&program, convention.architecture, number, arguments);
+                        let got = answer(program, convention.architecture, number, arguments);
                         assert_eq!(got, meant(convention, number, arguments), "{number} {arguments:?}");
                     }
                 }
             }
-            assert_eq!(answer(&program, convention.architecture, X32 | 1, [0; 3]), fail(libc::ENOSYS).k);
+            assert_eq!(answer(program, convention.architecture, X32 | 1, [0; 3]), fail(libc::ENOSYS).k);
         }
-        assert_eq!(answer(&program, 0, 1, [0; 3]), fail(libc::ENOSYS).k);
+        assert_eq!(answer(program, 0, 1, [0; 3]), fail(libc::ENOSYS).k);
     }
 }

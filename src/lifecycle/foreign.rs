@@ -66,7 +66,10 @@ pub fn prepare(image_root: &Tree, told: Option<Architecture>, parent: &Tree, tie
     let place = rustix::fs::fstat(parent).attempt(|| "look at the image root's parent")?;
     // One volume, one environment: unique among all that share the kernel's table, and found again after a restart.
     let owner = format!("{:x}x{:x}", place.st_dev, place.st_ino);
-    match binfmt::provide(architecture, &owner)? {
+    // In a thread of its own, which it leaves with other mounts. Plain sessions and the chroot tier are root of the container anyway.
+    let own = tier == Some(Tier::Namespace);
+    let provided = std::thread::scope(|scope| scope.spawn(|| binfmt::provide(architecture, &owner, own)).join());
+    match provided.unwrap_or_else(|panic| std::panic::resume_unwind(panic))? {
         Interpreter::Registered(entry) => {
             tracing::info!("programs for {name} run by {}, which was registered before", entry.interpreter.display());
         }

@@ -63,7 +63,9 @@ pub enum Event {
     Listening,
     /// Somebody marked the image.
     Marked(Verdict),
-    /// SIGTERM or SIGINT.
+    /// The customization script failed, or marks cannot be looked at; why has been logged. Nobody has given the image up.
+    Failed,
+    /// SIGTERM, SIGINT or SIGHUP.
     Stop(Signal),
     /// The environment cannot go on; why has been logged.
     Broken,
@@ -128,6 +130,7 @@ pub struct Machine {
     grace: Duration,
     restarts: Restarts,
     verdict: Option<Verdict>,
+    given_up: bool,
     exit_code: u8,
 }
 
@@ -137,7 +140,14 @@ const GRACE_AFTER_SIGNAL: Duration = Duration::from_secs(1);
 impl Machine {
     /// A machine at the beginning; `grace` is what running commands get after a verdict.
     pub fn new(grace: Duration) -> Self {
-        Self { state: State::Waiting, grace, restarts: Restarts::default(), verdict: None, exit_code: 0 }
+        Self {
+            state: State::Waiting,
+            grace,
+            restarts: Restarts::default(),
+            verdict: None,
+            given_up: false,
+            exit_code: 0,
+        }
     }
 
     /// Where the environment is.
@@ -148,6 +158,11 @@ impl Machine {
     /// What became of the image, so far.
     pub fn verdict(&self) -> Option<Verdict> {
         self.verdict
+    }
+
+    /// Whether somebody has marked the image failed; without that it is failed because something went wrong, or somebody is impatient.
+    pub fn is_given_up(&self) -> bool {
+        self.given_up
     }
 
     /// The program's exit code, once the state is [`State::Done`].
@@ -162,10 +177,10 @@ impl Machine {
             (State::Preparing, Event::Listening) => self.go(State::Serving, []),
 
             (State::Serving, Event::Marked(verdict)) => {
-                self.judge(verdict);
+                self.mark(verdict);
                 self.close(self.grace)
             }
-            (State::Serving, Event::Forgotten) => {
+            (State::Serving, Event::Forgotten | Event::Failed) => {
                 self.judge(Verdict::Failed);
                 self.close(self.grace)
             }
@@ -177,7 +192,11 @@ impl Machine {
                 }
             },
             (State::Grace | State::Ending | State::Releasing | State::Recording, Event::Marked(verdict)) => {
-                self.judge(verdict);
+                self.mark(verdict);
+                vec![]
+            }
+            (State::Grace | State::Ending | State::Releasing | State::Recording, Event::Failed) => {
+                self.judge(Verdict::Failed);
                 vec![]
             }
             (State::Serving, Event::Stop(signal)) => {
@@ -248,6 +267,11 @@ impl Machine {
         self.go(State::Recording, [Action::Record(verdict)])
     }
 
+    fn mark(&mut self, verdict: Verdict) {
+        self.given_up |= verdict == Verdict::Failed;
+        self.judge(verdict);
+    }
+
     fn judge(&mut self, verdict: Verdict) {
         // Once failed, always failed.
         self.verdict = self.verdict.max(Some(verdict));
@@ -256,7 +280,7 @@ impl Machine {
     fn stopped(&mut self, signal: Signal) {
         self.judge(Verdict::Failed);
         if self.exit_code == 0 {
-            self.exit_code = if signal == Signal::SIGINT { 130 } else { 143 };
+            self.exit_code = 128_u8.saturating_add(u8::try_from(signal as i32).unwrap_or(0));
         }
     }
 
@@ -377,6 +401,23 @@ mod tests {
     }
 
     #[test]
+    fn only_a_mark_gives_the_image_up() {
+        for (event, given_up) in [
+            (Event::Marked(Verdict::Failed), true),
+            (Event::Failed, false),
+            (Event::Forgotten, false),
+            (Event::Stop(Signal::SIGTERM), false),
+            (Event::Broken, false),
+        ] {
+            let mut machine = serving();
+            machine.on(event);
+            assert_eq!((machine.verdict(), machine.is_given_up()), (Some(Verdict::Failed), given_up), "{event:?}");
+            machine.on(Event::Marked(Verdict::Failed));
+            assert!(machine.is_given_up(), "however late");
+        }
+    }
+
+    #[test]
     fn what_dies_is_started_again_until_it_has_died_too_often() {
         let mut machine = serving();
         let died = Event::Died(Part::Sshd, Instant::now());
@@ -399,6 +440,7 @@ mod tests {
             verdict().prop_map(Event::Marked),
             Just(Event::Stop(Signal::SIGTERM)),
             Just(Event::Broken),
+            Just(Event::Failed),
             Just(Event::Died(Part::Sshd, Instant::now())),
             Just(Event::Died(Part::Jail, Instant::now())),
             Just(Event::Forgotten),
@@ -421,7 +463,7 @@ mod tests {
             for event in events {
                 let before = machine.state();
                 ended |= before == State::Ending && matches!(event, Event::AllEnded | Event::Broken);
-                failed |= event == Event::Marked(Verdict::Failed)
+                failed |= matches!(event, Event::Marked(Verdict::Failed) | Event::Failed)
                     && matches!(before, State::Serving | State::Grace | State::Ending | State::Releasing | State::Recording);
                 if let (State::Recording, Event::Recorded { verdict, .. }) = (before, event) {
                     recorded = Some(verdict);

@@ -102,9 +102,8 @@ impl OpenJail {
         let wanted = &Wanted { binds: &placed, ..wanted.clone() };
         let made = Made::make(wanted.image_root, wanted.note_folder, lacking)?;
         let opened = prepare_files(wanted, state, text.as_deref()).and_then(|resolv_conf| {
-            let (init, link, mut doors) = start(wanted, resolv_conf)?;
-            let (events, helper) = (doors.pop(), doors.pop());
-            let (Some(events), Some(helper)) = (events, helper) else {
+            let (init, link, mut doors, mut events) = start(wanted, resolv_conf)?;
+            let (Some(helper), Some(events)) = (doors.pop(), events.pop()) else {
                 return Err(Error::new("make the jail").because("its init is of another version"));
             };
             if chrooted {
@@ -253,8 +252,8 @@ fn prepare_files(wanted: &Wanted<'_>, state: &StateFolder, resolv_conf: Option<&
     Ok(Some(path))
 }
 
-/// Starts the init. Returns it, the socket to it, and the descriptors that come with [`Message::Ready`].
-fn start(wanted: &Wanted<'_>, resolv_conf: Option<PathBuf>) -> Result<(Pid, Link, Vec<OwnedFd>)> {
+/// Starts the init. Returns it, the socket to it, and the descriptors that come with [`Message::Made`] and [`Message::Ready`].
+fn start(wanted: &Wanted<'_>, resolv_conf: Option<PathBuf>) -> Result<(Pid, Link, Vec<OwnedFd>, Vec<OwnedFd>)> {
     let program = program()?;
     let attempted = || format!("start {}", program.display());
     let (ours, theirs) = Link::pair().attempt(|| "make a socket to the jail's init")?;
@@ -297,7 +296,7 @@ fn start(wanted: &Wanted<'_>, resolv_conf: Option<PathBuf>) -> Result<(Pid, Link
     let status = command.status().attempt(attempted)?;
     // Its end of the socket is now the init's alone: it closes when that one ends.
     drop(command);
-    let (mut init, mut doors) = (None, None);
+    let (mut init, mut doors, mut events) = (None, Vec::new(), None);
     let failed = |init: Option<Pid>, why: String| {
         if let Some(init) = init {
             let _ = kill(init, Signal::SIGKILL);
@@ -309,8 +308,8 @@ fn start(wanted: &Wanted<'_>, resolv_conf: Option<PathBuf>) -> Result<(Pid, Link
     };
     // The init and the process that started it speak in any order.
     loop {
-        if let (Some(init), Some(doors)) = (init, doors.take_if(|_| init.is_some())) {
-            return Ok((init, ours, doors));
+        if let (Some(init), Some(events)) = (init, events.take_if(|_| init.is_some())) {
+            return Ok((init, ours, doors, events));
         }
         let mut sources = [PollFd::new(&ours, PollFlags::IN)];
         let timely = poll::wait(&mut sources, TIME_TO_MAKE);
@@ -319,7 +318,8 @@ fn start(wanted: &Wanted<'_>, resolv_conf: Option<PathBuf>) -> Result<(Pid, Link
         }
         match ours.receive().attempt(|| "hear from the jail's init")? {
             Some((Message::Started(pid), _)) => init = Some(Pid::from_raw(pid)),
-            Some((Message::Ready, namespaces)) => doors = Some(namespaces),
+            Some((Message::Made, descriptors)) => doors = descriptors,
+            Some((Message::Ready, descriptors)) => events = Some(descriptors),
             Some((Message::Failed(why), _)) => return failed(init, why),
             // Not lost: it stands in the image's /tmp.
             Some((Message::Marked(_), _)) => {}

@@ -39,6 +39,8 @@ use crate::verdict::Verdict;
 pub struct Outcome {
     /// What became of the image; nothing if no shell was wanted.
     pub verdict: Option<Verdict>,
+    /// Whether somebody has marked the image failed.
+    pub given_up: bool,
     /// The exit code of the contract: 0 for complete and failed, 1 if the environment broke, 128 + n after signal n.
     pub exit_code: u8,
 }
@@ -47,7 +49,7 @@ pub struct Outcome {
 /// called once, when sshd accepts connections.
 pub fn run(settings: Settings, files: Option<SignalFiles>, listening: impl FnOnce()) -> Result<Outcome> {
     if !shell_is_wanted(&settings)? {
-        return Ok(Outcome { verdict: None, exit_code: 0 });
+        return Ok(Outcome { verdict: None, given_up: false, exit_code: 0 });
     }
     let held = [Signal::SIGCHLD, Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP];
     let mut supervisor = Supervisor {
@@ -152,7 +154,8 @@ impl<F: FnOnce()> Supervisor<F> {
                 self.happen(event);
             }
         }
-        Ok(Outcome { verdict: self.machine.verdict(), exit_code: self.machine.exit_code() })
+        let Self { machine, .. } = self;
+        Ok(Outcome { verdict: machine.verdict(), given_up: machine.is_given_up(), exit_code: machine.exit_code() })
     }
 
     /// Brings the machine an event, and what comes of it.
@@ -369,7 +372,7 @@ impl<F: FnOnce()> Supervisor<F> {
             }
             Some(Err(e)) if self.machine.verdict() != Some(Verdict::Failed) => {
                 tracing::error!("{e}: taken as failed");
-                marks.push(Event::Marked(Verdict::Failed));
+                marks.push(Event::Failed);
             }
             _ => {}
         }
@@ -392,7 +395,7 @@ impl<F: FnOnce()> Supervisor<F> {
                 return None;
             }
             tracing::error!("the customization script {how}: the image is marked failed");
-            return Some(Event::Marked(Verdict::Failed));
+            return Some(Event::Failed);
         }
         if self.daemon.as_ref().is_some_and(|d| d.pid == pid) {
             self.daemon = None;

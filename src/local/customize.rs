@@ -12,6 +12,7 @@ use crate::lifecycle::signal_files::READY;
 use crate::lifecycle::{self, supervisor};
 use crate::local;
 use crate::local::job::{Fate, Job};
+use crate::sshd::FOR_MANY_CLIENTS;
 use crate::sys::mounts::{self, Detached};
 use crate::sys::tree::Tree;
 use crate::verdict::Verdict;
@@ -87,10 +88,10 @@ fn open(wanted: &Customization, image_root: &Path) -> Result<(Fate, u8)> {
     mounts::unmount(&shown).attempt(|| format!("unmount {}", shown.display()))?;
     local::remove_folder(&parent)?;
     Ok(match (outcome.exit_code, outcome.verdict) {
-        (0, Some(Verdict::Failed)) => (Fate::Discard, 1),
-        (0, _) => (Fate::Publish, 0),
-        // Nobody has given the changes up: a signal came, or the environment broke.
-        (code, _) => (Fate::Keep, code),
+        (0, Some(Verdict::Failed)) if outcome.given_up => (Fate::Discard, 1),
+        (0, Some(Verdict::Complete) | None) => (Fate::Publish, 0),
+        // Nobody has given the changes up: the script failed, a signal came, or the environment broke.
+        (code, _) => (Fate::Keep, code.max(1)),
     })
 }
 
@@ -153,7 +154,7 @@ fn configure(run: &Path, address: SocketAddr, keys: &Path) -> Result<PathBuf> {
     let text = format!(
         "Port {}\nListenAddress {}\nHostKey {}\nPidFile {}\nAuthorizedKeysFile {}\n\
          PermitRootLogin yes\nPubkeyAuthentication yes\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n\
-         AcceptEnv LANG LC_*\nSubsystem sftp internal-sftp\n",
+         AcceptEnv LANG LC_*\nSubsystem sftp internal-sftp\n{FOR_MANY_CLIENTS}",
         address.port(),
         address.ip(),
         host_key.display(),

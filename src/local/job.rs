@@ -187,7 +187,7 @@ impl Opened<'_> {
         let report = self.publication().publish(&mut Journal::read(self.notes)?, image)?;
         // For programs. A person has read above where the image is.
         if !std::io::stdout().is_terminal() {
-            local::say_json(&report);
+            local::say_result(&report);
         }
         Ok(())
     }

@@ -18,6 +18,7 @@ use crate::error::{Attempt, Error, Result};
 use crate::lifecycle::signal_files::SignalFiles;
 use crate::lifecycle::state::{RUN, name_for};
 use crate::printable;
+use crate::publish::manifest;
 use crate::sys::mounts::{self, Detached};
 use crate::sys::tree::Tree;
 
@@ -52,6 +53,12 @@ pub fn say(text: &str) {
 /// Prints `value` in JSON, in one line.
 pub fn say_json(value: &serde_json::Value) {
     say(&format!("{}\n", printable::json(&value.to_string())));
+}
+
+/// Prints what became of a publication, as upstream prints it: people and scripts search pod logs for it.
+pub fn say_result(value: &serde_json::Value) {
+    let text = String::from_utf8_lossy(&manifest::indented(value)).into_owned();
+    say(&format!("{}\n", printable::json(&text)));
 }
 
 /// Mounts that only this program and what it starts see, with terminals of their own: a session in the image must not reach those

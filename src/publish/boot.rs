@@ -113,6 +113,24 @@ pub fn find(image_root: &Tree, names: &Names, arch: &str) -> Result<BootFiles> {
     })
 }
 
+/// Opens those that a remote job has left in `folder` itself, beside its packed image. Links are none of what it has left.
+pub fn left_in(folder: &Tree, names: &Names, arch: &str) -> Result<BootFiles> {
+    let kernel = if names.kernel == "vmlinuz" && arch == "aarch64" { "Image" } else { &names.kernel };
+    let open = |name: &str| match folder.open_regular(name, OFlags::RDONLY | OFlags::NOFOLLOW) {
+        Ok(content) => Ok(Some(BootFile { path: name.to_owned(), content })),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e).attempt(|| format!("open {name}, which the remote job left")),
+    };
+    let needed = |name: &str| {
+        open(name)?.ok_or_else(|| {
+            Error::new(format!("find {name} in {}", folder.shown().display()))
+                .because("the remote job has left none beside its packed image")
+                .advise("name one by KERNEL_FILENAME and INITRD_FILENAME; 'auto' cannot be had of a remote job")
+        })
+    };
+    Ok(BootFiles { kernel: needed(kernel)?, initrd: needed(&names.initrd)?, parameters: open(&names.parameters)? })
+}
+
 /// Whether the image is one that nobody boots: it has no kernel, neither in /boot nor beside modules.
 pub fn has_none(image_root: &Tree) -> bool {
     kernels(image_root, &entries(image_root, "boot"), &modules(image_root)).is_empty()

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::error::{Attempt, Error, Result};
 use crate::lifecycle::environment;
 use crate::lifecycle::signal_files::SignalFiles;
-use crate::local::{say, say_json};
+use crate::local::{say, say_result};
 use crate::publish::boot::{self, BootFiles};
 use crate::publish::ims::Ims;
 use crate::publish::journal::{Journal, Notes};
@@ -102,6 +102,6 @@ pub fn upload(
     let notes = Notes::new(&place.files, settings);
     let mut journal = Journal::read(&notes)?;
     let report = Publication { work: &work, settings, ims, notes: &notes }.publish(&mut journal, image)?;
-    say_json(&report);
+    say_result(&report);
     Ok(0)
 }

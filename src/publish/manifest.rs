@@ -38,10 +38,15 @@ pub fn text(artifacts: &[Artifact], created: SystemTime) -> Vec<u8> {
     let created = humantime::format_rfc3339_micros(created).to_string().replace('T', " ").replace('Z', "");
     let entries: Vec<_> = artifacts.iter().map(Artifact::entry).collect();
     let manifest = json!({ "artifacts": entries, "created": created, "version": "1.0" });
+    indented(&manifest)
+}
+
+/// JSON as Python's `json.dumps(…, indent=4, sort_keys=True)` writes it.
+pub fn indented(value: &Value) -> Vec<u8> {
     let mut text = Vec::new();
     let mut serializer = Serializer::with_formatter(&mut text, PrettyFormatter::with_indent(b"    "));
     // Nothing in it that JSON has no form for, and a vector takes all.
-    let _ = manifest.serialize(&mut serializer);
+    let _ = value.serialize(&mut serializer);
     text
 }
 

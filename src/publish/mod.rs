@@ -5,6 +5,7 @@ pub mod boot;
 pub mod changes;
 pub mod checksum;
 pub mod command;
+pub mod confined;
 pub mod cpio;
 pub mod download;
 pub mod id;

@@ -11,8 +11,10 @@ use std::process::{Child, Command};
 use rustix::fs::{FileType, OFlags};
 
 use crate::error::{Attempt, Error, Result};
+use crate::publish::confined::Confined;
 use crate::publish::progress::Progress;
 use crate::publish::settings::Packing;
+use crate::publish::source::{self, Kind};
 use crate::publish::work::Work;
 use crate::sys::mounts;
 use crate::sys::process::Entry;
@@ -23,6 +25,10 @@ const MEMORY: (u64, u64) = (64 << 20, 4);
 
 /// Where limits of memory are, in either version of cgroups, as a container sees its own.
 const MEMORY_LIMITS: [&str; 2] = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"];
+
+/// Where kiwi leaves its description of the image, in the image.
+const KIWIS: &str = "image";
+const KIWIS_DESCRIPTION: &str = "image/config.xml";
 
 /// Extended attributes that a squashfs keeps, and what mksquashfs says of others, which are access lists.
 const KEPT: [&str; 3] = ["user.", "trusted.", "security."];
@@ -42,6 +48,15 @@ impl Archive<'_> {
         self.folder
             .open_regular(self.name, OFlags::RDONLY | OFlags::NOFOLLOW)
             .attempt(|| format!("open {}", self.shown()))
+    }
+
+    /// Opens one that somebody else has packed, and that is whole.
+    pub fn open_squashfs(&self) -> Result<File> {
+        let file = self.open()?;
+        match source::kind_of_file(&file, &self.shown())? {
+            Kind::Squashfs => Ok(file),
+            _ => Err(Error::new(format!("take {} as an image", self.shown())).because("it is no squashfs")),
+        }
     }
 
     /// Its path now, for messages.
@@ -65,7 +80,7 @@ pub fn pack(work: &Work, image_root: &Tree, to: &Archive, packing: &Packing, exc
     let part = format!("{}.part", to.name);
     // A new file: neither a link nor what an earlier mksquashfs may still write to is in its place.
     let file = to.folder.create_file(&part).attempt(|| format!("create {}.part", to.shown()))?;
-    let result = squash(work, image_root, &file, packing, exclude, &attempted)
+    let result = squash(work, image_root, (&file, to.folder), packing, exclude, &attempted)
         .and_then(|()| if exclude.is_empty() { attributes_are_kept(image_root, &file, &attempted) } else { Ok(()) })
         .and_then(|()| file.sync_all().attempt(|| format!("write {}.part", to.shown())))
         .and_then(|()| to.folder.rename(&part, to.name).attempt(|| format!("rename {}.part", to.shown())));
@@ -78,14 +93,14 @@ pub fn pack(work: &Work, image_root: &Tree, to: &Archive, packing: &Packing, exc
 fn squash(
     work: &Work,
     image_root: &Tree,
-    part: &File,
+    (part, volume): (&File, &Tree),
     packing: &Packing,
     exclude: &[String],
     attempted: &str,
 ) -> Result<()> {
     let mut mksquashfs = Command::new("mksquashfs");
     // Both by descriptor: on a shared volume a name may lead elsewhere by the time that mksquashfs opens it.
-    mksquashfs.current_dir(image_root.path()).args([".", "/proc/self/fd/0"]);
+    mksquashfs.args([".", "/proc/self/fd/0"]);
     mksquashfs.args(["-noappend", "-quiet", "-no-progress", "-xattrs"]);
     match packing.compression {
         "none" => mksquashfs.args(["-noI", "-noD", "-noF", "-noX"]),
@@ -98,6 +113,9 @@ fn squash(
     if let Some(epoch) = packing.epoch {
         mksquashfs.args(["-mkfs-time", &epoch.to_string(), "-all-time", &epoch.to_string()]);
     }
+    if let Some(owner) = kiwis_own(image_root) {
+        mksquashfs.args(["-p", &format!("{KIWIS} m 700 {owner}")]);
+    }
     if !exclude.is_empty() {
         mksquashfs.args(["-wildcards", "-e"]).args(exclude);
     }
@@ -105,8 +123,8 @@ fn squash(
     let total = if io::stderr().is_terminal() { Some(size_of(image_root).attempt(|| attempted)?) } else { None };
     let mut progress = Progress::begin("packing", total);
     let look = |child: &Child| progress.at(has_read(child).unwrap_or(0));
-    let output = part.try_clone().attempt(|| attempted)?.into();
-    let said = work.succeed_with(attempted, &mut mksquashfs, output, look)?;
+    let confined = Confined::packing(image_root, part, volume)?;
+    let said = work.succeed(attempted, &mut mksquashfs, Some(&confined), look)?;
     let (mut not_kept, said): (Vec<_>, Vec<_>) = said.lines().partition(|line| line.starts_with(NOT_KEPT));
     // It says so of every file.
     not_kept.sort_unstable();
@@ -119,6 +137,17 @@ fn squash(
         return Err(Error::new(attempted).because(said.join(", ")));
     }
     Ok(())
+}
+
+/// The owner of /image, where kiwi has left its description of the image there, which may hold the passwords of repositories. Then nobody
+/// else can read it in the packed image.
+fn kiwis_own(image_root: &Tree) -> Option<String> {
+    let is = |path: &str, wanted: FileType| {
+        let found = image_root.handle_without_links(path).and_then(|fd| Ok(rustix::fs::fstat(fd)?));
+        found.ok().filter(|found| FileType::from_raw_mode(found.st_mode) == wanted)
+    };
+    let found = is(KIWIS, FileType::Directory).filter(|_| is(KIWIS_DESCRIPTION, FileType::RegularFile).is_some());
+    found.map(|found| format!("{} {}", found.st_uid, found.st_gid))
 }
 
 /// What all files below `root` come to, in bytes.
@@ -167,10 +196,15 @@ fn nobody_stands_in(image_root: &Path, attempted: &str) -> Result<()> {
 
 /// What mksquashfs may take: a share of what the container has, and not of what the node has.
 fn memory() -> u64 {
+    share_of_memory(all_memory())
+}
+
+/// What the container may take of the node's memory.
+pub fn all_memory() -> Option<u64> {
     let limits = MEMORY_LIMITS.iter().filter_map(|file| std::fs::read_to_string(file).ok()?.trim().parse().ok());
     let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let total = meminfo.split_whitespace().nth(1).and_then(|kilobytes| kilobytes.parse::<u64>().ok());
-    share_of_memory(limits.chain(total.map(|kilobytes| kilobytes << 10)).min())
+    limits.chain(total.map(|kilobytes| kilobytes << 10)).min()
 }
 
 fn share_of_memory(all: Option<u64>) -> u64 {

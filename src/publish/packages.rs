@@ -10,6 +10,7 @@ use std::process::Command;
 use rustix::fs::OFlags;
 
 use crate::error::{Attempt, Result};
+use crate::publish::confined::Confined;
 use crate::publish::work::Work;
 use crate::sys::tree::Tree;
 
@@ -62,7 +63,8 @@ fn of_rpm(work: &Work, database: &Tree) -> Result<BTreeMap<String, String>> {
     let copy = Copied::of(database).attempt(|| "copy their database")?;
     let mut rpm = Command::new("rpm");
     rpm.arg("--dbpath").arg(&copy.0).args(["-qa", "--queryformat", "%{NAME}.%{ARCH} %{EVR}\\n"]);
-    let output = work.run(&mut rpm, |_| {})?;
+    let directory = Tree::open(&copy.0).attempt(|| format!("open {}", copy.0.display()))?;
+    let output = work.run(&mut rpm, Some(&Confined::asking(&directory)), |_| {})?;
     let text = String::from_utf8_lossy(&output.stdout);
     // One that it takes for damaged it tells of, and ends well.
     let said = String::from_utf8_lossy(&output.stderr);

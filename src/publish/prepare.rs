@@ -11,6 +11,7 @@ use crate::publish::ims::{Ims, Status};
 use crate::publish::journal;
 use crate::publish::package::open_tree;
 use crate::publish::settings::Settings;
+use crate::publish::sidecar::TRANSFER;
 use crate::publish::source::{Kind, Source};
 use crate::publish::unpack::{Overlay, layers_in, unpack};
 use crate::publish::work::Work;
@@ -68,8 +69,8 @@ fn clear_signals(settings: &Settings, is_prepared: bool) -> Result<()> {
     for name in [READY, SSHD_LISTENING, EXITING].into_iter().chain(Verdict::ALL.map(Verdict::signal_file)) {
         files.retract(name)?;
     }
-    // Nothing that was published in part is of this image root.
-    if is_prepared { Ok(()) } else { journal::clear(&files) }
+    // Nothing that was published in part, or packed elsewhere, is of this image root.
+    if is_prepared { Ok(()) } else { journal::clear(&files).and_then(|()| files.remove(TRANSFER)) }
 }
 
 /// Makes the image root of `source`; what it was made of on the way is gone if that fails. One that stands there is whole: it gets its

@@ -20,6 +20,8 @@ pub struct Settings {
     pub parent: PathBuf,
     /// `IMS_JOB_ID`.
     pub job: Option<String>,
+    /// Whether `REMOTE_BUILD_NODE` is set: the image root is there, and the packed image comes from there.
+    pub remote: bool,
     /// `SSH_JAIL`.
     pub jailed: bool,
     /// `ENABLE_DEBUG`.
@@ -155,6 +157,7 @@ impl Settings {
             let expected = if ims.is_some() { "the id of a job of IMS, a UUID" } else { "one without '/'" };
             reader.complaints.push(format!("IMS_JOB_ID is '{wrong}': expected {expected}"));
         }
+        let remote = reader.line("REMOTE_BUILD_NODE").is_some_and(|node| !node.is_empty());
         if !reader.complaints.is_empty() {
             return Err(Error::bad_input(reader.complaints.join("; also, ")));
         }
@@ -163,6 +166,7 @@ impl Settings {
             action,
             parent,
             job,
+            remote,
             jailed,
             debug,
             name,

@@ -12,7 +12,7 @@ use crate::jail::resolv_conf::{self, RESOLV_CONF, ResolvConf, SIDECAR};
 use crate::lifecycle::environment;
 use crate::lifecycle::settings::Action;
 use crate::lifecycle::signal_files::{BUILD_FAILED, EXITING, LOOK_EVERY, READY, SSHD_LISTENING, SignalFiles, Watch};
-use crate::local::say_json;
+use crate::local::say_result;
 use crate::publish::changes::Inventory;
 use crate::publish::ims::{Ims, Status};
 use crate::publish::journal::{Journal, Notes, Phase};
@@ -28,6 +28,9 @@ use crate::verdict::Verdict;
 
 /// The builder, or who supervises the pod, has given it up.
 const POD_ERROR: &str = "pod_error";
+
+/// The packed image of a remote job, whose boot files lie beside it.
+pub const TRANSFER: &str = "transfer.sqsh";
 
 /// How long an environment that has listened may be without its claim on the volume: one that is being restarted has none.
 const GONE: Duration = Duration::from_secs(5);
@@ -102,7 +105,7 @@ fn conclude(work: &Work, mut ims: Ims, result: Result<u8>) -> Result<u8> {
     if let Err(untold) = ims.set_status(Status::Error) {
         tracing::error!("{untold}");
     }
-    say_json(&json!({ "error": error.to_string(), "result": "failure" }));
+    say_result(&json!({ "error": error.to_string(), "result": "failure" }));
     match work.interrupted() {
         Some(signal) => {
             tracing::error!("{error}");
@@ -152,35 +155,37 @@ impl<'a> Sidecar<'a> {
                     .advise("ENABLE_DEBUG=true opens a shell beside it"));
             }
         };
-        let image_root = self.open_image_root()?;
+        let image_root = self.image_root()?;
         if self.journal.phase < Phase::Packing {
             if wants_shell {
                 if self.journal.phase < Phase::Ready {
-                    self.let_open(&image_root, action)?;
+                    self.let_open(image_root.as_ref(), action)?;
                 }
-                let ended = self.shell(&image_root)?;
-                if SIDECAR.take_back(&image_root, self.files.parent())? == Some(true) {
+                let ended = self.shell(image_root.as_ref())?;
+                if let Some(image_root) = &image_root
+                    && SIDECAR.take_back(image_root, self.files.parent())? == Some(true)
+                {
                     tracing::info!("/{RESOLV_CONF} of the image was changed, and stays as it is");
                 }
                 if ended == Ended::Failed {
                     return self.end_as_failed(action);
                 }
-            } else {
-                pod_files::put_authorities(&image_root, &self.places.authorities)?;
+            } else if let Some(image_root) = &image_root {
+                pod_files::put_authorities(image_root, &self.places.authorities)?;
             }
             self.journal.phase = Phase::Packing;
             self.journal.write(self.notes)?;
         }
-        let image = self.pack(&image_root)?;
+        let image = self.pack(image_root.as_ref())?;
         // A mark that was made since then, or before this container was started again.
-        if wants_shell && self.is_marked_failed(&image_root) {
+        if wants_shell && self.is_marked_failed(image_root.as_ref()) {
             return self.end_as_failed(action);
         }
         self.publish(image)
     }
 
-    fn is_marked_failed(&self, image_root: &Tree) -> bool {
-        environment::is_marked_failed(self.files, self.settings.jailed.then_some(image_root))
+    fn is_marked_failed(&self, image_root: Option<&Tree>) -> bool {
+        environment::is_marked_failed(self.files, image_root.filter(|_| self.settings.jailed))
     }
 
     /// What an earlier run has published in part is rolled back too.
@@ -192,8 +197,18 @@ impl<'a> Sidecar<'a> {
         Ok(u8::from(action == Action::Create))
     }
 
-    fn open_image_root(&self) -> Result<Tree> {
-        environment::open_image_root(self.files, self.settings.image_root())
+    /// The image root; nothing where it is on another node, and its packed image is, or was, or will be here.
+    fn image_root(&self) -> Result<Option<Tree>> {
+        let name = self.settings.image_root();
+        let is_missing = || {
+            let found = self.files.parent().handle_without_links(name);
+            found.is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound)
+        };
+        let is_remote = self.settings.remote || self.journal.phase == Phase::Packed;
+        if self.files.stands(TRANSFER)? || is_remote && is_missing() {
+            return Ok(None);
+        }
+        environment::open_image_root(self.files, name).map(Some)
     }
 
     fn give_up_with_the_pod(&self) -> Result<()> {
@@ -204,8 +219,8 @@ impl<'a> Sidecar<'a> {
     }
 
     /// Everything that the environment needs, then `ready`.
-    fn let_open(&mut self, image_root: &Tree, action: Action) -> Result<()> {
-        if action == Action::Customize {
+    fn let_open(&mut self, image_root: Option<&Tree>, action: Action) -> Result<()> {
+        if let (Action::Customize, Some(image_root)) = (action, image_root) {
             pod_files::put_authorities(image_root, &self.places.authorities)?;
             self.lend_resolv_conf(image_root)?;
         }
@@ -215,7 +230,7 @@ impl<'a> Sidecar<'a> {
         for name in [EXITING, SSHD_LISTENING].into_iter().chain(Verdict::ALL.map(Verdict::signal_file)) {
             self.files.retract(name)?;
         }
-        if self.settings.jailed {
+        if let Some(image_root) = image_root.filter(|_| self.settings.jailed) {
             environment::remove_old_marks(image_root)?;
         }
         self.journal.phase = Phase::Ready;
@@ -238,7 +253,7 @@ impl<'a> Sidecar<'a> {
     }
 
     /// Waits for the environment's end, and notices when nobody is there who could bring it about.
-    fn shell(&mut self, image_root: &Tree) -> Result<Ended> {
+    fn shell(&mut self, image_root: Option<&Tree>) -> Result<Ended> {
         let mut watch = Watch::new()?;
         let mut last_seen = Instant::now();
         let (mut listened, mut asked_to_end) = (false, None);
@@ -291,14 +306,32 @@ impl<'a> Sidecar<'a> {
 
     /// Packs the image root. Everything is read by descriptors from here on: sessions of a plain job may still be there, and rename what
     /// they like.
-    fn pack(&mut self, image_root: &Tree) -> Result<Image> {
+    fn pack(&mut self, image_root: Option<&Tree>) -> Result<Image> {
         self.ims.set_status(Status::PackagingArtifacts)?;
         // What is missing is told before anything is packed.
         let has_store = self.settings.store.url.is_some();
-        let boot = has_store.then(|| boot::find(image_root, &self.settings.boot, self.settings.arch)).transpose()?;
-        let archive = Archive { folder: self.files.parent(), name: &self.settings.archive() };
-        let rootfs = if self.journal.phase < Phase::Packed {
-            let packed = package::pack(self.work, image_root, &archive, &self.settings.packing, &self.places.exclude)?;
+        let (parent, settings) = (self.files.parent(), self.settings);
+        let is_transferred = self.files.stands(TRANSFER)?;
+        if image_root.is_none() && !is_transferred && self.journal.phase < Phase::Packed {
+            return Err(Error::new("publish the image")
+                .because(format!("the remote job has left no {TRANSFER} in {}", self.files.path().display()))
+                .advise("see the log of the container that runs sshd, and the node's"));
+        }
+        let find = || match image_root {
+            Some(image_root) => boot::find(image_root, &settings.boot, settings.arch),
+            None => boot::left_in(parent, &settings.boot, settings.arch),
+        };
+        let boot = has_store.then(find).transpose()?;
+        let archive = Archive { folder: parent, name: &settings.archive() };
+        let rootfs = if is_transferred {
+            // Noted before it is renamed: from then on nothing but this tells that there is no image root.
+            self.journal.phase = Phase::Packed;
+            self.journal.write(self.notes)?;
+            parent.rename(TRANSFER, archive.name).attempt(|| format!("rename {TRANSFER}"))?;
+            tracing::info!("{TRANSFER} is what a remote job has packed: published as it is");
+            archive.open_squashfs()?
+        } else if let Some(image_root) = image_root.filter(|_| self.journal.phase < Phase::Packed) {
+            let packed = package::pack(self.work, image_root, &archive, &settings.packing, &self.places.exclude)?;
             tracing::info!("packed {}", archive.shown());
             if let Some(file) = &self.places.changes
                 && let Err(error) = write_changes(self.work, self.files.parent(), image_root, file)
@@ -321,7 +354,7 @@ impl<'a> Sidecar<'a> {
             return self.notes.clear().map(|()| 0);
         }
         let report = self.publication().publish(&mut self.journal, image)?;
-        say_json(&report);
+        say_result(&report);
         Ok(0)
     }
 

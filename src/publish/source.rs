@@ -76,10 +76,15 @@ const TAR_BLOCK: usize = 512;
 
 /// Looks at a file. One that is none of these, or that is shorter or longer than it says, is refused.
 pub fn kind(path: &Path) -> Result<Kind> {
-    let attempted = || format!("take {} as an image", path.display());
-    let file = File::open(path).attempt(attempted)?;
+    let shown = path.display().to_string();
+    kind_of_file(&File::open(path).attempt(|| format!("take {shown} as an image"))?, &shown)
+}
+
+/// The same of an open file, which is called `shown`.
+pub fn kind_of_file(file: &File, shown: &str) -> Result<Kind> {
+    let attempted = || format!("take {shown} as an image");
     let size = file.metadata().attempt(attempted)?.len();
-    let start = read_up_to(&file, TAR_BLOCK).attempt(attempted)?;
+    let start = read_up_to(file, TAR_BLOCK).attempt(attempted)?;
     let refuse = |why: String| Err(Error::new(attempted()).because(why));
     if start.starts_with(SQUASHFS.0) {
         let Some(bytes) = start.get(SQUASHFS.1..SQUASHFS.1 + 8) else {
@@ -88,7 +93,7 @@ pub fn kind(path: &Path) -> Result<Kind> {
         let used = u64::from_le_bytes(bytes.try_into().unwrap_or_default());
         return if size < used {
             refuse(format!("it is cut off: {size} bytes of a squashfs of {used}"))
-        } else if !is_zero(&file, used, size).attempt(attempted)? {
+        } else if !is_zero(file, used, size).attempt(attempted)? {
             // It is padded to the blocks of a device or a tape, with zeros.
             refuse(format!("something follows it: {size} bytes, and a squashfs of {used}"))
         } else {
@@ -96,7 +101,7 @@ pub fn kind(path: &Path) -> Result<Kind> {
         };
     }
     if let Some((_, program)) = COMPRESSED.iter().find(|(magic, _)| start.starts_with(magic)) {
-        let content = uncompressed(&file, program).attempt(|| format!("{} with {program}", attempted()))?;
+        let content = uncompressed(file, program).attempt(|| format!("{} with {program}", attempted()))?;
         return match archive(&content) {
             Some(Archive::Tar) => Ok(Kind::Tar(Some(program))),
             Some(Archive::Cpio) => Ok(Kind::Cpio(Some(program))),

@@ -3,7 +3,7 @@
 use std::fs::{File, Permissions};
 use std::io::{self, BufReader};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::SystemTime;
@@ -12,12 +12,12 @@ use rustix::io::Errno;
 use rustix::mount::MountAttrFlags;
 
 use crate::error::{Attempt, Error, Result};
+use crate::publish::confined::Confined;
 use crate::publish::progress::Progress;
 use crate::publish::source::{self, Kind};
 use crate::publish::work::Work;
 use crate::publish::{cpio, layers};
 use crate::sys::mounts::{self, Detached};
-use crate::sys::signals::hold_none;
 use crate::sys::tree::Tree;
 
 /// Writes the tree out of `archive` (a file, or a directory that is copied) to `to`, which must not exist. Of a container's image that was
@@ -33,14 +33,18 @@ pub fn unpack(work: &Work, archive: &Path, to: &Path) -> Result<()> {
             return unpack_layers(work, archive, to, look);
         }
         let mut copy = Command::new("cp");
-        copy.args(["-aT", "--reflink=auto"]).args([archive, to]);
-        return work.succeed(&attempted, &mut copy, look).map(|_| ());
+        copy.args(["-aT", "--reflink=auto"]).arg(archive).arg(".");
+        let target = make(to)?;
+        return work.succeed(&attempted, &mut copy, Some(&Confined::unpacking(&target, archive)?), look).map(|_| ());
     }
     match source::kind(archive)? {
         Kind::Squashfs => {
             let mut unsquashfs = Command::new("unsquashfs");
-            unsquashfs.args(["-quiet", "-no-progress", "-dest"]).args([to, archive]);
-            let said = work.succeed(&attempted, &mut unsquashfs, look)?;
+            // Forced, since its directory is there.
+            unsquashfs.args(["-quiet", "-no-progress", "-force", "-dest", "."]).arg(archive);
+            let target = make(to)?;
+            let confined = Confined::unpacking(&target, archive)?;
+            let said = work.succeed(&attempted, &mut unsquashfs, Some(&confined), look)?;
             if !said.is_empty() {
                 tracing::warn!("unsquashfs: {}", said.lines().collect::<Vec<_>>().join(", "));
             }
@@ -57,6 +61,13 @@ pub fn unpack(work: &Work, archive: &Path, to: &Path) -> Result<()> {
         }
         Kind::Cpio(compressed) => unpack_cpio(work, archive, compressed, to),
     }
+}
+
+/// Makes the directory in which what unpacks stands: it reaches nothing else but the archive.
+fn make(to: &Path) -> Result<Tree> {
+    let attempted = || format!("make the directory {}", to.display());
+    std::fs::DirBuilder::new().mode(0o700).create(to).attempt(attempted)?;
+    Tree::open(to).attempt(attempted)
 }
 
 /// A directory of ours that is gone when this is.
@@ -84,8 +95,7 @@ pub fn layers_in(saved: &Path) -> Result<Option<Vec<PathBuf>>> {
 }
 
 fn unpack_layers(work: &Work, saved: &Path, to: &Path, mut look: impl FnMut(&Child)) -> Result<()> {
-    std::fs::create_dir(to).attempt(|| format!("make the directory {}", to.display()))?;
-    let root = Tree::open(to).attempt(|| format!("open {}", to.display()))?;
+    let root = make(to)?;
     for layer in layers_in(saved)?.unwrap_or_default() {
         let archive = saved.join(&layer);
         let attempted = || format!("unpack the layer {}", layer.display());
@@ -112,15 +122,20 @@ fn unpack_tar(
     to: &Path,
     look: impl FnMut(&Child),
 ) -> Result<()> {
-    std::fs::create_dir(to).attempt(|| format!("make the directory {}", to.display()))?;
+    let target = make(to)?;
     let mut tar = Command::new("tar");
     tar.args(["--extract", "--preserve-permissions", "--numeric-owner", "--acls", "--xattrs", "--xattrs-include=*"]);
     if let Some(program) = compressed {
         tar.arg(format!("--use-compress-program={program}"));
     }
-    tar.arg("--directory").arg(to).arg("--file").arg(archive);
+    tar.arg("--file").arg(archive);
     // It fails at a member whose path has '..' in it, and leaves out the leading '/' of others and of what hard links lead to.
-    let said = work.succeed(&format!("unpack {}", archive.display()), &mut tar, look)?;
+    let said = work.succeed(
+        &format!("unpack {}", archive.display()),
+        &mut tar,
+        Some(&Confined::unpacking(&target, archive)?),
+        look,
+    )?;
     if !said.is_empty() {
         tracing::warn!("tar: {}", said.lines().collect::<Vec<_>>().join(", "));
     }
@@ -129,8 +144,7 @@ fn unpack_tar(
 
 fn unpack_cpio(work: &Work, archive: &Path, compressed: Option<&str>, to: &Path) -> Result<()> {
     let attempted = || format!("unpack {}", archive.display());
-    std::fs::create_dir(to).attempt(|| format!("make the directory {}", to.display()))?;
-    let root = Tree::open(to).attempt(attempted)?;
+    let root = make(to)?;
     let file = File::open(archive).attempt(attempted)?;
     let size = file.metadata().attempt(attempted)?.len();
     let mut progress = Progress::begin("unpacking", Some(size));
@@ -144,8 +158,8 @@ fn unpack_cpio(work: &Work, archive: &Path, compressed: Option<&str>, to: &Path)
         None => cpio::unpack(BufReader::with_capacity(1 << 20, file), &root, look),
         Some(program) => {
             let mut command = Command::new(program);
-            command.arg("-dc").stdin(file).stdout(Stdio::piped());
-            let mut child = hold_none(&mut command).spawn().attempt(|| format!("run {program}"))?;
+            command.arg("-dc").stdout(Stdio::piped());
+            let mut child = Confined::filtering(&root, file).spawn(&mut command)?;
             let content = child.stdout.take().map(|out| BufReader::with_capacity(1 << 20, out));
             let unpacked = content.map_or(Ok(()), |content| cpio::unpack(content, &root, look));
             if unpacked.is_err() {
@@ -245,7 +259,7 @@ impl Overlay {
             }
             let mut mount = Command::new("mount");
             mount.args(["-t", "squashfs", "-o", "loop,ro,nodev,nosuid"]).args([source, &squashfs]);
-            work.succeed(&attempted(), &mut mount, |_| {})
+            work.succeed(&attempted(), &mut mount, None, |_| {})
                 .map_err(|e| e.advise("a loop device and CAP_SYS_ADMIN are needed; without them, --open unpack"))?;
             overlay.mounted.push(squashfs.clone());
             overlay.lower = squashfs;

@@ -1,10 +1,13 @@
 //! What steps are carried out with: servers and programs are waited for, and a signal that asks this program to end interrupts both.
 
 use std::cell::{Cell, OnceCell};
+use std::fs::File;
 use std::future::{Future, poll_fn};
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::pin::pin;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::mpsc;
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
@@ -14,6 +17,7 @@ use tokio::runtime::Runtime;
 
 use crate::error::{Attempt, Error, Result};
 use crate::lifecycle::secrets;
+use crate::publish::confined::Confined;
 use crate::publish::settings::{Network, Validate};
 use crate::sys::poll;
 use crate::sys::process::end_with_us;
@@ -21,6 +25,9 @@ use crate::sys::signals::{Signals, hold_none};
 
 /// How often one looks whether a signal came, and how far a program is.
 const TICK: Duration = Duration::from_millis(200);
+
+/// No program that is asked something says more, in bytes.
+const MOST_SAID: u64 = 64 << 20;
 
 /// Between two tries, at first and at the most.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
@@ -63,10 +70,11 @@ impl From<reqwest::Error> for Fault {
 pub const AT_A_TIME: usize = 3;
 
 impl Work {
-    /// Holds SIGTERM and SIGINT back from here on: as the first process of a container a program dies of none by itself.
+    /// Blocks SIGTERM, SIGINT and SIGHUP from here on: as the first process of a container a program dies of none by itself.
     pub fn begin(network: &Network) -> Result<Self> {
         // Before the threads, which would die of them: they begin with this one's mask.
-        let signals = Signals::hold(&[Signal::SIGTERM, Signal::SIGINT]).attempt(|| "hold back signals")?;
+        let signals =
+            Signals::hold(&[Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP]).attempt(|| "hold back signals")?;
         // What is sent is signed and encrypted, which is more than one processor's work.
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(AT_A_TIME).enable_all().build();
         Ok(Self {
@@ -138,30 +146,39 @@ impl Work {
         })
     }
 
-    /// Runs a program to its end and returns what it said; `look` is called now and then. A signal kills it.
-    pub fn run(&self, command: &mut Command, look: impl FnMut(&Child)) -> Result<Output> {
-        self.run_with(command, Stdio::null(), look)
-    }
-
-    fn run_with(&self, command: &mut Command, stdin: Stdio, mut look: impl FnMut(&Child)) -> Result<Output> {
+    /// Runs a program to its end and returns what it said; `look` is called now and then. A signal kills it. With `confined` it has no more
+    /// rights than that says.
+    pub fn run(&self, command: &mut Command, confined: Option<&Confined>, look: impl FnMut(&Child)) -> Result<Output> {
         self.heed()?;
         let name = Path::new(command.get_program()).display().to_string();
         let attempted = || format!("run {name}");
-        command.stdin(stdin).env("LC_ALL", "C");
+        command.stdin(Stdio::null()).env("LC_ALL", "C");
         // What it says goes to files: a pipe would fill up while nobody reads it.
         let (out, err) = (temporary().attempt(attempted)?, temporary().attempt(attempted)?);
         command.stdout(out.try_clone().attempt(attempted)?).stderr(err.try_clone().attempt(attempted)?);
-        let mut child = end_with_us(hold_none(command)).spawn().attempt(attempted)?;
-        let status = loop {
-            if let Some(status) = child.try_wait().attempt(attempted)? {
-                break status;
+        let said = [&out, &err];
+        let status = match confined {
+            None => {
+                let child = end_with_us(hold_none(command)).spawn().attempt(attempted)?;
+                self.await_end(child, &name, said, None, look)?
             }
-            if let Err(interrupted) = self.heed() {
-                let _ = child.kill().and_then(|()| child.wait());
-                return Err(interrupted);
+            Some(confined) => {
+                confined.prepare(command)?;
+                // The thread that starts it is confined as it is, and lives as long: the kernel takes the one for the parent.
+                std::thread::scope(|scope| {
+                    let (started, start) = mpsc::channel();
+                    let (_over, end) = mpsc::channel::<()>();
+                    scope.spawn(move || {
+                        let child = confined
+                            .enter()
+                            .and_then(|()| end_with_us(hold_none(command)).spawn().attempt(|| "start it"));
+                        let _ = started.send(child);
+                        let _ = end.recv();
+                    });
+                    let child = start.recv().attempt(attempted)?.map_err(|e| Error::new(attempted()).because(e))?;
+                    self.await_end(child, &name, said, Some(confined), look)
+                })?
             }
-            self.rest(&child).attempt(attempted)?;
-            look(&child);
         };
         Ok(Output {
             status,
@@ -170,26 +187,59 @@ impl Work {
         })
     }
 
-    /// Runs a program that has to succeed; returns what it said on standard error all the same.
-    pub fn succeed(&self, attempted: &str, command: &mut Command, look: impl FnMut(&Child)) -> Result<String> {
-        self.succeed_with(attempted, command, Stdio::null(), look)
+    fn await_end(
+        &self,
+        mut child: Child,
+        name: &str,
+        said: [&File; 2],
+        confined: Option<&Confined>,
+        mut look: impl FnMut(&Child),
+    ) -> Result<ExitStatus> {
+        let attempted = || format!("run {name}");
+        let began = Instant::now();
+        loop {
+            if let Some(status) = child.try_wait().attempt(attempted)? {
+                return Ok(status);
+            }
+            let too_much = || said.iter().any(|file| file.metadata().is_ok_and(|said| said.len() > MOST_SAID));
+            let why = match confined {
+                _ if too_much() => Some("it says too much".to_owned()),
+                Some(confined) if began.elapsed() > confined.limits.time => {
+                    Some(format!("it was still at work after {} s", confined.limits.time.as_secs()))
+                }
+                Some(confined) if confined.volume_is_full() => {
+                    Some("the disk that it writes to has next to no space left".to_owned())
+                }
+                _ => None,
+            };
+            let ended = why.map_or_else(|| self.heed(), |why| Err(Error::new(attempted()).because(why)));
+            if let Err(e) = ended {
+                let _ = child.kill().and_then(|()| child.wait());
+                return Err(e);
+            }
+            self.rest(&child).attempt(attempted)?;
+            look(&child);
+        }
     }
 
-    /// The same of a program whose standard input is `stdin`.
-    pub fn succeed_with(
+    /// Runs a program that has to succeed; returns what it said on standard error all the same.
+    pub fn succeed(
         &self,
         attempted: &str,
         command: &mut Command,
-        stdin: Stdio,
+        confined: Option<&Confined>,
         look: impl FnMut(&Child),
     ) -> Result<String> {
-        let output = self.run_with(command, stdin, look)?;
+        let output = self.run(command, confined, look)?;
         let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
         if output.status.success() {
             return Ok(said);
         }
         let lines: Vec<_> = said.lines().collect();
-        let last = lines[lines.len().saturating_sub(3)..].join(", ");
+        let mut last = lines[lines.len().saturating_sub(3)..].join(", ");
+        if output.status.signal() == Some(libc::SIGXFSZ) {
+            last = "a file in it is larger than 2 TB".into();
+        }
         Err(Error::new(attempted).because(if last.is_empty() { output.status.to_string() } else { last }))
     }
 

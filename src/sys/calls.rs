@@ -4,8 +4,8 @@ use std::io;
 
 pub use libc::sock_filter as Instruction;
 
-/// Has the kernel run `program` before every system call of this process and of all that it starts. To be called with
-/// CAP_SYS_ADMIN: programs then still gain rights by being setuid.
+/// Has the kernel run `program` before every system call of this process and of all that it starts. Takes
+/// CAP_SYS_ADMIN, so that programs still gain rights by being setuid, or `no_new_privs`.
 pub fn filter(program: &[Instruction]) -> io::Result<()> {
     let length = u16::try_from(program.len()).map_err(io::Error::other)?;
     let program = libc::sock_fprog { len: length, filter: program.as_ptr().cast_mut() };

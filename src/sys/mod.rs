@@ -1,6 +1,7 @@
 //! System calls as types: the bottom floor, and the only place of `unsafe`.
 
 pub mod calls;
+pub mod landlock;
 pub mod mounts;
 pub mod packet;
 pub mod poll;

@@ -86,7 +86,12 @@ impl AsFd for Detached {
 
 /// Cuts every mount of this namespace off from the others, so that nothing done here is seen elsewhere, nor the other way round.
 pub fn make_all_private() -> io::Result<()> {
-    set_attributes(CWD, c"/", MountAttrFlags::empty(), libc::MS_PRIVATE, true)
+    make_all_private_and(MountAttrFlags::empty())
+}
+
+/// The same, with further `attributes` on every mount.
+pub fn make_all_private_and(attributes: MountAttrFlags) -> io::Result<()> {
+    set_attributes(CWD, c"/", attributes, libc::MS_PRIVATE, true)
 }
 
 /// Has every mount of this namespace follow what is done to the one it is a copy of, and not the other way round.

@@ -20,7 +20,7 @@ use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
 use nix::unistd::{ForkResult, Pid, getpid};
 use rustix::fs::{Mode, OFlags};
-use rustix::process::PidfdFlags;
+use rustix::process::{PidfdFlags, Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::sys::poll;
 
@@ -196,6 +196,20 @@ pub fn end_with_us(command: &mut Command) -> &mut Command {
     #[allow(unsafe_code)]
     unsafe {
         command.pre_exec(bound)
+    }
+}
+
+/// Has `command` begin with these limits, each at most what this process has.
+pub fn limited<const N: usize>(command: &mut Command, limits: [(Resource, u64); N]) -> &mut Command {
+    let limits = limits.map(|(resource, most)| {
+        let most = Some(getrlimit(resource).maximum.map_or(most, |maximum| maximum.min(most)));
+        (resource, Rlimit { current: most, maximum: most })
+    });
+    let lower = move || limits.iter().try_for_each(|(resource, limit)| Ok(setrlimit(*resource, *limit)?));
+    // SAFETY: between fork and exec prlimit runs, once a limit, on values that were made before; it neither allocates nor takes a lock.
+    #[allow(unsafe_code)]
+    unsafe {
+        command.pre_exec(lower)
     }
 }
 

@@ -147,6 +147,15 @@ pub fn shown_programs() -> Outcome {
     any(shown(), |path| writable(&path))
 }
 
+/// A lease on one, for which everybody else who opens them has to wait.
+pub fn lease_on_shown_programs() -> Outcome {
+    any(shown(), |path| {
+        let file = std::fs::File::open(&path).step(format!("open {}", path.display()))?;
+        crate::sys::lease(&file).step(format!("take a lease on {}", path.display()))?;
+        Ok(format!("has a lease on {}", path.display()))
+    })
+}
+
 /// The same after the mount was made writable.
 pub fn shown_programs_remounted() -> Outcome {
     any(shown(), |path| {

@@ -119,6 +119,23 @@ pub fn programs_of_processes() -> Outcome {
     })
 }
 
+/// Attributes of the program of another process, where that is no file of this root. Removing one that is not there changes nothing.
+pub fn attributes_of_programs() -> Outcome {
+    any(visible_processes(), |process| {
+        let link = format!("/proc/{process}/exe");
+        let found = rustix::fs::stat(&link).step(format!("look at {link}"))?;
+        let path = std::fs::read_link(&link).step(format!("read {link}"))?;
+        let here = rustix::fs::statat(rustix::fs::CWD, &path, AtFlags::empty());
+        if here.is_ok_and(|here| (here.st_dev, here.st_ino) == (found.st_dev, found.st_ino)) {
+            return Err(Held::by(format!("change {link}"), "it is a program of this root"));
+        }
+        match rustix::fs::removexattr(&link, "user.ims-sshd-none") {
+            Err(rustix::io::Errno::NODATA) | Ok(()) => Ok(format!("can change attributes of {}", path.display())),
+            Err(e) => Err(e).step(format!("remove an attribute of {link}")),
+        }
+    })
+}
+
 /// A file by its handle, which is no path.
 pub fn file_handle() -> Outcome {
     let handle: crate::sys::Handle = crate::outside::told("HANDLE").parse().expect("a handle");

@@ -73,6 +73,12 @@ pub fn ptrace_seize(process: i32) -> io::Result<()> {
     checked(unsafe { libc::syscall(libc::SYS_ptrace, 0x4206_usize, process, 0_usize, 0_usize) }).map(drop)
 }
 
+/// Takes a write lease on a file that nobody else has open.
+pub fn lease(file: impl AsFd) -> io::Result<()> {
+    // SAFETY: F_SETLEASE takes a number.
+    checked(unsafe { libc::fcntl(file.as_fd().as_raw_fd(), libc::F_SETLEASE, libc::F_WRLCK) }.into()).map(drop)
+}
+
 /// Reads another process's memory at `address`; returns how much was read.
 pub fn read_memory(process: i32, address: usize, into: &mut [u8]) -> io::Result<usize> {
     let local = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };

@@ -1,6 +1,9 @@
 //! What a session's way into the jail costs, in numbers that no other load of a machine changes: those of `ims-jail-shell` as the image
 //! has it, from its start until the image's program begins. A change that costs more has to say so here.
 //!
+//! It starts twice: the outer stage joins the jail and becomes, in a child, the jail's copy of it, which looks at the image without any
+//! descriptor of the container.
+//!
 //! Counted by ptrace(2), step by step: Debian's valgrind does not know pidfd_open(2).
 
 use std::path::Path;
@@ -14,9 +17,9 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
 use crate::podman::{IMAGE, podman, succeed};
-use crate::support::{Environment, Image, Mode};
+use crate::support::{Image, Mode, Volume};
 
-/// Without those that the program takes to start and end when it does nothing: the C library's start depends on the processor.
+/// Without those that the program takes twice to start and end when it does nothing: the C library's start depends on the processor.
 const INSTRUCTIONS: u64 = 73_000;
 
 /// All, the C library's and the runtime's start among them.
@@ -27,12 +30,16 @@ const MARGIN: u64 = 5;
 
 #[test]
 fn a_session_takes_no_more_instructions_and_system_calls_to_begin_than_are_committed() {
-    let environment = Environment::open(Image::Busybox, Mode::Jailed);
-    let program = environment.dir.path().join("ims-jail-shell");
+    // The environment is opened by the image's programs too: its jail has a copy of them.
+    let volume = Volume::new(Image::Busybox);
     let container = succeed(&mut podman(&["create", IMAGE]));
-    let copied = podman(&["cp", &format!("{container}:/usr/bin/ims-jail-shell")]).arg(&program).status();
+    let [program, ims_sshd] = ["ims-jail-shell", "ims-sshd"].map(|name| {
+        let copy = volume.dir.path().join(name);
+        succeed(podman(&["cp", &format!("{container}:/usr/bin/{name}")]).arg(&copy));
+        copy
+    });
     succeed(&mut podman(&["rm", &container]));
-    assert!(copied.unwrap().success());
+    let environment = volume.start_by(&ims_sshd, Mode::Jailed, &[]).ready();
 
     let record = StateFolder::of(&environment.parent).unwrap().jail();
     // As sshd starts it.
@@ -40,7 +47,7 @@ fn a_session_takes_no_more_instructions_and_system_calls_to_begin_than_are_commi
     let session = ["-c".as_ref(), line.as_ref()];
     let begins = |arguments: &[_], go_on: GoOn| count(&program, arguments, go_on);
     // One that is told nothing says how it is used, and ends.
-    let instructions = begins(&session, ptrace::step) - begins(&[], ptrace::step);
+    let instructions = begins(&session, ptrace::step) - 2 * begins(&[], ptrace::step);
     // Each stops twice, before and after; the last one is execve, which does not come back.
     let system_calls = begins(&session, ptrace::syscall).div_ceil(2);
     println!("{instructions} instructions, {system_calls} system calls");
@@ -54,7 +61,7 @@ fn a_session_takes_no_more_instructions_and_system_calls_to_begin_than_are_commi
 /// How a halted process goes on until it is counted again.
 type GoOn = fn(Pid, Option<Signal>) -> nix::Result<()>;
 
-/// How often `program` is halted until it ends, or until a child of its becomes another program.
+/// How often `program` is halted until it ends, or until its copy in a child becomes another program.
 fn count(program: &Path, arguments: &[&std::ffi::OsStr], go_on: GoOn) -> u64 {
     let mut shell = Command::new("sh");
     shell.args(["-c", r#"kill -STOP $$; exec "$@""#, "sh"]).arg(program).args(arguments);
@@ -70,13 +77,15 @@ fn count(program: &Path, arguments: &[&std::ffi::OsStr], go_on: GoOn) -> u64 {
     while !is(waitpid(parent, None).unwrap(), Event::PTRACE_EVENT_EXEC) {
         ptrace::cont(parent, None).unwrap();
     }
-    // The child's parent is halted by the kernel until it has become another program: there is one to wait for at a time.
-    let (mut counted, mut process) = (0, parent);
+    // The child's parent is halted by the kernel until it has become the copy, and not continued after that: there is one to wait for at a
+    // time.
+    let (mut counted, mut process, mut is_copy) = (0, parent, false);
     loop {
         go_on(process, None).unwrap();
         match waitpid(process, None).unwrap() {
             WaitStatus::Exited(..) => break,
-            status if is(status, Event::PTRACE_EVENT_EXEC) => break,
+            status if is(status, Event::PTRACE_EVENT_EXEC) && is_copy => break,
+            status if is(status, Event::PTRACE_EVENT_EXEC) => is_copy = true,
             status if is(status, Event::PTRACE_EVENT_VFORK) => {
                 let child: c_long = ptrace::getevent(process).unwrap();
                 process = Pid::from_raw(child.try_into().unwrap());

@@ -93,26 +93,41 @@ fn what_was_changed_is_kept_when_it_could_not_be_published() {
     nothing_stays(dir.path());
 }
 
+/// Only a mark gives changes up.
 #[test]
-fn changes_are_kept_when_a_signal_ends_customize_before_a_verdict() {
-    let dir = folder();
-    let squashfs = squashfs_of(&image(dir.path())).display().to_string();
-    let interrupting = dir.path().join("interrupting");
-    std::fs::write(&interrupting, "echo kept > $IMAGE_ROOT_PARENT/image-root/etc/kept; kill -INT $PPID\n").unwrap();
-    let mut command = ims_sshd(&["customize", &squashfs, "--output", "out", "--script"], &[]);
-    command.arg(interrupting).arg("--work").arg(dir.path().join("work")).current_dir(dir.path());
-    let output = command.output().unwrap();
-    assert_eq!(output.status.code(), Some(130), "{output:?}");
-    assert!(text(&output.stderr).contains("the same command goes on with it"), "{output:?}");
-    assert!(!dir.path().join("out").exists());
-    let named = [("KERNEL_FILENAME", "vmlinuz".into()), ("INITRD_FILENAME", "initrd".into())];
-    let output = customize(dir.path(), &squashfs, "out", "complete", &named);
-    assert!(output.status.success(), "{output:?}");
-    assert!(text(&output.stderr).contains("going on with what was changed before"), "{output:?}");
-    let id = report(&output)["ims_image_record"]["id"].as_str().unwrap().to_owned();
-    let listed = succeed(Command::new("unsquashfs").arg("-l").arg(dir.path().join("out").join(id).join("rootfs")));
-    assert!(listed.contains("etc/kept") && listed.contains("etc/motd") && !listed.contains("tmp/failed"), "{listed}");
-    nothing_stays(dir.path());
+fn changes_are_kept_when_a_signal_or_a_failing_script_ends_customize_before_a_verdict() {
+    let change = "echo kept > $IMAGE_ROOT_PARENT/image-root/etc/kept";
+    for (end, code) in [
+        ("kill -INT $PPID", 130),
+        ("kill -TERM $PPID; sleep 60", 143),
+        ("kill -HUP $PPID; sleep 60", 129),
+        ("exit 3", 1),
+        ("kill -KILL $$", 1),
+        ("mkdir $IMAGE_ROOT_PARENT/failed", 1),
+    ] {
+        let dir = folder();
+        let squashfs = squashfs_of(&image(dir.path())).display().to_string();
+        let ending = dir.path().join("ending");
+        std::fs::write(&ending, format!("{change}; {end}\n")).unwrap();
+        let mut command = ims_sshd(&["customize", &squashfs, "--output", "out", "--script"], &[]);
+        command.arg(ending).arg("--work").arg(dir.path().join("work")).current_dir(dir.path());
+        let output = command.output().unwrap();
+        assert_eq!(output.status.code(), Some(code), "{end}: {output:?}");
+        let said = text(&output.stderr);
+        assert!(said.contains("the same command goes on with it") && said.contains("drops it"), "{end}: {said}");
+        assert!(!dir.path().join("out").exists());
+        let named = [("KERNEL_FILENAME", "vmlinuz".into()), ("INITRD_FILENAME", "initrd".into())];
+        let output = customize(dir.path(), &squashfs, "out", "complete", &named);
+        assert!(output.status.success(), "{end}: {output:?}");
+        assert!(text(&output.stderr).contains("going on with what was changed before"), "{end}: {output:?}");
+        let id = report(&output)["ims_image_record"]["id"].as_str().unwrap().to_owned();
+        let listed = succeed(Command::new("unsquashfs").arg("-l").arg(dir.path().join("out").join(id).join("rootfs")));
+        assert!(
+            listed.contains("etc/kept") && listed.contains("etc/motd") && !listed.contains("tmp/failed"),
+            "{listed}"
+        );
+        nothing_stays(dir.path());
+    }
 }
 
 #[test]

@@ -59,11 +59,17 @@ pub fn md5(bytes: &[u8]) -> String {
     text(output.stdout).split(' ').next().unwrap().to_owned()
 }
 
-/// The last line of standard output, as JSON.
+/// What standard output says of a publication.
 pub fn report(output: &Output) -> Value {
-    let said = text(&output.stdout);
-    serde_json::from_str(said.lines().last().unwrap_or_default())
-        .unwrap_or_else(|e| panic!("{e}: {said}\n{}", text(&output.stderr)))
+    report_in(&text(&output.stdout))
+}
+
+/// The JSON object in it, indented by four as upstream's.
+pub fn report_in(said: &str) -> Value {
+    let begin = said.find("{\n    \"").unwrap_or_else(|| panic!("no report: {said}"));
+    let end = begin + said[begin..].find("\n}\n").unwrap_or_else(|| panic!("no end of the report: {said}")) + 3;
+    assert!(said[begin..end].contains("\n    \"result\": \""), "{said}");
+    serde_json::from_str(&said[begin..end]).unwrap_or_else(|e| panic!("{e}: {said}"))
 }
 
 /// One job on a volume with an image root that boots.
@@ -147,8 +153,7 @@ pub struct Published<'a> {
 impl Published<'_> {
     /// Everything is there and fits together, computed without the program under test.
     pub fn is_whole(&self, said: &str) {
-        let report = said.lines().find(|line| line.starts_with("{\"ims_image_artifacts"));
-        let report: Value = serde_json::from_str(report.unwrap_or_else(|| panic!("no report: {said}"))).unwrap();
+        let report = report_in(said);
         assert_eq!(report["result"], "success");
         let state = self.ims.state();
         assert_eq!(state.refused, [""; 0]);

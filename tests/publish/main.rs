@@ -6,6 +6,7 @@
 mod support;
 
 mod archives;
+mod confined;
 mod customize;
 mod enter;
 mod file_server;

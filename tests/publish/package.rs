@@ -129,6 +129,28 @@ fn capabilities_and_attributes_of_files_are_kept() {
 }
 
 #[test]
+fn kiwis_description_of_the_image_is_packed_for_root_alone() {
+    let dir = folder();
+    let tree = image(dir.path());
+    std::fs::create_dir(tree.join("image")).unwrap();
+    let mode = |packed: &str, name: &str| {
+        let archive = dir.path().join(packed);
+        let output = package(&["--archive", archive.to_str().unwrap(), tree.to_str().unwrap()]);
+        assert!(output.status.success(), "{output:?}");
+        let unpacked = archive.with_extension("d");
+        succeed(Command::new("unsquashfs").args(["-quiet", "-no-progress", "-dest"]).args([&unpacked, &archive]));
+        std::fs::metadata(unpacked.join(name)).unwrap().permissions().mode() & 0o7777
+    };
+    assert_eq!(mode("other", "image"), 0o755, "a directory of somebody else's");
+    std::fs::write(tree.join("image/config.xml"), "<repository password='x'/>").unwrap();
+    assert_eq!((mode("first", "image"), mode("second", "image/config.xml")), (0o700, 0o644));
+    assert_eq!(std::fs::metadata(tree.join("image")).unwrap().permissions().mode() & 0o777, 0o755, "the source stays");
+    std::fs::rename(tree.join("image"), tree.join("elsewhere")).unwrap();
+    std::os::unix::fs::symlink("elsewhere", tree.join("image")).unwrap();
+    assert_eq!(mode("link", "elsewhere"), 0o755);
+}
+
+#[test]
 fn attributes_that_are_not_packed_are_noticed() {
     let dir = folder();
     let tree = image(dir.path());

@@ -256,6 +256,112 @@ fn a_build_that_succeeded_is_published_without_a_shell() {
     job.is_published(&output);
 }
 
+/// Puts into the image root's parent what a remote job leaves there: no image root.
+fn left_by_a_remote_job(job: &Job) -> Vec<u8> {
+    let parent = &job.volume.parent;
+    let packed = squashfs_of(&job.volume.image_root);
+    std::fs::rename(&packed, parent.join("transfer.sqsh")).unwrap();
+    for (name, content) in
+        [("vmlinuz", "a remote kernel"), ("initrd", "a remote initrd"), ("kernel-parameters", "quiet")]
+    {
+        std::fs::write(parent.join(name), content).unwrap();
+    }
+    std::fs::remove_dir_all(&job.volume.image_root).unwrap();
+    std::fs::read(parent.join("transfer.sqsh")).unwrap()
+}
+
+#[test]
+fn transfer_sqsh_of_a_remote_build_is_published_as_it_is_with_the_boot_files_beside_it() {
+    for moment in [None, Some("renamed"), Some("uploaded")] {
+        let job = Job::laid_out("build/image-root");
+        let packed = left_by_a_remote_job(&job);
+        let further = [("IMS_ACTION", "create"), ("REMOTE_BUILD_NODE", "x3000c0s17b1n0")];
+        if let Some(moment) = moment {
+            let gate = Gate::start(0, Closed::Silent);
+            let silent = [("S3_ENDPOINT", gate.endpoint.as_str()), ("IMS_STALL_LIMIT", "100")];
+            if moment == "renamed" {
+                job.ims.fail("POST /images", Fault::Silence);
+            }
+            let mut sidecar = job.sidecar(Mode::Plain, &[&further[..], &silent].concat()).spawn().unwrap();
+            wait_until(moment, || match moment {
+                "renamed" => job.ims.is_well(),
+                _ => !job.bucket.keys().is_empty(),
+            });
+            sidecar.kill().unwrap();
+            sidecar.wait().unwrap();
+        }
+        let output = ended(job.sidecar(Mode::Plain, &further).spawn().unwrap());
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        job.is_published(&output);
+        let object = |name: &str| {
+            let key = job.bucket.keys().into_iter().find(|key| key.ends_with(name)).unwrap();
+            job.bucket.get(&key).body
+        };
+        assert!(object("/rootfs") == packed);
+        assert_eq!((object("/kernel"), object("/initrd")), (b"a remote kernel".to_vec(), b"a remote initrd".to_vec()));
+        let names: Vec<_> = std::fs::read_dir(&job.volume.parent).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert!(
+            !names.iter().any(|n| n == "transfer.sqsh") && names.iter().any(|n| n == "compute-ö.sqsh"),
+            "{names:?}"
+        );
+    }
+}
+
+#[test]
+fn what_a_remote_job_left_is_refused_where_it_is_not_whole() {
+    let cases: [(&str, &str, &str); 5] = [
+        ("truncate -s -5000 transfer.sqsh", "create", "it is cut off"),
+        ("echo x > transfer.sqsh", "create", "as an image"),
+        ("rm vmlinuz", "create", "cannot find vmlinuz in"),
+        ("mv initrd x && ln -s x initrd", "create", "which the remote job left"),
+        ("mv transfer.sqsh x && ln -s x transfer.sqsh", "create", "a symbolic link"),
+    ];
+    for (make, action, why) in cases {
+        let job = Job::laid_out("build/image-root");
+        left_by_a_remote_job(&job);
+        succeed(Command::new("sh").args(["-c", make]).current_dir(&job.volume.parent));
+        let output = ended(job.sidecar(Mode::Plain, &[("IMS_ACTION", action)]).spawn().unwrap());
+        assert_eq!(output.status.code(), Some(1), "{make}: {output:?}");
+        assert!(report(&output)["error"].as_str().unwrap().contains(why), "{make}: {output:?}");
+        job.nothing_is_left();
+    }
+    // One that was left by an earlier job on the volume is none of this one's.
+    let job = Job::new();
+    let parent = job.volume.dir.path().join("another");
+    std::fs::create_dir(&parent).unwrap();
+    std::fs::write(parent.join("transfer.sqsh"), "").unwrap();
+    let source = job.volume.image_root.display().to_string();
+    let output = ims_sshd(&["prepare", parent.to_str().unwrap(), &source], &[]).output().unwrap();
+    assert!(output.status.success() && !parent.join("transfer.sqsh").exists(), "{output:?}");
+}
+
+/// The sidecar's part where the image root is on another node.
+#[test]
+fn a_remote_customization_is_published_without_an_image_root_in_the_pod() {
+    let job = Job::new();
+    let elsewhere = job.volume.dir.path().join("on-the-node");
+    std::fs::rename(&job.volume.image_root, &elsewhere).unwrap();
+    let sidecar = job.sidecar(Mode::Jailed, &[("REMOTE_BUILD_NODE", "x3000c0s17b1n0")]).spawn().unwrap();
+    wait_until("'ready'", || job.volume.signal("ready").exists());
+    std::fs::rename(&elsewhere, &job.volume.image_root).unwrap();
+    left_by_a_remote_job(&job);
+    for signal in ["sshd_listening", "complete", "exiting"] {
+        job.volume.touch(signal);
+    }
+    let output = ended(sidecar);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert_eq!(job.ims.statuses(), CUSTOMIZED);
+    job.is_published(&output);
+    // Nothing came back.
+    let job = Job::new();
+    std::fs::remove_dir_all(&job.volume.image_root).unwrap();
+    let sidecar = job.sidecar(Mode::Jailed, &[("REMOTE_BUILD_NODE", "x3000c0s17b1n0")]).spawn().unwrap();
+    wait_until("'ready'", || job.volume.signal("ready").exists());
+    job.volume.touch("exiting");
+    let output = ended(sidecar);
+    assert!(report(&output)["error"].as_str().unwrap().contains("has left no transfer.sqsh"), "{output:?}");
+}
+
 #[test]
 fn a_build_that_failed_is_an_error_or_gets_its_shell() {
     let job = Job::laid_out("build/image-root");

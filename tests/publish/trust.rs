@@ -46,14 +46,28 @@ fn linked_build_directory_or_image_root_is_refused() {
     }
 }
 
-/// A mksquashfs that runs `script` beside the real one, whose arguments it has: what a session could do at that moment.
-fn meanwhile(job: &Job, script: &str) -> String {
+/// The output of a create job in whose mksquashfs somebody else runs `before` and `after` the packing: what a session could do at that
+/// moment, and mksquashfs itself may not.
+fn create_meanwhile(job: &Job, before: &str, after: &str) -> Output {
     let dir = job.volume.dir.path().join("programs");
     std::fs::create_dir(&dir).unwrap();
+    let shown = dir.display();
     let program = dir.join("mksquashfs");
-    std::fs::write(&program, format!("#!/bin/sh\nset -e\n{script}\n")).unwrap();
+    let wait = |name: &str| format!("until [ -e {shown}/{name} ]; do sleep 0.05; done");
+    let script = format!("#!/bin/sh\nset -e\n{}\n/usr/bin/mksquashfs \"$@\"\nexec sh {shown}/packed\n", wait("before"));
+    std::fs::write(&program, script).unwrap();
+    std::fs::write(dir.join("packed"), wait("after")).unwrap();
     std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
-    format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", dir.display())
+    let path = format!("{shown}:/usr/sbin:/usr/bin:/sbin:/bin");
+    std::thread::scope(|scope| {
+        let output = scope.spawn(|| create(job, &[("PATH", &path)]));
+        for (program, script, done) in [("mksquashfs", before, "before"), ("packed", after, "after")] {
+            wait_until(program, || !processes_with(&format!("{shown}/{program}")).is_empty());
+            succeed(Command::new("sh").args(["-e", "-c", script]));
+            std::fs::write(dir.join(done), "").unwrap();
+        }
+        output.join().unwrap()
+    })
 }
 
 fn published_is_the_jobs_own(job: &Job, output: &Output, what: &str) {
@@ -72,31 +86,26 @@ fn renaming_the_image_root_while_it_is_packed_changes_nothing() {
         let target = if renamed == "build" { secrets.clone() } else { secrets.join("image-root") };
         let (place, target) = (job.volume.parent.join(renamed), target.display());
         let place = place.display();
-        let path = meanwhile(
-            &job,
-            &format!("mv {place} {place}.away\nln -s {target} {place}\nexec /usr/bin/mksquashfs \"$@\""),
-        );
-        published_is_the_jobs_own(&job, &create(&job, &[("PATH", &path)]), renamed);
+        let output = create_meanwhile(&job, &format!("mv {place} {place}.away\nln -s {target} {place}"), "");
+        published_is_the_jobs_own(&job, &output, renamed);
     }
 }
 
 #[test]
 fn links_in_place_of_the_archive_are_neither_written_through_nor_published() {
     let replace = |name: &str, to: &Path| format!("rm -f {name}\nln -s {} {name}\n", to.display());
-    let run = "/usr/bin/mksquashfs \"$@\"\n";
     for (what, before, after) in [("part, before", true, false), ("part, after", false, true)] {
         let job = Job::laid_out("build/image-root");
         let secret = job.volume.dir.path().join("secret");
         std::fs::write(&secret, "secret").unwrap();
         let part = job.volume.parent.join("compute-ö.sqsh.part").display().to_string();
         let plant = replace(&part, &secret);
-        let script = [before.then_some(plant.as_str()), Some(run), after.then_some(plant.as_str())];
-        let path = meanwhile(&job, &script.into_iter().flatten().collect::<String>());
         // From an earlier session: both names lead elsewhere.
         for name in ["compute-ö.sqsh", "compute-ö.sqsh.part"] {
             symlink(&secret, job.volume.parent.join(name)).unwrap();
         }
-        let output = create(&job, &[("PATH", &path)]);
+        let [before, after] = [before, after].map(|now| if now { plant.as_str() } else { "" });
+        let output = create_meanwhile(&job, before, after);
         assert_eq!(std::fs::read(&secret).unwrap(), b"secret", "{what}");
         published_is_the_jobs_own(&job, &output, what);
     }

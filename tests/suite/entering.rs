@@ -263,3 +263,123 @@ fn no_home_and_no_shell_of_the_image_leads_enter_outside_whatever_its_caller_has
     assert!(wrong.is_empty(), "{} of {tried} fields lead outside: {wrong:#?}", wrong.len());
     println!("{tried} fields of passwd: none leads outside");
 }
+
+/// What can be done to a file without its content, where one may: each says its name. Nothing is really changed, but for the time of change.
+const MEDDLE: &str = r#"
+import fcntl, os, sys
+path = sys.argv[1]
+def attempt(name, change):
+    try:
+        change()
+    except OSError as error:
+        # No such attribute: it could have been removed.
+        if error.errno != 61:
+            return
+    print(name)
+found = os.stat(path)
+attempt('mode', lambda: os.chmod(path, found.st_mode & 0o7777))
+attempt('owner', lambda: os.chown(path, found.st_uid, found.st_gid))
+attempt('attribute', lambda: os.removexattr(path, 'user.ims-sshd'))
+attempt('time', lambda: os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns)))
+attempt('content', lambda: open(path, 'r+b').close())
+attempt('truncated', lambda: os.truncate(path, found.st_size))
+with open(path, 'rb') as file:
+    attempt('lease', lambda: fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK))
+"#;
+
+/// Files of the container as they are before and after: changing anything but the content changes the time of change.
+fn state_of(files: &[std::path::PathBuf]) -> Vec<(u64, i64, i64)> {
+    use std::os::unix::fs::MetadataExt;
+    let state = |file: &std::path::PathBuf| {
+        let found = std::fs::metadata(file).unwrap();
+        (found.ino(), found.ctime(), found.ctime_nsec())
+    };
+    files.iter().map(state).collect()
+}
+
+/// Those of `files` that somebody has a lease on (proc_locks(5): the sixth field is device and inode).
+fn leased(files: &[std::path::PathBuf]) -> Vec<&Path> {
+    use std::os::unix::fs::MetadataExt;
+    let locks = std::fs::read_to_string("/proc/locks").unwrap();
+    let leases: Vec<_> = locks.lines().filter(|line| line.contains("LEASE")).collect();
+    let is_leased = |file: &&std::path::PathBuf| {
+        let inode = format!(":{}", std::fs::metadata(file).unwrap().ino());
+        leases.iter().any(|lease| lease.split_ascii_whitespace().any(|field| field.ends_with(&inode)))
+    };
+    files.iter().filter(is_leased).map(|file| file.as_path()).collect()
+}
+
+/// Finds the processes inside whose program is none of the image's: those of the helper, of sftp-server, of QEMU.
+const OURS: &str = "for process in /proc/[0-9]*; do program=$(readlink $process/exe) || continue; \
+    case $program in */ims-jail-shell|*/ld.so|*/sftp-server|*/qemu-*|*/ld-linux*) echo $process/exe;; esac; done";
+
+#[test]
+fn no_program_of_the_container_can_be_changed_from_inside() {
+    let qemu = Path::new("/usr/bin/qemu-aarch64-static");
+    let mut files = vec![std::path::PathBuf::from(IMS_JAIL_SHELL), qemu.to_owned()];
+    files.extend(ims_sshd::sshd::sftp_server::files().unwrap().into_iter().map(|(_, file)| file));
+    let (mut tried, mut wrong) = (0, Vec::new());
+    for (tier, image) in [
+        ("namespace", Image::Debian),
+        ("user", Image::Debian),
+        ("namespace", Image::DebianArm64),
+        ("user", Image::DebianArm64),
+    ] {
+        let volume = Volume::new(image);
+        std::fs::write(volume.image_root.join("root/meddle"), MEDDLE).unwrap();
+        let architecture = if image == Image::Debian { "x86_64" } else { "aarch64" };
+        let environment =
+            volume.start_with(Mode::Jailed, &[("IMS_JAIL_TIER", tier), ("BUILD_ARCH", architecture)]).ready();
+        let before = state_of(&files);
+        let master = environment.master();
+        let mut meddle_with = |path: &str| {
+            tried += 7;
+            let said = environment.run(&format!("python3 /root/meddle {path}"));
+            let said = text(said.stdout).replace('\n', " ");
+            if !said.is_empty() {
+                wrong.push(format!("{tier} {image:?}: {path}: {said}"));
+            }
+        };
+        environment.says("mkfifo /root/fifo");
+        // While nothing of them runs: what runs, the kernel leases to nobody.
+        for name in environment.says("ls /run/.ims-sshd").lines() {
+            meddle_with(&format!("/run/.ims-sshd/{name}"));
+        }
+        // A transfer that goes on, and the helper itself as a program inside, which waits for somebody to write to the fifo: by what passwd
+        // says, and as far as it is shown.
+        let sftp = master.sftp().stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let mut waiting = vec![Ended(sftp)];
+        let mut wait = |line: &str| {
+            let mut ssh = master.ssh();
+            ssh.arg(line).stdout(Stdio::null()).stderr(Stdio::null());
+            waiting.push(Ended(ssh.spawn().unwrap()));
+        };
+        wait("exec sleep 1000");
+        wait("exec /run/.ims-sshd/ims-jail-shell session /root/fifo");
+        set_root(&environment, "/root", "/proc/self/exe");
+        wait("exec x session /root/fifo");
+        wait_until("sftp-server", || !processes_with("/run/.ims-sshd/sftp-server").is_empty());
+        set_root(&environment, "/root", "/bin/sh");
+        let found = || {
+            let said = environment.says(OURS);
+            said.lines().map(str::to_owned).collect::<Vec<_>>()
+        };
+        let helper = || environment.says("readlink /proc/[0-9]*/exe; true").contains("ims-jail-shell");
+        wait_until("the helper inside", helper);
+        if image == Image::DebianArm64 {
+            assert!(environment.says("readlink /proc/[0-9]*/exe; true").contains("qemu-aarch64"), "none is emulated");
+        }
+        for path in found().iter().map(String::as_str).chain(["/proc/1/exe"]) {
+            meddle_with(path);
+        }
+        assert!(leased(&files).is_empty(), "{tier} {image:?}: {:?}", leased(&files));
+        if state_of(&files) != before {
+            wrong.push(format!("{tier} {image:?}: a file of the container has changed"));
+        }
+        drop(waiting);
+        assert_eq!(environment.says("uname -m"), architecture);
+        assert!(text(environment.sftp("pwd\n").stdout).contains("directory: /root"));
+    }
+    assert!(wrong.is_empty(), "of {tried} changes: {wrong:#?}");
+    println!("{tried} changes of programs: none is possible");
+}

@@ -117,9 +117,11 @@ const CHROOT: &str = r#"
     mkdir -p proc sys dev run/.ims-sshd
     for folder in proc sys dev; do mount --rbind /$folder $folder; done
     mount --bind /dev/null proc/keys
-    touch run/.ims-sshd/server run/.ims-sshd/read-only
+    touch run/.ims-sshd/server run/.ims-sshd/read-only run/.ims-sshd/unopened
     mount --bind "$OUTSIDE_FILE" run/.ims-sshd/server
     mount --bind -o ro "$OUTSIDE_FILE" run/.ims-sshd/read-only
+    cp "$OUTSIDE_FILE" "$OUTSIDE_FILE.unopened"
+    mount --bind -o ro "$OUTSIDE_FILE.unopened" run/.ims-sshd/unopened
     exec 9</
     exec chroot . /attempts "$2"
 "#;

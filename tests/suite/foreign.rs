@@ -261,6 +261,9 @@ fn what_the_node_has_registered_is_used_if_it_works_in_a_jail_and_never_touched(
         let (open, log) = on_a_node(Volume::new(Image::DebianArm64), PLAIN, &setup, "");
         assert!(open && log.contains(said), "{name}: {log}");
     }
+    // A session could change the node's own file, which runs inside then.
+    let (open, log) = on_a_node(Volume::new(Image::DebianArm64), (Mode::Jailed, "namespace"), &registered("F"), "");
+    assert!(open && log.contains(OURS), "{log}");
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! One machine, no pod: `customize`, `enter`, `complete`, `fail`, `status`.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -66,6 +66,40 @@ fn the_printed_line_logs_in_and_complete_is_success() {
     assert_eq!(std::fs::read_to_string(image.path().join("image/root/file")).unwrap(), "in\n");
     assert!(!parent_in(&printed).exists(), "the run's folder is left");
     assert!(std::fs::read_dir(image.path().join("image/tmp")).unwrap().next().is_none());
+}
+
+#[test]
+fn fifty_clients_log_in_at_once_and_one_connection_carries_thirty_sessions() {
+    let image = image_root();
+    let (mut child, printed) = customize(&image.path().join("image"), &[]);
+    let line = printed.lines().find(|line| line.trim_start().starts_with("ssh ")).unwrap().trim();
+    let config = line.strip_prefix("ssh -F ").and_then(|rest| rest.strip_suffix(" image")).expect(line);
+    let start = |options: &[&str]| {
+        let mut ssh = Command::new("ssh");
+        ssh.args(["-F", config]).args(options).args(["image", "read line; echo $line"]);
+        ssh.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    let all_answer = |clients: Vec<std::process::Child>, what: &str| {
+        let ends: Vec<_> = clients
+            .into_iter()
+            .map(|mut client| {
+                let _ = client.stdin.take().unwrap().write_all(b"here\n");
+                let output = client.wait_with_output().unwrap();
+                (text(output.stdout), text(output.stderr))
+            })
+            .collect();
+        let failed: Vec<_> = ends.iter().filter(|(said, why)| said != "here\n" || why.contains("refused")).collect();
+        assert!(failed.is_empty(), "{what}: {} failed: {failed:#?}", failed.len());
+    };
+    // As Ansible with 50 forks.
+    all_answer((0..50).map(|_| start(&[])).collect(), "connections");
+    let socket = image.path().join("master").display().to_string();
+    let master = Command::new("ssh").args(["-F", config, "-M", "-S", &socket, "-f", "-N", "image"]).status().unwrap();
+    assert!(master.success());
+    all_answer((0..30).map(|_| start(&["-S", &socket, "-o", "ControlMaster=no"])).collect(), "sessions");
+    succeed(Command::new("ssh").args(["-F", config, "-S", &socket, "-O", "exit", "image"]));
+    assert!(ims_sshd(&["complete", &parent_in(&printed).display().to_string()]).status.success());
+    assert!(child.wait().unwrap().success());
 }
 
 #[test]

@@ -205,7 +205,14 @@ impl Volume {
 
     /// The same with further variables; an empty one unsets.
     pub fn start_with(self, mode: Mode, further: &[(&str, &str)]) -> Environment {
-        let entrypoint = self.entrypoint(mode, further).spawn().unwrap();
+        self.start_by(Path::new(IMS_SSHD), mode, further)
+    }
+
+    /// The same by another build of `ims-sshd`.
+    pub fn start_by(self, ims_sshd: &Path, mode: Mode, further: &[(&str, &str)]) -> Environment {
+        let mut command = Command::new(ims_sshd);
+        self.equip(command.arg("entrypoint"), mode, further);
+        let entrypoint = command.spawn().unwrap();
         Environment { entrypoint, volume: self, status: None }
     }
 

@@ -1,0 +1,38 @@
+//! Copies of the container's programs, for what runs in a jail or is shown there.
+//!
+//! A process inside can open what it runs (/proc/PID/exe), and root there owns files of root. With the container's own files instead of
+//! copies it could change their modes, owners and attributes, and could take leases on them even through a read-only mount. CVE-2019-5736
+//! is of this kind.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use rustix::fs::{Mode, OFlags};
+use rustix::mount::MountAttrFlags;
+
+use crate::error::{Attempt, Result};
+use crate::sys::mounts::{self, Detached};
+use crate::sys::tree::Tree;
+
+const ATTRIBUTES: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NOSUID.union(MountAttrFlags::MOUNT_ATTR_NODEV);
+
+/// Copies `files`, (name, file of the container), into a read-only tmpfs. The copies come open for reading: as long as they are, the
+/// kernel gives nobody inside a write lease on one, for which each further session would have to wait (fcntl(2), `F_SETLEASE`).
+pub fn copy<'a>(files: impl IntoIterator<Item = (&'a str, &'a Path)>) -> Result<(Detached, Vec<OwnedFd>)> {
+    let attempted = || "make a tmpfs for the jail's programs";
+    let tmpfs = Detached::filesystem("tmpfs", &[("mode", "0755")], ATTRIBUTES).attempt(attempted)?;
+    let directory = Tree::from_fd(tmpfs.as_fd().try_clone_to_owned().attempt(attempted)?);
+    let copy = |name: &str, file: &Path| -> io::Result<OwnedFd> {
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL;
+        let mut copy = File::from(directory.open_at(name, flags, Mode::from_raw_mode(0o755))?);
+        io::copy(&mut File::open(file)?, &mut copy)?;
+        directory.open_at(name, OFlags::RDONLY, Mode::empty())
+    };
+    let one = |(name, file): (_, &Path)| copy(name, file).attempt(|| format!("copy {} for the jail", file.display()));
+    let copies = files.into_iter().map(one).collect::<Result<_>>()?;
+    mounts::restrict(tmpfs.as_fd(), ATTRIBUTES | MountAttrFlags::MOUNT_ATTR_RDONLY)
+        .attempt(|| "make the jail's programs read-only")?;
+    Ok((tmpfs, copies))
+}

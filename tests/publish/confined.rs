@@ -1,0 +1,270 @@
+//! Programs that parse hostile data do nothing but their work: one that was taken over is played by a script in its place, which tries what
+//! root can do, and tells how each try ended.
+
+use std::collections::BTreeMap;
+use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use crate::job::*;
+use crate::support::*;
+
+/// Prints `NAME: done` or `NAME: ERROR` of each try. $0 is the program, the first argument that is no option need not be used.
+const TRIES: &str = r#"#!/usr/bin/python3
+import ctypes, errno, os, resource, socket, stat, sys
+libc = ctypes.CDLL(None, use_errno=True)
+outside = os.path.dirname(os.path.dirname(os.path.abspath(sys.argv[0]))) + '/outside/'
+port = int(open(os.path.dirname(os.path.abspath(sys.argv[0])) + '/port').read())
+
+def call(name, *arguments):
+    if getattr(libc, name)(*arguments) < 0:
+        raise OSError(ctypes.get_errno(), name)
+
+def attempt(name, *steps):
+    try:
+        for step in steps:
+            step()
+        result = 'done'
+    except OSError as e:
+        result = errno.errorcode[e.errno]
+    print(f'{name}: {result}', file=sys.stderr)
+
+def connect(family, address):
+    s = socket.socket(family)
+    s.settimeout(5)
+    s.connect(address)
+
+attempt('write outside', lambda: open(outside + 'new', 'w').close(), lambda: os.remove(outside + 'new'))
+attempt('append outside', lambda: open(outside + 'secret', 'a').write(''))
+attempt('truncate outside', lambda: os.truncate(outside + 'secret', 6))
+attempt('read outside', lambda: open(outside + 'secret').read())
+attempt('list outside', lambda: os.listdir(outside))
+attempt('read shadow', lambda: open('/etc/shadow').read())
+attempt('read parent', lambda: open(f'/proc/{os.getppid()}/environ').read())
+attempt('rename outside', lambda: os.rename(outside + 'secret', outside + 'other'), lambda: os.rename(outside + 'other', outside + 'secret'))
+attempt('remove outside', lambda: os.mkdir(outside + 'd'), lambda: os.rmdir(outside + 'd'))
+attempt('chmod outside', lambda: os.chmod(outside + 'secret', 0o600))
+attempt('chown outside', lambda: os.chown(outside + 'secret', 0, 0))
+attempt('utime outside', lambda: os.utime(outside + 'secret'))
+attempt('xattr outside', lambda: os.setxattr(outside + 'secret', 'user.x', b'x'))
+attempt('tcp', lambda: connect(socket.AF_INET, ('127.0.0.1', port)))
+attempt('unix', lambda: connect(socket.AF_UNIX, outside + 'socket'))
+attempt('netlink', lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0))
+attempt('ptrace', lambda: call('ptrace', 16, os.getppid(), 0, 0), lambda: os.waitpid(os.getppid(), 0x40000000), lambda: call('ptrace', 17, os.getppid(), 0, 0))
+attempt('signal', lambda: os.kill(os.getppid(), 0))
+attempt('mount', lambda: call('mount', b'none', outside.encode(), b'tmpfs', 0, None), lambda: call('umount2', outside.encode(), 2))
+attempt('chroot', lambda: call('chroot', b'/'))
+attempt('setuid', lambda: call('syscall', 117, 0, 0, 0), lambda: os.setgroups([0]))
+attempt('nice', lambda: os.setpriority(os.PRIO_PROCESS, 0, -1))
+attempt('device', lambda: os.mknod('null', stat.S_IFCHR | 0o666, os.makedev(1, 3)), lambda: open('null').close())
+attempt('system', lambda: open('/usr/bin/env').close())
+attempt('target', lambda: open('new', 'w').close(), lambda: os.mkdir('d'), lambda: os.link('new', 'd/new'), lambda: os.rename('d/new', 'moved'),
+        lambda: os.chown('new', 7, 8), lambda: os.chmod('new', 0o4755), lambda: os.mkfifo('fifo'), lambda: os.setxattr('new', 'user.x', b'x'))
+attempt('trusted', lambda: os.setxattr('.', 'trusted.x', b'x'))
+attempt('read here', lambda: os.listdir('.'))
+attempt('unshare', lambda: call('unshare', 0x10000000))
+for name in ['DATA', 'FSIZE', 'CPU', 'CORE']:
+    print(f'{name}: {resource.getrlimit(getattr(resource, "RLIMIT_" + name))[1]}', file=sys.stderr)
+print(f'privileges: {libc.prctl(39, 0, 0, 0, 0)}', file=sys.stderr)
+"#;
+
+/// What the script tries outside, with what can be written there, and where it lies: `programs/NAME`.
+struct Place {
+    dir: tempfile::TempDir,
+    _listeners: (TcpListener, UnixListener),
+}
+
+impl Place {
+    fn new(program: &str, script: &str) -> Self {
+        let dir = folder();
+        for name in ["programs", "outside"] {
+            std::fs::create_dir(dir.path().join(name)).unwrap();
+        }
+        std::fs::write(dir.path().join("outside/secret"), "secret").unwrap();
+        let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
+        std::fs::write(dir.path().join("programs/port"), tcp.local_addr().unwrap().port().to_string()).unwrap();
+        let outside = std::fs::File::open(dir.path().join("outside")).unwrap();
+        let number = std::os::fd::AsRawFd::as_raw_fd(&outside);
+        let unix = UnixListener::bind(format!("/proc/self/fd/{number}/socket")).unwrap();
+        let program = dir.path().join("programs").join(program);
+        std::fs::write(&program, script).unwrap();
+        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+        Self { dir, _listeners: (tcp, unix) }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn run(&self, command: &mut Command) -> Output {
+        let path = format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", self.path("programs").display());
+        command.env("PATH", path).current_dir(self.dir.path()).output().unwrap()
+    }
+}
+
+/// How each try ended.
+fn ended(output: &Output) -> BTreeMap<String, String> {
+    let said = text(&output.stderr);
+    let tries = said.split(['\n', ',']).filter_map(|part| {
+        let (name, result) = part.rsplit_once(": ")?;
+        let name = name.rsplit(": ").next()?.trim();
+        Some((name.to_owned(), result.trim().to_owned()))
+    });
+    tries.collect()
+}
+
+/// Tries by which root gets out, and which nothing but mounts of its own keeps it from.
+const OUT: [&str; 17] = [
+    "write outside",
+    "append outside",
+    "truncate outside",
+    "read outside",
+    "list outside",
+    "read shadow",
+    "read parent",
+    "rename outside",
+    "remove outside",
+    "tcp",
+    "unix",
+    "netlink",
+    "ptrace",
+    "signal",
+    "mount",
+    "unshare",
+    "chroot",
+];
+const OUT_WITHOUT_MOUNTS: [&str; 5] = ["chmod outside", "chown outside", "utime outside", "xattr outside", "device"];
+
+fn squashfs_header(place: &Place) -> PathBuf {
+    let mut superblock = b"hsqs".to_vec();
+    superblock.resize(4096, 0);
+    superblock[40..48].copy_from_slice(&4096_u64.to_le_bytes());
+    let file = place.path("image.sqsh");
+    std::fs::write(&file, superblock).unwrap();
+    file
+}
+
+#[test]
+fn a_hostile_unpacker_writes_reads_and_connects_nowhere_else() {
+    let place = Place::new("unsquashfs", TRIES);
+    // By itself, as root, it can do everything: each try is one.
+    std::fs::create_dir(place.path("free")).unwrap();
+    let mut free = Command::new("unshare");
+    free.args(["-m", "sh", "-c", "cd free; unsquashfs"]);
+    let by_itself = ended(&place.run(&mut free));
+    for name in OUT.iter().chain(&OUT_WITHOUT_MOUNTS).chain(&["setuid", "nice", "target", "trusted"]) {
+        assert_eq!(by_itself[*name], "done", "{name} by itself: {by_itself:#?}");
+    }
+    let image = squashfs_header(&place);
+    let output = place.run(ims_sshd(&["prepare"], &[]).arg(place.path("parent")).arg(&image));
+    assert!(output.status.success(), "{output:?}");
+    let results = ended(&output);
+    for name in OUT.iter().chain(&OUT_WITHOUT_MOUNTS).chain(&["setuid", "nice"]) {
+        assert_ne!(results[*name], "done", "{name}: {results:#?}");
+    }
+    for name in ["system", "target", "trusted", "read here"] {
+        assert_eq!(results[name], "done", "{name}: {results:#?}");
+    }
+    assert_eq!((results["CORE"].as_str(), results["privileges"].as_str()), ("0", "1"), "{results:#?}");
+    let memory: u64 = results["DATA"].parse().unwrap();
+    assert!(memory > 1 << 30 && memory < 1 << 40, "{results:#?}");
+    assert_eq!(results["FSIZE"], (2_u64 << 40).to_string());
+    assert_ne!(results["CPU"], "-1");
+    assert_eq!(std::fs::read(place.path("outside/secret")).unwrap(), b"secret");
+}
+
+/// As in a pod.
+#[test]
+fn a_hostile_unpacker_is_confined_without_privileges_as_far_as_can_be_and_the_log_says_how_far() {
+    let place = Place::new("unsquashfs", TRIES);
+    let image = squashfs_header(&place);
+    let mut prepare = Command::new("setpriv");
+    prepare.args(["--bounding-set", "-sys_admin", IMS_SSHD, "prepare"]).arg(place.path("parent")).arg(&image);
+    let output = place.run(&mut prepare);
+    assert!(output.status.success(), "{output:?}");
+    let results = ended(&output);
+    for name in OUT.iter().chain(&["setuid", "nice"]) {
+        assert_ne!(results[*name], "done", "{name}: {results:#?}");
+    }
+    assert_eq!((results["target"].as_str(), results["system"].as_str()), ("done", "done"), "{results:#?}");
+    assert!(text(&output.stderr).contains("have no read-only mounts of their own: "), "{output:?}");
+}
+
+#[test]
+fn a_hostile_packer_changes_nothing_of_the_image_and_reaches_nothing_else() {
+    let place = Place::new("mksquashfs", TRIES);
+    let tree = image(place.dir.path());
+    let before = digest(&tree);
+    let output = place.run(ims_sshd(&["package", "--archive", "image.sqsh"], &[]).arg(&tree));
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let results = ended(&output);
+    for name in OUT.iter().chain(&OUT_WITHOUT_MOUNTS).chain(&["target", "trusted", "setuid", "nice"]) {
+        assert_ne!(results[*name], "done", "{name}: {results:#?}");
+    }
+    assert_eq!((results["system"].as_str(), results["read here"].as_str()), ("done", "done"), "{results:#?}");
+    assert_eq!(differences(&before, &digest(&tree)), [""; 0]);
+}
+
+#[test]
+fn an_unpacker_that_says_or_writes_without_end_is_ended() {
+    for (script, reason) in [
+        ("#!/bin/sh\nexec yes >&2\n", "it says too much"),
+        ("#!/bin/sh\nexec truncate -s 3T large\n", "a file in it is larger than 2 TB"),
+        ("#!/bin/sh\nexec cat /usr/bin/* /usr/bin/* /usr/bin/* > large\n", "space left"),
+    ] {
+        let place = Place::new("unsquashfs", script);
+        std::fs::create_dir(place.path("small")).unwrap();
+        let image = squashfs_header(&place);
+        let mut command = Command::new("unshare");
+        command.args([
+            "-m",
+            "sh",
+            "-c",
+            "mount -t tmpfs -o size=100m tmpfs small; exec \"$@\"",
+            "sh",
+            IMS_SSHD,
+            "prepare",
+        ]);
+        let output = place.run(command.arg(place.path("small/parent")).arg(&image));
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        assert!(text(&output.stderr).contains(reason), "{reason}: {output:?}");
+    }
+}
+
+/// All that one can see of a tree by the usual programs.
+fn listing(tree: &Path) -> String {
+    let script = "cd $0; find . -printf '%p %M %U %G %y %l %n %s %T@ %D\\n' | sed 's/ [0-9]*$//' | sort; \
+                  find . -type c -o -type b | sort | xargs stat -c '%n %t %T'; getfattr -Rhd -m - . 2>&1 | sort; \
+                  find . -type f -print0 | sort -z | xargs -0 md5sum; stat -c '%n %i' usr/one etc/two | cut -d' ' -f2 | uniq | wc -l";
+    succeed(Command::new("sh").args(["-c", script]).arg(tree))
+}
+
+#[test]
+fn real_archives_keep_devices_attributes_capabilities_owners_and_links() {
+    let dir = folder();
+    let tree = image(dir.path());
+    let script = "cd $0; mkdir -p usr dev etc/closed; mknod dev/null c 1 3; mknod dev/disk b 7 0; mkfifo fifo; echo one > usr/one; ln usr/one etc/two; \
+                  chown 1234:4321 usr/one; chmod 4751 usr/one; cp bin/busybox usr/capable; setcap cap_net_raw+ep usr/capable; \
+                  setfattr -n user.note -v u usr/one; setfattr -n trusted.note -v t usr/one; setfattr -n security.selinux -v label usr/one; \
+                  truncate -s 64M sparse; chmod 0 etc/closed; touch etc/closed/in; ln -s /etc/passwd link; ln -s nowhere dangling; \
+                  chown -h 5:6 link; ln -s /proc/self/fd/0 magic; chmod 751 .; setfattr -n user.root -v r .; \
+                  find . -depth -exec touch -hd 2001-02-03 {} +";
+    succeed(Command::new("sh").args(["-e", "-c", script]).arg(&tree));
+    let squashfs = squashfs_of(&tree);
+    let tar = dir.path().join("image.tar.zst");
+    let mut pack = Command::new("tar");
+    pack.args(["--create", "--zstd", "--sparse", "--acls", "--xattrs", "--xattrs-include=*", "--file"]).arg(&tar);
+    succeed(pack.arg("--directory").arg(&tree).arg("."));
+    let expected = listing(&tree);
+    assert!(expected.contains("trusted.note") && expected.contains("security.capability"), "{expected}");
+    for source in [&squashfs, &tar, &tree] {
+        let parent = dir.path().join(format!("parent-{}", source.file_name().unwrap().display()));
+        let output = ims_sshd(&["prepare"], &[]).arg(&parent).arg(source).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        let found = listing(&parent.join("image-root"));
+        let differ: Vec<_> = expected.lines().filter(|line| !found.lines().any(|other| other == *line)).collect();
+        assert!(differ.is_empty() && found.len() == expected.len(), "{}: {differ:#?}", source.display());
+    }
+}
