@@ -4,6 +4,8 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use rustix::io::Errno;
+
 use crate::error::{Advise, Attempt, Error, Result};
 use crate::jail::architecture::Architecture;
 use crate::jail::tier::Tier;
@@ -64,7 +66,7 @@ pub fn open_image_root(files: &SignalFiles, name: &str) -> Result<Tree> {
     let attempted = || format!("open the image root {}", shown.display());
     // The descriptor that was looked at is the one that is used: what was a directory a moment ago may be a link now.
     let found = match files.parent().handle_without_links(name) {
-        Err(e) if e.raw_os_error() == Some(rustix::io::Errno::LOOP.raw_os_error()) => {
+        Err(e) if Errno::from_io_error(&e) == Some(Errno::LOOP) => {
             return Err(Error::new(attempted()).because("a directory on the way to it is a symbolic link"))
                 .advise("it has to be a directory of the volume");
         }

@@ -1,7 +1,7 @@
 //! What an image gets of the pod: its authorities. And what sshd gets: keys and a configuration.
 
 use std::io::Write;
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use rustix::fs::Mode;
@@ -63,10 +63,10 @@ pub fn configure_sshd(folder: &Path, keys: &str, config: Option<&Path>) -> Resul
     if keys.trim().is_empty() {
         return Err(Error::new(attempted()).because("there is no public key, and nobody could log in"));
     }
+    // The other container writes there too: new files, in place of links that lead to files of this one.
+    let tree = Tree::open(&std::fs::canonicalize(folder).attempt(attempted)?).attempt(attempted)?;
     for (name, text) in [("authorized_keys", keys), ("sshd_config", &config)] {
-        let mut options = std::fs::File::options();
-        let file = options.write(true).create(true).truncate(true).mode(0o600).open(folder.join(name));
-        file.and_then(|mut file| file.write_all(text.as_bytes())).attempt(attempted)?;
+        tree.create_file(name).and_then(|mut file| file.write_all(text.as_bytes())).attempt(attempted)?;
     }
     Ok(())
 }
@@ -97,6 +97,20 @@ mod tests {
         symlink(outside.path(), dir.path().join("etc/cray")).unwrap();
         assert!(put_authorities(&tree, authorities.path()).is_err());
         assert_eq!(std::fs::read_dir(outside.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn links_beside_the_keys_of_sshd_lead_to_no_file_of_the_sidecar() {
+        let (shared, own) = (tempfile::tempdir().unwrap(), tempfile::NamedTempFile::new().unwrap());
+        for name in ["authorized_keys", "sshd_config"] {
+            symlink(own.path(), shared.path().join(name)).unwrap();
+        }
+        configure_sshd(shared.path(), "ssh-ed25519 AAAA", None).unwrap();
+        assert_eq!(std::fs::read(own.path()).unwrap(), b"");
+        for (name, text) in [("authorized_keys", "ssh-ed25519 AAAA"), ("sshd_config", SSHD_CONFIG)] {
+            assert!(std::fs::read_to_string(shared.path().join(name)).unwrap().starts_with(text));
+            assert_eq!(shared.path().join(name).symlink_metadata().unwrap().permissions().mode() & 0o777, 0o600);
+        }
     }
 
     #[test]

@@ -3,6 +3,8 @@
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
+use rustix::io::Errno;
+
 use crate::error::{Attempt, Error, Result};
 use crate::lifecycle::signal_files::{EXITING, READY, SSHD_LISTENING, SignalFiles};
 use crate::publish::changes::Inventory;
@@ -181,17 +183,13 @@ fn refuse_links(parent: &Path, image_root: &Path) -> Result<()> {
     let image_root = image_root.strip_prefix(parent).ok().into_iter().flat_map(Path::ancestors).map(Path::to_owned);
     for place in places.into_iter().chain(image_root).filter(|place| !place.as_os_str().is_empty()) {
         let shown = parent.join(&place);
+        let attempted = || format!("open {}", shown.display());
         let is_link = match tree.handle_without_links(&place) {
-            Ok(found) => {
-                kind_of(&rustix::fs::fstat(&found).attempt(|| format!("look at {}", shown.display()))?)
-                    == "a symbolic link"
-            }
-            Err(e) => e.raw_os_error() == Some(rustix::io::Errno::LOOP.raw_os_error()),
+            Ok(found) => kind_of(&rustix::fs::fstat(&found).attempt(attempted)?) == "a symbolic link",
+            Err(e) => Errno::from_io_error(&e) == Some(Errno::LOOP),
         };
         if is_link {
-            return Err(Error::new(format!("open {}", shown.display()))
-                .because("it is a symbolic link")
-                .advise("remove it"));
+            return Err(Error::new(attempted()).because("it is a symbolic link").advise("remove it"));
         }
     }
     Ok(())

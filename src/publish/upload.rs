@@ -61,7 +61,10 @@ impl Publication<'_> {
         if result.is_err() {
             self.roll_back(&store, journal);
         }
-        self.clear(journal)?;
+        // What is published stays so, whatever somebody has put in the place of the notes.
+        if let Err(error) = self.clear(journal) {
+            tracing::warn!("{error}");
+        }
         result
     }
 

@@ -81,6 +81,13 @@ impl Bucket {
         assert_eq!(self.ask("PUT", key, body).status, 200);
     }
 
+    /// An object of the job `job`.
+    pub fn put_of_job(&self, key: &str, body: &[u8], job: &str) {
+        let header = format!("x-amz-meta-x-shasta-ims-job-id: {job}\r\n");
+        let answer = ask_with(server(), "PUT", &format!("/{}/{key}", self.name), &header, body);
+        assert_eq!(answer.status, 200);
+    }
+
     pub fn get(&self, key: &str) -> Answer {
         let answer = self.ask("GET", key, b"");
         assert_eq!(answer.status, 200, "{key}");
@@ -101,9 +108,14 @@ impl Bucket {
 }
 
 pub fn ask(port: u16, method: &str, path: &str, body: &[u8]) -> Answer {
+    ask_with(port, method, path, "", body)
+}
+
+/// The same with further headers, each line ended.
+fn ask_with(port: u16, method: &str, path: &str, headers: &str, body: &[u8]) -> Answer {
     let mut connection = TcpStream::connect(("127.0.0.1", port)).unwrap();
     let length = body.len();
-    write!(connection, "{method} {path} HTTP/1.0\r\nhost: 127.0.0.1:{port}\r\nauthorization: AWS4-HMAC-SHA256 Credential=access/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0\r\ncontent-length: {length}\r\n\r\n").unwrap();
+    write!(connection, "{method} {path} HTTP/1.0\r\nhost: 127.0.0.1:{port}\r\nauthorization: AWS4-HMAC-SHA256 Credential=access/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0\r\ncontent-length: {length}\r\n{headers}\r\n").unwrap();
     connection.write_all(body).unwrap();
     let mut answer = Vec::new();
     connection.read_to_end(&mut answer).unwrap();

@@ -4,7 +4,9 @@
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::time::Duration;
 
+use ims_sshd::sys::process::output_within;
 use serde_json::{Value, json};
 
 use crate::file_server::FileServer;
@@ -296,6 +298,23 @@ fn own_notes_roll_back_what_this_job_made_and_nothing_else() {
 }
 
 #[test]
+fn rollback_leaves_an_image_whose_record_or_objects_are_somebody_elses() {
+    let others: [&dyn Fn(&Killed); 2] =
+        [&|killed| killed.job.ims.state().images.get_mut(&killed.own).unwrap()["name"] = "another".into(), &|killed| {
+            killed.job.bucket.put_of_job(&format!("{}/kernel", killed.own), b"of others", &killed.others[0]);
+        }];
+    for (number, make) in others.iter().enumerate() {
+        let killed = Killed::new();
+        make(&killed);
+        let before = (killed.job.bucket.keys(), killed.job.bucket.begun());
+        let requests = killed.give_up(&killed.notes);
+        assert!(!requests.iter().any(|request| request.contains("DELETE") || request.contains("?delete")), "{number}");
+        assert!(killed.job.ims.state().images.contains_key(&killed.own), "{number}");
+        assert_eq!((killed.job.bucket.keys(), killed.job.bucket.begun()), before, "{number}");
+    }
+}
+
+#[test]
 fn authentic_notes_of_another_volume_roll_back_nothing() {
     let killed = Killed::new();
     let mut other = Job::laid_out("build/image-root");
@@ -353,4 +372,42 @@ fn links_that_an_earlier_job_left_on_the_volume_lead_no_image_elsewhere() {
     assert!(output.status.success(), "{output:?}");
     assert!(parent.join("image-root/etc/passwd").exists());
     is_as_it_was("files");
+}
+
+#[test]
+fn files_of_the_volume_that_are_no_regular_files_are_neither_followed_nor_waited_for() {
+    let names = [
+        "ready",
+        "exiting",
+        "build_failed",
+        "pod_error",
+        "transfer.sqsh",
+        ".ims-sshd.publication",
+        ".ims-sshd.upload",
+        ".ims-sshd.inventory",
+        ".ims-sshd.sidecar.resolv-conf",
+        "compute-ö.sqsh",
+        "compute-ö.sqsh.part",
+    ];
+    let mut published = 0;
+    for make in ["ln -s $1 $0", "mkfifo $0", "mkdir $0", "mknod $0 c 1 5"] {
+        for name in names {
+            let job = Job::laid_out("build/image-root");
+            let elsewhere = job.volume.dir.path().join("elsewhere");
+            std::fs::write(&elsewhere, "of others").unwrap();
+            succeed(Command::new("sh").args(["-c", make]).arg(job.volume.parent.join(name)).arg(&elsewhere));
+            let mut sidecar = job.sidecar(Mode::Plain, &[("IMS_ACTION", "create"), ("IMS_START_LIMIT", "1")]);
+            let output = output_within(sidecar.spawn().unwrap(), Duration::from_secs(90)).unwrap();
+            let output = output.unwrap_or_else(|| panic!("{name}, {make}: the sidecar does not end"));
+            assert_eq!(std::fs::read(&elsewhere).unwrap(), b"of others", "{name}, {make}");
+            if output.status.success() {
+                published_is_the_jobs_own(&job, &output, name);
+                published += 1;
+            } else {
+                assert_eq!(job.ims.status(), "error", "{name}, {make}: {output:?}");
+                job.nothing_is_left();
+            }
+        }
+    }
+    assert!(published > 15, "{published}");
 }
