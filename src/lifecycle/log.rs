@@ -44,7 +44,9 @@ fn subscriber<W>(format: Format, filter: LevelFilter, ansi: bool, writer: W) -> 
 where
     W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
 {
-    let log = tracing_subscriber::fmt().with_max_level(filter).with_target(false).with_ansi(ansi).with_writer(writer);
+    // A standard error that is gone is no reason to die: the crate would say so there, and panic.
+    let log = tracing_subscriber::fmt().log_internal_errors(false);
+    let log = log.with_max_level(filter).with_target(false).with_ansi(ansi).with_writer(writer);
     match format {
         Format::Text => Box::new(log.fmt_fields(debug_fn(write_field).delimited(" ")).finish()),
         Format::Json => Box::new(log.json().flatten_event(true).map_event_format(PrintableJson).finish()),

@@ -1,7 +1,7 @@
 //! `ims-sshd enter`: the jail without SSH, in this terminal.
 
 use std::ffi::OsString;
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::os::fd::AsFd;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
@@ -122,6 +122,11 @@ fn decide(status: WaitStatus, verdict: Option<Verdict>, answer: Option<Answer>, 
     }
 }
 
+/// Tells the person at the terminal, who may be gone.
+fn tell(text: &str) {
+    let _ = std::io::stderr().write_all(text.as_bytes());
+}
+
 /// Asks the person at the terminal; none if there is no terminal. A signal, the end of input, and an empty line keep the changes.
 fn ask(question: &str) -> Result<Option<Fate>> {
     let stdin = std::io::stdin();
@@ -133,7 +138,7 @@ fn ask(question: &str) -> Result<Option<Fate>> {
     // Those that were meant for the session.
     while let Ok(Some(_)) = signals.next() {}
     loop {
-        eprint!("{question} (y)es, (k)eep the changes for later, (d)iscard them [k]: ");
+        tell(&format!("{question} (y)es, (k)eep the changes for later, (d)iscard them [k]: "));
         let mut sources = [PollFd::new(&stdin, PollFlags::IN), PollFd::new(&signals, PollFlags::IN)];
         match rustix::event::poll(&mut sources, None) {
             Err(rustix::io::Errno::INTR) => continue,
@@ -144,7 +149,7 @@ fn ask(question: &str) -> Result<Option<Fate>> {
         let length = if sources[1].revents().is_empty() { rustix::io::read(&stdin, &mut line).unwrap_or(0) } else { 0 };
         if length == 0 {
             while let Ok(Some(_)) = signals.next() {}
-            eprintln!();
+            tell("\n");
             return Ok(Some(Fate::Keep));
         }
         match String::from_utf8_lossy(&line[..length]).trim().to_ascii_lowercase().as_str() {
@@ -277,7 +282,7 @@ impl Session {
                             (Verdict::Complete, false) => "complete",
                             (Verdict::Failed, _) => "failed",
                         };
-                        eprint!("\r\nims-sshd: the image was marked {word}; this session ends now\r\n");
+                        tell(&format!("\r\nims-sshd: the image was marked {word}; this session ends now\r\n"));
                         let _ = kill(pid, Signal::SIGHUP);
                         hung_up = Some(Instant::now());
                     }

@@ -64,6 +64,18 @@ fn a_command_that_succeeds_is_published_with_yes_and_kept_without_an_answer() {
 }
 
 #[test]
+fn a_log_that_takes_nothing_is_no_reason_to_lose_the_image() {
+    let dir = folder();
+    let squashfs = squashfs_of(&image(dir.path())).display().to_string();
+    let full = || std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let mut enter = ims_sshd(&["enter", &squashfs, "--output", "out", "--yes", "--kernel", "vmlinuz"], &[]);
+    enter.args(["--initrd", "initrd", "--work", "work", "--", "touch", "/etc/new"]).current_dir(dir.path());
+    assert_eq!(enter.stdout(full()).stderr(full()).status().unwrap().code(), Some(0));
+    assert!(published(dir.path()).contains("etc/new"));
+    nothing_stays(dir.path());
+}
+
+#[test]
 fn marks_and_discard_decide_before_the_exit_code() {
     let dir = folder();
     let squashfs = squashfs_of(&image(dir.path())).display().to_string();

@@ -348,6 +348,25 @@ fn enter_asks_at_the_end_whether_to_publish_and_goes_on_with_what_was_kept() {
 }
 
 #[test]
+fn changes_are_kept_when_the_terminal_goes_away() {
+    let desk = desk();
+    let path = desk.path().display();
+    let enter = format!("{IMS_SSHD} enter {path}/image.sqsh --work {path}/work --output {path}/out");
+    let mut script = Command::new("script");
+    script.args(["-q", "-c", &format!("exec {enter}"), "/dev/null"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut script = Ended(script.spawn().unwrap());
+    script.stdin.as_mut().unwrap().write_all(b"touch /root/first; echo ma''de\n").unwrap();
+    let mut seen = BufReader::new(script.stdout.take().unwrap()).lines();
+    assert!(seen.any(|line| line.unwrap().contains("made")));
+    script.kill().unwrap();
+    script.wait().unwrap();
+    wait_until("enter to end", || processes_with(&enter).is_empty());
+    let output = Command::new("sh").args(["-c", &format!("{enter} --yes -- test -e /root/first")]).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    assert!(published(desk.path()).contains("root/first"));
+}
+
+#[test]
 fn changes_are_discarded_when_the_person_who_entered_says_so() {
     let desk = desk();
     let mut terminal = enter_at_a_terminal(desk.path(), "--output out");
