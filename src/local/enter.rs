@@ -24,6 +24,7 @@ use crate::lifecycle::state::StateFolder;
 use crate::lifecycle::{environment, foreign, processes, tier};
 use crate::local;
 use crate::local::job::{Fate, Job};
+use crate::printable::Printable;
 use crate::sys::poll;
 use crate::sys::process::end_like;
 use crate::sys::signals::{Signals, hold_none};
@@ -61,15 +62,16 @@ pub fn run(job: Job, entry: &Entry) -> Result<u8> {
     }
     let publishes = job.publishes();
     if !job.is_in_place() {
-        if !publishes {
-            let source = &job.source;
-            tracing::info!("what is changed in {source} is discarded at the end; --output STORE publishes it instead");
-        }
         // Before anything is opened: a descriptor from before would not see what is mounted from here on.
         local::own_mounts()?;
     }
-    let question = format!("Publish what has become of {}?", job.source);
+    let question = Question { source: job.source.clone() };
+    let is_discarded = !publishes && !job.is_in_place();
     let end = job.run(|image_root| {
+        if is_discarded {
+            let source = &question.source;
+            tracing::info!("what is changed in {source} is discarded at the end; --output STORE publishes it instead");
+        }
         let session = Session { is_shell: entry.command.is_empty(), publishes, tier };
         let (status, verdict) = session.run(image_root, entry)?;
         if !publishes {
@@ -82,7 +84,7 @@ pub fn run(job: Job, entry: &Entry) -> Result<u8> {
                 (Fate::Keep, status)
             }
             Some(Fate::Discard) => (Fate::Discard, verdict.map_or(status, exited_as)),
-            None => match ask(&question)? {
+            None => match question.ask()? {
                 Some(fate) => (fate, exited(0)),
                 None => {
                     tracing::error!(
@@ -127,36 +129,54 @@ fn tell(text: &str) {
     let _ = std::io::stderr().write_all(text.as_bytes());
 }
 
-/// Asks the person at the terminal; none if there is no terminal. A signal, the end of input, and an empty line keep the changes.
-fn ask(question: &str) -> Result<Option<Fate>> {
-    let stdin = std::io::stdin();
-    if !stdin.is_terminal() || !std::io::stderr().is_terminal() {
-        return Ok(None);
-    }
-    let attempted = || "read the answer";
-    let signals = Signals::hold(&[Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP]).attempt(attempted)?;
-    // Those that were meant for the session.
-    while let Ok(Some(_)) = signals.next() {}
-    loop {
-        tell(&format!("{question} (y)es, (k)eep the changes for later, (d)iscard them [k]: "));
-        let mut sources = [PollFd::new(&stdin, PollFlags::IN), PollFd::new(&signals, PollFlags::IN)];
-        match rustix::event::poll(&mut sources, None) {
-            Err(rustix::io::Errno::INTR) => continue,
-            other => other.attempt(attempted)?,
-        };
-        // One line, as the terminal has it; the standard library's buffer could take more, which poll would not tell of.
-        let mut line = [0; 64];
-        let length = if sources[1].revents().is_empty() { rustix::io::read(&stdin, &mut line).unwrap_or(0) } else { 0 };
-        if length == 0 {
-            while let Ok(Some(_)) = signals.next() {}
-            tell("\n");
-            return Ok(Some(Fate::Keep));
+/// What the person is asked at the end.
+struct Question {
+    source: String,
+}
+
+impl Question {
+    /// What can be answered, the word that stands for no answer last.
+    fn choices(&self) -> &'static str {
+        if Path::new(&self.source).is_dir() {
+            "(y)es, (n)o, the directory stays as it is now [n]"
+        } else {
+            "(y)es, (k)eep the changes for later, (d)iscard them [k]"
         }
-        match String::from_utf8_lossy(&line[..length]).trim().to_ascii_lowercase().as_str() {
-            "y" | "yes" => return Ok(Some(Fate::Publish)),
-            "" | "k" | "keep" => return Ok(Some(Fate::Keep)),
-            "d" | "discard" => return Ok(Some(Fate::Discard)),
-            _ => {}
+    }
+
+    /// Asks the person at the terminal; none if there is no terminal. A signal, the end of input, and an empty line keep the changes.
+    fn ask(&self) -> Result<Option<Fate>> {
+        let stdin = std::io::stdin();
+        if !stdin.is_terminal() || !std::io::stderr().is_terminal() {
+            return Ok(None);
+        }
+        let attempted = || "read the answer";
+        let signals = Signals::hold(&[Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP]).attempt(attempted)?;
+        let drain = || while let Ok(Some(_)) = signals.next() {};
+        // Those that were meant for the session.
+        drain();
+        loop {
+            tell(&format!("Publish what has become of {}? {}: ", Printable(&self.source), self.choices()));
+            let mut sources = [PollFd::new(&stdin, PollFlags::IN), PollFd::new(&signals, PollFlags::IN)];
+            match rustix::event::poll(&mut sources, None) {
+                Err(rustix::io::Errno::INTR) => continue,
+                other => other.attempt(attempted)?,
+            };
+            // One line, as the terminal has it; the standard library's buffer could take more, which poll would not tell of.
+            let mut line = [0; 64];
+            let is_read = sources[1].revents().is_empty();
+            let length = if is_read { rustix::io::read(&stdin, &mut line).unwrap_or(0) } else { 0 };
+            if length == 0 {
+                drain();
+                tell("\n");
+                return Ok(Some(Fate::Keep));
+            }
+            match String::from_utf8_lossy(&line[..length]).trim().to_ascii_lowercase().as_str() {
+                "y" | "yes" => return Ok(Some(Fate::Publish)),
+                "" | "k" | "keep" | "n" | "no" => return Ok(Some(Fate::Keep)),
+                "d" | "discard" => return Ok(Some(Fate::Discard)),
+                _ => {}
+            }
         }
     }
 }

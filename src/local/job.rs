@@ -74,14 +74,12 @@ impl Job {
             }
         }
         let work = Work::begin(&settings.network)?;
-        let place = WorkDirectory::claim(&settings.parent, &name_of(&source, &self.source, publishes))?;
+        let claim = if publishes { WorkDirectory::claim } else { WorkDirectory::claim_to_discard };
+        let place = claim(&settings.parent, &name_of(&source, &self.source))?;
         place.path().clone_into(&mut settings.parent);
         let parent = &settings.parent;
         let mounted = parent.join("image-root");
-        if !publishes {
-            // Left by a run that was killed.
-            place.clear()?;
-        } else if holds_changes(parent, &mounted) {
+        if holds_changes(parent, &mounted) {
             tracing::info!("going on with what was changed before, which is kept in {}", parent.display());
         }
         let notes = Notes::private(place.files(), &settings);
@@ -89,7 +87,7 @@ impl Job {
         let result = opened.carry_out(&source, &mounted, session);
         let kept = || {
             format!(
-                "what was changed is kept in {}; the same command goes on with it, and who removes that directory drops it",
+                "what was changed is kept in {}; the same command goes on with it; to drop it, remove that directory",
                 parent.display()
             )
         };
@@ -109,17 +107,12 @@ impl Job {
     }
 }
 
-/// What this source's job calls its directory. Changes that are discarded at the end have one of their own, since those that are kept must
-/// not go with them. A URL counts without what signs it, wherever the command is given.
-fn name_of(source: &Source, text: &str, publishes: bool) -> String {
-    let mut name = match source {
+/// What this source's job calls its directory. A URL counts without what signs it, wherever the command is given.
+fn name_of(source: &Source, text: &str) -> String {
+    match source {
         Source::Here(path) => name_for(&std::path::absolute(path).unwrap_or_else(|_| path.clone())),
         _ => name_for(Path::new(&without_query(text))),
-    };
-    if !publishes {
-        name += "+discard";
     }
-    name
 }
 
 /// A job on its workplace.

@@ -27,6 +27,20 @@ impl WorkDirectory {
         local::claim(|| own(&all.join(name))).map(|files| Self { files })
     }
 
+    /// The same for changes that are discarded at the end: the first of `name` with a number that no other run is using, without what a run
+    /// that was killed has left in it.
+    pub fn claim_to_discard(all: &Path, name: &str) -> Result<Self> {
+        let mut number = 1;
+        loop {
+            let name = format!("{name}+discard{number}");
+            let in_use = || SignalFiles::open(&all.join(&name)).ok().flatten().is_some_and(|files| files.is_claimed());
+            match Self::claim(all, &name) {
+                Err(_) if in_use() => number += 1,
+                claimed => return claimed.and_then(|place| place.clear().map(|()| place)),
+            }
+        }
+    }
+
     /// The directory, without links on the way to it.
     pub fn path(&self) -> &Path {
         self.files.path()
@@ -37,8 +51,7 @@ impl WorkDirectory {
         &self.files
     }
 
-    /// Removes what is in it.
-    pub fn clear(&self) -> Result<()> {
+    fn clear(&self) -> Result<()> {
         let attempted = || format!("clear {}", self.path().display());
         for entry in std::fs::read_dir(self.path()).attempt(attempted)? {
             let entry = entry.attempt(attempted)?;

@@ -114,7 +114,7 @@ fn a_directory_is_changed_where_it_is_and_published() {
 }
 
 #[test]
-fn a_killed_enter_leaves_nothing_open_and_the_next_begins_with_the_source() {
+fn one_source_is_entered_several_times_at_once_and_after_a_kill() {
     let dir = folder();
     let squashfs = squashfs_of(&image(dir.path())).display().to_string();
     let mut killed = ims_sshd(&["enter", &squashfs, "--work"], &[]);
@@ -122,6 +122,9 @@ fn a_killed_enter_leaves_nothing_open_and_the_next_begins_with_the_source() {
     let mut killed = Ended(killed.stdout(std::process::Stdio::piped()).spawn().unwrap());
     let mut said = [0; 5];
     std::io::Read::read_exact(killed.stdout.as_mut().unwrap(), &mut said).unwrap();
+    // Others can look at it meanwhile, each with changes of its own.
+    let meanwhile = enter(dir.path(), &squashfs, &[], "test ! -e /etc/new");
+    assert_eq!(meanwhile.status.code(), Some(0), "{meanwhile:?}");
     killed.kill().unwrap();
     killed.wait().unwrap();
     wait_until("the loop device to be free", || {

@@ -266,7 +266,7 @@ fn an_image_root_that_cannot_be_is_refused() {
         ("enter", "/", "this machine's own root", 2),
         ("enter", "/nowhere", "No such file", 2),
         ("enter", "/etc/passwd", "cannot take /etc/passwd as an image", 1),
-        ("enter", "", "expected a URL, a folder", 2),
+        ("enter", "", "expected a URL, a ", 2),
     ] {
         let output = ims_sshd(&[command, path]);
         assert_eq!(output.status.code(), Some(code), "{output:?}");
@@ -360,9 +360,11 @@ fn changes_are_kept_when_the_terminal_goes_away() {
     assert!(seen.any(|line| line.unwrap().contains("made")));
     script.kill().unwrap();
     script.wait().unwrap();
-    wait_until("enter to end", || processes_with(&enter).is_empty());
-    let output = Command::new("sh").args(["-c", &format!("{enter} --yes -- test -e /root/first")]).output().unwrap();
-    assert!(output.status.success(), "{output:?}");
+    // As long as the first one is ending, its work directory is claimed.
+    wait_until("the same command to go on with what was kept", || {
+        let again = format!("{enter} --yes -- test -e /root/first");
+        Command::new("sh").args(["-c", &again]).stdout(Stdio::null()).status().unwrap().success()
+    });
     assert!(published(desk.path()).contains("root/first"));
 }
 
@@ -408,6 +410,16 @@ fn a_mark_in_the_shell_that_was_entered_ends_it_and_answers() {
     terminal.end();
     let files = published(path);
     assert!(files.contains("etc/newer") && !files.contains("etc/new\n") && !files.contains("tmp/complete"), "{files}");
+
+    let mut published = Command::new("sh");
+    let line = format!("cd {} && exec {IMS_SSHD} enter image --work work --output again", path.display());
+    let mut terminal = Terminal::with(published.args(["-c", &line]));
+    terminal.see(PROMPT);
+    terminal.line("touch /etc/place; exit");
+    terminal.see("(n)o, the directory stays as it is now [n]: ");
+    terminal.line("n");
+    assert_eq!(terminal.end().0, 0);
+    assert!(path.join("image/etc/place").exists() && is_empty(path.join("again")));
 
     // In a directory that is changed where it is, neither mark stays.
     let image = path.join("image");
