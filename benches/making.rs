@@ -28,18 +28,12 @@ pub fn making(runs: usize, report: &mut Report) {
     let volume = Volume::new(Image::Debian);
     let helper = installed(Path::new(IMS_JAIL_SHELL), volume.dir.path());
     let containers = MOUNTS.map(|count| Container::with(count, &helper, volume.dir.path()));
-    let resolv_conf = volume.dir.path().join("resolv.conf");
-    // The supervisor sees to it that the image has the file which it is mounted on.
-    for file in [&resolv_conf, &volume.image_root.join("etc/resolv.conf")] {
-        std::fs::write(file, "nameserver 127.0.0.1\n").unwrap();
-    }
     let mut samples = [const { [const { Vec::new() }; MOUNTS.len()] }; NAMES.len()];
     for round in 0..=runs * 5 {
         for at in order(round, MOUNTS.len()) {
             let Container { mounts, bare } = &containers[at];
             setns(mounts, CloneFlags::CLONE_NEWNS).unwrap();
             let mut init = init(&helper, &volume.image_root);
-            init.arg("--resolv-conf").arg(&resolv_conf);
             for (name, file) in ims_sshd::sshd::sftp_server::files().unwrap() {
                 init.arg("--sftp").arg(format!("{name}={}", file.display()));
             }

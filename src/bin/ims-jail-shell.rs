@@ -22,7 +22,7 @@ const USAGE: &str = "\
 Makes a jail around an image root, or enters it. Started by ims-sshd and by sshd, not by hand.
 
   ims-jail-shell init --tier TIER --root FOLDER [--dkms] [--emulate ARCHITECTURE] [--proc-of-container] [--hostname NAME]
-                      [--resolv-conf FILE] [--bind SOURCE TARGET rw|ro]... [--sftp NAME=FILE]... [--bare NAMESPACE]
+                      [--bind SOURCE TARGET rw|ro]... [--sftp NAME=FILE]... [--bare NAMESPACE]
       make the jail around the working folder, which messages call FOLDER, and be its first process; standard input is the socket to
       the supervisor. Its mount namespace begins as a copy of NAMESPACE, else of the container's
   ims-jail-shell serve TIER
@@ -84,7 +84,6 @@ fn init_plan(words: &[OsString]) -> Option<Plan> {
             "--proc-of-container" => plan.proc = Proc::Container,
             "--hostname" => plan.hostname = Some(words.next()?.into()),
             "--bare" => plan.bare = Some(words.next()?.into()),
-            "--resolv-conf" => plan.resolv_conf = Some(words.next()?.into()),
             "--bind" => {
                 let (source, target) = (words.next()?.into(), words.next()?.into());
                 plan.binds.push(Bind { source, target, read_only: words.next()? == "ro" });

@@ -19,7 +19,7 @@ use crate::jail::mount_table::{
     DEV_LINKS, KERNEL_FILE_ATTRIBUTES, Missing, Mount, PROGRAMS, Proc, ROOT_ATTRIBUTES, Source, mount_table,
 };
 use crate::jail::programs;
-use crate::jail::resolv_conf::RESOLV_CONF;
+use crate::jail::resolv_conf;
 use crate::jail::tier::Tier;
 use crate::sys::mounts::{self, Detached};
 use crate::sys::tree::{Tree, kind_of};
@@ -39,8 +39,6 @@ pub struct Plan {
     pub emulated: Option<Architecture>,
     /// The jail's host name; the container's if there is none.
     pub hostname: Option<OsString>,
-    /// The file that is mounted on the image's /etc/resolv.conf.
-    pub resolv_conf: Option<PathBuf>,
     /// sftp-server with its loader and libraries: (name below [`PROGRAMS`], file of the container, not a link).
     pub sftp: Vec<(String, PathBuf)>,
     /// Bind mounts, with targets that exist and have no link on the way.
@@ -75,7 +73,7 @@ pub fn build(plan: &Plan) -> Result<Programs> {
     let table = mount_table(plan.dkms, plan.proc);
     let table = table.map(|mount| source(&mount).map(|source| (mount, source)).map_err(|e| e.attempted_on(&mount)));
     let table = table.collect::<Result<Vec<_>>>()?;
-    let resolv_conf = plan.resolv_conf.as_deref().map(copy_resolv_conf).transpose()?;
+    let resolv_conf = resolv_conf::of_container();
     let (copies, programs) = copy_programs(&plan.sftp)?;
     let binds = plan.binds.iter().map(|bind| Ok((bind, bind.copy()?))).collect::<Result<Vec<_>>>()?;
 
@@ -96,6 +94,9 @@ pub fn build(plan: &Plan) -> Result<Programs> {
             "proc" if !plan.dkms && plan.proc == Proc::New => protect_kernel_files(&jail)?,
             "run" => {
                 make_utmp(&jail)?;
+                if let Some(text) = &resolv_conf {
+                    put_resolv_conf(&jail, text)?;
+                }
                 show_root_of_init(&jail)?;
                 if plan.proc == Proc::Container {
                     show_name_of_init(&jail)?;
@@ -103,9 +104,6 @@ pub fn build(plan: &Plan) -> Result<Programs> {
             }
             _ => {}
         }
-    }
-    if let Some(copy) = resolv_conf {
-        cover_resolv_conf(&jail.root, copy)?;
     }
     show_programs(&jail, copies)?;
 
@@ -287,16 +285,15 @@ fn show_name_of_init(jail: &Jail) -> Result<()> {
     show().attempt(|| "show the init's name in /proc of the jail")
 }
 
-fn copy_resolv_conf(file: &Path) -> Result<Detached> {
-    let attributes =
-        MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOEXEC;
-    Detached::copy_of(file, false, attributes).attempt(|| format!("copy the mount of {}", file.display()))
-}
-
-/// Mounts `copy` on the image's /etc/resolv.conf: on the file, or on the link itself, wherever that points.
-fn cover_resolv_conf(root: &Tree, copy: Detached) -> Result<()> {
-    let cover = || copy.attach(root.handle(RESOLV_CONF)?);
-    cover().attempt(|| format!("mount the container's on /{RESOLV_CONF} of the image")).map(|_| ())
+/// Has links at /etc/resolv.conf that lead below /run find the container's text.
+fn put_resolv_conf(jail: &Jail, text: &[u8]) -> Result<()> {
+    for name in resolv_conf::files_below_run(&jail.root) {
+        let attempted = || format!("put the container's resolv.conf at /run/{} of the jail", name.display());
+        let (run, _) = jail.locate("run/-").attempt(attempted)?;
+        run.make_folders(name.parent().unwrap_or(Path::new(""))).attempt(attempted)?;
+        run.replace(&name, text).attempt(attempted)?;
+    }
+    Ok(())
 }
 
 /// This program's file, by the container's /proc.

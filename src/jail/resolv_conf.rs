@@ -1,8 +1,13 @@
-//! The image's /etc/resolv.conf, which is to hold the container's text while the jail is open, and its own before and after.
+//! The image's /etc/resolv.conf: it holds the container's text while the jail is open, and its own before and after.
+//!
+//! It is no mount, so that it can be renamed, removed and replaced as on a node. A link into /run is left as it is, and leads to a file in
+//! the jail's own /run. Anything else is moved aside, by rename, and a file of ours takes its place; at the end, or after a crash, it is
+//! moved back if nobody has touched that file.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use rustix::fs::{FileType, Mode, Stat};
 use sha2::Digest;
 
 use crate::error::{Advise, Attempt, Result};
@@ -11,115 +16,197 @@ use crate::sys::tree::{Tree, kind_of};
 /// The container's file, and the image's.
 pub const RESOLV_CONF: &str = "etc/resolv.conf";
 
-/// No resolv.conf is larger; what is, is not one.
+/// A larger file is not taken for one.
 const LIMIT: u64 = 1 << 20;
 
-/// How the image's file comes to hold the container's text.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum ResolvConf {
-    /// By itself: the texts are the same, or one of the two has no place.
-    AsItIs,
-    /// A copy of the container's text takes the place of the file or link that stands there.
-    Covered,
-    /// The same, and nothing stands there.
-    Made,
+/// Where links at /etc/resolv.conf lead to below /run: systemd-resolved's, SUSE's netconfig's, resolvconf's, NetworkManager's. A session can
+/// install such a program, and its next command still has to resolve names.
+const BELOW_RUN: [&str; 5] = [
+    "systemd/resolve/stub-resolv.conf",
+    "systemd/resolve/resolv.conf",
+    "netconfig/resolv.conf",
+    "resolvconf/resolv.conf",
+    "NetworkManager/resolv.conf",
+];
+
+/// The container's text; `None` where it has none.
+pub fn of_container() -> Option<Vec<u8>> {
+    std::fs::read(Path::new("/").join(RESOLV_CONF)).ok().filter(|text| text.len() as u64 <= LIMIT)
 }
 
-/// Decides on /etc/resolv.conf. `text` is the container's; `None` where it has none.
-pub fn decide(image_root: &Tree, text: Option<&[u8]>) -> Result<ResolvConf> {
-    let Some(text) = text else { return Ok(ResolvConf::AsItIs) };
+/// The files below /run that a jail gets.
+pub fn files_below_run(image_root: &Tree) -> Vec<PathBuf> {
+    BELOW_RUN.into_iter().map(PathBuf::from).chain(link_into_run(image_root)).collect()
+}
+
+/// Where a link at /etc/resolv.conf leads, if that is below /run.
+fn link_into_run(image_root: &Tree) -> Option<PathBuf> {
+    let target = image_root.leads_to(RESOLV_CONF).ok()?;
+    target.strip_prefix("run").ok().filter(|below| !below.as_os_str().is_empty()).map(Path::to_owned)
+}
+
+/// Whether a file of ours has to take the place of what stands there, for `text` to be found. `own_run` says that /run is not the image's.
+pub fn has_to_be_lent(image_root: &Tree, text: &[u8], own_run: bool) -> Result<bool> {
     let attempted = || "look at /etc/resolv.conf of the image";
     let etc = match image_root.folder("etc") {
         Ok(etc) => etc,
-        Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
-            return Ok(ResolvConf::AsItIs);
-        }
+        Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => return Ok(false),
         Err(e) => return Err(e).attempt(attempted),
     };
     Ok(match etc.look("resolv.conf").attempt(attempted)?.as_ref().map(kind_of) {
-        None => ResolvConf::Made,
-        Some("a regular file") => {
-            let same = image_root.read(RESOLV_CONF, LIMIT).is_ok_and(|own| own == text);
-            if same { ResolvConf::AsItIs } else { ResolvConf::Covered }
-        }
-        Some("a symbolic link") => ResolvConf::Covered,
-        Some(_) => ResolvConf::AsItIs,
+        None => true,
+        Some("a regular file") => !etc.read("resolv.conf", LIMIT).is_ok_and(|own| own == text),
+        Some("a symbolic link") => !(own_run && link_into_run(image_root).is_some()),
+        Some(_) => false,
     })
 }
 
-/// After a jail in which a copy was mounted: if that no longer holds the container's text, it becomes the image's own. Returns whether
-/// it did.
-pub fn keep_edited(image_root: &Tree, copy: &Path, container_text: &[u8]) -> Result<bool> {
-    let edited = std::fs::read(copy).attempt(|| format!("read {}", copy.display()))?;
-    if edited == container_text {
-        return Ok(false);
-    }
-    image_root.replace(RESOLV_CONF, &edited).attempt(|| "keep the edited /etc/resolv.conf in the image")?;
-    Ok(true)
-}
+/// Someone who lends the image a text, by the name of the directory that holds what belongs to it. The names differ because a sidecar's text
+/// stands there while environments come and go, and clean up after an earlier one.
+pub struct Lender(&'static str);
 
-/// Who puts a text into the image in the place of its own. The names are theirs alone: a sidecar's text stands there while environments
-/// come and go, and put right what an earlier one has left.
-pub struct Lender {
-    /// Where the image's own waits meanwhile. In its own folder, so that moving it there and back keeps it as it is, inode and all.
-    aside: &'static str,
-    /// The note that a text was lent, in the image root's parent: its SHA-256 in hexadecimal digits.
-    note: &'static str,
-}
-
-/// A build environment, where nothing can be mounted.
-pub const ENVIRONMENT: Lender = Lender { aside: ".ims-sshd.resolv.conf", note: ".ims-sshd.resolv-conf" };
+/// A build environment.
+pub const ENVIRONMENT: Lender = Lender(".ims-sshd.resolv.conf");
 
 /// A sidecar, for sessions of any kind.
-pub const SIDECAR: Lender = Lender { aside: ".ims-sshd.sidecar.resolv.conf", note: ".ims-sshd.sidecar.resolv-conf" };
+pub const SIDECAR: Lender = Lender(".ims-sshd.sidecar.resolv.conf");
+
+/// Directories of the image that can hold a lender's, the best first. A jail covers the first ones with its own mounts, so that no session
+/// sees what was moved aside. An image without them has no packages that could mind.
+fn places(image_root: &Tree) -> impl Iterator<Item = Tree> {
+    let covered = ["proc", "sys"].into_iter().filter_map(|name| image_root.folder_of_same_mount(name).ok());
+    covered.chain(image_root.folder("etc"))
+}
+
+/// In a lender's directory: what stood at /etc/resolv.conf; the file that is to stand there, until it does; and which one that is, its
+/// inode's number and its text's SHA-256. All of it lies in the image root, so it is the image's word: it decides on nothing but this file.
+const ORIGINAL: &str = "original";
+const NEW: &str = "new";
+const NOTE: &str = "note";
+
+/// A text that stands in the image, by descriptors: whoever renames directories meanwhile changes nothing about what is put back.
+#[derive(Debug)]
+pub struct Lent {
+    etc: Tree,
+    place: Tree,
+    name: &'static str,
+}
 
 impl Lender {
-    /// Puts `text` in the place of the image's own, and the image's own aside. Noted before it is done.
-    pub fn lend(&self, image_root: &Tree, note_folder: &Tree, text: &[u8]) -> Result<()> {
-        let attempted = || "put the container's /etc/resolv.conf into the image";
-        let advice = "the image root has to be writable and to have space";
-        note_folder.replace(self.note, digest(text).as_bytes()).attempt(attempted).advise(advice)?;
-        let put = || -> io::Result<()> {
-            let etc = image_root.folder("etc")?;
-            etc.keeping_times(|| {
-                if etc.look("resolv.conf")?.is_some() {
-                    etc.rename_to("resolv.conf", &etc, self.aside)?;
-                }
-                etc.replace("resolv.conf", text)
-            })
-        };
-        put().attempt(attempted).advise(advice)
+    /// Puts `text` in the place of the image's own.
+    pub fn lend(&self, image_root: &Tree, text: &[u8]) -> io::Result<Lent> {
+        let etc = image_root.folder("etc")?;
+        let lent = Lent { place: self.make_directory(image_root)?, etc, name: self.0 };
+        lent.put(text).inspect_err(|_| drop(lent.take_back()))?;
+        Ok(lent)
     }
 
-    /// Puts the image's own back, unless somebody has changed what was lent: then that stays. Returns nothing if nothing was lent, else
-    /// whether it was changed.
-    pub fn take_back(&self, image_root: &Tree, note_folder: &Tree) -> Result<Option<bool>> {
-        let Ok(lent) = note_folder.read(self.note, LIMIT) else { return Ok(None) };
+    /// Returns the directory in which the lender's was made.
+    fn make_directory(&self, image_root: &Tree) -> io::Result<Tree> {
+        let mut last = io::ErrorKind::NotFound.into();
+        for place in places(image_root) {
+            let made = place
+                .keeping_times(|| rustix::fs::mkdirat(&place, self.0, Mode::from_raw_mode(0o700)).map_err(Into::into));
+            match made {
+                Ok(()) => return Ok(place),
+                Err(e) => last = e,
+            }
+        }
+        Err(last)
+    }
+
+    /// Puts the image's own back where an earlier lender of this name was killed. Returns nothing if there was none, else whether what was
+    /// lent has been changed.
+    pub fn take_back(&self, image_root: &Tree) -> Result<Option<bool>> {
+        for place in places(image_root) {
+            if place.folder_without_links(self.0).is_err() {
+                continue;
+            }
+            let etc = match image_root.folder("etc") {
+                Ok(etc) => etc,
+                // A session has removed it, with all that it held.
+                Err(_) => place.folder(self.0).attempt(|| "open what was put aside")?,
+            };
+            return Lent { etc, place, name: self.0 }.take_back().map(Some);
+        }
+        Ok(None)
+    }
+}
+
+impl Lent {
+    fn directory(&self) -> io::Result<Tree> {
+        self.place.folder_without_links(self.name)
+    }
+
+    fn put(&self, text: &[u8]) -> io::Result<()> {
+        let aside = self.directory()?;
+        aside.replace(NEW, text)?;
+        let inode = aside.look(NEW)?.map_or(0, |found| found.st_ino);
+        aside.replace(NOTE, format!("{inode} {}", digest(text)).as_bytes())?;
+        self.etc.keeping_times(|| {
+            if self.etc.look("resolv.conf")?.is_some() {
+                self.etc.rename_to("resolv.conf", &aside, ORIGINAL)?;
+            }
+            aside.rename_to(NEW, &self.etc, "resolv.conf")
+        })
+    }
+
+    /// Puts the image's own back, unless somebody has changed what was lent: then that stays. Returns whether it was changed.
+    pub fn take_back(&self) -> Result<bool> {
         let put_back = || -> io::Result<bool> {
-            let etc = image_root.folder("etc")?;
-            let now = etc.look("resolv.conf")?;
-            let ours = now.as_ref().map(kind_of) == Some("a regular file")
-                && etc.read("resolv.conf", LIMIT).is_ok_and(|text| digest(&text).as_bytes() == lent);
-            let changed = now.is_some() && !ours;
-            etc.keeping_times(|| {
-                if changed {
-                    etc.remove(self.aside)?;
-                } else {
-                    etc.remove("resolv.conf")?;
-                    if etc.look(self.aside)?.is_some() {
-                        etc.rename_to(self.aside, &etc, "resolv.conf")?;
-                    }
-                }
-                Ok(changed)
-            })
+            let aside = self.directory()?;
+            let changed = self.etc.keeping_times(|| self.settle(&aside))?;
+            for name in [ORIGINAL, NEW, NOTE] {
+                aside.remove(name)?;
+            }
+            self.place.keeping_times(|| self.place.remove_folder(self.name))?;
+            Ok(changed)
         };
-        let changed = match put_back() {
-            // A session has removed /etc altogether.
-            Err(e) if e.kind() == io::ErrorKind::NotFound => true,
-            other => other.attempt(|| "put the image's own /etc/resolv.conf back")?,
+        put_back().attempt(|| "put the image's own /etc/resolv.conf back").advise("the image root has to be writable")
+    }
+
+    /// Returns whether what was lent has been changed.
+    fn settle(&self, aside: &Tree) -> io::Result<bool> {
+        let has_original = aside.look(ORIGINAL)?.is_some();
+        let note = aside.read(NOTE, LIMIT).unwrap_or_default();
+        if note.is_empty() || aside.look(NEW)?.is_some() {
+            // Killed before it was lent.
+            if has_original && self.etc.look("resolv.conf")?.is_none() {
+                aside.rename_to(ORIGINAL, &self.etc, "resolv.conf")?;
+            }
+            return Ok(false);
+        }
+        if self.is_ours("resolv.conf", &note) {
+            self.give_back("resolv.conf", aside, has_original)?;
+            return Ok(false);
+        }
+        // A session has moved it, to put another one there: it has moved the image's own.
+        for name in self.etc.names()? {
+            if let Some(name) = name.to_str().filter(|name| self.is_ours(name, &note)) {
+                self.give_back(name, aside, has_original)?;
+                break;
+            }
+        }
+        Ok(true)
+    }
+
+    /// In one step where there is an original, so that a crash leaves one of the two.
+    fn give_back(&self, name: &str, aside: &Tree, has_original: bool) -> io::Result<()> {
+        if has_original { aside.rename_over(ORIGINAL, &self.etc, name) } else { self.etc.remove(name).map(|_| ()) }
+    }
+
+    /// Whether the file of this name in /etc is the one that was lent, and as it was.
+    fn is_ours(&self, name: &str, note: &[u8]) -> bool {
+        let as_made = |found: &Stat| {
+            FileType::from_raw_mode(found.st_mode) == FileType::RegularFile
+                && (found.st_mode & 0o7777, found.st_uid, found.st_gid) == (0o644, 0, 0)
         };
-        note_folder.remove(self.note).attempt(|| format!("remove {} beside the image root", self.note))?;
-        Ok(Some(changed))
+        let Ok(Some(found)) = self.etc.look(name) else { return false };
+        let inode = format!("{} ", found.st_ino);
+        as_made(&found)
+            && note
+                .strip_prefix(inode.as_bytes())
+                .is_some_and(|noted| self.etc.read(name, LIMIT).is_ok_and(|text| digest(&text).as_bytes() == noted))
     }
 }
 
@@ -130,82 +217,224 @@ fn digest(text: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::{MetadataExt, symlink};
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 
-    #[test]
-    fn resolv_conf_is_covered_made_or_left() {
-        let dir = tempfile::tempdir().unwrap();
-        let tree = Tree::open(dir.path()).unwrap();
-        let decide = |text: Option<&[u8]>| decide(&tree, text).unwrap();
-        assert_eq!(decide(Some(b"a")), ResolvConf::AsItIs, "no /etc");
-        std::fs::create_dir(dir.path().join("etc")).unwrap();
-        let file = dir.path().join(RESOLV_CONF);
-        assert_eq!(decide(Some(b"a")), ResolvConf::Made);
-        assert_eq!(decide(None), ResolvConf::AsItIs, "the container has none");
-        std::fs::write(&file, "a").unwrap();
-        assert_eq!(decide(Some(b"a")), ResolvConf::AsItIs, "same text");
-        assert_eq!(decide(Some(b"b")), ResolvConf::Covered);
-        std::fs::remove_file(&file).unwrap();
-        symlink("/run/nowhere", &file).unwrap();
-        assert_eq!(decide(Some(b"b")), ResolvConf::Covered);
-        std::fs::remove_file(&file).unwrap();
-        std::fs::create_dir(&file).unwrap();
-        assert_eq!(decide(Some(b"b")), ResolvConf::AsItIs, "a folder cannot be covered by a file");
+    struct Image {
+        dir: tempfile::TempDir,
+        tree: Tree,
+    }
+
+    impl Image {
+        fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            for folder in ["etc", "proc"] {
+                std::fs::create_dir(dir.path().join(folder)).unwrap();
+            }
+            let tree = Tree::open(dir.path()).unwrap();
+            Self { dir, tree }
+        }
+
+        fn path(&self, name: &str) -> PathBuf {
+            self.dir.path().join(name)
+        }
+
+        fn text(&self) -> String {
+            std::fs::read_to_string(self.path(RESOLV_CONF)).unwrap()
+        }
+
+        fn write(&self, text: &str) {
+            std::fs::write(self.path(RESOLV_CONF), text).unwrap();
+        }
+
+        fn lend(&self, text: &str) -> Lent {
+            ENVIRONMENT.lend(&self.tree, text.as_bytes()).unwrap()
+        }
+
+        /// Of all that there is: names, inodes and times.
+        fn state(&self) -> Vec<(PathBuf, u64, i64, i64)> {
+            let mut found = Vec::new();
+            for folder in ["etc", "proc"] {
+                let entries = std::fs::read_dir(self.path(folder)).unwrap().map(|entry| entry.unwrap().path());
+                found.extend(entries.chain([self.path(folder)]).map(|path| {
+                    let m = std::fs::symlink_metadata(&path).unwrap();
+                    (path, m.ino(), m.mtime(), m.mtime_nsec())
+                }));
+            }
+            found.sort();
+            found
+        }
     }
 
     #[test]
-    fn what_was_lent_is_taken_back_unless_somebody_changed_it() {
-        let dir = tempfile::tempdir().unwrap();
-        let tree = Tree::open(dir.path()).unwrap();
-        let etc = dir.path().join("etc");
-        let file = etc.join("resolv.conf");
-        std::fs::create_dir(&etc).unwrap();
-        assert_eq!(ENVIRONMENT.take_back(&tree, &tree).unwrap(), None, "nothing was lent");
+    fn a_text_is_lent_where_the_image_does_not_lead_to_it_already() {
+        let image = Image::new();
+        std::fs::create_dir(image.path("run")).unwrap();
+        symlink("/run", image.path("var-run")).unwrap();
+        let lent = |own_run| has_to_be_lent(&image.tree, b"a", own_run).unwrap();
+        assert!(lent(true), "nothing stands there");
+        image.write("a");
+        assert!(!lent(true), "the same text");
+        image.write("b");
+        assert!(lent(true));
+        for (target, below) in [
+            ("/run/netconfig/resolv.conf", Some("netconfig/resolv.conf")),
+            ("../run/a/b", Some("a/b")),
+            ("../var-run/x/../c", Some("c")),
+            ("/etc/other", None),
+            ("/nowhere/resolv.conf", None),
+            ("resolv.conf", None),
+            ("/run", None),
+        ] {
+            std::fs::remove_file(image.path(RESOLV_CONF)).unwrap();
+            symlink(target, image.path(RESOLV_CONF)).unwrap();
+            assert_eq!(link_into_run(&image.tree), below.map(PathBuf::from), "{target}");
+            assert_eq!((lent(true), lent(false)), (below.is_none(), true), "{target}");
+        }
+        std::fs::remove_file(image.path(RESOLV_CONF)).unwrap();
+        std::fs::create_dir(image.path(RESOLV_CONF)).unwrap();
+        assert!(!lent(true), "a directory");
+        std::fs::remove_dir_all(image.path("etc")).unwrap();
+        assert!(!lent(true), "no /etc");
+    }
 
-        symlink("/run/netconfig/resolv.conf", &file).unwrap();
-        let state =
-            |path: &Path| std::fs::symlink_metadata(path).map(|m| (m.ino(), m.mtime(), m.mtime_nsec())).unwrap();
-        let before = (state(&etc), state(&file));
-        ENVIRONMENT.lend(&tree, &tree, b"container's").unwrap();
-        assert_eq!(std::fs::read(&file).unwrap(), b"container's");
-        assert_eq!(ENVIRONMENT.take_back(&tree, &tree).unwrap(), Some(false));
-        assert_eq!((state(&etc), state(&file)), before);
+    #[test]
+    fn an_untouched_image_gets_its_own_back_inode_and_times_alike() {
+        let shapes: [fn(&Image); 4] = [
+            |_| {},
+            |image| image.write("image's"),
+            |image| symlink("/run/netconfig/resolv.conf", image.path(RESOLV_CONF)).unwrap(),
+            |image| std::fs::remove_dir(image.path("proc")).unwrap(),
+        ];
+        for (number, shape) in shapes.iter().enumerate() {
+            let image = Image::new();
+            shape(&image);
+            let state = || if number == 3 { Vec::new() } else { image.state() };
+            let before = state();
+            let lent = image.lend("container's");
+            assert_eq!(image.text(), "container's");
+            assert_eq!(std::fs::metadata(image.path(RESOLV_CONF)).unwrap().mode() & 0o777, 0o644);
+            assert!(!lent.take_back().unwrap());
+            assert_eq!(state(), before, "{number}");
+            assert_eq!(ENVIRONMENT.take_back(&image.tree).unwrap(), None, "nothing is lent");
+            // Killed: found by its name.
+            image.lend("container's");
+            assert_eq!(ENVIRONMENT.take_back(&image.tree).unwrap(), Some(false));
+            assert_eq!(state(), before, "{number}");
+            if number == 3 {
+                assert_eq!(std::fs::read_dir(image.path("etc")).unwrap().count(), 0);
+            }
+        }
+    }
 
-        ENVIRONMENT.lend(&tree, &tree, b"container's").unwrap();
-        std::fs::write(&file, "edited").unwrap();
-        assert_eq!(ENVIRONMENT.take_back(&tree, &tree).unwrap(), Some(true));
-        assert_eq!(std::fs::read(&file).unwrap(), b"edited");
-        assert_eq!(std::fs::read_dir(&etc).unwrap().count(), 1, "nothing of ours stays beside it");
+    #[test]
+    fn a_lender_that_was_killed_at_any_step_has_lost_nothing() {
+        for step in 0..5 {
+            let image = Image::new();
+            image.write("image's");
+            let before = image.state();
+            drop(image.lend("container's"));
+            let aside = image.path("proc").join(ENVIRONMENT.0);
+            let (file, original) = (image.path(RESOLV_CONF), aside.join(ORIGINAL));
+            // Undone from the last step on.
+            if step > 0 {
+                std::fs::rename(&file, aside.join(NEW)).unwrap();
+            }
+            if step > 1 {
+                std::fs::rename(&original, &file).unwrap();
+            }
+            if step > 2 {
+                std::fs::remove_file(aside.join(NOTE)).unwrap();
+            }
+            if step > 3 {
+                std::fs::remove_file(aside.join(NEW)).unwrap();
+            }
+            assert_eq!(ENVIRONMENT.take_back(&image.tree).unwrap(), Some(false), "{step}");
+            assert_eq!(image.text(), "image's");
+            let times =
+                |state: &[(PathBuf, u64, i64, i64)]| state.iter().map(|s| (s.0.clone(), s.1)).collect::<Vec<_>>();
+            assert_eq!(times(&image.state()), times(&before), "{step}");
+        }
+    }
 
-        // Killed between the two steps.
-        ENVIRONMENT.lend(&tree, &tree, b"container's").unwrap();
-        std::fs::remove_file(&file).unwrap();
-        assert_eq!(ENVIRONMENT.take_back(&tree, &tree).unwrap(), Some(false));
-        assert_eq!(std::fs::read(&file).unwrap(), b"edited");
+    type Action = (fn(&Image), Option<&'static str>);
 
-        std::fs::remove_file(&file).unwrap();
-        ENVIRONMENT.lend(&tree, &tree, b"container's").unwrap();
-        assert_eq!(ENVIRONMENT.take_back(&tree, &tree).unwrap(), Some(false));
-        assert!(!file.exists(), "there was none");
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "the note is gone");
+    #[test]
+    fn what_a_session_has_done_to_the_file_is_the_images() {
+        let replaced = |image: &Image, text: &str| {
+            std::fs::write(image.path("etc/new"), text).unwrap();
+            std::fs::rename(image.path("etc/new"), image.path(RESOLV_CONF)).unwrap();
+        };
+        let actions: [Action; 5] = [
+            (|image| image.write("edited"), Some("edited")),
+            (|image| std::fs::remove_file(image.path(RESOLV_CONF)).unwrap(), None),
+            (
+                |image| std::fs::set_permissions(image.path(RESOLV_CONF), PermissionsExt::from_mode(0o600)).unwrap(),
+                Some("container's"),
+            ),
+            (|image| std::fs::rename(image.path(RESOLV_CONF), image.path("etc/moved")).unwrap(), None),
+            (
+                |image| {
+                    std::fs::rename(image.path(RESOLV_CONF), image.path("etc/moved")).unwrap();
+                    image.write("new");
+                },
+                Some("new"),
+            ),
+        ];
+        for (number, (act, wanted)) in actions.iter().enumerate() {
+            for own in [Some("image's"), None] {
+                let image = Image::new();
+                if let Some(own) = own {
+                    image.write(own);
+                }
+                let lent = image.lend("container's");
+                act(&image);
+                assert!(lent.take_back().unwrap(), "{number}");
+                assert_eq!(std::fs::read_to_string(image.path(RESOLV_CONF)).ok().as_deref(), *wanted, "{number}");
+                // What was moved was the image's.
+                let moved = std::fs::read_to_string(image.path("etc/moved")).ok();
+                assert_eq!(moved.as_deref(), own.filter(|_| number > 2), "{number}");
+                assert_eq!(std::fs::read_dir(image.path("proc")).unwrap().count(), 0);
+            }
+        }
+        let image = Image::new();
+        image.write("image's");
+        let lent = image.lend("container's");
+        replaced(&image, "container's");
+        assert!(lent.take_back().unwrap(), "another file of the same text");
+        assert_eq!(image.text(), "container's");
+        let lent = image.lend("again");
+        std::fs::remove_dir_all(image.path("etc")).unwrap();
+        assert!(lent.take_back().unwrap(), "with all of /etc");
+        std::fs::create_dir(image.path("etc")).unwrap();
+        image.lend("again");
+        std::fs::remove_dir_all(image.path("etc")).unwrap();
+        assert_eq!(ENVIRONMENT.take_back(&image.tree).unwrap(), Some(true));
+        assert_eq!(std::fs::read_dir(image.path("proc")).unwrap().count(), 0);
     }
 
     #[test]
     fn what_a_sidecar_lent_stays_while_environments_come_and_go() {
-        let dir = tempfile::tempdir().unwrap();
-        let tree = Tree::open(dir.path()).unwrap();
-        let etc = dir.path().join("etc");
-        let file = etc.join("resolv.conf");
-        std::fs::create_dir(&etc).unwrap();
-        std::fs::write(&file, "image's").unwrap();
-        SIDECAR.lend(&tree, &tree, b"pod's").unwrap();
-        assert_eq!(ENVIRONMENT.take_back(&tree, &tree).unwrap(), None, "an environment that begins");
-        ENVIRONMENT.lend(&tree, &tree, b"container's").unwrap();
-        assert_eq!(std::fs::read(&file).unwrap(), b"container's");
-        assert_eq!(ENVIRONMENT.take_back(&tree, &tree).unwrap(), Some(false));
-        assert_eq!(std::fs::read(&file).unwrap(), b"pod's");
-        assert_eq!(SIDECAR.take_back(&tree, &tree).unwrap(), Some(false));
-        assert_eq!(std::fs::read(&file).unwrap(), b"image's");
-        assert_eq!((std::fs::read_dir(&etc).unwrap().count(), std::fs::read_dir(dir.path()).unwrap().count()), (1, 1));
+        let image = Image::new();
+        image.write("image's");
+        let before = image.state();
+        SIDECAR.lend(&image.tree, b"pod's").unwrap();
+        assert_eq!(ENVIRONMENT.take_back(&image.tree).unwrap(), None, "an environment that begins");
+        image.lend("container's");
+        assert_eq!(image.text(), "container's");
+        assert_eq!(ENVIRONMENT.take_back(&image.tree).unwrap(), Some(false));
+        assert_eq!(image.text(), "pod's");
+        assert_eq!(SIDECAR.take_back(&image.tree).unwrap(), Some(false));
+        assert_eq!(image.state(), before);
+    }
+
+    #[test]
+    fn a_directory_that_an_image_brings_leads_nothing_out_of_it() {
+        let outside = tempfile::tempdir().unwrap();
+        std::fs::write(outside.path().join(ORIGINAL), "outside").unwrap();
+        let image = Image::new();
+        symlink(outside.path(), image.path("proc").join(ENVIRONMENT.0)).unwrap();
+        assert_eq!(ENVIRONMENT.take_back(&image.tree).unwrap(), None);
+        image.lend("container's").take_back().unwrap();
+        assert_eq!(std::fs::read_to_string(outside.path().join(ORIGINAL)).unwrap(), "outside");
     }
 }

@@ -1,5 +1,6 @@
 //! The jail as the supervisor has it: made, recorded, watched, ended, and no trace of it left in the image root.
 
+use std::io::ErrorKind;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -11,13 +12,13 @@ use nix::unistd::{Pid, getpid};
 use rustix::event::{PollFd, PollFlags};
 
 use crate::error::{Attempt, Error, Result};
-use crate::jail::additions::{self, Addition, Kind, Made};
+use crate::jail::additions::{self, Made};
 use crate::jail::architecture::Architecture;
 use crate::jail::binds::{self, Bind};
 use crate::jail::link::{Link, Message};
 use crate::jail::mount_table::{Proc, mount_table};
 use crate::jail::record::Record;
-use crate::jail::resolv_conf::{self, RESOLV_CONF, ResolvConf};
+use crate::jail::resolv_conf::{self, ENVIRONMENT, Lent};
 use crate::jail::tier::Tier;
 use crate::lifecycle::processes::KILL_TIME;
 use crate::lifecycle::state::StateFolder;
@@ -72,8 +73,8 @@ pub struct OpenJail {
     helper: OwnedFd,
     /// The init's inotify, closed in the background.
     events: OwnedFd,
-    /// The container's resolv.conf when the jail was made, if a copy of it is mounted.
-    resolv_conf: Option<Vec<u8>>,
+    /// The container's resolv.conf, where the image has it for as long as the jail is open.
+    lent: Option<Lent>,
 }
 
 /// A jail is made in milliseconds, or never.
@@ -91,18 +92,19 @@ impl OpenJail {
         } else {
             additions::mount_points(wanted.image_root, mount_table(wanted.dkms, wanted.proc))?
         };
-        let text = std::fs::read(Path::new("/").join(RESOLV_CONF)).ok();
-        let decision = resolv_conf::decide(wanted.image_root, text.as_deref())?;
-        if decision == ResolvConf::Made && !chrooted {
-            lacking.push(Addition { path: RESOLV_CONF.into(), kind: Kind::File });
-        }
-        let text = text.filter(|_| decision != ResolvConf::AsItIs);
+        let text = match resolv_conf::of_container() {
+            Some(text) if resolv_conf::has_to_be_lent(wanted.image_root, &text, !chrooted)? => Some(text),
+            _ => None,
+        };
         let (placed, lacking_for_binds) = binds::place(wanted.image_root, wanted.tier, wanted.binds)?;
         lacking.extend(lacking_for_binds);
         let wanted = &Wanted { binds: &placed, ..wanted.clone() };
         let made = Made::make(wanted.image_root, wanted.note_folder, lacking)?;
-        let opened = prepare_files(wanted, state, text.as_deref()).and_then(|resolv_conf| {
-            let (init, link, mut doors, mut events) = start(wanted, resolv_conf)?;
+        let opened = text.map_or(Ok(None), |text| lend(wanted.image_root, &text)).and_then(|lent| {
+            if chrooted {
+                copy_sftp_server(wanted, state)?;
+            }
+            let (init, link, mut doors, mut events) = start(wanted)?;
             let (Some(helper), Some(events)) = (doors.pop(), events.pop()) else {
                 return Err(Error::new("make the jail").because("its init is of another version"));
             };
@@ -113,7 +115,6 @@ impl OpenJail {
             let ended = || Error::new("make the jail").because("its init ended at once");
             let identity = Identity::of(init).ok_or_else(ended)?;
             let handle = Handle::open(identity).map_err(|_| ended())?;
-            let text = text.filter(|_| !chrooted);
             let jail = Self {
                 without_devices: made.without_devices,
                 tier: wanted.tier,
@@ -122,7 +123,7 @@ impl OpenJail {
                 doors,
                 helper,
                 events,
-                resolv_conf: text,
+                lent,
             };
             jail.record(wanted, identity, state).inspect_err(|_| drop(jail.end()))?;
             Ok(jail)
@@ -194,27 +195,22 @@ impl OpenJail {
         Ok(())
     }
 
-    /// Removes the jail's traces from the image root, after its end: keeps an edited resolv.conf, removes what was added.
-    pub fn clear(self, image_root: &Tree, note_folder: &Tree, state: &StateFolder) -> Result<()> {
-        let edited = match &self.resolv_conf {
-            Some(text) => resolv_conf::keep_edited(image_root, &state.resolv_conf(), text),
-            None => Ok(false),
-        };
-        if matches!(edited, Ok(true)) {
-            tracing::info!("{RESOLV_CONF_EDITED}");
-        }
+    /// Removes the jail's traces from the image root, after its end: puts its resolv.conf back, removes what was added.
+    pub fn clear(self, image_root: &Tree, note_folder: &Tree) -> Result<()> {
         let events = self.events;
         std::thread::spawn(move || drop(events));
-        clear_image_root(image_root, note_folder)?;
-        edited.map(|_| ())
+        if self.lent.as_ref().map(Lent::take_back).transpose()? == Some(true) {
+            tracing::info!("{RESOLV_CONF_EDITED}");
+        }
+        clear_image_root(image_root, note_folder).map(|_| ())
     }
 }
 
-const RESOLV_CONF_EDITED: &str = "a session edited /etc/resolv.conf: its text is kept in the image";
+const RESOLV_CONF_EDITED: &str = "a session changed /etc/resolv.conf: it stays in the image as it is";
 
 /// Removes what was noted, by this environment or by an earlier one that was killed. Returns whether there was anything.
 pub fn clear_image_root(image_root: &Tree, note_folder: &Tree) -> Result<bool> {
-    let lent = resolv_conf::ENVIRONMENT.take_back(image_root, note_folder)?;
+    let lent = ENVIRONMENT.take_back(image_root)?;
     if lent == Some(true) {
         tracing::info!("{RESOLV_CONF_EDITED}");
     }
@@ -231,29 +227,36 @@ pub fn clear_image_root(image_root: &Tree, note_folder: &Tree) -> Result<bool> {
     Ok(found)
 }
 
-/// What the jail is made with beside the image root: the container's resolv.conf, as a copy that is mounted (returned) or put into the
-/// image; and sftp-server where nothing can be mounted.
-fn prepare_files(wanted: &Wanted<'_>, state: &StateFolder, resolv_conf: Option<&[u8]>) -> Result<Option<PathBuf>> {
-    if wanted.tier == Tier::Chroot {
-        if let Some(text) = resolv_conf {
-            resolv_conf::ENVIRONMENT.lend(wanted.image_root, wanted.note_folder, text)?;
+/// Puts the container's resolv.conf into the image. One that cannot be written to is entered all the same.
+fn lend(image_root: &Tree, text: &[u8]) -> Result<Option<Lent>> {
+    match ENVIRONMENT.lend(image_root, text) {
+        Err(e)
+            if matches!(
+                e.kind(),
+                ErrorKind::ReadOnlyFilesystem | ErrorKind::StorageFull | ErrorKind::QuotaExceeded
+            ) =>
+        {
+            tracing::warn!("cannot {LEND}: {e}; names are resolved as the image says");
+            Ok(None)
         }
-        let folder = state.sftp();
-        let copy = || -> std::io::Result<()> {
-            std::fs::create_dir_all(&folder)?;
-            wanted.sftp.iter().try_for_each(|(name, file)| std::fs::copy(file, folder.join(name)).map(|_| ()))
-        };
-        return copy().attempt(|| format!("copy sftp-server to {}", folder.display())).map(|()| None);
+        other => other.attempt(|| LEND).map(Some),
     }
-    let Some(text) = resolv_conf else { return Ok(None) };
-    // A copy: what a session writes into it must not reach the container's.
-    let path = state.resolv_conf();
-    std::fs::write(&path, text).attempt(|| format!("write {}", path.display()))?;
-    Ok(Some(path))
+}
+
+const LEND: &str = "put the container's /etc/resolv.conf into the image";
+
+/// For a jail in which nothing can be mounted.
+fn copy_sftp_server(wanted: &Wanted<'_>, state: &StateFolder) -> Result<()> {
+    let folder = state.sftp();
+    let copy = || -> std::io::Result<()> {
+        std::fs::create_dir_all(&folder)?;
+        wanted.sftp.iter().try_for_each(|(name, file)| std::fs::copy(file, folder.join(name)).map(|_| ()))
+    };
+    copy().attempt(|| format!("copy sftp-server to {}", folder.display()))
 }
 
 /// Starts the init. Returns it, the socket to it, and the descriptors that come with [`Message::Made`] and [`Message::Ready`].
-fn start(wanted: &Wanted<'_>, resolv_conf: Option<PathBuf>) -> Result<(Pid, Link, Vec<OwnedFd>, Vec<OwnedFd>)> {
+fn start(wanted: &Wanted<'_>) -> Result<(Pid, Link, Vec<OwnedFd>, Vec<OwnedFd>)> {
     let program = program()?;
     let attempted = || format!("start {}", program.display());
     let (ours, theirs) = Link::pair().attempt(|| "make a socket to the jail's init")?;
@@ -278,9 +281,6 @@ fn start(wanted: &Wanted<'_>, resolv_conf: Option<PathBuf>) -> Result<(Pid, Link
     }
     if let Some(name) = wanted.hostname {
         command.args(["--hostname", name]);
-    }
-    if let Some(file) = resolv_conf {
-        command.arg("--resolv-conf").arg(file);
     }
     for Bind { source, target, read_only } in wanted.binds {
         command.arg("--bind").args([source, target]).arg(if *read_only { "ro" } else { "rw" });

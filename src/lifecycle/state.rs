@@ -95,11 +95,6 @@ impl StateFolder {
         self.path.join("sshd")
     }
 
-    /// The copy of the container's resolv.conf that the jail sees.
-    pub fn resolv_conf(&self) -> PathBuf {
-        self.path.join("resolv.conf")
-    }
-
     /// sftp-server with what it needs, for a jail in which nothing can be mounted.
     pub fn sftp(&self) -> PathBuf {
         self.path.join("sftp")

@@ -489,7 +489,7 @@ impl<F: FnOnce()> Supervisor<F> {
 
     fn remake_jail(&mut self) -> Result<()> {
         if let (Some(jail), Some(files), Some(image_root)) = (self.jail.take(), &self.files, &self.image_root) {
-            jail.clear(image_root, files.parent(), &self.state)?;
+            jail.clear(image_root, files.parent())?;
         }
         self.make_jail()
     }
@@ -536,7 +536,7 @@ impl<F: FnOnce()> Supervisor<F> {
         };
         if let (Some(files), Some(image_root)) = (&self.files, &self.image_root) {
             if let Some(jail) = self.jail.take() {
-                note(jail.clear(image_root, files.parent(), &self.state));
+                note(jail.clear(image_root, files.parent()));
             }
             let path: PathBuf = files.path().join(self.settings.image_root());
             note(processes::unmount_below(&path));

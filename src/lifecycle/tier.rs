@@ -113,7 +113,7 @@ impl Ground {
         let without_devices = jail.without_devices;
         jail.end()?;
         // With the mount points go the mounts: the kernel takes them down in all namespaces.
-        jail.clear(&self.image_root, &self.note_folder, &self.state)?;
+        jail.clear(&self.image_root, &self.note_folder)?;
         entered?;
         Ok(Trial { without_devices, bare: bare? })
     }

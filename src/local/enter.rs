@@ -258,7 +258,7 @@ impl Session {
             terminal.restore();
         }
         drop(emulation);
-        jail.clear(&tree, &notes, &state)?;
+        jail.clear(&tree, &notes)?;
         state.remove()?;
         local::remove_folder(run.path())?;
         all_ended?;

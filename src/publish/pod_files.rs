@@ -4,8 +4,6 @@ use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-use rustix::fs::Mode;
-
 use crate::error::{Attempt, Error, Result};
 use crate::sshd::FOR_MANY_CLIENTS;
 use crate::sys::tree::Tree;
@@ -25,16 +23,7 @@ const SSHD_CONFIG: &str = "Port 22\nLogLevel INFO\nPermitRootLogin yes\nPubkeyAu
 pub fn put_authorities(image_root: &Tree, folder: &Path) -> Result<()> {
     let attempted = || format!("put {} into the image", folder.display());
     let Ok(entries) = std::fs::read_dir(folder) else { return Ok(()) };
-    let mut path = String::new();
-    for name in AUTHORITIES.split('/') {
-        // Of one name at a time: on a longer way the kernel would follow the image's links out of it.
-        let above = image_root.folder(if path.is_empty() { "." } else { &path }).attempt(attempted)?;
-        match rustix::fs::mkdirat(&above, name, Mode::from_raw_mode(0o755)) {
-            Ok(()) | Err(rustix::io::Errno::EXIST) => {}
-            Err(e) => return Err(e).attempt(attempted),
-        }
-        path = format!("{path}{name}/");
-    }
+    image_root.make_folders(AUTHORITIES).attempt(attempted)?;
     for entry in entries {
         let file = entry.attempt(attempted)?.path();
         let name = file.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
@@ -42,9 +31,9 @@ pub fn put_authorities(image_root: &Tree, folder: &Path) -> Result<()> {
             continue;
         }
         let text = std::fs::read(&file).attempt(|| format!("read {}", file.display()))?;
-        image_root.replace(format!("{path}{name}"), &text).attempt(attempted)?;
-        if name != AUTHORITY && image_root.look(format!("{path}{AUTHORITY}")).attempt(attempted)?.is_none() {
-            image_root.replace(format!("{path}{AUTHORITY}"), &text).attempt(attempted)?;
+        image_root.replace(format!("{AUTHORITIES}/{name}"), &text).attempt(attempted)?;
+        if name != AUTHORITY && image_root.look(format!("{AUTHORITIES}/{AUTHORITY}")).attempt(attempted)?.is_none() {
+            image_root.replace(format!("{AUTHORITIES}/{AUTHORITY}"), &text).attempt(attempted)?;
         }
     }
     Ok(())

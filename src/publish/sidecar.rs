@@ -8,7 +8,7 @@ use rustix::event::{PollFd, PollFlags};
 use serde_json::json;
 
 use crate::error::{Attempt, Error, Result};
-use crate::jail::resolv_conf::{self, RESOLV_CONF, ResolvConf, SIDECAR};
+use crate::jail::resolv_conf::{self, ENVIRONMENT, RESOLV_CONF, SIDECAR};
 use crate::lifecycle::environment;
 use crate::lifecycle::settings::Action;
 use crate::lifecycle::signal_files::{BUILD_FAILED, EXITING, LOOK_EVERY, READY, SSHD_LISTENING, SignalFiles, Watch};
@@ -162,10 +162,12 @@ impl<'a> Sidecar<'a> {
                     self.let_open(image_root.as_ref(), action)?;
                 }
                 let ended = self.shell(image_root.as_ref())?;
-                if let Some(image_root) = &image_root
-                    && SIDECAR.take_back(image_root, self.files.parent())? == Some(true)
-                {
-                    tracing::info!("/{RESOLV_CONF} of the image was changed, and stays as it is");
+                if let Some(image_root) = &image_root {
+                    // An environment that was killed has left its own above it.
+                    ENVIRONMENT.take_back(image_root)?;
+                    if SIDECAR.take_back(image_root)? == Some(true) {
+                        tracing::info!("/{RESOLV_CONF} of the image was changed, and stays as it is");
+                    }
                 }
                 if ended == Ended::Failed {
                     return self.end_as_failed(action);
@@ -222,7 +224,7 @@ impl<'a> Sidecar<'a> {
     fn let_open(&mut self, image_root: Option<&Tree>, action: Action) -> Result<()> {
         if let (Action::Customize, Some(image_root)) = (action, image_root) {
             pod_files::put_authorities(image_root, &self.places.authorities)?;
-            self.lend_resolv_conf(image_root)?;
+            Self::lend_resolv_conf(image_root)?;
         }
         let keys = &self.places.authorized_keys;
         let keys = std::fs::read_to_string(keys).attempt(|| format!("read the public keys in {}", keys.display()))?;
@@ -241,13 +243,15 @@ impl<'a> Sidecar<'a> {
     }
 
     /// The pod's name servers for the image, until the environment has ended.
-    fn lend_resolv_conf(&self, image_root: &Tree) -> Result<()> {
-        let parent = self.files.parent();
+    fn lend_resolv_conf(image_root: &Tree) -> Result<()> {
         // An earlier run was killed amid this.
-        SIDECAR.take_back(image_root, parent)?;
-        let text = std::fs::read(Path::new("/").join(RESOLV_CONF)).ok();
-        match (resolv_conf::decide(image_root, text.as_deref())?, text) {
-            (ResolvConf::Covered | ResolvConf::Made, Some(text)) => SIDECAR.lend(image_root, parent, &text),
+        SIDECAR.take_back(image_root)?;
+        match resolv_conf::of_container() {
+            // In plain mode, /run is the image's.
+            Some(text) if resolv_conf::has_to_be_lent(image_root, &text, false)? => {
+                let lent = SIDECAR.lend(image_root, &text);
+                lent.attempt(|| "put the pod's /etc/resolv.conf into the image").map(|_| ())
+            }
             _ => Ok(()),
         }
     }

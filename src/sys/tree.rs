@@ -93,6 +93,12 @@ impl Tree {
         Ok(Tree { folder: self.open_without_links(path, flags)? })
     }
 
+    /// The same, on whose way nothing is mounted (EXDEV) either: names can be moved from there to the tree's other directories.
+    pub fn folder_of_same_mount(&self, path: impl AsRef<Path>) -> io::Result<Tree> {
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
+        Ok(Tree { folder: self.resolve(path.as_ref(), OFlags::PATH | OFlags::DIRECTORY, Mode::empty(), resolve)? })
+    }
+
     /// A handle on the object `path`, on whose way nothing is a link (ELOOP); the object itself may be one.
     pub fn handle_without_links(&self, path: impl AsRef<Path>) -> io::Result<OwnedFd> {
         self.open_without_links(path, OFlags::PATH | OFlags::NOFOLLOW)
@@ -295,6 +301,11 @@ impl Tree {
         .map_err(Into::into)
     }
 
+    /// Gives the file `from` of this directory the name `to` of `tree`, in the place of what has it.
+    pub fn rename_over(&self, from: &str, tree: &Tree, to: &str) -> io::Result<()> {
+        rustix::fs::renameat(&self.folder, from, &tree.folder, to).map_err(Into::into)
+    }
+
     /// Gives the file `from` of this folder a second name, `to` below `tree`, if nothing has that. Needs no inode on most disks.
     pub fn link_to(&self, from: &str, tree: &Tree, to: impl AsRef<Path>) -> io::Result<()> {
         let (folder, name) = tree.parent_of(to.as_ref())?;
@@ -321,6 +332,20 @@ impl Tree {
     /// Removes the empty folder `path`; nothing there is no error. Returns whether something was removed.
     pub fn remove_folder(&self, path: impl AsRef<Path>) -> io::Result<bool> {
         self.unlink(path.as_ref(), AtFlags::REMOVEDIR)
+    }
+
+    /// Makes the directory `path` (mode 0755), and those above it, as far as they are missing.
+    pub fn make_folders(&self, path: impl AsRef<Path>) -> io::Result<()> {
+        let ancestors: Vec<_> = path.as_ref().ancestors().filter(|path| path.file_name().is_some()).collect();
+        for path in ancestors.into_iter().rev() {
+            // One name at a time: on a longer way the kernel would follow links out of the tree.
+            let (above, name) = self.parent_of(path)?;
+            match rustix::fs::mkdirat(&above, name, Mode::from_raw_mode(0o755)) {
+                Ok(()) | Err(Errno::EXIST) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(())
     }
 
     /// Makes the folder `path` (mode 0755), or the empty file `path`, and leaves its parent's times as they were.

@@ -672,10 +672,8 @@ fn what_a_killed_entrypoint_left_is_found_told_and_cleared() {
         for name in ["sshd_listening", ".ims-sshd.reserve-1", ".ims-sshd.reserve-3"] {
             volume.touch(name);
         }
-        std::fs::write(volume.signal(".ims-sshd.additions"), "folder proc\nfolder dev\nfile etc/resolv.conf\n")
-            .unwrap();
+        std::fs::write(volume.signal(".ims-sshd.additions"), "folder proc\nfolder dev\n").unwrap();
         std::fs::create_dir(volume.image_root.join("proc")).unwrap();
-        std::fs::write(volume.image_root.join("etc/resolv.conf"), "").unwrap();
         // The record of a jail whose init is no more: this number belongs to somebody else now.
         let mut somebody = Outsider::start(Command::new("sleep").arg("97010"));
         let folder = ims_sshd::lifecycle::state::StateFolder::place(&volume.parent);

@@ -185,7 +185,7 @@ fn what_a_match_block_says_of_another_address_gives_way_to_the_jail() {
             assert!(said.contains(&format!("\n{line}")), "{client}: no '{line}' in {said}");
         }
     }
-    assert_eq!(environment.says("cat /proc/1/comm"), "ims-jail-init");
+    assert_eq!(environment.says("cat /proc/1/comm"), "init");
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! The tiers of the jail: what a session has in each, and what each leaves behind.
 
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -110,31 +110,6 @@ fn a_user_namespace_holds_what_the_tier_says() {
     let chmod = environment.run("chmod 600 /dev/null");
     assert!(text(&chmod.stderr).contains("Read-only file system"), "the container's node: {chmod:?}");
     assert_eq!(std::fs::metadata("/dev/null").unwrap().permissions().mode() & 0o777, 0o666);
-}
-
-#[test]
-fn nodes_and_a_lent_resolv_conf_of_the_chroot_tier_are_gone_after_a_kill_too() {
-    let volume = Volume::new(Image::Busybox);
-    let own = volume.image_root.join("etc/resolv.conf");
-    std::os::unix::fs::symlink("/run/netconfig/resolv.conf", &own).unwrap();
-    std::fs::create_dir(volume.image_root.join("dev")).unwrap();
-    let before = digest(&volume.image_root);
-    let mut environment = volume.start_with(Mode::Jailed, &[("IMS_JAIL_TIER", "chroot")]).ready();
-    let null = environment.image_root.join("dev/null");
-    assert!(std::fs::metadata(&null).unwrap().file_type().is_char_device());
-    assert!(std::fs::read_link(&own).is_err(), "the container's text stands there");
-    environment.entrypoint.kill().unwrap();
-    environment.end();
-    let Environment { volume, .. } = &environment;
-    let again = volume.entrypoint(Mode::Jailed, &[("IMS_JAIL_TIER", "chroot")]).spawn().unwrap();
-    environment.entrypoint = again;
-    environment.status = None;
-    wait_until("the second environment to be open", || {
-        environment.log_text().matches("the environment is open").count() == 2
-    });
-    assert!(environment.log_text().contains("what it had added to the image"), "{}", environment.log_text());
-    assert_eq!(environment.complete(), 0);
-    assert_eq!(digest(&environment.image_root), before);
 }
 
 #[test]
