@@ -20,6 +20,7 @@ use crate::jail::mount_table::{
 };
 use crate::jail::programs;
 use crate::jail::resolv_conf;
+use crate::jail::run;
 use crate::jail::tier::Tier;
 use crate::sys::mounts::{self, Detached};
 use crate::sys::tree::{Tree, kind_of};
@@ -74,6 +75,7 @@ pub fn build(plan: &Plan) -> Result<Programs> {
     let table = table.map(|mount| source(&mount).map(|source| (mount, source)).map_err(|e| e.attempted_on(&mount)));
     let table = table.collect::<Result<Vec<_>>>()?;
     let resolv_conf = resolv_conf::of_container();
+    let of_boot = run::of_boot(&place);
     let (copies, programs) = copy_programs(&plan.sftp)?;
     let binds = plan.binds.iter().map(|bind| Ok((bind, bind.copy()?))).collect::<Result<Vec<_>>>()?;
 
@@ -97,6 +99,8 @@ pub fn build(plan: &Plan) -> Result<Programs> {
                 if let Some(text) = &resolv_conf {
                     put_resolv_conf(&jail, text)?;
                 }
+                // After what has to be there: what the image has instead could be anything.
+                run::make(jail.locate("run/-").attempt(|| "furnish /run of the jail")?.0, &of_boot);
                 show_root_of_init(&jail)?;
                 if plan.proc == Proc::Container {
                     show_name_of_init(&jail)?;

@@ -16,4 +16,5 @@ pub mod programs;
 pub mod record;
 pub mod refused_calls;
 pub mod resolv_conf;
+pub mod run;
 pub mod tier;

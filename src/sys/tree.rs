@@ -407,9 +407,14 @@ impl Tree {
 
     /// What the folder holds, by name.
     pub fn names(&self) -> io::Result<Vec<OsString>> {
+        self.first_names(usize::MAX)
+    }
+
+    /// The first `most` of them, in no order.
+    pub fn first_names(&self, most: usize) -> io::Result<Vec<OsString>> {
         let entries = rustix::fs::Dir::read_from(self.reopen()?)?;
         let names = entries.map(|entry| Ok(OsStr::from_bytes(entry?.file_name().to_bytes()).to_owned()));
-        names.filter(|name| !name.as_ref().is_ok_and(|name| name == "." || name == "..")).collect()
+        names.filter(|name| !name.as_ref().is_ok_and(|name| name == "." || name == "..")).take(most).collect()
     }
 
     /// Writes all that the tree's file system still holds in memory to its disk (`syncfs`).

@@ -99,18 +99,19 @@ fn ansible_finds_the_service_manager_that_the_booted_node_has() {
                 }
             }
             let environment = open(volume, tier);
-            for ansible in ["/usr/bin/ansible".into(), cache().join("ansible-core/bin/ansible")] {
-                let facts = service_manager(&environment, &ansible);
+            for program in ["/usr/bin/ansible".into(), cache().join("ansible-core/bin/ansible")] {
+                let facts = ansible(&environment, &program, "setup", "filter=ansible_service_mgr");
                 assert!(facts.contains(&format!("\"ansible_service_mgr\": \"{wanted}\"")), "{name}, {tier}: {facts}");
             }
         }
     }
 }
 
-fn service_manager(environment: &Environment, ansible: &Path) -> String {
+/// One module of Ansible, which has to succeed.
+fn ansible(environment: &Environment, ansible: &Path, module: &str, arguments: &str) -> String {
     let home = tempfile::tempdir().unwrap();
     let mut command = Command::new(ansible);
-    command.args(["-i", "127.0.0.1,", "-m", "setup", "-a", "filter=ansible_service_mgr", "-u", "root", "all"]);
+    command.args(["-i", "127.0.0.1,", "-m", module, "-a", arguments, "-u", "root", "all"]);
     let options = environment.ssh_options().join(" ");
     command.args(["-e", &format!("ansible_port={} ansible_python_interpreter=/usr/bin/python3", environment.port)]);
     command.args(["--ssh-common-args", &options]);
@@ -126,4 +127,67 @@ fn a_jail_with_the_containers_proc_shows_the_jails_init_too() {
     let environment = open(volume, "user");
     assert!(environment.log_text().contains("/proc is the container's"), "{}", environment.log_text());
     assert_eq!(environment.says("cat /proc/1/comm; env -i systemctl restart cron; echo $?"), "systemd\n0");
+}
+
+#[test]
+fn run_holds_what_a_boot_would_have_made() {
+    // Of the image that was not booted, systemd's own program makes it.
+    let booted = Volume::new(Image::Node);
+    let prepare = |volume: &Volume| {
+        let root = &volume.image_root;
+        let rules = "d /run/munge 0755 games games -\nD! /var/run/spool/in 2775 root mail 1d\nL /run/linked - - - - /dev/shm\n\
+            d /run/../srv/outside 0755\nd /srv/outside 0755\nd /run/nobody 0755 no-such-user root -\n";
+        std::fs::write(root.join("usr/lib/tmpfiles.d/tests.conf"), rules).unwrap();
+        std::fs::write(root.join("usr/lib/tmpfiles.d/masked.conf"), "d /run/masked 0755 root root -\n").unwrap();
+        std::fs::create_dir_all(root.join("etc/tmpfiles.d")).unwrap();
+        symlink("/dev/null", root.join("etc/tmpfiles.d/masked.conf")).unwrap();
+    };
+    prepare(&booted);
+    let mut tmpfiles = Command::new("systemd-tmpfiles");
+    tmpfiles.arg(format!("--root={}", booted.image_root.display()));
+    // Of a rule that cannot be carried out, it tells by its exit code.
+    let _ = tmpfiles.args(["--create", "--boot", "--prefix=/run", "--prefix=/var/run"]).output().unwrap();
+    const FIND: &str = "cd /run && find . -mindepth 1 \\( -type d -o -type l \\) -printf '%P %y %m %U:%G %l\\n' | sort";
+    let wanted = in_chroot(&booted.image_root, FIND);
+    let wanted = text(wanted.stdout);
+    assert!(wanted.contains("munge d 755 5:60") && !wanted.contains("masked"), "{wanted}");
+    for tier in JAILED {
+        let volume = Volume::new(Image::Node);
+        prepare(&volume);
+        std::fs::create_dir_all(volume.image_root.join("run/left/over")).unwrap();
+        std::fs::write(volume.image_root.join("run/left/over/file"), "the image's own\n").unwrap();
+        let before = digest(&volume.image_root.join("run"));
+        let mut environment = open(volume, tier);
+        let got = environment.says(FIND);
+        let lacking: Vec<_> =
+            wanted.lines().filter(|line| !got.lines().any(|found| found.trim_end() == line.trim_end())).collect();
+        assert!(lacking.is_empty(), "{tier}: {lacking:#?} are not in {got}");
+        assert!(
+            !got.contains("masked") && !got.contains("nobody") && !got.contains("systemd/system d"),
+            "{tier}: {got}"
+        );
+        assert_eq!(
+            environment.says("flock /var/lock/x echo locked; cat /run/left/over/file"),
+            "locked\nthe image's own"
+        );
+        assert_eq!(environment.says("ls /srv"), "", "{tier}: nothing outside /run is made");
+        assert_eq!(environment.complete(), 0);
+        assert_eq!(differences(&before, &digest(&environment.image_root.join("run"))), [""; 0], "{tier}");
+    }
+}
+
+#[test]
+fn ansible_validates_a_configuration_of_sshd_as_on_a_node() {
+    for tier in JAILED {
+        let environment = open(Volume::new(Image::Managed), tier);
+        environment.says("ssh-keygen -q -A");
+        let controller = tempfile::tempdir().unwrap();
+        std::fs::write(controller.path().join("sshd_config"), "PermitRootLogin no\n").unwrap();
+        let copy = format!(
+            "src={}/sshd_config dest=/etc/ssh/sshd_config validate='/usr/sbin/sshd -t -f %s'",
+            controller.path().display()
+        );
+        ansible(&environment, Path::new("/usr/bin/ansible"), "copy", &copy);
+        assert_eq!(environment.says("cat /etc/ssh/sshd_config"), "PermitRootLogin no", "{tier}");
+    }
 }

@@ -1,0 +1,288 @@
+//! What the jail's own /run holds, as if the image had been booted: the image's own entries, the directories and links of its tmpfiles.d
+//! (tmpfiles.d(5)), and those that every distribution makes. All of it is the image's word, so everything has a bound, and what is odd is
+//! left out.
+
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Component, Path, PathBuf};
+
+use rustix::fs::{AtFlags, FileType, Gid, Mode, Uid};
+
+use crate::sys::tree::Tree;
+
+/// One name below /run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// Relative to /run.
+    path: PathBuf,
+    kind: Kind,
+    mode: u32,
+    uid: u32,
+    gid: u32,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Kind {
+    Directory,
+    File(Vec<u8>),
+    Link(PathBuf),
+}
+
+/// Bounds of what is taken over, in entries, bytes and levels.
+const MOST_ENTRIES: usize = 1000;
+const LARGEST_FILE: u64 = 64 << 10;
+const MOST_BYTES: usize = 1 << 20;
+const DEEPEST: usize = 8;
+
+/// Bounds of tmpfiles.d, in files of a directory, in bytes of one, and in bytes of all.
+const MOST_FILES: usize = 500;
+const LARGEST_RULES: u64 = 64 << 10;
+const MOST_RULES: usize = 1 << 20;
+
+/// No passwd or group is larger.
+const LARGEST_ACCOUNTS: u64 = 1 << 20;
+
+/// Names below /run by which programs tell what runs: systemd as init (sd_booted(3)), or podman's or buildah's container around it. In an image
+/// they are left over, and no boot makes them. The last ones are ours.
+const LEFT_OUT: [&str; 3] = ["systemd/system", ".containerenv", ".ims-sshd"];
+
+/// What the image's /run is to hold, in the order in which it is made: of two entries of one name the first counts.
+pub fn of_boot(image_root: &Tree) -> Vec<Entry> {
+    let mut entries = own_entries(image_root).unwrap_or_default();
+    entries.extend(of_tmpfiles(image_root));
+    let directory = |path: &str, mode| Entry { path: path.into(), kind: Kind::Directory, mode, uid: 0, gid: 0 };
+    entries.extend([directory("lock", 0o1777), directory("user", 0o755)]);
+    // sshd refuses to check a configuration without it. On a node its service makes it.
+    let sshd = ["usr/sbin/sshd", "usr/bin/sshd"].into_iter().any(|path| matches!(image_root.look(path), Ok(Some(_))));
+    entries.extend(sshd.then(|| directory("sshd", 0o755)));
+    entries.retain(|entry| !LEFT_OUT.iter().any(|left_out| entry.path.starts_with(left_out)));
+    entries.truncate(MOST_ENTRIES);
+    entries
+}
+
+/// Makes the entries in `run`, which is a file system of the jail's own. What stands there already stays.
+pub fn make(run: &Tree, entries: &[Entry]) {
+    for entry in entries {
+        // An odd entry of the image is no reason to refuse it.
+        let _ = entry.make(run);
+    }
+}
+
+impl Entry {
+    fn make(&self, run: &Tree) -> io::Result<()> {
+        let above = self.path.parent().unwrap_or(Path::new(""));
+        run.make_folders(above)?;
+        let above = if above.as_os_str().is_empty() { run.folder(".")? } else { run.folder(above)? };
+        let name = self.path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
+        match &self.kind {
+            Kind::Directory => rustix::fs::mkdirat(&above, name, Mode::from_raw_mode(0o700))?,
+            Kind::Link(target) => rustix::fs::symlinkat(target, &above, name)?,
+            Kind::File(content) => {
+                if above.look(name)?.is_some() {
+                    return Ok(());
+                }
+                above.replace(name, content)?;
+            }
+        }
+        // A user namespace need not have every user.
+        let (uid, gid) = (Uid::from_raw(self.uid), Gid::from_raw(self.gid));
+        let owned = rustix::fs::chownat(&above, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW);
+        if !matches!(self.kind, Kind::Link(_)) {
+            rustix::fs::chmodat(&above, name, Mode::from_raw_mode(self.mode), AtFlags::empty())?;
+        }
+        owned.map_err(Into::into)
+    }
+}
+
+/// What the image has below its own /run: directories, small files and links.
+fn own_entries(image_root: &Tree) -> io::Result<Vec<Entry>> {
+    let run = image_root.folder_of_same_mount("run")?;
+    let (mut entries, mut bytes) = (Vec::new(), 0);
+    let mut directories = vec![PathBuf::new()];
+    while let Some(path) = directories.pop() {
+        let directory = if path.as_os_str().is_empty() { run.folder(".") } else { run.folder_of_same_mount(&path) };
+        let Ok(directory) = directory else { continue };
+        for name in directory.first_names(MOST_ENTRIES.saturating_sub(entries.len()))? {
+            let Ok(found) = rustix::fs::statat(&directory, &name, AtFlags::SYMLINK_NOFOLLOW) else { continue };
+            let path = path.join(&name);
+            let kind = match FileType::from_raw_mode(found.st_mode) {
+                FileType::Directory if path.components().count() < DEEPEST => {
+                    directories.push(path.clone());
+                    Kind::Directory
+                }
+                FileType::RegularFile => match directory.read(&name, LARGEST_FILE) {
+                    Ok(content) if bytes + content.len() <= MOST_BYTES => {
+                        bytes += content.len();
+                        Kind::File(content)
+                    }
+                    _ => continue,
+                },
+                FileType::Symlink => match rustix::fs::readlinkat(&directory, &name, Vec::new()) {
+                    Ok(target) => Kind::Link(OsStr::from_bytes(target.to_bytes()).into()),
+                    Err(_) => continue,
+                },
+                _ => continue,
+            };
+            entries.push(Entry { path, kind, mode: found.st_mode & 0o7777, uid: found.st_uid, gid: found.st_gid });
+        }
+    }
+    Ok(entries)
+}
+
+/// The directories and links below /run of the image's tmpfiles.d. Of two files of one name, the one of the first directory counts.
+fn of_tmpfiles(image_root: &Tree) -> Vec<Entry> {
+    let (mut files, mut bytes) = (BTreeMap::new(), 0);
+    for place in ["etc/tmpfiles.d", "usr/local/lib/tmpfiles.d", "usr/lib/tmpfiles.d"] {
+        let Ok(directory) = image_root.folder(place) else { continue };
+        for name in directory.first_names(MOST_FILES).unwrap_or_default() {
+            if name.as_bytes().ends_with(b".conf") && !files.contains_key(&name) && bytes < MOST_RULES {
+                // A link to /dev/null makes a file's namesakes count for nothing.
+                let rules = image_root.read(Path::new(place).join(&name), LARGEST_RULES).unwrap_or_default();
+                bytes += rules.len();
+                files.insert(name, rules);
+            }
+        }
+    }
+    let read = |path| image_root.read(path, LARGEST_ACCOUNTS).unwrap_or_default();
+    let (passwd, group) = (read("etc/passwd"), read("etc/group"));
+    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+    let (passwd, group) = (text(passwd), text(group));
+    let lines = files.into_values().flat_map(|rules| text(rules).lines().map(str::to_owned).collect::<Vec<_>>());
+    lines.filter_map(|line| of_rule(&line, &passwd, &group)).take(MOST_ENTRIES).collect()
+}
+
+/// What a line of tmpfiles.d makes below /run: `TYPE PATH MODE USER GROUP AGE ARGUMENT`, of which `-` is the usual.
+fn of_rule(line: &str, passwd: &str, group: &str) -> Option<Entry> {
+    // Quoted words and specifiers (%m) are of no directory that a program asks for.
+    if line.contains(['"', '\'', '\\', '%']) {
+        return None;
+    }
+    let mut words = line.split_whitespace();
+    let (kind, path) = (words.next()?, Path::new(words.next()?));
+    let below = ["/run", "/var/run"].into_iter().find_map(|run| path.strip_prefix(run).ok())?;
+    let is_plain = below.components().all(|component| matches!(component, Component::Normal(_)));
+    if !is_plain || !(1..=DEEPEST).contains(&below.components().count()) {
+        return None;
+    }
+    let [mode, user, owner, _age] = [(); 4].map(|()| words.next().filter(|word| *word != "-"));
+    // A file system is made by each boot: what is done at boot only (!), is done.
+    let kind = match kind.trim_end_matches(['!', '+', '-', '=', '~', '^', '$']) {
+        "d" | "D" => Kind::Directory,
+        "L" => Kind::Link(words.next()?.into()),
+        _ => return None,
+    };
+    let mode = mode.map_or(Some(0o755), |mode| u32::from_str_radix(mode.trim_start_matches(['~', ':']), 8).ok())?;
+    let uid = user.map_or(Some(0), |user| number(user, passwd))?;
+    let gid = owner.map_or(Some(0), |owner| number(owner, group))?;
+    Some(Entry { path: below.to_owned(), kind, mode: mode & 0o7777, uid, gid })
+}
+
+/// The number of a user or group, by the lines of passwd or group.
+fn number(name: &str, accounts: &str) -> Option<u32> {
+    let name = name.trim_start_matches(':');
+    let of_line = |line: &str| {
+        let mut fields = line.split(':');
+        (fields.next() == Some(name)).then(|| fields.nth(1)).flatten()?.parse().ok()
+    };
+    name.parse().ok().or_else(|| accounts.lines().find_map(of_line))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+
+    const PASSWD: &str = "root:x:0:0::/root:/bin/sh\nmunge:x:101:102::/:/bin/false\n";
+    const GROUP: &str = "root:x:0:\nmunge:x:102:\n";
+
+    #[test]
+    fn rules_of_tmpfiles_make_directories_and_links_below_run() {
+        for (line, wanted) in [
+            ("d /run/lock 1777 root root -", Some(("lock", Kind::Directory, 0o1777, 0, 0))),
+            ("D! /var/run/munge/in 0750 munge munge 10d", Some(("munge/in", Kind::Directory, 0o750, 101, 102))),
+            ("d /run/a", Some(("a", Kind::Directory, 0o755, 0, 0))),
+            ("d\t/run/a ~2755 : 7 -", None),
+            ("d /run/a ~2755 5 7 -", Some(("a", Kind::Directory, 0o2755, 5, 7))),
+            ("L+ /run/shm - - - - /dev/shm", Some(("shm", Kind::Link("/dev/shm".into()), 0o755, 0, 0))),
+            ("L /run/shm", None),
+            ("d /run/a 0755 nobody-here root", None),
+            ("d /run/../etc/x 0755", None),
+            ("d /run/./x/../../etc 0755", None),
+            ("d /run 0755", None),
+            ("d /running/x 0755", None),
+            ("d /etc/x 0755", None),
+            ("f /run/x 0644 root root - text", None),
+            ("d /run/%m 0755", None),
+            ("d \"/run/x y\" 0755", None),
+            ("d /run/a rwx", None),
+            ("# d /run/a 0755", None),
+            ("", None),
+        ] {
+            let got = of_rule(line, PASSWD, GROUP);
+            let wanted = wanted.map(|(path, kind, mode, uid, gid)| Entry { path: path.into(), kind, mode, uid, gid });
+            assert_eq!(got, wanted, "{line}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_rule_leads_out_of_run(line in "[dDL]!? /(var/)?run/?[a./]{0,12} [0-7]{0,5}") {
+            if let Some(entry) = of_rule(&line, PASSWD, GROUP) {
+                prop_assert!(entry.path.components().all(|c| matches!(c, Component::Normal(_))), "{:?}", entry);
+            }
+        }
+    }
+
+    #[test]
+    fn run_is_made_of_the_images_own_and_its_rules_within_bounds() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |path: &str| dir.path().join(path);
+        for path in ["run/own/deep", "run/systemd/system", "etc/tmpfiles.d", "usr/lib/tmpfiles.d", "usr/sbin"] {
+            std::fs::create_dir_all(at(path)).unwrap();
+        }
+        let many: PathBuf = (0..20).map(|n| n.to_string()).collect();
+        std::fs::create_dir_all(at("run").join(many)).unwrap();
+        std::fs::write(at("run/own/file"), "text").unwrap();
+        std::fs::set_permissions(at("run/own"), PermissionsExt::from_mode(0o2770)).unwrap();
+        std::fs::write(at("run/large"), vec![0; 100 << 10]).unwrap();
+        std::fs::write(at("run/.containerenv"), "").unwrap();
+        symlink("own/file", at("run/link")).unwrap();
+        symlink("../../..", at("run/up")).unwrap();
+        rustix::fs::mknodat(rustix::fs::CWD, at("run/fifo"), FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
+        std::fs::write(at("etc/passwd"), PASSWD).unwrap();
+        std::fs::write(at("etc/group"), GROUP).unwrap();
+        std::fs::write(at("usr/lib/tmpfiles.d/a.conf"), "d /run/munge 0711 munge munge\nd /run/up/outside 0755\n")
+            .unwrap();
+        std::fs::write(at("usr/lib/tmpfiles.d/b.conf"), "d /run/masked 0755\n").unwrap();
+        symlink("/dev/null", at("etc/tmpfiles.d/b.conf")).unwrap();
+        std::fs::write(at("usr/sbin/sshd"), "").unwrap();
+        let entries = of_boot(&Tree::open(dir.path()).unwrap());
+
+        let made = dir.path().join("made/run");
+        std::fs::create_dir_all(&made).unwrap();
+        make(&Tree::open(&made).unwrap(), &entries);
+        let about =
+            |path: &str| std::fs::symlink_metadata(made.join(path)).map(|m| (m.mode() & 0o7777, m.uid(), m.gid())).ok();
+        assert_eq!(about("own"), Some((0o2770, 0, 0)));
+        assert_eq!(std::fs::read_to_string(made.join("link")).unwrap(), "text");
+        assert_eq!(about("munge"), Some((0o711, 101, 102)));
+        assert_eq!(
+            (about("lock"), about("user"), about("sshd")),
+            (Some((0o1777, 0, 0)), Some((0o755, 0, 0)), Some((0o755, 0, 0)))
+        );
+        for absent in ["systemd/system", ".containerenv", "large", "fifo", "masked", "0/1/2/3/4/5/6/7/8"] {
+            assert_eq!(about(absent), None, "{absent}");
+        }
+        let beside: Vec<_> =
+            std::fs::read_dir(dir.path().join("made")).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert_eq!(beside, ["run"], "no link leads out");
+
+        for number in 0..2000 {
+            std::fs::write(at("run").join(format!("many-{number}")), "").unwrap();
+        }
+        assert!(of_boot(&Tree::open(dir.path()).unwrap()).len() <= MOST_ENTRIES);
+    }
+}
