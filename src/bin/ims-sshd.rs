@@ -188,12 +188,20 @@ struct PackingOptions {
     /// gzip, zstd, xz or none [variable: IMAGE_COMPRESSION] [default: gzip]
     #[arg(long, value_name = "ALGORITHM")]
     compression: Option<String>,
-    /// Leave out what matches, below the image root; any number of times
-    #[arg(long, value_name = "PATTERN")]
+    /// Leave out what matches, below the image root, with or without a leading '/'; any number of times
+    #[arg(long, value_name = "PATTERN", value_parser = below_image_root)]
     exclude: Vec<String>,
     /// Write what has changed since 'ims-sshd prepare', as JSON
     #[arg(long, value_name = "FILE")]
     changes: Option<PathBuf>,
+}
+
+/// mksquashfs takes no pattern from the root.
+fn below_image_root(pattern: &str) -> std::result::Result<String, String> {
+    match pattern.trim_start_matches("./").trim_start_matches('/') {
+        "" => Err("expected a pattern of what lies below the image root, such as 'boot/*'".into()),
+        below => Ok(below.to_owned()),
+    }
 }
 
 #[derive(Args)]

@@ -41,12 +41,39 @@ pub fn run(job: Job, wanted: &Customization) -> Result<u8> {
     if !job.publishes() {
         local::image_root(Path::new(&job.source))?;
     }
-    for file in [&wanted.authorized_key, &wanted.script].into_iter().flatten() {
+    if let Some(file) = &wanted.script {
         std::fs::metadata(file).map_err(|e| Error::bad_input(format!("{}: {e}", file.display())))?;
+    }
+    if let Some(file) = &wanted.authorized_key {
+        check_public_keys(file)?;
     }
     // Before anything is opened: a descriptor from before would not see what is mounted from here on.
     local::own_mounts()?;
     job.run(|image_root| open(wanted, image_root))
+}
+
+/// Refuses a file that lets nobody in.
+fn check_public_keys(file: &Path) -> Result<()> {
+    let refuse = |why: &str| Error::bad_input(format!("--authorized-key is '{}': {why}", file.display()));
+    let found = std::fs::metadata(file).map_err(|e| refuse(&e.to_string()))?;
+    if !found.is_file() {
+        return Err(refuse("expected a regular file"));
+    }
+    let text = std::fs::read(file).map_err(|e| refuse(&e.to_string()))?;
+    let text = String::from_utf8_lossy(&text);
+    if text.contains("PRIVATE KEY-----") {
+        return Err(refuse("it is a private key; expected the public one, usually beside it as .pub"));
+    }
+    if text.contains("---- BEGIN SSH2 PUBLIC KEY ----") {
+        return Err(refuse("it is a key in the format of RFC 4716; 'ssh-keygen -i -f FILE' converts it"));
+    }
+    // A key follows the name of its type, after options if there are any, and begins with the length of that name.
+    let is_key = |line: &str| {
+        let words: Vec<_> = line.split_whitespace().collect();
+        let is_type = |word: &str| ["ssh-", "ecdsa-", "sk-"].iter().any(|begin| word.starts_with(begin));
+        !line.trim_start().starts_with('#') && words.windows(2).any(|w| is_type(w[0]) && w[1].starts_with("AAAA"))
+    };
+    if text.lines().any(is_key) { Ok(()) } else { Err(refuse("it holds no public key of OpenSSH's format")) }
 }
 
 /// Opens the environment on an image root.

@@ -17,7 +17,8 @@ use crate::publish::package::{self, Archive, open_tree};
 use crate::publish::prepare::{INVENTORY, holds_changes, prepare};
 use crate::publish::settings::Settings;
 use crate::publish::sidecar::write_changes;
-use crate::publish::source::{self, Source};
+use crate::publish::source::{self, Kind, Source};
+use crate::publish::store::Store;
 use crate::publish::unpack::Overlay;
 use crate::publish::upload::{Image, Publication};
 use crate::publish::work::{Work, without_query};
@@ -74,6 +75,9 @@ impl Job {
             }
         }
         let work = Work::begin(&settings.network)?;
+        if publishes {
+            check_store(&work, &settings, &source)?;
+        }
         let claim = if publishes { WorkDirectory::claim } else { WorkDirectory::claim_to_discard };
         let place = claim(&settings.parent, &name_of(&source, &self.source))?;
         place.path().clone_into(&mut settings.parent);
@@ -105,6 +109,31 @@ impl Job {
         place.remove()?;
         result.map(|(_, value)| value)
     }
+}
+
+/// Refuses a store that takes no image, and disks on which none fits, before any work is done.
+fn check_store(work: &Work, settings: &Settings, source: &Source) -> Result<()> {
+    let in_store = work.wait(Store::check(&settings.store, &settings.network))?;
+    // A new image is about as large as its source; one that is unpacked takes that much again, and more.
+    let Source::Here(path) = source else { return Ok(()) };
+    let Some(size) = std::fs::metadata(path).ok().filter(std::fs::Metadata::is_file).map(|file| file.len()) else {
+        return Ok(());
+    };
+    let unpacked = if source::kind(path)? == Kind::Squashfs { 0 } else { size };
+    let work_directory = settings.parent.ancestors().find(|place| place.exists()).unwrap_or(Path::new("/"));
+    let space = rustix::fs::statvfs(work_directory).ok().map(|disk| disk.f_bavail * disk.f_frsize);
+    let on_disks = [
+        (space, size + unpacked, settings.parent.display().to_string(), "--work names another disk"),
+        (in_store, size, "the store".to_owned(), "--output names another disk"),
+    ];
+    for (space, needed, place, advice) in on_disks {
+        if space.is_some_and(|space| space < needed) {
+            let [space, needed] = [space.unwrap_or(0), needed].map(|bytes| bytes.div_ceil(1 << 20));
+            let why = format!("{space} MiB are left there, and it needs about {needed} MiB");
+            return Err(Error::new(format!("keep the new image in {place}")).because(why).advise(advice));
+        }
+    }
+    Ok(())
 }
 
 /// What this source's job calls its directory. A URL counts without what signs it, wherever the command is given.
@@ -139,6 +168,9 @@ impl Opened<'_> {
         };
         if let (Some(_), None) = (&self.job.changes, &overlay) {
             Inventory::of(self.work, &open_tree(&image_root)?)?.save(self.files.parent(), INVENTORY)?;
+        }
+        if self.settings.store.url.is_some() {
+            boot::check_named(&open_tree(&image_root)?, &self.settings.boot, self.settings.arch)?;
         }
         let (fate, value) = session(&image_root)?;
         if fate == Fate::Publish && self.settings.store.url.is_some() {

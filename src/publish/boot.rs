@@ -113,6 +113,20 @@ pub fn find(image_root: &Tree, names: &Names, arch: &str) -> Result<BootFiles> {
     })
 }
 
+/// Refuses a name that the image has no file of, before any work is done. What `auto` finds may only be there at the end.
+pub fn check_named(image_root: &Tree, names: &Names, arch: &str) -> Result<()> {
+    let (boot, modules) = (entries(image_root, "boot"), modules(image_root));
+    let kernel = if names.kernel == "vmlinuz" && arch == "aarch64" { "Image" } else { &names.kernel };
+    let kernel = (kernel != AUTO).then(|| ("kernel", in_boot(image_root, kernel, &modules).path));
+    let initrd = (names.initrd != AUTO).then(|| ("initrd", format!("boot/{}", names.initrd)));
+    for (what, path) in kernel.into_iter().chain(initrd) {
+        if !is_file(image_root, &path) {
+            return Err(missing(&format!("the {what} /{path}"), &boot, &modules));
+        }
+    }
+    Ok(())
+}
+
 /// Opens those that a remote job has left in `folder` itself, beside its packed image. Links are none of what it has left.
 pub fn left_in(folder: &Tree, names: &Names, arch: &str) -> Result<BootFiles> {
     let kernel = if names.kernel == "vmlinuz" && arch == "aarch64" { "Image" } else { &names.kernel };

@@ -64,6 +64,9 @@ pub struct Description {
 /// In the name of a file that is not whole yet; [`LocalFileSystem`] takes none with it and a number for an object.
 const BEGUN: &str = "#1";
 
+/// An object that is begun to see whether one can be.
+const PROBE: &str = ".ims-sshd.probe";
+
 impl Store {
     /// Opens the store that the variables name. A folder is made if it is not there.
     pub fn open(settings: &settings::Store, network: &Network) -> Result<Self> {
@@ -98,6 +101,28 @@ impl Store {
         let files = LocalFileSystem::new_with_prefix(&folder).attempt(attempted)?;
         let url = format!("file://{}", folder.display());
         Ok(Self { objects: Objects::Folder { files, folder }, prefix: Path::default(), url })
+    }
+
+    /// Makes sure that the store that the variables name takes an object, and leaves nothing of one, nor a directory that was not there.
+    /// Returns how many bytes fit, where that can be told.
+    pub async fn check(settings: &settings::Store, network: &Network) -> Result<Option<u64>> {
+        let url = settings.url.as_deref().unwrap_or_default();
+        let attempted = || format!("write to the store {}", without_secrets(url));
+        if let Some(folder) = folder(url) {
+            let folder = std::path::absolute(folder).attempt(attempted)?;
+            let place = folder.ancestors().find(|place| place.exists()).unwrap_or(&folder);
+            let probe = place.join(PROBE);
+            File::create(&probe).and_then(|_| std::fs::remove_file(&probe)).attempt(attempted)?;
+            return Ok(rustix::fs::statvfs(place).ok().map(|disk| disk.f_bavail * disk.f_frsize));
+        }
+        let store = Self::open(settings, network)?;
+        if let Objects::S3 { bucket, .. } = &store.objects {
+            let path = store.path(PROBE);
+            let begun = bucket.create_multipart(&path).await;
+            let id = begun.map_err(|e| Error::new(attempted()).because(in_full(&e)))?;
+            bucket.abort_multipart(&path, &id).await.map_err(|e| Error::new(attempted()).because(in_full(&e)))?;
+        }
+        Ok(None)
     }
 
     /// The URL of a key.
@@ -296,6 +321,8 @@ pub fn folder(url: &str) -> Option<PathBuf> {
     match url.split_once("://") {
         Some(("file", path)) => Some(path.into()),
         Some(_) => None,
+        // A URL with too few slashes, and no directory that anybody has.
+        None if ["s3:", "file:", "http:", "https:"].iter().any(|scheme| url.starts_with(scheme)) => None,
         None => Some(url.into()),
     }
 }

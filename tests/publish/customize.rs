@@ -84,7 +84,13 @@ fn what_was_changed_is_kept_when_it_could_not_be_published() {
     let squashfs = squashfs_of(&image(dir.path())).display().to_string();
     let mut variables = bucket.variables();
     variables.extend([("KERNEL_FILENAME", "vmlinuz".into()), ("INITRD_FILENAME", "initrd".into())]);
-    let output = customize(dir.path(), &squashfs, "s3://no-such-bucket", "complete", &variables);
+    // It could be made at first.
+    let script =
+        "echo new > $IMAGE_ROOT_PARENT/image-root/etc/motd; cd \"${0%/*}\"; touch gone $IMAGE_ROOT_PARENT/complete\n";
+    std::fs::write(dir.path().join("losing"), script).unwrap();
+    let mut command = ims_sshd(&["customize", &squashfs, "--output", "gone", "--script"], &variables);
+    command.arg(dir.path().join("losing")).arg("--work").arg(dir.path().join("work")).current_dir(dir.path());
+    let output = command.output().unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stderr).contains("the same command goes on with it"), "{output:?}");
     let output = customize(dir.path(), &squashfs, &format!("s3://{}", bucket.name), "complete", &variables);
@@ -114,7 +120,7 @@ fn changes_are_kept_when_a_signal_or_a_failing_script_ends_customize_before_a_ve
         let output = command.output().unwrap();
         assert_eq!(output.status.code(), Some(code), "{end}: {output:?}");
         let said = text(&output.stderr);
-        assert!(said.contains("the same command goes on with it") && said.contains("drops it"), "{end}: {said}");
+        assert!(said.contains("the same command goes on with it") && said.contains("to drop it"), "{end}: {said}");
         assert!(!dir.path().join("out").exists());
         let named = [("KERNEL_FILENAME", "vmlinuz".into()), ("INITRD_FILENAME", "initrd".into())];
         let output = customize(dir.path(), &squashfs, "out", "complete", &named);
@@ -277,7 +283,8 @@ fn other_users_reach_nothing_of_an_image_that_is_customized() {
                  stat -c '%n %a %u' $place\n\
                  setpriv --reuid 65534 --clear-groups sh -c 'cat $0 || ls $0/' $place > /dev/null 2>&1 || continue\n\
                  echo nobody reads $place\ndone\n\
-                 stat -c '%n %a %u' /var/lib/ims-sshd/*\ntouch $IMAGE_ROOT_PARENT/complete\n";
+                 stat -c '%n %a %u' /var/lib/ims-sshd/*\n\
+                 touch /srv/gone $IMAGE_ROOT_PARENT/complete\n";
     std::fs::write(&script, lines).unwrap();
     // Without --work, whatever variables say.
     let run = "mount -t tmpfs tmpfs /var/lib; mount -t tmpfs -o mode=0755 tmpfs /srv; $0 customize $1 --output $2 --script $3; \
@@ -301,7 +308,7 @@ fn other_users_reach_nothing_of_an_image_that_is_customized() {
         said
     };
     // What could not be published stays.
-    let said = customize("/proc/out");
+    let said = customize("/srv/gone");
     assert!(said.contains("\npacked.sqsh 600\n"), "{said}");
     let said = customize("/srv/out");
     assert!(said.contains("\nout 755 0\nout/") && said.contains("/rootfs: Permission denied"), "{said}");
@@ -403,4 +410,70 @@ fn a_second_customization_of_the_same_source_is_told_of_the_first() {
     std::io::Write::write_all(&mut goes_on, b"\n").unwrap();
     assert_eq!(first.wait().unwrap().code(), Some(1));
     nothing_stays(dir.path());
+}
+
+/// Whatever can be known before the work is known before it.
+#[test]
+fn what_cannot_be_published_or_logged_into_is_refused_before_the_environment_opens() {
+    let dir = folder();
+    let squashfs = squashfs_of(&image(dir.path()));
+    let file = |name: &str, text: &str| {
+        std::fs::write(dir.path().join(name), text).unwrap();
+        name.to_owned()
+    };
+    succeed(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(dir.path().join("key")));
+    let public = std::fs::read_to_string(dir.path().join("key.pub")).unwrap();
+    file("empty", "");
+    file("comment", &format!("# {public}"));
+    let converted = succeed(Command::new("ssh-keygen").args(["-e", "-f"]).arg(dir.path().join("key.pub")));
+    file("rfc4716", &converted);
+    nix::unistd::mkfifo(&dir.path().join("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    file("options", &format!("# one\n\nno-pty,command=\"echo a b\" {public}"));
+    let script = dir.path().join("script");
+    std::fs::write(&script, "touch \"$0.ran\"; touch $IMAGE_ROOT_PARENT/failed\n").unwrap();
+    std::fs::create_dir(dir.path().join("small")).unwrap();
+    let run = |arguments: &[&str]| {
+        let mut command = Command::new("unshare");
+        // Half of the image fits, and root writes to what is mounted for reading only as little as others do.
+        let mounts = "mount -t tmpfs -o size=500k tmpfs small; mkdir -m 700 ro; mount --bind ro ro; mount -o remount,bind,ro ro; exec \"$@\"";
+        command
+            .args(["-m", "sh", "-c", mounts, "sh", IMS_SSHD, "customize"])
+            .arg(&squashfs)
+            .args(["--script"])
+            .arg(&script);
+        let _ = std::fs::remove_file(dir.path().join("script.ran"));
+        let output = command.args(arguments).current_dir(dir.path()).output().unwrap();
+        (output.status.code(), dir.path().join("script.ran").exists(), text(&output.stderr))
+    };
+    for (arguments, code, reason) in [
+        (&["--output", "out", "--authorized-key", "key"][..], 2, "it is a private key"),
+        (&["--output", "out", "--authorized-key", "empty"], 2, "it holds no public key"),
+        (&["--output", "out", "--authorized-key", "comment"], 2, "it holds no public key"),
+        (&["--output", "out", "--authorized-key", "rfc4716"], 2, "RFC 4716"),
+        (&["--output", "out", "--authorized-key", "fifo"], 2, "expected a regular file"),
+        (&["--output", "out", "--authorized-key", "missing"], 2, "No such file"),
+        (&["--output", "out", "--kernel", "nonesuch"], 1, "cannot find the kernel /boot/nonesuch in the image"),
+        (&["--output", "out", "--initrd", "nonesuch"], 1, "cannot find the initrd /boot/nonesuch in the image"),
+        (&["--output", "s3:/b"], 2, "the store is 's3:/b'"),
+        (&["--output", "/proc/out"], 1, "cannot write to the store /proc/out"),
+        (&["--output", "ro"], 1, "cannot write to the store"),
+        (&["--output", "out", "--work", "small"], 1, "--work names another disk"),
+        (&["--output", "small/out"], 1, "--output names another disk"),
+    ] {
+        let arguments: Vec<_> = if arguments.contains(&"--work") {
+            arguments.to_vec()
+        } else {
+            arguments.iter().copied().chain(["--work", "work"]).collect()
+        };
+        let (ended, ran, said) = run(&arguments);
+        assert_eq!((ended, ran), (Some(code), false), "{arguments:?}: {said}");
+        assert!(said.contains(reason) && !said.contains("is kept in"), "{arguments:?}: {said}");
+    }
+    for arguments in [
+        &["--output", "out", "--authorized-key", "options", "--kernel", "vmlinuz", "--initrd", "initrd"][..],
+        &["--output", "out", "--authorized-key", "key.pub"],
+    ] {
+        let (ended, ran, said) = run(&[arguments, &["--work", "work"]].concat());
+        assert_eq!((ended, ran), (Some(1), true), "{arguments:?}: {said}");
+    }
 }

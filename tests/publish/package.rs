@@ -323,3 +323,55 @@ fn a_full_disk_leaves_no_archive() {
         Command::new("unshare").args(["-m", "sh", "-c", script, IMS_SSHD]).args([&tree, &disk]).output().unwrap();
     assert_eq!((output.status.code(), text(&output.stdout)), (Some(1), String::new()), "{}", text(&output.stderr));
 }
+
+#[test]
+fn patterns_to_exclude_are_below_the_image_root_with_and_without_a_slash() {
+    let dir = folder();
+    let tree = image(dir.path());
+    let archive = dir.path().join("image.sqsh");
+    let [tree, archive] = [&tree, &archive].map(|path| path.to_str().unwrap());
+    let packed = |patterns: &[&str]| {
+        let patterns = patterns.iter().flat_map(|pattern| ["--exclude", pattern]);
+        let arguments: Vec<_> = patterns.chain(["--archive", archive, tree]).collect();
+        package(&arguments)
+    };
+    assert!(packed(&["/boot/kernel*", "./bin/sh", "etc/pass*"]).status.success());
+    let list = succeed(Command::new("unsquashfs").arg("-l").arg(archive));
+    assert!(list.contains("/boot/vmlinuz") && list.contains("/bin/cat"), "{list}");
+    assert!(!list.contains("kernel-parameters") && !list.contains("/bin/sh\n") && !list.contains("/passwd"), "{list}");
+    for pattern in ["/", "", "./", "//"] {
+        let output = packed(&[pattern]);
+        assert_eq!(output.status.code(), Some(2), "{pattern}: {output:?}");
+        assert!(text(&output.stderr).contains("below the image root"), "{pattern}: {output:?}");
+    }
+}
+
+/// As one with the highest user number makes it.
+#[test]
+fn a_sparse_lastlog_is_packed_empty_in_no_time_and_other_sparse_files_whole() {
+    let dir = folder();
+    let tree = image(dir.path());
+    let logs = tree.join("var/log");
+    std::fs::create_dir_all(&logs).unwrap();
+    for (name, size) in [("lastlog", 300 << 30), ("faillog", 4 << 30), ("disk", 64 << 20)] {
+        std::fs::write(logs.join(name), "data").unwrap();
+        std::fs::File::options().write(true).open(logs.join(name)).unwrap().set_len(size).unwrap();
+    }
+    std::fs::set_permissions(logs.join("lastlog"), std::fs::Permissions::from_mode(0o664)).unwrap();
+    std::os::unix::fs::chown(logs.join("lastlog"), Some(0), Some(43)).unwrap();
+    succeed(Command::new("setfattr").args(["-n", "user.only", "-v", "here"]).arg(logs.join("lastlog")));
+    let archive = dir.path().join("image.sqsh");
+    let [tree, archive] = [&tree, &archive].map(|path| path.to_str().unwrap());
+    let began = std::time::Instant::now();
+    let output = package(&["--archive", archive, tree]);
+    assert!(output.status.success(), "{output:?}");
+    assert!(began.elapsed() < std::time::Duration::from_mins(1), "{:?}", began.elapsed());
+    assert!(text(&output.stderr).contains("/var/log/lastlog is packed empty"), "{output:?}");
+    let list = succeed(Command::new("unsquashfs").args(["-lln", archive, "var/log"]));
+    let line = |name: &str| list.lines().find(|line| line.ends_with(name)).unwrap().to_owned();
+    assert!(line("/lastlog").starts_with("-rw-rw-r-- 0/43 ") && line("/lastlog").contains(" 0 20"), "{list}");
+    assert!(line("/faillog").contains(" 0 20") && line("/disk").contains(" 67108864 20"), "{list}");
+    // Left out by a pattern, it is left out.
+    assert!(package(&["--exclude", "/var/log/l*", "--archive", archive, tree]).status.success());
+    assert!(!succeed(Command::new("unsquashfs").args(["-l", archive])).contains("lastlog"));
+}
