@@ -169,7 +169,7 @@ fn prepare(tier: Tier) -> Result<Inside> {
     // It only looks at names from now on, whatever the modes of a user's /tmp.
     capabilities::hold_only(CapabilitySet::DAC_READ_SEARCH)
         .attempt(|| "give up the capabilities of the jail's init")?;
-    let watch = Watch::start(tier).attempt(|| "watch /tmp of the jail")?;
+    let watch = Watch::start(tier);
     Ok(Inside { signals, watch })
 }
 
@@ -195,9 +195,11 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 fn watch_over(link: &Link, inside: Inside) -> u8 {
     let Inside { signals, mut watch } = inside;
-    if link.send_with(&Message::Ready, &[watch.events.as_fd()]).is_err() {
+    let events: Vec<_> = watch.events.iter().map(AsFd::as_fd).collect();
+    if link.send_with(&Message::Ready, &events).is_err() {
         return 1;
     }
+    drop(events);
     let mut told = Vec::new();
     let mut tell_marks = || {
         for verdict in Verdict::ALL {
@@ -214,11 +216,8 @@ fn watch_over(link: &Link, inside: Inside) -> u8 {
             return 1;
         }
         watch.renew();
-        let mut sources = vec![
-            PollFd::new(link, PollFlags::RDHUP),
-            PollFd::new(&signals, PollFlags::IN),
-            PollFd::from_borrowed_fd(watch.events.as_fd(), PollFlags::IN),
-        ];
+        let mut sources = vec![PollFd::new(link, PollFlags::RDHUP), PollFd::new(&signals, PollFlags::IN)];
+        sources.extend(watch.events.iter().map(|events| PollFd::from_borrowed_fd(events.as_fd(), PollFlags::IN)));
         if let Some(mounts) = &watch.mounts {
             sources.push(PollFd::new(mounts, PollFlags::PRI));
         }
@@ -249,41 +248,44 @@ fn reap() {
 
 /// Watches /tmp *as users see it*: a /tmp that is replaced, linked elsewhere or mounted over is followed at once.
 struct Watch {
-    events: Inotify,
+    /// None if root has no instance or watch left, which a session can use up: one looks at intervals then.
+    events: Option<Inotify>,
     /// The kernel raises a priority event on this when the jail's mounts change. None where /proc is the image's, which may hold anything.
     mounts: Option<File>,
     tmp: Option<(WatchDescriptor, (u64, u64))>,
 }
 
 impl Watch {
-    fn start(tier: Tier) -> nix::Result<Self> {
-        let events = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
+    fn start(tier: Tier) -> Self {
         let names =
             AddWatchFlags::IN_CREATE | AddWatchFlags::IN_MOVE | AddWatchFlags::IN_DELETE | AddWatchFlags::IN_ONLYDIR;
-        events.add_watch("/", names)?;
+        let events = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK).ok();
+        let events = events.filter(|events| events.add_watch("/", names).is_ok());
         let mounts = if tier == Tier::Chroot { None } else { File::open("/proc/self/mountinfo").ok() };
         let mut watch = Self { events, mounts, tmp: None };
         watch.renew();
-        Ok(watch)
+        watch
     }
 
     /// Watches the folder that /tmp is now, if it is another one than before.
     fn renew(&mut self) {
+        let Some(events) = &self.events else { return };
         let now = rustix::fs::stat("/tmp").ok().map(|s| (s.st_dev, s.st_ino));
         if now == self.tmp.map(|(_, id)| id) {
             return;
         }
         if let Some((old, _)) = self.tmp.take() {
-            let _ = self.events.rm_watch(old);
+            let _ = events.rm_watch(old);
         }
         let names = AddWatchFlags::IN_CREATE | AddWatchFlags::IN_MOVED_TO | AddWatchFlags::IN_ONLYDIR;
-        if let (Some(id), Ok(watch)) = (now, self.events.add_watch("/tmp", names)) {
+        if let (Some(id), Ok(watch)) = (now, events.add_watch("/tmp", names)) {
             self.tmp = Some((watch, id));
         }
     }
 
     fn drain(&self) {
-        while self.events.read_events().is_ok_and(|events| !events.is_empty()) {}
+        let Some(events) = &self.events else { return };
+        while events.read_events().is_ok_and(|events| !events.is_empty()) {}
     }
 }
 

@@ -21,6 +21,7 @@ use crate::jail::record::Record;
 use crate::jail::resolv_conf::{self, ENVIRONMENT, Lent};
 use crate::jail::tier::Tier;
 use crate::lifecycle::processes::KILL_TIME;
+use crate::lifecycle::signal_files::tell_no_watch;
 use crate::lifecycle::state::StateFolder;
 use crate::sys::poll;
 use crate::sys::process::{Handle, Identity};
@@ -72,7 +73,7 @@ pub struct OpenJail {
     /// The jail's copy of `ims-jail-shell`, which sessions open here too.
     helper: OwnedFd,
     /// The init's inotify, closed in the background.
-    events: OwnedFd,
+    events: Option<OwnedFd>,
     /// The container's resolv.conf, where the image has it for as long as the jail is open.
     lent: Option<Lent>,
 }
@@ -105,9 +106,13 @@ impl OpenJail {
                 copy_sftp_server(wanted, state)?;
             }
             let (init, link, mut doors, mut events) = start(wanted)?;
-            let (Some(helper), Some(events)) = (doors.pop(), events.pop()) else {
+            let Some(helper) = doors.pop() else {
                 return Err(Error::new("make the jail").because("its init is of another version"));
             };
+            let events = events.pop();
+            if events.is_none() {
+                tell_no_watch();
+            }
             if chrooted {
                 doors.push(wanted.image_root.reopen().attempt(|| "open the image root for sessions")?);
             }

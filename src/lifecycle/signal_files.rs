@@ -191,6 +191,17 @@ impl SignalFiles {
     }
 }
 
+/// Warns, once, that one looks at intervals.
+pub fn tell_no_watch() {
+    static TOLD: std::sync::Once = std::sync::Once::new();
+    TOLD.call_once(|| {
+        tracing::warn!(
+            "root has no inotify instance left (fs.inotify.max_user_instances): marks and signal files are seen within {} s",
+            LOOK_EVERY.as_secs()
+        );
+    });
+}
+
 /// Wakes the event loop when something happens in a folder. A hint and no more: a network file system tells nothing of another node's
 /// writes, so whoever waits has to look at intervals too.
 pub struct Watch {
@@ -223,6 +234,9 @@ impl Watch {
             watcher.watch(folder, RecursiveMode::NonRecursive).ok()?;
             Some((folder.to_owned(), watcher))
         });
+        if self.watched.is_none() {
+            tell_no_watch();
+        }
     }
 
     /// Takes note of what woke us.

@@ -191,3 +191,25 @@ fn descriptor_exhaustion_is_no_verdict() {
         assert_eq!(told, usize::from(mode == Mode::Jailed), "{mode:?}: {}", environment.log_text());
     }
 }
+
+#[test]
+fn environment_without_inotify_instances_looks_for_marks_at_intervals() {
+    // In a user namespace of its own: the machine's other users of inotify keep theirs.
+    const LINE: &str = "own() { readlink /proc/$1/ns/user; }\n\
+        (until [ \"$(own $$)\" != \"$(own self)\" ]; do sleep 0.05; done\n\
+        for map in uid_map gid_map; do echo 0 0 4294967295 > /proc/$$/$map; done) &\n\
+        exec unshare --user --keep-caps --mount sh -c 'until [ $(id -u) = 0 ]; do sleep 0.05; done\n\
+        exec sh -c \"echo 0 > /proc/sys/user/max_inotify_instances && exec \\\"\\$@\\\"\" sh \"$@\"' sh \"$@\"";
+    for mode in MODES {
+        let mut environment = started_through(LINE, Volume::new(Image::Busybox), mode, &[]);
+        let mark = match mode {
+            Mode::Jailed => "/tmp/complete".to_owned(),
+            Mode::Plain => environment.signal("complete").display().to_string(),
+        };
+        environment.says(&format!("touch {mark}"));
+        assert_eq!(environment.end(), 0, "{mode:?}: {}", environment.log_text());
+        assert!(environment.signal("complete").exists());
+        let told = environment.log_text().matches("root has no inotify instance left").count();
+        assert_eq!(told, 1, "{mode:?}: {}", environment.log_text());
+    }
+}
