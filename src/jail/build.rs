@@ -229,9 +229,10 @@ fn furnish_dev(jail: &Jail) -> Result<()> {
     Ok(())
 }
 
-/// Makes all in /proc that is no process read-only, by a mount of each on itself.
+/// Makes all in /proc that is no process read-only, and the directory of the jail's init, by a mount of each on itself: whoever is root in
+/// the jail could otherwise have the kernel end the init before others (`oom_score_adj`), or slow it down (`autogroup`).
 fn protect_kernel_files(jail: &Jail) -> Result<()> {
-    let attempted = || "make what is no process in /proc of the jail read-only";
+    let attempted = || "make /proc of the jail read-only where it is not the sessions'";
     let (proc, _) = jail.locate("proc/self").attempt(attempted)?;
     let protect = |name: &str| -> io::Result<()> {
         let file = proc.handle(name)?;
@@ -244,7 +245,7 @@ fn protect_kernel_files(jail: &Jail) -> Result<()> {
     };
     for name in proc.names().attempt(attempted)? {
         let name = name.to_string_lossy();
-        if !name.bytes().all(|b| b.is_ascii_digit()) {
+        if name == "1" || !name.bytes().all(|b| b.is_ascii_digit()) {
             protect(&name).attempt(|| format!("make /proc/{name} of the jail read-only"))?;
         }
     }

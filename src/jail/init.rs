@@ -120,6 +120,9 @@ fn make(plan: &Plan, link: &Link) -> Result<Infallible> {
     // The links in it are this process's, whatever namespaces it is in when one is opened.
     let own = Tree::open(Path::new("/proc/self/ns")).attempt(|| "open the directory of this process's namespaces")?;
     let null = File::options().read(true).write(true).open("/dev/null").attempt(|| "open /dev/null")?;
+    // The scheduler's group (autogroup) is that of the session, and /proc/1/autogroup sets its nice value: the supervisor's, and in 'enter'
+    // the caller's, otherwise.
+    nix::unistd::setsid().attempt(|| "make a session of the jail's init")?;
     // Before the root is switched: the interpreter is the container's.
     let interpreter = plan.emulated.map(|architecture| binfmt::provide(architecture, "jail", true)).transpose()?;
     let programs = build(plan)?;

@@ -77,6 +77,13 @@ const SO_PEERPIDFD: u32 = 77;
 const TIOCSTI: u32 = 0x5412;
 const TIOCLINUX: u32 = 0x541c;
 
+/// A delegation is a lease on a directory too (Linux 6.19); its number is that of uapi/linux/fcntl.h.
+const F_SETDELEG: u32 = F_SETLEASE + 16;
+const F_SETLEASE: u32 = libc::F_SETLEASE.cast_unsigned();
+
+/// A file system without leases gives this error (`simple_nosetlease` of fs/libfs.c).
+const LEASE: Rule = If(&[In(1, ALL_BITS, &[F_SETLEASE, F_SETDELEG])], libc::EINVAL);
+
 /// Calls, what is done about each, and why. The error is one that programs expect of a kernel without the call, so that they go on by
 /// another way.
 const CALLS: &[Call] = &[
@@ -114,6 +121,21 @@ const CALLS: &[Call] = &[
         numbers(16, 54, 29, 54),
         If(&[In(1, ALL_BITS, &[TIOCSTI, TIOCLINUX])], libc::EPERM),
         "types for the shell that 'ims-sshd enter' was started from, on a virtual console too (CVE-2016-2568, CVE-2023-28100)",
+    ),
+    // The kernel looks at 32 bits of the command.
+    call(
+        "fcntl",
+        numbers(72, 55, 25, 55),
+        LEASE,
+        "on a file that can only be read, such as one in /sys, everybody outside who opens it would wait (45 seconds)",
+    ),
+    call("fcntl64", [None, Some(221), None, Some(221)], LEASE, "the same"),
+    // Limits are not read either: a filter compares halves of the address of the new ones, which costs more than it gives.
+    call(
+        "prlimit64",
+        numbers(302, 340, 261, 369),
+        If(&[In(0, ALL_BITS, &[1])], libc::EPERM),
+        "a limit of processor time ends the jail's init, and with it every session",
     ),
     call(
         "pidfd_getfd",
@@ -423,6 +445,8 @@ mod tests {
             ("clone3", libc::SYS_clone3),
             ("setns", libc::SYS_setns),
             ("ioctl", libc::SYS_ioctl),
+            ("fcntl", libc::SYS_fcntl),
+            ("prlimit64", libc::SYS_prlimit64),
             ("pidfd_getfd", libc::SYS_pidfd_getfd),
             ("getsockopt", libc::SYS_getsockopt),
             ("setsockopt", libc::SYS_setsockopt),
@@ -493,7 +517,25 @@ mod tests {
     #[test]
     fn the_program_does_what_the_table_says() {
         let program = program();
-        let values = [0, 1, 2, 3, 10, 16, 17, 40, 58, 76, 77, TIOCSTI, TIOCLINUX, 0x1000_0000, 0x0008_000a];
+        let values = [
+            0,
+            1,
+            2,
+            3,
+            10,
+            16,
+            17,
+            40,
+            58,
+            76,
+            77,
+            TIOCSTI,
+            TIOCLINUX,
+            F_SETLEASE,
+            F_SETDELEG,
+            0x1000_0000,
+            0x0008_000a,
+        ];
         for convention in &CONVENTIONS {
             let numbers = CALLS.iter().filter_map(|call| call.numbers[convention.column]).chain([0, 1, 57, 449]);
             for number in numbers {

@@ -164,3 +164,15 @@ pub fn shown_programs_remounted() -> Outcome {
         writable(&path)
     })
 }
+
+/// A lease on a file of the kernel's that is shown, for which everybody else who opens it has to wait.
+pub fn lease_on_kernel_files() -> Outcome {
+    let files =
+        ["/sys/kernel/profiling", "/sys/kernel/uevent_seqnum", "/sys/kernel/fscaps", "/sys/kernel/rcu_expedited"];
+    let cgroups = hierarchies().into_iter().map(|folder| folder.join("cgroup.controllers"));
+    any(files.map(PathBuf::from).into_iter().chain(cgroups), |path| {
+        let file = std::fs::File::open(&path).step(format!("open {}", path.display()))?;
+        crate::sys::lease(&file).step(format!("take a lease on {}", path.display()))?;
+        Ok(format!("has a lease on {}", path.display()))
+    })
+}

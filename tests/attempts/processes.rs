@@ -135,3 +135,16 @@ pub fn limits() -> Outcome {
     rustix::process::prlimit(Some(process), Resource::Core, limit).step("prlimit")?;
     Ok("changed its limits".into())
 }
+
+/// Changing the limits of the first process that is seen, to what they are.
+pub fn limits_of_init() -> Outcome {
+    sys::set_limit_again(1).step("prlimit")?;
+    Ok("changed the limits of process 1".into())
+}
+
+/// Changing how the kernel treats the first process that is seen.
+pub fn settings_of_init() -> Outcome {
+    any(["oom_score_adj", "autogroup", "coredump_filter", "comm", "task/1/comm"], |name| {
+        writable(&Path::new("/proc/1").join(name))
+    })
+}

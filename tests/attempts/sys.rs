@@ -79,6 +79,16 @@ pub fn lease(file: impl AsFd) -> io::Result<()> {
     checked(unsafe { libc::fcntl(file.as_fd().as_raw_fd(), libc::F_SETLEASE, libc::F_WRLCK) }.into()).map(drop)
 }
 
+/// Sets a limit of a process to what it is.
+pub fn set_limit_again(process: i32) -> io::Result<()> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    let (none, none_mut) = (std::ptr::null(), std::ptr::null_mut());
+    // SAFETY: the kernel writes one limit, which is the caller's.
+    checked(unsafe { libc::prlimit(process, libc::RLIMIT_CORE, none, &raw mut limit) }.into())?;
+    // SAFETY: the kernel reads one limit.
+    checked(unsafe { libc::prlimit(process, libc::RLIMIT_CORE, &raw const limit, none_mut) }.into()).map(drop)
+}
+
 /// Reads another process's memory at `address`; returns how much was read.
 pub fn read_memory(process: i32, address: usize, into: &mut [u8]) -> io::Result<usize> {
     let local = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };
