@@ -103,6 +103,44 @@ fn fifty_clients_log_in_at_once_and_one_connection_carries_thirty_sessions() {
 }
 
 #[test]
+fn closed_output_and_closed_terminal_end_customize_in_order() {
+    let image = image_root();
+    let root = image.path().join("image");
+    // As `customize … 2>&1 | head`.
+    let (output, theirs) = std::io::pipe().unwrap();
+    let mut command = Command::new(IMS_SSHD);
+    command.arg("customize").arg(&root).stdin(Stdio::null()).stdout(theirs.try_clone().unwrap()).stderr(theirs);
+    let mut child = Ended(command.spawn().unwrap());
+    drop(command);
+    let printed = announcement(output);
+    let said = run_pasted(&printed, "echo in > /root/file; touch /tmp/complete; echo here");
+    assert_eq!(text(said.stdout), "here\n", "nobody reads its log any more");
+    assert!(child.wait().unwrap().success());
+    assert!(!parent_in(&printed).exists(), "the run's directory is left");
+
+    let mut terminal = Command::new("script");
+    terminal.args(["-qec", &format!("{IMS_SSHD} customize {}", root.display()), "/dev/null"]);
+    let mut terminal = Ended(terminal.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap());
+    let printed = announcement(terminal.stdout.take().unwrap());
+    let parent = parent_in(&printed);
+    let sshd = || processes_with(&format!("-f {}/", parent.display())).len();
+    assert_eq!(sshd(), 1, "{printed}");
+    terminal.kill().unwrap();
+    wait_until("the close", || !parent.exists());
+    assert_eq!(sshd(), 0, "sshd goes on listening");
+    wait_until("its end", || processes_with(&format!("customize {}", root.display())).is_empty());
+}
+
+/// What `customize` prints up to the line that ends its announcement. Nobody reads the rest.
+fn announcement(output: impl std::io::Read) -> String {
+    let (mut lines, mut printed) = (BufReader::new(output), String::new());
+    while !printed.contains("ims-sshd complete") {
+        assert!(lines.read_line(&mut printed).unwrap() > 0, "{printed}");
+    }
+    printed
+}
+
+#[test]
 fn a_failed_image_is_exit_code_1_and_stays_as_it_is() {
     let image = image_root();
     let (mut child, printed) = customize(&image.path().join("image"), &["--plain"]);
