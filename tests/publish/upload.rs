@@ -270,7 +270,7 @@ fn requests_are_signed_with_keys_token_and_region_of_aws_variables() {
     let source = format!("s3://{}/{key}", upload.bucket.name);
     let mut prepare = ims_sshd(&["prepare", upload.dir.path().join("parent").to_str().unwrap(), &source], &variables);
     let output = prepare.env("AWS_ENDPOINT_URL", &gate.endpoint).output().unwrap();
-    assert!(text(&output.stderr).contains("neither a squashfs nor a tar archive"), "{output:?}");
+    assert!(text(&output.stderr).contains("neither a squashfs nor an archive"), "{output:?}");
     let head = gate.heads().remove(0);
     assert!(
         head.contains("eu-north-1%2Fs3%2Faws4_request") && head.contains("X-Amz-Security-Token=the-token"),

@@ -114,7 +114,7 @@ impl Cell {
     }
 }
 
-/// An `Include` of sshd's configuration at which each sshd waits: a fifo that nobody writes to.
+/// A host key of sshd's configuration at which each sshd waits: a fifo that nobody writes to.
 struct Gate {
     path: PathBuf,
 }
@@ -124,7 +124,9 @@ impl Gate {
         let path = volume.dir.path().join("gate");
         nix::unistd::mkfifo(&path, nix::sys::stat::Mode::from_bits_truncate(0o600)).unwrap();
         let config = std::fs::read_to_string(&volume.config).unwrap();
-        std::fs::write(&volume.config, format!("Include {}\n{config}", path.display())).unwrap();
+        // Once one host key is named, sshd takes no other that is not.
+        let keys = format!("HostKey {}\nHostKey /etc/ssh/ssh_host_ed25519_key\n", path.display());
+        std::fs::write(&volume.config, format!("{keys}{config}")).unwrap();
         Self { path }
     }
 

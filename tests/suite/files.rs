@@ -84,12 +84,12 @@ fn sftp_stays_in_the_image() {
         let output = environment.sftp(&format!("get {path} {}/stolen\n", environment.dir.path().display()));
         assert!(!output.status.success(), "{path}");
     }
-    // What is shown to start the server are the container's own files. Opened to append nothing: a test must not damage them either.
+    // The copies that start sessions and the server. Opened to append nothing.
     let tried =
         environment.says("cd /run/.ims-sshd && for file in *; do ( : >> $file ) 2>/dev/null && echo $file; done; ls");
     assert_eq!(
         tried.lines().collect::<Vec<_>>(),
-        ["ld.so", "libc.so.6", "sftp-server"],
+        ["ims-jail-shell", "ld.so", "libc.so.6", "sftp-server"],
         "listed, and none can be written"
     );
     assert!(!environment.sftp("rm /run/.ims-sshd/ld.so\n").status.success());
