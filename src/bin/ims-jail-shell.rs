@@ -1,10 +1,11 @@
 //! The one program that touches the jail: `init` makes it, as sshd's forced command it enters it, and a copy of it is the first program
 //! of every session inside.
 
+#![no_main]
+
 use std::ffi::OsString;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
-use std::process::ExitCode;
 
 use ims_sshd::error::{Attempt, Result};
 use ims_sshd::jail::architecture::Architecture;
@@ -98,12 +99,15 @@ fn init_plan(words: &[OsString]) -> Option<Plan> {
     (!plan.image_root.as_os_str().is_empty()).then_some(plan)
 }
 
-fn main() -> ExitCode {
+ims_sshd::start_at!(start);
+
+/// Returns the exit code.
+fn start() -> u8 {
     let words: Vec<_> = std::env::args_os().skip(1).collect();
     let result = match command(&words) {
         Some(Command::Init(plan)) => socket().and_then(|socket| init::run(&plan, socket)),
         Some(Command::Serve(tier)) => match socket() {
-            Ok(socket) => return ExitCode::from(init::serve(tier, socket)),
+            Ok(socket) => return init::serve(tier, socket),
             Err(error) => Err(error),
         },
         Some(Command::Session(jail)) => {
@@ -112,21 +116,21 @@ fn main() -> ExitCode {
         }
         Some(Command::Enter(jail, program)) => login::run(&jail, Request::Program(program)).map(|never| match never {}),
         Some(Command::Inside(errand)) => match inside::run(&errand) {
-            Ok(code) => return ExitCode::from(code),
+            Ok(code) => return code,
             Err(error) => Err(error),
         },
         Some(Command::Try(jail)) => Record::read(&jail).and_then(|record| enter::join(&record).map(|_| ())),
         None => {
             eprintln!("{USAGE}");
-            return ExitCode::from(2);
+            return 2;
         }
     };
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => 0,
         Err(error) => {
             eprintln!("ims-jail-shell: {error}");
             // What ssh itself answers when it cannot get to the host, and what Ansible takes as unreachable.
-            ExitCode::from(255)
+            255
         }
     }
 }

@@ -7,5 +7,6 @@ pub mod packet;
 pub mod poll;
 pub mod process;
 pub mod signals;
+pub mod start;
 pub mod terminal;
 pub mod tree;

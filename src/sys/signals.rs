@@ -35,8 +35,8 @@ impl Signals {
         }
     }
 
-    /// Gives a child that is about to exec the dispositions a program expects from sshd: the old mask, and SIGPIPE deadly (Rust's
-    /// runtime ignores it, which `yes | head` would inherit).
+    /// Gives a child that is about to exec the dispositions a program expects from sshd: the old mask, and SIGPIPE deadly, which is ignored
+    /// here and would be in `yes | head` too.
     pub fn restore_for_exec(&self) -> nix::Result<()> {
         default_disposition(Signal::SIGPIPE)?;
         self.before.thread_set_mask()
@@ -76,6 +76,13 @@ pub fn default_disposition(signal: Signal) -> nix::Result<()> {
     // SAFETY: SIG_DFL is no function of ours, so nothing of this program can run inside a handler.
     #[allow(unsafe_code)]
     unsafe { nix::sys::signal::signal(signal, SigHandler::SigDfl) }.map(|_| ())
+}
+
+/// Lets `signal` do nothing to this process.
+pub fn ignore(signal: Signal) -> nix::Result<()> {
+    // SAFETY: SIG_IGN is no function of ours, so nothing of this program can run inside a handler.
+    #[allow(unsafe_code)]
+    unsafe { nix::sys::signal::signal(signal, SigHandler::SigIgn) }.map(|_| ())
 }
 
 #[cfg(test)]

@@ -268,9 +268,11 @@ fn odd_image_roots() -> Vec<Case> {
             std::fs::write(volume.image_root.join("run/etc/resolv.conf"), "nameserver 192.0.2.1\n").unwrap();
             symlink("run/etc", volume.image_root.join("etc")).unwrap();
         }),
-        Case::new("a fifo at /proc/self/mountinfo", Works, |volume| {
+        Case::new("fifos at /proc/self/mountinfo and maps", Works, |volume| {
             std::fs::create_dir_all(volume.image_root.join("proc/self")).unwrap();
-            fifo(&volume.image_root.join("proc/self/mountinfo"));
+            for name in ["mountinfo", "maps", "exe", "stat"] {
+                fifo(&volume.image_root.join("proc/self").join(name));
+            }
         }),
         Case::new("no shell at all", Answered("cannot start /bin/sh in this image"), |volume| {
             std::fs::remove_dir_all(volume.image_root.join("bin")).unwrap();
