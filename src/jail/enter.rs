@@ -74,14 +74,14 @@ const PASSED_ON: [Signal; 8] = [
     Signal::SIGTSTP,
 ];
 
-/// Starts the `inner` stage in the jail that was [`join`]ed, in the working folder `folder` if one is given, else at the jail's root.
-/// This process ends as that does, with its exit code or dying of the same signal, after `ended` has been told how. Until then it serves
+/// Starts the `inner` stage in the jail that was [`join`]ed, in the working directory `directory` if one is given, else in this process's,
+/// which lies inside. This process ends as that does, with its exit code or dying of the same signal, after `ended` has been told how. Until then it serves
 /// the client's `agent`.
 pub fn run(
     record: &Record,
     joined: &Joined,
     inner: &Exec,
-    folder: Option<&Tree>,
+    directory: Option<&Tree>,
     agent: Option<Agent>,
     ended: impl FnOnce(&WaitStatus),
 ) -> Result<Infallible> {
@@ -92,7 +92,7 @@ pub fn run(
     // Not in the chroot tier, which lacks CAP_SYS_ADMIN for it and holds nobody anyway.
     let refused = (record.tier != Tier::Chroot).then(refused_calls::program);
     let child = spawn(|| {
-        let prepared = prepare(record.dkms, refused, &signals, &terminal, folder);
+        let prepared = prepare(record.dkms, refused, &signals, &terminal, directory);
         let become_inner =
             || inner.replace_this_process_by(&joined.helper).attempt(|| "start the jail's ims-jail-shell");
         let Err(error) = prepared.and_then(|()| become_inner());
@@ -110,7 +110,7 @@ fn prepare(
     refused: Option<&[Instruction]>,
     signals: &Signals,
     terminal: &Terminal,
-    folder: Option<&Tree>,
+    directory: Option<&Tree>,
 ) -> Result<()> {
     // Its own process group: `kill 0` inside reaches what is inside and not the process in front, whose group, seen from
     // here, would be 0, which fish and others do not cope with. Not its own session: sshd's hang-up would miss it.
@@ -124,8 +124,8 @@ fn prepare(
         capabilities::keep_jail_set().attempt(|| "give up capabilities")?;
     }
     signals.restore_for_exec().attempt(|| "restore signals")?;
-    if let Some(folder) = folder {
-        rustix::process::fchdir(folder).attempt(|| "change to the working folder of the session's program")?;
+    if let Some(directory) = directory {
+        rustix::process::fchdir(directory).attempt(|| "change to the directory of sftp-server")?;
     }
     close_on_exec_from(3).attempt(|| "mark descriptors close-on-exec")
 }

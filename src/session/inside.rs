@@ -112,7 +112,7 @@ pub fn run(errand: &Errand) -> Result<u8> {
     if !errand.beside {
         go_home(&image_root, &account.home);
     }
-    // Rust's runtime ignores it, which `yes | head` would inherit.
+    // Ignored since the start of this program; `yes | head` would inherit that.
     default_disposition(Signal::SIGPIPE).attempt(|| "restore SIGPIPE")?;
     let programs = programs.iter().map(|program| Ok((program, program.prepared(&environment)?)));
     let programs = programs.collect::<nix::Result<Vec<_>>>();
@@ -225,12 +225,12 @@ fn expand(wanted: &[u8], home: &Path) -> PathBuf {
     OsString::from_vec(path).into()
 }
 
-/// The container's sftp-server in `folder`, by the container's loader: nothing of it is looked up in the image.
-fn sftp_programs(folder: &Path, options: &[OsString]) -> Vec<Program> {
-    let server = folder.join("sftp-server");
-    let loader = folder.join("ld.so");
+/// The container's sftp-server in `directory`, by the container's loader: nothing of it is looked up in the image.
+fn sftp_programs(directory: &Path, options: &[OsString]) -> Vec<Program> {
+    let server = directory.join("sftp-server");
+    let loader = directory.join("ld.so");
     let mut arguments: Vec<OsString> =
-        vec![loader.clone().into(), "--library-path".into(), folder.into(), server.clone().into()];
+        vec![loader.clone().into(), "--library-path".into(), directory.into(), server.clone().into()];
     arguments.extend_from_slice(options);
     let mut direct: Vec<OsString> = vec![server.clone().into()];
     direct.extend_from_slice(options);

@@ -29,7 +29,7 @@ pub fn run(jail: &Path, request: Request) -> Result<Infallible> {
     let at_terminal = std::io::stdin().is_terminal();
     // Told before the container's sockets are out of sight.
     let told = Report::begin(jail, &Beginning::of_this_session(&request, at_terminal));
-    let beside = outside_sftp_folder(jail, record, &request)?;
+    let beside = outside_sftp_directory(jail, record, &request)?;
     let agent = agent_outside(record, &request);
     let joined = enter::join(record)?;
     // `/` is the image root from here on.
@@ -86,12 +86,12 @@ fn agent_outside(record: &Record, request: &Request) -> Option<Outside> {
     wanted.then(Outside::of_this_session)?
 }
 
-/// In the chroot tier, the folder in which the container's sftp-server stands, open. Where nothing can be mounted, it is not seen in the
+/// In the chroot tier, the directory in which the container's sftp-server stands, open: where nothing can be mounted, it is not shown in the
 /// image.
-fn outside_sftp_folder(jail: &Path, record: &Record, request: &Request) -> Result<Option<Tree>> {
+fn outside_sftp_directory(jail: &Path, record: &Record, request: &Request) -> Result<Option<Tree>> {
     if record.tier != Tier::Chroot || !matches!(request, Request::Sftp(_)) {
         return Ok(None);
     }
-    let folder = jail.with_file_name("sftp");
-    Tree::open(&folder).attempt(|| format!("open {}", folder.display())).map(Some)
+    let directory = jail.with_file_name("sftp");
+    Tree::open(&directory).attempt(|| format!("open {}", directory.display())).map(Some)
 }

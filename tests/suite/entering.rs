@@ -114,9 +114,14 @@ impl Client<'_> {
     fn out(&self) -> Vec<&'static str> {
         let terminal = self.master.ssh_with(&["-tt"]).arg(STANDS_OUTSIDE).output().unwrap();
         let shell = feed(&mut self.master.ssh(), format!("{STANDS_OUTSIDE}\n").as_bytes());
-        let got = self.got();
-        feed(&mut self.master.sftp(), format!("get {} {}\n", self.file_outside(), got.display()).as_bytes());
-        let sftp = self.is_secret(&got);
+        // Options that could keep sftp-server where it was started.
+        let options = ["sftp-server", "sftp-server --", "sftp-server -R -d /missing", "sftp-server x"];
+        let sftp = options.map(|options| {
+            let got = self.got();
+            let mut client = self.master.sftp_with(&["-s", &format!("/usr/lib/openssh/{options}")]);
+            feed(&mut client, format!("get {} {}\n", self.file_outside(), got.display()).as_bytes());
+            self.is_secret(&got)
+        });
         let got = self.got();
         let from = format!("root@127.0.0.1:{}", self.file_outside());
         self.master.scp().arg("-O").arg(from).arg(&got).output().unwrap();
@@ -124,7 +129,7 @@ impl Client<'_> {
             ("command", self.out_by_command()),
             ("terminal", terminal.status.success()),
             ("shell", shell.status.success()),
-            ("sftp", sftp),
+            ("sftp", sftp.contains(&true)),
             ("scp -O", self.is_secret(&got)),
         ];
         kinds.into_iter().filter(|(_, out)| *out).map(|(kind, _)| kind).collect()
@@ -202,6 +207,15 @@ fn no_home_and_no_shell_of_the_image_leads_a_session_outside() {
             }
         }
         outside.assert_unharmed();
+        // Where a stream is closed, no other descriptor takes its place.
+        let jail = environment.state_folder().join("jail");
+        for (closed, number) in [("<&-", 0), (">&-", 1), ("2>&-", 2), ("<&- >&- 2>&-", 1)] {
+            let mut helper = Command::new("sh");
+            helper.args(["-c", &format!("exec \"$@\" {closed}"), "sh", IMS_JAIL_SHELL, "enter"]).arg(&jail);
+            let look = format!("[ /proc/self/fd/{number} -ef /dev/null ]");
+            let status = helper.args(["--", "/bin/sh", "-c", &look]).status().unwrap();
+            assert!(tier == "chroot" || status.success(), "{tier}: {closed}: {status}");
+        }
     }
     assert!(wrong.is_empty(), "{} of {tried} fields lead outside: {wrong:#?}", wrong.len());
     println!("{tried} fields of passwd, each by two kinds of sessions or five: none leads outside");

@@ -658,7 +658,13 @@ impl Master<'_> {
 
     /// `sftp` over it, reading its commands from standard input.
     pub fn sftp(&self) -> Command {
-        self.environment.sftp_client(&["-o", &format!("ControlPath={}", self.control())])
+        self.sftp_with(&[])
+    }
+
+    /// The same with further options.
+    pub fn sftp_with(&self, options: &[&str]) -> Command {
+        let control = format!("ControlPath={}", self.control());
+        self.environment.sftp_client(&[&["-o", &control], options].concat())
     }
 
     /// `scp` over it; what is to be copied is to be added.
