@@ -12,7 +12,6 @@ use crate::lifecycle::signal_files::READY;
 use crate::lifecycle::{self, supervisor};
 use crate::local;
 use crate::local::job::{Fate, Job};
-use crate::sshd::FOR_MANY_CLIENTS;
 use crate::sys::mounts::{self, Detached};
 use crate::sys::tree::Tree;
 use crate::verdict::Verdict;
@@ -181,7 +180,7 @@ fn configure(run: &Path, address: SocketAddr, keys: &Path) -> Result<PathBuf> {
     let text = format!(
         "Port {}\nListenAddress {}\nHostKey {}\nPidFile {}\nAuthorizedKeysFile {}\n\
          PermitRootLogin yes\nPubkeyAuthentication yes\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n\
-         AcceptEnv LANG LC_*\nSubsystem sftp internal-sftp\n{FOR_MANY_CLIENTS}",
+         AcceptEnv LANG LC_*\nSubsystem sftp internal-sftp\n",
         address.port(),
         address.ip(),
         host_key.display(),

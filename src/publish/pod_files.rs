@@ -5,7 +5,6 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use crate::error::{Attempt, Error, Result};
-use crate::sshd::FOR_MANY_CLIENTS;
 use crate::sys::tree::Tree;
 
 /// Authorities in the image.
@@ -14,7 +13,7 @@ const AUTHORITIES: &str = "etc/cray/ca";
 /// The one that a pod names, whatever its file is called.
 const AUTHORITY: &str = "certificate_authority.crt";
 
-/// sshd's configuration where none is given, but for [`FOR_MANY_CLIENTS`].
+/// sshd's configuration where none is given.
 const SSHD_CONFIG: &str = "Port 22\nLogLevel INFO\nPermitRootLogin yes\nPubkeyAuthentication yes\n\
     AuthorizedKeysFile /etc/cray/ims/authorized_keys\nPasswordAuthentication no\nChallengeResponseAuthentication no\n\
     Subsystem sftp internal-sftp\n";
@@ -47,7 +46,7 @@ pub fn configure_sshd(folder: &Path, keys: &str, config: Option<&Path>) -> Resul
     std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o755)).attempt(attempted)?;
     let config = match config {
         Some(file) => std::fs::read_to_string(file).attempt(|| format!("read {}", file.display()))?,
-        None => format!("{SSHD_CONFIG}{FOR_MANY_CLIENTS}"),
+        None => SSHD_CONFIG.to_owned(),
     };
     if keys.trim().is_empty() {
         return Err(Error::new(attempted()).because("there is no public key, and nobody could log in"));

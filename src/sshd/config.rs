@@ -24,14 +24,16 @@ pub fn without_include(config: &[u8]) -> Vec<u8> {
     config.split_inclusive(|&b| b == b'\n').filter(|line| !is_ours(line)).flatten().copied().collect()
 }
 
-/// sshd's own limit of sessions on one connection (`DEFAULT_SESSIONS_MAX` in its servconf.h).
-const DEFAULT_MAX_SESSIONS: &str = "10";
+/// Limits by which sshd makes Ansible with more than ten forks find the host unreachable: sshd's own value (servconf.h), and the line that
+/// replaces it. Sessions of one connection; connections that are not yet authenticated, of which sshd drops some at random.
+const RAISED_LIMITS: [(&str, &str, &str); 2] =
+    [("maxsessions", "10", "MaxSessions 1000\n"), ("maxstartups", "10:30:100", "MaxStartups 200\n")];
 
 /// By this at its end the line is known again.
 const MARK: &str = "# ims-sshd";
 
 /// The fragment's text. `variables` are the job's; those that the configuration sets already (`base`, without our fragment) are kept
-/// where the job has none of that name. One connection can have many sessions, unless the configuration has another limit than sshd's own.
+/// where the job has none of that name. A limit of clients that is sshd's own is raised; another one stays.
 /// Without `agent`, clients do not bring their ssh-agent, whatever the configuration says. With `force_command`, root's sessions are
 /// jailed.
 pub fn fragment(variables: &[(String, String)], base: &Effective, agent: bool, force_command: Option<&str>) -> String {
@@ -45,14 +47,12 @@ pub fn fragment(variables: &[(String, String)], base: &Effective, agent: bool, f
     let set_env = if words.is_empty() { String::new() } else { format!("SetEnv {}", words.join(" ")) };
     let jail = force_command.map_or(String::new(), |command| JAIL.replace("@FORCE_COMMAND@", command));
     let agent = if agent { "" } else { "AllowAgentForwarding no" };
-    let sessions = match base.first("maxsessions") {
-        None | Some(DEFAULT_MAX_SESSIONS) => "MaxSessions 1000",
-        Some(_) => "",
-    };
+    let is_own = |(keyword, own, _): &&(&str, &str, &str)| base.first(keyword).is_none_or(|value| value == *own);
+    let limits: String = RAISED_LIMITS.iter().filter(is_own).map(|(.., line)| *line).collect();
     // The variables last: they are not ours, and may hold anything.
     ENVIRONMENT
         .replace("@JAIL@", &jail)
-        .replace("@SESSIONS@", sessions)
+        .replace("@LIMITS@", &limits)
         .replace("@AGENT@", agent)
         .replace("@SETENV@", &set_env)
 }
@@ -195,13 +195,15 @@ mod tests {
     }
 
     #[test]
-    fn one_connection_may_have_many_sessions_unless_the_configuration_limits_them() {
-        let limit = |answer: &str| {
+    fn many_clients_are_let_in_unless_the_configuration_limits_them() {
+        for (answer, raised) in [
+            ("maxsessions 10\nmaxstartups 10:30:100\n", &["MaxSessions 1000", "MaxStartups 200"][..]),
+            ("maxsessions 3\nmaxstartups 10:30:100\n", &["MaxStartups 200"]),
+            ("maxsessions 3\nmaxstartups 5\n", &[]),
+        ] {
             let text = fragment(&[], &Effective::parse(answer.as_bytes()), true, None);
-            text.lines().find_map(|line| line.strip_prefix("MaxSessions ")).map(str::to_owned)
-        };
-        assert_eq!(limit("maxsessions 10\n").as_deref(), Some("1000"));
-        assert_eq!(limit("maxsessions 3\n"), None);
+            assert_eq!(text.lines().filter(|line| line.starts_with("Max")).collect::<Vec<_>>(), raised);
+        }
     }
 
     #[test]

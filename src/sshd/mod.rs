@@ -17,10 +17,6 @@ use crate::error::{Advise, Attempt, Error, Result};
 /// Where distributions install sshd, which wants to be started by an absolute path.
 const SSHD_PLACES: [&str; 3] = ["/usr/sbin/sshd", "/usr/local/sbin/sshd", "/sbin/sshd"];
 
-/// Options for the configurations that this program writes itself. sshd drops connections at random from the eleventh that is not yet
-/// authenticated, and refuses the eleventh session of a connection: Ansible with more than ten forks finds the host unreachable.
-pub const FOR_MANY_CLIENTS: &str = "MaxStartups 200\nMaxSessions 100\n";
-
 /// sshd answers, and goes into the background, within milliseconds. What it opens or asks for on the way may keep it for ever: a fifo, a
 /// name server that is gone.
 const TIME_LIMIT: Duration = Duration::from_secs(20);
