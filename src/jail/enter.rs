@@ -16,6 +16,7 @@ use rustix::thread::CapabilitySet;
 use crate::error::{Advise, Attempt, Result};
 use crate::jail::agent::Agent;
 use crate::jail::record::Record;
+use crate::jail::streams::Streams;
 use crate::jail::tier::Tier;
 use crate::jail::{capabilities, refused_calls};
 use crate::sys::calls::{self, Instruction};
@@ -74,13 +75,14 @@ const PASSED_ON: [Signal; 8] = [
     Signal::SIGTSTP,
 ];
 
-/// Starts the `inner` stage in the jail that was [`join`]ed, in the working directory `directory` if one is given, else in this process's,
-/// which lies inside. This process ends as that does, with its exit code or dying of the same signal, after `ended` has been told how. Until then it serves
-/// the client's `agent`.
+/// Starts the `inner` stage in the jail that was [`join`]ed, with these `streams`, in the working directory `directory` if one is given, else
+/// in this process's, which lies inside. This process ends as that does, with its exit code or dying of the same signal, after `ended` has
+/// been told how. Until then it serves the client's `agent`.
 pub fn run(
     record: &Record,
     joined: &Joined,
     inner: &Exec,
+    mut streams: Streams,
     directory: Option<&Tree>,
     agent: Option<Agent>,
     ended: impl FnOnce(&WaitStatus),
@@ -92,7 +94,8 @@ pub fn run(
     // Not in the chroot tier, which lacks CAP_SYS_ADMIN for it and holds nobody anyway.
     let refused = (record.tier != Tier::Chroot).then(refused_calls::program);
     let child = spawn(|| {
-        let prepared = prepare(record.dkms, refused, &signals, &terminal, directory);
+        let prepared = prepare(record.dkms, refused, &signals, &terminal, directory)
+            .and_then(|()| streams.take().attempt(|| "take the session's streams"));
         let become_inner =
             || inner.replace_this_process_by(&joined.helper).attempt(|| "start the jail's ims-jail-shell");
         let Err(error) = prepared.and_then(|()| become_inner());
@@ -100,8 +103,9 @@ pub fn run(
         1
     });
     let child = child.attempt(|| "start a process in the jail")?;
+    streams.are_taken();
     // At once: the client waits for this end.
-    exit_now(attend(child, &signals, &mut terminal, agent, ended))
+    exit_now(attend(child, &signals, &mut terminal, streams, agent, ended))
 }
 
 /// Makes the child ready to become the inner stage. It looks up no name here.
@@ -135,6 +139,7 @@ fn attend(
     child: Pid,
     signals: &Signals,
     terminal: &mut Terminal,
+    mut streams: Streams,
     agent: Option<Agent>,
     ended: impl FnOnce(&WaitStatus),
 ) -> u8 {
@@ -146,7 +151,10 @@ fn attend(
             match waitpid(child, Some(WaitPidFlag::WNOHANG | WaitPidFlag::WUNTRACED)) {
                 Ok(WaitStatus::StillAlive) => break,
                 Ok(WaitStatus::Stopped(_, signal)) => terminal.stopped(child, signal),
-                Ok(end) => {
+                Ok(mut end) => {
+                    if !streams.finish() && end == WaitStatus::Exited(child, 0) {
+                        end = WaitStatus::Exited(child, 1);
+                    }
                     ended(&end);
                     agent.iter().for_each(Agent::remove);
                     terminal.take_back();

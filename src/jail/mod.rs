@@ -17,4 +17,5 @@ pub mod record;
 pub mod refused_calls;
 pub mod resolv_conf;
 pub mod run;
+pub mod streams;
 pub mod tier;

@@ -3,18 +3,17 @@
 
 use std::convert::Infallible;
 use std::io::IsTerminal;
-use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
-use rustix::fs::FileType;
 
-use crate::error::{Attempt, Error, Result};
+use crate::error::{Attempt, Result};
 use crate::jail::agent::Outside;
 use crate::jail::enter;
 use crate::jail::record::Record;
+use crate::jail::streams::Streams;
 use crate::jail::tier::Tier;
 use crate::session::environment::client_environment;
 use crate::session::inside::{Errand, why_no_transfer};
@@ -24,7 +23,7 @@ use crate::sys::tree::Tree;
 
 /// Enters the jail that the record at `jail` tells of and carries out `request` there. This process ends as that does.
 pub fn run(jail: &Path, request: Request) -> Result<Infallible> {
-    refuse_directories()?;
+    let mut streams = Streams::of_this_process()?;
     let record = &Record::read(jail)?;
     let at_terminal = std::io::stdin().is_terminal();
     // Told before the container's sockets are out of sight.
@@ -34,6 +33,10 @@ pub fn run(jail: &Path, request: Request) -> Result<Infallible> {
     let joined = enter::join(record)?;
     // `/` is the image root from here on.
     let image_root = Tree::open(Path::new("/")).attempt(|| "open the image root")?;
+    // In the chroot tier it is the image's, if there is one.
+    if record.tier != Tier::Chroot {
+        streams.open_null(&image_root)?;
+    }
     let agent = agent.and_then(|agent| agent.show(&image_root).ok());
     let mut environment = client_environment(std::env::vars_os(), &record.keep);
     if record.tier == Tier::Chroot && !environment.iter().any(|(name, _)| name == OFFLINE) {
@@ -54,7 +57,7 @@ pub fn run(jail: &Path, request: Request) -> Result<Infallible> {
             );
         }
     };
-    enter::run(record, &joined, &inner, beside.as_ref(), agent, ended)
+    enter::run(record, &joined, &inner, streams, beside.as_ref(), agent, ended)
 }
 
 /// Tells systemctl that no systemd runs. Without /proc, older versions do not notice that by themselves.
@@ -64,21 +67,6 @@ const OFFLINE: &str = "SYSTEMD_OFFLINE";
 const TIME_TO_FOLLOW: Duration = Duration::from_millis(200);
 
 const LOG_IN_AGAIN: &str = "if it is not closing, log in again in a moment";
-
-/// The three streams are the only descriptors that come into the jail; a directory among them would be a way out.
-fn refuse_directories() -> Result<()> {
-    let (stdin, stdout, stderr) = (std::io::stdin(), std::io::stdout(), std::io::stderr());
-    let streams = [(stdin.as_fd(), "input"), (stdout.as_fd(), "output"), (stderr.as_fd(), "error")];
-    for (stream, name) in streams {
-        let found = rustix::fs::fstat(stream).attempt(|| format!("look at standard {name}"))?;
-        if FileType::from_raw_mode(found.st_mode) == FileType::Directory {
-            return Err(Error::new("enter the jail")
-                .because(format!("standard {name} is a directory, which would lead out of it"))
-                .advise("redirect it from or to a file"));
-        }
-    }
-    Ok(())
-}
 
 /// The client's agent, for who can use one. The chroot tier has no /run that does not belong to the image.
 fn agent_outside(record: &Record, request: &Request) -> Option<Outside> {

@@ -6,8 +6,10 @@
 //!
 //! Counted by ptrace(2), step by step: Debian's valgrind does not know pidfd_open(2).
 
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use ims_sshd::lifecycle::state::StateFolder;
 use nix::libc::c_long;
@@ -23,8 +25,9 @@ use crate::support::{Image, Mode, Volume};
 const INSTRUCTIONS: u64 = 81_000;
 
 /// All, the C library's and the runtime's start among them.
-/// The second start takes 11, and 7 hand the request over and close and resolve what the image names.
-const SYSTEM_CALLS: u64 = 139;
+/// The second start takes 11, and 7 hand the request over and close and resolve what the image names. Three tell whether a stream is open
+/// or only names a file.
+const SYSTEM_CALLS: u64 = 142;
 
 /// So much more than committed, in hundredths, is no change.
 const MARGIN: u64 = 5;
@@ -67,7 +70,10 @@ fn count(program: &Path, arguments: &[&std::ffi::OsStr], go_on: GoOn) -> u64 {
     let mut shell = Command::new("sh");
     shell.args(["-c", r#"kill -STOP $$; exec "$@""#, "sh"]).arg(program).args(arguments);
     shell.env_clear().env("SSH_ORIGINAL_COMMAND", "true").env("SSH_CONNECTION", "192.0.2.1 40000 192.0.2.2 22");
-    shell.stdin(Stdio::null()).stderr(Stdio::null());
+    // As sshd gives them: a file would be copied, and /dev/null opened once more.
+    let (session, _sshd) = UnixStream::pair().unwrap();
+    let stream = || OwnedFd::from(session.try_clone().unwrap());
+    shell.stdin(stream()).stdout(stream()).stderr(stream());
     // Waited for by its number, as its child.
     let parent = Pid::from_raw(shell.spawn().unwrap().id().cast_signed());
     assert_eq!(waitpid(parent, Some(WaitPidFlag::WUNTRACED)), Ok(WaitStatus::Stopped(parent, Signal::SIGSTOP)));

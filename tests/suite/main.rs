@@ -33,6 +33,7 @@ mod readme;
 mod refusals;
 mod sessions;
 mod special_files;
+mod streams;
 mod support;
 mod terminal;
 mod tiers;

@@ -1,0 +1,297 @@
+//! The three streams of a session, as they come into the jail: no file of the container is among them.
+//!
+//! Whoever has a file open can open it once more for writing (/proc/self/fd/0), and change its mode, owner and attributes, whatever it was
+//! opened for: a setuid program outside could be made of it. sshd gives sessions sockets and terminals; the caller of `ims-sshd enter` may
+//! give anything. A file or device is replaced by a pipe, which a process that stays outside copies from or to.
+
+use std::io::{self, IsTerminal};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use nix::sys::signal::SigSet;
+use nix::sys::wait::{WaitStatus, waitpid};
+use nix::unistd::Pid;
+use rustix::event::{PollFd, PollFlags};
+use rustix::fs::{FileType, Mode, OFlags, SeekFrom, Stat, makedev};
+use rustix::io::Errno;
+use rustix::pipe::{PipeFlags, pipe_with};
+
+use crate::error::{Attempt, Error, Result};
+use crate::sys::process::{Fork, exit_now, fork};
+use crate::sys::tree::{Tree, kind_of};
+
+/// Their names, by their numbers.
+const NAMES: [&str; 3] = ["input", "output", "error"];
+
+/// What is read at once: what a pipe holds.
+const CHUNK: usize = 64 << 10;
+
+/// `PIPEFS_MAGIC` of linux/magic.h.
+const PIPES: u64 = 0x5049_5045;
+
+/// How a stream comes in.
+#[derive(Clone, Copy, PartialEq)]
+enum Way {
+    /// As it is: an anonymous pipe, a socket or a terminal.
+    Itself,
+    /// As the jail's own /dev/null, opened with this access mode.
+    Null(OFlags),
+    /// By a pipe and a copier.
+    Copied,
+}
+
+/// The streams of a session, until it ends.
+pub struct Streams {
+    ways: [Way; 3],
+    /// What comes in, where it is not the stream itself.
+    replaced: [Option<OwnedFd>; 3],
+    copiers: Vec<Pid>,
+    /// Copiers end when this is closed, and so when this process ends.
+    stop: Option<OwnedFd>,
+}
+
+/// A pipe in the place of a stream.
+struct Relay {
+    number: usize,
+    from: OwnedFd,
+    to: OwnedFd,
+}
+
+impl Streams {
+    /// Looks at this process's streams, and starts copiers for those that need one. To be called before the jail is joined, so that the
+    /// copiers stay outside. Fails for a directory, which would be a way out of the jail, and for a descriptor that is not open but names a
+    /// file (`O_PATH`).
+    pub fn of_this_process() -> Result<Self> {
+        let (stdin, stdout, stderr) = (std::io::stdin(), std::io::stdout(), std::io::stderr());
+        let streams = [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()];
+        let mut found = Vec::with_capacity(streams.len());
+        for (stream, name) in streams.into_iter().zip(NAMES) {
+            found.push(look(stream, name)?);
+        }
+        let ways = [found[0].0, found[1].0, found[2].0];
+        let mut this = Self { ways, replaced: [None, None, None], copiers: Vec::new(), stop: None };
+        if ways.contains(&Way::Copied) {
+            // What is written to one file stays in order only by one pipe.
+            let file = |number: usize| (found[number].1.st_dev, found[number].1.st_ino);
+            let is_shared = ways[1] == Way::Copied && ways[2] == Way::Copied && file(1) == file(2);
+            this.start(streams, is_shared).attempt(|| "copy a stream that is a file")?;
+        }
+        Ok(this)
+    }
+
+    fn start(&mut self, streams: [BorrowedFd<'_>; 3], is_shared: bool) -> io::Result<()> {
+        let (stopped, stop) = pipe_with(PipeFlags::CLOEXEC)?;
+        let mut relays = Vec::new();
+        for number in (0..3).filter(|&number| self.ways[number] == Way::Copied && !(is_shared && number == 2)) {
+            let (from, to) = pipe_with(PipeFlags::CLOEXEC)?;
+            self.replaced[number] = Some(if number == 0 { &from } else { &to }.try_clone()?);
+            // The copier waits for the session's end too. Only its own end: the other one's mode is that of the session's programs.
+            rustix::fs::fcntl_setfl(if number == 0 { &to } else { &from }, OFlags::NONBLOCK)?;
+            relays.push(Relay { number, from, to });
+        }
+        if is_shared {
+            self.replaced[2] = self.replaced[1].as_ref().map(OwnedFd::try_clone).transpose()?;
+        }
+        for at in 0..relays.len() {
+            match fork()? {
+                Fork::Parent(copier) => self.copiers.push(copier),
+                Fork::Child => {
+                    drop(stop);
+                    self.replaced = [None, None, None];
+                    let relay = relays.swap_remove(at);
+                    drop(relays);
+                    exit_now(copier(relay, streams, &stopped));
+                }
+            }
+        }
+        self.stop = Some(stop);
+        Ok(())
+    }
+
+    /// Opens the jail's own /dev/null, in `image_root` as it is seen in the jail, for streams that are the container's.
+    pub fn open_null(&mut self, image_root: &Tree) -> Result<()> {
+        for (way, replaced) in self.ways.iter().zip(&mut self.replaced) {
+            if let Way::Null(access) = *way {
+                let attempted = || "open /dev/null of the jail";
+                let flags = access | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NOCTTY;
+                let null = image_root.open_at("dev/null", flags, Mode::empty()).attempt(attempted)?;
+                let found = rustix::fs::fstat(&null).attempt(attempted)?;
+                if !is_null(&found) {
+                    return Err(Error::new(attempted()).because(format!("it is {}", kind_of(&found))));
+                }
+                *replaced = Some(null);
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes them the streams of this process, a child that is about to become another program.
+    pub fn take(&self) -> io::Result<()> {
+        let [stdin, stdout, stderr] = &self.replaced;
+        stdin.as_ref().map_or(Ok(()), rustix::stdio::dup2_stdin)?;
+        stdout.as_ref().map_or(Ok(()), rustix::stdio::dup2_stdout)?;
+        Ok(stderr.as_ref().map_or(Ok(()), rustix::stdio::dup2_stderr)?)
+    }
+
+    /// Leaves the pipes to the child: their ends tell when nobody reads or writes any more.
+    pub fn are_taken(&mut self) {
+        self.replaced = [None, None, None];
+    }
+
+    /// Has the copiers finish what the session has written. Returns whether all of it was copied.
+    pub fn finish(&mut self) -> bool {
+        self.stop = None;
+        let mut is_whole = true;
+        for copier in self.copiers.drain(..) {
+            let ended = loop {
+                match waitpid(copier, None) {
+                    Err(nix::errno::Errno::EINTR) => {}
+                    ended => break ended,
+                }
+            };
+            is_whole &= matches!(ended, Ok(WaitStatus::Exited(_, 0)));
+        }
+        is_whole
+    }
+}
+
+/// Decides how a stream comes in.
+fn look(stream: BorrowedFd<'_>, name: &str) -> Result<(Way, Stat)> {
+    let attempted = || format!("look at standard {name}");
+    let refuse = |what: &str| {
+        let because = format!("standard {name} is {what}, which would lead out of it");
+        Err(Error::new("enter the jail").because(because).advise("redirect it from or to a file"))
+    };
+    let flags = rustix::fs::fcntl_getfl(stream).attempt(attempted)?;
+    if flags.contains(OFlags::PATH) {
+        return refuse("a descriptor that names a file and is not open (O_PATH)");
+    }
+    let found = rustix::fs::fstat(stream).attempt(attempted)?;
+    let way = match FileType::from_raw_mode(found.st_mode) {
+        FileType::Directory => return refuse("a directory"),
+        FileType::Socket => Way::Itself,
+        // A fifo with a name has an owner and a mode.
+        FileType::Fifo if is_anonymous(stream).attempt(attempted)? => Way::Itself,
+        FileType::CharacterDevice if is_null(&found) => Way::Null(flags & OFlags::RWMODE),
+        FileType::CharacterDevice if stream.is_terminal() => Way::Itself,
+        _ => Way::Copied,
+    };
+    Ok((way, found))
+}
+
+fn is_null(found: &Stat) -> bool {
+    FileType::from_raw_mode(found.st_mode) == FileType::CharacterDevice && found.st_rdev == makedev(1, 3)
+}
+
+fn is_anonymous(pipe: BorrowedFd<'_>) -> io::Result<bool> {
+    Ok(u64::try_from(rustix::fs::fstatfs(pipe)?.f_type).is_ok_and(|kind| kind == PIPES))
+}
+
+/// What a copier does. Returns its exit code.
+fn copier(relay: Relay, streams: [BorrowedFd<'_>; 3], stopped: &OwnedFd) -> u8 {
+    // It ends with the session, whoever ends that.
+    let _ = SigSet::all().thread_block();
+    let Relay { number, from, to } = relay;
+    let stream = streams[number];
+    let (copied, verb) = if number == 0 {
+        (copy_in(stream, &from, to, stopped), "read")
+    } else {
+        drop(to);
+        (copy_out(&from, stream, stopped), "write")
+    };
+    match copied {
+        // Nobody reads what is written, which the session's program then hears too.
+        Ok(()) | Err(Errno::PIPE) => 0,
+        Err(error) => {
+            let error = io::Error::from(error);
+            eprintln!("ims-jail-shell: cannot {verb} standard {}: {error}", NAMES[number]);
+            1
+        }
+    }
+}
+
+/// Copies what the caller's `stream` has into the pipe. What the session has not read by its end, is left to who reads the stream next:
+/// `read` has as much from the pipe.
+fn copy_in(stream: BorrowedFd<'_>, read: &OwnedFd, write: OwnedFd, stopped: &OwnedFd) -> rustix::io::Result<()> {
+    let mut chunk = vec![0; CHUNK];
+    let mut left = 0;
+    'session: while wait(stopped, stream, PollFlags::IN)? {
+        let length = match rustix::io::read(stream, &mut chunk) {
+            Ok(0) => break,
+            Err(Errno::AGAIN | Errno::INTR) => continue,
+            other => other?,
+        };
+        left = length;
+        while left > 0 {
+            if !wait(stopped, write.as_fd(), PollFlags::OUT)? {
+                break 'session;
+            }
+            match rustix::io::write(&write, &chunk[length - left..length]) {
+                Err(Errno::AGAIN | Errno::INTR) => {}
+                written => left -= written?,
+            }
+        }
+    }
+    // The end of input.
+    drop(write);
+    while wait_for(stopped, None)? {}
+    let unread = u64::try_from(left).unwrap_or(0) + rustix::io::ioctl_fionread(read)?;
+    if let (1.., Ok(unread)) = (unread, i64::try_from(unread)) {
+        // Devices and fifos cannot go back.
+        let _ = rustix::fs::seek(stream, SeekFrom::Current(-unread));
+    }
+    Ok(())
+}
+
+/// Copies what comes by the pipe to the caller's `stream`, until all who could write have closed it, or the session has ended: a process that
+/// is left in the jail may have it open for longer.
+fn copy_out(pipe: &OwnedFd, stream: BorrowedFd<'_>, stopped: &OwnedFd) -> rustix::io::Result<()> {
+    let mut chunk = vec![0; CHUNK];
+    while wait(stopped, pipe.as_fd(), PollFlags::IN)? {
+        match rustix::io::read(pipe, &mut chunk) {
+            Ok(0) => return Ok(()),
+            Err(Errno::AGAIN | Errno::INTR) => {}
+            length => write_all(stream, &chunk[..length?])?,
+        }
+    }
+    let mut left = usize::try_from(rustix::io::ioctl_fionread(pipe)?).unwrap_or(0);
+    while left > 0 {
+        let most = left.min(CHUNK);
+        match rustix::io::read(pipe, &mut chunk[..most]) {
+            Ok(0) | Err(Errno::AGAIN) => break,
+            Err(Errno::INTR) => {}
+            length => {
+                let length = length?;
+                write_all(stream, &chunk[..length])?;
+                left -= length;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn write_all(stream: BorrowedFd<'_>, mut bytes: &[u8]) -> rustix::io::Result<()> {
+    while !bytes.is_empty() {
+        match rustix::io::write(stream, bytes) {
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => {
+                rustix::event::poll(&mut [PollFd::from_borrowed_fd(stream, PollFlags::OUT)], None)?;
+            }
+            written => bytes = &bytes[written?..],
+        }
+    }
+    Ok(())
+}
+
+/// Waits until `fd` is ready. Returns false once the session has ended.
+fn wait(stopped: &OwnedFd, fd: BorrowedFd<'_>, ready: PollFlags) -> rustix::io::Result<bool> {
+    wait_for(stopped, Some(PollFd::from_borrowed_fd(fd, ready)))
+}
+
+fn wait_for(stopped: &OwnedFd, further: Option<PollFd<'_>>) -> rustix::io::Result<bool> {
+    let mut sources = vec![PollFd::new(stopped, PollFlags::IN)];
+    sources.extend(further);
+    match rustix::event::poll(&mut sources, None) {
+        Ok(_) | Err(Errno::INTR) => Ok(sources[0].revents().is_empty()),
+        Err(e) => Err(e),
+    }
+}

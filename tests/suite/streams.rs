@@ -1,0 +1,143 @@
+//! The streams of `ims-sshd enter`: they do what the caller's do, and no file of the caller's comes into the jail.
+
+use std::fs::Metadata;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
+use std::process::{Command, Output, Stdio};
+
+use rustix::fs::{Mode, OFlags};
+
+use crate::support::*;
+
+/// Tiers that a session must not be able to leave.
+const JAILS: [&str; 2] = ["namespace", "user"];
+
+/// Runs a line of the caller's shell, in a directory with an image; `$enter` enters that.
+fn shell(volume: &Volume, tier: &str, line: &str) -> Output {
+    let mut shell = Command::new("bash");
+    shell.args(["-c", line]).current_dir(volume.dir.path()).env("IMS_JAIL_TIER", tier);
+    shell.env("enter", format!("{IMS_SSHD} enter {} --", volume.image_root.display()));
+    shell.stdin(Stdio::null()).output().unwrap()
+}
+
+/// Asserts that it prints `said` and succeeds.
+fn says(volume: &Volume, tier: &str, line: &str, said: &str) {
+    let output = shell(volume, tier, line);
+    assert!(output.status.success() && text(&output.stdout) == said, "{tier}: {line}: {output:?}");
+}
+
+/// What could be changed of a file by whoever has it open.
+fn state(found: &Metadata) -> (u32, u32, u32, i64, i64) {
+    (found.mode(), found.uid(), found.gid(), found.ctime(), found.ctime_nsec())
+}
+
+/// By any name of an open file: its mode, owner, content and attributes.
+const CHANGE: &str = "for fd in 0 1 2; do
+    chmod 4777 /proc/self/fd/$fd; busybox chown 1:1 /proc/self/fd/$fd; echo changed 1<>/proc/self/fd/$fd; touch /dev/fd/$fd
+done";
+
+#[test]
+fn no_file_that_is_a_stream_of_enter_can_be_changed_from_inside() {
+    for tier in JAILS {
+        let volume = Volume::new(Image::Busybox);
+        let dir = volume.dir.path();
+        for name in ["in", "out", "err"] {
+            std::fs::write(dir.join(name), name).unwrap();
+        }
+        succeed(Command::new("mkfifo").arg(dir.join("fifo")));
+        std::fs::write(volume.image_root.join("change"), CHANGE).unwrap();
+        let look = |name: &str| std::fs::metadata(dir.join(name)).unwrap();
+        let before = state(&look("in"));
+        let output = shell(&volume, tier, "$enter sh /change < in >> out 2>> err");
+        assert!(output.status.code().is_some(), "{output:?}");
+        shell(&volume, tier, "$enter sh /change 0<> fifo 1<> fifo 2>> err; $enter sh /change < in 2>&1 | cat");
+        assert_eq!(state(&look("in")), before, "{tier}");
+        assert_eq!(std::fs::read_to_string(dir.join("in")).unwrap(), "in", "{tier}");
+        let found = look("fifo");
+        assert_eq!((found.mode() & 0o7777, found.uid(), found.gid()), (0o644, 0, 0), "{tier}: a fifo");
+        for name in ["out", "err"] {
+            let found = look(name);
+            assert_eq!((found.mode() & 0o7777, found.uid(), found.gid()), (0o644, 0, 0), "{tier}: {name}");
+            assert!(std::fs::read_to_string(dir.join(name)).unwrap().starts_with(name), "{tier}: {name}");
+        }
+
+        // The machine's own; a change to what it is would be seen all the same.
+        let null = || state(&std::fs::metadata("/dev/null").unwrap());
+        let before = null();
+        for line in ["< /dev/null > /dev/null", "0<> /dev/null", "0> /dev/null"] {
+            let line = format!("$enter sh -c 'chmod 666 /proc/self/fd/0; busybox chown 0:0 /proc/self/fd/0' {line}");
+            shell(&volume, tier, &line);
+        }
+        assert_eq!(null(), before, "{tier}");
+        says(
+            &volume,
+            tier,
+            "$enter sh -c 'cat; echo gone > /dev/stdout; echo here >&2' < /dev/null 2>&1 > /dev/null | grep -v INFO",
+            "here\n",
+        );
+    }
+}
+
+#[test]
+fn a_stream_that_is_not_open_is_refused() {
+    let volume = Volume::new(Image::Busybox);
+    let file = volume.dir.path().join("file");
+    std::fs::write(&file, "").unwrap();
+    for tier in JAILS {
+        let named: OwnedFd = rustix::fs::open(&file, OFlags::PATH, Mode::empty()).unwrap();
+        let mut enter = Command::new(IMS_SSHD);
+        enter.arg("enter").arg(&volume.image_root).args(["--", "true"]).env("IMS_JAIL_TIER", tier);
+        let output = enter.stdin(named).output().unwrap();
+        assert!(!output.status.success() && text(&output.stderr).contains("(O_PATH)"), "{tier}: {output:?}");
+    }
+}
+
+#[test]
+fn files_are_streams_of_enter_as_of_any_program() {
+    for tier in JAILS {
+        let volume = Volume::new(Image::Busybox);
+        let dir = volume.dir.path();
+        let read = |name: &str| std::fs::read(dir.join(name)).unwrap();
+        let says = |line: &str, said: &str| says(&volume, tier, line, said);
+
+        // Any content, more than pipes hold; both ways at once.
+        succeed(
+            Command::new("dd")
+                .args(["if=/dev/urandom", "bs=1M", "count=20", "status=none"])
+                .arg(format!("of={}", dir.join("in").display())),
+        );
+        says("$enter cat < in > out 2> err; echo $?", "0\n");
+        assert!(read("in") == read("out"), "{tier}");
+        says("$enter cat < in | cmp - in; $enter sh -c 'cat > /root/copy' < in > out; cat out", "");
+        assert!(read("in") == std::fs::read(volume.image_root.join("root/copy")).unwrap());
+
+        // Where the caller and others go on in the same file.
+        says("(echo 1; $enter echo 2; echo 3) > log; $enter echo 4 >> log; cat log", "1\n2\n3\n4\n");
+        let script = "i=0; while [ $i -lt 300 ]; do echo out $i; echo err $i >&2; i=$((i + 1)); done";
+        let lines: String = (0..300).map(|i| format!("out {i}\nerr {i}\n")).collect();
+        says(&format!("$enter sh -c '{script}' > log 2>&1; grep -v INFO log"), &lines);
+
+        // What is not read is left to who reads next.
+        says("seq 3 > list; while read i; do echo $i; $enter true; done < list", "1\n2\n3\n");
+        says("seq 30000 > list; ($enter sh -c 'read a; read b; echo $b'; head -n 1) < list", "2\n3\n");
+
+        // The end, and ends that are not the program's.
+        says("$enter cat < /dev/null; : > empty; $enter cat < empty; $enter sh -c 'exit 7' < in > out; echo $?", "7\n");
+        says("$enter sh -c 'kill -KILL $$' < in > out 2> err; echo $?", "137\n");
+        says("$enter yes < in | head -n 1; $enter cat < in | head -c 0; echo ended", "y\nended\n");
+        says("$enter sh -c 'sleep 6546 & exec echo done' < in > out 2> err; cat out", "done\n");
+        says("$enter sh -c 'yes & sleep 0.2' < in > /dev/zero 2>&1; echo ended", "ended\n");
+        assert!(processes_with("sleep 6546").is_empty());
+        says("mkfifo fifo; (echo by fifo > fifo &) ; $enter cat < fifo", "by fifo\n");
+        says("$enter head -c 3 < /dev/zero | od -An -c | tr -d ' '", "\\0\\0\\0\n");
+
+        // What the caller's file does not take, is not said to be written.
+        let output = shell(&volume, tier, "$enter echo lost > /dev/full");
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        assert!(text(&output.stderr).contains("cannot write standard output: No space left"), "{output:?}");
+        // An error of the way in is told where the caller wants it.
+        let output = shell(&volume, tier, "$enter no-such-program > out 2> err; echo $?; cat err");
+        assert!(text(&output.stdout).starts_with("127\n"), "{output:?}");
+        assert!(text(&output.stdout).contains("no-such-program"), "{output:?}");
+    }
+}
