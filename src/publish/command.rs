@@ -1,6 +1,5 @@
 //! `ims-sshd package` and `ims-sshd upload`: the steps of a sidecar, one by one.
 
-use std::ffi::OsStr;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
@@ -42,11 +41,8 @@ impl Place {
             return Err(missing(parent));
         };
         let archive = archive.map_or_else(|| folder.join(settings.archive()), Path::to_owned);
-        let archive = std::path::absolute(&archive).attempt(|| format!("find {}", archive.display()))?;
-        let (Some(above), Some(name)) = (archive.parent(), archive.file_name().and_then(OsStr::to_str)) else {
-            return Err(Error::bad_input(format!("the archive is '{}': expected a file", archive.display())));
-        };
-        Ok(Self { image_root, files, archive_folder: open_tree(&real(above)?)?, archive_name: name.to_owned() })
+        let (archive_folder, archive_name) = package::output(&archive, "the archive")?;
+        Ok(Self { image_root, files, archive_folder, archive_name })
     }
 
     fn archive(&self) -> Archive<'_> {

@@ -1,6 +1,7 @@
 //! The image root becomes a squashfs.
 
 use std::collections::HashSet;
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, IsTerminal};
 use std::os::unix::ffi::OsStrExt;
@@ -68,6 +69,22 @@ impl Archive<'_> {
 /// Opens a directory that was named, whose last name must not be a link.
 pub fn open_tree(path: &Path) -> Result<Tree> {
     Tree::open(path).attempt(|| format!("open {}", path.display()))
+}
+
+/// Opens the directory of a file that was named for output, once, and returns it with the file's name there. `called` is what messages call
+/// the file.
+pub fn output(file: &Path, called: &str) -> Result<(Tree, String)> {
+    let file = std::path::absolute(file).attempt(|| format!("find {}", file.display()))?;
+    let refuse = |expected| Err(Error::bad_input(format!("{called} is '{}': expected {expected}", file.display())));
+    let (Some(above), Some(name)) = (file.parent(), file.file_name().and_then(OsStr::to_str)) else {
+        return refuse("a file");
+    };
+    let above = std::fs::canonicalize(above).attempt(|| format!("open {}", above.display()))?;
+    if above == Path::new("/dev") {
+        // A new file would replace the machine's /dev/null.
+        return refuse("a file outside /dev");
+    }
+    Ok((open_tree(&above)?, name.to_owned()))
 }
 
 /// Packs `image_root` to the file `to`, which appears when it is whole, and returns what was written: the name may be another file's by
@@ -267,7 +284,7 @@ fn collect_attributes(path: &Path, sets: &mut HashSet<Attributes>) -> io::Result
     let mut set = Attributes::new();
     for name in names[..length].split(|&b| b == 0).filter(|n| KEPT.iter().any(|kept| n.starts_with(kept.as_bytes()))) {
         let mut value = vec![0; 65536];
-        let name_text = std::ffi::OsStr::from_bytes(name);
+        let name_text = OsStr::from_bytes(name);
         let length = rustix::fs::lgetxattr(path, name_text, &mut value[..])?;
         value.truncate(length);
         set.push((name.to_owned(), value));

@@ -368,8 +368,10 @@ impl<'a> Sidecar<'a> {
     }
 }
 
-/// Writes what has changed since the inventory in `folder` was made.
+/// Writes what has changed since the inventory in `folder` was made to the new file `to`. The directory may be somebody else's: what has the
+/// name there, a link or a fifo perhaps, is replaced, and neither followed nor opened.
 pub fn write_changes(work: &Work, folder: &Tree, image_root: &Tree, to: &Path) -> Result<()> {
+    let (above, name) = package::output(to, "the report of changes")?;
     let changes = Inventory::load(folder, INVENTORY)?.changes_to(&Inventory::of(work, image_root)?);
-    std::fs::write(to, format!("{changes:#}\n")).attempt(|| format!("write {}", to.display()))
+    above.replace(name, format!("{changes:#}\n").as_bytes()).attempt(|| format!("write {}", to.display()))
 }

@@ -273,6 +273,44 @@ fn what_is_excluded_is_left_out_and_what_has_changed_is_told() {
 }
 
 #[test]
+fn a_report_of_changes_replaces_links_fifos_and_files_and_follows_and_opens_none() {
+    let dir = folder();
+    let tree = image(dir.path());
+    let parent = dir.path().join("parent");
+    let [parent_text, tree_text] = [&parent, &tree].map(|p| p.to_str().unwrap());
+    assert!(ims_sshd(&["prepare", parent_text, tree_text], &[]).status().unwrap().success());
+    // A directory of somebody else, who knows the name of the temporary file too.
+    let script = "ln -s ../precious to-a-file; ln -s ../absent to-nothing; ln ../precious hard; mkfifo fifo; echo old > old; \
+                  for name in to-a-file to-nothing hard fifo old new; do ln -s ../precious .$name.ims-sshd; done";
+    let theirs = dir.path().join("theirs");
+    std::fs::create_dir(&theirs).unwrap();
+    std::fs::write(dir.path().join("precious"), "precious").unwrap();
+    succeed(Command::new("sh").args(["-c", script]).current_dir(&theirs));
+    for name in ["to-a-file", "to-nothing", "hard", "fifo", "old", "new"] {
+        let file = theirs.join(name);
+        // It would wait for a reader of the fifo for ever.
+        let mut package = Command::new("timeout");
+        package.args(["-s", "KILL", "100", IMS_SSHD, "package", "--changes"]).arg(&file).arg(&parent);
+        succeed(&mut package);
+        assert!(file.symlink_metadata().unwrap().is_file(), "{name}");
+        let told: serde_json::Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+        assert!(told["added"].is_array(), "{name}: {told}");
+        assert_eq!(std::fs::read(dir.path().join("precious")).unwrap(), b"precious", "{name}");
+        assert!(!dir.path().join("absent").exists(), "{name}");
+    }
+    // A new file in the place of a device would break the machine: here, a /dev of this test's own.
+    let script = "mount -t tmpfs tmpfs /dev && mknod -m 666 /dev/null c 1 3 && ln -s /proc/self/fd/1 /dev/stdout && \
+                  ! $0 package $1 /dev/$2 $3 && test -c /dev/null && test -L /dev/stdout";
+    for (option, name) in [("--changes", "null"), ("--changes", "stdout"), ("--archive", "null")] {
+        let mut shell = Command::new("unshare");
+        shell.args(["-m", "sh", "-c", script, IMS_SSHD, option, name]).arg(&parent);
+        let output = shell.output().unwrap();
+        assert!(output.status.success(), "{option} {name}: {output:?}");
+        assert!(text(&output.stderr).contains("expected a file outside /dev"), "{option} {name}: {output:?}");
+    }
+}
+
+#[test]
 fn packages_of_rpm_are_told_and_asked_for_without_a_trace_or_it_is_said_that_they_are_not() {
     let dir = folder();
     let (tree, parent) = (dir.path().join("source"), dir.path().join("parent"));
