@@ -45,7 +45,15 @@ pub struct Ims<'a> {
     at: Option<settings::Ims>,
     job: Option<Id>,
     token: Option<Token>,
+    /// Whether an image's record can tell by which request it was made.
+    takes_metadata: bool,
 }
+
+/// Key of an image's metadata: the request that its record was made by.
+const REQUEST: &str = "ims-sshd-request";
+
+/// How IMS refuses a field that it does not know.
+const REFUSED_FIELDS: [StatusCode; 2] = [StatusCode::UNPROCESSABLE_ENTITY, StatusCode::BAD_REQUEST];
 
 struct Token {
     bearer: String,
@@ -62,7 +70,7 @@ impl<'a> Ims<'a> {
     /// As the variables say.
     pub fn of(work: &'a Work, settings: &Settings) -> Self {
         let job = settings.job.as_deref().and_then(Id::parse);
-        Self { work, at: settings.ims.clone(), job, token: None }
+        Self { work, at: settings.ims.clone(), job, token: None, takes_metadata: true }
     }
 
     /// Whether there is one.
@@ -92,39 +100,23 @@ impl<'a> Ims<'a> {
         self.call("set the job's resultant image", &Method::PATCH, &["jobs", job.as_str()], Some(&body))
     }
 
-    /// Ids of all images without content that are called `name`.
-    pub fn empty_images(&mut self, name: &str) -> Result<Vec<Id>> {
-        Ok(self.empty_records(name)?.iter().filter_map(id_of).collect())
-    }
-
-    /// The record of an image that was asked for, and whose answer was lost to a connection or to a crash. `known` stood before. Of several
-    /// new ones nobody knows which is whose: none is taken.
-    pub fn find_image(&mut self, name: &str, known: &[Id]) -> Result<Option<Value>> {
-        let is_new = |image: &Value| id_of(image).is_some_and(|id| !known.contains(&id));
-        let mut new: Vec<_> = self.empty_records(name)?.into_iter().filter(is_new).collect();
-        if new.len() > 1 {
-            let ids: Vec<_> = new.iter().filter_map(id_of).map(|id| id.to_string()).collect();
-            tracing::warn!(
-                "images {} are new, empty and called '{name}': left, since any may be another job's",
-                ids.join(", ")
-            );
-            return Ok(None);
-        }
-        Ok(new.pop())
-    }
-
-    fn empty_records(&mut self, name: &str) -> Result<Vec<Value>> {
+    /// The record that was made by `request`, whose answer was lost to a connection or to a crash. A name proves nothing: another job may
+    /// register one at the same moment.
+    pub fn find_image(&mut self, request: &Id) -> Result<Option<Value>> {
         let images = self.call("read the images' records", &Method::GET, &["images"], None)?.unwrap_or_default();
-        let empty = |image: &&Value| image["name"] == name && image.get("link").is_none_or(Value::is_null);
-        Ok(images.as_array().into_iter().flatten().filter(empty).cloned().collect())
+        let is_ours = |image: &&Value| image["metadata"][REQUEST] == request.as_str();
+        Ok(images.as_array().into_iter().flatten().find(is_ours).cloned())
     }
 
-    /// The record of a new image. Whose answer was lost is not asked for again if its record is there, and not one of `known`.
-    pub fn create_image(&mut self, name: &str, arch: &str, known: &[Id]) -> Result<Value> {
+    /// The record of a new image, made by `request`. Where the answer is lost, a record that names this request is taken, and no other.
+    pub fn create_image(&mut self, name: &str, arch: &str, request: &Id) -> Result<Value> {
         let attempted = format!("register the image '{name}'");
-        let body = json!({ "name": name, "arch": arch });
         let began = Instant::now();
         loop {
+            let mut body = json!({ "name": name, "arch": arch });
+            if self.takes_metadata {
+                body["metadata"] = json!({ REQUEST: request.as_str() });
+            }
             match self.call_once(&attempted, &Method::POST, &["images"], Some(&body))? {
                 Ok(record) => return record.ok_or_else(|| Error::new(attempted).because("there is no record of it")),
                 Err(cause) if began.elapsed() >= self.work.network.retry_limit => {
@@ -132,7 +124,7 @@ impl<'a> Ims<'a> {
                 }
                 Err(cause) => tracing::warn!("cannot {attempted} yet: {cause}; looking whether it is there"),
             }
-            if let Some(record) = self.find_image(name, known)? {
+            if let Some(record) = self.find_image(request)? {
                 return Ok(record);
             }
         }
@@ -221,6 +213,11 @@ impl<'a> Ims<'a> {
         let cause = problem(status, &text);
         if status == StatusCode::UNAUTHORIZED && self.token.take().is_some() {
             // It may have expired, or been taken back: the next try has a new one.
+            return Err(Fault::Passing(cause));
+        }
+        if REFUSED_FIELDS.contains(&status) && body.is_some_and(|body| body.get("metadata").is_some()) {
+            // An IMS from before images had metadata. Without it, a record whose answer is lost is left behind.
+            self.takes_metadata = false;
             return Err(Fault::Passing(cause));
         }
         Err(if is_passing(status) { Fault::Passing(cause) } else { Fault::Final(Error::new(attempted).because(cause)) })

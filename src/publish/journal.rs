@@ -119,8 +119,8 @@ const PHASES: [(Phase, &str); 4] =
 pub struct Journal {
     /// How far the sidecar was.
     pub phase: Phase,
-    /// Empty images of this name that stood before ours was asked for; nothing as long as it was not.
-    pub known: Option<Vec<Id>>,
+    /// What the new image's record is asked for by, and tells in its metadata; nothing as long as it was not asked for.
+    pub request: Option<Id>,
     /// The new image.
     pub image: Option<Id>,
 }
@@ -128,7 +128,7 @@ pub struct Journal {
 impl Journal {
     /// Reads how far this job is. Read once: from then on what is in memory counts, whatever becomes of the file.
     pub fn read(notes: &Notes) -> Result<Self> {
-        let mut journal = Self { phase: Phase::Begun, known: None, image: None };
+        let mut journal = Self { phase: Phase::Begun, request: None, image: None };
         let Some(text) = notes.text(FILE) else { return Ok(journal) };
         // `prepare` of a pod that begins again takes it away: then everything before the packing is done again.
         let may_be_open = notes.files.stands(READY)?;
@@ -146,7 +146,7 @@ impl Journal {
         let id = |id: &Value| id.as_str().and_then(Id::parse);
         let phase = PHASES.iter().find(|(_, name)| fields["phase"] == *name).map_or(Phase::Begun, |(phase, _)| *phase);
         journal.phase = if phase == Phase::Ready && !may_be_open { Phase::Begun } else { phase };
-        journal.known = fields["known"].as_array().map(|ids| ids.iter().filter_map(id).collect());
+        journal.request = id(&fields["request"]);
         journal.image = id(&fields["image"]);
         Ok(journal)
     }
@@ -154,9 +154,8 @@ impl Journal {
     /// Writes it down before what it tells is done.
     pub fn write(&self, notes: &Notes) -> Result<()> {
         let phase = PHASES.iter().find(|(phase, _)| *phase == self.phase).map_or("begun", |(_, name)| *name);
-        let known = self.known.as_ref().map(|ids| ids.iter().map(Id::as_str).collect::<Vec<_>>());
-        let image = self.image.as_ref().map(Id::as_str);
-        let text = json!({ "job": notes.settings.job, "phase": phase, "known": known, "image": image });
+        let [request, image] = [&self.request, &self.image].map(|id| id.as_ref().map(Id::as_str));
+        let text = json!({ "job": notes.settings.job, "phase": phase, "request": request, "image": image });
         notes.write(FILE, &notes.seal()?.line(JOURNAL, &text.to_string()))
     }
 }
@@ -268,7 +267,7 @@ mod tests {
 
     fn journal() -> Journal {
         let [a, b] = IDS.map(|id| Id::parse(id).unwrap());
-        Journal { phase: Phase::Packing, known: Some(vec![a]), image: Some(b) }
+        Journal { phase: Phase::Packing, request: Some(a), image: Some(b) }
     }
 
     fn upload() -> Upload {
@@ -281,7 +280,7 @@ mod tests {
         let (_dir, files) = volume();
         let (ours, other) = (settings("7"), settings("8"));
         let notes = Notes::new(&files, &ours);
-        let absent = Journal { phase: Phase::Begun, known: None, image: None };
+        let absent = Journal { phase: Phase::Begun, request: None, image: None };
         assert_eq!(Journal::read(&notes).unwrap(), absent);
         journal().write(&notes).unwrap();
         assert_eq!(Journal::read(&Notes::new(&files, &ours)).unwrap(), journal());
@@ -354,7 +353,7 @@ mod tests {
                 std::fs::write(&file, text).unwrap();
             }
             let read = Journal::read(&notes).unwrap();
-            prop_assert!(read == journal() || (read.image, read.known, read.phase) == (None, None, Phase::Begun));
+            prop_assert!(read == journal() || (read.image, read.request, read.phase) == (None, None, Phase::Begun));
             if let Some(read) = Upload::read(&notes).unwrap() {
                 prop_assert_eq!(&Upload { parts: Vec::new(), ..read.clone() }, &Upload { parts: Vec::new(), ..upload() });
                 for (number, mark) in read.parts.iter().enumerate() {

@@ -70,7 +70,7 @@ impl Publication<'_> {
 
     /// Rolls back what an earlier run has published in part that was killed, where nothing more is published.
     pub fn give_up(&mut self, journal: &mut Journal) -> Result<()> {
-        if journal.image.is_none() && journal.known.is_none() {
+        if journal.image.is_none() && journal.request.is_none() {
             return Ok(());
         }
         let store = Store::open(&self.settings.store, &self.work.network)?;
@@ -81,7 +81,7 @@ impl Publication<'_> {
     }
 
     fn clear(&self, journal: &mut Journal) -> Result<()> {
-        (journal.image, journal.known) = (None, None);
+        (journal.image, journal.request) = (None, None);
         self.notes.clear()
     }
 
@@ -148,18 +148,18 @@ impl Publication<'_> {
                 return Ok(record);
             }
             tracing::warn!("image {id} is not what this job began: left as it is");
-            (journal.image, journal.known) = (None, None);
+            (journal.image, journal.request) = (None, None);
         }
-        let record = match &journal.known {
-            Some(known) => self.ims.find_image(name, known)?,
+        let asked_before = journal.request.as_ref().map(|request| self.ims.find_image(request)).transpose()?.flatten();
+        let record = match asked_before {
+            Some(record) => record,
             None => {
-                journal.known = Some(self.ims.empty_images(name)?);
+                let request = journal.request.take().map_or_else(Id::random, Ok)?;
+                journal.request = Some(request.clone());
                 journal.write(self.notes)?;
-                None
+                self.ims.create_image(name, self.settings.arch, &request)?
             }
         };
-        let known = journal.known.as_deref().unwrap_or_default();
-        let record = record.map_or_else(|| self.ims.create_image(name, self.settings.arch, known), Ok)?;
         let Some(id) = id_of(&record) else {
             return Err(Error::new(format!("register the image '{name}'"))
                 .because(format!("the id of its record is {}: expected a UUID", record["id"])));
@@ -266,10 +266,10 @@ impl Publication<'_> {
     /// Leaves neither objects nor a record of an image that is none, whatever signal comes. What cannot be this job's is left.
     fn roll_back(&mut self, store: &Store, journal: &Journal) {
         self.work.finish_regardless();
-        let image = match (&journal.image, &journal.known) {
+        let image = match (&journal.image, &journal.request) {
             (Some(id), _) => Ok(Some(id.clone())),
             // It may have been asked for, and the answer was not noted.
-            (None, Some(known)) => self.ims.find_image(&self.settings.name, known).map(|record| id_of(&record?)),
+            (None, Some(request)) => self.ims.find_image(request).map(|record| id_of(&record?)),
             (None, None) => Ok(None),
         };
         let image = image.unwrap_or_else(|error| {

@@ -49,6 +49,8 @@ pub struct State {
     /// Every request, whatever became of it: method and path.
     pub requests: Vec<String>,
     pub tokens: usize,
+    /// An older IMS, whose images have none.
+    pub without_metadata: bool,
     /// In seconds.
     pub token_lives: u64,
     /// What was refused as wrong.
@@ -247,12 +249,16 @@ fn api(state: &mut State, method: &str, path: &str, headers: &BTreeMap<String, S
     let result = match (method, collection, id) {
         ("GET", "images", None) => Ok((200, state.images.values().cloned().collect::<Vec<_>>().into())),
         ("POST", "images", None) => {
-            only(&body, &["name", "link", "arch"])?;
+            let known = ["name", "link", "arch", "metadata"];
+            only(&body, &known[..if state.without_metadata { 3 } else { 4 }])?;
             let name = body["name"].as_str().filter(|n| !n.is_empty()).ok_or((400, "name: a string".to_owned()))?;
             if !["x86_64", "aarch64", ""].contains(&body["arch"].as_str().unwrap_or_default()) {
                 return Err((400, "arch: x86_64 or aarch64".into()));
             }
-            Ok((201, state.register(name, body["arch"].as_str().unwrap_or_default(), &body["link"])))
+            let record = state.register(name, body["arch"].as_str().unwrap_or_default(), &body["link"]);
+            let stored = state.images.get_mut(record["id"].as_str().unwrap()).unwrap();
+            stored["metadata"] = body.get("metadata").cloned().unwrap_or(json!({}));
+            Ok((201, stored.clone()))
         }
         ("GET", "images", Some(id)) => Ok((200, state.images.get(id).ok_or_else(missing)?.clone())),
         ("DELETE", "images", Some(id)) => state.images.remove(id).map(|_| (204, Value::Null)).ok_or_else(missing),
@@ -306,7 +312,7 @@ fn patch_job(state: &mut State, body: &Value) -> Handled {
 fn only(body: &Value, known: &[&str]) -> Result<(), (u16, String)> {
     let fields = body.as_object().ok_or((400, "an object is expected".to_owned()))?;
     match fields.keys().find(|name| !known.contains(&name.as_str())) {
-        Some(unknown) => Err((400, format!("{unknown}: unknown field"))),
+        Some(unknown) => Err((422, format!("{unknown}: unknown field"))),
         None => Ok(()),
     }
 }

@@ -146,7 +146,7 @@ fn the_calls_of_ims_come_in_the_contracts_order() {
     let expected = [
         format!("PATCH {job_path} status"),
         format!("PATCH {job_path} status"),
-        "POST /images arch,name".into(),
+        "POST /images arch,metadata,name".into(),
         format!("PATCH /images/{id} link"),
         format!("PATCH {job_path} resultant_image_id"),
         format!("PATCH {job_path} status"),
@@ -535,32 +535,42 @@ fn errors_lost_answers_and_expired_tokens_of_ims_are_overcome() {
 }
 
 #[test]
-fn of_images_of_the_same_name_none_is_taken_for_the_new_one_that_stood_before() {
+fn record_of_another_job_with_the_same_name_is_never_taken_for_ones_own() {
     let link = json!({"path": "s3://b/k", "etag": "e", "type": "s3"});
-    for rival in [Fault::Rival("another", Value::Null), Fault::Rival("compute-ö", link)] {
-        let job = Job::new();
-        job.ims.state().register("compute-ö", "x86_64", &Value::Null);
-        job.ims.fail("GET /images", rival);
-        job.ims.fail("POST /images", Fault::LostAnswer);
-        new_image_is_its_own(&job, 3);
+    for rival in
+        [Fault::Rival("another", Value::Null), Fault::Rival("compute-ö", link), Fault::Rival("compute-ö", Value::Null)]
+    {
+        for answer in [Fault::LostAnswer, Fault::Status(504)] {
+            let job = Job::new();
+            job.ims.state().register("compute-ö", "x86_64", &Value::Null);
+            job.ims.fail("GET /images", rival.clone());
+            job.ims.fail("POST /images", answer);
+            publishes_an_image_of_its_own(&job, 3);
+        }
     }
-    let job = Job::new();
-    job.ims.fail("GET /images", Fault::Rival("compute-ö", Value::Null));
-    new_image_is_its_own(&job, 2);
 }
 
-/// Publishes, by which it becomes the last of as many.
-fn new_image_is_its_own(job: &Job, images: usize) {
-    let before = job.ims.state().images.clone();
+#[test]
+fn an_ims_whose_images_have_no_metadata_gets_the_image_too() {
+    let job = Job::new();
+    job.ims.state().without_metadata = true;
+    publishes_an_image_of_its_own(&job, 1);
+}
+
+/// Publishes, after which there are `images` records, and those of others are as they were.
+fn publishes_an_image_of_its_own(job: &Job, images: usize) {
     let running = Running::open(job, Mode::Plain);
     running.mark(Mode::Plain, "complete");
     let output = running.end();
     assert!(output.status.success(), "{}", text(&output.stderr));
     let state = job.ims.state();
     assert_eq!(state.images.len(), images, "{:?}", state.images);
-    assert_eq!(state.job["resultant_image_id"], **state.images.last_key_value().unwrap().0);
-    for (id, record) in before {
-        assert_eq!(state.images[&id], record);
+    let own = state.job["resultant_image_id"].as_str().unwrap();
+    for (id, record) in &state.images {
+        let has_objects = job.bucket.keys().iter().any(|key| key.starts_with(id));
+        assert_eq!(has_objects, id == own, "{record}");
+        // The server's own records, and others', have none.
+        assert_eq!(record.get("metadata").is_some(), id == own, "{record}");
     }
 }
 

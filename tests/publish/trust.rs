@@ -247,7 +247,7 @@ fn forged_notes_on_the_volume_make_the_sidecar_delete_and_call_nothing_of_others
     let ids = [published, same_name, "../../smd/hsm/v2/State/Components", "x/../..?a=b#c"];
     let mut forged: Vec<(String, [String; 2])> = Vec::new();
     for id in ids {
-        for (field, value) in [("image", json!(id)), ("known", json!([id])), ("job", json!(id)), ("phase", json!(id))] {
+        for (field, value) in [("image", json!(id)), ("request", json!(id)), ("job", json!(id)), ("phase", json!(id))] {
             forged.push((format!("{field} {id}"), [with(publication, &[(field, value)]), upload.clone()]));
         }
         for field in ["url", "place", "id", "md5", "part"] {
@@ -263,11 +263,11 @@ fn forged_notes_on_the_volume_make_the_sidecar_delete_and_call_nothing_of_others
         forged.push((format!("both {id}"), [image, with(upload, &all)]));
     }
     for value in [Value::Null, json!([7])] {
-        for field in ["image", "known", "job", "phase"] {
+        for field in ["image", "request", "job", "phase"] {
             forged.push((format!("{field} {value}"), [with(publication, &[(field, value.clone())]), upload.clone()]));
         }
     }
-    let unheard = [("image", Value::Null), ("known", json!([killed.own]))];
+    let unheard = [("image", Value::Null), ("request", json!(killed.own))];
     forged.push(("an image unheard of".into(), [with(publication, &unheard), upload.clone()]));
     let here = [
         ("url", json!(format!("file://{}/{published}/rootfs", elsewhere.display()))),
