@@ -35,6 +35,9 @@ const KIWIS_DESCRIPTION: &str = "image/config.xml";
 const KEPT: [&str; 3] = ["user.", "trusted.", "security."];
 const NOT_KEPT: &str = "Unrecognised xattr prefix ";
 
+/// What follows a squashfs at the most where it is published as it is. mksquashfs fills a block of 4 KiB, others one of a device.
+const PADDING: u64 = 1 << 20;
+
 /// Where a packed image is put.
 pub struct Archive<'a> {
     /// The directory.
@@ -51,13 +54,25 @@ impl Archive<'_> {
             .attempt(|| format!("open {}", self.shown()))
     }
 
-    /// Opens one that somebody else has packed, and that is whole.
+    /// Opens one that is published as it is, and that somebody else may have packed. It has to be a whole squashfs, with no more after it
+    /// than its padding, and no larger than its file system, which a file of holes can be: all of it would be uploaded.
     pub fn open_squashfs(&self) -> Result<File> {
         let file = self.open()?;
-        match source::kind_of_file(&file, &self.shown())? {
-            Kind::Squashfs => Ok(file),
-            _ => Err(Error::new(format!("take {} as an image", self.shown())).because("it is no squashfs")),
+        let shown = self.shown();
+        let attempted = || format!("take {shown} as an image");
+        let Kind::Squashfs = source::kind_of_file(&file, &shown, PADDING)? else {
+            return Err(Error::new(attempted()).because("it is no squashfs"));
+        };
+        let size = file.metadata().attempt(attempted)?.len();
+        let disk = rustix::fs::fstatvfs(&file).attempt(attempted)?;
+        let holds = disk.f_blocks.saturating_mul(disk.f_frsize);
+        // Some file systems do not tell.
+        if holds > 0 && size > holds {
+            return Err(
+                Error::new(attempted()).because(format!("it has {size} bytes, and the file system holds {holds}"))
+            );
         }
+        Ok(file)
     }
 
     /// Its path now, for messages.

@@ -347,7 +347,8 @@ impl<'a> Sidecar<'a> {
             self.journal.write(self.notes)?;
             packed
         } else {
-            archive.open()?
+            // Packed before a restart: what has the name by now may be another file.
+            archive.open_squashfs()?
         };
         Ok(Image { rootfs, boot, debug_kernel: None })
     }

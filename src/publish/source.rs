@@ -77,11 +77,11 @@ const TAR_BLOCK: usize = 512;
 /// Looks at a file. One that is none of these, or that is shorter or longer than it says, is refused.
 pub fn kind(path: &Path) -> Result<Kind> {
     let shown = path.display().to_string();
-    kind_of_file(&File::open(path).attempt(|| format!("take {shown} as an image"))?, &shown)
+    kind_of_file(&File::open(path).attempt(|| format!("take {shown} as an image"))?, &shown, u64::MAX)
 }
 
-/// The same of an open file, which is called `shown`.
-pub fn kind_of_file(file: &File, shown: &str) -> Result<Kind> {
+/// The same of an open file, which is called `shown`; a squashfs has at most `padding` bytes of zeros after it.
+pub fn kind_of_file(file: &File, shown: &str, padding: u64) -> Result<Kind> {
     let attempted = || format!("take {shown} as an image");
     let size = file.metadata().attempt(attempted)?.len();
     let start = read_up_to(file, TAR_BLOCK).attempt(attempted)?;
@@ -93,7 +93,7 @@ pub fn kind_of_file(file: &File, shown: &str) -> Result<Kind> {
         let used = u64::from_le_bytes(bytes.try_into().unwrap_or_default());
         return if size < used {
             refuse(format!("it is cut off: {size} bytes of a squashfs of {used}"))
-        } else if !is_zero(file, used, size).attempt(attempted)? {
+        } else if size - used > padding || !is_zero(file, used, size).attempt(attempted)? {
             // It is padded to the blocks of a device or a tape, with zeros.
             refuse(format!("something follows it: {size} bytes, and a squashfs of {used}"))
         } else {

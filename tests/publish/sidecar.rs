@@ -309,7 +309,15 @@ fn transfer_sqsh_of_a_remote_build_is_published_as_it_is_with_the_boot_files_bes
 
 #[test]
 fn what_a_remote_job_left_is_refused_where_it_is_not_whole() {
-    let cases: [(&str, &str, &str); 5] = [
+    let cases: [(&str, &str, &str); 8] = [
+        ("truncate -s +300M transfer.sqsh", "create", "something follows it"),
+        ("truncate -s 4T transfer.sqsh", "create", "something follows it"),
+        // One that says itself that it is as large.
+        (
+            "truncate -s 4T transfer.sqsh; printf '\\0\\0\\0\\0\\0\\4\\0\\0' | dd of=transfer.sqsh bs=1 seek=40 conv=notrunc",
+            "create",
+            "the file system holds",
+        ),
         ("truncate -s -5000 transfer.sqsh", "create", "it is cut off"),
         ("echo x > transfer.sqsh", "create", "as an image"),
         ("rm vmlinuz", "create", "cannot find vmlinuz in"),
@@ -333,6 +341,39 @@ fn what_a_remote_job_left_is_refused_where_it_is_not_whole() {
     let source = job.volume.image_root.display().to_string();
     let output = ims_sshd(&["prepare", parent.to_str().unwrap(), &source], &[]).output().unwrap();
     assert!(output.status.success() && !parent.join("transfer.sqsh").exists(), "{output:?}");
+}
+
+/// What stands where the image was packed when the sidecar is started again may be somebody else's.
+#[test]
+fn what_was_packed_before_a_restart_is_refused_where_it_is_not_whole_or_too_large_and_taken_with_padding() {
+    let cases = [
+        ("truncate -s %1M", None),
+        ("truncate -s +300M", Some("something follows it")),
+        ("truncate -s 4T", Some("something follows it")),
+        ("truncate -s -5000", Some("it is cut off")),
+        ("cp /etc/passwd", Some("as an image")),
+    ];
+    for (make, why) in cases {
+        let job = Job::laid_out("build/image-root");
+        job.ims.fail("POST /images", Fault::Silence);
+        let create = [("IMS_ACTION", "create")];
+        let silent = [("IMS_ACTION", "create"), ("IMS_STALL_LIMIT", "100")];
+        let mut sidecar = job.sidecar(Mode::Plain, &silent).spawn().unwrap();
+        wait_until("the request for a record", || job.ims.is_well());
+        sidecar.kill().unwrap();
+        sidecar.wait().unwrap();
+        let script = format!("{make} compute-ö.sqsh");
+        succeed(Command::new("sh").args(["-c", &script]).current_dir(&job.volume.parent));
+        let output = ended(job.sidecar(Mode::Plain, &create).spawn().unwrap());
+        let Some(why) = why else {
+            assert!(output.status.success(), "{make}: {output:?}");
+            job.is_published(&output);
+            continue;
+        };
+        assert_eq!(output.status.code(), Some(1), "{make}: {output:?}");
+        assert!(report(&output)["error"].as_str().unwrap().contains(why), "{make}: {output:?}");
+        assert!(job.bucket.keys().is_empty(), "{make}");
+    }
 }
 
 /// The sidecar's part where the image root is on another node.
