@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::future::Future;
-use std::os::unix::fs::{DirBuilderExt, FileExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,12 +17,14 @@ use object_store::{
     ObjectStoreExt, PutPayload, RetryConfig,
 };
 use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
+use rustix::fs::OFlags;
 
 use crate::error::{Attempt, Error, Result};
 use crate::lifecycle::secrets::without_secrets;
 use crate::publish::begun;
 use crate::publish::settings::{self, Network, Validate};
 use crate::publish::work::{authorities, in_full};
+use crate::sys::tree::Tree;
 
 /// How long a URL that was signed here is good for.
 pub const SIGNED_FOR: Duration = Duration::from_hours(6);
@@ -111,8 +113,9 @@ impl Store {
         if let Some(folder) = folder(url) {
             let folder = std::path::absolute(folder).attempt(attempted)?;
             let place = folder.ancestors().find(|place| place.exists()).unwrap_or(&folder);
-            let probe = place.join(PROBE);
-            File::create(&probe).and_then(|_| std::fs::remove_file(&probe)).attempt(attempted)?;
+            // What somebody else has put there under the name is replaced.
+            let tree = std::fs::canonicalize(place).and_then(|place| Tree::open(&place)).attempt(attempted)?;
+            tree.create_file(PROBE).and_then(|_| tree.remove(PROBE)).attempt(attempted)?;
             return Ok(rustix::fs::statvfs(place).ok().map(|disk| disk.f_bavail * disk.f_frsize));
         }
         let store = Self::open(settings, network)?;
@@ -157,7 +160,11 @@ impl Store {
             }
             Objects::Folder { folder, .. } => {
                 let file = self.begun(folder, key);
-                let made = make_directory_of(&file).and_then(|()| File::create(&file));
+                // Never through a link that somebody has put there.
+                let made = make_directory_of(&file).and_then(|()| match std::fs::remove_file(&file) {
+                    Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
+                    _ => File::create_new(&file),
+                });
                 made.map_err(|e| failure(key, e))?;
                 Ok(MultipartId::new())
             }
@@ -181,7 +188,9 @@ impl Store {
             match place {
                 Ok(bucket) => Ok(bucket.put_part(&path, &id, number, content.into()).await?.content_id),
                 Err(file) => {
-                    let file = File::options().write(true).open(file);
+                    // The same for a link, or a fifo that nobody reads, which has come since.
+                    let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
+                    let file = File::options().write(true).custom_flags(flags).open(file);
                     file.and_then(|file| file.write_all_at(&content, at)).map_err(|e| failure(path.as_ref(), e))?;
                     Ok(String::new())
                 }

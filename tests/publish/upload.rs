@@ -137,6 +137,30 @@ fn a_token_is_not_used_in_its_last_moments() {
     assert_eq!(state.tokens, state.changes.len(), "each request has a token of its own");
 }
 
+#[test]
+fn links_that_somebody_has_put_into_a_directory_that_is_a_store_are_replaced_and_not_followed() {
+    let dir = folder();
+    let tree = image(dir.path());
+    // Of several parts.
+    let random = feed(Command::new("head").args(["-c", "40M", "/dev/urandom"]), b"").stdout;
+    std::fs::write(tree.join("random"), random).unwrap();
+    let squashfs = squashfs_of(&tree);
+    let ims = ImsServer::start();
+    let precious = dir.path().join("precious");
+    std::fs::write(&precious, "precious").unwrap();
+    // The first id that this IMS gives.
+    let script = "mkdir -p out/$0 && ln -s ../precious out/.ims-sshd.probe && ln -s ../../precious out/$0/rootfs#1";
+    let id = "00000000-0000-4000-8000-000000000001";
+    succeed(Command::new("sh").args(["-c", script, id]).current_dir(dir.path()));
+    let mut enter = ims_sshd(&["enter", "--kernel", "vmlinuz", "--initrd", "initrd"], &ims.variables());
+    enter.args(["--yes", "--output", "out", "--work", "work"]).arg(&squashfs).args(["--", "true"]);
+    let output = enter.current_dir(dir.path()).output().unwrap();
+    assert_eq!(std::fs::read(&precious).unwrap(), b"precious", "{output:?}");
+    assert!(output.status.success(), "{output:?}");
+    let rootfs = dir.path().join("out").join(id).join("rootfs");
+    assert!(rootfs.symlink_metadata().unwrap().is_file() && !dir.path().join("out/.ims-sshd.probe").exists());
+}
+
 /// An upload of an archive of several parts to a bucket.
 struct Upload {
     dir: tempfile::TempDir,
