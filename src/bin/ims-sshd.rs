@@ -143,7 +143,7 @@ type Variables = Vec<(&'static str, Option<String>)>;
 
 #[derive(Args)]
 struct ChecksumOptions {
-    /// What the source's SHA-256 has to be [variable: DOWNLOAD_SHA256SUM]
+    /// Expected SHA-256 of the source [variable: DOWNLOAD_SHA256SUM]
     #[arg(long, value_name = "SUM")]
     sha256: Option<String>,
 }
@@ -322,13 +322,13 @@ struct EnterArguments {
     command: Vec<OsString>,
 }
 
-/// What becomes of an image on one machine.
+/// Options for what is done with an image on one machine.
 #[derive(Args)]
 struct JobOptions {
     /// Publish the new image there: a directory, or s3://BUCKET
     #[arg(long, value_name = "STORE")]
     output: Option<String>,
-    /// Where what is changed is kept meanwhile, on a disk with space for two new images [default: /var/lib]
+    /// Directory for the changes until they are published, on a disk with space for two new images [default: /var/lib]
     #[arg(long, value_name = "DIRECTORY")]
     work: Option<PathBuf>,
     #[command(flatten)]

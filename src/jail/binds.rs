@@ -17,18 +17,19 @@ use crate::sys::tree::{Tree, kind_of};
 /// One bind mount.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Bind {
-    /// What is shown: a path of the container without links.
+    /// The source: a path of the container without links.
     pub source: PathBuf,
-    /// Where, relative to the image root.
+    /// The target, relative to the image root.
     pub target: PathBuf,
     /// Whether nothing can be changed through it, nor through what is mounted below it.
     pub read_only: bool,
 }
 
-/// What the jail itself mounts or puts into the image.
+/// Paths that the jail itself mounts or puts into the image.
 const TAKEN_TARGETS: [&str; 5] = ["proc", "sys", "dev", "run", "etc/resolv.conf"];
 
-/// What the jail hides or restricts, which a bind mount must not show again; the last one has the keys of open environments.
+/// Paths that the jail hides or restricts and a bind mount must not expose again; the last one has the keys of open
+/// environments.
 const HIDDEN_SOURCES: [&str; 4] = ["/proc", "/sys", "/dev", "/run/ims-sshd"];
 
 impl Bind {
@@ -95,7 +96,7 @@ fn taken(target: &Path) -> Option<String> {
     if target.as_os_str().is_empty() {
         return Some("that is the image root itself".into());
     }
-    // What is made for it is recorded in lines.
+    // The record of created paths is line-based.
     if target.as_os_str().as_encoded_bytes().iter().any(u8::is_ascii_control) {
         return Some("expected a path without control characters".into());
     }
@@ -152,7 +153,8 @@ pub fn place(image_root: &Tree, tier: Tier, binds: &[Bind]) -> Result<(Vec<Bind>
     Ok((placed, lacking))
 }
 
-/// What of `target` exists in the image, as a path without links, and the rest. Links are followed as long as they stay in the image.
+/// The part of `target` that exists in the image, as a path without links, and the rest. Links are followed as long as
+/// they stay in the image.
 fn nearest(image_root: &Tree, target: &Path) -> std::result::Result<(PathBuf, PathBuf), String> {
     for path in target.ancestors() {
         let shown = || format!("/{} of the image", path.display());

@@ -157,7 +157,7 @@ impl Drop for Registration {
 /// which there is one for each `owner` (letters and digits). For a jail that has to hold, `own` is set: its QEMU must be a copy. The
 /// container's or the node's would run inside by its own file, whose mode and owner a session could change through /proc/PID/exe.
 ///
-/// Where it registers an entry, the calling thread has a mount namespace of its own afterwards.
+/// If it registers an entry, the calling thread has a mount namespace of its own afterwards.
 pub fn provide(architecture: Architecture, owner: &str, own: bool) -> Result<Interpreter> {
     let attempted = || format!("have programs for {} run on this machine", architecture.name());
     let interpreter = interpreter(architecture);

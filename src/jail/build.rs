@@ -279,7 +279,7 @@ fn show_root_of_init(jail: &Jail) -> Result<()> {
     show().attempt(|| "mount a link on /proc/1/root of the jail")
 }
 
-/// Where /proc is the container's, gives its first process the name of the jail's.
+/// Gives the container's first process the name of the jail's, if the jail shows the container's /proc.
 fn show_name_of_init(jail: &Jail) -> Result<()> {
     let show = || -> io::Result<()> {
         let (proc, _) = jail.locate("proc/-")?;

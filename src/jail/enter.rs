@@ -58,7 +58,8 @@ pub fn join(record: &Record) -> Result<Joined> {
     if let (Tier::Chroot, [image_root]) = (record.tier, doors.as_slice()) {
         change_root(image_root).attempt(|| "change the root to the image root")?;
     }
-    // Whoever gains rights, as by joining a user namespace, is as dumpable as fs.suid_dumpable says (prctl(2), PR_SET_DUMPABLE).
+    // A change of credentials, as by joining a user namespace, resets dumpable to fs.suid_dumpable (prctl(2),
+    // PR_SET_DUMPABLE).
     hide()?;
     Ok(Joined { init, helper })
 }

@@ -147,8 +147,8 @@ pub const DEV_LINKS: &[(&str, &str)] = &[
     ("stderr", "/proc/self/fd/2"),
 ];
 
-/// Where the jail has its copies of the container's programs, relative to the root: below the jail's own /run, so that the image needs no
-/// directory for them.
+/// Directory of the jail's copies of the container's programs, relative to the root: below the jail's own /run, so that
+/// the image needs no directory for them.
 pub const PROGRAMS: &str = "run/.ims-sshd";
 
 #[cfg(test)]

@@ -19,7 +19,7 @@ use Rule::{Always, If};
 enum Test {
     /// It has one of these bits.
     HasAny(u32, u32),
-    /// Of its bits in the mask, they are one of these values.
+    /// Its bits in the mask equal one of these values.
     In(u32, u32, &'static [u32]),
     /// They are none of these values.
     NotIn(u32, u32, &'static [u32]),
@@ -387,7 +387,7 @@ const PROGRAM: Program = {
     program.add(load(ARCHITECTURE));
     program.answer_calls(&CONVENTIONS[0]);
     program.answer_calls(&CONVENTIONS[1]);
-    // What comes by a convention that is not known does not exist.
+    // Calls by an unknown convention fail as if they did not exist.
     program.add(fail(libc::ENOSYS));
     program
 };
@@ -471,7 +471,7 @@ mod tests {
         assert_eq!(u64::from(TIOCLINUX), libc::TIOCLINUX);
     }
 
-    /// What the kernel answers to a call by `program`: it carries out the instructions that are used here.
+    /// The kernel's answer to a call by `program`: carries out the instructions that are used here.
     fn answer(program: &[Instruction], architecture: u32, number: u32, arguments: [u32; 3]) -> u32 {
         let (mut at, mut loaded) = (0, 0);
         loop {
@@ -497,7 +497,7 @@ mod tests {
         }
     }
 
-    /// What the table says of a call, word for word.
+    /// The table's rule for a call, read literally.
     fn meant(convention: &Convention, number: u32, arguments: [u32; 3]) -> u32 {
         let holds = |test: &Test| match *test {
             HasAny(at, bits) => arguments[at as usize] & bits != 0,

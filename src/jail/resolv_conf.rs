@@ -19,8 +19,8 @@ pub const RESOLV_CONF: &str = "etc/resolv.conf";
 /// A larger file is not taken for one.
 const LIMIT: u64 = 1 << 20;
 
-/// Where links at /etc/resolv.conf lead to below /run: systemd-resolved's, SUSE's netconfig's, resolvconf's, NetworkManager's. A session can
-/// install such a program, and its next command still has to resolve names.
+/// Targets below /run of links at /etc/resolv.conf: systemd-resolved's, SUSE's netconfig's, resolvconf's,
+/// NetworkManager's. A session can install such a program, and its next command still has to resolve names.
 const BELOW_RUN: [&str; 5] = [
     "systemd/resolve/stub-resolv.conf",
     "systemd/resolve/resolv.conf",
@@ -39,7 +39,7 @@ pub fn files_below_run(image_root: &Tree) -> Vec<PathBuf> {
     BELOW_RUN.into_iter().map(PathBuf::from).chain(link_into_run(image_root)).collect()
 }
 
-/// Where a link at /etc/resolv.conf leads, if that is below /run.
+/// Target of a link at /etc/resolv.conf, if it is below /run.
 fn link_into_run(image_root: &Tree) -> Option<PathBuf> {
     let target = image_root.leads_to(RESOLV_CONF).ok()?;
     target.strip_prefix("run").ok().filter(|below| !below.as_os_str().is_empty()).map(Path::to_owned)
@@ -250,7 +250,7 @@ mod tests {
             ENVIRONMENT.lend(&self.tree, text.as_bytes()).unwrap()
         }
 
-        /// Of all that there is: names, inodes and times.
+        /// State of every file: names, inodes and times.
         fn state(&self) -> Vec<(PathBuf, u64, i64, i64)> {
             let mut found = Vec::new();
             for folder in ["etc", "proc"] {
@@ -390,7 +390,7 @@ mod tests {
                 act(&image);
                 assert!(lent.take_back().unwrap(), "{number}");
                 assert_eq!(std::fs::read_to_string(image.path(RESOLV_CONF)).ok().as_deref(), *wanted, "{number}");
-                // What was moved was the image's.
+                // The moved file was the image's.
                 let moved = std::fs::read_to_string(image.path("etc/moved")).ok();
                 assert_eq!(moved.as_deref(), own.filter(|_| number > 2), "{number}");
                 assert_eq!(std::fs::read_dir(image.path("proc")).unwrap().count(), 0);

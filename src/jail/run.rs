@@ -1,6 +1,6 @@
-//! What the jail's own /run holds, as if the image had been booted: the image's own entries, the directories and links of its tmpfiles.d
-//! (tmpfiles.d(5)), and those that every distribution makes. All of it is the image's word, so everything has a bound, and what is odd is
-//! left out.
+//! Contents of the jail's own /run, as if the image had been booted: the image's own entries, the directories and links
+//! of its tmpfiles.d (tmpfiles.d(5)), and those that every distribution makes. All of it comes from the image and is
+//! untrusted, so everything has a bound, and odd entries are left out.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -48,7 +48,7 @@ const LARGEST_ACCOUNTS: u64 = 1 << 20;
 /// they are left over, and no boot makes them. The last ones are ours.
 const LEFT_OUT: [&str; 3] = ["systemd/system", ".containerenv", ".ims-sshd"];
 
-/// What the image's /run is to hold, in the order in which it is made: of two entries of one name the first counts.
+/// Entries for the jail's /run, in the order in which they are made: the first of two entries with one name counts.
 pub fn of_boot(image_root: &Tree) -> Vec<Entry> {
     let mut entries = own_entries(image_root).unwrap_or_default();
     entries.extend(of_tmpfiles(image_root));
@@ -96,7 +96,7 @@ impl Entry {
     }
 }
 
-/// What the image has below its own /run: directories, small files and links.
+/// Entries that the image has below its own /run: directories, small files and links.
 fn own_entries(image_root: &Tree) -> io::Result<Vec<Entry>> {
     let run = image_root.folder_of_same_mount("run")?;
     let (mut entries, mut bytes) = (Vec::new(), 0);
@@ -153,7 +153,8 @@ fn of_tmpfiles(image_root: &Tree) -> Vec<Entry> {
     lines.filter_map(|line| of_rule(&line, &passwd, &group)).take(MOST_ENTRIES).collect()
 }
 
-/// What a line of tmpfiles.d makes below /run: `TYPE PATH MODE USER GROUP AGE ARGUMENT`, of which `-` is the usual.
+/// Entry that a line of tmpfiles.d makes below /run: `TYPE PATH MODE USER GROUP AGE ARGUMENT`; `-` stands for the
+/// default.
 fn of_rule(line: &str, passwd: &str, group: &str) -> Option<Entry> {
     // Quoted words and specifiers (%m) are of no directory that a program asks for.
     if line.contains(['"', '\'', '\\', '%']) {

@@ -1,8 +1,9 @@
 //! The three streams of a session, as they come into the jail: no file of the container is among them.
 //!
-//! Whoever has a file open can open it once more for writing (/proc/self/fd/0), and change its mode, owner and attributes, whatever it was
-//! opened for: a setuid program outside could be made of it. sshd gives sessions sockets and terminals; the caller of `ims-sshd enter` may
-//! give anything. A file or device is replaced by a pipe, which a process that stays outside copies from or to.
+//! A process that has a file open can open it once more for writing (/proc/self/fd/0), and change its mode, owner and
+//! attributes, whatever the open mode: a setuid program outside could be made of it. sshd gives sessions sockets and
+//! terminals; the caller of `ims-sshd enter` may give anything. A file or device is replaced by a pipe, which a process
+//! that stays outside copies from or to.
 
 use std::io::{self, IsTerminal};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -22,7 +23,7 @@ use crate::sys::tree::{Tree, kind_of};
 /// Their names, by their numbers.
 const NAMES: [&str; 3] = ["input", "output", "error"];
 
-/// What is read at once: what a pipe holds.
+/// Bytes read at once: the default capacity of a pipe.
 const CHUNK: usize = 64 << 10;
 
 /// `PIPEFS_MAGIC` of linux/magic.h.
@@ -31,18 +32,18 @@ const PIPES: u64 = 0x5049_5045;
 /// How a stream comes in.
 #[derive(Clone, Copy, PartialEq)]
 enum Way {
-    /// As it is: an anonymous pipe, a socket or a terminal.
+    /// Unchanged: an anonymous pipe, a socket or a terminal.
     Itself,
-    /// As the jail's own /dev/null, opened with this access mode.
+    /// Replaced by the jail's own /dev/null, opened with this access mode.
     Null(OFlags),
-    /// By a pipe and a copier.
+    /// Replaced by a pipe and a copier.
     Copied,
 }
 
 /// The streams of a session, until it ends.
 pub struct Streams {
     ways: [Way; 3],
-    /// What comes in, where it is not the stream itself.
+    /// The replacement of each stream that does not come in unchanged.
     replaced: [Option<OwnedFd>; 3],
     copiers: Vec<Pid>,
     /// Copiers end when this is closed, and so when this process ends.
@@ -70,7 +71,7 @@ impl Streams {
         let ways = [found[0].0, found[1].0, found[2].0];
         let mut this = Self { ways, replaced: [None, None, None], copiers: Vec::new(), stop: None };
         if ways.contains(&Way::Copied) {
-            // What is written to one file stays in order only by one pipe.
+            // Output to one file stays in order only through a single pipe.
             let file = |number: usize| (found[number].1.st_dev, found[number].1.st_ino);
             let is_shared = ways[1] == Way::Copied && ways[2] == Way::Copied && file(1) == file(2);
             this.start(streams, is_shared).attempt(|| "copy a stream that is a file")?;
@@ -186,7 +187,7 @@ fn is_anonymous(pipe: BorrowedFd<'_>) -> io::Result<bool> {
     Ok(u64::try_from(rustix::fs::fstatfs(pipe)?.f_type).is_ok_and(|kind| kind == PIPES))
 }
 
-/// What a copier does. Returns its exit code.
+/// Body of a copier. Returns its exit code.
 fn copier(relay: Relay, streams: [BorrowedFd<'_>; 3], stopped: &OwnedFd) -> u8 {
     // It ends with the session, whoever ends that.
     let _ = SigSet::all().thread_block();

@@ -62,7 +62,7 @@ fn write_field(writer: &mut Writer<'_>, field: &Field, value: &dyn fmt::Debug) -
     }
 }
 
-/// What JSON leaves as it is (the separators of Unicode, bidirectional overrides) is escaped too.
+/// Formats events as JSON and also escapes what JSON permits unescaped: Unicode separators, bidirectional overrides.
 struct PrintableJson<E>(E);
 
 impl<S, N, E> FormatEvent<S, N> for PrintableJson<E>
@@ -85,7 +85,7 @@ mod tests {
     use std::io::Seek;
     use std::sync::Arc;
 
-    /// What is logged of `text`: as the message, as an error, and as a field in each way that one is given.
+    /// Log output for `text`: as the message, as an error, and as a field in each way that one is given.
     fn logged(format: Format, ansi: bool, text: &str) -> String {
         let log = Arc::new(tempfile::tempfile().unwrap());
         let subscriber = subscriber(format, LevelFilter::INFO, ansi, Arc::clone(&log));

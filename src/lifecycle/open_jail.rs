@@ -203,7 +203,7 @@ impl OpenJail {
     /// Removes the jail's traces from the image root, after its end: puts its resolv.conf back, removes what was added.
     pub fn clear(self, image_root: &Tree, note_folder: &Tree) -> Result<()> {
         let events = self.events;
-        // Where no thread can be started, it is closed here.
+        // If no thread can be started, the inotify is closed here.
         let _ = std::thread::Builder::new().spawn(move || drop(events));
         if self.lent.as_ref().map(Lent::take_back).transpose()? == Some(true) {
             tracing::info!("{RESOLV_CONF_EDITED}");

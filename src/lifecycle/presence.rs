@@ -80,7 +80,7 @@ struct Line {
 pub struct Presence {
     listener: Listener,
     lines: Vec<Line>,
-    /// As many lines are held at once; of further sessions nothing is heard.
+    /// Maximum number of lines held at once; sessions beyond it are not noticed.
     most_lines: usize,
     /// Whether that has happened, and was told.
     was_full: bool,

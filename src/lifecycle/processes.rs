@@ -26,10 +26,10 @@ const ASK_TIME: Duration = Duration::from_millis(200);
 /// time to ask, less than the 5 s that a close takes at most after the grace.
 pub const KILL_TIME: Duration = Duration::from_millis(3500);
 
-/// As many processes are named in the log; of the others it tells how many they are.
+/// Number of processes that the log names; the others are only counted.
 const NAMED: usize = 20;
 
-/// As many processes are watched for their end, each by a descriptor.
+/// Number of processes watched for their end, each by a descriptor.
 const WATCHED: usize = 16;
 
 /// Ends every process of the job: each descendant of this process, which has to be a subreaper (or PID 1), and whoever is in `jail`: TERM,
@@ -85,7 +85,7 @@ struct Ending {
     killed: Told,
 }
 
-/// What a sweep has found.
+/// Result of one sweep.
 struct Sweep {
     left: usize,
     watched: Vec<Handle>,
@@ -176,7 +176,7 @@ impl Ending {
                 let _ = nix::sys::signal::killpg(entry.group, signal);
                 self.sweeps
             });
-            // Who is left of a group that an earlier sweep has killed came since.
+            // A survivor in a group that an earlier sweep has killed was created since.
             if sweep == self.sweeps || signal != Signal::SIGKILL {
                 return;
             }
@@ -200,7 +200,7 @@ impl Ending {
     }
 }
 
-/// Who was killed, as far as it is told.
+/// The killed processes, as far as the log names them.
 #[derive(Default)]
 struct Told {
     pids: HashSet<Pid>,

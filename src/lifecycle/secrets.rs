@@ -68,7 +68,7 @@ const HARMLESS_ENDS: [&str; 27] = [
     "version",
 ];
 
-/// What a request is signed with is a secret in a URL or form only: `Signature:` is a line of `rpm -qi`.
+/// Names of request signatures, which are secret in a URL or form only: `Signature:` is a line of `rpm -qi`.
 const SIGNATURES: [&str; 4] = ["signature", "sig", "xamzsignature", "hmac"];
 
 /// Options that are secret with these programs alone; those of one letter also with the value attached to them.
@@ -180,7 +180,7 @@ impl Lines {
 /// A text, and what is known of its form. It is not parsed as a shell would: it may be a program's output, or be cut off.
 struct Line<'a> {
     text: &'a str,
-    /// What stands between quotes, outermost ones.
+    /// Text between outermost quotes.
     quoted: Vec<Range<usize>>,
     words: Vec<Word<'a>>,
 }
@@ -334,7 +334,7 @@ impl Line<'_> {
         found
     }
 
-    /// Where the quotes end that stand around the place, else the text.
+    /// End of the quotes that enclose the position, or else of the text.
     fn limit(&self, at: usize) -> usize {
         self.quoted.iter().find(|quoted| quoted.start <= at && at <= quoted.end).map_or(self.text.len(), |q| q.end)
     }
@@ -353,7 +353,7 @@ impl Line<'_> {
         Some(found + sign.len())
     }
 
-    /// Where the word ends that begins here, which may be quoted in part.
+    /// End of the word that begins here, which may be quoted in part.
     fn end(&self, start: usize) -> usize {
         let limit = self.limit(start);
         let mut at = start;
@@ -377,7 +377,8 @@ impl Line<'_> {
     }
 }
 
-/// What stands between outermost quotes. `'\''` is how a shell is given a quote in quotes; one that does not close is an apostrophe.
+/// Ranges between outermost quotes. `'\''` is how a shell is given a quote in quotes; one that does not close is an
+/// apostrophe.
 fn quoted(text: &str) -> Vec<Range<usize>> {
     let mut found = Vec::new();
     let mut at = 0;
@@ -486,7 +487,7 @@ fn is_secret(name: &str) -> bool {
         })
 }
 
-/// What the rest of the line belongs to: `Authorization: Bearer value`, `Cookie: a=b; c=d`.
+/// Whether `name` is a header to which the rest of the line belongs: `Authorization: Bearer value`, `Cookie: a=b; c=d`.
 fn is_header(name: &str) -> bool {
     let name = name.to_ascii_lowercase();
     ["authorization", "cookie"].iter().any(|header| name.ends_with(header))

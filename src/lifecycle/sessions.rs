@@ -21,7 +21,8 @@ const HANG_UP_TIME: Duration = Duration::from_secs(2);
 /// machine that it runs on may have 500 of them to serve, far away.
 const NEXT_SESSION_TIME: Duration = Duration::from_secs(5);
 
-/// As many sessions and connections are watched for their end, each by a descriptor; of the others the next look tells.
+/// Number of sessions and connections watched for their end, each by a descriptor; the next look finds the end of the
+/// others.
 const WATCHED: usize = 16;
 
 /// So many sessions are named that are still running when the grace is over.

@@ -322,7 +322,7 @@ impl<F: FnOnce()> Supervisor<F> {
         self.watchfulness.as_mut()?.look(busy, last, &self.settings, &shells, files, image_root)
     }
 
-    /// What sshd runs for clients. In plain mode it is here that one hears who has come and gone.
+    /// Processes that sshd runs for clients. Plain mode learns only here which sessions have begun and ended.
     fn running(&mut self) -> Running {
         let running = self.clients.look(self.daemon.as_ref().map(|daemon| daemon.pid));
         if let Some(presence) = self.presence.as_mut().filter(|_| !self.settings.jailed) {

@@ -27,7 +27,7 @@ pub struct Customization {
     pub authorized_key: Option<PathBuf>,
     /// Whether sessions land in the image root.
     pub jailed: bool,
-    /// What of this machine is shown in the jail.
+    /// Paths of this machine that are shown in the jail.
     pub binds: Vec<Bind>,
     /// A script to run once the environment is open.
     pub script: Option<PathBuf>,

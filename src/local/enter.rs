@@ -31,14 +31,14 @@ use crate::sys::signals::{Signals, hold_none};
 use crate::sys::tree::Tree;
 use crate::verdict::Verdict;
 
-/// What is run, and what comes after it.
+/// The command to run, and what follows it.
 #[derive(Debug)]
 pub struct Entry {
     /// A program of the image with its arguments; the login shell if there is none.
     pub command: Vec<OsString>,
-    /// What of this machine is shown in the jail.
+    /// Paths of this machine that are shown in the jail.
     pub binds: Vec<Bind>,
-    /// What becomes of the changes, if it is said beforehand.
+    /// Answer about the changes, if it is given beforehand.
     pub answer: Option<Answer>,
 }
 
@@ -102,12 +102,12 @@ fn exited(code: i32) -> WaitStatus {
     WaitStatus::Exited(Pid::from_raw(1), code)
 }
 
-/// As `customize` ends.
+/// Exit status that `customize` ends with.
 fn exited_as(verdict: Verdict) -> WaitStatus {
     exited(i32::from(verdict == Verdict::Failed))
 }
 
-/// What becomes of the changes; none if somebody has to be asked.
+/// Fate of the changes; none if the person has to be asked.
 ///
 /// A mark in the image counts most, since it was made last. The exit code of a shell at a terminal is that of its last command, and says
 /// nothing; every other command has failed with one that is not 0.
@@ -129,13 +129,13 @@ fn tell(text: &str) {
     let _ = std::io::stderr().write_all(text.as_bytes());
 }
 
-/// What the person is asked at the end.
+/// Question to the person at the end.
 struct Question {
     source: String,
 }
 
 impl Question {
-    /// What can be answered, the word that stands for no answer last.
+    /// Possible answers; the word for no answer comes last.
     fn choices(&self) -> &'static str {
         if Path::new(&self.source).is_dir() {
             "(y)es, (n)o, the directory stays as it is now [n]"
@@ -184,7 +184,7 @@ impl Question {
 /// A shell that was hung up has this long to write its history.
 const HANG_UP_TIME: Duration = Duration::from_secs(2);
 
-/// What runs in the jail.
+/// The session that runs in the jail.
 struct Session {
     /// Whether it is the login shell.
     is_shell: bool,

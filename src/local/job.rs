@@ -23,7 +23,7 @@ use crate::publish::unpack::Overlay;
 use crate::publish::upload::{Image, Publication};
 use crate::publish::work::{Work, without_query};
 
-/// What the command line says of the image.
+/// The command line's settings for the image.
 #[derive(Debug)]
 pub struct Job {
     /// A directory, a squashfs, a tar archive, or a URL.
@@ -33,11 +33,11 @@ pub struct Job {
     pub settings: Option<Settings>,
     /// Patterns below the image root that are not packed.
     pub exclude: Vec<String>,
-    /// Where to write what has changed.
+    /// File to write the changes to.
     pub changes: Option<PathBuf>,
 }
 
-/// What becomes of the changes.
+/// Fate of the changes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fate {
     /// They are packed and published.
@@ -136,7 +136,7 @@ fn check_store(work: &Work, settings: &Settings, source: &Source) -> Result<()> 
     Ok(())
 }
 
-/// What this source's job calls its directory. A URL counts without what signs it, wherever the command is given.
+/// Name of this source's job directory. A URL counts without its signature, and the current directory does not matter.
 fn name_of(source: &Source, text: &str) -> String {
     match source {
         Source::Here(path) => name_for(&std::path::absolute(path).unwrap_or_else(|_| path.clone())),

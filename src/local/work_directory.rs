@@ -1,5 +1,5 @@
-//! Where a job on this machine keeps what belongs to the image: a directory of root's own. Setuid programs of the image and its
-//! /etc/shadow lie below, which the machine's other users must neither reach nor exchange.
+//! Work directory of a job on this machine, owned by root, for all that belongs to the image. Setuid programs of the
+//! image and its /etc/shadow lie below, which the machine's other users must neither reach nor exchange.
 
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};

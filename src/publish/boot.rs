@@ -56,7 +56,8 @@ const INITRDS: [(&str, &str); 5] =
 /// How it is called where it is the only one: in a directory of modules (ostree, MicroOS), or beside a kernel without a version.
 const BARE_INITRDS: [&str; 4] = ["initrd", "initrd.img", "initramfs.img", "initramfs"];
 
-/// Where modules are, each kernel's in a directory of its version. In most images the first leads to the second.
+/// Directories of modules, each kernel's in a subdirectory named after its version. In most images the first is a link
+/// to the second.
 const MODULES: [&str; 2] = ["lib/modules", "usr/lib/modules"];
 
 /// No image has more kernels, and one that is made to keep us busy does not.
@@ -72,7 +73,7 @@ struct Modules {
     directory: String,
     /// The kernel itself, where the package keeps it (EL 9 and later, Fedora, Arch), and kernel-install would copy it from.
     kernel: Option<String>,
-    /// What mkinitcpio of Arch calls this kernel in /boot.
+    /// Name of this kernel in /boot, as Arch's mkinitcpio has it.
     flavour: Option<String>,
 }
 
@@ -80,11 +81,11 @@ struct Modules {
 #[derive(Debug)]
 struct Kernel {
     path: String,
-    /// That of its modules, where it can be told.
+    /// Version of its modules, if known.
     version: Option<String>,
-    /// What follows `vmlinuz-` in its name, or would.
+    /// Suffix after `vmlinuz-` in its name, or the one it would have.
     flavour: Option<String>,
-    /// Of two with one version the higher one is taken.
+    /// Tie-breaker: the higher of two kernels with one version is taken.
     preference: usize,
 }
 
@@ -249,7 +250,7 @@ fn in_boot(image_root: &Tree, name: &str, modules: &[Modules]) -> Kernel {
     }
 }
 
-/// What follows the `-` in a kernel's name, or nothing; `None` if this is no kernel's name.
+/// Suffix after the `-` in a kernel's name, or nothing; `None` if this is no kernel's name.
 fn flavour_of(name: &str) -> Option<&str> {
     if BESIDE_KERNELS.iter().any(|ending| name.ends_with(ending)) {
         return None;
@@ -288,7 +289,7 @@ fn best(kernels: Vec<Kernel>, modules: &[Modules]) -> Option<Kernel> {
     })
 }
 
-/// Where the initrd of `kernel` can be, best first.
+/// Possible paths of the initrd of `kernel`, best first.
 fn initrds(kernel: &Kernel, modules: &[Modules]) -> Vec<String> {
     let own = modules.iter().find(|m| Some(&m.version) == kernel.version.as_ref());
     let of_modules = own.and_then(|m| m.flavour.as_deref());
@@ -456,7 +457,7 @@ mod tests {
         assert_eq!(found.initrd.path, "boot/initrd-5.14.21-150500.55.9-default");
     }
 
-    /// What `auto` comes to, by the paths.
+    /// Paths that `auto` chooses.
     fn chosen(files: &[&str]) -> (String, String) {
         let (_dir, tree) = image(files);
         let found = find(&tree, &names("auto", "auto"), "x86_64").unwrap();
@@ -532,7 +533,7 @@ mod tests {
                 assert_eq!(chosen(&files).0, format!("boot/vmlinuz-{better}"));
             }
         }
-        // Where there is nothing else.
+        // A debug kernel is taken if there is no other.
         assert_eq!(chosen(&["boot/vmlinuz-6.9.1-debug", "boot/initrd-6.9.1-debug"]).0, "boot/vmlinuz-6.9.1-debug");
     }
 

@@ -1,4 +1,4 @@
-//! What a file comes to, and what it has to come to.
+//! Checksums of a file, and the expected ones.
 
 use std::fs::File;
 use std::io::{Read, Seek};

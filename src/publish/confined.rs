@@ -22,7 +22,7 @@ use crate::sys::signals::hold_none;
 use crate::sys::tree::Tree;
 use crate::sys::{calls, process};
 
-/// What whoever writes a tree needs, each for what.
+/// Capabilities of a program that writes a tree, each with its reason.
 const WRITER: &[(CapabilitySet, &str)] = &[
     (CapabilitySet::CHOWN, "files have their owners"),
     (CapabilitySet::DAC_OVERRIDE, "directories that nobody may write to are filled"),
@@ -33,7 +33,7 @@ const WRITER: &[(CapabilitySet, &str)] = &[
     (CapabilitySet::SYS_ADMIN, "trusted.* and security.* attributes are written; the calls below are refused"),
 ];
 
-/// What whoever reads a tree needs.
+/// Capabilities of a program that reads a tree.
 const READER: &[(CapabilitySet, &str)] = &[
     (CapabilitySet::DAC_OVERRIDE, "files that nobody may read are packed"),
     (CapabilitySet::DAC_READ_SEARCH, "the same"),
@@ -84,7 +84,7 @@ const REFUSED: &[libc::c_long] = &[
     libc::SYS_reboot,
 ];
 
-/// What every program reads: itself, its libraries and their settings. `$PATH` says more.
+/// Files that every program reads: itself, its libraries and their settings. `$PATH` adds more.
 const SYSTEM: &[&str] = &[
     "/bin",
     "/etc/alternatives",
@@ -109,19 +109,19 @@ const SYSTEM: &[&str] = &[
 /// No file of an image is larger, holes counted: a lastlog with the highest user number has 1.2 TB.
 const LARGEST_FILE: u64 = 2 << 40;
 
-/// What each processor's threads may take beside the rest: stacks and heaps of their own.
+/// Additional memory for each processor's threads: stacks and heaps of their own.
 const MEMORY_OF_A_PROCESSOR: u64 = 64 << 20;
 
-/// How far a program goes.
+/// Limits of a confined program.
 #[derive(Debug, Clone)]
 pub struct Limits {
-    /// Of its memory, in bytes.
+    /// Limit of its memory, in bytes.
     pub memory: u64,
-    /// Of each file that it writes, in bytes.
+    /// Limit of each file that it writes, in bytes.
     pub file: u64,
-    /// Until it is ended.
+    /// Time until it is ended.
     pub time: Duration,
-    /// Where it writes so much that little is left, it is ended.
+    /// Volume that it may not fill: it is ended when little space is left.
     pub volume: Option<PathBuf>,
 }
 
@@ -129,9 +129,9 @@ pub struct Limits {
 pub struct Confined<'a> {
     /// Its working directory.
     directory: &'a Tree,
-    /// What it can do there.
+    /// Its access to that directory.
     access: Access,
-    /// What else it reads.
+    /// Further file or directory that it reads.
     source: Option<OwnedFd>,
     /// Its standard input, which it reads or writes.
     stdin: Option<File>,
@@ -297,7 +297,7 @@ impl<'a> Confined<'a> {
     }
 }
 
-/// What is left of a disk for others.
+/// Part of a disk that is left for others.
 fn reserve(disk: u64) -> u64 {
     (disk / 50).min(1 << 30)
 }

@@ -24,7 +24,7 @@ const TRAILER: &[u8] = b"TRAILER!!!";
 /// No path of the kernel is longer, nor the target of a link.
 const LONGEST_NAME: u32 = 4096;
 
-/// What an entry's header says.
+/// Header of an entry.
 #[derive(Debug, Clone, Copy)]
 struct Header {
     inode: u32,
@@ -60,7 +60,7 @@ pub fn unpack(input: impl Read, root: &Tree, mut look: impl FnMut() -> io::Resul
         let name = archive.name(&header)?;
         archive.ended = name == TRAILER;
         if archive.ended {
-            // Of another archive that follows, inodes are others.
+            // Inode numbers of the next archive mean other files.
             linked.clear();
             continue;
         }
@@ -98,7 +98,7 @@ pub fn unpack(input: impl Read, root: &Tree, mut look: impl FnMut() -> io::Resul
                     flags |= OFlags::CREATE | OFlags::EXCL;
                 }
                 let mut file = File::from(rustix::fs::openat(&parent, &name, flags, Mode::RUSR | Mode::WUSR)?);
-                // Of a file with several names the last entry has the content.
+                // The last entry of a file with several names has the content.
                 archive.copy(u64::from(header.size), &mut file, &mut look)?;
                 if of_several && first.is_none() {
                     linked.insert((header.inode, header.device), path);
@@ -118,7 +118,7 @@ pub fn unpack(input: impl Read, root: &Tree, mut look: impl FnMut() -> io::Resul
         archive.align()?;
         set_attributes(&parent, &name, &header)?;
     }
-    // What was put into a directory has changed its time.
+    // Creating an entry in a directory has changed the directory's time.
     for (path, header) in directories {
         set_attributes(&root.folder_without_links(&path)?, OsStr::new("."), &header)?;
     }

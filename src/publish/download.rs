@@ -22,9 +22,9 @@ struct Download<'a> {
     work: &'a Work,
     url: &'a str,
     file: File,
-    /// Where that is, for messages.
+    /// Path of the file, for messages.
     path: String,
-    /// What has come of it.
+    /// Number of bytes received.
     length: u64,
     sums: Sums,
     /// What it comes to, once the server has said so.

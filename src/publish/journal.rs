@@ -1,5 +1,6 @@
-//! What has been done already, on the volume: a sidecar that begins again after a crash goes on from there. Sessions of a plain job write to
-//! the volume too, so every line is authenticated, and what is not authentic is treated as absent.
+//! Record of completed steps, on the volume: a sidecar that restarts after a crash continues from there. Sessions of a
+//! plain job write to the volume too, so every line is authenticated, and lines that are not authentic are treated as
+//! absent.
 
 use std::cell::OnceCell;
 use std::io::Write;
@@ -24,11 +25,11 @@ const LIMIT: u64 = 16 << 20;
 /// A store takes no more parts than this of one object.
 pub const MOST_PARTS: usize = 10_000;
 
-/// What lines are authenticated as.
+/// Labels under which lines are authenticated, one for each file.
 const JOURNAL: &str = "journal";
 const UPLOAD: &str = "upload";
 
-/// Where notes are kept, and what authenticates them.
+/// Directory of the records, and the key that authenticates them.
 pub struct Notes<'a> {
     files: &'a SignalFiles,
     settings: &'a Settings,
@@ -119,7 +120,7 @@ const PHASES: [(Phase, &str); 4] =
 pub struct Journal {
     /// How far the sidecar was.
     pub phase: Phase,
-    /// What the new image's record is asked for by, and tells in its metadata; nothing as long as it was not asked for.
+    /// Identifies the request for the new image's record, and is kept in its metadata; nothing until the request.
     pub request: Option<Id>,
     /// The new image.
     pub image: Option<Id>,

@@ -19,7 +19,7 @@ use crate::sys::tree::Tree;
 /// no file of that name any more (OCI image layer specification, "Whiteouts").
 const OPAQUE: &[u8] = b".wh..wh..opq";
 const WHITEOUT: &[u8] = b".wh.";
-/// What a storage driver (aufs) kept for itself.
+/// Prefix of files that a storage driver (aufs) kept for itself.
 const OF_DRIVER: &[u8] = b".wh..wh.";
 
 /// No description of an image is larger.
@@ -116,7 +116,7 @@ fn image_of(saved: &Tree, index: Value, depth: usize) -> Result<Value> {
     image_of(saved, next, depth + 1)
 }
 
-/// Where the content lies that a descriptor names by its digest.
+/// Path of the content that a descriptor names by its digest.
 fn blob(descriptor: &Value) -> Option<String> {
     let (algorithm, digits) = descriptor["digest"].as_str()?.split_once(':')?;
     let is_name = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric());
@@ -162,7 +162,7 @@ pub fn merge(layer: &Tree, root: &Tree, began: SystemTime) -> io::Result<()> {
             attributes.push((path, found));
         }
     }
-    // What was moved into a directory has changed its time.
+    // Moving an entry into a directory has changed the directory's time.
     for (path, found) in attributes {
         copy_attributes(&layer.folder_without_links(&path)?, &found, &root.folder_without_links(&path)?)?;
     }

@@ -27,7 +27,7 @@ const MEMORY: (u64, u64) = (64 << 20, 4);
 /// Where limits of memory are, in either version of cgroups, as a container sees its own.
 const MEMORY_LIMITS: [&str; 2] = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"];
 
-/// Where kiwi leaves its description of the image, in the image.
+/// Directory in the image where kiwi leaves its description of the image.
 const KIWIS: &str = "image";
 const KIWIS_DESCRIPTION: &str = "image/config.xml";
 
@@ -35,10 +35,11 @@ const KIWIS_DESCRIPTION: &str = "image/config.xml";
 const KEPT: [&str; 3] = ["user.", "trusted.", "security."];
 const NOT_KEPT: &str = "Unrecognised xattr prefix ";
 
-/// What follows a squashfs at the most where it is published as it is. mksquashfs fills a block of 4 KiB, others one of a device.
+/// Most padding after a squashfs that is published unchanged. mksquashfs fills a block of 4 KiB, others one of a
+/// device.
 const PADDING: u64 = 1 << 20;
 
-/// Where a packed image is put.
+/// Location of a packed image.
 pub struct Archive<'a> {
     /// The directory.
     pub folder: &'a Tree,
@@ -203,7 +204,7 @@ fn sparse_logs(image_root: &Tree, exclude: &[String]) -> Vec<(String, Stat)> {
         is_file && found.st_size - found.st_blocks * 512 > LARGE_HOLE
     };
     let sparse = found.filter(|(_, found)| is_sparse(found)).map(|(name, found)| (format!("{LOGS}/{name}"), found));
-    // As far as a pattern is a plain name it begins the names of what it matches.
+    // The part of a pattern before its first special character is a prefix of all that it matches.
     let may_match =
         |pattern: &String, name: &str| name.starts_with(pattern.split(['*', '?', '[', '\\', '(']).next().unwrap_or(""));
     sparse.filter(|(name, _)| !exclude.iter().any(|pattern| may_match(pattern, name))).collect()
@@ -258,7 +259,7 @@ fn memory() -> u64 {
     share_of_memory(all_memory())
 }
 
-/// What the container may take of the node's memory.
+/// Memory that the container may take of the node's.
 pub fn all_memory() -> Option<u64> {
     let limits = MEMORY_LIMITS.iter().filter_map(|file| std::fs::read_to_string(file).ok()?.trim().parse().ok());
     let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();

@@ -190,7 +190,7 @@ impl<'a> Sidecar<'a> {
         environment::is_marked_failed(self.files, image_root.filter(|_| self.settings.jailed))
     }
 
-    /// What an earlier run has published in part is rolled back too.
+    /// Ends the job as failed, and rolls back the publication that an earlier run has begun.
     fn end_as_failed(&mut self, action: Action) -> Result<u8> {
         tracing::info!("the image was marked failed: it is not published");
         self.publication().give_up(&mut self.journal)?;

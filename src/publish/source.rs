@@ -65,7 +65,7 @@ const COMPRESSED: [(&[u8], &str); 3] =
 /// The magic of a squashfs, and where its size stands in the superblock.
 const SQUASHFS: (&[u8], usize) = (b"hsqs", 40);
 
-/// What entries of cpio archives begin with: `newc`, without checksums and with them.
+/// Magic numbers of entries of cpio archives: `newc`, without checksums and with them.
 const CPIO: [&[u8]; 2] = [b"070701", b"070702"];
 
 /// Older formats of cpio, which hold no file above 2 or 8 GiB: `odc`, and binary in either byte order.
@@ -151,7 +151,7 @@ fn unknown(start: &[u8]) -> &'static str {
     }
 }
 
-/// What the first block of a compressed file holds, or less where it is damaged.
+/// First block of a compressed file, uncompressed; less if it is damaged.
 fn uncompressed(file: &File, program: &str) -> io::Result<Vec<u8>> {
     let mut command = Command::new(program);
     command.arg("-dc").stdin(file.try_clone()?).stdout(Stdio::piped()).stderr(Stdio::null());

@@ -208,7 +208,7 @@ fn lacking(image_root: &Path) -> Vec<&'static str> {
     let options = mounts.lines().rfind(is_ours).and_then(|line| line.rsplit(' ').next()).unwrap_or_default();
     let is_on = |name: &str| match options.split(',').find_map(|option| option.strip_prefix(name)?.strip_prefix('=')) {
         Some(value) => value == "on",
-        // What is as the module has it by default is not shown.
+        // The mount table does not show options that equal the module's default.
         None => {
             std::fs::read_to_string(format!("/sys/module/overlay/parameters/{name}")).is_ok_and(|v| v.trim() == "Y")
         }
@@ -223,7 +223,7 @@ fn without(option: &str) -> &'static str {
     }
 }
 
-/// What takes the changes, in an overlay's own directory.
+/// Directory for the changes, in an overlay's own directory.
 const UPPER: &str = "upper";
 
 /// A tree that is mounted: the source below, what is changed above it.

@@ -61,7 +61,7 @@ impl Publication<'_> {
         if result.is_err() {
             self.roll_back(&store, journal);
         }
-        // What is published stays so, whatever somebody has put in the place of the notes.
+        // A published image stays published, even if the record of it was replaced.
         if let Err(error) = self.clear(journal) {
             tracing::warn!("{error}");
         }
@@ -220,7 +220,7 @@ impl Publication<'_> {
         Ok((artifacts, link))
     }
 
-    /// What is told of an object of this image that tells it from others'.
+    /// Metadata of an object that tells this image's from others'.
     fn marks(&self, id: &Id) -> [(&'static str, String); 2] {
         let job = self.settings.job.clone().unwrap_or_default();
         [("x-shasta-ims-image-id", id.to_string()), ("x-shasta-ims-job-id", job)]

@@ -21,11 +21,12 @@ const CHANGED: &[&str] = &["PATH", "MAIL", "LANG", "LANGUAGE", "LC_*", "SYSTEMD_
 /// What a login on the booted image would find before its profile is read.
 pub const LOGIN_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// What the image's root gets, whatever the client sends.
+/// Variables that are set for the image's root; the client cannot override them.
 const OWN: [&str; 6] = ["USER", "LOGNAME", "HOME", "SHELL", "PATH", "MAIL"];
 
-/// The variables that come into the jail: those of `given` that match [`KEPT`] or `keep` (names that the server's configuration gives).
-/// What belongs to the container (its PATH, HOME, `LD_*`, `BASH_ENV` and all the rest) does not come in.
+/// The variables that come into the jail: those of `given` that match [`KEPT`] or `keep` (names that the server's
+/// configuration gives). The container's own variables (its PATH, HOME, `LD_*`, `BASH_ENV` and all the rest) do not
+/// come in.
 pub fn client_environment(
     given: impl IntoIterator<Item = (OsString, OsString)>,
     keep: &[String],

@@ -24,10 +24,10 @@ use crate::sys::process::{Exec, close_all_but_streams};
 use crate::sys::signals::default_disposition;
 use crate::sys::tree::{Tree, kind_of};
 
-/// What the inner stage is told: words of its command line. Its environment is the client's part of the session's.
+/// Instructions for the inner stage: words of its command line. Its environment is the client's part of the session's.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Errand {
-    /// What to carry out.
+    /// The request to carry out.
     pub request: Request,
     /// Whether sftp-server stands in the working directory, outside the root (chroot tier).
     pub beside: bool,
@@ -148,7 +148,7 @@ impl Program {
     }
 }
 
-/// What may carry out `request`, best first.
+/// Programs that may carry out `request`, best first.
 fn programs(request: &Request, account: &Account) -> Vec<Program> {
     let in_shell = |shell: &Path| {
         let name = shell.file_name().unwrap_or(OsStr::new("sh"));
@@ -241,7 +241,7 @@ fn sftp_programs(directory: &Path, options: &[OsString]) -> Vec<Program> {
     ]
 }
 
-/// What the container's sftp-server, its loader and its libc read of the image.
+/// Files of the image that the container's sftp-server, its loader and its libc read.
 const READ_BY_SFTP_SERVER: [&str; 5] =
     ["etc/ld.so.preload", "etc/nsswitch.conf", "etc/passwd", "etc/group", "etc/localtime"];
 
@@ -314,7 +314,7 @@ fn report((program, error): (&Path, Errno)) -> u8 {
 }
 
 fn become_root(account: &Account) {
-    // What the image lacks is not worth losing the session over: one can still mend it from inside.
+    // A group that the image lacks is not worth losing the session over: one can still mend it from inside.
     let groups: Vec<Gid> = account.groups.iter().map(|g| Gid::from_raw(*g)).collect();
     let _ = nix::unistd::setgroups(&groups);
     let _ = nix::unistd::setgid(Gid::from_raw(account.group));

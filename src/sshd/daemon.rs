@@ -182,7 +182,7 @@ fn one_line(text: &str) -> String {
     text.lines().map(str::trim).filter(|l| !l.is_empty()).collect::<Vec<_>>().join(", ")
 }
 
-/// What sshd runs for clients at one moment.
+/// Processes that sshd runs for clients at one moment.
 #[derive(Debug, Default)]
 pub struct Running {
     /// One process a connection (two for some), whether or not a session is open on it.
@@ -205,7 +205,8 @@ pub struct Clients {
 }
 
 impl Clients {
-    /// What runs below this process. Sessions are children of connections; those of a listener that has ended count too.
+    /// Processes below this one that serve clients. Sessions are children of connections; those of a listener that has
+    /// ended count too.
     pub fn look(&mut self, listener: Option<Pid>) -> Running {
         let mut running = Running::default();
         let mut before = std::mem::take(&mut self.connections);

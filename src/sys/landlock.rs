@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
-/// What can be done below a directory, or with a file.
+/// Access rights below a directory, or to a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Access {
     /// Files are read and executed, directories listed.
@@ -45,7 +45,7 @@ struct PathBeneathAttr {
 const PATH_BENEATH: libc::c_int = 1;
 const ASK_FOR_VERSION: u32 = 1;
 
-/// What is allowed; everything else is not.
+/// The allowed accesses; everything else is refused.
 #[derive(Debug)]
 pub struct Ruleset {
     fd: OwnedFd,
@@ -104,7 +104,7 @@ impl Ruleset {
     }
 }
 
-/// Of the interface.
+/// Version of the kernel's Landlock ABI.
 fn version() -> io::Result<i32> {
     // SAFETY: with this flag the kernel takes no structure, and returns a number.
     #[allow(unsafe_code)]

@@ -124,8 +124,8 @@ impl Tree {
         }
     }
 
-    /// Where `path` leads, link by link and the last component too, as names below the tree's root; what does not exist is taken as it is
-    /// written. An error where the links lead in a circle.
+    /// Target of `path`, link by link and the last component too, as names below the tree's root; components that do
+    /// not exist are taken literally. An error if the links form a circle.
     pub fn leads_to(&self, path: impl AsRef<Path>) -> io::Result<PathBuf> {
         let mut found = PathBuf::new();
         let mut ahead = path.as_ref().to_owned();
@@ -157,7 +157,7 @@ impl Tree {
         }
     }
 
-    /// What the link at `path` holds; `None` where no link stands.
+    /// Target of the link at `path`; `None` if there is no link.
     fn target(&self, path: &Path) -> io::Result<Option<PathBuf>> {
         let link = match self.handle(path) {
             Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => return Ok(None),
@@ -165,7 +165,7 @@ impl Tree {
         };
         match rustix::fs::readlinkat(&link, "", Vec::new()) {
             Ok(target) => Ok(Some(OsStr::from_bytes(target.to_bytes()).into())),
-            // Of a handle on something else, the kernel says so.
+            // readlinkat(2) fails like this for a handle on anything but a link.
             Err(Errno::NOENT | Errno::INVAL) => Ok(None),
             Err(e) => Err(e.into()),
         }
@@ -233,7 +233,7 @@ impl Tree {
         format!("/proc/self/fd/{}", self.folder.as_raw_fd()).into()
     }
 
-    /// Where the directory is now, for messages.
+    /// Current path of the directory, for messages.
     pub fn shown(&self) -> PathBuf {
         std::fs::read_link(self.path()).unwrap_or_else(|_| self.path())
     }

@@ -34,8 +34,8 @@ pub fn ambush() -> Outcome {
     }
 }
 
-/// What is read must be the container's helper's: its copy in the jail holds nothing that a session does not have, and whoever looked has
-/// come too late, as for the program which it becomes.
+/// Tries to read the container's helper: its copy in the jail holds nothing that a session does not have. A read of the
+/// copy, or of the program which the helper becomes, has come too late.
 fn look_into(process: i32) -> Outcome {
     any(["exe", "maps", "environ"], |name| {
         let path = format!("/proc/{process}/{name}");

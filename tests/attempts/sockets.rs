@@ -86,7 +86,7 @@ pub fn packets_by_their_old_name() -> Outcome {
     any([libc::AF_INET, libc::AF_INET6], |family| opened(family, libc::SOCK_PACKET, i32::from(3_u16.to_be())))
 }
 
-/// What others in the network are sent by TCP and UDP.
+/// Packets that others in the network are sent by TCP and UDP.
 pub fn raw() -> Outcome {
     any([libc::AF_INET, libc::AF_INET6], |family| {
         any([libc::IPPROTO_TCP, libc::IPPROTO_UDP, libc::IPPROTO_RAW], |protocol| {

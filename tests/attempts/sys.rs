@@ -496,7 +496,7 @@ pub fn page_fault_handler() -> io::Result<OwnedFd> {
     owned(unsafe { libc::syscall(libc::SYS_userfaultfd, UFFD_USER_MODE_ONLY | libc::O_CLOEXEC) })
 }
 
-/// What the kernel has logged.
+/// Reads the kernel log.
 pub fn read_kernel_log() -> io::Result<usize> {
     const SYSLOG_ACTION_READ_ALL: c_int = 3;
     let mut text = [0_u8; 4096];

@@ -70,7 +70,7 @@ fn count(program: &Path, arguments: &[&std::ffi::OsStr], go_on: GoOn) -> u64 {
     let mut shell = Command::new("sh");
     shell.args(["-c", r#"kill -STOP $$; exec "$@""#, "sh"]).arg(program).args(arguments);
     shell.env_clear().env("SSH_ORIGINAL_COMMAND", "true").env("SSH_CONNECTION", "192.0.2.1 40000 192.0.2.2 22");
-    // As sshd gives them: a file would be copied, and /dev/null opened once more.
+    // sshd gives sockets too: a file would be copied, and /dev/null opened once more.
     let (session, _sshd) = UnixStream::pair().unwrap();
     let stream = || OwnedFd::from(session.try_clone().unwrap());
     shell.stdin(stream()).stdout(stream()).stderr(stream());

@@ -1,4 +1,4 @@
-//! What people have instead of a squashfs: saved images of containers, cpio archives, tar archives with absolute names.
+//! Sources other than a squashfs: saved images of containers, cpio archives, tar archives with absolute names.
 
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
@@ -129,7 +129,7 @@ with tarfile.open(archive, 'w') as tar:
         refused(&parent, &archive_of(name, layers).display().to_string(), "cannot unpack");
         untouched();
     }
-    // What would lead out through a link of a lower layer replaces the link, as with an engine.
+    // A path through a link of a lower layer, which would lead out, replaces the link, as with an engine.
     for target in [&out, &up] {
         let layers = serde_json::json!([
             [["way", "link", target], ["gone", "link", target], ["d", "dir", ""], ["d/way", "link", target]],

@@ -70,7 +70,7 @@ for name in ['DATA', 'FSIZE', 'CPU', 'CORE']:
 print(f'privileges: {libc.prctl(39, 0, 0, 0, 0)}', file=sys.stderr)
 "#;
 
-/// What the script tries outside, with what can be written there, and where it lies: `programs/NAME`.
+/// Targets outside that the script tries to read or write, and the script itself: `programs/NAME`.
 struct Place {
     dir: tempfile::TempDir,
     _listeners: (TcpListener, UnixListener),
@@ -175,7 +175,7 @@ fn a_hostile_unpacker_writes_reads_and_connects_nowhere_else() {
     assert_eq!(std::fs::read(place.path("outside/secret")).unwrap(), b"secret");
 }
 
-/// As in a pod.
+/// A pod's capabilities: without CAP_SYS_ADMIN.
 #[test]
 fn a_hostile_unpacker_is_confined_without_privileges_as_far_as_can_be_and_the_log_says_how_far() {
     let place = Place::new("unsquashfs", TRIES);

@@ -307,7 +307,7 @@ fn other_users_reach_nothing_of_an_image_that_is_customized() {
         }
         said
     };
-    // What could not be published stays.
+    // An image that could not be published stays.
     let said = customize("/srv/gone");
     assert!(said.contains("\npacked.sqsh 600\n"), "{said}");
     let said = customize("/srv/out");

@@ -59,7 +59,7 @@ pub fn md5(bytes: &[u8]) -> String {
     text(output.stdout).split(' ').next().unwrap().to_owned()
 }
 
-/// What standard output says of a publication.
+/// Report of a publication on standard output.
 pub fn report(output: &Output) -> Value {
     report_in(&text(&output.stdout))
 }

@@ -384,7 +384,7 @@ fn patterns_to_exclude_are_below_the_image_root_with_and_without_a_slash() {
     }
 }
 
-/// As one with the highest user number makes it.
+/// The sparse lastlog is as large as one for the highest user number.
 #[test]
 fn a_sparse_lastlog_is_packed_empty_in_no_time_and_other_sparse_files_whole() {
     let dir = folder();

@@ -465,7 +465,8 @@ fn an_overlay_shows_the_image_and_keeps_its_source() {
     assert_eq!(std::fs::read(&squashfs).unwrap(), before);
 }
 
-/// Of the image's own devices and setuid programs, those who see the mounts can use none; inside the jail, sudo and su work.
+/// Users who see the mounts can use none of the image's own devices and setuid programs; inside the jail, sudo and su
+/// work.
 #[test]
 fn an_overlay_is_mounted_nodev_and_nosuid_and_setuid_programs_work_in_the_jail_alone() {
     let dir = folder();

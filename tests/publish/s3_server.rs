@@ -223,7 +223,7 @@ impl Gate {
         self.asked.lock().unwrap().clone()
     }
 
-    /// What was asked for: method and path of each.
+    /// Method and path of each request.
     pub fn requests(&self) -> Vec<String> {
         let words = |line: &String| line.split(' ').take(2).collect::<Vec<_>>().join(" ");
         self.asked.lock().unwrap().iter().map(words).collect()

@@ -343,7 +343,7 @@ fn what_a_remote_job_left_is_refused_where_it_is_not_whole() {
     assert!(output.status.success() && !parent.join("transfer.sqsh").exists(), "{output:?}");
 }
 
-/// What stands where the image was packed when the sidecar is started again may be somebody else's.
+/// The file in the place of the packed image may be somebody else's when the sidecar is started again.
 #[test]
 fn what_was_packed_before_a_restart_is_refused_where_it_is_not_whole_or_too_large_and_taken_with_padding() {
     let cases = [

@@ -134,7 +134,7 @@ fn damaged_inventory_of_any_kind_costs_the_report_and_not_the_image() {
     }
 }
 
-/// Where a sidecar keeps how far it is, and how far an upload is.
+/// Files in which a sidecar records its progress, and that of an upload.
 const NOTES: [&str; 2] = [".ims-sshd.publication", ".ims-sshd.upload"];
 
 /// A job whose sidecar was killed amid an upload, in a bucket and an IMS in which others have images too.

@@ -289,7 +289,7 @@ fn requests_are_signed_with_keys_token_and_region_of_aws_variables() {
         assert!(head.contains("/eu-north-1/s3/aws4_request"), "{head}");
         assert!(head.contains("x-amz-security-token: the-token"), "{head}");
     }
-    // What is fetched is signed in its URL.
+    // Downloads are signed in the URL.
     let key = upload.bucket.keys().into_iter().find(|key| key.ends_with("/kernel")).unwrap();
     let gate = Gate::start(usize::MAX, Closed::Silent);
     let source = format!("s3://{}/{key}", upload.bucket.name);

@@ -1,4 +1,5 @@
-//! What programs of the image see is what they would see on the booted node or in a chroot, and not something that is neither.
+//! Programs of the image see either what they would see on the booted node or what they would see in a chroot, and
+//! never a mixture.
 
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
@@ -21,7 +22,7 @@ fn in_chroot(image_root: &Path, line: &str) -> Output {
     command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").env("HOME", "/root").output().unwrap()
 }
 
-/// As root, by way of programs that pass none of the session's variables on.
+/// Commands run as root, through programs that pass none of the session's variables on.
 const SYSTEMD: [&str; 10] = [
     "systemctl restart cron",
     "systemctl daemon-reload",
@@ -122,7 +123,7 @@ fn ansible(environment: &Environment, ansible: &Path, module: &str, arguments: &
 #[test]
 fn a_jail_with_the_containers_proc_shows_the_jails_init_too() {
     let volume = Volume::new(Image::Node);
-    // What a container masks, so that the kernel gives a user namespace no procfs of its own.
+    // Masked like this by a container runtime, /proc makes the kernel refuse a user namespace its own procfs.
     succeed(Command::new("mount").args(["-t", "tmpfs", "tmpfs", "/proc/fs"]));
     let environment = open(volume, "user");
     assert!(environment.log_text().contains("/proc is the container's"), "{}", environment.log_text());
@@ -131,7 +132,7 @@ fn a_jail_with_the_containers_proc_shows_the_jails_init_too() {
 
 #[test]
 fn run_holds_what_a_boot_would_have_made() {
-    // Of the image that was not booted, systemd's own program makes it.
+    // systemd's own program makes the expected /run, from an image that was not booted.
     let booted = Volume::new(Image::Node);
     let prepare = |volume: &Volume| {
         let root = &volume.image_root;
@@ -145,7 +146,7 @@ fn run_holds_what_a_boot_would_have_made() {
     prepare(&booted);
     let mut tmpfiles = Command::new("systemd-tmpfiles");
     tmpfiles.arg(format!("--root={}", booted.image_root.display()));
-    // Of a rule that cannot be carried out, it tells by its exit code.
+    // The exit code is ignored: it tells of a rule that cannot be carried out.
     let _ = tmpfiles.args(["--create", "--boot", "--prefix=/run", "--prefix=/var/run"]).output().unwrap();
     const FIND: &str = "cd /run && find . -mindepth 1 \\( -type d -o -type l \\) -printf '%P %y %m %U:%G %l\\n' | sort";
     let wanted = in_chroot(&booted.image_root, FIND);

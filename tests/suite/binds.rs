@@ -6,7 +6,8 @@ use std::process::Command;
 
 use crate::support::*;
 
-/// What the administrator has beside the image: a package repository with a disk of its own below it, a licence, and a place to write to.
+/// Paths that the administrator has beside the image: a package repository with a disk of its own below it, a licence,
+/// and a place to write to.
 struct Sources {
     dir: PathBuf,
 }

@@ -1,4 +1,5 @@
-//! What a session takes without measure: processes, memory, descriptors, watches. The environment closes all the same.
+//! Resources that a session takes without measure: processes, memory, descriptors, watches. The environment closes all
+//! the same.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};

@@ -288,7 +288,7 @@ fn command_on_a_terminal_may_finish_while_an_interactive_shell_is_hung_up() {
     }
 }
 
-/// What a client prints that is given `input`.
+/// Output of a client that is given `input`.
 fn feed_running(mut client: Child, input: &[u8]) -> String {
     client.stdin.as_mut().unwrap().write_all(input).unwrap();
     text(client.wait_with_output().unwrap().stdout)
@@ -318,7 +318,8 @@ fn client_between_two_sessions_of_a_task_may_open_the_next_and_an_idle_connectio
         drop(master);
         let began = Instant::now();
         assert_eq!(environment.end(), 0, "{mode:?}");
-        // What is left is the time that the idle connection's own session gives it; there is a whole minute of grace.
+        // The environment waits only for the time that the idle connection's own session gives it, not for the whole
+        // minute of grace.
         assert!(began.elapsed() < Duration::from_secs(15), "{mode:?}: {:?}", began.elapsed());
     }
 }

@@ -42,7 +42,7 @@ fn lay_out(volume: &Volume, tier: &str) -> Decoys {
     std::fs::write(&script, "#!/bin/sh\nexec /bin/bash \"$@\"\n").unwrap();
     std::fs::set_permissions(script, PermissionsExt::from_mode(0o755)).unwrap();
     if tier == "chroot" {
-        // Where we mount nothing, somebody else may have.
+        // A tier that mounts nothing may find mounts of somebody else.
         succeed(Command::new("mount").args(["-t", "proc", "proc"]).arg(root.join("proc")));
         let _ = symlink("/proc/self/fd", root.join("dev/fd"));
     }
@@ -207,7 +207,7 @@ fn no_home_and_no_shell_of_the_image_leads_a_session_outside() {
             }
         }
         outside.assert_unharmed();
-        // Where a stream is closed, no other descriptor takes its place.
+        // No other descriptor takes the place of a stream that is closed.
         let jail = environment.state_folder().join("jail");
         for (closed, number) in [("<&-", 0), (">&-", 1), ("2>&-", 2), ("<&- >&- 2>&-", 1)] {
             let mut helper = Command::new("sh");
@@ -278,7 +278,8 @@ fn no_home_and_no_shell_of_the_image_leads_enter_outside_whatever_its_caller_has
     println!("{tried} fields of passwd: none leads outside");
 }
 
-/// What can be done to a file without its content, where one may: each says its name. Nothing is really changed, but for the time of change.
+/// Operations on a file that need no access to its content: each that succeeds prints its name. Only the time of change
+/// really changes.
 const MEDDLE: &str = r#"
 import fcntl, os, sys
 path = sys.argv[1]

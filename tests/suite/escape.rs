@@ -208,7 +208,7 @@ fn every_attempt_gets_out_where_it_can_and_none_out_of_the_jail() {
     assert_eq!(kernel_settings(), settings);
 }
 
-/// What programs of an image need of the calls that are refused in part; and what those that are refused are told.
+/// Calls refused in part: the uses that programs of an image need, and the errors that the refused ones get.
 const SOCKETS: &str = r#"
 import asyncio, errno, os, socket, struct
 

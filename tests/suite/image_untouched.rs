@@ -117,7 +117,8 @@ fn an_image_gets_its_own_resolv_conf_back_after_a_kill_in_every_tier() {
     }
 }
 
-/// What people, Ansible and packages do to the file. In a place with /usr/bin/env, a POSIX shell, and sed.
+/// Operations of people, Ansible and packages on the file. They run where there are /usr/bin/env, a POSIX shell, and
+/// sed.
 const OPERATIONS: [&str; 10] = [
     "true",
     "echo nameserver 192.0.2.7 > /etc/resolv.conf",
@@ -176,7 +177,7 @@ fn resolv_conf_is_renamed_removed_and_replaced_as_on_a_node() {
 
 #[test]
 fn packages_that_own_or_link_resolv_conf_are_installed_and_names_are_still_resolved() {
-    // As systemd-resolved does it, and resolvconf.
+    // The links are made like this by systemd-resolved and resolvconf.
     const LINKS: &str = "#!/bin/sh\nset -e\n[ ! -f /etc/resolv.conf ] || mv /etc/resolv.conf /etc/.resolv.conf.bak\n\
         ln -sf ../run/systemd/resolve/stub-resolv.conf /etc/resolv.conf\n";
     let container = std::fs::read_to_string("/etc/resolv.conf").unwrap();

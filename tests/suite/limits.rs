@@ -1,11 +1,12 @@
-//! What a jail refuses of the things that people do to a node, as docs/CLIENTS.md has it: each is tried, and what is advised instead too.
+//! Limits of a jail on the things that people do to a node, as in docs/CLIENTS.md: each is tried, and the advised
+//! alternative too.
 
 use std::process::Command;
 
 use crate::clients::Place;
 use crate::support::*;
 
-/// What a jail refuses.
+/// One thing that a jail refuses.
 struct Limit {
     /// Who does it.
     who: &'static str,
@@ -16,7 +17,7 @@ struct Limit {
     /// Capabilities without which root is told the same anywhere, as setpriv(1) has them; none if it is told something of its own here.
     like_root_without: &'static str,
     why: &'static str,
-    /// What to do instead, and a command that shows it.
+    /// The alternative, and a command that shows it.
     instead: &'static str,
     shown: &'static str,
 }

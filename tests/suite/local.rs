@@ -91,7 +91,7 @@ fn fifty_clients_log_in_at_once_and_one_connection_carries_thirty_sessions() {
         let failed: Vec<_> = ends.iter().filter(|(said, why)| said != "here\n" || why.contains("refused")).collect();
         assert!(failed.is_empty(), "{what}: {} failed: {failed:#?}", failed.len());
     };
-    // As Ansible with 50 forks.
+    // Ansible with 50 forks opens as many connections.
     all_answer((0..50).map(|_| start(&[])).collect(), "connections");
     let socket = image.path().join("master").display().to_string();
     let master = Command::new("ssh").args(["-F", config, "-M", "-S", &socket, "-f", "-N", "image"]).status().unwrap();
@@ -106,7 +106,7 @@ fn fifty_clients_log_in_at_once_and_one_connection_carries_thirty_sessions() {
 fn closed_output_and_closed_terminal_end_customize_in_order() {
     let image = image_root();
     let root = image.path().join("image");
-    // As `customize … 2>&1 | head`.
+    // The same happens in `customize … 2>&1 | head`.
     let (output, theirs) = std::io::pipe().unwrap();
     let mut command = Command::new(IMS_SSHD);
     command.arg("customize").arg(&root).stdin(Stdio::null()).stdout(theirs.try_clone().unwrap()).stderr(theirs);
@@ -131,7 +131,7 @@ fn closed_output_and_closed_terminal_end_customize_in_order() {
     wait_until("its end", || processes_with(&format!("customize {}", root.display())).is_empty());
 }
 
-/// What `customize` prints up to the line that ends its announcement. Nobody reads the rest.
+/// Output of `customize` up to the line that ends its announcement. Nobody reads the rest.
 fn announcement(output: impl std::io::Read) -> String {
     let (mut lines, mut printed) = (BufReader::new(output), String::new());
     while !printed.contains("ims-sshd complete") {
@@ -398,7 +398,7 @@ fn changes_are_kept_when_the_terminal_goes_away() {
     assert!(seen.any(|line| line.unwrap().contains("made")));
     script.kill().unwrap();
     script.wait().unwrap();
-    // As long as the first one is ending, its work directory is claimed.
+    // The work directory stays claimed until the first command has ended.
     wait_until("the same command to go on with what was kept", || {
         let again = format!("{enter} --yes -- test -e /root/first");
         Command::new("sh").args(["-c", &again]).stdout(Stdio::null()).status().unwrap().success()

@@ -159,7 +159,7 @@ fn a_dangerous_accept_env_is_refused_in_whichever_match_block_and_file_it_stands
     assert_eq!(text(&output.stdout), "y\n", "{output:?}");
 }
 
-/// What the fragment sets for root comes first, so that no block can set it otherwise for another address.
+/// The fragment's settings for root come first, so that no block can set them otherwise for another address.
 #[test]
 fn what_a_match_block_says_of_another_address_gives_way_to_the_jail() {
     let volume = Volume::new(Image::Busybox);

@@ -26,7 +26,7 @@ fn says(volume: &Volume, tier: &str, line: &str, said: &str) {
     assert!(output.status.success() && text(&output.stdout) == said, "{tier}: {line}: {output:?}");
 }
 
-/// What could be changed of a file by whoever has it open.
+/// Attributes of a file that a process that has it open could change.
 fn state(found: &Metadata) -> (u32, u32, u32, i64, i64) {
     (found.mode(), found.uid(), found.gid(), found.ctime(), found.ctime_nsec())
 }
@@ -111,13 +111,13 @@ fn files_are_streams_of_enter_as_of_any_program() {
         says("$enter cat < in | cmp - in; $enter sh -c 'cat > /root/copy' < in > out; cat out", "");
         assert!(read("in") == std::fs::read(volume.image_root.join("root/copy")).unwrap());
 
-        // Where the caller and others go on in the same file.
+        // The caller and others go on in the same file.
         says("(echo 1; $enter echo 2; echo 3) > log; $enter echo 4 >> log; cat log", "1\n2\n3\n4\n");
         let script = "i=0; while [ $i -lt 300 ]; do echo out $i; echo err $i >&2; i=$((i + 1)); done";
         let lines: String = (0..300).map(|i| format!("out {i}\nerr {i}\n")).collect();
         says(&format!("$enter sh -c '{script}' > log 2>&1; grep -v INFO log"), &lines);
 
-        // What is not read is left to who reads next.
+        // Unread input is left to the next reader.
         says("seq 3 > list; while read i; do echo $i; $enter true; done < list", "1\n2\n3\n");
         says("seq 30000 > list; ($enter sh -c 'read a; read b; echo $b'; head -n 1) < list", "2\n3\n");
 
@@ -131,7 +131,7 @@ fn files_are_streams_of_enter_as_of_any_program() {
         says("mkfifo fifo; (echo by fifo > fifo &) ; $enter cat < fifo", "by fifo\n");
         says("$enter head -c 3 < /dev/zero | od -An -c | tr -d ' '", "\\0\\0\\0\n");
 
-        // What the caller's file does not take, is not said to be written.
+        // Output that the caller's file does not take is not reported as written.
         let output = shell(&volume, tier, "$enter echo lost > /dev/full");
         assert_eq!(output.status.code(), Some(1), "{output:?}");
         assert!(text(&output.stderr).contains("cannot write standard output: No space left"), "{output:?}");
