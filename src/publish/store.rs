@@ -113,7 +113,7 @@ impl Store {
         if let Some(folder) = folder(url) {
             let folder = std::path::absolute(folder).attempt(attempted)?;
             let place = folder.ancestors().find(|place| place.exists()).unwrap_or(&folder);
-            // What somebody else has put there under the name is replaced.
+            // create_file replaces anything that others have put there under the name.
             let tree = std::fs::canonicalize(place).and_then(|place| Tree::open(&place)).attempt(attempted)?;
             tree.create_file(PROBE).and_then(|_| tree.remove(PROBE)).attempt(attempted)?;
             return Ok(rustix::fs::statvfs(place).ok().map(|disk| disk.f_bavail * disk.f_frsize));

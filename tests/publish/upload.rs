@@ -141,7 +141,7 @@ fn a_token_is_not_used_in_its_last_moments() {
 fn links_that_somebody_has_put_into_a_directory_that_is_a_store_are_replaced_and_not_followed() {
     let dir = folder();
     let tree = image(dir.path());
-    // Of several parts.
+    // The random content makes the image large enough for several parts.
     let random = feed(Command::new("head").args(["-c", "40M", "/dev/urandom"]), b"").stdout;
     std::fs::write(tree.join("random"), random).unwrap();
     let squashfs = squashfs_of(&tree);

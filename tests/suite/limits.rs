@@ -8,7 +8,7 @@ use crate::support::*;
 
 /// One thing that a jail refuses.
 struct Limit {
-    /// Who does it.
+    /// The person or program that does it.
     who: &'static str,
     /// A command that does it to the file /root/f, or to the node.
     command: &'static str,
