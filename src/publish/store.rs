@@ -22,6 +22,7 @@ use rustix::fs::OFlags;
 use crate::error::{Attempt, Error, Result};
 use crate::lifecycle::secrets::without_secrets;
 use crate::publish::begun;
+use crate::publish::id::Id;
 use crate::publish::settings::{self, Network, Validate};
 use crate::publish::work::{authorities, in_full};
 use crate::sys::tree::Tree;
@@ -66,7 +67,7 @@ pub struct Description {
 /// In the name of a file that is not whole yet; [`LocalFileSystem`] takes none with it and a number for an object.
 const BEGUN: &str = "#1";
 
-/// An object that is begun to see whether one can be.
+/// Name of an object that is begun to see whether one can be; a random part follows, since several jobs may try one store at a time.
 const PROBE: &str = ".ims-sshd.probe";
 
 impl Store {
@@ -110,17 +111,18 @@ impl Store {
     pub async fn check(settings: &settings::Store, network: &Network) -> Result<Option<u64>> {
         let url = settings.url.as_deref().unwrap_or_default();
         let attempted = || format!("write to the store {}", without_secrets(url));
+        let probe = format!("{PROBE}.{}", Id::random()?);
         if let Some(folder) = folder(url) {
             let folder = std::path::absolute(folder).attempt(attempted)?;
             let place = folder.ancestors().find(|place| place.exists()).unwrap_or(&folder);
             // create_file replaces anything that others have put there under the name.
             let tree = std::fs::canonicalize(place).and_then(|place| Tree::open(&place)).attempt(attempted)?;
-            tree.create_file(PROBE).and_then(|_| tree.remove(PROBE)).attempt(attempted)?;
+            tree.create_file(&probe).and_then(|_| tree.remove(&probe)).attempt(attempted)?;
             return Ok(rustix::fs::statvfs(place).ok().map(|disk| disk.f_bavail * disk.f_frsize));
         }
         let store = Self::open(settings, network)?;
         if let Objects::S3 { bucket, .. } = &store.objects {
-            let path = store.path(PROBE);
+            let path = store.path(&probe);
             let begun = bucket.create_multipart(&path).await;
             let id = begun.map_err(|e| Error::new(attempted()).because(in_full(&e)))?;
             bucket.abort_multipart(&path, &id).await.map_err(|e| Error::new(attempted()).because(in_full(&e)))?;
@@ -442,5 +444,23 @@ mod tests {
     fn metadata_is_ascii_whatever_an_image_is_called() {
         assert_eq!(in_ascii("compute-1.0 x"), "compute-1.0 x");
         assert_eq!(in_ascii("größe 100%\n"), "gr%C3%B6%C3%9Fe 100%25%0A");
+    }
+
+    #[test]
+    fn several_jobs_may_try_one_store_at_a_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let variables = [("IMAGE_STORE".into(), dir.path().as_os_str().to_owned())];
+        let settings = settings::Settings::read(None, variables).unwrap();
+        let try_often = || {
+            let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+            (0..3000).try_for_each(|_| runtime.block_on(Store::check(&settings.store, &settings.network)).map(|_| ()))
+        };
+        std::thread::scope(|scope| {
+            let jobs: Vec<_> = (0..4).map(|_| scope.spawn(try_often)).collect();
+            for job in jobs {
+                job.join().unwrap().unwrap();
+            }
+        });
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 }
