@@ -4,6 +4,8 @@ use std::io::Write;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::json;
 
 use crate::file_server::{Fault, FileServer};
@@ -82,7 +84,7 @@ fn an_image_marked_failed_is_not_packed() {
     pod.ends_well();
     assert!(pod.volume.join("failed").exists());
     assert!(!pod.volume.join("customized.sqsh").exists());
-    assert!(pod.logs("sidecar").contains("nothing is packed"), "{}", pod.logs("sidecar"));
+    assert!(pod.logs("sidecar").contains("it is not published"), "{}", pod.logs("sidecar"));
 }
 
 #[test]
@@ -128,14 +130,16 @@ fn a_stopped_container_ends_in_order_and_in_time() {
 }
 
 #[test]
-fn a_container_killed_for_want_of_memory_is_noticed_and_nothing_is_packed() {
+fn memory_that_is_used_up_ends_the_session_and_an_image_of_a_killed_container_is_not_packed() {
     let limited = |sshd: &mut serde_json::Value| sshd["resources"] = json!({"limits": {"memory": "96Mi"}});
     let pod = Pod::open("ims-sshd-customize", "busybox.sqsh", limited).listening();
-    let pid = pod.state("sshd")["Pid"].as_u64().unwrap();
-    // The kernel takes the supervisor first, and with the container's first process all others.
-    std::fs::write(format!("/proc/{pid}/oom_score_adj"), "1000").unwrap();
     let _ = output(pod.ssh(&[]).arg("x=0123456789abcdef; while :; do x=$x$x; done"));
-    // SIGKILL, which nobody here sends.
+    // The kernel ends sessions before the supervisor.
+    assert_eq!(pod.says("echo there").trim_end(), "there");
+    assert!(pod.logs("sshd").contains("exit=\"SIGKILL\""), "{}", pod.logs("sshd"));
+    // As the kernel does where there is nothing else to end; with the container's first process all others end.
+    let pid = i32::try_from(pod.state("sshd")["Pid"].as_u64().unwrap()).unwrap();
+    kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
     assert_eq!(pod.end("sshd"), 137);
     assert_eq!(pod.end("sidecar"), 1);
     assert!(pod.volume.join("failed").exists());
