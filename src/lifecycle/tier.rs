@@ -4,6 +4,8 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
+use nix::errno::Errno;
+
 use crate::error::{Attempt, Error, Result};
 use crate::jail::mount_table::Proc;
 use crate::jail::tier::Tier;
@@ -48,12 +50,29 @@ pub fn choose(wanted: Option<Tier>, dkms: bool, state: &StateFolder) -> Result<C
                 log(&choice, shown.without_devices, wanted.is_some(), dkms, &refused);
                 return Ok(choice);
             }
+            Err(e) if is_shortage(&e) => {
+                ground.state.remove()?;
+                let advice = "this is a shortage and says nothing about the tier; raise the limit, or try again later";
+                return Err(e.advise(advice));
+            }
             Err(e) => refused.push((tier, e)),
         }
     }
     ground.state.remove()?;
     let tier = wanted.map_or("any tier".into(), |tier| format!("tier '{}', which IMS_JAIL_TIER asks for", tier.name()));
     Err(Error::new(format!("have a jail of {tier}")).because(reasons(refused.iter()).join("; ")))
+}
+
+/// Errors that tell of a shortage or a limit, and not of a missing right: a weaker tier is not chosen for them.
+const SHORTAGES: [Errno; 6] = [Errno::EMFILE, Errno::ENFILE, Errno::EFBIG, Errno::ENOMEM, Errno::EAGAIN, Errno::EIO];
+
+fn is_shortage(error: &Error) -> bool {
+    let text = error.to_string();
+    // As the standard library prints them, and as nix does.
+    let is_told = |errno: &Errno| {
+        text.contains(&format!("(os error {})", *errno as i32)) || text.contains(&format!("{errno:?}: "))
+    };
+    SHORTAGES.iter().any(is_told)
 }
 
 /// One for each tier: the last, since it is why the tier was given up.

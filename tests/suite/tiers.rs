@@ -14,6 +14,19 @@ fn open(image: Image, tier: &str) -> Environment {
 }
 
 #[test]
+fn a_shortage_of_descriptors_is_no_reason_for_a_weaker_tier() {
+    let volume = Volume::new(Image::Busybox);
+    let image_root = volume.image_root.display();
+    for limit in 22..28 {
+        let line = format!("ulimit -n {limit}; exec {IMS_SSHD} enter {image_root} -- test -e /proc/1/comm");
+        let output = Command::new("bash").args(["-c", &line]).stdin(std::process::Stdio::null()).output().unwrap();
+        let said = text(&output.stderr);
+        assert!(output.status.success() || said.contains("Too many open files"), "{limit}: {output:?}");
+        assert!(!said.contains("tier=\"chroot\""), "{limit}: {said}");
+    }
+}
+
+#[test]
 fn a_session_in_every_tier_is_the_images_root_and_ends_with_the_job() {
     for tier in TIERS {
         let volume = Volume::new(Image::Debian);
