@@ -16,7 +16,7 @@ use rustix::thread::CapabilitySet;
 use crate::error::{Advise, Attempt, Result};
 use crate::jail::agent::Agent;
 use crate::jail::record::Record;
-use crate::jail::streams::Streams;
+use crate::jail::streams::{ENDING, Streams};
 use crate::jail::tier::Tier;
 use crate::jail::{capabilities, refused_calls};
 use crate::sys::calls::{self, Instruction};
@@ -147,13 +147,14 @@ fn attend(
     // It needs nothing any more but to send signals to a child that may have become another user.
     let _ = capabilities::hold_only(CapabilitySet::KILL);
     let mut agent = agent.filter(|agent| agent.go_outside().is_ok());
+    let mut is_to_end = false;
     loop {
         loop {
             match waitpid(child, Some(WaitPidFlag::WNOHANG | WaitPidFlag::WUNTRACED)) {
                 Ok(WaitStatus::StillAlive) => break,
                 Ok(WaitStatus::Stopped(_, signal)) => terminal.stopped(child, signal),
                 Ok(mut end) => {
-                    if !streams.finish() && end == WaitStatus::Exited(child, 0) {
+                    if !streams.finish(signals, is_to_end) && end == WaitStatus::Exited(child, 0) {
                         end = WaitStatus::Exited(child, 1);
                     }
                     ended(&end);
@@ -178,6 +179,7 @@ fn attend(
                 // A shell outside has continued this job, in front or not.
                 Signal::SIGCONT => terminal.go_on(child),
                 passed_on => {
+                    is_to_end |= ENDING.contains(&passed_on);
                     let _ = kill(child, passed_on);
                 }
             }

@@ -7,9 +7,10 @@
 
 use std::io::{self, IsTerminal};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
 
-use nix::sys::signal::SigSet;
-use nix::sys::wait::{WaitStatus, waitpid};
+use nix::sys::signal::{SigSet, Signal, kill};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::{FileType, Mode, OFlags, SeekFrom, Stat, makedev};
@@ -17,7 +18,9 @@ use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
 
 use crate::error::{Attempt, Error, Result};
+use crate::sys::poll;
 use crate::sys::process::{Fork, exit_now, fork};
+use crate::sys::signals::Signals;
 use crate::sys::tree::{Tree, kind_of};
 
 /// Their names, by their numbers.
@@ -29,13 +32,22 @@ const CHUNK: usize = 64 << 10;
 /// `PIPEFS_MAGIC` of linux/magic.h.
 const PIPES: u64 = 0x5049_5045;
 
+/// A device node: its path below the root, its major and minor number.
+type Node = (&'static str, u32, u32);
+
+/// Nodes that the jail has of its own, mounted read-only, so that nobody inside can change the mode of the machine's.
+const OWN_NODES: [Node; 2] = [("dev/null", 1, 3), ("dev/tty", 5, 0)];
+
+/// Nodes that isatty(3) takes for a terminal, and that are everybody's: /dev/console and /dev/ptmx, which a pty's master is too.
+const SHARED_TERMINALS: [(u32, u32); 2] = [(5, 1), (5, 2)];
+
 /// How a stream comes in.
 #[derive(Clone, Copy, PartialEq)]
 enum Way {
     /// Unchanged: an anonymous pipe, a socket or a terminal.
     Itself,
-    /// Replaced by the jail's own /dev/null, opened with this access mode.
-    Null(OFlags),
+    /// Replaced by the jail's own node of the same device, opened with this access mode.
+    Own(Node, OFlags),
     /// Replaced by a pipe and a copier.
     Copied,
 }
@@ -108,18 +120,18 @@ impl Streams {
         Ok(())
     }
 
-    /// Opens the jail's own /dev/null, in `image_root` as it is seen in the jail, for streams that are the container's.
-    pub fn open_null(&mut self, image_root: &Tree) -> Result<()> {
+    /// Opens the jail's own nodes, in `image_root` as it is seen in the jail, for streams that are the container's.
+    pub fn open_own_nodes(&mut self, image_root: &Tree) -> Result<()> {
         for (way, replaced) in self.ways.iter().zip(&mut self.replaced) {
-            if let Way::Null(access) = *way {
-                let attempted = || "open /dev/null of the jail";
+            if let Way::Own(node, access) = *way {
+                let attempted = || format!("open /{} of the jail", node.0);
                 let flags = access | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NOCTTY;
-                let null = image_root.open_at("dev/null", flags, Mode::empty()).attempt(attempted)?;
-                let found = rustix::fs::fstat(&null).attempt(attempted)?;
-                if !is_null(&found) {
+                let opened = image_root.open_at(node.0, flags, Mode::empty()).attempt(attempted)?;
+                let found = rustix::fs::fstat(&opened).attempt(attempted)?;
+                if own_node(&found) != Some(node) {
                     return Err(Error::new(attempted()).because(format!("it is {}", kind_of(&found))));
                 }
-                *replaced = Some(null);
+                *replaced = Some(opened);
             }
         }
         Ok(())
@@ -138,15 +150,24 @@ impl Streams {
         self.replaced = [None, None, None];
     }
 
-    /// Has the copiers finish what the session has written. Returns whether all of it was copied.
-    pub fn finish(&mut self) -> bool {
+    /// Has the copiers finish what the session has written. Returns whether all of it was copied. Nobody may ever read what they write:
+    /// where this program `is_to_end` they have a second for it, and a further signal that ends a program ends them at once.
+    pub fn finish(&mut self, signals: &Signals, is_to_end: bool) -> bool {
         self.stop = None;
         let mut is_whole = true;
+        let limit = if is_to_end { TIME_TO_FINISH } else { Duration::MAX };
         for copier in self.copiers.drain(..) {
             let ended = loop {
-                match waitpid(copier, None) {
-                    Err(nix::errno::Errno::EINTR) => {}
+                match waitpid(copier, Some(WaitPidFlag::WNOHANG)) {
+                    Ok(WaitStatus::StillAlive) => {}
+                    Err(nix::errno::Errno::EINTR) => continue,
                     ended => break ended,
+                }
+                // SIGCHLD is among them.
+                let is_late = matches!(poll::wait(&mut [PollFd::new(signals, PollFlags::IN)], limit), Ok(0));
+                let told = std::iter::from_fn(|| signals.next().ok().flatten());
+                if told.filter(|signal| ENDING.contains(signal)).count() > 0 || is_late {
+                    let _ = kill(copier, Signal::SIGKILL);
                 }
             };
             is_whole &= matches!(ended, Ok(WaitStatus::Exited(_, 0)));
@@ -154,6 +175,12 @@ impl Streams {
         is_whole
     }
 }
+
+/// Time for copiers to finish once this program is to end.
+const TIME_TO_FINISH: Duration = Duration::from_secs(1);
+
+/// Signals by which a user or a supervisor ends this program.
+pub const ENDING: [Signal; 4] = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM];
 
 /// Decides how a stream comes in.
 fn look(stream: BorrowedFd<'_>, name: &str) -> Result<(Way, Stat)> {
@@ -172,15 +199,23 @@ fn look(stream: BorrowedFd<'_>, name: &str) -> Result<(Way, Stat)> {
         FileType::Socket => Way::Itself,
         // A fifo with a name has an owner and a mode.
         FileType::Fifo if is_anonymous(stream).attempt(attempted)? => Way::Itself,
-        FileType::CharacterDevice if is_null(&found) => Way::Null(flags & OFlags::RWMODE),
-        FileType::CharacterDevice if stream.is_terminal() => Way::Itself,
-        _ => Way::Copied,
+        _ => match own_node(&found) {
+            Some(node) => Way::Own(node, flags & OFlags::RWMODE),
+            None if stream.is_terminal() && !is_shared_terminal(&found) => Way::Itself,
+            None => Way::Copied,
+        },
     };
     Ok((way, found))
 }
 
-fn is_null(found: &Stat) -> bool {
-    FileType::from_raw_mode(found.st_mode) == FileType::CharacterDevice && found.st_rdev == makedev(1, 3)
+/// The node of the jail that is the same device.
+fn own_node(found: &Stat) -> Option<Node> {
+    let is_device = FileType::from_raw_mode(found.st_mode) == FileType::CharacterDevice;
+    OWN_NODES.into_iter().find(|(_, major, minor)| is_device && found.st_rdev == makedev(*major, *minor))
+}
+
+fn is_shared_terminal(found: &Stat) -> bool {
+    SHARED_TERMINALS.into_iter().any(|(major, minor)| found.st_rdev == makedev(major, minor))
 }
 
 fn is_anonymous(pipe: BorrowedFd<'_>) -> io::Result<bool> {
@@ -189,8 +224,9 @@ fn is_anonymous(pipe: BorrowedFd<'_>) -> io::Result<bool> {
 
 /// Body of a copier. Returns its exit code.
 fn copier(relay: Relay, streams: [BorrowedFd<'_>; 3], stopped: &OwnedFd) -> u8 {
-    // It ends with the session, whoever ends that.
+    // It ends with the session, whoever ends that, and with the process that waits for it.
     let _ = SigSet::all().thread_block();
+    let _ = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL);
     let Relay { number, from, to } = relay;
     let stream = streams[number];
     let (copied, verb) = if number == 0 {

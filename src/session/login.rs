@@ -35,7 +35,7 @@ pub fn run(jail: &Path, request: Request) -> Result<Infallible> {
     let image_root = Tree::open(Path::new("/")).attempt(|| "open the image root")?;
     // In the chroot tier it is the image's, if there is one.
     if record.tier != Tier::Chroot {
-        streams.open_null(&image_root)?;
+        streams.open_own_nodes(&image_root)?;
     }
     let agent = agent.and_then(|agent| agent.show(&image_root).ok());
     let mut environment = client_environment(std::env::vars_os(), &record.keep);

@@ -78,6 +78,38 @@ fn no_file_that_is_a_stream_of_enter_can_be_changed_from_inside() {
     }
 }
 
+/// Terminals that are everybody's, which isatty(3) takes for the caller's.
+#[test]
+fn shared_terminal_devices_of_the_machine_cannot_be_changed_from_inside() {
+    for tier in JAILS {
+        let volume = Volume::new(Image::Busybox);
+        let dir = volume.dir.path();
+        // Nodes of the test's own are the same devices as the machine's.
+        succeed(
+            Command::new("sh").args(["-c", "mknod tty c 5 0; mknod ptmx c 5 2; chmod 644 tty ptmx"]).current_dir(dir),
+        );
+        let look = |name: &str| state(&std::fs::metadata(dir.join(name)).unwrap());
+        let before = ["tty", "ptmx"].map(look);
+        std::fs::write(
+            volume.image_root.join("change"),
+            "test -t 0 && echo terminal\nchmod 4777 /proc/self/fd/0; busybox chown 1:1 /dev/stdin",
+        )
+        .unwrap();
+        let output = shell(&volume, tier, "script -qefc \"$enter sh /change < tty\" /dev/null");
+        assert!(text(&output.stdout).contains("terminal"), "{tier}: {output:?}");
+        shell(&volume, tier, "timeout 20 $enter sh /change <> ptmx");
+        assert_eq!(["tty", "ptmx"].map(look), before, "{tier}");
+    }
+}
+
+#[test]
+fn enter_ends_when_it_is_told_to_though_nobody_reads_its_output() {
+    let volume = Volume::new(Image::Busybox);
+    // 124 tells that SIGTERM was enough.
+    let line = "mkfifo full; exec 9<> full; timeout -k 20 2 $enter sh -c 'head -c 200000 /dev/zero' > full; echo $?";
+    assert_eq!(text(&shell(&volume, "namespace", line).stdout), "124\n");
+}
+
 #[test]
 fn a_stream_that_is_not_open_is_refused() {
     let volume = Volume::new(Image::Busybox);
