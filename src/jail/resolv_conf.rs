@@ -154,7 +154,11 @@ impl Lent {
     /// Puts the image's own back, unless somebody has changed what was lent: then that stays. Returns whether it was changed.
     pub fn take_back(&self) -> Result<bool> {
         let put_back = || -> io::Result<bool> {
-            let aside = self.directory()?;
+            let aside = match self.directory() {
+                // Another program that entered the same image root, as a customization script does, has put it back already.
+                Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false),
+                directory => directory?,
+            };
             let changed = self.etc.keeping_times(|| self.settle(&aside))?;
             for name in [ORIGINAL, NEW, NOTE] {
                 aside.remove(name)?;

@@ -7,6 +7,17 @@ use std::process::Command;
 use crate::support::*;
 
 #[test]
+fn an_image_root_that_is_entered_beside_an_open_environment_is_not_failed_by_it() {
+    let mut environment = Environment::open(Image::Busybox, Mode::Jailed);
+    let mut enter = Command::new(IMS_SSHD);
+    enter.arg("enter").arg(&environment.image_root).args(["--", "true"]).stdin(std::process::Stdio::null());
+    succeed(&mut enter);
+    environment.touch("complete");
+    assert_eq!(environment.end(), 0, "{}", environment.log_text());
+    assert!(!environment.signal("failed").exists(), "{}", environment.log_text());
+}
+
+#[test]
 fn a_tree_is_the_same_before_and_after() {
     type Shape = fn(&Path);
     let shapes: [(&str, Shape); 10] = [
