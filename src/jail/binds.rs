@@ -21,7 +21,7 @@ pub struct Bind {
     pub source: PathBuf,
     /// The target, relative to the image root.
     pub target: PathBuf,
-    /// Whether nothing can be changed through it, nor through what is mounted below it.
+    /// Read-only, with everything that is mounted below it.
     pub read_only: bool,
 }
 
@@ -86,7 +86,7 @@ impl Bind {
     }
 }
 
-/// Whether one is the other, or lies in it.
+/// True if the paths are equal or one lies in the other.
 fn overlap(a: &Path, b: &Path) -> bool {
     a.starts_with(b) || b.starts_with(a)
 }

@@ -45,7 +45,7 @@ fn link_into_run(image_root: &Tree) -> Option<PathBuf> {
     target.strip_prefix("run").ok().filter(|below| !below.as_os_str().is_empty()).map(Path::to_owned)
 }
 
-/// Whether a file of ours has to take the place of what stands there, for `text` to be found. `own_run` says that /run is not the image's.
+/// True if a program finds `text` only once a file of ours replaces the image's. `own_run`: /run is the jail's own and not the image's.
 pub fn has_to_be_lent(image_root: &Tree, text: &[u8], own_run: bool) -> Result<bool> {
     let attempted = || "look at /etc/resolv.conf of the image";
     let etc = match image_root.folder("etc") {
@@ -199,7 +199,7 @@ impl Lent {
         if has_original { aside.rename_over(ORIGINAL, &self.etc, name) } else { self.etc.remove(name).map(|_| ()) }
     }
 
-    /// Whether the file of this name in /etc is the one that was lent, and as it was.
+    /// True if the file of this name in /etc is the lent one, unchanged.
     fn is_ours(&self, name: &str, note: &[u8]) -> bool {
         let as_made = |found: &Stat| {
             FileType::from_raw_mode(found.st_mode) == FileType::RegularFile

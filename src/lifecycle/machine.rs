@@ -81,21 +81,21 @@ pub enum Event {
     AllEnded,
     /// The image root is released.
     Released {
-        /// Whether nothing of ours is left in it.
+        /// True if nothing of ours is left in it.
         cleanly: bool,
     },
     /// This verdict stands in its signal file.
     Recorded {
         /// The one that was asked for.
         verdict: Verdict,
-        /// Whether it stands in the image too, where it has to.
+        /// True if the verdict is recorded in the image too, where the jailed mode asks for that.
         cleanly: bool,
     },
     /// This verdict's signal file could not be made.
     Unrecorded(Verdict),
     /// The others know, or cannot be told.
     Announced {
-        /// Whether they know.
+        /// True if `exiting` was created.
         cleanly: bool,
     },
 }
@@ -160,7 +160,7 @@ impl Machine {
         self.verdict
     }
 
-    /// Whether somebody has marked the image failed; without that it is failed because something went wrong, or somebody is impatient.
+    /// True if somebody marked the image failed. A signal or a fault fails it without a mark, and its changes are kept.
     pub fn is_given_up(&self) -> bool {
         self.given_up
     }

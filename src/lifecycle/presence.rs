@@ -82,7 +82,7 @@ pub struct Presence {
     lines: Vec<Line>,
     /// Maximum number of lines held at once; sessions beyond it are not noticed.
     most_lines: usize,
-    /// Whether that has happened, and was told.
+    /// True once lines were refused and the log has said so.
     was_full: bool,
     /// Sessions without a helper, by number and start of their first process.
     found: Vec<(Session, u64)>,

@@ -192,7 +192,7 @@ struct Word<'a> {
     end: usize,
     /// Without them.
     text: &'a str,
-    /// Whether a command can begin with it.
+    /// True if a command can begin at this word.
     first: bool,
 }
 
