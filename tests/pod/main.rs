@@ -1,4 +1,4 @@
-//! The container image and its manifests, on a real builder and a real runtime. 'make test' has built the image.
+//! The container image and pods of the manifests, on a real builder and a real runtime. 'make test' has built the image.
 //!
 //! Every test runs a container or a pod of its own, which is gone with it.
 
@@ -12,6 +12,9 @@ mod ims_server;
 #[path = "../publish/job.rs"]
 mod job;
 #[allow(dead_code)]
+#[path = "../deploy/rendered.rs"]
+mod rendered;
+#[allow(dead_code)]
 #[path = "../publish/s3_server.rs"]
 mod s3_server;
 #[allow(dead_code)]
@@ -20,7 +23,6 @@ mod support;
 
 mod containers;
 mod image;
-mod manifests;
 mod podman;
 mod pods;
 mod way_in;

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use crate::rendered::{manifests, object};
 use crate::support::ssh_options;
 
 pub const IMAGE: &str = "localhost/ims-sshd-test/ims-sshd:latest";
@@ -81,21 +82,6 @@ pub fn free_port() -> u16 {
         .map(|_| u16::try_from(begin + NEXT.fetch_add(1, Ordering::Relaxed)).unwrap())
         .find(|port| std::net::TcpListener::bind(("127.0.0.1", *port)).is_ok())
         .expect("a free port")
-}
-
-/// What kustomize makes of a variant; validated.
-pub fn manifests(variant: &str) -> Vec<Value> {
-    let mut python = Command::new(cache().join("kubernetes-validate/bin/python"));
-    python.arg(repository().join("tests/pod/manifests.py"));
-    // The folder may be another user's.
-    python.env("PYTHONDONTWRITEBYTECODE", "1").arg("--validate");
-    serde_json::from_str(&succeed(python.arg(repository().join("deploy/kubernetes").join(variant)))).unwrap()
-}
-
-/// One object of them.
-pub fn object<'a>(objects: &'a mut [Value], kind: &str, name: &str) -> &'a mut Value {
-    let named = |o: &&mut Value| o["kind"] == kind && o["metadata"]["name"] == name;
-    objects.iter_mut().find(named).unwrap_or_else(|| panic!("no {kind} {name}"))
 }
 
 /// A job's pod, running.

@@ -1,6 +1,8 @@
 //! The manifests themselves.
 
-use crate::podman::*;
+use std::path::Path;
+
+use crate::rendered::{manifests, object};
 
 #[test]
 fn every_variant_is_what_kubernetes_expects() {
@@ -38,7 +40,9 @@ fn the_variants_differ_in_what_they_are_named_for() {
 
 #[test]
 fn three_lines_put_the_image_into_an_existing_chart() {
-    let text = std::fs::read_to_string(repository().join("deploy/kubernetes/ims-chart-values.yaml")).unwrap();
+    let text =
+        std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/kubernetes/ims-chart-values.yaml"))
+            .unwrap();
     let lines: Vec<_> = text.lines().filter(|line| line.starts_with("    ")).collect();
     assert_eq!(lines.len(), 3);
     assert!(lines.iter().any(|line| line.trim() == concat!("tag: ", env!("CARGO_PKG_VERSION"))), "{lines:?}");
