@@ -14,7 +14,7 @@ use ims_sshd::jail::build::Plan;
 use ims_sshd::jail::mount_table::Proc;
 use ims_sshd::jail::record::Record;
 use ims_sshd::jail::tier::Tier;
-use ims_sshd::jail::{enter, init};
+use ims_sshd::jail::{enter, init, seal};
 use ims_sshd::session::inside::{self, Errand};
 use ims_sshd::session::login;
 use ims_sshd::session::request::Request;
@@ -38,6 +38,9 @@ Makes a jail around an image root, or enters it. Started by ims-sshd and by sshd
       in the jail: carry out what session or enter was asked for
   ims-jail-shell try JAIL
       enter the jail and leave it
+  ims-jail-shell seal JAIL
+      once the jail's processes have ended: make its mount of the image root read-only, and print 'sealed' or, if a file on that mount is
+      open for writing, 'busy' and the mount's number
 
 JAIL is the file in which ims-sshd wrote down where the jail is.";
 
@@ -49,6 +52,7 @@ enum Command {
     Enter(PathBuf, Vec<OsString>),
     Inside(Errand),
     Try(PathBuf),
+    Seal(PathBuf),
 }
 
 /// Reads the command line, which is always one of ims-sshd's own. Without a parser made for people: to build one would be a tenth
@@ -69,6 +73,7 @@ fn command(words: &[OsString]) -> Option<Command> {
         }
         ("inside", words) => Errand::from_words(words).map(Command::Inside),
         ("try", [jail]) => Some(Command::Try(jail.into())),
+        ("seal", [jail]) => Some(Command::Seal(jail.into())),
         _ => None,
     }
 }
@@ -120,6 +125,9 @@ fn start() -> u8 {
             Err(error) => Err(error),
         },
         Some(Command::Try(jail)) => Record::read(&jail).and_then(|record| enter::join(&record).map(|_| ())),
+        Some(Command::Seal(jail)) => {
+            Record::read(&jail).and_then(|record| seal::seal(&record)).map(|seal| println!("{}", seal.to_text()))
+        }
         None => {
             eprintln!("{USAGE}");
             return 2;

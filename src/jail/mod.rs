@@ -17,5 +17,6 @@ pub mod record;
 pub mod refused_calls;
 pub mod resolv_conf;
 pub mod run;
+pub mod seal;
 pub mod streams;
 pub mod tier;

@@ -4,14 +4,14 @@ use std::io::ErrorKind;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::waitpid;
 use nix::unistd::{Pid, getpid};
 use rustix::event::{PollFd, PollFlags};
 
-use crate::error::{Attempt, Error, Result};
+use crate::error::{Advise, Attempt, Error, Result};
 use crate::jail::additions::{self, Made};
 use crate::jail::architecture::Architecture;
 use crate::jail::binds::{self, Bind};
@@ -19,12 +19,14 @@ use crate::jail::link::{Link, Message};
 use crate::jail::mount_table::{Proc, mount_table};
 use crate::jail::record::Record;
 use crate::jail::resolv_conf::{self, ENVIRONMENT, Lent};
+use crate::jail::seal::Seal;
 use crate::jail::tier::Tier;
-use crate::lifecycle::processes::KILL_TIME;
+use crate::lifecycle::processes::{KILL_TIME, writers_on};
+use crate::lifecycle::secrets::without_secrets;
 use crate::lifecycle::signal_files::tell_no_watch;
 use crate::lifecycle::state::StateFolder;
 use crate::sys::poll;
-use crate::sys::process::{Handle, Identity};
+use crate::sys::process::{Entry, Handle, Identity};
 use crate::sys::tree::Tree;
 
 /// What a jail is made of, as the supervisor knows it.
@@ -83,6 +85,21 @@ const TIME_TO_MAKE: Duration = Duration::from_secs(10);
 
 /// How long the init has to end by itself, unless a session keeps all processors busy.
 const TIME_TO_FINISH: Duration = Duration::from_millis(200);
+
+/// Nothing tells when a file is closed.
+const TIME_BETWEEN_SEALS: Duration = Duration::from_millis(50);
+
+/// Minimum time for a process outside to be done with a file that a session has sent it.
+pub const TIME_TO_LET_GO: Duration = Duration::from_secs(1);
+
+/// Those who have a file open for writing on the mount of this number, for people.
+fn holders(mount: u64) -> String {
+    let name = |entry: &Entry| format!("process {} ({})", entry.pid, without_secrets(&entry.command_line()));
+    match writers_on(mount).first() {
+        Some(entry) => name(entry),
+        None => "a process".into(),
+    }
+}
 
 impl OpenJail {
     /// Makes the jail and writes down in `state` where it is. This process has to be a subreaper (or PID 1).
@@ -198,6 +215,35 @@ impl OpenJail {
         }
         while waitpid(self.init.pid, None) == Err(nix::errno::Errno::EINTR) {}
         Ok(())
+    }
+
+    /// Has nobody outside write to the image root any more, after the jail's end: a session can have sent descriptors of its files to a
+    /// process outside. Waits until `limit` for those to be closed that are open for writing; if they are not, the image root is in use.
+    pub fn seal(&self, state: &StateFolder, limit: Instant) -> Result<()> {
+        let attempted = || "give the image root back";
+        let mut is_told = false;
+        loop {
+            let mut command = Command::new(program()?);
+            let tried = command.arg("seal").arg(state.jail()).stdin(Stdio::null()).output().attempt(attempted)?;
+            let mount = match Seal::parse(&String::from_utf8_lossy(&tried.stdout)) {
+                Some(Seal::Sealed) => return Ok(()),
+                Some(Seal::Busy(mount)) => mount,
+                None => {
+                    let why = String::from_utf8_lossy(&tried.stderr);
+                    return Err(Error::new(attempted()).because(why.trim().trim_start_matches("ims-jail-shell: ")));
+                }
+            };
+            let holders = holders(mount);
+            let in_use = format!("{holders} outside the jail has a file of it open for writing");
+            if Instant::now() >= limit {
+                return Err(Error::new(attempted()).because(in_use))
+                    .advise("a session has sent it there; end that process before the image is marked");
+            }
+            if !std::mem::replace(&mut is_told, true) {
+                tracing::warn!("{in_use}: waiting for it to close the file");
+            }
+            std::thread::sleep(TIME_BETWEEN_SEALS);
+        }
     }
 
     /// Removes the jail's traces from the image root, after its end: puts its resolv.conf back, removes what was added.

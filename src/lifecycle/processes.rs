@@ -72,6 +72,23 @@ fn visit_those_among(mounts: &Path, visit: Visitor<'_>) {
     let _ = found.into_iter().try_for_each(|entry| visit(&entry));
 }
 
+/// Those that have a file open for writing on the mount of this number.
+pub fn writers_on(mount: u64) -> Vec<Entry> {
+    // The format is proc_pid_fdinfo(5)'s: `flags:` in octal, as open(2) has them, and `mnt_id:`.
+    let is_writer = |text: &str| {
+        let field = |name| text.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
+        let flags = field("flags:").and_then(|flags| i32::from_str_radix(flags, 8).ok()).unwrap_or(0);
+        flags & libc::O_ACCMODE != libc::O_RDONLY
+            && flags & libc::O_PATH == 0
+            && field("mnt_id:").and_then(|number| number.parse().ok()) == Some(mount)
+    };
+    let writes = |pid: &Pid| {
+        let descriptors = std::fs::read_dir(format!("/proc/{pid}/fdinfo")).into_iter().flatten().flatten();
+        descriptors.filter_map(|entry| std::fs::read_to_string(entry.path()).ok()).any(|text| is_writer(&text))
+    };
+    numbers(Path::new("/proc")).filter(writes).filter_map(Entry::read).collect()
+}
+
 /// Processes on their way to their end, in sweeps: what forks faster than one looks is found by the next.
 struct Ending {
     began: Instant,

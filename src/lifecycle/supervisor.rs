@@ -16,7 +16,7 @@ use crate::jail::link::Message;
 use crate::lifecycle::environment::{self, Groundwork};
 use crate::lifecycle::foreign::{self, Emulation};
 use crate::lifecycle::machine::{Action, Event, Machine, State};
-use crate::lifecycle::open_jail::OpenJail;
+use crate::lifecycle::open_jail::{OpenJail, TIME_TO_LET_GO};
 use crate::lifecycle::presence::Presence;
 use crate::lifecycle::processes;
 use crate::lifecycle::restarts::Part;
@@ -488,6 +488,10 @@ impl<F: FnOnce()> Supervisor<F> {
     }
 
     fn remake_jail(&mut self) -> Result<()> {
+        // As long as this fails, the old jail stays: of the next one's mount the kernel would not say that the old one's is in use.
+        if let Some(jail) = &self.jail {
+            jail.seal(&self.state, Instant::now() + TIME_TO_LET_GO)?;
+        }
         if let (Some(jail), Some(files), Some(image_root)) = (self.jail.take(), &self.files, &self.image_root) {
             jail.clear(image_root, files.parent())?;
         }
@@ -536,6 +540,15 @@ impl<F: FnOnce()> Supervisor<F> {
         };
         if let (Some(files), Some(image_root)) = (&self.files, &self.image_root) {
             if let Some(jail) = self.jail.take() {
+                // An image that has failed is not worth a wait.
+                let now = Instant::now();
+                let in_grace = self.closing_since.map_or(now, |since| since + self.settings.close_grace);
+                let is_failed = self.machine.verdict() == Some(Verdict::Failed);
+                let limit = if is_failed { now } else { in_grace.max(now + TIME_TO_LET_GO) };
+                match jail.seal(&self.state, limit) {
+                    Err(e) if is_failed => tracing::warn!("{e}"),
+                    result => note(result),
+                }
                 note(jail.clear(image_root, files.parent()));
             }
             let path: PathBuf = files.path().join(self.settings.image_root());

@@ -18,7 +18,7 @@ use crate::error::{Attempt, Error, Result};
 use crate::jail::binds::Bind;
 use crate::jail::link::Message;
 use crate::jail::tier::Tier;
-use crate::lifecycle::open_jail::{self, OpenJail, Wanted};
+use crate::lifecycle::open_jail::{self, OpenJail, TIME_TO_LET_GO, Wanted};
 use crate::lifecycle::settings::jail_tier;
 use crate::lifecycle::state::StateFolder;
 use crate::lifecycle::{environment, foreign, processes, tier};
@@ -258,6 +258,7 @@ impl Session {
             terminal.restore();
         }
         drop(emulation);
+        let all_ended = all_ended.and_then(|()| jail.seal(&state, Instant::now() + TIME_TO_LET_GO));
         jail.clear(&tree, &notes)?;
         state.remove()?;
         local::remove_folder(run.path())?;

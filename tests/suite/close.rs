@@ -2,17 +2,22 @@
 //! forgotten environments; and what is told of all that.
 
 use std::io::Write;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::symlink;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{SocketAddr, UnixListener};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use ims_sshd::sys::packet::Packets;
 use ims_sshd::sys::process::{Entry, descendants};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use rustix::fs::{AtFlags, Mode as FileMode, OFlags};
+use rustix::io::Errno;
 use serde_json::Value;
 
 use crate::support::*;
@@ -207,6 +212,96 @@ fn what_was_written_is_on_its_disk_before_exiting() {
     assert!(trace[synced..].lines().next().unwrap().ends_with("= 0"), "{trace}");
     let exiting = trace.find("\"exiting\", {flags=O_WRONLY|O_CREAT|O_EXCL").unwrap_or_else(|| panic!("{trace}"));
     assert!(synced < exiting);
+}
+
+/// Listens outside by an abstract socket, which belongs to the network that sessions share with the container.
+struct Collector {
+    name: String,
+    listener: UnixListener,
+}
+
+impl Collector {
+    fn listen(name: &str) -> Self {
+        let name = format!("{name}-{}", std::process::id());
+        let address = SocketAddr::from_abstract_name(&name).unwrap();
+        Self { listener: UnixListener::bind_addr(&address).unwrap(), name }
+    }
+
+    /// Has a session send what `opened` opens.
+    fn receive(&self, environment: &Environment, opened: &str) -> OwnedFd {
+        let send = format!(
+            "import os, socket\n\
+             s = socket.socket(socket.AF_UNIX); s.connect('\\0{}')\n\
+             socket.send_fds(s, [b'x'], [{opened}])\n",
+            self.name
+        );
+        let output = feed(environment.ssh(&[]).arg("python3"), send.as_bytes());
+        assert!(output.status.success(), "{output:?}");
+        let (stream, _) = self.listener.accept().unwrap();
+        let (_, mut descriptors) = Packets::from_fd(stream.into()).receive_with().unwrap().unwrap();
+        descriptors.pop().unwrap()
+    }
+}
+
+#[test]
+fn an_image_that_somebody_outside_can_still_write_to_is_failed() {
+    for tier in ["namespace", "user"] {
+        let variables = [("IMS_JAIL_TIER", tier), ("IMS_CLOSE_GRACE", "1")];
+        let mut environment = Volume::new(Image::Debian).start_with(Mode::Jailed, &variables).ready();
+        let collector = Collector::listen(&format!("kept-{tier}"));
+        let kept = collector.receive(&environment, "os.open('/root/kept', os.O_WRONLY | os.O_CREAT)");
+        let code = environment.complete();
+        rustix::io::write(&kept, b"late").unwrap();
+        let holder = format!("process {} (", std::process::id());
+        assert_eq!(code, 1, "{tier}: {}", environment.log_text());
+        assert!(environment.signal("failed").exists() && environment.signal("exiting").exists(), "{tier}");
+        assert!(!environment.signal("complete").exists(), "{tier}");
+        let log = environment.log_text();
+        for words in [&holder, "outside the jail has a file of it open for writing", "end that process"] {
+            assert!(log.contains(words), "{tier}: {words}: {log}");
+        }
+    }
+}
+
+#[test]
+fn what_a_session_has_sent_outside_may_be_closed_during_the_grace_and_opens_nothing_for_writing_after_it() {
+    for tier in ["namespace", "user"] {
+        let variables = [("IMS_JAIL_TIER", tier), ("IMS_CLOSE_GRACE", "25")];
+        let mut environment = Volume::new(Image::Debian).start_with(Mode::Jailed, &variables).ready();
+        let collector = Collector::listen(&format!("closed-{tier}"));
+        let file = collector.receive(&environment, "os.open('/root/file', os.O_RDWR | os.O_CREAT)");
+        let directory = collector.receive(&environment, "os.open('/root', os.O_RDONLY)");
+        let root = collector.receive(&environment, "os.open('/', os.O_PATH)");
+        let read = collector.receive(&environment, "os.open('/root/file', os.O_RDONLY)");
+        environment.touch("complete");
+        logged(&environment, "waiting for it to close the file");
+        rustix::io::write(&file, b"in time").unwrap();
+        drop(file);
+        assert_eq!(environment.end(), 0, "{tier}: {}", environment.log_text());
+        assert!(environment.signal("complete").exists(), "{tier}");
+        assert_eq!(std::fs::read_to_string(environment.image_root.join("root/file")).unwrap(), "in time");
+        let flags = OFlags::WRONLY | OFlags::CREATE;
+        let refused = |result: rustix::io::Result<OwnedFd>| assert_eq!(result.unwrap_err(), Errno::ROFS, "{tier}");
+        refused(rustix::fs::openat(&directory, "file", flags, FileMode::RUSR));
+        refused(rustix::fs::openat(&directory, "new", flags, FileMode::RUSR));
+        refused(rustix::fs::openat(&root, "root/new", flags, FileMode::RUSR));
+        let again = format!("/proc/self/fd/{}", read.as_raw_fd());
+        refused(rustix::fs::open(again, OFlags::WRONLY, FileMode::empty()));
+        assert_eq!(rustix::fs::fchmod(&read, FileMode::RWXU), Err(Errno::ROFS), "{tier}");
+        assert_eq!(rustix::fs::unlinkat(&directory, "file", AtFlags::empty()), Err(Errno::ROFS), "{tier}");
+    }
+}
+
+#[test]
+fn a_jail_is_not_made_anew_while_somebody_outside_can_write_through_the_old_one() {
+    let mut environment = Environment::open(Image::Debian, Mode::Jailed);
+    let collector = Collector::listen("renewed");
+    let kept = collector.receive(&environment, "os.open('/root/kept', os.O_WRONLY | os.O_CREAT)");
+    kill(environment.jails_init(), Signal::SIGKILL).unwrap();
+    logged(&environment, "waiting for it to close the file");
+    drop(kept);
+    wait_until("the next jail", || environment.run("true").status.success());
+    assert_eq!(environment.complete(), 0, "{}", environment.log_text());
 }
 
 #[test]

@@ -1,0 +1,73 @@
+//! The last step of a jail: once its processes have ended, its image root is made read-only for whoever outside still has a descriptor of it.
+//!
+//! A session can send descriptors to a process outside, as by an abstract Unix socket (unix(7)), since the network is the container's. They
+//! outlive the jail, and all of them belong to the jail's own mount of the image root. The kernel makes that mount read-only only if no file
+//! on it is open for writing (mount_setattr(2), EBUSY), and after that nobody can open one through it.
+
+use std::io;
+
+use nix::sched::CloneFlags;
+use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
+use rustix::io::Errno;
+use rustix::mount::MountAttrFlags;
+
+use crate::error::{Attempt, Result};
+use crate::jail::record::Record;
+use crate::jail::tier::Tier;
+use crate::sys::mounts;
+
+/// Result of one try.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Seal {
+    /// The jail's mount of the image root is read-only.
+    Sealed,
+    /// A file is open for writing, on the mount of this number, as in /proc/PID/fdinfo; 0 where the kernel does not tell it (Linux 5.8).
+    Busy(u64),
+}
+
+impl Seal {
+    /// As `ims-jail-shell seal` prints it.
+    pub fn to_text(&self) -> String {
+        match self {
+            Self::Sealed => "sealed".into(),
+            Self::Busy(mount) => format!("busy {mount}"),
+        }
+    }
+
+    /// The other way round.
+    pub fn parse(text: &str) -> Option<Self> {
+        match text.trim_end().split_once(' ') {
+            None if text.trim_end() == "sealed" => Some(Self::Sealed),
+            Some(("busy", mount)) => mount.parse().ok().map(Self::Busy),
+            _ => None,
+        }
+    }
+}
+
+/// Makes the image root of the jail read-only where the jail has it mounted. This process joins the jail's mounts for that, so no process of
+/// the jail may be left. Does nothing for a jail without mounts of its own, nor for one of DKMS: a session there can have mounts and loop
+/// devices of its own, and leave.
+pub fn seal(record: &Record) -> Result<Seal> {
+    if record.tier == Tier::Chroot || record.dkms {
+        return Ok(Seal::Sealed);
+    }
+    let attempted = || format!("open the jail's namespaces, which process {} holds", record.keeper.pid);
+    let doors = record.keeper.open_descriptors(&record.doors).attempt(attempted)?;
+    for (door, (name, flag)) in doors.iter().zip(record.tier.namespaces()) {
+        if [CloneFlags::CLONE_NEWUSER, CloneFlags::CLONE_NEWNS].contains(flag) {
+            nix::sched::setns(door, *flag).attempt(|| format!("enter the jail's {name} namespace"))?;
+        }
+    }
+    make_root_read_only().attempt(|| "make the jail's mount of the image root read-only")
+}
+
+fn make_root_read_only() -> io::Result<Seal> {
+    let root = rustix::fs::open("/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    match mounts::restrict(std::os::fd::AsFd::as_fd(&root), MountAttrFlags::MOUNT_ATTR_RDONLY) {
+        Err(e) if Errno::from_io_error(&e) == Some(Errno::BUSY) => {
+            let found = rustix::fs::statx(&root, "", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID)?;
+            Ok(Seal::Busy(found.stx_mnt_id))
+        }
+        other => other.map(|()| Seal::Sealed),
+    }
+}
