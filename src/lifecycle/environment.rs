@@ -199,21 +199,28 @@ pub fn make_jail(
     OpenJail::open(&wanted, state)
 }
 
-/// Puts right what an earlier environment on this image root left behind when it was killed. Returns whether there was one.
-pub fn recover(settings: &Settings, files: &SignalFiles, image_root: &Tree, state: &StateFolder) -> Result<bool> {
+/// Ends the sshd of an earlier environment that was killed, with its sessions; one that was not noted is known by its log. Returns what was
+/// found, in words.
+pub fn end_left_over(state: &StateFolder, log: Option<&Path>) -> Result<Vec<&'static str>> {
     let mut found = Vec::new();
     if let Some(listener) = Daemon::noted(&state.sshd()) {
         processes::end_tree(&listener)?;
         found.push("a listening sshd, with its sessions");
     }
     // A listener that was killed before it was noted, or connections that had lost theirs.
-    let others = Daemon::with_log(&settings.sshd);
+    let others = log.map(Daemon::with_log).unwrap_or_default();
     for other in &others {
         processes::end_tree(other)?;
     }
     if !others.is_empty() {
         found.push("sshd of its connections, with its sessions");
     }
+    Ok(found)
+}
+
+/// Puts right what an earlier environment on this image root left behind when it was killed. Returns whether there was one.
+pub fn recover(settings: &Settings, files: &SignalFiles, image_root: &Tree, state: &StateFolder) -> Result<bool> {
+    let mut found = end_left_over(state, settings.sshd.log.as_deref())?;
     // Its init ended with it: the kernel closed its end of their socket.
     match std::fs::remove_file(state.jail()) {
         Ok(()) => found.push("the record of its jail"),

@@ -9,12 +9,16 @@ use rustix::mount::MountAttrFlags;
 use crate::error::{Attempt, Error, Result};
 use crate::jail::binds::Bind;
 use crate::lifecycle::signal_files::READY;
-use crate::lifecycle::{self, supervisor};
+use crate::lifecycle::state::StateFolder;
+use crate::lifecycle::{self, environment, supervisor};
 use crate::local;
 use crate::local::job::{Fate, Job};
 use crate::sys::mounts::{self, Detached};
 use crate::sys::tree::Tree;
 use crate::verdict::Verdict;
+
+/// sshd's log, in the folder of the run.
+const SSHD_LOG: &str = "sshd.log";
 
 /// How the environment is opened.
 #[derive(Debug)]
@@ -49,6 +53,19 @@ pub fn run(job: Job, wanted: &Customization) -> Result<u8> {
     // Before anything is opened: a descriptor from before would not see what is mounted from here on.
     local::own_mounts()?;
     job.run(|image_root| open(wanted, image_root))
+}
+
+/// Ends the sshd of a customization of `image_root` that was killed. Its mounts live as long as it does, and keep the changes from being
+/// mounted again.
+pub fn end_left_over(image_root: &Path) -> Result<()> {
+    let parent = local::RunFolder::place("customize", image_root);
+    if StateFolder::place(&parent).exists() {
+        let found = environment::end_left_over(&StateFolder::of(&parent)?, Some(&parent.join(SSHD_LOG)))?;
+        if !found.is_empty() {
+            tracing::warn!("a customization of this image was killed before; ended: {}", found.join("; "));
+        }
+    }
+    Ok(())
 }
 
 /// Refuses a file that lets nobody in.
@@ -91,7 +108,7 @@ fn open(wanted: &Customization, image_root: &Path) -> Result<(Fate, u8)> {
         ("SSH_JAIL", if wanted.jailed { "True".into() } else { "False".into() }),
         (
             "SSHD_OPTIONS",
-            shell_words::join(["-E", &run.path().join("sshd.log").to_string_lossy(), "-f", &config.to_string_lossy()])
+            shell_words::join(["-E", &run.path().join(SSHD_LOG).to_string_lossy(), "-f", &config.to_string_lossy()])
                 .into(),
         ),
         ("CUSTOMIZATION_SCRIPT", script.unwrap_or_default().into()),

@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::lifecycle::signal_files::SignalFiles;
 use crate::lifecycle::state::name_for;
 use crate::local;
+use crate::local::customize;
 use crate::local::work_directory::WorkDirectory;
 use crate::publish::boot;
 use crate::publish::changes::Inventory;
@@ -83,6 +84,7 @@ impl Job {
         place.path().clone_into(&mut settings.parent);
         let parent = &settings.parent;
         let mounted = parent.join("image-root");
+        customize::end_left_over(&mounted)?;
         if holds_changes(parent, &mounted) {
             tracing::info!("going on with what was changed before, which is kept in {}", parent.display());
         }

@@ -131,8 +131,8 @@ impl RunFolder {
     /// Makes and claims the folder for `image_root`, of which only one run can be open. Others can open what they know the name of: who has
     /// an authorized key, ssh's configuration. Private keys are root's.
     pub fn claim(command: &str, image_root: &Path) -> Result<Self> {
+        let path = Self::place(command, image_root);
         let all = Path::new(RUN).join(command);
-        let path = all.join(name_for(image_root));
         let files = claim(|| {
             let attempted = || format!("make the folder {}", path.display());
             std::fs::create_dir_all(&path).attempt(attempted)?;
@@ -144,6 +144,11 @@ impl RunFolder {
         // Signals of an earlier run that was killed mean nothing now. What it noted for us to clear up has a hidden name.
         remove_files(&path, |name| !name.starts_with('.'))?;
         Ok(Self { files })
+    }
+
+    /// Where it is, or would be.
+    pub fn place(command: &str, image_root: &Path) -> PathBuf {
+        Path::new(RUN).join(command).join(name_for(image_root))
     }
 
     /// The folder.

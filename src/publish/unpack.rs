@@ -8,16 +8,19 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::SystemTime;
 
+use nix::unistd::Pid;
 use rustix::io::Errno;
 use rustix::mount::MountAttrFlags;
 
 use crate::error::{Attempt, Error, Result};
+use crate::printable::Printable;
 use crate::publish::confined::Confined;
 use crate::publish::progress::Progress;
 use crate::publish::source::{self, Kind};
 use crate::publish::work::Work;
 use crate::publish::{cpio, layers};
 use crate::sys::mounts::{self, Detached};
+use crate::sys::process::{Entry, numbers};
 use crate::sys::tree::Tree;
 
 /// Writes the tree out of `archive` (a file, or a directory that is copied) to `to`, which must not exist. Of a container's image that was
@@ -278,11 +281,16 @@ impl Overlay {
             let attributes = MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOSUID;
             Detached::filesystem("overlay", &options, attributes)?.attach(target)
         };
-        let mounted = match mount(&[REDIRECT, INDEX, ONE_DEVICE, NO_METACOPY]) {
-            // A program of a customization that was killed holds the mount; the environment that opens next ends it.
-            Err(e) if Errno::from_io_error(&e) == Some(Errno::BUSY) => mount(&[REDIRECT, ONE_DEVICE, NO_METACOPY]),
-            other => other,
-        };
+        let mounted = mount(&[REDIRECT, INDEX, ONE_DEVICE, NO_METACOPY]);
+        // Without the index the kernel would mount it all the same, and one would see half of what the other changes.
+        if mounted.as_ref().is_err_and(|e| Errno::from_io_error(e) == Some(Errno::BUSY)) {
+            let holder = process_with(&upper).map_or("another mount, or an open file of one".into(), |entry| {
+                format!("process {} ({})", entry.pid, Printable(&entry.name))
+            });
+            let error =
+                Error::new(attempted()).because(format!("the changes in {} are in use by {holder}", upper.display()));
+            return Err(error.advise("end that process, or unmount what it has mounted"));
+        }
         mounted
             .attempt(attempted)
             .map_err(|e| e.advise(format!("if {} holds changes to another image, remove it", folder.display())))?;
@@ -320,6 +328,14 @@ impl Drop for Overlay {
     fn drop(&mut self) {
         let _ = self.take_down();
     }
+}
+
+/// A process that sees an overlay of the upper directory `upper` mounted, by proc_pid_mountinfo(5).
+fn process_with(upper: &Path) -> Option<Entry> {
+    let option = format!("upperdir={}", upper.display());
+    let is_there = |text: &str| text.lines().any(|line| line.split([' ', ',']).any(|word| word == option));
+    let sees = |pid: &Pid| std::fs::read_to_string(format!("/proc/{pid}/mountinfo")).is_ok_and(|text| is_there(&text));
+    numbers(Path::new("/proc")).filter(sees).find_map(Entry::read)
 }
 
 fn copy_root(root: &std::fs::Metadata, upper: &Path) -> std::io::Result<()> {

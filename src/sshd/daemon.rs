@@ -109,16 +109,14 @@ impl Daemon {
         Entry::read(Pid::from_raw(noted.pid)).filter(|e| e.identity() == noted)
     }
 
-    /// Every sshd that has the log of these options open, listener or connection: those of an earlier environment as long as this one
-    /// has started none. Without `-E` there is nothing to know them by.
-    pub fn with_log(options: &Options) -> Vec<Entry> {
-        let Some(log) = &options.log else { return Vec::new() };
+    /// Every sshd that has this log open, listener or connection: those of an earlier environment as long as this one has started none.
+    pub fn with_log(log: &Path) -> Vec<Entry> {
         // A log that was removed since is still theirs.
         let removed = PathBuf::from(format!("{} (deleted)", log.display()));
         let is_open = |entry: &Entry| {
             std::fs::read_dir(format!("/proc/{}/fd", entry.pid)).is_ok_and(|mut descriptors| {
                 descriptors.any(|fd| {
-                    fd.and_then(|fd| std::fs::read_link(fd.path())).is_ok_and(|file| file == *log || file == removed)
+                    fd.and_then(|fd| std::fs::read_link(fd.path())).is_ok_and(|file| file == log || file == removed)
                 })
             })
         };

@@ -517,6 +517,32 @@ fn what_was_changed_above_an_overlay_outlives_a_source_that_cannot_be_mounted() 
 }
 
 #[test]
+fn changes_that_are_in_use_are_not_mounted_a_second_time() {
+    let dir = folder();
+    let squashfs = squashfs_of(&image(dir.path()));
+    let parent = dir.path().join("parent");
+    // By a mount that is seen, and by one that is gone but for an open file.
+    let elsewhere = "mkfifo $1/begun; unshare -m sh -c 'echo > $0/begun; exec sleep 60' $1 & read line < $1/begun; rm $1/begun; \
+                     umount $1/image-root";
+    let open = "exec 3< $1/image-root/etc/passwd; umount -l $1/image-root";
+    for (holding, holder) in [(elsewhere, "by process "), (open, "by another mount, or an open file of one")] {
+        let script = format!(
+            "set -e; $0 prepare --open overlay $1 $2; {holding}; umount $1/overlay/lower; \
+             ! $0 prepare --open overlay $1 $2; echo refused"
+        );
+        let mut shell = Command::new("unshare");
+        shell.args(["-m", "--pid", "--fork", "--mount-proc", "--kill-child", "sh", "-c", &script, IMS_SSHD]);
+        let output = shell.args([&parent, &squashfs]).output().unwrap();
+        assert!(output.status.success(), "{holder}: {output:?}");
+        let said = text(&output.stderr);
+        assert!(said.contains("are in use") && said.contains(holder), "{holder}: {said}");
+        let mut again = Command::new("unshare");
+        let again = again.args(["-m", IMS_SSHD, "prepare", "--open", "overlay"]).args([&parent, &squashfs]);
+        succeed(again);
+    }
+}
+
+#[test]
 fn a_terminated_prepare_ends_at_once_and_leaves_nothing() {
     let dir = folder();
     let server = FileServer::start(vec![0; 1 << 20], &[Fault::Silence]);
