@@ -14,7 +14,7 @@ AS_ROOT := $(if $(SUDO),--config "target.'cfg(all())'.runner='sudo -E'")
 
 RUN_PACKAGES := openssh-server openssh-client openssh-sftp-server mmdebstrap busybox-static squashfs-tools cpio
 TEST_PACKAGES := $(RUN_PACKAGES) rsync python3-paramiko strace bindfs \
-	acl attr fish git less libcap2-bin screen sshfs sudo tmux vim zsh \
+	acl attr fish git less libcap2-bin man-db screen sshfs sudo tmux vim zsh \
 	qemu-user-static rpm musl-tools \
 	podman runc catatonit ansible python3-venv xz-utils zstd openssl
 # Kubernetes' schemas, the newest ansible-core that runs on Debian's Python and manages it, an S3 server.

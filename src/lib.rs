@@ -9,6 +9,7 @@
 //! - [`lifecycle`]: the life of a build environment, from `ready` to `exiting`.
 //! - [`publish`]: what stands before `ready` and after `exiting`: fetching, packing, uploading, registering.
 //! - [`local`]: the same on one machine, without a pod.
+//! - [`manual`]: man pages and completions, of the command line's description.
 //!
 //! The words (image root, build environment, jail, session, signal file) are those of README.md.
 
@@ -16,6 +17,7 @@ pub mod error;
 pub mod jail;
 pub mod lifecycle;
 pub mod local;
+pub mod manual;
 pub mod printable;
 pub mod publish;
 pub mod session;

@@ -14,6 +14,7 @@ use ims_sshd::local::customize::{self, Customization};
 use ims_sshd::local::enter::{self, Answer, Entry};
 use ims_sshd::local::job::Job;
 use ims_sshd::local::{status, work_directory};
+use ims_sshd::manual;
 use ims_sshd::publish::prepare::Open;
 use ims_sshd::publish::sidecar::{self, Places};
 use ims_sshd::publish::{command, prepare, settings as publishing};
@@ -21,7 +22,7 @@ use ims_sshd::verdict::Verdict;
 
 /// Opens an image root over SSH, jailed inside it, and ends in an order that lets it be packed.
 #[derive(Parser)]
-#[command(version, arg_required_else_help = true)]
+#[command(version, arg_required_else_help = true, after_help = EXAMPLES)]
 struct Arguments {
     /// How the log on standard error looks; its level is $LOG_LEVEL (debug, info, warning, error)
     #[arg(long, global = true, value_enum, default_value = "text")]
@@ -33,6 +34,7 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Command {
     /// Be a pod's build environment, as its variables say (see README.md)
+    #[command(after_help = ENTRYPOINT_EXAMPLES)]
     Entrypoint {
         /// The folder that holds image-root and the signal files [default: $IMAGE_ROOT_PARENT, else /mnt/image]
         image_root_parent: Option<PathBuf>,
@@ -61,6 +63,7 @@ enum Command {
         servers: ServerOptions,
     },
     /// Stand beside a pod's build environment: let it open, wait for its end, publish the image
+    #[command(after_help = SIDECAR_EXAMPLES)]
     Sidecar(SidecarArguments),
     /// Pack an image root
     #[command(after_help = PACKAGE_EXAMPLES)]
@@ -92,10 +95,13 @@ enum Command {
         servers: ServerOptions,
     },
     /// Mark the image complete: its environment closes and it may be packed
+    #[command(after_help = COMPLETE_EXAMPLES)]
     Complete(Parent),
     /// Mark the image failed: its environment closes and it is not packed
+    #[command(after_help = FAIL_EXAMPLES)]
     Fail(Parent),
     /// Tell where an environment is in its life
+    #[command(after_help = STATUS_EXAMPLES)]
     Status {
         #[command(flatten)]
         parent: Parent,
@@ -104,17 +110,29 @@ enum Command {
         json: bool,
     },
     /// Print a shell's completions
+    #[command(after_help = COMPLETIONS_EXAMPLES)]
     Completions {
         /// The shell
         #[arg(value_enum)]
         shell: clap_complete::Shell,
     },
-    /// Write the man pages into a folder
+    /// Write the man pages into a directory
+    #[command(after_help = MAN_EXAMPLES)]
     Man {
-        /// The folder, which is there
+        /// The directory, which exists
+        #[arg(value_name = "DIRECTORY", value_hint = clap::ValueHint::DirPath)]
         folder: PathBuf,
     },
 }
+
+const EXAMPLES: &str = "Examples:
+  ims-sshd enter ./image.sqsh --output ./out
+  ims-sshd customize ./image.sqsh --output ./out
+  ims-sshd status";
+
+const ENTRYPOINT_EXAMPLES: &str = "Examples:
+  IMS_ACTION=customize SSH_JAIL=True ims-sshd entrypoint
+  IMS_ACTION=customize SSH_JAIL=True ims-sshd entrypoint /srv/image";
 
 const CUSTOMIZE_EXAMPLES: &str = "Examples:
   ims-sshd customize ./image-root
@@ -137,6 +155,30 @@ const PACKAGE_EXAMPLES: &str = "Examples:
 const UPLOAD_EXAMPLES: &str = "Examples:
   ims-sshd upload --name compute
   ims-sshd upload --kernel auto --initrd auto --store ./store --archive compute.sqsh ./image-root";
+
+const SIDECAR_EXAMPLES: &str = "Examples:
+  IMS_ACTION=customize ims-sshd sidecar --name compute --store s3://boot-images
+  IMS_ACTION=customize ims-sshd sidecar --kernel auto --initrd auto --store /srv/store /srv/image";
+
+const COMPLETE_EXAMPLES: &str = "Examples:
+  ims-sshd complete
+  ims-sshd complete /mnt/image";
+
+const FAIL_EXAMPLES: &str = "Examples:
+  ims-sshd fail
+  ims-sshd fail /mnt/image";
+
+const STATUS_EXAMPLES: &str = "Examples:
+  ims-sshd status
+  ims-sshd status --json /mnt/image";
+
+const COMPLETIONS_EXAMPLES: &str = "Examples:
+  ims-sshd completions bash > /usr/share/bash-completion/completions/ims-sshd
+  ims-sshd completions zsh > /usr/share/zsh/vendor-completions/_ims-sshd
+  ims-sshd completions fish > /usr/share/fish/vendor_completions.d/ims-sshd.fish";
+
+const MAN_EXAMPLES: &str = "Examples:
+  ims-sshd man /usr/share/man/man1";
 
 /// Options that are a pod's variables by other names.
 type Variables = Vec<(&'static str, Option<String>)>;
@@ -436,11 +478,12 @@ fn run(command: Command) -> Result<u8> {
             command::upload(&settings, image_root.as_deref(), archive.as_deref(), debug_kernel.as_deref())
         }
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Arguments::command(), "ims-sshd", &mut std::io::stdout());
-            Ok(0)
+            let mut to = std::io::stdout();
+            let written = manual::write_completions(&mut Arguments::command(), shell, &mut to);
+            written.attempt(|| "print the completions").map(|()| 0)
         }
         Command::Man { folder } => {
-            let written = clap_mangen::generate_to(Arguments::command(), &folder);
+            let written = manual::write_pages(Arguments::command(), &folder);
             written.attempt(|| format!("write the man pages into {}", folder.display())).map(|()| 0)
         }
     }

@@ -26,6 +26,7 @@ mod lifecycle;
 mod limits;
 mod local;
 mod look;
+mod manual;
 mod people;
 mod racing;
 mod readers;

@@ -12,6 +12,7 @@ const README: &str = include_str!("../../README.md");
 const SECURITY: &str = include_str!("../../SECURITY.md");
 const PAST_CVES: &str = include_str!("../../docs/PAST_CVES.md");
 const ATTEMPTS: &str = include_str!("../attempts/table.rs");
+const VARIABLES: &str = include_str!("../../src/manual/variables.md");
 const MAKEFILE: &str = include_str!("../../Makefile");
 const SETTINGS: &str = include_str!("../../src/lifecycle/settings.rs");
 const PUBLISHING: &str = include_str!("../../src/publish/settings.rs");
@@ -163,6 +164,15 @@ fn every_variable_of_the_readme_is_read_and_every_one_that_is_read_is_in_it() {
     let documented: BTreeSet<_> = table(section("## Environment variables")).map(|row| code(&row[0])).collect();
     let read: BTreeSet<_> = [SETTINGS, PUBLISHING, LOG].into_iter().flat_map(names_in).collect();
     assert_eq!(documented, read);
+}
+
+#[test]
+fn the_man_pages_describe_variables_as_the_readme_does() {
+    let row = |line: &&str| line.starts_with("| `") && line.split(" | ").count() == 3;
+    let rows = |text: &'static str| text.lines().filter(row).collect::<Vec<_>>();
+    let readme = rows(section("## Environment variables"));
+    assert!(readme.len() > 40);
+    assert_eq!(readme, rows(VARIABLES), "copy the rows of README.md to src/manual/variables.md");
 }
 
 #[test]

@@ -1,0 +1,262 @@
+//! Man pages and completions, made of the command line's own description.
+
+use std::io::{self, Write};
+use std::path::Path;
+
+use clap::Command;
+use clap_complete::Shell;
+use clap_mangen::Man;
+use clap_mangen::roff::{Inline, Roff, bold, roman};
+
+/// README.md's table of variables, row by row; a test compares them.
+const VARIABLES: &str = include_str!("variables.md");
+
+/// Variables that a build environment reads.
+const ENVIRONMENT: &[&str] = &[
+    "IMS_ACTION",
+    "IMAGE_ROOT_PARENT",
+    "SSH_JAIL",
+    "JOB_ENABLE_DKMS",
+    "ENABLE_DEBUG",
+    "BUILD_ARCH",
+    "IMS_JOB_ID",
+    "REMOTE_BUILD_NODE",
+    "SSHD_OPTIONS",
+    "SSHD_CONFIG_FILE",
+    "CUSTOMIZATION_SCRIPT",
+    "IMS_CLOSE_GRACE",
+    "IMS_IDLE_LIMIT",
+    "IMS_SESSION_LIMIT",
+    "IMS_JAIL_TIER",
+    "IMS_JAIL_HOSTNAME",
+    "IMS_JAIL_BINDS",
+    "IMS_AGENT_FORWARDING",
+];
+
+/// The same on one machine, where options take the place of the others.
+const LOCAL: &[&str] =
+    &["JOB_ENABLE_DKMS", "IMS_CLOSE_GRACE", "IMS_JAIL_TIER", "IMS_JAIL_HOSTNAME", "IMS_AGENT_FORWARDING"];
+
+/// Variables of a job and its image.
+const JOB: &[&str] =
+    &["IMS_ACTION", "IMAGE_ROOT_PARENT", "SSH_JAIL", "ENABLE_DEBUG", "BUILD_ARCH", "IMS_JOB_ID", "REMOTE_BUILD_NODE"];
+
+/// Variables that name the source, the new image and the servers.
+const PUBLISHING: &[&str] = &[
+    "IMAGE_ROOT_ARCHIVE_NAME",
+    "KERNEL_FILENAME",
+    "INITRD_FILENAME",
+    "KERNEL_PARAMETERS_FILENAME",
+    "DOWNLOAD_MD5SUM",
+    "DOWNLOAD_SHA256SUM",
+    "IMAGE_COMPRESSION",
+    "SOURCE_DATE_EPOCH",
+    "IMAGE_STORE",
+    "S3_BUCKET",
+    "S3_ENDPOINT",
+    "S3_ACCESS_KEY",
+    "S3_SECRET_KEY",
+    "S3_SSL_VALIDATE",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_ENDPOINT_URL",
+    "AWS_CA_BUNDLE",
+    "CA_CERT",
+    "IMS_URL",
+    "OAUTH_CONFIG_DIR",
+    "IMS_STALL_LIMIT",
+    "IMS_RETRY_LIMIT",
+];
+
+/// Name and meaning of a file or an exit code.
+type Entry = (&'static str, &'static str);
+
+const SIGNAL_FILES: &[Entry] = &[
+    ("IMAGE_ROOT_PARENT/image-root", "The image root; of a create job, build/image-root."),
+    ("IMAGE_ROOT_PARENT/complete", "The image is to be packed."),
+    ("IMAGE_ROOT_PARENT/failed", "The image is not to be packed; wins over complete."),
+    ("IMAGE_ROOT_PARENT/ready", "The environment may open."),
+    ("IMAGE_ROOT_PARENT/sshd_listening", "sshd accepts connections."),
+    ("IMAGE_ROOT_PARENT/exiting", "The environment has ended, and nobody writes to the image root."),
+];
+const MARKS: &[Entry] = &[("/tmp/complete, /tmp/failed", "In the image: mark it complete, or failed.")];
+const RUN: &[Entry] = &[("/run/ims-sshd", "What belongs to environments that are open.")];
+const WORK: &[Entry] =
+    &[("/var/lib/ims-sshd", "Changes until they are published or discarded; --work names another place.")];
+const LOGINS: &[Entry] = &[
+    ("/run/ims-sshd/customize/NAME/ssh_config", "Configuration for ssh, scp, sftp and Ansible; the host is image."),
+    ("/run/ims-sshd/customize/NAME/sshd.log", "The log of the environment's sshd."),
+];
+
+const REFUSED: Entry = ("2", "The command line or a variable was refused.");
+const SIGNALS: Entry = ("130, 143", "SIGINT or SIGTERM came.");
+const DONE: &[Entry] = &[("0", "It was done."), ("1", "It was not; standard error says why."), REFUSED];
+
+/// What a man page has beside the command line's description.
+struct Page {
+    variables: &'static [&'static [&'static str]],
+    files: &'static [&'static [Entry]],
+    exit: &'static [Entry],
+}
+
+/// The page of the command `name`; of the program itself where there is no such command.
+fn page_of(name: &str) -> Page {
+    match name {
+        "entrypoint" => Page {
+            variables: &[ENVIRONMENT],
+            files: &[SIGNAL_FILES, MARKS, RUN],
+            exit: &[
+                ("0", "The image was marked complete or failed, or no shell was wanted."),
+                ("1", "The environment broke or could not be opened; the log says why."),
+                REFUSED,
+                ("130, 143", "SIGINT or SIGTERM came; the image is marked failed."),
+            ],
+        },
+        "customize" => Page {
+            variables: &[LOCAL, PUBLISHING],
+            files: &[MARKS, LOGINS, WORK, RUN],
+            exit: &[
+                ("0", "The image was marked complete, and published if that was wanted."),
+                ("1", "The image was marked failed, or the environment broke; the log says which."),
+                REFUSED,
+                SIGNALS,
+            ],
+        },
+        "enter" => Page {
+            variables: &[LOCAL, PUBLISHING],
+            files: &[MARKS, WORK, RUN],
+            exit: &[
+                ("0", "The image was published, or the command ended so."),
+                ("1", "The image was marked failed, or is not published for lack of an answer."),
+                REFUSED,
+                ("126, 127", "The image's program cannot be started, or the image has none of that name."),
+                ("255", "The jail could not be entered."),
+                ("others", "The command's own; it ends of the signal that the command died of."),
+            ],
+        },
+        "prepare" | "sidecar" | "package" | "upload" => Page {
+            variables: if name == "sidecar" { &[JOB, PUBLISHING, &["IMS_START_LIMIT"]] } else { &[JOB, PUBLISHING] },
+            files: &[SIGNAL_FILES],
+            exit: &[
+                ("0", "It was done. Of sidecar: also for a customized image that was marked failed."),
+                ("1", "It was not, and what was begun is rolled back; the log says why."),
+                REFUSED,
+                SIGNALS,
+            ],
+        },
+        "complete" | "fail" | "status" => {
+            Page { variables: &[&["IMAGE_ROOT_PARENT"]], files: &[SIGNAL_FILES, RUN], exit: DONE }
+        }
+        "completions" | "man" => Page { variables: &[], files: &[], exit: DONE },
+        _ => Page {
+            variables: &[ENVIRONMENT, PUBLISHING, &["IMS_START_LIMIT"]],
+            files: &[SIGNAL_FILES, WORK, RUN],
+            exit: DONE,
+        },
+    }
+}
+
+/// Writes a man page for `program` and one for each of its commands into the directory `into`.
+pub fn write_pages(program: Command, into: &Path) -> io::Result<()> {
+    let mut program = program.disable_help_subcommand(true);
+    program.build();
+    for command in program.get_subcommands().filter(|command| !command.is_hide_set()) {
+        write_page(command, &page_of(command.get_name()), into)?;
+    }
+    write_page(&program, &page_of(""), into)
+}
+
+fn write_page(command: &Command, page: &Page, into: &Path) -> io::Result<()> {
+    let man = Man::new(command.clone());
+    let mut text = Vec::new();
+    man.render_title(&mut text)?;
+    man.render_name_section(&mut text)?;
+    man.render_synopsis_section(&mut text)?;
+    man.render_description_section(&mut text)?;
+    man.render_options_section(&mut text)?;
+    if command.has_subcommands() {
+        man.render_subcommands_section(&mut text)?;
+    }
+    let mut roff = Roff::new();
+    environment(&mut roff, page);
+    entries(&mut roff, "FILES", page.files.iter().copied().flatten());
+    entries(&mut roff, "EXIT STATUS", page.exit);
+    if let Some(examples) = command.get_after_help() {
+        roff.control("SH", ["EXAMPLES"]).control("nf", []);
+        for line in examples.to_string().lines().skip(1) {
+            roff.text([roman(line.trim_start())]);
+        }
+        roff.control("fi", []);
+    }
+    roff.to_writer(&mut text)?;
+    std::fs::write(into.join(man.get_filename()), text)
+}
+
+fn environment(roff: &mut Roff, page: &Page) {
+    roff.control("SH", ["ENVIRONMENT"]);
+    let names = page.variables.iter().copied().flatten().copied().chain(["LOG_LEVEL"]);
+    for row in names.filter_map(|name| VARIABLES.lines().find(|row| row.starts_with(&format!("| `{name}` |")))) {
+        let mut cells = row.trim_matches('|').split(" | ").map(str::trim);
+        let (name, format, default) =
+            (cells.next().unwrap_or_default(), cells.next().unwrap_or_default(), cells.next().unwrap_or_default());
+        roff.control("TP", []).text(marked_up(name));
+        roff.text(marked_up(&format!("{format}. Default: {default}.")));
+    }
+}
+
+fn entries<'a>(roff: &mut Roff, heading: &str, entries: impl IntoIterator<Item = &'a Entry>) {
+    let mut entries = entries.into_iter().peekable();
+    if entries.peek().is_none() {
+        return;
+    }
+    roff.control("SH", [heading]);
+    for (name, meaning) in entries {
+        roff.control("TP", []).text([bold(*name)]).text([roman(*meaning)]);
+    }
+}
+
+/// Markdown of a table's cell: code is bold, and a link is its text.
+fn marked_up(cell: &str) -> Vec<Inline> {
+    let mut text = String::new();
+    let mut rest = cell;
+    while let Some((before, after)) = rest.split_once("](") {
+        let (before, link) = before.rsplit_once('[').unwrap_or((before, ""));
+        text = text + before + link;
+        rest = after.split_once(')').map_or(after, |(_, after)| after);
+    }
+    text += rest;
+    let pieces = text.split('`').enumerate();
+    pieces.map(|(at, piece)| if at % 2 == 1 { bold(piece) } else { roman(piece) }).collect()
+}
+
+/// Writes the completions of `program` for `shell`.
+pub fn write_completions(program: &mut Command, shell: Shell, to: &mut impl Write) -> io::Result<()> {
+    let name = program.get_name().to_owned();
+    let mut script = Vec::new();
+    clap_complete::generate(shell, program, &name, &mut script);
+    // clap_complete 4.6 names a command of bash in two ways where the program's name has a hyphen (clap-rs/clap#6421): no branch is found.
+    let [wrong, right] = ["__subcmd__", "__"].map(|hyphen| name.replace('-', hyphen) + "__subcmd__");
+    to.write_all(String::from_utf8_lossy(&script).replace(&wrong, &right).as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_variable_of_a_page_is_described() {
+        for name in [ENVIRONMENT, LOCAL, JOB, PUBLISHING, &["IMS_START_LIMIT", "LOG_LEVEL"]].concat() {
+            assert!(VARIABLES.contains(&format!("\n| `{name}` |")), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_cells_code_is_bold_and_its_links_are_their_text() {
+        let marked = marked_up("`A` or [see](#there), `B`");
+        assert_eq!(marked, [roman(""), bold("A"), roman(" or see, "), bold("B"), roman("")]);
+    }
+}

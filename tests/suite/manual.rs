@@ -1,0 +1,108 @@
+//! Completions in the shells themselves, and man pages as `man` shows them.
+
+use std::process::Command;
+
+use crate::support::*;
+use crate::terminal::Terminal;
+
+/// Lines that are begun, and an offer that has to come.
+const OFFERS: [(&str, &str); 6] = [
+    ("ims-sshd cust", "customize"),
+    ("ims-sshd customize --po", "--port"),
+    ("ims-sshd enter --disc", "--discard"),
+    ("ims-sshd package --excl", "--exclude"),
+    ("ims-sshd status --js", "--json"),
+    ("ims-sshd completions zs", "zsh"),
+];
+
+fn completions(shell: &str) -> (tempfile::TempDir, std::path::PathBuf) {
+    let folder = tempfile::tempdir().unwrap();
+    // zsh looks for this name.
+    let file = folder.path().join("_ims-sshd");
+    std::fs::write(&file, succeed(Command::new(IMS_SSHD).args(["completions", shell]))).unwrap();
+    (folder, file)
+}
+
+#[test]
+fn bash_completes_commands_and_their_options() {
+    let (_folder, script) = completions("bash");
+    let (folder, _) = completions("bash");
+    std::fs::write(folder.path().join("image.sqsh"), "").unwrap();
+    let mut bash = Command::new("bash");
+    let mut terminal =
+        Terminal::with(bash.args(["--norc", "--noprofile", "-i"]).current_dir(&folder).env("PS1", "first# "));
+    terminal.see("first# ");
+    terminal.line(&format!("cd {}; source {}; PS1='[pro'\"mpt]# \"", folder.path().display(), script.display()));
+    terminal.see("[prompt]# ");
+    for (line, offer) in OFFERS {
+        terminal.keys(&format!("{line}\t"));
+        terminal.see(offer);
+        // Discards the line.
+        terminal.key('u');
+    }
+    terminal.keys("ims-sshd customize imag\t");
+    terminal.see("image.sqsh");
+    leave(terminal);
+}
+
+#[test]
+fn zsh_completes_commands_and_their_options() {
+    let (folder, _) = completions("zsh");
+    let mut zsh = Command::new("zsh");
+    let mut terminal = Terminal::with(zsh.args(["-f", "-i"]).env("PS1", "first# "));
+    terminal.see("first# ");
+    let shown = folder.path().display();
+    terminal.line(&format!("fpath=({shown} $fpath); autoload -U compinit; compinit -D -u; PS1='[pro'\"mpt]# \""));
+    terminal.see("[prompt]# ");
+    for (line, offer) in OFFERS {
+        terminal.keys(&format!("{line}\t"));
+        terminal.see(offer);
+        // Discards the line.
+        terminal.key('u');
+    }
+    leave(terminal);
+}
+
+/// Ends the shell, which heeds no signal at a prompt.
+fn leave(mut terminal: Terminal) {
+    terminal.key('u');
+    terminal.line("exit");
+    terminal.end();
+}
+
+#[test]
+fn fish_completes_commands_and_their_options() {
+    let (_folder, script) = completions("fish");
+    // clap_complete has none for fish of what stands for itself.
+    for (line, offer) in &OFFERS[..5] {
+        let asked = format!("source {}; complete -C '{line}'", script.display());
+        let offers = succeed(Command::new("fish").args(["--no-config", "-c", &asked]));
+        assert!(offers.lines().any(|line| line.split('\t').next() == Some(*offer)), "{line}: {offers}");
+    }
+}
+
+#[test]
+fn man_shows_a_page_of_every_command_with_all_its_sections() {
+    let folder = tempfile::tempdir().unwrap();
+    succeed(Command::new(IMS_SSHD).arg("man").arg(folder.path()));
+    let mut pages = walk(folder.path());
+    pages.retain(|page| page.is_file());
+    let help = succeed(Command::new(IMS_SSHD).arg("--help"));
+    let commands = help.split("Commands:\n").nth(1).unwrap().split("\n\n").next().unwrap();
+    let commands = commands.lines().filter(|line| line.starts_with("  ") && !line.starts_with("   ")).count();
+    assert_eq!(pages.len(), commands, "one for each command but 'help', and the program's own");
+    for page in &pages {
+        let output =
+            Command::new("man").args(["-l", "--warnings=w"]).arg(page).env("MANWIDTH", "100").output().unwrap();
+        let (shown, complaints) = (text(output.stdout), text(output.stderr));
+        assert!(output.status.success() && complaints.is_empty(), "{page:?}: {complaints}");
+        let mut sections = vec!["NAME", "SYNOPSIS", "DESCRIPTION", "OPTIONS", "ENVIRONMENT", "EXIT STATUS", "EXAMPLES"];
+        if !["completions", "man"].iter().any(|name| page.ends_with(format!("ims-sshd-{name}.1"))) {
+            sections.push("FILES");
+        }
+        for section in sections {
+            assert!(shown.contains(&format!("\n{section}\n")), "{page:?} lacks {section}: {shown}");
+        }
+        assert!(!shown.contains("EXTRA") && !shown.contains('`') && !shown.contains("]("), "{page:?}: {shown}");
+    }
+}
