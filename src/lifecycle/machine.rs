@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 
 use crate::lifecycle::restarts::{Part, Restarts};
+use crate::lifecycle::stage::Stage;
 use crate::verdict::Verdict;
 
 /// Where the environment is in its life.
@@ -42,14 +43,14 @@ pub enum State {
 }
 
 impl State {
-    /// Its name for people and for `status`.
-    pub fn name(self) -> &'static str {
+    /// What `status` says of it.
+    pub fn stage(self) -> Stage {
         match self {
-            Self::Waiting => "waiting",
-            Self::Preparing => "preparing",
-            Self::Serving => "serving",
-            Self::Grace | Self::Ending | Self::Releasing | Self::Recording | Self::Announcing => "closing",
-            Self::Done => "done",
+            Self::Waiting => Stage::Waiting,
+            Self::Preparing => Stage::Preparing,
+            Self::Serving => Stage::Serving,
+            Self::Grace | Self::Ending | Self::Releasing | Self::Recording | Self::Announcing => Stage::Closing,
+            Self::Done => Stage::Done,
         }
     }
 }

@@ -13,6 +13,7 @@ pub mod secrets;
 pub mod sessions;
 pub mod settings;
 pub mod signal_files;
+pub mod stage;
 pub mod state;
 pub mod supervisor;
 pub mod tier;

@@ -28,6 +28,7 @@ use crate::lifecycle::state::StateFolder;
 use crate::lifecycle::watchfulness::Watchfulness;
 use crate::sshd::daemon::{Clients, Daemon, Running};
 use crate::sshd::effective::Effective;
+use crate::sshd::refusals::Refusals;
 use crate::sys::poll;
 use crate::sys::process::{Entry, Expendable};
 use crate::sys::signals::Signals;
@@ -66,6 +67,7 @@ pub fn run(settings: Settings, files: Option<SignalFiles>, listening: impl FnOnc
         jail: None,
         daemon: None,
         presence: None,
+        refusals: None,
         clients: Clients::default(),
         restart: Vec::new(),
         watchfulness: None,
@@ -116,6 +118,8 @@ struct Supervisor<F> {
     jail: Option<OpenJail>,
     daemon: Option<Daemon>,
     presence: Option<Presence>,
+    /// Logins that sshd refuses, where it logs to a file.
+    refusals: Option<Refusals>,
     clients: Clients,
     /// What is to be started again, and when.
     restart: Vec<(Part, Instant)>,
@@ -225,7 +229,7 @@ impl<F: FnOnce()> Supervisor<F> {
 
     /// Logs a step of the close.
     fn step(&self, what: &str) {
-        let since = self.closing_since.map_or(0, |s| s.elapsed().as_millis());
+        let since = self.closing_since.map_or(0, milliseconds);
         tracing::info!(milliseconds = since, "closing: {what}");
     }
 
@@ -255,6 +259,9 @@ impl<F: FnOnce()> Supervisor<F> {
             _ => {}
         }
         self.look_at_sessions();
+        if let Some(refusals) = &mut self.refusals {
+            refusals.look();
+        }
         if self.machine.state() == State::Serving {
             events.extend(self.start_again());
             events.extend(self.look_after());
@@ -282,7 +289,7 @@ impl<F: FnOnce()> Supervisor<F> {
     fn status(&self) -> serde_json::Value {
         serde_json::json!({
             "image_root_parent": self.settings.parent,
-            "state": self.machine.state().name(),
+            "state": self.machine.state().stage().name(),
             "since": humantime::format_rfc3339_seconds(self.since).to_string(),
             "tier": self.jail.as_ref().map_or("plain", |jail| jail.tier.name()),
             "job": self.settings.job,
@@ -445,8 +452,9 @@ impl<F: FnOnce()> Supervisor<F> {
         if self.settings.jailed {
             self.make_jail()?;
         }
+        self.refusals = self.settings.sshd.log.as_deref().map(Refusals::new);
         self.start_sshd()?;
-        tracing::info!(milliseconds = began.elapsed().as_millis(), "the environment is open");
+        tracing::info!(milliseconds = milliseconds(began), "the environment is open");
         if let Some(files) = &self.files {
             files.touch(SSHD_LISTENING)?;
         }
@@ -562,6 +570,9 @@ impl<F: FnOnce()> Supervisor<F> {
         if let Some(presence) = self.presence.take() {
             presence.close();
         }
+        if let Some(refusals) = self.refusals.take() {
+            refusals.close();
+        }
         self.emulation = Emulation::default();
         note(self.state.remove());
         cleanly
@@ -643,6 +654,11 @@ impl<F: FnOnce()> Supervisor<F> {
         let limit = sooner.map_or(LOOK_EVERY, |s| s.min(LOOK_EVERY));
         let _ = poll::wait(&mut sources, limit);
     }
+}
+
+/// Milliseconds since `began`, in a type that the log writes as a number.
+fn milliseconds(began: Instant) -> u64 {
+    u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX)
 }
 
 fn broken(error: &crate::error::Error) -> Event {

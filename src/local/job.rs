@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 use crate::lifecycle::signal_files::SignalFiles;
+use crate::lifecycle::stage::{Shown, Stage};
 use crate::lifecycle::state::name_for;
 use crate::local;
 use crate::local::customize;
@@ -204,11 +205,16 @@ impl Opened<'_> {
             }
             found => Some(found?),
         };
+        // On a full disk nobody is told.
+        let shown = Shown::begin(workplace, Stage::Packing).ok();
         let archive = Archive { folder: workplace, name: "packed.sqsh" };
         let rootfs = package::pack(work, &tree, &archive, &settings.packing, &job.exclude)?;
         drop(tree);
         if let Some(overlay) = overlay {
             overlay.unmount()?;
+        }
+        if let Some(shown) = &shown {
+            let _ = shown.next(Stage::Uploading);
         }
         let image = Image { rootfs, boot, debug_kernel: None };
         let report = self.publication().publish(&mut Journal::read(self.notes)?, image)?;

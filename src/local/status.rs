@@ -8,8 +8,8 @@ use rustix::event::{PollFd, PollFlags};
 use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
-use crate::lifecycle::machine::State;
 use crate::lifecycle::signal_files::{EXITING, READY, SSHD_LISTENING, SignalFiles};
+use crate::lifecycle::stage::{self, Stage};
 use crate::lifecycle::state::StateFolder;
 use crate::local::{say, say_json};
 use crate::printable::Printable;
@@ -34,9 +34,17 @@ pub fn print(parent: &Path, as_json: bool) -> Result<u8> {
     let report = match ask(parent) {
         Some(report) => report,
         None => {
-            let state = state(&files)?.map(State::name);
+            let (stage, since) = match stage::shown(files.parent()) {
+                Some((stage, since)) => (Some(stage), Some(humantime::format_rfc3339_seconds(since).to_string())),
+                None => (stage(&files)?, None),
+            };
             let verdict = files.verdict()?.map(Verdict::signal_file);
-            json!({ "image_root_parent": parent, "state": state, "verdict": verdict })
+            let mut report =
+                json!({ "image_root_parent": parent, "state": stage.map(Stage::name), "verdict": verdict });
+            if let Some(since) = since {
+                report["since"] = since.into();
+            }
+            report
         }
     };
     if as_json {
@@ -75,19 +83,19 @@ fn in_words(report: &Value) -> String {
     text
 }
 
-fn state(files: &SignalFiles) -> Result<Option<State>> {
+fn stage(files: &SignalFiles) -> Result<Option<Stage>> {
     Ok(if files.stands(EXITING)? {
-        Some(State::Done)
+        Some(Stage::Done)
     } else if !files.is_claimed() {
         None
     } else if files.verdict()?.is_some() {
-        Some(State::Grace)
+        Some(Stage::Closing)
     } else if files.stands(SSHD_LISTENING)? {
-        Some(State::Serving)
+        Some(Stage::Serving)
     } else if files.stands(READY)? {
-        Some(State::Preparing)
+        Some(Stage::Preparing)
     } else {
-        Some(State::Waiting)
+        Some(Stage::Waiting)
     })
 }
 

@@ -12,6 +12,7 @@ use crate::jail::resolv_conf::{self, ENVIRONMENT, RESOLV_CONF, SIDECAR};
 use crate::lifecycle::environment;
 use crate::lifecycle::settings::Action;
 use crate::lifecycle::signal_files::{BUILD_FAILED, EXITING, LOOK_EVERY, READY, SSHD_LISTENING, SignalFiles, Watch};
+use crate::lifecycle::stage::{Shown, Stage};
 use crate::local::say_result;
 use crate::publish::changes::Inventory;
 use crate::publish::ims::{Ims, Status};
@@ -178,10 +179,15 @@ impl<'a> Sidecar<'a> {
             self.journal.phase = Phase::Packing;
             self.journal.write(self.notes)?;
         }
+        // On a full volume nobody is told, and the image may be uploaded all the same.
+        let shown = Shown::begin(self.files.parent(), Stage::Packing).ok();
         let image = self.pack(image_root.as_ref())?;
         // A mark that was made since then, or before this container was started again.
         if wants_shell && self.is_marked_failed(image_root.as_ref()) {
             return self.end_as_failed(action);
+        }
+        if let Some(shown) = &shown {
+            let _ = shown.next(Stage::Uploading);
         }
         self.publish(image)
     }

@@ -747,6 +747,38 @@ fn killed_while_the_image_is_published_it_goes_on_with_the_same_image() {
 }
 
 #[test]
+fn the_status_tells_that_the_sidecar_packs_and_uploads_as_long_as_it_lives() {
+    let job = Job::new();
+    let random = feed(Command::new("head").args(["-c", "40M", "/dev/urandom"]), b"").stdout;
+    std::fs::write(job.volume.image_root.join("random"), random).unwrap();
+    let status = || {
+        let printed = succeed(Command::new(IMS_SSHD).args(["status", "--json"]).arg(&job.volume.parent));
+        serde_json::from_str::<Value>(&printed).unwrap()
+    };
+    let stalling = [("IMS_STALL_LIMIT", "100")];
+    let mut running = Running::start(&job, Mode::Plain, &stalling).waiting_on_user();
+    assert_eq!(status()["state"], "serving");
+    // It is told that the image is packed, and does not answer.
+    job.ims.fail("PATCH /jobs", Fault::Silence);
+    running.mark(Mode::Plain, "complete");
+    wait_until("'packing'", || status()["state"] == "packing");
+    assert_eq!(status()["verdict"], "complete");
+    humantime::parse_rfc3339(status()["since"].as_str().unwrap()).unwrap();
+    running.kill_sidecar();
+    assert_eq!(status()["state"], "done", "nobody packs any more");
+    let gate = Gate::start(0, Closed::Silent);
+    let further = [("S3_ENDPOINT", gate.endpoint.as_str()), stalling[0]];
+    running.sidecar = Some(job.sidecar(Mode::Plain, &further).spawn().unwrap());
+    wait_until("a part to be sent", || gate.parts() > 0);
+    assert_eq!(status()["state"], "uploading");
+    let words = succeed(Command::new(IMS_SSHD).arg("status").arg(&job.volume.parent));
+    assert!(words.contains(": uploading since ") && words.contains(", marked complete"), "{words}");
+    running.kill_sidecar();
+    assert!(ended(job.sidecar(Mode::Plain, &[]).spawn().unwrap()).status.success());
+    assert_eq!(status()["state"], "done");
+}
+
+#[test]
 fn a_sidecar_that_was_killed_amid_an_upload_sends_only_what_is_missing() {
     let job = Job::new();
     let random = feed(Command::new("head").args(["-c", "60M", "/dev/urandom"]), b"").stdout;

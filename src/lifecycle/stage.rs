@@ -1,0 +1,114 @@
+//! Stages of a job, by the names that people, probes and `status` know them by.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::fs::FileExt;
+use std::time::SystemTime;
+
+use rustix::fs::{FlockOperation, OFlags};
+use rustix::io::Errno;
+
+use crate::sys::tree::Tree;
+
+/// Where a job is, from its beginning to its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Stage {
+    /// For `ready`.
+    Waiting,
+    /// Configuration, jail, sshd.
+    Preparing,
+    /// Sessions come and go.
+    Serving,
+    /// A verdict stands; sessions end, and the image root is given back.
+    Closing,
+    /// The image root becomes a squashfs.
+    Packing,
+    /// The packed image goes to its store.
+    Uploading,
+    /// Nothing is left to do.
+    Done,
+}
+
+impl Stage {
+    /// All of them, in their order.
+    pub const ALL: [Self; 7] =
+        [Self::Waiting, Self::Preparing, Self::Serving, Self::Closing, Self::Packing, Self::Uploading, Self::Done];
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Waiting => "waiting",
+            Self::Preparing => "preparing",
+            Self::Serving => "serving",
+            Self::Closing => "closing",
+            Self::Packing => "packing",
+            Self::Uploading => "uploading",
+            Self::Done => "done",
+        }
+    }
+}
+
+/// File of the image root parent in which a publisher shows its stage. It is locked as long as its publisher lives: one that nobody has
+/// locked was left by a killed one and means nothing.
+const FILE: &str = ".ims-sshd.stage";
+
+/// A stage that others see, until this is dropped.
+pub struct Shown<'a> {
+    parent: &'a Tree,
+    file: File,
+}
+
+impl<'a> Shown<'a> {
+    /// Shows `stage` to those who ask for the status in `parent`, in other containers too.
+    pub fn begin(parent: &'a Tree, stage: Stage) -> io::Result<Self> {
+        let file = parent.create_file(FILE)?;
+        rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+        let shown = Self { parent, file };
+        shown.next(stage)?;
+        Ok(shown)
+    }
+
+    /// Shows the next one. Names of later stages are not shorter, so that one write replaces all of an earlier one.
+    pub fn next(&self, stage: Stage) -> io::Result<()> {
+        self.file.write_all_at(stage.name().as_bytes(), 0)
+    }
+}
+
+impl Drop for Shown<'_> {
+    fn drop(&mut self) {
+        let _ = self.parent.remove(FILE);
+    }
+}
+
+/// The stage that a publisher shows in `parent`, and since when.
+pub fn shown(parent: &Tree) -> Option<(Stage, SystemTime)> {
+    let mut file = parent.open_regular(FILE, OFlags::RDONLY | OFlags::NOFOLLOW).ok()?;
+    if rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared) != Err(Errno::WOULDBLOCK) {
+        return None;
+    }
+    let mut name = String::new();
+    file.by_ref().take(16).read_to_string(&mut name).ok()?;
+    let stage = Stage::ALL.into_iter().find(|stage| stage.name() == name)?;
+    Some((stage, file.metadata().and_then(|file| file.modified()).ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stage_is_shown_as_long_as_its_publisher_lives() {
+        let dir = tempfile::tempdir().unwrap();
+        let parent = Tree::open(dir.path()).unwrap();
+        assert!(shown(&parent).is_none());
+        let publisher = Shown::begin(&parent, Stage::Packing).unwrap();
+        assert_eq!(shown(&parent).unwrap().0, Stage::Packing);
+        publisher.next(Stage::Uploading).unwrap();
+        assert_eq!(shown(&parent).unwrap().0, Stage::Uploading);
+        drop(publisher);
+        assert!(shown(&parent).is_none() && std::fs::read_dir(dir.path()).unwrap().next().is_none());
+        // As a killed publisher leaves it.
+        std::fs::write(dir.path().join(FILE), "packing").unwrap();
+        assert!(shown(&parent).is_none());
+    }
+}
