@@ -24,9 +24,9 @@ use ims_sshd::verdict::Verdict;
 #[derive(Parser)]
 #[command(version, arg_required_else_help = true, after_help = EXAMPLES)]
 struct Arguments {
-    /// How the log on standard error looks; its level is $LOG_LEVEL (debug, info, warning, error)
-    #[arg(long, global = true, value_enum, default_value = "text")]
-    log_format: log::Format,
+    /// How the log on standard error looks [variable: LOG_FORMAT] [default: text]; its level is $LOG_LEVEL (debug, info, warning, error)
+    #[arg(long, global = true, value_enum)]
+    log_format: Option<log::Format>,
     #[command(subcommand)]
     command: Command,
 }

@@ -23,8 +23,15 @@ pub enum Format {
     Json,
 }
 
-/// Starts the log at the level `LOG_LEVEL` names (default `info`).
-pub fn start(format: Format) -> Result<()> {
+/// Starts the log in `format`, else the one that `LOG_FORMAT` names (default `text`), at the level that `LOG_LEVEL` names (default `info`).
+pub fn start(format: Option<Format>) -> Result<()> {
+    let named = std::env::var("LOG_FORMAT").unwrap_or_default();
+    let format = match (format, named.to_ascii_lowercase().as_str()) {
+        (Some(format), _) => format,
+        (None, "" | "text") => Format::Text,
+        (None, "json") => Format::Json,
+        _ => return Err(Error::bad_input(format!("LOG_FORMAT is '{named}': expected text or json"))),
+    };
     let level = std::env::var("LOG_LEVEL").unwrap_or_default();
     let filter = match level.to_ascii_lowercase().as_str() {
         "" | "info" => LevelFilter::INFO,

@@ -62,9 +62,15 @@ impl Session {
         );
     }
 
-    fn log_end(&self, how: &str) {
+    /// Logs its end: an exit code, the name of a signal, each perhaps with a reason, or nothing where that is not known.
+    fn log_end(&self, how: Option<&str>) {
         let seconds = self.since.elapsed().unwrap_or_default().as_secs_f64();
-        tracing::info!(pid = self.pid, client = self.client, exit = how, seconds, "session ended");
+        let (how, reason) =
+            how.map(|how| how.split_once(": ").map_or((how, None), |(how, why)| (how, Some(why)))).unzip();
+        let exit: Option<i32> = how.and_then(|how| how.parse().ok());
+        let signal = how.filter(|how| exit.is_none() && !how.is_empty());
+        let reason = reason.flatten();
+        tracing::info!(pid = self.pid, client = self.client, exit, signal, reason, seconds, "session ended");
     }
 }
 
@@ -166,7 +172,7 @@ impl Presence {
             !leaders.iter().any(|e| e.pid.as_raw() == session.pid && e.start == *start)
         };
         for (session, _) in self.found.extract_if(.., |found| gone(found)) {
-            session.log_end("unknown");
+            session.log_end(None);
         }
         for leader in leaders {
             let pid = leader.pid.as_raw();
@@ -220,7 +226,7 @@ impl Line {
                 Some(None) => {}
                 None => {
                     if let Some(session) = &self.session {
-                        session.log_end(self.ended.as_deref().unwrap_or("its helper died"));
+                        session.log_end(Some(self.ended.as_deref().unwrap_or(": its helper died")));
                     }
                     return Heard::End;
                 }

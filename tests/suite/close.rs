@@ -983,9 +983,9 @@ fn the_status_tells_who_is_there_and_the_log_who_came_and_went() {
         let ends: Vec<_> = log.lines().filter(|l| l.contains("session ended")).collect();
         assert!(ends.iter().all(|l| l.contains("seconds=") && l.contains("pid=")), "{ends:?}");
         let how: &[&str] = if mode == Mode::Jailed {
-            &["exit=\"0\"", "exit=\"7\"", "exit=\"SIGKILL\"", "exit=\"SIGHUP\""]
+            &["exit=0 ", "exit=7 ", "signal=\"SIGKILL\"", "signal=\"SIGHUP\""]
         } else {
-            &["exit=\"unknown\""; 2]
+            &["client=\"127.0.0.1\" seconds="; 2]
         };
         assert_eq!(ends.len(), how.len(), "each session that began has ended; {mode:?}:\n{log}");
         for how in how {
@@ -1024,7 +1024,11 @@ fn the_log_has_the_format_and_the_level_that_were_asked_for() {
         let volume = Volume::new(Image::Busybox);
         let mut command = volume.entrypoint(Mode::Plain, &[("LOG_LEVEL", level)]);
         volume.touch(".ims-sshd.additions");
-        let entrypoint = command.args(["--log-format", "json"]).spawn().unwrap();
+        // The option comes before the variable.
+        let entrypoint = match level {
+            "debug" => command.env("LOG_FORMAT", "text").args(["--log-format", "json"]).spawn().unwrap(),
+            _ => command.env("LOG_FORMAT", "JSON").spawn().unwrap(),
+        };
         let mut environment = Environment { entrypoint, volume, status: None }.ready();
         environment.says("true");
         assert_eq!(environment.complete(), 0);
@@ -1038,6 +1042,10 @@ fn the_log_has_the_format_and_the_level_that_were_asked_for() {
             assert!(["timestamp", "level", "message"].iter().all(|key| object.contains_key(*key)), "{line}");
             humantime::parse_rfc3339(line["timestamp"].as_str().unwrap()).unwrap();
         }
+        let numbers = ["pid", "milliseconds", "seconds", "exit", "port", "count", "bytes"];
+        let numbers = lines.iter().flat_map(|line| numbers.iter().filter_map(|name| line.get(*name)));
+        assert!(numbers.clone().all(Value::is_number), "{lines:?}");
+        assert!(level != "debug" || numbers.count() > 5, "{lines:?}");
         let at = |level: &str| lines.iter().any(|line| line["level"] == level);
         assert!(has.iter().all(|level| at(level)) && !lacks.iter().any(|level| at(level)), "{level}: {lines:?}");
     }

@@ -32,6 +32,7 @@ mod racing;
 mod readers;
 mod readme;
 mod refusals;
+mod refused_logins;
 mod sessions;
 mod special_files;
 mod streams;

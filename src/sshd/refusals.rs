@@ -1,0 +1,292 @@
+//! Logins that sshd refuses, from its log into ours: a pod's log is what people read, and sshd's own is a file of the container.
+//!
+//! sshd writes several lines about one connection, the last of which ends it. That one is told, with the reason that came before.
+//! Connections of which no login came (probes, scanners of ports) are not told.
+
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::fs::OFlags;
+
+use crate::sys::tree::Tree;
+
+/// How often sshd's log is read; each read takes at most [`LONGEST_READ`] bytes.
+const READ_EVERY: Duration = Duration::from_secs(1);
+const LONGEST_READ: usize = 64 << 10;
+
+/// Lines told within [`PERIOD`]; those beyond are counted, so that nobody who guesses logins fills the node's disk with our log.
+const MOST_LINES: u64 = 10;
+const PERIOD: Duration = Duration::from_mins(1);
+
+/// What sshd says when a client has offered too many keys; `MaxAuthTries`.
+const TOO_MANY: &str = "Too many authentication failures";
+
+/// A line of sshd's log, as far as it tells of a refusal.
+#[derive(Debug, PartialEq, Eq)]
+enum Line<'a> {
+    /// Why a login that ends soon is refused; with its user, where the line tells.
+    Reason(Option<&'a str>, String),
+    /// A connection ended before anybody was let in.
+    Refused(Refusal<'a>),
+}
+
+#[derive(Debug, PartialEq, Eq)]
+struct Refusal<'a> {
+    user: Option<&'a str>,
+    client: Option<(&'a str, u16)>,
+    reason: Option<&'a str>,
+}
+
+/// Reads a line. Names of users are the client's, and may look like the rest of a line: addresses are looked for from the end.
+fn parse(line: &str) -> Option<Line<'_>> {
+    let line = line.trim_end();
+    let line = line.strip_suffix(" [preauth]").unwrap_or(line);
+    let reason = |user, text: &str| Some(Line::Reason(user, text.to_owned()));
+    let refused = |user, client, reason| Some(Line::Refused(Refusal { user, client, reason }));
+    if let Some(why) = line.strip_prefix("Authentication refused: ") {
+        return reason(None, why);
+    }
+    if line.starts_with("ROOT LOGIN REFUSED FROM ") {
+        return reason(Some("root"), "PermitRootLogin does not allow it");
+    }
+    if let Some((who, why)) = line.strip_prefix("User ").and_then(|rest| rest.rsplit_once(" not allowed because ")) {
+        return reason(Some(who.rsplit_once(" from ")?.0), why);
+    }
+    // At LogLevel VERBOSE; of passwords always.
+    if let Some((method, who)) = line.strip_prefix("Failed ").and_then(|rest| rest.split_once(" for ")) {
+        let (who, key) = who.rsplit_once(" ssh2: ").unwrap_or((who, ""));
+        let user = who.rsplit_once(" from ")?.0;
+        let user = user.strip_prefix("invalid user ").unwrap_or(user);
+        return reason(Some(user), format!("{method} {key} is not accepted").replace("  ", " ").as_str());
+    }
+    if let Some(rest) = line.strip_prefix("Unable to negotiate with ") {
+        let (client, why) = rest.split_once(": ")?;
+        return refused(None, Some(address(client)?.1), Some(why));
+    }
+    // sshd itself failed, for want of a capability perhaps.
+    if line.starts_with("fatal: ") || line.starts_with("drop connection ") {
+        return refused(None, None, Some(line));
+    }
+    let begin = ["Connection closed by ", "Connection reset by ", "Disconnected from ", "Disconnecting "];
+    let rest = begin.iter().find_map(|begin| line.strip_prefix(begin))?;
+    let (is_known, rest) = match rest.strip_prefix("authenticating user ") {
+        Some(rest) => (true, rest),
+        None => (false, rest.strip_prefix("invalid user ")?),
+    };
+    let (who, why) = match rest.strip_suffix(TOO_MANY).and_then(|who| who.strip_suffix(": ")) {
+        Some(who) => (who, Some(TOO_MANY)),
+        None => (rest, (!is_known).then_some("there is no such user")),
+    };
+    match address(who) {
+        Some((user, client)) => refused(Some(user), Some(client), why),
+        None => refused(None, None, Some(line)),
+    }
+}
+
+/// What stands before an address, and the address: `root 192.0.2.1 port 40000`.
+fn address(text: &str) -> Option<(&str, (&str, u16))> {
+    let (before, port) = text.rsplit_once(" port ")?;
+    let (user, client) = before.rsplit_once(' ').unwrap_or(("", before));
+    Some((user, (client, port.parse().ok()?)))
+}
+
+/// sshd's log, read as it grows.
+#[derive(Debug)]
+pub struct Refusals {
+    log: PathBuf,
+    /// How much of the log was read.
+    position: u64,
+    last_read: Option<Instant>,
+    /// A reason whose connection has not ended yet.
+    reason: Option<(Option<String>, String)>,
+    period: Instant,
+    /// Refusals of this period.
+    count: u64,
+}
+
+impl Refusals {
+    /// Refusals that sshd logs to `log` from now on.
+    pub fn new(log: &Path) -> Self {
+        let position = std::fs::metadata(log).map_or(0, |log| log.len());
+        Self { log: log.to_owned(), position, last_read: None, reason: None, period: Instant::now(), count: 0 }
+    }
+
+    /// Tells what was refused since, if it is time to look.
+    pub fn look(&mut self) {
+        if self.last_read.is_some_and(|last| last.elapsed() < READ_EVERY) {
+            return;
+        }
+        self.last_read = Some(Instant::now());
+        self.read();
+        if self.period.elapsed() >= PERIOD {
+            self.end_period();
+        }
+    }
+
+    /// Tells the last ones.
+    pub fn close(mut self) {
+        self.read();
+        self.end_period();
+    }
+
+    fn read(&mut self) {
+        let text = self.added().unwrap_or_default();
+        for line in text.lines() {
+            self.hear(line);
+        }
+    }
+
+    /// Whole lines that were added since. A log that is no regular file is one that is read elsewhere (/dev/stderr), and so is the file that
+    /// our own log goes to.
+    fn added(&mut self) -> std::io::Result<String> {
+        let log = Tree::open(Path::new("/"))?.open_regular(&self.log, OFlags::RDONLY)?;
+        let found = log.metadata()?;
+        let own = rustix::fs::fstat(rustix::stdio::stderr())?;
+        if (found.dev(), found.ino()) == (own.st_dev, own.st_ino) {
+            return Ok(String::new());
+        }
+        if found.len() < self.position {
+            self.position = 0;
+        }
+        let mut text = vec![0; LONGEST_READ];
+        let length = log.read_at(&mut text, self.position)?;
+        text.truncate(length);
+        match text.iter().rposition(|&byte| byte == b'\n') {
+            Some(end) => text.truncate(end + 1),
+            None if length < LONGEST_READ => text.clear(),
+            None => {}
+        }
+        self.position += text.len() as u64;
+        Ok(String::from_utf8_lossy(&text).into_owned())
+    }
+
+    fn hear(&mut self, line: &str) {
+        match parse(line) {
+            None => {}
+            Some(Line::Reason(user, reason)) => self.reason = Some((user.map(str::to_owned), reason)),
+            Some(Line::Refused(refusal)) => {
+                self.count += 1;
+                let is_its = |(user, _): &mut (Option<String>, _)| user.is_none() || user.as_deref() == refusal.user;
+                let before = self.reason.take_if(is_its).map(|(_, reason)| reason);
+                if self.count > MOST_LINES {
+                    return;
+                }
+                let reason = before.as_deref().or(refusal.reason).unwrap_or("no key that the client has is authorized");
+                let (client, port) = refusal.client.unzip();
+                tracing::warn!(client, port, user = refusal.user, reason, "refused a login");
+            }
+        }
+    }
+
+    fn end_period(&mut self) {
+        let further = self.count.saturating_sub(MOST_LINES);
+        if further > 0 {
+            let seconds = self.period.elapsed().as_secs();
+            tracing::warn!(count = further, seconds, "refused further logins");
+        }
+        (self.count, self.period) = (0, Instant::now());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused<'a>(user: &'a str, port: u16, reason: Option<&'a str>) -> Line<'a> {
+        Line::Refused(Refusal { user: Some(user), client: Some(("192.0.2.1", port)), reason })
+    }
+
+    #[test]
+    fn the_line_that_ends_a_refused_login_is_told_from_others() {
+        let unknown = Some("there is no such user");
+        for (line, means) in [
+            (
+                "Connection closed by authenticating user root 192.0.2.1 port 7 [preauth]\r",
+                Some(refused("root", 7, None)),
+            ),
+            ("Connection reset by authenticating user root 192.0.2.1 port 7 [preauth]", Some(refused("root", 7, None))),
+            ("Disconnected from authenticating user root 192.0.2.1 port 7 [preauth]", Some(refused("root", 7, None))),
+            (
+                "Connection closed by invalid user nobody 192.0.2.1 port 7 [preauth]",
+                Some(refused("nobody", 7, unknown)),
+            ),
+            (
+                "Disconnecting authenticating user root 192.0.2.1 port 7: Too many authentication failures [preauth]",
+                Some(refused("root", 7, Some("Too many authentication failures"))),
+            ),
+            // A name that looks like an address tells no other address.
+            (
+                "Connection closed by invalid user x 198.51.100.9 port 1 192.0.2.1 port 7 [preauth]",
+                Some(refused("x 198.51.100.9 port 1", 7, unknown)),
+            ),
+            // Probes and scanners, and those who were let in.
+            ("Connection closed by 192.0.2.1 port 7 [preauth]", None),
+            ("kex_exchange_identification: Connection closed by remote host", None),
+            ("banner exchange: Connection from 192.0.2.1 port 7: invalid format", None),
+            ("Invalid user x from 192.0.2.1 port 7", None),
+            ("Accepted publickey for root from 192.0.2.1 port 7 ssh2: ED25519 SHA256:x", None),
+            ("Disconnected from user root 192.0.2.1 port 7", None),
+            ("", None),
+        ] {
+            assert_eq!(parse(line), means, "{line}");
+        }
+        let Some(Line::Refused(refusal)) = parse(
+            "Unable to negotiate with 192.0.2.1 port 7: no matching host key type found. Their offer: x [preauth]",
+        ) else {
+            panic!("not a refusal");
+        };
+        assert_eq!(refusal.client, Some(("192.0.2.1", 7)));
+        assert_eq!(refusal.reason, Some("no matching host key type found. Their offer: x"));
+    }
+
+    #[test]
+    fn reasons_are_those_of_sshd() {
+        let reason = |user: Option<&'static str>, why: &str| Some(Line::Reason(user, why.to_owned()));
+        for (line, means) in [
+            (
+                "Authentication refused: bad ownership or modes for file /k",
+                reason(None, "bad ownership or modes for file /k"),
+            ),
+            (
+                "User nobody from 192.0.2.1 not allowed because listed in DenyUsers",
+                reason(Some("nobody"), "listed in DenyUsers"),
+            ),
+            ("ROOT LOGIN REFUSED FROM 192.0.2.1 port 7", reason(Some("root"), "PermitRootLogin does not allow it")),
+            (
+                "Failed publickey for invalid user a b from 192.0.2.1 port 7 ssh2: ED25519 SHA256:x",
+                reason(Some("a b"), "publickey ED25519 SHA256:x is not accepted"),
+            ),
+            ("Failed password for root from 192.0.2.1 port 7 ssh2", reason(Some("root"), "password is not accepted")),
+        ] {
+            assert_eq!(parse(line), means, "{line}");
+        }
+    }
+
+    #[test]
+    fn a_log_is_read_once_in_whole_lines_and_never_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("log");
+        std::fs::write(&file, "before\n").unwrap();
+        let append = |text: &str| {
+            use std::io::Write;
+            std::fs::File::options().append(true).open(&file).unwrap().write_all(text.as_bytes()).unwrap();
+        };
+        let mut log = Refusals::new(&file);
+        append("one\ntw");
+        assert_eq!(log.added().unwrap(), "one\n");
+        append("o\n");
+        assert_eq!(log.added().unwrap(), "two\n");
+        assert_eq!(log.added().unwrap(), "");
+        // Emptied, as logrotate does.
+        std::fs::write(&file, "new\n").unwrap();
+        assert_eq!(log.added().unwrap(), "new\n");
+        append(&"x".repeat(2 * LONGEST_READ));
+        append("\nlast\n");
+        let read: String = (0..4).map(|_| log.added().unwrap()).collect();
+        assert!(read.ends_with("\nlast\n"), "a line without an end holds nothing up");
+        std::fs::remove_file(&file).unwrap();
+        nix::unistd::mkfifo(&file, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert!(log.added().is_err());
+    }
+}
