@@ -1,60 +1,129 @@
-# make run     opens a small Debian image over SSH, jailed, and publishes what becomes of it in out/ (FROM=/path/to/image.sqsh takes yours,
-#              OUT=… puts it elsewhere; IMAGE_ROOT=/path/to/folder changes one where it is and publishes nothing)
-# make test    all tests
-# make bench   the figures, beside those of the peers, for docs/BENCHMARKS.md
-# make image   the container image, built by docker, podman or buildah (IMAGE=name:tag, BUILDER=…, BUILD_FLAGS=… to have it otherwise)
-# The first three install what they need on a Debian 12 machine with Rust.
+# 'make' alone lists what can be made.
 
 CACHE ?= $(HOME)/.cache/ims-sshd
 FROM ?= $(CACHE)/demo.sqsh
 OUT ?= out
+PREFIX ?= /usr/local
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
-# Built as who calls make, run as root: cargo starts the program through sudo.
+# Built as who calls make, run as root: cargo starts the tests through sudo.
 AS_ROOT := $(if $(SUDO),--config "target.'cfg(all())'.runner='sudo -E'")
 
-RUN_PACKAGES := openssh-server openssh-client openssh-sftp-server mmdebstrap busybox-static squashfs-tools cpio
-TEST_PACKAGES := $(RUN_PACKAGES) rsync python3-paramiko strace bindfs \
+# Debian's names. tests/install-packages knows those of rpm systems, for the first of these lists.
+RUN_PACKAGES := openssh-server openssh-client openssh-sftp-server squashfs-tools
+DEMO_PACKAGES := mmdebstrap busybox-static cpio
+TEST_PACKAGES := $(RUN_PACKAGES) $(DEMO_PACKAGES) rsync python3-paramiko strace bindfs \
 	acl attr fish git less libcap2-bin man-db screen sshfs sudo tmux vim zsh \
 	qemu-user-static rpm musl-tools \
 	podman runc catatonit ansible python3-venv xz-utils zstd openssl
 # Kubernetes' schemas, the newest ansible-core that runs on Debian's Python and manages it, an S3 server.
 TEST_PYTHON_PACKAGES := kubernetes-validate==1.37.0 ansible-core==2.19.14 'moto[s3,server]==5.2.1'
-BENCH_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev bubblewrap systemd-container util-linux podman runc curl rsync ansible-core
+BENCH_PACKAGES := $(RUN_PACKAGES) $(DEMO_PACKAGES) gcc libc6-dev bubblewrap systemd-container util-linux podman runc curl rsync ansible-core
 
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)
+RUST_VERSION := $(shell sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
 REVISION := $(or $(shell git rev-parse HEAD 2>/dev/null),unknown)
 # The last commit that changed what the image is made of, and its date: with any other, what is cached of it would not hold.
-IMAGE_COMMIT := $(or $(shell git log -1 --format='%H %cI' -- Dockerfile .cargo Cargo.toml Cargo.lock src sshd_config.d 2>/dev/null),unknown unknown)
-SOURCE := $(or $(shell git config --get remote.origin.url 2>/dev/null),unknown)
-BUILDER ?= $(firstword $(foreach name,docker podman buildah,$(shell command -v $(name))))
+IMAGE_COMMIT := $(or $(shell git log -1 --format='%H %cI' -- \
+	$$(sed -n 's/^!//p' .dockerignore) Dockerfile 2>/dev/null),unknown unknown)
+# Without a login, which a URL to clone from may have.
+SOURCE := $(or $(shell git config --get remote.origin.url 2>/dev/null | sed 's|://[^/]*@|://|; s|?.*||'),unknown)
 CREATED ?= $(shell date -u +%Y-%m-%dT%H:%M:%SZ)
 IMAGE ?= ims-sshd:$(VERSION)
 
-.PHONY: run build test bench image install-run install-test install-bench
+STAGE := target/stage
+SOURCES := $(shell find src sshd_config.d .cargo -type f) Cargo.toml Cargo.lock deploy/stage
 
-run: install-run build
+# Which test programs have a test of that name, and what those need besides Rust.
+ifdef TEST
+TEST_PROGRAMS := $(shell tests/programs-with-test '$(TEST)')
+else
+TEST_PROGRAMS := lib deploy suite publish pod
+endif
+NEEDED := $(if $(filter suite publish pod,$(TEST_PROGRAMS)),install-test test-roots) \
+	$(if $(filter deploy suite publish pod,$(TEST_PROGRAMS)),test-python) \
+	$(if $(filter pod,$(TEST_PROGRAMS)),test-containers)
+
+.PHONY: help run build install uninstall check test bench image clean tools demo test-roots test-python test-containers \
+	install-run install-demo install-test install-bench
+
+help:
+	@echo 'make run FROM=IMAGE     opens IMAGE (a squashfs, an archive, a URL) over SSH and publishes the result in out/; OUT=… puts it'
+	@echo '                        elsewhere. Without FROM it makes a small Debian first; IMAGE_ROOT=DIRECTORY changes one where it is'
+	@echo 'make build              builds the programs, man pages and completions'
+	@echo 'make install            installs them below /usr/local (PREFIX=…, DESTDIR=…); make uninstall removes them'
+	@echo 'make check              quick: formatting, clippy, unit tests'
+	@echo 'make test               all tests; TEST=NAME those whose name contains NAME, with what they need'
+	@echo 'make bench              the figures beside those of the peers, for docs/BENCHMARKS.md'
+	@echo 'make image              the container image (IMAGE=NAME:TAG, BUILDER=…, RUST_IMAGE=…, BASE_IMAGE=…, BUILD_FLAGS=…)'
+	@echo 'make clean              removes what was built; images for tests and for make run stay in $(CACHE)'
+
+run: install-run $(if $(or $(IMAGE_ROOT),$(filter-out file,$(origin FROM))),,demo) build
+	@echo "The program is $(CURDIR)/$(STAGE)/bin/ims-sshd; 'make install' installs it."
+	$(if $(SUDO),$(SUDO) -E) $(STAGE)/bin/ims-sshd customize $(or $(IMAGE_ROOT),$(FROM) --output $(OUT))
+
+demo: install-demo
 	$(SUDO) tests/image-roots $(CACHE) debian busybox
-	$(if $(IMAGE_ROOT),,$(SUDO) tests/demo-image $(CACHE))
-	cargo $(AS_ROOT) run --release --locked --quiet --bin ims-sshd -- customize $(or $(IMAGE_ROOT),$(FROM) --output $(OUT))
+	$(SUDO) tests/demo-image $(CACHE)
 
-build:
+build: $(STAGE)/bin/ims-sshd
+
+$(STAGE)/bin/ims-sshd: $(SOURCES)
+	@$(MAKE) --no-print-directory tools
 	cargo build --release --locked
+	@deploy/stage "$${CARGO_TARGET_DIR:-target}/$$(rustc --print host-tuple)/release" $(STAGE)
 
-test: install-test
+# The programs are linked statically.
+tools:
+	@command -v cargo > /dev/null || { echo "cannot build: there is no cargo for $$(id -un); install Rust $(RUST_VERSION) or newer" \
+		"(https://rustup.rs), or run 'make build' as the user who has it" >&2; exit 1; }
+	@command -v cc > /dev/null && case $$(cc -print-file-name=libc.a) in /*) ;; *) false ;; esac || \
+		{ echo "cannot build: a C compiler or its static library is missing; 'apt-get install gcc libc6-dev'" \
+		"or 'dnf install gcc glibc-static' (of EL it is in the repository crb)" >&2; exit 1; }
+
+install: build
+	install -D -t '$(DESTDIR)$(PREFIX)/bin' $(STAGE)/bin/*
+	cd $(STAGE) && find share -type f -exec install -D -m 644 '{}' '$(abspath $(DESTDIR)/$(PREFIX))/{}' ';'
+
+uninstall:
+	cd '$(DESTDIR)$(PREFIX)' && rm -rf bin/ims-sshd bin/ims-jail-shell share/doc/ims-sshd share/man/man1/ims-sshd.1 \
+		share/man/man1/ims-sshd-*.1 share/bash-completion/completions/ims-sshd share/zsh/site-functions/_ims-sshd \
+		share/fish/vendor_completions.d/ims-sshd.fish
+
+check: tools
+	cargo fmt --check
+	cargo clippy --locked --all-targets -- -D warnings
+	cargo $(AS_ROOT) test --locked --lib
+
+test: tools $(NEEDED)
+	$(if $(TEST_PROGRAMS),,@echo "no test's name contains '$(TEST)'" >&2; exit 1)
+	IMS_SSHD_CACHE=$(CACHE) cargo $(AS_ROOT) test --locked \
+		$(if $(TEST),$(patsubst %,--test %,$(filter-out lib,$(TEST_PROGRAMS))) $(if $(filter lib,$(TEST_PROGRAMS)),--lib) '$(TEST)')
+
+test-roots: install-test
 	$(SUDO) tests/image-roots $(CACHE) debian busybox debian-arm64 rpm musl distroless node managed
+
+test-python:
+	@tests/install-packages python3-venv
 	$(SUDO) tests/python-packages $(CACHE) $(TEST_PYTHON_PACKAGES)
+
+test-containers: install-test test-roots
 	$(SUDO) tests/container-images $(CACHE) $(VERSION) $(IMAGE_COMMIT)
-	IMS_SSHD_CACHE=$(CACHE) cargo $(AS_ROOT) test --locked
 
 bench: install-bench build
 	$(SUDO) tests/image-roots $(CACHE) debian busybox managed
 	$(SUDO) tests/container-images $(CACHE) $(VERSION) $(IMAGE_COMMIT)
 	IMS_SSHD_CACHE=$(CACHE) cargo $(AS_ROOT) bench --locked --bench figures
 
+image: export SOURCE := $(SOURCE)
 image:
-	$(or $(BUILDER),$(error make image needs docker, podman or buildah)) build $(BUILD_FLAGS) -t $(IMAGE) \
-		--build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) --build-arg SOURCE=$(SOURCE) \
+	@$(if $(BUILDER),,builder=$$(deploy/image-builder) && )$(or $(BUILDER),"$$builder") build $(BUILD_FLAGS) -t $(IMAGE) \
+		$(foreach argument,RUST_IMAGE BASE_IMAGE,$(if $($(argument)),--build-arg $(argument)=$($(argument)))) \
+		--build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) --build-arg SOURCE="$$SOURCE" \
 		--build-arg CREATED=$(CREATED) .
 
-install-run install-test install-bench: install-%:
+clean:
+	rm -rf $(STAGE)
+	cargo clean
+
+install-run install-demo install-test install-bench: install-%:
 	@tests/install-packages $($(shell echo $* | tr a-z A-Z)_PACKAGES)

@@ -1,4 +1,4 @@
-//! The container image and pods of the manifests, on a real builder and a real runtime. 'make test' has built the image.
+//! The container image and pods of the manifests, on a real builder and runtime. 'make test' has built the image.
 //!
 //! Every test runs a container or a pod of its own, which is gone with it.
 

@@ -29,6 +29,7 @@ fn every_command_of_the_readme_does_what_it_is_there_for() {
     for command in commands {
         let words = shell_words::split(command).unwrap();
         match words.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
+            ["make", "install"] => install(command),
             ["make", target] => assert!(makes(target), "{command}: the Makefile has no such target"),
             ["ims-sshd", "customize", options @ ..] => customize(command, options.contains(&"--script")),
             ["ims-sshd", "prepare", ..] => publish(),
@@ -73,6 +74,25 @@ fn every_command_of_the_readme_does_what_it_is_there_for() {
             _ => panic!("README.md shows '{command}', and this test does not know how to run it"),
         }
     }
+}
+
+/// Installs what was built for the tests, and publishes an image with that from another directory.
+fn install(command: &str) {
+    let desk = Desk::new();
+    let (top, dir) = (Path::new(env!("CARGO_MANIFEST_DIR")), desk.volume.dir.path());
+    let built = Path::new(IMS_SSHD).parent().unwrap();
+    let rust = Path::new(env!("CARGO")).parent().unwrap();
+    let path = format!("{}:{}", rust.display(), std::env::var("PATH").unwrap());
+    let (stage, root) = (dir.join("stage"), dir.join("root"));
+    succeed(Command::new(top.join("deploy/stage")).env("PATH", &path).arg(built).arg(&stage));
+    let line = format!("{command} STAGE={} DESTDIR={}", stage.display(), root.display());
+    succeed(Command::new("sh").args(["-c", &line]).env("PATH", &path).env_remove("MAKEFLAGS").current_dir(top));
+    let installed = format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", root.join("usr/local/bin").display());
+    let mut publish = desk.shell("exec ims-sshd enter \"$SOURCE\" --output \"$OUT\" --yes -- touch /etc/installed");
+    publish.current_dir("/").env("PATH", installed);
+    let (source, out) = (desk.volume.parent.join("image.sqsh"), desk.volume.parent.join("out"));
+    succeed(publish.env("SOURCE", source).env("OUT", &out));
+    assert!(walk(&out).iter().any(|path| path.ends_with("manifest.json")), "{command}");
 }
 
 /// Enters an image at a terminal, leaves it again, and has it published.
