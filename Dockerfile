@@ -1,16 +1,19 @@
 # The build environment's image: OpenSSH's server, what unpacks and packs an image root, and the two programs. Both bases can be replaced
-# by others of the same distribution.
+# by others of the same distribution, and named by digest: make image BASE_IMAGE=debian@sha256:… RUST_IMAGE=rust@sha256:…
 ARG RUST_IMAGE=rust:1-slim-bookworm
 ARG BASE_IMAGE=debian:bookworm-slim
 
 FROM ${RUST_IMAGE} AS build
 WORKDIR /src
+# The crates are compiled with empty programs, in a layer that a change of the sources leaves as it is.
+COPY .cargo .cargo
+COPY Cargo.toml Cargo.lock ./
+RUN mkdir -p src/bin && touch src/lib.rs && echo 'fn main() {}' | tee src/bin/ims-jail-shell.rs > src/bin/ims-sshd.rs \
+    && cargo build --release --locked --bins
 COPY . .
-RUN cargo build --release --locked --bins \
-    && install -D -t /out "target/$(rustc --print host-tuple)/release/ims-sshd" \
-        "target/$(rustc --print host-tuple)/release/ims-jail-shell" \
-    && mkdir -p /share/bash-completion/completions /share/man/man1 && /out/ims-sshd man /share/man/man1 \
-    && /out/ims-sshd completions bash > /share/bash-completion/completions/ims-sshd
+# Sources may be older than the empty ones, which cargo would take for up to date.
+RUN touch src/lib.rs src/bin/*.rs && cargo build --release --locked --bins \
+    && deploy/stage "target/$(rustc --print host-tuple)/release" /stage
 
 # Of the package's forty programs the one for the other architecture, with its licence.
 FROM ${BASE_IMAGE} AS qemu
@@ -32,8 +35,7 @@ RUN apt-get -q update \
 RUN ln -sf bash /bin/sh \
     && mkdir -p /usr/share/pki/trust && ln -s /usr/local/share/ca-certificates /usr/share/pki/trust/anchors
 COPY --from=qemu /out/ /
-COPY --from=build /out/ /usr/bin/
-COPY --from=build /share/ /usr/share/
+COPY --from=build /stage/ /usr/
 ARG REVISION=unknown
 # Manifests start /entrypoint.sh, and a customization script is put over /run_script.sh.
 RUN ln -s /usr/bin/ims-sshd /entrypoint.sh && touch /run_script.sh && echo "${REVISION}" > /gitInfo.txt
@@ -50,10 +52,12 @@ ARG LICENSES=MIT
 ARG VERSION=unknown
 ARG CREATED=unknown
 ARG SOURCE=unknown
+ARG BASE_IMAGE
 LABEL org.opencontainers.image.title="${TITLE}" \
       org.opencontainers.image.description="${DESCRIPTION}" \
       org.opencontainers.image.licenses="${LICENSES}" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.created="${CREATED}" \
-      org.opencontainers.image.source="${SOURCE}"
+      org.opencontainers.image.source="${SOURCE}" \
+      org.opencontainers.image.base.name="${BASE_IMAGE}"

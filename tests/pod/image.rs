@@ -109,11 +109,23 @@ fn its_labels_and_files_tell_what_it_is() {
     assert_eq!(label("version"), env!("CARGO_PKG_VERSION"));
     assert_eq!(label("licenses"), "MIT");
     assert!(!label("source").is_empty() && !label("created").is_empty());
+    assert_eq!(label("base.name"), BASE);
     assert_eq!(in_image("cat /gitInfo.txt"), label("revision"));
     assert_eq!(in_image("ims-sshd --version"), concat!("ims-sshd ", env!("CARGO_PKG_VERSION")));
     assert_eq!(in_image("wc -c < /run_script.sh; readlink /entrypoint.sh"), "0\n/usr/bin/ims-sshd");
     let other = if cfg!(target_arch = "aarch64") { "x86_64" } else { "aarch64" };
     assert!(in_image(&format!("qemu-{other}-static --version")).contains("version"));
+}
+
+#[test]
+fn it_has_the_licences_of_what_is_linked_into_its_programs() {
+    assert_eq!(
+        in_image(
+            "cd /usr/share/doc/ims-sshd && head -n 1 LICENSE && grep -c '^GNU C library: LGPL' third-party-licenses.txt"
+        ),
+        "MIT License\n1"
+    );
+    assert!(in_image("cat /usr/share/doc/ims-sshd/rust-library.html").contains("The Rust Standard Library"));
 }
 
 /// IMS's own container for a remote build node: a script in bash under `#!/bin/sh` in the place of /entrypoint.sh. This one does, in such a
