@@ -196,15 +196,7 @@ impl Opened<'_> {
             }
             write_changes(work, workplace, &tree, to)?;
         }
-        let boot = match boot::find(&tree, &settings.boot, settings.arch) {
-            Err(_) if boot::has_none(&tree) => {
-                tracing::warn!(
-                    "the image has no kernel in /boot: it is published without one, for a container or a chroot"
-                );
-                None
-            }
-            found => Some(found?),
-        };
+        let boot = boot::find_if_any(&tree, &settings.boot, settings.arch)?;
         // On a full disk nobody is told.
         let shown = Shown::begin(workplace, Stage::Packing).ok();
         let archive = Archive { folder: workplace, name: "packed.sqsh" };

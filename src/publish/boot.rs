@@ -41,7 +41,7 @@ pub struct BootFiles {
 }
 
 /// Chooses by itself.
-const AUTO: &str = "auto";
+pub const AUTO: &str = "auto";
 
 /// How kernels are called, alone or before `-` and their version or flavour (`vmlinuz-lts`); the one that boots everywhere first.
 const KERNELS: [&str; 5] = ["vmlinuz", "Image", "zImage", "bzImage", "vmlinux"];
@@ -102,7 +102,9 @@ pub fn find(image_root: &Tree, names: &Names, arch: &str) -> Result<BootFiles> {
     let content = open(image_root, &kernel.path)?.ok_or_else(|| missing(&format!("the kernel /{}", kernel.path)))?;
     let initrd = match names.initrd.as_str() {
         AUTO => {
-            let found = initrds(&kernel, &modules).into_iter().find(|path| is_file(image_root, path));
+            let all = kernels(image_root, &boot, &modules);
+            let is_only = all.iter().all(|other| other.version == kernel.version);
+            let found = initrds(&kernel, is_only, &modules).into_iter().find(|path| is_file(image_root, path));
             found.ok_or_else(|| missing(&format!("the initrd of /{}", kernel.path)))?
         }
         name => format!("boot/{name}"),
@@ -112,6 +114,15 @@ pub fn find(image_root: &Tree, names: &Names, arch: &str) -> Result<BootFiles> {
         initrd: open(image_root, &initrd)?.ok_or_else(|| missing(&format!("the initrd /{initrd}")))?,
         parameters: open(image_root, &format!("boot/{}", names.parameters))?,
     })
+}
+
+/// The same of an image that need not be one that is booted: nothing where `auto` finds no kernel at all.
+pub fn find_if_any(image_root: &Tree, names: &Names, arch: &str) -> Result<Option<BootFiles>> {
+    if names.kernel == AUTO && has_none(image_root) {
+        tracing::warn!("the image has no kernel: it is one for a container or a chroot, without boot files");
+        return Ok(None);
+    }
+    find(image_root, names, arch).map(Some)
 }
 
 /// Refuses a name that the image has no file of, before any work is done. What `auto` finds may only be there at the end.
@@ -147,7 +158,7 @@ pub fn left_in(folder: &Tree, names: &Names, arch: &str) -> Result<BootFiles> {
 }
 
 /// Whether the image is one that nobody boots: it has no kernel, neither in /boot nor beside modules.
-pub fn has_none(image_root: &Tree) -> bool {
+fn has_none(image_root: &Tree) -> bool {
     kernels(image_root, &entries(image_root, "boot"), &modules(image_root)).is_empty()
 }
 
@@ -289,14 +300,14 @@ fn best(kernels: Vec<Kernel>, modules: &[Modules]) -> Option<Kernel> {
     })
 }
 
-/// Possible paths of the initrd of `kernel`, best first.
-fn initrds(kernel: &Kernel, modules: &[Modules]) -> Vec<String> {
+/// Possible paths of the initrd of `kernel`, best first. One without a version belongs to a kernel without one, or to the only kernel.
+fn initrds(kernel: &Kernel, is_only: bool, modules: &[Modules]) -> Vec<String> {
     let own = modules.iter().find(|m| Some(&m.version) == kernel.version.as_ref());
     let of_modules = own.and_then(|m| m.flavour.as_deref());
     let names = [kernel.version.as_deref(), kernel.flavour.as_deref(), of_modules].into_iter().flatten();
     let mut found: Vec<_> =
         names.flat_map(|name| INITRDS.map(|(before, after)| format!("boot/{before}{name}{after}"))).collect();
-    let is_bare = KERNELS.iter().any(|name| kernel.path == format!("boot/{name}"));
+    let is_bare = is_only || KERNELS.iter().any(|name| kernel.path == format!("boot/{name}"));
     for directory in own.map(|m| m.directory.as_str()).into_iter().chain(is_bare.then_some("boot")) {
         found.extend(BARE_INITRDS.map(|name| format!("{directory}/{name}")));
     }
@@ -465,7 +476,7 @@ mod tests {
     }
 
     /// Files of an image, and which are chosen; `V` is a version of EL 9, and directories end with `/`.
-    const LAYOUTS: [(&str, &str); 13] = [
+    const LAYOUTS: [(&str, &str); 14] = [
         // EL 9 and later in a container, without kernel-install's copy; dracut was run by hand.
         ("lib/modules/V/vmlinuz boot/initramfs-V.img", "lib/modules/V/vmlinuz boot/initramfs-V.img"),
         // The same where /lib is no link.
@@ -502,6 +513,8 @@ mod tests {
         ("boot/zImage boot/initramfs.img", "boot/zImage boot/initramfs.img"),
         ("lib/modules/6.9.1/ boot/vmlinuz boot/initrd.img-6.9.1", "boot/vmlinuz boot/initrd.img-6.9.1"),
         ("boot/Image-6.9.1 boot/initrd-6.9.1", "boot/Image-6.9.1 boot/initrd-6.9.1"),
+        // The only kernel's, whatever it is called.
+        ("boot/vmlinuz-V boot/initrd lib/modules/V/", "boot/vmlinuz-V boot/initrd"),
     ];
 
     #[test]
@@ -533,6 +546,9 @@ mod tests {
                 assert_eq!(chosen(&files).0, format!("boot/vmlinuz-{better}"));
             }
         }
+        // Of two kernels one has no initrd.
+        let (_dir, tree) = image(&["boot/vmlinuz-6.9.1", "boot/vmlinuz-6.9.0", "boot/initrd"]);
+        assert!(find(&tree, &names("auto", "auto"), "x86_64").is_err());
         // A debug kernel is taken if there is no other.
         assert_eq!(chosen(&["boot/vmlinuz-6.9.1-debug", "boot/initrd-6.9.1-debug"]).0, "boot/vmlinuz-6.9.1-debug");
     }

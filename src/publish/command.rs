@@ -49,8 +49,8 @@ impl Place {
         Archive { folder: &self.archive_folder, name: &self.archive_name }
     }
 
-    fn boot(&self, settings: &Settings) -> Result<BootFiles> {
-        boot::find(&self.image_root, &settings.boot, settings.arch)
+    fn boot(&self, settings: &Settings) -> Result<Option<BootFiles>> {
+        boot::find_if_any(&self.image_root, &settings.boot, settings.arch)
     }
 }
 
@@ -92,7 +92,7 @@ pub fn upload(
     let rootfs = place.archive().open().map_err(|e| e.advise("'ims-sshd package' makes it"))?;
     let opened = |file: &Path| File::open(file).attempt(|| format!("open {}", file.display()));
     let debug_kernel = debug_kernel.map(opened).transpose()?;
-    let image = Image { rootfs, boot: Some(place.boot(settings)?), debug_kernel };
+    let image = Image { rootfs, boot: place.boot(settings)?, debug_kernel };
     let work = Work::begin(&settings.network)?;
     let ims = Ims::of(&work, settings);
     let notes = Notes::new(&place.files, settings);

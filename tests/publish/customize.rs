@@ -19,7 +19,7 @@ fn script(dir: &Path, verdict: &str) -> PathBuf {
 }
 
 fn customize(dir: &Path, source: &str, output: &str, verdict: &str, variables: &[(&str, String)]) -> Output {
-    let mut command = ims_sshd(&["customize", source, "--output", output, "--script"], variables);
+    let mut command = ims_sshd(&["customize", source, "--output", output, "--host-script"], variables);
     command.arg(script(dir, verdict)).arg("--work").arg(dir.join("work")).current_dir(dir);
     command.output().unwrap()
 }
@@ -88,7 +88,7 @@ fn what_was_changed_is_kept_when_it_could_not_be_published() {
     let script =
         "echo new > $IMAGE_ROOT_PARENT/image-root/etc/motd; cd \"${0%/*}\"; touch gone $IMAGE_ROOT_PARENT/complete\n";
     std::fs::write(dir.path().join("losing"), script).unwrap();
-    let mut command = ims_sshd(&["customize", &squashfs, "--output", "gone", "--script"], &variables);
+    let mut command = ims_sshd(&["customize", &squashfs, "--output", "gone", "--host-script"], &variables);
     command.arg(dir.path().join("losing")).arg("--work").arg(dir.path().join("work")).current_dir(dir.path());
     let output = command.output().unwrap();
     assert_eq!(output.status.code(), Some(1));
@@ -115,7 +115,7 @@ fn changes_are_kept_when_a_signal_or_a_failing_script_ends_customize_before_a_ve
         let squashfs = squashfs_of(&image(dir.path())).display().to_string();
         let ending = dir.path().join("ending");
         std::fs::write(&ending, format!("{change}; {end}\n")).unwrap();
-        let mut command = ims_sshd(&["customize", &squashfs, "--output", "out", "--script"], &[]);
+        let mut command = ims_sshd(&["customize", &squashfs, "--output", "out", "--host-script"], &[]);
         command.arg(ending).arg("--work").arg(dir.path().join("work")).current_dir(dir.path());
         let output = command.output().unwrap();
         assert_eq!(output.status.code(), Some(code), "{end}: {output:?}");
@@ -148,7 +148,7 @@ fn what_was_published_in_part_is_taken_back_when_the_image_is_given_up() {
     let mut variables = bucket.variables();
     variables.extend([("KERNEL_FILENAME", "vmlinuz".into()), ("INITRD_FILENAME", "initrd".into())]);
     variables.push(("S3_ENDPOINT", gate.endpoint.clone()));
-    let mut command = ims_sshd(&["customize", &squashfs, "--output", &output, "--script"], &variables);
+    let mut command = ims_sshd(&["customize", &squashfs, "--output", &output, "--host-script"], &variables);
     command.arg(script(dir.path(), "complete")).arg("--work").arg(dir.path().join("work"));
     let mut child = command.stdout(std::process::Stdio::null()).spawn().unwrap();
     wait_until("a part to be sent", || gate.parts() > 0);
@@ -168,7 +168,7 @@ fn a_customization_that_was_killed_while_it_was_open_is_gone_on_with() {
     let boot = [("KERNEL_FILENAME", "vmlinuz".into()), ("INITRD_FILENAME", "initrd".into())];
     let first = dir.path().join("first");
     std::fs::write(&first, "echo kept > $IMAGE_ROOT_PARENT/image-root/etc/kept; touch \"$0.done\"\n").unwrap();
-    let mut command = ims_sshd(&["customize", &squashfs, "--output", "out", "--script"], &boot);
+    let mut command = ims_sshd(&["customize", &squashfs, "--output", "out", "--host-script"], &boot);
     command.arg(&first).arg("--work").arg(dir.path().join("work")).current_dir(dir.path());
     let mut killed = command.stdout(std::process::Stdio::null()).spawn().unwrap();
     wait_until("the script to end", || dir.path().join("first.done").exists());
@@ -190,7 +190,7 @@ fn an_image_that_nobody_boots_is_published_without_a_kernel() {
     let squashfs = squashfs_of(&tree).display().to_string();
     let output = customize(dir.path(), &squashfs, "out", "complete", &[]);
     assert!(output.status.success(), "{output:?}");
-    assert!(text(&output.stderr).contains("published without one"), "{output:?}");
+    assert!(text(&output.stderr).contains("the image has no kernel"), "{output:?}");
     assert_eq!(report(&output)["ims_image_artifacts"].as_array().unwrap().len(), 1);
 }
 
@@ -222,7 +222,7 @@ fn a_mounted_source_takes_directory_renames_and_changes_to_hard_links_as_a_disk_
         let store = dir.path().join(format!("{}.out", source.file_name().unwrap().display()));
         let boot = [("KERNEL_FILENAME", "vmlinuz".into()), ("INITRD_FILENAME", "initrd".into())];
         let mut command = ims_sshd(&["customize", source.to_str().unwrap(), "--output"], &boot);
-        command.arg(&store).arg("--script").arg(&file).arg("--work").arg(dir.path().join("work"));
+        command.arg(&store).arg("--host-script").arg(&file).arg("--work").arg(dir.path().join("work"));
         let changes = store.with_extension("changes");
         let output = command.arg("--changes").arg(&changes).current_dir(dir.path()).output().unwrap();
         assert!(output.status.success(), "{source:?}: {output:?}");
@@ -261,7 +261,7 @@ fn late_failed_mark_is_not_published() {
         let store = dir.path().join("out");
         let named = [("KERNEL_FILENAME", "vmlinuz".into()), ("INITRD_FILENAME", "initrd".into())];
         let mut command = ims_sshd(&["customize", &squashfs, "--output"], &named);
-        command.arg(&store).arg("--script").arg(script).arg("--work").arg(dir.path().join("work"));
+        command.arg(&store).arg("--host-script").arg(script).arg("--work").arg(dir.path().join("work"));
         let output = command.args(plain.then_some("--plain")).output().unwrap();
         assert_eq!(output.status.code(), Some(1), "{number}: {output:?}");
         assert!(!store.exists(), "{number}: the image was published");
@@ -287,7 +287,7 @@ fn other_users_reach_nothing_of_an_image_that_is_customized() {
                  touch /srv/gone $IMAGE_ROOT_PARENT/complete\n";
     std::fs::write(&script, lines).unwrap();
     // Without --work, whatever variables say.
-    let run = "mount -t tmpfs tmpfs /var/lib; mount -t tmpfs -o mode=0755 tmpfs /srv; $0 customize $1 --output $2 --script $3; \
+    let run = "mount -t tmpfs tmpfs /var/lib; mount -t tmpfs -o mode=0755 tmpfs /srv; $0 customize $1 --output $2 --host-script $3; \
                find /var/lib/ims-sshd -type f -name '*.sqsh' -printf '%f %m\\n'; ls -d /var/tmp/ims-sshd* /tmp/ims-sshd* 2> /dev/null; \
                cd /srv; stat -c '%n %a %u' out out/* out/*/*; as='setpriv --reuid 65534 --clear-groups'; \
                $as ls out; $as cat out/*/rootfs > /dev/null && echo nobody reads the image";
@@ -399,7 +399,7 @@ fn a_second_customization_of_the_same_source_is_told_of_the_first() {
     nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
     let waiting = dir.path().join("waiting");
     std::fs::write(&waiting, format!("read line < {}; touch $IMAGE_ROOT_PARENT/failed\n", fifo.display())).unwrap();
-    let mut command = ims_sshd(&["customize", &squashfs, "--output", "out", "--script"], &[]);
+    let mut command = ims_sshd(&["customize", &squashfs, "--output", "out", "--host-script"], &[]);
     command.arg(&waiting).arg("--work").arg(dir.path().join("work")).current_dir(dir.path());
     let mut first = command.spawn().unwrap();
     // Opens when the script reads.
@@ -439,7 +439,7 @@ fn what_cannot_be_published_or_logged_into_is_refused_before_the_environment_ope
         command
             .args(["-m", "sh", "-c", mounts, "sh", IMS_SSHD, "customize"])
             .arg(&squashfs)
-            .args(["--script"])
+            .args(["--host-script"])
             .arg(&script);
         let _ = std::fs::remove_file(dir.path().join("script.ran"));
         let output = command.args(arguments).current_dir(dir.path()).output().unwrap();
