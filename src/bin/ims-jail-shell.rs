@@ -23,7 +23,7 @@ const USAGE: &str = "\
 Makes a jail around an image root, or enters it. Started by ims-sshd and by sshd, not by hand.
 
   ims-jail-shell init --tier TIER --root FOLDER [--dkms] [--emulate ARCHITECTURE] [--proc-of-container] [--hostname NAME]
-                      [--bind SOURCE TARGET rw|ro]... [--sftp NAME=FILE]... [--bare NAMESPACE]
+                      [--bind SOURCE TARGET rw|ro]... [--program NAME=FILE]... [--bare NAMESPACE]
       make the jail around the working folder, which messages call FOLDER, and be its first process; standard input is the socket to
       the supervisor. Its mount namespace begins as a copy of NAMESPACE, else of the container's
   ims-jail-shell serve TIER
@@ -94,9 +94,9 @@ fn init_plan(words: &[OsString]) -> Option<Plan> {
                 let (source, target) = (words.next()?.into(), words.next()?.into());
                 plan.binds.push(Bind { source, target, read_only: words.next()? == "ro" });
             }
-            "--sftp" => {
+            "--program" => {
                 let (name, file) = words.next()?.to_str()?.split_once('=')?;
-                plan.sftp.push((name.to_owned(), file.into()));
+                plan.programs.push((name.to_owned(), file.into()));
             }
             _ => return None,
         }

@@ -8,16 +8,20 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use ims_sshd::error::{Attempt, Error, Result};
 use ims_sshd::jail::binds::Bind;
+use ims_sshd::lifecycle::secrets::without_secrets;
 use ims_sshd::lifecycle::settings::{DEFAULT_PARENT, Settings};
 use ims_sshd::lifecycle::{log, supervisor};
 use ims_sshd::local::customize::{self, Customization};
 use ims_sshd::local::enter::{self, Answer, Entry};
 use ims_sshd::local::job::Job;
+use ims_sshd::local::script::Script;
 use ims_sshd::local::{status, work_directory};
 use ims_sshd::manual;
 use ims_sshd::publish::prepare::Open;
 use ims_sshd::publish::sidecar::{self, Places};
-use ims_sshd::publish::{command, prepare, settings as publishing};
+use ims_sshd::publish::source::Source;
+use ims_sshd::publish::{boot, command, package, prepare, settings as publishing};
+use ims_sshd::session::environment;
 use ims_sshd::verdict::Verdict;
 
 /// Opens an image root over SSH, jailed inside it, and ends in an order that lets it be packed.
@@ -39,11 +43,11 @@ enum Command {
         /// The folder that holds image-root and the signal files [default: $IMAGE_ROOT_PARENT, else /mnt/image]
         image_root_parent: Option<PathBuf>,
     },
-    /// Open an image on this machine over SSH, until it is marked complete or failed
-    #[command(after_help = CUSTOMIZE_EXAMPLES)]
+    /// Open an image on this machine over SSH until it is marked complete or failed, or run a command in it unattended
+    #[command(after_help = CUSTOMIZE_EXAMPLES, mut_args = only_to_publish)]
     Customize(CustomizeArguments),
     /// Open an image in this terminal, without SSH, and run a shell or a command in it
-    #[command(after_help = ENTER_EXAMPLES)]
+    #[command(after_help = ENTER_EXAMPLES, mut_args = only_to_publish)]
     Enter(EnterArguments),
     /// Fetch an image and make an image root of it
     #[command(after_help = PREPARE_EXAMPLES)]
@@ -63,7 +67,7 @@ enum Command {
         servers: ServerOptions,
     },
     /// Stand beside a pod's build environment: let it open, wait for its end, publish the image
-    #[command(after_help = SIDECAR_EXAMPLES)]
+    #[command(after_help = SIDECAR_EXAMPLES, mut_args = as_pods_have_it)]
     Sidecar(SidecarArguments),
     /// Pack an image root
     #[command(after_help = PACKAGE_EXAMPLES)]
@@ -137,12 +141,14 @@ const ENTRYPOINT_EXAMPLES: &str = "Examples:
 const CUSTOMIZE_EXAMPLES: &str = "Examples:
   ims-sshd customize ./image-root
   ims-sshd customize ./image.sqsh --output ./out
-  ims-sshd customize ./image.sqsh --output s3://boot-images --plain --script ./install.sh";
+  ims-sshd customize ./image.sqsh --output ./out --script ./install.sh
+  ims-sshd customize ./image.sqsh --output s3://boot-images -- zypper --non-interactive update";
 
 const ENTER_EXAMPLES: &str = "Examples:
   ims-sshd enter ./image-root
+  ims-sshd enter ./image-root ls -l /boot
   ims-sshd enter ./image.sqsh --output ./out
-  ims-sshd enter ./image.sqsh --output ./out --yes -- dnf -y update";
+  ims-sshd enter ./image.sqsh --output ./out --yes dnf -y update";
 
 const PREPARE_EXAMPLES: &str = "Examples:
   ims-sshd prepare /mnt/image 'https://s3.example/boot-images/…/rootfs?X-Amz-Signature=…'
@@ -150,15 +156,15 @@ const PREPARE_EXAMPLES: &str = "Examples:
 
 const PACKAGE_EXAMPLES: &str = "Examples:
   ims-sshd package
-  ims-sshd package --kernel auto --initrd auto --compression zstd --archive compute.sqsh ./image-root";
+  ims-sshd package --compression zstd --archive compute.sqsh ./image-root";
 
 const UPLOAD_EXAMPLES: &str = "Examples:
   ims-sshd upload --name compute
-  ims-sshd upload --kernel auto --initrd auto --store ./store --archive compute.sqsh ./image-root";
+  ims-sshd upload --store ./store --archive compute.sqsh ./image-root";
 
 const SIDECAR_EXAMPLES: &str = "Examples:
   IMS_ACTION=customize ims-sshd sidecar --name compute --store s3://boot-images
-  IMS_ACTION=customize ims-sshd sidecar --kernel auto --initrd auto --store /srv/store /srv/image";
+  IMS_ACTION=customize ims-sshd sidecar --kernel auto --store /srv/store /srv/image";
 
 const COMPLETE_EXAMPLES: &str = "Examples:
   ims-sshd complete
@@ -186,7 +192,7 @@ type Variables = Vec<(&'static str, Option<String>)>;
 #[derive(Args)]
 struct ChecksumOptions {
     /// Expected SHA-256 of the source [variable: DOWNLOAD_SHA256SUM]
-    #[arg(long, value_name = "SUM")]
+    #[arg(long, value_name = "SUM", value_parser = publishing::sha256)]
     sha256: Option<String>,
 }
 
@@ -199,21 +205,31 @@ impl ChecksumOptions {
 #[derive(Args)]
 #[command(next_help_heading = "Image")]
 struct ImageOptions {
-    /// What the new image is called [variable: IMAGE_ROOT_ARCHIVE_NAME] [default: image]
-    #[arg(long)]
+    /// Name of the new image [variable: IMAGE_ROOT_ARCHIVE_NAME] [default: image]
+    #[arg(long, value_parser = publishing::image_name)]
     name: Option<String>,
-    /// The kernel's name in /boot, or auto for the newest [variable: KERNEL_FILENAME] [default: vmlinuz]
-    #[arg(long, value_name = "NAME")]
+    /// Kernel, by its name in the image's /boot; auto is the newest one, if there is one [variable: KERNEL_FILENAME] [default: auto]
+    #[arg(long, value_name = "NAME", value_parser = publishing::boot_file)]
     kernel: Option<String>,
-    /// The initrd's, or auto for the one that belongs to the kernel [variable: INITRD_FILENAME] [default: initrd]
-    #[arg(long, value_name = "NAME")]
+    /// Initrd, by its name in the image's /boot; auto is the one that belongs to the kernel [variable: INITRD_FILENAME] [default: auto]
+    #[arg(long, value_name = "NAME", value_parser = publishing::boot_file)]
     initrd: Option<String>,
-    /// That of the kernel's parameters, if the image has them [variable: KERNEL_PARAMETERS_FILENAME] [default: kernel-parameters]
-    #[arg(long, value_name = "NAME")]
+    /// File of the kernel's command line, by its name in the image's /boot; it may be missing [variable: KERNEL_PARAMETERS_FILENAME]
+    /// [default: kernel-parameters]
+    #[arg(long, value_name = "NAME", value_parser = publishing::boot_file)]
     kernel_parameters: Option<String>,
 }
 
 impl ImageOptions {
+    /// For a person at a command line, who names no boot file unless it matters.
+    fn variables_or_auto(mut self) -> Variables {
+        for (option, name) in [(&mut self.kernel, "KERNEL_FILENAME"), (&mut self.initrd, "INITRD_FILENAME")] {
+            let named = option.take().or_else(|| std::env::var(name).ok()).filter(|name| !name.is_empty());
+            *option = Some(named.unwrap_or_else(|| boot::AUTO.into()));
+        }
+        self.variables()
+    }
+
     fn variables(self) -> Variables {
         vec![
             ("IMAGE_ROOT_ARCHIVE_NAME", self.name),
@@ -227,23 +243,16 @@ impl ImageOptions {
 #[derive(Args)]
 #[command(next_help_heading = "Packing")]
 struct PackingOptions {
-    /// gzip, zstd, xz or none [variable: IMAGE_COMPRESSION] [default: gzip]
-    #[arg(long, value_name = "ALGORITHM")]
+    /// Compression of the squashfs [variable: IMAGE_COMPRESSION] [default: gzip]
+    #[arg(long, value_name = "ALGORITHM", value_parser = publishing::COMPRESSIONS)]
     compression: Option<String>,
-    /// Leave out what matches, below the image root, with or without a leading '/'; any number of times
-    #[arg(long, value_name = "PATTERN", value_parser = below_image_root)]
+    /// Leave out what matches: a path in the image, in which * and ? stand for characters of one name, and [a-z] for one of them; below a
+    /// directory that matches, all; after '... ' at any depth, as in '... *.pyc'. Any number of times
+    #[arg(long, value_name = "PATTERN", value_parser = package::exclude_pattern)]
     exclude: Vec<String>,
-    /// Write what has changed since 'ims-sshd prepare', as JSON
+    /// Write what was added, removed and altered to a JSON file
     #[arg(long, value_name = "FILE")]
     changes: Option<PathBuf>,
-}
-
-/// mksquashfs takes no pattern from the root.
-fn below_image_root(pattern: &str) -> std::result::Result<String, String> {
-    match pattern.trim_start_matches("./").trim_start_matches('/') {
-        "" => Err("expected a pattern of what lies below the image root, such as 'boot/*'".into()),
-        below => Ok(below.to_owned()),
-    }
 }
 
 #[derive(Args)]
@@ -256,7 +265,7 @@ struct ServerOptions {
     #[arg(long, value_name = "URL")]
     s3_endpoint: Option<String>,
     /// Where jobs and images are registered [variable: IMS_URL] [default: nowhere, without $OAUTH_CONFIG_DIR]
-    #[arg(long, value_name = "URL")]
+    #[arg(long, value_name = "URL", value_parser = publishing::ims_url)]
     ims_url: Option<String>,
 }
 
@@ -313,6 +322,24 @@ fn parent_or_default(given: Option<PathBuf>) -> PathBuf {
     given.or_else(named).unwrap_or_else(|| DEFAULT_PARENT.into())
 }
 
+/// Options of `customize` and `enter` that say how the new image is made, and are of no use where none is.
+fn only_to_publish(option: clap::Arg) -> clap::Arg {
+    const OPTIONS: [&str; 7] = ["name", "kernel", "initrd", "kernel_parameters", "compression", "exclude", "changes"];
+    if OPTIONS.contains(&option.get_id().as_str()) { option.requires("output") } else { option }
+}
+
+/// The sidecar's boot files are called as IMS calls them.
+fn as_pods_have_it(option: clap::Arg) -> clap::Arg {
+    match option.get_id().as_str() {
+        name @ ("kernel" | "initrd") => {
+            let default = if name == "kernel" { "vmlinuz" } else { "initrd" };
+            let help = option.get_help().map(ToString::to_string).unwrap_or_default();
+            option.help(help.replace("[default: auto]", &format!("[default: {default}]")))
+        }
+        _ => option,
+    }
+}
+
 #[derive(Args)]
 struct CustomizeArguments {
     /// The unpacked image, which is changed where it is; with --output also a squashfs, an archive, or a URL (https, s3)
@@ -334,12 +361,26 @@ struct CustomizeArguments {
     /// times
     #[arg(long, value_name = "SOURCE[:TARGET[:ro]]", value_parser = Bind::parse, conflicts_with = "plain")]
     bind: Vec<Bind>,
-    /// A script to run once the environment is open
-    #[arg(long, value_name = "FILE")]
+    /// Give a variable to all that runs in the image; without a value, the one it has here. Any number of times
+    #[arg(long, value_name = "NAME[=VALUE]", value_parser = environment::variable)]
+    env: Vec<(String, String)>,
+    /// Run this script of this machine in the image, unattended, and publish the image if the script succeeds
+    #[arg(long, value_name = "FILE", conflicts_with_all = OVER_SSH)]
     script: Option<PathBuf>,
+    /// Run this script on this machine, not in the image, as root, once sessions can log in. The image root is
+    /// $IMAGE_ROOT_PARENT/image-root
+    #[arg(long, value_name = "FILE")]
+    host_script: Option<PathBuf>,
+    /// A command to run in the image, unattended, with its arguments; the image is published if it succeeds [default: wait for people who
+    /// log in]
+    #[arg(trailing_var_arg = true, conflicts_with_all = OVER_SSH, conflicts_with = "script")]
+    command: Vec<OsString>,
     #[command(flatten)]
     job: JobOptions,
 }
+
+/// Options of `customize` for people who log in.
+const OVER_SSH: [&str; 5] = ["port", "listen", "authorized_key", "plain", "host_script"];
 
 #[derive(Args)]
 struct EnterArguments {
@@ -357,11 +398,14 @@ struct EnterArguments {
     /// times
     #[arg(long, value_name = "SOURCE[:TARGET[:ro]]", value_parser = Bind::parse)]
     bind: Vec<Bind>,
+    /// Give a variable to all that runs in the image; without a value, the one it has here. Any number of times
+    #[arg(long, value_name = "NAME[=VALUE]", value_parser = environment::variable)]
+    env: Vec<(String, String)>,
+    /// The command and its arguments, after all options [default: the login shell]
+    #[arg(trailing_var_arg = true)]
+    command: Vec<OsString>,
     #[command(flatten)]
     job: JobOptions,
-    /// The command and its arguments [default: the login shell]
-    #[arg(last = true)]
-    command: Vec<OsString>,
 }
 
 /// Options for what is done with an image on one machine.
@@ -394,16 +438,8 @@ impl JobOptions {
         let settings = if output.is_none() && is_directory {
             None
         } else {
-            let mut options = image.variables();
-            options.extend(checksum.variables());
-            // A name is as good as another where nobody else has said one.
-            for (name, value) in &mut options {
-                if ["KERNEL_FILENAME", "INITRD_FILENAME"].contains(name) {
-                    let named = value.take().or_else(|| std::env::var(*name).ok()).filter(|name| !name.is_empty());
-                    *value = Some(named.unwrap_or_else(|| "auto".into()));
-                }
-            }
-            let variables = variables(options.into_iter().chain([("IMAGE_COMPRESSION", packing.compression)]));
+            let options = image.variables_or_auto().into_iter().chain(checksum.variables());
+            let variables = variables(options.chain([("IMAGE_COMPRESSION", packing.compression)]));
             let work = work.map_or_else(|| work_directory::DEFAULT.into(), |directory| directory.join("ims-sshd"));
             let work = std::path::absolute(&work).attempt(|| format!("find {}", work.display()))?;
             let mut settings = publishing::Settings::read(Some(work), variables)?;
@@ -452,7 +488,13 @@ fn run(command: Command) -> Result<u8> {
                 (_, true) => Some(Answer::Discard),
                 _ => None,
             };
-            let entry = Entry { command: arguments.command, binds: arguments.bind, answer };
+            let entry = Entry {
+                command: arguments.command,
+                script: None,
+                variables: arguments.env,
+                binds: arguments.bind,
+                answer,
+            };
             enter::run(arguments.job.read(arguments.source)?, &entry)
         }
         Command::Complete(parent) => status::mark(&parent.path(), Verdict::Complete),
@@ -467,13 +509,13 @@ fn run(command: Command) -> Result<u8> {
         Command::Sidecar(arguments) => run_sidecar(arguments),
         Command::Package { image_root, archive, packing, image } => {
             let compression = [("IMAGE_COMPRESSION", packing.compression)];
-            let settings =
-                publishing::Settings::read(None, variables(image.variables().into_iter().chain(compression)))?;
+            let options = image.variables_or_auto().into_iter().chain(compression);
+            let settings = publishing::Settings::read(None, variables(options))?;
             let (named, archive, changes) = (image_root.as_deref(), archive.as_deref(), packing.changes.as_deref());
             command::package(&settings, named, archive, &packing.exclude, changes)
         }
         Command::Upload { image_root, archive, debug_kernel, image, servers } => {
-            let options = image.variables().into_iter().chain(servers.variables());
+            let options = image.variables_or_auto().into_iter().chain(servers.variables());
             let settings = publishing::Settings::read(None, variables(options))?;
             command::upload(&settings, image_root.as_deref(), archive.as_deref(), debug_kernel.as_deref())
         }
@@ -490,15 +532,42 @@ fn run(command: Command) -> Result<u8> {
 }
 
 fn run_customize(arguments: CustomizeArguments) -> Result<u8> {
+    if arguments.job.output.is_none() && !Path::new(&arguments.source).is_dir() {
+        return Err(without_output(&arguments.source));
+    }
+    if arguments.script.is_some() || !arguments.command.is_empty() {
+        let entry = Entry {
+            command: arguments.command,
+            script: arguments.script.as_deref().map(Script::read).transpose()?,
+            variables: arguments.env,
+            binds: arguments.bind,
+            answer: Some(Answer::Yes),
+        };
+        return enter::run(arguments.job.read(arguments.source)?, &entry);
+    }
     let wanted = Customization {
         port: arguments.port,
         listen: arguments.listen,
         authorized_key: arguments.authorized_key,
         jailed: !arguments.plain,
         binds: arguments.bind,
-        script: arguments.script,
+        variables: arguments.env,
+        host_script: arguments.host_script,
     };
     customize::run(arguments.job.read(arguments.source)?, &wanted)
+}
+
+/// Refuses a source that cannot be changed where it is.
+fn without_output(source: &str) -> Error {
+    if let Ok(Source::Here(path)) = Source::parse(source)
+        && let Err(e) = std::fs::metadata(&path)
+    {
+        return Error::bad_input(format!("SOURCE is '{source}': {e}"));
+    }
+    let shown = without_secrets(source);
+    let command = shell_words::join(["ims-sshd", "customize", &shown, "--output", "./out"]);
+    Error::bad_input("--output is missing: it says where the new image is put, since SOURCE itself stays as it is")
+        .advise(format!("for example: {command}"))
 }
 
 fn run_sidecar(arguments: SidecarArguments) -> Result<u8> {

@@ -40,8 +40,8 @@ pub struct Plan {
     pub emulated: Option<Architecture>,
     /// The jail's host name; the container's if there is none.
     pub hostname: Option<OsString>,
-    /// sftp-server with its loader and libraries: (name below [`PROGRAMS`], file of the container, not a link).
-    pub sftp: Vec<(String, PathBuf)>,
+    /// Programs to show, such as sftp-server with its loader and libraries: (name below [`PROGRAMS`], file of the container, not a link).
+    pub programs: Vec<(String, PathBuf)>,
     /// Bind mounts, with targets that exist and have no link on the way.
     pub binds: Vec<Bind>,
     /// A mount namespace that holds next to nothing, of which the jail's becomes a copy; a copy of the container's, with all that is mounted
@@ -76,7 +76,7 @@ pub fn build(plan: &Plan) -> Result<Programs> {
     let table = table.collect::<Result<Vec<_>>>()?;
     let resolv_conf = resolv_conf::of_container();
     let of_boot = run::of_boot(&place);
-    let (copies, programs) = copy_programs(&plan.sftp)?;
+    let (copies, programs) = copy_programs(&plan.programs)?;
     let binds = plan.binds.iter().map(|bind| Ok((bind, bind.copy()?))).collect::<Result<Vec<_>>>()?;
 
     // What is mounted from here on must not appear in the container, nor the other way round.

@@ -193,7 +193,7 @@ pub fn make_jail(
         hostname: settings.hostname.as_deref(),
         keep: names.chain(effective.accept_env().map(str::to_owned)).collect(),
         binds: &settings.binds,
-        sftp,
+        programs: sftp,
         bare: kind.bare.as_ref().map(AsFd::as_fd),
     };
     OpenJail::open(&wanted, state)

@@ -54,8 +54,8 @@ pub struct Wanted<'a> {
     pub keep: Vec<String>,
     /// Bind mounts that the job asks for.
     pub binds: &'a [Bind],
-    /// sshd's sftp-server with what it needs; none if there are no sftp sessions.
-    pub sftp: &'a [(String, PathBuf)],
+    /// Programs that the jail shows, as (name, file here): sshd's sftp-server with what it needs, or a script.
+    pub programs: &'a [(String, PathBuf)],
     /// The bare mount namespace that a jail on trial has left; none if the tier cannot make use of it.
     pub bare: Option<BorrowedFd<'a>>,
 }
@@ -302,7 +302,7 @@ fn copy_sftp_server(wanted: &Wanted<'_>, state: &StateFolder) -> Result<()> {
     let folder = state.sftp();
     let copy = || -> std::io::Result<()> {
         std::fs::create_dir_all(&folder)?;
-        wanted.sftp.iter().try_for_each(|(name, file)| std::fs::copy(file, folder.join(name)).map(|_| ()))
+        wanted.programs.iter().try_for_each(|(name, file)| std::fs::copy(file, folder.join(name)).map(|_| ()))
     };
     copy().attempt(|| format!("copy sftp-server to {}", folder.display()))
 }
@@ -337,10 +337,10 @@ fn start(wanted: &Wanted<'_>) -> Result<(Pid, Link, Vec<OwnedFd>, Vec<OwnedFd>)>
     for Bind { source, target, read_only } in wanted.binds {
         command.arg("--bind").args([source, target]).arg(if *read_only { "ro" } else { "rw" });
     }
-    for (name, file) in wanted.sftp {
+    for (name, file) in wanted.programs {
         let mut pair = std::ffi::OsString::from(format!("{name}="));
         pair.push(file);
-        command.arg("--sftp").arg(pair);
+        command.arg("--program").arg(pair);
     }
     if let Some(bare) = wanted.bare {
         command.arg("--bare").arg(format!("/proc/{}/fd/{}", getpid(), bare.as_raw_fd()));

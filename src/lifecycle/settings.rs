@@ -86,6 +86,7 @@ impl Settings {
         if action.is_none() && reader.text("IMS_ACTION").is_none() {
             reader.complaints.push("IMS_ACTION is not set: expected 'customize' or 'create'".into());
         }
+        let argument = argument.map(|argument| std::path::absolute(&argument).unwrap_or(argument));
         let parent = argument.or_else(|| reader.text("IMAGE_ROOT_PARENT").map(Into::into));
         let parent = parent.unwrap_or_else(|| DEFAULT_PARENT.into());
         if !parent.is_absolute() {
@@ -151,11 +152,11 @@ impl Settings {
     }
 }
 
-/// `IMS_JAIL_TIER` alone, for who needs no more.
-pub fn jail_tier(value: Option<OsString>) -> Result<Option<Tier>> {
-    let mut reader = Reader::of(value.map(|value| ("IMS_JAIL_TIER".into(), value)));
-    let tier = reader.tier();
-    if reader.complaints.is_empty() { Ok(tier) } else { Err(Error::bad_input(reader.complaints.join("; "))) }
+/// `IMS_JAIL_TIER` and `IMS_JAIL_HOSTNAME` alone, for a jail without sshd.
+pub fn of_jail(variables: impl IntoIterator<Item = (OsString, OsString)>) -> Result<(Option<Tier>, Option<String>)> {
+    let mut reader = Reader::of(variables);
+    let found = (reader.tier(), reader.host_name("IMS_JAIL_HOSTNAME"));
+    if reader.complaints.is_empty() { Ok(found) } else { Err(Error::bad_input(reader.complaints.join("; also, "))) }
 }
 
 /// Whether a value's letters have to be in the case that is expected.
@@ -258,6 +259,17 @@ impl Reader {
             self.complaints.push(format!("{name} is '{value}': expected whole seconds"));
         }
         seconds
+    }
+
+    /// The value of `name`, if `check` accepts it; it says what it expected else.
+    pub(crate) fn check<T>(
+        &mut self,
+        name: &str,
+        value: &str,
+        check: impl FnOnce(&str) -> std::result::Result<T, String>,
+    ) -> Option<T> {
+        let refused = |expected| self.complaints.push(format!("{name} is '{value}': {expected}"));
+        check(value).map_err(refused).ok()
     }
 
     pub(crate) fn accept<T>(&mut self, result: Result<T>) -> Option<T> {

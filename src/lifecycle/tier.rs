@@ -122,7 +122,7 @@ impl Ground {
             hostname: None,
             keep: Vec::new(),
             binds: &[],
-            sftp: &[],
+            programs: &[],
             bare: None,
         };
         let jail = OpenJail::open(&wanted, &self.state)?;

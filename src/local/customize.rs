@@ -33,8 +33,10 @@ pub struct Customization {
     pub jailed: bool,
     /// Paths of this machine that are shown in the jail.
     pub binds: Vec<Bind>,
-    /// A script to run once the environment is open.
-    pub script: Option<PathBuf>,
+    /// Variables that sessions are given.
+    pub variables: Vec<(String, String)>,
+    /// A script to run on this machine once the environment is open.
+    pub host_script: Option<PathBuf>,
 }
 
 /// Opens the environment and returns when it has closed, and the new image is published if it is to be: 0 if the image was marked complete,
@@ -44,8 +46,12 @@ pub fn run(job: Job, wanted: &Customization) -> Result<u8> {
     if !job.publishes() {
         local::image_root(Path::new(&job.source))?;
     }
-    if let Some(file) = &wanted.script {
-        std::fs::metadata(file).map_err(|e| Error::bad_input(format!("{}: {e}", file.display())))?;
+    if let Some(file) = &wanted.host_script {
+        let refuse = |why: String| Error::bad_input(format!("--host-script is '{}': {why}", file.display()));
+        let opened = std::fs::File::open(file).and_then(|file| file.metadata()).map_err(|e| refuse(e.to_string()))?;
+        if !opened.is_file() {
+            return Err(refuse("expected a regular file".into()));
+        }
     }
     if let Some(file) = &wanted.authorized_key {
         check_public_keys(file)?;
@@ -102,7 +108,7 @@ fn open(wanted: &Customization, image_root: &Path) -> Result<(Fate, u8)> {
     let address = SocketAddr::new(wanted.listen, wanted.port.map_or_else(|| free_port(wanted.listen), Ok)?);
     let config = configure(run.path(), address, &keys)?;
     let login = configure_client(run.path(), address, identity.as_deref())?;
-    let script = wanted.script.as_ref().map(std::path::absolute).transpose().attempt(|| "find the script")?;
+    let script = wanted.host_script.as_ref().map(std::path::absolute).transpose().attempt(|| "find the script")?;
     let variables = [
         ("IMS_ACTION", "customize".into()),
         ("SSH_JAIL", if wanted.jailed { "True".into() } else { "False".into() }),
@@ -121,6 +127,7 @@ fn open(wanted: &Customization, image_root: &Path) -> Result<(Fate, u8)> {
         variables.map(|(name, value): (&str, std::ffi::OsString)| (name.into(), value)).into_iter().chain(passed_on);
     let mut settings = lifecycle::settings::Settings::read(Some(run.path().to_owned()), variables)?;
     settings.binds.clone_from(&wanted.binds);
+    settings.session_variables.extend(wanted.variables.iter().cloned());
 
     let parent = run.path().to_owned();
     // Until the directory is removed: who begins before that must not find its files vanish.

@@ -18,12 +18,18 @@ use crate::error::{Attempt, Error, Result};
 use crate::jail::binds::Bind;
 use crate::jail::link::Message;
 use crate::jail::tier::Tier;
+<<<<<<< HEAD
 use crate::lifecycle::open_jail::{self, OpenJail, TIME_TO_LET_GO, Wanted};
 use crate::lifecycle::settings::jail_tier;
+=======
+use crate::lifecycle::open_jail::{self, OpenJail, Wanted};
+use crate::lifecycle::settings::of_jail;
+>>>>>>> aeb07ac (customize: run --script and commands in the image, unattended)
 use crate::lifecycle::state::StateFolder;
 use crate::lifecycle::{environment, foreign, processes, tier};
 use crate::local;
 use crate::local::job::{Fate, Job};
+use crate::local::script::Script;
 use crate::printable::Printable;
 use crate::sys::poll;
 use crate::sys::process::end_like;
@@ -36,6 +42,10 @@ use crate::verdict::Verdict;
 pub struct Entry {
     /// A program of the image with its arguments; the login shell if there is none.
     pub command: Vec<OsString>,
+    /// A script of this machine that is run instead.
+    pub script: Option<Script>,
+    /// Variables that it is given.
+    pub variables: Vec<(String, String)>,
     /// Paths of this machine that are shown in the jail.
     pub binds: Vec<Bind>,
     /// Answer about the changes, if it is given beforehand.
@@ -55,7 +65,7 @@ pub enum Answer {
 /// published, kept or discarded. Returns the command's exit code, or dies of the signal it died of; 0 for a published image.
 pub fn run(job: Job, entry: &Entry) -> Result<u8> {
     local::need_root()?;
-    let tier = jail_tier(std::env::var_os("IMS_JAIL_TIER"))?;
+    let (tier, hostname) = of_jail(std::env::vars_os())?;
     if entry.answer == Some(Answer::Discard) && Path::new(&job.source).is_dir() {
         let complaint = format!("--discard: '{}' is a directory, which is changed where it is", job.source);
         return Err(Error::bad_input(complaint));
@@ -72,7 +82,8 @@ pub fn run(job: Job, entry: &Entry) -> Result<u8> {
             let source = &question.source;
             tracing::info!("what is changed in {source} is discarded at the end; --output STORE publishes it instead");
         }
-        let session = Session { is_shell: entry.command.is_empty(), publishes, tier };
+        let is_shell = entry.command.is_empty() && entry.script.is_none();
+        let session = Session { is_shell, publishes, tier, hostname };
         let (status, verdict) = session.run(image_root, entry)?;
         if !publishes {
             return Ok((Fate::Discard, verdict.map_or(status, exited_as)));
@@ -190,6 +201,7 @@ struct Session {
     is_shell: bool,
     publishes: bool,
     tier: Option<Tier>,
+    hostname: Option<String>,
 }
 
 impl Session {
@@ -225,6 +237,8 @@ impl Session {
             environment::remove_old_marks(&tree).map_err(cleared)?;
         }
         let kind = tier::choose(self.tier, false, &state).map_err(cleared)?;
+        let script = entry.script.as_ref().map(|script| script.put(run.path(), kind.tier));
+        let script = script.transpose().map_err(cleared)?;
         let emulation = foreign::prepare(&tree, None, &notes, Some(kind.tier)).map_err(cleared)?;
         let wanted = Wanted {
             tier: kind.tier,
@@ -235,15 +249,16 @@ impl Session {
             dkms: false,
             emulated: emulation.in_jail,
             job: None,
-            hostname: None,
-            keep: Vec::new(),
+            hostname: self.hostname.as_deref(),
+            keep: entry.variables.iter().map(|(name, _)| name.clone()).collect(),
             binds: &entry.binds,
-            sftp: &[],
+            programs: script.as_slice(),
             bare: kind.bare.as_ref().map(AsFd::as_fd),
         };
         let jail = OpenJail::open(&wanted, &state).map_err(cleared)?;
         let mut helper = Command::new(open_jail::program()?);
-        helper.arg("enter").arg(state.jail()).arg("--").args(&entry.command);
+        let command = entry.script.as_ref().map_or_else(|| entry.command.clone(), Script::command);
+        helper.arg("enter").arg(state.jail()).arg("--").args(command).envs(entry.variables.iter().cloned());
         let terminal = self.is_at_terminal().then(TerminalModes::save).flatten();
         let ended = hold_none(&mut helper).spawn().attempt(|| "start ims-jail-shell");
         let ended = ended.and_then(|helper| self.attend(helper, &jail, &signals));

@@ -3,6 +3,7 @@
 pub mod customize;
 pub mod enter;
 pub mod job;
+pub mod script;
 pub mod status;
 pub mod work_directory;
 

@@ -103,6 +103,23 @@ pub fn output(file: &Path, called: &str) -> Result<(Tree, String)> {
     Ok((open_tree(&above)?, name.to_owned()))
 }
 
+/// Checks a pattern of what is not packed, which mksquashfs would refuse when all work is done, and returns it relative to the image root.
+pub fn exclude_pattern(pattern: &str) -> std::result::Result<String, String> {
+    // mksquashfs(1): a pattern that begins so matches below any directory.
+    let (anywhere, path) = match pattern.strip_prefix("... ") {
+        Some(path) => ("... ", path),
+        None => ("", pattern),
+    };
+    let names: Vec<_> = path.split('/').filter(|name| !matches!(*name, "" | ".")).collect();
+    if names.is_empty() {
+        return Err("expected a pattern of what lies below the image root, such as 'boot/*'".into());
+    }
+    if names.contains(&"..") {
+        return Err("expected a pattern without '..'".into());
+    }
+    Ok(format!("{anywhere}{}", names.join("/")))
+}
+
 /// Packs `image_root` to the file `to`, which appears when it is whole, and returns what was written: the name may be another file's by
 /// then. `exclude` are patterns below the root, as mksquashfs has them.
 pub fn pack(work: &Work, image_root: &Tree, to: &Archive, packing: &Packing, exclude: &[String]) -> Result<File> {

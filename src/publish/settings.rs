@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use crate::error::{Error, Result};
 use crate::lifecycle::settings::{Action, Case, DEFAULT_PARENT, Reader};
-use crate::publish::boot::Names;
+use crate::publish::boot::{AUTO, Names};
 use crate::publish::checksum::Expected;
 use crate::publish::id::Id;
 
@@ -116,6 +116,7 @@ impl Settings {
         // IMS itself finds an unknown action in the sidecar's report.
         let action =
             reader.choice("IMS_ACTION", &[("customize", Action::Customize), ("create", Action::Create)], Case::Exact);
+        let argument = argument.map(|argument| std::path::absolute(&argument).unwrap_or(argument));
         let parent = argument.or_else(|| reader.text("IMAGE_ROOT_PARENT").map(Into::into));
         let parent = parent.unwrap_or_else(|| DEFAULT_PARENT.into());
         if !parent.is_absolute() {
@@ -127,9 +128,12 @@ impl Settings {
         let debug = reader.choice("ENABLE_DEBUG", &truth, Case::Any).unwrap_or(false);
         let arches = [("x86_64", "x86_64"), ("aarch64", "aarch64")];
         let arch = reader.choice("BUILD_ARCH", &arches, Case::Exact).unwrap_or(std::env::consts::ARCH);
+        let kernel = file_name(&mut reader, "KERNEL_FILENAME").unwrap_or_else(|| "vmlinuz".into());
+        let initrd = file_name(&mut reader, "INITRD_FILENAME");
         let boot = Names {
-            kernel: file_name(&mut reader, "KERNEL_FILENAME").unwrap_or_else(|| "vmlinuz".into()),
-            initrd: file_name(&mut reader, "INITRD_FILENAME").unwrap_or_else(|| "initrd".into()),
+            // A kernel whose name nobody knows has an initrd whose name nobody knows.
+            initrd: initrd.unwrap_or_else(|| if kernel == AUTO { AUTO } else { "initrd" }.into()),
+            kernel,
             parameters: file_name(&mut reader, "KERNEL_PARAMETERS_FILENAME")
                 .unwrap_or_else(|| "kernel-parameters".into()),
         };
@@ -138,7 +142,7 @@ impl Settings {
             md5: checksum(&mut reader, "DOWNLOAD_MD5SUM", 32),
             sha256: checksum(&mut reader, "DOWNLOAD_SHA256SUM", 64),
         };
-        let compressions = ["gzip", "zstd", "xz", "none"].map(|c| (c, c));
+        let compressions = COMPRESSIONS.map(|c| (c, c));
         let packing = Packing {
             compression: reader.choice("IMAGE_COMPRESSION", &compressions, Case::Exact).unwrap_or("gzip"),
             epoch: reader.seconds("SOURCE_DATE_EPOCH").map(|d| d.as_secs()),
@@ -195,22 +199,58 @@ impl Settings {
     }
 }
 
+/// Compressions of the packed image.
+pub const COMPRESSIONS: [&str; 4] = ["gzip", "zstd", "xz", "none"];
+
+/// What is expected instead, of a value of the command line or of a variable.
+type Checked = std::result::Result<String, String>;
+
 /// A name in the image's /boot.
+pub fn boot_file(name: &str) -> Checked {
+    if name.contains('/') || name == "." || name == ".." || name.contains(|c: char| c.is_control()) {
+        return Err("expected the name of a file in the image's /boot".into());
+    }
+    Ok(name.to_owned())
+}
+
+/// An image's name.
+pub fn image_name(name: &str) -> Checked {
+    if name.contains(|c: char| c.is_control()) {
+        return Err("expected one line without control characters".into());
+    }
+    Ok(name.to_owned())
+}
+
+/// A SHA-256.
+pub fn sha256(sum: &str) -> Checked {
+    hexadecimal(sum, 64)
+}
+
+/// URL of IMS.
+pub fn ims_url(url: &str) -> Checked {
+    if !reqwest::Url::parse(url).is_ok_and(|url| ["http", "https"].contains(&url.scheme())) {
+        return Err("expected a URL of http or https".into());
+    }
+    Ok(url.to_owned())
+}
+
+fn hexadecimal(sum: &str, digits: usize) -> Checked {
+    let sum = sum.to_ascii_lowercase();
+    if sum.len() != digits || !sum.bytes().all(|b| b.is_ascii_hexdigit()) {
+        return Err(format!("expected {digits} hexadecimal digits"));
+    }
+    Ok(sum)
+}
+
 fn file_name(reader: &mut Reader, variable: &str) -> Option<String> {
     let name = reader.line(variable).filter(|n| !n.is_empty())?;
-    if name.contains('/') || name == "." || name == ".." {
-        reader.complaints.push(format!("{variable} is '{name}': expected the name of a file in the image's /boot"));
-    }
-    Some(name)
+    reader.check(variable, &name, boot_file)
 }
 
 /// A checksum of so many hexadecimal digits.
 fn checksum(reader: &mut Reader, variable: &str, digits: usize) -> Option<String> {
-    let sum = reader.text(variable)?.to_ascii_lowercase();
-    if sum.len() != digits || !sum.bytes().all(|b| b.is_ascii_hexdigit()) {
-        reader.complaints.push(format!("{variable} is '{sum}': expected {digits} hexadecimal digits"));
-    }
-    Some(sum)
+    let sum = reader.text(variable)?;
+    reader.check(variable, &sum, |sum| hexadecimal(sum, digits))
 }
 
 fn store(reader: &mut Reader) -> Store {
@@ -265,9 +305,7 @@ fn ims(reader: &mut Reader) -> Option<Ims> {
         return None;
     }
     let url = url.unwrap_or_else(|| DEFAULT_IMS.into());
-    if !reqwest::Url::parse(&url).is_ok_and(|url| ["http", "https"].contains(&url.scheme())) {
-        reader.complaints.push(format!("IMS_URL is '{url}': expected a URL of http or https"));
-    }
+    let url = reader.check("IMS_URL", &url, ims_url)?;
     Some(Ims { url: url.trim_end_matches('/').to_owned(), oauth })
 }
 

@@ -46,6 +46,26 @@ pub fn client_environment(
     environment
 }
 
+/// Understands `NAME=VALUE`, or the NAME of a variable of this process, as a variable that sessions are given. Returns what is wrong with it.
+pub fn variable(text: &str) -> std::result::Result<(String, String), String> {
+    let (name, value) = match text.split_once('=') {
+        Some((name, value)) => (name, value.to_owned()),
+        None => (text, std::env::var(text).map_err(|_| "expected NAME=VALUE, or the NAME of a variable that is set")?),
+    };
+    let is_name = name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
+    if !is_name || name.is_empty() || name.starts_with(|c: char| c.is_ascii_digit()) {
+        return Err("expected a NAME of letters, digits and '_'".into());
+    }
+    if OWN.iter().chain(DROPPED).any(|other| name == *other) {
+        return Err(format!("{name} is set by the login, as the image says"));
+    }
+    // sshd's configuration, by which sessions of `customize` get it, has one line for it.
+    if value.contains(|c: char| c.is_control()) {
+        return Err(format!("expected a value of {name} without control characters"));
+    }
+    Ok((name.to_owned(), value))
+}
+
 /// A session's variables: those of the client, then those of the account, then those of the image's /etc/environment that take nothing
 /// from the client and the job.
 pub fn session_environment(

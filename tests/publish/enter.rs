@@ -7,19 +7,13 @@ use crate::customize::nothing_stays;
 use crate::file_server::FileServer;
 use crate::job::*;
 use crate::support::*;
+use crate::unattended::published;
 
 /// `ims-sshd enter SOURCE` with a work directory in `dir`, a command of the image's shell, and the test image's boot files.
 fn enter(dir: &Path, source: &str, options: &[&str], command: &str) -> Output {
     let mut enter = ims_sshd(&["enter", source, "--kernel", "vmlinuz", "--initrd", "initrd"], &[]);
     enter.arg("--work").arg(dir.join("work")).args(options).args(["--", "sh", "-c", command]).current_dir(dir);
     enter.output().unwrap()
-}
-
-/// Paths of the one image in the store `out` of `dir`.
-fn published(dir: &Path) -> String {
-    let images: Vec<_> = std::fs::read_dir(dir.join("out")).unwrap().map(|e| e.unwrap().path()).collect();
-    assert_eq!(images.len(), 1, "{images:?}");
-    succeed(Command::new("unsquashfs").arg("-l").arg(images[0].join("rootfs")))
 }
 
 #[test]

@@ -19,4 +19,5 @@ mod s3_server;
 mod sidecar;
 mod tls;
 mod trust;
+mod unattended;
 mod upload;

@@ -69,11 +69,35 @@ fn a_missing_kernel_is_refused_with_what_boot_holds() {
     let tree = image(dir.path());
     let archive = dir.path().join("image.sqsh");
     std::fs::rename(tree.join("boot/vmlinuz"), tree.join("boot/vmlinuz-6.1.0")).unwrap();
-    refused(&tree, &archive, "/boot holds initrd, kernel-parameters, vmlinuz-6.1.0");
+    let named = |reason: &str| {
+        let paths = ["--archive", archive.to_str().unwrap(), tree.to_str().unwrap()];
+        let output = package(&[&["--kernel", "vmlinuz"], &paths[..]].concat());
+        assert!(!output.status.success() && text(&output.stderr).contains(reason), "{output:?}");
+        nothing_is_packed(dir.path());
+    };
+    named("/boot holds initrd, kernel-parameters, vmlinuz-6.1.0");
     std::os::unix::fs::symlink("/etc/hostname", tree.join("boot/vmlinuz")).unwrap();
-    refused(&tree, &archive, "find the kernel /boot/vmlinuz in the image");
+    named("find the kernel /boot/vmlinuz in the image");
     let output = package(&["--kernel", "auto", "--archive", archive.to_str().unwrap(), tree.to_str().unwrap()]);
     assert!(output.status.success(), "{output:?}");
+}
+
+#[test]
+fn an_image_without_a_kernel_is_packed_and_uploaded_unless_one_is_named() {
+    let dir = folder();
+    let parent = dir.path().join("work");
+    std::fs::create_dir(&parent).unwrap();
+    std::fs::rename(image(dir.path()), parent.join("image-root")).unwrap();
+    std::fs::remove_dir_all(parent.join("image-root/boot")).unwrap();
+    let parent = parent.to_str().unwrap();
+    let refused = package(&["--kernel", "vmlinuz", parent]);
+    assert!(text(&refused.stderr).contains("/boot holds nothing"), "{refused:?}");
+    let output = package(&[parent]);
+    assert!(output.status.success() && text(&output.stderr).contains("the image has no kernel"), "{output:?}");
+    let store = dir.path().join("out");
+    succeed(&mut ims_sshd(&["upload", "--store", store.to_str().unwrap(), parent], &[]));
+    assert!(walk(&store).iter().any(|path| path.ends_with("manifest.json")));
+    assert!(!walk(&store).iter().any(|path| path.ends_with("kernel")));
 }
 
 #[test]

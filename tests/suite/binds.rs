@@ -213,7 +213,7 @@ fn enter_and_customize_show_binds_and_pack_nothing_of_them() {
     )
     .unwrap();
     let ends: [&[&str]; 2] =
-        [&["--script", "script"], &["--yes", "--", "sh", "-c", "cat /opt/repo/package; touch /etc/new"]];
+        [&["--host-script", "script"], &["--yes", "--", "sh", "-c", "cat /opt/repo/package; touch /etc/new"]];
     for (command, end) in ["customize", "enter"].into_iter().zip(ends) {
         let mut program = Command::new(IMS_SSHD);
         program.args([command, "image.sqsh", "--bind", "sources/repo:/opt/repo:ro", "--output", command]);

@@ -193,7 +193,7 @@ fn a_script_makes_it_unattended() {
     let output = ims_sshd(&[
         "customize",
         &image.path().join("image").display().to_string(),
-        "--script",
+        "--host-script",
         &script.display().to_string(),
     ]);
     assert!(output.status.success(), "{output:?}");
@@ -300,7 +300,7 @@ fn an_image_root_that_cannot_be_is_refused() {
     for (command, path, reason, code) in [
         ("customize", "/", "this machine's own root", 2),
         ("customize", "/nowhere", "No such file", 2),
-        ("customize", "/etc/passwd", "expected a folder", 2),
+        ("customize", "/etc/passwd", "--output is missing", 2),
         ("enter", "/", "this machine's own root", 2),
         ("enter", "/nowhere", "No such file", 2),
         ("enter", "/etc/passwd", "cannot take /etc/passwd as an image", 1),

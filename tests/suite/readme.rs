@@ -31,9 +31,13 @@ fn every_command_of_the_readme_does_what_it_is_there_for() {
         match words.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
             ["make", "install"] => install(command),
             ["make", target] => assert!(makes(target), "{command}: the Makefile has no such target"),
-            ["ims-sshd", "customize", options @ ..] => customize(command, options.contains(&"--script")),
+            ["ims-sshd", "customize", "./image.sqsh", "--output", "./out", _, ..] => unattended(command),
+            ["ims-sshd", "customize", options @ ..] => customize(command, options.contains(&"--host-script")),
             ["ims-sshd", "prepare", ..] => publish(),
             ["ims-sshd", "package" | "upload", ..] => {}
+            ["ims-sshd", "enter", "./image-root", "--env", ..] => {
+                assert!(succeed(&mut Desk::new().shell(command)).contains("SITE=lab"), "{command}");
+            }
             ["ims-sshd", "enter", "./image-root", "--bind", ..] => {
                 let desk = Desk::new();
                 std::fs::create_dir(desk.volume.parent.join("repo")).unwrap();
@@ -110,6 +114,14 @@ fn answer(desk: &Desk, command: &str) {
     assert_eq!(code, 0, "{command}: {screen}");
 }
 
+/// Publishes an image without anybody logging in.
+fn unattended(command: &str) {
+    let desk = Desk::new();
+    succeed(&mut desk.shell(command));
+    let published = walk(&desk.volume.parent.join("out"));
+    assert!(published.iter().any(|path| path.ends_with("manifest.json")), "{command}: {published:?}");
+}
+
 /// Runs the three steps of README one after the other, each on what the one before has made.
 fn publish() {
     let desk = Desk::new();
@@ -146,9 +158,11 @@ struct Desk {
 impl Desk {
     fn new() -> Self {
         let volume = Volume::new(Image::Debian);
+        let script = "#!/bin/sh\nset -e\n/bin/busybox true\ntouch /installed\n";
+        std::fs::write(volume.parent.join("install.sh"), script).unwrap();
         let script =
             "#!/bin/sh\nset -e\ntouch \"$IMAGE_ROOT_PARENT/image-root/installed\" \"$IMAGE_ROOT_PARENT/complete\"\n";
-        std::fs::write(volume.parent.join("install.sh"), script).unwrap();
+        std::fs::write(volume.parent.join("copy-in.sh"), script).unwrap();
         std::fs::create_dir(volume.dir.path().join(".ssh")).unwrap();
         std::fs::copy(volume.key.with_extension("pub"), volume.dir.path().join(".ssh/id_ed25519.pub")).unwrap();
         // An image that boots, as far as its files' names say.

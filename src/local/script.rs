@@ -1,0 +1,68 @@
+//! A script of this machine that runs in the image.
+
+use std::ffi::OsString;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Attempt, Error, Result};
+use crate::jail::mount_table::PROGRAMS;
+use crate::jail::tier::Tier;
+
+/// Size limit in bytes; a device would not end.
+const LARGEST: u64 = 64 << 20;
+
+/// The jail's own program.
+const OWN: &str = "ims-jail-shell";
+
+/// Name of the copy in the jail where the script's own cannot be had.
+const NAME: &str = "script";
+
+/// A script, read before anything is opened: what changes it meanwhile has no part in it, and a pipe is as good as a file.
+#[derive(Debug)]
+pub struct Script {
+    name: String,
+    content: Vec<u8>,
+}
+
+impl Script {
+    /// Reads the script at `path`, which the command line names by `--script`.
+    pub fn read(path: &Path) -> Result<Self> {
+        let refuse = |why: String| Error::bad_input(format!("--script is '{}': {why}", path.display()));
+        let mut content = Vec::new();
+        let file = std::fs::File::open(path).map_err(|e| refuse(e.to_string()))?;
+        file.take(LARGEST + 1).read_to_end(&mut content).map_err(|e| refuse(e.to_string()))?;
+        if content.len() as u64 > LARGEST {
+            return Err(refuse(format!("expected a script of at most {} MiB", LARGEST >> 20)));
+        }
+        if content.is_empty() {
+            return Err(refuse("it is empty".into()));
+        }
+        // The name that the person knows, in messages and in $0, unless it could not stand beside the jail's own program.
+        let is_plain = |name: &&str| name.bytes().all(is_portable) && !name.starts_with(['.', '-']) && *name != OWN;
+        let name = path.file_name().and_then(|name| name.to_str()).filter(is_plain).unwrap_or(NAME);
+        Ok(Self { name: name.to_owned(), content })
+    }
+
+    /// Writes it to `directory`, which is root's, and returns its name in the jail and the file, for a jail of this tier to copy.
+    pub fn put(&self, directory: &Path, tier: Tier) -> Result<(String, PathBuf)> {
+        if tier == Tier::Chroot {
+            return Err(Error::new("run --script in the image")
+                .because("nothing can be mounted in the tier 'chroot', and no file of this machine is shown there")
+                .advise("copy it into the image, and name it as the command"));
+        }
+        let file = directory.join(NAME);
+        std::fs::write(&file, &self.content).attempt(|| format!("write {}", file.display()))?;
+        Ok((self.name.clone(), file))
+    }
+
+    /// The command that runs it in the jail: itself, or the image's sh if it has no interpreter line.
+    pub fn command(&self) -> Vec<OsString> {
+        let path = Path::new("/").join(PROGRAMS).join(&self.name).into_os_string();
+        let is_program = [&b"#!"[..], b"\x7fELF"].iter().any(|begin| self.content.starts_with(begin));
+        if is_program { vec![path] } else { vec!["sh".into(), path] }
+    }
+}
+
+fn is_portable(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"._-".contains(&byte)
+}

@@ -1,0 +1,164 @@
+//! `ims-sshd customize` without anybody at a terminal: a script of this machine or a command runs in the image, which is published in the
+//! same line.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use crate::customize::nothing_stays;
+use crate::job::*;
+use crate::support::*;
+
+fn customize(dir: &Path, source: &str, end: &[&str]) -> Output {
+    let mut command = ims_sshd(&["customize", source, "--output", "out", "--work", "work"], &[]);
+    command.args(["--kernel", "vmlinuz", "--initrd", "initrd"]).args(end).current_dir(dir);
+    command.output().unwrap()
+}
+
+/// A script of this machine, without an execute bit.
+fn script(dir: &Path, name: &str, lines: &str) -> String {
+    std::fs::write(dir.join(name), lines).unwrap();
+    format!("./{name}")
+}
+
+#[test]
+fn a_script_of_this_machine_runs_in_the_image_and_not_on_this_machine() {
+    let dir = folder();
+    let squashfs = squashfs_of(&image(dir.path())).display().to_string();
+    let marker = dir.path().join("marker");
+    let lines = format!("echo \"$0\" \"$SITE\" $(id -u); : > /etc/scripted; ! touch {}\n", marker.display());
+    // With an interpreter of the image, with one that wants an argument, and without a line that names any.
+    for (name, first) in [("install.sh", "#!/bin/sh\n"), ("with-e", "#! /bin/sh -e\n"), ("no line", "")] {
+        let file = script(dir.path(), name, &format!("{first}{lines}"));
+        let output = customize(dir.path(), &squashfs, &["--script", &file, "--env", "SITE=a b"]);
+        assert_eq!(output.status.code(), Some(0), "{name}: {output:?}");
+        let shown = if name.contains(' ') { "script" } else { name };
+        let said = text(&output.stdout);
+        assert!(said.starts_with(&format!("/run/.ims-sshd/{shown} a b 0\n")), "{said}");
+        assert!(!marker.exists() && !Path::new("/etc/scripted").exists(), "it ran on this machine");
+        let files = published(dir.path());
+        assert!(files.contains("etc/scripted") && !files.contains("ims-sshd"), "{files}");
+        nothing_stays(dir.path());
+        std::fs::remove_dir_all(dir.path().join("out")).unwrap();
+    }
+}
+
+#[test]
+fn a_script_that_cannot_be_read_or_run_is_told_by_the_options_name() {
+    let dir = folder();
+    let squashfs = squashfs_of(&image(dir.path())).display().to_string();
+    std::fs::write(dir.path().join("empty"), "").unwrap();
+    for (option, file, why) in [
+        ("--script", "./missing", "No such file"),
+        ("--script", ".", "Is a directory"),
+        ("--script", "/dev/zero", "at most 64 MiB"),
+        ("--script", "./empty", "it is empty"),
+        ("--host-script", "./missing", "No such file"),
+        ("--host-script", ".", "expected a regular file"),
+    ] {
+        let output = customize(dir.path(), &squashfs, &[option, file]);
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{option} {file}: {said}");
+        assert!(said.contains(&format!("{option} is '{file}': ")) && said.contains(why), "{option} {file}: {said}");
+        assert!(!dir.path().join("work").exists(), "refused before anything was made");
+    }
+    let nonesuch = script(dir.path(), "nonesuch", "#!/bin/nonesuch\n");
+    let output = customize(dir.path(), &squashfs, &["--script", &nonesuch]);
+    assert_eq!(output.status.code(), Some(127), "{output:?}");
+    assert!(!dir.path().join("out").exists());
+    let mut chrooted = ims_sshd(&["customize", &squashfs, "--output", "out", "--work", "work"], &[]);
+    let output = chrooted.args(["--script", "./nonesuch"]).env("IMS_JAIL_TIER", "chroot").current_dir(dir.path());
+    assert!(text(output.output().unwrap().stderr).contains("cannot run --script in the image: "));
+}
+
+#[test]
+fn a_command_publishes_the_image_if_it_succeeds_and_else_ends_with_its_exit_code() {
+    let dir = folder();
+    let squashfs = squashfs_of(&image(dir.path())).display().to_string();
+    let failed = customize(dir.path(), &squashfs, &["--", "sh", "-c", "touch /etc/first; exit 9"]);
+    assert_eq!(failed.status.code(), Some(9), "{failed:?}");
+    assert!(text(&failed.stderr).contains("the same command goes on with it"), "{failed:?}");
+    assert!(!dir.path().join("out").exists());
+    let killed = customize(dir.path(), &squashfs, &["sh", "-c", "kill -KILL $$"]);
+    assert!(!killed.status.success() && !dir.path().join("out").exists(), "{killed:?}");
+    // Options behind the command's name are the command's.
+    let output = customize(dir.path(), &squashfs, &["touch", "--yes", "/etc/second"]);
+    assert!(!output.status.success(), "touch has no --yes: {output:?}");
+    let output = customize(dir.path(), &squashfs, &["cp", "-p", "/etc/first", "/etc/second"]);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert_eq!(report(&output)["result"], "success");
+    let files = published(dir.path());
+    assert!(files.contains("etc/first") && files.contains("etc/second"), "{files}");
+    nothing_stays(dir.path());
+}
+
+#[test]
+fn options_without_effect_and_values_that_are_none_are_refused_as_they_were_typed() {
+    let dir = folder();
+    let tree = image(dir.path()).display().to_string();
+    let squashfs = squashfs_of(Path::new(&tree)).display().to_string();
+    let output = ["--output", "out"];
+    for (arguments, wanted) in [
+        (&["customize", &squashfs][..], "--output is missing"),
+        (&["customize", &squashfs], "ims-sshd customize"),
+        (&["customize", "./missing"], "SOURCE is './missing': No such file"),
+        (&["customize", &tree, "--name", "compute"], "--output <STORE>"),
+        (&["enter", &tree, "--exclude", "boot", "true"], "--output <STORE>"),
+        (&["enter", &squashfs, "--changes", "changes.json", "true"], "--output <STORE>"),
+        (&["customize", &squashfs, output[0], output[1], "--port", "22", "true"], "--port <PORT>"),
+        (&["customize", &squashfs, output[0], output[1], "--script", "x", "--plain"], "--plain"),
+        (&["customize", &squashfs, output[0], output[1], "--script", "x", "true"], "--script <FILE>"),
+        (&["enter", &squashfs, output[0], output[1], "--compression", "lz4"], "'lz4' for '--compression"),
+        (&["package", "--kernel", "../vmlinuz"], "'../vmlinuz' for '--kernel"),
+        (&["upload", "--initrd", "a/b"], "'a/b' for '--initrd"),
+        (&["upload", "--ims-url", "ims"], "'ims' for '--ims-url"),
+        (&["prepare", "--sha256", "no", &squashfs], "'no' for '--sha256"),
+        (&["package", "--exclude", "boot/../etc"], "without '..'"),
+        (&["package", "--exclude", "/"], "below the image root"),
+        (&["package", "--exclude", "... ."], "below the image root"),
+        (&["enter", &tree, "--env", "PATH=/x", "true"], "PATH is set by the login"),
+        (&["enter", &tree, "--env", "a-b=c", "true"], "letters, digits"),
+        (&["enter", &tree, "--env", "NOT_SET_HERE", "true"], "that is set"),
+        (&["enter", &tree, "--env", "A=b\nc", "true"], "without control characters"),
+    ] {
+        let refused = ims_sshd(arguments, &[]).current_dir(dir.path()).output().unwrap();
+        let said = text(&refused.stderr);
+        assert_eq!(refused.status.code(), Some(2), "{arguments:?}: {said}");
+        assert!(said.contains(wanted), "{arguments:?}: {said}");
+    }
+    let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left.len(), 2, "nothing was made: {left:?}");
+}
+
+#[test]
+fn paths_on_the_command_line_may_be_relative() {
+    let dir = folder();
+    squashfs_of(&image(dir.path()));
+    for step in [
+        &["prepare", "work", "./tree.sqsh"][..],
+        &["package", "--kernel", "vmlinuz", "--initrd", "initrd", "work"],
+        &["upload", "--kernel", "vmlinuz", "--initrd", "initrd", "--store", "out", "work"],
+    ] {
+        succeed(ims_sshd(step, &[]).current_dir(dir.path()));
+    }
+    assert!(published(dir.path()).contains("bin/busybox"));
+}
+
+#[test]
+fn the_help_names_the_defaults_that_count() {
+    let help = |command| text(ims_sshd(&[command, "--help"], &[]).output().unwrap().stdout);
+    for command in ["customize", "enter", "package", "upload"] {
+        assert_eq!(help(command).matches("[default: auto]").count(), 2, "{command}");
+    }
+    let sidecar = help("sidecar");
+    assert!(sidecar.contains("[default: vmlinuz]") && sidecar.contains("[default: initrd]"), "{sidecar}");
+    let scripts = help("customize");
+    assert!(scripts.contains("not in the image"), "{scripts}");
+}
+
+/// Paths of the one image in the store `out` of `dir`.
+pub fn published(dir: &Path) -> String {
+    let all = std::fs::read_dir(dir.join("out")).unwrap().map(|e| e.unwrap().path());
+    let images: Vec<_> = all.filter(|image| image.is_dir()).collect();
+    assert_eq!(images.len(), 1, "{images:?}");
+    succeed(Command::new("unsquashfs").arg("-l").arg(images[0].join("rootfs")))
+}
