@@ -18,13 +18,8 @@ use crate::error::{Attempt, Error, Result};
 use crate::jail::binds::Bind;
 use crate::jail::link::Message;
 use crate::jail::tier::Tier;
-<<<<<<< HEAD
 use crate::lifecycle::open_jail::{self, OpenJail, TIME_TO_LET_GO, Wanted};
-use crate::lifecycle::settings::jail_tier;
-=======
-use crate::lifecycle::open_jail::{self, OpenJail, Wanted};
 use crate::lifecycle::settings::of_jail;
->>>>>>> aeb07ac (customize: run --script and commands in the image, unattended)
 use crate::lifecycle::state::StateFolder;
 use crate::lifecycle::{environment, foreign, processes, tier};
 use crate::local;

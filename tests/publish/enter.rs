@@ -11,7 +11,10 @@ use crate::unattended::published;
 
 /// `ims-sshd enter SOURCE` with a work directory in `dir`, a command of the image's shell, and the test image's boot files.
 fn enter(dir: &Path, source: &str, options: &[&str], command: &str) -> Output {
-    let mut enter = ims_sshd(&["enter", source, "--kernel", "vmlinuz", "--initrd", "initrd"], &[]);
+    let mut enter = ims_sshd(&["enter", source], &[]);
+    if options.contains(&"--output") {
+        enter.args(["--kernel", "vmlinuz", "--initrd", "initrd"]);
+    }
     enter.arg("--work").arg(dir.join("work")).args(options).args(["--", "sh", "-c", command]).current_dir(dir);
     enter.output().unwrap()
 }
