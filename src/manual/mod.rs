@@ -198,7 +198,7 @@ fn write_page(command: &Command, page: &Page, into: &Path) -> io::Result<()> {
 
 fn environment(roff: &mut Roff, page: &Page) {
     roff.control("SH", ["ENVIRONMENT"]);
-    let names = page.variables.iter().copied().flatten().copied().chain(["LOG_LEVEL"]);
+    let names = page.variables.iter().copied().flatten().copied().chain(["LOG_FORMAT", "LOG_LEVEL"]);
     for row in names.filter_map(|name| VARIABLES.lines().find(|row| row.starts_with(&format!("| `{name}` |")))) {
         let mut cells = row.trim_matches('|').split(" | ").map(str::trim);
         let (name, format, default) =
