@@ -13,6 +13,7 @@ use crate::lifecycle::state::StateFolder;
 use crate::lifecycle::{self, environment, supervisor};
 use crate::local;
 use crate::local::job::{Fate, Job};
+use crate::publish::work;
 use crate::sys::mounts::{self, Detached};
 use crate::sys::tree::Tree;
 use crate::verdict::Verdict;
@@ -177,6 +178,7 @@ fn make_key(run: &Path, name: &str) -> Result<PathBuf> {
     for old in [file.clone(), file.with_extension("pub")] {
         let _ = std::fs::remove_file(old);
     }
+    work::installed("ssh-keygen")?;
     let output = Command::new("ssh-keygen")
         .args(["-q", "-t", "ed25519", "-N", "", "-C", "ims-sshd customize", "-f"])
         .arg(&file)

@@ -23,7 +23,7 @@ use crate::publish::source::{self, Kind, Source};
 use crate::publish::store::Store;
 use crate::publish::unpack::Overlay;
 use crate::publish::upload::{Image, Publication};
-use crate::publish::work::{Work, without_query};
+use crate::publish::work::{self, Work, without_query};
 
 /// The command line's settings for the image.
 #[derive(Debug)]
@@ -78,6 +78,7 @@ impl Job {
         }
         let work = Work::begin(&settings.network)?;
         if publishes {
+            work::installed("mksquashfs")?;
             check_store(&work, &settings, &source)?;
         }
         let claim = if publishes { WorkDirectory::claim } else { WorkDirectory::claim_to_discard };

@@ -26,6 +26,25 @@ use crate::sys::signals::{Signals, hold_none};
 /// How often one looks whether a signal came, and how far a program is.
 const TICK: Duration = Duration::from_millis(200);
 
+/// Programs that not every machine has, and the packages that bring them, as Debian and Fedora name them.
+const PACKAGES: [(&str, &str); 3] = [
+    ("mksquashfs", "squashfs-tools"),
+    ("unsquashfs", "squashfs-tools"),
+    ("ssh-keygen", "openssh-client, or openssh-clients on Fedora"),
+];
+
+/// Refuses a machine that lacks the program, and names its package: at once, not when hours of work are to be packed.
+pub fn installed(program: &str) -> Result<()> {
+    // Without $PATH the C library looks in places of its own.
+    let Some(path) = std::env::var_os("PATH") else { return Ok(()) };
+    if std::env::split_paths(&path).any(|place| place.join(program).is_file()) {
+        return Ok(());
+    }
+    let package = PACKAGES.iter().find(|(name, _)| *name == program).map_or(program, |(_, package)| package);
+    let missing = Error::new(format!("run {program}")).because("it is not installed");
+    Err(missing.advise(format!("install the package {package}")))
+}
+
 /// No program that is asked something says more, in bytes.
 const MOST_SAID: u64 = 64 << 20;
 
@@ -152,6 +171,9 @@ impl Work {
         self.heed()?;
         let name = Path::new(command.get_program()).display().to_string();
         let attempted = || format!("run {name}");
+        if !name.contains('/') {
+            installed(&name)?;
+        }
         command.stdin(Stdio::null()).env("LC_ALL", "C");
         // What it says goes to files: a pipe would fill up while nobody reads it.
         let (out, err) = (temporary().attempt(attempted)?, temporary().attempt(attempted)?);

@@ -477,3 +477,28 @@ fn what_cannot_be_published_or_logged_into_is_refused_before_the_environment_ope
         assert_eq!((ended, ran), (Some(1), true), "{arguments:?}: {said}");
     }
 }
+
+#[test]
+fn a_program_that_is_not_installed_is_missed_before_anything_opens_and_named_with_its_package() {
+    let dir = folder();
+    let squashfs = squashfs_of(&image(dir.path()));
+    let path = dir.path().join("bin");
+    std::fs::create_dir(&path).unwrap();
+    for (missing, package) in [("mksquashfs", "squashfs-tools"), ("ssh-keygen", "openssh-client")] {
+        for name in ["mksquashfs", "ssh-keygen", "mount"] {
+            let link = path.join(name);
+            let _ = std::fs::remove_file(&link);
+            if name != missing {
+                let found = succeed(Command::new("sh").args(["-c", &format!("command -v {name}")]));
+                std::os::unix::fs::symlink(found.trim(), &link).unwrap();
+            }
+        }
+        let only = [("PATH", path.display().to_string())];
+        let output = customize(dir.path(), squashfs.to_str().unwrap(), "out", "complete", &only);
+        let said = String::from_utf8_lossy(&output.stderr);
+        let message = format!("cannot run {missing}: it is not installed; install the package {package}");
+        assert!(said.contains(&message) && !said.contains("is open"), "{said}");
+        assert!(dir.path().join("work").exists() == (missing == "ssh-keygen"), "{said}");
+    }
+    nothing_stays(dir.path());
+}
