@@ -5,9 +5,11 @@
 //! moved back if nobody has touched that file.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FileType, Mode, Stat};
+use rustix::fs::{FileType, FlockOperation, Mode, Stat};
+use rustix::io::Errno;
 use sha2::Digest;
 
 use crate::error::{Advise, Attempt, Result};
@@ -90,13 +92,17 @@ pub struct Lent {
     etc: Tree,
     place: Tree,
     name: &'static str,
+    /// Locked as long as this value lives (flock(2)): another program that enters the same image root takes nothing back.
+    _lock: OwnedFd,
 }
 
 impl Lender {
-    /// Puts `text` in the place of the image's own.
+    /// Puts `text` in the place of the image's own. [`io::ErrorKind::ResourceBusy`] where a lender of this name has done so and lives.
     pub fn lend(&self, image_root: &Tree, text: &[u8]) -> io::Result<Lent> {
         let etc = image_root.folder("etc")?;
-        let lent = Lent { place: self.make_directory(image_root)?, etc, name: self.0 };
+        let place = self.make_directory(image_root)?;
+        let lock = lock(&place.folder_without_links(self.0)?)?;
+        let lent = Lent { etc, place, name: self.0, _lock: lock };
         lent.put(text).inspect_err(|_| drop(lent.take_back()))?;
         Ok(lent)
     }
@@ -109,27 +115,40 @@ impl Lender {
                 .keeping_times(|| rustix::fs::mkdirat(&place, self.0, Mode::from_raw_mode(0o700)).map_err(Into::into));
             match made {
                 Ok(()) => return Ok(place),
+                // The one of a lender that was killed has been taken back before.
+                Err(_) if place.folder_without_links(self.0).is_ok() => return Err(io::ErrorKind::ResourceBusy.into()),
                 Err(e) => last = e,
             }
         }
         Err(last)
     }
 
-    /// Puts the image's own back where an earlier lender of this name was killed. Returns nothing if there was none, else whether what was
-    /// lent has been changed.
+    /// Puts the image's own back where an earlier lender of this name was killed. Returns nothing if there was none, or if it lives, else
+    /// whether what was lent has been changed.
     pub fn take_back(&self, image_root: &Tree) -> Result<Option<bool>> {
         for place in places(image_root) {
-            if place.folder_without_links(self.0).is_err() {
-                continue;
-            }
+            let Ok(aside) = place.folder_without_links(self.0) else { continue };
+            let lock = match lock(&aside) {
+                Err(e) if e.kind() == io::ErrorKind::ResourceBusy => return Ok(None),
+                other => other.attempt(|| "lock what was put aside of the image's /etc/resolv.conf")?,
+            };
             let etc = match image_root.folder("etc") {
                 Ok(etc) => etc,
                 // A session has removed it, with all that it held.
                 Err(_) => place.folder(self.0).attempt(|| "open what was put aside")?,
             };
-            return Lent { etc, place, name: self.0 }.take_back().map(Some);
+            return Lent { etc, place, name: self.0, _lock: lock }.take_back().map(Some);
         }
         Ok(None)
+    }
+}
+
+/// Locks a lender's directory. [`io::ErrorKind::ResourceBusy`] if another process has. Where the file system has no locks (NFS), nobody has.
+fn lock(aside: &Tree) -> io::Result<OwnedFd> {
+    let directory = aside.reopen()?;
+    match rustix::fs::flock(&directory, FlockOperation::NonBlockingLockExclusive) {
+        Err(Errno::WOULDBLOCK) => Err(io::ErrorKind::ResourceBusy.into()),
+        _ => Ok(directory),
     }
 }
 
@@ -155,7 +174,7 @@ impl Lent {
     pub fn take_back(&self) -> Result<bool> {
         let put_back = || -> io::Result<bool> {
             let aside = match self.directory() {
-                // Another program that entered the same image root, as a customization script does, has put it back already.
+                // Somebody has removed it.
                 Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false),
                 directory => directory?,
             };
@@ -429,6 +448,18 @@ mod tests {
         assert_eq!(image.text(), "pod's");
         assert_eq!(SIDECAR.take_back(&image.tree).unwrap(), Some(false));
         assert_eq!(image.state(), before);
+    }
+
+    #[test]
+    fn what_a_lender_that_lives_has_lent_stays() {
+        let image = Image::new();
+        image.write("image's");
+        let lent = image.lend("container's");
+        assert_eq!(ENVIRONMENT.take_back(&image.tree).unwrap(), None);
+        assert_eq!(ENVIRONMENT.lend(&image.tree, b"other").unwrap_err().kind(), io::ErrorKind::ResourceBusy);
+        assert_eq!(image.text(), "container's");
+        assert!(!lent.take_back().unwrap());
+        assert_eq!(image.text(), "image's");
     }
 
     #[test]

@@ -282,6 +282,8 @@ pub fn clear_image_root(image_root: &Tree, note_folder: &Tree) -> Result<bool> {
 /// Puts the container's resolv.conf into the image. One that cannot be written to is entered all the same.
 fn lend(image_root: &Tree, text: &[u8]) -> Result<Option<Lent>> {
     match ENVIRONMENT.lend(image_root, text) {
+        // Another program has entered this image root: names are resolved as there.
+        Err(e) if e.kind() == ErrorKind::ResourceBusy => Ok(None),
         Err(e)
             if matches!(
                 e.kind(),

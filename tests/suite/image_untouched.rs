@@ -8,13 +8,23 @@ use crate::support::*;
 
 #[test]
 fn an_image_root_that_is_entered_beside_an_open_environment_is_not_failed_by_it() {
-    let mut environment = Environment::open(Image::Busybox, Mode::Jailed);
-    let mut enter = Command::new(IMS_SSHD);
-    enter.arg("enter").arg(&environment.image_root).args(["--", "true"]).stdin(std::process::Stdio::null());
-    succeed(&mut enter);
+    let volume = Volume::new(Image::Busybox);
+    std::fs::write(volume.image_root.join("etc/resolv.conf"), "nameserver 192.0.2.1\n").unwrap();
+    let mut environment = volume.start(Mode::Jailed).ready();
+    let container = std::fs::read_to_string("/etc/resolv.conf").unwrap();
+    for _ in 0..2 {
+        let mut enter = Command::new(IMS_SSHD);
+        enter.arg("enter").arg(&environment.image_root).args(["--", "cat", "/etc/resolv.conf"]);
+        assert_eq!(succeed(enter.stdin(std::process::Stdio::null())), container);
+        assert_eq!(environment.says("cat /etc/resolv.conf"), container.trim_end(), "what was lent to sessions stays");
+    }
     environment.touch("complete");
     assert_eq!(environment.end(), 0, "{}", environment.log_text());
     assert!(!environment.signal("failed").exists(), "{}", environment.log_text());
+    assert_eq!(
+        std::fs::read_to_string(environment.image_root.join("etc/resolv.conf")).unwrap(),
+        "nameserver 192.0.2.1\n"
+    );
 }
 
 #[test]
