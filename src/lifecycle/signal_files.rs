@@ -1,13 +1,13 @@
 //! Signal files: what one container of the pod tells another, by creating a file in the image root's parent.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use notify::{RecursiveMode, Watcher};
 use rustix::event::EventfdFlags;
-use rustix::fs::{FlockOperation, Stat};
+use rustix::fs::{FlockOperation, Mode, OFlags, Stat};
 
 use crate::error::{Advise, Attempt, Error, Result};
 use crate::sys::tree::{Tree, kind_of};
@@ -27,6 +27,9 @@ pub const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// Empty files that can become signal files by a rename: the verdict in the parent and in the image, and `exiting`.
 const RESERVED: [&str; 3] = [".ims-sshd.reserve-1", ".ims-sshd.reserve-2", ".ims-sshd.reserve-3"];
+
+/// File that is locked as long as an environment is open on a parent that others than root can read.
+const CLAIM: &str = ".ims-sshd.claim";
 
 /// The image root's parent, open: signal files are made and looked for by descriptor, and never through a link.
 pub struct SignalFiles {
@@ -61,26 +64,70 @@ impl SignalFiles {
     /// Claims the parent for this environment, as long as this value lives.
     pub fn claim(&mut self) -> Result<()> {
         let attempted = || format!("claim {}", self.path.display());
-        let folder = self.parent.reopen().attempt(attempted)?;
         // More than one try: `status` looks by sharing the lock for a moment, which is no claim, however long the machine makes of it.
         let began = Instant::now();
         while began.elapsed() < Duration::from_secs(10) {
-            match rustix::fs::flock(&folder, FlockOperation::NonBlockingLockExclusive) {
+            let Some(lock) = self.lockable(true).attempt(attempted)? else { continue };
+            match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+                // It may have been the claim of one who has removed it since.
+                Ok(()) if !self.is_lockable(&lock) => continue,
                 Ok(()) => {
-                    self.lock = Some(folder);
+                    self.lock = Some(lock);
                     return Ok(());
                 }
                 Err(rustix::io::Errno::WOULDBLOCK) => {}
                 Err(e) => return Err(e).attempt(attempted),
             }
-            if rustix::fs::flock(&folder, FlockOperation::NonBlockingLockShared) == Err(rustix::io::Errno::WOULDBLOCK) {
+            if rustix::fs::flock(&lock, FlockOperation::NonBlockingLockShared) == Err(rustix::io::Errno::WOULDBLOCK) {
                 break;
             }
+            drop(lock);
             std::thread::sleep(Duration::from_millis(1));
         }
         Err(Error::new(attempted())
             .because("another build environment is open on it")
             .advise("wait for it to end, or end it with 'ims-sshd fail'"))
+    }
+
+    /// What is locked as a claim: the parent itself, where only root can open it, else a file in it of root's alone. Whoever can open a file
+    /// can lock it (flock(2)). Nothing if the file is missing and is not to be `made`, or is not root's.
+    fn lockable(&self, made: bool) -> io::Result<Option<OwnedFd>> {
+        let parent = rustix::fs::fstat(&self.parent)?;
+        if parent.st_mode & 0o044 == 0 {
+            return self.parent.reopen().map(Some);
+        }
+        let (make, mode) = if made { (OFlags::CREATE, 0o600) } else { (OFlags::empty(), 0) };
+        // Not for writing, which would keep the volume from being made read-only.
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | make;
+        let file = match self.parent.open_at(CLAIM, flags, Mode::from_raw_mode(mode)) {
+            Ok(file) => file,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            // A full volume, or one that cannot be written to: what comes next tells so.
+            Err(e)
+                if matches!(
+                    e.kind(),
+                    io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::ReadOnlyFilesystem
+                ) =>
+            {
+                return self.parent.reopen().map(Some);
+            }
+            Err(e) => return Err(e),
+        };
+        let found = rustix::fs::fstat(&file)?;
+        // Whoever made it may have it open.
+        let is_ours = found.st_uid == rustix::process::geteuid().as_raw() && found.st_mode & 0o077 == 0;
+        if !is_ours && made {
+            self.parent.remove(CLAIM)?;
+        }
+        Ok(is_ours.then_some(file))
+    }
+
+    /// Whether `lock` is what a claim locks, and has not been removed.
+    fn is_lockable(&self, lock: &OwnedFd) -> bool {
+        let identity = |file: BorrowedFd<'_>| rustix::fs::fstat(file).map(|found| (found.st_dev, found.st_ino)).ok();
+        let named = self.lockable(false).ok().flatten();
+        let places = [Some(self.parent.as_fd()), named.as_ref().map(AsFd::as_fd)];
+        places.into_iter().flatten().any(|place| identity(place) == identity(lock.as_fd()))
     }
 
     /// A descriptor that keeps the claim beyond this value's life.
@@ -90,8 +137,8 @@ impl SignalFiles {
 
     /// Whether another process has claimed the parent.
     pub fn is_claimed(&self) -> bool {
-        let Ok(folder) = self.parent.reopen() else { return false };
-        rustix::fs::flock(folder, FlockOperation::NonBlockingLockShared) == Err(rustix::io::Errno::WOULDBLOCK)
+        let Ok(Some(lock)) = self.lockable(false) else { return false };
+        rustix::fs::flock(lock, FlockOperation::NonBlockingLockShared) == Err(rustix::io::Errno::WOULDBLOCK)
     }
 
     /// Whether the signal file `name` stands there. Only a regular file is one; what else has the name is an error.
@@ -191,6 +238,15 @@ impl SignalFiles {
     }
 }
 
+impl Drop for SignalFiles {
+    fn drop(&mut self) {
+        // Under the lock: who has opened it meanwhile finds that it is gone.
+        if self.lock.is_some() {
+            let _ = self.parent.remove(CLAIM);
+        }
+    }
+}
+
 /// Warns, once, that one looks at intervals.
 pub fn tell_no_watch() {
     static TOLD: std::sync::Once = std::sync::Once::new();
@@ -255,6 +311,7 @@ impl AsFd for Watch {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::PermissionsExt;
 
     fn parent() -> (tempfile::TempDir, SignalFiles) {
         let dir = tempfile::tempdir().unwrap();
@@ -296,6 +353,33 @@ mod tests {
         let began = Instant::now();
         while let Err(error) = second.claim() {
             assert!(began.elapsed() < Duration::from_secs(5), "{error}");
+        }
+    }
+
+    #[test]
+    fn no_other_user_can_lock_a_parent_that_he_can_read() {
+        for mode in [0o755, 0o1777, 0o700] {
+            let (dir, mut files) = parent();
+            std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(mode)).unwrap();
+            let theirs = dir.path().join(CLAIM);
+            if mode == 0o1777 {
+                std::fs::write(&theirs, "").unwrap();
+                std::os::unix::fs::chown(&theirs, Some(1000), None).unwrap();
+            }
+            // As any user: 'flock -x DIR' and, where he may make files, one of that name.
+            let directory = (mode != 0o700).then(|| std::fs::File::open(dir.path()).unwrap());
+            let file = std::fs::File::open(&theirs).ok();
+            for held in directory.iter().chain(&file) {
+                rustix::fs::flock(held, FlockOperation::NonBlockingLockExclusive).unwrap();
+            }
+            files.claim().unwrap_or_else(|e| panic!("{mode:o}: {e}"));
+            let mut second = SignalFiles::open(dir.path()).unwrap().unwrap();
+            assert!(second.is_claimed() && second.claim().is_err(), "{mode:o}");
+            if mode != 0o700 {
+                assert_eq!(std::fs::metadata(&theirs).unwrap().permissions().mode() & 0o777, 0o600);
+            }
+            drop(files);
+            assert!(!theirs.exists());
         }
     }
 
