@@ -32,7 +32,7 @@ use crate::sys::poll;
 use crate::sys::process::{Exec, Fork, close_on_exec_from, exit_now, fork};
 use crate::sys::signals::Signals;
 use crate::sys::tree::Tree;
-use crate::verdict::Verdict;
+use crate::verdict::{Verdict, is_mark};
 
 /// Makes the jail and stays as its first process. `supervisor` is this program's end of the [`Link`].
 ///
@@ -206,8 +206,8 @@ fn watch_over(link: &Link, inside: Inside) -> u8 {
     let mut told = Vec::new();
     let mut tell_marks = || {
         for verdict in Verdict::ALL {
-            let marked = rustix::fs::lstat(Path::new("/tmp").join(verdict.signal_file())).is_ok();
-            if marked && !told.contains(&verdict) {
+            let found = rustix::fs::lstat(Path::new("/tmp").join(verdict.signal_file()));
+            if found.is_ok_and(|found| is_mark(&found)) && !told.contains(&verdict) {
                 link.send(&Message::Marked(verdict))?;
                 told.push(verdict);
             }

@@ -45,8 +45,11 @@ const MOST_RULES: usize = 1 << 20;
 const LARGEST_ACCOUNTS: u64 = 1 << 20;
 
 /// Names below /run by which programs tell what runs: systemd as init (sd_booted(3)), or podman's or buildah's container around it. In an image
-/// they are left over, and no boot makes them. The last ones are ours.
-const LEFT_OUT: [&str; 3] = ["systemd/system", ".containerenv", ".ims-sshd"];
+/// they are left over, and no boot makes them.
+const LEFT_OUT: [&str; 2] = ["systemd/system", ".containerenv"];
+
+/// Names that begin with this are the jail's own.
+const OURS: &[u8] = b".ims-sshd";
 
 /// Entries for the jail's /run, in the order in which they are made: the first of two entries with one name counts.
 pub fn of_boot(image_root: &Tree) -> Vec<Entry> {
@@ -57,7 +60,7 @@ pub fn of_boot(image_root: &Tree) -> Vec<Entry> {
     // sshd refuses to check a configuration without it. On a node its service makes it.
     let sshd = ["usr/sbin/sshd", "usr/bin/sshd"].into_iter().any(|path| matches!(image_root.look(path), Ok(Some(_))));
     entries.extend(sshd.then(|| directory("sshd", 0o755)));
-    entries.retain(|entry| !LEFT_OUT.iter().any(|left_out| entry.path.starts_with(left_out)));
+    entries.retain(|entry| !LEFT_OUT.iter().any(|left_out| entry.path.starts_with(left_out)) && !entry.is_ours());
     entries.truncate(MOST_ENTRIES);
     entries
 }
@@ -71,6 +74,11 @@ pub fn make(run: &Tree, entries: &[Entry]) {
 }
 
 impl Entry {
+    /// Whether it lies where the jail itself makes something.
+    fn is_ours(&self) -> bool {
+        self.path.as_os_str().as_bytes().starts_with(OURS)
+    }
+
     fn make(&self, run: &Tree) -> io::Result<()> {
         let above = self.path.parent().unwrap_or(Path::new(""));
         run.make_folders(above)?;
@@ -258,6 +266,9 @@ mod tests {
         std::fs::write(at("usr/lib/tmpfiles.d/a.conf"), "d /run/munge 0711 munge munge\nd /run/up/outside 0755\n")
             .unwrap();
         std::fs::write(at("usr/lib/tmpfiles.d/b.conf"), "d /run/masked 0755\n").unwrap();
+        std::fs::write(at("usr/lib/tmpfiles.d/c.conf"), "L /run/.ims-sshd.root - - - - /\nd /run/.ims-sshd/x 0755\n")
+            .unwrap();
+        symlink("/", at("run/.ims-sshd.other")).unwrap();
         symlink("/dev/null", at("etc/tmpfiles.d/b.conf")).unwrap();
         std::fs::write(at("usr/sbin/sshd"), "").unwrap();
         let entries = of_boot(&Tree::open(dir.path()).unwrap());
@@ -274,7 +285,17 @@ mod tests {
             (about("lock"), about("user"), about("sshd")),
             (Some((0o1777, 0, 0)), Some((0o755, 0, 0)), Some((0o755, 0, 0)))
         );
-        for absent in ["systemd/system", ".containerenv", "large", "fifo", "masked", "0/1/2/3/4/5/6/7/8"] {
+        for absent in [
+            ".ims-sshd.root",
+            ".ims-sshd",
+            ".ims-sshd.other",
+            "systemd/system",
+            ".containerenv",
+            "large",
+            "fifo",
+            "masked",
+            "0/1/2/3/4/5/6/7/8",
+        ] {
             assert_eq!(about(absent), None, "{absent}");
         }
         let beside: Vec<_> =

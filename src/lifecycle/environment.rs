@@ -22,7 +22,7 @@ use crate::sshd::effective::{Effective, Question};
 use crate::sshd::login_shell::LoginShell;
 use crate::sshd::sftp_server;
 use crate::sys::tree::{Tree, kind_of};
-use crate::verdict::Verdict;
+use crate::verdict::{Verdict, is_mark};
 
 /// What does not depend on the image, and is done while one waits for it.
 pub struct Groundwork {
@@ -85,31 +85,42 @@ pub fn open_image_root(files: &SignalFiles, name: &str) -> Result<Tree> {
 /// Removes marks that came with the image: a job must not end before it began.
 pub fn remove_old_marks(image_root: &Tree) -> Result<()> {
     for verdict in Verdict::ALL {
-        let name = Path::new("tmp").join(verdict.signal_file());
-        if image_root.remove(&name).attempt(|| format!("remove /{} of the image", name.display()))? {
-            tracing::info!("removed /{}, which came with the image", name.display());
+        if take_mark(image_root, verdict)? {
+            tracing::info!("removed /tmp/{}, which came with the image", verdict.signal_file());
         }
     }
     Ok(())
 }
 
-/// Whether `failed` stands in the parent or, for a jailed job, in the image's /tmp. What cannot be looked at counts as failed: nothing
-/// of which one does not know is packed.
-pub fn is_marked_failed(files: &SignalFiles, image_root: Option<&Tree>) -> bool {
+/// Removes the mark from the image's /tmp. Returns whether it stood there. What is no regular file is no mark, and stays.
+pub fn take_mark(image_root: &Tree, verdict: Verdict) -> Result<bool> {
+    let name = Path::new("tmp").join(verdict.signal_file());
+    let attempted = || format!("remove /{} of the image", name.display());
+    if !image_root.look(&name).attempt(attempted)?.is_some_and(|found| is_mark(&found)) {
+        return Ok(false);
+    }
+    image_root.remove(&name).attempt(attempted)
+}
+
+/// Whether `failed` stands in the parent or, for a jailed job, in the image's /tmp. An error if that cannot be looked at: nothing of which one
+/// does not know is packed.
+pub fn is_marked_failed(files: &SignalFiles, image_root: Option<&Tree>) -> Result<bool> {
     let name = Verdict::Failed.signal_file();
-    let in_image = |root: &Tree| !matches!(root.look(Path::new("tmp").join(name)), Ok(None));
-    files.stands(name).unwrap_or(true) || image_root.is_some_and(in_image)
+    let in_image = |root: &Tree| {
+        let found = root.look(Path::new("tmp").join(name)).attempt(|| format!("look for /tmp/{name} in the image"))?;
+        Ok(found.is_some_and(|found| is_mark(&found)))
+    };
+    Ok(files.stands(name)? || image_root.map_or(Ok(false), in_image)?)
 }
 
 /// Makes the image's own mark as a sidecar expects it after a jailed job: a failure stands in its /tmp too, a success leaves
 /// nothing there.
 pub fn mark_in_image(files: &SignalFiles, image_root: &Tree, verdict: Verdict) -> Result<()> {
-    let complete = Path::new("tmp").join(Verdict::Complete.signal_file());
     let failed = Path::new("tmp").join(Verdict::Failed.signal_file());
     if verdict == Verdict::Failed {
         files.create(image_root, &failed).attempt(|| "create /tmp/failed in the image")?;
     }
-    image_root.remove(&complete).attempt(|| "remove /tmp/complete of the image").map(|_| ())
+    take_mark(image_root, Verdict::Complete).map(|_| ())
 }
 
 /// Writes the settings into sshd's configuration and has sshd itself say what they come to. With a jail, refuses a configuration that
@@ -255,17 +266,21 @@ mod tests {
         let root = dir.path().join("image-root");
         std::fs::create_dir(&root).unwrap();
         let tree = open_image_root(&files, "image-root").unwrap();
-        assert!(!is_marked_failed(&files, Some(&tree)), "without a /tmp");
+        let is_marked = |tree: Option<&Tree>| is_marked_failed(&files, tree);
+        assert!(!is_marked(Some(&tree)).unwrap(), "without a /tmp");
         std::os::unix::fs::symlink("tmp", root.join("tmp")).unwrap();
-        assert!(is_marked_failed(&files, Some(&tree)), "a link to itself");
-        assert!(!is_marked_failed(&files, None));
+        let told = is_marked(Some(&tree)).unwrap_err().to_string();
+        assert!(told.contains("look for /tmp/failed in the image: Too many levels"), "{told}");
+        assert!(!is_marked(None).unwrap());
         std::fs::remove_file(root.join("tmp")).unwrap();
-        std::fs::create_dir(root.join("tmp")).unwrap();
-        assert!(!is_marked_failed(&files, Some(&tree)));
+        std::fs::create_dir_all(root.join("tmp/failed")).unwrap();
+        assert!(!is_marked(Some(&tree)).unwrap(), "a directory is no mark");
+        assert!(!take_mark(&tree, Verdict::Failed).unwrap() && root.join("tmp/failed").exists());
+        std::fs::remove_dir(root.join("tmp/failed")).unwrap();
         std::fs::write(root.join("tmp/failed"), "").unwrap();
-        assert!(is_marked_failed(&files, Some(&tree)));
-        std::fs::remove_file(root.join("tmp/failed")).unwrap();
+        assert!(is_marked(Some(&tree)).unwrap());
+        assert!(take_mark(&tree, Verdict::Failed).unwrap());
         std::fs::write(dir.path().join("failed"), "").unwrap();
-        assert!(is_marked_failed(&files, None));
+        assert!(is_marked(None).unwrap());
     }
 }

@@ -8,7 +8,7 @@
 //!                                                                                  Done ◄── Announcing ◄──recorded── Recording ⟲ failed
 //! ```
 //!
-//! The machine alone decides the verdict, and hears of every mark until the verdict is recorded: what it says last is what the verdict
+//! The machine alone decides the verdict, and hears of every mark until 'exiting' stands: what it says last is what the verdict
 //! file, the mark in the image, the exit code and whoever publishes the image go by.
 
 use std::time::{Duration, Instant};
@@ -200,6 +200,11 @@ impl Machine {
                 self.judge(Verdict::Failed);
                 vec![]
             }
+            // As 'exiting' was created: whoever packs the image looks for the verdict after that.
+            (State::Announcing, Event::Marked(Verdict::Failed)) if self.verdict != Some(Verdict::Failed) => {
+                self.mark(Verdict::Failed);
+                vec![Action::Record(Verdict::Failed)]
+            }
             (State::Serving, Event::Stop(signal)) => {
                 self.stopped(signal);
                 self.close(GRACE_AFTER_SIGNAL)
@@ -315,6 +320,22 @@ mod tests {
         assert_eq!(machine.on(Event::Ready), [Action::Prepare]);
         assert_eq!(machine.on(Event::Listening), []);
         machine
+    }
+
+    #[test]
+    fn a_failed_mark_that_is_made_as_the_others_are_told_is_recorded_too() {
+        let mut machine = serving();
+        for event in [Event::Marked(Verdict::Complete), Event::Idle, Event::AllEnded, RELEASED] {
+            machine.on(event);
+        }
+        assert_eq!(machine.on(recorded(Verdict::Complete)), [Action::Announce]);
+        assert_eq!(machine.on(Event::Marked(Verdict::Failed)), [Action::Record(Verdict::Failed)]);
+        assert_eq!(machine.on(ANNOUNCED), []);
+        assert_eq!(machine.on(recorded(Verdict::Failed)), []);
+        assert_eq!(
+            (machine.state(), machine.verdict(), machine.is_given_up()),
+            (State::Done, Some(Verdict::Failed), true)
+        );
     }
 
     #[test]

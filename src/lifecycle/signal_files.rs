@@ -96,9 +96,9 @@ impl SignalFiles {
         if parent.st_mode & 0o044 == 0 {
             return self.parent.reopen().map(Some);
         }
-        let (make, mode) = if made { (OFlags::CREATE, 0o600) } else { (OFlags::empty(), 0) };
+        let (create, mode) = if made { (OFlags::CREATE, 0o600) } else { (OFlags::empty(), 0) };
         // Not for writing, which would keep the volume from being made read-only.
-        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | make;
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | create;
         let file = match self.parent.open_at(CLAIM, flags, Mode::from_raw_mode(mode)) {
             Ok(file) => file,
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -115,7 +115,7 @@ impl SignalFiles {
         };
         let found = rustix::fs::fstat(&file)?;
         // Whoever made it may have it open.
-        let is_ours = found.st_uid == rustix::process::geteuid().as_raw() && found.st_mode & 0o077 == 0;
+        let is_ours = found.st_uid == rustix::process::geteuid().as_raw() && found.st_mode & 0o066 == 0;
         if !is_ours && made {
             self.parent.remove(CLAIM)?;
         }

@@ -179,7 +179,7 @@ impl<F: FnOnce()> Supervisor<F> {
     }
 
     fn carry_out(&mut self, action: Action) -> Vec<Event> {
-        let closing = matches!(action, Action::EndProcesses | Action::Release | Action::Record(_));
+        let closing = matches!(action, Action::EndProcesses | Action::Release | Action::Record(_) | Action::Announce);
         let answer = match action {
             Action::Prepare => Some(self.prepare().unwrap_or_else(|e| broken(&e))),
             Action::Restart(part, wait) => {
@@ -222,7 +222,7 @@ impl<F: FnOnce()> Supervisor<F> {
             Action::Record(verdict) => Some(self.record(verdict)),
             Action::Announce => Some(Event::Announced { cleanly: self.announce() }),
         };
-        // A process may mark the image as it is ended, and another container at any time: until the verdict is recorded, it counts.
+        // A process may mark the image as it is ended, and another container at any time: until the others are told, it counts.
         let late = if closing { self.late_marks() } else { Vec::new() };
         late.into_iter().chain(answer).collect()
     }
@@ -530,9 +530,16 @@ impl<F: FnOnce()> Supervisor<F> {
         let mut marks = self.marks();
         let known = self.machine.verdict() == Some(Verdict::Failed) || marks.contains(&FAILED);
         let image_root = self.image_root.as_ref().filter(|_| self.settings.jailed);
-        if !known && self.files.as_ref().is_some_and(|files| environment::is_marked_failed(files, image_root)) {
-            tracing::info!("marked failed while closing");
-            marks.push(FAILED);
+        match self.files.as_ref().filter(|_| !known).map(|files| environment::is_marked_failed(files, image_root)) {
+            Some(Ok(true)) => {
+                tracing::info!("marked failed while closing");
+                marks.push(FAILED);
+            }
+            Some(Err(e)) if !marks.contains(&Event::Failed) => {
+                tracing::error!("{e}: taken as failed");
+                marks.push(Event::Failed);
+            }
+            _ => {}
         }
         marks
     }

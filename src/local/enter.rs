@@ -330,8 +330,7 @@ impl Session {
 fn take_marks(image_root: &Tree) -> Result<Option<Verdict>> {
     let mut found = None;
     for verdict in Verdict::ALL {
-        let name = Path::new("tmp").join(verdict.signal_file());
-        if image_root.remove(&name).attempt(|| format!("remove /{} of the image", name.display()))? {
+        if environment::take_mark(image_root, verdict)? {
             found = found.max(Some(verdict));
         }
     }

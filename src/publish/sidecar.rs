@@ -193,7 +193,11 @@ impl<'a> Sidecar<'a> {
     }
 
     fn is_marked_failed(&self, image_root: Option<&Tree>) -> bool {
-        environment::is_marked_failed(self.files, image_root.filter(|_| self.settings.jailed))
+        let marked = environment::is_marked_failed(self.files, image_root.filter(|_| self.settings.jailed));
+        marked.unwrap_or_else(|e| {
+            tracing::error!("{e}: taken as failed");
+            true
+        })
     }
 
     /// Ends the job as failed, and rolls back the publication that an earlier run has begun.

@@ -739,13 +739,47 @@ fn what_is_no_signal_file_hangs_nothing_and_is_no_success() {
 }
 
 #[test]
-fn an_odd_mark_in_the_jail_is_no_success_and_is_told_in_both_places() {
-    for kind in ["mkdir /tmp/complete", "mkdir -p /tmp/complete/full"] {
-        let mut environment = Environment::open(Image::Busybox, Mode::Jailed);
-        environment.says(kind);
-        failed_visibly(&mut environment, 1, &["remove /tmp/complete of the image"]);
-        assert!(environment.image_root.join("tmp/failed").exists(), "{kind}: {}", environment.log_text());
+fn what_is_no_regular_file_is_no_mark_in_the_jail_and_stays_there() {
+    let odd = [
+        "mkdir /tmp/complete /tmp/failed",
+        "mkdir -p /tmp/complete/full /tmp/failed/full",
+        "touch /tmp/other; ln -s other /tmp/complete; ln -s nothing /tmp/failed",
+    ];
+    for (number, make) in odd.into_iter().enumerate() {
+        let volume = Volume::new(Image::Busybox);
+        let made = |text: &str| {
+            succeed(Command::new("sh").args(["-c", &text.replace("/tmp", "tmp")]).current_dir(&volume.image_root))
+        };
+        made("mkdir -p /tmp");
+        if number == 0 {
+            // As it came with the image.
+            made(make);
+        }
+        let mut environment = volume.start(Mode::Jailed).ready();
+        if number > 0 {
+            environment.says(make);
+        }
+        // The init has looked, and looks again for what is one.
+        environment.says("touch /tmp/other2");
+        assert!(environment.entrypoint.try_wait().unwrap().is_none());
+        assert_eq!(environment.complete(), 0, "{make}: {}", environment.log_text());
+        assert!(environment.signal("complete").exists() && !environment.signal("failed").exists(), "{make}");
+        for name in ["complete", "failed"] {
+            assert!(environment.image_root.join("tmp").join(name).symlink_metadata().is_ok(), "{make}: {name}");
+        }
     }
+}
+
+#[test]
+fn a_tmp_that_cannot_be_looked_into_fails_the_image_with_one_clear_word() {
+    let mut environment = Environment::open(Image::Busybox, Mode::Jailed);
+    environment.says("rm -rf /tmp; ln -s tmp /tmp");
+    let code = environment.complete();
+    let log = environment.log_text();
+    assert!(environment.signal("failed").exists() && environment.signal("exiting").exists(), "{code}: {log}");
+    let word = "look for /tmp/failed in the image: Too many levels of symbolic links";
+    assert_eq!(log.matches(word).count(), 1, "{log}");
+    assert!(!log.contains("marked failed while closing"), "{log}");
 }
 
 #[test]
