@@ -96,10 +96,10 @@ impl SignalFiles {
         if parent.st_mode & 0o044 == 0 {
             return self.parent.reopen().map(Some);
         }
-        let (create, mode) = if made { (OFlags::CREATE, 0o600) } else { (OFlags::empty(), 0) };
+        let (create, bits) = if made { (OFlags::CREATE, 0o600) } else { (OFlags::empty(), 0) };
         // Not for writing, which would keep the volume from being made read-only.
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | create;
-        let file = match self.parent.open_at(CLAIM, flags, Mode::from_raw_mode(mode)) {
+        let file = match self.parent.open_at(CLAIM, flags, Mode::from_raw_mode(bits)) {
             Ok(file) => file,
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
             // A full volume, or one that cannot be written to: what comes next tells so.
