@@ -34,7 +34,7 @@ Makes a jail around an image root, or enters it. Started by ims-sshd and by sshd
       as the shell that sshd starts: the forced command 'exec ims-jail-shell session JAIL'
   ims-jail-shell enter JAIL [-- PROGRAM [ARGUMENT]...]
       enter the jail and run a program of the image, or a login shell
-  ims-jail-shell inside [--beside] [--job ID] REQUEST [WORD]...
+  ims-jail-shell inside [--beside] [--job ID] [--image NAME] REQUEST [WORD]...
       in the jail: carry out what session or enter was asked for
   ims-jail-shell try JAIL
       enter the jail and leave it

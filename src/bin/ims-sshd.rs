@@ -10,12 +10,14 @@ use ims_sshd::error::{Attempt, Error, Result};
 use ims_sshd::jail::binds::Bind;
 use ims_sshd::lifecycle::secrets::without_secrets;
 use ims_sshd::lifecycle::settings::{DEFAULT_PARENT, Settings};
+use ims_sshd::lifecycle::stage::Stage;
 use ims_sshd::lifecycle::{log, supervisor};
 use ims_sshd::local::customize::{self, Customization};
 use ims_sshd::local::enter::{self, Answer, Entry};
 use ims_sshd::local::job::Job;
 use ims_sshd::local::script::Script;
-use ims_sshd::local::{status, work_directory};
+use ims_sshd::local::status::{self, Shown};
+use ims_sshd::local::{names, work_directory};
 use ims_sshd::manual;
 use ims_sshd::publish::prepare::Open;
 use ims_sshd::publish::sidecar::{self, Places};
@@ -100,18 +102,21 @@ enum Command {
     },
     /// Mark the image complete: its environment closes and it may be packed
     #[command(after_help = COMPLETE_EXAMPLES)]
-    Complete(Parent),
+    Complete(Named),
     /// Mark the image failed: its environment closes and it is not packed
     #[command(after_help = FAIL_EXAMPLES)]
-    Fail(Parent),
-    /// Tell where an environment is in its life
+    Fail(Named),
+    /// Tell where an environment is in its life; without a name, of all that are open on this machine
     #[command(after_help = STATUS_EXAMPLES)]
     Status {
         #[command(flatten)]
-        parent: Parent,
+        named: Named,
         /// As JSON
         #[arg(long)]
         json: bool,
+        /// End with 0 if it is in one of these states, else with 1
+        #[arg(long, value_name = "STATE", value_delimiter = ',')]
+        is: Vec<Stage>,
     },
     /// Print a shell's completions
     #[command(after_help = COMPLETIONS_EXAMPLES)]
@@ -168,15 +173,18 @@ const SIDECAR_EXAMPLES: &str = "Examples:
 
 const COMPLETE_EXAMPLES: &str = "Examples:
   ims-sshd complete
+  ims-sshd complete compute
   ims-sshd complete /mnt/image";
 
 const FAIL_EXAMPLES: &str = "Examples:
   ims-sshd fail
+  ims-sshd fail compute
   ims-sshd fail /mnt/image";
 
 const STATUS_EXAMPLES: &str = "Examples:
   ims-sshd status
-  ims-sshd status --json /mnt/image";
+  ims-sshd status --json compute
+  ims-sshd status --is serving /mnt/image";
 
 const COMPLETIONS_EXAMPLES: &str = "Examples:
   ims-sshd completions bash > /usr/share/bash-completion/completions/ims-sshd
@@ -205,7 +213,7 @@ impl ChecksumOptions {
 #[derive(Args)]
 #[command(next_help_heading = "Image")]
 struct ImageOptions {
-    /// Name of the new image [variable: IMAGE_ROOT_ARCHIVE_NAME] [default: image]
+    /// Name of the new image [variable: IMAGE_ROOT_ARCHIVE_NAME] [default: image; of customize and enter, the source's name]
     #[arg(long, value_parser = publishing::image_name)]
     name: Option<String>,
     /// Kernel, by its name in the image's /boot; auto is the newest one, if there is one [variable: KERNEL_FILENAME] [default: auto]
@@ -221,6 +229,13 @@ struct ImageOptions {
 }
 
 impl ImageOptions {
+    /// Names the image after its source where nobody has named it.
+    fn named_by(mut self, source: &str) -> Self {
+        let named = self.name.take().or_else(|| std::env::var("IMAGE_ROOT_ARCHIVE_NAME").ok());
+        self.name = Some(named.filter(|name| !name.is_empty()).unwrap_or_else(|| names::of_source(source)));
+        self
+    }
+
     /// For a person at a command line, who names no boot file unless it matters.
     fn variables_or_auto(mut self) -> Variables {
         for (option, name) in [(&mut self.kernel, "KERNEL_FILENAME"), (&mut self.initrd, "INITRD_FILENAME")] {
@@ -306,15 +321,11 @@ fn variables(options: impl IntoIterator<Item = (&'static str, Option<String>)>) 
 }
 
 #[derive(Args)]
-struct Parent {
-    /// The folder that holds image-root and the signal files [default: $IMAGE_ROOT_PARENT, else /mnt/image]
-    image_root_parent: Option<PathBuf>,
-}
-
-impl Parent {
-    fn path(self) -> PathBuf {
-        parent_or_default(self.image_root_parent)
-    }
+struct Named {
+    /// What 'ims-sshd status' calls it, its source, or the directory that holds image-root and the signal files [default: $IMAGE_ROOT_PARENT,
+    /// else the only one that is open on this machine]
+    #[arg(value_name = "NAME")]
+    name: Option<PathBuf>,
 }
 
 fn parent_or_default(given: Option<PathBuf>) -> PathBuf {
@@ -438,7 +449,7 @@ impl JobOptions {
         let settings = if output.is_none() && is_directory {
             None
         } else {
-            let options = image.variables_or_auto().into_iter().chain(checksum.variables());
+            let options = image.named_by(&source).variables_or_auto().into_iter().chain(checksum.variables());
             let variables = variables(options.chain([("IMAGE_COMPRESSION", packing.compression)]));
             let work = work.map_or_else(|| work_directory::DEFAULT.into(), |directory| directory.join("ims-sshd"));
             let work = std::path::absolute(&work).attempt(|| format!("find {}", work.display()))?;
@@ -497,9 +508,9 @@ fn run(command: Command) -> Result<u8> {
             };
             enter::run(arguments.job.read(arguments.source)?, &entry)
         }
-        Command::Complete(parent) => status::mark(&parent.path(), Verdict::Complete),
-        Command::Fail(parent) => status::mark(&parent.path(), Verdict::Failed),
-        Command::Status { parent, json } => status::print(&parent.path(), json),
+        Command::Complete(Named { name }) => status::mark(name.as_deref(), Verdict::Complete),
+        Command::Fail(Named { name }) => status::mark(name.as_deref(), Verdict::Failed),
+        Command::Status { named, json, is } => status::print(named.name.as_deref(), Shown { as_json: json, is: &is }),
         Command::Prepare { first, second, open, checksum, servers } => {
             let (parent, source) = second.map_or((None, first.clone()), |source| (Some(first.into()), source));
             let options = checksum.variables().into_iter().chain(servers.variables());

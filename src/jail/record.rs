@@ -11,6 +11,7 @@
 //! helper FD          the jail's copy of ims-jail-shell, by its number there
 //! dkms BOOL          whether sessions keep the container's capabilities
 //! job ID             the IMS job, for the greeting; may be missing
+//! image NAME         the image's name, for greeting and prompt; may be missing
 //! keep PATTERN       a name (with * and ?) of a variable that sessions keep; any number
 //! ```
 
@@ -37,6 +38,8 @@ pub struct Record {
     pub dkms: bool,
     /// The IMS job.
     pub job: Option<String>,
+    /// The image's name.
+    pub image: Option<String>,
     /// Names of variables that the server's configuration gives to sessions (`SetEnv`, `AcceptEnv`).
     pub keep: Vec<String>,
 }
@@ -54,6 +57,9 @@ impl Record {
         if let Some(job) = &self.job {
             let _ = writeln!(text, "job {job}");
         }
+        if let Some(image) = &self.image {
+            let _ = writeln!(text, "image {image}");
+        }
         for pattern in &self.keep {
             let _ = writeln!(text, "keep {pattern}");
         }
@@ -62,8 +68,8 @@ impl Record {
 
     /// Reads the file's text; `None` if it is not one.
     pub fn parse(text: &str) -> Option<Self> {
-        let (mut tier, mut init, mut keeper, mut helper, mut dkms, mut job) = (None, None, None, None, None, None);
-        let (mut doors, mut keep) = (Vec::new(), Vec::new());
+        let (mut tier, mut init, mut keeper, mut helper, mut dkms) = (None, None, None, None, None);
+        let (mut job, mut image, mut doors, mut keep) = (None, None, Vec::new(), Vec::new());
         for line in text.lines() {
             let (name, value) = line.split_once(' ')?;
             match name {
@@ -74,11 +80,13 @@ impl Record {
                 "helper" => helper = value.parse().ok(),
                 "dkms" => dkms = value.parse().ok(),
                 "job" => job = Some(value.to_owned()),
+                "image" => image = Some(value.to_owned()),
                 "keep" => keep.push(value.to_owned()),
                 _ => return None,
             }
         }
-        let record = Self { tier: tier?, init: init?, keeper: keeper?, doors, helper: helper?, dkms: dkms?, job, keep };
+        let record =
+            Self { tier: tier?, init: init?, keeper: keeper?, doors, helper: helper?, dkms: dkms?, job, image, keep };
         // With one less, a session would come to stand outside.
         (record.doors.len() == record.tier.namespaces().len().max(1)).then_some(record)
     }
@@ -106,6 +114,7 @@ mod tests {
             helper: 8,
             dkms: true,
             job: Some("a b".into()),
+            image: Some("compute".into()),
             keep: vec!["LC_*".into(), "X".into()],
         };
         let text = record.to_text();

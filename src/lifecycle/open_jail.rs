@@ -48,6 +48,8 @@ pub struct Wanted<'a> {
     pub emulated: Option<Architecture>,
     /// The IMS job.
     pub job: Option<&'a str>,
+    /// The image's name, a label of a host name, for people at a shell.
+    pub image: Option<&'a str>,
     /// The host name in the jail, if another than the container's.
     pub hostname: Option<&'a str>,
     /// Variables that sessions keep.
@@ -167,6 +169,7 @@ impl OpenJail {
             helper: self.helper.as_raw_fd(),
             dkms: wanted.dkms,
             job: wanted.job.map(Into::into),
+            image: wanted.image.map(Into::into),
             keep: wanted.keep.clone(),
         };
         // In one step for those who read it, but not on disk: it tells of processes, which end before that could matter.

@@ -43,6 +43,8 @@ pub struct Settings {
     pub dkms: bool,
     /// `IMS_JAIL_HOSTNAME`: the jail's host name; the container's if there is none.
     pub hostname: Option<String>,
+    /// Name of the image, for people at a shell; not known in a pod.
+    pub image: Option<String>,
     /// `IMS_JAIL_BINDS`: what of the container is shown in the jail.
     pub binds: Vec<Bind>,
     /// `IMS_AGENT_FORWARDING`: whether clients may bring their ssh-agent, as far as sshd lets them.
@@ -129,6 +131,7 @@ impl Settings {
                 tier,
                 dkms,
                 hostname,
+                image: None,
                 binds,
                 agent,
                 debug,

@@ -13,7 +13,7 @@ use crate::sys::tree::Tree;
 /// Where a job is, from its beginning to its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Stage {
-    /// For `ready`.
+    /// For the signal file that lets the environment open.
     Waiting,
     /// Configuration, jail, sshd.
     Preparing,

@@ -119,6 +119,7 @@ impl Ground {
             dkms,
             emulated: None,
             job: None,
+            image: None,
             hostname: None,
             keep: Vec::new(),
             binds: &[],

@@ -9,10 +9,12 @@ use rustix::mount::MountAttrFlags;
 use crate::error::{Attempt, Error, Result};
 use crate::jail::binds::Bind;
 use crate::lifecycle::signal_files::READY;
+use crate::lifecycle::stage::Stage;
 use crate::lifecycle::state::StateFolder;
 use crate::lifecycle::{self, environment, supervisor};
 use crate::local;
 use crate::local::job::{Fate, Job};
+use crate::local::register::Entry;
 use crate::publish::work;
 use crate::sys::mounts::{self, Detached};
 use crate::sys::tree::Tree;
@@ -59,7 +61,8 @@ pub fn run(job: Job, wanted: &Customization) -> Result<u8> {
     }
     // Before anything is opened: a descriptor from before would not see what is mounted from here on.
     local::own_mounts()?;
-    job.run(|image_root| open(wanted, image_root))
+    let (entry, label) = (job.register("customize")?, job.label());
+    job.run(&entry, |image_root| open(wanted, image_root, &entry, label))
 }
 
 /// Ends the sshd of a customization of `image_root` that was killed. Its mounts live as long as it does, and keep the changes from being
@@ -100,7 +103,7 @@ fn check_public_keys(file: &Path) -> Result<()> {
 }
 
 /// Opens the environment on an image root.
-fn open(wanted: &Customization, image_root: &Path) -> Result<(Fate, u8)> {
+fn open(wanted: &Customization, image_root: &Path, entry: &Entry, label: String) -> Result<(Fate, u8)> {
     let run = local::RunFolder::claim("customize", image_root)?;
     local::own_terminals()?;
     let shown = show_image_root(image_root, run.path())?;
@@ -129,12 +132,21 @@ fn open(wanted: &Customization, image_root: &Path) -> Result<(Fate, u8)> {
     let mut settings = lifecycle::settings::Settings::read(Some(run.path().to_owned()), variables)?;
     settings.binds.clone_from(&wanted.binds);
     settings.session_variables.extend(wanted.variables.iter().cloned());
+    if wanted.jailed {
+        settings.hostname.get_or_insert_with(|| label.clone());
+        settings.image = Some(label);
+    }
 
     let parent = run.path().to_owned();
     // Until the directory is removed: who begins before that must not find its files vanish.
     let (files, _claim) = run.into_signal_files()?;
     files.touch(READY)?;
-    let listening = || announce(image_root, &parent, &login, wanted.jailed);
+    let login = format!("ssh -F {} {HOST_ALIAS}", login.display());
+    entry.tell(&[("image_root_parent", &parent.display().to_string()), ("login", &login)]);
+    let listening = || {
+        entry.reach(Stage::Serving);
+        announce(image_root, &parent, &login, &entry.name(), wanted.jailed);
+    };
     let outcome = supervisor::run(settings, Some(files), listening)?;
     mounts::unmount(&shown).attempt(|| format!("unmount {}", shown.display()))?;
     local::remove_folder(&parent)?;
@@ -244,7 +256,7 @@ fn configure_client(run: &Path, address: SocketAddr, identity: Option<&Path>) ->
 }
 
 /// Tells the person what to do now.
-fn announce(image_root: &Path, parent: &Path, login: &Path, jailed: bool) {
+fn announce(image_root: &Path, parent: &Path, login: &str, name: &str, jailed: bool) {
     let shown = image_root.display();
     let open = if jailed {
         format!("{shown} is open")
@@ -253,10 +265,8 @@ fn announce(image_root: &Path, parent: &Path, login: &Path, jailed: bool) {
     };
     let inside = "When done, there: touch /tmp/complete    or, to give the changes up: touch /tmp/failed\n";
     local::say(&format!(
-        "\n{open}. Log in from another terminal:\n\n    ssh -F {} {HOST_ALIAS}\n\n\
-         {}From here:        ims-sshd complete {parent}    or: ims-sshd fail {parent}\n\n",
-        login.display(),
+        "\n{open}. Log in from another terminal:\n\n    {login}\n\n\
+         {}From here:        ims-sshd complete {name}    or: ims-sshd fail {name}\n\n",
         if jailed { inside } else { "" },
-        parent = parent.display(),
     ));
 }

@@ -20,10 +20,12 @@ use crate::jail::link::Message;
 use crate::jail::tier::Tier;
 use crate::lifecycle::open_jail::{self, OpenJail, TIME_TO_LET_GO, Wanted};
 use crate::lifecycle::settings::of_jail;
+use crate::lifecycle::stage::Stage;
 use crate::lifecycle::state::StateFolder;
 use crate::lifecycle::{environment, foreign, processes, tier};
 use crate::local;
 use crate::local::job::{Fate, Job};
+use crate::local::register;
 use crate::local::script::Script;
 use crate::printable::Printable;
 use crate::sys::poll;
@@ -72,14 +74,15 @@ pub fn run(job: Job, entry: &Entry) -> Result<u8> {
     }
     let question = Question { source: job.source.clone() };
     let is_discarded = !publishes && !job.is_in_place();
-    let end = job.run(|image_root| {
+    let (registered, label) = (job.register("enter")?, job.label());
+    let end = job.run(&registered, |image_root| {
         if is_discarded {
             let source = &question.source;
             tracing::info!("what is changed in {source} is discarded at the end; --output STORE publishes it instead");
         }
         let is_shell = entry.command.is_empty() && entry.script.is_none();
-        let session = Session { is_shell, publishes, tier, hostname };
-        let (status, verdict) = session.run(image_root, entry)?;
+        let session = Session { is_shell, publishes, tier, hostname, label };
+        let (status, verdict) = session.run(image_root, entry, &registered)?;
         if !publishes {
             return Ok((Fate::Discard, verdict.map_or(status, exited_as)));
         }
@@ -197,6 +200,8 @@ struct Session {
     publishes: bool,
     tier: Option<Tier>,
     hostname: Option<String>,
+    /// Name of the image.
+    label: String,
 }
 
 impl Session {
@@ -211,7 +216,12 @@ impl Session {
     }
 
     /// Returns how it ended, and the mark that was made in the image.
-    fn run(&self, image_root: &Path, entry: &Entry) -> Result<(WaitStatus, Option<Verdict>)> {
+    fn run(
+        &self,
+        image_root: &Path,
+        entry: &Entry,
+        registered: &register::Entry,
+    ) -> Result<(WaitStatus, Option<Verdict>)> {
         let run = local::RunFolder::claim("enter", image_root)?;
         // The command is in the foreground; what it does about these is its own business.
         let held = [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGCHLD];
@@ -244,13 +254,15 @@ impl Session {
             dkms: false,
             emulated: emulation.in_jail,
             job: None,
-            hostname: self.hostname.as_deref(),
+            image: Some(&self.label),
+            hostname: self.hostname.as_deref().or(Some(&self.label)),
             keep: entry.variables.iter().map(|(name, _)| name.clone()).collect(),
             binds: &entry.binds,
             programs: script.as_slice(),
             bare: kind.bare.as_ref().map(AsFd::as_fd),
         };
         let jail = OpenJail::open(&wanted, &state).map_err(cleared)?;
+        registered.reach(Stage::Serving);
         let mut helper = Command::new(open_jail::program()?);
         let command = entry.script.as_ref().map_or_else(|| entry.command.clone(), Script::command);
         helper.arg("enter").arg(state.jail()).arg("--").args(command).envs(entry.variables.iter().cloned());

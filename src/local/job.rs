@@ -6,10 +6,12 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 use crate::lifecycle::signal_files::SignalFiles;
-use crate::lifecycle::stage::{Shown, Stage};
+use crate::lifecycle::stage::Stage;
 use crate::lifecycle::state::name_for;
 use crate::local;
 use crate::local::customize;
+use crate::local::names;
+use crate::local::register::Entry;
 use crate::local::work_directory::WorkDirectory;
 use crate::publish::boot;
 use crate::publish::changes::Inventory;
@@ -61,9 +63,30 @@ impl Job {
         self.settings.as_ref().is_some_and(|settings| settings.store.url.is_some())
     }
 
+    /// Name of the image, as a label of a host name.
+    pub fn label(&self) -> String {
+        match &self.settings {
+            Some(settings) => names::host_label(&settings.name),
+            None => names::of_source(&self.shown()),
+        }
+    }
+
+    /// The source, for people and for the register: a path is absolute, and a URL has no signature.
+    fn shown(&self) -> String {
+        match Source::parse(&self.source) {
+            Ok(Source::Here(path)) => std::path::absolute(&path).unwrap_or(path).display().to_string(),
+            _ => without_query(&self.source),
+        }
+    }
+
+    /// Enters this job, which is one of `command`, into the register of what is open on this machine.
+    pub fn register(&self, command: &str) -> Result<Entry> {
+        Entry::make(command, &self.shown(), &self.label())
+    }
+
     /// Opens the image and gives its root to `session`, which says what becomes of the changes. Returns what the session returned
     /// beside that. Unless the job [`Job::is_in_place`], the caller has called [`local::own_mounts`] before.
-    pub fn run<T>(mut self, session: impl FnOnce(&Path) -> Result<(Fate, T)>) -> Result<T> {
+    pub fn run<T>(mut self, entry: &Entry, session: impl FnOnce(&Path) -> Result<(Fate, T)>) -> Result<T> {
         let publishes = self.publishes();
         let Some(mut settings) = self.settings.take() else {
             let image_root = local::image_root(Path::new(&self.source))?;
@@ -86,12 +109,14 @@ impl Job {
         place.path().clone_into(&mut settings.parent);
         let parent = &settings.parent;
         let mounted = parent.join("image-root");
+        entry.tell(&[("work", &parent.display().to_string())]);
         customize::end_left_over(&mounted)?;
         if holds_changes(parent, &mounted) {
             tracing::info!("going on with what was changed before, which is kept in {}", parent.display());
         }
         let notes = Notes::private(place.files(), &settings);
-        let opened = Opened { job: &self, settings: &settings, work: &work, files: place.files(), notes: &notes };
+        let opened =
+            Opened { job: &self, entry, settings: &settings, work: &work, files: place.files(), notes: &notes };
         let result = opened.carry_out(&source, &mounted, session);
         let kept = || {
             format!(
@@ -151,6 +176,7 @@ fn name_of(source: &Source, text: &str) -> String {
 /// A job on its workplace.
 struct Opened<'a> {
     job: &'a Job,
+    entry: &'a Entry,
     settings: &'a Settings,
     work: &'a Work,
     files: &'a SignalFiles,
@@ -190,6 +216,7 @@ impl Opened<'_> {
 
     fn publish(&self, image_root: &Path, overlay: Option<Overlay>) -> Result<()> {
         let Self { job, settings, work, .. } = self;
+        self.entry.reach(Stage::Packing);
         let (workplace, tree) = (self.files.parent(), open_tree(image_root)?);
         if let Some(to) = &job.changes {
             if let Some(overlay) = &overlay {
@@ -198,18 +225,14 @@ impl Opened<'_> {
             write_changes(work, workplace, &tree, to)?;
         }
         let boot = boot::find_if_any(&tree, &settings.boot, settings.arch)?;
-        // On a full disk nobody is told.
-        let shown = Shown::begin(workplace, Stage::Packing).ok();
         let archive = Archive { folder: workplace, name: "packed.sqsh" };
         let rootfs = package::pack(work, &tree, &archive, &settings.packing, &job.exclude)?;
         drop(tree);
         if let Some(overlay) = overlay {
             overlay.unmount()?;
         }
-        if let Some(shown) = &shown {
-            let _ = shown.next(Stage::Uploading);
-        }
         let image = Image { rootfs, boot, debug_kernel: None };
+        self.entry.reach(Stage::Uploading);
         let report = self.publication().publish(&mut Journal::read(self.notes)?, image)?;
         // For programs. A person has read above where the image is.
         if !std::io::stdout().is_terminal() {

@@ -3,6 +3,8 @@
 pub mod customize;
 pub mod enter;
 pub mod job;
+pub mod names;
+pub mod register;
 pub mod script;
 pub mod status;
 pub mod work_directory;

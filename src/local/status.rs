@@ -1,63 +1,238 @@
 //! `ims-sshd complete`, `fail` and `status`: the signal files, from a person's side.
 
 use std::fmt::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags};
 use serde_json::{Value, json};
 
-use crate::error::{Error, Result};
+use crate::error::{Attempt, Error, Result};
+use crate::lifecycle::settings::DEFAULT_PARENT;
 use crate::lifecycle::signal_files::{EXITING, READY, SSHD_LISTENING, SignalFiles};
 use crate::lifecycle::stage::{self, Stage};
-use crate::lifecycle::state::StateFolder;
-use crate::local::{say, say_json};
+use crate::lifecycle::state::{RUN, StateFolder};
+use crate::local::{register, say, say_json};
 use crate::printable::Printable;
 use crate::session::report::{Packet, SOCKET};
 use crate::sys::packet::Packets;
 use crate::sys::poll;
 use crate::verdict::Verdict;
 
+/// Image roots in an image root parent.
+const IMAGE_ROOTS: [&str; 2] = ["image-root", "build/image-root"];
+
+/// What is asked of, or marked.
+enum Target {
+    /// A run of `customize` or `enter` on this machine, by its entry in the register.
+    Run(Value),
+    /// An image root parent.
+    Parent(PathBuf),
+}
+
 /// Marks the image; whoever runs its environment closes it.
-pub fn mark(parent: &Path, verdict: Verdict) -> Result<u8> {
+pub fn mark(named: Option<&Path>, verdict: Verdict) -> Result<u8> {
+    let target = match named.map(find).or_else(|| variable().map(|parent| Ok(Target::Parent(parent)))) {
+        Some(target) => target?,
+        None => only_one()?,
+    };
+    match target {
+        Target::Run(run) => mark_run(&run, verdict),
+        Target::Parent(parent) => mark_parent(&parent, verdict),
+    }
+}
+
+fn mark_run(run: &Value, verdict: Verdict) -> Result<u8> {
+    let refuse = |why: &str, advice: &str| {
+        let attempted = format!("mark {} {}", text(run, "name"), verdict.signal_file());
+        Err(Error::new(attempted).because(why).advise(advice))
+    };
+    let pid = text(run, "pid");
+    let stop = format!("to stop that, end process {pid} with SIGINT");
+    match (text(run, "command").as_str(), text(run, "state").as_str()) {
+        (_, "packing" | "uploading") => refuse("it is marked complete, and is being published", &stop),
+        ("enter", _) => {
+            let there = format!("mark it in there: touch /tmp/{}", verdict.signal_file());
+            refuse("it ends with the shell or the command that runs in it", &there)
+        }
+        _ => match run["image_root_parent"].as_str() {
+            Some(parent) => mark_parent(Path::new(parent), verdict),
+            None => refuse("it is not open yet", "wait until 'ims-sshd status' says serving"),
+        },
+    }
+}
+
+fn mark_parent(parent: &Path, verdict: Verdict) -> Result<u8> {
     let files = open(parent)?;
+    let attempted = || Error::new(format!("mark the image in {} {}", parent.display(), verdict.signal_file()));
     if files.stands(EXITING)? {
-        return Err(Error::new(format!("mark the image in {} {}", parent.display(), verdict.signal_file()))
-            .because("its environment has ended already"));
+        return Err(attempted().because("its environment has ended already"));
+    }
+    if !files.is_claimed() {
+        // In a pod another container may mark the image before the environment opens, or see no lock of another node. Directories below
+        // /run are this machine's own: who was there is gone.
+        if parent.starts_with(RUN) || !files.stands(READY)? {
+            return Err(attempted()
+                .because("no environment is open there")
+                .advise("'ims-sshd status' without a name lists those that are"));
+        }
+        tracing::warn!("no environment is open in {} yet: one that opens finds the mark", parent.display());
     }
     files.touch(verdict.signal_file()).map(|()| 0)
 }
 
-/// Prints where the environment is in its life, and who is in it. Of one in another container it tells what the signal files do.
-pub fn print(parent: &Path, as_json: bool) -> Result<u8> {
-    let files = open(parent)?;
-    let report = match ask(parent) {
-        Some(report) => report,
+/// How a status is printed.
+#[derive(Debug, Clone, Copy)]
+pub struct Shown<'a> {
+    /// As JSON.
+    pub as_json: bool,
+    /// Stages of which the environment has to be in one; 1 is returned if it is not.
+    pub is: &'a [Stage],
+}
+
+/// Prints where the environment is in its life, and who is in it. Of one in another container it tells what the signal files do. Without a
+/// name, and where no variable has one, it prints all that are open on this machine.
+pub fn print(named: Option<&Path>, shown: Shown<'_>) -> Result<u8> {
+    let target = match named.map(find).or_else(|| variable().map(|parent| Ok(Target::Parent(parent)))) {
+        Some(target) => target?,
+        None if !shown.is.is_empty() => only_one()?,
         None => {
-            let (stage, since) = match stage::shown(files.parent()) {
-                Some((stage, since)) => (Some(stage), Some(humantime::format_rfc3339_seconds(since).to_string())),
-                None => (stage(&files)?, None),
-            };
-            let verdict = files.verdict()?.map(Verdict::signal_file);
-            let mut report =
-                json!({ "image_root_parent": parent, "state": stage.map(Stage::name), "verdict": verdict });
-            if let Some(since) = since {
-                report["since"] = since.into();
+            let all = all()?;
+            if shown.as_json {
+                say_json(&Value::Array(all));
+            } else if all.is_empty() {
+                say("nothing is open on this machine\n");
+            } else {
+                say(&all.iter().map(in_words).collect::<String>());
             }
-            report
+            return Ok(0);
         }
     };
-    if as_json {
+    let report = match target {
+        Target::Run(run) => with_report(run),
+        Target::Parent(parent) => report_of(&parent)?,
+    };
+    if shown.as_json {
         say_json(&report);
     } else {
         say(&in_words(&report));
     }
-    Ok(0)
+    let is_wanted = |wanted: &Stage| report["state"] == wanted.name();
+    Ok(u8::from(!shown.is.is_empty() && !shown.is.iter().any(is_wanted)))
 }
 
-/// What the supervisor itself says, if it is here and answers in time.
-fn ask(parent: &Path) -> Option<Value> {
-    let packets = Packets::connect(&StateFolder::place(parent).join(SOCKET)).ok()?;
+/// Image root parent that the variable names.
+fn variable() -> Option<PathBuf> {
+    std::env::var_os("IMAGE_ROOT_PARENT").filter(|parent| !parent.is_empty()).map(PathBuf::from)
+}
+
+/// All that are open on this machine.
+fn all() -> Result<Vec<Value>> {
+    let mut all: Vec<Value> = register::entries()?.into_iter().map(with_report).collect();
+    // An entrypoint has no entry.
+    let folders = std::fs::read_dir(RUN).into_iter().flatten().flatten();
+    for report in folders.filter_map(|folder| ask_at(&folder.path())) {
+        if !all.iter().any(|known| known["image_root_parent"] == report["image_root_parent"]) {
+            all.push(report);
+        }
+    }
+    let default = Path::new(DEFAULT_PARENT);
+    if all.is_empty() && default.is_dir() {
+        all.extend(report_of(default).ok());
+    }
+    Ok(all)
+}
+
+/// The run that is meant where nobody says which.
+fn only_one() -> Result<Target> {
+    let mut all = all()?;
+    let attempted = || Error::new("tell which environment is meant");
+    match all.len() {
+        0 => Err(attempted().because("nothing is open on this machine")),
+        1 => {
+            let one = all.remove(0);
+            let parent = one["image_root_parent"].as_str().map(PathBuf::from);
+            Ok(parent.filter(|_| one["name"].is_null()).map_or(Target::Run(one), Target::Parent))
+        }
+        _ => {
+            let names: Vec<_> = all.iter().map(name_of).collect();
+            Err(attempted().because(format!("several are open: {}", names.join(", "))).advise("name one of them"))
+        }
+    }
+}
+
+/// The run of that name, or of which a message has printed that path; else the image root parent.
+fn find(named: &Path) -> Result<Target> {
+    let path = std::path::absolute(named).attempt(|| format!("find {}", named.display()))?;
+    let real = std::fs::canonicalize(&path).unwrap_or_else(|_| path.clone());
+    let mut runs = register::entries().unwrap_or_default();
+    if let Some(at) = runs.iter().position(|run| run["name"].as_str().map(Path::new) == Some(named)) {
+        return Ok(Target::Run(runs.remove(at)));
+    }
+    let is_meant = |run: &Value| {
+        let paths = ["image_root_parent", "work", "source"].map(|field| run[field].as_str().map(Path::new));
+        let is_named = |path: &Path| path.file_name() == Some(named.as_os_str()) && named.components().count() == 1;
+        paths.into_iter().flatten().any(|known| known == path || known == real)
+            || paths[..2].iter().flatten().any(|known| is_named(known))
+    };
+    runs.retain(is_meant);
+    match runs.len() {
+        0 if path.is_dir() || named.components().count() > 1 => Ok(Target::Parent(path)),
+        0 => Err(Error::new(format!("find '{}'", named.display()))
+            .because("nothing that is open on this machine has this name, and no directory")
+            .advise("'ims-sshd status' without a name lists what is open")),
+        1 => Ok(Target::Run(runs.remove(0))),
+        _ => {
+            let called: Vec<_> = runs.iter().map(name_of).collect();
+            let why = format!("it is open as {}", called.join(" and as "));
+            Err(Error::new(format!("tell what '{}' is", named.display())).because(why).advise("name one of them"))
+        }
+    }
+}
+
+fn text(value: &Value, field: &str) -> String {
+    value[field].as_str().map_or_else(|| value[field].to_string(), |text| Printable(text).to_string())
+}
+
+fn name_of(report: &Value) -> String {
+    text(report, if report["name"].is_null() { "image_root_parent" } else { "name" })
+}
+
+/// A run, with what its supervisor says if it has one.
+fn with_report(mut run: Value) -> Value {
+    let report = run["image_root_parent"].as_str().and_then(|parent| ask_at(&StateFolder::place(Path::new(parent))));
+    if let (Some(run), Some(Value::Object(report))) = (run.as_object_mut(), report) {
+        run.extend(report);
+    }
+    run
+}
+
+fn report_of(parent: &Path) -> Result<Value> {
+    let files = open(parent)?;
+    if let Some(report) = ask_at(&StateFolder::place(parent)) {
+        return Ok(report);
+    }
+    let (stage, since) = match stage::shown(files.parent()) {
+        Some((stage, since)) => (Some(stage), Some(humantime::format_rfc3339_seconds(since).to_string())),
+        None => (stage(&files)?, None),
+    };
+    let verdict = files.verdict()?.map(Verdict::signal_file);
+    let is_one = || IMAGE_ROOTS.iter().any(|place| files.parent().look(place).is_ok_and(|found| found.is_some()));
+    if stage.is_none() && verdict.is_none() && !files.stands(READY)? && !is_one() {
+        return Err(Error::new(format!("tell the status of {}", parent.display()))
+            .because("it holds neither image-root nor a signal file, and nothing is open there")
+            .advise("'ims-sshd status' without a name lists what is open"));
+    }
+    let mut report = json!({ "image_root_parent": parent, "state": stage.map(Stage::name), "verdict": verdict });
+    if let Some(since) = since {
+        report["since"] = since.into();
+    }
+    Ok(report)
+}
+
+/// What the supervisor with this state folder says, if it is here and answers in time.
+fn ask_at(state: &Path) -> Option<Value> {
+    let packets = Packets::connect(&state.join(SOCKET)).ok()?;
     packets.send(&Packet::Status.to_bytes()).ok()?;
     let limit = Duration::from_secs(2);
     poll::wait(&mut [PollFd::new(&packets, PollFlags::IN)], limit).ok().filter(|ready| *ready > 0)?;
@@ -66,7 +241,7 @@ fn ask(parent: &Path) -> Option<Value> {
 
 fn in_words(report: &Value) -> String {
     let word = |value: &Value| value.as_str().map(|text| Printable(text).to_string());
-    let mut text = word(&report["image_root_parent"]).unwrap_or_default();
+    let mut text = name_of(report);
     text += ": ";
     text += &word(&report["state"]).unwrap_or_else(|| "not open".into());
     for (before, field) in [(" since ", "since"), (", tier ", "tier"), (", marked ", "verdict")] {
@@ -76,6 +251,11 @@ fn in_words(report: &Value) -> String {
         }
     }
     text += "\n";
+    for (before, field) in [("  source: ", "source"), ("  log in: ", "login")] {
+        if let Some(value) = word(&report[field]) {
+            let _ = writeln!(text, "{before}{value}");
+        }
+    }
     for session in report["sessions"].as_array().into_iter().flatten() {
         let column = |name| word(&session[name]).unwrap_or_default();
         let _ = writeln!(text, "  {}  since {}  {}", column("client"), column("since"), column("request"));
@@ -103,6 +283,6 @@ fn open(parent: &Path) -> Result<SignalFiles> {
     SignalFiles::open(parent)?.ok_or_else(|| {
         Error::new(format!("open the image root parent {}", parent.display()))
             .because("it does not exist")
-            .advise("name the folder that holds image-root and the signal files; 'ims-sshd customize' prints it")
+            .advise("'ims-sshd status' without a name lists what is open on this machine")
     })
 }

@@ -249,7 +249,7 @@ mod tests {
 
     #[test]
     fn every_variable_of_a_page_is_described() {
-        for name in [ENVIRONMENT, LOCAL, JOB, PUBLISHING, &["IMS_START_LIMIT", "LOG_LEVEL"]].concat() {
+        for name in [ENVIRONMENT, LOCAL, JOB, PUBLISHING, &["IMS_START_LIMIT", "LOG_FORMAT", "LOG_LEVEL"]].concat() {
             assert!(VARIABLES.contains(&format!("\n| `{name}` |")), "{name}");
         }
     }

@@ -33,6 +33,8 @@ pub struct Errand {
     pub beside: bool,
     /// The IMS job, for the greeting.
     pub job: Option<String>,
+    /// The image's name, for greeting and prompt.
+    pub image: Option<String>,
 }
 
 impl Errand {
@@ -51,6 +53,9 @@ impl Errand {
         if let Some(job) = &self.job {
             words.extend(["--job".into(), job.into()]);
         }
+        if let Some(image) = &self.image {
+            words.extend(["--image".into(), image.into()]);
+        }
         let (kind, further): (_, &[OsString]) = match &self.request {
             Request::Shell => ("shell", &[]),
             Request::Command(line) => ("command", std::slice::from_ref(line)),
@@ -64,15 +69,16 @@ impl Errand {
 
     /// Reads the words behind `inside`; `None` if they are none.
     pub fn from_words(mut words: &[OsString]) -> Option<Self> {
-        let (mut beside, mut job) = (false, None);
+        let (mut beside, mut job, mut image) = (false, None, None);
         let request = loop {
             let (word, further) = words.split_first()?;
             words = further;
             match word.to_str()? {
                 "--beside" => beside = true,
-                "--job" => {
+                option @ ("--job" | "--image") => {
                     let (name, further) = words.split_first()?;
-                    job = Some(name.to_str()?.to_owned());
+                    let named = if option == "--job" { &mut job } else { &mut image };
+                    *named = Some(name.to_str()?.to_owned());
                     words = further;
                 }
                 "shell" => break Request::Shell,
@@ -82,7 +88,7 @@ impl Errand {
                 _ => return None,
             }
         };
-        Some(Self { request, beside, job })
+        Some(Self { request, beside, job, image })
     }
 }
 
@@ -98,9 +104,11 @@ pub fn run(errand: &Errand) -> Result<u8> {
     }
     // The container's sftp-server needs none of the image's settings, and could be kept from starting by them.
     let of_image = if transfer { Vec::new() } else { etc_environment::read(&image_root) };
-    let environment = session_environment(std::env::vars_os().collect(), &account, of_image);
-    if matches!(request, Request::Shell) && std::io::stdin().is_terminal() {
-        greet(&image_root, &account, errand.job.as_deref());
+    let mut environment = session_environment(std::env::vars_os().collect(), &account, of_image);
+    let is_entered = matches!(request, Request::Program(words) if words.is_empty());
+    if (is_entered || *request == Request::Shell) && std::io::stdin().is_terminal() {
+        greet(&image_root, &account, errand);
+        environment.extend(errand.image.as_deref().and_then(|image| prompt(image, &account.shell)));
     }
     let programs = match request {
         Request::Sftp(options) if errand.beside => {
@@ -328,16 +336,38 @@ fn go_home(image_root: &Tree, home: &Path) {
     }
 }
 
-fn greet(image_root: &Tree, account: &Account, job: Option<&str>) {
+/// Shells that expand variables in their prompt and take it from $PS1; others show the host name by themselves, or are no such shells.
+const POSIX_SHELLS: [&str; 6] = ["sh", "bash", "dash", "ash", "ksh", "mksh"];
+
+/// Prompt of a shell whose own is `#`, or its version: where neither the image's profile nor its root's says another one, it names the image.
+fn prompt(image: &str, shell: &Path) -> Option<(OsString, OsString)> {
+    let is_posix = shell.file_name().is_some_and(|name| POSIX_SHELLS.iter().any(|posix| name == *posix));
+    is_posix.then(|| ("PS1".into(), format!("root@{image}:$PWD# ").into()))
+}
+
+fn greet(image_root: &Tree, account: &Account, errand: &Errand) {
     let mut out = std::io::stdout();
     let home = account.home.strip_prefix("/").unwrap_or(&account.home);
     if image_root.look(home.join(".hushlogin")).is_ok_and(|found| found.is_some()) {
         return;
     }
     let _ = out.write_all(&image_root.read("etc/motd", 64 << 10).unwrap_or_default());
-    let job = job.map_or(String::new(), |job| format!(" of IMS job {}", Printable(job)));
-    let _ = writeln!(out, "You are in the image root{job}. When done: touch /tmp/complete");
-    let _ = writeln!(out, "To give the changes up instead:           touch /tmp/failed");
+    let of = match (&errand.image, &errand.job) {
+        (Some(image), _) => format!(" of {}", Printable(image)),
+        (None, Some(job)) => format!(" of IMS job {}", Printable(job)),
+        (None, None) => String::new(),
+    };
+    if errand.request == Request::Shell {
+        let _ = writeln!(out, "You are in the image root{of}. When done: touch /tmp/complete");
+        let _ = writeln!(
+            out,
+            "{:<width$}touch /tmp/failed",
+            "To give the changes up instead:",
+            width = 38 + of.chars().count()
+        );
+    } else {
+        let _ = writeln!(out, "You are in the image root{of}. When done: exit");
+    }
     if let Some(terminal) = std::env::var_os("TERM").filter(|terminal| terminfo::is_unknown(terminal, image_root)) {
         let terminal = terminal.display();
         let _ = writeln!(
@@ -391,11 +421,9 @@ mod tests {
             vec(word(), 0..4).prop_map(Request::Sftp),
             vec(word(), 0..4).prop_map(Request::Program),
         ];
-        (request, any::<bool>(), prop::option::of("-{0,2}[a-z]{0,4}")).prop_map(|(request, beside, job)| Errand {
-            request,
-            beside,
-            job,
-        })
+        let name = || prop::option::of("-{0,2}[a-z]{0,4}");
+        let errand = (request, any::<bool>(), name(), name());
+        errand.prop_map(|(request, beside, job, image)| Errand { request, beside, job, image })
     }
 
     proptest! {

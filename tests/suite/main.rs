@@ -27,6 +27,7 @@ mod limits;
 mod local;
 mod look;
 mod manual;
+mod names;
 mod people;
 mod racing;
 mod readers;

@@ -1,0 +1,81 @@
+//! Names by which people and machines know an image.
+
+use crate::publish::work::without_query;
+
+/// Longest label of a host name (RFC 1123).
+const LONGEST: usize = 63;
+
+/// Endings of a source's name that say what kind of file it is.
+const ENDINGS: [&str; 13] =
+    ["gz", "xz", "zst", "zstd", "tgz", "txz", "tar", "cpio", "sqsh", "sqfs", "squashfs", "img", "oci"];
+
+/// Names that each image has; the directory that holds them says more.
+const COMMON: [&str; 4] = ["rootfs", "image-root", "root", "image"];
+
+/// Name of the image in `source`, a path or a URL: of its file, without endings.
+pub fn of_source(source: &str) -> String {
+    let source = without_query(source);
+    let path = source.split_once("://").map_or(source.as_str(), |(_, path)| path);
+    let mut names = path.rsplit('/').filter(|name| !["", ".", ".."].contains(name)).map(without_endings);
+    let name = names.next().unwrap_or_default();
+    match names.next() {
+        Some(above) if COMMON.contains(&name) => host_label(above),
+        _ => host_label(name),
+    }
+}
+
+fn without_endings(mut name: &str) -> &str {
+    while let Some((before, ending)) = name.rsplit_once('.')
+        && !before.is_empty()
+        && ENDINGS.contains(&ending)
+    {
+        name = before;
+    }
+    name
+}
+
+/// `name` as a label of a host name: lower-case letters, digits and hyphens.
+pub fn host_label(name: &str) -> String {
+    let words = name.split(|c: char| !c.is_ascii_alphanumeric()).filter(|word| !word.is_empty());
+    let mut label = words.collect::<Vec<_>>().join("-").to_ascii_lowercase();
+    label.truncate(LONGEST);
+    match label.trim_end_matches('-') {
+        "" => "image".into(),
+        label => label.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_source_is_called_by_its_file_or_by_the_directory_of_one_that_every_image_has() {
+        for (source, name) in [
+            ("/srv/compute-1.2.sqsh", "compute-1-2"),
+            ("./SLES 15.tar.gz", "sles-15"),
+            ("image.sqsh", "image"),
+            ("./image-root/", "image-root"),
+            ("/srv/debian/image-root", "debian"),
+            ("./out/compute/rootfs", "compute"),
+            ("https://s3.example/boot-images/46a2731e-a1d0/rootfs?X-Amz-Signature=secret", "46a2731e-a1d0"),
+            ("s3://boot-images/gold.squashfs", "gold"),
+            (".hidden.tar", "hidden"),
+            ("/", "image"),
+            ("größe", "gr-e"),
+        ] {
+            assert_eq!(of_source(source), name, "{source}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn every_label_is_one_of_a_host_name(name in "\\PC{0,100}") {
+            let label = host_label(&name);
+            prop_assert!((1..=LONGEST).contains(&label.len()));
+            prop_assert!(label.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-'));
+            prop_assert!(!label.starts_with('-') && !label.ends_with('-'));
+        }
+    }
+}
