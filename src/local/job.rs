@@ -96,7 +96,7 @@ impl Job {
         if let Source::Here(path) = &source {
             let refuse = |e| Error::bad_input(format!("SOURCE is '{}': {e}", path.display()));
             if !std::fs::metadata(path).map_err(refuse)?.is_dir() {
-                source::kind(path)?;
+                source::Opened::open(path)?.kind()?;
             }
         }
         let work = Work::begin(&settings.network)?;
@@ -145,10 +145,10 @@ fn check_store(work: &Work, settings: &Settings, source: &Source) -> Result<()> 
     let in_store = work.wait(Store::check(&settings.store, &settings.network))?;
     // A new image is about as large as its source; one that is unpacked takes that much again, and more.
     let Source::Here(path) = source else { return Ok(()) };
-    let Some(size) = std::fs::metadata(path).ok().filter(std::fs::Metadata::is_file).map(|file| file.len()) else {
-        return Ok(());
-    };
-    let unpacked = if source::kind(path)? == Kind::Squashfs { 0 } else { size };
+    let image = source::Opened::open(path)?;
+    let Some(kind) = image.kind()? else { return Ok(()) };
+    let size = image.size();
+    let unpacked = if kind == Kind::Squashfs { 0 } else { size };
     let work_directory = settings.parent.ancestors().find(|place| place.exists()).unwrap_or(Path::new("/"));
     let space = rustix::fs::statvfs(work_directory).ok().map(|disk| disk.f_bavail * disk.f_frsize);
     let on_disks = [

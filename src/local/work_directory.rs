@@ -7,12 +7,12 @@ use std::path::{Path, PathBuf};
 use crate::error::{Attempt, Error, Result};
 use crate::lifecycle::signal_files::SignalFiles;
 use crate::local;
+use crate::publish::source::{WRITABLE, is_trusted};
 
 /// The directory of all jobs, where the command line names none.
 pub const DEFAULT: &str = "/var/lib/ims-sshd";
 
-/// Bits of a mode with which others can change what a directory holds, and one with which only what is theirs.
-const WRITABLE: u32 = 0o022;
+/// A bit of a directory's mode with which others can change only what is theirs.
 const STICKY: u32 = 0o1000;
 
 /// One job's directory, claimed as long as this value lives.
@@ -97,10 +97,4 @@ fn own(path: &Path) -> Result<PathBuf> {
         std::fs::set_permissions(&real, std::fs::Permissions::from_mode(0o700)).attempt(attempted)?;
     }
     Ok(real)
-}
-
-/// Root, and who has become root to start this program: a directory in his home is as good as his word.
-fn is_trusted(user: u32) -> bool {
-    let caller = || std::env::var("SUDO_UID").ok()?.parse::<u32>().ok();
-    user == 0 || caller() == Some(user)
 }

@@ -1,6 +1,5 @@
 //! `ims-sshd package` and `ims-sshd upload`: the steps of a sidecar, one by one.
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Attempt, Error, Result};
@@ -13,6 +12,7 @@ use crate::publish::journal::{Journal, Notes};
 use crate::publish::package::{self, Archive, open_tree};
 use crate::publish::settings::Settings;
 use crate::publish::sidecar::write_changes;
+use crate::publish::source::Opened;
 use crate::publish::upload::{Image, Publication};
 use crate::publish::work::Work;
 use crate::sys::tree::Tree;
@@ -90,8 +90,7 @@ pub fn upload(
 ) -> Result<u8> {
     let place = Place::of(settings, named, archive)?;
     let rootfs = place.archive().open().map_err(|e| e.advise("'ims-sshd package' makes it"))?;
-    let opened = |file: &Path| File::open(file).attempt(|| format!("open {}", file.display()));
-    let debug_kernel = debug_kernel.map(opened).transpose()?;
+    let debug_kernel = debug_kernel.map(Opened::open).transpose()?.map(Opened::into_file).transpose()?;
     let image = Image { rootfs, boot: place.boot(settings)?, debug_kernel };
     let work = Work::begin(&settings.network)?;
     let ims = Ims::of(&work, settings);

@@ -2,9 +2,9 @@
 //! one that is taken over writes nowhere but to its target, reads nothing but its source, reaches no network, and does not fill the machine.
 
 use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
+use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::time::Duration;
 
@@ -109,6 +109,9 @@ const SYSTEM: &[&str] = &[
 /// No file of an image is larger, holes counted: a lastlog with the highest user number has 1.2 TB.
 const LARGEST_FILE: u64 = 2 << 40;
 
+/// Path by which a confined program opens its standard input.
+pub const STDIN: &str = "/proc/self/fd/0";
+
 /// Additional memory for each processor's threads: stacks and heaps of their own.
 const MEMORY_OF_A_PROCESSOR: u64 = 64 << 20;
 
@@ -131,27 +134,24 @@ pub struct Confined<'a> {
     directory: &'a Tree,
     /// Its access to that directory.
     access: Access,
-    /// Further file or directory that it reads.
-    source: Option<OwnedFd>,
-    /// Its standard input, which it reads or writes.
-    stdin: Option<File>,
+    /// Its standard input, a file or a directory, and its access to that: [`STDIN`] leads to it, whatever has its name.
+    stdin: Option<(OwnedFd, Access)>,
     capabilities: &'static [(CapabilitySet, &'static str)],
     /// How far it goes.
     pub limits: Limits,
 }
 
 impl<'a> Confined<'a> {
-    /// It writes a tree into `target`, out of `source`, a file or a directory.
-    pub fn unpacking(target: &'a Tree, source: &Path) -> Result<Self> {
-        let size = std::fs::metadata(source).attempt(|| format!("open {}", source.display()))?.len();
+    /// It writes a tree into `target`, out of `source`, a file or a directory of `size` bytes, its standard input.
+    pub fn unpacking(target: &'a Tree, source: BorrowedFd<'_>, size: u64) -> Result<Self> {
         let limits = Limits {
             memory: memory(),
             file: LARGEST_FILE,
             time: Duration::from_hours(1) + Duration::from_secs(size >> 20),
             volume: Some(target.path()),
         };
-        let source = Some(reach(source).attempt(|| format!("open {}", source.display()))?);
-        Ok(Self { directory: target, access: Access::Write, source, stdin: None, capabilities: WRITER, limits })
+        let stdin = Some((source.try_clone_to_owned().attempt(|| "hand the archive on")?, Access::Read));
+        Ok(Self { directory: target, access: Access::Write, stdin, capabilities: WRITER, limits })
     }
 
     /// It reads the tree `image_root` and writes `output`, its standard input, which lies in `volume`.
@@ -164,20 +164,22 @@ impl<'a> Confined<'a> {
             time: Duration::from_hours(6) + Duration::from_secs(used >> 20),
             volume: Some(volume.path()),
         };
-        let stdin = Some(output.try_clone().attempt(|| "hand the archive on")?);
-        Ok(Self { directory: image_root, access: Access::Read, source: None, stdin, capabilities: READER, limits })
+        // mksquashfs opens it anew.
+        let stdin = Some((output.try_clone().attempt(|| "hand the archive on")?.into(), Access::Write));
+        Ok(Self { directory: image_root, access: Access::Read, stdin, capabilities: READER, limits })
     }
 
     /// It answers questions about a database in `directory`, a copy.
     pub fn asking(directory: &'a Tree) -> Self {
         let limits = Limits { memory: 1 << 30, file: 1 << 30, time: Duration::from_mins(2), volume: None };
-        Self { directory, access: Access::Write, source: None, stdin: None, capabilities: &[], limits }
+        Self { directory, access: Access::Write, stdin: None, capabilities: &[], limits }
     }
 
     /// It makes something of `input`, a file, that its caller reads.
     pub fn filtering(directory: &'a Tree, input: File) -> Self {
         let limits = Limits { memory: memory(), file: 0, time: Duration::from_hours(1), volume: None };
-        Self { directory, access: Access::Read, source: None, stdin: Some(input), capabilities: &[], limits }
+        let stdin = Some((input.into(), Access::Read));
+        Self { directory, access: Access::Read, stdin, capabilities: &[], limits }
     }
 
     /// Starts `command`. It goes on when this program ends.
@@ -210,8 +212,11 @@ impl<'a> Confined<'a> {
     /// Has `command` begin with its standard input, and with the limits that the kernel keeps.
     pub fn prepare(&self, command: &mut Command) -> Result<()> {
         // /dev/null is opened here: there, no device can be.
-        let input = self.stdin.as_ref().map_or_else(|| File::open("/dev/null"), File::try_clone);
-        command.stdin(input.attempt(|| "open its standard input")?);
+        let input = match &self.stdin {
+            Some((input, _)) => input.try_clone(),
+            None => File::open("/dev/null").map(OwnedFd::from),
+        };
+        command.stdin(Stdio::from(input.attempt(|| "open its standard input")?));
         let seconds = self.limits.time.as_secs() * processors();
         let limits = [
             // Not of addresses, which threads reserve and never use.
@@ -251,12 +256,8 @@ impl<'a> Confined<'a> {
             }
         }
         rules.allow(self.directory, self.access)?;
-        if let Some(source) = &self.source {
-            rules.allow(source, Access::Read)?;
-        }
-        // mksquashfs opens it anew.
-        if let Some(stdin) = &self.stdin {
-            rules.allow(stdin, Access::Write)?;
+        if let Some((stdin, access)) = &self.stdin {
+            rules.allow(stdin, *access)?;
         }
         Ok(Some(rules))
     }

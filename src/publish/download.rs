@@ -35,8 +35,9 @@ struct Download<'a> {
     progress: Progress,
 }
 
-/// Fetches `url` to the file `name` of a directory, in place of what is there. `copies` is how often its size has to fit on the disk.
-pub fn fetch(work: &Work, url: &str, expected: &Expected, folder: &Tree, name: &str, copies: u64) -> Result<()> {
+/// Fetches `url` to the new file `name` of a directory, in place of what is there, and returns that file: by the end its name may be
+/// another's. `copies` is how often its size has to fit on the disk.
+pub fn fetch(work: &Work, url: &str, expected: &Expected, folder: &Tree, name: &str, copies: u64) -> Result<File> {
     let shown = without_query(url);
     let attempted = format!("fetch {shown}");
     if url.starts_with("http://") && !expected.is_given() {
@@ -53,7 +54,7 @@ pub fn fetch(work: &Work, url: &str, expected: &Expected, folder: &Tree, name: &
         file,
         path,
         length: 0,
-        sums: Sums::of(expected),
+        sums: Sums::with_md5(expected),
         total: None,
         etag: None,
         etag_is_md5: false,
@@ -81,7 +82,8 @@ pub fn fetch(work: &Work, url: &str, expected: &Expected, folder: &Tree, name: &
     })?;
     download.check(expected).map_err(|why| Error::new(attempted).because(why))?;
     tracing::info!(bytes = download.length, "fetched {shown}");
-    download.file.sync_all().attempt(|| format!("write {}", download.path))
+    download.file.sync_all().attempt(|| format!("write {}", download.path))?;
+    Ok(download.file)
 }
 
 impl Download<'_> {

@@ -11,6 +11,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Stat, Timespec, Timestamps, Uid, XattrFlags};
 use rustix::io::Errno;
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 
 use crate::error::{Attempt, Error, Result};
 use crate::sys::tree::Tree;
@@ -37,48 +38,85 @@ const LONGEST_ATTRIBUTE: usize = 64 << 10;
 /// Times of files are those of the clock's last tick.
 const CLOCK_TICK: Duration = Duration::from_millis(50);
 
-/// The layers of the image that is saved in the directory `saved`, lowest first, as paths below it without links; nothing if it is no saved
-/// image.
-pub fn layers(saved: &Tree) -> Result<Option<Vec<PathBuf>>> {
+/// One layer of a saved image.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Layer {
+    /// Path below the directory of the saved image, without links.
+    pub path: PathBuf,
+    /// SHA-256 of the file, if it is named by that, in hexadecimal digits.
+    pub digest: Option<String>,
+    /// The same of the tar archive, before it was compressed, if the image's configuration has it.
+    pub diff_id: Option<String>,
+}
+
+/// Content that is named by its SHA-256: the digits, and where it lies.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Named {
+    digest: Option<String>,
+    path: String,
+}
+
+/// The layers of the image that is saved in the directory `saved`, lowest first; nothing if it is no saved image. What is named by its digest
+/// on the way to them is compared with that.
+pub fn layers(saved: &Tree) -> Result<Option<Vec<Layer>>> {
     let attempted = || "read the description of the saved image";
-    let layers = match description(saved, "manifest.json") {
+    let strange = || Error::new(attempted()).because("it does not name its layers as docker and OCI do, by SHA-256");
+    let (config, layers) = match description(saved, "manifest.json") {
         Some(images) if images[0]["Layers"].is_array() => {
             let images = images.as_array().map(Vec::as_slice).unwrap_or_default();
             let [image] = images else {
                 let names = images.iter().map(|image| image["RepoTags"][0].as_str().unwrap_or("one without a name"));
                 return Err(several(&names.collect::<Vec<_>>()));
             };
-            strings(&image["Layers"])
+            let layers = strings(&image["Layers"]).ok_or_else(strange)?;
+            (image["Config"].as_str().map(docker), layers.iter().map(|path| docker(path)).collect::<Vec<_>>())
         }
         // `podman save --format docker-dir`, `skopeo copy … dir:`.
         Some(image) if image["layers"].is_array() && saved.look("version").is_ok_and(|found| found.is_some()) => {
-            let digests = image["layers"].as_array().into_iter().flatten();
-            digests.map(|layer| blob(layer)?.rsplit('/').next().map(str::to_owned)).collect()
+            let beside = |blob: Named| Named { path: blob.digest.clone().unwrap_or_default(), ..blob };
+            let (config, layers) = blobs(&image).ok_or_else(strange)?;
+            (config.map(beside), layers.into_iter().map(beside).collect())
         }
         _ if saved.look("oci-layout").is_ok_and(|found| found.is_some()) => {
             let index = description(saved, "index.json")
                 .ok_or_else(|| Error::new(attempted()).because("there is no index.json"))?;
-            let image = image_of(saved, index, 0)?;
-            let digests = image["layers"].as_array().into_iter().flatten();
-            digests.map(blob).collect::<Option<_>>()
+            blobs(&image_of(saved, index, 0)?).ok_or_else(strange)?
         }
         _ => return Ok(None),
     };
-    let layers = layers.filter(|layers| layers.len() <= MOST_LAYERS);
-    let layers =
-        layers.ok_or_else(|| Error::new(attempted()).because("it does not name its layers as docker and OCI do"))?;
-    let resolve = |layer: String| {
-        let attempted = || format!("find the layer {layer} of the saved image");
-        let path = saved.leads_to(&layer).attempt(attempted)?;
-        // A device or a fifo is no layer.
-        saved.open_regular(&path, OFlags::RDONLY | OFlags::NOFOLLOW).attempt(attempted)?;
-        Ok(path)
+    if layers.len() > MOST_LAYERS {
+        return Err(Error::new(attempted()).because(format!("it has more than {MOST_LAYERS} layers")));
+    }
+    let config = match config {
+        Some(named) if named.digest.is_some() => verified(saved, &named)?,
+        Some(named) => description(saved, &named.path).unwrap_or_default(),
+        None => Value::Null,
     };
-    layers.into_iter().map(resolve).collect::<Result<_>>().map(Some)
+    let diff_id = |number: usize| sha256(config["rootfs"]["diff_ids"][number].as_str()?);
+    let resolve = |(number, Named { digest, path }): (usize, Named)| {
+        let attempted = || format!("find the layer {path} of the saved image");
+        let found = saved.leads_to(&path).attempt(attempted)?;
+        // A device or a fifo is no layer.
+        saved.open_regular(&found, OFlags::RDONLY | OFlags::NOFOLLOW).attempt(attempted)?;
+        Ok(Layer { path: found, digest, diff_id: diff_id(number) })
+    };
+    layers.into_iter().enumerate().map(resolve).collect::<Result<_>>().map(Some)
 }
 
 fn description(saved: &Tree, path: &str) -> Option<Value> {
     serde_json::from_slice(&saved.read(path, LARGEST).ok()?).ok()
+}
+
+/// A description that is named by its digest, which its bytes have to have.
+fn verified(saved: &Tree, named: &Named) -> Result<Value> {
+    let digest = named.digest.as_deref().unwrap_or_default();
+    let attempted = || format!("take sha256:{digest} of the saved image");
+    let text = saved.read(&named.path, LARGEST).attempt(attempted)?;
+    let sum = format!("{:x}", Sha256::digest(&text));
+    if sum != digest {
+        return Err(Error::new(attempted()).because(format!("its SHA-256 is {sum}")));
+    }
+    serde_json::from_slice(&text).attempt(attempted)
 }
 
 fn strings(list: &Value) -> Option<Vec<String>> {
@@ -108,19 +146,42 @@ fn image_of(saved: &Tree, index: Value, depth: usize) -> Result<Value> {
         let names: Vec<_> = images.iter().map(name).collect();
         return Err(several(&names.iter().map(String::as_str).collect::<Vec<_>>()));
     };
-    let next = blob(image).filter(|_| depth < DEEPEST).and_then(|path| description(saved, &path));
-    let next = next.ok_or_else(|| {
+    let refused = || {
         let digest = image["digest"].as_str().unwrap_or("without a digest");
-        Error::new(format!("read the manifest {digest} of the saved image"))
-    })?;
-    image_of(saved, next, depth + 1)
+        Error::new(format!("take the manifest {digest} of the saved image"))
+    };
+    let named = blob(image).ok_or_else(|| refused().because("expected sha256: and 64 hexadecimal digits"))?;
+    if depth == DEEPEST {
+        return Err(refused().because("it is an index in an index, again and again"));
+    }
+    image_of(saved, verified(saved, &named)?, depth + 1)
 }
 
-/// Path of the content that a descriptor names by its digest.
-fn blob(descriptor: &Value) -> Option<String> {
-    let (algorithm, digits) = descriptor["digest"].as_str()?.split_once(':')?;
-    let is_name = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric());
-    (is_name(algorithm) && is_name(digits)).then(|| format!("blobs/{algorithm}/{digits}"))
+/// The configuration and the layers that a manifest of OCI names.
+fn blobs(manifest: &Value) -> Option<(Option<Named>, Vec<Named>)> {
+    let config = &manifest["config"];
+    let config = if config.is_null() { None } else { Some(blob(config)?) };
+    Some((config, manifest["layers"].as_array()?.iter().map(blob).collect::<Option<_>>()?))
+}
+
+/// The content that a descriptor names.
+fn blob(descriptor: &Value) -> Option<Named> {
+    let digest = sha256(descriptor["digest"].as_str()?)?;
+    Some(Named { path: format!("blobs/sha256/{digest}"), digest: Some(digest) })
+}
+
+/// The content that docker's manifest names by a path, whose last name may be a digest, with an ending: `DIGEST.tar`, `blobs/sha256/DIGEST`.
+fn docker(path: &str) -> Named {
+    let name = path.rsplit('/').next().unwrap_or_default();
+    let stem = name.strip_prefix("sha256:").unwrap_or(name).split('.').next().unwrap_or_default();
+    Named { digest: sha256(&format!("sha256:{stem}")), path: path.to_owned() }
+}
+
+/// The digits of a digest.
+fn sha256(digest: &str) -> Option<String> {
+    let digits = digest.strip_prefix("sha256:")?;
+    let is_digit = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
+    (digits.len() == 64 && digits.bytes().all(is_digit)).then(|| digits.to_owned())
 }
 
 /// Moves what is in `layer`, which was unpacked after `began`, over `root`, and removes what it hides there. Both are on one file system
@@ -237,45 +298,76 @@ mod tests {
             layers(&tree).map_err(|e| e.to_string())
         };
         let text = || json!("");
-        let paths = |paths: &[&str]| Ok(Some(paths.iter().map(PathBuf::from).collect::<Vec<_>>()));
-        let docker = json!([{"Config": "c.json", "RepoTags": ["a:1"], "Layers": ["1/layer.tar", "2.tar"]}]);
-        assert_eq!(
-            found(&[("manifest.json", docker), ("1/layer.tar", text()), ("2.tar", text())]),
-            paths(&["1/layer.tar", "2.tar"])
-        );
-        let manifest = ("blobs/sha256/aa", json!({"layers": [{"digest": "sha256:bb"}, {"digest": "sha256:cc"}]}));
-        let attested = json!({"digest": "sha256:00", "platform": {"architecture": "unknown", "os": "unknown"}});
-        let index = json!({"manifests": [{"digest": "sha256:aa", "platform": {"architecture": "amd64"}}, attested]});
-        let oci = |index: Value| {
-            let blobs = [("blobs/sha256/bb", text()), ("blobs/sha256/cc", text()), ("blobs/sha256/dd", index.clone())];
-            let files = [("oci-layout", json!({})), ("index.json", index), manifest.clone()];
-            found(&files.into_iter().chain(blobs).collect::<Vec<_>>())
+        let layer = |path: &str, digest: Option<&str>, diff_id: Option<&str>| Layer {
+            path: path.into(),
+            digest: digest.map(str::to_owned),
+            diff_id: diff_id.map(str::to_owned),
         };
-        let both = paths(&["blobs/sha256/bb", "blobs/sha256/cc"]);
-        assert_eq!(oci(index.clone()), both);
-        // An index of an index, as buildx writes it; and one that leads to itself.
-        assert_eq!(
+        let digest = |content: &Value| format!("{:x}", Sha256::digest(content.to_string()));
+        let path_of = |content: &Value| format!("blobs/sha256/{}", digest(content));
+        let descriptor = |content: &Value| json!({"digest": format!("sha256:{}", digest(content))});
+        let (one, two) = (json!("one"), json!("two"));
+        let config = json!({"rootfs": {"diff_ids": [format!("sha256:{}", digest(&one)), "none"]}});
+        let docker = json!([{"Config": "c.json", "RepoTags": ["a:1"], "Layers": ["1/layer.tar", "2.tar"]}]);
+        let files = [("manifest.json", docker), ("1/layer.tar", text()), ("2.tar", text()), ("c.json", config.clone())];
+        let wanted = vec![layer("1/layer.tar", None, Some(&digest(&one))), layer("2.tar", None, None)];
+        assert_eq!(found(&files), Ok(Some(wanted)));
+        // The newer names, which are digests.
+        let names = [digest(&one) + ".tar", path_of(&two)];
+        let docker = |config: &str| json!([{"Config": config, "Layers": names}]);
+        let files = |config: &str, content: &Value| {
             found(&[
-                ("oci-layout", json!({})),
-                ("index.json", json!({"manifests": [{"digest": "sha256:dd"}]})),
-                ("blobs/sha256/dd", index),
-                manifest.clone(),
-                ("blobs/sha256/bb", text()),
-                ("blobs/sha256/cc", text())
-            ]),
-            both
-        );
-        assert!(oci(json!({"manifests": [{"digest": "sha256:dd"}]})).unwrap_err().contains("sha256:dd"));
+                ("manifest.json", docker(config)),
+                (&names[0], text()),
+                (&names[1], text()),
+                (config, content.clone()),
+            ])
+        };
+        let wanted = || {
+            let by_digest = |path: &str, content| layer(path, Some(&digest(content)), None);
+            vec![Layer { diff_id: Some(digest(&one)), ..by_digest(&names[0], &one) }, by_digest(&names[1], &two)]
+        };
+        for name in [digest(&config) + ".json", path_of(&config), format!("sha256:{}", digest(&config))] {
+            assert_eq!(files(&name, &config), Ok(Some(wanted())));
+            assert!(files(&name, &json!({})).unwrap_err().contains(&digest(&config)), "another configuration");
+        }
+
+        let manifest = json!({"config": descriptor(&config), "layers": [descriptor(&one), descriptor(&two)]});
+        let attested = json!({"digest": "sha256:00", "platform": {"architecture": "unknown", "os": "unknown"}});
+        let mut entry = descriptor(&manifest);
+        entry["platform"] = json!({"architecture": "amd64"});
+        let index = json!({"manifests": [entry, attested]});
+        let blobs = [&one, &two, &config, &manifest, &index].map(|content| (path_of(content), content.clone()));
+        let with = |index: Value, changed: &str| {
+            let blobs = blobs.iter().map(|(path, content)| {
+                (path.as_str(), if changed == path { json!({"layers": []}) } else { content.clone() })
+            });
+            found(&blobs.chain([("oci-layout", json!({})), ("index.json", index)]).collect::<Vec<_>>())
+        };
+        let oci = |index: Value| with(index, "");
+        let by_digest = |content, diff_id| layer(&path_of(content), Some(&digest(content)), diff_id);
+        let both = Ok(Some(vec![by_digest(&one, Some(&digest(&one))), by_digest(&two, None)]));
+        assert_eq!(oci(index.clone()), both);
+        // An index of an index, as buildx writes it.
+        let outer = json!({"manifests": [descriptor(&index)]});
+        assert_eq!(oci(outer.clone()), both);
+        for changed in [&config, &manifest, &index] {
+            let error = with(outer.clone(), &path_of(changed)).unwrap_err();
+            assert!(error.contains(&digest(changed)) && error.contains("its SHA-256 is"), "{error}");
+        }
         for (hostile, word) in [
-            ("sha256:../../../etc/passwd", "cannot read"),
-            ("sha256:", "cannot read"),
-            ("sha256:ee", "cannot read"),
-            ("aa", "cannot read"),
+            ("sha256:../../../etc/passwd", "expected sha256"),
+            ("sha256:", "expected sha256"),
+            ("sha512:00", "expected sha256"),
+            ("aa", "expected sha256"),
+            (&format!("sha256:{}", "ee".repeat(32)), "No such file"),
         ] {
             assert!(oci(json!({"manifests": [{"digest": hostile}]})).unwrap_err().contains(word), "{hostile}");
         }
-        let two = json!({"manifests": [{"digest": "sha256:aa", "platform": {"architecture": "amd64"}}, {"digest": "sha256:aa", "platform": {"architecture": "arm64"}}]});
-        assert!(oci(two).unwrap_err().contains("there are 2: amd64, arm64; save one"));
+        let mut entries = [descriptor(&manifest), descriptor(&manifest)];
+        entries[0]["platform"] = json!({"architecture": "amd64"});
+        entries[1]["platform"] = json!({"architecture": "arm64"});
+        assert!(oci(json!({ "manifests": entries })).unwrap_err().contains("there are 2: amd64, arm64; save one"));
         let two = json!([{"RepoTags": ["a:1"], "Layers": []}, {"RepoTags": ["b:1"], "Layers": []}]);
         assert!(found(&[("manifest.json", two)]).unwrap_err().contains("a:1, b:1"));
         assert!(

@@ -12,7 +12,7 @@ use std::process::{Child, Command};
 use rustix::fs::{FileType, OFlags, Stat};
 
 use crate::error::{Attempt, Error, Result};
-use crate::publish::confined::Confined;
+use crate::publish::confined::{Confined, STDIN};
 use crate::publish::progress::Progress;
 use crate::publish::settings::Packing;
 use crate::publish::source::{self, Kind};
@@ -150,7 +150,7 @@ fn squash(
 ) -> Result<()> {
     let mut mksquashfs = Command::new("mksquashfs");
     // Both by descriptor: on a shared volume a name may lead elsewhere by the time that mksquashfs opens it.
-    mksquashfs.args([".", "/proc/self/fd/0"]);
+    mksquashfs.args([".", STDIN]);
     mksquashfs.args(["-noappend", "-quiet", "-no-progress", "-xattrs"]);
     match packing.compression {
         "none" => mksquashfs.args(["-noI", "-noD", "-noF", "-noX"]),

@@ -1,7 +1,7 @@
 //! `ims-sshd prepare`: a source image becomes an image root, or nothing is there.
 
 use std::os::unix::fs::DirBuilderExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use rustix::io::Errno;
 
@@ -11,14 +11,15 @@ use crate::publish::changes::Inventory;
 use crate::publish::download;
 use crate::publish::ims::{Ims, Status};
 use crate::publish::journal;
+use crate::publish::layers::layers;
 use crate::publish::package::open_tree;
 use crate::publish::settings::Settings;
 use crate::publish::sidecar::TRANSFER;
-use crate::publish::source::{Kind, Source};
-use crate::publish::unpack::{Overlay, layers_in, unpack};
+use crate::publish::source::{Content, Kind, Opened, Source};
+use crate::publish::store;
+use crate::publish::unpack::{Overlay, unpack};
 use crate::publish::work::Work;
-use crate::publish::{source, store};
-use crate::sys::tree::kind_of;
+use crate::sys::tree::{Tree, kind_of};
 use crate::verdict::Verdict;
 
 /// How an archive becomes a tree.
@@ -85,23 +86,22 @@ pub fn prepare(
     image_root: &Path,
 ) -> Result<Option<Overlay>> {
     let parent = &settings.parent;
-    let fetched = parent.join(ARCHIVE);
-    let unpacking = parent.join(UNPACKING);
+    let volume = open_tree(parent)?;
     refuse_links(parent, image_root)?;
-    remove(&unpacking)?;
+    remove(&volume, UNPACKING)?;
     if open == Some(Open::Unpack) && image_root.exists() {
         tracing::info!("{} is there already", image_root.display());
         return Ok(None);
     }
     let mut unpacked = true;
-    let result =
-        archive(work, settings, source, open).and_then(|archive| match open.map_or_else(|| best(&archive), Ok)? {
+    let result = archive(work, settings, source, open, &volume).and_then(|archive| {
+        match open.map_or_else(|| best(&archive), Ok)? {
             Open::Overlay => {
                 unpacked = false;
                 let folder = parent.join(OVERLAY);
                 // What was changed above an earlier one is kept, though it cannot be mounted this time.
                 let is_new = !folder.exists();
-                Overlay::mount(work, &archive, &folder, image_root).map(Some).inspect_err(|_| {
+                Overlay::mount(&archive, &folder, image_root).map(Some).inspect_err(|_| {
                     if is_new {
                         let _ = std::fs::remove_dir_all(folder).and_then(|()| std::fs::remove_dir(image_root));
                     }
@@ -110,24 +110,31 @@ pub fn prepare(
             // Left by a customization that could not be published.
             Open::Unpack if image_root.exists() => Ok(None),
             Open::Unpack => {
-                unpack(work, &archive, &unpacking)?;
-                Inventory::of(work, &open_tree(&unpacking)?)?.save(&open_tree(parent)?, INVENTORY)?;
+                let tree = unpack(work, &archive, &volume, UNPACKING)?;
+                Inventory::of(work, &tree)?.save(&volume, INVENTORY)?;
                 if let Some(above) = image_root.parent() {
                     std::fs::create_dir_all(above).attempt(|| format!("make the folder {}", above.display()))?;
                 }
+                let unpacking = parent.join(UNPACKING);
                 std::fs::rename(&unpacking, image_root).attempt(|| format!("rename {}", unpacking.display()))?;
+                // Who may rename in the volume could have put another directory there.
+                if !is_same(&tree, &open_tree(image_root)?).unwrap_or(false) {
+                    let taken = format!("another directory has taken the place of {}", unpacking.display());
+                    return Err(Error::new(format!("unpack to {}", image_root.display())).because(taken));
+                }
                 Ok(None)
             }
-        });
+        }
+    });
     let ours = matches!(source, Source::Web(_) | Source::S3(..));
     if result.is_err() || unpacked {
-        let _ = remove(&unpacking);
-        for file in ours.then_some(fetched.as_path()).into_iter().chain([parent.join(FETCHING).as_path()]) {
-            let _ = std::fs::remove_file(file);
+        let _ = remove(&volume, UNPACKING);
+        for name in ours.then_some(ARCHIVE).into_iter().chain([FETCHING]) {
+            let _ = volume.remove(name);
         }
     }
     if result.is_err() {
-        let _ = std::fs::remove_file(parent.join(INVENTORY));
+        let _ = volume.remove(INVENTORY);
     }
     result
 }
@@ -141,39 +148,40 @@ pub fn holds_changes(parent: &Path, image_root: &Path) -> bool {
 }
 
 /// Below an overlay what can be: a squashfs, or a folder.
-fn best(archive: &Path) -> Result<Open> {
-    let overlay =
-        if archive.is_dir() { layers_in(archive)?.is_none() } else { source::kind(archive)? == Kind::Squashfs };
+fn best(archive: &Opened) -> Result<Open> {
+    let overlay = match &archive.content {
+        Content::Directory(tree) => layers(tree)?.is_none(),
+        Content::File(_) => archive.kind()? == Some(Kind::Squashfs),
+    };
     Ok(if overlay { Open::Overlay } else { Open::Unpack })
 }
 
-/// The archive, or folder, on this machine.
-fn archive(work: &Work, settings: &Settings, source: &Source, open: Option<Open>) -> Result<PathBuf> {
-    let fetched = settings.parent.join(ARCHIVE);
+/// The archive, or directory, on this machine: what was checked, by its descriptor.
+fn archive(work: &Work, settings: &Settings, source: &Source, open: Option<Open>, volume: &Tree) -> Result<Opened> {
     let url = match source {
         Source::Here(path) => {
-            let found = std::fs::canonicalize(path).attempt(|| format!("open {}", path.display()))?;
-            if settings.expected.is_given() {
-                let shown = found.display().to_string();
-                if found.is_dir() {
-                    return Err(Error::new(format!("take {shown}"))
+            let Opened { shown, content } = Opened::open(path)?;
+            let content = match content {
+                content if !settings.expected.is_given() => content,
+                Content::Directory(_) => {
+                    return Err(Error::new(format!("take {}", shown.display()))
                         .because("it is a directory, which has no checksum")
                         .advise("leave the checksum out"));
                 }
-                let file = std::fs::File::open(&found).attempt(|| format!("open {shown}"))?;
-                settings.expected.check(work, &file, &shown)?;
-            }
-            return Ok(found);
+                Content::File(file) => {
+                    Content::File(settings.expected.check(work, file, &shown.display().to_string(), Some(volume))?)
+                }
+            };
+            return Ok(Opened { shown, content });
         }
         Source::Web(url) => url.clone(),
         Source::S3(bucket, key) => work.wait(store::sign(bucket, key, &settings.store, &settings.network))?,
     };
     // Unpacked it takes as much again, and more.
     let copies = if open == Some(Open::Unpack) { 2 } else { 1 };
-    let parent = open_tree(&settings.parent)?;
-    download::fetch(work, &url, &settings.expected, &parent, FETCHING, copies)?;
-    parent.rename(FETCHING, ARCHIVE).attempt(|| format!("rename {FETCHING}"))?;
-    Ok(fetched)
+    let file = download::fetch(work, &url, &settings.expected, volume, FETCHING, copies)?;
+    volume.rename(FETCHING, ARCHIVE).attempt(|| format!("rename {FETCHING}"))?;
+    Ok(Opened { shown: settings.parent.join(ARCHIVE), content: Content::File(file) })
 }
 
 /// Refuses links in the places of directories: on a volume of an earlier job they would have it unpacked, or its changes kept, elsewhere.
@@ -195,10 +203,17 @@ fn refuse_links(parent: &Path, image_root: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Removes a tree; one that is not there is no error.
-fn remove(tree: &Path) -> Result<()> {
-    match std::fs::remove_dir_all(tree) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e).attempt(|| format!("remove {}", tree.display())),
+fn is_same(a: &Tree, b: &Tree) -> std::io::Result<bool> {
+    let [a, b] = [rustix::fs::fstat(a)?, rustix::fs::fstat(b)?];
+    Ok((a.st_dev, a.st_ino) == (b.st_dev, b.st_ino))
+}
+
+/// Removes the tree `name` of a directory; one that is not there is no error.
+fn remove(volume: &Tree, name: &str) -> Result<()> {
+    match std::fs::remove_dir_all(volume.path().join(name)) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(e).attempt(|| format!("remove {}", volume.shown().join(name).display()))
+        }
         _ => Ok(()),
     }
 }

@@ -2,16 +2,18 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::unix::fs::FileExt;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use rustix::fs::SeekFrom;
+use rustix::fs::{FileType, Mode, OFlags, SeekFrom};
 use rustix::io::Errno;
 
 use crate::error::{Attempt, Error, Result};
 use crate::lifecycle::secrets::without_secrets;
 use crate::sys::signals::hold_none;
+use crate::sys::tree::{Tree, kind_of};
 
 /// Where it lies.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,6 +49,96 @@ impl Source {
     }
 }
 
+/// A source on this machine, opened once: what was checked is what is unpacked, whatever has its name by then.
+#[derive(Debug)]
+pub struct Opened {
+    /// Its path, for messages.
+    pub shown: PathBuf,
+    /// What was opened.
+    pub content: Content,
+}
+
+/// What a source is.
+#[derive(Debug)]
+pub enum Content {
+    /// An archive or a squashfs.
+    File(File),
+    /// A tree, or a saved image of a container.
+    Directory(Tree),
+}
+
+impl Opened {
+    /// Opens what `path` leads to, through links. Its type is looked at first: to open a fifo or a device can wait for ever, or act on it.
+    pub fn open(path: &Path) -> Result<Self> {
+        let attempted = || format!("open {}", path.display());
+        let handle = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).attempt(attempted)?;
+        let found = rustix::fs::fstat(&handle).attempt(attempted)?;
+        let place = format!("/proc/self/fd/{}", handle.as_raw_fd());
+        let shown = std::fs::read_link(&place).attempt(attempted)?;
+        let content = match FileType::from_raw_mode(found.st_mode) {
+            FileType::Directory => Content::Directory(Tree::from_fd(handle)),
+            FileType::RegularFile => Content::File(File::open(place).attempt(attempted)?),
+            _ => {
+                let why = format!("it is {}", kind_of(&found));
+                return Err(Error::new(attempted()).because(why).advise("name a regular file or a directory"));
+            }
+        };
+        Ok(Self { shown, content })
+    }
+
+    /// A regular file. `None` for a directory.
+    pub fn file(&self) -> Option<&File> {
+        match &self.content {
+            Content::File(file) => Some(file),
+            Content::Directory(_) => None,
+        }
+    }
+
+    /// The same for which a directory is an error.
+    pub fn into_file(self) -> Result<File> {
+        match self.content {
+            Content::File(file) => Ok(file),
+            Content::Directory(_) => {
+                Err(Error::new(format!("open {}", self.shown.display())).because("it is a directory"))
+            }
+        }
+    }
+
+    /// What the file is; `None` for a directory. One that is none of these, or that is shorter or longer than it says, is refused.
+    pub fn kind(&self) -> Result<Option<Kind>> {
+        self.file().map(|file| kind_of_file(file, &self.shown.display().to_string(), u64::MAX)).transpose()
+    }
+
+    /// Its size in bytes; 0 for a directory.
+    pub fn size(&self) -> u64 {
+        self.file().and_then(|file| file.metadata().ok()).map_or(0, |found| found.len())
+    }
+}
+
+impl AsFd for Opened {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match &self.content {
+            Content::File(file) => file.as_fd(),
+            Content::Directory(tree) => tree.as_fd(),
+        }
+    }
+}
+
+/// Whether another user can change the content of an open file.
+pub fn can_be_changed(file: &File) -> io::Result<bool> {
+    let found = file.metadata()?;
+    Ok(!is_trusted(found.uid()) || found.mode() & WRITABLE != 0)
+}
+
+/// Bits of a mode with which others than the owner can change a file, or what a directory holds.
+pub const WRITABLE: u32 = 0o022;
+
+/// Root, and who has become root to start this program: a directory in his home is as good as his word.
+pub fn is_trusted(user: u32) -> bool {
+    let caller = || std::env::var("SUDO_UID").ok()?.parse::<u32>().ok();
+    user == 0 || caller() == Some(user)
+}
+
 /// What a file is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
@@ -74,13 +166,7 @@ const OLD_CPIO: [&[u8]; 3] = [b"070707", b"\xc7\x71", b"\x71\xc7"];
 /// A tar archive is made of blocks of this size, and ends with two that are empty.
 const TAR_BLOCK: usize = 512;
 
-/// Looks at a file. One that is none of these, or that is shorter or longer than it says, is refused.
-pub fn kind(path: &Path) -> Result<Kind> {
-    let shown = path.display().to_string();
-    kind_of_file(&File::open(path).attempt(|| format!("take {shown} as an image"))?, &shown, u64::MAX)
-}
-
-/// The same of an open file, which is called `shown`; a squashfs has at most `padding` bytes of zeros after it.
+/// Looks at an open file, which is called `shown`; a squashfs has at most `padding` bytes of zeros after it. See [`Opened::kind`].
 pub fn kind_of_file(file: &File, shown: &str, padding: u64) -> Result<Kind> {
     let attempted = || format!("take {shown} as an image");
     let size = file.metadata().attempt(attempted)?.len();
@@ -123,10 +209,9 @@ pub fn kind_of_file(file: &File, shown: &str, padding: u64) -> Result<Kind> {
 }
 
 /// Whether the file is a tar archive without a member, uncompressed: it begins with the zeros that end one.
-pub fn is_empty_tar(path: &Path) -> io::Result<bool> {
-    let file = File::open(path)?;
+pub fn is_empty_tar(file: &File) -> io::Result<bool> {
     let size = file.metadata()?.len();
-    is_zero(&file, 0, size)
+    is_zero(file, 0, size)
 }
 
 enum Archive {
@@ -154,6 +239,7 @@ fn unknown(start: &[u8]) -> &'static str {
 /// First block of a compressed file, uncompressed; less if it is damaged.
 fn uncompressed(file: &File, program: &str) -> io::Result<Vec<u8>> {
     let mut command = Command::new(program);
+    rustix::fs::seek(file, SeekFrom::Start(0))?;
     command.arg("-dc").stdin(file.try_clone()?).stdout(Stdio::piped()).stderr(Stdio::null());
     let mut child = hold_none(&mut command).spawn()?;
     let mut start = Vec::new();
@@ -216,7 +302,7 @@ mod tests {
         let path = dir.path().join("file");
         let of = |content: &[u8]| {
             std::fs::write(&path, content).unwrap();
-            kind(&path).map_err(|e| e.to_string())
+            Opened::open(&path).unwrap().kind().map(Option::unwrap).map_err(|e| e.to_string())
         };
         let mut squashfs = b"hsqs".to_vec();
         squashfs.resize(5000, 0);
@@ -231,7 +317,7 @@ mod tests {
         // A hole of 16 TB is not read.
         of(&squashfs[..3 << 20]).unwrap();
         File::options().write(true).open(&path).unwrap().set_len(1 << 43).unwrap();
-        assert_eq!(kind(&path).unwrap(), Kind::Squashfs);
+        assert_eq!(Opened::open(&path).unwrap().kind().unwrap(), Some(Kind::Squashfs));
         assert!(of(b"<html>").unwrap_err().contains("neither"));
         assert!(of(b"").unwrap_err().contains("neither"));
         let mut tar = vec![0; 2048];

@@ -1,156 +1,189 @@
 //! An archive becomes a tree: written out, or mounted below an overlay.
 
 use std::fs::{File, Permissions};
-use std::io::{self, BufReader};
+use std::io::{self, BufReader, Seek};
+use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::SystemTime;
 
 use nix::unistd::Pid;
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::MountAttrFlags;
 
-use crate::error::{Attempt, Error, Result};
+use crate::error::{Advise, Attempt, Error, Result};
 use crate::printable::Printable;
-use crate::publish::confined::Confined;
+use crate::publish::checksum::Expected;
+use crate::publish::confined::{Confined, STDIN};
+use crate::publish::cpio;
+use crate::publish::layers::{self, Layer};
 use crate::publish::progress::Progress;
-use crate::publish::source::{self, Kind};
+use crate::publish::source::{self, Content, Kind, Opened};
 use crate::publish::work::Work;
-use crate::publish::{cpio, layers};
+use crate::sys::loops::Loop;
 use crate::sys::mounts::{self, Detached};
 use crate::sys::process::{Entry, numbers};
 use crate::sys::tree::Tree;
 
-/// Writes the tree out of `archive` (a file, or a directory that is copied) to `to`, which must not exist. Of a container's image that was
-/// saved the tree is that of its layers.
-pub fn unpack(work: &Work, archive: &Path, to: &Path) -> Result<()> {
-    let attempted = format!("unpack {}", archive.display());
-    let volume = to.parent().map(Path::to_owned).unwrap_or_default();
-    let before = used(&volume);
+/// Writes the tree out of `archive` to the new directory `name` of `volume`, and returns that: its name may be another's by then. A directory
+/// is copied; of a container's image that was saved the tree is that of its layers.
+pub fn unpack(work: &Work, archive: &Opened, volume: &Tree, name: &str) -> Result<Tree> {
+    let before = used(volume);
     let mut progress = Progress::begin("unpacking", None);
-    let mut look = |_: &Child| progress.at(used(&volume).saturating_sub(before));
-    if archive.is_dir() {
-        if layers_in(archive)?.is_some() {
-            return unpack_layers(work, archive, to, look);
-        }
-        let mut copy = Command::new("cp");
-        copy.args(["-aT", "--reflink=auto"]).arg(archive).arg(".");
-        let target = make(to)?;
-        return work.succeed(&attempted, &mut copy, Some(&Confined::unpacking(&target, archive)?), look).map(|_| ());
+    let mut look = |_: &Child| progress.at(used(volume).saturating_sub(before));
+    if let Content::Directory(tree) = &archive.content
+        && let Some(layers) = layers::layers(tree)?
+    {
+        return unpack_layers(work, (tree, false), layers, (volume, name), look);
     }
-    match source::kind(archive)? {
-        Kind::Squashfs => {
+    let target = make(volume, name)?;
+    match archive.kind()? {
+        None => {
+            let mut copy = Command::new("cp");
+            // The dot has the link followed that STDIN is.
+            copy.args(["-aT", "--reflink=auto"]).arg(Path::new(STDIN).join(".")).arg(".");
+            extract(work, archive, &mut copy, &target, look)?;
+        }
+        Some(Kind::Squashfs) => {
             let mut unsquashfs = Command::new("unsquashfs");
             // Forced, since its directory is there.
-            unsquashfs.args(["-quiet", "-no-progress", "-force", "-dest", "."]).arg(archive);
-            let target = make(to)?;
-            let confined = Confined::unpacking(&target, archive)?;
-            let said = work.succeed(&attempted, &mut unsquashfs, Some(&confined), look)?;
-            if !said.is_empty() {
-                tracing::warn!("unsquashfs: {}", said.lines().collect::<Vec<_>>().join(", "));
-            }
-            Ok(())
+            unsquashfs.args(["-quiet", "-no-progress", "-force", "-dest", ".", STDIN]);
+            extract(work, archive, &mut unsquashfs, &target, look)?;
         }
-        Kind::Tar(compressed) => {
-            unpack_tar(work, archive, compressed, to, &mut look)?;
-            if layers_in(to)?.is_none() {
-                return Ok(());
+        Some(Kind::Tar(compressed)) => {
+            unpack_tar(work, archive, compressed, &target, &mut look)?;
+            if let Some(layers) = layers::layers(&target)? {
+                let saved = Removed::beside(volume, name, ".saved");
+                volume.rename(name, &saved.name).attempt(|| format!("rename {name}"))?;
+                return unpack_layers(work, (&target, true), layers, (volume, name), look);
             }
-            let saved = Removed(beside(to, ".saved"));
-            std::fs::rename(to, &saved.0).attempt(|| format!("rename {}", to.display()))?;
-            unpack_layers(work, &saved.0, to, look)
         }
-        Kind::Cpio(compressed) => unpack_cpio(work, archive, compressed, to),
+        Some(Kind::Cpio(compressed)) => unpack_cpio(work, archive, compressed, &target)?,
     }
+    Ok(target)
 }
 
 /// Makes the directory in which what unpacks stands: it reaches nothing else but the archive.
-fn make(to: &Path) -> Result<Tree> {
-    let attempted = || format!("make the directory {}", to.display());
-    std::fs::DirBuilder::new().mode(0o700).create(to).attempt(attempted)?;
-    Tree::open(to).attempt(attempted)
-}
-
-/// A directory of ours that is gone when this is.
-struct Removed(PathBuf);
-
-impl Drop for Removed {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
+fn make(volume: &Tree, name: &str) -> Result<Tree> {
+    let attempted = || format!("make the directory {}", volume.shown().join(name).display());
+    rustix::fs::mkdirat(volume, name, Mode::RWXU).attempt(attempted)?;
+    let made = volume.folder_without_links(name).attempt(attempted)?;
+    // Who may rename in the volume could have put another directory there.
+    let found = rustix::fs::fstat(&made).attempt(attempted)?;
+    let is_ours = found.st_uid == rustix::process::geteuid().as_raw() && found.st_mode & 0o7777 == 0o700;
+    if !is_ours || !made.names().attempt(attempted)?.is_empty() {
+        return Err(Error::new(attempted()).because("another directory has taken its place"));
     }
+    Ok(made)
 }
 
-/// A place beside `to`, where nothing is.
-fn beside(to: &Path, ending: &str) -> PathBuf {
-    let mut name = to.file_name().unwrap_or_default().to_owned();
-    name.push(ending);
-    let place = to.with_file_name(name);
-    let _ = std::fs::remove_dir_all(&place);
-    place
-}
-
-/// The layers of the container's image that is saved in a directory.
-pub fn layers_in(saved: &Path) -> Result<Option<Vec<PathBuf>>> {
-    let tree = Tree::open(saved).attempt(|| format!("open {}", saved.display()))?;
-    layers::layers(&tree)
-}
-
-fn unpack_layers(work: &Work, saved: &Path, to: &Path, mut look: impl FnMut(&Child)) -> Result<()> {
-    let root = make(to)?;
-    for layer in layers_in(saved)?.unwrap_or_default() {
-        let archive = saved.join(&layer);
-        let attempted = || format!("unpack the layer {}", layer.display());
-        // One that changes nothing holds nothing but the two blocks that end an archive.
-        if source::is_empty_tar(&archive).attempt(attempted)? {
-            continue;
-        }
-        let Kind::Tar(compressed) = source::kind(&archive)? else {
-            return Err(Error::new(attempted()).because("it is no tar archive"));
-        };
-        let began = SystemTime::now();
-        let directory = Removed(beside(to, ".layer"));
-        unpack_tar(work, &archive, compressed, &directory.0, &mut look)?;
-        let tree = Tree::open(&directory.0).attempt(attempted)?;
-        layers::merge(&tree, &root, began).attempt(attempted)?;
+/// Runs a program that reads `archive` as its standard input and writes the tree into `target`.
+fn extract(
+    work: &Work,
+    archive: &Opened,
+    command: &mut Command,
+    target: &Tree,
+    look: impl FnMut(&Child),
+) -> Result<()> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    let confined = Confined::unpacking(target, archive.as_fd(), archive.size())?;
+    let said = work.succeed(&format!("unpack {}", archive.shown.display()), command, Some(&confined), look)?;
+    if !said.is_empty() {
+        tracing::warn!("{name}: {}", said.lines().collect::<Vec<_>>().join(", "));
     }
     Ok(())
 }
 
+/// A directory of ours that is gone when this is.
+struct Removed<'a> {
+    volume: &'a Tree,
+    name: String,
+}
+
+impl<'a> Removed<'a> {
+    /// A place beside the directory `name`, where nothing is.
+    fn beside(volume: &'a Tree, name: &str, ending: &str) -> Self {
+        let place = Self { volume, name: format!("{name}{ending}") };
+        place.remove();
+        place
+    }
+
+    fn remove(&self) {
+        let _ = std::fs::remove_dir_all(self.volume.path().join(&self.name));
+    }
+}
+
+impl Drop for Removed<'_> {
+    fn drop(&mut self) {
+        self.remove();
+    }
+}
+
+/// `private` says that no other user reaches what is `saved`, whoever owns it.
+fn unpack_layers(
+    work: &Work,
+    (saved, private): (&Tree, bool),
+    layers: Vec<Layer>,
+    (volume, name): (&Tree, &str),
+    mut look: impl FnMut(&Child),
+) -> Result<Tree> {
+    let root = make(volume, name)?;
+    for Layer { path, digest, diff_id } in layers {
+        let attempted = || format!("unpack the layer {}", path.display());
+        let file = saved.open_regular(&path, OFlags::RDONLY | OFlags::NOFOLLOW).attempt(attempted)?;
+        let kind = |file: &File| source::kind_of_file(file, &path.display().to_string(), u64::MAX);
+        // One that changes nothing holds nothing but the two blocks that end an archive.
+        let is_empty = source::is_empty_tar(&file).attempt(attempted)?;
+        let is_compressed = !is_empty && kind(&file)? != Kind::Tar(None);
+        let sha256 = digest.or(diff_id.filter(|_| !is_compressed));
+        let expected = Expected { md5: None, sha256 };
+        let file = if expected.is_given() {
+            let shown = format!("the layer {} of the saved image", path.display());
+            expected.check(work, file, &shown, (!private).then_some(volume))?
+        } else {
+            file
+        };
+        if source::is_empty_tar(&file).attempt(attempted)? {
+            continue;
+        }
+        let Kind::Tar(compressed) = kind(&file)? else {
+            return Err(Error::new(attempted()).because("it is no tar archive"));
+        };
+        let began = SystemTime::now();
+        let directory = Removed::beside(volume, name, ".layer");
+        let tree = make(volume, &directory.name)?;
+        let layer = Opened { shown: path.clone(), content: Content::File(file) };
+        unpack_tar(work, &layer, compressed, &tree, &mut look)?;
+        layers::merge(&tree, &root, began).attempt(attempted)?;
+    }
+    Ok(root)
+}
+
 fn unpack_tar(
     work: &Work,
-    archive: &Path,
+    archive: &Opened,
     compressed: Option<&str>,
-    to: &Path,
+    target: &Tree,
     look: impl FnMut(&Child),
 ) -> Result<()> {
-    let target = make(to)?;
     let mut tar = Command::new("tar");
     tar.args(["--extract", "--preserve-permissions", "--numeric-owner", "--acls", "--xattrs", "--xattrs-include=*"]);
     if let Some(program) = compressed {
         tar.arg(format!("--use-compress-program={program}"));
     }
-    tar.arg("--file").arg(archive);
     // It fails at a member whose path has '..' in it, and leaves out the leading '/' of others and of what hard links lead to.
-    let said = work.succeed(
-        &format!("unpack {}", archive.display()),
-        &mut tar,
-        Some(&Confined::unpacking(&target, archive)?),
-        look,
-    )?;
-    if !said.is_empty() {
-        tracing::warn!("tar: {}", said.lines().collect::<Vec<_>>().join(", "));
-    }
-    Ok(())
+    extract(work, archive, tar.args(["--file", STDIN]), target, look)
 }
 
-fn unpack_cpio(work: &Work, archive: &Path, compressed: Option<&str>, to: &Path) -> Result<()> {
-    let attempted = || format!("unpack {}", archive.display());
-    let root = make(to)?;
-    let file = File::open(archive).attempt(attempted)?;
-    let size = file.metadata().attempt(attempted)?.len();
-    let mut progress = Progress::begin("unpacking", Some(size));
+fn unpack_cpio(work: &Work, archive: &Opened, compressed: Option<&str>, root: &Tree) -> Result<()> {
+    let attempted = || format!("unpack {}", archive.shown.display());
+    let mut progress = Progress::begin("unpacking", Some(archive.size()));
+    let mut file =
+        archive.file().map(File::try_clone).transpose().attempt(attempted)?.ok_or_else(|| Error::new(attempted()))?;
+    file.rewind().attempt(attempted)?;
     let position = file.try_clone().attempt(attempted)?;
     let look = || {
         // The program that unpacks it first reads by the same descriptor.
@@ -158,13 +191,13 @@ fn unpack_cpio(work: &Work, archive: &Path, compressed: Option<&str>, to: &Path)
         work.heed().map_err(io::Error::other)
     };
     let unpacked = match compressed {
-        None => cpio::unpack(BufReader::with_capacity(1 << 20, file), &root, look),
+        None => cpio::unpack(BufReader::with_capacity(1 << 20, file), root, look),
         Some(program) => {
             let mut command = Command::new(program);
             command.arg("-dc").stdout(Stdio::piped());
-            let mut child = Confined::filtering(&root, file).spawn(&mut command)?;
+            let mut child = Confined::filtering(root, file).spawn(&mut command)?;
             let content = child.stdout.take().map(|out| BufReader::with_capacity(1 << 20, out));
-            let unpacked = content.map_or(Ok(()), |content| cpio::unpack(content, &root, look));
+            let unpacked = content.map_or(Ok(()), |content| cpio::unpack(content, root, look));
             if unpacked.is_err() {
                 let _ = child.kill();
             }
@@ -183,9 +216,9 @@ fn unpack_cpio(work: &Work, archive: &Path, compressed: Option<&str>, to: &Path)
     })
 }
 
-/// What is used of the volume that `path` is on, in bytes.
-fn used(path: &Path) -> u64 {
-    rustix::fs::statvfs(path).map_or(0, |disk| (disk.f_blocks - disk.f_bfree).saturating_mul(disk.f_frsize))
+/// What is used of the volume, in bytes.
+fn used(volume: &Tree) -> u64 {
+    rustix::fs::fstatvfs(volume).map_or(0, |disk| (disk.f_blocks - disk.f_bfree).saturating_mul(disk.f_frsize))
 }
 
 // Options that make an overlay behave as a disk does. Nobody else can redirect a change: the upper directory is root's alone, and the
@@ -242,8 +275,8 @@ pub struct Overlay {
 impl Overlay {
     /// Mounts `source`, a squashfs or a folder, at `image_root`; `folder` takes what is changed. One that was mounted like this before is
     /// found as it was left. To be mounted by one container after the other, never by two at a time.
-    pub fn mount(work: &Work, source: &Path, folder: &Path, image_root: &Path) -> Result<Self> {
-        let attempted = || format!("mount {} on {}", source.display(), image_root.display());
+    pub fn mount(source: &Opened, folder: &Path, image_root: &Path) -> Result<Self> {
+        let attempted = || format!("mount {} on {}", source.shown.display(), image_root.display());
         let [squashfs, upper, inner] = ["lower", UPPER, "work"].map(|name| folder.join(name));
         let first = !upper.exists();
         for made in [folder, &squashfs, &upper, &inner, image_root] {
@@ -251,21 +284,25 @@ impl Overlay {
         }
         // Setuid programs in the upper directory count; in the overlay, which others may see, they do not.
         std::fs::set_permissions(folder, Permissions::from_mode(0o700)).attempt(attempted)?;
-        let mut overlay = Self { image_root: image_root.to_owned(), lower: source.to_owned(), mounted: Vec::new() };
-        if source.is_dir() && layers_in(source)?.is_some() {
-            let saved = Error::new(attempted()).because("it is a saved image of a container");
-            return Err(saved.advise("unpack its layers (--open unpack)"));
-        }
-        if !source.is_dir() {
-            if source::kind(source)? != Kind::Squashfs {
+        let mut overlay = Self { image_root: image_root.to_owned(), lower: source.shown.clone(), mounted: Vec::new() };
+        // The machine's users may see it: no setuid program of the image runs outside a jail, which honours them inside.
+        let attributes = MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOSUID;
+        match &source.content {
+            Content::Directory(tree) if layers::layers(tree)?.is_some() => {
+                let saved = Error::new(attempted()).because("it is a saved image of a container");
+                return Err(saved.advise("unpack its layers (--open unpack)"));
+            }
+            Content::Directory(_) => {}
+            Content::File(_) if source.kind()? != Some(Kind::Squashfs) => {
                 return Err(Error::new(attempted()).because("it is no squashfs").advise("unpack it (--open unpack)"));
             }
-            let mut mount = Command::new("mount");
-            mount.args(["-t", "squashfs", "-o", "loop,ro,nodev,nosuid"]).args([source, &squashfs]);
-            work.succeed(&attempted(), &mut mount, None, |_| {})
-                .map_err(|e| e.advise("a loop device and CAP_SYS_ADMIN are needed; without them, --open unpack"))?;
-            overlay.mounted.push(squashfs.clone());
-            overlay.lower = squashfs;
+            Content::File(file) => {
+                mount_squashfs(file, &squashfs, attributes)
+                    .attempt(attempted)
+                    .advise("a loop device and CAP_SYS_ADMIN are needed; without them, --open unpack")?;
+                overlay.mounted.push(squashfs.clone());
+                overlay.lower = squashfs;
+            }
         }
         // The root's owner, mode and time are the upper folder's.
         let root = std::fs::metadata(&overlay.lower).attempt(attempted)?;
@@ -277,8 +314,6 @@ impl Overlay {
         let mount = |further: &[(&'static str, &'static str)]| {
             let options: Vec<_> = layers.iter().chain(further).copied().collect();
             let target = Tree::open(image_root)?;
-            // The machine's users may see it: no setuid program of the image runs outside a jail, which honours them inside.
-            let attributes = MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOSUID;
             Detached::filesystem("overlay", &options, attributes)?.attach(target)
         };
         let mounted = mount(&[REDIRECT, INDEX, ONE_DEVICE, NO_METACOPY]);
@@ -336,6 +371,14 @@ fn process_with(upper: &Path) -> Option<Entry> {
     let is_there = |text: &str| text.lines().any(|line| line.split([' ', ',']).any(|word| word == option));
     let sees = |pid: &Pid| std::fs::read_to_string(format!("/proc/{pid}/mountinfo")).is_ok_and(|text| is_there(&text));
     numbers(Path::new("/proc")).filter(sees).find_map(Entry::read)
+}
+
+/// Mounts the squashfs in `file`, whatever has its name.
+fn mount_squashfs(file: &File, place: &Path, attributes: MountAttrFlags) -> io::Result<()> {
+    let target = Tree::open(place)?;
+    let device = Loop::of(file)?;
+    let options = [("source", &*device.path().to_string_lossy()), ("ro", "")];
+    Detached::filesystem("squashfs", &options, attributes)?.attach(target).map(|_| ())
 }
 
 fn copy_root(root: &std::fs::Metadata, upper: &Path) -> std::io::Result<()> {

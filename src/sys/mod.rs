@@ -2,6 +2,7 @@
 
 pub mod calls;
 pub mod landlock;
+pub mod loops;
 pub mod mounts;
 pub mod packet;
 pub mod poll;

@@ -16,11 +16,14 @@ pub struct Detached {
 }
 
 impl Detached {
-    /// A new file system of type `kind`, with its `options` (name, value) and mount attributes.
+    /// A new file system of type `kind`, with its `options` (name, value; a flag has an empty one) and mount attributes.
     pub fn filesystem(kind: &str, options: &[(&str, &str)], attributes: MountAttrFlags) -> io::Result<Self> {
         let context = rustix::mount::fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)?;
         for (name, value) in options {
-            rustix::mount::fsconfig_set_string(&context, *name, *value)?;
+            match *value {
+                "" => rustix::mount::fsconfig_set_flag(&context, *name)?,
+                value => rustix::mount::fsconfig_set_string(&context, *name, value)?,
+            }
         }
         rustix::mount::fsconfig_create(&context)?;
         Ok(Self { fd: rustix::mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)? })

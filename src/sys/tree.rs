@@ -222,6 +222,21 @@ impl Tree {
         Ok(self.open_at(name, flags, Mode::from_raw_mode(0o600))?.into())
     }
 
+    /// Creates an empty file without a name on this directory's file system, for reading and writing: no other user can open it.
+    pub fn create_nameless(&self) -> io::Result<File> {
+        let flags = OFlags::RDWR | OFlags::TMPFILE;
+        match self.open_at(".", flags, Mode::from_raw_mode(0o600)) {
+            // File systems without O_TMPFILE, as NFS.
+            Err(e) if matches!(Errno::from_io_error(&e), Some(Errno::OPNOTSUPP | Errno::ISDIR)) => {
+                let name = ".ims-sshd.copy";
+                let file = self.create_file(name)?;
+                self.remove(name)?;
+                Ok(file)
+            }
+            other => Ok(other?.into()),
+        }
+    }
+
     /// Gives the file `from` of this directory the name `to`, in place of what had it.
     pub fn rename(&self, from: &str, to: &str) -> io::Result<()> {
         rustix::fs::renameat(&self.folder, from, &self.folder, to).map_err(Into::into)

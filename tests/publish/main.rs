@@ -17,6 +17,7 @@ mod package;
 mod prepare;
 mod s3_server;
 mod sidecar;
+mod sources;
 mod tls;
 mod trust;
 mod unattended;

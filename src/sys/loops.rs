@@ -1,0 +1,82 @@
+//! A file as a block device (loop(4)), by its descriptor: mount(8) and losetup(8) open the file anew, by a path that may be another's by then.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{Mode, OFlags};
+
+// Of linux/loop.h; the second one since Linux 5.8.
+const LOOP_CTL_GET_FREE: libc::Ioctl = 0x4c82;
+const LOOP_CONFIGURE: libc::Ioctl = 0x4c0a;
+const READ_ONLY: u32 = 1;
+const AUTOCLEAR: u32 = 4;
+
+/// How often another program may take the device that was free.
+const TRIES: usize = 100;
+
+/// `struct loop_info64`, of which the flags alone are not zero.
+#[repr(C)]
+struct Info {
+    before: [u64; 6],
+    encrypt_key_size: u32,
+    flags: u32,
+    behind: [u64; 22],
+}
+
+/// `struct loop_config`.
+#[repr(C)]
+struct Config {
+    fd: u32,
+    block_size: u32,
+    info: Info,
+    reserved: [u64; 8],
+}
+
+/// A loop device that can only be read. The kernel frees it when neither this value nor a mount uses it any more.
+#[derive(Debug)]
+pub struct Loop {
+    path: PathBuf,
+    _device: OwnedFd,
+}
+
+impl Loop {
+    /// Makes `file` a block device.
+    pub fn of(file: &File) -> io::Result<Self> {
+        let fd = u32::try_from(file.as_raw_fd()).map_err(io::Error::other)?;
+        let flags = READ_ONLY | AUTOCLEAR;
+        let info = Info { before: [0; 6], encrypt_key_size: 0, flags, behind: [0; 22] };
+        let config = Config { fd, block_size: 0, info, reserved: [0; 8] };
+        let control = open(Path::new("/dev/loop-control"), OFlags::RDWR)?;
+        let mut tries = 0;
+        loop {
+            // SAFETY: this ioctl takes no argument, and changes nothing of this process.
+            #[allow(unsafe_code)]
+            let number = checked(unsafe { libc::ioctl(control.as_raw_fd(), LOOP_CTL_GET_FREE) })?;
+            let path = PathBuf::from(format!("/dev/loop{number}"));
+            let device = open(&path, OFlags::RDONLY)?;
+            // SAFETY: `config` is a live `struct loop_config`, of the size that the number of the ioctl stands for; the kernel only reads it, and
+            // takes its own reference to the file of the descriptor in it.
+            #[allow(unsafe_code)]
+            let configured = checked(unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CONFIGURE, &raw const config) });
+            match configured {
+                Err(e) if e.raw_os_error() == Some(libc::EBUSY) && tries < TRIES => tries += 1,
+                other => return other.map(|_| Self { path, _device: device }),
+            }
+        }
+    }
+
+    /// The device's path, for mounting.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+fn open(path: &Path, access: OFlags) -> io::Result<OwnedFd> {
+    Ok(rustix::fs::open(path, access | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?)
+}
+
+fn checked(result: libc::c_int) -> io::Result<libc::c_int> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}

@@ -1,0 +1,301 @@
+//! What was checked is what is unpacked: sources that another user exchanges or changes meanwhile, and content with another digest.
+
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpListener;
+use std::os::unix::fs::{PermissionsExt, chown, symlink};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use crate::job::*;
+use crate::prepare::{is_empty, refused, same_tree};
+use crate::s3_server::Bucket;
+use crate::support::*;
+
+/// Serves `content` once; `at_end` is called before its last byte.
+fn serve(content: Vec<u8>, at_end: impl FnOnce() + Send + 'static) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}/image", listener.local_addr().unwrap());
+    std::thread::spawn(move || {
+        let (mut connection, _) = listener.accept().unwrap();
+        BufReader::new(&connection).lines().map_while(Result::ok).find(String::is_empty).unwrap();
+        let length = content.len();
+        write!(connection, "HTTP/1.1 200 OK\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n").unwrap();
+        connection.write_all(&content[..length - 1]).unwrap();
+        at_end();
+        connection.write_all(&content[length - 1..]).unwrap();
+    });
+    url
+}
+
+/// An image, and another one that only an attacker wants: each a tree and its squashfs.
+fn two_images(dir: &Path) -> [(PathBuf, PathBuf); 2] {
+    let tree = image(dir);
+    let other = dir.join("other");
+    succeed(Command::new("cp").arg("-aT").args([&tree, &other]));
+    std::fs::write(other.join("etc/hostile"), "").unwrap();
+    [tree, other].map(|tree| (tree.clone(), squashfs_of(&tree)))
+}
+
+fn sha256(content: &[u8]) -> String {
+    let output = feed(&mut Command::new("sha256sum"), content);
+    text(output.stdout).split(' ').next().unwrap().to_owned()
+}
+
+/// A directory of another user, as a volume.
+fn users_directory(path: PathBuf) -> PathBuf {
+    std::fs::create_dir(&path).unwrap();
+    chown(&path, Some(1000), Some(1000)).unwrap();
+    path
+}
+
+#[test]
+fn a_download_that_is_exchanged_on_the_volume_is_not_what_is_unpacked() {
+    let dir = folder();
+    let [(tree, squashfs), (_, other)] = two_images(dir.path());
+    let content = std::fs::read(&squashfs).unwrap();
+    let sum = sha256(&content);
+    let cases = [("file", "unpack"), ("file", "overlay"), ("link", "unpack"), ("link", "overlay")];
+    for (number, (kind, open)) in cases.into_iter().enumerate() {
+        let parent = users_directory(dir.path().join(format!("parent-{number}")));
+        let part = parent.join("image.sqsh.part");
+        let other = other.clone();
+        let url = serve(content.clone(), move || {
+            wait_until("the download", || part.exists());
+            let new = part.with_extension("new");
+            if kind == "link" {
+                symlink(&other, &new).unwrap();
+            } else {
+                std::fs::copy(&other, &new).unwrap();
+            }
+            std::fs::rename(new, &part).unwrap();
+        });
+        let script = "$0 prepare --open $1 --sha256 $2 $3 $4 && cp -a $3/image-root $3/copy";
+        let mut shell = Command::new("unshare");
+        let output =
+            shell.args(["-m", "sh", "-c", script, IMS_SSHD, open, &sum]).arg(&parent).arg(url).output().unwrap();
+        assert!(output.status.success(), "{kind}, {open}: {}", text(&output.stderr));
+        same_tree(&tree, &parent.join("copy"));
+    }
+}
+
+/// Runs `ims-sshd prepare` with `program` held when it has started, in the directory that it writes to, until `meanwhile` is over.
+fn prepare_held(parent: &Path, source: &Path, program: &str, further: &[&str], meanwhile: impl FnOnce()) -> Output {
+    let programs = parent.with_extension("programs");
+    std::fs::create_dir(&programs).unwrap();
+    let script = "#!/bin/sh\nPATH=/usr/bin:/bin\n: > held; until [ -e go ]; do sleep 0.02; done; rm held go\n";
+    let file = programs.join(program);
+    std::fs::write(&file, format!("{script}exec {program} \"$@\"\n")).unwrap();
+    std::fs::set_permissions(&file, PermissionsExt::from_mode(0o755)).unwrap();
+    let mut command = ims_sshd(&["prepare"], &[]);
+    command
+        .args(further)
+        .args([parent, source])
+        .env("PATH", format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", programs.display()));
+    let child = command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).spawn().unwrap();
+    let targets = ["", ".layer"].map(|ending| parent.join(format!(".ims-sshd.unpacking{ending}")));
+    wait_until("the program to be held", || targets.iter().any(|target| target.join("held").exists()));
+    meanwhile();
+    // Only the first run of the program is held.
+    std::fs::remove_file(&file).unwrap();
+    let held = walk(parent).into_iter().find(|path| path.ends_with("held")).unwrap();
+    std::fs::write(held.with_file_name("go"), "").unwrap();
+    child.wait_with_output().unwrap()
+}
+
+#[test]
+fn a_local_archive_that_its_owner_changes_after_the_checksum_is_not_what_is_unpacked() {
+    let dir = folder();
+    let [(tree, squashfs), (_, other)] = two_images(dir.path());
+    let content = std::fs::read(&squashfs).unwrap();
+    chown(&squashfs, Some(1000), Some(1000)).unwrap();
+    let parent = dir.path().join("parent");
+    let output = prepare_held(&parent, &squashfs, "unsquashfs", &["--sha256", &sha256(&content)], || {
+        // The same file, with another content.
+        std::fs::write(&squashfs, std::fs::read(&other).unwrap()).unwrap();
+    });
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    same_tree(&tree, &parent.join("image-root"));
+    // Root's own file is not copied, and its name may become another's.
+    let parent = dir.path().join("parent-of-root");
+    chown(&squashfs, Some(0), Some(0)).unwrap();
+    std::fs::write(&squashfs, &content).unwrap();
+    let output = prepare_held(&parent, &squashfs, "unsquashfs", &["--sha256", &sha256(&content)], || {
+        std::fs::rename(&other, &squashfs).unwrap();
+    });
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    same_tree(&tree, &parent.join("image-root"));
+}
+
+#[test]
+fn a_source_in_a_store_or_on_disk_that_is_renamed_meanwhile_is_still_the_one_that_was_opened() {
+    let dir = folder();
+    let [(tree, squashfs), (_, other)] = two_images(dir.path());
+    let bucket = Bucket::new();
+    bucket.put("a/rootfs", &std::fs::read(&squashfs).unwrap());
+    let parent = users_directory(dir.path().join("parent-s3"));
+    let mut variables = bucket.variables();
+    variables.push(("DOWNLOAD_SHA256SUM", sha256(&std::fs::read(&squashfs).unwrap())));
+    let output = ims_sshd(&["prepare"], &variables)
+        .args([&*parent, Path::new(&format!("s3://{}/a/rootfs", bucket.name))])
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    same_tree(&tree, &parent.join("image-root"));
+    // A directory.
+    let parent = dir.path().join("parent");
+    let (was, hostile) = (tree.with_extension("was"), other.with_extension(""));
+    let output = prepare_held(&parent, &tree, "cp", &[], || {
+        std::fs::rename(&tree, &was).unwrap();
+        std::fs::rename(hostile, &tree).unwrap();
+    });
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    same_tree(&was, &parent.join("image-root"));
+}
+
+#[test]
+fn what_takes_the_place_of_the_directory_that_is_unpacked_to_is_refused() {
+    let dir = folder();
+    let [(_, squashfs), (other, _)] = two_images(dir.path());
+    let parent = users_directory(dir.path().join("parent"));
+    let output = prepare_held(&parent, &squashfs, "unsquashfs", &[], || {
+        let unpacking = parent.join(".ims-sshd.unpacking");
+        std::fs::rename(&unpacking, parent.join("moved")).unwrap();
+        succeed(Command::new("cp").arg("-aT").args([&other, &unpacking]));
+    });
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(text(&output.stderr).contains("another directory has taken the place"), "{}", text(&output.stderr));
+}
+
+#[test]
+fn a_fifo_a_device_or_a_socket_as_source_is_refused_at_once() {
+    let dir = folder();
+    let place = |name: &str| dir.path().join(name);
+    succeed(
+        Command::new("sh").args(["-c", "mkfifo fifo; mknod device c 1 3; ln -s fifo link"]).current_dir(dir.path()),
+    );
+    let _listener = UnixListener::bind(place("socket")).unwrap();
+    let [parent, store] = ["parent", "store"].map(|name| place(name).display().to_string());
+    for (name, kind) in
+        [("fifo", "a fifo"), ("device", "a character device"), ("socket", "a socket"), ("link", "a fifo")]
+    {
+        let source = place(name).display().to_string();
+        for arguments in [
+            vec!["prepare", &parent, &source],
+            vec!["prepare", "--open", "overlay", &parent, &source],
+            vec!["customize", "--output", &store, &source],
+            vec!["enter", &source],
+            vec!["enter", "--output", &store, &source, "--", "true"],
+        ] {
+            let mut command = Command::new("timeout");
+            let output = command.args(["-s", "KILL", "20"]).arg(IMS_SSHD).args(&arguments).output().unwrap();
+            let said = text(&output.stderr);
+            assert!(output.status.code() != Some(137), "{arguments:?} hangs");
+            assert!(said.contains(&format!("it is {kind}")) && !output.status.success(), "{arguments:?}: {said}");
+        }
+    }
+    is_empty(&place("parent"));
+}
+
+#[test]
+fn content_of_a_saved_image_that_has_not_its_digest_is_refused_by_name() {
+    let dir = folder();
+    let place = dir.path();
+    // Two layers as an engine saves them: a layout of OCI, skopeo's `dir:`, docker's newer and older archives.
+    let make = "
+import hashlib, io, json, os, sys, tarfile
+def tar_of(files):
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode='w') as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size, member.mode = len(content), 0o755
+            tar.addfile(member, io.BytesIO(content))
+    return out.getvalue()
+layers = [tar_of({'bin/sh': b'1', 'etc/os-release': b'ID=x'}), tar_of({'etc/two': b'2' * 2000})]
+digest = lambda content: hashlib.sha256(content).hexdigest()
+config = json.dumps({'rootfs': {'diff_ids': ['sha256:' + digest(layer) for layer in layers]}}).encode()
+descriptor = lambda content: {'digest': 'sha256:' + digest(content)}
+manifest = json.dumps({'config': descriptor(config), 'layers': [descriptor(layer) for layer in layers]}).encode()
+blobs = {'blobs/sha256/' + digest(blob): blob for blob in [config, manifest, *layers]}
+docker = lambda config, layers: json.dumps([{'Config': config, 'Layers': layers}]).encode()
+oci = {'oci-layout': b'{}', 'index.json': json.dumps({'manifests': [descriptor(manifest)]}).encode(), **blobs}
+sets = {
+    'oci': oci,
+    'dir': {'version': b'', 'manifest.json': manifest, **{digest(blob): blob for blob in [config, *layers]}},
+    'new': {'manifest.json': docker('blobs/sha256/' + digest(config), ['blobs/sha256/' + digest(layer) for layer in layers]), **blobs},
+    'podman': {'manifest.json': docker(digest(config) + '.json', [digest(layer) + '.tar' for layer in layers]), digest(config) + '.json': config,
+               **{digest(layer) + '.tar': layer for layer in layers}},
+    'old': {'manifest.json': docker(digest(config) + '.json', ['1/layer.tar', '2/layer.tar']), digest(config) + '.json': config,
+            '1/layer.tar': layers[0], '2/layer.tar': layers[1]},
+}
+for name, files in sets.items():
+    for changed in [None, *(path for path in files if path not in ['oci-layout', 'index.json', 'manifest.json', 'version'])]:
+        if name == 'new' and changed == 'blobs/sha256/' + digest(manifest): continue
+        target = name + '-' + (changed or 'whole').replace('/', '_')
+        now = {**files, **({changed: files[changed].replace(b'2' * 10, b'3' * 10).replace(b'ID=x', b'ID=y').replace(b'sha256', b'SHA256', 1)} if changed else {})}
+        assert changed is None or now[changed] != files[changed], changed
+        for path, content in now.items():
+            os.makedirs(os.path.dirname(os.path.join(target, path)), exist_ok=True)
+            open(os.path.join(target, path), 'wb').write(content)
+        with tarfile.open(target + '.tar', 'w') as tar:
+            tar.add(target, arcname='.')
+";
+    succeed(Command::new("/usr/bin/python3").args(["-c", make]).current_dir(place));
+    let mut sources: Vec<_> = std::fs::read_dir(place).unwrap().map(|entry| entry.unwrap().path()).collect();
+    sources.sort();
+    assert_eq!(sources.len(), 2 * (5 + 4 + 3 * 4));
+    for (number, source) in sources.iter().enumerate() {
+        let name = source.file_name().unwrap().to_str().unwrap();
+        let parent = place.join(format!("parent-{number}"));
+        let shown = source.display().to_string();
+        if name.contains("whole") {
+            let output = ims_sshd(&["prepare"], &[]).args([&parent, source]).output().unwrap();
+            assert!(output.status.success(), "{name}: {}", text(&output.stderr));
+            assert_eq!(std::fs::read(parent.join("image-root/etc/two")).unwrap(), vec![b'2'; 2000]);
+            continue;
+        }
+        refused(&parent, &shown, "its SHA-256 is");
+        let output = ims_sshd(&["prepare"], &[]).args([&parent, source]).output().unwrap();
+        let changed = name.split_once('-').unwrap().1.trim_end_matches(".tar").trim_start_matches("blobs_sha256_");
+        let changed = changed.trim_end_matches(".json").replace("_layer", "/layer");
+        assert!(text(&output.stderr).contains(&changed), "{name}: {}", text(&output.stderr));
+    }
+}
+
+#[test]
+fn a_layer_that_its_owner_changes_after_it_was_checked_is_not_what_is_unpacked() {
+    let dir = folder();
+    let layout = dir.path().join("layout");
+    std::fs::create_dir_all(layout.join("blobs/sha256")).unwrap();
+    let tar = |tree: &Path| succeed_bytes(Command::new("tar").args(["-c", "-C"]).arg(tree).arg("."));
+    let [(tree, _), (other, _)] = two_images(dir.path());
+    let (layer, hostile) = (tar(&tree), tar(&other));
+    let blob = |content: &[u8]| {
+        let digest = sha256(content);
+        std::fs::write(layout.join("blobs/sha256").join(&digest), content).unwrap();
+        serde_json::json!({ "digest": format!("sha256:{digest}") })
+    };
+    let manifest = serde_json::json!({ "layers": [blob(&layer)] }).to_string();
+    let index = serde_json::json!({ "manifests": [blob(manifest.as_bytes())] }).to_string();
+    std::fs::write(layout.join("index.json"), index).unwrap();
+    std::fs::write(layout.join("oci-layout"), "{}").unwrap();
+    succeed(Command::new("chown").args(["-R", "1000:1000"]).arg(&layout));
+    let parent = dir.path().join("parent");
+    let output = prepare_held(&parent, &layout, "tar", &[], || {
+        std::fs::write(layout.join("blobs/sha256").join(sha256(&layer)), &hostile).unwrap();
+    });
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    succeed(
+        Command::new("sh")
+            .args(["-c", "touch -r \"$0\" \"$1\"; chmod --reference \"$0\" \"$1\""])
+            .args([&tree, &parent.join("image-root")]),
+    );
+    same_tree(&tree, &parent.join("image-root"));
+}
+
+fn succeed_bytes(command: &mut Command) -> Vec<u8> {
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    output.stdout
+}
