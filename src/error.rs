@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use nix::sys::signal::Signal;
+
 use crate::printable::Printable;
 
 /// A step that could not be done.
@@ -13,8 +15,18 @@ pub struct Error {
     cause: Option<String>,
     /// What the reader can do about it.
     advice: Option<String>,
-    /// Whether what we were given is wrong (exit code 2), rather than that the environment broke (1).
-    bad_input: bool,
+    kind: Kind,
+}
+
+/// What is at fault.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// The environment broke.
+    Broken,
+    /// What we were given is wrong.
+    BadInput,
+    /// A signal came.
+    Interrupted(Signal),
 }
 
 /// What a fallible step returns.
@@ -23,12 +35,18 @@ pub type Result<T> = std::result::Result<T, Error>;
 impl Error {
     /// `attempted` completes the sentence "cannot …".
     pub fn new(attempted: impl Into<String>) -> Self {
-        Self { attempted: attempted.into(), cause: None, advice: None, bad_input: false }
+        Self { attempted: attempted.into(), cause: None, advice: None, kind: Kind::Broken }
     }
 
     /// An input that is refused: `complaint` is a whole clause that names the value and what was expected.
     pub fn bad_input(complaint: impl Into<String>) -> Self {
-        Self { attempted: complaint.into(), cause: None, advice: None, bad_input: true }
+        Self { attempted: complaint.into(), cause: None, advice: None, kind: Kind::BadInput }
+    }
+
+    /// Work that was ended by `signal`.
+    pub fn interrupted(signal: Signal) -> Self {
+        let attempted = format!("interrupted by {signal}");
+        Self { attempted, cause: None, advice: None, kind: Kind::Interrupted(signal) }
     }
 
     /// Adds what the system said.
@@ -45,15 +63,19 @@ impl Error {
         self
     }
 
-    /// The program's exit code for this error: 2 for refused input, else 1.
+    /// The program's exit code for this error: 2 for refused input, 128 + n after signal n, else 1.
     pub fn exit_code(&self) -> u8 {
-        if self.bad_input { 2 } else { 1 }
+        match self.kind {
+            Kind::Broken => 1,
+            Kind::BadInput => 2,
+            Kind::Interrupted(signal) => 128_u8.saturating_add(u8::try_from(signal as i32).unwrap_or(0)),
+        }
     }
 }
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if !self.bad_input {
+        if self.kind == Kind::Broken {
             f.write_str("cannot ")?;
         }
         // A file's name, or what a program said, is in it: one line, wherever it is printed.
@@ -112,5 +134,10 @@ mod tests {
         let error = Error::new("open 'a\nb'").because("said\r\x1b[2K").advise("remove 'a\nb'");
         assert_eq!(error.to_string(), r"cannot open 'a\nb': said\r\u{1b}[2K; remove 'a\nb'");
         assert_eq!(Error::bad_input("SSH_JAIL is 'yes'").exit_code(), 2);
+        let interrupted = Error::interrupted(Signal::SIGINT).advise("run it again");
+        assert_eq!(
+            (interrupted.to_string(), interrupted.exit_code()),
+            ("interrupted by SIGINT; run it again".into(), 130)
+        );
     }
 }

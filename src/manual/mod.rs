@@ -93,7 +93,7 @@ const LOGINS: &[Entry] = &[
 ];
 
 const REFUSED: Entry = ("2", "The command line or a variable was refused.");
-const SIGNALS: Entry = ("130, 143", "SIGINT or SIGTERM came.");
+const SIGNALS: Entry = ("129, 130, 143", "SIGHUP, SIGINT or SIGTERM came.");
 const DONE: &[Entry] = &[("0", "It was done."), ("1", "It was not; standard error says why."), REFUSED];
 
 /// What a man page has beside the command line's description.
@@ -113,7 +113,7 @@ fn page_of(name: &str) -> Page {
                 ("0", "The image was marked complete or failed, or no shell was wanted."),
                 ("1", "The environment broke or could not be opened; the log says why."),
                 REFUSED,
-                ("130, 143", "SIGINT or SIGTERM came; the image is marked failed."),
+                ("129, 130, 143", "SIGHUP, SIGINT or SIGTERM came; the image is marked failed."),
             ],
         },
         "customize" => Page {

@@ -10,8 +10,8 @@ use crate::error::{Attempt, Error, Result};
 use crate::publish::journal::{MOST_PARTS, Notes, Upload};
 use crate::publish::progress::Progress;
 use crate::publish::settings;
-use crate::publish::store::{Description, Store};
-use crate::publish::work::{AT_A_TIME, Fault, Work, in_full, patiently};
+use crate::publish::store::{Description, Store, cause};
+use crate::publish::work::{AT_A_TIME, Fault, Work, patiently};
 
 /// As much as goes in one request. What is under way is in memory.
 pub const PART: u64 = 16 << 20;
@@ -97,14 +97,14 @@ impl Sender<'_> {
         let store = Store::open(&settings::Store { url, ..self.settings.clone() }, &self.work.network)?;
         let limit = self.work.network.retry_limit;
         self.work.wait(patiently(limit, &attempted, async || {
-            store.abort(&upload.place, &upload.id).await.map_err(|e| Fault::Passing(in_full(&e)))
+            store.abort(&upload.place, &upload.id).await.map_err(|e| Fault::Passing(cause(&e)))
         }))?;
         Upload::clear(self.notes)
     }
 
     /// What the store refuses of one upload, because it has forgotten it, it may take of another.
     async fn try_send(&self, object: &Large<'_>, noted: Option<Upload>) -> std::result::Result<(), Fault> {
-        let told = |error: object_store::Error| Fault::Passing(in_full(&error));
+        let told = |error: object_store::Error| Fault::Passing(cause(&error));
         let part = part_of(object.size);
         let mut upload = match noted {
             Some(upload) => upload,

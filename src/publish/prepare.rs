@@ -32,7 +32,7 @@ pub enum Open {
 }
 
 /// Of the parent: what is fetched, what an overlay keeps, and what the image was before.
-const ARCHIVE: &str = "image.sqsh";
+pub const ARCHIVE: &str = "image.sqsh";
 const FETCHING: &str = "image.sqsh.part";
 const OVERLAY: &str = "overlay";
 const UNPACKING: &str = ".ims-sshd.unpacking";
@@ -53,7 +53,7 @@ pub fn run(settings: &Settings, source: &str, open: Open) -> Result<u8> {
         }
         Ok(0)
     });
-    result.inspect_err(|_| {
+    work.unless_interrupted(result).inspect_err(|_| {
         work.finish_regardless();
         if let Err(e) = ims.set_status(Status::Error) {
             tracing::error!("{e}");

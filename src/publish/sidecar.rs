@@ -101,19 +101,16 @@ pub fn run(
 
 /// Whatever goes wrong, IMS hears of it, and whoever started this.
 fn conclude(work: &Work, mut ims: Ims, result: Result<u8>) -> Result<u8> {
-    let Err(error) = result else { return result };
+    let error = match work.unless_interrupted(result) {
+        Err(error) => error,
+        done => return done,
+    };
     work.finish_regardless();
     if let Err(untold) = ims.set_status(Status::Error) {
         tracing::error!("{untold}");
     }
     say_result(&json!({ "error": error.to_string(), "result": "failure" }));
-    match work.interrupted() {
-        Some(signal) => {
-            tracing::error!("{error}");
-            Ok(128_u8.saturating_add(u8::try_from(signal as i32).unwrap_or(0)))
-        }
-        None => Err(error),
-    }
+    Err(error)
 }
 
 struct Sidecar<'a> {
@@ -310,7 +307,7 @@ impl<'a> Sidecar<'a> {
             let _ = poll::wait(&mut sources, LOOK_EVERY);
         }
         if let Some(signal) = self.work.interrupted() {
-            return Err(Error::new("go on").because(format!("{signal} came")));
+            return Err(Error::interrupted(signal));
         }
         if !listened && self.files.stands(SSHD_LISTENING)? {
             self.ims.set_status(Status::WaitingOnUser)?;

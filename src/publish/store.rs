@@ -124,8 +124,8 @@ impl Store {
         if let Objects::S3 { bucket, .. } = &store.objects {
             let path = store.path(&probe);
             let begun = bucket.create_multipart(&path).await;
-            let id = begun.map_err(|e| Error::new(attempted()).because(in_full(&e)))?;
-            bucket.abort_multipart(&path, &id).await.map_err(|e| Error::new(attempted()).because(in_full(&e)))?;
+            let id = begun.map_err(|e| Error::new(attempted()).because(cause(&e)))?;
+            bucket.abort_multipart(&path, &id).await.map_err(|e| Error::new(attempted()).because(cause(&e)))?;
         }
         Ok(None)
     }
@@ -367,13 +367,47 @@ pub fn failure(key: &str, cause: impl std::error::Error + Send + Sync + 'static)
     object_store::Error::Generic { store: "the store", source }
 }
 
+/// Cause of a store's error, once and for a reader: the crate names the object, which the message does already, its kinds of errors and its
+/// settings, and quotes a server's whole page.
+pub fn cause(error: &object_store::Error) -> String {
+    let below = std::error::Error::source(error);
+    told(&below.map_or_else(|| in_full(error), in_full))
+}
+
+/// The same of the text of an error of requests: `Error performing METHOD URL in TIME, SETTINGS - WHAT`.
+fn told(text: &str) -> String {
+    let parts = text.strip_prefix("Error performing ").and_then(|rest| rest.split_once(" - "));
+    let Some((request, what)) = parts else { return text.to_owned() };
+    let url = request.split_whitespace().nth(1).and_then(|url| reqwest::Url::parse(url).ok());
+    let server = url.map_or_else(|| "the server".into(), |url| url.origin().ascii_serialization());
+    let Some(answer) = what.strip_prefix("Server returned non-2xx status code: ") else {
+        let after = |phrase| what.rsplit_once(phrase).map(|(_, after)| after);
+        let why = after("client error (Connect): ").or_else(|| after("error sending request: "));
+        return format!("no answer from {server}: {}", why.unwrap_or(what));
+    };
+    let (status, page) = answer.split_once(": ").unwrap_or((answer, ""));
+    let element = |name: &str| {
+        let (_, rest) = page.split_once(&format!("<{name}>"))?;
+        rest.split_once(&format!("</{name}>")).map(|(text, _)| text)
+    };
+    let mut said: Vec<_> = [element("Code"), element("Message")].into_iter().flatten().collect();
+    if said.is_empty() && !page.contains('<') && !page.is_empty() {
+        said.push(page);
+    }
+    let said: String = said.join(", ").chars().take(MOST_QUOTED).collect();
+    format!("{server} answers {status}{}{said}", if said.is_empty() { "" } else { ": " })
+}
+
+/// Characters of a server's answer that a message quotes at the most.
+const MOST_QUOTED: usize = 300;
+
 /// A URL that leads to an object without further keys.
 pub async fn sign(bucket: &str, key: &str, settings: &settings::Store, network: &Network) -> Result<String> {
     let attempted = || format!("sign a URL of s3://{bucket}/{key}");
     let path = Path::parse(key).attempt(attempted)?;
     let (builder, options) = s3(bucket, settings, network)?;
     let url = build(bucket, builder, options)?.signed_url(reqwest::Method::GET, &path, SIGNED_FOR).await;
-    url.map(|url| url.to_string()).map_err(|e| Error::new(attempted()).because(in_full(&e)))
+    url.map(|url| url.to_string()).map_err(|e| Error::new(attempted()).because(cause(&e)))
 }
 
 /// What a bucket is opened with.
@@ -420,7 +454,7 @@ fn s3(bucket: &str, settings: &settings::Store, network: &Network) -> Result<(Am
 
 fn build(bucket: &str, builder: AmazonS3Builder, options: ClientOptions) -> Result<AmazonS3> {
     let built = builder.with_client_options(options).build();
-    built.map_err(|e| Error::new(format!("open the store s3://{bucket}")).because(in_full(&e)))
+    built.map_err(|e| Error::new(format!("open the store s3://{bucket}")).because(cause(&e)))
 }
 
 /// What is not ASCII has no place in a header: written as in a URL.
@@ -444,6 +478,40 @@ mod tests {
     fn metadata_is_ascii_whatever_an_image_is_called() {
         assert_eq!(in_ascii("compute-1.0 x"), "compute-1.0 x");
         assert_eq!(in_ascii("größe 100%\n"), "gr%C3%B6%C3%9Fe 100%25%0A");
+    }
+
+    #[test]
+    fn a_message_tells_the_cause_of_a_stores_error_once() {
+        let request = "Error performing PUT http://s3:9000/b/k?partNumber=1 in 1.07s, after 5 retries, max_retries: 50, retry_timeout: 1s ";
+        let page = "<?xml version=\"1.0\"?><Error><Code>AccessDenied</Code><Message>No.</Message><Key>k</Key></Error>";
+        for (what, wanted) in [
+            (
+                format!("- Server returned non-2xx status code: 403 Forbidden: {page}"),
+                "answers 403 Forbidden: AccessDenied, No.",
+            ),
+            (
+                "- Server returned non-2xx status code: 502 Bad Gateway: <html>x</html>".into(),
+                "answers 502 Bad Gateway",
+            ),
+            (
+                "- Server returned non-2xx status code: 500 Internal Server Error: full".into(),
+                "answers 500 Internal Server Error: full",
+            ),
+        ] {
+            assert_eq!(told(&format!("{request}{what}")), format!("http://s3:9000 {wanted}"));
+        }
+        let refused =
+            "- HTTP error: error sending request: client error (Connect): tcp connect error: Connection refused";
+        assert_eq!(
+            told(&format!("{request}{refused}")),
+            "no answer from http://s3:9000: tcp connect error: Connection refused"
+        );
+        let ours = failure("k", std::io::Error::other("no space"));
+        assert_eq!(cause(&ours), "no space");
+        assert_eq!(
+            cause(&failure("k", std::io::Error::from_raw_os_error(2))),
+            "No such file or directory (os error 2)"
+        );
     }
 
     #[test]

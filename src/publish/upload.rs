@@ -17,8 +17,8 @@ use crate::publish::journal::{Journal, Notes};
 use crate::publish::manifest::{self, Artifact};
 use crate::publish::parts::{Large, PART, Sender};
 use crate::publish::settings::Settings;
-use crate::publish::store::{Description, MD5, Store};
-use crate::publish::work::{Work, in_full};
+use crate::publish::store::{Description, MD5, Store, cause};
+use crate::publish::work::Work;
 
 /// Keys below the image's, with their types.
 const ROOTFS: (&str, &str) = ("rootfs", "application/vnd.cray.image.rootfs.squashfs");
@@ -250,7 +250,7 @@ impl Publication<'_> {
     }
 
     fn wait<T>(&self, attempted: &str, work: impl Future<Output = object_store::Result<T>>) -> Result<T> {
-        self.work.wait(async { work.await.map_err(|e| Error::new(attempted).because(in_full(&e))) })
+        self.work.wait(async { work.await.map_err(|e| Error::new(attempted).because(cause(&e))) })
     }
 
     fn local_record(&self, id: &Id, link: &Value) -> Value {

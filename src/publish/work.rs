@@ -120,6 +120,11 @@ impl Work {
         self.interrupted.get()
     }
 
+    /// The result of some work, which a signal has ended if it failed after one: whatever failed, did so by that.
+    pub fn unless_interrupted<T>(&self, result: Result<T>) -> Result<T> {
+        result.map_err(|error| self.interrupted().map_or(error, Error::interrupted))
+    }
+
     /// What came so far is dealt with: from here on no signal interrupts what is done to put things right.
     pub fn finish_regardless(&self) {
         self.deaf.set(true);
@@ -139,7 +144,7 @@ impl Work {
             self.interrupted.set(Some(signal));
         }
         match self.interrupted.get() {
-            Some(signal) => Err(Error::new("go on").because(format!("{signal} came"))),
+            Some(signal) => Err(Error::interrupted(signal)),
             None => Ok(()),
         }
     }

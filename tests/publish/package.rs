@@ -249,9 +249,36 @@ fn a_terminated_package_ends_at_once_and_leaves_nothing() {
     let dir = folder();
     let (_, mut child, mksquashfs) = packing(dir.path());
     kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM).unwrap();
-    assert!(!child.wait().unwrap().success());
+    assert_eq!(child.wait().unwrap().code(), Some(143));
     assert!(kill(mksquashfs, None).is_err(), "mksquashfs goes on");
     nothing_is_packed(dir.path());
+}
+
+/// SIGINT and the others, each while mksquashfs is at work for another command.
+#[test]
+fn a_signal_while_an_image_is_packed_is_the_exit_code() {
+    for (signal, code) in [(Signal::SIGINT, 130), (Signal::SIGTERM, 143), (Signal::SIGHUP, 129)] {
+        let dir = folder();
+        let (_, mut child, _) = packing(dir.path());
+        kill(Pid::from_raw(child.id().cast_signed()), signal).unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(code), "package");
+        nothing_is_packed(dir.path());
+
+        let squashfs = squashfs_of(&dir.path().join("tree")).display().to_string();
+        let mut command = ims_sshd(&["customize", &squashfs, "--output", "out", "--work", "work"], &[]);
+        command.args(["--compression", "xz", "--kernel", "vmlinuz", "--initrd", "initrd", "touch", "/etc/new"]);
+        let mut child = Ended(command.current_dir(dir.path()).stderr(Stdio::piped()).spawn().unwrap());
+        let work = dir.path().join("work");
+        let is_part =
+            |file: &PathBuf| file.ends_with("packed.sqsh.part") && file.metadata().is_ok_and(|f| f.len() > 1 << 20);
+        wait_until("the archive to grow", || work.exists() && walk(&work).iter().any(is_part));
+        kill(Pid::from_raw(child.id().cast_signed()), signal).unwrap();
+        let said = std::io::read_to_string(child.stderr.take().unwrap()).unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(code), "customize: {said}");
+        let word = format!("interrupted by {signal}; what was changed is kept in ");
+        assert!(said.contains(&word), "{said}");
+        assert!(!dir.path().join("out").exists());
+    }
 }
 
 #[test]
