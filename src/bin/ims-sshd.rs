@@ -335,20 +335,29 @@ fn parent_or_default(given: Option<PathBuf>) -> PathBuf {
 
 /// Options of `customize` and `enter` that say how the new image is made, and are of no use where none is.
 fn only_to_publish(option: clap::Arg) -> clap::Arg {
-    const OPTIONS: [&str; 7] = ["name", "kernel", "initrd", "kernel_parameters", "compression", "exclude", "changes"];
-    if OPTIONS.contains(&option.get_id().as_str()) { option.requires("output") } else { option }
+    const OPTIONS: [&str; 6] = ["name", "kernel", "initrd", "kernel_parameters", "exclude", "changes"];
+    match option.get_id().as_str() {
+        "compression" => {
+            with_default(option, "gzip", "the source's, if it is a squashfs, else gzip").requires("output")
+        }
+        name if OPTIONS.contains(&name) => option.requires("output"),
+        _ => option,
+    }
 }
 
 /// The sidecar's boot files are called as IMS calls them.
 fn as_pods_have_it(option: clap::Arg) -> clap::Arg {
     match option.get_id().as_str() {
-        name @ ("kernel" | "initrd") => {
-            let default = if name == "kernel" { "vmlinuz" } else { "initrd" };
-            let help = option.get_help().map(ToString::to_string).unwrap_or_default();
-            option.help(help.replace("[default: auto]", &format!("[default: {default}]")))
-        }
+        "kernel" => with_default(option, "auto", "vmlinuz"),
+        "initrd" => with_default(option, "auto", "initrd"),
         _ => option,
     }
+}
+
+/// The option with another default in its help.
+fn with_default(option: clap::Arg, usual: &str, here: &str) -> clap::Arg {
+    let help = option.get_help().map(ToString::to_string).unwrap_or_default();
+    option.help(help.replace(&format!("[default: {usual}]"), &format!("[default: {here}]")))
 }
 
 #[derive(Args)]

@@ -18,7 +18,7 @@ use crate::publish::changes::Inventory;
 use crate::publish::ims::Ims;
 use crate::publish::journal::{Journal, Notes};
 use crate::publish::package::{self, Archive, open_tree};
-use crate::publish::prepare::{INVENTORY, holds_changes, prepare};
+use crate::publish::prepare::{ARCHIVE, INVENTORY, holds_changes, prepare};
 use crate::publish::settings::Settings;
 use crate::publish::sidecar::write_changes;
 use crate::publish::source::{self, Kind, Source};
@@ -117,7 +117,7 @@ impl Job {
         let notes = Notes::private(place.files(), &settings);
         let opened =
             Opened { job: &self, entry, settings: &settings, work: &work, files: place.files(), notes: &notes };
-        let result = opened.carry_out(&source, &mounted, session);
+        let result = work.unless_interrupted(opened.carry_out(&source, &mounted, session));
         let kept = || {
             format!(
                 "what was changed is kept in {}; the same command goes on with it; to drop it, remove that directory",
@@ -204,7 +204,7 @@ impl Opened<'_> {
         }
         let (fate, value) = session(&image_root)?;
         if fate == Fate::Publish && self.settings.store.url.is_some() {
-            self.publish(&image_root, overlay)?;
+            self.publish(source, &image_root, overlay)?;
         }
         Ok((fate, value))
     }
@@ -214,9 +214,13 @@ impl Opened<'_> {
         Publication { work: self.work, settings: self.settings, ims, notes: self.notes }
     }
 
-    fn publish(&self, image_root: &Path, overlay: Option<Overlay>) -> Result<()> {
+    fn publish(&self, source: &Source, image_root: &Path, overlay: Option<Overlay>) -> Result<()> {
         let Self { job, settings, work, .. } = self;
         self.entry.reach(Stage::Packing);
+        let mut packing = settings.packing.clone();
+        let fetched = settings.parent.join(ARCHIVE);
+        let archive = if let Source::Here(path) = source { path } else { &fetched };
+        packing.compression = packing.compression.or_else(|| source::compression(archive));
         let (workplace, tree) = (self.files.parent(), open_tree(image_root)?);
         if let Some(to) = &job.changes {
             if let Some(overlay) = &overlay {
@@ -226,7 +230,7 @@ impl Opened<'_> {
         }
         let boot = boot::find_if_any(&tree, &settings.boot, settings.arch)?;
         let archive = Archive { folder: workplace, name: "packed.sqsh" };
-        let rootfs = package::pack(work, &tree, &archive, &settings.packing, &job.exclude)?;
+        let rootfs = package::pack(work, &tree, &archive, &packing, &job.exclude)?;
         drop(tree);
         if let Some(overlay) = overlay {
             overlay.unmount()?;

@@ -27,6 +27,8 @@ const MEMORY: (u64, u64) = (64 << 20, 4);
 /// Where limits of memory are, in either version of cgroups, as a container sees its own.
 const MEMORY_LIMITS: [&str; 2] = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"];
 
+const DEFAULT_COMPRESSION: &str = "gzip";
+
 /// Directory in the image where kiwi leaves its description of the image.
 const KIWIS: &str = "image";
 const KIWIS_DESCRIPTION: &str = "image/config.xml";
@@ -152,7 +154,7 @@ fn squash(
     // Both by descriptor: on a shared volume a name may lead elsewhere by the time that mksquashfs opens it.
     mksquashfs.args([".", STDIN]);
     mksquashfs.args(["-noappend", "-quiet", "-no-progress", "-xattrs"]);
-    match packing.compression {
+    match packing.compression.unwrap_or(DEFAULT_COMPRESSION) {
         "none" => mksquashfs.args(["-noI", "-noD", "-noF", "-noX"]),
         algorithm => mksquashfs.args(["-comp", algorithm]),
     };

@@ -49,8 +49,8 @@ pub struct Settings {
 /// How the packed image is made.
 #[derive(Debug, Clone)]
 pub struct Packing {
-    /// `--compression`.
-    pub compression: &'static str,
+    /// `IMAGE_COMPRESSION`, one of [`COMPRESSIONS`]; the source's or the default if there is none.
+    pub compression: Option<&'static str>,
     /// `SOURCE_DATE_EPOCH`: the time that all in the image gets, in seconds.
     pub epoch: Option<u64>,
 }
@@ -144,7 +144,7 @@ impl Settings {
         };
         let compressions = COMPRESSIONS.map(|c| (c, c));
         let packing = Packing {
-            compression: reader.choice("IMAGE_COMPRESSION", &compressions, Case::Exact).unwrap_or("gzip"),
+            compression: reader.choice("IMAGE_COMPRESSION", &compressions, Case::Exact),
             epoch: reader.seconds("SOURCE_DATE_EPOCH").map(|d| d.as_secs()),
         };
         let store = store(&mut reader);

@@ -157,6 +157,11 @@ const COMPRESSED: [(&[u8], &str); 3] =
 /// The magic of a squashfs, and where its size stands in the superblock.
 const SQUASHFS: (&[u8], usize) = (b"hsqs", 40);
 
+/// Positions in the superblock (squashfs_fs.h): the compression's number, the flags, and of these the one of data that is not compressed.
+const SQUASHFS_COMPRESSION: usize = 20;
+const SQUASHFS_FLAGS: usize = 24;
+const SQUASHFS_PLAIN_DATA: u16 = 1 << 1;
+
 /// Magic numbers of entries of cpio archives: `newc`, without checksums and with them.
 const CPIO: [&[u8]; 2] = [b"070701", b"070702"];
 
@@ -206,6 +211,21 @@ pub fn kind_of_file(file: &File, shown: &str, padding: u64) -> Result<Kind> {
         return refuse("it is a tar archive that is cut off, or that something follows".into());
     }
     Ok(Kind::Tar(None))
+}
+
+/// Compression of the squashfs at `path`, as `IMAGE_COMPRESSION` calls it; nothing of another one, or of another file.
+pub fn compression(path: &Path) -> Option<&'static str> {
+    let start = read_up_to(&File::open(path).ok()?, TAR_BLOCK).ok()?;
+    let number = |at: usize| Some(u16::from_le_bytes(start.get(at..at + 2)?.try_into().ok()?));
+    let (algorithm, flags) = (number(SQUASHFS_COMPRESSION)?, number(SQUASHFS_FLAGS)?);
+    match algorithm {
+        _ if !start.starts_with(SQUASHFS.0) => None,
+        _ if flags & SQUASHFS_PLAIN_DATA != 0 => Some("none"),
+        1 => Some("gzip"),
+        4 => Some("xz"),
+        6 => Some("zstd"),
+        _ => None,
+    }
 }
 
 /// Whether the file is a tar archive without a member, uncompressed: it begins with the zeros that end one.

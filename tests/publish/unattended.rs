@@ -130,6 +130,33 @@ fn options_without_effect_and_values_that_are_none_are_refused_as_they_were_type
 }
 
 #[test]
+fn a_new_image_is_compressed_as_its_source_unless_another_compression_is_named() {
+    let dir = folder();
+    let tree = image(dir.path());
+    let compression = |published: &str| {
+        let images = std::fs::read_dir(dir.path().join("out")).unwrap().map(|e| e.unwrap().path().join("rootfs"));
+        let shown = succeed(Command::new("unsquashfs").arg("-s").args(images));
+        std::fs::remove_dir_all(dir.path().join("out")).unwrap();
+        assert!(shown.contains(published), "{published}: {shown}");
+    };
+    for (made, named, published) in [
+        (&["-comp", "zstd"][..], None, "Compression zstd"),
+        (&["-comp", "xz"], None, "Compression xz"),
+        (&["-comp", "zstd"], Some("gzip"), "Compression gzip"),
+        (&["-noI", "-noD", "-noF", "-noX"], None, "Data is uncompressed"),
+        // Which is none that a new image can have.
+        (&["-comp", "lzo"], None, "Compression gzip"),
+    ] {
+        let squashfs = dir.path().join("source.sqsh");
+        succeed(Command::new("mksquashfs").args([&tree, &squashfs]).args(["-noappend", "-quiet"]).args(made));
+        let options: Vec<_> = named.into_iter().flat_map(|named| ["--compression", named]).collect();
+        let output = customize(dir.path(), squashfs.to_str().unwrap(), &[&options[..], &["true"]].concat());
+        assert!(output.status.success(), "{output:?}");
+        compression(published);
+    }
+}
+
+#[test]
 fn paths_on_the_command_line_may_be_relative() {
     let dir = folder();
     squashfs_of(&image(dir.path()));
