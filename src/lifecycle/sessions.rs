@@ -11,7 +11,7 @@ use rustix::event::{PollFd, PollFlags};
 
 use crate::lifecycle::secrets::without_secrets;
 use crate::sshd::daemon::Running;
-use crate::sys::process::{Entry, Handle};
+use crate::sys::process::{Entry, Handle, children};
 use crate::verdict::Verdict;
 
 /// A shell that was hung up writes its history and goes; one that does not go by then is not waited for.
@@ -77,6 +77,14 @@ pub fn hang_up(shells: &[Entry], verdict: Verdict, grace: Duration) -> Vec<Pid> 
     shells.iter().map(|e| e.pid).collect()
 }
 
+/// The program that a session runs: in a jail it is the child of the process in front, which people do not know.
+fn carried_out(session: &Entry) -> Entry {
+    const IN_FRONT: &str = "ims-jail-shell";
+    let children = || children(session.pid).into_iter().filter_map(Entry::read);
+    let inside = if session.name == IN_FRONT { children().find(|child| child.name != IN_FRONT) } else { None };
+    inside.unwrap_or_else(|| session.clone())
+}
+
 impl Farewell {
     /// Waits for `grace` at the most. `hung_up` are those that [`hang_up`] told.
     pub fn start(grace: Duration, hung_up: Vec<Pid>) -> Self {
@@ -109,7 +117,7 @@ impl Farewell {
             for session in sessions.iter().take(NAMED) {
                 tracing::warn!(
                     pid = session.pid.as_raw(),
-                    command = without_secrets(&session.command_line()),
+                    command = without_secrets(&carried_out(session).command_line()),
                     "still running when the grace period ended; ending it"
                 );
             }

@@ -333,7 +333,9 @@ fn when_the_grace_is_over_who_still_runs_is_named_without_secrets() {
         assert_eq!(environment.complete(), 0, "{mode:?}");
         client.wait().unwrap();
         let log = environment.log_text();
-        assert!(log.contains("still running when the grace period ended"), "{mode:?}: {log}");
+        let named = log.lines().find(|line| line.contains("still running when the grace period ended")).expect(&log);
+        assert!(named.contains("while :"), "{mode:?}: {named}");
+        assert!(!named.contains("ims-jail-shell"), "{mode:?}: that is no program of the user: {named}");
         assert!(log.contains("killed, since it did not end after SIGTERM"), "{mode:?}: {log}");
         assert!(!log.contains("hidden"), "{mode:?}: a secret in the log:\n{log}");
     }
