@@ -275,8 +275,8 @@ fn a_signal_while_an_image_is_packed_is_the_exit_code() {
         kill(Pid::from_raw(child.id().cast_signed()), signal).unwrap();
         let said = std::io::read_to_string(child.stderr.take().unwrap()).unwrap();
         assert_eq!(child.wait().unwrap().code(), Some(code), "customize: {said}");
-        let word = format!("interrupted by {signal}; what was changed is kept in ");
-        assert!(said.contains(&word), "{said}");
+        let interrupted = format!("interrupted by {signal}; what was changed is kept in ");
+        assert!(said.contains(&interrupted), "{said}");
         assert!(!dir.path().join("out").exists());
     }
 }
