@@ -38,6 +38,7 @@ mod sessions;
 mod special_files;
 mod streams;
 mod support;
+mod tasks;
 mod terminal;
 mod tiers;
 mod transfers;

@@ -101,11 +101,7 @@ fn install(command: &str) {
 
 /// Enters an image at a terminal, leaves it again, and has it published.
 fn answer(desk: &Desk, command: &str) {
-    let shell = desk.shell(command);
-    let mut there = Command::new("sh");
-    there.args(["-c", &format!("cd {} && exec {command}", desk.volume.parent.display())]);
-    there.envs(shell.get_envs().filter_map(|(name, value)| Some((name, value?))));
-    let mut terminal = Terminal::with(&there);
+    let mut terminal = desk.terminal(command);
     terminal.see("# ");
     terminal.line("exit");
     terminal.see("[k]: ");
@@ -151,12 +147,12 @@ fn customize(command: &str, script: bool) {
 }
 
 /// A folder as README's reader has it: `./image-root`, a script, a key of their own, and the programs on the path.
-struct Desk {
-    volume: Volume,
+pub struct Desk {
+    pub volume: Volume,
 }
 
 impl Desk {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let volume = Volume::new(Image::Debian);
         let script = "#!/bin/sh\nset -e\n/bin/busybox true\ntouch /installed\n";
         std::fs::write(volume.parent.join("install.sh"), script).unwrap();
@@ -179,13 +175,22 @@ impl Desk {
         Self { volume }
     }
 
-    fn shell(&self, line: &str) -> Command {
+    pub fn shell(&self, line: &str) -> Command {
         let programs = Path::new(IMS_SSHD).parent().unwrap();
         let mut command = Command::new("sh");
         command.args(["-c", line]).current_dir(&self.volume.parent).stdin(Stdio::null()).env_clear();
         command.env("HOME", self.volume.dir.path()).env("TMPDIR", self.volume.dir.path());
         command.env("PATH", format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", programs.display()));
         command
+    }
+
+    /// At a terminal.
+    pub fn terminal(&self, line: &str) -> Terminal {
+        let shell = self.shell(line);
+        let mut there = Command::new("sh");
+        there.args(["-c", &format!("cd {} && exec {line}", self.volume.parent.display())]);
+        there.envs(shell.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        Terminal::with(&there)
     }
 }
 
