@@ -32,12 +32,24 @@ impl Artifact {
     }
 }
 
+/// Id and name of an image, in the manifest of one whose place says neither.
+#[derive(Debug, Clone, Copy)]
+pub struct Identity<'a> {
+    /// The id.
+    pub id: &'a str,
+    /// The name, as it was given.
+    pub name: &'a str,
+}
+
 /// The manifest's text: keys sorted, indented by four, as Python's `json.dumps(…, indent=4, sort_keys=True)` writes it.
-pub fn text(artifacts: &[Artifact], created: SystemTime) -> Vec<u8> {
+pub fn text(artifacts: &[Artifact], created: SystemTime, identity: Option<Identity>) -> Vec<u8> {
     // "2018-02-16T00:31:37.123456Z" with a space, and no zone.
     let created = humantime::format_rfc3339_micros(created).to_string().replace('T', " ").replace('Z', "");
     let entries: Vec<_> = artifacts.iter().map(Artifact::entry).collect();
-    let manifest = json!({ "artifacts": entries, "created": created, "version": "1.0" });
+    let mut manifest = json!({ "artifacts": entries, "created": created, "version": "1.0" });
+    if let Some(Identity { id, name }) = identity {
+        (manifest["id"], manifest["name"]) = (json!(id), json!(name));
+    }
     indented(&manifest)
 }
 
@@ -92,6 +104,6 @@ mod tests {
     "created": "2023-11-14 22:13:20.000042",
     "version": "1.0"
 }"#;
-        assert_eq!(String::from_utf8(text(&artifacts, at)).unwrap(), expected);
+        assert_eq!(String::from_utf8(text(&artifacts, at, None)).unwrap(), expected);
     }
 }

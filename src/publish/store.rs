@@ -130,6 +130,42 @@ impl Store {
         Ok(None)
     }
 
+    /// Whether people look into it, and know an image by its directory's name.
+    pub fn is_directory(&self) -> bool {
+        matches!(self.objects, Objects::Folder { .. })
+    }
+
+    /// Where an image is, for people: a path, or a URL.
+    pub fn shown(&self, image: &str) -> String {
+        match &self.objects {
+            Objects::S3 { .. } => self.url_of(image),
+            Objects::Folder { folder, .. } => folder.join(image).display().to_string(),
+        }
+    }
+
+    /// The first of `name`, and that with a number, that no image of a directory has.
+    pub fn free_name(&self, name: &str) -> String {
+        let Objects::Folder { folder, .. } = &self.objects else { return name.to_owned() };
+        let mut free = name.to_owned();
+        let mut number = 1;
+        while folder.join(&free).symlink_metadata().is_ok() {
+            number += 1;
+            free = format!("{name}-{number}");
+        }
+        free
+    }
+
+    /// Gives the directory of an image another name, unless there is something of that name. Returns whether it has been done.
+    pub fn rename(&self, image: &str, name: &str) -> std::io::Result<bool> {
+        let Objects::Folder { folder, .. } = &self.objects else { return Ok(true) };
+        let place = folder.join(name);
+        // A rename replaces an empty directory, and this one is ours. Not every file system has RENAME_NOREPLACE.
+        match std::fs::DirBuilder::new().mode(0o700).create(&place) {
+            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Ok(false),
+            made => made.and_then(|()| std::fs::rename(folder.join(image), &place)).map(|()| true),
+        }
+    }
+
     /// The URL of a key.
     pub fn url_of(&self, key: &str) -> String {
         format!("{}/{}", self.url, self.path(key))

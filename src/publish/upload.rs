@@ -14,7 +14,7 @@ use crate::publish::checksum::md5_of;
 use crate::publish::id::Id;
 use crate::publish::ims::{Ims, Status, id_of};
 use crate::publish::journal::{Journal, Notes};
-use crate::publish::manifest::{self, Artifact};
+use crate::publish::manifest::{self, Artifact, Identity};
 use crate::publish::parts::{Large, PART, Sender};
 use crate::publish::settings::Settings;
 use crate::publish::store::{Description, MD5, Store, cause};
@@ -53,6 +53,12 @@ pub struct Publication<'a> {
     pub notes: &'a Notes<'a>,
 }
 
+/// A size for people.
+fn in_words(bytes: u64) -> String {
+    let (unit, name) = if bytes < 1 << 20 { (1_u64 << 10, "KiB") } else { (1 << 20, "MiB") };
+    format!("{} {name}", bytes.div_ceil(unit))
+}
+
 impl Publication<'_> {
     /// Uploads and registers `image`, and returns what is printed of it. What fails is rolled back.
     pub fn publish(&mut self, journal: &mut Journal, image: Image) -> Result<Value> {
@@ -88,7 +94,9 @@ impl Publication<'_> {
     /// Forgets an image that is whole. Without an IMS its manifest says so, which comes last: nothing is left to do to it, and notes of that
     /// time, put back by somebody, make it neither overwritten nor deleted.
     fn forget_published(&self, store: &Store, journal: &mut Journal) -> Result<()> {
-        let Some(id) = journal.image.clone().filter(|_| !self.ims.is_there()) else { return Ok(()) };
+        // An image of a directory is not published before it has its name, and has left its id's place then.
+        let is_asked = !self.ims.is_there() && !self.is_named(store);
+        let Some(id) = journal.image.clone().filter(|_| is_asked) else { return Ok(()) };
         let manifest = format!("{id}/{}", MANIFEST.0);
         if self.wait(&format!("look at {}", store.url_of(&manifest)), store.is_there(&manifest))? {
             tracing::info!("image {id} was published before");
@@ -100,21 +108,17 @@ impl Publication<'_> {
     fn carry_out(&mut self, store: &Store, journal: &mut Journal, image: Image) -> Result<Value> {
         let mut record = self.register(journal)?;
         let id = id_of(&record).ok_or_else(|| Error::new("publish the image").because("its record has no id"))?;
+        let mut described = store.shown(id.as_str());
         let artifacts = if record.get("link").is_some_and(|link| !link.is_null()) {
             // An earlier run got as far as this: all is uploaded.
             Vec::new()
         } else {
-            let (artifacts, link) = self.upload(store, &id, image)?;
+            let (artifacts, link, uploaded) = self.upload(store, &id, image)?;
+            described = uploaded;
             record = self.ims.link_image(&id, &link)?.unwrap_or_else(|| self.local_record(&id, &link));
             artifacts
         };
         let job = self.ims.set_resultant_image(&id)?;
-        if !self.ims.is_there() {
-            tracing::info!(
-                "the image is {}; it is registered nowhere, since neither IMS_URL nor OAUTH_CONFIG_DIR names an IMS",
-                store.url_of(id.as_str())
-            );
-        }
         // Last: it ends the job, its volume and this pod. Nothing may be rolled back once IMS knows, whatever signal comes.
         self.work.finish_regardless();
         if let Err(refused) = self.ims.set_status(Status::Success) {
@@ -124,6 +128,7 @@ impl Publication<'_> {
                 return Err(refused);
             }
         }
+        tracing::info!("the image is {described}");
         Ok(json!({
             "ims_image_artifacts": artifacts.iter().map(Artifact::entry).collect::<Vec<_>>(),
             "ims_image_record": record,
@@ -176,8 +181,15 @@ impl Publication<'_> {
         record["name"] == self.settings.name && (!is_linked || self.settings.job.is_some())
     }
 
-    /// Uploads everything; returns the artifacts and the manifest's link.
-    fn upload(&self, store: &Store, id: &Id, image: Image) -> Result<(Vec<Artifact>, Value)> {
+    /// Whether images are known by a name in this store. IMS knows them by their ids, and has one name for several.
+    fn is_named(&self, store: &Store) -> bool {
+        store.is_directory() && !self.ims.is_there()
+    }
+
+    /// Uploads everything; returns the artifacts, the manifest's link, and the place and size for people.
+    fn upload(&self, store: &Store, id: &Id, image: Image) -> Result<(Vec<Artifact>, Value, String)> {
+        let mut name = if self.is_named(store) { store.free_name(&self.directory_name()) } else { id.to_string() };
+        let (mut keys, mut total) = (Vec::new(), 0);
         let (kernel, initrd, parameters) = match image.boot {
             Some(boot) => (Some(boot.kernel), Some(boot.initrd), boot.parameters),
             None => (None, None, None),
@@ -197,7 +209,7 @@ impl Publication<'_> {
             let mut metadata = vec![(MD5, md5.clone()), ("x-shasta-ims-image-name", self.settings.name.clone())];
             metadata.extend(self.marks(id));
             let place = format!("{id}/{key}");
-            let url = store.url_of(&place);
+            let url = store.url_of(&format!("{name}/{key}"));
             let size = content.metadata().attempt(|| format!("look at {key}"))?.len();
             let description = Description { media_type, metadata };
             let object = Large { place: &place, content: &content, size, md5: &md5, description: &description };
@@ -205,19 +217,49 @@ impl Publication<'_> {
             let etag = self.etag(store, &place, size)?;
             tracing::info!(md5, etag, "uploaded {url}");
             artifacts.push(Artifact { path: url, etag, md5, media_type });
+            keys.push(key);
+            total += size;
         }
-        let text = manifest::text(&artifacts, SystemTime::now());
+        let mut link = self.put_manifest(store, id, &name, &artifacts)?;
+        if let Err(error) = self.sweep(store, id) {
+            self.work.heed()?;
+            tracing::warn!("{error}; left in the store, delete it by hand");
+        }
+        let attempted = |name: &str| format!("give the image its place {}", store.shown(name));
+        while self.is_named(store) && !store.rename(id.as_str(), &name).attempt(|| attempted(&name))? {
+            // Another run of this name was faster.
+            name = store.free_name(&self.directory_name());
+            for (artifact, key) in artifacts.iter_mut().zip(&keys) {
+                artifact.path = store.url_of(&format!("{name}/{key}"));
+            }
+            link = self.put_manifest(store, id, &name, &artifacts)?;
+        }
+        keys.push(MANIFEST.0);
+        let described = format!("{}, {}: {}", store.shown(&name), in_words(total), keys.join(", "));
+        Ok((artifacts, link, described))
+    }
+
+    /// Uploads the manifest of an image whose place will be `name`, and returns its link.
+    fn put_manifest(&self, store: &Store, id: &Id, name: &str, artifacts: &[Artifact]) -> Result<Value> {
+        let identity = Identity { id: id.as_str(), name: &self.settings.name };
+        let text = manifest::text(artifacts, SystemTime::now(), self.is_named(store).then_some(identity));
         let md5 = format!("{:x}", Md5::digest(&text));
         let (place, size) = (format!("{id}/{}", MANIFEST.0), text.len() as u64);
         let description = Description { media_type: MANIFEST.1, metadata: vec![(MD5, md5.clone())] };
         self.wait(&format!("upload {}", store.url_of(&place)), store.put(&place, text, &description))?;
         let etag = self.etag(store, &place, size)?;
-        if let Err(error) = self.sweep(store, id) {
-            self.work.heed()?;
-            tracing::warn!("{error}; left in the store, delete it by hand");
+        let path = store.url_of(&format!("{name}/{}", MANIFEST.0));
+        Ok(Artifact { path, etag, md5, media_type: MANIFEST.1 }.link())
+    }
+
+    /// The image's name as that of a directory.
+    fn directory_name(&self) -> String {
+        let is_kept = |c: char| c.is_alphanumeric() || "._-+".contains(c);
+        let name: String = self.settings.name.chars().map(|c| if is_kept(c) { c } else { '_' }).take(200).collect();
+        match name.trim_start_matches('.') {
+            "" => "image".into(),
+            name => name.to_owned(),
         }
-        let link = Artifact { path: store.url_of(&place), etag, md5, media_type: MANIFEST.1 }.link();
-        Ok((artifacts, link))
     }
 
     /// Metadata of an object that tells this image's from others'.

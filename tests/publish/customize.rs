@@ -51,7 +51,7 @@ fn every_kind_of_source_is_opened_changed_and_published() {
         ];
         let output = customize(dir.path(), source, store.to_str().unwrap(), "complete", &named);
         assert!(output.status.success(), "{source}: {output:?}");
-        let id = report(&output)["ims_image_record"]["id"].as_str().unwrap().to_owned();
+        let id = place_of(&report(&output));
         let published = dir.path().join(format!("published-{number}"));
         let rootfs = store.join(&id).join("rootfs");
         succeed(Command::new("unsquashfs").args(["-quiet", "-no-progress", "-dest"]).args([&published, &rootfs]));
@@ -126,7 +126,7 @@ fn changes_are_kept_when_a_signal_or_a_failing_script_ends_customize_before_a_ve
         let output = customize(dir.path(), &squashfs, "out", "complete", &named);
         assert!(output.status.success(), "{end}: {output:?}");
         assert!(text(&output.stderr).contains("going on with what was changed before"), "{end}: {output:?}");
-        let id = report(&output)["ims_image_record"]["id"].as_str().unwrap().to_owned();
+        let id = place_of(&report(&output));
         let listed = succeed(Command::new("unsquashfs").arg("-l").arg(dir.path().join("out").join(id).join("rootfs")));
         assert!(
             listed.contains("etc/kept") && listed.contains("etc/motd") && !listed.contains("tmp/failed"),
@@ -176,7 +176,7 @@ fn a_customization_that_was_killed_while_it_was_open_is_gone_on_with() {
     killed.wait().unwrap();
     let output = customize(dir.path(), &squashfs, "out", "complete", &boot);
     assert!(output.status.success(), "{output:?}");
-    let id = report(&output)["ims_image_record"]["id"].as_str().unwrap().to_owned();
+    let id = place_of(&report(&output));
     let rootfs = dir.path().join("out").join(id).join("rootfs");
     assert_eq!(succeed(Command::new("unsquashfs").arg("-cat").arg(rootfs).arg("etc/kept")), "kept\n");
     nothing_stays(dir.path());
@@ -227,7 +227,7 @@ fn a_mounted_source_takes_directory_renames_and_changes_to_hard_links_as_a_disk_
         let output = command.arg("--changes").arg(&changes).current_dir(dir.path()).output().unwrap();
         assert!(output.status.success(), "{source:?}: {output:?}");
         assert!(!text(&output.stderr).contains("lacks"), "{output:?}");
-        let id = report(&output)["ims_image_record"]["id"].as_str().unwrap().to_owned();
+        let id = place_of(&report(&output));
         let to = store.join("unpacked");
         let mut unsquashfs = Command::new("unsquashfs");
         succeed(unsquashfs.args(["-quiet", "-no-progress", "-dest"]).arg(&to).arg(store.join(id).join("rootfs")));

@@ -64,6 +64,12 @@ pub fn report(output: &Output) -> Value {
     report_in(&text(&output.stdout))
 }
 
+/// Name of the place in its store that an image was published in.
+pub fn place_of(report: &Value) -> String {
+    let manifest = report["ims_image_record"]["link"]["path"].as_str().unwrap();
+    manifest.rsplit('/').nth(1).unwrap().to_owned()
+}
+
 /// The JSON object in it, indented by four as upstream's.
 pub fn report_in(said: &str) -> Value {
     let begin = said.find("{\n    \"").unwrap_or_else(|| panic!("no report: {said}"));

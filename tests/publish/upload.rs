@@ -22,18 +22,76 @@ fn a_folder_is_a_store_like_any_other() {
         .output()
         .unwrap();
     assert!(output.status.success(), "{output:?}");
-    assert!(text(&output.stderr).contains("registered nowhere"), "{output:?}");
     let report = report(&output);
-    let id = report["ims_image_record"]["id"].as_str().unwrap();
+    let compute = store.canonicalize().unwrap().join("compute");
     let manifest: serde_json::Value =
-        serde_json::from_slice(&std::fs::read(store.join(id).join("manifest.json")).unwrap()).unwrap();
+        serde_json::from_slice(&std::fs::read(compute.join("manifest.json")).unwrap()).unwrap();
+    assert_eq!(manifest["id"], report["ims_image_record"]["id"]);
+    assert_eq!(manifest["name"], "compute");
+    let said = text(&output.stderr);
+    let last = said.lines().last().unwrap();
+    let place = format!("the image is {}, ", compute.display());
+    let files = "iB: rootfs, kernel, initrd, boot_parameters, manifest.json";
+    assert!(last.contains(&place) && last.ends_with(files), "{last}");
     for artifact in manifest["artifacts"].as_array().unwrap() {
         let path = artifact["link"]["path"].as_str().unwrap();
         let content = std::fs::read(path.strip_prefix("file://").unwrap()).unwrap();
         assert_eq!(artifact["md5"], md5(&content), "{path}");
     }
-    assert_eq!(std::fs::read(store.join(id).join("rootfs")).unwrap(), std::fs::read(squashfs).unwrap());
+    assert_eq!(std::fs::read(compute.join("rootfs")).unwrap(), std::fs::read(&squashfs).unwrap());
     assert_eq!(manifest["artifacts"].as_array().unwrap().len(), 4);
+
+    // The next one of this name has another place, and what another run has begun meanwhile stays.
+    let before = std::fs::read(compute.join("manifest.json")).unwrap();
+    std::fs::create_dir(store.join("compute-2")).unwrap();
+    let mut again = ims_sshd(&["upload", "--name", "compute", "--store"], &[]);
+    let output = again.arg(&store).arg("--archive").args([&squashfs, &tree]).current_dir(dir.path()).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(images_in(&store), ["compute", "compute-2", "compute-3"].map(|name| store.join(name)));
+    assert_eq!(std::fs::read(compute.join("manifest.json")).unwrap(), before);
+    assert!(is_whole(&store.join("compute-3")) && std::fs::read_dir(store.join("compute-2")).unwrap().next().is_none());
+}
+
+/// Directories of a store.
+fn images_in(store: &Path) -> Vec<PathBuf> {
+    let mut images: Vec<_> = std::fs::read_dir(store).unwrap().map(|e| e.unwrap().path()).collect();
+    images.retain(|path| path.is_dir());
+    images.sort();
+    images
+}
+
+/// Whether all that a manifest names is there, as it says.
+fn is_whole(image: &Path) -> bool {
+    let manifest: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(image.join("manifest.json")).unwrap()).unwrap();
+    manifest["artifacts"].as_array().unwrap().iter().all(|artifact| {
+        let path = Path::new(artifact["link"]["path"].as_str().unwrap().strip_prefix("file://").unwrap());
+        path.parent() == Some(&image.canonicalize().unwrap()) && artifact["md5"] == md5(&std::fs::read(path).unwrap())
+    })
+}
+
+#[test]
+fn runs_of_one_name_that_publish_at_once_all_have_a_place() {
+    let dir = folder();
+    let tree = image(dir.path());
+    let squashfs = squashfs_of(&tree);
+    let runs: Vec<_> = (0..6)
+        .map(|number| {
+            let place = dir.path().join(number.to_string());
+            std::fs::create_dir(&place).unwrap();
+            let mut upload = ims_sshd(&["upload", "--name", "a/b", "--store", "../store", "--archive"], &[]);
+            upload.args([&squashfs, &tree]).current_dir(place).stdout(Stdio::null()).stderr(Stdio::null());
+            upload.spawn().unwrap()
+        })
+        .collect();
+    for mut run in runs {
+        assert!(run.wait().unwrap().success());
+    }
+    let images = images_in(&dir.path().join("store"));
+    assert_eq!(images.len(), 6, "{images:?}");
+    for image in images {
+        assert!(image.file_name().unwrap().to_str().unwrap().starts_with("a_b") && is_whole(&image), "{image:?}");
+    }
 }
 
 #[test]
