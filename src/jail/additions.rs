@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Advise, Attempt, Error, Result};
@@ -138,6 +139,13 @@ impl<'a> Made<'a> {
         Ok(made)
     }
 
+    /// The mount points, open, each with the path at which it was made.
+    pub fn mount_points(&self) -> Vec<(PathBuf, OwnedFd)> {
+        let made = self.additions.iter().filter(|addition| matches!(addition.kind, Kind::Folder | Kind::File));
+        made.filter_map(|addition| Some((addition.path.clone(), self.image_root.handle(&addition.path).ok()?)))
+            .collect()
+    }
+
     /// What an earlier environment on the same parent made and, killed, did not remove.
     pub fn left_over(image_root: &'a Tree, note_folder: &'a Tree) -> Option<Self> {
         let note = note_folder.read(NOTE, 1 << 16).ok()?;
@@ -162,6 +170,23 @@ impl<'a> Made<'a> {
         self.note_folder.remove(NOTE).attempt(|| format!("remove {NOTE} beside the image root"))?;
         Ok(kept)
     }
+}
+
+/// Removes those of [`Made::mount_points`] that a session has moved, as by renaming a directory above. To be called when none is left who
+/// could move them. Returns what could not be removed because somebody put something there.
+pub fn remove_moved(image_root: &Tree, made: &[(PathBuf, OwnedFd)]) -> Result<Vec<PathBuf>> {
+    let mut kept = Vec::new();
+    for (path, handle) in made.iter().rev() {
+        let Ok(now) = image_root.path_of(handle) else { continue };
+        let attempted = || format!("remove /{}, which was /{}, from the image", now.display(), path.display());
+        let identity = |found: rustix::fs::Stat| (found.st_dev, found.st_ino);
+        let found = image_root.look(&now).attempt(attempted)?.map(identity);
+        let is_moved = now != *path && found == Some(identity(rustix::fs::fstat(handle).attempt(attempted)?));
+        if is_moved && !image_root.remove_mount_point(&now).attempt(attempted)? {
+            kept.push(now);
+        }
+    }
+    Ok(kept)
 }
 
 #[cfg(test)]

@@ -78,6 +78,8 @@ pub struct OpenJail {
     helper: OwnedFd,
     /// The init's inotify, closed in the background.
     events: Option<OwnedFd>,
+    /// The mount points that were made in the image, wherever a session moves them.
+    made: Vec<(PathBuf, OwnedFd)>,
     /// The container's resolv.conf, where the image has it for as long as the jail is open.
     lent: Option<Lent>,
 }
@@ -147,6 +149,7 @@ impl OpenJail {
                 doors,
                 helper,
                 events,
+                made: made.mount_points(),
                 lent,
             };
             jail.record(wanted, identity, state).inspect_err(|_| drop(jail.end()))?;
@@ -257,6 +260,7 @@ impl OpenJail {
         if self.lent.as_ref().map(Lent::take_back).transpose()? == Some(true) {
             tracing::info!("{RESOLV_CONF_EDITED}");
         }
+        tell_kept(&additions::remove_moved(image_root, &self.made)?);
         clear_image_root(image_root, note_folder).map(|_| ())
     }
 }
@@ -272,14 +276,18 @@ pub fn clear_image_root(image_root: &Tree, note_folder: &Tree) -> Result<bool> {
     let made = Made::left_over(image_root, note_folder);
     let found = made.is_some() || lent.is_some();
     if let Some(made) = made {
-        for path in made.remove()? {
-            tracing::info!(
-                "/{} was made for the jail and stays in the image, since something was put into it",
-                path.display()
-            );
-        }
+        tell_kept(&made.remove()?);
     }
     Ok(found)
+}
+
+fn tell_kept(paths: &[PathBuf]) {
+    for path in paths {
+        tracing::info!(
+            "/{} was made for the jail and stays in the image, since something was put into it",
+            path.display()
+        );
+    }
 }
 
 /// Puts the container's resolv.conf into the image. One that cannot be written to is entered all the same.

@@ -123,6 +123,28 @@ fn mount_points_of_binds_are_gone_after_a_kill_and_after_a_jail_that_was_remade(
 }
 
 #[test]
+fn mount_points_of_binds_are_gone_though_a_session_has_moved_what_they_are_in() {
+    for tier in ["namespace", "user"] {
+        let volume = Volume::new(Image::Busybox);
+        let sources = Sources::new(&volume);
+        let image_root = volume.image_root.clone();
+        std::fs::create_dir_all(image_root.join("opt/own")).unwrap();
+        std::fs::write(image_root.join("opt/own/file"), "").unwrap();
+        let dir = sources.dir.display();
+        let binds = format!("{dir}/repo:/opt/own/a/repo {dir}/licence:/opt/own/licence {dir}/work:/opt/own/work");
+        let mut environment = start(volume, &[("IMS_JAIL_TIER", tier)], &binds).ready();
+        environment.says("mv /opt/own /opt/moved; mv /opt/moved/a /srv-a; mkdir -p /opt/own/a/repo");
+        assert_eq!(environment.complete(), 0, "{tier}: {}", environment.log_text());
+        let left = |path: &str| -> Vec<_> {
+            let entries = std::fs::read_dir(image_root.join(path)).unwrap();
+            entries.map(|entry| entry.unwrap().file_name()).collect()
+        };
+        assert_eq!(left("opt/moved"), ["file"], "{tier}");
+        assert!(!image_root.join("srv-a").exists(), "{tier}");
+    }
+}
+
+#[test]
 fn binds_that_cannot_be_are_refused_before_sshd_listens_and_change_nothing() {
     type Shape = fn(&Path);
     let nothing: Shape = |_| {};
@@ -157,7 +179,7 @@ fn binds_that_cannot_be_are_refused_before_sshd_listens_and_change_nothing() {
             false => format!("{}/{bind}", sources.dir.display()),
         });
         let binds = binds.collect::<Vec<_>>().join("\n");
-        let mut environment = start(volume, &[("IMS_JAIL_TIER", tier)], &binds);
+        let mut environment = start(volume, &[("IMS_JAIL_TIER", tier)], &binds).ready();
         environment.touch("ready");
         assert_ne!(environment.end(), 0, "{binds}");
         let log = environment.log_text();
