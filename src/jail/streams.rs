@@ -6,7 +6,7 @@
 //! that stays outside copies from or to.
 
 use std::io::{self, IsTerminal};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use nix::sys::signal::{SigSet, Signal, kill};
@@ -15,7 +15,7 @@ use nix::unistd::Pid;
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::{FileType, Mode, OFlags, SeekFrom, Stat, makedev};
 use rustix::io::Errno;
-use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::pipe::{PipeFlags, SpliceFlags, pipe_with};
 
 use crate::error::{Attempt, Error, Result};
 use crate::sys::poll;
@@ -44,7 +44,7 @@ const SHARED_TERMINALS: [(u32, u32); 2] = [(5, 1), (5, 2)];
 /// How a stream comes in.
 #[derive(Clone, Copy, PartialEq)]
 enum Way {
-    /// Unchanged: an anonymous pipe, a socket or a terminal.
+    /// Itself: an anonymous pipe, which is opened anew, a socket or a terminal.
     Itself,
     /// Replaced by the jail's own node of the same device, opened with this access mode.
     Own(Node, OFlags),
@@ -81,7 +81,8 @@ impl Streams {
             found.push(look(stream, name)?);
         }
         let ways = [found[0].0, found[1].0, found[2].0];
-        let mut this = Self { ways, replaced: [None, None, None], copiers: Vec::new(), stop: None };
+        let replaced = [0, 1, 2].map(|number| reopened(streams[number], &found[number]));
+        let mut this = Self { ways, replaced, copiers: Vec::new(), stop: None };
         if ways.contains(&Way::Copied) {
             // Output to one file stays in order only through a single pipe.
             let file = |number: usize| (found[number].1.st_dev, found[number].1.st_ino);
@@ -218,6 +219,20 @@ fn is_shared_terminal(found: &Stat) -> bool {
     SHARED_TERMINALS.into_iter().any(|(major, minor)| found.st_rdev == makedev(major, minor))
 }
 
+/// An anonymous pipe once more, with flags of its own: a session that sets O_NONBLOCK does so to none of the caller's descriptors, nor to
+/// those by which this program and ims-sshd write their messages.
+fn reopened(stream: BorrowedFd<'_>, (way, found): &(Way, Stat)) -> Option<OwnedFd> {
+    if *way != Way::Itself || FileType::from_raw_mode(found.st_mode) != FileType::Fifo {
+        return None;
+    }
+    let flags = rustix::fs::fcntl_getfl(stream).ok()?;
+    let access = (flags & OFlags::RWMODE) | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    // Fails where nobody reads any more: then there is nothing to lose.
+    let new = rustix::fs::open(format!("/proc/self/fd/{}", stream.as_raw_fd()), access, Mode::empty()).ok()?;
+    rustix::fs::fcntl_setfl(&new, flags).ok()?;
+    Some(new)
+}
+
 fn is_anonymous(pipe: BorrowedFd<'_>) -> io::Result<bool> {
     Ok(u64::try_from(rustix::fs::fstatfs(pipe)?.f_type).is_ok_and(|kind| kind == PIPES))
 }
@@ -230,7 +245,10 @@ fn copier(relay: Relay, streams: [BorrowedFd<'_>; 3], stopped: &OwnedFd) -> u8 {
     let Relay { number, from, to } = relay;
     let stream = streams[number];
     let (copied, verb) = if number == 0 {
-        (copy_in(stream, &from, to, stopped), "read")
+        let is_fifo =
+            rustix::fs::fstat(stream).is_ok_and(|found| FileType::from_raw_mode(found.st_mode) == FileType::Fifo);
+        let copy = if is_fifo { pass_in } else { copy_in };
+        (copy(stream, &from, to, stopped), "read")
     } else {
         drop(to);
         (copy_out(&from, stream, stopped), "write")
@@ -273,8 +291,48 @@ fn copy_in(stream: BorrowedFd<'_>, read: &OwnedFd, write: OwnedFd, stopped: &Own
     while wait_for(stopped, None)? {}
     let unread = u64::try_from(left).unwrap_or(0) + rustix::io::ioctl_fionread(read)?;
     if let (1.., Ok(unread)) = (unread, i64::try_from(unread)) {
-        // Devices and fifos cannot go back.
+        // Devices cannot go back.
         let _ = rustix::fs::seek(stream, SeekFrom::Current(-unread));
+    }
+    Ok(())
+}
+
+/// The same for a fifo, which cannot go back: what it has is shown to the session (tee(2)), a page at a time, and taken from the fifo once
+/// the session has read it.
+fn pass_in(fifo: BorrowedFd<'_>, read: &OwnedFd, write: OwnedFd, stopped: &OwnedFd) -> rustix::io::Result<()> {
+    /// Of a pipe that has room for one page, which is full until that was read to its end.
+    const PAGE: usize = 4096;
+    rustix::pipe::fcntl_setpipe_size(&write, PAGE)?;
+    let mut shown = 0;
+    while wait(stopped, fifo, PollFlags::IN)? {
+        shown = match rustix::pipe::tee(fifo, &write, PAGE, SpliceFlags::NONBLOCK) {
+            Ok(0) => break,
+            Err(Errno::AGAIN | Errno::INTR) => continue,
+            other => other?,
+        };
+        if !wait(stopped, write.as_fd(), PollFlags::OUT)? {
+            break;
+        }
+        take(fifo, shown)?;
+        shown = 0;
+    }
+    // The end of input.
+    drop(write);
+    while wait_for(stopped, None)? {}
+    let unread = usize::try_from(rustix::io::ioctl_fionread(read)?).unwrap_or(0);
+    take(fifo, shown.saturating_sub(unread))
+}
+
+/// Reads `length` bytes that the fifo has, unless somebody else has read them.
+fn take(fifo: BorrowedFd<'_>, mut length: usize) -> rustix::io::Result<()> {
+    let mut bytes = [0; 4096];
+    while length > 0 && poll::wait(&mut [PollFd::from_borrowed_fd(fifo, PollFlags::IN)], Duration::ZERO)? > 0 {
+        let most = length.min(bytes.len());
+        match rustix::io::read(fifo, &mut bytes[..most]) {
+            Ok(0) => break,
+            Err(Errno::AGAIN | Errno::INTR) => {}
+            taken => length -= taken?,
+        }
     }
     Ok(())
 }

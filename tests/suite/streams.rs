@@ -124,6 +124,27 @@ fn a_stream_that_is_not_open_is_refused() {
     }
 }
 
+/// A pipe's flags are those of all who have it open by the same descriptor.
+#[test]
+fn a_session_changes_no_flag_of_the_callers_pipes() {
+    for tier in JAILS {
+        let volume = Volume::new(Image::Debian);
+        let (from, to) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
+        let (input, held) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
+        let mut enter = Command::new(IMS_SSHD);
+        enter.arg("enter").arg(&volume.image_root).args(["--", "python3", "-c"]).env("IMS_JAIL_TIER", tier);
+        enter.arg("import os\nfor fd in range(3): os.set_blocking(fd, False)\nprint('set')");
+        let [stdin, stdout, stderr] = [&input, &to, &to].map(|end| end.try_clone().unwrap());
+        assert!(enter.stdin(stdin).stdout(stdout).stderr(stderr).status().unwrap().success());
+        for end in [&input, &to] {
+            assert!(!rustix::fs::fcntl_getfl(end).unwrap().contains(OFlags::NONBLOCK), "{tier}");
+        }
+        drop((held, to, enter));
+        let said = std::io::read_to_string(std::fs::File::from(from)).unwrap();
+        assert!(said.contains("set\n"), "{tier}: {said}");
+    }
+}
+
 #[test]
 fn files_are_streams_of_enter_as_of_any_program() {
     for tier in JAILS {
@@ -161,6 +182,9 @@ fn files_are_streams_of_enter_as_of_any_program() {
         says("$enter sh -c 'yes & sleep 0.2' < in > /dev/zero 2>&1; echo ended", "ended\n");
         assert!(processes_with("sleep 6546").is_empty());
         says("mkfifo fifo; (echo by fifo > fifo &) ; $enter cat < fifo", "by fifo\n");
+        let one = "$enter sh -c 'read a; echo $a' <&8";
+        says(&format!("mkfifo line; exec 8<> line; seq 3000 >&8; {one}; {one}; read a <&8; echo $a"), "1\n2\n3\n");
+        says("mkfifo long; (seq 100000 > long &) ; $enter cat < long > got; seq 100000 | cmp - got", "");
         says("$enter head -c 3 < /dev/zero | od -An -c | tr -d ' '", "\\0\\0\\0\n");
 
         // Output that the caller's file does not take is not reported as written.
