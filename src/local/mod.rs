@@ -76,7 +76,8 @@ pub fn own_mounts() -> Result<()> {
 /// Gives sessions terminals of their own.
 pub fn own_terminals() -> Result<()> {
     let attempted = || "mount terminals of their own for sessions on /dev/pts";
-    let options = [("ptmxmode", "0666"), ("mode", "0620"), ("gid", "5")];
+    // The machine has 4096 (kernel.pty.max), of which sessions must not use up all.
+    let options = [("ptmxmode", "0666"), ("mode", "0620"), ("gid", "5"), ("max", "1024")];
     let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC;
     let target = Tree::open(Path::new("/dev/pts")).attempt(attempted)?;
     // What the machine's users have open stays theirs: this instance lies over it, in our own mounts only.

@@ -246,6 +246,8 @@ fn sessions_of_customize_do_not_reach_the_machines_terminals() {
     let image = image_root();
     let (mut child, printed) = customize(&image.path().join("image"), &[]);
     assert_eq!(text(run_pasted(&printed, "ls /dev/pts").stdout), "ptmx\n");
+    let mounts = text(run_pasted(&printed, "cat /proc/self/mountinfo").stdout);
+    assert!(mounts.lines().any(|line| line.contains(" /dev/pts ") && line.contains("max=1024")), "{mounts}");
     run_pasted(&printed, "touch /tmp/complete");
     assert!(child.wait().unwrap().success());
 }
