@@ -67,7 +67,7 @@ impl Job {
     pub fn label(&self) -> String {
         match &self.settings {
             Some(settings) => names::host_label(&settings.name),
-            None => names::of_source(&self.shown()),
+            None => names::host_label(&names::of_source(&self.source)),
         }
     }
 

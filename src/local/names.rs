@@ -10,18 +10,17 @@ const ENDINGS: [&str; 13] =
     ["gz", "xz", "zst", "zstd", "tgz", "txz", "tar", "cpio", "sqsh", "sqfs", "squashfs", "img", "oci"];
 
 /// Names that each image has; the directory that holds them says more.
-const COMMON: [&str; 4] = ["rootfs", "image-root", "root", "image"];
+const COMMON: [&str; 2] = ["rootfs", "image-root"];
 
 /// Name of the image in `source`, a path or a URL: of its file, without endings.
 pub fn of_source(source: &str) -> String {
     let source = without_query(source);
-    let path = source.split_once("://").map_or(source.as_str(), |(_, path)| path);
+    let absolute = std::path::absolute(&source).map_or_else(|_| source.clone(), |path| path.display().to_string());
+    let path = source.split_once("://").map_or(absolute.as_str(), |(_, path)| path);
     let mut names = path.rsplit('/').filter(|name| !["", ".", ".."].contains(name)).map(without_endings);
-    let name = names.next().unwrap_or_default();
-    match names.next() {
-        Some(above) if COMMON.contains(&name) => host_label(above),
-        _ => host_label(name),
-    }
+    let name = names.next().unwrap_or("image");
+    let name = names.next().filter(|_| COMMON.contains(&name)).unwrap_or(name);
+    name.replace(|c: char| c.is_control(), "_")
 }
 
 fn without_endings(mut name: &str) -> &str {
@@ -53,19 +52,24 @@ mod tests {
     #[test]
     fn a_source_is_called_by_its_file_or_by_the_directory_of_one_that_every_image_has() {
         for (source, name) in [
-            ("/srv/compute-1.2.sqsh", "compute-1-2"),
-            ("./SLES 15.tar.gz", "sles-15"),
+            ("/srv/compute-1.2.sqsh", "compute-1.2"),
+            ("./SLES 15.tar.gz", "SLES 15"),
             ("image.sqsh", "image"),
-            ("./image-root/", "image-root"),
+            ("/image-root/", "image-root"),
             ("/srv/debian/image-root", "debian"),
             ("./out/compute/rootfs", "compute"),
             ("https://s3.example/boot-images/46a2731e-a1d0/rootfs?X-Amz-Signature=secret", "46a2731e-a1d0"),
             ("s3://boot-images/gold.squashfs", "gold"),
-            (".hidden.tar", "hidden"),
+            (".hidden.tar", ".hidden"),
             ("/", "image"),
-            ("größe", "gr-e"),
+            ("two\nlines", "two_lines"),
         ] {
             assert_eq!(of_source(source), name, "{source}");
+        }
+        for (name, label) in
+            [("compute-1.2", "compute-1-2"), ("SLES 15", "sles-15"), (".hidden", "hidden"), ("größe", "gr-e")]
+        {
+            assert_eq!(host_label(name), label);
         }
     }
 

@@ -12,7 +12,7 @@ use crate::lifecycle::settings::DEFAULT_PARENT;
 use crate::lifecycle::signal_files::{EXITING, READY, SSHD_LISTENING, SignalFiles};
 use crate::lifecycle::stage::{self, Stage};
 use crate::lifecycle::state::{RUN, StateFolder};
-use crate::local::{register, say, say_json};
+use crate::local::{names, register, say, say_json};
 use crate::printable::Printable;
 use crate::session::report::{Packet, SOCKET};
 use crate::sys::packet::Packets;
@@ -166,7 +166,9 @@ fn find(named: &Path) -> Result<Target> {
     let path = std::path::absolute(named).attempt(|| format!("find {}", named.display()))?;
     let real = std::fs::canonicalize(&path).unwrap_or_else(|_| path.clone());
     let mut runs = register::entries().unwrap_or_default();
-    if let Some(at) = runs.iter().position(|run| run["name"].as_str().map(Path::new) == Some(named)) {
+    let label = names::host_label(&named.to_string_lossy());
+    let is_called = |run: &Value| run["name"] == label.as_str() && named.components().count() == 1;
+    if let Some(at) = runs.iter().position(is_called) {
         return Ok(Target::Run(runs.remove(at)));
     }
     let is_meant = |run: &Value| {

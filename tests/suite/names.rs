@@ -96,7 +96,7 @@ fn a_run_is_marked_by_its_name_its_source_and_every_path_that_was_printed() {
 
         let (source, path) = (image.display().to_string(), run.display().to_string());
         let end = run.file_name().unwrap().to_str().unwrap();
-        let output = ims_sshd(&[verdict, [&name, &source, &path, end][at]]);
+        let output = ims_sshd(&[verdict, [&name.to_uppercase(), &source, &path, end][at]]);
         assert!(output.status.success(), "{output:?}");
         assert_eq!(child.wait().unwrap().code(), Some(i32::from(verdict == "fail")), "{printed}");
         assert!(!is_listed(&name), "{}", listed());
