@@ -98,6 +98,8 @@ enum Command {
         #[command(flatten)]
         image: ImageOptions,
         #[command(flatten)]
+        store: StoreOption,
+        #[command(flatten)]
         servers: ServerOptions,
     },
     /// Mark the image complete: its environment closes and it may be packed
@@ -272,10 +274,15 @@ struct PackingOptions {
 
 #[derive(Args)]
 #[command(next_help_heading = "Servers")]
-struct ServerOptions {
-    /// Where images are kept: s3://BUCKET, or a folder [variable: IMAGE_STORE] [default: s3://$S3_BUCKET]
+struct StoreOption {
+    /// Where images are kept: s3://BUCKET, or a directory [variable: IMAGE_STORE] [default: s3://$S3_BUCKET]
     #[arg(long, value_name = "URL")]
     store: Option<String>,
+}
+
+#[derive(Args)]
+#[command(next_help_heading = "Servers")]
+struct ServerOptions {
     /// The S3 server; its keys are $S3_ACCESS_KEY and $S3_SECRET_KEY [variable: S3_ENDPOINT]
     #[arg(long, value_name = "URL")]
     s3_endpoint: Option<String>,
@@ -286,7 +293,7 @@ struct ServerOptions {
 
 impl ServerOptions {
     fn variables(self) -> Variables {
-        vec![("IMAGE_STORE", self.store), ("S3_ENDPOINT", self.s3_endpoint), ("IMS_URL", self.ims_url)]
+        vec![("S3_ENDPOINT", self.s3_endpoint), ("IMS_URL", self.ims_url)]
     }
 }
 
@@ -310,6 +317,8 @@ struct SidecarArguments {
     packing: PackingOptions,
     #[command(flatten)]
     image: ImageOptions,
+    #[command(flatten)]
+    store: StoreOption,
     #[command(flatten)]
     servers: ServerOptions,
 }
@@ -534,8 +543,9 @@ fn run(command: Command) -> Result<u8> {
             let (named, archive, changes) = (image_root.as_deref(), archive.as_deref(), packing.changes.as_deref());
             command::package(&settings, named, archive, &packing.exclude, changes)
         }
-        Command::Upload { image_root, archive, debug_kernel, image, servers } => {
+        Command::Upload { image_root, archive, debug_kernel, image, store, servers } => {
             let options = image.variables_or_auto().into_iter().chain(servers.variables());
+            let options = options.chain([("IMAGE_STORE", store.store)]);
             let settings = publishing::Settings::read(None, variables(options))?;
             command::upload(&settings, image_root.as_deref(), archive.as_deref(), debug_kernel.as_deref())
         }
@@ -593,6 +603,7 @@ fn without_output(source: &str) -> Error {
 fn run_sidecar(arguments: SidecarArguments) -> Result<u8> {
     let compression = [("IMAGE_COMPRESSION", arguments.packing.compression)];
     let options = arguments.image.variables().into_iter().chain(arguments.servers.variables()).chain(compression);
+    let options = options.chain([("IMAGE_STORE", arguments.store.store)]);
     let variables = variables(options);
     let settings = publishing::Settings::read(arguments.image_root_parent, variables.clone());
     let places = Places {

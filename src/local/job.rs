@@ -103,6 +103,7 @@ impl Job {
         if publishes {
             work::installed("mksquashfs")?;
             check_store(&work, &settings, &source)?;
+            self.changes.as_deref().map(|file| package::output(file, "--changes")).transpose()?;
         }
         let claim = if publishes { WorkDirectory::claim } else { WorkDirectory::claim_to_discard };
         let place = claim(&settings.parent, &name_of(&source, &self.source))?;

@@ -36,14 +36,14 @@ pub fn need_root() -> Result<()> {
 /// The image root that was named, without links on the way to it.
 pub fn image_root(named: &Path) -> Result<PathBuf> {
     need_root()?;
-    let refuse = |why: String| Error::bad_input(format!("IMAGE_ROOT is '{}': {why}", named.display()));
+    let refuse = |why: String| Error::bad_input(format!("SOURCE is '{}': {why}", named.display()));
     let real = std::fs::canonicalize(named).map_err(|e| refuse(e.to_string()))?;
     match real.is_dir() {
         _ if real == Path::new("/") => {
             Err(refuse("that is this machine's own root; expected an unpacked image".into()))
         }
         true => Ok(real),
-        false => Err(refuse("expected a folder, an unpacked image".into())),
+        false => Err(refuse("expected a directory, an unpacked image".into())),
     }
 }
 

@@ -173,11 +173,10 @@ fn missing(what: &str, boot: &[String], modules: &[Modules]) -> Error {
     for kernel in modules.iter().filter_map(|m| m.kernel.as_ref()).take(MOST_NAMES) {
         let _ = write!(holds, ", and there is /{kernel}");
     }
-    Error::new(format!("find {what} in the image"))
-        .because(format!("no regular file of the image; /boot holds {holds}"))
-        .advise(
-            "name a file of /boot by KERNEL_FILENAME and INITRD_FILENAME, or 'auto', which looks in /lib/modules too",
-        )
+    Error::new(format!("find {what} in the image")).because(format!("/boot holds {holds}")).advise(
+        "name files of /boot by --kernel and --initrd (in a pod KERNEL_FILENAME and INITRD_FILENAME); auto also looks in /lib/modules, \
+         when all work is done",
+    )
 }
 
 /// Opens the file `path`, every link on the way resolved inside the image. What is no regular file is not there: a fifo would hang, and a

@@ -7,9 +7,11 @@ use crate::lifecycle::environment;
 use crate::lifecycle::signal_files::SignalFiles;
 use crate::local::{say, say_result};
 use crate::publish::boot::{self, BootFiles};
+use crate::publish::changes::Inventory;
 use crate::publish::ims::Ims;
 use crate::publish::journal::{Journal, Notes};
 use crate::publish::package::{self, Archive, open_tree};
+use crate::publish::prepare::INVENTORY;
 use crate::publish::settings::Settings;
 use crate::publish::sidecar::write_changes;
 use crate::publish::source::Opened;
@@ -72,6 +74,11 @@ pub fn package(
 ) -> Result<u8> {
     let place = Place::of(settings, named, archive)?;
     place.boot(settings)?;
+    if let Some(file) = changes {
+        // What would only be missed when all is packed.
+        package::output(file, "--changes")?;
+        Inventory::load(place.files.parent(), INVENTORY)?;
+    }
     let work = Work::begin(&settings.network)?;
     package::pack(&work, &place.image_root, &place.archive(), &settings.packing, exclude)?;
     if let Some(file) = changes {

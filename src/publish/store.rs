@@ -19,7 +19,7 @@ use object_store::{
 use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
 use rustix::fs::OFlags;
 
-use crate::error::{Attempt, Error, Result};
+use crate::error::{Advise, Attempt, Error, Result};
 use crate::lifecycle::secrets::without_secrets;
 use crate::publish::begun;
 use crate::publish::id::Id;
@@ -116,8 +116,10 @@ impl Store {
             let folder = std::path::absolute(folder).attempt(attempted)?;
             let place = folder.ancestors().find(|place| place.exists()).unwrap_or(&folder);
             // create_file replaces anything that others have put there under the name.
-            let tree = std::fs::canonicalize(place).and_then(|place| Tree::open(&place)).attempt(attempted)?;
-            tree.create_file(&probe).and_then(|_| tree.remove(&probe)).attempt(attempted)?;
+            let tree = std::fs::canonicalize(place).and_then(|place| Tree::open(&place));
+            tree.and_then(|tree| tree.create_file(&probe).and_then(|_| tree.remove(&probe)))
+                .attempt(attempted)
+                .advise("name a directory that can be written to, or s3://BUCKET")?;
             return Ok(rustix::fs::statvfs(place).ok().map(|disk| disk.f_bavail * disk.f_frsize));
         }
         let store = Self::open(settings, network)?;

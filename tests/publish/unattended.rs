@@ -130,6 +130,46 @@ fn options_without_effect_and_values_that_are_none_are_refused_as_they_were_type
 }
 
 #[test]
+fn what_can_be_seen_at_the_start_is_refused_then_and_what_fails_late_is_corrected_in_the_same_command() {
+    let dir = folder();
+    let tree = image(dir.path());
+    for (name, versioned) in [("vmlinuz", "vmlinuz-6.1.0"), ("initrd", "initrd-6.1.0")] {
+        std::fs::rename(tree.join("boot").join(name), tree.join("boot").join(versioned)).unwrap();
+    }
+    let squashfs = squashfs_of(&tree).display().to_string();
+    std::fs::write(dir.path().join("text.txt"), "").unwrap();
+    let run = |options: &[&str], command: &str| {
+        let mut customize = ims_sshd(&["customize", &squashfs, "--work", "work"], &[]);
+        customize.args(options).args(["sh", "-c", command]).current_dir(dir.path()).output().unwrap()
+    };
+    for (options, why) in [
+        (&["--output", "text.txt"][..], "name a directory that can be written to"),
+        (&["--output", "/proc/x"], "name a directory that can be written to"),
+        (&["--output", "s3://images"], "expected the store's keys"),
+        (&["--output", "ftp://images"], "expected s3://BUCKET"),
+        (&["--output", "out", "--kernel", "vmlinuz-9"], "/boot holds initrd-6.1.0, "),
+        (&["--output", "out", "--initrd", "initrd-9"], "name files of /boot by --kernel and --initrd"),
+        (&["--output", "out", "--changes", "no/where/changes.json"], "no/where"),
+        (&["--output", "out", "--exclude", "../boot"], "without '..'"),
+    ] {
+        let refused = run(options, "touch /etc/begun; echo begun");
+        let said = text(&refused.stderr);
+        assert!(!refused.status.success() && said.contains(why), "{options:?}: {said}");
+        assert_eq!(text(&refused.stdout), "", "{options:?}: the command ran");
+        assert!(!said.contains("Generic") && !said.contains("IMAGE_ROOT"), "{said}");
+    }
+    // Only the work makes it so that auto finds no initrd.
+    let late = run(&["--output", "out"], "mv /boot/initrd-6.1.0 /boot/mine");
+    let said = text(&late.stderr);
+    assert!(late.status.code() == Some(1) && said.contains("cannot find the initrd"), "{said}");
+    assert!(said.contains("the same command goes on with it"), "{said}");
+    let corrected = run(&["--output", "out", "--initrd", "mine"], "test -e /boot/mine");
+    assert!(corrected.status.success(), "{corrected:?}");
+    assert!(published(dir.path()).contains("boot/mine"));
+    nothing_stays(dir.path());
+}
+
+#[test]
 fn a_new_image_is_compressed_as_its_source_unless_another_compression_is_named() {
     let dir = folder();
     let tree = image(dir.path());
