@@ -122,9 +122,12 @@ impl<'a> Ims<'a> {
                 Err(cause) if began.elapsed() >= self.work.network.retry_limit => {
                     return Err(Error::new(attempted).because(cause));
                 }
-                Err(cause) => tracing::warn!("cannot {attempted} yet: {cause}; looking whether it is there"),
+                Err(cause) => tracing::warn!("cannot {attempted} yet: {cause}; trying again"),
             }
-            if let Some(record) = self.find_image(request)? {
+            // Without metadata no record tells by which request it was made.
+            if self.takes_metadata
+                && let Some(record) = self.find_image(request)?
+            {
                 return Ok(record);
             }
         }

@@ -596,6 +596,8 @@ fn an_ims_whose_images_have_no_metadata_gets_the_image_too() {
     let job = Job::new();
     job.ims.state().without_metadata = true;
     publishes_an_image_of_its_own(&job, 1);
+    let requests = job.ims.state().requests.clone();
+    assert!(!requests.iter().any(|request| request == "GET /apis/ims/images"), "of use to nobody: {requests:?}");
 }
 
 /// Publishes, after which there are `images` records, and those of others are as they were.
