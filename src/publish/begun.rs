@@ -2,28 +2,28 @@
 //! crate does not call.
 
 use object_store::aws::{AmazonS3, AwsAuthorizer};
-use object_store::client::{HttpConnector, HttpRequest, HttpRequestBody, ReqwestConnector};
+use object_store::client::{HttpConnector, HttpRequest, HttpRequestBody};
 use object_store::path::Path;
 use object_store::signer::Signer;
 use object_store::{ClientOptions, MultipartId};
 use reqwest::Method;
 
-use crate::publish::store::{SIGNED_FOR, failure};
+use crate::publish::store::{Connector, SIGNED_FOR, failure};
 
 /// All of them whose keys lie below `folder`: the last name of each key, with what the store calls the upload.
 pub async fn below(
     bucket: &AmazonS3,
-    options: &ClientOptions,
+    connector: &Connector,
     region: &str,
     folder: &Path,
 ) -> object_store::Result<Vec<(String, MultipartId)>> {
-    Ok(parse(&listing(bucket, options, region, folder).await?))
+    Ok(parse(&listing(bucket, connector, region, folder).await?))
 }
 
 /// The answer to ListMultipartUploads: a thousand at the most, and an image has six keys.
 async fn listing(
     bucket: &AmazonS3,
-    options: &ClientOptions,
+    connector: &Connector,
     region: &str,
     folder: &Path,
 ) -> object_store::Result<String> {
@@ -35,7 +35,7 @@ async fn listing(
     *request.uri_mut() = url.as_str().parse().map_err(|e| failure(folder.as_ref(), e))?;
     let credential = bucket.credentials().get_credential().await?;
     AwsAuthorizer::new(&credential, "s3", region).authorize(&mut request, None);
-    let client = ReqwestConnector::default().connect(options)?;
+    let client = connector.connect(&ClientOptions::new())?;
     let answer = client.execute(request).await.map_err(|e| failure(folder.as_ref(), e))?;
     let status = answer.status();
     if !status.is_success() {

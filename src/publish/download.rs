@@ -101,8 +101,13 @@ impl Download<'_> {
         let status = response.status();
         match status {
             StatusCode::OK => self.begin_anew()?,
-            StatusCode::PARTIAL_CONTENT
-                if starts_at(response.headers(), self.length) && self.is_same(response.headers()) => {}
+            StatusCode::PARTIAL_CONTENT if self.length == 0 => {
+                let part = Error::new(format!("fetch {}", without_query(self.url)));
+                return Err(Fault::Final(
+                    part.because(format!("the server answers {status} though all was asked for")),
+                ));
+            }
+            StatusCode::PARTIAL_CONTENT if self.goes_on(response.headers()) => {}
             StatusCode::PRECONDITION_FAILED | StatusCode::RANGE_NOT_SATISFIABLE | StatusCode::PARTIAL_CONTENT => {
                 self.begin_anew()?;
                 return Err(Fault::Passing("it has changed on the server; beginning again".into()));
@@ -164,10 +169,14 @@ impl Download<'_> {
         self.file.set_len(0).and_then(|()| self.file.rewind()).attempt(|| "begin the file again")
     }
 
-    /// Whether a partial answer is of the content that was begun with.
-    fn is_same(&self, headers: &HeaderMap) -> bool {
+    /// Whether a partial answer goes on with the content that was begun with, and its end is known.
+    fn goes_on(&mut self, headers: &HeaderMap) -> bool {
         let now = text_of(headers, ETAG.as_str());
-        now.is_none() || self.etag.is_none() || now == self.etag.as_deref()
+        let is_same = now.is_none() || self.etag.is_none() || now == self.etag.as_deref();
+        let Some((start, total)) = text_of(headers, CONTENT_RANGE.as_str()).and_then(range) else { return false };
+        let fits = total.is_none() || self.total.is_none() || total == self.total;
+        self.total = self.total.or(total);
+        is_same && fits && start == self.length && self.total.is_some()
     }
 
     fn check(&self, expected: &Expected) -> std::result::Result<(), String> {
@@ -196,10 +205,11 @@ fn is_md5(headers: &HeaderMap) -> bool {
         && !names.into_iter().any(|name| other.iter().any(|other| name.starts_with(other)))
 }
 
-/// Whether a partial answer begins at `length`.
-fn starts_at(headers: &HeaderMap, length: u64) -> bool {
-    let range = headers.get(CONTENT_RANGE).and_then(|v| v.to_str().ok());
-    range.and_then(|r| r.strip_prefix("bytes ")?.split('-').next()?.parse().ok()) == Some(length)
+/// Where a partial answer begins, and the length of the whole, if it tells (RFC 9110, 14.4).
+fn range(text: &str) -> Option<(u64, Option<u64>)> {
+    let (range, total) = text.strip_prefix("bytes ")?.split_once('/')?;
+    let start = range.split('-').next()?.parse().ok()?;
+    Some((start, if total == "*" { None } else { Some(total.parse().ok()?) }))
 }
 
 /// Refuses what will not fit.

@@ -8,13 +8,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use object_store::aws::{AmazonS3, AmazonS3Builder};
+use object_store::client::{HttpClient, HttpConnector};
 use object_store::local::LocalFileSystem;
 use object_store::multipart::{MultipartStore, PartId};
 use object_store::path::Path;
 use object_store::signer::Signer;
 use object_store::{
-    Attribute, Attributes, BackoffConfig, Certificate, ClientOptions, GetOptions, MultipartId, ObjectStore,
-    ObjectStoreExt, PutPayload, RetryConfig,
+    Attribute, Attributes, BackoffConfig, ClientOptions, GetOptions, MultipartId, ObjectStore, ObjectStoreExt,
+    PutPayload, RetryConfig,
 };
 use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
 use rustix::fs::OFlags;
@@ -24,7 +25,7 @@ use crate::lifecycle::secrets::without_secrets;
 use crate::publish::begun;
 use crate::publish::id::Id;
 use crate::publish::settings::{self, Network, Validate};
-use crate::publish::work::{authorities, in_full};
+use crate::publish::work::{Redirects, client, in_full};
 use crate::sys::tree::Tree;
 
 /// How long a URL that was signed here is good for.
@@ -44,7 +45,7 @@ enum Objects {
     S3 {
         bucket: Arc<AmazonS3>,
         builder: Box<AmazonS3Builder>,
-        options: Box<ClientOptions>,
+        connector: Connector,
         region: String,
     },
     Folder {
@@ -87,11 +88,11 @@ impl Store {
             if bucket.is_empty() {
                 return Err(refuse());
             }
-            let (builder, options) = s3(bucket, settings, network)?;
+            let (builder, connector) = s3(bucket, settings, network)?;
             let objects = Objects::S3 {
-                bucket: Arc::new(build(bucket, builder.clone(), options.clone())?),
+                bucket: Arc::new(build(bucket, builder.clone())?),
                 builder: Box::new(builder),
-                options: Box::new(options),
+                connector,
                 region: settings.region.clone(),
             };
             let prefix = Path::parse(prefix.trim_matches('/')).map_err(|_| refuse())?;
@@ -192,9 +193,9 @@ impl Store {
     /// Begins an object that is put together of parts, and returns what the store calls it.
     pub async fn begin(&self, key: &str, description: &Description) -> object_store::Result<MultipartId> {
         match &self.objects {
-            Objects::S3 { builder, options, .. } => {
+            Objects::S3 { builder, .. } => {
                 // The crate gives no description to an upload whose name one gets to know, but such headers to every request.
-                let options = options.as_ref().clone().with_default_headers(description.headers()?);
+                let options = ClientOptions::new().with_default_headers(description.headers()?);
                 let describing = builder.as_ref().clone().with_client_options(options).build()?;
                 describing.create_multipart(&self.path(key)).await
             }
@@ -340,8 +341,8 @@ impl Store {
     /// one if it is empty.
     pub async fn sweep(&self, image: &str) -> object_store::Result<()> {
         match &self.objects {
-            Objects::S3 { bucket, options, region, .. } => {
-                for (name, id) in begun::below(bucket, options, region, &self.path(image)).await? {
+            Objects::S3 { bucket, connector, region, .. } => {
+                for (name, id) in begun::below(bucket, connector, region, &self.path(image)).await? {
                     self.abort(&format!("{image}/{name}"), &id).await?;
                 }
                 Ok(())
@@ -443,28 +444,21 @@ const MOST_QUOTED: usize = 300;
 pub async fn sign(bucket: &str, key: &str, settings: &settings::Store, network: &Network) -> Result<String> {
     let attempted = || format!("sign a URL of s3://{bucket}/{key}");
     let path = Path::parse(key).attempt(attempted)?;
-    let (builder, options) = s3(bucket, settings, network)?;
-    let url = build(bucket, builder, options)?.signed_url(reqwest::Method::GET, &path, SIGNED_FOR).await;
+    let (builder, _) = s3(bucket, settings, network)?;
+    let url = build(bucket, builder)?.signed_url(reqwest::Method::GET, &path, SIGNED_FOR).await;
     url.map(|url| url.to_string()).map_err(|e| Error::new(attempted()).because(cause(&e)))
 }
 
 /// What a bucket is opened with.
-fn s3(bucket: &str, settings: &settings::Store, network: &Network) -> Result<(AmazonS3Builder, ClientOptions)> {
+fn s3(bucket: &str, settings: &settings::Store, network: &Network) -> Result<(AmazonS3Builder, Connector)> {
     let Some((access, secret)) = &settings.keys else {
         return Err(Error::bad_input(
             "S3_ACCESS_KEY and S3_SECRET_KEY, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, are not set: expected the store's keys",
         ));
     };
-    let mut options = ClientOptions::new()
-        .with_connect_timeout(network.stall_limit)
-        // Of one request: a part of an object at the most.
-        .with_timeout(network.stall_limit.saturating_mul(10))
-        .with_allow_http(true)
-        .with_allow_invalid_certificates(settings.validate == Validate::No);
-    for certificate in authorities(network, &settings.validate)? {
-        let certificate = Certificate::from_der(&certificate).attempt(|| "take the certificates of CA_CERT")?;
-        options = options.with_root_certificate(certificate);
-    }
+    // The crate would name the store for an error of the variables.
+    let connector = Connector { network: network.clone(), validate: settings.validate.clone() };
+    connector.client(&HeaderMap::new())?;
     let retry = RetryConfig {
         backoff: BackoffConfig {
             init_backoff: Duration::from_millis(100),
@@ -479,7 +473,8 @@ fn s3(bucket: &str, settings: &settings::Store, network: &Network) -> Result<(Am
         .with_access_key_id(access)
         .with_secret_access_key(secret)
         .with_region(&settings.region)
-        .with_retry(retry);
+        .with_retry(retry)
+        .with_http_connector(connector.clone());
     if let Some(token) = &settings.token {
         builder = builder.with_token(token);
     }
@@ -487,11 +482,34 @@ fn s3(bucket: &str, settings: &settings::Store, network: &Network) -> Result<(Am
         // Over TLS nothing is lost by it, and the content is not read once more for its checksum.
         builder = builder.with_endpoint(endpoint).with_unsigned_payload(endpoint.starts_with("https:"));
     }
-    Ok((builder, options))
+    Ok((builder, connector))
 }
 
-fn build(bucket: &str, builder: AmazonS3Builder, options: ClientOptions) -> Result<AmazonS3> {
-    let built = builder.with_client_options(options).build();
+/// Makes a store's client as those of other servers are made.
+#[derive(Debug, Clone)]
+pub struct Connector {
+    network: Network,
+    validate: Validate,
+}
+
+impl Connector {
+    fn client(&self, headers: &HeaderMap) -> Result<reqwest::Client> {
+        let builder = client(&self.network, &self.validate, Redirects::SameServer)?.default_headers(headers.clone());
+        // Of one request: a part of an object at the most.
+        let builder = builder.timeout(self.network.stall_limit.saturating_mul(10)).http1_only();
+        builder.build().attempt(|| "set up TLS")
+    }
+}
+
+impl HttpConnector for Connector {
+    fn connect(&self, options: &ClientOptions) -> object_store::Result<HttpClient> {
+        let headers = options.get_default_headers().cloned().unwrap_or_default();
+        self.client(&headers).map(HttpClient::new).map_err(|e| failure("", e))
+    }
+}
+
+fn build(bucket: &str, builder: AmazonS3Builder) -> Result<AmazonS3> {
+    let built = builder.build();
     built.map_err(|e| Error::new(format!("open the store s3://{bucket}")).because(cause(&e)))
 }
 

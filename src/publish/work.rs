@@ -22,6 +22,8 @@ use crate::publish::settings::{Network, Validate};
 use crate::sys::poll;
 use crate::sys::process::end_with_us;
 use crate::sys::signals::{Signals, hold_none};
+use reqwest::Url;
+use reqwest::redirect::Policy;
 
 /// How often one looks whether a signal came, and how far a program is.
 const TICK: Duration = Duration::from_millis(200);
@@ -81,7 +83,15 @@ impl From<Error> for Fault {
 
 impl From<reqwest::Error> for Fault {
     fn from(error: reqwest::Error) -> Self {
-        Self::Passing(in_full(&error))
+        if !error.is_redirect() {
+            return Self::Passing(in_full(&error));
+        }
+        let from = error.url().map_or(String::new(), |url| without_query(url.as_str()));
+        let mut cause: &dyn std::error::Error = &error;
+        while let Some(below) = cause.source() {
+            cause = below;
+        }
+        Self::Final(Error::new(format!("follow the redirect of {from}")).because(cause))
     }
 }
 
@@ -111,7 +121,8 @@ impl Work {
         if let Some(client) = self.client.get() {
             return Ok(client);
         }
-        let made = client(&self.network)?;
+        let made = client(&self.network, &Validate::Yes, Redirects::Anywhere)?.read_timeout(self.network.stall_limit);
+        let made = made.build().attempt(SET_UP)?;
         Ok(self.client.get_or_init(|| made))
     }
 
@@ -294,18 +305,54 @@ fn read_from_start(mut file: std::fs::File) -> std::io::Result<Vec<u8>> {
     Ok(text)
 }
 
-/// A client of HTTP as the variables ask for it. A connection that brings nothing is given up; how long a whole request may take is the
-/// caller's to say.
-fn client(network: &Network) -> Result<reqwest::Client> {
+/// Servers that a redirect may lead to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Redirects {
+    /// Any: reqwest removes credentials that are not in the URL itself.
+    Anywhere,
+    /// The server that was asked: a request has further headers that are secret.
+    SameServer,
+}
+
+/// No server sends a client further more often.
+const MOST_REDIRECTS: usize = 10;
+
+/// Completes "cannot …".
+const SET_UP: fn() -> &'static str = || "set up TLS";
+
+/// Begins the client of every server, as the variables ask for it. How long a request may take is the caller's to say.
+pub fn client(network: &Network, validate: &Validate, redirects: Redirects) -> Result<reqwest::ClientBuilder> {
     let mut builder = reqwest::Client::builder()
         .connect_timeout(network.stall_limit)
-        .read_timeout(network.stall_limit)
+        .danger_accept_invalid_certs(*validate == Validate::No)
+        // It would have the query of a signed URL, which is a key.
+        .referer(false)
+        .redirect(Policy::custom(move |attempt| match refuse_redirect(attempt.previous(), attempt.url(), redirects) {
+            Some(why) => attempt.error(why),
+            None => attempt.follow(),
+        }))
         .user_agent(concat!("ims-sshd/", env!("CARGO_PKG_VERSION")));
-    for certificate in authorities(network, &Validate::Yes)? {
+    for certificate in authorities(network, validate)? {
         let attempted = || "take the certificates of CA_CERT";
         builder = builder.add_root_certificate(reqwest::Certificate::from_der(&certificate).attempt(attempted)?);
     }
-    builder.build().attempt(|| "set up TLS")
+    Ok(builder)
+}
+
+/// Why a redirect to `next` is not followed; `previous` are the URLs before it.
+fn refuse_redirect(previous: &[Url], next: &Url, redirects: Redirects) -> Option<String> {
+    let shown = without_query(next.as_str());
+    let server = |url: &Url| (url.host_str().map(str::to_owned), url.port_or_known_default());
+    let last = previous.last()?;
+    if previous.len() > MOST_REDIRECTS {
+        Some(format!("it is the last of {MOST_REDIRECTS}, and leads on to {shown}"))
+    } else if last.scheme() == "https" && next.scheme() != "https" {
+        Some(format!("it leads from https to {shown}, where anybody on the way can read and replace what is sent"))
+    } else if redirects == Redirects::SameServer && server(last) != server(next) {
+        Some(format!("it leads to another server, {shown}, which the keys of this one are not for"))
+    } else {
+        None
+    }
 }
 
 /// The authorities that are trusted beside those of the system, each in DER.
@@ -400,6 +447,33 @@ pub fn is_passing(status: reqwest::StatusCode) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    use Redirects::{Anywhere, SameServer};
+
+    #[test]
+    fn a_redirect_neither_gives_tls_up_nor_goes_on_without_end_nor_carries_keys_to_others() {
+        let refused = |previous: &[&str], next: &str, redirects| {
+            let previous: Vec<_> = previous.iter().map(|url| Url::parse(url).unwrap()).collect();
+            refuse_redirect(&previous, &Url::parse(next).unwrap(), redirects)
+        };
+        for (from, to, redirects, goes) in [
+            ("https://a/", "https://b/", Anywhere, true),
+            ("http://a/", "https://a/", Anywhere, true),
+            ("http://a/", "http://b/", Anywhere, true),
+            ("https://a/", "http://a/", Anywhere, false),
+            ("https://a/", "https://a/x", SameServer, true),
+            ("https://a/", "https://a:443/x", SameServer, true),
+            ("https://a/", "https://a:8443/", SameServer, false),
+            ("https://a/", "https://b/", SameServer, false),
+            ("http://a/", "https://a/", SameServer, false),
+        ] {
+            assert_eq!(refused(&[from], to, redirects).is_none(), goes, "{from} {to} {redirects:?}");
+        }
+        let [ten, eleven] = [10, 11].map(|number| vec!["http://a/"; number]);
+        assert!(refused(&ten, "http://a/", Anywhere).is_none() && refused(&eleven, "http://a/", Anywhere).is_some());
+        let said = refused(&["https://a/"], "http://b/k?X-Amz-Signature=secret", Anywhere).unwrap();
+        assert!(!said.contains("secret"), "{said}");
+    }
 
     #[test]
     fn the_key_in_a_presigned_url_is_in_no_message() {

@@ -15,6 +15,7 @@ mod job;
 mod name_server;
 mod package;
 mod prepare;
+mod redirects;
 mod s3_server;
 mod sidecar;
 mod sources;

@@ -10,9 +10,9 @@ use crate::s3_server::Bucket;
 use crate::support::*;
 
 /// Speaks TLS and passes on what it hears.
-struct Tls {
+pub struct Tls {
     process: Child,
-    port: u16,
+    pub port: u16,
 }
 
 const PROXY: &str = "
@@ -39,7 +39,7 @@ while True: threading.Thread(target=serve, args=(listener.accept()[0],), daemon=
 
 impl Tls {
     /// In front of what listens on port `to`, with the certificate in `dir`.
-    fn start(dir: &Path, to: u16) -> Self {
+    pub fn start(dir: &Path, to: u16) -> Self {
         let port = free_port();
         let mut python = Command::new("/usr/bin/python3");
         python.args(["-c", PROXY, &port.to_string(), &to.to_string()]).arg(dir).stdin(Stdio::null());
@@ -57,7 +57,7 @@ impl Drop for Tls {
 }
 
 /// An authority, and a server's certificate that it has signed.
-fn certificates(dir: &Path) {
+pub fn certificates(dir: &Path) {
     let script = "cd $0 && exec 2>&1 && set -e
         openssl req -x509 -newkey rsa:2048 -nodes -keyout ca.key -out ca.crt -subj /CN=authority -days 2
         openssl req -newkey rsa:2048 -nodes -keyout server.key -out server.csr -subj /CN=server
@@ -66,7 +66,7 @@ fn certificates(dir: &Path) {
     succeed(Command::new("sh").args(["-c", script]).arg(dir));
 }
 
-fn port_of(url: &str) -> u16 {
+pub fn port_of(url: &str) -> u16 {
     url.trim_start_matches("http://127.0.0.1:").split('/').next().unwrap().parse().unwrap()
 }
 

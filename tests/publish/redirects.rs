@@ -1,0 +1,180 @@
+//! What servers may make of a request: a part for the whole, and a redirect to somebody else.
+
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpListener;
+use std::sync::{Arc, Mutex};
+
+use crate::file_server::reset;
+use crate::job::*;
+use crate::prepare::{refused, same_tree};
+use crate::support::*;
+use crate::tls::{Tls, certificates, port_of};
+
+/// A server with an answer for each request, in their order; the last one again for all that follow. A connection is reset after an
+/// answer whose head says so.
+struct Answers {
+    url: String,
+    /// Heads of the requests.
+    heard: Arc<Mutex<Vec<String>>>,
+}
+
+impl Answers {
+    fn start(answers: Vec<Vec<u8>>) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let heard = Arc::new(Mutex::new(Vec::new()));
+        let shared = heard.clone();
+        std::thread::spawn(move || {
+            for mut connection in listener.incoming().map_while(Result::ok) {
+                let lines = BufReader::new(&connection).lines().map_while(Result::ok);
+                let request: Vec<_> = lines.take_while(|line| !line.is_empty()).collect();
+                // One that only tries whether somebody listens.
+                if request.is_empty() {
+                    continue;
+                }
+                let mut heard = shared.lock().unwrap();
+                let answer = &answers[heard.len().min(answers.len() - 1)];
+                heard.push(request.join("\n").to_lowercase());
+                let _ = connection.write_all(answer);
+                if text(answer).contains("x-reset") {
+                    reset(&connection);
+                }
+            }
+        });
+        Self { url, heard }
+    }
+
+    fn heard(&self) -> Vec<String> {
+        self.heard.lock().unwrap().clone()
+    }
+}
+
+fn answer(head: &str, body: &[u8]) -> Vec<u8> {
+    [format!("HTTP/1.1 {head}\r\nconnection: close\r\n\r\n").as_bytes(), body].concat()
+}
+
+fn redirect(to: &str) -> Vec<u8> {
+    answer(&format!("307 Temporary Redirect\r\nlocation: {to}\r\ncontent-length: 0"), b"")
+}
+
+fn whole(content: &[u8]) -> Vec<u8> {
+    answer(&format!("200 OK\r\ncontent-length: {}", content.len()), content)
+}
+
+#[test]
+fn a_part_of_the_file_is_not_taken_for_the_whole() {
+    let dir = folder();
+    let tree = image(dir.path());
+    let content = std::fs::read(squashfs_of(&tree)).unwrap();
+    let length = content.len();
+    let part = |from: usize, to: usize, total: &str| {
+        let head = format!(
+            "206 Partial Content\r\ncontent-length: {}\r\ncontent-range: bytes {from}-{}/{total}",
+            to - from,
+            to - 1
+        );
+        answer(&head, &content[from..to])
+    };
+    let of = length.to_string();
+    // Without a length: the connection's end could be the file's.
+    let head = b"HTTP/1.1 200 OK\r\nx-reset: 1\r\ntransfer-encoding: chunked\r\n\r\n1000\r\n";
+    let cut_off = [head, &content[..4096], b"\r\n"].concat();
+    for (number, (first, reason)) in
+        [(part(0, 4096, &of), "206"), (part(0, length, &of), "206"), (part(100, length, &of), "206")]
+            .into_iter()
+            .enumerate()
+    {
+        let server = Answers::start(vec![first]);
+        refused(&dir.path().join(format!("refused-{number}")), &server.url, reason);
+        assert_eq!(server.heard().len(), 1, "tried again in vain");
+    }
+    for (number, answers) in [
+        vec![cut_off.clone(), part(4096, 5000, &of), part(5000, length, &of)],
+        vec![cut_off.clone(), part(4096, length, "*"), whole(&content)],
+        vec![cut_off.clone(), part(0, length, &of), whole(&content)],
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let server = Answers::start(answers);
+        let parent = dir.path().join(format!("parent-{number}"));
+        let output = ims_sshd(&["prepare", &parent.display().to_string(), &server.url], &[]).output().unwrap();
+        assert!(output.status.success(), "{number}: {}, {:?}", text(&output.stderr), server.heard());
+        same_tree(&tree, &parent.join("image-root"));
+    }
+}
+
+#[test]
+fn a_redirect_to_another_server_takes_no_login_and_no_referer_along() {
+    let dir = folder();
+    let tree = image(dir.path());
+    let content = std::fs::read(squashfs_of(&tree)).unwrap();
+    let target = Answers::start(vec![whole(&content)]);
+    let server = Answers::start(vec![redirect(&format!("{}/there", target.url))]);
+    let url = format!("{}/image?X-Amz-Signature=key", server.url).replace("http://", "http://user:password@");
+    let parent = dir.path().join("parent");
+    let output = ims_sshd(&["prepare", &parent.display().to_string(), &url], &[]).output().unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    same_tree(&tree, &parent.join("image-root"));
+    assert!(server.heard()[0].contains("authorization: basic"), "{:?}", server.heard());
+    let heard = target.heard().concat();
+    assert!(!heard.contains("authorization") && !heard.contains("referer") && !heard.contains("x-amz"), "{heard}");
+    // IMS, with its token.
+    let tokens = Answers::start(vec![whole(br#"{"access_token": "token-of-ims", "expires_in": 60}"#)]);
+    let target = Answers::start(vec![whole(b"{}")]);
+    let ims = Answers::start(vec![redirect(&target.url)]);
+    for (name, text) in [("endpoint", tokens.url.as_str()), ("client-id", "id"), ("client-secret", "secret")] {
+        std::fs::write(dir.path().join(name), text).unwrap();
+    }
+    let variables = [
+        ("IMS_URL", ims.url.clone()),
+        ("OAUTH_CONFIG_DIR", dir.path().display().to_string()),
+        ("IMS_JOB_ID", crate::ims_server::JOB.into()),
+    ];
+    let squashfs = squashfs_of(&tree).display().to_string();
+    let parent = dir.path().join("parent-of-ims").display().to_string();
+    let output = ims_sshd(&["prepare", &parent, &squashfs], &variables).output().unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert!(ims.heard()[0].contains("authorization: bearer token-of-ims"), "{:?}", ims.heard());
+    let heard = target.heard().concat();
+    assert!(!heard.is_empty() && !heard.contains("token") && !heard.contains("referer"), "{heard}");
+}
+
+#[test]
+fn redirects_without_end_and_from_https_to_http_are_refused_at_once() {
+    let dir = folder();
+    let target = Answers::start(vec![whole(b"hostile")]);
+    let (parent, listener) = (dir.path().join("parent"), Answers::start(vec![redirect("/again?key=secret")]));
+    refused(&parent, &listener.url, "it is the last of 10");
+    assert_eq!(listener.heard().len(), 11);
+    certificates(dir.path());
+    let server = Answers::start(vec![redirect(&format!("{}/?key=secret", target.url))]);
+    let tls = Tls::start(dir.path(), port_of(&server.url));
+    let url = format!("https://127.0.0.1:{}/image", tls.port);
+    let authority = [("CA_CERT", dir.path().join("ca.crt").display().to_string())];
+    let output = ims_sshd(&["prepare", &parent.display().to_string(), &url], &authority).output().unwrap();
+    let said = text(&output.stderr);
+    assert!(said.contains("it leads from https to http://127.0.0.1") && !said.contains("secret"), "{said}");
+    assert_eq!((output.status.code(), target.heard().len(), server.heard().len()), (Some(1), 0, 1));
+}
+
+#[test]
+fn a_store_that_leads_to_another_server_is_not_followed_with_its_keys() {
+    let dir = folder();
+    let tree = image(dir.path());
+    let squashfs = squashfs_of(&tree);
+    let target = Answers::start(vec![whole(b"")]);
+    let server = Answers::start(vec![redirect(&format!("{}/bucket", target.url))]);
+    let variables = [
+        ("AWS_ACCESS_KEY_ID", "key".to_owned()),
+        ("AWS_SECRET_ACCESS_KEY", "secret".to_owned()),
+        ("AWS_SESSION_TOKEN", "token".to_owned()),
+        ("AWS_ENDPOINT_URL", server.url.clone()),
+    ];
+    let mut command = ims_sshd(&["upload", "--store", "s3://bucket", "--archive"], &variables);
+    let output = command.args([&squashfs, &tree]).current_dir(dir.path()).output().unwrap();
+    let said = text(&output.stderr);
+    assert!(said.contains("it leads to another server"), "{said}");
+    assert!(server.heard()[0].contains("x-amz-security-token: token"), "{:?}", server.heard());
+    assert_eq!((output.status.code(), target.heard()), (Some(1), vec![]));
+}
