@@ -215,7 +215,7 @@ impl ChecksumOptions {
 #[derive(Args)]
 #[command(next_help_heading = "Image")]
 struct ImageOptions {
-    /// Name of the new image [variable: IMAGE_ROOT_ARCHIVE_NAME] [default: image; of customize and enter, the source's name]
+    /// Name of the new image [variable: IMAGE_ROOT_ARCHIVE_NAME] [default: image]
     #[arg(long, value_parser = publishing::image_name)]
     name: Option<String>,
     /// Kernel, by its name in the image's /boot; auto is the newest one, if there is one [variable: KERNEL_FILENAME] [default: auto]
@@ -267,7 +267,7 @@ struct PackingOptions {
     /// directory that matches, all; after '... ' at any depth, as in '... *.pyc'. Any number of times
     #[arg(long, value_name = "PATTERN", value_parser = package::exclude_pattern)]
     exclude: Vec<String>,
-    /// Write what was added, removed and altered to a JSON file
+    /// Write what was added, removed and altered since the image was opened, by 'ims-sshd prepare' or this command, as JSON
     #[arg(long, value_name = "FILE")]
     changes: Option<PathBuf>,
 }
@@ -344,11 +344,12 @@ fn parent_or_default(given: Option<PathBuf>) -> PathBuf {
 
 /// Options of `customize` and `enter` that say how the new image is made, and are of no use where none is.
 fn only_to_publish(option: clap::Arg) -> clap::Arg {
-    const OPTIONS: [&str; 6] = ["name", "kernel", "initrd", "kernel_parameters", "exclude", "changes"];
+    const OPTIONS: [&str; 5] = ["kernel", "initrd", "kernel_parameters", "exclude", "changes"];
     match option.get_id().as_str() {
         "compression" => {
             with_default(option, "gzip", "the source's, if it is a squashfs, else gzip").requires("output")
         }
+        "name" => with_default(option, "image", "the source's name").requires("output"),
         name if OPTIONS.contains(&name) => option.requires("output"),
         _ => option,
     }

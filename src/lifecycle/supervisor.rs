@@ -56,7 +56,7 @@ pub fn run(settings: Settings, files: Option<SignalFiles>, listening: impl FnOnc
     let mut supervisor = Supervisor {
         machine: Machine::new(settings.close_grace),
         since: SystemTime::now(),
-        signals: Signals::hold(&held).attempt(|| "hold back signals")?,
+        signals: Signals::hold(&held).attempt(|| "block signals")?,
         watch: Watch::new()?,
         state: StateFolder::of(&settings.parent)?,
         groundwork: None,

@@ -102,8 +102,7 @@ impl Work {
     /// Blocks SIGTERM, SIGINT and SIGHUP from here on: as the first process of a container a program dies of none by itself.
     pub fn begin(network: &Network) -> Result<Self> {
         // Before the threads, which would die of them: they begin with this one's mask.
-        let signals =
-            Signals::hold(&[Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP]).attempt(|| "hold back signals")?;
+        let signals = Signals::hold(&[Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP]).attempt(|| "block signals")?;
         // What is sent is signed and encrypted, which is more than one processor's work.
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(AT_A_TIME).enable_all().build();
         Ok(Self {
