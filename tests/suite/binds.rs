@@ -179,7 +179,7 @@ fn binds_that_cannot_be_are_refused_before_sshd_listens_and_change_nothing() {
             false => format!("{}/{bind}", sources.dir.display()),
         });
         let binds = binds.collect::<Vec<_>>().join("\n");
-        let mut environment = start(volume, &[("IMS_JAIL_TIER", tier)], &binds).ready();
+        let mut environment = start(volume, &[("IMS_JAIL_TIER", tier)], &binds);
         environment.touch("ready");
         assert_ne!(environment.end(), 0, "{binds}");
         let log = environment.log_text();
