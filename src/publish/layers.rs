@@ -3,17 +3,17 @@
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Stat, Timespec, Timestamps, Uid, XattrFlags};
+use rustix::fs::{FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use crate::error::{Attempt, Error, Result};
+use crate::sys::attributes::Named;
 use crate::sys::tree::Tree;
 
 /// A file of this name says that its directory has nothing of the layers below; with another name after the first part, that they have
@@ -31,9 +31,6 @@ const MOST_LAYERS: usize = 1000;
 
 /// An index of indexes of indexes is made to keep us busy.
 const DEEPEST: usize = 4;
-
-/// The kernel lets an attribute, and all names of them, be so long.
-const LONGEST_ATTRIBUTE: usize = 64 << 10;
 
 /// Times of files are those of the clock's last tick.
 const CLOCK_TICK: Duration = Duration::from_millis(50);
@@ -194,14 +191,14 @@ pub fn merge(layer: &Tree, root: &Tree, began: SystemTime) -> io::Result<()> {
         let found = rustix::fs::fstat(&from)?;
         let names: BTreeSet<OsString> = from.names()?.into_iter().collect();
         if names.contains(OsStr::from_bytes(OPAQUE)) {
-            to.names()?.iter().try_for_each(|name| remove(&to, name))?;
+            to.names()?.iter().try_for_each(|name| to.remove_whole(name))?;
         }
         let is_whiteout = |name: &&OsString| name.as_bytes().starts_with(WHITEOUT);
         for name in names.iter().filter(is_whiteout) {
             match &name.as_bytes()[WHITEOUT.len()..] {
                 b"" | b"." | b".." => return Err(Errno::INVAL.into()),
                 _ if name.as_bytes().starts_with(OF_DRIVER) => {}
-                hidden => remove(&to, OsStr::from_bytes(hidden))?,
+                hidden => to.remove_whole(OsStr::from_bytes(hidden))?,
             }
         }
         for name in names.iter().filter(|name| !is_whiteout(name)) {
@@ -210,7 +207,7 @@ pub fn merge(layer: &Tree, root: &Tree, began: SystemTime) -> io::Result<()> {
                 directories.push((path.join(name), false));
                 continue;
             }
-            remove(&to, name)?;
+            to.remove_whole(name)?;
             if new == Some(true) {
                 rustix::fs::mkdirat(&to, name, Mode::RWXU)?;
                 directories.push((path.join(name), true));
@@ -225,7 +222,10 @@ pub fn merge(layer: &Tree, root: &Tree, began: SystemTime) -> io::Result<()> {
     }
     // Moving an entry into a directory has changed the directory's time.
     for (path, found) in attributes {
-        copy_attributes(&layer.folder_without_links(&path)?, &found, &root.folder_without_links(&path)?)?;
+        let [from, to] = [layer, root].map(|tree| tree.folder_without_links(&path));
+        let (from, to) = (from?, to?);
+        let [from, to] = [&from, &to].map(|directory| Named { directory, name: OsStr::new(".") });
+        to.take(&found, &from.attributes()?)?;
     }
     Ok(())
 }
@@ -234,45 +234,9 @@ fn is_directory(tree: &Tree, name: &OsStr) -> io::Result<Option<bool>> {
     Ok(tree.look(name)?.map(|found| FileType::from_raw_mode(found.st_mode) == FileType::Directory))
 }
 
-fn remove(directory: &Tree, name: &OsStr) -> io::Result<()> {
-    match is_directory(directory, name)? {
-        None => Ok(()),
-        Some(true) => {
-            let place = format!("/proc/self/fd/{}", directory.as_fd().as_raw_fd());
-            std::fs::remove_dir_all(Path::new(&place).join(name))
-        }
-        Some(false) => Ok(rustix::fs::unlinkat(directory, name, AtFlags::empty())?),
-    }
-}
-
 fn modified(found: &Stat) -> SystemTime {
     let seconds = Duration::from_secs(found.st_mtime.try_into().unwrap_or_default());
     UNIX_EPOCH + seconds + Duration::from_nanos(found.st_mtime_nsec)
-}
-
-/// Gives the directory `to` the owner, mode, times and extended attributes of `from`, which looked like `found`.
-fn copy_attributes(from: &Tree, found: &Stat, to: &Tree) -> io::Result<()> {
-    let (from, to) = (from.reopen()?, to.reopen()?);
-    rustix::fs::fchown(&to, Some(Uid::from_raw(found.st_uid)), Some(Gid::from_raw(found.st_gid)))?;
-    let wanted = attribute_names(&from)?;
-    for name in attribute_names(&to)?.difference(&wanted) {
-        rustix::fs::fremovexattr(&to, name)?;
-    }
-    let mut value = vec![0; LONGEST_ATTRIBUTE];
-    for name in &wanted {
-        let length = rustix::fs::fgetxattr(&from, name, value.as_mut_slice())?;
-        rustix::fs::fsetxattr(&to, name, &value[..length], XattrFlags::empty())?;
-    }
-    rustix::fs::fchmod(&to, Mode::from_raw_mode(found.st_mode & 0o7777))?;
-    let modified = Timespec { tv_sec: found.st_mtime, tv_nsec: found.st_mtime_nsec.cast_signed() };
-    Ok(rustix::fs::futimens(&to, &Timestamps { last_access: modified, last_modification: modified })?)
-}
-
-fn attribute_names(directory: &OwnedFd) -> io::Result<BTreeSet<OsString>> {
-    let mut names = vec![0; LONGEST_ATTRIBUTE];
-    let length = rustix::fs::flistxattr(directory, names.as_mut_slice())?;
-    let names = names[..length].split(|&b| b == 0).filter(|name| !name.is_empty());
-    Ok(names.map(|name| OsStr::from_bytes(name).to_owned()).collect())
 }
 
 #[cfg(test)]

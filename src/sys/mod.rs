@@ -1,5 +1,6 @@
 //! System calls as types: the bottom floor, and the only place of `unsafe`.
 
+pub mod attributes;
 pub mod calls;
 pub mod landlock;
 pub mod loops;

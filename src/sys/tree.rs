@@ -10,8 +10,10 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags, ResolveFlags, Stat, StatVfsMountFlags, Timestamps};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags, ResolveFlags, Stat, StatVfsMountFlags};
 use rustix::io::Errno;
+
+use crate::sys::attributes;
 
 /// How often a look-up that raced with a rename or a mount is tried again; the kernel answers EAGAIN then.
 const RACE_RETRIES: usize = 128;
@@ -349,6 +351,15 @@ impl Tree {
         self.unlink(path.as_ref(), AtFlags::REMOVEDIR)
     }
 
+    /// Removes the file `name` of this directory, or the directory with all that is in it; nothing there is no error.
+    pub fn remove_whole(&self, name: &OsStr) -> io::Result<()> {
+        match self.look(name)?.map(|found| FileType::from_raw_mode(found.st_mode)) {
+            None => Ok(()),
+            Some(FileType::Directory) => std::fs::remove_dir_all(self.path().join(name)),
+            Some(_) => self.remove(name).map(|_| ()),
+        }
+    }
+
     /// Makes the directory `path` (mode 0755), and those above it, as far as they are missing.
     pub fn make_folders(&self, path: impl AsRef<Path>) -> io::Result<()> {
         let ancestors: Vec<_> = path.as_ref().ancestors().filter(|path| path.file_name().is_some()).collect();
@@ -476,13 +487,7 @@ impl Tree {
     pub fn keeping_times<T>(&self, change: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
         let before = rustix::fs::fstat(&self.folder)?;
         let result = change()?;
-        let times = Timestamps {
-            last_access: rustix::fs::Timespec { tv_sec: before.st_atime, tv_nsec: before.st_atime_nsec.cast_signed() },
-            last_modification: rustix::fs::Timespec {
-                tv_sec: before.st_mtime,
-                tv_nsec: before.st_mtime_nsec.cast_signed(),
-            },
-        };
+        let times = attributes::times(&before);
         rustix::fs::utimensat(self.reopen()?, ".", &times, AtFlags::empty())?;
         Ok(result)
     }

@@ -1,0 +1,85 @@
+//! Owner, mode, times and extended attributes of a file, ACLs and capabilities among the latter.
+
+use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, FileType, Gid, Mode, Stat, Timespec, Timestamps, Uid, XattrFlags};
+use rustix::io::Errno;
+
+use crate::sys::tree::Tree;
+
+/// The kernel lets an attribute, and all names of them, be so long.
+const LONGEST: usize = 64 << 10;
+
+/// Extended attributes by name.
+pub type Attributes = BTreeMap<OsString, Vec<u8>>;
+
+/// The file `name` of a directory, a link itself and not what it leads to. "." is the directory.
+#[derive(Debug, Clone, Copy)]
+pub struct Named<'a> {
+    /// The directory.
+    pub directory: &'a Tree,
+    /// Name there.
+    pub name: &'a OsStr,
+}
+
+impl Named<'_> {
+    /// The functions for extended attributes of any kind of file take paths only. A link is followed nowhere on this one.
+    fn path(&self) -> PathBuf {
+        Path::new("/proc/self/fd").join(self.directory.as_fd().as_raw_fd().to_string()).join(self.name)
+    }
+
+    /// Its extended attributes; none where the file system has none.
+    pub fn attributes(&self) -> io::Result<Attributes> {
+        let (path, mut names, mut value) = (self.path(), vec![0; LONGEST], vec![0; LONGEST]);
+        let length = match rustix::fs::llistxattr(&path, names.as_mut_slice()) {
+            Err(Errno::OPNOTSUPP) => 0,
+            other => other?,
+        };
+        let names = names[..length].split(|&b| b == 0).filter(|name| !name.is_empty()).map(OsStr::from_bytes);
+        names
+            .map(|name| {
+                let length = rustix::fs::lgetxattr(&path, name, value.as_mut_slice())?;
+                Ok((name.to_owned(), value[..length].to_vec()))
+            })
+            .collect()
+    }
+
+    /// Gives it these extended attributes and no others.
+    pub fn set_attributes(&self, wanted: &Attributes) -> io::Result<()> {
+        let (path, present) = (self.path(), self.attributes()?);
+        for name in present.keys().filter(|name| !wanted.contains_key(*name)) {
+            rustix::fs::lremovexattr(&path, name)?;
+        }
+        for (name, value) in wanted.iter().filter(|(name, value)| present.get(*name) != Some(value)) {
+            rustix::fs::lsetxattr(&path, name, value, XattrFlags::empty())?;
+        }
+        Ok(())
+    }
+
+    /// Gives it the owner, mode and times of a file that looked like `found`, and these extended attributes.
+    pub fn take(&self, found: &Stat, attributes: &Attributes) -> io::Result<()> {
+        let Self { directory, name } = *self;
+        let (owner, group) = (Uid::from_raw(found.st_uid), Gid::from_raw(found.st_gid));
+        // First, since a new owner takes a file's capabilities away.
+        rustix::fs::chownat(directory, name, Some(owner), Some(group), AtFlags::SYMLINK_NOFOLLOW)?;
+        self.set_attributes(attributes)?;
+        if FileType::from_raw_mode(found.st_mode) != FileType::Symlink {
+            rustix::fs::chmodat(directory, name, Mode::from_raw_mode(found.st_mode & 0o7777), AtFlags::empty())?;
+        }
+        Ok(rustix::fs::utimensat(directory, name, &times(found), AtFlags::SYMLINK_NOFOLLOW)?)
+    }
+}
+
+/// Times of access and modification, as a call takes them.
+pub fn times(found: &Stat) -> Timestamps {
+    let time = |tv_sec, nanoseconds: u64| Timespec { tv_sec, tv_nsec: nanoseconds.cast_signed() };
+    Timestamps {
+        last_access: time(found.st_atime, found.st_atime_nsec),
+        last_modification: time(found.st_mtime, found.st_mtime_nsec),
+    }
+}
