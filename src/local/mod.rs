@@ -1,5 +1,6 @@
 //! The same on one machine, without a pod.
 
+pub mod apply;
 pub mod customize;
 pub mod enter;
 pub mod job;

@@ -225,17 +225,17 @@ fn used(volume: &Tree) -> u64 {
 // overlay hides its own attributes from sessions. A redirect in the source has no further layer to lead to.
 
 /// A directory of the source can be renamed; without it, rename(2) fails with EXDEV.
-const REDIRECT: (&str, &str) = ("redirect_dir", "on");
+pub const REDIRECT: (&str, &str) = ("redirect_dir", "on");
 
 /// A file of several names stays one file when one of them is changed. The kernel then refuses changes to another source (ESTALE), and
 /// changes that are mounted elsewhere (EBUSY).
-const INDEX: (&str, &str) = ("index", "on");
+pub const INDEX: (&str, &str) = ("index", "on");
 
 /// All files are of one device, as tar --one-file-system and rsync -x expect.
-const ONE_DEVICE: (&str, &str) = ("xino", "on");
+pub const ONE_DEVICE: (&str, &str) = ("xino", "on");
 
 /// Whatever the module's default is: an attribute in the source could else lend a file the content of another.
-const NO_METACOPY: (&str, &str) = ("metacopy", "off");
+pub const NO_METACOPY: (&str, &str) = ("metacopy", "off");
 
 /// Those of the options that the kernel has left out, which it does without an error where a file system lacks what they need.
 fn lacking(image_root: &Path) -> Vec<&'static str> {

@@ -1,0 +1,607 @@
+//! The changes to a directory, kept in the upper layer of an overlay, become the directory's own.
+//!
+//! A step looks only at the upper layer, which stays as it is, and does nothing where the directory is already as wanted. So an
+//! application that was killed is begun again, as often as needed. Two steps cannot be repeated: to move away the directories that were
+//! renamed, whose old names other things may have by now, and to remove the place where they were kept. A record says which are behind.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat};
+use rustix::io::Errno;
+
+use crate::error::{Attempt, Result};
+use crate::sys::attributes::{Attributes, Named, times};
+use crate::sys::tree::Tree;
+
+/// Directory in the one that is changed: what was renamed waits there, and new files until they are whole.
+pub const STAGE: &str = ".ims-sshd.applying";
+
+/// How far the application is, in the work directory.
+const RECORD: &str = ".ims-sshd.applying";
+
+/// The kernel keeps its notes about a file of the upper layer in attributes of this prefix. What a session has named like this, to mount
+/// an overlay of its own, has the last part twice.
+const NOTE: &[u8] = b"trusted.overlay.";
+const ESCAPED: &[u8] = b"trusted.overlay.overlay.";
+
+/// Steps of an application, by which it is resumed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd)]
+enum Step {
+    /// Directories that were renamed are put aside.
+    Moving,
+    /// Everything gets its place.
+    Placing,
+    /// Everything has it.
+    Placed,
+}
+
+const STEPS: [(Step, &[u8]); 3] = [(Step::Moving, b"moving"), (Step::Placing, b"placing"), (Step::Placed, b"placed")];
+
+/// A directory of the upper layer.
+#[derive(Debug)]
+struct Origin {
+    /// The directory of the source that it adds to; none if nothing of the source is seen in it.
+    below: Option<PathBuf>,
+    /// Whether that had another name.
+    renamed: bool,
+    /// Name of it as long as it is put aside.
+    aside: String,
+}
+
+/// Names of one file that one of them has changed in the overlay: each gets its place in the upper layer. Called while the overlay of
+/// `lower` and `upper` is mounted at `merged`, with its index in `index`.
+pub fn complete_hard_links(lower: &Tree, upper: &Tree, index: &Path, merged: &Tree) -> Result<()> {
+    if std::fs::read_dir(index).map_or(true, |mut entries| entries.next().is_none()) {
+        return Ok(());
+    }
+    let attempted = || format!("find the names of changed files in {}", merged.shown().display());
+    let origins = origins(upper).attempt(attempted)?;
+    let visit = |path: &Path, directory: &Tree, name: &OsStr, found: &Stat| {
+        if FileType::from_raw_mode(found.st_mode) == FileType::Directory || found.st_nlink < 2 {
+            return Ok(());
+        }
+        if upper.handle_without_links(path).is_ok() {
+            return Ok(());
+        }
+        let Some(source) = below(&origins, path) else { return Ok(()) };
+        let before = rustix::fs::fstat(lower.handle_without_links(source)?)?;
+        if (before.st_ctime, before.st_ctime_nsec) == (found.st_ctime, found.st_ctime_nsec) {
+            return Ok(());
+        }
+        // Any change of its attributes, even to the same ones, has the kernel link the name.
+        Ok(rustix::fs::utimensat(directory, name, &times(found), AtFlags::SYMLINK_NOFOLLOW)?)
+    };
+    merged.walk(visit).attempt(attempted)
+}
+
+/// Path in the source of what is seen at `path` of the overlay and is not in the upper layer.
+fn below(origins: &BTreeMap<PathBuf, Origin>, path: &Path) -> Option<PathBuf> {
+    let (above, origin) = path.ancestors().skip(1).find_map(|above| Some((above, origins.get(above)?)))?;
+    Some(origin.below.as_ref()?.join(path.strip_prefix(above).ok()?))
+}
+
+/// Whether an application has begun with the changes kept in `work`.
+pub fn has_begun(work: &Tree) -> Result<bool> {
+    step(work).map(|step| step.is_some())
+}
+
+fn step(work: &Tree) -> Result<Option<Step>> {
+    let attempted = || format!("read {}", work.shown().join(RECORD).display());
+    if work.look(RECORD).attempt(attempted)?.is_none() {
+        return Ok(None);
+    }
+    let text = work.read(RECORD, 64).attempt(attempted)?;
+    Ok(STEPS.iter().find(|(_, name)| *name == text).map(|(step, _)| *step))
+}
+
+fn record(work: &Tree, step: Step) -> Result<()> {
+    let name = STEPS.iter().find(|(known, _)| *known == step).map_or(&b""[..], |(_, name)| *name);
+    let attempted = || format!("write {}", work.shown().join(RECORD).display());
+    work.replace(RECORD, name).and_then(|()| work.sync()).attempt(attempted)
+}
+
+/// Changes `root` to what the overlay of it and `upper` has shown, or goes on with that. The overlay is mounted no more, and nobody else
+/// writes to either. Once this has begun the image is complete: it ends only when everything is applied.
+pub fn apply(work: &Tree, upper: &Tree, root: &Tree) -> Result<()> {
+    let attempted = || format!("apply the changes to {}", root.shown().display());
+    let begun = step(work)?;
+    if begun.is_none() {
+        record(work, Step::Moving)?;
+    }
+    let begun = begun.unwrap_or(Step::Moving);
+    let origins = origins(upper).attempt(attempted)?;
+    if begun < Step::Placed {
+        let application = Application { upper, root, stage: stage(root).attempt(attempted)?, origins: &origins };
+        if begun == Step::Moving {
+            application.put_aside().and_then(|()| root.sync()).attempt(attempted)?;
+            record(work, Step::Placing)?;
+        }
+        application.place().and_then(|()| root.sync()).attempt(attempted)?;
+        record(work, Step::Placed)?;
+    }
+    // Empty but for copies: what was put aside has its place.
+    stage(root)
+        .and_then(|stage| remove_copies(&stage))
+        .and_then(|()| root.remove_folder(STAGE))
+        .and_then(|_| take_attributes(upper, root, Path::new("")))
+        .and_then(|()| root.sync())
+        .attempt(attempted)
+}
+
+/// The place for what waits. It may be there from an application that was killed.
+fn stage(root: &Tree) -> io::Result<Tree> {
+    match rustix::fs::mkdirat(root, STAGE, Mode::RWXU) {
+        Ok(()) | Err(Errno::EXIST) => root.folder_without_links(STAGE),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Name of a new file until it is whole, and the first letter of a file's that has several names.
+const NEW: &str = "new";
+const COPY: char = 'c';
+
+fn remove_copies(stage: &Tree) -> io::Result<()> {
+    let is_copy = |name: &&OsString| *name == NEW || name.as_bytes()[0] == COPY as u8;
+    stage.names()?.iter().filter(is_copy).try_for_each(|name| stage.remove_whole(name))
+}
+
+fn this(path: &Path) -> &Path {
+    if path.as_os_str().is_empty() { Path::new(".") } else { path }
+}
+
+/// The directories of the upper layer, by path.
+fn origins(upper: &Tree) -> io::Result<BTreeMap<PathBuf, Origin>> {
+    let root = Origin { below: Some(PathBuf::new()), renamed: false, aside: String::new() };
+    let mut origins = BTreeMap::from([(PathBuf::new(), root)]);
+    let mut open = vec![PathBuf::new()];
+    while let Some(path) = open.pop() {
+        let directory = upper.folder_without_links(this(&path))?;
+        for name in directory.names()? {
+            let found = rustix::fs::statat(&directory, &name, AtFlags::SYMLINK_NOFOLLOW)?;
+            if FileType::from_raw_mode(found.st_mode) != FileType::Directory {
+                continue;
+            }
+            let notes = Named { directory: &directory, name: &name }.attributes()?;
+            let note = |name: &str| notes.get(OsStr::new(&format!("trusted.overlay.{name}")));
+            let above = origins.get(&path).and_then(|origin| origin.below.as_ref());
+            let (below, renamed) = match note("redirect") {
+                _ if note("opaque").is_some_and(|value| value == b"y") => (None, false),
+                None => (above.map(|above| above.join(&name)), false),
+                Some(to) => {
+                    let to = PathBuf::from(OsString::from_vec(to.clone()));
+                    (to.strip_prefix("/").map(Path::to_owned).ok().or_else(|| above.map(|above| above.join(to))), true)
+                }
+            };
+            let path = path.join(&name);
+            open.push(path.clone());
+            origins.insert(path, Origin { below, renamed, aside: format!("d{}", found.st_ino) });
+        }
+    }
+    Ok(origins)
+}
+
+fn is_whiteout(found: &Stat) -> bool {
+    FileType::from_raw_mode(found.st_mode) == FileType::CharacterDevice && found.st_rdev == 0
+}
+
+/// The extended attributes of a file of the upper layer as the overlay has shown them.
+fn shown(attributes: Attributes) -> Attributes {
+    let shown = |name: OsString| match name.as_bytes() {
+        escaped if escaped.starts_with(ESCAPED) => Some(OsString::from_vec([NOTE, &escaped[ESCAPED.len()..]].concat())),
+        note if note.starts_with(NOTE) => None,
+        _ => Some(name),
+    };
+    attributes.into_iter().filter_map(|(name, value)| Some((shown(name)?, value))).collect()
+}
+
+/// Gives the directory `path` of `root` what that of `upper` has.
+fn take_attributes(upper: &Tree, root: &Tree, path: &Path) -> io::Result<()> {
+    let (from, to) = (upper.folder_without_links(this(path))?, root.folder_without_links(this(path))?);
+    let name = OsStr::new(".");
+    take(Named { directory: &from, name }, &rustix::fs::fstat(&from)?, Named { directory: &to, name })
+}
+
+fn take(from: Named, found: &Stat, to: Named) -> io::Result<()> {
+    match to.take(found, &shown(from.attributes()?)) {
+        // A file system without them: a change in place would have failed in the session.
+        Err(e) if Errno::from_io_error(&e) == Some(Errno::OPNOTSUPP) => {
+            let path = to.directory.shown().join(to.name);
+            tracing::warn!("{}: the file system takes no extended attributes, which are left out", path.display());
+            to.take(found, &to.attributes()?)
+        }
+        other => other,
+    }
+}
+
+struct Application<'a> {
+    upper: &'a Tree,
+    root: &'a Tree,
+    stage: Tree,
+    origins: &'a BTreeMap<PathBuf, Origin>,
+}
+
+impl Application<'_> {
+    /// Puts the directories aside that were renamed, the deepest first: by then a path of the source still leads to each.
+    fn put_aside(&self) -> io::Result<()> {
+        let renamed = self.origins.values().filter(|origin| origin.renamed);
+        let renamed: BTreeMap<&Path, &str> =
+            renamed.filter_map(|origin| Some((origin.below.as_deref()?, origin.aside.as_str()))).collect();
+        for (source, aside) in renamed.into_iter().rev() {
+            if self.stage.look(aside)?.is_some() {
+                continue;
+            }
+            let above = self.root.folder_without_links(this(source.parent().unwrap_or(Path::new(""))))?;
+            rustix::fs::renameat(&above, source.file_name().unwrap_or_default(), &self.stage, aside)?;
+        }
+        Ok(())
+    }
+
+    fn place(&self) -> io::Result<()> {
+        // Copies of a run that was killed may not have reached the disk.
+        remove_copies(&self.stage)?;
+        for (path, origin) in self.origins {
+            self.fill(path, origin.below.is_none())
+                .map_err(|e| io::Error::new(e.kind(), format!("/{}: {e}", path.display())))?;
+        }
+        // To put something into a directory has changed its times.
+        self.origins.keys().try_for_each(|path| take_attributes(self.upper, self.root, path))
+    }
+
+    /// Gives a directory the entries that the upper layer has of it, and removes those that are seen no more.
+    fn fill(&self, path: &Path, is_new: bool) -> io::Result<()> {
+        let from = self.upper.folder_without_links(this(path))?;
+        let to = self.root.folder_without_links(this(path))?;
+        let names: BTreeSet<OsString> = from.names()?.into_iter().collect();
+        if is_new {
+            to.names()?.iter().filter(|name| !names.contains(*name)).try_for_each(|name| to.remove_whole(name))?;
+        }
+        for name in &names {
+            let found = rustix::fs::statat(&from, name, AtFlags::SYMLINK_NOFOLLOW)?;
+            if is_whiteout(&found) {
+                to.remove_whole(name)?;
+            } else if FileType::from_raw_mode(found.st_mode) == FileType::Directory {
+                self.place_directory(&to, name, self.origins.get(&path.join(name)))?;
+            } else {
+                self.place_file(&from, &to, name, &found)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn place_directory(&self, to: &Tree, name: &OsStr, origin: Option<&Origin>) -> io::Result<()> {
+        let aside = origin.filter(|origin| origin.renamed).map(|origin| origin.aside.as_str());
+        if let Some(aside) = aside
+            && self.stage.look(aside)?.is_some()
+        {
+            to.remove_whole(name)?;
+            return Ok(rustix::fs::renameat(&self.stage, aside, to, name)?);
+        }
+        match to.look(name)?.map(|found| FileType::from_raw_mode(found.st_mode)) {
+            Some(FileType::Directory) => return Ok(()),
+            Some(_) => to.remove_whole(name)?,
+            None => {}
+        }
+        Ok(rustix::fs::mkdirat(to, name, Mode::RWXU)?)
+    }
+
+    fn place_file(&self, from: &Tree, to: &Tree, name: &OsStr, found: &Stat) -> io::Result<()> {
+        let present = to.look(name)?;
+        if present.as_ref().is_some_and(|present| (present.st_dev, present.st_ino) == (found.st_dev, found.st_ino)) {
+            return Ok(());
+        }
+        self.stage.remove(NEW)?;
+        if !self.link(from, name)? {
+            self.copy(from, name, found)?;
+        }
+        if present.is_some_and(|present| FileType::from_raw_mode(present.st_mode) == FileType::Directory) {
+            to.remove_whole(name)?;
+        }
+        Ok(rustix::fs::renameat(&self.stage, NEW, to, name)?)
+    }
+
+    /// Links the file itself, where both are on one file system: it costs nothing, and its names stay names of one file.
+    fn link(&self, from: &Tree, name: &OsStr) -> io::Result<bool> {
+        match rustix::fs::linkat(from, name, &self.stage, NEW, AtFlags::empty()) {
+            Ok(()) => {}
+            Err(Errno::XDEV | Errno::PERM | Errno::OPNOTSUPP | Errno::MLINK) => return Ok(false),
+            Err(e) => return Err(e.into()),
+        }
+        let file = Named { directory: &self.stage, name: OsStr::new(NEW) };
+        file.set_attributes(&shown(file.attributes()?)).map(|()| true)
+    }
+
+    /// Copies it. A file of several names is copied once.
+    fn copy(&self, from: &Tree, name: &OsStr, found: &Stat) -> io::Result<()> {
+        let copy = format!("{COPY}{}", found.st_ino);
+        let linked = || rustix::fs::linkat(&self.stage, &copy, &self.stage, NEW, AtFlags::empty());
+        if found.st_nlink > 1 && linked().is_ok() {
+            return Ok(());
+        }
+        match FileType::from_raw_mode(found.st_mode) {
+            FileType::RegularFile => {
+                let content = from.open_regular(name, OFlags::RDONLY | OFlags::NOFOLLOW)?;
+                copy_content(content, self.stage.create_file(NEW)?, found.st_size.cast_unsigned())?;
+            }
+            FileType::Symlink => {
+                let target = rustix::fs::readlinkat(from, name, Vec::new())?;
+                rustix::fs::symlinkat(target, &self.stage, NEW)?;
+            }
+            kind => rustix::fs::mknodat(&self.stage, NEW, kind, Mode::RUSR, found.st_rdev)?,
+        }
+        let new = Named { directory: &self.stage, name: OsStr::new(NEW) };
+        take(Named { directory: from, name }, found, new)?;
+        if found.st_nlink > 1 {
+            rustix::fs::renameat(&self.stage, NEW, &self.stage, &copy)?;
+            linked()?;
+        }
+        Ok(())
+    }
+}
+
+/// Copies `size` bytes, and no holes.
+fn copy_content(mut from: File, mut to: File, size: u64) -> io::Result<()> {
+    let mut at = 0;
+    while at < size {
+        at = match rustix::fs::seek(&from, rustix::fs::SeekFrom::Data(at)) {
+            Ok(at) => at,
+            // Nothing but a hole.
+            Err(Errno::NXIO) => break,
+            Err(e) => return Err(e.into()),
+        };
+        let end = rustix::fs::seek(&from, rustix::fs::SeekFrom::Hole(at))?;
+        from.seek(SeekFrom::Start(at))?;
+        to.seek(SeekFrom::Start(at))?;
+        io::copy(&mut Read::by_ref(&mut from).take(end - at), &mut to)?;
+        at = end;
+    }
+    to.set_len(size)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::publish::unpack::{INDEX, NO_METACOPY, ONE_DEVICE, REDIRECT};
+    use crate::sys::mounts::{self, Detached};
+    use nix::sys::signal::Signal;
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+    use rustix::mount::MountAttrFlags;
+    use std::fmt::Write as _;
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, lchown, symlink};
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::{Command, Stdio};
+    use std::time::Duration;
+
+    /// What programs do to a tree. Most fails on most trees, which is no matter.
+    #[derive(Debug, Clone)]
+    enum Change {
+        Write(PathBuf, u8),
+        Append(PathBuf),
+        MakeDirectory(PathBuf),
+        Remove(PathBuf),
+        Rename(PathBuf, PathBuf),
+        Link(PathBuf, PathBuf),
+        Symlink(PathBuf, PathBuf),
+        Mode(PathBuf, u32),
+        Owner(PathBuf, u32),
+        Attribute(PathBuf, &'static str, &'static [u8]),
+        Node(PathBuf, u32),
+        Sparse(PathBuf),
+    }
+
+    /// An ACL of version 2: the owner, user 5, the group, the mask, others.
+    const ACL: &[u8] = b"\x02\0\0\0\x01\0\x07\0\xff\xff\xff\xff\x02\0\x04\0\x05\0\0\0\x04\0\x05\0\xff\xff\xff\xff\x10\0\x05\0\xff\xff\xff\xff\x20\0\x04\0\xff\xff\xff\xff";
+
+    /// A capability set of version 2: CAP_NET_BIND_SERVICE.
+    const CAPABILITY: &[u8] = b"\x01\0\0\x02\0\x04\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
+
+    fn path() -> impl Strategy<Value = PathBuf> {
+        vec(prop::sample::select(vec!["a", "b", "c"]), 1..4).prop_map(|names| names.into_iter().collect())
+    }
+
+    fn change() -> impl Strategy<Value = Change> {
+        use Change::*;
+        let attribute = prop::sample::select(vec![
+            ("system.posix_acl_access", ACL),
+            ("system.posix_acl_default", ACL),
+            ("security.capability", CAPABILITY),
+            ("trusted.overlay.opaque", b"y"),
+            ("trusted.mine", b"1"),
+        ]);
+        prop_oneof![
+            3 => (path(), any::<u8>()).prop_map(|(p, b)| Write(p, b)),
+            2 => path().prop_map(Append),
+            4 => path().prop_map(MakeDirectory),
+            2 => path().prop_map(Remove),
+            5 => (path(), path()).prop_map(|(a, b)| Rename(a, b)),
+            3 => (path(), path()).prop_map(|(a, b)| Link(a, b)),
+            1 => (path(), path()).prop_map(|(a, b)| Symlink(a, b)),
+            1 => (path(), prop::sample::select(vec![0o600, 0o755, 0o4711, 0o1777])).prop_map(|(p, m)| Mode(p, m)),
+            1 => (path(), 0_u32..3).prop_map(|(p, u)| Owner(p, u)),
+            2 => (path(), attribute).prop_map(|(p, (n, v))| Attribute(p, n, v)),
+            1 => (path(), 0_u32..3).prop_map(|(p, n)| Node(p, n)),
+            1 => path().prop_map(Sparse),
+        ]
+    }
+
+    impl Change {
+        fn make(&self, root: &Path) {
+            let at = |path: &Path| root.join(path);
+            // To open a fifo waits.
+            let is_node = |path: &Path| std::fs::metadata(at(path)).is_ok_and(|found| !found.is_file());
+            let _ = match self {
+                Self::Write(path, _) | Self::Append(path) | Self::Sparse(path) if is_node(path) => Ok(()),
+                Self::Write(path, byte) => std::fs::write(at(path), [*byte; 9]),
+                Self::Append(path) => {
+                    File::options().append(true).open(at(path)).and_then(|mut f| io::Write::write_all(&mut f, b"+"))
+                }
+                Self::MakeDirectory(path) => std::fs::create_dir_all(at(path)),
+                Self::Remove(path) => std::fs::remove_dir_all(at(path)).or_else(|_| std::fs::remove_file(at(path))),
+                Self::Rename(from, to) => std::fs::rename(at(from), at(to)),
+                Self::Link(from, to) => std::fs::hard_link(at(from), at(to)),
+                Self::Symlink(target, path) => symlink(target, at(path)),
+                Self::Mode(path, mode) => std::fs::set_permissions(at(path), PermissionsExt::from_mode(*mode)),
+                Self::Owner(path, user) => {
+                    lchown(at(path), Some(*user), Some(*user)).and_then(|()| chown(root, Some(*user), None))
+                }
+                Self::Attribute(path, name, value) => {
+                    rustix::fs::lsetxattr(at(path), *name, value, rustix::fs::XattrFlags::empty()).map_err(Into::into)
+                }
+                Self::Node(path, number) => {
+                    let kind = [FileType::Fifo, FileType::CharacterDevice, FileType::BlockDevice][*number as usize];
+                    let device = if kind == FileType::Fifo { 0 } else { rustix::fs::makedev(1, 3) };
+                    rustix::fs::mknodat(rustix::fs::CWD, at(path), kind, Mode::RUSR, device).map_err(Into::into)
+                }
+                Self::Sparse(path) => File::create(at(path)).and_then(|file| {
+                    file.set_len(1 << 20)?;
+                    std::os::unix::fs::FileExt::write_all_at(&file, b"data", 600 << 10)
+                }),
+            };
+        }
+    }
+
+    /// A tree as programs see it, in words.
+    fn tree(root: &Path) -> String {
+        let mut text = String::new();
+        let mut names: BTreeMap<(u64, u64), PathBuf> = BTreeMap::new();
+        let mut paths = Vec::new();
+        Tree::open(root).unwrap().walk(|path, _, _, _| Ok(paths.push(path.to_owned()))).unwrap();
+        paths.sort();
+        for path in paths {
+            let place = root.join(&path);
+            let found = std::fs::symlink_metadata(&place).unwrap();
+            let directory = Tree::open(place.parent().unwrap()).unwrap();
+            let name = if path.as_os_str().is_empty() { root.file_name() } else { place.file_name() };
+            let attributes = Named { directory: &directory, name: name.unwrap() }.attributes().unwrap();
+            let first = names.entry((found.dev(), found.ino())).or_insert_with(|| path.clone()).clone();
+            let content = if found.is_file() { std::fs::read(&place).unwrap() } else { Vec::new() };
+            let target = std::fs::read_link(&place).unwrap_or_default();
+            let links = if found.is_dir() { 0 } else { found.nlink() };
+            let size = if found.is_file() { found.len() } else { 0 };
+            let is_sparse = found.blocks() * 1024 < size;
+            let times = (found.mtime(), found.mtime_nsec());
+            let _ = writeln!(
+                text,
+                "{path:?} {:o} {} {} {times:?} {size} {is_sparse} {links} {first:?} {target:?} {} {attributes:?} {}",
+                found.mode(),
+                found.uid(),
+                found.gid(),
+                if found.is_file() { 0 } else { found.rdev() },
+                &content.escape_ascii().to_string().replace("\\x00", ""),
+            );
+        }
+        text
+    }
+
+    fn mount(kind: &str, options: &[(&str, &str)], at: &Path) {
+        std::fs::create_dir_all(at).unwrap();
+        let mount = Detached::filesystem(kind, options, MountAttrFlags::MOUNT_ATTR_NODEV).unwrap();
+        mount.attach(Tree::open(at).unwrap()).unwrap();
+    }
+
+    /// Changes `source` above an overlay, applies that, and compares. `limits`: at so many system calls it is killed and begun again.
+    fn compare(
+        before: &[Change],
+        changes: &[Change],
+        another_disk: bool,
+        limits: &[u32],
+    ) -> std::result::Result<(), String> {
+        let dir = tempfile::tempdir().unwrap();
+        let [place, root, merged] = ["disk", "disk/root", "merged"].map(|name| dir.path().join(name));
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).expect("this test needs root");
+        mounts::make_all_private().unwrap();
+        mount("tmpfs", &[], &place);
+        if another_disk {
+            mount("tmpfs", &[], &root);
+        }
+        for name in ["root", "upper", "work", "record"] {
+            std::fs::create_dir_all(place.join(name)).unwrap();
+        }
+        // In the source these would be notes of an overlay that it is the upper layer of.
+        let is_note = |change: &&Change| matches!(change, Change::Attribute(_, "trusted.overlay.opaque", _));
+        before.iter().filter(|change| !is_note(change)).for_each(|change| change.make(&root));
+        let root_attributes = std::fs::metadata(&root).unwrap();
+        chown(place.join("upper"), Some(root_attributes.uid()), Some(root_attributes.gid())).unwrap();
+        std::fs::set_permissions(place.join("upper"), root_attributes.permissions()).unwrap();
+        let [lower, upper, inner] =
+            [&root, &place.join("upper"), &place.join("work")].map(|p| p.to_str().unwrap().to_owned());
+        let layers = [("lowerdir", lower.as_str()), ("upperdir", &upper), ("workdir", &inner)];
+        let options: Vec<_> = layers.into_iter().chain([REDIRECT, INDEX, ONE_DEVICE, NO_METACOPY]).collect();
+        mount("overlay", &options, &merged);
+        changes.iter().for_each(|change| change.make(&merged));
+        let [upper, lower] = ["upper", "root"].map(|name| Tree::open(&place.join(name)).unwrap());
+        complete_hard_links(&lower, &upper, &place.join("work/index"), &Tree::open(&merged).unwrap()).unwrap();
+        let wanted = tree(&merged);
+        mounts::unmount(&merged).unwrap();
+        for limit in limits.iter().map(Some).chain([None]) {
+            // A program of its own, which can be killed. It starts with this thread's mounts.
+            let program = std::env::current_exe().unwrap();
+            let mut child = match limit {
+                None => Command::new(program),
+                Some(limit) => {
+                    let mut strace = Command::new("strace");
+                    let inject = format!("inject={CHANGING}:signal=KILL:when={limit}");
+                    strace
+                        .args(["-f", "-o", "/dev/null", "-e", &format!("trace={CHANGING}"), "-e", &inject])
+                        .arg(program);
+                    strace
+                }
+            };
+            child.args(["--ignored", "--exact", "local::apply::tests::applied_by_a_program_that_is_killed"]);
+            match child.env(PLACE, &place).stdout(Stdio::null()).status().unwrap() {
+                ended if ended.success() => break,
+                ended if ended.signal() == Some(Signal::SIGKILL as i32) => {}
+                other => return Err(format!("{other}")),
+            }
+        }
+        // The links of the upper layer count no more.
+        std::fs::remove_dir_all(place.join("upper")).unwrap();
+        std::fs::remove_dir_all(place.join("work")).unwrap();
+        let found = tree(&root);
+        let different = || {
+            let lines = |of: &str, not_in: &str| {
+                of.lines().filter(|l| !not_in.lines().any(|o| o == *l)).collect::<Vec<_>>().join("\n")
+            };
+            format!("wanted:\n{}\nfound:\n{}", lines(&wanted, &found), lines(&found, &wanted))
+        };
+        let same = wanted == found;
+        let result = if same { Ok(()) } else { Err(different()) };
+        if another_disk {
+            mounts::unmount(&root).unwrap();
+        }
+        mounts::unmount(&place).unwrap();
+        result
+    }
+
+    /// System calls that change a directory.
+    const CHANGING: &str = "renameat,renameat2,linkat,unlinkat,mkdirat,utimensat";
+
+    const PLACE: &str = "IMS_SSHD_TEST_PLACE";
+
+    #[test]
+    #[ignore = "the other one starts it"]
+    fn applied_by_a_program_that_is_killed() {
+        let place = PathBuf::from(std::env::var_os(PLACE).unwrap());
+        let [upper, root, record] = ["upper", "root", "record"].map(|name| Tree::open(&place.join(name)).unwrap());
+        apply(&record, &upper, &root).unwrap();
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(60))]
+
+        #[test]
+        fn a_directory_becomes_what_the_overlay_showed_however_often_it_is_killed(
+            before in vec(change(), 0..30), changes in vec(change(), 0..30), another_disk: bool,
+            limits in vec(1_u32..40, 0..4)
+        ) {
+            // Mounts of its own are a thread's.
+            let compared = std::thread::spawn(move || compare(&before, &changes, another_disk, &limits)).join();
+            prop_assert_eq!(compared.unwrap(), Ok(()));
+        }
+    }
+}
