@@ -48,7 +48,7 @@ NEEDED := $(if $(filter suite publish pod,$(TEST_PROGRAMS)),install-test test-ro
 
 help:
 	@echo 'make run FROM=IMAGE     opens IMAGE (a squashfs, an archive, a URL) over SSH and publishes the result in out/; OUT=… puts it'
-	@echo '                        elsewhere. Without FROM it makes a small Debian first; IMAGE_ROOT=DIRECTORY changes one where it is'
+	@echo '                        elsewhere. Without FROM it makes a small Debian first; IMAGE_ROOT=DIRECTORY has the changes applied to it'
 	@echo 'make build              builds the programs, man pages and completions'
 	@echo 'make install            installs them below /usr/local (PREFIX=…, DESTDIR=…); make uninstall removes them'
 	@echo 'make check              quick: formatting, clippy, unit tests'

@@ -14,7 +14,7 @@ use ims_sshd::lifecycle::stage::Stage;
 use ims_sshd::lifecycle::{log, supervisor};
 use ims_sshd::local::customize::{self, Customization};
 use ims_sshd::local::enter::{self, Answer, Entry};
-use ims_sshd::local::job::Job;
+use ims_sshd::local::job::{End, Job};
 use ims_sshd::local::script::Script;
 use ims_sshd::local::status::{self, Shown};
 use ims_sshd::local::{names, work_directory};
@@ -372,7 +372,7 @@ fn with_default(option: clap::Arg, usual: &str, here: &str) -> clap::Arg {
 
 #[derive(Args)]
 struct CustomizeArguments {
-    /// The unpacked image, which is changed where it is; with --output also a squashfs, an archive, or a URL (https, s3)
+    /// The unpacked image, to which the changes are applied once it is complete; with --output also a squashfs, an archive, or a URL (https, s3)
     #[arg(value_name = "SOURCE")]
     source: String,
     /// Port to listen on [default: a free one]
@@ -421,8 +421,8 @@ struct EnterArguments {
     /// Publish at the end without asking, unless the command has failed
     #[arg(long, requires = "output", conflicts_with = "discard")]
     yes: bool,
-    /// Discard what was changed at the end without asking
-    #[arg(long, requires = "output")]
+    /// Discard what was changed at the end without asking, also what was changed above a directory
+    #[arg(long)]
     discard: bool,
     /// Show a directory or file of this machine in the image, at the same path if no other is named; nothing of it is packed. Any number of
     /// times
@@ -444,7 +444,10 @@ struct JobOptions {
     /// Publish the new image there: a directory, or s3://BUCKET
     #[arg(long, value_name = "STORE")]
     output: Option<String>,
-    /// Directory for the changes until they are published, on a disk with space for two new images [default: /var/lib]
+    /// Change a directory where it is, and not above it until the image is complete
+    #[arg(long)]
+    in_place: bool,
+    /// Directory for the changes until they are published or applied, on a disk with space for two new images [default: /var/lib]
     #[arg(long, value_name = "DIRECTORY")]
     work: Option<PathBuf>,
     #[command(flatten)]
@@ -456,27 +459,35 @@ struct JobOptions {
 }
 
 impl JobOptions {
-    fn read(self, source: String) -> Result<Job> {
-        let Self { output, work, checksum, packing, image } = self;
-        // A directory is changed where it is, which takes none of the variables.
+    /// The job on `source`; a directory without an output has its changes as `end` says, or is changed where it is.
+    fn read(self, source: String, end: Option<End>) -> Result<Job> {
+        let Self { output, in_place, work, checksum, packing, image } = self;
         let is_directory = Path::new(&source).is_dir();
         if is_directory && checksum.sha256.is_some() {
             return Err(Error::bad_input(format!(
                 "--sha256 is given, and SOURCE is '{source}': expected a file or a URL"
             )));
         }
-        let settings = if output.is_none() && is_directory {
+        if in_place && !is_directory {
+            return Err(Error::bad_input(format!(
+                "--in-place is given, and SOURCE is '{source}': expected a directory"
+            )));
+        }
+        let work = work.map_or_else(|| work_directory::DEFAULT.into(), |directory| directory.join("ims-sshd"));
+        let work = std::path::absolute(&work).attempt(|| format!("find {}", work.display()))?;
+        let in_place = is_directory && (in_place || output.is_none() && end.is_none());
+        let end = if output.is_some() { End::Published } else { end.unwrap_or(End::Discarded) };
+        // Where nothing is mounted or published, none of the variables is needed.
+        let settings = if output.is_none() && in_place {
             None
         } else {
             let options = image.named_by(&source).variables_or_auto().into_iter().chain(checksum.variables());
             let variables = variables(options.chain([("IMAGE_COMPRESSION", packing.compression)]));
-            let work = work.map_or_else(|| work_directory::DEFAULT.into(), |directory| directory.join("ims-sshd"));
-            let work = std::path::absolute(&work).attempt(|| format!("find {}", work.display()))?;
-            let mut settings = publishing::Settings::read(Some(work), variables)?;
+            let mut settings = publishing::Settings::read(Some(work.clone()), variables)?;
             settings.store.url = output;
             Some(settings)
         };
-        Ok(Job { source, settings, exclude: packing.exclude, changes: packing.changes })
+        Ok(Job { source, in_place, end, settings, work, exclude: packing.exclude, changes: packing.changes })
     }
 }
 
@@ -525,7 +536,9 @@ fn run(command: Command) -> Result<u8> {
                 binds: arguments.bind,
                 answer,
             };
-            enter::run(arguments.job.read(arguments.source)?, &entry)
+            // To look only; else what is entered is changed, as by chroot.
+            let end = arguments.discard.then_some(End::Discarded);
+            enter::run(arguments.job.read(arguments.source, end)?, &entry)
         }
         Command::Complete(Named { name }) => status::mark(name.as_deref(), Verdict::Complete),
         Command::Fail(Named { name }) => status::mark(name.as_deref(), Verdict::Failed),
@@ -574,7 +587,7 @@ fn run_customize(arguments: CustomizeArguments) -> Result<u8> {
             binds: arguments.bind,
             answer: Some(Answer::Yes),
         };
-        return enter::run(arguments.job.read(arguments.source)?, &entry);
+        return enter::run(arguments.job.read(arguments.source, Some(End::Applied))?, &entry);
     }
     let wanted = Customization {
         port: arguments.port,
@@ -585,7 +598,7 @@ fn run_customize(arguments: CustomizeArguments) -> Result<u8> {
         variables: arguments.env,
         host_script: arguments.host_script,
     };
-    customize::run(arguments.job.read(arguments.source)?, &wanted)
+    customize::run(arguments.job.read(arguments.source, Some(End::Applied))?, &wanted)
 }
 
 /// Refuses a source that cannot be changed where it is.

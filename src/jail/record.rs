@@ -10,6 +10,7 @@
 //!                    in the chroot tier the image root
 //! helper FD          the jail's copy of ims-jail-shell, by its number there
 //! dkms BOOL          whether sessions keep the container's capabilities
+//! in-place BOOL      whether what is changed stays, however the environment ends
 //! job ID             the IMS job, for the greeting; may be missing
 //! image NAME         the image's name, for greeting and prompt; may be missing
 //! keep PATTERN       a name (with * and ?) of a variable that sessions keep; any number
@@ -36,6 +37,8 @@ pub struct Record {
     pub helper: i32,
     /// Whether sessions keep the container's capabilities.
     pub dkms: bool,
+    /// Whether what is changed stays, however the environment ends.
+    pub in_place: bool,
     /// The IMS job.
     pub job: Option<String>,
     /// The image's name.
@@ -50,7 +53,7 @@ impl Record {
         use std::fmt::Write;
         let mut text =
             format!("tier {}\ninit {}\nkeeper {}\ndkms {}\n", self.tier.name(), self.init, self.keeper, self.dkms);
-        let _ = writeln!(text, "helper {}", self.helper);
+        let _ = writeln!(text, "helper {}\nin-place {}", self.helper, self.in_place);
         for door in &self.doors {
             let _ = writeln!(text, "door {door}");
         }
@@ -68,7 +71,8 @@ impl Record {
 
     /// Reads the file's text; `None` if it is not one.
     pub fn parse(text: &str) -> Option<Self> {
-        let (mut tier, mut init, mut keeper, mut helper, mut dkms) = (None, None, None, None, None);
+        let (mut tier, mut init, mut keeper, mut helper) = (None, None, None, None);
+        let (mut dkms, mut in_place) = (None, None);
         let (mut job, mut image, mut doors, mut keep) = (None, None, Vec::new(), Vec::new());
         for line in text.lines() {
             let (name, value) = line.split_once(' ')?;
@@ -79,14 +83,25 @@ impl Record {
                 "door" => doors.push(value.parse().ok()?),
                 "helper" => helper = value.parse().ok(),
                 "dkms" => dkms = value.parse().ok(),
+                "in-place" => in_place = value.parse().ok(),
                 "job" => job = Some(value.to_owned()),
                 "image" => image = Some(value.to_owned()),
                 "keep" => keep.push(value.to_owned()),
                 _ => return None,
             }
         }
-        let record =
-            Self { tier: tier?, init: init?, keeper: keeper?, doors, helper: helper?, dkms: dkms?, job, image, keep };
+        let record = Self {
+            tier: tier?,
+            init: init?,
+            keeper: keeper?,
+            doors,
+            helper: helper?,
+            dkms: dkms?,
+            in_place: in_place?,
+            job,
+            image,
+            keep,
+        };
         // With one less, a session would come to stand outside.
         (record.doors.len() == record.tier.namespaces().len().max(1)).then_some(record)
     }
@@ -113,6 +128,7 @@ mod tests {
             doors: vec![9, 4, 5, 6, 7],
             helper: 8,
             dkms: true,
+            in_place: true,
             job: Some("a b".into()),
             image: Some("compute".into()),
             keep: vec!["LC_*".into(), "X".into()],

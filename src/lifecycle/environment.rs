@@ -201,6 +201,7 @@ pub fn make_jail(
         dkms: settings.dkms,
         emulated,
         job: settings.job.as_deref(),
+        in_place: settings.in_place,
         image: settings.image.as_deref(),
         hostname: settings.hostname.as_deref(),
         keep: names.chain(effective.accept_env().map(str::to_owned)).collect(),

@@ -46,6 +46,8 @@ pub struct Wanted<'a> {
     pub dkms: bool,
     /// What the image's programs are for, if the jail has to see to it itself that they run.
     pub emulated: Option<Architecture>,
+    /// Whether what is changed stays, however the environment ends.
+    pub in_place: bool,
     /// The IMS job.
     pub job: Option<&'a str>,
     /// The image's name, a label of a host name, for people at a shell.
@@ -171,6 +173,7 @@ impl OpenJail {
             doors: self.doors.iter().map(AsRawFd::as_raw_fd).collect(),
             helper: self.helper.as_raw_fd(),
             dkms: wanted.dkms,
+            in_place: wanted.in_place,
             job: wanted.job.map(Into::into),
             image: wanted.image.map(Into::into),
             keep: wanted.keep.clone(),

@@ -45,6 +45,8 @@ pub struct Settings {
     pub hostname: Option<String>,
     /// Name of the image, for people at a shell; not known in a pod.
     pub image: Option<String>,
+    /// Whether what is changed stays, however the environment ends: of a directory that is changed where it is.
+    pub in_place: bool,
     /// `IMS_JAIL_BINDS`: what of the container is shown in the jail.
     pub binds: Vec<Bind>,
     /// `IMS_AGENT_FORWARDING`: whether clients may bring their ssh-agent, as far as sshd lets them.
@@ -132,6 +134,7 @@ impl Settings {
                 dkms,
                 hostname,
                 image: None,
+                in_place: false,
                 binds,
                 agent,
                 debug,

@@ -21,6 +21,8 @@ pub enum Stage {
     Serving,
     /// A verdict stands; sessions end, and the image root is given back.
     Closing,
+    /// What was changed above a directory becomes the directory's own.
+    Applying,
     /// The image root becomes a squashfs.
     Packing,
     /// The packed image goes to its store.
@@ -31,8 +33,16 @@ pub enum Stage {
 
 impl Stage {
     /// All of them, in their order.
-    pub const ALL: [Self; 7] =
-        [Self::Waiting, Self::Preparing, Self::Serving, Self::Closing, Self::Packing, Self::Uploading, Self::Done];
+    pub const ALL: [Self; 8] = [
+        Self::Waiting,
+        Self::Preparing,
+        Self::Serving,
+        Self::Closing,
+        Self::Applying,
+        Self::Packing,
+        Self::Uploading,
+        Self::Done,
+    ];
 
     /// Its name.
     pub fn name(self) -> &'static str {
@@ -41,6 +51,7 @@ impl Stage {
             Self::Preparing => "preparing",
             Self::Serving => "serving",
             Self::Closing => "closing",
+            Self::Applying => "applying",
             Self::Packing => "packing",
             Self::Uploading => "uploading",
             Self::Done => "done",

@@ -119,6 +119,7 @@ impl Ground {
             dkms,
             emulated: None,
             job: None,
+            in_place: false,
             image: None,
             hostname: None,
             keep: Vec::new(),

@@ -15,7 +15,7 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 
 use crate::error::{Attempt, Result};
-use crate::sys::attributes::{Attributes, Named, times};
+use crate::sys::attributes::{Attributes, Node, times};
 use crate::sys::tree::Tree;
 
 /// Directory in the one that is changed: what was renamed waits there, and new files until they are whole.
@@ -166,7 +166,7 @@ fn origins(upper: &Tree) -> io::Result<BTreeMap<PathBuf, Origin>> {
             if FileType::from_raw_mode(found.st_mode) != FileType::Directory {
                 continue;
             }
-            let notes = Named { directory: &directory, name: &name }.attributes()?;
+            let notes = Node { directory: &directory, name: &name }.attributes()?;
             let note = |name: &str| notes.get(OsStr::new(&format!("trusted.overlay.{name}")));
             let above = origins.get(&path).and_then(|origin| origin.below.as_ref());
             let (below, renamed) = match note("redirect") {
@@ -203,10 +203,10 @@ fn shown(attributes: Attributes) -> Attributes {
 fn take_attributes(upper: &Tree, root: &Tree, path: &Path) -> io::Result<()> {
     let (from, to) = (upper.folder_without_links(this(path))?, root.folder_without_links(this(path))?);
     let name = OsStr::new(".");
-    take(Named { directory: &from, name }, &rustix::fs::fstat(&from)?, Named { directory: &to, name })
+    take(Node { directory: &from, name }, &rustix::fs::fstat(&from)?, Node { directory: &to, name })
 }
 
-fn take(from: Named, found: &Stat, to: Named) -> io::Result<()> {
+fn take(from: Node, found: &Stat, to: Node) -> io::Result<()> {
     match to.take(found, &shown(from.attributes()?)) {
         // A file system without them: a change in place would have failed in the session.
         Err(e) if Errno::from_io_error(&e) == Some(Errno::OPNOTSUPP) => {
@@ -311,7 +311,7 @@ impl Application<'_> {
             Err(Errno::XDEV | Errno::PERM | Errno::OPNOTSUPP | Errno::MLINK) => return Ok(false),
             Err(e) => return Err(e.into()),
         }
-        let file = Named { directory: &self.stage, name: OsStr::new(NEW) };
+        let file = Node { directory: &self.stage, name: OsStr::new(NEW) };
         file.set_attributes(&shown(file.attributes()?)).map(|()| true)
     }
 
@@ -333,8 +333,8 @@ impl Application<'_> {
             }
             kind => rustix::fs::mknodat(&self.stage, NEW, kind, Mode::RUSR, found.st_rdev)?,
         }
-        let new = Named { directory: &self.stage, name: OsStr::new(NEW) };
-        take(Named { directory: from, name }, found, new)?;
+        let new = Node { directory: &self.stage, name: OsStr::new(NEW) };
+        take(Node { directory: from, name }, found, new)?;
         if found.st_nlink > 1 {
             rustix::fs::renameat(&self.stage, NEW, &self.stage, &copy)?;
             linked()?;
@@ -375,7 +375,6 @@ mod tests {
     use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, lchown, symlink};
     use std::os::unix::process::ExitStatusExt;
     use std::process::{Command, Stdio};
-    use std::time::Duration;
 
     /// What programs do to a tree. Most fails on most trees, which is no matter.
     #[derive(Debug, Clone)]
@@ -470,14 +469,20 @@ mod tests {
         let mut text = String::new();
         let mut names: BTreeMap<(u64, u64), PathBuf> = BTreeMap::new();
         let mut paths = Vec::new();
-        Tree::open(root).unwrap().walk(|path, _, _, _| Ok(paths.push(path.to_owned()))).unwrap();
+        Tree::open(root)
+            .unwrap()
+            .walk(|path, _, _, _| {
+                paths.push(path.to_owned());
+                Ok(())
+            })
+            .unwrap();
         paths.sort();
         for path in paths {
             let place = root.join(&path);
             let found = std::fs::symlink_metadata(&place).unwrap();
             let directory = Tree::open(place.parent().unwrap()).unwrap();
             let name = if path.as_os_str().is_empty() { root.file_name() } else { place.file_name() };
-            let attributes = Named { directory: &directory, name: name.unwrap() }.attributes().unwrap();
+            let attributes = Node { directory: &directory, name: name.unwrap() }.attributes().unwrap();
             let first = names.entry((found.dev(), found.ino())).or_insert_with(|| path.clone()).clone();
             let content = if found.is_file() { std::fs::read(&place).unwrap() } else { Vec::new() };
             let target = std::fs::read_link(&place).unwrap_or_default();
@@ -524,7 +529,9 @@ mod tests {
         }
         // In the source these would be notes of an overlay that it is the upper layer of.
         let is_note = |change: &&Change| matches!(change, Change::Attribute(_, "trusted.overlay.opaque", _));
-        before.iter().filter(|change| !is_note(change)).for_each(|change| change.make(&root));
+        for change in before.iter().filter(|change| !is_note(change)) {
+            change.make(&root);
+        }
         let root_attributes = std::fs::metadata(&root).unwrap();
         chown(place.join("upper"), Some(root_attributes.uid()), Some(root_attributes.gid())).unwrap();
         std::fs::set_permissions(place.join("upper"), root_attributes.permissions()).unwrap();
@@ -533,7 +540,9 @@ mod tests {
         let layers = [("lowerdir", lower.as_str()), ("upperdir", &upper), ("workdir", &inner)];
         let options: Vec<_> = layers.into_iter().chain([REDIRECT, INDEX, ONE_DEVICE, NO_METACOPY]).collect();
         mount("overlay", &options, &merged);
-        changes.iter().for_each(|change| change.make(&merged));
+        for change in changes {
+            change.make(&merged);
+        }
         let [upper, lower] = ["upper", "root"].map(|name| Tree::open(&place.join(name)).unwrap());
         complete_hard_links(&lower, &upper, &place.join("work/index"), &Tree::open(&merged).unwrap()).unwrap();
         let wanted = tree(&merged);

@@ -46,9 +46,6 @@ pub struct Customization {
 /// 1 if it was marked failed.
 pub fn run(job: Job, wanted: &Customization) -> Result<u8> {
     local::need_root()?;
-    if !job.publishes() {
-        local::image_root(Path::new(&job.source))?;
-    }
     if let Some(file) = &wanted.host_script {
         let refuse = |why: String| Error::bad_input(format!("--host-script is '{}': {why}", file.display()));
         let opened = std::fs::File::open(file).and_then(|file| file.metadata()).map_err(|e| refuse(e.to_string()))?;
@@ -62,7 +59,13 @@ pub fn run(job: Job, wanted: &Customization) -> Result<u8> {
     // Before anything is opened: a descriptor from before would not see what is mounted from here on.
     local::own_mounts()?;
     let (entry, label) = (job.register("customize")?, job.label());
-    job.run(&entry, |image_root| open(wanted, image_root, &entry, label))
+    let in_place = job.in_place;
+    let shown = local::directory_of(&job.source);
+    let code = job.run(&entry, |image_root| {
+        let shown = shown.as_deref().unwrap_or(image_root);
+        open(wanted, &Opened { image_root, shown, in_place }, &entry, label)
+    })?;
+    Ok(code.unwrap_or(0))
 }
 
 /// Ends the sshd of a customization of `image_root` that was killed. Its mounts live as long as it does, and keep the changes from being
@@ -102,8 +105,18 @@ fn check_public_keys(file: &Path) -> Result<()> {
     if text.lines().any(is_key) { Ok(()) } else { Err(refuse("it holds no public key of OpenSSH's format")) }
 }
 
+/// What is opened.
+struct Opened<'a> {
+    image_root: &'a Path,
+    /// The directory that people know.
+    shown: &'a Path,
+    /// Whether it is changed where it is.
+    in_place: bool,
+}
+
 /// Opens the environment on an image root.
-fn open(wanted: &Customization, image_root: &Path, entry: &Entry, label: String) -> Result<(Fate, u8)> {
+fn open(wanted: &Customization, opened: &Opened, entry: &Entry, label: String) -> Result<(Fate, u8)> {
+    let image_root = opened.image_root;
     let run = local::RunFolder::claim("customize", image_root)?;
     local::own_terminals()?;
     let shown = show_image_root(image_root, run.path())?;
@@ -131,6 +144,7 @@ fn open(wanted: &Customization, image_root: &Path, entry: &Entry, label: String)
         variables.map(|(name, value): (&str, std::ffi::OsString)| (name.into(), value)).into_iter().chain(passed_on);
     let mut settings = lifecycle::settings::Settings::read(Some(run.path().to_owned()), variables)?;
     settings.binds.clone_from(&wanted.binds);
+    settings.in_place = opened.in_place;
     settings.session_variables.extend(wanted.variables.iter().cloned());
     if wanted.jailed {
         settings.hostname.get_or_insert_with(|| label.clone());
@@ -145,7 +159,7 @@ fn open(wanted: &Customization, image_root: &Path, entry: &Entry, label: String)
     entry.tell(&[("image_root_parent", &parent.display().to_string()), ("login", &login)]);
     let listening = || {
         entry.reach(Stage::Serving);
-        announce(image_root, &parent, &login, &entry.name(), wanted.jailed);
+        announce(opened, &parent, &login, &entry.name(), wanted.jailed);
     };
     let outcome = supervisor::run(settings, Some(files), listening)?;
     mounts::unmount(&shown).attempt(|| format!("unmount {}", shown.display()))?;
@@ -256,14 +270,18 @@ fn configure_client(run: &Path, address: SocketAddr, identity: Option<&Path>) ->
 }
 
 /// Tells the person what to do now.
-fn announce(image_root: &Path, parent: &Path, login: &str, name: &str, jailed: bool) {
-    let shown = image_root.display();
+fn announce(opened: &Opened, parent: &Path, login: &str, name: &str, jailed: bool) {
+    let shown = opened.shown.display();
     let open = if jailed {
         format!("{shown} is open")
     } else {
         format!("{shown} is open, as {}/image-root of sessions", parent.display())
     };
-    let inside = "When done, there: touch /tmp/complete    or, to give the changes up: touch /tmp/failed\n";
+    let inside = if opened.in_place {
+        "When done, there: touch /tmp/complete\n"
+    } else {
+        "When done, there: touch /tmp/complete    or, to give the changes up: touch /tmp/failed\n"
+    };
     local::say(&format!(
         "\n{open}. Log in from another terminal:\n\n    {login}\n\n\
          {}From here:        ims-sshd complete {name}    or: ims-sshd fail {name}\n\n",

@@ -24,7 +24,7 @@ use crate::lifecycle::stage::Stage;
 use crate::lifecycle::state::StateFolder;
 use crate::lifecycle::{environment, foreign, processes, tier};
 use crate::local;
-use crate::local::job::{Fate, Job};
+use crate::local::job::{End, Fate, Job};
 use crate::local::register;
 use crate::local::script::Script;
 use crate::printable::Printable;
@@ -63,33 +63,31 @@ pub enum Answer {
 pub fn run(job: Job, entry: &Entry) -> Result<u8> {
     local::need_root()?;
     let (tier, hostname) = of_jail(std::env::vars_os())?;
-    if entry.answer == Some(Answer::Discard) && Path::new(&job.source).is_dir() {
-        let complaint = format!("--discard: '{}' is a directory, which is changed where it is", job.source);
-        return Err(Error::bad_input(complaint));
-    }
-    let publishes = job.publishes();
+    let (decides, end, in_place) = (job.decides(), job.end, job.in_place);
     if !job.is_in_place() {
         // Before anything is opened: a descriptor from before would not see what is mounted from here on.
         local::own_mounts()?;
     }
-    let question = Question { source: job.source.clone() };
-    let is_discarded = !publishes && !job.is_in_place();
+    let question = Question { source: job.source.clone(), in_place };
+    let is_discarded = !decides && !job.is_in_place();
     let (registered, label) = (job.register("enter")?, job.label());
-    let end = job.run(&registered, |image_root| {
+    let ended = job.run(&registered, |image_root| {
         if is_discarded {
             let source = &question.source;
-            tracing::info!("what is changed in {source} is discarded at the end; --output STORE publishes it instead");
+            let instead = if entry.answer == Some(Answer::Discard) { "" } else { "; --output STORE publishes it instead" };
+            tracing::info!("what is changed in {source} is discarded at the end{instead}");
         }
         let is_shell = entry.command.is_empty() && entry.script.is_none();
-        let session = Session { is_shell, publishes, tier, hostname, label };
+        let session = Session { is_shell, end: decides.then_some(end), in_place, tier, hostname, label };
         let (status, verdict) = session.run(image_root, entry, &registered)?;
-        if !publishes {
-            return Ok((Fate::Discard, verdict.map_or(status, exited_as)));
+        if !decides {
+            let fate = if verdict == Some(Verdict::Failed) { Fate::Discard } else { Fate::Keep };
+            return Ok((fate, verdict.map_or(status, exited_as)));
         }
         Ok(match decide(status, verdict, entry.answer, session.is_at_terminal()) {
             Some(Fate::Publish) => (Fate::Publish, exited(0)),
             Some(Fate::Keep) => {
-                tracing::warn!("the command failed: the image is not published");
+                tracing::warn!("the command failed: {}", not_done(end));
                 (Fate::Keep, status)
             }
             Some(Fate::Discard) => (Fate::Discard, verdict.map_or(status, exited_as)),
@@ -104,7 +102,14 @@ pub fn run(job: Job, entry: &Entry) -> Result<u8> {
             },
         })
     })?;
-    Ok(end_like(end))
+    Ok(end_like(ended.unwrap_or(exited(0))))
+}
+
+fn not_done(end: End) -> &'static str {
+    match end {
+        End::Applied => "the changes are not applied",
+        End::Published | End::Discarded => "the image is not published",
+    }
 }
 
 fn exited(code: i32) -> WaitStatus {
@@ -118,15 +123,16 @@ fn exited_as(verdict: Verdict) -> WaitStatus {
 
 /// Fate of the changes; none if the person has to be asked.
 ///
-/// A mark in the image counts most, since it was made last. The exit code of a shell at a terminal is that of its last command, and says
-/// nothing; every other command has failed with one that is not 0.
+/// `--discard` was asked for by name, and nothing in the image undoes that. Else a mark in the image counts most, since it was made last.
+/// The exit code of a shell at a terminal is that of its last command, and says nothing; every other command has failed with one that is
+/// not 0.
 fn decide(status: WaitStatus, verdict: Option<Verdict>, answer: Option<Answer>, at_terminal: bool) -> Option<Fate> {
     let failed = match status {
         WaitStatus::Exited(_, code) => code != 0 && !at_terminal,
         _ => true,
     };
     match (verdict, answer) {
-        (Some(Verdict::Failed), _) | (None, Some(Answer::Discard)) => Some(Fate::Discard),
+        (Some(Verdict::Failed), _) | (_, Some(Answer::Discard)) => Some(Fate::Discard),
         (None, _) if failed => Some(Fate::Keep),
         (Some(Verdict::Complete), _) | (None, Some(Answer::Yes)) => Some(Fate::Publish),
         (None, None) => None,
@@ -141,12 +147,14 @@ fn tell(text: &str) {
 /// Question to the person at the end.
 struct Question {
     source: String,
+    /// Whether it is a directory that is changed where it is.
+    in_place: bool,
 }
 
 impl Question {
     /// Possible answers; the word for no answer comes last.
     fn choices(&self) -> &'static str {
-        if Path::new(&self.source).is_dir() {
+        if self.in_place {
             "(y)es, (n)o, the directory stays as it is now [n]"
         } else {
             "(y)es, (k)eep the changes for later, (d)iscard them [k]"
@@ -197,7 +205,9 @@ const HANG_UP_TIME: Duration = Duration::from_secs(2);
 struct Session {
     /// Whether it is the login shell.
     is_shell: bool,
-    publishes: bool,
+    /// What becomes of the changes, if that is decided at the end.
+    end: Option<End>,
+    in_place: bool,
     tier: Option<Tier>,
     hostname: Option<String>,
     /// Name of the image.
@@ -212,7 +222,7 @@ impl Session {
 
     /// Whether marks in the image's /tmp mean anything: not for a command that changes a directory and nothing else.
     fn heeds_marks(&self) -> bool {
-        self.is_shell || self.publishes
+        self.is_shell || self.end.is_some()
     }
 
     /// Returns how it ended, and the mark that was made in the image.
@@ -252,6 +262,7 @@ impl Session {
             image_root: &tree,
             note_folder: &notes,
             dkms: false,
+            in_place: self.in_place,
             emulated: emulation.in_jail,
             job: None,
             image: Some(&self.label),
@@ -320,9 +331,9 @@ impl Session {
                 Some(Some(Some(verdict))) => {
                     marked = marked.max(Some(verdict));
                     if self.is_at_terminal() && hung_up.is_none() {
-                        let word = match (verdict, self.publishes) {
-                            (Verdict::Complete, true) => "complete and will be packed",
-                            (Verdict::Complete, false) => "complete",
+                        let word = match (verdict, self.end) {
+                            (Verdict::Complete, Some(End::Published)) => "complete and will be packed",
+                            (Verdict::Complete, _) => "complete",
                             (Verdict::Failed, _) => "failed",
                         };
                         tell(&format!("\r\nims-sshd: the image was marked {word}; this session ends now\r\n"));
@@ -370,7 +381,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_mark_counts_more_than_an_answer_and_a_failed_command_is_kept() {
+    fn a_mark_counts_more_than_yes_and_discard_more_than_a_mark_and_a_failed_command_is_kept() {
         let killed = WaitStatus::Signaled(Pid::from_raw(1), Signal::SIGHUP, false);
         let (yes, discard) = (Some(Answer::Yes), Some(Answer::Discard));
         for (status, verdict, answer, at_terminal, fate) in [
@@ -384,7 +395,7 @@ mod tests {
             (exited(0), None, discard, false, Some(Fate::Discard)),
             (exited(3), None, discard, false, Some(Fate::Discard)),
             (exited(3), Some(Verdict::Complete), None, false, Some(Fate::Publish)),
-            (killed, Some(Verdict::Complete), discard, true, Some(Fate::Publish)),
+            (killed, Some(Verdict::Complete), discard, true, Some(Fate::Discard)),
             (exited(0), Some(Verdict::Failed), yes, false, Some(Fate::Discard)),
         ] {
             assert_eq!(decide(status, verdict, answer, at_terminal), fate, "{status:?} {verdict:?} {answer:?}");

@@ -9,7 +9,9 @@ use crate::lifecycle::signal_files::SignalFiles;
 use crate::lifecycle::stage::Stage;
 use crate::lifecycle::state::name_for;
 use crate::local;
+use crate::local::apply;
 use crate::local::customize;
+use crate::local::directory::{self, Held};
 use crate::local::names;
 use crate::local::register::Entry;
 use crate::local::work_directory::WorkDirectory;
@@ -27,14 +29,31 @@ use crate::publish::unpack::Overlay;
 use crate::publish::upload::{Image, Publication};
 use crate::publish::work::{self, Work, without_query};
 
+/// What becomes of changes that nobody gives up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// The image is published in a store.
+    Published,
+    /// They are applied to the directory that they were made above.
+    Applied,
+    /// Nothing: one only looks.
+    Discarded,
+}
+
 /// The command line's settings for the image.
 #[derive(Debug)]
 pub struct Job {
     /// A directory, a squashfs, a tar archive, or a URL.
     pub source: String,
-    /// How the image is fetched, packed and published: its parent is the directory below which changes are kept, and without a store
-    /// they are discarded at the end. None for a directory that is changed where it is, and nothing else.
+    /// Whether a directory is changed where it is.
+    pub in_place: bool,
+    /// What becomes of the changes. In place it is of no matter but for [`End::Published`].
+    pub end: End,
+    /// How the image is fetched, packed and published: its parent is the directory below which changes are kept. None for a directory
+    /// that is changed where it is, and nothing else.
     pub settings: Option<Settings>,
+    /// The directory below which changes are kept.
+    pub work: PathBuf,
     /// Patterns below the image root that are not packed.
     pub exclude: Vec<String>,
     /// File to write the changes to.
@@ -44,7 +63,7 @@ pub struct Job {
 /// Fate of the changes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fate {
-    /// They are packed and published.
+    /// They are packed and published, or applied to the directory that they were made above.
     Publish,
     /// They stay on this machine, and the same command goes on with them.
     Keep,
@@ -58,9 +77,18 @@ impl Job {
         self.settings.is_none()
     }
 
-    /// Whether the image can be published at the end.
-    pub fn publishes(&self) -> bool {
-        self.settings.as_ref().is_some_and(|settings| settings.store.url.is_some())
+    /// Whether a mark, or an answer, decides on the changes at the end.
+    pub fn decides(&self) -> bool {
+        !self.is_in_place() && self.end != End::Discarded
+    }
+
+    /// What has become of changes that were given up.
+    fn given_up(&self) -> String {
+        if self.in_place {
+            format!("the changes stay in {}, which was changed where it is", self.shown())
+        } else {
+            format!("the changes were thrown away; {} is as it was", self.shown())
+        }
     }
 
     /// Name of the image, as a label of a host name.
@@ -85,14 +113,30 @@ impl Job {
     }
 
     /// Opens the image and gives its root to `session`, which says what becomes of the changes. Returns what the session returned
-    /// beside that. Unless the job [`Job::is_in_place`], the caller has called [`local::own_mounts`] before.
-    pub fn run<T>(mut self, entry: &Entry, session: impl FnOnce(&Path) -> Result<(Fate, T)>) -> Result<T> {
-        let publishes = self.publishes();
-        let Some(mut settings) = self.settings.take() else {
-            let image_root = local::image_root(Path::new(&self.source))?;
-            return session(&image_root).map(|(_, value)| value);
-        };
+    /// beside that; nothing if an earlier run was killed while it applied the changes, which is all that is done then. Unless the job
+    /// [`Job::is_in_place`], the caller has called [`local::own_mounts`] before.
+    pub fn run<T>(mut self, entry: &Entry, session: impl FnOnce(&Path) -> Result<(Fate, T)>) -> Result<Option<T>> {
         let source = Source::parse(&self.source)?;
+        let directory = match &source {
+            Source::Here(path) if path.is_dir() => Some(local::image_root(path)?),
+            _ => None,
+        };
+        if let (true, Some(directory)) = (self.in_place, &directory) {
+            directory::refuse_with_changes(directory, &self.work.join(name_of(&source, &self.source)))?;
+        }
+        let Some(mut settings) = self.settings.take() else {
+            let image_root = directory.ok_or_else(|| Error::bad_input("expected a directory"))?;
+            let (fate, value) = session(&image_root)?;
+            if fate == Fate::Discard {
+                tracing::info!("{}", self.given_up());
+            }
+            return Ok(Some(value));
+        };
+        let _held = match &directory {
+            Some(directory) if !self.in_place => Some(Held::take(directory, &settings.parent)?),
+            _ => None,
+        };
+        let publishes = self.end == End::Published;
         if let Source::Here(path) = &source {
             let refuse = |e| Error::bad_input(format!("SOURCE is '{}': {e}", path.display()));
             if !std::fs::metadata(path).map_err(refuse)?.is_dir() {
@@ -105,31 +149,42 @@ impl Job {
             check_store(&work, &settings, &source)?;
             self.changes.as_deref().map(|file| package::output(file, "--changes")).transpose()?;
         }
-        let claim = if publishes { WorkDirectory::claim } else { WorkDirectory::claim_to_discard };
+        let claim = if self.end == End::Discarded { WorkDirectory::claim_to_discard } else { WorkDirectory::claim };
         let place = claim(&settings.parent, &name_of(&source, &self.source))?;
         place.path().clone_into(&mut settings.parent);
         let parent = &settings.parent;
         let mounted = parent.join("image-root");
         entry.tell(&[("work", &parent.display().to_string())]);
         customize::end_left_over(&mounted)?;
+        if let Some(directory) = directory.as_deref().filter(|_| !self.in_place) {
+            if apply::has_begun(place.files().parent())? {
+                tracing::warn!("applying changes to {} was interrupted; going on with that", directory.display());
+                entry.reach(Stage::Applying);
+                directory::apply_changes(directory, place.files().parent(), None)?;
+                place.remove()?;
+                return Ok(None);
+            }
+            directory::refuse_half_applied(directory)?;
+        }
         if holds_changes(parent, &mounted) {
             tracing::info!("going on with what was changed before, which is kept in {}", parent.display());
         }
         let notes = Notes::private(place.files(), &settings);
         let opened =
             Opened { job: &self, entry, settings: &settings, work: &work, files: place.files(), notes: &notes };
-        let result = work.unless_interrupted(opened.carry_out(&source, &mounted, session));
+        let result = opened.carry_out(&source, directory.as_deref(), &mounted, session);
+        let result = work.unless_interrupted(result);
         let kept = || {
             format!(
                 "what was changed is kept in {}; the same command goes on with it; to drop it, remove that directory",
                 parent.display()
             )
         };
-        if publishes && holds_changes(parent, &mounted) {
+        if self.end != End::Discarded && holds_changes(parent, &mounted) {
             match result {
                 Ok((Fate::Keep, value)) => {
                     tracing::warn!("{}", kept());
-                    return Ok(value);
+                    return Ok(Some(value));
                 }
                 Err(error) => return Err(error.advise(kept())),
                 Ok(_) => {}
@@ -137,7 +192,11 @@ impl Job {
         }
         opened.publication().give_up(&mut Journal::read(&notes)?)?;
         place.remove()?;
-        result.map(|(_, value)| value)
+        let (fate, value) = result?;
+        if fate == Fate::Discard && self.end != End::Discarded {
+            tracing::info!("{}", self.given_up());
+        }
+        Ok(Some(value))
     }
 }
 
@@ -189,14 +248,18 @@ impl Opened<'_> {
     fn carry_out<T>(
         &self,
         source: &Source,
+        directory: Option<&Path>,
         mounted: &Path,
         session: impl FnOnce(&Path) -> Result<(Fate, T)>,
     ) -> Result<(Fate, T)> {
-        let (image_root, overlay) = match source {
-            // A directory is changed where it is.
-            Source::Here(path) if path.is_dir() => (local::image_root(path)?, None),
+        let (image_root, overlay) = match directory {
+            Some(directory) if self.job.in_place => (directory.to_owned(), None),
             _ => (mounted.to_owned(), prepare(self.work, self.settings, source, None, mounted)?),
         };
+        if self.job.end == End::Applied && overlay.is_none() {
+            return Err(Error::bad_input(format!("SOURCE is '{}': a saved image of a container", self.job.source))
+                .advise("name by --output where the new image is put"));
+        }
         if let (Some(_), None) = (&self.job.changes, &overlay) {
             Inventory::of(self.work, &open_tree(&image_root)?)?.save(self.files.parent(), INVENTORY)?;
         }
@@ -204,8 +267,13 @@ impl Opened<'_> {
             boot::check_named(&open_tree(&image_root)?, &self.settings.boot, self.settings.arch)?;
         }
         let (fate, value) = session(&image_root)?;
-        if fate == Fate::Publish && self.settings.store.url.is_some() {
-            self.publish(source, &image_root, overlay)?;
+        match (fate, self.job.end, directory) {
+            (Fate::Publish, End::Published, _) => self.publish(source, &image_root, overlay)?,
+            (Fate::Publish, End::Applied, Some(directory)) => {
+                self.entry.reach(Stage::Applying);
+                directory::apply_changes(directory, self.files.parent(), overlay)?;
+            }
+            _ => {}
         }
         Ok((fate, value))
     }

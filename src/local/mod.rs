@@ -2,6 +2,7 @@
 
 pub mod apply;
 pub mod customize;
+pub mod directory;
 pub mod enter;
 pub mod job;
 pub mod names;
@@ -46,6 +47,11 @@ pub fn image_root(named: &Path) -> Result<PathBuf> {
         true => Ok(real),
         false => Err(refuse("expected a directory, an unpacked image".into())),
     }
+}
+
+/// The directory that `source` names, if it is one.
+pub fn directory_of(source: &str) -> Option<PathBuf> {
+    std::fs::canonicalize(source).ok().filter(|path| path.is_dir())
 }
 
 /// Prints `text`. Nobody listening any more is no reason to end an environment.

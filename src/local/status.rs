@@ -51,6 +51,7 @@ fn mark_run(run: &Value, verdict: Verdict) -> Result<u8> {
     let stop = format!("to stop that, end process {pid} with SIGINT");
     match (text(run, "command").as_str(), text(run, "state").as_str()) {
         (_, "packing" | "uploading") => refuse("it is marked complete, and is being published", &stop),
+        (_, "applying") => refuse("it is marked complete, and its changes are being applied", "nothing stops it"),
         ("enter", _) => {
             let there = format!("mark it in there: touch /tmp/{}", verdict.signal_file());
             refuse("it ends with the shell or the command that runs in it", &there)

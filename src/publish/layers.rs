@@ -13,7 +13,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use crate::error::{Attempt, Error, Result};
-use crate::sys::attributes::Named;
+use crate::sys::attributes::Node;
 use crate::sys::tree::Tree;
 
 /// A file of this name says that its directory has nothing of the layers below; with another name after the first part, that they have
@@ -224,7 +224,7 @@ pub fn merge(layer: &Tree, root: &Tree, began: SystemTime) -> io::Result<()> {
     for (path, found) in attributes {
         let [from, to] = [layer, root].map(|tree| tree.folder_without_links(&path));
         let (from, to) = (from?, to?);
-        let [from, to] = [&from, &to].map(|directory| Named { directory, name: OsStr::new(".") });
+        let [from, to] = [&from, &to].map(|directory| Node { directory, name: OsStr::new(".") });
         to.take(&found, &from.attributes()?)?;
     }
     Ok(())

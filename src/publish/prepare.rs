@@ -34,7 +34,8 @@ pub enum Open {
 /// Of the parent: what is fetched, what an overlay keeps, and what the image was before.
 pub const ARCHIVE: &str = "image.sqsh";
 const FETCHING: &str = "image.sqsh.part";
-const OVERLAY: &str = "overlay";
+/// Directory of the parent for what an overlay keeps.
+pub const OVERLAY: &str = "overlay";
 const UNPACKING: &str = ".ims-sshd.unpacking";
 /// Where [`Inventory`] is kept for `--changes`.
 pub const INVENTORY: &str = ".ims-sshd.inventory";

@@ -1,5 +1,6 @@
 //! An archive becomes a tree: written out, or mounted below an overlay.
 
+use std::ffi::OsStr;
 use std::fs::{File, Permissions};
 use std::io::{self, BufReader, Seek};
 use std::os::fd::AsFd;
@@ -7,7 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
 use nix::unistd::Pid;
 use rustix::fs::{Mode, OFlags};
@@ -23,6 +24,7 @@ use crate::publish::layers::{self, Layer};
 use crate::publish::progress::Progress;
 use crate::publish::source::{self, Content, Kind, Opened};
 use crate::publish::work::Work;
+use crate::sys::attributes::Node;
 use crate::sys::loops::Loop;
 use crate::sys::mounts::{self, Detached};
 use crate::sys::process::{Entry, numbers};
@@ -260,7 +262,15 @@ fn without(option: &str) -> &'static str {
 }
 
 /// Directory for the changes, in an overlay's own directory.
-const UPPER: &str = "upper";
+pub const UPPER: &str = "upper";
+
+/// Directory of the kernel's own.
+const INNER: &str = "work";
+/// In it, the changed files that have several names.
+pub const INDEX_OF_LINKS: &str = "work/index";
+
+/// The kernel unmounts what a process was alone to see within this time after its end.
+const TIME_TO_LET_GO: Duration = Duration::from_secs(3);
 
 /// A tree that is mounted: the source below, what is changed above it.
 #[derive(Debug)]
@@ -277,7 +287,7 @@ impl Overlay {
     /// found as it was left. To be mounted by one container after the other, never by two at a time.
     pub fn mount(source: &Opened, folder: &Path, image_root: &Path) -> Result<Self> {
         let attempted = || format!("mount {} on {}", source.shown.display(), image_root.display());
-        let [squashfs, upper, inner] = ["lower", UPPER, "work"].map(|name| folder.join(name));
+        let [squashfs, upper, inner] = ["lower", UPPER, INNER].map(|name| folder.join(name));
         let first = !upper.exists();
         for made in [folder, &squashfs, &upper, &inner, image_root] {
             std::fs::create_dir_all(made).attempt(|| format!("make the folder {}", made.display()))?;
@@ -305,9 +315,8 @@ impl Overlay {
             }
         }
         // The root's owner, mode and time are the upper folder's.
-        let root = std::fs::metadata(&overlay.lower).attempt(attempted)?;
         if first {
-            copy_root(&root, &upper).attempt(attempted)?;
+            copy_root(&overlay.lower, &upper).attempt(attempted)?;
         }
         let names = [overlay.lower.as_path(), &upper, &inner].map(escape);
         let layers = [("lowerdir", names[0].as_str()), ("upperdir", &names[1]), ("workdir", &names[2])];
@@ -316,9 +325,17 @@ impl Overlay {
             let target = Tree::open(image_root)?;
             Detached::filesystem("overlay", &options, attributes)?.attach(target)
         };
-        let mounted = mount(&[REDIRECT, INDEX, ONE_DEVICE, NO_METACOPY]);
+        let is_busy = |e: &io::Error| Errno::from_io_error(e) == Some(Errno::BUSY);
+        let began = Instant::now();
         // Without the index the kernel would mount it all the same, and one would see half of what the other changes.
-        if mounted.as_ref().is_err_and(|e| Errno::from_io_error(e) == Some(Errno::BUSY)) {
+        let mounted = loop {
+            match mount(&[REDIRECT, INDEX, ONE_DEVICE, NO_METACOPY]) {
+                // The jail of a run that was killed is on its way to its end, of which no event tells.
+                Err(e) if is_busy(&e) && began.elapsed() < TIME_TO_LET_GO => std::thread::sleep(TIME_TO_LET_GO / 300),
+                other => break other,
+            }
+        };
+        if mounted.as_ref().is_err_and(is_busy) {
             let holder = process_with(&upper).map_or("another mount, or an open file of one".into(), |entry| {
                 format!("process {} ({})", entry.pid, Printable(&entry.name))
             });
@@ -381,11 +398,13 @@ fn mount_squashfs(file: &File, place: &Path, attributes: MountAttrFlags) -> io::
     Detached::filesystem("squashfs", &options, attributes)?.attach(target).map(|_| ())
 }
 
-fn copy_root(root: &std::fs::Metadata, upper: &Path) -> std::io::Result<()> {
-    use std::os::unix::fs::MetadataExt;
-    std::os::unix::fs::chown(upper, Some(root.uid()), Some(root.gid()))?;
-    std::fs::set_permissions(upper, std::fs::Permissions::from_mode(root.mode() & 0o7777))?;
-    std::fs::File::open(upper)?.set_modified(root.modified()?)
+fn copy_root(root: &Path, upper: &Path) -> io::Result<()> {
+    let (root, upper) = (Tree::open(root)?, Tree::open(upper)?);
+    let [from, to] = [&root, &upper].map(|directory| Node { directory, name: OsStr::new(".") });
+    let mut attributes = from.attributes()?;
+    // Of an overlay that the source is the upper layer of.
+    attributes.retain(|name, _| !name.as_bytes().starts_with(b"trusted.overlay."));
+    to.take(&rustix::fs::fstat(&root)?, &attributes)
 }
 
 /// A path as an option of overlay takes it.

@@ -35,6 +35,8 @@ pub struct Errand {
     pub job: Option<String>,
     /// The image's name, for greeting and prompt.
     pub image: Option<String>,
+    /// Whether what is changed stays, however the environment ends.
+    pub in_place: bool,
 }
 
 impl Errand {
@@ -49,6 +51,9 @@ impl Errand {
         let mut words: Vec<OsString> = Vec::new();
         if self.beside {
             words.push("--beside".into());
+        }
+        if self.in_place {
+            words.push("--in-place".into());
         }
         if let Some(job) = &self.job {
             words.extend(["--job".into(), job.into()]);
@@ -69,12 +74,13 @@ impl Errand {
 
     /// Reads the words behind `inside`; `None` if they are none.
     pub fn from_words(mut words: &[OsString]) -> Option<Self> {
-        let (mut beside, mut job, mut image) = (false, None, None);
+        let (mut beside, mut in_place, mut job, mut image) = (false, false, None, None);
         let request = loop {
             let (word, further) = words.split_first()?;
             words = further;
             match word.to_str()? {
                 "--beside" => beside = true,
+                "--in-place" => in_place = true,
                 option @ ("--job" | "--image") => {
                     let (name, further) = words.split_first()?;
                     let named = if option == "--job" { &mut job } else { &mut image };
@@ -88,7 +94,7 @@ impl Errand {
                 _ => return None,
             }
         };
-        Some(Self { request, beside, job, image })
+        Some(Self { request, beside, job, image, in_place })
     }
 }
 
@@ -359,12 +365,10 @@ fn greet(image_root: &Tree, account: &Account, errand: &Errand) {
     };
     if errand.request == Request::Shell {
         let _ = writeln!(out, "You are in the image root{of}. When done: touch /tmp/complete");
-        let _ = writeln!(
-            out,
-            "{:<width$}touch /tmp/failed",
-            "To give the changes up instead:",
-            width = 38 + of.chars().count()
-        );
+        if !errand.in_place {
+            let width = 38 + of.chars().count();
+            let _ = writeln!(out, "{:<width$}touch /tmp/failed", "To give the changes up instead:");
+        }
     } else {
         let _ = writeln!(out, "You are in the image root{of}. When done: exit");
     }
@@ -422,8 +426,8 @@ mod tests {
             vec(word(), 0..4).prop_map(Request::Program),
         ];
         let name = || prop::option::of("-{0,2}[a-z]{0,4}");
-        let errand = (request, any::<bool>(), name(), name());
-        errand.prop_map(|(request, beside, job, image)| Errand { request, beside, job, image })
+        let errand = (request, any::<bool>(), name(), name(), any::<bool>());
+        errand.prop_map(|(request, beside, job, image, in_place)| Errand { request, beside, job, image, in_place })
     }
 
     proptest! {

@@ -44,7 +44,8 @@ pub fn run(jail: &Path, request: Request) -> Result<Infallible> {
     }
     environment.extend(agent.as_ref().map(|agent| ("SSH_AUTH_SOCK".into(), agent.path().into())));
     let transfer = matches!(request, Request::Sftp(_));
-    let errand = Errand { request, beside: beside.is_some(), job: record.job.clone(), image: record.image.clone() };
+    let (job, image) = (record.job.clone(), record.image.clone());
+    let errand = Errand { request, beside: beside.is_some(), job, image, in_place: record.in_place };
     let inner = errand.program(&environment).attempt(|| "put the request's words together")?;
     let ended = |status: &WaitStatus| {
         // sshd passes on nothing of what an sftp-server says on standard error.

@@ -20,14 +20,14 @@ pub type Attributes = BTreeMap<OsString, Vec<u8>>;
 
 /// The file `name` of a directory, a link itself and not what it leads to. "." is the directory.
 #[derive(Debug, Clone, Copy)]
-pub struct Named<'a> {
+pub struct Node<'a> {
     /// The directory.
     pub directory: &'a Tree,
     /// Name there.
     pub name: &'a OsStr,
 }
 
-impl Named<'_> {
+impl Node<'_> {
     /// The functions for extended attributes of any kind of file take paths only. A link is followed nowhere on this one.
     fn path(&self) -> PathBuf {
         Path::new("/proc/self/fd").join(self.directory.as_fd().as_raw_fd().to_string()).join(self.name)

@@ -63,7 +63,7 @@ fn every_kind_of_source_is_opened_changed_and_published() {
         nothing_stays(dir.path());
     }
     assert!(std::fs::read(&squashfs).unwrap() == before, "a source is not changed");
-    assert!(tree.join("etc/motd").exists(), "but a folder is, in its place");
+    assert!(!tree.join("etc/motd").exists(), "a directory neither");
 }
 
 #[test]
@@ -217,12 +217,13 @@ fn a_mounted_source_takes_directory_renames_and_changes_to_hard_links_as_a_disk_
     let squashfs = squashfs_of(&tree);
     let file = dir.path().join("script");
     std::fs::write(&file, AS_ON_A_DISK).unwrap();
-    // A directory is customized where it is, on a disk; an archive is mounted below an overlay.
+    // A directory that is customized where it is, on a disk; an archive is mounted below an overlay.
     let published = [&squashfs, &tree].map(|source| {
         let store = dir.path().join(format!("{}.out", source.file_name().unwrap().display()));
         let boot = [("KERNEL_FILENAME", "vmlinuz".into()), ("INITRD_FILENAME", "initrd".into())];
         let mut command = ims_sshd(&["customize", source.to_str().unwrap(), "--output"], &boot);
         command.arg(&store).arg("--host-script").arg(&file).arg("--work").arg(dir.path().join("work"));
+        command.args((source == &tree).then_some("--in-place"));
         let changes = store.with_extension("changes");
         let output = command.arg("--changes").arg(&changes).current_dir(dir.path()).output().unwrap();
         assert!(output.status.success(), "{source:?}: {output:?}");

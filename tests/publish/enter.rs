@@ -94,19 +94,20 @@ fn marks_and_discard_decide_before_the_exit_code() {
 }
 
 #[test]
-fn a_directory_is_changed_where_it_is_and_published() {
+fn a_directory_is_published_without_a_change_and_changed_where_it_is_without_an_output() {
     let dir = folder();
     let tree = image(dir.path());
     let source = tree.display().to_string();
-    let refused = enter(dir.path(), &source, &["--output", "out", "--discard"], "true");
-    assert_eq!(refused.status.code(), Some(2), "{refused:?}");
-    assert!(text(&refused.stderr).contains("is a directory, which is changed where it is"), "{refused:?}");
+    let discarded = enter(dir.path(), &source, &["--output", "out", "--discard"], "touch /etc/new /tmp/complete");
+    assert_eq!(discarded.status.code(), Some(0), "{discarded:?}");
+    assert!(text(&discarded.stderr).contains("the changes were thrown away"), "{discarded:?}");
+    assert!(!dir.path().join("out").exists() && !tree.join("etc/new").exists());
     let output = enter(dir.path(), &source, &["--output", "out", "--yes"], "touch /etc/new");
     assert_eq!(output.status.code(), Some(0), "{output:?}");
-    assert!(published(dir.path()).contains("etc/new") && tree.join("etc/new").exists());
+    assert!(published(dir.path()).contains("etc/new") && !tree.join("etc/new").exists());
     // Without an output nothing of it is read: variables that would be refused are no matter.
-    let mut plain = ims_sshd(&["enter", &source, "--", "true"], &[("IMAGE_COMPRESSION", "rar".into())]);
-    assert!(plain.output().unwrap().status.success());
+    let mut plain = ims_sshd(&["enter", &source, "--", "touch", "/etc/new"], &[("IMAGE_COMPRESSION", "rar".into())]);
+    assert!(plain.output().unwrap().status.success() && tree.join("etc/new").exists());
     nothing_stays(dir.path());
 }
 

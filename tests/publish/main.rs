@@ -8,6 +8,7 @@ mod support;
 mod archives;
 mod confined;
 mod customize;
+mod directory;
 mod enter;
 mod file_server;
 mod ims_server;

@@ -456,10 +456,12 @@ fn a_mark_in_the_shell_that_was_entered_ends_it_and_answers() {
     let mut terminal = Terminal::with(published.args(["-c", &line]));
     terminal.see(PROMPT);
     terminal.line("touch /etc/place; exit");
-    terminal.see("(n)o, the directory stays as it is now [n]: ");
-    terminal.line("n");
-    assert_eq!(terminal.end().0, 0);
-    assert!(path.join("image/etc/place").exists() && is_empty(path.join("again")));
+    terminal.see("(d)iscard them [k]: ");
+    terminal.line("d");
+    let (code, screen) = terminal.end();
+    assert_eq!(code, 0, "{screen}");
+    assert!(screen.contains("the changes were thrown away"), "{screen}");
+    assert!(!path.join("image/etc/place").exists() && is_empty(path.join("again")));
 
     // In a directory that is changed where it is, neither mark stays.
     let image = path.join("image");

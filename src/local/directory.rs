@@ -1,0 +1,94 @@
+//! A directory as the source of a job: changed above it, in an overlay, or where it is.
+
+use std::path::{Path, PathBuf};
+
+use crate::error::{Attempt, Error, Result};
+use crate::lifecycle::open_jail;
+use crate::local::{RunFolder, apply, customize, remove_folder};
+use crate::publish::package::open_tree;
+use crate::publish::prepare::OVERLAY;
+use crate::publish::unpack::{INDEX_OF_LINKS, Overlay, UPPER};
+use crate::sys::mounts;
+use crate::sys::tree::Tree;
+
+/// Commands that change a directory where it is.
+const COMMANDS: [&str; 2] = ["customize", "enter"];
+
+/// A directory below an overlay: as long as this value lives, no run changes it where it is. The kernel does not define what the overlay
+/// would show.
+pub struct Held {
+    folders: Vec<RunFolder>,
+}
+
+impl Held {
+    /// Takes `directory`, whose changes are kept in a directory of `work`.
+    pub fn take(directory: &Path, work: &Path) -> Result<Self> {
+        let refuse = |why: String| Error::new(format!("mount an overlay above {}", directory.display())).because(why);
+        if work.starts_with(directory) {
+            let why = format!("its changes would be kept inside it, in {}", work.display());
+            return Err(refuse(why).advise("name another place by --work, or change it where it is (--in-place)"));
+        }
+        let mountinfo = std::fs::read("/proc/self/mountinfo").attempt(|| "read /proc/self/mountinfo")?;
+        let is_inside = |place: &&PathBuf| place.starts_with(directory) && *place != directory;
+        if let Some(mounted) = mounts::mount_points(&mountinfo).iter().find(is_inside) {
+            let why = format!("something is mounted on {}, which would not be seen", mounted.display());
+            return Err(refuse(why).advise("unmount it, or change the directory where it is (--in-place)"));
+        }
+        customize::end_left_over(directory)?;
+        let tree = open_tree(directory)?;
+        let mut held = Self { folders: Vec::new() };
+        for command in COMMANDS {
+            let folder = RunFolder::claim(command, directory)?;
+            // Of a run that was killed.
+            open_jail::clear_image_root(&tree, &open_tree(folder.path())?)?;
+            held.folders.push(folder);
+        }
+        Ok(held)
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        for folder in self.folders.drain(..) {
+            let _ = remove_folder(folder.path());
+        }
+    }
+}
+
+/// Refuses a directory that has some of its changes, of a run that was killed as it applied them.
+pub fn refuse_half_applied(directory: &Path) -> Result<()> {
+    let attempted = || format!("open {}", directory.display());
+    if open_tree(directory)?.look(apply::STAGE).attempt(attempted)?.is_none() {
+        return Ok(());
+    }
+    let advice = format!(
+        "'ims-sshd customize {0}' goes on with that, with the same --work; if those changes are gone, remove {0}/{1}",
+        directory.display(),
+        apply::STAGE
+    );
+    Err(Error::new(attempted()).because("applying changes to it was interrupted").advise(advice))
+}
+
+/// Refuses to change a directory where it is as long as changes made above it are kept in `place`.
+pub fn refuse_with_changes(directory: &Path, place: &Path) -> Result<()> {
+    refuse_half_applied(directory)?;
+    if Overlay::changes(&place.join(OVERLAY)) != Some(true) {
+        return Ok(());
+    }
+    let why = format!("changes that were made above it are kept in {}", place.display());
+    let advice = "'ims-sshd customize' without --in-place goes on with them, and drops them with --fresh";
+    Err(Error::new(format!("change {} where it is", directory.display())).because(why).advise(advice))
+}
+
+/// Applies what was changed above `directory` and is kept in `place`: what `overlay` shows, or what an earlier run has begun to apply.
+pub fn apply_changes(directory: &Path, place: &Tree, overlay: Option<Overlay>) -> Result<()> {
+    let folder = place.shown().join(OVERLAY);
+    let (upper, root) = (open_tree(&folder.join(UPPER))?, open_tree(directory)?);
+    if let Some(overlay) = overlay {
+        apply::complete_hard_links(&root, &upper, &folder.join(INDEX_OF_LINKS), &open_tree(&overlay.image_root)?)?;
+        overlay.unmount()?;
+    }
+    apply::apply(place, &upper, &root)?;
+    tracing::info!("applied the changes to {}", directory.display());
+    Ok(())
+}

@@ -1,0 +1,210 @@
+//! A directory as a source: changed above it, and applied, published or thrown away; or changed where it is.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use crate::customize::nothing_stays;
+use crate::job::*;
+use crate::support::*;
+
+/// A tree that boots, with a file of two names, and what `run` needs to tell whether it was changed.
+fn tree(dir: &Path) -> PathBuf {
+    let tree = image(dir);
+    for name in ["usr/lib/old/in", "tmp", "etc"] {
+        std::fs::create_dir_all(tree.join(name)).unwrap();
+    }
+    std::fs::write(tree.join("usr/lib/old/in/file"), "inside\n").unwrap();
+    std::fs::write(tree.join("usr/one"), "one\n").unwrap();
+    std::fs::hard_link(tree.join("usr/one"), tree.join("usr/two")).unwrap();
+    tree
+}
+
+/// Content, owners, modes, times and links of a tree.
+fn state(tree: &Path) -> String {
+    let find = "find . ! -path './proc*' -printf '%p %y %m %U %G %n %T@ %l\\n' | sort; find . -type f -exec md5sum {} + | sort";
+    succeed(Command::new("sh").args(["-c", find]).current_dir(tree))
+}
+
+fn run(dir: &Path, arguments: &[&str]) -> Output {
+    let mut command = ims_sshd(arguments, &[]);
+    command.current_dir(dir).output().unwrap()
+}
+
+fn work(dir: &Path) -> PathBuf {
+    let places: Vec<_> = std::fs::read_dir(dir.join("work/ims-sshd")).unwrap().map(|e| e.unwrap().path()).collect();
+    assert_eq!(places.len(), 1, "{places:?}");
+    places[0].clone()
+}
+
+/// Changes of every kind, by programs of the image.
+const CHANGES: &str = "set -e; rm /boot/initrd; mkdir -p /srv/new; echo new > /srv/new/file; chmod 4711 /srv/new/file; \
+    echo more >> /usr/two; mv /usr/lib/old /usr/lib/new; rm -r /root; ln -s srv /link; chown 5:6 /etc; touch /tmp/file";
+
+const CUSTOMIZE: [&str; 4] = ["customize", "tree", "--work", "work"];
+
+#[test]
+fn changes_to_a_directory_are_applied_once_it_is_complete_and_keep_all_that_it_has() {
+    let dir = folder();
+    let tree = tree(dir.path());
+    let links = std::fs::metadata(tree.join("usr/one")).unwrap().nlink();
+    let output = run(dir.path(), &[&CUSTOMIZE[..], &["--", "sh", "-c", CHANGES]].concat());
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert!(text(&output.stderr).contains(&format!("applied the changes to {}", tree.display())), "{output:?}");
+    let of = |name: &str| std::fs::metadata(tree.join(name)).unwrap();
+    assert!(!tree.join("boot/initrd").exists() && !tree.join("root").exists() && !tree.join("usr/lib/old").exists());
+    assert_eq!(std::fs::read_to_string(tree.join("srv/new/file")).unwrap(), "new\n");
+    assert_eq!(of("srv/new/file").mode() & 0o7777, 0o4711);
+    assert_eq!(std::fs::read_to_string(tree.join("usr/one")).unwrap(), "one\nmore\n");
+    assert_eq!((of("usr/one").ino(), of("usr/two").nlink()), (of("usr/two").ino(), links));
+    assert_eq!(std::fs::read_to_string(tree.join("usr/lib/new/in/file")).unwrap(), "inside\n");
+    assert_eq!((of("etc").uid(), of("etc").gid()), (5, 6));
+    assert_eq!(std::fs::read_link(tree.join("link")).unwrap(), Path::new("srv"));
+    assert!(
+        tree.join("tmp/file").exists()
+            && std::fs::read_dir(&tree).unwrap().all(|e| !e.unwrap().file_name().to_string_lossy().starts_with(".ims"))
+    );
+    nothing_stays(dir.path());
+}
+
+#[test]
+fn a_directory_that_is_given_up_is_as_it_was() {
+    let dir = folder();
+    let tree = tree(dir.path());
+    let before = state(&tree);
+    let script = dir.path().join("script");
+    let lines = "cd $IMAGE_ROOT_PARENT/image-root\nrm -r boot; echo new > etc/new; touch tmp/failed ../failed\n";
+    std::fs::write(&script, lines).unwrap();
+    for output in [&[][..], &["--output", "out"]] {
+        let arguments = [&CUSTOMIZE[..], &["--host-script", script.to_str().unwrap()], output].concat();
+        let output = run(dir.path(), &arguments);
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        let said = text(&output.stdout) + &text(&output.stderr);
+        assert!(said.contains("or, to give the changes up: touch /tmp/failed"), "{said}");
+        assert!(said.contains(&format!("the changes were thrown away; {} is as it was", tree.display())), "{said}");
+        assert_eq!(state(&tree), before);
+    }
+    let looked = run(dir.path(), &["enter", "tree", "--work", "work", "--discard", "--", "sh", "-c", CHANGES]);
+    assert!(looked.status.success(), "{looked:?}");
+    assert_eq!(state(&tree), before);
+    let published = [&CUSTOMIZE[..], &["--output", "out", "--", "touch", "/etc/new"]].concat();
+    let published = run(dir.path(), &published);
+    assert!(published.status.success(), "{published:?}");
+    assert_eq!(state(&tree), before, "what is published leaves its source alone");
+    nothing_stays(dir.path());
+}
+
+#[test]
+fn changes_to_a_directory_are_kept_when_nobody_decides_and_gone_on_with() {
+    let dir = folder();
+    let tree = tree(dir.path());
+    let before = state(&tree);
+    let failed = run(dir.path(), &[&CUSTOMIZE[..], &["--", "sh", "-c", "echo 1 > /etc/first; exit 3"]].concat());
+    assert_eq!(failed.status.code(), Some(3), "{failed:?}");
+    let said = text(&failed.stderr);
+    assert!(
+        said.contains("the changes are not applied") && said.contains("the same command goes on with it"),
+        "{said}"
+    );
+    assert_eq!(state(&tree), before);
+    // Where it is, the directory would change below what is kept.
+    for command in [
+        &["enter", "tree", "--work", "work", "--", "true"][..],
+        &["customize", "tree", "--work", "work", "--in-place", "--", "true"],
+    ] {
+        let refused = run(dir.path(), command);
+        assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+        assert!(text(&refused.stderr).contains("changes that were made above it are kept in"), "{refused:?}");
+    }
+    let output =
+        run(dir.path(), &[&CUSTOMIZE[..], &["--", "sh", "-c", "test -e /etc/first && echo 2 > /etc/second"]].concat());
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert!(tree.join("etc/first").exists() && tree.join("etc/second").exists());
+    nothing_stays(dir.path());
+}
+
+#[test]
+fn an_application_that_was_killed_is_ended_by_the_same_command_and_nothing_else_is_done_before() {
+    let dir = folder();
+    let tree = tree(dir.path());
+    let lines = format!("{CHANGES}; exit 3");
+    let kept = run(dir.path(), &[&CUSTOMIZE[..], &["--", "sh", "-c", &lines]].concat());
+    assert_eq!(kept.status.code(), Some(3), "{kept:?}");
+    // As it is when the program is killed just after the verdict.
+    std::fs::write(work(dir.path()).join(".ims-sshd.applying"), "moving").unwrap();
+    std::fs::create_dir(tree.join(".ims-sshd.applying")).unwrap();
+    for command in [&["enter", "tree", "--", "true"][..], &["enter", "tree", "--discard", "--", "true"]] {
+        let refused = run(dir.path(), command);
+        assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+        assert!(
+            text(&refused.stderr).contains("applying changes to it was interrupted; 'ims-sshd customize"),
+            "{refused:?}"
+        );
+    }
+    let output = run(dir.path(), &[&CUSTOMIZE[..], &["--", "touch", "/etc/more"]].concat());
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert!(text(&output.stderr).contains("was interrupted; going on with that"), "{output:?}");
+    assert!(tree.join("usr/lib/new/in/file").exists() && !tree.join("boot/initrd").exists());
+    assert!(!tree.join("etc/more").exists() && !tree.join(".ims-sshd.applying").exists());
+    nothing_stays(dir.path());
+}
+
+#[test]
+fn a_directory_below_an_overlay_is_changed_by_nobody_else() {
+    let dir = folder();
+    let tree = tree(dir.path());
+    let mut first = ims_sshd(&CUSTOMIZE, &[]);
+    first.args(["--", "sh", "-c", "echo open; exec sleep 600"]).current_dir(dir.path()).stdout(Stdio::piped());
+    let mut first = Ended(first.spawn().unwrap());
+    let mut said = [0; 5];
+    std::io::Read::read_exact(first.stdout.as_mut().unwrap(), &mut said).unwrap();
+    for command in [
+        &["enter", "tree", "--", "true"][..],
+        &["customize", "tree", "--in-place", "--work", "other"],
+        &["customize", "tree", "--work", "other", "--", "true"],
+    ] {
+        let refused = run(dir.path(), command);
+        assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+        assert!(text(&refused.stderr).contains("another build environment is open on it"), "{refused:?}");
+    }
+    first.kill().unwrap();
+    first.wait().unwrap();
+    let output = run(dir.path(), &[&CUSTOMIZE[..], &["--", "true"]].concat());
+    assert!(output.status.success(), "{output:?}");
+    drop(tree);
+    nothing_stays(dir.path());
+}
+
+#[test]
+fn a_directory_that_cannot_lie_below_an_overlay_is_refused_and_can_be_changed_where_it_is() {
+    let dir = folder();
+    let tree = tree(dir.path());
+    std::fs::create_dir(tree.join("mnt")).unwrap();
+    let in_mounts = |arguments: &[&str]| {
+        let mut command = Command::new("unshare");
+        command.args(["-m", "sh", "-c", "mount -t tmpfs tmpfs tree/mnt; exec \"$@\"", "sh", IMS_SSHD]).args(arguments);
+        command.current_dir(dir.path()).stdin(Stdio::null()).output().unwrap()
+    };
+    let refused = in_mounts(&[&CUSTOMIZE[..], &["--", "true"]].concat());
+    assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+    let said = text(&refused.stderr);
+    assert!(said.contains("tree/mnt, which would not be seen") && said.contains("--in-place"), "{said}");
+    let inside = run(dir.path(), &["customize", "tree", "--work", "tree/srv", "--", "true"]);
+    assert_eq!(inside.status.code(), Some(1), "{inside:?}");
+    assert!(text(&inside.stderr).contains("its changes would be kept inside it"), "{inside:?}");
+    let in_place = in_mounts(&[&CUSTOMIZE[..], &["--in-place", "--", "touch", "/mnt/file", "/etc/new"]].concat());
+    assert!(in_place.status.success(), "{in_place:?}");
+    assert!(tree.join("etc/new").exists());
+
+    // The sentence that would not be true is not printed.
+    let script = dir.path().join("script");
+    std::fs::write(&script, "cd $IMAGE_ROOT_PARENT; touch image-root/etc/newer failed\n").unwrap();
+    let output =
+        run(dir.path(), &[&CUSTOMIZE[..], &["--in-place", "--host-script", script.to_str().unwrap()]].concat());
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let said = text(&output.stdout) + &text(&output.stderr);
+    assert!(!said.contains("give the changes up") && said.contains("the changes stay in"), "{said}");
+    assert!(tree.join("etc/newer").exists());
+    let file = run(dir.path(), &["customize", "script", "--in-place", "--output", "out"]);
+    assert_eq!(file.status.code(), Some(2), "{file:?}");
+}
