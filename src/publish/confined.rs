@@ -191,14 +191,11 @@ impl<'a> Confined<'a> {
         started.map_err(|_| Error::new(&attempted))?.map_err(|e| Error::new(&attempted).because(e))
     }
 
-    /// Confines this thread for good, and all that it starts. The working directory is its own from here on.
+    /// Confines this thread for good, and all that it starts.
     pub fn enter(&self) -> Result<()> {
         let rules = self.rules().attempt(|| "choose the files that it reaches")?;
         if Self::has_mounts() {
             self.own_mounts().attempt(|| "set up mounts that can only be read")?;
-        } else {
-            nix::sched::unshare(CloneFlags::CLONE_FS).attempt(|| "have a working directory of one's own")?;
-            rustix::process::fchdir(self.directory).attempt(|| "go to its working directory")?;
         }
         rustix::thread::set_no_new_privs(true).attempt(|| "forgo new privileges")?;
         capabilities::hold_only(self.capabilities.iter().map(|(kept, _)| *kept).collect())
@@ -217,6 +214,11 @@ impl<'a> Confined<'a> {
             None => File::open("/dev/null").map(OwnedFd::from),
         };
         command.stdin(Stdio::from(input.attempt(|| "open its standard input")?));
+        // Mounts of its own come with a working directory. Without them the child goes there itself: seccomp profiles of containers refuse
+        // unshare(2), which would give this thread one.
+        if !Self::has_mounts() {
+            command.current_dir(self.directory.path());
+        }
         let seconds = self.limits.time.as_secs() * processors();
         let limits = [
             // Not of addresses, which threads reserve and never use.
