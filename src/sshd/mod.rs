@@ -37,13 +37,17 @@ pub fn program() -> Result<&'static str> {
     })
 }
 
-/// Refuses a container in which sshd would listen and let nobody in: before it asks for a key it becomes its own unprivileged user.
+/// Refuses a container in which sshd would listen and let nobody in: before it asks for a key it becomes its own unprivileged user, in an
+/// empty root directory.
 pub fn check_rights() -> Result<()> {
     let attempted = || "let anybody log in";
     let held = rustix::thread::capabilities(None).attempt(attempted)?.effective;
-    if held.contains(CapabilitySet::SETUID | CapabilitySet::SETGID) {
+    let why = if !held.contains(CapabilitySet::SETUID | CapabilitySet::SETGID) {
+        "sshd may not become another user"
+    } else if !held.contains(CapabilitySet::SYS_CHROOT) {
+        "sshd may not change its root directory"
+    } else {
         return Ok(());
-    }
-    Err(Error::new(attempted()).because("sshd may not become another user"))
-        .advise("the container needs CAP_SETUID and CAP_SETGID")
+    };
+    Err(Error::new(attempted()).because(why)).advise("the container needs CAP_SETUID, CAP_SETGID and CAP_SYS_CHROOT")
 }

@@ -64,8 +64,7 @@ fn parse(line: &str) -> Option<Line<'_>> {
         let (client, why) = rest.split_once(": ")?;
         return refused(None, Some(address(client)?.1), Some(why));
     }
-    // sshd itself failed, for want of a capability perhaps.
-    if line.starts_with("fatal: ") || line.starts_with("drop connection ") {
+    if line.starts_with("drop connection ") {
         return refused(None, None, Some(line));
     }
     let begin = ["Connection closed by ", "Connection reset by ", "Disconnected from ", "Disconnecting "];
