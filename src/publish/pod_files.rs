@@ -14,7 +14,7 @@ const AUTHORITIES: &str = "etc/cray/ca";
 const AUTHORITY: &str = "certificate_authority.crt";
 
 /// sshd's configuration where none is given.
-const SSHD_CONFIG: &str = "Port 22\nLogLevel INFO\nPermitRootLogin yes\nPubkeyAuthentication yes\n\
+pub const SSHD_CONFIG: &str = "Port 22\nLogLevel INFO\nPermitRootLogin yes\nPubkeyAuthentication yes\n\
     AuthorizedKeysFile /etc/cray/ims/authorized_keys\nPasswordAuthentication no\nChallengeResponseAuthentication no\n\
     Subsystem sftp internal-sftp\n";
 

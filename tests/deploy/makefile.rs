@@ -143,7 +143,7 @@ fn one_test_is_found_by_its_name_and_asks_for_what_it_needs() {
     let planned = |name: &str| succeed(&mut make(&["--dry-run", "test", &format!("TEST={name}")]));
     let unit = planned("a_name_with_a_newline_forges_no_log_line");
     assert!(unit.contains("--lib") && !unit.contains("tests/install-packages"), "{unit}");
-    let manifests = planned("every_variant_is_what_kubernetes_expects");
+    let manifests = planned("every_job_is_what_kubernetes_expects");
     assert!(manifests.contains("--test deploy") && manifests.contains("kubernetes-validate"), "{manifests}");
     assert!(!manifests.contains("container-images") && !manifests.contains("image-roots"), "{manifests}");
     let session = planned("exit_status_0_to_255");

@@ -1,5 +1,6 @@
-"""Prints what 'kubectl kustomize' would make of the folder that is named, as JSON, of what the manifests here use of kustomize:
-resources, patches in JSON, and names of images. With --validate, checks it against the schemas of Kubernetes 1.31 and of the newest."""
+"""Prints what 'kubectl kustomize' would make of the folder or file that is named, as JSON, of what the manifests here use of kustomize:
+resources, strategic merge patches, the namespace, and names of images. With --validate, checks it against the schemas of Kubernetes 1.31
+and of the newest."""
 
 import json
 import pathlib
@@ -7,40 +8,60 @@ import sys
 
 import yaml
 
+# The field by which items of a list are told apart; other lists are replaced as a whole.
+KEYS = {
+    "containers": "name",
+    "initContainers": "name",
+    "env": "name",
+    "volumes": "name",
+    "volumeMounts": "mountPath",
+    "ports": "containerPort",
+}
 
-def rendered(folder):
-    kustomization = yaml.safe_load((folder / "kustomization.yaml").read_text())
-    known = {"apiVersion", "kind", "resources", "patches", "images"}
-    assert set(kustomization) <= known, f"{folder}: {set(kustomization) - known} is not known here"
-    objects = []
-    for resource in kustomization["resources"]:
-        path = folder / resource
-        objects += rendered(path) if path.is_dir() else filter(None, yaml.safe_load_all(path.read_text()))
-    # Anchors make one object of two.
-    objects = json.loads(json.dumps(objects))
+
+def rendered(place):
+    if place.is_file():
+        return json.loads(json.dumps([o for o in yaml.safe_load_all(place.read_text()) if o]))
+    kustomization = yaml.safe_load((place / "kustomization.yaml").read_text())
+    known = {"apiVersion", "kind", "resources", "patches", "images", "namespace"}
+    assert set(kustomization) <= known, f"{place}: {set(kustomization) - known} is not known here"
+    objects = [o for resource in kustomization["resources"] for o in rendered(place / resource)]
     for patch in kustomization.get("patches", []):
-        target = patch["target"]
-        found = [o for o in objects if o["kind"] == target["kind"] and o["metadata"]["name"] == target["name"]]
-        assert len(found) == 1, f"{folder}: {target} is {len(found)} objects"
-        for step in yaml.safe_load(patch["patch"]):
-            apply(found[0], step)
+        patch = yaml.safe_load(patch["patch"])
+        named = lambda o: (o["kind"], o["metadata"]["name"])
+        found = [o for o in objects if named(o) == named(patch)]
+        assert len(found) == 1, f"{place}: {named(patch)} is {len(found)} objects"
+        merge(found[0], patch)
     for image in kustomization.get("images", []):
         for container in containers(objects):
-            if container["image"] == image["name"]:
-                container["image"] = f"{image['newName']}:{image['newTag']}"
+            if container["image"].split(":")[0].split("@")[0] == image["name"]:
+                name = image.get("newName", image["name"])
+                container["image"] = f"{name}@{image['digest']}" if "digest" in image else f"{name}:{image['newTag']}"
+    if namespace := kustomization.get("namespace"):
+        for one in objects:
+            one["metadata"]["namespace"] = namespace
     return objects
 
 
-def apply(target, step):
-    *way, last = step["path"].strip("/").split("/")
-    for name in way:
-        target = target[int(name) if isinstance(target, list) else name]
-    if isinstance(target, list):
-        assert step["op"] == "replace", step
-        target[int(last)] = step["value"]
-    else:
-        assert (last in target) == (step["op"] == "replace"), step
-        target[last] = step["value"]
+def merge(target, patch):
+    for field, value in patch.items():
+        if value is None:
+            target.pop(field, None)
+        elif isinstance(value, dict) and isinstance(target.get(field), dict):
+            merge(target[field], value)
+        elif field in KEYS and isinstance(target.get(field), list):
+            target[field] = merged_lists(target[field], value, KEYS[field])
+        else:
+            target[field] = value
+
+
+def merged_lists(items, patches, key):
+    """The patches' items come first, as kustomize has them."""
+    by_key = {item[key]: item for item in items}
+    for patch in patches:
+        merge(by_key.setdefault(patch[key], {}), patch)
+    first = [patch[key] for patch in patches]
+    return [by_key[k] for k in first] + [item for item in items if item[key] not in first]
 
 
 def containers(objects):
@@ -50,8 +71,8 @@ def containers(objects):
 
 
 def main():
-    *options, folder = sys.argv[1:]
-    objects = rendered(pathlib.Path(folder))
+    *options, place = sys.argv[1:]
+    objects = rendered(pathlib.Path(place))
     if "--validate" in options:
         import kubernetes_validate
 
@@ -61,4 +82,5 @@ def main():
     print(json.dumps(objects))
 
 
-main()
+if __name__ == "__main__":
+    main()

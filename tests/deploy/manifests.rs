@@ -2,40 +2,163 @@
 
 use std::path::Path;
 
-use crate::rendered::{manifests, object};
+use serde_json::Value;
+
+use crate::rendered::{containers, manifests};
+
+/// Those of a customize job, and all that hold a job.
+const CUSTOMIZE: [&str; 5] = ["base", "variants/ordinary", "variants/user-namespace", "variants/kata", "variants/ims"];
+const JOBS: [&str; 6] =
+    ["base", "variants/ordinary", "variants/user-namespace", "variants/kata", "variants/ims", "create-debug"];
+
+fn job(variant: &str) -> Value {
+    let mut objects = manifests(variant);
+    assert_eq!((objects.len(), objects[0]["kind"].as_str()), (1, Some("Job")), "{variant}");
+    objects.remove(0)
+}
+
+fn spec(variant: &str) -> Value {
+    job(variant)["spec"]["template"]["spec"].take()
+}
+
+fn container(spec: &Value, name: &str) -> Value {
+    containers(spec).find(|container| container["name"] == name).unwrap().clone()
+}
+
+fn variable(container: &Value, name: &str) -> String {
+    let variables = container["env"].as_array().unwrap();
+    variables.iter().find(|v| v["name"] == name).unwrap()["value"].as_str().unwrap().to_owned()
+}
 
 #[test]
-fn every_variant_is_what_kubernetes_expects() {
-    for variant in ["base", "variants/ordinary", "variants/user-namespace", "variants/kata"] {
-        let mut objects = manifests(variant);
-        for job in ["ims-sshd-customize", "ims-sshd-create-debug"] {
-            let spec = object(&mut objects, "Job", job)["spec"]["template"]["spec"].clone();
-            for container in spec["containers"].as_array().unwrap() {
-                let image = container["image"].as_str().unwrap();
-                assert!(image.ends_with(concat!(":", env!("CARGO_PKG_VERSION"))), "{variant}: {image}");
-            }
+fn every_job_is_what_kubernetes_expects_and_names_one_version() {
+    for variant in JOBS {
+        let job = job(variant);
+        for labels in [&job["metadata"]["labels"], &job["spec"]["template"]["metadata"]["labels"]] {
+            assert_eq!(labels["app.kubernetes.io/version"], env!("CARGO_PKG_VERSION"), "{variant}");
+        }
+        for container in containers(&job["spec"]["template"]["spec"]) {
+            let image = container["image"].as_str().unwrap();
+            assert!(image.ends_with(concat!(":", env!("CARGO_PKG_VERSION"))), "{variant}: {image}");
+        }
+    }
+    let policy = manifests("networkpolicy.yaml");
+    assert_eq!(policy[0]["metadata"]["labels"]["app.kubernetes.io/version"], env!("CARGO_PKG_VERSION"));
+}
+
+#[test]
+fn every_job_ends_and_goes_and_has_no_unbounded_memory() {
+    for variant in JOBS {
+        let job = job(variant);
+        for limit in ["activeDeadlineSeconds", "ttlSecondsAfterFinished"] {
+            assert!(job["spec"][limit].as_u64().is_some_and(|seconds| seconds > 0), "{variant}: {limit}");
+        }
+        let spec = &job["spec"]["template"]["spec"];
+        assert_eq!(variable(&container(spec, "sshd"), "IMS_IDLE_LIMIT"), "14400");
+        for volume in spec["volumes"].as_array().unwrap() {
+            let empty = volume.get("emptyDir");
+            assert!(empty.is_none_or(|empty| empty["sizeLimit"].is_string()), "{variant}: {volume}");
+        }
+        for container in containers(spec) {
+            let resources = &container["resources"];
+            let all = [&resources["requests"]["cpu"], &resources["requests"]["memory"], &resources["limits"]["memory"]];
+            assert!(all.iter().all(|amount| amount.is_string()), "{variant}: {container}");
         }
     }
 }
 
 #[test]
-fn the_variants_differ_in_what_they_are_named_for() {
-    let spec =
-        |variant| object(&mut manifests(variant), "Job", "ims-sshd-customize")["spec"]["template"]["spec"].clone();
-    let security = |spec: &serde_json::Value| spec["containers"][0]["securityContext"].clone();
-    let (ordinary, user, kata) = (spec("variants/ordinary"), spec("variants/user-namespace"), spec("variants/kata"));
-    for unprivileged in [&ordinary, &user].map(security) {
-        assert!(unprivileged.get("privileged").is_none() && unprivileged.get("capabilities").is_none());
+fn every_container_gives_up_what_it_does_not_need() {
+    for variant in JOBS {
+        for container in containers(&spec(variant)) {
+            let security = &container["securityContext"];
+            assert_eq!(security["readOnlyRootFilesystem"], true);
+            if (variant, container["name"].as_str().unwrap()) == ("variants/kata", "sshd") {
+                // Kubernetes refuses a privileged container that may not escalate.
+                assert_eq!(
+                    (&security["privileged"], &security["allowPrivilegeEscalation"]),
+                    (&true.into(), &true.into())
+                );
+                assert!(security.get("capabilities").is_none());
+                continue;
+            }
+            assert_eq!(security["allowPrivilegeEscalation"], false, "{variant}: {container}");
+            assert_eq!(security["capabilities"]["drop"], serde_json::json!(["ALL"]), "{variant}: {container}");
+        }
     }
-    assert_eq!(user["hostUsers"], false);
+}
+
+/// What the level 'baseline' of Kubernetes' Pod Security Standards refuses of a pod.
+fn refused_by_baseline(spec: &Value) -> Vec<String> {
+    const CAPABILITIES: [&str; 13] = [
+        "AUDIT_WRITE",
+        "CHOWN",
+        "DAC_OVERRIDE",
+        "FOWNER",
+        "FSETID",
+        "KILL",
+        "MKNOD",
+        "NET_BIND_SERVICE",
+        "SETFCAP",
+        "SETGID",
+        "SETPCAP",
+        "SETUID",
+        "SYS_CHROOT",
+    ];
+    let mut refused = Vec::new();
+    for host in ["hostNetwork", "hostPID", "hostIPC"] {
+        refused.extend((spec[host] == true).then(|| host.to_owned()));
+    }
+    for volume in spec["volumes"].as_array().unwrap() {
+        refused.extend(volume.get("hostPath").map(|_| "hostPath".to_owned()));
+    }
+    for container in containers(spec) {
+        let security = &container["securityContext"];
+        let mut refuse = |what: &str| refused.push(format!("{}: {what}", container["name"].as_str().unwrap()));
+        if security["privileged"] == true {
+            refuse("privileged");
+        }
+        for profile in ["appArmorProfile", "seccompProfile"] {
+            if security[profile]["type"] == "Unconfined" {
+                refuse(profile);
+            }
+        }
+        for capability in security["capabilities"]["add"].as_array().into_iter().flatten() {
+            if !CAPABILITIES.contains(&capability.as_str().unwrap()) {
+                refuse("capabilities");
+            }
+        }
+    }
+    refused
+}
+
+#[test]
+fn baseline_takes_the_base_and_the_debug_shell_and_refuses_the_variants_for_what_the_page_says() {
+    for variant in ["base", "create-debug"] {
+        assert_eq!(refused_by_baseline(&spec(variant)), <[&str; 0]>::default(), "{variant}");
+    }
+    for variant in ["variants/ordinary", "variants/user-namespace", "variants/ims"] {
+        assert_eq!(refused_by_baseline(&spec(variant)), ["sshd: appArmorProfile", "sshd: seccompProfile"], "{variant}");
+    }
+    assert_eq!(refused_by_baseline(&spec("variants/kata")), ["sshd: privileged"]);
+}
+
+#[test]
+fn the_variants_differ_in_what_they_are_named_for() {
+    let [ordinary, user, kata, ims] =
+        ["ordinary", "user-namespace", "kata", "ims"].map(|variant| spec(&format!("variants/{variant}")));
+    assert_eq!((&user["hostUsers"], ordinary.get("hostUsers")), (&false.into(), None));
     assert_eq!(kata["runtimeClassName"], "kata-qemu");
-    assert_eq!(security(&kata)["privileged"], true);
-    let variable = |spec: &serde_json::Value, name: &str| {
-        let variables = spec["containers"][0]["env"].as_array().unwrap().clone();
-        variables.into_iter().find(|v| v["name"] == name).unwrap()["value"].as_str().unwrap().to_owned()
-    };
-    assert_eq!([&ordinary, &user, &kata].map(|spec| variable(spec, "JOB_ENABLE_DKMS")), ["False", "False", "True"]);
-    assert_eq!([&ordinary, &user, &kata].map(|spec| variable(spec, "SSH_JAIL")), ["True", "True", "True"]);
+    assert!(variable(&container(&ims, "sidecar"), "IMS_URL").ends_with("/apis/ims"));
+    for variant in CUSTOMIZE {
+        let sshd = container(&spec(variant), "sshd");
+        assert_eq!(variable(&sshd, "SSH_JAIL"), "True");
+        let (dkms, tier) = if variant == "variants/kata" { ("True", "namespace") } else { ("False", "user") };
+        assert_eq!(
+            (variable(&sshd, "JOB_ENABLE_DKMS").as_str(), variable(&sshd, "IMS_JAIL_TIER").as_str()),
+            (dkms, tier)
+        );
+    }
 }
 
 #[test]

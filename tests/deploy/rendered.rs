@@ -5,7 +5,7 @@ use std::process::Command;
 
 use serde_json::Value;
 
-/// The objects of a variant.
+/// The objects of a variant, or of a file.
 pub fn manifests(variant: &str) -> Vec<Value> {
     let cache = std::env::var_os("IMS_SSHD_CACHE")
         .map_or_else(|| PathBuf::from(std::env::var_os("HOME").expect("HOME")).join(".cache/ims-sshd"), PathBuf::from);
@@ -20,8 +20,7 @@ pub fn manifests(variant: &str) -> Vec<Value> {
     serde_json::from_slice(&output.stdout).unwrap()
 }
 
-/// One object of them.
-pub fn object<'a>(objects: &'a mut [Value], kind: &str, name: &str) -> &'a mut Value {
-    let named = |o: &&mut Value| o["kind"] == kind && o["metadata"]["name"] == name;
-    objects.iter_mut().find(named).unwrap_or_else(|| panic!("no {kind} {name}"))
+/// The containers of a pod's spec, those that begin first first.
+pub fn containers(spec: &Value) -> impl Iterator<Item = &Value> {
+    ["initContainers", "containers"].into_iter().flat_map(|list| spec[list].as_array().into_iter().flatten())
 }

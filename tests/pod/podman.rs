@@ -6,10 +6,11 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use ims_sshd::publish::pod_files::SSHD_CONFIG;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::rendered::{manifests, object};
+use crate::rendered::manifests;
 use crate::support::ssh_options;
 
 pub const IMAGE: &str = "localhost/ims-sshd-test/ims-sshd:latest";
@@ -84,6 +85,13 @@ pub fn free_port() -> u16 {
         .expect("a free port")
 }
 
+/// A container of a pod's spec.
+pub fn container<'a>(spec: &'a mut Value, name: &str) -> &'a mut Value {
+    let list = if name == "prepare" { "initContainers" } else { "containers" };
+    let named = |container: &&mut Value| container["name"] == name;
+    spec[list].as_array_mut().unwrap().iter_mut().find(named).unwrap_or_else(|| panic!("no container {name}"))
+}
+
 /// A job's pod, running.
 pub struct Pod {
     pub name: String,
@@ -107,7 +115,7 @@ pub const VARIANT: &str = "variants/ordinary";
 impl Pod {
     /// Starts the pod of the job `name` on an unpacked `archive` and waits until one can log in. `change` may change the sshd container.
     pub fn open(name: &str, archive: &str, change: impl FnOnce(&mut Value)) -> Self {
-        Self::of(name, archive, |spec| change(&mut spec["containers"][0]))
+        Self::of(name, archive, |spec| change(container(spec, "sshd")))
     }
 
     /// The same; `change` may change all of the pod.
@@ -124,21 +132,21 @@ impl Pod {
         let port = free_port();
 
         let own = format!("ims-sshd-test-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-        let mut objects = manifests(VARIANT);
-        let mut keys = object(&mut objects, "ConfigMap", "ims-sshd-keys").take();
-        let config = keys["data"]["sshd_config"].as_str().unwrap();
-        let config = config.replace("Port 22\n", &format!("Port {port}\nListenAddress 127.0.0.1\n"));
-        assert!(config.contains("127.0.0.1"), "{config}");
-        keys["data"]["sshd_config"] = config.into();
-        keys["data"]["authorized_keys"] = std::fs::read_to_string(key.with_extension("pub")).unwrap().into();
+        let mut job = manifests(if name == "ims-sshd-create-debug" { "create-debug" } else { VARIANT }).remove(0);
+        assert_eq!(job["metadata"]["name"], name);
+        let config = SSHD_CONFIG.replace("Port 22\n", &format!("Port {port}\nListenAddress 127.0.0.1\n"));
+        let keys = std::fs::read_to_string(key.with_extension("pub")).unwrap();
         // podman keeps it as a volume of that name.
-        keys["metadata"]["name"] = format!("{own}-{}", keys["metadata"]["name"].as_str().unwrap()).into();
+        let keys = json!({
+            "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": format!("{own}-ims-sshd-keys")},
+            "data": {"authorized_keys": keys, "sshd_config": config},
+        });
 
-        let mut spec = object(&mut objects, "Job", name)["spec"]["template"]["spec"].take();
+        let mut spec = job["spec"]["template"]["spec"].take();
         spec["hostNetwork"] = true.into();
         let mut volumes = Vec::new();
         for one in spec["volumes"].as_array_mut().unwrap() {
-            if one.get("persistentVolumeClaim").is_some() {
+            if one.get("ephemeral").is_some() {
                 *one = json!({"name": one["name"], "hostPath": {"path": volume, "type": "Directory"}});
             }
             one["name"] = format!("{own}-{}", one["name"].as_str().unwrap()).into();
@@ -153,19 +161,30 @@ impl Pod {
             for container in spec[list].as_array_mut().unwrap() {
                 container["image"] = IMAGE.into();
                 container["imagePullPolicy"] = "Never".into();
+                // No store: the image lies on the volume, and stays there.
+                container.as_object_mut().unwrap().remove("envFrom");
                 for mount in container["volumeMounts"].as_array_mut().unwrap() {
                     mount["name"] = format!("{own}-{}", mount["name"].as_str().unwrap()).into();
                 }
             }
         }
-        let sshd = spec["containers"][0].clone();
-        let container = spec["containers"][0].as_object_mut().unwrap();
+        let source = json!({"name": "IMAGE_SOURCE", "value": "/mnt/image/image.sqsh"});
+        let prepare = container(&mut spec, "prepare");
+        prepare["env"].as_array_mut().unwrap().retain(|variable| variable["name"] != "IMAGE_SOURCE");
+        prepare["env"].as_array_mut().unwrap().push(source.clone());
+        for word in prepare["command"].as_array_mut().unwrap().iter_mut().filter(|word| *word == "$(IMAGE_SOURCE)") {
+            *word = source["value"].clone();
+        }
+        let sshd = container(&mut spec, "sshd").clone();
+        let container = self::container(&mut spec, "sshd").as_object_mut().unwrap();
         // podman makes timers of systemd out of probes; here they are run by the test.
         for only_kubernetes in ["readinessProbe", "livenessProbe", "ports"] {
             container.remove(only_kubernetes).unwrap();
         }
         // To compress is not what is tested.
-        let variables = spec["containers"][1]["env"].as_array_mut().unwrap();
+        let sidecar = self::container(&mut spec, "sidecar");
+        sidecar["command"].as_array_mut().unwrap().extend(["--sshd-config", "/keys/sshd_config"].map(Into::into));
+        let variables = sidecar["env"].as_array_mut().unwrap();
         variables.push(json!({"name": "IMAGE_COMPRESSION", "value": "none"}));
         change(&mut spec);
         let pod = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": own}, "spec": spec});

@@ -165,11 +165,11 @@ fn a_job_of_ims_fetches_customizes_and_publishes_an_image() {
     let endpoint = ims.url.replace("127.0.0.1", "localhost").replace("/apis/ims", "/token");
     std::fs::write(ims.oauth.path().join("endpoint"), endpoint).unwrap();
     let change = |spec: &mut serde_json::Value| {
-        let prepare = &mut spec["initContainers"][0];
+        let prepare = container(spec, "prepare");
         prepare["command"] = json!(["ims-sshd", "prepare", "/mnt/image", url]);
         let variables: Vec<_> = variables.iter().map(|(name, value)| json!({"name": name, "value": value})).collect();
         prepare["env"] = variables.clone().into();
-        let sidecar = spec["containers"][1]["env"].as_array_mut().unwrap();
+        let sidecar = container(spec, "sidecar")["env"].as_array_mut().unwrap();
         sidecar.retain(|variable| !variables.iter().any(|other| other["name"] == variable["name"]));
         sidecar.extend(variables);
         let oauth = ims.oauth.path();
@@ -177,8 +177,8 @@ fn a_job_of_ims_fetches_customizes_and_publishes_an_image() {
             .as_array_mut()
             .unwrap()
             .push(json!({"name": "oauth", "hostPath": {"path": oauth, "type": "Directory"}}));
-        for (list, number) in [("initContainers", 0), ("containers", 1)] {
-            let mounts = spec[list][number]["volumeMounts"].as_array_mut().unwrap();
+        for name in ["prepare", "sidecar"] {
+            let mounts = container(spec, name)["volumeMounts"].as_array_mut().unwrap();
             mounts.push(json!({"name": "oauth", "mountPath": oauth, "readOnly": true}));
         }
     };
