@@ -21,8 +21,10 @@ mod s3_server;
 #[path = "../suite/support.rs"]
 mod support;
 
+mod capabilities;
 mod containers;
 mod image;
 mod podman;
 mod pods;
+mod walk;
 mod way_in;

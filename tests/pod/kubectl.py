@@ -1,0 +1,213 @@
+"""Stands in for kubectl and a cluster, for the commands of docs/KUBERNETES.md and no others: what it does not know it refuses. Pods are run
+by podman, as the kubelet would run them but for this:
+
+- they have the machine's network: sshd gets another port and the loopback address, and 'port-forward' leads there;
+- volumes, ConfigMaps and Secrets are directories of this machine;
+- nothing enforces PodSecurity, the NetworkPolicy, seccompProfile and deadlines; the readiness probe is run by 'wait'.
+
+KUBECTL_STATE is a directory for all that a cluster would keep, KUBECTL_PODMAN the words of a podman command, as JSON, KUBECTL_IMAGE the
+image that is run whatever a job names, KUBECTL_SSHD_CONFIG sshd's configuration."""
+
+import json
+import os
+import pathlib
+import random
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import yaml
+
+sys.path.insert(0, os.environ["KUBECTL_RENDERER"])
+from manifests import rendered  # noqa: E402
+
+STATE = pathlib.Path(os.environ["KUBECTL_STATE"])
+LIMIT = 180
+
+
+def podman(*words, **options):
+    return subprocess.run([*json.loads(os.environ["KUBECTL_PODMAN"]), *words], text=True, **options)
+
+
+def fail(text):
+    sys.exit(f"error: {text}")
+
+
+def place(kind, name):
+    return STATE / kind / name
+
+
+def create_object(kind, name, content):
+    folder = place(kind, name)
+    if folder.exists():
+        fail(f'{kind} "{name}" already exists')
+    folder.mkdir(parents=True)
+    for key, text in content.items():
+        (folder / key).write_text(text)
+    print(f"{kind}/{name} created")
+
+
+def content_of(options):
+    content = {}
+    for option in options:
+        if match := re.fullmatch(r"--from-file=([\w.-]+)=(.+)", option):
+            content[match[1]] = pathlib.Path(match[2]).read_text()
+        elif (match := re.fullmatch(r"--from-file=(.+)", option)) and pathlib.Path(match[1]).is_dir():
+            content |= {file.name: file.read_text() for file in pathlib.Path(match[1]).iterdir()}
+        elif match := re.fullmatch(r"--from-env-file=(.+)", option):
+            lines = pathlib.Path(match[1]).read_text().splitlines()
+            content |= dict(line.split("=", 1) for line in lines)
+        else:
+            fail(f"unknown option {option}")
+    return content
+
+
+def create_job(job):
+    assert (job["apiVersion"], job["kind"]) == ("batch/v1", "Job"), job
+    name = job["metadata"]["generateName"] + "".join(random.choices("bcdfghjklmnpqrstvwxz2456789", k=5))
+    folder = place("jobs", name)
+    folder.mkdir(parents=True)
+    spec = job["spec"]["template"]["spec"]
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    config = os.environ["KUBECTL_SSHD_CONFIG"].replace("Port 22\n", f"Port {port}\nListenAddress 127.0.0.1\n")
+    (folder / "sshd_config").write_text(config)
+    (folder / "port").write_text(str(port))
+    spec["hostNetwork"] = True
+
+    volumes = {}
+    for volume in spec["volumes"]:
+        volume_name = volume.pop("name")
+        if "ephemeral" in volume:
+            host = folder / "volume"
+            host.mkdir()
+        elif "configMap" in volume:
+            host = place("configmap", volume["configMap"]["name"])
+        elif "secret" in volume:
+            host = place("secret", volume["secret"]["secretName"])
+        else:
+            volumes[volume_name] = {"emptyDir": volume["emptyDir"]}
+            continue
+        assert host.is_dir(), f"{volume_name} is missing"
+        volumes[volume_name] = {"hostPath": {"path": str(host), "type": "Directory"}}
+    spec["volumes"] = [{"name": f"{name}-{volume}", **what} for volume, what in volumes.items()]
+    spec["volumes"].append({"name": f"{name}-sshd", "hostPath": {"path": str(folder), "type": "Directory"}})
+
+    for container in spec["initContainers"] + spec["containers"]:
+        assert "@sha256:" in container["image"], container["image"]
+        container["image"] = os.environ["KUBECTL_IMAGE"]
+        container["imagePullPolicy"] = "Never"
+        for mount in container["volumeMounts"]:
+            mount["name"] = f"{name}-{mount['name']}"
+        for source in container.pop("envFrom", []):
+            for file in place("secret", source["secretRef"]["name"]).iterdir():
+                container["env"].append({"name": file.name, "value": file.read_text()})
+        variables = {variable["name"]: variable["value"] for variable in container["env"]}
+        expanded = lambda word: re.sub(r"\$\((\w+)\)", lambda match: variables[match[1]], word)
+        if "command" in container:
+            container["command"] = [expanded(word) for word in container["command"]]
+        container.pop("livenessProbe", None)
+        container.pop("ports", None)
+        if probe := container.pop("readinessProbe", None):
+            (folder / "probe").write_text(json.dumps([container["name"], probe["exec"]["command"]]))
+        if container["name"] == "sidecar":
+            container["command"] += ["--sshd-config", "/sshd/sshd_config"]
+            container["volumeMounts"].append({"name": f"{name}-sshd", "mountPath": "/sshd", "readOnly": True})
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": spec}
+    (folder / "pod.json").write_text(json.dumps(pod))
+    podman("play", "kube", "--quiet", str(folder / "pod.json"), check=True, stdout=subprocess.DEVNULL)
+    print(f"job.batch/{name}")
+
+
+def name_of(job):
+    match = re.fullmatch(r"job\.batch/(.+)", job)
+    if not match or not place("jobs", match[1]).is_dir():
+        fail(f"{job} not found")
+    return match[1]
+
+
+def containers(name):
+    spec = json.loads((place("jobs", name) / "pod.json").read_text())["spec"]
+    return [container["name"] for container in spec["containers"]]
+
+
+def wait(condition, job):
+    name = name_of(job)
+    began = time.monotonic()
+    while time.monotonic() - began < LIMIT:
+        states = [json.loads(podman("inspect", "--format", "{{json .State}}", f"{name}-{container}",
+                                    check=True, capture_output=True).stdout) for container in containers(name)]
+        if any(not state["Running"] and state["ExitCode"] for state in states):
+            fail(f"{job} has failed")
+        if condition == "jsonpath={.status.ready}=1":
+            container, command = json.loads((place("jobs", name) / "probe").read_text())
+            done = podman("exec", f"{name}-{container}", *command, capture_output=True).returncode == 0
+        elif condition == "condition=Complete":
+            done = not any(state["Running"] for state in states)
+        else:
+            fail(f"unknown condition {condition}")
+        if done:
+            print(f"{job} condition met")
+            return
+        time.sleep(0.1)
+    fail(f"timed out waiting for the condition on {job}")
+
+
+def port_forward(job, here):
+    there = int((place("jobs", name_of(job)) / "port").read_text())
+
+    def copy(source, target):
+        while data := source.recv(65536):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
+
+    with socket.create_server(("127.0.0.1", here)) as listener:
+        print(f"Forwarding from 127.0.0.1:{here} -> 22", flush=True)
+        while True:
+            client, _ = listener.accept()
+            server = socket.create_connection(("127.0.0.1", there))
+            for pair in [(client, server), (server, client)]:
+                threading.Thread(target=copy, args=pair, daemon=True).start()
+
+
+def main(words):
+    match words:
+        case ["create", "namespace", name]:
+            create_object("namespace", name, {})
+        case ["label", "namespace", name, label] if place("namespace", name).is_dir() and "=" in label:
+            print(f"namespace/{name} labeled")
+        case ["config", "set-context", "--current", namespace] if namespace.startswith("--namespace="):
+            print("Context modified.")
+        case ["create", "configmap", name, *options]:
+            create_object("configmap", name, content_of(options))
+        case ["create", "secret", "generic", name, *options]:
+            create_object("secret", name, content_of(options))
+        case ["apply", "-f", file]:
+            for one in rendered(pathlib.Path(file)):
+                print(f"{one['kind'].lower()}/{one['metadata']['name']} created")
+        case ["kustomize", folder]:
+            # As kustomize prints it: two blanks before what lies in 'metadata'.
+            print(yaml.safe_dump_all(rendered(pathlib.Path(folder)), sort_keys=False))
+        case ["create", "-f", "-", "-o", "name"]:
+            for one in yaml.safe_load_all(sys.stdin):
+                create_job(one)
+        case ["wait", condition, job, timeout] if condition.startswith("--for=") and timeout.startswith("--timeout="):
+            wait(condition.removeprefix("--for="), job)
+        case ["exec", job, "-c", container, "--", *command]:
+            sys.exit(podman("exec", f"{name_of(job)}-{container}", *command).returncode)
+        case ["port-forward", job, ports] if ports.endswith(":22"):
+            port_forward(job, int(ports.removesuffix(":22")))
+        case ["logs", job, "-c", container]:
+            sys.exit(podman("logs", f"{name_of(job)}-{container}", stderr=subprocess.STDOUT).returncode)
+        case ["delete", job]:
+            name = name_of(job)
+            podman("pod", "rm", "--force", "--time=0", name, check=True, stdout=subprocess.DEVNULL)
+            print(f'job.batch "{name.rsplit("/")[-1]}" deleted')
+        case _:
+            fail(f"unknown command {words}")
+
+
+main(sys.argv[1:])
