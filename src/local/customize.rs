@@ -8,14 +8,16 @@ use rustix::mount::MountAttrFlags;
 
 use crate::error::{Attempt, Error, Result};
 use crate::jail::binds::Bind;
+use crate::lifecycle::settings::Settings;
 use crate::lifecycle::signal_files::READY;
 use crate::lifecycle::stage::Stage;
-use crate::lifecycle::state::StateFolder;
-use crate::lifecycle::{self, environment, supervisor};
+use crate::lifecycle::state::{RUN, StateFolder};
+use crate::lifecycle::{environment, supervisor};
 use crate::local;
 use crate::local::job::{Fate, Job};
 use crate::local::register::Entry;
 use crate::publish::work;
+use crate::sshd::options::Options;
 use crate::sys::mounts::{self, Detached};
 use crate::sys::tree::Tree;
 use crate::verdict::Verdict;
@@ -48,24 +50,47 @@ pub fn run(job: Job, wanted: &Customization) -> Result<u8> {
     local::need_root()?;
     if let Some(file) = &wanted.host_script {
         let refuse = |why: String| Error::bad_input(format!("--host-script is '{}': {why}", file.display()));
-        let opened = std::fs::File::open(file).and_then(|file| file.metadata()).map_err(|e| refuse(e.to_string()))?;
-        if !opened.is_file() {
+        // Before it is opened: to open a fifo waits for who writes to it.
+        if !std::fs::metadata(file).map_err(|e| refuse(e.to_string()))?.is_file() {
             return Err(refuse("expected a regular file".into()));
         }
+        std::fs::File::open(file).map_err(|e| refuse(e.to_string()))?;
     }
     if let Some(file) = &wanted.authorized_key {
         check_public_keys(file)?;
     }
+    let mut settings = read_variables(wanted)?;
     // Before anything is opened: a descriptor from before would not see what is mounted from here on.
     local::own_mounts()?;
     let (entry, label) = (job.register("customize")?, job.label());
     let in_place = job.in_place;
+    settings.in_place = in_place;
     let shown = local::directory_of(&job.source);
     let code = job.run(&entry, |image_root| {
         let shown = shown.as_deref().unwrap_or(image_root);
-        open(wanted, &Opened { image_root, shown, in_place }, &entry, label)
+        open(wanted, settings, &Opened { image_root, shown, in_place }, &entry, label)
     })?;
     Ok(code.unwrap_or(0))
+}
+
+/// The environment's settings, but for those of its own directory, which is not made before.
+fn read_variables(wanted: &Customization) -> Result<Settings> {
+    let script = wanted.host_script.as_ref().map(std::path::absolute).transpose().attempt(|| "find the script")?;
+    let variables = [
+        ("IMS_ACTION", "customize".into()),
+        ("SSH_JAIL", if wanted.jailed { "True".into() } else { "False".into() }),
+        ("CUSTOMIZATION_SCRIPT", script.unwrap_or_default().into()),
+    ];
+    let passed_on =
+        ["IMS_AGENT_FORWARDING", "IMS_CLOSE_GRACE", "IMS_JAIL_HOSTNAME", "IMS_JAIL_TIER", "JOB_ENABLE_DKMS"]
+            .into_iter()
+            .filter_map(|n| Some((n.into(), std::env::var_os(n)?)));
+    let variables =
+        variables.map(|(name, value): (&str, std::ffi::OsString)| (name.into(), value)).into_iter().chain(passed_on);
+    let mut settings = Settings::read(Some(RUN.into()), variables)?;
+    settings.binds.clone_from(&wanted.binds);
+    settings.session_variables.extend(wanted.variables.iter().cloned());
+    Ok(settings)
 }
 
 /// Ends the sshd of a customization of `image_root` that was killed. Its mounts live as long as it does, and keep the changes from being
@@ -114,38 +139,35 @@ struct Opened<'a> {
     in_place: bool,
 }
 
+/// Fills the environment's own directory, before anything runs in it. Returns ssh's configuration.
+fn furnish(wanted: &Customization, settings: &mut Settings, image_root: &Path, run: &Path) -> Result<PathBuf> {
+    local::own_terminals()?;
+    show_image_root(image_root, run)?;
+    let (keys, identity) = authorized_keys(wanted.authorized_key.as_deref(), run)?;
+    let address = SocketAddr::new(wanted.listen, wanted.port.map_or_else(|| free_port(wanted.listen), Ok)?);
+    let config = configure(run, address, &keys)?;
+    let options = ["-E", &run.join(SSHD_LOG).to_string_lossy(), "-f", &config.to_string_lossy()].map(str::to_owned);
+    settings.sshd = Options::parse(&shell_words::join(options))?;
+    settings.sshd_config = config;
+    run.clone_into(&mut settings.parent);
+    configure_client(run, address, identity.as_deref())
+}
+
 /// Opens the environment on an image root.
-fn open(wanted: &Customization, opened: &Opened, entry: &Entry, label: String) -> Result<(Fate, u8)> {
+fn open(
+    wanted: &Customization,
+    mut settings: Settings,
+    opened: &Opened,
+    entry: &Entry,
+    label: String,
+) -> Result<(Fate, u8)> {
     let image_root = opened.image_root;
     let run = local::RunFolder::claim("customize", image_root)?;
-    local::own_terminals()?;
-    let shown = show_image_root(image_root, run.path())?;
-
-    let (keys, identity) = authorized_keys(wanted.authorized_key.as_deref(), run.path())?;
-    let address = SocketAddr::new(wanted.listen, wanted.port.map_or_else(|| free_port(wanted.listen), Ok)?);
-    let config = configure(run.path(), address, &keys)?;
-    let login = configure_client(run.path(), address, identity.as_deref())?;
-    let script = wanted.host_script.as_ref().map(std::path::absolute).transpose().attempt(|| "find the script")?;
-    let variables = [
-        ("IMS_ACTION", "customize".into()),
-        ("SSH_JAIL", if wanted.jailed { "True".into() } else { "False".into() }),
-        (
-            "SSHD_OPTIONS",
-            shell_words::join(["-E", &run.path().join(SSHD_LOG).to_string_lossy(), "-f", &config.to_string_lossy()])
-                .into(),
-        ),
-        ("CUSTOMIZATION_SCRIPT", script.unwrap_or_default().into()),
-    ];
-    let passed_on =
-        ["IMS_AGENT_FORWARDING", "IMS_CLOSE_GRACE", "IMS_JAIL_HOSTNAME", "IMS_JAIL_TIER", "JOB_ENABLE_DKMS"]
-            .into_iter()
-            .filter_map(|n| Some((n.into(), std::env::var_os(n)?)));
-    let variables =
-        variables.map(|(name, value): (&str, std::ffi::OsString)| (name.into(), value)).into_iter().chain(passed_on);
-    let mut settings = lifecycle::settings::Settings::read(Some(run.path().to_owned()), variables)?;
-    settings.binds.clone_from(&wanted.binds);
-    settings.in_place = opened.in_place;
-    settings.session_variables.extend(wanted.variables.iter().cloned());
+    let shown = run.path().join(IMAGE_ROOT);
+    let login = furnish(wanted, &mut settings, image_root, run.path()).inspect_err(|_| {
+        let _ = mounts::unmount(&shown);
+        let _ = local::remove_folder(run.path());
+    })?;
     if wanted.jailed {
         settings.hostname.get_or_insert_with(|| label.clone());
         settings.image = Some(label);
@@ -172,9 +194,12 @@ fn open(wanted: &Customization, opened: &Opened, entry: &Entry, label: String) -
     })
 }
 
+/// Where a build environment expects it, in its directory.
+const IMAGE_ROOT: &str = "image-root";
+
 /// Shows the image root where a build environment expects it. In this program's own mounts only: nobody else sees it there.
-fn show_image_root(image_root: &Path, parent: &Path) -> Result<PathBuf> {
-    let place = parent.join("image-root");
+fn show_image_root(image_root: &Path, parent: &Path) -> Result<()> {
+    let place = parent.join(IMAGE_ROOT);
     let attempted = || format!("mount {} on {}", image_root.display(), place.display());
     std::fs::create_dir_all(&place).attempt(attempted)?;
     let target = Tree::open(&place).attempt(attempted)?;
@@ -182,8 +207,8 @@ fn show_image_root(image_root: &Path, parent: &Path) -> Result<PathBuf> {
     Detached::copy_of(image_root, true, MountAttrFlags::empty())
         .and_then(Detached::honouring_setuid)
         .and_then(|mount| mount.attach(target))
-        .attempt(attempted)?;
-    Ok(place)
+        .attempt(attempted)
+        .map(|_| ())
 }
 
 /// The keys that may log in, and the private key that was made for it.

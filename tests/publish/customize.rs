@@ -32,6 +32,34 @@ pub fn nothing_stays(dir: &Path) {
 }
 
 #[test]
+fn what_is_refused_before_the_environment_opens_leaves_no_directory_of_it() {
+    let dir = folder();
+    let tree = image(dir.path());
+    let squashfs = squashfs_of(&tree);
+    for (sources, arguments, variable, reason) in [
+        ([&tree, &squashfs], vec![], ("IMS_JAIL_HOSTNAME", "node_1"), "as in host names"),
+        ([&tree, &squashfs], vec![], ("IMS_CLOSE_GRACE", "soon"), "whole seconds"),
+        ([&tree, &squashfs], vec![], ("IMS_JAIL_TIER", "strong"), "'auto' or"),
+        ([&tree, &squashfs], vec![], ("JOB_ENABLE_DKMS", "perhaps"), "'true' or 'false'"),
+        ([&tree, &squashfs], vec!["--listen", "192.0.2.1"], ("IMS_CLOSE_GRACE", "1"), "a free port on 192.0.2.1"),
+    ] {
+        for source in sources {
+            let mut command = ims_sshd(&["customize"], &[(variable.0, variable.1.to_owned())]);
+            command.arg(source).args(&arguments).arg("--work").arg(dir.path().join("work"));
+            if source == &squashfs {
+                command.arg("--output").arg(dir.path().join("out"));
+            }
+            let output = command.output().unwrap();
+            assert!(!output.status.success() && text(&output.stderr).contains(reason), "{variable:?}: {output:?}");
+            let unique = dir.path().file_name().unwrap().to_str().unwrap().trim_start_matches('.').to_owned();
+            let all = std::fs::read_dir("/run/ims-sshd/customize").unwrap().map(|entry| entry.unwrap().file_name());
+            let left: Vec<_> = all.filter(|name| name.to_string_lossy().contains(&unique)).collect();
+            assert!(left.is_empty(), "{variable:?} {arguments:?}: {left:?}");
+        }
+    }
+}
+
+#[test]
 fn every_kind_of_source_is_opened_changed_and_published() {
     let dir = folder();
     let tree = image(dir.path());
