@@ -2,6 +2,7 @@
 
 pub mod environment;
 pub mod foreign;
+pub mod image_root;
 pub mod log;
 pub mod machine;
 pub mod open_jail;

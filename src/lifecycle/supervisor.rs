@@ -15,6 +15,7 @@ use crate::error::{Attempt, Error, Result};
 use crate::jail::link::Message;
 use crate::lifecycle::environment::{self, Groundwork};
 use crate::lifecycle::foreign::{self, Emulation};
+use crate::lifecycle::image_root;
 use crate::lifecycle::machine::{Action, Event, Machine, State};
 use crate::lifecycle::open_jail::{OpenJail, TIME_TO_LET_GO};
 use crate::lifecycle::presence::Presence;
@@ -433,7 +434,14 @@ impl<F: FnOnce()> Supervisor<F> {
             return Err(error);
         }
         files.reserve()?;
-        let image_root = &*self.image_root.insert(environment::open_image_root(files, self.settings.image_root())?);
+        let image_root = environment::open_image_root(files, self.settings.image_root())?;
+        // A create job's is open to be looked at as far as it was built.
+        if self.settings.action == JobAction::Customize {
+            let shown = files.path().join(self.settings.image_root());
+            let refused = |why| Error::new(format!("open the image root {}", shown.display())).because(why);
+            image_root::check(&image_root, &shown, false, refused)?;
+        }
+        let image_root = &*self.image_root.insert(image_root);
         let recovered = environment::recover(&self.settings, files, image_root, &self.state)?;
         if self.settings.jailed && !recovered {
             environment::remove_old_marks(image_root)?;

@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 use rustix::mount::MountAttrFlags;
 
 use crate::error::{Attempt, Error, Result};
+use crate::lifecycle;
 use crate::lifecycle::signal_files::SignalFiles;
 use crate::lifecycle::state::{RUN, name_for};
 use crate::printable;
@@ -44,7 +45,10 @@ pub fn image_root(named: &Path) -> Result<PathBuf> {
         _ if real == Path::new("/") => {
             Err(refuse("that is this machine's own root; expected an unpacked image".into()))
         }
-        true => Ok(real),
+        true => {
+            let tree = Tree::open(&real).map_err(|e| refuse(e.to_string()))?;
+            lifecycle::image_root::check(&tree, &real, false, refuse).map(|()| real)
+        }
         false => Err(refuse("expected a directory, an unpacked image".into())),
     }
 }

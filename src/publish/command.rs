@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use crate::error::{Attempt, Error, Result};
-use crate::lifecycle::environment;
 use crate::lifecycle::signal_files::SignalFiles;
+use crate::lifecycle::{environment, image_root};
 use crate::local::{say, say_result};
 use crate::publish::boot::{self, BootFiles};
 use crate::publish::changes::Inventory;
@@ -73,6 +73,9 @@ pub fn package(
     changes: Option<&Path>,
 ) -> Result<u8> {
     let place = Place::of(settings, named, archive)?;
+    let shown = place.image_root.shown();
+    let refused = |why| Error::new(format!("pack {}", shown.display())).because(why);
+    image_root::check(&place.image_root, &shown, false, refused)?;
     place.boot(settings)?;
     if let Some(file) = changes {
         // What would only be missed when all is packed.

@@ -6,6 +6,7 @@ use std::path::Path;
 use rustix::io::Errno;
 
 use crate::error::{Attempt, Error, Result};
+use crate::lifecycle::image_root;
 use crate::lifecycle::signal_files::{EXITING, READY, SSHD_LISTENING, SignalFiles};
 use crate::publish::changes::Inventory;
 use crate::publish::download;
@@ -102,7 +103,9 @@ pub fn prepare(
                 let folder = parent.join(OVERLAY);
                 // What was changed above an earlier one is kept, though it cannot be mounted this time.
                 let is_new = !folder.exists();
-                Overlay::mount(&archive, &folder, image_root).map(Some).inspect_err(|_| {
+                let mounted = Overlay::mount(&archive, &folder, image_root)
+                    .and_then(|overlay| check(&archive, &open_tree(image_root)?).map(|()| overlay));
+                mounted.map(Some).inspect_err(|_| {
                     if is_new {
                         let _ = std::fs::remove_dir_all(folder).and_then(|()| std::fs::remove_dir(image_root));
                     }
@@ -112,6 +115,7 @@ pub fn prepare(
             Open::Unpack if image_root.exists() => Ok(None),
             Open::Unpack => {
                 let tree = unpack(work, &archive, &volume, UNPACKING)?;
+                check(&archive, &tree)?;
                 Inventory::of(work, &tree)?.save(&volume, INVENTORY)?;
                 if let Some(above) = image_root.parent() {
                     std::fs::create_dir_all(above).attempt(|| format!("make the folder {}", above.display()))?;
@@ -138,6 +142,12 @@ pub fn prepare(
         let _ = volume.remove(INVENTORY);
     }
     result
+}
+
+/// Refuses a source whose tree is no image root.
+fn check(source: &Opened, tree: &Tree) -> Result<()> {
+    let refused = |why| Error::new(format!("take {} as an image", source.shown.display())).because(why);
+    image_root::check(tree, &source.shown, source.file().is_some(), refused)
 }
 
 /// Whether `parent` holds an image root that somebody may have changed: an unpacked one, or an overlay with something in its upper layer.

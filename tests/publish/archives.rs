@@ -144,7 +144,13 @@ with tarfile.open(archive, 'w') as tar:
     // A path through a link of a lower layer, which would lead out, replaces the link, as with an engine.
     for target in [&out, &up] {
         let layers = serde_json::json!([
-            [["way", "link", target], ["gone", "link", target], ["d", "dir", ""], ["d/way", "link", target]],
+            [
+                ["etc/passwd", "file", ""],
+                ["way", "link", target],
+                ["gone", "link", target],
+                ["d", "dir", ""],
+                ["d/way", "link", target]
+            ],
             [["way", "dir", ""], ["way/made", "file", ""], ["way/.wh.secret", "file", ""], [".wh.gone", "file", ""]],
             [["d/way/.wh..wh..opq", "file", ""], ["d/way/made", "file", ""]]
         ]);
@@ -200,6 +206,7 @@ fn absolute_names_in_a_tar_archive_are_taken_below_the_root_as_tar_does() {
     let tree = dir.path().join("tree");
     std::fs::create_dir_all(tree.join("etc")).unwrap();
     std::fs::write(tree.join("etc/file"), "content").unwrap();
+    std::fs::write(tree.join("etc/passwd"), "").unwrap();
     std::fs::hard_link(tree.join("etc/file"), tree.join("etc/name")).unwrap();
     symlink("/etc/file", tree.join("link")).unwrap();
     let archive = dir.path().join("image.tar");

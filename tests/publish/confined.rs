@@ -70,6 +70,9 @@ for name in ['DATA', 'FSIZE', 'CPU', 'CORE']:
 print(f'privileges: {libc.prctl(39, 0, 0, 0, 0)}', file=sys.stderr)
 "#;
 
+/// What makes its target an image root.
+const IMAGE_ROOT: &str = "\nos.mkdir('etc')\nopen('etc/passwd', 'w').close()\n";
+
 /// Targets outside that the script tries to read or write, and the script itself: `programs/NAME`.
 struct Place {
     dir: tempfile::TempDir,
@@ -148,7 +151,7 @@ fn squashfs_header(place: &Place) -> PathBuf {
 
 #[test]
 fn a_hostile_unpacker_writes_reads_and_connects_nowhere_else() {
-    let place = Place::new("unsquashfs", TRIES);
+    let place = Place::new("unsquashfs", &format!("{TRIES}{IMAGE_ROOT}"));
     // By itself, as root, it can do everything: each try is one.
     std::fs::create_dir(place.path("free")).unwrap();
     let mut free = Command::new("unshare");
@@ -178,7 +181,7 @@ fn a_hostile_unpacker_writes_reads_and_connects_nowhere_else() {
 /// A pod's capabilities: without CAP_SYS_ADMIN.
 #[test]
 fn a_hostile_unpacker_is_confined_without_privileges_as_far_as_can_be_and_the_log_says_how_far() {
-    let place = Place::new("unsquashfs", TRIES);
+    let place = Place::new("unsquashfs", &format!("{TRIES}{IMAGE_ROOT}"));
     let image = squashfs_header(&place);
     let mut prepare = Command::new("setpriv");
     prepare.args(["--bounding-set", "-sys_admin", IMS_SSHD, "prepare"]).arg(place.path("parent")).arg(&image);

@@ -370,6 +370,7 @@ fn packages_of_rpm_are_told_and_asked_for_without_a_trace_or_it_is_said_that_the
     std::fs::create_dir_all(tree.join("var/lib")).unwrap();
     // Which root is meant is the image's, not this machine's.
     std::os::unix::fs::symlink("/usr/lib/sysimage/rpm", tree.join("var/lib/rpm")).unwrap();
+    std::fs::write(tree.join("usr/lib/os-release"), "ID=test\n").unwrap();
     make_bootable(&tree);
     let parent_text = parent.to_str().unwrap();
     let output = ims_sshd(&["prepare", parent_text, tree.to_str().unwrap()], &[]).output().unwrap();

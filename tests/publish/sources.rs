@@ -299,3 +299,66 @@ fn succeed_bytes(command: &mut Command) -> Vec<u8> {
     assert!(output.status.success(), "{output:?}");
     output.stdout
 }
+
+#[test]
+fn what_is_no_image_is_refused_with_what_was_looked_for_and_left_as_it_is() {
+    let dir = folder();
+    let tree = image(dir.path());
+    let place = |name: &str| dir.path().join(name);
+    let make = "mkdir empty home around; touch home/.bashrc; cp -a tree around/rootfs; mkdir saved; echo {} > saved/oci-layout
+        for name in empty home around; do tar -cf $name.tar -C $name .; tar -czf $name.tgz -C $name .
+            (cd $name && find . | cpio --quiet -o -H newc) > $name.cpio; mksquashfs $name $name.sqsh -quiet -no-progress; done
+        tar -cf members.tar -C around rootfs";
+    succeed(Command::new("sh").args(["-e", "-c", make]).current_dir(dir.path()));
+    let [parent, store, work] = ["parent", "store", "work"].map(|name| place(name).display().to_string());
+    let looked_for = "which has etc/os-release, usr/lib/os-release, etc/passwd, bin/sh or usr/bin/sh";
+    for (name, advice) in [
+        ("empty", "name the directory that holds"),
+        ("home", "name the directory that holds"),
+        ("saved", "'ims-sshd prepare' unpacks its layers"),
+        ("around", "around/rootfs is one"),
+        ("empty.sqsh", "name the directory that holds"),
+        ("home.tgz", "name the directory that holds"),
+        ("around.tar", "'rootfs' in it is one: unpack the archive and name that directory"),
+        ("around.cpio", "'rootfs' in it is one: unpack the archive and name that directory"),
+        ("around.sqsh", "'rootfs' in it is one: unpack the archive and name that directory"),
+        ("members.tar", "'rootfs' in it is one: unpack the archive and name that directory"),
+    ] {
+        let source = place(name).display().to_string();
+        let is_directory = place(name).is_dir();
+        let mut commands = vec![
+            vec!["customize", "--output", &store, "--work", &work, &source],
+            vec!["enter", "--work", &work, &source, "--", "true"],
+            vec!["enter", "--output", &store, "--work", &work, &source, "--", "true"],
+        ];
+        if is_directory {
+            commands.push(vec!["customize", &source]);
+            commands.push(vec!["package", "--archive", "packed.sqsh", &source]);
+        }
+        // Of a saved image the layers are unpacked; this one has none.
+        if name != "saved" {
+            commands.push(vec!["prepare", &parent, &source]);
+        }
+        if name != "saved" && (is_directory || name.contains("sqsh")) {
+            commands.push(vec!["prepare", "--open", "overlay", &parent, &source]);
+        }
+        for arguments in commands {
+            let output = ims_sshd(&arguments, &[]).current_dir(dir.path()).output().unwrap();
+            let said = text(&output.stderr);
+            assert!(!output.status.success(), "{arguments:?}: {said}");
+            assert!(said.contains(looked_for) && said.contains(advice), "{arguments:?}: {said}");
+            if place("parent").exists() {
+                is_empty(&place("parent"));
+            }
+            assert!(!place("packed.sqsh").exists(), "{arguments:?}");
+        }
+    }
+    assert!(std::fs::read_dir(place("store")).map_or(0, Iterator::count) == 0, "nothing is published");
+    assert_eq!(walk(&place("home")).len(), 2);
+    // Where the advice leads to.
+    let [source, advised] = [tree, place("around/rootfs")];
+    for (number, source) in [source, advised].iter().enumerate() {
+        let output = ims_sshd(&["prepare"], &[]).args([&place(&format!("taken-{number}")), source]).output().unwrap();
+        assert!(output.status.success(), "{}", text(&output.stderr));
+    }
+}

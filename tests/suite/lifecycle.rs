@@ -275,6 +275,14 @@ fn a_create_jobs_shell_is_for_failed_builds_that_somebody_wants_to_look_at() {
         assert!(environment.log_text().contains("no shell is wanted"), "{}", environment.log_text());
         assert!(!environment.signal("exiting").exists());
     }
+    // One that failed before there was anything in its tree.
+    let volume = Volume::laid_out(Image::Busybox, "build/image-root");
+    std::fs::remove_dir_all(&volume.image_root).and_then(|()| std::fs::create_dir(&volume.image_root)).unwrap();
+    volume.touch("build_failed");
+    let further = [("IMS_ACTION", "create"), ("ENABLE_DEBUG", "True"), ("SSH_JAIL", "False"), ("SSHD_CONFIG_FILE", "")];
+    let mut environment = volume.start_with(Mode::Plain, &further).ready();
+    assert_eq!(environment.says(&format!("ls {} | wc -l", environment.image_root.display())), "0");
+    assert_eq!(environment.complete(), 0);
     let mut environment = create("TRUE", true).ready();
     assert_eq!(environment.says(&format!("ls {}", environment.image_root.join("etc").display())), "passwd");
     assert_eq!(environment.complete(), 0);

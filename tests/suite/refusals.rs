@@ -219,6 +219,16 @@ fn an_image_root_that_is_none_is_refused() {
     std::fs::rename(&volume.image_root, volume.dir.path().join("real")).unwrap();
     symlink(volume.dir.path().join("real"), &volume.image_root).unwrap();
     refused(volume, Mode::Jailed, &[], 1, &["cannot open the image root", "it is a symbolic link"]);
+
+    for mode in MODES {
+        let volume = Volume::new(Image::Busybox);
+        let below = volume.dir.path().join("below");
+        std::fs::rename(&volume.image_root, &below).unwrap();
+        std::fs::create_dir(&volume.image_root).unwrap();
+        std::fs::rename(below, volume.image_root.join("rootfs")).unwrap();
+        let advice = format!("; {} is one", volume.image_root.join("rootfs").display());
+        refused(volume, mode, &[], 1, &["cannot open the image root", "it is no image root, which has", &advice]);
+    }
 }
 
 #[test]
