@@ -63,6 +63,9 @@ enum Command {
         /// How it becomes a tree
         #[arg(long, value_enum, default_value = "unpack")]
         open: Open,
+        /// Remove an image root that is there, with all changes, and begin anew
+        #[arg(long)]
+        fresh: bool,
         #[command(flatten)]
         checksum: ChecksumOptions,
         #[command(flatten)]
@@ -447,6 +450,9 @@ struct JobOptions {
     /// Change a directory where it is, and not above it until the image is complete
     #[arg(long)]
     in_place: bool,
+    /// Drop changes that an earlier run has kept, and begin anew
+    #[arg(long, conflicts_with = "in_place")]
+    fresh: bool,
     /// Directory for the changes until they are published or applied, on a disk with space for two new images [default: /var/lib]
     #[arg(long, value_name = "DIRECTORY")]
     work: Option<PathBuf>,
@@ -461,7 +467,7 @@ struct JobOptions {
 impl JobOptions {
     /// The job on `source`; a directory without an output has its changes as `end` says, or is changed where it is.
     fn read(self, source: String, end: Option<End>) -> Result<Job> {
-        let Self { output, in_place, work, checksum, packing, image } = self;
+        let Self { output, in_place, fresh, work, checksum, packing, image } = self;
         let is_directory = Path::new(&source).is_dir();
         if is_directory && checksum.sha256.is_some() {
             return Err(Error::bad_input(format!(
@@ -477,6 +483,9 @@ impl JobOptions {
         let work = std::path::absolute(&work).attempt(|| format!("find {}", work.display()))?;
         let in_place = is_directory && (in_place || output.is_none() && end.is_none());
         let end = if output.is_some() { End::Published } else { end.unwrap_or(End::Discarded) };
+        if fresh && (in_place || end == End::Discarded) {
+            return Err(Error::bad_input("--fresh is given, and no changes are kept without --output"));
+        }
         // Where nothing is mounted or published, none of the variables is needed.
         let settings = if output.is_none() && in_place {
             None
@@ -487,7 +496,7 @@ impl JobOptions {
             settings.store.url = output;
             Some(settings)
         };
-        Ok(Job { source, in_place, end, settings, work, exclude: packing.exclude, changes: packing.changes })
+        Ok(Job { source, in_place, fresh, end, settings, work, exclude: packing.exclude, changes: packing.changes })
     }
 }
 
@@ -543,11 +552,11 @@ fn run(command: Command) -> Result<u8> {
         Command::Complete(Named { name }) => status::mark(name.as_deref(), Verdict::Complete),
         Command::Fail(Named { name }) => status::mark(name.as_deref(), Verdict::Failed),
         Command::Status { named, json, is } => status::print(named.name.as_deref(), Shown { as_json: json, is: &is }),
-        Command::Prepare { first, second, open, checksum, servers } => {
+        Command::Prepare { first, second, open, fresh, checksum, servers } => {
             let (parent, source) = second.map_or((None, first.clone()), |source| (Some(first.into()), source));
             let options = checksum.variables().into_iter().chain(servers.variables());
             let settings = publishing::Settings::read(parent, variables(options))?;
-            prepare::run(&settings, &source, open)
+            prepare::run(&settings, &source, open, fresh)
         }
         Command::Sidecar(arguments) => run_sidecar(arguments),
         Command::Package { image_root, archive, packing, image } => {

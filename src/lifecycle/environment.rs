@@ -252,7 +252,10 @@ pub fn recover(settings: &Settings, files: &SignalFiles, image_root: &Tree, stat
         found.push("'sshd_listening'");
     }
     if !found.is_empty() {
-        tracing::warn!("an environment on this image root was killed before; found and cleared: {}", found.join("; "));
+        tracing::warn!(
+            "cleaned up after an environment that was killed here: {}; what was changed in the image is kept",
+            found.join("; ")
+        );
     }
     Ok(was_open)
 }

@@ -20,7 +20,7 @@ use crate::publish::changes::Inventory;
 use crate::publish::ims::Ims;
 use crate::publish::journal::{Journal, Notes};
 use crate::publish::package::{self, Archive, open_tree};
-use crate::publish::prepare::{ARCHIVE, INVENTORY, holds_changes, prepare};
+use crate::publish::prepare::{ARCHIVE, INVENTORY, holds_changes, known, prepare};
 use crate::publish::settings::Settings;
 use crate::publish::sidecar::write_changes;
 use crate::publish::source::{self, Kind, Source};
@@ -47,6 +47,8 @@ pub struct Job {
     pub source: String,
     /// Whether a directory is changed where it is.
     pub in_place: bool,
+    /// Whether changes that are kept are dropped first.
+    pub fresh: bool,
     /// What becomes of the changes. In place it is of no matter but for [`End::Published`].
     pub end: End,
     /// How the image is fetched, packed and published: its parent is the directory below which changes are kept. None for a directory
@@ -166,8 +168,22 @@ impl Job {
             }
             directory::refuse_half_applied(directory)?;
         }
+        if self.fresh && holds_changes(parent, &mounted) {
+            let notes = Notes::private(place.files(), &settings);
+            let mut publication =
+                Publication { work: &work, settings: &settings, ims: Ims::of(&work, &settings), notes: &notes };
+            publication.give_up(&mut Journal::read(&notes)?)?;
+            place.clear()?;
+            tracing::info!("dropped what was changed before; beginning anew");
+        }
+        if !self.in_place {
+            known(&settings, &source, place.files().parent(), &mounted)?;
+        }
         if holds_changes(parent, &mounted) {
-            tracing::info!("going on with what was changed before, which is kept in {}", parent.display());
+            tracing::info!(
+                "going on with what was changed before, which is kept in {}; --fresh drops it and begins anew",
+                parent.display()
+            );
         }
         let notes = Notes::private(place.files(), &settings);
         let opened =
@@ -176,7 +192,7 @@ impl Job {
         let result = work.unless_interrupted(result);
         let kept = || {
             format!(
-                "what was changed is kept in {}; the same command goes on with it; to drop it, remove that directory",
+                "what was changed is kept in {}; the same command goes on with it; to drop it, give it --fresh",
                 parent.display()
             )
         };

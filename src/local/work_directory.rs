@@ -51,7 +51,8 @@ impl WorkDirectory {
         &self.files
     }
 
-    fn clear(&self) -> Result<()> {
+    /// Removes what an earlier run has left in it.
+    pub fn clear(&self) -> Result<()> {
         let attempted = || format!("clear {}", self.path().display());
         for entry in std::fs::read_dir(self.path()).attempt(attempted)? {
             let entry = entry.attempt(attempted)?;

@@ -11,7 +11,7 @@ use crate::publish::changes::Inventory;
 use crate::publish::ims::Ims;
 use crate::publish::journal::{Journal, Notes};
 use crate::publish::package::{self, Archive, open_tree};
-use crate::publish::prepare::INVENTORY;
+use crate::publish::prepare::{self, INVENTORY};
 use crate::publish::settings::Settings;
 use crate::publish::sidecar::write_changes;
 use crate::publish::source::Opened;
@@ -77,12 +77,13 @@ pub fn package(
     let refused = |why| Error::new(format!("pack {}", shown.display())).because(why);
     image_root::check(&place.image_root, &shown, false, refused)?;
     place.boot(settings)?;
+    let work = Work::begin(&settings.network)?;
     if let Some(file) = changes {
         // What would only be missed when all is packed.
         package::output(file, "--changes")?;
+        prepare::take_inventory_below(&work, settings, place.files.parent())?;
         Inventory::load(place.files.parent(), INVENTORY)?;
     }
-    let work = Work::begin(&settings.network)?;
     package::pack(&work, &place.image_root, &place.archive(), &settings.packing, exclude)?;
     if let Some(file) = changes {
         write_changes(&work, place.files.parent(), &place.image_root, file)?;

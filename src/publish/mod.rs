@@ -9,6 +9,7 @@ pub mod confined;
 pub mod cpio;
 pub mod download;
 pub mod id;
+pub mod identity;
 pub mod ims;
 pub mod journal;
 pub mod layers;

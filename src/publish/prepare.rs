@@ -10,6 +10,7 @@ use crate::lifecycle::image_root;
 use crate::lifecycle::signal_files::{EXITING, READY, SSHD_LISTENING, SignalFiles};
 use crate::publish::changes::Inventory;
 use crate::publish::download;
+use crate::publish::identity::{Identity, Record};
 use crate::publish::ims::{Ims, Status};
 use crate::publish::journal;
 use crate::publish::layers::layers;
@@ -18,8 +19,9 @@ use crate::publish::settings::Settings;
 use crate::publish::sidecar::TRANSFER;
 use crate::publish::source::{Content, Kind, Opened, Source};
 use crate::publish::store;
-use crate::publish::unpack::{Overlay, unpack};
+use crate::publish::unpack::{LOWER, Overlay, unpack};
 use crate::publish::work::Work;
+use crate::sys::mounts;
 use crate::sys::tree::{Tree, kind_of};
 use crate::verdict::Verdict;
 
@@ -42,15 +44,27 @@ const UNPACKING: &str = ".ims-sshd.unpacking";
 pub const INVENTORY: &str = ".ims-sshd.inventory";
 
 /// Fetches and opens `source` in a pod, and tells IMS.
-pub fn run(settings: &Settings, source: &str, open: Open) -> Result<u8> {
+pub fn run(settings: &Settings, source: &str, open: Open, is_fresh: bool) -> Result<u8> {
     let source = Source::parse(source)?;
     let work = Work::begin(&settings.network)?;
     let mut ims = Ims::of(&work, settings);
     let result = ims.set_status(Status::FetchingImage).and_then(|()| {
         let image_root = settings.parent.join(settings.image_root());
+        make_parent(&settings.parent)?;
+        if is_fresh {
+            begin_anew(&open_tree(&settings.parent)?, settings, &image_root)?;
+        }
         clear_signals(settings, image_root.exists())?;
         match prepare(&work, settings, &source, Some(open), &image_root)? {
-            Some(overlay) => overlay.keep(),
+            Some(overlay) => {
+                let mounted = overlay.keep();
+                let places: Vec<_> = mounted.iter().rev().map(|place| place.display().to_string()).collect();
+                tracing::info!(
+                    "the image root is {}, mounted: '{}' undoes that, and keeps what was changed",
+                    image_root.display(),
+                    shell_words::join(std::iter::once("umount".to_owned()).chain(places))
+                );
+            }
             None => tracing::info!("the image root is {}", image_root.display()),
         }
         Ok(0)
@@ -63,13 +77,40 @@ pub fn run(settings: &Settings, source: &str, open: Open) -> Result<u8> {
     })
 }
 
+/// Setuid programs of the image are out of other users' reach. A volume that is there is shared as its owner wants it.
+fn make_parent(parent: &Path) -> Result<()> {
+    let mut make = std::fs::DirBuilder::new();
+    make.recursive(true).mode(0o700).create(parent).attempt(|| format!("make the folder {}", parent.display()))
+}
+
+/// Removes what an earlier source has become, with all changes.
+fn begin_anew(volume: &Tree, settings: &Settings, image_root: &Path) -> Result<()> {
+    refuse_links(&settings.parent, image_root)?;
+    Record::on(volume, settings)?.remove()?;
+    let mountinfo = std::fs::read("/proc/self/mountinfo").attempt(|| "read /proc/self/mountinfo")?;
+    let overlay = settings.parent.join(OVERLAY);
+    let ours = [image_root.to_owned(), overlay.join(LOWER)];
+    // As often as it was mounted.
+    for place in mounts::mount_points(&mountinfo).iter().rev().filter(|place| ours.contains(place)) {
+        mounts::unmount(place).attempt(|| format!("unmount {}", place.display()))?;
+    }
+    for path in [settings.image_root(), OVERLAY, ARCHIVE, INVENTORY].map(Path::new) {
+        let attempted = || format!("remove {}", settings.parent.join(path).display());
+        let above = path.parent().filter(|above| !above.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        match volume.folder_without_links(above) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+            above => {
+                above.and_then(|above| above.remove_whole(path.file_name().unwrap_or_default())).attempt(attempted)?;
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Removes signals: an earlier job's mean nothing to this one, and this one's are of a pod that is gone. What this job published in part is
 /// gone on with if the image root is the same.
 fn clear_signals(settings: &Settings, is_prepared: bool) -> Result<()> {
     let parent = &settings.parent;
-    // Setuid programs of the image are out of other users' reach. A volume that is there is shared as its owner wants it.
-    let mut make = std::fs::DirBuilder::new();
-    make.recursive(true).mode(0o700).create(parent).attempt(|| format!("make the folder {}", parent.display()))?;
     let files = SignalFiles::open(parent)?.ok_or_else(|| Error::new(format!("open {}", parent.display())))?;
     for name in [READY, SSHD_LISTENING, EXITING].into_iter().chain(Verdict::ALL.map(Verdict::signal_file)) {
         files.retract(name)?;
@@ -91,12 +132,36 @@ pub fn prepare(
     let volume = open_tree(parent)?;
     refuse_links(parent, image_root)?;
     remove(&volume, UNPACKING)?;
-    if open == Some(Open::Unpack) && image_root.exists() {
+    let known = known(settings, source, &volume, image_root)?;
+    let record = Record::on(&volume, settings)?;
+    let has_overlay = Overlay::changes(&parent.join(OVERLAY)).is_some();
+    // Unpacked before, by this or, for a customization that could not be published, by whoever said nothing.
+    if known.is_some() && !has_overlay && open != Some(Open::Overlay) {
         tracing::info!("{} is there already", image_root.display());
         return Ok(None);
     }
+    // What was fetched into a directory of our own is still the image that the changes were made to.
+    let kept = known.is_some()
+        && open.is_none()
+        && !matches!(source, Source::Here(_))
+        && volume.look(ARCHIVE).is_ok_and(|f| f.is_some());
+    let compare = |opened: &Opened| {
+        let identity = Identity::of(source, opened, &settings.expected)?;
+        match &known {
+            Some(before) if !before.is_same(&identity) => {
+                Err(Record::refusal(&image_root.display().to_string(), source, known.as_ref()))
+            }
+            Some(_) => Ok(()),
+            None => record.write(&identity),
+        }
+    };
     let mut unpacked = true;
-    let result = archive(work, settings, source, open, &volume).and_then(|archive| {
+    let archive = if kept {
+        Opened::open(&parent.join(ARCHIVE))
+    } else {
+        archive(work, settings, source, open, &volume, compare)
+    };
+    let result = archive.and_then(|archive| {
         match open.map_or_else(|| best(&archive), Ok)? {
             Open::Overlay => {
                 unpacked = false;
@@ -111,8 +176,6 @@ pub fn prepare(
                     }
                 })
             }
-            // Left by a customization that could not be published.
-            Open::Unpack if image_root.exists() => Ok(None),
             Open::Unpack => {
                 let tree = unpack(work, &archive, &volume, UNPACKING)?;
                 check(&archive, &tree)?;
@@ -131,15 +194,17 @@ pub fn prepare(
             }
         }
     });
-    let ours = matches!(source, Source::Web(_) | Source::S3(..));
+    // Changes that are there were made to it.
+    let ours = matches!(source, Source::Web(_) | Source::S3(..)) && !has_overlay;
     if result.is_err() || unpacked {
         let _ = remove(&volume, UNPACKING);
         for name in ours.then_some(ARCHIVE).into_iter().chain([FETCHING]) {
             let _ = volume.remove(name);
         }
     }
-    if result.is_err() {
+    if result.is_err() && known.is_none() {
         let _ = volume.remove(INVENTORY);
+        let _ = record.remove();
     }
     result
 }
@@ -148,6 +213,44 @@ pub fn prepare(
 fn check(source: &Opened, tree: &Tree) -> Result<()> {
     let refused = |why| Error::new(format!("take {} as an image", source.shown.display())).because(why);
     image_root::check(tree, &source.shown, source.file().is_some(), refused)
+}
+
+/// Identity of what an image root that is there was made of; nothing if none is there. An error if that was not `source`, as far as this can
+/// be told without fetching it.
+pub fn known(settings: &Settings, source: &Source, volume: &Tree, image_root: &Path) -> Result<Option<Identity>> {
+    if Overlay::changes(&settings.parent.join(OVERLAY)).is_none() && !image_root.exists() {
+        return Ok(None);
+    }
+    let known = Record::on(volume, settings)?.read();
+    let is_of = |known: &Identity| match source {
+        Source::Here(path) => Ok(known.is_same(&Identity::of(source, &Opened::open(path)?, &settings.expected)?)),
+        _ => Ok(known.is_named(source, &settings.expected)),
+    };
+    if known.as_ref().map(is_of).transpose()? == Some(true) {
+        return Ok(known);
+    }
+    Err(Record::refusal(&image_root.display().to_string(), source, known.as_ref()))
+}
+
+/// Takes the inventory of what an overlay on `volume` lies above, unless there is one: to open it needs none.
+pub fn take_inventory_below(work: &Work, settings: &Settings, volume: &Tree) -> Result<()> {
+    let attempted = || format!("look for {}", volume.shown().join(INVENTORY).display());
+    let has_overlay = volume.look(OVERLAY).attempt(attempted)?.is_some();
+    if !has_overlay || volume.look(INVENTORY).attempt(attempted)?.is_some() {
+        return Ok(());
+    }
+    let mounted = volume.folder_without_links(Path::new(OVERLAY).join(LOWER)).attempt(attempted)?;
+    let below = if mounted.names().attempt(attempted)?.is_empty() {
+        // A directory, which need not be mounted.
+        let source = Record::on(volume, settings)?.read();
+        match source.filter(|source| Path::new(source.source()).is_dir()) {
+            Some(source) => open_tree(Path::new(source.source()))?,
+            None => return Ok(()),
+        }
+    } else {
+        mounted
+    };
+    Inventory::of(work, &below)?.save(volume, INVENTORY)
 }
 
 /// Whether `parent` holds an image root that somebody may have changed: an unpacked one, or an overlay with something in its upper layer.
@@ -168,7 +271,14 @@ fn best(archive: &Opened) -> Result<Open> {
 }
 
 /// The archive, or directory, on this machine: what was checked, by its descriptor.
-fn archive(work: &Work, settings: &Settings, source: &Source, open: Option<Open>, volume: &Tree) -> Result<Opened> {
+fn archive(
+    work: &Work,
+    settings: &Settings,
+    source: &Source,
+    open: Option<Open>,
+    volume: &Tree,
+    compare: impl Fn(&Opened) -> Result<()>,
+) -> Result<Opened> {
     let url = match source {
         Source::Here(path) => {
             let Opened { shown, content } = Opened::open(path)?;
@@ -183,7 +293,8 @@ fn archive(work: &Work, settings: &Settings, source: &Source, open: Option<Open>
                     Content::File(settings.expected.check(work, file, &shown.display().to_string(), Some(volume))?)
                 }
             };
-            return Ok(Opened { shown, content });
+            let opened = Opened { shown, content };
+            return compare(&opened).map(|()| opened);
         }
         Source::Web(url) => url.clone(),
         Source::S3(bucket, key) => work.wait(store::sign(bucket, key, &settings.store, &settings.network))?,
@@ -191,8 +302,10 @@ fn archive(work: &Work, settings: &Settings, source: &Source, open: Option<Open>
     // Unpacked it takes as much again, and more.
     let copies = if open == Some(Open::Unpack) { 2 } else { 1 };
     let file = download::fetch(work, &url, &settings.expected, volume, FETCHING, copies)?;
+    let opened = Opened { shown: settings.parent.join(ARCHIVE), content: Content::File(file) };
+    compare(&opened)?;
     volume.rename(FETCHING, ARCHIVE).attempt(|| format!("rename {FETCHING}"))?;
-    Ok(Opened { shown: settings.parent.join(ARCHIVE), content: Content::File(file) })
+    Ok(opened)
 }
 
 /// Refuses links in the places of directories: on a volume of an earlier job they would have it unpacked, or its changes kept, elsewhere.

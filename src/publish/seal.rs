@@ -49,6 +49,11 @@ impl Seal {
         Self::new(&secret, settings.job.as_deref(), parent).attempt(|| format!("look at {}", parent.shown().display()))
     }
 
+    /// Whether the job has a secret that others who write to its volume have not, and that a restart does not change.
+    pub fn has_secret(settings: &Settings) -> bool {
+        settings.store.keys.is_some() || settings.ims.as_ref().is_some_and(|ims| ims.oauth.is_some())
+    }
+
     /// For a job and a volume each of its own: what is authentic for one job, or was on another volume, means nothing here.
     fn new(secret: &[u8], job: Option<&str>, parent: &Tree) -> io::Result<Self> {
         let wanted = StatxFlags::INO | StatxFlags::BTIME;

@@ -261,7 +261,10 @@ fn without(option: &str) -> &'static str {
     }
 }
 
-/// Directory for the changes, in an overlay's own directory.
+/// Where a squashfs is mounted, in an overlay's own directory.
+pub const LOWER: &str = "lower";
+
+/// Directory for the changes there.
 pub const UPPER: &str = "upper";
 
 /// Directory of the kernel's own.
@@ -287,7 +290,7 @@ impl Overlay {
     /// found as it was left. To be mounted by one container after the other, never by two at a time.
     pub fn mount(source: &Opened, folder: &Path, image_root: &Path) -> Result<Self> {
         let attempted = || format!("mount {} on {}", source.shown.display(), image_root.display());
-        let [squashfs, upper, inner] = ["lower", UPPER, INNER].map(|name| folder.join(name));
+        let [squashfs, upper, inner] = [LOWER, UPPER, INNER].map(|name| folder.join(name));
         let first = !upper.exists();
         for made in [folder, &squashfs, &upper, &inner, image_root] {
             std::fs::create_dir_all(made).attempt(|| format!("make the folder {}", made.display()))?;
@@ -363,9 +366,9 @@ impl Overlay {
         self.take_down()
     }
 
-    /// Leaves them as they are when this program ends.
-    pub fn keep(mut self) {
-        self.mounted.clear();
+    /// Leaves them as they are when this program ends, and returns where they are, lowest first.
+    pub fn keep(mut self) -> Vec<PathBuf> {
+        std::mem::take(&mut self.mounted)
     }
 
     fn take_down(&mut self) -> Result<()> {

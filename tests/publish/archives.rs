@@ -16,7 +16,7 @@ fn taken(parent: &Path, source: &Path) -> PathBuf {
     let output = prepare(parent, source);
     assert!(output.status.success(), "{}: {}", source.display(), text(&output.stderr));
     let left: Vec<_> = std::fs::read_dir(parent).unwrap().map(|e| e.unwrap().file_name()).collect();
-    assert_eq!(left.len(), 2, "the image root and its inventory: {left:?}");
+    assert_eq!(left.len(), 3, "the image root, its inventory and its source: {left:?}");
     parent.join("image-root")
 }
 

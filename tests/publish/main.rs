@@ -11,6 +11,7 @@ mod customize;
 mod directory;
 mod enter;
 mod file_server;
+mod identity;
 mod ims_server;
 mod job;
 mod name_server;

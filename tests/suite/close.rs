@@ -818,7 +818,7 @@ fn what_a_killed_entrypoint_left_is_found_told_and_cleared() {
         logged(&environment, "the environment is open");
         assert_eq!(environment.says("echo open"), "open");
         let log = environment.log_text();
-        let found = log.lines().find(|l| l.contains("was killed before; found and cleared:"));
+        let found = log.lines().find(|l| l.contains("cleaned up after an environment that was killed here:"));
         let found = found.unwrap_or_else(|| panic!("{mode:?}: {log}"));
         for word in [
             "the record of its jail",

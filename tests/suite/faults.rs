@@ -421,7 +421,10 @@ fn run(cell: Cell) {
     assert!(!environment.state_folder().exists());
     let log = environment.log_text();
     if dies && (cell.phase >= Phase::Idle || cell.mode == Mode::Jailed && cell.phase == Phase::Preparing) {
-        assert!(log.contains("was killed before; found and cleared: "), "it does not say what it found");
+        assert!(
+            log.contains("cleaned up after an environment that was killed here: "),
+            "it does not say what it found"
+        );
     }
     let mut stands: Vec<_> = std::fs::read_dir(&environment.parent).unwrap().map(|e| e.unwrap().file_name()).collect();
     stands.retain(|name| !["image-root", "ready", "sshd_listening"].iter().any(|usual| name == usual));

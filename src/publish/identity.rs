@@ -1,0 +1,244 @@
+//! Identity of the source that an image root was made of, or that changes were made to: the same command must not go on with them on another
+//! one that has taken its name.
+
+use std::os::unix::fs::{FileExt, MetadataExt};
+
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use ring::digest;
+use rustix::fs::{AtFlags, StatxFlags};
+use serde_json::{Value, json};
+
+use crate::error::{Attempt, Error, Result};
+use crate::publish::checksum::Expected;
+use crate::publish::seal::Seal;
+use crate::publish::settings::Settings;
+use crate::publish::source::{Content, Opened, Source};
+use crate::publish::work::without_query;
+use crate::sys::tree::Tree;
+
+/// The record, in the image root's parent.
+const FILE: &str = ".ims-sshd.source";
+
+/// What a record is, for its seal.
+const KIND: &str = "source";
+
+/// A record is far smaller.
+const LIMIT: u64 = 64 << 10;
+
+/// So much of either end of a file tells it from others: of a squashfs the superblock with its times and its tables, of a compressed archive
+/// the checksum.
+const END: u64 = 64 << 10;
+
+/// What tells a source from another.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Identity {
+    /// Path, or URL without its signature.
+    source: String,
+    /// Checksums that it was verified by.
+    sums: Option<String>,
+    size: u64,
+    /// Time of its last change, of a file on this machine.
+    modified: Option<String>,
+    /// Of a file, a digest of its ends; of a directory, its number and the time when it was made.
+    content: String,
+}
+
+impl Identity {
+    /// Identity of a source that is open, and was verified if checksums are expected.
+    pub fn of(source: &Source, opened: &Opened, expected: &Expected) -> Result<Self> {
+        let attempted = || format!("tell {} from other images", opened.shown.display());
+        let (size, modified, content) = match &opened.content {
+            Content::Directory(tree) => {
+                let wanted = StatxFlags::INO | StatxFlags::BTIME;
+                let found = rustix::fs::statx(tree, "", AtFlags::EMPTY_PATH, wanted).attempt(attempted)?;
+                let made = (found.stx_btime.tv_sec, found.stx_btime.tv_nsec);
+                (0, None, format!("directory {} {}.{}", found.stx_ino, made.0, made.1))
+            }
+            Content::File(file) => {
+                let found = file.metadata().attempt(attempted)?;
+                let mut digest = digest::Context::new(&digest::SHA256);
+                for at in [0, found.len().saturating_sub(END)] {
+                    let mut bytes = vec![0; usize::try_from(END.min(found.len())).unwrap_or(0)];
+                    file.read_exact_at(&mut bytes, at).attempt(attempted)?;
+                    digest.update(&bytes);
+                }
+                let content = URL_SAFE_NO_PAD.encode(digest.finish());
+                // A copy without a name is of now.
+                let is_source = matches!(source, Source::Here(_)) && found.nlink() > 0;
+                let modified = is_source.then(|| format!("{}.{}", found.mtime(), found.mtime_nsec()));
+                (found.len(), modified, format!("file {content}"))
+            }
+        };
+        Ok(Self { source: named(source), sums: sums(expected), size, modified, content })
+    }
+
+    /// Whether both are of the same image, under whatever path.
+    pub fn is_same(&self, other: &Self) -> bool {
+        if let (Some(ours), Some(theirs)) = (&self.sums, &other.sums) {
+            return ours == theirs;
+        }
+        let is_same_time = match (&self.modified, &other.modified) {
+            (Some(ours), Some(theirs)) => ours == theirs,
+            _ => true,
+        };
+        self.size == other.size && self.content == other.content && is_same_time
+    }
+
+    /// Whether it is what `source` names, as far as that can be told without fetching it.
+    pub fn is_named(&self, source: &Source, expected: &Expected) -> bool {
+        self.source == named(source) && sums(expected).is_none_or(|sums| self.sums.as_ref() == Some(&sums))
+    }
+
+    /// Path of the source, or its URL.
+    pub fn source(&self) -> &str {
+        &self.source
+    }
+
+    /// In words, for messages.
+    pub fn shown(&self) -> String {
+        if self.size == 0 { self.source.clone() } else { format!("{} ({} bytes)", self.source, self.size) }
+    }
+}
+
+fn named(source: &Source) -> String {
+    match source {
+        Source::Here(path) => std::path::absolute(path).unwrap_or_else(|_| path.clone()).display().to_string(),
+        Source::Web(url) => without_query(url),
+        Source::S3(bucket, key) => format!("s3://{bucket}/{key}"),
+    }
+}
+
+fn sums(expected: &Expected) -> Option<String> {
+    let all = [("md5", &expected.md5), ("sha256", &expected.sha256)];
+    let all: Vec<_> = all.iter().filter_map(|(name, sum)| Some(format!("{name}={}", sum.as_ref()?))).collect();
+    (!all.is_empty()).then(|| all.join(" "))
+}
+
+/// Where the identity is written down.
+pub struct Record<'a> {
+    volume: &'a Tree,
+    /// None in a directory that nobody else can write to, and where the job has no secret.
+    seal: Option<Seal>,
+}
+
+impl<'a> Record<'a> {
+    /// The record of `settings`' job on a volume. A volume that others write to could have one that they have written.
+    pub fn on(volume: &'a Tree, settings: &Settings) -> Result<Self> {
+        let found = rustix::fs::fstat(volume).attempt(|| format!("look at {}", volume.shown().display()))?;
+        let is_private = found.st_uid == nix::unistd::geteuid().as_raw() && found.st_mode.trailing_zeros() >= 6;
+        let is_sealed = !is_private && Seal::has_secret(settings);
+        Ok(Self { volume, seal: is_sealed.then(|| Seal::of(settings, volume, false)).transpose()? })
+    }
+
+    /// What is written there; nothing if there is nothing, or somebody else has written it.
+    pub fn read(&self) -> Option<Identity> {
+        let text = String::from_utf8(self.volume.read(FILE, LIMIT).ok()?).ok()?;
+        let line = match &self.seal {
+            Some(seal) => seal.open(KIND, &text)?,
+            None => &text,
+        };
+        let fields: Value = serde_json::from_str(line).ok()?;
+        let text = |name: &str| fields[name].as_str().map(str::to_owned);
+        Some(Identity {
+            source: text("source")?,
+            sums: text("sums"),
+            size: fields["size"].as_u64()?,
+            modified: text("modified"),
+            content: text("content")?,
+        })
+    }
+
+    /// Writes it down.
+    pub fn write(&self, identity: &Identity) -> Result<()> {
+        let Identity { source, sums, size, modified, content } = identity;
+        let fields = json!({
+            "source": source, "sums": sums, "size": size, "modified": modified, "content": content,
+        });
+        let line =
+            self.seal.as_ref().map_or_else(|| format!("{fields}\n"), |seal| seal.line(KIND, &fields.to_string()));
+        let attempted = || format!("write {}/{FILE}", self.volume.shown().display());
+        self.volume.replace(FILE, line.as_bytes()).attempt(attempted)
+    }
+
+    /// Why one cannot go on with what is at `place`, which is of another source than `source`, or of an unknown one.
+    pub fn refusal(place: &str, source: &Source, known: Option<&Identity>) -> Error {
+        let why = match known {
+            Some(known) if known.source == named(source) => {
+                format!("it was made of what {} was before", known.shown())
+            }
+            Some(known) => format!("it was made of {}", known.shown()),
+            None => "it is there already, and nothing reliable says of what it was made".into(),
+        };
+        let advice =
+            "--fresh drops it with all changes and begins anew; to go on with it, give the source that it was made of";
+        Error::new(format!("go on with {place} for {}", named(source))).because(why).advise(advice)
+    }
+
+    /// Removes it, with what it told of.
+    pub fn remove(&self) -> Result<()> {
+        self.volume.remove(FILE).attempt(|| format!("remove {FILE}")).map(|_| ())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    fn of(path: &Path, expected: &Expected) -> Identity {
+        Identity::of(&Source::Here(path.to_owned()), &Opened::open(path).unwrap(), expected).unwrap()
+    }
+
+    fn settings(secret: &str) -> Settings {
+        let variables = [("S3_ACCESS_KEY", "a"), ("S3_SECRET_KEY", secret), ("S3_BUCKET", "b")];
+        let given = variables.into_iter().filter(|(_, value)| !value.is_empty() && !secret.is_empty());
+        Settings::read(None, given.map(|(n, v)| (n.into(), v.into()))).unwrap()
+    }
+
+    #[test]
+    fn an_image_is_the_same_under_another_name_and_another_one_at_its_path_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("image");
+        let any = Expected { md5: None, sha256: None };
+        std::fs::write(&file, vec![1; 200_000]).unwrap();
+        let before = of(&file, &any);
+        let moved = dir.path().join("moved");
+        std::fs::rename(&file, &moved).unwrap();
+        assert!(before.is_same(&of(&moved, &any)));
+        let times = std::fs::metadata(&moved).unwrap().modified().unwrap();
+        for content in [vec![1; 200_001], [vec![1; 199_999], vec![2]].concat(), vec![1; 200_000], Vec::new()] {
+            let is_other_time = content.len() == 200_000 && content[199_999] == 1;
+            std::fs::write(&file, content).unwrap();
+            let to = std::fs::File::options().write(true).open(&file).unwrap();
+            to.set_modified(if is_other_time { times + std::time::Duration::from_secs(1) } else { times }).unwrap();
+            assert!(!before.is_same(&of(&file, &any)));
+        }
+        let sums = |sum: &str| Expected { md5: None, sha256: Some(sum.into()) };
+        assert!(of(&file, &sums("a")).is_same(&of(&moved, &sums("a"))), "verified by the same checksum");
+        assert!(!of(&file, &sums("a")).is_same(&of(&file, &sums("b"))));
+        let other = dir.path().join("tree");
+        std::fs::create_dir(&other).unwrap();
+        assert!(!of(dir.path(), &any).is_same(&of(&other, &any)));
+    }
+
+    #[test]
+    fn a_record_on_a_volume_of_others_is_believed_with_the_jobs_seal_alone() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().unwrap();
+        let volume = Tree::open(dir.path()).unwrap();
+        let mode = |bits| std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(bits)).unwrap();
+        let identity = of(dir.path(), &Expected { md5: None, sha256: None });
+        let (ours, theirs, none) = (settings("ours"), settings("theirs"), settings(""));
+        mode(0o777);
+        Record::on(&volume, &none).unwrap().write(&identity).unwrap();
+        assert_eq!(Record::on(&volume, &ours).unwrap().read(), None, "anybody could have written it");
+        assert_eq!(Record::on(&volume, &none).unwrap().read(), Some(identity.clone()));
+        Record::on(&volume, &ours).unwrap().write(&identity).unwrap();
+        assert_eq!(Record::on(&volume, &ours).unwrap().read(), Some(identity.clone()));
+        assert_eq!(Record::on(&volume, &theirs).unwrap().read(), None);
+        mode(0o700);
+        Record::on(&volume, &ours).unwrap().write(&identity).unwrap();
+        assert_eq!(Record::on(&volume, &theirs).unwrap().read(), Some(identity));
+    }
+}
