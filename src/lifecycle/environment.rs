@@ -82,20 +82,30 @@ pub fn open_image_root(files: &SignalFiles, name: &str) -> Result<Tree> {
     }
 }
 
-/// Removes marks that came with the image: a job must not end before it began.
+/// Removes marks that came with the image: a job must not end before it began. A link or fifo of that name is removed too, and a directory
+/// is an error: with it in the way, no session could make the mark.
 pub fn remove_old_marks(image_root: &Tree) -> Result<()> {
     for verdict in Verdict::ALL {
-        if take_mark(image_root, verdict)? {
-            tracing::info!("removed /tmp/{}, which came with the image", verdict.signal_file());
+        let name = mark_of(verdict);
+        if image_root.remove(&name).attempt(|| removing(&name))? {
+            tracing::info!("removed /{}, which came with the image", name.display());
         }
     }
     Ok(())
 }
 
+fn mark_of(verdict: Verdict) -> PathBuf {
+    Path::new("tmp").join(verdict.signal_file())
+}
+
+fn removing(mark: &Path) -> String {
+    format!("remove /{} of the image", mark.display())
+}
+
 /// Removes the mark from the image's /tmp. Returns whether it stood there. What is no regular file is no mark, and stays.
 pub fn take_mark(image_root: &Tree, verdict: Verdict) -> Result<bool> {
-    let name = Path::new("tmp").join(verdict.signal_file());
-    let attempted = || format!("remove /{} of the image", name.display());
+    let name = mark_of(verdict);
+    let attempted = || removing(&name);
     if !image_root.look(&name).attempt(attempted)?.is_some_and(|found| is_mark(&found)) {
         return Ok(false);
     }

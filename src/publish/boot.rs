@@ -173,7 +173,9 @@ fn missing(what: &str, boot: &[String], modules: &[Modules]) -> Error {
     for kernel in modules.iter().filter_map(|m| m.kernel.as_ref()).take(MOST_NAMES) {
         let _ = write!(holds, ", and there is /{kernel}");
     }
-    Error::new(format!("find {what} in the image")).because(format!("/boot holds {holds}")).advise(
+    let is_there = |name: &String| what.ends_with(&format!("/boot/{name}"));
+    let odd = if boot.iter().any(is_there) { "it is no regular file; " } else { "" };
+    Error::new(format!("find {what} in the image")).because(format!("{odd}/boot holds {holds}")).advise(
         "name files of /boot by --kernel and --initrd (in a pod KERNEL_FILENAME and INITRD_FILENAME); auto also looks in /lib/modules, \
          when all work is done",
     )
