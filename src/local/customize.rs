@@ -9,7 +9,7 @@ use rustix::mount::MountAttrFlags;
 use crate::error::{Attempt, Error, Result};
 use crate::jail::binds::Bind;
 use crate::lifecycle::settings::Settings;
-use crate::lifecycle::signal_files::READY;
+use crate::lifecycle::signal_files::{READY, SignalFiles};
 use crate::lifecycle::stage::Stage;
 use crate::lifecycle::state::{RUN, StateFolder};
 use crate::lifecycle::{environment, supervisor};
@@ -21,6 +21,9 @@ use crate::sshd::options::Options;
 use crate::sys::mounts::{self, Detached};
 use crate::sys::tree::Tree;
 use crate::verdict::Verdict;
+
+/// File in the folder of the run that names what is customized, for `status` after a kill.
+pub const SOURCE: &str = "source";
 
 /// sshd's log, in the folder of the run.
 const SSHD_LOG: &str = "sshd.log";
@@ -65,10 +68,10 @@ pub fn run(job: Job, wanted: &Customization) -> Result<u8> {
     let (entry, label) = (job.register("customize")?, job.label());
     let in_place = job.in_place;
     settings.in_place = in_place;
-    let shown = local::directory_of(&job.source);
+    let (source, shown) = (job.shown(), local::directory_of(&job.source));
     let code = job.run(&entry, |image_root| {
         let shown = shown.as_deref().unwrap_or(image_root);
-        open(wanted, settings, &Opened { image_root, shown, in_place }, &entry, label)
+        open(wanted, settings, &Opened { source: &source, image_root, shown, in_place }, &entry, label)
     })?;
     Ok(code.unwrap_or(0))
 }
@@ -97,7 +100,8 @@ fn read_variables(wanted: &Customization) -> Result<Settings> {
 /// mounted again.
 pub fn end_left_over(image_root: &Path) -> Result<()> {
     let parent = local::RunFolder::place("customize", image_root);
-    if StateFolder::place(&parent).exists() {
+    let is_open = SignalFiles::open(&parent)?.is_some_and(|files| files.is_claimed());
+    if !is_open && StateFolder::place(&parent).exists() {
         let found = environment::end_left_over(&StateFolder::of(&parent)?, Some(&parent.join(SSHD_LOG)))?;
         if !found.is_empty() {
             tracing::warn!("a customization of this image was killed before; ended: {}", found.join("; "));
@@ -132,6 +136,8 @@ fn check_public_keys(file: &Path) -> Result<()> {
 
 /// What is opened.
 struct Opened<'a> {
+    /// Path or URL that was named.
+    source: &'a str,
     image_root: &'a Path,
     /// The directory that people know.
     shown: &'a Path,
@@ -140,9 +146,11 @@ struct Opened<'a> {
 }
 
 /// Fills the environment's own directory, before anything runs in it. Returns ssh's configuration.
-fn furnish(wanted: &Customization, settings: &mut Settings, image_root: &Path, run: &Path) -> Result<PathBuf> {
+fn furnish(wanted: &Customization, settings: &mut Settings, opened: &Opened, run: &Path) -> Result<PathBuf> {
     local::own_terminals()?;
-    show_image_root(image_root, run)?;
+    show_image_root(opened.image_root, run)?;
+    let source = run.join(SOURCE);
+    std::fs::write(&source, opened.source).attempt(|| format!("write {}", source.display()))?;
     let (keys, identity) = authorized_keys(wanted.authorized_key.as_deref(), run)?;
     let address = SocketAddr::new(wanted.listen, wanted.port.map_or_else(|| free_port(wanted.listen), Ok)?);
     let config = configure(run, address, &keys)?;
@@ -161,10 +169,9 @@ fn open(
     entry: &Entry,
     label: String,
 ) -> Result<(Fate, u8)> {
-    let image_root = opened.image_root;
-    let run = local::RunFolder::claim("customize", image_root)?;
+    let run = local::RunFolder::claim("customize", opened.image_root)?;
     let shown = run.path().join(IMAGE_ROOT);
-    let login = furnish(wanted, &mut settings, image_root, run.path()).inspect_err(|_| {
+    let login = furnish(wanted, &mut settings, opened, run.path()).inspect_err(|_| {
         let _ = mounts::unmount(&shown);
         let _ = local::remove_folder(run.path());
     })?;

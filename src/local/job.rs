@@ -102,7 +102,7 @@ impl Job {
     }
 
     /// The source, for people and for the register: a path is absolute, and a URL has no signature.
-    fn shown(&self) -> String {
+    pub fn shown(&self) -> String {
         match Source::parse(&self.source) {
             Ok(Source::Here(path)) => std::path::absolute(&path).unwrap_or(path).display().to_string(),
             _ => without_query(&self.source),
@@ -124,6 +124,7 @@ impl Job {
             _ => None,
         };
         if let (true, Some(directory)) = (self.in_place, &directory) {
+            customize::end_left_over(directory)?;
             directory::refuse_with_changes(directory, &self.work.join(name_of(&source, &self.source)))?;
         }
         let Some(mut settings) = self.settings.take() else {

@@ -12,12 +12,17 @@ use crate::lifecycle::settings::DEFAULT_PARENT;
 use crate::lifecycle::signal_files::{EXITING, READY, SSHD_LISTENING, SignalFiles};
 use crate::lifecycle::stage::{self, Stage};
 use crate::lifecycle::state::{RUN, StateFolder};
+use crate::local::customize::SOURCE;
 use crate::local::{names, register, say, say_json};
 use crate::printable::Printable;
 use crate::session::report::{Packet, SOCKET};
+use crate::sshd::daemon::Daemon;
 use crate::sys::packet::Packets;
 use crate::sys::poll;
 use crate::verdict::Verdict;
+
+/// A path or URL is far shorter.
+const LIMIT: u64 = 64 << 10;
 
 /// Image roots in an image root parent.
 const IMAGE_ROOTS: [&str; 2] = ["image-root", "build/image-root"];
@@ -98,7 +103,8 @@ pub fn print(named: Option<&Path>, shown: Shown<'_>) -> Result<u8> {
         Some(target) => target?,
         None if !shown.is.is_empty() => only_one()?,
         None => {
-            let all = all()?;
+            let mut all = all()?;
+            all.extend(killed());
             if shown.as_json {
                 say_json(&Value::Array(all));
             } else if all.is_empty() {
@@ -142,6 +148,25 @@ fn all() -> Result<Vec<Value>> {
         all.extend(report_of(default).ok());
     }
     Ok(all)
+}
+
+/// Customizations that were killed and have left their sshd.
+fn killed() -> Vec<Value> {
+    let folders = std::fs::read_dir(Path::new(RUN).join("customize")).into_iter().flatten().flatten();
+    let left = |parent: PathBuf| {
+        let files = SignalFiles::open(&parent).ok()??;
+        if files.is_claimed() || !StateFolder::place(&parent).exists() {
+            return None;
+        }
+        Daemon::noted(&StateFolder::of(&parent).ok()?.sshd())?;
+        let source = String::from_utf8(files.parent().read(SOURCE, LIMIT).ok()?).ok()?;
+        tracing::warn!(
+            "the customization of {} was killed, and its sshd is left; the same command ends that",
+            Printable(&source)
+        );
+        Some(json!({ "image_root_parent": parent, "state": "killed", "source": source }))
+    };
+    folders.filter_map(|folder| left(folder.path())).collect()
 }
 
 /// The run that is meant where nobody says which.

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use crate::error::{Attempt, Error, Result};
 use crate::lifecycle::signal_files::SignalFiles;
 use crate::lifecycle::{environment, image_root};
+use crate::local::customize;
 use crate::local::{say, say_result};
 use crate::publish::boot::{self, BootFiles};
 use crate::publish::changes::Inventory;
@@ -77,6 +78,8 @@ pub fn package(
     let refused = |why| Error::new(format!("pack {}", shown.display())).because(why);
     image_root::check(&place.image_root, &shown, false, refused)?;
     place.boot(settings)?;
+    // What it started would write to the image as it is packed.
+    customize::end_left_over(&place.image_root.shown())?;
     let work = Work::begin(&settings.network)?;
     if let Some(file) = changes {
         // What would only be missed when all is packed.

@@ -208,3 +208,37 @@ fn a_directory_that_cannot_lie_below_an_overlay_is_refused_and_can_be_changed_wh
     let file = run(dir.path(), &["customize", "script", "--in-place", "--output", "out"]);
     assert_eq!(file.status.code(), Some(2), "{file:?}");
 }
+
+#[test]
+fn what_a_killed_customization_has_left_is_told_and_ended_by_whoever_opens_or_packs_its_source() {
+    let dir = folder();
+    let tree = tree(dir.path());
+    // The parent of a killed one is named after its directory.
+    let sshd = || {
+        processes_with(&format!("{}-tree", dir.path().file_name().unwrap().to_string_lossy().trim_start_matches('.')))
+    };
+    let root = tree.display().to_string();
+    for command in [
+        &["enter", &root, "--", "true"][..],
+        &["package", "--kernel", "vmlinuz", "--archive", "packed.sqsh", &root],
+        &["customize", &root, "--work", "work", "--", "true"],
+    ] {
+        let mut customize = ims_sshd(&["customize", &root, "--in-place"], &[]);
+        let mut killed = Ended(customize.stdout(Stdio::piped()).spawn().unwrap());
+        let mut lines = std::io::BufRead::lines(std::io::BufReader::new(killed.stdout.take().unwrap()));
+        assert!(lines.any(|line| line.unwrap().contains("ims-sshd complete")));
+        // Beside one that is open nothing is ended.
+        let refused = run(dir.path(), &[&CUSTOMIZE[..], &["--", "true"]].concat());
+        assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+        assert!(killed.try_wait().unwrap().is_none() && !sshd().is_empty());
+        killed.kill().unwrap();
+        killed.wait().unwrap();
+        assert!(!sshd().is_empty(), "sshd goes on");
+        let status = run(dir.path(), &["status"]);
+        assert!(text(&status.stdout).contains(&format!(": killed\n  source: {root}\n")), "{status:?}");
+        let output = run(dir.path(), command);
+        assert!(output.status.success(), "{command:?}: {output:?}");
+        assert!(text(&output.stderr).contains("was killed before; ended: a listening sshd"), "{command:?}: {output:?}");
+        assert!(sshd().is_empty(), "{command:?}");
+    }
+}
