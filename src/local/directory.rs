@@ -69,6 +69,11 @@ pub fn refuse_half_applied(directory: &Path) -> Result<()> {
     Err(Error::new(attempted()).because("applying changes to it was interrupted").advise(advice))
 }
 
+/// Whether the changes kept in `place` were being applied.
+pub fn is_half_applied_by(place: &Path) -> bool {
+    Tree::open(place).is_ok_and(|place| apply::has_begun(&place).unwrap_or(true))
+}
+
 /// Refuses to change a directory where it is as long as changes made above it are kept in `place`.
 pub fn refuse_with_changes(directory: &Path, place: &Path) -> Result<()> {
     refuse_half_applied(directory)?;

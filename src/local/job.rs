@@ -109,6 +109,15 @@ impl Job {
         }
     }
 
+    /// Takes a directory that is to lie below an overlay.
+    fn hold(&self, directory: &Path, source: &Source) -> Result<Held> {
+        let place = self.work.join(name_of(source, &self.source));
+        if self.end == End::Discarded || !directory::is_half_applied_by(&place) {
+            directory::refuse_half_applied(directory)?;
+        }
+        Held::take(directory, &self.work)
+    }
+
     /// Enters this job, which is one of `command`, into the register of what is open on this machine.
     pub fn register(&self, command: &str) -> Result<Entry> {
         Entry::make(command, &self.shown(), &self.label())
@@ -135,10 +144,11 @@ impl Job {
             }
             return Ok(Some(value));
         };
-        let _held = match &directory {
-            Some(directory) if !self.in_place => Some(Held::take(directory, &settings.parent)?),
-            _ => None,
-        };
+        let _held = directory
+            .as_deref()
+            .filter(|_| !self.in_place)
+            .map(|directory| self.hold(directory, &source))
+            .transpose()?;
         let publishes = self.end == End::Published;
         if let Source::Here(path) = &source {
             let refuse = |e| Error::bad_input(format!("SOURCE is '{}': {e}", path.display()));
@@ -159,23 +169,17 @@ impl Job {
         let mounted = parent.join("image-root");
         entry.tell(&[("work", &parent.display().to_string())]);
         customize::end_left_over(&mounted)?;
-        if let Some(directory) = directory.as_deref().filter(|_| !self.in_place) {
-            if apply::has_begun(place.files().parent())? {
-                tracing::warn!("applying changes to {} was interrupted; going on with that", directory.display());
-                entry.reach(Stage::Applying);
-                directory::apply_changes(directory, place.files().parent(), None)?;
-                place.remove()?;
-                return Ok(None);
-            }
-            directory::refuse_half_applied(directory)?;
+        if let Some(directory) = directory.as_deref().filter(|_| !self.in_place)
+            && apply::has_begun(place.files().parent())?
+        {
+            tracing::warn!("applying changes to {} was interrupted; going on with that", directory.display());
+            entry.reach(Stage::Applying);
+            directory::apply_changes(directory, place.files().parent(), None)?;
+            place.remove()?;
+            return Ok(None);
         }
         if self.fresh && holds_changes(parent, &mounted) {
-            let notes = Notes::private(place.files(), &settings);
-            let mut publication =
-                Publication { work: &work, settings: &settings, ims: Ims::of(&work, &settings), notes: &notes };
-            publication.give_up(&mut Journal::read(&notes)?)?;
-            place.clear()?;
-            tracing::info!("dropped what was changed before; beginning anew");
+            drop_changes(&work, &settings, &place)?;
         }
         if !self.in_place {
             known(&settings, &source, place.files().parent(), &mounted)?;
@@ -215,6 +219,16 @@ impl Job {
         }
         Ok(Some(value))
     }
+}
+
+/// Drops what was changed before, and what was published of it in part.
+fn drop_changes(work: &Work, settings: &Settings, place: &WorkDirectory) -> Result<()> {
+    let notes = Notes::private(place.files(), settings);
+    let mut publication = Publication { work, settings, ims: Ims::of(work, settings), notes: &notes };
+    publication.give_up(&mut Journal::read(&notes)?)?;
+    place.clear()?;
+    tracing::info!("dropped what was changed before; beginning anew");
+    Ok(())
 }
 
 /// Refuses a store that takes no image, and disks on which none fits, before any work is done.

@@ -133,7 +133,10 @@ fn an_application_that_was_killed_is_ended_by_the_same_command_and_nothing_else_
     // As it is when the program is killed just after the verdict.
     std::fs::write(work(dir.path()).join(".ims-sshd.applying"), "moving").unwrap();
     std::fs::create_dir(tree.join(".ims-sshd.applying")).unwrap();
-    for command in [&["enter", "tree", "--", "true"][..], &["enter", "tree", "--discard", "--", "true"]] {
+    for command in [
+        &["enter", "tree", "--work", "work", "--", "true"][..],
+        &["enter", "tree", "--work", "work", "--discard", "--", "true"],
+    ] {
         let refused = run(dir.path(), command);
         assert_eq!(refused.status.code(), Some(1), "{refused:?}");
         assert!(

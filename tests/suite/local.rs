@@ -20,6 +20,8 @@ fn customize(image_root: &Path, arguments: &[&str]) -> (Ended, String) {
     let child = Command::new(IMS_SSHD)
         .arg("customize")
         .arg(image_root)
+        .arg("--work")
+        .arg(image_root.with_file_name("work"))
         .args(arguments)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -109,7 +111,14 @@ fn closed_output_and_closed_terminal_end_customize_in_order() {
     // The same happens in `customize … 2>&1 | head`.
     let (output, theirs) = std::io::pipe().unwrap();
     let mut command = Command::new(IMS_SSHD);
-    command.arg("customize").arg(&root).stdin(Stdio::null()).stdout(theirs.try_clone().unwrap()).stderr(theirs);
+    command
+        .arg("customize")
+        .arg(&root)
+        .arg("--work")
+        .arg(image.path().join("work"))
+        .stdin(Stdio::null())
+        .stdout(theirs.try_clone().unwrap())
+        .stderr(theirs);
     let mut child = Ended(command.spawn().unwrap());
     drop(command);
     let printed = announcement(output);
@@ -119,7 +128,11 @@ fn closed_output_and_closed_terminal_end_customize_in_order() {
     assert!(!parent_in(&printed).exists(), "the run's directory is left");
 
     let mut terminal = Command::new("script");
-    terminal.args(["-qec", &format!("{IMS_SSHD} customize {}", root.display()), "/dev/null"]);
+    terminal.args([
+        "-qec",
+        &format!("{IMS_SSHD} customize {} --work {}", root.display(), image.path().join("work").display()),
+        "/dev/null",
+    ]);
     let mut terminal = Ended(terminal.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap());
     let printed = announcement(terminal.stdout.take().unwrap());
     let parent = parent_in(&printed);
