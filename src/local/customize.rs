@@ -16,6 +16,7 @@ use crate::lifecycle::{environment, supervisor};
 use crate::local;
 use crate::local::job::{Fate, Job};
 use crate::local::register::Entry;
+use crate::publish::confined::clear_environment;
 use crate::publish::work;
 use crate::sshd::options::Options;
 use crate::sys::mounts::{self, Detached};
@@ -237,7 +238,7 @@ fn make_key(run: &Path, name: &str) -> Result<PathBuf> {
         let _ = std::fs::remove_file(old);
     }
     work::installed("ssh-keygen")?;
-    let output = Command::new("ssh-keygen")
+    let output = clear_environment(&mut Command::new("ssh-keygen"))
         .args(["-q", "-t", "ed25519", "-N", "", "-C", "ims-sshd customize", "-f"])
         .arg(&file)
         .stdin(Stdio::null())

@@ -185,7 +185,7 @@ impl<'a> Confined<'a> {
     /// Starts `command`. It goes on when this program ends.
     pub fn spawn(&self, command: &mut Command) -> Result<Child> {
         let attempted = format!("run {}", command.get_program().display());
-        self.prepare(command)?;
+        self.prepare(clear_environment(command))?;
         let start = || self.enter().and_then(|()| hold_none(command).spawn().attempt(|| "start it"));
         let started = std::thread::scope(|scope| scope.spawn(start).join());
         started.map_err(|_| Error::new(&attempted))?.map_err(|e| Error::new(&attempted).because(e))
@@ -298,6 +298,16 @@ impl<'a> Confined<'a> {
             failed.is_none()
         })
     }
+}
+
+/// Leaves `command` no variable but `$PATH`, and the language of its messages. Others hold keys and tokens, or options that change what a
+/// program does (`TAR_OPTIONS`, `GZIP`).
+pub fn clear_environment(command: &mut Command) -> &mut Command {
+    command.env_clear().env("LANG", "C");
+    if let Some(path) = std::env::var_os("PATH") {
+        command.env("PATH", path);
+    }
+    command
 }
 
 /// Part of a disk that is left for others.

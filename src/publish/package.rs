@@ -160,8 +160,6 @@ fn squash(
     };
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     mksquashfs.args(["-processors", &processors.to_string(), "-mem", &format!("{}M", memory() >> 20)]);
-    // It refuses to have both.
-    mksquashfs.env_remove("SOURCE_DATE_EPOCH");
     if let Some(epoch) = packing.epoch {
         mksquashfs.args(["-mkfs-time", &epoch.to_string(), "-all-time", &epoch.to_string()]);
     }

@@ -12,6 +12,7 @@ use rustix::io::Errno;
 
 use crate::error::{Attempt, Error, Result};
 use crate::lifecycle::secrets::without_secrets;
+use crate::publish::confined::clear_environment;
 use crate::sys::signals::hold_none;
 use crate::sys::tree::{Tree, kind_of};
 
@@ -261,7 +262,7 @@ fn uncompressed(file: &File, program: &str) -> io::Result<Vec<u8>> {
     let mut command = Command::new(program);
     rustix::fs::seek(file, SeekFrom::Start(0))?;
     command.arg("-dc").stdin(file.try_clone()?).stdout(Stdio::piped()).stderr(Stdio::null());
-    let mut child = hold_none(&mut command).spawn()?;
+    let mut child = hold_none(clear_environment(&mut command)).spawn()?;
     let mut start = Vec::new();
     if let Some(out) = child.stdout.take() {
         out.take(TAR_BLOCK as u64).read_to_end(&mut start)?;

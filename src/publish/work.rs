@@ -17,7 +17,7 @@ use tokio::runtime::Runtime;
 
 use crate::error::{Attempt, Error, Result};
 use crate::lifecycle::secrets;
-use crate::publish::confined::Confined;
+use crate::publish::confined::{Confined, clear_environment};
 use crate::publish::settings::{Network, Validate};
 use crate::sys::poll;
 use crate::sys::process::end_with_us;
@@ -180,8 +180,8 @@ impl Work {
         })
     }
 
-    /// Runs a program to its end and returns what it said; `look` is called now and then. A signal kills it. With `confined` it has no more
-    /// rights than that says.
+    /// Runs a program to its end and returns what it said; `look` is called now and then. A signal kills it. Of this process's variables it
+    /// gets `$PATH`. With `confined` it has no more rights than that says.
     pub fn run(&self, command: &mut Command, confined: Option<&Confined>, look: impl FnMut(&Child)) -> Result<Output> {
         self.heed()?;
         let name = Path::new(command.get_program()).display().to_string();
@@ -189,7 +189,7 @@ impl Work {
         if !name.contains('/') {
             installed(&name)?;
         }
-        command.stdin(Stdio::null()).env("LC_ALL", "C");
+        clear_environment(command).stdin(Stdio::null());
         // What it says goes to files: a pipe would fill up while nobody reads it.
         let (out, err) = (temporary().attempt(attempted)?, temporary().attempt(attempted)?);
         command.stdout(out.try_clone().attempt(attempted)?).stderr(err.try_clone().attempt(attempted)?);

@@ -210,6 +210,48 @@ fn a_hostile_packer_changes_nothing_of_the_image_and_reaches_nothing_else() {
     assert_eq!(differences(&before, &digest(&tree)), [""; 0]);
 }
 
+/// Exits after it has written the names in its environment to standard error, and beside itself where it can. A shell adds some.
+const NAMES: &str = r#"#!/bin/sh
+names="names: $(env | cut -d= -f1 | grep -vx 'PWD\|OLDPWD\|SHLVL\|_' | sort | tr '\n' ' ')"
+echo "$names" >&2
+echo "$names" > "$0.names"
+exit 1
+"#;
+
+#[test]
+fn programs_get_none_of_the_variables_in_which_secrets_are() {
+    let secrets = [
+        ("S3_ACCESS_KEY", "access".to_owned()),
+        ("S3_SECRET_KEY", "secret".into()),
+        ("AWS_SESSION_TOKEN", "token".into()),
+        ("OAUTH_CONFIG_DIR", "/nowhere".into()),
+        ("TAR_OPTIONS", "--verbose".into()),
+    ];
+    for (program, source) in [("unsquashfs", "image.sqsh"), ("tar", "image.tar"), ("cp", "tree"), ("mksquashfs", "")] {
+        let place = Place::new(program, NAMES);
+        let tree = image(place.dir.path());
+        squashfs_header(&place);
+        succeed(Command::new("tar").args(["-C", "tree", "-cf", "image.tar", "."]).current_dir(place.dir.path()));
+        let mut command = if source.is_empty() {
+            let mut package = ims_sshd(&["package", "--archive", "packed.sqsh"], &secrets);
+            package.arg(&tree);
+            package
+        } else {
+            let mut prepare = ims_sshd(&["prepare"], &secrets);
+            prepare.args([place.path("parent"), place.path(source)]);
+            prepare
+        };
+        let output = place.run(&mut command);
+        let said = text(&output.stderr);
+        assert!(said.contains("names: LANG PATH "), "{program}: {said}");
+    }
+    // Looks at the beginning of an archive, unconfined.
+    let place = Place::new("gzip", NAMES);
+    std::fs::write(place.path("image.tar.gz"), b"\x1f\x8b").unwrap();
+    place.run(ims_sshd(&["prepare"], &secrets).args([place.path("parent"), place.path("image.tar.gz")]));
+    assert_eq!(std::fs::read_to_string(place.path("programs/gzip.names")).unwrap(), "names: LANG PATH \n");
+}
+
 #[test]
 fn an_unpacker_that_says_or_writes_without_end_is_ended() {
     for (script, reason) in [
