@@ -5,7 +5,7 @@ use std::io::{Seek, Write};
 use std::time::Instant;
 
 use reqwest::StatusCode;
-use reqwest::header::{CONTENT_RANGE, ETAG, HeaderMap, HeaderName, IF_MATCH, RANGE};
+use reqwest::header::{CONTENT_RANGE, ETAG, HeaderMap, HeaderName, IF_MATCH, LAST_MODIFIED, RANGE};
 
 use crate::error::{Attempt, Error, Result};
 use crate::publish::checksum::{Expected, Sums};
@@ -30,6 +30,8 @@ struct Download<'a> {
     /// What it comes to, once the server has said so.
     total: Option<u64>,
     etag: Option<String>,
+    /// Time of its last change, as the server writes it.
+    modified: Option<String>,
     /// Whether the ETag can be the content's MD5.
     etag_is_md5: bool,
     progress: Progress,
@@ -57,6 +59,7 @@ pub fn fetch(work: &Work, url: &str, expected: &Expected, folder: &Tree, name: &
         sums: Sums::with_md5(expected),
         total: None,
         etag: None,
+        modified: None,
         etag_is_md5: false,
         progress: Progress::begin("fetching", None),
     };
@@ -89,6 +92,10 @@ pub fn fetch(work: &Work, url: &str, expected: &Expected, folder: &Tree, name: &
 impl Download<'_> {
     /// One request, from where the last one ended.
     async fn go_on(&mut self, copies: u64) -> std::result::Result<(), Fault> {
+        // Nothing else tells whether the rest is of the same file.
+        if self.etag.is_none() && self.modified.is_none() {
+            self.begin_anew()?;
+        }
         let mut request = self.work.client()?.get(self.url);
         if self.length > 0 {
             request = request.header(RANGE, format!("bytes={}-", self.length));
@@ -126,6 +133,7 @@ impl Download<'_> {
         }
         if status == StatusCode::OK {
             self.etag = text_of(response.headers(), ETAG.as_str()).map(str::to_owned);
+            self.modified = text_of(response.headers(), LAST_MODIFIED.as_str()).map(str::to_owned);
             self.etag_is_md5 = is_md5(response.headers());
             self.total = response.content_length();
             if let Some(total) = self.total {
@@ -164,15 +172,18 @@ impl Download<'_> {
     }
 
     fn begin_anew(&mut self) -> Result<()> {
-        (self.length, self.total, self.etag) = (0, None, None);
+        (self.length, self.total, self.etag, self.modified) = (0, None, None, None);
         self.sums.reset();
         self.file.set_len(0).and_then(|()| self.file.rewind()).attempt(|| "begin the file again")
     }
 
     /// Whether a partial answer goes on with the content that was begun with, and its end is known.
     fn goes_on(&mut self, headers: &HeaderMap) -> bool {
-        let now = text_of(headers, ETAG.as_str());
-        let is_same = now.is_none() || self.etag.is_none() || now == self.etag.as_deref();
+        // A partial answer has all that the whole one would have (RFC 9110, 15.3.7).
+        let is_same = match &self.etag {
+            Some(etag) => text_of(headers, ETAG.as_str()) == Some(etag),
+            None => text_of(headers, LAST_MODIFIED.as_str()) == self.modified.as_deref(),
+        };
         let Some((start, total)) = text_of(headers, CONTENT_RANGE.as_str()).and_then(range) else { return false };
         let fits = total.is_none() || self.total.is_none() || total == self.total;
         self.total = self.total.or(total);

@@ -69,7 +69,7 @@ fn a_part_of_the_file_is_not_taken_for_the_whole() {
     let length = content.len();
     let part = |from: usize, to: usize, total: &str| {
         let head = format!(
-            "206 Partial Content\r\ncontent-length: {}\r\ncontent-range: bytes {from}-{}/{total}",
+            "206 Partial Content\r\netag: \"1\"\r\ncontent-length: {}\r\ncontent-range: bytes {from}-{}/{total}",
             to - from,
             to - 1
         );
@@ -77,8 +77,8 @@ fn a_part_of_the_file_is_not_taken_for_the_whole() {
     };
     let of = length.to_string();
     // Without a length: the connection's end could be the file's.
-    let head = b"HTTP/1.1 200 OK\r\nx-reset: 1\r\ntransfer-encoding: chunked\r\n\r\n1000\r\n";
-    let cut_off = [head, &content[..4096], b"\r\n"].concat();
+    let head = b"HTTP/1.1 200 OK\r\nx-reset: 1\r\netag: \"1\"\r\ntransfer-encoding: chunked\r\n\r\n1000\r\n";
+    let cut_off = [&head[..], &content[..4096], b"\r\n"].concat();
     for (number, (first, reason)) in
         [(part(0, 4096, &of), "206"), (part(0, length, &of), "206"), (part(100, length, &of), "206")]
             .into_iter()
@@ -101,6 +101,85 @@ fn a_part_of_the_file_is_not_taken_for_the_whole() {
         let output = ims_sshd(&["prepare", &parent.display().to_string(), &server.url], &[]).output().unwrap();
         assert!(output.status.success(), "{number}: {}, {:?}", text(&output.stderr), server.heard());
         same_tree(&tree, &parent.join("image-root"));
+    }
+}
+
+#[test]
+fn a_download_goes_on_only_where_the_server_tells_whether_the_file_is_the_same() {
+    let dir = folder();
+    let tree = image(dir.path());
+    let content = std::fs::read(squashfs_of(&tree)).unwrap();
+    let length = content.len();
+    let changed: Vec<_> = content.iter().map(|byte| !byte).collect();
+    let cut_off = |described: &str| {
+        let head = format!("HTTP/1.1 200 OK\r\nx-reset: 1\r\n{described}content-length: {length}\r\n\r\n");
+        [head.as_bytes(), &changed[..4096]].concat()
+    };
+    let part = |described: &str| {
+        let head = format!(
+            "206 Partial Content\r\n{described}content-length: {}\r\ncontent-range: bytes 4096-{}/{length}",
+            length - 4096,
+            length - 1
+        );
+        answer(&head, &content[4096..])
+    };
+    let (old, new) =
+        ("last-modified: Wed, 01 Jan 2025 00:00:00 GMT\r\n", "last-modified: Wed, 01 Jan 2025 00:00:01 GMT\r\n");
+    let tag = "etag: \"1\"\r\n";
+    for (number, (answers, second_is_of_a_part)) in [
+        (vec![cut_off(""), whole(&content)], false),
+        (vec![cut_off(old), part(new), whole(&content)], true),
+        (vec![cut_off(old), part(""), whole(&content)], true),
+        (vec![cut_off(tag), part(""), whole(&content)], true),
+        (vec![cut_off("etag: W/\"1\"\r\n"), part(""), whole(&content)], true),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let server = Answers::start(answers);
+        let parent = dir.path().join(format!("parent-{number}"));
+        let output = ims_sshd(&["prepare", &parent.display().to_string(), &server.url], &[]).output().unwrap();
+        assert!(output.status.success(), "{number}: {}, {:?}", text(&output.stderr), server.heard());
+        assert_eq!(server.heard()[1].contains("range: bytes=4096-"), second_is_of_a_part, "{number}");
+        same_tree(&tree, &parent.join("image-root"));
+    }
+    // By its time alone, too.
+    let begun = [
+        format!("HTTP/1.1 200 OK\r\nx-reset: 1\r\n{old}content-length: {length}\r\n\r\n").as_bytes(),
+        &content[..4096],
+    ]
+    .concat();
+    let server = Answers::start(vec![begun, part(old)]);
+    let parent = dir.path().join("parent");
+    let output = ims_sshd(&["prepare", &parent.display().to_string(), &server.url], &[]).output().unwrap();
+    assert!(output.status.success() && server.heard().len() == 2, "{}, {:?}", text(&output.stderr), server.heard());
+    same_tree(&tree, &parent.join("image-root"));
+}
+
+#[test]
+fn what_is_sent_to_ims_and_for_a_token_follows_no_redirect() {
+    let dir = folder();
+    let tree = image(dir.path());
+    for status in ["301 x", "302 x", "303 x", "307 x", "308 x"] {
+        let target = Answers::start(vec![whole(b"{\"access_token\": \"token\"}")]);
+        let away = answer(&format!("{status}\r\nlocation: {}/ims\r\ncontent-length: 0", target.url), b"");
+        let server = Answers::start(vec![away]);
+        let oauth = tempfile::tempdir_in(dir.path()).unwrap();
+        for (name, content) in [("endpoint", server.url.as_str()), ("client-id", "id"), ("client-secret", "hidden")] {
+            std::fs::write(oauth.path().join(name), content).unwrap();
+        }
+        let ims = ("IMS_URL", server.url.clone());
+        let job = ("IMS_JOB_ID", crate::ims_server::JOB.to_owned());
+        for variables in [
+            vec![ims.clone(), job.clone()],
+            vec![("IMS_URL", target.url.clone()), job, ("OAUTH_CONFIG_DIR", oauth.path().display().to_string())],
+        ] {
+            let parent = tempfile::tempdir_in(dir.path()).unwrap();
+            let output = ims_sshd(&["prepare"], &variables).args([parent.path(), &tree]).output().unwrap();
+            let said = text(&output.stderr);
+            assert!(said.contains("it leads to ") && said.contains("what is sent"), "{said}");
+            assert_eq!((output.status.code(), target.heard()), (Some(1), vec![]), "{said}");
+        }
     }
 }
 
@@ -131,13 +210,11 @@ fn a_redirect_to_another_server_takes_no_login_and_no_referer_along() {
         ("OAUTH_CONFIG_DIR", dir.path().display().to_string()),
         ("IMS_JOB_ID", crate::ims_server::JOB.into()),
     ];
-    let squashfs = squashfs_of(&tree).display().to_string();
-    let parent = dir.path().join("parent-of-ims").display().to_string();
-    let output = ims_sshd(&["prepare", &parent, &squashfs], &variables).output().unwrap();
-    assert!(output.status.success(), "{}", text(&output.stderr));
+    // It reads the job's record first.
+    ims_sshd(&["sidecar"], &variables).arg(dir.path()).output().unwrap();
     assert!(ims.heard()[0].contains("authorization: bearer token-of-ims"), "{:?}", ims.heard());
     let heard = target.heard().concat();
-    assert!(!heard.is_empty() && !heard.contains("token") && !heard.contains("referer"), "{heard}");
+    assert!(heard.starts_with("get ") && !heard.contains("token") && !heard.contains("referer"), "{heard}");
 }
 
 #[test]
