@@ -46,18 +46,26 @@ pub struct Layer {
     pub diff_id: Option<String>,
 }
 
-/// Content that is named by its SHA-256: the digits, and where it lies.
+/// Content that is named by its SHA-256: the digits, where it lies, and its length in bytes if that is told.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Named {
     digest: Option<String>,
     path: String,
+    size: Option<u64>,
 }
+
+/// Media types of indexes, and of manifests (OCI image specification, "Media Types"; docker's "Image Manifest V 2, Schema 2").
+const INDEXES: [&str; 2] =
+    ["application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json"];
+const MANIFESTS: [&str; 2] =
+    ["application/vnd.oci.image.manifest.v1+json", "application/vnd.docker.distribution.manifest.v2+json"];
 
 /// The layers of the image that is saved in the directory `saved`, lowest first; nothing if it is no saved image. What is named by its digest
 /// on the way to them is compared with that.
 pub fn layers(saved: &Tree) -> Result<Option<Vec<Layer>>> {
     let attempted = || "read the description of the saved image";
-    let strange = || Error::new(attempted()).because("it does not name its layers as docker and OCI do, by SHA-256");
+    let strange =
+        || Error::new(attempted()).because("it does not name its layers as docker and OCI do, by SHA-256 and size");
     let (config, layers) = match description(saved, "manifest.json") {
         Some(images) if images[0]["Layers"].is_array() => {
             let images = images.as_array().map(Vec::as_slice).unwrap_or_default();
@@ -71,16 +79,22 @@ pub fn layers(saved: &Tree) -> Result<Option<Vec<Layer>>> {
         // `podman save --format docker-dir`, `skopeo copy … dir:`.
         Some(image) if image["layers"].is_array() && saved.look("version").is_ok_and(|found| found.is_some()) => {
             let beside = |blob: Named| Named { path: blob.digest.clone().unwrap_or_default(), ..blob };
+            refuse_confusion(&image, None).map_err(|why| Error::new(attempted()).because(why))?;
             let (config, layers) = blobs(&image).ok_or_else(strange)?;
             (config.map(beside), layers.into_iter().map(beside).collect())
         }
         _ if saved.look("oci-layout").is_ok_and(|found| found.is_some()) => {
             let index = description(saved, "index.json")
                 .ok_or_else(|| Error::new(attempted()).because("there is no index.json"))?;
+            refuse_confusion(&index, None)
+                .map_err(|why| Error::new("take index.json of the saved image").because(why))?;
             blobs(&image_of(saved, index, 0)?).ok_or_else(strange)?
         }
         _ => return Ok(None),
     };
+    if layers.is_empty() {
+        return Err(Error::new(attempted()).because("it has no layers"));
+    }
     if layers.len() > MOST_LAYERS {
         return Err(Error::new(attempted()).because(format!("it has more than {MOST_LAYERS} layers")));
     }
@@ -90,11 +104,13 @@ pub fn layers(saved: &Tree) -> Result<Option<Vec<Layer>>> {
         None => Value::Null,
     };
     let diff_id = |number: usize| sha256(config["rootfs"]["diff_ids"][number].as_str()?);
-    let resolve = |(number, Named { digest, path }): (usize, Named)| {
+    let resolve = |(number, Named { digest, path, size }): (usize, Named)| {
         let attempted = || format!("find the layer {path} of the saved image");
         let found = saved.leads_to(&path).attempt(attempted)?;
         // A device or a fifo is no layer.
-        saved.open_regular(&found, OFlags::RDONLY | OFlags::NOFOLLOW).attempt(attempted)?;
+        let file = saved.open_regular(&found, OFlags::RDONLY | OFlags::NOFOLLOW).attempt(attempted)?;
+        let length = file.metadata().attempt(attempted)?.len();
+        refuse_length(length, size).map_err(|why| Error::new(attempted()).because(why))?;
         Ok(Layer { path: found, digest, diff_id: diff_id(number) })
     };
     layers.into_iter().enumerate().map(resolve).collect::<Result<_>>().map(Some)
@@ -109,11 +125,37 @@ fn verified(saved: &Tree, named: &Named) -> Result<Value> {
     let digest = named.digest.as_deref().unwrap_or_default();
     let attempted = || format!("take sha256:{digest} of the saved image");
     let text = saved.read(&named.path, LARGEST).attempt(attempted)?;
+    refuse_length(text.len() as u64, named.size).map_err(|why| Error::new(attempted()).because(why))?;
     let sum = format!("{:x}", Sha256::digest(&text));
     if sum != digest {
         return Err(Error::new(attempted()).because(format!("its SHA-256 is {sum}")));
     }
     serde_json::from_slice(&text).attempt(attempted)
+}
+
+/// Why content of `length` bytes is not what has this `size`.
+fn refuse_length(length: u64, size: Option<u64>) -> std::result::Result<(), String> {
+    match size {
+        Some(size) if size != length => Err(format!("it has {length} bytes, expected {size}")),
+        _ => Ok(()),
+    }
+}
+
+/// Why a description is neither an index nor a manifest: programs that disagree on which it is take different images from it (CVE-2021-41190).
+/// `expected` is the type that the index above tells of it.
+fn refuse_confusion(description: &Value, expected: Option<&Value>) -> std::result::Result<(), String> {
+    let (is_index, is_manifest) = (!description["manifests"].is_null(), !description["layers"].is_null());
+    if is_index && is_manifest {
+        return Err("it is both an index and a manifest".into());
+    }
+    let types = if is_index { INDEXES } else { MANIFESTS };
+    for told in [Some(&description["mediaType"]), expected].into_iter().flatten().filter(|told| !told.is_null()) {
+        if !told.as_str().is_some_and(|told| types.contains(&told)) {
+            let told = told.as_str().map_or_else(|| told.to_string(), str::to_owned);
+            return Err(format!("its type is {told}, and it is {}", if is_index { "an index" } else { "a manifest" }));
+        }
+    }
+    Ok(())
 }
 
 fn strings(list: &Value) -> Option<Vec<String>> {
@@ -147,11 +189,14 @@ fn image_of(saved: &Tree, index: Value, depth: usize) -> Result<Value> {
         let digest = image["digest"].as_str().unwrap_or("without a digest");
         Error::new(format!("take the manifest {digest} of the saved image"))
     };
-    let named = blob(image).ok_or_else(|| refused().because("expected sha256: and 64 hexadecimal digits"))?;
+    let named = blob(image)
+        .ok_or_else(|| refused().because("expected sha256: and 64 hexadecimal digits, and a size in bytes"))?;
     if depth == DEEPEST {
         return Err(refused().because("it is an index in an index, again and again"));
     }
-    image_of(saved, verified(saved, &named)?, depth + 1)
+    let below = verified(saved, &named)?;
+    refuse_confusion(&below, Some(&image["mediaType"])).map_err(|why| refused().because(why))?;
+    image_of(saved, below, depth + 1)
 }
 
 /// The configuration and the layers that a manifest of OCI names.
@@ -164,14 +209,17 @@ fn blobs(manifest: &Value) -> Option<(Option<Named>, Vec<Named>)> {
 /// The content that a descriptor names.
 fn blob(descriptor: &Value) -> Option<Named> {
     let digest = sha256(descriptor["digest"].as_str()?)?;
-    Some(Named { path: format!("blobs/sha256/{digest}"), digest: Some(digest) })
+    let size = descriptor.get("size").map(Value::as_u64);
+    // One that is told is a number.
+    let size = if size == Some(None) { return None } else { size.flatten() };
+    Some(Named { path: format!("blobs/sha256/{digest}"), digest: Some(digest), size })
 }
 
 /// The content that docker's manifest names by a path, whose last name may be a digest, with an ending: `DIGEST.tar`, `blobs/sha256/DIGEST`.
 fn docker(path: &str) -> Named {
     let name = path.rsplit('/').next().unwrap_or_default();
     let stem = name.strip_prefix("sha256:").unwrap_or(name).split('.').next().unwrap_or_default();
-    Named { digest: sha256(&format!("sha256:{stem}")), path: path.to_owned() }
+    Named { digest: sha256(&format!("sha256:{stem}")), path: path.to_owned(), size: None }
 }
 
 /// The digits of a digest.
@@ -344,6 +392,57 @@ mod tests {
         for manifest in [json!({"name": "app"}), json!([1]), json!("text")] {
             assert_eq!(found(&[("manifest.json", manifest), ("etc/passwd", text())]), Ok(None));
         }
+    }
+
+    #[test]
+    fn a_description_that_says_two_things_or_a_wrong_size_or_names_no_layer_is_refused() {
+        let digest = |content: &Value| format!("{:x}", Sha256::digest(content.to_string()));
+        let sized =
+            |content: &Value, size: Value| json!({"digest": format!("sha256:{}", digest(content)), "size": size});
+        let descriptor = |content: &Value| sized(content, json!(content.to_string().len()));
+        let (layer, config) = (json!("layer"), json!({}));
+        let found = |files: &[(&str, Value)]| {
+            let (_dir, tree) = tree(files);
+            layers(&tree).map_err(|e| e.to_string())
+        };
+        let oci = |entry: Value, manifest: &Value| {
+            let blobs = [&layer, &config, manifest].map(|c| (format!("blobs/sha256/{}", digest(c)), c.clone()));
+            let blobs: Vec<_> = blobs.iter().map(|(path, content)| (path.as_str(), content.clone())).collect();
+            let index = json!({"manifests": [entry]});
+            found(&[&blobs[..], &[("oci-layout", json!({})), ("index.json", index)]].concat())
+        };
+        let whole = |manifest: &Value| oci(descriptor(manifest), manifest);
+        let refused = |said: &str, found: std::result::Result<Option<Vec<Layer>>, String>| {
+            let error = found.expect_err(said);
+            assert!(error.contains(said), "{said}: {error}");
+        };
+        let manifest = json!({"config": descriptor(&config), "layers": [descriptor(&layer)]});
+        let (index, image) = ("application/vnd.oci.image.index.v1+json", "application/vnd.oci.image.manifest.v1+json");
+        let with = |name: &str, value: Value| {
+            let mut changed = manifest.clone();
+            changed[name] = value;
+            changed
+        };
+        assert_eq!(whole(&manifest).unwrap().unwrap().len(), 1);
+        assert_eq!(whole(&with("mediaType", json!(image))).unwrap().unwrap().len(), 1);
+        refused("both an index and a manifest", whole(&with("manifests", json!([]))));
+        for confused in [index, "application/vnd.docker.distribution.manifest.list.v2+json", "text/plain"] {
+            refused(&format!("its type is {confused}"), whole(&with("mediaType", json!(confused))));
+            let mut entry = descriptor(&manifest);
+            entry["mediaType"] = json!(confused);
+            refused(&format!("its type is {confused}"), oci(entry, &manifest));
+        }
+        for size in [json!(1), json!(8), json!(0)] {
+            refused("bytes, expected", whole(&with("layers", json!([sized(&layer, size.clone())]))));
+            refused("bytes, expected", whole(&with("config", sized(&config, size.clone()))));
+            refused("bytes, expected", oci(sized(&manifest, size), &manifest));
+        }
+        for size in [json!(-1), json!("7"), json!(null), json!(1.5)] {
+            refused("SHA-256 and size", whole(&with("layers", json!([sized(&layer, size)]))));
+        }
+        refused("it has no layers", whole(&with("layers", json!([]))));
+        refused("it has no layers", found(&[("manifest.json", json!([{"Config": "c", "Layers": []}]))]));
+        refused("it has no layers", found(&[("manifest.json", with("layers", json!([]))), ("version", json!(""))]));
     }
 
     #[test]
