@@ -197,7 +197,8 @@ impl<'a> Ims<'a> {
         body: Option<&Value>,
     ) -> std::result::Result<Option<Value>, Fault> {
         let Some(at) = self.at.clone() else { return Ok(None) };
-        let mut request = self.work.client()?.request(method.clone(), below(&at.url, path)?).timeout(REQUEST_LIMIT);
+        let client = if *method == Method::GET { self.work.client()? } else { self.work.sender()? };
+        let mut request = client.request(method.clone(), below(&at.url, path)?).timeout(REQUEST_LIMIT);
         if let Some(folder) = &at.oauth {
             request = request.bearer_auth(self.token(folder).await?);
         }
@@ -237,7 +238,7 @@ impl<'a> Ims<'a> {
             Ok::<_, Error>(text.trim().to_owned())
         };
         let (endpoint, id, secret) = (read("endpoint")?, read("client-id")?, read("client-secret")?);
-        let request = self.work.client()?.post(&endpoint).timeout(REQUEST_LIMIT).basic_auth(id, Some(secret));
+        let request = self.work.sender()?.post(&endpoint).timeout(REQUEST_LIMIT).basic_auth(id, Some(secret));
         let request = request.header("content-type", "application/x-www-form-urlencoded");
         let asked = Instant::now();
         let response = request.body("grant_type=client_credentials").send().await?;

@@ -58,6 +58,8 @@ pub struct Work {
     runtime: Runtime,
     /// Made when it is needed: to read all authorities of the system takes longer than to mount an image.
     client: OnceCell<reqwest::Client>,
+    /// The same that follows no redirect.
+    sender: OnceCell<reqwest::Client>,
     signals: Signals,
     /// The signal that came.
     interrupted: Cell<Option<Signal>>,
@@ -108,6 +110,7 @@ impl Work {
         Ok(Self {
             runtime: runtime.attempt(|| "start an event loop")?,
             client: OnceCell::new(),
+            sender: OnceCell::new(),
             signals,
             interrupted: Cell::new(None),
             deaf: Cell::new(false),
@@ -115,14 +118,23 @@ impl Work {
         })
     }
 
-    /// The client for servers other than stores.
+    /// The client that fetches from servers other than stores.
     pub fn client(&self) -> Result<&reqwest::Client> {
-        if let Some(client) = self.client.get() {
+        self.make(&self.client, Redirects::Anywhere)
+    }
+
+    /// The client for requests that change something.
+    pub fn sender(&self) -> Result<&reqwest::Client> {
+        self.make(&self.sender, Redirects::Nowhere)
+    }
+
+    fn make<'a>(&self, cell: &'a OnceCell<reqwest::Client>, redirects: Redirects) -> Result<&'a reqwest::Client> {
+        if let Some(client) = cell.get() {
             return Ok(client);
         }
-        let made = client(&self.network, &Validate::Yes, Redirects::Anywhere)?.read_timeout(self.network.stall_limit);
+        let made = client(&self.network, &Validate::Yes, redirects)?.read_timeout(self.network.stall_limit);
         let made = made.build().attempt(SET_UP)?;
-        Ok(self.client.get_or_init(|| made))
+        Ok(cell.get_or_init(|| made))
     }
 
     /// The signal that interrupted the work, if one did.
@@ -311,6 +323,8 @@ pub enum Redirects {
     Anywhere,
     /// The server that was asked: a request has further headers that are secret.
     SameServer,
+    /// None: 307 and 308 would have the body of the request, 301 and 302 make a GET of it.
+    Nowhere,
 }
 
 /// No server sends a client further more often.
@@ -343,7 +357,9 @@ fn refuse_redirect(previous: &[Url], next: &Url, redirects: Redirects) -> Option
     let shown = without_query(next.as_str());
     let server = |url: &Url| (url.host_str().map(str::to_owned), url.port_or_known_default());
     let last = previous.last()?;
-    if previous.len() > MOST_REDIRECTS {
+    if redirects == Redirects::Nowhere {
+        Some(format!("it leads to {shown}, and what is sent is for the server that was named"))
+    } else if previous.len() > MOST_REDIRECTS {
         Some(format!("it is the last of {MOST_REDIRECTS}, and leads on to {shown}"))
     } else if last.scheme() == "https" && next.scheme() != "https" {
         Some(format!("it leads from https to {shown}, where anybody on the way can read and replace what is sent"))
@@ -447,7 +463,7 @@ pub fn is_passing(status: reqwest::StatusCode) -> bool {
 mod tests {
     use super::*;
 
-    use Redirects::{Anywhere, SameServer};
+    use Redirects::{Anywhere, Nowhere, SameServer};
 
     #[test]
     fn a_redirect_neither_gives_tls_up_nor_goes_on_without_end_nor_carries_keys_to_others() {
@@ -465,6 +481,7 @@ mod tests {
             ("https://a/", "https://a:8443/", SameServer, false),
             ("https://a/", "https://b/", SameServer, false),
             ("http://a/", "https://a/", SameServer, false),
+            ("https://a/", "https://a/x", Nowhere, false),
         ] {
             assert_eq!(refused(&[from], to, redirects).is_none(), goes, "{from} {to} {redirects:?}");
         }
