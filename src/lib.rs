@@ -18,6 +18,7 @@ pub mod jail;
 pub mod lifecycle;
 pub mod local;
 pub mod manual;
+pub mod panic;
 pub mod printable;
 pub mod publish;
 pub mod session;

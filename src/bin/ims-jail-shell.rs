@@ -11,13 +11,17 @@ use ims_sshd::error::{Attempt, Result};
 use ims_sshd::jail::architecture::Architecture;
 use ims_sshd::jail::binds::Bind;
 use ims_sshd::jail::build::Plan;
+use ims_sshd::jail::link::{Link, Message};
 use ims_sshd::jail::mount_table::Proc;
 use ims_sshd::jail::record::Record;
 use ims_sshd::jail::tier::Tier;
 use ims_sshd::jail::{enter, init, seal};
+use ims_sshd::panic;
+use ims_sshd::printable::Printable;
 use ims_sshd::session::inside::{self, Errand};
 use ims_sshd::session::login;
 use ims_sshd::session::request::Request;
+use ims_sshd::sys::process::exit_now;
 
 const USAGE: &str = "\
 Makes a jail around an image root, or enters it. Started by ims-sshd and by sshd, not by hand.
@@ -109,7 +113,25 @@ ims_sshd::start_at!(start);
 /// Returns the exit code.
 fn start() -> u8 {
     let words: Vec<_> = std::env::args_os().skip(1).collect();
-    let result = match command(&words) {
+    let command = command(&words);
+    let of_init = match command {
+        Some(Command::Init(_)) => Some("make"),
+        Some(Command::Serve(_)) => Some("keep"),
+        _ => None,
+    };
+    panic::tell_by(move |sentence| {
+        // The init's streams may be closed, and a line of the log is the supervisor's to write.
+        let tell = |attempted| {
+            let failed = Message::Failed(format!("cannot {attempted} the jail: {sentence}"));
+            socket().is_ok_and(|socket| Link::from_fd(socket).send(&failed).is_ok())
+        };
+        if !of_init.is_some_and(tell) {
+            eprintln!("ims-jail-shell: {}", Printable(sentence));
+        }
+        // Nothing unwinds out of a function that C has called: that would be a second panic.
+        exit_now(255)
+    });
+    let result = match command {
         Some(Command::Init(plan)) => socket().and_then(|socket| init::run(&plan, socket)),
         Some(Command::Serve(tier)) => match socket() {
             Ok(socket) => return init::serve(tier, socket),

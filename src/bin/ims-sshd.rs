@@ -19,6 +19,8 @@ use ims_sshd::local::script::Script;
 use ims_sshd::local::status::{self, Shown};
 use ims_sshd::local::{names, work_directory};
 use ims_sshd::manual;
+use ims_sshd::panic;
+use ims_sshd::printable::Printable;
 use ims_sshd::publish::prepare::Open;
 use ims_sshd::publish::sidecar::{self, Places};
 use ims_sshd::publish::source::Source;
@@ -500,7 +502,17 @@ impl JobOptions {
     }
 }
 
+/// Tells of a panic in the log, or before that has started.
+fn tell_panic(sentence: &str) {
+    if tracing::dispatcher::has_been_set() {
+        tracing::error!("{sentence}");
+    } else {
+        eprintln!("ims-sshd: {}", Printable(sentence));
+    }
+}
+
 fn main() -> ExitCode {
+    panic::tell_by(tell_panic);
     // A pod's manifest may still call the name of the script that this program replaces.
     let called_as = std::env::args_os().next().unwrap_or_default();
     let arguments = if Path::new(&called_as).file_name() == Some("entrypoint.sh".as_ref()) {

@@ -19,7 +19,7 @@ pub enum Message {
     Ready,
     /// A user marked the image, from inside.
     Marked(Verdict),
-    /// The jail could not be made; a whole sentence.
+    /// The jail could not be made, or its init has met a bug of its own; a whole sentence.
     Failed(String),
 }
 

@@ -8,8 +8,9 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
-use rustix::fs::{AtFlags, FileType, Gid, Mode, Uid};
+use rustix::fs::{AtFlags, FileType, Mode};
 
+use crate::sys::attributes;
 use crate::sys::tree::Tree;
 
 /// One name below /run.
@@ -95,8 +96,8 @@ impl Entry {
             }
         }
         // A user namespace need not have every user.
-        let (uid, gid) = (Uid::from_raw(self.uid), Gid::from_raw(self.gid));
-        let owned = rustix::fs::chownat(&above, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW);
+        let (user, group) = (attributes::user(self.uid), attributes::group(self.gid));
+        let owned = rustix::fs::chownat(&above, name, user, group, AtFlags::SYMLINK_NOFOLLOW);
         if !matches!(self.kind, Kind::Link(_)) {
             rustix::fs::chmodat(&above, name, Mode::from_raw_mode(self.mode), AtFlags::empty())?;
         }
@@ -265,6 +266,7 @@ mod tests {
         std::fs::write(at("etc/group"), GROUP).unwrap();
         std::fs::write(at("usr/lib/tmpfiles.d/a.conf"), "d /run/munge 0711 munge munge\nd /run/up/outside 0755\n")
             .unwrap();
+        std::fs::write(at("usr/lib/tmpfiles.d/d.conf"), "d /run/nobodys 0711 4294967295 4294967295\n").unwrap();
         std::fs::write(at("usr/lib/tmpfiles.d/b.conf"), "d /run/masked 0755\n").unwrap();
         std::fs::write(at("usr/lib/tmpfiles.d/c.conf"), "L /run/.ims-sshd.root - - - - /\nd /run/.ims-sshd/x 0755\n")
             .unwrap();
@@ -281,6 +283,7 @@ mod tests {
         assert_eq!(about("own"), Some((0o2770, 0, 0)));
         assert_eq!(std::fs::read_to_string(made.join("link")).unwrap(), "text");
         assert_eq!(about("munge"), Some((0o711, 101, 102)));
+        assert_eq!(about("nobodys"), Some((0o711, 0, 0)), "chown(2) has no such user");
         assert_eq!(
             (about("lock"), about("user"), about("sshd")),
             (Some((0o1777, 0, 0)), Some((0o755, 0, 0)), Some((0o755, 0, 0)))

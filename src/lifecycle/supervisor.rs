@@ -367,10 +367,16 @@ impl<F: FnOnce()> Supervisor<F> {
                 poll::wait(&mut source, Duration::ZERO).is_ok_and(|ready| ready > 0)
             };
             while readable()
-                && let Some(Message::Marked(verdict)) = jail.told()
+                && let Some(message) = jail.told()
             {
-                tracing::info!(verdict = verdict.signal_file(), "marked from inside the jail");
-                marks.push(Event::Marked(verdict));
+                match message {
+                    Message::Marked(verdict) => {
+                        tracing::info!(verdict = verdict.signal_file(), "marked from inside the jail");
+                        marks.push(Event::Marked(verdict));
+                    }
+                    Message::Failed(why) => tracing::error!("{why}"),
+                    _ => {}
+                }
             }
         }
         match self.files.as_ref().map(SignalFiles::verdict) {

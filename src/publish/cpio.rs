@@ -8,8 +8,9 @@ use std::io::{self, Read, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
-use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Timespec, Timestamps, Uid};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, Timespec, Timestamps};
 
+use crate::sys::attributes;
 use crate::sys::tree::Tree;
 
 /// Before each name, in ASCII: the magic, and thirteen numbers of eight hexadecimal digits.
@@ -240,8 +241,8 @@ fn make_parent(root: &Tree, path: &Path) -> io::Result<(Tree, OsString)> {
 
 /// Owner first: to change it takes the setuid bit away.
 fn set_attributes(directory: &Tree, name: &OsStr, header: &Header) -> io::Result<()> {
-    let (user, group) = (Uid::from_raw(header.user), Gid::from_raw(header.group));
-    rustix::fs::chownat(directory, name, Some(user), Some(group), AtFlags::SYMLINK_NOFOLLOW)?;
+    let (user, group) = (attributes::user(header.user), attributes::group(header.group));
+    rustix::fs::chownat(directory, name, user, group, AtFlags::SYMLINK_NOFOLLOW)?;
     if FileType::from_raw_mode(header.mode) != FileType::Symlink {
         rustix::fs::chmodat(directory, name, Mode::from_raw_mode(header.mode & 0o7777), AtFlags::empty())?;
     }
@@ -255,6 +256,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
     use std::fmt::Write as _;
+    use std::os::unix::fs::MetadataExt;
 
     /// An entry as cpio writes it.
     fn entry(name: &str, mode: u32, links: u32, content: &[u8]) -> Vec<u8> {
@@ -332,6 +334,16 @@ mod tests {
         assert!(unpacked(&[&whole[..], b"something else"].concat()).1.is_err());
         let long = entry(&"a".repeat(5000), FILE, 1, b"");
         assert!(unpacked(&long).1.unwrap_err().to_string().contains("longer than any path"));
+    }
+
+    #[test]
+    fn an_owner_that_chown_does_not_know_becomes_root_as_in_the_kernels_initramfs() {
+        let mut archive = entry("a", FILE, 1, b"");
+        archive[22..38].fill(b'f');
+        let (dir, result) = unpacked(&[archive, entry("TRAILER!!!", 0, 1, b"")].concat());
+        result.unwrap();
+        let found = std::fs::metadata(dir.path().join("root/a")).unwrap();
+        assert_eq!((found.uid(), found.gid()), (0, 0));
     }
 
     proptest! {

@@ -4,6 +4,7 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
+use crate::sys::attributes;
 use crate::sys::tree::Tree;
 
 /// Whom a session becomes.
@@ -65,7 +66,7 @@ impl Account {
             if let Ok(name) = std::str::from_utf8(fields[0]) {
                 name.clone_into(&mut account.name);
             }
-            account.group = number(fields[3]).unwrap_or(0);
+            account.group = group_number(fields[3]).unwrap_or(0);
             let path = |at: usize| {
                 let field = fields.get(at).filter(|field| field.starts_with(b"/"));
                 field.map(|field| PathBuf::from(OsStr::from_bytes(field)))
@@ -89,9 +90,14 @@ fn groups_of(name: &[u8], group: &[u8]) -> Vec<u32> {
     let lines = group.split(|&b| b == b'\n').map(|line| line.splitn(4, |&b| b == b':').collect::<Vec<_>>());
     lines
         .filter(|fields| fields.len() == 4 && fields[3].split(|&b| b == b',').any(|member| member == name))
-        .filter_map(|fields| number(fields[2]))
+        .filter_map(|fields| group_number(fields[2]))
         .take(MOST_GROUPS)
         .collect()
+}
+
+/// With one that is none, setgroups(2) would refuse the others too.
+fn group_number(digits: &[u8]) -> Option<u32> {
+    number(digits).filter(|number| attributes::group(*number).is_some())
 }
 
 fn number(digits: &[u8]) -> Option<u32> {
@@ -111,6 +117,13 @@ mod tests {
         assert_eq!(account.shell, PathBuf::from("/bin/zsh"));
         assert_eq!(account.home, PathBuf::from("/root"));
         assert_eq!(account.groups, [0, 10]);
+    }
+
+    #[test]
+    fn a_group_that_the_kernel_does_not_know_costs_root_none_of_the_others() {
+        let account = Account::parse(b"root:x:0:4294967295::/r:/bin/zsh\n", b"a:x:4294967295:root\nb:x:10:root\n");
+        assert_eq!((account.group, account.groups), (0, vec![0, 10]));
+        assert_eq!(account.shell, PathBuf::from("/bin/zsh"));
     }
 
     #[test]

@@ -64,15 +64,25 @@ impl Node<'_> {
     /// Gives it the owner, mode and times of a file that looked like `found`, and these extended attributes.
     pub fn take(&self, found: &Stat, attributes: &Attributes) -> io::Result<()> {
         let Self { directory, name } = *self;
-        let (owner, group) = (Uid::from_raw(found.st_uid), Gid::from_raw(found.st_gid));
+        let (owner, group) = (user(found.st_uid), group(found.st_gid));
         // First, since a new owner takes a file's capabilities away.
-        rustix::fs::chownat(directory, name, Some(owner), Some(group), AtFlags::SYMLINK_NOFOLLOW)?;
+        rustix::fs::chownat(directory, name, owner, group, AtFlags::SYMLINK_NOFOLLOW)?;
         self.set_attributes(attributes)?;
         if FileType::from_raw_mode(found.st_mode) != FileType::Symlink {
             rustix::fs::chmodat(directory, name, Mode::from_raw_mode(found.st_mode & 0o7777), AtFlags::empty())?;
         }
         Ok(rustix::fs::utimensat(directory, name, &times(found), AtFlags::SYMLINK_NOFOLLOW)?)
     }
+}
+
+/// The user of this number. None for -1, which is nobody's and which chown(2) takes for "as it is": images and archives can hold it.
+pub fn user(number: u32) -> Option<Uid> {
+    (number != u32::MAX).then(|| Uid::from_raw(number))
+}
+
+/// The group of this number; see [`user`].
+pub fn group(number: u32) -> Option<Gid> {
+    (number != u32::MAX).then(|| Gid::from_raw(number))
 }
 
 /// Times of access and modification, as a call takes them.
