@@ -5,7 +5,7 @@
 use std::ops::Range;
 
 /// A name that contains one of these, written without separators and in lower case, has a secret value.
-const SECRET: [&str; 17] = [
+const SECRET: [&str; 20] = [
     "password",
     "passwd",
     "passphrase",
@@ -21,6 +21,9 @@ const SECRET: [&str; 17] = [
     "signingkey",
     "encryptionkey",
     "activationkey",
+    "authkey",
+    "regcode",
+    "registrationcode",
     "licensekey",
     "sharedaccesssignature",
 ];
@@ -72,7 +75,7 @@ const HARMLESS_ENDS: [&str; 27] = [
 const SIGNATURES: [&str; 4] = ["signature", "sig", "xamzsignature", "hmac"];
 
 /// Options that are secret with these programs alone; those of one letter also with the value attached to them.
-const OPTIONS: [(&[&str], &[&str]); 16] = [
+const OPTIONS: [(&[&str], &[&str]); 19] = [
     (&["mysql", "mysqldump", "mysqladmin", "mysqlimport", "mysqlcheck", "mysqlsh"], &["-p"]),
     (&["mariadb", "mariadb-dump", "mariadb-admin", "mariadb-import", "mariadb-check"], &["-p"]),
     (&["mongo", "mongosh", "mongodump", "mongorestore", "cqlsh", "rabbitmqadmin", "influx"], &["-p"]),
@@ -90,7 +93,14 @@ const OPTIONS: [(&[&str], &[&str]); 16] = [
     (&["ssh-keygen"], &["-N", "-P"]),
     (&["snmpget", "snmpwalk", "snmpset"], &["-c", "-A", "-X"]),
     (&["nmcli"], &["wifi-sec.psk", "password"]),
+    // Codes and keys by which a machine is registered for updates.
+    (&["SUSEConnect", "suseconnect", "registercloudguest", "register"], &["-r"]),
+    (&["rhc"], &["-a", "-p"]),
+    (&["pro", "ua"], &["attach"]),
 ];
+
+/// Options of some programs that begin as one of a letter does.
+const LONG_OPTIONS: [&str; 4] = ["-pass", "-passwd", "-password", "-passphrase"];
 
 /// Programs to which the options above do not apply when they are started by one of those.
 const OTHERS: [&str; 5] = ["ssh", "scp", "sftp", "rsync", "run"];
@@ -267,13 +277,16 @@ impl Line<'_> {
                 options.clear();
             }
             let is_option = word.text.starts_with('-') && !word.text.contains(['=', ':']);
-            let named = (is_option || ["set", "setenv"].contains(&before)) && is_secret(word.text);
-            if named || options.contains(&word.text) {
-                found.extend(next());
-            } else if let Some(option) = options.iter().find(|o| o.len() == 2 && word.text.starts_with(*o)) {
+            let is_known = options.contains(&word.text);
+            // Before its name is looked at: '-pPassword1' is the value 'Password1'. Some programs have '-password', too.
+            let attached = options.iter().find(|o| o.len() == 2 && word.text.starts_with(*o)).filter(|_| !is_known);
+            if let Some(option) = attached {
                 let value = word.start + self.text[word.start..word.end].find(option).unwrap_or_default() + 2;
                 found.push(value..self.end(value));
-            } else if word.text.eq_ignore_ascii_case("bearer") {
+            }
+            let is_name = attached.is_none() || LONG_OPTIONS.contains(&word.text);
+            let named = (is_option && is_name || ["set", "setenv"].contains(&before)) && is_secret(word.text);
+            if named || is_known || word.text.eq_ignore_ascii_case("bearer") {
                 found.extend(next());
             }
             before = name;
@@ -339,14 +352,14 @@ impl Line<'_> {
         self.quoted.iter().find(|quoted| quoted.start <= at && at <= quoted.end).map_or(self.text.len(), |q| q.end)
     }
 
-    /// After the end of the `quote` that opens here. It closes with as many backslashes before it as it opened with.
+    /// After the end of the `quote` that opens here. It closes with as many backslashes before it as it opened with, and not within `$(…)`.
     fn close(&self, open: usize, quote: &str) -> Option<usize> {
         let start = open + quote.len();
         let closes = |at: &usize| {
             let before = &self.text[start..*at];
-            quote == "'"
-                || quote.starts_with('\'')
-                || before.len() - before.trim_end_matches('\\').len() + 1 == quote.len()
+            quote.starts_with('\'')
+                || before.matches("$(").count() <= before.matches(')').count()
+                    && before.len() - before.trim_end_matches('\\').len() + 1 == quote.len()
         };
         let sign = if quote.starts_with('\'') { quote } else { quote.trim_start_matches('\\') };
         let found = self.text[start..].match_indices(sign).map(|(at, _)| start + at).find(closes)?;
@@ -366,6 +379,10 @@ impl Line<'_> {
                     Some(close) => close,
                     None => return limit,
                 },
+                None if c == '(' => match closing(&self.text[at..limit]) {
+                    Some(close) => at + close,
+                    None => return limit,
+                },
                 None if c == '\\' => at + 1 + self.text[at + 1..].chars().next().map_or(0, char::len_utf8),
                 None => at + c.len_utf8(),
             };
@@ -375,6 +392,20 @@ impl Line<'_> {
         }
         at
     }
+}
+
+/// After the end of the bracket that opens here, as in `$(command word)`.
+fn closing(text: &str) -> Option<usize> {
+    let mut depth = 0_usize;
+    for (at, c) in text.char_indices() {
+        match c {
+            '(' => depth += 1,
+            ')' if depth == 1 => return Some(at + 1),
+            ')' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+    }
+    None
 }
 
 /// Ranges between outermost quotes. `'\''` is how a shell is given a quote in quotes; one that does not close is an
@@ -434,12 +465,14 @@ fn words(text: &str) -> Vec<Word<'_>> {
         let start = run.as_ptr() as usize - text.as_ptr() as usize;
         let ending = run.chars().next_back().filter(|c| c.is_whitespace() || ";|&()".contains(*c));
         let word = &run[..run.len() - ending.map_or(0, char::len_utf8)];
-        if !word.is_empty() {
+        // A line that goes on in the next one.
+        let goes_on = ending == Some('\n') && is_escaped(text, start + word.len());
+        if !(word.is_empty() || goes_on && word == "\\") {
             let bare = word.trim_matches(['"', '\'', '`', '\\', '{', '}', '$']);
             found.push(Word { start, end: start + word.len(), text: bare, first });
             first = false;
         }
-        first |= ending.is_some_and(|c| c == '\n' || ";|&()".contains(c));
+        first |= ending.is_some_and(|c| c == '\n' || ";|&()".contains(c)) && !goes_on;
     }
     found
 }
@@ -525,7 +558,7 @@ mod tests {
     use proptest::prelude::*;
 
     /// In each, the secret is what contains `hidden`.
-    const STYLES: [&str; 114] = [
+    const STYLES: [&str; 136] = [
         // Variables.
         "PASSWORD=hidden run --x",
         "DB_PASS=hidden run",
@@ -552,6 +585,10 @@ mod tests {
         "VAULT_TOKEN=hidden vault read x",
         "rootpw=hidden",
         "ENCRYPTION_KEY=hidden run",
+        "export API_KEY=$(echo hidden); run",
+        "PASSWORD=\"$(echo \"a hidden\" hidden)\" run",
+        "tool --token $(printf %s $(echo hidden) hidden) x",
+        "PASSWORDS=(hidden hidden)",
         "sed -i 's/^PASSWORD=.*/PASSWORD=hidden/' /etc/app.conf",
         "HTTP_AUTH=hidden run",
         // Options.
@@ -576,6 +613,24 @@ mod tests {
         "mysql -phidden -u root",
         "/usr/bin/mysqldump -u root -phidden db",
         "mysql -u root -p hidden",
+        "mysql -pPasswordhidden",
+        "mysql -ppasshidden -u root",
+        "mysqldump -uroot -pSecrethidden db",
+        "mysql -psEcrethidden",
+        "sshpass -psEcrethidden ssh host",
+        "sshpass -p'pass hidden' ssh host",
+        "7z a -pTokenhidden x.7z x",
+        "docker login -password hidden registry",
+        "tool --token \\\n  hidden",
+        "tool --token\\\n  hidden",
+        "mysql \\\n  -u root \\\n  -phidden",
+        "echo root:hidden | \\\n chpasswd",
+        "SUSEConnect -r hidden",
+        "SUSEConnect --regcode hidden",
+        "registercloudguest --regcode=hidden",
+        "transactional-update register -r hidden",
+        "tailscale up --authkey hidden",
+        "pro attach hidden",
         "sudo sshpass -p hidden ssh -p 2222 host",
         "sshpass -phidden scp x host:",
         "sshpass -p'hidden hidden' ssh host",
@@ -667,6 +722,9 @@ mod tests {
             ("sh -c 'run -e \"PASSWORD=a b\" image'", "sh -c 'run -e \"PASSWORD=***\" image'"),
             ("tool --token 'a b' --user me", "tool --token *** --user me"),
             ("sudo sshpass -p abc ssh -p 2222 host", "sudo sshpass -p *** ssh -p 2222 host"),
+            ("mysql -pPassword1 -u root -P 3306", "mysql -p*** -u root -P 3306"),
+            ("export API_KEY=$(echo abc); run", "export API_KEY=*** run"),
+            ("tool --token \\\n  abc x", "tool --token \\\n  *** x"),
             ("mysql -pabc -u root -P 3306", "mysql -p*** -u root -P 3306"),
             ("curl -H 'Authorization: Bearer abc' host", "curl -H 'Authorization: ***' host"),
             ("curl https://me:abc@host/x?y=z", "curl https://***@host/x?y=z"),
