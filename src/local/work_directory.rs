@@ -74,22 +74,30 @@ impl WorkDirectory {
 fn own(path: &Path) -> Result<PathBuf> {
     let attempted = || format!("keep files of an image in {}", path.display());
     let advice = "name a directory by --work that only root can change, and all above it";
-    let refuse = |why: String| Err(Error::new(attempted()).because(why).advise(advice));
+    let refuse = |why: String| Err::<PathBuf, _>(Error::new(attempted()).because(why).advise(advice));
+    // Before anything is made there, and once more with what was made.
+    let check = |there: &Path| {
+        let real = std::fs::canonicalize(there).attempt(attempted)?;
+        // The links on the way first: each is a decision of whoever made it.
+        for place in there.ancestors().chain(real.ancestors()) {
+            let found = std::fs::symlink_metadata(place).attempt(attempted)?;
+            if !is_trusted(found.uid()) {
+                let owner = found.uid();
+                return refuse(format!("{} belongs to user {owner}, who can exchange what is there", place.display()));
+            }
+            let is_open = found.mode() & WRITABLE != 0 && !found.is_symlink();
+            if is_open && (there == path && place == real || found.mode() & STICKY == 0) {
+                return refuse(format!("others than its owner can write to {}", place.display()));
+            }
+        }
+        Ok(real)
+    };
+    if let Some(there) = path.ancestors().find(|place| place.exists()) {
+        check(there)?;
+    }
     let mut make = std::fs::DirBuilder::new();
     make.recursive(true).mode(0o700).create(path).attempt(attempted)?;
-    let real = std::fs::canonicalize(path).attempt(attempted)?;
-    // The links on the way first: each is a decision of whoever made it.
-    for place in path.ancestors().chain(real.ancestors()) {
-        let found = std::fs::symlink_metadata(place).attempt(attempted)?;
-        if !is_trusted(found.uid()) {
-            let owner = found.uid();
-            return refuse(format!("{} belongs to user {owner}, who can exchange what is there", place.display()));
-        }
-        let is_open = found.mode() & WRITABLE != 0 && !found.is_symlink();
-        if is_open && (place == real || found.mode() & STICKY == 0) {
-            return refuse(format!("others than its owner can write to {}", place.display()));
-        }
-    }
+    let real = check(path)?;
     let found = std::fs::symlink_metadata(&real).attempt(attempted)?;
     if found.uid() != 0 {
         return refuse(format!("it belongs to user {}", found.uid()));
@@ -98,4 +106,29 @@ fn own(path: &Path) -> Result<PathBuf> {
         std::fs::set_permissions(&real, std::fs::Permissions::from_mode(0o700)).attempt(attempted)?;
     }
     Ok(real)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_place_that_another_user_can_exchange_is_refused_before_anything_is_made_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let theirs = dir.path().join("theirs");
+        std::fs::create_dir(&theirs).unwrap();
+        std::os::unix::fs::chown(&theirs, Some(1234), Some(1234)).unwrap();
+        for work in ["ims-sshd", "new/ims-sshd"] {
+            let error = own(&theirs.join(work)).unwrap_err().to_string();
+            assert!(error.contains("belongs to user 1234"), "{error}");
+            assert_eq!(std::fs::read_dir(&theirs).unwrap().count(), 0, "{work}");
+        }
+        let open = dir.path().join("open");
+        std::fs::create_dir(&open).unwrap();
+        std::fs::set_permissions(&open, PermissionsExt::from_mode(0o777)).unwrap();
+        own(&open.join("ims-sshd")).unwrap_err();
+        assert_eq!(std::fs::read_dir(&open).unwrap().count(), 0);
+        std::fs::set_permissions(&open, PermissionsExt::from_mode(0o1777)).unwrap();
+        assert_eq!(own(&open.join("ims-sshd")).unwrap(), open.canonicalize().unwrap().join("ims-sshd"));
+    }
 }
