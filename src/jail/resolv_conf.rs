@@ -12,7 +12,7 @@ use rustix::fs::{FileType, FlockOperation, Mode, Stat};
 use rustix::io::Errno;
 use sha2::Digest;
 
-use crate::error::{Advise, Attempt, Result};
+use crate::error::{Advise, Attempt, Error, Result};
 use crate::sys::tree::{Tree, kind_of};
 
 /// The container's file, and the image's.
@@ -85,6 +85,13 @@ fn places(image_root: &Tree) -> impl Iterator<Item = Tree> {
 const ORIGINAL: &str = "original";
 const NEW: &str = "new";
 const NOTE: &str = "note";
+
+/// All of that; and under which names the latter two are written, which a kill leaves behind.
+const OURS: [&str; 5] = [ORIGINAL, NEW, NOTE, ".new.ims-sshd", ".note.ims-sshd"];
+
+fn is_folder(tree: &Tree, name: &str) -> bool {
+    matches!(tree.look(name), Ok(Some(found)) if FileType::from_raw_mode(found.st_mode) == FileType::Directory)
+}
 
 /// A text that stands in the image, by descriptors: whoever renames directories meanwhile changes nothing about what is put back.
 #[derive(Debug)]
@@ -178,14 +185,24 @@ impl Lent {
                 Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false),
                 directory => directory?,
             };
-            let changed = self.etc.keeping_times(|| self.settle(&aside))?;
-            for name in [ORIGINAL, NEW, NOTE] {
+            let changed = self.settle(&aside)?;
+            for name in OURS.into_iter().filter(|name| !is_folder(&aside, name)) {
                 aside.remove(name)?;
+            }
+            if !aside.names()?.is_empty() {
+                return Ok(changed);
             }
             self.place.keeping_times(|| self.place.remove_folder(self.name))?;
             Ok(changed)
         };
-        put_back().attempt(|| "put the image's own /etc/resolv.conf back").advise("the image root has to be writable")
+        let attempted = || "put the image's own /etc/resolv.conf back";
+        let changed = put_back().attempt(attempted).advise("the image root has to be writable")?;
+        let Ok(left) = self.directory() else { return Ok(changed) };
+        let names = left.names().attempt(attempted)?;
+        let name = names.first().map(|name| name.display().to_string()).unwrap_or_default();
+        Err(Error::new(attempted())
+            .because(format!("{} holds '{name}', which is not ours", left.shown().display()))
+            .advise("remove that directory from the image"))
     }
 
     /// Returns whether what was lent has been changed.
@@ -195,17 +212,21 @@ impl Lent {
         if note.is_empty() || aside.look(NEW)?.is_some() {
             // Killed before it was lent.
             if has_original && self.etc.look("resolv.conf")?.is_none() {
-                aside.rename_to(ORIGINAL, &self.etc, "resolv.conf")?;
+                self.etc.keeping_times(|| aside.rename_to(ORIGINAL, &self.etc, "resolv.conf"))?;
             }
             return Ok(false);
         }
-        if self.is_ours("resolv.conf", &note) {
+        self.etc.keeping_times(|| self.settle_lent(aside, &note, has_original))
+    }
+
+    fn settle_lent(&self, aside: &Tree, note: &[u8], has_original: bool) -> io::Result<bool> {
+        if self.is_ours("resolv.conf", note) {
             self.give_back("resolv.conf", aside, has_original)?;
             return Ok(false);
         }
         // A session has moved it, to put another one there: it has moved the image's own.
         for name in self.etc.names()? {
-            if let Some(name) = name.to_str().filter(|name| self.is_ours(name, &note)) {
+            if let Some(name) = name.to_str().filter(|name| self.is_ours(name, note)) {
                 self.give_back(name, aside, has_original)?;
                 break;
             }
@@ -459,6 +480,51 @@ mod tests {
         assert_eq!(ENVIRONMENT.lend(&image.tree, b"other").unwrap_err().kind(), io::ErrorKind::ResourceBusy);
         assert_eq!(image.text(), "container's");
         assert!(!lent.take_back().unwrap());
+        assert_eq!(image.text(), "image's");
+    }
+
+    #[test]
+    fn a_directory_that_an_image_brings_is_refused_by_name_or_removed_if_it_is_a_leftover() {
+        for (name, content) in [("resolv.conf", "x"), ("note", "odd"), ("note/x", ""), (".new.ims-sshd/x", "")] {
+            let image = Image::new();
+            image.write("image's");
+            let aside = image.path("proc").join(ENVIRONMENT.0);
+            let file = aside.join(name);
+            std::fs::create_dir_all(file.parent().unwrap()).unwrap();
+            std::fs::write(&file, content).unwrap();
+            let result = ENVIRONMENT.take_back(&image.tree);
+            assert_eq!(image.text(), "image's");
+            if name == "note" {
+                result.unwrap();
+                assert!(!aside.exists(), "{name}");
+                continue;
+            }
+            let error = result.unwrap_err().to_string();
+            for words in ["/proc/.ims-sshd.resolv.conf", name.split('/').next().unwrap(), "remove that directory"] {
+                assert!(error.contains(words), "{words}: {error}");
+            }
+        }
+        // Killed as it wrote a file there.
+        let image = Image::new();
+        let aside = image.path("proc").join(ENVIRONMENT.0);
+        std::fs::create_dir(&aside).unwrap();
+        std::fs::write(aside.join(".note.ims-sshd"), "1").unwrap();
+        ENVIRONMENT.take_back(&image.tree).unwrap();
+        assert!(!aside.exists());
+    }
+
+    #[test]
+    fn an_etc_that_cannot_be_changed_is_refused_and_nothing_is_left_in_the_image() {
+        let image = Image::new();
+        image.write("image's");
+        let chattr = |flag: &str| {
+            assert!(std::process::Command::new("chattr").arg(flag).arg(image.path("etc")).status().unwrap().success());
+        };
+        chattr("+i");
+        let lent = ENVIRONMENT.lend(&image.tree, b"container's");
+        chattr("-i");
+        assert_eq!(lent.unwrap_err().kind(), io::ErrorKind::PermissionDenied);
+        assert_eq!(std::fs::read_dir(image.path("proc")).unwrap().count(), 0);
         assert_eq!(image.text(), "image's");
     }
 
