@@ -21,7 +21,7 @@ use crate::jail::record::Record;
 use crate::jail::resolv_conf::{self, ENVIRONMENT, Lent};
 use crate::jail::seal::Seal;
 use crate::jail::tier::Tier;
-use crate::lifecycle::processes::{KILL_TIME, writers_on};
+use crate::lifecycle::processes::{KILL_TIME, mapped_on, writers_on};
 use crate::lifecycle::secrets::without_secrets;
 use crate::lifecycle::signal_files::tell_no_watch;
 use crate::lifecycle::state::StateFolder;
@@ -98,13 +98,18 @@ const TIME_BETWEEN_SEALS: Duration = Duration::from_millis(50);
 /// Minimum time for a process outside to be done with a file that a session has sent it.
 pub const TIME_TO_LET_GO: Duration = Duration::from_secs(1);
 
-/// Those who have a file open for writing on the mount of this number, for people.
-fn holders(mount: u64) -> String {
+/// Says who keeps a file open for writing on the mount of this number.
+fn holder(mount: u64) -> String {
     let name = |entry: &Entry| format!("process {} ({})", entry.pid, without_secrets(&entry.command_line()));
-    match writers_on(mount).first() {
-        Some(entry) => name(entry),
-        None => "a process".into(),
+    if let Some(entry) = writers_on(mount).first() {
+        return format!("{} outside the jail has a file of it open for writing", name(entry));
     }
+    if let Some(entry) = mapped_on(mount).first() {
+        return format!("{} outside the jail has a file of it mapped, and for that open for writing", name(entry));
+    }
+    "somebody outside the jail has a file of it open for writing: a process that cannot be seen from here, or it is in the queue of a \
+     socket that it was sent to and that nobody has read yet"
+        .into()
 }
 
 impl OpenJail {
@@ -242,14 +247,13 @@ impl OpenJail {
                     return Err(Error::new(attempted()).because(why.trim().trim_start_matches("ims-jail-shell: ")));
                 }
             };
-            let holders = holders(mount);
-            let in_use = format!("{holders} outside the jail has a file of it open for writing");
             if Instant::now() >= limit {
-                return Err(Error::new(attempted()).because(in_use))
-                    .advise("a session has sent it there; end that process before the image is marked");
+                return Err(Error::new(attempted()).because(holder(mount))).advise(
+                    "a session has sent it there; end that process, or the one that has the socket, before the image is marked",
+                );
             }
             if !std::mem::replace(&mut is_told, true) {
-                tracing::warn!("{in_use}: waiting for it to close the file");
+                tracing::warn!("{}: waiting for it to close the file", holder(mount));
             }
             std::thread::sleep(TIME_BETWEEN_SEALS);
         }

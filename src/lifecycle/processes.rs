@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::ops::ControlFlow;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -9,6 +10,7 @@ use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
+use rustix::fs::{AtFlags, StatxFlags};
 
 use crate::error::{Attempt, Error, Result};
 use crate::lifecycle::open_jail::OpenJail;
@@ -87,6 +89,21 @@ pub fn writers_on(mount: u64) -> Vec<Entry> {
         descriptors.filter_map(|entry| std::fs::read_to_string(entry.path()).ok()).any(|text| is_writer(&text))
     };
     numbers(Path::new("/proc")).filter(writes).filter_map(Entry::read).collect()
+}
+
+/// Those that have a file on the mount of this number mapped, and may write to it by that. None where this process lacks CAP_SYS_ADMIN in
+/// the machine's first user namespace: the kernel lets nobody else follow the links (proc_pid_map_files(5)).
+pub fn mapped_on(mount: u64) -> Vec<Entry> {
+    let is_writable = |link: &Path| std::fs::symlink_metadata(link).is_ok_and(|found| found.mode() & 0o200 != 0);
+    let is_on_it = |link: &Path| {
+        let found = rustix::fs::statx(rustix::fs::CWD, link, AtFlags::empty(), StatxFlags::MNT_ID);
+        found.is_ok_and(|found| found.stx_mnt_id == mount)
+    };
+    let maps = |pid: &Pid| {
+        let links = std::fs::read_dir(format!("/proc/{pid}/map_files")).into_iter().flatten().flatten();
+        links.map(|link| link.path()).any(|link| is_writable(&link) && is_on_it(&link))
+    };
+    numbers(Path::new("/proc")).filter(maps).filter_map(Entry::read).collect()
 }
 
 /// Processes on their way to their end, in sweeps: what forks faster than one looks is found by the next.

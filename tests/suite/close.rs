@@ -229,18 +229,23 @@ impl Collector {
 
     /// Has a session send what `opened` opens.
     fn receive(&self, environment: &Environment, opened: &str) -> OwnedFd {
-        let send = format!(
-            "import os, socket\n\
-             s = socket.socket(socket.AF_UNIX); s.connect('\\0{}')\n\
-             socket.send_fds(s, [b'x'], [{opened}])\n",
-            self.name
-        );
-        let output = feed(environment.ssh(&[]).arg("python3"), send.as_bytes());
-        assert!(output.status.success(), "{output:?}");
+        have_sent(environment, &self.name, opened);
         let (stream, _) = self.listener.accept().unwrap();
         let (_, mut descriptors) = Packets::from_fd(stream.into()).receive_with().unwrap().unwrap();
         descriptors.pop().unwrap()
     }
+}
+
+/// Has a session send what `opened` opens to whoever listens at the abstract socket `name`.
+fn have_sent(environment: &Environment, name: &str, opened: &str) {
+    let send = format!(
+        "import os, socket\n\
+             s = socket.socket(socket.AF_UNIX); s.connect('\\0{}')\n\
+             socket.send_fds(s, [b'x'], [{opened}])\n",
+        name
+    );
+    let output = feed(environment.ssh(&[]).arg("python3"), send.as_bytes());
+    assert!(output.status.success(), "{output:?}");
 }
 
 #[test]
@@ -261,6 +266,40 @@ fn an_image_that_somebody_outside_can_still_write_to_is_failed() {
             assert!(log.contains(words), "{tier}: {words}: {log}");
         }
     }
+}
+
+/// Receives a file by an abstract socket and has nothing left of it but a mapping.
+const MAPS: &str = "import ctypes, os, socket, sys\n\
+    s = socket.socket(socket.AF_UNIX); s.bind('\\0' + sys.argv[1]); s.listen(); print('listens', flush=True)\n\
+    _, (file,), _, _ = socket.recv_fds(s.accept()[0], 1, 1)\n\
+    mmap = ctypes.CDLL(None).mmap; mmap.restype = ctypes.c_void_p\n\
+    assert mmap(None, ctypes.c_size_t(4096), 3, 1, file, ctypes.c_long(0)) != ctypes.c_void_p(-1).value\n\
+    os.close(file); print('maps', flush=True); sys.stdin.read()\n";
+
+#[test]
+fn an_image_with_a_file_that_is_mapped_outside_or_in_a_sockets_queue_is_failed_and_the_log_tells_why() {
+    let open = "os.open('/root/kept', os.O_RDWR | os.O_CREAT)";
+    let mut environment = Volume::new(Image::Debian).start_with(Mode::Jailed, &[("IMS_CLOSE_GRACE", "1")]).ready();
+    let collector = Collector::listen("queued");
+    have_sent(&environment, &collector.name, open);
+    assert_eq!(environment.complete(), 1, "{}", environment.log_text());
+    let log = environment.log_text();
+    assert!(log.contains("somebody outside the jail has a file of it open for writing"), "{log}");
+    assert!(log.contains("the queue of a socket"), "{log}");
+
+    let mut environment = Volume::new(Image::Debian).start_with(Mode::Jailed, &[("IMS_CLOSE_GRACE", "1")]).ready();
+    let name = format!("mapped-{}", std::process::id());
+    let mut python = Command::new("python3");
+    python.args(["-c", MAPS, &name]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut maps = Ended(python.spawn().unwrap());
+    let mut said = std::io::BufRead::lines(std::io::BufReader::new(maps.stdout.take().unwrap()));
+    assert_eq!(said.next().unwrap().unwrap(), "listens");
+    have_sent(&environment, &name, open);
+    assert_eq!(said.next().unwrap().unwrap(), "maps");
+    assert_eq!(environment.complete(), 1, "{}", environment.log_text());
+    let log = environment.log_text();
+    let holder = format!("process {} (", maps.id());
+    assert!(log.contains(&holder) && log.contains("outside the jail has a file of it mapped"), "{log}");
 }
 
 #[test]
