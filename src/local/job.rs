@@ -128,6 +128,9 @@ impl Job {
     /// [`Job::is_in_place`], the caller has called [`local::own_mounts`] before.
     pub fn run<T>(mut self, entry: &Entry, session: impl FnOnce(&Path) -> Result<(Fate, T)>) -> Result<Option<T>> {
         let source = Source::parse(&self.source)?;
+        if let Source::Here(path) = &source {
+            local::refuse_links_of_others(path)?;
+        }
         let directory = match &source {
             Source::Here(path) if path.is_dir() => Some(local::image_root(path)?),
             _ => None,

@@ -25,6 +25,7 @@ use crate::lifecycle::signal_files::SignalFiles;
 use crate::lifecycle::state::{RUN, name_for};
 use crate::printable;
 use crate::publish::manifest;
+use crate::publish::source::is_trusted;
 use crate::sys::mounts::{self, Detached};
 use crate::sys::tree::Tree;
 
@@ -52,6 +53,39 @@ pub fn image_root(named: &Path) -> Result<PathBuf> {
         false => Err(refuse("expected a directory, an unpacked image".into())),
     }
 }
+
+/// Refuses a source on the way to which, or in whose place, is a link of another user: he decides at any time where it leads, as in a
+/// directory that all can write to (protected_symlinks, proc_sys_fs(5)).
+pub fn refuse_links_of_others(named: &Path) -> Result<()> {
+    let refuse = |why: String| Error::bad_input(format!("SOURCE is '{}': {why}", named.display()));
+    let absolute = std::path::absolute(named).map_err(|e| refuse(e.to_string()))?;
+    let parts = |path: &Path| path.components().rev().map(|name| PathBuf::from(name.as_os_str())).collect::<Vec<_>>();
+    let (mut left, mut at, mut links) = (parts(&absolute), PathBuf::from("/"), 0);
+    while let Some(name) = left.pop() {
+        if name == Path::new("..") {
+            at.pop();
+            continue;
+        }
+        let place = at.join(name);
+        // What is missing is refused by whoever opens it.
+        let Ok(found) = std::fs::symlink_metadata(&place) else { return Ok(()) };
+        if !found.is_symlink() {
+            at = place;
+            continue;
+        }
+        if !is_trusted(found.uid()) {
+            let why = format!("{} is a link, which belongs to user {}", place.display(), found.uid());
+            return Err(refuse(why).advise("name what it leads to"));
+        }
+        links += 1;
+        let Some(target) = std::fs::read_link(&place).ok().filter(|_| links <= MOST_LINKS) else { return Ok(()) };
+        left.extend(parts(&target));
+    }
+    Ok(())
+}
+
+/// The kernel follows no more on one way (path_resolution(7)).
+const MOST_LINKS: usize = 40;
 
 /// The directory that `source` names, if it is one.
 pub fn directory_of(source: &str) -> Option<PathBuf> {

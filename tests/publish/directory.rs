@@ -245,3 +245,28 @@ fn what_a_killed_customization_has_left_is_told_and_ended_by_whoever_opens_or_pa
         assert!(sshd().is_empty(), "{command:?}");
     }
 }
+
+#[test]
+fn a_source_behind_a_link_of_another_user_is_refused() {
+    let dir = folder();
+    let tree = tree(dir.path());
+    squashfs_of(&tree);
+    let link = |target: &Path, name: &str, owner| {
+        let link = dir.path().join(name);
+        std::os::unix::fs::symlink(target, &link).unwrap();
+        std::os::unix::fs::lchown(&link, Some(owner), Some(owner)).unwrap();
+    };
+    link(&tree, "theirs", 1234);
+    link(dir.path(), "way", 1234);
+    link(Path::new("theirs"), "behind", 0);
+    link(&tree, "ours", 0);
+    for source in ["theirs", "behind", "way/tree", "ours/../way/tree.sqsh"] {
+        for command in [&["enter", source, "--discard"][..], &["customize", source, "--output", "out"]] {
+            let refused = run(dir.path(), &[command, &["--work", "work", "--", "true"]].concat());
+            assert_eq!(refused.status.code(), Some(2), "{refused:?}");
+            assert!(text(&refused.stderr).contains("which belongs to user 1234"), "{source}: {refused:?}");
+        }
+    }
+    let entered = run(dir.path(), &["enter", "ours", "--work", "work", "--discard", "--", "true"]);
+    assert!(entered.status.success(), "{entered:?}");
+}
