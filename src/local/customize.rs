@@ -14,6 +14,7 @@ use crate::lifecycle::stage::Stage;
 use crate::lifecycle::state::{RUN, StateFolder};
 use crate::lifecycle::{environment, supervisor};
 use crate::local;
+use crate::local::directory;
 use crate::local::job::{Fate, Job};
 use crate::local::register::Entry;
 use crate::publish::confined::clear_environment;
@@ -170,6 +171,7 @@ fn open(
     entry: &Entry,
     label: String,
 ) -> Result<(Fate, u8)> {
+    directory::clear_left_over(&["enter"], opened.image_root)?;
     let run = local::RunFolder::claim("customize", opened.image_root)?;
     let shown = run.path().join(IMAGE_ROOT);
     let login = furnish(wanted, &mut settings, opened, run.path()).inspect_err(|_| {

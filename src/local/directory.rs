@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Attempt, Error, Result};
 use crate::lifecycle::open_jail;
+use crate::lifecycle::signal_files::SignalFiles;
+use crate::lifecycle::state::StateFolder;
 use crate::local::{RunFolder, apply, customize, remove_folder};
 use crate::publish::package::open_tree;
 use crate::publish::prepare::OVERLAY;
@@ -11,8 +13,8 @@ use crate::publish::unpack::{INDEX_OF_LINKS, Overlay, UPPER};
 use crate::sys::mounts;
 use crate::sys::tree::Tree;
 
-/// Commands that change a directory where it is.
-const COMMANDS: [&str; 2] = ["customize", "enter"];
+/// Commands that change an image root where it is.
+pub const COMMANDS: [&str; 2] = ["customize", "enter"];
 
 /// A directory below an overlay: as long as this value lives, no run changes it where it is. The kernel does not define what the overlay
 /// would show.
@@ -35,13 +37,10 @@ impl Held {
             return Err(refuse(why).advise("unmount it, or change the directory where it is (--in-place)"));
         }
         customize::end_left_over(directory)?;
-        let tree = open_tree(directory)?;
+        clear_left_over(&COMMANDS, directory)?;
         let mut held = Self { folders: Vec::new() };
         for command in COMMANDS {
-            let folder = RunFolder::claim(command, directory)?;
-            // Of a run that was killed.
-            open_jail::clear_image_root(&tree, &open_tree(folder.path())?)?;
-            held.folders.push(folder);
+            held.folders.push(RunFolder::claim(command, directory)?);
         }
         Ok(held)
     }
@@ -53,6 +52,22 @@ impl Drop for Held {
             let _ = remove_folder(folder.path());
         }
     }
+}
+
+/// Removes what runs of `commands` on `image_root` have left that were killed: what they have added to it, and their directories.
+pub fn clear_left_over(commands: &[&str], image_root: &Path) -> Result<()> {
+    for command in commands {
+        if SignalFiles::open(&RunFolder::place(command, image_root))?.is_none_or(|files| files.is_claimed()) {
+            continue;
+        }
+        let folder = RunFolder::claim(command, image_root)?;
+        open_jail::clear_image_root(&open_tree(image_root)?, &open_tree(folder.path())?)?;
+        if StateFolder::place(folder.path()).exists() {
+            StateFolder::of(folder.path())?.remove()?;
+        }
+        remove_folder(folder.path())?;
+    }
+    Ok(())
 }
 
 /// Refuses a directory that has some of its changes, of a run that was killed as it applied them.

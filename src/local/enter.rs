@@ -24,6 +24,7 @@ use crate::lifecycle::stage::Stage;
 use crate::lifecycle::state::StateFolder;
 use crate::lifecycle::{environment, foreign, processes, tier};
 use crate::local;
+use crate::local::directory;
 use crate::local::job::{End, Fate, Job};
 use crate::local::register;
 use crate::local::script::Script;
@@ -232,6 +233,7 @@ impl Session {
         entry: &Entry,
         registered: &register::Entry,
     ) -> Result<(WaitStatus, Option<Verdict>)> {
+        directory::clear_left_over(&["customize"], image_root)?;
         let run = local::RunFolder::claim("enter", image_root)?;
         // The command is in the foreground; what it does about these is its own business.
         let held = [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGCHLD];

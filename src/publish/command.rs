@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use crate::error::{Attempt, Error, Result};
 use crate::lifecycle::signal_files::SignalFiles;
 use crate::lifecycle::{environment, image_root};
-use crate::local::customize;
+use crate::local::{customize, directory};
 use crate::local::{say, say_result};
 use crate::publish::boot::{self, BootFiles};
 use crate::publish::changes::Inventory;
@@ -80,6 +80,7 @@ pub fn package(
     place.boot(settings)?;
     // What it started would write to the image as it is packed.
     customize::end_left_over(&place.image_root.shown())?;
+    directory::clear_left_over(&directory::COMMANDS, &place.image_root.shown())?;
     let work = Work::begin(&settings.network)?;
     if let Some(file) = changes {
         // What would only be missed when all is packed.

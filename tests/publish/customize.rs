@@ -5,6 +5,8 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use ims_sshd::lifecycle::state::name_for;
+
 use crate::file_server::{Fault, FileServer};
 use crate::job::*;
 use crate::s3_server::{Bucket, Closed, Gate};
@@ -209,6 +211,30 @@ fn a_customization_that_was_killed_while_it_was_open_is_gone_on_with() {
     let rootfs = dir.path().join("out").join(id).join("rootfs");
     assert_eq!(succeed(Command::new("unsquashfs").arg("-cat").arg(rootfs).arg("etc/kept")), "kept\n");
     nothing_stays(dir.path());
+}
+
+#[test]
+fn nothing_is_left_of_a_killed_customization_when_enter_has_gone_on_with_it() {
+    let dir = folder();
+    let squashfs = squashfs_of(&image(dir.path())).display().to_string();
+    for answer in ["--yes", "--discard"] {
+        let mut command = ims_sshd(&["customize", &squashfs, "--output", "out", "--work", "work"], &[]);
+        let mut killed = command.current_dir(dir.path()).stdout(std::process::Stdio::piped()).spawn().unwrap();
+        let mut lines = std::io::BufRead::lines(std::io::BufReader::new(killed.stdout.take().unwrap()));
+        assert!(lines.any(|line| line.unwrap().contains("ims-sshd complete")));
+        killed.kill().unwrap();
+        killed.wait().unwrap();
+        let places = std::fs::read_dir(dir.path().join("work/ims-sshd")).unwrap();
+        let places: Vec<_> = places.map(|entry| entry.unwrap().path().canonicalize().unwrap()).collect();
+        let run = Path::new("/run/ims-sshd/customize").join(name_for(&places[0].join("image-root")));
+        let state = Path::new("/run/ims-sshd").join(name_for(&run));
+        assert!(run.exists() && state.exists());
+        let mut enter = ims_sshd(&["enter", &squashfs, "--output", "out", "--work", "work", answer, "true"], &[]);
+        let output = enter.current_dir(dir.path()).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        assert!(!run.exists() && !state.exists(), "{answer}");
+        nothing_stays(dir.path());
+    }
 }
 
 #[test]
