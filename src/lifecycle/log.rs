@@ -12,6 +12,7 @@ use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields, MakeWriter}
 use tracing_subscriber::registry::LookupSpan;
 
 use crate::error::{Error, Result};
+use crate::lifecycle::secrets;
 use crate::printable::{self, Printable};
 
 /// How a line looks.
@@ -63,6 +64,7 @@ where
 /// Nothing that a message or a field quotes can begin another line, nor steer the terminal that shows it.
 fn write_field(writer: &mut Writer<'_>, field: &Field, value: &dyn fmt::Debug) -> fmt::Result {
     let value = format!("{value:?}");
+    let value = secrets::without_known(&value);
     match field.name() {
         "message" => write!(writer, "{}", Printable(value)),
         name => write!(writer, "{name}={}", Printable(value)),
@@ -81,7 +83,7 @@ where
     fn format_event(&self, context: &FmtContext<'_, S, N>, mut writer: Writer<'_>, event: &Event<'_>) -> fmt::Result {
         let mut line = String::new();
         self.0.format_event(context, Writer::new(&mut line), event)?;
-        writer.write_str(&printable::json(&line))
+        writer.write_str(&printable::json(&secrets::without_known(&line)))
     }
 }
 

@@ -1,8 +1,14 @@
-//! Masks secrets in command lines: logs are read by others than the person who typed them.
+//! Masks secrets in command lines and in messages: logs are read by others than the person who typed them.
 //!
-//! Each rule finds the places of values in the text; rather too much is masked than too little.
+//! Each rule finds the places of values in the text; rather too much is masked than too little. Secrets that this program uses itself are
+//! known, and masked wherever they stand: a server may send back what it was sent.
 
+use std::borrow::Cow;
 use std::ops::Range;
+use std::sync::RwLock;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD_NO_PAD;
 
 /// A name that contains one of these, written without separators and in lower case, has a secret value.
 const SECRET: [&str; 20] = [
@@ -149,6 +155,32 @@ const KEY_BEGINS: (&str, &str) = ("-----BEGIN ", "PRIVATE KEY");
 const KEY_ENDS: &str = "-----END ";
 
 const MASK: &str = "***";
+
+/// Secrets that are masked wherever they stand, the longest first: one may be part of another.
+static KNOWN: RwLock<Vec<String>> = RwLock::new(Vec::new());
+
+/// A shorter one would be found in other words. Nobody takes such a one for a secret.
+const SHORTEST: usize = 8;
+
+/// Has [`without_known`] mask `secret` from here on, as it is, in JSON and in base64.
+pub fn keep(secret: &str) {
+    let mut known = KNOWN.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let quoted = serde_json::Value::from(secret).to_string();
+    for form in [secret.to_owned(), quoted[1..quoted.len() - 1].to_owned(), STANDARD_NO_PAD.encode(secret)] {
+        if form.len() >= SHORTEST && !known.contains(&form) {
+            known.push(form);
+        }
+    }
+    known.sort_by_key(|form| std::cmp::Reverse(form.len()));
+}
+
+/// `text`, a message, with the secrets masked that [`keep`] was told.
+pub fn without_known(text: &str) -> Cow<'_, str> {
+    let known = KNOWN.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+    known.iter().fold(Cow::Borrowed(text), |text, secret| {
+        if text.contains(secret.as_str()) { Cow::Owned(text.replace(secret.as_str(), MASK)) } else { text }
+    })
+}
 
 /// `text`, a command line or a line that a program wrote, with its secrets masked.
 pub fn without_secrets(text: &str) -> String {
@@ -701,6 +733,17 @@ mod tests {
         "mysql -e \"ALTER USER me IDENTIFIED BY 'hidden hidden'\"",
         "echo '-----BEGIN OPENSSH PRIVATE KEY-----\nhidden\nhidden\n-----END OPENSSH PRIVATE KEY-----' > key",
     ];
+
+    #[test]
+    fn known_secrets_are_masked_in_each_form() {
+        for secret in ["known-\"secret\"", "known-\"secret\"-and-more", "short"] {
+            keep(secret);
+        }
+        let base64 = "a25vd24tInNlY3JldCI";
+        let text = format!(r#"known-"secret", {{"known-\"secret\"-and-more": "{base64}="}}, short"#);
+        assert_eq!(without_known(&text), r#"***, {"***": "***="}, short"#);
+        assert!(matches!(without_known("nothing of it"), Cow::Borrowed(_)));
+    }
 
     #[test]
     fn every_style_of_secret_is_masked() {

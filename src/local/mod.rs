@@ -21,6 +21,7 @@ use rustix::mount::MountAttrFlags;
 
 use crate::error::{Attempt, Error, Result};
 use crate::lifecycle;
+use crate::lifecycle::secrets;
 use crate::lifecycle::signal_files::SignalFiles;
 use crate::lifecycle::state::{RUN, name_for};
 use crate::printable;
@@ -106,7 +107,8 @@ pub fn say_json(value: &serde_json::Value) {
 /// Prints what became of a publication, as upstream prints it: people and scripts search pod logs for it.
 pub fn say_result(value: &serde_json::Value) {
     let text = String::from_utf8_lossy(&manifest::indented(value)).into_owned();
-    say(&format!("{}\n", printable::json(&text)));
+    // Records of IMS, and what servers have said, are in it.
+    say(&format!("{}\n", printable::json(&secrets::without_known(&text))));
 }
 
 /// Mounts that only this program and what it starts see, with terminals of their own: a session in the image must not reach those

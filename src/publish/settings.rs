@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::error::{Error, Result};
+use crate::lifecycle::secrets;
 use crate::lifecycle::settings::{Action, Case, DEFAULT_PARENT, Reader};
 use crate::publish::boot::{AUTO, Names};
 use crate::publish::checksum::Expected;
@@ -106,6 +107,9 @@ pub struct Network {
 
 const DEFAULT_IMS: &str = "https://api-gw-service-nmn.local/apis/ims";
 const DEFAULT_BUCKET: &str = "boot-images";
+/// Access keys that a store makes are as long, in characters.
+const LENGTH_OF_KEYS: usize = 16;
+
 /// Stores of one's own do not care.
 const DEFAULT_REGION: &str = "us-east-1";
 
@@ -260,8 +264,18 @@ fn store(reader: &mut Reader) -> Store {
     let endpoint = endpoint.or_else(|| ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"].iter().find_map(|n| reader.text(n)));
     let [ours, aws] = [("S3_ACCESS_KEY", "S3_SECRET_KEY"), ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")]
         .map(|names| pair(reader, names));
+    for (access, secret) in ours.iter().chain(&aws) {
+        // Names of people as some stores give them are in paths, too.
+        if access.len() >= LENGTH_OF_KEYS {
+            secrets::keep(access);
+        }
+        secrets::keep(secret);
+    }
     // A token belongs to the keys that it came with.
     let token = reader.text("AWS_SESSION_TOKEN").filter(|_| ours.is_none() || aws.is_none());
+    if let Some(token) = &token {
+        secrets::keep(token);
+    }
     let region = ["AWS_REGION", "AWS_DEFAULT_REGION"].iter().find_map(|n| reader.text(n));
     let bundle = reader.text("AWS_CA_BUNDLE").map_or(Validate::Yes, |file| Validate::By(file.into()));
     let validate = match reader.text("S3_SSL_VALIDATE") {

@@ -21,7 +21,7 @@ use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
 use rustix::fs::OFlags;
 
 use crate::error::{Advise, Attempt, Error, Result};
-use crate::lifecycle::secrets::without_secrets;
+use crate::lifecycle::secrets::{without_known, without_secrets};
 use crate::publish::begun;
 use crate::publish::id::Id;
 use crate::publish::settings::{self, Network, Validate};
@@ -415,6 +415,8 @@ pub fn cause(error: &object_store::Error) -> String {
 
 /// The same of the text of an error of requests: `Error performing METHOD URL in TIME, SETTINGS - WHAT`.
 fn told(text: &str) -> String {
+    // Before it is cut, which could leave a part of one.
+    let text = &*without_known(text);
     let parts = text.strip_prefix("Error performing ").and_then(|rest| rest.split_once(" - "));
     let Some((request, what)) = parts else { return text.to_owned() };
     let url = request.split_whitespace().nth(1).and_then(|url| reqwest::Url::parse(url).ok());
