@@ -31,6 +31,23 @@ const RESERVED: [&str; 3] = [".ims-sshd.reserve-1", ".ims-sshd.reserve-2", ".ims
 /// File that is locked as long as an environment is open on a parent that others than root can read.
 const CLAIM: &str = ".ims-sshd.claim";
 
+/// The same of a sidecar.
+const SIDECAR_CLAIM: &str = ".ims-sshd.sidecar";
+
+/// Keeps other sidecars away.
+pub struct SidecarClaim<'a> {
+    files: &'a SignalFiles,
+    lock: Option<OwnedFd>,
+}
+
+impl Drop for SidecarClaim<'_> {
+    fn drop(&mut self) {
+        if self.lock.is_some() {
+            let _ = self.files.parent.remove(SIDECAR_CLAIM);
+        }
+    }
+}
+
 /// The image root's parent, open: signal files are made and looked for by descriptor, and never through a link.
 pub struct SignalFiles {
     parent: Tree,
@@ -128,6 +145,42 @@ impl SignalFiles {
         let named = self.lockable(false).ok().flatten();
         let places = [Some(self.parent.as_fd()), named.as_ref().map(AsFd::as_fd)];
         places.into_iter().flatten().any(|place| identity(place) == identity(lock.as_fd()))
+    }
+
+    /// Claims the parent for its sidecar, which stands beside the environment, as long as the value that is returned lives. An error if
+    /// another one has it; where that cannot be told, what comes next goes on, or says why it cannot.
+    pub fn claim_for_sidecar(&self) -> Result<SidecarClaim<'_>> {
+        let mut claim = SidecarClaim { files: self, lock: None };
+        // Somebody may remove it, again and again.
+        for _ in 0..100 {
+            let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CREATE;
+            let lock = self.parent.open_at(SIDECAR_CLAIM, flags, Mode::from_raw_mode(0o600));
+            let Ok(lock) = lock.inspect_err(|e| tracing::debug!("cannot look for another sidecar: {e}")) else { break };
+            let Ok(found) = rustix::fs::fstat(&lock) else { break };
+            if found.st_uid != rustix::process::geteuid().as_raw() || found.st_mode & 0o066 != 0 {
+                // Whoever made it may have it open, and locked.
+                let _ = self.parent.remove(SIDECAR_CLAIM);
+                continue;
+            }
+            match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => {
+                    let named = self.parent.look(SIDECAR_CLAIM).ok().flatten();
+                    // Else it was that of one who has removed it since.
+                    if named.is_some_and(|named| (named.st_dev, named.st_ino) == (found.st_dev, found.st_ino)) {
+                        claim.lock = Some(lock);
+                        break;
+                    }
+                }
+                Err(rustix::io::Errno::WOULDBLOCK) => {
+                    return Err(Error::new(format!("take care of {}", self.path.display()))
+                        .because("another sidecar does")
+                        .advise("the job goes on with that one; a volume is one job's"));
+                }
+                // A file system without locks.
+                Err(_) => break,
+            }
+        }
+        Ok(claim)
     }
 
     /// A descriptor that keeps the claim beyond this value's life.

@@ -80,10 +80,17 @@ pub fn run(
         }
     };
     let work = Work::begin(&settings.network)?;
-    let ims = Ims::of(&work, &settings);
-    let result = refusal.map_or(Ok(()), Err).and_then(|()| {
-        let files = SignalFiles::open(&settings.parent)?
-            .ok_or_else(|| Error::new(format!("open {}", settings.parent.display())).because("it does not exist"))?;
+    let files = refusal.map_or(Ok(()), Err).and_then(|()| {
+        let files = SignalFiles::open(&settings.parent)?;
+        files.ok_or_else(|| Error::new(format!("open {}", settings.parent.display())).because("it does not exist"))
+    });
+    let files = match files {
+        Ok(files) => files,
+        Err(error) => return conclude(&work, Ims::of(&work, &settings), Err(error)),
+    };
+    // Where another sidecar is at work, IMS hears of the job from that one.
+    let _claim = files.claim_for_sidecar()?;
+    let live = || {
         let notes = Notes::new(&files, &settings);
         let journal = Journal::read(&notes)?;
         let ims = Ims::of(&work, &settings);
@@ -95,8 +102,9 @@ pub fn run(
                 tracing::error!("{e}");
             }
         })
-    });
-    conclude(&work, ims, result)
+    };
+    let result = live();
+    conclude(&work, Ims::of(&work, &settings), result)
 }
 
 /// Whatever goes wrong, IMS hears of it, and whoever started this.

@@ -127,6 +127,31 @@ fn a_customized_image_is_published_jailed_and_plain() {
 }
 
 #[test]
+fn a_second_sidecar_on_a_volume_says_so_and_disturbs_nothing() {
+    let job = Job::new();
+    let mut running = Running::open(&job, Mode::Jailed);
+    // Whatever its variables are.
+    let second = [job.sidecar(Mode::Jailed, &[]), job.sidecar(Mode::Jailed, &[("IMS_ACTION", "create")])];
+    for mut second in second {
+        let output = ended(second.spawn().unwrap());
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(said.contains("another sidecar") && !said.contains("resolv.conf"), "{said}");
+        assert_eq!(text(&output.stdout), "");
+    }
+    assert!(!job.volume.signal("failed").exists());
+    assert_eq!(job.ims.status(), "waiting_on_user");
+    // One that was killed holds nothing.
+    running.kill_sidecar();
+    running.sidecar = Some(job.sidecar(Mode::Jailed, &[]).spawn().unwrap());
+    running.mark(Mode::Jailed, "complete");
+    let output = running.end();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    job.is_published(&output);
+    assert!(!job.volume.parent.join(".ims-sshd.sidecar").exists());
+}
+
+#[test]
 fn the_calls_of_ims_come_in_the_contracts_order() {
     let job = Job::new();
     let running = Running::open(&job, Mode::Plain);
