@@ -33,6 +33,21 @@ const WRITER: &[(CapabilitySet, &str)] = &[
     (CapabilitySet::SYS_ADMIN, "trusted.* and security.* attributes are written; the calls below are refused"),
 ];
 
+/// Of these, what need not be there: a device node that cannot be made is an error, and nothing else than it.
+const NOT_NEEDED: CapabilitySet = CapabilitySet::MKNOD.union(CapabilitySet::SYS_ADMIN);
+
+/// Refuses to unpack as root without the capabilities that it takes: programs leave owners and modes out without a word.
+pub fn refuse_to_lose_attributes() -> Result<()> {
+    let attempted = "unpack an image";
+    let has = rustix::thread::capabilities(None).attempt(|| attempted)?.effective;
+    let is_lacking = |(needed, _): &&(CapabilitySet, &str)| !has.contains(*needed) && !NOT_NEEDED.contains(*needed);
+    let lacking = WRITER.iter().find(is_lacking).filter(|_| rustix::process::geteuid().is_root());
+    let Some((needed, reason)) = lacking else { return Ok(()) };
+    let name = needed.iter_names().map(|(name, _)| name).next().unwrap_or_default();
+    let refused = Error::new(attempted).because(format!("CAP_{name} is missing, with which {reason}"));
+    Err(refused.advise("give it to the container, with those in docs/CAPABILITIES.md"))
+}
+
 /// Capabilities of a program that reads a tree.
 const READER: &[(CapabilitySet, &str)] = &[
     (CapabilitySet::DAC_OVERRIDE, "files that nobody may read are packed"),

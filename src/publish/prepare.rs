@@ -9,6 +9,7 @@ use crate::error::{Attempt, Error, Result};
 use crate::lifecycle::image_root;
 use crate::lifecycle::signal_files::{EXITING, READY, SSHD_LISTENING, SignalFiles};
 use crate::publish::changes::Inventory;
+use crate::publish::confined;
 use crate::publish::download;
 use crate::publish::identity::{Identity, Record};
 use crate::publish::ims::{Ims, Status};
@@ -128,6 +129,10 @@ pub fn prepare(
     open: Option<Open>,
     image_root: &Path,
 ) -> Result<Option<Overlay>> {
+    if open == Some(Open::Unpack) {
+        // Before anything is fetched.
+        confined::refuse_to_lose_attributes()?;
+    }
     let parent = &settings.parent;
     let volume = open_tree(parent)?;
     refuse_links(parent, image_root)?;

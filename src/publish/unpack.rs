@@ -18,7 +18,7 @@ use rustix::mount::MountAttrFlags;
 use crate::error::{Advise, Attempt, Error, Result};
 use crate::printable::Printable;
 use crate::publish::checksum::Expected;
-use crate::publish::confined::{Confined, STDIN};
+use crate::publish::confined::{self, Confined, STDIN};
 use crate::publish::cpio;
 use crate::publish::layers::{self, Layer};
 use crate::publish::progress::Progress;
@@ -33,6 +33,7 @@ use crate::sys::tree::Tree;
 /// Writes the tree out of `archive` to the new directory `name` of `volume`, and returns that: its name may be another's by then. A directory
 /// is copied; of a container's image that was saved the tree is that of its layers.
 pub fn unpack(work: &Work, archive: &Opened, volume: &Tree, name: &str) -> Result<Tree> {
+    confined::refuse_to_lose_attributes()?;
     let before = used(volume);
     let mut progress = Progress::begin("unpacking", None);
     let mut look = |_: &Child| progress.at(used(volume).saturating_sub(before));

@@ -196,6 +196,40 @@ fn a_hostile_unpacker_is_confined_without_privileges_as_far_as_can_be_and_the_lo
 }
 
 #[test]
+fn without_a_capability_that_keeps_attributes_nothing_is_unpacked() {
+    let place = Place::new("none", "");
+    let tree = image(place.dir.path());
+    let squashfs = squashfs_of(&tree);
+    for (capability, open) in [
+        ("chown", "unpack"),
+        ("dac_override", "unpack"),
+        ("fowner", "unpack"),
+        ("fsetid", "unpack"),
+        ("setfcap", "unpack"),
+        ("mknod", "unpack"),
+        ("fsetid", "overlay"),
+    ] {
+        let parent = tempfile::tempdir_in(place.dir.path()).unwrap();
+        let mut prepare = Command::new("setpriv");
+        prepare.args(["--bounding-set", &format!("-{capability}"), IMS_SSHD, "prepare", "--open", open]);
+        let output = place.run(prepare.arg(parent.path()).arg(&squashfs));
+        let said = text(&output.stderr);
+        if capability == "mknod" || open == "overlay" {
+            assert!(output.status.success(), "{capability}: {said}");
+            succeed(
+                Command::new("sh")
+                    .args(["-c", "umount \"$0\"/image-root \"$0\"/overlay/lower 2> /dev/null; :"])
+                    .arg(parent.path()),
+            );
+            continue;
+        }
+        assert_eq!(output.status.code(), Some(1), "{capability}: {said}");
+        assert!(said.contains(&format!("CAP_{} is missing", capability.to_uppercase())), "{said}");
+        assert_eq!(std::fs::read_dir(parent.path()).unwrap().count(), 0, "{capability}");
+    }
+}
+
+#[test]
 fn a_hostile_packer_changes_nothing_of_the_image_and_reaches_nothing_else() {
     let place = Place::new("mksquashfs", TRIES);
     let tree = image(place.dir.path());
