@@ -10,7 +10,7 @@ use reqwest::header::{CONTENT_RANGE, ETAG, HeaderMap, HeaderName, IF_MATCH, LAST
 use crate::error::{Attempt, Error, Result};
 use crate::publish::checksum::{Expected, Sums};
 use crate::publish::progress::Progress;
-use crate::publish::work::{Fault, Work, in_full, is_passing, patiently, without_query};
+use crate::publish::work::{Fault, Work, complaint, in_full, is_passing, patiently, without_query};
 use crate::sys::tree::Tree;
 
 /// A connection that brings less than this within the stall limit is one that stalls. What has come further by as much than ever before
@@ -120,7 +120,7 @@ impl Download<'_> {
                 return Err(Fault::Passing("it has changed on the server; beginning again".into()));
             }
             _ => {
-                let said = response.text().await.unwrap_or_default();
+                let said = complaint(response).await;
                 let said = said.split_whitespace().collect::<Vec<_>>().join(" ");
                 let cause = format!("the server answers {status} {}", said.chars().take(300).collect::<String>());
                 let cause = cause.trim().to_owned();
@@ -159,6 +159,8 @@ impl Download<'_> {
             self.sums.update(&chunk);
             self.length += chunk.len() as u64;
             self.progress.at(self.length);
+            // To hear of signals, as `whole` does.
+            tokio::task::yield_now().await;
             if self.total.is_some_and(|total| self.length > total) {
                 let longer =
                     Error::new(format!("fetch {}", without_query(self.url))).because("it is longer than it said");

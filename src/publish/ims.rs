@@ -1,15 +1,20 @@
 //! IMS: where jobs tell how far they are, and where images are registered.
 
+use std::fmt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use reqwest::{Method, StatusCode, Url};
+use serde::Deserializer;
+use serde::de::{Error as _, SeqAccess, Visitor};
+use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
 use crate::error::{Attempt, Error, Result};
+use crate::lifecycle::secrets;
 use crate::publish::id::Id;
 use crate::publish::settings::{self, Settings};
-use crate::publish::work::{Fault, Work, is_passing, patiently, without_query};
+use crate::publish::work::{Fault, Work, complaint, is_passing, patiently, whole, without_query};
 
 /// How far a job is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,6 +68,14 @@ struct Token {
 /// A token is not used in its last moments.
 const TOKEN_MARGIN: Duration = Duration::from_secs(10);
 
+/// A token is asked for again at least as often, in seconds.
+const LONGEST_LIFE: u64 = 24 * 60 * 60;
+
+/// Limits of answers, in bytes: of a token, of a record, and of the list of all images, of which a large site has tens of thousands.
+const LONGEST_TOKEN: usize = 1 << 20;
+const LONGEST_RECORD: usize = 4 << 20;
+const LONGEST_LIST: usize = 128 << 20;
+
 /// For one request of a few bytes with its answer.
 const REQUEST_LIMIT: Duration = Duration::from_mins(1);
 
@@ -103,9 +116,13 @@ impl<'a> Ims<'a> {
     /// The record that was made by `request`, whose answer was lost to a connection or to a crash. A name proves nothing: another job may
     /// register one at the same moment.
     pub fn find_image(&mut self, request: &Id) -> Result<Option<Value>> {
-        let images = self.call("read the images' records", &Method::GET, &["images"], None)?.unwrap_or_default();
-        let is_ours = |image: &&Value| image["metadata"][REQUEST] == request.as_str();
-        Ok(images.as_array().into_iter().flatten().find(is_ours).cloned())
+        let attempted = "read the images' records";
+        let Some(text) = self.call_for_text(attempted, &Method::GET, &["images"], None)? else { return Ok(None) };
+        let look = || self.work.heed().is_ok();
+        let found = made_by(&text, request, look).attempt(|| attempted);
+        // Its parser has another error for it.
+        self.work.heed()?;
+        found
     }
 
     /// The record of a new image, made by `request`. Where the answer is lost, a record that names this request is taken, and no other.
@@ -156,6 +173,17 @@ impl<'a> Ims<'a> {
 
     /// A call that may be repeated. Nothing where there is no IMS, and where a record that is asked for or deleted is not there.
     fn call(&mut self, attempted: &str, method: &Method, path: &[&str], body: Option<&Value>) -> Result<Option<Value>> {
+        Ok(self.call_for_text(attempted, method, path, body)?.and_then(|text| serde_json::from_slice(&text).ok()))
+    }
+
+    /// The same as it was sent.
+    fn call_for_text(
+        &mut self,
+        attempted: &str,
+        method: &Method,
+        path: &[&str],
+        body: Option<&Value>,
+    ) -> Result<Option<Vec<u8>>> {
         if self.at.is_none() {
             return Ok(None);
         }
@@ -179,7 +207,7 @@ impl<'a> Ims<'a> {
         let this = &mut *self;
         work.wait(async {
             match this.request(attempted, method, path, body).await {
-                Ok(answer) => Ok(Ok(answer)),
+                Ok(answer) => Ok(Ok(answer.and_then(|text| serde_json::from_slice(&text).ok()))),
                 Err(Fault::Passing(cause)) => {
                     tokio::time::sleep(Duration::from_millis(200)).await;
                     Ok(Err(cause))
@@ -195,7 +223,7 @@ impl<'a> Ims<'a> {
         method: &Method,
         path: &[&str],
         body: Option<&Value>,
-    ) -> std::result::Result<Option<Value>, Fault> {
+    ) -> std::result::Result<Option<Vec<u8>>, Fault> {
         let Some(at) = self.at.clone() else { return Ok(None) };
         let client = if *method == Method::GET { self.work.client()? } else { self.work.sender()? };
         let mut request = client.request(method.clone(), below(&at.url, path)?).timeout(REQUEST_LIMIT);
@@ -207,14 +235,14 @@ impl<'a> Ims<'a> {
         }
         let response = request.send().await?;
         let status = response.status();
-        let text = response.text().await?;
         if status.is_success() {
-            return Ok(if text.is_empty() { None } else { serde_json::from_str(&text).ok() });
+            let is_list = *method == Method::GET && path.len() == 1;
+            return whole(response, if is_list { LONGEST_LIST } else { LONGEST_RECORD }).await.map(Some);
         }
         if status == StatusCode::NOT_FOUND && [Method::GET, Method::DELETE].contains(method) {
             return Ok(None);
         }
-        let cause = problem(status, &text);
+        let cause = problem(status, &complaint(response).await);
         if status == StatusCode::UNAUTHORIZED && self.token.take().is_some() {
             // It may have expired, or been taken back: the next try has a new one.
             return Err(Fault::Passing(cause));
@@ -238,27 +266,65 @@ impl<'a> Ims<'a> {
             Ok::<_, Error>(text.trim().to_owned())
         };
         let (endpoint, id, secret) = (read("endpoint")?, read("client-id")?, read("client-secret")?);
+        // As it is, and as HTTP Basic has it.
+        secrets::keep(&secret);
+        secrets::keep(&format!("{id}:{secret}"));
         let request = self.work.sender()?.post(&endpoint).timeout(REQUEST_LIMIT).basic_auth(id, Some(secret));
         let request = request.header("content-type", "application/x-www-form-urlencoded");
         let asked = Instant::now();
         let response = request.body("grant_type=client_credentials").send().await?;
         let status = response.status();
-        let text = response.text().await?;
         let attempted = format!("get a token from {}", without_query(&endpoint));
         if !status.is_success() {
-            let cause = problem(status, &text);
+            let cause = problem(status, &complaint(response).await);
             let error = Error::new(attempted).because(&cause).advise("see the credentials in OAUTH_CONFIG_DIR");
             return Err(if is_passing(status) { Fault::Passing(cause) } else { Fault::Final(error) });
         }
-        let answer: Value = serde_json::from_str(&text).unwrap_or_default();
+        let answer: Value = serde_json::from_slice(&whole(response, LONGEST_TOKEN).await?).unwrap_or_default();
         let Some(bearer) = answer["access_token"].as_str() else {
             return Err(Fault::Final(Error::new(attempted).because("there is none in the answer")));
         };
-        let lives = Duration::from_secs(answer["expires_in"].as_u64().unwrap_or(60)).saturating_sub(TOKEN_MARGIN);
+        secrets::keep(bearer);
+        let seconds = answer["expires_in"].as_u64().unwrap_or(60).min(LONGEST_LIFE);
+        let lives = Duration::from_secs(seconds).saturating_sub(TOKEN_MARGIN);
         self.token = Some(Token { bearer: bearer.to_owned(), until: asked + lives });
         Ok(bearer.to_owned())
     }
 }
+
+/// The record in a list that says it was made by `request`. Of all others nothing is kept. `look` says, now and then, whether to go on.
+fn made_by(list: &[u8], request: &Id, look: impl FnMut() -> bool) -> serde_json::Result<Option<Value>> {
+    struct Records<'a, F>(&'a str, F);
+    impl<'de, F: FnMut() -> bool> Visitor<'de> for Records<'_, F> {
+        type Value = Option<Value>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a list of records")
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(mut self, mut records: A) -> std::result::Result<Self::Value, A::Error> {
+            let (mut found, mut read) = (None, 0);
+            while let Some(record) = records.next_element::<&RawValue>()? {
+                read += record.get().len();
+                if read > LOOK_EVERY {
+                    read = 0;
+                    if !(self.1)() {
+                        return Err(A::Error::custom("interrupted"));
+                    }
+                }
+                if found.is_none() && record.get().len() <= LONGEST_RECORD && record.get().contains(self.0) {
+                    found = serde_json::from_str(record.get()).ok();
+                    found = found.filter(|record: &Value| record["metadata"][REQUEST] == self.0);
+                }
+            }
+            Ok(found)
+        }
+    }
+    serde_json::Deserializer::from_slice(list).deserialize_seq(Records(request.as_str(), look))
+}
+
+/// So many bytes of a list are read before one looks whether a signal came.
+const LOOK_EVERY: usize = 1 << 20;
 
 /// The id in a record; `None` in one whose id is none that IMS makes.
 pub fn id_of(record: &Value) -> Option<Id> {
@@ -276,6 +342,9 @@ fn below(base: &str, path: &[&str]) -> Result<Url> {
     Ok(url)
 }
 
+/// Characters of it that a message quotes at the most.
+const MOST_QUOTED: usize = 300;
+
 /// What a server says is wrong: RFC 7807's details, or OAuth's, or the text as it is.
 fn problem(status: StatusCode, text: &str) -> String {
     let answer: Value = serde_json::from_str(text).unwrap_or_default();
@@ -286,8 +355,9 @@ fn problem(status: StatusCode, text: &str) -> String {
         said = format!("{said} {}", Value::from(errors.clone()));
     }
     if said.is_empty() {
-        said = text.split_whitespace().collect::<Vec<_>>().join(" ").chars().take(300).collect();
+        said = text.split_whitespace().collect::<Vec<_>>().join(" ");
     }
+    let said: String = said.chars().take(MOST_QUOTED).collect();
     format!("the server answers {status}: {said}").trim_end_matches([':', ' ']).to_owned()
 }
 
@@ -302,6 +372,28 @@ mod tests {
         assert_eq!(below("http://ims/", &["jobs"]).unwrap().as_str(), "http://ims/jobs");
         assert_eq!(url(&["images", "../../smd?a#b"]), "http://ims/apis/ims/images/..%2F..%2Fsmd%3Fa%23b");
         assert!(!url(&["images", ".."]).contains(".."));
+    }
+
+    #[test]
+    fn a_record_is_found_in_a_list_by_its_request_and_nothing_else_is_kept() {
+        let request = Id::random().unwrap();
+        let ours = json!({"id": "a", "metadata": {REQUEST: request.as_str()}});
+        let named = json!({"id": "b", "name": request.as_str(), "metadata": {"x": request.as_str()}});
+        let found = |list: &str| made_by(list.as_bytes(), &request, || true).map_err(|e| e.to_string());
+        assert_eq!(found(&json!([named, null, [request.as_str()], ours, 1]).to_string()), Ok(Some(ours.clone())));
+        assert_eq!(found(&json!([named]).to_string()), Ok(None));
+        assert_eq!(found("[]"), Ok(None));
+        for wrong in ["", "{}", "[{}", "null"] {
+            assert!(found(wrong).is_err(), "{wrong}");
+        }
+        let long = format!("[{ours},{}0]", "\"12345678\",".repeat(400_000));
+        let mut looks = 0;
+        let count = || {
+            looks += 1;
+            looks < 3
+        };
+        assert!(made_by(long.as_bytes(), &request, count).unwrap_err().to_string().contains("interrupted"));
+        assert_eq!(looks, 3);
     }
 
     #[test]

@@ -22,8 +22,8 @@ use crate::publish::settings::{Network, Validate};
 use crate::sys::poll;
 use crate::sys::process::end_with_us;
 use crate::sys::signals::{Signals, hold_none};
-use reqwest::Url;
 use reqwest::redirect::Policy;
+use reqwest::{Response, Url};
 
 /// How often one looks whether a signal came, and how far a program is.
 const TICK: Duration = Duration::from_millis(200);
@@ -49,6 +49,9 @@ pub fn installed(program: &str) -> Result<()> {
 
 /// No program that is asked something says more, in bytes.
 const MOST_SAID: u64 = 64 << 20;
+
+/// No server explains more, in bytes.
+const MOST_COMPLAINED: usize = 16 << 10;
 
 /// Between two tries, at first and at the most.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
@@ -452,6 +455,36 @@ pub async fn patiently<T>(
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(PAUSE.1);
     }
+}
+
+/// Reads an answer, of at most `limit` bytes. A signal interrupts it, however fast its pieces come.
+pub async fn whole(response: Response, limit: usize) -> std::result::Result<Vec<u8>, Fault> {
+    let read = format!("read the answer of {}", without_query(response.url().as_str()));
+    match beginning(response, limit).await? {
+        (text, true) => Ok(text),
+        (_, false) => Err(Fault::Final(Error::new(read).because(format!("it is longer than {} MiB", limit >> 20)))),
+    }
+}
+
+/// Reads at most `limit` bytes of an answer, and tells whether that is all.
+async fn beginning(mut response: Response, limit: usize) -> std::result::Result<(Vec<u8>, bool), Fault> {
+    let mut text = Vec::new();
+    while let Some(piece) = response.chunk().await? {
+        let fits = piece.len().min(limit - text.len());
+        text.extend_from_slice(&piece[..fits]);
+        if fits < piece.len() {
+            return Ok((text, false));
+        }
+        // To hear of signals: pieces may be there faster than they are read.
+        tokio::task::yield_now().await;
+    }
+    Ok((text, true))
+}
+
+/// What a server says of a request that failed, as far as anybody reads.
+pub async fn complaint(response: Response) -> String {
+    let (text, _) = beginning(response, MOST_COMPLAINED).await.unwrap_or_default();
+    secrets::without_known(&String::from_utf8_lossy(&text)).into_owned()
 }
 
 /// Whether an answer of this status may be another one the next time.

@@ -5,6 +5,7 @@
 #[path = "../suite/support.rs"]
 mod support;
 
+mod answers;
 mod archives;
 mod confined;
 mod customize;
