@@ -311,7 +311,11 @@ fn lend(image_root: &Tree, text: &[u8]) -> Result<Option<Lent>> {
             tracing::warn!("cannot {LEND}: {e}; names are resolved as the image says");
             Ok(None)
         }
-        other => other.attempt(|| LEND).map(Some),
+        other => {
+            let advice =
+                "the image's /etc has to be writable; 'lsattr -d' shows whether 'chattr +i' has made it immutable";
+            other.attempt(|| LEND).advise(advice).map(Some)
+        }
     }
 }
 
