@@ -179,12 +179,10 @@ const SIDECAR_EXAMPLES: &str = "Examples:
   IMS_ACTION=customize ims-sshd sidecar --kernel auto --store /srv/store /srv/image";
 
 const COMPLETE_EXAMPLES: &str = "Examples:
-  ims-sshd complete
   ims-sshd complete compute
   ims-sshd complete /mnt/image";
 
 const FAIL_EXAMPLES: &str = "Examples:
-  ims-sshd fail
   ims-sshd fail compute
   ims-sshd fail /mnt/image";
 
@@ -336,8 +334,8 @@ fn variables(options: impl IntoIterator<Item = (&'static str, Option<String>)>) 
 
 #[derive(Args)]
 struct Named {
-    /// What 'ims-sshd status' calls it, its source, or the directory that holds image-root and the signal files [default: $IMAGE_ROOT_PARENT,
-    /// else the only one that is open on this machine]
+    /// What 'ims-sshd status' calls it, its source, or the directory that holds image-root and the signal files [default: $IMAGE_ROOT_PARENT;
+    /// in a pod, what is open there]
     #[arg(value_name = "NAME")]
     name: Option<PathBuf>,
 }
@@ -540,7 +538,35 @@ fn main() -> ExitCode {
     }
 }
 
+/// Refuses options of this program in the command of `customize` or `enter`, which would be given them. After `--` they are its own.
+fn refuse_late_options(name: &str, command: &[OsString], given: &[OsString]) -> Result<()> {
+    let (before, _) = given.split_at(given.len().saturating_sub(command.len()));
+    if before.iter().any(|word| word == "--") {
+        return Ok(());
+    }
+    let mut program = Arguments::command();
+    program.build();
+    let options = program.find_subcommand(name).into_iter().flat_map(clap::Command::get_arguments);
+    // Programs are asked these more often than this one.
+    let longs: Vec<_> = options.filter_map(clap::Arg::get_long).filter(|long| *long != "help").collect();
+    let is_ours = |word: &&OsString| {
+        let word = word.to_string_lossy();
+        let Some(word) = word.strip_prefix("--") else { return false };
+        longs.contains(&word.split_once('=').map_or(word, |(name, _)| name))
+    };
+    command.iter().find(is_ours).map_or(Ok(()), |word| {
+        Err(Error::bad_input(format!("'{}' stands in the command, which would be given it", word.display()))
+            .advise("options come before the command; write -- before the command if it is its own"))
+    })
+}
+
 fn run(command: Command) -> Result<u8> {
+    let given: Vec<_> = std::env::args_os().collect();
+    match &command {
+        Command::Customize(arguments) => refuse_late_options("customize", &arguments.command, &given)?,
+        Command::Enter(arguments) => refuse_late_options("enter", &arguments.command, &given)?,
+        _ => {}
+    }
     match command {
         Command::Entrypoint { image_root_parent } => entrypoint(image_root_parent),
         Command::Customize(arguments) => run_customize(arguments),

@@ -39,15 +39,39 @@ enum Target {
 pub fn mark(named: Option<&Path>, verdict: Verdict) -> Result<u8> {
     let target = match named.map(find).or_else(|| variable().map(|parent| Ok(Target::Parent(parent)))) {
         Some(target) => target?,
-        None => only_one()?,
+        None => pods_own()?,
     };
-    match target {
-        Target::Run(run) => mark_run(&run, verdict),
-        Target::Parent(parent) => mark_parent(&parent, verdict),
-    }
+    let marked = match target {
+        Target::Run(run) => {
+            mark_run(&run, verdict)?;
+            format!("{} ({})", text(&run, "name"), text(&run, "source"))
+        }
+        Target::Parent(parent) => {
+            mark_parent(&parent, verdict)?;
+            format!("the image in {}", Printable(&parent.display().to_string()))
+        }
+    };
+    say(&format!("marked {marked} {}\n", verdict.signal_file()));
+    Ok(0)
 }
 
-fn mark_run(run: &Value, verdict: Verdict) -> Result<u8> {
+/// The environment of a pod, which is alone there. A run on this machine may be somebody else's: it has to be named.
+fn pods_own() -> Result<Target> {
+    let all = all()?;
+    let attempted = || Error::new("tell which image is meant");
+    if all.is_empty() {
+        return Err(attempted().because("nothing is open on this machine"));
+    }
+    if let ([one], Some(parent)) = (all.as_slice(), all[0]["image_root_parent"].as_str())
+        && one["name"].is_null()
+    {
+        return Ok(Target::Parent(parent.into()));
+    }
+    let names: Vec<_> = all.iter().map(name_of).collect();
+    Err(attempted().because("no name is given").advise(format!("name what is yours; open are {}", names.join(", "))))
+}
+
+fn mark_run(run: &Value, verdict: Verdict) -> Result<()> {
     let refuse = |why: &str, advice: &str| {
         let attempted = format!("mark {} {}", text(run, "name"), verdict.signal_file());
         Err(Error::new(attempted).because(why).advise(advice))
@@ -68,7 +92,7 @@ fn mark_run(run: &Value, verdict: Verdict) -> Result<u8> {
     }
 }
 
-fn mark_parent(parent: &Path, verdict: Verdict) -> Result<u8> {
+fn mark_parent(parent: &Path, verdict: Verdict) -> Result<()> {
     let files = open(parent)?;
     let attempted = || Error::new(format!("mark the image in {} {}", parent.display(), verdict.signal_file()));
     if files.stands(EXITING)? {
@@ -84,7 +108,7 @@ fn mark_parent(parent: &Path, verdict: Verdict) -> Result<u8> {
         }
         tracing::warn!("no environment is open in {} yet: one that opens finds the mark", parent.display());
     }
-    files.touch(verdict.signal_file()).map(|()| 0)
+    files.touch(verdict.signal_file())
 }
 
 /// How a status is printed.

@@ -285,6 +285,26 @@ fn enter_runs_a_command_in_the_jail_and_passes_its_end_on() {
 }
 
 #[test]
+fn an_option_after_the_command_is_refused_unless_two_hyphens_stand_before_the_command() {
+    let image = image_root();
+    let path = image.path().join("image").display().to_string();
+    for arguments in [
+        &["enter", &path, "sh", "-c", "touch /late", "--discard"][..],
+        &["enter", &path, "touch", "/late", "--log-format=json"],
+        &["customize", "image.sqsh", "touch", "/late", "--output", "out"],
+    ] {
+        let output = ims_sshd(arguments);
+        assert_eq!(output.status.code(), Some(2), "{output:?}");
+        assert!(text(&output.stderr).contains("options come before the command"), "{output:?}");
+    }
+    assert!(!image.path().join("image/late").exists());
+    for command in [&["--", "echo", "--discard"][..], &["echo", "--help"], &["echo", "--version"]] {
+        let output = ims_sshd(&[&["enter", &path], command].concat());
+        assert_eq!(text(&output.stdout).trim(), *command.last().unwrap(), "{output:?}");
+    }
+}
+
+#[test]
 fn enter_ends_nothing_but_what_it_started() {
     let image = image_root();
     let root = image.path().join("image");

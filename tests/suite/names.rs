@@ -114,10 +114,15 @@ fn two_runs_of_one_name_are_told_apart() {
     assert!(printed.contains(&format!("ims-sshd complete {name} ")), "{printed}");
     let (mut two, printed) = customize(&second);
     assert!(printed.contains(&format!("ims-sshd complete {name}-2 ")), "{printed}");
-    let output = ims_sshd(&["complete"]);
-    assert!(!output.status.success() && text(&output.stderr).contains("several are open"), "{output:?}");
-    for (name, run) in [(format!("{name}-2"), &mut two), (name.clone(), &mut one)] {
-        assert!(ims_sshd(&["complete", &name]).status.success());
+    for (name, run, source) in [(format!("{name}-2"), &mut two, &second), (name.clone(), &mut one, &first)] {
+        // Also if it is the only one: it may be somebody else's.
+        for mark in ["complete", "fail"] {
+            let output = ims_sshd(&[mark]);
+            assert!(!output.status.success() && text(&output.stderr).contains("no name is given"), "{output:?}");
+            assert!(text(&output.stderr).contains(&name), "{output:?}");
+        }
+        let output = ims_sshd(&["complete", &name]);
+        assert_eq!(text(&output.stdout), format!("marked {name} ({}) complete\n", source.display()), "{output:?}");
         assert!(run.wait().unwrap().success());
     }
     // A run that was killed holds no name.

@@ -63,9 +63,9 @@ fn every_command_of_the_readme_does_what_it_is_there_for() {
                 let parent = &environment.parent;
                 assert!(succeed(desk.shell(command).env("IMAGE_ROOT_PARENT", parent)).contains("serving"), "{command}");
             }
-            ["ims-sshd", verdict @ ("complete" | "fail")] => {
+            ["ims-sshd", verdict @ ("complete" | "fail"), "compute"] => {
                 let (mut environment, desk) = (Environment::open(Image::Busybox, Mode::Jailed), Desk::new());
-                succeed(desk.shell(command).env("IMAGE_ROOT_PARENT", &environment.parent));
+                succeed(&mut desk.shell(&command.replace("compute", &environment.parent.display().to_string())));
                 assert_eq!(environment.end(), 0, "{command}");
                 assert_eq!(environment.signal("failed").exists(), *verdict == "fail", "{command}");
             }
