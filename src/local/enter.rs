@@ -80,17 +80,24 @@ pub fn run(job: Job, entry: &Entry) -> Result<u8> {
         }
         let is_shell = entry.command.is_empty() && entry.script.is_none();
         let session = Session { is_shell, end: decides.then_some(end), in_place, tier, hostname, label };
-        let (status, verdict) = session.run(image_root, entry, &registered)?;
+        let at_terminal = session.is_at_terminal();
+        let Ended { status, mark, stopped } = session.run(image_root, entry, &registered)?;
+        let verdict = mark.filter(|mark| *mark == Verdict::Failed || !has_failed(status, at_terminal, true));
+        // A command that only runs in a directory decides itself what a signal is to it, as below chroot.
+        let stopped = stopped.filter(|_| decides || entry.answer == Some(Answer::Yes));
+        let status = stopped.map_or(status, |signal| exited(128 + signal as i32));
         if !decides {
             let fate = if verdict == Some(Verdict::Failed) { Fate::Discard } else { Fate::Keep };
-            return Ok((fate, verdict.map_or(status, exited_as)));
+            return Ok((fate, verdict.filter(|_| stopped.is_none()).map_or(status, exited_as)));
         }
-        Ok(match decide(status, verdict, entry.answer, session.is_at_terminal()) {
+        Ok(match decide(status, verdict, entry.answer, at_terminal, stopped.is_some()) {
             Some(Fate::Publish) => (Fate::Publish, exited(0)),
             Some(Fate::Keep) => {
-                tracing::warn!("the command failed: {}", not_done(end));
+                let why = stopped.map_or("the command failed".into(), |signal| format!("received {signal}"));
+                tracing::warn!("{why}: {}", not_done(end));
                 (Fate::Keep, status)
             }
+            Some(Fate::Discard) if stopped.is_some() => (Fate::Discard, status),
             Some(Fate::Discard) => (Fate::Discard, verdict.map_or(status, exited_as)),
             None => match question.ask()? {
                 Some(fate) => (fate, exited(0)),
@@ -122,19 +129,31 @@ fn exited_as(verdict: Verdict) -> WaitStatus {
     exited(i32::from(verdict == Verdict::Failed))
 }
 
-/// Fate of the changes; none if the person has to be asked.
-///
-/// `--discard` was asked for by name, and nothing in the image undoes that. Else a mark in the image counts most, since it was made last.
-/// The exit code of a shell at a terminal is that of its last command, and says nothing; every other command has failed with one that is
-/// not 0.
-fn decide(status: WaitStatus, verdict: Option<Verdict>, answer: Option<Answer>, at_terminal: bool) -> Option<Fate> {
-    let failed = match status {
+/// Whether the command failed. The exit code of a shell at a terminal is that of its last command, and says nothing; once the image is
+/// `marked`, it is hung up, and may die of that.
+fn has_failed(status: WaitStatus, at_terminal: bool, marked: bool) -> bool {
+    match status {
         WaitStatus::Exited(_, code) => code != 0 && !at_terminal,
-        _ => true,
-    };
+        _ => !(at_terminal && marked),
+    }
+}
+
+/// Fate of the changes; none if the person has to be asked. A mark `complete` of a command that failed is no `verdict`.
+///
+/// `--discard` was asked for by name, and nothing in the image undoes that. Else a signal to this program counts most, whatever the command
+/// makes of it, and then a mark in the image.
+fn decide(
+    status: WaitStatus,
+    verdict: Option<Verdict>,
+    answer: Option<Answer>,
+    at_terminal: bool,
+    is_stopped: bool,
+) -> Option<Fate> {
     match (verdict, answer) {
-        (Some(Verdict::Failed), _) | (_, Some(Answer::Discard)) => Some(Fate::Discard),
-        (None, _) if failed => Some(Fate::Keep),
+        (_, Some(Answer::Discard)) => Some(Fate::Discard),
+        _ if is_stopped => Some(Fate::Keep),
+        (Some(Verdict::Failed), _) => Some(Fate::Discard),
+        (None, _) if has_failed(status, at_terminal, false) => Some(Fate::Keep),
         (Some(Verdict::Complete), _) | (None, Some(Answer::Yes)) => Some(Fate::Publish),
         (None, None) => None,
     }
@@ -202,6 +221,15 @@ impl Question {
 /// A shell that was hung up has this long to write its history.
 const HANG_UP_TIME: Duration = Duration::from_secs(2);
 
+/// How a session ended.
+struct Ended {
+    status: WaitStatus,
+    /// The mark that was made in the image.
+    mark: Option<Verdict>,
+    /// Signal that was to end this program.
+    stopped: Option<Signal>,
+}
+
 /// The session that runs in the jail.
 struct Session {
     /// Whether it is the login shell.
@@ -226,13 +254,8 @@ impl Session {
         self.is_shell || self.end.is_some()
     }
 
-    /// Returns how it ended, and the mark that was made in the image.
-    fn run(
-        &self,
-        image_root: &Path,
-        entry: &Entry,
-        registered: &register::Entry,
-    ) -> Result<(WaitStatus, Option<Verdict>)> {
+    /// Returns how it ended.
+    fn run(&self, image_root: &Path, entry: &Entry, registered: &register::Entry) -> Result<Ended> {
         directory::clear_left_over(&["customize"], image_root)?;
         let run = local::RunFolder::claim("enter", image_root)?;
         // The command is in the foreground; what it does about these is its own business.
@@ -298,21 +321,36 @@ impl Session {
         state.remove()?;
         local::remove_folder(run.path())?;
         all_ended?;
-        let (status, told) = ended?;
+        let mut ended = ended?;
         let found = if self.heeds_marks() { take_marks(&tree)? } else { None };
-        Ok((status, told.max(told_last).max(found)))
+        // What came after the command's end.
+        while let Ok(Some(signal)) = signals.next() {
+            ended.stopped = ended.stopped.or(self.stops(signal));
+        }
+        Ok(Ended { mark: ended.mark.max(told_last).max(found), ..ended })
+    }
+
+    /// The signal, if it is to end this program. SIGINT is a key of the person at a shell.
+    fn stops(&self, signal: Signal) -> Option<Signal> {
+        let stops = match signal {
+            Signal::SIGTERM | Signal::SIGHUP => true,
+            Signal::SIGINT => !self.is_at_terminal(),
+            _ => false,
+        };
+        stops.then_some(signal)
     }
 
     /// Waits for the end of the command, and hangs up a person's shell when the image is marked.
-    fn attend(&self, mut helper: Child, jail: &OpenJail, signals: &Signals) -> Result<(WaitStatus, Option<Verdict>)> {
+    fn attend(&self, mut helper: Child, jail: &OpenJail, signals: &Signals) -> Result<Ended> {
         let attempted = || "wait for ims-jail-shell";
         let pid = Pid::from_raw(helper.id().cast_signed());
-        let mut marked: Option<Verdict> = None;
+        let (mut marked, mut stopped): (Option<Verdict>, Option<Signal>) = (None, None);
         let mut hung_up: Option<Instant> = None;
         let mut listens = self.heeds_marks();
         loop {
             if let Some(status) = helper.try_wait().attempt(attempted)? {
-                return WaitStatus::from_raw(pid, status.into_raw()).attempt(attempted).map(|status| (status, marked));
+                let status = WaitStatus::from_raw(pid, status.into_raw()).attempt(attempted)?;
+                return Ok(Ended { status, mark: marked, stopped });
             }
             if hung_up.is_some_and(|since| since.elapsed() >= HANG_UP_TIME) {
                 let _ = jail.end();
@@ -323,9 +361,10 @@ impl Session {
             }
             let _ = poll::wait(&mut sources, HANG_UP_TIME / 4);
             let is_told = sources.get(1).is_some_and(|link| !link.revents().is_empty());
-            while let Ok(Some(signal)) = signals.next() {
-                // The terminal sends these to its foreground, which is in the jail; what comes here is from elsewhere.
-                if matches!(signal, Signal::SIGTERM | Signal::SIGHUP) {
+            while let Ok(Some((signal, is_sent))) = signals.next_with_sender() {
+                stopped = stopped.or(self.stops(signal));
+                // The terminal sends SIGINT to its whole foreground, the command included.
+                if matches!(signal, Signal::SIGTERM | Signal::SIGHUP) || signal == Signal::SIGINT && is_sent {
                     let _ = kill(pid, signal);
                 }
             }
@@ -383,7 +422,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_mark_counts_more_than_yes_and_discard_more_than_a_mark_and_a_failed_command_is_kept() {
+    fn a_mark_counts_more_than_yes_a_signal_more_than_a_mark_and_discard_most_and_a_failed_command_is_kept() {
         let killed = WaitStatus::Signaled(Pid::from_raw(1), Signal::SIGHUP, false);
         let (yes, discard) = (Some(Answer::Yes), Some(Answer::Discard));
         for (status, verdict, answer, at_terminal, fate) in [
@@ -396,11 +435,22 @@ mod tests {
             (killed, None, yes, true, Some(Fate::Keep)),
             (exited(0), None, discard, false, Some(Fate::Discard)),
             (exited(3), None, discard, false, Some(Fate::Discard)),
-            (exited(3), Some(Verdict::Complete), None, false, Some(Fate::Publish)),
             (killed, Some(Verdict::Complete), discard, true, Some(Fate::Discard)),
             (exited(0), Some(Verdict::Failed), yes, false, Some(Fate::Discard)),
         ] {
-            assert_eq!(decide(status, verdict, answer, at_terminal), fate, "{status:?} {verdict:?} {answer:?}");
+            assert_eq!(decide(status, verdict, answer, at_terminal, false), fate, "{status:?} {verdict:?} {answer:?}");
+            let if_stopped = if answer == discard { Fate::Discard } else { Fate::Keep };
+            assert_eq!(decide(status, verdict, answer, at_terminal, true), Some(if_stopped), "{verdict:?} {answer:?}");
+        }
+        for (status, at_terminal, marked, failed) in [
+            (exited(3), false, true, true),
+            (exited(3), true, true, false),
+            (killed, true, true, false),
+            (killed, true, false, true),
+            (killed, false, true, true),
+            (exited(0), false, false, false),
+        ] {
+            assert_eq!(has_failed(status, at_terminal, marked), failed, "{status:?}");
         }
     }
 }

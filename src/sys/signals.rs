@@ -28,8 +28,16 @@ impl Signals {
 
     /// The next signal that has arrived, if any.
     pub fn next(&self) -> nix::Result<Option<Signal>> {
+        self.next_with_sender().map(|next| next.map(|(signal, _)| signal))
+    }
+
+    /// The next signal, and whether a process has sent it: a terminal's comes from the kernel, and to all of its foreground.
+    pub fn next_with_sender(&self) -> nix::Result<Option<(Signal, bool)>> {
         match self.fd.read_signal() {
-            Ok(Some(info)) => Signal::try_from(info.ssi_signo.cast_signed()).map(Some),
+            // SI_USER and its like are not positive (sigaction(2)).
+            Ok(Some(info)) => {
+                Signal::try_from(info.ssi_signo.cast_signed()).map(|signal| Some((signal, info.ssi_code <= 0)))
+            }
             Ok(None) | Err(Errno::EINTR) => Ok(None),
             Err(e) => Err(e),
         }

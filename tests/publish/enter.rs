@@ -87,6 +87,9 @@ fn marks_and_discard_decide_before_the_exit_code() {
         nothing_stays(dir.path());
     }
     let output = enter(dir.path(), &squashfs, &["--output", "out"], "touch /tmp/complete /etc/new; exit 5");
+    assert_eq!(output.status.code(), Some(5), "{output:?}");
+    assert!(!dir.path().join("out").exists(), "a command that failed wins over a mark");
+    let output = enter(dir.path(), &squashfs, &["--output", "out"], "touch /tmp/complete");
     assert_eq!(output.status.code(), Some(0), "{output:?}");
     let files = published(dir.path());
     assert!(files.contains("etc/new") && !files.contains("tmp/complete"), "{files}");

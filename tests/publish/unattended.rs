@@ -2,7 +2,10 @@
 //! same line.
 
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use crate::customize::nothing_stays;
 use crate::job::*;
@@ -88,6 +91,51 @@ fn a_command_publishes_the_image_if_it_succeeds_and_else_ends_with_its_exit_code
     assert_eq!(report(&output)["result"], "success");
     let files = published(dir.path());
     assert!(files.contains("etc/first") && files.contains("etc/second"), "{files}");
+    nothing_stays(dir.path());
+}
+
+#[test]
+fn a_failing_command_wins_over_a_mark_complete() {
+    let dir = folder();
+    let squashfs = squashfs_of(&image(dir.path())).display().to_string();
+    let failed = customize(dir.path(), &squashfs, &["--", "sh", "-c", "touch /tmp/complete /etc/new; exit 5"]);
+    assert_eq!(failed.status.code(), Some(5), "{failed:?}");
+    assert!(text(&failed.stderr).contains("the same command goes on with it"), "{failed:?}");
+    assert!(!dir.path().join("out").exists());
+    let output = customize(dir.path(), &squashfs, &["--", "test", "!", "-e", "/tmp/complete"]);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert!(published(dir.path()).contains("etc/new"));
+    nothing_stays(dir.path());
+}
+
+#[test]
+fn a_signal_decides_whatever_the_command_makes_of_it() {
+    let dir = folder();
+    let squashfs = squashfs_of(&image(dir.path())).display().to_string();
+    let lines = "trap 'echo end > /etc/new; exit 0' TERM INT HUP\necho begun\nwhile :; do sleep 0.1; done\n";
+    let file = script(dir.path(), "patient", lines);
+    let common = ["--output", "out", "--work", "work"];
+    for (command, end, signal, code) in [
+        ("customize", &["--", "sh", "-c", lines][..], Signal::SIGTERM, 143),
+        ("customize", &["--script", &file], Signal::SIGINT, 130),
+        ("customize", &["--script", &file], Signal::SIGHUP, 129),
+        ("enter", &["--yes", "--", "sh", "-c", lines], Signal::SIGINT, 130),
+    ] {
+        let mut run = ims_sshd(&[command, &squashfs], &[]);
+        run.args(common).args(["--kernel", "vmlinuz", "--initrd", "initrd"]).args(end).current_dir(dir.path());
+        let mut run = Ended(run.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap());
+        let mut begun = [0; 6];
+        std::io::Read::read_exact(run.stdout.as_mut().unwrap(), &mut begun).unwrap();
+        kill(Pid::from_raw(run.id().cast_signed()), signal).unwrap();
+        let status = run.wait().unwrap();
+        let mut said = String::new();
+        std::io::Read::read_to_string(run.stderr.as_mut().unwrap(), &mut said).unwrap();
+        assert_eq!(status.code(), Some(code), "{command} {end:?} {signal}: {said}");
+        assert!(said.contains(&format!("received {signal}: the image is not published")), "{said}");
+        assert!(!dir.path().join("out").exists(), "{command} {signal}");
+    }
+    let output = customize(dir.path(), &squashfs, &["--", "sh", "-c", "read said < /etc/new; test $said = end"]);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
     nothing_stays(dir.path());
 }
 
