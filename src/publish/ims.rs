@@ -150,6 +150,23 @@ impl<'a> Ims<'a> {
         }
     }
 
+    /// Refuses a record of an image `name` that `request` cannot have made just now: what is published next would replace another's.
+    pub fn refuse_foreign(&self, record: &Value, name: &str, request: &Id) -> Result<()> {
+        let why = if record.get("link").is_some_and(|link| !link.is_null()) {
+            "it has a link already".to_owned()
+        } else if record["name"] != name {
+            format!("its name is {}", record["name"])
+        } else if self.takes_metadata && record["metadata"][REQUEST] != request.as_str() {
+            format!("its metadata does not say that it was made by this request ({REQUEST})")
+        } else {
+            return Ok(());
+        };
+        let refused = Error::new(format!("register the image '{name}'"));
+        Err(refused
+            .because(format!("IMS answers with a record of another image, {}: {why}", record["id"]))
+            .advise("nothing was written to it; see what answers at IMS_URL"))
+    }
+
     /// An image's record; nothing if there is none.
     pub fn image(&mut self, id: &Id) -> Result<Option<Value>> {
         self.call("read the image's record", &Method::GET, &["images", id.as_str()], None)

@@ -65,6 +65,19 @@ pub struct Description {
     pub metadata: Vec<(&'static str, String)>,
 }
 
+/// Whose an object is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Owner {
+    /// There is none.
+    Nobody,
+    /// This job's.
+    Ours,
+    /// Nothing is told: a file, a manifest, or what others have put there.
+    Untold,
+    /// Another image's or job's.
+    Another,
+}
+
 /// In the name of a file that is not whole yet; [`LocalFileSystem`] takes none with it and a number for an object.
 const BEGUN: &str = "#1";
 
@@ -303,27 +316,23 @@ impl Store {
         }
     }
 
-    /// Whether none of these keys is described as somebody else's: each of `wanted` is described so, or not at all.
-    pub async fn is_described(
-        &self,
-        keys: impl Iterator<Item = String>,
-        wanted: &[(&'static str, String)],
-    ) -> object_store::Result<bool> {
-        for key in keys {
-            let head = GetOptions { head: true, ..GetOptions::default() };
-            let found = match self.objects().get_opts(&self.path(&key), head).await {
-                Err(object_store::Error::NotFound { .. }) => continue,
-                other => other?,
-            };
-            let differs = |(name, value): &(&'static str, String)| {
-                let told = found.attributes.get(&Attribute::Metadata((*name).into()));
-                told.is_some_and(|told| told.as_ref() != in_ascii(value))
-            };
-            if wanted.iter().any(differs) {
-                return Ok(false);
-            }
-        }
-        Ok(true)
+    /// Whose an object is, by what is told of it: an object of ours has `marks`.
+    pub async fn owner(&self, key: &str, marks: &[(&'static str, String)]) -> object_store::Result<Owner> {
+        let head = GetOptions { head: true, ..GetOptions::default() };
+        let found = match self.objects().get_opts(&self.path(key), head).await {
+            Err(object_store::Error::NotFound { .. }) => return Ok(Owner::Nobody),
+            other => other?,
+        };
+        let is_as_marked = |(name, value): &(&'static str, String)| {
+            let told = found.attributes.get(&Attribute::Metadata((*name).into()))?;
+            Some(told.as_ref() == in_ascii(value))
+        };
+        let told: Vec<_> = marks.iter().filter_map(is_as_marked).collect();
+        Ok(match told.iter().all(|is_same| *is_same) {
+            _ if told.is_empty() => Owner::Untold,
+            true => Owner::Ours,
+            false => Owner::Another,
+        })
     }
 
     /// Deletes these keys; one that is not there is no error.

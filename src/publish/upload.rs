@@ -17,7 +17,7 @@ use crate::publish::journal::{Journal, Notes};
 use crate::publish::manifest::{self, Artifact, Identity};
 use crate::publish::parts::{Large, PART, Sender};
 use crate::publish::settings::Settings;
-use crate::publish::store::{Description, MD5, Store, cause};
+use crate::publish::store::{Description, MD5, Owner, Store, cause};
 use crate::publish::work::Work;
 
 /// Keys below the image's, with their types.
@@ -106,8 +106,16 @@ impl Publication<'_> {
     }
 
     fn carry_out(&mut self, store: &Store, journal: &mut Journal, image: Image) -> Result<Value> {
-        let mut record = self.register(journal)?;
+        let (mut record, is_new) = self.register(journal)?;
         let id = id_of(&record).ok_or_else(|| Error::new("publish the image").because("its record has no id"))?;
+        if !self.is_place_ours(store, &id, is_new)? {
+            // And nothing of it is deleted.
+            (journal.image, journal.request) = (None, None);
+            let upload = Error::new(format!("upload to {}", store.url_of(id.as_str())));
+            return Err(upload
+                .because("an object that is there is not this job's")
+                .advise("nothing was written; see who publishes there, and delete the image's record by hand"));
+        }
         let mut described = store.shown(id.as_str());
         let artifacts = if record.get("link").is_some_and(|link| !link.is_null()) {
             // An earlier run got as far as this: all is uploaded.
@@ -137,34 +145,37 @@ impl Publication<'_> {
         }))
     }
 
-    /// The new image's record; one that an earlier run has made is found again.
-    fn register(&mut self, journal: &mut Journal) -> Result<Value> {
+    /// The new image's record; one that an earlier run has made is found again. Tells whether nothing can have been uploaded for it yet.
+    fn register(&mut self, journal: &mut Journal) -> Result<(Value, bool)> {
         let name = &self.settings.name;
         if !self.ims.is_there() {
+            let is_new = journal.image.is_none();
             let id = journal.image.take().map_or_else(Id::random, Ok)?;
             journal.image = Some(id.clone());
             journal.write(self.notes)?;
-            return Ok(json!({ "id": id.as_str(), "name": name, "arch": self.settings.arch }));
+            return Ok((json!({ "id": id.as_str(), "name": name, "arch": self.settings.arch }), is_new));
         }
         if let Some(id) = &journal.image
             && let Some(record) = self.ims.image(id)?
         {
             if self.is_ours(&record) {
-                return Ok(record);
+                return Ok((record, false));
             }
             tracing::warn!("image {id} is not what this job began: left as it is");
             (journal.image, journal.request) = (None, None);
         }
         let asked_before = journal.request.as_ref().map(|request| self.ims.find_image(request)).transpose()?.flatten();
+        let request = journal.request.take().map_or_else(Id::random, Ok)?;
+        journal.request = Some(request.clone());
         let record = match asked_before {
             Some(record) => record,
             None => {
-                let request = journal.request.take().map_or_else(Id::random, Ok)?;
-                journal.request = Some(request.clone());
                 journal.write(self.notes)?;
                 self.ims.create_image(name, self.settings.arch, &request)?
             }
         };
+        // No record that is refused is deleted.
+        self.ims.refuse_foreign(&record, name, &request).inspect_err(|_| journal.request = None)?;
         let Some(id) = id_of(&record) else {
             return Err(Error::new(format!("register the image '{name}'"))
                 .because(format!("the id of its record is {}: expected a UUID", record["id"])));
@@ -172,7 +183,7 @@ impl Publication<'_> {
         journal.image = Some(id.clone());
         journal.write(self.notes)?;
         tracing::info!(image = id.as_str(), "the image '{name}' has its record");
-        Ok(record)
+        Ok((record, true))
     }
 
     /// Whether a record can be what this job has made. One that is linked is published: a job ends with it, so that without a job it is done.
@@ -324,7 +335,8 @@ impl Publication<'_> {
             Ok(false) => return tracing::error!("image {id} is not what this job began: left as it is"),
             Err(error) => return tracing::error!("{error}; image {id} is left, delete it by hand"),
         }
-        let keys = KEYS.iter().map(|key| format!("{id}/{key}"));
+        // What tells whose they are goes last.
+        let keys = KEYS.iter().rev().map(|key| format!("{id}/{key}"));
         let aborted = self.sender(store).abort();
         let deleted = self.wait(&format!("delete {}", store.url_of(id.as_str())), store.delete(keys));
         let swept = self.sweep(store, &id);
@@ -339,7 +351,25 @@ impl Publication<'_> {
         if self.ims.image(id)?.is_some_and(|record| !self.is_ours(&record)) {
             return Ok(false);
         }
-        let keys = KEYS.iter().map(|key| format!("{id}/{key}"));
-        self.wait(&format!("look at {}", store.url_of(id.as_str())), store.is_described(keys, &self.marks(id)))
+        self.is_place_ours(store, id, false)
+    }
+
+    /// Whether all objects of an image are this job's; of one that `is_new` there are none. A manifest has no marks, and is whose the others
+    /// are. A directory's files have none either: that of an image that was begun before is this job's by the journal.
+    fn is_place_ours(&self, store: &Store, id: &Id, is_new: bool) -> Result<bool> {
+        let marks = self.marks(id);
+        let look = |key: &&str| {
+            let key = format!("{id}/{key}");
+            self.wait(&format!("look at {}", store.url_of(&key)), store.owner(&key, &marks))
+        };
+        let owners = KEYS.iter().map(look).collect::<Result<Vec<_>>>()?;
+        let has_ours = owners.contains(&Owner::Ours) || store.is_directory();
+        let is_fine = |(key, owner): (&&str, &Owner)| match owner {
+            Owner::Nobody => true,
+            Owner::Another => false,
+            Owner::Ours => !is_new,
+            Owner::Untold => !is_new && has_ours && (*key == MANIFEST.0 || store.is_directory()),
+        };
+        Ok(KEYS.iter().zip(&owners).all(is_fine))
     }
 }

@@ -34,6 +34,8 @@ pub enum Fault {
     SilentlyDone,
     /// It is answered, and just then somebody else registers an image of this name, with this link.
     Rival(&'static str, Value),
+    /// It is answered with this record, and nothing is done.
+    Record(Value),
     /// The token is refused.
     ExpiredToken,
     /// Nobody ever answers.
@@ -170,6 +172,7 @@ fn answer(connection: &TcpStream, state: &Mutex<State>) -> Option<()> {
     };
     let (status, answer) = match fault {
         Some(Fault::Status(status)) => (status, json!({"title": "Out of order", "status": status})),
+        Some(Fault::Record(record)) => (201, record),
         Some(Fault::ExpiredToken) => {
             // And is refused from now on.
             state.lock().unwrap().tokens += 1;

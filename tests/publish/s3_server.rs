@@ -349,6 +349,7 @@ fn swallow(connection: &TcpStream, sizes: &Mutex<std::collections::BTreeMap<Stri
     let (method, url) = (words.next()?, words.next()?);
     let (path, query) = url.split_once('?').unwrap_or((url, ""));
     let mut sizes = sizes.lock().unwrap();
+    let is_missing = method == "HEAD" && !sizes.contains_key(path);
     let size = sizes.entry(path.to_owned()).or_default();
     let mut body = "";
     match method {
@@ -362,6 +363,10 @@ fn swallow(connection: &TcpStream, sizes: &Mutex<std::collections::BTreeMap<Stri
     let length = if method == "HEAD" { size.saturating_sub(lost) } else { body.len() as u64 };
     let date = "Thu, 01 Jan 2026 00:00:00 GMT";
     let mut out = connection;
+    if is_missing {
+        sizes.remove(path);
+        return write!(out, "HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n").ok();
+    }
     write!(out, "HTTP/1.1 200 OK\r\netag: \"e\"\r\nlast-modified: {date}\r\ncontent-length: {length}\r\n\r\n{body}")
         .ok()
 }

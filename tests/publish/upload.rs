@@ -143,6 +143,79 @@ fn an_image_that_was_prepared_anew_is_not_taken_for_one_whose_upload_was_killed(
     assert_eq!(bucket.get(&format!("{id}/kernel")).body, b"another kernel");
 }
 
+/// What others have published under an id stays, whatever IMS answers.
+#[test]
+fn a_record_or_objects_of_others_are_neither_taken_for_ones_own_nor_overwritten() {
+    use serde_json::{Value, json};
+    let dir = folder();
+    let tree = image(dir.path());
+    let squashfs = squashfs_of(&tree);
+    // The first id that this IMS gives.
+    let id = "00000000-0000-4000-8000-000000000001";
+    let link = json!({"path": format!("s3://b/{id}/manifest.json"), "etag": "e", "type": "s3"});
+    let of_another = json!({"ims-sshd-request": "5b3b3b6e-0000-4000-8000-000000000000"});
+    for (record, is_old, key, reason) in [
+        (json!({"id": id, "name": "compute", "link": null}), false, "rootfs", "made by this request"),
+        (json!({"id": id, "name": "compute", "link": null, "metadata": {}}), false, "kernel", "made by this request"),
+        (
+            json!({"id": id, "name": "compute", "link": null, "metadata": of_another}),
+            false,
+            "rootfs",
+            "made by this request",
+        ),
+        (json!({"id": id, "name": "compute", "link": link}), true, "rootfs", "it has a link"),
+        (json!({"id": id, "name": "another", "link": null}), true, "rootfs", "its name is"),
+        (json!({"id": id, "name": "compute", "link": null}), true, "manifest.json", "not this job's"),
+        (Value::Null, false, "rootfs", "not this job's"),
+        (Value::Null, false, "debug_kernel", "not this job's"),
+        (Value::Null, false, "manifest.json", "not this job's"),
+    ] {
+        for store in ["s3", "directory"] {
+            let (bucket, ims, out) = (Bucket::new(), ImsServer::start(), tempfile::tempdir_in(dir.path()).unwrap());
+            ims.state().without_metadata = is_old;
+            if !record.is_null() {
+                if is_old {
+                    // It is asked once more, without.
+                    ims.fail("POST /images", Fault::Status(422));
+                }
+                ims.fail("POST /images", Fault::Record(record.clone()));
+                ims.state().images.insert(id.into(), record.clone());
+            }
+            let file = out.path().join(id).join(key);
+            let mut variables = [bucket.variables(), ims.variables()].concat();
+            if store == "s3" {
+                bucket.put(&format!("{id}/{key}"), b"of others");
+            } else {
+                std::fs::create_dir(file.parent().unwrap()).unwrap();
+                std::fs::write(&file, "of others").unwrap();
+                variables.push(("IMAGE_STORE", out.path().display().to_string()));
+            }
+            let mut upload = ims_sshd(&["upload", "--name", "compute", "--archive"], &variables);
+            let output = upload
+                .args([&squashfs, &tree])
+                .current_dir(tempfile::tempdir_in(dir.path()).unwrap().path())
+                .output()
+                .unwrap();
+            let said = text(&output.stderr);
+            assert!(output.status.code() == Some(1) && said.contains(reason), "{record} {key} {store}: {said}");
+            if store == "s3" {
+                assert_eq!(bucket.keys(), [format!("{id}/{key}")]);
+                assert_eq!(bucket.get(&format!("{id}/{key}")).body, b"of others", "{record}");
+            } else {
+                assert_eq!(std::fs::read(&file).unwrap(), b"of others", "{record}");
+                assert_eq!(std::fs::read_dir(file.parent().unwrap()).unwrap().count(), 1, "{record}");
+            }
+            let state = ims.state();
+            assert!(record.is_null() || state.images[id] == record, "{:?}", state.images);
+            assert!(
+                !state.changes.iter().any(|(method, path, _)| method != "POST" && path.starts_with("/images")),
+                "{:?}",
+                state.changes
+            );
+        }
+    }
+}
+
 /// `IMS_SSHD_UPLOAD_GIB` (default 1) is how large it is.
 #[test]
 fn a_large_image_is_uploaded_without_being_read_into_memory() {
