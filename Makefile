@@ -1,9 +1,13 @@
 # 'make' alone lists what can be made.
 
+# One word of the shell, whatever it holds.
+quoted = '$(subst ','\'',$(1))'
+
 CACHE ?= $(HOME)/.cache/ims-sshd
 FROM ?= $(CACHE)/demo.sqsh
 OUT ?= out
 PREFIX ?= /usr/local
+OPENED = $(if $(IMAGE_ROOT),$(call quoted,$(IMAGE_ROOT)),$(call quoted,$(FROM)) --output $(call quoted,$(OUT)))
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 # Built as who calls make, run as root: cargo starts the tests through sudo.
 AS_ROOT := $(if $(SUDO),--config "target.'cfg(all())'.runner='sudo -E'")
@@ -35,7 +39,7 @@ SOURCES := $(shell find src sshd_config.d .cargo -type f) Cargo.toml Cargo.lock 
 
 # Which test programs have a test of that name, and what those need besides Rust.
 ifdef TEST
-TEST_PROGRAMS := $(shell tests/programs-with-test '$(TEST)')
+TEST_PROGRAMS := $(shell tests/programs-with-test $(call quoted,$(TEST)))
 else
 TEST_PROGRAMS := lib deploy suite publish pod
 endif
@@ -59,11 +63,11 @@ help:
 
 run: install-run $(if $(or $(IMAGE_ROOT),$(filter-out file,$(origin FROM))),,demo) build
 	@echo "The program is $(CURDIR)/$(STAGE)/bin/ims-sshd; 'make install' installs it."
-	$(if $(SUDO),$(SUDO) -E) $(STAGE)/bin/ims-sshd customize $(or $(IMAGE_ROOT),$(FROM) --output $(OUT))
+	$(if $(SUDO),$(SUDO) -E) $(STAGE)/bin/ims-sshd customize $(OPENED)
 
 demo: install-demo
-	$(SUDO) tests/image-roots $(CACHE) debian busybox
-	$(SUDO) tests/demo-image $(CACHE)
+	$(SUDO) tests/image-roots $(call quoted,$(CACHE)) debian busybox
+	$(SUDO) tests/demo-image $(call quoted,$(CACHE))
 
 build: $(STAGE)/bin/ims-sshd
 
@@ -81,11 +85,12 @@ tools:
 		"or 'dnf install gcc glibc-static' (of EL it is in the repository crb)" >&2; exit 1; }
 
 install: build
-	install -D -t '$(DESTDIR)$(PREFIX)/bin' $(STAGE)/bin/*
-	cd $(STAGE) && find share -type f -exec install -D -m 644 '{}' '$(abspath $(DESTDIR)/$(PREFIX))/{}' ';'
+	install -D -t $(call quoted,$(DESTDIR)$(PREFIX)/bin) $(STAGE)/bin/*
+	to=$$(realpath -m $(call quoted,$(DESTDIR)/$(PREFIX))) && cd $(STAGE) && \
+		find share -type f -exec install -D -m 644 '{}' "$$to/{}" ';'
 
 uninstall:
-	cd '$(DESTDIR)$(PREFIX)' && rm -rf bin/ims-sshd bin/ims-jail-shell share/doc/ims-sshd share/man/man1/ims-sshd.1 \
+	cd $(call quoted,$(DESTDIR)$(PREFIX)) && rm -rf bin/ims-sshd bin/ims-jail-shell share/doc/ims-sshd share/man/man1/ims-sshd.1 \
 		share/man/man1/ims-sshd-*.1 share/bash-completion/completions/ims-sshd share/zsh/site-functions/_ims-sshd \
 		share/fish/vendor_completions.d/ims-sshd.fish
 
@@ -95,29 +100,29 @@ check: tools
 	cargo $(AS_ROOT) test --locked --lib
 
 test: tools $(NEEDED)
-	$(if $(TEST_PROGRAMS),,@echo "no test's name contains '$(TEST)'" >&2; exit 1)
-	IMS_SSHD_CACHE=$(CACHE) cargo $(AS_ROOT) test --locked \
-		$(if $(TEST),$(patsubst %,--test %,$(filter-out lib,$(TEST_PROGRAMS))) $(if $(filter lib,$(TEST_PROGRAMS)),--lib) '$(TEST)')
+	$(if $(TEST_PROGRAMS),,@echo "no test's name contains" $(call quoted,$(TEST)) >&2; exit 1)
+	IMS_SSHD_CACHE=$(call quoted,$(CACHE)) cargo $(AS_ROOT) test --locked \
+		$(if $(TEST),$(patsubst %,--test %,$(filter-out lib,$(TEST_PROGRAMS))) $(if $(filter lib,$(TEST_PROGRAMS)),--lib) $(call quoted,$(TEST)))
 
 test-roots: install-test
-	$(SUDO) tests/image-roots $(CACHE) debian busybox debian-arm64 rpm musl distroless node managed
+	$(SUDO) tests/image-roots $(call quoted,$(CACHE)) debian busybox debian-arm64 rpm musl distroless node managed
 
 test-python:
 	@tests/install-packages python3-venv
-	$(SUDO) tests/python-packages $(CACHE) $(TEST_PYTHON_PACKAGES)
+	$(SUDO) tests/python-packages $(call quoted,$(CACHE)) $(TEST_PYTHON_PACKAGES)
 
 test-containers: install-test test-roots
-	$(SUDO) tests/container-images $(CACHE) $(VERSION) $(IMAGE_COMMIT)
+	$(SUDO) tests/container-images $(call quoted,$(CACHE)) $(VERSION) $(IMAGE_COMMIT)
 
 bench: install-bench build
-	$(SUDO) tests/image-roots $(CACHE) debian busybox managed
-	$(SUDO) tests/container-images $(CACHE) $(VERSION) $(IMAGE_COMMIT)
-	IMS_SSHD_CACHE=$(CACHE) cargo $(AS_ROOT) bench --locked --bench figures
+	$(SUDO) tests/image-roots $(call quoted,$(CACHE)) debian busybox managed
+	$(SUDO) tests/container-images $(call quoted,$(CACHE)) $(VERSION) $(IMAGE_COMMIT)
+	IMS_SSHD_CACHE=$(call quoted,$(CACHE)) cargo $(AS_ROOT) bench --locked --bench figures
 
 image: export SOURCE := $(SOURCE)
 image:
-	@$(if $(BUILDER),,builder=$$(deploy/image-builder) && )$(or $(BUILDER),"$$builder") build $(BUILD_FLAGS) -t $(IMAGE) \
-		$(foreach argument,RUST_IMAGE BASE_IMAGE,$(if $($(argument)),--build-arg $(argument)=$($(argument)))) \
+	@$(if $(BUILDER),,builder=$$(deploy/image-builder) && )$(or $(BUILDER),"$$builder") build $(BUILD_FLAGS) -t $(call quoted,$(IMAGE)) \
+		$(foreach argument,RUST_IMAGE BASE_IMAGE,$(if $($(argument)),--build-arg $(call quoted,$(argument)=$($(argument))))) \
 		--build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) --build-arg SOURCE="$$SOURCE" \
 		--build-arg CREATED=$(CREATED) .
 

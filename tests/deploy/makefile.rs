@@ -20,7 +20,7 @@ fn make_alone_lists_what_can_be_made() {
 #[test]
 fn an_install_is_readable_by_all_and_can_be_undone() {
     let dir = tempfile::tempdir().unwrap();
-    let (stage, root) = (dir.path().join("stage"), dir.path().join("root"));
+    let (stage, root) = (dir.path().join("stage"), dir.path().join("it's a root"));
     succeed(tools().arg(Path::new(TOP).join("deploy/stage")).arg(programs()).arg(&stage));
     let own = [("STAGE", &stage), ("DESTDIR", &root)].map(|(name, path)| format!("{name}={}", path.display()));
     let make = |target| {
@@ -50,6 +50,19 @@ fn an_install_is_readable_by_all_and_can_be_undone() {
     }
     make("uninstall");
     assert_eq!(files(&root), <[PathBuf; 0]>::default());
+}
+
+#[test]
+fn paths_with_blanks_and_quotes_are_one_argument() {
+    let words = |arguments: &[&str]| {
+        let dry = succeed(make(&["--dry-run", "SUDO="]).args(arguments));
+        let line = dry.lines().find(|line| line.contains(" customize ")).unwrap().to_owned();
+        let line = line.split_once(" customize ").unwrap().1.to_owned();
+        succeed(Command::new("sh").args(["-c", &format!("printf '%s\\n' {line}")]))
+    };
+    let (file, tree) = ("/tmp/my image's.sqsh", "/tmp/a  tree");
+    assert_eq!(words(&["run", &format!("FROM={file}"), "OUT=my out"]), format!("{file}\n--output\nmy out\n"));
+    assert_eq!(words(&["run", &format!("IMAGE_ROOT={tree}")]), format!("{tree}\n"));
 }
 
 #[test]
