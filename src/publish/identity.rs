@@ -78,11 +78,33 @@ impl Identity {
         if let (Some(ours), Some(theirs)) = (&self.sums, &other.sums) {
             return ours == theirs;
         }
-        let is_same_time = match (&self.modified, &other.modified) {
-            (Some(ours), Some(theirs)) => ours == theirs,
-            _ => true,
-        };
-        self.size == other.size && self.content == other.content && is_same_time
+        // Not the time: a copy of the same bytes, or touch, gives the file another one.
+        self.size == other.size && self.content == other.content
+    }
+
+    /// Warns of a file that is the same image, and has been written or copied since.
+    pub fn tell_other_time(&self, now: &Self) {
+        if self.sums.is_none()
+            && let (Some(before), Some(modified)) = (&self.modified, &now.modified)
+            && before != modified
+        {
+            tracing::warn!(
+                "{} has another time than before, and the same size and content at both ends: going on with it",
+                now.source
+            );
+        }
+    }
+
+    /// In what `now`, which is not the same, differs.
+    fn difference(&self, now: &Self) -> String {
+        match (&self.sums, &now.sums) {
+            (Some(before), Some(sums)) => format!("verified by {before} before, and now by {sums}"),
+            _ if self.size != now.size => format!("{} bytes before, and has now {}", self.size, now.size),
+            _ if self.content.starts_with("directory") || now.content.starts_with("directory") => {
+                "another directory, or a file, before".into()
+            }
+            _ => format!("{} bytes before as now, with another content", self.size),
+        }
     }
 
     /// Whether it is what `source` names, as far as that can be told without fetching it.
@@ -162,16 +184,17 @@ impl<'a> Record<'a> {
     }
 
     /// Why one cannot go on with what is at `place`, which is of another source than `source`, or of an unknown one.
-    pub fn refusal(place: &str, source: &Source, known: Option<&Identity>) -> Error {
+    pub fn refusal(place: &str, source: &Source, known: Option<&Identity>, now: Option<&Identity>) -> Error {
         let why = match known {
             Some(known) if known.source == named(source) => {
-                format!("it was made of what {} was before", known.shown())
+                let was = now.map_or_else(String::new, |now| format!(", which was {}", known.difference(now)));
+                format!("it was made of what {} was before{was}", known.source)
             }
             Some(known) => format!("it was made of {}", known.shown()),
             None => "it is there already, and nothing reliable says of what it was made".into(),
         };
-        let advice =
-            "--fresh drops it with all changes and begins anew; to go on with it, give the source that it was made of";
+        let advice = "--fresh drops it with all changes and begins anew ('enter --discard' drops it too); to go on with it, \
+            give the source that it was made of";
         Error::new(format!("go on with {place} for {}", named(source))).because(why).advise(advice)
     }
 
@@ -206,13 +229,17 @@ mod tests {
         let moved = dir.path().join("moved");
         std::fs::rename(&file, &moved).unwrap();
         assert!(before.is_same(&of(&moved, &any)));
-        let times = std::fs::metadata(&moved).unwrap().modified().unwrap();
-        for content in [vec![1; 200_001], [vec![1; 199_999], vec![2]].concat(), vec![1; 200_000], Vec::new()] {
-            let is_other_time = content.len() == 200_000 && content[199_999] == 1;
+        for (content, difference) in [
+            (vec![1; 200_001], Some("200000 bytes before, and has now 200001")),
+            ([vec![1; 199_999], vec![2]].concat(), Some("with another content")),
+            (Vec::new(), Some("has now 0")),
+            // A copy, with the time of when it was made.
+            (vec![1; 200_000], None),
+        ] {
             std::fs::write(&file, content).unwrap();
-            let to = std::fs::File::options().write(true).open(&file).unwrap();
-            to.set_modified(if is_other_time { times + std::time::Duration::from_secs(1) } else { times }).unwrap();
-            assert!(!before.is_same(&of(&file, &any)));
+            let now = of(&file, &any);
+            assert_eq!(before.is_same(&now), difference.is_none());
+            assert!(difference.is_none_or(|difference| before.difference(&now).contains(difference)));
         }
         let sums = |sum: &str| Expected { md5: None, sha256: Some(sum.into()) };
         assert!(of(&file, &sums("a")).is_same(&of(&moved, &sums("a"))), "verified by the same checksum");

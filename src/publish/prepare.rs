@@ -154,7 +154,7 @@ pub fn prepare(
         let identity = Identity::of(source, opened, &settings.expected)?;
         match &known {
             Some(before) if !before.is_same(&identity) => {
-                Err(Record::refusal(&image_root.display().to_string(), source, known.as_ref()))
+                Err(Record::refusal(&image_root.display().to_string(), source, known.as_ref(), Some(&identity)))
             }
             Some(_) => Ok(()),
             None => record.write(&identity),
@@ -227,14 +227,21 @@ pub fn known(settings: &Settings, source: &Source, volume: &Tree, image_root: &P
         return Ok(None);
     }
     let known = Record::on(volume, settings)?.read();
-    let is_of = |known: &Identity| match source {
-        Source::Here(path) => Ok(known.is_same(&Identity::of(source, &Opened::open(path)?, &settings.expected)?)),
-        _ => Ok(known.is_named(source, &settings.expected)),
+    let now = match source {
+        Source::Here(path) => Some(Identity::of(source, &Opened::open(path)?, &settings.expected)?),
+        _ => None,
     };
-    if known.as_ref().map(is_of).transpose()? == Some(true) {
-        return Ok(known);
+    let is_same = known.as_ref().is_some_and(|known| match &now {
+        Some(now) => known.is_same(now),
+        None => known.is_named(source, &settings.expected),
+    });
+    if !is_same {
+        return Err(Record::refusal(&image_root.display().to_string(), source, known.as_ref(), now.as_ref()));
     }
-    Err(Record::refusal(&image_root.display().to_string(), source, known.as_ref()))
+    if let (Some(known), Some(now)) = (&known, &now) {
+        known.tell_other_time(now);
+    }
+    Ok(known)
 }
 
 /// Takes the inventory of what an overlay on `volume` lies above, unless there is one: to open it needs none.

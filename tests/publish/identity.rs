@@ -58,6 +58,31 @@ fn changes_are_not_put_over_another_image_at_the_same_path_and_fresh_drops_them(
 }
 
 #[test]
+fn another_time_alone_makes_no_other_image_and_what_differs_is_said() {
+    let dir = folder();
+    let [one, two] = ["one", "two"].map(|name| squashfs_with(dir.path(), name));
+    let image = dir.path().join("image.sqsh");
+    std::fs::copy(&one, &image).unwrap();
+    let kept = customize(dir.path(), "image.sqsh", &[], "touch /etc/kept; exit 3");
+    assert_eq!(kept.status.code(), Some(3), "{kept:?}");
+    std::fs::File::options().write(true).open(&image).unwrap().set_modified(std::time::UNIX_EPOCH).unwrap();
+    let again = customize(dir.path(), "image.sqsh", &[], "test -e /etc/kept && exit 3");
+    assert_eq!(again.status.code(), Some(3), "{again:?}");
+    assert!(text(&again.stderr).contains("has another time than before, and the same size and content"), "{again:?}");
+    // The kernel fills files up with zeros.
+    let mut longer = std::fs::read(&two).unwrap();
+    longer.resize(longer.len() + 4096, 0);
+    std::fs::write(&image, longer).unwrap();
+    let other = customize(dir.path(), "image.sqsh", &[], "true");
+    refused(&other, "bytes before, and has now ");
+    assert!(text(&other.stderr).contains("--discard"), "{other:?}");
+    let mut enter = ims_sshd(&["enter", "image.sqsh", "--output", "out", "--work", "work", "--discard", "--"], &[]);
+    let dropped = enter.args(["test", "!", "-e", "/etc/kept"]).current_dir(dir.path()).output().unwrap();
+    assert!(dropped.status.success(), "{dropped:?}");
+    nothing_stays(dir.path());
+}
+
+#[test]
 fn an_image_that_was_fetched_is_not_fetched_again_and_is_the_one_that_was_changed() {
     let dir = folder();
     let squashfs = squashfs_with(dir.path(), "one");
