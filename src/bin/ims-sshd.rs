@@ -219,7 +219,7 @@ impl ChecksumOptions {
 #[command(next_help_heading = "Image")]
 struct ImageOptions {
     /// Name of the new image [variable: IMAGE_ROOT_ARCHIVE_NAME] [default: image]
-    #[arg(long, value_parser = publishing::image_name)]
+    #[arg(long, value_parser = publishing::directory_name)]
     name: Option<String>,
     /// Kernel, by its name in the image's /boot; auto is the newest one, if there is one [variable: KERNEL_FILENAME] [default: auto]
     #[arg(long, value_name = "NAME", value_parser = publishing::boot_file)]
@@ -496,7 +496,8 @@ impl JobOptions {
             settings.store.url = output;
             Some(settings)
         };
-        Ok(Job { source, in_place, fresh, end, settings, work, exclude: packing.exclude, changes: packing.changes })
+        let (exclude, changes) = (packing.exclude, packing.changes);
+        Ok(Job { source, in_place, fresh, discards: false, end, settings, work, exclude, changes })
     }
 }
 
@@ -585,7 +586,8 @@ fn run(command: Command) -> Result<u8> {
             };
             // To look only; else what is entered is changed, as by chroot.
             let end = arguments.discard.then_some(End::Discarded);
-            enter::run(arguments.job.read(arguments.source, end)?, &entry)
+            let job = arguments.job.read(arguments.source, end)?;
+            enter::run(Job { discards: arguments.discard, ..job }, &entry)
         }
         Command::Complete(Named { name }) => status::mark(name.as_deref(), Verdict::Complete),
         Command::Fail(Named { name }) => status::mark(name.as_deref(), Verdict::Failed),

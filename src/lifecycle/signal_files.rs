@@ -80,7 +80,7 @@ impl SignalFiles {
 
     /// Claims the parent for this environment, as long as this value lives.
     pub fn claim(&mut self) -> Result<()> {
-        let attempted = || format!("claim {}", self.path.display());
+        let attempted = || claiming(&self.path);
         // More than one try: `status` looks by sharing the lock for a moment, which is no claim, however long the machine makes of it.
         let began = Instant::now();
         while began.elapsed() < Duration::from_secs(10) {
@@ -101,9 +101,7 @@ impl SignalFiles {
             drop(lock);
             std::thread::sleep(Duration::from_millis(1));
         }
-        Err(Error::new(attempted())
-            .because("another build environment is open on it")
-            .advise("wait for it to end, or end it with 'ims-sshd fail'"))
+        Err(claimed(&self.path))
     }
 
     /// What is locked as a claim: the parent itself, where only root can open it, else a file in it of root's alone. Whoever can open a file
@@ -298,6 +296,17 @@ impl Drop for SignalFiles {
             let _ = self.parent.remove(CLAIM);
         }
     }
+}
+
+fn claiming(path: &Path) -> String {
+    format!("claim {}", path.display())
+}
+
+/// Why nothing else can be done with `path`.
+pub fn claimed(path: &Path) -> Error {
+    Error::new(claiming(path))
+        .because("another build environment is open on it")
+        .advise("wait for it to end, or end it with 'ims-sshd fail'")
 }
 
 /// Warns, once, that one looks at intervals.

@@ -1,10 +1,11 @@
 //! A directory as the source of a job: changed above it, in an overlay, or where it is.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Attempt, Error, Result};
 use crate::lifecycle::open_jail;
-use crate::lifecycle::signal_files::SignalFiles;
+use crate::lifecycle::signal_files::{SignalFiles, claimed};
 use crate::lifecycle::state::StateFolder;
 use crate::local::{RunFolder, apply, customize, remove_folder};
 use crate::publish::package::open_tree;
@@ -26,7 +27,7 @@ impl Held {
     /// Takes `directory`, whose changes are kept in a directory of `work`.
     pub fn take(directory: &Path, work: &Path) -> Result<Self> {
         let refuse = |why: String| Error::new(format!("mount an overlay above {}", directory.display())).because(why);
-        if work.starts_with(directory) {
+        if holds(directory, work)? {
             let why = format!("its changes would be kept inside it, in {}", work.display());
             return Err(refuse(why).advise("name another place by --work, or change it where it is (--in-place)"));
         }
@@ -52,6 +53,28 @@ impl Drop for Held {
             let _ = remove_folder(folder.path());
         }
     }
+}
+
+/// Whether `place`, which may be yet to be made, is `directory` or lies in it, by whatever links and mounts.
+pub fn holds(directory: &Path, place: &Path) -> Result<bool> {
+    let attempted = || format!("find {}", place.display());
+    let place = std::path::absolute(place).attempt(attempted)?;
+    let there = place.ancestors().find(|place| place.exists()).unwrap_or(Path::new("/"));
+    let there = std::fs::canonicalize(there).attempt(attempted)?;
+    let identity = |path: &Path| std::fs::metadata(path).map(|found| (found.dev(), found.ino())).ok();
+    let wanted = identity(directory);
+    Ok(there.ancestors().any(|above| wanted.is_some() && identity(above) == wanted))
+}
+
+/// Refuses to read a directory that an environment changes, or has changed in part.
+pub fn refuse_open(directory: &Path) -> Result<()> {
+    refuse_half_applied(directory)?;
+    for command in COMMANDS {
+        if SignalFiles::open(&RunFolder::place(command, directory))?.is_some_and(|files| files.is_claimed()) {
+            return Err(claimed(directory));
+        }
+    }
+    Ok(())
 }
 
 /// Removes what runs of `commands` on `image_root` have left that were killed: what they have added to it, and their directories.

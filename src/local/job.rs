@@ -1,10 +1,11 @@
 //! One image from its source to a store: opened, changed by somebody, and then published, kept or discarded. `customize` and `enter`
 //! differ in what happens between.
 
+use std::collections::HashSet;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 
-use crate::error::{Error, Result};
+use crate::error::{Attempt, Error, Result};
 use crate::lifecycle::signal_files::SignalFiles;
 use crate::lifecycle::stage::Stage;
 use crate::lifecycle::state::name_for;
@@ -23,11 +24,12 @@ use crate::publish::package::{self, Archive, open_tree};
 use crate::publish::prepare::{ARCHIVE, INVENTORY, holds_changes, known, prepare};
 use crate::publish::settings::Settings;
 use crate::publish::sidecar::write_changes;
-use crate::publish::source::{self, Kind, Source};
-use crate::publish::store::Store;
+use crate::publish::source::{self, Content, Kind, Source};
+use crate::publish::store::{self, Store};
 use crate::publish::unpack::Overlay;
 use crate::publish::upload::{Image, Publication};
 use crate::publish::work::{self, Work, without_query};
+use crate::sys::tree::Tree;
 
 /// What becomes of changes that nobody gives up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,6 +51,8 @@ pub struct Job {
     pub in_place: bool,
     /// Whether changes that are kept are dropped first.
     pub fresh: bool,
+    /// Whether the changes are discarded, whatever becomes of them: they need not fit anywhere.
+    pub discards: bool,
     /// What becomes of the changes. In place it is of no matter but for [`End::Published`].
     pub end: End,
     /// How the image is fetched, packed and published: its parent is the directory below which changes are kept. None for a directory
@@ -118,6 +122,71 @@ impl Job {
         Held::take(directory, &self.work)
     }
 
+    /// Refuses to put the new image, or the changes, into the directory that they are made of.
+    fn refuse_inside(&self, source: &Path, settings: &Settings) -> Result<()> {
+        let url = settings.store.url.as_deref().unwrap_or_default();
+        if let Some(output) = store::folder(url).filter(|_| !url.is_empty())
+            && directory::holds(source, &output)?
+        {
+            let why = format!("--output is '{url}': expected a directory outside SOURCE");
+            return Err(Error::bad_input(why).advise("the next image would hold this one"));
+        }
+        // One that lies below an overlay is refused by who mounts that.
+        if self.in_place && directory::holds(source, &self.work)? {
+            let why = format!("{} lies inside it, and would be packed", self.work.display());
+            let attempted = format!("publish {}", source.display());
+            return Err(Error::new(attempted).because(why).advise("name another place by --work"));
+        }
+        Ok(())
+    }
+
+    /// Refuses a store that takes no image, and disks on which none fits, before any work is done.
+    fn check_store(&self, work: &Work, settings: &Settings, source: &Source, goes_on: bool) -> Result<()> {
+        let in_store = work.wait(Store::check(&settings.store, &settings.network))?;
+        // To discard changes, or to drop what fills the disk, needs no space.
+        let Source::Here(path) = source else { return Ok(()) };
+        if self.discards {
+            return Ok(());
+        }
+        let image = source::Opened::open(path)?;
+        // A new image is about as large as its source; one that is unpacked takes that much again, and more. A tree is packed to about half.
+        let (size, unpacked) = match (&image.content, image.kind()?) {
+            (Content::Directory(tree), _) => (size_on_disk(tree)? / 2, 0),
+            (_, Some(Kind::Squashfs)) => (image.size(), 0),
+            _ => (image.size(), image.size()),
+        };
+        let work_directory = settings.parent.ancestors().find(|place| place.exists()).unwrap_or(Path::new("/"));
+        let space = rustix::fs::statvfs(work_directory).ok().map(|disk| disk.f_bavail * disk.f_frsize);
+        // What is kept there is dropped first.
+        let space = space.filter(|_| !(self.fresh && goes_on));
+        let on_disks = [
+            (space, size + unpacked, settings.parent.display().to_string(), "--work names another disk"),
+            (in_store, size, "the store".to_owned(), "--output names another disk"),
+        ];
+        for (space, needed, place, advice) in on_disks {
+            let Some(left) = space.filter(|space| *space < needed) else { continue };
+            let refusal = too_small(&place, left, needed, advice);
+            // This run may free space where changes are kept, and how much smaller a tree is when it is packed nobody knows before.
+            if goes_on || image.file().is_none() {
+                tracing::warn!("the new image may not fit: {refusal}");
+            } else {
+                return Err(refusal);
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses to go on with changes of another source; where they would be discarded anyway, drops them.
+    fn refuse_others(&self, work: &Work, settings: &Settings, source: &Source, place: &WorkDirectory) -> Result<()> {
+        if self.in_place {
+            return Ok(());
+        }
+        match known(settings, source, place.files().parent(), &place.path().join(IMAGE_ROOT)) {
+            Err(_) if self.discards => drop_changes(work, settings, place),
+            known => known.map(|_| ()),
+        }
+    }
+
     /// Enters this job, which is one of `command`, into the register of what is open on this machine.
     pub fn register(&self, command: &str) -> Result<Entry> {
         Entry::make(command, &self.shown(), &self.label())
@@ -138,6 +207,9 @@ impl Job {
         if let (true, Some(directory)) = (self.in_place, &directory) {
             customize::end_left_over(directory)?;
             directory::refuse_with_changes(directory, &self.work.join(name_of(&source, &self.source)))?;
+        }
+        if let (Some(settings), Some(directory)) = (&self.settings, &directory) {
+            self.refuse_inside(directory, settings)?;
         }
         let Some(mut settings) = self.settings.take() else {
             let image_root = directory.ok_or_else(|| Error::bad_input("expected a directory"))?;
@@ -162,14 +234,15 @@ impl Job {
         let work = Work::begin(&settings.network)?;
         if publishes {
             work::installed("mksquashfs")?;
-            check_store(&work, &settings, &source)?;
+            let place = settings.parent.join(name_of(&source, &self.source));
+            self.check_store(&work, &settings, &source, holds_changes(&place, &place.join(IMAGE_ROOT)))?;
             self.changes.as_deref().map(|file| package::output(file, "--changes")).transpose()?;
         }
         let claim = if self.end == End::Discarded { WorkDirectory::claim_to_discard } else { WorkDirectory::claim };
         let place = claim(&settings.parent, &name_of(&source, &self.source))?;
         place.path().clone_into(&mut settings.parent);
         let parent = &settings.parent;
-        let mounted = parent.join("image-root");
+        let mounted = parent.join(IMAGE_ROOT);
         entry.tell(&[("work", &parent.display().to_string())]);
         customize::end_left_over(&mounted)?;
         if let Some(directory) = directory.as_deref().filter(|_| !self.in_place)
@@ -184,9 +257,7 @@ impl Job {
         if self.fresh && holds_changes(parent, &mounted) {
             drop_changes(&work, &settings, &place)?;
         }
-        if !self.in_place {
-            known(&settings, &source, place.files().parent(), &mounted)?;
-        }
+        self.refuse_others(&work, &settings, &source, &place)?;
         if holds_changes(parent, &mounted) {
             tracing::info!(
                 "going on with what was changed before, which is kept in {}; --fresh drops it and begins anew",
@@ -234,29 +305,25 @@ fn drop_changes(work: &Work, settings: &Settings, place: &WorkDirectory) -> Resu
     Ok(())
 }
 
-/// Refuses a store that takes no image, and disks on which none fits, before any work is done.
-fn check_store(work: &Work, settings: &Settings, source: &Source) -> Result<()> {
-    let in_store = work.wait(Store::check(&settings.store, &settings.network))?;
-    // A new image is about as large as its source; one that is unpacked takes that much again, and more.
-    let Source::Here(path) = source else { return Ok(()) };
-    let image = source::Opened::open(path)?;
-    let Some(kind) = image.kind()? else { return Ok(()) };
-    let size = image.size();
-    let unpacked = if kind == Kind::Squashfs { 0 } else { size };
-    let work_directory = settings.parent.ancestors().find(|place| place.exists()).unwrap_or(Path::new("/"));
-    let space = rustix::fs::statvfs(work_directory).ok().map(|disk| disk.f_bavail * disk.f_frsize);
-    let on_disks = [
-        (space, size + unpacked, settings.parent.display().to_string(), "--work names another disk"),
-        (in_store, size, "the store".to_owned(), "--output names another disk"),
-    ];
-    for (space, needed, place, advice) in on_disks {
-        if space.is_some_and(|space| space < needed) {
-            let [space, needed] = [space.unwrap_or(0), needed].map(|bytes| bytes.div_ceil(1 << 20));
-            let why = format!("{space} MiB are left there, and it needs about {needed} MiB");
-            return Err(Error::new(format!("keep the new image in {place}")).because(why).advise(advice));
+/// Where the image is opened, in a job's directory.
+const IMAGE_ROOT: &str = "image-root";
+
+fn too_small(place: &str, left: u64, needed: u64, advice: &str) -> Error {
+    let [left, needed] = [left, needed].map(|bytes| bytes.div_ceil(1 << 20));
+    let why = format!("{left} MiB are left there, and it needs about {needed} MiB");
+    Error::new(format!("keep the new image in {place}")).because(why).advise(advice)
+}
+
+/// What a tree takes on its disk, in bytes: holes and further names of a file count for nothing.
+fn size_on_disk(tree: &Tree) -> Result<u64> {
+    let (mut size, mut linked) = (0, HashSet::new());
+    let walked = tree.walk(|_, _, _, found| {
+        if found.st_nlink == 1 || linked.insert((found.st_dev, found.st_ino)) {
+            size += u64::try_from(found.st_blocks).unwrap_or(0) * 512;
         }
-    }
-    Ok(())
+        Ok(())
+    });
+    walked.attempt(|| format!("look through {}", tree.shown().display())).map(|()| size)
 }
 
 /// Name of this source's job directory. A URL counts without its signature, and the current directory does not matter.
@@ -338,9 +405,18 @@ impl Opened<'_> {
         if let Some(overlay) = overlay {
             overlay.unmount()?;
         }
+        let mut journal = Journal::read(self.notes)?;
+        let size = rootfs.metadata().attempt(|| format!("look at {}", archive.shown()))?.len();
+        // What an upload that was interrupted has left there takes no further space.
+        if journal.image.is_none()
+            && let Some(left) = work.wait(Store::check(&settings.store, &settings.network))?
+            && left < size
+        {
+            return Err(too_small("the store", left, size, "--output names another disk"));
+        }
         let image = Image { rootfs, boot, debug_kernel: None };
         self.entry.reach(Stage::Uploading);
-        let report = self.publication().publish(&mut Journal::read(self.notes)?, image)?;
+        let report = self.publication().publish(&mut journal, image)?;
         // For programs. A person has read above where the image is.
         if !std::io::stdout().is_terminal() {
             local::say_result(&report);

@@ -78,9 +78,14 @@ pub fn package(
     let refused = |why| Error::new(format!("pack {}", shown.display())).because(why);
     image_root::check(&place.image_root, &shown, false, refused)?;
     place.boot(settings)?;
+    if directory::holds(&shown, &place.archive_folder.shown())? {
+        let why = format!("the archive is '{}': expected a file outside the image root", place.archive().shown());
+        return Err(Error::bad_input(why).advise("name one by --archive"));
+    }
+    directory::refuse_open(&shown)?;
     // What it started would write to the image as it is packed.
-    customize::end_left_over(&place.image_root.shown())?;
-    directory::clear_left_over(&directory::COMMANDS, &place.image_root.shown())?;
+    customize::end_left_over(&shown)?;
+    directory::clear_left_over(&directory::COMMANDS, &shown)?;
     let work = Work::begin(&settings.network)?;
     if let Some(file) = changes {
         // What would only be missed when all is packed.

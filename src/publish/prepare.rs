@@ -8,6 +8,7 @@ use rustix::io::Errno;
 use crate::error::{Attempt, Error, Result};
 use crate::lifecycle::image_root;
 use crate::lifecycle::signal_files::{EXITING, READY, SSHD_LISTENING, SignalFiles};
+use crate::local::directory;
 use crate::publish::changes::Inventory;
 use crate::publish::confined;
 use crate::publish::download;
@@ -47,6 +48,11 @@ pub const INVENTORY: &str = ".ims-sshd.inventory";
 /// Fetches and opens `source` in a pod, and tells IMS.
 pub fn run(settings: &Settings, source: &str, open: Open, is_fresh: bool) -> Result<u8> {
     let source = Source::parse(source)?;
+    if let Source::Here(path) = &source
+        && path.is_dir()
+    {
+        check_directory(path, &settings.parent)?;
+    }
     let work = Work::begin(&settings.network)?;
     let mut ims = Ims::of(&work, settings);
     let result = ims.set_status(Status::FetchingImage).and_then(|()| {
@@ -76,6 +82,16 @@ pub fn run(settings: &Settings, source: &str, open: Open, is_fresh: bool) -> Res
             tracing::error!("{e}");
         }
     })
+}
+
+/// Refuses a source that would hold what is made of it, or that somebody changes.
+fn check_directory(source: &Path, parent: &Path) -> Result<()> {
+    let source = std::fs::canonicalize(source).attempt(|| format!("open {}", source.display()))?;
+    if directory::holds(&source, parent)? {
+        let why = format!("the image root's parent is '{}': expected a directory outside SOURCE", parent.display());
+        return Err(Error::bad_input(why));
+    }
+    directory::refuse_open(&source)
 }
 
 /// Setuid programs of the image are out of other users' reach. A volume that is there is shared as its owner wants it.

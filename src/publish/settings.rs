@@ -225,6 +225,14 @@ pub fn image_name(name: &str) -> Checked {
     Ok(name.to_owned())
 }
 
+/// Name of a new image that a person has typed: one that a directory cannot have would become another one.
+pub fn directory_name(name: &str) -> Checked {
+    if name.is_empty() || name.starts_with('.') || name.contains('/') {
+        return Err("expected a name without '/' that does not begin with '.'".into());
+    }
+    image_name(name)
+}
+
 /// A SHA-256.
 pub fn sha256(sum: &str) -> Checked {
     hexadecimal(sum, 64)

@@ -270,3 +270,66 @@ fn a_source_behind_a_link_of_another_user_is_refused() {
     let entered = run(dir.path(), &["enter", "ours", "--work", "work", "--discard", "--", "true"]);
     assert!(entered.status.success(), "{entered:?}");
 }
+
+#[test]
+fn an_output_or_a_work_directory_inside_the_source_is_refused_at_the_start() {
+    let dir = folder();
+    let tree = tree(dir.path());
+    std::os::unix::fs::symlink("tree/etc", dir.path().join("link")).unwrap();
+    let before = state(&tree);
+    for source in ["tree", "./link/.."] {
+        for output in ["tree", "tree/new/out", "link", "link/out", "link/../usr"] {
+            for in_place in [&[][..], &["--in-place"]] {
+                let options = ["customize", source, "--work", "work", "--output", output];
+                let refused = run(dir.path(), &[&options[..], in_place, &["--", "true"]].concat());
+                assert_eq!(refused.status.code(), Some(2), "{source} {output}: {refused:?}");
+                let said = text(&refused.stderr);
+                assert!(
+                    said.contains(&format!("--output is '{output}': expected a directory outside SOURCE")),
+                    "{said}"
+                );
+            }
+        }
+    }
+    for options in [&["--work", "link"][..], &["--work", "link", "--in-place"], &["--work", "tree/x/y", "--in-place"]] {
+        let options = [&["customize", "tree", "--output", "out"][..], options, &["--", "true"]].concat();
+        let refused = run(dir.path(), &options);
+        assert!(!refused.status.success() && text(&refused.stderr).contains("inside it"), "{options:?}: {refused:?}");
+    }
+    for archive in ["tree/image.sqsh", "link/image.sqsh"] {
+        let refused = run(dir.path(), &["package", "--kernel", "vmlinuz", "--archive", archive, "tree"]);
+        assert_eq!(refused.status.code(), Some(2), "{refused:?}");
+        assert!(text(&refused.stderr).contains("expected a file outside the image root"), "{refused:?}");
+    }
+    let refused = run(dir.path(), &["prepare", "link/parent", "tree"]);
+    assert_eq!(refused.status.code(), Some(2), "{refused:?}");
+    assert_eq!(state(&tree), before);
+    // The other way round nothing is in the way.
+    let output = run(dir.path(), &["customize", "tree", "--work", "work", "--output", ".", "--", "true"]);
+    assert!(output.status.success(), "{output:?}");
+}
+
+#[test]
+fn a_directory_that_an_environment_has_open_is_neither_packed_nor_prepared() {
+    let dir = folder();
+    let tree = tree(dir.path());
+    let refused = |what: &str| {
+        for command in [&["package", "--kernel", "vmlinuz", "tree"][..], &["prepare", "parent", "tree"]] {
+            let refused = run(dir.path(), command);
+            assert_eq!(refused.status.code(), Some(1), "{what}: {refused:?}");
+            let said = text(&refused.stderr);
+            assert!(said.contains(what), "{said}");
+            assert!(!dir.path().join("tree.sqsh").exists() && !dir.path().join("parent/image-root").exists());
+        }
+    };
+    for command in [&["enter", "tree"][..], &["customize", "tree", "--in-place"], &CUSTOMIZE] {
+        let mut open = ims_sshd(command, &[]);
+        open.args(["--", "sh", "-c", "echo open; exec sleep 600"]).current_dir(dir.path()).stdout(Stdio::piped());
+        let mut open = Ended(open.spawn().unwrap());
+        let mut said = [0; 5];
+        std::io::Read::read_exact(open.stdout.as_mut().unwrap(), &mut said).unwrap();
+        refused(&format!("cannot claim {}: another build environment is open on it", tree.display()));
+    }
+    std::fs::create_dir(tree.join(".ims-sshd.applying")).unwrap();
+    refused("applying changes to it was interrupted");
+}

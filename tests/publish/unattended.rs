@@ -157,6 +157,8 @@ fn options_without_effect_and_values_that_are_none_are_refused_as_they_were_type
         (&["customize", &squashfs, output[0], output[1], "--script", "x", "true"], "--script <FILE>"),
         (&["enter", &squashfs, output[0], output[1], "--compression", "lz4"], "'lz4' for '--compression"),
         (&["package", "--kernel", "../vmlinuz"], "'../vmlinuz' for '--kernel"),
+        (&["package", "--name", "../x"], "'../x' for '--name"),
+        (&["customize", &squashfs, output[0], output[1], "--name", "."], "'.' for '--name"),
         (&["upload", "--initrd", "a/b"], "'a/b' for '--initrd"),
         (&["upload", "--ims-url", "ims"], "'ims' for '--ims-url"),
         (&["prepare", "--sha256", "no", &squashfs], "'no' for '--sha256"),
@@ -215,6 +217,49 @@ fn what_can_be_seen_at_the_start_is_refused_then_and_what_fails_late_is_correcte
     assert!(corrected.status.success(), "{corrected:?}");
     assert!(published(dir.path()).contains("boot/mine"));
     nothing_stays(dir.path());
+}
+
+#[test]
+fn changes_that_have_filled_the_disk_are_gone_on_with_or_dropped() {
+    let dir = folder();
+    let squashfs = squashfs_of(&image(dir.path())).display().to_string();
+    std::fs::create_dir(dir.path().join("disk")).unwrap();
+    // Fills the disk, and ends each way out of that.
+    let script = "mount -t tmpfs -o size=6m tmpfs disk; run() { $0 \"$@\" 2>&1; echo \"ended $?\"; }
+        fill() { run enter $1 --work disk --output out --yes -- sh -c 'dd if=/dev/zero of=/full bs=4096; exit 3'; }
+        fill $1; run customize $1 --work disk --output out --kernel vmlinuz --initrd initrd -- rm /full
+        fill $1; run customize $1 --work disk --output out --kernel vmlinuz --initrd initrd --fresh -- test ! -e /full
+        fill $1; run enter $1 --work disk --output out --discard -- test -e /full; ls disk/ims-sshd";
+    let output = Command::new("unshare")
+        .args(["-m", "sh", "-c", script, IMS_SSHD, &squashfs])
+        .current_dir(dir.path())
+        .output()
+        .unwrap();
+    let said = text(&output.stdout);
+    let ended: Vec<_> = said.lines().filter(|line| line.starts_with("ended ")).collect();
+    assert_eq!(ended, ["ended 3", "ended 0"].repeat(3), "{said}");
+    assert!(said.trim_end().ends_with("ended 0"), "nothing is kept: {said}");
+    assert_eq!(said.matches("the new image may not fit").count(), 1, "{said}");
+}
+
+#[test]
+fn a_store_that_may_be_too_small_for_a_directory_is_told_before_and_refused_before_the_upload() {
+    let dir = folder();
+    let tree = image(dir.path());
+    // Which no program makes smaller.
+    let random = std::fs::File::open("/dev/urandom").unwrap();
+    std::io::copy(&mut std::io::Read::take(random, 4 << 20), &mut std::fs::File::create(tree.join("random")).unwrap())
+        .unwrap();
+    std::fs::create_dir(dir.path().join("small")).unwrap();
+    let script = "mount -t tmpfs -o size=1m tmpfs small; $0 customize tree --work work --output small \
+        --kernel vmlinuz --initrd initrd -- echo ran; code=$?; find small; exit $code";
+    let output =
+        Command::new("unshare").args(["-m", "sh", "-c", script, IMS_SSHD]).current_dir(dir.path()).output().unwrap();
+    let said = text(&output.stderr);
+    assert_eq!((output.status.code(), text(&output.stdout).as_str()), (Some(1), "ran\nsmall\n"), "{said}");
+    let (warned, refused) = (said.find("may not fit"), said.find("cannot keep the new image in the store"));
+    assert!(warned.is_some() && warned < refused, "{said}");
+    assert!(said.contains("the same command goes on with it"), "{said}");
 }
 
 #[test]
