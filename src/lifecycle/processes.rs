@@ -151,13 +151,18 @@ impl Ending {
 
     /// Asks everybody to end, kills whoever has not ended in time, and returns when nobody is left.
     fn finish(mut self, visit: impl Fn(Visitor<'_>)) -> Result<()> {
+        // Counted from the first sweep that kills: where memory is used up, the sweep before it can take seconds.
+        let mut killing: Option<Instant> = None;
         loop {
-            let elapsed = self.began.elapsed();
-            let sweep = self.sweep(&visit, elapsed >= TERM_TIME);
+            if self.began.elapsed() >= TERM_TIME {
+                killing.get_or_insert_with(Instant::now);
+            }
+            let is_over = killing.is_some_and(|since| since.elapsed() >= KILL_TIME);
+            let sweep = self.sweep(&visit, killing.is_some());
             if sweep.left == 0 {
                 return Ok(());
             }
-            if elapsed >= TERM_TIME + KILL_TIME {
+            if is_over {
                 let mut names = Vec::new();
                 visit(&mut |entry| {
                     names.push(format!("{} ({})", entry.pid, without_secrets(&entry.command_line())));
