@@ -11,15 +11,17 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat};
+use ring::rand::{SecureRandom, SystemRandom};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat, StatxAttributes, StatxFlags};
 use rustix::io::Errno;
 
-use crate::error::{Attempt, Result};
+use crate::error::{Attempt, Error, Result};
 use crate::sys::attributes::{Attributes, Node, times};
 use crate::sys::tree::Tree;
 
-/// Directory in the one that is changed: what was renamed waits there, and new files until they are whole.
-pub const STAGE: &str = ".ims-sshd.applying";
+/// Beginning of the name of a directory in the one that is changed: what was renamed waits there, and new files until they are whole. A
+/// number follows that makes it one that neither the source nor the session has.
+const STAGE: &str = ".ims-sshd.applying.";
 
 /// How far the application is, in the work directory.
 const RECORD: &str = ".ims-sshd.applying";
@@ -42,6 +44,17 @@ enum Step {
 
 const STEPS: [(Step, &[u8]); 3] = [(Step::Moving, b"moving"), (Step::Placing, b"placing"), (Step::Placed, b"placed")];
 
+/// What the record says.
+#[derive(Debug)]
+struct Progress {
+    step: Step,
+    /// Identity of the directory that is changed.
+    root: String,
+    /// Name of the stage, and its number once it is made.
+    stage: String,
+    number: u64,
+}
+
 /// A directory of the upper layer.
 #[derive(Debug)]
 struct Origin {
@@ -62,7 +75,7 @@ pub fn complete_hard_links(lower: &Tree, upper: &Tree, index: &Path, merged: &Tr
     let attempted = || format!("find the names of changed files in {}", merged.shown().display());
     let origins = origins(upper).attempt(attempted)?;
     let visit = |path: &Path, directory: &Tree, name: &OsStr, found: &Stat| {
-        if FileType::from_raw_mode(found.st_mode) == FileType::Directory || found.st_nlink < 2 {
+        if FileType::from_raw_mode(found.st_mode) == FileType::Directory {
             return Ok(());
         }
         if upper.handle_without_links(path).is_ok() {
@@ -70,6 +83,10 @@ pub fn complete_hard_links(lower: &Tree, upper: &Tree, index: &Path, merged: &Tr
         }
         let Some(source) = below(&origins, path) else { return Ok(()) };
         let before = rustix::fs::fstat(lower.handle_without_links(source)?)?;
+        // Those that it had: the session may have removed all but one.
+        if before.st_nlink < 2 {
+            return Ok(());
+        }
         if (before.st_ctime, before.st_ctime_nsec) == (found.st_ctime, found.st_ctime_nsec) {
             return Ok(());
         }
@@ -87,58 +104,246 @@ fn below(origins: &BTreeMap<PathBuf, Origin>, path: &Path) -> Option<PathBuf> {
 
 /// Whether an application has begun with the changes kept in `work`.
 pub fn has_begun(work: &Tree) -> Result<bool> {
-    step(work).map(|step| step.is_some())
-}
-
-fn step(work: &Tree) -> Result<Option<Step>> {
     let attempted = || format!("read {}", work.shown().join(RECORD).display());
-    if work.look(RECORD).attempt(attempted)?.is_none() {
-        return Ok(None);
-    }
-    let text = work.read(RECORD, 64).attempt(attempted)?;
-    Ok(STEPS.iter().find(|(_, name)| *name == text).map(|(step, _)| *step))
+    Ok(work.look(RECORD).attempt(attempted)?.is_some())
 }
 
-fn record(work: &Tree, step: Step) -> Result<()> {
-    let name = STEPS.iter().find(|(known, _)| *known == step).map_or(&b""[..], |(_, name)| *name);
-    let attempted = || format!("write {}", work.shown().join(RECORD).display());
-    work.replace(RECORD, name).and_then(|()| work.sync()).attempt(attempted)
+impl Progress {
+    fn read(work: &Tree) -> Result<Option<Self>> {
+        if !has_begun(work)? {
+            return Ok(None);
+        }
+        let attempted = || format!("read {}", work.shown().join(RECORD).display());
+        let text = work.read(RECORD, 4096).attempt(attempted)?;
+        let parsed = Self::parse(&text);
+        parsed.map(Some).ok_or_else(|| Error::new(attempted()).because("it is not as it was written").advise(DROP))
+    }
+
+    fn parse(text: &[u8]) -> Option<Self> {
+        let text = std::str::from_utf8(text).ok()?;
+        let [step, root, stage, number] = text.split(' ').collect::<Vec<_>>().try_into().ok()?;
+        let (step, _) = STEPS.iter().find(|(_, name)| *name == step.as_bytes())?;
+        let is_name = stage.starts_with(STAGE) && !stage.contains('/');
+        is_name.then_some(())?;
+        Some(Self { step: *step, root: root.into(), stage: stage.into(), number: number.parse().ok()? })
+    }
+
+    fn write(&self, work: &Tree) -> Result<()> {
+        let step = STEPS.iter().find(|(known, _)| *known == self.step).map_or(&b""[..], |(_, name)| *name);
+        let rest = format!(" {} {} {}", self.root, self.stage, self.number);
+        let attempted = || format!("write {}", work.shown().join(RECORD).display());
+        work.replace(RECORD, &[step, rest.as_bytes()].concat()).and_then(|()| work.sync()).attempt(attempted)
+    }
+
+    /// The stage; none if it is gone.
+    fn stage(&self, root: &Tree) -> io::Result<Option<Tree>> {
+        let stage = match root.folder_of_same_mount(&self.stage) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            other => other?,
+        };
+        let found = rustix::fs::fstat(&stage)?;
+        if !is_ours(&found) || found.st_ino != self.number {
+            return Err(io::Error::other(format!(
+                "another directory has taken the place of {}",
+                stage.shown().display()
+            )));
+        }
+        Ok(Some(stage))
+    }
+}
+
+const DROP: &str = "to give up what is not applied yet, give --fresh";
+
+/// Only root reaches what is in it.
+fn is_ours(found: &Stat) -> bool {
+    found.st_uid == rustix::process::geteuid().as_raw() && found.st_mode.trailing_zeros() >= 6
+}
+
+/// What tells a directory from another, also after the machine was started anew: the number of its device may then be another one.
+fn identity(root: &Tree) -> io::Result<String> {
+    let found = rustix::fs::statx(root, "", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS | StatxFlags::BTIME)?;
+    let made = if found.stx_mask & StatxFlags::BTIME.bits() == 0 {
+        format!("{}:{}", found.stx_dev_major, found.stx_dev_minor)
+    } else {
+        format!("{}.{:09}", found.stx_btime.tv_sec, found.stx_btime.tv_nsec)
+    };
+    Ok(format!("{},{made}", found.stx_ino))
+}
+
+/// Name of the stage of an application to `root`, if one has left it there.
+pub fn stage_in(root: &Tree) -> io::Result<Option<OsString>> {
+    for name in root.names()?.into_iter().filter(|name| name.as_bytes().starts_with(STAGE.as_bytes())) {
+        let found = root.look(&name)?;
+        if found.is_some_and(|found| FileType::from_raw_mode(found.st_mode) == FileType::Directory && is_ours(&found)) {
+            return Ok(Some(name));
+        }
+    }
+    Ok(None)
+}
+
+/// Begins an application, or looks how far it is.
+fn begin(work: &Tree, upper: &Tree, root: &Tree) -> Result<(Progress, Option<Tree>)> {
+    let attempted = || format!("apply the changes to {}", root.shown().display());
+    let root_is = identity(root).attempt(attempted)?;
+    if let Some(begun) = Progress::read(work)? {
+        if begun.root != root_is {
+            let why = "it is another directory than the one that has some of them";
+            return Err(Error::new(attempted()).because(why).advise(format!("put that in its place; {DROP}")));
+        }
+        if begun.number != 0 {
+            let stage = begun.stage(root).attempt(attempted)?;
+            if stage.is_none() && begun.step < Step::Placed {
+                let why = format!("{} is gone, with the directories that were put aside in it", begun.stage);
+                return Err(Error::new(attempted()).because(why).advise(DROP));
+            }
+            return Ok((begun, stage));
+        }
+        // Killed as it was made: it is empty, and of no use to who has put another thing there.
+        let _ = root.remove_folder(&begun.stage);
+    }
+    let stage = loop {
+        let mut number = [0; 8];
+        SystemRandom::new().fill(&mut number).map_err(io::Error::other).attempt(attempted)?;
+        let name = format!("{STAGE}{:016x}", u64::from_ne_bytes(number));
+        if root.look(&name).attempt(attempted)?.is_none() && upper.look(&name).attempt(attempted)?.is_none() {
+            break name;
+        }
+    };
+    let mut begun = Progress { step: Step::Moving, root: root_is, stage, number: 0 };
+    begun.write(work)?;
+    let make = || {
+        rustix::fs::mkdirat(root, &begun.stage, Mode::RWXU)?;
+        let stage = root.folder_of_same_mount(&begun.stage)?;
+        let found = rustix::fs::fstat(&stage)?;
+        if !is_ours(&found) || !stage.names()?.is_empty() {
+            return Err(io::Error::other(format!("another directory has taken the place of {}", begun.stage)));
+        }
+        root.sync()?;
+        Ok((found.st_ino, stage))
+    };
+    let (number, stage) = make().attempt(attempted)?;
+    begun.number = number;
+    begun.write(work)?;
+    Ok((begun, Some(stage)))
 }
 
 /// Changes `root` to what the overlay of it and `upper` has shown, or goes on with that. The overlay is mounted no more, and nobody else
 /// writes to either. Once this has begun the image is complete: it ends only when everything is applied.
 pub fn apply(work: &Tree, upper: &Tree, root: &Tree) -> Result<()> {
     let attempted = || format!("apply the changes to {}", root.shown().display());
-    let begun = step(work)?;
-    if begun.is_none() {
-        record(work, Step::Moving)?;
-    }
-    let begun = begun.unwrap_or(Step::Moving);
     let origins = origins(upper).attempt(attempted)?;
-    if begun < Step::Placed {
-        let application = Application { upper, root, stage: stage(root).attempt(attempted)?, origins: &origins };
-        if begun == Step::Moving {
-            application.put_aside().and_then(|()| root.sync()).attempt(attempted)?;
-            record(work, Step::Placing)?;
-        }
-        application.place().and_then(|()| root.sync()).attempt(attempted)?;
-        record(work, Step::Placed)?;
+    if !has_begun(work)? {
+        refuse_unchangeable(upper, root, &origins)?;
     }
-    // Empty but for copies: what was put aside has its place.
-    stage(root)
-        .and_then(|stage| remove_copies(&stage))
-        .and_then(|()| root.remove_folder(STAGE))
-        .and_then(|_| take_attributes(upper, root, Path::new("")))
-        .and_then(|()| root.sync())
-        .attempt(attempted)
+    let (mut begun, stage) = begin(work, upper, root)?;
+    if let Some(stage) = stage {
+        let application = Application { upper, root, stage, origins: &origins };
+        if begun.step == Step::Moving {
+            application.put_aside().and_then(|()| root.sync()).attempt(attempted)?;
+            begun.step = Step::Placing;
+            begun.write(work)?;
+        }
+        if begun.step == Step::Placing {
+            application.place().and_then(|()| root.sync()).attempt(attempted)?;
+            begun.step = Step::Placed;
+            begun.write(work)?;
+        }
+        // Empty but for copies: what was put aside has its place.
+        remove_copies(&application.stage).and_then(|()| root.remove_folder(&begun.stage)).attempt(attempted)?;
+    }
+    take_attributes(upper, root, Path::new("")).and_then(|()| root.sync()).attempt(attempted)
 }
 
-/// The place for what waits. It may be there from an application that was killed.
-fn stage(root: &Tree) -> io::Result<Tree> {
-    match rustix::fs::mkdirat(root, STAGE, Mode::RWXU) {
-        Ok(()) | Err(Errno::EXIST) => root.folder_without_links(STAGE),
-        Err(e) => Err(e.into()),
+/// Gives an application up that was interrupted: what was put aside gets its old place again. What is applied stays.
+pub fn give_up(work: &Tree, upper: &Tree, root: &Tree) -> Result<()> {
+    let attempted = || format!("give up the changes to {}", root.shown().display());
+    let Some(begun) = Progress::read(work).unwrap_or(None) else { return Ok(()) };
+    if begun.root != identity(root).attempt(attempted)? {
+        return Ok(());
     }
+    if begun.number == 0 {
+        let _ = root.remove_folder(&begun.stage);
+        return Ok(());
+    }
+    let Some(stage) = begun.stage(root).attempt(attempted)? else { return Ok(()) };
+    let put_back = || {
+        // Those that others were in first.
+        let origins = origins(upper)?;
+        let by_source: BTreeMap<_, _> =
+            origins.values().filter(|o| o.renamed).filter_map(|o| Some((o.below.as_ref()?, &o.aside))).collect();
+        for (source, aside) in by_source {
+            let above = root.folder_without_links(this(source.parent().unwrap_or(Path::new(""))));
+            let name = source.file_name().unwrap_or_default();
+            if let Ok(above) = above
+                && above.look(name)?.is_none()
+                && stage.look(aside)?.is_some()
+            {
+                rustix::fs::renameat(&stage, aside.as_str(), &above, name)?;
+            }
+        }
+        remove_copies(&stage)
+    };
+    put_back().attempt(attempted)?;
+    if !stage.names().attempt(attempted)?.is_empty() {
+        let why = format!("{} holds directories whose old places are taken", stage.shown().display());
+        return Err(Error::new(attempted()).because(why).advise("move them where they belong, and remove it"));
+    }
+    root.remove_folder(&begun.stage).map(|_| ()).attempt(attempted)
+}
+
+/// Refuses, before anything is applied, what the file system would refuse halfway.
+fn refuse_unchangeable(upper: &Tree, root: &Tree, origins: &BTreeMap<PathBuf, Origin>) -> Result<()> {
+    let attempted = || format!("apply the changes to {}", root.shown().display());
+    if let Some(path) = unchangeable(upper, root, origins).attempt(attempted)? {
+        let shown = root.shown().join(path);
+        return Err(Error::new(attempted())
+            .because(format!("{} may not be changed (immutable, or append-only)", shown.display()))
+            .advise(format!("'chattr -i -a {}' lets it be changed", shown.display())));
+    }
+    Ok(())
+}
+
+fn unchangeable(upper: &Tree, root: &Tree, origins: &BTreeMap<PathBuf, Origin>) -> io::Result<Option<PathBuf>> {
+    let moved: BTreeSet<&Path> = origins.values().filter(|o| o.renamed).filter_map(|o| o.below.as_deref()).collect();
+    // What is changed, or removed with all that is in it.
+    let mut open: Vec<PathBuf> = Vec::new();
+    for (path, origin) in origins {
+        let Some(below) = &origin.below else { continue };
+        let directory = match root.folder_without_links(this(below)) {
+            // Only the session has it.
+            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => continue,
+            other => other?,
+        };
+        if is_fixed(&directory, OsStr::new("."))? {
+            return Ok(Some(below.clone()));
+        }
+        for name in upper.folder_without_links(this(path))?.names()? {
+            let source = below.join(&name);
+            if origins.get(&path.join(&name)).is_none_or(|o| o.below.as_ref() != Some(&source)) {
+                open.push(source);
+            }
+        }
+    }
+    while let Some(path) = open.pop() {
+        if moved.contains(path.as_path()) {
+            continue;
+        }
+        let directory = root.folder_without_links(this(path.parent().unwrap_or(Path::new(""))))?;
+        let name = path.file_name().unwrap_or_default();
+        let Some(found) = directory.look(name)? else { continue };
+        if is_fixed(&directory, name)? {
+            return Ok(Some(path));
+        }
+        if FileType::from_raw_mode(found.st_mode) == FileType::Directory {
+            open.extend(directory.folder_without_links(name)?.names()?.iter().map(|name| path.join(name)));
+        }
+    }
+    Ok(None)
+}
+
+fn is_fixed(directory: &Tree, name: &OsStr) -> io::Result<bool> {
+    let found = rustix::fs::statx(directory, name, AtFlags::SYMLINK_NOFOLLOW, StatxFlags::BASIC_STATS)?;
+    Ok(found.stx_attributes.intersects(StatxAttributes::IMMUTABLE | StatxAttributes::APPEND))
 }
 
 /// Name of a new file until it is whole, and the first letter of a file's that has several names.
@@ -206,6 +411,26 @@ fn take_attributes(upper: &Tree, root: &Tree, path: &Path) -> io::Result<()> {
     take(Node { directory: &from, name }, &rustix::fs::fstat(&from)?, Node { directory: &to, name })
 }
 
+/// Lets nobody reach what is put into `to` who may not reach it in the end: its own attributes come last, as they were in `from`.
+fn restrict(from: &Tree, to: &Tree) -> io::Result<()> {
+    let (wanted, found) = (rustix::fs::fstat(from)?, rustix::fs::fstat(to)?);
+    let name = OsStr::new(".");
+    let access = |directory| {
+        let attributes = shown(Node { directory, name }.attributes()?);
+        io::Result::Ok(attributes.get(OsStr::new("system.posix_acl_access")).cloned())
+    };
+    let is_same = (wanted.st_uid, wanted.st_gid) == (found.st_uid, found.st_gid) && access(from)? == access(to)?;
+    let sticky = (wanted.st_mode | found.st_mode) & 0o1000;
+    let mode = if is_same { wanted.st_mode & found.st_mode & 0o7777 | sticky } else { 0o700 };
+    if wanted.st_uid != found.st_uid {
+        rustix::fs::chownat(to, ".", Some(rustix::process::geteuid()), None, AtFlags::empty())?;
+    }
+    if mode != found.st_mode & 0o7777 {
+        rustix::fs::chmodat(to, ".", Mode::from_raw_mode(mode), AtFlags::empty())?;
+    }
+    Ok(())
+}
+
 fn take(from: Node, found: &Stat, to: Node) -> io::Result<()> {
     match to.take(found, &shown(from.attributes()?)) {
         // A file system without them: a change in place would have failed in the session.
@@ -256,6 +481,7 @@ impl Application<'_> {
     fn fill(&self, path: &Path, is_new: bool) -> io::Result<()> {
         let from = self.upper.folder_without_links(this(path))?;
         let to = self.root.folder_without_links(this(path))?;
+        restrict(&from, &to)?;
         let names: BTreeSet<OsString> = from.names()?.into_iter().collect();
         if is_new {
             to.names()?.iter().filter(|name| !names.contains(*name)).try_for_each(|name| to.remove_whole(name))?;
@@ -383,6 +609,8 @@ mod tests {
         Append(PathBuf),
         MakeDirectory(PathBuf),
         Remove(PathBuf),
+        /// Another name that is left shows what has become of the file.
+        WriteAndRemove(PathBuf),
         Rename(PathBuf, PathBuf),
         Link(PathBuf, PathBuf),
         Symlink(PathBuf, PathBuf),
@@ -417,6 +645,7 @@ mod tests {
             2 => path().prop_map(Append),
             4 => path().prop_map(MakeDirectory),
             2 => path().prop_map(Remove),
+            2 => path().prop_map(WriteAndRemove),
             5 => (path(), path()).prop_map(|(a, b)| Rename(a, b)),
             3 => (path(), path()).prop_map(|(a, b)| Link(a, b)),
             1 => (path(), path()).prop_map(|(a, b)| Symlink(a, b)),
@@ -434,12 +663,19 @@ mod tests {
             // To open a fifo waits.
             let is_node = |path: &Path| std::fs::metadata(at(path)).is_ok_and(|found| !found.is_file());
             let _ = match self {
-                Self::Write(path, _) | Self::Append(path) | Self::Sparse(path) if is_node(path) => Ok(()),
+                Self::Write(path, _) | Self::Append(path) | Self::WriteAndRemove(path) | Self::Sparse(path)
+                    if is_node(path) =>
+                {
+                    Ok(())
+                }
                 Self::Write(path, byte) => std::fs::write(at(path), [*byte; 9]),
                 Self::Append(path) => {
                     File::options().append(true).open(at(path)).and_then(|mut f| io::Write::write_all(&mut f, b"+"))
                 }
                 Self::MakeDirectory(path) => std::fs::create_dir_all(at(path)),
+                Self::WriteAndRemove(path) => {
+                    std::fs::write(at(path), "gone").and_then(|()| std::fs::remove_file(at(path)))
+                }
                 Self::Remove(path) => std::fs::remove_dir_all(at(path)).or_else(|_| std::fs::remove_file(at(path))),
                 Self::Rename(from, to) => std::fs::rename(at(from), at(to)),
                 Self::Link(from, to) => std::fs::hard_link(at(from), at(to)),
@@ -598,6 +834,125 @@ mod tests {
         let place = PathBuf::from(std::env::var_os(PLACE).unwrap());
         let [upper, root, record] = ["upper", "root", "record"].map(|name| Tree::open(&place.join(name)).unwrap());
         apply(&record, &upper, &root).unwrap();
+    }
+
+    /// Whether what `before` and `changes` lead to is applied, on one disk and across two.
+    fn applied(before: &[Change], changes: &[Change]) {
+        for another_disk in [false, true] {
+            let (before, changes) = (before.to_vec(), changes.to_vec());
+            let compared = std::thread::spawn(move || compare(&before, &changes, another_disk, &[4])).join();
+            assert_eq!(compared.unwrap(), Ok(()));
+        }
+    }
+
+    #[test]
+    fn another_name_of_a_file_keeps_what_was_written_by_one_that_is_gone() {
+        let [a, b] = ["a", "b"].map(PathBuf::from);
+        let before = [Change::Write(a.clone(), b'1'), Change::Link(a.clone(), b)];
+        applied(&before, &[Change::Write(a.clone(), b'2'), Change::Remove(a)]);
+    }
+
+    #[test]
+    fn a_tree_that_is_deeper_than_any_path_is_applied_and_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let [upper, root, record] = three(dir.path());
+        let mut at = Tree::open(&dir.path().join("upper")).unwrap();
+        for _ in 0..2500 {
+            rustix::fs::mkdirat(&at, "deep", Mode::RWXU).unwrap();
+            at = at.folder("deep").unwrap();
+        }
+        at.touch("file").unwrap();
+        apply(&record, &upper, &root).unwrap();
+        let deepest: PathBuf = ["deep"; 2500].iter().collect();
+        assert!(root.folder_without_links(&deepest).unwrap().look("file").unwrap().is_some());
+        for tree in [&upper, &root] {
+            tree.remove_whole(OsStr::new("deep")).unwrap();
+        }
+    }
+
+    fn three(dir: &Path) -> [Tree; 3] {
+        ["upper", "root", "record"].map(|name| {
+            std::fs::create_dir(dir.join(name)).unwrap();
+            Tree::open(&dir.join(name)).unwrap()
+        })
+    }
+
+    #[test]
+    fn what_a_session_calls_like_a_stage_is_a_file_as_any_other_and_a_stage_of_others_is_not_taken() {
+        let dir = tempfile::tempdir().unwrap();
+        let [upper, root, record] = three(dir.path());
+        std::fs::write(dir.path().join("upper/.ims-sshd.applying"), "theirs").unwrap();
+        apply(&record, &upper, &root).unwrap();
+        assert_eq!(root.read(".ims-sshd.applying", 9).unwrap(), b"theirs");
+        record.remove(RECORD).unwrap();
+        let (begun, _) = begin(&record, &upper, &root).unwrap();
+        let stage = dir.path().join("root").join(&begun.stage);
+        std::fs::remove_dir(&stage).unwrap();
+        assert!(apply(&record, &upper, &root).unwrap_err().to_string().contains("is gone"));
+        std::fs::create_dir(&stage).unwrap();
+        chown(&stage, Some(1234), Some(1234)).unwrap();
+        assert!(apply(&record, &upper, &root).unwrap_err().to_string().contains("another directory has taken"));
+    }
+
+    #[test]
+    fn a_directory_that_becomes_private_is_so_before_anything_is_in_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let [upper, root, _] = three(dir.path());
+        for (before, after, owner, between) in [
+            (0o755, 0o700, 0, 0o700),
+            (0o700, 0o755, 0, 0o700),
+            (0o1777, 0o755, 0, 0o1755),
+            (0o755, 0o755, 1234, 0o700),
+        ] {
+            for (tree, mode, owner) in [("upper", after, 0), ("root", before, owner)] {
+                std::fs::set_permissions(dir.path().join(tree), PermissionsExt::from_mode(mode)).unwrap();
+                chown(dir.path().join(tree), Some(owner), None).unwrap();
+            }
+            restrict(&upper, &root).unwrap();
+            let found = std::fs::metadata(dir.path().join("root")).unwrap();
+            assert_eq!((found.mode() & 0o7777, found.uid()), (between, 0));
+        }
+    }
+
+    #[test]
+    fn what_the_file_system_lets_nobody_change_is_refused_before_anything_is_applied() {
+        let dir = tempfile::tempdir().unwrap();
+        let [upper, root, record] = three(dir.path());
+        for name in ["upper/a", "upper/fixed", "root/fixed"] {
+            std::fs::write(dir.path().join(name), name).unwrap();
+        }
+        let fixed = dir.path().join("root/fixed");
+        let chattr = |flag: &str| Command::new("chattr").arg(flag).arg(&fixed).status().unwrap().success();
+        // Not every disk has it.
+        if !chattr("+i") {
+            return;
+        }
+        let refused = apply(&record, &upper, &root);
+        let names = root.names();
+        assert!(chattr("-i"));
+        let refused = refused.unwrap_err().to_string();
+        assert!(refused.contains("root/fixed may not be changed") && refused.contains("chattr -i -a"), "{refused}");
+        assert_eq!(names.unwrap(), ["fixed"]);
+        assert!(!has_begun(&record).unwrap());
+        apply(&record, &upper, &root).unwrap();
+    }
+
+    #[test]
+    fn what_was_put_aside_has_its_place_again_once_an_application_is_given_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let [upper, root, record] = three(dir.path());
+        for name in ["root/old", "root/old/in", "upper/new"] {
+            std::fs::create_dir(dir.path().join(name)).unwrap();
+        }
+        let redirect = rustix::fs::XattrFlags::empty();
+        rustix::fs::setxattr(dir.path().join("upper/new"), "trusted.overlay.redirect", b"old", redirect).unwrap();
+        let (begun, stage) = begin(&record, &upper, &root).unwrap();
+        let origins = origins(&upper).unwrap();
+        Application { upper: &upper, root: &root, stage: stage.unwrap(), origins: &origins }.put_aside().unwrap();
+        assert_eq!(root.names().unwrap(), [begun.stage.as_str()]);
+        give_up(&record, &upper, &root).unwrap();
+        assert_eq!(root.names().unwrap(), ["old"]);
+        assert!(dir.path().join("root/old/in").exists());
     }
 
     proptest! {

@@ -96,13 +96,12 @@ pub fn clear_left_over(commands: &[&str], image_root: &Path) -> Result<()> {
 /// Refuses a directory that has some of its changes, of a run that was killed as it applied them.
 pub fn refuse_half_applied(directory: &Path) -> Result<()> {
     let attempted = || format!("open {}", directory.display());
-    if open_tree(directory)?.look(apply::STAGE).attempt(attempted)?.is_none() {
-        return Ok(());
-    }
+    let Some(stage) = apply::stage_in(&open_tree(directory)?).attempt(attempted)? else { return Ok(()) };
     let advice = format!(
-        "'ims-sshd customize {0}' goes on with that, with the same --work; if those changes are gone, remove {0}/{1}",
+        "'ims-sshd customize {0}' goes on with that, with the same --work, and gives it up with --fresh; if those changes are gone, remove \
+         {0}/{1}",
         directory.display(),
-        apply::STAGE
+        stage.display()
     );
     Err(Error::new(attempted()).because("applying changes to it was interrupted").advise(advice))
 }

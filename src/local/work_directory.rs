@@ -56,16 +56,16 @@ impl WorkDirectory {
         let attempted = || format!("clear {}", self.path().display());
         for entry in std::fs::read_dir(self.path()).attempt(attempted)? {
             let entry = entry.attempt(attempted)?;
-            let is_directory = entry.file_type().attempt(attempted)?.is_dir();
-            let remove = if is_directory { std::fs::remove_dir_all } else { std::fs::remove_file };
-            remove(entry.path()).attempt(|| format!("remove {}", entry.path().display()))?;
+            let removed = self.files.parent().remove_whole(&entry.file_name());
+            removed.attempt(|| format!("remove {}", entry.path().display()))?;
         }
         Ok(())
     }
 
     /// Removes it with what is in it.
     pub fn remove(self) -> Result<()> {
-        std::fs::remove_dir_all(self.path()).attempt(|| format!("remove {}", self.path().display()))
+        self.clear()?;
+        std::fs::remove_dir(self.path()).attempt(|| format!("remove {}", self.path().display()))
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -28,50 +28,68 @@ pub struct Node<'a> {
 }
 
 impl Node<'_> {
-    /// The functions for extended attributes of any kind of file take paths only. A link is followed nowhere on this one.
-    fn path(&self) -> PathBuf {
-        Path::new("/proc/self/fd").join(self.directory.as_fd().as_raw_fd().to_string()).join(self.name)
+    fn open(&self) -> io::Result<Handle> {
+        self.directory.handle(self.name).map(Handle)
     }
 
     /// Its extended attributes; none where the file system has none.
     pub fn attributes(&self) -> io::Result<Attributes> {
+        self.open()?.attributes()
+    }
+
+    /// Gives it these extended attributes and no others.
+    pub fn set_attributes(&self, wanted: &Attributes) -> io::Result<()> {
+        self.open()?.set_attributes(wanted)
+    }
+
+    /// Gives it the owner, mode and times of a file that looked like `found`, and these extended attributes: all to one file, whatever gets
+    /// its name meanwhile.
+    pub fn take(&self, found: &Stat, attributes: &Attributes) -> io::Result<()> {
+        let handle = self.open()?;
+        let path = handle.path();
+        // First, since a new owner takes a file's capabilities away.
+        rustix::fs::chown(&path, user(found.st_uid), group(found.st_gid))?;
+        handle.set_attributes(attributes)?;
+        if FileType::from_raw_mode(found.st_mode) != FileType::Symlink {
+            rustix::fs::chmod(&path, Mode::from_raw_mode(found.st_mode & 0o7777))?;
+        }
+        Ok(rustix::fs::utimensat(rustix::fs::CWD, &path, &times(found), AtFlags::empty())?)
+    }
+}
+
+/// A file that is open as a place only, which any kind of file can be.
+struct Handle(OwnedFd);
+
+impl Handle {
+    /// Leads to the file itself, which is not followed if it is a link. The functions for any kind of file take paths only.
+    fn path(&self) -> PathBuf {
+        Path::new("/proc/self/fd").join(self.0.as_raw_fd().to_string())
+    }
+
+    fn attributes(&self) -> io::Result<Attributes> {
         let (path, mut names, mut value) = (self.path(), vec![0; LONGEST], vec![0; LONGEST]);
-        let length = match rustix::fs::llistxattr(&path, names.as_mut_slice()) {
+        let length = match rustix::fs::listxattr(&path, names.as_mut_slice()) {
             Err(Errno::OPNOTSUPP) => 0,
             other => other?,
         };
         let names = names[..length].split(|&b| b == 0).filter(|name| !name.is_empty()).map(OsStr::from_bytes);
         names
             .map(|name| {
-                let length = rustix::fs::lgetxattr(&path, name, value.as_mut_slice())?;
+                let length = rustix::fs::getxattr(&path, name, value.as_mut_slice())?;
                 Ok((name.to_owned(), value[..length].to_vec()))
             })
             .collect()
     }
 
-    /// Gives it these extended attributes and no others.
-    pub fn set_attributes(&self, wanted: &Attributes) -> io::Result<()> {
+    fn set_attributes(&self, wanted: &Attributes) -> io::Result<()> {
         let (path, present) = (self.path(), self.attributes()?);
         for name in present.keys().filter(|name| !wanted.contains_key(*name)) {
-            rustix::fs::lremovexattr(&path, name)?;
+            rustix::fs::removexattr(&path, name)?;
         }
         for (name, value) in wanted.iter().filter(|(name, value)| present.get(*name) != Some(value)) {
-            rustix::fs::lsetxattr(&path, name, value, XattrFlags::empty())?;
+            rustix::fs::setxattr(&path, name, value, XattrFlags::empty())?;
         }
         Ok(())
-    }
-
-    /// Gives it the owner, mode and times of a file that looked like `found`, and these extended attributes.
-    pub fn take(&self, found: &Stat, attributes: &Attributes) -> io::Result<()> {
-        let Self { directory, name } = *self;
-        let (owner, group) = (user(found.st_uid), group(found.st_gid));
-        // First, since a new owner takes a file's capabilities away.
-        rustix::fs::chownat(directory, name, owner, group, AtFlags::SYMLINK_NOFOLLOW)?;
-        self.set_attributes(attributes)?;
-        if FileType::from_raw_mode(found.st_mode) != FileType::Symlink {
-            rustix::fs::chmodat(directory, name, Mode::from_raw_mode(found.st_mode & 0o7777), AtFlags::empty())?;
-        }
-        Ok(rustix::fs::utimensat(directory, name, &times(found), AtFlags::SYMLINK_NOFOLLOW)?)
     }
 }
 

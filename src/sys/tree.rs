@@ -18,6 +18,9 @@ use crate::sys::attributes;
 /// How often a look-up that raced with a rename or a mount is tried again; the kernel answers EAGAIN then.
 const RACE_RETRIES: usize = 128;
 
+/// With one more name, of 255 bytes, still a path that the kernel takes.
+const LONGEST_PART: usize = 3000;
+
 /// The kernel follows no more links in one path either.
 const MOST_LINKS: usize = 40;
 
@@ -98,7 +101,7 @@ impl Tree {
     /// The same, on whose way nothing is mounted (EXDEV) either: names can be moved from there to the tree's other directories.
     pub fn folder_of_same_mount(&self, path: impl AsRef<Path>) -> io::Result<Tree> {
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
-        Ok(Tree { folder: self.resolve(path.as_ref(), OFlags::PATH | OFlags::DIRECTORY, Mode::empty(), resolve)? })
+        Ok(Tree { folder: self.resolve_in_parts(path.as_ref(), OFlags::PATH | OFlags::DIRECTORY, resolve)? })
     }
 
     /// A handle on the object `path`, on whose way nothing is a link (ELOOP); the object itself may be one.
@@ -107,7 +110,24 @@ impl Tree {
     }
 
     fn open_without_links(&self, path: impl AsRef<Path>, flags: OFlags) -> io::Result<OwnedFd> {
-        self.resolve(path.as_ref(), flags, Mode::empty(), ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS)
+        self.resolve_in_parts(path.as_ref(), flags, ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS)
+    }
+
+    /// The kernel takes no path of 4096 bytes. A tree can be deeper: then it is opened part by part.
+    fn resolve_in_parts(&self, path: &Path, flags: OFlags, resolve: ResolveFlags) -> io::Result<OwnedFd> {
+        let (mut above, mut part) = (None::<OwnedFd>, PathBuf::new());
+        let open = |above: Option<OwnedFd>, part: &Path, flags| match above {
+            None => self.resolve(part, flags, Mode::empty(), resolve),
+            Some(above) => Tree { folder: above }.resolve(part, flags, Mode::empty(), resolve),
+        };
+        for name in path.components() {
+            if part.as_os_str().len() > LONGEST_PART {
+                above = Some(open(above.take(), &part, OFlags::PATH | OFlags::DIRECTORY)?);
+                part.clear();
+            }
+            part.push(name);
+        }
+        open(above, &part, flags)
     }
 
     /// What stands at `path`, a link included; `None` where nothing does.
@@ -355,9 +375,32 @@ impl Tree {
     pub fn remove_whole(&self, name: &OsStr) -> io::Result<()> {
         match self.look(name)?.map(|found| FileType::from_raw_mode(found.st_mode)) {
             None => Ok(()),
-            Some(FileType::Directory) => std::fs::remove_dir_all(self.path().join(name)),
+            Some(FileType::Directory) => self.remove_directory(name),
             Some(_) => self.remove(name).map(|_| ()),
         }
+    }
+
+    /// However deep it is, with few descriptors. What is mounted in it stays, and is an error.
+    fn remove_directory(&self, name: &OsStr) -> io::Result<()> {
+        let (mut found, mut next) = (vec![PathBuf::from(name)], 0);
+        while let Some(path) = found.get(next).cloned() {
+            let folder = self.folder_of_same_mount(&path)?;
+            for name in folder.names()? {
+                match rustix::fs::unlinkat(&folder, &name, AtFlags::empty()) {
+                    Ok(()) | Err(Errno::NOENT) => {}
+                    Err(Errno::ISDIR) => found.push(path.join(name)),
+                    Err(e) => return Err(e.into()),
+                }
+            }
+            next += 1;
+        }
+        for path in found.iter().rev() {
+            let above = self.folder_of_same_mount(
+                path.parent().filter(|above| *above != Path::new("")).unwrap_or(Path::new(".")),
+            )?;
+            rustix::fs::unlinkat(&above, path.file_name().unwrap_or_default(), AtFlags::REMOVEDIR)?;
+        }
+        Ok(())
     }
 
     /// Makes the directory `path` (mode 0755), and those above it, as far as they are missing.
