@@ -71,11 +71,10 @@ pub fn run(job: Job, wanted: &Customization) -> Result<u8> {
     let in_place = job.in_place;
     settings.in_place = in_place;
     let (source, shown) = (job.shown(), local::directory_of(&job.source));
-    let code = job.run(&entry, |image_root| {
+    job.run(&entry, |image_root| {
         let shown = shown.as_deref().unwrap_or(image_root);
         open(wanted, settings, &Opened { source: &source, image_root, shown, in_place }, &entry, label)
-    })?;
-    Ok(code.unwrap_or(0))
+    })
 }
 
 /// The environment's settings, but for those of its own directory, which is not made before.

@@ -122,15 +122,59 @@ pub fn refuse_with_changes(directory: &Path, place: &Path) -> Result<()> {
     Err(Error::new(format!("change {} where it is", directory.display())).because(why).advise(advice))
 }
 
-/// Applies what was changed above `directory` and is kept in `place`: what `overlay` shows, or what an earlier run has begun to apply.
-pub fn apply_changes(directory: &Path, place: &Tree, overlay: Option<Overlay>) -> Result<()> {
+/// Opens `directory`, a path without links: once, and what is found by that path later is of no matter.
+pub fn open(directory: &Path) -> Result<Tree> {
+    let below = directory.strip_prefix("/").ok().filter(|below| *below != Path::new("")).unwrap_or(Path::new("."));
+    let opened = open_tree(Path::new("/"))?.folder_without_links(below);
+    opened.attempt(|| format!("open {}", directory.display()))
+}
+
+/// Whether `directory` still leads to `root`.
+fn leads_to(directory: &Path, root: &Tree) -> bool {
+    open(directory).is_ok_and(|found| is_same(&found, root))
+}
+
+/// Whether both are one directory.
+pub fn is_same(a: &Tree, b: &Tree) -> bool {
+    let found = |tree| rustix::fs::fstat(tree).map(|found| (found.st_dev, found.st_ino));
+    found(a).is_ok_and(|a| found(b) == Ok(a))
+}
+
+/// Gives up changes that an earlier run has begun to apply.
+pub fn give_up_changes(directory: &Path, root: &Tree, place: &Tree) -> Result<()> {
+    tracing::warn!(
+        "applying changes to {} was interrupted; it stays as it is now, and those that are not applied are dropped",
+        directory.display()
+    );
+    if apply::has_ended(place).unwrap_or(false) {
+        return Ok(());
+    }
+    apply::give_up(place, &open_tree(&place.shown().join(OVERLAY).join(UPPER))?, root)
+}
+
+/// Applies what was changed above `root`, which had the path `directory` when it was opened, and is kept in `place`: what `overlay` shows, or
+/// what an earlier run has begun to apply.
+pub fn apply_changes(directory: &Path, root: &Tree, place: &Tree, overlay: Option<Overlay>) -> Result<()> {
+    if apply::has_ended(place)? {
+        return Ok(());
+    }
+    if overlay.is_none() {
+        tracing::warn!("applying changes to {} was interrupted; going on with that", directory.display());
+    }
     let folder = place.shown().join(OVERLAY);
-    let (upper, root) = (open_tree(&folder.join(UPPER))?, open_tree(directory)?);
+    let upper = open_tree(&folder.join(UPPER))?;
     if let Some(overlay) = overlay {
-        apply::complete_hard_links(&root, &upper, &folder.join(INDEX_OF_LINKS), &open_tree(&overlay.image_root)?)?;
+        apply::complete_hard_links(root, &upper, &folder.join(INDEX_OF_LINKS), &open_tree(&overlay.image_root)?)?;
         overlay.unmount()?;
     }
-    apply::apply(place, &upper, &root)?;
+    apply::apply(place, &upper, root)?;
     tracing::info!("applied the changes to {}", directory.display());
+    if !leads_to(directory, root) {
+        tracing::warn!(
+            "{} is another directory by now; the changes are in the one that was opened, which is {}",
+            directory.display(),
+            root.shown().display()
+        );
+    }
     Ok(())
 }

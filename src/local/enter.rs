@@ -110,7 +110,7 @@ pub fn run(job: Job, entry: &Entry) -> Result<u8> {
             },
         })
     })?;
-    Ok(end_like(ended.unwrap_or(exited(0))))
+    Ok(end_like(ended))
 }
 
 fn not_done(end: End) -> &'static str {

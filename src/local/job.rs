@@ -193,9 +193,8 @@ impl Job {
     }
 
     /// Opens the image and gives its root to `session`, which says what becomes of the changes. Returns what the session returned
-    /// beside that; nothing if an earlier run was killed while it applied the changes, which is all that is done then. Unless the job
-    /// [`Job::is_in_place`], the caller has called [`local::own_mounts`] before.
-    pub fn run<T>(mut self, entry: &Entry, session: impl FnOnce(&Path) -> Result<(Fate, T)>) -> Result<Option<T>> {
+    /// beside that. Unless the job [`Job::is_in_place`], the caller has called [`local::own_mounts`] before.
+    pub fn run<T>(mut self, entry: &Entry, session: impl FnOnce(&Path) -> Result<(Fate, T)>) -> Result<T> {
         let source = Source::parse(&self.source)?;
         if let Source::Here(path) = &source {
             local::refuse_links_of_others(path)?;
@@ -217,8 +216,10 @@ impl Job {
             if fate == Fate::Discard {
                 tracing::info!("{}", self.given_up());
             }
-            return Ok(Some(value));
+            return Ok(value);
         };
+        let root = directory.as_deref().filter(|_| !self.in_place).map(directory::open).transpose()?;
+        let changed = directory.as_deref().zip(root.as_ref());
         let _held = directory
             .as_deref()
             .filter(|_| !self.in_place)
@@ -245,14 +246,16 @@ impl Job {
         let mounted = parent.join(IMAGE_ROOT);
         entry.tell(&[("work", &parent.display().to_string())]);
         customize::end_left_over(&mounted)?;
-        if let Some(directory) = directory.as_deref().filter(|_| !self.in_place)
-            && apply::has_begun(place.files().parent())?
-        {
-            tracing::warn!("applying changes to {} was interrupted; going on with that", directory.display());
-            entry.reach(Stage::Applying);
-            directory::apply_changes(directory, place.files().parent(), None)?;
-            place.remove()?;
-            return Ok(None);
+        let has_begun = apply::has_begun(place.files().parent())?;
+        if let Some((directory, root)) = changed.filter(|_| has_begun) {
+            if self.fresh {
+                directory::give_up_changes(directory, root, place.files().parent())?;
+                drop_changes(&work, &settings, &place)?;
+            } else {
+                entry.reach(Stage::Applying);
+                directory::apply_changes(directory, root, place.files().parent(), None)?;
+                place.clear()?;
+            }
         }
         if self.fresh && holds_changes(parent, &mounted) {
             drop_changes(&work, &settings, &place)?;
@@ -267,7 +270,7 @@ impl Job {
         let notes = Notes::private(place.files(), &settings);
         let opened =
             Opened { job: &self, entry, settings: &settings, work: &work, files: place.files(), notes: &notes };
-        let result = opened.carry_out(&source, directory.as_deref(), &mounted, session);
+        let result = opened.carry_out(&source, directory.as_deref(), root.as_ref(), &mounted, session);
         let result = work.unless_interrupted(result);
         let kept = || {
             format!(
@@ -279,7 +282,7 @@ impl Job {
             match result {
                 Ok((Fate::Keep, value)) => {
                     tracing::warn!("{}", kept());
-                    return Ok(Some(value));
+                    return Ok(value);
                 }
                 Err(error) => return Err(error.advise(kept())),
                 Ok(_) => {}
@@ -291,7 +294,7 @@ impl Job {
         if fate == Fate::Discard && self.end != End::Discarded {
             tracing::info!("{}", self.given_up());
         }
-        Ok(Some(value))
+        Ok(value)
     }
 }
 
@@ -350,6 +353,7 @@ impl Opened<'_> {
         &self,
         source: &Source,
         directory: Option<&Path>,
+        root: Option<&Tree>,
         mounted: &Path,
         session: impl FnOnce(&Path) -> Result<(Fate, T)>,
     ) -> Result<(Fate, T)> {
@@ -357,6 +361,12 @@ impl Opened<'_> {
             Some(directory) if self.job.in_place => (directory.to_owned(), None),
             _ => (mounted.to_owned(), prepare(self.work, self.settings, source, None, mounted)?),
         };
+        if let (Some(directory), Some(root), Some(overlay)) = (directory, root, &overlay)
+            && !directory::is_same(&overlay.lower, root)
+        {
+            let why = "another directory has taken its place";
+            return Err(Error::new(format!("open {}", directory.display())).because(why));
+        }
         if self.job.end == End::Applied && overlay.is_none() {
             return Err(Error::bad_input(format!("SOURCE is '{}': a saved image of a container", self.job.source))
                 .advise("name by --output where the new image is put"));
@@ -368,11 +378,11 @@ impl Opened<'_> {
             boot::check_named(&open_tree(&image_root)?, &self.settings.boot, self.settings.arch)?;
         }
         let (fate, value) = session(&image_root)?;
-        match (fate, self.job.end, directory) {
+        match (fate, self.job.end, directory.zip(root)) {
             (Fate::Publish, End::Published, _) => self.publish(source, &image_root, overlay)?,
-            (Fate::Publish, End::Applied, Some(directory)) => {
+            (Fate::Publish, End::Applied, Some((directory, root))) => {
                 self.entry.reach(Stage::Applying);
-                directory::apply_changes(directory, self.files.parent(), overlay)?;
+                directory::apply_changes(directory, root, self.files.parent(), overlay)?;
             }
             _ => {}
         }
@@ -394,7 +404,7 @@ impl Opened<'_> {
         let (workplace, tree) = (self.files.parent(), open_tree(image_root)?);
         if let Some(to) = &job.changes {
             if let Some(overlay) = &overlay {
-                Inventory::of(work, &open_tree(&overlay.lower)?)?.save(workplace, INVENTORY)?;
+                Inventory::of(work, &overlay.lower)?.save(workplace, INVENTORY)?;
             }
             write_changes(work, workplace, &tree, to)?;
         }

@@ -54,10 +54,12 @@ impl WorkDirectory {
     /// Removes what an earlier run has left in it.
     pub fn clear(&self) -> Result<()> {
         let attempted = || format!("clear {}", self.path().display());
-        for entry in std::fs::read_dir(self.path()).attempt(attempted)? {
-            let entry = entry.attempt(attempted)?;
-            let removed = self.files.parent().remove_whole(&entry.file_name());
-            removed.attempt(|| format!("remove {}", entry.path().display()))?;
+        let mut names = self.files.parent().names().attempt(attempted)?;
+        // What is noted of the changes, in hidden files, last: a run that is killed here has less of them than it says.
+        names.sort_by(|a, b| b.cmp(a));
+        for name in names {
+            let removed = self.files.parent().remove_whole(&name);
+            removed.attempt(|| format!("remove {}", self.path().join(&name).display()))?;
         }
         Ok(())
     }

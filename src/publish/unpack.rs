@@ -282,7 +282,7 @@ pub struct Overlay {
     /// Where it is seen.
     pub image_root: PathBuf,
     /// The source itself, as it was.
-    pub lower: PathBuf,
+    pub lower: Tree,
     mounted: Vec<PathBuf>,
 }
 
@@ -298,15 +298,15 @@ impl Overlay {
         }
         // Setuid programs in the upper directory count; in the overlay, which others may see, they do not.
         std::fs::set_permissions(folder, Permissions::from_mode(0o700)).attempt(attempted)?;
-        let mut overlay = Self { image_root: image_root.to_owned(), lower: source.shown.clone(), mounted: Vec::new() };
         // The machine's users may see it: no setuid program of the image runs outside a jail, which honours them inside.
         let attributes = MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOSUID;
-        match &source.content {
+        let mut mounted_below = Vec::new();
+        let lower = match &source.content {
             Content::Directory(tree) if layers::layers(tree)?.is_some() => {
                 let saved = Error::new(attempted()).because("it is a saved image of a container");
                 return Err(saved.advise("unpack its layers (--open unpack)"));
             }
-            Content::Directory(_) => {}
+            Content::Directory(tree) => tree.as_fd().try_clone_to_owned().map(Tree::from_fd).attempt(attempted)?,
             Content::File(_) if source.kind()? != Some(Kind::Squashfs) => {
                 return Err(Error::new(attempted()).because("it is no squashfs").advise("unpack it (--open unpack)"));
             }
@@ -314,15 +314,17 @@ impl Overlay {
                 mount_squashfs(file, &squashfs, attributes)
                     .attempt(attempted)
                     .advise("a loop device and CAP_SYS_ADMIN are needed; without them, --open unpack")?;
-                overlay.mounted.push(squashfs.clone());
-                overlay.lower = squashfs;
+                mounted_below.push(squashfs.clone());
+                Tree::open(&squashfs).attempt(attempted)?
             }
-        }
+        };
+        let mut overlay = Self { image_root: image_root.to_owned(), lower, mounted: mounted_below };
         // The root's owner, mode and time are the upper folder's.
         if first {
             copy_root(&overlay.lower, &upper).attempt(attempted)?;
         }
-        let names = [overlay.lower.as_path(), &upper, &inner].map(escape);
+        // What is open, whatever has its path by now.
+        let names = [overlay.lower.path().as_path(), &upper, &inner].map(escape);
         let layers = [("lowerdir", names[0].as_str()), ("upperdir", &names[1]), ("workdir", &names[2])];
         let mount = |further: &[(&'static str, &'static str)]| {
             let options: Vec<_> = layers.iter().chain(further).copied().collect();
@@ -402,13 +404,13 @@ fn mount_squashfs(file: &File, place: &Path, attributes: MountAttrFlags) -> io::
     Detached::filesystem("squashfs", &options, attributes)?.attach(target).map(|_| ())
 }
 
-fn copy_root(root: &Path, upper: &Path) -> io::Result<()> {
-    let (root, upper) = (Tree::open(root)?, Tree::open(upper)?);
-    let [from, to] = [&root, &upper].map(|directory| Node { directory, name: OsStr::new(".") });
+fn copy_root(root: &Tree, upper: &Path) -> io::Result<()> {
+    let upper = Tree::open(upper)?;
+    let [from, to] = [root, &upper].map(|directory| Node { directory, name: OsStr::new(".") });
     let mut attributes = from.attributes()?;
     // Of an overlay that the source is the upper layer of.
     attributes.retain(|name, _| !name.as_bytes().starts_with(b"trusted.overlay."));
-    to.take(&rustix::fs::fstat(&root)?, &attributes)
+    to.take(&rustix::fs::fstat(root)?, &attributes)
 }
 
 /// A path as an option of overlay takes it.

@@ -131,8 +131,7 @@ fn an_application_that_was_killed_is_ended_by_the_same_command_and_nothing_else_
     let kept = run(dir.path(), &[&CUSTOMIZE[..], &["--", "sh", "-c", &lines]].concat());
     assert_eq!(kept.status.code(), Some(3), "{kept:?}");
     // As it is when the program is killed just after the verdict.
-    std::fs::write(work(dir.path()).join(".ims-sshd.applying"), "moving").unwrap();
-    std::fs::create_dir(tree.join(".ims-sshd.applying")).unwrap();
+    begun(dir.path(), &tree);
     for command in [
         &["enter", "tree", "--work", "work", "--", "true"][..],
         &["enter", "tree", "--work", "work", "--discard", "--", "true"],
@@ -144,12 +143,68 @@ fn an_application_that_was_killed_is_ended_by_the_same_command_and_nothing_else_
             "{refused:?}"
         );
     }
+    // No other place is left by those that were refused.
+    work(dir.path());
     let output = run(dir.path(), &[&CUSTOMIZE[..], &["--", "touch", "/etc/more"]].concat());
     assert_eq!(output.status.code(), Some(0), "{output:?}");
     assert!(text(&output.stderr).contains("was interrupted; going on with that"), "{output:?}");
     assert!(tree.join("usr/lib/new/in/file").exists() && !tree.join("boot/initrd").exists());
-    assert!(!tree.join("etc/more").exists() && !tree.join(".ims-sshd.applying").exists());
+    assert!(tree.join("etc/more").exists(), "the command was run after that");
+    assert!(!has_stage(&tree));
     nothing_stays(dir.path());
+}
+
+#[test]
+fn an_application_that_was_killed_is_given_up_by_fresh() {
+    let dir = folder();
+    let tree = tree(dir.path());
+    let before = state(&tree);
+    let kept = run(dir.path(), &[&CUSTOMIZE[..], &["--", "sh", "-c", &format!("{CHANGES}; exit 3")]].concat());
+    assert_eq!(kept.status.code(), Some(3), "{kept:?}");
+    begun(dir.path(), &tree);
+    let output = run(dir.path(), &[&CUSTOMIZE[..], &["--fresh", "--", "sh", "-c", "echo now"]].concat());
+    assert!(output.status.success(), "{output:?}");
+    assert!(text(&output.stderr).contains("those that are not applied are dropped"), "{output:?}");
+    let untimed =
+        |state: &str| state.lines().filter(|line| !line.starts_with(". ")).map(str::to_owned).collect::<Vec<_>>();
+    assert_eq!(untimed(&state(&tree)), untimed(&before));
+    nothing_stays(dir.path());
+}
+
+#[test]
+fn changes_are_applied_to_the_directory_that_was_opened_whatever_has_its_path_by_then() {
+    let dir = folder();
+    let tree = tree(dir.path());
+    let mut customize =
+        ims_sshd(&[&CUSTOMIZE[..], &["--", "sh", "-c", "echo 1 > /etc/new; echo ready; read line"]].concat(), &[]);
+    customize.current_dir(dir.path()).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut customize = customize.spawn().unwrap();
+    std::io::Read::read_exact(customize.stdout.as_mut().unwrap(), &mut [0; 6]).unwrap();
+    let moved = dir.path().join("moved");
+    std::fs::rename(&tree, &moved).unwrap();
+    std::fs::create_dir_all(tree.join("etc")).unwrap();
+    std::io::Write::write_all(customize.stdin.as_mut().unwrap(), b"\n").unwrap();
+    let output = customize.wait_with_output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    assert!(moved.join("etc/new").exists() && !tree.join("etc/new").exists(), "{output:?}");
+    assert!(text(&output.stderr).contains("is another directory by now"), "{output:?}");
+}
+
+/// Leaves all as it is when the program is killed just after the verdict.
+fn begun(dir: &Path, tree: &Path) {
+    let stage = tree.join(".ims-sshd.applying.0123456789abcdef");
+    std::fs::create_dir(&stage).unwrap();
+    std::fs::set_permissions(&stage, std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
+    let found = std::fs::metadata(tree).unwrap();
+    let made = found.created().unwrap().duration_since(std::time::UNIX_EPOCH).unwrap();
+    let root = format!("{},{}.{:09}", found.ino(), made.as_secs(), made.subsec_nanos());
+    let name = stage.file_name().unwrap().to_str().unwrap();
+    let record = format!("moving {root} {name} {}", std::fs::metadata(&stage).unwrap().ino());
+    std::fs::write(work(dir).join(".ims-sshd.applying"), record).unwrap();
+}
+
+fn has_stage(tree: &Path) -> bool {
+    std::fs::read_dir(tree).unwrap().any(|entry| entry.unwrap().file_name().to_string_lossy().starts_with(".ims-sshd"))
 }
 
 #[test]
