@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use ims_sshd::lifecycle::stage::Stage;
 use serde_json::Value;
 
 use crate::rendered::{containers, manifests};
@@ -64,6 +65,105 @@ fn every_job_ends_and_goes_and_has_no_unbounded_memory() {
             let all = [&resources["requests"]["cpu"], &resources["requests"]["memory"], &resources["limits"]["memory"]];
             assert!(all.iter().all(|amount| amount.is_string()), "{variant}: {container}");
         }
+    }
+}
+
+/// Whatever the node lets everybody do: `net.ipv4.ip_unprivileged_port_start` is 0 with some runtimes, and the kernel's 1024 with others.
+#[test]
+fn sshd_may_bind_its_port_and_nobody_else_is_given_leave() {
+    for variant in JOBS {
+        let spec = spec(variant);
+        assert!(spec["securityContext"]["sysctls"].is_null(), "{variant}: a session could take the port");
+        for container in containers(&spec) {
+            let security = &container["securityContext"];
+            let added = security["capabilities"]["add"].as_array();
+            let may =
+                security["privileged"] == true || added.is_some_and(|added| added.contains(&"NET_BIND_SERVICE".into()));
+            assert_eq!(may, container["name"] == "sshd", "{variant}: {container}");
+        }
+    }
+}
+
+#[test]
+fn the_pages_give_sshd_what_the_manifests_give_it() {
+    let security = container(&spec("variants/ordinary"), "sshd")["securityContext"].take();
+    let list = security["capabilities"]["add"].as_array().unwrap();
+    let names: Vec<_> = list.iter().map(|name| name.as_str().unwrap()).collect();
+    for page in ["README.md", "docs/KUBERNETES.md"] {
+        let text = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(page)).unwrap();
+        for line in [
+            format!("add: [{}]", names.join(", ")),
+            "appArmorProfile: {type: Unconfined}".into(),
+            "seccompProfile: {type: Unconfined}".into(),
+        ] {
+            assert!(text.contains(&line), "{page}: {line}");
+        }
+    }
+}
+
+#[test]
+fn a_session_does_not_reach_where_clouds_hand_out_credentials() {
+    let policy = manifests("networkpolicy.yaml").remove(0);
+    let kept = |at: usize| policy["spec"]["egress"][0]["to"][at]["ipBlock"]["except"].to_string();
+    for network in ["169.254.0.0/16", "100.100.100.200/32", "168.63.129.16/32"] {
+        assert!(kept(0).contains(network), "{network}");
+    }
+    for network in ["fe80::/10", "fd00:ec2::/64", "fd20:ce::254/128", "fd00:c1::a9fe:a9fe/128"] {
+        assert!(kept(1).contains(network), "{network}");
+    }
+}
+
+#[test]
+fn clients_of_another_namespace_reach_one_job_at_its_port() {
+    let [policy, service] = <[Value; 2]>::try_from(manifests("from-another-namespace.yaml")).unwrap();
+    let pods = &policy["spec"]["podSelector"]["matchLabels"];
+    assert_eq!((pods, pods["batch.kubernetes.io/job-name"].as_str()), (&service["spec"]["selector"], Some("JOB")));
+    let from = &policy["spec"]["ingress"][0]["from"][0]["namespaceSelector"]["matchLabels"];
+    assert_eq!(from["kubernetes.io/metadata.name"], "CLIENTS");
+    assert_eq!(service["spec"]["ports"][0]["targetPort"], "ssh");
+}
+
+/// The store of a site, and IMS, may have certificates of the site's own authority.
+#[test]
+fn whoever_speaks_to_a_server_is_given_authorities() {
+    for variant in JOBS {
+        let spec = spec(variant);
+        for name in ["prepare", "sidecar"] {
+            let container = container(&spec, name);
+            assert_eq!(variable(&container, "CA_CERT"), "/ca/ca.crt", "{variant}: {name}");
+            let mounts = container["volumeMounts"].as_array().unwrap();
+            assert!(
+                mounts.iter().any(|mount| mount["name"] == "ca" && mount["mountPath"] == "/ca"),
+                "{variant}: {name}"
+            );
+        }
+        let ca = spec["volumes"].as_array().unwrap().iter().find(|volume| volume["name"] == "ca").unwrap();
+        assert_eq!(ca["configMap"], serde_json::json!({"name": "ims-sshd-ca", "optional": true}), "{variant}");
+    }
+}
+
+#[test]
+fn what_was_packed_is_published_as_the_jobs_own_sidecar_does() {
+    let rescue = manifests("publish.yaml").remove(0);
+    let spec = &rescue["spec"]["template"]["spec"];
+    let (own, of_job) = (container(spec, "sidecar"), container(&self::spec("base"), "sidecar"));
+    for field in ["image", "securityContext", "envFrom", "resources"] {
+        assert_eq!(own[field], of_job[field], "{field}");
+    }
+    for name in ["IMAGE_ROOT_PARENT", "KERNEL_FILENAME", "INITRD_FILENAME", "CA_CERT"] {
+        assert_eq!(variable(&own, name), variable(&of_job, name));
+    }
+    assert_eq!(spec["volumes"][0]["persistentVolumeClaim"]["claimName"], "CLAIM");
+}
+
+#[test]
+fn probes_ask_for_states_by_name() {
+    for variant in JOBS {
+        let sshd = container(&spec(variant), "sshd");
+        let asks = |probe: &str| sshd[probe]["exec"]["command"].clone();
+        assert_eq!(asks("readinessProbe"), serde_json::json!(["ims-sshd", "status", "--is", "serving"]), "{variant}");
+        let alive = Stage::ALL.map(Stage::name).join(",");
+        assert_eq!(asks("livenessProbe"), serde_json::json!(["ims-sshd", "status", "--is", alive]), "{variant}");
     }
 }
 

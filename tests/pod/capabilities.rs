@@ -6,6 +6,7 @@ use std::io::{Read, Write as _};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
 use ims_sshd::publish::pod_files::SSHD_CONFIG;
@@ -62,7 +63,26 @@ struct Trial {
     capabilities: Vec<String>,
     dir: TempDir,
     name: String,
+    /// One that takes leave to be bound, as 22 does.
     port: u16,
+}
+
+/// The kernel's default, which CRI-O and containerd before 2.0 leave as it is.
+const UNPRIVILEGED_PORT_START: u16 = 1024;
+
+/// A port of the loopback address that nobody has, and that not everybody may bind.
+fn low_port() -> u16 {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let start = std::fs::read_to_string("/proc/sys/net/ipv4/ip_unprivileged_port_start").unwrap();
+    assert!(
+        start.trim().parse::<u16>().unwrap() >= UNPRIVILEGED_PORT_START,
+        "everybody may bind ports here: set net.ipv4.ip_unprivileged_port_start to {UNPRIVILEGED_PORT_START}"
+    );
+    let begin = u16::try_from(std::process::id() % 400).unwrap();
+    (0..400)
+        .map(|_| 600 + (begin + NEXT.fetch_add(1, Ordering::Relaxed)) % 400)
+        .find(|port| std::net::TcpListener::bind(("127.0.0.1", *port)).is_ok())
+        .expect("a free port")
 }
 
 /// A message without the numbers of processes, and without the file that unsquashfs happened to come to first.
@@ -79,7 +99,7 @@ impl Trial {
         for folder in ["volume", "config", "keys"] {
             std::fs::create_dir(dir.path().join(folder)).unwrap();
         }
-        let port = free_port();
+        let port = low_port();
         let name = format!("ims-sshd-test-{}-{port}", std::process::id());
         let trial = Self { container: container.clone(), capabilities, dir, name, port };
         succeed(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(trial.key()));
@@ -288,7 +308,8 @@ const HEAD: &str = "\
 What the manifests in deploy/kubernetes give each container, with all others dropped and no_new_privs (`allowPrivilegeEscalation: false`), and
 what breaks without each of them. Tried in real containers, on an image whose directories belong to other users too, and written by
 `make test` (tests/pod/capabilities.rs), which fails where this page says something else, or where something could be left out. `prepare`,
-`sidecar` and the debug shell run under a seccomp profile that refuses what containerd's RuntimeDefault refuses.
+`sidecar` and the debug shell run under a seccomp profile that refuses what containerd's RuntimeDefault refuses. sshd binds a port below
+`net.ipv4.ip_unprivileged_port_start`, which is 1024, the kernel's default: CRI-O and containerd before 2.0 leave it so, later ones set 0.
 
 A jailed session of the tier `user` has the capabilities of SECURITY.md in a user namespace of its own, whatever the container has.
 

@@ -150,7 +150,11 @@ impl Pod {
                 *one = json!({"name": one["name"], "hostPath": {"path": volume, "type": "Directory"}});
             }
             one["name"] = format!("{own}-{}", one["name"].as_str().unwrap()).into();
-            if let Some(map) = one.get_mut("configMap") {
+            if one["configMap"]["optional"] == true {
+                // podman has no optional one.
+                *one = json!({"name": one["name"], "emptyDir": {}});
+                volumes.push(one["name"].as_str().unwrap().to_owned());
+            } else if let Some(map) = one.get_mut("configMap") {
                 map["name"] = format!("{own}-{}", map["name"].as_str().unwrap()).into();
                 volumes.push(map["name"].as_str().unwrap().to_owned());
             } else {

@@ -90,6 +90,13 @@ fn the_page_leads_from_nothing_to_published_images() {
         }
     }
     assert_eq!(replaced, 2);
+    // Whoever follows the page has these free; two runs of this test on one machine do not.
+    for port in 2222..=2225 {
+        let port: u16 = port;
+        assert!(script.contains(&format!(" {port}")), "{port}");
+        script = script.replace(&format!(" {port}"), &format!(" {}", free_port()));
+    }
+    assert!(!script.contains(" 222"), "a port that is not this test's own: {script}");
 
     let cluster = Cluster(&state);
     let words: Vec<_> = {
