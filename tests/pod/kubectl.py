@@ -3,7 +3,7 @@ by podman, as the kubelet would run them but for this:
 
 - they have the machine's network: sshd gets another port and the loopback address, and 'port-forward' leads there;
 - volumes, ConfigMaps and Secrets are directories of this machine;
-- nothing enforces PodSecurity, the NetworkPolicy, seccompProfile and deadlines; the readiness probe is run by 'wait'.
+- nothing enforces PodSecurity, the NetworkPolicy, seccompProfile and deadlines; the readiness probe is run by 'get'.
 
 KUBECTL_STATE is a directory for all that a cluster would keep, KUBECTL_PODMAN the words of a podman command, as JSON, KUBECTL_IMAGE the
 image that is run whatever a job names, KUBECTL_SSHD_CONFIG sshd's configuration."""
@@ -17,7 +17,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 
 import yaml
 
@@ -25,7 +24,6 @@ sys.path.insert(0, os.environ["KUBECTL_RENDERER"])
 from manifests import rendered  # noqa: E402
 
 STATE = pathlib.Path(os.environ["KUBECTL_STATE"])
-LIMIT = 180
 
 
 def podman(*words, **options):
@@ -84,6 +82,9 @@ def create_job(job):
         if "ephemeral" in volume:
             host = folder / "volume"
             host.mkdir()
+        elif "persistentVolumeClaim" in volume:
+            # The claim that a pod has made goes with it.
+            host = place("jobs", volume["persistentVolumeClaim"]["claimName"].removesuffix("-image")) / "volume"
         elif "configMap" in volume:
             host = place("configmap", volume["configMap"]["name"])
         elif "secret" in volume:
@@ -96,7 +97,7 @@ def create_job(job):
     spec["volumes"] = [{"name": f"{name}-{volume}", **what} for volume, what in volumes.items()]
     spec["volumes"].append({"name": f"{name}-sshd", "hostPath": {"path": str(folder), "type": "Directory"}})
 
-    for container in spec["initContainers"] + spec["containers"]:
+    for container in spec.get("initContainers", []) + spec["containers"]:
         assert "@sha256:" in container["image"], container["image"]
         container["image"] = os.environ["KUBECTL_IMAGE"]
         container["imagePullPolicy"] = "Never"
@@ -113,7 +114,7 @@ def create_job(job):
         container.pop("ports", None)
         if probe := container.pop("readinessProbe", None):
             (folder / "probe").write_text(json.dumps([container["name"], probe["exec"]["command"]]))
-        if container["name"] == "sidecar":
+        if "sidecar" in container.get("command", []):
             container["command"] += ["--sshd-config", "/sshd/sshd_config"]
             container["volumeMounts"].append({"name": f"{name}-sshd", "mountPath": "/sshd", "readOnly": True})
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": spec}
@@ -134,26 +135,22 @@ def containers(name):
     return [container["name"] for container in spec["containers"]]
 
 
-def wait(condition, job):
+def state(job):
+    """What the page asks of a job's status: how many pods are ready, and which conditions hold."""
     name = name_of(job)
-    began = time.monotonic()
-    while time.monotonic() - began < LIMIT:
-        states = [json.loads(podman("inspect", "--format", "{{json .State}}", f"{name}-{container}",
-                                    check=True, capture_output=True).stdout) for container in containers(name)]
-        if any(not state["Running"] and state["ExitCode"] for state in states):
-            fail(f"{job} has failed")
-        if condition == "jsonpath={.status.ready}=1":
-            container, command = json.loads((place("jobs", name) / "probe").read_text())
-            done = podman("exec", f"{name}-{container}", *command, capture_output=True).returncode == 0
-        elif condition == "condition=Complete":
-            done = not any(state["Running"] for state in states)
-        else:
-            fail(f"unknown condition {condition}")
-        if done:
-            print(f"{job} condition met")
-            return
-        time.sleep(0.1)
-    fail(f"timed out waiting for the condition on {job}")
+    states = [json.loads(podman("inspect", "--format", "{{json .State}}", f"{name}-{container}",
+                                check=True, capture_output=True).stdout) for container in containers(name)]
+    if any(not state["Running"] and state["ExitCode"] for state in states):
+        # Kubernetes waits for the other containers.
+        return " FailureTarget" if any(state["Running"] for state in states) else " FailureTarget Failed"
+    if not any(state["Running"] for state in states):
+        return " SuccessCriteriaMet Complete"
+    if not all(state["Running"] for state in states):
+        return " "
+    if not (probe := place("jobs", name) / "probe").exists():
+        return "1 "
+    container, command = json.loads(probe.read_text())
+    return f"{int(podman('exec', f'{name}-{container}', *command, capture_output=True).returncode == 0)} "
 
 
 def port_forward(job, here):
@@ -186,7 +183,7 @@ def main(words):
         case ["create", "secret", "generic", name, *options]:
             create_object("secret", name, content_of(options))
         case ["apply", "-f", file]:
-            for one in rendered(pathlib.Path(file)):
+            for one in yaml.safe_load_all(sys.stdin) if file == "-" else rendered(pathlib.Path(file)):
                 print(f"{one['kind'].lower()}/{one['metadata']['name']} created")
         case ["kustomize", folder]:
             # As kustomize prints it: two blanks before what lies in 'metadata'.
@@ -194,14 +191,23 @@ def main(words):
         case ["create", "-f", "-", "-o", "name"]:
             for one in yaml.safe_load_all(sys.stdin):
                 create_job(one)
-        case ["wait", condition, job, timeout] if condition.startswith("--for=") and timeout.startswith("--timeout="):
-            wait(condition.removeprefix("--for="), job)
+        case ["get", job, "-o", "jsonpath={.status.ready} {.status.conditions[*].type}"]:
+            print(state(job), end="")
+        case ["get", "pods", selector, "-o", "name"] if selector.startswith("--selector=batch.kubernetes.io/job-name="):
+            print("pod/" + name_of("job.batch/" + selector.rsplit("=", 1)[1]))
         case ["exec", job, "-c", container, "--", *command]:
             sys.exit(podman("exec", f"{name_of(job)}-{container}", *command).returncode)
         case ["port-forward", job, ports] if ports.endswith(":22"):
             port_forward(job, int(ports.removesuffix(":22")))
         case ["logs", job, "-c", container]:
             sys.exit(podman("logs", f"{name_of(job)}-{container}", stderr=subprocess.STDOUT).returncode)
+        case ["logs", job, "--all-containers", "--tail=20"]:
+            for container in containers(name_of(job)):
+                podman("logs", "--tail=20", f"{name_of(job)}-{container}", stderr=subprocess.STDOUT)
+        case ["patch", job, "--type=merge", "-p", patch] if list(json.loads(patch)) == ["spec"]:
+            print(f"job.batch/{name_of(job)} patched")
+        case ["delete", "networkpolicy,service", name]:
+            print(f'"{name}" deleted')
         case ["delete", job]:
             name = name_of(job)
             podman("pod", "rm", "--force", "--time=0", name, check=True, stdout=subprocess.DEVNULL)

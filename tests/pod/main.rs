@@ -20,6 +20,8 @@ mod s3_server;
 #[allow(dead_code)]
 #[path = "../suite/support.rs"]
 mod support;
+#[path = "../publish/tls_server.rs"]
+mod tls_server;
 
 mod capabilities;
 mod containers;

@@ -10,6 +10,7 @@ use crate::ims_server::ImsServer;
 use crate::job;
 use crate::podman::*;
 use crate::s3_server::Bucket;
+use crate::tls_server::{Tls, certificates, port_of};
 
 /// The page's commands, block by block.
 fn blocks(page: &str) -> Vec<&str> {
@@ -22,6 +23,35 @@ fn with_values(block: &str, values: &[(&str, String)]) -> String {
     assert_eq!(names, values.iter().map(|(name, _)| *name).collect::<Vec<_>>());
     let lines: Vec<_> = values.iter().map(|(name, value)| format!("{name}='{value}'\n")).collect();
     lines.concat()
+}
+
+/// A job whose store goes away while it is open: the one that the page then rescues.
+fn store_down(secret: &Path, gone: &Tls) -> String {
+    let (secret, port, pid) = (secret.display(), gone.port, gone.process.id());
+    format!(
+        "cp -a {secret} store.kept; echo -n https://127.0.0.1:{port} > {secret}/S3_ENDPOINT
+        echo -n 1 > {secret}/IMS_RETRY_LIMIT
+        configure ordinary \"$IMAGE/rootfs\" compute-late
+        JOB=$(start); opened \"$JOB\"; reach \"$JOB\" 2226; kill {pid}
+        login 2226 'echo late > /etc/motd; touch /tmp/complete'
+        if published \"$JOB\" 2> store-was-down; then exit 7; fi
+        rm -r {secret}; mv store.kept {secret}\n"
+    )
+}
+
+/// What the page's functions say of a job that is given up, and of an image without a digest.
+const GIVEN_UP: &str = "configure ordinary \"$IMAGE/rootfs\" compute-failed
+    JOB=$(start); opened \"$JOB\"; reach \"$JOB\" 2227; login 2227 touch /tmp/failed
+    if published \"$JOB\" > given-up 2> marked-failed; then exit 7; fi
+    IMS_SSHD_IMAGE=registry.example/ims-sshd:0.1.0
+    if configure ordinary none none 2> no-digest; then exit 7; fi\n";
+
+/// Whoever follows the page has its ports free; two runs of this test on one machine do not.
+fn with_own_ports(script: String) -> String {
+    (2222..=2227).fold(script, |script, port: u16| {
+        assert!(script.contains(&format!(" {port}")), "{port}");
+        script.replace(&format!(" {port}"), &format!(" {}", free_port()))
+    })
 }
 
 /// Ends the pods that a walk has left, and the volumes that podman keeps of each.
@@ -64,14 +94,20 @@ fn the_page_leads_from_nothing_to_published_images() {
     let tree = job::image(dir.path());
     std::fs::create_dir_all(tree.join("lib/modules/6.1.0")).unwrap();
     let (bucket, ims) = (Bucket::new(), ImsServer::start());
+    // Certificates are of an authority that no machine knows. One server goes away.
+    certificates(dir.path());
+    let front_of = |url: &str| Tls::start(dir.path(), port_of(url));
+    let (store, gone, gateway) = (front_of(&bucket.endpoint), front_of(&bucket.endpoint), front_of(&ims.url));
+    let https = |tls: &Tls| format!("https://127.0.0.1:{}", tls.port);
     let site = with_values(
         blocks(include_str!("../../docs/KUBERNETES.md"))[0],
         &[
             ("IMS_SSHD_IMAGE", format!("registry.example/ims-sshd@sha256:{}", "0".repeat(64))),
-            ("S3_ENDPOINT", bucket.endpoint.clone()),
+            ("S3_ENDPOINT", https(&store)),
             ("S3_BUCKET", bucket.name.clone()),
             ("S3_ACCESS_KEY", "access".into()),
             ("S3_SECRET_KEY", "secret".into()),
+            ("CA", dir.path().join("ca.crt").display().to_string()),
             ("SOURCE", job::squashfs_of(&tree).display().to_string()),
         ],
     );
@@ -83,20 +119,19 @@ fn the_page_leads_from_nothing_to_published_images() {
             replaced += 1;
         } else if block.starts_with("IMS_URL=") {
             let oauth = ims.oauth.path().display().to_string();
-            script += &with_values(block, &[("IMS_URL", ims.url.clone()), ("OAUTH", oauth)]);
+            script += &with_values(block, &[("IMS_URL", format!("{}/apis/ims", https(&gateway))), ("OAUTH", oauth)]);
+            replaced += 1;
+        } else if block.starts_with("kubectl patch ") {
+            script += &store_down(&state.join("secret/ims-sshd-store"), &gone);
+            script += block;
             replaced += 1;
         } else {
             script += block;
         }
     }
-    assert_eq!(replaced, 2);
-    // Whoever follows the page has these free; two runs of this test on one machine do not.
-    for port in 2222..=2225 {
-        let port: u16 = port;
-        assert!(script.contains(&format!(" {port}")), "{port}");
-        script = script.replace(&format!(" {port}"), &format!(" {}", free_port()));
-    }
-    assert!(!script.contains(" 222"), "a port that is not this test's own: {script}");
+    assert_eq!(replaced, 3);
+    script += GIVEN_UP;
+    let script = with_own_ports(script);
 
     let cluster = Cluster(&state);
     let words: Vec<_> = {
@@ -104,8 +139,8 @@ fn the_page_leads_from_nothing_to_published_images() {
         let words = std::iter::once(command.get_program()).chain(command.get_args());
         words.map(|word| word.to_str().unwrap().to_owned()).collect()
     };
-    let mut shell = Command::new("bash");
-    shell.args(["-c", &script]).current_dir(&here).stdin(Stdio::null());
+    let mut shell = Command::new("timeout");
+    shell.args(["600", "bash", "-c", &script]).current_dir(&here).stdin(Stdio::null());
     shell.env("PATH", format!("{}:{}", bin.display(), std::env::var("PATH").unwrap()));
     shell.env("CONTAINERS_CONF", repository().join("tests/containers.conf"));
     shell.env("KUBECTL_STATE", &state).env("KUBECTL_RENDERER", repository().join("tests/deploy"));
@@ -129,6 +164,12 @@ fn the_page_leads_from_nothing_to_published_images() {
     assert_eq!(next, ["one", "other"]);
     assert_eq!(said.lines().filter(|line| *line == "customized").count(), 2, "both begin with the first: {said}");
     assert!([": closing", ": packing", ": uploading", ": done"].iter().any(|stage| said.contains(stage)), "{said}");
+    assert_eq!(motd(&here.join("rootfs-late")), "late");
+    let complaint = |file: &str| std::fs::read_to_string(here.join(file)).unwrap();
+    assert!(complaint("store-was-down").contains("has published nothing"), "{}", complaint("store-was-down"));
+    assert!(complaint("marked-failed").contains("has published nothing"), "{}", complaint("marked-failed"));
+    assert_eq!(complaint("given-up"), "");
+    assert!(complaint("no-digest").contains("expected NAME@sha256:DIGEST"), "{}", complaint("no-digest"));
     // Registered, without a job of IMS.
     assert!(said.contains("\"ims_image_record\"") && said.contains("compute-registered"), "{said}");
     let images = ims.state().images.values().cloned().collect::<Vec<_>>();

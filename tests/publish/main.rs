@@ -23,6 +23,7 @@ mod s3_server;
 mod sidecar;
 mod sources;
 mod tls;
+mod tls_server;
 mod trust;
 mod unattended;
 mod upload;

@@ -8,7 +8,7 @@ use crate::file_server::reset;
 use crate::job::*;
 use crate::prepare::{refused, same_tree};
 use crate::support::*;
-use crate::tls::{Tls, certificates, port_of};
+use crate::tls_server::{Tls, certificates, port_of};
 
 /// A server with an answer for each request, in their order; the last one again for all that follow. A connection is reset after an
 /// answer whose head says so.
