@@ -82,11 +82,11 @@ pub fn open_image_root(files: &SignalFiles, name: &str) -> Result<Tree> {
     }
 }
 
-/// Removes marks that came with the image: a job must not end before it began. A link or fifo of that name is removed too, and a directory
-/// is an error: with it in the way, no session could make the mark.
+/// Removes marks that came with the image: a job must not end before it began. A link or fifo of that name is removed too.
 pub fn remove_old_marks(image_root: &Tree) -> Result<()> {
     for verdict in Verdict::ALL {
         let name = mark_of(verdict);
+        remove_directory(image_root, &name)?;
         if image_root.remove(&name).attempt(|| removing(&name))? {
             tracing::info!("removed /{}, which came with the image", name.display());
         }
@@ -102,10 +102,30 @@ fn removing(mark: &Path) -> String {
     format!("remove /{} of the image", mark.display())
 }
 
-/// Removes the mark from the image's /tmp. Returns whether it stood there. What is no regular file is no mark, and stays.
+/// Removes an empty directory in the place of a mark: with it in the way, no session could make the mark. One that is not empty is an error.
+fn remove_directory(image_root: &Tree, name: &Path) -> Result<()> {
+    let attempted = || removing(name);
+    if image_root.look(name).attempt(attempted)?.as_ref().map(kind_of) != Some("a folder") {
+        return Ok(());
+    }
+    match image_root.remove_folder(name) {
+        Err(e) if e.kind() == std::io::ErrorKind::DirectoryNotEmpty => {
+            // No advice, in whose place there may be the caller's.
+            let why = "it is a directory that is not empty, in the place of a mark: remove it from the image";
+            return Err(Error::new(attempted()).because(why));
+        }
+        other => other.attempt(attempted)?,
+    };
+    tracing::warn!("removed the empty directory /{} of the image, which has the name of a mark", name.display());
+    Ok(())
+}
+
+/// Removes the mark from the image's /tmp, and an empty directory in its place. Returns whether the mark stood there. What else is no
+/// regular file is no mark, and stays.
 pub fn take_mark(image_root: &Tree, verdict: Verdict) -> Result<bool> {
     let name = mark_of(verdict);
     let attempted = || removing(&name);
+    remove_directory(image_root, &name)?;
     if !image_root.look(&name).attempt(attempted)?.is_some_and(|found| is_mark(&found)) {
         return Ok(false);
     }
@@ -126,11 +146,16 @@ pub fn is_marked_failed(files: &SignalFiles, image_root: Option<&Tree>) -> Resul
 /// Makes the image's own mark as a sidecar expects it after a jailed job: a failure stands in its /tmp too, a success leaves
 /// nothing there.
 pub fn mark_in_image(files: &SignalFiles, image_root: &Tree, verdict: Verdict) -> Result<()> {
-    let failed = Path::new("tmp").join(Verdict::Failed.signal_file());
+    let failed = mark_of(Verdict::Failed);
+    remove_directory(image_root, &failed)?;
     if verdict == Verdict::Failed {
         files.create(image_root, &failed).attempt(|| "create /tmp/failed in the image")?;
     }
-    take_mark(image_root, Verdict::Complete).map(|_| ())
+    match take_mark(image_root, Verdict::Complete) {
+        Err(e) if verdict == Verdict::Failed => tracing::warn!("{e}"),
+        taken => drop(taken?),
+    }
+    Ok(())
 }
 
 /// Writes the settings into sshd's configuration and has sshd itself say what they come to. With a jail, refuses a configuration that
@@ -290,8 +315,11 @@ mod tests {
         std::fs::remove_file(root.join("tmp")).unwrap();
         std::fs::create_dir_all(root.join("tmp/failed")).unwrap();
         assert!(!is_marked(Some(&tree)).unwrap(), "a directory is no mark");
-        assert!(!take_mark(&tree, Verdict::Failed).unwrap() && root.join("tmp/failed").exists());
-        std::fs::remove_dir(root.join("tmp/failed")).unwrap();
+        std::fs::write(root.join("tmp/failed/file"), "").unwrap();
+        let told = take_mark(&tree, Verdict::Failed).unwrap_err().to_string();
+        assert!(told.ends_with("in the place of a mark: remove it from the image"), "{told}");
+        std::fs::remove_file(root.join("tmp/failed/file")).unwrap();
+        assert!(!take_mark(&tree, Verdict::Failed).unwrap() && !root.join("tmp/failed").exists());
         std::fs::write(root.join("tmp/failed"), "").unwrap();
         assert!(is_marked(Some(&tree)).unwrap());
         assert!(take_mark(&tree, Verdict::Failed).unwrap());

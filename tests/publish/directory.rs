@@ -388,3 +388,34 @@ fn a_directory_that_an_environment_has_open_is_neither_packed_nor_prepared() {
     std::fs::create_dir(tree.join(".ims-sshd.applying")).unwrap();
     refused("applying changes to it was interrupted");
 }
+
+#[test]
+fn a_directory_in_the_place_of_a_mark_is_removed_at_the_end_and_at_the_start_if_it_is_empty() {
+    let dir = folder();
+    let tree = tree(dir.path());
+    std::fs::create_dir_all(tree.join("tmp/failed")).unwrap();
+    let script = dir.path().join("script");
+    let lines =
+        "cd $IMAGE_ROOT_PARENT/image-root\necho 2 > etc/new\nmkdir tmp/complete tmp/failed\ntouch ../complete\n";
+    std::fs::write(&script, lines).unwrap();
+    for (end, content) in [
+        (&["--", "sh", "-c", "mkdir /tmp/failed /tmp/complete && echo 1 > /etc/new"][..], "1\n"),
+        (&["--host-script", script.to_str().unwrap()], "2\n"),
+    ] {
+        let output = run(dir.path(), &[&CUSTOMIZE[..], end].concat());
+        assert_eq!(output.status.code(), Some(0), "{output:?}");
+        let told = "removed the empty directory /tmp/complete of the image, which has the name of a mark";
+        assert!(text(&output.stderr).contains(told), "{output:?}");
+        assert_eq!(std::fs::read_to_string(tree.join("etc/new")).unwrap(), content);
+        assert!(!tree.join("tmp/complete").exists() && !tree.join("tmp/failed").exists());
+    }
+    let full = run(dir.path(), &[&CUSTOMIZE[..], &["--", "mkdir", "-p", "/tmp/complete/in"]].concat());
+    assert_eq!(full.status.code(), Some(1), "{full:?}");
+    assert!(text(&full.stderr).contains("not empty, in the place of a mark: remove it from the image"), "{full:?}");
+    assert!(!tree.join("tmp/complete").exists(), "not applied");
+    std::fs::create_dir_all(tree.join("tmp/complete/in")).unwrap();
+    let refused = run(dir.path(), &[&CUSTOMIZE[..], &["--fresh", "--", "true"]].concat());
+    assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+    assert!(text(&refused.stderr).contains("remove it from the image"), "{refused:?}");
+    nothing_stays(dir.path());
+}

@@ -780,13 +780,15 @@ fn what_is_no_signal_file_hangs_nothing_and_is_no_success() {
 }
 
 #[test]
-fn what_is_no_regular_file_is_no_mark_in_the_jail_and_stays_there() {
+fn what_is_no_regular_file_is_no_mark_in_the_jail_and_stays_there_unless_it_is_an_empty_directory() {
     let odd = [
-        "mkdir /tmp/complete /tmp/failed",
-        "mkdir -p /tmp/complete/full /tmp/failed/full",
-        "touch /tmp/other; ln -s other /tmp/complete; ln -s nothing /tmp/failed",
+        ("mkdir /tmp/complete /tmp/failed", 0, false),
+        ("mkdir /tmp/failed", 0, false),
+        // Nothing could open it again.
+        ("mkdir -p /tmp/complete/full", 1, true),
+        ("touch /tmp/other; ln -s other /tmp/complete; ln -s nothing /tmp/failed", 0, true),
     ];
-    for (number, make) in odd.into_iter().enumerate() {
+    for (number, (make, code, stays)) in odd.into_iter().enumerate() {
         let volume = Volume::new(Image::Busybox);
         let made = |text: &str| {
             succeed(Command::new("sh").args(["-c", &text.replace("/tmp", "tmp")]).current_dir(&volume.image_root))
@@ -803,11 +805,11 @@ fn what_is_no_regular_file_is_no_mark_in_the_jail_and_stays_there() {
         // The init has looked, and looks again for what is one.
         environment.says("touch /tmp/other2");
         assert!(environment.entrypoint.try_wait().unwrap().is_none());
-        assert_eq!(environment.complete(), 0, "{make}: {}", environment.log_text());
-        assert!(environment.signal("complete").exists() && !environment.signal("failed").exists(), "{make}");
-        for name in ["complete", "failed"] {
-            assert!(environment.image_root.join("tmp").join(name).symlink_metadata().is_ok(), "{make}: {name}");
-        }
+        assert_eq!(environment.complete(), code, "{make}: {}", environment.log_text());
+        assert_eq!(environment.signal("complete").exists(), code == 0, "{make}");
+        assert_eq!(environment.signal("failed").exists(), code != 0, "{make}");
+        let stayed = environment.image_root.join("tmp/complete").symlink_metadata().is_ok();
+        assert_eq!(stayed, stays, "{make}: {}", environment.log_text());
     }
 }
 

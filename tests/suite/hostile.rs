@@ -260,7 +260,7 @@ fn odd_image_roots() -> Vec<Case> {
             std::fs::create_dir_all(volume.image_root.join(target.strip_prefix("/").unwrap())).unwrap();
         }),
         Case::new("a mark that is a folder", Refused("cannot remove /tmp/complete of the image".into()), |volume| {
-            std::fs::create_dir(volume.image_root.join("tmp/complete")).unwrap();
+            std::fs::create_dir_all(volume.image_root.join("tmp/complete/full")).unwrap();
         }),
         Case::new("an /etc that lies where the jail mounts", Works, |volume| {
             std::fs::create_dir(volume.image_root.join("run")).unwrap();
