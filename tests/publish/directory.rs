@@ -385,7 +385,7 @@ fn a_directory_that_an_environment_has_open_is_neither_packed_nor_prepared() {
         std::io::Read::read_exact(open.stdout.as_mut().unwrap(), &mut said).unwrap();
         refused(&format!("cannot claim {}: another build environment is open on it", tree.display()));
     }
-    std::fs::create_dir(tree.join(".ims-sshd.applying")).unwrap();
+    std::fs::create_dir(tree.join(".ims-sshd.applying.0123456789abcdef")).unwrap();
     refused("applying changes to it was interrupted");
 }
 
