@@ -190,11 +190,17 @@ fn changes_are_applied_to_the_directory_that_was_opened_whatever_has_its_path_by
     assert!(text(&output.stderr).contains("is another directory by now"), "{output:?}");
 }
 
-/// Leaves all as it is when the program is killed just after the verdict.
-fn begun(dir: &Path, tree: &Path) {
+/// Makes what an application that was killed leaves in a directory.
+fn stage(tree: &Path) -> PathBuf {
     let stage = tree.join(".ims-sshd.applying.0123456789abcdef");
     std::fs::create_dir(&stage).unwrap();
     std::fs::set_permissions(&stage, std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
+    stage
+}
+
+/// Leaves all as it is when the program is killed just after the verdict.
+fn begun(dir: &Path, tree: &Path) {
+    let stage = stage(tree);
     let found = std::fs::metadata(tree).unwrap();
     let made = found.created().unwrap().duration_since(std::time::UNIX_EPOCH).unwrap();
     let root = format!("{},{}.{:09}", found.ino(), made.as_secs(), made.subsec_nanos());
@@ -385,7 +391,7 @@ fn a_directory_that_an_environment_has_open_is_neither_packed_nor_prepared() {
         std::io::Read::read_exact(open.stdout.as_mut().unwrap(), &mut said).unwrap();
         refused(&format!("cannot claim {}: another build environment is open on it", tree.display()));
     }
-    std::fs::create_dir(tree.join(".ims-sshd.applying.0123456789abcdef")).unwrap();
+    stage(&tree);
     refused("applying changes to it was interrupted");
 }
 
