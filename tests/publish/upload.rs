@@ -79,13 +79,14 @@ fn runs_of_one_name_that_publish_at_once_all_have_a_place() {
         .map(|number| {
             let place = dir.path().join(number.to_string());
             std::fs::create_dir(&place).unwrap();
-            let mut upload = ims_sshd(&["upload", "--name", "a/b", "--store", "../store", "--archive"], &[]);
-            upload.args([&squashfs, &tree]).current_dir(place).stdout(Stdio::null()).stderr(Stdio::null());
+            let mut upload = ims_sshd(&["upload", "--name", "a b", "--store", "../store", "--archive"], &[]);
+            upload.args([&squashfs, &tree]).current_dir(place).stdout(Stdio::piped()).stderr(Stdio::piped());
             upload.spawn().unwrap()
         })
         .collect();
-    for mut run in runs {
-        assert!(run.wait().unwrap().success());
+    for run in runs {
+        let output = run.wait_with_output().unwrap();
+        assert!(output.status.success(), "{output:?}");
     }
     let images = images_in(&dir.path().join("store"));
     assert_eq!(images.len(), 6, "{images:?}");
