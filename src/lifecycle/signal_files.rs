@@ -304,9 +304,9 @@ fn claiming(path: &Path) -> String {
 
 /// Why nothing else can be done with `path`.
 pub fn claimed(path: &Path) -> Error {
-    Error::new(claiming(path))
-        .because("another build environment is open on it")
-        .advise("wait for it to end, or end it with 'ims-sshd fail'")
+    Error::new(claiming(path)).because("another build environment is open on it").advise(
+        "'ims-sshd status' names it; an 'enter' ends with its shell or command, others with 'ims-sshd fail NAME'",
+    )
 }
 
 /// Warns, once, that one looks at intervals.

@@ -114,11 +114,19 @@ pub fn is_half_applied_by(place: &Path) -> bool {
 /// Refuses to change a directory where it is as long as changes made above it are kept in `place`.
 pub fn refuse_with_changes(directory: &Path, place: &Path) -> Result<()> {
     refuse_half_applied(directory)?;
+    if SignalFiles::open(place)?.is_some_and(|files| files.is_claimed()) {
+        return Err(Error::new(format!("change {} where it is", directory.display()))
+            .because("it is open, and is being changed above it")
+            .advise("wait for that to end; 'ims-sshd status' names it"));
+    }
     if Overlay::changes(&place.join(OVERLAY)) != Some(true) {
         return Ok(());
     }
     let why = format!("changes that were made above it are kept in {}", place.display());
-    let advice = "'ims-sshd customize' without --in-place goes on with them, and drops them with --fresh";
+    let advice = format!(
+        "'ims-sshd customize' without --in-place goes on with them, 'ims-sshd fail {}' drops them",
+        directory.display()
+    );
     Err(Error::new(format!("change {} where it is", directory.display())).because(why).advise(advice))
 }
 

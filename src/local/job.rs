@@ -5,6 +5,8 @@ use std::collections::HashSet;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 
+use serde_json::Value;
+
 use crate::error::{Attempt, Error, Result};
 use crate::lifecycle::signal_files::SignalFiles;
 use crate::lifecycle::stage::Stage;
@@ -14,12 +16,12 @@ use crate::local::apply;
 use crate::local::customize;
 use crate::local::directory::{self, Held};
 use crate::local::names;
-use crate::local::register::Entry;
+use crate::local::register::{self, Entry};
 use crate::local::work_directory::WorkDirectory;
 use crate::publish::boot;
 use crate::publish::changes::Inventory;
 use crate::publish::ims::Ims;
-use crate::publish::journal::{Journal, Notes};
+use crate::publish::journal::{self, Journal, Notes};
 use crate::publish::package::{self, Archive, open_tree};
 use crate::publish::prepare::{ARCHIVE, INVENTORY, holds_changes, known, prepare};
 use crate::publish::settings::Settings;
@@ -187,9 +189,23 @@ impl Job {
         }
     }
 
+    /// Tells whoever only looks of changes that are not shown.
+    fn tell_kept(&self, source: &Source, all: &Path) {
+        let place = all.join(name_of(source, &self.source));
+        if holds_changes(&place, &place.join(IMAGE_ROOT)) {
+            tracing::warn!(
+                "changes to {0} are kept, and not shown here: --output STORE goes on with them, 'ims-sshd fail {0}' drops them",
+                self.shown()
+            );
+        }
+    }
+
     /// Enters this job, which is one of `command`, into the register of what is open on this machine.
     pub fn register(&self, command: &str) -> Result<Entry> {
-        Entry::make(command, &self.shown(), &self.label())
+        let work = std::fs::canonicalize(&self.work).unwrap_or_else(|_| self.work.clone());
+        let source = Source::parse(&self.source)?;
+        let keeps = (self.decides()).then(|| work.join(name_of(&source, &self.source)));
+        Entry::make(command, &self.shown(), &self.label(), keeps)
     }
 
     /// Opens the image and gives its root to `session`, which says what becomes of the changes. Returns what the session returned
@@ -239,6 +255,9 @@ impl Job {
             self.check_store(&work, &settings, &source, holds_changes(&place, &place.join(IMAGE_ROOT)))?;
             self.changes.as_deref().map(|file| package::output(file, "--changes")).transpose()?;
         }
+        if self.end == End::Discarded {
+            self.tell_kept(&source, &settings.parent);
+        }
         let claim = if self.end == End::Discarded { WorkDirectory::claim_to_discard } else { WorkDirectory::claim };
         let place = claim(&settings.parent, &name_of(&source, &self.source))?;
         place.path().clone_into(&mut settings.parent);
@@ -261,6 +280,9 @@ impl Job {
             drop_changes(&work, &settings, &place)?;
         }
         self.refuse_others(&work, &settings, &source, &place)?;
+        if self.end != End::Discarded {
+            entry.note(place.files().parent());
+        }
         if holds_changes(parent, &mounted) {
             tracing::info!(
                 "going on with what was changed before, which is kept in {}; --fresh drops it and begins anew",
@@ -274,8 +296,9 @@ impl Job {
         let result = work.unless_interrupted(result);
         let kept = || {
             format!(
-                "what was changed is kept in {}; the same command goes on with it; to drop it, give it --fresh",
-                parent.display()
+                "what was changed is kept in {}; the same command goes on with it; 'ims-sshd fail {}' drops it",
+                parent.display(),
+                entry.name()
             )
         };
         if self.end != End::Discarded && holds_changes(parent, &mounted) {
@@ -296,6 +319,39 @@ impl Job {
         }
         Ok(value)
     }
+}
+
+/// Drops what a run has left that has ended: changes that are kept, its sshd, and what it has added to the image.
+pub fn drop_left(entry: &Value) -> Result<()> {
+    local::need_root()?;
+    let (name, source) = (entry["name"].as_str().unwrap_or_default(), entry["source"].as_str().unwrap_or_default());
+    let work = entry["work"].as_str().map(Path::new).filter(|work| work.is_dir());
+    if let Some((all, own)) = work.and_then(|work| Some((work.parent()?, work.file_name()?.to_str()?))) {
+        let place = WorkDirectory::claim(all, own)?;
+        let refuse = |why: &str, advice: String| {
+            Err(Error::new(format!("drop what was changed in {source}")).because(why).advise(advice))
+        };
+        if apply::has_begun(place.files().parent())? {
+            return refuse("some of it was applied already", "the same command goes on with that".into());
+        }
+        if journal::is_begun(place.files())? {
+            let command = shell_words::join(["ims-sshd", "enter", source]);
+            let advice = format!("'{command} --output STORE --discard true' removes that too");
+            return refuse("a part of it was uploaded already", advice);
+        }
+        let mounted = place.path().join(IMAGE_ROOT);
+        customize::end_left_over(&mounted)?;
+        if mounted.exists() {
+            directory::clear_left_over(&directory::COMMANDS, &mounted)?;
+        }
+        place.remove()?;
+    }
+    if Path::new(source).is_dir() {
+        let directory = local::image_root(Path::new(source))?;
+        customize::end_left_over(&directory)?;
+        directory::clear_left_over(&directory::COMMANDS, &directory)?;
+    }
+    register::forget(name)
 }
 
 /// Drops what was changed before, and what was published of it in part.

@@ -1,5 +1,5 @@
 //! Register of what is open on this machine: a directory for each run of `customize` and `enter`, locked as long as the run lasts, also while
-//! it fetches and packs. One that is not locked belongs to a run that was killed, and counts for nothing.
+//! it fetches and packs. One that is not locked is of a run that was killed, or that has kept changes: see [`left`].
 
 use std::cell::RefCell;
 use std::os::unix::fs::DirBuilderExt;
@@ -13,12 +13,24 @@ use crate::lifecycle::signal_files::SignalFiles;
 use crate::lifecycle::stage::Stage;
 use crate::lifecycle::state::RUN;
 use crate::local;
+use crate::local::work_directory;
+use crate::publish::prepare::holds_changes;
+use crate::sys::tree::Tree;
 
 /// Directory of the register, below [`RUN`]; no environment's own directory begins with a dot.
 const REGISTER: &str = ".runs";
 
 /// File that holds a run's entry.
 const ENTRY: &str = "entry";
+
+/// The same in the work directory: the register is gone when the machine has started anew.
+const KEPT_ENTRY: &str = ".ims-sshd.entry";
+
+/// State of changes that are kept.
+pub const KEPT: &str = "kept";
+
+/// State of a run that was killed.
+pub const KILLED: &str = "killed";
 
 /// An entry is far smaller.
 const LIMIT: u64 = 64 << 10;
@@ -27,11 +39,14 @@ const LIMIT: u64 = 64 << 10;
 pub struct Entry {
     files: SignalFiles,
     fields: RefCell<Value>,
+    /// The work directory, where changes may be kept beyond this run.
+    keeps: Option<PathBuf>,
 }
 
 impl Entry {
-    /// Enters a run of `command` on `source`, which is shown, under `name`, or that with a number.
-    pub fn make(command: &str, source: &str, name: &str) -> Result<Self> {
+    /// Enters a run of `command` on `source`, which is shown, under `name`, or that with a number. Its changes may be kept in the work directory
+    /// `keeps`; the name of others that are kept is taken.
+    pub fn make(command: &str, source: &str, name: &str, keeps: Option<PathBuf>) -> Result<Self> {
         let register = place();
         let mut number = 0;
         loop {
@@ -39,7 +54,11 @@ impl Entry {
             let name = if number == 1 { name.to_owned() } else { format!("{name}-{number}") };
             let path = register.join(&name);
             let in_use = || SignalFiles::open(&path).ok().flatten().is_some_and(|files| files.is_claimed());
-            if in_use() {
+            let is_kept = || {
+                let left = read(&path).map(|(entry, _)| entry);
+                left.is_some_and(|left| kept_in(&left).is_some_and(|work| Some(work) != keeps))
+            };
+            if in_use() || is_kept() {
                 continue;
             }
             let make = || {
@@ -59,8 +78,9 @@ impl Entry {
                 "pid": std::process::id(),
                 "state": Stage::Preparing.name(),
                 "since": now(),
+                "work": keeps,
             });
-            let entry = Self { files, fields: RefCell::new(fields) };
+            let entry = Self { files, fields: RefCell::new(fields), keeps };
             entry.write();
             return Ok(entry);
         }
@@ -84,6 +104,15 @@ impl Entry {
         self.write();
     }
 
+    /// Notes in the work directory `place` whose changes those are.
+    pub fn note(&self, place: &Tree) {
+        let fields = self.fields.borrow();
+        let note = json!({ "name": fields["name"], "command": fields["command"], "source": fields["source"] });
+        if let Err(e) = place.replace(KEPT_ENTRY, note.to_string().as_bytes()) {
+            tracing::warn!("cannot write {}/{KEPT_ENTRY}: {e}; 'ims-sshd status' tells less", place.shown().display());
+        }
+    }
+
     /// An entry that cannot be written is no reason to end a run.
     fn write(&self) {
         let text = self.fields.borrow().to_string();
@@ -95,12 +124,72 @@ impl Entry {
 
 impl Drop for Entry {
     fn drop(&mut self) {
+        if self.keeps.as_deref().is_some_and(is_kept) {
+            return self.tell(&[("state", KEPT), ("since", &now())]);
+        }
         let _ = local::remove_folder(self.files.path());
     }
 }
 
 /// Entries of all runs that last, by name.
 pub fn entries() -> Result<Vec<Value>> {
+    Ok(all()?.into_iter().filter_map(|(entry, lasts)| lasts.then_some(entry)).collect())
+}
+
+/// Entries of runs that were killed, and of changes that are kept.
+pub fn left() -> Vec<Value> {
+    let mut left = Vec::new();
+    for (mut entry, lasts) in all().unwrap_or_default() {
+        let kept = kept_in(&entry);
+        let source = entry["source"].as_str().map(Path::new);
+        // The source of a run that was killed may be gone, and nothing be left to tell of.
+        let is_there = source.is_some_and(|source| source.is_relative() || source.exists());
+        if lasts || kept.is_none() && (entry["state"] == KEPT || !is_there) {
+            continue;
+        }
+        if entry["state"] != KEPT {
+            (entry["was"], entry["state"]) = (entry["state"].take(), json!(KILLED));
+        }
+        entry["kept"] = json!(kept.is_some());
+        entry.as_object_mut().map(|fields| fields.remove("login"));
+        left.push(entry);
+    }
+    for work in std::fs::read_dir(work_directory::DEFAULT).into_iter().flatten().flatten().map(|entry| entry.path()) {
+        let is_known = |entry: &Value| entry["work"].as_str().map(Path::new) == Some(&work);
+        if is_kept(&work)
+            && !left.iter().any(is_known)
+            && let Some(mut entry) = read_in(&work, KEPT_ENTRY)
+        {
+            (entry["state"], entry["work"], entry["kept"]) = (json!(KEPT), json!(work), json!(true));
+            left.push(entry);
+        }
+    }
+    left
+}
+
+/// Removes the entry of a run that has ended.
+pub fn forget(name: &str) -> Result<()> {
+    let path = place().join(name);
+    match SignalFiles::open(&path)? {
+        Some(files) if !files.is_claimed() => local::remove_folder(&path),
+        _ => Ok(()),
+    }
+}
+
+/// The work directory in which changes of the run are kept.
+pub fn kept_in(entry: &Value) -> Option<PathBuf> {
+    entry["work"].as_str().map(PathBuf::from).filter(|work| is_kept(work))
+}
+
+/// Whether changes are kept in `work`, which no run is using. Those that are to be discarded are not kept.
+fn is_kept(work: &Path) -> bool {
+    holds_changes(work, &work.join("image-root"))
+        && !work_directory::is_to_discard(work)
+        && SignalFiles::open(work).ok().flatten().is_some_and(|files| !files.is_claimed())
+}
+
+/// All entries, by name, and whether their run lasts.
+fn all() -> Result<Vec<(Value, bool)>> {
     let register = place();
     let found = match std::fs::read_dir(&register) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -111,10 +200,13 @@ pub fn entries() -> Result<Vec<Value>> {
     Ok(paths.iter().filter_map(|path| read(path)).collect())
 }
 
-fn read(path: &Path) -> Option<Value> {
+fn read(path: &Path) -> Option<(Value, bool)> {
     let files = SignalFiles::open(path).ok()??;
-    let entry = serde_json::from_slice(&files.parent().read(ENTRY, LIMIT).ok()?).ok()?;
-    files.is_claimed().then_some(entry)
+    Some((read_in(path, ENTRY)?, files.is_claimed()))
+}
+
+fn read_in(directory: &Path, name: &str) -> Option<Value> {
+    serde_json::from_slice(&Tree::open(directory).ok()?.read(name, LIMIT).ok()?).ok()
 }
 
 fn place() -> PathBuf {

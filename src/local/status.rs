@@ -13,7 +13,7 @@ use crate::lifecycle::signal_files::{EXITING, READY, SSHD_LISTENING, SignalFiles
 use crate::lifecycle::stage::{self, Stage};
 use crate::lifecycle::state::{RUN, StateFolder};
 use crate::local::customize::SOURCE;
-use crate::local::{names, register, say, say_json};
+use crate::local::{job, names, register, say, say_json};
 use crate::printable::Printable;
 use crate::session::report::{Packet, SOCKET};
 use crate::sshd::daemon::Daemon;
@@ -31,6 +31,8 @@ const IMAGE_ROOTS: [&str; 2] = ["image-root", "build/image-root"];
 enum Target {
     /// A run of `customize` or `enter` on this machine, by its entry in the register.
     Run(Value),
+    /// What a run has left that has ended: it was killed, or has kept changes.
+    Left(Value),
     /// An image root parent.
     Parent(PathBuf),
 }
@@ -46,6 +48,7 @@ pub fn mark(named: Option<&Path>, verdict: Verdict) -> Result<u8> {
             mark_run(&run, verdict)?;
             format!("{} ({})", text(&run, "name"), text(&run, "source"))
         }
+        Target::Left(left) => return mark_left(&left, verdict),
         Target::Parent(parent) => {
             mark_parent(&parent, verdict)?;
             format!("the image in {}", Printable(&parent.display().to_string()))
@@ -69,6 +72,24 @@ fn pods_own() -> Result<Target> {
     }
     let names: Vec<_> = all.iter().map(name_of).collect();
     Err(attempted().because("no name is given").advise(format!("name what is yours; open are {}", names.join(", "))))
+}
+
+/// Drops what is left. Nothing of it can be complete.
+fn mark_left(left: &Value, verdict: Verdict) -> Result<u8> {
+    let (name, source) = (text(left, "name"), text(left, "source"));
+    if verdict == Verdict::Complete {
+        let why = if left["state"] == register::KILLED { "its run was killed" } else { "its run has ended" };
+        let advice =
+            format!("run the same command again, which goes on with what is kept; 'ims-sshd fail {name}' drops it");
+        return Err(Error::new(format!("mark {name} complete")).because(why).advise(advice));
+    }
+    job::drop_left(left)?;
+    say(&if left["kept"] == true {
+        format!("dropped the changes of {name} that were kept; {source} is as it was\n")
+    } else {
+        format!("cleared up after {name}, which was killed\n")
+    });
+    Ok(0)
 }
 
 fn mark_run(run: &Value, verdict: Verdict) -> Result<()> {
@@ -123,24 +144,30 @@ pub struct Shown<'a> {
 /// Prints where the environment is in its life, and who is in it. Of one in another container it tells what the signal files do. Without a
 /// name, and where no variable has one, it prints all that are open on this machine.
 pub fn print(named: Option<&Path>, shown: Shown<'_>) -> Result<u8> {
-    let target = match named.map(find).or_else(|| variable().map(|parent| Ok(Target::Parent(parent)))) {
-        Some(target) => target?,
-        None if !shown.is.is_empty() => only_one()?,
-        None => {
-            let mut all = all()?;
-            all.extend(killed());
-            if shown.as_json {
-                say_json(&Value::Array(all));
-            } else if all.is_empty() {
-                say("nothing is open on this machine\n");
-            } else {
-                say(&all.iter().map(in_words).collect::<String>());
+    let target =
+        match named.map(find).or_else(|| variable().map(|parent| Ok(Target::Parent(parent)))) {
+            Some(target) => target?,
+            None if !shown.is.is_empty() => only_one()?,
+            None => {
+                let mut all = all()?;
+                let left = register::left();
+                all.extend(killed().into_iter().filter(|killed| {
+                    !left.iter().any(|left| left["image_root_parent"] == killed["image_root_parent"])
+                }));
+                all.extend(left);
+                if shown.as_json {
+                    say_json(&Value::Array(all));
+                } else if all.is_empty() {
+                    say("nothing is open on this machine\n");
+                } else {
+                    say(&all.iter().map(in_words).collect::<String>());
+                }
+                return Ok(0);
             }
-            return Ok(0);
-        }
-    };
+        };
     let report = match target {
         Target::Run(run) => with_report(run),
+        Target::Left(left) => left,
         Target::Parent(parent) => report_of(&parent)?,
     };
     if shown.as_json {
@@ -215,11 +242,26 @@ fn only_one() -> Result<Target> {
 fn find(named: &Path) -> Result<Target> {
     let path = std::path::absolute(named).attempt(|| format!("find {}", named.display()))?;
     let real = std::fs::canonicalize(&path).unwrap_or_else(|_| path.clone());
-    let mut runs = register::entries().unwrap_or_default();
+    let (runs, left) = (register::entries().unwrap_or_default(), register::left());
+    for (runs, as_target) in [(runs, Target::Run as fn(Value) -> Target), (left, Target::Left)] {
+        if let Some(found) = find_in(runs, named, &path, &real)? {
+            return Ok(as_target(found));
+        }
+    }
+    if path.is_dir() || named.components().count() > 1 {
+        return Ok(Target::Parent(path));
+    }
+    Err(Error::new(format!("find '{}'", named.display()))
+        .because("nothing that is open on this machine has this name, and no directory")
+        .advise("'ims-sshd status' without a name lists what is open"))
+}
+
+/// The one of `runs` that is `named`, by its name or a path.
+fn find_in(mut runs: Vec<Value>, named: &Path, path: &Path, real: &Path) -> Result<Option<Value>> {
     let label = names::host_label(&named.to_string_lossy());
     let is_called = |run: &Value| run["name"] == label.as_str() && named.components().count() == 1;
     if let Some(at) = runs.iter().position(is_called) {
-        return Ok(Target::Run(runs.remove(at)));
+        return Ok(Some(runs.remove(at)));
     }
     let is_meant = |run: &Value| {
         let paths = ["image_root_parent", "work", "source"].map(|field| run[field].as_str().map(Path::new));
@@ -229,11 +271,7 @@ fn find(named: &Path) -> Result<Target> {
     };
     runs.retain(is_meant);
     match runs.len() {
-        0 if path.is_dir() || named.components().count() > 1 => Ok(Target::Parent(path)),
-        0 => Err(Error::new(format!("find '{}'", named.display()))
-            .because("nothing that is open on this machine has this name, and no directory")
-            .advise("'ims-sshd status' without a name lists what is open")),
-        1 => Ok(Target::Run(runs.remove(0))),
+        0 | 1 => Ok(runs.pop()),
         _ => {
             let called: Vec<_> = runs.iter().map(name_of).collect();
             let why = format!("it is open as {}", called.join(" and as "));
@@ -295,7 +333,14 @@ fn in_words(report: &Value) -> String {
     let word = |value: &Value| value.as_str().map(|text| Printable(text).to_string());
     let mut text = name_of(report);
     text += ": ";
-    text += &word(&report["state"]).unwrap_or_else(|| "not open".into());
+    text += &match word(&report["state"]) {
+        Some(state) if state == register::KEPT => "kept changes".into(),
+        Some(state) => state,
+        None => "not open".into(),
+    };
+    if let Some(was) = word(&report["was"]) {
+        let _ = write!(text, ", was {was}");
+    }
     for (before, field) in [(" since ", "since"), (", tier ", "tier"), (", marked ", "verdict")] {
         if let Some(value) = word(&report[field]) {
             text += before;
@@ -307,6 +352,14 @@ fn in_words(report: &Value) -> String {
         if let Some(value) = word(&report[field]) {
             let _ = writeln!(text, "{before}{value}");
         }
+    }
+    if let Some(kept) = report["kept"].as_bool() {
+        let [command, work] = ["command", "work"].map(|field| word(&report[field]).unwrap_or_default());
+        if kept {
+            let _ = writeln!(text, "  changes: {work}");
+        }
+        let _ = writeln!(text, "  go on: the same '{command}' again");
+        let _ = writeln!(text, "  {}: ims-sshd fail {}", if kept { "drop" } else { "clear up" }, name_of(report));
     }
     for session in report["sessions"].as_array().into_iter().flatten() {
         let column = |name| word(&session[name]).unwrap_or_default();

@@ -15,6 +15,14 @@ pub const DEFAULT: &str = "/var/lib/ims-sshd";
 /// A bit of a directory's mode with which others can change only what is theirs.
 const STICKY: u32 = 0o1000;
 
+/// Between a job's name and a number, where changes are discarded at the end.
+const TO_DISCARD: &str = "+discard";
+
+/// Whether what is changed in `place` is discarded at the end.
+pub fn is_to_discard(place: &Path) -> bool {
+    place.file_name().is_some_and(|name| name.to_string_lossy().contains(TO_DISCARD))
+}
+
 /// One job's directory, claimed as long as this value lives.
 pub struct WorkDirectory {
     files: SignalFiles,
@@ -32,7 +40,7 @@ impl WorkDirectory {
     pub fn claim_to_discard(all: &Path, name: &str) -> Result<Self> {
         let mut number = 1;
         loop {
-            let name = format!("{name}+discard{number}");
+            let name = format!("{name}{TO_DISCARD}{number}");
             let in_use = || SignalFiles::open(&all.join(&name)).ok().flatten().is_some_and(|files| files.is_claimed());
             match Self::claim(all, &name) {
                 Err(_) if in_use() => number += 1,

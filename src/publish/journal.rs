@@ -93,6 +93,12 @@ impl<'a> Notes<'a> {
     }
 }
 
+/// Whether something was published in part.
+pub fn is_begun(files: &SignalFiles) -> Result<bool> {
+    let found = files.parent().look(FILE).attempt(|| format!("look for {}/{FILE}", files.path().display()))?;
+    Ok(found.is_some())
+}
+
 /// Removes whatever notes stand there.
 pub fn clear(files: &SignalFiles) -> Result<()> {
     files.remove(PARTS)?;

@@ -299,7 +299,8 @@ fn what_a_killed_customization_has_left_is_told_and_ended_by_whoever_opens_or_pa
         killed.wait().unwrap();
         assert!(!sshd().is_empty(), "sshd goes on");
         let status = run(dir.path(), &["status"]);
-        assert!(text(&status.stdout).contains(&format!(": killed\n  source: {root}\n")), "{status:?}");
+        assert!(text(&status.stdout).contains(": killed, was serving since "), "{status:?}");
+        assert!(text(&status.stdout).contains(&format!("\n  source: {root}\n")), "{status:?}");
         let output = run(dir.path(), command);
         assert!(output.status.success(), "{command:?}: {output:?}");
         assert!(text(&output.stderr).contains("was killed before; ended: a listening sshd"), "{command:?}: {output:?}");

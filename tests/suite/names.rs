@@ -125,17 +125,76 @@ fn two_runs_of_one_name_are_told_apart() {
         assert_eq!(text(&output.stdout), format!("marked {name} ({}) complete\n", source.display()), "{output:?}");
         assert!(run.wait().unwrap().success());
     }
-    // A run that was killed holds no name.
+    // A run that was killed keeps its name, as long as there are changes of it.
     let (mut killed, _) = customize(&first);
     killed.kill().unwrap();
     killed.wait().unwrap();
-    assert!(!is_listed(&name), "{}", listed());
+    assert!(text(ims_sshd(&["status", &name]).stdout).contains(": killed, was serving since "), "{}", listed());
     let (mut again, printed) = customize(&second);
-    assert!(printed.contains(&format!("ims-sshd complete {name} ")), "{printed}");
-    assert!(ims_sshd(&["complete", &name]).status.success() && again.wait().unwrap().success());
+    assert!(printed.contains(&format!("ims-sshd complete {name}-2 ")), "{printed}");
+    assert!(ims_sshd(&["complete", &format!("{name}-2")]).status.success() && again.wait().unwrap().success());
     // Clears what was killed.
     let (mut first, _) = customize(&first);
     assert!(ims_sshd(&["complete", &name]).status.success() && first.wait().unwrap().success());
+}
+
+#[test]
+fn changes_that_are_kept_are_listed_told_of_and_dropped_by_fail() {
+    let name = unique("kept");
+    let (dir, image) = image(&name);
+    let squashfs = dir.path().join(format!("{name}.sqsh"));
+    succeed(Command::new("mksquashfs").args([&image, &squashfs]).args(["-quiet", "-no-progress"]));
+    let [source, out, work] =
+        [squashfs, dir.path().join("out"), dir.path().join("work")].map(|p| p.display().to_string());
+    let enter = |options: &[&str], command| {
+        ims_sshd(&[&["enter", &source, "--work", &work][..], options, &["--", "/bin/sh", "-c", command]].concat())
+    };
+    let publish = ["--output", &out, "--yes"];
+    let told = "are kept, and not shown here";
+    for at in [&name, &source] {
+        let failed = enter(&publish, "touch /kept; exit 3");
+        assert!(text(&failed.stderr).contains(&format!("'ims-sshd fail {name}' drops it")), "{failed:?}");
+        let known = text(ims_sshd(&["status"]).stdout);
+        let (_, said) = known.split_once(&format!("{name}: kept changes since ")).unwrap_or_else(|| panic!("{known}"));
+        assert!(said.contains(&format!("\n  source: {source}\n  changes: {work}/")), "{said}");
+        assert!(said.contains(&format!("\n  go on: the same 'enter' again\n  drop: ims-sshd fail {name}\n")), "{said}");
+        // Whoever looks has another name, and is told.
+        let look = enter(&[], "test ! -e /kept");
+        assert!(look.status.success() && text(&look.stderr).contains(told), "{look:?}");
+        assert!(!enter(&publish, "test -e /kept || exit 0; exit 3").status.success());
+        let refused = ims_sshd(&["complete", at]);
+        assert!(text(&refused.stderr).contains("run the same command again"), "{refused:?}");
+        let dropped = ims_sshd(&["fail", at]);
+        assert!(text(&dropped.stdout).starts_with(&format!("dropped the changes of {name} ")), "{dropped:?}");
+        assert!(!is_listed(&name) && !Path::new(&out).exists(), "{}", listed());
+        assert!(!text(enter(&[], "true").stderr).contains(told));
+        assert_eq!(std::fs::read_dir(dir.path().join("work/ims-sshd")).unwrap().count(), 0);
+    }
+}
+
+#[test]
+fn a_killed_run_keeps_its_name_and_fail_clears_up_after_it() {
+    let name = unique("killed");
+    let (_dir, image) = image(&name);
+    let source = image.display().to_string();
+    for at in [&name, &source] {
+        let (mut killed, printed) = customize(&image);
+        let login = printed.lines().find(|line| line.trim_start().starts_with("ssh ")).unwrap().trim().to_owned();
+        succeed(Command::new("sh").args(["-c", &format!("{login} -o BatchMode=yes touch /root/changed")]));
+        killed.kill().unwrap();
+        killed.wait().unwrap();
+        let said = text(ims_sshd(&["status", at]).stdout);
+        assert!(said.starts_with(&format!("{name}: killed, was serving since ")), "{said}");
+        assert!(said.contains(&format!("\n  source: {source}\n  changes: /var/lib/ims-sshd/")), "{said}");
+        assert!(said.contains(&format!("\n  drop: ims-sshd fail {name}\n")), "{said}");
+        let refused = ims_sshd(&["complete", at]);
+        assert!(text(&refused.stderr).contains("its run was killed; run the same command again"), "{refused:?}");
+        let dropped = ims_sshd(&["fail", at]);
+        assert!(dropped.status.success(), "{dropped:?}");
+        assert!(!is_listed(&name) && !image.join("root/changed").exists());
+        let run = Path::new(login.split(' ').nth(2).unwrap()).parent().unwrap();
+        assert!(processes_with(&format!("-f {}/", run.display())).is_empty() && !run.exists());
+    }
 }
 
 #[test]
