@@ -23,7 +23,7 @@ use ims_sshd::panic;
 use ims_sshd::printable::Printable;
 use ims_sshd::publish::prepare::Open;
 use ims_sshd::publish::sidecar::{self, Places};
-use ims_sshd::publish::source::Source;
+use ims_sshd::publish::source::{self, Source};
 use ims_sshd::publish::{boot, command, package, prepare, settings as publishing};
 use ims_sshd::session::environment;
 use ims_sshd::verdict::Verdict;
@@ -135,7 +135,7 @@ enum Command {
     /// Write the man pages into a directory
     #[command(after_help = MAN_EXAMPLES)]
     Man {
-        /// The directory, which exists
+        /// The directory, which is made if it is not there
         #[arg(value_name = "DIRECTORY", value_hint = clap::ValueHint::DirPath)]
         folder: PathBuf,
     },
@@ -424,7 +424,7 @@ struct EnterArguments {
     /// Publish at the end without asking, unless the command has failed
     #[arg(long, requires = "output", conflicts_with = "discard")]
     yes: bool,
-    /// Discard what was changed at the end without asking, also what was changed above a directory
+    /// At the end discard what was changed, without asking; a directory is then shown below an overlay, and stays as it is
     #[arg(long)]
     discard: bool,
     /// Show a directory or file of this machine in the image, at the same path if no other is named; nothing of it is packed. Any number of
@@ -484,7 +484,8 @@ impl JobOptions {
         let in_place = is_directory && (in_place || output.is_none() && end.is_none());
         let end = if output.is_some() { End::Published } else { end.unwrap_or(End::Discarded) };
         if fresh && (in_place || end == End::Discarded) {
-            return Err(Error::bad_input("--fresh is given, and no changes are kept without --output"));
+            return Err(Error::bad_input("--fresh is given, and this run neither uses nor keeps changes")
+                .advise("'ims-sshd fail SOURCE' drops those that are kept"));
         }
         // Where nothing is mounted or published, none of the variables is needed.
         let settings = if output.is_none() && in_place {
@@ -570,8 +571,12 @@ fn run(command: Command) -> Result<u8> {
     }
     match command {
         Command::Entrypoint { image_root_parent } => entrypoint(image_root_parent),
-        Command::Customize(arguments) => run_customize(arguments),
-        Command::Enter(arguments) => {
+        Command::Customize(mut arguments) => {
+            arguments.source = source::rootfs_of(arguments.source);
+            run_customize(arguments)
+        }
+        Command::Enter(mut arguments) => {
+            arguments.source = source::rootfs_of(arguments.source);
             let answer = match (arguments.yes, arguments.discard) {
                 (true, _) => Some(Answer::Yes),
                 (_, true) => Some(Answer::Discard),
@@ -596,7 +601,7 @@ fn run(command: Command) -> Result<u8> {
             let (parent, source) = second.map_or((None, first.clone()), |source| (Some(first.into()), source));
             let options = checksum.variables().into_iter().chain(servers.variables());
             let settings = publishing::Settings::read(parent, variables(options))?;
-            prepare::run(&settings, &source, open, fresh)
+            prepare::run(&settings, &source::rootfs_of(source), open, fresh)
         }
         Command::Sidecar(arguments) => run_sidecar(arguments),
         Command::Package { image_root, archive, packing, image } => {

@@ -644,7 +644,7 @@ impl<F: FnOnce()> Supervisor<F> {
         match &announced {
             Ok(()) => tracing::info!(
                 verdict = self.machine.verdict().map(Verdict::signal_file),
-                "closed: '{EXITING}' created, the image root can be packed"
+                "closed: '{EXITING}' created, nobody writes to the image root any more"
             ),
             Err(e) => tracing::error!("{e}"),
         }

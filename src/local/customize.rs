@@ -18,6 +18,7 @@ use crate::local::directory;
 use crate::local::job::{Fate, Job};
 use crate::local::register::Entry;
 use crate::publish::confined::clear_environment;
+use crate::publish::package::open_tree;
 use crate::publish::work;
 use crate::sshd::options::Options;
 use crate::sys::mounts::{self, Detached};
@@ -193,6 +194,12 @@ fn open(
         announce(opened, &parent, &login, &entry.name(), wanted.jailed);
     };
     let outcome = supervisor::run(settings, Some(files), listening)?;
+    // The supervisor marks what it ends itself, too: that is no change to keep, and the next run would not know whose it is.
+    let root = open_tree(opened.image_root)?;
+    for verdict in Verdict::ALL {
+        environment::take_mark(&root, verdict)?;
+    }
+    drop(root);
     mounts::unmount(&shown).attempt(|| format!("unmount {}", shown.display()))?;
     local::remove_folder(&parent)?;
     Ok(match (outcome.exit_code, outcome.verdict) {

@@ -162,6 +162,7 @@ fn page_of(name: &str) -> Page {
 
 /// Writes a man page for `program` and one for each of its commands into the directory `into`.
 pub fn write_pages(program: Command, into: &Path) -> io::Result<()> {
+    std::fs::create_dir_all(into)?;
     let mut program = program.disable_help_subcommand(true);
     program.build();
     for command in program.get_subcommands().filter(|command| !command.is_hide_set()) {
@@ -175,7 +176,9 @@ fn write_page(command: &Command, page: &Page, into: &Path) -> io::Result<()> {
     let mut text = Vec::new();
     man.render_title(&mut text)?;
     man.render_name_section(&mut text)?;
-    man.render_synopsis_section(&mut text)?;
+    let mut synopsis = Vec::new();
+    man.render_synopsis_section(&mut synopsis)?;
+    text.extend(with_values(&String::from_utf8_lossy(&synopsis), command).bytes());
     man.render_description_section(&mut text)?;
     man.render_options_section(&mut text)?;
     if command.has_subcommands() {
@@ -194,6 +197,17 @@ fn write_page(command: &Command, page: &Page, into: &Path) -> io::Result<()> {
     }
     roff.to_writer(&mut text)?;
     std::fs::write(into.join(man.get_filename()), text)
+}
+
+/// The synopsis, where clap_mangen leaves out the values of options.
+fn with_values(synopsis: &str, command: &Command) -> String {
+    let options = command.get_arguments().filter(|option| option.get_action().takes_values());
+    options.fold(synopsis.to_owned(), |text, option| {
+        let long = option.get_long().unwrap_or_default().replace('-', "\\-");
+        let values: Vec<_> = option.get_value_names().into_iter().flatten().map(|name| name.as_str()).collect();
+        let (end, value) = (format!("\\fB\\-\\-{long}\\fR]"), values.join(" ").replace('-', "\\-"));
+        text.replace(&end, &format!("{} \\fI{value}\\fR]", &end[..end.len() - 1]))
+    })
 }
 
 fn environment(roff: &mut Roff, page: &Page) {

@@ -50,6 +50,13 @@ impl Source {
     }
 }
 
+/// What `named` leads to: for the directory of a published image, its root file system.
+pub fn rootfs_of(named: String) -> String {
+    let path = Path::new(&named);
+    let is_published = ["manifest.json", "rootfs"].iter().all(|name| path.join(name).is_file());
+    if is_published { path.join("rootfs").to_string_lossy().into_owned() } else { named }
+}
+
 /// A source on this machine, opened once: what was checked is what is unpacked, whatever has its name by then.
 #[derive(Debug)]
 pub struct Opened {

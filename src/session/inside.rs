@@ -3,7 +3,7 @@
 //! greeting. Nothing that it could open or become by a path of the image lies outside then, whatever the path is.
 
 use std::ffi::{OsStr, OsString};
-use std::io::{IsTerminal, Write};
+use std::io::{BufRead, IsTerminal, Read, Write};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
@@ -131,7 +131,8 @@ pub fn run(errand: &Errand) -> Result<u8> {
     let programs = programs.iter().map(|program| Ok((program, program.prepared(&environment)?)));
     let programs = programs.collect::<nix::Result<Vec<_>>>();
     let programs = programs.attempt(|| "put the arguments of the program together")?;
-    Ok(report(run_first(&programs, &image_root)))
+    let (program, error) = run_first(&programs, &image_root);
+    Ok(report(program, error, interpreter(&image_root, program).as_deref()))
 }
 
 /// Why sftp-server cannot work in this image, if that is to be seen.
@@ -312,19 +313,29 @@ fn run_first<'a>(programs: &[(&'a Program, Exec)], image_root: &Tree) -> (&'a Pa
 }
 
 /// Says why nothing could be started, and gives the exit code that shells use for it.
-fn report((program, error): (&Path, Errno)) -> u8 {
+fn report(program: &Path, error: Errno, interpreter: Option<&str>) -> u8 {
     let missing = error == Errno::ENOENT;
-    eprintln!(
-        "ims-jail-shell: cannot start {} in this image: {}; {}",
-        Printable(program.to_string_lossy()),
-        error.desc(),
-        if missing {
-            "it, or the loader it names, is not there"
-        } else {
-            "is it built for this architecture and executable?"
-        },
-    );
+    let advice = match interpreter {
+        Some(line) if missing && line.ends_with('\r') => {
+            "its first line has Windows line ends, which 'dos2unix' converts".to_owned()
+        }
+        Some(line) if missing => format!("the image has no {}, which its first line names", Printable(line)),
+        _ if missing => "it, or the loader it names, is not there".to_owned(),
+        _ => "is it built for this architecture and executable?".to_owned(),
+    };
+    let program = program.to_string_lossy();
+    eprintln!("ims-jail-shell: cannot start {} in this image: {}; {advice}", Printable(program), error.desc());
     if missing { 127 } else { 126 }
+}
+
+/// The interpreter that a script's first line names; with a carriage return at its end if the line has one.
+fn interpreter(image_root: &Tree, program: &Path) -> Option<String> {
+    let file = image_root.open_regular(program, OFlags::RDONLY).ok()?;
+    let mut line = String::new();
+    // The kernel looks at no more (execve(2)).
+    std::io::BufReader::new(file.take(256)).read_line(&mut line).ok()?;
+    let line = line.strip_prefix("#!")?.trim_end_matches('\n').trim_start_matches([' ', '\t']);
+    Some(line.split([' ', '\t']).next().unwrap_or_default().to_owned())
 }
 
 fn become_root(account: &Account) {

@@ -135,3 +135,17 @@ fn one_source_is_entered_several_times_at_once_and_after_a_kill() {
     assert_eq!(output.status.code(), Some(0), "{output:?}");
     nothing_stays(dir.path());
 }
+
+#[test]
+fn the_directory_of_a_published_image_is_taken_for_its_root_file_system() {
+    let dir = folder();
+    let squashfs = squashfs_of(&image(dir.path())).display().to_string();
+    let output = enter(dir.path(), &squashfs, &["--output", "out", "--yes"], "touch /etc/new");
+    assert!(output.status.success(), "{output:?}");
+    let published = std::fs::read_dir(dir.path().join("out")).unwrap().next().unwrap().unwrap().path();
+    let entered = enter(dir.path(), &published.display().to_string(), &[], "test -e /etc/new");
+    assert!(entered.status.success(), "{entered:?}");
+    let unpacked = dir.path().join("unpacked");
+    succeed(ims_sshd(&["prepare", unpacked.to_str().unwrap(), published.to_str().unwrap()], &[]).arg("--fresh"));
+    assert!(unpacked.join("image-root/etc/new").exists());
+}

@@ -160,7 +160,7 @@ fn the_close_takes_its_steps_in_order_and_logs_each_with_its_time() {
             "closing: nothing is mounted in the image root",
             "closing: all is on its disk",
             "closing: the image root is released, and marked",
-            "closed: 'exiting' created, the image root can be packed",
+            "closed: 'exiting' created, nobody writes to the image root any more",
         ];
         let mut at = 0;
         for step in steps {

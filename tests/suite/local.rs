@@ -285,6 +285,25 @@ fn enter_runs_a_command_in_the_jail_and_passes_its_end_on() {
 }
 
 #[test]
+fn a_script_whose_interpreter_is_missing_or_has_windows_line_ends_is_told_so() {
+    let image = image_root();
+    let (path, script) = (image.path().join("image").display().to_string(), image.path().join("script"));
+    for (content, told) in [
+        ("#!/bin/no-bash -e\ntrue\n", "the image has no /bin/no-bash, which its first line names"),
+        ("#!/bin/sh\r\ntrue\r\n", "its first line has Windows line ends"),
+    ] {
+        std::fs::write(&script, content).unwrap();
+        let output = ims_sshd(&["enter", &path, "--", "/script"]);
+        assert!(text(&output.stderr).contains("it, or the loader it names"), "{output:?}");
+        std::fs::copy(&script, image.path().join("image/odd")).unwrap();
+        succeed(Command::new("chmod").arg("+x").arg(image.path().join("image/odd")));
+        let output = ims_sshd(&["enter", &path, "--", "/odd"]);
+        assert_eq!(output.status.code(), Some(127), "{output:?}");
+        assert!(text(&output.stderr).contains(told), "{output:?}");
+    }
+}
+
+#[test]
 fn an_option_after_the_command_is_refused_unless_two_hyphens_stand_before_the_command() {
     let image = image_root();
     let path = image.path().join("image").display().to_string();
