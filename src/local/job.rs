@@ -189,15 +189,20 @@ impl Job {
         }
     }
 
-    /// Tells whoever only looks of changes that are not shown.
-    fn tell_kept(&self, source: &Source, all: &Path) {
-        let place = all.join(name_of(source, &self.source));
+    /// Claims the work directory. Tells whoever only looks of changes that are not shown.
+    fn claim(&self, source: &Source, all: &Path) -> Result<WorkDirectory> {
+        let name = name_of(source, &self.source);
+        if self.end != End::Discarded {
+            return WorkDirectory::claim(all, &name);
+        }
+        let place = all.join(&name);
         if holds_changes(&place, &place.join(IMAGE_ROOT)) {
             tracing::warn!(
                 "changes to {0} are kept, and not shown here: --output STORE goes on with them, 'ims-sshd fail {0}' drops them",
                 self.shown()
             );
         }
+        WorkDirectory::claim_to_discard(all, &name)
     }
 
     /// Enters this job, which is one of `command`, into the register of what is open on this machine.
@@ -255,11 +260,7 @@ impl Job {
             self.check_store(&work, &settings, &source, holds_changes(&place, &place.join(IMAGE_ROOT)))?;
             self.changes.as_deref().map(|file| package::output(file, "--changes")).transpose()?;
         }
-        if self.end == End::Discarded {
-            self.tell_kept(&source, &settings.parent);
-        }
-        let claim = if self.end == End::Discarded { WorkDirectory::claim_to_discard } else { WorkDirectory::claim };
-        let place = claim(&settings.parent, &name_of(&source, &self.source))?;
+        let place = self.claim(&source, &settings.parent)?;
         place.path().clone_into(&mut settings.parent);
         let parent = &settings.parent;
         let mounted = parent.join(IMAGE_ROOT);
@@ -280,9 +281,7 @@ impl Job {
             drop_changes(&work, &settings, &place)?;
         }
         self.refuse_others(&work, &settings, &source, &place)?;
-        if self.end != End::Discarded {
-            entry.note(place.files().parent());
-        }
+        entry.note(place.files().parent());
         if holds_changes(parent, &mounted) {
             tracing::info!(
                 "going on with what was changed before, which is kept in {}; --fresh drops it and begins anew",
@@ -294,13 +293,7 @@ impl Job {
             Opened { job: &self, entry, settings: &settings, work: &work, files: place.files(), notes: &notes };
         let result = opened.carry_out(&source, directory.as_deref(), root.as_ref(), &mounted, session);
         let result = work.unless_interrupted(result);
-        let kept = || {
-            format!(
-                "what was changed is kept in {}; the same command goes on with it; 'ims-sshd fail {}' drops it",
-                parent.display(),
-                entry.name()
-            )
-        };
+        let kept = || kept_in(parent, entry);
         if self.end != End::Discarded && holds_changes(parent, &mounted) {
             match result {
                 Ok((Fate::Keep, value)) => {
@@ -321,6 +314,12 @@ impl Job {
     }
 }
 
+/// Says where changes are kept, and what can be done with them.
+fn kept_in(place: &Path, entry: &Entry) -> String {
+    let (place, name) = (place.display(), entry.name());
+    format!("what was changed is kept in {place}; the same command goes on with it; 'ims-sshd fail {name}' drops it")
+}
+
 /// Drops what a run has left that has ended: changes that are kept, its sshd, and what it has added to the image.
 pub fn drop_left(entry: &Value) -> Result<()> {
     local::need_root()?;
@@ -332,7 +331,10 @@ pub fn drop_left(entry: &Value) -> Result<()> {
             Err(Error::new(format!("drop what was changed in {source}")).because(why).advise(advice))
         };
         if apply::has_begun(place.files().parent())? {
-            return refuse("some of it was applied already", "the same command goes on with that".into());
+            return refuse(
+                "some of it was applied already",
+                "the same command goes on with that, or drops it with --fresh".into(),
+            );
         }
         if journal::is_begun(place.files())? {
             let command = shell_words::join(["ims-sshd", "enter", source]);

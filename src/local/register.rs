@@ -106,6 +106,9 @@ impl Entry {
 
     /// Notes in the work directory `place` whose changes those are.
     pub fn note(&self, place: &Tree) {
+        if self.keeps.is_none() {
+            return;
+        }
         let fields = self.fields.borrow();
         let note = json!({ "name": fields["name"], "command": fields["command"], "source": fields["source"] });
         if let Err(e) = place.replace(KEPT_ENTRY, note.to_string().as_bytes()) {

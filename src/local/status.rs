@@ -354,9 +354,9 @@ fn in_words(report: &Value) -> String {
         }
     }
     if let Some(kept) = report["kept"].as_bool() {
-        let [command, work] = ["command", "work"].map(|field| word(&report[field]).unwrap_or_default());
+        let [command, place] = ["command", "work"].map(|field| word(&report[field]).unwrap_or_default());
         if kept {
-            let _ = writeln!(text, "  changes: {work}");
+            let _ = writeln!(text, "  changes: {place}");
         }
         let _ = writeln!(text, "  go on: the same '{command}' again");
         let _ = writeln!(text, "  {}: ims-sshd fail {}", if kept { "drop" } else { "clear up" }, name_of(report));

@@ -204,7 +204,7 @@ fn with_values(synopsis: &str, command: &Command) -> String {
     let options = command.get_arguments().filter(|option| option.get_action().takes_values());
     options.fold(synopsis.to_owned(), |text, option| {
         let long = option.get_long().unwrap_or_default().replace('-', "\\-");
-        let values: Vec<_> = option.get_value_names().into_iter().flatten().map(|name| name.as_str()).collect();
+        let values: Vec<_> = option.get_value_names().into_iter().flatten().map(clap::builder::Str::as_str).collect();
         let (end, value) = (format!("\\fB\\-\\-{long}\\fR]"), values.join(" ").replace('-', "\\-"));
         text.replace(&end, &format!("{} \\fI{value}\\fR]", &end[..end.len() - 1]))
     })
