@@ -70,7 +70,7 @@ pub fn holds(directory: &Path, place: &Path) -> Result<bool> {
 pub fn refuse_open(directory: &Path) -> Result<()> {
     refuse_half_applied(directory)?;
     for command in COMMANDS {
-        if SignalFiles::open(&RunFolder::place(command, directory))?.is_some_and(|files| files.is_claimed()) {
+        if RunFolder::is_claimed(command, directory)? {
             return Err(claimed(directory));
         }
     }

@@ -426,3 +426,42 @@ fn a_directory_in_the_place_of_a_mark_is_removed_at_the_end_and_at_the_start_if_
     assert!(text(&refused.stderr).contains("remove it from the image"), "{refused:?}");
     nothing_stays(dir.path());
 }
+
+#[test]
+fn a_directory_that_is_open_is_opened_by_no_other_path() {
+    let dir = folder();
+    let tree = tree(dir.path());
+    let other = dir.path().join("other");
+    std::fs::create_dir(&other).unwrap();
+    succeed(Command::new("mount").arg("--bind").args([&tree, &other]));
+    let _mounted = Unmounted(&other);
+    let mut open = ims_sshd(&["customize", "tree", "--work", "work"], &[]);
+    open.args(["--", "sh", "-c", "echo open; exec sleep 600"]).current_dir(dir.path());
+    let mut open = Ended(open.stdout(std::process::Stdio::piped()).spawn().unwrap());
+    std::io::Read::read_exact(open.stdout.as_mut().unwrap(), &mut [0; 5]).unwrap();
+    for command in [
+        &["customize", "other", "--work", "work2", "--", "true"][..],
+        &["customize", "other", "--in-place", "--", "true"],
+        &["enter", "other", "--", "true"],
+        &["package", "--kernel", "vmlinuz", "other"],
+        &["prepare", "parent", "other"],
+    ] {
+        let refused = run(dir.path(), command);
+        assert_eq!(refused.status.code(), Some(1), "{command:?}: {refused:?}");
+        let said = text(&refused.stderr);
+        assert!(said.contains("another build environment is open on it"), "{said}");
+    }
+    open.kill().unwrap();
+    open.wait().unwrap();
+    let output = run(dir.path(), &["enter", "other", "--", "true"]);
+    assert!(output.status.success(), "{output:?}");
+}
+
+/// Unmounts at the end of a test.
+struct Unmounted<'a>(&'a Path);
+
+impl Drop for Unmounted<'_> {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(self.0).status();
+    }
+}
