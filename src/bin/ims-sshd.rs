@@ -287,10 +287,10 @@ struct StoreOption {
 #[command(next_help_heading = "Servers")]
 struct ServerOptions {
     /// The S3 server; its keys are $S3_ACCESS_KEY and $S3_SECRET_KEY [variable: S3_ENDPOINT]
-    #[arg(long, value_name = "URL")]
+    #[arg(long, value_name = "URL", value_parser = publishing::http_url)]
     s3_endpoint: Option<String>,
     /// Where jobs and images are registered [variable: IMS_URL] [default: nowhere, without $OAUTH_CONFIG_DIR]
-    #[arg(long, value_name = "URL", value_parser = publishing::ims_url)]
+    #[arg(long, value_name = "URL", value_parser = publishing::http_url)]
     ims_url: Option<String>,
 }
 
@@ -673,7 +673,8 @@ fn run_sidecar(arguments: SidecarArguments) -> Result<u8> {
     let options = arguments.image.variables().into_iter().chain(arguments.servers.variables()).chain(compression);
     let options = options.chain([("IMAGE_STORE", arguments.store.store)]);
     let variables = variables(options);
-    let settings = publishing::Settings::read(arguments.image_root_parent, variables.clone());
+    let parent = arguments.image_root_parent;
+    let settings = publishing::Settings::read(parent.clone(), variables.clone());
     let places = Places {
         authorized_keys: arguments.authorized_keys,
         sshd_config: arguments.sshd_config,
@@ -682,7 +683,7 @@ fn run_sidecar(arguments: SidecarArguments) -> Result<u8> {
         exclude: arguments.packing.exclude,
         changes: arguments.packing.changes,
     };
-    sidecar::run(settings, variables, &places)
+    sidecar::run(settings, (parent, variables), &places)
 }
 
 fn entrypoint(image_root_parent: Option<PathBuf>) -> Result<u8> {

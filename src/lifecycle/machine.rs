@@ -3,7 +3,7 @@
 //! ```text
 //! Waiting ──ready──► Preparing ──listening──► Serving ──verdict──► Grace ──idle, or time is up──► Ending ──all ended──► Releasing
 //!    │                   │                                          ▲                                                        │
-//!    │ SIGTERM           └──────────── could not ──────────────────►│ (nothing runs: straight on to Ending)        released  │
+//!    │ SIGTERM, mark     └──────────── could not ──────────────────►│ (nothing runs: straight on to Ending)        released  │
 //!    └──────────────────────────────────────────────────────────────┘                                                        ▼
 //!                                                                                  Done ◄── Announcing ◄──recorded── Recording ⟲ failed
 //! ```
@@ -175,6 +175,11 @@ impl Machine {
     pub fn on(&mut self, event: Event) -> Vec<Action> {
         match (self.state, event) {
             (State::Waiting, Event::Ready) => self.go(State::Preparing, [Action::Prepare]),
+            // The sidecar has given up, or somebody else, or nothing is left to do.
+            (State::Waiting, Event::Marked(verdict)) => {
+                self.mark(verdict);
+                self.go(State::Ending, [Action::EndProcesses])
+            }
             (State::Preparing, Event::Listening) => self.go(State::Serving, []),
 
             (State::Serving, Event::Marked(verdict)) => {

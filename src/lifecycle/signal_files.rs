@@ -22,6 +22,13 @@ pub const EXITING: &str = "exiting";
 /// A build from a recipe failed.
 pub const BUILD_FAILED: &str = "build_failed";
 
+/// Content of a sidecar's mark for an environment that waits for `ready`, which will not come. It counts though it was made before the
+/// environment began to wait; other marks from before are an earlier job's.
+const INSTEAD_OF_READY: &[u8] = b"by the sidecar, instead of 'ready'\n";
+
+/// Tells a signal file from one that had its name before: inode, and time of its last change.
+pub type Stamp = (u64, i64, u64);
+
 /// How long a signal file can stay unseen at the most where the file system raises no event.
 pub const LOOK_EVERY: Duration = Duration::from_secs(1);
 
@@ -242,6 +249,30 @@ impl SignalFiles {
     /// Removes what of the reserve was not needed.
     pub fn release_reserve(&self) -> Result<()> {
         RESERVED.iter().try_for_each(|name| self.remove(name))
+    }
+
+    /// Marks the image for an environment that waits for `ready`.
+    pub fn mark_instead_of_ready(&self, verdict: Verdict) -> Result<()> {
+        let name = verdict.signal_file();
+        // A full volume takes no new file, but perhaps an empty one.
+        self.parent.replace(name, INSTEAD_OF_READY).or_else(|_| self.retract(name).and_then(|()| self.touch(name)))
+    }
+
+    /// The verdict of an environment that waits for `ready`, if it has one already. `old` is the stamp of the `failed` from before.
+    pub fn verdict_instead_of_ready(&self, old: Option<Stamp>) -> Option<Verdict> {
+        let failed = Verdict::Failed.signal_file();
+        if self.stands(failed).is_ok_and(|stands| stands) && self.stamp(failed) != old {
+            return Some(Verdict::Failed);
+        }
+        let limit = INSTEAD_OF_READY.len() as u64;
+        let is_sidecars = |name: &str| self.parent.read(name, limit).is_ok_and(|text| text == INSTEAD_OF_READY);
+        [Verdict::Failed, Verdict::Complete].into_iter().find(|verdict| is_sidecars(verdict.signal_file()))
+    }
+
+    /// Stamp of the file `name`.
+    pub fn stamp(&self, name: &str) -> Option<Stamp> {
+        let found = self.parent.look(name).ok()??;
+        Some((found.st_ino, found.st_ctime, found.st_ctime_nsec))
     }
 
     /// Removes the signal file `name` if it stands there.

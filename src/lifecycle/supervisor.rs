@@ -24,7 +24,9 @@ use crate::lifecycle::restarts::Part;
 use crate::lifecycle::script::Script;
 use crate::lifecycle::sessions::{Farewell, Progress, hang_up};
 use crate::lifecycle::settings::{Action as JobAction, Settings};
-use crate::lifecycle::signal_files::{BUILD_FAILED, EXITING, LOOK_EVERY, READY, SSHD_LISTENING, SignalFiles, Watch};
+use crate::lifecycle::signal_files::{
+    BUILD_FAILED, EXITING, LOOK_EVERY, READY, SSHD_LISTENING, SignalFiles, Stamp, Watch,
+};
 use crate::lifecycle::state::StateFolder;
 use crate::lifecycle::watchfulness::Watchfulness;
 use crate::sshd::daemon::{Clients, Daemon, Running};
@@ -61,6 +63,7 @@ pub fn run(settings: Settings, files: Option<SignalFiles>, listening: impl FnOnc
         watch: Watch::new()?,
         state: StateFolder::of(&settings.parent)?,
         groundwork: None,
+        old_mark: None,
         files,
         image_root: None,
         emulation: Emulation::default(),
@@ -112,6 +115,8 @@ struct Supervisor<F> {
     state: StateFolder,
     groundwork: Option<Groundwork>,
     files: Option<SignalFiles>,
+    /// `failed` as it stood before.
+    old_mark: Option<Stamp>,
     image_root: Option<Tree>,
     /// What an image of another architecture runs by.
     emulation: Emulation,
@@ -143,7 +148,7 @@ impl<F: FnOnce()> Supervisor<F> {
         tracing::info!(
             parent = %self.settings.parent.display(),
             jailed = self.settings.jailed,
-            job = self.settings.job.as_deref().unwrap_or("none"),
+            job = self.settings.job.as_deref(),
             "waiting for '{READY}'",
         );
         match Groundwork::lay(&self.settings, &self.state) {
@@ -253,7 +258,7 @@ impl<F: FnOnce()> Supervisor<F> {
                     Some(Ok(true)) => events.push(Event::Ready),
                     // Nobody will make a better one while this stands there.
                     Some(Err(e)) => events.push(broken(&e)),
-                    _ => {}
+                    _ => events.extend(self.mark_instead_of_ready()),
                 }
             }
             State::Serving | State::Grace => events.extend(self.marks()),
@@ -351,11 +356,22 @@ impl<F: FnOnce()> Supervisor<F> {
             self.watch.on(&self.settings.parent);
             if let Some(mut files) = SignalFiles::open(&self.settings.parent)? {
                 files.claim()?;
+                self.old_mark = files.stamp(Verdict::Failed.signal_file());
                 self.files = Some(files);
             }
         }
         self.watch.on(&self.settings.parent);
         Ok(())
+    }
+
+    /// A mark that was made instead of `ready`: by somebody who waits no longer, or by a sidecar that has given up.
+    fn mark_instead_of_ready(&self) -> Option<Event> {
+        let verdict = self.files.as_ref()?.verdict_instead_of_ready(self.old_mark)?;
+        tracing::info!(
+            verdict = verdict.signal_file(),
+            "marked in the image root parent while waiting for '{READY}'; the sidecar's log may say why"
+        );
+        Some(Event::Marked(verdict))
     }
 
     /// Marks that have been made, in the jail and outside, and that the machine does not know yet.

@@ -63,7 +63,7 @@ pub fn run(job: Job, wanted: &Customization) -> Result<u8> {
         std::fs::File::open(file).map_err(|e| refuse(e.to_string()))?;
     }
     if let Some(file) = &wanted.authorized_key {
-        check_public_keys(file)?;
+        check_public_keys("--authorized-key", file)?;
     }
     let mut settings = read_variables(wanted)?;
     // Before anything is opened: a descriptor from before would not see what is mounted from here on.
@@ -112,9 +112,9 @@ pub fn end_left_over(image_root: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Refuses a file that lets nobody in.
-fn check_public_keys(file: &Path) -> Result<()> {
-    let refuse = |why: &str| Error::bad_input(format!("--authorized-key is '{}': {why}", file.display()));
+/// Refuses a file that lets nobody in, and names the option that named it.
+pub fn check_public_keys(option: &str, file: &Path) -> Result<()> {
+    let refuse = |why: &str| Error::bad_input(format!("{option} is '{}': {why}", file.display()));
     let found = std::fs::metadata(file).map_err(|e| refuse(&e.to_string()))?;
     if !found.is_file() {
         return Err(refuse("expected a regular file"));

@@ -129,6 +129,15 @@ fn mark_parent(parent: &Path, verdict: Verdict) -> Result<()> {
         }
         tracing::warn!("no environment is open in {} yet: one that opens finds the mark", parent.display());
     }
+    if files.is_claimed() && !files.stands(READY)? {
+        if verdict == Verdict::Complete {
+            return Err(attempted()
+                .because("its environment is not open yet: it waits for 'ready'")
+                .advise("wait until 'ims-sshd status' says serving"));
+        }
+        // The environment takes one that stood there before for an earlier job's.
+        files.retract(verdict.signal_file())?;
+    }
     files.touch(verdict.signal_file())
 }
 

@@ -6,7 +6,7 @@ use object_store::client::{HttpConnector, HttpRequest, HttpRequestBody};
 use object_store::path::Path;
 use object_store::signer::Signer;
 use object_store::{ClientOptions, MultipartId};
-use reqwest::Method;
+use reqwest::{Method, StatusCode};
 
 use crate::publish::store::{Connector, SIGNED_FOR, failure};
 
@@ -38,6 +38,10 @@ async fn listing(
     let client = connector.connect(&ClientOptions::new())?;
     let answer = client.execute(request).await.map_err(|e| failure(folder.as_ref(), e))?;
     let status = answer.status();
+    // No such bucket.
+    if status == StatusCode::NOT_FOUND {
+        return Ok(String::new());
+    }
     if !status.is_success() {
         return Err(failed(format!("the server answers {status}")));
     }

@@ -14,6 +14,7 @@ use crate::error::{Attempt, Error, Result};
 use crate::lifecycle::secrets;
 use crate::publish::id::Id;
 use crate::publish::settings::{self, Settings};
+use crate::publish::store::MOST_QUOTED;
 use crate::publish::work::{Fault, Work, complaint, is_passing, patiently, whole, without_query};
 
 /// How far a job is.
@@ -52,6 +53,8 @@ pub struct Ims<'a> {
     token: Option<Token>,
     /// Whether an image's record can tell by which request it was made.
     takes_metadata: bool,
+    /// Whether a request for a record may have reached IMS.
+    has_asked: bool,
 }
 
 /// Key of an image's metadata: the request that its record was made by.
@@ -83,12 +86,22 @@ impl<'a> Ims<'a> {
     /// As the variables say.
     pub fn of(work: &'a Work, settings: &Settings) -> Self {
         let job = settings.job.as_deref().and_then(Id::parse);
-        Self { work, at: settings.ims.clone(), job, token: None, takes_metadata: true }
+        Self { work, at: settings.ims.clone(), job, token: None, takes_metadata: true, has_asked: false }
     }
 
     /// Whether there is one.
     pub fn is_there(&self) -> bool {
         self.at.is_some()
+    }
+
+    /// Whether a request for an image's record may have reached IMS. False means that there is none.
+    pub fn has_asked(&self) -> bool {
+        self.has_asked
+    }
+
+    /// Makes sure that IMS answers, and takes the credentials.
+    pub fn check(&mut self) -> Result<()> {
+        self.image(&Id::random()?).map(|_| ())
     }
 
     /// Tells how far the job is.
@@ -250,7 +263,9 @@ impl<'a> Ims<'a> {
         if let Some(body) = body {
             request = request.header("content-type", "application/json").body(body.to_string());
         }
-        let response = request.send().await?;
+        let response = request.send().await;
+        self.has_asked |= *method == Method::POST && !response.as_ref().is_err_and(reqwest::Error::is_connect);
+        let response = response?;
         let status = response.status();
         if status.is_success() {
             let is_list = *method == Method::GET && path.len() == 1;
@@ -359,10 +374,7 @@ fn below(base: &str, path: &[&str]) -> Result<Url> {
     Ok(url)
 }
 
-/// Characters of it that a message quotes at the most.
-const MOST_QUOTED: usize = 300;
-
-/// What a server says is wrong: RFC 7807's details, or OAuth's, or the text as it is.
+/// What a server says is wrong: RFC 7807's details, or OAuth's, or the first line of the text, but for a page of HTML.
 fn problem(status: StatusCode, text: &str) -> String {
     let answer: Value = serde_json::from_str(text).unwrap_or_default();
     let fields =
@@ -371,8 +383,9 @@ fn problem(status: StatusCode, text: &str) -> String {
     if let Some(errors) = answer["errors"].as_object().filter(|e| !e.is_empty()) {
         said = format!("{said} {}", Value::from(errors.clone()));
     }
-    if said.is_empty() {
-        said = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    if said.is_empty() && !text.trim_start().starts_with('<') {
+        let first = text.lines().find(|line| !line.trim().is_empty()).unwrap_or_default();
+        first.trim().clone_into(&mut said);
     }
     let said: String = said.chars().take(MOST_QUOTED).collect();
     format!("the server answers {status}: {said}").trim_end_matches([':', ' ']).to_owned()
@@ -424,7 +437,9 @@ mod tests {
             problem(conflict, r#"{"error": "invalid_client"}"#),
             "the server answers 409 Conflict: invalid_client"
         );
-        assert_eq!(problem(conflict, "<html>\n no"), "the server answers 409 Conflict: <html> no");
+        assert_eq!(problem(conflict, "<html>\n no"), "the server answers 409 Conflict");
+        assert_eq!(problem(conflict, "\nno\nat all"), "the server answers 409 Conflict: no");
+        assert_eq!(problem(conflict, &"x".repeat(9000)).len(), "the server answers 409 Conflict: ".len() + MOST_QUOTED);
         assert_eq!(problem(conflict, ""), "the server answers 409 Conflict");
     }
 }

@@ -238,12 +238,12 @@ pub fn sha256(sum: &str) -> Checked {
     hexadecimal(sum, 64)
 }
 
-/// URL of IMS.
-pub fn ims_url(url: &str) -> Checked {
-    if !reqwest::Url::parse(url).is_ok_and(|url| ["http", "https"].contains(&url.scheme())) {
-        return Err("expected a URL of http or https".into());
-    }
-    Ok(url.to_owned())
+/// URL of a server, as every client parses it. The crate of stores panics on one that it cannot parse.
+pub fn http_url(url: &str) -> Checked {
+    let parsed = reqwest::Url::parse(url).ok();
+    let parsed = parsed.filter(|url| ["http", "https"].contains(&url.scheme()) && url.has_host());
+    let parsed = parsed.ok_or("expected a URL of http or https, as in https://HOST:PORT")?;
+    Ok(parsed.as_str().trim_end_matches('/').to_owned())
 }
 
 fn hexadecimal(sum: &str, digits: usize) -> Checked {
@@ -266,10 +266,10 @@ fn checksum(reader: &mut Reader, variable: &str, digits: usize) -> Option<String
 }
 
 fn store(reader: &mut Reader) -> Store {
-    let url = reader.text("IMAGE_STORE");
-    let endpoint = reader.text("S3_ENDPOINT");
+    let store = reader.text("IMAGE_STORE");
+    let endpoint = url(reader, "S3_ENDPOINT");
     let bucket = reader.text("S3_BUCKET").or_else(|| endpoint.is_some().then(|| DEFAULT_BUCKET.into()));
-    let endpoint = endpoint.or_else(|| ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"].iter().find_map(|n| reader.text(n)));
+    let endpoint = endpoint.or_else(|| ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"].iter().find_map(|n| url(reader, n)));
     let [ours, aws] = [("S3_ACCESS_KEY", "S3_SECRET_KEY"), ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")]
         .map(|names| pair(reader, names));
     for (access, secret) in ours.iter().chain(&aws) {
@@ -298,7 +298,7 @@ fn store(reader: &mut Reader) -> Store {
         }
     };
     Store {
-        url: url.or_else(|| bucket.map(|b| format!("s3://{b}"))),
+        url: store.or_else(|| bucket.map(|b| format!("s3://{b}"))),
         endpoint,
         keys: ours.or(aws),
         token,
@@ -319,6 +319,12 @@ fn pair(reader: &mut Reader, (first, second): (&str, &str)) -> Option<(String, S
     }
 }
 
+/// The URL in a variable.
+fn url(reader: &mut Reader, variable: &str) -> Option<String> {
+    let url = reader.text(variable)?;
+    reader.check(variable, &url, http_url)
+}
+
 fn ims(reader: &mut Reader) -> Option<Ims> {
     let url = reader.text("IMS_URL");
     // Mounted into every container of a pod, and empty where there is no IMS.
@@ -326,9 +332,12 @@ fn ims(reader: &mut Reader) -> Option<Ims> {
     if url.is_none() && oauth.is_none() {
         return None;
     }
+    // One that cannot be read is told of when a token is asked for.
+    if let Some(endpoint) = oauth.as_ref().and_then(|dir| std::fs::read_to_string(dir.join("endpoint")).ok()) {
+        reader.check("OAUTH_CONFIG_DIR/endpoint", endpoint.trim(), http_url);
+    }
     let url = url.unwrap_or_else(|| DEFAULT_IMS.into());
-    let url = reader.check("IMS_URL", &url, ims_url)?;
-    Some(Ims { url: url.trim_end_matches('/').to_owned(), oauth })
+    Some(Ims { url: reader.check("IMS_URL", &url, http_url)?, oauth })
 }
 
 #[cfg(test)]
@@ -417,6 +426,15 @@ mod tests {
         ];
         let refused = |variables: &[(&str, &str)]| read(variables).unwrap_err().to_string();
         assert!(refused(&[("IMS_URL", "ims")]).contains("IMS_URL"));
+        for url in ["127.0.0.1:5777", "localhost:5777", "ftp://s3", "http://", "s3"] {
+            assert!(refused(&[("S3_ENDPOINT", url)]).contains("S3_ENDPOINT"), "{url}");
+            assert!(refused(&[("AWS_ENDPOINT_URL", url)]).contains("AWS_ENDPOINT_URL"), "{url}");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("endpoint"), "keycloak/token\n").unwrap();
+        assert!(
+            refused(&[("OAUTH_CONFIG_DIR", dir.path().to_str().unwrap())]).contains("endpoint is 'keycloak/token'")
+        );
         assert!(refused(&[("IMS_URL", "http://ims"), ("IMS_JOB_ID", "7")]).contains("a UUID"));
         let message = refused(&wrong);
         for (name, _) in wrong {

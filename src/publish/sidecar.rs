@@ -1,6 +1,7 @@
 //! `ims-sshd sidecar`: what stands beside a pod's build environment, on events. It lets the environment open, tells IMS how far it is,
 //! and publishes the image when the environment has ended well. It never waits for one that is gone.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -11,8 +12,11 @@ use crate::error::{Attempt, Error, Result};
 use crate::jail::resolv_conf::{self, ENVIRONMENT, RESOLV_CONF, SIDECAR};
 use crate::lifecycle::environment;
 use crate::lifecycle::settings::Action;
-use crate::lifecycle::signal_files::{BUILD_FAILED, EXITING, LOOK_EVERY, READY, SSHD_LISTENING, SignalFiles, Watch};
+use crate::lifecycle::signal_files::{
+    BUILD_FAILED, EXITING, LOOK_EVERY, READY, SSHD_LISTENING, SignalFiles, Stamp, Watch,
+};
 use crate::lifecycle::stage::{Shown, Stage};
+use crate::local::customize::check_public_keys;
 use crate::local::say_result;
 use crate::publish::changes::Inventory;
 use crate::publish::ims::{Ims, Status};
@@ -20,6 +24,7 @@ use crate::publish::journal::{Journal, Notes, Phase};
 use crate::publish::package::{self, Archive};
 use crate::publish::prepare::INVENTORY;
 use crate::publish::settings::Settings;
+use crate::publish::store::Store;
 use crate::publish::upload::{Image, Publication};
 use crate::publish::work::Work;
 use crate::publish::{boot, pod_files};
@@ -63,12 +68,17 @@ enum Ended {
     Failed,
 }
 
-/// Runs a sidecar from start to end. `settings` that are refused are told IMS, as far as they name one.
+/// Runs a sidecar from start to end. `settings` that are refused are told IMS, as far as they name one, and the build environment; `given`
+/// is what they were read of.
 pub fn run(
     settings: Result<Settings>,
-    variables: Vec<(std::ffi::OsString, std::ffi::OsString)>,
+    given: (Option<PathBuf>, Vec<(OsString, OsString)>),
     places: &Places,
 ) -> Result<u8> {
+    let (argument, variables) = given;
+    let named = variables.iter().filter(|(name, _)| name == "IMAGE_ROOT_PARENT").cloned();
+    let parent = Settings::read(argument, named.collect::<Vec<_>>()).ok().map(|read| read.parent);
+    let mut phase = Phase::Begun;
     let (settings, refusal) = match settings {
         Ok(settings) => (settings, None),
         Err(refusal) => {
@@ -86,25 +96,65 @@ pub fn run(
     });
     let files = match files {
         Ok(files) => files,
-        Err(error) => return conclude(&work, Ims::of(&work, &settings), Err(error)),
+        Err(error) => {
+            // Another one may be at work.
+            let files = parent.and_then(|parent| SignalFiles::open(&parent).ok()?);
+            if let Some(files) = files
+                && let Ok(_claim) = files.claim_for_sidecar()
+            {
+                close_environment(&files);
+            }
+            return conclude(&work, Ims::of(&work, &settings), Err(error));
+        }
     };
     // Where another sidecar is at work, IMS hears of the job from that one.
     let _claim = files.claim_for_sidecar()?;
-    let live = || {
+    let mut live = || {
         let notes = Notes::new(&files, &settings);
         let journal = Journal::read(&notes)?;
         let ims = Ims::of(&work, &settings);
-        let mut sidecar =
-            Sidecar { work: &work, settings: &settings, places, files: &files, notes: &notes, journal, ims };
+        let mut sidecar = Sidecar {
+            work: &work,
+            settings: &settings,
+            places,
+            files: &files,
+            old: [None; 2],
+            notes: &notes,
+            journal,
+            ims,
+        };
+        sidecar.old = sidecar.stamps();
         // Before IMS hears of it: it ends the job, and its volume with it.
-        sidecar.live().inspect_err(|_| {
+        let result = sidecar.live().inspect_err(|_| {
             if let Err(e) = sidecar.publication().give_up(&mut sidecar.journal) {
                 tracing::error!("{e}");
             }
-        })
+        });
+        phase = sidecar.journal.phase;
+        result
     };
     let result = live();
+    if result.is_err() && phase < Phase::Packing {
+        close_environment(&files);
+    } else if result.is_err() && (settings.job.is_none() || settings.ims.is_none()) {
+        // IMS ends a job with its error.
+        tracing::warn!(
+            "what has failed can be done again: 'ims-sshd sidecar' goes on where it was, without another session"
+        );
+    }
     conclude(&work, Ims::of(&work, &settings), result)
+}
+
+/// Marks the image failed for an environment that waits for `ready`, or is open: nobody is there who would publish it.
+fn close_environment(files: &SignalFiles) {
+    let stands = |name| files.stands(name).unwrap_or(false);
+    // One that has ended has its verdict. Without 'ready', 'exiting' is of an earlier one.
+    if stands(READY) && stands(EXITING) {
+        return;
+    }
+    if let Err(e) = files.mark_instead_of_ready(Verdict::Failed) {
+        tracing::error!("{e}");
+    }
 }
 
 /// Whatever goes wrong, IMS hears of it, and whoever started this.
@@ -126,6 +176,8 @@ struct Sidecar<'a> {
     settings: &'a Settings,
     places: &'a Places,
     files: &'a SignalFiles,
+    /// `failed` and `exiting` as they stood before.
+    old: [Option<Stamp>; 2],
     notes: &'a Notes<'a>,
     journal: Journal,
     ims: Ims<'a>,
@@ -133,24 +185,28 @@ struct Sidecar<'a> {
 
 impl<'a> Sidecar<'a> {
     fn live(&mut self) -> Result<u8> {
+        let action = self
+            .settings
+            .action
+            .ok_or_else(|| Error::bad_input("IMS_ACTION is not set: expected 'customize' or 'create'"))?;
         // A container that is started again after the job has ended does nothing more.
         if let Some(job) = self.ims.job()? {
             match job["status"].as_str() {
-                Some("success") => return Ok(0),
+                Some("success") => {
+                    say_result(&json!({ "ims_job_record": job, "result": "success" }));
+                    return Ok(0);
+                }
                 Some("error") => return Err(Error::new("go on").because("the job's status is error already")),
                 // Its volume goes with the job, and the packed image with that.
                 _ if self.settings.store.url.is_none() => {
-                    return Err(Error::new("publish the image of a job of IMS")
-                        .because("no store is named")
-                        .advise("set S3_BUCKET or IMAGE_STORE"));
+                    return Err(Error::bad_input(
+                        "no store is named: expected S3_BUCKET, IMAGE_STORE or --store, since a job's volume goes with it",
+                    ));
                 }
                 _ => {}
             }
         }
         self.give_up_with_the_pod()?;
-        let action = self.settings.action.ok_or_else(|| {
-            Error::new("start").because("IMS_ACTION is not set").advise("set it to 'customize' or 'create'")
-        })?;
         let wants_shell = match action {
             Action::Customize => true,
             Action::Create if !self.files.stands(BUILD_FAILED)? => false,
@@ -164,8 +220,8 @@ impl<'a> Sidecar<'a> {
         let image_root = self.image_root()?;
         if self.journal.phase < Phase::Packing {
             if wants_shell {
-                if self.journal.phase < Phase::Ready {
-                    self.let_open(image_root.as_ref(), action)?;
+                if self.journal.phase < Phase::Ready && !self.let_open(image_root.as_ref(), action)? {
+                    return self.end_as_failed(action);
                 }
                 let ended = self.shell(image_root.as_ref())?;
                 if let Some(image_root) = &image_root {
@@ -183,6 +239,10 @@ impl<'a> Sidecar<'a> {
             }
             self.journal.phase = Phase::Packing;
             self.journal.write(self.notes)?;
+        } else if wants_shell && !self.files.stands(EXITING)? && !self.files.stands(READY)? {
+            // The environment of a pod that has begun again, in which nothing is left to do.
+            tracing::info!("the image was marked complete before: publishing it, without another session");
+            self.files.mark_instead_of_ready(Verdict::Complete)?;
         }
         // On a full volume nobody is told, and the image may be uploaded all the same.
         let shown = Shown::begin(self.files.parent(), Stage::Packing).ok();
@@ -207,10 +267,12 @@ impl<'a> Sidecar<'a> {
 
     /// Ends the job as failed, and rolls back the publication that an earlier run has begun.
     fn end_as_failed(&mut self, action: Action) -> Result<u8> {
-        tracing::info!("the image was marked failed: it is not published");
+        const FAILED: &str = "the image was marked failed: it is not published";
+        tracing::info!("{FAILED}");
         self.publication().give_up(&mut self.journal)?;
         self.ims.set_status(Status::Error)?;
         self.notes.clear()?;
+        say_result(&json!({ "error": FAILED, "result": "failure" }));
         Ok(u8::from(action == Action::Create))
     }
 
@@ -235,8 +297,37 @@ impl<'a> Sidecar<'a> {
         Err(Error::new("go on").because(format!("'{POD_ERROR}' stands in {}", self.files.path().display())))
     }
 
-    /// Everything that the environment needs, then `ready`.
-    fn let_open(&mut self, image_root: Option<&Tree>, action: Action) -> Result<()> {
+    fn stamps(&self) -> [Option<Stamp>; 2] {
+        [Verdict::Failed.signal_file(), EXITING].map(|name| self.files.stamp(name))
+    }
+
+    /// Refuses what is certain to fail when the image is published, before anybody changes it; warns of what may be otherwise by then.
+    fn check(&mut self, image_root: Option<&Tree>, action: Action) -> Result<()> {
+        check_public_keys("--authorized-keys", &self.places.authorized_keys)?;
+        // With a job its record has been read.
+        if self.settings.job.is_none() {
+            self.ims.check()?;
+        }
+        let Settings { boot, store, network, arch, .. } = self.settings;
+        if store.url.is_none() {
+            tracing::warn!(
+                "no store is named (S3_BUCKET, IMAGE_STORE): the packed image stays in {}, and is gone with that volume",
+                self.files.path().display()
+            );
+            return Ok(());
+        }
+        // A session may install what is missing, and a build that has failed has neither.
+        if let (Action::Customize, Some(image_root)) = (action, image_root)
+            && let Err(missing) = boot::check_named(image_root, boot, arch)
+        {
+            tracing::warn!("{missing}; the image is published only if a session makes it");
+        }
+        self.work.wait(Store::check_soon(store, network))
+    }
+
+    /// Everything that the environment needs, then `ready`. Returns false if the image was marked failed meanwhile.
+    fn let_open(&mut self, image_root: Option<&Tree>, action: Action) -> Result<bool> {
+        self.check(image_root, action)?;
         if let (Action::Customize, Some(image_root)) = (action, image_root) {
             pod_files::put_authorities(image_root, &self.places.authorities)?;
             Self::lend_resolv_conf(image_root)?;
@@ -244,6 +335,13 @@ impl<'a> Sidecar<'a> {
         let keys = &self.places.authorized_keys;
         let keys = std::fs::read_to_string(keys).attempt(|| format!("read the public keys in {}", keys.display()))?;
         pod_files::configure_sshd(&self.places.sshd_folder, &keys, self.places.sshd_config.as_deref())?;
+        let (now, old) = (self.stamps(), self.old);
+        if now.iter().zip(old).any(|(now, old)| now.is_some() && *now != old) {
+            if let Some(image_root) = image_root {
+                SIDECAR.take_back(image_root)?;
+            }
+            return Ok(false);
+        }
         for name in [EXITING, SSHD_LISTENING].into_iter().chain(Verdict::ALL.map(Verdict::signal_file)) {
             self.files.retract(name)?;
         }
@@ -254,7 +352,7 @@ impl<'a> Sidecar<'a> {
         self.journal.write(self.notes)?;
         self.files.touch(READY)?;
         tracing::info!("'{READY}': the environment may open");
-        Ok(())
+        Ok(true)
     }
 
     /// The pod's name servers for the image, until the environment has ended.
@@ -370,8 +468,11 @@ impl<'a> Sidecar<'a> {
 
     fn publish(&mut self, image: Image) -> Result<u8> {
         if self.settings.store.url.is_none() {
-            tracing::info!("no store is named (S3_BUCKET, IMAGE_STORE): the packed image stays where it is");
-            return self.notes.clear().map(|()| 0);
+            let archive = self.files.path().join(self.settings.archive());
+            tracing::info!("no store is named (S3_BUCKET, IMAGE_STORE): the image is {}", archive.display());
+            self.notes.clear()?;
+            say_result(&json!({ "archive": archive, "ims_image_artifacts": [], "result": "success" }));
+            return Ok(0);
         }
         let report = self.publication().publish(&mut self.journal, image)?;
         say_result(&report);

@@ -84,6 +84,12 @@ const BEGUN: &str = "#1";
 /// Name of an object that is begun to see whether one can be; a random part follows, since several jobs may try one store at a time.
 const PROBE: &str = ".ims-sshd.probe";
 
+/// How long people wait at the most to hear that a store does not answer, twice that if it is silent.
+const SOON: Duration = Duration::from_secs(10);
+
+/// How often a probe is looked for that may be left.
+const TRIES_TO_SWEEP: usize = 3;
+
 impl Store {
     /// Opens the store that the variables name. A folder is made if it is not there.
     pub fn open(settings: &settings::Store, network: &Network) -> Result<Self> {
@@ -98,7 +104,8 @@ impl Store {
         };
         if let Some(rest) = url.strip_prefix("s3://") {
             let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
-            if bucket.is_empty() {
+            // The crate panics on what has no place in a URL.
+            if bucket.is_empty() || !bucket.chars().all(|c| c.is_ascii_alphanumeric() || ".-_".contains(c)) {
                 return Err(refuse());
             }
             let (builder, connector) = s3(bucket, settings, network)?;
@@ -136,14 +143,44 @@ impl Store {
                 .advise("name a directory that can be written to, or s3://BUCKET")?;
             return Ok(rustix::fs::statvfs(place).ok().map(|disk| disk.f_bavail * disk.f_frsize));
         }
-        let store = Self::open(settings, network)?;
-        if let Objects::S3 { bucket, .. } = &store.objects {
-            let path = store.path(&probe);
-            let begun = bucket.create_multipart(&path).await;
-            let id = begun.map_err(|e| Error::new(attempted()).because(cause(&e)))?;
-            bucket.abort_multipart(&path, &id).await.map_err(|e| Error::new(attempted()).because(cause(&e)))?;
+        let tried = Self::open(settings, network)?.try_bucket(&probe).await;
+        tried.map(|()| None).map_err(|e| Error::new(attempted()).because(cause(&e)))
+    }
+
+    /// The same where people wait for the answer: what may be otherwise when the image is there is only warned of.
+    pub async fn check_soon(settings: &settings::Store, network: &Network) -> Result<()> {
+        let url = settings.url.as_deref().unwrap_or_default();
+        if folder(url).is_some() {
+            return Self::check(settings, network).await.map(|_| ());
         }
-        Ok(None)
+        let network = Network { retry_limit: network.retry_limit.min(SOON), ..network.clone() };
+        let store = Self::open(settings, &network)?;
+        let probe = format!("{PROBE}.{}", Id::random()?);
+        let attempted = format!("write to the store {}", without_secrets(url));
+        let why = match tokio::time::timeout(SOON * 2, store.try_bucket(&probe)).await {
+            Ok(Ok(())) => return Ok(()),
+            Ok(Err(e @ object_store::Error::Generic { .. })) => cause(&e),
+            Ok(Err(e)) => return Err(Error::new(attempted).because(cause(&e))),
+            Err(_) => format!("no answer within {} s", (SOON * 2).as_secs()),
+        };
+        tracing::warn!("cannot {attempted} yet: {why}; the image is published only if that is over by then");
+        Ok(())
+    }
+
+    /// Begins an object of a bucket below `probe`, and takes it back; also where the answer to an earlier try was lost.
+    async fn try_bucket(&self, probe: &str) -> object_store::Result<()> {
+        let Objects::S3 { bucket, .. } = &self.objects else { return Ok(()) };
+        let path = self.path(&format!("{probe}/begun"));
+        let begun = bucket.create_multipart(&path).await;
+        if matches!(begun, Ok(_) | Err(object_store::Error::Generic { .. })) {
+            for _ in 0..TRIES_TO_SWEEP {
+                if self.sweep(probe).await.is_ok() {
+                    return begun.map(|_| ());
+                }
+            }
+        }
+        // Keys that may put objects need not be ones that may list what was begun.
+        bucket.abort_multipart(&path, &begun?).await
     }
 
     /// Whether people look into it, and know an image by its directory's name.
@@ -449,7 +486,7 @@ fn told(text: &str) -> String {
 }
 
 /// Characters of a server's answer that a message quotes at the most.
-const MOST_QUOTED: usize = 300;
+pub const MOST_QUOTED: usize = 300;
 
 /// A URL that leads to an object without further keys.
 pub async fn sign(bucket: &str, key: &str, settings: &settings::Store, network: &Network) -> Result<String> {

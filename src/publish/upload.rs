@@ -13,7 +13,7 @@ use crate::publish::boot::{BootFile, BootFiles};
 use crate::publish::checksum::md5_of;
 use crate::publish::id::Id;
 use crate::publish::ims::{Ims, Status, id_of};
-use crate::publish::journal::{Journal, Notes};
+use crate::publish::journal::{Journal, Notes, Phase, Upload};
 use crate::publish::manifest::{self, Artifact, Identity};
 use crate::publish::parts::{Large, PART, Sender};
 use crate::publish::settings::Settings;
@@ -68,7 +68,8 @@ impl Publication<'_> {
             self.roll_back(&store, journal);
         }
         // A published image stays published, even if the record of it was replaced.
-        if let Err(error) = self.clear(journal) {
+        let noted = if result.is_err() { self.begin_again(journal) } else { self.clear(journal) };
+        if let Err(error) = noted {
             tracing::warn!("{error}");
         }
         result
@@ -84,6 +85,16 @@ impl Publication<'_> {
         self.forget_published(&store, journal)?;
         self.roll_back(&store, journal);
         self.clear(journal)
+    }
+
+    /// Forgets what was rolled back, and not that the environment has ended: a sidecar that is run again publishes its image.
+    fn begin_again(&self, journal: &mut Journal) -> Result<()> {
+        if journal.phase < Phase::Packing {
+            return self.clear(journal);
+        }
+        (journal.image, journal.request) = (None, None);
+        Upload::clear(self.notes)?;
+        journal.write(self.notes)
     }
 
     fn clear(&self, journal: &mut Journal) -> Result<()> {
@@ -165,13 +176,18 @@ impl Publication<'_> {
             (journal.image, journal.request) = (None, None);
         }
         let asked_before = journal.request.as_ref().map(|request| self.ims.find_image(request)).transpose()?.flatten();
+        let is_new = journal.request.is_none();
         let request = journal.request.take().map_or_else(Id::random, Ok)?;
         journal.request = Some(request.clone());
         let record = match asked_before {
             Some(record) => record,
             None => {
                 journal.write(self.notes)?;
-                self.ims.create_image(name, self.settings.arch, &request)?
+                let made = self.ims.create_image(name, self.settings.arch, &request);
+                if made.is_err() && is_new && !self.ims.has_asked() {
+                    journal.request = None;
+                }
+                made?
             }
         };
         // No record that is refused is deleted.
@@ -234,7 +250,7 @@ impl Publication<'_> {
         let mut link = self.put_manifest(store, id, &name, &artifacts)?;
         if let Err(error) = self.sweep(store, id) {
             self.work.heed()?;
-            tracing::warn!("{error}; left in the store, delete it by hand");
+            tracing::warn!("{error}; an unfinished upload, if there is one, is left in the store");
         }
         let attempted = |name: &str| format!("give the image its place {}", store.shown(name));
         while self.is_named(store) && !store.rename(id.as_str(), &name).attempt(|| attempted(&name))? {
@@ -340,10 +356,19 @@ impl Publication<'_> {
         let aborted = self.sender(store).abort();
         let deleted = self.wait(&format!("delete {}", store.url_of(id.as_str())), store.delete(keys));
         let swept = self.sweep(store, &id);
-        for error in [aborted, deleted, swept, self.ims.delete_image(&id)].into_iter().filter_map(Result::err) {
-            tracing::error!("{error}; left in the store, delete it by hand");
+        let left = [
+            (aborted, "an unfinished upload"),
+            (deleted, "what was uploaded"),
+            (swept, "an unfinished upload"),
+            (self.ims.delete_image(&id), "the image's record"),
+        ];
+        let failed: Vec<_> = left.into_iter().filter_map(|(done, what)| Some((done.err()?, what))).collect();
+        for (error, what) in &failed {
+            tracing::error!("{error}; {what} may be left of image {id}, delete it by hand");
         }
-        tracing::info!("rolled back what was uploaded of image {id}");
+        if failed.is_empty() {
+            tracing::info!("nothing is left of image {id}");
+        }
     }
 
     /// Whether neither the record nor any object of an image is somebody else's, by what they say themselves.

@@ -370,3 +370,20 @@ fn swallow(connection: &TcpStream, sizes: &Mutex<std::collections::BTreeMap<Stri
     write!(out, "HTTP/1.1 200 OK\r\netag: \"e\"\r\nlast-modified: {date}\r\ncontent-length: {length}\r\n\r\n{body}")
         .ok()
 }
+
+/// A server that answers every request so. Returns its URL.
+pub fn always(status: &str, page: &str) -> String {
+    use std::io::{BufRead, BufReader};
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let endpoint = format!("http://{}", listener.local_addr().unwrap());
+    let length = page.len();
+    let answer = format!("HTTP/1.1 {status}\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{page}");
+    std::thread::spawn(move || {
+        for connection in listener.incoming().map_while(Result::ok) {
+            let lines = BufReader::new(&connection).lines().map_while(Result::ok);
+            let _ = lines.take_while(|line| !line.is_empty()).count();
+            let _ = (&connection).write_all(answer.as_bytes());
+        }
+    });
+    endpoint
+}

@@ -260,8 +260,9 @@ fn name_servers_that_somebody_has_put_in_stay() {
 #[test]
 fn a_missing_kernel_is_an_error_with_what_there_is() {
     let job = Job::new();
-    std::fs::rename(job.volume.image_root.join("boot/vmlinuz"), job.volume.image_root.join("boot/bzImage")).unwrap();
+    let boot = job.volume.image_root.join("boot");
     let running = Running::open(&job, Mode::Plain);
+    std::fs::rename(boot.join("vmlinuz"), boot.join("bzImage")).unwrap();
     running.mark(Mode::Plain, "complete");
     let output = running.end();
     assert_eq!(output.status.code(), Some(1));
@@ -270,6 +271,20 @@ fn a_missing_kernel_is_an_error_with_what_there_is() {
     assert!(report["error"].as_str().unwrap().contains("/boot holds bzImage, initrd"), "{report}");
     assert_eq!(job.ims.statuses().last().unwrap(), "error");
     job.nothing_is_left();
+}
+
+#[test]
+fn a_kernel_that_is_missing_at_the_start_is_warned_of_and_may_be_installed() {
+    let job = Job::new();
+    let boot = job.volume.image_root.join("boot");
+    std::fs::rename(boot.join("vmlinuz"), boot.join("later")).unwrap();
+    let running = Running::open(&job, Mode::Plain);
+    std::fs::rename(boot.join("later"), boot.join("vmlinuz")).unwrap();
+    running.mark(Mode::Plain, "complete");
+    let output = running.end();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert!(text(&output.stderr).contains("cannot find the kernel /boot/vmlinuz"), "{}", text(&output.stderr));
+    job.is_published(&output);
 }
 
 #[test]
@@ -479,8 +494,8 @@ fn what_cannot_go_well_is_an_error_and_never_waited_for() {
     let job = Job::new();
     std::fs::write(job.volume.dir.path().join("authorized_keys"), "\n").unwrap();
     let output = ended(job.sidecar(Mode::Plain, &[("IMS_START_LIMIT", "1")]).spawn().unwrap());
-    assert_eq!(output.status.code(), Some(1));
-    assert!(report(&output)["error"].as_str().unwrap().contains("there is no public key"));
+    assert_eq!(output.status.code(), Some(2));
+    assert!(report(&output)["error"].as_str().unwrap().contains("it holds no public key"));
     assert!(!job.volume.signal("ready").exists());
 
     let job = Job::new();
@@ -505,7 +520,7 @@ fn a_job_of_ims_without_a_store_is_an_error_before_anybody_has_changed_the_image
     let job = Job::new();
     let further = [("S3_BUCKET", ""), ("S3_ENDPOINT", ""), ("IMS_START_LIMIT", "1")];
     let output = ended(job.sidecar(Mode::Plain, &further).spawn().unwrap());
-    assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+    assert_eq!(output.status.code(), Some(2), "{}", text(&output.stderr));
     assert!(report(&output)["error"].as_str().unwrap().contains("no store is named"), "{output:?}");
     assert_eq!(job.ims.statuses(), ["error"]);
     assert!(!job.volume.signal("ready").exists());
@@ -694,11 +709,12 @@ fn an_ims_that_is_gone_is_given_up_in_time() {
 #[test]
 fn a_store_that_refuses_leaves_neither_objects_nor_a_record() {
     let job = Job::new();
-    let running = Running::start(&job, Mode::Plain, &[("S3_BUCKET", "no-such-bucket")]).waiting_on_user();
+    let running = Running::open(&job, Mode::Plain);
+    assert_eq!(job.bucket.ask("DELETE", "", b"").status, 204);
     running.mark(Mode::Plain, "complete");
     let output = running.end();
     assert_eq!(output.status.code(), Some(1));
-    assert!(report(&output)["error"].as_str().unwrap().contains("cannot upload s3://no-such-bucket/"), "{output:?}");
+    assert!(report(&output)["error"].as_str().unwrap().contains("NoSuchBucket"), "{output:?}");
     assert_eq!(job.ims.status(), "error");
     job.nothing_is_left();
 }
@@ -710,7 +726,8 @@ fn connections_to_the_store_that_break_are_overcome() {
     std::fs::write(job.volume.image_root.join("random"), random).unwrap();
     // The look whether objects are there breaks off, and is whole: the server closes a connection after each request.
     let (look, upload) = ([0, 1, 20, 50, 100, 200, 300], [500, 100_000, 1_000_000, 2_000_000, 3_000_000]);
-    let breaker = Breaker::start(&[&look[..], &[usize::MAX; 6], &upload].concat(), 1);
+    // Small requests, which come through, spend some of the points.
+    let breaker = Breaker::start(&[&look[..], &[usize::MAX; 6], &upload, &upload, &upload].concat(), 1);
     let running = Running::start(&job, Mode::Plain, &[("S3_ENDPOINT", breaker.endpoint.as_str())].map(|(n, v)| (n, v)))
         .waiting_on_user();
     running.mark(Mode::Plain, "complete");
@@ -907,5 +924,141 @@ fn without_ims_and_store_the_packed_image_stays_on_the_volume() {
     let output = running.end();
     assert!(output.status.success(), "{}", text(&output.stderr));
     assert!(job.volume.parent.join("compute-ö.sqsh").exists());
-    assert!(text(&output.stderr).contains("no store is named"), "{}", text(&output.stderr));
+    let log = text(&output.stderr);
+    assert!(log.find("no store is named") < log.find("'ready'"), "{log}");
+    let report = report(&output);
+    assert_eq!(report["archive"], job.volume.parent.join("compute-ö.sqsh").display().to_string());
+}
+
+/// Variables without an IMS.
+const ALONE: [(&str, &str); 2] = [("IMS_URL", ""), ("OAUTH_CONFIG_DIR", "")];
+
+/// An entrypoint in the pod of `job`.
+fn waiting(job: &Job) -> Child {
+    let config = job.sshd_config();
+    let options = format!("-E {} -f {config}", job.volume.sshd_log().display());
+    let variables = [("SSHD_OPTIONS", options.as_str()), ("SSHD_CONFIG_FILE", config.as_str())];
+    let sshd = job.volume.entrypoint(Mode::Jailed, &variables).spawn().unwrap();
+    wait_until("the entrypoint to wait", || {
+        std::fs::read_to_string(job.volume.log()).is_ok_and(|log| log.contains("waiting for 'ready'"))
+    });
+    sshd
+}
+
+fn has_closed_as_failed(job: &Job, mut sshd: Child) {
+    let mut code = None;
+    wait_until("the entrypoint to end", || {
+        code = sshd.try_wait().unwrap();
+        code.is_some()
+    });
+    assert_eq!(code.unwrap().code(), Some(0));
+    let stand = ["ready", "failed", "exiting"].map(|name| job.volume.signal(name).exists());
+    assert_eq!(stand, [false, true, true]);
+}
+
+#[test]
+fn an_environment_that_waits_closes_when_its_sidecar_gives_up_before_ready() {
+    type Case<'a> = (&'a str, &'a [(&'static str, &'a str)], u8, &'a str);
+    let cases: [Case; 5] = [
+        ("a token", &[], 1, "get a token from"),
+        ("an action", &[("IMS_ACTION", "")], 2, "IMS_ACTION is not set"),
+        ("a key", &[], 2, "it is a private key"),
+        ("a URL", &[("S3_ENDPOINT", "127.0.0.1:5777")], 2, "S3_ENDPOINT is '127.0.0.1:5777'"),
+        ("a bucket", &[("S3_BUCKET", "no-such-bucket")], 1, "NoSuchBucket"),
+    ];
+    for (number, (missing, further, code, why)) in cases.into_iter().enumerate() {
+        let job = Job::new();
+        // Of another job.
+        job.volume.touch("failed");
+        let before = (number % 2 == 0).then(|| waiting(&job));
+        match missing {
+            "a token" => job.ims.fail("POST /token", Fault::Status(401)),
+            "a key" => {
+                let key = "-----BEGIN OPENSSH PRIVATE KEY-----\n";
+                std::fs::write(job.volume.dir.path().join("authorized_keys"), key).unwrap();
+            }
+            _ => {}
+        }
+        let output = ended(job.sidecar(Mode::Jailed, further).spawn().unwrap());
+        assert_eq!(output.status.code(), Some(code.into()), "{missing}: {output:?}");
+        assert!(report(&output)["error"].as_str().unwrap().contains(why), "{missing}: {output:?}");
+        assert_eq!(job.ims.statuses(), ["error"], "{missing}");
+        has_closed_as_failed(&job, before.unwrap_or_else(|| waiting(&job)));
+        job.nothing_is_left();
+    }
+}
+
+#[test]
+fn an_environment_that_waits_can_be_failed_and_not_completed() {
+    let job = Job::new();
+    job.volume.touch("failed");
+    let mut sshd = waiting(&job);
+    let mark = |verdict| Command::new(IMS_SSHD).arg(verdict).arg(&job.volume.parent).output().unwrap();
+    let refused = mark("complete");
+    assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+    assert!(text(&refused.stderr).contains("is not open yet"), "{refused:?}");
+    assert!(sshd.try_wait().unwrap().is_none(), "a mark of another job does not count");
+    assert!(mark("fail").status.success());
+    has_closed_as_failed(&job, sshd);
+}
+
+#[test]
+fn an_ims_or_a_store_that_refuses_is_noticed_before_ready_and_one_that_is_out_of_order_is_warned_of() {
+    let job = Job::new();
+    job.ims.fail("GET /images", Fault::Status(403));
+    let output = ended(job.sidecar(Mode::Plain, &[("IMS_JOB_ID", "")]).spawn().unwrap());
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(!job.volume.signal("ready").exists());
+
+    for (status, is_certain) in [("403 Forbidden", true), ("500 Internal Server Error", false)] {
+        let job = Job::new();
+        let endpoint = crate::s3_server::always(status, "<html><body>out of order</body></html>");
+        let further = [&ALONE[..], &[("S3_ENDPOINT", &endpoint), ("IMS_START_LIMIT", "1")]].concat();
+        let output = ended(job.sidecar(Mode::Plain, &further).spawn().unwrap());
+        let log = text(&output.stderr);
+        assert_eq!(job.volume.signal("ready").exists(), !is_certain, "{log}");
+        assert!(log.contains(&format!("answers {status}")) && !log.contains("html"), "{log}");
+    }
+}
+
+#[test]
+fn a_sidecar_that_could_not_publish_goes_on_with_publishing_when_it_is_run_again() {
+    for begins_again in [false, true] {
+        let job = Job::new();
+        let running = Running::start(&job, Mode::Jailed, &ALONE);
+        wait_until("sshd", || job.volume.signal("sshd_listening").exists());
+        running.ssh("echo new > /etc/motd");
+        assert_eq!(job.bucket.ask("DELETE", "", b"").status, 204);
+        running.mark(Mode::Jailed, "complete");
+        let output = running.end();
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        assert!(text(&output.stderr).contains("goes on where it was"), "{output:?}");
+        assert_eq!(job.bucket.ask("PUT", "", b"").status, 200);
+        if begins_again {
+            // As `prepare` does.
+            for name in ["ready", "sshd_listening", "complete", "exiting"] {
+                std::fs::remove_file(job.volume.signal(name)).unwrap();
+            }
+        }
+        let output = ended(job.sidecar(Mode::Jailed, &ALONE).spawn().unwrap());
+        assert!(output.status.success(), "{output:?}");
+        assert_eq!(report(&output)["result"], "success");
+        assert_eq!(job.bucket.keys().len(), 5);
+        assert_eq!(std::fs::read_to_string(job.unpacked().join("etc/motd")).unwrap(), "new\n");
+        if begins_again {
+            assert!(waiting(&job).wait().unwrap().success());
+            assert!(job.volume.signal("exiting").exists() && !job.volume.signal("failed").exists());
+        }
+    }
+}
+
+#[test]
+fn a_job_that_was_marked_failed_ends_with_a_report_too() {
+    let job = Job::new();
+    let running = Running::start(&job, Mode::Plain, &ALONE);
+    wait_until("sshd", || job.volume.signal("sshd_listening").exists());
+    running.mark(Mode::Plain, "failed");
+    let output = running.end();
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert!(report(&output)["error"].as_str().unwrap().contains("was marked failed"), "{output:?}");
 }
