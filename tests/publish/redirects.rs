@@ -209,6 +209,7 @@ fn a_redirect_to_another_server_takes_no_login_and_no_referer_along() {
         ("IMS_URL", ims.url.clone()),
         ("OAUTH_CONFIG_DIR", dir.path().display().to_string()),
         ("IMS_JOB_ID", crate::ims_server::JOB.into()),
+        ("IMS_ACTION", "customize".into()),
     ];
     // It reads the job's record first.
     ims_sshd(&["sidecar"], &variables).arg(dir.path()).output().unwrap();
