@@ -1,6 +1,7 @@
 //! docs/KUBERNETES.md, command by command, in one shell. In the place of a cluster stands tests/pod/kubectl.py, which says what it leaves
 //! out; ssh, curl, the store, IMS and the pods' containers are real. The two blocks of a site's own values are the test's.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -47,11 +48,17 @@ const GIVEN_UP: &str = "configure ordinary \"$IMAGE/rootfs\" compute-failed
     if configure ordinary none none 2> no-digest; then exit 7; fi\n";
 
 /// Whoever follows the page has its ports free; two runs of this test on one machine do not.
-fn with_own_ports(script: String) -> String {
-    (2222..=2227).fold(script, |script, port: u16| {
-        assert!(script.contains(&format!(" {port}")), "{port}");
-        script.replace(&format!(" {port}"), &format!(" {}", free_port()))
-    })
+fn with_own_ports(script: &str) -> String {
+    let mut parts = script.split(" 222");
+    let mut changed = parts.next().unwrap_or_default().to_owned();
+    let mut own = BTreeMap::new();
+    for part in parts {
+        let (digit, rest) = part.split_at(1);
+        let port = own.entry(digit.to_owned()).or_insert_with(free_port);
+        changed.extend([" ", &port.to_string(), rest]);
+    }
+    assert_eq!(own.len(), 6, "{script}");
+    changed
 }
 
 /// Ends the pods that a walk has left, and the volumes that podman keeps of each.
@@ -131,7 +138,7 @@ fn the_page_leads_from_nothing_to_published_images() {
     }
     assert_eq!(replaced, 3);
     script += GIVEN_UP;
-    let script = with_own_ports(script);
+    let script = with_own_ports(&script);
 
     let cluster = Cluster(&state);
     let words: Vec<_> = {
