@@ -26,7 +26,7 @@ use ims_sshd::sys::process::exit_now;
 const USAGE: &str = "\
 Makes a jail around an image root, or enters it. Started by ims-sshd and by sshd, not by hand.
 
-  ims-jail-shell init --tier TIER --root FOLDER [--dkms] [--emulate ARCHITECTURE] [--proc-of-container] [--hostname NAME]
+  ims-jail-shell init --tier TIER --root FOLDER [--dkms] [--emulate ARCHITECTURE] [--proc-of-container] [--hostname NAME | --label NAME]
                       [--bind SOURCE TARGET rw|ro]... [--program NAME=FILE]... [--bare NAMESPACE]
       make the jail around the working folder, which messages call FOLDER, and be its first process; standard input is the socket to
       the supervisor. Its mount namespace begins as a copy of NAMESPACE, else of the container's
@@ -93,6 +93,7 @@ fn init_plan(words: &[OsString]) -> Option<Plan> {
             "--emulate" => plan.emulated = Some(Architecture::from_name(words.next()?.to_str()?)?),
             "--proc-of-container" => plan.proc = Proc::Container,
             "--hostname" => plan.hostname = Some(words.next()?.into()),
+            "--label" => plan.label = Some(words.next()?.into()),
             "--bare" => plan.bare = Some(words.next()?.into()),
             "--bind" => {
                 let (source, target) = (words.next()?.into(), words.next()?.into());

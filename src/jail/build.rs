@@ -38,8 +38,10 @@ pub struct Plan {
     pub dkms: bool,
     /// What the image's programs are for, if the jail has to see to it itself that they run.
     pub emulated: Option<Architecture>,
-    /// The jail's host name; the container's if there is none.
+    /// The jail's host name, which was asked for.
     pub hostname: Option<OsString>,
+    /// Its host name otherwise, where it can be given one; the container's if there is none.
+    pub label: Option<OsString>,
     /// Programs to show, such as sftp-server with its loader and libraries: (name below [`PROGRAMS`], file of the container, not a link).
     pub programs: Vec<(String, PathBuf)>,
     /// Bind mounts, with targets that exist and have no link on the way.
@@ -59,7 +61,7 @@ pub fn build(plan: &Plan) -> Result<Programs> {
         mounts::change_root(&place).attempt(|| format!("change the root to {shown}"))?;
         return Ok(Programs { helper: helper.into(), others: Vec::new() });
     }
-    hostname::give(plan.hostname.as_deref())?;
+    hostname::give(plan.hostname.as_deref(), plan.label.as_deref())?;
     // Modes of folders are as the tables say them.
     rustix::process::umask(Mode::empty());
 

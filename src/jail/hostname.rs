@@ -16,8 +16,8 @@ use crate::sys::packet::Packets;
 use crate::sys::process::{Fork, exit_now, fork};
 
 /// Gives this process, in a new UTS namespace, another one that root may name, and the jail's `name` to it. Where none can be had,
-/// the name cannot be changed from inside.
-pub fn give(name: Option<&OsStr>) -> Result<()> {
+/// the name cannot be changed from inside, and the jail does without `label`, its name where none is asked for.
+pub fn give(name: Option<&OsStr>, label: Option<&OsStr>) -> Result<()> {
     let attempted = || "make a UTS namespace that the jail's root may name";
     let (here, outside) = Packets::pair().attempt(attempted)?;
     match fork().attempt(attempted)? {
@@ -40,6 +40,9 @@ pub fn give(name: Option<&OsStr>) -> Result<()> {
             }
         }
     }
-    let Some(name) = name else { return Ok(()) };
+    let Some(name) = name else {
+        let _ = label.map(nix::unistd::sethostname);
+        return Ok(());
+    };
     nix::unistd::sethostname(name).attempt(|| format!("name the jail {}", name.display()))
 }

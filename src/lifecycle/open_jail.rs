@@ -50,9 +50,9 @@ pub struct Wanted<'a> {
     pub in_place: bool,
     /// The IMS job.
     pub job: Option<&'a str>,
-    /// The image's name, a label of a host name, for people at a shell.
+    /// The image's name, a label of a host name, for people at a shell; the jail's host name where none is asked for.
     pub image: Option<&'a str>,
-    /// The host name in the jail, if another than the container's.
+    /// The host name that was asked for.
     pub hostname: Option<&'a str>,
     /// Variables that sessions keep.
     pub keep: Vec<String>,
@@ -355,8 +355,10 @@ fn start(wanted: &Wanted<'_>) -> Result<(Pid, Link, Vec<OwnedFd>, Vec<OwnedFd>)>
     if wanted.proc == Proc::Container {
         command.arg("--proc-of-container");
     }
-    if let Some(name) = wanted.hostname {
-        command.args(["--hostname", name]);
+    match (wanted.hostname, wanted.image) {
+        (Some(name), _) => _ = command.args(["--hostname", name]),
+        (None, Some(label)) => _ = command.args(["--label", label]),
+        (None, None) => {}
     }
     for Bind { source, target, read_only } in wanted.binds {
         command.arg("--bind").args([source, target]).arg(if *read_only { "ro" } else { "rw" });

@@ -179,7 +179,6 @@ fn open(
         let _ = local::remove_folder(run.path());
     })?;
     if wanted.jailed {
-        settings.hostname.get_or_insert_with(|| label.clone());
         settings.image = Some(label);
     }
 

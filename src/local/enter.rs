@@ -291,7 +291,7 @@ impl Session {
             emulated: emulation.in_jail,
             job: None,
             image: Some(&self.label),
-            hostname: self.hostname.as_deref().or(Some(&self.label)),
+            hostname: self.hostname.as_deref(),
             keep: entry.variables.iter().map(|(name, _)| name.clone()).collect(),
             binds: &entry.binds,
             programs: script.as_slice(),
