@@ -367,7 +367,7 @@ fn drop_changes(work: &Work, settings: &Settings, place: &WorkDirectory) -> Resu
 }
 
 /// Where the image is opened, in a job's directory.
-const IMAGE_ROOT: &str = "image-root";
+pub const IMAGE_ROOT: &str = "image-root";
 
 fn too_small(place: &str, left: u64, needed: u64, advice: &str) -> Error {
     let [left, needed] = [left, needed].map(|bytes| bytes.div_ceil(1 << 20));

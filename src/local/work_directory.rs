@@ -1,12 +1,15 @@
 //! Work directory of a job on this machine, owned by root, for all that belongs to the image. Setuid programs of the
 //! image and its /etc/shadow lie below, which the machine's other users must neither reach nor exchange.
 
+use std::ffi::OsStr;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use crate::error::{Attempt, Error, Result};
 use crate::lifecycle::signal_files::SignalFiles;
 use crate::local;
+use crate::local::job::IMAGE_ROOT;
+use crate::publish::prepare::OVERLAY;
 use crate::publish::source::{WRITABLE, is_trusted};
 
 /// The directory of all jobs, where the command line names none.
@@ -62,11 +65,20 @@ impl WorkDirectory {
     /// Removes what an earlier run has left in it.
     pub fn clear(&self) -> Result<()> {
         let attempted = || format!("clear {}", self.path().display());
-        let mut names = self.files.parent().names().attempt(attempted)?;
+        let parent = self.files.parent();
+        // Changes go at one stroke: a run that finds half of them would go on with those, and lose what they had moved.
+        for name in [OVERLAY, IMAGE_ROOT] {
+            let dropped = format!(".dropped-{name}");
+            parent.remove_whole(OsStr::new(&dropped)).attempt(attempted)?;
+            if parent.look(name).attempt(attempted)?.is_some() {
+                parent.rename(name, &dropped).attempt(attempted)?;
+            }
+        }
+        let mut names = parent.names().attempt(attempted)?;
         // What is noted of the changes, in hidden files, last: a run that is killed here has less of them than it says.
         names.sort_by(|a, b| b.cmp(a));
         for name in names {
-            let removed = self.files.parent().remove_whole(&name);
+            let removed = parent.remove_whole(&name);
             removed.attempt(|| format!("remove {}", self.path().join(&name).display()))?;
         }
         Ok(())
@@ -140,5 +152,22 @@ mod tests {
         assert_eq!(std::fs::read_dir(&open).unwrap().count(), 0);
         std::fs::set_permissions(&open, PermissionsExt::from_mode(0o1777)).unwrap();
         assert_eq!(own(&open.join("ims-sshd")).unwrap(), open.canonicalize().unwrap().join("ims-sshd"));
+    }
+
+    #[test]
+    fn changes_that_are_dropped_in_part_are_gone_as_a_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = WorkDirectory::claim(&dir.path().join("all"), "job").unwrap();
+        let within = |path: &str| place.path().join(path);
+        std::fs::create_dir_all(within("overlay/upper/stuck")).unwrap();
+        std::fs::write(within("overlay/upper/file"), "changed").unwrap();
+        let stuck = within("overlay/upper/stuck");
+        rustix::mount::mount("t", &stuck, "tmpfs", rustix::mount::MountFlags::empty(), None).unwrap();
+        // It ends in the middle, as by a kill.
+        let error = place.clear().unwrap_err();
+        rustix::mount::unmount(within(".dropped-overlay/upper/stuck"), rustix::mount::UnmountFlags::empty()).unwrap();
+        assert!(!within("overlay").exists(), "{error}");
+        place.clear().unwrap();
+        assert!(!within(".dropped-overlay").exists());
     }
 }
