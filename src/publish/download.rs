@@ -4,8 +4,8 @@ use std::fs::File;
 use std::io::{Seek, Write};
 use std::time::Instant;
 
-use reqwest::StatusCode;
 use reqwest::header::{CONTENT_RANGE, ETAG, HeaderMap, HeaderName, IF_MATCH, LAST_MODIFIED, RANGE};
+use reqwest::{StatusCode, Url};
 
 use crate::error::{Attempt, Error, Result};
 use crate::publish::checksum::{Expected, Sums};
@@ -96,7 +96,9 @@ impl Download<'_> {
         if self.etag.is_none() && self.modified.is_none() {
             self.begin_anew()?;
         }
-        let mut request = self.work.client()?.get(self.url);
+        let has_login = Url::parse(self.url).is_ok_and(|url| !url.username().is_empty() || url.password().is_some());
+        let client = if has_login { self.work.reader()? } else { self.work.client()? };
+        let mut request = client.get(self.url);
         if self.length > 0 {
             request = request.header(RANGE, format!("bytes={}-", self.length));
             // A weak ETag matches nothing there (RFC 9110, 13.1.1): the answer's is compared below.

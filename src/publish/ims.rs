@@ -255,7 +255,7 @@ impl<'a> Ims<'a> {
         body: Option<&Value>,
     ) -> std::result::Result<Option<Vec<u8>>, Fault> {
         let Some(at) = self.at.clone() else { return Ok(None) };
-        let client = if *method == Method::GET { self.work.client()? } else { self.work.sender()? };
+        let client = if *method == Method::GET { self.work.reader()? } else { self.work.sender()? };
         let mut request = client.request(method.clone(), below(&at.url, path)?).timeout(REQUEST_LIMIT);
         if let Some(folder) = &at.oauth {
             request = request.bearer_auth(self.token(folder).await?);

@@ -61,6 +61,8 @@ pub struct Work {
     runtime: Runtime,
     /// Made when it is needed: to read all authorities of the system takes longer than to mount an image.
     client: OnceCell<reqwest::Client>,
+    /// The same for requests with credentials.
+    reader: OnceCell<reqwest::Client>,
     /// The same that follows no redirect.
     sender: OnceCell<reqwest::Client>,
     signals: Signals,
@@ -113,6 +115,7 @@ impl Work {
         Ok(Self {
             runtime: runtime.attempt(|| "start an event loop")?,
             client: OnceCell::new(),
+            reader: OnceCell::new(),
             sender: OnceCell::new(),
             signals,
             interrupted: Cell::new(None),
@@ -124,6 +127,11 @@ impl Work {
     /// The client that fetches from servers other than stores.
     pub fn client(&self) -> Result<&reqwest::Client> {
         self.make(&self.client, Redirects::Anywhere)
+    }
+
+    /// The client for requests that read something with credentials.
+    pub fn reader(&self) -> Result<&reqwest::Client> {
+        self.make(&self.reader, Redirects::Once)
     }
 
     /// The client for requests that change something.
@@ -322,8 +330,10 @@ fn read_from_start(mut file: std::fs::File) -> std::io::Result<Vec<u8>> {
 /// Servers that a redirect may lead to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Redirects {
-    /// Any: reqwest removes credentials that are not in the URL itself.
+    /// Any: a request without credentials.
     Anywhere,
+    /// Another one, which leads no further: reqwest sends no credentials to it, but would again from there on.
+    Once,
     /// The server that was asked: a request has further headers that are secret.
     SameServer,
     /// None: 307 and 308 would have the body of the request, 301 and 302 make a GET of it.
@@ -366,6 +376,8 @@ fn refuse_redirect(previous: &[Url], next: &Url, redirects: Redirects) -> Option
         Some(format!("it is the last of {MOST_REDIRECTS}, and leads on to {shown}"))
     } else if last.scheme() == "https" && next.scheme() != "https" {
         Some(format!("it leads from https to {shown}, where anybody on the way can read and replace what is sent"))
+    } else if redirects == Redirects::Once && server(previous.first()?) != server(last) {
+        Some(format!("it leads from another server on to {shown}, which the credentials of the first are not for"))
     } else if redirects == Redirects::SameServer && server(last) != server(next) {
         Some(format!("it leads to another server, {shown}, which the keys of this one are not for"))
     } else {
@@ -496,7 +508,7 @@ pub fn is_passing(status: reqwest::StatusCode) -> bool {
 mod tests {
     use super::*;
 
-    use Redirects::{Anywhere, Nowhere, SameServer};
+    use Redirects::{Anywhere, Nowhere, Once, SameServer};
 
     #[test]
     fn a_redirect_neither_gives_tls_up_nor_goes_on_without_end_nor_carries_keys_to_others() {
@@ -515,9 +527,14 @@ mod tests {
             ("https://a/", "https://b/", SameServer, false),
             ("http://a/", "https://a/", SameServer, false),
             ("https://a/", "https://a/x", Nowhere, false),
+            ("https://a/", "https://b/", Once, true),
         ] {
             assert_eq!(refused(&[from], to, redirects).is_none(), goes, "{from} {to} {redirects:?}");
         }
+        // reqwest compares the last server with the next alone, and would send the credentials again.
+        assert!(refused(&["http://a/", "http://b/"], "http://b/x", Once).is_some());
+        assert!(refused(&["http://a/", "http://b/"], "http://a/", Once).is_some());
+        assert!(refused(&["http://a/", "http://a/x"], "http://b/", Once).is_none());
         let [ten, eleven] = [10, 11].map(|number| vec!["http://a/"; number]);
         assert!(refused(&ten, "http://a/", Anywhere).is_none() && refused(&eleven, "http://a/", Anywhere).is_some());
         let said = refused(&["https://a/"], "http://b/k?X-Amz-Signature=secret", Anywhere).unwrap();
