@@ -18,12 +18,12 @@ pub struct Error {
     kind: Kind,
 }
 
-/// What is at fault.
+/// Cause of an error, which decides the exit code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     /// The environment broke.
     Broken,
-    /// What we were given is wrong.
+    /// An option, a variable or a file that we were given is wrong.
     BadInput,
     /// A signal came.
     Interrupted(Signal),

@@ -2,8 +2,8 @@
 
 use rustix::fs::{FileType, Stat};
 
-/// Whether what has a mark's name in the image's /tmp is one: a regular file, as `touch` makes it. A directory or link of that name is a
-/// program's own, and means nothing.
+/// Returns whether a file with a mark's name in the image's /tmp is one: a regular file, as `touch` makes it. A directory or link of that
+/// name is a program's own, and means nothing.
 pub fn is_mark(found: &Stat) -> bool {
     FileType::from_raw_mode(found.st_mode) == FileType::RegularFile
 }

@@ -32,7 +32,7 @@ use ims_sshd::verdict::Verdict;
 #[derive(Parser)]
 #[command(version, arg_required_else_help = true, after_help = EXAMPLES)]
 struct Arguments {
-    /// How the log on standard error looks [variable: LOG_FORMAT] [default: text]; its level is $LOG_LEVEL (debug, info, warning, error)
+    /// Format of the log on standard error [variable: LOG_FORMAT] [default: text]; its level is $LOG_LEVEL (debug, info, warning, error)
     #[arg(long, global = true, value_enum)]
     log_format: Option<log::Format>,
     #[command(subcommand)]
@@ -241,7 +241,7 @@ impl ImageOptions {
         self
     }
 
-    /// For a person at a command line, who names no boot file unless it matters.
+    /// Boot files are found (`auto`) unless they are named: a person at a command line names them only if it matters.
     fn variables_or_auto(mut self) -> Variables {
         for (option, name) in [(&mut self.kernel, "KERNEL_FILENAME"), (&mut self.initrd, "INITRD_FILENAME")] {
             let named = option.take().or_else(|| std::env::var(name).ok()).filter(|name| !name.is_empty());
@@ -278,7 +278,7 @@ struct PackingOptions {
 #[derive(Args)]
 #[command(next_help_heading = "Servers")]
 struct StoreOption {
-    /// Where images are kept: s3://BUCKET, or a directory [variable: IMAGE_STORE] [default: s3://$S3_BUCKET]
+    /// Store of images: s3://BUCKET, or a directory [variable: IMAGE_STORE] [default: s3://$S3_BUCKET]
     #[arg(long, value_name = "URL")]
     store: Option<String>,
 }
@@ -334,7 +334,7 @@ fn variables(options: impl IntoIterator<Item = (&'static str, Option<String>)>) 
 
 #[derive(Args)]
 struct Named {
-    /// What 'ims-sshd status' calls it, its source, or the directory that holds image-root and the signal files [default: $IMAGE_ROOT_PARENT;
+    /// Name that 'ims-sshd status' prints, source, or directory that holds image-root and the signal files [default: $IMAGE_ROOT_PARENT;
     /// in a pod, what is open there]
     #[arg(value_name = "NAME")]
     name: Option<PathBuf>,
@@ -487,7 +487,7 @@ impl JobOptions {
             return Err(Error::bad_input("--fresh is given, and this run neither uses nor keeps changes")
                 .advise("'ims-sshd fail SOURCE' drops those that are kept"));
         }
-        // Where nothing is mounted or published, none of the variables is needed.
+        // The variables are for what is mounted or published.
         let settings = if output.is_none() && in_place {
             None
         } else {
@@ -589,7 +589,7 @@ fn run(command: Command) -> Result<u8> {
                 binds: arguments.bind,
                 answer,
             };
-            // To look only; else what is entered is changed, as by chroot.
+            // `--discard` only looks; without it, the directory itself is changed, as by chroot.
             let end = arguments.discard.then_some(End::Discarded);
             let job = arguments.job.read(arguments.source, end)?;
             enter::run(Job { discards: arguments.discard, ..job }, &entry)

@@ -37,7 +37,7 @@ pub struct Record {
     pub helper: i32,
     /// Whether sessions keep the container's capabilities.
     pub dkms: bool,
-    /// Whether what is changed stays, however the environment ends.
+    /// True if changes stay in the image, however the environment ends.
     pub in_place: bool,
     /// The IMS job.
     pub job: Option<String>,

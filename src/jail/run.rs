@@ -75,7 +75,7 @@ pub fn make(run: &Tree, entries: &[Entry]) {
 }
 
 impl Entry {
-    /// Whether it lies where the jail itself makes something.
+    /// Returns whether it lies where the jail itself makes something.
     fn is_ours(&self) -> bool {
         self.path.as_os_str().as_bytes().starts_with(OURS)
     }

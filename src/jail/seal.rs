@@ -26,7 +26,7 @@ pub enum Seal {
 }
 
 impl Seal {
-    /// As `ims-jail-shell seal` prints it.
+    /// Text that `ims-jail-shell seal` prints.
     pub fn to_text(&self) -> String {
         match self {
             Self::Sealed => "sealed".into(),

@@ -300,7 +300,7 @@ fn copy_in(stream: BorrowedFd<'_>, read: &OwnedFd, write: OwnedFd, stopped: &Own
 /// The same for a fifo, which cannot go back: what it has is shown to the session (tee(2)), a page at a time, and taken from the fifo once
 /// the session has read it.
 fn pass_in(fifo: BorrowedFd<'_>, read: &OwnedFd, write: OwnedFd, stopped: &OwnedFd) -> rustix::io::Result<()> {
-    /// Of a pipe that has room for one page, which is full until that was read to its end.
+    /// Size of the pipe: with room for one page, it is full until that page was read to its end.
     const PAGE: usize = 4096;
     rustix::pipe::fcntl_setpipe_size(&write, PAGE)?;
     let mut shown = 0;

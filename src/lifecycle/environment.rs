@@ -132,8 +132,8 @@ pub fn take_mark(image_root: &Tree, verdict: Verdict) -> Result<bool> {
     image_root.remove(&name).attempt(attempted)
 }
 
-/// Whether `failed` stands in the parent or, for a jailed job, in the image's /tmp. An error if that cannot be looked at: nothing of which one
-/// does not know is packed.
+/// Returns whether `failed` stands in the parent or, for a jailed job, in the image's /tmp. A place that cannot be looked at is an error: an
+/// image whose verdict is not known is not packed.
 pub fn is_marked_failed(files: &SignalFiles, image_root: Option<&Tree>) -> Result<bool> {
     let name = Verdict::Failed.signal_file();
     let in_image = |root: &Tree| {

@@ -1,4 +1,4 @@
-//! What an image root is known by, and a directory that is none refused by: an empty one, somebody's home, what an archive has around it.
+//! Recognizes an image root by its files, and refuses any other directory: an empty one, somebody's home, the top directory of an archive.
 
 use std::path::Path;
 
@@ -8,7 +8,7 @@ use crate::sys::tree::Tree;
 /// Each is enough: a distribution, an image without one (distroless), a busybox. systemd-nspawn looks for the former.
 const KNOWN_BY: [&str; 5] = ["etc/os-release", "usr/lib/os-release", "etc/passwd", "bin/sh", "usr/bin/sh"];
 
-/// What images of containers are known by that somebody has saved: layers, and no tree.
+/// Files of a saved container image, which holds layers and no tree.
 const SAVED: [&str; 2] = ["oci-layout", "manifest.json"];
 
 /// So many names are looked at for an image root one directory below.

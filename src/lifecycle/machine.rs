@@ -43,7 +43,7 @@ pub enum State {
 }
 
 impl State {
-    /// What `status` says of it.
+    /// Stage of the job that `status` prints.
     pub fn stage(self) -> Stage {
         match self {
             Self::Waiting => Stage::Waiting,
@@ -205,7 +205,7 @@ impl Machine {
                 self.judge(Verdict::Failed);
                 vec![]
             }
-            // As 'exiting' was created: whoever packs the image looks for the verdict after that.
+            // The mark was made while 'exiting' was created; whoever packs the image reads the verdict after that.
             (State::Announcing, Event::Marked(Verdict::Failed)) if self.verdict != Some(Verdict::Failed) => {
                 self.mark(Verdict::Failed);
                 vec![Action::Record(Verdict::Failed)]

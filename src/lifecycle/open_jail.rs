@@ -46,7 +46,7 @@ pub struct Wanted<'a> {
     pub dkms: bool,
     /// What the image's programs are for, if the jail has to see to it itself that they run.
     pub emulated: Option<Architecture>,
-    /// Whether what is changed stays, however the environment ends.
+    /// True if changes stay in the image, however the environment ends.
     pub in_place: bool,
     /// The IMS job.
     pub job: Option<&'a str>,

@@ -74,7 +74,7 @@ fn visit_those_among(mounts: &Path, visit: Visitor<'_>) {
     let _ = found.into_iter().try_for_each(|entry| visit(&entry));
 }
 
-/// Those that have a file open for writing on the mount of this number.
+/// Returns the processes that have a file open for writing on the mount of this number.
 pub fn writers_on(mount: u64) -> Vec<Entry> {
     // The format is proc_pid_fdinfo(5)'s: `flags:` in octal, as open(2) has them, and `mnt_id:`.
     let is_writer = |text: &str| {
@@ -91,7 +91,7 @@ pub fn writers_on(mount: u64) -> Vec<Entry> {
     numbers(Path::new("/proc")).filter(writes).filter_map(Entry::read).collect()
 }
 
-/// Those that have a file on the mount of this number mapped, and may write to it by that. None where this process lacks CAP_SYS_ADMIN in
+/// Returns the processes that have a file on the mount of this number mapped writable. Finds none where this process lacks CAP_SYS_ADMIN in
 /// the machine's first user namespace: the kernel lets nobody else follow the links (proc_pid_map_files(5)).
 pub fn mapped_on(mount: u64) -> Vec<Entry> {
     let is_writable = |link: &Path| std::fs::symlink_metadata(link).is_ok_and(|found| found.mode() & 0o200 != 0);

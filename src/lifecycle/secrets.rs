@@ -310,7 +310,7 @@ impl Line<'_> {
             }
             let is_option = word.text.starts_with('-') && !word.text.contains(['=', ':']);
             let is_known = options.contains(&word.text);
-            // Before its name is looked at: '-pPassword1' is the value 'Password1'. Some programs have '-password', too.
+            // An attached value comes before a name: '-pPassword1' is the value 'Password1'. Some programs have '-password', too.
             let attached = options.iter().find(|o| o.len() == 2 && word.text.starts_with(*o)).filter(|_| !is_known);
             if let Some(option) = attached {
                 let value = word.start + self.text[word.start..word.end].find(option).unwrap_or_default() + 2;
@@ -384,7 +384,8 @@ impl Line<'_> {
         self.quoted.iter().find(|quoted| quoted.start <= at && at <= quoted.end).map_or(self.text.len(), |q| q.end)
     }
 
-    /// After the end of the `quote` that opens here. It closes with as many backslashes before it as it opened with, and not within `$(…)`.
+    /// Returns the position after the `quote` that opens here. It closes with as many backslashes before it as it opened
+    /// with, and not within `$(…)`.
     fn close(&self, open: usize, quote: &str) -> Option<usize> {
         let start = open + quote.len();
         let closes = |at: &usize| {
@@ -426,7 +427,7 @@ impl Line<'_> {
     }
 }
 
-/// After the end of the bracket that opens here, as in `$(command word)`.
+/// Returns the position after the bracket that opens here, as in `$(command word)`.
 fn closing(text: &str) -> Option<usize> {
     let mut depth = 0_usize;
     for (at, c) in text.char_indices() {
@@ -552,7 +553,7 @@ fn is_secret(name: &str) -> bool {
         })
 }
 
-/// Whether `name` is a header to which the rest of the line belongs: `Authorization: Bearer value`, `Cookie: a=b; c=d`.
+/// Returns whether `name` is a header to which the rest of the line belongs: `Authorization: Bearer value`, `Cookie: a=b; c=d`.
 fn is_header(name: &str) -> bool {
     let name = name.to_ascii_lowercase();
     ["authorization", "cookie"].iter().any(|header| name.ends_with(header))

@@ -45,7 +45,7 @@ pub struct Settings {
     pub hostname: Option<String>,
     /// Name of the image, for people at a shell; not known in a pod.
     pub image: Option<String>,
-    /// Whether what is changed stays, however the environment ends: of a directory that is changed where it is.
+    /// True for a directory that is changed where it is: changes stay, however the environment ends.
     pub in_place: bool,
     /// `IMS_JAIL_BINDS`: what of the container is shown in the jail.
     pub binds: Vec<Bind>,

@@ -111,8 +111,8 @@ impl SignalFiles {
         Err(claimed(&self.path))
     }
 
-    /// What is locked as a claim: the parent itself, where only root can open it, else a file in it of root's alone. Whoever can open a file
-    /// can lock it (flock(2)). Nothing if the file is missing and is not to be `made`, or is not root's.
+    /// Opens the file that a claim locks: the parent itself, where only root can open it, else a file in it that only root can open, since
+    /// anybody who can open a file can lock it (flock(2)). Nothing if the file is missing and is not to be `made`, or is not root's.
     fn lockable(&self, made: bool) -> io::Result<Option<OwnedFd>> {
         let parent = rustix::fs::fstat(&self.parent)?;
         if parent.st_mode & 0o044 == 0 {
@@ -136,7 +136,7 @@ impl SignalFiles {
             Err(e) => return Err(e),
         };
         let found = rustix::fs::fstat(&file)?;
-        // Whoever made it may have it open.
+        // Another user who made it may have it open.
         let is_ours = found.st_uid == rustix::process::geteuid().as_raw() && found.st_mode & 0o066 == 0;
         if !is_ours && made {
             self.parent.remove(CLAIM)?;
@@ -144,7 +144,7 @@ impl SignalFiles {
         Ok(is_ours.then_some(file))
     }
 
-    /// Whether `lock` is what a claim locks, and has not been removed.
+    /// Returns whether `lock` is the file that a claim locks, and has not been removed.
     fn is_lockable(&self, lock: &OwnedFd) -> bool {
         let identity = |file: BorrowedFd<'_>| rustix::fs::fstat(file).map(|found| (found.st_dev, found.st_ino)).ok();
         let named = self.lockable(false).ok().flatten();
@@ -163,14 +163,14 @@ impl SignalFiles {
             let Ok(lock) = lock.inspect_err(|e| tracing::debug!("cannot look for another sidecar: {e}")) else { break };
             let Ok(found) = rustix::fs::fstat(&lock) else { break };
             if found.st_uid != rustix::process::geteuid().as_raw() || found.st_mode & 0o066 != 0 {
-                // Whoever made it may have it open, and locked.
+                // Another user who made it may have it open, and locked.
                 let _ = self.parent.remove(SIDECAR_CLAIM);
                 continue;
             }
             match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => {
                     let named = self.parent.look(SIDECAR_CLAIM).ok().flatten();
-                    // Else it was that of one who has removed it since.
+                    // A file of another number: the run that had this one has removed it.
                     if named.is_some_and(|named| (named.st_dev, named.st_ino) == (found.st_dev, found.st_ino)) {
                         claim.lock = Some(lock);
                         break;
@@ -459,7 +459,7 @@ mod tests {
                 std::fs::write(&theirs, "").unwrap();
                 std::os::unix::fs::chown(&theirs, Some(1000), None).unwrap();
             }
-            // As any user: 'flock -x DIR' and, where he may make files, one of that name.
+            // Any user can do this: 'flock -x DIR' and, where he may make files, one of that name.
             let directory = (mode != 0o700).then(|| std::fs::File::open(dir.path()).unwrap());
             let file = std::fs::File::open(&theirs).ok();
             for held in directory.iter().chain(&file) {

@@ -10,10 +10,10 @@ use rustix::io::Errno;
 
 use crate::sys::tree::Tree;
 
-/// Where a job is, from its beginning to its end.
+/// Stages of a job, in their order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Stage {
-    /// For the signal file that lets the environment open.
+    /// The job waits for the signal file that lets the environment open.
     Waiting,
     /// Configuration, jail, sshd.
     Preparing,
@@ -21,7 +21,7 @@ pub enum Stage {
     Serving,
     /// A verdict stands; sessions end, and the image root is given back.
     Closing,
-    /// What was changed above a directory becomes the directory's own.
+    /// Changes made above a directory become the directory's own.
     Applying,
     /// The image root becomes a squashfs.
     Packing,
@@ -118,7 +118,7 @@ mod tests {
         assert_eq!(shown(&parent).unwrap().0, Stage::Uploading);
         drop(publisher);
         assert!(shown(&parent).is_none() && std::fs::read_dir(dir.path()).unwrap().next().is_none());
-        // As a killed publisher leaves it.
+        // A killed publisher leaves it like this.
         std::fs::write(dir.path().join(FILE), "packing").unwrap();
         assert!(shown(&parent).is_none());
     }

@@ -526,7 +526,7 @@ impl<F: FnOnce()> Supervisor<F> {
     }
 
     fn remake_jail(&mut self) -> Result<()> {
-        // As long as this fails, the old jail stays: of the next one's mount the kernel would not say that the old one's is in use.
+        // The old jail stays as long as this fails: the kernel tells of the next one's mount nothing about who uses the old one's.
         if let Some(jail) = &self.jail {
             jail.seal(&self.state, Instant::now() + TIME_TO_LET_GO)?;
         }

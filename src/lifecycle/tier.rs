@@ -68,7 +68,7 @@ const SHORTAGES: [Errno; 6] = [Errno::EMFILE, Errno::ENFILE, Errno::EFBIG, Errno
 
 fn is_shortage(error: &Error) -> bool {
     let text = error.to_string();
-    // As the standard library prints them, and as nix does.
+    // The standard library and nix print them in different ways.
     let is_told = |errno: &Errno| {
         text.contains(&format!("(os error {})", *errno as i32)) || text.contains(&format!("{errno:?}: "))
     };

@@ -23,7 +23,7 @@ use crate::sys::tree::Tree;
 /// number follows that makes it one that neither the source nor the session has.
 const STAGE: &str = ".ims-sshd.applying.";
 
-/// How far the application is, in the work directory.
+/// File in the work directory that records how far the application is.
 const RECORD: &str = ".ims-sshd.applying";
 
 /// The kernel keeps its notes about a file of the upper layer in attributes of this prefix. What a session has named like this, to mount
@@ -47,7 +47,7 @@ enum Step {
 const STEPS: [(Step, &[u8]); 4] =
     [(Step::Moving, b"moving"), (Step::Placing, b"placing"), (Step::Placed, b"placed"), (Step::Applied, b"applied")];
 
-/// What the record says.
+/// Content of the record.
 #[derive(Debug)]
 struct Progress {
     step: Step,
@@ -63,7 +63,7 @@ struct Progress {
 struct Origin {
     /// The directory of the source that it adds to; none if nothing of the source is seen in it.
     below: Option<PathBuf>,
-    /// Whether that had another name.
+    /// True if that had another name.
     renamed: bool,
     /// Name of it as long as it is put aside.
     aside: String,
@@ -86,7 +86,7 @@ pub fn complete_hard_links(lower: &Tree, upper: &Tree, index: &Path, merged: &Tr
         }
         let Some(source) = below(&origins, path) else { return Ok(()) };
         let before = rustix::fs::fstat(lower.handle_without_links(source)?)?;
-        // Those that it had: the session may have removed all but one.
+        // The count in the source decides: the session may have removed all names but one.
         if before.st_nlink < 2 {
             return Ok(());
         }
@@ -105,7 +105,7 @@ fn below(origins: &BTreeMap<PathBuf, Origin>, path: &Path) -> Option<PathBuf> {
     Some(origin.below.as_ref()?.join(path.strip_prefix(above).ok()?))
 }
 
-/// Whether an application has begun with the changes kept in `work`.
+/// Returns whether an application has begun with the changes kept in `work`.
 pub fn has_begun(work: &Tree) -> Result<bool> {
     let attempted = || format!("read {}", work.shown().join(RECORD).display());
     Ok(work.look(RECORD).attempt(attempted)?.is_some())
@@ -157,12 +157,12 @@ impl Progress {
 
 const DROP: &str = "to give up what is not applied yet, give --fresh";
 
-/// Only root reaches what is in it.
+/// Returns whether only root reaches its content.
 fn is_ours(found: &Stat) -> bool {
     found.st_uid == rustix::process::geteuid().as_raw() && found.st_mode.trailing_zeros() >= 6
 }
 
-/// What tells a directory from another, also after the machine was started anew: the number of its device may then be another one.
+/// Returns a text that tells a directory from another, also after a reboot, which may change the number of its device.
 fn identity(root: &Tree) -> io::Result<String> {
     let found = rustix::fs::statx(root, "", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS | StatxFlags::BTIME)?;
     let made = if found.stx_mask & StatxFlags::BTIME.bits() == 0 {
@@ -251,7 +251,7 @@ pub fn apply(work: &Tree, upper: &Tree, root: &Tree) -> Result<()> {
             begun.step = Step::Placed;
             begun.write(work)?;
         }
-        // Empty but for copies: what was put aside has its place.
+        // Only copies are left in it: all that was put aside has its place.
         remove_copies(&application.stage).and_then(|()| root.remove_folder(&begun.stage)).attempt(attempted)?;
     }
     take_attributes(upper, root, Path::new("")).and_then(|()| root.sync()).attempt(attempted)?;
@@ -259,7 +259,7 @@ pub fn apply(work: &Tree, upper: &Tree, root: &Tree) -> Result<()> {
     begun.write(work)
 }
 
-/// Whether all is applied: of the changes kept in `work` any part may be gone.
+/// Returns whether all is applied. Any part of the changes kept in `work` may be gone by then.
 pub fn has_ended(work: &Tree) -> Result<bool> {
     Progress::read(work).map(|progress| progress.is_some_and(|progress| progress.step == Step::Applied))
 }
@@ -277,7 +277,7 @@ pub fn give_up(work: &Tree, upper: &Tree, root: &Tree) -> Result<()> {
     }
     let Some(stage) = begun.stage(root).attempt(attempted)? else { return Ok(()) };
     let put_back = || {
-        // Those that others were in first.
+        // Directories that held others come first.
         let origins = origins(upper)?;
         let by_source: BTreeMap<_, _> =
             origins.values().filter(|o| o.renamed).filter_map(|o| Some((o.below.as_ref()?, &o.aside))).collect();
@@ -315,12 +315,12 @@ fn refuse_unchangeable(upper: &Tree, root: &Tree, origins: &BTreeMap<PathBuf, Or
 
 fn unchangeable(upper: &Tree, root: &Tree, origins: &BTreeMap<PathBuf, Origin>) -> io::Result<Option<PathBuf>> {
     let moved: BTreeSet<&Path> = origins.values().filter(|o| o.renamed).filter_map(|o| o.below.as_deref()).collect();
-    // What is changed, or removed with all that is in it.
+    // Paths that are changed, or removed with all that is in them.
     let mut open: Vec<PathBuf> = Vec::new();
     for (path, origin) in origins {
         let Some(below) = &origin.below else { continue };
         let directory = match root.folder_without_links(this(below)) {
-            // Only the session has it.
+            // The session made it; the directory does not have it.
             Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => continue,
             other => other?,
         };
@@ -483,7 +483,7 @@ impl Application<'_> {
             self.fill(path, origin.below.is_none())
                 .map_err(|e| io::Error::new(e.kind(), format!("/{}: {e}", path.display())))?;
         }
-        // To put something into a directory has changed its times.
+        // Placing entries has changed the times of their directories.
         self.origins.keys().try_for_each(|path| take_attributes(self.upper, self.root, path))
     }
 
@@ -542,7 +542,7 @@ impl Application<'_> {
 
     /// Links the file itself, where both are on one file system: it costs nothing, and its names stay names of one file.
     fn link(&self, from: &Tree, name: &OsStr) -> io::Result<bool> {
-        // Once given the names that the overlay has shown, they would be taken for notes by the next name of the file.
+        // Linking would rename these attributes in the shared inode, and the next name of the file would take them for notes.
         let is_escaped = |name: &OsString| name.as_bytes().starts_with(ESCAPED);
         if (Node { directory: from, name }).attributes()?.keys().any(is_escaped) {
             return Ok(false);
@@ -617,7 +617,7 @@ mod tests {
     use std::os::unix::process::ExitStatusExt;
     use std::process::{Command, Stdio};
 
-    /// What programs do to a tree. Most fails on most trees, which is no matter.
+    /// Operations of programs on a tree. Most fail on most trees, which does not matter.
     #[derive(Debug, Clone)]
     enum Change {
         Write(PathBuf, u8),
@@ -675,7 +675,7 @@ mod tests {
     impl Change {
         fn make(&self, root: &Path) {
             let at = |path: &Path| root.join(path);
-            // To open a fifo waits.
+            // Opening a fifo waits.
             let is_node = |path: &Path| std::fs::metadata(at(path)).is_ok_and(|found| !found.is_file());
             let _ = match self {
                 Self::Write(path, _) | Self::Append(path) | Self::WriteAndRemove(path) | Self::Sparse(path)
@@ -778,7 +778,7 @@ mod tests {
         for name in ["root", "upper", "work", "record"] {
             std::fs::create_dir_all(place.join(name)).unwrap();
         }
-        // In the source these would be notes of an overlay that it is the upper layer of.
+        // The kernel would take these, in the source, for notes of an overlay that it is the upper layer of.
         let is_note = |change: &&Change| matches!(change, Change::Attribute(_, "trusted.overlay.opaque", _));
         for change in before.iter().filter(|change| !is_note(change)) {
             change.make(&root);
@@ -851,7 +851,7 @@ mod tests {
         apply(&record, &upper, &root).unwrap();
     }
 
-    /// Whether what `before` and `changes` lead to is applied, on one disk and across two.
+    /// Checks that the result of `before` and `changes` is applied, on one disk and across two.
     fn applied(before: &[Change], changes: &[Change]) {
         for another_disk in [false, true] {
             let (before, changes) = (before.to_vec(), changes.to_vec());

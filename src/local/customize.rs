@@ -56,7 +56,7 @@ pub fn run(job: Job, wanted: &Customization) -> Result<u8> {
     local::need_root()?;
     if let Some(file) = &wanted.host_script {
         let refuse = |why: String| Error::bad_input(format!("--host-script is '{}': {why}", file.display()));
-        // Before it is opened: to open a fifo waits for who writes to it.
+        // The type is looked at before the file is opened: opening a fifo waits for a writer.
         if !std::fs::metadata(file).map_err(|e| refuse(e.to_string()))?.is_file() {
             return Err(refuse("expected a regular file".into()));
         }
@@ -136,14 +136,14 @@ pub fn check_public_keys(option: &str, file: &Path) -> Result<()> {
     if text.lines().any(is_key) { Ok(()) } else { Err(refuse("it holds no public key of OpenSSH's format")) }
 }
 
-/// What is opened.
+/// The image that is opened.
 struct Opened<'a> {
     /// Path or URL that was named.
     source: &'a str,
     image_root: &'a Path,
     /// The directory that people know.
     shown: &'a Path,
-    /// Whether it is changed where it is.
+    /// True if it is changed where it is.
     in_place: bool,
 }
 
@@ -209,7 +209,7 @@ fn open(
     })
 }
 
-/// Where a build environment expects it, in its directory.
+/// Name of the image root in the directory of a build environment.
 const IMAGE_ROOT: &str = "image-root";
 
 /// Shows the image root where a build environment expects it. In this program's own mounts only: nobody else sees it there.

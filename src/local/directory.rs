@@ -55,7 +55,7 @@ impl Drop for Held {
     }
 }
 
-/// Whether `place`, which may be yet to be made, is `directory` or lies in it, by whatever links and mounts.
+/// Returns whether `place`, which may be yet to be made, is `directory` or lies in it, by whatever links and mounts.
 pub fn holds(directory: &Path, place: &Path) -> Result<bool> {
     let attempted = || format!("find {}", place.display());
     let place = std::path::absolute(place).attempt(attempted)?;
@@ -106,7 +106,7 @@ pub fn refuse_half_applied(directory: &Path) -> Result<()> {
     Err(Error::new(attempted()).because("applying changes to it was interrupted").advise(advice))
 }
 
-/// Whether the changes kept in `place` were being applied.
+/// Returns whether the changes kept in `place` were being applied.
 pub fn is_half_applied_by(place: &Path) -> bool {
     Tree::open(place).is_ok_and(|place| apply::has_begun(&place).unwrap_or(true))
 }
@@ -137,12 +137,12 @@ pub fn open(directory: &Path) -> Result<Tree> {
     opened.attempt(|| format!("open {}", directory.display()))
 }
 
-/// Whether `directory` still leads to `root`.
+/// Returns whether `directory` still leads to `root`.
 fn leads_to(directory: &Path, root: &Tree) -> bool {
     open(directory).is_ok_and(|found| is_same(&found, root))
 }
 
-/// Whether both are one directory.
+/// Returns whether both are one directory.
 pub fn is_same(a: &Tree, b: &Tree) -> bool {
     let found = |tree| rustix::fs::fstat(tree).map(|found| (found.st_dev, found.st_ino));
     found(a).is_ok_and(|a| found(b) == Ok(a))

@@ -129,8 +129,8 @@ fn exited_as(verdict: Verdict) -> WaitStatus {
     exited(i32::from(verdict == Verdict::Failed))
 }
 
-/// Whether the command failed. The exit code of a shell at a terminal is that of its last command, and says nothing; once the image is
-/// `marked`, it is hung up, and may die of that.
+/// Returns whether the command failed. The exit code of a shell at a terminal is that of its last command, and says nothing; once the
+/// image is `marked`, it is hung up, and may die of that.
 fn has_failed(status: WaitStatus, at_terminal: bool, marked: bool) -> bool {
     match status {
         WaitStatus::Exited(_, code) => code != 0 && !at_terminal,
@@ -167,7 +167,7 @@ fn tell(text: &str) {
 /// Question to the person at the end.
 struct Question {
     source: String,
-    /// Whether it is a directory that is changed where it is.
+    /// True for a directory that is changed where it is.
     in_place: bool,
 }
 
@@ -221,7 +221,7 @@ impl Question {
 /// A shell that was hung up has this long to write its history.
 const HANG_UP_TIME: Duration = Duration::from_secs(2);
 
-/// How a session ended.
+/// Result of a session.
 struct Ended {
     status: WaitStatus,
     /// The mark that was made in the image.
@@ -234,7 +234,7 @@ struct Ended {
 struct Session {
     /// Whether it is the login shell.
     is_shell: bool,
-    /// What becomes of the changes, if that is decided at the end.
+    /// Fate of the changes, if it is decided at the end.
     end: Option<End>,
     in_place: bool,
     tier: Option<Tier>,
@@ -323,7 +323,7 @@ impl Session {
         all_ended?;
         let mut ended = ended?;
         let found = if self.heeds_marks() { take_marks(&tree)? } else { None };
-        // What came after the command's end.
+        // Signals that came after the command's end count too.
         while let Ok(Some(signal)) = signals.next() {
             ended.stopped = ended.stopped.or(self.stops(signal));
         }

@@ -33,7 +33,7 @@ use crate::publish::upload::{Image, Publication};
 use crate::publish::work::{self, Work, without_query};
 use crate::sys::tree::Tree;
 
-/// What becomes of changes that nobody gives up.
+/// Fate of changes that nobody gives up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
     /// The image is published in a store.
@@ -49,15 +49,15 @@ pub enum End {
 pub struct Job {
     /// A directory, a squashfs, a tar archive, or a URL.
     pub source: String,
-    /// Whether a directory is changed where it is.
+    /// True if a directory is changed where it is.
     pub in_place: bool,
-    /// Whether changes that are kept are dropped first.
+    /// True if kept changes are dropped first.
     pub fresh: bool,
-    /// Whether the changes are discarded, whatever becomes of them: they need not fit anywhere.
+    /// True if the changes are discarded in any case: they need not fit anywhere.
     pub discards: bool,
-    /// What becomes of the changes. In place it is of no matter but for [`End::Published`].
+    /// Fate of the changes. In place it only matters for [`End::Published`].
     pub end: End,
-    /// How the image is fetched, packed and published: its parent is the directory below which changes are kept. None for a directory
+    /// Settings to fetch, pack and publish the image; their parent is the directory below which changes are kept. None for a directory
     /// that is changed where it is, and nothing else.
     pub settings: Option<Settings>,
     /// The directory below which changes are kept.
@@ -85,12 +85,12 @@ impl Job {
         self.settings.is_none()
     }
 
-    /// Whether a mark, or an answer, decides on the changes at the end.
+    /// Returns whether a mark, or an answer, decides on the changes at the end.
     pub fn decides(&self) -> bool {
         !self.is_in_place() && self.end != End::Discarded
     }
 
-    /// What has become of changes that were given up.
+    /// Tells the fate of changes that were given up.
     fn given_up(&self) -> String {
         if self.in_place {
             format!("the changes stay in {}, which was changed where it is", self.shown())
@@ -145,7 +145,7 @@ impl Job {
     /// Refuses a store that takes no image, and disks on which none fits, before any work is done.
     fn check_store(&self, work: &Work, settings: &Settings, source: &Source, goes_on: bool) -> Result<()> {
         let in_store = work.wait(Store::check(&settings.store, &settings.network))?;
-        // To discard changes, or to drop what fills the disk, needs no space.
+        // Discarding changes, or dropping those that fill the disk, needs no space.
         let Source::Here(path) = source else { return Ok(()) };
         if self.discards {
             return Ok(());
@@ -159,7 +159,7 @@ impl Job {
         };
         let work_directory = settings.parent.ancestors().find(|place| place.exists()).unwrap_or(Path::new("/"));
         let space = rustix::fs::statvfs(work_directory).ok().map(|disk| disk.f_bavail * disk.f_frsize);
-        // What is kept there is dropped first.
+        // Kept changes are dropped first, and free their space.
         let space = space.filter(|_| !(self.fresh && goes_on));
         let on_disks = [
             (space, size + unpacked, settings.parent.display().to_string(), "--work names another disk"),
@@ -366,7 +366,7 @@ fn drop_changes(work: &Work, settings: &Settings, place: &WorkDirectory) -> Resu
     Ok(())
 }
 
-/// Where the image is opened, in a job's directory.
+/// Name of the image root in a job's directory.
 pub const IMAGE_ROOT: &str = "image-root";
 
 fn too_small(place: &str, left: u64, needed: u64, advice: &str) -> Error {
@@ -375,7 +375,7 @@ fn too_small(place: &str, left: u64, needed: u64, advice: &str) -> Error {
     Error::new(format!("keep the new image in {place}")).because(why).advise(advice)
 }
 
-/// What a tree takes on its disk, in bytes: holes and further names of a file count for nothing.
+/// Returns the bytes that a tree takes on its disk: holes and further names of a file count for nothing.
 fn size_on_disk(tree: &Tree) -> Result<u64> {
     let (mut size, mut linked) = (0, HashSet::new());
     let walked = tree.walk(|_, _, _, found| {
@@ -475,7 +475,7 @@ impl Opened<'_> {
         }
         let mut journal = Journal::read(self.notes)?;
         let size = rootfs.metadata().attempt(|| format!("look at {}", archive.shown()))?.len();
-        // What an upload that was interrupted has left there takes no further space.
+        // An interrupted upload has left its parts there, which take no further space.
         if journal.image.is_none()
             && let Some(left) = work.wait(Store::check(&settings.store, &settings.network))?
             && left < size

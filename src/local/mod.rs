@@ -68,7 +68,7 @@ pub fn refuse_links_of_others(named: &Path) -> Result<()> {
             continue;
         }
         let place = at.join(name);
-        // What is missing is refused by whoever opens it.
+        // A missing file is refused when it is opened.
         let Ok(found) = std::fs::symlink_metadata(&place) else { return Ok(()) };
         if !found.is_symlink() {
             at = place;
@@ -244,7 +244,7 @@ impl RunFolder {
         Ok(Self { files, claim: by_inode })
     }
 
-    /// Where it is, or would be.
+    /// Returns its path, whether or not it exists.
     pub fn place(command: &str, image_root: &Path) -> PathBuf {
         Path::new(RUN).join(command).join(name_for(image_root))
     }
@@ -254,7 +254,7 @@ impl RunFolder {
         self.files.path()
     }
 
-    /// Whether a run of `command` has the image root open, by this path or another.
+    /// Returns whether a run of `command` has the image root open, by this path or another.
     pub fn is_claimed(command: &str, image_root: &Path) -> Result<bool> {
         Ok(is_claimed(&Self::place(command, image_root))? || is_claimed(&Claim::place(command, &look(image_root)?))?)
     }

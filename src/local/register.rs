@@ -184,7 +184,7 @@ pub fn kept_in(entry: &Value) -> Option<PathBuf> {
     entry["work"].as_str().map(PathBuf::from).filter(|work| is_kept(work))
 }
 
-/// Whether changes are kept in `work`, which no run is using. Those that are to be discarded are not kept.
+/// Returns whether changes are kept in `work`, which no run is using. Changes that are to be discarded do not count.
 fn is_kept(work: &Path) -> bool {
     holds_changes(work, &work.join("image-root"))
         && !work_directory::is_to_discard(work)

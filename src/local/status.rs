@@ -27,11 +27,11 @@ const LIMIT: u64 = 64 << 10;
 /// Image roots in an image root parent.
 const IMAGE_ROOTS: [&str; 2] = ["image-root", "build/image-root"];
 
-/// What is asked of, or marked.
+/// Target of a status query or of a mark.
 enum Target {
     /// A run of `customize` or `enter` on this machine, by its entry in the register.
     Run(Value),
-    /// What a run has left that has ended: it was killed, or has kept changes.
+    /// A run that has ended and left something: it was killed, or has kept changes.
     Left(Value),
     /// An image root parent.
     Parent(PathBuf),
@@ -120,7 +120,7 @@ fn mark_parent(parent: &Path, verdict: Verdict) -> Result<()> {
         return Err(attempted().because("its environment has ended already"));
     }
     if !files.is_claimed() {
-        // In a pod another container may mark the image before the environment opens, or see no lock of another node. Directories below
+        // Another container of a pod may mark the image before the environment opens, or see no lock of another node. Directories below
         // /run are this machine's own: who was there is gone.
         if parent.starts_with(RUN) || !files.stands(READY)? {
             return Err(attempted()
@@ -141,10 +141,10 @@ fn mark_parent(parent: &Path, verdict: Verdict) -> Result<()> {
     files.touch(verdict.signal_file())
 }
 
-/// How a status is printed.
+/// Form in which a status is printed.
 #[derive(Debug, Clone, Copy)]
 pub struct Shown<'a> {
-    /// As JSON.
+    /// True for JSON.
     pub as_json: bool,
     /// Stages of which the environment has to be in one; 1 is returned if it is not.
     pub is: &'a [Stage],
@@ -329,7 +329,7 @@ fn report_of(parent: &Path) -> Result<Value> {
     Ok(report)
 }
 
-/// What the supervisor with this state folder says, if it is here and answers in time.
+/// Asks the supervisor with this state folder; nothing if it is not here, or does not answer in time.
 fn ask_at(state: &Path) -> Option<Value> {
     let packets = Packets::connect(&state.join(SOCKET)).ok()?;
     packets.send(&Packet::Status.to_bytes()).ok()?;

@@ -18,10 +18,10 @@ pub const DEFAULT: &str = "/var/lib/ims-sshd";
 /// A bit of a directory's mode with which others can change only what is theirs.
 const STICKY: u32 = 0o1000;
 
-/// Between a job's name and a number, where changes are discarded at the end.
+/// Separates a job's name from a number, where changes are discarded at the end.
 const TO_DISCARD: &str = "+discard";
 
-/// Whether what is changed in `place` is discarded at the end.
+/// Returns whether changes in `place` are discarded at the end.
 pub fn is_to_discard(place: &Path) -> bool {
     place.file_name().is_some_and(|name| name.to_string_lossy().contains(TO_DISCARD))
 }
@@ -75,7 +75,7 @@ impl WorkDirectory {
             }
         }
         let mut names = parent.names().attempt(attempted)?;
-        // What is noted of the changes, in hidden files, last: a run that is killed here has less of them than it says.
+        // Hidden files, which record the changes, come last: a run that is killed here has less of them than it says.
         names.sort_by(|a, b| b.cmp(a));
         for name in names {
             let removed = parent.remove_whole(&name);
@@ -97,7 +97,7 @@ fn own(path: &Path) -> Result<PathBuf> {
     let attempted = || format!("keep files of an image in {}", path.display());
     let advice = "name a directory by --work that only root can change, and all above it";
     let refuse = |why: String| Err::<PathBuf, _>(Error::new(attempted()).because(why).advise(advice));
-    // Before anything is made there, and once more with what was made.
+    // Called before anything is made there, and once more with what was made.
     let check = |there: &Path| {
         let real = std::fs::canonicalize(there).attempt(attempted)?;
         // The links on the way first: each is a decision of whoever made it.

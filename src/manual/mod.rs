@@ -96,7 +96,7 @@ const REFUSED: Entry = ("2", "The command line or a variable was refused.");
 const SIGNALS: Entry = ("129, 130, 143", "SIGHUP, SIGINT or SIGTERM came.");
 const DONE: &[Entry] = &[("0", "It was done."), ("1", "It was not; standard error says why."), REFUSED];
 
-/// What a man page has beside the command line's description.
+/// Sections of a man page beside the command line's description.
 struct Page {
     variables: &'static [&'static [&'static str]],
     files: &'static [&'static [Entry]],

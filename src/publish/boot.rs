@@ -547,7 +547,7 @@ mod tests {
                 assert_eq!(chosen(&files).0, format!("boot/vmlinuz-{better}"));
             }
         }
-        // Of two kernels one has no initrd.
+        // One of two kernels has no initrd.
         let (_dir, tree) = image(&["boot/vmlinuz-6.9.1", "boot/vmlinuz-6.9.0", "boot/initrd"]);
         assert!(find(&tree, &names("auto", "auto"), "x86_64").is_err());
         // A debug kernel is taken if there is no other.

@@ -83,12 +83,12 @@ pub fn package(
         return Err(Error::bad_input(why).advise("name one by --archive"));
     }
     directory::refuse_open(&shown)?;
-    // What it started would write to the image as it is packed.
+    // Processes of a killed run would write to the image as it is packed.
     customize::end_left_over(&shown)?;
     directory::clear_left_over(&directory::COMMANDS, &shown)?;
     let work = Work::begin(&settings.network)?;
     if let Some(file) = changes {
-        // What would only be missed when all is packed.
+        // Checked here, since these are used only when all is packed.
         package::output(file, "--changes")?;
         prepare::take_inventory_below(&work, settings, place.files.parent())?;
         Inventory::load(place.files.parent(), INVENTORY)?;

@@ -33,7 +33,7 @@ const WRITER: &[(CapabilitySet, &str)] = &[
     (CapabilitySet::SYS_ADMIN, "trusted.* and security.* attributes are written; the calls below are refused"),
 ];
 
-/// Of these, what need not be there: a device node that cannot be made is an error, and nothing else than it.
+/// Capabilities of these that may be missing: without them a device node cannot be made, and that is an error of its own.
 const NOT_NEEDED: CapabilitySet = CapabilitySet::MKNOD.union(CapabilitySet::SYS_ADMIN);
 
 /// Refuses to unpack as root without the capabilities that it takes: programs leave owners and modes out without a word.

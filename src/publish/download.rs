@@ -161,7 +161,7 @@ impl Download<'_> {
             self.sums.update(&chunk);
             self.length += chunk.len() as u64;
             self.progress.at(self.length);
-            // To hear of signals, as `whole` does.
+            // Lets signals be heard, as `whole` does.
             tokio::task::yield_now().await;
             if self.total.is_some_and(|total| self.length > total) {
                 let longer =
@@ -181,7 +181,7 @@ impl Download<'_> {
         self.file.set_len(0).and_then(|()| self.file.rewind()).attempt(|| "begin the file again")
     }
 
-    /// Whether a partial answer goes on with the content that was begun with, and its end is known.
+    /// Returns whether a partial answer goes on with the content that was begun with, and its end is known.
     fn goes_on(&mut self, headers: &HeaderMap) -> bool {
         // A partial answer has all that the whole one would have (RFC 9110, 15.3.7).
         let is_same = match &self.etag {
@@ -220,7 +220,7 @@ fn is_md5(headers: &HeaderMap) -> bool {
         && !names.into_iter().any(|name| other.iter().any(|other| name.starts_with(other)))
 }
 
-/// Where a partial answer begins, and the length of the whole, if it tells (RFC 9110, 14.4).
+/// Parses a Content-Range: the start of a partial answer, and the length of the whole if it tells (RFC 9110, 14.4).
 fn range(text: &str) -> Option<(u64, Option<u64>)> {
     let (range, total) = text.strip_prefix("bytes ")?.split_once('/')?;
     let start = range.split('-').next()?.parse().ok()?;

@@ -20,7 +20,7 @@ use crate::sys::tree::Tree;
 /// The record, in the image root's parent.
 const FILE: &str = ".ims-sshd.source";
 
-/// What a record is, for its seal.
+/// Kind of the record, which its seal covers.
 const KIND: &str = "source";
 
 /// A record is far smaller.
@@ -30,7 +30,7 @@ const LIMIT: u64 = 64 << 10;
 /// the checksum.
 const END: u64 = 64 << 10;
 
-/// What tells a source from another.
+/// Properties that tell a source from another.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Identity {
     /// Path, or URL without its signature.
@@ -40,7 +40,7 @@ pub struct Identity {
     size: u64,
     /// Time of its last change, of a file on this machine.
     modified: Option<String>,
-    /// Of a file, a digest of its ends; of a directory, its number and the time when it was made.
+    /// Digest of the ends of a file; inode number and birth time of a directory.
     content: String,
 }
 
@@ -73,7 +73,7 @@ impl Identity {
         Ok(Self { source: named(source), sums: sums(expected), size, modified, content })
     }
 
-    /// Whether both are of the same image, under whatever path.
+    /// Returns whether both are of the same image, under whatever path.
     pub fn is_same(&self, other: &Self) -> bool {
         if let (Some(ours), Some(theirs)) = (&self.sums, &other.sums) {
             return ours == theirs;
@@ -95,7 +95,7 @@ impl Identity {
         }
     }
 
-    /// In what `now`, which is not the same, differs.
+    /// Tells how `now`, which is not the same, differs.
     fn difference(&self, now: &Self) -> String {
         match (&self.sums, &now.sums) {
             (Some(before), Some(sums)) => format!("verified by {before} before, and now by {sums}"),
@@ -107,7 +107,7 @@ impl Identity {
         }
     }
 
-    /// Whether it is what `source` names, as far as that can be told without fetching it.
+    /// Returns whether it is what `source` names, as far as that can be told without fetching it.
     pub fn is_named(&self, source: &Source, expected: &Expected) -> bool {
         self.source == named(source) && sums(expected).is_none_or(|sums| self.sums.as_ref() == Some(&sums))
     }
@@ -117,7 +117,7 @@ impl Identity {
         &self.source
     }
 
-    /// In words, for messages.
+    /// Describes it for messages.
     pub fn shown(&self) -> String {
         if self.size == 0 { self.source.clone() } else { format!("{} ({} bytes)", self.source, self.size) }
     }
@@ -137,7 +137,7 @@ fn sums(expected: &Expected) -> Option<String> {
     (!all.is_empty()).then(|| all.join(" "))
 }
 
-/// Where the identity is written down.
+/// The file that holds the identity.
 pub struct Record<'a> {
     volume: &'a Tree,
     /// None in a directory that nobody else can write to, and where the job has no secret.
@@ -153,7 +153,7 @@ impl<'a> Record<'a> {
         Ok(Self { volume, seal: is_sealed.then(|| Seal::of(settings, volume, false)).transpose()? })
     }
 
-    /// What is written there; nothing if there is nothing, or somebody else has written it.
+    /// Reads the identity; nothing if there is none, or somebody else has written it.
     pub fn read(&self) -> Option<Identity> {
         let text = String::from_utf8(self.volume.read(FILE, LIMIT).ok()?).ok()?;
         let line = match &self.seal {

@@ -51,16 +51,16 @@ pub struct Ims<'a> {
     at: Option<settings::Ims>,
     job: Option<Id>,
     token: Option<Token>,
-    /// Whether an image's record can tell by which request it was made.
+    /// True if an image's record can tell by which request it was made.
     takes_metadata: bool,
-    /// Whether a request for a record may have reached IMS.
+    /// True if a request for a record may have reached IMS.
     has_asked: bool,
 }
 
 /// Key of an image's metadata: the request that its record was made by.
 const REQUEST: &str = "ims-sshd-request";
 
-/// How IMS refuses a field that it does not know.
+/// Answers of an IMS that does not know a field.
 const REFUSED_FIELDS: [StatusCode; 2] = [StatusCode::UNPROCESSABLE_ENTITY, StatusCode::BAD_REQUEST];
 
 struct Token {
@@ -94,7 +94,7 @@ impl<'a> Ims<'a> {
         self.at.is_some()
     }
 
-    /// Whether a request for an image's record may have reached IMS. False means that there is none.
+    /// Returns whether a request for an image's record may have reached IMS. False means that there is none.
     pub fn has_asked(&self) -> bool {
         self.has_asked
     }
@@ -154,7 +154,7 @@ impl<'a> Ims<'a> {
                 }
                 Err(cause) => tracing::warn!("cannot {attempted} yet: {cause}; trying again"),
             }
-            // Without metadata no record tells by which request it was made.
+            // Records without metadata do not tell by which request they were made.
             if self.takes_metadata
                 && let Some(record) = self.find_image(request)?
             {
@@ -298,7 +298,7 @@ impl<'a> Ims<'a> {
             Ok::<_, Error>(text.trim().to_owned())
         };
         let (endpoint, id, secret) = (read("endpoint")?, read("client-id")?, read("client-secret")?);
-        // As it is, and as HTTP Basic has it.
+        // The secret is masked as it is, and as HTTP Basic encodes it.
         secrets::keep(&secret);
         secrets::keep(&format!("{id}:{secret}"));
         let request = self.work.sender()?.post(&endpoint).timeout(REQUEST_LIMIT).basic_auth(id, Some(secret));
@@ -374,7 +374,7 @@ fn below(base: &str, path: &[&str]) -> Result<Url> {
     Ok(url)
 }
 
-/// What a server says is wrong: RFC 7807's details, or OAuth's, or the first line of the text, but for a page of HTML.
+/// Extracts the reason from an error answer: RFC 7807's details, or OAuth's, or the first line of the text, but for a page of HTML.
 fn problem(status: StatusCode, text: &str) -> String {
     let answer: Value = serde_json::from_str(text).unwrap_or_default();
     let fields =

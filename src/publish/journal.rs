@@ -93,7 +93,7 @@ impl<'a> Notes<'a> {
     }
 }
 
-/// Whether something was published in part.
+/// Returns whether something was published in part.
 pub fn is_begun(files: &SignalFiles) -> Result<bool> {
     let found = files.parent().look(FILE).attempt(|| format!("look for {}/{FILE}", files.path().display()))?;
     Ok(found.is_some())

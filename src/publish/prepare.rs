@@ -107,7 +107,7 @@ fn begin_anew(volume: &Tree, settings: &Settings, image_root: &Path) -> Result<(
     let mountinfo = std::fs::read("/proc/self/mountinfo").attempt(|| "read /proc/self/mountinfo")?;
     let overlay = settings.parent.join(OVERLAY);
     let ours = [image_root.to_owned(), overlay.join(LOWER)];
-    // As often as it was mounted.
+    // A place can be mounted more than once.
     for place in mounts::mount_points(&mountinfo).iter().rev().filter(|place| ours.contains(place)) {
         mounts::unmount(place).attempt(|| format!("unmount {}", place.display()))?;
     }
@@ -146,7 +146,7 @@ pub fn prepare(
     image_root: &Path,
 ) -> Result<Option<Overlay>> {
     if open == Some(Open::Unpack) {
-        // Before anything is fetched.
+        // Checked before anything is fetched.
         confined::refuse_to_lose_attributes()?;
     }
     let parent = &settings.parent;
@@ -161,7 +161,7 @@ pub fn prepare(
         tracing::info!("{} is there already", image_root.display());
         return Ok(None);
     }
-    // What was fetched into a directory of our own is still the image that the changes were made to.
+    // An image fetched into a directory of our own is still the one that the changes were made to.
     let kept = known.is_some()
         && open.is_none()
         && !matches!(source, Source::Here(_))
@@ -206,7 +206,7 @@ pub fn prepare(
                 }
                 let unpacking = parent.join(UNPACKING);
                 std::fs::rename(&unpacking, image_root).attempt(|| format!("rename {}", unpacking.display()))?;
-                // Who may rename in the volume could have put another directory there.
+                // Somebody who can rename in the volume could have put another directory there.
                 if !is_same(&tree, &open_tree(image_root)?).unwrap_or(false) {
                     let taken = format!("another directory has taken the place of {}", unpacking.display());
                     return Err(Error::new(format!("unpack to {}", image_root.display())).because(taken));

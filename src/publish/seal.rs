@@ -49,7 +49,7 @@ impl Seal {
         Self::new(&secret, settings.job.as_deref(), parent).attempt(|| format!("look at {}", parent.shown().display()))
     }
 
-    /// Whether the job has a secret that others who write to its volume have not, and that a restart does not change.
+    /// Returns whether the job has a secret that others who write to its volume have not, and that a restart does not change.
     pub fn has_secret(settings: &Settings) -> bool {
         settings.store.keys.is_some() || settings.ims.as_ref().is_some_and(|ims| ims.oauth.is_some())
     }

@@ -37,7 +37,7 @@ pub struct Settings {
     pub expected: Expected,
     /// How the packed image is made.
     pub packing: Packing,
-    /// Where images are kept.
+    /// Store of images.
     pub store: Store,
     /// Where jobs and images are registered; nowhere, on one machine.
     pub ims: Option<Ims>,
@@ -56,7 +56,7 @@ pub struct Packing {
     pub epoch: Option<u64>,
 }
 
-/// Where images are kept.
+/// Store of images.
 #[derive(Debug, Clone)]
 pub struct Store {
     /// `IMAGE_STORE`, else the bucket `S3_BUCKET`, as URL.
@@ -206,7 +206,7 @@ impl Settings {
 /// Compressions of the packed image.
 pub const COMPRESSIONS: [&str; 4] = ["gzip", "zstd", "xz", "none"];
 
-/// What is expected instead, of a value of the command line or of a variable.
+/// A checked value of the command line or of a variable, or the format that was expected.
 type Checked = std::result::Result<String, String>;
 
 /// A name in the image's /boot.

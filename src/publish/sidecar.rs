@@ -107,7 +107,7 @@ pub fn run(
             return conclude(&work, Ims::of(&work, &settings), Err(error));
         }
     };
-    // Where another sidecar is at work, IMS hears of the job from that one.
+    // Another sidecar on this volume tells IMS of the job; this one must not.
     let _claim = files.claim_for_sidecar()?;
     let mut live = || {
         let notes = Notes::new(&files, &settings);
@@ -304,7 +304,7 @@ impl<'a> Sidecar<'a> {
     /// Refuses what is certain to fail when the image is published, before anybody changes it; warns of what may be otherwise by then.
     fn check(&mut self, image_root: Option<&Tree>, action: Action) -> Result<()> {
         check_public_keys("--authorized-keys", &self.places.authorized_keys)?;
-        // With a job its record has been read.
+        // IMS has answered already where there is a job: its record was read.
         if self.settings.job.is_none() {
             self.ims.check()?;
         }

@@ -50,7 +50,7 @@ impl Source {
     }
 }
 
-/// What `named` leads to: for the directory of a published image, its root file system.
+/// Returns the source that `named` means: the root file system, for the directory of a published image.
 pub fn rootfs_of(named: String) -> String {
     let path = Path::new(&named);
     let is_published = ["manifest.json", "rootfs"].iter().all(|name| path.join(name).is_file());
@@ -62,11 +62,11 @@ pub fn rootfs_of(named: String) -> String {
 pub struct Opened {
     /// Its path, for messages.
     pub shown: PathBuf,
-    /// What was opened.
+    /// The open file or directory.
     pub content: Content,
 }
 
-/// What a source is.
+/// Type of a source.
 #[derive(Debug)]
 pub enum Content {
     /// An archive or a squashfs.
@@ -112,7 +112,7 @@ impl Opened {
         }
     }
 
-    /// What the file is; `None` for a directory. One that is none of these, or that is shorter or longer than it says, is refused.
+    /// Returns the type of the file; `None` for a directory. A file of another type, or shorter or longer than it says, is refused.
     pub fn kind(&self) -> Result<Option<Kind>> {
         self.file().map(|file| kind_of_file(file, &self.shown.display().to_string(), u64::MAX)).transpose()
     }
@@ -132,7 +132,7 @@ impl AsFd for Opened {
     }
 }
 
-/// Whether another user can change the content of an open file.
+/// Returns whether another user can change the content of an open file.
 pub fn can_be_changed(file: &File) -> io::Result<bool> {
     let found = file.metadata()?;
     Ok(!is_trusted(found.uid()) || found.mode() & WRITABLE != 0)

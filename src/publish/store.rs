@@ -31,7 +31,7 @@ use crate::sys::tree::Tree;
 /// How long a URL that was signed here is good for.
 pub const SIGNED_FOR: Duration = Duration::from_hours(6);
 
-/// Where images are kept.
+/// Store of images.
 pub struct Store {
     objects: Objects,
     /// Before every key.
@@ -84,10 +84,10 @@ const BEGUN: &str = "#1";
 /// Name of an object that is begun to see whether one can be; a random part follows, since several jobs may try one store at a time.
 const PROBE: &str = ".ims-sshd.probe";
 
-/// How long people wait at the most to hear that a store does not answer, twice that if it is silent.
+/// Longest time until people hear that a store does not answer; twice that if it is silent.
 const SOON: Duration = Duration::from_secs(10);
 
-/// How often a probe is looked for that may be left.
+/// Number of tries to find a probe that may be left.
 const TRIES_TO_SWEEP: usize = 3;
 
 impl Store {
@@ -183,12 +183,12 @@ impl Store {
         bucket.abort_multipart(&path, &begun?).await
     }
 
-    /// Whether people look into it, and know an image by its directory's name.
+    /// Returns whether people look into it, and know an image by its directory's name.
     pub fn is_directory(&self) -> bool {
         matches!(self.objects, Objects::Folder { .. })
     }
 
-    /// Where an image is, for people: a path, or a URL.
+    /// Returns the place of an image for people: a path, or a URL.
     pub fn shown(&self, image: &str) -> String {
         match &self.objects {
             Objects::S3 { .. } => self.url_of(image),
@@ -461,7 +461,7 @@ pub fn cause(error: &object_store::Error) -> String {
 
 /// The same of the text of an error of requests: `Error performing METHOD URL in TIME, SETTINGS - WHAT`.
 fn told(text: &str) -> String {
-    // Before it is cut, which could leave a part of one.
+    // Masked before it is cut, which could leave a part of a secret.
     let text = &*without_known(text);
     let parts = text.strip_prefix("Error performing ").and_then(|rest| rest.split_once(" - "));
     let Some((request, what)) = parts else { return text.to_owned() };
@@ -543,7 +543,7 @@ pub struct Connector {
 impl Connector {
     fn client(&self, headers: &HeaderMap) -> Result<reqwest::Client> {
         let builder = client(&self.network, &self.validate, Redirects::SameServer)?.default_headers(headers.clone());
-        // Of one request: a part of an object at the most.
+        // The limit is for one request: a part of an object at the most.
         let builder = builder.timeout(self.network.stall_limit.saturating_mul(10)).http1_only();
         builder.build().attempt(|| "set up TLS")
     }

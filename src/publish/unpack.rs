@@ -74,7 +74,7 @@ fn make(volume: &Tree, name: &str) -> Result<Tree> {
     let attempted = || format!("make the directory {}", volume.shown().join(name).display());
     rustix::fs::mkdirat(volume, name, Mode::RWXU).attempt(attempted)?;
     let made = volume.folder_without_links(name).attempt(attempted)?;
-    // Who may rename in the volume could have put another directory there.
+    // Somebody who can rename in the volume could have put another directory there.
     let found = rustix::fs::fstat(&made).attempt(attempted)?;
     let is_ours = found.st_uid == rustix::process::geteuid().as_raw() && found.st_mode & 0o7777 == 0o700;
     if !is_ours || !made.names().attempt(attempted)?.is_empty() {
@@ -219,7 +219,7 @@ fn unpack_cpio(work: &Work, archive: &Opened, compressed: Option<&str>, root: &T
     })
 }
 
-/// What is used of the volume, in bytes.
+/// Returns the bytes used on the volume.
 fn used(volume: &Tree) -> u64 {
     rustix::fs::fstatvfs(volume).map_or(0, |disk| (disk.f_blocks - disk.f_bfree).saturating_mul(disk.f_frsize))
 }
@@ -262,7 +262,7 @@ fn without(option: &str) -> &'static str {
     }
 }
 
-/// Where a squashfs is mounted, in an overlay's own directory.
+/// Mount point of a squashfs, in an overlay's own directory.
 pub const LOWER: &str = "lower";
 
 /// Directory for the changes there.
@@ -270,7 +270,7 @@ pub const UPPER: &str = "upper";
 
 /// Directory of the kernel's own.
 const INNER: &str = "work";
-/// In it, the changed files that have several names.
+/// Directory of changed files that have several names.
 pub const INDEX_OF_LINKS: &str = "work/index";
 
 /// The kernel unmounts what a process was alone to see within this time after its end.
@@ -323,7 +323,7 @@ impl Overlay {
         if first {
             copy_root(&overlay.lower, &upper).attempt(attempted)?;
         }
-        // What is open, whatever has its path by now.
+        // The open directory is mounted, whatever has its path by now.
         let names = [overlay.lower.path().as_path(), &upper, &inner].map(escape);
         let layers = [("lowerdir", names[0].as_str()), ("upperdir", &names[1]), ("workdir", &names[2])];
         let mount = |further: &[(&'static str, &'static str)]| {
@@ -333,7 +333,7 @@ impl Overlay {
         };
         let is_busy = |e: &io::Error| Errno::from_io_error(e) == Some(Errno::BUSY);
         let began = Instant::now();
-        // Without the index the kernel would mount it all the same, and one would see half of what the other changes.
+        // The kernel would mount a busy upper layer without the index, and each of two runs would see half of what the other changes.
         let mounted = loop {
             match mount(&[REDIRECT, INDEX, ONE_DEVICE, NO_METACOPY]) {
                 // The jail of a run that was killed is on its way to its end, of which no event tells.
@@ -408,7 +408,7 @@ fn copy_root(root: &Tree, upper: &Path) -> io::Result<()> {
     let upper = Tree::open(upper)?;
     let [from, to] = [root, &upper].map(|directory| Node { directory, name: OsStr::new(".") });
     let mut attributes = from.attributes()?;
-    // Of an overlay that the source is the upper layer of.
+    // These belong to an overlay that the source is the upper layer of.
     attributes.retain(|name, _| !name.as_bytes().starts_with(b"trusted.overlay."));
     to.take(&rustix::fs::fstat(root)?, &attributes)
 }

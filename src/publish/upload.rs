@@ -208,7 +208,7 @@ impl Publication<'_> {
         record["name"] == self.settings.name && (!is_linked || self.settings.job.is_some())
     }
 
-    /// Whether images are known by a name in this store. IMS knows them by their ids, and has one name for several.
+    /// Returns whether images are known by a name in this store. IMS knows them by their ids, and has one name for several.
     fn is_named(&self, store: &Store) -> bool {
         store.is_directory() && !self.ims.is_there()
     }
@@ -351,7 +351,7 @@ impl Publication<'_> {
             Ok(false) => return tracing::error!("image {id} is not what this job began: left as it is"),
             Err(error) => return tracing::error!("{error}; image {id} is left, delete it by hand"),
         }
-        // What tells whose they are goes last.
+        // The object that tells whose they are goes last.
         let keys = KEYS.iter().rev().map(|key| format!("{id}/{key}"));
         let aborted = self.sender(store).abort();
         let deleted = self.wait(&format!("delete {}", store.url_of(id.as_str())), store.delete(keys));
@@ -379,7 +379,7 @@ impl Publication<'_> {
         self.is_place_ours(store, id, false)
     }
 
-    /// Whether all objects of an image are this job's; of one that `is_new` there are none. A manifest has no marks, and is whose the others
+    /// Returns whether all objects of an image are this job's; one that `is_new` has none. A manifest has no marks, and is whose the others
     /// are. A directory's files have none either: that of an image that was begun before is this job's by the journal.
     fn is_place_ours(&self, store: &Store, id: &Id, is_new: bool) -> Result<bool> {
         let marks = self.marks(id);

@@ -37,7 +37,7 @@ const PACKAGES: [(&str, &str); 3] = [
 
 /// Refuses a machine that lacks the program, and names its package: at once, not when hours of work are to be packed.
 pub fn installed(program: &str) -> Result<()> {
-    // Without $PATH the C library looks in places of its own.
+    // The C library looks in places of its own if $PATH is not set.
     let Some(path) = std::env::var_os("PATH") else { return Ok(()) };
     if std::env::split_paths(&path).any(|place| place.join(program).is_file()) {
         return Ok(());
@@ -487,13 +487,13 @@ async fn beginning(mut response: Response, limit: usize) -> std::result::Result<
         if fits < piece.len() {
             return Ok((text, false));
         }
-        // To hear of signals: pieces may be there faster than they are read.
+        // Lets signals be heard: pieces may come faster than they are read.
         tokio::task::yield_now().await;
     }
     Ok((text, true))
 }
 
-/// What a server says of a request that failed, as far as anybody reads.
+/// Reads the beginning of an error answer, as far as anybody reads it.
 pub async fn complaint(response: Response) -> String {
     let (text, _) = beginning(response, MOST_COMPLAINED).await.unwrap_or_default();
     secrets::without_known(&String::from_utf8_lossy(&text)).into_owned()

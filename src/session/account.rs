@@ -95,7 +95,7 @@ fn groups_of(name: &[u8], group: &[u8]) -> Vec<u32> {
         .collect()
 }
 
-/// With one that is none, setgroups(2) would refuse the others too.
+/// Parses a group number; one that is none would make setgroups(2) refuse the others too.
 fn group_number(digits: &[u8]) -> Option<u32> {
     number(digits).filter(|number| attributes::group(*number).is_some())
 }

@@ -35,7 +35,7 @@ pub struct Errand {
     pub job: Option<String>,
     /// The image's name, for greeting and prompt.
     pub image: Option<String>,
-    /// Whether what is changed stays, however the environment ends.
+    /// True if changes stay in the image, however the environment ends.
     pub in_place: bool,
 }
 

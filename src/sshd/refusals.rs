@@ -11,7 +11,7 @@ use rustix::fs::OFlags;
 
 use crate::sys::tree::Tree;
 
-/// How often sshd's log is read; each read takes at most [`LONGEST_READ`] bytes.
+/// Interval between reads of sshd's log; each takes at most [`LONGEST_READ`] bytes.
 const READ_EVERY: Duration = Duration::from_secs(1);
 const LONGEST_READ: usize = 64 << 10;
 
@@ -19,7 +19,7 @@ const LONGEST_READ: usize = 64 << 10;
 const MOST_LINES: u64 = 10;
 const PERIOD: Duration = Duration::from_mins(1);
 
-/// What sshd says when a client has offered too many keys; `MaxAuthTries`.
+/// Message of sshd when a client has offered too many keys; `MaxAuthTries`.
 const TOO_MANY: &str = "Too many authentication failures";
 
 /// A line of sshd's log, as far as it tells of a refusal.
@@ -83,7 +83,7 @@ fn parse(line: &str) -> Option<Line<'_>> {
     }
 }
 
-/// What stands before an address, and the address: `root 192.0.2.1 port 40000`.
+/// Splits a line into the text before an address, and the address: `root 192.0.2.1 port 40000`.
 fn address(text: &str) -> Option<(&str, (&str, u16))> {
     let (before, port) = text.rsplit_once(" port ")?;
     let (user, client) = before.rsplit_once(' ').unwrap_or(("", before));
@@ -94,7 +94,7 @@ fn address(text: &str) -> Option<(&str, (&str, u16))> {
 #[derive(Debug)]
 pub struct Refusals {
     log: PathBuf,
-    /// How much of the log was read.
+    /// Offset up to which the log was read, in bytes.
     position: u64,
     last_read: Option<Instant>,
     /// A reason whose connection has not ended yet.

@@ -7,13 +7,13 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags};
 
-// Of linux/loop.h; the second one since Linux 5.8.
+// From linux/loop.h; the second one exists since Linux 5.8.
 const LOOP_CTL_GET_FREE: libc::Ioctl = 0x4c82;
 const LOOP_CONFIGURE: libc::Ioctl = 0x4c0a;
 const READ_ONLY: u32 = 1;
 const AUTOCLEAR: u32 = 4;
 
-/// How often another program may take the device that was free.
+/// Number of tries: another program may take the device that was free.
 const TRIES: usize = 100;
 
 /// `struct loop_info64`, of which the flags alone are not zero.

@@ -18,7 +18,7 @@ use crate::sys::attributes;
 /// How often a look-up that raced with a rename or a mount is tried again; the kernel answers EAGAIN then.
 const RACE_RETRIES: usize = 128;
 
-/// With one more name, of 255 bytes, still a path that the kernel takes.
+/// Length, in bytes, to which one more name of 255 bytes can be added: the kernel still takes that path.
 const LONGEST_PART: usize = 3000;
 
 /// The kernel follows no more links in one path either.

@@ -1,4 +1,4 @@
-//! What a site puts the programs into service with. None of it needs a container image, an image root or the user root.
+//! Files by which a site puts the programs into service. No test here needs a container image, an image root or the user root.
 
 mod makefile;
 mod manifests;

@@ -190,7 +190,7 @@ impl Fakes {
     }
 }
 
-/// As from a shell, not as from the `make test` that may run this.
+/// Runs make as from a shell, without variables of the `make test` that may run this.
 fn make(arguments: &[&str]) -> Command {
     let mut make = Command::new("/usr/bin/make");
     make.args(["--silent", "--directory", TOP]).args(arguments);
@@ -221,7 +221,7 @@ fn succeed(command: &mut Command) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// What it says on standard error.
+/// Returns its standard error.
 fn fail(command: &mut Command) -> String {
     let output: Output = command.output().unwrap();
     assert!(!output.status.success(), "{command:?}: {output:?}");

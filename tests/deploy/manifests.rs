@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use crate::rendered::{containers, manifests};
 
-/// Those of a customize job, and all that hold a job.
+/// Manifests of a customize job, and all that hold a job.
 const CUSTOMIZE: [&str; 5] = ["base", "variants/ordinary", "variants/user-namespace", "variants/kata", "variants/ims"];
 const JOBS: [&str; 6] =
     ["base", "variants/ordinary", "variants/user-namespace", "variants/kata", "variants/ims", "create-debug"];
@@ -188,7 +188,7 @@ fn every_container_gives_up_what_it_does_not_need() {
     }
 }
 
-/// What the level 'baseline' of Kubernetes' Pod Security Standards refuses of a pod.
+/// Lists what the level 'baseline' of Kubernetes' Pod Security Standards refuses of a pod.
 fn refused_by_baseline(spec: &Value) -> Vec<String> {
     const CAPABILITIES: [&str; 13] = [
         "AUDIT_WRITE",

@@ -1,4 +1,4 @@
-//! Which capabilities each container of the manifests has, and what breaks without each of them: tried in real containers, and written down
+//! Capabilities of each container of the manifests, and the failures without each of them: tried in real containers, and written down
 //! in docs/CAPABILITIES.md.
 
 use std::fmt::Write as _;
@@ -32,7 +32,7 @@ const KINDS: [Kind; 4] = [
     Kind { name: "sidecar", manifest: "base", container: "sidecar", trial: sidecar },
 ];
 
-/// What containerd's profile refuses without CAP_SYS_ADMIN, of what a jail needs. podman's own allows it.
+/// System calls that a jail needs and containerd's profile refuses without CAP_SYS_ADMIN. podman's own allows them.
 fn runtime_default() -> Value {
     let refused =
         ["unshare", "mount", "umount2", "setns", "pivot_root", "open_tree", "move_mount", "mount_setattr", "fsopen"];
@@ -54,7 +54,7 @@ const ODD: &str = "cd \"$1\"; mkdir -p srv/private tmp dev; mknod dev/console c 
     chown -R 1000:1000 srv/private srv/setgid etc/resolv.conf . -h; chown 0:0 etc/passwd; chmod 6755 srv/setgid
     setcap cap_net_raw+ep srv/capable; chmod 0700 . srv/private; chmod 1770 tmp";
 
-/// What a session does is its own user namespace's, which has all capabilities.
+/// A session acts in its own user namespace, where it has all capabilities.
 const SESSION: &str = "cat /srv/private/file && chown 33:33 /srv/setgid && chmod 6755 /srv/setgid && chroot / true";
 
 /// One container on a volume of its own, with these capabilities.

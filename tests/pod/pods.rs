@@ -137,7 +137,7 @@ fn memory_that_is_used_up_ends_the_session_and_an_image_of_a_killed_container_is
     // The kernel ends sessions before the supervisor.
     assert_eq!(pod.says("echo there").trim_end(), "there");
     assert!(pod.logs("sshd").contains("signal=\"SIGKILL\""), "{}", pod.logs("sshd"));
-    // As the kernel does where there is nothing else to end; with the container's first process all others end.
+    // The kernel kills it where there is nothing else to end; with the container's first process all others end.
     let pid = i32::try_from(pod.state("sshd")["Pid"].as_u64().unwrap()).unwrap();
     kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
     assert_eq!(pod.end("sshd"), 137);

@@ -40,14 +40,14 @@ fn store_down(secret: &Path, gone: &Tls) -> String {
     )
 }
 
-/// What the page's functions say of a job that is given up, and of an image without a digest.
+/// Further steps: the page's functions on a job that is given up, and on an image without a digest.
 const GIVEN_UP: &str = "configure ordinary \"$IMAGE/rootfs\" compute-failed
     JOB=$(start); opened \"$JOB\"; reach \"$JOB\" 2227; login 2227 touch /tmp/failed
     if published \"$JOB\" > given-up 2> marked-failed; then exit 7; fi
     IMS_SSHD_IMAGE=registry.example/ims-sshd:0.1.0
     if configure ordinary none none 2> no-digest; then exit 7; fi\n";
 
-/// Whoever follows the page has its ports free; two runs of this test on one machine do not.
+/// Replaces the page's ports, which are free for a reader, by free ones: two runs of this test can share a machine.
 fn with_own_ports(script: &str) -> String {
     let mut parts = script.split(" 222");
     let mut changed = parts.next().unwrap_or_default().to_owned();
@@ -155,7 +155,7 @@ fn the_page_leads_from_nothing_to_published_images() {
     shell.env("KUBECTL_IMAGE", IMAGE).env("KUBECTL_SSHD_CONFIG", SSHD_CONFIG);
     let said = succeed(&mut shell);
 
-    // What each job has published, as it was fetched.
+    // The images that the jobs have published, as they were fetched.
     let motd = |rootfs: &Path| succeed(Command::new("unsquashfs").args(["-cat"]).arg(rootfs).arg("etc/motd"));
     assert_eq!(motd(&here.join("rootfs")), "customized");
     assert_eq!(std::fs::read_to_string(here.join("kernel")).unwrap(), "a kernel");

@@ -1,4 +1,4 @@
-//! What servers may answer: without end, and with what they were sent.
+//! Hostile answers of servers: without end, or with the secrets that they were sent.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;

@@ -70,7 +70,7 @@ for name in ['DATA', 'FSIZE', 'CPU', 'CORE']:
 print(f'privileges: {libc.prctl(39, 0, 0, 0, 0)}', file=sys.stderr)
 "#;
 
-/// What makes its target an image root.
+/// Makes its target an image root.
 const IMAGE_ROOT: &str = "\nos.mkdir('etc')\nopen('etc/passwd', 'w').close()\n";
 
 /// Targets outside that the script tries to read or write, and the script itself: `programs/NAME`.

@@ -107,7 +107,7 @@ fn changes_to_a_directory_are_kept_when_nobody_decides_and_gone_on_with() {
         "{said}"
     );
     assert_eq!(state(&tree), before);
-    // Where it is, the directory would change below what is kept.
+    // Changes in place would be made below those that are kept.
     for command in [
         &["enter", "tree", "--work", "work", "--", "true"][..],
         &["customize", "tree", "--work", "work", "--in-place", "--", "true"],
@@ -130,7 +130,7 @@ fn an_application_that_was_killed_is_ended_by_the_same_command_and_nothing_else_
     let lines = format!("{CHANGES}; exit 3");
     let kept = run(dir.path(), &[&CUSTOMIZE[..], &["--", "sh", "-c", &lines]].concat());
     assert_eq!(kept.status.code(), Some(3), "{kept:?}");
-    // As it is when the program is killed just after the verdict.
+    // A program that is killed just after the verdict leaves this.
     begun(dir.path(), &tree);
     for command in [
         &["enter", "tree", "--work", "work", "--", "true"][..],
@@ -291,7 +291,7 @@ fn what_a_killed_customization_has_left_is_told_and_ended_by_whoever_opens_or_pa
         let mut killed = Ended(customize.stdout(Stdio::piped()).spawn().unwrap());
         let mut lines = std::io::BufRead::lines(std::io::BufReader::new(killed.stdout.take().unwrap()));
         assert!(lines.any(|line| line.unwrap().contains("ims-sshd complete")));
-        // Beside one that is open nothing is ended.
+        // Nothing of an open one is ended.
         let refused = run(dir.path(), &[&CUSTOMIZE[..], &["--", "true"]].concat());
         assert_eq!(refused.status.code(), Some(1), "{refused:?}");
         assert!(killed.try_wait().unwrap().is_none() && !sshd().is_empty());

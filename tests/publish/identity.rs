@@ -1,4 +1,4 @@
-//! What was made of one source is not gone on with for another one.
+//! Work on one source is not gone on with for another one.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -45,7 +45,7 @@ fn changes_are_not_put_over_another_image_at_the_same_path_and_fresh_drops_them(
     std::fs::rename(dir.path().join("image.sqsh"), dir.path().join("aside")).unwrap();
     std::fs::rename(&two, dir.path().join("image.sqsh")).unwrap();
     refused(&customize(dir.path(), "image.sqsh", &[], "true"), "it was made of what");
-    // With the image that they belong to they go on.
+    // The image that they belong to is gone on with.
     std::fs::rename(dir.path().join("image.sqsh"), &two).unwrap();
     std::fs::rename(dir.path().join("aside"), dir.path().join("image.sqsh")).unwrap();
     let again = customize(dir.path(), "image.sqsh", &[], "test -e /etc/kept && exit 3");

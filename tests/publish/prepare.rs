@@ -521,7 +521,7 @@ fn changes_that_are_in_use_are_not_mounted_a_second_time() {
     let dir = folder();
     let squashfs = squashfs_of(&image(dir.path()));
     let parent = dir.path().join("parent");
-    // By a mount that is seen, and by one that is gone but for an open file.
+    // It is in use by a mount that is seen, and by one that is gone but for an open file.
     let elsewhere = "mkfifo $1/begun; unshare -m sh -c 'echo > $0/begun; exec sleep 60' $1 & read line < $1/begun; rm $1/begun; \
                      umount $1/image-root";
     let open = "exec 3< $1/image-root/etc/passwd; umount -l $1/image-root";

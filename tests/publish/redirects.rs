@@ -1,4 +1,4 @@
-//! What servers may make of a request: a part for the whole, and a redirect to somebody else.
+//! Misleading answers of servers: a part for the whole, and redirects to somebody else.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpListener;
@@ -76,7 +76,7 @@ fn a_part_of_the_file_is_not_taken_for_the_whole() {
         answer(&head, &content[from..to])
     };
     let of = length.to_string();
-    // Without a length: the connection's end could be the file's.
+    // The answer has no length: the connection's end could be the file's.
     let head = b"HTTP/1.1 200 OK\r\nx-reset: 1\r\netag: \"1\"\r\ntransfer-encoding: chunked\r\n\r\n1000\r\n";
     let cut_off = [&head[..], &content[..4096], b"\r\n"].concat();
     for (number, (first, reason)) in
@@ -143,7 +143,7 @@ fn a_download_goes_on_only_where_the_server_tells_whether_the_file_is_the_same()
         assert_eq!(server.heard()[1].contains("range: bytes=4096-"), second_is_of_a_part, "{number}");
         same_tree(&tree, &parent.join("image-root"));
     }
-    // By its time alone, too.
+    // Its time alone is enough, too.
     let begun = [
         format!("HTTP/1.1 200 OK\r\nx-reset: 1\r\n{old}content-length: {length}\r\n\r\n").as_bytes(),
         &content[..4096],

@@ -99,7 +99,7 @@ fn a_customized_image_is_published_jailed_and_plain() {
         std::fs::write(dir.join("ca/certificate_authority.crt"), "authority").unwrap();
         std::os::unix::fs::symlink("/run/netconfig/resolv.conf", job.volume.image_root.join("etc/resolv.conf"))
             .unwrap();
-        // Of another job.
+        // The mark is of another job.
         for stale in ["sshd_listening", "complete", "failed", "exiting"] {
             job.volume.touch(stale);
         }
@@ -968,7 +968,7 @@ fn an_environment_that_waits_closes_when_its_sidecar_gives_up_before_ready() {
     ];
     for (number, (missing, further, code, why)) in cases.into_iter().enumerate() {
         let job = Job::new();
-        // Of another job.
+        // The record is of another job.
         job.volume.touch("failed");
         let before = (number % 2 == 0).then(|| waiting(&job));
         match missing {
@@ -1035,7 +1035,7 @@ fn a_sidecar_that_could_not_publish_goes_on_with_publishing_when_it_is_run_again
         assert!(text(&output.stderr).contains("goes on where it was"), "{output:?}");
         assert_eq!(job.bucket.ask("PUT", "", b"").status, 200);
         if begins_again {
-            // As `prepare` does.
+            // `prepare` leaves the same.
             for name in ["ready", "sshd_listening", "complete", "exiting"] {
                 std::fs::remove_file(job.volume.signal(name)).unwrap();
             }

@@ -1,4 +1,5 @@
-//! What was checked is what is unpacked: sources that another user exchanges or changes meanwhile, and content with another digest.
+//! The file that was checked is the one that is unpacked: sources that another user exchanges or changes meanwhile, and content with
+//! another digest.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpListener;
@@ -335,7 +336,7 @@ fn what_is_no_image_is_refused_with_what_was_looked_for_and_left_as_it_is() {
             commands.push(vec!["customize", &source]);
             commands.push(vec!["package", "--archive", "packed.sqsh", &source]);
         }
-        // Of a saved image the layers are unpacked; this one has none.
+        // A saved image has its layers unpacked; this one has none.
         if name != "saved" {
             commands.push(vec!["prepare", &parent, &source]);
         }
@@ -355,7 +356,7 @@ fn what_is_no_image_is_refused_with_what_was_looked_for_and_left_as_it_is() {
     }
     assert!(std::fs::read_dir(place("store")).map_or(0, Iterator::count) == 0, "nothing is published");
     assert_eq!(walk(&place("home")).len(), 2);
-    // Where the advice leads to.
+    // The advice leads here.
     let [source, advised] = [tree, place("around/rootfs")];
     for (number, source) in [source, advised].iter().enumerate() {
         let output = ims_sshd(&["prepare"], &[]).args([&place(&format!("taken-{number}")), source]).output().unwrap();

@@ -35,7 +35,7 @@ while True: threading.Thread(target=serve, args=(listener.accept()[0],), daemon=
 ";
 
 impl Tls {
-    /// In front of what listens on port `to`, with the certificate in `dir`.
+    /// Starts a server in front of the one on port `to`, with the certificate in `dir`.
     pub fn start(dir: &Path, to: u16) -> Self {
         let port = free_port();
         let mut python = Command::new("/usr/bin/python3");

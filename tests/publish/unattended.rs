@@ -29,7 +29,7 @@ fn a_script_of_this_machine_runs_in_the_image_and_not_on_this_machine() {
     let squashfs = squashfs_of(&image(dir.path())).display().to_string();
     let marker = dir.path().join("marker");
     let lines = format!("echo \"$0\" \"$SITE\" $(id -u); : > /etc/scripted; ! touch {}\n", marker.display());
-    // With an interpreter of the image, with one that wants an argument, and without a line that names any.
+    // The first line names an interpreter of the image, one that wants an argument, or none.
     for (name, first) in [("install.sh", "#!/bin/sh\n"), ("with-e", "#! /bin/sh -e\n"), ("no line", "")] {
         let file = script(dir.path(), name, &format!("{first}{lines}"));
         let output = customize(dir.path(), &squashfs, &["--script", &file, "--env", "SITE=a b"]);
@@ -208,7 +208,7 @@ fn what_can_be_seen_at_the_start_is_refused_then_and_what_fails_late_is_correcte
         assert_eq!(text(&refused.stdout), "", "{options:?}: the command ran");
         assert!(!said.contains("Generic") && !said.contains("IMAGE_ROOT"), "{said}");
     }
-    // Only the work makes it so that auto finds no initrd.
+    // The work itself is the reason why auto finds no initrd.
     let late = run(&["--output", "out"], "mv /boot/initrd-6.1.0 /boot/mine");
     let said = text(&late.stderr);
     assert!(late.status.code() == Some(1) && said.contains("cannot find the initrd"), "{said}");
@@ -246,7 +246,7 @@ fn changes_that_have_filled_the_disk_are_gone_on_with_or_dropped() {
 fn a_store_that_may_be_too_small_for_a_directory_is_told_before_and_refused_before_the_upload() {
     let dir = folder();
     let tree = image(dir.path());
-    // Which no program makes smaller.
+    // No program makes this smaller.
     let random = std::fs::File::open("/dev/urandom").unwrap();
     std::io::copy(&mut std::io::Read::take(random, 4 << 20), &mut std::fs::File::create(tree.join("random")).unwrap())
         .unwrap();
@@ -277,7 +277,7 @@ fn a_new_image_is_compressed_as_its_source_unless_another_compression_is_named()
         (&["-comp", "xz"], None, "Compression xz"),
         (&["-comp", "zstd"], Some("gzip"), "Compression gzip"),
         (&["-noI", "-noD", "-noF", "-noX"], None, "Data is uncompressed"),
-        // Which is none that a new image can have.
+        // A new image can have none of this name.
         (&["-comp", "lzo"], None, "Compression gzip"),
     ] {
         let squashfs = dir.path().join("source.sqsh");

@@ -60,7 +60,7 @@ fn images_in(store: &Path) -> Vec<PathBuf> {
     images
 }
 
-/// Whether all that a manifest names is there, as it says.
+/// Returns whether all that a manifest names is there, as it says.
 fn is_whole(image: &Path) -> bool {
     let manifest: serde_json::Value =
         serde_json::from_slice(&std::fs::read(image.join("manifest.json")).unwrap()).unwrap();
@@ -144,7 +144,7 @@ fn an_image_that_was_prepared_anew_is_not_taken_for_one_whose_upload_was_killed(
     assert_eq!(bucket.get(&format!("{id}/kernel")).body, b"another kernel");
 }
 
-/// What others have published under an id stays, whatever IMS answers.
+/// Objects that others have published under an id stay, whatever IMS answers.
 #[test]
 fn a_record_or_objects_of_others_are_neither_taken_for_ones_own_nor_overwritten() {
     use serde_json::{Value, json};

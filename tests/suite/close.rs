@@ -795,7 +795,7 @@ fn what_is_no_regular_file_is_no_mark_in_the_jail_and_stays_there_unless_it_is_a
         };
         made("mkdir -p /tmp");
         if number == 0 {
-            // As it came with the image.
+            // This one came with the image.
             made(make);
         }
         let mut environment = volume.start(Mode::Jailed).ready();

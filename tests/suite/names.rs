@@ -1,4 +1,4 @@
-//! What is open on this machine has a name: in `status`, for `complete` and `fail`, in the prompt and in the greeting.
+//! Open images have names on this machine: in `status`, for `complete` and `fail`, in the prompt and in the greeting.
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ fn image(name: &str) -> (tempfile::TempDir, PathBuf) {
     (dir, image)
 }
 
-/// As nobody else's image is called, so that tests beside this one do not count.
+/// Returns a name that no other image has, so that tests beside this one do not count.
 fn unique(what: &str) -> String {
     format!("{what}-{}", std::process::id())
 }
@@ -115,7 +115,7 @@ fn two_runs_of_one_name_are_told_apart() {
     let (mut two, printed) = customize(&second);
     assert!(printed.contains(&format!("ims-sshd complete {name}-2 ")), "{printed}");
     for (name, run, source) in [(format!("{name}-2"), &mut two, &second), (name.clone(), &mut one, &first)] {
-        // Also if it is the only one: it may be somebody else's.
+        // The only one is refused too: it may be somebody else's.
         for mark in ["complete", "fail"] {
             let output = ims_sshd(&[mark]);
             assert!(!output.status.success() && text(&output.stderr).contains("no name is given"), "{output:?}");
@@ -158,7 +158,7 @@ fn changes_that_are_kept_are_listed_told_of_and_dropped_by_fail() {
         let (_, said) = known.split_once(&format!("{name}: kept changes since ")).unwrap_or_else(|| panic!("{known}"));
         assert!(said.contains(&format!("\n  source: {source}\n  changes: {work}/")), "{said}");
         assert!(said.contains(&format!("\n  go on: the same 'enter' again\n  drop: ims-sshd fail {name}\n")), "{said}");
-        // Whoever looks has another name, and is told.
+        // A run that only looks has another name, and is told.
         let look = enter(&[], "test ! -e /kept");
         assert!(look.status.success() && text(&look.stderr).contains(told), "{look:?}");
         assert!(!enter(&publish, "test -e /kept || exit 0; exit 3").status.success());

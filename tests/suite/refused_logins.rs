@@ -42,7 +42,7 @@ fn a_refused_login_is_in_the_log_once_with_its_client_user_and_reason() {
         wait_until("both to be in the log", || refusals(&environment).len() >= 2);
         std::fs::set_permissions(keys, std::fs::Permissions::from_mode(0o777)).unwrap();
         try_key(&environment, "root", "another");
-        // What came in the last second is told at the end.
+        // Refusals of the last second are told at the end.
         assert_eq!(environment.complete(), 0);
         let told = refusals(&environment);
         assert_eq!(told.len(), 3, "{told:#?}");

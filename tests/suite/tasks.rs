@@ -11,7 +11,7 @@ use crate::terminal::Terminal;
 const TASKS: &str = include_str!("../../docs/TASKS.md");
 const OURS: &str = "ims-sshd";
 
-/// What is not there yet, as the page says.
+/// Task that is not there yet, as the page says.
 const MISSING: &str = "Build an image from a recipe";
 
 /// The commands of each program, of one task.
@@ -25,7 +25,7 @@ fn sections() -> Vec<(&'static str, BTreeMap<&'static str, Vec<&'static str>>)> 
     sections.map(|(task, text)| (task, commands(text))).collect()
 }
 
-/// How many commands, and in how many terminals; the fewest come first.
+/// Numbers of commands and of terminals; the fewest come first.
 fn count(lines: &[&str]) -> (usize, usize) {
     (lines.len(), 1 + lines.iter().filter(|line| line.starts_with("in a second terminal")).count())
 }
