@@ -9,7 +9,7 @@ use rustix::mount::MountAttrFlags;
 use crate::error::{Attempt, Error, Result};
 use crate::jail::binds::Bind;
 use crate::lifecycle::settings::Settings;
-use crate::lifecycle::signal_files::{READY, SignalFiles};
+use crate::lifecycle::signal_files::READY;
 use crate::lifecycle::stage::Stage;
 use crate::lifecycle::state::{RUN, StateFolder};
 use crate::lifecycle::{environment, supervisor};
@@ -102,8 +102,7 @@ fn read_variables(wanted: &Customization) -> Result<Settings> {
 /// mounted again.
 pub fn end_left_over(image_root: &Path) -> Result<()> {
     let parent = local::RunFolder::place("customize", image_root);
-    let is_open = SignalFiles::open(&parent)?.is_some_and(|files| files.is_claimed());
-    if !is_open && StateFolder::place(&parent).exists() {
+    if !local::is_claimed(&parent)? && StateFolder::place(&parent).exists() {
         let found = environment::end_left_over(&StateFolder::of(&parent)?, Some(&parent.join(SSHD_LOG)))?;
         if !found.is_empty() {
             tracing::warn!("a customization of this image was killed before; ended: {}", found.join("; "));

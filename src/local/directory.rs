@@ -7,7 +7,7 @@ use crate::error::{Attempt, Error, Result};
 use crate::lifecycle::open_jail;
 use crate::lifecycle::signal_files::{SignalFiles, claimed};
 use crate::lifecycle::state::StateFolder;
-use crate::local::{RunFolder, apply, customize, remove_folder};
+use crate::local::{self, RunFolder, apply, customize, remove_folder};
 use crate::publish::package::open_tree;
 use crate::publish::prepare::OVERLAY;
 use crate::publish::unpack::{INDEX_OF_LINKS, Overlay, UPPER};
@@ -114,7 +114,7 @@ pub fn is_half_applied_by(place: &Path) -> bool {
 /// Refuses to change a directory where it is as long as changes made above it are kept in `place`.
 pub fn refuse_with_changes(directory: &Path, place: &Path) -> Result<()> {
     refuse_half_applied(directory)?;
-    if SignalFiles::open(place)?.is_some_and(|files| files.is_claimed()) {
+    if local::is_claimed(place)? {
         return Err(Error::new(format!("change {} where it is", directory.display()))
             .because("it is open, and is being changed above it")
             .advise("wait for that to end; 'ims-sshd status' names it"));

@@ -208,7 +208,8 @@ fn look(image_root: &Path) -> Result<Metadata> {
     std::fs::metadata(image_root).attempt(|| format!("open {}", image_root.display()))
 }
 
-fn is_claimed(path: &Path) -> Result<bool> {
+/// Returns whether a run has claimed the directory `path`, which may be missing.
+pub fn is_claimed(path: &Path) -> Result<bool> {
     Ok(SignalFiles::open(path)?.is_some_and(|files| files.is_claimed()))
 }
 

@@ -53,7 +53,7 @@ impl Entry {
             number += 1;
             let name = if number == 1 { name.to_owned() } else { format!("{name}-{number}") };
             let path = register.join(&name);
-            let in_use = || SignalFiles::open(&path).ok().flatten().is_some_and(|files| files.is_claimed());
+            let in_use = || local::is_claimed(&path).unwrap_or(false);
             let is_kept = || {
                 let left = read(&path).map(|(entry, _)| entry);
                 left.is_some_and(|left| kept_in(&left).is_some_and(|work| Some(work) != keeps))

@@ -44,7 +44,7 @@ impl WorkDirectory {
         let mut number = 1;
         loop {
             let name = format!("{name}{TO_DISCARD}{number}");
-            let in_use = || SignalFiles::open(&all.join(&name)).ok().flatten().is_some_and(|files| files.is_claimed());
+            let in_use = || local::is_claimed(&all.join(&name)).unwrap_or(false);
             match Self::claim(all, &name) {
                 Err(_) if in_use() => number += 1,
                 claimed => return claimed.and_then(|place| place.clear().map(|()| place)),
