@@ -135,12 +135,12 @@ pub fn take_mark(image_root: &Tree, verdict: Verdict) -> Result<bool> {
 /// Returns whether `failed` stands in the parent or, for a jailed job, in the image's /tmp. A place that cannot be looked at is an error: an
 /// image whose verdict is not known is not packed.
 pub fn is_marked_failed(files: &SignalFiles, image_root: Option<&Tree>) -> Result<bool> {
-    let name = Verdict::Failed.signal_file();
+    let name = mark_of(Verdict::Failed);
     let in_image = |root: &Tree| {
-        let found = root.look(Path::new("tmp").join(name)).attempt(|| format!("look for /tmp/{name} in the image"))?;
+        let found = root.look(&name).attempt(|| format!("look for /{} in the image", name.display()))?;
         Ok(found.is_some_and(|found| is_mark(&found)))
     };
-    Ok(files.stands(name)? || image_root.map_or(Ok(false), in_image)?)
+    Ok(files.stands(Verdict::Failed.signal_file())? || image_root.map_or(Ok(false), in_image)?)
 }
 
 /// Makes the image's own mark as a sidecar expects it after a jailed job: a failure stands in its /tmp too, a success leaves
