@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpListener;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use crate::file_server::reset;
@@ -61,6 +62,16 @@ fn whole(content: &[u8]) -> Vec<u8> {
     answer(&format!("200 OK\r\ncontent-length: {}", content.len()), content)
 }
 
+/// Prepares the image that a server gives in `answers`, which has to be `tree`. Returns the requests that it heard.
+fn fetched(answers: Vec<Vec<u8>>, parent: &Path, tree: &Path) -> Vec<String> {
+    let server = Answers::start(answers);
+    let output = ims_sshd(&["prepare", &parent.display().to_string(), &server.url], &[]).output().unwrap();
+    let heard = server.heard();
+    assert!(output.status.success(), "{}: {}, {heard:?}", parent.display(), text(&output.stderr));
+    same_tree(tree, &parent.join("image-root"));
+    heard
+}
+
 #[test]
 fn a_part_of_the_file_is_not_taken_for_the_whole() {
     let dir = folder();
@@ -96,11 +107,7 @@ fn a_part_of_the_file_is_not_taken_for_the_whole() {
     .into_iter()
     .enumerate()
     {
-        let server = Answers::start(answers);
-        let parent = dir.path().join(format!("parent-{number}"));
-        let output = ims_sshd(&["prepare", &parent.display().to_string(), &server.url], &[]).output().unwrap();
-        assert!(output.status.success(), "{number}: {}, {:?}", text(&output.stderr), server.heard());
-        same_tree(&tree, &parent.join("image-root"));
+        fetched(answers, &dir.path().join(format!("parent-{number}")), &tree);
     }
 }
 
@@ -136,12 +143,8 @@ fn a_download_goes_on_only_where_the_server_tells_whether_the_file_is_the_same()
     .into_iter()
     .enumerate()
     {
-        let server = Answers::start(answers);
-        let parent = dir.path().join(format!("parent-{number}"));
-        let output = ims_sshd(&["prepare", &parent.display().to_string(), &server.url], &[]).output().unwrap();
-        assert!(output.status.success(), "{number}: {}, {:?}", text(&output.stderr), server.heard());
-        assert_eq!(server.heard()[1].contains("range: bytes=4096-"), second_is_of_a_part, "{number}");
-        same_tree(&tree, &parent.join("image-root"));
+        let heard = fetched(answers, &dir.path().join(format!("parent-{number}")), &tree);
+        assert_eq!(heard[1].contains("range: bytes=4096-"), second_is_of_a_part, "{number}");
     }
     // Its time alone is enough, too.
     let begun = [
@@ -149,11 +152,8 @@ fn a_download_goes_on_only_where_the_server_tells_whether_the_file_is_the_same()
         &content[..4096],
     ]
     .concat();
-    let server = Answers::start(vec![begun, part(old)]);
-    let parent = dir.path().join("parent");
-    let output = ims_sshd(&["prepare", &parent.display().to_string(), &server.url], &[]).output().unwrap();
-    assert!(output.status.success() && server.heard().len() == 2, "{}, {:?}", text(&output.stderr), server.heard());
-    same_tree(&tree, &parent.join("image-root"));
+    let heard = fetched(vec![begun, part(old)], &dir.path().join("parent"), &tree);
+    assert_eq!(heard.len(), 2, "{heard:?}");
 }
 
 #[test]
