@@ -82,12 +82,20 @@ pub fn run(job: Job, entry: &Entry) -> Result<u8> {
         let session = Session { is_shell, end: decides.then_some(end), in_place, tier, hostname, label };
         let at_terminal = session.is_at_terminal();
         let Ended { status, mark, stopped } = session.run(image_root, entry, &registered)?;
+        // Whoever is at the shell was told as it was hung up.
+        if let Some(mark) = mark.filter(|_| !at_terminal) {
+            tracing::info!("the image was marked {}", mark.signal_file());
+        }
         let verdict = mark.filter(|mark| *mark == Verdict::Failed || !has_failed(status, at_terminal, true));
         // A command that only runs in a directory decides itself what a signal is to it, as below chroot.
         let stopped = stopped.filter(|_| decides || entry.answer == Some(Answer::Yes));
         let status = stopped.map_or(status, |signal| exited(128 + signal as i32));
         if !decides {
-            let fate = if verdict == Some(Verdict::Failed) { Fate::Discard } else { Fate::Keep };
+            let is_given_up = mark == Some(Verdict::Failed) || mark.is_some() && is_discarded;
+            let fate = if is_given_up { Fate::Discard } else { Fate::Keep };
+            if verdict == Some(Verdict::Complete) && !is_discarded {
+                tracing::info!("the changes are in {}, which was changed where it is", question.source);
+            }
             return Ok((fate, verdict.filter(|_| stopped.is_none()).map_or(status, exited_as)));
         }
         Ok(match decide(status, verdict, entry.answer, at_terminal, stopped.is_some()) {
@@ -249,11 +257,6 @@ impl Session {
         self.is_shell && std::io::stdin().is_terminal()
     }
 
-    /// Whether marks in the image's /tmp mean anything: not for a command that changes a directory and nothing else.
-    fn heeds_marks(&self) -> bool {
-        self.is_shell || self.end.is_some()
-    }
-
     /// Returns how it ended.
     fn run(&self, image_root: &Path, entry: &Entry, registered: &register::Entry) -> Result<Ended> {
         directory::clear_left_over(&["customize"], image_root)?;
@@ -273,9 +276,7 @@ impl Session {
             let _ = std::fs::remove_dir(run.path());
             e
         };
-        if self.heeds_marks() {
-            environment::remove_old_marks(&tree).map_err(cleared)?;
-        }
+        environment::remove_old_marks(&tree).map_err(cleared)?;
         let kind = tier::choose(self.tier, false, &state).map_err(cleared)?;
         let script = entry.script.as_ref().map(|script| script.put(run.path(), kind.tier));
         let script = script.transpose().map_err(cleared)?;
@@ -309,8 +310,8 @@ impl Session {
         let all_ended = processes::end_all(Some(&jail));
         // The init has looked for marks once more before it ended.
         let told_last = match all_ended {
-            Ok(()) if self.heeds_marks() => std::iter::from_fn(|| jail.told()).filter_map(Message::mark).max(),
-            _ => None,
+            Ok(()) => std::iter::from_fn(|| jail.told()).filter_map(Message::mark).max(),
+            Err(_) => None,
         };
         if let Some(terminal) = terminal {
             terminal.restore();
@@ -322,7 +323,7 @@ impl Session {
         local::remove_folder(run.path())?;
         all_ended?;
         let mut ended = ended?;
-        let found = if self.heeds_marks() { take_marks(&tree)? } else { None };
+        let found = take_marks(&tree)?;
         // Signals that came after the command's end count too.
         while let Ok(Some(signal)) = signals.next() {
             ended.stopped = ended.stopped.or(self.stops(signal));
@@ -346,7 +347,7 @@ impl Session {
         let pid = Pid::from_raw(helper.id().cast_signed());
         let (mut marked, mut stopped): (Option<Verdict>, Option<Signal>) = (None, None);
         let mut hung_up: Option<Instant> = None;
-        let mut listens = self.heeds_marks();
+        let mut listens = true;
         loop {
             if let Some(status) = helper.try_wait().attempt(attempted)? {
                 let status = WaitStatus::from_raw(pid, status.into_raw()).attempt(attempted)?;

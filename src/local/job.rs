@@ -307,7 +307,7 @@ impl Job {
         opened.publication().give_up(&mut Journal::read(&notes)?)?;
         place.remove()?;
         let (fate, value) = result?;
-        if fate == Fate::Discard && self.end != End::Discarded {
+        if fate == Fate::Discard {
             tracing::info!("{}", self.given_up());
         }
         Ok(value)

@@ -97,6 +97,69 @@ fn marks_and_discard_decide_before_the_exit_code() {
 }
 
 #[test]
+fn every_mark_is_obeyed_told_and_removed_however_the_image_is_opened() {
+    let dir = folder();
+    let tree = image(dir.path());
+    squashfs_of(&tree);
+    std::fs::create_dir_all(dir.path().join("work/ims-sshd")).unwrap();
+    let (gone, applied) = ("the changes were thrown away", "applied the changes to");
+    let (stays, has, published) = ("the changes stay in", "the changes are in", "the image is ");
+    for (command, source, options, on_complete, on_failed) in [
+        ("enter", "tree", &[][..], has, stays),
+        ("enter", "tree", &["--in-place"], has, stays),
+        ("enter", "tree", &["--discard"], gone, gone),
+        ("enter", "tree", &["--output", "out"], published, gone),
+        ("enter", "tree", &["--output", "out", "--in-place"], published, stays),
+        ("enter", "tree", &["--output", "out", "--discard"], gone, gone),
+        ("enter", "tree.sqsh", &[], gone, gone),
+        ("enter", "tree.sqsh", &["--output", "out"], published, gone),
+        ("customize", "tree", &[], applied, gone),
+        ("customize", "tree", &["--in-place"], has, stays),
+        ("customize", "tree", &["--output", "out"], published, gone),
+        ("customize", "tree", &["--output", "out", "--in-place"], published, stays),
+        ("customize", "tree.sqsh", &["--output", "out"], published, gone),
+    ] {
+        for (mark, told, code) in [("complete", on_complete, 0), ("failed", on_failed, 1)] {
+            for is_shell in [false, true] {
+                // The shell of `customize` is one over SSH.
+                if is_shell && command == "customize" {
+                    continue;
+                }
+                let mut run = ims_sshd(&[command, source, "--work", "work"], &[]);
+                run.args(options).current_dir(dir.path());
+                let line = format!("touch /tmp/{mark} && echo {mark} > /etc/changed\n");
+                let output = if is_shell {
+                    feed(&mut run, line.as_bytes())
+                } else {
+                    run.args(["--", "sh", "-c", &line]).output().unwrap()
+                };
+                let (said, case) = (text(&output.stderr), format!("{command} {source} {options:?} {mark} {is_shell}"));
+                assert_eq!(output.status.code(), Some(code), "{case}: {said}");
+                let words = [gone, applied, stays, has, published].map(|word| said.matches(word).count());
+                assert_eq!((said.matches(told).count(), words.iter().sum()), (1, 1), "{case}: {said}");
+                assert!(said.contains(&format!("the image was marked {mark}")), "{case}: {said}");
+                for place in [tree.clone(), dir.path().join("out/tree/rootfs")] {
+                    assert!(!place.join("tmp").join(mark).exists(), "{case}: the mark stays");
+                }
+                let is_published = dir.path().join("out/tree").exists();
+                assert_eq!(is_published, told == published, "{case}");
+                let is_changed =
+                    std::fs::read_to_string(tree.join("etc/changed")).is_ok_and(|text| text.trim() == mark);
+                let in_place = options.is_empty() && source == "tree" || options.contains(&"--in-place");
+                let changes = in_place && !(command == "customize" && options.is_empty()) || told == applied;
+                assert_eq!(is_changed, changes, "{case}");
+                if is_published {
+                    assert!(!crate::unattended::published(dir.path()).contains("tmp/complete"), "{case}");
+                    std::fs::remove_dir_all(dir.path().join("out")).unwrap();
+                }
+                let _ = std::fs::remove_file(tree.join("etc/changed"));
+                nothing_stays(dir.path());
+            }
+        }
+    }
+}
+
+#[test]
 fn a_directory_is_published_without_a_change_and_changed_where_it_is_without_an_output() {
     let dir = folder();
     let tree = image(dir.path());
