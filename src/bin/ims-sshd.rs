@@ -12,6 +12,7 @@ use ims_sshd::lifecycle::secrets::without_secrets;
 use ims_sshd::lifecycle::settings::{DEFAULT_PARENT, Settings};
 use ims_sshd::lifecycle::stage::Stage;
 use ims_sshd::lifecycle::{log, supervisor};
+use ims_sshd::local::command_line::CommandLine;
 use ims_sshd::local::customize::{self, Customization};
 use ims_sshd::local::enter::{self, Answer, Entry};
 use ims_sshd::local::job::{End, Job};
@@ -466,7 +467,7 @@ struct JobOptions {
 
 impl JobOptions {
     /// The job on `source`; a directory without an output has its changes as `end` says, or is changed where it is.
-    fn read(self, source: String, end: Option<End>) -> Result<Job> {
+    fn read(self, source: String, end: Option<End>, command_line: CommandLine) -> Result<Job> {
         let Self { output, in_place, fresh, work, checksum, packing, image } = self;
         let is_directory = Path::new(&source).is_dir();
         if is_directory && checksum.sha256.is_some() {
@@ -498,7 +499,7 @@ impl JobOptions {
             Some(settings)
         };
         let (exclude, changes) = (packing.exclude, packing.changes);
-        Ok(Job { source, in_place, fresh, discards: false, end, settings, work, exclude, changes })
+        Ok(Job { source, command_line, in_place, fresh, discards: false, end, settings, work, exclude, changes })
     }
 }
 
@@ -573,7 +574,8 @@ fn run(command: Command) -> Result<u8> {
         Command::Entrypoint { image_root_parent } => entrypoint(image_root_parent),
         Command::Customize(mut arguments) => {
             arguments.source = source::rootfs_of(arguments.source);
-            run_customize(arguments)
+            let line = CommandLine::new("customize", &given, arguments.command.len());
+            run_customize(arguments, line)
         }
         Command::Enter(mut arguments) => {
             arguments.source = source::rootfs_of(arguments.source);
@@ -582,6 +584,7 @@ fn run(command: Command) -> Result<u8> {
                 (_, true) => Some(Answer::Discard),
                 _ => None,
             };
+            let line = CommandLine::new("enter", &given, arguments.command.len());
             let entry = Entry {
                 command: arguments.command,
                 script: None,
@@ -591,7 +594,7 @@ fn run(command: Command) -> Result<u8> {
             };
             // `--discard` only looks; without it, the directory itself is changed, as by chroot.
             let end = arguments.discard.then_some(End::Discarded);
-            let job = arguments.job.read(arguments.source, end)?;
+            let job = arguments.job.read(arguments.source, end, line)?;
             enter::run(Job { discards: arguments.discard, ..job }, &entry)
         }
         Command::Complete(Named { name }) => status::mark(name.as_deref(), Verdict::Complete),
@@ -629,7 +632,7 @@ fn run(command: Command) -> Result<u8> {
     }
 }
 
-fn run_customize(arguments: CustomizeArguments) -> Result<u8> {
+fn run_customize(arguments: CustomizeArguments, line: CommandLine) -> Result<u8> {
     if arguments.job.output.is_none() && !Path::new(&arguments.source).is_dir() {
         return Err(without_output(&arguments.source));
     }
@@ -641,7 +644,7 @@ fn run_customize(arguments: CustomizeArguments) -> Result<u8> {
             binds: arguments.bind,
             answer: Some(Answer::Yes),
         };
-        return enter::run(arguments.job.read(arguments.source, Some(End::Applied))?, &entry);
+        return enter::run(arguments.job.read(arguments.source, Some(End::Applied), line)?, &entry);
     }
     let wanted = Customization {
         port: arguments.port,
@@ -652,7 +655,7 @@ fn run_customize(arguments: CustomizeArguments) -> Result<u8> {
         variables: arguments.env,
         host_script: arguments.host_script,
     };
-    customize::run(arguments.job.read(arguments.source, Some(End::Applied))?, &wanted)
+    customize::run(arguments.job.read(arguments.source, Some(End::Applied), line)?, &wanted)
 }
 
 /// Refuses a source that cannot be changed where it is.

@@ -154,7 +154,8 @@ const TOKENS: [&str; 17] = [
 const KEY_BEGINS: (&str, &str) = ("-----BEGIN ", "PRIVATE KEY");
 const KEY_ENDS: &str = "-----END ";
 
-const MASK: &str = "***";
+/// Stands for a secret.
+pub const MASK: &str = "***";
 
 /// Secrets that are masked wherever they stand, the longest first: one may be part of another.
 static KNOWN: RwLock<Vec<String>> = RwLock::new(Vec::new());

@@ -68,7 +68,7 @@ pub fn run(job: Job, wanted: &Customization) -> Result<u8> {
     let mut settings = read_variables(wanted)?;
     // Before anything is opened: a descriptor from before would not see what is mounted from here on.
     local::own_mounts()?;
-    let (entry, label) = (job.register("customize")?, job.label());
+    let (entry, label) = (job.register()?, job.label());
     let in_place = job.in_place;
     settings.in_place = in_place;
     let (source, shown) = (job.shown(), local::directory_of(&job.source));

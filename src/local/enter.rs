@@ -71,7 +71,7 @@ pub fn run(job: Job, entry: &Entry) -> Result<u8> {
     }
     let question = Question { source: job.source.clone(), in_place };
     let is_discarded = !decides && !job.is_in_place();
-    let (registered, label) = (job.register("enter")?, job.label());
+    let (registered, label) = (job.register()?, job.label());
     let ended = job.run(&registered, |image_root| {
         if is_discarded {
             let source = &question.source;

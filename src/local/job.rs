@@ -13,6 +13,7 @@ use crate::lifecycle::stage::Stage;
 use crate::lifecycle::state::name_for;
 use crate::local;
 use crate::local::apply;
+use crate::local::command_line::{self, CommandLine};
 use crate::local::customize;
 use crate::local::directory::{self, Held};
 use crate::local::names;
@@ -49,6 +50,8 @@ pub enum End {
 pub struct Job {
     /// A directory, a squashfs, a tar archive, or a URL.
     pub source: String,
+    /// The command line that is carried out.
+    pub command_line: CommandLine,
     /// True if a directory is changed where it is.
     pub in_place: bool,
     /// True if kept changes are dropped first.
@@ -205,12 +208,15 @@ impl Job {
         WorkDirectory::claim_to_discard(all, &name)
     }
 
-    /// Enters this job, which is one of `command`, into the register of what is open on this machine.
-    pub fn register(&self, command: &str) -> Result<Entry> {
+    /// Enters this job into the register of what is open on this machine.
+    pub fn register(&self) -> Result<Entry> {
         let work = std::fs::canonicalize(&self.work).unwrap_or_else(|_| self.work.clone());
         let source = Source::parse(&self.source)?;
         let keeps = (self.decides()).then(|| work.join(name_of(&source, &self.source)));
-        Entry::make(command, &self.shown(), &self.label(), keeps)
+        let CommandLine { command, line, directory } = &self.command_line;
+        let entry = Entry::make(command, &self.shown(), &self.label(), keeps)?;
+        entry.tell(&[("command_line", line), ("directory", &directory.to_string_lossy())]);
+        Ok(entry)
     }
 
     /// Opens the image and gives its root to `session`, which says what becomes of the changes. Returns what the session returned
@@ -293,7 +299,7 @@ impl Job {
             Opened { job: &self, entry, settings: &settings, work: &work, files: place.files(), notes: &notes };
         let result = opened.carry_out(&source, directory.as_deref(), root.as_ref(), &mounted, session);
         let result = work.unless_interrupted(result);
-        let kept = || kept_in(parent, entry);
+        let kept = || kept_in(parent, entry, &self.command_line.line);
         if self.end != End::Discarded && holds_changes(parent, &mounted) {
             match result {
                 Ok((Fate::Keep, value)) => {
@@ -315,9 +321,18 @@ impl Job {
 }
 
 /// Says where changes are kept, and what can be done with them.
-fn kept_in(place: &Path, entry: &Entry) -> String {
+fn kept_in(place: &Path, entry: &Entry, line: &str) -> String {
     let (place, name) = (place.display(), entry.name());
-    format!("what was changed is kept in {place}; the same command goes on with it; 'ims-sshd fail {name}' drops it")
+    format!("what was changed is kept in {place}; 'ims-sshd fail {name}' drops it; to go on with it: {line}")
+}
+
+/// The command line that goes on with what the run of this `entry` has left, as it is pasted here.
+pub fn goes_on(entry: &Value) -> String {
+    match (entry["command_line"].as_str(), entry["directory"].as_str()) {
+        (Some(line), Some(directory)) => command_line::from_here(line, Path::new(directory)),
+        // Kept by an earlier release.
+        _ => format!("the same 'ims-sshd {}' again", entry["command"].as_str().unwrap_or("customize")),
+    }
 }
 
 /// Drops what a run has left that has ended: changes that are kept, its sshd, and what it has added to the image.
@@ -333,7 +348,7 @@ pub fn drop_left(entry: &Value) -> Result<()> {
         if apply::has_begun(place.files().parent())? {
             return refuse(
                 "some of it was applied already",
-                "the same command goes on with that, or drops it with --fresh".into(),
+                format!("to go on with that, or to drop the rest with --fresh: {}", goes_on(entry)),
             );
         }
         if journal::is_begun(place.files())? {

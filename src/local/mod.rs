@@ -1,6 +1,7 @@
 //! The same on one machine, without a pod.
 
 pub mod apply;
+pub mod command_line;
 pub mod customize;
 pub mod directory;
 pub mod enter;

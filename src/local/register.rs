@@ -110,7 +110,8 @@ impl Entry {
             return;
         }
         let fields = self.fields.borrow();
-        let note = json!({ "name": fields["name"], "command": fields["command"], "source": fields["source"] });
+        let noted = ["name", "command", "source", "command_line", "directory"];
+        let note: Value = noted.into_iter().map(|field| (field.to_owned(), fields[field].clone())).collect();
         if let Err(e) = place.replace(KEPT_ENTRY, note.to_string().as_bytes()) {
             tracing::warn!("cannot write {}/{KEPT_ENTRY}: {e}; 'ims-sshd status' tells less", place.shown().display());
         }

@@ -8,6 +8,7 @@ use rustix::event::{PollFd, PollFlags};
 use serde_json::{Value, json};
 
 use crate::error::{Attempt, Error, Result};
+use crate::lifecycle::secrets::MASK;
 use crate::lifecycle::settings::DEFAULT_PARENT;
 use crate::lifecycle::signal_files::{EXITING, READY, SSHD_LISTENING, SignalFiles};
 use crate::lifecycle::stage::{self, Stage};
@@ -79,8 +80,7 @@ fn mark_left(left: &Value, verdict: Verdict) -> Result<u8> {
     let (name, source) = (text(left, "name"), text(left, "source"));
     if verdict == Verdict::Complete {
         let why = if left["state"] == register::KILLED { "its run was killed" } else { "its run has ended" };
-        let advice =
-            format!("run the same command again, which goes on with what is kept; 'ims-sshd fail {name}' drops it");
+        let advice = format!("'ims-sshd fail {name}' drops what it has left; to go on with it: {}", job::goes_on(left));
         return Err(Error::new(format!("mark {name} complete")).because(why).advise(advice));
     }
     job::drop_left(left)?;
@@ -102,7 +102,8 @@ fn mark_run(run: &Value, verdict: Verdict) -> Result<()> {
     match (text(run, "command").as_str(), text(run, "state").as_str()) {
         (_, "packing" | "uploading") => refuse("it is marked complete, and is being published", &stop),
         (_, "applying") => refuse("it is marked complete, and its changes are being applied", "nothing stops it"),
-        ("enter", _) => {
+        // A command runs in it, without an environment.
+        ("enter", _) | (_, "serving") if run["image_root_parent"].is_null() => {
             let there = format!("mark it in there: touch /tmp/{}", verdict.signal_file());
             refuse("it ends with the shell or the command that runs in it", &there)
         }
@@ -363,11 +364,12 @@ fn in_words(report: &Value) -> String {
         }
     }
     if let Some(kept) = report["kept"].as_bool() {
-        let [command, place] = ["command", "work"].map(|field| word(&report[field]).unwrap_or_default());
         if kept {
-            let _ = writeln!(text, "  changes: {place}");
+            let _ = writeln!(text, "  changes: {}", word(&report["work"]).unwrap_or_default());
         }
-        let _ = writeln!(text, "  go on: the same '{command}' again");
+        let line = Printable(job::goes_on(report)).to_string();
+        let masked = if line.contains(MASK) { "   (put in what *** stands for)" } else { "" };
+        let _ = writeln!(text, "  go on: {line}{masked}");
         let _ = writeln!(text, "  {}: ims-sshd fail {}", if kept { "drop" } else { "clear up" }, name_of(report));
     }
     for session in report["sessions"].as_array().into_iter().flatten() {

@@ -79,7 +79,7 @@ fn a_command_publishes_the_image_if_it_succeeds_and_else_ends_with_its_exit_code
     let squashfs = squashfs_of(&image(dir.path())).display().to_string();
     let failed = customize(dir.path(), &squashfs, &["--", "sh", "-c", "touch /etc/first; exit 9"]);
     assert_eq!(failed.status.code(), Some(9), "{failed:?}");
-    assert!(text(&failed.stderr).contains("the same command goes on with it"), "{failed:?}");
+    assert!(text(&failed.stderr).contains("to go on with it: "), "{failed:?}");
     assert!(!dir.path().join("out").exists());
     let killed = customize(dir.path(), &squashfs, &["sh", "-c", "kill -KILL $$"]);
     assert!(!killed.status.success() && !dir.path().join("out").exists(), "{killed:?}");
@@ -95,12 +95,38 @@ fn a_command_publishes_the_image_if_it_succeeds_and_else_ends_with_its_exit_code
 }
 
 #[test]
+fn the_command_line_that_the_status_shows_goes_on_with_what_was_kept_from_any_directory() {
+    let dir = folder();
+    let squashfs = squashfs_of(&image(dir.path()));
+    let named = dir.path().join("going on with it.sqsh");
+    std::fs::rename(&squashfs, &named).unwrap();
+    // The first time it fails.
+    let lines = "test -e /etc/first && exit 0\ntouch '/etc/first'; exit 9";
+    let failed = customize(dir.path(), "going on with it.sqsh", &["--fresh", "sh", "-c", lines]);
+    assert_eq!(failed.status.code(), Some(9), "{failed:?}");
+    let said = text(&failed.stderr);
+    let (_, pasted) = said.split_once("to go on with it: ").unwrap();
+    assert!(pasted.starts_with(IMS_SSHD) && !pasted.contains("--fresh"), "{said}");
+
+    let status = succeed(&mut ims_sshd(&["status", "going-on-with-it"], &[]));
+    let (_, shown) = status.split_once("  go on: ").unwrap();
+    let shown = shown.lines().next().unwrap();
+    assert_eq!(shown, format!("cd {} && {}", dir.path().display(), pasted.lines().next().unwrap()), "{status}");
+    let json = succeed(&mut ims_sshd(&["status", "--json", "going-on-with-it"], &[]));
+    assert!(json.contains("\"command\":\"customize\""), "{json}");
+    let pasted = Command::new("bash").args(["-c", shown]).current_dir("/").output().unwrap();
+    assert_eq!(pasted.status.code(), Some(0), "{pasted:?}");
+    assert!(published(dir.path()).contains("etc/first"));
+    nothing_stays(dir.path());
+}
+
+#[test]
 fn a_failing_command_wins_over_a_mark_complete() {
     let dir = folder();
     let squashfs = squashfs_of(&image(dir.path())).display().to_string();
     let failed = customize(dir.path(), &squashfs, &["--", "sh", "-c", "touch /tmp/complete /etc/new; exit 5"]);
     assert_eq!(failed.status.code(), Some(5), "{failed:?}");
-    assert!(text(&failed.stderr).contains("the same command goes on with it"), "{failed:?}");
+    assert!(text(&failed.stderr).contains("to go on with it: "), "{failed:?}");
     assert!(!dir.path().join("out").exists());
     let output = customize(dir.path(), &squashfs, &["--", "test", "!", "-e", "/tmp/complete"]);
     assert_eq!(output.status.code(), Some(0), "{output:?}");
@@ -212,7 +238,7 @@ fn what_can_be_seen_at_the_start_is_refused_then_and_what_fails_late_is_correcte
     let late = run(&["--output", "out"], "mv /boot/initrd-6.1.0 /boot/mine");
     let said = text(&late.stderr);
     assert!(late.status.code() == Some(1) && said.contains("cannot find the initrd"), "{said}");
-    assert!(said.contains("the same command goes on with it"), "{said}");
+    assert!(said.contains("to go on with it: "), "{said}");
     let corrected = run(&["--output", "out", "--initrd", "mine"], "test -e /boot/mine");
     assert!(corrected.status.success(), "{corrected:?}");
     assert!(published(dir.path()).contains("boot/mine"));
@@ -259,7 +285,7 @@ fn a_store_that_may_be_too_small_for_a_directory_is_told_before_and_refused_befo
     assert_eq!((output.status.code(), text(&output.stdout).as_str()), (Some(1), "ran\nsmall\n"), "{said}");
     let (warned, refused) = (said.find("may not fit"), said.find("cannot keep the new image in the store"));
     assert!(warned.is_some() && warned < refused, "{said}");
-    assert!(said.contains("the same command goes on with it"), "{said}");
+    assert!(said.contains("to go on with it: "), "{said}");
 }
 
 #[test]

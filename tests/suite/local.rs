@@ -413,7 +413,7 @@ fn enter_asks_at_the_end_whether_to_publish_and_goes_on_with_what_was_kept() {
     terminal.line("");
     let (code, screen) = terminal.end();
     assert_eq!(code, 0, "{screen}");
-    assert!(screen.contains("the same command goes on with it") && is_empty(path.join("out")), "{screen}");
+    assert!(screen.contains("to go on with it: ") && is_empty(path.join("out")), "{screen}");
 
     // To look at it without publishing anything is to look at the source, and leaves what is kept alone.
     let mut terminal = enter_at_a_terminal(path, "");

@@ -1,0 +1,98 @@
+//! The command line of a run, as it is shown to go on with what the run has kept.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use crate::lifecycle::secrets::without_secrets;
+use crate::printable::Printable;
+use crate::publish::work::without_query;
+
+/// Options that drop what an earlier run has kept.
+const DROPPING: [&str; 2] = ["--fresh", "--discard"];
+
+/// A run's command line.
+#[derive(Debug, Clone)]
+pub struct CommandLine {
+    /// Name of the command: `customize` or `enter`.
+    pub command: &'static str,
+    /// The line that goes on with what this one has kept. A secret is masked, and a URL has no signature.
+    pub line: String,
+    /// The directory that relative paths in it start from.
+    pub directory: PathBuf,
+}
+
+impl CommandLine {
+    /// The line of `words`, the first of which is the program; the last `inside` are the command that runs in the image.
+    pub fn new(command: &'static str, words: &[OsString], inside: usize) -> Self {
+        let (own, inside) = words.split_at(words.len().saturating_sub(inside));
+        let own = own.iter().filter(|word| DROPPING.iter().all(|option| *word != option));
+        let line = own.chain(inside).map(|word| quoted(&word.to_string_lossy())).collect::<Vec<_>>().join(" ");
+        let directory = std::env::current_dir().unwrap_or_else(|_| "/".into());
+        Self { command, line: without_query(&without_secrets(&line)), directory }
+    }
+}
+
+/// `line` as it is pasted here, if it was typed in `directory`.
+pub fn from_here(line: &str, directory: &Path) -> String {
+    if std::env::current_dir().is_ok_and(|here| here == directory) {
+        return line.to_owned();
+    }
+    format!("cd {} && {line}", quoted(&directory.to_string_lossy()))
+}
+
+/// `word` as bash, zsh and ksh read it, in one line of what is printable.
+fn quoted(word: &str) -> String {
+    if Printable(word).to_string() == word {
+        return shell_words::quote(word).into_owned();
+    }
+    let escaped = word.chars().map(|c| match c {
+        '\'' | '\\' => format!("\\{c}"),
+        '\n' => "\\n".to_owned(),
+        '\t' => "\\t".to_owned(),
+        c if c.is_ascii_control() => format!("\\x{:02x}", c as u32),
+        c if Printable(c.to_string()).to_string() == c.to_string() => c.to_string(),
+        c => format!("\\U{:08x}", c as u32),
+    });
+    format!("$'{}'", escaped.collect::<String>())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn line(words: &[&str], inside: usize) -> String {
+        CommandLine::new("enter", &words.iter().map(OsString::from).collect::<Vec<_>>(), inside).line
+    }
+
+    #[test]
+    fn a_line_that_is_pasted_goes_on_without_what_drops_changes_and_without_secrets() {
+        for (words, inside, pasted) in [
+            (
+                &["ims-sshd", "enter", "a b", "--fresh", "--", "rm", "--fresh"][..],
+                2,
+                "ims-sshd enter 'a b' -- rm --fresh",
+            ),
+            (&["ims-sshd", "enter", "x", "--output", "out", "--discard"], 0, "ims-sshd enter x --output out"),
+            (&["ims-sshd", "enter", "x", "sh", "-c", "a\nb 'c'"], 3, "ims-sshd enter x sh -c $'a\\nb \\'c\\''"),
+            (&["ims-sshd", "enter", "x", "--env", "DB_PASS=secret"], 0, "ims-sshd enter x --env 'DB_PASS=***'"),
+            (&["ims-sshd", "enter", "https://s3/x?X-Amz-Signature=s&y=z"], 0, "ims-sshd enter 'https://s3/x'"),
+        ] {
+            assert_eq!(line(words, inside), pasted);
+        }
+        assert_eq!(from_here("true", &std::env::current_dir().unwrap()), "true");
+        assert_eq!(from_here("true", Path::new("/a b")), "cd '/a b' && true");
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(50))]
+        #[test]
+        fn bash_reads_a_quoted_word_as_it_was(word in "[^\\x00]{0,20}") {
+            let shown = quoted(&word);
+            prop_assert!(!shown.chars().any(char::is_control), "{shown:?}");
+            let mut bash = std::process::Command::new("bash");
+            let echoed = bash.env("LC_ALL", "C.UTF-8").args(["-c", &format!("printf %s {shown}")]).output().unwrap();
+            prop_assert_eq!(String::from_utf8_lossy(&echoed.stdout), word);
+        }
+    }
+}
