@@ -3,6 +3,7 @@
 //! The source is the administrator's and trusted; the target lies in the image, which is not.
 
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 
@@ -12,6 +13,7 @@ use crate::error::{Advise, Attempt, Error, Result};
 use crate::jail::additions::{Addition, Kind};
 use crate::jail::tier::Tier;
 use crate::sys::mounts::Detached;
+use crate::sys::named;
 use crate::sys::tree::{Tree, kind_of};
 
 /// One bind mount.
@@ -44,11 +46,11 @@ impl Bind {
         };
         let named = std::path::absolute(source).map_err(|e| format!("SOURCE is '{source}': {e}"))?;
         let refuse = |why: &str| Err(format!("SOURCE is '{}': {why}", named.display()));
-        let real = match std::fs::canonicalize(&named) {
+        let real = match named::resolve(&named) {
             Ok(real) => real,
             Err(e) => return refuse(&e.to_string()),
         };
-        match std::fs::metadata(&real) {
+        match std::fs::symlink_metadata(&real) {
             Ok(found) if found.is_dir() || found.is_file() => {}
             Ok(_) => return refuse("expected a directory or a regular file"),
             Err(e) => return refuse(&e.to_string()),
@@ -72,13 +74,27 @@ impl Bind {
     pub fn copy(&self) -> Result<Detached> {
         let mut attributes = MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOSUID;
         attributes.set(MountAttrFlags::MOUNT_ATTR_RDONLY, self.read_only);
-        Detached::copy_of(&self.source, true, attributes).attempt(|| self.attempted())
+        let copy =
+            named::open_without_links(&self.source).and_then(|source| Detached::copy_of_fd(source, true, attributes));
+        copy.map_err(|e| self.refuse(format!("the source: {e}")))
     }
 
     /// Puts the copy on the target.
     pub fn attach(&self, copy: Detached, root: &Tree) -> Result<()> {
-        let attach = || copy.attach(root.handle(&self.target)?);
-        attach().attempt(|| self.attempted()).map(drop)
+        let target = root.handle(&self.target).map_err(|e| self.refuse(format!("the target: {e}")))?;
+        // The kernel says no more than EINVAL of a directory and a file (move_mount(2)). Both were looked at before: see `place`.
+        let kind = |fd: BorrowedFd<'_>| rustix::fs::fstat(fd).map(|found| kind_of(&found)).attempt(|| self.attempted());
+        let (source_is, target_is) = (kind(copy.as_fd())?, kind(target.as_fd())?);
+        if source_is != target_is {
+            let why =
+                format!("the source is {source_is} by now, and the target {target_is}: one of them was exchanged");
+            return Err(self.refuse(why).advise("run it again when nobody changes them"));
+        }
+        copy.attach(target).attempt(|| self.attempted()).map(drop)
+    }
+
+    fn refuse(&self, why: String) -> Error {
+        Error::new(self.attempted()).because(why)
     }
 
     fn attempted(&self) -> String {
@@ -112,7 +128,7 @@ pub fn place(image_root: &Tree, tier: Tier, binds: &[Bind]) -> Result<(Vec<Bind>
     let root = rustix::fs::fstat(image_root).attempt(|| "look at the image root")?;
     for bind in binds {
         let attempted = || bind.attempted();
-        let refuse = |why: String| Error::new(attempted()).because(why);
+        let refuse = |why: String| bind.refuse(why);
         if tier == Tier::Chroot {
             return Err(refuse("in the tier 'chroot' nothing can be mounted".into()))
                 .advise("allow the container another tier, or leave the bind mount out");
@@ -121,7 +137,7 @@ pub fn place(image_root: &Tree, tier: Tier, binds: &[Bind]) -> Result<(Vec<Bind>
         if bind.source.ancestors().any(|above| std::fs::metadata(above).is_ok_and(is_root)) {
             return Err(refuse("the source lies in the image root".into()));
         }
-        let is_directory = std::fs::metadata(&bind.source).attempt(attempted)?.is_dir();
+        let is_directory = std::fs::symlink_metadata(&bind.source).attempt(attempted)?.is_dir();
         let kind = if is_directory { Kind::Folder } else { Kind::File };
         let (there, missing) = nearest(image_root, &bind.target).map_err(refuse)?;
         // Path::join of nothing would add a slash, which only a directory's name may end with.
@@ -217,6 +233,40 @@ mod tests {
             let refused = Bind::parse(&wrong).unwrap_err();
             assert!(refused.contains(why), "{wrong}: {refused}");
         }
+    }
+
+    #[test]
+    fn a_source_or_target_that_is_exchanged_meanwhile_is_named() {
+        let exchange = || {
+            let dir = tempfile::tempdir().unwrap();
+            let (root, source) = (dir.path().join("root"), dir.path().join("source"));
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).expect("this test needs root");
+            crate::sys::mounts::make_all_private().unwrap();
+            std::fs::create_dir_all(root.join("target")).unwrap();
+            std::fs::create_dir(&source).unwrap();
+            let tree = Tree::open(&root).unwrap();
+            let bind = Bind { source: source.clone(), target: "target".into(), read_only: false };
+            let attach = || bind.copy().and_then(|copy| bind.attach(copy, &tree)).map_err(|e| e.to_string());
+            let refused = |why: &str| {
+                let error = attach().unwrap_err();
+                assert!(error.contains(why), "{error}");
+            };
+            std::fs::remove_dir(&source).unwrap();
+            refused("the source: No such file or directory");
+            symlink("/etc", &source).unwrap();
+            refused("the source is a symbolic link by now, and the target a folder");
+            std::fs::remove_file(&source).unwrap();
+            symlink("/", dir.path().join("way")).unwrap();
+            let way = Bind { source: dir.path().join("way/etc"), ..bind.clone() };
+            assert!(way.copy().unwrap_err().to_string().contains("the source: Too many levels"));
+            std::fs::create_dir(&source).unwrap();
+            std::fs::remove_dir(root.join("target")).unwrap();
+            refused("the target: No such file or directory");
+            std::fs::write(root.join("target"), "").unwrap();
+            refused("the source is a folder by now, and the target a regular file");
+        };
+        // Mounts of its own are a thread's.
+        std::thread::spawn(exchange).join().unwrap();
     }
 
     #[test]

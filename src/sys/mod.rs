@@ -5,6 +5,7 @@ pub mod calls;
 pub mod landlock;
 pub mod loops;
 pub mod mounts;
+pub mod named;
 pub mod packet;
 pub mod poll;
 pub mod process;

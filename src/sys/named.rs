@@ -1,0 +1,150 @@
+//! Paths that the command line names. On the way lie directories that other users write to, such as /tmp.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Component, Path, PathBuf};
+
+use rustix::fs::{FileType, Mode, OFlags};
+use rustix::io::Errno;
+
+use crate::sys::tree::Tree;
+
+/// The kernel follows no more on one way (path_resolution(7)).
+const MOST_LINKS: usize = 40;
+
+/// Root, this user, and who has become root to start this program: a directory in his home is as good as his word.
+pub fn is_trusted(user: u32) -> bool {
+    let caller = || std::env::var("SUDO_UID").ok()?.parse::<u32>().ok();
+    user == 0 || user == rustix::process::geteuid().as_raw() || caller() == Some(user)
+}
+
+/// Returns the path that `named` leads to, without links. A link of another user on the way, or in its place, is refused: he decides at any
+/// time where it leads (protected_symlinks, proc_sys_fs(5)).
+pub fn resolve(named: &Path) -> io::Result<PathBuf> {
+    let absolute = std::path::absolute(named)?;
+    let parts = |path: &Path| path.components().rev().map(|name| PathBuf::from(name.as_os_str())).collect::<Vec<_>>();
+    let (mut left, mut at, mut links) = (parts(&absolute), PathBuf::from("/"), 0);
+    while let Some(name) = left.pop() {
+        match name.components().next() {
+            Some(Component::ParentDir) => {
+                at.pop();
+                continue;
+            }
+            Some(Component::CurDir) => continue,
+            _ => {}
+        }
+        let place = at.join(name);
+        let found = std::fs::symlink_metadata(&place)?;
+        if !found.is_symlink() {
+            if !left.is_empty() && !found.is_dir() {
+                return Err(Errno::NOTDIR.into());
+            }
+            at = place;
+            continue;
+        }
+        if !is_trusted(found.uid()) {
+            let (place, user) = (place.display(), found.uid());
+            return Err(io::Error::other(format!(
+                "{place} is a link, which belongs to user {user}; name what it leads to"
+            )));
+        }
+        links += 1;
+        if links > MOST_LINKS {
+            return Err(Errno::LOOP.into());
+        }
+        let target = std::fs::read_link(&place)?;
+        // A descriptor that has no path, such as a pipe: only the link itself leads to it (proc_pid_fd(5)).
+        if left.is_empty() && is_of_procfs(&at) && std::fs::symlink_metadata(at.join(&target)).is_err() {
+            return Ok(place);
+        }
+        left.extend(parts(&target));
+    }
+    Ok(at)
+}
+
+/// Opens what `named` leads to, as [`resolve`] finds it: a handle (O_PATH), which is no link.
+pub fn open(named: &Path) -> io::Result<OwnedFd> {
+    let real = resolve(named)?;
+    let handle = open_without_links(&real)?;
+    if FileType::from_raw_mode(rustix::fs::fstat(&handle)?.st_mode) != FileType::Symlink {
+        Ok(handle)
+    } else if real.parent().is_some_and(is_of_procfs) {
+        Ok(rustix::fs::open(&real, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?)
+    } else {
+        // Put there since the path was resolved.
+        Err(Errno::LOOP.into())
+    }
+}
+
+/// Opens what stands at the absolute path `real`, on whose way nothing is a link (ELOOP); it may be one itself.
+pub fn open_without_links(real: &Path) -> io::Result<OwnedFd> {
+    let below = real.strip_prefix("/").ok().filter(|below| *below != Path::new("")).unwrap_or(Path::new("."));
+    Tree::open(Path::new("/"))?.handle_without_links(below)
+}
+
+/// The part of `named` that is there, resolved, with the part that is not.
+pub fn resolve_beginning(named: &Path) -> io::Result<PathBuf> {
+    let absolute = std::path::absolute(named)?;
+    let there = |place: &&Path| std::fs::symlink_metadata(place).is_ok();
+    let there = absolute.ancestors().find(there).unwrap_or(Path::new("/"));
+    // Path::join of nothing would add a slash.
+    let missing = absolute.strip_prefix(there).unwrap_or(Path::new(""));
+    Ok(resolve(there)?.components().chain(missing.components()).collect())
+}
+
+fn is_of_procfs(directory: &Path) -> bool {
+    rustix::fs::statfs(directory).is_ok_and(|found| found.f_type == rustix::fs::PROC_SUPER_MAGIC)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::os::fd::AsRawFd;
+    use std::os::unix::fs::{lchown, symlink};
+
+    #[test]
+    fn a_path_is_resolved_as_by_the_kernel_and_links_of_another_user_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        std::fs::create_dir_all(at("tree/etc")).unwrap();
+        std::fs::write(at("tree/file"), "").unwrap();
+        for (target, name, owner) in [
+            ("tree", "ours", 0),
+            ("tree", "theirs", 1234),
+            ("theirs", "behind", 0),
+            (".", "way", 1234),
+            ("nothing", "dangling", 0),
+            ("loop", "loop", 0),
+        ] {
+            symlink(target, at(name)).unwrap();
+            lchown(at(name), Some(owner), Some(owner)).unwrap();
+        }
+        for name in ["tree", "ours/etc", "ours/etc/../file", "dangling", "loop", "tree/missing", "tree/file/x", "."] {
+            let (wanted, found) = (std::fs::canonicalize(at(name)), resolve(&at(name)));
+            let text = |e: io::Error| e.to_string();
+            assert_eq!(found.map_err(text), wanted.map_err(text), "{name}");
+        }
+        for name in ["theirs", "theirs/etc", "behind/file", "way/tree", "ours/../way/tree/file"] {
+            let refused = resolve(&at(name)).unwrap_err().to_string();
+            assert!(refused.contains("which belongs to user 1234"), "{name}: {refused}");
+            assert!(open(&at(name)).is_err() && resolve_beginning(&at(name).join("new")).is_err(), "{name}");
+        }
+        assert_eq!(resolve_beginning(&at("ours/new/out")).unwrap(), resolve(&at("tree")).unwrap().join("new/out"));
+        assert!(open_without_links(&at("ours")).is_ok(), "a handle on the link itself");
+        assert!(open_without_links(&at("ours/file")).is_err());
+    }
+
+    #[test]
+    fn a_descriptor_without_a_path_is_opened_by_its_link_in_procfs() {
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        writer.write_all(b"said").unwrap();
+        drop(writer);
+        let handle = open(Path::new(&format!("/dev/fd/{}", reader.as_raw_fd()))).unwrap();
+        let mut said = String::new();
+        let path = format!("/proc/self/fd/{}", handle.as_raw_fd());
+        std::fs::File::open(path).unwrap().read_to_string(&mut said).unwrap();
+        assert_eq!(said, "said");
+    }
+}
