@@ -22,6 +22,7 @@ use crate::publish::package::open_tree;
 use crate::publish::work;
 use crate::sshd::options::Options;
 use crate::sys::mounts::{self, Detached};
+use crate::sys::named;
 use crate::sys::tree::Tree;
 use crate::verdict::Verdict;
 
@@ -57,10 +58,11 @@ pub fn run(job: Job, wanted: &Customization) -> Result<u8> {
     if let Some(file) = &wanted.host_script {
         let refuse = |why: String| Error::bad_input(format!("--host-script is '{}': {why}", file.display()));
         // The type is looked at before the file is opened: opening a fifo waits for a writer.
-        if !std::fs::metadata(file).map_err(|e| refuse(e.to_string()))?.is_file() {
+        let real = named::resolve(file).map_err(|e| refuse(e.to_string()))?;
+        if !std::fs::metadata(&real).map_err(|e| refuse(e.to_string()))?.is_file() {
             return Err(refuse("expected a regular file".into()));
         }
-        std::fs::File::open(file).map_err(|e| refuse(e.to_string()))?;
+        std::fs::File::open(real).map_err(|e| refuse(e.to_string()))?;
     }
     if let Some(file) = &wanted.authorized_key {
         check_public_keys("--authorized-key", file)?;
@@ -114,11 +116,12 @@ pub fn end_left_over(image_root: &Path) -> Result<()> {
 /// Refuses a file that lets nobody in, and names the option that named it.
 pub fn check_public_keys(option: &str, file: &Path) -> Result<()> {
     let refuse = |why: &str| Error::bad_input(format!("{option} is '{}': {why}", file.display()));
-    let found = std::fs::metadata(file).map_err(|e| refuse(&e.to_string()))?;
+    let real = named::resolve(file).map_err(|e| refuse(&e.to_string()))?;
+    let found = std::fs::metadata(&real).map_err(|e| refuse(&e.to_string()))?;
     if !found.is_file() {
         return Err(refuse("expected a regular file"));
     }
-    let text = std::fs::read(file).map_err(|e| refuse(&e.to_string()))?;
+    let text = std::fs::read(real).map_err(|e| refuse(&e.to_string()))?;
     let text = String::from_utf8_lossy(&text);
     if text.contains("PRIVATE KEY-----") {
         return Err(refuse("it is a private key; expected the public one, usually beside it as .pub"));
@@ -229,7 +232,8 @@ fn show_image_root(image_root: &Path, parent: &Path) -> Result<()> {
 fn authorized_keys(given: Option<&Path>, run: &Path) -> Result<(PathBuf, Option<PathBuf>)> {
     let keys = run.join("authorized_keys");
     if let Some(given) = given {
-        std::fs::copy(given, &keys).attempt(|| format!("copy {}", given.display()))?;
+        let copied = named::resolve(given).and_then(|given| std::fs::copy(given, &keys));
+        copied.attempt(|| format!("copy {}", given.display()))?;
         return Ok((keys, None));
     }
     let private = make_key(run, "id_ed25519")?;

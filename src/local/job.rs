@@ -32,6 +32,7 @@ use crate::publish::store::{self, Store};
 use crate::publish::unpack::Overlay;
 use crate::publish::upload::{Image, Publication};
 use crate::publish::work::{self, Work, without_query};
+use crate::sys::named;
 use crate::sys::tree::Tree;
 
 /// Fate of changes that nobody gives up.
@@ -224,7 +225,7 @@ impl Job {
     pub fn run<T>(mut self, entry: &Entry, session: impl FnOnce(&Path) -> Result<(Fate, T)>) -> Result<T> {
         let source = Source::parse(&self.source)?;
         if let Source::Here(path) = &source {
-            local::refuse_links_of_others(path)?;
+            named::resolve(path).map_err(|e| Error::bad_input(format!("SOURCE is '{}': {e}", path.display())))?;
         }
         let directory = match &source {
             Source::Here(path) if path.is_dir() => Some(local::image_root(path)?),

@@ -27,8 +27,8 @@ use crate::lifecycle::signal_files::{SignalFiles, claimed};
 use crate::lifecycle::state::{RUN, name_for};
 use crate::printable;
 use crate::publish::manifest;
-use crate::publish::source::is_trusted;
 use crate::sys::mounts::{self, Detached};
+use crate::sys::named;
 use crate::sys::tree::Tree;
 
 /// Refuses who is not root.
@@ -40,10 +40,10 @@ pub fn need_root() -> Result<()> {
 }
 
 /// The image root that was named, without links on the way to it.
-pub fn image_root(named: &Path) -> Result<PathBuf> {
+pub fn image_root(source: &Path) -> Result<PathBuf> {
     need_root()?;
-    let refuse = |why: String| Error::bad_input(format!("SOURCE is '{}': {why}", named.display()));
-    let real = std::fs::canonicalize(named).map_err(|e| refuse(e.to_string()))?;
+    let refuse = |why: String| Error::bad_input(format!("SOURCE is '{}': {why}", source.display()));
+    let real = named::resolve(source).map_err(|e| refuse(e.to_string()))?;
     match real.is_dir() {
         _ if real == Path::new("/") => {
             Err(refuse("that is this machine's own root; expected an unpacked image".into()))
@@ -55,39 +55,6 @@ pub fn image_root(named: &Path) -> Result<PathBuf> {
         false => Err(refuse("expected a directory, an unpacked image".into())),
     }
 }
-
-/// Refuses a source on the way to which, or in whose place, is a link of another user: he decides at any time where it leads, as in a
-/// directory that all can write to (protected_symlinks, proc_sys_fs(5)).
-pub fn refuse_links_of_others(named: &Path) -> Result<()> {
-    let refuse = |why: String| Error::bad_input(format!("SOURCE is '{}': {why}", named.display()));
-    let absolute = std::path::absolute(named).map_err(|e| refuse(e.to_string()))?;
-    let parts = |path: &Path| path.components().rev().map(|name| PathBuf::from(name.as_os_str())).collect::<Vec<_>>();
-    let (mut left, mut at, mut links) = (parts(&absolute), PathBuf::from("/"), 0);
-    while let Some(name) = left.pop() {
-        if name == Path::new("..") {
-            at.pop();
-            continue;
-        }
-        let place = at.join(name);
-        // A missing file is refused when it is opened.
-        let Ok(found) = std::fs::symlink_metadata(&place) else { return Ok(()) };
-        if !found.is_symlink() {
-            at = place;
-            continue;
-        }
-        if !is_trusted(found.uid()) {
-            let why = format!("{} is a link, which belongs to user {}", place.display(), found.uid());
-            return Err(refuse(why).advise("name what it leads to"));
-        }
-        links += 1;
-        let Some(target) = std::fs::read_link(&place).ok().filter(|_| links <= MOST_LINKS) else { return Ok(()) };
-        left.extend(parts(&target));
-    }
-    Ok(())
-}
-
-/// The kernel follows no more on one way (path_resolution(7)).
-const MOST_LINKS: usize = 40;
 
 /// The directory that `source` names, if it is one.
 pub fn directory_of(source: &str) -> Option<PathBuf> {

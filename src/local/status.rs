@@ -259,6 +259,7 @@ fn find(named: &Path) -> Result<Target> {
         }
     }
     if path.is_dir() || named.components().count() > 1 {
+        crate::sys::named::resolve_beginning(&path).attempt(|| format!("find {}", named.display()))?;
         return Ok(Target::Parent(path));
     }
     Err(Error::new(format!("find '{}'", named.display()))

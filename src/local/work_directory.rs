@@ -10,7 +10,8 @@ use crate::lifecycle::signal_files::SignalFiles;
 use crate::local;
 use crate::local::job::IMAGE_ROOT;
 use crate::publish::prepare::OVERLAY;
-use crate::publish::source::{WRITABLE, is_trusted};
+use crate::publish::source::WRITABLE;
+use crate::sys::named::is_trusted;
 
 /// The directory of all jobs, where the command line names none.
 pub const DEFAULT: &str = "/var/lib/ims-sshd";

@@ -18,6 +18,7 @@ use crate::publish::sidecar::write_changes;
 use crate::publish::source::Opened;
 use crate::publish::upload::{Image, Publication};
 use crate::publish::work::Work;
+use crate::sys::named;
 use crate::sys::tree::Tree;
 
 /// An image root, and where its archive and the notes about it are.
@@ -58,7 +59,7 @@ impl Place {
 }
 
 fn real(path: &Path) -> Result<PathBuf> {
-    std::fs::canonicalize(path).attempt(|| format!("open {}", path.display()))
+    named::resolve(path).attempt(|| format!("open {}", path.display()))
 }
 
 fn missing(image_root: &Path) -> Error {

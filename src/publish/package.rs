@@ -18,6 +18,7 @@ use crate::publish::settings::Packing;
 use crate::publish::source::{self, Kind};
 use crate::publish::work::Work;
 use crate::sys::mounts;
+use crate::sys::named;
 use crate::sys::process::Entry;
 use crate::sys::tree::Tree;
 
@@ -97,7 +98,8 @@ pub fn output(file: &Path, called: &str) -> Result<(Tree, String)> {
     let (Some(above), Some(name)) = (file.parent(), file.file_name().and_then(OsStr::to_str)) else {
         return refuse("a file");
     };
-    let above = std::fs::canonicalize(above).attempt(|| format!("open {}", above.display()))?;
+    let above =
+        named::resolve(above).map_err(|e| Error::bad_input(format!("{called} is '{}': {e}", file.display())))?;
     if above == Path::new("/dev") {
         // A new file would replace the machine's /dev/null.
         return refuse("a file outside /dev");

@@ -24,6 +24,7 @@ use crate::publish::store;
 use crate::publish::unpack::{LOWER, Overlay, unpack};
 use crate::publish::work::Work;
 use crate::sys::mounts;
+use crate::sys::named;
 use crate::sys::tree::{Tree, kind_of};
 use crate::verdict::Verdict;
 
@@ -86,7 +87,7 @@ pub fn run(settings: &Settings, source: &str, open: Open, is_fresh: bool) -> Res
 
 /// Refuses a source that would hold what is made of it, or that somebody changes.
 fn check_directory(source: &Path, parent: &Path) -> Result<()> {
-    let source = std::fs::canonicalize(source).attempt(|| format!("open {}", source.display()))?;
+    let source = named::resolve(source).attempt(|| format!("open {}", source.display()))?;
     if directory::holds(&source, parent)? {
         let why = format!("the image root's parent is '{}': expected a directory outside SOURCE", parent.display());
         return Err(Error::bad_input(why));
@@ -96,8 +97,9 @@ fn check_directory(source: &Path, parent: &Path) -> Result<()> {
 
 /// Setuid programs of the image are out of other users' reach. A volume that is there is shared as its owner wants it.
 fn make_parent(parent: &Path) -> Result<()> {
+    let attempted = || format!("make the directory {}", parent.display());
     let mut make = std::fs::DirBuilder::new();
-    make.recursive(true).mode(0o700).create(parent).attempt(|| format!("make the folder {}", parent.display()))
+    make.recursive(true).mode(0o700).create(named::resolve_beginning(parent).attempt(attempted)?).attempt(attempted)
 }
 
 /// Removes what an earlier source has become, with all changes.

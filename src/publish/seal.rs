@@ -14,6 +14,7 @@ use crate::publish::id::Id;
 use crate::publish::package::open_tree;
 use crate::publish::settings::Settings;
 use crate::publish::store;
+use crate::sys::named;
 use crate::sys::tree::Tree;
 
 /// A key in a directory of images, or of our own: whoever can read it can delete what is there as well.
@@ -41,8 +42,9 @@ impl Seal {
             std::fs::read(&file).attempt(|| format!("read {}", file.display()))?
         } else if let Some(folder) = settings.store.url.as_deref().and_then(store::folder) {
             let attempted = || format!("open the store {}", folder.display());
+            let folder = named::resolve_beginning(&folder).attempt(attempted)?;
             std::fs::create_dir_all(&folder).attempt(attempted)?;
-            key_in(&open_tree(&std::fs::canonicalize(&folder).attempt(attempted)?)?)?
+            key_in(&open_tree(&folder)?)?
         } else {
             random_key()?
         };

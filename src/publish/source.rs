@@ -7,12 +7,13 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use rustix::fs::{FileType, Mode, OFlags, SeekFrom};
+use rustix::fs::{FileType, SeekFrom};
 use rustix::io::Errno;
 
 use crate::error::{Attempt, Error, Result};
 use crate::lifecycle::secrets::without_secrets;
 use crate::publish::confined::clear_environment;
+use crate::sys::named::{self, is_trusted};
 use crate::sys::signals::hold_none;
 use crate::sys::tree::{Tree, kind_of};
 
@@ -76,10 +77,11 @@ pub enum Content {
 }
 
 impl Opened {
-    /// Opens what `path` leads to, through links. Its type is looked at first: to open a fifo or a device can wait for ever, or act on it.
+    /// Opens what `path` leads to, through links that no other user can exchange. Its type is looked at first: to open a fifo or a device can
+    /// wait for ever, or act on it.
     pub fn open(path: &Path) -> Result<Self> {
         let attempted = || format!("open {}", path.display());
-        let handle = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).attempt(attempted)?;
+        let handle = named::open(path).attempt(attempted)?;
         let found = rustix::fs::fstat(&handle).attempt(attempted)?;
         let place = format!("/proc/self/fd/{}", handle.as_raw_fd());
         let shown = std::fs::read_link(&place).attempt(attempted)?;
@@ -140,12 +142,6 @@ pub fn can_be_changed(file: &File) -> io::Result<bool> {
 
 /// Bits of a mode with which others than the owner can change a file, or what a directory holds.
 pub const WRITABLE: u32 = 0o022;
-
-/// Root, and who has become root to start this program: a directory in his home is as good as his word.
-pub fn is_trusted(user: u32) -> bool {
-    let caller = || std::env::var("SUDO_UID").ok()?.parse::<u32>().ok();
-    user == 0 || caller() == Some(user)
-}
 
 /// What a file is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

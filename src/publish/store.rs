@@ -26,6 +26,7 @@ use crate::publish::begun;
 use crate::publish::id::Id;
 use crate::publish::settings::{self, Network, Validate};
 use crate::publish::work::{Redirects, client, in_full};
+use crate::sys::named;
 use crate::sys::tree::Tree;
 
 /// How long a URL that was signed here is good for.
@@ -120,8 +121,8 @@ impl Store {
         }
         let folder = folder(url).ok_or_else(refuse)?;
         let attempted = || format!("open the store {}", folder.display());
+        let folder = named::resolve_beginning(&folder).attempt(attempted)?;
         std::fs::create_dir_all(&folder).attempt(attempted)?;
-        let folder = std::fs::canonicalize(&folder).attempt(attempted)?;
         let files = LocalFileSystem::new_with_prefix(&folder).attempt(attempted)?;
         let url = format!("file://{}", folder.display());
         Ok(Self { objects: Objects::Folder { files, folder }, prefix: Path::default(), url })
@@ -134,11 +135,11 @@ impl Store {
         let attempted = || format!("write to the store {}", without_secrets(url));
         let probe = format!("{PROBE}.{}", Id::random()?);
         if let Some(folder) = folder(url) {
-            let folder = std::path::absolute(folder).attempt(attempted)?;
+            let folder = named::resolve_beginning(&folder).attempt(attempted)?;
             let place = folder.ancestors().find(|place| place.exists()).unwrap_or(&folder);
             // create_file replaces anything that others have put there under the name.
-            let tree = std::fs::canonicalize(place).and_then(|place| Tree::open(&place));
-            tree.and_then(|tree| tree.create_file(&probe).and_then(|_| tree.remove(&probe)))
+            Tree::open(place)
+                .and_then(|tree| tree.create_file(&probe).and_then(|_| tree.remove(&probe)))
                 .attempt(attempted)
                 .advise("name a directory that can be written to, or s3://BUCKET")?;
             return Ok(rustix::fs::statvfs(place).ok().map(|disk| disk.f_bavail * disk.f_frsize));

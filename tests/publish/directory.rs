@@ -331,6 +331,41 @@ fn a_source_behind_a_link_of_another_user_is_refused() {
 }
 
 #[test]
+fn every_path_that_the_command_line_names_is_refused_behind_a_link_of_another_user() {
+    let dir = folder();
+    tree(dir.path());
+    std::os::unix::fs::symlink(dir.path(), dir.path().join("way")).unwrap();
+    std::os::unix::fs::lchown(dir.path().join("way"), Some(1234), Some(1234)).unwrap();
+    std::fs::write(dir.path().join("script"), "touch /tmp/made\n").unwrap();
+    std::fs::write(dir.path().join("key"), "ssh-ed25519 AAAAC3Nz me\n").unwrap();
+    std::fs::create_dir(dir.path().join("bound")).unwrap();
+    for arguments in [
+        &["enter", "tree", "--discard", "--bind", "way/bound:/srv", "--", "true"][..],
+        &["customize", "tree", "--script", "way/script"],
+        &["customize", "tree", "--host-script", "way/script"],
+        &["customize", "tree", "--authorized-key", "way/key"],
+        &["customize", "tree", "--output", "way/out", "--kernel", "vmlinuz", "--", "true"],
+        &["customize", "tree", "--output", "out", "--changes", "way/new", "--", "true"],
+        &["prepare", "parent", "way/tree"],
+        &["prepare", "way/parent", "tree"],
+        &["package", "way/tree"],
+        &["package", "tree", "--archive", "way/new"],
+        &["fail", "way/tree"],
+    ] {
+        let refused = run(dir.path(), arguments);
+        assert!(matches!(refused.status.code(), Some(1 | 2)), "{arguments:?}: {refused:?}");
+        let said = text(&refused.stderr);
+        assert!(
+            said.contains("way is a link, which belongs to user 1234; name what it leads to"),
+            "{arguments:?}: {said}"
+        );
+    }
+    for made in ["out", "new", "parent", "tree/tmp/made"] {
+        assert!(!dir.path().join(made).exists(), "{made}");
+    }
+}
+
+#[test]
 fn an_output_or_a_work_directory_inside_the_source_is_refused_at_the_start() {
     let dir = folder();
     let tree = tree(dir.path());
