@@ -42,6 +42,10 @@ fn a_refused_login_is_in_the_log_once_with_its_client_user_and_reason() {
         wait_until("both to be in the log", || refusals(&environment).len() >= 2);
         std::fs::set_permissions(keys, std::fs::Permissions::from_mode(0o777)).unwrap();
         try_key(&environment, "root", "another");
+        // sshd's child may write its last line after the client has gone; the close would end it first.
+        wait_until("the second of root to be in sshd's log", || {
+            log().matches("closed by authenticating user").count() == 2
+        });
         // Refusals of the last second are told at the end.
         assert_eq!(environment.complete(), 0);
         let told = refusals(&environment);
