@@ -318,7 +318,12 @@ impl Controller {
         command.env_clear().env("PATH", "/usr/bin:/bin").env("HOME", folder).env("LC_ALL", "C.UTF-8");
         match configuration {
             Configuration::OfTheService => command.env("ANSIBLE_CONFIG", plays.join("ansible.cfg")),
-            Configuration::Default => command.env("ANSIBLE_CONFIG", folder.join("default.cfg")).args(["--forks", "50"]),
+            // Names wait for one another between two tasks. On a loaded machine that takes longer than the 60 s for which the default
+            // keeps a connection, and a name without one finds no sshd after the first mark.
+            Configuration::Default => command
+                .env("ANSIBLE_CONFIG", folder.join("default.cfg"))
+                .env("ANSIBLE_SSH_ARGS", "-C -o ControlMaster=auto -o ControlPersist=600s")
+                .args(["--forks", "50"]),
         };
         // Which would be looked for in the newest's own folders.
         command.env("ANSIBLE_COLLECTIONS_PATH", "/usr/lib/python3/dist-packages");
