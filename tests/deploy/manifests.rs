@@ -142,6 +142,23 @@ fn whoever_speaks_to_a_server_is_given_authorities() {
     }
 }
 
+/// Without a store an image would be gone with its volume.
+#[test]
+fn no_container_that_fetches_or_publishes_starts_without_a_store() {
+    let rescue = manifests("publish.yaml").remove(0);
+    let specs = JOBS.iter().map(|variant| (*variant, spec(variant)));
+    for (variant, spec) in specs.chain([("publish.yaml", rescue["spec"]["template"]["spec"].clone())]) {
+        for container in containers(&spec).filter(|container| container["name"] != "sshd") {
+            for key in ["S3_ENDPOINT", "S3_BUCKET", "S3_ACCESS_KEY", "S3_SECRET_KEY"] {
+                let variables = container["env"].as_array().unwrap();
+                let source = variables.iter().find(|variable| variable["name"] == key).map(|found| &found["valueFrom"]);
+                let required = serde_json::json!({"secretKeyRef": {"name": "ims-sshd-store", "key": key}});
+                assert_eq!(source, Some(&required), "{variant}: {}: {key}", container["name"]);
+            }
+        }
+    }
+}
+
 #[test]
 fn what_was_packed_is_published_as_the_jobs_own_sidecar_does() {
     let rescue = manifests("publish.yaml").remove(0);

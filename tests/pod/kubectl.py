@@ -104,8 +104,14 @@ def create_job(job):
         for mount in container["volumeMounts"]:
             mount["name"] = f"{name}-{mount['name']}"
         for source in container.pop("envFrom", []):
+            named = {variable["name"] for variable in container["env"]}
             for file in place("secret", source["secretRef"]["name"]).iterdir():
+                if file.name in named:
+                    continue
                 container["env"].append({"name": file.name, "value": file.read_text()})
+        for variable in container["env"]:
+            if source := variable.pop("valueFrom", {}).get("secretKeyRef"):
+                variable["value"] = (place("secret", source["name"]) / source["key"]).read_text()
         variables = {variable["name"]: variable["value"] for variable in container["env"]}
         expanded = lambda word: re.sub(r"\$\((\w+)\)", lambda match: variables[match[1]], word)
         if "command" in container:

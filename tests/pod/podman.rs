@@ -167,6 +167,7 @@ impl Pod {
                 container["imagePullPolicy"] = "Never".into();
                 // No store: the image lies on the volume, and stays there.
                 container.as_object_mut().unwrap().remove("envFrom");
+                container["env"].as_array_mut().unwrap().retain(|variable| variable.get("valueFrom").is_none());
                 for mount in container["volumeMounts"].as_array_mut().unwrap() {
                     mount["name"] = format!("{own}-{}", mount["name"].as_str().unwrap()).into();
                 }
