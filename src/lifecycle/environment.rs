@@ -44,7 +44,7 @@ impl Groundwork {
         if !settings.jailed && !settings.binds.is_empty() {
             tracing::warn!("IMS_JAIL_BINDS is of no use in plain mode: sessions see what the container sees");
         }
-        let choose = || tier::choose(settings.tier, settings.dkms, state);
+        let choose = || tier::choose(&settings.tiers, settings.dkms, state);
         Ok(Self { sftp, jail: settings.jailed.then(choose).transpose()? })
     }
 }

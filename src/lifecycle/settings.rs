@@ -37,8 +37,8 @@ pub struct Settings {
     pub script: Option<PathBuf>,
     /// `SSH_JAIL`.
     pub jailed: bool,
-    /// `IMS_JAIL_TIER`; the best that can be had if there is none.
-    pub tier: Option<Tier>,
+    /// `IMS_JAIL_TIER`: the tiers that will do; the best that can be had if there is none.
+    pub tiers: Vec<Tier>,
     /// `JOB_ENABLE_DKMS`.
     pub dkms: bool,
     /// `IMS_JAIL_HOSTNAME`: the jail's host name; the container's if there is none.
@@ -108,7 +108,7 @@ impl Settings {
         let dkms = reader.choice("JOB_ENABLE_DKMS", &truth, Case::Any).unwrap_or(false);
         let debug = reader.choice("ENABLE_DEBUG", &truth, Case::Any).unwrap_or(false);
         let architecture = reader.choice("BUILD_ARCH", &Architecture::ALL.map(|a| (a.name(), a)), Case::Exact);
-        let tier = reader.tier();
+        let tiers = reader.tiers();
         let hostname = reader.host_name("IMS_JAIL_HOSTNAME");
         let binds = reader.binds("IMS_JAIL_BINDS");
         let agent = reader.choice("IMS_AGENT_FORWARDING", &truth, Case::Any).unwrap_or(true);
@@ -130,7 +130,7 @@ impl Settings {
                 sshd_config,
                 script,
                 jailed,
-                tier,
+                tiers,
                 dkms,
                 hostname,
                 image: None,
@@ -159,9 +159,9 @@ impl Settings {
 }
 
 /// `IMS_JAIL_TIER` and `IMS_JAIL_HOSTNAME` alone, for a jail without sshd.
-pub fn of_jail(variables: impl IntoIterator<Item = (OsString, OsString)>) -> Result<(Option<Tier>, Option<String>)> {
+pub fn of_jail(variables: impl IntoIterator<Item = (OsString, OsString)>) -> Result<(Vec<Tier>, Option<String>)> {
     let mut reader = Reader::of(variables);
-    let found = (reader.tier(), reader.host_name("IMS_JAIL_HOSTNAME"));
+    let found = (reader.tiers(), reader.host_name("IMS_JAIL_HOSTNAME"));
     if reader.complaints.is_empty() { Ok(found) } else { Err(Error::bad_input(reader.complaints.join("; also, "))) }
 }
 
@@ -221,10 +221,16 @@ impl Reader {
         found.map(|(_, choice)| *choice)
     }
 
-    fn tier(&mut self) -> Option<Tier> {
-        let named = Tier::ALL.map(|tier| (tier.name(), Some(tier)));
-        let choices: Vec<_> = [("auto", None)].into_iter().chain(named).collect();
-        self.choice("IMS_JAIL_TIER", &choices, Case::Exact).flatten()
+    fn tiers(&mut self) -> Vec<Tier> {
+        let value = self.text("IMS_JAIL_TIER").filter(|value| value != "auto").unwrap_or_default();
+        let named: Option<Vec<_>> = value.split(',').map(Tier::from_name).collect();
+        if named.is_none() && !value.is_empty() {
+            let known = Tier::ALL.map(Tier::name).join("' or '");
+            self.complaints.push(format!(
+                "IMS_JAIL_TIER is '{value}': expected 'auto' or '{known}', or several tiers with commas between them"
+            ));
+        }
+        named.unwrap_or_default()
     }
 
     fn host_name(&mut self, name: &str) -> Option<String> {
@@ -322,6 +328,19 @@ mod tests {
         let given = Settings::read(Some("/a".into()), [("IMS_ACTION".into(), "create".into())]).unwrap();
         assert_eq!(given.parent, PathBuf::from("/a"));
         assert_eq!(given.image_root(), "build/image-root");
+    }
+
+    #[test]
+    fn several_tiers_can_do_and_auto_is_any() {
+        for (value, tiers) in
+            [("auto", &[][..]), ("user", &[Tier::User]), ("namespace,user", &[Tier::Namespace, Tier::User])]
+        {
+            assert_eq!(read(&[("IMS_ACTION", "customize"), ("IMS_JAIL_TIER", value)]).unwrap().tiers, tiers, "{value}");
+        }
+        for value in ["user,", "auto,user", "user, chroot"] {
+            let error = read(&[("IMS_ACTION", "customize"), ("IMS_JAIL_TIER", value)]).unwrap_err().to_string();
+            assert!(error.contains("or several tiers with commas between them"), "{error}");
+        }
     }
 
     #[test]

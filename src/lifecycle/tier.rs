@@ -34,12 +34,12 @@ const KINDS: [(Tier, Proc); 4] = [
     (Tier::Chroot, Proc::Container),
 ];
 
-/// The best kind that can be had, of tier `wanted` if one is named. Logs what it is, why it is no better one, and what is lost by that.
+/// The best kind that can be had, of the tiers `wanted` if any is named. Logs what it is, why it is no better one, and what is lost by that.
 /// This process has to be a subreaper (or PID 1).
-pub fn choose(wanted: Option<Tier>, dkms: bool, state: &StateFolder) -> Result<Choice> {
+pub fn choose(wanted: &[Tier], dkms: bool, state: &StateFolder) -> Result<Choice> {
     let ground = Ground::new(state)?;
     let mut refused: Vec<(Tier, Error)> = Vec::new();
-    for (tier, proc) in KINDS.into_iter().filter(|(tier, _)| wanted.is_none_or(|wanted| wanted == *tier)) {
+    for (tier, proc) in KINDS.into_iter().filter(|(tier, _)| wanted.is_empty() || wanted.contains(tier)) {
         match ground.attempt(tier, proc, dkms) {
             Ok(shown) => {
                 let choice = Choice { tier, proc, bare: shown.bare };
@@ -47,7 +47,7 @@ pub fn choose(wanted: Option<Tier>, dkms: bool, state: &StateFolder) -> Result<C
                 if choice.bare.is_none() {
                     ground.state.remove()?;
                 }
-                log(&choice, shown.without_devices, wanted.is_some(), dkms, &refused);
+                log(&choice, shown.without_devices, wanted.len() == 1, dkms, &refused);
                 return Ok(choice);
             }
             Err(e) if is_shortage(&e) => {
@@ -59,7 +59,11 @@ pub fn choose(wanted: Option<Tier>, dkms: bool, state: &StateFolder) -> Result<C
         }
     }
     ground.state.remove()?;
-    let tier = wanted.map_or("any tier".into(), |tier| format!("tier '{}', which IMS_JAIL_TIER asks for", tier.name()));
+    let names: Vec<_> = wanted.iter().map(|tier| format!("'{}'", tier.name())).collect();
+    let tier = match names.join(" or ") {
+        names if names.is_empty() => "any tier".into(),
+        names => format!("tier {names}, which IMS_JAIL_TIER asks for"),
+    };
     Err(Error::new(format!("have a jail of {tier}")).because(reasons(refused.iter()).join("; ")))
 }
 

@@ -63,7 +63,7 @@ pub enum Answer {
 /// published, kept or discarded. Returns the command's exit code, or dies of the signal it died of; 0 for a published image.
 pub fn run(job: Job, entry: &Entry) -> Result<u8> {
     local::need_root()?;
-    let (tier, hostname) = of_jail(std::env::vars_os())?;
+    let (tiers, hostname) = of_jail(std::env::vars_os())?;
     let (decides, end, in_place) = (job.decides(), job.end, job.in_place);
     if !job.is_in_place() {
         // Before anything is opened: a descriptor from before would not see what is mounted from here on.
@@ -79,7 +79,7 @@ pub fn run(job: Job, entry: &Entry) -> Result<u8> {
             tracing::info!("what is changed in {source} is discarded at the end{instead}");
         }
         let is_shell = entry.command.is_empty() && entry.script.is_none();
-        let session = Session { is_shell, end: decides.then_some(end), in_place, tier, hostname, label };
+        let session = Session { is_shell, end: decides.then_some(end), in_place, tiers, hostname, label };
         let at_terminal = session.is_at_terminal();
         let Ended { status, mark, stopped } = session.run(image_root, entry, &registered)?;
         // Whoever is at the shell was told as it was hung up.
@@ -245,7 +245,7 @@ struct Session {
     /// Fate of the changes, if it is decided at the end.
     end: Option<End>,
     in_place: bool,
-    tier: Option<Tier>,
+    tiers: Vec<Tier>,
     hostname: Option<String>,
     /// Name of the image.
     label: String,
@@ -277,7 +277,7 @@ impl Session {
             e
         };
         environment::remove_old_marks(&tree).map_err(cleared)?;
-        let kind = tier::choose(self.tier, false, &state).map_err(cleared)?;
+        let kind = tier::choose(&self.tiers, false, &state).map_err(cleared)?;
         let script = entry.script.as_ref().map(|script| script.put(run.path(), kind.tier));
         let script = script.transpose().map_err(cleared)?;
         let emulation = foreign::prepare(&tree, None, &notes, Some(kind.tier)).map_err(cleared)?;
