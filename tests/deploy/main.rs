@@ -2,4 +2,5 @@
 
 mod makefile;
 mod manifests;
+mod opened;
 mod rendered;

@@ -1,6 +1,6 @@
 """Prints what 'kubectl kustomize' would make of the folder or file that is named, as JSON, of what the manifests here use of kustomize:
-resources, strategic merge patches, the namespace, and names of images. With --validate, checks it against the schemas of Kubernetes 1.31
-and of the newest."""
+resources, components, strategic merge patches, the namespace, and names of images. With --validate=VERSION, which may come several times,
+checks it against the schemas of that version of Kubernetes, or of the 'newest' one."""
 
 import json
 import pathlib
@@ -23,15 +23,12 @@ def rendered(place):
     if place.is_file():
         return json.loads(json.dumps([o for o in yaml.safe_load_all(place.read_text()) if o]))
     kustomization = yaml.safe_load((place / "kustomization.yaml").read_text())
-    known = {"apiVersion", "kind", "resources", "patches", "images", "namespace"}
+    known = {"apiVersion", "kind", "resources", "components", "patches", "images", "namespace"}
     assert set(kustomization) <= known, f"{place}: {set(kustomization) - known} is not known here"
     objects = [o for resource in kustomization["resources"] for o in rendered(place / resource)]
-    for patch in kustomization.get("patches", []):
-        patch = yaml.safe_load(patch["patch"])
-        named = lambda o: (o["kind"], o["metadata"]["name"])
-        found = [o for o in objects if named(o) == named(patch)]
-        assert len(found) == 1, f"{place}: {named(patch)} is {len(found)} objects"
-        merge(found[0], patch)
+    for component in kustomization.get("components", []):
+        patch_objects(objects, place / component)
+    patch_objects(objects, place)
     for image in kustomization.get("images", []):
         for container in containers(objects):
             if container["image"].split(":")[0].split("@")[0] == image["name"]:
@@ -41,6 +38,17 @@ def rendered(place):
         for one in objects:
             one["metadata"]["namespace"] = namespace
     return objects
+
+
+def patch_objects(objects, place):
+    """Applies the patches of a kustomization, or of a component, which has nothing else."""
+    named = lambda o: (o["kind"], o["metadata"]["name"])
+    for patch in yaml.safe_load((place / "kustomization.yaml").read_text()).get("patches", []):
+        target, patch = patch.get("target"), yaml.safe_load(patch["patch"])
+        is_meant = lambda o: o["kind"] == target["kind"] if target else named(o) == named(patch)
+        found = [o for o in objects if is_meant(o)]
+        assert len(found) == 1, f"{place}: {named(patch)} is {len(found)} objects"
+        merge(found[0], patch | {"metadata": {}} if target else patch)
 
 
 def merge(target, patch):
@@ -73,12 +81,12 @@ def containers(objects):
 def main():
     *options, place = sys.argv[1:]
     objects = rendered(pathlib.Path(place))
-    if "--validate" in options:
+    for option in options:
         import kubernetes_validate
 
-        for version in ["1.31", kubernetes_validate.latest_version()]:
-            for one in objects:
-                kubernetes_validate.validate(one, version, strict=True)
+        version = option.removeprefix("--validate=").replace("newest", kubernetes_validate.latest_version())
+        for one in objects:
+            kubernetes_validate.validate(one, version, strict=True)
     print(json.dumps(objects))
 
 

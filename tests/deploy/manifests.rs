@@ -5,7 +5,7 @@ use std::path::Path;
 use ims_sshd::lifecycle::stage::Stage;
 use serde_json::Value;
 
-use crate::rendered::{containers, manifests};
+use crate::rendered::{containers, manifests, rendered_for};
 
 /// Manifests of a customize job, and all that hold a job.
 const CUSTOMIZE: [&str; 5] = ["base", "variants/ordinary", "variants/user-namespace", "variants/kata", "variants/ims"];
@@ -92,12 +92,50 @@ fn the_pages_give_sshd_what_the_manifests_give_it() {
     for page in ["README.md", "docs/KUBERNETES.md"] {
         let text = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(page)).unwrap();
         for line in [
-            format!("add: [{}]", names.join(", ")),
+            format!("add: [{}", names.join(", ")),
             "appArmorProfile: {type: Unconfined}".into(),
+            "container.apparmor.security.beta.kubernetes.io/sshd: unconfined".into(),
             "seccompProfile: {type: Unconfined}".into(),
+            "{name: IMS_JAIL_TIER, value: ".into(),
         ] {
             assert!(text.contains(&line), "{page}: {line}");
         }
+    }
+}
+
+/// Renders a variant with components, and what a kustomization of a site's own may hold.
+fn with_components(variant: &str, components: &[&str], versions: &[&str]) -> Result<Value, String> {
+    let kubernetes = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/kubernetes");
+    let dir = tempfile::tempdir().unwrap();
+    let own = serde_json::json!({
+        "resources": [kubernetes.join(variant)],
+        "components": components.iter().map(|name| kubernetes.join("components").join(name)).collect::<Vec<_>>(),
+    });
+    std::fs::write(dir.path().join("kustomization.yaml"), own.to_string()).unwrap();
+    Ok(rendered_for(dir.path(), versions)?.remove(0)["spec"]["template"].take())
+}
+
+#[test]
+fn kubernetes_before_1_30_takes_every_variant_with_a_component() {
+    for variant in ["variants/ordinary", "variants/ims", "variants/user-namespace"] {
+        let complaint = with_components(variant, &[], &["1.25"]).unwrap_err();
+        assert!(complaint.contains("appArmorProfile"), "{variant}: {complaint}");
+        let template = with_components(variant, &["before-1.30"], &["1.25", "1.29"]).unwrap();
+        let annotation = "container.apparmor.security.beta.kubernetes.io/sshd";
+        assert_eq!(template["metadata"]["annotations"][annotation], "unconfined", "{variant}");
+        let sshd = container(&template["spec"], "sshd");
+        assert_eq!(sshd["securityContext"]["seccompProfile"]["type"], "Unconfined", "{variant}");
+    }
+    for variant in ["base", "variants/kata", "create-debug"] {
+        with_components(variant, &[], &["1.25"]).unwrap_or_else(|complaint| panic!("{variant}: {complaint}"));
+    }
+}
+
+#[test]
+fn every_job_can_have_a_login_to_its_registry() {
+    for variant in JOBS {
+        let template = with_components(variant, &["registry-login"], &["1.31"]).unwrap();
+        assert_eq!(template["spec"]["imagePullSecrets"][0]["name"], "ims-sshd-registry", "{variant}");
     }
 }
 
@@ -117,7 +155,7 @@ fn a_session_does_not_reach_where_clouds_hand_out_credentials() {
 fn clients_of_another_namespace_reach_one_job_at_its_port() {
     let [policy, service] = <[Value; 2]>::try_from(manifests("from-another-namespace.yaml")).unwrap();
     let pods = &policy["spec"]["podSelector"]["matchLabels"];
-    assert_eq!((pods, pods["batch.kubernetes.io/job-name"].as_str()), (&service["spec"]["selector"], Some("JOB")));
+    assert_eq!((pods, pods["job-name"].as_str()), (&service["spec"]["selector"], Some("JOB")));
     let from = &policy["spec"]["ingress"][0]["from"][0]["namespaceSelector"]["matchLabels"];
     assert_eq!(from["kubernetes.io/metadata.name"], "CLIENTS");
     assert_eq!(service["spec"]["ports"][0]["targetPort"], "ssh");

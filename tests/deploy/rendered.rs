@@ -7,6 +7,12 @@ use serde_json::Value;
 
 /// The objects of a variant, or of a file.
 pub fn manifests(variant: &str) -> Vec<Value> {
+    let place = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/kubernetes").join(variant);
+    rendered_for(&place, &["1.31", "newest"]).unwrap_or_else(|complaint| panic!("{variant}: {complaint}"))
+}
+
+/// The objects of the kustomization, or file, at `place`, if these versions of Kubernetes take them.
+pub fn rendered_for(place: &Path, versions: &[&str]) -> Result<Vec<Value>, String> {
     let cache = std::env::var_os("IMS_SSHD_CACHE")
         .map_or_else(|| PathBuf::from(std::env::var_os("HOME").expect("HOME")).join(".cache/ims-sshd"), PathBuf::from);
     let python = cache.join("kubernetes-validate/bin/python");
@@ -14,10 +20,13 @@ pub fn manifests(variant: &str) -> Vec<Value> {
     let repository = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut render = Command::new(python);
     // The folder may be another user's.
-    render.env("PYTHONDONTWRITEBYTECODE", "1").arg(repository.join("tests/deploy/manifests.py")).arg("--validate");
-    let output = render.arg(repository.join("deploy/kubernetes").join(variant)).output().unwrap();
-    assert!(output.status.success(), "{variant}: {}", String::from_utf8_lossy(&output.stderr));
-    serde_json::from_slice(&output.stdout).unwrap()
+    render.env("PYTHONDONTWRITEBYTECODE", "1").arg(repository.join("tests/deploy/manifests.py"));
+    render.args(versions.iter().map(|version| format!("--validate={version}")));
+    let output = render.arg(place).output().unwrap();
+    if !output.status.success() {
+        return Err(String::from_utf8_lossy(&output.stderr).into_owned());
+    }
+    Ok(serde_json::from_slice(&output.stdout).unwrap())
 }
 
 /// The containers of a pod's spec, those that begin first first.

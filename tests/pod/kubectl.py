@@ -199,7 +199,10 @@ def main(words):
                 create_job(one)
         case ["get", job, "-o", "jsonpath={.status.ready} {.status.conditions[*].type}"]:
             print(state(job), end="")
-        case ["get", "pods", selector, "-o", "name"] if selector.startswith("--selector=batch.kubernetes.io/job-name="):
+        case ["get", "pods", selector, "-o", path] if selector.startswith("--selector=job-name=") and "waiting" in path:
+            if not state("job.batch/" + selector.rsplit("=", 1)[1]).startswith("1"):
+                print("containers with unready status: [sshd]")
+        case ["get", "pods", selector, "-o", "name"] if selector.startswith("--selector=job-name="):
             print("pod/" + name_of("job.batch/" + selector.rsplit("=", 1)[1]))
         case ["exec", job, "-c", container, "--", *command]:
             sys.exit(podman("exec", f"{name_of(job)}-{container}", *command).returncode)

@@ -111,9 +111,11 @@ fn the_page_leads_from_nothing_to_published_images() {
         &[
             ("IMS_SSHD_IMAGE", format!("registry.example/ims-sshd@sha256:{}", "0".repeat(64))),
             ("S3_ENDPOINT", https(&store)),
+            ("S3_REGION", "us-east-1".into()),
             ("S3_BUCKET", bucket.name.clone()),
             ("S3_ACCESS_KEY", "access".into()),
             ("S3_SECRET_KEY", "secret".into()),
+            ("COMPONENTS", String::new()),
             ("CA", dir.path().join("ca.crt").display().to_string()),
             ("SOURCE", job::squashfs_of(&tree).display().to_string()),
         ],
