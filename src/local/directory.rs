@@ -7,6 +7,7 @@ use crate::error::{Attempt, Error, Result};
 use crate::lifecycle::open_jail;
 use crate::lifecycle::signal_files::{SignalFiles, claimed};
 use crate::lifecycle::state::StateFolder;
+use crate::local::claim::refuse_nested;
 use crate::local::{self, RunFolder, apply, customize, remove_folder};
 use crate::publish::package::open_tree;
 use crate::publish::prepare::OVERLAY;
@@ -74,7 +75,7 @@ pub fn refuse_open(directory: &Path) -> Result<()> {
             return Err(claimed(directory));
         }
     }
-    Ok(())
+    refuse_nested(directory)
 }
 
 /// Removes what runs of `commands` on `image_root` have left that were killed: what they have added to it, and their directories.

@@ -1,6 +1,7 @@
 //! The same on one machine, without a pod.
 
 pub mod apply;
+pub mod claim;
 pub mod command_line;
 pub mod customize;
 pub mod directory;
@@ -12,10 +13,10 @@ pub mod script;
 pub mod status;
 pub mod work_directory;
 
-use std::fs::{Metadata, Permissions};
+use std::fs::Permissions;
 use std::io::Write;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::mount::MountAttrFlags;
@@ -23,8 +24,9 @@ use rustix::mount::MountAttrFlags;
 use crate::error::{Attempt, Error, Result};
 use crate::lifecycle;
 use crate::lifecycle::secrets;
-use crate::lifecycle::signal_files::{SignalFiles, claimed};
+use crate::lifecycle::signal_files::SignalFiles;
 use crate::lifecycle::state::{RUN, name_for};
+use crate::local::claim::Claim;
 use crate::printable;
 use crate::publish::manifest;
 use crate::sys::mounts::{self, Detached};
@@ -141,50 +143,9 @@ fn claim(make: impl Fn() -> Result<PathBuf>) -> Result<SignalFiles> {
     }
 }
 
-/// Directory of claims by device and inode, below [`RUN`].
-const CLAIMS: &str = ".claims";
-
-/// An image root that is claimed for one command, by device and inode: a bind mount is another path to the same directory.
-pub struct Claim {
-    files: SignalFiles,
-}
-
-impl Claim {
-    /// Claims the image root for `command`, as long as the value lives.
-    pub fn take(command: &str, image_root: &Path) -> Result<Self> {
-        let found = look(image_root)?;
-        let path = Self::place(command, &found);
-        let make = || {
-            let attempted = || format!("make {}", path.display());
-            std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&path).attempt(attempted)?;
-            Ok(path.clone())
-        };
-        match claim(make) {
-            Err(_) if is_claimed(&path)? => Err(claimed(image_root)),
-            taken => taken.map(|files| Self { files }),
-        }
-    }
-}
-
-impl Claim {
-    fn place(command: &str, image_root: &Metadata) -> PathBuf {
-        Path::new(RUN).join(CLAIMS).join(format!("{command}-{:x}-{}", image_root.dev(), image_root.ino()))
-    }
-}
-
-fn look(image_root: &Path) -> Result<Metadata> {
-    std::fs::metadata(image_root).attempt(|| format!("open {}", image_root.display()))
-}
-
 /// Returns whether a run has claimed the directory `path`, which may be missing.
 pub fn is_claimed(path: &Path) -> Result<bool> {
     Ok(SignalFiles::open(path)?.is_some_and(|files| files.is_claimed()))
-}
-
-impl Drop for Claim {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir(self.files.path());
-    }
 }
 
 /// The folder of one run on an image root; the image root's parent, as a pod's environment has one.
@@ -225,7 +186,7 @@ impl RunFolder {
 
     /// Returns whether a run of `command` has the image root open, by this path or another.
     pub fn is_claimed(command: &str, image_root: &Path) -> Result<bool> {
-        Ok(is_claimed(&Self::place(command, image_root))? || is_claimed(&Claim::place(command, &look(image_root)?))?)
+        Ok(is_claimed(&Self::place(command, image_root))? || Claim::is_taken(command, image_root)?)
     }
 
     /// Its signal files, and with them the claims, which also last as long as these values do.

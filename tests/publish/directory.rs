@@ -489,6 +489,46 @@ fn a_directory_that_is_open_is_opened_by_no_other_path() {
     assert!(output.status.success(), "{output:?}");
 }
 
+#[test]
+fn a_directory_in_one_that_is_open_or_above_one_is_opened_by_nobody_and_an_archive_in_it_is() {
+    let dir = folder();
+    let outer = tree(dir.path());
+    let inner = outer.join("in");
+    succeed(Command::new("cp").arg("-aT").arg(cache().join("busybox")).arg(&inner));
+    make_bootable(&inner);
+    squashfs_of(&inner);
+    for (open, other, why) in [
+        (&outer, "tree/in", format!("it lies in {}, which is open", outer.display())),
+        (&inner, "tree", format!("{}, which lies in it, is open", inner.display())),
+    ] {
+        for opening in [&["customize"][..], &["customize", "--in-place"], &["enter"], &["enter", "--discard"]] {
+            let mut first = ims_sshd(opening, &[]);
+            // One each: what is kept above a directory keeps it from being changed where it is.
+            first.arg(open).args(["--work", &opening.concat(), "--", "sh", "-c", "echo open; exec sleep 600"]);
+            let mut first = Ended(first.current_dir(dir.path()).stdout(Stdio::piped()).spawn().unwrap());
+            std::io::Read::read_exact(first.stdout.as_mut().unwrap(), &mut [0; 5]).unwrap();
+            for command in [
+                &["customize", other, "--work", "work2", "--", "true"][..],
+                &["customize", other, "--in-place", "--", "true"],
+                &["enter", other, "--", "true"],
+                &["enter", other, "--discard", "--", "true"],
+                &["package", "--kernel", "vmlinuz", other],
+                &["prepare", "parent", other],
+            ] {
+                let refused = run(dir.path(), command);
+                assert_eq!(refused.status.code(), Some(1), "{opening:?} {command:?}: {refused:?}");
+                assert!(text(&refused.stderr).contains(&why), "{opening:?} {command:?}: {refused:?}");
+            }
+            let looked = run(dir.path(), &["enter", "tree/in.sqsh", "--work", "work2", "--", "true"]);
+            assert!(looked.status.success(), "{looked:?}");
+            first.kill().unwrap();
+            first.wait().unwrap();
+        }
+    }
+    let entered = run(dir.path(), &["enter", "tree", "--", "true"]);
+    assert!(entered.status.success(), "{entered:?}");
+}
+
 /// Unmounts at the end of a test.
 struct Unmounted<'a>(&'a Path);
 

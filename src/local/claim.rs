@@ -1,0 +1,102 @@
+//! Claims of image roots by device and inode: a bind mount is another path to the same directory. They are no substitute for the locked
+//! directory of a run (see [`local::RunFolder`]): what a run that was killed has left is found by its path, since an overlay has another
+//! device each time that it is mounted, and none in the mounts of others.
+
+use std::ffi::OsString;
+use std::fs::Metadata;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use crate::error::{Attempt, Error, Result};
+use crate::lifecycle::signal_files::{SignalFiles, claimed};
+use crate::lifecycle::state::RUN;
+use crate::local::{self, directory, is_claimed};
+
+/// Directory of claims, below [`RUN`].
+const CLAIMS: &str = ".claims";
+
+/// File in a claim that holds the image root's path, by which the directories above it are found.
+const PATH: &str = "path";
+
+/// The kernel takes no longer path.
+const LIMIT: u64 = 4096;
+
+/// An image root that is claimed for one command.
+pub struct Claim {
+    files: SignalFiles,
+}
+
+impl Claim {
+    /// Claims the image root for `command`, as long as the value lives. An image root that lies in one that is open, or that one lies in, is
+    /// refused: each would be packed, and changed, with the other.
+    pub fn take(command: &str, image_root: &Path) -> Result<Self> {
+        let path = place(command, &look(image_root)?);
+        let make = || {
+            let attempted = || format!("make {}", path.display());
+            std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&path).attempt(attempted)?;
+            Ok(path.clone())
+        };
+        let claim = match local::claim(make) {
+            Err(_) if is_claimed(&path)? => return Err(claimed(image_root)),
+            taken => Self { files: taken? },
+        };
+        // Written before others are looked for: of two that begin at once, at least one sees the other.
+        let written = claim.files.parent().replace(PATH, image_root.as_os_str().as_bytes());
+        written.attempt(|| format!("write {}/{PATH}", path.display()))?;
+        refuse_nested(image_root).map(|()| claim)
+    }
+
+    /// Returns whether a run of `command` has claimed the image root, by whatever path.
+    pub fn is_taken(command: &str, image_root: &Path) -> Result<bool> {
+        is_claimed(&place(command, &look(image_root)?))
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        let _ = local::remove_folder(self.files.path());
+    }
+}
+
+/// Refuses a directory that lies in an image root that is open, or that holds one.
+pub fn refuse_nested(directory: &Path) -> Result<()> {
+    let here = look(directory)?;
+    let real = std::fs::canonicalize(directory).attempt(|| format!("open {}", directory.display()))?;
+    let above: Vec<String> =
+        real.ancestors().skip(1).filter_map(|above| Some(identity(&std::fs::metadata(above).ok()?))).collect();
+    for entry in std::fs::read_dir(Path::new(RUN).join(CLAIMS)).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let Some((_, claimed)) = name.to_str().and_then(|name| name.split_once('-')) else { continue };
+        if claimed == identity(&here) || !is_claimed(&entry.path())? {
+            continue;
+        }
+        // One that is being made has no path yet: who makes it looks for this one.
+        let path = SignalFiles::open(&entry.path())?.and_then(|files| files.parent().read(PATH, LIMIT).ok());
+        let path = path.map(|path| PathBuf::from(OsString::from_vec(path)));
+        let shown = path.as_deref().map_or_else(|| "a directory above it".into(), |path| path.display().to_string());
+        let why = if above.iter().any(|above| above == claimed) {
+            format!("it lies in {shown}, which is open")
+        } else if path.is_some_and(|path| directory::holds(directory, &path).unwrap_or(false)) {
+            format!("{shown}, which lies in it, is open")
+        } else {
+            continue;
+        };
+        return Err(Error::new(format!("open {}", directory.display()))
+            .because(why)
+            .advise("wait until that is closed; 'ims-sshd status' names it"));
+    }
+    Ok(())
+}
+
+fn place(command: &str, image_root: &Metadata) -> PathBuf {
+    Path::new(RUN).join(CLAIMS).join(format!("{command}-{}", identity(image_root)))
+}
+
+fn identity(directory: &Metadata) -> String {
+    format!("{:x}-{}", directory.dev(), directory.ino())
+}
+
+fn look(image_root: &Path) -> Result<Metadata> {
+    std::fs::metadata(image_root).attempt(|| format!("open {}", image_root.display()))
+}
