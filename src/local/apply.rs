@@ -264,6 +264,12 @@ pub fn has_ended(work: &Tree) -> Result<bool> {
     Progress::read(work).map(|progress| progress.is_some_and(|progress| progress.step == Step::Applied))
 }
 
+/// Returns whether `root` is the directory to which the changes kept in `work` were being applied.
+pub fn is_of(work: &Tree, root: &Tree) -> Result<bool> {
+    let root = identity(root).attempt(|| format!("look at {}", root.shown().display()))?;
+    Ok(Progress::read(work).is_ok_and(|progress| progress.is_some_and(|progress| progress.root == root)))
+}
+
 /// Gives an application up that was interrupted: what was put aside gets its old place again. What is applied stays.
 pub fn give_up(work: &Tree, upper: &Tree, root: &Tree) -> Result<()> {
     let attempted = || format!("give up the changes to {}", root.shown().display());

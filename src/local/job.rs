@@ -336,26 +336,37 @@ pub fn goes_on(entry: &Value) -> String {
     }
 }
 
-/// Drops what a run has left that has ended: changes that are kept, its sshd, and what it has added to the image.
-pub fn drop_left(entry: &Value) -> Result<()> {
+/// Drops what a run has left that has ended: changes that are kept, its sshd, and what it has added to the image. Returns what the source is
+/// now, in words.
+pub fn drop_left(entry: &Value) -> Result<&'static str> {
     local::need_root()?;
     let (name, source) = (entry["name"].as_str().unwrap_or_default(), entry["source"].as_str().unwrap_or_default());
+    let path = Path::new(source);
+    // A URL is no absolute path.
+    let is_gone = path.is_absolute() && !path.exists();
     let work = entry["work"].as_str().map(Path::new).filter(|work| work.is_dir());
+    // Without a work directory it was changed where it is.
+    let mut source_is = if work.is_some() { "is as it was" } else { "stays as it is now" };
     if let Some((all, own)) = work.and_then(|work| Some((work.parent()?, work.file_name()?.to_str()?))) {
         let place = WorkDirectory::claim(all, own)?;
-        let refuse = |why: &str, advice: String| {
-            Err(Error::new(format!("drop what was changed in {source}")).because(why).advise(advice))
-        };
-        if apply::has_begun(place.files().parent())? {
-            return refuse(
-                "some of it was applied already",
-                format!("to go on with that, or to drop the rest with --fresh: {}", goes_on(entry)),
-            );
-        }
         if journal::is_begun(place.files())? {
             let command = shell_words::join(["ims-sshd", "enter", source]);
-            let advice = format!("'{command} --output STORE --discard true' removes that too");
-            return refuse("a part of it was uploaded already", advice);
+            return Err(Error::new(format!("drop what was changed in {source}"))
+                .because("a part of it was uploaded already")
+                .advise(format!("'{command} --output STORE --discard true' removes that too")));
+        }
+        let record = place.files().parent();
+        if apply::has_begun(record)? {
+            source_is = "stays as it is now, with those that were applied";
+            if path.is_dir() {
+                let directory = local::image_root(path)?;
+                let _held = Held::take(&directory, all)?;
+                let root = directory::open(&directory)?;
+                if !apply::is_of(record, &root)? {
+                    source_is = "is another directory than the one that has some of them";
+                }
+                directory::give_up_changes(&directory, &root, record)?;
+            }
         }
         let mounted = place.path().join(IMAGE_ROOT);
         customize::end_left_over(&mounted)?;
@@ -364,12 +375,16 @@ pub fn drop_left(entry: &Value) -> Result<()> {
         }
         place.remove()?;
     }
-    if Path::new(source).is_dir() {
-        let directory = local::image_root(Path::new(source))?;
+    if path.is_dir() {
+        let directory = local::image_root(path)?;
         customize::end_left_over(&directory)?;
         directory::clear_left_over(&directory::COMMANDS, &directory)?;
+    } else if is_gone {
+        customize::end_left_over(&named::resolve_beginning(path).unwrap_or_else(|_| path.to_owned()))?;
+        source_is = "is not there: it was renamed or removed";
     }
-    register::forget(name)
+    register::forget(name)?;
+    Ok(source_is)
 }
 
 /// Drops what was changed before, and what was published of it in part.

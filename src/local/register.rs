@@ -171,6 +171,13 @@ pub fn left() -> Vec<Value> {
     left
 }
 
+/// Entries of runs that have ended of which nothing is left: their source, or what they had kept, is gone.
+pub fn gone() -> Vec<Value> {
+    let left = left();
+    let is_gone = |(entry, lasts): &(Value, bool)| !lasts && !left.iter().any(|left| left["name"] == entry["name"]);
+    all().unwrap_or_default().into_iter().filter(is_gone).map(|(entry, _)| entry).collect()
+}
+
 /// Removes the entry of a run that has ended.
 pub fn forget(name: &str) -> Result<()> {
     let path = place().join(name);

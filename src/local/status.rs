@@ -83,11 +83,11 @@ fn mark_left(left: &Value, verdict: Verdict) -> Result<u8> {
         let advice = format!("'ims-sshd fail {name}' drops what it has left; to go on with it: {}", job::goes_on(left));
         return Err(Error::new(format!("mark {name} complete")).because(why).advise(advice));
     }
-    job::drop_left(left)?;
+    let source_is = job::drop_left(left)?;
     say(&if left["kept"] == true {
-        format!("dropped the changes of {name} that were kept; {source} is as it was\n")
+        format!("dropped the changes of {name} that were kept; {source} {source_is}\n")
     } else {
-        format!("cleared up after {name}, which was killed\n")
+        format!("cleared up after {name}, which has ended; {source} {source_is}\n")
     });
     Ok(0)
 }
@@ -253,7 +253,8 @@ fn find(named: &Path) -> Result<Target> {
     let path = std::path::absolute(named).attempt(|| format!("find {}", named.display()))?;
     let real = std::fs::canonicalize(&path).unwrap_or_else(|_| path.clone());
     let (runs, left) = (register::entries().unwrap_or_default(), register::left());
-    for (runs, as_target) in [(runs, Target::Run as fn(Value) -> Target), (left, Target::Left)] {
+    let all = [(runs, Target::Run as fn(Value) -> Target), (left, Target::Left), (register::gone(), Target::Left)];
+    for (runs, as_target) in all {
         if let Some(found) = find_in(runs, named, &path, &real)? {
             return Ok(as_target(found));
         }

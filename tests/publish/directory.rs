@@ -168,6 +168,59 @@ fn an_application_that_was_killed_is_given_up_by_fresh() {
     nothing_stays(dir.path());
 }
 
+/// Leaves changes to `tree` that are kept, and `fail` finds them.
+fn keep(dir: &Path) {
+    let kept = run(dir, &[&CUSTOMIZE[..], &["--", "sh", "-c", "echo new > /etc/new; exit 3"]].concat());
+    assert_eq!(kept.status.code(), Some(3), "{kept:?}");
+}
+
+fn fail(dir: &Path) -> String {
+    let failed = run(dir, &["fail", dir.join("tree").to_str().unwrap()]);
+    assert!(failed.status.success(), "{failed:?}");
+    assert!(!dir.join("work/ims-sshd").exists() || std::fs::read_dir(dir.join("work/ims-sshd")).unwrap().count() == 0);
+    let again = run(dir, &["fail", dir.join("tree").to_str().unwrap()]);
+    assert!(!again.status.success(), "the entry is gone: {again:?}");
+    text(&failed.stdout)
+}
+
+#[test]
+fn fail_gives_up_an_application_that_was_killed_and_says_that_a_part_is_applied() {
+    let dir = folder();
+    let tree = tree(dir.path());
+    keep(dir.path());
+    begun(dir.path(), &tree);
+    let said = fail(dir.path());
+    assert!(said.contains(&format!("{} stays as it is now, with those that were applied", tree.display())), "{said}");
+    assert!(!has_stage(&tree));
+    let output = run(dir.path(), &["enter", "tree", "--work", "work", "--", "true"]);
+    assert!(output.status.success(), "{output:?}");
+}
+
+#[test]
+fn fail_says_that_a_directory_is_not_there_and_clears_what_is_known_of_it() {
+    let dir = folder();
+    let tree = tree(dir.path());
+    keep(dir.path());
+    std::fs::rename(&tree, dir.path().join("renamed")).unwrap();
+    let said = fail(dir.path());
+    assert!(said.contains(&format!("{} is not there: it was renamed or removed", tree.display())), "{said}");
+    std::fs::rename(dir.path().join("renamed"), &tree).unwrap();
+    for command in ["enter", "customize"] {
+        let mut open = ims_sshd(&[command, "tree", "--in-place", "--work", "work"], &[]);
+        open.args(["--", "sh", "-c", "echo open; exec sleep 600"]).current_dir(dir.path()).stdout(Stdio::piped());
+        let mut open = Ended(open.spawn().unwrap());
+        std::io::Read::read_exact(open.stdout.as_mut().unwrap(), &mut [0; 5]).unwrap();
+        open.kill().unwrap();
+        open.wait().unwrap();
+        std::fs::rename(&tree, dir.path().join("renamed")).unwrap();
+        let said = fail(dir.path());
+        assert!(said.contains(&format!("{} is not there: it was renamed or removed", tree.display())), "{said}");
+        std::fs::rename(dir.path().join("renamed"), &tree).unwrap();
+    }
+    let entered = run(dir.path(), &["enter", "tree", "--", "true"]);
+    assert!(entered.status.success(), "{entered:?}");
+}
+
 #[test]
 fn changes_are_applied_to_the_directory_that_was_opened_whatever_has_its_path_by_then() {
     let dir = folder();
