@@ -55,6 +55,8 @@ pub struct Ims<'a> {
     takes_metadata: bool,
     /// True if a request for a record may have reached IMS.
     has_asked: bool,
+    /// How long the next request may take.
+    limit: Duration,
 }
 
 /// Key of an image's metadata: the request that its record was made by.
@@ -82,11 +84,22 @@ const LONGEST_LIST: usize = 128 << 20;
 /// For one request of a few bytes with its answer.
 const REQUEST_LIMIT: Duration = Duration::from_mins(1);
 
+/// A further try has at least this time.
+pub const SHORTEST: Duration = Duration::from_secs(1);
+
 impl<'a> Ims<'a> {
     /// As the variables say.
     pub fn of(work: &'a Work, settings: &Settings) -> Self {
         let job = settings.job.as_deref().and_then(Id::parse);
-        Self { work, at: settings.ims.clone(), job, token: None, takes_metadata: true, has_asked: false }
+        Self {
+            work,
+            at: settings.ims.clone(),
+            job,
+            token: None,
+            takes_metadata: true,
+            has_asked: false,
+            limit: REQUEST_LIMIT,
+        }
     }
 
     /// Whether there is one.
@@ -217,10 +230,15 @@ impl<'a> Ims<'a> {
         if self.at.is_none() {
             return Ok(None);
         }
-        let work = self.work;
+        let (work, began) = (self.work, Instant::now());
+        let retry_limit = work.network.retry_limit;
+        self.limit = REQUEST_LIMIT;
         let this = &mut *self;
-        work.wait(patiently(work.network.retry_limit, attempted, async || {
-            this.request(attempted, method, path, body).await
+        work.wait(patiently(retry_limit, attempted, async || {
+            let answer = this.request(attempted, method, path, body).await;
+            // A further try ends with the time for tries.
+            this.limit = retry_limit.saturating_sub(began.elapsed()).clamp(SHORTEST, REQUEST_LIMIT);
+            answer
         }))
     }
 
@@ -234,6 +252,7 @@ impl<'a> Ims<'a> {
         body: Option<&Value>,
     ) -> Result<std::result::Result<Option<Value>, String>> {
         let work = self.work;
+        self.limit = REQUEST_LIMIT;
         let this = &mut *self;
         work.wait(async {
             match this.request(attempted, method, path, body).await {
@@ -256,7 +275,7 @@ impl<'a> Ims<'a> {
     ) -> std::result::Result<Option<Vec<u8>>, Fault> {
         let Some(at) = self.at.clone() else { return Ok(None) };
         let client = if *method == Method::GET { self.work.reader()? } else { self.work.sender()? };
-        let mut request = client.request(method.clone(), below(&at.url, path)?).timeout(REQUEST_LIMIT);
+        let mut request = client.request(method.clone(), below(&at.url, path)?).timeout(self.limit);
         if let Some(folder) = &at.oauth {
             request = request.bearer_auth(self.token(folder).await?);
         }
@@ -301,7 +320,7 @@ impl<'a> Ims<'a> {
         // The secret is masked as it is, and as HTTP Basic encodes it.
         secrets::keep(&secret);
         secrets::keep(&format!("{id}:{secret}"));
-        let request = self.work.sender()?.post(&endpoint).timeout(REQUEST_LIMIT).basic_auth(id, Some(secret));
+        let request = self.work.sender()?.post(&endpoint).timeout(self.limit).basic_auth(id, Some(secret));
         let request = request.header("content-type", "application/x-www-form-urlencoded");
         let asked = Instant::now();
         let response = request.body("grant_type=client_credentials").send().await?;

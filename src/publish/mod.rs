@@ -1,7 +1,7 @@
 //! What stands before `ready` and after `exiting`: an image is fetched and opened, packed, uploaded and registered.
 
-pub mod begun;
 pub mod boot;
+pub mod bucket;
 pub mod changes;
 pub mod checksum;
 pub mod command;
@@ -20,6 +20,7 @@ pub mod parts;
 pub mod pod_files;
 pub mod prepare;
 pub mod progress;
+pub mod requests;
 pub mod seal;
 pub mod settings;
 pub mod sidecar;

@@ -67,8 +67,8 @@ pub struct Store {
     pub keys: Option<(String, String)>,
     /// `AWS_SESSION_TOKEN`: what belongs to keys that are good for a while.
     pub token: Option<String>,
-    /// `AWS_REGION`, else `AWS_DEFAULT_REGION`: what requests are signed for.
-    pub region: String,
+    /// `AWS_REGION`, else `AWS_DEFAULT_REGION`: what requests are signed for. Where no endpoint is set, it names Amazon's server.
+    pub region: Option<String>,
     /// `S3_SSL_VALIDATE`: whether the server's certificate is checked, and by which authorities if a file is named, there or by
     /// `AWS_CA_BUNDLE`.
     pub validate: Validate,
@@ -109,9 +109,6 @@ const DEFAULT_IMS: &str = "https://api-gw-service-nmn.local/apis/ims";
 const DEFAULT_BUCKET: &str = "boot-images";
 /// Access keys that a store makes are as long, in characters.
 const LENGTH_OF_KEYS: usize = 16;
-
-/// Stores of one's own do not care.
-const DEFAULT_REGION: &str = "us-east-1";
 
 impl Settings {
     /// Reads `variables`; where one comes twice, the later one counts. All complaints come at once.
@@ -302,7 +299,7 @@ fn store(reader: &mut Reader) -> Store {
         endpoint,
         keys: ours.or(aws),
         token,
-        region: region.unwrap_or_else(|| DEFAULT_REGION.into()),
+        region,
         validate,
     }
 }
@@ -398,7 +395,7 @@ mod tests {
         ];
         let store = read(&aws).unwrap().store;
         assert_eq!(store.keys, Some(("A".into(), "S".into())));
-        assert_eq!((store.token.as_deref(), store.region.as_str()), (Some("T"), "eu-north-1"));
+        assert_eq!((store.token.as_deref(), store.region.as_deref()), (Some("T"), Some("eu-north-1")));
         assert_eq!((store.endpoint.as_deref(), store.validate), (Some("https://s3"), Validate::By("/ca.pem".into())));
         assert_eq!(store.url, None, "an endpoint of AWS names no bucket");
         let ours = [("S3_ACCESS_KEY", "a"), ("S3_SECRET_KEY", "s"), ("S3_ENDPOINT", "http://rgw")];
@@ -407,7 +404,7 @@ mod tests {
         assert_eq!((store.token, store.endpoint.as_deref()), (None, Some("http://rgw")), "the token is of other keys");
         assert_eq!((store.url.as_deref(), store.validate), (Some("s3://boot-images"), Validate::No));
         let store = read(&[&ours[..2], &aws[2..3]].concat()).unwrap().store;
-        assert_eq!((store.token.as_deref(), store.region.as_str()), (Some("T"), "us-east-1"));
+        assert_eq!((store.token.as_deref(), store.region.as_deref()), (Some("T"), None));
         assert!(read(&aws[..1]).unwrap_err().to_string().contains("AWS_SECRET_ACCESS_KEY"));
     }
 

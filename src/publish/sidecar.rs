@@ -163,7 +163,7 @@ fn conclude(work: &Work, mut ims: Ims, result: Result<u8>) -> Result<u8> {
         Err(error) => error,
         done => return done,
     };
-    work.finish_regardless();
+    work.roll_back();
     if let Err(untold) = ims.set_status(Status::Error) {
         tracing::error!("{untold}");
     }

@@ -5,6 +5,7 @@ use std::future::Future;
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use object_store::aws::{AmazonS3, AmazonS3Builder};
@@ -14,16 +15,16 @@ use object_store::multipart::{MultipartStore, PartId};
 use object_store::path::Path;
 use object_store::signer::Signer;
 use object_store::{
-    Attribute, Attributes, BackoffConfig, ClientOptions, GetOptions, MultipartId, ObjectStore, ObjectStoreExt,
-    PutPayload, RetryConfig,
+    Attribute, Attributes, ClientOptions, GetOptions, MultipartId, ObjectStore, ObjectStoreExt, PutPayload, RetryConfig,
 };
 use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
 use rustix::fs::OFlags;
 
 use crate::error::{Advise, Attempt, Error, Result};
 use crate::lifecycle::secrets::{without_known, without_secrets};
-use crate::publish::begun;
+use crate::publish::bucket::Asked;
 use crate::publish::id::Id;
+use crate::publish::requests::{ANSWERED, Requests};
 use crate::publish::settings::{self, Network, Validate};
 use crate::publish::work::{Redirects, client, in_full};
 use crate::sys::named;
@@ -46,7 +47,7 @@ enum Objects {
     S3 {
         bucket: Arc<AmazonS3>,
         builder: Box<AmazonS3Builder>,
-        connector: Connector,
+        client: HttpClient,
         region: String,
     },
     Folder {
@@ -88,6 +89,9 @@ const PROBE: &str = ".ims-sshd.probe";
 /// Longest time until people hear that a store does not answer; twice that if it is silent.
 const SOON: Duration = Duration::from_secs(10);
 
+/// What requests are signed for where no region is set: stores of one's own do not care.
+const DEFAULT_REGION: &str = "us-east-1";
+
 /// Number of tries to find a probe that may be left.
 const TRIES_TO_SWEEP: usize = 3;
 
@@ -113,8 +117,8 @@ impl Store {
             let objects = Objects::S3 {
                 bucket: Arc::new(build(bucket, builder.clone())?),
                 builder: Box::new(builder),
-                connector,
-                region: settings.region.clone(),
+                client: connector.connect(&ClientOptions::new()).attempt(|| format!("open the store s3://{bucket}"))?,
+                region: settings.region.clone().unwrap_or_else(|| DEFAULT_REGION.into()),
             };
             let prefix = Path::parse(prefix.trim_matches('/')).map_err(|_| refuse())?;
             return Ok(Self { objects, prefix, url: format!("s3://{bucket}") });
@@ -232,6 +236,12 @@ impl Store {
     /// An object of a folder that is not whole yet: by its key alone, whatever somebody has noted of it.
     fn begun(&self, folder: &std::path::Path, key: &str) -> PathBuf {
         folder.join(format!("{}{BEGUN}", self.path(key)))
+    }
+
+    /// Requests to a bucket that the crate does not make.
+    fn asked(&self) -> Option<Asked<'_>> {
+        let Objects::S3 { bucket, client, region, .. } = &self.objects else { return None };
+        Some(Asked { bucket, client, region })
     }
 
     fn objects(&self) -> &dyn ObjectStore {
@@ -373,13 +383,21 @@ impl Store {
         })
     }
 
-    /// Deletes these keys; one that is not there is no error.
-    pub async fn delete(&self, keys: impl Iterator<Item = String>) -> object_store::Result<()> {
-        for key in keys {
-            match self.objects().delete(&self.path(&key)).await {
-                Ok(()) | Err(object_store::Error::NotFound { .. }) => {}
-                Err(e) => return Err(e),
-            }
+    /// Deletes an object, and makes sure that it is gone; one that is not there is no error.
+    pub async fn delete(&self, key: &str) -> object_store::Result<()> {
+        let path = self.path(key);
+        let Some(asked) = self.asked() else {
+            return match self.objects().delete(&path).await {
+                Err(object_store::Error::NotFound { .. }) => Ok(()),
+                other => other,
+            };
+        };
+        asked.delete(&path).await?;
+        if self.is_there(key).await? {
+            return Err(failure(
+                key,
+                std::io::Error::other("the store says that it is deleted, and it is still there"),
+            ));
         }
         Ok(())
     }
@@ -387,13 +405,14 @@ impl Store {
     /// Takes back what of an image is no object: uploads that were begun in a bucket; in a folder beginnings of files, and the image's own
     /// one if it is empty.
     pub async fn sweep(&self, image: &str) -> object_store::Result<()> {
-        match &self.objects {
-            Objects::S3 { bucket, connector, region, .. } => {
-                for (name, id) in begun::below(bucket, connector, region, &self.path(image)).await? {
-                    self.abort(&format!("{image}/{name}"), &id).await?;
-                }
-                Ok(())
+        if let Some(asked) = self.asked() {
+            for (name, id) in asked.below(&self.path(image)).await? {
+                self.abort(&format!("{image}/{name}"), &id).await?;
             }
+            return Ok(());
+        }
+        match &self.objects {
+            Objects::S3 { .. } => Ok(()),
             Objects::Folder { folder, .. } => {
                 let folder = folder.join(self.path(image).as_ref());
                 let entries = std::fs::read_dir(&folder).into_iter().flatten().flatten();
@@ -471,7 +490,11 @@ fn told(text: &str) -> String {
     let Some(answer) = what.strip_prefix("Server returned non-2xx status code: ") else {
         let after = |phrase| what.rsplit_once(phrase).map(|(_, after)| after);
         let why = after("client error (Connect): ").or_else(|| after("error sending request: "));
-        return format!("no answer from {server}: {}", why.unwrap_or(what));
+        let why = why.or_else(|| what.strip_prefix("HTTP error: ")).unwrap_or(what);
+        return match why.strip_prefix(ANSWERED) {
+            Some(rest) => format!("{ANSWERED} of {server}{rest}"),
+            None => format!("no answer from {server}: {why}"),
+        };
     };
     let (status, page) = answer.split_once(": ").unwrap_or((answer, ""));
     let element = |name: &str| {
@@ -506,22 +529,16 @@ fn s3(bucket: &str, settings: &settings::Store, network: &Network) -> Result<(Am
         ));
     };
     // The crate would name the store for an error of the variables.
-    let connector = Connector { network: network.clone(), validate: settings.validate.clone() };
+    let connector =
+        Connector { network: network.clone(), validate: settings.validate.clone(), is_silent: Arc::default() };
     connector.client(&HeaderMap::new())?;
-    let retry = RetryConfig {
-        backoff: BackoffConfig {
-            init_backoff: Duration::from_millis(100),
-            max_backoff: Duration::from_secs(10),
-            base: 2.,
-        },
-        max_retries: 50,
-        retry_timeout: network.retry_limit,
-    };
+    // What fails is tried again by the connector's client, within the limits that people set.
+    let retry = RetryConfig { max_retries: 0, ..RetryConfig::default() };
     let mut builder = AmazonS3Builder::new()
         .with_bucket_name(bucket)
         .with_access_key_id(access)
         .with_secret_access_key(secret)
-        .with_region(&settings.region)
+        .with_region(settings.region.as_deref().unwrap_or(DEFAULT_REGION))
         .with_retry(retry)
         .with_http_connector(connector.clone());
     if let Some(token) = &settings.token {
@@ -539,6 +556,7 @@ fn s3(bucket: &str, settings: &settings::Store, network: &Network) -> Result<(Am
 pub struct Connector {
     network: Network,
     validate: Validate,
+    is_silent: Arc<AtomicBool>,
 }
 
 impl Connector {
@@ -553,7 +571,8 @@ impl Connector {
 impl HttpConnector for Connector {
     fn connect(&self, options: &ClientOptions) -> object_store::Result<HttpClient> {
         let headers = options.get_default_headers().cloned().unwrap_or_default();
-        self.client(&headers).map(HttpClient::new).map_err(|e| failure("", e))
+        let client = self.client(&headers).map_err(|e| failure("", e))?;
+        Ok(HttpClient::new(Requests::new(client, self.network.clone(), self.is_silent.clone())))
     }
 }
 

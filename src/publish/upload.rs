@@ -81,7 +81,7 @@ impl Publication<'_> {
             return Ok(());
         }
         let store = Store::open(&self.settings.store, &self.work.network)?;
-        self.work.finish_regardless();
+        self.work.roll_back();
         self.forget_published(&store, journal)?;
         self.roll_back(&store, journal);
         self.clear(journal)
@@ -334,7 +334,7 @@ impl Publication<'_> {
 
     /// Leaves neither objects nor a record of an image that is none, whatever signal comes. What cannot be this job's is left.
     fn roll_back(&mut self, store: &Store, journal: &Journal) {
-        self.work.finish_regardless();
+        self.work.roll_back();
         let image = match (&journal.image, &journal.request) {
             (Some(id), _) => Ok(Some(id.clone())),
             // It may have been asked for, and the answer was not noted.
@@ -352,9 +352,11 @@ impl Publication<'_> {
             Err(error) => return tracing::error!("{error}; image {id} is left, delete it by hand"),
         }
         // The object that tells whose they are goes last.
-        let keys = KEYS.iter().rev().map(|key| format!("{id}/{key}"));
         let aborted = self.sender(store).abort();
-        let deleted = self.wait(&format!("delete {}", store.url_of(id.as_str())), store.delete(keys));
+        let deleted = KEYS.iter().rev().try_for_each(|key| {
+            let key = format!("{id}/{key}");
+            self.wait(&format!("delete {}", store.url_of(&key)), store.delete(&key))
+        });
         let swept = self.sweep(store, &id);
         let left = [
             (aborted, "an unfinished upload"),

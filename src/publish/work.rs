@@ -28,6 +28,9 @@ use reqwest::{Response, Url};
 /// How often one looks whether a signal came, and how far a program is.
 const TICK: Duration = Duration::from_millis(200);
 
+/// Longest wait for one server after a signal.
+const IN_A_HURRY: Duration = Duration::from_secs(2);
+
 /// Programs that not every machine has, and the packages that bring them, as Debian and Fedora name them.
 const PACKAGES: [(&str, &str); 3] = [
     ("mksquashfs", "squashfs-tools"),
@@ -51,10 +54,10 @@ pub fn installed(program: &str) -> Result<()> {
 const MOST_SAID: u64 = 64 << 20;
 
 /// No server explains more, in bytes.
-const MOST_COMPLAINED: usize = 16 << 10;
+pub const MOST_COMPLAINED: usize = 16 << 10;
 
 /// Between two tries, at first and at the most.
-const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
+pub const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
 
 /// Servers, programs, and the signals that end both.
 pub struct Work {
@@ -70,6 +73,10 @@ pub struct Work {
     interrupted: Cell<Option<Signal>>,
     /// Set while what was begun is taken back.
     deaf: Cell<bool>,
+    /// Set where that has to be over soon after a signal.
+    is_rollback: Cell<bool>,
+    /// Since when it has to.
+    hurried: Cell<Option<Instant>>,
     /// The limits.
     pub network: Network,
 }
@@ -90,6 +97,10 @@ impl From<Error> for Fault {
 
 impl From<reqwest::Error> for Fault {
     fn from(error: reqwest::Error) -> Self {
+        // What no header may hold, for example.
+        if error.is_builder() {
+            return Self::Final(Error::new("make a request").because(in_full(&error)));
+        }
         if !error.is_redirect() {
             return Self::Passing(in_full(&error));
         }
@@ -120,6 +131,8 @@ impl Work {
             signals,
             interrupted: Cell::new(None),
             deaf: Cell::new(false),
+            is_rollback: Cell::new(false),
+            hurried: Cell::new(None),
             network: network.clone(),
         })
     }
@@ -163,6 +176,34 @@ impl Work {
         self.deaf.set(true);
     }
 
+    /// The same for what is rolled back or told: once a signal has come, before or meanwhile, no server is waited for long. Whoever sent it
+    /// kills this program soon.
+    pub fn roll_back(&self) {
+        self.finish_regardless();
+        self.is_rollback.set(true);
+        if self.interrupted().is_some() {
+            self.hurried.set(Some(Instant::now()));
+        }
+    }
+
+    /// Fails once a server has had its time after a signal; it was asked at `began`.
+    fn hurry(&self, began: Instant) -> Result<()> {
+        if self.is_rollback.get()
+            && self.hurried.get().is_none()
+            && self.signals.next().attempt(|| "read signals")?.is_some()
+        {
+            self.hurried.set(Some(Instant::now()));
+        }
+        match self.hurried.get() {
+            Some(since) if since.max(began).elapsed() >= IN_A_HURRY => {
+                let seconds = IN_A_HURRY.as_secs();
+                Err(Error::new("wait for a server any longer")
+                    .because(format!("a signal came, and it has not answered for {seconds} s")))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Where a waiting loop of one's own hears of signals.
     pub fn signals(&self) -> &Signals {
         &self.signals
@@ -185,6 +226,7 @@ impl Work {
     /// Waits for `work` of servers.
     pub fn wait<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
         self.heed()?;
+        let began = Instant::now();
         self.runtime.block_on(async {
             let mut work = pin!(work);
             let mut tick = tokio::time::interval(TICK);
@@ -193,7 +235,7 @@ impl Work {
                     return Poll::Ready(result);
                 }
                 while tick.poll_tick(context).is_ready() {
-                    if let Err(interrupted) = self.heed() {
+                    if let Err(interrupted) = self.heed().and_then(|()| self.hurry(began)) {
                         return Poll::Ready(Err(interrupted));
                     }
                 }

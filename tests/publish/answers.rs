@@ -17,7 +17,7 @@ use crate::job::*;
 use crate::support::*;
 
 /// Answers each request with what `answer_to` makes of "METHOD /path" and the request's head; `None` is an answer without end.
-fn serve(answer_to: impl Fn(&str, &str) -> (u16, Option<String>) + Send + Sync + 'static) -> String {
+pub fn serve(answer_to: impl Fn(&str, &str) -> (u16, Option<String>) + Send + Sync + 'static) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     let answer_to = std::sync::Arc::new(answer_to);

@@ -22,6 +22,7 @@ mod redirects;
 mod s3_server;
 mod sidecar;
 mod sources;
+mod store;
 mod tls;
 mod tls_server;
 mod trust;

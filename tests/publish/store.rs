@@ -1,0 +1,139 @@
+//! Stores that are wrong, or hung: their answers have limits, nobody waits for them longer than was asked for, and what they say is looked
+//! after.
+
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use ims_sshd::sys::process::output_within;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::answers::serve;
+use crate::ims_server::ImsServer;
+use crate::job::*;
+use crate::s3_server::{Bucket, ask};
+use crate::support::*;
+
+/// Answers as a store does that holds nothing, but for what is said of a request.
+fn store(answer_to: impl Fn(&str) -> Option<(u16, Option<String>)> + Send + Sync + 'static) -> String {
+    serve(move |asked, _| {
+        answer_to(asked).unwrap_or_else(|| match asked.split(' ').next() {
+            Some("HEAD") => (404, Some(String::new())),
+            Some("POST") => (200, Some("<R><Bucket>b</Bucket><Key>k</Key><UploadId>u</UploadId></R>".into())),
+            _ => (200, Some(String::new())),
+        })
+    })
+}
+
+/// An upload to this server, and where it is at work.
+fn upload(endpoint: &str, further: &[(&'static str, String)]) -> (tempfile::TempDir, Command) {
+    let dir = folder();
+    let tree = image(dir.path());
+    let squashfs = squashfs_of(&tree);
+    let mut variables = vec![
+        ("S3_ENDPOINT", endpoint.to_owned()),
+        ("S3_BUCKET", "bucket".into()),
+        ("S3_ACCESS_KEY", "access".into()),
+        ("S3_SECRET_KEY", "secret".into()),
+    ];
+    variables.extend_from_slice(further);
+    let mut command = ims_sshd(&["upload", "--name", "compute", "--archive"], &variables);
+    command.args([&squashfs, &tree]).current_dir(dir.path()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    (dir, command)
+}
+
+fn ended(child: Child) -> Output {
+    output_within(child, Duration::from_mins(1)).unwrap().expect("it does not end")
+}
+
+#[test]
+fn answers_of_a_store_without_end_are_cut_off() {
+    for (endless, status, reason) in [
+        ("PUT ", 200, "longer than 4 MiB"),
+        ("PUT ", 403, "answers 403"),
+        ("DELETE ", 200, "longer than 4 MiB"),
+        ("GET ", 200, "longer than 4 MiB"),
+        ("GET ", 403, "answers 403"),
+    ] {
+        // Something has to fail before anything is deleted.
+        let fails = if endless == "PUT " { "nothing" } else { "PUT " };
+        let server = store(move |asked| match asked {
+            asked if asked.starts_with(endless) => Some((status, None)),
+            asked if asked.starts_with(fails) => Some((403, Some(String::new()))),
+            _ => None,
+        });
+        let began = Instant::now();
+        let (_dir, mut command) = upload(&server, &[]);
+        let output = ended(command.spawn().unwrap());
+        let said = text(&output.stderr);
+        assert!(output.status.code() == Some(1) && said.contains(reason), "{endless} {status}: {said}");
+        assert!(said.len() < 10_000 && began.elapsed() < Duration::from_secs(20), "{endless}: {}", said.len());
+    }
+}
+
+/// A store in front of `bucket`'s that hangs from a moment on.
+fn hangs(bucket: &Bucket, has_come: impl Fn(&str) -> bool + Send + Sync + 'static) -> (String, Arc<AtomicBool>) {
+    let hung = Arc::new(AtomicBool::new(false));
+    let port = bucket.endpoint.rsplit(':').next().unwrap().parse().unwrap();
+    let seen = hung.clone();
+    let server = serve(move |asked, _| {
+        if has_come(asked) {
+            seen.store(true, Ordering::Relaxed);
+        }
+        while seen.load(Ordering::Relaxed) {
+            std::thread::sleep(Duration::from_secs(1));
+        }
+        let (method, path) = asked.split_once(' ').unwrap();
+        let answer = ask(port, method, path, b"");
+        (answer.status, Some(text(answer.body)))
+    });
+    (server, hung)
+}
+
+#[test]
+fn nobody_waits_longer_for_a_store_that_hangs_than_was_asked_for() {
+    let bucket = Bucket::new();
+    let (server, hung) = hangs(&bucket, |asked| asked.starts_with("PUT "));
+    let variables = [("S3_BUCKET", bucket.name.clone()), ("IMS_RETRY_LIMIT", "5".into())];
+    let (_dir, mut command) = upload(&server, &variables);
+    let began = Instant::now();
+    let output = ended(command.spawn().unwrap());
+    let said = text(&output.stderr);
+    assert!(hung.load(Ordering::Relaxed) && output.status.code() == Some(1), "{said}");
+    assert!(said.contains("nothing came for") && said.contains("tried for 5 s (IMS_RETRY_LIMIT)"), "{said}");
+    assert!(began.elapsed() < Duration::from_secs(14), "{:?}: {said}", began.elapsed());
+    assert_eq!(
+        said.matches("trying again").count(),
+        2,
+        "once while it is uploaded, once while that is rolled back: {said}"
+    );
+}
+
+#[test]
+fn a_signal_ends_the_wait_for_servers_that_hang() {
+    for ims_hangs in [false, true] {
+        let (bucket, ims) = (Bucket::new(), ImsServer::start());
+        let (server, hung) = hangs(&bucket, |asked| asked.starts_with("PUT "));
+        let mut variables = vec![
+            ("S3_BUCKET", bucket.name.clone()),
+            ("IMS_STALL_LIMIT", "100".into()),
+            ("IMS_RETRY_LIMIT", "100".into()),
+        ];
+        if ims_hangs {
+            variables.extend(ims.variables().into_iter().filter(|(name, _)| *name != "IMS_JOB_ID"));
+        }
+        let (_dir, mut command) = upload(&server, &variables);
+        let child = command.spawn().unwrap();
+        wait_until("the store to hang", || hung.load(Ordering::Relaxed));
+        if ims_hangs {
+            ims.fail("GET /images", crate::ims_server::Fault::Silence);
+        }
+        let began = Instant::now();
+        kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM).unwrap();
+        let output = ended(child);
+        assert_eq!(output.status.code(), Some(143), "{output:?}");
+        assert!(began.elapsed() < Duration::from_secs(4), "{:?}: {}", began.elapsed(), text(&output.stderr));
+    }
+}
