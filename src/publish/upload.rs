@@ -262,7 +262,10 @@ impl Publication<'_> {
             link = self.put_manifest(store, id, &name, &artifacts)?;
         }
         keys.push(MANIFEST.0);
-        let described = format!("{}, {}: {}", store.shown(&name), in_words(total), keys.join(", "));
+        let wanted = self.directory_name();
+        let is_second = self.is_named(store) && name != wanted;
+        let earlier = if is_second { format!("; {} is an earlier one", store.shown(&wanted)) } else { String::new() };
+        let described = format!("{}, {}: {}{earlier}", store.shown(&name), in_words(total), keys.join(", "));
         Ok((artifacts, link, described))
     }
 
