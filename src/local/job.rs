@@ -126,6 +126,13 @@ impl Job {
             directory::refuse_half_applied(directory)?;
         }
         Held::take(directory, &self.work)
+        if self.end == End::Discarded
+            && let Some(name) = open_elsewhere("source", directory)
+        {
+            let why = format!("it is open ({name}), and may be changed below the overlay that is to be discarded");
+            let advice = "wait for that to end, or look at a copy";
+            return Err(Error::new(format!("open {}", directory.display())).because(why).advise(advice));
+        }
     }
 
     /// Refuses to put the new image, or the changes, into the directory that they are made of.
@@ -199,11 +206,13 @@ impl Job {
         if self.end != End::Discarded {
             return WorkDirectory::claim(all, &name);
         }
-        let place = all.join(&name);
-        if holds_changes(&place, &place.join(IMAGE_ROOT)) {
+        let (place, source) = (all.join(&name), self.shown());
+        if let Some(name) = open_elsewhere("work", &place) {
+            tracing::warn!("{source} is open ({name}): what is changed there is not shown here");
+        } else if holds_changes(&place, &place.join(IMAGE_ROOT)) {
+            let dropping = shell_words::join(["ims-sshd", "fail", &source]);
             tracing::warn!(
-                "changes to {0} are kept, and not shown here: --output STORE goes on with them, 'ims-sshd fail {0}' drops them",
-                self.shown()
+                "changes to {source} are kept, and not shown here: --output STORE goes on with them, '{dropping}' drops them"
             );
         }
         WorkDirectory::claim_to_discard(all, &name)
@@ -322,6 +331,20 @@ impl Job {
 }
 
 /// Says where changes are kept, and what can be done with them.
+/// Name of another run that is open, in the register's `field` of which is `path`.
+fn open_elsewhere(field: &str, path: &Path) -> Option<String> {
+    let path = std::fs::canonicalize(path).ok()?;
+    let is_meant = |run: &Value| {
+        let there = run[field].as_str().and_then(|there| std::fs::canonicalize(there).ok());
+        there.is_some_and(|there| there == path) && run["pid"] != std::process::id()
+    };
+    register::entries()
+        .ok()?
+        .iter()
+        .find(|run| is_meant(run))
+        .map(|run| run["name"].as_str().unwrap_or_default().into())
+}
+
 fn kept_in(place: &Path, entry: &Entry, line: &str) -> String {
     let (place, name) = (place.display(), entry.name());
     format!("what was changed is kept in {place}; 'ims-sshd fail {name}' drops it; to go on with it: {line}")

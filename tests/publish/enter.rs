@@ -61,6 +61,71 @@ fn a_command_that_succeeds_is_published_with_yes_and_kept_without_an_answer() {
 }
 
 #[test]
+fn the_output_of_a_command_is_its_own_when_the_image_is_published() {
+    let dir = folder();
+    squashfs_of(&image(dir.path()));
+    for place in ["out/tree,", "out/tree is an earlier one"] {
+        let mut enter = ims_sshd(&["enter", "tree.sqsh", "--work", "work", "--output", "out", "--yes"], &[]);
+        let output =
+            enter.args(["--kernel", "vmlinuz", "--", "echo", "done"]).current_dir(dir.path()).output().unwrap();
+        assert_eq!((output.status.code(), text(&output.stdout).as_str()), (Some(0), "done\n"), "{output:?}");
+        let said = text(&output.stderr);
+        let last = said.lines().last().unwrap();
+        assert!(last.contains("the image is ") && last.contains(place), "{said}");
+    }
+}
+
+#[test]
+fn a_script_of_this_machine_is_tried_in_an_image_that_stays_as_it_is() {
+    let dir = folder();
+    let tree = image(dir.path());
+    squashfs_of(&tree);
+    std::fs::write(dir.path().join("try.sh"), "echo tried > /etc/tried; cat /etc/tried; exit 3\n").unwrap();
+    for source in [&["tree", "--discard"][..], &["tree.sqsh"]] {
+        let mut enter = ims_sshd(&["enter"], &[]);
+        enter.args(source).args(["--work", "work", "--script", "./try.sh"]).current_dir(dir.path());
+        let output = enter.output().unwrap();
+        assert_eq!(
+            (output.status.code(), text(&output.stdout).as_str()),
+            (Some(3), "tried\n"),
+            "{source:?}: {output:?}"
+        );
+        assert!(!tree.join("etc/tried").exists());
+        nothing_stays(dir.path());
+    }
+}
+
+#[test]
+fn whoever_looks_at_a_source_is_told_by_name_what_is_open_on_it() {
+    let dir = folder();
+    let tree = image(dir.path());
+    let name = format!("looked-at-{}", std::process::id());
+    let named = dir.path().join(format!("{name}.sqsh"));
+    std::fs::rename(squashfs_of(&tree), &named).unwrap();
+    std::fs::rename(&tree, dir.path().join(&name)).unwrap();
+    for (source, options) in [(format!("{name}.sqsh"), &["--output", "out"][..]), (name.clone(), &[])] {
+        let mut open = ims_sshd(&["customize", &source, "--work", "work"], &[]);
+        open.args(options)
+            .args(["--", "sh", "-c", "touch /etc/new; echo open; exec sleep 600"])
+            .current_dir(dir.path());
+        let mut open = Ended(open.stdout(std::process::Stdio::piped()).spawn().unwrap());
+        std::io::Read::read_exact(open.stdout.as_mut().unwrap(), &mut [0; 5]).unwrap();
+        let output = enter(dir.path(), &source, &["--discard"], "test ! -e /etc/new");
+        let said = text(&output.stderr);
+        assert!(said.contains(&format!("is open ({name})")) && !said.contains("fail"), "{said}");
+        // A directory may change below the other's overlay, a file does not.
+        assert_eq!(output.status.code(), Some(i32::from(options.is_empty())), "{said}");
+        open.kill().unwrap();
+        open.wait().unwrap();
+        let kept = enter(dir.path(), &source, &["--discard"], "test ! -e /etc/new");
+        let said = text(&kept.stderr);
+        assert!(kept.status.success() && said.contains("are kept, and not shown here"), "{said}");
+        assert!(said.contains("'ims-sshd fail "), "{said}");
+        succeed(&mut ims_sshd(&["fail", &name], &[]));
+    }
+}
+
+#[test]
 fn a_log_that_takes_nothing_is_no_reason_to_lose_the_image() {
     let dir = folder();
     let squashfs = squashfs_of(&image(dir.path())).display().to_string();
