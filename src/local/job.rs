@@ -424,8 +424,10 @@ fn drop_changes(work: &Work, settings: &Settings, place: &WorkDirectory) -> Resu
 pub const IMAGE_ROOT: &str = "image-root";
 
 fn too_small(place: &str, left: u64, needed: u64, advice: &str) -> Error {
-    let [left, needed] = [left, needed].map(|bytes| bytes.div_ceil(1 << 20));
-    let why = format!("{left} MiB are left there, and it needs about {needed} MiB");
+    let (bytes, unit) = if needed < 64 << 20 { (1_u64 << 10, "KiB") } else { (1 << 20, "MiB") };
+    // Rounded apart, so that the two never look the same.
+    let [left, needed] = [left / bytes, needed.div_ceil(bytes)];
+    let why = format!("{left} {unit} are left there, and it needs about {needed} {unit}");
     Error::new(format!("keep the new image in {place}")).because(why).advise(advice)
 }
 
@@ -544,5 +546,23 @@ impl Opened<'_> {
             local::say_result(&report);
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_left_of_a_disk_never_looks_like_what_is_needed() {
+        for (left, needed, why) in [
+            ((1 << 20) + 1, (1 << 20) + 2000, "1024 KiB are left there, and it needs about 1026 KiB"),
+            (0, 1, "0 KiB are left there, and it needs about 1 KiB"),
+            ((5 << 30) - 1, (5 << 30) - 1 + 4096, "5119 MiB are left there, and it needs about 5121 MiB"),
+            (3 << 20, 5 << 30, "3 MiB are left there, and it needs about 5120 MiB"),
+        ] {
+            let said = too_small("/srv", left, needed, "").to_string();
+            assert!(said.contains(why), "{said}");
+        }
     }
 }
