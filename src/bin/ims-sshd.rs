@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use ims_sshd::error::{Attempt, Error, Result};
@@ -519,7 +520,7 @@ fn main() -> ExitCode {
     let arguments = if Path::new(&called_as).file_name() == Some("entrypoint.sh".as_ref()) {
         Arguments::parse_from(["ims-sshd".into(), "entrypoint".into()].into_iter().chain(std::env::args_os().skip(1)))
     } else {
-        Arguments::parse()
+        Arguments::try_parse().unwrap_or_else(|refusal| with_owners(refusal).exit())
     };
     let awaited = match &arguments.command {
         Command::Entrypoint { image_root_parent } => Some(parent_or_default(image_root_parent.clone())),
@@ -574,6 +575,25 @@ fn run(command: Command) -> Result<u8> {
         Command::Entrypoint { image_root_parent } => entrypoint(image_root_parent),
         Command::Customize(mut arguments) => {
             arguments.source = source::rootfs_of(arguments.source);
+/// The refusal of an unknown option, with the commands that have it in the place of a similar option.
+fn with_owners(mut refusal: clap::Error) -> clap::Error {
+    let Some(ContextValue::String(unknown)) = refusal.get(ContextKind::InvalidArg) else { return refusal };
+    if refusal.kind() != ErrorKind::UnknownArgument {
+        return refusal;
+    }
+    let name = unknown.split_once('=').map_or(unknown.as_str(), |(name, _)| name).to_owned();
+    let has = |option: &clap::Arg| option.get_long().is_some_and(|long| name.strip_prefix("--") == Some(long));
+    let program = Arguments::command();
+    let commands = program.get_subcommands().filter(|command| command.get_arguments().any(has));
+    let owners: Vec<_> = commands.map(|command| format!("'ims-sshd {}'", command.get_name())).collect();
+    if !owners.is_empty() {
+        refusal.remove(ContextKind::SuggestedArg);
+        let tip = format!("{name} is an option of {}", owners.join(", "));
+        refusal.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip.into()]));
+    }
+    refusal
+}
+
             let line = CommandLine::new("customize", &given, arguments.command.len());
             run_customize(arguments, line)
         }
