@@ -79,7 +79,7 @@ enum Command {
     #[command(after_help = SIDECAR_EXAMPLES, mut_args = as_pods_have_it)]
     Sidecar(SidecarArguments),
     /// Pack an image root
-    #[command(after_help = PACKAGE_EXAMPLES)]
+    #[command(after_help = PACKAGE_EXAMPLES, mut_arg("name", |name| name.conflicts_with("archive")))]
     Package {
         /// The image root, or the folder that holds image-root [default: $IMAGE_ROOT_PARENT, else /mnt/image]
         image_root: Option<PathBuf>,
@@ -104,6 +104,8 @@ enum Command {
         debug_kernel: Option<PathBuf>,
         #[command(flatten)]
         image: ImageOptions,
+        #[command(flatten)]
+        parameters: ParametersOption,
         #[command(flatten)]
         store: StoreOption,
         #[command(flatten)]
@@ -230,12 +232,24 @@ struct ImageOptions {
     #[arg(long, value_name = "NAME", value_parser = publishing::boot_file)]
     initrd: Option<String>,
     /// File of the kernel's command line, by its name in the image's /boot; it may be missing [variable: KERNEL_PARAMETERS_FILENAME]
+}
+
+/// What is published beside the image, and not part of the packed one.
+#[derive(Args)]
+#[command(next_help_heading = "Image")]
+struct ParametersOption {
     /// [default: kernel-parameters]
     #[arg(long, value_name = "NAME", value_parser = publishing::boot_file)]
     kernel_parameters: Option<String>,
 }
 
 impl ImageOptions {
+impl ParametersOption {
+    fn variables(self) -> Variables {
+        vec![("KERNEL_PARAMETERS_FILENAME", self.kernel_parameters)]
+    }
+}
+
     /// Names the image after its source where nobody has named it.
     fn named_by(mut self, source: &str) -> Self {
         let named = self.name.take().or_else(|| std::env::var("IMAGE_ROOT_ARCHIVE_NAME").ok());
@@ -253,12 +267,7 @@ impl ImageOptions {
     }
 
     fn variables(self) -> Variables {
-        vec![
-            ("IMAGE_ROOT_ARCHIVE_NAME", self.name),
-            ("KERNEL_FILENAME", self.kernel),
-            ("INITRD_FILENAME", self.initrd),
-            ("KERNEL_PARAMETERS_FILENAME", self.kernel_parameters),
-        ]
+        vec![("IMAGE_ROOT_ARCHIVE_NAME", self.name), ("KERNEL_FILENAME", self.kernel), ("INITRD_FILENAME", self.initrd)]
     }
 }
 
@@ -324,6 +333,8 @@ struct SidecarArguments {
     image: ImageOptions,
     #[command(flatten)]
     store: StoreOption,
+    parameters: ParametersOption,
+    #[command(flatten)]
     #[command(flatten)]
     servers: ServerOptions,
 }
@@ -349,7 +360,7 @@ fn parent_or_default(given: Option<PathBuf>) -> PathBuf {
 
 /// Options of `customize` and `enter` that say how the new image is made, and are of no use where none is.
 fn only_to_publish(option: clap::Arg) -> clap::Arg {
-    const OPTIONS: [&str; 5] = ["kernel", "initrd", "kernel_parameters", "exclude", "changes"];
+    const OPTIONS: [&str; 6] = ["kernel", "initrd", "kernel_parameters", "exclude", "changes", "json"];
     match option.get_id().as_str() {
         "compression" => {
             with_default(option, "gzip", "the source's, if it is a squashfs, else gzip").requires("output")
@@ -427,7 +438,7 @@ struct EnterArguments {
     #[arg(long, requires = "output", conflicts_with = "discard")]
     yes: bool,
     /// At the end discard what was changed, without asking; a directory is then shown below an overlay, and stays as it is
-    #[arg(long)]
+    #[arg(long, conflicts_with = "in_place")]
     discard: bool,
     /// Show a directory or file of this machine in the image, at the same path if no other is named; nothing of it is packed. Any number of
     /// times
@@ -469,8 +480,10 @@ struct JobOptions {
 impl JobOptions {
     /// The job on `source`; a directory without an output has its changes as `end` says, or is changed where it is.
     fn read(self, source: String, end: Option<End>, command_line: CommandLine) -> Result<Job> {
-        let Self { output, in_place, fresh, work, checksum, packing, image } = self;
+        let Self { output, in_place, fresh, work, checksum, json, packing, image, parameters } = self;
         let is_directory = Path::new(&source).is_dir();
+    #[command(flatten)]
+    parameters: ParametersOption,
         if is_directory && checksum.sha256.is_some() {
             return Err(Error::bad_input(format!(
                 "--sha256 is given, and SOURCE is '{source}': expected a file or a URL"
@@ -501,6 +514,7 @@ impl JobOptions {
         };
         let (exclude, changes) = (packing.exclude, packing.changes);
         Ok(Job { source, command_line, in_place, fresh, discards: false, end, settings, work, exclude, changes })
+            let options = options.chain(parameters.variables());
     }
 }
 
@@ -634,8 +648,9 @@ fn with_owners(mut refusal: clap::Error) -> clap::Error {
             let (named, archive, changes) = (image_root.as_deref(), archive.as_deref(), packing.changes.as_deref());
             command::package(&settings, named, archive, &packing.exclude, changes)
         }
-        Command::Upload { image_root, archive, debug_kernel, image, store, servers } => {
-            let options = image.variables_or_auto().into_iter().chain(servers.variables());
+        Command::Upload { image_root, archive, debug_kernel, image, parameters, store, servers } => {
+            let options =
+                image.variables_or_auto().into_iter().chain(parameters.variables()).chain(servers.variables());
             let options = options.chain([("IMAGE_STORE", store.store)]);
             let settings = publishing::Settings::read(None, variables(options))?;
             command::upload(&settings, image_root.as_deref(), archive.as_deref(), debug_kernel.as_deref())
@@ -693,7 +708,8 @@ fn without_output(source: &str) -> Error {
 
 fn run_sidecar(arguments: SidecarArguments) -> Result<u8> {
     let compression = [("IMAGE_COMPRESSION", arguments.packing.compression)];
-    let options = arguments.image.variables().into_iter().chain(arguments.servers.variables()).chain(compression);
+    let options = arguments.image.variables().into_iter().chain(arguments.parameters.variables());
+    let options = options.chain(arguments.servers.variables()).chain(compression);
     let options = options.chain([("IMAGE_STORE", arguments.store.store)]);
     let variables = variables(options);
     let parent = arguments.image_root_parent;
