@@ -163,6 +163,7 @@ const CUSTOMIZE_EXAMPLES: &str = "Examples:
 const ENTER_EXAMPLES: &str = "Examples:
   ims-sshd enter ./image-root
   ims-sshd enter ./image-root ls -l /boot
+  ims-sshd enter ./image-root --discard --script ./try.sh
   ims-sshd enter ./image.sqsh --output ./out
   ims-sshd enter ./image.sqsh --output ./out --yes dnf -y update";
 
@@ -447,8 +448,11 @@ struct EnterArguments {
     /// Give a variable to all that runs in the image; without a value, the one it has here. Any number of times
     #[arg(long, value_name = "NAME[=VALUE]", value_parser = environment::variable)]
     env: Vec<(String, String)>,
+    /// Run this script of this machine in the image
+    #[arg(long, value_name = "FILE")]
+    script: Option<PathBuf>,
     /// The command and its arguments, after all options [default: the login shell]
-    #[arg(trailing_var_arg = true)]
+    #[arg(trailing_var_arg = true, conflicts_with = "script")]
     command: Vec<OsString>,
     #[command(flatten)]
     job: JobOptions,
@@ -621,7 +625,7 @@ fn with_owners(mut refusal: clap::Error) -> clap::Error {
             let line = CommandLine::new("enter", &given, arguments.command.len());
             let entry = Entry {
                 command: arguments.command,
-                script: None,
+                script: arguments.script.as_deref().map(Script::read).transpose()?,
                 variables: arguments.env,
                 binds: arguments.bind,
                 answer,

@@ -38,6 +38,12 @@ fn every_command_of_the_readme_does_what_it_is_there_for() {
             ["ims-sshd", "enter", "./image-root", "--env", ..] => {
                 assert!(succeed(&mut Desk::new().shell(command)).contains("SITE=lab"), "{command}");
             }
+            ["ims-sshd", "enter", "./image-root", "--discard", "--script", script] => {
+                let desk = Desk::new();
+                std::fs::write(desk.volume.parent.join(script), "echo tried > /etc/tried; cat /etc/tried\n").unwrap();
+                assert_eq!(succeed(&mut desk.shell(command)), "tried\n", "{command}");
+                assert!(!desk.volume.parent.join("image-root/etc/tried").exists(), "{command}");
+            }
             ["ims-sshd", "enter", "./image-root", "--bind", ..] => {
                 let desk = Desk::new();
                 std::fs::create_dir(desk.volume.parent.join("repo")).unwrap();
