@@ -16,7 +16,7 @@ use ims_sshd::lifecycle::{log, supervisor};
 use ims_sshd::local::command_line::CommandLine;
 use ims_sshd::local::customize::{self, Customization};
 use ims_sshd::local::enter::{self, Answer, Entry};
-use ims_sshd::local::job::{End, Job};
+use ims_sshd::local::job::{End, Job, Reports};
 use ims_sshd::local::script::Script;
 use ims_sshd::local::status::{self, Shown};
 use ims_sshd::local::{names, work_directory};
@@ -232,25 +232,25 @@ struct ImageOptions {
     /// Initrd, by its name in the image's /boot; auto is the one that belongs to the kernel [variable: INITRD_FILENAME] [default: auto]
     #[arg(long, value_name = "NAME", value_parser = publishing::boot_file)]
     initrd: Option<String>,
-    /// File of the kernel's command line, by its name in the image's /boot; it may be missing [variable: KERNEL_PARAMETERS_FILENAME]
 }
 
 /// What is published beside the image, and not part of the packed one.
 #[derive(Args)]
 #[command(next_help_heading = "Image")]
 struct ParametersOption {
+    /// File of the kernel's command line, by its name in the image's /boot; it may be missing [variable: KERNEL_PARAMETERS_FILENAME]
     /// [default: kernel-parameters]
     #[arg(long, value_name = "NAME", value_parser = publishing::boot_file)]
     kernel_parameters: Option<String>,
 }
 
-impl ImageOptions {
 impl ParametersOption {
     fn variables(self) -> Variables {
         vec![("KERNEL_PARAMETERS_FILENAME", self.kernel_parameters)]
     }
 }
 
+impl ImageOptions {
     /// Names the image after its source where nobody has named it.
     fn named_by(mut self, source: &str) -> Self {
         let named = self.name.take().or_else(|| std::env::var("IMAGE_ROOT_ARCHIVE_NAME").ok());
@@ -333,9 +333,9 @@ struct SidecarArguments {
     #[command(flatten)]
     image: ImageOptions,
     #[command(flatten)]
-    store: StoreOption,
     parameters: ParametersOption,
     #[command(flatten)]
+    store: StoreOption,
     #[command(flatten)]
     servers: ServerOptions,
 }
@@ -475,10 +475,15 @@ struct JobOptions {
     work: Option<PathBuf>,
     #[command(flatten)]
     checksum: ChecksumOptions,
+    /// Print the result of the publication as JSON
+    #[arg(long)]
+    json: bool,
     #[command(flatten)]
     packing: PackingOptions,
     #[command(flatten)]
     image: ImageOptions,
+    #[command(flatten)]
+    parameters: ParametersOption,
 }
 
 impl JobOptions {
@@ -486,8 +491,6 @@ impl JobOptions {
     fn read(self, source: String, end: Option<End>, command_line: CommandLine) -> Result<Job> {
         let Self { output, in_place, fresh, work, checksum, json, packing, image, parameters } = self;
         let is_directory = Path::new(&source).is_dir();
-    #[command(flatten)]
-    parameters: ParametersOption,
         if is_directory && checksum.sha256.is_some() {
             return Err(Error::bad_input(format!(
                 "--sha256 is given, and SOURCE is '{source}': expected a file or a URL"
@@ -511,14 +514,14 @@ impl JobOptions {
             None
         } else {
             let options = image.named_by(&source).variables_or_auto().into_iter().chain(checksum.variables());
+            let options = options.chain(parameters.variables());
             let variables = variables(options.chain([("IMAGE_COMPRESSION", packing.compression)]));
             let mut settings = publishing::Settings::read(Some(work.clone()), variables)?;
             settings.store.url = output;
             Some(settings)
         };
-        let (exclude, changes) = (packing.exclude, packing.changes);
-        Ok(Job { source, command_line, in_place, fresh, discards: false, end, settings, work, exclude, changes })
-            let options = options.chain(parameters.variables());
+        let (exclude, reports) = (packing.exclude, Reports { changes: packing.changes, result: json });
+        Ok(Job { source, command_line, in_place, fresh, discards: false, end, settings, work, exclude, reports })
     }
 }
 
@@ -560,6 +563,25 @@ fn main() -> ExitCode {
     }
 }
 
+/// The refusal of an unknown option, with the commands that have it in the place of a similar option.
+fn with_owners(mut refusal: clap::Error) -> clap::Error {
+    let Some(ContextValue::String(unknown)) = refusal.get(ContextKind::InvalidArg) else { return refusal };
+    if refusal.kind() != ErrorKind::UnknownArgument {
+        return refusal;
+    }
+    let name = unknown.split_once('=').map_or(unknown.as_str(), |(name, _)| name).to_owned();
+    let has = |option: &clap::Arg| option.get_long().is_some_and(|long| name.strip_prefix("--") == Some(long));
+    let program = Arguments::command();
+    let commands = program.get_subcommands().filter(|command| command.get_arguments().any(has));
+    let owners: Vec<_> = commands.map(|command| format!("'ims-sshd {}'", command.get_name())).collect();
+    if !owners.is_empty() {
+        refusal.remove(ContextKind::SuggestedArg);
+        let tip = format!("{name} is an option of {}", owners.join(", "));
+        refusal.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip.into()]));
+    }
+    refusal
+}
+
 /// Refuses options of this program in the command of `customize` or `enter`, which would be given them. After `--` they are its own.
 fn refuse_late_options(name: &str, command: &[OsString], given: &[OsString]) -> Result<()> {
     let (before, _) = given.split_at(given.len().saturating_sub(command.len()));
@@ -593,25 +615,6 @@ fn run(command: Command) -> Result<u8> {
         Command::Entrypoint { image_root_parent } => entrypoint(image_root_parent),
         Command::Customize(mut arguments) => {
             arguments.source = source::rootfs_of(arguments.source);
-/// The refusal of an unknown option, with the commands that have it in the place of a similar option.
-fn with_owners(mut refusal: clap::Error) -> clap::Error {
-    let Some(ContextValue::String(unknown)) = refusal.get(ContextKind::InvalidArg) else { return refusal };
-    if refusal.kind() != ErrorKind::UnknownArgument {
-        return refusal;
-    }
-    let name = unknown.split_once('=').map_or(unknown.as_str(), |(name, _)| name).to_owned();
-    let has = |option: &clap::Arg| option.get_long().is_some_and(|long| name.strip_prefix("--") == Some(long));
-    let program = Arguments::command();
-    let commands = program.get_subcommands().filter(|command| command.get_arguments().any(has));
-    let owners: Vec<_> = commands.map(|command| format!("'ims-sshd {}'", command.get_name())).collect();
-    if !owners.is_empty() {
-        refusal.remove(ContextKind::SuggestedArg);
-        let tip = format!("{name} is an option of {}", owners.join(", "));
-        refusal.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip.into()]));
-    }
-    refusal
-}
-
             let line = CommandLine::new("customize", &given, arguments.command.len());
             run_customize(arguments, line)
         }

@@ -2,7 +2,6 @@
 //! differ in what happens between.
 
 use std::collections::HashSet;
-use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
@@ -68,8 +67,17 @@ pub struct Job {
     pub work: PathBuf,
     /// Patterns below the image root that are not packed.
     pub exclude: Vec<String>,
+    /// What is told of a publication, beside the log.
+    pub reports: Reports,
+}
+
+/// Reports for programs.
+#[derive(Debug)]
+pub struct Reports {
     /// File to write the changes to.
     pub changes: Option<PathBuf>,
+    /// True if the result is printed.
+    pub result: bool,
 }
 
 /// Fate of the changes.
@@ -125,7 +133,6 @@ impl Job {
         if self.end == End::Discarded || !directory::is_half_applied_by(&place) {
             directory::refuse_half_applied(directory)?;
         }
-        Held::take(directory, &self.work)
         if self.end == End::Discarded
             && let Some(name) = open_elsewhere("source", directory)
         {
@@ -133,6 +140,7 @@ impl Job {
             let advice = "wait for that to end, or look at a copy";
             return Err(Error::new(format!("open {}", directory.display())).because(why).advise(advice));
         }
+        Held::take(directory, &self.work)
     }
 
     /// Refuses to put the new image, or the changes, into the directory that they are made of.
@@ -274,7 +282,7 @@ impl Job {
             work::installed("mksquashfs")?;
             let place = settings.parent.join(name_of(&source, &self.source));
             self.check_store(&work, &settings, &source, holds_changes(&place, &place.join(IMAGE_ROOT)))?;
-            self.changes.as_deref().map(|file| package::output(file, "--changes")).transpose()?;
+            self.reports.changes.as_deref().map(|file| package::output(file, "--changes")).transpose()?;
         }
         let place = self.claim(&source, &settings.parent)?;
         place.path().clone_into(&mut settings.parent);
@@ -330,7 +338,6 @@ impl Job {
     }
 }
 
-/// Says where changes are kept, and what can be done with them.
 /// Name of another run that is open, in the register's `field` of which is `path`.
 fn open_elsewhere(field: &str, path: &Path) -> Option<String> {
     let path = std::fs::canonicalize(path).ok()?;
@@ -345,6 +352,7 @@ fn open_elsewhere(field: &str, path: &Path) -> Option<String> {
         .map(|run| run["name"].as_str().unwrap_or_default().into())
 }
 
+/// Says where changes are kept, and what can be done with them.
 fn kept_in(place: &Path, entry: &Entry, line: &str) -> String {
     let (place, name) = (place.display(), entry.name());
     format!("what was changed is kept in {place}; 'ims-sshd fail {name}' drops it; to go on with it: {line}")
@@ -485,7 +493,7 @@ impl Opened<'_> {
             return Err(Error::bad_input(format!("SOURCE is '{}': a saved image of a container", self.job.source))
                 .advise("name by --output where the new image is put"));
         }
-        if let (Some(_), None) = (&self.job.changes, &overlay) {
+        if let (Some(_), None) = (&self.job.reports.changes, &overlay) {
             Inventory::of(self.work, &open_tree(&image_root)?)?.save(self.files.parent(), INVENTORY)?;
         }
         if self.settings.store.url.is_some() {
@@ -516,7 +524,7 @@ impl Opened<'_> {
         let archive = if let Source::Here(path) = source { path } else { &fetched };
         packing.compression = packing.compression.or_else(|| source::compression(archive));
         let (workplace, tree) = (self.files.parent(), open_tree(image_root)?);
-        if let Some(to) = &job.changes {
+        if let Some(to) = &job.reports.changes {
             if let Some(overlay) = &overlay {
                 Inventory::of(work, &overlay.lower)?.save(workplace, INVENTORY)?;
             }
@@ -541,8 +549,7 @@ impl Opened<'_> {
         let image = Image { rootfs, boot, debug_kernel: None };
         self.entry.reach(Stage::Uploading);
         let report = self.publication().publish(&mut journal, image)?;
-        // For programs. A person has read above where the image is.
-        if !std::io::stdout().is_terminal() {
+        if job.reports.result {
             local::say_result(&report);
         }
         Ok(())

@@ -21,7 +21,7 @@ fn script(dir: &Path, verdict: &str) -> PathBuf {
 }
 
 fn customize(dir: &Path, source: &str, output: &str, verdict: &str, variables: &[(&str, String)]) -> Output {
-    let mut command = ims_sshd(&["customize", source, "--output", output, "--host-script"], variables);
+    let mut command = ims_sshd(&["customize", source, "--json", "--output", output, "--host-script"], variables);
     command.arg(script(dir, verdict)).arg("--work").arg(dir.join("work")).current_dir(dir);
     command.output().unwrap()
 }
@@ -146,7 +146,7 @@ fn changes_are_kept_when_a_signal_or_a_failing_script_ends_customize_before_a_ve
         let squashfs = squashfs_of(&image(dir.path())).display().to_string();
         let ending = dir.path().join("ending");
         std::fs::write(&ending, format!("{change}; {end}\n")).unwrap();
-        let mut command = ims_sshd(&["customize", &squashfs, "--output", "out", "--host-script"], &[]);
+        let mut command = ims_sshd(&["customize", &squashfs, "--json", "--output", "out", "--host-script"], &[]);
         command.arg(ending).arg("--work").arg(dir.path().join("work")).current_dir(dir.path());
         let output = command.output().unwrap();
         assert_eq!(output.status.code(), Some(code), "{end}: {output:?}");
@@ -199,7 +199,7 @@ fn a_customization_that_was_killed_while_it_was_open_is_gone_on_with() {
     let boot = [("KERNEL_FILENAME", "vmlinuz".into()), ("INITRD_FILENAME", "initrd".into())];
     let first = dir.path().join("first");
     std::fs::write(&first, "echo kept > $IMAGE_ROOT_PARENT/image-root/etc/kept; touch \"$0.done\"\n").unwrap();
-    let mut command = ims_sshd(&["customize", &squashfs, "--output", "out", "--host-script"], &boot);
+    let mut command = ims_sshd(&["customize", &squashfs, "--json", "--output", "out", "--host-script"], &boot);
     command.arg(&first).arg("--work").arg(dir.path().join("work")).current_dir(dir.path());
     let mut killed = command.stdout(std::process::Stdio::null()).spawn().unwrap();
     wait_until("the script to end", || dir.path().join("first.done").exists());
@@ -276,7 +276,7 @@ fn a_mounted_source_takes_directory_renames_and_changes_to_hard_links_as_a_disk_
     let published = [&squashfs, &tree].map(|source| {
         let store = dir.path().join(format!("{}.out", source.file_name().unwrap().display()));
         let boot = [("KERNEL_FILENAME", "vmlinuz".into()), ("INITRD_FILENAME", "initrd".into())];
-        let mut command = ims_sshd(&["customize", source.to_str().unwrap(), "--output"], &boot);
+        let mut command = ims_sshd(&["customize", source.to_str().unwrap(), "--json", "--output"], &boot);
         command.arg(&store).arg("--host-script").arg(&file).arg("--work").arg(dir.path().join("work"));
         command.args((source == &tree).then_some("--in-place"));
         let changes = store.with_extension("changes");
@@ -455,7 +455,7 @@ fn a_second_customization_of_the_same_source_is_told_of_the_first() {
     nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
     let waiting = dir.path().join("waiting");
     std::fs::write(&waiting, format!("read line < {}; touch $IMAGE_ROOT_PARENT/failed\n", fifo.display())).unwrap();
-    let mut command = ims_sshd(&["customize", &squashfs, "--output", "out", "--host-script"], &[]);
+    let mut command = ims_sshd(&["customize", &squashfs, "--json", "--output", "out", "--host-script"], &[]);
     command.arg(&waiting).arg("--work").arg(dir.path().join("work")).current_dir(dir.path());
     let mut first = command.spawn().unwrap();
     // Opens when the script reads.

@@ -13,7 +13,7 @@ use crate::unattended::published;
 fn enter(dir: &Path, source: &str, options: &[&str], command: &str) -> Output {
     let mut enter = ims_sshd(&["enter", source], &[]);
     if options.contains(&"--output") {
-        enter.args(["--kernel", "vmlinuz", "--initrd", "initrd"]);
+        enter.args(["--kernel", "vmlinuz", "--initrd", "initrd", "--json"]);
     }
     enter.arg("--work").arg(dir.join("work")).args(options).args(["--", "sh", "-c", command]).current_dir(dir);
     enter.output().unwrap()

@@ -12,7 +12,7 @@ use crate::job::*;
 use crate::support::*;
 
 fn customize(dir: &Path, source: &str, end: &[&str]) -> Output {
-    let mut command = ims_sshd(&["customize", source, "--output", "out", "--work", "work"], &[]);
+    let mut command = ims_sshd(&["customize", source, "--output", "out", "--work", "work", "--json"], &[]);
     command.args(["--kernel", "vmlinuz", "--initrd", "initrd"]).args(end).current_dir(dir);
     command.output().unwrap()
 }
