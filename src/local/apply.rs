@@ -215,14 +215,9 @@ fn begin(work: &Tree, upper: &Tree, root: &Tree) -> Result<(Progress, Option<Tre
     let mut begun = Progress { step: Step::Moving, root: root_is, stage, number: 0 };
     begun.write(work)?;
     let make = || {
-        rustix::fs::mkdirat(root, &begun.stage, Mode::RWXU)?;
-        let stage = root.folder_of_same_mount(&begun.stage)?;
-        let found = rustix::fs::fstat(&stage)?;
-        if !is_ours(&found) || !stage.names()?.is_empty() {
-            return Err(io::Error::other(format!("another directory has taken the place of {}", begun.stage)));
-        }
+        let stage = root.make_private(&begun.stage)?;
         root.sync()?;
-        Ok((found.st_ino, stage))
+        io::Result::Ok((rustix::fs::fstat(&stage)?.st_ino, stage))
     };
     let (number, stage) = make().attempt(attempted)?;
     begun.number = number;

@@ -11,7 +11,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant, SystemTime};
 
 use nix::unistd::Pid;
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::mount::MountAttrFlags;
 
@@ -72,15 +72,7 @@ pub fn unpack(work: &Work, archive: &Opened, volume: &Tree, name: &str) -> Resul
 /// Makes the directory in which what unpacks stands: it reaches nothing else but the archive.
 fn make(volume: &Tree, name: &str) -> Result<Tree> {
     let attempted = || format!("make the directory {}", volume.shown().join(name).display());
-    rustix::fs::mkdirat(volume, name, Mode::RWXU).attempt(attempted)?;
-    let made = volume.folder_without_links(name).attempt(attempted)?;
-    // Somebody who can rename in the volume could have put another directory there.
-    let found = rustix::fs::fstat(&made).attempt(attempted)?;
-    let is_ours = found.st_uid == rustix::process::geteuid().as_raw() && found.st_mode & 0o7777 == 0o700;
-    if !is_ours || !made.names().attempt(attempted)?.is_empty() {
-        return Err(Error::new(attempted()).because("another directory has taken its place"));
-    }
-    Ok(made)
+    volume.make_private(name).attempt(attempted)
 }
 
 /// Runs a program that reads `archive` as its standard input and writes the tree into `target`.

@@ -403,6 +403,24 @@ impl Tree {
         Ok(())
     }
 
+    /// Makes the empty directory `name` of this one, which only this user reaches (mode 0700), and opens it. Somebody who can rename here
+    /// could put another directory in its place: one that is not as the new one is refused.
+    pub fn make_private(&self, name: &str) -> io::Result<Tree> {
+        rustix::fs::mkdirat(&self.folder, name, Mode::RWXU)?;
+        let made = self.folder_of_same_mount(name)?;
+        let found = rustix::fs::fstat(&made)?;
+        let is_ours = found.st_uid == rustix::process::geteuid().as_raw() && found.st_mode.trailing_zeros() >= 6;
+        if !is_ours || !made.names()?.is_empty() {
+            return Err(io::Error::other("another directory has taken its place"));
+        }
+        // Of a setgid directory, a new one has the group and the bit (inode(7)), which an archive may leave as they are.
+        if found.st_mode & 0o7777 != 0o700 {
+            rustix::fs::chownat(&made, ".", None, Some(rustix::process::getegid()), AtFlags::empty())?;
+            rustix::fs::chmodat(&made, ".", Mode::RWXU, AtFlags::empty())?;
+        }
+        Ok(made)
+    }
+
     /// Makes the directory `path` (mode 0755), and those above it, as far as they are missing.
     pub fn make_folders(&self, path: impl AsRef<Path>) -> io::Result<()> {
         let ancestors: Vec<_> = path.as_ref().ancestors().filter(|path| path.file_name().is_some()).collect();
@@ -625,6 +643,19 @@ mod tests {
         let tree = Tree::open(inside.path()).unwrap();
         assert!(!tree.touch("complete").unwrap());
         assert!(!outside.path().join("target").exists());
+    }
+
+    #[test]
+    fn a_private_directory_is_made_in_a_setgid_directory() {
+        use std::os::unix::fs::{MetadataExt, PermissionsExt};
+        let dir = tempfile::tempdir().unwrap();
+        std::os::unix::fs::chown(dir.path(), None, Some(1234)).unwrap();
+        std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o2775)).unwrap();
+        let tree = Tree::open(dir.path()).unwrap();
+        tree.make_private("made").unwrap();
+        let found = std::fs::metadata(dir.path().join("made")).unwrap();
+        assert_eq!((found.mode() & 0o7777, found.gid()), (0o700, rustix::process::getegid().as_raw()));
+        assert_eq!(tree.make_private("made").unwrap_err().kind(), io::ErrorKind::AlreadyExists);
     }
 
     #[test]
