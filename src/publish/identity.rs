@@ -2,6 +2,7 @@
 //! one that has taken its name.
 
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::time::{Duration, SystemTime};
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -42,6 +43,8 @@ pub struct Identity {
     modified: Option<String>,
     /// Digest of the ends of a file; inode number and birth time of a directory.
     content: String,
+    /// Time at which it was recorded.
+    recorded: Option<String>,
 }
 
 impl Identity {
@@ -70,7 +73,7 @@ impl Identity {
                 (found.len(), modified, format!("file {content}"))
             }
         };
-        Ok(Self { source: named(source), sums: sums(expected), size, modified, content })
+        Ok(Self { source: named(source), sums: sums(expected), size, modified, content, recorded: None })
     }
 
     /// Returns whether both are of the same image, under whatever path.
@@ -117,9 +120,11 @@ impl Identity {
         &self.source
     }
 
-    /// Describes it for messages.
+    /// Describes it for messages, with the time at which it was recorded.
     pub fn shown(&self) -> String {
-        if self.size == 0 { self.source.clone() } else { format!("{} ({} bytes)", self.source, self.size) }
+        let size = if self.size == 0 { String::new() } else { format!(" ({} bytes)", self.size) };
+        let time = self.recorded.as_ref().map_or_else(String::new, |time| format!(", {time}"));
+        format!("{}{size}{time}", self.source)
     }
 }
 
@@ -162,18 +167,21 @@ impl<'a> Record<'a> {
         };
         let fields: Value = serde_json::from_str(line).ok()?;
         let text = |name: &str| fields[name].as_str().map(str::to_owned);
+        let written = self.volume.look(FILE).ok()?.and_then(|found| u64::try_from(found.st_mtime).ok());
+        let written = written.map(|seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds));
         Some(Identity {
             source: text("source")?,
             sums: text("sums"),
             size: fields["size"].as_u64()?,
             modified: text("modified"),
             content: text("content")?,
+            recorded: written.map(|time| humantime::format_rfc3339_seconds(time).to_string()),
         })
     }
 
     /// Writes it down.
     pub fn write(&self, identity: &Identity) -> Result<()> {
-        let Identity { source, sums, size, modified, content } = identity;
+        let Identity { source, sums, size, modified, content, recorded: _ } = identity;
         let fields = json!({
             "source": source, "sums": sums, "size": size, "modified": modified, "content": content,
         });
@@ -188,7 +196,8 @@ impl<'a> Record<'a> {
         let why = match known {
             Some(known) if known.source == named(source) => {
                 let was = now.map_or_else(String::new, |now| format!(", which was {}", known.difference(now)));
-                format!("it was made of what {} was before{was}", known.source)
+                let time = known.recorded.as_ref().map_or_else(String::new, |time| format!(", {time}"));
+                format!("it was made of what {} was before{time}{was}", known.source)
             }
             Some(known) => format!("it was made of {}", known.shown()),
             None => "it is there already, and nothing reliable says of what it was made".into(),
@@ -257,15 +266,20 @@ mod tests {
         let mode = |bits| std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(bits)).unwrap();
         let identity = of(dir.path(), &Expected { md5: None, sha256: None });
         let (ours, theirs, none) = (settings("ours"), settings("theirs"), settings(""));
+        let read = |settings: &Settings| {
+            let read = Record::on(&volume, settings).unwrap().read()?;
+            assert!(read.recorded.is_some());
+            Some(Identity { recorded: None, ..read })
+        };
         mode(0o777);
         Record::on(&volume, &none).unwrap().write(&identity).unwrap();
         assert_eq!(Record::on(&volume, &ours).unwrap().read(), None, "anybody could have written it");
-        assert_eq!(Record::on(&volume, &none).unwrap().read(), Some(identity.clone()));
+        assert_eq!(read(&none), Some(identity.clone()));
         Record::on(&volume, &ours).unwrap().write(&identity).unwrap();
-        assert_eq!(Record::on(&volume, &ours).unwrap().read(), Some(identity.clone()));
+        assert_eq!(read(&ours), Some(identity.clone()));
         assert_eq!(Record::on(&volume, &theirs).unwrap().read(), None);
         mode(0o700);
         Record::on(&volume, &ours).unwrap().write(&identity).unwrap();
-        assert_eq!(Record::on(&volume, &theirs).unwrap().read(), Some(identity));
+        assert_eq!(read(&theirs), Some(identity));
     }
 }

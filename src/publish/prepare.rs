@@ -159,8 +159,12 @@ pub fn prepare(
     let record = Record::on(&volume, settings)?;
     let has_overlay = Overlay::changes(&parent.join(OVERLAY)).is_some();
     // Unpacked before, by this or, for a customization that could not be published, by whoever said nothing.
-    if known.is_some() && !has_overlay && open != Some(Open::Overlay) {
-        tracing::info!("{} is there already", image_root.display());
+    if let Some(known) = known.as_ref().filter(|_| !has_overlay && open != Some(Open::Overlay)) {
+        tracing::info!(
+            "{} is there already, made of {}: going on with it and with what was changed; --fresh drops it and begins anew",
+            image_root.display(),
+            known.shown()
+        );
         return Ok(None);
     }
     // An image fetched into a directory of our own is still the one that the changes were made to.

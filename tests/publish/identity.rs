@@ -36,6 +36,22 @@ fn refused(output: &Output, why: &str) {
 }
 
 #[test]
+fn prepare_on_a_used_volume_says_of_what_and_when_it_was_made_and_how_to_begin_anew() {
+    let dir = folder();
+    let [one, two] = ["one", "two"].map(|name| squashfs_with(dir.path(), name));
+    let [one, two] = [&one, &two].map(|path| path.to_str().unwrap());
+    let prepare = |source: &str| prepare(dir.path(), &["parent", source], &[]);
+    assert!(prepare(one).status.success());
+    let made = format!("made of {one} ({} bytes), 20", std::fs::metadata(one).unwrap().len());
+    let again = prepare(one);
+    let said = text(&again.stderr);
+    assert!(again.status.success() && said.contains("image-root is there already"), "{said}");
+    assert!(said.contains(&made) && said.contains("--fresh drops it and begins anew"), "{said}");
+    let other = prepare(two);
+    refused(&other, &made);
+}
+
+#[test]
 fn changes_are_not_put_over_another_image_at_the_same_path_and_fresh_drops_them() {
     let dir = folder();
     let [one, two] = ["one", "two"].map(|name| squashfs_with(dir.path(), name));
