@@ -3,13 +3,14 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use notify::{RecursiveMode, Watcher};
 use rustix::event::EventfdFlags;
 use rustix::fs::{FlockOperation, Mode, OFlags, Stat};
 
 use crate::error::{Advise, Attempt, Error, Result};
+use crate::printable::Printable;
 use crate::sys::tree::{Tree, kind_of};
 use crate::verdict::Verdict;
 
@@ -22,9 +23,15 @@ pub const EXITING: &str = "exiting";
 /// A build from a recipe failed.
 pub const BUILD_FAILED: &str = "build_failed";
 
-/// Content of a sidecar's mark for an environment that waits for `ready`, which will not come. It counts though it was made before the
-/// environment began to wait; other marks from before are an earlier job's.
-const INSTEAD_OF_READY: &[u8] = b"by the sidecar, instead of 'ready'\n";
+/// Content of a sidecar's mark for an environment that waits for `ready`, which will not come; the pod's host name stands between. It counts
+/// though it was made before the environment began to wait; other marks from before are an earlier job's.
+const INSTEAD_OF_READY: [&[u8]; 2] = [b"by the sidecar on ", b", instead of 'ready'\n"];
+
+/// The content is no longer: a host name has at most 64 bytes.
+const INSTEAD_LIMIT: u64 = 256;
+
+/// A sidecar's mark of another host name that is older is an earlier pod's. A container's start takes less, with its image fetched.
+const EARLIER: Duration = Duration::from_mins(10);
 
 /// Tells a signal file from one that had its name before: inode, and time of its last change.
 pub type Stamp = (u64, i64, u64);
@@ -254,8 +261,9 @@ impl SignalFiles {
     /// Marks the image for an environment that waits for `ready`.
     pub fn mark_instead_of_ready(&self, verdict: Verdict) -> Result<()> {
         let name = verdict.signal_file();
+        let text = [INSTEAD_OF_READY[0], host_name().trim_ascii(), INSTEAD_OF_READY[1]].concat();
         // A full volume takes no new file, but perhaps an empty one.
-        self.parent.replace(name, INSTEAD_OF_READY).or_else(|_| self.retract(name).and_then(|()| self.touch(name)))
+        self.parent.replace(name, &text).or_else(|_| self.retract(name).and_then(|()| self.touch(name)))
     }
 
     /// The verdict of an environment that waits for `ready`, if it has one already. `old` is the stamp of the `failed` from before.
@@ -264,9 +272,62 @@ impl SignalFiles {
         if self.stands(failed).is_ok_and(|stands| stands) && self.stamp(failed) != old {
             return Some(Verdict::Failed);
         }
-        let limit = INSTEAD_OF_READY.len() as u64;
-        let is_sidecars = |name: &str| self.parent.read(name, limit).is_ok_and(|text| text == INSTEAD_OF_READY);
-        [Verdict::Failed, Verdict::Complete].into_iter().find(|verdict| is_sidecars(verdict.signal_file()))
+        [Verdict::Failed, Verdict::Complete]
+            .into_iter()
+            .find(|verdict| self.sidecar_of(verdict.signal_file()).is_some())
+    }
+
+    /// Host name of the sidecar that made the mark `name` instead of `ready`, if one did.
+    fn sidecar_of(&self, name: &str) -> Option<Vec<u8>> {
+        let text = self.parent.read(name, INSTEAD_LIMIT).ok()?;
+        Some(text.strip_prefix(INSTEAD_OF_READY[0])?.strip_suffix(INSTEAD_OF_READY[1])?.to_vec())
+    }
+
+    /// Removes marks that the sidecar of an earlier pod made instead of `ready`: they would close an environment that has just begun.
+    pub fn remove_marks_of_earlier_pods(&self) -> Result<()> {
+        let here = host_name();
+        for name in Verdict::ALL.map(Verdict::signal_file) {
+            let Some(host) = self.sidecar_of(name).filter(|host| host != here.trim_ascii()) else { continue };
+            let Some(found) = self.parent.look(name).attempt(|| format!("look for {}/{name}", self.path.display()))?
+            else {
+                continue;
+            };
+            let made = UNIX_EPOCH + Duration::from_secs(u64::try_from(found.st_mtime).unwrap_or(0));
+            if made.elapsed().is_ok_and(|age| age > EARLIER) {
+                self.remove(name)?;
+                let made = humantime::format_rfc3339_seconds(made);
+                let host = String::from_utf8_lossy(&host);
+                tracing::info!(
+                    "removed '{name}' of an earlier pod: the sidecar on {} made it at {made}",
+                    Printable(&host)
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// Stamps of the verdicts, as in [`Verdict::ALL`].
+    pub fn verdict_stamps(&self) -> [Option<Stamp>; 2] {
+        Verdict::ALL.map(|verdict| self.stamp(verdict.signal_file()))
+    }
+
+    /// Removes verdicts that stood when this run began, with the stamps `old`, and are older than `ready`. They are an earlier job's: whoever
+    /// creates `ready` has removed those, and a mark of this job is made after it.
+    pub fn remove_marks_of_earlier_jobs(&self, old: [Option<Stamp>; 2]) -> Result<()> {
+        let Some((_, seconds, nanoseconds)) = self.stamp(READY) else { return Ok(()) };
+        for (verdict, old) in Verdict::ALL.into_iter().zip(old) {
+            let name = verdict.signal_file();
+            let is_earlier =
+                old.is_some_and(|old| self.stamp(name) == Some(old) && (old.1, old.2) < (seconds, nanoseconds));
+            // What is no signal file is an error later.
+            if is_earlier && self.stands(name).unwrap_or(false) {
+                self.remove(name)?;
+                tracing::info!(
+                    "removed '{name}', which is older than '{READY}': an earlier job on this volume was marked so"
+                );
+            }
+        }
+        Ok(())
     }
 
     /// Stamp of the file `name`.
@@ -327,6 +388,11 @@ impl Drop for SignalFiles {
             let _ = self.parent.remove(CLAIM);
         }
     }
+}
+
+/// Host name, which all containers of a pod share and no other pod has.
+fn host_name() -> Vec<u8> {
+    std::fs::read("/proc/sys/kernel/hostname").unwrap_or_default()
 }
 
 fn claiming(path: &Path) -> String {

@@ -38,6 +38,9 @@ use crate::sys::signals::Signals;
 use crate::sys::tree::Tree;
 use crate::verdict::Verdict;
 
+/// How long the image root parent may be missing. A pod's volumes are there before its containers start; a mount of a machine may come later.
+const TIME_FOR_PARENT: Duration = Duration::from_secs(30);
+
 /// How an environment ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Outcome {
@@ -59,11 +62,12 @@ pub fn run(settings: Settings, files: Option<SignalFiles>, listening: impl FnOnc
     let mut supervisor = Supervisor {
         machine: Machine::new(settings.close_grace),
         since: SystemTime::now(),
+        began: Instant::now(),
         signals: Signals::hold(&held).attempt(|| "block signals")?,
         watch: Watch::new()?,
         state: StateFolder::of(&settings.parent)?,
         groundwork: None,
-        old_mark: None,
+        old_marks: [None; 2],
         files,
         image_root: None,
         emulation: Emulation::default(),
@@ -110,13 +114,14 @@ struct Supervisor<F> {
     machine: Machine,
     /// When it came into its state.
     since: SystemTime,
+    began: Instant,
     signals: Signals,
     watch: Watch,
     state: StateFolder,
     groundwork: Option<Groundwork>,
     files: Option<SignalFiles>,
-    /// `failed` as it stood before.
-    old_mark: Option<Stamp>,
+    /// Verdicts as they stood when this run began.
+    old_marks: [Option<Stamp>; 2],
     image_root: Option<Tree>,
     /// What an image of another architecture runs by.
     emulation: Emulation,
@@ -151,6 +156,13 @@ impl<F: FnOnce()> Supervisor<F> {
             job = self.settings.job.as_deref(),
             "waiting for '{READY}'",
         );
+        if self.files.is_none() {
+            tracing::warn!(
+                "{} does not exist: it is waited for {} s, as a volume may be mounted late",
+                self.settings.parent.display(),
+                TIME_FOR_PARENT.as_secs()
+            );
+        }
         match Groundwork::lay(&self.settings, &self.state) {
             Ok(groundwork) => self.groundwork = Some(groundwork),
             Err(e) => self.happen(broken(&e)),
@@ -255,6 +267,15 @@ impl<F: FnOnce()> Supervisor<F> {
             State::Waiting => {
                 self.open_parent()?;
                 match self.files.as_ref().map(|files| files.stands(READY)) {
+                    None if self.began.elapsed() > TIME_FOR_PARENT => {
+                        let place = self.settings.parent.display();
+                        let error = Error::new(format!("open the image root parent {place}"))
+                            .because(format!("it does not exist after {} s", TIME_FOR_PARENT.as_secs()))
+                            .advise(
+                                "mount the volume there, or name its directory by the argument or IMAGE_ROOT_PARENT",
+                            );
+                        events.push(broken(&error));
+                    }
                     Some(Ok(true)) => events.push(Event::Ready),
                     // Nobody will make a better one while this stands there.
                     Some(Err(e)) => events.push(broken(&e)),
@@ -356,7 +377,8 @@ impl<F: FnOnce()> Supervisor<F> {
             self.watch.on(&self.settings.parent);
             if let Some(mut files) = SignalFiles::open(&self.settings.parent)? {
                 files.claim()?;
-                self.old_mark = files.stamp(Verdict::Failed.signal_file());
+                files.remove_marks_of_earlier_pods()?;
+                self.old_marks = files.verdict_stamps();
                 self.files = Some(files);
             }
         }
@@ -366,7 +388,7 @@ impl<F: FnOnce()> Supervisor<F> {
 
     /// A mark that was made instead of `ready`: by somebody who waits no longer, or by a sidecar that has given up.
     fn mark_instead_of_ready(&self) -> Option<Event> {
-        let verdict = self.files.as_ref()?.verdict_instead_of_ready(self.old_mark)?;
+        let verdict = self.files.as_ref()?.verdict_instead_of_ready(self.old_marks[Verdict::Failed as usize])?;
         tracing::info!(
             verdict = verdict.signal_file(),
             "marked in the image root parent while waiting for '{READY}'; the sidecar's log may say why"
@@ -455,6 +477,7 @@ impl<F: FnOnce()> Supervisor<F> {
             self.files = None;
             return Err(error);
         }
+        files.remove_marks_of_earlier_jobs(self.old_marks)?;
         files.reserve()?;
         let image_root = environment::open_image_root(files, self.settings.image_root())?;
         // A create job's is open to be looked at as far as it was built.
@@ -712,11 +735,11 @@ fn how_ended(status: WaitStatus) -> String {
 }
 
 /// Tells the other containers that no environment will open on `parent`, so that nobody waits for one. For what goes wrong before an
-/// environment exists; one that is open there, or has ended, is left alone.
+/// environment exists; one that is open there, or has ended, is left alone. Without `ready`, `exiting` is an earlier one's.
 pub fn tell_refusal(parent: &std::path::Path) {
     if let Ok(Some(mut files)) = SignalFiles::open(parent)
         && files.claim().is_ok()
-        && !files.stands(EXITING).unwrap_or(false)
+        && ![READY, EXITING].iter().all(|name| files.stands(name).unwrap_or(false))
     {
         let told = files.touch(Verdict::Failed.signal_file()).and_then(|()| files.touch(EXITING));
         if let Err(e) = told {

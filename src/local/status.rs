@@ -117,7 +117,8 @@ fn mark_run(run: &Value, verdict: Verdict) -> Result<()> {
 fn mark_parent(parent: &Path, verdict: Verdict) -> Result<()> {
     let files = open(parent)?;
     let attempted = || Error::new(format!("mark the image in {} {}", parent.display(), verdict.signal_file()));
-    if files.stands(EXITING)? {
+    let is_waiting = is_waiting(&files)?;
+    if !is_waiting && files.stands(EXITING)? {
         return Err(attempted().because("its environment has ended already"));
     }
     if !files.is_claimed() {
@@ -130,7 +131,7 @@ fn mark_parent(parent: &Path, verdict: Verdict) -> Result<()> {
         }
         tracing::warn!("no environment is open in {} yet: one that opens finds the mark", parent.display());
     }
-    if files.is_claimed() && !files.stands(READY)? {
+    if is_waiting {
         if verdict == Verdict::Complete {
             return Err(attempted()
                 .because("its environment is not open yet: it waits for 'ready'")
@@ -318,7 +319,8 @@ fn report_of(parent: &Path) -> Result<Value> {
         Some((stage, since)) => (Some(stage), Some(humantime::format_rfc3339_seconds(since).to_string())),
         None => (stage(&files)?, None),
     };
-    let verdict = files.verdict()?.map(Verdict::signal_file);
+    // One that waits has no verdict yet: what stands there is an earlier run's.
+    let verdict = if stage == Some(Stage::Waiting) { None } else { files.verdict()?.map(Verdict::signal_file) };
     let is_one = || IMAGE_ROOTS.iter().any(|place| files.parent().look(place).is_ok_and(|found| found.is_some()));
     if stage.is_none() && verdict.is_none() && !files.stands(READY)? && !is_one() {
         return Err(Error::new(format!("tell the status of {}", parent.display()))
@@ -382,7 +384,9 @@ fn in_words(report: &Value) -> String {
 }
 
 fn stage(files: &SignalFiles) -> Result<Option<Stage>> {
-    Ok(if files.stands(EXITING)? {
+    Ok(if is_waiting(files)? {
+        Some(Stage::Waiting)
+    } else if files.stands(EXITING)? {
         Some(Stage::Done)
     } else if !files.is_claimed() {
         None
@@ -390,11 +394,14 @@ fn stage(files: &SignalFiles) -> Result<Option<Stage>> {
         Some(Stage::Closing)
     } else if files.stands(SSHD_LISTENING)? {
         Some(Stage::Serving)
-    } else if files.stands(READY)? {
-        Some(Stage::Preparing)
     } else {
-        Some(Stage::Waiting)
+        Some(Stage::Preparing)
     })
+}
+
+/// Whether an environment waits for `ready` there. Other signal files are an earlier run's then.
+fn is_waiting(files: &SignalFiles) -> Result<bool> {
+    Ok(files.is_claimed() && !files.stands(READY)?)
 }
 
 fn open(parent: &Path) -> Result<SignalFiles> {

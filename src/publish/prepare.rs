@@ -18,7 +18,7 @@ use crate::publish::journal;
 use crate::publish::layers::layers;
 use crate::publish::package::open_tree;
 use crate::publish::settings::Settings;
-use crate::publish::sidecar::TRANSFER;
+use crate::publish::sidecar::{POD_ERROR, TRANSFER};
 use crate::publish::source::{Content, Kind, Opened, Source};
 use crate::publish::store;
 use crate::publish::unpack::{LOWER, Overlay, unpack};
@@ -131,7 +131,7 @@ fn begin_anew(volume: &Tree, settings: &Settings, image_root: &Path) -> Result<(
 fn clear_signals(settings: &Settings, is_prepared: bool) -> Result<()> {
     let parent = &settings.parent;
     let files = SignalFiles::open(parent)?.ok_or_else(|| Error::new(format!("open {}", parent.display())))?;
-    for name in [READY, SSHD_LISTENING, EXITING].into_iter().chain(Verdict::ALL.map(Verdict::signal_file)) {
+    for name in [READY, SSHD_LISTENING, EXITING, POD_ERROR].into_iter().chain(Verdict::ALL.map(Verdict::signal_file)) {
         files.retract(name)?;
     }
     // Nothing that was published in part, or packed elsewhere, is of this image root.

@@ -33,7 +33,7 @@ use crate::sys::tree::Tree;
 use crate::verdict::Verdict;
 
 /// The builder, or who supervises the pod, has given it up.
-const POD_ERROR: &str = "pod_error";
+pub const POD_ERROR: &str = "pod_error";
 
 /// The packed image of a remote job, whose boot files lie beside it.
 pub const TRANSFER: &str = "transfer.sqsh";

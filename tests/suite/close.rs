@@ -709,10 +709,10 @@ fn marks_that_stand_beside_ready_close_at_once() {
     {
         for mode in MODES {
             let volume = Volume::new(Image::Busybox);
+            volume.touch("ready");
             for mark in marks {
                 volume.touch(mark);
             }
-            volume.touch("ready");
             let mut environment = volume.start(mode);
             assert_eq!(environment.end(), 0, "{}", environment.log_text());
             for name in ["complete", "failed"] {
@@ -721,6 +721,80 @@ fn marks_that_stand_beside_ready_close_at_once() {
             assert!(is_file(&environment.signal("exiting")));
         }
     }
+}
+
+/// An upstream sidecar removes such marks before `ready`; a person may not.
+#[test]
+fn marks_older_than_ready_are_an_earlier_jobs_and_are_removed_with_a_word() {
+    for mode in MODES {
+        let volume = Volume::new(Image::Busybox);
+        volume.touch("complete");
+        volume.touch("failed");
+        // Longer than a tick of the clock that files have their times of.
+        std::thread::sleep(Duration::from_millis(50));
+        volume.touch("ready");
+        let environment = volume.start(mode).ready();
+        for name in ["complete", "failed"] {
+            logged(&environment, &format!("removed '{name}', which is older than 'ready'"));
+            assert!(!environment.signal(name).exists());
+        }
+    }
+}
+
+#[test]
+fn a_sidecar_of_an_earlier_pod_closes_no_new_environment() {
+    let hour_ago = std::time::SystemTime::now() - Duration::from_secs(3600);
+    let here = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
+    for (host, made, counts) in [
+        ("another", hour_ago, false),
+        ("another", hour_ago + Duration::from_secs(3500), true),
+        (here.trim(), hour_ago, true),
+    ] {
+        let volume = Volume::new(Image::Busybox);
+        let mark = volume.parent.join("failed");
+        std::fs::write(&mark, format!("by the sidecar on {host}, instead of 'ready'\n")).unwrap();
+        std::fs::File::open(&mark).unwrap().set_modified(made).unwrap();
+        let mut environment = volume.start(Mode::Plain);
+        if counts {
+            assert_eq!(environment.end(), 0, "{}", environment.log_text());
+            continue;
+        }
+        logged(&environment, "removed 'failed' of an earlier pod: the sidecar on another made it at ");
+        drop(environment.ready());
+    }
+}
+
+#[test]
+fn an_environment_that_waits_beside_an_earlier_runs_files_is_shown_as_waiting_and_can_be_given_up() {
+    let volume = Volume::new(Image::Busybox);
+    for name in ["complete", "exiting"] {
+        volume.touch(name);
+    }
+    let mut environment = volume.start(Mode::Jailed);
+    logged(&environment, "waiting for 'ready'");
+    let said = status(&environment, &[]);
+    assert!(said.contains(": waiting") && !said.contains("marked"), "{said}");
+    let mark = |verdict: &str| Command::new(IMS_SSHD).arg(verdict).arg(&environment.parent).output().unwrap();
+    let refused = text(&mark("complete").stderr).to_owned();
+    assert!(refused.contains("it waits for 'ready'"), "{refused}");
+    assert!(mark("fail").status.success());
+    assert_eq!(environment.end(), 0, "{}", environment.log_text());
+    assert!(environment.signal("failed").exists() && environment.signal("exiting").exists());
+}
+
+#[test]
+fn a_parent_that_does_not_come_is_refused_with_its_name() {
+    let volume = Volume::new(Image::Busybox);
+    std::fs::rename(&volume.parent, volume.dir.path().join("elsewhere")).unwrap();
+    let mut environment = volume.start(Mode::Jailed);
+    logged(&environment, "does not exist: it is waited for 30 s");
+    std::thread::sleep(Duration::from_secs(29));
+    assert_eq!(environment.end(), 1);
+    let place = environment.parent.display();
+    logged(
+        &environment,
+        &format!("cannot open the image root parent {place}: it does not exist after 30 s; mount the volume"),
+    );
 }
 
 /// What can have a signal file's name and is none.
