@@ -254,7 +254,41 @@ pub fn write_completions(program: &mut Command, shell: Shell, to: &mut impl Writ
     clap_complete::generate(shell, program, &name, &mut script);
     // clap_complete 4.6 names a command of bash in two ways where the program's name has a hyphen (clap-rs/clap#6421): no branch is found.
     let [wrong, right] = ["__subcmd__", "__"].map(|hyphen| name.replace('-', hyphen) + "__subcmd__");
-    to.write_all(String::from_utf8_lossy(&script).replace(&wrong, &right).as_bytes())
+    let script = String::from_utf8_lossy(&script).replace(&wrong, &right);
+    to.write_all(with_names(&script, shell).as_bytes())
+}
+
+/// Commands that take the name of a run.
+const NAMED: [&str; 3] = ["complete", "fail", "status"];
+
+/// Prints the names of runs that are open or have left something; none for who is not root.
+const NAMES: &str = r"ims-sshd status 2>/dev/null | sed -n 's/^\([^ /:]*\): .*/\1/p'";
+
+/// The completions, with the names of runs where a command takes one: clap_complete only knows of files.
+fn with_names(script: &str, shell: Shell) -> String {
+    match shell {
+        Shell::Bash => NAMED.iter().fold(script.to_owned(), |script, command| {
+            // Of these, not of `help`, whose branches are called otherwise.
+            let branch = format!("        ims__sshd__subcmd__{command})\n            opts=\"");
+            script.replace(&branch, &format!("{branch}$({NAMES}) "))
+        }),
+        Shell::Zsh => {
+            let lines = script.lines().map(|line| match line.strip_suffix(":_files' \\") {
+                Some(begin) if begin.starts_with("'::name ") => format!("{begin}:_ims-sshd_names' \\\n"),
+                _ => format!("{line}\n"),
+            });
+            let names =
+                format!("\n_ims-sshd_names() {{\n    compadd -- $({NAMES})\n    _files\n}}\n\n_ims-sshd() {{\n");
+            lines.collect::<String>().replacen("\n_ims-sshd() {\n", &names, 1)
+        }
+        Shell::Fish => {
+            let commands = NAMED.join(" ");
+            format!(
+                "{script}complete -c ims-sshd -n \"__fish_ims_sshd_using_subcommand {commands}\" -a \"({NAMES})\"\n"
+            )
+        }
+        _ => script.to_owned(),
+    }
 }
 
 #[cfg(test)]

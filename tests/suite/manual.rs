@@ -82,6 +82,44 @@ fn fish_completes_commands_and_their_options() {
 }
 
 #[test]
+fn shells_complete_the_names_of_what_is_open() {
+    let name = format!("completed-{}", std::process::id());
+    let dir = tempfile::tempdir_in(cache()).unwrap();
+    let image = dir.path().join(&name);
+    succeed(Command::new("cp").arg("-aT").arg(cache().join("busybox")).arg(&image));
+    let mut open = Command::new(IMS_SSHD);
+    open.arg("enter").arg(&image).args(["sh", "-c", "echo open; exec sleep 600"]).stdout(std::process::Stdio::piped());
+    let mut open = Ended(open.spawn().unwrap());
+    std::io::Read::read_exact(open.stdout.as_mut().unwrap(), &mut [0; 5]).unwrap();
+    let programs = std::path::Path::new(IMS_SSHD).parent().unwrap().display().to_string();
+    let path = format!("{programs}:/usr/bin:/bin");
+
+    let (_folder, script) = completions("bash");
+    for command in ["complete", "fail", "status"] {
+        let asked = format!(
+            "source {}; COMP_WORDS=(ims-sshd {command} compl); COMP_CWORD=2; _ims__sshd ims-sshd compl {command}; echo ${{COMPREPLY[*]}}",
+            script.display()
+        );
+        let offers = succeed(Command::new("bash").args(["-c", &asked]).env("PATH", &path));
+        assert!(offers.split_whitespace().any(|offer| offer == name), "{command}: {offers}");
+    }
+    let (_folder, script) = completions("fish");
+    let asked = format!("source {}; complete -C 'ims-sshd fail compl'", script.display());
+    let offers = succeed(Command::new("fish").args(["--no-config", "-c", &asked]).env("PATH", &path));
+    assert!(offers.lines().any(|offer| offer == name), "{offers}");
+    let (folder, _) = completions("zsh");
+    let mut zsh = Command::new("zsh");
+    let mut terminal = Terminal::with(zsh.args(["-f", "-i"]).env("PS1", "first# ").env("PATH", &path));
+    terminal.see("first# ");
+    let shown = folder.path().display();
+    terminal.line(&format!("fpath=({shown} $fpath); autoload -U compinit; compinit -D -u; PS1='[pro'\"mpt]# \""));
+    terminal.see("[prompt]# ");
+    terminal.keys(&format!("ims-sshd status {}\t", &name[..12]));
+    terminal.see(&name);
+    leave(terminal);
+}
+
+#[test]
 fn man_shows_a_page_of_every_command_with_all_its_sections() {
     let folder = tempfile::tempdir().unwrap();
     succeed(Command::new(IMS_SSHD).arg("man").arg(folder.path()));
