@@ -17,7 +17,7 @@ use rustix::io::Errno;
 
 use crate::error::{Attempt, Error, Result};
 use crate::sys::attributes::{Attributes, Node, times};
-use crate::sys::tree::Tree;
+use crate::sys::tree::{Descent, Tree};
 
 /// Beginning of the name of a directory in the one that is changed: what was renamed waits there, and new files until they are whole. A
 /// number follows that makes it one that neither the source nor the session has.
@@ -249,7 +249,7 @@ pub fn apply(work: &Tree, upper: &Tree, root: &Tree) -> Result<()> {
         // Only copies are left in it: all that was put aside has its place.
         remove_copies(&application.stage).and_then(|()| root.remove_folder(&begun.stage)).attempt(attempted)?;
     }
-    take_attributes(upper, root, Path::new("")).and_then(|()| root.sync()).attempt(attempted)?;
+    take_attributes(upper, root).and_then(|()| root.sync()).attempt(attempted)?;
     begun.step = Step::Applied;
     begun.write(work)
 }
@@ -318,17 +318,18 @@ fn unchangeable(upper: &Tree, root: &Tree, origins: &BTreeMap<PathBuf, Origin>) 
     let moved: BTreeSet<&Path> = origins.values().filter(|o| o.renamed).filter_map(|o| o.below.as_deref()).collect();
     // Paths that are changed, or removed with all that is in them.
     let mut open: Vec<PathBuf> = Vec::new();
+    let (mut uppers, mut roots) = (Descent::of(upper), Descent::of(root));
     for (path, origin) in origins {
         let Some(below) = &origin.below else { continue };
-        let directory = match root.folder_without_links(this(below)) {
+        let directory = match roots.folder_without_links(below) {
             // The session made it; the directory does not have it.
             Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => continue,
             other => other?,
         };
-        if is_fixed(&directory, OsStr::new("."))? {
+        if is_fixed(directory, OsStr::new("."))? {
             return Ok(Some(below.clone()));
         }
-        for name in upper.folder_without_links(this(path))?.names()? {
+        for name in uppers.folder_without_links(path)?.names()? {
             let source = below.join(&name);
             if origins.get(&path.join(&name)).is_none_or(|o| o.below.as_ref() != Some(&source)) {
                 open.push(source);
@@ -339,10 +340,10 @@ fn unchangeable(upper: &Tree, root: &Tree, origins: &BTreeMap<PathBuf, Origin>) 
         if moved.contains(path.as_path()) {
             continue;
         }
-        let directory = root.folder_without_links(this(path.parent().unwrap_or(Path::new(""))))?;
+        let directory = roots.folder_without_links(path.parent().unwrap_or(Path::new("")))?;
         let name = path.file_name().unwrap_or_default();
         let Some(found) = directory.look(name)? else { continue };
-        if is_fixed(&directory, name)? {
+        if is_fixed(directory, name)? {
             return Ok(Some(path));
         }
         if FileType::from_raw_mode(found.st_mode) == FileType::Directory {
@@ -374,15 +375,15 @@ fn this(path: &Path) -> &Path {
 fn origins(upper: &Tree) -> io::Result<BTreeMap<PathBuf, Origin>> {
     let root = Origin { below: Some(PathBuf::new()), renamed: false, aside: String::new() };
     let mut origins = BTreeMap::from([(PathBuf::new(), root)]);
-    let mut open = vec![PathBuf::new()];
+    let (mut open, mut descent) = (vec![PathBuf::new()], Descent::of(upper));
     while let Some(path) = open.pop() {
-        let directory = upper.folder_without_links(this(&path))?;
+        let directory = descent.folder_without_links(&path)?;
         for name in directory.names()? {
-            let found = rustix::fs::statat(&directory, &name, AtFlags::SYMLINK_NOFOLLOW)?;
+            let found = rustix::fs::statat(directory, &name, AtFlags::SYMLINK_NOFOLLOW)?;
             if FileType::from_raw_mode(found.st_mode) != FileType::Directory {
                 continue;
             }
-            let notes = Node { directory: &directory, name: &name }.attributes()?;
+            let notes = Node { directory, name: &name }.attributes()?;
             let note = |name: &str| notes.get(OsStr::new(&format!("trusted.overlay.{name}")));
             let above = origins.get(&path).and_then(|origin| origin.below.as_ref());
             let (below, renamed) = match note("redirect") {
@@ -415,11 +416,10 @@ fn shown(attributes: Attributes) -> Attributes {
     attributes.into_iter().filter_map(|(name, value)| Some((shown(name)?, value))).collect()
 }
 
-/// Gives the directory `path` of `root` what that of `upper` has.
-fn take_attributes(upper: &Tree, root: &Tree, path: &Path) -> io::Result<()> {
-    let (from, to) = (upper.folder_without_links(this(path))?, root.folder_without_links(this(path))?);
+/// Gives the directory `to` what `from` has.
+fn take_attributes(from: &Tree, to: &Tree) -> io::Result<()> {
     let name = OsStr::new(".");
-    take(Node { directory: &from, name }, &rustix::fs::fstat(&from)?, Node { directory: &to, name })
+    take(Node { directory: from, name }, &rustix::fs::fstat(from)?, Node { directory: to, name })
 }
 
 /// Lets nobody reach what is put into `to` who may not reach it in the end: its own attributes come last, as they were in `from`.
@@ -480,31 +480,34 @@ impl Application<'_> {
     fn place(&self) -> io::Result<()> {
         // Copies of a run that was killed may not have reached the disk.
         remove_copies(&self.stage)?;
+        let (mut uppers, mut roots) = (Descent::of(self.upper), Descent::of(self.root));
         for (path, origin) in self.origins {
-            self.fill(path, origin.below.is_none())
+            let both = uppers.folder_without_links(path).and_then(|from| Ok((from, roots.folder_without_links(path)?)));
+            both.and_then(|(from, to)| self.fill(path, from, to, origin.below.is_none()))
                 .map_err(|e| io::Error::new(e.kind(), format!("/{}: {e}", path.display())))?;
         }
         // Placing entries has changed the times of their directories.
-        self.origins.keys().try_for_each(|path| take_attributes(self.upper, self.root, path))
+        let (mut uppers, mut roots) = (Descent::of(self.upper), Descent::of(self.root));
+        self.origins
+            .keys()
+            .try_for_each(|path| take_attributes(uppers.folder_without_links(path)?, roots.folder_without_links(path)?))
     }
 
     /// Gives a directory the entries that the upper layer has of it, and removes those that are seen no more.
-    fn fill(&self, path: &Path, is_new: bool) -> io::Result<()> {
-        let from = self.upper.folder_without_links(this(path))?;
-        let to = self.root.folder_without_links(this(path))?;
-        restrict(&from, &to)?;
+    fn fill(&self, path: &Path, from: &Tree, to: &Tree, is_new: bool) -> io::Result<()> {
+        restrict(from, to)?;
         let names: BTreeSet<OsString> = from.names()?.into_iter().collect();
         if is_new {
             to.names()?.iter().filter(|name| !names.contains(*name)).try_for_each(|name| to.remove_whole(name))?;
         }
         for name in &names {
-            let found = rustix::fs::statat(&from, name, AtFlags::SYMLINK_NOFOLLOW)?;
+            let found = rustix::fs::statat(from, name, AtFlags::SYMLINK_NOFOLLOW)?;
             if is_whiteout(&found) {
                 to.remove_whole(name)?;
             } else if FileType::from_raw_mode(found.st_mode) == FileType::Directory {
-                self.place_directory(&to, name, self.origins.get(&path.join(name)))?;
+                self.place_directory(to, name, self.origins.get(&path.join(name)))?;
             } else {
-                self.place_file(&from, &to, name, &found)?;
+                self.place_file(from, to, name, &found)?;
             }
         }
         Ok(())

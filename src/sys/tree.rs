@@ -279,13 +279,13 @@ impl Tree {
     /// name there, and what it is. Follows no link, and reaches nothing outside, whatever is renamed meanwhile.
     pub fn walk(&self, mut visit: impl FnMut(&Path, &Tree, &OsStr, &Stat) -> io::Result<()>) -> io::Result<()> {
         visit(Path::new(""), self, OsStr::new("."), &rustix::fs::fstat(&self.folder)?)?;
-        let mut folders = vec![PathBuf::from(".")];
+        let (mut folders, mut descent) = (vec![PathBuf::new()], Descent::of(self));
         while let Some(path) = folders.pop() {
-            let folder = self.folder_without_links(&path)?;
+            let folder = descent.folder_without_links(&path)?;
             for name in folder.names()? {
                 let below = path.join(&name);
-                let found = rustix::fs::statat(&folder, &name, AtFlags::SYMLINK_NOFOLLOW)?;
-                visit(below.strip_prefix(".").unwrap_or(&below), &folder, &name, &found)?;
+                let found = rustix::fs::statat(folder, &name, AtFlags::SYMLINK_NOFOLLOW)?;
+                visit(&below, folder, &name, &found)?;
                 if FileType::from_raw_mode(found.st_mode) == FileType::Directory {
                     folders.push(below);
                 }
@@ -551,6 +551,32 @@ impl Tree {
         let times = attributes::times(&before);
         rustix::fs::utimensat(self.reopen()?, ".", &times, AtFlags::empty())?;
         Ok(result)
+    }
+}
+
+/// Opens directories of a tree by path, each from the one before if it lies in that: a walk down a deep tree takes time in proportion to its
+/// depth. What has been opened must not get another path meanwhile.
+pub struct Descent<'a> {
+    tree: &'a Tree,
+    last: Option<(PathBuf, Tree)>,
+}
+
+impl<'a> Descent<'a> {
+    /// Begins at the tree's own directory.
+    pub fn of(tree: &'a Tree) -> Self {
+        Self { tree, last: None }
+    }
+
+    /// The directory `path` below the tree, on whose way nothing is a link; that of no name is the tree's own.
+    pub fn folder_without_links(&mut self, path: &Path) -> io::Result<&Tree> {
+        let last = self.last.take();
+        let (from, rest) = match &last {
+            Some((above, from)) if path.starts_with(above) => (from, path.strip_prefix(above).unwrap_or(path)),
+            _ => (self.tree, path),
+        };
+        let rest = if rest.as_os_str().is_empty() { Path::new(".") } else { rest };
+        let found = from.folder_without_links(rest)?;
+        Ok(&self.last.insert((path.to_owned(), found)).1)
     }
 }
 
