@@ -224,7 +224,7 @@ impl ChecksumOptions {
 #[command(next_help_heading = "Image")]
 struct ImageOptions {
     /// Name of the new image [variable: IMAGE_ROOT_ARCHIVE_NAME] [default: image]
-    #[arg(long, value_parser = publishing::directory_name)]
+    #[arg(long, value_parser = publishing::image_name)]
     name: Option<String>,
     /// Kernel, by its name in the image's /boot; auto is the newest one, if there is one [variable: KERNEL_FILENAME] [default: auto]
     #[arg(long, value_name = "NAME", value_parser = publishing::boot_file)]

@@ -138,7 +138,8 @@ impl Settings {
             parameters: file_name(&mut reader, "KERNEL_PARAMETERS_FILENAME")
                 .unwrap_or_else(|| "kernel-parameters".into()),
         };
-        let name = reader.line("IMAGE_ROOT_ARCHIVE_NAME").filter(|n| !n.is_empty());
+        let name = reader.text("IMAGE_ROOT_ARCHIVE_NAME");
+        let name = name.and_then(|name| reader.check("IMAGE_ROOT_ARCHIVE_NAME", &name, image_name));
         let expected = Expected {
             md5: checksum(&mut reader, "DOWNLOAD_MD5SUM", 32),
             sha256: checksum(&mut reader, "DOWNLOAD_SHA256SUM", 64),
@@ -188,7 +189,7 @@ impl Settings {
 
     /// How the packed image is called.
     pub fn archive(&self) -> String {
-        format!("{}.sqsh", self.name.replace('/', "_"))
+        format!("{}.sqsh", self.name)
     }
 
     /// The image root's place below the parent.
@@ -214,20 +215,12 @@ pub fn boot_file(name: &str) -> Checked {
     Ok(name.to_owned())
 }
 
-/// An image's name.
+/// Name of a new image: its archive's and, in a store that is a directory, its directory's.
 pub fn image_name(name: &str) -> Checked {
-    if name.contains(|c: char| c.is_control()) {
-        return Err("expected one line without control characters".into());
+    if name.is_empty() || name.starts_with('.') || name.contains(|c: char| c == '/' || c.is_control()) {
+        return Err("expected a name of one line without '/' that does not begin with '.'".into());
     }
     Ok(name.to_owned())
-}
-
-/// Name of a new image that a person has typed: one that a directory cannot have would become another one.
-pub fn directory_name(name: &str) -> Checked {
-    if name.is_empty() || name.starts_with('.') || name.contains('/') {
-        return Err("expected a name without '/' that does not begin with '.'".into());
-    }
-    image_name(name)
 }
 
 /// A SHA-256.
@@ -277,11 +270,14 @@ fn store(reader: &mut Reader) -> Store {
         secrets::keep(secret);
     }
     // A token belongs to the keys that it came with.
-    let token = reader.text("AWS_SESSION_TOKEN").filter(|_| ours.is_none() || aws.is_none());
+    let token = credential(reader, "AWS_SESSION_TOKEN").filter(|_| ours.is_none() || aws.is_none());
     if let Some(token) = &token {
         secrets::keep(token);
     }
-    let region = ["AWS_REGION", "AWS_DEFAULT_REGION"].iter().find_map(|n| reader.text(n));
+    let region = ["AWS_REGION", "AWS_DEFAULT_REGION"].iter().find_map(|n| {
+        let region = reader.text(n)?;
+        reader.check(n, &region, region_name)
+    });
     let bundle = reader.text("AWS_CA_BUNDLE").map_or(Validate::Yes, |file| Validate::By(file.into()));
     let validate = match reader.text("S3_SSL_VALIDATE") {
         None => bundle,
@@ -306,14 +302,43 @@ fn store(reader: &mut Reader) -> Store {
 
 /// Two variables of which neither is of use alone.
 fn pair(reader: &mut Reader, (first, second): (&str, &str)) -> Option<(String, String)> {
-    match (reader.text(first), reader.text(second)) {
+    match (credential(reader, first), credential(reader, second)) {
         (Some(a), Some(b)) => Some((a, b)),
         (None, None) => None,
+        // One of them was refused.
+        _ if reader.text(first).is_some() == reader.text(second).is_some() => None,
         _ => {
             reader.complaints.push(format!("of {first} and {second} one is not set: expected both"));
             None
         }
     }
+}
+
+/// A key or token, which goes into headers. A newline at its end is of the file that it was read from.
+fn credential(reader: &mut Reader, variable: &str) -> Option<String> {
+    let text = reader.text(variable)?;
+    let text = text.strip_suffix('\n').map_or(&*text, |line| line.strip_suffix('\r').unwrap_or(line));
+    if !is_header_word(text) {
+        // It is a secret, and is not quoted.
+        let complaint =
+            format!("{variable} holds spaces, newlines or other bytes that no key or token has: set it without them");
+        reader.complaints.push(complaint);
+        return None;
+    }
+    Some(text.to_owned())
+}
+
+/// Returns whether a key or token can be put into a header.
+pub fn is_header_word(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_graphic())
+}
+
+/// A region: a part of what signs a request, and of a host's name.
+fn region_name(name: &str) -> Checked {
+    if !name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte)) {
+        return Err("expected the name of a region, as in us-east-1".into());
+    }
+    Ok(name.to_owned())
 }
 
 /// The URL in a variable.
@@ -409,6 +434,30 @@ mod tests {
     }
 
     #[test]
+    fn keys_and_tokens_lose_the_newline_of_their_file_and_are_refused_where_no_header_may_hold_them() {
+        let keys = |end: &str| {
+            let [access, secret, token] =
+                ["A", "the secret", "T"].map(|text| format!("{}{end}", text.replace(' ', "-")));
+            let names = ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"];
+            let variables: Vec<_> = names.into_iter().zip([access, secret, token]).collect();
+            Settings::read(None, variables.into_iter().map(|(n, v)| (n.into(), v.into())))
+                .map(|settings| settings.store)
+        };
+        for end in ["", "\n", "\r\n"] {
+            let store = keys(end).unwrap();
+            assert_eq!(store.keys, Some(("A".into(), "the-secret".into())), "{end:?}");
+            assert_eq!(store.token.as_deref(), Some("T"), "{end:?}");
+        }
+        for wrong in ["\n\n", "\r", " ", "\r\nx: y", "ö", "\u{7f}"] {
+            let refused = keys(wrong).unwrap_err().to_string();
+            for name in ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"] {
+                assert!(refused.contains(&format!("{name} holds")), "{wrong:?}: {refused}");
+            }
+            assert!(!refused.contains("the-secret"), "{refused}");
+        }
+    }
+
+    #[test]
     fn every_wrong_value_is_named_at_once() {
         let wrong = [
             ("IMS_ACTION", "destroy"),
@@ -420,6 +469,8 @@ mod tests {
             ("IMS_JOB_ID", "../images"),
             ("IMAGE_COMPRESSION", "rar"),
             ("IMS_RETRY_LIMIT", "long"),
+            ("IMAGE_ROOT_ARCHIVE_NAME", "a/b"),
+            ("AWS_REGION", "eu north"),
         ];
         let refused = |variables: &[(&str, &str)]| read(variables).unwrap_err().to_string();
         assert!(refused(&[("IMS_URL", "ims")]).contains("IMS_URL"));

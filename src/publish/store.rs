@@ -528,6 +528,12 @@ fn s3(bucket: &str, settings: &settings::Store, network: &Network) -> Result<(Am
             "S3_ACCESS_KEY and S3_SECRET_KEY, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, are not set: expected the store's keys",
         ));
     };
+    // The crate would send the keys, and the image, to Amazon.
+    if settings.endpoint.is_none() && settings.region.is_none() {
+        return Err(Error::bad_input(format!(
+            "no server is named for the store s3://{bucket}: expected its URL in S3_ENDPOINT or AWS_ENDPOINT_URL, or AWS_REGION if it is Amazon's"
+        )));
+    }
     // The crate would name the store for an error of the variables.
     let connector =
         Connector { network: network.clone(), validate: settings.validate.clone(), is_silent: Arc::default() };
