@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use crate::error::{Attempt, Error, Result};
 use crate::lifecycle::secrets;
 use crate::publish::id::Id;
-use crate::publish::settings::{self, Settings};
+use crate::publish::settings::{self, Settings, is_header_word};
 use crate::publish::store::MOST_QUOTED;
 use crate::publish::work::{Fault, Work, complaint, is_passing, patiently, whole, without_query};
 
@@ -112,6 +112,11 @@ impl<'a> Ims<'a> {
         self.has_asked
     }
 
+    /// Returns whether a record of an image tells by which request it was made.
+    pub fn takes_metadata(&self) -> bool {
+        self.takes_metadata
+    }
+
     /// Makes sure that IMS answers, and takes the credentials.
     pub fn check(&mut self) -> Result<()> {
         self.image(&Id::random()?).map(|_| ())
@@ -136,7 +141,13 @@ impl<'a> Ims<'a> {
     pub fn set_resultant_image(&mut self, image: &Id) -> Result<Option<Value>> {
         let Some(job) = self.job.clone() else { return Ok(None) };
         let body = json!({ "resultant_image_id": image.as_str() });
-        self.call("set the job's resultant image", &Method::PATCH, &["jobs", job.as_str()], Some(&body))
+        let attempted = "set the job's resultant image";
+        let answer = self.call(attempted, &Method::PATCH, &["jobs", job.as_str()], Some(&body))?;
+        let told = answer.as_ref().map_or(&Value::Null, |job| &job["resultant_image_id"]);
+        if !told.is_null() && *told != body["resultant_image_id"] {
+            return Err(contradicts(attempted, &format!("the image {told}")));
+        }
+        Ok(answer)
     }
 
     /// The record that was made by `request`, whose answer was lost to a connection or to a crash. A name proves nothing: another job may
@@ -193,6 +204,18 @@ impl<'a> Ims<'a> {
             .advise("nothing was written to it; see what answers at IMS_URL"))
     }
 
+    /// What of a record cannot be of the image `id` that `request` has made, as far as that is known, and that `link` was put into.
+    pub fn difference(record: &Value, id: &Id, request: Option<&Id>, link: Option<&Value>) -> Option<String> {
+        let told = &record["link"];
+        if record["id"] != id.as_str() {
+            return Some(format!("its id is {}", record["id"]));
+        }
+        if request.is_some_and(|request| record["metadata"][REQUEST] != request.as_str()) {
+            return Some(format!("its metadata does not say that it was made by this job's request ({REQUEST})"));
+        }
+        (!told.is_null() && !link.is_some_and(|link| is_same_link(told, link))).then(|| format!("its link is {told}"))
+    }
+
     /// An image's record; nothing if there is none.
     pub fn image(&mut self, id: &Id) -> Result<Option<Value>> {
         self.call("read the image's record", &Method::GET, &["images", id.as_str()], None)
@@ -201,12 +224,13 @@ impl<'a> Ims<'a> {
     /// Puts content into an image's record.
     pub fn link_image(&mut self, id: &Id, link: &Value) -> Result<Option<Value>> {
         let body = json!({ "link": link });
-        self.call(
-            "set the manifest link in the IMS image record",
-            &Method::PATCH,
-            &["images", id.as_str()],
-            Some(&body),
-        )
+        let attempted = "set the manifest link in the IMS image record";
+        let answer = self.call(attempted, &Method::PATCH, &["images", id.as_str()], Some(&body))?;
+        let told = answer.as_ref().map_or(&Value::Null, |image| &image["link"]);
+        if !told.is_null() && !is_same_link(told, link) {
+            return Err(contradicts(attempted, &format!("the link {told}")));
+        }
+        Ok(answer)
     }
 
     /// Takes an image's record back; one that is not there is no error.
@@ -335,6 +359,10 @@ impl<'a> Ims<'a> {
         let Some(bearer) = answer["access_token"].as_str() else {
             return Err(Fault::Final(Error::new(attempted).because("there is none in the answer")));
         };
+        if !is_header_word(bearer) {
+            let why = "the one in the answer holds spaces, newlines or other bytes that no header may hold";
+            return Err(Fault::Final(Error::new(attempted).because(why).advise("see what answers at that URL")));
+        }
         secrets::keep(bearer);
         let seconds = answer["expires_in"].as_u64().unwrap_or(60).min(LONGEST_LIFE);
         let lives = Duration::from_secs(seconds).saturating_sub(TOKEN_MARGIN);
@@ -372,6 +400,16 @@ fn made_by(list: &[u8], request: &Id, look: impl FnMut() -> bool) -> serde_json:
         }
     }
     serde_json::Deserializer::from_slice(list).deserialize_seq(Records(request.as_str(), look))
+}
+
+/// Returns whether both name the same manifest.
+fn is_same_link(one: &Value, other: &Value) -> bool {
+    ["path", "etag", "type"].iter().all(|name| one[name] == other[name])
+}
+
+fn contradicts(attempted: &str, told: &str) -> Error {
+    let refused = Error::new(attempted).because(format!("IMS answers with another value, {told}"));
+    refused.advise("see what answers at IMS_URL")
 }
 
 /// So many bytes of a list are read before one looks whether a signal came.

@@ -5,10 +5,10 @@
 use std::cell::OnceCell;
 use std::io::Write;
 
-use rustix::fs::OFlags;
+use rustix::fs::{FileType, OFlags};
 use serde_json::{Value, json};
 
-use crate::error::{Attempt, Result};
+use crate::error::{Attempt, Error, Result};
 use crate::lifecycle::signal_files::{READY, SignalFiles};
 use crate::publish::id::Id;
 use crate::publish::seal::Seal;
@@ -72,6 +72,20 @@ impl<'a> Notes<'a> {
         }
     }
 
+    /// Refuses what is no file in the place of one: it could not be replaced when the image is published.
+    fn refuse_irregular(&self) -> Result<()> {
+        for name in [FILE, PARTS] {
+            let attempted = || format!("read {}", self.shown(name));
+            let found = self.files.parent().look(name).attempt(attempted)?;
+            if let Some(kind) = found.and_then(|found| irregular(FileType::from_raw_mode(found.st_mode))) {
+                return Err(Error::new(attempted())
+                    .because(format!("it is {kind}, expected a file"))
+                    .advise("see who made it, and remove it"));
+            }
+        }
+        Ok(())
+    }
+
     fn ignored(&self, name: &str, why: &str) {
         tracing::warn!(
             "ignored {}: {why}; what was published in part before, if anything was, is left in the store",
@@ -90,6 +104,17 @@ impl<'a> Notes<'a> {
     /// Removes all notes: everything is done, or rolled back.
     pub fn clear(&self) -> Result<()> {
         clear(self.files)
+    }
+}
+
+/// What there is instead of a regular file.
+fn irregular(kind: FileType) -> Option<&'static str> {
+    match kind {
+        FileType::RegularFile => None,
+        FileType::Directory => Some("a directory"),
+        FileType::Symlink => Some("a symbolic link"),
+        FileType::Fifo => Some("a fifo"),
+        _ => Some("a device or socket"),
     }
 }
 
@@ -116,10 +141,20 @@ pub enum Phase {
     Packing,
     /// The packed image is whole. Packed again it would be another one, of which no part has been sent.
     Packed,
+    /// The job has ended: its image is published.
+    Published,
+    /// The job has ended: its image was marked failed.
+    Failed,
 }
 
-const PHASES: [(Phase, &str); 4] =
-    [(Phase::Begun, "begun"), (Phase::Ready, "ready"), (Phase::Packing, "packing"), (Phase::Packed, "packed")];
+const PHASES: [(Phase, &str); 6] = [
+    (Phase::Begun, "begun"),
+    (Phase::Ready, "ready"),
+    (Phase::Packing, "packing"),
+    (Phase::Packed, "packed"),
+    (Phase::Published, "published"),
+    (Phase::Failed, "failed"),
+];
 
 /// How far one job is.
 #[derive(Debug, Clone, PartialEq)]
@@ -130,12 +165,15 @@ pub struct Journal {
     pub request: Option<Id>,
     /// The new image.
     pub image: Option<Id>,
+    /// Link of the new image's manifest, once that is uploaded.
+    pub link: Option<Value>,
 }
 
 impl Journal {
     /// Reads how far this job is. Read once: from then on what is in memory counts, whatever becomes of the file.
     pub fn read(notes: &Notes) -> Result<Self> {
-        let mut journal = Self { phase: Phase::Begun, request: None, image: None };
+        let mut journal = Self { phase: Phase::Begun, request: None, image: None, link: None };
+        notes.refuse_irregular()?;
         let Some(text) = notes.text(FILE) else { return Ok(journal) };
         // `prepare` of a pod that begins again takes it away: then everything before the packing is done again.
         let may_be_open = notes.files.stands(READY)?;
@@ -155,14 +193,21 @@ impl Journal {
         journal.phase = if phase == Phase::Ready && !may_be_open { Phase::Begun } else { phase };
         journal.request = id(&fields["request"]);
         journal.image = id(&fields["image"]);
+        journal.link = Some(fields["link"].clone()).filter(Value::is_object);
         Ok(journal)
+    }
+
+    /// Forgets the new image: it is published, rolled back, or not this job's.
+    pub fn forget_image(&mut self) {
+        (self.request, self.image, self.link) = (None, None, None);
     }
 
     /// Writes it down before what it tells is done.
     pub fn write(&self, notes: &Notes) -> Result<()> {
         let phase = PHASES.iter().find(|(phase, _)| *phase == self.phase).map_or("begun", |(_, name)| *name);
         let [request, image] = [&self.request, &self.image].map(|id| id.as_ref().map(Id::as_str));
-        let text = json!({ "job": notes.settings.job, "phase": phase, "request": request, "image": image });
+        let (job, link) = (&notes.settings.job, &self.link);
+        let text = json!({ "job": job, "phase": phase, "request": request, "image": image, "link": link });
         notes.write(FILE, &notes.seal()?.line(JOURNAL, &text.to_string()))
     }
 }
@@ -274,7 +319,8 @@ mod tests {
 
     fn journal() -> Journal {
         let [a, b] = IDS.map(|id| Id::parse(id).unwrap());
-        Journal { phase: Phase::Packing, request: Some(a), image: Some(b) }
+        let link = Some(json!({ "path": "s3://b/p/manifest.json", "etag": "e", "type": "s3" }));
+        Journal { phase: Phase::Packing, request: Some(a), image: Some(b), link }
     }
 
     fn upload() -> Upload {
@@ -287,7 +333,7 @@ mod tests {
         let (_dir, files) = volume();
         let (ours, other) = (settings("7"), settings("8"));
         let notes = Notes::new(&files, &ours);
-        let absent = Journal { phase: Phase::Begun, request: None, image: None };
+        let absent = Journal { phase: Phase::Begun, request: None, image: None, link: None };
         assert_eq!(Journal::read(&notes).unwrap(), absent);
         journal().write(&notes).unwrap();
         assert_eq!(Journal::read(&Notes::new(&files, &ours)).unwrap(), journal());
@@ -295,6 +341,22 @@ mod tests {
         assert_eq!(Journal::read(&Notes::new(&files, &other)).unwrap(), absent);
         notes.clear().unwrap();
         assert_eq!(Journal::read(&notes).unwrap(), absent);
+    }
+
+    #[test]
+    fn what_is_no_file_in_the_place_of_a_record_is_refused_at_the_start() {
+        let ours = settings("7");
+        for name in [FILE, PARTS] {
+            for (make, kind) in [("mkdir", "a directory"), ("mkfifo", "a fifo"), ("ln -s /dev/zero", "a symbolic link")]
+            {
+                let (dir, files) = volume();
+                let script = format!("{make} {name}");
+                let made = std::process::Command::new("sh").args(["-c", &script]).current_dir(dir.path()).status();
+                assert!(made.unwrap().success());
+                let refused = Journal::read(&Notes::new(&files, &ours)).unwrap_err().to_string();
+                assert!(refused.contains(name) && refused.contains(kind), "{refused}");
+            }
+        }
     }
 
     #[test]

@@ -30,7 +30,7 @@ pub struct Seal {
 impl Seal {
     /// Signs notes of `settings`' job on the volume `parent`. The key comes of a secret that a restart does not change and that nobody else
     /// who writes to the volume has: one kept there, if that is nobody; the store's; that of IMS; one kept in a store that is a directory.
-    /// Without any of these nothing is published, and the key lasts for this run.
+    /// Without any of these nothing is published: notes say how far the job is, as signal files do, which others can make as well.
     pub fn of(settings: &Settings, parent: &Tree, is_private: bool) -> Result<Self> {
         let oauth = settings.ims.as_ref().and_then(|ims| ims.oauth.as_ref());
         let secret = if is_private {
@@ -46,7 +46,7 @@ impl Seal {
             std::fs::create_dir_all(&folder).attempt(attempted)?;
             key_in(&open_tree(&folder)?)?
         } else {
-            random_key()?
+            Vec::new()
         };
         Self::new(&secret, settings.job.as_deref(), parent).attempt(|| format!("look at {}", parent.shown().display()))
     }

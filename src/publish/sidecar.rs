@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::error::{Attempt, Error, Result};
 use crate::jail::resolv_conf::{self, ENVIRONMENT, RESOLV_CONF, SIDECAR};
@@ -43,6 +43,13 @@ const GONE: Duration = Duration::from_secs(5);
 
 /// How long the environment has to close when this container is asked to end.
 const CLOSE_TIME: Duration = Duration::from_secs(20);
+
+const FAILED: &str = "the image was marked failed: it is not published";
+
+/// The report of an image that is packed, and for which no store is named.
+fn packed_only(archive: &Path) -> Value {
+    json!({ "archive": archive, "ims_image_artifacts": [], "published": false, "result": "success" })
+}
 
 /// What belongs to the command line alone.
 #[derive(Debug, Clone)]
@@ -122,14 +129,18 @@ pub fn run(
             notes: &notes,
             journal,
             ims,
+            has_published: false,
         };
         sidecar.old = sidecar.stamps();
         // Before IMS hears of it: it ends the job, and its volume with it.
-        let result = sidecar.live().inspect_err(|_| {
-            if let Err(e) = sidecar.publication().give_up(&mut sidecar.journal) {
-                tracing::error!("{e}");
-            }
-        });
+        let result = sidecar.live();
+        // A publication that fails is rolled back by itself.
+        if result.is_err()
+            && !sidecar.has_published
+            && let Err(e) = sidecar.publication().give_up(&mut sidecar.journal)
+        {
+            tracing::error!("{e}");
+        }
         phase = sidecar.journal.phase;
         result
     };
@@ -181,6 +192,8 @@ struct Sidecar<'a> {
     notes: &'a Notes<'a>,
     journal: Journal,
     ims: Ims<'a>,
+    /// Set once a publication was tried.
+    has_published: bool,
 }
 
 impl<'a> Sidecar<'a> {
@@ -190,6 +203,9 @@ impl<'a> Sidecar<'a> {
             .action
             .ok_or_else(|| Error::bad_input("IMS_ACTION is not set: expected 'customize' or 'create'"))?;
         // A container that is started again after the job has ended does nothing more.
+        if let Some(code) = self.ended(action)? {
+            return Ok(code);
+        }
         if let Some(job) = self.ims.job()? {
             match job["status"].as_str() {
                 Some("success") => {
@@ -267,13 +283,53 @@ impl<'a> Sidecar<'a> {
 
     /// Ends the job as failed, and rolls back the publication that an earlier run has begun.
     fn end_as_failed(&mut self, action: Action) -> Result<u8> {
-        const FAILED: &str = "the image was marked failed: it is not published";
         tracing::info!("{FAILED}");
         self.publication().give_up(&mut self.journal)?;
         self.ims.set_status(Status::Error)?;
-        self.notes.clear()?;
+        self.journal.phase = Phase::Failed;
+        self.journal.write(self.notes)?;
+        Ok(Self::say_failed(action))
+    }
+
+    fn say_failed(action: Action) -> u8 {
         say_result(&json!({ "error": FAILED, "result": "failure" }));
-        Ok(u8::from(action == Action::Create))
+        u8::from(action == Action::Create)
+    }
+
+    /// The exit code of a job that has ended before, which is said again. Nothing is done but what an earlier run could not roll back, and
+    /// an environment that waits is closed.
+    fn ended(&mut self, action: Action) -> Result<Option<u8>> {
+        let verdict = match self.journal.phase {
+            Phase::Published => Verdict::Complete,
+            Phase::Failed => Verdict::Failed,
+            _ => return Ok(None),
+        };
+        let again = format!(
+            "nothing is done; for another image in {}, run 'ims-sshd prepare --fresh' first",
+            self.files.path().display()
+        );
+        // The environment of a pod that has begun again, in which nothing is left to do.
+        if !self.files.stands(EXITING)? && !self.files.stands(READY)? {
+            self.files.mark_instead_of_ready(verdict)?;
+        }
+        if verdict == Verdict::Failed {
+            tracing::info!("the job has ended before: {FAILED}; {again}");
+            if self.journal.image.is_some() || self.journal.request.is_some() {
+                self.publication().give_up(&mut self.journal)?;
+                self.journal.write(self.notes)?;
+            }
+            return Ok(Some(Self::say_failed(action)));
+        }
+        if let Some(link) = &self.journal.link {
+            let place = link["path"].as_str().unwrap_or_default();
+            tracing::info!("the job has ended before: its image is published, {place}; {again}");
+            say_result(&json!({ "ims_image_record": { "link": link }, "result": "success" }));
+        } else {
+            let archive = self.files.path().join(self.settings.archive());
+            tracing::info!("the job has ended before: its image is {}; {again}", archive.display());
+            say_result(&packed_only(&archive));
+        }
+        Ok(Some(0))
     }
 
     /// The image root; nothing where it is on another node, and its packed image is, or was, or will be here.
@@ -469,11 +525,15 @@ impl<'a> Sidecar<'a> {
     fn publish(&mut self, image: Image) -> Result<u8> {
         if self.settings.store.url.is_none() {
             let archive = self.files.path().join(self.settings.archive());
-            tracing::info!("no store is named (S3_BUCKET, IMAGE_STORE): the image is {}", archive.display());
-            self.notes.clear()?;
-            say_result(&json!({ "archive": archive, "ims_image_artifacts": [], "result": "success" }));
+            tracing::warn!(
+                "the image is not published: no store is named (S3_BUCKET, IMAGE_STORE); it is {}, and is gone with that volume",
+                archive.display()
+            );
+            self.publication().end(&mut self.journal, Phase::Published)?;
+            say_result(&packed_only(&archive));
             return Ok(0);
         }
+        self.has_published = true;
         let report = self.publication().publish(&mut self.journal, image)?;
         say_result(&report);
         Ok(0)

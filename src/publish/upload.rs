@@ -64,18 +64,21 @@ impl Publication<'_> {
     pub fn publish(&mut self, journal: &mut Journal, image: Image) -> Result<Value> {
         let store = Store::open(&self.settings.store, &self.work.network)?;
         let result = self.forget_published(&store, journal).and_then(|()| self.carry_out(&store, journal, image));
-        if result.is_err() {
-            self.roll_back(&store, journal);
-        }
-        // A published image stays published, even if the record of it was replaced.
-        let noted = if result.is_err() { self.begin_again(journal) } else { self.clear(journal) };
+        let noted = match &result {
+            Err(_) if self.roll_back(&store, journal) => self.begin_again(journal),
+            // What is left is known to the next run.
+            Err(_) => journal.write(self.notes),
+            // A published image stays published, even if the record of it was replaced.
+            Ok(_) => self.end(journal, Phase::Published),
+        };
         if let Err(error) = noted {
             tracing::warn!("{error}");
         }
         result
     }
 
-    /// Rolls back what an earlier run has published in part that was killed, where nothing more is published.
+    /// Rolls back what an earlier run has published in part that was killed, where nothing more is published. What cannot be rolled back
+    /// stays in the journal.
     pub fn give_up(&mut self, journal: &mut Journal) -> Result<()> {
         if journal.image.is_none() && journal.request.is_none() {
             return Ok(());
@@ -83,23 +86,33 @@ impl Publication<'_> {
         let store = Store::open(&self.settings.store, &self.work.network)?;
         self.work.roll_back();
         self.forget_published(&store, journal)?;
-        self.roll_back(&store, journal);
-        self.clear(journal)
+        if !self.roll_back(&store, journal) {
+            return Ok(());
+        }
+        journal.forget_image();
+        self.notes.clear()
     }
 
     /// Forgets what was rolled back, and not that the environment has ended: a sidecar that is run again publishes its image.
     fn begin_again(&self, journal: &mut Journal) -> Result<()> {
+        journal.forget_image();
         if journal.phase < Phase::Packing {
-            return self.clear(journal);
+            return self.notes.clear();
         }
-        (journal.image, journal.request) = (None, None);
         Upload::clear(self.notes)?;
         journal.write(self.notes)
     }
 
-    fn clear(&self, journal: &mut Journal) -> Result<()> {
-        (journal.image, journal.request) = (None, None);
-        self.notes.clear()
+    /// Records that a job has ended; outside a job nothing stays recorded.
+    pub fn end(&self, journal: &mut Journal, phase: Phase) -> Result<()> {
+        let link = journal.link.take();
+        journal.forget_image();
+        if journal.phase < Phase::Packing {
+            return self.notes.clear();
+        }
+        (journal.phase, journal.link) = (phase, link);
+        Upload::clear(self.notes)?;
+        journal.write(self.notes)
     }
 
     /// Forgets an image that is whole. Without an IMS its manifest says so, which comes last: nothing is left to do to it, and notes of that
@@ -111,7 +124,7 @@ impl Publication<'_> {
         let manifest = format!("{id}/{}", MANIFEST.0);
         if self.wait(&format!("look at {}", store.url_of(&manifest)), store.is_there(&manifest))? {
             tracing::info!("image {id} was published before");
-            journal.image = None;
+            journal.forget_image();
         }
         Ok(())
     }
@@ -121,19 +134,22 @@ impl Publication<'_> {
         let id = id_of(&record).ok_or_else(|| Error::new("publish the image").because("its record has no id"))?;
         if !self.is_place_ours(store, &id, is_new)? {
             // And nothing of it is deleted.
-            (journal.image, journal.request) = (None, None);
+            journal.forget_image();
             let upload = Error::new(format!("upload to {}", store.url_of(id.as_str())));
             return Err(upload
                 .because("an object that is there is not this job's")
                 .advise("nothing was written; see who publishes there, and delete the image's record by hand"));
         }
         let mut described = store.shown(id.as_str());
-        let artifacts = if record.get("link").is_some_and(|link| !link.is_null()) {
-            // An earlier run got as far as this: all is uploaded.
+        let artifacts = if let Some(link) = journal.link.as_ref().filter(|_| !record["link"].is_null()) {
+            // An earlier run got as far as this: all is uploaded. Its record was compared with the journal.
+            self.check_manifest(store, &id, link)?;
             Vec::new()
         } else {
             let (artifacts, link, uploaded) = self.upload(store, &id, image)?;
             described = uploaded;
+            journal.link = Some(link.clone());
+            journal.write(self.notes)?;
             record = self.ims.link_image(&id, &link)?.unwrap_or_else(|| self.local_record(&id, &link));
             artifacts
         };
@@ -169,11 +185,9 @@ impl Publication<'_> {
         if let Some(id) = &journal.image
             && let Some(record) = self.ims.image(id)?
         {
-            if self.is_ours(&record) {
-                return Ok((record, false));
-            }
-            tracing::warn!("image {id} is not what this job began: left as it is");
-            (journal.image, journal.request) = (None, None);
+            let Some(why) = self.difference(&record, id, journal) else { return Ok((record, false)) };
+            tracing::warn!("image {id} is not what this job began: {why}; left as it is, and another one is made");
+            journal.forget_image();
         }
         let asked_before = journal.request.as_ref().map(|request| self.ims.find_image(request)).transpose()?.flatten();
         let is_new = journal.request.is_none();
@@ -197,15 +211,41 @@ impl Publication<'_> {
                 .because(format!("the id of its record is {}: expected a UUID", record["id"])));
         };
         journal.image = Some(id.clone());
+        if !self.ims.takes_metadata() {
+            // No record tells of it.
+            journal.request = None;
+        }
         journal.write(self.notes)?;
         tracing::info!(image = id.as_str(), "the image '{name}' has its record");
         Ok((record, true))
     }
 
-    /// Whether a record can be what this job has made. One that is linked is published: a job ends with it, so that without a job it is done.
-    fn is_ours(&self, record: &Value) -> bool {
-        let is_linked = record.get("link").is_some_and(|link| !link.is_null());
-        record["name"] == self.settings.name && (!is_linked || self.settings.job.is_some())
+    /// What of a record cannot be of the image `id` that this job has begun. One that is linked is published: a job ends with it, so that
+    /// without a job it is done.
+    fn difference(&self, record: &Value, id: &Id, journal: &Journal) -> Option<String> {
+        let Settings { name, arch, job, .. } = self.settings;
+        if record["name"] != **name {
+            return Some(format!("its name is {}", record["name"]));
+        }
+        // An older IMS knows no architectures.
+        if record["arch"].as_str().is_some_and(|told| !told.is_empty() && told != *arch) {
+            return Some(format!("its arch is {}", record["arch"]));
+        }
+        let link = journal.link.as_ref().filter(|_| job.is_some());
+        Ims::difference(record, id, journal.request.as_ref(), link)
+    }
+
+    /// Makes sure that the manifest of a linked image is the one that was uploaded.
+    fn check_manifest(&self, store: &Store, id: &Id, link: &Value) -> Result<()> {
+        let place = format!("{id}/{}", MANIFEST.0);
+        let attempted = format!("go on with image {id}");
+        let (etag, _) = self.wait(&format!("look at {}", store.url_of(&place)), store.head(&place))?;
+        if link["path"] == store.url_of(&place) && link["etag"] == etag {
+            return Ok(());
+        }
+        Err(Error::new(attempted)
+            .because(format!("{} is not the manifest that an earlier run has uploaded", store.url_of(&place)))
+            .advise("see who writes to the store; run it again for a new image"))
     }
 
     /// Returns whether images are known by a name in this store. IMS knows them by their ids, and has one name for several.
@@ -335,8 +375,10 @@ impl Publication<'_> {
         self.wait(&format!("look for uploads to {} that were begun", store.url_of(image)), store.sweep(image))
     }
 
-    /// Leaves neither objects nor a record of an image that is none, whatever signal comes. What cannot be this job's is left.
-    fn roll_back(&mut self, store: &Store, journal: &Journal) {
+    /// Leaves neither objects nor a record of an image that is none, whatever signal comes. What cannot be this job's is left. Returns
+    /// whether nothing of this job's is left: as long as objects may be, their record stays, which tells whose they are.
+    fn roll_back(&mut self, store: &Store, journal: &Journal) -> bool {
+        const AGAIN: &str = "run the same again, which rolls it back, or delete it by hand";
         self.work.roll_back();
         let image = match (&journal.image, &journal.request) {
             (Some(id), _) => Ok(Some(id.clone())),
@@ -344,44 +386,55 @@ impl Publication<'_> {
             (None, Some(request)) => self.ims.find_image(request).map(|record| id_of(&record?)),
             (None, None) => Ok(None),
         };
-        let image = image.unwrap_or_else(|error| {
-            tracing::error!("{error}; if the image was registered, its record is left, delete it by hand");
-            None
-        });
-        let Some(id) = image else { return };
-        match self.was_made_here(store, &id) {
-            Ok(true) => {}
-            Ok(false) => return tracing::error!("image {id} is not what this job began: left as it is"),
-            Err(error) => return tracing::error!("{error}; image {id} is left, delete it by hand"),
+        let id = match image {
+            Ok(Some(id)) => id,
+            Ok(None) => return true,
+            Err(error) => {
+                tracing::error!("{error}; if the image was registered, its record is left in IMS: {AGAIN}");
+                return false;
+            }
+        };
+        match self.was_made_here(store, &id, journal) {
+            Ok(None) => {}
+            Ok(Some(why)) => {
+                tracing::error!("image {id} is not what this job began: {why}; left as it is");
+                return true;
+            }
+            Err(error) => {
+                tracing::error!("{error}; image {id} is left in the store and in IMS: {AGAIN}");
+                return false;
+            }
         }
-        // The object that tells whose they are goes last.
         let aborted = self.sender(store).abort();
+        // The object that tells whose they are goes last.
         let deleted = KEYS.iter().rev().try_for_each(|key| {
             let key = format!("{id}/{key}");
             self.wait(&format!("delete {}", store.url_of(&key)), store.delete(&key))
         });
         let swept = self.sweep(store, &id);
-        let left = [
-            (aborted, "an unfinished upload"),
-            (deleted, "what was uploaded"),
-            (swept, "an unfinished upload"),
-            (self.ims.delete_image(&id), "the image's record"),
-        ];
-        let failed: Vec<_> = left.into_iter().filter_map(|(done, what)| Some((done.err()?, what))).collect();
+        let objects = [(aborted, "an unfinished upload"), (deleted, "objects"), (swept, "unfinished uploads")];
+        let mut failed: Vec<_> = objects.into_iter().filter_map(|(done, what)| Some((done.err()?, what))).collect();
+        if failed.is_empty() {
+            failed.extend(self.ims.delete_image(&id).err().map(|error| (error, "the record")));
+        } else if self.ims.is_there() {
+            tracing::error!("the record of image {id} stays in IMS, since something of it may be left in the store");
+        }
         for (error, what) in &failed {
-            tracing::error!("{error}; {what} may be left of image {id}, delete it by hand");
+            tracing::error!("{error}; {what} of image {id} may be left: {AGAIN}");
         }
         if failed.is_empty() {
             tracing::info!("nothing is left of image {id}");
         }
+        failed.is_empty()
     }
 
-    /// Whether neither the record nor any object of an image is somebody else's, by what they say themselves.
-    fn was_made_here(&mut self, store: &Store, id: &Id) -> Result<bool> {
-        if self.ims.image(id)?.is_some_and(|record| !self.is_ours(&record)) {
-            return Ok(false);
+    /// What of an image is somebody else's, its record or an object, by what they say themselves.
+    fn was_made_here(&mut self, store: &Store, id: &Id, journal: &Journal) -> Result<Option<String>> {
+        if let Some(why) = self.ims.image(id)?.and_then(|record| self.difference(&record, id, journal)) {
+            return Ok(Some(why));
         }
-        self.is_place_ours(store, id, false)
+        let is_ours = self.is_place_ours(store, id, false)?;
+        Ok((!is_ours).then(|| "an object of it is another job's".into()))
     }
 
     /// Returns whether all objects of an image are this job's; one that `is_new` has none. A manifest has no marks, and is whose the others

@@ -102,6 +102,21 @@ fn answers_without_end_are_cut_off() {
 }
 
 #[test]
+fn a_token_that_no_header_may_hold_is_refused_at_once() {
+    let dir = folder();
+    let server = serve(|asked, _| match asked {
+        "POST /token" => (200, Some(json!({"access_token": "a\r\nx: b", "expires_in": 60}).to_string())),
+        _ => (200, Some("{}".into())),
+    });
+    let mut command = ims_sshd(&["sidecar"], &credentials(dir.path(), &server));
+    let began = Instant::now();
+    let output = command.arg(dir.path()).env("IMS_RETRY_LIMIT", "30").output().unwrap();
+    let said = text(&output.stderr);
+    assert!(output.status.code() == Some(1) && said.contains("no header may hold"), "{said}");
+    assert!(began.elapsed() < Duration::from_secs(5), "{said}");
+}
+
+#[test]
 fn a_signal_ends_a_download_without_end() {
     let dir = folder();
     let (reading, read) = std::sync::mpsc::channel();

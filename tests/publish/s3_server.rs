@@ -197,6 +197,8 @@ pub enum Closed {
     Unheard,
     /// All are let through, and the upload ends unheard: the connection is closed. Whoever asks again is told that there is none.
     EndsUnheard,
+    /// All are let through, and so is everything but what deletes objects: that is answered as done, with an error inside.
+    Undeleted,
 }
 
 impl Gate {
@@ -280,8 +282,15 @@ fn pass_one(
             Closed::Refusing => {
                 write!(out, "HTTP/1.1 403 Forbidden\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
             }
-            Closed::Unheard | Closed::EndsUnheard => unreachable!("{request}"),
+            _ => unreachable!("{request}"),
         };
+    }
+    let deletes = request.contains("?delete") || request.starts_with("DELETE ") && !request.contains('?');
+    if deletes && closed == Closed::Undeleted {
+        std::io::copy(&mut body, &mut std::io::sink())?;
+        let page = "<Error><Code>AccessDenied</Code></Error>";
+        let mut out = client;
+        return write!(out, "HTTP/1.1 200 OK\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{page}", page.len());
     }
     write!(server, "{}\r\nconnection: close\r\n\r\n", lines.join("\r\n"))?;
     std::io::copy(&mut body, &mut server)?;

@@ -1052,6 +1052,95 @@ fn a_sidecar_that_could_not_publish_goes_on_with_publishing_when_it_is_run_again
     }
 }
 
+/// Runs the sidecar of a job that has ended again, which does nothing more.
+fn has_ended(job: &Job, further: &[(&'static str, &str)], first: &Output) -> Output {
+    let stamps = || {
+        let volume = std::fs::read_dir(&job.volume.parent).unwrap().map(Result::unwrap);
+        // Its own claim comes and goes.
+        let files = volume.filter(|entry| !entry.file_name().to_string_lossy().starts_with(".ims-sshd.sidecar"));
+        let mut stamps: Vec<_> = files.map(|e| (e.file_name(), e.metadata().unwrap().modified().unwrap())).collect();
+        stamps.sort();
+        stamps
+    };
+    let before = stamps();
+    let began = Instant::now();
+    let output = ended(job.sidecar(Mode::Plain, further).spawn().unwrap());
+    assert_eq!(output.status.code(), first.status.code(), "{output:?}");
+    assert!(text(&output.stderr).contains("the job has ended before"), "{output:?}");
+    assert_eq!(report(&output)["result"], report(first)["result"]);
+    assert_eq!(stamps(), before);
+    assert!(began.elapsed() < Duration::from_secs(5));
+    output
+}
+
+#[test]
+fn a_sidecar_that_is_run_again_after_the_end_says_so_and_does_nothing() {
+    let nowhere: Vec<_> =
+        [&ALONE[..], &[("S3_BUCKET", ""), ("S3_ENDPOINT", ""), ("S3_ACCESS_KEY", ""), ("S3_SECRET_KEY", "")]].concat();
+    for (verdict, further) in
+        [("complete", &ALONE[..]), ("failed", &ALONE), ("complete", &nowhere), ("failed", &nowhere)]
+    {
+        let job = Job::new();
+        let running = Running::start(&job, Mode::Plain, further);
+        wait_until("sshd", || job.volume.signal("sshd_listening").exists());
+        running.mark(Mode::Plain, verdict);
+        let first = running.end();
+        assert_eq!(first.status.code(), Some(0), "{first:?}");
+        let keys = job.bucket.keys();
+        let output = has_ended(&job, further, &first);
+        assert_eq!(job.bucket.keys(), keys);
+        if verdict == "complete" && further.len() == ALONE.len() {
+            let link = &report(&output)["ims_image_record"]["link"];
+            assert_eq!(*link, report(&first)["ims_image_record"]["link"]);
+        }
+        // The environment of a pod that begins again is closed.
+        for name in ["ready", "sshd_listening", "complete", "failed", "exiting"] {
+            let _ = std::fs::remove_file(job.volume.signal(name));
+        }
+        ended(job.sidecar(Mode::Plain, further).spawn().unwrap());
+        assert!(waiting(&job).wait().unwrap().success());
+        assert_eq!(job.volume.signal("failed").exists(), verdict == "failed");
+    }
+}
+
+#[test]
+fn a_record_that_has_become_another_one_is_neither_taken_nor_told_as_published() {
+    type Change = fn(&Job, &str);
+    let cases: [(&str, Change, bool); 6] = [
+        ("nothing", |_, _| {}, true),
+        ("link", |job, id| job.ims.state().images.get_mut(id).unwrap()["link"]["path"] = "s3://b/foreign".into(), true),
+        ("etag", |job, id| job.ims.state().images.get_mut(id).unwrap()["link"]["etag"] = "foreign".into(), true),
+        ("metadata", |job, id| job.ims.state().images.get_mut(id).unwrap()["metadata"] = json!({}), true),
+        ("id", |job, id| job.ims.state().images.get_mut(id).unwrap()["id"] = crate::ims_server::JOB.into(), true),
+        ("manifest", |job, id| job.bucket.put(&format!("{id}/manifest.json"), b"{}"), false),
+    ];
+    for (what, change, is_published) in cases {
+        let job = Job::laid_out("build/image-root");
+        job.ims.fail("PATCH /images", Fault::SilentlyDone);
+        let create = [("IMS_ACTION", "create")];
+        let silent = [create[0], ("IMS_STALL_LIMIT", "100")];
+        let mut sidecar = job.sidecar(Mode::Plain, &silent).spawn().unwrap();
+        wait_until("the image to be linked", || {
+            job.ims.state().changes.iter().any(|(method, path, _)| method == "PATCH" && path.starts_with("/images"))
+        });
+        sidecar.kill().unwrap();
+        sidecar.wait().unwrap();
+        let id = job.ims.state().images.keys().next().unwrap().clone();
+        change(&job, &id);
+        let output = ended(job.sidecar(Mode::Plain, &create).spawn().unwrap());
+        assert_eq!(output.status.success(), is_published, "{what}: {output:?}");
+        let published = job.ims.state().job["resultant_image_id"].clone();
+        match what {
+            "nothing" => assert_eq!(published, *id),
+            "manifest" => assert!(published.is_null() && text(&output.stderr).contains("is not the manifest")),
+            _ => {
+                assert!(published.is_string() && published != *id, "{what}: {published}");
+                assert!(text(&output.stderr).contains("is not what this job began"), "{what}: {output:?}");
+            }
+        }
+    }
+}
+
 #[test]
 fn a_job_that_was_marked_failed_ends_with_a_report_too() {
     let job = Job::new();

@@ -11,9 +11,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::answers::serve;
-use crate::ims_server::ImsServer;
+use crate::ims_server::{Fault, ImsServer};
 use crate::job::*;
-use crate::s3_server::{Bucket, ask};
+use crate::s3_server::{Bucket, Closed, Gate, ask};
 use crate::support::*;
 
 /// Answers as a store does that holds nothing, but for what is said of a request.
@@ -128,7 +128,7 @@ fn a_signal_ends_the_wait_for_servers_that_hang() {
         let child = command.spawn().unwrap();
         wait_until("the store to hang", || hung.load(Ordering::Relaxed));
         if ims_hangs {
-            ims.fail("GET /images", crate::ims_server::Fault::Silence);
+            ims.fail("GET /images", Fault::Silence);
         }
         let began = Instant::now();
         kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM).unwrap();
@@ -136,4 +136,36 @@ fn a_signal_ends_the_wait_for_servers_that_hang() {
         assert_eq!(output.status.code(), Some(143), "{output:?}");
         assert!(began.elapsed() < Duration::from_secs(4), "{:?}: {}", began.elapsed(), text(&output.stderr));
     }
+}
+
+#[test]
+fn objects_that_a_store_does_not_delete_keep_their_record_until_they_are_gone() {
+    let (bucket, ims) = (Bucket::new(), ImsServer::start());
+    let gate = Gate::start(usize::MAX, Closed::Undeleted);
+    let mut variables = bucket.variables();
+    variables.extend(ims.variables().into_iter().filter(|(name, _)| *name != "IMS_JOB_ID"));
+    let (dir, mut command) = upload(&gate.endpoint, &variables);
+    command.env("S3_ENDPOINT", &gate.endpoint);
+    ims.fail("PATCH /images", Fault::Status(400));
+    let output = ended(command.spawn().unwrap());
+    let said = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("it is still there") && said.contains("stays in IMS"), "{said}");
+    assert_eq!((ims.state().images.len(), bucket.keys().len()), (1, 5), "{said}");
+    assert!(dir.path().join(".ims-sshd.publication").exists());
+    let id = ims.state().images.keys().next().unwrap().clone();
+    // Another one goes on with it.
+    let output = ended(command.env("S3_ENDPOINT", &bucket.endpoint).spawn().unwrap());
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(report(&output)["ims_image_record"]["id"], *id);
+    assert_eq!((ims.state().images.len(), bucket.keys().len()), (1, 5));
+}
+
+#[test]
+fn a_store_without_a_server_is_refused_with_what_to_set() {
+    let (_dir, mut command) = upload("", &[]);
+    let output = ended(command.spawn().unwrap());
+    assert_eq!(output.status.code(), Some(2), "{output:?}");
+    let said = text(&output.stderr);
+    assert!(["S3_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_REGION"].iter().all(|name| said.contains(name)), "{said}");
 }
