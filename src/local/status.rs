@@ -104,7 +104,10 @@ fn mark_run(run: &Value, verdict: Verdict) -> Result<()> {
         (_, "applying") => refuse("it is marked complete, and its changes are being applied", "nothing stops it"),
         // A command runs in it, without an environment.
         ("enter", _) | (_, "serving") if run["image_root_parent"].is_null() => {
-            let there = format!("mark it in there: touch /tmp/{}", verdict.signal_file());
+            let there = match text(run, "command").as_str() {
+                "enter" => format!("mark it in there: touch /tmp/{}", verdict.signal_file()),
+                _ => format!("to stop that, end process {pid} with SIGTERM, which keeps the changes"),
+            };
             refuse("it ends with the shell or the command that runs in it", &there)
         }
         _ => match run["image_root_parent"].as_str() {
@@ -265,7 +268,7 @@ fn find(named: &Path) -> Result<Target> {
         return Ok(Target::Parent(path));
     }
     Err(Error::new(format!("find '{}'", named.display()))
-        .because("nothing that is open on this machine has this name, and no directory")
+        .because("no run on this machine has this name, and it is no directory")
         .advise("'ims-sshd status' without a name lists what is open"))
 }
 

@@ -131,6 +131,9 @@ fn a_log_that_takes_nothing_is_no_reason_to_lose_the_image() {
     let squashfs = squashfs_of(&image(dir.path())).display().to_string();
     let full = || std::fs::File::options().write(true).open("/dev/full").unwrap();
     let mut enter = ims_sshd(&["enter", &squashfs, "--output", "out", "--yes", "--kernel", "vmlinuz"], &[]);
+        let refused = ims_sshd(&["complete", &name], &[]).output().unwrap();
+        let stop = format!("to stop that, end process {} with SIGTERM", open.id());
+        assert!(text(&refused.stderr).contains(&stop), "{refused:?}");
     enter.args(["--initrd", "initrd", "--work", "work", "--", "touch", "/etc/new"]).current_dir(dir.path());
     assert_eq!(enter.stdout(full()).stderr(full()).status().unwrap().code(), Some(0));
     assert!(published(dir.path()).contains("etc/new"));
