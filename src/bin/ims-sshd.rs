@@ -9,7 +9,6 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use ims_sshd::error::{Attempt, Error, Result};
 use ims_sshd::jail::binds::Bind;
-use ims_sshd::lifecycle::secrets::without_secrets;
 use ims_sshd::lifecycle::settings::{DEFAULT_PARENT, Settings};
 use ims_sshd::lifecycle::stage::Stage;
 use ims_sshd::lifecycle::{log, supervisor};
@@ -26,6 +25,7 @@ use ims_sshd::printable::Printable;
 use ims_sshd::publish::prepare::Open;
 use ims_sshd::publish::sidecar::{self, Places};
 use ims_sshd::publish::source::{self, Source};
+use ims_sshd::publish::work::without_query;
 use ims_sshd::publish::{boot, command, package, prepare, settings as publishing};
 use ims_sshd::session::environment;
 use ims_sshd::verdict::Verdict;
@@ -498,7 +498,8 @@ impl JobOptions {
         }
         if in_place && !is_directory {
             return Err(Error::bad_input(format!(
-                "--in-place is given, and SOURCE is '{source}': expected a directory"
+                "--in-place is given, and SOURCE is '{}': expected a directory",
+                without_query(&source)
             )));
         }
         let work = work.map_or_else(|| work_directory::DEFAULT.into(), |directory| directory.join("ims-sshd"));
@@ -707,7 +708,7 @@ fn without_output(source: &str) -> Error {
     {
         return Error::bad_input(format!("SOURCE is '{source}': {e}"));
     }
-    let shown = without_secrets(source);
+    let shown = without_query(source);
     let command = shell_words::join(["ims-sshd", "customize", &shown, "--output", "./out"]);
     Error::bad_input("--output is missing: it says where the new image is put, since SOURCE itself stays as it is")
         .advise(format!("for example: {command}"))

@@ -29,6 +29,7 @@ use crate::local::job::{End, Fate, Job};
 use crate::local::register;
 use crate::local::script::Script;
 use crate::printable::Printable;
+use crate::publish::work::without_query;
 use crate::sys::poll;
 use crate::sys::process::end_like;
 use crate::sys::signals::{Signals, hold_none};
@@ -69,7 +70,7 @@ pub fn run(job: Job, entry: &Entry) -> Result<u8> {
         // Before anything is opened: a descriptor from before would not see what is mounted from here on.
         local::own_mounts()?;
     }
-    let question = Question { source: job.source.clone(), in_place };
+    let question = Question { source: without_query(&job.source), in_place };
     let is_discarded = !decides && !job.is_in_place();
     let (registered, label) = (job.register()?, job.label());
     let ended = job.run(&registered, |image_root| {

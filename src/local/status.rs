@@ -16,6 +16,7 @@ use crate::lifecycle::state::{RUN, StateFolder};
 use crate::local::customize::SOURCE;
 use crate::local::{job, names, register, say, say_json};
 use crate::printable::Printable;
+use crate::publish::work::without_query;
 use crate::session::report::{Packet, SOCKET};
 use crate::sshd::daemon::Daemon;
 use crate::sys::packet::Packets;
@@ -282,7 +283,9 @@ fn find_in(mut runs: Vec<Value>, named: &Path, path: &Path, real: &Path) -> Resu
     let is_meant = |run: &Value| {
         let paths = ["image_root_parent", "work", "source"].map(|field| run[field].as_str().map(Path::new));
         let is_named = |path: &Path| path.file_name() == Some(named.as_os_str()) && named.components().count() == 1;
-        paths.into_iter().flatten().any(|known| known == path || known == real)
+        // A URL is no path.
+        run["source"] == without_query(&named.to_string_lossy())
+            || paths.into_iter().flatten().any(|known| known == path || known == real)
             || paths[..2].iter().flatten().any(|known| is_named(known))
     };
     runs.retain(is_meant);

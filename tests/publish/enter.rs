@@ -39,6 +39,22 @@ fn every_kind_of_source_is_entered_and_its_changes_are_discarded_without_an_outp
 }
 
 #[test]
+fn the_signature_of_a_url_is_in_no_message() {
+    let dir = folder();
+    let server = FileServer::start(std::fs::read(squashfs_of(&image(dir.path()))).unwrap(), &[]);
+    let (shown, signature) = server.url.split_once('?').unwrap();
+    for options in [&[][..], &["--in-place"], &["--output", "out"], &["--fresh"]] {
+        let output = enter(dir.path(), &server.url, options, "true");
+        let said = text(&output.stdout) + &text(&output.stderr);
+        assert!(said.contains(shown) || options == ["--fresh"], "{options:?}: {said}");
+        assert!(!said.contains(signature), "{options:?}: {said}");
+    }
+    succeed(&mut ims_sshd(&["fail", &server.url], &[]));
+    let refused = ims_sshd(&["customize", &server.url], &[]).output().unwrap();
+    assert!(!text(&refused.stderr).contains(signature), "{refused:?}");
+}
+
+#[test]
 fn a_command_that_succeeds_is_published_with_yes_and_kept_without_an_answer() {
     let dir = folder();
     let squashfs = squashfs_of(&image(dir.path())).display().to_string();
@@ -115,6 +131,9 @@ fn whoever_looks_at_a_source_is_told_by_name_what_is_open_on_it() {
         assert!(said.contains(&format!("is open ({name})")) && !said.contains("fail"), "{said}");
         // A directory may change below the other's overlay, a file does not.
         assert_eq!(output.status.code(), Some(i32::from(options.is_empty())), "{said}");
+        let refused = ims_sshd(&["complete", &name], &[]).output().unwrap();
+        let stop = format!("to stop that, end process {} with SIGTERM", open.id());
+        assert!(text(&refused.stderr).contains(&stop), "{refused:?}");
         open.kill().unwrap();
         open.wait().unwrap();
         let kept = enter(dir.path(), &source, &["--discard"], "test ! -e /etc/new");
@@ -131,9 +150,6 @@ fn a_log_that_takes_nothing_is_no_reason_to_lose_the_image() {
     let squashfs = squashfs_of(&image(dir.path())).display().to_string();
     let full = || std::fs::File::options().write(true).open("/dev/full").unwrap();
     let mut enter = ims_sshd(&["enter", &squashfs, "--output", "out", "--yes", "--kernel", "vmlinuz"], &[]);
-        let refused = ims_sshd(&["complete", &name], &[]).output().unwrap();
-        let stop = format!("to stop that, end process {} with SIGTERM", open.id());
-        assert!(text(&refused.stderr).contains(&stop), "{refused:?}");
     enter.args(["--initrd", "initrd", "--work", "work", "--", "touch", "/etc/new"]).current_dir(dir.path());
     assert_eq!(enter.stdout(full()).stderr(full()).status().unwrap().code(), Some(0));
     assert!(published(dir.path()).contains("etc/new"));
