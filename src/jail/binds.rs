@@ -135,7 +135,7 @@ pub fn place(image_root: &Tree, tier: Tier, binds: &[Bind]) -> Result<(Vec<Bind>
         }
         let is_root = |m: std::fs::Metadata| (m.dev(), m.ino()) == (root.st_dev, root.st_ino);
         if bind.source.ancestors().any(|above| std::fs::metadata(above).is_ok_and(is_root)) {
-            return Err(refuse("the source lies in the image root".into()));
+            return Err(refuse("the source lies in the image root".into())).advise("name a source outside the image");
         }
         let is_directory = std::fs::symlink_metadata(&bind.source).attempt(attempted)?.is_dir();
         let kind = if is_directory { Kind::Folder } else { Kind::File };
@@ -154,7 +154,8 @@ pub fn place(image_root: &Tree, tier: Tier, binds: &[Bind]) -> Result<(Vec<Bind>
             (None | Some("a folder"), true) | (None | Some("a regular file"), false) => {}
             (Some(other), _) => {
                 let expected = if is_directory { "a directory" } else { "a regular file" };
-                return Err(refuse(format!("the source is {expected}, and the target is {other}")));
+                let why = format!("the source is {expected}, and the target is {other}");
+                return Err(refuse(why)).advise("name another target");
             }
         }
         for above in missing.ancestors().filter(|path| !path.as_os_str().is_empty()).collect::<Vec<_>>().iter().rev() {

@@ -155,7 +155,8 @@ impl Progress {
     }
 }
 
-const DROP: &str = "to give up what is not applied yet, give --fresh";
+const DROP: &str =
+    "the same command with --fresh, or 'ims-sshd fail' with the directory, gives up what is not applied yet";
 
 /// Returns whether only root reaches its content.
 fn is_ours(found: &Stat) -> bool {
@@ -447,7 +448,7 @@ fn take(from: Node, found: &Stat, to: Node) -> io::Result<()> {
         // A file system without them: a change in place would have failed in the session.
         Err(e) if Errno::from_io_error(&e) == Some(Errno::OPNOTSUPP) => {
             let path = to.directory.shown().join(to.name);
-            tracing::warn!("{}: the file system takes no extended attributes, which are left out", path.display());
+            tracing::warn!("left out the extended attributes of {}: the file system takes none", path.display());
             to.take(found, &to.attributes()?)
         }
         other => other,

@@ -99,8 +99,8 @@ pub fn refuse_half_applied(directory: &Path) -> Result<()> {
     let attempted = || format!("open {}", directory.display());
     let Some(stage) = apply::stage_in(&open_tree(directory)?).attempt(attempted)? else { return Ok(()) };
     let advice = format!(
-        "'ims-sshd customize {0}' goes on with that, with the same --work, and gives it up with --fresh; if those changes are gone, remove \
-         {0}/{1}",
+        "'ims-sshd customize {0}' goes on with that, with the same --work; with --fresh it gives it up, as 'ims-sshd fail {0}' does; if \
+         those changes are gone, remove {0}/{1}",
         directory.display(),
         stage.display()
     );

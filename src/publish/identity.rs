@@ -209,7 +209,7 @@ impl<'a> Record<'a> {
 
     /// Removes it, with what it told of.
     pub fn remove(&self) -> Result<()> {
-        self.volume.remove(FILE).attempt(|| format!("remove {FILE}")).map(|_| ())
+        self.volume.remove(FILE).attempt(|| format!("remove {}/{FILE}", self.volume.shown().display())).map(|_| ())
     }
 }
 

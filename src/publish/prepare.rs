@@ -130,7 +130,9 @@ fn begin_anew(volume: &Tree, settings: &Settings, image_root: &Path) -> Result<(
 /// gone on with if the image root is the same.
 fn clear_signals(settings: &Settings, is_prepared: bool) -> Result<()> {
     let parent = &settings.parent;
-    let files = SignalFiles::open(parent)?.ok_or_else(|| Error::new(format!("open {}", parent.display())))?;
+    let files = SignalFiles::open(parent)?.ok_or_else(|| {
+        Error::new(format!("open {}", parent.display())).because("it has been removed").advise("run it again")
+    })?;
     for name in [READY, SSHD_LISTENING, EXITING, POD_ERROR].into_iter().chain(Verdict::ALL.map(Verdict::signal_file)) {
         files.retract(name)?;
     }
@@ -338,7 +340,7 @@ fn archive(
     let file = download::fetch(work, &url, &settings.expected, volume, FETCHING, copies)?;
     let opened = Opened { shown: settings.parent.join(ARCHIVE), content: Content::File(file) };
     compare(&opened)?;
-    volume.rename(FETCHING, ARCHIVE).attempt(|| format!("rename {FETCHING}"))?;
+    volume.rename(FETCHING, ARCHIVE).attempt(|| format!("rename {}/{FETCHING}", settings.parent.display()))?;
     Ok(opened)
 }
 

@@ -60,7 +60,9 @@ pub fn unpack(work: &Work, archive: &Opened, volume: &Tree, name: &str) -> Resul
             unpack_tar(work, archive, compressed, &target, &mut look)?;
             if let Some(layers) = layers::layers(&target)? {
                 let saved = Removed::beside(volume, name, ".saved");
-                volume.rename(name, &saved.name).attempt(|| format!("rename {name}"))?;
+                volume
+                    .rename(name, &saved.name)
+                    .attempt(|| format!("rename {}", volume.shown().join(name).display()))?;
                 return unpack_layers(work, (&target, true), layers, (volume, name), look);
             }
         }
@@ -145,7 +147,9 @@ fn unpack_layers(
             continue;
         }
         let Kind::Tar(compressed) = kind(&file)? else {
-            return Err(Error::new(attempted()).because("it is no tar archive"));
+            return Err(Error::new(attempted())
+                .because("it is no tar archive")
+                .advise("save the image of the container anew"));
         };
         let began = SystemTime::now();
         let directory = Removed::beside(volume, name, ".layer");
@@ -176,8 +180,12 @@ fn unpack_tar(
 fn unpack_cpio(work: &Work, archive: &Opened, compressed: Option<&str>, root: &Tree) -> Result<()> {
     let attempted = || format!("unpack {}", archive.shown.display());
     let mut progress = Progress::begin("unpacking", Some(archive.size()));
-    let mut file =
-        archive.file().map(File::try_clone).transpose().attempt(attempted)?.ok_or_else(|| Error::new(attempted()))?;
+    let mut file = archive
+        .file()
+        .map(File::try_clone)
+        .transpose()
+        .attempt(attempted)?
+        .ok_or_else(|| Error::new(attempted()).because("it is a directory"))?;
     file.rewind().attempt(attempted)?;
     let position = file.try_clone().attempt(attempted)?;
     let look = || {
@@ -206,7 +214,9 @@ fn unpack_cpio(work: &Work, archive: &Opened, compressed: Option<&str>, root: &T
     };
     work.heed()?;
     unpacked.map_err(|e| match e.kind() {
-        io::ErrorKind::UnexpectedEof => Error::new(attempted()).because("the cpio archive is cut off"),
+        io::ErrorKind::UnexpectedEof => {
+            Error::new(attempted()).because("the cpio archive is cut off").advise("copy or fetch it again")
+        }
         _ => Error::new(attempted()).because(e),
     })
 }

@@ -411,7 +411,7 @@ impl Tree {
         let found = rustix::fs::fstat(&made)?;
         let is_ours = found.st_uid == rustix::process::geteuid().as_raw() && found.st_mode.trailing_zeros() >= 6;
         if !is_ours || !made.names()?.is_empty() {
-            return Err(io::Error::other("another directory has taken its place"));
+            return Err(io::Error::other("another directory has taken its place; nobody else may rename there"));
         }
         // Of a setgid directory, a new one has the group and the bit (inode(7)), which an archive may leave as they are.
         if found.st_mode & 0o7777 != 0o700 {
