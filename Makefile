@@ -82,7 +82,7 @@ tools:
 		"(https://rustup.rs), or run 'make build' as the user who has it" >&2; exit 1; }
 	@command -v cc > /dev/null && case $$(cc -print-file-name=libc.a) in /*) ;; *) false ;; esac || \
 		{ echo "cannot build: a C compiler or its static library is missing; 'apt-get install gcc libc6-dev'" \
-		"or 'dnf install gcc glibc-static' (of EL it is in the repository crb)" >&2; exit 1; }
+		"or 'dnf install gcc glibc-static' (of EL it is in the repository crb) or 'zypper install gcc glibc-devel-static'" >&2; exit 1; }
 
 install: build
 	install -D -t $(call quoted,$(DESTDIR)$(PREFIX)/bin) $(STAGE)/bin/*

@@ -148,7 +148,10 @@ pub struct Registration {
 impl Drop for Registration {
     fn drop(&mut self) {
         if let Err(e) = self.table.remove(&self.name) {
-            tracing::warn!("cannot remove the interpreter {} from the kernel's table: {e}", self.name);
+            tracing::warn!(
+                "cannot remove the interpreter {} from the kernel's table: {e}; 'echo -1' to its file in binfmt_misc does",
+                self.name
+            );
         }
     }
 }
@@ -159,7 +162,7 @@ impl Drop for Registration {
 ///
 /// If it registers an entry, the calling thread has a mount namespace of its own afterwards.
 pub fn provide(architecture: Architecture, owner: &str, own: bool) -> Result<Interpreter> {
-    let attempted = || format!("have programs for {} run on this machine", architecture.name());
+    let attempted = || format!("set up emulation of {} programs", architecture.name());
     let interpreter = interpreter(architecture);
     let works = || !own && architecture.runs();
     if !interpreter.exists() && works() {
@@ -190,7 +193,7 @@ pub fn provide(architecture: Architecture, owner: &str, own: bool) -> Result<Int
     }
     if !interpreter.exists() {
         return Err(Error::new(attempted()).because(format!("{} does not exist", interpreter.display())))
-            .advise("install Debian's qemu-user-static, or take an image of this machine's architecture");
+            .advise("install qemu-user-static (Fedora's package ends with the architecture), or take an image of this machine's");
     }
     register_copy(&table, &name, architecture, &interpreter).attempt(|| {
         format!("register {} as the interpreter of programs for {}", interpreter.display(), architecture.name())

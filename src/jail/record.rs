@@ -111,7 +111,11 @@ impl Record {
         let text = std::fs::read_to_string(path)
             .attempt(|| format!("read where the jail is from {}", path.display()))
             .map_err(|e| e.advise("the build environment is closing or was never opened"))?;
-        Self::parse(&text).ok_or_else(|| Error::new(format!("understand {}", path.display())))
+        Self::parse(&text).ok_or_else(|| {
+            Error::new(format!("understand {}", path.display()))
+                .because("it is no record of a jail of this version")
+                .advise("install ims-sshd and ims-jail-shell of one version")
+        })
     }
 }
 

@@ -59,7 +59,7 @@ pub fn prepare(image_root: &Tree, told: Option<Architecture>, parent: &Tree, tie
     };
     let name = architecture.name();
     if tier == Some(Tier::User) {
-        tracing::info!("programs for {name} run by what the jail registers for itself");
+        tracing::info!("{name} programs are emulated by QEMU, registered inside the jail only");
         emulation.in_jail = Some(architecture);
         return Ok(emulation);
     }
@@ -71,12 +71,15 @@ pub fn prepare(image_root: &Tree, told: Option<Architecture>, parent: &Tree, tie
     let provided = std::thread::scope(|scope| scope.spawn(|| binfmt::provide(architecture, &owner, own)).join());
     match provided.unwrap_or_else(|panic| std::panic::resume_unwind(panic))? {
         Interpreter::Registered(entry) => {
-            tracing::info!("programs for {name} run by {}, which was registered before", entry.interpreter.display());
+            tracing::info!(
+                "{name} programs are emulated by {}, which was registered before",
+                entry.interpreter.display()
+            );
         }
-        Interpreter::Unseen => tracing::info!("programs for {name} run by what the node has registered"),
+        Interpreter::Unseen => tracing::info!("{name} programs are emulated by what the node has registered"),
         Interpreter::Own(registration) => {
             let interpreter = binfmt::interpreter(architecture);
-            tracing::info!("programs for {name} run by {}, registered until the end", interpreter.display());
+            tracing::info!("{name} programs are emulated by {}, registered until the end", interpreter.display());
             emulation.registration = Some(registration);
         }
     }

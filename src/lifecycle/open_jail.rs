@@ -135,7 +135,9 @@ impl OpenJail {
             }
             let (init, link, mut doors, mut events) = start(wanted)?;
             let Some(helper) = doors.pop() else {
-                return Err(Error::new("make the jail").because("its init is of another version"));
+                return Err(Error::new("make the jail")
+                    .because("its init is of another version")
+                    .advise("install ims-sshd and ims-jail-shell of one version"));
             };
             let events = events.pop();
             if events.is_none() {
@@ -145,7 +147,11 @@ impl OpenJail {
                 doors.push(wanted.image_root.reopen().attempt(|| "open the image root for sessions")?);
             }
             // It was not waited for, so its number is still its own.
-            let ended = || Error::new("make the jail").because("its init ended at once");
+            let ended = || {
+                Error::new("make the jail")
+                    .because("its init ended at once")
+                    .advise("see the node's log: it may have been killed for lack of memory")
+            };
             let identity = Identity::of(init).ok_or_else(ended)?;
             let handle = Handle::open(identity).map_err(|_| ended())?;
             let jail = Self {

@@ -11,6 +11,16 @@ pub enum Part {
     Jail,
 }
 
+impl Part {
+    /// Its name in messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Sshd => "sshd",
+            Self::Jail => "the jail's init",
+        }
+    }
+}
+
 /// Remembers restarts of the last minute.
 #[derive(Debug, Default)]
 pub struct Restarts {

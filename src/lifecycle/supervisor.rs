@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
 use nix::sys::signal::Signal;
@@ -186,6 +186,12 @@ impl<F: FnOnce()> Supervisor<F> {
         while let Some(event) = events.pop_front() {
             let before = self.machine.state();
             let actions = self.machine.on(event);
+            if let Event::Died(part, _) = event
+                && self.machine.state() == State::Grace
+                && before == State::Serving
+            {
+                tracing::error!("{} has died too often within a minute: closing as failed", part.name());
+            }
             if self.machine.state() != before {
                 self.since = SystemTime::now();
                 tracing::debug!(state = ?self.machine.state(), "next");
@@ -423,7 +429,7 @@ impl<F: FnOnce()> Supervisor<F> {
                 marks.push(Event::Marked(verdict));
             }
             Some(Err(e)) if self.machine.verdict() != Some(Verdict::Failed) => {
-                tracing::error!("{e}: taken as failed");
+                tracing::error!("{e}; the image is taken as failed");
                 marks.push(Event::Failed);
             }
             _ => {}
@@ -437,16 +443,21 @@ impl<F: FnOnce()> Supervisor<F> {
         if self.script == Some(pid) {
             self.log_script();
             self.script = None;
+            let script = self.settings.script.as_deref().unwrap_or_else(|| Path::new("")).display();
             if matches!(status, WaitStatus::Exited(_, 0)) {
-                tracing::info!("the customization script has ended");
+                tracing::info!("the customization script {script} has ended");
                 return None;
             }
             let how = how_ended(status);
             if self.settings.debug {
-                tracing::error!("the customization script {how}; ENABLE_DEBUG is true, so the environment stays open");
+                tracing::error!(
+                    "the customization script {script} {how}; ENABLE_DEBUG is true, so the environment stays open"
+                );
                 return None;
             }
-            tracing::error!("the customization script {how}: the image is marked failed");
+            tracing::error!(
+                "the customization script {script} {how}: the image is marked failed; its output stands above"
+            );
             return Some(Event::Failed);
         }
         if self.daemon.as_ref().is_some_and(|d| d.pid == pid) {
@@ -589,7 +600,7 @@ impl<F: FnOnce()> Supervisor<F> {
                 marks.push(FAILED);
             }
             Some(Err(e)) if !marks.contains(&Event::Failed) => {
-                tracing::error!("{e}: taken as failed");
+                tracing::error!("{e}; the image is taken as failed");
                 marks.push(Event::Failed);
             }
             _ => {}
@@ -683,7 +694,7 @@ impl<F: FnOnce()> Supervisor<F> {
         match &announced {
             Ok(()) => tracing::info!(
                 verdict = self.machine.verdict().map(Verdict::signal_file),
-                "closed: '{EXITING}' created, nobody writes to the image root any more"
+                "closed: '{EXITING}' created, nothing writes to the image root any more"
             ),
             Err(e) => tracing::error!("{e}"),
         }

@@ -64,7 +64,9 @@ pub fn choose(wanted: &[Tier], dkms: bool, state: &StateFolder) -> Result<Choice
         names if names.is_empty() => "any tier".into(),
         names => format!("tier {names}, which IMS_JAIL_TIER asks for"),
     };
-    Err(Error::new(format!("have a jail of {tier}")).because(reasons(refused.iter()).join("; ")))
+    Err(Error::new(format!("have a jail of {tier}")).because(reasons(refused.iter()).join("; ")).advise(
+        "allow the container what is missing (docs/KUBERNETES.md, \"What a pod may do\"), or name another tier in IMS_JAIL_TIER",
+    ))
 }
 
 /// Errors that tell of a shortage or a limit, and not of a missing right: a weaker tier is not chosen for them.

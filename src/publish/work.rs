@@ -31,11 +31,12 @@ const TICK: Duration = Duration::from_millis(200);
 /// Longest wait for one server after a signal.
 const IN_A_HURRY: Duration = Duration::from_secs(2);
 
-/// Programs that not every machine has, and the packages that bring them, as Debian and Fedora name them.
+/// Programs that not every machine has, and the packages that bring them.
+const SQUASHFS: &str = "squashfs-tools (squashfs on SUSE)";
 const PACKAGES: [(&str, &str); 3] = [
-    ("mksquashfs", "squashfs-tools"),
-    ("unsquashfs", "squashfs-tools"),
-    ("ssh-keygen", "openssh-client, or openssh-clients on Fedora"),
+    ("mksquashfs", SQUASHFS),
+    ("unsquashfs", SQUASHFS),
+    ("ssh-keygen", "openssh-client (openssh on Fedora, EL and SUSE)"),
 ];
 
 /// Refuses a machine that lacks the program, and names its package: at once, not when hours of work are to be packed.

@@ -40,12 +40,12 @@ pub fn program() -> Result<&'static str> {
 /// Refuses a container in which sshd would listen and let nobody in: before it asks for a key it becomes its own unprivileged user, in an
 /// empty root directory.
 pub fn check_rights() -> Result<()> {
-    let attempted = || "let anybody log in";
+    let attempted = || "accept logins";
     let held = rustix::thread::capabilities(None).attempt(attempted)?.effective;
     let why = if !held.contains(CapabilitySet::SETUID | CapabilitySet::SETGID) {
-        "sshd may not become another user"
+        "sshd lacks CAP_SETUID or CAP_SETGID"
     } else if !held.contains(CapabilitySet::SYS_CHROOT) {
-        "sshd may not change its root directory"
+        "sshd lacks CAP_SYS_CHROOT"
     } else {
         return Ok(());
     };

@@ -148,6 +148,9 @@ fn a_missing_tool_is_named_with_its_package() {
         fail(install.args(packages).env("PATH", alone.dir.path()))
     };
     assert!(install(&packages).contains("'dnf install openssh-server openssh-clients'"), "{}", install(&packages));
+    alone.add("zypper", "");
+    let said = install(&packages);
+    assert!(said.contains("'zypper install openssh-server openssh-clients squashfs'"), "{said}");
     assert!(install(&["bindfs"]).contains("run this on Debian"), "{}", install(&["bindfs"]));
 }
 

