@@ -277,7 +277,12 @@ impl Session {
             let _ = std::fs::remove_dir(run.path());
             e
         };
-        environment::remove_old_marks(&tree).map_err(cleared)?;
+        let is_ours = !(self.in_place && is_open_elsewhere(image_root).map_err(cleared)?);
+        if is_ours {
+            environment::remove_old_marks(&tree).map_err(cleared)?;
+        } else {
+            tracing::info!("{} is open elsewhere too: a mark in it is for that environment", image_root.display());
+        }
         let kind = tier::choose(&self.tiers, false, &state).map_err(cleared)?;
         let script = entry.script.as_ref().map(|script| script.put(run.path(), kind.tier));
         let script = script.transpose().map_err(cleared)?;
@@ -306,13 +311,13 @@ impl Session {
         helper.arg("enter").arg(state.jail()).arg("--").args(command).envs(entry.variables.iter().cloned());
         let terminal = self.is_at_terminal().then(TerminalModes::save).flatten();
         let ended = hold_none(&mut helper).spawn().attempt(|| "start ims-jail-shell");
-        let ended = ended.and_then(|helper| self.attend(helper, &jail, &signals));
+        let ended = ended.and_then(|helper| self.attend(helper, &jail, &signals, is_ours));
 
         let all_ended = processes::end_all(Some(&jail));
         // The init has looked for marks once more before it ended.
         let told_last = match all_ended {
-            Ok(()) => std::iter::from_fn(|| jail.told()).filter_map(Message::mark).max(),
-            Err(_) => None,
+            Ok(()) if is_ours => std::iter::from_fn(|| jail.told()).filter_map(Message::mark).max(),
+            _ => None,
         };
         if let Some(terminal) = terminal {
             terminal.restore();
@@ -324,7 +329,7 @@ impl Session {
         local::remove_folder(run.path())?;
         all_ended?;
         let mut ended = ended?;
-        let found = take_marks(&tree)?;
+        let found = if is_ours { take_marks(&tree)? } else { None };
         // Signals that came after the command's end count too.
         while let Ok(Some(signal)) = signals.next() {
             ended.stopped = ended.stopped.or(self.stops(signal));
@@ -342,13 +347,12 @@ impl Session {
         stops.then_some(signal)
     }
 
-    /// Waits for the end of the command, and hangs up a person's shell when the image is marked.
-    fn attend(&self, mut helper: Child, jail: &OpenJail, signals: &Signals) -> Result<Ended> {
+    /// Waits for the end of the command, and hangs up a person's shell when the image is marked, if it `listens` to that.
+    fn attend(&self, mut helper: Child, jail: &OpenJail, signals: &Signals, mut listens: bool) -> Result<Ended> {
         let attempted = || "wait for ims-jail-shell";
         let pid = Pid::from_raw(helper.id().cast_signed());
         let (mut marked, mut stopped): (Option<Verdict>, Option<Signal>) = (None, None);
         let mut hung_up: Option<Instant> = None;
-        let mut listens = true;
         loop {
             if let Some(status) = helper.try_wait().attempt(attempted)? {
                 let status = WaitStatus::from_raw(pid, status.into_raw()).attempt(attempted)?;
@@ -390,6 +394,13 @@ impl Session {
             }
         }
     }
+}
+
+/// Returns whether an environment, which heeds marks, has the image root open too: one of this machine, or a pod's by its image root parent.
+fn is_open_elsewhere(image_root: &Path) -> Result<bool> {
+    let is_one = local::RunFolder::is_claimed("customize", image_root)?;
+    let above = image_root.ancestors().skip(1).take(2);
+    Ok(is_one || above.map(local::is_claimed).collect::<Result<Vec<_>>>()?.contains(&true))
 }
 
 /// Removes the marks of the image's /tmp, where they would be packed. Returns which there were.

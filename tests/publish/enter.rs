@@ -244,6 +244,22 @@ fn every_mark_is_obeyed_told_and_removed_however_the_image_is_opened() {
 }
 
 #[test]
+fn a_mark_in_an_image_that_an_environment_has_open_is_for_that_one() {
+    let dir = folder();
+    let tree = image(dir.path());
+    let mut open = ims_sshd(&["customize", "tree", "--in-place"], &[]);
+    let mut open = Ended(open.current_dir(dir.path()).stdout(std::process::Stdio::piped()).spawn().unwrap());
+    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(open.stdout.take().unwrap()));
+    assert!(lines.any(|line| line.unwrap().contains("ims-sshd complete")));
+    let output = enter(dir.path(), "tree", &[], "touch /tmp/failed");
+    let said = text(&output.stderr);
+    assert!(output.status.success() && said.contains("tree is open elsewhere too: a mark in it is for that"), "{said}");
+    assert!(!said.contains("was marked"), "{said}");
+    assert_eq!(open.wait().unwrap().code(), Some(1));
+    assert!(!tree.join("tmp/failed").exists());
+}
+
+#[test]
 fn a_directory_is_published_without_a_change_and_changed_where_it_is_without_an_output() {
     let dir = folder();
     let tree = image(dir.path());
