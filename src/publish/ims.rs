@@ -124,8 +124,8 @@ impl<'a> Ims<'a> {
 
     /// Tells how far the job is.
     pub fn set_status(&mut self, status: Status) -> Result<()> {
-        let attempted = format!("set the job's status to {}", status.name());
         let Some(job) = self.job.clone().filter(|_| self.is_there()) else { return Ok(()) };
+        let attempted = format!("set the job's status to {} in IMS (job {job})", status.name());
         self.call(&attempted, &Method::PATCH, &["jobs", job.as_str()], Some(&json!({ "status": status.name() })))?;
         tracing::info!("the job's status is {}", status.name());
         Ok(())
@@ -134,14 +134,14 @@ impl<'a> Ims<'a> {
     /// The job's record; nothing without a job.
     pub fn job(&mut self) -> Result<Option<Value>> {
         let Some(job) = self.job.clone() else { return Ok(None) };
-        self.call("read the job's record", &Method::GET, &["jobs", job.as_str()], None)
+        self.call(&format!("read the record of job {job} in IMS"), &Method::GET, &["jobs", job.as_str()], None)
     }
 
     /// The new image is this job's.
     pub fn set_resultant_image(&mut self, image: &Id) -> Result<Option<Value>> {
         let Some(job) = self.job.clone() else { return Ok(None) };
         let body = json!({ "resultant_image_id": image.as_str() });
-        let attempted = "set the job's resultant image";
+        let attempted = &*format!("set the resultant image of job {job} in IMS to {image}");
         let answer = self.call(attempted, &Method::PATCH, &["jobs", job.as_str()], Some(&body))?;
         let told = answer.as_ref().map_or(&Value::Null, |job| &job["resultant_image_id"]);
         if !told.is_null() && *told != body["resultant_image_id"] {
@@ -153,7 +153,7 @@ impl<'a> Ims<'a> {
     /// The record that was made by `request`, whose answer was lost to a connection or to a crash. A name proves nothing: another job may
     /// register one at the same moment.
     pub fn find_image(&mut self, request: &Id) -> Result<Option<Value>> {
-        let attempted = "read the images' records";
+        let attempted = "read the records of all images in IMS";
         let Some(text) = self.call_for_text(attempted, &Method::GET, &["images"], None)? else { return Ok(None) };
         let look = || self.work.heed().is_ok();
         let found = made_by(&text, request, look).attempt(|| attempted);
@@ -164,7 +164,7 @@ impl<'a> Ims<'a> {
 
     /// The record of a new image, made by `request`. Where the answer is lost, a record that names this request is taken, and no other.
     pub fn create_image(&mut self, name: &str, arch: &str, request: &Id) -> Result<Value> {
-        let attempted = format!("register the image '{name}'");
+        let attempted = format!("register the image '{name}' in IMS");
         let began = Instant::now();
         loop {
             let mut body = json!({ "name": name, "arch": arch });
@@ -218,7 +218,7 @@ impl<'a> Ims<'a> {
 
     /// An image's record; nothing if there is none.
     pub fn image(&mut self, id: &Id) -> Result<Option<Value>> {
-        self.call("read the image's record", &Method::GET, &["images", id.as_str()], None)
+        self.call(&format!("read the record of image {id} in IMS"), &Method::GET, &["images", id.as_str()], None)
     }
 
     /// Puts content into an image's record.
@@ -235,7 +235,8 @@ impl<'a> Ims<'a> {
 
     /// Takes an image's record back; one that is not there is no error.
     pub fn delete_image(&mut self, id: &Id) -> Result<()> {
-        self.call("delete the image's record", &Method::DELETE, &["images", id.as_str()], None).map(|_| ())
+        self.call(&format!("delete the record of image {id} in IMS"), &Method::DELETE, &["images", id.as_str()], None)
+            .map(|_| ())
     }
 
     /// A call that may be repeated. Nothing where there is no IMS, and where a record that is asked for or deleted is not there.

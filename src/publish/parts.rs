@@ -54,7 +54,8 @@ impl Sender<'_> {
                     Ok(()) => Ok(true),
                     Err(Fault::Final(error)) => Err(error),
                     Err(Fault::Passing(cause)) if goes_on => {
-                        tracing::warn!("cannot go on with what was uploaded before: {cause}; beginning anew");
+                        let url = self.store.url_of(object.place);
+                        tracing::warn!("cannot go on with the unfinished upload of {url}: {cause}; uploading it anew");
                         Ok(false)
                     }
                     Err(Fault::Passing(cause)) => Err(Error::new(&attempted).because(cause)),
@@ -122,7 +123,8 @@ impl Sender<'_> {
             .into_iter();
         let there = upload.parts.iter().flatten().count() as u64;
         if there > 0 {
-            tracing::info!("{there} parts are there already, and {} are missing", missing.len());
+            let url = self.store.url_of(object.place);
+            tracing::info!("{there} parts of {url} were uploaded before; uploading the {} missing ones", missing.len());
         }
         let mut progress = Progress::begin("uploading", Some(object.size));
         progress.at(there * part);

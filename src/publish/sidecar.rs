@@ -99,7 +99,11 @@ pub fn run(
     let work = Work::begin(&settings.network)?;
     let files = refusal.map_or(Ok(()), Err).and_then(|()| {
         let files = SignalFiles::open(&settings.parent)?;
-        files.ok_or_else(|| Error::new(format!("open {}", settings.parent.display())).because("it does not exist"))
+        files.ok_or_else(|| {
+            Error::new(format!("open {}", settings.parent.display()))
+                .because("it does not exist")
+                .advise("mount the volume there, or set IMAGE_ROOT_PARENT")
+        })
     });
     let files = match files {
         Ok(files) => files,
@@ -212,7 +216,11 @@ impl<'a> Sidecar<'a> {
                     say_result(&json!({ "ims_job_record": job, "result": "success" }));
                     return Ok(0);
                 }
-                Some("error") => return Err(Error::new("go on").because("the job's status is error already")),
+                Some("error") => {
+                    return Err(Error::new("publish the image")
+                        .because("the job's status is error already")
+                        .advise("start a new job"));
+                }
                 // Its volume goes with the job, and the packed image with that.
                 _ if self.settings.store.url.is_none() => {
                     return Err(Error::bad_input(
@@ -276,7 +284,7 @@ impl<'a> Sidecar<'a> {
     fn is_marked_failed(&self, image_root: Option<&Tree>) -> bool {
         let marked = environment::is_marked_failed(self.files, image_root.filter(|_| self.settings.jailed));
         marked.unwrap_or_else(|e| {
-            tracing::error!("{e}: taken as failed");
+            tracing::error!("{e}; the image is taken as marked failed");
             true
         })
     }
@@ -350,7 +358,9 @@ impl<'a> Sidecar<'a> {
         if !self.files.stands(POD_ERROR)? {
             return Ok(());
         }
-        Err(Error::new("go on").because(format!("'{POD_ERROR}' stands in {}", self.files.path().display())))
+        Err(Error::new("publish the image")
+            .because(format!("'{POD_ERROR}' stands in {}", self.files.path().display()))
+            .advise("see the logs of the pod's other containers: one of them has given the job up"))
     }
 
     fn stamps(&self) -> [Option<Stamp>; 2] {
@@ -452,8 +462,9 @@ impl<'a> Sidecar<'a> {
             if last_seen.elapsed() > patience && !self.files.stands(EXITING)? {
                 let _ = self.files.touch(Verdict::Failed.signal_file());
                 let seconds = patience.as_secs();
+                let limit = if listened { "" } else { " (IMS_START_LIMIT)" };
                 return Err(Error::new("wait for the build environment")
-                    .because(format!("it has been gone for {seconds} s without a word"))
+                    .because(format!("it has been gone for {seconds} s{limit} without a word"))
                     .advise("see the log of the container that runs sshd, and the node's"));
             }
             if asked_to_end.is_none() && self.work.heed().is_err() {

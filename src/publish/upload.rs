@@ -216,7 +216,7 @@ impl Publication<'_> {
             journal.request = None;
         }
         journal.write(self.notes)?;
-        tracing::info!(image = id.as_str(), "the image '{name}' has its record");
+        tracing::info!(image = id.as_str(), "registered the image '{name}' in IMS");
         Ok((record, true))
     }
 
@@ -277,7 +277,7 @@ impl Publication<'_> {
             metadata.extend(self.marks(id));
             let place = format!("{id}/{key}");
             let url = store.url_of(&format!("{name}/{key}"));
-            let size = content.metadata().attempt(|| format!("look at {key}"))?.len();
+            let size = content.metadata().attempt(|| format!("read the size of {key}"))?.len();
             let description = Description { media_type, metadata };
             let object = Large { place: &place, content: &content, size, md5: &md5, description: &description };
             self.put(store, &object)?;
