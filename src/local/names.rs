@@ -20,7 +20,11 @@ pub fn of_source(source: &str) -> String {
     let mut names = path.rsplit('/').filter(|name| !["", ".", ".."].contains(name)).map(without_endings);
     let name = names.next().unwrap_or("image");
     let name = names.next().filter(|_| COMMON.contains(&name)).unwrap_or(name);
-    name.replace(|c: char| c.is_control(), "_")
+    // A directory of a store cannot be hidden.
+    match name.trim_start_matches('.') {
+        "" => "image".into(),
+        name => name.replace(|c: char| c.is_control(), "_"),
+    }
 }
 
 fn without_endings(mut name: &str) -> &str {
@@ -53,6 +57,7 @@ mod tests {
     fn a_source_is_called_by_its_file_or_by_the_directory_of_one_that_every_image_has() {
         for (source, name) in [
             ("/srv/compute-1.2.sqsh", "compute-1.2"),
+            ("/srv/.hidden/rootfs", "hidden"),
             ("./SLES 15.tar.gz", "SLES 15"),
             ("image.sqsh", "image"),
             ("/image-root/", "image-root"),
@@ -60,7 +65,7 @@ mod tests {
             ("./out/compute/rootfs", "compute"),
             ("https://s3.example/boot-images/46a2731e-a1d0/rootfs?X-Amz-Signature=secret", "46a2731e-a1d0"),
             ("s3://boot-images/gold.squashfs", "gold"),
-            (".hidden.tar", ".hidden"),
+            (".hidden.tar", "hidden"),
             ("/", "image"),
             ("two\nlines", "two_lines"),
         ] {
