@@ -43,7 +43,7 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Be a pod's build environment, as its variables say (see README.md)
+    /// Be a pod's build environment, as its variables say (see docs/REFERENCE.md)
     #[command(after_help = ENTRYPOINT_EXAMPLES)]
     Entrypoint {
         /// The folder that holds image-root and the signal files [default: $IMAGE_ROOT_PARENT, else /mnt/image]

@@ -8,7 +8,7 @@ use clap_complete::Shell;
 use clap_mangen::Man;
 use clap_mangen::roff::{Inline, Roff, bold, roman};
 
-/// README.md's table of variables, row by row; a test compares them.
+/// The table of variables of docs/REFERENCE.md, row by row; a test compares them.
 const VARIABLES: &str = include_str!("variables.md");
 
 /// Variables that a build environment reads.

@@ -223,6 +223,6 @@ fn it_is_small() {
         succeed(&mut podman(&["image", "inspect", "--format", "{{.Size}}", image])).parse().unwrap()
     };
     let added = size(IMAGE) - size(BASE);
-    // README.md says 57 MB.
+    // docs/PODS.md says 57 MB.
     assert!((50_000_000..61_000_000).contains(&added), "{added} bytes on top of the base");
 }

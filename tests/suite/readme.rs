@@ -1,4 +1,4 @@
-//! README.md and SECURITY.md say what is: their commands are run, their tables and messages are compared with the source.
+//! The pages say what is: their commands are run, their tables and messages are compared with the source.
 
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader};
@@ -8,7 +8,10 @@ use std::process::{Command, Stdio};
 use crate::support::*;
 use crate::terminal::Terminal;
 
-const README: &str = include_str!("../../README.md");
+const REFERENCE: &str = include_str!("../../docs/REFERENCE.md");
+const TROUBLESHOOTING: &str = include_str!("../../docs/TROUBLESHOOTING.md");
+const ADMIN: &str = include_str!("../../docs/ADMIN.md");
+const ONE_MACHINE: &str = include_str!("../../docs/ONE_MACHINE.md");
 const SECURITY: &str = include_str!("../../SECURITY.md");
 const PAST_CVES: &str = include_str!("../../docs/PAST_CVES.md");
 const ATTEMPTS: &str = include_str!("../attempts/table.rs");
@@ -22,10 +25,14 @@ const REFUSED_CALLS: &str = include_str!("../../src/jail/refused_calls.rs");
 const ACCEPT_ENV: &str = include_str!("../../src/sshd/accept_env.rs");
 const EFFECTIVE: &str = include_str!("../../src/sshd/effective.rs");
 
+/// Pages whose blocks of the language `sh` are run here. Those of docs/KUBERNETES.md are run by tests/pod/walk.rs.
+const PAGES: [&str; 5] =
+    [include_str!("../../README.md"), ONE_MACHINE, REFERENCE, ADMIN, include_str!("../../docs/PODS.md")];
+
 #[test]
-fn every_command_of_the_readme_does_what_it_is_there_for() {
-    let commands = commands(README);
-    assert!(commands.len() >= 8, "{commands:?}");
+fn every_command_of_the_pages_does_what_it_is_there_for() {
+    let commands: BTreeSet<_> = PAGES.into_iter().flat_map(commands).collect();
+    assert!(commands.len() >= 20, "{commands:?}");
     for command in commands {
         let words = shell_words::split(command).unwrap();
         match words.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
@@ -69,6 +76,11 @@ fn every_command_of_the_readme_does_what_it_is_there_for() {
                 let parent = &environment.parent;
                 assert!(succeed(desk.shell(command).env("IMAGE_ROOT_PARENT", parent)).contains("serving"), "{command}");
             }
+            ["ims-sshd", "fail"] => {
+                let (mut environment, desk) = (Environment::open(Image::Busybox, Mode::Jailed), Desk::new());
+                succeed(desk.shell(command).env("IMAGE_ROOT_PARENT", &environment.parent));
+                assert!(environment.end() == 0 && environment.signal("failed").exists(), "{command}");
+            }
             ["ims-sshd", verdict @ ("complete" | "fail"), "compute"] => {
                 let (mut environment, desk) = (Environment::open(Image::Busybox, Mode::Jailed), Desk::new());
                 succeed(&mut desk.shell(&command.replace("compute", &environment.parent.display().to_string())));
@@ -81,7 +93,7 @@ fn every_command_of_the_readme_does_what_it_is_there_for() {
                 assert_eq!(environment.end(), 0, "{command}");
                 assert!(environment.signal(mark.trim_start_matches("/tmp/")).exists(), "{command}");
             }
-            _ => panic!("README.md shows '{command}', and this test does not know how to run it"),
+            _ => panic!("a page shows '{command}', and this test does not know how to run it"),
         }
     }
 }
@@ -124,11 +136,11 @@ fn unattended(command: &str) {
     assert!(published.iter().any(|path| path.ends_with("manifest.json")), "{command}: {published:?}");
 }
 
-/// Runs the three steps of README one after the other, each on what the one before has made.
+/// Runs the three steps of docs/ONE_MACHINE.md one after the other, each on what the one before has made.
 fn publish() {
     let desk = Desk::new();
     for step in ["prepare", "package", "upload"] {
-        let all = commands(README);
+        let all = commands(ONE_MACHINE);
         let command = all.iter().find(|command| command.starts_with(&format!("ims-sshd {step}"))).unwrap();
         succeed(&mut desk.shell(command));
     }
@@ -152,7 +164,7 @@ fn customize(command: &str, script: bool) {
     assert!(!script || desk.volume.image_root.join("installed").exists(), "{command}: the script has not run");
 }
 
-/// A folder as README's reader has it: `./image-root`, a script, a key of their own, and the programs on the path.
+/// A directory as the pages' reader has it: `./image-root`, a script, a key of their own, and the programs on the path.
 pub struct Desk {
     pub volume: Volume,
 }
@@ -205,32 +217,60 @@ fn makes(target: &str) -> bool {
 }
 
 #[test]
-fn every_variable_of_the_readme_is_read_and_every_one_that_is_read_is_in_it() {
-    let documented: BTreeSet<_> = table(section("## Environment variables")).map(|row| code(&row[0])).collect();
+fn every_variable_of_the_reference_is_read_and_every_one_that_is_read_is_in_it() {
+    let documented: BTreeSet<_> =
+        table(section(REFERENCE, "## Environment variables")).map(|row| code(&row[0])).collect();
     let read: BTreeSet<_> = [SETTINGS, PUBLISHING, LOG].into_iter().flat_map(names_in).collect();
     assert_eq!(documented, read);
 }
 
 #[test]
-fn the_man_pages_describe_variables_as_the_readme_does() {
+fn the_man_pages_describe_variables_as_the_reference_does() {
     let row = |line: &&str| line.starts_with("| `") && line.split(" | ").count() == 3;
     let rows = |text: &'static str| text.lines().filter(row).collect::<Vec<_>>();
-    let readme = rows(section("## Environment variables"));
-    assert!(readme.len() > 40);
-    assert_eq!(readme, rows(VARIABLES), "copy the rows of README.md to src/manual/variables.md");
+    let reference = rows(section(REFERENCE, "## Environment variables"));
+    assert!(reference.len() > 40);
+    assert_eq!(reference, rows(VARIABLES), "copy the rows of docs/REFERENCE.md to src/manual/variables.md");
 }
 
 #[test]
-fn every_message_of_the_readme_is_one_that_the_programs_print() {
+fn every_message_of_the_pages_is_one_that_the_programs_print() {
     let source: String = sources().iter().map(|path| literals(&std::fs::read_to_string(path).unwrap())).collect();
-    let rows: Vec<_> = table(section("## Troubleshooting")).collect();
-    assert!(rows.len() > 30);
-    for row in rows {
-        let message = code(&row[0]);
-        let fixed = message.strip_prefix("cannot ").unwrap_or(&message);
+    let check = |message: &str| {
+        let fixed = message.strip_prefix("cannot ").unwrap_or(message);
         for part in fixed.split(": ").filter(|part| *part != "…") {
             assert!(source.contains(part), "'{part}' of '{message}' is nowhere in src/");
         }
+    };
+    let rows: Vec<_> = table(section(TROUBLESHOOTING, "## Messages")).collect();
+    assert!(rows.len() > 100);
+    rows.iter().for_each(|row| check(&code(&row[0])));
+    // What is printed now, beside what was.
+    let earlier: Vec<_> = table(section(TROUBLESHOOTING, "## Messages of earlier versions")).collect();
+    assert!(earlier.len() > 20);
+    for row in &earlier {
+        let old = code(&row[0]);
+        assert!(!rows.iter().any(|row| code(&row[0]) == old), "'{old}' is printed now");
+        codes(&row[1]).for_each(check);
+    }
+    let monitored = table(section(ADMIN, "## What to monitor"));
+    monitored.flat_map(|row| codes(&row[0]).map(str::to_owned).collect::<Vec<_>>()).for_each(|sign| check(&sign));
+}
+
+#[test]
+fn the_sample_of_the_log_in_json_is_one_that_the_programs_write() {
+    let source: String = sources().iter().map(|path| literals(&std::fs::read_to_string(path).unwrap())).collect();
+    let blocks = ADMIN.split("\n```json\n").skip(1).flat_map(|rest| rest.split("\n```").next().unwrap().lines());
+    let lines: Vec<serde_json::Value> = blocks.map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert!(lines.len() > 15);
+    for line in lines {
+        let message = line["message"].as_str().unwrap();
+        let message = message.strip_prefix("closing: ").unwrap_or(message);
+        // From the first path on, it is another one in each job.
+        let same: Vec<_> = message.split(' ').take_while(|word| !word.contains('/')).collect();
+        let same = same.join(" ");
+        let known = if same == message { same } else { same + " …" };
+        assert!(source.contains(&known), "nothing in src/ prints '{message}'");
     }
 }
 
@@ -306,8 +346,8 @@ fn commands(markdown: &str) -> Vec<&str> {
     blocks.flat_map(str::lines).filter(|line| !line.is_empty()).collect()
 }
 
-fn section(heading: &str) -> &'static str {
-    let (_, rest) = README.split_once(&format!("\n{heading}\n")).unwrap();
+fn section(page: &'static str, heading: &str) -> &'static str {
+    let (_, rest) = page.split_once(&format!("\n{heading}\n")).unwrap();
     rest.split("\n## ").next().unwrap()
 }
 
