@@ -5,8 +5,8 @@ use std::hint::black_box;
 use std::path::Path;
 
 use criterion::Criterion;
-use ims_sshd::jail::additions;
 use ims_sshd::jail::mount_table::{Proc, mount_table};
+use ims_sshd::jailer::mount_points;
 use ims_sshd::session::account::Account;
 use ims_sshd::session::request::Request;
 use ims_sshd::sshd::effective::Effective;
@@ -42,7 +42,7 @@ pub fn measure(criterion: &mut Criterion) {
         &|| drop(black_box(mount_points(black_box(mountinfo.as_bytes())))),
         &|| drop(black_box(Options::parse(black_box("-E /etc/cray/ims/sshd.log -f /etc/cray/ims/sshd_config")))),
         &|| drop(black_box(Effective::parse(black_box(effective.as_bytes())))),
-        &|| drop(black_box(additions::mount_points(&tree, mount_table(false, Proc::New)))),
+        &|| drop(black_box(mount_points::mount_points(&tree, mount_table(false, Proc::New)))),
     ];
     for ((name, _), measure) in CASES.iter().zip(measures) {
         criterion.bench_function(name, |bencher| bencher.iter(measure));

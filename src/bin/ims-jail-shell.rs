@@ -8,7 +8,6 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 
 use ims_sshd::error::{Attempt, Result};
-use ims_sshd::jail::architecture::Architecture;
 use ims_sshd::jail::binds::Bind;
 use ims_sshd::jail::build::Plan;
 use ims_sshd::jail::link::{Link, Message};
@@ -21,6 +20,7 @@ use ims_sshd::printable::Printable;
 use ims_sshd::session::inside::{self, Errand};
 use ims_sshd::session::login;
 use ims_sshd::session::request::Request;
+use ims_sshd::sys::architecture::Architecture;
 use ims_sshd::sys::process::exit_now;
 
 const USAGE: &str = "\

@@ -7,27 +7,32 @@ use std::process::ExitCode;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
+use ims_sshd::environment::settings::{DEFAULT_PARENT, Settings};
+use ims_sshd::environment::stage::Stage;
+use ims_sshd::environment::supervisor;
 use ims_sshd::error::{Attempt, Error, Result};
+use ims_sshd::image::boot;
+use ims_sshd::image::packing;
 use ims_sshd::jail::binds::Bind;
-use ims_sshd::lifecycle::settings::{DEFAULT_PARENT, Settings};
-use ims_sshd::lifecycle::stage::Stage;
-use ims_sshd::lifecycle::{log, supervisor};
 use ims_sshd::local::command_line::CommandLine;
 use ims_sshd::local::customize::{self, Customization};
 use ims_sshd::local::enter::{self, Answer, Entry};
 use ims_sshd::local::job::{End, Job, Reports};
 use ims_sshd::local::script::Script;
 use ims_sshd::local::status::{self, Shown};
+use ims_sshd::local::steps;
 use ims_sshd::local::{names, work_directory};
+use ims_sshd::log::format;
 use ims_sshd::manual;
 use ims_sshd::panic;
+use ims_sshd::pod::sidecar::{self, Places};
 use ims_sshd::printable::Printable;
+use ims_sshd::publish::prepare;
 use ims_sshd::publish::prepare::Open;
-use ims_sshd::publish::sidecar::{self, Places};
+use ims_sshd::publish::settings as publishing;
 use ims_sshd::publish::source::{self, Source};
-use ims_sshd::publish::work::without_query;
-use ims_sshd::publish::{boot, command, package, prepare, settings as publishing};
-use ims_sshd::session::environment;
+use ims_sshd::session::variables;
+use ims_sshd::transfer::without_query;
 use ims_sshd::verdict::Verdict;
 
 /// Opens an image root over SSH, jailed inside it, and ends in an order that lets it be packed.
@@ -36,7 +41,7 @@ use ims_sshd::verdict::Verdict;
 struct Arguments {
     /// Format of the log on standard error [variable: LOG_FORMAT] [default: text]; its level is $LOG_LEVEL (debug, info, warning, error)
     #[arg(long, global = true, value_enum)]
-    log_format: Option<log::Format>,
+    log_format: Option<format::Format>,
     #[command(subcommand)]
     command: Command,
 }
@@ -280,7 +285,7 @@ struct PackingOptions {
     compression: Option<String>,
     /// Leave out what matches: a path in the image, in which * and ? stand for characters of one name, and [a-z] for one of them; below a
     /// directory that matches, all; after '... ' at any depth, as in '... *.pyc'. Any number of times
-    #[arg(long, value_name = "PATTERN", value_parser = package::exclude_pattern)]
+    #[arg(long, value_name = "PATTERN", value_parser = packing::exclude_pattern)]
     exclude: Vec<String>,
     /// Write what was added, removed and altered since the image was opened, by 'ims-sshd prepare' or this command, as JSON
     #[arg(long, value_name = "FILE")]
@@ -409,7 +414,7 @@ struct CustomizeArguments {
     #[arg(long, value_name = "SOURCE[:TARGET[:ro]]", value_parser = Bind::parse, conflicts_with = "plain")]
     bind: Vec<Bind>,
     /// Give a variable to all that runs in the image; without a value, the one it has here. Any number of times
-    #[arg(long, value_name = "NAME[=VALUE]", value_parser = environment::variable)]
+    #[arg(long, value_name = "NAME[=VALUE]", value_parser = variables::variable)]
     env: Vec<(String, String)>,
     /// Run this script of this machine in the image, unattended, and publish the image if the script succeeds
     #[arg(long, value_name = "FILE", conflicts_with_all = OVER_SSH)]
@@ -446,7 +451,7 @@ struct EnterArguments {
     #[arg(long, value_name = "SOURCE[:TARGET[:ro]]", value_parser = Bind::parse)]
     bind: Vec<Bind>,
     /// Give a variable to all that runs in the image; without a value, the one it has here. Any number of times
-    #[arg(long, value_name = "NAME[=VALUE]", value_parser = environment::variable)]
+    #[arg(long, value_name = "NAME[=VALUE]", value_parser = variables::variable)]
     env: Vec<(String, String)>,
     /// Run this script of this machine in the image
     #[arg(long, value_name = "FILE")]
@@ -548,7 +553,7 @@ fn main() -> ExitCode {
         Command::Entrypoint { image_root_parent } => Some(parent_or_default(image_root_parent.clone())),
         _ => None,
     };
-    match log::start(arguments.log_format).and_then(|()| run(arguments.command)) {
+    match format::start(arguments.log_format).and_then(|()| run(arguments.command)) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
             tracing::error!("{error}");
@@ -654,14 +659,14 @@ fn run(command: Command) -> Result<u8> {
             let options = image.variables_or_auto().into_iter().chain(compression);
             let settings = publishing::Settings::read(None, variables(options))?;
             let (named, archive, changes) = (image_root.as_deref(), archive.as_deref(), packing.changes.as_deref());
-            command::package(&settings, named, archive, &packing.exclude, changes)
+            steps::package(&settings, named, archive, &packing.exclude, changes)
         }
         Command::Upload { image_root, archive, debug_kernel, image, parameters, store, servers } => {
             let options =
                 image.variables_or_auto().into_iter().chain(parameters.variables()).chain(servers.variables());
             let options = options.chain([("IMAGE_STORE", store.store)]);
             let settings = publishing::Settings::read(None, variables(options))?;
-            command::upload(&settings, image_root.as_deref(), archive.as_deref(), debug_kernel.as_deref())
+            steps::upload(&settings, image_root.as_deref(), archive.as_deref(), debug_kernel.as_deref())
         }
         Command::Completions { shell } => {
             let mut to = std::io::stdout();

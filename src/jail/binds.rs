@@ -10,8 +10,8 @@ use std::path::{Component, Path, PathBuf};
 use rustix::mount::MountAttrFlags;
 
 use crate::error::{Advise, Attempt, Error, Result};
-use crate::jail::additions::{Addition, Kind};
 use crate::jail::tier::Tier;
+use crate::jailer::mount_points::{Addition, Kind};
 use crate::sys::mounts::Detached;
 use crate::sys::named;
 use crate::sys::tree::{Tree, kind_of};

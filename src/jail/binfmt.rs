@@ -16,8 +16,8 @@ use rustix::fs::{Dir, Mode, OFlags};
 use rustix::mount::MountAttrFlags;
 
 use crate::error::{Advise, Attempt, Error, Result};
-use crate::jail::architecture::{Architecture, HEADER};
 use crate::jail::programs;
+use crate::sys::architecture::{Architecture, HEADER};
 use crate::sys::mounts::{self, Detached};
 use crate::sys::tree::Tree;
 

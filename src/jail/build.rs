@@ -12,16 +12,16 @@ use rustix::fs::{FileType, Mode};
 use rustix::mount::MountAttrFlags;
 
 use crate::error::{Advise, Attempt, Error, Result};
-use crate::jail::architecture::Architecture;
 use crate::jail::binds::Bind;
 use crate::jail::hostname;
 use crate::jail::mount_table::{
     DEV_LINKS, KERNEL_FILE_ATTRIBUTES, Missing, Mount, PROGRAMS, Proc, ROOT_ATTRIBUTES, Source, mount_table,
 };
 use crate::jail::programs;
-use crate::jail::resolv_conf;
 use crate::jail::run;
 use crate::jail::tier::Tier;
+use crate::jailer::resolv_conf;
+use crate::sys::architecture::Architecture;
 use crate::sys::mounts::{self, Detached};
 use crate::sys::tree::{Tree, kind_of};
 

@@ -14,14 +14,14 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::thread::CapabilitySet;
 
 use crate::error::{Advise, Attempt, Result};
-use crate::jail::agent::Agent;
 use crate::jail::record::Record;
 use crate::jail::streams::{ENDING, Streams};
 use crate::jail::tier::Tier;
 use crate::jail::{capabilities, refused_calls};
-use crate::sys::calls::{self, Instruction};
+use crate::session::agent::Agent;
 use crate::sys::mounts::change_root;
 use crate::sys::process::{Exec, Handle, close_on_exec_from, end_like, exit_now, spawn};
+use crate::sys::seccomp::{self, Instruction};
 use crate::sys::signals::{Signals, stop_own_group};
 use crate::sys::terminal::set_foreground;
 use crate::sys::tree::Tree;
@@ -124,7 +124,7 @@ fn prepare(
     if !dkms {
         // First, since it takes CAP_SYS_ADMIN.
         if let Some(refused) = refused {
-            calls::filter(refused).attempt(|| "give up system calls")?;
+            seccomp::filter(refused).attempt(|| "give up system calls")?;
         }
         capabilities::keep_jail_set().attempt(|| "give up capabilities")?;
     }

@@ -12,8 +12,8 @@ use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::wait::waitpid;
 
 use crate::error::{Attempt, Result};
-use crate::sys::packet::Packets;
 use crate::sys::process::{Fork, exit_now, fork};
+use crate::sys::seqpacket::Packets;
 
 /// Gives this process, in a new UTS namespace, another one that root may name, and the jail's `name` to it. Where none can be had,
 /// the name cannot be changed from inside, and the jail does without `label`, its name where none is asked for.

@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use crate::sys::packet::Packets;
+use crate::sys::seqpacket::Packets;
 use crate::verdict::Verdict;
 
 /// One message, one packet.

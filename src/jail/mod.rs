@@ -1,8 +1,5 @@
 //! The jail: the namespaces around the image root. Made once a job, entered by every session.
 
-pub mod additions;
-pub mod agent;
-pub mod architecture;
 pub mod binds;
 pub mod binfmt;
 pub mod build;
@@ -15,7 +12,6 @@ pub mod mount_table;
 pub mod programs;
 pub mod record;
 pub mod refused_calls;
-pub mod resolv_conf;
 pub mod run;
 pub mod seal;
 pub mod streams;

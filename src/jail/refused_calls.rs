@@ -1,7 +1,7 @@
 //! System calls that lead out of the jail although they need no capability, as a table, and the program by which the kernel refuses
 //! them.
 
-use crate::sys::calls::Instruction;
+use crate::sys::seccomp::Instruction;
 
 /// What is done about a call.
 #[derive(Debug, Clone, Copy)]
@@ -392,7 +392,7 @@ const PROGRAM: Program = {
     program
 };
 
-/// The program, for [`crate::sys::calls::filter`].
+/// The program, for [`crate::sys::seccomp::filter`].
 pub fn program() -> &'static [Instruction] {
     const LENGTH: usize = PROGRAM.length;
     static INSTRUCTIONS: [Instruction; LENGTH] = {

@@ -2,7 +2,7 @@
 
 use nix::sched::CloneFlags;
 
-/// How strong a jail is. [`crate::lifecycle::tier`] chooses.
+/// How strong a jail is. [`crate::jailer::trial`] chooses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Tier {
     /// Namespaces of its own, made with CAP_SYS_ADMIN.

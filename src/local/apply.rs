@@ -611,7 +611,7 @@ fn copy_content(mut from: File, mut to: File, size: u64) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::publish::unpack::{INDEX, NO_METACOPY, ONE_DEVICE, REDIRECT};
+    use crate::image::unpack::{INDEX, NO_METACOPY, ONE_DEVICE, REDIRECT};
     use crate::sys::mounts::{self, Detached};
     use nix::sys::signal::Signal;
     use proptest::collection::vec;

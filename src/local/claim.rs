@@ -9,9 +9,9 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use crate::error::{Attempt, Error, Result};
-use crate::lifecycle::signal_files::{SignalFiles, claimed};
-use crate::lifecycle::state::RUN;
 use crate::local::{self, directory, is_claimed};
+use crate::volume::signal_files::{SignalFiles, claimed};
+use crate::volume::state_directory::RUN;
 
 /// Directory of claims, below [`RUN`].
 const CLAIMS: &str = ".claims";

@@ -3,9 +3,9 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use crate::lifecycle::secrets::without_secrets;
+use crate::log::redaction::without_secrets;
 use crate::printable::Printable;
-use crate::publish::work::without_query;
+use crate::transfer::without_query;
 
 /// Options that drop what an earlier run has kept.
 const DROPPING: [&str; 2] = ["--fresh", "--discard"];

@@ -6,25 +6,26 @@ use std::process::{Command, Stdio};
 
 use rustix::mount::MountAttrFlags;
 
+use crate::environment::settings::Settings;
+use crate::environment::sshd_setup;
+use crate::environment::stage::Stage;
+use crate::environment::supervisor;
 use crate::error::{Attempt, Error, Result};
+use crate::image::packing::open_tree;
 use crate::jail::binds::Bind;
-use crate::lifecycle::settings::Settings;
-use crate::lifecycle::signal_files::READY;
-use crate::lifecycle::stage::Stage;
-use crate::lifecycle::state::{RUN, StateFolder};
-use crate::lifecycle::{environment, supervisor};
 use crate::local;
 use crate::local::directory;
 use crate::local::job::{Fate, Job};
 use crate::local::register::Entry;
-use crate::publish::confined::clear_environment;
-use crate::publish::package::open_tree;
-use crate::publish::work;
 use crate::sshd::options::Options;
 use crate::sys::mounts::{self, Detached};
 use crate::sys::named;
 use crate::sys::tree::Tree;
+use crate::transfer;
+use crate::transfer::confinement::clear_environment;
 use crate::verdict::Verdict;
+use crate::volume::signal_files::READY;
+use crate::volume::state_directory::{RUN, StateFolder};
 
 /// File in the folder of the run that names what is customized, for `status` after a kill.
 pub const SOURCE: &str = "source";
@@ -105,7 +106,7 @@ fn read_variables(wanted: &Customization) -> Result<Settings> {
 pub fn end_left_over(image_root: &Path) -> Result<()> {
     let parent = local::RunFolder::place("customize", image_root);
     if !local::is_claimed(&parent)? && StateFolder::place(&parent).exists() {
-        let found = environment::end_left_over(&StateFolder::of(&parent)?, Some(&parent.join(SSHD_LOG)))?;
+        let found = sshd_setup::end_left_over(&StateFolder::of(&parent)?, Some(&parent.join(SSHD_LOG)))?;
         if !found.is_empty() {
             tracing::warn!("a customization of this image was killed before; ended: {}", found.join("; "));
         }
@@ -198,7 +199,7 @@ fn open(
     // The supervisor marks what it ends itself, too: that is no change to keep, and the next run would not know whose it is.
     let root = open_tree(opened.image_root)?;
     for verdict in Verdict::ALL {
-        environment::take_mark(&root, verdict)?;
+        sshd_setup::take_mark(&root, verdict)?;
     }
     drop(root);
     mounts::unmount(&shown).attempt(|| format!("unmount {}", shown.display()))?;
@@ -247,7 +248,7 @@ fn make_key(run: &Path, name: &str) -> Result<PathBuf> {
     for old in [file.clone(), file.with_extension("pub")] {
         let _ = std::fs::remove_file(old);
     }
-    work::installed("ssh-keygen")?;
+    transfer::installed("ssh-keygen")?;
     let output = clear_environment(&mut Command::new("ssh-keygen"))
         .args(["-q", "-t", "ed25519", "-N", "", "-C", "ims-sshd customize", "-f"])
         .arg(&file)

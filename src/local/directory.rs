@@ -4,16 +4,16 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Attempt, Error, Result};
-use crate::lifecycle::open_jail;
-use crate::lifecycle::signal_files::{SignalFiles, claimed};
-use crate::lifecycle::state::StateFolder;
+use crate::image::packing::open_tree;
+use crate::image::unpack::{INDEX_OF_LINKS, Overlay, UPPER};
+use crate::jailer::open;
 use crate::local::claim::refuse_nested;
 use crate::local::{self, RunFolder, apply, customize, remove_folder};
-use crate::publish::package::open_tree;
 use crate::publish::prepare::OVERLAY;
-use crate::publish::unpack::{INDEX_OF_LINKS, Overlay, UPPER};
 use crate::sys::mounts;
 use crate::sys::tree::Tree;
+use crate::volume::signal_files::{SignalFiles, claimed};
+use crate::volume::state_directory::StateFolder;
 
 /// Commands that change an image root where it is.
 pub const COMMANDS: [&str; 2] = ["customize", "enter"];
@@ -85,7 +85,7 @@ pub fn clear_left_over(commands: &[&str], image_root: &Path) -> Result<()> {
             continue;
         }
         let folder = RunFolder::claim(command, image_root)?;
-        open_jail::clear_image_root(&open_tree(image_root)?, &open_tree(folder.path())?)?;
+        open::clear_image_root(&open_tree(image_root)?, &open_tree(folder.path())?)?;
         if StateFolder::place(folder.path()).exists() {
             StateFolder::of(folder.path())?.remove()?;
         }

@@ -14,27 +14,30 @@ use nix::sys::wait::WaitStatus;
 use nix::unistd::{Pid, getpgrp, tcgetpgrp};
 use rustix::event::{PollFd, PollFlags};
 
+use crate::environment::processes;
+use crate::environment::settings::of_jail;
+use crate::environment::sshd_setup;
+use crate::environment::stage::Stage;
 use crate::error::{Attempt, Error, Result};
 use crate::jail::binds::Bind;
 use crate::jail::link::Message;
 use crate::jail::tier::Tier;
-use crate::lifecycle::open_jail::{self, OpenJail, TIME_TO_LET_GO, Wanted};
-use crate::lifecycle::settings::of_jail;
-use crate::lifecycle::stage::Stage;
-use crate::lifecycle::state::StateFolder;
-use crate::lifecycle::{environment, foreign, processes, tier};
+use crate::jailer::emulation;
+use crate::jailer::open::{self, OpenJail, TIME_TO_LET_GO, Wanted};
+use crate::jailer::trial;
 use crate::local;
 use crate::local::directory;
 use crate::local::job::{End, Fate, Job};
 use crate::local::register;
 use crate::local::script::Script;
 use crate::printable::Printable;
-use crate::publish::work::without_query;
 use crate::sys::poll;
 use crate::sys::process::end_like;
 use crate::sys::signals::{Signals, hold_none};
 use crate::sys::tree::Tree;
+use crate::transfer::without_query;
 use crate::verdict::Verdict;
+use crate::volume::state_directory::StateFolder;
 
 /// The command to run, and what follows it.
 #[derive(Debug)]
@@ -270,7 +273,7 @@ impl Session {
         let state = StateFolder::of(run.path())?;
         let tree = Tree::open(image_root).attempt(|| format!("open the image root {}", image_root.display()))?;
         let notes = Tree::open(run.path()).attempt(|| format!("open {}", run.path().display()))?;
-        open_jail::clear_image_root(&tree, &notes)?;
+        open::clear_image_root(&tree, &notes)?;
         let cleared = |e: Error| {
             let _ = state.remove();
             // Stays if it holds the note of an addition that could not be removed.
@@ -279,14 +282,14 @@ impl Session {
         };
         let is_ours = !(self.in_place && is_open_elsewhere(image_root).map_err(cleared)?);
         if is_ours {
-            environment::remove_old_marks(&tree).map_err(cleared)?;
+            sshd_setup::remove_old_marks(&tree).map_err(cleared)?;
         } else {
             tracing::info!("{} is open elsewhere too: a mark in it is for that environment", image_root.display());
         }
-        let kind = tier::choose(&self.tiers, false, &state).map_err(cleared)?;
+        let kind = trial::choose(&self.tiers, false, &state).map_err(cleared)?;
         let script = entry.script.as_ref().map(|script| script.put(run.path(), kind.tier));
         let script = script.transpose().map_err(cleared)?;
-        let emulation = foreign::prepare(&tree, None, &notes, Some(kind.tier)).map_err(cleared)?;
+        let emulation = emulation::prepare(&tree, None, &notes, Some(kind.tier)).map_err(cleared)?;
         let wanted = Wanted {
             tier: kind.tier,
             proc: kind.proc,
@@ -306,7 +309,7 @@ impl Session {
         };
         let jail = OpenJail::open(&wanted, &state).map_err(cleared)?;
         registered.reach(Stage::Serving);
-        let mut helper = Command::new(open_jail::program()?);
+        let mut helper = Command::new(open::program()?);
         let command = entry.script.as_ref().map_or_else(|| entry.command.clone(), Script::command);
         helper.arg("enter").arg(state.jail()).arg("--").args(command).envs(entry.variables.iter().cloned());
         let terminal = self.is_at_terminal().then(TerminalModes::save).flatten();
@@ -407,7 +410,7 @@ fn is_open_elsewhere(image_root: &Path) -> Result<bool> {
 fn take_marks(image_root: &Tree) -> Result<Option<Verdict>> {
     let mut found = None;
     for verdict in Verdict::ALL {
-        if environment::take_mark(image_root, verdict)? {
+        if sshd_setup::take_mark(image_root, verdict)? {
             found = found.max(Some(verdict));
         }
     }

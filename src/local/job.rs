@@ -6,10 +6,13 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use crate::environment::stage::Stage;
 use crate::error::{Attempt, Error, Result};
-use crate::lifecycle::signal_files::SignalFiles;
-use crate::lifecycle::stage::Stage;
-use crate::lifecycle::state::name_for;
+use crate::image::boot;
+use crate::image::inventory::Inventory;
+use crate::image::packing::{self, Archive, open_tree};
+use crate::image::unpack::Overlay;
+use crate::ims::client::Ims;
 use crate::local;
 use crate::local::apply;
 use crate::local::command_line::{self, CommandLine};
@@ -18,21 +21,18 @@ use crate::local::directory::{self, Held};
 use crate::local::names;
 use crate::local::register::{self, Entry};
 use crate::local::work_directory::WorkDirectory;
-use crate::publish::boot;
-use crate::publish::changes::Inventory;
-use crate::publish::ims::Ims;
+use crate::pod::sidecar::write_changes;
 use crate::publish::journal::{self, Journal, Notes};
-use crate::publish::package::{self, Archive, open_tree};
 use crate::publish::prepare::{ARCHIVE, INVENTORY, holds_changes, known, prepare};
+use crate::publish::publication::{Image, Publication};
 use crate::publish::settings::Settings;
-use crate::publish::sidecar::write_changes;
 use crate::publish::source::{self, Content, Kind, Source};
-use crate::publish::store::{self, Store};
-use crate::publish::unpack::Overlay;
-use crate::publish::upload::{Image, Publication};
-use crate::publish::work::{self, Work, without_query};
+use crate::store::{self, Store};
 use crate::sys::named;
 use crate::sys::tree::Tree;
+use crate::transfer::{self, Work, without_query};
+use crate::volume::signal_files::SignalFiles;
+use crate::volume::state_directory::name_for;
 
 /// Fate of changes that nobody gives up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -279,10 +279,10 @@ impl Job {
         }
         let work = Work::begin(&settings.network)?;
         if publishes {
-            work::installed("mksquashfs")?;
+            transfer::installed("mksquashfs")?;
             let place = settings.parent.join(name_of(&source, &self.source));
             self.check_store(&work, &settings, &source, holds_changes(&place, &place.join(IMAGE_ROOT)))?;
-            self.reports.changes.as_deref().map(|file| package::output(file, "--changes")).transpose()?;
+            self.reports.changes.as_deref().map(|file| packing::output(file, "--changes")).transpose()?;
         }
         let place = self.claim(&source, &settings.parent)?;
         place.path().clone_into(&mut settings.parent);
@@ -532,7 +532,7 @@ impl Opened<'_> {
         }
         let boot = boot::find_if_any(&tree, &settings.boot, settings.arch)?;
         let archive = Archive { folder: workplace, name: "packed.sqsh" };
-        let rootfs = package::pack(work, &tree, &archive, &packing, &job.exclude)?;
+        let rootfs = packing::pack(work, &tree, &archive, &packing, &job.exclude)?;
         drop(tree);
         if let Some(overlay) = overlay {
             overlay.unmount()?;

@@ -11,6 +11,7 @@ pub mod names;
 pub mod register;
 pub mod script;
 pub mod status;
+pub mod steps;
 pub mod work_directory;
 
 use std::fs::Permissions;
@@ -22,16 +23,16 @@ use std::path::{Path, PathBuf};
 use rustix::mount::MountAttrFlags;
 
 use crate::error::{Attempt, Error, Result};
-use crate::lifecycle;
-use crate::lifecycle::secrets;
-use crate::lifecycle::signal_files::SignalFiles;
-use crate::lifecycle::state::{RUN, name_for};
 use crate::local::claim::Claim;
+use crate::log::redaction;
 use crate::printable;
 use crate::publish::manifest;
 use crate::sys::mounts::{self, Detached};
 use crate::sys::named;
 use crate::sys::tree::Tree;
+use crate::volume;
+use crate::volume::signal_files::SignalFiles;
+use crate::volume::state_directory::{RUN, name_for};
 
 /// Refuses who is not root.
 pub fn need_root() -> Result<()> {
@@ -52,7 +53,7 @@ pub fn image_root(source: &Path) -> Result<PathBuf> {
         }
         true => {
             let tree = Tree::open(&real).map_err(|e| refuse(e.to_string()))?;
-            lifecycle::image_root::check(&tree, &real, false, refuse).map(|()| real)
+            volume::image_root::check(&tree, &real, false, refuse).map(|()| real)
         }
         false => Err(refuse("expected a directory, an unpacked image".into())),
     }
@@ -78,7 +79,7 @@ pub fn say_json(value: &serde_json::Value) {
 pub fn say_result(value: &serde_json::Value) {
     let text = String::from_utf8_lossy(&manifest::indented(value)).into_owned();
     // Records of IMS, and what servers have said, are in it.
-    say(&format!("{}\n", printable::json(&secrets::without_known(&text))));
+    say(&format!("{}\n", printable::json(&redaction::without_known(&text))));
 }
 
 /// Mounts that only this program and what it starts see, with terminals of their own: a session in the image must not reach those

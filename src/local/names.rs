@@ -1,6 +1,6 @@
 //! Names by which people and machines know an image.
 
-use crate::publish::work::without_query;
+use crate::transfer::without_query;
 
 /// Longest label of a host name (RFC 1123).
 const LONGEST: usize = 63;

@@ -8,14 +8,14 @@ use std::time::SystemTime;
 
 use serde_json::{Value, json};
 
+use crate::environment::stage::Stage;
 use crate::error::{Attempt, Result};
-use crate::lifecycle::signal_files::SignalFiles;
-use crate::lifecycle::stage::Stage;
-use crate::lifecycle::state::RUN;
 use crate::local;
 use crate::local::work_directory;
 use crate::publish::prepare::holds_changes;
 use crate::sys::tree::Tree;
+use crate::volume::signal_files::SignalFiles;
+use crate::volume::state_directory::RUN;
 
 /// Directory of the register, below [`RUN`]; no environment's own directory begins with a dot.
 const REGISTER: &str = ".runs";

@@ -7,21 +7,21 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags};
 use serde_json::{Value, json};
 
+use crate::environment::settings::DEFAULT_PARENT;
+use crate::environment::stage::{self, Stage};
 use crate::error::{Attempt, Error, Result};
-use crate::lifecycle::secrets::MASK;
-use crate::lifecycle::settings::DEFAULT_PARENT;
-use crate::lifecycle::signal_files::{EXITING, READY, SSHD_LISTENING, SignalFiles};
-use crate::lifecycle::stage::{self, Stage};
-use crate::lifecycle::state::{RUN, StateFolder};
 use crate::local::customize::SOURCE;
 use crate::local::{job, names, register, say, say_json};
+use crate::log::redaction::MASK;
 use crate::printable::Printable;
-use crate::publish::work::without_query;
 use crate::session::report::{Packet, SOCKET};
 use crate::sshd::daemon::Daemon;
-use crate::sys::packet::Packets;
 use crate::sys::poll;
+use crate::sys::seqpacket::Packets;
+use crate::transfer::without_query;
 use crate::verdict::Verdict;
+use crate::volume::signal_files::{EXITING, READY, SSHD_LISTENING, SignalFiles};
+use crate::volume::state_directory::{RUN, StateFolder};
 
 /// A path or URL is far shorter.
 const LIMIT: u64 = 64 << 10;

@@ -6,12 +6,12 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use crate::error::{Attempt, Error, Result};
-use crate::lifecycle::signal_files::SignalFiles;
 use crate::local;
 use crate::local::job::IMAGE_ROOT;
 use crate::publish::prepare::OVERLAY;
 use crate::publish::source::WRITABLE;
 use crate::sys::named::is_trusted;
+use crate::volume::signal_files::SignalFiles;
 
 /// The directory of all jobs, where the command line names none.
 pub const DEFAULT: &str = "/var/lib/ims-sshd";

@@ -8,10 +8,10 @@ use reqwest::header::{CONTENT_RANGE, ETAG, HeaderMap, HeaderName, IF_MATCH, LAST
 use reqwest::{StatusCode, Url};
 
 use crate::error::{Attempt, Error, Result};
-use crate::publish::checksum::{Expected, Sums};
-use crate::publish::progress::Progress;
-use crate::publish::work::{Fault, Work, complaint, in_full, is_passing, patiently, without_query};
 use crate::sys::tree::Tree;
+use crate::transfer::checksum::{Expected, Sums};
+use crate::transfer::progress::Progress;
+use crate::transfer::{Fault, Work, complaint, in_full, is_passing, patiently, without_query};
 
 /// A connection that brings less than this within the stall limit is one that stalls. What has come further by as much than ever before
 /// begins the time for further tries anew.

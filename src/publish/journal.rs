@@ -9,10 +9,10 @@ use rustix::fs::{FileType, OFlags};
 use serde_json::{Value, json};
 
 use crate::error::{Attempt, Error, Result};
-use crate::lifecycle::signal_files::{READY, SignalFiles};
-use crate::publish::id::Id;
-use crate::publish::seal::Seal;
+use crate::ims::id::Id;
 use crate::publish::settings::Settings;
+use crate::volume::authentication::Seal;
+use crate::volume::signal_files::{READY, SignalFiles};
 
 /// Where it is kept, in the image root's parent.
 const FILE: &str = ".ims-sshd.publication";

@@ -6,27 +6,27 @@ use std::path::Path;
 use rustix::io::Errno;
 
 use crate::error::{Attempt, Error, Result};
-use crate::lifecycle::image_root;
-use crate::lifecycle::signal_files::{EXITING, READY, SSHD_LISTENING, SignalFiles};
+use crate::image::identity::{Identity, Record};
+use crate::image::inventory::Inventory;
+use crate::image::layers::layers;
+use crate::image::packing::open_tree;
+use crate::image::unpack::{LOWER, Overlay, unpack};
+use crate::ims::client::{Ims, Status};
 use crate::local::directory;
-use crate::publish::changes::Inventory;
-use crate::publish::confined;
+use crate::pod::sidecar::{POD_ERROR, TRANSFER};
 use crate::publish::download;
-use crate::publish::identity::{Identity, Record};
-use crate::publish::ims::{Ims, Status};
 use crate::publish::journal;
-use crate::publish::layers::layers;
-use crate::publish::package::open_tree;
 use crate::publish::settings::Settings;
-use crate::publish::sidecar::{POD_ERROR, TRANSFER};
 use crate::publish::source::{Content, Kind, Opened, Source};
-use crate::publish::store;
-use crate::publish::unpack::{LOWER, Overlay, unpack};
-use crate::publish::work::Work;
+use crate::store;
 use crate::sys::mounts;
 use crate::sys::named;
 use crate::sys::tree::{Tree, kind_of};
+use crate::transfer::Work;
+use crate::transfer::confinement;
 use crate::verdict::Verdict;
+use crate::volume::image_root;
+use crate::volume::signal_files::{EXITING, READY, SSHD_LISTENING, SignalFiles};
 
 /// How an archive becomes a tree.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -151,7 +151,7 @@ pub fn prepare(
 ) -> Result<Option<Overlay>> {
     if open == Some(Open::Unpack) {
         // Checked before anything is fetched.
-        confined::refuse_to_lose_attributes()?;
+        confinement::refuse_to_lose_attributes()?;
     }
     let parent = &settings.parent;
     let volume = open_tree(parent)?;

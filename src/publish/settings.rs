@@ -5,12 +5,12 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::environment::settings::{Action, Case, DEFAULT_PARENT, Reader};
 use crate::error::{Error, Result};
-use crate::lifecycle::secrets;
-use crate::lifecycle::settings::{Action, Case, DEFAULT_PARENT, Reader};
-use crate::publish::boot::{AUTO, Names};
-use crate::publish::checksum::Expected;
-use crate::publish::id::Id;
+use crate::image::boot::{AUTO, Names};
+use crate::ims::id::Id;
+use crate::log::redaction;
+use crate::transfer::checksum::Expected;
 
 /// Everything that decides on how an image is fetched and published.
 #[derive(Debug, Clone)]
@@ -265,14 +265,14 @@ fn store(reader: &mut Reader) -> Store {
     for (access, secret) in ours.iter().chain(&aws) {
         // Names of people as some stores give them are in paths, too.
         if access.len() >= LENGTH_OF_KEYS {
-            secrets::keep(access);
+            redaction::keep(access);
         }
-        secrets::keep(secret);
+        redaction::keep(secret);
     }
     // A token belongs to the keys that it came with.
     let token = credential(reader, "AWS_SESSION_TOKEN").filter(|_| ours.is_none() || aws.is_none());
     if let Some(token) = &token {
-        secrets::keep(token);
+        redaction::keep(token);
     }
     let region = ["AWS_REGION", "AWS_DEFAULT_REGION"].iter().find_map(|n| {
         let region = reader.text(n)?;

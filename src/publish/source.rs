@@ -11,11 +11,11 @@ use rustix::fs::{FileType, SeekFrom};
 use rustix::io::Errno;
 
 use crate::error::{Attempt, Error, Result};
-use crate::lifecycle::secrets::without_secrets;
-use crate::publish::confined::clear_environment;
+use crate::log::redaction::without_secrets;
 use crate::sys::named::{self, is_trusted};
 use crate::sys::signals::hold_none;
 use crate::sys::tree::{Tree, kind_of};
+use crate::transfer::confinement::clear_environment;
 
 /// Where it lies.
 #[derive(Debug, Clone, PartialEq, Eq)]

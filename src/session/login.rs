@@ -10,15 +10,15 @@ use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
 
 use crate::error::{Attempt, Result};
-use crate::jail::agent::Outside;
 use crate::jail::enter;
 use crate::jail::record::Record;
 use crate::jail::streams::Streams;
 use crate::jail::tier::Tier;
-use crate::session::environment::client_environment;
+use crate::session::agent::Outside;
 use crate::session::inside::{Errand, why_no_transfer};
 use crate::session::report::{Beginning, Report};
 use crate::session::request::Request;
+use crate::session::variables::client_environment;
 use crate::sys::tree::Tree;
 
 /// Enters the jail that the record at `jail` tells of and carries out `request` there. This process ends as that does.

@@ -8,7 +8,7 @@ use std::path::Path;
 use nix::sys::wait::WaitStatus;
 
 use crate::session::request::Request;
-use crate::sys::packet::Packets;
+use crate::sys::seqpacket::Packets;
 
 /// The beginning of a session.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]

@@ -177,7 +177,7 @@ impl Line {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::session::environment::matches;
+    use crate::session::variables::matches;
     use proptest::prelude::*;
 
     #[test]

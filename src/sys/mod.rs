@@ -1,14 +1,15 @@
 //! System calls as types: the bottom floor, and the only place of `unsafe`.
 
+pub mod architecture;
 pub mod attributes;
-pub mod calls;
 pub mod landlock;
 pub mod loops;
 pub mod mounts;
 pub mod named;
-pub mod packet;
 pub mod poll;
 pub mod process;
+pub mod seccomp;
+pub mod seqpacket;
 pub mod signals;
 pub mod start;
 pub mod terminal;

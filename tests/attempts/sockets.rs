@@ -8,7 +8,7 @@ use std::os::unix::net::{SocketAddr, UnixStream};
 use std::path::Path;
 
 use ims_sshd::session::report::Packet;
-use ims_sshd::sys::packet::Packets;
+use ims_sshd::sys::seqpacket::Packets;
 use rustix::process::PidfdGetfdFlags;
 
 use crate::outcome::{Held, Outcome, Step, any};

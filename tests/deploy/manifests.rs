@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use ims_sshd::lifecycle::stage::Stage;
+use ims_sshd::environment::stage::Stage;
 use serde_json::Value;
 
 use crate::rendered::{containers, manifests, rendered_for};

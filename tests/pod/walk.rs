@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use ims_sshd::publish::pod_files::SSHD_CONFIG;
+use ims_sshd::pod::pod_files::SSHD_CONFIG;
 
 use crate::ims_server::ImsServer;
 use crate::job;

@@ -11,7 +11,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
 
-use ims_sshd::lifecycle::state::StateFolder;
+use ims_sshd::volume::state_directory::StateFolder;
 use nix::libc::c_long;
 use nix::sys::ptrace::{self, Event, Options};
 use nix::sys::signal::{Signal, kill};

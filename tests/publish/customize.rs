@@ -5,7 +5,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use ims_sshd::lifecycle::state::name_for;
+use ims_sshd::volume::state_directory::name_for;
 
 use crate::file_server::{Fault, FileServer};
 use crate::job::*;

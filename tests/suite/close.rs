@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use ims_sshd::sys::packet::Packets;
 use ims_sshd::sys::process::{Entry, descendants};
+use ims_sshd::sys::seqpacket::Packets;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -923,7 +923,7 @@ fn what_a_killed_entrypoint_left_is_found_told_and_cleared() {
         std::fs::create_dir(volume.image_root.join("proc")).unwrap();
         // The record of a jail whose init is no more: this number belongs to somebody else now.
         let mut somebody = Outsider::start(Command::new("sleep").arg("97010"));
-        let folder = ims_sshd::lifecycle::state::StateFolder::place(&volume.parent);
+        let folder = ims_sshd::volume::state_directory::StateFolder::place(&volume.parent);
         std::fs::create_dir_all(&folder).unwrap();
         std::fs::write(folder.join("jail"), format!("tier namespace\ninit {} 1\n", somebody.0.id())).unwrap();
         std::fs::write(folder.join("sshd"), format!("{} 1\n", somebody.0.id())).unwrap();

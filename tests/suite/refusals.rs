@@ -339,7 +339,7 @@ fn a_tier_that_cannot_be_had_is_never_replaced_by_another() {
         let output = enter(tier, taken);
         assert_eq!(output.status.code(), Some(1), "{output:?}");
         assert!(text(&output.stderr).contains(reason), "{output:?}");
-        let name = ims_sshd::lifecycle::state::name_for(&volume.image_root);
+        let name = ims_sshd::volume::state_directory::name_for(&volume.image_root);
         assert!(!Path::new("/run/ims-sshd/enter").join(name).exists(), "its folder is left behind");
     }
     // Nothing of the namespace tier asks for more than CAP_SYS_ADMIN, nor of the user tier for that.

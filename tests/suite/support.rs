@@ -633,7 +633,7 @@ impl Environment {
 
     /// Where the environment has its own files.
     pub fn state_folder(&self) -> PathBuf {
-        ims_sshd::lifecycle::state::StateFolder::place(&self.parent)
+        ims_sshd::volume::state_directory::StateFolder::place(&self.parent)
     }
 }
 

@@ -1,0 +1,13 @@
+//! The life of a build environment: decide, wait, prepare, serve, close, done.
+
+pub mod hang_up;
+pub mod machine;
+pub mod presence;
+pub mod processes;
+pub mod restarts;
+pub mod script;
+pub mod settings;
+pub mod sshd_setup;
+pub mod stage;
+pub mod supervisor;
+pub mod watchdog;

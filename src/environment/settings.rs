@@ -1,0 +1,374 @@
+//! The variables of the contract, read once into one value. A wrong one is named, with what was expected, before anything starts.
+
+use std::collections::HashMap;
+use std::ffi::{OsStr, OsString};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::error::{Error, Result};
+use crate::jail::binds::Bind;
+use crate::jail::tier::Tier;
+use crate::sshd::options::Options;
+use crate::sys::architecture::Architecture;
+
+/// What the job is about (`IMS_ACTION`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Action {
+    /// An image is changed.
+    Customize,
+    /// An image was built from a recipe; a shell is wanted only to look at a failed build.
+    Create,
+}
+
+/// Everything that decides on a build environment.
+#[derive(Debug, Clone)]
+// Each is a variable that says yes or no.
+#[allow(clippy::struct_excessive_bools)]
+pub struct Settings {
+    /// `IMS_ACTION`.
+    pub action: Action,
+    /// The argument, else `IMAGE_ROOT_PARENT`, else [`DEFAULT_PARENT`].
+    pub parent: PathBuf,
+    /// `SSHD_OPTIONS`, understood.
+    pub sshd: Options,
+    /// The configuration sshd reads, into which settings are written.
+    pub sshd_config: PathBuf,
+    /// `CUSTOMIZATION_SCRIPT`.
+    pub script: Option<PathBuf>,
+    /// `SSH_JAIL`.
+    pub jailed: bool,
+    /// `IMS_JAIL_TIER`: the tiers that will do; the best that can be had if there is none.
+    pub tiers: Vec<Tier>,
+    /// `JOB_ENABLE_DKMS`.
+    pub dkms: bool,
+    /// `IMS_JAIL_HOSTNAME`: the jail's host name; the container's if there is none.
+    pub hostname: Option<String>,
+    /// Name of the image, for people at a shell; not known in a pod.
+    pub image: Option<String>,
+    /// True for a directory that is changed where it is: changes stay, however the environment ends.
+    pub in_place: bool,
+    /// `IMS_JAIL_BINDS`: what of the container is shown in the jail.
+    pub binds: Vec<Bind>,
+    /// `IMS_AGENT_FORWARDING`: whether clients may bring their ssh-agent, as far as sshd lets them.
+    pub agent: bool,
+    /// `ENABLE_DEBUG`.
+    pub debug: bool,
+    /// `BUILD_ARCH`.
+    pub architecture: Option<Architecture>,
+    /// `IMS_JOB_ID`.
+    pub job: Option<String>,
+    /// `IMS_CLOSE_GRACE`: how long running commands may go on after a verdict.
+    pub close_grace: Duration,
+    /// `IMS_IDLE_LIMIT`: how long an environment without a session stays open; for ever if not set.
+    pub idle_limit: Option<Duration>,
+    /// `IMS_SESSION_LIMIT`: how long an environment stays open at the most; for ever if not set.
+    pub session_limit: Option<Duration>,
+    /// What sessions are given: names as sessions see them.
+    pub session_variables: Vec<(String, String)>,
+}
+
+/// The image root's parent where nobody says another one.
+pub const DEFAULT_PARENT: &str = "/mnt/image";
+
+/// As the Ansible tasks of a typical play take.
+const DEFAULT_GRACE: Duration = Duration::from_secs(10);
+
+/// What sessions are given: (their name, the variable it is taken from).
+const SESSION_VARIABLES: [(&str, &str); 4] = [
+    ("IMS_JOB_ID", "IMS_JOB_ID"),
+    ("IMS_ARCH", "BUILD_ARCH"),
+    ("IMS_DKMS_ENABLED", "JOB_ENABLE_DKMS"),
+    ("REMOTE_BUILD_NODE", "REMOTE_BUILD_NODE"),
+];
+
+impl Settings {
+    /// Reads `variables`; `argument` is the command line's image root parent. All complaints come at once.
+    pub fn read(argument: Option<PathBuf>, variables: impl IntoIterator<Item = (OsString, OsString)>) -> Result<Self> {
+        let mut reader = Reader::of(variables);
+        let action =
+            reader.choice("IMS_ACTION", &[("customize", Action::Customize), ("create", Action::Create)], Case::Exact);
+        if action.is_none() && reader.text("IMS_ACTION").is_none() {
+            reader.complaints.push("IMS_ACTION is not set: expected 'customize' or 'create'".into());
+        }
+        let argument = argument.map(|argument| std::path::absolute(&argument).unwrap_or(argument));
+        let parent = argument.or_else(|| reader.text("IMAGE_ROOT_PARENT").map(Into::into));
+        let parent = parent.unwrap_or_else(|| DEFAULT_PARENT.into());
+        if !parent.is_absolute() {
+            reader
+                .complaints
+                .push(format!("the image root parent is '{}': expected an absolute path", parent.display()));
+        }
+        let sshd_options = reader.text("SSHD_OPTIONS").unwrap_or_default();
+        let sshd = reader.accept(Options::parse(&sshd_options));
+        let written = reader.text("SSHD_CONFIG_FILE").map(PathBuf::from);
+        let sshd_config = sshd.as_ref().and_then(|o| reader.accept(o.config_file(written.as_ref())));
+
+        let truth = [("true", true), ("false", false)];
+        let jailed = reader.choice("SSH_JAIL", &[("True", true), ("False", false)], Case::Exact).unwrap_or(false);
+        let dkms = reader.choice("JOB_ENABLE_DKMS", &truth, Case::Any).unwrap_or(false);
+        let debug = reader.choice("ENABLE_DEBUG", &truth, Case::Any).unwrap_or(false);
+        let architecture = reader.choice("BUILD_ARCH", &Architecture::ALL.map(|a| (a.name(), a)), Case::Exact);
+        let tiers = reader.tiers();
+        let hostname = reader.host_name("IMS_JAIL_HOSTNAME");
+        let binds = reader.binds("IMS_JAIL_BINDS");
+        let agent = reader.choice("IMS_AGENT_FORWARDING", &truth, Case::Any).unwrap_or(true);
+        let close_grace = reader.seconds("IMS_CLOSE_GRACE").unwrap_or(DEFAULT_GRACE);
+        let idle_limit = reader.seconds("IMS_IDLE_LIMIT");
+        let session_limit = reader.seconds("IMS_SESSION_LIMIT");
+        let script = reader.text("CUSTOMIZATION_SCRIPT").map(Into::into);
+        let session_variables = SESSION_VARIABLES
+            .iter()
+            .filter_map(|(name, from)| Some(((*name).to_owned(), reader.line(from)?)))
+            .collect();
+        let job = reader.line("IMS_JOB_ID").filter(|job| !job.is_empty());
+
+        match (action, sshd, sshd_config) {
+            (Some(action), Some(sshd), Some(sshd_config)) if reader.complaints.is_empty() => Ok(Self {
+                action,
+                parent,
+                sshd,
+                sshd_config,
+                script,
+                jailed,
+                tiers,
+                dkms,
+                hostname,
+                image: None,
+                in_place: false,
+                binds,
+                agent,
+                debug,
+                architecture,
+                job,
+                close_grace,
+                idle_limit,
+                session_limit,
+                session_variables,
+            }),
+            _ => Err(Error::bad_input(reader.complaints.join("; also, "))),
+        }
+    }
+
+    /// The image root, relative to the parent.
+    pub fn image_root(&self) -> &'static str {
+        match self.action {
+            Action::Customize => "image-root",
+            Action::Create => "build/image-root",
+        }
+    }
+}
+
+/// `IMS_JAIL_TIER` and `IMS_JAIL_HOSTNAME` alone, for a jail without sshd.
+pub fn of_jail(variables: impl IntoIterator<Item = (OsString, OsString)>) -> Result<(Vec<Tier>, Option<String>)> {
+    let mut reader = Reader::of(variables);
+    let found = (reader.tiers(), reader.host_name("IMS_JAIL_HOSTNAME"));
+    if reader.complaints.is_empty() { Ok(found) } else { Err(Error::bad_input(reader.complaints.join("; also, "))) }
+}
+
+/// Whether a value's letters have to be in the case that is expected.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Case {
+    Exact,
+    Any,
+}
+
+/// Takes values out of the variables and collects what is wrong with them. An empty variable counts as not set.
+pub(crate) struct Reader {
+    variables: HashMap<OsString, OsString>,
+    pub(crate) complaints: Vec<String>,
+}
+
+impl Reader {
+    /// Where a variable comes twice, the later one counts.
+    pub(crate) fn of(variables: impl IntoIterator<Item = (OsString, OsString)>) -> Self {
+        Self { variables: variables.into_iter().collect(), complaints: Vec::new() }
+    }
+
+    pub(crate) fn text(&mut self, name: &str) -> Option<String> {
+        let value = self.variables.get(OsStr::new(name)).filter(|v| !v.is_empty())?;
+        match value.to_str() {
+            Some(text) => Some(text.to_owned()),
+            None => {
+                self.complaints.push(format!("{name} is '{}': expected UTF-8", value.to_string_lossy()));
+                None
+            }
+        }
+    }
+
+    /// A value that ends up as one word of a configuration line; it may be empty.
+    pub(crate) fn line(&mut self, name: &str) -> Option<String> {
+        self.variables.get(OsStr::new(name))?;
+        let value = self.text(name).unwrap_or_default();
+        if value.contains(|c: char| c.is_control()) {
+            self.complaints
+                .push(format!("{name} is '{}': expected one line without control characters", value.escape_debug()));
+            return None;
+        }
+        Some(value)
+    }
+
+    pub(crate) fn choice<T: Copy>(&mut self, name: &str, choices: &[(&str, T)], case: Case) -> Option<T> {
+        let value = self.text(name)?;
+        let found = choices.iter().find(|(word, _)| match case {
+            Case::Exact => value == *word,
+            Case::Any => value.eq_ignore_ascii_case(word),
+        });
+        if found.is_none() {
+            let known: Vec<_> = choices.iter().map(|(word, _)| format!("'{word}'")).collect();
+            let exactly = if case == Case::Exact { ", in this spelling" } else { "" };
+            self.complaints.push(format!("{name} is '{value}': expected {}{exactly}", known.join(" or ")));
+        }
+        found.map(|(_, choice)| *choice)
+    }
+
+    fn tiers(&mut self) -> Vec<Tier> {
+        let value = self.text("IMS_JAIL_TIER").filter(|value| value != "auto").unwrap_or_default();
+        let named: Option<Vec<_>> = value.split(',').map(Tier::from_name).collect();
+        if named.is_none() && !value.is_empty() {
+            let known = Tier::ALL.map(Tier::name).join("' or '");
+            self.complaints.push(format!(
+                "IMS_JAIL_TIER is '{value}': expected 'auto' or '{known}', or several tiers with commas between them"
+            ));
+        }
+        named.unwrap_or_default()
+    }
+
+    fn host_name(&mut self, name: &str) -> Option<String> {
+        let value = self.text(name)?;
+        let is_label = |label: &str| {
+            !label.is_empty()
+                && !label.starts_with('-')
+                && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
+        };
+        // What sethostname takes.
+        if value.len() <= 64 && value.split('.').all(is_label) {
+            return Some(value);
+        }
+        self.complaints.push(format!(
+            "{name} is '{}': expected at most 64 letters, digits, dots and dashes, as in host names",
+            value.escape_debug()
+        ));
+        None
+    }
+
+    fn binds(&mut self, name: &str) -> Vec<Bind> {
+        let value = self.text(name).unwrap_or_default();
+        let words = match shell_words::split(&value) {
+            Ok(words) => words,
+            Err(e) => {
+                self.complaints.push(format!("{name} is '{value}': {e}"));
+                return Vec::new();
+            }
+        };
+        let mut bind = |word: &String| Bind::parse(word).map_err(|why| self.complaints.push(format!("{name}: {why}")));
+        words.iter().filter_map(|word| bind(word).ok()).collect()
+    }
+
+    pub(crate) fn seconds(&mut self, name: &str) -> Option<Duration> {
+        let value = self.text(name)?;
+        let seconds = value.parse().ok().map(Duration::from_secs);
+        if seconds.is_none() {
+            self.complaints.push(format!("{name} is '{value}': expected whole seconds"));
+        }
+        seconds
+    }
+
+    /// The value of `name`, if `check` accepts it; it says what it expected else.
+    pub(crate) fn check<T>(
+        &mut self,
+        name: &str,
+        value: &str,
+        check: impl FnOnce(&str) -> std::result::Result<T, String>,
+    ) -> Option<T> {
+        let refused = |expected| self.complaints.push(format!("{name} is '{value}': {expected}"));
+        check(value).map_err(refused).ok()
+    }
+
+    pub(crate) fn accept<T>(&mut self, result: Result<T>) -> Option<T> {
+        result.map_err(|e| self.complaints.push(e.to_string())).ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(variables: &[(&str, &str)]) -> Result<Settings> {
+        Settings::read(None, variables.iter().map(|(n, v)| ((*n).into(), (*v).into())))
+    }
+
+    #[test]
+    fn a_customize_job_as_pods_start_it() {
+        let settings = read(&[
+            ("IMS_ACTION", "customize"),
+            ("IMAGE_ROOT_PARENT", "/mnt/image"),
+            ("ENABLE_DEBUG", "False"),
+            ("SSHD_OPTIONS", "-E /etc/cray/ims/sshd.log -f /etc/cray/ims/sshd_config"),
+            ("SSHD_CONFIG_FILE", "/etc/cray/ims/sshd_config"),
+            ("IMS_JOB_ID", "7"),
+            ("SSH_JAIL", "True"),
+            ("JOB_ENABLE_DKMS", "TRUE"),
+            ("BUILD_ARCH", "x86_64"),
+            ("REMOTE_BUILD_NODE", ""),
+        ])
+        .unwrap();
+        assert!(settings.jailed && settings.dkms && !settings.debug);
+        assert_eq!(settings.image_root(), "image-root");
+        let variables: Vec<_> = settings.session_variables.iter().map(|(n, v)| (n.as_str(), v.as_str())).collect();
+        let wanted =
+            [("IMS_JOB_ID", "7"), ("IMS_ARCH", "x86_64"), ("IMS_DKMS_ENABLED", "TRUE"), ("REMOTE_BUILD_NODE", "")];
+        assert_eq!(variables, wanted);
+    }
+
+    #[test]
+    fn the_argument_comes_before_the_variable_before_the_default() {
+        let action = ("IMS_ACTION", "create");
+        assert_eq!(read(&[action]).unwrap().parent, PathBuf::from(DEFAULT_PARENT));
+        assert_eq!(read(&[action, ("IMAGE_ROOT_PARENT", "/v")]).unwrap().parent, PathBuf::from("/v"));
+        let given = Settings::read(Some("/a".into()), [("IMS_ACTION".into(), "create".into())]).unwrap();
+        assert_eq!(given.parent, PathBuf::from("/a"));
+        assert_eq!(given.image_root(), "build/image-root");
+    }
+
+    #[test]
+    fn several_tiers_can_do_and_auto_is_any() {
+        for (value, tiers) in
+            [("auto", &[][..]), ("user", &[Tier::User]), ("namespace,user", &[Tier::Namespace, Tier::User])]
+        {
+            assert_eq!(read(&[("IMS_ACTION", "customize"), ("IMS_JAIL_TIER", value)]).unwrap().tiers, tiers, "{value}");
+        }
+        for value in ["user,", "auto,user", "user, chroot"] {
+            let error = read(&[("IMS_ACTION", "customize"), ("IMS_JAIL_TIER", value)]).unwrap_err().to_string();
+            assert!(error.contains("or several tiers with commas between them"), "{error}");
+        }
+    }
+
+    #[test]
+    fn every_wrong_value_is_named_with_what_was_expected_at_once() {
+        let wrong = [
+            ("IMS_ACTION", "destroy", "'customize' or 'create'"),
+            ("SSH_JAIL", "true", "'True' or 'False', in this spelling"),
+            ("JOB_ENABLE_DKMS", "yes", "'true' or 'false'"),
+            ("ENABLE_DEBUG", "1", "'true' or 'false'"),
+            ("BUILD_ARCH", "arm64", "'x86_64' or 'aarch64'"),
+            ("IMAGE_ROOT_PARENT", "image", "absolute"),
+            ("IMS_CLOSE_GRACE", "soon", "whole seconds"),
+            ("IMS_IDLE_LIMIT", "1h", "whole seconds"),
+            ("IMS_SESSION_LIMIT", "1.5", "whole seconds"),
+            ("IMS_JAIL_HOSTNAME", "node_1", "as in host names"),
+            ("IMS_JAIL_BINDS", "/nowhere:/opt", "SOURCE is '/nowhere'"),
+            ("IMS_AGENT_FORWARDING", "no", "'true' or 'false'"),
+            ("IMS_JAIL_TIER", "strong", "'auto' or 'namespace' or 'user' or 'chroot'"),
+            ("SSHD_OPTIONS", "-D", "background"),
+            ("IMS_JOB_ID", "a\nSetEnv X=1", "one line"),
+        ];
+        let error = read(&wrong.map(|(name, value, _)| (name, value))).unwrap_err();
+        assert_eq!(error.exit_code(), 2);
+        let message = error.to_string();
+        for (name, _, expected) in wrong {
+            assert!(message.contains(expected), "{name}: {message}");
+            assert!(message.contains(name) || name == "IMAGE_ROOT_PARENT", "{name}: {message}");
+        }
+        assert!(read(&[]).unwrap_err().to_string().contains("IMS_ACTION is not set"));
+    }
+}

@@ -1,0 +1,760 @@
+//! Carries the machine's actions out and brings it what happens. As PID 1 or as a subreaper: every process of the job is a
+//! descendant, whoever started it.
+
+use std::collections::VecDeque;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime};
+
+use nix::sys::signal::Signal;
+use nix::sys::wait::WaitStatus;
+use nix::unistd::Pid;
+use rustix::event::{PollFd, PollFlags};
+
+use crate::environment::hang_up::{Farewell, Progress, hang_up};
+use crate::environment::machine::{Action, Event, Machine, State};
+use crate::environment::presence::Presence;
+use crate::environment::processes;
+use crate::environment::restarts::Part;
+use crate::environment::script::Script;
+use crate::environment::settings::{Action as JobAction, Settings};
+use crate::environment::sshd_setup::{self, Groundwork};
+use crate::environment::watchdog::Watchfulness;
+use crate::error::{Attempt, Error, Result};
+use crate::jail::link::Message;
+use crate::jailer::emulation::{self, Emulation};
+use crate::jailer::open::{OpenJail, TIME_TO_LET_GO};
+use crate::sshd::daemon::{Clients, Daemon, Running};
+use crate::sshd::effective::Effective;
+use crate::sshd::refusals::Refusals;
+use crate::sys::poll;
+use crate::sys::process::{Entry, Expendable};
+use crate::sys::signals::Signals;
+use crate::sys::tree::Tree;
+use crate::verdict::Verdict;
+use crate::volume::image_root;
+use crate::volume::signal_files::{
+    BUILD_FAILED, EXITING, LOOK_EVERY, READY, SSHD_LISTENING, SignalFiles, Stamp, Watch,
+};
+use crate::volume::state_directory::StateFolder;
+
+/// How long the image root parent may be missing. A pod's volumes are there before its containers start; a mount of a machine may come later.
+const TIME_FOR_PARENT: Duration = Duration::from_secs(30);
+
+/// How an environment ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Outcome {
+    /// What became of the image; nothing if no shell was wanted.
+    pub verdict: Option<Verdict>,
+    /// Whether somebody has marked the image failed.
+    pub given_up: bool,
+    /// The exit code of the contract: 0 for complete and failed, 1 if the environment broke, 128 + n after signal n.
+    pub exit_code: u8,
+}
+
+/// Runs a build environment from start to end. `files` is the image root's parent if the caller has claimed it already; `listening` is
+/// called once, when sshd accepts connections.
+pub fn run(settings: Settings, files: Option<SignalFiles>, listening: impl FnOnce()) -> Result<Outcome> {
+    if !shell_is_wanted(&settings)? {
+        return Ok(Outcome { verdict: None, given_up: false, exit_code: 0 });
+    }
+    let held = [Signal::SIGCHLD, Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP];
+    let mut supervisor = Supervisor {
+        machine: Machine::new(settings.close_grace),
+        since: SystemTime::now(),
+        began: Instant::now(),
+        signals: Signals::hold(&held).attempt(|| "block signals")?,
+        watch: Watch::new()?,
+        state: StateFolder::of(&settings.parent)?,
+        groundwork: None,
+        old_marks: [None; 2],
+        files,
+        image_root: None,
+        emulation: Emulation::default(),
+        effective: None,
+        jail: None,
+        daemon: None,
+        presence: None,
+        refusals: None,
+        clients: Clients::default(),
+        restart: Vec::new(),
+        watchfulness: None,
+        closing_since: None,
+        script: None,
+        script_output: None,
+        hung_up: Vec::new(),
+        farewell: None,
+        look_again: None,
+        listening: Some(listening),
+        settings,
+    };
+    nix::sys::prctl::set_child_subreaper(true).attempt(|| "become the parent of orphaned processes")?;
+    supervisor.live()
+}
+
+/// A create job's shell is for looking at a failed build, if somebody asked for it.
+fn shell_is_wanted(settings: &Settings) -> Result<bool> {
+    if settings.action == JobAction::Customize {
+        return Ok(true);
+    }
+    let failed = match SignalFiles::open(&settings.parent)? {
+        Some(files) => files.stands(BUILD_FAILED)?,
+        None => false,
+    };
+    match (failed, settings.debug) {
+        (true, true) => return Ok(true),
+        (true, false) => tracing::info!("the build failed, and ENABLE_DEBUG is not true: no shell is wanted"),
+        (false, _) => tracing::info!("the build did not fail: no shell is wanted"),
+    }
+    Ok(false)
+}
+
+struct Supervisor<F> {
+    settings: Settings,
+    machine: Machine,
+    /// When it came into its state.
+    since: SystemTime,
+    began: Instant,
+    signals: Signals,
+    watch: Watch,
+    state: StateFolder,
+    groundwork: Option<Groundwork>,
+    files: Option<SignalFiles>,
+    /// Verdicts as they stood when this run began.
+    old_marks: [Option<Stamp>; 2],
+    image_root: Option<Tree>,
+    /// What an image of another architecture runs by.
+    emulation: Emulation,
+    effective: Option<Effective>,
+    jail: Option<OpenJail>,
+    daemon: Option<Daemon>,
+    presence: Option<Presence>,
+    /// Logins that sshd refuses, where it logs to a file.
+    refusals: Option<Refusals>,
+    clients: Clients,
+    /// What is to be started again, and when.
+    restart: Vec<(Part, Instant)>,
+    watchfulness: Option<Watchfulness>,
+    /// When the verdict came; the close's steps are logged with the time since.
+    closing_since: Option<Instant>,
+    /// The customization script, as long as it runs.
+    script: Option<Pid>,
+    /// Its output, as long as that can grow: what the script has started may write to it after the script's end.
+    script_output: Option<Script>,
+    hung_up: Vec<Pid>,
+    farewell: Option<Farewell>,
+    look_again: Option<Instant>,
+    listening: Option<F>,
+}
+
+impl<F: FnOnce()> Supervisor<F> {
+    fn live(&mut self) -> Result<Outcome> {
+        self.open_parent()?;
+        tracing::info!(
+            parent = %self.settings.parent.display(),
+            jailed = self.settings.jailed,
+            job = self.settings.job.as_deref(),
+            "waiting for '{READY}'",
+        );
+        if self.files.is_none() {
+            tracing::warn!(
+                "{} does not exist: it is waited for {} s, as a volume may be mounted late",
+                self.settings.parent.display(),
+                TIME_FOR_PARENT.as_secs()
+            );
+        }
+        match Groundwork::lay(&self.settings, &self.state) {
+            Ok(groundwork) => self.groundwork = Some(groundwork),
+            Err(e) => self.happen(broken(&e)),
+        }
+        while self.machine.state() != State::Done {
+            let events = self.look()?;
+            if events.is_empty() {
+                self.wait();
+            }
+            for event in events {
+                self.happen(event);
+            }
+        }
+        let Self { machine, .. } = self;
+        Ok(Outcome { verdict: machine.verdict(), given_up: machine.is_given_up(), exit_code: machine.exit_code() })
+    }
+
+    /// Brings the machine an event, and what comes of it.
+    fn happen(&mut self, event: Event) {
+        let mut events = VecDeque::from([event]);
+        while let Some(event) = events.pop_front() {
+            let before = self.machine.state();
+            let actions = self.machine.on(event);
+            if let Event::Died(part, _) = event
+                && self.machine.state() == State::Grace
+                && before == State::Serving
+            {
+                tracing::error!("{} has died too often within a minute: closing as failed", part.name());
+            }
+            if self.machine.state() != before {
+                self.since = SystemTime::now();
+                tracing::debug!(state = ?self.machine.state(), "next");
+            }
+            for action in actions {
+                events.extend(self.carry_out(action));
+            }
+        }
+    }
+
+    fn carry_out(&mut self, action: Action) -> Vec<Event> {
+        let closing = matches!(action, Action::EndProcesses | Action::Release | Action::Record(_) | Action::Announce);
+        let answer = match action {
+            Action::Prepare => Some(self.prepare().unwrap_or_else(|e| broken(&e))),
+            Action::Restart(part, wait) => {
+                self.restart.push((part, Instant::now() + wait));
+                None
+            }
+            Action::StopListening => {
+                self.restart.clear();
+                self.closing_since = Some(Instant::now());
+                if let Some(daemon) = &self.daemon {
+                    daemon.stop_listening();
+                    self.step("sshd takes no new connections");
+                }
+                None
+            }
+            Action::HangUp(verdict, grace) => {
+                let running = self.running();
+                let shells = self.interactive(running);
+                self.hung_up = hang_up(&shells, verdict, grace);
+                if !self.hung_up.is_empty() {
+                    self.step("people at a terminal were told, and hung up");
+                }
+                None
+            }
+            Action::AwaitSessions(grace) => {
+                self.farewell = Some(Farewell::start(grace, std::mem::take(&mut self.hung_up)));
+                None
+            }
+            Action::EndProcesses => {
+                self.farewell = None;
+                Some(match processes::end_all(self.jail.as_ref()) {
+                    Ok(()) => {
+                        self.step("no process of the job is left");
+                        Event::AllEnded
+                    }
+                    Err(e) => broken(&e),
+                })
+            }
+            Action::Release => Some(Event::Released { cleanly: self.release() }),
+            Action::Record(verdict) => Some(self.record(verdict)),
+            Action::Announce => Some(Event::Announced { cleanly: self.announce() }),
+        };
+        // A process may mark the image as it is ended, and another container at any time: until the others are told, it counts.
+        let late = if closing { self.late_marks() } else { Vec::new() };
+        late.into_iter().chain(answer).collect()
+    }
+
+    /// Logs a step of the close.
+    fn step(&self, what: &str) {
+        let since = self.closing_since.map_or(0, milliseconds);
+        tracing::info!(milliseconds = since, "closing: {what}");
+    }
+
+    /// What has happened since the last look.
+    fn look(&mut self) -> Result<Vec<Event>> {
+        self.watch.drain();
+        let mut events = Vec::new();
+        while let Ok(Some(signal)) = self.signals.next() {
+            if signal != Signal::SIGCHLD {
+                tracing::info!("received {signal}: closing as failed");
+                events.push(Event::Stop(signal));
+            }
+        }
+        self.log_script();
+        events.extend(processes::reap().into_iter().filter_map(|status| self.ended(status)));
+        match self.machine.state() {
+            State::Waiting => {
+                self.open_parent()?;
+                match self.files.as_ref().map(|files| files.stands(READY)) {
+                    None if self.began.elapsed() > TIME_FOR_PARENT => {
+                        let place = self.settings.parent.display();
+                        let error = Error::new(format!("open the image root parent {place}"))
+                            .because(format!("it does not exist after {} s", TIME_FOR_PARENT.as_secs()))
+                            .advise(
+                                "mount the volume there, or name its directory by the argument or IMAGE_ROOT_PARENT",
+                            );
+                        events.push(broken(&error));
+                    }
+                    Some(Ok(true)) => events.push(Event::Ready),
+                    // Nobody will make a better one while this stands there.
+                    Some(Err(e)) => events.push(broken(&e)),
+                    _ => events.extend(self.mark_instead_of_ready()),
+                }
+            }
+            State::Serving | State::Grace => events.extend(self.marks()),
+            _ => {}
+        }
+        self.look_at_sessions();
+        if let Some(refusals) = &mut self.refusals {
+            refusals.look();
+        }
+        if self.machine.state() == State::Serving {
+            events.extend(self.start_again());
+            events.extend(self.look_after());
+        }
+        if self.farewell.is_some() {
+            let (running, script) = (self.running(), self.script.is_some());
+            self.look_again = None;
+            match self.farewell.as_mut().map_or(Progress::Idle, |farewell| farewell.look(running, script)) {
+                Progress::Idle => events.push(Event::Idle),
+                Progress::Over => events.push(Event::GraceOver),
+                Progress::Until(moment) => self.look_again = Some(moment),
+            }
+        }
+        Ok(events)
+    }
+
+    fn look_at_sessions(&mut self) {
+        let Some(presence) = &mut self.presence else { return };
+        for asking in presence.look() {
+            let _ = asking.send(self.status().to_string().as_bytes());
+        }
+    }
+
+    /// What `ims-sshd status` prints.
+    fn status(&self) -> serde_json::Value {
+        serde_json::json!({
+            "image_root_parent": self.settings.parent,
+            "state": self.machine.state().stage().name(),
+            "since": humantime::format_rfc3339_seconds(self.since).to_string(),
+            "tier": self.jail.as_ref().map_or("plain", |jail| jail.tier.name()),
+            "job": self.settings.job,
+            "verdict": self.machine.verdict().map(Verdict::signal_file),
+            "sessions": self.presence.as_ref().map(Presence::to_json),
+        })
+    }
+
+    /// Starts again what has died, when its time has come.
+    fn start_again(&mut self) -> Vec<Event> {
+        let now = Instant::now();
+        let due: Vec<Part> = self.restart.extract_if(.., |(_, at)| *at <= now).map(|(part, _)| part).collect();
+        let again = |part| match part {
+            Part::Sshd => self.start_sshd(),
+            Part::Jail => self.remake_jail(),
+        };
+        let tried: Vec<_> = due.iter().copied().map(again).collect();
+        let failed = due.into_iter().zip(tried).filter_map(|(part, tried)| tried.err().map(|e| (part, e)));
+        failed
+            .map(|(part, e)| {
+                tracing::error!("{e}");
+                Event::Died(part, now)
+            })
+            .collect()
+    }
+
+    /// Looks, at intervals, whether the environment can still come to a good end.
+    fn look_after(&mut self) -> Option<Event> {
+        if !self.watchfulness.as_mut()?.is_due() {
+            return None;
+        }
+        let running = self.running();
+        let busy = self.script.is_some() || !running.sessions.is_empty();
+        let shells = self.interactive(running);
+        let last = self.presence.as_ref()?.last_heard();
+        let (files, image_root) = (self.files.as_ref()?, self.image_root.as_ref()?);
+        self.watchfulness.as_mut()?.look(busy, last, &self.settings, &shells, files, image_root)
+    }
+
+    /// Processes that sshd runs for clients. Plain mode learns only here which sessions have begun and ended.
+    fn running(&mut self) -> Running {
+        let running = self.clients.look(self.daemon.as_ref().map(|daemon| daemon.pid));
+        if let Some(presence) = self.presence.as_mut().filter(|_| !self.settings.jailed) {
+            presence.compare(&running.sessions);
+        }
+        running
+    }
+
+    /// The interactive shells among those who are there.
+    fn interactive(&self, running: Running) -> Vec<Entry> {
+        let mut sessions = running.sessions;
+        sessions.retain(|leader| self.presence.as_ref().is_some_and(|presence| presence.is_interactive(leader)));
+        sessions
+    }
+
+    fn open_parent(&mut self) -> Result<()> {
+        if self.files.is_none() {
+            self.watch.on(&self.settings.parent);
+            if let Some(mut files) = SignalFiles::open(&self.settings.parent)? {
+                files.claim()?;
+                files.remove_marks_of_earlier_pods()?;
+                self.old_marks = files.verdict_stamps();
+                self.files = Some(files);
+            }
+        }
+        self.watch.on(&self.settings.parent);
+        Ok(())
+    }
+
+    /// A mark that was made instead of `ready`: by somebody who waits no longer, or by a sidecar that has given up.
+    fn mark_instead_of_ready(&self) -> Option<Event> {
+        let verdict = self.files.as_ref()?.verdict_instead_of_ready(self.old_marks[Verdict::Failed as usize])?;
+        tracing::info!(
+            verdict = verdict.signal_file(),
+            "marked in the image root parent while waiting for '{READY}'; the sidecar's log may say why"
+        );
+        Some(Event::Marked(verdict))
+    }
+
+    /// Marks that have been made, in the jail and outside, and that the machine does not know yet.
+    fn marks(&mut self) -> Vec<Event> {
+        let mut marks = Vec::new();
+        if let Some(jail) = &self.jail {
+            let readable = || {
+                let mut source = [PollFd::from_borrowed_fd(jail.link(), PollFlags::IN)];
+                poll::wait(&mut source, Duration::ZERO).is_ok_and(|ready| ready > 0)
+            };
+            while readable()
+                && let Some(message) = jail.told()
+            {
+                match message {
+                    Message::Marked(verdict) => {
+                        tracing::info!(verdict = verdict.signal_file(), "marked from inside the jail");
+                        marks.push(Event::Marked(verdict));
+                    }
+                    Message::Failed(why) => tracing::error!("{why}"),
+                    _ => {}
+                }
+            }
+        }
+        match self.files.as_ref().map(SignalFiles::verdict) {
+            Some(Ok(Some(verdict))) if self.machine.verdict() < Some(verdict) => {
+                tracing::info!(verdict = verdict.signal_file(), "marked in the image root parent");
+                marks.push(Event::Marked(verdict));
+            }
+            Some(Err(e)) if self.machine.verdict() != Some(Verdict::Failed) => {
+                tracing::error!("{e}; the image is taken as failed");
+                marks.push(Event::Failed);
+            }
+            _ => {}
+        }
+        marks
+    }
+
+    /// What it means that a child has ended.
+    fn ended(&mut self, status: WaitStatus) -> Option<Event> {
+        let pid = status.pid()?;
+        if self.script == Some(pid) {
+            self.log_script();
+            self.script = None;
+            let script = self.settings.script.as_deref().unwrap_or_else(|| Path::new("")).display();
+            if matches!(status, WaitStatus::Exited(_, 0)) {
+                tracing::info!("the customization script {script} has ended");
+                return None;
+            }
+            let how = how_ended(status);
+            if self.settings.debug {
+                tracing::error!(
+                    "the customization script {script} {how}; ENABLE_DEBUG is true, so the environment stays open"
+                );
+                return None;
+            }
+            tracing::error!(
+                "the customization script {script} {how}: the image is marked failed; its output stands above"
+            );
+            return Some(Event::Failed);
+        }
+        if self.daemon.as_ref().is_some_and(|d| d.pid == pid) {
+            self.daemon = None;
+            if self.machine.state() == State::Serving {
+                let words = Daemon::last_words(&self.settings.sshd);
+                tracing::error!("sshd {}; its log ends with: {words}", how_ended(status));
+                return Some(Event::Died(Part::Sshd, Instant::now()));
+            }
+        }
+        if self.jail.as_ref().is_some_and(|j| j.init() == pid) && self.machine.state() == State::Serving {
+            tracing::error!("the jail's init {}, and with it every process in the jail", how_ended(status));
+            return Some(Event::Died(Part::Jail, Instant::now()));
+        }
+        None
+    }
+
+    fn prepare(&mut self) -> Result<Event> {
+        let began = Instant::now();
+        let Some(files) = &self.files else { return Ok(Event::Broken) };
+        if files.stands(EXITING)? {
+            let error = Error::new(format!("open {} again", files.path().display()))
+                .because(format!(
+                    "'{EXITING}' stands there: this environment has ended and the image may be being packed"
+                ))
+                .advise("whoever starts a new job removes it before creating 'ready'");
+            // Its verdict stands as well, and is not ours to change.
+            self.files = None;
+            return Err(error);
+        }
+        files.remove_marks_of_earlier_jobs(self.old_marks)?;
+        files.reserve()?;
+        let image_root = sshd_setup::open_image_root(files, self.settings.image_root())?;
+        // A create job's is open to be looked at as far as it was built.
+        if self.settings.action == JobAction::Customize {
+            let shown = files.path().join(self.settings.image_root());
+            let refused = |why| Error::new(format!("open the image root {}", shown.display())).because(why);
+            image_root::check(&image_root, &shown, false, refused)?;
+        }
+        let image_root = &*self.image_root.insert(image_root);
+        let recovered = sshd_setup::recover(&self.settings, files, image_root, &self.state)?;
+        if self.settings.jailed && !recovered {
+            sshd_setup::remove_old_marks(image_root)?;
+        }
+        let tier = self.groundwork.as_ref().and_then(|groundwork| groundwork.jail.as_ref()).map(|kind| kind.tier);
+        self.emulation = match emulation::prepare(image_root, self.settings.architecture, files.parent(), tier) {
+            // Beside the image root, people may have come for its files alone.
+            Err(e) if !self.settings.jailed => {
+                tracing::warn!("{e}");
+                Emulation::default()
+            }
+            other => other?,
+        };
+        self.effective = Some(sshd_setup::configure_sshd(&self.settings, &self.state)?);
+        self.presence = Some(Presence::listen(self.state.path())?);
+        if self.settings.jailed {
+            self.make_jail()?;
+        }
+        self.refusals = self.settings.sshd.log.as_deref().map(Refusals::new);
+        self.start_sshd()?;
+        tracing::info!(milliseconds = milliseconds(began), "the environment is open");
+        if let Some(files) = &self.files {
+            files.touch(SSHD_LISTENING)?;
+        }
+        if let Some(listening) = self.listening.take() {
+            listening();
+        }
+        self.start_script()?;
+        self.watchfulness = Some(Watchfulness::start());
+        Ok(Event::Listening)
+    }
+
+    fn start_sshd(&mut self) -> Result<()> {
+        let Some(effective) = &self.effective else { return Ok(()) };
+        let jail = self.groundwork.as_ref().and_then(|groundwork| groundwork.jail.as_ref());
+        let shell = jail.map(|jail| sshd_setup::login_shell(jail, &self.state)).transpose()?.flatten();
+        let _expendable = Expendable::children();
+        let daemon = Daemon::start(&self.settings.sshd, effective, shell.as_ref())?;
+        daemon.note(&self.state.sshd())?;
+        tracing::info!(pid = daemon.pid.as_raw(), "sshd is listening");
+        self.daemon = Some(daemon);
+        Ok(())
+    }
+
+    fn make_jail(&mut self) -> Result<()> {
+        let (Some(files), Some(image_root), Some(groundwork), Some(effective)) =
+            (&self.files, &self.image_root, &self.groundwork, &self.effective)
+        else {
+            return Ok(());
+        };
+        let Some(kind) = &groundwork.jail else { return Ok(()) };
+        let _expendable = Expendable::children();
+        let made_with = (kind, groundwork.sftp.as_slice());
+        let emulated = self.emulation.in_jail;
+        let jail =
+            sshd_setup::make_jail(&self.settings, files, image_root, made_with, emulated, effective, &self.state)?;
+        tracing::info!(tier = kind.tier.name(), dkms = self.settings.dkms, "the jail is made");
+        self.jail = Some(jail);
+        Ok(())
+    }
+
+    fn remake_jail(&mut self) -> Result<()> {
+        // The old jail stays as long as this fails: the kernel tells of the next one's mount nothing about who uses the old one's.
+        if let Some(jail) = &self.jail {
+            jail.seal(&self.state, Instant::now() + TIME_TO_LET_GO)?;
+        }
+        if let (Some(jail), Some(files), Some(image_root)) = (self.jail.take(), &self.files, &self.image_root) {
+            jail.clear(image_root, files.parent())?;
+        }
+        self.make_jail()
+    }
+
+    fn start_script(&mut self) -> Result<()> {
+        let Some(path) = self.settings.script.as_ref().filter(|p| p.exists()) else { return Ok(()) };
+        let mut variables = self.settings.session_variables.clone();
+        variables.push(("IMAGE_ROOT_PARENT".into(), self.settings.parent.display().to_string()));
+        tracing::info!("customization script {} starts", path.display());
+        let _expendable = Expendable::children();
+        let script = Script::start(path, &variables)?;
+        self.script = Some(script.pid());
+        self.script_output = Some(script);
+        Ok(())
+    }
+
+    fn log_script(&mut self) {
+        if self.script_output.as_mut().is_some_and(|output| !output.log_output()) {
+            self.script_output = None;
+        }
+    }
+
+    /// Marks that were made while the environment closes, in the image too: nobody in the jail watches that any more.
+    fn late_marks(&mut self) -> Vec<Event> {
+        const FAILED: Event = Event::Marked(Verdict::Failed);
+        let mut marks = self.marks();
+        let known = self.machine.verdict() == Some(Verdict::Failed) || marks.contains(&FAILED);
+        let image_root = self.image_root.as_ref().filter(|_| self.settings.jailed);
+        match self.files.as_ref().filter(|_| !known).map(|files| sshd_setup::is_marked_failed(files, image_root)) {
+            Some(Ok(true)) => {
+                tracing::info!("marked failed while closing");
+                marks.push(FAILED);
+            }
+            Some(Err(e)) if !marks.contains(&Event::Failed) => {
+                tracing::error!("{e}; the image is taken as failed");
+                marks.push(Event::Failed);
+            }
+            _ => {}
+        }
+        marks
+    }
+
+    /// Gives the image root back: no trace of ours, nothing mounted, everything on disk. Returns whether all of that was done.
+    fn release(&mut self) -> bool {
+        let mut cleanly = true;
+        let mut note = |result: Result<()>| {
+            if let Err(e) = result {
+                tracing::error!("{e}");
+                cleanly = false;
+            }
+        };
+        if let (Some(files), Some(image_root)) = (&self.files, &self.image_root) {
+            if let Some(jail) = self.jail.take() {
+                // An image that has failed is not worth a wait.
+                let now = Instant::now();
+                let in_grace = self.closing_since.map_or(now, |since| since + self.settings.close_grace);
+                let is_failed = self.machine.verdict() == Some(Verdict::Failed);
+                let limit = if is_failed { now } else { in_grace.max(now + TIME_TO_LET_GO) };
+                match jail.seal(&self.state, limit) {
+                    Err(e) if is_failed => tracing::warn!("{e}"),
+                    result => note(result),
+                }
+                note(jail.clear(image_root, files.parent()));
+            }
+            let path: PathBuf = files.path().join(self.settings.image_root());
+            note(processes::unmount_below(&path));
+            self.step("nothing is mounted in the image root");
+            // First: what it writes to the same disk is then written with the rest.
+            note(sshd_setup::unconfigure_sshd(&self.settings).map(|_| ()));
+            note(image_root.sync().attempt(|| format!("write {} to its disk", path.display())));
+            self.step("all is on its disk");
+        }
+        if let Some(presence) = self.presence.take() {
+            presence.close();
+        }
+        if let Some(refusals) = self.refusals.take() {
+            refusals.close();
+        }
+        self.emulation = Emulation::default();
+        note(self.state.remove());
+        cleanly
+    }
+
+    /// Marks the image root with the verdict: in the parent and, for a jailed job, in the image.
+    fn record(&self, verdict: Verdict) -> Event {
+        let mut cleanly = true;
+        let Some(files) = &self.files else { return Event::Recorded { verdict, cleanly } };
+        if self.settings.jailed {
+            let name = self.settings.image_root();
+            let marked = match &self.image_root {
+                Some(image_root) => sshd_setup::mark_in_image(files, image_root, verdict),
+                // The image root was never opened here, but whoever packs it looks for the mark in it too. A half-unpacked one may have
+                // no place for a mark.
+                None => {
+                    let _ = sshd_setup::open_image_root(files, name)
+                        .and_then(|image_root| sshd_setup::mark_in_image(files, &image_root, verdict));
+                    Ok(())
+                }
+            };
+            if let Err(e) = marked {
+                tracing::error!("{e}");
+                cleanly = false;
+                if verdict == Verdict::Complete {
+                    // An image that is not to be packed must not look as if it were.
+                    return Event::Recorded { verdict, cleanly };
+                }
+            }
+        }
+        if let Err(e) = files.touch(verdict.signal_file()) {
+            tracing::error!("{e}");
+            return Event::Unrecorded(verdict);
+        }
+        if verdict == Verdict::Failed {
+            // If it stays, 'failed' wins all the same: not a reason to keep the others waiting for 'exiting'.
+            files.retract(Verdict::Complete.signal_file()).unwrap_or_else(|e| tracing::error!("{e}"));
+        }
+        self.step("the image root is released, and marked");
+        Event::Recorded { verdict, cleanly }
+    }
+
+    /// Tells the others that nobody writes to the image root any more. Returns whether that could be done.
+    fn announce(&self) -> bool {
+        let Some(files) = &self.files else { return true };
+        // Gives a full volume the inode that 'exiting' needs.
+        let announced = files.release_reserve().and_then(|()| files.touch(EXITING));
+        match &announced {
+            Ok(()) => tracing::info!(
+                verdict = self.machine.verdict().map(Verdict::signal_file),
+                "closed: '{EXITING}' created, nothing writes to the image root any more"
+            ),
+            Err(e) => tracing::error!("{e}"),
+        }
+        announced.is_ok()
+    }
+
+    /// Sleeps until something happens, or until it is time to look whether something has.
+    fn wait(&self) {
+        let mut sources = vec![
+            PollFd::from_borrowed_fd(self.signals.as_fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(self.watch.as_fd(), PollFlags::IN),
+        ];
+        let link = self.jail.as_ref().map(OpenJail::link);
+        if let Some(link) = link {
+            sources.push(PollFd::from_borrowed_fd(link, PollFlags::IN));
+        }
+        if let Some(output) = &self.script_output {
+            sources.push(PollFd::from_borrowed_fd(output.as_fd(), PollFlags::IN));
+        }
+        if let Some(farewell) = &self.farewell {
+            sources.extend(farewell.ends());
+        }
+        if let Some(presence) = &self.presence {
+            sources.extend(presence.sources());
+        }
+        let moments = self.restart.iter().map(|(_, at)| *at).chain(self.look_again);
+        let sooner = moments.min().map(|moment| moment.saturating_duration_since(Instant::now()));
+        let limit = sooner.map_or(LOOK_EVERY, |s| s.min(LOOK_EVERY));
+        let _ = poll::wait(&mut sources, limit);
+    }
+}
+
+/// Milliseconds since `began`, in a type that the log writes as a number.
+fn milliseconds(began: Instant) -> u64 {
+    u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX)
+}
+
+fn broken(error: &crate::error::Error) -> Event {
+    tracing::error!("{error}");
+    Event::Broken
+}
+
+fn how_ended(status: WaitStatus) -> String {
+    match status {
+        WaitStatus::Exited(_, code) => format!("has ended with exit code {code}"),
+        WaitStatus::Signaled(_, signal, _) => format!("was killed by {signal}"),
+        other => format!("has ended ({other:?})"),
+    }
+}
+
+/// Tells the other containers that no environment will open on `parent`, so that nobody waits for one. For what goes wrong before an
+/// environment exists; one that is open there, or has ended, is left alone. Without `ready`, `exiting` is an earlier one's.
+pub fn tell_refusal(parent: &std::path::Path) {
+    if let Ok(Some(mut files)) = SignalFiles::open(parent)
+        && files.claim().is_ok()
+        && ![READY, EXITING].iter().all(|name| files.stands(name).unwrap_or(false))
+    {
+        let told = files.touch(Verdict::Failed.signal_file()).and_then(|()| files.touch(EXITING));
+        if let Err(e) = told {
+            tracing::error!("{e}");
+        }
+    }
+}

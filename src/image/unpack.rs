@@ -1,0 +1,422 @@
+//! An archive becomes a tree: written out, or mounted below an overlay.
+
+use std::ffi::OsStr;
+use std::fs::{File, Permissions};
+use std::io::{self, BufReader, Seek};
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant, SystemTime};
+
+use nix::unistd::Pid;
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+use rustix::mount::MountAttrFlags;
+
+use crate::error::{Advise, Attempt, Error, Result};
+use crate::image::cpio;
+use crate::image::layers::{self, Layer};
+use crate::printable::Printable;
+use crate::publish::source::{self, Content, Kind, Opened};
+use crate::sys::attributes::Node;
+use crate::sys::loops::Loop;
+use crate::sys::mounts::{self, Detached};
+use crate::sys::process::{Entry, numbers};
+use crate::sys::tree::Tree;
+use crate::transfer::Work;
+use crate::transfer::checksum::Expected;
+use crate::transfer::confinement::{self, Confined, STDIN};
+use crate::transfer::progress::Progress;
+
+/// Writes the tree out of `archive` to the new directory `name` of `volume`, and returns that: its name may be another's by then. A directory
+/// is copied; of a container's image that was saved the tree is that of its layers.
+pub fn unpack(work: &Work, archive: &Opened, volume: &Tree, name: &str) -> Result<Tree> {
+    confinement::refuse_to_lose_attributes()?;
+    let before = used(volume);
+    let mut progress = Progress::begin("unpacking", None);
+    let mut look = |_: &Child| progress.at(used(volume).saturating_sub(before));
+    if let Content::Directory(tree) = &archive.content
+        && let Some(layers) = layers::layers(tree)?
+    {
+        return unpack_layers(work, (tree, false), layers, (volume, name), look);
+    }
+    let target = make(volume, name)?;
+    match archive.kind()? {
+        None => {
+            let mut copy = Command::new("cp");
+            // The dot has the link followed that STDIN is.
+            copy.args(["-aT", "--reflink=auto"]).arg(Path::new(STDIN).join(".")).arg(".");
+            extract(work, archive, &mut copy, &target, look)?;
+        }
+        Some(Kind::Squashfs) => {
+            let mut unsquashfs = Command::new("unsquashfs");
+            // Forced, since its directory is there.
+            unsquashfs.args(["-quiet", "-no-progress", "-force", "-dest", ".", STDIN]);
+            extract(work, archive, &mut unsquashfs, &target, look)?;
+        }
+        Some(Kind::Tar(compressed)) => {
+            unpack_tar(work, archive, compressed, &target, &mut look)?;
+            if let Some(layers) = layers::layers(&target)? {
+                let saved = Removed::beside(volume, name, ".saved");
+                volume
+                    .rename(name, &saved.name)
+                    .attempt(|| format!("rename {}", volume.shown().join(name).display()))?;
+                return unpack_layers(work, (&target, true), layers, (volume, name), look);
+            }
+        }
+        Some(Kind::Cpio(compressed)) => unpack_cpio(work, archive, compressed, &target)?,
+    }
+    Ok(target)
+}
+
+/// Makes the directory in which what unpacks stands: it reaches nothing else but the archive.
+fn make(volume: &Tree, name: &str) -> Result<Tree> {
+    let attempted = || format!("make the directory {}", volume.shown().join(name).display());
+    volume.make_private(name).attempt(attempted)
+}
+
+/// Runs a program that reads `archive` as its standard input and writes the tree into `target`.
+fn extract(
+    work: &Work,
+    archive: &Opened,
+    command: &mut Command,
+    target: &Tree,
+    look: impl FnMut(&Child),
+) -> Result<()> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    let confined = Confined::unpacking(target, archive.as_fd(), archive.size())?;
+    let said = work.succeed(&format!("unpack {}", archive.shown.display()), command, Some(&confined), look)?;
+    if !said.is_empty() {
+        tracing::warn!("{name}: {}", said.lines().collect::<Vec<_>>().join(", "));
+    }
+    Ok(())
+}
+
+/// A directory of ours that is gone when this is.
+struct Removed<'a> {
+    volume: &'a Tree,
+    name: String,
+}
+
+impl<'a> Removed<'a> {
+    /// A place beside the directory `name`, where nothing is.
+    fn beside(volume: &'a Tree, name: &str, ending: &str) -> Self {
+        let place = Self { volume, name: format!("{name}{ending}") };
+        place.remove();
+        place
+    }
+
+    fn remove(&self) {
+        let _ = std::fs::remove_dir_all(self.volume.path().join(&self.name));
+    }
+}
+
+impl Drop for Removed<'_> {
+    fn drop(&mut self) {
+        self.remove();
+    }
+}
+
+/// `private` says that no other user reaches what is `saved`, whoever owns it.
+fn unpack_layers(
+    work: &Work,
+    (saved, private): (&Tree, bool),
+    layers: Vec<Layer>,
+    (volume, name): (&Tree, &str),
+    mut look: impl FnMut(&Child),
+) -> Result<Tree> {
+    let root = make(volume, name)?;
+    for Layer { path, digest, diff_id } in layers {
+        let attempted = || format!("unpack the layer {}", path.display());
+        let file = saved.open_regular(&path, OFlags::RDONLY | OFlags::NOFOLLOW).attempt(attempted)?;
+        let kind = |file: &File| source::kind_of_file(file, &path.display().to_string(), u64::MAX);
+        // One that changes nothing holds nothing but the two blocks that end an archive.
+        let is_empty = source::is_empty_tar(&file).attempt(attempted)?;
+        let is_compressed = !is_empty && kind(&file)? != Kind::Tar(None);
+        let sha256 = digest.or(diff_id.filter(|_| !is_compressed));
+        let expected = Expected { md5: None, sha256 };
+        let file = if expected.is_given() {
+            let shown = format!("the layer {} of the saved image", path.display());
+            expected.check(work, file, &shown, (!private).then_some(volume))?
+        } else {
+            file
+        };
+        if source::is_empty_tar(&file).attempt(attempted)? {
+            continue;
+        }
+        let Kind::Tar(compressed) = kind(&file)? else {
+            return Err(Error::new(attempted())
+                .because("it is no tar archive")
+                .advise("save the image of the container anew"));
+        };
+        let began = SystemTime::now();
+        let directory = Removed::beside(volume, name, ".layer");
+        let tree = make(volume, &directory.name)?;
+        let layer = Opened { shown: path.clone(), content: Content::File(file) };
+        unpack_tar(work, &layer, compressed, &tree, &mut look)?;
+        layers::merge(&tree, &root, began).attempt(attempted)?;
+    }
+    Ok(root)
+}
+
+fn unpack_tar(
+    work: &Work,
+    archive: &Opened,
+    compressed: Option<&str>,
+    target: &Tree,
+    look: impl FnMut(&Child),
+) -> Result<()> {
+    let mut tar = Command::new("tar");
+    tar.args(["--extract", "--preserve-permissions", "--numeric-owner", "--acls", "--xattrs", "--xattrs-include=*"]);
+    if let Some(program) = compressed {
+        tar.arg(format!("--use-compress-program={program}"));
+    }
+    // It fails at a member whose path has '..' in it, and leaves out the leading '/' of others and of what hard links lead to.
+    extract(work, archive, tar.args(["--file", STDIN]), target, look)
+}
+
+fn unpack_cpio(work: &Work, archive: &Opened, compressed: Option<&str>, root: &Tree) -> Result<()> {
+    let attempted = || format!("unpack {}", archive.shown.display());
+    let mut progress = Progress::begin("unpacking", Some(archive.size()));
+    let mut file = archive
+        .file()
+        .map(File::try_clone)
+        .transpose()
+        .attempt(attempted)?
+        .ok_or_else(|| Error::new(attempted()).because("it is a directory"))?;
+    file.rewind().attempt(attempted)?;
+    let position = file.try_clone().attempt(attempted)?;
+    let look = || {
+        // The program that unpacks it first reads by the same descriptor.
+        progress.at(rustix::fs::tell(&position)?);
+        work.heed().map_err(io::Error::other)
+    };
+    let unpacked = match compressed {
+        None => cpio::unpack(BufReader::with_capacity(1 << 20, file), root, look),
+        Some(program) => {
+            let mut command = Command::new(program);
+            command.arg("-dc").stdout(Stdio::piped());
+            let mut child = Confined::filtering(root, file).spawn(&mut command)?;
+            let content = child.stdout.take().map(|out| BufReader::with_capacity(1 << 20, out));
+            let unpacked = content.map_or(Ok(()), |content| cpio::unpack(content, root, look));
+            if unpacked.is_err() {
+                let _ = child.kill();
+            }
+            let status = child.wait().attempt(attempted)?;
+            // It has read all there is, up to the checksum at the end.
+            unpacked.and_then(|()| {
+                let failed = || io::Error::other(format!("{program}: {status}"));
+                status.success().then_some(()).ok_or_else(failed)
+            })
+        }
+    };
+    work.heed()?;
+    unpacked.map_err(|e| match e.kind() {
+        io::ErrorKind::UnexpectedEof => {
+            Error::new(attempted()).because("the cpio archive is cut off").advise("copy or fetch it again")
+        }
+        _ => Error::new(attempted()).because(e),
+    })
+}
+
+/// Returns the bytes used on the volume.
+fn used(volume: &Tree) -> u64 {
+    rustix::fs::fstatvfs(volume).map_or(0, |disk| (disk.f_blocks - disk.f_bfree).saturating_mul(disk.f_frsize))
+}
+
+// Options that make an overlay behave as a disk does. Nobody else can redirect a change: the upper directory is root's alone, and the
+// overlay hides its own attributes from sessions. A redirect in the source has no further layer to lead to.
+
+/// A directory of the source can be renamed; without it, rename(2) fails with EXDEV.
+pub const REDIRECT: (&str, &str) = ("redirect_dir", "on");
+
+/// A file of several names stays one file when one of them is changed. The kernel then refuses changes to another source (ESTALE), and
+/// changes that are mounted elsewhere (EBUSY).
+pub const INDEX: (&str, &str) = ("index", "on");
+
+/// All files are of one device, as tar --one-file-system and rsync -x expect.
+pub const ONE_DEVICE: (&str, &str) = ("xino", "on");
+
+/// Whatever the module's default is: an attribute in the source could else lend a file the content of another.
+pub const NO_METACOPY: (&str, &str) = ("metacopy", "off");
+
+/// Those of the options that the kernel has left out, which it does without an error where a file system lacks what they need.
+fn lacking(image_root: &Path) -> Vec<&'static str> {
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let is_ours = |line: &&str| mounts::mount_points(line.as_bytes()) == [image_root];
+    let options = mounts.lines().rfind(is_ours).and_then(|line| line.rsplit(' ').next()).unwrap_or_default();
+    let is_on = |name: &str| match options.split(',').find_map(|option| option.strip_prefix(name)?.strip_prefix('=')) {
+        Some(value) => value == "on",
+        // The mount table does not show options that equal the module's default.
+        None => {
+            std::fs::read_to_string(format!("/sys/module/overlay/parameters/{name}")).is_ok_and(|v| v.trim() == "Y")
+        }
+    };
+    [REDIRECT.0, INDEX.0].into_iter().filter(|name| !is_on(name)).collect()
+}
+
+fn without(option: &str) -> &'static str {
+    match option {
+        "index" => "a file of several names becomes several files when one of them is changed",
+        _ => "directories of the source cannot be renamed",
+    }
+}
+
+/// Mount point of a squashfs, in an overlay's own directory.
+pub const LOWER: &str = "lower";
+
+/// Directory for the changes there.
+pub const UPPER: &str = "upper";
+
+/// Directory of the kernel's own.
+const INNER: &str = "work";
+/// Directory of changed files that have several names.
+pub const INDEX_OF_LINKS: &str = "work/index";
+
+/// The kernel unmounts what a process was alone to see within this time after its end.
+const TIME_TO_LET_GO: Duration = Duration::from_secs(3);
+
+/// A tree that is mounted: the source below, what is changed above it.
+#[derive(Debug)]
+pub struct Overlay {
+    /// Where it is seen.
+    pub image_root: PathBuf,
+    /// The source itself, as it was.
+    pub lower: Tree,
+    mounted: Vec<PathBuf>,
+}
+
+impl Overlay {
+    /// Mounts `source`, a squashfs or a folder, at `image_root`; `folder` takes what is changed. One that was mounted like this before is
+    /// found as it was left. To be mounted by one container after the other, never by two at a time.
+    pub fn mount(source: &Opened, folder: &Path, image_root: &Path) -> Result<Self> {
+        let attempted = || format!("mount {} on {}", source.shown.display(), image_root.display());
+        let [squashfs, upper, inner] = [LOWER, UPPER, INNER].map(|name| folder.join(name));
+        let first = !upper.exists();
+        for made in [folder, &squashfs, &upper, &inner, image_root] {
+            std::fs::create_dir_all(made).attempt(|| format!("make the folder {}", made.display()))?;
+        }
+        // Setuid programs in the upper directory count; in the overlay, which others may see, they do not.
+        std::fs::set_permissions(folder, Permissions::from_mode(0o700)).attempt(attempted)?;
+        // The machine's users may see it: no setuid program of the image runs outside a jail, which honours them inside.
+        let attributes = MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOSUID;
+        let mut mounted_below = Vec::new();
+        let lower = match &source.content {
+            Content::Directory(tree) if layers::layers(tree)?.is_some() => {
+                let saved = Error::new(attempted()).because("it is a saved image of a container");
+                return Err(saved.advise("unpack its layers (--open unpack)"));
+            }
+            Content::Directory(tree) => tree.as_fd().try_clone_to_owned().map(Tree::from_fd).attempt(attempted)?,
+            Content::File(_) if source.kind()? != Some(Kind::Squashfs) => {
+                return Err(Error::new(attempted()).because("it is no squashfs").advise("unpack it (--open unpack)"));
+            }
+            Content::File(file) => {
+                mount_squashfs(file, &squashfs, attributes)
+                    .attempt(attempted)
+                    .advise("a loop device and CAP_SYS_ADMIN are needed; without them, --open unpack")?;
+                mounted_below.push(squashfs.clone());
+                Tree::open(&squashfs).attempt(attempted)?
+            }
+        };
+        let mut overlay = Self { image_root: image_root.to_owned(), lower, mounted: mounted_below };
+        // The root's owner, mode and time are the upper folder's.
+        if first {
+            copy_root(&overlay.lower, &upper).attempt(attempted)?;
+        }
+        // The open directory is mounted, whatever has its path by now.
+        let names = [overlay.lower.path().as_path(), &upper, &inner].map(escape);
+        let layers = [("lowerdir", names[0].as_str()), ("upperdir", &names[1]), ("workdir", &names[2])];
+        let mount = |further: &[(&'static str, &'static str)]| {
+            let options: Vec<_> = layers.iter().chain(further).copied().collect();
+            let target = Tree::open(image_root)?;
+            Detached::filesystem("overlay", &options, attributes)?.attach(target)
+        };
+        let is_busy = |e: &io::Error| Errno::from_io_error(e) == Some(Errno::BUSY);
+        let began = Instant::now();
+        // The kernel would mount a busy upper layer without the index, and each of two runs would see half of what the other changes.
+        let mounted = loop {
+            match mount(&[REDIRECT, INDEX, ONE_DEVICE, NO_METACOPY]) {
+                // The jail of a run that was killed is on its way to its end, of which no event tells.
+                Err(e) if is_busy(&e) && began.elapsed() < TIME_TO_LET_GO => std::thread::sleep(TIME_TO_LET_GO / 300),
+                other => break other,
+            }
+        };
+        if mounted.as_ref().is_err_and(is_busy) {
+            let holder = process_with(&upper).map_or("another mount, or an open file of one".into(), |entry| {
+                format!("process {} ({})", entry.pid, Printable(&entry.name))
+            });
+            let error =
+                Error::new(attempted()).because(format!("the changes in {} are in use by {holder}", upper.display()));
+            return Err(error.advise("end that process, or unmount what it has mounted"));
+        }
+        mounted
+            .attempt(attempted)
+            .map_err(|e| e.advise(format!("if {} holds changes to another image, remove it", folder.display())))?;
+        overlay.mounted.push(image_root.to_owned());
+        for option in lacking(image_root) {
+            tracing::warn!("the overlay on {} lacks {option}: {}", image_root.display(), without(option));
+        }
+        Ok(overlay)
+    }
+
+    /// Whether anything was changed above the source; nothing if there is no overlay in `folder`.
+    pub fn changes(folder: &Path) -> Option<bool> {
+        std::fs::read_dir(folder.join(UPPER)).ok().map(|mut names| names.next().is_some())
+    }
+
+    /// Takes the mounts down.
+    pub fn unmount(mut self) -> Result<()> {
+        self.take_down()
+    }
+
+    /// Leaves them as they are when this program ends, and returns where they are, lowest first.
+    pub fn keep(mut self) -> Vec<PathBuf> {
+        std::mem::take(&mut self.mounted)
+    }
+
+    fn take_down(&mut self) -> Result<()> {
+        while let Some(place) = self.mounted.pop() {
+            mounts::unmount(&place).attempt(|| format!("unmount {}", place.display()))?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Overlay {
+    fn drop(&mut self) {
+        let _ = self.take_down();
+    }
+}
+
+/// A process that sees an overlay of the upper directory `upper` mounted, by proc_pid_mountinfo(5).
+fn process_with(upper: &Path) -> Option<Entry> {
+    let option = format!("upperdir={}", upper.display());
+    let is_there = |text: &str| text.lines().any(|line| line.split([' ', ',']).any(|word| word == option));
+    let sees = |pid: &Pid| std::fs::read_to_string(format!("/proc/{pid}/mountinfo")).is_ok_and(|text| is_there(&text));
+    numbers(Path::new("/proc")).filter(sees).find_map(Entry::read)
+}
+
+/// Mounts the squashfs in `file`, whatever has its name.
+fn mount_squashfs(file: &File, place: &Path, attributes: MountAttrFlags) -> io::Result<()> {
+    let target = Tree::open(place)?;
+    let device = Loop::of(file)?;
+    let options = [("source", &*device.path().to_string_lossy()), ("ro", "")];
+    Detached::filesystem("squashfs", &options, attributes)?.attach(target).map(|_| ())
+}
+
+fn copy_root(root: &Tree, upper: &Path) -> io::Result<()> {
+    let upper = Tree::open(upper)?;
+    let [from, to] = [root, &upper].map(|directory| Node { directory, name: OsStr::new(".") });
+    let mut attributes = from.attributes()?;
+    // These belong to an overlay that the source is the upper layer of.
+    attributes.retain(|name, _| !name.as_bytes().starts_with(b"trusted.overlay."));
+    to.take(&rustix::fs::fstat(root)?, &attributes)
+}
+
+/// A path as an option of overlay takes it.
+fn escape(path: &Path) -> String {
+    let text = String::from_utf8_lossy(path.as_os_str().as_bytes());
+    text.replace('\\', "\\\\").replace(':', "\\:").replace(',', "\\,")
+}

@@ -1,0 +1,4 @@
+//! The Image Management Service, as its clients see it.
+
+pub mod client;
+pub mod id;

@@ -1,0 +1,428 @@
+//! The jail as the supervisor has it: made, recorded, watched, ended, and no trace of it left in the image root.
+
+use std::io::ErrorKind;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::waitpid;
+use nix::unistd::{Pid, getpid};
+use rustix::event::{PollFd, PollFlags};
+
+use crate::environment::processes::{KILL_TIME, mapped_on, writers_on};
+use crate::error::{Advise, Attempt, Error, Result};
+use crate::jail::binds::{self, Bind};
+use crate::jail::link::{Link, Message};
+use crate::jail::mount_table::{Proc, mount_table};
+use crate::jail::record::Record;
+use crate::jail::seal::Seal;
+use crate::jail::tier::Tier;
+use crate::jailer::mount_points::{self, Made};
+use crate::jailer::resolv_conf::{self, ENVIRONMENT, Lent};
+use crate::log::redaction::without_secrets;
+use crate::sys::architecture::Architecture;
+use crate::sys::poll;
+use crate::sys::process::{Entry, Handle, Identity};
+use crate::sys::tree::Tree;
+use crate::volume::signal_files::tell_no_watch;
+use crate::volume::state_directory::StateFolder;
+
+/// What a jail is made of, as the supervisor knows it.
+#[derive(Clone)]
+pub struct Wanted<'a> {
+    /// How strong it is.
+    pub tier: Tier,
+    /// Where its /proc comes from.
+    pub proc: Proc,
+    /// The image root's path, for messages.
+    pub path: &'a Path,
+    /// The image root itself.
+    pub image_root: &'a Tree,
+    /// Where it is noted what the image lacks and gets: the image root's parent.
+    pub note_folder: &'a Tree,
+    /// Whether the job builds kernel modules.
+    pub dkms: bool,
+    /// What the image's programs are for, if the jail has to see to it itself that they run.
+    pub emulated: Option<Architecture>,
+    /// True if changes stay in the image, however the environment ends.
+    pub in_place: bool,
+    /// The IMS job.
+    pub job: Option<&'a str>,
+    /// The image's name, a label of a host name, for people at a shell; the jail's host name where none is asked for.
+    pub image: Option<&'a str>,
+    /// The host name that was asked for.
+    pub hostname: Option<&'a str>,
+    /// Variables that sessions keep.
+    pub keep: Vec<String>,
+    /// Bind mounts that the job asks for.
+    pub binds: &'a [Bind],
+    /// Programs that the jail shows, as (name, file here): sshd's sftp-server with what it needs, or a script.
+    pub programs: &'a [(String, PathBuf)],
+    /// The bare mount namespace that a jail on trial has left; none if the tier cannot make use of it.
+    pub bare: Option<BorrowedFd<'a>>,
+}
+
+/// An open jail.
+#[derive(Debug)]
+pub struct OpenJail {
+    /// Whether the image's empty /dev has stayed so, since this container may not make device nodes.
+    pub without_devices: bool,
+    /// How strong it is.
+    pub tier: Tier,
+    init: Handle,
+    link: Link,
+    /// By these it is entered: the tier's namespaces or, in the chroot tier, the image root. Sessions open them where this process has
+    /// them, so they stay open as long as the jail is.
+    doors: Vec<OwnedFd>,
+    /// The jail's copy of `ims-jail-shell`, which sessions open here too.
+    helper: OwnedFd,
+    /// The init's inotify, closed in the background.
+    events: Option<OwnedFd>,
+    /// The mount points that were made in the image, wherever a session moves them.
+    made: Vec<(PathBuf, OwnedFd)>,
+    /// The container's resolv.conf, where the image has it for as long as the jail is open.
+    lent: Option<Lent>,
+}
+
+/// A jail is made in milliseconds, or never.
+const TIME_TO_MAKE: Duration = Duration::from_secs(10);
+
+/// How long the init has to end by itself, unless a session keeps all processors busy.
+const TIME_TO_FINISH: Duration = Duration::from_millis(200);
+
+/// Nothing tells when a file is closed.
+const TIME_BETWEEN_SEALS: Duration = Duration::from_millis(50);
+
+/// Minimum time for a process outside to be done with a file that a session has sent it.
+pub const TIME_TO_LET_GO: Duration = Duration::from_secs(1);
+
+/// Says who keeps a file open for writing on the mount of this number.
+fn holder(mount: u64) -> String {
+    let name = |entry: &Entry| format!("process {} ({})", entry.pid, without_secrets(&entry.command_line()));
+    if let Some(entry) = writers_on(mount).first() {
+        return format!("{} outside the jail has a file of it open for writing", name(entry));
+    }
+    if let Some(entry) = mapped_on(mount).first() {
+        return format!("{} outside the jail has a file of it mapped, and for that open for writing", name(entry));
+    }
+    "somebody outside the jail has a file of it open for writing: a process that cannot be seen from here, or it is in the queue of a \
+     socket that it was sent to and that nobody has read yet"
+        .into()
+}
+
+impl OpenJail {
+    /// Makes the jail and writes down in `state` where it is. This process has to be a subreaper (or PID 1).
+    pub fn open(wanted: &Wanted<'_>, state: &StateFolder) -> Result<Self> {
+        let chrooted = wanted.tier == Tier::Chroot;
+        let mut lacking = if chrooted {
+            mount_points::devices(wanted.image_root)?
+        } else {
+            mount_points::mount_points(wanted.image_root, mount_table(wanted.dkms, wanted.proc))?
+        };
+        let text = match resolv_conf::of_container() {
+            Some(text) if resolv_conf::has_to_be_lent(wanted.image_root, &text, !chrooted)? => Some(text),
+            _ => None,
+        };
+        let (placed, lacking_for_binds) = binds::place(wanted.image_root, wanted.tier, wanted.binds)?;
+        lacking.extend(lacking_for_binds);
+        let wanted = &Wanted { binds: &placed, ..wanted.clone() };
+        let made = Made::make(wanted.image_root, wanted.note_folder, lacking)?;
+        let opened = text.map_or(Ok(None), |text| lend(wanted.image_root, &text)).and_then(|lent| {
+            if chrooted {
+                copy_sftp_server(wanted, state)?;
+            }
+            let (init, link, mut doors, mut events) = start(wanted)?;
+            let Some(helper) = doors.pop() else {
+                return Err(Error::new("make the jail")
+                    .because("its init is of another version")
+                    .advise("install ims-sshd and ims-jail-shell of one version"));
+            };
+            let events = events.pop();
+            if events.is_none() {
+                tell_no_watch();
+            }
+            if chrooted {
+                doors.push(wanted.image_root.reopen().attempt(|| "open the image root for sessions")?);
+            }
+            // It was not waited for, so its number is still its own.
+            let ended = || {
+                Error::new("make the jail")
+                    .because("its init ended at once")
+                    .advise("see the node's log: it may have been killed for lack of memory")
+            };
+            let identity = Identity::of(init).ok_or_else(ended)?;
+            let handle = Handle::open(identity).map_err(|_| ended())?;
+            let jail = Self {
+                without_devices: made.without_devices,
+                tier: wanted.tier,
+                init: handle,
+                link,
+                doors,
+                helper,
+                events,
+                made: made.mount_points(),
+                lent,
+            };
+            jail.record(wanted, identity, state).inspect_err(|_| drop(jail.end()))?;
+            Ok(jail)
+        });
+        opened.inspect_err(|_| {
+            let _ = clear_image_root(wanted.image_root, wanted.note_folder);
+        })
+    }
+
+    fn record(&self, wanted: &Wanted<'_>, init: Identity, state: &StateFolder) -> Result<()> {
+        let attempted = || format!("write {}", state.jail().display());
+        let this = Identity::of(getpid())
+            .ok_or_else(|| Error::new(attempted()).because("/proc does not show this process"))?;
+        let record = Record {
+            tier: wanted.tier,
+            init,
+            keeper: this,
+            doors: self.doors.iter().map(AsRawFd::as_raw_fd).collect(),
+            helper: self.helper.as_raw_fd(),
+            dkms: wanted.dkms,
+            in_place: wanted.in_place,
+            job: wanted.job.map(Into::into),
+            image: wanted.image.map(Into::into),
+            keep: wanted.keep.clone(),
+        };
+        // In one step for those who read it, but not on disk: it tells of processes, which end before that could matter.
+        let new = state.jail().with_extension("new");
+        std::fs::write(&new, record.to_text()).and_then(|()| std::fs::rename(new, state.jail())).attempt(attempted)
+    }
+
+    /// Its own namespace of this kind; nothing if it has none.
+    pub fn door(&self, kind: &str) -> Option<&OwnedFd> {
+        self.doors.get(self.tier.namespaces().iter().position(|(name, _)| *name == kind)?)
+    }
+
+    /// The namespace's name, as links below `/proc/PID/ns` have it.
+    pub fn namespace(&self, kind: &str) -> Option<PathBuf> {
+        let found = rustix::fs::fstat(self.door(kind)?).ok()?;
+        Some(format!("{kind}:[{}]", found.st_ino).into())
+    }
+
+    /// The jail's first process.
+    pub fn init(&self) -> Pid {
+        self.init.pid
+    }
+
+    /// Readable when [`OpenJail::told`] has something.
+    pub fn link(&self) -> BorrowedFd<'_> {
+        self.link.as_fd()
+    }
+
+    /// What the init tells; to be called when the link is readable. `None` if the init has ended.
+    pub fn told(&self) -> Option<Message> {
+        self.link.receive().ok().flatten().map(|(message, _)| message)
+    }
+
+    /// Ends every process in the jail. When this succeeds, none is left: the kernel lets the init end only after all others. In the
+    /// chroot tier it ends the init alone.
+    pub fn end(&self) -> Result<()> {
+        // The init looks for marks once more, and ends. The link then has what it found.
+        let _ = self.link.finish();
+        if !self.init.ends_within(TIME_TO_FINISH) {
+            let _ = self.init.signal(Signal::SIGKILL);
+        }
+        if !self.init.ends_within(KILL_TIME) {
+            return Err(Error::new("end the jail")
+                .because("a process in it is still there after SIGKILL")
+                .advise("it waits for a device or a network file system; the image cannot be trusted"));
+        }
+        while waitpid(self.init.pid, None) == Err(nix::errno::Errno::EINTR) {}
+        Ok(())
+    }
+
+    /// Has nobody outside write to the image root any more, after the jail's end: a session can have sent descriptors of its files to a
+    /// process outside. Waits until `limit` for those to be closed that are open for writing; if they are not, the image root is in use.
+    pub fn seal(&self, state: &StateFolder, limit: Instant) -> Result<()> {
+        let attempted = || "give the image root back";
+        let mut is_told = false;
+        loop {
+            let mut command = Command::new(program()?);
+            let tried = command.arg("seal").arg(state.jail()).stdin(Stdio::null()).output().attempt(attempted)?;
+            let mount = match Seal::parse(&String::from_utf8_lossy(&tried.stdout)) {
+                Some(Seal::Sealed) => return Ok(()),
+                Some(Seal::Busy(mount)) => mount,
+                None => {
+                    let why = String::from_utf8_lossy(&tried.stderr);
+                    return Err(Error::new(attempted()).because(why.trim().trim_start_matches("ims-jail-shell: ")));
+                }
+            };
+            if Instant::now() >= limit {
+                return Err(Error::new(attempted()).because(holder(mount))).advise(
+                    "a session has sent it there; end that process, or the one that has the socket, before the image is marked",
+                );
+            }
+            if !std::mem::replace(&mut is_told, true) {
+                tracing::warn!("{}: waiting for it to close the file", holder(mount));
+            }
+            std::thread::sleep(TIME_BETWEEN_SEALS);
+        }
+    }
+
+    /// Removes the jail's traces from the image root, after its end: puts its resolv.conf back, removes what was added.
+    pub fn clear(self, image_root: &Tree, note_folder: &Tree) -> Result<()> {
+        let events = self.events;
+        // If no thread can be started, the inotify is closed here.
+        let _ = std::thread::Builder::new().spawn(move || drop(events));
+        if self.lent.as_ref().map(Lent::take_back).transpose()? == Some(true) {
+            tracing::info!("{RESOLV_CONF_EDITED}");
+        }
+        tell_kept(&mount_points::remove_moved(image_root, &self.made)?);
+        clear_image_root(image_root, note_folder).map(|_| ())
+    }
+}
+
+const RESOLV_CONF_EDITED: &str = "a session changed /etc/resolv.conf: it stays in the image as it is";
+
+/// Removes what was noted, by this environment or by an earlier one that was killed. Returns whether there was anything.
+pub fn clear_image_root(image_root: &Tree, note_folder: &Tree) -> Result<bool> {
+    let lent = ENVIRONMENT.take_back(image_root)?;
+    if lent == Some(true) {
+        tracing::info!("{RESOLV_CONF_EDITED}");
+    }
+    let made = Made::left_over(image_root, note_folder);
+    let found = made.is_some() || lent.is_some();
+    if let Some(made) = made {
+        tell_kept(&made.remove()?);
+    }
+    Ok(found)
+}
+
+fn tell_kept(paths: &[PathBuf]) {
+    for path in paths {
+        tracing::info!(
+            "/{} was made for the jail and stays in the image, since something was put into it",
+            path.display()
+        );
+    }
+}
+
+/// Puts the container's resolv.conf into the image. One that cannot be written to is entered all the same.
+fn lend(image_root: &Tree, text: &[u8]) -> Result<Option<Lent>> {
+    match ENVIRONMENT.lend(image_root, text) {
+        // Another program has entered this image root: names are resolved as there.
+        Err(e) if e.kind() == ErrorKind::ResourceBusy => Ok(None),
+        Err(e)
+            if matches!(
+                e.kind(),
+                ErrorKind::ReadOnlyFilesystem | ErrorKind::StorageFull | ErrorKind::QuotaExceeded
+            ) =>
+        {
+            tracing::warn!("cannot {LEND}: {e}; names are resolved as the image says");
+            Ok(None)
+        }
+        other => {
+            let advice =
+                "the image's /etc has to be writable; 'lsattr -d' shows whether 'chattr +i' has made it immutable";
+            other.attempt(|| LEND).advise(advice).map(Some)
+        }
+    }
+}
+
+const LEND: &str = "put the container's /etc/resolv.conf into the image";
+
+/// For a jail in which nothing can be mounted.
+fn copy_sftp_server(wanted: &Wanted<'_>, state: &StateFolder) -> Result<()> {
+    let folder = state.sftp();
+    let copy = || -> std::io::Result<()> {
+        std::fs::create_dir_all(&folder)?;
+        wanted.programs.iter().try_for_each(|(name, file)| std::fs::copy(file, folder.join(name)).map(|_| ()))
+    };
+    copy().attempt(|| format!("copy sftp-server to {}", folder.display()))
+}
+
+/// Starts the init. Returns it, the socket to it, and the descriptors that come with [`Message::Made`] and [`Message::Ready`].
+fn start(wanted: &Wanted<'_>) -> Result<(Pid, Link, Vec<OwnedFd>, Vec<OwnedFd>)> {
+    let program = program()?;
+    let attempted = || format!("start {}", program.display());
+    let (ours, theirs) = Link::pair().attempt(|| "make a socket to the jail's init")?;
+    // By descriptor: its path may lead to another folder by now.
+    let image_root = format!("/proc/self/fd/{}", wanted.image_root.as_fd().as_raw_fd());
+    let mut command = Command::new(&program);
+    command
+        .arg("init")
+        .args(["--tier", wanted.tier.name(), "--root"])
+        .arg(wanted.path)
+        .stdin(Stdio::from(theirs.into_fd()))
+        .current_dir(image_root)
+        .env_clear();
+    if wanted.dkms {
+        command.arg("--dkms");
+    }
+    if let Some(architecture) = wanted.emulated {
+        command.args(["--emulate", architecture.name()]);
+    }
+    if wanted.proc == Proc::Container {
+        command.arg("--proc-of-container");
+    }
+    match (wanted.hostname, wanted.image) {
+        (Some(name), _) => _ = command.args(["--hostname", name]),
+        (None, Some(label)) => _ = command.args(["--label", label]),
+        (None, None) => {}
+    }
+    for Bind { source, target, read_only } in wanted.binds {
+        command.arg("--bind").args([source, target]).arg(if *read_only { "ro" } else { "rw" });
+    }
+    for (name, file) in wanted.programs {
+        let mut pair = std::ffi::OsString::from(format!("{name}="));
+        pair.push(file);
+        command.arg("--program").arg(pair);
+    }
+    if let Some(bare) = wanted.bare {
+        command.arg("--bare").arg(format!("/proc/{}/fd/{}", getpid(), bare.as_raw_fd()));
+    }
+    let status = command.status().attempt(attempted)?;
+    // Its end of the socket is now the init's alone: it closes when that one ends.
+    drop(command);
+    let (mut init, mut doors, mut events) = (None, Vec::new(), None);
+    let failed = |init: Option<Pid>, why: String| {
+        if let Some(init) = init {
+            let _ = kill(init, Signal::SIGKILL);
+            let _ = waitpid(init, None);
+        }
+        // The init's own sentence begins with "cannot".
+        let why = why.strip_prefix("cannot ").map(str::to_owned).unwrap_or(why);
+        Err(Error::new(why))
+    };
+    // The init and the process that started it speak in any order.
+    loop {
+        if let (Some(init), Some(events)) = (init, events.take_if(|_| init.is_some())) {
+            return Ok((init, ours, doors, events));
+        }
+        let mut sources = [PollFd::new(&ours, PollFlags::IN)];
+        let timely = poll::wait(&mut sources, TIME_TO_MAKE);
+        if matches!(timely, Ok(0)) {
+            return failed(init, format!("make the jail within {} s", TIME_TO_MAKE.as_secs()));
+        }
+        match ours.receive().attempt(|| "hear from the jail's init")? {
+            Some((Message::Started(pid), _)) => init = Some(Pid::from_raw(pid)),
+            Some((Message::Made, descriptors)) => doors = descriptors,
+            Some((Message::Ready, descriptors)) => events = Some(descriptors),
+            Some((Message::Failed(why), _)) => return failed(init, why),
+            // Not lost: it stands in the image's /tmp.
+            Some((Message::Marked(_), _)) => {}
+            None => {
+                return failed(init, format!("make the jail: {} ended without a word ({status})", program.display()));
+            }
+        }
+    }
+}
+
+/// `ims-jail-shell`, which is installed beside this program.
+pub fn program() -> Result<PathBuf> {
+    let own = std::env::current_exe().attempt(|| "find this program's own file")?;
+    let beside = own.with_file_name("ims-jail-shell");
+    if beside.exists() {
+        Ok(beside)
+    } else {
+        Err(Error::new("find ims-jail-shell")
+            .because(format!("{} does not exist", beside.display()))
+            .advise("install both programs into one folder"))
+    }
+}

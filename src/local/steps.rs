@@ -1,0 +1,124 @@
+//! `ims-sshd package` and `ims-sshd upload`: the steps of a sidecar, one by one.
+
+use std::path::{Path, PathBuf};
+
+use crate::environment::sshd_setup;
+use crate::error::{Attempt, Error, Result};
+use crate::image::boot::{self, BootFiles};
+use crate::image::inventory::Inventory;
+use crate::image::packing::{self, Archive, open_tree};
+use crate::ims::client::Ims;
+use crate::local::{customize, directory};
+use crate::local::{say, say_result};
+use crate::pod::sidecar::write_changes;
+use crate::publish::journal::{Journal, Notes};
+use crate::publish::prepare::{self, INVENTORY};
+use crate::publish::publication::{Image, Publication};
+use crate::publish::settings::Settings;
+use crate::publish::source::Opened;
+use crate::sys::named;
+use crate::sys::tree::Tree;
+use crate::transfer::Work;
+use crate::volume::image_root;
+use crate::volume::signal_files::SignalFiles;
+
+/// An image root, and where its archive and the notes about it are.
+struct Place {
+    image_root: Tree,
+    /// The notes.
+    files: SignalFiles,
+    archive_folder: Tree,
+    archive_name: String,
+}
+
+impl Place {
+    /// `named` is an image root's parent, or an image root; the archive of the latter is put where one stands.
+    fn of(settings: &Settings, named: Option<&Path>, archive: Option<&Path>) -> Result<Self> {
+        let parent = named.unwrap_or(&settings.parent);
+        let is_parent = named.is_none() || parent.join(settings.image_root()).is_dir();
+        let folder = real(if is_parent { parent } else { Path::new(".") })?;
+        let files = SignalFiles::open(&folder)?.ok_or_else(|| missing(&folder))?;
+        let image_root = if is_parent {
+            sshd_setup::open_image_root(&files, settings.image_root())?
+        } else if parent.is_dir() {
+            open_tree(&real(parent)?)?
+        } else {
+            return Err(missing(parent));
+        };
+        let archive = archive.map_or_else(|| folder.join(settings.archive()), Path::to_owned);
+        let (archive_folder, archive_name) = packing::output(&archive, "the archive")?;
+        Ok(Self { image_root, files, archive_folder, archive_name })
+    }
+
+    fn archive(&self) -> Archive<'_> {
+        Archive { folder: &self.archive_folder, name: &self.archive_name }
+    }
+
+    fn boot(&self, settings: &Settings) -> Result<Option<BootFiles>> {
+        boot::find_if_any(&self.image_root, &settings.boot, settings.arch)
+    }
+}
+
+fn real(path: &Path) -> Result<PathBuf> {
+    named::resolve(path).attempt(|| format!("open {}", path.display()))
+}
+
+fn missing(image_root: &Path) -> Error {
+    Error::bad_input(format!("the image root is '{}': expected an unpacked image", image_root.display()))
+}
+
+/// Packs an image root.
+pub fn package(
+    settings: &Settings,
+    named: Option<&Path>,
+    archive: Option<&Path>,
+    exclude: &[String],
+    changes: Option<&Path>,
+) -> Result<u8> {
+    let place = Place::of(settings, named, archive)?;
+    let shown = place.image_root.shown();
+    let refused = |why| Error::new(format!("pack {}", shown.display())).because(why);
+    image_root::check(&place.image_root, &shown, false, refused)?;
+    place.boot(settings)?;
+    if directory::holds(&shown, &place.archive_folder.shown())? {
+        let why = format!("the archive is '{}': expected a file outside the image root", place.archive().shown());
+        return Err(Error::bad_input(why).advise("name one by --archive"));
+    }
+    directory::refuse_open(&shown)?;
+    // Processes of a killed run would write to the image as it is packed.
+    customize::end_left_over(&shown)?;
+    directory::clear_left_over(&directory::COMMANDS, &shown)?;
+    let work = Work::begin(&settings.network)?;
+    if let Some(file) = changes {
+        // Checked here, since these are used only when all is packed.
+        packing::output(file, "--changes")?;
+        prepare::take_inventory_below(&work, settings, place.files.parent())?;
+        Inventory::load(place.files.parent(), INVENTORY)?;
+    }
+    packing::pack(&work, &place.image_root, &place.archive(), &settings.packing, exclude)?;
+    if let Some(file) = changes {
+        write_changes(&work, place.files.parent(), &place.image_root, file)?;
+    }
+    say(&format!("{}\n", place.archive().shown()));
+    Ok(0)
+}
+
+/// Uploads a packed image with its boot files, and registers it where there is an IMS.
+pub fn upload(
+    settings: &Settings,
+    named: Option<&Path>,
+    archive: Option<&Path>,
+    debug_kernel: Option<&Path>,
+) -> Result<u8> {
+    let place = Place::of(settings, named, archive)?;
+    let rootfs = place.archive().open().map_err(|e| e.advise("'ims-sshd package' makes it"))?;
+    let debug_kernel = debug_kernel.map(Opened::open).transpose()?.map(Opened::into_file).transpose()?;
+    let image = Image { rootfs, boot: place.boot(settings)?, debug_kernel };
+    let work = Work::begin(&settings.network)?;
+    let ims = Ims::of(&work, settings);
+    let notes = Notes::new(&place.files, settings);
+    let mut journal = Journal::read(&notes)?;
+    let report = Publication { work: &work, settings, ims, notes: &notes }.publish(&mut journal, image)?;
+    say_result(&report);
+    Ok(0)
+}

@@ -1,0 +1,4 @@
+//! The log: its format, and what is masked in it.
+
+pub mod format;
+pub mod redaction;

@@ -1,0 +1,566 @@
+//! `ims-sshd sidecar`: what stands beside a pod's build environment, on events. It lets the environment open, tells IMS how far it is,
+//! and publishes the image when the environment has ended well. It never waits for one that is gone.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags};
+use serde_json::{Value, json};
+
+use crate::environment::settings::Action;
+use crate::environment::sshd_setup;
+use crate::environment::stage::{Shown, Stage};
+use crate::error::{Attempt, Error, Result};
+use crate::image::boot;
+use crate::image::inventory::Inventory;
+use crate::image::packing::{self, Archive};
+use crate::ims::client::{Ims, Status};
+use crate::jailer::resolv_conf::{self, ENVIRONMENT, RESOLV_CONF, SIDECAR};
+use crate::local::customize::check_public_keys;
+use crate::local::say_result;
+use crate::pod::pod_files;
+use crate::publish::journal::{Journal, Notes, Phase};
+use crate::publish::prepare::INVENTORY;
+use crate::publish::publication::{Image, Publication};
+use crate::publish::settings::Settings;
+use crate::store::Store;
+use crate::sys::poll;
+use crate::sys::tree::Tree;
+use crate::transfer::Work;
+use crate::verdict::Verdict;
+use crate::volume::signal_files::{
+    BUILD_FAILED, EXITING, LOOK_EVERY, READY, SSHD_LISTENING, SignalFiles, Stamp, Watch,
+};
+
+/// The builder, or who supervises the pod, has given it up.
+pub const POD_ERROR: &str = "pod_error";
+
+/// The packed image of a remote job, whose boot files lie beside it.
+pub const TRANSFER: &str = "transfer.sqsh";
+
+/// How long an environment that has listened may be without its claim on the volume: one that is being restarted has none.
+const GONE: Duration = Duration::from_secs(5);
+
+/// How long the environment has to close when this container is asked to end.
+const CLOSE_TIME: Duration = Duration::from_secs(20);
+
+const FAILED: &str = "the image was marked failed: it is not published";
+
+/// The report of an image that is packed, and for which no store is named.
+fn packed_only(archive: &Path) -> Value {
+    json!({ "archive": archive, "ims_image_artifacts": [], "published": false, "result": "success" })
+}
+
+/// What belongs to the command line alone.
+#[derive(Debug, Clone)]
+pub struct Places {
+    /// Who may log in.
+    pub authorized_keys: PathBuf,
+    /// How sshd is configured, if not as usual.
+    pub sshd_config: Option<PathBuf>,
+    /// Where the other container's sshd reads both.
+    pub sshd_folder: PathBuf,
+    /// Authorities that the image gets.
+    pub authorities: PathBuf,
+    /// Patterns below the image root that are not packed.
+    pub exclude: Vec<String>,
+    /// Where to write what has changed.
+    pub changes: Option<PathBuf>,
+}
+
+/// How the other container ended.
+#[derive(Debug, PartialEq, Eq)]
+enum Ended {
+    Well,
+    Failed,
+}
+
+/// Runs a sidecar from start to end. `settings` that are refused are told IMS, as far as they name one, and the build environment; `given`
+/// is what they were read of.
+pub fn run(
+    settings: Result<Settings>,
+    given: (Option<PathBuf>, Vec<(OsString, OsString)>),
+    places: &Places,
+) -> Result<u8> {
+    let (argument, variables) = given;
+    let named = variables.iter().filter(|(name, _)| name == "IMAGE_ROOT_PARENT").cloned();
+    let parent = Settings::read(argument, named.collect::<Vec<_>>()).ok().map(|read| read.parent);
+    let mut phase = Phase::Begun;
+    let (settings, refusal) = match settings {
+        Ok(settings) => (settings, None),
+        Err(refusal) => {
+            let to_tell = ["IMS_URL", "OAUTH_CONFIG_DIR", "IMS_JOB_ID", "CA_CERT"];
+            let few = variables.into_iter().filter(|(name, _)| to_tell.iter().any(|known| name == *known));
+            // A job's id that is none is refused again, and IMS cannot be told.
+            let to_tell = Settings::read(None, few).or_else(|_| Settings::read(None, []))?;
+            (to_tell, Some(refusal))
+        }
+    };
+    let work = Work::begin(&settings.network)?;
+    let files = refusal.map_or(Ok(()), Err).and_then(|()| {
+        let files = SignalFiles::open(&settings.parent)?;
+        files.ok_or_else(|| {
+            Error::new(format!("open {}", settings.parent.display()))
+                .because("it does not exist")
+                .advise("mount the volume there, or set IMAGE_ROOT_PARENT")
+        })
+    });
+    let files = match files {
+        Ok(files) => files,
+        Err(error) => {
+            // Another one may be at work.
+            let files = parent.and_then(|parent| SignalFiles::open(&parent).ok()?);
+            if let Some(files) = files
+                && let Ok(_claim) = files.claim_for_sidecar()
+            {
+                close_environment(&files);
+            }
+            return conclude(&work, Ims::of(&work, &settings), Err(error));
+        }
+    };
+    // Another sidecar on this volume tells IMS of the job; this one must not.
+    let _claim = files.claim_for_sidecar()?;
+    let mut live = || {
+        let notes = Notes::new(&files, &settings);
+        let journal = Journal::read(&notes)?;
+        let ims = Ims::of(&work, &settings);
+        let mut sidecar = Sidecar {
+            work: &work,
+            settings: &settings,
+            places,
+            files: &files,
+            old: [None; 2],
+            notes: &notes,
+            journal,
+            ims,
+            has_published: false,
+        };
+        sidecar.old = sidecar.stamps();
+        // Before IMS hears of it: it ends the job, and its volume with it.
+        let result = sidecar.live();
+        // A publication that fails is rolled back by itself.
+        if result.is_err()
+            && !sidecar.has_published
+            && let Err(e) = sidecar.publication().give_up(&mut sidecar.journal)
+        {
+            tracing::error!("{e}");
+        }
+        phase = sidecar.journal.phase;
+        result
+    };
+    let result = live();
+    if result.is_err() && phase < Phase::Packing {
+        close_environment(&files);
+    } else if result.is_err() && (settings.job.is_none() || settings.ims.is_none()) {
+        // IMS ends a job with its error.
+        tracing::warn!(
+            "what has failed can be done again: 'ims-sshd sidecar' goes on where it was, without another session"
+        );
+    }
+    conclude(&work, Ims::of(&work, &settings), result)
+}
+
+/// Marks the image failed for an environment that waits for `ready`, or is open: nobody is there who would publish it.
+fn close_environment(files: &SignalFiles) {
+    let stands = |name| files.stands(name).unwrap_or(false);
+    // One that has ended has its verdict. Without 'ready', 'exiting' is of an earlier one.
+    if stands(READY) && stands(EXITING) {
+        return;
+    }
+    if let Err(e) = files.mark_instead_of_ready(Verdict::Failed) {
+        tracing::error!("{e}");
+    }
+}
+
+/// Whatever goes wrong, IMS hears of it, and whoever started this.
+fn conclude(work: &Work, mut ims: Ims, result: Result<u8>) -> Result<u8> {
+    let error = match work.unless_interrupted(result) {
+        Err(error) => error,
+        done => return done,
+    };
+    work.roll_back();
+    if let Err(untold) = ims.set_status(Status::Error) {
+        tracing::error!("{untold}");
+    }
+    say_result(&json!({ "error": error.to_string(), "result": "failure" }));
+    Err(error)
+}
+
+struct Sidecar<'a> {
+    work: &'a Work,
+    settings: &'a Settings,
+    places: &'a Places,
+    files: &'a SignalFiles,
+    /// `failed` and `exiting` as they stood before.
+    old: [Option<Stamp>; 2],
+    notes: &'a Notes<'a>,
+    journal: Journal,
+    ims: Ims<'a>,
+    /// Set once a publication was tried.
+    has_published: bool,
+}
+
+impl<'a> Sidecar<'a> {
+    fn live(&mut self) -> Result<u8> {
+        let action = self
+            .settings
+            .action
+            .ok_or_else(|| Error::bad_input("IMS_ACTION is not set: expected 'customize' or 'create'"))?;
+        // A container that is started again after the job has ended does nothing more.
+        if let Some(code) = self.ended(action)? {
+            return Ok(code);
+        }
+        if let Some(job) = self.ims.job()? {
+            match job["status"].as_str() {
+                Some("success") => {
+                    say_result(&json!({ "ims_job_record": job, "result": "success" }));
+                    return Ok(0);
+                }
+                Some("error") => {
+                    return Err(Error::new("publish the image")
+                        .because("the job's status is error already")
+                        .advise("start a new job"));
+                }
+                // Its volume goes with the job, and the packed image with that.
+                _ if self.settings.store.url.is_none() => {
+                    return Err(Error::bad_input(
+                        "no store is named: expected S3_BUCKET, IMAGE_STORE or --store, since a job's volume goes with it",
+                    ));
+                }
+                _ => {}
+            }
+        }
+        self.give_up_with_the_pod()?;
+        let wants_shell = match action {
+            Action::Customize => true,
+            Action::Create if !self.files.stands(BUILD_FAILED)? => false,
+            Action::Create if self.settings.debug => true,
+            Action::Create => {
+                return Err(Error::new("publish the image")
+                    .because("its build failed")
+                    .advise("ENABLE_DEBUG=true opens a shell beside it"));
+            }
+        };
+        let image_root = self.image_root()?;
+        if self.journal.phase < Phase::Packing {
+            if wants_shell {
+                if self.journal.phase < Phase::Ready && !self.let_open(image_root.as_ref(), action)? {
+                    return self.end_as_failed(action);
+                }
+                let ended = self.shell(image_root.as_ref())?;
+                if let Some(image_root) = &image_root {
+                    // An environment that was killed has left its own above it.
+                    ENVIRONMENT.take_back(image_root)?;
+                    if SIDECAR.take_back(image_root)? == Some(true) {
+                        tracing::info!("/{RESOLV_CONF} of the image was changed, and stays as it is");
+                    }
+                }
+                if ended == Ended::Failed {
+                    return self.end_as_failed(action);
+                }
+            } else if let Some(image_root) = &image_root {
+                pod_files::put_authorities(image_root, &self.places.authorities)?;
+            }
+            self.journal.phase = Phase::Packing;
+            self.journal.write(self.notes)?;
+        } else if wants_shell && !self.files.stands(EXITING)? && !self.files.stands(READY)? {
+            // The environment of a pod that has begun again, in which nothing is left to do.
+            tracing::info!("the image was marked complete before: publishing it, without another session");
+            self.files.mark_instead_of_ready(Verdict::Complete)?;
+        }
+        // On a full volume nobody is told, and the image may be uploaded all the same.
+        let shown = Shown::begin(self.files.parent(), Stage::Packing).ok();
+        let image = self.pack(image_root.as_ref())?;
+        // A mark that was made since then, or before this container was started again.
+        if wants_shell && self.is_marked_failed(image_root.as_ref()) {
+            return self.end_as_failed(action);
+        }
+        if let Some(shown) = &shown {
+            let _ = shown.next(Stage::Uploading);
+        }
+        self.publish(image)
+    }
+
+    fn is_marked_failed(&self, image_root: Option<&Tree>) -> bool {
+        let marked = sshd_setup::is_marked_failed(self.files, image_root.filter(|_| self.settings.jailed));
+        marked.unwrap_or_else(|e| {
+            tracing::error!("{e}; the image is taken as marked failed");
+            true
+        })
+    }
+
+    /// Ends the job as failed, and rolls back the publication that an earlier run has begun.
+    fn end_as_failed(&mut self, action: Action) -> Result<u8> {
+        tracing::info!("{FAILED}");
+        self.publication().give_up(&mut self.journal)?;
+        self.ims.set_status(Status::Error)?;
+        self.journal.phase = Phase::Failed;
+        self.journal.write(self.notes)?;
+        Ok(Self::say_failed(action))
+    }
+
+    fn say_failed(action: Action) -> u8 {
+        say_result(&json!({ "error": FAILED, "result": "failure" }));
+        u8::from(action == Action::Create)
+    }
+
+    /// The exit code of a job that has ended before, which is said again. Nothing is done but what an earlier run could not roll back, and
+    /// an environment that waits is closed.
+    fn ended(&mut self, action: Action) -> Result<Option<u8>> {
+        let verdict = match self.journal.phase {
+            Phase::Published => Verdict::Complete,
+            Phase::Failed => Verdict::Failed,
+            _ => return Ok(None),
+        };
+        let again = format!(
+            "nothing is done; for another image in {}, run 'ims-sshd prepare --fresh' first",
+            self.files.path().display()
+        );
+        // The environment of a pod that has begun again, in which nothing is left to do.
+        if !self.files.stands(EXITING)? && !self.files.stands(READY)? {
+            self.files.mark_instead_of_ready(verdict)?;
+        }
+        if verdict == Verdict::Failed {
+            tracing::info!("the job has ended before: {FAILED}; {again}");
+            if self.journal.image.is_some() || self.journal.request.is_some() {
+                self.publication().give_up(&mut self.journal)?;
+                self.journal.write(self.notes)?;
+            }
+            return Ok(Some(Self::say_failed(action)));
+        }
+        if let Some(link) = &self.journal.link {
+            let place = link["path"].as_str().unwrap_or_default();
+            tracing::info!("the job has ended before: its image is published, {place}; {again}");
+            say_result(&json!({ "ims_image_record": { "link": link }, "result": "success" }));
+        } else {
+            let archive = self.files.path().join(self.settings.archive());
+            tracing::info!("the job has ended before: its image is {}; {again}", archive.display());
+            say_result(&packed_only(&archive));
+        }
+        Ok(Some(0))
+    }
+
+    /// The image root; nothing where it is on another node, and its packed image is, or was, or will be here.
+    fn image_root(&self) -> Result<Option<Tree>> {
+        let name = self.settings.image_root();
+        let is_missing = || {
+            let found = self.files.parent().handle_without_links(name);
+            found.is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound)
+        };
+        let is_remote = self.settings.remote || self.journal.phase == Phase::Packed;
+        if self.files.stands(TRANSFER)? || is_remote && is_missing() {
+            return Ok(None);
+        }
+        sshd_setup::open_image_root(self.files, name).map(Some)
+    }
+
+    fn give_up_with_the_pod(&self) -> Result<()> {
+        if !self.files.stands(POD_ERROR)? {
+            return Ok(());
+        }
+        Err(Error::new("publish the image")
+            .because(format!("'{POD_ERROR}' stands in {}", self.files.path().display()))
+            .advise("see the logs of the pod's other containers: one of them has given the job up"))
+    }
+
+    fn stamps(&self) -> [Option<Stamp>; 2] {
+        [Verdict::Failed.signal_file(), EXITING].map(|name| self.files.stamp(name))
+    }
+
+    /// Refuses what is certain to fail when the image is published, before anybody changes it; warns of what may be otherwise by then.
+    fn check(&mut self, image_root: Option<&Tree>, action: Action) -> Result<()> {
+        check_public_keys("--authorized-keys", &self.places.authorized_keys)?;
+        // IMS has answered already where there is a job: its record was read.
+        if self.settings.job.is_none() {
+            self.ims.check()?;
+        }
+        let Settings { boot, store, network, arch, .. } = self.settings;
+        if store.url.is_none() {
+            tracing::warn!(
+                "no store is named (S3_BUCKET, IMAGE_STORE): the packed image stays in {}, and is gone with that volume",
+                self.files.path().display()
+            );
+            return Ok(());
+        }
+        // A session may install what is missing, and a build that has failed has neither.
+        if let (Action::Customize, Some(image_root)) = (action, image_root)
+            && let Err(missing) = boot::check_named(image_root, boot, arch)
+        {
+            tracing::warn!("{missing}; the image is published only if a session makes it");
+        }
+        self.work.wait(Store::check_soon(store, network))
+    }
+
+    /// Everything that the environment needs, then `ready`. Returns false if the image was marked failed meanwhile.
+    fn let_open(&mut self, image_root: Option<&Tree>, action: Action) -> Result<bool> {
+        self.check(image_root, action)?;
+        if let (Action::Customize, Some(image_root)) = (action, image_root) {
+            pod_files::put_authorities(image_root, &self.places.authorities)?;
+            Self::lend_resolv_conf(image_root)?;
+        }
+        let keys = &self.places.authorized_keys;
+        let keys = std::fs::read_to_string(keys).attempt(|| format!("read the public keys in {}", keys.display()))?;
+        pod_files::configure_sshd(&self.places.sshd_folder, &keys, self.places.sshd_config.as_deref())?;
+        let (now, old) = (self.stamps(), self.old);
+        if now.iter().zip(old).any(|(now, old)| now.is_some() && *now != old) {
+            if let Some(image_root) = image_root {
+                SIDECAR.take_back(image_root)?;
+            }
+            return Ok(false);
+        }
+        for name in [EXITING, SSHD_LISTENING].into_iter().chain(Verdict::ALL.map(Verdict::signal_file)) {
+            self.files.retract(name)?;
+        }
+        if let Some(image_root) = image_root.filter(|_| self.settings.jailed) {
+            sshd_setup::remove_old_marks(image_root)?;
+        }
+        self.journal.phase = Phase::Ready;
+        self.journal.write(self.notes)?;
+        self.files.touch(READY)?;
+        tracing::info!("'{READY}': the environment may open");
+        Ok(true)
+    }
+
+    /// The pod's name servers for the image, until the environment has ended.
+    fn lend_resolv_conf(image_root: &Tree) -> Result<()> {
+        // An earlier run was killed amid this.
+        SIDECAR.take_back(image_root)?;
+        match resolv_conf::of_container() {
+            // In plain mode, /run is the image's.
+            Some(text) if resolv_conf::has_to_be_lent(image_root, &text, false)? => {
+                let lent = SIDECAR.lend(image_root, &text);
+                lent.attempt(|| "put the pod's /etc/resolv.conf into the image").map(|_| ())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Waits for the environment's end, and notices when nobody is there who could bring it about.
+    fn shell(&mut self, image_root: Option<&Tree>) -> Result<Ended> {
+        let mut watch = Watch::new()?;
+        let mut last_seen = Instant::now();
+        let (mut listened, mut asked_to_end) = (false, None);
+        loop {
+            watch.on(self.files.path());
+            watch.drain();
+            if self.files.stands(EXITING)? {
+                break;
+            }
+            self.give_up_with_the_pod()?;
+            if !listened && self.files.stands(SSHD_LISTENING)? {
+                listened = true;
+                match self.ims.set_status(Status::WaitingOnUser) {
+                    // A signal came meanwhile, and is heeded below.
+                    Err(_) if self.work.interrupted().is_some() => {}
+                    other => other?,
+                }
+            }
+            if self.files.is_claimed() {
+                last_seen = Instant::now();
+            }
+            let patience = if listened { GONE } else { self.settings.start_limit };
+            if last_seen.elapsed() > patience && !self.files.stands(EXITING)? {
+                let _ = self.files.touch(Verdict::Failed.signal_file());
+                let seconds = patience.as_secs();
+                let limit = if listened { "" } else { " (IMS_START_LIMIT)" };
+                return Err(Error::new("wait for the build environment")
+                    .because(format!("it has been gone for {seconds} s{limit} without a word"))
+                    .advise("see the log of the container that runs sshd, and the node's"));
+            }
+            if asked_to_end.is_none() && self.work.heed().is_err() {
+                // The environment closes in order, and this container after it.
+                self.files.touch(Verdict::Failed.signal_file())?;
+                asked_to_end = Some(Instant::now());
+                self.work.finish_regardless();
+            }
+            if asked_to_end.is_some_and(|since| since.elapsed() > CLOSE_TIME) {
+                break;
+            }
+            let mut sources = [PollFd::new(&watch, PollFlags::IN), PollFd::new(self.work.signals(), PollFlags::IN)];
+            let _ = poll::wait(&mut sources, LOOK_EVERY);
+        }
+        if let Some(signal) = self.work.interrupted() {
+            return Err(Error::interrupted(signal));
+        }
+        if !listened && self.files.stands(SSHD_LISTENING)? {
+            self.ims.set_status(Status::WaitingOnUser)?;
+        }
+        Ok(if self.is_marked_failed(image_root) { Ended::Failed } else { Ended::Well })
+    }
+
+    /// Packs the image root. Everything is read by descriptors from here on: sessions of a plain job may still be there, and rename what
+    /// they like.
+    fn pack(&mut self, image_root: Option<&Tree>) -> Result<Image> {
+        self.ims.set_status(Status::PackagingArtifacts)?;
+        // What is missing is told before anything is packed.
+        let has_store = self.settings.store.url.is_some();
+        let (parent, settings) = (self.files.parent(), self.settings);
+        let is_transferred = self.files.stands(TRANSFER)?;
+        if image_root.is_none() && !is_transferred && self.journal.phase < Phase::Packed {
+            return Err(Error::new("publish the image")
+                .because(format!("the remote job has left no {TRANSFER} in {}", self.files.path().display()))
+                .advise("see the log of the container that runs sshd, and the node's"));
+        }
+        let find = || match image_root {
+            Some(image_root) => boot::find(image_root, &settings.boot, settings.arch),
+            None => boot::left_in(parent, &settings.boot, settings.arch),
+        };
+        let boot = has_store.then(find).transpose()?;
+        let archive = Archive { folder: parent, name: &settings.archive() };
+        let rootfs = if is_transferred {
+            // Noted before it is renamed: from then on nothing but this tells that there is no image root.
+            self.journal.phase = Phase::Packed;
+            self.journal.write(self.notes)?;
+            parent.rename(TRANSFER, archive.name).attempt(|| format!("rename {TRANSFER}"))?;
+            tracing::info!("{TRANSFER} is what a remote job has packed: published as it is");
+            archive.open_squashfs()?
+        } else if let Some(image_root) = image_root.filter(|_| self.journal.phase < Phase::Packed) {
+            let packed = packing::pack(self.work, image_root, &archive, &settings.packing, &self.places.exclude)?;
+            tracing::info!("packed {}", archive.shown());
+            if let Some(file) = &self.places.changes
+                && let Err(error) = write_changes(self.work, self.files.parent(), image_root, file)
+            {
+                self.work.heed()?;
+                tracing::warn!("{error}; the image is published all the same");
+            }
+            self.journal.phase = Phase::Packed;
+            self.journal.write(self.notes)?;
+            packed
+        } else {
+            // Packed before a restart: what has the name by now may be another file.
+            archive.open_squashfs()?
+        };
+        Ok(Image { rootfs, boot, debug_kernel: None })
+    }
+
+    fn publish(&mut self, image: Image) -> Result<u8> {
+        if self.settings.store.url.is_none() {
+            let archive = self.files.path().join(self.settings.archive());
+            tracing::warn!(
+                "the image is not published: no store is named (S3_BUCKET, IMAGE_STORE); it is {}, and is gone with that volume",
+                archive.display()
+            );
+            self.publication().end(&mut self.journal, Phase::Published)?;
+            say_result(&packed_only(&archive));
+            return Ok(0);
+        }
+        self.has_published = true;
+        let report = self.publication().publish(&mut self.journal, image)?;
+        say_result(&report);
+        Ok(0)
+    }
+
+    fn publication(&self) -> Publication<'a> {
+        let ims = Ims::of(self.work, self.settings);
+        Publication { work: self.work, settings: self.settings, ims, notes: self.notes }
+    }
+}
+
+/// Writes what has changed since the inventory in `folder` was made to the new file `to`. The directory may be somebody else's: what has the
+/// name there, a link or a fifo perhaps, is replaced, and neither followed nor opened.
+pub fn write_changes(work: &Work, folder: &Tree, image_root: &Tree, to: &Path) -> Result<()> {
+    let (above, name) = packing::output(to, "the report of changes")?;
+    let changes = Inventory::load(folder, INVENTORY)?.changes_to(&Inventory::of(work, image_root)?);
+    above.replace(name, format!("{changes:#}\n").as_bytes()).attempt(|| format!("write {}", to.display()))
+}

@@ -1,0 +1,667 @@
+//! A store of images, by URL: `s3://bucket[/prefix]` or a folder.
+
+pub mod bucket;
+pub mod requests;
+
+use std::fs::File;
+use std::future::Future;
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use object_store::aws::{AmazonS3, AmazonS3Builder};
+use object_store::client::{HttpClient, HttpConnector};
+use object_store::local::LocalFileSystem;
+use object_store::multipart::{MultipartStore, PartId};
+use object_store::path::Path;
+use object_store::signer::Signer;
+use object_store::{
+    Attribute, Attributes, ClientOptions, GetOptions, MultipartId, ObjectStore, ObjectStoreExt, PutPayload, RetryConfig,
+};
+use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
+use rustix::fs::OFlags;
+
+use crate::error::{Advise, Attempt, Error, Result};
+use crate::ims::id::Id;
+use crate::log::redaction::{without_known, without_secrets};
+use crate::publish::settings::{self, Network, Validate};
+use crate::store::bucket::Asked;
+use crate::store::requests::{ANSWERED, Requests};
+use crate::sys::named;
+use crate::sys::tree::Tree;
+use crate::transfer::{Redirects, client, in_full};
+
+/// How long a URL that was signed here is good for.
+pub const SIGNED_FOR: Duration = Duration::from_hours(6);
+
+/// Store of images.
+pub struct Store {
+    objects: Objects,
+    /// Before every key.
+    prefix: Path,
+    /// What a published object's URL begins with.
+    url: String,
+}
+
+enum Objects {
+    /// With what it is made of: one that describes an upload is made for that alone.
+    S3 {
+        bucket: Arc<AmazonS3>,
+        builder: Box<AmazonS3Builder>,
+        client: HttpClient,
+        region: String,
+    },
+    Folder {
+        files: LocalFileSystem,
+        folder: PathBuf,
+    },
+}
+
+/// Of the further names that of an object's checksum.
+pub const MD5: &str = "md5sum";
+
+/// What is told of an object beside its content. Files have neither.
+pub struct Description {
+    /// Its media type.
+    pub media_type: &'static str,
+    /// Further names and values.
+    pub metadata: Vec<(&'static str, String)>,
+}
+
+/// Whose an object is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Owner {
+    /// There is none.
+    Nobody,
+    /// This job's.
+    Ours,
+    /// Nothing is told: a file, a manifest, or what others have put there.
+    Untold,
+    /// Another image's or job's.
+    Another,
+}
+
+/// In the name of a file that is not whole yet; [`LocalFileSystem`] takes none with it and a number for an object.
+const BEGUN: &str = "#1";
+
+/// Name of an object that is begun to see whether one can be; a random part follows, since several jobs may try one store at a time.
+const PROBE: &str = ".ims-sshd.probe";
+
+/// Longest time until people hear that a store does not answer; twice that if it is silent.
+const SOON: Duration = Duration::from_secs(10);
+
+/// What requests are signed for where no region is set: stores of one's own do not care.
+const DEFAULT_REGION: &str = "us-east-1";
+
+/// Number of tries to find a probe that may be left.
+const TRIES_TO_SWEEP: usize = 3;
+
+impl Store {
+    /// Opens the store that the variables name. A folder is made if it is not there.
+    pub fn open(settings: &settings::Store, network: &Network) -> Result<Self> {
+        let Some(url) = &settings.url else {
+            return Err(Error::bad_input("no store is named: expected S3_BUCKET, IMAGE_STORE or --store"));
+        };
+        let refuse = || {
+            Error::bad_input(format!(
+                "the store is '{}': expected s3://BUCKET, file:///FOLDER or a folder",
+                without_secrets(url)
+            ))
+        };
+        if let Some(rest) = url.strip_prefix("s3://") {
+            let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
+            // The crate panics on what has no place in a URL.
+            if bucket.is_empty() || !bucket.chars().all(|c| c.is_ascii_alphanumeric() || ".-_".contains(c)) {
+                return Err(refuse());
+            }
+            let (builder, connector) = s3(bucket, settings, network)?;
+            let objects = Objects::S3 {
+                bucket: Arc::new(build(bucket, builder.clone())?),
+                builder: Box::new(builder),
+                client: connector.connect(&ClientOptions::new()).attempt(|| format!("open the store s3://{bucket}"))?,
+                region: settings.region.clone().unwrap_or_else(|| DEFAULT_REGION.into()),
+            };
+            let prefix = Path::parse(prefix.trim_matches('/')).map_err(|_| refuse())?;
+            return Ok(Self { objects, prefix, url: format!("s3://{bucket}") });
+        }
+        let folder = folder(url).ok_or_else(refuse)?;
+        let attempted = || format!("open the store {}", folder.display());
+        let folder = named::resolve_beginning(&folder).attempt(attempted)?;
+        std::fs::create_dir_all(&folder).attempt(attempted)?;
+        let files = LocalFileSystem::new_with_prefix(&folder).attempt(attempted)?;
+        let url = format!("file://{}", folder.display());
+        Ok(Self { objects: Objects::Folder { files, folder }, prefix: Path::default(), url })
+    }
+
+    /// Makes sure that the store that the variables name takes an object, and leaves nothing of one, nor a directory that was not there.
+    /// Returns how many bytes fit, where that can be told.
+    pub async fn check(settings: &settings::Store, network: &Network) -> Result<Option<u64>> {
+        let url = settings.url.as_deref().unwrap_or_default();
+        let attempted = || format!("write to the store {}", without_secrets(url));
+        let probe = format!("{PROBE}.{}", Id::random()?);
+        if let Some(folder) = folder(url) {
+            let folder = named::resolve_beginning(&folder).attempt(attempted)?;
+            let place = folder.ancestors().find(|place| place.exists()).unwrap_or(&folder);
+            // create_file replaces anything that others have put there under the name.
+            Tree::open(place)
+                .and_then(|tree| tree.create_file(&probe).and_then(|_| tree.remove(&probe)))
+                .attempt(attempted)
+                .advise("name a directory that can be written to, or s3://BUCKET")?;
+            return Ok(rustix::fs::statvfs(place).ok().map(|disk| disk.f_bavail * disk.f_frsize));
+        }
+        let tried = Self::open(settings, network)?.try_bucket(&probe).await;
+        tried.map(|()| None).map_err(|e| Error::new(attempted()).because(cause(&e)))
+    }
+
+    /// The same where people wait for the answer: what may be otherwise when the image is there is only warned of.
+    pub async fn check_soon(settings: &settings::Store, network: &Network) -> Result<()> {
+        let url = settings.url.as_deref().unwrap_or_default();
+        if folder(url).is_some() {
+            return Self::check(settings, network).await.map(|_| ());
+        }
+        let network = Network { retry_limit: network.retry_limit.min(SOON), ..network.clone() };
+        let store = Self::open(settings, &network)?;
+        let probe = format!("{PROBE}.{}", Id::random()?);
+        let attempted = format!("write to the store {}", without_secrets(url));
+        let why = match tokio::time::timeout(SOON * 2, store.try_bucket(&probe)).await {
+            Ok(Ok(())) => return Ok(()),
+            Ok(Err(e @ object_store::Error::Generic { .. })) => cause(&e),
+            Ok(Err(e)) => return Err(Error::new(attempted).because(cause(&e))),
+            Err(_) => format!("no answer within {} s", (SOON * 2).as_secs()),
+        };
+        tracing::warn!("cannot {attempted} yet: {why}; the image is published only if that is over by then");
+        Ok(())
+    }
+
+    /// Begins an object of a bucket below `probe`, and takes it back; also where the answer to an earlier try was lost.
+    async fn try_bucket(&self, probe: &str) -> object_store::Result<()> {
+        let Objects::S3 { bucket, .. } = &self.objects else { return Ok(()) };
+        let path = self.path(&format!("{probe}/begun"));
+        let begun = bucket.create_multipart(&path).await;
+        if matches!(begun, Ok(_) | Err(object_store::Error::Generic { .. })) {
+            for _ in 0..TRIES_TO_SWEEP {
+                if self.sweep(probe).await.is_ok() {
+                    return begun.map(|_| ());
+                }
+            }
+        }
+        // Keys that may put objects need not be ones that may list what was begun.
+        bucket.abort_multipart(&path, &begun?).await
+    }
+
+    /// Returns whether people look into it, and know an image by its directory's name.
+    pub fn is_directory(&self) -> bool {
+        matches!(self.objects, Objects::Folder { .. })
+    }
+
+    /// Returns the place of an image for people: a path, or a URL.
+    pub fn shown(&self, image: &str) -> String {
+        match &self.objects {
+            Objects::S3 { .. } => self.url_of(image),
+            Objects::Folder { folder, .. } => folder.join(image).display().to_string(),
+        }
+    }
+
+    /// The first of `name`, and that with a number, that no image of a directory has.
+    pub fn free_name(&self, name: &str) -> String {
+        let Objects::Folder { folder, .. } = &self.objects else { return name.to_owned() };
+        let mut free = name.to_owned();
+        let mut number = 1;
+        while folder.join(&free).symlink_metadata().is_ok() {
+            number += 1;
+            free = format!("{name}-{number}");
+        }
+        free
+    }
+
+    /// Gives the directory of an image another name, unless there is something of that name. Returns whether it has been done.
+    pub fn rename(&self, image: &str, name: &str) -> std::io::Result<bool> {
+        let Objects::Folder { folder, .. } = &self.objects else { return Ok(true) };
+        let place = folder.join(name);
+        // A rename replaces an empty directory, and this one is ours. Not every file system has RENAME_NOREPLACE.
+        match std::fs::DirBuilder::new().mode(0o700).create(&place) {
+            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Ok(false),
+            made => made.and_then(|()| std::fs::rename(folder.join(image), &place)).map(|()| true),
+        }
+    }
+
+    /// The URL of a key.
+    pub fn url_of(&self, key: &str) -> String {
+        format!("{}/{}", self.url, self.path(key))
+    }
+
+    fn path(&self, key: &str) -> Path {
+        key.split('/').fold(self.prefix.clone(), Path::join)
+    }
+
+    /// An object of a folder that is not whole yet: by its key alone, whatever somebody has noted of it.
+    fn begun(&self, folder: &std::path::Path, key: &str) -> PathBuf {
+        folder.join(format!("{}{BEGUN}", self.path(key)))
+    }
+
+    /// Requests to a bucket that the crate does not make.
+    fn asked(&self) -> Option<Asked<'_>> {
+        let Objects::S3 { bucket, client, region, .. } = &self.objects else { return None };
+        Some(Asked { bucket, client, region })
+    }
+
+    fn objects(&self) -> &dyn ObjectStore {
+        match &self.objects {
+            Objects::S3 { bucket, .. } => bucket.as_ref(),
+            Objects::Folder { files, .. } => files,
+        }
+    }
+
+    /// Begins an object that is put together of parts, and returns what the store calls it.
+    pub async fn begin(&self, key: &str, description: &Description) -> object_store::Result<MultipartId> {
+        match &self.objects {
+            Objects::S3 { builder, .. } => {
+                // The crate gives no description to an upload whose name one gets to know, but such headers to every request.
+                let options = ClientOptions::new().with_default_headers(description.headers()?);
+                let describing = builder.as_ref().clone().with_client_options(options).build()?;
+                describing.create_multipart(&self.path(key)).await
+            }
+            Objects::Folder { folder, .. } => {
+                let file = self.begun(folder, key);
+                // Never through a link that somebody has put there.
+                let made = make_directory_of(&file).and_then(|()| match std::fs::remove_file(&file) {
+                    Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
+                    _ => File::create_new(&file),
+                });
+                made.map_err(|e| failure(key, e))?;
+                Ok(MultipartId::new())
+            }
+        }
+    }
+
+    /// Puts part `number`, which begins at byte `at`, and returns the store's mark of it. One that is there already is replaced.
+    pub fn put_part(
+        &self,
+        key: &str,
+        id: &MultipartId,
+        (number, at): (usize, u64),
+        content: Vec<u8>,
+    ) -> impl Future<Output = object_store::Result<String>> + Send + 'static {
+        let (path, id) = (self.path(key), id.clone());
+        let place = match &self.objects {
+            Objects::S3 { bucket, .. } => Ok(bucket.clone()),
+            Objects::Folder { folder, .. } => Err(self.begun(folder, key)),
+        };
+        async move {
+            match place {
+                Ok(bucket) => Ok(bucket.put_part(&path, &id, number, content.into()).await?.content_id),
+                Err(file) => {
+                    // The same for a link, or a fifo that nobody reads, which has come since.
+                    let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
+                    let file = File::options().write(true).custom_flags(flags).open(file);
+                    file.and_then(|file| file.write_all_at(&content, at)).map_err(|e| failure(path.as_ref(), e))?;
+                    Ok(String::new())
+                }
+            }
+        }
+    }
+
+    /// Makes one object of all parts, whose marks are `parts`.
+    pub async fn complete(&self, key: &str, id: &MultipartId, parts: Vec<String>) -> object_store::Result<()> {
+        match &self.objects {
+            Objects::S3 { bucket, .. } => {
+                let parts = parts.into_iter().map(|content_id| PartId { content_id }).collect();
+                bucket.complete_multipart(&self.path(key), id, parts).await.map(|_| ())
+            }
+            Objects::Folder { folder, .. } => {
+                let whole = folder.join(self.path(key).as_ref());
+                std::fs::rename(self.begun(folder, key), whole).map_err(|e| failure(key, e))
+            }
+        }
+    }
+
+    /// Leaves nothing of an object that was begun; one that is not there is no error.
+    pub async fn abort(&self, key: &str, id: &MultipartId) -> object_store::Result<()> {
+        let aborted = match &self.objects {
+            Objects::S3 { bucket, .. } => bucket.abort_multipart(&self.path(key), id).await,
+            Objects::Folder { folder, .. } => {
+                std::fs::remove_file(self.begun(folder, key)).map_err(|e| failure(key, e))
+            }
+        };
+        match aborted {
+            Err(object_store::Error::NotFound { .. }) => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Puts a small object in one piece.
+    pub async fn put(&self, key: &str, content: Vec<u8>, description: &Description) -> object_store::Result<()> {
+        let attributes = match &self.objects {
+            Objects::S3 { .. } => description.attributes(),
+            Objects::Folder { folder, .. } => {
+                make_directory_of(&folder.join(self.path(key).as_ref())).map_err(|e| failure(key, e))?;
+                Attributes::new()
+            }
+        };
+        self.objects().put_opts(&self.path(key), PutPayload::from(content), attributes.into()).await.map(|_| ())
+    }
+
+    /// The store's own mark of an object's content, without quotes, and the object's size.
+    pub async fn head(&self, key: &str) -> object_store::Result<(String, u64)> {
+        let found = self.objects().head(&self.path(key)).await?;
+        Ok((found.e_tag.unwrap_or_default().trim_matches('"').to_owned(), found.size))
+    }
+
+    /// Whether this object is there, as it was described.
+    pub async fn holds(&self, key: &str, size: u64, md5: &str) -> bool {
+        let head = GetOptions { head: true, ..GetOptions::default() };
+        let sum = Attribute::Metadata(MD5.into());
+        let found = self.objects().get_opts(&self.path(key), head).await;
+        found
+            .is_ok_and(|found| found.meta.size == size && found.attributes.get(&sum).is_some_and(|s| s.as_ref() == md5))
+    }
+
+    /// Whether an object is there.
+    pub async fn is_there(&self, key: &str) -> object_store::Result<bool> {
+        match self.objects().head(&self.path(key)).await {
+            Ok(_) => Ok(true),
+            Err(object_store::Error::NotFound { .. }) => Ok(false),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Whose an object is, by what is told of it: an object of ours has `marks`.
+    pub async fn owner(&self, key: &str, marks: &[(&'static str, String)]) -> object_store::Result<Owner> {
+        let head = GetOptions { head: true, ..GetOptions::default() };
+        let found = match self.objects().get_opts(&self.path(key), head).await {
+            Err(object_store::Error::NotFound { .. }) => return Ok(Owner::Nobody),
+            other => other?,
+        };
+        let is_as_marked = |(name, value): &(&'static str, String)| {
+            let told = found.attributes.get(&Attribute::Metadata((*name).into()))?;
+            Some(told.as_ref() == in_ascii(value))
+        };
+        let told: Vec<_> = marks.iter().filter_map(is_as_marked).collect();
+        Ok(match told.iter().all(|is_same| *is_same) {
+            _ if told.is_empty() => Owner::Untold,
+            true => Owner::Ours,
+            false => Owner::Another,
+        })
+    }
+
+    /// Deletes an object, and makes sure that it is gone; one that is not there is no error.
+    pub async fn delete(&self, key: &str) -> object_store::Result<()> {
+        let path = self.path(key);
+        let Some(asked) = self.asked() else {
+            return match self.objects().delete(&path).await {
+                Err(object_store::Error::NotFound { .. }) => Ok(()),
+                other => other,
+            };
+        };
+        asked.delete(&path).await?;
+        if self.is_there(key).await? {
+            return Err(failure(
+                key,
+                std::io::Error::other("the store says that it is deleted, and it is still there"),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Takes back what of an image is no object: uploads that were begun in a bucket; in a folder beginnings of files, and the image's own
+    /// one if it is empty.
+    pub async fn sweep(&self, image: &str) -> object_store::Result<()> {
+        if let Some(asked) = self.asked() {
+            for (name, id) in asked.below(&self.path(image)).await? {
+                self.abort(&format!("{image}/{name}"), &id).await?;
+            }
+            return Ok(());
+        }
+        match &self.objects {
+            Objects::S3 { .. } => Ok(()),
+            Objects::Folder { folder, .. } => {
+                let folder = folder.join(self.path(image).as_ref());
+                let entries = std::fs::read_dir(&folder).into_iter().flatten().flatten();
+                for begun in entries.filter(|e| e.file_name().to_string_lossy().contains('#')) {
+                    let _ = std::fs::remove_file(begun.path());
+                }
+                let _ = std::fs::remove_dir(folder);
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Makes the directory of an object. What is published is an image's owner's alone, as its /etc/shadow is, until he lets others in.
+fn make_directory_of(object: &std::path::Path) -> std::io::Result<()> {
+    let mut make = std::fs::DirBuilder::new();
+    object.parent().map_or(Ok(()), |directory| make.recursive(true).mode(0o700).create(directory))
+}
+
+/// The directory that a URL, or a path, names as store.
+pub fn folder(url: &str) -> Option<PathBuf> {
+    match url.split_once("://") {
+        Some(("file", path)) => Some(path.into()),
+        Some(_) => None,
+        // A URL with too few slashes, and no directory that anybody has.
+        None if ["s3:", "file:", "http:", "https:"].iter().any(|scheme| url.starts_with(scheme)) => None,
+        None => Some(url.into()),
+    }
+}
+
+impl Description {
+    fn attributes(&self) -> Attributes {
+        let mut attributes = Attributes::from_iter([(Attribute::ContentType, self.media_type)]);
+        for (name, value) in &self.metadata {
+            attributes.insert(Attribute::Metadata((*name).into()), in_ascii(value).into());
+        }
+        attributes
+    }
+
+    fn headers(&self) -> object_store::Result<HeaderMap> {
+        let mut headers = HeaderMap::from_iter([(CONTENT_TYPE, HeaderValue::from_static(self.media_type))]);
+        for (name, value) in &self.metadata {
+            let name = HeaderName::try_from(format!("x-amz-meta-{name}")).map_err(|e| failure(name, e))?;
+            headers.insert(name, HeaderValue::try_from(in_ascii(value)).map_err(|e| failure(value, e))?);
+        }
+        Ok(headers)
+    }
+}
+
+/// An error of one's own among those of stores.
+pub fn failure(key: &str, cause: impl std::error::Error + Send + Sync + 'static) -> object_store::Error {
+    let source: Box<dyn std::error::Error + Send + Sync> = Box::new(cause);
+    let is_missing = source.downcast_ref().is_some_and(|e: &std::io::Error| e.kind() == std::io::ErrorKind::NotFound);
+    if is_missing {
+        return object_store::Error::NotFound { path: key.to_owned(), source };
+    }
+    object_store::Error::Generic { store: "the store", source }
+}
+
+/// Cause of a store's error, once and for a reader: the crate names the object, which the message does already, its kinds of errors and its
+/// settings, and quotes a server's whole page.
+pub fn cause(error: &object_store::Error) -> String {
+    let below = std::error::Error::source(error);
+    told(&below.map_or_else(|| in_full(error), in_full))
+}
+
+/// The same of the text of an error of requests: `Error performing METHOD URL in TIME, SETTINGS - WHAT`.
+fn told(text: &str) -> String {
+    // Masked before it is cut, which could leave a part of a secret.
+    let text = &*without_known(text);
+    let parts = text.strip_prefix("Error performing ").and_then(|rest| rest.split_once(" - "));
+    let Some((request, what)) = parts else { return text.to_owned() };
+    let url = request.split_whitespace().nth(1).and_then(|url| reqwest::Url::parse(url).ok());
+    let server = url.map_or_else(|| "the server".into(), |url| url.origin().ascii_serialization());
+    let Some(answer) = what.strip_prefix("Server returned non-2xx status code: ") else {
+        let after = |phrase| what.rsplit_once(phrase).map(|(_, after)| after);
+        let why = after("client error (Connect): ").or_else(|| after("error sending request: "));
+        let why = why.or_else(|| what.strip_prefix("HTTP error: ")).unwrap_or(what);
+        return match why.strip_prefix(ANSWERED) {
+            Some(rest) => format!("{ANSWERED} of {server}{rest}"),
+            None => format!("no answer from {server}: {why}"),
+        };
+    };
+    let (status, page) = answer.split_once(": ").unwrap_or((answer, ""));
+    let element = |name: &str| {
+        let (_, rest) = page.split_once(&format!("<{name}>"))?;
+        rest.split_once(&format!("</{name}>")).map(|(text, _)| text)
+    };
+    let mut said: Vec<_> = [element("Code"), element("Message")].into_iter().flatten().collect();
+    if said.is_empty() && !page.contains('<') && !page.is_empty() {
+        said.push(page);
+    }
+    let said: String = said.join(", ").chars().take(MOST_QUOTED).collect();
+    format!("{server} answers {status}{}{said}", if said.is_empty() { "" } else { ": " })
+}
+
+/// Characters of a server's answer that a message quotes at the most.
+pub const MOST_QUOTED: usize = 300;
+
+/// A URL that leads to an object without further keys.
+pub async fn sign(bucket: &str, key: &str, settings: &settings::Store, network: &Network) -> Result<String> {
+    let attempted = || format!("sign a URL of s3://{bucket}/{key}");
+    let path = Path::parse(key).attempt(attempted)?;
+    let (builder, _) = s3(bucket, settings, network)?;
+    let url = build(bucket, builder)?.signed_url(reqwest::Method::GET, &path, SIGNED_FOR).await;
+    url.map(|url| url.to_string()).map_err(|e| Error::new(attempted()).because(cause(&e)))
+}
+
+/// What a bucket is opened with.
+fn s3(bucket: &str, settings: &settings::Store, network: &Network) -> Result<(AmazonS3Builder, Connector)> {
+    let Some((access, secret)) = &settings.keys else {
+        return Err(Error::bad_input(
+            "S3_ACCESS_KEY and S3_SECRET_KEY, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, are not set: expected the store's keys",
+        ));
+    };
+    // The crate would send the keys, and the image, to Amazon.
+    if settings.endpoint.is_none() && settings.region.is_none() {
+        return Err(Error::bad_input(format!(
+            "no server is named for the store s3://{bucket}: expected its URL in S3_ENDPOINT or AWS_ENDPOINT_URL, or AWS_REGION if it is Amazon's"
+        )));
+    }
+    // The crate would name the store for an error of the variables.
+    let connector =
+        Connector { network: network.clone(), validate: settings.validate.clone(), is_silent: Arc::default() };
+    connector.client(&HeaderMap::new())?;
+    // What fails is tried again by the connector's client, within the limits that people set.
+    let retry = RetryConfig { max_retries: 0, ..RetryConfig::default() };
+    let mut builder = AmazonS3Builder::new()
+        .with_bucket_name(bucket)
+        .with_access_key_id(access)
+        .with_secret_access_key(secret)
+        .with_region(settings.region.as_deref().unwrap_or(DEFAULT_REGION))
+        .with_retry(retry)
+        .with_http_connector(connector.clone());
+    if let Some(token) = &settings.token {
+        builder = builder.with_token(token);
+    }
+    if let Some(endpoint) = &settings.endpoint {
+        // Over TLS nothing is lost by it, and the content is not read once more for its checksum.
+        builder = builder.with_endpoint(endpoint).with_unsigned_payload(endpoint.starts_with("https:"));
+    }
+    Ok((builder, connector))
+}
+
+/// Makes a store's client as those of other servers are made.
+#[derive(Debug, Clone)]
+pub struct Connector {
+    network: Network,
+    validate: Validate,
+    is_silent: Arc<AtomicBool>,
+}
+
+impl Connector {
+    fn client(&self, headers: &HeaderMap) -> Result<reqwest::Client> {
+        let builder = client(&self.network, &self.validate, Redirects::SameServer)?.default_headers(headers.clone());
+        // The limit is for one request: a part of an object at the most.
+        let builder = builder.timeout(self.network.stall_limit.saturating_mul(10)).http1_only();
+        builder.build().attempt(|| "set up TLS")
+    }
+}
+
+impl HttpConnector for Connector {
+    fn connect(&self, options: &ClientOptions) -> object_store::Result<HttpClient> {
+        let headers = options.get_default_headers().cloned().unwrap_or_default();
+        let client = self.client(&headers).map_err(|e| failure("", e))?;
+        Ok(HttpClient::new(Requests::new(client, self.network.clone(), self.is_silent.clone())))
+    }
+}
+
+fn build(bucket: &str, builder: AmazonS3Builder) -> Result<AmazonS3> {
+    let built = builder.build();
+    built.map_err(|e| Error::new(format!("open the store s3://{bucket}")).because(cause(&e)))
+}
+
+/// What is not ASCII has no place in a header: written as in a URL.
+fn in_ascii(text: &str) -> String {
+    use std::fmt::Write;
+    text.bytes().fold(String::new(), |mut written, byte| {
+        if byte.is_ascii_graphic() && byte != b'%' || byte == b' ' {
+            written.push(char::from(byte));
+        } else {
+            let _ = write!(written, "%{byte:02X}");
+        }
+        written
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn metadata_is_ascii_whatever_an_image_is_called() {
+        assert_eq!(in_ascii("compute-1.0 x"), "compute-1.0 x");
+        assert_eq!(in_ascii("größe 100%\n"), "gr%C3%B6%C3%9Fe 100%25%0A");
+    }
+
+    #[test]
+    fn a_message_tells_the_cause_of_a_stores_error_once() {
+        let request = "Error performing PUT http://s3:9000/b/k?partNumber=1 in 1.07s, after 5 retries, max_retries: 50, retry_timeout: 1s ";
+        let page = "<?xml version=\"1.0\"?><Error><Code>AccessDenied</Code><Message>No.</Message><Key>k</Key></Error>";
+        for (what, wanted) in [
+            (
+                format!("- Server returned non-2xx status code: 403 Forbidden: {page}"),
+                "answers 403 Forbidden: AccessDenied, No.",
+            ),
+            (
+                "- Server returned non-2xx status code: 502 Bad Gateway: <html>x</html>".into(),
+                "answers 502 Bad Gateway",
+            ),
+            (
+                "- Server returned non-2xx status code: 500 Internal Server Error: full".into(),
+                "answers 500 Internal Server Error: full",
+            ),
+        ] {
+            assert_eq!(told(&format!("{request}{what}")), format!("http://s3:9000 {wanted}"));
+        }
+        let refused =
+            "- HTTP error: error sending request: client error (Connect): tcp connect error: Connection refused";
+        assert_eq!(
+            told(&format!("{request}{refused}")),
+            "no answer from http://s3:9000: tcp connect error: Connection refused"
+        );
+        let ours = failure("k", std::io::Error::other("no space"));
+        assert_eq!(cause(&ours), "no space");
+        assert_eq!(
+            cause(&failure("k", std::io::Error::from_raw_os_error(2))),
+            "No such file or directory (os error 2)"
+        );
+    }
+
+    #[test]
+    fn several_jobs_may_try_one_store_at_a_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let variables = [("IMAGE_STORE".into(), dir.path().as_os_str().to_owned())];
+        let settings = settings::Settings::read(None, variables).unwrap();
+        let try_often = || {
+            let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+            (0..3000).try_for_each(|_| runtime.block_on(Store::check(&settings.store, &settings.network)).map(|_| ()))
+        };
+        std::thread::scope(|scope| {
+            let jobs: Vec<_> = (0..4).map(|_| scope.spawn(try_often)).collect();
+            for job in jobs {
+                job.join().unwrap().unwrap();
+            }
+        });
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+}

@@ -1,0 +1,246 @@
+//! Requests to a store: tried again within the limits of the variables, and of an answer no more is read than it can need. The crate reads
+//! answers whole, waits as long as a request may take at all, and its own retries neither end in time nor say what is asked.
+
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http_body::{Body, Frame, SizeHint};
+use object_store::client::{
+    HttpError, HttpErrorKind, HttpRequest, HttpRequestBody, HttpResponse, HttpResponseBody, HttpService,
+};
+use reqwest::Method;
+
+use crate::ims::client::SHORTEST;
+use crate::publish::settings::Network;
+use crate::transfer::{MOST_COMPLAINED, PAUSE, in_full, is_passing, without_query};
+
+/// No answer to a request of ours is longer, in bytes: objects are fetched otherwise.
+const LONGEST: usize = 4 << 20;
+
+/// A request hands on its content in pieces of this size, so that one can see it come forward.
+const PIECE: usize = 64 << 10;
+
+/// Limits of requests to a store that has not answered within the usual ones.
+const SILENT: Duration = Duration::from_secs(5);
+
+/// A server's words in an error of ours: it has answered.
+pub const ANSWERED: &str = "the answer";
+
+/// Sends the requests of a store.
+#[derive(Debug, Clone)]
+pub struct Requests {
+    client: reqwest::Client,
+    network: Network,
+    /// Set while the store does not answer: a rollback then does not wait as long again.
+    is_silent: Arc<AtomicBool>,
+}
+
+/// When a request last came forward.
+#[derive(Clone)]
+struct Moved(Arc<Mutex<Instant>>);
+
+impl Moved {
+    fn now() -> Self {
+        Self(Arc::new(Mutex::new(Instant::now())))
+    }
+
+    fn again(&self) {
+        *self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Instant::now();
+    }
+
+    fn last(&self) -> Instant {
+        *self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+/// A try that brought no answer.
+enum Failure {
+    /// It may go better the next time.
+    Passing(String),
+    /// It will not.
+    Final(String),
+}
+
+impl Requests {
+    /// Sends them with `client`.
+    pub fn new(client: reqwest::Client, network: Network, is_silent: Arc<AtomicBool>) -> Self {
+        Self { client, network, is_silent }
+    }
+
+    async fn send(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
+        let Network { mut stall_limit, mut retry_limit, .. } = self.network;
+        if self.is_silent.load(Ordering::Relaxed) {
+            (stall_limit, retry_limit) = (stall_limit.min(SILENT), retry_limit.min(SILENT));
+        }
+        let asked = format!("{} {}", request.method(), without_query(&request.uri().to_string()));
+        let (mut pause, mut until) = (PAUSE.0, None);
+        loop {
+            let moved = Moved::now();
+            let left = until.map(|until: Instant| until.saturating_duration_since(Instant::now()).max(SHORTEST));
+            let tried = self.try_once(request.clone(), &moved, stall_limit.min(left.unwrap_or(stall_limit))).await;
+            let is_first = until.is_none();
+            // As long as the content goes on its way, a store is not silent.
+            let until = *until.get_or_insert_with(|| moved.last() + retry_limit);
+            let is_over = Instant::now() + pause >= until;
+            let why = match tried {
+                Ok((answer, false)) => return Ok(self.heard(answer)),
+                Ok((answer, true)) if is_over => return Ok(self.heard(answer)),
+                Ok((answer, true)) => format!("the server answers {}", answer.status()),
+                Err(Failure::Final(why)) => return Err(error(why)),
+                Err(Failure::Passing(why)) if is_over => {
+                    self.is_silent.store(true, Ordering::Relaxed);
+                    let tried = if is_first { String::new() } else { tried_for(retry_limit) };
+                    return Err(error(format!("{why}{tried}")));
+                }
+                Err(Failure::Passing(why)) => why,
+            };
+            if is_first {
+                let limit = retry_limit.as_secs();
+                tracing::warn!("no good answer to {asked} yet: {why}; trying again for {limit} s (IMS_RETRY_LIMIT)");
+            } else {
+                tracing::debug!("no good answer to {asked} yet: {why}; trying again");
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(PAUSE.1);
+        }
+    }
+
+    fn heard(&self, answer: HttpResponse) -> HttpResponse {
+        self.is_silent.store(false, Ordering::Relaxed);
+        answer
+    }
+
+    /// The answer, and whether it may be another one the next time. A try that does not come forward within `stall_limit` is given up.
+    async fn try_once(
+        &self,
+        request: HttpRequest,
+        moved: &Moved,
+        stall_limit: Duration,
+    ) -> Result<(HttpResponse, bool), Failure> {
+        let mut exchange = std::pin::pin!(self.exchange(request, moved));
+        loop {
+            let left = stall_limit.saturating_sub(moved.last().elapsed());
+            if let Ok(done) = tokio::time::timeout(left, &mut exchange).await {
+                return done;
+            }
+            if moved.last().elapsed() >= stall_limit {
+                let seconds = stall_limit.as_secs();
+                return Err(Failure::Passing(format!("nothing came for {seconds} s (IMS_STALL_LIMIT)")));
+            }
+        }
+    }
+
+    async fn exchange(&self, request: HttpRequest, moved: &Moved) -> Result<(HttpResponse, bool), Failure> {
+        let (parts, body) = request.into_parts();
+        let url = parts.uri.to_string().parse().map_err(|e| Failure::Final(format!("{e}")))?;
+        let is_post = parts.method == Method::POST;
+        let mut request = reqwest::Request::new(parts.method, url);
+        *request.headers_mut() = parts.headers;
+        *request.body_mut() = Some(match body.as_bytes() {
+            Some(bytes) => bytes.clone().into(),
+            None => reqwest::Body::wrap(Watched { body, piece: Bytes::new(), moved: moved.clone() }),
+        });
+        let failed = |e: reqwest::Error| {
+            let is_final = e.is_redirect() || e.is_builder();
+            let why = in_full(&e.without_url());
+            if is_final { Failure::Final(why) } else { Failure::Passing(why) }
+        };
+        let mut response = self.client.execute(request).await.map_err(failed)?;
+        moved.again();
+        let status = response.status();
+        let limit = if status.is_success() { LONGEST } else { MOST_COMPLAINED };
+        let mut text = Vec::new();
+        while let Some(piece) = response.chunk().await.map_err(failed)? {
+            moved.again();
+            let fits = piece.len().min(limit - text.len());
+            text.extend_from_slice(&piece[..fits]);
+            if fits == piece.len() {
+                // Lets signals be heard: pieces may come faster than they are read.
+                tokio::task::yield_now().await;
+            } else if status.is_success() {
+                return Err(Failure::Final(format!("{ANSWERED} is longer than {} MiB", limit >> 20)));
+            } else {
+                break;
+            }
+        }
+        // The crate takes no error page that is cut off amid a character.
+        let text = if status.is_success() { text } else { String::from_utf8_lossy(&text).into_owned().into_bytes() };
+        // S3 tells some errors after it has begun to answer with 200.
+        let is_late = status.is_success()
+            && is_post
+            && [&b"InternalError"[..], b"SlowDown"].iter().any(|word| holds(&text, word));
+        let mut answer = HttpResponse::new(HttpResponseBody::from(text));
+        *answer.status_mut() = status;
+        *answer.headers_mut() = response.headers().clone();
+        Ok((answer, is_passing(status) || is_late))
+    }
+}
+
+impl HttpService for Requests {
+    // As async_trait writes it.
+    fn call<'a, 'call>(
+        &'a self,
+        request: HttpRequest,
+    ) -> Pin<Box<dyn Future<Output = Result<HttpResponse, HttpError>> + Send + 'call>>
+    where
+        'a: 'call,
+        Self: 'call,
+    {
+        Box::pin(self.send(request))
+    }
+}
+
+fn holds(text: &[u8], word: &[u8]) -> bool {
+    text.windows(word.len()).any(|window| window == word)
+}
+
+fn tried_for(limit: Duration) -> String {
+    format!("; tried for {} s (IMS_RETRY_LIMIT)", limit.as_secs())
+}
+
+fn error(why: String) -> HttpError {
+    HttpError::new(HttpErrorKind::Unknown, std::io::Error::other(why))
+}
+
+/// What is sent, and when the last piece of it was taken.
+struct Watched {
+    body: HttpRequestBody,
+    /// What is left of a frame.
+    piece: Bytes,
+    moved: Moved,
+}
+
+impl Body for Watched {
+    type Data = Bytes;
+    type Error = HttpError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, HttpError>>> {
+        self.moved.again();
+        if self.piece.is_empty() {
+            match Pin::new(&mut self.body).poll_frame(context) {
+                Poll::Ready(Some(Ok(frame))) => match frame.into_data() {
+                    Ok(data) => self.piece = data,
+                    Err(trailers) => return Poll::Ready(Some(Ok(trailers))),
+                },
+                other => return other,
+            }
+        }
+        let length = self.piece.len().min(PIECE);
+        Poll::Ready(Some(Ok(Frame::data(self.piece.split_to(length)))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.piece.is_empty() && self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::with_exact(self.piece.len() as u64 + self.body.size_hint().lower())
+    }
+}

@@ -1,0 +1,121 @@
+//! Checksums of a file, and the expected ones.
+
+use std::fs::File;
+use std::io::{Read, Seek, Write};
+
+use md5::{Digest, Md5};
+use sha2::Sha256;
+
+use crate::error::{Attempt, Result};
+use crate::publish::source::can_be_changed;
+use crate::sys::tree::Tree;
+use crate::transfer::Work;
+use crate::transfer::progress::Progress;
+
+/// Checksums that a source has to come to, in hexadecimal digits.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Expected {
+    /// `DOWNLOAD_MD5SUM`.
+    pub md5: Option<String>,
+    /// `DOWNLOAD_SHA256SUM`.
+    pub sha256: Option<String>,
+}
+
+impl Expected {
+    /// Whether any is given.
+    pub fn is_given(&self) -> bool {
+        self.md5.is_some() || self.sha256.is_some()
+    }
+
+    /// Compares them with those of `file`, which is called `shown`, and returns the file that has them: a copy in `volume`, without a name, if
+    /// another user can change `file`; without a volume, nobody can.
+    pub fn check(&self, work: &Work, file: File, shown: &str, volume: Option<&Tree>) -> Result<File> {
+        let mut sums = Sums::of(self);
+        let copy = if can_be_changed(&file).attempt(|| format!("open {shown}"))? { volume } else { None };
+        let copy = copy.map(Tree::create_nameless).transpose().attempt(|| format!("copy {shown}"))?;
+        read_through(work, &file, shown, |bytes| {
+            sums.update(bytes);
+            copy.as_ref().map_or(Ok(()), |mut copy| copy.write_all(bytes).attempt(|| format!("copy {shown}")))
+        })?;
+        sums.check(self).attempt(|| format!("take {shown}"))?;
+        Ok(copy.unwrap_or(file))
+    }
+}
+
+/// Those of what was read so far.
+pub struct Sums {
+    md5: Option<Md5>,
+    sha256: Option<Sha256>,
+}
+
+impl Sums {
+    /// Takes those that are expected.
+    pub fn of(expected: &Expected) -> Self {
+        Self { md5: expected.md5.as_ref().map(|_| Md5::new()), sha256: expected.sha256.as_ref().map(|_| Sha256::new()) }
+    }
+
+    /// The same, and the MD5, which a server may tell.
+    pub fn with_md5(expected: &Expected) -> Self {
+        Self { md5: Some(Md5::new()), ..Self::of(expected) }
+    }
+
+    /// Goes on with further bytes.
+    pub fn update(&mut self, bytes: &[u8]) {
+        if let Some(md5) = &mut self.md5 {
+            md5.update(bytes);
+        }
+        if let Some(sha256) = &mut self.sha256 {
+            sha256.update(bytes);
+        }
+    }
+
+    /// Begins again.
+    pub fn reset(&mut self) {
+        if let Some(md5) = &mut self.md5 {
+            md5.reset();
+        }
+        if let Some(sha256) = &mut self.sha256 {
+            sha256.reset();
+        }
+    }
+
+    /// Compares them; the error tells which one differs.
+    pub fn check(&self, expected: &Expected) -> std::result::Result<(), String> {
+        let md5 = self.md5.clone().map(|sum| format!("{:x}", sum.finalize()));
+        let sha256 = self.sha256.clone().map(|sum| format!("{:x}", sum.finalize()));
+        for (kind, sum, expected) in [("MD5", md5, &expected.md5), ("SHA-256", sha256, &expected.sha256)] {
+            if let (Some(sum), Some(expected)) = (sum, expected)
+                && !expected.eq_ignore_ascii_case(&sum)
+            {
+                return Err(format!("its {kind} is {sum}, expected {expected}"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The MD5 of a file, read once from its start.
+pub fn md5_of(work: &Work, file: &File, what: &str) -> Result<String> {
+    let mut sum = Md5::new();
+    read_through(work, file, what, |bytes| {
+        sum.update(bytes);
+        Ok(())
+    })?;
+    Ok(format!("{:x}", sum.finalize()))
+}
+
+fn read_through(work: &Work, mut file: &File, what: &str, mut each: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
+    let attempted = || format!("read {what}");
+    let mut buffer = vec![0; 1 << 20];
+    let mut progress = Progress::begin(format!("checksum of {what}"), file.metadata().ok().map(|m| m.len()));
+    file.rewind().attempt(attempted)?;
+    loop {
+        let length = file.read(&mut buffer).attempt(attempted)?;
+        if length == 0 {
+            return Ok(());
+        }
+        each(&buffer[..length])?;
+        progress.add(length as u64);
+        work.heed()?;
+    }
+}

@@ -1,0 +1,606 @@
+//! What steps are carried out with: servers and programs are waited for, and a signal that asks this program to end interrupts both.
+
+pub mod checksum;
+pub mod confinement;
+pub mod progress;
+
+use std::cell::{Cell, OnceCell};
+use std::fs::File;
+use std::future::{Future, poll_fn};
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::pin::pin;
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::mpsc;
+use std::task::Poll;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use rustix::event::{PollFd, PollFlags};
+use tokio::runtime::Runtime;
+
+use crate::error::{Attempt, Error, Result};
+use crate::log::redaction;
+use crate::publish::settings::{Network, Validate};
+use crate::sys::poll;
+use crate::sys::process::end_with_us;
+use crate::sys::signals::{Signals, hold_none};
+use crate::transfer::confinement::{Confined, clear_environment};
+use reqwest::redirect::Policy;
+use reqwest::{Response, Url};
+
+/// How often one looks whether a signal came, and how far a program is.
+const TICK: Duration = Duration::from_millis(200);
+
+/// Longest wait for one server after a signal.
+const IN_A_HURRY: Duration = Duration::from_secs(2);
+
+/// Programs that not every machine has, and the packages that bring them.
+const SQUASHFS: &str = "squashfs-tools (squashfs on SUSE)";
+const PACKAGES: [(&str, &str); 3] = [
+    ("mksquashfs", SQUASHFS),
+    ("unsquashfs", SQUASHFS),
+    ("ssh-keygen", "openssh-client (openssh on Fedora, EL and SUSE)"),
+];
+
+/// Refuses a machine that lacks the program, and names its package: at once, not when hours of work are to be packed.
+pub fn installed(program: &str) -> Result<()> {
+    // The C library looks in places of its own if $PATH is not set.
+    let Some(path) = std::env::var_os("PATH") else { return Ok(()) };
+    if std::env::split_paths(&path).any(|place| place.join(program).is_file()) {
+        return Ok(());
+    }
+    let package = PACKAGES.iter().find(|(name, _)| *name == program).map_or(program, |(_, package)| package);
+    let missing = Error::new(format!("run {program}")).because("it is not installed");
+    Err(missing.advise(format!("install the package {package}")))
+}
+
+/// No program that is asked something says more, in bytes.
+const MOST_SAID: u64 = 64 << 20;
+
+/// No server explains more, in bytes.
+pub const MOST_COMPLAINED: usize = 16 << 10;
+
+/// Between two tries, at first and at the most.
+pub const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
+
+/// Servers, programs, and the signals that end both.
+pub struct Work {
+    runtime: Runtime,
+    /// Made when it is needed: to read all authorities of the system takes longer than to mount an image.
+    client: OnceCell<reqwest::Client>,
+    /// The same for requests with credentials.
+    reader: OnceCell<reqwest::Client>,
+    /// The same that follows no redirect.
+    sender: OnceCell<reqwest::Client>,
+    signals: Signals,
+    /// The signal that came.
+    interrupted: Cell<Option<Signal>>,
+    /// Set while what was begun is taken back.
+    deaf: Cell<bool>,
+    /// Set where that has to be over soon after a signal.
+    is_rollback: Cell<bool>,
+    /// Since when it has to.
+    hurried: Cell<Option<Instant>>,
+    /// The limits.
+    pub network: Network,
+}
+
+/// Why a try failed.
+pub enum Fault {
+    /// It may go better the next time.
+    Passing(String),
+    /// It will not.
+    Final(Error),
+}
+
+impl From<Error> for Fault {
+    fn from(error: Error) -> Self {
+        Self::Final(error)
+    }
+}
+
+impl From<reqwest::Error> for Fault {
+    fn from(error: reqwest::Error) -> Self {
+        // What no header may hold, for example.
+        if error.is_builder() {
+            return Self::Final(Error::new("make a request").because(in_full(&error)));
+        }
+        if !error.is_redirect() {
+            return Self::Passing(in_full(&error));
+        }
+        let from = error.url().map_or(String::new(), |url| without_query(url.as_str()));
+        let mut cause: &dyn std::error::Error = &error;
+        while let Some(below) = cause.source() {
+            cause = below;
+        }
+        Self::Final(Error::new(format!("follow the redirect of {from}")).because(cause))
+    }
+}
+
+/// How many requests of one kind are under way at a time, each worked on by a thread.
+pub const AT_A_TIME: usize = 3;
+
+impl Work {
+    /// Blocks SIGTERM, SIGINT and SIGHUP from here on: as the first process of a container a program dies of none by itself.
+    pub fn begin(network: &Network) -> Result<Self> {
+        // Before the threads, which would die of them: they begin with this one's mask.
+        let signals = Signals::hold(&[Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP]).attempt(|| "block signals")?;
+        // What is sent is signed and encrypted, which is more than one processor's work.
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(AT_A_TIME).enable_all().build();
+        Ok(Self {
+            runtime: runtime.attempt(|| "start an event loop")?,
+            client: OnceCell::new(),
+            reader: OnceCell::new(),
+            sender: OnceCell::new(),
+            signals,
+            interrupted: Cell::new(None),
+            deaf: Cell::new(false),
+            is_rollback: Cell::new(false),
+            hurried: Cell::new(None),
+            network: network.clone(),
+        })
+    }
+
+    /// The client that fetches from servers other than stores.
+    pub fn client(&self) -> Result<&reqwest::Client> {
+        self.make(&self.client, Redirects::Anywhere)
+    }
+
+    /// The client for requests that read something with credentials.
+    pub fn reader(&self) -> Result<&reqwest::Client> {
+        self.make(&self.reader, Redirects::Once)
+    }
+
+    /// The client for requests that change something.
+    pub fn sender(&self) -> Result<&reqwest::Client> {
+        self.make(&self.sender, Redirects::Nowhere)
+    }
+
+    fn make<'a>(&self, cell: &'a OnceCell<reqwest::Client>, redirects: Redirects) -> Result<&'a reqwest::Client> {
+        if let Some(client) = cell.get() {
+            return Ok(client);
+        }
+        let made = client(&self.network, &Validate::Yes, redirects)?.read_timeout(self.network.stall_limit);
+        let made = made.build().attempt(SET_UP)?;
+        Ok(cell.get_or_init(|| made))
+    }
+
+    /// The signal that interrupted the work, if one did.
+    pub fn interrupted(&self) -> Option<Signal> {
+        self.interrupted.get()
+    }
+
+    /// The result of some work, which a signal has ended if it failed after one: whatever failed, did so by that.
+    pub fn unless_interrupted<T>(&self, result: Result<T>) -> Result<T> {
+        result.map_err(|error| self.interrupted().map_or(error, Error::interrupted))
+    }
+
+    /// What came so far is dealt with: from here on no signal interrupts what is done to put things right.
+    pub fn finish_regardless(&self) {
+        self.deaf.set(true);
+    }
+
+    /// The same for what is rolled back or told: once a signal has come, before or meanwhile, no server is waited for long. Whoever sent it
+    /// kills this program soon.
+    pub fn roll_back(&self) {
+        self.finish_regardless();
+        self.is_rollback.set(true);
+        if self.interrupted().is_some() {
+            self.hurried.set(Some(Instant::now()));
+        }
+    }
+
+    /// Fails once a server has had its time after a signal; it was asked at `began`.
+    fn hurry(&self, began: Instant) -> Result<()> {
+        if self.is_rollback.get()
+            && self.hurried.get().is_none()
+            && self.signals.next().attempt(|| "read signals")?.is_some()
+        {
+            self.hurried.set(Some(Instant::now()));
+        }
+        match self.hurried.get() {
+            Some(since) if since.max(began).elapsed() >= IN_A_HURRY => {
+                let seconds = IN_A_HURRY.as_secs();
+                Err(Error::new("wait for a server any longer")
+                    .because(format!("a signal came, and it has not answered for {seconds} s")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Where a waiting loop of one's own hears of signals.
+    pub fn signals(&self) -> &Signals {
+        &self.signals
+    }
+
+    /// Looks whether a signal came.
+    pub fn heed(&self) -> Result<()> {
+        if self.deaf.get() {
+            return Ok(());
+        }
+        if let Some(signal) = self.signals.next().attempt(|| "read signals")? {
+            self.interrupted.set(Some(signal));
+        }
+        match self.interrupted.get() {
+            Some(signal) => Err(Error::interrupted(signal)),
+            None => Ok(()),
+        }
+    }
+
+    /// Waits for `work` of servers.
+    pub fn wait<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
+        self.heed()?;
+        let began = Instant::now();
+        self.runtime.block_on(async {
+            let mut work = pin!(work);
+            let mut tick = tokio::time::interval(TICK);
+            poll_fn(|context| {
+                if let Poll::Ready(result) = work.as_mut().poll(context) {
+                    return Poll::Ready(result);
+                }
+                while tick.poll_tick(context).is_ready() {
+                    if let Err(interrupted) = self.heed().and_then(|()| self.hurry(began)) {
+                        return Poll::Ready(Err(interrupted));
+                    }
+                }
+                Poll::Pending
+            })
+            .await
+        })
+    }
+
+    /// Runs a program to its end and returns what it said; `look` is called now and then. A signal kills it. Of this process's variables it
+    /// gets `$PATH`. With `confined` it has no more rights than that says.
+    pub fn run(&self, command: &mut Command, confined: Option<&Confined>, look: impl FnMut(&Child)) -> Result<Output> {
+        self.heed()?;
+        let name = Path::new(command.get_program()).display().to_string();
+        let attempted = || format!("run {name}");
+        if !name.contains('/') {
+            installed(&name)?;
+        }
+        clear_environment(command).stdin(Stdio::null());
+        // What it says goes to files: a pipe would fill up while nobody reads it.
+        let (out, err) = (temporary().attempt(attempted)?, temporary().attempt(attempted)?);
+        command.stdout(out.try_clone().attempt(attempted)?).stderr(err.try_clone().attempt(attempted)?);
+        let said = [&out, &err];
+        let status = match confined {
+            None => {
+                let child = end_with_us(hold_none(command)).spawn().attempt(attempted)?;
+                self.await_end(child, &name, said, None, look)?
+            }
+            Some(confined) => {
+                confined.prepare(command)?;
+                // The thread that starts it is confined as it is, and lives as long: the kernel takes the one for the parent.
+                std::thread::scope(|scope| {
+                    let (started, start) = mpsc::channel();
+                    let (_over, end) = mpsc::channel::<()>();
+                    scope.spawn(move || {
+                        let child = confined
+                            .enter()
+                            .and_then(|()| end_with_us(hold_none(command)).spawn().attempt(|| "start it"));
+                        let _ = started.send(child);
+                        let _ = end.recv();
+                    });
+                    let child = start.recv().attempt(attempted)?.map_err(|e| Error::new(attempted()).because(e))?;
+                    self.await_end(child, &name, said, Some(confined), look)
+                })?
+            }
+        };
+        Ok(Output {
+            status,
+            stdout: read_from_start(out).attempt(attempted)?,
+            stderr: read_from_start(err).attempt(attempted)?,
+        })
+    }
+
+    fn await_end(
+        &self,
+        mut child: Child,
+        name: &str,
+        said: [&File; 2],
+        confined: Option<&Confined>,
+        mut look: impl FnMut(&Child),
+    ) -> Result<ExitStatus> {
+        let attempted = || format!("run {name}");
+        let began = Instant::now();
+        loop {
+            if let Some(status) = child.try_wait().attempt(attempted)? {
+                return Ok(status);
+            }
+            let too_much = || said.iter().any(|file| file.metadata().is_ok_and(|said| said.len() > MOST_SAID));
+            let why = match confined {
+                _ if too_much() => Some("it says too much".to_owned()),
+                Some(confined) if began.elapsed() > confined.limits.time => {
+                    Some(format!("it was still at work after {} s", confined.limits.time.as_secs()))
+                }
+                Some(confined) if confined.volume_is_full() => {
+                    Some("the disk that it writes to has next to no space left".to_owned())
+                }
+                _ => None,
+            };
+            let ended = why.map_or_else(|| self.heed(), |why| Err(Error::new(attempted()).because(why)));
+            if let Err(e) = ended {
+                let _ = child.kill().and_then(|()| child.wait());
+                return Err(e);
+            }
+            self.rest(&child).attempt(attempted)?;
+            look(&child);
+        }
+    }
+
+    /// Runs a program that has to succeed; returns what it said on standard error all the same.
+    pub fn succeed(
+        &self,
+        attempted: &str,
+        command: &mut Command,
+        confined: Option<&Confined>,
+        look: impl FnMut(&Child),
+    ) -> Result<String> {
+        let output = self.run(command, confined, look)?;
+        let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+        if output.status.success() {
+            return Ok(said);
+        }
+        let lines: Vec<_> = said.lines().collect();
+        let mut last = lines[lines.len().saturating_sub(3)..].join(", ");
+        if output.status.signal() == Some(libc::SIGXFSZ) {
+            last = "a file in it is larger than 2 TB".into();
+        }
+        Err(Error::new(attempted).because(if last.is_empty() { output.status.to_string() } else { last }))
+    }
+
+    /// Until the program ends, a signal comes, or a tick has passed.
+    fn rest(&self, child: &Child) -> std::io::Result<()> {
+        let pid = rustix::process::Pid::from_child(child);
+        let ended = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?;
+        let mut sources = [PollFd::new(&ended, PollFlags::IN), PollFd::new(&self.signals, PollFlags::IN)];
+        match poll::wait(&mut sources, TICK) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+            Err(e) => Err(e.into()),
+        }
+    }
+}
+
+fn temporary() -> std::io::Result<std::fs::File> {
+    rustix::fs::memfd_create("output", rustix::fs::MemfdFlags::CLOEXEC).map(Into::into).map_err(Into::into)
+}
+
+fn read_from_start(mut file: std::fs::File) -> std::io::Result<Vec<u8>> {
+    use std::io::{Read, Seek};
+    let mut text = Vec::new();
+    file.rewind()?;
+    file.read_to_end(&mut text)?;
+    Ok(text)
+}
+
+/// Servers that a redirect may lead to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Redirects {
+    /// Any: a request without credentials.
+    Anywhere,
+    /// Another one, which leads no further: reqwest sends no credentials to it, but would again from there on.
+    Once,
+    /// The server that was asked: a request has further headers that are secret.
+    SameServer,
+    /// None: 307 and 308 would have the body of the request, 301 and 302 make a GET of it.
+    Nowhere,
+}
+
+/// No server sends a client further more often.
+const MOST_REDIRECTS: usize = 10;
+
+/// Completes "cannot …".
+const SET_UP: fn() -> &'static str = || "set up TLS";
+
+/// Begins the client of every server, as the variables ask for it. How long a request may take is the caller's to say.
+pub fn client(network: &Network, validate: &Validate, redirects: Redirects) -> Result<reqwest::ClientBuilder> {
+    let mut builder = reqwest::Client::builder()
+        .connect_timeout(network.stall_limit)
+        .danger_accept_invalid_certs(*validate == Validate::No)
+        // It would have the query of a signed URL, which is a key.
+        .referer(false)
+        .redirect(Policy::custom(move |attempt| match refuse_redirect(attempt.previous(), attempt.url(), redirects) {
+            Some(why) => attempt.error(why),
+            None => attempt.follow(),
+        }))
+        .user_agent(concat!("ims-sshd/", env!("CARGO_PKG_VERSION")));
+    for certificate in authorities(network, validate)? {
+        let attempted = || "take the certificates of CA_CERT";
+        builder = builder.add_root_certificate(reqwest::Certificate::from_der(&certificate).attempt(attempted)?);
+    }
+    Ok(builder)
+}
+
+/// Why a redirect to `next` is not followed; `previous` are the URLs before it.
+fn refuse_redirect(previous: &[Url], next: &Url, redirects: Redirects) -> Option<String> {
+    let shown = without_query(next.as_str());
+    let server = |url: &Url| (url.host_str().map(str::to_owned), url.port_or_known_default());
+    let last = previous.last()?;
+    if redirects == Redirects::Nowhere {
+        Some(format!("it leads to {shown}, and what is sent is for the server that was named"))
+    } else if previous.len() > MOST_REDIRECTS {
+        Some(format!("it is the last of {MOST_REDIRECTS}, and leads on to {shown}"))
+    } else if last.scheme() == "https" && next.scheme() != "https" {
+        Some(format!("it leads from https to {shown}, where anybody on the way can read and replace what is sent"))
+    } else if redirects == Redirects::Once && server(previous.first()?) != server(last) {
+        Some(format!("it leads from another server on to {shown}, which the credentials of the first are not for"))
+    } else if redirects == Redirects::SameServer && server(last) != server(next) {
+        Some(format!("it leads to another server, {shown}, which the keys of this one are not for"))
+    } else {
+        None
+    }
+}
+
+/// The authorities that are trusted beside those of the system, each in DER.
+pub fn authorities(network: &Network, validate: &Validate) -> Result<Vec<Vec<u8>>> {
+    let named = match validate {
+        Validate::By(file) => Some(file),
+        _ => None,
+    };
+    let mut found = Vec::new();
+    for file in network.ca.iter().chain(named) {
+        let pem = match std::fs::read_to_string(file) {
+            // Pods name it whether or not there is one.
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound && network.ca.as_ref() == Some(file) => continue,
+            other => other.attempt(|| format!("read the certificates in {}", file.display()))?,
+        };
+        found.extend(certificates(&pem).attempt(|| format!("read the certificates in {}", file.display()))?);
+    }
+    Ok(found)
+}
+
+fn certificates(pem: &str) -> std::result::Result<Vec<Vec<u8>>, base64::DecodeError> {
+    use base64::Engine;
+    let blocks = pem.split("-----BEGIN CERTIFICATE-----").skip(1);
+    let blocks = blocks.filter_map(|rest| rest.split("-----END CERTIFICATE-----").next());
+    blocks
+        .map(|block| base64::engine::general_purpose::STANDARD.decode(block.split_whitespace().collect::<String>()))
+        .collect()
+}
+
+/// An error of HTTP with all that lies below it: "error sending request" alone says nothing.
+pub fn in_full(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut below = error.source();
+    while let Some(cause) = below {
+        let said = cause.to_string();
+        if !text.contains(&said) {
+            text += ": ";
+            text += &said;
+        }
+        below = cause.source();
+    }
+    without_query(&text)
+}
+
+/// A presigned URL is a key: what follows its question mark is in no message, nor are a name and password before its host.
+pub fn without_query(text: &str) -> String {
+    let mut kept = String::new();
+    let mut rest = text;
+    while let Some(begin) = rest.find("http") {
+        let (before, url) = rest.split_at(begin);
+        let end = url.find(|c: char| c.is_whitespace() || "()'\"".contains(c)).unwrap_or(url.len());
+        let mut shown = url[..end].to_owned();
+        if let Some(login) = shown.find("://").and_then(|at| redaction::login(&shown, at + 3)) {
+            shown.replace_range(login, "***");
+        }
+        kept += before;
+        kept += shown.split('?').next().unwrap_or_default();
+        rest = &url[end..];
+    }
+    kept + rest
+}
+
+/// Tries until it succeeds, fails for good, or has not come forward for as long as `limit`. `attempted` completes "cannot …".
+pub async fn patiently<T>(
+    limit: Duration,
+    attempted: &str,
+    mut attempt: impl AsyncFnMut() -> std::result::Result<T, Fault>,
+) -> Result<T> {
+    let began = Instant::now();
+    let mut pause = PAUSE.0;
+    loop {
+        let cause = match attempt().await {
+            Ok(done) => return Ok(done),
+            Err(Fault::Final(error)) => return Err(error),
+            Err(Fault::Passing(cause)) => cause,
+        };
+        if began.elapsed() + pause > limit {
+            let tried = format!("tried for {} s (IMS_RETRY_LIMIT)", limit.as_secs());
+            return Err(Error::new(attempted).because(cause).advise(tried));
+        }
+        tracing::warn!("cannot {attempted} yet: {cause}; trying again");
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(PAUSE.1);
+    }
+}
+
+/// Reads an answer, of at most `limit` bytes. A signal interrupts it, however fast its pieces come.
+pub async fn whole(response: Response, limit: usize) -> std::result::Result<Vec<u8>, Fault> {
+    let read = format!("read the answer of {}", without_query(response.url().as_str()));
+    match beginning(response, limit).await? {
+        (text, true) => Ok(text),
+        (_, false) => Err(Fault::Final(Error::new(read).because(format!("it is longer than {} MiB", limit >> 20)))),
+    }
+}
+
+/// Reads at most `limit` bytes of an answer, and tells whether that is all.
+async fn beginning(mut response: Response, limit: usize) -> std::result::Result<(Vec<u8>, bool), Fault> {
+    let mut text = Vec::new();
+    while let Some(piece) = response.chunk().await? {
+        let fits = piece.len().min(limit - text.len());
+        text.extend_from_slice(&piece[..fits]);
+        if fits < piece.len() {
+            return Ok((text, false));
+        }
+        // Lets signals be heard: pieces may come faster than they are read.
+        tokio::task::yield_now().await;
+    }
+    Ok((text, true))
+}
+
+/// Reads the beginning of an error answer, as far as anybody reads it.
+pub async fn complaint(response: Response) -> String {
+    let (text, _) = beginning(response, MOST_COMPLAINED).await.unwrap_or_default();
+    redaction::without_known(&String::from_utf8_lossy(&text)).into_owned()
+}
+
+/// Whether an answer of this status may be another one the next time.
+pub fn is_passing(status: reqwest::StatusCode) -> bool {
+    status.is_server_error() || [408, 425, 429].contains(&status.as_u16())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use Redirects::{Anywhere, Nowhere, Once, SameServer};
+
+    #[test]
+    fn a_redirect_neither_gives_tls_up_nor_goes_on_without_end_nor_carries_keys_to_others() {
+        let refused = |previous: &[&str], next: &str, redirects| {
+            let previous: Vec<_> = previous.iter().map(|url| Url::parse(url).unwrap()).collect();
+            refuse_redirect(&previous, &Url::parse(next).unwrap(), redirects)
+        };
+        for (from, to, redirects, goes) in [
+            ("https://a/", "https://b/", Anywhere, true),
+            ("http://a/", "https://a/", Anywhere, true),
+            ("http://a/", "http://b/", Anywhere, true),
+            ("https://a/", "http://a/", Anywhere, false),
+            ("https://a/", "https://a/x", SameServer, true),
+            ("https://a/", "https://a:443/x", SameServer, true),
+            ("https://a/", "https://a:8443/", SameServer, false),
+            ("https://a/", "https://b/", SameServer, false),
+            ("http://a/", "https://a/", SameServer, false),
+            ("https://a/", "https://a/x", Nowhere, false),
+            ("https://a/", "https://b/", Once, true),
+        ] {
+            assert_eq!(refused(&[from], to, redirects).is_none(), goes, "{from} {to} {redirects:?}");
+        }
+        // reqwest compares the last server with the next alone, and would send the credentials again.
+        assert!(refused(&["http://a/", "http://b/"], "http://b/x", Once).is_some());
+        assert!(refused(&["http://a/", "http://b/"], "http://a/", Once).is_some());
+        assert!(refused(&["http://a/", "http://a/x"], "http://b/", Once).is_none());
+        let [ten, eleven] = [10, 11].map(|number| vec!["http://a/"; number]);
+        assert!(refused(&ten, "http://a/", Anywhere).is_none() && refused(&eleven, "http://a/", Anywhere).is_some());
+        let said = refused(&["https://a/"], "http://b/k?X-Amz-Signature=secret", Anywhere).unwrap();
+        assert!(!said.contains("secret"), "{said}");
+    }
+
+    #[test]
+    fn the_key_in_a_presigned_url_is_in_no_message() {
+        let text = "error sending request for url (http://s3/b/k?X-Amz-Signature=abc): refused";
+        assert_eq!(without_query(text), "error sending request for url (http://s3/b/k): refused");
+        assert_eq!(without_query("https://me:a?b@s3/k?sig=abc and http://s3/k"), "https://***@s3/k and http://s3/k");
+        assert_eq!(without_query("no url"), "no url");
+    }
+
+    #[test]
+    fn certificates_are_taken_out_of_pem_whatever_stands_around_them() {
+        let pem = "# one\n-----BEGIN CERTIFICATE-----\nAAEC\nAwQ=\n-----END CERTIFICATE-----\n-----BEGIN CERTIFICATE-----\nBQ==\n-----END CERTIFICATE-----\n";
+        assert_eq!(certificates(pem).unwrap(), [vec![0, 1, 2, 3, 4], vec![5]]);
+        assert!(certificates("-----BEGIN CERTIFICATE-----\n!\n-----END CERTIFICATE-----").is_err());
+        assert!(certificates("nothing").unwrap().is_empty());
+    }
+}

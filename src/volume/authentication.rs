@@ -1,0 +1,156 @@
+//! Authenticates what is kept on the volume, which other containers write to: only what this job's own sidecar wrote there is believed.
+
+use std::io;
+use std::os::unix::fs::MetadataExt;
+
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use ring::hmac;
+use ring::rand::{SecureRandom, SystemRandom};
+use rustix::fs::{AtFlags, OFlags, StatxFlags};
+
+use crate::error::{Attempt, Error, Result};
+use crate::image::packing::open_tree;
+use crate::ims::id::Id;
+use crate::publish::settings::Settings;
+use crate::store;
+use crate::sys::named;
+use crate::sys::tree::Tree;
+
+/// A key in a directory of images, or of our own: whoever can read it can delete what is there as well.
+const KEY: &str = ".ims-sshd.key";
+
+const KEY_LENGTH: usize = 32;
+
+/// Signs and verifies the notes of one job on one volume.
+pub struct Seal {
+    key: hmac::Key,
+}
+
+impl Seal {
+    /// Signs notes of `settings`' job on the volume `parent`. The key comes of a secret that a restart does not change and that nobody else
+    /// who writes to the volume has: one kept there, if that is nobody; the store's; that of IMS; one kept in a store that is a directory.
+    /// Without any of these nothing is published: notes say how far the job is, as signal files do, which others can make as well.
+    pub fn of(settings: &Settings, parent: &Tree, is_private: bool) -> Result<Self> {
+        let oauth = settings.ims.as_ref().and_then(|ims| ims.oauth.as_ref());
+        let secret = if is_private {
+            key_in(parent)?
+        } else if let Some((_, secret)) = &settings.store.keys {
+            secret.clone().into_bytes()
+        } else if let Some(folder) = oauth {
+            let file = folder.join("client-secret");
+            std::fs::read(&file).attempt(|| format!("read {}", file.display()))?
+        } else if let Some(folder) = settings.store.url.as_deref().and_then(store::folder) {
+            let attempted = || format!("open the store {}", folder.display());
+            let folder = named::resolve_beginning(&folder).attempt(attempted)?;
+            std::fs::create_dir_all(&folder).attempt(attempted)?;
+            key_in(&open_tree(&folder)?)?
+        } else {
+            Vec::new()
+        };
+        Self::new(&secret, settings.job.as_deref(), parent).attempt(|| format!("look at {}", parent.shown().display()))
+    }
+
+    /// Returns whether the job has a secret that others who write to its volume have not, and that a restart does not change.
+    pub fn has_secret(settings: &Settings) -> bool {
+        settings.store.keys.is_some() || settings.ims.as_ref().is_some_and(|ims| ims.oauth.is_some())
+    }
+
+    /// For a job and a volume each of its own: what is authentic for one job, or was on another volume, means nothing here.
+    fn new(secret: &[u8], job: Option<&str>, parent: &Tree) -> io::Result<Self> {
+        let wanted = StatxFlags::INO | StatxFlags::BTIME;
+        let volume = rustix::fs::statx(parent, "", AtFlags::EMPTY_PATH, wanted)?;
+        let made = (volume.stx_btime.tv_sec, volume.stx_btime.tv_nsec);
+        let context = format!("ims-sshd notes 1\0{job:?}\0{}\0{made:?}", volume.stx_ino);
+        let derived = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, secret), context.as_bytes());
+        Ok(Self { key: hmac::Key::new(hmac::HMAC_SHA256, derived.as_ref()) })
+    }
+
+    /// `text`, which has no line break, as a line that [`Seal::open`] takes for the same `kind`.
+    pub fn line(&self, kind: &str, text: &str) -> String {
+        let tag = hmac::sign(&self.key, format!("{kind}\0{text}").as_bytes());
+        format!("{} {text}\n", URL_SAFE_NO_PAD.encode(tag))
+    }
+
+    /// The text of a line, if it was written here, as one of this `kind`. Cut off, it was not.
+    pub fn open<'a>(&self, kind: &str, line: &'a str) -> Option<&'a str> {
+        let (tag, text) = line.strip_suffix('\n')?.split_once(' ')?;
+        let tag = URL_SAFE_NO_PAD.decode(tag).ok()?;
+        hmac::verify(&self.key, format!("{kind}\0{text}").as_bytes(), &tag).ok()?;
+        Some(text)
+    }
+}
+
+fn random_key() -> Result<Vec<u8>> {
+    let mut key = vec![0; KEY_LENGTH];
+    SystemRandom::new().fill(&mut key).attempt(|| "make a key")?;
+    Ok(key)
+}
+
+/// The key that is kept in a directory; made if it has none.
+fn key_in(tree: &Tree) -> Result<Vec<u8>> {
+    let attempted = || format!("take {} as a key", tree.shown().join(KEY).display());
+    if tree.look(KEY).attempt(attempted)?.is_none() {
+        let temporary = format!("{KEY}.{}", Id::random()?);
+        let mut file = tree.create_file(&temporary).attempt(attempted)?;
+        io::Write::write_all(&mut file, &random_key()?).and_then(|()| file.sync_all()).attempt(attempted)?;
+        match tree.rename_to(&temporary, tree, KEY) {
+            // Another one has just made it.
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => drop(tree.remove(&temporary)),
+            other => other.attempt(attempted)?,
+        }
+    }
+    let mut file = tree.open_regular(KEY, OFlags::RDONLY | OFlags::NOFOLLOW).attempt(attempted)?;
+    let found = file.metadata().attempt(attempted)?;
+    let is_private = found.uid() == nix::unistd::geteuid().as_raw() && found.mode().trailing_zeros() >= 6;
+    if !is_private || found.len() != KEY_LENGTH as u64 {
+        return Err(Error::new(attempted())
+            .because(format!("it is not a file of {KEY_LENGTH} bytes that only this user can read"))
+            .advise("remove it; a new one is made"));
+    }
+    let mut key = Vec::new();
+    io::Read::read_to_end(&mut file, &mut key).attempt(attempted)?;
+    Ok(key)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    fn seal(secret: &str, job: Option<&str>, parent: &Path) -> Seal {
+        Seal::new(secret.as_bytes(), job, &Tree::open(parent).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn a_line_is_authentic_for_its_secret_job_volume_and_kind_alone() {
+        let [volume, other] = [(); 2].map(|()| tempfile::tempdir().unwrap());
+        let ours = seal("s", Some("a"), volume.path());
+        let line = ours.line("journal", "text");
+        assert_eq!(ours.open("journal", &line), Some("text"));
+        assert_eq!(seal("s", Some("a"), volume.path()).open("journal", &line), Some("text"), "after a restart");
+        assert_eq!(ours.open("upload", &line), None);
+        assert_eq!(ours.open("journal", line.trim_end()), None, "cut off");
+        for (secret, job, parent) in
+            [("t", Some("a"), &volume), ("s", Some("b"), &volume), ("s", None, &volume), ("s", Some("a"), &other)]
+        {
+            assert_eq!(seal(secret, job, parent.path()).open("journal", &line), None);
+        }
+    }
+
+    #[test]
+    fn a_key_in_a_directory_of_images_is_made_once_and_refused_if_others_can_read_it() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().unwrap();
+        let store = Tree::open(dir.path()).unwrap();
+        let key = key_in(&store).unwrap();
+        assert_eq!(key_in(&store).unwrap(), key);
+        let file = dir.path().join(KEY);
+        std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o640)).unwrap();
+        assert!(key_in(&store).unwrap_err().to_string().contains("only this user"));
+        std::fs::remove_file(&file).unwrap();
+        std::os::unix::fs::symlink("/dev/zero", &file).unwrap();
+        assert!(key_in(&store).is_err());
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+}
