@@ -19,7 +19,8 @@ use crate::sshd::effective::{Effective, Question};
 use crate::sshd::login_shell::LoginShell;
 use crate::sshd::sftp_server;
 use crate::sys::architecture::Architecture;
-use crate::sys::tree::{Tree, kind_of};
+use crate::sys::file_kind::FileKind;
+use crate::sys::tree::Tree;
 use crate::verdict::{Verdict, is_mark};
 use crate::volume::signal_files::{SSHD_LISTENING, SignalFiles};
 use crate::volume::state_directory::StateFolder;
@@ -60,7 +61,7 @@ fn make_host_keys() -> Result<()> {
         .advise("/etc/ssh has to be writable; give a read-only container a tmpfs there")
 }
 
-/// Opens the image root. It has to be a folder of the parent and not a link.
+/// Opens the image root. It has to be a directory of the parent and not a link.
 pub fn open_image_root(files: &SignalFiles, name: &str) -> Result<Tree> {
     let shown = files.path().join(name);
     let attempted = || format!("open the image root {}", shown.display());
@@ -76,9 +77,9 @@ pub fn open_image_root(files: &SignalFiles, name: &str) -> Result<Tree> {
         }
         other => other.attempt(attempted)?,
     };
-    match kind_of(&rustix::fs::fstat(&found).attempt(attempted)?) {
-        "a folder" => Ok(Tree::from_fd(found)),
-        other => Err(Error::new(attempted()).because(format!("it is {other}"))).advise("it has to be a folder"),
+    match FileKind::of(&rustix::fs::fstat(&found).attempt(attempted)?) {
+        FileKind::Directory => Ok(Tree::from_fd(found)),
+        other => Err(Error::new(attempted()).because(format!("it is {other}"))).advise("it has to be a directory"),
     }
 }
 
@@ -105,7 +106,7 @@ fn removing(mark: &Path) -> String {
 /// Removes an empty directory in the place of a mark: with it in the way, no session could make the mark. One that is not empty is an error.
 fn remove_directory(image_root: &Tree, name: &Path) -> Result<()> {
     let attempted = || removing(name);
-    if image_root.look(name).attempt(attempted)?.as_ref().map(kind_of) != Some("a folder") {
+    if image_root.look(name).attempt(attempted)?.as_ref().map(FileKind::of) != Some(FileKind::Directory) {
         return Ok(());
     }
     match image_root.remove_folder(name) {

@@ -12,9 +12,10 @@ use rustix::mount::MountAttrFlags;
 use crate::error::{Advise, Attempt, Error, Result};
 use crate::jail::tier::Tier;
 use crate::jailer::mount_points::{Addition, Kind};
+use crate::sys::file_kind::FileKind;
 use crate::sys::mounts::Detached;
 use crate::sys::named;
-use crate::sys::tree::{Tree, kind_of};
+use crate::sys::tree::Tree;
 
 /// One bind mount.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -83,7 +84,8 @@ impl Bind {
     pub fn attach(&self, copy: Detached, root: &Tree) -> Result<()> {
         let target = root.handle(&self.target).map_err(|e| self.refuse(format!("the target: {e}")))?;
         // The kernel says no more than EINVAL of a directory and a file (move_mount(2)). Both were looked at before: see `place`.
-        let kind = |fd: BorrowedFd<'_>| rustix::fs::fstat(fd).map(|found| kind_of(&found)).attempt(|| self.attempted());
+        let kind =
+            |fd: BorrowedFd<'_>| rustix::fs::fstat(fd).map(|found| FileKind::of(&found)).attempt(|| self.attempted());
         let (source_is, target_is) = (kind(copy.as_fd())?, kind(target.as_fd())?);
         if source_is != target_is {
             let why =
@@ -150,8 +152,8 @@ pub fn place(image_root: &Tree, tier: Tier, binds: &[Bind]) -> Result<(Vec<Bind>
             return Err(refuse(why)).advise("no target can be, or lie in, another one");
         }
         let found = image_root.look(&target).attempt(attempted)?;
-        match (found.as_ref().map(kind_of), is_directory) {
-            (None | Some("a folder"), true) | (None | Some("a regular file"), false) => {}
+        match (found.as_ref().map(FileKind::of), is_directory) {
+            (None | Some(FileKind::Directory), true) | (None | Some(FileKind::Regular), false) => {}
             (Some(other), _) => {
                 let expected = if is_directory { "a directory" } else { "a regular file" };
                 let why = format!("the source is {expected}, and the target is {other}");
@@ -255,7 +257,7 @@ mod tests {
             std::fs::remove_dir(&source).unwrap();
             refused("the source: No such file or directory");
             symlink("/etc", &source).unwrap();
-            refused("the source is a symbolic link by now, and the target a folder");
+            refused("the source is a symbolic link by now, and the target a directory");
             std::fs::remove_file(&source).unwrap();
             symlink("/", dir.path().join("way")).unwrap();
             let way = Bind { source: dir.path().join("way/etc"), ..bind.clone() };
@@ -264,7 +266,7 @@ mod tests {
             std::fs::remove_dir(root.join("target")).unwrap();
             refused("the target: No such file or directory");
             std::fs::write(root.join("target"), "").unwrap();
-            refused("the source is a folder by now, and the target a regular file");
+            refused("the source is a directory by now, and the target a regular file");
         };
         // Mounts of its own are a thread's.
         std::thread::spawn(exchange).join().unwrap();

@@ -22,8 +22,9 @@ use crate::jail::run;
 use crate::jail::tier::Tier;
 use crate::jailer::resolv_conf;
 use crate::sys::architecture::Architecture;
+use crate::sys::file_kind::FileKind;
 use crate::sys::mounts::{self, Detached};
-use crate::sys::tree::{Tree, kind_of};
+use crate::sys::tree::Tree;
 
 /// What the jail is made of.
 #[derive(Debug, Clone, Default)]
@@ -200,7 +201,7 @@ fn carry_out(jail: &mut Jail, mount: &Mount, source: Option<Detached>) -> std::r
     // A handle on a link is a handle on the link itself, so a mount could not go astray; but a linked /proc or /dev would still
     // be where the image wants it and not where programs look.
     if mount.missing == Missing::MountPoint && !is_folder {
-        return Err(Failure(io::Error::new(io::ErrorKind::NotADirectory, format!("it is {}", kind_of(&found)))));
+        return Err(Failure(io::Error::new(io::ErrorKind::NotADirectory, format!("it is {}", FileKind::of(&found)))));
     }
     let source = match source {
         Some(source) => source,
@@ -217,7 +218,7 @@ fn carry_out(jail: &mut Jail, mount: &Mount, source: Option<Detached>) -> std::r
     Ok(())
 }
 
-/// Whether what is mounted is a folder, and not one file.
+/// Whether what is mounted is a directory, and not one file.
 fn is_folder(mount: &Detached) -> io::Result<bool> {
     Ok(FileType::from_raw_mode(rustix::fs::fstat(mount)?.st_mode) == FileType::Directory)
 }

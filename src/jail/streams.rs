@@ -18,10 +18,11 @@ use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, SpliceFlags, pipe_with};
 
 use crate::error::{Attempt, Error, Result};
+use crate::sys::file_kind::FileKind;
 use crate::sys::poll;
 use crate::sys::process::{Fork, exit_now, fork};
 use crate::sys::signals::Signals;
-use crate::sys::tree::{Tree, kind_of};
+use crate::sys::tree::Tree;
 
 /// Their names, by their numbers.
 const NAMES: [&str; 3] = ["input", "output", "error"];
@@ -130,7 +131,7 @@ impl Streams {
                 let opened = image_root.open_at(node.0, flags, Mode::empty()).attempt(attempted)?;
                 let found = rustix::fs::fstat(&opened).attempt(attempted)?;
                 if own_node(&found) != Some(node) {
-                    return Err(Error::new(attempted()).because(format!("it is {}", kind_of(&found))));
+                    return Err(Error::new(attempted()).because(format!("it is {}", FileKind::of(&found))));
                 }
                 *replaced = Some(opened);
             }

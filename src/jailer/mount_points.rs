@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Advise, Attempt, Error, Result};
 use crate::jail::mount_table::{Missing, Mount};
-use crate::sys::tree::{Tree, kind_of};
+use crate::sys::file_kind::FileKind;
+use crate::sys::tree::Tree;
 
 /// A name that does not exist in the image root, and is to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -64,13 +65,13 @@ pub fn mount_points(image_root: &Tree, table: impl Iterator<Item = Mount>) -> Re
     let mut missing = Vec::new();
     for mount in table.filter(|m| m.missing == Missing::MountPoint) {
         let found = image_root.look(mount.target).attempt(|| format!("look at /{} of the image", mount.target))?;
-        match found.as_ref().map(kind_of) {
+        match found.as_ref().map(FileKind::of) {
             None => missing.push(Addition { path: mount.target.into(), kind: Kind::Folder }),
-            Some("a folder") => {}
+            Some(FileKind::Directory) => {}
             Some(other) => {
                 return Err(Error::new(format!("mount on /{} of the image", mount.target))
                     .because(format!("it is {other}"))
-                    .advise("it has to be a folder, or not to exist"));
+                    .advise("it has to be a directory, or not to exist"));
             }
         }
     }
@@ -84,9 +85,13 @@ const DEVICES: [(&str, u32, u32); 6] =
 /// The device nodes of a jail without mounts, if the image's /dev is empty or missing; an image that has something there is left alone.
 pub fn devices(image_root: &Tree) -> Result<Vec<Addition>> {
     let attempted = || "look at /dev of the image";
-    let folder = match image_root.look("dev").attempt(attempted)?.as_ref().map(kind_of) {
+    let folder = match image_root.look("dev").attempt(attempted)?.as_ref().map(FileKind::of) {
         None => Some(Addition { path: "dev".into(), kind: Kind::Folder }),
-        Some("a folder") if image_root.folder("dev").and_then(|dev| dev.names()).attempt(attempted)?.is_empty() => None,
+        Some(FileKind::Directory)
+            if image_root.folder("dev").and_then(|dev| dev.names()).attempt(attempted)?.is_empty() =>
+        {
+            None
+        }
         Some(_) => return Ok(Vec::new()),
     };
     let node = |(name, major, minor)| Addition { path: Path::new("dev").join(name), kind: Kind::Device(major, minor) };

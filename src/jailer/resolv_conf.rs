@@ -13,7 +13,8 @@ use rustix::io::Errno;
 use sha2::Digest;
 
 use crate::error::{Advise, Attempt, Error, Result};
-use crate::sys::tree::{Tree, kind_of};
+use crate::sys::file_kind::FileKind;
+use crate::sys::tree::Tree;
 
 /// The container's file, and the image's.
 pub const RESOLV_CONF: &str = "etc/resolv.conf";
@@ -55,10 +56,10 @@ pub fn has_to_be_lent(image_root: &Tree, text: &[u8], own_run: bool) -> Result<b
         Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => return Ok(false),
         Err(e) => return Err(e).attempt(attempted),
     };
-    Ok(match etc.look("resolv.conf").attempt(attempted)?.as_ref().map(kind_of) {
+    Ok(match etc.look("resolv.conf").attempt(attempted)?.as_ref().map(FileKind::of) {
         None => true,
-        Some("a regular file") => !etc.read("resolv.conf", LIMIT).is_ok_and(|own| own == text),
-        Some("a symbolic link") => !(own_run && link_into_run(image_root).is_some()),
+        Some(FileKind::Regular) => !etc.read("resolv.conf", LIMIT).is_ok_and(|own| own == text),
+        Some(FileKind::SymbolicLink) => !(own_run && link_into_run(image_root).is_some()),
         Some(_) => false,
     })
 }

@@ -27,6 +27,7 @@ use crate::local::claim::Claim;
 use crate::log::redaction;
 use crate::printable;
 use crate::publish::manifest;
+use crate::sys::file_kind::FileKind;
 use crate::sys::mounts::{self, Detached};
 use crate::sys::named;
 use crate::sys::tree::Tree;
@@ -101,8 +102,8 @@ pub fn own_terminals() -> Result<()> {
     // What the machine's users have open stays theirs: this instance lies over it, in our own mounts only.
     Detached::filesystem("devpts", &options, attributes).and_then(|pts| pts.attach(target)).attempt(attempted)?;
     let dev = Tree::open(Path::new("/dev")).attempt(attempted)?;
-    let ptmx = dev.look("ptmx").attempt(attempted)?.as_ref().map(crate::sys::tree::kind_of);
-    if ptmx == Some("a character device") {
+    let ptmx = dev.look("ptmx").attempt(attempted)?.as_ref().map(crate::sys::file_kind::FileKind::of);
+    if ptmx == Some(FileKind::CharacterDevice) {
         let own = Detached::copy_of("/dev/pts/ptmx", false, MountAttrFlags::empty()).attempt(attempted)?;
         dev.handle("ptmx").and_then(|ptmx| own.attach(ptmx)).attempt(attempted)?;
     }

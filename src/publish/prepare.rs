@@ -19,9 +19,10 @@ use crate::publish::journal;
 use crate::publish::settings::Settings;
 use crate::publish::source::{Content, Kind, Opened, Source};
 use crate::store;
+use crate::sys::file_kind::FileKind;
 use crate::sys::mounts;
 use crate::sys::named;
-use crate::sys::tree::{Tree, kind_of};
+use crate::sys::tree::Tree;
 use crate::transfer::Work;
 use crate::transfer::confinement;
 use crate::verdict::Verdict;
@@ -353,7 +354,7 @@ fn refuse_links(parent: &Path, image_root: &Path) -> Result<()> {
         let shown = parent.join(&place);
         let attempted = || format!("open {}", shown.display());
         let is_link = match tree.handle_without_links(&place) {
-            Ok(found) => kind_of(&rustix::fs::fstat(&found).attempt(attempted)?) == "a symbolic link",
+            Ok(found) => FileKind::of(&rustix::fs::fstat(&found).attempt(attempted)?) == FileKind::SymbolicLink,
             Err(e) => Errno::from_io_error(&e) == Some(Errno::LOOP),
         };
         if is_link {

@@ -12,9 +12,10 @@ use rustix::io::Errno;
 
 use crate::error::{Attempt, Error, Result};
 use crate::log::redaction::without_secrets;
+use crate::sys::file_kind::FileKind;
 use crate::sys::named::{self, is_trusted};
 use crate::sys::signals::hold_none;
-use crate::sys::tree::{Tree, kind_of};
+use crate::sys::tree::Tree;
 use crate::transfer::confinement::clear_environment;
 
 /// Where it lies.
@@ -89,7 +90,7 @@ impl Opened {
             FileType::Directory => Content::Directory(Tree::from_fd(handle)),
             FileType::RegularFile => Content::File(File::open(place).attempt(attempted)?),
             _ => {
-                let why = format!("it is {}", kind_of(&found));
+                let why = format!("it is {}", FileKind::of(&found));
                 return Err(Error::new(attempted()).because(why).advise("name a regular file or a directory"));
             }
         };

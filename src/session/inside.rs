@@ -20,9 +20,10 @@ use crate::session::etc_environment;
 use crate::session::request::Request;
 use crate::session::terminfo;
 use crate::session::variables::{LOGIN_PATH, session_environment};
+use crate::sys::file_kind::FileKind;
 use crate::sys::process::{Exec, close_all_but_streams};
 use crate::sys::signals::default_disposition;
-use crate::sys::tree::{Tree, kind_of};
+use crate::sys::tree::Tree;
 
 /// Instructions for the inner stage: words of its command line. Its environment is the client's part of the session's.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -271,7 +272,7 @@ fn check_what_sftp_server_opens(image_root: &Tree) -> Result<()> {
     })?;
     for name in READ_BY_SFTP_SERVER {
         let found = image_root.open_at(name, OFlags::PATH, Mode::empty()).and_then(|fd| Ok(rustix::fs::fstat(fd)?));
-        if found.is_ok_and(|found| kind_of(&found) == "a fifo") {
+        if found.is_ok_and(|found| FileKind::of(&found) == FileKind::Fifo) {
             return Err(Error::new(attempted()).because(format!("/{name} is a fifo")));
         }
     }
@@ -281,7 +282,7 @@ fn check_what_sftp_server_opens(image_root: &Tree) -> Result<()> {
 /// Opens /dev/null as sftp-server does. Another device of that name, which the image may have brought, is not opened.
 fn open_null(image_root: &Tree) -> std::io::Result<()> {
     let found = rustix::fs::fstat(image_root.open_at("dev/null", OFlags::PATH, Mode::empty())?)?;
-    if kind_of(&found) == "a character device" && found.st_rdev != rustix::fs::makedev(1, 3) {
+    if FileKind::of(&found) == FileKind::CharacterDevice && found.st_rdev != rustix::fs::makedev(1, 3) {
         return Err(std::io::Error::other("it is another device"));
     }
     let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::NOCTTY;

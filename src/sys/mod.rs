@@ -2,6 +2,7 @@
 
 pub mod architecture;
 pub mod attributes;
+pub mod file_kind;
 pub mod landlock;
 pub mod loops;
 pub mod mounts;

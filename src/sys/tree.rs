@@ -14,6 +14,7 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags, ResolveFlags, Sta
 use rustix::io::Errno;
 
 use crate::sys::attributes;
+use crate::sys::file_kind::FileKind;
 
 /// How often a look-up that raced with a rename or a mount is tried again; the kernel answers EAGAIN then.
 const RACE_RETRIES: usize = 128;
@@ -223,7 +224,7 @@ impl Tree {
         let handle = self.open_at(path, OFlags::PATH | (flags & OFlags::NOFOLLOW), Mode::empty())?;
         let found = rustix::fs::fstat(&handle)?;
         if FileType::from_raw_mode(found.st_mode) != FileType::RegularFile {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("it is {}", kind_of(&found))));
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("it is {}", FileKind::of(&found))));
         }
         let flags = (flags - OFlags::NOFOLLOW) | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
         if let Some(own) = own_descriptors()? {
@@ -596,20 +597,6 @@ fn own_descriptors() -> io::Result<Option<OwnedFd>> {
     };
     let is_procfs = rustix::fs::fstatfs(&folder)?.f_type == rustix::fs::PROC_SUPER_MAGIC;
     Ok(is_procfs.then_some(folder))
-}
-
-/// The type of what a [`Stat`] describes, in words for a message.
-pub fn kind_of(stat: &Stat) -> &'static str {
-    match FileType::from_raw_mode(stat.st_mode) {
-        FileType::RegularFile => "a regular file",
-        FileType::Directory => "a folder",
-        FileType::Symlink => "a symbolic link",
-        FileType::Fifo => "a fifo",
-        FileType::Socket => "a socket",
-        FileType::CharacterDevice => "a character device",
-        FileType::BlockDevice => "a block device",
-        FileType::Unknown => "something unknown",
-    }
 }
 
 #[cfg(test)]

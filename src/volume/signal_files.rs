@@ -11,7 +11,8 @@ use rustix::fs::{FlockOperation, Mode, OFlags, Stat};
 
 use crate::error::{Advise, Attempt, Error, Result};
 use crate::printable::Printable;
-use crate::sys::tree::{Tree, kind_of};
+use crate::sys::file_kind::FileKind;
+use crate::sys::tree::Tree;
 use crate::verdict::Verdict;
 
 /// The sidecar has unpacked the image and written sshd's configuration.
@@ -78,7 +79,7 @@ impl SignalFiles {
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(e) => Err(e)
                 .attempt(|| format!("open the image root parent {}", path.display()))
-                .advise("it has to be a folder, not a link to one"),
+                .advise("it has to be a directory, not a link to one"),
         }
     }
 
@@ -210,9 +211,9 @@ impl SignalFiles {
     pub fn stands(&self, name: &str) -> Result<bool> {
         let shown = || format!("{}/{name}", self.path.display());
         let found = self.parent.look(name).attempt(|| format!("look for {}", shown()))?;
-        match found.as_ref().map(kind_of) {
+        match found.as_ref().map(FileKind::of) {
             None => Ok(false),
-            Some("a regular file") => Ok(true),
+            Some(FileKind::Regular) => Ok(true),
             Some(other) => Err(Error::new(format!("take {} as a signal file", shown()))
                 .because(format!("it is {other}"))
                 .advise("remove it; 'touch' makes a regular file")),
@@ -222,7 +223,9 @@ impl SignalFiles {
     /// Creates the signal file `name`, or finds it there. What else has the name is put aside, never followed.
     pub fn touch(&self, name: &str) -> Result<()> {
         let attempted = || format!("create {}/{name}", self.path.display());
-        if let Ok(Some(odd)) = self.parent.look(name).map(|found| found.filter(|f| kind_of(f) != "a regular file")) {
+        if let Ok(Some(odd)) =
+            self.parent.look(name).map(|found| found.filter(|f| FileKind::of(f) != FileKind::Regular))
+        {
             self.put_aside(name, &odd).attempt(attempted)?;
         }
         self.create(&self.parent, name.as_ref())
@@ -357,7 +360,7 @@ impl SignalFiles {
     fn put_aside(&self, name: &str, odd: &Stat) -> io::Result<()> {
         let aside = format!("{name}.{}", odd.st_ino);
         self.parent.rename_to(name, &self.parent, &aside)?;
-        tracing::warn!("{name} was {} and has been renamed to {aside}", kind_of(odd));
+        tracing::warn!("{name} was {} and has been renamed to {aside}", FileKind::of(odd));
         Ok(())
     }
 
@@ -493,7 +496,7 @@ mod tests {
         let (dir, files) = parent();
         std::fs::create_dir(dir.path().join("complete")).unwrap();
         std::os::unix::fs::symlink("/etc/passwd", dir.path().join("failed")).unwrap();
-        assert!(files.stands("complete").unwrap_err().to_string().contains("a folder"));
+        assert!(files.stands("complete").unwrap_err().to_string().contains("a directory"));
         assert!(files.stands("failed").unwrap_err().to_string().contains("a symbolic link"));
         files.touch("failed").unwrap();
         assert!(files.stands("failed").unwrap(), "what was in the way has been put aside");

@@ -906,7 +906,7 @@ fn what_was_put_aside_before_does_not_keep_exiting_from_being_told() {
         std::fs::create_dir_all(volume.signal(name).join("content")).unwrap();
     }
     volume.touch("ready");
-    failed_visibly(&mut volume.start(Mode::Plain), 0, &["as a signal file: it is a folder"]);
+    failed_visibly(&mut volume.start(Mode::Plain), 0, &["as a signal file: it is a directory"]);
 }
 
 #[test]
