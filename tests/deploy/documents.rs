@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 const TOP: &str = env!("CARGO_MANIFEST_DIR");
 
@@ -89,6 +90,22 @@ fn every_page_is_linked_from_another_one() {
     }
 }
 
+/// Pages that tests and benchmarks write.
+const WRITTEN: [&str; 4] = ["BENCHMARKS.md", "CAPABILITIES.md", "CLIENTS.md", "CONTAINERS.md"];
+
+#[test]
+fn lines_of_prose_end_at_120_columns() {
+    for (page, text) in pages() {
+        if WRITTEN.iter().any(|name| page.ends_with(name)) {
+            continue;
+        }
+        // Rows of a table cannot be broken.
+        for line in prose(&text).lines().filter(|line| !line.starts_with('|')) {
+            assert!(line.chars().count() <= 120, "{}: {line}", page.display());
+        }
+    }
+}
+
 /// Names between backticks that are paths of this repository.
 fn named(text: &str) -> Vec<&str> {
     let tops = ["src/", "tests/", "deploy/", "docs/", "benches/", "sshd_config.d/", ".ci/"];
@@ -102,8 +119,8 @@ fn named(text: &str) -> Vec<&str> {
 fn every_file_that_a_page_names_is_there() {
     let mut found = 0;
     for (page, text) in pages() {
-        // What has been may be gone, and the tree that is described is still on its way.
-        if page.ends_with("CHANGELOG.md") || page.ends_with("ARCHITECTURE.md") {
+        // What has been may be gone.
+        if page.ends_with("CHANGELOG.md") {
             continue;
         }
         for file in named(&prose(&text)) {
@@ -112,4 +129,30 @@ fn every_file_that_a_page_names_is_there() {
         }
     }
     assert!(found > 60, "{found}");
+}
+
+/// The files below `src`, from the root of the repository.
+fn sources() -> BTreeSet<String> {
+    let output = Command::new("find").args(["src", "-type", "f"]).current_dir(TOP).output().unwrap();
+    String::from_utf8(output.stdout).unwrap().lines().map(str::to_owned).collect()
+}
+
+#[test]
+fn the_tree_of_the_architecture_is_the_tree() {
+    let text = include_str!("../../docs/ARCHITECTURE.md").split_once("\n## The tree\n").unwrap().1;
+    let tree = text.split("```text\n").nth(1).unwrap().split("\n```").next().unwrap();
+    let (mut floor, mut shown) = (String::new(), BTreeSet::new());
+    for line in tree.lines() {
+        let mut words = line.split_ascii_whitespace().peekable();
+        if !line.starts_with(' ') {
+            floor = words.next().unwrap_or_default().to_owned();
+        }
+        if floor.starts_with("src/") {
+            let files = words.take_while(|word| Path::new(word).extension().is_some());
+            shown.extend(files.map(|file| format!("{floor}{file}")));
+        }
+    }
+    let there = sources();
+    let differ: Vec<_> = shown.symmetric_difference(&there).collect();
+    assert!(differ.is_empty(), "docs/ARCHITECTURE.md, The tree, differs from src: {differ:?}");
 }
