@@ -26,6 +26,7 @@ pub mod image;
 pub mod ims;
 pub mod jail;
 pub mod jailer;
+pub mod job;
 pub mod local;
 pub mod log;
 pub mod manual;

@@ -7,13 +7,14 @@ use std::process::ExitCode;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
-use ims_sshd::environment::settings::{DEFAULT_PARENT, Settings};
+use ims_sshd::environment::settings::Settings;
 use ims_sshd::environment::stage::Stage;
 use ims_sshd::environment::supervisor;
 use ims_sshd::error::{Attempt, Error, Result};
 use ims_sshd::image::boot;
 use ims_sshd::image::packing;
 use ims_sshd::jail::binds::Bind;
+use ims_sshd::job::DEFAULT_PARENT;
 use ims_sshd::local::command_line::CommandLine;
 use ims_sshd::local::customize::{self, Customization};
 use ims_sshd::local::enter::{self, Answer, Entry};
@@ -215,7 +216,7 @@ type Variables = Vec<(&'static str, Option<String>)>;
 #[derive(Args)]
 struct ChecksumOptions {
     /// Expected SHA-256 of the source [variable: DOWNLOAD_SHA256SUM]
-    #[arg(long, value_name = "SUM", value_parser = publishing::sha256)]
+    #[arg(long, value_name = "SUM", value_parser = ims_sshd::transfer::checksum::sha256)]
     sha256: Option<String>,
 }
 
@@ -281,7 +282,7 @@ impl ImageOptions {
 #[command(next_help_heading = "Packing")]
 struct PackingOptions {
     /// Compression of the squashfs [variable: IMAGE_COMPRESSION] [default: gzip]
-    #[arg(long, value_name = "ALGORITHM", value_parser = publishing::COMPRESSIONS)]
+    #[arg(long, value_name = "ALGORITHM", value_parser = ims_sshd::image::packing::COMPRESSIONS)]
     compression: Option<String>,
     /// Leave out what matches: a path in the image, in which * and ? stand for characters of one name, and [a-z] for one of them; below a
     /// directory that matches, all; after '... ' at any depth, as in '... *.pyc'. Any number of times
@@ -304,10 +305,10 @@ struct StoreOption {
 #[command(next_help_heading = "Servers")]
 struct ServerOptions {
     /// The S3 server; its keys are $S3_ACCESS_KEY and $S3_SECRET_KEY [variable: S3_ENDPOINT]
-    #[arg(long, value_name = "URL", value_parser = publishing::http_url)]
+    #[arg(long, value_name = "URL", value_parser = ims_sshd::transfer::network::http_url)]
     s3_endpoint: Option<String>,
     /// Where jobs and images are registered [variable: IMS_URL] [default: nowhere, without $OAUTH_CONFIG_DIR]
-    #[arg(long, value_name = "URL", value_parser = publishing::http_url)]
+    #[arg(long, value_name = "URL", value_parser = ims_sshd::transfer::network::http_url)]
     ims_url: Option<String>,
 }
 

@@ -2,7 +2,6 @@
 
 use std::collections::{HashMap, HashSet};
 use std::ops::ControlFlow;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -10,9 +9,9 @@ use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
-use rustix::fs::{AtFlags, StatxFlags};
 
 use crate::error::{Attempt, Error, Result};
+use crate::jailer::open::KILL_TIME;
 use crate::jailer::open::OpenJail;
 use crate::log::redaction::without_secrets;
 use crate::sys::process::{Entry, Handle, descendants, numbers, visit_descendants};
@@ -23,10 +22,6 @@ const TERM_TIME: Duration = Duration::from_secs(1);
 
 /// Time for the programs in a jail to save state (an editor's recovery file) before the jail is killed.
 const ASK_TIME: Duration = Duration::from_millis(200);
-
-/// How long the kernel has to end a process after SIGKILL; one that hangs in a dead network file system takes for ever. Together with the
-/// time to ask, less than the 5 s that a close takes at most after the grace.
-pub const KILL_TIME: Duration = Duration::from_millis(3500);
 
 /// Number of processes that the log names; the others are only counted.
 const NAMED: usize = 20;
@@ -72,38 +67,6 @@ fn visit_those_among(mounts: &Path, visit: Visitor<'_>) {
     let among = |pid: &Pid| std::fs::read_link(format!("/proc/{pid}/ns/mnt")).is_ok_and(|own| own == mounts);
     let found = numbers(Path::new("/proc")).filter(among).filter_map(Entry::read);
     let _ = found.into_iter().try_for_each(|entry| visit(&entry));
-}
-
-/// Returns the processes that have a file open for writing on the mount of this number.
-pub fn writers_on(mount: u64) -> Vec<Entry> {
-    // The format is proc_pid_fdinfo(5)'s: `flags:` in octal, as open(2) has them, and `mnt_id:`.
-    let is_writer = |text: &str| {
-        let field = |name| text.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
-        let flags = field("flags:").and_then(|flags| i32::from_str_radix(flags, 8).ok()).unwrap_or(0);
-        flags & libc::O_ACCMODE != libc::O_RDONLY
-            && flags & libc::O_PATH == 0
-            && field("mnt_id:").and_then(|number| number.parse().ok()) == Some(mount)
-    };
-    let writes = |pid: &Pid| {
-        let descriptors = std::fs::read_dir(format!("/proc/{pid}/fdinfo")).into_iter().flatten().flatten();
-        descriptors.filter_map(|entry| std::fs::read_to_string(entry.path()).ok()).any(|text| is_writer(&text))
-    };
-    numbers(Path::new("/proc")).filter(writes).filter_map(Entry::read).collect()
-}
-
-/// Returns the processes that have a file on the mount of this number mapped writable. Finds none where this process lacks CAP_SYS_ADMIN in
-/// the machine's first user namespace: the kernel lets nobody else follow the links (proc_pid_map_files(5)).
-pub fn mapped_on(mount: u64) -> Vec<Entry> {
-    let is_writable = |link: &Path| std::fs::symlink_metadata(link).is_ok_and(|found| found.mode() & 0o200 != 0);
-    let is_on_it = |link: &Path| {
-        let found = rustix::fs::statx(rustix::fs::CWD, link, AtFlags::empty(), StatxFlags::MNT_ID);
-        found.is_ok_and(|found| found.stx_mnt_id == mount)
-    };
-    let maps = |pid: &Pid| {
-        let links = std::fs::read_dir(format!("/proc/{pid}/map_files")).into_iter().flatten().flatten();
-        links.map(|link| link.path()).any(|link| is_writable(&link) && is_on_it(&link))
-    };
-    numbers(Path::new("/proc")).filter(maps).filter_map(Entry::read).collect()
 }
 
 /// Processes on their way to their end, in sweeps: what forks faster than one looks is found by the next.

@@ -1,24 +1,17 @@
 //! The variables of the contract, read once into one value. A wrong one is named, with what was expected, before anything starts.
 
-use std::collections::HashMap;
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::error::{Error, Result};
 use crate::jail::binds::Bind;
 use crate::jail::tier::Tier;
+use crate::job::variables::{Case, Reader};
+use crate::job::{Action, DEFAULT_PARENT};
 use crate::sshd::options::Options;
 use crate::sys::architecture::Architecture;
-
-/// What the job is about (`IMS_ACTION`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Action {
-    /// An image is changed.
-    Customize,
-    /// An image was built from a recipe; a shell is wanted only to look at a failed build.
-    Create,
-}
+use crate::volume::layout;
 
 /// Everything that decides on a build environment.
 #[derive(Debug, Clone)]
@@ -66,9 +59,6 @@ pub struct Settings {
     /// What sessions are given: names as sessions see them.
     pub session_variables: Vec<(String, String)>,
 }
-
-/// The image root's parent where nobody says another one.
-pub const DEFAULT_PARENT: &str = "/mnt/image";
 
 /// As the Ansible tasks of a typical play take.
 const DEFAULT_GRACE: Duration = Duration::from_secs(10);
@@ -152,8 +142,8 @@ impl Settings {
     /// The image root, relative to the parent.
     pub fn image_root(&self) -> &'static str {
         match self.action {
-            Action::Customize => "image-root",
-            Action::Create => "build/image-root",
+            Action::Customize => layout::IMAGE_ROOT,
+            Action::Create => layout::CREATED_IMAGE_ROOT,
         }
     }
 }
@@ -165,62 +155,8 @@ pub fn of_jail(variables: impl IntoIterator<Item = (OsString, OsString)>) -> Res
     if reader.complaints.is_empty() { Ok(found) } else { Err(Error::bad_input(reader.complaints.join("; also, "))) }
 }
 
-/// Whether a value's letters have to be in the case that is expected.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Case {
-    Exact,
-    Any,
-}
-
-/// Takes values out of the variables and collects what is wrong with them. An empty variable counts as not set.
-pub(crate) struct Reader {
-    variables: HashMap<OsString, OsString>,
-    pub(crate) complaints: Vec<String>,
-}
-
+/// Values that only a build environment reads.
 impl Reader {
-    /// Where a variable comes twice, the later one counts.
-    pub(crate) fn of(variables: impl IntoIterator<Item = (OsString, OsString)>) -> Self {
-        Self { variables: variables.into_iter().collect(), complaints: Vec::new() }
-    }
-
-    pub(crate) fn text(&mut self, name: &str) -> Option<String> {
-        let value = self.variables.get(OsStr::new(name)).filter(|v| !v.is_empty())?;
-        match value.to_str() {
-            Some(text) => Some(text.to_owned()),
-            None => {
-                self.complaints.push(format!("{name} is '{}': expected UTF-8", value.to_string_lossy()));
-                None
-            }
-        }
-    }
-
-    /// A value that ends up as one word of a configuration line; it may be empty.
-    pub(crate) fn line(&mut self, name: &str) -> Option<String> {
-        self.variables.get(OsStr::new(name))?;
-        let value = self.text(name).unwrap_or_default();
-        if value.contains(|c: char| c.is_control()) {
-            self.complaints
-                .push(format!("{name} is '{}': expected one line without control characters", value.escape_debug()));
-            return None;
-        }
-        Some(value)
-    }
-
-    pub(crate) fn choice<T: Copy>(&mut self, name: &str, choices: &[(&str, T)], case: Case) -> Option<T> {
-        let value = self.text(name)?;
-        let found = choices.iter().find(|(word, _)| match case {
-            Case::Exact => value == *word,
-            Case::Any => value.eq_ignore_ascii_case(word),
-        });
-        if found.is_none() {
-            let known: Vec<_> = choices.iter().map(|(word, _)| format!("'{word}'")).collect();
-            let exactly = if case == Case::Exact { ", in this spelling" } else { "" };
-            self.complaints.push(format!("{name} is '{value}': expected {}{exactly}", known.join(" or ")));
-        }
-        found.map(|(_, choice)| *choice)
-    }
-
     fn tiers(&mut self) -> Vec<Tier> {
         let value = self.text("IMS_JAIL_TIER").filter(|value| value != "auto").unwrap_or_default();
         let named: Option<Vec<_>> = value.split(',').map(Tier::from_name).collect();
@@ -262,30 +198,6 @@ impl Reader {
         };
         let mut bind = |word: &String| Bind::parse(word).map_err(|why| self.complaints.push(format!("{name}: {why}")));
         words.iter().filter_map(|word| bind(word).ok()).collect()
-    }
-
-    pub(crate) fn seconds(&mut self, name: &str) -> Option<Duration> {
-        let value = self.text(name)?;
-        let seconds = value.parse().ok().map(Duration::from_secs);
-        if seconds.is_none() {
-            self.complaints.push(format!("{name} is '{value}': expected whole seconds"));
-        }
-        seconds
-    }
-
-    /// The value of `name`, if `check` accepts it; it says what it expected else.
-    pub(crate) fn check<T>(
-        &mut self,
-        name: &str,
-        value: &str,
-        check: impl FnOnce(&str) -> std::result::Result<T, String>,
-    ) -> Option<T> {
-        let refused = |expected| self.complaints.push(format!("{name} is '{value}': {expected}"));
-        check(value).map_err(refused).ok()
-    }
-
-    pub(crate) fn accept<T>(&mut self, result: Result<T>) -> Option<T> {
-        result.map_err(|e| self.complaints.push(e.to_string())).ok()
     }
 }
 

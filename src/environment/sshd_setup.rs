@@ -22,7 +22,8 @@ use crate::sys::architecture::Architecture;
 use crate::sys::file_kind::FileKind;
 use crate::sys::tree::Tree;
 use crate::verdict::{Verdict, is_mark};
-use crate::volume::signal_files::{SSHD_LISTENING, SignalFiles};
+use crate::volume::layout::SSHD_LISTENING;
+use crate::volume::signal_files::SignalFiles;
 use crate::volume::state_directory::StateFolder;
 
 /// What does not depend on the image, and is done while one waits for it.

@@ -9,6 +9,7 @@ use rustix::fs::{FlockOperation, OFlags};
 use rustix::io::Errno;
 
 use crate::sys::tree::Tree;
+use crate::volume::layout::STAGE;
 
 /// Stages of a job, in their order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -59,10 +60,6 @@ impl Stage {
     }
 }
 
-/// File of the image root parent in which a publisher shows its stage. It is locked as long as its publisher lives: one that nobody has
-/// locked was left by a killed one and means nothing.
-const FILE: &str = ".ims-sshd.stage";
-
 /// A stage that others see, until this is dropped.
 pub struct Shown<'a> {
     parent: &'a Tree,
@@ -72,7 +69,7 @@ pub struct Shown<'a> {
 impl<'a> Shown<'a> {
     /// Shows `stage` to those who ask for the status in `parent`, in other containers too.
     pub fn begin(parent: &'a Tree, stage: Stage) -> io::Result<Self> {
-        let file = parent.create_file(FILE)?;
+        let file = parent.create_file(STAGE)?;
         rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)?;
         let shown = Self { parent, file };
         shown.next(stage)?;
@@ -87,13 +84,13 @@ impl<'a> Shown<'a> {
 
 impl Drop for Shown<'_> {
     fn drop(&mut self) {
-        let _ = self.parent.remove(FILE);
+        let _ = self.parent.remove(STAGE);
     }
 }
 
 /// The stage that a publisher shows in `parent`, and since when.
 pub fn shown(parent: &Tree) -> Option<(Stage, SystemTime)> {
-    let mut file = parent.open_regular(FILE, OFlags::RDONLY | OFlags::NOFOLLOW).ok()?;
+    let mut file = parent.open_regular(STAGE, OFlags::RDONLY | OFlags::NOFOLLOW).ok()?;
     if rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared) != Err(Errno::WOULDBLOCK) {
         return None;
     }
@@ -119,7 +116,7 @@ mod tests {
         drop(publisher);
         assert!(shown(&parent).is_none() && std::fs::read_dir(dir.path()).unwrap().next().is_none());
         // A killed publisher leaves it like this.
-        std::fs::write(dir.path().join(FILE), "packing").unwrap();
+        std::fs::write(dir.path().join(STAGE), "packing").unwrap();
         assert!(shown(&parent).is_none());
     }
 }

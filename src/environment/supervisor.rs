@@ -17,13 +17,14 @@ use crate::environment::presence::Presence;
 use crate::environment::processes;
 use crate::environment::restarts::Part;
 use crate::environment::script::Script;
-use crate::environment::settings::{Action as JobAction, Settings};
+use crate::environment::settings::Settings;
 use crate::environment::sshd_setup::{self, Groundwork};
 use crate::environment::watchdog::Watchfulness;
 use crate::error::{Attempt, Error, Result};
 use crate::jail::link::Message;
 use crate::jailer::emulation::{self, Emulation};
 use crate::jailer::open::{OpenJail, TIME_TO_LET_GO};
+use crate::job::Action as JobAction;
 use crate::sshd::daemon::{Clients, Daemon, Running};
 use crate::sshd::effective::Effective;
 use crate::sshd::refusals::Refusals;
@@ -33,9 +34,8 @@ use crate::sys::signals::Signals;
 use crate::sys::tree::Tree;
 use crate::verdict::Verdict;
 use crate::volume::image_root;
-use crate::volume::signal_files::{
-    BUILD_FAILED, EXITING, LOOK_EVERY, READY, SSHD_LISTENING, SignalFiles, Stamp, Watch,
-};
+use crate::volume::layout::{BUILD_FAILED, EXITING, READY, SSHD_LISTENING};
+use crate::volume::signal_files::{LOOK_EVERY, SignalFiles, Stamp, Watch};
 use crate::volume::state_directory::StateFolder;
 
 /// How long the image root parent may be missing. A pod's volumes are there before its containers start; a mount of a machine may come later.

@@ -10,8 +10,11 @@ use serde_json::{Map, Value, json};
 
 use crate::error::{Attempt, Error, Result};
 use crate::image::installed_packages;
+use crate::image::packing;
 use crate::sys::tree::Tree;
 use crate::transfer::Work;
+use crate::volume::layout::INVENTORY;
+use std::path::Path;
 
 /// An inventory of a million files with long names is smaller.
 const LIMIT: u64 = 1 << 30;
@@ -118,6 +121,14 @@ fn state(folder: &Tree, name: &OsStr, found: &Stat) -> String {
         }
         _ => format!("{owner} {} {}.{} {}", found.st_size, found.st_mtime, found.st_mtime_nsec, found.st_rdev),
     }
+}
+
+/// Writes what has changed since the inventory in `folder` was made to the new file `to`. The directory may be somebody else's: what has the
+/// name there, a link or a fifo perhaps, is replaced, and neither followed nor opened.
+pub fn write_changes(work: &Work, folder: &Tree, image_root: &Tree, to: &Path) -> Result<()> {
+    let (above, name) = packing::output(to, "the report of changes")?;
+    let changes = Inventory::load(folder, INVENTORY)?.changes_to(&Inventory::of(work, image_root)?);
+    above.replace(name, format!("{changes:#}\n").as_bytes()).attempt(|| format!("write {}", to.display()))
 }
 
 #[cfg(test)]

@@ -2,9 +2,9 @@
 
 pub mod boot;
 pub mod cpio;
-pub mod identity;
 pub mod installed_packages;
 pub mod inventory;
+pub mod kind;
 pub mod layers;
 pub mod packing;
 pub mod unpack;

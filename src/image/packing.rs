@@ -12,21 +12,18 @@ use std::process::{Child, Command};
 use rustix::fs::{FileType, OFlags, Stat};
 
 use crate::error::{Attempt, Error, Result};
-use crate::publish::settings::Packing;
-use crate::publish::source::{self, Kind};
+use crate::image::kind::{self, Kind};
 use crate::sys::mounts;
 use crate::sys::named;
 use crate::sys::process::Entry;
 use crate::sys::tree::Tree;
 use crate::transfer::Work;
-use crate::transfer::confinement::{Confined, STDIN};
+use crate::transfer::confinement::{Confined, STDIN, all_memory};
 use crate::transfer::progress::Progress;
+use crate::volume::open_tree;
 
 /// The least that mksquashfs gets of memory, and which part of all it takes, as it would by itself.
 const MEMORY: (u64, u64) = (64 << 20, 4);
-
-/// Where limits of memory are, in either version of cgroups, as a container sees its own.
-const MEMORY_LIMITS: [&str; 2] = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"];
 
 const DEFAULT_COMPRESSION: &str = "gzip";
 
@@ -64,7 +61,7 @@ impl Archive<'_> {
         let file = self.open()?;
         let shown = self.shown();
         let attempted = || format!("take {shown} as an image");
-        let Kind::Squashfs = source::kind_of_file(&file, &shown, PADDING)? else {
+        let Kind::Squashfs = kind::kind_of_file(&file, &shown, PADDING)? else {
             return Err(Error::new(attempted()).because("it is no squashfs"));
         };
         let size = file.metadata().attempt(attempted)?.len();
@@ -83,11 +80,6 @@ impl Archive<'_> {
     pub fn shown(&self) -> String {
         self.folder.shown().join(self.name).display().to_string()
     }
-}
-
-/// Opens a directory that was named, whose last name must not be a link.
-pub fn open_tree(path: &Path) -> Result<Tree> {
-    Tree::open(path).attempt(|| format!("open {}", path.display()))
 }
 
 /// Opens the directory of a file that was named for output, once, and returns it with the file's name there. `called` is what messages call
@@ -278,14 +270,6 @@ fn memory() -> u64 {
     share_of_memory(all_memory())
 }
 
-/// Memory that the container may take of the node's.
-pub fn all_memory() -> Option<u64> {
-    let limits = MEMORY_LIMITS.iter().filter_map(|file| std::fs::read_to_string(file).ok()?.trim().parse().ok());
-    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let total = meminfo.split_whitespace().nth(1).and_then(|kilobytes| kilobytes.parse::<u64>().ok());
-    limits.chain(total.map(|kilobytes| kilobytes << 10)).min()
-}
-
 fn share_of_memory(all: Option<u64>) -> u64 {
     (all.unwrap_or(0) / MEMORY.1).max(MEMORY.0)
 }
@@ -343,6 +327,18 @@ fn attribute_sets(file: &File) -> io::Result<u64> {
     file.read_exact_at(&mut count, table + 8)?;
     Ok(u32::from_le_bytes(count).into())
 }
+
+/// How the packed image is made.
+#[derive(Debug, Clone)]
+pub struct Packing {
+    /// `IMAGE_COMPRESSION`, one of [`COMPRESSIONS`]; the source's or the default if there is none.
+    pub compression: Option<&'static str>,
+    /// `SOURCE_DATE_EPOCH`: the time that all in the image gets, in seconds.
+    pub epoch: Option<u64>,
+}
+
+/// Compressions of the packed image.
+pub const COMPRESSIONS: [&str; 4] = ["gzip", "zstd", "xz", "none"];
 
 #[cfg(test)]
 mod tests {

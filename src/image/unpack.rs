@@ -17,9 +17,9 @@ use rustix::mount::MountAttrFlags;
 
 use crate::error::{Advise, Attempt, Error, Result};
 use crate::image::cpio;
+use crate::image::kind::{self, Content, Kind, Opened};
 use crate::image::layers::{self, Layer};
 use crate::printable::Printable;
-use crate::publish::source::{self, Content, Kind, Opened};
 use crate::sys::attributes::Node;
 use crate::sys::loops::Loop;
 use crate::sys::mounts::{self, Detached};
@@ -131,9 +131,9 @@ fn unpack_layers(
     for Layer { path, digest, diff_id } in layers {
         let attempted = || format!("unpack the layer {}", path.display());
         let file = saved.open_regular(&path, OFlags::RDONLY | OFlags::NOFOLLOW).attempt(attempted)?;
-        let kind = |file: &File| source::kind_of_file(file, &path.display().to_string(), u64::MAX);
+        let kind = |file: &File| kind::kind_of_file(file, &path.display().to_string(), u64::MAX);
         // One that changes nothing holds nothing but the two blocks that end an archive.
-        let is_empty = source::is_empty_tar(&file).attempt(attempted)?;
+        let is_empty = kind::is_empty_tar(&file).attempt(attempted)?;
         let is_compressed = !is_empty && kind(&file)? != Kind::Tar(None);
         let sha256 = digest.or(diff_id.filter(|_| !is_compressed));
         let expected = Expected { md5: None, sha256 };
@@ -143,7 +143,7 @@ fn unpack_layers(
         } else {
             file
         };
-        if source::is_empty_tar(&file).attempt(attempted)? {
+        if kind::is_empty_tar(&file).attempt(attempted)? {
             continue;
         }
         let Kind::Tar(compressed) = kind(&file)? else {

@@ -12,9 +12,11 @@ use serde_json::{Value, json};
 
 use crate::error::{Attempt, Error, Result};
 use crate::ims::id::Id;
+use crate::ims::place::Place;
 use crate::log::redaction;
-use crate::publish::settings::{self, Settings, is_header_word};
-use crate::store::MOST_QUOTED;
+use crate::transfer::MOST_QUOTED;
+use crate::transfer::SHORTEST;
+use crate::transfer::network::is_header_word;
 use crate::transfer::{Fault, Work, complaint, is_passing, patiently, whole, without_query};
 
 /// How far a job is.
@@ -48,7 +50,7 @@ impl Status {
 /// A job's end of IMS; every call says nothing where there is none.
 pub struct Ims<'a> {
     work: &'a Work,
-    at: Option<settings::Ims>,
+    at: Option<Place>,
     job: Option<Id>,
     token: Option<Token>,
     /// True if an image's record can tell by which request it was made.
@@ -84,17 +86,13 @@ const LONGEST_LIST: usize = 128 << 20;
 /// For one request of a few bytes with its answer.
 const REQUEST_LIMIT: Duration = Duration::from_mins(1);
 
-/// A further try has at least this time.
-pub const SHORTEST: Duration = Duration::from_secs(1);
-
 impl<'a> Ims<'a> {
-    /// As the variables say.
-    pub fn of(work: &'a Work, settings: &Settings) -> Self {
-        let job = settings.job.as_deref().and_then(Id::parse);
+    /// The end of the job of this id at `place`.
+    pub fn of(work: &'a Work, place: Option<&Place>, job: Option<&str>) -> Self {
         Self {
             work,
-            at: settings.ims.clone(),
-            job,
+            at: place.cloned(),
+            job: job.and_then(Id::parse),
             token: None,
             takes_metadata: true,
             has_asked: false,

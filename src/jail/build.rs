@@ -18,9 +18,9 @@ use crate::jail::mount_table::{
     DEV_LINKS, KERNEL_FILE_ATTRIBUTES, Missing, Mount, PROGRAMS, Proc, ROOT_ATTRIBUTES, Source, mount_table,
 };
 use crate::jail::programs;
+use crate::jail::resolv_conf;
 use crate::jail::run;
 use crate::jail::tier::Tier;
-use crate::jailer::resolv_conf;
 use crate::sys::architecture::Architecture;
 use crate::sys::file_kind::FileKind;
 use crate::sys::mounts::{self, Detached};

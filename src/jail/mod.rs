@@ -12,6 +12,7 @@ pub mod mount_table;
 pub mod programs;
 pub mod record;
 pub mod refused_calls;
+pub mod resolv_conf;
 pub mod run;
 pub mod seal;
 pub mod streams;

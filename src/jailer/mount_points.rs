@@ -9,6 +9,7 @@ use crate::error::{Advise, Attempt, Error, Result};
 use crate::jail::mount_table::{Missing, Mount};
 use crate::sys::file_kind::FileKind;
 use crate::sys::tree::Tree;
+use crate::volume::layout::ADDITIONS;
 
 /// A name that does not exist in the image root, and is to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -98,9 +99,6 @@ pub fn devices(image_root: &Tree) -> Result<Vec<Addition>> {
     Ok(folder.into_iter().chain(DEVICES.map(node)).collect())
 }
 
-/// The note of what was made, in the image root's parent: it outlives a container that is restarted.
-const NOTE: &str = ".ims-sshd.additions";
-
 /// Additions that were made to an image root. They are noted in its parent before they are made.
 pub struct Made<'a> {
     image_root: &'a Tree,
@@ -116,8 +114,8 @@ impl<'a> Made<'a> {
         if !wanted.is_empty() {
             let text = wanted.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
             note_folder
-                .replace(NOTE, text.as_bytes())
-                .attempt(|| format!("note what is to be added to the image in {NOTE} beside the image root"))?;
+                .replace(ADDITIONS, text.as_bytes())
+                .attempt(|| format!("note what is to be added to the image in {ADDITIONS} beside the image root"))?;
         }
         let mut made = Self { image_root, note_folder, additions: wanted, without_devices: false };
         for addition in &made.additions {
@@ -153,7 +151,7 @@ impl<'a> Made<'a> {
 
     /// What an earlier environment on the same parent made and, killed, did not remove.
     pub fn left_over(image_root: &'a Tree, note_folder: &'a Tree) -> Option<Self> {
-        let note = note_folder.read(NOTE, 1 << 16).ok()?;
+        let note = note_folder.read(ADDITIONS, 1 << 16).ok()?;
         let additions = String::from_utf8_lossy(&note).lines().filter_map(Addition::parse).collect();
         Some(Self { image_root, note_folder, additions, without_devices: false })
     }
@@ -172,7 +170,7 @@ impl<'a> Made<'a> {
                 kept.push(addition.path.clone());
             }
         }
-        self.note_folder.remove(NOTE).attempt(|| format!("remove {NOTE} beside the image root"))?;
+        self.note_folder.remove(ADDITIONS).attempt(|| format!("remove {ADDITIONS} beside the image root"))?;
         Ok(kept)
     }
 }

@@ -2,6 +2,7 @@
 
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -11,23 +12,27 @@ use nix::sys::wait::waitpid;
 use nix::unistd::{Pid, getpid};
 use rustix::event::{PollFd, PollFlags};
 
-use crate::environment::processes::{KILL_TIME, mapped_on, writers_on};
 use crate::error::{Advise, Attempt, Error, Result};
-use crate::jail::binds::{self, Bind};
+use crate::jail::binds::Bind;
 use crate::jail::link::{Link, Message};
 use crate::jail::mount_table::{Proc, mount_table};
 use crate::jail::record::Record;
+use crate::jail::resolv_conf::of_container;
 use crate::jail::seal::Seal;
 use crate::jail::tier::Tier;
+use crate::jailer::binds;
 use crate::jailer::mount_points::{self, Made};
 use crate::jailer::resolv_conf::{self, ENVIRONMENT, Lent};
 use crate::log::redaction::without_secrets;
 use crate::sys::architecture::Architecture;
 use crate::sys::poll;
+use crate::sys::process::numbers;
 use crate::sys::process::{Entry, Handle, Identity};
 use crate::sys::tree::Tree;
 use crate::volume::signal_files::tell_no_watch;
 use crate::volume::state_directory::StateFolder;
+use rustix::fs::AtFlags;
+use rustix::fs::StatxFlags;
 
 /// What a jail is made of, as the supervisor knows it.
 #[derive(Clone)]
@@ -121,7 +126,7 @@ impl OpenJail {
         } else {
             mount_points::mount_points(wanted.image_root, mount_table(wanted.dkms, wanted.proc))?
         };
-        let text = match resolv_conf::of_container() {
+        let text = match of_container() {
             Some(text) if resolv_conf::has_to_be_lent(wanted.image_root, &text, !chrooted)? => Some(text),
             _ => None,
         };
@@ -425,4 +430,40 @@ pub fn program() -> Result<PathBuf> {
             .because(format!("{} does not exist", beside.display()))
             .advise("install both programs into one folder"))
     }
+}
+
+/// How long the kernel has to end a process after SIGKILL; one that hangs in a dead network file system takes for ever. Together with the
+/// time to ask, less than the 5 s that a close takes at most after the grace.
+pub const KILL_TIME: Duration = Duration::from_millis(3500);
+
+/// Returns the processes that have a file open for writing on the mount of this number.
+fn writers_on(mount: u64) -> Vec<Entry> {
+    // The format is proc_pid_fdinfo(5)'s: `flags:` in octal, as open(2) has them, and `mnt_id:`.
+    let is_writer = |text: &str| {
+        let field = |name| text.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
+        let flags = field("flags:").and_then(|flags| i32::from_str_radix(flags, 8).ok()).unwrap_or(0);
+        flags & libc::O_ACCMODE != libc::O_RDONLY
+            && flags & libc::O_PATH == 0
+            && field("mnt_id:").and_then(|number| number.parse().ok()) == Some(mount)
+    };
+    let writes = |pid: &Pid| {
+        let descriptors = std::fs::read_dir(format!("/proc/{pid}/fdinfo")).into_iter().flatten().flatten();
+        descriptors.filter_map(|entry| std::fs::read_to_string(entry.path()).ok()).any(|text| is_writer(&text))
+    };
+    numbers(Path::new("/proc")).filter(writes).filter_map(Entry::read).collect()
+}
+
+/// Returns the processes that have a file on the mount of this number mapped writable. Finds none where this process lacks CAP_SYS_ADMIN in
+/// the machine's first user namespace: the kernel lets nobody else follow the links (proc_pid_map_files(5)).
+fn mapped_on(mount: u64) -> Vec<Entry> {
+    let is_writable = |link: &Path| std::fs::symlink_metadata(link).is_ok_and(|found| found.mode() & 0o200 != 0);
+    let is_on_it = |link: &Path| {
+        let found = rustix::fs::statx(rustix::fs::CWD, link, AtFlags::empty(), StatxFlags::MNT_ID);
+        found.is_ok_and(|found| found.stx_mnt_id == mount)
+    };
+    let maps = |pid: &Pid| {
+        let links = std::fs::read_dir(format!("/proc/{pid}/map_files")).into_iter().flatten().flatten();
+        links.map(|link| link.path()).any(|link| is_writable(&link) && is_on_it(&link))
+    };
+    numbers(Path::new("/proc")).filter(maps).filter_map(Entry::read).collect()
 }

@@ -6,47 +6,17 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
 
 use rustix::fs::{FileType, FlockOperation, Mode, Stat};
 use rustix::io::Errno;
 use sha2::Digest;
 
 use crate::error::{Advise, Attempt, Error, Result};
+use crate::jail::resolv_conf::LIMIT;
+use crate::jail::resolv_conf::link_into_run;
 use crate::sys::file_kind::FileKind;
 use crate::sys::tree::Tree;
-
-/// The container's file, and the image's.
-pub const RESOLV_CONF: &str = "etc/resolv.conf";
-
-/// A larger file is not taken for one.
-const LIMIT: u64 = 1 << 20;
-
-/// Targets below /run of links at /etc/resolv.conf: systemd-resolved's, SUSE's netconfig's, resolvconf's,
-/// NetworkManager's. A session can install such a program, and its next command still has to resolve names.
-const BELOW_RUN: [&str; 5] = [
-    "systemd/resolve/stub-resolv.conf",
-    "systemd/resolve/resolv.conf",
-    "netconfig/resolv.conf",
-    "resolvconf/resolv.conf",
-    "NetworkManager/resolv.conf",
-];
-
-/// The container's text; `None` where it has none.
-pub fn of_container() -> Option<Vec<u8>> {
-    std::fs::read(Path::new("/").join(RESOLV_CONF)).ok().filter(|text| text.len() as u64 <= LIMIT)
-}
-
-/// The files below /run that a jail gets.
-pub fn files_below_run(image_root: &Tree) -> Vec<PathBuf> {
-    BELOW_RUN.into_iter().map(PathBuf::from).chain(link_into_run(image_root)).collect()
-}
-
-/// Target of a link at /etc/resolv.conf, if it is below /run.
-fn link_into_run(image_root: &Tree) -> Option<PathBuf> {
-    let target = image_root.leads_to(RESOLV_CONF).ok()?;
-    target.strip_prefix("run").ok().filter(|below| !below.as_os_str().is_empty()).map(Path::to_owned)
-}
+use crate::volume::layout;
 
 /// True if a program finds `text` only once a file of ours replaces the image's. `own_run`: /run is the jail's own and not the image's.
 pub fn has_to_be_lent(image_root: &Tree, text: &[u8], own_run: bool) -> Result<bool> {
@@ -69,10 +39,10 @@ pub fn has_to_be_lent(image_root: &Tree, text: &[u8], own_run: bool) -> Result<b
 pub struct Lender(&'static str);
 
 /// A build environment.
-pub const ENVIRONMENT: Lender = Lender(".ims-sshd.resolv.conf");
+pub const ENVIRONMENT: Lender = Lender(layout::RESOLV_CONF);
 
 /// A sidecar, for sessions of any kind.
-pub const SIDECAR: Lender = Lender(".ims-sshd.sidecar.resolv.conf");
+pub const SIDECAR: Lender = Lender(layout::SIDECAR_RESOLV_CONF);
 
 /// Directories of the image that can hold a lender's, the best first. A jail covers the first ones with its own mounts, so that no session
 /// sees what was moved aside. An image without them has no packages that could mind.
@@ -262,7 +232,9 @@ fn digest(text: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::jail::resolv_conf::RESOLV_CONF;
     use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+    use std::path::PathBuf;
 
     struct Image {
         dir: tempfile::TempDir,

@@ -16,8 +16,8 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat, StatxAttributes, StatxFl
 use rustix::io::Errno;
 
 use crate::error::{Attempt, Error, Result};
-use crate::sys::attributes::{Attributes, Node, times};
-use crate::sys::tree::{Descent, Tree};
+use crate::sys::attributes::{Attributes, Node};
+use crate::sys::tree::{Descent, Tree, times};
 
 /// Beginning of the name of a directory in the one that is changed: what was renamed waits there, and new files until they are whole. A
 /// number follows that makes it one that neither the source nor the session has.

@@ -11,7 +11,6 @@ use crate::environment::sshd_setup;
 use crate::environment::stage::Stage;
 use crate::environment::supervisor;
 use crate::error::{Attempt, Error, Result};
-use crate::image::packing::open_tree;
 use crate::jail::binds::Bind;
 use crate::local;
 use crate::local::directory;
@@ -24,7 +23,8 @@ use crate::sys::tree::Tree;
 use crate::transfer;
 use crate::transfer::confinement::clear_environment;
 use crate::verdict::Verdict;
-use crate::volume::signal_files::READY;
+use crate::volume::layout::{IMAGE_ROOT, READY};
+use crate::volume::open_tree;
 use crate::volume::state_directory::{RUN, StateFolder};
 
 /// File in the folder of the run that names what is customized, for `status` after a kill.
@@ -211,9 +211,6 @@ fn open(
         (code, _) => (Fate::Keep, code.max(1)),
     })
 }
-
-/// Name of the image root in the directory of a build environment.
-const IMAGE_ROOT: &str = "image-root";
 
 /// Shows the image root where a build environment expects it. In this program's own mounts only: nobody else sees it there.
 fn show_image_root(image_root: &Path, parent: &Path) -> Result<()> {

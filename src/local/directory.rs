@@ -4,14 +4,14 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Attempt, Error, Result};
-use crate::image::packing::open_tree;
 use crate::image::unpack::{INDEX_OF_LINKS, Overlay, UPPER};
 use crate::jailer::open;
 use crate::local::claim::refuse_nested;
 use crate::local::{self, RunFolder, apply, customize, remove_folder};
-use crate::publish::prepare::OVERLAY;
 use crate::sys::mounts;
 use crate::sys::tree::Tree;
+use crate::volume::layout::OVERLAY;
+use crate::volume::open_tree;
 use crate::volume::signal_files::{SignalFiles, claimed};
 use crate::volume::state_directory::StateFolder;
 

@@ -9,10 +9,10 @@ use serde_json::Value;
 use crate::environment::stage::Stage;
 use crate::error::{Attempt, Error, Result};
 use crate::image::boot;
-use crate::image::inventory::Inventory;
-use crate::image::packing::{self, Archive, open_tree};
+use crate::image::inventory::{Inventory, write_changes};
+use crate::image::kind::{self, Content, Kind};
+use crate::image::packing::{self, Archive};
 use crate::image::unpack::Overlay;
-use crate::ims::client::Ims;
 use crate::local;
 use crate::local::apply;
 use crate::local::command_line::{self, CommandLine};
@@ -21,16 +21,17 @@ use crate::local::directory::{self, Held};
 use crate::local::names;
 use crate::local::register::{self, Entry};
 use crate::local::work_directory::WorkDirectory;
-use crate::pod::sidecar::write_changes;
 use crate::publish::journal::{self, Journal, Notes};
-use crate::publish::prepare::{ARCHIVE, INVENTORY, holds_changes, known, prepare};
+use crate::publish::prepare::{holds_changes, known, prepare};
 use crate::publish::publication::{Image, Publication};
 use crate::publish::settings::Settings;
-use crate::publish::source::{self, Content, Kind, Source};
+use crate::publish::source::Source;
 use crate::store::{self, Store};
 use crate::sys::named;
 use crate::sys::tree::Tree;
 use crate::transfer::{self, Work, without_query};
+use crate::volume::layout::{ARCHIVE, INVENTORY};
+use crate::volume::open_tree;
 use crate::volume::signal_files::SignalFiles;
 use crate::volume::state_directory::name_for;
 
@@ -169,7 +170,7 @@ impl Job {
         if self.discards {
             return Ok(());
         }
-        let image = source::Opened::open(path)?;
+        let image = kind::Opened::open(path)?;
         // A new image is about as large as its source; one that is unpacked takes that much again, and more. A tree is packed to about half.
         let (size, unpacked) = match (&image.content, image.kind()?) {
             (Content::Directory(tree), _) => (size_on_disk(tree)? / 2, 0),
@@ -274,7 +275,7 @@ impl Job {
         if let Source::Here(path) = &source {
             let refuse = |e| Error::bad_input(format!("SOURCE is '{}': {e}", path.display()));
             if !std::fs::metadata(path).map_err(refuse)?.is_dir() {
-                source::Opened::open(path)?.kind()?;
+                kind::Opened::open(path)?.kind()?;
             }
         }
         let work = Work::begin(&settings.network)?;
@@ -421,7 +422,7 @@ pub fn drop_left(entry: &Value) -> Result<&'static str> {
 /// Drops what was changed before, and what was published of it in part.
 fn drop_changes(work: &Work, settings: &Settings, place: &WorkDirectory) -> Result<()> {
     let notes = Notes::private(place.files(), settings);
-    let mut publication = Publication { work, settings, ims: Ims::of(work, settings), notes: &notes };
+    let mut publication = Publication { work, settings, ims: settings.ims_client(work), notes: &notes };
     publication.give_up(&mut Journal::read(&notes)?)?;
     place.clear()?;
     tracing::info!("dropped what was changed before; beginning anew");
@@ -512,7 +513,7 @@ impl Opened<'_> {
     }
 
     fn publication(&self) -> Publication<'_> {
-        let ims = Ims::of(self.work, self.settings);
+        let ims = self.settings.ims_client(self.work);
         Publication { work: self.work, settings: self.settings, ims, notes: self.notes }
     }
 
@@ -522,7 +523,7 @@ impl Opened<'_> {
         let mut packing = settings.packing.clone();
         let fetched = settings.parent.join(ARCHIVE);
         let archive = if let Source::Here(path) = source { path } else { &fetched };
-        packing.compression = packing.compression.or_else(|| source::compression(archive));
+        packing.compression = packing.compression.or_else(|| kind::compression(archive));
         let (workplace, tree) = (self.files.parent(), open_tree(image_root)?);
         if let Some(to) = &job.reports.changes {
             if let Some(overlay) = &overlay {

@@ -7,9 +7,9 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags};
 use serde_json::{Value, json};
 
-use crate::environment::settings::DEFAULT_PARENT;
 use crate::environment::stage::{self, Stage};
 use crate::error::{Attempt, Error, Result};
+use crate::job::DEFAULT_PARENT;
 use crate::local::customize::SOURCE;
 use crate::local::{job, names, register, say, say_json};
 use crate::log::redaction::MASK;
@@ -20,7 +20,8 @@ use crate::sys::poll;
 use crate::sys::seqpacket::Packets;
 use crate::transfer::without_query;
 use crate::verdict::Verdict;
-use crate::volume::signal_files::{EXITING, READY, SSHD_LISTENING, SignalFiles};
+use crate::volume::layout::{EXITING, READY, SSHD_LISTENING};
+use crate::volume::signal_files::SignalFiles;
 use crate::volume::state_directory::{RUN, StateFolder};
 
 /// A path or URL is far shorter.

@@ -5,21 +5,21 @@ use std::path::{Path, PathBuf};
 use crate::environment::sshd_setup;
 use crate::error::{Attempt, Error, Result};
 use crate::image::boot::{self, BootFiles};
-use crate::image::inventory::Inventory;
-use crate::image::packing::{self, Archive, open_tree};
-use crate::ims::client::Ims;
+use crate::image::inventory::{Inventory, write_changes};
+use crate::image::kind::Opened;
+use crate::image::packing::{self, Archive};
 use crate::local::{customize, directory};
 use crate::local::{say, say_result};
-use crate::pod::sidecar::write_changes;
 use crate::publish::journal::{Journal, Notes};
-use crate::publish::prepare::{self, INVENTORY};
+use crate::publish::prepare;
 use crate::publish::publication::{Image, Publication};
 use crate::publish::settings::Settings;
-use crate::publish::source::Opened;
 use crate::sys::named;
 use crate::sys::tree::Tree;
 use crate::transfer::Work;
 use crate::volume::image_root;
+use crate::volume::layout::INVENTORY;
+use crate::volume::open_tree;
 use crate::volume::signal_files::SignalFiles;
 
 /// An image root, and where its archive and the notes about it are.
@@ -115,7 +115,7 @@ pub fn upload(
     let debug_kernel = debug_kernel.map(Opened::open).transpose()?.map(Opened::into_file).transpose()?;
     let image = Image { rootfs, boot: place.boot(settings)?, debug_kernel };
     let work = Work::begin(&settings.network)?;
-    let ims = Ims::of(&work, settings);
+    let ims = settings.ims_client(&work);
     let notes = Notes::new(&place.files, settings);
     let mut journal = Journal::read(&notes)?;
     let report = Publication { work: &work, settings, ims, notes: &notes }.publish(&mut journal, image)?;

@@ -8,9 +8,8 @@ use std::path::{Path, PathBuf};
 use crate::error::{Attempt, Error, Result};
 use crate::local;
 use crate::local::job::IMAGE_ROOT;
-use crate::publish::prepare::OVERLAY;
-use crate::publish::source::WRITABLE;
-use crate::sys::named::is_trusted;
+use crate::sys::named::{WRITABLE, is_trusted};
+use crate::volume::layout::OVERLAY;
 use crate::volume::signal_files::SignalFiles;
 
 /// The directory of all jobs, where the command line names none.

@@ -8,20 +8,21 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags};
 use serde_json::{Value, json};
 
-use crate::environment::settings::Action;
 use crate::environment::sshd_setup;
 use crate::environment::stage::{Shown, Stage};
 use crate::error::{Attempt, Error, Result};
 use crate::image::boot;
-use crate::image::inventory::Inventory;
+use crate::image::inventory::write_changes;
 use crate::image::packing::{self, Archive};
 use crate::ims::client::{Ims, Status};
-use crate::jailer::resolv_conf::{self, ENVIRONMENT, RESOLV_CONF, SIDECAR};
+use crate::jail::resolv_conf::RESOLV_CONF;
+use crate::jail::resolv_conf::of_container;
+use crate::jailer::resolv_conf::{self, ENVIRONMENT, SIDECAR};
+use crate::job::Action;
 use crate::local::customize::check_public_keys;
 use crate::local::say_result;
 use crate::pod::pod_files;
 use crate::publish::journal::{Journal, Notes, Phase};
-use crate::publish::prepare::INVENTORY;
 use crate::publish::publication::{Image, Publication};
 use crate::publish::settings::Settings;
 use crate::store::Store;
@@ -29,15 +30,8 @@ use crate::sys::poll;
 use crate::sys::tree::Tree;
 use crate::transfer::Work;
 use crate::verdict::Verdict;
-use crate::volume::signal_files::{
-    BUILD_FAILED, EXITING, LOOK_EVERY, READY, SSHD_LISTENING, SignalFiles, Stamp, Watch,
-};
-
-/// The builder, or who supervises the pod, has given it up.
-pub const POD_ERROR: &str = "pod_error";
-
-/// The packed image of a remote job, whose boot files lie beside it.
-pub const TRANSFER: &str = "transfer.sqsh";
+use crate::volume::layout::{BUILD_FAILED, EXITING, POD_ERROR, READY, SSHD_LISTENING, TRANSFER};
+use crate::volume::signal_files::{LOOK_EVERY, SignalFiles, Stamp, Watch};
 
 /// How long an environment that has listened may be without its claim on the volume: one that is being restarted has none.
 const GONE: Duration = Duration::from_secs(5);
@@ -116,7 +110,7 @@ pub fn run(
             {
                 close_environment(&files);
             }
-            return conclude(&work, Ims::of(&work, &settings), Err(error));
+            return conclude(&work, settings.ims_client(&work), Err(error));
         }
     };
     // Another sidecar on this volume tells IMS of the job; this one must not.
@@ -124,7 +118,7 @@ pub fn run(
     let mut live = || {
         let notes = Notes::new(&files, &settings);
         let journal = Journal::read(&notes)?;
-        let ims = Ims::of(&work, &settings);
+        let ims = settings.ims_client(&work);
         let mut sidecar = Sidecar {
             work: &work,
             settings: &settings,
@@ -158,7 +152,7 @@ pub fn run(
             "what has failed can be done again: 'ims-sshd sidecar' goes on where it was, without another session"
         );
     }
-    conclude(&work, Ims::of(&work, &settings), result)
+    conclude(&work, settings.ims_client(&work), result)
 }
 
 /// Marks the image failed for an environment that waits for `ready`, or is open: nobody is there who would publish it.
@@ -426,7 +420,7 @@ impl<'a> Sidecar<'a> {
     fn lend_resolv_conf(image_root: &Tree) -> Result<()> {
         // An earlier run was killed amid this.
         SIDECAR.take_back(image_root)?;
-        match resolv_conf::of_container() {
+        match of_container() {
             // In plain mode, /run is the image's.
             Some(text) if resolv_conf::has_to_be_lent(image_root, &text, false)? => {
                 let lent = SIDECAR.lend(image_root, &text);
@@ -552,15 +546,7 @@ impl<'a> Sidecar<'a> {
     }
 
     fn publication(&self) -> Publication<'a> {
-        let ims = Ims::of(self.work, self.settings);
+        let ims = self.settings.ims_client(self.work);
         Publication { work: self.work, settings: self.settings, ims, notes: self.notes }
     }
-}
-
-/// Writes what has changed since the inventory in `folder` was made to the new file `to`. The directory may be somebody else's: what has the
-/// name there, a link or a fifo perhaps, is replaced, and neither followed nor opened.
-pub fn write_changes(work: &Work, folder: &Tree, image_root: &Tree, to: &Path) -> Result<()> {
-    let (above, name) = packing::output(to, "the report of changes")?;
-    let changes = Inventory::load(folder, INVENTORY)?.changes_to(&Inventory::of(work, image_root)?);
-    above.replace(name, format!("{changes:#}\n").as_bytes()).attempt(|| format!("write {}", to.display()))
 }

@@ -10,15 +10,10 @@ use serde_json::{Value, json};
 
 use crate::error::{Attempt, Error, Result};
 use crate::ims::id::Id;
+use crate::publish::authentication::Seal;
 use crate::publish::settings::Settings;
-use crate::volume::authentication::Seal;
-use crate::volume::signal_files::{READY, SignalFiles};
-
-/// Where it is kept, in the image root's parent.
-const FILE: &str = ".ims-sshd.publication";
-
-/// State of an upload, beside it: the parts that have been sent, one a line, which costs the same for the last as for the first.
-const PARTS: &str = ".ims-sshd.upload";
+use crate::volume::layout::{PUBLICATION, READY};
+use crate::volume::signal_files::SignalFiles;
 
 const LIMIT: u64 = 16 << 20;
 
@@ -74,7 +69,7 @@ impl<'a> Notes<'a> {
 
     /// Refuses what is no file in the place of one: it could not be replaced when the image is published.
     fn refuse_irregular(&self) -> Result<()> {
-        for name in [FILE, PARTS] {
+        for name in [PUBLICATION, UPLOAD] {
             let attempted = || format!("read {}", self.shown(name));
             let found = self.files.parent().look(name).attempt(attempted)?;
             if let Some(kind) = found.and_then(|found| irregular(FileType::from_raw_mode(found.st_mode))) {
@@ -120,14 +115,15 @@ fn irregular(kind: FileType) -> Option<&'static str> {
 
 /// Returns whether something was published in part.
 pub fn is_begun(files: &SignalFiles) -> Result<bool> {
-    let found = files.parent().look(FILE).attempt(|| format!("look for {}/{FILE}", files.path().display()))?;
+    let found =
+        files.parent().look(PUBLICATION).attempt(|| format!("look for {}/{PUBLICATION}", files.path().display()))?;
     Ok(found.is_some())
 }
 
 /// Removes whatever notes stand there.
 pub fn clear(files: &SignalFiles) -> Result<()> {
-    files.remove(PARTS)?;
-    files.remove(FILE)
+    files.remove(UPLOAD)?;
+    files.remove(PUBLICATION)
 }
 
 /// How far a sidecar was.
@@ -174,14 +170,14 @@ impl Journal {
     pub fn read(notes: &Notes) -> Result<Self> {
         let mut journal = Self { phase: Phase::Begun, request: None, image: None, link: None };
         notes.refuse_irregular()?;
-        let Some(text) = notes.text(FILE) else { return Ok(journal) };
+        let Some(text) = notes.text(PUBLICATION) else { return Ok(journal) };
         // `prepare` of a pod that begins again takes it away: then everything before the packing is done again.
         let may_be_open = notes.files.stands(READY)?;
         let Some(authentic) = notes.seal()?.open(JOURNAL, &text) else {
             let claimed = text.find('{').and_then(|at| serde_json::from_str::<Value>(&text[at..]).ok());
             let is_of_another_job = claimed.is_some_and(|claimed| claimed["job"] != json!(notes.settings.job));
             if !is_of_another_job {
-                notes.ignored(FILE, "this job's sidecar has not written it, or its keys have changed");
+                notes.ignored(PUBLICATION, "this job's sidecar has not written it, or its keys have changed");
                 // An environment that is open, or has ended, is not begun again. Who can write the file can create 'ready' too.
                 journal.phase = if may_be_open { Phase::Ready } else { Phase::Begun };
             }
@@ -208,7 +204,7 @@ impl Journal {
         let [request, image] = [&self.request, &self.image].map(|id| id.as_ref().map(Id::as_str));
         let (job, link) = (&notes.settings.job, &self.link);
         let text = json!({ "job": job, "phase": phase, "request": request, "image": image, "link": link });
-        notes.write(FILE, &notes.seal()?.line(JOURNAL, &text.to_string()))
+        notes.write(PUBLICATION, &notes.seal()?.line(JOURNAL, &text.to_string()))
     }
 }
 
@@ -232,11 +228,11 @@ pub struct Upload {
 impl Upload {
     /// Reads what was noted, if anything was.
     pub fn read(notes: &Notes) -> Result<Option<Self>> {
-        let Some(text) = notes.text(PARTS) else { return Ok(None) };
+        let Some(text) = notes.text(UPLOAD) else { return Ok(None) };
         let seal = notes.seal()?;
         let mut lines = text.split_inclusive('\n');
         let Some(first) = lines.next().and_then(|line| seal.open(UPLOAD, line)) else {
-            notes.ignored(PARTS, "this job's sidecar has not written it, or its keys have changed");
+            notes.ignored(UPLOAD, "this job's sidecar has not written it, or its keys have changed");
             return Ok(None);
         };
         let Some(mut upload) = Self::parse(first) else { return Ok(None) };
@@ -267,7 +263,7 @@ impl Upload {
         for (number, mark) in self.parts.iter().enumerate() {
             text += &mark.as_ref().map_or(String::new(), |mark| self.line(seal, number, mark));
         }
-        notes.write(PARTS, &text)
+        notes.write(UPLOAD, &text)
     }
 
     /// Notes that a part is there. In one piece, and not waited for: it outlives this program, and need not outlive the machine.
@@ -275,7 +271,7 @@ impl Upload {
         self.set(number, mark);
         let line = self.line(notes.seal()?, number, mark);
         let flags = OFlags::WRONLY | OFlags::APPEND | OFlags::NOFOLLOW;
-        let file = notes.files.parent().open_regular(PARTS, flags);
+        let file = notes.files.parent().open_regular(UPLOAD, flags);
         // Somebody has removed it.
         file.and_then(|mut file| file.write_all(line.as_bytes())).or_else(|_| self.write(notes))
     }
@@ -295,7 +291,7 @@ impl Upload {
 
     /// It is whole, or rolled back.
     pub fn clear(notes: &Notes) -> Result<()> {
-        notes.files.remove(PARTS)
+        notes.files.remove(UPLOAD)
     }
 }
 
@@ -346,7 +342,7 @@ mod tests {
     #[test]
     fn what_is_no_file_in_the_place_of_a_record_is_refused_at_the_start() {
         let ours = settings("7");
-        for name in [FILE, PARTS] {
+        for name in [PUBLICATION, UPLOAD] {
             for (make, kind) in [("mkdir", "a directory"), ("mkfifo", "a fifo"), ("ln -s /dev/zero", "a symbolic link")]
             {
                 let (dir, files) = volume();
@@ -370,7 +366,7 @@ mod tests {
         assert_eq!(phase(), Phase::Begun, "a pod that begins again has no 'ready'");
         files.touch(READY).unwrap();
         assert_eq!(phase(), Phase::Ready);
-        std::fs::write(dir.path().join(FILE), r#"x {"job":"7","phase":"packed","image":"../.."}"#).unwrap();
+        std::fs::write(dir.path().join(PUBLICATION), r#"x {"job":"7","phase":"packed","image":"../.."}"#).unwrap();
         assert_eq!(phase(), Phase::Ready);
         files.remove(READY).unwrap();
         assert_eq!(phase(), Phase::Begun);
@@ -388,7 +384,7 @@ mod tests {
         begun.add(&notes, 0, "").unwrap();
         assert_eq!(begun, upload());
         assert_eq!(Upload::read(&notes).unwrap(), Some(upload()));
-        let file = dir.path().join(PARTS);
+        let file = dir.path().join(UPLOAD);
         let whole = std::fs::read_to_string(&file).unwrap();
         std::fs::write(&file, &whole[..whole.len() - 1]).unwrap();
         assert_eq!(Upload::read(&notes).unwrap().unwrap().parts, [None, None, Some("\"c\"".into())]);
@@ -409,7 +405,7 @@ mod tests {
             let notes = Notes::new(&files, &ours);
             journal().write(&notes).unwrap();
             upload().write(&notes).unwrap();
-            for name in [FILE, PARTS] {
+            for name in [PUBLICATION, UPLOAD] {
                 let file = dir.path().join(name);
                 let mut text = std::fs::read(&file).unwrap();
                 #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss)]

@@ -1,6 +1,8 @@
 //! What stands before `ready` and after `exiting`: an image is fetched and opened, packed, uploaded and registered.
 
+pub mod authentication;
 pub mod download;
+pub mod identity;
 pub mod journal;
 pub mod manifest;
 pub mod multipart;

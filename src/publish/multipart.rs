@@ -8,8 +8,9 @@ use tokio::task::JoinSet;
 
 use crate::error::{Attempt, Error, Result};
 use crate::publish::journal::{MOST_PARTS, Notes, Upload};
-use crate::publish::settings;
-use crate::store::{Description, Store, cause};
+use crate::store::error::cause;
+use crate::store::place::Place;
+use crate::store::{Description, Store};
 use crate::transfer::progress::Progress;
 use crate::transfer::{AT_A_TIME, Fault, Work, patiently};
 
@@ -23,7 +24,7 @@ pub struct Sender<'a> {
     /// The store.
     pub store: &'a Store,
     /// What opens another one.
-    pub settings: &'a settings::Store,
+    pub settings: &'a Place,
     /// Where it is noted.
     pub notes: &'a Notes<'a>,
 }
@@ -95,7 +96,7 @@ impl Sender<'_> {
         let Some(upload) = Upload::read(self.notes)? else { return Ok(()) };
         let attempted = format!("abort the unfinished upload of {}", upload.url);
         let url = upload.url.strip_suffix(&upload.place).map(str::to_owned);
-        let store = Store::open(&settings::Store { url, ..self.settings.clone() }, &self.work.network)?;
+        let store = Store::open(&Place { url, ..self.settings.clone() }, &self.work.network)?;
         let limit = self.work.network.retry_limit;
         self.work.wait(patiently(limit, &attempted, async || {
             store.abort(&upload.place, &upload.id).await.map_err(|e| Fault::Passing(cause(&e)))

@@ -6,18 +6,17 @@ use std::path::Path;
 use rustix::io::Errno;
 
 use crate::error::{Attempt, Error, Result};
-use crate::image::identity::{Identity, Record};
 use crate::image::inventory::Inventory;
+use crate::image::kind::{Content, Kind, Opened};
 use crate::image::layers::layers;
-use crate::image::packing::open_tree;
 use crate::image::unpack::{LOWER, Overlay, unpack};
-use crate::ims::client::{Ims, Status};
+use crate::ims::client::Status;
 use crate::local::directory;
-use crate::pod::sidecar::{POD_ERROR, TRANSFER};
 use crate::publish::download;
+use crate::publish::identity::{Identity, Record};
 use crate::publish::journal;
 use crate::publish::settings::Settings;
-use crate::publish::source::{Content, Kind, Opened, Source};
+use crate::publish::source::Source;
 use crate::store;
 use crate::sys::file_kind::FileKind;
 use crate::sys::mounts;
@@ -27,7 +26,11 @@ use crate::transfer::Work;
 use crate::transfer::confinement;
 use crate::verdict::Verdict;
 use crate::volume::image_root;
-use crate::volume::signal_files::{EXITING, READY, SSHD_LISTENING, SignalFiles};
+use crate::volume::layout::{
+    ARCHIVE, EXITING, FETCHING, INVENTORY, OVERLAY, POD_ERROR, READY, SSHD_LISTENING, TRANSFER, UNPACKING,
+};
+use crate::volume::open_tree;
+use crate::volume::signal_files::SignalFiles;
 
 /// How an archive becomes a tree.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -38,15 +41,6 @@ pub enum Open {
     Overlay,
 }
 
-/// Of the parent: what is fetched, what an overlay keeps, and what the image was before.
-pub const ARCHIVE: &str = "image.sqsh";
-const FETCHING: &str = "image.sqsh.part";
-/// Directory of the parent for what an overlay keeps.
-pub const OVERLAY: &str = "overlay";
-const UNPACKING: &str = ".ims-sshd.unpacking";
-/// Where [`Inventory`] is kept for `--changes`.
-pub const INVENTORY: &str = ".ims-sshd.inventory";
-
 /// Fetches and opens `source` in a pod, and tells IMS.
 pub fn run(settings: &Settings, source: &str, open: Open, is_fresh: bool) -> Result<u8> {
     let source = Source::parse(source)?;
@@ -56,7 +50,7 @@ pub fn run(settings: &Settings, source: &str, open: Open, is_fresh: bool) -> Res
         check_directory(path, &settings.parent)?;
     }
     let work = Work::begin(&settings.network)?;
-    let mut ims = Ims::of(&work, settings);
+    let mut ims = settings.ims_client(&work);
     let result = ims.set_status(Status::FetchingImage).and_then(|()| {
         let image_root = settings.parent.join(settings.image_root());
         make_parent(&settings.parent)?;

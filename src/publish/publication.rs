@@ -16,7 +16,8 @@ use crate::publish::journal::{Journal, Notes, Phase, Upload};
 use crate::publish::manifest::{self, Artifact, Identity};
 use crate::publish::multipart::{Large, PART, Sender};
 use crate::publish::settings::Settings;
-use crate::store::{Description, MD5, Owner, Store, cause};
+use crate::store::error::cause;
+use crate::store::{Description, MD5, Owner, Store};
 use crate::transfer::Work;
 use crate::transfer::checksum::md5_of;
 

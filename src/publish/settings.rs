@@ -5,12 +5,19 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::environment::settings::{Action, Case, DEFAULT_PARENT, Reader};
 use crate::error::{Error, Result};
 use crate::image::boot::{AUTO, Names};
+use crate::image::packing::{COMPRESSIONS, Packing};
+use crate::ims;
+use crate::ims::client::Ims;
 use crate::ims::id::Id;
-use crate::log::redaction;
-use crate::transfer::checksum::Expected;
+use crate::job::variables::{Case, Checked, Reader};
+use crate::job::{Action, DEFAULT_PARENT};
+use crate::store;
+use crate::transfer::Work;
+use crate::transfer::checksum::{Expected, checksum};
+use crate::transfer::network::Network;
+use crate::volume::layout;
 
 /// Everything that decides on how an image is fetched and published.
 #[derive(Debug, Clone)]
@@ -38,77 +45,14 @@ pub struct Settings {
     /// How the packed image is made.
     pub packing: Packing,
     /// Store of images.
-    pub store: Store,
+    pub store: store::place::Place,
     /// Where jobs and images are registered; nowhere, on one machine.
-    pub ims: Option<Ims>,
+    pub ims: Option<ims::place::Place>,
     /// How servers are talked to.
     pub network: Network,
     /// `IMS_START_LIMIT`: how long the build environment may take to start.
     pub start_limit: Duration,
 }
-
-/// How the packed image is made.
-#[derive(Debug, Clone)]
-pub struct Packing {
-    /// `IMAGE_COMPRESSION`, one of [`COMPRESSIONS`]; the source's or the default if there is none.
-    pub compression: Option<&'static str>,
-    /// `SOURCE_DATE_EPOCH`: the time that all in the image gets, in seconds.
-    pub epoch: Option<u64>,
-}
-
-/// Store of images.
-#[derive(Debug, Clone)]
-pub struct Store {
-    /// `IMAGE_STORE`, else the bucket `S3_BUCKET`, as URL.
-    pub url: Option<String>,
-    /// `S3_ENDPOINT`, else `AWS_ENDPOINT_URL_S3`, else `AWS_ENDPOINT_URL`.
-    pub endpoint: Option<String>,
-    /// `S3_ACCESS_KEY` and `S3_SECRET_KEY`, else `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`.
-    pub keys: Option<(String, String)>,
-    /// `AWS_SESSION_TOKEN`: what belongs to keys that are good for a while.
-    pub token: Option<String>,
-    /// `AWS_REGION`, else `AWS_DEFAULT_REGION`: what requests are signed for. Where no endpoint is set, it names Amazon's server.
-    pub region: Option<String>,
-    /// `S3_SSL_VALIDATE`: whether the server's certificate is checked, and by which authorities if a file is named, there or by
-    /// `AWS_CA_BUNDLE`.
-    pub validate: Validate,
-}
-
-/// What `S3_SSL_VALIDATE` asks for.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Validate {
-    /// Against the authorities known here.
-    Yes,
-    /// Not at all.
-    No,
-    /// Against those in a file.
-    By(PathBuf),
-}
-
-/// Where jobs and images are registered.
-#[derive(Debug, Clone)]
-pub struct Ims {
-    /// `IMS_URL`.
-    pub url: String,
-    /// `OAUTH_CONFIG_DIR`, where it holds credentials.
-    pub oauth: Option<PathBuf>,
-}
-
-/// How servers are talked to.
-#[derive(Debug, Clone)]
-pub struct Network {
-    /// `CA_CERT`: further authorities, in PEM.
-    pub ca: Option<PathBuf>,
-    /// `IMS_STALL_LIMIT`: a connection that brings next to nothing for so long is given up.
-    pub stall_limit: Duration,
-    /// `IMS_RETRY_LIMIT`: what fails is tried again for so long.
-    pub retry_limit: Duration,
-}
-
-const DEFAULT_IMS: &str = "https://api-gw-service-nmn.local/apis/ims";
-const DEFAULT_BUCKET: &str = "boot-images";
-/// Access keys that a store makes are as long, in characters.
-const LENGTH_OF_KEYS: usize = 16;
 
 impl Settings {
     /// Reads `variables`; where one comes twice, the later one counts. All complaints come at once.
@@ -149,8 +93,8 @@ impl Settings {
             compression: reader.choice("IMAGE_COMPRESSION", &compressions, Case::Exact),
             epoch: reader.seconds("SOURCE_DATE_EPOCH").map(|d| d.as_secs()),
         };
-        let store = store(&mut reader);
-        let ims = ims(&mut reader);
+        let store = store::place::read(&mut reader);
+        let ims = ims::place::read(&mut reader);
         let network = Network {
             ca: reader.text("CA_CERT").map(Into::into),
             stall_limit: reader.seconds("IMS_STALL_LIMIT").unwrap_or(Duration::from_secs(30)),
@@ -187,6 +131,11 @@ impl Settings {
         })
     }
 
+    /// The job's end of IMS.
+    pub fn ims_client<'a>(&self, work: &'a Work) -> Ims<'a> {
+        Ims::of(work, self.ims.as_ref(), self.job.as_deref())
+    }
+
     /// How the packed image is called.
     pub fn archive(&self) -> String {
         format!("{}.sqsh", self.name)
@@ -195,17 +144,11 @@ impl Settings {
     /// The image root's place below the parent.
     pub fn image_root(&self) -> &'static str {
         match self.action {
-            Some(Action::Create) => "build/image-root",
-            _ => "image-root",
+            Some(Action::Create) => layout::CREATED_IMAGE_ROOT,
+            _ => layout::IMAGE_ROOT,
         }
     }
 }
-
-/// Compressions of the packed image.
-pub const COMPRESSIONS: [&str; 4] = ["gzip", "zstd", "xz", "none"];
-
-/// A checked value of the command line or of a variable, or the format that was expected.
-type Checked = std::result::Result<String, String>;
 
 /// A name in the image's /boot.
 pub fn boot_file(name: &str) -> Checked {
@@ -223,148 +166,15 @@ pub fn image_name(name: &str) -> Checked {
     Ok(name.to_owned())
 }
 
-/// A SHA-256.
-pub fn sha256(sum: &str) -> Checked {
-    hexadecimal(sum, 64)
-}
-
-/// URL of a server, as every client parses it. The crate of stores panics on one that it cannot parse.
-pub fn http_url(url: &str) -> Checked {
-    let parsed = reqwest::Url::parse(url).ok();
-    let parsed = parsed.filter(|url| ["http", "https"].contains(&url.scheme()) && url.has_host());
-    let parsed = parsed.ok_or("expected a URL of http or https, as in https://HOST:PORT")?;
-    Ok(parsed.as_str().trim_end_matches('/').to_owned())
-}
-
-fn hexadecimal(sum: &str, digits: usize) -> Checked {
-    let sum = sum.to_ascii_lowercase();
-    if sum.len() != digits || !sum.bytes().all(|b| b.is_ascii_hexdigit()) {
-        return Err(format!("expected {digits} hexadecimal digits"));
-    }
-    Ok(sum)
-}
-
 fn file_name(reader: &mut Reader, variable: &str) -> Option<String> {
     let name = reader.line(variable).filter(|n| !n.is_empty())?;
     reader.check(variable, &name, boot_file)
 }
 
-/// A checksum of so many hexadecimal digits.
-fn checksum(reader: &mut Reader, variable: &str, digits: usize) -> Option<String> {
-    let sum = reader.text(variable)?;
-    reader.check(variable, &sum, |sum| hexadecimal(sum, digits))
-}
-
-fn store(reader: &mut Reader) -> Store {
-    let store = reader.text("IMAGE_STORE");
-    let endpoint = url(reader, "S3_ENDPOINT");
-    let bucket = reader.text("S3_BUCKET").or_else(|| endpoint.is_some().then(|| DEFAULT_BUCKET.into()));
-    let endpoint = endpoint.or_else(|| ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"].iter().find_map(|n| url(reader, n)));
-    let [ours, aws] = [("S3_ACCESS_KEY", "S3_SECRET_KEY"), ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")]
-        .map(|names| pair(reader, names));
-    for (access, secret) in ours.iter().chain(&aws) {
-        // Names of people as some stores give them are in paths, too.
-        if access.len() >= LENGTH_OF_KEYS {
-            redaction::keep(access);
-        }
-        redaction::keep(secret);
-    }
-    // A token belongs to the keys that it came with.
-    let token = credential(reader, "AWS_SESSION_TOKEN").filter(|_| ours.is_none() || aws.is_none());
-    if let Some(token) = &token {
-        redaction::keep(token);
-    }
-    let region = ["AWS_REGION", "AWS_DEFAULT_REGION"].iter().find_map(|n| {
-        let region = reader.text(n)?;
-        reader.check(n, &region, region_name)
-    });
-    let bundle = reader.text("AWS_CA_BUNDLE").map_or(Validate::Yes, |file| Validate::By(file.into()));
-    let validate = match reader.text("S3_SSL_VALIDATE") {
-        None => bundle,
-        Some(word) if word.eq_ignore_ascii_case("true") => bundle,
-        Some(word) if word.eq_ignore_ascii_case("false") => Validate::No,
-        Some(file) if file.starts_with('/') => Validate::By(file.into()),
-        Some(other) => {
-            let complaint = format!("S3_SSL_VALIDATE is '{other}': expected 'true', 'false' or a file of certificates");
-            reader.complaints.push(complaint);
-            Validate::Yes
-        }
-    };
-    Store {
-        url: store.or_else(|| bucket.map(|b| format!("s3://{b}"))),
-        endpoint,
-        keys: ours.or(aws),
-        token,
-        region,
-        validate,
-    }
-}
-
-/// Two variables of which neither is of use alone.
-fn pair(reader: &mut Reader, (first, second): (&str, &str)) -> Option<(String, String)> {
-    match (credential(reader, first), credential(reader, second)) {
-        (Some(a), Some(b)) => Some((a, b)),
-        (None, None) => None,
-        // One of them was refused.
-        _ if reader.text(first).is_some() == reader.text(second).is_some() => None,
-        _ => {
-            reader.complaints.push(format!("of {first} and {second} one is not set: expected both"));
-            None
-        }
-    }
-}
-
-/// A key or token, which goes into headers. A newline at its end is of the file that it was read from.
-fn credential(reader: &mut Reader, variable: &str) -> Option<String> {
-    let text = reader.text(variable)?;
-    let text = text.strip_suffix('\n').map_or(&*text, |line| line.strip_suffix('\r').unwrap_or(line));
-    if !is_header_word(text) {
-        // It is a secret, and is not quoted.
-        let complaint =
-            format!("{variable} holds spaces, newlines or other bytes that no key or token has: set it without them");
-        reader.complaints.push(complaint);
-        return None;
-    }
-    Some(text.to_owned())
-}
-
-/// Returns whether a key or token can be put into a header.
-pub fn is_header_word(text: &str) -> bool {
-    !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_graphic())
-}
-
-/// A region: a part of what signs a request, and of a host's name.
-fn region_name(name: &str) -> Checked {
-    if !name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte)) {
-        return Err("expected the name of a region, as in us-east-1".into());
-    }
-    Ok(name.to_owned())
-}
-
-/// The URL in a variable.
-fn url(reader: &mut Reader, variable: &str) -> Option<String> {
-    let url = reader.text(variable)?;
-    reader.check(variable, &url, http_url)
-}
-
-fn ims(reader: &mut Reader) -> Option<Ims> {
-    let url = reader.text("IMS_URL");
-    // Mounted into every container of a pod, and empty where there is no IMS.
-    let oauth = reader.text("OAUTH_CONFIG_DIR").map(PathBuf::from).filter(|dir| dir.join("endpoint").exists());
-    if url.is_none() && oauth.is_none() {
-        return None;
-    }
-    // One that cannot be read is told of when a token is asked for.
-    if let Some(endpoint) = oauth.as_ref().and_then(|dir| std::fs::read_to_string(dir.join("endpoint")).ok()) {
-        reader.check("OAUTH_CONFIG_DIR/endpoint", endpoint.trim(), http_url);
-    }
-    let url = url.unwrap_or_else(|| DEFAULT_IMS.into());
-    Some(Ims { url: reader.check("IMS_URL", &url, http_url)?, oauth })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::transfer::network::Validate;
 
     fn read(variables: &[(&str, &str)]) -> Result<Settings> {
         Settings::read(None, variables.iter().map(|(n, v)| ((*n).into(), (*v).into())))

@@ -15,6 +15,7 @@ use crate::jail::record::Record;
 use crate::jail::streams::Streams;
 use crate::jail::tier::Tier;
 use crate::session::agent::Outside;
+use crate::session::front;
 use crate::session::inside::{Errand, why_no_transfer};
 use crate::session::report::{Beginning, Report};
 use crate::session::request::Request;
@@ -58,7 +59,7 @@ pub fn run(jail: &Path, request: Request) -> Result<Infallible> {
             );
         }
     };
-    enter::run(record, &joined, &inner, streams, beside.as_ref(), agent, ended)
+    front::run(record, &joined, &inner, streams, beside.as_ref(), agent, ended)
 }
 
 /// Tells systemctl that no systemd runs. Without /proc, older versions do not notice that by themselves.

@@ -3,6 +3,7 @@
 pub mod account;
 pub mod agent;
 pub mod etc_environment;
+pub mod front;
 pub mod inside;
 pub mod login;
 pub mod report;

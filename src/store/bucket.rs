@@ -9,7 +9,8 @@ use object_store::path::Path;
 use object_store::signer::Signer;
 use reqwest::{Method, StatusCode};
 
-use crate::store::{SIGNED_FOR, failure};
+use crate::store::error::failure;
+use crate::store::place::SIGNED_FOR;
 
 /// A bucket, and what requests to it are made with.
 pub struct Asked<'a> {

@@ -1,6 +1,8 @@
 //! A store of images, by URL: `s3://bucket[/prefix]` or a folder.
 
 pub mod bucket;
+pub mod error;
+pub mod place;
 pub mod requests;
 
 use std::fs::File;
@@ -25,16 +27,17 @@ use rustix::fs::OFlags;
 
 use crate::error::{Advise, Attempt, Error, Result};
 use crate::ims::id::Id;
-use crate::log::redaction::{without_known, without_secrets};
-use crate::publish::settings::{self, Network, Validate};
+use crate::log::redaction::without_secrets;
 use crate::store::bucket::Asked;
-use crate::store::requests::{ANSWERED, Requests};
+use crate::store::error::cause;
+use crate::store::error::failure;
+use crate::store::place::Place;
+use crate::store::place::SIGNED_FOR;
+use crate::store::requests::Requests;
 use crate::sys::named;
 use crate::sys::tree::Tree;
-use crate::transfer::{Redirects, client, in_full};
-
-/// How long a URL that was signed here is good for.
-pub const SIGNED_FOR: Duration = Duration::from_hours(6);
+use crate::transfer::network::{Network, Validate};
+use crate::transfer::{Redirects, client};
 
 /// Store of images.
 pub struct Store {
@@ -100,7 +103,7 @@ const TRIES_TO_SWEEP: usize = 3;
 
 impl Store {
     /// Opens the store that the variables name. A folder is made if it is not there.
-    pub fn open(settings: &settings::Store, network: &Network) -> Result<Self> {
+    pub fn open(settings: &Place, network: &Network) -> Result<Self> {
         let Some(url) = &settings.url else {
             return Err(Error::bad_input("no store is named: expected S3_BUCKET, IMAGE_STORE or --store"));
         };
@@ -137,7 +140,7 @@ impl Store {
 
     /// Makes sure that the store that the variables name takes an object, and leaves nothing of one, nor a directory that was not there.
     /// Returns how many bytes fit, where that can be told.
-    pub async fn check(settings: &settings::Store, network: &Network) -> Result<Option<u64>> {
+    pub async fn check(settings: &Place, network: &Network) -> Result<Option<u64>> {
         let url = settings.url.as_deref().unwrap_or_default();
         let attempted = || format!("write to the store {}", without_secrets(url));
         let probe = format!("{PROBE}.{}", Id::random()?);
@@ -156,7 +159,7 @@ impl Store {
     }
 
     /// The same where people wait for the answer: what may be otherwise when the image is there is only warned of.
-    pub async fn check_soon(settings: &settings::Store, network: &Network) -> Result<()> {
+    pub async fn check_soon(settings: &Place, network: &Network) -> Result<()> {
         let url = settings.url.as_deref().unwrap_or_default();
         if folder(url).is_some() {
             return Self::check(settings, network).await.map(|_| ());
@@ -465,58 +468,8 @@ impl Description {
     }
 }
 
-/// An error of one's own among those of stores.
-pub fn failure(key: &str, cause: impl std::error::Error + Send + Sync + 'static) -> object_store::Error {
-    let source: Box<dyn std::error::Error + Send + Sync> = Box::new(cause);
-    let is_missing = source.downcast_ref().is_some_and(|e: &std::io::Error| e.kind() == std::io::ErrorKind::NotFound);
-    if is_missing {
-        return object_store::Error::NotFound { path: key.to_owned(), source };
-    }
-    object_store::Error::Generic { store: "the store", source }
-}
-
-/// Cause of a store's error, once and for a reader: the crate names the object, which the message does already, its kinds of errors and its
-/// settings, and quotes a server's whole page.
-pub fn cause(error: &object_store::Error) -> String {
-    let below = std::error::Error::source(error);
-    told(&below.map_or_else(|| in_full(error), in_full))
-}
-
-/// The same of the text of an error of requests: `Error performing METHOD URL in TIME, SETTINGS - WHAT`.
-fn told(text: &str) -> String {
-    // Masked before it is cut, which could leave a part of a secret.
-    let text = &*without_known(text);
-    let parts = text.strip_prefix("Error performing ").and_then(|rest| rest.split_once(" - "));
-    let Some((request, what)) = parts else { return text.to_owned() };
-    let url = request.split_whitespace().nth(1).and_then(|url| reqwest::Url::parse(url).ok());
-    let server = url.map_or_else(|| "the server".into(), |url| url.origin().ascii_serialization());
-    let Some(answer) = what.strip_prefix("Server returned non-2xx status code: ") else {
-        let after = |phrase| what.rsplit_once(phrase).map(|(_, after)| after);
-        let why = after("client error (Connect): ").or_else(|| after("error sending request: "));
-        let why = why.or_else(|| what.strip_prefix("HTTP error: ")).unwrap_or(what);
-        return match why.strip_prefix(ANSWERED) {
-            Some(rest) => format!("{ANSWERED} of {server}{rest}"),
-            None => format!("no answer from {server}: {why}"),
-        };
-    };
-    let (status, page) = answer.split_once(": ").unwrap_or((answer, ""));
-    let element = |name: &str| {
-        let (_, rest) = page.split_once(&format!("<{name}>"))?;
-        rest.split_once(&format!("</{name}>")).map(|(text, _)| text)
-    };
-    let mut said: Vec<_> = [element("Code"), element("Message")].into_iter().flatten().collect();
-    if said.is_empty() && !page.contains('<') && !page.is_empty() {
-        said.push(page);
-    }
-    let said: String = said.join(", ").chars().take(MOST_QUOTED).collect();
-    format!("{server} answers {status}{}{said}", if said.is_empty() { "" } else { ": " })
-}
-
-/// Characters of a server's answer that a message quotes at the most.
-pub const MOST_QUOTED: usize = 300;
-
 /// A URL that leads to an object without further keys.
-pub async fn sign(bucket: &str, key: &str, settings: &settings::Store, network: &Network) -> Result<String> {
+pub async fn sign(bucket: &str, key: &str, settings: &Place, network: &Network) -> Result<String> {
     let attempted = || format!("sign a URL of s3://{bucket}/{key}");
     let path = Path::parse(key).attempt(attempted)?;
     let (builder, _) = s3(bucket, settings, network)?;
@@ -525,7 +478,7 @@ pub async fn sign(bucket: &str, key: &str, settings: &settings::Store, network: 
 }
 
 /// What a bucket is opened with.
-fn s3(bucket: &str, settings: &settings::Store, network: &Network) -> Result<(AmazonS3Builder, Connector)> {
+fn s3(bucket: &str, settings: &Place, network: &Network) -> Result<(AmazonS3Builder, Connector)> {
     let Some((access, secret)) = &settings.keys else {
         return Err(Error::bad_input(
             "S3_ACCESS_KEY and S3_SECRET_KEY, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, are not set: expected the store's keys",
@@ -614,44 +567,10 @@ mod tests {
     }
 
     #[test]
-    fn a_message_tells_the_cause_of_a_stores_error_once() {
-        let request = "Error performing PUT http://s3:9000/b/k?partNumber=1 in 1.07s, after 5 retries, max_retries: 50, retry_timeout: 1s ";
-        let page = "<?xml version=\"1.0\"?><Error><Code>AccessDenied</Code><Message>No.</Message><Key>k</Key></Error>";
-        for (what, wanted) in [
-            (
-                format!("- Server returned non-2xx status code: 403 Forbidden: {page}"),
-                "answers 403 Forbidden: AccessDenied, No.",
-            ),
-            (
-                "- Server returned non-2xx status code: 502 Bad Gateway: <html>x</html>".into(),
-                "answers 502 Bad Gateway",
-            ),
-            (
-                "- Server returned non-2xx status code: 500 Internal Server Error: full".into(),
-                "answers 500 Internal Server Error: full",
-            ),
-        ] {
-            assert_eq!(told(&format!("{request}{what}")), format!("http://s3:9000 {wanted}"));
-        }
-        let refused =
-            "- HTTP error: error sending request: client error (Connect): tcp connect error: Connection refused";
-        assert_eq!(
-            told(&format!("{request}{refused}")),
-            "no answer from http://s3:9000: tcp connect error: Connection refused"
-        );
-        let ours = failure("k", std::io::Error::other("no space"));
-        assert_eq!(cause(&ours), "no space");
-        assert_eq!(
-            cause(&failure("k", std::io::Error::from_raw_os_error(2))),
-            "No such file or directory (os error 2)"
-        );
-    }
-
-    #[test]
     fn several_jobs_may_try_one_store_at_a_time() {
         let dir = tempfile::tempdir().unwrap();
         let variables = [("IMAGE_STORE".into(), dir.path().as_os_str().to_owned())];
-        let settings = settings::Settings::read(None, variables).unwrap();
+        let settings = crate::publish::settings::Settings::read(None, variables).unwrap();
         let try_often = || {
             let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
             (0..3000).try_for_each(|_| runtime.block_on(Store::check(&settings.store, &settings.network)).map(|_| ()))

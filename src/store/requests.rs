@@ -14,8 +14,8 @@ use object_store::client::{
 };
 use reqwest::Method;
 
-use crate::ims::client::SHORTEST;
-use crate::publish::settings::Network;
+use crate::transfer::SHORTEST;
+use crate::transfer::network::Network;
 use crate::transfer::{MOST_COMPLAINED, PAUSE, in_full, is_passing, without_query};
 
 /// No answer to a request of ours is longer, in bytes: objects are fetched otherwise.

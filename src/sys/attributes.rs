@@ -7,10 +7,11 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, FileType, Gid, Mode, Stat, Timespec, Timestamps, Uid, XattrFlags};
+use rustix::fs::{AtFlags, FileType, Gid, Mode, Stat, Uid, XattrFlags};
 use rustix::io::Errno;
 
 use crate::sys::tree::Tree;
+use crate::sys::tree::times;
 
 /// The kernel lets an attribute, and all names of them, be so long.
 const LONGEST: usize = 64 << 10;
@@ -101,13 +102,4 @@ pub fn user(number: u32) -> Option<Uid> {
 /// The group of this number; see [`user`].
 pub fn group(number: u32) -> Option<Gid> {
     (number != u32::MAX).then(|| Gid::from_raw(number))
-}
-
-/// Times of access and modification, as a call takes them.
-pub fn times(found: &Stat) -> Timestamps {
-    let time = |tv_sec, nanoseconds: u64| Timespec { tv_sec, tv_nsec: nanoseconds.cast_signed() };
-    Timestamps {
-        last_access: time(found.st_atime, found.st_atime_nsec),
-        last_modification: time(found.st_mtime, found.st_mtime_nsec),
-    }
 }

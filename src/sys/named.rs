@@ -9,6 +9,7 @@ use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::sys::tree::Tree;
+use std::fs::File;
 
 /// The kernel follows no more on one way (path_resolution(7)).
 const MOST_LINKS: usize = 40;
@@ -96,6 +97,15 @@ pub fn resolve_beginning(named: &Path) -> io::Result<PathBuf> {
 fn is_of_procfs(directory: &Path) -> bool {
     rustix::fs::statfs(directory).is_ok_and(|found| found.f_type == rustix::fs::PROC_SUPER_MAGIC)
 }
+
+/// Returns whether another user can change the content of an open file.
+pub fn can_be_changed(file: &File) -> io::Result<bool> {
+    let found = file.metadata()?;
+    Ok(!is_trusted(found.uid()) || found.mode() & WRITABLE != 0)
+}
+
+/// Bits of a mode with which others than the owner can change a file, or what a directory holds.
+pub const WRITABLE: u32 = 0o022;
 
 #[cfg(test)]
 mod tests {

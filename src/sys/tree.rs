@@ -10,10 +10,11 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags, ResolveFlags, Stat, StatVfsMountFlags};
+use rustix::fs::{
+    AtFlags, FileType, Mode, OFlags, RenameFlags, ResolveFlags, Stat, StatVfsMountFlags, Timespec, Timestamps,
+};
 use rustix::io::Errno;
 
-use crate::sys::attributes;
 use crate::sys::file_kind::FileKind;
 
 /// How often a look-up that raced with a rename or a mount is tried again; the kernel answers EAGAIN then.
@@ -549,7 +550,7 @@ impl Tree {
     pub fn keeping_times<T>(&self, change: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
         let before = rustix::fs::fstat(&self.folder)?;
         let result = change()?;
-        let times = attributes::times(&before);
+        let times = times(&before);
         rustix::fs::utimensat(self.reopen()?, ".", &times, AtFlags::empty())?;
         Ok(result)
     }
@@ -597,6 +598,15 @@ fn own_descriptors() -> io::Result<Option<OwnedFd>> {
     };
     let is_procfs = rustix::fs::fstatfs(&folder)?.f_type == rustix::fs::PROC_SUPER_MAGIC;
     Ok(is_procfs.then_some(folder))
+}
+
+/// Times of access and modification, as a call takes them.
+pub fn times(found: &Stat) -> Timestamps {
+    let time = |tv_sec, nanoseconds: u64| Timespec { tv_sec, tv_nsec: nanoseconds.cast_signed() };
+    Timestamps {
+        last_access: time(found.st_atime, found.st_atime_nsec),
+        last_modification: time(found.st_mtime, found.st_mtime_nsec),
+    }
 }
 
 #[cfg(test)]

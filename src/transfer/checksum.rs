@@ -7,7 +7,8 @@ use md5::{Digest, Md5};
 use sha2::Sha256;
 
 use crate::error::{Attempt, Result};
-use crate::publish::source::can_be_changed;
+use crate::job::variables::{Checked, Reader};
+use crate::sys::named::can_be_changed;
 use crate::sys::tree::Tree;
 use crate::transfer::Work;
 use crate::transfer::progress::Progress;
@@ -118,4 +119,23 @@ fn read_through(work: &Work, mut file: &File, what: &str, mut each: impl FnMut(&
         progress.add(length as u64);
         work.heed()?;
     }
+}
+
+/// A SHA-256.
+pub fn sha256(sum: &str) -> Checked {
+    hexadecimal(sum, 64)
+}
+
+fn hexadecimal(sum: &str, digits: usize) -> Checked {
+    let sum = sum.to_ascii_lowercase();
+    if sum.len() != digits || !sum.bytes().all(|b| b.is_ascii_hexdigit()) {
+        return Err(format!("expected {digits} hexadecimal digits"));
+    }
+    Ok(sum)
+}
+
+/// A checksum of so many hexadecimal digits.
+pub(crate) fn checksum(reader: &mut Reader, variable: &str, digits: usize) -> Option<String> {
+    let sum = reader.text(variable)?;
+    reader.check(variable, &sum, |sum| hexadecimal(sum, digits))
 }

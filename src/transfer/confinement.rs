@@ -337,9 +337,20 @@ fn reach(path: &Path) -> rustix::io::Result<OwnedFd> {
 
 /// Most of what the container has; a program that wants more says so, before the kernel ends whichever process it likes.
 fn memory() -> u64 {
-    (crate::image::packing::all_memory().unwrap_or(0) / 4 * 3).max(1 << 30) + processors() * MEMORY_OF_A_PROCESSOR
+    (all_memory().unwrap_or(0) / 4 * 3).max(1 << 30) + processors() * MEMORY_OF_A_PROCESSOR
 }
 
 fn processors() -> u64 {
     std::thread::available_parallelism().map_or(1, |number| number.get() as u64)
+}
+
+/// Where limits of memory are, in either version of cgroups, as a container sees its own.
+const MEMORY_LIMITS: [&str; 2] = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"];
+
+/// Memory that the container may take of the node's.
+pub fn all_memory() -> Option<u64> {
+    let limits = MEMORY_LIMITS.iter().filter_map(|file| std::fs::read_to_string(file).ok()?.trim().parse().ok());
+    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let total = meminfo.split_whitespace().nth(1).and_then(|kilobytes| kilobytes.parse::<u64>().ok());
+    limits.chain(total.map(|kilobytes| kilobytes << 10)).min()
 }

@@ -2,6 +2,7 @@
 
 pub mod checksum;
 pub mod confinement;
+pub mod network;
 pub mod progress;
 
 use std::cell::{Cell, OnceCell};
@@ -21,11 +22,11 @@ use tokio::runtime::Runtime;
 
 use crate::error::{Attempt, Error, Result};
 use crate::log::redaction;
-use crate::publish::settings::{Network, Validate};
 use crate::sys::poll;
 use crate::sys::process::end_with_us;
 use crate::sys::signals::{Signals, hold_none};
 use crate::transfer::confinement::{Confined, clear_environment};
+use crate::transfer::network::{Network, Validate};
 use reqwest::redirect::Policy;
 use reqwest::{Response, Url};
 
@@ -550,6 +551,12 @@ pub async fn complaint(response: Response) -> String {
 pub fn is_passing(status: reqwest::StatusCode) -> bool {
     status.is_server_error() || [408, 425, 429].contains(&status.as_u16())
 }
+
+/// Characters of a server's answer that a message quotes at the most.
+pub const MOST_QUOTED: usize = 300;
+
+/// A further try has at least this time.
+pub const SHORTEST: Duration = Duration::from_secs(1);
 
 #[cfg(test)]
 mod tests {

@@ -14,15 +14,7 @@ use crate::printable::Printable;
 use crate::sys::file_kind::FileKind;
 use crate::sys::tree::Tree;
 use crate::verdict::Verdict;
-
-/// The sidecar has unpacked the image and written sshd's configuration.
-pub const READY: &str = "ready";
-/// sshd accepts connections.
-pub const SSHD_LISTENING: &str = "sshd_listening";
-/// Nobody writes to the image root any more.
-pub const EXITING: &str = "exiting";
-/// A build from a recipe failed.
-pub const BUILD_FAILED: &str = "build_failed";
+use crate::volume::layout::{CLAIM, READY, RESERVED, SIDECAR_CLAIM};
 
 /// Content of a sidecar's mark for an environment that waits for `ready`, which will not come; the pod's host name stands between. It counts
 /// though it was made before the environment began to wait; other marks from before are an earlier job's.
@@ -39,15 +31,6 @@ pub type Stamp = (u64, i64, u64);
 
 /// How long a signal file can stay unseen at the most where the file system raises no event.
 pub const LOOK_EVERY: Duration = Duration::from_secs(1);
-
-/// Empty files that can become signal files by a rename: the verdict in the parent and in the image, and `exiting`.
-const RESERVED: [&str; 3] = [".ims-sshd.reserve-1", ".ims-sshd.reserve-2", ".ims-sshd.reserve-3"];
-
-/// File that is locked as long as an environment is open on a parent that others than root can read.
-const CLAIM: &str = ".ims-sshd.claim";
-
-/// The same of a sidecar.
-const SIDECAR_CLAIM: &str = ".ims-sshd.sidecar";
 
 /// Keeps other sidecars away.
 pub struct SidecarClaim<'a> {

@@ -11,15 +11,14 @@ use rustix::fs::{AtFlags, StatxFlags};
 use serde_json::{Value, json};
 
 use crate::error::{Attempt, Error, Result};
+use crate::image::kind::{Content, Opened};
+use crate::publish::authentication::Seal;
 use crate::publish::settings::Settings;
-use crate::publish::source::{Content, Opened, Source};
+use crate::publish::source::Source;
 use crate::sys::tree::Tree;
 use crate::transfer::checksum::Expected;
 use crate::transfer::without_query;
-use crate::volume::authentication::Seal;
-
-/// The record, in the image root's parent.
-const FILE: &str = ".ims-sshd.source";
+use crate::volume::layout::SOURCE;
 
 /// Kind of the record, which its seal covers.
 const KIND: &str = "source";
@@ -160,14 +159,14 @@ impl<'a> Record<'a> {
 
     /// Reads the identity; nothing if there is none, or somebody else has written it.
     pub fn read(&self) -> Option<Identity> {
-        let text = String::from_utf8(self.volume.read(FILE, LIMIT).ok()?).ok()?;
+        let text = String::from_utf8(self.volume.read(SOURCE, LIMIT).ok()?).ok()?;
         let line = match &self.seal {
             Some(seal) => seal.open(KIND, &text)?,
             None => &text,
         };
         let fields: Value = serde_json::from_str(line).ok()?;
         let text = |name: &str| fields[name].as_str().map(str::to_owned);
-        let written = self.volume.look(FILE).ok()?.and_then(|found| u64::try_from(found.st_mtime).ok());
+        let written = self.volume.look(SOURCE).ok()?.and_then(|found| u64::try_from(found.st_mtime).ok());
         let written = written.map(|seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds));
         Some(Identity {
             source: text("source")?,
@@ -187,8 +186,8 @@ impl<'a> Record<'a> {
         });
         let line =
             self.seal.as_ref().map_or_else(|| format!("{fields}\n"), |seal| seal.line(KIND, &fields.to_string()));
-        let attempted = || format!("write {}/{FILE}", self.volume.shown().display());
-        self.volume.replace(FILE, line.as_bytes()).attempt(attempted)
+        let attempted = || format!("write {}/{SOURCE}", self.volume.shown().display());
+        self.volume.replace(SOURCE, line.as_bytes()).attempt(attempted)
     }
 
     /// Why one cannot go on with what is at `place`, which is of another source than `source`, or of an unknown one.
@@ -209,7 +208,7 @@ impl<'a> Record<'a> {
 
     /// Removes it, with what it told of.
     pub fn remove(&self) -> Result<()> {
-        self.volume.remove(FILE).attempt(|| format!("remove {}/{FILE}", self.volume.shown().display())).map(|_| ())
+        self.volume.remove(SOURCE).attempt(|| format!("remove {}/{SOURCE}", self.volume.shown().display())).map(|_| ())
     }
 }
 

@@ -10,15 +10,13 @@ use ring::rand::{SecureRandom, SystemRandom};
 use rustix::fs::{AtFlags, OFlags, StatxFlags};
 
 use crate::error::{Attempt, Error, Result};
-use crate::image::packing::open_tree;
 use crate::ims::id::Id;
 use crate::publish::settings::Settings;
 use crate::store;
 use crate::sys::named;
 use crate::sys::tree::Tree;
-
-/// A key in a directory of images, or of our own: whoever can read it can delete what is there as well.
-const KEY: &str = ".ims-sshd.key";
+use crate::volume::layout::KEY;
+use crate::volume::open_tree;
 
 const KEY_LENGTH: usize = 32;
 

@@ -1,0 +1,310 @@
+//! A file or directory that is taken as an image: opened once, and what it is.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use rustix::fs::{FileType, SeekFrom};
+use rustix::io::Errno;
+
+use crate::error::{Attempt, Error, Result};
+use crate::sys::file_kind::FileKind;
+use crate::sys::named;
+use crate::sys::signals::hold_none;
+use crate::sys::tree::Tree;
+use crate::transfer::confinement::clear_environment;
+
+/// A source on this machine, opened once: what was checked is what is unpacked, whatever has its name by then.
+#[derive(Debug)]
+pub struct Opened {
+    /// Its path, for messages.
+    pub shown: PathBuf,
+    /// The open file or directory.
+    pub content: Content,
+}
+
+/// Type of a source.
+#[derive(Debug)]
+pub enum Content {
+    /// An archive or a squashfs.
+    File(File),
+    /// A tree, or a saved image of a container.
+    Directory(Tree),
+}
+
+impl Opened {
+    /// Opens what `path` leads to, through links that no other user can exchange. Its type is looked at first: to open a fifo or a device can
+    /// wait for ever, or act on it.
+    pub fn open(path: &Path) -> Result<Self> {
+        let attempted = || format!("open {}", path.display());
+        let handle = named::open(path).attempt(attempted)?;
+        let found = rustix::fs::fstat(&handle).attempt(attempted)?;
+        let place = format!("/proc/self/fd/{}", handle.as_raw_fd());
+        let shown = std::fs::read_link(&place).attempt(attempted)?;
+        let content = match FileType::from_raw_mode(found.st_mode) {
+            FileType::Directory => Content::Directory(Tree::from_fd(handle)),
+            FileType::RegularFile => Content::File(File::open(place).attempt(attempted)?),
+            _ => {
+                let why = format!("it is {}", FileKind::of(&found));
+                return Err(Error::new(attempted()).because(why).advise("name a regular file or a directory"));
+            }
+        };
+        Ok(Self { shown, content })
+    }
+
+    /// A regular file. `None` for a directory.
+    pub fn file(&self) -> Option<&File> {
+        match &self.content {
+            Content::File(file) => Some(file),
+            Content::Directory(_) => None,
+        }
+    }
+
+    /// The same for which a directory is an error.
+    pub fn into_file(self) -> Result<File> {
+        match self.content {
+            Content::File(file) => Ok(file),
+            Content::Directory(_) => {
+                Err(Error::new(format!("open {}", self.shown.display())).because("it is a directory"))
+            }
+        }
+    }
+
+    /// Returns the type of the file; `None` for a directory. A file of another type, or shorter or longer than it says, is refused.
+    pub fn kind(&self) -> Result<Option<Kind>> {
+        self.file().map(|file| kind_of_file(file, &self.shown.display().to_string(), u64::MAX)).transpose()
+    }
+
+    /// Its size in bytes; 0 for a directory.
+    pub fn size(&self) -> u64 {
+        self.file().and_then(|file| file.metadata().ok()).map_or(0, |found| found.len())
+    }
+}
+
+impl AsFd for Opened {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match &self.content {
+            Content::File(file) => file.as_fd(),
+            Content::Directory(tree) => tree.as_fd(),
+        }
+    }
+}
+
+/// What a file is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// A squashfs, whole.
+    Squashfs,
+    /// A tar archive, with the program that unpacks it first.
+    Tar(Option<&'static str>),
+    /// A cpio archive of the format `newc`, the same.
+    Cpio(Option<&'static str>),
+}
+
+/// What compressed files begin with.
+const COMPRESSED: [(&[u8], &str); 3] =
+    [(&[0x1f, 0x8b], "gzip"), (&[0xfd, b'7', b'z', b'X', b'Z', 0], "xz"), (&[0x28, 0xb5, 0x2f, 0xfd], "zstd")];
+
+/// The magic of a squashfs, and where its size stands in the superblock.
+const SQUASHFS: (&[u8], usize) = (b"hsqs", 40);
+
+/// Positions in the superblock (squashfs_fs.h): the compression's number, the flags, and of these the one of data that is not compressed.
+const SQUASHFS_COMPRESSION: usize = 20;
+
+const SQUASHFS_FLAGS: usize = 24;
+
+const SQUASHFS_PLAIN_DATA: u16 = 1 << 1;
+
+/// Magic numbers of entries of cpio archives: `newc`, without checksums and with them.
+const CPIO: [&[u8]; 2] = [b"070701", b"070702"];
+
+/// Older formats of cpio, which hold no file above 2 or 8 GiB: `odc`, and binary in either byte order.
+const OLD_CPIO: [&[u8]; 3] = [b"070707", b"\xc7\x71", b"\x71\xc7"];
+
+/// A tar archive is made of blocks of this size, and ends with two that are empty.
+const TAR_BLOCK: usize = 512;
+
+/// Looks at an open file, which is called `shown`; a squashfs has at most `padding` bytes of zeros after it. See [`Opened::kind`].
+pub fn kind_of_file(file: &File, shown: &str, padding: u64) -> Result<Kind> {
+    let attempted = || format!("take {shown} as an image");
+    let size = file.metadata().attempt(attempted)?.len();
+    let start = read_up_to(file, TAR_BLOCK).attempt(attempted)?;
+    let refuse = |why: String| Err(Error::new(attempted()).because(why));
+    if start.starts_with(SQUASHFS.0) {
+        let Some(bytes) = start.get(SQUASHFS.1..SQUASHFS.1 + 8) else {
+            return refuse("it is a squashfs cut off in its first block".into());
+        };
+        let used = u64::from_le_bytes(bytes.try_into().unwrap_or_default());
+        return if size < used {
+            refuse(format!("it is cut off: {size} bytes of a squashfs of {used}"))
+        } else if size - used > padding || !is_zero(file, used, size).attempt(attempted)? {
+            // It is padded to the blocks of a device or a tape, with zeros.
+            refuse(format!("something follows it: {size} bytes, and a squashfs of {used}"))
+        } else {
+            Ok(Kind::Squashfs)
+        };
+    }
+    if let Some((_, program)) = COMPRESSED.iter().find(|(magic, _)| start.starts_with(magic)) {
+        let content = uncompressed(file, program).attempt(|| format!("{} with {program}", attempted()))?;
+        return match archive(&content) {
+            Some(Archive::Tar) => Ok(Kind::Tar(Some(program))),
+            Some(Archive::Cpio) => Ok(Kind::Cpio(Some(program))),
+            None => refuse(format!("what {program} has compressed is {}", unknown(&content))),
+        };
+    }
+    match archive(&start) {
+        Some(Archive::Cpio) => return Ok(Kind::Cpio(None)),
+        Some(Archive::Tar) => {}
+        None => return refuse(format!("it is {}", unknown(&start))),
+    }
+    let mut end = [1; 2 * TAR_BLOCK];
+    let at = size.saturating_sub(end.len() as u64);
+    let whole = size.is_multiple_of(TAR_BLOCK as u64) && file.read_exact_at(&mut end, at).is_ok();
+    if !whole || end.iter().any(|&b| b != 0) {
+        return refuse("it is a tar archive that is cut off, or that something follows".into());
+    }
+    Ok(Kind::Tar(None))
+}
+
+/// Compression of the squashfs at `path`, as `IMAGE_COMPRESSION` calls it; nothing of another one, or of another file.
+pub fn compression(path: &Path) -> Option<&'static str> {
+    let start = read_up_to(&File::open(path).ok()?, TAR_BLOCK).ok()?;
+    let number = |at: usize| Some(u16::from_le_bytes(start.get(at..at + 2)?.try_into().ok()?));
+    let (algorithm, flags) = (number(SQUASHFS_COMPRESSION)?, number(SQUASHFS_FLAGS)?);
+    match algorithm {
+        _ if !start.starts_with(SQUASHFS.0) => None,
+        _ if flags & SQUASHFS_PLAIN_DATA != 0 => Some("none"),
+        1 => Some("gzip"),
+        4 => Some("xz"),
+        6 => Some("zstd"),
+        _ => None,
+    }
+}
+
+/// Whether the file is a tar archive without a member, uncompressed: it begins with the zeros that end one.
+pub fn is_empty_tar(file: &File) -> io::Result<bool> {
+    let size = file.metadata()?.len();
+    is_zero(file, 0, size)
+}
+
+enum Archive {
+    Tar,
+    Cpio,
+}
+
+fn archive(start: &[u8]) -> Option<Archive> {
+    if start.get(257..262) == Some(b"ustar") {
+        return Some(Archive::Tar);
+    }
+    CPIO.iter().any(|magic| start.starts_with(magic)).then_some(Archive::Cpio)
+}
+
+fn unknown(start: &[u8]) -> &'static str {
+    if OLD_CPIO.iter().any(|magic| start.starts_with(magic)) {
+        "a cpio archive of an old format; make it with 'cpio -o -H newc'"
+    } else if start.starts_with(SQUASHFS.0) {
+        "a squashfs, which is compressed itself; unpack the file first"
+    } else {
+        "neither a squashfs nor an archive of tar or cpio (plain, or compressed with gzip, xz or zstd)"
+    }
+}
+
+/// First block of a compressed file, uncompressed; less if it is damaged.
+fn uncompressed(file: &File, program: &str) -> io::Result<Vec<u8>> {
+    let mut command = Command::new(program);
+    rustix::fs::seek(file, SeekFrom::Start(0))?;
+    command.arg("-dc").stdin(file.try_clone()?).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut child = hold_none(clear_environment(&mut command)).spawn()?;
+    let mut start = Vec::new();
+    if let Some(out) = child.stdout.take() {
+        out.take(TAR_BLOCK as u64).read_to_end(&mut start)?;
+    }
+    let _ = child.kill();
+    child.wait()?;
+    Ok(start)
+}
+
+/// Whether all from `at` on is zero. Holes are not read.
+fn is_zero(file: &File, mut at: u64, size: u64) -> io::Result<bool> {
+    let mut buffer = vec![0; 1 << 20];
+    while at < size {
+        at = match rustix::fs::seek(file, SeekFrom::Data(at)) {
+            Ok(data) => data,
+            Err(Errno::NXIO) => return Ok(true),
+            Err(e) => return Err(e.into()),
+        };
+        let length = file.read_at(&mut buffer, at)?;
+        if length == 0 || buffer[..length].iter().any(|&b| b != 0) {
+            return Ok(length == 0);
+        }
+        at += length as u64;
+    }
+    Ok(true)
+}
+
+fn read_up_to(file: &File, length: usize) -> io::Result<Vec<u8>> {
+    let mut start = vec![0; length];
+    let mut there = 0;
+    while there < length {
+        match file.read_at(&mut start[there..], there as u64)? {
+            0 => break,
+            read => there += read,
+        }
+    }
+    start.truncate(there);
+    Ok(start)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_what_it_says_no_shorter_and_no_longer() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        let of = |content: &[u8]| {
+            std::fs::write(&path, content).unwrap();
+            Opened::open(&path).unwrap().kind().map(Option::unwrap).map_err(|e| e.to_string())
+        };
+        let mut squashfs = b"hsqs".to_vec();
+        squashfs.resize(5000, 0);
+        squashfs[40..48].copy_from_slice(&4500_u64.to_le_bytes());
+        assert_eq!(of(&squashfs).unwrap(), Kind::Squashfs);
+        assert!(of(&squashfs[..4499]).unwrap_err().contains("cut off"));
+        assert!(of(&squashfs[..20]).unwrap_err().contains("cut off"));
+        squashfs.resize(3 << 20, 0);
+        assert_eq!(of(&squashfs).unwrap(), Kind::Squashfs, "with zeros after it");
+        squashfs.push(1);
+        assert!(of(&squashfs).unwrap_err().contains("something follows"));
+        // A hole of 16 TB is not read.
+        of(&squashfs[..3 << 20]).unwrap();
+        File::options().write(true).open(&path).unwrap().set_len(1 << 43).unwrap();
+        assert_eq!(Opened::open(&path).unwrap().kind().unwrap(), Some(Kind::Squashfs));
+        assert!(of(b"<html>").unwrap_err().contains("neither"));
+        assert!(of(b"").unwrap_err().contains("neither"));
+        let mut tar = vec![0; 2048];
+        tar[257..262].copy_from_slice(b"ustar");
+        assert_eq!(of(&tar).unwrap(), Kind::Tar(None));
+        assert!(of(&tar[..1024]).is_err(), "without its end");
+        let cpio = [&b"070701"[..], &[b'0'; 104]].concat();
+        assert_eq!(of(&cpio).unwrap(), Kind::Cpio(None));
+        assert!(of(b"070707000000").unwrap_err().contains("cpio -o -H newc"));
+        for program in ["gzip", "xz", "zstd"] {
+            let packed = |content: &[u8]| {
+                std::fs::write(&path, content).unwrap();
+                Command::new(program).arg("-c").stdin(File::open(&path).unwrap()).output().unwrap().stdout
+            };
+            assert_eq!(of(&packed(&tar)).unwrap(), Kind::Tar(Some(program)));
+            assert_eq!(of(&packed(&cpio)).unwrap(), Kind::Cpio(Some(program)));
+            assert!(of(&packed(&squashfs)).unwrap_err().contains("unpack the file first"));
+            assert!(of(&packed(b"a text")).unwrap_err().contains("neither"));
+            assert!(of(&packed(&tar)[..8]).unwrap_err().contains("neither"), "cut off in its first block");
+        }
+        tar.extend([7; 512]);
+        assert!(of(&tar).unwrap_err().contains("something follows"));
+    }
+}

@@ -1,0 +1,91 @@
+//! Errors of stores, for a reader.
+
+use crate::log::redaction::without_known;
+use crate::store::requests::ANSWERED;
+use crate::transfer::{MOST_QUOTED, in_full};
+
+/// An error of one's own among those of stores.
+pub fn failure(key: &str, cause: impl std::error::Error + Send + Sync + 'static) -> object_store::Error {
+    let source: Box<dyn std::error::Error + Send + Sync> = Box::new(cause);
+    let is_missing = source.downcast_ref().is_some_and(|e: &std::io::Error| e.kind() == std::io::ErrorKind::NotFound);
+    if is_missing {
+        return object_store::Error::NotFound { path: key.to_owned(), source };
+    }
+    object_store::Error::Generic { store: "the store", source }
+}
+
+/// Cause of a store's error, once and for a reader: the crate names the object, which the message does already, its kinds of errors and its
+/// settings, and quotes a server's whole page.
+pub fn cause(error: &object_store::Error) -> String {
+    let below = std::error::Error::source(error);
+    told(&below.map_or_else(|| in_full(error), in_full))
+}
+
+/// The same of the text of an error of requests: `Error performing METHOD URL in TIME, SETTINGS - WHAT`.
+fn told(text: &str) -> String {
+    // Masked before it is cut, which could leave a part of a secret.
+    let text = &*without_known(text);
+    let parts = text.strip_prefix("Error performing ").and_then(|rest| rest.split_once(" - "));
+    let Some((request, what)) = parts else { return text.to_owned() };
+    let url = request.split_whitespace().nth(1).and_then(|url| reqwest::Url::parse(url).ok());
+    let server = url.map_or_else(|| "the server".into(), |url| url.origin().ascii_serialization());
+    let Some(answer) = what.strip_prefix("Server returned non-2xx status code: ") else {
+        let after = |phrase| what.rsplit_once(phrase).map(|(_, after)| after);
+        let why = after("client error (Connect): ").or_else(|| after("error sending request: "));
+        let why = why.or_else(|| what.strip_prefix("HTTP error: ")).unwrap_or(what);
+        return match why.strip_prefix(ANSWERED) {
+            Some(rest) => format!("{ANSWERED} of {server}{rest}"),
+            None => format!("no answer from {server}: {why}"),
+        };
+    };
+    let (status, page) = answer.split_once(": ").unwrap_or((answer, ""));
+    let element = |name: &str| {
+        let (_, rest) = page.split_once(&format!("<{name}>"))?;
+        rest.split_once(&format!("</{name}>")).map(|(text, _)| text)
+    };
+    let mut said: Vec<_> = [element("Code"), element("Message")].into_iter().flatten().collect();
+    if said.is_empty() && !page.contains('<') && !page.is_empty() {
+        said.push(page);
+    }
+    let said: String = said.join(", ").chars().take(MOST_QUOTED).collect();
+    format!("{server} answers {status}{}{said}", if said.is_empty() { "" } else { ": " })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_tells_the_cause_of_a_stores_error_once() {
+        let request = "Error performing PUT http://s3:9000/b/k?partNumber=1 in 1.07s, after 5 retries, max_retries: 50, retry_timeout: 1s ";
+        let page = "<?xml version=\"1.0\"?><Error><Code>AccessDenied</Code><Message>No.</Message><Key>k</Key></Error>";
+        for (what, wanted) in [
+            (
+                format!("- Server returned non-2xx status code: 403 Forbidden: {page}"),
+                "answers 403 Forbidden: AccessDenied, No.",
+            ),
+            (
+                "- Server returned non-2xx status code: 502 Bad Gateway: <html>x</html>".into(),
+                "answers 502 Bad Gateway",
+            ),
+            (
+                "- Server returned non-2xx status code: 500 Internal Server Error: full".into(),
+                "answers 500 Internal Server Error: full",
+            ),
+        ] {
+            assert_eq!(told(&format!("{request}{what}")), format!("http://s3:9000 {wanted}"));
+        }
+        let refused =
+            "- HTTP error: error sending request: client error (Connect): tcp connect error: Connection refused";
+        assert_eq!(
+            told(&format!("{request}{refused}")),
+            "no answer from http://s3:9000: tcp connect error: Connection refused"
+        );
+        let ours = failure("k", std::io::Error::other("no space"));
+        assert_eq!(cause(&ours), "no space");
+        assert_eq!(
+            cause(&failure("k", std::io::Error::from_raw_os_error(2))),
+            "No such file or directory (os error 2)"
+        );
+    }
+}
