@@ -5,10 +5,13 @@ ARG BASE_IMAGE=debian:bookworm-slim
 
 FROM ${RUST_IMAGE} AS build
 WORKDIR /src
-# The crates are compiled with empty programs, in a layer that a change of the sources leaves as it is.
+# The crates are compiled with empty programs, in a layer that a change of the sources leaves as it is. Of the tests' package cargo reads
+# the manifest; it stays empty.
 COPY .cargo .cargo
 COPY Cargo.toml Cargo.lock ./
-RUN mkdir -p src/bin && touch src/lib.rs && echo 'fn main() {}' | tee src/bin/ims-jail-shell.rs > src/bin/ims-sshd.rs \
+COPY tests/testbed/Cargo.toml tests/testbed/
+RUN mkdir -p src/bin tests/testbed/src && touch src/lib.rs tests/testbed/src/lib.rs \
+    && echo 'fn main() {}' | tee src/bin/ims-jail-shell.rs > src/bin/ims-sshd.rs \
     && cargo build --release --locked --bins
 COPY . .
 # Sources may be older than the empty ones, which cargo would take for up to date.

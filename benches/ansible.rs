@@ -3,9 +3,10 @@
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use testbed::{Environment, succeed};
+
 use crate::environments::{close_all, three_ways};
 use crate::measure::in_turns;
-use crate::support::{Environment, succeed};
 use crate::{Bound, Report, Unit, ratios};
 
 const TASKS: usize = 30;

@@ -1,9 +1,10 @@
 //! `ssh host true`: over a connection that stands, and over new ones.
 
+use testbed::Environment;
+
 use crate::environments::{close_all, three_ways};
 use crate::measure::{differences, in_turns};
 use crate::report::BarChart;
-use crate::support::Environment;
 use crate::{Bound, Report, Unit};
 
 pub fn connections(runs: usize, report: &mut Report) {

@@ -4,11 +4,12 @@ use std::process::Stdio;
 use std::sync::Barrier;
 use std::time::Instant;
 
+use testbed::Environment;
+
 use crate::environments::{close_all, three_ways};
 use crate::measure::{milliseconds, order};
 use crate::report::LineChart;
 use crate::report::statistics::{median, quantile};
-use crate::support::Environment;
 use crate::{Bound, Report, Unit, ratios};
 
 const AT_ONCE: [usize; 4] = [1, 10, 50, 100];

@@ -5,8 +5,7 @@ use std::process::{Child, Command, ExitCode};
 
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::unistd::Pid;
-
-use crate::support::{cache, succeed};
+use testbed::{cache, succeed};
 
 /// Set for the program inside.
 const INSIDE: &str = "IMS_SSHD_BENCH_INSIDE";

@@ -3,19 +3,20 @@
 use std::path::Path;
 use std::process::Command;
 
+use testbed::{Environment, IMS_JAIL_SHELL, IMS_SSHD, Image, Mode};
+
 use crate::environments::{close, installed, least};
 use crate::measure::in_turns;
 use crate::peers::{self, Container, quiet};
 use crate::report::BarChart;
-use crate::support::{Environment, IMS_JAIL_SHELL, IMS_SSHD, Image, Mode};
 use crate::{Bound, Report, Unit, ratios};
 
 pub fn entering(runs: usize, report: &mut Report) {
     let environment = Environment::open(Image::Debian, Mode::Jailed);
     let (folder, root) = (environment.dir.path(), environment.image_root.as_path());
-    let record = environment.state_folder().join("jail");
+    let record = environment.state_directory().join("jail");
     let init = environment.jails_init().to_string();
-    let (helper, least) = (installed(Path::new(IMS_JAIL_SHELL), folder), least(folder));
+    let (helper, least) = (installed(Path::new(&IMS_JAIL_SHELL), folder), least(folder));
     let container = Container::run(root, folder);
 
     let mut enter = quiet(&helper);
@@ -48,7 +49,7 @@ pub fn entering(runs: usize, report: &mut Report) {
 
     let mut nspawn = peers::nspawn(root);
     let mut exec = container.exec("/bin/true");
-    let mut whole = quiet(IMS_SSHD);
+    let mut whole = quiet(&IMS_SSHD);
     whole.arg("enter").arg(root).args(["--", "/bin/true"]);
     let slow = [&mut enter, &mut nspawn, &mut exec, &mut whole];
     let [beside_slow, nspawn, exec, whole] = in_turns(runs * 2, slow);

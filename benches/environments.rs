@@ -8,8 +8,7 @@ use std::process::Command;
 use ims_sshd::sys::poll;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use rustix::event::{PollFd, PollFlags};
-
-use crate::support::{Environment, Image, LIMIT, Mode, Volume, succeed, wait_until};
+use testbed::{Environment, Image, LIMIT, Mode, Volume, succeed, wait_until};
 
 /// An entrypoint that waits for `ready`, all it does beforehand done.
 pub fn waiting(volume: Volume, mode: Mode) -> Environment {

@@ -28,16 +28,6 @@ mod report;
 mod sizes;
 mod transfers;
 
-#[allow(dead_code)]
-#[path = "../tests/publish/file_server.rs"]
-mod file_server;
-#[allow(dead_code)]
-#[path = "../tests/publish/s3_server.rs"]
-mod s3_server;
-#[allow(dead_code)]
-#[path = "../tests/suite/support.rs"]
-mod support;
-
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 

@@ -6,10 +6,10 @@ use std::process::Command;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
+use testbed::{Environment, Image, Mode, Volume, wait_until};
 
 use crate::environments::{Creations, close, waiting};
 use crate::measure::time;
-use crate::support::{Environment, Image, Mode, Volume, wait_until};
 use crate::{Bound, Report, Unit};
 
 /// How many processes write into the image root until the end ends them.

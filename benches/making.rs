@@ -10,13 +10,13 @@ use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
+use testbed::{IMS_JAIL_SHELL, Image, Volume, succeed};
 
 use crate::environments::installed;
 use crate::measure::{order, succeeding, time};
 use crate::peers;
 use crate::report::LineChart;
 use crate::report::statistics::median;
-use crate::support::{IMS_JAIL_SHELL, Image, Volume, succeed};
 use crate::{Bound, Report, Unit, ratios};
 
 /// How many mounts the container has beside its own.
@@ -26,7 +26,7 @@ const NAMES: [&str; 3] = ["ims-jail-shell init until `ready`", "unshare, chroot:
 
 pub fn making(runs: usize, report: &mut Report) {
     let volume = Volume::new(Image::Debian);
-    let helper = installed(Path::new(IMS_JAIL_SHELL), volume.dir.path());
+    let helper = installed(Path::new(&IMS_JAIL_SHELL), volume.dir.path());
     let containers = MOUNTS.map(|count| Container::with(count, &helper, volume.dir.path()));
     let mut samples = [const { [const { Vec::new() }; MOUNTS.len()] }; NAMES.len()];
     for round in 0..=runs * 5 {

@@ -3,10 +3,11 @@
 use std::io::Read;
 use std::process::{Child, Stdio};
 
+use testbed::{Image, Master, Mode, Volume, processes_with, wait_until};
+
 use crate::environments::close;
 use crate::report::LineChart;
 use crate::report::statistics::median;
-use crate::support::{Image, Master, Mode, Volume, processes_with, wait_until};
 use crate::{Bound, Report, Unit};
 
 const SESSIONS: [usize; 6] = [0, 1, 10, 50, 100, 200];
@@ -24,7 +25,7 @@ pub fn memory(_: usize, report: &mut Report) {
     let environment = volume.start(Mode::Jailed).ready();
     let master = environment.master();
     let init = environment.jails_init().as_raw().cast_unsigned();
-    let helper = format!("session {}", environment.state_folder().join("jail").display());
+    let helper = format!("session {}", environment.state_directory().join("jail").display());
     let mut clients = Vec::new();
     let mut lines = [ENTRYPOINT, INIT, HELPER, ADDED].map(|name| (name.to_owned(), Vec::new()));
     let mut without_sessions = 0.0;

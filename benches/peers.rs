@@ -3,8 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use testbed::succeed;
+
 use crate::enclosure::CONTROL_GROUP;
-use crate::support::succeed;
 
 pub fn bwrap(root: &Path) -> Command {
     let mut command = quiet("bwrap");

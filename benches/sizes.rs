@@ -3,9 +3,10 @@
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use testbed::{IMS_JAIL_SHELL, IMS_SSHD, cache, succeed};
+
 use crate::measure::time;
 use crate::peers::{podman, quiet};
-use crate::support::{IMS_JAIL_SHELL, IMS_SSHD, cache, succeed};
 use crate::{Bound, Report, Unit};
 
 /// What `make test` and `make bench` build, and of what; tests/container-images.
@@ -14,7 +15,7 @@ const BASE: &str = "localhost/ims-sshd-test/debian:bookworm-slim";
 const RUST: &str = "localhost/ims-sshd-test/rust:bookworm";
 
 pub fn sizes(runs: usize, report: &mut Report) {
-    for program in [IMS_SSHD, IMS_JAIL_SHELL].map(Path::new) {
+    for program in [&*IMS_SSHD, &*IMS_JAIL_SHELL].map(Path::new) {
         let size = program.metadata().unwrap().len() as f64 / f64::from(1 << 20);
         let name = format!("`{}`, linked statically", program.file_name().unwrap().display());
         report.add(&name, Unit::Mebibytes, vec![size], Bound::Information);

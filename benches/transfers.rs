@@ -4,7 +4,6 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use crate::environments::{close_all, three_ways};
-use crate::support::{Environment, succeed};
 use crate::{Bound, Report, Unit, in_turns, ratios};
 
 const MEBIBYTES: f64 = 512.0;
@@ -17,6 +16,7 @@ enum Load {
     Small,
 }
 use Load::{Large, Small};
+use testbed::{Environment, succeed};
 
 type Client = fn(&Environment, &Path) -> Command;
 

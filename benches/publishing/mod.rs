@@ -5,10 +5,11 @@ use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use testbed::s3_server::Sink;
+use testbed::{IMS_SSHD, cache, free_port, ssh_options, succeed, wait_until};
+
 use crate::measure::{in_turns, ratios, time};
 use crate::peers;
-use crate::s3_server::Sink;
-use crate::support::{IMS_SSHD, cache, free_port, ssh_options, succeed, wait_until};
 use crate::{Bound, Report, Unit};
 
 /// Of the image whose size does not matter to an overlay, and of the one that is uploaded.
@@ -76,7 +77,7 @@ fn mounted(parent: &Path, squashfs: &Path) -> f64 {
         "sh",
         "-c",
         "echo; read go; $0 prepare --open overlay $1 $2 2> /dev/null; echo; read end",
-        IMS_SSHD,
+        &*IMS_SSHD,
     ]);
     shell.args([parent, squashfs]).stdin(Stdio::piped()).stdout(Stdio::piped());
     let mut shell = shell.spawn().unwrap();
@@ -100,7 +101,7 @@ fn packing(dir: &Path, rounds: usize, report: &mut Report) {
         std::fs::write(tree.join(file), "").unwrap();
     }
     let archive = dir.join("packed.sqsh");
-    let mut ours = quiet(IMS_SSHD);
+    let mut ours = quiet(&IMS_SSHD);
     ours.args(["package", "--archive"]).args([&archive, &tree]);
     let mut bare = quiet("sh");
     let processors = std::thread::available_parallelism().unwrap().to_string();
@@ -113,7 +114,7 @@ fn packing(dir: &Path, rounds: usize, report: &mut Report) {
 
 fn uploading(dir: &Path, squashfs: &Path, rounds: usize, report: &mut Report) {
     let sink = Sink::start();
-    let mut ours = quiet(IMS_SSHD);
+    let mut ours = quiet(&IMS_SSHD);
     ours.args(["upload", "--archive"]).arg(squashfs).arg(dir.join("debian")).current_dir(dir).envs(sink.variables());
     let endpoint = &sink.variables()[0].1;
     let mut curl = quiet("curl");
@@ -145,7 +146,7 @@ fn customizing(dir: &Path, rounds: usize, report: &mut Report) {
                     .success()
             );
         };
-        let mut customize = quiet(IMS_SSHD);
+        let mut customize = quiet(&IMS_SSHD);
         customize.arg("customize").arg(dir.join("packed.sqsh")).arg("--output").arg(dir.join("store"));
         customize.arg("--work").arg(dir.join("work")).arg("--authorized-key").arg(key.with_extension("pub"));
         customize.args(["--port", &port.to_string()]);

@@ -4,4 +4,3 @@ mod documents;
 mod makefile;
 mod manifests;
 mod opened;
-mod rendered;

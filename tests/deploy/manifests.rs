@@ -4,8 +4,7 @@ use std::path::Path;
 
 use ims_sshd::environment::stage::Stage;
 use serde_json::Value;
-
-use crate::rendered::{containers, manifests, rendered_for};
+use testbed::rendered::{containers, manifests, rendered_for};
 
 /// Manifests of a customize job, and all that hold a job.
 const CUSTOMIZE: [&str; 5] = ["base", "variants/ordinary", "variants/user-namespace", "variants/kata", "variants/ims"];

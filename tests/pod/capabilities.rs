@@ -12,10 +12,10 @@ use std::time::Duration;
 use ims_sshd::pod::pod_files::SSHD_CONFIG;
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use testbed::rendered::manifests;
+use testbed::{repository, ssh_options, text};
 
 use crate::podman::*;
-use crate::rendered::manifests;
-use crate::support::{ssh_options, text};
 
 /// A container of a manifest, and what tells whether it has what it needs: nothing, or what went wrong.
 struct Kind {

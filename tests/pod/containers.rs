@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use tempfile::TempDir;
+use testbed::{repository, ssh_options};
 
 use crate::podman::*;
-use crate::support::ssh_options;
 
 /// A kind of container: what it is called, podman's options, and the first user of the machine that it has as root.
 struct Kind {

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeSet;
 
+use testbed::repository;
+
 use crate::podman::*;
 
 #[test]

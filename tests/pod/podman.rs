@@ -4,14 +4,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ims_sshd::pod::pod_files::SSHD_CONFIG;
 use serde_json::{Value, json};
 use tempfile::TempDir;
-
-use crate::rendered::manifests;
-use crate::support::ssh_options;
+use testbed::rendered::manifests;
+use testbed::{cache_directory, repository, ssh_options, wait_within};
 
 pub const IMAGE: &str = "localhost/ims-sshd-test/ims-sshd:latest";
 pub const BASE: &str = "localhost/ims-sshd-test/debian:bookworm-slim";
@@ -22,8 +21,7 @@ const LIMIT: Duration = Duration::from_mins(3);
 
 /// Where `make test` keeps what is costly to make.
 pub fn cache() -> PathBuf {
-    let path = std::env::var_os("IMS_SSHD_CACHE")
-        .map_or_else(|| PathBuf::from(std::env::var_os("HOME").expect("HOME")).join(".cache/ims-sshd"), PathBuf::from);
+    let path = cache_directory();
     let path = std::fs::canonicalize(&path).unwrap_or(path);
     assert!(
         path.join("containers/busybox.sqsh").exists(),
@@ -31,10 +29,6 @@ pub fn cache() -> PathBuf {
         path.display()
     );
     path
-}
-
-pub fn repository() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
 pub fn podman(arguments: &[&str]) -> Command {
@@ -286,12 +280,8 @@ impl Drop for Pod {
     }
 }
 
-pub fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
-    let began = Instant::now();
-    while !holds() {
-        assert!(began.elapsed() < LIMIT, "waited {} s in vain for {what}", LIMIT.as_secs());
-        std::thread::sleep(Duration::from_millis(50));
-    }
+pub fn wait_until(what: &str, holds: impl FnMut() -> bool) {
+    wait_within(LIMIT, what, holds);
 }
 
 /// The paths in a packed image, with what they are.

@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
+use testbed::file_server::{Fault, FileServer};
+use testbed::ims_server::ImsServer;
+use testbed::s3_server::Bucket;
+use testbed::{job, repository};
 
-use crate::file_server::{Fault, FileServer};
-use crate::ims_server::ImsServer;
-use crate::job;
 use crate::podman::*;
-use crate::s3_server::Bucket;
 
 /// What CFS does at its end: asks for it and hangs up at once.
 const GOODBYE: &str = "

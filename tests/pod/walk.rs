@@ -6,12 +6,12 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use ims_sshd::pod::pod_files::SSHD_CONFIG;
+use testbed::ims_server::ImsServer;
+use testbed::s3_server::Bucket;
+use testbed::tls_server::{Tls, certificates, port_of};
+use testbed::{job, repository};
 
-use crate::ims_server::ImsServer;
-use crate::job;
 use crate::podman::*;
-use crate::s3_server::Bucket;
-use crate::tls_server::{Tls, certificates, port_of};
 
 /// The page's commands, block by block.
 fn blocks(page: &str) -> Vec<&str> {

@@ -17,9 +17,9 @@ use nix::sys::ptrace::{self, Event, Options};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
+use testbed::{Image, Mode, Volume};
 
 use crate::podman::{IMAGE, podman, succeed};
-use crate::support::{Image, Mode, Volume};
 
 /// Without those that the program takes twice to start and end when it does nothing: the C library's start depends on the processor.
 const INSTRUCTIONS: u64 = 81_000;

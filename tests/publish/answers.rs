@@ -11,10 +11,9 @@ use ims_sshd::sys::process::output_within;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
-
-use crate::ims_server::JOB;
-use crate::job::*;
-use crate::support::*;
+use testbed::ims_server::JOB;
+use testbed::job::*;
+use testbed::*;
 
 /// Answers each request with what `answer_to` makes of "METHOD /path" and the request's head; `None` is an answer without end.
 pub fn serve(answer_to: impl Fn(&str, &str) -> (u16, Option<String>) + Send + Sync + 'static) -> String {
@@ -87,7 +86,7 @@ fn answers_without_end_are_cut_off() {
         ("GET /jobs", 200, "longer than 4 MiB"),
         ("GET /jobs", 403, "the server answers 403"),
     ] {
-        let dir = folder();
+        let dir = directory();
         let server = serve(move |asked, _| match asked {
             asked if asked.starts_with(endless) => (status, None),
             "POST /token" => token(),
@@ -103,7 +102,7 @@ fn answers_without_end_are_cut_off() {
 
 #[test]
 fn a_token_that_no_header_may_hold_is_refused_at_once() {
-    let dir = folder();
+    let dir = directory();
     let server = serve(|asked, _| match asked {
         "POST /token" => (200, Some(json!({"access_token": "a\r\nx: b", "expires_in": 60}).to_string())),
         _ => (200, Some("{}".into())),
@@ -118,7 +117,7 @@ fn a_token_that_no_header_may_hold_is_refused_at_once() {
 
 #[test]
 fn a_signal_ends_a_download_without_end() {
-    let dir = folder();
+    let dir = directory();
     let (reading, read) = std::sync::mpsc::channel();
     let reading = std::sync::Mutex::new(reading);
     let server = serve(move |_, _| {
@@ -136,7 +135,7 @@ fn a_signal_ends_a_download_without_end() {
 fn credentials_that_a_server_sends_back_are_in_no_message() {
     for format in ["text", "json"] {
         for wrong in ["POST /token", "GET /jobs", "PATCH /jobs", "PUT", ""] {
-            let dir = folder();
+            let dir = directory();
             let server = serve(move |asked, head| {
                 let known = if asked == "POST /token" { "" } else { TOKEN };
                 let all = format!("{head} {SECRET} {KEY} {} {known}", STANDARD.encode(format!("admin:{SECRET}")));

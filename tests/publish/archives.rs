@@ -4,9 +4,10 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use crate::job::*;
+use testbed::job::*;
+use testbed::*;
+
 use crate::prepare::{is_empty, refused, same_tree};
-use crate::support::*;
 
 fn prepare(parent: &Path, source: &Path) -> Output {
     ims_sshd(&["prepare", &parent.display().to_string(), &source.display().to_string()], &[]).output().unwrap()
@@ -42,7 +43,7 @@ RUN rm -rf /a /gone /sticky && mkdir /a && touch /a/only && ln -s a /sticky && m
 
 #[test]
 fn a_saved_container_image_is_unpacked_layer_by_layer_as_podman_mounts_it() {
-    let dir = folder();
+    let dir = directory();
     let place = dir.path();
     succeed(Command::new("tar").arg("-cf").arg(place.join("tree.tar")).arg("-C").arg(cache().join("busybox")).arg("."));
     std::fs::write(place.join("Containerfile"), CONTAINERFILE).unwrap();
@@ -91,7 +92,7 @@ fn a_saved_container_image_is_unpacked_layer_by_layer_as_podman_mounts_it() {
 
 #[test]
 fn a_hostile_layer_writes_and_removes_nothing_outside_the_root() {
-    let dir = folder();
+    let dir = directory();
     let outside = dir.path().join("outside");
     std::fs::create_dir(&outside).unwrap();
     std::fs::write(outside.join("secret"), "secret").unwrap();
@@ -164,7 +165,7 @@ with tarfile.open(archive, 'w') as tar:
 
 #[test]
 fn a_cpio_archive_becomes_the_same_tree() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     std::fs::hard_link(tree.join("etc/passwd"), tree.join("etc/second-name")).unwrap();
     symlink("/etc/passwd", tree.join("absolute")).unwrap();
@@ -202,7 +203,7 @@ fn a_cpio_archive_becomes_the_same_tree() {
 
 #[test]
 fn absolute_names_in_a_tar_archive_are_taken_below_the_root_as_tar_does() {
-    let dir = folder();
+    let dir = directory();
     let tree = dir.path().join("tree");
     std::fs::create_dir_all(tree.join("etc")).unwrap();
     std::fs::write(tree.join("etc/file"), "content").unwrap();
@@ -227,7 +228,7 @@ fn absolute_names_in_a_tar_archive_are_taken_below_the_root_as_tar_does() {
 
 #[test]
 fn a_squashfs_with_zeros_after_it_is_taken() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     let squashfs = squashfs_of(&tree);
     let size = std::fs::metadata(&squashfs).unwrap().len().next_multiple_of(1 << 20) + (1 << 20);

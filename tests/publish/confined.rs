@@ -8,8 +8,8 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use crate::job::*;
-use crate::support::*;
+use testbed::job::*;
+use testbed::*;
 
 /// Prints `NAME: done` or `NAME: ERROR` of each try. $0 is the program, the first argument that is no option need not be used.
 const TRIES: &str = r#"#!/usr/bin/python3
@@ -81,7 +81,7 @@ struct Place {
 
 impl Place {
     fn new(program: &str, script: &str) -> Self {
-        let dir = folder();
+        let dir = directory();
         for name in ["programs", "outside"] {
             std::fs::create_dir(dir.path().join(name)).unwrap();
         }
@@ -184,7 +184,7 @@ fn a_hostile_unpacker_is_confined_without_privileges_as_far_as_can_be_and_the_lo
     let place = Place::new("unsquashfs", &format!("{TRIES}{IMAGE_ROOT}"));
     let image = squashfs_header(&place);
     let mut prepare = Command::new("setpriv");
-    prepare.args(["--bounding-set", "-sys_admin", IMS_SSHD, "prepare"]).arg(place.path("parent")).arg(&image);
+    prepare.args(["--bounding-set", "-sys_admin", &*IMS_SSHD, "prepare"]).arg(place.path("parent")).arg(&image);
     let output = place.run(&mut prepare);
     assert!(output.status.success(), "{output:?}");
     let results = ended(&output);
@@ -211,7 +211,7 @@ fn without_a_capability_that_keeps_attributes_nothing_is_unpacked() {
     ] {
         let parent = tempfile::tempdir_in(place.dir.path()).unwrap();
         let mut prepare = Command::new("setpriv");
-        prepare.args(["--bounding-set", &format!("-{capability}"), IMS_SSHD, "prepare", "--open", open]);
+        prepare.args(["--bounding-set", &format!("-{capability}"), &*IMS_SSHD, "prepare", "--open", open]);
         let output = place.run(prepare.arg(parent.path()).arg(&squashfs));
         let said = text(&output.stderr);
         if capability == "mknod" || open == "overlay" {
@@ -303,7 +303,7 @@ fn an_unpacker_that_says_or_writes_without_end_is_ended() {
             "-c",
             "mount -t tmpfs -o size=100m tmpfs small; exec \"$@\"",
             "sh",
-            IMS_SSHD,
+            &*IMS_SSHD,
             "prepare",
         ]);
         let output = place.run(command.arg(place.path("small/parent")).arg(&image));
@@ -322,7 +322,7 @@ fn listing(tree: &Path) -> String {
 
 #[test]
 fn real_archives_keep_devices_attributes_capabilities_owners_and_links() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     let script = "cd $0; mkdir -p usr dev etc/closed; mknod dev/null c 1 3; mknod dev/disk b 7 0; mkfifo fifo; echo one > usr/one; ln usr/one etc/two; \
                   chown 1234:4321 usr/one; chmod 4751 usr/one; cp bin/busybox usr/capable; setcap cap_net_raw+ep usr/capable; \

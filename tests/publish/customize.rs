@@ -6,11 +6,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use ims_sshd::volume::state_directory::name_for;
-
-use crate::file_server::{Fault, FileServer};
-use crate::job::*;
-use crate::s3_server::{Bucket, Closed, Gate};
-use crate::support::*;
+use testbed::file_server::{Fault, FileServer};
+use testbed::job::*;
+use testbed::s3_server::{Bucket, Closed, Gate};
+use testbed::*;
 
 /// A script that changes the image and marks it.
 fn script(dir: &Path, verdict: &str) -> PathBuf {
@@ -35,7 +34,7 @@ pub fn nothing_stays(dir: &Path) {
 
 #[test]
 fn what_is_refused_before_the_environment_opens_leaves_no_directory_of_it() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     let squashfs = squashfs_of(&tree);
     for (sources, arguments, variable, reason) in [
@@ -64,7 +63,7 @@ fn what_is_refused_before_the_environment_opens_leaves_no_directory_of_it() {
 
 #[test]
 fn every_kind_of_source_is_opened_changed_and_published() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     let squashfs = squashfs_of(&tree);
     let tar = dir.path().join("image.tar.gz");
@@ -99,7 +98,7 @@ fn every_kind_of_source_is_opened_changed_and_published() {
 
 #[test]
 fn an_image_marked_failed_is_not_published() {
-    let dir = folder();
+    let dir = directory();
     let squashfs = squashfs_of(&image(dir.path())).display().to_string();
     let store = dir.path().join("out");
     let output = customize(dir.path(), &squashfs, store.to_str().unwrap(), "failed", &[]);
@@ -110,7 +109,7 @@ fn an_image_marked_failed_is_not_published() {
 
 #[test]
 fn what_was_changed_is_kept_when_it_could_not_be_published() {
-    let dir = folder();
+    let dir = directory();
     let bucket = Bucket::new();
     let squashfs = squashfs_of(&image(dir.path())).display().to_string();
     let mut variables = bucket.variables();
@@ -142,7 +141,7 @@ fn changes_are_kept_when_a_signal_or_a_failing_script_ends_customize_before_a_ve
         ("kill -KILL $$", 1),
         ("mkdir $IMAGE_ROOT_PARENT/failed", 1),
     ] {
-        let dir = folder();
+        let dir = directory();
         let squashfs = squashfs_of(&image(dir.path())).display().to_string();
         let ending = dir.path().join("ending");
         std::fs::write(&ending, format!("{change}; {end}\n")).unwrap();
@@ -169,7 +168,7 @@ fn changes_are_kept_when_a_signal_or_a_failing_script_ends_customize_before_a_ve
 
 #[test]
 fn what_was_published_in_part_is_taken_back_when_the_image_is_given_up() {
-    let dir = folder();
+    let dir = directory();
     let (bucket, gate) = (Bucket::new(), Gate::start(0, Closed::Silent));
     let tree = image(dir.path());
     let random = feed(Command::new("head").args(["-c", "20M", "/dev/urandom"]), b"").stdout;
@@ -194,7 +193,7 @@ fn what_was_published_in_part_is_taken_back_when_the_image_is_given_up() {
 
 #[test]
 fn a_customization_that_was_killed_while_it_was_open_is_gone_on_with() {
-    let dir = folder();
+    let dir = directory();
     let squashfs = squashfs_of(&image(dir.path())).display().to_string();
     let boot = [("KERNEL_FILENAME", "vmlinuz".into()), ("INITRD_FILENAME", "initrd".into())];
     let first = dir.path().join("first");
@@ -215,7 +214,7 @@ fn a_customization_that_was_killed_while_it_was_open_is_gone_on_with() {
 
 #[test]
 fn nothing_is_left_of_a_killed_customization_when_enter_has_gone_on_with_it() {
-    let dir = folder();
+    let dir = directory();
     let squashfs = squashfs_of(&image(dir.path())).display().to_string();
     for answer in ["--yes", "--discard"] {
         let mut command = ims_sshd(&["customize", &squashfs, "--output", "out", "--work", "work"], &[]);
@@ -239,7 +238,7 @@ fn nothing_is_left_of_a_killed_customization_when_enter_has_gone_on_with_it() {
 
 #[test]
 fn an_image_that_nobody_boots_is_published_without_a_kernel() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     std::fs::remove_dir_all(tree.join("boot")).unwrap();
     let squashfs = squashfs_of(&tree).display().to_string();
@@ -258,7 +257,7 @@ const AS_ON_A_DISK: &str = "set -e\ncd $IMAGE_ROOT_PARENT/image-root\n\
 
 #[test]
 fn a_mounted_source_takes_directory_renames_and_changes_to_hard_links_as_a_disk_does() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     for name in ["opt/old/in", "srv", "usr"] {
         std::fs::create_dir_all(tree.join(name)).unwrap();
@@ -305,7 +304,7 @@ fn late_failed_mark_is_not_published() {
     for (number, (plain, mark)) in
         [(false, "failed"), (false, "image-root/tmp/failed"), (true, "failed")].into_iter().enumerate()
     {
-        let dir = folder();
+        let dir = directory();
         let tree = image(dir.path());
         let squashfs = squashfs_of(&tree).display().to_string();
         let lines = format!(
@@ -327,7 +326,7 @@ fn late_failed_mark_is_not_published() {
 
 #[test]
 fn other_users_reach_nothing_of_an_image_that_is_customized() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     std::fs::write(tree.join("etc/shadow"), "root:secret:::::::\n").unwrap();
     std::fs::set_permissions(tree.join("bin/busybox"), Permissions::from_mode(0o4755)).unwrap();
@@ -350,7 +349,7 @@ fn other_users_reach_nothing_of_an_image_that_is_customized() {
     let customize = |output: &str| {
         let named = [("KERNEL_FILENAME", "vmlinuz"), ("INITRD_FILENAME", "initrd"), ("TMPDIR", "/tmp")];
         let mut command = Command::new("unshare");
-        command.args(["-m", "sh", "-c", run, IMS_SSHD]).arg(&squashfs).arg(output).arg(&script).envs(named);
+        command.args(["-m", "sh", "-c", run, &*IMS_SSHD]).arg(&squashfs).arg(output).arg(&script).envs(named);
         let output = command.current_dir(dir.path()).output().unwrap();
         let said = text(&output.stdout) + &text(&output.stderr);
         let reached: Vec<_> = said.split("nobody reads ").skip(1).map(|rest| rest.lines().next().unwrap()).collect();
@@ -373,7 +372,7 @@ fn other_users_reach_nothing_of_an_image_that_is_customized() {
 
 #[test]
 fn a_work_directory_that_others_can_exchange_is_refused() {
-    let dir = folder();
+    let dir = directory();
     let place = |name: &str, mode: u32, owner: u32| {
         let path = dir.path().join(name);
         std::fs::create_dir_all(&path).unwrap();
@@ -449,7 +448,7 @@ fn a_work_directory_that_others_can_exchange_is_refused() {
 
 #[test]
 fn a_second_customization_of_the_same_source_is_told_of_the_first() {
-    let dir = folder();
+    let dir = directory();
     let squashfs = squashfs_of(&image(dir.path())).display().to_string();
     let fifo = dir.path().join("fifo");
     nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
@@ -471,7 +470,7 @@ fn a_second_customization_of_the_same_source_is_told_of_the_first() {
 /// Whatever can be known before the work is known before it.
 #[test]
 fn what_cannot_be_published_or_logged_into_is_refused_before_the_environment_opens() {
-    let dir = folder();
+    let dir = directory();
     let squashfs = squashfs_of(&image(dir.path()));
     let file = |name: &str, text: &str| {
         std::fs::write(dir.path().join(name), text).unwrap();
@@ -493,7 +492,7 @@ fn what_cannot_be_published_or_logged_into_is_refused_before_the_environment_ope
         // Half of the image fits, and root writes to what is mounted for reading only as little as others do.
         let mounts = "mount -t tmpfs -o size=500k tmpfs small; mkdir -m 700 ro; mount --bind ro ro; mount -o remount,bind,ro ro; exec \"$@\"";
         command
-            .args(["-m", "sh", "-c", mounts, "sh", IMS_SSHD, "customize"])
+            .args(["-m", "sh", "-c", mounts, "sh", &*IMS_SSHD, "customize"])
             .arg(&squashfs)
             .args(["--host-script"])
             .arg(&script);
@@ -536,7 +535,7 @@ fn what_cannot_be_published_or_logged_into_is_refused_before_the_environment_ope
 
 #[test]
 fn a_program_that_is_not_installed_is_missed_before_anything_opens_and_named_with_its_package() {
-    let dir = folder();
+    let dir = directory();
     let squashfs = squashfs_of(&image(dir.path()));
     let path = dir.path().join("bin");
     std::fs::create_dir(&path).unwrap();

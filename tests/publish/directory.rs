@@ -4,9 +4,10 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
+use testbed::job::*;
+use testbed::*;
+
 use crate::customize::nothing_stays;
-use crate::job::*;
-use crate::support::*;
 
 /// A tree that boots, with a file of two names, and what `run` needs to tell whether it was changed.
 fn tree(dir: &Path) -> PathBuf {
@@ -45,7 +46,7 @@ const CUSTOMIZE: [&str; 4] = ["customize", "tree", "--work", "work"];
 
 #[test]
 fn changes_to_a_directory_are_applied_once_it_is_complete_and_keep_all_that_it_has() {
-    let dir = folder();
+    let dir = directory();
     let tree = tree(dir.path());
     let links = std::fs::metadata(tree.join("usr/one")).unwrap().nlink();
     let output = run(dir.path(), &[&CUSTOMIZE[..], &["--", "sh", "-c", CHANGES]].concat());
@@ -69,7 +70,7 @@ fn changes_to_a_directory_are_applied_once_it_is_complete_and_keep_all_that_it_h
 
 #[test]
 fn a_directory_that_is_given_up_is_as_it_was() {
-    let dir = folder();
+    let dir = directory();
     let tree = tree(dir.path());
     let before = state(&tree);
     let script = dir.path().join("script");
@@ -96,7 +97,7 @@ fn a_directory_that_is_given_up_is_as_it_was() {
 
 #[test]
 fn changes_to_a_directory_are_kept_when_nobody_decides_and_gone_on_with() {
-    let dir = folder();
+    let dir = directory();
     let tree = tree(dir.path());
     let before = state(&tree);
     let failed = run(dir.path(), &[&CUSTOMIZE[..], &["--", "sh", "-c", "echo 1 > /etc/first; exit 3"]].concat());
@@ -122,7 +123,7 @@ fn changes_to_a_directory_are_kept_when_nobody_decides_and_gone_on_with() {
 
 #[test]
 fn an_application_that_was_killed_is_ended_by_the_same_command_and_nothing_else_is_done_before() {
-    let dir = folder();
+    let dir = directory();
     let tree = tree(dir.path());
     let lines = format!("{CHANGES}; exit 3");
     let kept = run(dir.path(), &[&CUSTOMIZE[..], &["--", "sh", "-c", &lines]].concat());
@@ -153,7 +154,7 @@ fn an_application_that_was_killed_is_ended_by_the_same_command_and_nothing_else_
 
 #[test]
 fn an_application_that_was_killed_is_given_up_by_fresh() {
-    let dir = folder();
+    let dir = directory();
     let tree = tree(dir.path());
     let before = state(&tree);
     let kept = run(dir.path(), &[&CUSTOMIZE[..], &["--", "sh", "-c", &format!("{CHANGES}; exit 3")]].concat());
@@ -185,7 +186,7 @@ fn fail(dir: &Path) -> String {
 
 #[test]
 fn fail_gives_up_an_application_that_was_killed_and_says_that_a_part_is_applied() {
-    let dir = folder();
+    let dir = directory();
     let tree = tree(dir.path());
     keep(dir.path());
     begun(dir.path(), &tree);
@@ -198,7 +199,7 @@ fn fail_gives_up_an_application_that_was_killed_and_says_that_a_part_is_applied(
 
 #[test]
 fn fail_says_that_a_directory_is_not_there_and_clears_what_is_known_of_it() {
-    let dir = folder();
+    let dir = directory();
     let tree = tree(dir.path());
     keep(dir.path());
     std::fs::rename(&tree, dir.path().join("renamed")).unwrap();
@@ -223,7 +224,7 @@ fn fail_says_that_a_directory_is_not_there_and_clears_what_is_known_of_it() {
 
 #[test]
 fn changes_are_applied_to_the_directory_that_was_opened_whatever_has_its_path_by_then() {
-    let dir = folder();
+    let dir = directory();
     let tree = tree(dir.path());
     let mut customize =
         ims_sshd(&[&CUSTOMIZE[..], &["--", "sh", "-c", "echo 1 > /etc/new; echo ready; read line"]].concat(), &[]);
@@ -265,7 +266,7 @@ fn has_stage(tree: &Path) -> bool {
 
 #[test]
 fn a_directory_below_an_overlay_is_changed_by_nobody_else() {
-    let dir = folder();
+    let dir = directory();
     let tree = tree(dir.path());
     let mut first = ims_sshd(&CUSTOMIZE, &[]);
     first.args(["--", "sh", "-c", "echo open; exec sleep 600"]).current_dir(dir.path()).stdout(Stdio::piped());
@@ -291,12 +292,14 @@ fn a_directory_below_an_overlay_is_changed_by_nobody_else() {
 
 #[test]
 fn a_directory_that_cannot_lie_below_an_overlay_is_refused_and_can_be_changed_where_it_is() {
-    let dir = folder();
+    let dir = directory();
     let tree = tree(dir.path());
     std::fs::create_dir(tree.join("mnt")).unwrap();
     let in_mounts = |arguments: &[&str]| {
         let mut command = Command::new("unshare");
-        command.args(["-m", "sh", "-c", "mount -t tmpfs tmpfs tree/mnt; exec \"$@\"", "sh", IMS_SSHD]).args(arguments);
+        command
+            .args(["-m", "sh", "-c", "mount -t tmpfs tmpfs tree/mnt; exec \"$@\"", "sh", &*IMS_SSHD])
+            .args(arguments);
         command.current_dir(dir.path()).stdin(Stdio::null()).output().unwrap()
     };
     let refused = in_mounts(&[&CUSTOMIZE[..], &["--", "true"]].concat());
@@ -325,7 +328,7 @@ fn a_directory_that_cannot_lie_below_an_overlay_is_refused_and_can_be_changed_wh
 
 #[test]
 fn what_a_killed_customization_has_left_is_told_and_ended_by_whoever_opens_or_packs_its_source() {
-    let dir = folder();
+    let dir = directory();
     let tree = tree(dir.path());
     // The parent of a killed one is named after its directory.
     let sshd = || {
@@ -360,7 +363,7 @@ fn what_a_killed_customization_has_left_is_told_and_ended_by_whoever_opens_or_pa
 
 #[test]
 fn a_source_behind_a_link_of_another_user_is_refused() {
-    let dir = folder();
+    let dir = directory();
     let tree = tree(dir.path());
     squashfs_of(&tree);
     let link = |target: &Path, name: &str, owner| {
@@ -385,7 +388,7 @@ fn a_source_behind_a_link_of_another_user_is_refused() {
 
 #[test]
 fn every_path_that_the_command_line_names_is_refused_behind_a_link_of_another_user() {
-    let dir = folder();
+    let dir = directory();
     tree(dir.path());
     std::os::unix::fs::symlink(dir.path(), dir.path().join("way")).unwrap();
     std::os::unix::fs::lchown(dir.path().join("way"), Some(1234), Some(1234)).unwrap();
@@ -420,7 +423,7 @@ fn every_path_that_the_command_line_names_is_refused_behind_a_link_of_another_us
 
 #[test]
 fn an_output_or_a_work_directory_inside_the_source_is_refused_at_the_start() {
-    let dir = folder();
+    let dir = directory();
     let tree = tree(dir.path());
     std::os::unix::fs::symlink("tree/etc", dir.path().join("link")).unwrap();
     let before = state(&tree);
@@ -458,7 +461,7 @@ fn an_output_or_a_work_directory_inside_the_source_is_refused_at_the_start() {
 
 #[test]
 fn a_directory_that_an_environment_has_open_is_neither_packed_nor_prepared() {
-    let dir = folder();
+    let dir = directory();
     let tree = tree(dir.path());
     let refused = |what: &str| {
         for command in [&["package", "--kernel", "vmlinuz", "tree"][..], &["prepare", "parent", "tree"]] {
@@ -483,7 +486,7 @@ fn a_directory_that_an_environment_has_open_is_neither_packed_nor_prepared() {
 
 #[test]
 fn a_directory_in_the_place_of_a_mark_is_removed_at_the_end_and_at_the_start_if_it_is_empty() {
-    let dir = folder();
+    let dir = directory();
     let tree = tree(dir.path());
     std::fs::create_dir_all(tree.join("tmp/failed")).unwrap();
     let script = dir.path().join("script");
@@ -514,7 +517,7 @@ fn a_directory_in_the_place_of_a_mark_is_removed_at_the_end_and_at_the_start_if_
 
 #[test]
 fn a_directory_that_is_open_is_opened_by_no_other_path() {
-    let dir = folder();
+    let dir = directory();
     let tree = tree(dir.path());
     let other = dir.path().join("other");
     std::fs::create_dir(&other).unwrap();
@@ -544,7 +547,7 @@ fn a_directory_that_is_open_is_opened_by_no_other_path() {
 
 #[test]
 fn a_directory_in_one_that_is_open_or_above_one_is_opened_by_nobody_and_an_archive_in_it_is() {
-    let dir = folder();
+    let dir = directory();
     let outer = tree(dir.path());
     let inner = outer.join("in");
     succeed(Command::new("cp").arg("-aT").arg(cache().join("busybox")).arg(&inner));

@@ -3,10 +3,11 @@
 use std::path::Path;
 use std::process::{Command, Output};
 
+use testbed::file_server::FileServer;
+use testbed::job::*;
+use testbed::*;
+
 use crate::customize::nothing_stays;
-use crate::file_server::FileServer;
-use crate::job::*;
-use crate::support::*;
 use crate::unattended::published;
 
 /// `ims-sshd enter SOURCE` with a work directory in `dir`, a command of the image's shell, and the test image's boot files.
@@ -21,7 +22,7 @@ fn enter(dir: &Path, source: &str, options: &[&str], command: &str) -> Output {
 
 #[test]
 fn every_kind_of_source_is_entered_and_its_changes_are_discarded_without_an_output() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     let squashfs = squashfs_of(&tree);
     let tar = dir.path().join("image.tar.gz");
@@ -40,7 +41,7 @@ fn every_kind_of_source_is_entered_and_its_changes_are_discarded_without_an_outp
 
 #[test]
 fn the_signature_of_a_url_is_in_no_message() {
-    let dir = folder();
+    let dir = directory();
     let server = FileServer::start(std::fs::read(squashfs_of(&image(dir.path()))).unwrap(), &[]);
     let (shown, signature) = server.url.split_once('?').unwrap();
     for options in [&[][..], &["--in-place"], &["--output", "out"], &["--fresh"]] {
@@ -56,7 +57,7 @@ fn the_signature_of_a_url_is_in_no_message() {
 
 #[test]
 fn a_command_that_succeeds_is_published_with_yes_and_kept_without_an_answer() {
-    let dir = folder();
+    let dir = directory();
     let squashfs = squashfs_of(&image(dir.path())).display().to_string();
     let unanswered = enter(dir.path(), &squashfs, &["--output", "out"], "touch /etc/first");
     assert_eq!(unanswered.status.code(), Some(1), "{unanswered:?}");
@@ -78,7 +79,7 @@ fn a_command_that_succeeds_is_published_with_yes_and_kept_without_an_answer() {
 
 #[test]
 fn the_output_of_a_command_is_its_own_when_the_image_is_published() {
-    let dir = folder();
+    let dir = directory();
     squashfs_of(&image(dir.path()));
     for place in ["out/tree,", "out/tree is an earlier one"] {
         let mut enter = ims_sshd(&["enter", "tree.sqsh", "--work", "work", "--output", "out", "--yes"], &[]);
@@ -93,7 +94,7 @@ fn the_output_of_a_command_is_its_own_when_the_image_is_published() {
 
 #[test]
 fn a_script_of_this_machine_is_tried_in_an_image_that_stays_as_it_is() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     squashfs_of(&tree);
     std::fs::write(dir.path().join("try.sh"), "echo tried > /etc/tried; cat /etc/tried; exit 3\n").unwrap();
@@ -113,7 +114,7 @@ fn a_script_of_this_machine_is_tried_in_an_image_that_stays_as_it_is() {
 
 #[test]
 fn whoever_looks_at_a_source_is_told_by_name_what_is_open_on_it() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     let name = format!("looked-at-{}", std::process::id());
     let named = dir.path().join(format!("{name}.sqsh"));
@@ -146,7 +147,7 @@ fn whoever_looks_at_a_source_is_told_by_name_what_is_open_on_it() {
 
 #[test]
 fn a_log_that_takes_nothing_is_no_reason_to_lose_the_image() {
-    let dir = folder();
+    let dir = directory();
     let squashfs = squashfs_of(&image(dir.path())).display().to_string();
     let full = || std::fs::File::options().write(true).open("/dev/full").unwrap();
     let mut enter = ims_sshd(&["enter", &squashfs, "--output", "out", "--yes", "--kernel", "vmlinuz"], &[]);
@@ -158,7 +159,7 @@ fn a_log_that_takes_nothing_is_no_reason_to_lose_the_image() {
 
 #[test]
 fn marks_and_discard_decide_before_the_exit_code() {
-    let dir = folder();
+    let dir = directory();
     let squashfs = squashfs_of(&image(dir.path())).display().to_string();
     let yes: &[&str] = &["--output", "out", "--yes"];
     let discard: &[&str] = &["--output", "out", "--discard"];
@@ -182,7 +183,7 @@ fn marks_and_discard_decide_before_the_exit_code() {
 
 #[test]
 fn every_mark_is_obeyed_told_and_removed_however_the_image_is_opened() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     squashfs_of(&tree);
     std::fs::create_dir_all(dir.path().join("work/ims-sshd")).unwrap();
@@ -245,7 +246,7 @@ fn every_mark_is_obeyed_told_and_removed_however_the_image_is_opened() {
 
 #[test]
 fn a_mark_in_an_image_that_an_environment_has_open_is_for_that_one() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     let mut open = ims_sshd(&["customize", "tree", "--in-place"], &[]);
     let mut open = Ended(open.current_dir(dir.path()).stdout(std::process::Stdio::piped()).spawn().unwrap());
@@ -261,7 +262,7 @@ fn a_mark_in_an_image_that_an_environment_has_open_is_for_that_one() {
 
 #[test]
 fn a_directory_is_published_without_a_change_and_changed_where_it_is_without_an_output() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     let source = tree.display().to_string();
     let discarded = enter(dir.path(), &source, &["--output", "out", "--discard"], "touch /etc/new /tmp/complete");
@@ -279,7 +280,7 @@ fn a_directory_is_published_without_a_change_and_changed_where_it_is_without_an_
 
 #[test]
 fn one_source_is_entered_several_times_at_once_and_after_a_kill() {
-    let dir = folder();
+    let dir = directory();
     let squashfs = squashfs_of(&image(dir.path())).display().to_string();
     let mut killed = ims_sshd(&["enter", &squashfs, "--work"], &[]);
     killed.arg(dir.path().join("work")).args(["--", "sh", "-c", "touch /etc/new; echo made; exec sleep 600"]);
@@ -301,7 +302,7 @@ fn one_source_is_entered_several_times_at_once_and_after_a_kill() {
 
 #[test]
 fn the_directory_of_a_published_image_is_taken_for_its_root_file_system() {
-    let dir = folder();
+    let dir = directory();
     let squashfs = squashfs_of(&image(dir.path())).display().to_string();
     let output = enter(dir.path(), &squashfs, &["--output", "out", "--yes"], "touch /etc/new");
     assert!(output.status.success(), "{output:?}");

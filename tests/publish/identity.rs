@@ -3,10 +3,11 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use testbed::file_server::FileServer;
+use testbed::job::*;
+use testbed::*;
+
 use crate::customize::nothing_stays;
-use crate::file_server::FileServer;
-use crate::job::*;
-use crate::support::*;
 
 /// A squashfs of a tree that has the file /etc/NAME.
 fn squashfs_with(dir: &Path, name: &str) -> PathBuf {
@@ -37,7 +38,7 @@ fn refused(output: &Output, why: &str) {
 
 #[test]
 fn prepare_on_a_used_volume_says_of_what_and_when_it_was_made_and_how_to_begin_anew() {
-    let dir = folder();
+    let dir = directory();
     let [one, two] = ["one", "two"].map(|name| squashfs_with(dir.path(), name));
     let [one, two] = [&one, &two].map(|path| path.to_str().unwrap());
     let prepare = |source: &str| prepare(dir.path(), &["parent", source], &[]);
@@ -53,7 +54,7 @@ fn prepare_on_a_used_volume_says_of_what_and_when_it_was_made_and_how_to_begin_a
 
 #[test]
 fn changes_are_not_put_over_another_image_at_the_same_path_and_fresh_drops_them() {
-    let dir = folder();
+    let dir = directory();
     let [one, two] = ["one", "two"].map(|name| squashfs_with(dir.path(), name));
     std::fs::copy(&one, dir.path().join("image.sqsh")).unwrap();
     let kept = customize(dir.path(), "image.sqsh", &[], "touch /etc/kept; exit 3");
@@ -75,7 +76,7 @@ fn changes_are_not_put_over_another_image_at_the_same_path_and_fresh_drops_them(
 
 #[test]
 fn another_time_alone_makes_no_other_image_and_what_differs_is_said() {
-    let dir = folder();
+    let dir = directory();
     let [one, two] = ["one", "two"].map(|name| squashfs_with(dir.path(), name));
     let image = dir.path().join("image.sqsh");
     std::fs::copy(&one, &image).unwrap();
@@ -100,7 +101,7 @@ fn another_time_alone_makes_no_other_image_and_what_differs_is_said() {
 
 #[test]
 fn an_image_that_was_fetched_is_not_fetched_again_and_is_the_one_that_was_changed() {
-    let dir = folder();
+    let dir = directory();
     let squashfs = squashfs_with(dir.path(), "one");
     let tar = dir.path().join("image.tar.gz");
     succeed(Command::new("tar").args(["-czf"]).arg(&tar).arg("-C").arg(squashfs.with_extension("")).arg("."));
@@ -118,13 +119,13 @@ fn an_image_that_was_fetched_is_not_fetched_again_and_is_the_one_that_was_change
 
 #[test]
 fn prepare_takes_an_image_root_for_its_own_source_alone() {
-    let dir = folder();
+    let dir = directory();
     let [one, two] = ["one", "two"].map(|name| squashfs_with(dir.path(), name).display().to_string());
     for open in ["unpack", "overlay"] {
         let run = |source: &str, further: &[&str]| {
             let script = "\"$@\"; code=$?; umount w/image-root w/overlay/lower 2> /dev/null; exit $code";
             let mut command = Command::new("unshare");
-            command.args(["-m", "sh", "-c", script, "sh", IMS_SSHD, "prepare", "--open", open]).args(further);
+            command.args(["-m", "sh", "-c", script, "sh", &*IMS_SSHD, "prepare", "--open", open]).args(further);
             command.args(["w", source]).current_dir(dir.path()).output().unwrap()
         };
         assert!(run(&one, &[]).status.success());
@@ -143,13 +144,13 @@ fn prepare_takes_an_image_root_for_its_own_source_alone() {
 
 #[test]
 fn package_tells_what_was_changed_above_what_prepare_has_mounted() {
-    let dir = folder();
+    let dir = directory();
     let squashfs = squashfs_with(dir.path(), "one");
     let script = "set -e; ims=$0; for source in one/tree.sqsh one/tree; do $ims prepare --open overlay w $source; \
         echo new > w/image-root/etc/new; rm w/image-root/etc/one; $ims package --kernel vmlinuz --changes changes w > /dev/null; cat changes; \
         umount w/image-root w/overlay/lower 2> /dev/null || true; rm -r w; done";
     let output =
-        Command::new("unshare").args(["-m", "sh", "-c", script, IMS_SSHD]).current_dir(dir.path()).output().unwrap();
+        Command::new("unshare").args(["-m", "sh", "-c", script, &*IMS_SSHD]).current_dir(dir.path()).output().unwrap();
     assert!(output.status.success(), "{} {output:?}", squashfs.display());
     let said = text(&output.stdout);
     let reports: Vec<serde_json::Value> =
@@ -163,7 +164,7 @@ fn package_tells_what_was_changed_above_what_prepare_has_mounted() {
 
 #[test]
 fn an_image_root_that_somebody_has_planted_is_not_the_source() {
-    let dir = folder();
+    let dir = directory();
     let squashfs = squashfs_with(dir.path(), "one");
     let server = FileServer::start(std::fs::read(&squashfs).unwrap(), &[]);
     let secret: Vec<(&str, String)> =

@@ -7,9 +7,8 @@ use std::process::{Child, Command, Output, Stdio};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-
-use crate::job::*;
-use crate::support::*;
+use testbed::job::*;
+use testbed::*;
 
 fn package(arguments: &[&str]) -> Output {
     let output =
@@ -33,7 +32,7 @@ fn nothing_is_packed(folder: &Path) {
 
 #[test]
 fn it_is_the_same_to_the_byte_whenever_it_is_packed() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     let packed = |name: &str, compression: &str| {
         let archive = dir.path().join(name);
@@ -54,7 +53,7 @@ fn it_is_the_same_to_the_byte_whenever_it_is_packed() {
 
 #[test]
 fn a_parent_with_an_image_root_is_packed_where_it_stands() {
-    let dir = folder();
+    let dir = directory();
     let parent = dir.path().join("parent");
     std::fs::create_dir(&parent).unwrap();
     std::fs::rename(image(dir.path()), parent.join("image-root")).unwrap();
@@ -65,7 +64,7 @@ fn a_parent_with_an_image_root_is_packed_where_it_stands() {
 
 #[test]
 fn a_missing_kernel_is_refused_with_what_boot_holds() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     let archive = dir.path().join("image.sqsh");
     std::fs::rename(tree.join("boot/vmlinuz"), tree.join("boot/vmlinuz-6.1.0")).unwrap();
@@ -84,7 +83,7 @@ fn a_missing_kernel_is_refused_with_what_boot_holds() {
 
 #[test]
 fn an_image_without_a_kernel_is_packed_and_uploaded_unless_one_is_named() {
-    let dir = folder();
+    let dir = directory();
     let parent = dir.path().join("work");
     std::fs::create_dir(&parent).unwrap();
     std::fs::rename(image(dir.path()), parent.join("image-root")).unwrap();
@@ -102,13 +101,13 @@ fn an_image_without_a_kernel_is_packed_and_uploaded_unless_one_is_named() {
 
 #[test]
 fn it_is_refused_while_something_is_mounted_or_somebody_stands_in_it() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     let archive = dir.path().join("image.sqsh");
     std::fs::create_dir(tree.join("proc")).unwrap();
     let script = "mount -t proc proc $1/proc && exec $0 package --archive $2 $1";
     let output =
-        Command::new("unshare").args(["-m", "sh", "-c", script, IMS_SSHD]).args([&tree, &archive]).output().unwrap();
+        Command::new("unshare").args(["-m", "sh", "-c", script, &*IMS_SSHD]).args([&tree, &archive]).output().unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stderr).contains("something is mounted on"), "{output:?}");
     let mut somebody = Command::new("cat").current_dir(tree.join("etc")).stdin(Stdio::piped()).spawn().unwrap();
@@ -133,7 +132,7 @@ fn it_is_refused_while_something_is_mounted_or_somebody_stands_in_it() {
 
 #[test]
 fn capabilities_and_attributes_of_files_are_kept() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     succeed(Command::new("setcap").arg("cap_net_raw+ep").arg(tree.join("bin/busybox")));
     let attributes = [("user.note", "one"), ("user.other", "two")];
@@ -154,7 +153,7 @@ fn capabilities_and_attributes_of_files_are_kept() {
 
 #[test]
 fn kiwis_description_of_the_image_is_packed_for_root_alone() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     std::fs::create_dir(tree.join("image")).unwrap();
     let mode = |packed: &str, name: &str| {
@@ -176,7 +175,7 @@ fn kiwis_description_of_the_image_is_packed_for_root_alone() {
 
 #[test]
 fn attributes_that_are_not_packed_are_noticed() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     succeed(Command::new("setcap").arg("cap_net_raw+ep").arg(tree.join("bin/busybox")));
     // One that was built without them.
@@ -194,7 +193,7 @@ fn attributes_that_are_not_packed_are_noticed() {
 
 #[test]
 fn access_lists_for_which_a_squashfs_has_no_place_are_told_and_left_out() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     // Version, then tag, permissions and number of each entry; as packages of systemd give one to the journal's folder.
     let entries: [(u16, u16, u32); 5] =
@@ -214,7 +213,7 @@ fn access_lists_for_which_a_squashfs_has_no_place_are_told_and_left_out() {
 /// mksquashfs puts an empty file in its place, and ends well.
 #[test]
 fn a_file_that_cannot_be_read_is_not_packed_as_an_empty_one() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     let file = squashfs_of(&tree);
     let mut bytes = std::fs::read(&file).unwrap();
@@ -224,7 +223,7 @@ fn a_file_that_cannot_be_read_is_not_packed_as_an_empty_one() {
     // Opened in place nobody has read all of it before.
     let script = "mkdir mounted && mount -t squashfs -o loop,ro $1 mounted && $0 package --archive image.sqsh mounted";
     let mut command = Command::new("unshare");
-    command.args(["-m", "sh", "-c", script, IMS_SSHD]).arg(&file).current_dir(dir.path());
+    command.args(["-m", "sh", "-c", script, &*IMS_SSHD]).arg(&file).current_dir(dir.path());
     let output = command.output().unwrap();
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     assert!(text(&output.stderr).contains("cannot pack"), "{output:?}");
@@ -246,7 +245,7 @@ fn packing(dir: &Path) -> (PathBuf, Child, Pid) {
 
 #[test]
 fn a_terminated_package_ends_at_once_and_leaves_nothing() {
-    let dir = folder();
+    let dir = directory();
     let (_, mut child, mksquashfs) = packing(dir.path());
     kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM).unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(143));
@@ -258,7 +257,7 @@ fn a_terminated_package_ends_at_once_and_leaves_nothing() {
 #[test]
 fn a_signal_while_an_image_is_packed_is_the_exit_code() {
     for (signal, code) in [(Signal::SIGINT, 130), (Signal::SIGTERM, 143), (Signal::SIGHUP, 129)] {
-        let dir = folder();
+        let dir = directory();
         let (_, mut child, _) = packing(dir.path());
         kill(Pid::from_raw(child.id().cast_signed()), signal).unwrap();
         assert_eq!(child.wait().unwrap().code(), Some(code), "package");
@@ -283,7 +282,7 @@ fn a_signal_while_an_image_is_packed_is_the_exit_code() {
 
 #[test]
 fn mksquashfs_ends_with_the_program_that_was_killed_and_the_next_one_packs() {
-    let dir = folder();
+    let dir = directory();
     let (tree, mut child, mksquashfs) = packing(dir.path());
     // One that does not notice anything.
     kill(mksquashfs, Signal::SIGSTOP).unwrap();
@@ -298,7 +297,7 @@ fn mksquashfs_ends_with_the_program_that_was_killed_and_the_next_one_packs() {
 
 #[test]
 fn what_is_excluded_is_left_out_and_what_has_changed_is_told() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     std::fs::create_dir_all(tree.join("var/lib/dpkg")).unwrap();
     let status = |version: &str| format!("Package: bash\nStatus: install ok installed\nVersion: {version}\n");
@@ -325,7 +324,7 @@ fn what_is_excluded_is_left_out_and_what_has_changed_is_told() {
 
 #[test]
 fn a_report_of_changes_replaces_links_fifos_and_files_and_follows_and_opens_none() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     let parent = dir.path().join("parent");
     let [parent_text, tree_text] = [&parent, &tree].map(|p| p.to_str().unwrap());
@@ -341,7 +340,7 @@ fn a_report_of_changes_replaces_links_fifos_and_files_and_follows_and_opens_none
         let file = theirs.join(name);
         // It would wait for a reader of the fifo for ever.
         let mut package = Command::new("timeout");
-        package.args(["-s", "KILL", "100", IMS_SSHD, "package", "--changes"]).arg(&file).arg(&parent);
+        package.args(["-s", "KILL", "100", &*IMS_SSHD, "package", "--changes"]).arg(&file).arg(&parent);
         succeed(&mut package);
         assert!(file.symlink_metadata().unwrap().is_file(), "{name}");
         let told: serde_json::Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
@@ -354,7 +353,7 @@ fn a_report_of_changes_replaces_links_fifos_and_files_and_follows_and_opens_none
                   ! $0 package $1 /dev/$2 $3 && test -c /dev/null && test -L /dev/stdout";
     for (option, name) in [("--changes", "null"), ("--changes", "stdout"), ("--archive", "null")] {
         let mut shell = Command::new("unshare");
-        shell.args(["-m", "sh", "-c", script, IMS_SSHD, option, name]).arg(&parent);
+        shell.args(["-m", "sh", "-c", script, &*IMS_SSHD, option, name]).arg(&parent);
         let output = shell.output().unwrap();
         assert!(output.status.success(), "{option} {name}: {output:?}");
         assert!(text(&output.stderr).contains("expected a file outside /dev"), "{option} {name}: {output:?}");
@@ -363,7 +362,7 @@ fn a_report_of_changes_replaces_links_fifos_and_files_and_follows_and_opens_none
 
 #[test]
 fn packages_of_rpm_are_told_and_asked_for_without_a_trace_or_it_is_said_that_they_are_not() {
-    let dir = folder();
+    let dir = directory();
     let (tree, parent) = (dir.path().join("source"), dir.path().join("parent"));
     let database = tree.join("usr/lib/sysimage/rpm");
     std::fs::create_dir_all(&database).unwrap();
@@ -403,20 +402,20 @@ fn packages_of_rpm_are_told_and_asked_for_without_a_trace_or_it_is_said_that_the
 
 #[test]
 fn a_full_disk_leaves_no_archive() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     let disk = dir.path().join("disk");
     std::fs::create_dir(&disk).unwrap();
     let script =
         "mount -t tmpfs -o size=64k tmpfs $2 && $0 package --archive $2/image.sqsh $1; code=$?; ls -A $2; exit $code";
     let output =
-        Command::new("unshare").args(["-m", "sh", "-c", script, IMS_SSHD]).args([&tree, &disk]).output().unwrap();
+        Command::new("unshare").args(["-m", "sh", "-c", script, &*IMS_SSHD]).args([&tree, &disk]).output().unwrap();
     assert_eq!((output.status.code(), text(&output.stdout)), (Some(1), String::new()), "{}", text(&output.stderr));
 }
 
 #[test]
 fn patterns_to_exclude_are_below_the_image_root_with_and_without_a_slash() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     let archive = dir.path().join("image.sqsh");
     let [tree, archive] = [&tree, &archive].map(|path| path.to_str().unwrap());
@@ -439,7 +438,7 @@ fn patterns_to_exclude_are_below_the_image_root_with_and_without_a_slash() {
 /// The sparse lastlog is as large as one for the highest user number.
 #[test]
 fn a_sparse_lastlog_is_packed_empty_in_no_time_and_other_sparse_files_whole() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     let logs = tree.join("var/log");
     std::fs::create_dir_all(&logs).unwrap();

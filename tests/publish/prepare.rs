@@ -4,12 +4,12 @@ use std::path::Path;
 use std::process::{Command, Output};
 use std::time::Instant;
 
-use crate::file_server::{Fault, FileServer};
-use crate::ims_server::ImsServer;
-use crate::job::*;
-use crate::name_server::with_names;
-use crate::s3_server::Bucket;
-use crate::support::*;
+use testbed::file_server::{Fault, FileServer};
+use testbed::ims_server::ImsServer;
+use testbed::job::*;
+use testbed::name_server::with_names;
+use testbed::s3_server::Bucket;
+use testbed::*;
 
 fn prepare(parent: &Path, source: &str, variables: &[(&str, String)]) -> Output {
     ims_sshd(&["prepare", &parent.display().to_string(), source], variables).output().unwrap()
@@ -37,7 +37,7 @@ pub fn same_tree(a: &Path, b: &Path) {
 
 #[test]
 fn every_kind_of_source_becomes_the_same_tree() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     let squashfs = squashfs_of(&tree);
     let mut sources = vec![tree.clone(), squashfs];
@@ -65,7 +65,7 @@ fn every_kind_of_source_becomes_the_same_tree() {
 
 #[test]
 fn what_is_not_what_it_claims_is_refused_and_nothing_is_left() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     let squashfs = std::fs::read(squashfs_of(&tree)).unwrap();
     let parent = dir.path().join("parent");
@@ -95,7 +95,7 @@ fn what_is_not_what_it_claims_is_refused_and_nothing_is_left() {
 
 #[test]
 fn members_outside_the_root_are_refused_and_write_nothing_there() {
-    let dir = folder();
+    let dir = directory();
     let parent = dir.path().join("parent");
     let outside = dir.path().join("outside");
     std::fs::create_dir(&outside).unwrap();
@@ -147,7 +147,7 @@ with tarfile.open(archive, 'w') as tar:
 
 #[test]
 fn a_download_goes_on_where_it_was_reset_ten_times() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     let content = std::fs::read(squashfs_of(&tree)).unwrap();
     let faults: Vec<_> = (1..=10).map(|n| Fault::ResetAfter(content.len() / 12 * (n % 2) + n)).collect();
@@ -166,7 +166,7 @@ fn a_download_goes_on_where_it_was_reset_ten_times() {
 
 #[test]
 fn errors_of_the_server_ends_of_connections_and_silence_are_overcome() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     let content = std::fs::read(squashfs_of(&tree)).unwrap();
     let faults = [
@@ -187,7 +187,7 @@ fn errors_of_the_server_ends_of_connections_and_silence_are_overcome() {
 
 #[test]
 fn a_server_that_only_drips_is_given_up() {
-    let dir = folder();
+    let dir = directory();
     let server = FileServer::start(vec![0; 1 << 20], &vec![Fault::Drip; 100]);
     let parent = dir.path().join("parent");
     let began = Instant::now();
@@ -200,7 +200,7 @@ fn a_server_that_only_drips_is_given_up() {
 
 #[test]
 fn a_file_that_changes_on_the_way_is_fetched_anew() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     let content = std::fs::read(squashfs_of(&tree)).unwrap();
     let other: Vec<_> = content.iter().map(|byte| !byte).collect();
@@ -213,7 +213,7 @@ fn a_file_that_changes_on_the_way_is_fetched_anew() {
 
 #[test]
 fn a_file_that_becomes_shorter_on_the_way_leaves_nothing_of_the_longer_one() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     let content = std::fs::read(squashfs_of(&tree)).unwrap();
     let length = content.len();
@@ -227,7 +227,7 @@ fn a_file_that_becomes_shorter_on_the_way_leaves_nothing_of_the_longer_one() {
 
 #[test]
 fn a_file_that_never_stops_changing_is_given_up() {
-    let dir = folder();
+    let dir = directory();
     let faults = [Fault::ResetAfter(100_000), Fault::Status(412)].repeat(30);
     let server = FileServer::start(vec![0; 1 << 20], &faults);
     let parent = dir.path().join("parent");
@@ -240,7 +240,7 @@ fn a_file_that_never_stops_changing_is_given_up() {
 
 #[test]
 fn what_a_server_makes_of_a_range_is_put_where_it_belongs() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     let content = std::fs::read(squashfs_of(&tree)).unwrap();
     for (number, fault) in [Fault::OtherRange, Fault::Whole, Fault::ShortRange(3000)].into_iter().enumerate() {
@@ -256,7 +256,7 @@ fn what_a_server_makes_of_a_range_is_put_where_it_belongs() {
 
 #[test]
 fn a_wrong_checksum_is_refused_wherever_it_stands() {
-    let dir = folder();
+    let dir = directory();
     let content = std::fs::read(squashfs_of(&image(dir.path()))).unwrap();
     let parent = dir.path().join("parent");
     let wrong = md5(b"something else");
@@ -285,7 +285,7 @@ fn sha256(bytes: &[u8]) -> String {
 
 #[test]
 fn sha256_is_checked_beside_md5_wherever_it_is_given() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     let here = squashfs_of(&tree).display().to_string();
     let content = std::fs::read(&here).unwrap();
@@ -332,7 +332,7 @@ fn sha256_is_checked_beside_md5_wherever_it_is_given() {
 
 #[test]
 fn plain_http_without_a_checksum_is_warned_of() {
-    let dir = folder();
+    let dir = directory();
     let content = std::fs::read(squashfs_of(&image(dir.path()))).unwrap();
     let server = FileServer::start(content.clone(), &[]);
     let warning = "without TLS and without a checksum";
@@ -352,7 +352,7 @@ fn plain_http_without_a_checksum_is_warned_of() {
 
 #[test]
 fn etags_that_are_no_md5_are_not_taken_for_one() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     let content = std::fs::read(squashfs_of(&tree)).unwrap();
     let wrong = md5(b"something else");
@@ -377,7 +377,7 @@ fn etags_that_are_no_md5_are_not_taken_for_one() {
 
 #[test]
 fn a_download_with_a_weak_etag_goes_on_and_notices_a_change() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     let content = std::fs::read(squashfs_of(&tree)).unwrap();
     let server = FileServer::with_etag(content.clone(), "W/\"1\"", &[Fault::ResetAfter(5000)]);
@@ -395,7 +395,7 @@ fn a_download_with_a_weak_etag_goes_on_and_notices_a_change() {
 
 #[test]
 fn a_disk_that_is_too_small_is_noticed_before_and_one_that_fills_up_meanwhile() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     std::fs::write(tree.join("zeros"), vec![0; 64 << 20]).unwrap();
     let content = std::fs::read(squashfs_of(&tree)).unwrap();
@@ -422,7 +422,7 @@ fn a_disk_that_is_too_small_is_noticed_before_and_one_that_fills_up_meanwhile() 
 
 #[test]
 fn killed_at_any_moment_it_is_begun_again_and_ends_well() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     std::fs::write(tree.join("random"), feed(Command::new("head").args(["-c", "20M", "/dev/urandom"]), b"").stdout)
         .unwrap();
@@ -451,7 +451,7 @@ fn killed_at_any_moment_it_is_begun_again_and_ends_well() {
 
 #[test]
 fn an_overlay_shows_the_image_and_keeps_its_source() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     let squashfs = squashfs_of(&tree);
     let before = std::fs::read(&squashfs).unwrap();
@@ -459,7 +459,7 @@ fn an_overlay_shows_the_image_and_keeps_its_source() {
     let script = "set -e; $0 prepare --open overlay $1 $2; cp -a $1/image-root $1/copy; echo more > $1/image-root/etc/more; \
                   umount $1/image-root $1/overlay/lower; $0 prepare --open overlay $1 $2; cat $1/image-root/etc/more";
     let mut shell = Command::new("unshare");
-    shell.args(["-m", "sh", "-c", script, IMS_SSHD]).args([&parent, &squashfs]);
+    shell.args(["-m", "sh", "-c", script, &*IMS_SSHD]).args([&parent, &squashfs]);
     assert_eq!(succeed(&mut shell), "more\n", "the next one to mount it finds what was changed");
     same_tree(&tree, &parent.join("copy"));
     assert_eq!(std::fs::read(&squashfs).unwrap(), before);
@@ -469,7 +469,7 @@ fn an_overlay_shows_the_image_and_keeps_its_source() {
 /// work.
 #[test]
 fn an_overlay_is_mounted_nodev_and_nosuid_and_setuid_programs_work_in_the_jail_alone() {
-    let dir = folder();
+    let dir = directory();
     let parent = dir.path().join("parent");
     let source = dir.path().join("image.sqsh");
     let tree = dir.path().join("tree");
@@ -487,7 +487,7 @@ fn an_overlay_is_mounted_nodev_and_nosuid_and_setuid_programs_work_in_the_jail_a
                   umount $1/image-root $1/overlay/lower";
     let mut command = Command::new("unshare");
     let output =
-        command.args(["-m", "sh", "-c", script, IMS_SSHD]).args([&parent, &source, &tree, &root]).output().unwrap();
+        command.args(["-m", "sh", "-c", script, &*IMS_SSHD]).args([&parent, &source, &tree, &root]).output().unwrap();
     assert!(output.status.success(), "{output:?}");
     let said = text(&output.stdout);
     for place in ["parent/image-root", "parent/overlay/lower"] {
@@ -499,7 +499,7 @@ fn an_overlay_is_mounted_nodev_and_nosuid_and_setuid_programs_work_in_the_jail_a
 
 #[test]
 fn what_was_changed_above_an_overlay_outlives_a_source_that_cannot_be_mounted() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     let squashfs = squashfs_of(&tree);
     let wrong = dir.path().join("wrong");
@@ -512,13 +512,13 @@ fn what_was_changed_above_an_overlay_outlives_a_source_that_cannot_be_mounted() 
                   umount $1/image-root $1/overlay/lower; ! $0 prepare --open overlay $1 $3; \
                   $0 prepare --open overlay $1 $2; cat $1/image-root/etc/more";
     let mut shell = Command::new("unshare");
-    shell.args(["-m", "sh", "-c", script, IMS_SSHD]).args([&parent, &squashfs, &wrong]);
+    shell.args(["-m", "sh", "-c", script, &*IMS_SSHD]).args([&parent, &squashfs, &wrong]);
     assert_eq!(succeed(&mut shell), "more\n");
 }
 
 #[test]
 fn changes_that_are_in_use_are_not_mounted_a_second_time() {
-    let dir = folder();
+    let dir = directory();
     let squashfs = squashfs_of(&image(dir.path()));
     let parent = dir.path().join("parent");
     // It is in use by a mount that is seen, and by one that is gone but for an open file.
@@ -531,20 +531,20 @@ fn changes_that_are_in_use_are_not_mounted_a_second_time() {
              ! $0 prepare --open overlay $1 $2; echo refused"
         );
         let mut shell = Command::new("unshare");
-        shell.args(["-m", "--pid", "--fork", "--mount-proc", "--kill-child", "sh", "-c", &script, IMS_SSHD]);
+        shell.args(["-m", "--pid", "--fork", "--mount-proc", "--kill-child", "sh", "-c", &script, &*IMS_SSHD]);
         let output = shell.args([&parent, &squashfs]).output().unwrap();
         assert!(output.status.success(), "{holder}: {output:?}");
         let said = text(&output.stderr);
         assert!(said.contains("are in use") && said.contains(holder), "{holder}: {said}");
         let mut again = Command::new("unshare");
-        let again = again.args(["-m", IMS_SSHD, "prepare", "--open", "overlay"]).args([&parent, &squashfs]);
+        let again = again.args(["-m", &*IMS_SSHD, "prepare", "--open", "overlay"]).args([&parent, &squashfs]);
         succeed(again);
     }
 }
 
 #[test]
 fn a_terminated_prepare_ends_at_once_and_leaves_nothing() {
-    let dir = folder();
+    let dir = directory();
     let server = FileServer::start(vec![0; 1 << 20], &[Fault::Silence]);
     let parent = dir.path().join("parent");
     let mut child = ims_sshd(&["prepare", &parent.display().to_string(), &server.url], &[]).spawn().unwrap();
@@ -559,7 +559,7 @@ fn a_terminated_prepare_ends_at_once_and_leaves_nothing() {
 
 #[test]
 fn servers_are_found_by_name_though_the_program_is_linked_statically() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     let squashfs = std::fs::read(squashfs_of(&tree)).unwrap();
     with_names(dir.path(), "images.example.test", "in-file.example.test", || {

@@ -5,11 +5,12 @@ use std::net::TcpListener;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use crate::file_server::reset;
-use crate::job::*;
+use testbed::file_server::reset;
+use testbed::job::*;
+use testbed::tls_server::{Tls, certificates, port_of};
+use testbed::*;
+
 use crate::prepare::{refused, same_tree};
-use crate::support::*;
-use crate::tls_server::{Tls, certificates, port_of};
 
 /// A server with an answer for each request, in their order; the last one again for all that follow. A connection is reset after an
 /// answer whose head says so.
@@ -74,7 +75,7 @@ fn fetched(answers: Vec<Vec<u8>>, parent: &Path, tree: &Path) -> Vec<String> {
 
 #[test]
 fn a_part_of_the_file_is_not_taken_for_the_whole() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     let content = std::fs::read(squashfs_of(&tree)).unwrap();
     let length = content.len();
@@ -113,7 +114,7 @@ fn a_part_of_the_file_is_not_taken_for_the_whole() {
 
 #[test]
 fn a_download_goes_on_only_where_the_server_tells_whether_the_file_is_the_same() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     let content = std::fs::read(squashfs_of(&tree)).unwrap();
     let length = content.len();
@@ -158,7 +159,7 @@ fn a_download_goes_on_only_where_the_server_tells_whether_the_file_is_the_same()
 
 #[test]
 fn what_is_sent_to_ims_and_for_a_token_follows_no_redirect() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     for status in ["301 x", "302 x", "303 x", "307 x", "308 x"] {
         let target = Answers::start(vec![whole(b"{\"access_token\": \"token\"}")]);
@@ -169,7 +170,7 @@ fn what_is_sent_to_ims_and_for_a_token_follows_no_redirect() {
             std::fs::write(oauth.path().join(name), content).unwrap();
         }
         let ims = ("IMS_URL", server.url.clone());
-        let job = ("IMS_JOB_ID", crate::ims_server::JOB.to_owned());
+        let job = ("IMS_JOB_ID", testbed::ims_server::JOB.to_owned());
         for variables in [
             vec![ims.clone(), job.clone()],
             vec![("IMS_URL", target.url.clone()), job, ("OAUTH_CONFIG_DIR", oauth.path().display().to_string())],
@@ -185,7 +186,7 @@ fn what_is_sent_to_ims_and_for_a_token_follows_no_redirect() {
 
 #[test]
 fn a_redirect_to_another_server_takes_no_login_and_no_referer_along() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     let content = std::fs::read(squashfs_of(&tree)).unwrap();
     let target = Answers::start(vec![whole(&content)]);
@@ -208,7 +209,7 @@ fn a_redirect_to_another_server_takes_no_login_and_no_referer_along() {
     let variables = [
         ("IMS_URL", ims.url.clone()),
         ("OAUTH_CONFIG_DIR", dir.path().display().to_string()),
-        ("IMS_JOB_ID", crate::ims_server::JOB.into()),
+        ("IMS_JOB_ID", testbed::ims_server::JOB.into()),
         ("IMS_ACTION", "customize".into()),
     ];
     // It reads the job's record first.
@@ -220,7 +221,7 @@ fn a_redirect_to_another_server_takes_no_login_and_no_referer_along() {
 
 #[test]
 fn redirects_without_end_and_from_https_to_http_are_refused_at_once() {
-    let dir = folder();
+    let dir = directory();
     let target = Answers::start(vec![whole(b"hostile")]);
     let (parent, listener) = (dir.path().join("parent"), Answers::start(vec![redirect("/again?key=secret")]));
     refused(&parent, &listener.url, "it is the last of 10");
@@ -238,7 +239,7 @@ fn redirects_without_end_and_from_https_to_http_are_refused_at_once() {
 
 #[test]
 fn a_store_that_leads_to_another_server_is_not_followed_with_its_keys() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     let squashfs = squashfs_of(&tree);
     let target = Answers::start(vec![whole(b"")]);

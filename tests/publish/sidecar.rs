@@ -8,11 +8,10 @@ use ims_sshd::sys::process::output_within;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
-
-use crate::ims_server::Fault;
-use crate::job::*;
-use crate::s3_server::{Breaker, Closed, Gate};
-use crate::support::*;
+use testbed::ims_server::Fault;
+use testbed::job::*;
+use testbed::s3_server::{Breaker, Closed, Gate};
+use testbed::*;
 
 /// The programs of both containers.
 struct Running<'a> {
@@ -159,7 +158,7 @@ fn the_calls_of_ims_come_in_the_contracts_order() {
     assert!(running.end().status.success());
     let state = job.ims.state();
     let id = state.images.keys().next().unwrap().clone();
-    let job_path = format!("/jobs/{}", crate::ims_server::JOB);
+    let job_path = format!("/jobs/{}", testbed::ims_server::JOB);
     let calls: Vec<_> = state
         .changes
         .iter()
@@ -660,7 +659,7 @@ fn publishes_an_image_of_its_own(job: &Job, images: usize) {
 /// IMS ends the job with it, and asks the pod to end.
 #[test]
 fn a_success_that_was_told_is_one_whatever_comes_after() {
-    let success = format!("PATCH /jobs/{} {{\"status\":\"success\"}}", crate::ims_server::JOB);
+    let success = format!("PATCH /jobs/{} {{\"status\":\"success\"}}", testbed::ims_server::JOB);
     for fault in [Fault::LostAnswer, Fault::SilentlyDone] {
         let job = Job::new();
         job.ims.fail(&success, fault.clone());
@@ -799,7 +798,7 @@ fn the_status_tells_that_the_sidecar_packs_and_uploads_as_long_as_it_lives() {
     let random = feed(Command::new("head").args(["-c", "40M", "/dev/urandom"]), b"").stdout;
     std::fs::write(job.volume.image_root.join("random"), random).unwrap();
     let status = || {
-        let printed = succeed(Command::new(IMS_SSHD).args(["status", "--json"]).arg(&job.volume.parent));
+        let printed = succeed(Command::new(&IMS_SSHD).args(["status", "--json"]).arg(&job.volume.parent));
         serde_json::from_str::<Value>(&printed).unwrap()
     };
     let stalling = [("IMS_STALL_LIMIT", "100")];
@@ -818,7 +817,7 @@ fn the_status_tells_that_the_sidecar_packs_and_uploads_as_long_as_it_lives() {
     running.sidecar = Some(job.sidecar(Mode::Plain, &further).spawn().unwrap());
     wait_until("a part to be sent", || gate.parts() > 0);
     assert_eq!(status()["state"], "uploading");
-    let words = succeed(Command::new(IMS_SSHD).arg("status").arg(&job.volume.parent));
+    let words = succeed(Command::new(&IMS_SSHD).arg("status").arg(&job.volume.parent));
     assert!(words.contains(": uploading since ") && words.contains(", marked complete"), "{words}");
     running.kill_sidecar();
     assert!(ended(job.sidecar(Mode::Plain, &[]).spawn().unwrap()).status.success());
@@ -993,7 +992,7 @@ fn an_environment_that_waits_can_be_failed_and_not_completed() {
     let job = Job::new();
     job.volume.touch("failed");
     let mut sshd = waiting(&job);
-    let mark = |verdict| Command::new(IMS_SSHD).arg(verdict).arg(&job.volume.parent).output().unwrap();
+    let mark = |verdict| Command::new(&IMS_SSHD).arg(verdict).arg(&job.volume.parent).output().unwrap();
     let refused = mark("complete");
     assert_eq!(refused.status.code(), Some(1), "{refused:?}");
     assert!(text(&refused.stderr).contains("is not open yet"), "{refused:?}");
@@ -1012,7 +1011,7 @@ fn an_ims_or_a_store_that_refuses_is_noticed_before_ready_and_one_that_is_out_of
 
     for (status, is_certain) in [("403 Forbidden", true), ("500 Internal Server Error", false)] {
         let job = Job::new();
-        let endpoint = crate::s3_server::always(status, "<html><body>out of order</body></html>");
+        let endpoint = testbed::s3_server::always(status, "<html><body>out of order</body></html>");
         let further = [&ALONE[..], &[("S3_ENDPOINT", &endpoint), ("IMS_START_LIMIT", "1")]].concat();
         let output = ended(job.sidecar(Mode::Plain, &further).spawn().unwrap());
         let log = text(&output.stderr);
@@ -1111,7 +1110,7 @@ fn a_record_that_has_become_another_one_is_neither_taken_nor_told_as_published()
         ("link", |job, id| job.ims.state().images.get_mut(id).unwrap()["link"]["path"] = "s3://b/foreign".into(), true),
         ("etag", |job, id| job.ims.state().images.get_mut(id).unwrap()["link"]["etag"] = "foreign".into(), true),
         ("metadata", |job, id| job.ims.state().images.get_mut(id).unwrap()["metadata"] = json!({}), true),
-        ("id", |job, id| job.ims.state().images.get_mut(id).unwrap()["id"] = crate::ims_server::JOB.into(), true),
+        ("id", |job, id| job.ims.state().images.get_mut(id).unwrap()["id"] = testbed::ims_server::JOB.into(), true),
         ("manifest", |job, id| job.bucket.put(&format!("{id}/manifest.json"), b"{}"), false),
     ];
     for (what, change, is_published) in cases {

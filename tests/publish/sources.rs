@@ -8,10 +8,11 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use crate::job::*;
+use testbed::job::*;
+use testbed::s3_server::Bucket;
+use testbed::*;
+
 use crate::prepare::{is_empty, refused, same_tree};
-use crate::s3_server::Bucket;
-use crate::support::*;
 
 /// Serves `content` once; `at_end` is called before its last byte.
 fn serve(content: Vec<u8>, at_end: impl FnOnce() + Send + 'static) -> String {
@@ -52,7 +53,7 @@ fn users_directory(path: PathBuf) -> PathBuf {
 
 #[test]
 fn a_download_that_is_exchanged_on_the_volume_is_not_what_is_unpacked() {
-    let dir = folder();
+    let dir = directory();
     let [(tree, squashfs), (_, other)] = two_images(dir.path());
     let content = std::fs::read(&squashfs).unwrap();
     let sum = sha256(&content);
@@ -74,7 +75,7 @@ fn a_download_that_is_exchanged_on_the_volume_is_not_what_is_unpacked() {
         let script = "$0 prepare --open $1 --sha256 $2 $3 $4 && cp -a $3/image-root $3/copy";
         let mut shell = Command::new("unshare");
         let output =
-            shell.args(["-m", "sh", "-c", script, IMS_SSHD, open, &sum]).arg(&parent).arg(url).output().unwrap();
+            shell.args(["-m", "sh", "-c", script, &*IMS_SSHD, open, &sum]).arg(&parent).arg(url).output().unwrap();
         assert!(output.status.success(), "{kind}, {open}: {}", text(&output.stderr));
         same_tree(&tree, &parent.join("copy"));
     }
@@ -106,7 +107,7 @@ fn prepare_held(parent: &Path, source: &Path, program: &str, further: &[&str], m
 
 #[test]
 fn a_local_archive_that_its_owner_changes_after_the_checksum_is_not_what_is_unpacked() {
-    let dir = folder();
+    let dir = directory();
     let [(tree, squashfs), (_, other)] = two_images(dir.path());
     let content = std::fs::read(&squashfs).unwrap();
     chown(&squashfs, Some(1000), Some(1000)).unwrap();
@@ -130,7 +131,7 @@ fn a_local_archive_that_its_owner_changes_after_the_checksum_is_not_what_is_unpa
 
 #[test]
 fn a_source_in_a_store_or_on_disk_that_is_renamed_meanwhile_is_still_the_one_that_was_opened() {
-    let dir = folder();
+    let dir = directory();
     let [(tree, squashfs), (_, other)] = two_images(dir.path());
     let bucket = Bucket::new();
     bucket.put("a/rootfs", &std::fs::read(&squashfs).unwrap());
@@ -156,7 +157,7 @@ fn a_source_in_a_store_or_on_disk_that_is_renamed_meanwhile_is_still_the_one_tha
 
 #[test]
 fn what_takes_the_place_of_the_directory_that_is_unpacked_to_is_refused() {
-    let dir = folder();
+    let dir = directory();
     let [(_, squashfs), (other, _)] = two_images(dir.path());
     let parent = users_directory(dir.path().join("parent"));
     let output = prepare_held(&parent, &squashfs, "unsquashfs", &[], || {
@@ -170,7 +171,7 @@ fn what_takes_the_place_of_the_directory_that_is_unpacked_to_is_refused() {
 
 #[test]
 fn a_fifo_a_device_or_a_socket_as_source_is_refused_at_once() {
-    let dir = folder();
+    let dir = directory();
     let place = |name: &str| dir.path().join(name);
     succeed(
         Command::new("sh").args(["-c", "mkfifo fifo; mknod device c 1 3; ln -s fifo link"]).current_dir(dir.path()),
@@ -189,7 +190,7 @@ fn a_fifo_a_device_or_a_socket_as_source_is_refused_at_once() {
             vec!["enter", "--output", &store, &source, "--", "true"],
         ] {
             let mut command = Command::new("timeout");
-            let output = command.args(["-s", "KILL", "20"]).arg(IMS_SSHD).args(&arguments).output().unwrap();
+            let output = command.args(["-s", "KILL", "20"]).arg(&IMS_SSHD).args(&arguments).output().unwrap();
             let said = text(&output.stderr);
             assert!(output.status.code() != Some(137), "{arguments:?} hangs");
             assert!(said.contains(&format!("it is {kind}")) && !output.status.success(), "{arguments:?}: {said}");
@@ -200,7 +201,7 @@ fn a_fifo_a_device_or_a_socket_as_source_is_refused_at_once() {
 
 #[test]
 fn content_of_a_saved_image_that_has_not_its_digest_is_refused_by_name() {
-    let dir = folder();
+    let dir = directory();
     let place = dir.path();
     // Two layers as an engine saves them: a layout of OCI, skopeo's `dir:`, docker's newer and older archives.
     let make = "
@@ -266,7 +267,7 @@ for name, files in sets.items():
 
 #[test]
 fn a_layer_that_its_owner_changes_after_it_was_checked_is_not_what_is_unpacked() {
-    let dir = folder();
+    let dir = directory();
     let layout = dir.path().join("layout");
     std::fs::create_dir_all(layout.join("blobs/sha256")).unwrap();
     let tar = |tree: &Path| succeed_bytes(Command::new("tar").args(["-c", "-C"]).arg(tree).arg("."));
@@ -303,7 +304,7 @@ fn succeed_bytes(command: &mut Command) -> Vec<u8> {
 
 #[test]
 fn what_is_no_image_is_refused_with_what_was_looked_for_and_left_as_it_is() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     let place = |name: &str| dir.path().join(name);
     let make = "mkdir empty home around; touch home/.bashrc; cp -a tree around/rootfs; mkdir saved; echo {} > saved/oci-layout

@@ -9,12 +9,12 @@ use std::time::{Duration, Instant};
 use ims_sshd::sys::process::output_within;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use testbed::ims_server::{Fault, ImsServer};
+use testbed::job::*;
+use testbed::s3_server::{Bucket, Closed, Gate, ask};
+use testbed::*;
 
 use crate::answers::serve;
-use crate::ims_server::{Fault, ImsServer};
-use crate::job::*;
-use crate::s3_server::{Bucket, Closed, Gate, ask};
-use crate::support::*;
 
 /// Answers as a store does that holds nothing, but for what is said of a request.
 fn store(answer_to: impl Fn(&str) -> Option<(u16, Option<String>)> + Send + Sync + 'static) -> String {
@@ -29,7 +29,7 @@ fn store(answer_to: impl Fn(&str) -> Option<(u16, Option<String>)> + Send + Sync
 
 /// An upload to this server, and where it is at work.
 fn upload(endpoint: &str, further: &[(&'static str, String)]) -> (tempfile::TempDir, Command) {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     let squashfs = squashfs_of(&tree);
     let mut variables = vec![

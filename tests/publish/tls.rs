@@ -1,14 +1,14 @@
 //! Over TLS: who signed the server's certificate is checked, unless that is switched off.
 
-use crate::file_server::FileServer;
-use crate::job::*;
-use crate::s3_server::Bucket;
-use crate::support::*;
-use crate::tls_server::{Tls, certificates, port_of};
+use testbed::file_server::FileServer;
+use testbed::job::*;
+use testbed::s3_server::Bucket;
+use testbed::tls_server::{Tls, certificates, port_of};
+use testbed::*;
 
 #[test]
 fn an_image_is_fetched_from_a_server_that_an_authority_has_signed_and_from_no_other() {
-    let dir = folder();
+    let dir = directory();
     certificates(dir.path());
     let server = FileServer::start(std::fs::read(squashfs_of(&image(dir.path()))).unwrap(), &[]);
     let tls = Tls::start(dir.path(), port_of(&server.url));
@@ -25,7 +25,7 @@ fn an_image_is_fetched_from_a_server_that_an_authority_has_signed_and_from_no_ot
 
 #[test]
 fn a_stores_certificate_is_checked_unless_s3_ssl_validate_is_false() {
-    let dir = folder();
+    let dir = directory();
     certificates(dir.path());
     let tree = image(dir.path());
     let squashfs = squashfs_of(&tree);

@@ -8,12 +8,11 @@ use std::time::Duration;
 
 use ims_sshd::sys::process::output_within;
 use serde_json::{Value, json};
-
-use crate::file_server::FileServer;
-use crate::ims_server::JOB;
-use crate::job::*;
-use crate::s3_server::{Closed, Gate};
-use crate::support::*;
+use testbed::file_server::FileServer;
+use testbed::ims_server::JOB;
+use testbed::job::*;
+use testbed::s3_server::{Closed, Gate};
+use testbed::*;
 
 /// A directory with an image root that is the sidecar's and not the job's.
 fn secrets(job: &Job) -> PathBuf {
@@ -329,7 +328,7 @@ fn authentic_notes_of_another_volume_roll_back_nothing() {
 
 #[test]
 fn links_that_an_earlier_job_left_on_the_volume_lead_no_image_elsewhere() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     let squashfs = squashfs_of(&tree).display().to_string();
     let server = FileServer::start(std::fs::read(&squashfs).unwrap(), &[]);
@@ -357,7 +356,7 @@ fn links_that_an_earlier_job_left_on_the_volume_lead_no_image_elsewhere() {
         std::fs::create_dir_all(place.parent().unwrap()).unwrap();
         symlink(&elsewhere, &place).unwrap();
         let mut command = Command::new("unshare");
-        command.args(["-m", IMS_SSHD, "prepare", "--open", open]).arg(&parent).arg(&squashfs);
+        command.args(["-m", &*IMS_SSHD, "prepare", "--open", open]).arg(&parent).arg(&squashfs);
         let output = command.env("IMS_ACTION", action).output().unwrap();
         assert_eq!(output.status.code(), Some(1), "{}: {output:?}", place.display());
         assert!(text(&output.stderr).contains("it is a symbolic link; remove it"), "{output:?}");

@@ -6,10 +6,10 @@ use std::process::{Command, Output, Stdio};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use testbed::job::*;
+use testbed::*;
 
 use crate::customize::nothing_stays;
-use crate::job::*;
-use crate::support::*;
 
 fn customize(dir: &Path, source: &str, end: &[&str]) -> Output {
     let mut command = ims_sshd(&["customize", source, "--output", "out", "--work", "work", "--json"], &[]);
@@ -25,7 +25,7 @@ fn script(dir: &Path, name: &str, lines: &str) -> String {
 
 #[test]
 fn a_script_of_this_machine_runs_in_the_image_and_not_on_this_machine() {
-    let dir = folder();
+    let dir = directory();
     let squashfs = squashfs_of(&image(dir.path())).display().to_string();
     let marker = dir.path().join("marker");
     let lines = format!("echo \"$0\" \"$SITE\" $(id -u); : > /etc/scripted; ! touch {}\n", marker.display());
@@ -47,7 +47,7 @@ fn a_script_of_this_machine_runs_in_the_image_and_not_on_this_machine() {
 
 #[test]
 fn a_script_that_cannot_be_read_or_run_is_told_by_the_options_name() {
-    let dir = folder();
+    let dir = directory();
     let squashfs = squashfs_of(&image(dir.path())).display().to_string();
     std::fs::write(dir.path().join("empty"), "").unwrap();
     for (option, file, why) in [
@@ -75,7 +75,7 @@ fn a_script_that_cannot_be_read_or_run_is_told_by_the_options_name() {
 
 #[test]
 fn a_command_publishes_the_image_if_it_succeeds_and_else_ends_with_its_exit_code() {
-    let dir = folder();
+    let dir = directory();
     let squashfs = squashfs_of(&image(dir.path())).display().to_string();
     let failed = customize(dir.path(), &squashfs, &["--", "sh", "-c", "touch /etc/first; exit 9"]);
     assert_eq!(failed.status.code(), Some(9), "{failed:?}");
@@ -96,7 +96,7 @@ fn a_command_publishes_the_image_if_it_succeeds_and_else_ends_with_its_exit_code
 
 #[test]
 fn the_command_line_that_the_status_shows_goes_on_with_what_was_kept_from_any_directory() {
-    let dir = folder();
+    let dir = directory();
     let squashfs = squashfs_of(&image(dir.path()));
     let named = dir.path().join("going on with it.sqsh");
     std::fs::rename(&squashfs, &named).unwrap();
@@ -106,7 +106,7 @@ fn the_command_line_that_the_status_shows_goes_on_with_what_was_kept_from_any_di
     assert_eq!(failed.status.code(), Some(9), "{failed:?}");
     let said = text(&failed.stderr);
     let (_, pasted) = said.split_once("to go on with it: ").unwrap();
-    assert!(pasted.starts_with(IMS_SSHD) && !pasted.contains("--fresh"), "{said}");
+    assert!(pasted.starts_with(&*IMS_SSHD) && !pasted.contains("--fresh"), "{said}");
 
     let status = succeed(&mut ims_sshd(&["status", "going-on-with-it"], &[]));
     let (_, shown) = status.split_once("  go on: ").unwrap();
@@ -122,7 +122,7 @@ fn the_command_line_that_the_status_shows_goes_on_with_what_was_kept_from_any_di
 
 #[test]
 fn a_failing_command_wins_over_a_mark_complete() {
-    let dir = folder();
+    let dir = directory();
     let squashfs = squashfs_of(&image(dir.path())).display().to_string();
     let failed = customize(dir.path(), &squashfs, &["--", "sh", "-c", "touch /tmp/complete /etc/new; exit 5"]);
     assert_eq!(failed.status.code(), Some(5), "{failed:?}");
@@ -136,7 +136,7 @@ fn a_failing_command_wins_over_a_mark_complete() {
 
 #[test]
 fn a_signal_decides_whatever_the_command_makes_of_it() {
-    let dir = folder();
+    let dir = directory();
     let squashfs = squashfs_of(&image(dir.path())).display().to_string();
     let lines = "trap 'echo end > /etc/new; exit 0' TERM INT HUP\necho begun\nwhile :; do sleep 0.1; done\n";
     let file = script(dir.path(), "patient", lines);
@@ -167,7 +167,7 @@ fn a_signal_decides_whatever_the_command_makes_of_it() {
 
 #[test]
 fn options_without_effect_and_values_that_are_none_are_refused_as_they_were_typed() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path()).display().to_string();
     let squashfs = squashfs_of(Path::new(&tree)).display().to_string();
     let output = ["--output", "out"];
@@ -215,7 +215,7 @@ fn options_without_effect_and_values_that_are_none_are_refused_as_they_were_type
 
 #[test]
 fn what_can_be_seen_at_the_start_is_refused_then_and_what_fails_late_is_corrected_in_the_same_command() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     for (name, versioned) in [("vmlinuz", "vmlinuz-6.1.0"), ("initrd", "initrd-6.1.0")] {
         std::fs::rename(tree.join("boot").join(name), tree.join("boot").join(versioned)).unwrap();
@@ -255,7 +255,7 @@ fn what_can_be_seen_at_the_start_is_refused_then_and_what_fails_late_is_correcte
 
 #[test]
 fn changes_that_have_filled_the_disk_are_gone_on_with_or_dropped() {
-    let dir = folder();
+    let dir = directory();
     let squashfs = squashfs_of(&image(dir.path())).display().to_string();
     std::fs::create_dir(dir.path().join("disk")).unwrap();
     // Fills the disk, and ends each way out of that.
@@ -265,7 +265,7 @@ fn changes_that_have_filled_the_disk_are_gone_on_with_or_dropped() {
         fill $1; run customize $1 --work disk --output out --kernel vmlinuz --initrd initrd --fresh -- test ! -e /full
         fill $1; run enter $1 --work disk --output out --discard -- test -e /full; ls disk/ims-sshd";
     let output = Command::new("unshare")
-        .args(["-m", "sh", "-c", script, IMS_SSHD, &squashfs])
+        .args(["-m", "sh", "-c", script, &*IMS_SSHD, &squashfs])
         .current_dir(dir.path())
         .output()
         .unwrap();
@@ -278,7 +278,7 @@ fn changes_that_have_filled_the_disk_are_gone_on_with_or_dropped() {
 
 #[test]
 fn a_store_that_may_be_too_small_for_a_directory_is_told_before_and_refused_before_the_upload() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     // No program makes this smaller.
     let random = std::fs::File::open("/dev/urandom").unwrap();
@@ -288,7 +288,7 @@ fn a_store_that_may_be_too_small_for_a_directory_is_told_before_and_refused_befo
     let script = "mount -t tmpfs -o size=1m tmpfs small; $0 customize tree --work work --output small \
         --kernel vmlinuz --initrd initrd -- echo ran; code=$?; find small; exit $code";
     let output =
-        Command::new("unshare").args(["-m", "sh", "-c", script, IMS_SSHD]).current_dir(dir.path()).output().unwrap();
+        Command::new("unshare").args(["-m", "sh", "-c", script, &*IMS_SSHD]).current_dir(dir.path()).output().unwrap();
     let said = text(&output.stderr);
     assert_eq!((output.status.code(), text(&output.stdout).as_str()), (Some(1), "ran\nsmall\n"), "{said}");
     let (warned, refused) = (said.find("may not fit"), said.find("cannot keep the new image in the store"));
@@ -298,7 +298,7 @@ fn a_store_that_may_be_too_small_for_a_directory_is_told_before_and_refused_befo
 
 #[test]
 fn a_new_image_is_compressed_as_its_source_unless_another_compression_is_named() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     let compression = |published: &str| {
         let images = std::fs::read_dir(dir.path().join("out")).unwrap().map(|e| e.unwrap().path().join("rootfs"));
@@ -325,7 +325,7 @@ fn a_new_image_is_compressed_as_its_source_unless_another_compression_is_named()
 
 #[test]
 fn paths_on_the_command_line_may_be_relative() {
-    let dir = folder();
+    let dir = directory();
     squashfs_of(&image(dir.path()));
     for step in [
         &["prepare", "work", "./tree.sqsh"][..],

@@ -3,14 +3,14 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use crate::ims_server::{Fault, ImsServer};
-use crate::job::*;
-use crate::s3_server::{Bucket, Closed, Gate, Sink};
-use crate::support::*;
+use testbed::ims_server::{Fault, ImsServer};
+use testbed::job::*;
+use testbed::s3_server::{Bucket, Closed, Gate, Sink};
+use testbed::*;
 
 #[test]
 fn a_folder_is_a_store_like_any_other() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     let squashfs = squashfs_of(&tree);
     let store = dir.path().join("store");
@@ -72,7 +72,7 @@ fn is_whole(image: &Path) -> bool {
 
 #[test]
 fn runs_of_one_name_that_publish_at_once_all_have_a_place() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     let squashfs = squashfs_of(&tree);
     let runs: Vec<_> = (0..6)
@@ -97,7 +97,7 @@ fn runs_of_one_name_that_publish_at_once_all_have_a_place() {
 
 #[test]
 fn a_packed_image_is_registered_without_a_job() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     let squashfs = squashfs_of(&tree);
     let (bucket, ims) = (Bucket::new(), ImsServer::start());
@@ -118,7 +118,7 @@ fn a_packed_image_is_registered_without_a_job() {
 
 #[test]
 fn an_image_that_was_prepared_anew_is_not_taken_for_one_whose_upload_was_killed() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     let parent = dir.path().join("parent");
     let (bucket, ims) = (Bucket::new(), ImsServer::start());
@@ -148,7 +148,7 @@ fn an_image_that_was_prepared_anew_is_not_taken_for_one_whose_upload_was_killed(
 #[test]
 fn a_record_or_objects_of_others_are_neither_taken_for_ones_own_nor_overwritten() {
     use serde_json::{Value, json};
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     let squashfs = squashfs_of(&tree);
     // The first id that this IMS gives.
@@ -221,7 +221,7 @@ fn a_record_or_objects_of_others_are_neither_taken_for_ones_own_nor_overwritten(
 #[test]
 fn a_large_image_is_uploaded_without_being_read_into_memory() {
     let gib = std::env::var("IMS_SSHD_UPLOAD_GIB").map_or(1, |n| n.parse().expect("IMS_SSHD_UPLOAD_GIB: a number"));
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     let file = dir.path().join("sparse.sqsh");
     succeed(Command::new("truncate").args(["-s", &format!("{gib}G")]).arg(&file));
@@ -238,7 +238,7 @@ fn a_large_image_is_uploaded_without_being_read_into_memory() {
 
 #[test]
 fn a_store_that_has_lost_something_is_noticed() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     let squashfs = squashfs_of(&tree);
     let sink = Sink::losing(1);
@@ -254,7 +254,7 @@ fn a_store_that_has_lost_something_is_noticed() {
 
 #[test]
 fn a_token_is_not_used_in_its_last_moments() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     let squashfs = squashfs_of(&tree);
     let (bucket, ims) = (Bucket::new(), ImsServer::start());
@@ -271,7 +271,7 @@ fn a_token_is_not_used_in_its_last_moments() {
 
 #[test]
 fn links_that_somebody_has_put_into_a_directory_that_is_a_store_are_replaced_and_not_followed() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     // The random content makes the image large enough for several parts.
     let random = feed(Command::new("head").args(["-c", "40M", "/dev/urandom"]), b"").stdout;
@@ -308,7 +308,7 @@ const AT_A_TIME: usize = 3;
 
 impl Upload {
     fn new() -> Self {
-        let dir = folder();
+        let dir = directory();
         let tree = image(dir.path());
         let archive = dir.path().join("packed.sqsh");
         write_parts(&archive, 1);
@@ -486,7 +486,7 @@ fn an_upload_that_fails_for_good_leaves_no_parts() {
 
 #[test]
 fn an_upload_to_a_folder_that_was_killed_leaves_nothing_begun() {
-    let dir = folder();
+    let dir = directory();
     let tree = image(dir.path());
     let (archive, store) = (dir.path().join("sparse.sqsh"), dir.path().join("store"));
     succeed(Command::new("truncate").args(["-s", "200M"]).arg(&archive));

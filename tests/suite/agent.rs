@@ -4,8 +4,9 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
+use testbed::*;
+
 use crate::clients::Place;
-use crate::support::*;
 
 crate::clients::shown! {
     "OpenSSH ssh", "`-A`: the client's agent lists its keys and signs" => the_clients_agent_lists_its_keys_and_signs;

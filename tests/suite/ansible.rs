@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use testbed::*;
 
 use crate::clients::Place;
-use crate::support::*;
 
 crate::clients::shown! {
     "Ansible (Debian's)",

@@ -5,7 +5,7 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 use std::process::{Command, Output};
 
-use crate::support::*;
+use testbed::*;
 
 const JAILED: [&str; 2] = ["namespace", "user"];
 

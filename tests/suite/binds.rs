@@ -4,7 +4,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::support::*;
+use testbed::*;
 
 /// Paths that the administrator has beside the image: a package repository with a disk of its own below it, a licence,
 /// and a place to write to.
@@ -199,7 +199,7 @@ fn plain_mode_says_that_binds_are_of_no_use() {
     let mut environment = volume.start_with(Mode::Plain, &[("IMS_JAIL_BINDS", &binds)]).ready();
     assert!(environment.log_text().contains("IMS_JAIL_BINDS is of no use in plain mode"));
     assert_eq!(environment.complete(), 0);
-    let output = Command::new(IMS_SSHD).args(["customize", "--plain", "--bind", "/srv", "/nowhere"]).output().unwrap();
+    let output = Command::new(&IMS_SSHD).args(["customize", "--plain", "--bind", "/srv", "/nowhere"]).output().unwrap();
     assert_eq!(output.status.code(), Some(2));
     assert!(text(&output.stderr).contains("cannot be used with"), "{output:?}");
 }
@@ -212,7 +212,7 @@ fn a_source_in_the_image_root_is_refused_by_whatever_path_it_is_named() {
     succeed(Command::new("mount").arg("--bind").arg(&volume.image_root).arg(&other));
     for source in [volume.image_root.join("etc"), other.join("etc"), other.clone()] {
         let bind = format!("{}:/mnt", source.display());
-        let mut enter = Command::new(IMS_SSHD);
+        let mut enter = Command::new(&IMS_SSHD);
         let output =
             enter.args(["enter", "--bind", &bind]).arg(&volume.image_root).args(["--", "true"]).output().unwrap();
         assert_eq!(output.status.code(), Some(1), "{bind}: {output:?}");
@@ -237,7 +237,7 @@ fn enter_and_customize_show_binds_and_pack_nothing_of_them() {
     let ends: [&[&str]; 2] =
         [&["--host-script", "script"], &["--yes", "--", "sh", "-c", "cat /opt/repo/package; touch /etc/new"]];
     for (command, end) in ["customize", "enter"].into_iter().zip(ends) {
-        let mut program = Command::new(IMS_SSHD);
+        let mut program = Command::new(&IMS_SSHD);
         program.args([command, "image.sqsh", "--bind", "sources/repo:/opt/repo:ro", "--output", command]);
         program.args(["--work", "work"]).args(end).current_dir(volume.dir.path());
         let said = succeed(&mut program);

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use crate::support::*;
+use testbed::*;
 
 /// Starts 9000 processes, three of which fork without end, and ignores every request to end: one whose children stay, one whose children
 /// do not, and one of which there is another in each moment.

@@ -22,7 +22,7 @@
 use std::path::Path;
 use std::process::Command;
 
-use crate::support::*;
+use testbed::*;
 
 /// What can be asked for its version on this machine, by a shell line with `$CACHE`, in the order of the page.
 const VERSIONS: &[(&str, &str)] = &[

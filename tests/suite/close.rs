@@ -19,8 +19,7 @@ use nix::unistd::Pid;
 use rustix::fs::{AtFlags, Mode as FileMode, OFlags};
 use rustix::io::Errno;
 use serde_json::Value;
-
-use crate::support::*;
+use testbed::*;
 
 /// A process of the test's own, outside the environment; ended with the test.
 struct Outsider(Child);
@@ -189,7 +188,7 @@ fn the_close_takes_its_steps_in_order_and_logs_each_with_its_time() {
         assert!(after.is_empty(), "{mode:?}: something happened after 'exiting': {after:?}");
         let left: Vec<_> = std::fs::read_dir(&environment.parent).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert!(left.iter().all(|n| !n.to_string_lossy().starts_with('.')), "{left:?}");
-        assert!(!environment.state_folder().exists());
+        assert!(!environment.state_directory().exists());
     }
 }
 
@@ -202,7 +201,7 @@ fn what_was_written_is_on_its_disk_before_exiting() {
     let volume = Volume::new(Image::Busybox);
     let trace = volume.dir.path().join("trace");
     let mut command = Command::new("strace");
-    command.args(["-f", "-e", "trace=syncfs,openat2,openat", "-o"]).arg(&trace).args([IMS_SSHD, "entrypoint"]);
+    command.args(["-f", "-e", "trace=syncfs,openat2,openat", "-o"]).arg(&trace).args([&*IMS_SSHD, "entrypoint"]);
     command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").envs(volume.variables(Mode::Plain));
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(std::fs::File::create(volume.log()).unwrap());
     let mut environment = Environment { entrypoint: command.spawn().unwrap(), volume, status: None }.ready();
@@ -774,7 +773,7 @@ fn an_environment_that_waits_beside_an_earlier_runs_files_is_shown_as_waiting_an
     logged(&environment, "waiting for 'ready'");
     let said = status(&environment, &[]);
     assert!(said.contains(": waiting") && !said.contains("marked"), "{said}");
-    let mark = |verdict: &str| Command::new(IMS_SSHD).arg(verdict).arg(&environment.parent).output().unwrap();
+    let mark = |verdict: &str| Command::new(&IMS_SSHD).arg(verdict).arg(&environment.parent).output().unwrap();
     let refused = text(&mark("complete").stderr).to_owned();
     assert!(refused.contains("it waits for 'ready'"), "{refused}");
     assert!(mark("fail").status.success());
@@ -1070,7 +1069,7 @@ fn a_volume_that_cannot_rename_without_replacing_takes_all_signal_files() {
 }
 
 fn status(environment: &Environment, arguments: &[&str]) -> String {
-    succeed(Command::new(IMS_SSHD).arg("status").args(arguments).arg(&environment.parent))
+    succeed(Command::new(&IMS_SSHD).arg("status").args(arguments).arg(&environment.parent))
 }
 
 fn sessions(environment: &Environment) -> Vec<Value> {
@@ -1150,7 +1149,7 @@ fn the_status_of_an_environment_in_another_container_is_what_its_signal_files_te
     let mut environment = Environment::open(Image::Busybox, Mode::Plain);
     let elsewhere = || {
         let mut command = Command::new("unshare");
-        command.args(["--mount", "sh", "-c", "mount -t tmpfs tmpfs /run/ims-sshd && exec \"$@\"", "sh", IMS_SSHD]);
+        command.args(["--mount", "sh", "-c", "mount -t tmpfs tmpfs /run/ims-sshd && exec \"$@\"", "sh", &*IMS_SSHD]);
         let printed = succeed(command.args(["status", "--json"]).arg(&environment.parent));
         serde_json::from_str::<Value>(&printed).unwrap()
     };
@@ -1230,7 +1229,7 @@ fn a_newline_in_a_name_forges_no_line_and_steers_no_terminal() {
     std::fs::write(volume.image_root.join("boot").join(HOSTILE), "").unwrap();
     for arguments in [&["enter", "--", HOSTILE][..], &["package", "--kernel", "nonesuch"]] {
         let (command, options) = arguments.split_first().unwrap();
-        let output = Command::new(IMS_SSHD).arg(command).arg(&volume.image_root).args(options).output().unwrap();
+        let output = Command::new(&IMS_SSHD).arg(command).arg(&volume.image_root).args(options).output().unwrap();
         assert!(!output.status.success());
         escaped(&text(output.stderr), command);
     }

@@ -5,10 +5,10 @@ use std::fmt;
 use std::os::unix::process::ExitStatusExt;
 
 use crate::clients::Place;
-use crate::support::*;
 
 use Client::{Scp, Sftp, Shell, Ssh, Terminal};
 use Column::{Namespace, Original, User};
+use testbed::*;
 
 /// How a line is given to OpenSSH.
 #[derive(Clone, Copy, Debug)]

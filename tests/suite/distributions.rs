@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::support::*;
+use testbed::*;
 
 const TIERS: [&str; 2] = ["namespace", "user"];
 
@@ -130,7 +130,7 @@ fn an_image_of_one_static_program_is_copied_to_and_its_program_run() {
         send(&environment, &file);
         assert_eq!(environment.complete(), 0);
         assert_eq!(std::fs::read_to_string(environment.image_root.join("root/file")).unwrap(), "text");
-        let mut entered = Command::new(IMS_SSHD);
+        let mut entered = Command::new(&IMS_SSHD);
         let entered = entered
             .arg("enter")
             .arg(&environment.image_root)

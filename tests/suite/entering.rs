@@ -5,9 +5,10 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use testbed::*;
+
 use crate::agent::Agent;
 use crate::escape::{Decoys, attempts};
-use crate::support::*;
 
 /// Leads to the top of the container from any directory of it.
 const UP: &str = "/../../../../../../../../../../../../..";
@@ -208,10 +209,10 @@ fn no_home_and_no_shell_of_the_image_leads_a_session_outside() {
         }
         outside.assert_unharmed();
         // No other descriptor takes the place of a stream that is closed.
-        let jail = environment.state_folder().join("jail");
+        let jail = environment.state_directory().join("jail");
         for (closed, number) in [("<&-", 0), (">&-", 1), ("2>&-", 2), ("<&- >&- 2>&-", 1)] {
             let mut helper = Command::new("sh");
-            helper.args(["-c", &format!("exec \"$@\" {closed}"), "sh", IMS_JAIL_SHELL, "enter"]).arg(&jail);
+            helper.args(["-c", &format!("exec \"$@\" {closed}"), "sh", &*IMS_JAIL_SHELL, "enter"]).arg(&jail);
             let look = format!("[ /proc/self/fd/{number} -ef /dev/null ]");
             let status = helper.args(["--", "/bin/sh", "-c", &look]).status().unwrap();
             assert!(tier == "chroot" || status.success(), "{tier}: {closed}: {status}");
@@ -225,7 +226,7 @@ fn no_home_and_no_shell_of_the_image_leads_a_session_outside() {
 fn enter(volume: &Volume, tier: &str, open: u32, program: &[&str]) -> Command {
     let mut enter = Command::new("bash");
     let script = "for ((n = 3; n < 3 + $1; n++)); do eval \"exec $n</\"; done; shift; exec \"$@\"";
-    enter.args(["-c", script, "bash", &open.to_string(), IMS_SSHD, "enter"]).arg(&volume.image_root);
+    enter.args(["-c", script, "bash", &open.to_string(), &*IMS_SSHD, "enter"]).arg(&volume.image_root);
     enter.args(program).env("IMS_JAIL_TIER", tier).stdin(Stdio::null());
     enter
 }
@@ -331,7 +332,7 @@ const OURS: &str = "for process in /proc/[0-9]*; do program=$(readlink $process/
 #[test]
 fn no_program_of_the_container_can_be_changed_from_inside() {
     let qemu = Path::new("/usr/bin/qemu-aarch64-static");
-    let mut files = vec![std::path::PathBuf::from(IMS_JAIL_SHELL), qemu.to_owned()];
+    let mut files = vec![std::path::PathBuf::from(&*IMS_JAIL_SHELL), qemu.to_owned()];
     files.extend(ims_sshd::sshd::sftp_server::files().unwrap().into_iter().map(|(_, file)| file));
     let (mut tried, mut wrong) = (0, Vec::new());
     for (tier, image) in [

@@ -7,9 +7,7 @@ use std::process::{Child, Command, Output, Stdio};
 use nix::unistd::Pid;
 
 use ims_sshd::sys::process::{Entry, descendants};
-
-use crate::support::*;
-use crate::terminal::{Terminal, own_shell};
+use testbed::*;
 
 /// Tiers that a session must not be able to leave.
 const TIERS: [&str; 2] = ["namespace", "user"];
@@ -19,7 +17,7 @@ const NOT_DEFENDED: [(&str, &str); 1] = [("abstract-socket", "**The network** is
 
 /// The program of tests/attempts.
 pub fn attempts() -> PathBuf {
-    let program = Path::new(IMS_SSHD).with_file_name("examples").join("attempts");
+    let program = Path::new(&IMS_SSHD).with_file_name("examples").join("attempts");
     assert!(program.exists(), "no attempts: 'cargo build --example attempts' makes them");
     program
 }
@@ -162,7 +160,7 @@ fn every_attempt_gets_out_where_it_can_and_none_out_of_the_jail() {
         if masked {
             command.args(MASKING_PROC);
         }
-        command.args([IMS_SSHD, "entrypoint"]).env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+        command.args([&*IMS_SSHD, "entrypoint"]).env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
         command.envs(volume.variables(Mode::Jailed)).env("IMS_JAIL_TIER", tier);
         let log = std::fs::File::create(volume.log()).unwrap();
         let entrypoint = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().unwrap();
@@ -366,7 +364,7 @@ fn the_supervisor_listens_where_only_root_outside_comes_to() {
     let fields = listed.lines().map(|line| line.split_ascii_whitespace().collect::<Vec<_>>());
     let names: Vec<&str> =
         fields.filter(|f| sockets.iter().any(|s| *s == f[6])).filter_map(|f| f.get(7).copied()).collect();
-    let control = environment.state_folder().join("control");
+    let control = environment.state_directory().join("control");
     assert!(names.contains(&control.to_str().unwrap()), "{names:?}");
     assert!(names.iter().all(|name| !name.starts_with('@')), "{names:?}");
 

@@ -6,8 +6,9 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use testbed::*;
+
 use crate::escape::{Decoys, attempts};
-use crate::support::*;
 
 /// Somebody with a key, who knows the names of things outside.
 struct Client {

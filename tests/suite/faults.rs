@@ -12,8 +12,7 @@ use ims_sshd::sys::process::Entry;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-
-use crate::support::*;
+use testbed::*;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Part {
@@ -284,7 +283,7 @@ fn pid_of(environment: &Environment) -> Pid {
 
 /// sshd, as the environment has noted it.
 fn listener(environment: &Environment) -> Pid {
-    let text = std::fs::read_to_string(environment.state_folder().join("sshd")).unwrap();
+    let text = std::fs::read_to_string(environment.state_directory().join("sshd")).unwrap();
     Pid::from_raw(ims_sshd::sys::process::Identity::parse(&text).unwrap().pid)
 }
 
@@ -418,7 +417,7 @@ fn run(cell: Cell) {
     let took = began.elapsed();
     assert!(took < CELL_LIMIT, "it took {took:?}");
     household.assert_empty();
-    assert!(!environment.state_folder().exists());
+    assert!(!environment.state_directory().exists());
     let log = environment.log_text();
     if dies && (cell.phase >= Phase::Idle || cell.mode == Mode::Jailed && cell.phase == Phase::Preparing) {
         assert!(
@@ -540,7 +539,7 @@ impl Holdings {
         let count = |text: String| text.lines().count();
         let mut processes: Vec<_> = household.members().iter().map(Entry::command_line).collect();
         processes.sort();
-        let folders = [environment.state_folder(), environment.parent.clone()];
+        let folders = [environment.state_directory(), environment.parent.clone()];
         let files =
             |folder: &PathBuf| std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().path()).collect::<Vec<_>>();
         let mut files: Vec<_> = folders.iter().flat_map(files).chain(environment.changes()).collect();
@@ -634,7 +633,7 @@ fn nothing_is_left_of_many_sessions() {
 #[test]
 fn an_sshd_that_dies_again_and_again_ends_the_environment_with_its_last_words() {
     let mut environment = Environment::open(Image::Busybox, Mode::Plain);
-    let noted = environment.state_folder().join("sshd");
+    let noted = environment.state_directory().join("sshd");
     let listener = || {
         let text = std::fs::read_to_string(&noted).unwrap_or_default();
         text.split_once(' ').and_then(|(pid, _)| pid.parse().ok()).map(Pid::from_raw)
@@ -664,7 +663,7 @@ fn a_connection_that_outlives_its_sshd_is_not_taken_for_the_next_one() {
     let port = |port: u16| format!("Port {port}\n");
     let other = config.replace(&port(environment.port), &port(taken.local_addr().unwrap().port()));
     std::fs::write(&environment.config, other).unwrap();
-    let noted = std::fs::read_to_string(environment.state_folder().join("sshd")).unwrap();
+    let noted = std::fs::read_to_string(environment.state_directory().join("sshd")).unwrap();
     kill(Pid::from_raw(noted.split_once(' ').unwrap().0.parse().unwrap()), Signal::SIGKILL).unwrap();
     wait_until("the next sshd's complaint", || environment.log_text().contains("cannot start sshd"));
     assert!(environment.log_text().contains("Address already in use"), "{}", environment.log_text());

@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use crate::support::*;
+use testbed::*;
 
 const PLACES: [(Image, Mode); 3] =
     [(Image::Debian, Mode::Jailed), (Image::Busybox, Mode::Jailed), (Image::Debian, Mode::Plain)];

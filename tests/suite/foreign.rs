@@ -8,8 +8,7 @@ use std::process::{Command, Stdio};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-
-use crate::support::*;
+use testbed::*;
 
 /// Tiers that emulate.
 const TIERS: [&str; 2] = ["namespace", "user"];
@@ -162,7 +161,7 @@ fn the_sftp_server_of_an_aarch64_image_is_not_emulated() {
 fn enter_emulates_too() {
     for tier in TIERS {
         let volume = Volume::new(Image::DebianArm64);
-        let mut enter = Command::new(IMS_SSHD);
+        let mut enter = Command::new(&IMS_SSHD);
         enter.arg("enter").arg(&volume.image_root).args(["--", "sh", "-c", "uname -m; exit 7"]);
         let output = enter.env("IMS_JAIL_TIER", tier).output().unwrap();
         assert_eq!((output.status.code(), text(&output.stdout).as_str()), (Some(7), "aarch64\n"), "{output:?}");

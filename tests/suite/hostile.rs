@@ -13,8 +13,6 @@ use std::time::{Duration, Instant};
 use ims_sshd::sys::mounts::mount_points;
 use nix::sys::stat::{Mode as Permission, SFlag, makedev, mknod};
 
-use crate::support::*;
-
 /// A way to be jailed.
 #[derive(Debug)]
 struct Tier {
@@ -94,6 +92,7 @@ enum Thing {
 }
 
 use Thing::{AbsoluteLink, Device, Fifo, File, LinkLoop, LinkUp, Nothing, Socket, Unreadable};
+use testbed::*;
 
 const THINGS: [Thing; 9] = [AbsoluteLink, LinkUp, LinkLoop, File, Fifo, Socket, Device, Nothing, Unreadable];
 
@@ -543,7 +542,7 @@ fn enter(case: &Case, tier: &Tier) -> Vec<PathBuf> {
     let before = [&host(&volume), &volume.image_root].map(|root| digest(root));
     let mounts_before = new_mounts(&[]);
     let mut command = Command::new("prlimit");
-    command.arg(format!("--data={MEMORY}")).args([IMS_SSHD, "enter"]).arg(&volume.image_root);
+    command.arg(format!("--data={MEMORY}")).args([&*IMS_SSHD, "enter"]).arg(&volume.image_root);
     command.args(["--", "sh", "-c", tier.look()]).env("IMS_JAIL_TIER", tier.name);
     let output = limited(&command, b"");
     match case.outcome(tier) {

@@ -4,7 +4,7 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 use std::process::Command;
 
-use crate::support::*;
+use testbed::*;
 
 #[test]
 fn an_image_root_that_is_entered_beside_an_open_environment_is_not_failed_by_it() {
@@ -13,7 +13,7 @@ fn an_image_root_that_is_entered_beside_an_open_environment_is_not_failed_by_it(
     let mut environment = volume.start(Mode::Jailed).ready();
     let container = std::fs::read_to_string("/etc/resolv.conf").unwrap();
     for _ in 0..2 {
-        let mut enter = Command::new(IMS_SSHD);
+        let mut enter = Command::new(&IMS_SSHD);
         enter.arg("enter").arg(&environment.image_root).args(["--", "cat", "/etc/resolv.conf"]);
         assert_eq!(succeed(enter.stdin(std::process::Stdio::null())), container);
         assert_eq!(environment.says("cat /etc/resolv.conf"), container.trim_end(), "what was lent to sessions stays");
@@ -246,7 +246,7 @@ fn an_image_root_that_cannot_be_written_to_is_entered_all_the_same() {
     bind("bind");
     bind("remount,bind,ro");
     let enter = || {
-        let mut enter = Command::new(IMS_SSHD);
+        let mut enter = Command::new(&IMS_SSHD);
         enter.arg("enter").arg(&volume.image_root).args(["--", "cat", "/etc/resolv.conf"]).output().unwrap()
     };
     assert_eq!(text(enter().stdout), std::fs::read_to_string("/etc/resolv.conf").unwrap());

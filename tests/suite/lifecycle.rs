@@ -7,8 +7,7 @@ use std::process::{Command, Stdio};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-
-use crate::support::*;
+use testbed::*;
 
 fn listens(port: u16) -> bool {
     TcpStream::connect(("127.0.0.1", port)).is_ok()
@@ -294,7 +293,7 @@ fn it_is_a_good_pid_1() {
     volume.touch("ready");
     let log = std::fs::File::create(volume.log()).unwrap();
     let mut command = Command::new("unshare");
-    command.args(["--pid", "--fork", "--kill-child", "--mount-proc", IMS_SSHD, "entrypoint"]);
+    command.args(["--pid", "--fork", "--kill-child", "--mount-proc", &*IMS_SSHD, "entrypoint"]);
     command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").envs(volume.variables(Mode::Plain));
     let entrypoint = command.stdin(Stdio::null()).stderr(log).spawn().unwrap();
     let mut environment = Environment { entrypoint, volume, status: None };
@@ -327,9 +326,9 @@ fn the_configuration_is_included_into_once_and_given_back() {
     let before = std::fs::read_to_string(&volume.config).unwrap();
     let mut environment = volume.start(Mode::Jailed).ready();
     let during = std::fs::read_to_string(&environment.config).unwrap();
-    let fragment = environment.state_folder().join("sshd.conf");
+    let fragment = environment.state_directory().join("sshd.conf");
     assert_eq!(during, format!("Include {} # ims-sshd\n{before}", fragment.display()));
     assert_eq!(environment.complete(), 0);
     assert_eq!(std::fs::read_to_string(&environment.config).unwrap(), before);
-    assert!(!environment.state_folder().exists());
+    assert!(!environment.state_directory().exists());
 }

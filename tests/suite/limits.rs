@@ -3,8 +3,9 @@
 
 use std::process::Command;
 
+use testbed::*;
+
 use crate::clients::Place;
-use crate::support::*;
 
 /// One thing that a jail refuses.
 struct Limit {

@@ -5,8 +5,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use crate::support::*;
-use crate::terminal::{PROMPT, Terminal, own_shell};
+use testbed::*;
 
 /// A copied image root of its own.
 fn image_root() -> tempfile::TempDir {
@@ -17,7 +16,7 @@ fn image_root() -> tempfile::TempDir {
 
 /// Starts `customize` and reads what it prints up to the line that ends its announcement.
 fn customize(image_root: &Path, arguments: &[&str]) -> (Ended, String) {
-    let child = Command::new(IMS_SSHD)
+    let child = Command::new(&IMS_SSHD)
         .arg("customize")
         .arg(image_root)
         .arg("--work")
@@ -49,7 +48,7 @@ fn parent_in(printed: &str) -> PathBuf {
 }
 
 fn ims_sshd(arguments: &[&str]) -> Output {
-    Command::new(IMS_SSHD).args(arguments).stdin(Stdio::null()).output().unwrap()
+    Command::new(&IMS_SSHD).args(arguments).stdin(Stdio::null()).output().unwrap()
 }
 
 #[test]
@@ -110,7 +109,7 @@ fn closed_output_and_closed_terminal_end_customize_in_order() {
     let root = image.path().join("image");
     // The same happens in `customize … 2>&1 | head`.
     let (output, theirs) = std::io::pipe().unwrap();
-    let mut command = Command::new(IMS_SSHD);
+    let mut command = Command::new(&IMS_SSHD);
     command
         .arg("customize")
         .arg(&root)
@@ -274,7 +273,7 @@ fn enter_runs_a_command_in_the_jail_and_passes_its_end_on() {
     let said = text(output.stdout);
     assert!(said.starts_with("init\n/usr/local/sbin:"), "{said}");
     let output =
-        feed(Command::new(IMS_SSHD).args(["enter", &path]), b"echo $0; pwd; touch /root/file; (sleep 6543 &)\n");
+        feed(Command::new(&IMS_SSHD).args(["enter", &path]), b"echo $0; pwd; touch /root/file; (sleep 6543 &)\n");
     assert_eq!(text(output.stdout), "-sh\n/root\n");
     assert!(processes_with("sleep 6543").is_empty(), "what is left inside ends with it");
     assert!(!image.path().join("image/proc").exists() && image.path().join("image/root/file").exists());
@@ -518,7 +517,7 @@ fn a_mark_in_the_shell_that_was_entered_ends_it_and_answers() {
     // In a directory that is changed where it is, neither mark stays.
     let image = path.join("image");
     for (mark, code) in [("complete", 0), ("failed", 1)] {
-        let mut command = Command::new(IMS_SSHD);
+        let mut command = Command::new(&IMS_SSHD);
         let mut terminal = Terminal::with(command.arg("enter").arg(&image));
         terminal.see(PROMPT);
         terminal.line(&format!("touch /etc/{mark} /tmp/{mark}"));
@@ -531,7 +530,7 @@ fn a_mark_in_the_shell_that_was_entered_ends_it_and_answers() {
 fn it_answers_to_the_name_of_the_script_it_replaces() {
     let dir = tempfile::tempdir().unwrap();
     let name = dir.path().join("entrypoint.sh");
-    std::os::unix::fs::symlink(IMS_SSHD, &name).unwrap();
+    std::os::unix::fs::symlink(&*IMS_SSHD, &name).unwrap();
     let output = Command::new(&name).env_clear().env("IMS_ACTION", "create").arg(dir.path()).output().unwrap();
     assert!(output.status.success(), "{output:?}");
     assert!(text(output.stderr).contains("no shell is wanted"));

@@ -3,9 +3,9 @@
 use std::path::Path;
 use std::process::Command;
 
+use testbed::*;
+
 use crate::clients::{PLACES, Place};
-use crate::support::*;
-use crate::terminal::Terminal;
 
 /// Lines of /etc/environment, sane and odd.
 const ETC_ENVIRONMENT: &str = "# a comment\n\

@@ -37,7 +37,6 @@ mod refused_logins;
 mod sessions;
 mod special_files;
 mod streams;
-mod support;
 mod tasks;
 mod terminal;
 mod tiers;

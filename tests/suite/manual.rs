@@ -2,8 +2,7 @@
 
 use std::process::Command;
 
-use crate::support::*;
-use crate::terminal::Terminal;
+use testbed::*;
 
 /// Lines that are begun, and an offer that has to come.
 const OFFERS: [(&str, &str); 6] = [
@@ -19,7 +18,7 @@ fn completions(shell: &str) -> (tempfile::TempDir, std::path::PathBuf) {
     let folder = tempfile::tempdir().unwrap();
     // zsh looks for this name.
     let file = folder.path().join("_ims-sshd");
-    std::fs::write(&file, succeed(Command::new(IMS_SSHD).args(["completions", shell]))).unwrap();
+    std::fs::write(&file, succeed(Command::new(&IMS_SSHD).args(["completions", shell]))).unwrap();
     (folder, file)
 }
 
@@ -87,11 +86,11 @@ fn shells_complete_the_names_of_what_is_open() {
     let dir = tempfile::tempdir_in(cache()).unwrap();
     let image = dir.path().join(&name);
     succeed(Command::new("cp").arg("-aT").arg(cache().join("busybox")).arg(&image));
-    let mut open = Command::new(IMS_SSHD);
+    let mut open = Command::new(&IMS_SSHD);
     open.arg("enter").arg(&image).args(["sh", "-c", "echo open; exec sleep 600"]).stdout(std::process::Stdio::piped());
     let mut open = Ended(open.spawn().unwrap());
     std::io::Read::read_exact(open.stdout.as_mut().unwrap(), &mut [0; 5]).unwrap();
-    let programs = std::path::Path::new(IMS_SSHD).parent().unwrap().display().to_string();
+    let programs = std::path::Path::new(&IMS_SSHD).parent().unwrap().display().to_string();
     let path = format!("{programs}:/usr/bin:/bin");
 
     let (_folder, script) = completions("bash");
@@ -122,10 +121,10 @@ fn shells_complete_the_names_of_what_is_open() {
 #[test]
 fn man_shows_a_page_of_every_command_with_all_its_sections() {
     let folder = tempfile::tempdir().unwrap();
-    succeed(Command::new(IMS_SSHD).arg("man").arg(folder.path()));
+    succeed(Command::new(&IMS_SSHD).arg("man").arg(folder.path()));
     let mut pages = walk(folder.path());
     pages.retain(|page| page.is_file());
-    let help = succeed(Command::new(IMS_SSHD).arg("--help"));
+    let help = succeed(Command::new(&IMS_SSHD).arg("--help"));
     let commands = help.split("Commands:\n").nth(1).unwrap().split("\n\n").next().unwrap();
     let commands = commands.lines().filter(|line| line.starts_with("  ") && !line.starts_with("   ")).count();
     assert_eq!(pages.len(), commands, "one for each command but 'help', and the program's own");

@@ -4,8 +4,7 @@ use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use crate::support::*;
-use crate::terminal::Terminal;
+use testbed::*;
 
 /// A directory with an image root that is called `name`.
 fn image(name: &str) -> (tempfile::TempDir, PathBuf) {
@@ -22,7 +21,7 @@ fn unique(what: &str) -> String {
 
 /// Starts `customize`; returns what it prints until it is open.
 fn customize(source: &Path) -> (Ended, String) {
-    let mut command = Command::new(IMS_SSHD);
+    let mut command = Command::new(&IMS_SSHD);
     command.arg("customize").arg(source).stdin(Stdio::null()).stdout(Stdio::piped());
     let mut child = Ended(command.spawn().unwrap());
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
@@ -34,11 +33,11 @@ fn customize(source: &Path) -> (Ended, String) {
 }
 
 fn ims_sshd(arguments: &[&str]) -> Output {
-    Command::new(IMS_SSHD).args(arguments).env_remove("IMAGE_ROOT_PARENT").stdin(Stdio::null()).output().unwrap()
+    Command::new(&IMS_SSHD).args(arguments).env_remove("IMAGE_ROOT_PARENT").stdin(Stdio::null()).output().unwrap()
 }
 
 fn listed() -> serde_json::Value {
-    serde_json::from_str(&succeed(Command::new(IMS_SSHD).args(["status", "--json"]).env_remove("IMAGE_ROOT_PARENT")))
+    serde_json::from_str(&succeed(Command::new(&IMS_SSHD).args(["status", "--json"]).env_remove("IMAGE_ROOT_PARENT")))
         .unwrap()
 }
 
@@ -63,7 +62,7 @@ fn a_mark_where_no_environment_is_open_is_an_error_and_leaves_no_file() {
     // Nothing was ever open there, or it could be: what can be told is told.
     let output = ims_sshd(&["status", elsewhere.path().to_str().unwrap()]);
     assert!(output.status.code() == Some(1) && text(&output.stderr).contains("holds neither"), "{output:?}");
-    assert!(succeed(Command::new(IMS_SSHD).arg("status").arg(dir.path())).ends_with(": not open\n"));
+    assert!(succeed(Command::new(&IMS_SSHD).arg("status").arg(dir.path())).ends_with(": not open\n"));
 }
 
 #[test]
@@ -207,7 +206,7 @@ fn a_run_is_listed_while_it_packs_and_cannot_be_marked_then() {
     std::io::copy(&mut noise, &mut std::fs::File::create(image.join("noise")).unwrap()).unwrap();
     let squashfs = dir.path().join(format!("{name}.sqsh"));
     succeed(Command::new("mksquashfs").args([&image, &squashfs]).args(["-quiet", "-no-progress", "-noD", "-noF"]));
-    let mut enter = Command::new(IMS_SSHD);
+    let mut enter = Command::new(&IMS_SSHD);
     enter.arg("enter").arg(&squashfs).args(["--output", "out", "--work", "work", "--yes", "--compression", "xz"]);
     enter.args(["--", "/bin/sh", "-c", "cp /noise /louder"]).current_dir(dir.path());
     let mut enter = Ended(enter.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
@@ -228,7 +227,7 @@ fn host_name_greeting_and_prompt_say_which_image_it_is() {
     let (_dir, image) = image(&name);
     let _ = std::fs::remove_file(image.join("etc/profile"));
     let own = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
-    let mut enter = Command::new(IMS_SSHD);
+    let mut enter = Command::new(&IMS_SSHD);
     let mut terminal = Terminal::with(enter.arg("enter").arg(&image));
     terminal.see(&format!("You are in the image root of {label}. When done: exit"));
     terminal.see(&format!("root@{label}:/root# "));
@@ -237,7 +236,7 @@ fn host_name_greeting_and_prompt_say_which_image_it_is() {
     terminal.line("exit");
     assert_eq!(terminal.end().0, 0);
     // A command is given no prompt.
-    let mut enter = Command::new(IMS_SSHD);
+    let mut enter = Command::new(&IMS_SSHD);
     let said = succeed(enter.arg("enter").arg(&image).args([
         "--",
         "/bin/sh",

@@ -2,9 +2,10 @@
 
 use std::path::PathBuf;
 
+use testbed::*;
+
 use crate::clients::Place;
-use crate::support::*;
-use crate::terminal::{COMPLAINTS, PROMPT, Terminal, long, wait_in_front};
+use crate::terminal::COMPLAINTS;
 
 crate::clients::shown! {
     "OpenSSH ssh", "a terminal with `-t` and none with `-T`, in the client's locale" => a_terminal_is_there_if_it_is_asked_for;

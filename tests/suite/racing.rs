@@ -12,9 +12,9 @@ use ims_sshd::jail::tier::Tier;
 use ims_sshd::sys::mounts::mount_points;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use rustix::fs::{CWD, RenameFlags};
+use testbed::*;
 
 use crate::hostile::{host, make_host};
-use crate::support::*;
 
 /// Names that change places, and back at once.
 type Swap = (PathBuf, PathBuf);
@@ -124,7 +124,7 @@ fn rounds(share: usize) -> usize {
 const LOOK: &str = "until cat /proc/self/mountinfo; do true; done";
 
 fn enter(volume: &Volume, tier: Tier, command: &str) -> Output {
-    let mut enter = Command::new(IMS_SSHD);
+    let mut enter = Command::new(&IMS_SSHD);
     enter.arg("enter").arg(&volume.image_root).args(["--", "sh", "-c", command]).env("IMS_JAIL_TIER", tier.name());
     enter.output().unwrap()
 }
@@ -254,7 +254,7 @@ fn open_in_a_race() -> bool {
             environment.status.is_some() || environment.signal("sshd_listening").exists()
         });
         // It may be closing by now, as it looks whether the image root is still there.
-        if let Ok(record) = Record::read(&environment.state_folder().join("jail"))
+        if let Ok(record) = Record::read(&environment.state_directory().join("jail"))
             && let Ok(root) = std::fs::metadata(format!("/proc/{}/root/", record.init.pid))
         {
             opened = true;

@@ -13,8 +13,7 @@ use ims_sshd::sys::mounts::{mount_points, unmount};
 use ims_sshd::sys::tree::Tree;
 use proptest::collection::vec;
 use proptest::prelude::*;
-
-use crate::support::*;
+use testbed::*;
 
 /// Each case starts programs or mounts something.
 fn few() -> ProptestConfig {

@@ -5,8 +5,7 @@ use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use crate::support::*;
-use crate::terminal::Terminal;
+use testbed::*;
 
 const REFERENCE: &str = include_str!("../../docs/REFERENCE.md");
 const TROUBLESHOOTING: &str = include_str!("../../docs/TROUBLESHOOTING.md");
@@ -102,7 +101,7 @@ fn every_command_of_the_pages_does_what_it_is_there_for() {
 fn install(command: &str) {
     let desk = Desk::new();
     let (top, dir) = (Path::new(env!("CARGO_MANIFEST_DIR")), desk.volume.dir.path());
-    let built = Path::new(IMS_SSHD).parent().unwrap();
+    let built = Path::new(&IMS_SSHD).parent().unwrap();
     let rust = Path::new(env!("CARGO")).parent().unwrap();
     let path = format!("{}:{}", rust.display(), std::env::var("PATH").unwrap());
     let (stage, root) = (dir.join("stage"), dir.join("root"));
@@ -194,7 +193,7 @@ impl Desk {
     }
 
     pub fn shell(&self, line: &str) -> Command {
-        let programs = Path::new(IMS_SSHD).parent().unwrap();
+        let programs = Path::new(&IMS_SSHD).parent().unwrap();
         let mut command = Command::new("sh");
         command.args(["-c", line]).current_dir(&self.volume.parent).stdin(Stdio::null()).env_clear();
         command.env("HOME", self.volume.dir.path()).env("TMPDIR", self.volume.dir.path());

@@ -4,7 +4,7 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use crate::support::*;
+use testbed::*;
 
 /// Starts an environment that is refused: its exit code, and what it said.
 fn refused(volume: Volume, mode: Mode, further: &[(&str, &str)], code: i32, messages: &[&str]) -> Environment {
@@ -18,7 +18,7 @@ fn refused(volume: Volume, mode: Mode, further: &[(&str, &str)], code: i32, mess
     assert_eq!(log.matches(" ERROR ").count(), 1, "said once:\n{log}");
     assert!(environment.signal("failed").exists() && environment.signal("exiting").exists(), "nobody must wait for it");
     assert!(!environment.signal("complete").exists() && !environment.signal("sshd_listening").exists());
-    assert!(!environment.state_folder().exists(), "its folder is left");
+    assert!(!environment.state_directory().exists(), "its folder is left");
     environment
 }
 
@@ -315,7 +315,7 @@ fn a_tier_that_cannot_be_had_is_never_replaced_by_another() {
     let volume = Volume::new(Image::Busybox);
     let enter = |tier: &str, taken: &str| {
         let mut command = Command::new("setpriv");
-        command.args(["--bounding-set", taken, IMS_SSHD, "enter"]).arg(&volume.image_root).args(["--", "echo", "in"]);
+        command.args(["--bounding-set", taken, &*IMS_SSHD, "enter"]).arg(&volume.image_root).args(["--", "echo", "in"]);
         command.env("IMS_JAIL_TIER", tier).output().unwrap()
     };
     for (tier, taken, reason) in [

@@ -5,7 +5,7 @@ use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Stdio};
 
-use crate::support::*;
+use testbed::*;
 
 /// Tries to log in as `user` with a key of that name, which is made.
 fn try_key(environment: &Environment, user: &str, key: &str) {

@@ -3,7 +3,7 @@
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
 
-use crate::support::*;
+use testbed::*;
 
 #[test]
 fn a_command_runs_in_the_image_when_jailed_and_beside_it_when_plain() {
@@ -319,15 +319,15 @@ fn sessions_go_on_when_the_helpers_file_is_what_they_look_for() {
 
 #[test]
 fn the_helper_is_static_and_holds_neither_threads_nor_a_watcher() {
-    assert!(succeed(Command::new("ldd").arg(IMS_JAIL_SHELL)).contains("statically linked"));
-    let functions = succeed(Command::new("nm").args(["--defined-only", "--demangle", IMS_JAIL_SHELL]));
+    assert!(succeed(Command::new("ldd").arg(&IMS_JAIL_SHELL)).contains("statically linked"));
+    let functions = succeed(Command::new("nm").args(["--defined-only", "--demangle", &*IMS_JAIL_SHELL]));
     assert!(functions.contains("ims_sshd::jail::enter::join"));
     for foreign in [" notify::", " tokio::", " tracing_subscriber::"] {
         assert!(!functions.contains(foreign), "{foreign}");
     }
     let environment = Environment::open(Image::Busybox, Mode::Jailed);
     let mut session = environment.ssh(&[]).arg("sleep 1000").spawn().unwrap();
-    let state = format!("session {}", environment.state_folder().join("jail").display());
+    let state = format!("session {}", environment.state_directory().join("jail").display());
     wait_until("the helper", || !processes_with(&state).is_empty());
     for pid in processes_with(&state) {
         assert_eq!(std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().count(), 1);

@@ -8,8 +8,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::sys::stat::{Mode as Permission, SFlag, makedev, mknod};
-
-use crate::support::*;
+use testbed::*;
 
 /// All that the supervisor, `enter`, `prepare`, `package` and sshd's helpers look at in an image, and what libc reads for them.
 const FILES: [&str; 27] = [
@@ -116,7 +115,7 @@ fn a_special_file_of_an_image_is_never_opened_outside_the_jail() {
             watch(&odd);
             let parent = volume.dir.path().join("prepared");
             let ims_sshd = |arguments: &[&str]| {
-                let mut command = Command::new(IMS_SSHD);
+                let mut command = Command::new(&IMS_SSHD);
                 command.args(arguments);
                 command
             };

@@ -6,8 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::process::{Command, Output, Stdio};
 
 use rustix::fs::{Mode, OFlags};
-
-use crate::support::*;
+use testbed::*;
 
 /// Tiers that a session must not be able to leave.
 const JAILS: [&str; 2] = ["namespace", "user"];
@@ -117,7 +116,7 @@ fn a_stream_that_is_not_open_is_refused() {
     std::fs::write(&file, "").unwrap();
     for tier in JAILS {
         let named: OwnedFd = rustix::fs::open(&file, OFlags::PATH, Mode::empty()).unwrap();
-        let mut enter = Command::new(IMS_SSHD);
+        let mut enter = Command::new(&IMS_SSHD);
         enter.arg("enter").arg(&volume.image_root).args(["--", "true"]).env("IMS_JAIL_TIER", tier);
         let output = enter.stdin(named).output().unwrap();
         assert!(!output.status.success() && text(&output.stderr).contains("(O_PATH)"), "{tier}: {output:?}");
@@ -131,7 +130,7 @@ fn a_session_changes_no_flag_of_the_callers_pipes() {
         let volume = Volume::new(Image::Debian);
         let (from, to) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
         let (input, held) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
-        let mut enter = Command::new(IMS_SSHD);
+        let mut enter = Command::new(&IMS_SSHD);
         enter.arg("enter").arg(&volume.image_root).args(["--", "python3", "-c"]).env("IMS_JAIL_TIER", tier);
         enter.arg("import os\nfor fd in range(3): os.set_blocking(fd, False)\nprint('set')");
         let [stdin, stdout, stderr] = [&input, &to, &to].map(|end| end.try_clone().unwrap());

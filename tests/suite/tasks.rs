@@ -4,9 +4,9 @@
 use std::collections::BTreeMap;
 use std::process::Command;
 
+use testbed::*;
+
 use crate::readme::Desk;
-use crate::support::*;
-use crate::terminal::Terminal;
 
 const TASKS: &str = include_str!("../../docs/TASKS.md");
 const OURS: &str = "ims-sshd";

@@ -5,179 +5,17 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::Signal;
 use nix::unistd::Pid;
-use rexpect::ReadUntil;
-use rexpect::process::WaitStatus;
-use rexpect::session::{Options, PtySession, spawn_with_options};
 
 use ims_sshd::sys::process::{Entry, descendants};
-
-use crate::support::*;
+use testbed::*;
 
 /// What shells and terminals say when something is wrong between them.
 pub const COMPLAINTS: [&str; 5] =
     ["job control", "not a tty", "cannot set terminal", "nappropriate ioctl", "can't access tty"];
 
-/// What the shells of the tests are told to prompt with, so that nobody's profile decides it.
-pub const PROMPT: &str = "[prompt]# ";
-
 /// What a program started in a shell cannot be reached by.
 const BLOCKED_SIGNALS: &str = "grep SigBlk /proc/self/status";
-
-/// A person's terminal: 31 rows, 200 columns (wide, so that no line editor wraps what is typed), with a program in it.
-pub struct Terminal {
-    session: PtySession,
-    /// Everything that was to be seen so far.
-    pub screen: String,
-    questions: u32,
-}
-
-impl Terminal {
-    /// Opens a terminal with `command`, of which program, arguments and variables count.
-    pub fn with(command: &Command) -> Self {
-        // The pty comes without echo, which ssh would hand on to the other side: no person's terminal is like that.
-        let mut started = Command::new("sh");
-        started.args(["-c", "stty echo rows 31 cols 200; exec \"$@\"", "sh"]);
-        started.arg(command.get_program()).args(command.get_args());
-        started.env("TERM", "xterm").envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
-        let limit = u64::try_from(LIMIT.as_millis()).unwrap();
-        let session = spawn_with_options(started, Options::new().timeout_ms(Some(limit))).unwrap();
-        Self { session, screen: String::new(), questions: 0 }
-    }
-
-    /// `ssh -tt` with a command.
-    pub fn running(environment: &Environment, command: &str) -> Self {
-        Self::with(environment.ssh(&["-tt", "-e", "none"]).arg(command))
-    }
-
-    /// `ssh` without a command, once the shell prompts.
-    pub fn at_a_shell(environment: &Environment) -> Self {
-        Self::at_a_shell_of(environment, "xterm")
-    }
-
-    /// The same, from a terminal of another kind.
-    pub fn at_a_shell_of(environment: &Environment, kind: &str) -> Self {
-        let mut terminal = Self::with(environment.ssh(&["-tt", "-e", "none"]).env("TERM", kind));
-        terminal.wait_for_first_prompt();
-        terminal
-    }
-
-    fn wait_for_first_prompt(&mut self) {
-        self.see("# ");
-        // A plain login's history is that of whoever runs the tests; the quotes keep the echo of this line from being the prompt.
-        self.line("unset HISTFILE; PS1='[pro'\"mpt]# \"");
-        self.see(PROMPT);
-    }
-
-    /// Waits for `wanted`; returns what came before it.
-    pub fn see(&mut self, wanted: &str) -> String {
-        self.see_any(ReadUntil::String(wanted.to_owned())).0
-    }
-
-    fn see_any(&mut self, wanted: ReadUntil) -> (String, String) {
-        let what = wanted.to_string();
-        match self.session.exp_any(vec![wanted]) {
-            Ok((before, found)) => {
-                self.screen += &before;
-                self.screen += &found;
-                (before, found)
-            }
-            Err(e) => panic!("waited for {what}: {e}\nseen before that:\n{}", self.screen),
-        }
-    }
-
-    pub fn line(&mut self, text: &str) {
-        self.session.send_line(text).unwrap();
-    }
-
-    pub fn key(&mut self, control: char) {
-        self.session.send_control(control).unwrap();
-    }
-
-    /// Keys as they are, without a return.
-    pub fn keys(&mut self, keys: &str) {
-        self.session.send(keys).unwrap();
-        self.session.flush().unwrap();
-    }
-
-    /// What the shell prints for a command line, trimmed; it prompts again afterwards.
-    pub fn ask(&mut self, command: &str) -> String {
-        self.questions += 1;
-        let n = self.questions;
-        // The quotes keep the echo of what is typed from being taken for the answer.
-        self.line(&format!("echo \"<\"{n}\">\"; {command}; echo \"</\"{n}\">\""));
-        self.see(&format!("<{n}>\r\n"));
-        let answer = self.see(&format!("</{n}>\r\n"));
-        self.see(PROMPT);
-        answer.replace('\r', "").trim_end().to_owned()
-    }
-
-    /// `$?`.
-    fn status(&mut self) -> String {
-        self.line("echo \"<\"$?\">\"");
-        let rest = self.see(">\r\n");
-        self.see(PROMPT);
-        rest.rsplit('<').next().unwrap().to_owned()
-    }
-
-    fn is_shown(&self, text: &str) -> bool {
-        self.screen.contains(text)
-    }
-
-    pub fn resize(&self, rows: u16, columns: u16) {
-        let size = rustix::termios::Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
-        rustix::termios::tcsetwinsize(self.session.process().get_file_handle().unwrap(), size).unwrap();
-    }
-
-    /// Types all of `text` at once, as a paste does.
-    fn paste(&self, text: &str) {
-        use std::io::Write;
-        self.session.process().get_file_handle().unwrap().write_all(text.as_bytes()).unwrap();
-    }
-
-    /// Waits for the end of the program; returns its exit code and the whole screen.
-    pub fn end(mut self) -> (i32, String) {
-        self.see_any(ReadUntil::EOF);
-        match self.session.process().wait().unwrap() {
-            WaitStatus::Exited(_, code) => (code, self.screen),
-            WaitStatus::Signaled(_, signal, _) => (128 + signal as i32, self.screen),
-            other => panic!("{other:?}"),
-        }
-    }
-
-    /// The client is gone without a word, as in a crash.
-    fn vanish(mut self) {
-        self.session.process_mut().signal(Signal::SIGKILL).unwrap();
-        self.session.process().wait().unwrap();
-    }
-}
-
-/// A number of seconds that no other test sleeps for, and longer than any test.
-pub fn long(environment: &Environment, which: u32) -> String {
-    (u32::from(environment.port) * 10 + 1_000_000 + which).to_string()
-}
-
-/// The processes that are `sleep seconds` and nothing more, or the interpreter of such a one.
-fn sleeping(seconds: &str) -> Vec<u32> {
-    let exactly = format!("\0sleep\0{seconds}\0");
-    let line = |pid: &u32| std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    // An emulator may stand before it; who enters the jail to run it is not it.
-    let is_it = |pid: &u32| format!("\0{}", line(pid)).ends_with(&exactly) && !line(pid).contains("\0enter\0");
-    processes_with(&format!("sleep {seconds}")).into_iter().filter(is_it).collect()
-}
-
-/// Waits until `sleep seconds` runs in the foreground of its terminal: only then do keys reach it.
-pub fn wait_in_front(seconds: &str) {
-    wait_until(&format!("sleep {seconds} in the foreground"), || {
-        sleeping(seconds).first().is_some_and(|pid| {
-            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-            let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
-            // proc(5): state, parent, group, session, terminal, the terminal's foreground group
-            fields.len() > 5 && fields[0] != "T" && fields[2] == fields[5]
-        })
-    });
-}
 
 /// Everything that runs in the environment.
 fn everything(environment: &Environment) -> Vec<Pid> {
@@ -329,7 +167,7 @@ fn controls_jobs(environment: &Environment, shell: &str) {
     terminal.see(PROMPT);
     assert_eq!(terminal.status(), "131", "{shell}");
 
-    terminal.session.send("half a command").unwrap();
+    terminal.keys("half a command");
     terminal.key('c');
     terminal.see(PROMPT);
     assert_eq!(terminal.ask("echo still here"), "still here");
@@ -587,19 +425,6 @@ fn an_image_without_its_shell_is_entered_with_sh_and_one_without_any_says_so() {
     assert!(text(command.stderr).starts_with(why));
 }
 
-/// A person's own shell on this machine, from which they enter an image root.
-pub fn own_shell() -> Terminal {
-    // A run in the background of a script has keys ignored, which everything it starts would inherit.
-    let mut shell = Command::new("env");
-    shell
-        .args(["--default-signal=INT,QUIT,TSTP", "bash", "--norc", "--noprofile", "-i"])
-        .env("PS1", "# ")
-        .env("HISTFILE", "");
-    let mut terminal = Terminal::with(&shell);
-    terminal.wait_for_first_prompt();
-    terminal
-}
-
 #[test]
 fn one_can_enter_an_image_root_from_a_shell_and_come_back_to_it() {
     let volume = Volume::new(Image::Debian);
@@ -693,7 +518,7 @@ fn a_program_in_an_image_root_is_a_job_of_the_shell_it_was_started_from() {
     assert_no_complaint(&terminal.end().1);
 
     // Nor is one stopped that no shell is there to continue.
-    let mut alone = Command::new(IMS_SSHD);
+    let mut alone = Command::new(&IMS_SSHD);
     alone.arg("enter").arg(&volume.image_root).args(["--", "sh", "-c", ONE_TO_BE_STOPPED]);
     goes_on_after_the_stop_key(Terminal::with(&alone));
 }

@@ -4,8 +4,9 @@ use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use testbed::*;
+
 use crate::clients::Place;
-use crate::support::*;
 
 crate::clients::shown! {
     "OpenSSH sftp", "goes on with what was cut off (`reget`, `reput`)" => what_was_cut_off_goes_on;

@@ -4,7 +4,7 @@ use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-use crate::support::{free_port, succeed, wait_until};
+use crate::{free_port, succeed, wait_until};
 
 /// Speaks TLS and passes on what it hears.
 pub struct Tls {

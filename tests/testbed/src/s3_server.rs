@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use crate::file_server::reset;
-use crate::support::{cache, free_port, text, wait_until};
+use crate::{cache, free_port, text, wait_until};
 
 /// A bucket, and where it is.
 pub struct Bucket {

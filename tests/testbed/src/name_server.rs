@@ -5,7 +5,7 @@ use std::path::Path;
 
 use nix::sched::{CloneFlags, unshare};
 
-use crate::support::succeed;
+use crate::succeed;
 
 /// Runs `test` where `name` is known to a name server alone, and `in_file` to /etc/hosts alone; both are 127.0.0.1.
 pub fn with_names(dir: &Path, name: &'static str, in_file: &str, test: impl FnOnce() + Send) {

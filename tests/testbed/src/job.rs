@@ -4,26 +4,19 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
-use tempfile::TempDir;
 
 use crate::ims_server::ImsServer;
 use crate::s3_server::Bucket;
-use crate::support::*;
+use crate::{IMS_SSHD, Image, Mode, Volume, cache, feed, processes_with, succeed, text};
 
 /// `ims-sshd` with these variables and no others.
 pub fn ims_sshd(arguments: &[&str], variables: &[(&str, String)]) -> Command {
-    let mut command = Command::new(IMS_SSHD);
+    let mut command = Command::new(&IMS_SSHD);
     command.args(arguments).env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").stdin(Stdio::null());
     // Nothing here takes longer unless it hangs.
     command.env("IMS_RETRY_LIMIT", "20").env("IMS_STALL_LIMIT", "2");
     command.envs(variables.iter().map(|(n, v)| (*n, v.as_str())));
     command
-}
-
-pub fn folder() -> TempDir {
-    let base = cache().join("tests");
-    std::fs::create_dir_all(&base).unwrap();
-    tempfile::tempdir_in(base).unwrap()
 }
 
 /// What only a publication needs of an image.

@@ -1,26 +1,25 @@
 //! The manifests in deploy/kubernetes as kustomize renders them, checked against the schemas of Kubernetes.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use serde_json::Value;
 
+use crate::{cache_directory, repository};
+
 /// The objects of a variant, or of a file.
 pub fn manifests(variant: &str) -> Vec<Value> {
-    let place = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/kubernetes").join(variant);
+    let place = repository().join("deploy/kubernetes").join(variant);
     rendered_for(&place, &["1.31", "newest"]).unwrap_or_else(|complaint| panic!("{variant}: {complaint}"))
 }
 
 /// The objects of the kustomization, or file, at `place`, if these versions of Kubernetes take them.
 pub fn rendered_for(place: &Path, versions: &[&str]) -> Result<Vec<Value>, String> {
-    let cache = std::env::var_os("IMS_SSHD_CACHE")
-        .map_or_else(|| PathBuf::from(std::env::var_os("HOME").expect("HOME")).join(".cache/ims-sshd"), PathBuf::from);
-    let python = cache.join("kubernetes-validate/bin/python");
+    let python = cache_directory().join("kubernetes-validate/bin/python");
     assert!(python.exists(), "no {}: run the tests with 'make test'", python.display());
-    let repository = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut render = Command::new(python);
     // The folder may be another user's.
-    render.env("PYTHONDONTWRITEBYTECODE", "1").arg(repository.join("tests/deploy/manifests.py"));
+    render.env("PYTHONDONTWRITEBYTECODE", "1").arg(repository().join("tests/deploy/manifests.py"));
     render.args(versions.iter().map(|version| format!("--validate={version}")));
     let output = render.arg(place).output().unwrap();
     if !output.status.success() {

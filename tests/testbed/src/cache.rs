@@ -1,0 +1,72 @@
+//! What `make test` keeps from run to run, and directories of tests beside it.
+
+use std::path::{Path, PathBuf};
+
+use tempfile::TempDir;
+
+/// The top of the repository.
+pub fn repository() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).unwrap()
+}
+
+/// Directory that holds whatever is costly to make.
+pub fn cache_directory() -> PathBuf {
+    std::env::var_os("IMS_SSHD_CACHE")
+        .map_or_else(|| PathBuf::from(std::env::var_os("HOME").expect("HOME")).join(".cache/ims-sshd"), PathBuf::from)
+}
+
+/// The same, once it is certain that the image roots are there.
+pub fn cache() -> PathBuf {
+    let path = cache_directory();
+    assert!(
+        path.join("debian/etc/passwd").exists(),
+        "no image roots in {}: run the tests with 'make test'",
+        path.display()
+    );
+    path
+}
+
+/// A directory that is removed with the returned value. It is not below /tmp: sshd refuses keys in a directory that everybody can
+/// write to.
+pub fn directory() -> TempDir {
+    let base = cache().join("tests");
+    std::fs::create_dir_all(&base).unwrap();
+    tempfile::tempdir_in(base).unwrap()
+}
+
+/// Which image root an environment gets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Image {
+    /// Debian, as an overlay over the cached one: `upper` then holds just what was changed.
+    Debian,
+    /// A static busybox and a passwd file, copied.
+    Busybox,
+    /// Debian for aarch64, as an overlay too, as are the following.
+    DebianArm64,
+    /// An image of rpm packages.
+    Rpm,
+    /// Busybox and musl, in the manner of Alpine's.
+    Musl,
+    /// One static program.
+    Distroless,
+    /// Debian with what people use at a terminal and tools use over SSH.
+    Node,
+    /// Debian as Ansible manages it, as an overlay too.
+    Managed,
+}
+
+impl Image {
+    /// The cached image root, named after its recipe in tests/image-roots.d.
+    pub fn root(self) -> PathBuf {
+        cache().join(match self {
+            Self::Debian => "debian",
+            Self::Busybox => "busybox",
+            Self::DebianArm64 => "debian-arm64",
+            Self::Rpm => "rpm",
+            Self::Musl => "musl",
+            Self::Distroless => "distroless",
+            Self::Node => "node",
+            Self::Managed => "managed",
+        })
+    }
+}

@@ -1,0 +1,130 @@
+//! Clients of an environment: ssh, sftp and scp, and a connection that many sessions share.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use tempfile::TempDir;
+
+use crate::{Environment, feed, succeed};
+
+/// For a client that knows nobody.
+pub fn ssh_options(key: &Path) -> Vec<String> {
+    let mut options: Vec<String> = vec!["-F".into(), "none".into(), "-i".into(), key.display().to_string()];
+    for option in [
+        "StrictHostKeyChecking=no",
+        "UserKnownHostsFile=/dev/null",
+        "LogLevel=ERROR",
+        "BatchMode=yes",
+        "ConnectTimeout=10",
+    ] {
+        options.extend(["-o".to_owned(), option.to_owned()]);
+    }
+    options
+}
+
+impl Environment {
+    pub fn ssh_options(&self) -> Vec<String> {
+        let mut options = ssh_options(&self.key);
+        // The default one takes longer than all the rest of a session.
+        options.extend(["-o", "KexAlgorithms=curve25519-sha256"].map(Into::into));
+        options
+    }
+
+    /// `ssh` with further options; the command is to be added after the host, which is the last argument here.
+    pub fn ssh(&self, options: &[&str]) -> Command {
+        let mut command = Command::new("ssh");
+        command.args(self.ssh_options()).args(options).args(["-p", &self.port.to_string(), "root@127.0.0.1"]);
+        command.stdin(Stdio::null()).env("LC_ALL", "C.UTF-8");
+        command
+    }
+
+    /// The output of a command line over ssh.
+    pub fn run(&self, command: &str) -> Output {
+        self.ssh(&[]).arg(command).output().unwrap()
+    }
+
+    /// Standard output of a command line that has to succeed.
+    pub fn says(&self, command: &str) -> String {
+        let output = self.run(command);
+        assert!(output.status.success(), "{command}: {output:?}\nlog:\n{}", self.log_text());
+        String::from_utf8(output.stdout).unwrap().trim_end().to_owned()
+    }
+
+    /// A batch of sftp commands, with its output.
+    pub fn sftp(&self, batch: &str) -> Output {
+        feed(&mut self.sftp_client(&[]), batch.as_bytes())
+    }
+
+    /// `sftp` with further options, reading its commands from standard input.
+    pub fn sftp_client(&self, options: &[&str]) -> Command {
+        let mut command = Command::new("sftp");
+        command.args(self.ssh_options()).args(options);
+        command.args(["-b", "-", "-P", &self.port.to_string(), "root@127.0.0.1"]);
+        command
+    }
+
+    pub fn master(&self) -> Master<'_> {
+        self.master_with(None)
+    }
+
+    /// The same, with this agent in each of its sessions.
+    pub fn master_with(&self, agent: Option<&Path>) -> Master<'_> {
+        let master =
+            Master { environment: self, socket: tempfile::tempdir().unwrap(), agent: agent.map(Path::to_owned) };
+        let mut ssh = master.ssh_with(&["-M", "-o", "ControlPersist=60", "-f", "-N"]);
+        succeed(ssh.stdout(Stdio::null()));
+        master
+    }
+}
+
+/// A connection that stays open, on which sessions cost little.
+pub struct Master<'a> {
+    environment: &'a Environment,
+    socket: TempDir,
+    agent: Option<PathBuf>,
+}
+
+impl Master<'_> {
+    fn control(&self) -> String {
+        self.socket.path().join("s").display().to_string()
+    }
+
+    /// `ssh` over the open connection; the command is to be added.
+    pub fn ssh(&self) -> Command {
+        self.ssh_with(&[])
+    }
+
+    /// The same with further options.
+    pub fn ssh_with(&self, options: &[&str]) -> Command {
+        let control = self.control();
+        let agent = if self.agent.is_some() { "-A" } else { "-a" };
+        let mut ssh = self.environment.ssh(&[&["-S", &control, agent], options].concat());
+        ssh.envs(self.agent.iter().map(|socket| ("SSH_AUTH_SOCK", socket)));
+        ssh
+    }
+
+    /// `sftp` over it, reading its commands from standard input.
+    pub fn sftp(&self) -> Command {
+        self.sftp_with(&[])
+    }
+
+    /// The same with further options.
+    pub fn sftp_with(&self, options: &[&str]) -> Command {
+        let control = format!("ControlPath={}", self.control());
+        self.environment.sftp_client(&[&["-o", &control], options].concat())
+    }
+
+    /// `scp` over it; what is to be copied is to be added.
+    pub fn scp(&self) -> Command {
+        let mut command = Command::new("scp");
+        command.args(self.environment.ssh_options()).args(["-o", &format!("ControlPath={}", self.control())]);
+        command.args(["-P", &self.environment.port.to_string()]);
+        command
+    }
+}
+
+impl Drop for Master<'_> {
+    fn drop(&mut self) {
+        let _ = self.environment.ssh(&["-S", &self.control(), "-O", "exit"]).output();
+    }
+}

@@ -1,0 +1,67 @@
+//! Trees and mounts, before and after.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use ims_sshd::sys::mounts::mount_points;
+
+/// All paths below `folder`, itself included, in order.
+pub fn walk(folder: &Path) -> Vec<PathBuf> {
+    let mut found = vec![folder.to_owned()];
+    let mut folders = vec![folder.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let entry = entry.unwrap();
+            if entry.file_type().unwrap().is_dir() {
+                folders.push(entry.path());
+            }
+            found.push(entry.path());
+        }
+    }
+    found.sort();
+    found
+}
+
+/// All that one can see of a tree, but for times of access and of change of the inode, which nobody can put back: of each path a
+/// description, and the content.
+pub type Digest = BTreeMap<PathBuf, (String, Vec<u8>)>;
+
+pub fn digest(root: &Path) -> Digest {
+    let mut read = HashSet::new();
+    let mut describe = |path: &Path| {
+        let m = std::fs::symlink_metadata(path).unwrap();
+        let content = match m.file_type() {
+            t if t.is_symlink() => std::fs::read_link(path).unwrap().into_os_string().into_encoded_bytes(),
+            // Of a file with many names, once.
+            t if t.is_file() && read.insert(m.ino()) => std::fs::read(path).unwrap(),
+            _ => Vec::new(),
+        };
+        let size = if m.is_dir() { 0 } else { m.size() };
+        let owner = format!("{}:{}", m.uid(), m.gid());
+        let times = format!("{}.{}", m.mtime(), m.mtime_nsec());
+        (format!("{} {:o} {owner} {} {:x} {size} {times}", m.ino(), m.mode(), m.nlink(), m.rdev()), content)
+    };
+    walk(root).into_iter().map(|path| (path.strip_prefix(root).unwrap().to_owned(), describe(&path))).collect()
+}
+
+/// In what two digests differ, for a person.
+pub fn differences(before: &Digest, after: &Digest) -> Vec<String> {
+    let describe = |seen: Option<&(String, Vec<u8>)>| seen.map_or("nothing".to_owned(), |(text, _)| text.clone());
+    let paths: BTreeSet<_> = before.keys().chain(after.keys()).collect();
+    paths
+        .into_iter()
+        .filter(|path| before.get(*path) != after.get(*path))
+        .map(|path| format!("/{}: {} -> {}", path.display(), describe(before.get(path)), describe(after.get(path))))
+        .collect()
+}
+
+/// What this thread, and what it starts, sees mounted that was not there `before`, as numbers and places. What vanishes is no matter:
+/// mounts go with the folder that they are on, whoever removes that, as they go along where it is moved.
+pub fn new_mounts(before: &[(u32, PathBuf)]) -> Vec<(u32, PathBuf)> {
+    let mountinfo = std::fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
+    let numbers = mountinfo.lines().map(|line| line.split(' ').next().unwrap().parse().unwrap());
+    let mut now: Vec<(u32, PathBuf)> = numbers.zip(mount_points(mountinfo.as_bytes())).collect();
+    now.retain(|(number, _)| !before.iter().any(|(known, _)| known == number));
+    now
+}

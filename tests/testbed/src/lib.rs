@@ -1,0 +1,32 @@
+//! Build environments for tests and benchmarks: the real programs, a real sshd, real image roots, clients and servers, in directories and
+//! mounts of their own.
+
+// Tests alone use it: most names say enough, and nothing is made here to be thrown away or made by default.
+#![allow(missing_docs, clippy::new_without_default, clippy::return_self_not_must_use)]
+
+mod cache;
+mod clients;
+mod digest;
+mod environment;
+pub mod file_server;
+mod guards;
+pub mod ims_server;
+pub mod job;
+pub mod name_server;
+mod programs;
+pub mod rendered;
+pub mod s3_server;
+mod terminal;
+pub mod tls_server;
+mod volume;
+mod waiting;
+
+pub use cache::*;
+pub use clients::*;
+pub use digest::*;
+pub use environment::*;
+pub use guards::*;
+pub use programs::*;
+pub use terminal::*;
+pub use volume::*;
+pub use waiting::*;

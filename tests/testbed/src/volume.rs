@@ -1,0 +1,262 @@
+//! A pod's volume, and the ways to start an environment on it.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::OnceLock;
+
+use tempfile::TempDir;
+
+use crate::{Environment, IMS_SSHD, Image, directory, free_port, succeed, wait_until, walk};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    Jailed,
+    Plain,
+}
+
+pub const MODES: [Mode; 2] = [Mode::Jailed, Mode::Plain];
+
+/// How strong a jail can be, best first.
+pub const TIERS: [&str; 3] = ["namespace", "user", "chroot"];
+
+/// Words before a command that start it where a file of /proc is masked.
+pub const MASKING_PROC: [&str; 8] = [
+    "unshare",
+    "--mount",
+    "--propagation",
+    "private",
+    "sh",
+    "-ec",
+    "mount --bind /dev/null /proc/keys; exec \"$@\"",
+    "sh",
+];
+
+/// A folder laid out as a pod's volume, before an environment opens on it. Its mounts are this thread's own and vanish with it.
+pub struct Volume {
+    pub dir: TempDir,
+    pub parent: PathBuf,
+    pub image_root: PathBuf,
+    pub port: u16,
+    pub config: PathBuf,
+    pub key: PathBuf,
+}
+
+impl Volume {
+    pub fn new(image: Image) -> Self {
+        Self::laid_out(image, "image-root")
+    }
+
+    pub fn laid_out(image: Image, below: &str) -> Self {
+        own_mounts();
+        Self::within(directory(), image, below)
+    }
+
+    /// On no disk, for those who open many: each environment has what it changed written to its disk, with all that others did there.
+    pub fn in_memory(image: Image) -> Self {
+        own_mounts();
+        let dir = directory();
+        succeed(Command::new("mount").args(["-t", "tmpfs", "-o", "mode=0755", "tmpfs"]).arg(dir.path()));
+        Self::within(dir, image, "image-root")
+    }
+
+    fn within(dir: TempDir, image: Image, below: &str) -> Self {
+        let parent = dir.path().join("parent");
+        let image_root = parent.join(below);
+        std::fs::create_dir_all(&image_root).unwrap();
+        let original = image.root();
+        match image {
+            Image::Busybox => {
+                succeed(Command::new("cp").arg("-aT").arg(original).arg(&image_root));
+            }
+            _ => {
+                let (upper, work) = (dir.path().join("upper"), dir.path().join("work"));
+                std::fs::create_dir(&upper).unwrap();
+                std::fs::create_dir(&work).unwrap();
+                let options =
+                    format!("lowerdir={},upperdir={},workdir={}", original.display(), upper.display(), work.display());
+                succeed(Command::new("mount").args(["-t", "overlay", "-o", &options, "overlay"]).arg(&image_root));
+            }
+        }
+        let key = client_key();
+        let keys = dir.path().join("authorized_keys");
+        std::fs::copy(key.with_extension("pub"), &keys).unwrap();
+        let port = free_port();
+        let config = dir.path().join("sshd_config");
+        let text = format!(
+            "Port {port}\nListenAddress 127.0.0.1\nPidFile none\nLogLevel INFO\nPermitRootLogin yes\nPubkeyAuthentication yes\n\
+             AuthorizedKeysFile {}\nPasswordAuthentication no\nChallengeResponseAuthentication no\nMaxStartups 200\n\
+             AcceptEnv LANG LC_*\nSubsystem sftp internal-sftp\n",
+            keys.display()
+        );
+        std::fs::write(&config, text).unwrap();
+        Self { dir, parent, image_root, port, config, key }
+    }
+
+    /// What an overlay over the cached image holds: the changes, as paths.
+    pub fn changes(&self) -> Vec<PathBuf> {
+        let upper = self.dir.path().join("upper");
+        let mut found: Vec<_> = walk(&upper).into_iter().map(|p| p.strip_prefix(&upper).unwrap().to_owned()).collect();
+        found.retain(|p| !p.as_os_str().is_empty());
+        found
+    }
+
+    pub fn signal(&self, name: &str) -> PathBuf {
+        self.parent.join(name)
+    }
+
+    pub fn touch(&self, name: &str) {
+        std::fs::write(self.signal(name), "").unwrap();
+    }
+
+    pub fn sshd_log(&self) -> PathBuf {
+        self.dir.path().join("sshd.log")
+    }
+
+    /// The variables that a pod gives a customize job.
+    pub fn variables(&self, mode: Mode) -> Vec<(String, String)> {
+        [
+            ("IMS_ACTION", "customize".to_owned()),
+            ("IMAGE_ROOT_PARENT", self.parent.display().to_string()),
+            ("ENABLE_DEBUG", "False".to_owned()),
+            ("SSHD_OPTIONS", format!("-E {} -f {}", self.sshd_log().display(), self.config.display())),
+            ("SSHD_CONFIG_FILE", self.config.display().to_string()),
+            ("IMS_JOB_ID", "5ec3b0a1-job".to_owned()),
+            ("SSH_JAIL", if mode == Mode::Jailed { "True".to_owned() } else { "False".to_owned() }),
+            ("JOB_ENABLE_DKMS", "False".to_owned()),
+            ("BUILD_ARCH", "x86_64".to_owned()),
+            ("REMOTE_BUILD_NODE", String::new()),
+            ("IMS_CLOSE_GRACE", "5".to_owned()),
+        ]
+        .map(|(n, v)| (n.to_owned(), v))
+        .into()
+    }
+
+    /// Starts the entrypoint; nothing listens before `ready`.
+    pub fn start(self, mode: Mode) -> Environment {
+        self.start_with(mode, &[])
+    }
+
+    /// The same with further variables; an empty one unsets.
+    pub fn start_with(self, mode: Mode, further: &[(&str, &str)]) -> Environment {
+        self.start_by(Path::new(&IMS_SSHD), mode, further)
+    }
+
+    /// The same by another build of `ims-sshd`.
+    pub fn start_by(self, ims_sshd: &Path, mode: Mode, further: &[(&str, &str)]) -> Environment {
+        let mut command = Command::new(ims_sshd);
+        self.equip(command.arg("entrypoint"), mode, further);
+        let entrypoint = command.spawn().unwrap();
+        Environment { entrypoint, volume: self, status: None }
+    }
+
+    /// The same in a container whose /proc is masked: the kernel then gives a user namespace no procfs of its own.
+    pub fn start_where_proc_is_masked(self, mode: Mode, further: &[(&str, &str)]) -> Environment {
+        let mut command = Command::new(MASKING_PROC[0]);
+        command.args(&MASKING_PROC[1..]);
+        self.equip(command.args([&*IMS_SSHD, "entrypoint"]), mode, further);
+        Environment { entrypoint: command.spawn().unwrap(), volume: self, status: None }
+    }
+
+    pub fn log(&self) -> PathBuf {
+        self.dir.path().join("entrypoint.log")
+    }
+
+    pub fn entrypoint(&self, mode: Mode, further: &[(&str, &str)]) -> Command {
+        let mut command = Command::new(&IMS_SSHD);
+        self.equip(command.arg("entrypoint"), mode, further);
+        command
+    }
+
+    /// Starts the entrypoint in a container of its own, made of the same image: what a plain session changes is that container's, and
+    /// nothing but the jail tells it from a jailed one.
+    pub fn start_in_container(self, mode: Mode, further: &[(&str, &str)]) -> Environment {
+        const CONTAINER: &str = "mkdir -p \"$1/container\" \"$1/container.work\"\n\
+            mount -t overlay -o \"lowerdir=$2,upperdir=$1/container,workdir=$1/container.work\" overlay /mnt\n\
+            for place in /dev /proc /sys \"$1\" \"$3\"; do mkdir -p \"/mnt$place\"; mount --rbind \"$place\" \"/mnt$place\"; done\n\
+            cp /etc/resolv.conf /mnt/etc; cp /etc/ssh/ssh_host_* /mnt/etc/ssh || true\n\
+            mkdir /mnt/.outside && cd /mnt && pivot_root . .outside && umount -l /.outside && rmdir /.outside\n\
+            shift 3; exec \"$@\"";
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "sh", "-ec", CONTAINER, "sh"]).arg(self.dir.path());
+        command.arg(Image::Managed.root()).arg(Path::new(&IMS_SSHD).parent().unwrap());
+        self.equip(command.args([&*IMS_SSHD, "entrypoint"]), mode, further);
+        let entrypoint = command.spawn().unwrap();
+        Environment { entrypoint, volume: self, status: None }
+    }
+
+    /// The image root opened by sshd alone, with its `ChrootDirectory`.
+    pub fn chroot_directory(self) -> Environment {
+        let file = self.dir.path().join("pid");
+        let chroot = format!("ChrootDirectory {}\nPidFile {}\n", self.image_root.display(), file.display());
+        let config = std::fs::read_to_string(&self.config).unwrap().replace("PidFile none\n", &chroot);
+        let keys = self.dir.path().join("host_key");
+        succeed(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(&keys));
+        std::fs::write(&self.config, format!("HostKey {}\n{config}", keys.display())).unwrap();
+        std::fs::create_dir_all("/run/sshd").unwrap();
+        let mut sshd = Command::new(ims_sshd::sshd::program().unwrap());
+        sshd.arg("-D").arg("-E").arg(self.sshd_log()).arg("-f").arg(&self.config);
+        let environment = Environment { entrypoint: sshd.spawn().unwrap(), volume: self, status: None };
+        wait_until("sshd to listen", || file.exists());
+        environment
+    }
+
+    fn equip(&self, command: &mut Command, mode: Mode, further: &[(&str, &str)]) {
+        let log = std::fs::File::options().create(true).append(true).open(self.log()).unwrap();
+        command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+        command.envs(self.variables(mode)).envs(further.iter().copied());
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+    }
+}
+
+impl Drop for Volume {
+    fn drop(&mut self) {
+        // A folder with a mount on it cannot be removed, and would stay behind.
+        for place in [self.image_root.as_path(), &self.parent, self.dir.path()] {
+            let _ = Command::new("umount").arg("--lazy").arg(place).stderr(Stdio::null()).status();
+        }
+    }
+}
+
+/// Gives apt in the image what this machine's apt needs to reach its mirrors, such as a proxy.
+pub fn share_apts_settings(environment: &Environment) {
+    let settings = succeed(Command::new("apt-config").arg("dump"));
+    let of_mirrors = |line: &&str| line.starts_with("Acquire::http") || line.starts_with("Acquire::Check-");
+    let mut kept: String = settings.lines().filter(of_mirrors).flat_map(|line| [line, "\n"]).collect();
+    // Half of what an update fetches, and nothing that is read here.
+    kept += "Acquire::Languages \"none\";\n";
+    std::fs::write(environment.image_root.join("etc/apt/apt.conf.d/99mirrors"), kept).unwrap();
+}
+
+/// Mounts made from here on belong to this test's thread and to what it starts; they are gone with it.
+fn own_mounts() {
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).expect("the tests need root");
+    succeed(Command::new("mount").args(["--make-rprivate", "/"]));
+    // A container's root has no profile of a person who works on this machine, which every session would run, and wait for.
+    if Path::new("/root/.bashrc").exists() {
+        succeed(Command::new("mount").args(["--bind", "/dev/null", "/root/.bashrc"]));
+    }
+}
+
+/// Gives root of this machine, as this thread and what it starts see it, another home and shell.
+pub fn replace_root(volume: &Volume, home: &Path, shell: &str) {
+    let passwd = std::fs::read_to_string("/etc/passwd").unwrap();
+    let root = passwd.lines().find(|line| line.starts_with("root:")).unwrap();
+    let mut fields: Vec<_> = root.split(':').collect();
+    let home = home.display().to_string();
+    (fields[5], fields[6]) = (&home, shell);
+    let file = volume.dir.path().join("passwd");
+    std::fs::write(&file, passwd.replacen(root, &fields.join(":"), 1)).unwrap();
+    succeed(Command::new("mount").arg("--bind").arg(&file).arg("/etc/passwd"));
+}
+
+/// One key pair for all tests of a run.
+fn client_key() -> PathBuf {
+    static KEY: OnceLock<(TempDir, PathBuf)> = OnceLock::new();
+    let (_, key) = KEY.get_or_init(|| {
+        let dir = directory();
+        let key = dir.path().join("id_ed25519");
+        succeed(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(&key));
+        (dir, key)
+    });
+    key.clone()
+}

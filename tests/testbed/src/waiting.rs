@@ -1,0 +1,98 @@
+//! Commands that have to succeed, and waiting with a limit.
+
+use std::io::Write;
+use std::net::{TcpListener, TcpStream};
+use std::process::{Command, Output, Stdio};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+/// Nothing here takes longer unless it hangs.
+pub const LIMIT: Duration = Duration::from_secs(30);
+
+/// Runs `command` with `input`.
+pub fn feed(command: &mut Command, input: &[u8]) -> Output {
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    let input = input.to_vec();
+    let writer = std::thread::spawn(move || {
+        let _ = stdin.write_all(&input);
+    });
+    let output = child.wait_with_output().unwrap();
+    writer.join().unwrap();
+    output
+}
+
+/// Waits for something that no event tells of in this process.
+pub fn wait_until(what: &str, holds: impl FnMut() -> bool) {
+    wait_within(LIMIT, what, holds);
+}
+
+/// The same with another limit.
+pub fn wait_within(limit: Duration, what: &str, mut holds: impl FnMut() -> bool) {
+    let began = Instant::now();
+    while !holds() {
+        assert!(began.elapsed() < limit, "waited {} s in vain for {what}", limit.as_secs());
+        std::thread::sleep(limit / 15_000);
+    }
+}
+
+pub fn succeed(command: &mut Command) -> String {
+    let output = command.output().unwrap_or_else(|e| panic!("{command:?}: {e}"));
+    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// A port that nobody is given for the next minute, but who asks for it: the kernel remembers a connection to it that has just ended.
+pub fn free_port() -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let client = TcpStream::connect(address).unwrap();
+    // The side that closes first is the one that is remembered.
+    drop(listener.accept().unwrap());
+    drop(client);
+    address.port()
+}
+
+/// Runs each case in a thread of its own, whose mounts are the case's, a few at a time. Returns the names of those that failed.
+pub fn run_each<T: Sync>(
+    cases: &[T],
+    at_once: usize,
+    name: impl Fn(&T) -> String + Sync,
+    run: impl Fn(&T) + Sync,
+) -> Vec<String> {
+    let next = AtomicUsize::new(0);
+    let failed = Mutex::new(Vec::new());
+    std::thread::scope(|scope| {
+        for _ in 0..at_once {
+            scope.spawn(|| {
+                while let Some(case) = cases.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    std::thread::scope(|scope| {
+                        let builder = std::thread::Builder::new().name(name(case));
+                        if builder.spawn_scoped(scope, || run(case)).unwrap().join().is_err() {
+                            failed.lock().unwrap().push(name(case));
+                        }
+                    });
+                }
+            });
+        }
+    });
+    failed.into_inner().unwrap()
+}
+
+/// Numbers of processes whose command line holds `text`.
+pub fn processes_with(text: &str) -> Vec<u32> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse().ok()) else { continue };
+        let line = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        if String::from_utf8_lossy(&line).replace('\0', " ").contains(text) {
+            found.push(pid);
+        }
+    }
+    found
+}
+
+pub fn text(bytes: impl AsRef<[u8]>) -> String {
+    String::from_utf8_lossy(bytes.as_ref()).into_owned()
+}
