@@ -17,6 +17,7 @@ use ims_sshd::jail::binds::Bind;
 use ims_sshd::job::DEFAULT_PARENT;
 use ims_sshd::local::command_line::CommandLine;
 use ims_sshd::local::customize::{self, Customization};
+use ims_sshd::local::directory;
 use ims_sshd::local::enter::{self, Answer, Entry};
 use ims_sshd::local::job::{End, Job, Reports};
 use ims_sshd::local::script::Script;
@@ -652,7 +653,9 @@ fn run(command: Command) -> Result<u8> {
             let (parent, source) = second.map_or((None, first.clone()), |source| (Some(first.into()), source));
             let options = checksum.variables().into_iter().chain(servers.variables());
             let settings = publishing::Settings::read(parent, variables(options))?;
-            prepare::run(&settings, &source::rootfs_of(source), open, fresh)
+            let source = source::rootfs_of(source);
+            directory::refuse_open_source(&source)?;
+            prepare::run(&settings, &source, open, fresh)
         }
         Command::Sidecar(arguments) => run_sidecar(arguments),
         Command::Package { image_root, archive, packing, image } => {

@@ -11,8 +11,7 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
 use crate::error::{Attempt, Error, Result};
-use crate::jailer::open::KILL_TIME;
-use crate::jailer::open::OpenJail;
+use crate::jailer::open::{KILL_TIME, OpenJail};
 use crate::log::redaction::without_secrets;
 use crate::sys::process::{Entry, Handle, descendants, numbers, visit_descendants};
 use crate::sys::{mounts, poll};

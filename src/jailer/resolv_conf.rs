@@ -12,8 +12,7 @@ use rustix::io::Errno;
 use sha2::Digest;
 
 use crate::error::{Advise, Attempt, Error, Result};
-use crate::jail::resolv_conf::LIMIT;
-use crate::jail::resolv_conf::link_into_run;
+use crate::jail::resolv_conf::{LIMIT, link_into_run};
 use crate::sys::file_kind::FileKind;
 use crate::sys::tree::Tree;
 use crate::volume::layout;

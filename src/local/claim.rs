@@ -1,5 +1,5 @@
 //! Claims of image roots by device and inode: a bind mount is another path to the same directory. They are no substitute for the locked
-//! directory of a run (see [`local::RunFolder`]): what a run that was killed has left is found by its path, since an overlay has another
+//! directory of a run (see [`RunFolder`]): what a run that was killed has left is found by its path, since an overlay has another
 //! device each time that it is mounted, and none in the mounts of others.
 
 use std::ffi::OsString;
@@ -9,7 +9,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use crate::error::{Attempt, Error, Result};
-use crate::local::{self, directory, is_claimed};
+use crate::volume::holds;
 use crate::volume::signal_files::{SignalFiles, claimed};
 use crate::volume::state_directory::RUN;
 
@@ -37,7 +37,7 @@ impl Claim {
             std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&path).attempt(attempted)?;
             Ok(path.clone())
         };
-        let claim = match local::claim(make) {
+        let claim = match claim(make) {
             Err(_) if is_claimed(&path)? => return Err(claimed(image_root)),
             taken => Self { files: taken? },
         };
@@ -55,7 +55,7 @@ impl Claim {
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        let _ = local::remove_folder(self.files.path());
+        let _ = remove_folder(self.files.path());
     }
 }
 
@@ -77,7 +77,7 @@ pub fn refuse_nested(directory: &Path) -> Result<()> {
         let shown = path.as_deref().map_or_else(|| "a directory above it".into(), |path| path.display().to_string());
         let why = if above.iter().any(|above| above == claimed) {
             format!("it lies in {shown}, which is open")
-        } else if path.is_some_and(|path| directory::holds(directory, &path).unwrap_or(false)) {
+        } else if path.is_some_and(|path| holds(directory, &path).unwrap_or(false)) {
             format!("{shown}, which lies in it, is open")
         } else {
             continue;
@@ -99,4 +99,44 @@ fn identity(directory: &Metadata) -> String {
 
 fn look(image_root: &Path) -> Result<Metadata> {
     std::fs::metadata(image_root).attempt(|| format!("open {}", image_root.display()))
+}
+
+/// Removes a folder with the files in it. Never descends: an image root may be mounted below.
+pub fn remove_folder(path: &Path) -> Result<()> {
+    remove_files(path, |_| true)?;
+    std::fs::remove_dir(path).attempt(|| format!("remove {}", path.display()))
+}
+
+pub(crate) fn remove_files(path: &Path, which: impl Fn(&str) -> bool) -> Result<()> {
+    let attempted = || format!("clear {}", path.display());
+    for entry in std::fs::read_dir(path).attempt(attempted)? {
+        let entry = entry.attempt(attempted)?;
+        if which(&entry.file_name().to_string_lossy()) {
+            let is_folder = entry.file_type().attempt(attempted)?.is_dir();
+            let remove = if is_folder { std::fs::remove_dir } else { std::fs::remove_file };
+            remove(entry.path()).attempt(|| format!("remove {}", entry.path().display()))?;
+        }
+    }
+    Ok(())
+}
+
+/// Claims the directory that `make` makes or finds, and does so once more if it was removed meanwhile, by the run that had it before.
+pub(crate) fn claim(make: impl Fn() -> Result<PathBuf>) -> Result<SignalFiles> {
+    loop {
+        let path = make()?;
+        let attempted = || format!("open {}", path.display());
+        let Some(mut files) = SignalFiles::open(&path)? else { continue };
+        files.claim()?;
+        let claimed = rustix::fs::fstat(files.parent()).attempt(attempted)?;
+        match std::fs::symlink_metadata(&path) {
+            Ok(found) if (found.dev(), found.ino()) == (claimed.st_dev, claimed.st_ino) => return Ok(files),
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e).attempt(attempted),
+            _ => {}
+        }
+    }
+}
+
+/// Returns whether a run has claimed the directory `path`, which may be missing.
+pub fn is_claimed(path: &Path) -> Result<bool> {
+    Ok(SignalFiles::open(path)?.is_some_and(|files| files.is_claimed()))
 }

@@ -12,11 +12,16 @@ use crate::environment::stage::Stage;
 use crate::environment::supervisor;
 use crate::error::{Attempt, Error, Result};
 use crate::jail::binds::Bind;
-use crate::local;
-use crate::local::directory;
+use crate::local::claim::remove_folder;
 use crate::local::job::{Fate, Job};
+use crate::local::left_over::{SSHD_LOG, clear_left_over};
+use crate::local::mounts::{own_mounts, own_terminals};
 use crate::local::register::Entry;
+use crate::local::run_directory::RunFolder;
+use crate::local::source;
+use crate::log::output::say;
 use crate::sshd::options::Options;
+use crate::sshd::public_keys::check_public_keys;
 use crate::sys::mounts::{self, Detached};
 use crate::sys::named;
 use crate::sys::tree::Tree;
@@ -25,13 +30,10 @@ use crate::transfer::confinement::clear_environment;
 use crate::verdict::Verdict;
 use crate::volume::layout::{IMAGE_ROOT, READY};
 use crate::volume::open_tree;
-use crate::volume::state_directory::{RUN, StateFolder};
+use crate::volume::state_directory::RUN;
 
 /// File in the folder of the run that names what is customized, for `status` after a kill.
 pub const SOURCE: &str = "source";
-
-/// sshd's log, in the folder of the run.
-const SSHD_LOG: &str = "sshd.log";
 
 /// How the environment is opened.
 #[derive(Debug)]
@@ -55,7 +57,7 @@ pub struct Customization {
 /// Opens the environment and returns when it has closed, and the new image is published if it is to be: 0 if the image was marked complete,
 /// 1 if it was marked failed.
 pub fn run(job: Job, wanted: &Customization) -> Result<u8> {
-    local::need_root()?;
+    source::need_root()?;
     if let Some(file) = &wanted.host_script {
         let refuse = |why: String| Error::bad_input(format!("--host-script is '{}': {why}", file.display()));
         // The type is looked at before the file is opened: opening a fifo waits for a writer.
@@ -70,11 +72,11 @@ pub fn run(job: Job, wanted: &Customization) -> Result<u8> {
     }
     let mut settings = read_variables(wanted)?;
     // Before anything is opened: a descriptor from before would not see what is mounted from here on.
-    local::own_mounts()?;
+    own_mounts()?;
     let (entry, label) = (job.register()?, job.label());
     let in_place = job.in_place;
     settings.in_place = in_place;
-    let (source, shown) = (job.shown(), local::directory_of(&job.source));
+    let (source, shown) = (job.shown(), source::directory_of(&job.source));
     job.run(&entry, |image_root| {
         let shown = shown.as_deref().unwrap_or(image_root);
         open(wanted, settings, &Opened { source: &source, image_root, shown, in_place }, &entry, label)
@@ -101,44 +103,6 @@ fn read_variables(wanted: &Customization) -> Result<Settings> {
     Ok(settings)
 }
 
-/// Ends the sshd of a customization of `image_root` that was killed. Its mounts live as long as it does, and keep the changes from being
-/// mounted again.
-pub fn end_left_over(image_root: &Path) -> Result<()> {
-    let parent = local::RunFolder::place("customize", image_root);
-    if !local::is_claimed(&parent)? && StateFolder::place(&parent).exists() {
-        let found = sshd_setup::end_left_over(&StateFolder::of(&parent)?, Some(&parent.join(SSHD_LOG)))?;
-        if !found.is_empty() {
-            tracing::warn!("a customization of this image was killed before; ended: {}", found.join("; "));
-        }
-    }
-    Ok(())
-}
-
-/// Refuses a file that lets nobody in, and names the option that named it.
-pub fn check_public_keys(option: &str, file: &Path) -> Result<()> {
-    let refuse = |why: &str| Error::bad_input(format!("{option} is '{}': {why}", file.display()));
-    let real = named::resolve(file).map_err(|e| refuse(&e.to_string()))?;
-    let found = std::fs::metadata(&real).map_err(|e| refuse(&e.to_string()))?;
-    if !found.is_file() {
-        return Err(refuse("expected a regular file"));
-    }
-    let text = std::fs::read(real).map_err(|e| refuse(&e.to_string()))?;
-    let text = String::from_utf8_lossy(&text);
-    if text.contains("PRIVATE KEY-----") {
-        return Err(refuse("it is a private key; expected the public one, usually beside it as .pub"));
-    }
-    if text.contains("---- BEGIN SSH2 PUBLIC KEY ----") {
-        return Err(refuse("it is a key in the format of RFC 4716; 'ssh-keygen -i -f FILE' converts it"));
-    }
-    // A key follows the name of its type, after options if there are any, and begins with the length of that name.
-    let is_key = |line: &str| {
-        let words: Vec<_> = line.split_whitespace().collect();
-        let is_type = |word: &str| ["ssh-", "ecdsa-", "sk-"].iter().any(|begin| word.starts_with(begin));
-        !line.trim_start().starts_with('#') && words.windows(2).any(|w| is_type(w[0]) && w[1].starts_with("AAAA"))
-    };
-    if text.lines().any(is_key) { Ok(()) } else { Err(refuse("it holds no public key of OpenSSH's format")) }
-}
-
 /// The image that is opened.
 struct Opened<'a> {
     /// Path or URL that was named.
@@ -152,7 +116,7 @@ struct Opened<'a> {
 
 /// Fills the environment's own directory, before anything runs in it. Returns ssh's configuration.
 fn furnish(wanted: &Customization, settings: &mut Settings, opened: &Opened, run: &Path) -> Result<PathBuf> {
-    local::own_terminals()?;
+    own_terminals()?;
     show_image_root(opened.image_root, run)?;
     let source = run.join(SOURCE);
     std::fs::write(&source, opened.source).attempt(|| format!("write {}", source.display()))?;
@@ -174,12 +138,12 @@ fn open(
     entry: &Entry,
     label: String,
 ) -> Result<(Fate, u8)> {
-    directory::clear_left_over(&["enter"], opened.image_root)?;
-    let run = local::RunFolder::claim("customize", opened.image_root)?;
+    clear_left_over(&["enter"], opened.image_root)?;
+    let run = RunFolder::claim("customize", opened.image_root)?;
     let shown = run.path().join(IMAGE_ROOT);
     let login = furnish(wanted, &mut settings, opened, run.path()).inspect_err(|_| {
         let _ = mounts::unmount(&shown);
-        let _ = local::remove_folder(run.path());
+        let _ = remove_folder(run.path());
     })?;
     if wanted.jailed {
         settings.image = Some(label);
@@ -203,7 +167,7 @@ fn open(
     }
     drop(root);
     mounts::unmount(&shown).attempt(|| format!("unmount {}", shown.display()))?;
-    local::remove_folder(&parent)?;
+    remove_folder(&parent)?;
     Ok(match (outcome.exit_code, outcome.verdict) {
         (0, Some(Verdict::Failed)) if outcome.given_up => (Fate::Discard, 1),
         (0, Some(Verdict::Complete) | None) => (Fate::Publish, 0),
@@ -323,7 +287,7 @@ fn announce(opened: &Opened, parent: &Path, login: &str, name: &str, jailed: boo
     } else {
         "When done, there: touch /tmp/complete    or, to give the changes up: touch /tmp/failed\n"
     };
-    local::say(&format!(
+    say(&format!(
         "\n{open}. Log in from another terminal:\n\n    {login}\n\n\
          {}From here:        ims-sshd complete {name}    or: ims-sshd fail {name}\n\n",
         if jailed { inside } else { "" },

@@ -1,19 +1,21 @@
 //! A directory as the source of a job: changed above it, in an overlay, or where it is.
 
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Attempt, Error, Result};
 use crate::image::unpack::{INDEX_OF_LINKS, Overlay, UPPER};
-use crate::jailer::open;
-use crate::local::claim::refuse_nested;
-use crate::local::{self, RunFolder, apply, customize, remove_folder};
+use crate::local::apply;
+use crate::local::claim::{is_claimed, refuse_nested, remove_folder};
+use crate::local::left_over::{clear_left_over, end_left_over};
+use crate::local::run_directory::RunFolder;
+use crate::publish::source::Source;
 use crate::sys::mounts;
+use crate::sys::named;
 use crate::sys::tree::Tree;
+use crate::volume::holds;
 use crate::volume::layout::OVERLAY;
 use crate::volume::open_tree;
-use crate::volume::signal_files::{SignalFiles, claimed};
-use crate::volume::state_directory::StateFolder;
+use crate::volume::signal_files::claimed;
 
 /// Commands that change an image root where it is.
 pub const COMMANDS: [&str; 2] = ["customize", "enter"];
@@ -38,7 +40,7 @@ impl Held {
             let why = format!("something is mounted on {}, which would not be seen", mounted.display());
             return Err(refuse(why).advise("unmount it, or change the directory where it is (--in-place)"));
         }
-        customize::end_left_over(directory)?;
+        end_left_over(directory)?;
         clear_left_over(&COMMANDS, directory)?;
         let mut held = Self { folders: Vec::new() };
         for command in COMMANDS {
@@ -56,17 +58,6 @@ impl Drop for Held {
     }
 }
 
-/// Returns whether `place`, which may be yet to be made, is `directory` or lies in it, by whatever links and mounts.
-pub fn holds(directory: &Path, place: &Path) -> Result<bool> {
-    let attempted = || format!("find {}", place.display());
-    let place = std::path::absolute(place).attempt(attempted)?;
-    let there = place.ancestors().find(|place| place.exists()).unwrap_or(Path::new("/"));
-    let there = std::fs::canonicalize(there).attempt(attempted)?;
-    let identity = |path: &Path| std::fs::metadata(path).map(|found| (found.dev(), found.ino())).ok();
-    let wanted = identity(directory);
-    Ok(there.ancestors().any(|above| wanted.is_some() && identity(above) == wanted))
-}
-
 /// Refuses to read a directory that an environment changes, or has changed in part.
 pub fn refuse_open(directory: &Path) -> Result<()> {
     refuse_half_applied(directory)?;
@@ -76,22 +67,6 @@ pub fn refuse_open(directory: &Path) -> Result<()> {
         }
     }
     refuse_nested(directory)
-}
-
-/// Removes what runs of `commands` on `image_root` have left that were killed: what they have added to it, and their directories.
-pub fn clear_left_over(commands: &[&str], image_root: &Path) -> Result<()> {
-    for command in commands {
-        if SignalFiles::open(&RunFolder::place(command, image_root))?.is_none_or(|files| files.is_claimed()) {
-            continue;
-        }
-        let folder = RunFolder::claim(command, image_root)?;
-        open::clear_image_root(&open_tree(image_root)?, &open_tree(folder.path())?)?;
-        if StateFolder::place(folder.path()).exists() {
-            StateFolder::of(folder.path())?.remove()?;
-        }
-        remove_folder(folder.path())?;
-    }
-    Ok(())
 }
 
 /// Refuses a directory that has some of its changes, of a run that was killed as it applied them.
@@ -115,7 +90,7 @@ pub fn is_half_applied_by(place: &Path) -> bool {
 /// Refuses to change a directory where it is as long as changes made above it are kept in `place`.
 pub fn refuse_with_changes(directory: &Path, place: &Path) -> Result<()> {
     refuse_half_applied(directory)?;
-    if local::is_claimed(place)? {
+    if is_claimed(place)? {
         return Err(Error::new(format!("change {} where it is", directory.display()))
             .because("it is open, and is being changed above it")
             .advise("wait for that to end; 'ims-sshd status' names it"));
@@ -186,4 +161,14 @@ pub fn apply_changes(directory: &Path, root: &Tree, place: &Tree, overlay: Optio
         );
     }
     Ok(())
+}
+
+/// Refuses a source of `prepare` that is a directory which somebody changes.
+pub fn refuse_open_source(source: &str) -> Result<()> {
+    match Source::parse(source)? {
+        Source::Here(path) if path.is_dir() => {
+            refuse_open(&named::resolve(&path).attempt(|| format!("open {}", path.display()))?)
+        }
+        _ => Ok(()),
+    }
 }

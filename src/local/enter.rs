@@ -25,11 +25,14 @@ use crate::jail::tier::Tier;
 use crate::jailer::emulation;
 use crate::jailer::open::{self, OpenJail, TIME_TO_LET_GO, Wanted};
 use crate::jailer::trial;
-use crate::local;
-use crate::local::directory;
+use crate::local::claim::{is_claimed, remove_folder};
 use crate::local::job::{End, Fate, Job};
+use crate::local::left_over::clear_left_over;
+use crate::local::mounts;
 use crate::local::register;
+use crate::local::run_directory::RunFolder;
 use crate::local::script::Script;
+use crate::local::source;
 use crate::printable::Printable;
 use crate::sys::poll;
 use crate::sys::process::end_like;
@@ -66,12 +69,12 @@ pub enum Answer {
 /// Makes a jail around the job's image root, runs the command in it, and ends everything inside when that has ended. Then the image is
 /// published, kept or discarded. Returns the command's exit code, or dies of the signal it died of; 0 for a published image.
 pub fn run(job: Job, entry: &Entry) -> Result<u8> {
-    local::need_root()?;
+    source::need_root()?;
     let (tiers, hostname) = of_jail(std::env::vars_os())?;
     let (decides, end, in_place) = (job.decides(), job.end, job.in_place);
     if !job.is_in_place() {
         // Before anything is opened: a descriptor from before would not see what is mounted from here on.
-        local::own_mounts()?;
+        mounts::own_mounts()?;
     }
     let question = Question { source: without_query(&job.source), in_place };
     let is_discarded = !decides && !job.is_in_place();
@@ -263,8 +266,8 @@ impl Session {
 
     /// Returns how it ended.
     fn run(&self, image_root: &Path, entry: &Entry, registered: &register::Entry) -> Result<Ended> {
-        directory::clear_left_over(&["customize"], image_root)?;
-        let run = local::RunFolder::claim("enter", image_root)?;
+        clear_left_over(&["customize"], image_root)?;
+        let run = RunFolder::claim("enter", image_root)?;
         // The command is in the foreground; what it does about these is its own business.
         let held = [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGCHLD];
         let signals = Signals::hold(&held).attempt(|| "block signals")?;
@@ -329,7 +332,7 @@ impl Session {
         let all_ended = all_ended.and_then(|()| jail.seal(&state, Instant::now() + TIME_TO_LET_GO));
         jail.clear(&tree, &notes)?;
         state.remove()?;
-        local::remove_folder(run.path())?;
+        remove_folder(run.path())?;
         all_ended?;
         let mut ended = ended?;
         let found = if is_ours { take_marks(&tree)? } else { None };
@@ -401,9 +404,9 @@ impl Session {
 
 /// Returns whether an environment, which heeds marks, has the image root open too: one of this machine, or a pod's by its image root parent.
 fn is_open_elsewhere(image_root: &Path) -> Result<bool> {
-    let is_one = local::RunFolder::is_claimed("customize", image_root)?;
+    let is_one = RunFolder::is_claimed("customize", image_root)?;
     let above = image_root.ancestors().skip(1).take(2);
-    Ok(is_one || above.map(local::is_claimed).collect::<Result<Vec<_>>>()?.contains(&true))
+    Ok(is_one || above.map(is_claimed).collect::<Result<Vec<_>>>()?.contains(&true))
 }
 
 /// Removes the marks of the image's /tmp, where they would be packed. Returns which there were.

@@ -13,15 +13,16 @@ use crate::image::inventory::{Inventory, write_changes};
 use crate::image::kind::{self, Content, Kind};
 use crate::image::packing::{self, Archive};
 use crate::image::unpack::Overlay;
-use crate::local;
 use crate::local::apply;
 use crate::local::command_line::{self, CommandLine};
-use crate::local::customize;
 use crate::local::directory::{self, Held};
+use crate::local::left_over::{clear_left_over, end_left_over};
 use crate::local::names;
 use crate::local::register::{self, Entry};
+use crate::local::source;
 use crate::local::work_directory::WorkDirectory;
 use crate::publish::journal::{self, Journal, Notes};
+use crate::publish::manifest::say_result;
 use crate::publish::prepare::{holds_changes, known, prepare};
 use crate::publish::publication::{Image, Publication};
 use crate::publish::settings::Settings;
@@ -30,7 +31,8 @@ use crate::store::{self, Store};
 use crate::sys::named;
 use crate::sys::tree::Tree;
 use crate::transfer::{self, Work, without_query};
-use crate::volume::layout::{ARCHIVE, INVENTORY};
+use crate::volume::holds;
+use crate::volume::layout::{ARCHIVE, IMAGE_ROOT, INVENTORY};
 use crate::volume::open_tree;
 use crate::volume::signal_files::SignalFiles;
 use crate::volume::state_directory::name_for;
@@ -148,13 +150,13 @@ impl Job {
     fn refuse_inside(&self, source: &Path, settings: &Settings) -> Result<()> {
         let url = settings.store.url.as_deref().unwrap_or_default();
         if let Some(output) = store::folder(url).filter(|_| !url.is_empty())
-            && directory::holds(source, &output)?
+            && holds(source, &output)?
         {
             let why = format!("--output is '{url}': expected a directory outside SOURCE");
             return Err(Error::bad_input(why).advise("the next image would hold this one"));
         }
         // One that lies below an overlay is refused by who mounts that.
-        if self.in_place && directory::holds(source, &self.work)? {
+        if self.in_place && holds(source, &self.work)? {
             let why = format!("{} lies inside it, and would be packed", self.work.display());
             let attempted = format!("publish {}", source.display());
             return Err(Error::new(attempted).because(why).advise("name another place by --work"));
@@ -246,11 +248,11 @@ impl Job {
             named::resolve(path).map_err(|e| Error::bad_input(format!("SOURCE is '{}': {e}", path.display())))?;
         }
         let directory = match &source {
-            Source::Here(path) if path.is_dir() => Some(local::image_root(path)?),
+            Source::Here(path) if path.is_dir() => Some(source::image_root(path)?),
             _ => None,
         };
         if let (true, Some(directory)) = (self.in_place, &directory) {
-            customize::end_left_over(directory)?;
+            end_left_over(directory)?;
             directory::refuse_with_changes(directory, &self.work.join(name_of(&source, &self.source)))?;
         }
         if let (Some(settings), Some(directory)) = (&self.settings, &directory) {
@@ -290,7 +292,7 @@ impl Job {
         let parent = &settings.parent;
         let mounted = parent.join(IMAGE_ROOT);
         entry.tell(&[("work", &parent.display().to_string())]);
-        customize::end_left_over(&mounted)?;
+        end_left_over(&mounted)?;
         let has_begun = apply::has_begun(place.files().parent())?;
         if let Some((directory, root)) = changed.filter(|_| has_begun) {
             if self.fresh {
@@ -371,7 +373,7 @@ pub fn goes_on(entry: &Value) -> String {
 /// Drops what a run has left that has ended: changes that are kept, its sshd, and what it has added to the image. Returns what the source is
 /// now, in words.
 pub fn drop_left(entry: &Value) -> Result<&'static str> {
-    local::need_root()?;
+    source::need_root()?;
     let (name, source) = (entry["name"].as_str().unwrap_or_default(), entry["source"].as_str().unwrap_or_default());
     let path = Path::new(source);
     // A URL is no absolute path.
@@ -391,7 +393,7 @@ pub fn drop_left(entry: &Value) -> Result<&'static str> {
         if apply::has_begun(record)? {
             source_is = "stays as it is now, with those that were applied";
             if path.is_dir() {
-                let directory = local::image_root(path)?;
+                let directory = source::image_root(path)?;
                 let _held = Held::take(&directory, all)?;
                 let root = directory::open(&directory)?;
                 if !apply::is_of(record, &root)? {
@@ -401,18 +403,18 @@ pub fn drop_left(entry: &Value) -> Result<&'static str> {
             }
         }
         let mounted = place.path().join(IMAGE_ROOT);
-        customize::end_left_over(&mounted)?;
+        end_left_over(&mounted)?;
         if mounted.exists() {
-            directory::clear_left_over(&directory::COMMANDS, &mounted)?;
+            clear_left_over(&directory::COMMANDS, &mounted)?;
         }
         place.remove()?;
     }
     if path.is_dir() {
-        let directory = local::image_root(path)?;
-        customize::end_left_over(&directory)?;
-        directory::clear_left_over(&directory::COMMANDS, &directory)?;
+        let directory = source::image_root(path)?;
+        end_left_over(&directory)?;
+        clear_left_over(&directory::COMMANDS, &directory)?;
     } else if is_gone {
-        customize::end_left_over(&named::resolve_beginning(path).unwrap_or_else(|_| path.to_owned()))?;
+        end_left_over(&named::resolve_beginning(path).unwrap_or_else(|_| path.to_owned()))?;
         source_is = "is not there: it was renamed or removed";
     }
     register::forget(name)?;
@@ -428,9 +430,6 @@ fn drop_changes(work: &Work, settings: &Settings, place: &WorkDirectory) -> Resu
     tracing::info!("dropped what was changed before; beginning anew");
     Ok(())
 }
-
-/// Name of the image root in a job's directory.
-pub const IMAGE_ROOT: &str = "image-root";
 
 fn too_small(place: &str, left: u64, needed: u64, advice: &str) -> Error {
     let (bytes, unit) = if needed < 64 << 20 { (1_u64 << 10, "KiB") } else { (1 << 20, "MiB") };
@@ -551,7 +550,7 @@ impl Opened<'_> {
         self.entry.reach(Stage::Uploading);
         let report = self.publication().publish(&mut journal, image)?;
         if job.reports.result {
-            local::say_result(&report);
+            say_result(&report);
         }
         Ok(())
     }

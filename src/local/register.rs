@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::environment::stage::Stage;
 use crate::error::{Attempt, Result};
-use crate::local;
+use crate::local::claim::{claim, is_claimed, remove_folder};
 use crate::local::work_directory;
 use crate::publish::prepare::holds_changes;
 use crate::sys::tree::Tree;
@@ -53,7 +53,7 @@ impl Entry {
             number += 1;
             let name = if number == 1 { name.to_owned() } else { format!("{name}-{number}") };
             let path = register.join(&name);
-            let in_use = || local::is_claimed(&path).unwrap_or(false);
+            let in_use = || is_claimed(&path).unwrap_or(false);
             let is_kept = || {
                 let left = read(&path).map(|(entry, _)| entry);
                 left.is_some_and(|left| kept_in(&left).is_some_and(|work| Some(work) != keeps))
@@ -66,7 +66,7 @@ impl Entry {
                 make.recursive(true).mode(0o700).create(&path).attempt(|| format!("make {}", path.display()))?;
                 Ok(path.clone())
             };
-            let files = match local::claim(make) {
+            let files = match claim(make) {
                 // Another run was faster.
                 Err(_) if in_use() => continue,
                 claimed => claimed?,
@@ -131,7 +131,7 @@ impl Drop for Entry {
         if self.keeps.as_deref().is_some_and(is_kept) {
             return self.tell(&[("state", KEPT), ("since", &now())]);
         }
-        let _ = local::remove_folder(self.files.path());
+        let _ = remove_folder(self.files.path());
     }
 }
 
@@ -182,7 +182,7 @@ pub fn gone() -> Vec<Value> {
 pub fn forget(name: &str) -> Result<()> {
     let path = place().join(name);
     match SignalFiles::open(&path)? {
-        Some(files) if !files.is_claimed() => local::remove_folder(&path),
+        Some(files) if !files.is_claimed() => remove_folder(&path),
         _ => Ok(()),
     }
 }

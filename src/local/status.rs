@@ -11,7 +11,8 @@ use crate::environment::stage::{self, Stage};
 use crate::error::{Attempt, Error, Result};
 use crate::job::DEFAULT_PARENT;
 use crate::local::customize::SOURCE;
-use crate::local::{job, names, register, say, say_json};
+use crate::local::{job, names, register};
+use crate::log::output::{say, say_json};
 use crate::log::redaction::MASK;
 use crate::printable::Printable;
 use crate::session::report::{Packet, SOCKET};
@@ -20,15 +21,12 @@ use crate::sys::poll;
 use crate::sys::seqpacket::Packets;
 use crate::transfer::without_query;
 use crate::verdict::Verdict;
-use crate::volume::layout::{EXITING, READY, SSHD_LISTENING};
+use crate::volume::layout::{CREATED_IMAGE_ROOT, EXITING, IMAGE_ROOT, READY, SSHD_LISTENING};
 use crate::volume::signal_files::SignalFiles;
 use crate::volume::state_directory::{RUN, StateFolder};
 
 /// A path or URL is far shorter.
 const LIMIT: u64 = 64 << 10;
-
-/// Image roots in an image root parent.
-const IMAGE_ROOTS: [&str; 2] = ["image-root", "build/image-root"];
 
 /// Target of a status query or of a mark.
 enum Target {
@@ -328,7 +326,11 @@ fn report_of(parent: &Path) -> Result<Value> {
     };
     // One that waits has no verdict yet: what stands there is an earlier run's.
     let verdict = if stage == Some(Stage::Waiting) { None } else { files.verdict()?.map(Verdict::signal_file) };
-    let is_one = || IMAGE_ROOTS.iter().any(|place| files.parent().look(place).is_ok_and(|found| found.is_some()));
+    let is_one = || {
+        [IMAGE_ROOT, CREATED_IMAGE_ROOT]
+            .iter()
+            .any(|place| files.parent().look(place).is_ok_and(|found| found.is_some()))
+    };
     if stage.is_none() && verdict.is_none() && !files.stands(READY)? && !is_one() {
         return Err(Error::new(format!("tell the status of {}", parent.display()))
             .because("it holds neither image-root nor a signal file, and nothing is open there")

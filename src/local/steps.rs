@@ -8,15 +8,18 @@ use crate::image::boot::{self, BootFiles};
 use crate::image::inventory::{Inventory, write_changes};
 use crate::image::kind::Opened;
 use crate::image::packing::{self, Archive};
-use crate::local::{customize, directory};
-use crate::local::{say, say_result};
+use crate::local::directory;
+use crate::local::left_over::{clear_left_over, end_left_over};
+use crate::log::output::say;
 use crate::publish::journal::{Journal, Notes};
+use crate::publish::manifest::say_result;
 use crate::publish::prepare;
 use crate::publish::publication::{Image, Publication};
 use crate::publish::settings::Settings;
 use crate::sys::named;
 use crate::sys::tree::Tree;
 use crate::transfer::Work;
+use crate::volume::holds;
 use crate::volume::image_root;
 use crate::volume::layout::INVENTORY;
 use crate::volume::open_tree;
@@ -80,14 +83,14 @@ pub fn package(
     let refused = |why| Error::new(format!("pack {}", shown.display())).because(why);
     image_root::check(&place.image_root, &shown, false, refused)?;
     place.boot(settings)?;
-    if directory::holds(&shown, &place.archive_folder.shown())? {
+    if holds(&shown, &place.archive_folder.shown())? {
         let why = format!("the archive is '{}': expected a file outside the image root", place.archive().shown());
         return Err(Error::bad_input(why).advise("name one by --archive"));
     }
     directory::refuse_open(&shown)?;
     // Processes of a killed run would write to the image as it is packed.
-    customize::end_left_over(&shown)?;
-    directory::clear_left_over(&directory::COMMANDS, &shown)?;
+    end_left_over(&shown)?;
+    clear_left_over(&directory::COMMANDS, &shown)?;
     let work = Work::begin(&settings.network)?;
     if let Some(file) = changes {
         // Checked here, since these are used only when all is packed.

@@ -6,10 +6,9 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use crate::error::{Attempt, Error, Result};
-use crate::local;
-use crate::local::job::IMAGE_ROOT;
+use crate::local::claim::{claim, is_claimed};
 use crate::sys::named::{WRITABLE, is_trusted};
-use crate::volume::layout::OVERLAY;
+use crate::volume::layout::{IMAGE_ROOT, OVERLAY};
 use crate::volume::signal_files::SignalFiles;
 
 /// The directory of all jobs, where the command line names none.
@@ -35,7 +34,7 @@ impl WorkDirectory {
     /// Makes the directory `name` below `all`, or finds it as an earlier run has left it. Another run that is using it is an error.
     pub fn claim(all: &Path, name: &str) -> Result<Self> {
         let all = own(all)?;
-        local::claim(|| own(&all.join(name))).map(|files| Self { files })
+        claim(|| own(&all.join(name))).map(|files| Self { files })
     }
 
     /// The same for changes that are discarded at the end: the first of `name` with a number that no other run is using, without what a run
@@ -44,7 +43,7 @@ impl WorkDirectory {
         let mut number = 1;
         loop {
             let name = format!("{name}{TO_DISCARD}{number}");
-            let in_use = || local::is_claimed(&all.join(&name)).unwrap_or(false);
+            let in_use = || is_claimed(&all.join(&name)).unwrap_or(false);
             match Self::claim(all, &name) {
                 Err(_) if in_use() => number += 1,
                 claimed => return claimed.and_then(|place| place.clear().map(|()| place)),

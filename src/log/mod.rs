@@ -1,4 +1,5 @@
 //! The log: its format, and what is masked in it.
 
 pub mod format;
+pub mod output;
 pub mod redaction;

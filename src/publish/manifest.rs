@@ -1,5 +1,8 @@
 //! manifest.json: what an image consists of, byte for byte as boot services expect it.
 
+use crate::log::output::say;
+use crate::log::redaction;
+use crate::printable;
 use std::time::SystemTime;
 
 use serde::Serialize;
@@ -60,6 +63,13 @@ pub fn indented(value: &Value) -> Vec<u8> {
     // Nothing in it that JSON has no form for, and a vector takes all.
     let _ = value.serialize(&mut serializer);
     text
+}
+
+/// Prints what became of a publication, as upstream prints it: people and scripts search pod logs for it.
+pub fn say_result(value: &serde_json::Value) {
+    let text = String::from_utf8_lossy(&indented(value)).into_owned();
+    // Records of IMS, and what servers have said, are in it.
+    say(&format!("{}\n", printable::json(&redaction::without_known(&text))));
 }
 
 #[cfg(test)]

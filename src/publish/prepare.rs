@@ -11,7 +11,6 @@ use crate::image::kind::{Content, Kind, Opened};
 use crate::image::layers::layers;
 use crate::image::unpack::{LOWER, Overlay, unpack};
 use crate::ims::client::Status;
-use crate::local::directory;
 use crate::publish::download;
 use crate::publish::identity::{Identity, Record};
 use crate::publish::journal;
@@ -25,6 +24,7 @@ use crate::sys::tree::Tree;
 use crate::transfer::Work;
 use crate::transfer::confinement;
 use crate::verdict::Verdict;
+use crate::volume::holds;
 use crate::volume::image_root;
 use crate::volume::layout::{
     ARCHIVE, EXITING, FETCHING, INVENTORY, OVERLAY, POD_ERROR, READY, SSHD_LISTENING, TRANSFER, UNPACKING,
@@ -80,14 +80,14 @@ pub fn run(settings: &Settings, source: &str, open: Open, is_fresh: bool) -> Res
     })
 }
 
-/// Refuses a source that would hold what is made of it, or that somebody changes.
+/// Refuses a source that would hold what is made of it.
 fn check_directory(source: &Path, parent: &Path) -> Result<()> {
     let source = named::resolve(source).attempt(|| format!("open {}", source.display()))?;
-    if directory::holds(&source, parent)? {
+    if holds(&source, parent)? {
         let why = format!("the image root's parent is '{}': expected a directory outside SOURCE", parent.display());
         return Err(Error::bad_input(why));
     }
-    directory::refuse_open(&source)
+    Ok(())
 }
 
 /// Setuid programs of the image are out of other users' reach. A volume that is there is shared as its owner wants it.

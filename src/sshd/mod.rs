@@ -6,6 +6,7 @@ pub mod daemon;
 pub mod effective;
 pub mod login_shell;
 pub mod options;
+pub mod public_keys;
 pub mod refusals;
 pub mod sftp_server;
 

@@ -10,8 +10,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, FileType, Gid, Mode, Stat, Uid, XattrFlags};
 use rustix::io::Errno;
 
-use crate::sys::tree::Tree;
-use crate::sys::tree::times;
+use crate::sys::tree::{Tree, times};
 
 /// The kernel lets an attribute, and all names of them, be so long.
 const LONGEST: usize = 64 << 10;

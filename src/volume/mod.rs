@@ -5,6 +5,7 @@ pub mod layout;
 pub mod signal_files;
 pub mod state_directory;
 
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use crate::error::{Attempt, Result};
@@ -13,4 +14,15 @@ use crate::sys::tree::Tree;
 /// Opens a directory that was named, whose last name must not be a link.
 pub fn open_tree(path: &Path) -> Result<Tree> {
     Tree::open(path).attempt(|| format!("open {}", path.display()))
+}
+
+/// Returns whether `place`, which may be yet to be made, is `directory` or lies in it, by whatever links and mounts.
+pub fn holds(directory: &Path, place: &Path) -> Result<bool> {
+    let attempted = || format!("find {}", place.display());
+    let place = std::path::absolute(place).attempt(attempted)?;
+    let there = place.ancestors().find(|place| place.exists()).unwrap_or(Path::new("/"));
+    let there = std::fs::canonicalize(there).attempt(attempted)?;
+    let identity = |path: &Path| std::fs::metadata(path).map(|found| (found.dev(), found.ino())).ok();
+    let wanted = identity(directory);
+    Ok(there.ancestors().any(|above| wanted.is_some() && identity(above) == wanted))
 }

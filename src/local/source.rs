@@ -1,0 +1,38 @@
+//! The SOURCE that the command line names.
+
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Result};
+use crate::sys::named;
+use crate::sys::tree::Tree;
+use crate::volume;
+
+/// Refuses who is not root.
+pub fn need_root() -> Result<()> {
+    if nix::unistd::geteuid().is_root() {
+        return Ok(());
+    }
+    Err(Error::new("open an image root").because("this user may not").advise("run it as root, with sudo"))
+}
+
+/// The image root that was named, without links on the way to it.
+pub fn image_root(source: &Path) -> Result<PathBuf> {
+    need_root()?;
+    let refuse = |why: String| Error::bad_input(format!("SOURCE is '{}': {why}", source.display()));
+    let real = named::resolve(source).map_err(|e| refuse(e.to_string()))?;
+    match real.is_dir() {
+        _ if real == Path::new("/") => {
+            Err(refuse("that is this machine's own root; expected an unpacked image".into()))
+        }
+        true => {
+            let tree = Tree::open(&real).map_err(|e| refuse(e.to_string()))?;
+            volume::image_root::check(&tree, &real, false, refuse).map(|()| real)
+        }
+        false => Err(refuse("expected a directory, an unpacked image".into())),
+    }
+}
+
+/// The directory that `source` names, if it is one.
+pub fn directory_of(source: &str) -> Option<PathBuf> {
+    std::fs::canonicalize(source).ok().filter(|path| path.is_dir())
+}

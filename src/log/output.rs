@@ -1,0 +1,16 @@
+//! What a command prints on standard output.
+
+use std::io::Write;
+
+use crate::printable;
+
+/// Prints `text`. Nobody listening any more is no reason to end an environment.
+pub fn say(text: &str) {
+    let mut out = std::io::stdout();
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+}
+
+/// Prints `value` in JSON, in one line.
+pub fn say_json(value: &serde_json::Value) {
+    say(&format!("{}\n", printable::json(&value.to_string())));
+}
