@@ -68,7 +68,7 @@ fn until(environment: &Environment, name: &str, action: impl FnOnce()) -> f64 {
 }
 
 fn terminate(mut environment: Environment) -> f64 {
-    let pid = Pid::from_raw(environment.entrypoint.id().cast_signed());
+    let pid = environment.pid();
     let mut status = None;
     let took = time(|| {
         kill(pid, Signal::SIGTERM).unwrap();

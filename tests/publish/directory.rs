@@ -209,7 +209,7 @@ fn fail_says_that_a_directory_is_not_there_and_clears_what_is_known_of_it() {
     for command in ["enter", "customize"] {
         let mut open = ims_sshd(&[command, "tree", "--in-place", "--work", "work"], &[]);
         open.args(["--", "sh", "-c", "echo open; exec sleep 600"]).current_dir(dir.path()).stdout(Stdio::piped());
-        let mut open = Ended(open.spawn().unwrap());
+        let mut open = Ended::new(open.spawn().unwrap());
         std::io::Read::read_exact(open.stdout.as_mut().unwrap(), &mut [0; 5]).unwrap();
         open.kill().unwrap();
         open.wait().unwrap();
@@ -270,7 +270,7 @@ fn a_directory_below_an_overlay_is_changed_by_nobody_else() {
     let tree = tree(dir.path());
     let mut first = ims_sshd(&CUSTOMIZE, &[]);
     first.args(["--", "sh", "-c", "echo open; exec sleep 600"]).current_dir(dir.path()).stdout(Stdio::piped());
-    let mut first = Ended(first.spawn().unwrap());
+    let mut first = Ended::new(first.spawn().unwrap());
     let mut said = [0; 5];
     std::io::Read::read_exact(first.stdout.as_mut().unwrap(), &mut said).unwrap();
     for command in [
@@ -341,7 +341,7 @@ fn what_a_killed_customization_has_left_is_told_and_ended_by_whoever_opens_or_pa
         &["customize", &root, "--work", "work", "--", "true"],
     ] {
         let mut customize = ims_sshd(&["customize", &root, "--in-place"], &[]);
-        let mut killed = Ended(customize.stdout(Stdio::piped()).spawn().unwrap());
+        let mut killed = Ended::new(customize.stdout(Stdio::piped()).spawn().unwrap());
         let mut lines = std::io::BufRead::lines(std::io::BufReader::new(killed.stdout.take().unwrap()));
         assert!(lines.any(|line| line.unwrap().contains("ims-sshd complete")));
         // Nothing of an open one is ended.
@@ -475,7 +475,7 @@ fn a_directory_that_an_environment_has_open_is_neither_packed_nor_prepared() {
     for command in [&["enter", "tree"][..], &["customize", "tree", "--in-place"], &CUSTOMIZE] {
         let mut open = ims_sshd(command, &[]);
         open.args(["--", "sh", "-c", "echo open; exec sleep 600"]).current_dir(dir.path()).stdout(Stdio::piped());
-        let mut open = Ended(open.spawn().unwrap());
+        let mut open = Ended::new(open.spawn().unwrap());
         let mut said = [0; 5];
         std::io::Read::read_exact(open.stdout.as_mut().unwrap(), &mut said).unwrap();
         refused(&format!("cannot claim {}: another build environment is open on it", tree.display()));
@@ -525,7 +525,7 @@ fn a_directory_that_is_open_is_opened_by_no_other_path() {
     let _mounted = Unmounted(&other);
     let mut open = ims_sshd(&["customize", "tree", "--work", "work"], &[]);
     open.args(["--", "sh", "-c", "echo open; exec sleep 600"]).current_dir(dir.path());
-    let mut open = Ended(open.stdout(std::process::Stdio::piped()).spawn().unwrap());
+    let mut open = Ended::new(open.stdout(std::process::Stdio::piped()).spawn().unwrap());
     std::io::Read::read_exact(open.stdout.as_mut().unwrap(), &mut [0; 5]).unwrap();
     for command in [
         &["customize", "other", "--work", "work2", "--", "true"][..],
@@ -561,7 +561,7 @@ fn a_directory_in_one_that_is_open_or_above_one_is_opened_by_nobody_and_an_archi
             let mut first = ims_sshd(opening, &[]);
             // One each: what is kept above a directory keeps it from being changed where it is.
             first.arg(open).args(["--work", &opening.concat(), "--", "sh", "-c", "echo open; exec sleep 600"]);
-            let mut first = Ended(first.current_dir(dir.path()).stdout(Stdio::piped()).spawn().unwrap());
+            let mut first = Ended::new(first.current_dir(dir.path()).stdout(Stdio::piped()).spawn().unwrap());
             std::io::Read::read_exact(first.stdout.as_mut().unwrap(), &mut [0; 5]).unwrap();
             for command in [
                 &["customize", other, "--work", "work2", "--", "true"][..],

@@ -125,7 +125,7 @@ fn whoever_looks_at_a_source_is_told_by_name_what_is_open_on_it() {
         open.args(options)
             .args(["--", "sh", "-c", "touch /etc/new; echo open; exec sleep 600"])
             .current_dir(dir.path());
-        let mut open = Ended(open.stdout(std::process::Stdio::piped()).spawn().unwrap());
+        let mut open = Ended::new(open.stdout(std::process::Stdio::piped()).spawn().unwrap());
         std::io::Read::read_exact(open.stdout.as_mut().unwrap(), &mut [0; 5]).unwrap();
         let output = enter(dir.path(), &source, &["--discard"], "test ! -e /etc/new");
         let said = text(&output.stderr);
@@ -249,7 +249,7 @@ fn a_mark_in_an_image_that_an_environment_has_open_is_for_that_one() {
     let dir = directory();
     let tree = image(dir.path());
     let mut open = ims_sshd(&["customize", "tree", "--in-place"], &[]);
-    let mut open = Ended(open.current_dir(dir.path()).stdout(std::process::Stdio::piped()).spawn().unwrap());
+    let mut open = Ended::new(open.current_dir(dir.path()).stdout(std::process::Stdio::piped()).spawn().unwrap());
     let mut lines = std::io::BufRead::lines(std::io::BufReader::new(open.stdout.take().unwrap()));
     assert!(lines.any(|line| line.unwrap().contains("ims-sshd complete")));
     let output = enter(dir.path(), "tree", &[], "touch /tmp/failed");
@@ -284,7 +284,7 @@ fn one_source_is_entered_several_times_at_once_and_after_a_kill() {
     let squashfs = squashfs_of(&image(dir.path())).display().to_string();
     let mut killed = ims_sshd(&["enter", &squashfs, "--work"], &[]);
     killed.arg(dir.path().join("work")).args(["--", "sh", "-c", "touch /etc/new; echo made; exec sleep 600"]);
-    let mut killed = Ended(killed.stdout(std::process::Stdio::piped()).spawn().unwrap());
+    let mut killed = Ended::new(killed.stdout(std::process::Stdio::piped()).spawn().unwrap());
     let mut said = [0; 5];
     std::io::Read::read_exact(killed.stdout.as_mut().unwrap(), &mut said).unwrap();
     // Others can look at it meanwhile, each with changes of its own.

@@ -266,7 +266,7 @@ fn a_signal_while_an_image_is_packed_is_the_exit_code() {
         let squashfs = squashfs_of(&dir.path().join("tree")).display().to_string();
         let mut command = ims_sshd(&["customize", &squashfs, "--output", "out", "--work", "work"], &[]);
         command.args(["--compression", "xz", "--kernel", "vmlinuz", "--initrd", "initrd", "touch", "/etc/new"]);
-        let mut child = Ended(command.current_dir(dir.path()).stderr(Stdio::piped()).spawn().unwrap());
+        let mut child = Ended::new(command.current_dir(dir.path()).stderr(Stdio::piped()).spawn().unwrap());
         let work = dir.path().join("work");
         let is_part =
             |file: &PathBuf| file.ends_with("packed.sqsh.part") && file.metadata().is_ok_and(|f| f.len() > 1 << 20);

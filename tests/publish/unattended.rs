@@ -149,7 +149,7 @@ fn a_signal_decides_whatever_the_command_makes_of_it() {
     ] {
         let mut run = ims_sshd(&[command, &squashfs], &[]);
         run.args(common).args(["--kernel", "vmlinuz", "--initrd", "initrd"]).args(end).current_dir(dir.path());
-        let mut run = Ended(run.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap());
+        let mut run = Ended::new(run.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap());
         let mut begun = [0; 6];
         std::io::Read::read_exact(run.stdout.as_mut().unwrap(), &mut begun).unwrap();
         kill(Pid::from_raw(run.id().cast_signed()), signal).unwrap();

@@ -24,7 +24,7 @@ impl Agent {
     pub fn start(environment: &Environment) -> Self {
         let socket = environment.dir.path().join("agent");
         let program = Command::new("ssh-agent").arg("-D").arg("-a").arg(&socket).stdout(Stdio::null()).spawn().unwrap();
-        let program = Ended(program);
+        let program = Ended::new(program);
         wait_until("the agent to listen", || UnixStream::connect(&socket).is_ok());
         let add = |argument: &std::ffi::OsStr| {
             succeed(Command::new("ssh-add").arg("-q").arg(argument).env("SSH_AUTH_SOCK", &socket))

@@ -378,7 +378,7 @@ fn the_configuration_services_own_commands_are_never_lost(place: Place) {
     let mut client = Command::new("/usr/bin/python3");
     client.args(["-W", "ignore", "-c", PROGRAM, &environment.port.to_string()]).arg(&environment.key);
     let client = client.args([&folder, &mark]).spawn().unwrap();
-    let mut client = Ended(client);
+    let mut client = Ended::new(client);
     wait_until("the client to end", || client.try_wait().unwrap().is_some());
     assert!(client.wait().unwrap().success());
     assert_eq!(environment.end(), 0, "{}", environment.log_text());

@@ -364,11 +364,11 @@ fn no_program_of_the_container_can_be_changed_from_inside() {
         // A transfer that goes on, and the helper itself as a program inside, which waits for somebody to write to the fifo: by what passwd
         // says, and as far as it is shown.
         let sftp = master.sftp().stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-        let mut waiting = vec![Ended(sftp)];
+        let mut waiting = vec![Ended::new(sftp)];
         let mut wait = |line: &str| {
             let mut ssh = master.ssh();
             ssh.arg(line).stdout(Stdio::null()).stderr(Stdio::null());
-            waiting.push(Ended(ssh.spawn().unwrap()));
+            waiting.push(Ended::new(ssh.spawn().unwrap()));
         };
         wait("exec sleep 1000");
         wait("exec /run/.ims-sshd/ims-jail-shell session /root/fifo");

@@ -4,8 +4,6 @@ use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
-use nix::unistd::Pid;
-
 use ims_sshd::sys::process::{Entry, descendants};
 use testbed::*;
 
@@ -312,7 +310,7 @@ fn a_helper_cannot_be_looked_into_on_its_way_into_the_jail() {
         let environment = volume.start_with(Mode::Jailed, &[("IMS_JAIL_TIER", tier)]).ready();
         let master = environment.master();
         let while_sessions_come = |mut ambush: Command| {
-            let mut ambush = Ended(ambush.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap());
+            let mut ambush = Ended::new(ambush.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap());
             while ambush.try_wait().unwrap().is_none() {
                 succeed(master.ssh().arg("true"));
             }
@@ -339,7 +337,7 @@ fn a_helper_cannot_be_looked_into_on_its_way_into_the_jail() {
 fn the_supervisor_listens_where_only_root_outside_comes_to() {
     let environment = Environment::open(Image::Busybox, Mode::Jailed);
     let _session = environment.master();
-    let supervisor = Pid::from_raw(environment.entrypoint.id().cast_signed());
+    let supervisor = environment.pid();
     let processes: Vec<_> = descendants(&Entry::all(), supervisor).iter().map(|entry| entry.pid).collect();
     assert!(processes.len() >= 3, "sshd, the jail's init, a session");
     let sockets: Vec<String> = processes

@@ -277,19 +277,9 @@ fn parent_of(pid: Pid) -> Pid {
     Entry::read(pid).unwrap().parent
 }
 
-fn pid_of(environment: &Environment) -> Pid {
-    Pid::from_raw(environment.entrypoint.id().cast_signed())
-}
-
-/// sshd, as the environment has noted it.
 fn listener(environment: &Environment) -> Pid {
     let text = std::fs::read_to_string(environment.state_directory().join("sshd")).unwrap();
     Pid::from_raw(ims_sshd::sys::process::Identity::parse(&text).unwrap().pid)
-}
-
-fn logged(environment: &Environment, what: &str, times: usize) {
-    let log = || environment.log_text();
-    wait_until(&format!("'{what}' {times} times in the log"), || log().matches(what).count() >= times);
 }
 
 const OPEN: &str = "the environment is open";
@@ -311,7 +301,7 @@ fn run(cell: Cell) {
     // To where it is to happen.
     let mut environment = volume.start_with(cell.mode, &variables);
     let mut sessions = Vec::new();
-    logged(&environment, "waiting for 'ready'", 1);
+    environment.wait_for_log_times("waiting for 'ready'", 1);
     match cell.phase {
         Phase::BeforeReady => {}
         Phase::Preparing => environment.touch("ready"),
@@ -321,9 +311,9 @@ fn run(cell: Cell) {
         sessions = ["victim", "other"].map(|name| Waiting::begin(&environment, name)).into();
     }
     let victim = sessions.first().map(Waiting::shell);
-    let visitor = gate.as_ref().map(|gate| gate.visitor(pid_of(&environment), cell.mode == Mode::Plain));
+    let visitor = gate.as_ref().map(|gate| gate.visitor(environment.pid(), cell.mode == Mode::Plain));
     let target = match cell.part {
-        Part::Entrypoint => pid_of(&environment),
+        Part::Entrypoint => environment.pid(),
         Part::Sshd => match (visitor, victim, cell.phase) {
             (Some(visitor), ..) => visitor,
             (_, Some(shell), Phase::Closing) if cell.mode == Mode::Plain => parent_of(shell),
@@ -334,8 +324,8 @@ fn run(cell: Cell) {
         Part::Helper => parent_of(victim.unwrap()),
         Part::Shell => victim.unwrap(),
         Part::Script => {
-            logged(&environment, "customization script", 1);
-            let of_script = |pid: &Pid| Entry::read(*pid).is_some_and(|e| e.parent == pid_of(&environment));
+            environment.wait_for_log_times("customization script", 1);
+            let of_script = |pid: &Pid| Entry::read(*pid).is_some_and(|e| e.parent == environment.pid());
             let running = || processes_with(&script_path).into_iter().map(|pid| Pid::from_raw(pid.cast_signed()));
             wait_until("the script", || running().any(|pid| of_script(&pid)));
             running().find(of_script).unwrap()
@@ -343,7 +333,7 @@ fn run(cell: Cell) {
     };
     if cell.phase == Phase::Closing {
         environment.touch("complete");
-        logged(&environment, "closing: sshd takes no new connections", 1);
+        environment.wait_for_log_times("closing: sshd takes no new connections", 1);
     }
 
     // It happens.
@@ -374,10 +364,10 @@ fn run(cell: Cell) {
     let serves = matches!(cell.outcome(), ("complete", _)) && cell.phase != Phase::Closing;
     if serves {
         match cell.part {
-            _ if dies => logged(&environment, OPEN, if cell.phase >= Phase::Idle { 2 } else { 1 }),
-            Part::Sshd => logged(&environment, "sshd is listening", 2),
-            Part::JailInit if !cell.is_without_effect() => logged(&environment, "the jail is made", 2),
-            _ => logged(&environment, OPEN, 1),
+            _ if dies => environment.wait_for_log_times(OPEN, if cell.phase >= Phase::Idle { 2 } else { 1 }),
+            Part::Sshd => environment.wait_for_log_times("sshd is listening", 2),
+            Part::JailInit if !cell.is_without_effect() => environment.wait_for_log_times("the jail is made", 2),
+            _ => environment.wait_for_log_times(OPEN, 1),
         }
         assert_eq!(environment.says("echo served"), "served");
     }
@@ -535,7 +525,7 @@ struct Holdings {
 
 impl Holdings {
     fn of(environment: &Environment, household: &Household) -> Self {
-        let both = [pid_of(environment), environment.jails_init()];
+        let both = [environment.pid(), environment.jails_init()];
         let count = |text: String| text.lines().count();
         let mut processes: Vec<_> = household.members().iter().map(Entry::command_line).collect();
         processes.sort();
@@ -610,7 +600,7 @@ fn nothing_is_left_of_many_sessions() {
             }
         });
     };
-    let (entrypoint, init) = (pid_of(&environment), environment.jails_init());
+    let (entrypoint, init) = (environment.pid(), environment.jails_init());
     run_up_to(wanted / 5);
     let early = [entrypoint, init].map(resident);
     run_up_to(wanted);

@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use testbed::*;
 
 /// Tiers that emulate.
@@ -144,7 +143,7 @@ fn the_sftp_server_of_an_aarch64_image_is_not_emulated() {
         let environment = open(tier);
         let mut sftp = Command::new("sftp");
         sftp.args(environment.ssh_options()).args(["-q", "-P", &environment.port.to_string(), "root@127.0.0.1"]);
-        let mut sftp = Ended(sftp.stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap());
+        let mut sftp = Ended::new(sftp.stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap());
         let mut batch = sftp.stdin.take().unwrap();
         batch.write_all(b"mkdir /root/there\n").unwrap();
         wait_until("the folder", || environment.image_root.join("root/there").exists());
@@ -191,7 +190,7 @@ fn what_a_killed_environment_registered_is_gone_after_the_next_one() {
     let entry = table.entry_of(&killed);
     let ours = killed.log_text().contains(OURS);
     assert_eq!(entry.exists(), ours);
-    kill(Pid::from_raw(killed.entrypoint.id().cast_signed()), Signal::SIGKILL).unwrap();
+    kill(killed.pid(), Signal::SIGKILL).unwrap();
     killed.entrypoint.wait().unwrap();
     assert_eq!(entry.exists(), ours, "nobody was there to remove it");
     killed.entrypoint = killed.volume.entrypoint(Mode::Jailed, &[]).spawn().unwrap();
@@ -227,7 +226,7 @@ fn on_a_node(volume: Volume, (mode, tier): (Mode, &str), setup: &str, wrapper: &
     let stderr = std::fs::File::options().append(true).open(volume.log()).unwrap();
     node.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").env("TABLE", &table);
     node.envs(program.get_envs().filter_map(|(name, value)| Some((name, value?))));
-    let mut node = Ended(node.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(stderr).spawn().unwrap());
+    let mut node = Ended::new(node.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(stderr).spawn().unwrap());
     let own = std::fs::read_link("/proc/thread-self/ns/user").unwrap();
     let process = PathBuf::from(format!("/proc/{}", node.id()));
     wait_until("a user namespace", || std::fs::read_link(process.join("ns/user")).is_ok_and(|ns| ns != own));

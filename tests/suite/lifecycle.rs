@@ -6,7 +6,6 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use testbed::*;
 
 fn listens(port: u16) -> bool {
@@ -176,7 +175,7 @@ fn a_signal_closes_in_the_same_order_as_failed() {
             let mut environment = if open { environment.ready() } else { environment };
             wait_until("the entrypoint to wait", || environment.log_text().contains("waiting for"));
             let mut session = open.then(|| environment.ssh(&[]).arg("sleep 1000").spawn().unwrap());
-            kill(Pid::from_raw(environment.entrypoint.id().cast_signed()), signal).unwrap();
+            kill(environment.pid(), signal).unwrap();
             assert_eq!(environment.end(), code);
             assert!(environment.signal("failed").exists() && environment.signal("exiting").exists());
             assert!(!environment.signal("complete").exists());

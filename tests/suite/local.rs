@@ -27,7 +27,7 @@ fn customize(image_root: &Path, arguments: &[&str]) -> (Ended, String) {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    let mut child = Ended(child);
+    let mut child = Ended::new(child);
     let mut printed = String::new();
     let mut lines = BufReader::new(child.stdout.take().unwrap());
     while !printed.contains("ims-sshd complete") {
@@ -118,7 +118,7 @@ fn closed_output_and_closed_terminal_end_customize_in_order() {
         .stdin(Stdio::null())
         .stdout(theirs.try_clone().unwrap())
         .stderr(theirs);
-    let mut child = Ended(command.spawn().unwrap());
+    let mut child = Ended::new(command.spawn().unwrap());
     drop(command);
     let printed = announcement(output);
     let said = run_pasted(&printed, "echo in > /root/file; touch /tmp/complete; echo here");
@@ -132,7 +132,7 @@ fn closed_output_and_closed_terminal_end_customize_in_order() {
         &format!("{IMS_SSHD} customize {} --work {}", root.display(), image.path().join("work").display()),
         "/dev/null",
     ]);
-    let mut terminal = Ended(terminal.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap());
+    let mut terminal = Ended::new(terminal.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap());
     let printed = announcement(terminal.stdout.take().unwrap());
     let parent = parent_in(&printed);
     let sshd = || processes_with(&format!("-f {}/", parent.display())).len();
@@ -326,7 +326,7 @@ fn an_option_after_the_command_is_refused_unless_two_hyphens_stand_before_the_co
 fn enter_ends_nothing_but_what_it_started() {
     let image = image_root();
     let root = image.path().join("image");
-    let mut editor = Ended(Command::new("sleep").arg("6544").current_dir(root.join("bin")).spawn().unwrap());
+    let mut editor = Ended::new(Command::new("sleep").arg("6544").current_dir(root.join("bin")).spawn().unwrap());
     for tier in TIERS {
         let line = format!("cd {} && {IMS_SSHD} enter . -- sh -c 'sleep 6545 &' && echo still here", root.display());
         let mut shell = Command::new("sh");
@@ -445,7 +445,7 @@ fn changes_are_kept_when_the_terminal_goes_away() {
     let enter = format!("{IMS_SSHD} enter {path}/image.sqsh --work {path}/work --output {path}/out");
     let mut script = Command::new("script");
     script.args(["-q", "-c", &format!("exec {enter}"), "/dev/null"]).stdin(Stdio::piped()).stdout(Stdio::piped());
-    let mut script = Ended(script.spawn().unwrap());
+    let mut script = Ended::new(script.spawn().unwrap());
     script.stdin.as_mut().unwrap().write_all(b"touch /root/first; echo ma''de\n").unwrap();
     let mut seen = BufReader::new(script.stdout.take().unwrap()).lines();
     assert!(seen.any(|line| line.unwrap().contains("made")));

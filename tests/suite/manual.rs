@@ -88,7 +88,7 @@ fn shells_complete_the_names_of_what_is_open() {
     succeed(Command::new("cp").arg("-aT").arg(cache().join("busybox")).arg(&image));
     let mut open = Command::new(&IMS_SSHD);
     open.arg("enter").arg(&image).args(["sh", "-c", "echo open; exec sleep 600"]).stdout(std::process::Stdio::piped());
-    let mut open = Ended(open.spawn().unwrap());
+    let mut open = Ended::new(open.spawn().unwrap());
     std::io::Read::read_exact(open.stdout.as_mut().unwrap(), &mut [0; 5]).unwrap();
     let programs = std::path::Path::new(&IMS_SSHD).parent().unwrap().display().to_string();
     let path = format!("{programs}:/usr/bin:/bin");

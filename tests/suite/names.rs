@@ -23,7 +23,7 @@ fn unique(what: &str) -> String {
 fn customize(source: &Path) -> (Ended, String) {
     let mut command = Command::new(&IMS_SSHD);
     command.arg("customize").arg(source).stdin(Stdio::null()).stdout(Stdio::piped());
-    let mut child = Ended(command.spawn().unwrap());
+    let mut child = Ended::new(command.spawn().unwrap());
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
     let mut printed = String::new();
     while !printed.contains("ims-sshd complete") {
@@ -209,7 +209,7 @@ fn a_run_is_listed_while_it_packs_and_cannot_be_marked_then() {
     let mut enter = Command::new(&IMS_SSHD);
     enter.arg("enter").arg(&squashfs).args(["--output", "out", "--work", "work", "--yes", "--compression", "xz"]);
     enter.args(["--", "/bin/sh", "-c", "cp /noise /louder"]).current_dir(dir.path());
-    let mut enter = Ended(enter.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
+    let mut enter = Ended::new(enter.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
     wait_until("packing", || {
         assert!(enter.try_wait().unwrap().is_none(), "it has ended unseen");
         ims_sshd(&["status", &name, "--is", "packing"]).status.success()

@@ -150,7 +150,7 @@ fn publish() {
 /// Runs it until it is open, logs in as it says, and marks the image; one with a script does that by itself.
 fn customize(command: &str, script: bool) {
     let desk = Desk::new();
-    let mut program = Ended(desk.shell(&format!("exec {command}")).stdout(Stdio::piped()).spawn().unwrap());
+    let mut program = Ended::new(desk.shell(&format!("exec {command}")).stdout(Stdio::piped()).spawn().unwrap());
     let mut lines = BufReader::new(program.stdout.take().unwrap()).lines().map(Result::unwrap);
     let login =
         lines.find(|line| line.trim_start().starts_with("ssh ")).unwrap_or_else(|| panic!("{command}: no ssh line"));

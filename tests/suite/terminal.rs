@@ -19,7 +19,7 @@ const BLOCKED_SIGNALS: &str = "grep SigBlk /proc/self/status";
 
 /// Everything that runs in the environment.
 fn everything(environment: &Environment) -> Vec<Pid> {
-    let entrypoint = Pid::from_raw(environment.entrypoint.id().cast_signed());
+    let entrypoint = environment.pid();
     let mut pids: Vec<Pid> =
         descendants(&Entry::all(), entrypoint).iter().filter(|e| e.state != 'Z').map(|e| e.pid).collect();
     pids.sort();

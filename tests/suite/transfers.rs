@@ -109,7 +109,7 @@ fn sshfs_reads_and_writes_in_parallel(place: Place) {
     let mut sshfs = Command::new("sshfs");
     let place = format!("root@127.0.0.1:{}", ground.there);
     sshfs.args(["-f", "-o", &format!("ssh_command={}", ground.shell()), &place]);
-    let mut sshfs = Ended(sshfs.arg(&mounted).spawn().unwrap());
+    let mut sshfs = Ended::new(sshfs.arg(&mounted).spawn().unwrap());
     let device = |path: &Path| std::fs::metadata(path).map_or(0, |found| found.dev());
     wait_until("sshfs to mount", || device(&mounted) != device(ground.local.path()));
 

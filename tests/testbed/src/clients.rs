@@ -1,7 +1,8 @@
 //! Clients of an environment: ssh, sftp and scp, and a connection that many sessions share.
 
+use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, ChildStdin, Command, Output, Stdio};
 
 use tempfile::TempDir;
 
@@ -74,6 +75,27 @@ impl Environment {
         let mut ssh = master.ssh_with(&["-M", "-o", "ControlPersist=60", "-f", "-N"]);
         succeed(ssh.stdout(Stdio::null()));
         master
+    }
+}
+
+/// A session that runs until its input is closed, and then says so.
+pub struct Held {
+    client: Child,
+    input: ChildStdin,
+}
+
+impl Held {
+    pub fn open(environment: &Environment) -> Self {
+        let mut command = environment.ssh(&[]);
+        command.arg("echo begun; cat; echo finished").stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut client = command.spawn().unwrap();
+        client.stdout.as_mut().unwrap().read_exact(&mut [0; 6]).unwrap();
+        Self { input: client.stdin.take().unwrap(), client }
+    }
+
+    pub fn finish(self) -> Output {
+        drop(self.input);
+        self.client.wait_with_output().unwrap()
     }
 }
 

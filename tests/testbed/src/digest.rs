@@ -23,6 +23,11 @@ pub fn walk(folder: &Path) -> Vec<PathBuf> {
     found
 }
 
+/// Whether a regular file is there itself, and not a link to one.
+pub fn is_regular(path: &Path) -> bool {
+    std::fs::symlink_metadata(path).is_ok_and(|m| m.is_file())
+}
+
 /// All that one can see of a tree, but for times of access and of change of the inode, which nobody can put back: of each path a
 /// description, and the content.
 pub type Digest = BTreeMap<PathBuf, (String, Vec<u8>)>;

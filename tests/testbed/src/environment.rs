@@ -2,10 +2,14 @@
 
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
-use std::process::{Child, ExitStatus};
+use std::process::{Child, Command, ExitStatus};
 use std::time::{Duration, Instant};
 
-use crate::{Image, LIMIT, Mode, Volume, wait_until};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+use crate::{IMS_SSHD, Image, LIMIT, Mode, Volume, is_regular, succeed, wait_until};
 
 /// An environment that was started.
 pub struct Environment {
@@ -62,10 +66,55 @@ impl Environment {
         self.end()
     }
 
+    /// Process ID of the entrypoint.
+    pub fn pid(&self) -> Pid {
+        Pid::from_raw(self.entrypoint.id().cast_signed())
+    }
+
+    pub fn send(&self, signal: Signal) {
+        kill(self.pid(), signal).unwrap();
+    }
+
+    /// Waits until the log holds `text`.
+    pub fn wait_for_log(&self, text: &str) {
+        self.wait_for_log_times(text, 1);
+    }
+
+    /// Waits until the log holds `text` so often.
+    pub fn wait_for_log_times(&self, text: &str, times: usize) {
+        let what = format!("'{text}' in the log ({times}):\n{}", self.log_text());
+        wait_until(&what, || self.log_text().matches(text).count() >= times);
+    }
+
+    /// Waits for the end, which has to be that of a failed image for everybody who looks: in the log with all of `words`, in the signal
+    /// files, and by the exit code.
+    pub fn fails_visibly(&mut self, code: i32, words: &[&str]) {
+        assert_eq!(self.end(), code, "{}", self.log_text());
+        let log = self.log_text();
+        for word in words {
+            assert!(log.contains(word), "no '{word}' in the log:\n{log}");
+        }
+        for name in ["failed", "exiting"] {
+            assert!(is_regular(&self.signal(name)), "no '{name}'; the log:\n{log}");
+        }
+        assert!(!self.signal("complete").exists(), "a false success; the log:\n{log}");
+    }
+
+    /// What `ims-sshd status` prints.
+    pub fn status(&self, arguments: &[&str]) -> String {
+        succeed(Command::new(&IMS_SSHD).arg("status").args(arguments).arg(&self.parent))
+    }
+
+    /// Sessions in the status.
+    pub fn sessions(&self) -> Vec<Value> {
+        let report: Value = serde_json::from_str(&self.status(&["--json"])).unwrap();
+        report["sessions"].as_array().cloned().unwrap_or_default()
+    }
+
     /// The jail's first process.
-    pub fn jails_init(&self) -> nix::unistd::Pid {
+    pub fn jails_init(&self) -> Pid {
         let record = ims_sshd::jail::record::Record::read(&self.state_directory().join("jail")).unwrap();
-        nix::unistd::Pid::from_raw(record.init.pid)
+        Pid::from_raw(record.init.pid)
     }
 
     /// Where the environment has its own files.
@@ -77,8 +126,7 @@ impl Environment {
 impl Drop for Environment {
     fn drop(&mut self) {
         if self.status.is_none() {
-            let pid = nix::unistd::Pid::from_raw(self.entrypoint.id().cast_signed());
-            let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM);
+            let _ = kill(self.pid(), Signal::SIGTERM);
             let _ = self.entrypoint.wait();
         }
         if std::thread::panicking() {

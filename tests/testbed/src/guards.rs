@@ -1,29 +1,69 @@
-//! Programs and mounts that end with the test that made them.
+//! Programs and mounts that end with the test that made them, however it ends.
 
-use std::process::Child;
+use std::ops::{Deref, DerefMut};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 
-/// A program that ends with its test, however that ends.
-pub struct Ended(pub Child);
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
-impl std::ops::Deref for Ended {
-    type Target = Child;
-    fn deref(&self) -> &Child {
-        &self.0
+use crate::succeed;
+
+/// A program.
+pub struct Ended {
+    child: Child,
+    by: Signal,
+}
+
+impl Ended {
+    /// It gets a SIGTERM.
+    pub fn new(child: Child) -> Self {
+        Self { child, by: Signal::SIGTERM }
+    }
+
+    /// It gets a SIGKILL: for programs that ignore or miss the other one.
+    pub fn killed(child: Child) -> Self {
+        Self { child, by: Signal::SIGKILL }
     }
 }
 
-impl std::ops::DerefMut for Ended {
+impl Deref for Ended {
+    type Target = Child;
+    fn deref(&self) -> &Child {
+        &self.child
+    }
+}
+
+impl DerefMut for Ended {
     fn deref_mut(&mut self) -> &mut Child {
-        &mut self.0
+        &mut self.child
     }
 }
 
 impl Drop for Ended {
     fn drop(&mut self) {
-        if let Ok(None) = self.0.try_wait() {
-            let pid = nix::unistd::Pid::from_raw(self.0.id().cast_signed());
-            let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM);
-            let _ = self.0.wait();
+        if let Ok(None) = self.child.try_wait() {
+            let _ = kill(Pid::from_raw(self.child.id().cast_signed()), self.by);
+            let _ = self.child.wait();
         }
     }
+}
+
+/// The mount at this place.
+pub struct Mounted(pub PathBuf);
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        unmount(&self.0);
+    }
+}
+
+/// `mount` with these options at a place.
+pub fn mount(options: &[&str], at: &Path) {
+    succeed(Command::new("mount").args(options).arg(at));
+}
+
+/// Takes away what is mounted at a place, if something is; who still uses it keeps it.
+pub fn unmount(at: &Path) {
+    let _ = Command::new("umount").arg("--lazy").arg(at).stderr(Stdio::null()).status();
 }

@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 
 use tempfile::TempDir;
 
-use crate::{Environment, IMS_SSHD, Image, directory, free_port, succeed, wait_until, walk};
+use crate::{Environment, IMS_SSHD, Image, directory, free_port, succeed, unmount, wait_until, walk};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
@@ -212,7 +212,7 @@ impl Drop for Volume {
     fn drop(&mut self) {
         // A folder with a mount on it cannot be removed, and would stay behind.
         for place in [self.image_root.as_path(), &self.parent, self.dir.path()] {
-            let _ = Command::new("umount").arg("--lazy").arg(place).stderr(Stdio::null()).status();
+            unmount(place);
         }
     }
 }

@@ -1,0 +1,141 @@
+//! Files of the image that a process outside the jail holds open: who has one for writing when the environment closes fails it.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixListener};
+use std::process::{Command, Stdio};
+
+use ims_sshd::sys::seqpacket::Packets;
+use nix::sys::signal::{Signal, kill};
+use rustix::fs::{AtFlags, Mode as FileMode, OFlags};
+use rustix::io::Errno;
+use testbed::*;
+
+/// Listens outside by an abstract socket, which belongs to the network that sessions share with the container.
+struct Collector {
+    name: String,
+    listener: UnixListener,
+}
+
+impl Collector {
+    fn listen(name: &str) -> Self {
+        let name = format!("{name}-{}", std::process::id());
+        let address = SocketAddr::from_abstract_name(&name).unwrap();
+        Self { listener: UnixListener::bind_addr(&address).unwrap(), name }
+    }
+
+    /// Has a session send what `opened` opens.
+    fn receive(&self, environment: &Environment, opened: &str) -> OwnedFd {
+        have_sent(environment, &self.name, opened);
+        let (stream, _) = self.listener.accept().unwrap();
+        let (_, mut descriptors) = Packets::from_fd(stream.into()).receive_with().unwrap().unwrap();
+        descriptors.pop().unwrap()
+    }
+}
+
+/// Has a session send what `opened` opens to whoever listens at the abstract socket `name`.
+fn have_sent(environment: &Environment, name: &str, opened: &str) {
+    let send = format!(
+        "import os, socket\n\
+             s = socket.socket(socket.AF_UNIX); s.connect('\\0{}')\n\
+             socket.send_fds(s, [b'x'], [{opened}])\n",
+        name
+    );
+    let output = feed(environment.ssh(&[]).arg("python3"), send.as_bytes());
+    assert!(output.status.success(), "{output:?}");
+}
+
+#[test]
+fn an_image_that_somebody_outside_can_still_write_to_is_failed() {
+    for tier in ["namespace", "user"] {
+        let variables = [("IMS_JAIL_TIER", tier), ("IMS_CLOSE_GRACE", "1")];
+        let mut environment = Volume::new(Image::Debian).start_with(Mode::Jailed, &variables).ready();
+        let collector = Collector::listen(&format!("kept-{tier}"));
+        let kept = collector.receive(&environment, "os.open('/root/kept', os.O_WRONLY | os.O_CREAT)");
+        let code = environment.complete();
+        rustix::io::write(&kept, b"late").unwrap();
+        let holder = format!("process {} (", std::process::id());
+        assert_eq!(code, 1, "{tier}: {}", environment.log_text());
+        assert!(environment.signal("failed").exists() && environment.signal("exiting").exists(), "{tier}");
+        assert!(!environment.signal("complete").exists(), "{tier}");
+        let log = environment.log_text();
+        for words in [&holder, "outside the jail has a file of it open for writing", "end that process"] {
+            assert!(log.contains(words), "{tier}: {words}: {log}");
+        }
+    }
+}
+
+/// Receives a file by an abstract socket and has nothing left of it but a mapping.
+const MAPS: &str = "import ctypes, os, socket, sys\n\
+    s = socket.socket(socket.AF_UNIX); s.bind('\\0' + sys.argv[1]); s.listen(); print('listens', flush=True)\n\
+    _, (file,), _, _ = socket.recv_fds(s.accept()[0], 1, 1)\n\
+    mmap = ctypes.CDLL(None).mmap; mmap.restype = ctypes.c_void_p\n\
+    assert mmap(None, ctypes.c_size_t(4096), 3, 1, file, ctypes.c_long(0)) != ctypes.c_void_p(-1).value\n\
+    os.close(file); print('maps', flush=True); sys.stdin.read()\n";
+
+#[test]
+fn an_image_with_a_file_that_is_mapped_outside_or_in_a_sockets_queue_is_failed_and_the_log_tells_why() {
+    let open = "os.open('/root/kept', os.O_RDWR | os.O_CREAT)";
+    let mut environment = Volume::new(Image::Debian).start_with(Mode::Jailed, &[("IMS_CLOSE_GRACE", "1")]).ready();
+    let collector = Collector::listen("queued");
+    have_sent(&environment, &collector.name, open);
+    assert_eq!(environment.complete(), 1, "{}", environment.log_text());
+    let log = environment.log_text();
+    assert!(log.contains("somebody outside the jail has a file of it open for writing"), "{log}");
+    assert!(log.contains("the queue of a socket"), "{log}");
+
+    let mut environment = Volume::new(Image::Debian).start_with(Mode::Jailed, &[("IMS_CLOSE_GRACE", "1")]).ready();
+    let name = format!("mapped-{}", std::process::id());
+    let mut python = Command::new("python3");
+    python.args(["-c", MAPS, &name]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut maps = Ended::new(python.spawn().unwrap());
+    let mut said = std::io::BufRead::lines(std::io::BufReader::new(maps.stdout.take().unwrap()));
+    assert_eq!(said.next().unwrap().unwrap(), "listens");
+    have_sent(&environment, &name, open);
+    assert_eq!(said.next().unwrap().unwrap(), "maps");
+    assert_eq!(environment.complete(), 1, "{}", environment.log_text());
+    let log = environment.log_text();
+    let holder = format!("process {} (", maps.id());
+    assert!(log.contains(&holder) && log.contains("outside the jail has a file of it mapped"), "{log}");
+}
+
+#[test]
+fn what_a_session_has_sent_outside_may_be_closed_during_the_grace_and_opens_nothing_for_writing_after_it() {
+    for tier in ["namespace", "user"] {
+        let variables = [("IMS_JAIL_TIER", tier), ("IMS_CLOSE_GRACE", "25")];
+        let mut environment = Volume::new(Image::Debian).start_with(Mode::Jailed, &variables).ready();
+        let collector = Collector::listen(&format!("closed-{tier}"));
+        let file = collector.receive(&environment, "os.open('/root/file', os.O_RDWR | os.O_CREAT)");
+        let directory = collector.receive(&environment, "os.open('/root', os.O_RDONLY)");
+        let root = collector.receive(&environment, "os.open('/', os.O_PATH)");
+        let read = collector.receive(&environment, "os.open('/root/file', os.O_RDONLY)");
+        environment.touch("complete");
+        environment.wait_for_log("waiting for it to close the file");
+        rustix::io::write(&file, b"in time").unwrap();
+        drop(file);
+        assert_eq!(environment.end(), 0, "{tier}: {}", environment.log_text());
+        assert!(environment.signal("complete").exists(), "{tier}");
+        assert_eq!(std::fs::read_to_string(environment.image_root.join("root/file")).unwrap(), "in time");
+        let flags = OFlags::WRONLY | OFlags::CREATE;
+        let refused = |result: rustix::io::Result<OwnedFd>| assert_eq!(result.unwrap_err(), Errno::ROFS, "{tier}");
+        refused(rustix::fs::openat(&directory, "file", flags, FileMode::RUSR));
+        refused(rustix::fs::openat(&directory, "new", flags, FileMode::RUSR));
+        refused(rustix::fs::openat(&root, "root/new", flags, FileMode::RUSR));
+        let again = format!("/proc/self/fd/{}", read.as_raw_fd());
+        refused(rustix::fs::open(again, OFlags::WRONLY, FileMode::empty()));
+        assert_eq!(rustix::fs::fchmod(&read, FileMode::RWXU), Err(Errno::ROFS), "{tier}");
+        assert_eq!(rustix::fs::unlinkat(&directory, "file", AtFlags::empty()), Err(Errno::ROFS), "{tier}");
+    }
+}
+
+#[test]
+fn a_jail_is_not_made_anew_while_somebody_outside_can_write_through_the_old_one() {
+    let mut environment = Environment::open(Image::Debian, Mode::Jailed);
+    let collector = Collector::listen("renewed");
+    let kept = collector.receive(&environment, "os.open('/root/kept', os.O_WRONLY | os.O_CREAT)");
+    kill(environment.jails_init(), Signal::SIGKILL).unwrap();
+    environment.wait_for_log("waiting for it to close the file");
+    drop(kept);
+    wait_until("the next jail", || environment.run("true").status.success());
+    assert_eq!(environment.complete(), 0, "{}", environment.log_text());
+}
