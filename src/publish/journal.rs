@@ -12,7 +12,7 @@ use crate::error::{Attempt, Error, Result};
 use crate::ims::id::Id;
 use crate::publish::authentication::Seal;
 use crate::publish::settings::Settings;
-use crate::volume::layout::{PUBLICATION, READY};
+use crate::volume::layout::{PUBLICATION, READY, UPLOAD};
 use crate::volume::signal_files::SignalFiles;
 
 const LIMIT: u64 = 16 << 20;
@@ -22,7 +22,7 @@ pub const MOST_PARTS: usize = 10_000;
 
 /// Labels under which lines are authenticated, one for each file.
 const JOURNAL: &str = "journal";
-const UPLOAD: &str = "upload";
+const KIND_OF_UPLOAD: &str = "upload";
 
 /// Directory of the records, and the key that authenticates them.
 pub struct Notes<'a> {
@@ -231,7 +231,7 @@ impl Upload {
         let Some(text) = notes.text(UPLOAD) else { return Ok(None) };
         let seal = notes.seal()?;
         let mut lines = text.split_inclusive('\n');
-        let Some(first) = lines.next().and_then(|line| seal.open(UPLOAD, line)) else {
+        let Some(first) = lines.next().and_then(|line| seal.open(KIND_OF_UPLOAD, line)) else {
             notes.ignored(UPLOAD, "this job's sidecar has not written it, or its keys have changed");
             return Ok(None);
         };
@@ -259,7 +259,7 @@ impl Upload {
     pub fn write(&self, notes: &Notes) -> Result<()> {
         let seal = notes.seal()?;
         let what = json!({ "url": self.url, "place": self.place, "md5": self.md5, "part": self.part, "id": self.id });
-        let mut text = seal.line(UPLOAD, &what.to_string());
+        let mut text = seal.line(KIND_OF_UPLOAD, &what.to_string());
         for (number, mark) in self.parts.iter().enumerate() {
             text += &mark.as_ref().map_or(String::new(), |mark| self.line(seal, number, mark));
         }
