@@ -640,6 +640,7 @@ fn run(command: Command) -> Result<u8> {
                 variables: arguments.env,
                 binds: arguments.bind,
                 answer,
+                heeds_dkms: false,
             };
             // `--discard` only looks; without it, the directory itself is changed, as by chroot.
             let end = arguments.discard.then_some(End::Discarded);
@@ -695,6 +696,7 @@ fn run_customize(arguments: CustomizeArguments, line: CommandLine) -> Result<u8>
             variables: arguments.env,
             binds: arguments.bind,
             answer: Some(Answer::Yes),
+            heeds_dkms: true,
         };
         return enter::run(arguments.job.read(arguments.source, Some(End::Applied), line)?, &entry);
     }

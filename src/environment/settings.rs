@@ -93,15 +93,14 @@ impl Settings {
         let written = reader.text("SSHD_CONFIG_FILE").map(PathBuf::from);
         let sshd_config = sshd.as_ref().and_then(|o| reader.accept(o.config_file(written.as_ref())));
 
-        let truth = [("true", true), ("false", false)];
         let jailed = reader.choice("SSH_JAIL", &[("True", true), ("False", false)], Case::Exact).unwrap_or(false);
-        let dkms = reader.choice("JOB_ENABLE_DKMS", &truth, Case::Any).unwrap_or(false);
-        let debug = reader.choice("ENABLE_DEBUG", &truth, Case::Any).unwrap_or(false);
+        let dkms = reader.dkms();
+        let debug = reader.choice("ENABLE_DEBUG", &TRUTH, Case::Any).unwrap_or(false);
         let architecture = reader.choice("BUILD_ARCH", &Architecture::ALL.map(|a| (a.name(), a)), Case::Exact);
         let tiers = reader.tiers();
         let hostname = reader.host_name("IMS_JAIL_HOSTNAME");
         let binds = reader.binds("IMS_JAIL_BINDS");
-        let agent = reader.choice("IMS_AGENT_FORWARDING", &truth, Case::Any).unwrap_or(true);
+        let agent = reader.choice("IMS_AGENT_FORWARDING", &TRUTH, Case::Any).unwrap_or(true);
         let close_grace = reader.seconds("IMS_CLOSE_GRACE").unwrap_or(DEFAULT_GRACE);
         let idle_limit = reader.seconds("IMS_IDLE_LIMIT");
         let session_limit = reader.seconds("IMS_SESSION_LIMIT");
@@ -148,15 +147,22 @@ impl Settings {
     }
 }
 
-/// `IMS_JAIL_TIER` and `IMS_JAIL_HOSTNAME` alone, for a jail without sshd.
-pub fn of_jail(variables: impl IntoIterator<Item = (OsString, OsString)>) -> Result<(Vec<Tier>, Option<String>)> {
+/// `IMS_JAIL_TIER`, `IMS_JAIL_HOSTNAME` and `JOB_ENABLE_DKMS` alone, for a jail without sshd.
+pub fn of_jail(variables: impl IntoIterator<Item = (OsString, OsString)>) -> Result<(Vec<Tier>, Option<String>, bool)> {
     let mut reader = Reader::of(variables);
-    let found = (reader.tiers(), reader.host_name("IMS_JAIL_HOSTNAME"));
+    let found = (reader.tiers(), reader.host_name("IMS_JAIL_HOSTNAME"), reader.dkms());
     if reader.complaints.is_empty() { Ok(found) } else { Err(Error::bad_input(reader.complaints.join("; also, "))) }
 }
 
+/// What `true` and `false` are in a variable.
+const TRUTH: [(&str, bool); 2] = [("true", true), ("false", false)];
+
 /// Values that only a build environment reads.
 impl Reader {
+    fn dkms(&mut self) -> bool {
+        self.choice("JOB_ENABLE_DKMS", &TRUTH, Case::Any).unwrap_or(false)
+    }
+
     fn tiers(&mut self) -> Vec<Tier> {
         let value = self.text("IMS_JAIL_TIER").filter(|value| value != "auto").unwrap_or_default();
         let named: Option<Vec<_>> = value.split(',').map(Tier::from_name).collect();

@@ -366,6 +366,17 @@ impl Overlay {
         std::fs::read_dir(folder.join(UPPER)).ok().map(|mut names| names.next().is_some())
     }
 
+    /// Whether the overlay of `folder` is mounted at `image_root`, and seen there from here.
+    pub fn is_mounted(folder: &Path, image_root: &Path) -> bool {
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        let real = |path: &Path| std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+        let (place, upper) = (real(image_root), folder.join(UPPER));
+        let options = [&upper, &real(&upper)].map(|upper| format!("upperdir={}", escape(upper)));
+        let is_there = |line: &&str| mounts::mount_points(line.as_bytes()) == [place.as_path()];
+        let top = mounts.lines().rfind(is_there);
+        top.is_some_and(|line| line.split([' ', ',']).any(|word| options.iter().any(|option| word == option)))
+    }
+
     /// Takes the mounts down.
     pub fn unmount(mut self) -> Result<()> {
         self.take_down()

@@ -55,6 +55,8 @@ pub struct Entry {
     pub binds: Vec<Bind>,
     /// Answer about the changes, if it is given beforehand.
     pub answer: Option<Answer>,
+    /// True if `JOB_ENABLE_DKMS` is heeded.
+    pub heeds_dkms: bool,
 }
 
 /// Whether the image is to be published.
@@ -70,7 +72,8 @@ pub enum Answer {
 /// published, kept or discarded. Returns the command's exit code, or dies of the signal it died of; 0 for a published image.
 pub fn run(job: Job, entry: &Entry) -> Result<u8> {
     source::need_root()?;
-    let (tiers, hostname) = of_jail(std::env::vars_os())?;
+    let heeded = |(name, _): &(OsString, OsString)| entry.heeds_dkms || name != "JOB_ENABLE_DKMS";
+    let (tiers, hostname, dkms) = of_jail(std::env::vars_os().filter(heeded))?;
     let (decides, end, in_place) = (job.decides(), job.end, job.in_place);
     if !job.is_in_place() {
         // Before anything is opened: a descriptor from before would not see what is mounted from here on.
@@ -86,7 +89,7 @@ pub fn run(job: Job, entry: &Entry) -> Result<u8> {
             tracing::info!("what is changed in {source} is discarded at the end{instead}");
         }
         let is_shell = entry.command.is_empty() && entry.script.is_none();
-        let session = Session { is_shell, end: decides.then_some(end), in_place, tiers, hostname, label };
+        let session = Session { is_shell, end: decides.then_some(end), in_place, tiers, dkms, hostname, label };
         let at_terminal = session.is_at_terminal();
         let Ended { status, mark, stopped } = session.run(image_root, entry, &registered)?;
         // Whoever is at the shell was told as it was hung up.
@@ -253,6 +256,8 @@ struct Session {
     end: Option<End>,
     in_place: bool,
     tiers: Vec<Tier>,
+    /// Whether the jail has all that is here.
+    dkms: bool,
     hostname: Option<String>,
     /// Name of the image.
     label: String,
@@ -289,7 +294,7 @@ impl Session {
         } else {
             tracing::info!("{} is open elsewhere too: a mark in it is for that environment", image_root.display());
         }
-        let kind = trial::choose(&self.tiers, false, &state).map_err(cleared)?;
+        let kind = trial::choose(&self.tiers, self.dkms, &state).map_err(cleared)?;
         let script = entry.script.as_ref().map(|script| script.put(run.path(), kind.tier));
         let script = script.transpose().map_err(cleared)?;
         let emulation = emulation::prepare(&tree, None, &notes, Some(kind.tier)).map_err(cleared)?;
@@ -299,7 +304,7 @@ impl Session {
             path: image_root,
             image_root: &tree,
             note_folder: &notes,
-            dkms: false,
+            dkms: self.dkms,
             in_place: self.in_place,
             emulated: emulation.in_jail,
             job: None,

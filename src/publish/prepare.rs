@@ -155,6 +155,21 @@ pub fn prepare(
     let known = known(settings, source, &volume, image_root)?;
     let record = Record::on(&volume, settings)?;
     let has_overlay = Overlay::changes(&parent.join(OVERLAY)).is_some();
+    if let (Some(known), true, Some(open)) = (&known, has_overlay, open) {
+        if open == Open::Unpack {
+            let why = "it is below an overlay";
+            let advice = "--open overlay goes on with it; --fresh drops it with all changes, and begins anew";
+            return Err(Error::new(format!("unpack to {}", image_root.display())).because(why).advise(advice));
+        }
+        if Overlay::is_mounted(&parent.join(OVERLAY), image_root) {
+            tracing::info!(
+                "{} is mounted already, made of {}: going on with it and with what was changed",
+                image_root.display(),
+                known.shown()
+            );
+            return Ok(None);
+        }
+    }
     // Unpacked before, by this or, for a customization that could not be published, by whoever said nothing.
     if let Some(known) = known.as_ref().filter(|_| !has_overlay && open != Some(Open::Overlay)) {
         tracing::info!(

@@ -10,7 +10,7 @@ use testbed::*;
 use crate::customize::nothing_stays;
 
 /// A tree that boots, with a file of two names, and what `run` needs to tell whether it was changed.
-fn tree(dir: &Path) -> PathBuf {
+pub fn tree(dir: &Path) -> PathBuf {
     let tree = image(dir);
     for name in ["usr/lib/old/in", "tmp", "etc"] {
         std::fs::create_dir_all(tree.join(name)).unwrap();
@@ -27,7 +27,7 @@ fn state(tree: &Path) -> String {
     succeed(Command::new("sh").args(["-c", find]).current_dir(tree))
 }
 
-fn run(dir: &Path, arguments: &[&str]) -> Output {
+pub fn run(dir: &Path, arguments: &[&str]) -> Output {
     let mut command = ims_sshd(arguments, &[]);
     command.current_dir(dir).output().unwrap()
 }
@@ -42,7 +42,7 @@ fn work(dir: &Path) -> PathBuf {
 const CHANGES: &str = "set -e; rm /boot/initrd; mkdir -p /srv/new; echo new > /srv/new/file; chmod 4711 /srv/new/file; \
     echo more >> /usr/two; mv /usr/lib/old /usr/lib/new; rm -r /root; ln -s srv /link; chown 5:6 /etc; touch /tmp/file";
 
-const CUSTOMIZE: [&str; 4] = ["customize", "tree", "--work", "work"];
+pub const CUSTOMIZE: [&str; 4] = ["customize", "tree", "--work", "work"];
 
 #[test]
 fn changes_to_a_directory_are_applied_once_it_is_complete_and_keep_all_that_it_has() {

@@ -8,6 +8,7 @@ mod customize;
 mod directory;
 mod enter;
 mod identity;
+mod kept;
 mod package;
 mod prepare;
 mod redirects;
