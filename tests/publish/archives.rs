@@ -2,7 +2,7 @@
 
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Output};
 
 use testbed::job::*;
 use testbed::*;
@@ -19,17 +19,6 @@ fn taken(parent: &Path, source: &Path) -> PathBuf {
     let left: Vec<_> = std::fs::read_dir(parent).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(left.len(), 3, "the image root, its inventory and its source: {left:?}");
     parent.join("image-root")
-}
-
-/// Mounts of a test, which are gone with it, however it ends. The last one is unmounted first.
-struct Mounts<const N: usize>([PathBuf; N]);
-
-impl<const N: usize> Drop for Mounts<N> {
-    fn drop(&mut self) {
-        for place in self.0.iter().rev() {
-            let _ = Command::new("umount").arg("--lazy").arg(place).stderr(Stdio::null()).status();
-        }
-    }
 }
 
 /// Four layers: files are removed, a link becomes a directory, a directory a link, one is emptied, one gets another mode.
@@ -61,7 +50,8 @@ fn a_saved_container_image_is_unpacked_layer_by_layer_as_podman_mounts_it() {
     };
     podman(&["build", "--isolation=chroot", "--layers", "--tag=image:1", "."]);
     let mounted = PathBuf::from(podman(&["image", "mount", "image:1"]).trim());
-    let _mounts = Mounts([place.join("root/overlay"), mounted.clone()]);
+    let _storage = Mounted(place.join("root/overlay"));
+    let _image = Mounted(mounted.clone());
     let same_as_mounted = |image_root: &Path| {
         // The root itself is in no layer.
         for program in ["chmod", "touch"] {
@@ -235,7 +225,8 @@ fn a_squashfs_with_zeros_after_it_is_taken() {
     std::fs::File::options().write(true).open(&squashfs).unwrap().set_len(size).unwrap();
     same_tree(&tree, &taken(&dir.path().join("parent"), &squashfs));
     let parent = dir.path().join("mounted");
-    let _mounts = Mounts(["overlay/lower", "image-root"].map(|place| parent.join(place)));
+    let _lower = Mounted(parent.join("overlay/lower"));
+    let _root = Mounted(parent.join("image-root"));
     let (place, source) = (parent.display().to_string(), squashfs.display().to_string());
     let output = ims_sshd(&["prepare", "--open", "overlay", &place, &source], &[]).output().unwrap();
     assert!(output.status.success(), "{output:?}");

@@ -521,8 +521,8 @@ fn a_directory_that_is_open_is_opened_by_no_other_path() {
     let tree = tree(dir.path());
     let other = dir.path().join("other");
     std::fs::create_dir(&other).unwrap();
-    succeed(Command::new("mount").arg("--bind").args([&tree, &other]));
-    let _mounted = Unmounted(&other);
+    mount(&["--bind", tree.to_str().unwrap()], &other);
+    let _mounted = Mounted(other.clone());
     let mut open = ims_sshd(&["customize", "tree", "--work", "work"], &[]);
     open.args(["--", "sh", "-c", "echo open; exec sleep 600"]).current_dir(dir.path());
     let mut open = Ended::new(open.stdout(std::process::Stdio::piped()).spawn().unwrap());
@@ -583,13 +583,4 @@ fn a_directory_in_one_that_is_open_or_above_one_is_opened_by_nobody_and_an_archi
     }
     let entered = run(dir.path(), &["enter", "tree", "--", "true"]);
     assert!(entered.status.success(), "{entered:?}");
-}
-
-/// Unmounts at the end of a test.
-struct Unmounted<'a>(&'a Path);
-
-impl Drop for Unmounted<'_> {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg(self.0).status();
-    }
 }

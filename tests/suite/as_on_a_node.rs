@@ -7,8 +7,6 @@ use std::process::{Command, Output};
 
 use testbed::*;
 
-const JAILED: [&str; 2] = ["namespace", "user"];
-
 fn open(volume: Volume, tier: &str) -> Environment {
     volume.start_with(Mode::Jailed, &[("IMS_JAIL_TIER", tier)]).ready()
 }
@@ -46,7 +44,7 @@ fn systemctl_behaves_as_in_a_chroot_whatever_the_environment_variables_are() {
     };
     let chroot = node();
     let wanted = SYSTEMD.map(|line| in_chroot(&chroot.image_root, line));
-    for tier in JAILED {
+    for tier in NAMESPACE_TIERS {
         let environment = open(node(), tier);
         let master = environment.master();
         for (line, wanted) in SYSTEMD.iter().zip(&wanted) {
@@ -86,7 +84,7 @@ const INITS: [(&str, &[InitFile], &str); 6] = [
 #[test]
 fn ansible_finds_the_service_manager_that_the_booted_node_has() {
     for (name, files, wanted) in INITS {
-        for tier in JAILED {
+        for tier in NAMESPACE_TIERS {
             let volume = Volume::new(Image::Managed);
             std::fs::remove_dir_all(volume.image_root.join("etc/init.d")).unwrap();
             for (file, link) in files {
@@ -152,7 +150,7 @@ fn run_holds_what_a_boot_would_have_made() {
     let wanted = in_chroot(&booted.image_root, FIND);
     let wanted = text(wanted.stdout);
     assert!(wanted.contains("munge d 755 5:60") && !wanted.contains("masked"), "{wanted}");
-    for tier in JAILED {
+    for tier in NAMESPACE_TIERS {
         let volume = Volume::new(Image::Node);
         prepare(&volume);
         std::fs::create_dir_all(volume.image_root.join("run/left/over")).unwrap();
@@ -179,7 +177,7 @@ fn run_holds_what_a_boot_would_have_made() {
 
 #[test]
 fn ansible_validates_a_configuration_of_sshd_as_on_a_node() {
-    for tier in JAILED {
+    for tier in NAMESPACE_TIERS {
         let environment = open(Volume::new(Image::Managed), tier);
         environment.says("ssh-keygen -q -A");
         let controller = tempfile::tempdir().unwrap();

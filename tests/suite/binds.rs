@@ -10,6 +10,7 @@ use testbed::*;
 /// and a place to write to.
 struct Sources {
     dir: PathBuf,
+    _disk: Mounted,
 }
 
 impl Sources {
@@ -18,7 +19,8 @@ impl Sources {
         for directory in ["repo/disk", "work", "with space"] {
             std::fs::create_dir_all(dir.join(directory)).unwrap();
         }
-        succeed(Command::new("mount").args(["-t", "tmpfs", "tmpfs"]).arg(dir.join("repo/disk")));
+        let disk = dir.join("repo/disk");
+        mount(&["-t", "tmpfs", "tmpfs"], &disk);
         std::fs::write(dir.join("repo/package"), "package").unwrap();
         std::fs::write(dir.join("repo/disk/inner"), "inner").unwrap();
         std::fs::write(dir.join("licence"), "licensed").unwrap();
@@ -26,18 +28,12 @@ impl Sources {
         std::fs::copy(cache().join("busybox/bin/busybox"), dir.join("work/setuid")).unwrap();
         std::os::unix::fs::chown(dir.join("work/setuid"), Some(0), Some(0)).unwrap();
         std::fs::set_permissions(dir.join("work/setuid"), std::fs::Permissions::from_mode(0o4755)).unwrap();
-        Self { dir }
+        Self { dir, _disk: Mounted(disk) }
     }
 
     fn binds(&self) -> String {
         let dir = self.dir.display();
         format!("{dir}/repo:/opt/vendor/repo:ro\n{dir}/licence:/etc/licence:ro {dir}/work:/srv '{dir}/with space'")
-    }
-}
-
-impl Drop for Sources {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("--lazy").arg(self.dir.join("repo/disk")).status();
     }
 }
 
@@ -124,7 +120,7 @@ fn mount_points_of_binds_are_gone_after_a_kill_and_after_a_jail_that_was_remade(
 
 #[test]
 fn mount_points_of_binds_are_gone_though_a_session_has_moved_what_they_are_in() {
-    for tier in ["namespace", "user"] {
+    for tier in NAMESPACE_TIERS {
         let volume = Volume::new(Image::Busybox);
         let sources = Sources::new(&volume);
         let image_root = volume.image_root.clone();
@@ -209,7 +205,7 @@ fn a_source_in_the_image_root_is_refused_by_whatever_path_it_is_named() {
     let volume = Volume::new(Image::Busybox);
     let other = volume.dir.path().join("other");
     std::fs::create_dir(&other).unwrap();
-    succeed(Command::new("mount").arg("--bind").arg(&volume.image_root).arg(&other));
+    mount(&["--bind", volume.image_root.to_str().unwrap()], &other);
     for source in [volume.image_root.join("etc"), other.join("etc"), other.clone()] {
         let bind = format!("{}:/mnt", source.display());
         let mut enter = Command::new(&IMS_SSHD);

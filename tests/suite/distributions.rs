@@ -5,8 +5,6 @@ use std::process::Command;
 
 use testbed::*;
 
-const TIERS: [&str; 2] = ["namespace", "user"];
-
 /// What a package's scriptlet does on installation, whatever the package manager. What it has done is looked at in [`check`].
 const SCRIPTLET: &str = "set -e
 mknod /opt/node c 1 3 || touch /opt/refused
@@ -38,7 +36,7 @@ fn check(environment: &mut Environment, tier: &str) {
 
 #[test]
 fn apt_installs_a_package_with_scriptlets_and_dependencies_into_a_debian() {
-    for tier in TIERS {
+    for tier in NAMESPACE_TIERS {
         let mut environment = open(Image::Debian, tier);
         let package = environment.dir.path().join("tried");
         let control = "Package: tried\nVersion: 1\nArchitecture: all\nMaintainer: nobody <nobody@example.org>\nDescription: tried\n\
@@ -58,7 +56,7 @@ fn apt_installs_a_package_with_scriptlets_and_dependencies_into_a_debian() {
 
 #[test]
 fn rpm_installs_a_package_with_scriptlets_into_an_image_of_rpm_packages() {
-    for tier in TIERS {
+    for tier in NAMESPACE_TIERS {
         let mut environment = open(Image::Rpm, tier);
         let work = environment.dir.path().join("rpm");
         let post = SCRIPTLET.replace('%', "%%");
@@ -78,7 +76,7 @@ fn rpm_installs_a_package_with_scriptlets_into_an_image_of_rpm_packages() {
 
 #[test]
 fn dracut_builds_an_initrd_in_a_debian() {
-    for tier in TIERS {
+    for tier in NAMESPACE_TIERS {
         let mut environment = open(Image::Debian, tier);
         share_apts_settings(&environment);
         environment.says(
@@ -100,7 +98,7 @@ fn dracut_builds_an_initrd_in_a_debian() {
 
 #[test]
 fn an_image_in_the_manner_of_alpine_is_logged_into_changed_and_copied_to() {
-    for tier in TIERS {
+    for tier in NAMESPACE_TIERS {
         let mut environment = open(Image::Musl, tier);
         assert_eq!(environment.says("root-shell; echo $0"), "/bin/ash\nash");
         assert_eq!(text(feed(&mut environment.ssh(&[]), b"echo $0 $HOME; pwd\n").stdout), "-ash /root\n/root\n");
@@ -117,7 +115,7 @@ fn an_image_in_the_manner_of_alpine_is_logged_into_changed_and_copied_to() {
 
 #[test]
 fn an_image_of_one_static_program_is_copied_to_and_its_program_run() {
-    for tier in TIERS {
+    for tier in NAMESPACE_TIERS {
         let mut environment = open(Image::Distroless, tier);
         for (options, command) in [(&[][..], "echo here"), (&["-tt"], ""), (&[], "")] {
             let refused = environment.ssh(options).arg(command).output().unwrap();

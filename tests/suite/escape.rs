@@ -7,9 +7,6 @@ use std::process::{Child, Command, Output, Stdio};
 use ims_sshd::sys::process::{Entry, descendants};
 use testbed::*;
 
-/// Tiers that a session must not be able to leave.
-const TIERS: [&str; 2] = ["namespace", "user"];
-
 /// What is not defended, and where SECURITY.md says so.
 const NOT_DEFENDED: [(&str, &str); 1] = [("abstract-socket", "**The network** is the container's")];
 
@@ -302,7 +299,7 @@ fn what_a_session_types_no_shell_outside_reads() {
 
 #[test]
 fn a_helper_cannot_be_looked_into_on_its_way_into_the_jail() {
-    for tier in TIERS {
+    for tier in NAMESPACE_TIERS {
         let volume = Volume::new(Image::Busybox);
         prepare(&volume.image_root);
         let weak = Volume::new(Image::Busybox);

@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 
 use testbed::*;
 
@@ -12,6 +12,8 @@ use crate::escape::{Decoys, attempts};
 
 /// Somebody with a key, who knows the names of things outside.
 struct Client {
+    /// The machine's /etc/passwd, replaced.
+    _passwd: Mounted,
     environment: Environment,
     decoys: Decoys,
 }
@@ -49,20 +51,11 @@ const ATTEMPTS: &[Attempt] = &[
     ("scp -O", "scp(1)", |c| c.scp_reads(&["-O"])),
 ];
 
-/// `ssh -N` with forwarding, killed in the end: ssh may miss a SIGTERM that comes just before it waits again.
-struct Forwarding(Child);
-
-impl Drop for Forwarding {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 impl Client {
-    fn forwarding(&self, options: &[&str]) -> Forwarding {
+    /// `ssh -N` with forwarding. It is killed in the end: ssh may miss a SIGTERM that comes just before it waits again.
+    fn forwarding(&self, options: &[&str]) -> Ended {
         let options = [&["-N", "-o", "ExitOnForwardFailure=yes"], options].concat();
-        Forwarding(self.environment.ssh(&options).stderr(Stdio::null()).spawn().unwrap())
+        Ended::killed(self.environment.ssh(&options).stderr(Stdio::null()).spawn().unwrap())
     }
 
     /// An environment whose sshd allows all that it can allow, and whose root has files that sshd runs.
@@ -99,7 +92,7 @@ impl Client {
             // A jailed environment that accepts these is not opened: see refusals.rs.
             writeln!(config, "AcceptEnv LD_* BASH_ENV").unwrap();
         }
-        Self { environment: volume.start(mode).ready(), decoys }
+        Self { _passwd: Mounted("/etc/passwd".into()), environment: volume.start(mode).ready(), decoys }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -157,7 +150,7 @@ impl Client {
         let socket = self.path("remote");
         let forward = format!("{}:{}", socket.display(), self.decoys.value("OUTSIDE_SOCKET"));
         let mut ssh = self.forwarding(&["-R", &forward]);
-        wait_until("the socket, or that it is refused", || socket.exists() || ssh.0.try_wait().unwrap().is_some());
+        wait_until("the socket, or that it is refused", || socket.exists() || ssh.try_wait().unwrap().is_some());
         socket.exists()
     }
 
@@ -205,12 +198,6 @@ impl Client {
             scp.args(self.environment.ssh_options()).args(options);
             scp.args(["-P", &self.environment.port.to_string(), &from]).arg(copy).output().unwrap();
         })
-    }
-}
-
-impl Drop for Client {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").args(["--lazy", "/etc/passwd"]).status();
     }
 }
 

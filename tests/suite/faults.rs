@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command, Stdio};
+use std::process::{Child, ChildStderr, ChildStdin, ChildStdout, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
@@ -178,7 +178,7 @@ impl Household {
         // What root's shell runs on this machine at each login is not to be killed half-way: it may hold a lock.
         let profile = nix::unistd::User::from_uid(nix::unistd::Uid::from_raw(0)).unwrap().unwrap().dir.join(".bashrc");
         if profile.exists() {
-            succeed(Command::new("mount").args(["--bind", "/dev/null"]).arg(profile));
+            mount(&["--bind", "/dev/null"], &profile);
         }
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWUTS).unwrap();
         Self {

@@ -47,7 +47,7 @@ fn have_sent(environment: &Environment, name: &str, opened: &str) {
 
 #[test]
 fn an_image_that_somebody_outside_can_still_write_to_is_failed() {
-    for tier in ["namespace", "user"] {
+    for tier in NAMESPACE_TIERS {
         let variables = [("IMS_JAIL_TIER", tier), ("IMS_CLOSE_GRACE", "1")];
         let mut environment = Volume::new(Image::Debian).start_with(Mode::Jailed, &variables).ready();
         let collector = Collector::listen(&format!("kept-{tier}"));
@@ -101,7 +101,7 @@ fn an_image_with_a_file_that_is_mapped_outside_or_in_a_sockets_queue_is_failed_a
 
 #[test]
 fn what_a_session_has_sent_outside_may_be_closed_during_the_grace_and_opens_nothing_for_writing_after_it() {
-    for tier in ["namespace", "user"] {
+    for tier in NAMESPACE_TIERS {
         let variables = [("IMS_JAIL_TIER", tier), ("IMS_CLOSE_GRACE", "25")];
         let mut environment = Volume::new(Image::Debian).start_with(Mode::Jailed, &variables).ready();
         let collector = Collector::listen(&format!("closed-{tier}"));

@@ -9,9 +9,6 @@ use std::process::{Command, Stdio};
 use nix::sys::signal::{Signal, kill};
 use testbed::*;
 
-/// Tiers that emulate.
-const TIERS: [&str; 2] = ["namespace", "user"];
-
 /// What environments log.
 const OURS: &str = "aarch64 programs are emulated by /usr/bin/qemu-aarch64-static, registered until the end";
 const OTHERS: &str = "aarch64 programs are emulated by /usr/bin/qemu-aarch64-static, which was registered before";
@@ -24,32 +21,29 @@ fn open(tier: &str) -> Environment {
 }
 
 /// The kernel's table of interpreters, of this test's user namespace, and kept from vanishing as a node keeps it.
-struct KernelsTable(tempfile::TempDir);
+struct KernelsTable {
+    _mounted: Mounted,
+    dir: tempfile::TempDir,
+}
 
 impl KernelsTable {
     /// To be called by a thread that has mounts of its own.
     fn open() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        succeed(Command::new("mount").args(["-t", "binfmt_misc", "binfmt_misc"]).arg(dir.path()));
-        Self(dir)
+        mount(&["-t", "binfmt_misc", "binfmt_misc"], dir.path());
+        Self { _mounted: Mounted(dir.path().to_owned()), dir }
     }
 
     /// The entry of the environment on `volume`.
     fn entry_of(&self, volume: &Volume) -> PathBuf {
         let parent = std::fs::metadata(&volume.parent).unwrap();
-        self.0.path().join(format!("ims-sshd-aarch64-{:x}x{:x}", parent.dev(), parent.ino()))
-    }
-}
-
-impl Drop for KernelsTable {
-    fn drop(&mut self) {
-        succeed(Command::new("umount").arg("--lazy").arg(self.0.path()));
+        self.dir.path().join(format!("ims-sshd-aarch64-{:x}x{:x}", parent.dev(), parent.ino()))
     }
 }
 
 #[test]
 fn an_aarch64_image_is_as_on_a_machine_of_its_own() {
-    for tier in TIERS {
+    for tier in NAMESPACE_TIERS {
         let mut environment = open(tier);
         let table = KernelsTable::open();
         assert_eq!(environment.says("uname -m; dpkg --print-architecture; echo $IMS_ARCH"), "aarch64\narm64\naarch64");
@@ -89,7 +83,7 @@ fn an_aarch64_image_is_as_on_a_machine_of_its_own() {
 
 #[test]
 fn apt_installs_a_package_in_an_aarch64_image() {
-    for tier in TIERS {
+    for tier in NAMESPACE_TIERS {
         let environment = open(tier);
         share_apts_settings(&environment);
         let installed = environment
@@ -101,7 +95,7 @@ fn apt_installs_a_package_in_an_aarch64_image() {
 
 #[test]
 fn ansible_manages_an_aarch64_image() {
-    for tier in TIERS {
+    for tier in NAMESPACE_TIERS {
         let environment = open(tier);
         let (home, address) = (tempfile::tempdir().unwrap(), "127.0.0.1,");
         let ansible = |arguments: &[&str]| {
@@ -139,7 +133,7 @@ fn ansible_manages_an_aarch64_image() {
 
 #[test]
 fn the_sftp_server_of_an_aarch64_image_is_not_emulated() {
-    for tier in TIERS {
+    for tier in NAMESPACE_TIERS {
         let environment = open(tier);
         let mut sftp = Command::new("sftp");
         sftp.args(environment.ssh_options()).args(["-q", "-P", &environment.port.to_string(), "root@127.0.0.1"]);
@@ -158,7 +152,7 @@ fn the_sftp_server_of_an_aarch64_image_is_not_emulated() {
 
 #[test]
 fn enter_emulates_too() {
-    for tier in TIERS {
+    for tier in NAMESPACE_TIERS {
         let volume = Volume::new(Image::DebianArm64);
         let mut enter = Command::new(&IMS_SSHD);
         enter.arg("enter").arg(&volume.image_root).args(["--", "sh", "-c", "uname -m; exit 7"]);

@@ -2,7 +2,7 @@
 
 use std::io::Write;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use nix::sys::signal::Signal;
 use testbed::*;
@@ -143,7 +143,7 @@ fn a_full_run_or_a_full_folder_of_sshds_configuration_fails_the_environment() {
         assert_eq!(std::fs::read(&environment.config).unwrap(), before, "half a configuration");
         assert!(environment.image_root.join("tmp/failed").exists());
         for place in [Path::new("/run/ims-sshd"), &environment.dir.path().join("etc")] {
-            let _ = Command::new("umount").arg("--lazy").arg(place).stderr(Stdio::null()).status();
+            unmount(place);
         }
     }
 }

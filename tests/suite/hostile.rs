@@ -21,7 +21,7 @@ struct Tier {
     mounts: bool,
 }
 
-const TIERS: [Tier; 3] = [
+const WAYS: [Tier; 3] = [
     Tier { name: "namespace", mounts: true },
     Tier { name: "user", mounts: true },
     Tier { name: "chroot", mounts: false },
@@ -55,7 +55,7 @@ struct Case {
     name: String,
     /// Makes an image of busybox hostile.
     shape: Box<dyn Fn(&Volume) + Sync>,
-    /// What comes of it in each of [`TIERS`].
+    /// What comes of it in each of [`WAYS`].
     outcomes: [Outcome; 3],
 }
 
@@ -73,7 +73,7 @@ impl Case {
     }
 
     fn outcome(&self, tier: &Tier) -> &Outcome {
-        &self.outcomes[TIERS.iter().position(|known| known.name == tier.name).unwrap()]
+        &self.outcomes[WAYS.iter().position(|known| known.name == tier.name).unwrap()]
     }
 }
 
@@ -495,9 +495,9 @@ const AT_ONCE: usize = 4;
 #[test]
 fn a_hostile_image_works_or_is_refused_by_name_and_reaches_nothing_outside() {
     let only = std::env::var("IMS_SSHD_HOSTILE").unwrap_or_default();
-    for tier in &TIERS {
+    for tier in &WAYS {
         let mut cases: Vec<_> = odd_places().into_iter().chain(odd_image_roots()).collect();
-        if tier.name == TIERS[0].name {
+        if tier.name == WAYS[0].name {
             // Whom a session becomes, and what its programs read, is the same in all.
             cases.extend(odd_accounts().into_iter().chain(odd_files()));
         }
@@ -562,7 +562,7 @@ fn enter(case: &Case, tier: &Tier) -> Vec<PathBuf> {
 
 #[test]
 fn a_hostile_image_is_entered_or_refused_without_ssh_in_little_memory() {
-    for tier in &TIERS {
+    for tier in &WAYS {
         let usual = enter(&Case::new("nothing odd", Works, |_| {}), tier);
         let cases: Vec<_> = odd_places().into_iter().chain(odd_accounts()).collect();
         let failed = run_each(

@@ -202,7 +202,7 @@ fn packages_that_own_or_link_resolv_conf_are_installed_and_names_are_still_resol
     const LINKS: &str = "#!/bin/sh\nset -e\n[ ! -f /etc/resolv.conf ] || mv /etc/resolv.conf /etc/.resolv.conf.bak\n\
         ln -sf ../run/systemd/resolve/stub-resolv.conf /etc/resolv.conf\n";
     let container = std::fs::read_to_string("/etc/resolv.conf").unwrap();
-    for tier in ["namespace", "user"] {
+    for tier in NAMESPACE_TIERS {
         let volume = Volume::new(Image::Debian);
         std::fs::write(volume.image_root.join("etc/resolv.conf"), "nameserver 192.0.2.1\n").unwrap();
         for (package, file, postinst) in [("owner", "etc/resolv.conf", ""), ("resolved", "srv/resolved", LINKS)] {

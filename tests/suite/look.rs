@@ -152,7 +152,7 @@ fn the_jail_has_the_name_that_it_is_given_and_the_container_keeps_its_own() {
 #[test]
 fn root_in_the_jail_changes_its_host_name_and_no_others() {
     let own = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
-    for tier in ["namespace", "user"] {
+    for tier in NAMESPACE_TIERS {
         let variables = [("IMS_JAIL_TIER", tier), ("IMS_JAIL_HOSTNAME", "nid000001")];
         let mut environment = Volume::new(Image::Debian).start_with(Mode::Jailed, &variables).ready();
         assert_eq!(environment.says("hostname; hostname nid000002 && uname -n"), "nid000001\nnid000002", "{tier}");

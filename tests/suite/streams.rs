@@ -8,9 +8,6 @@ use std::process::{Command, Output, Stdio};
 use rustix::fs::{Mode, OFlags};
 use testbed::*;
 
-/// Tiers that a session must not be able to leave.
-const JAILS: [&str; 2] = ["namespace", "user"];
-
 /// Runs a line of the caller's shell, in a directory with an image; `$enter` enters that.
 fn shell(volume: &Volume, tier: &str, line: &str) -> Output {
     let mut shell = Command::new("bash");
@@ -37,7 +34,7 @@ done";
 
 #[test]
 fn no_file_that_is_a_stream_of_enter_can_be_changed_from_inside() {
-    for tier in JAILS {
+    for tier in NAMESPACE_TIERS {
         let volume = Volume::new(Image::Busybox);
         let dir = volume.dir.path();
         for name in ["in", "out", "err"] {
@@ -80,7 +77,7 @@ fn no_file_that_is_a_stream_of_enter_can_be_changed_from_inside() {
 /// Terminals that are everybody's, which isatty(3) takes for the caller's.
 #[test]
 fn shared_terminal_devices_of_the_machine_cannot_be_changed_from_inside() {
-    for tier in JAILS {
+    for tier in NAMESPACE_TIERS {
         let volume = Volume::new(Image::Busybox);
         let dir = volume.dir.path();
         // Nodes of the test's own are the same devices as the machine's.
@@ -114,7 +111,7 @@ fn a_stream_that_is_not_open_is_refused() {
     let volume = Volume::new(Image::Busybox);
     let file = volume.dir.path().join("file");
     std::fs::write(&file, "").unwrap();
-    for tier in JAILS {
+    for tier in NAMESPACE_TIERS {
         let named: OwnedFd = rustix::fs::open(&file, OFlags::PATH, Mode::empty()).unwrap();
         let mut enter = Command::new(&IMS_SSHD);
         enter.arg("enter").arg(&volume.image_root).args(["--", "true"]).env("IMS_JAIL_TIER", tier);
@@ -126,7 +123,7 @@ fn a_stream_that_is_not_open_is_refused() {
 /// A pipe's flags are those of all who have it open by the same descriptor.
 #[test]
 fn a_session_changes_no_flag_of_the_callers_pipes() {
-    for tier in JAILS {
+    for tier in NAMESPACE_TIERS {
         let volume = Volume::new(Image::Debian);
         let (from, to) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
         let (input, held) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
@@ -146,7 +143,7 @@ fn a_session_changes_no_flag_of_the_callers_pipes() {
 
 #[test]
 fn files_are_streams_of_enter_as_of_any_program() {
-    for tier in JAILS {
+    for tier in NAMESPACE_TIERS {
         let volume = Volume::new(Image::Busybox);
         let dir = volume.dir.path();
         let read = |name: &str| std::fs::read(dir.join(name)).unwrap();

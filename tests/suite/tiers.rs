@@ -163,7 +163,7 @@ fn mounted_inside(environment: &Environment) -> Vec<PathBuf> {
 
 #[test]
 fn a_jail_holds_the_same_mounts_whatever_is_mounted_in_the_container() {
-    for tier in ["namespace", "user"] {
+    for tier in NAMESPACE_TIERS {
         let usual = mounted_inside(&open(Image::Busybox, tier));
         let volume = Volume::new(Image::Busybox);
         for number in 0..1000 {
@@ -188,7 +188,7 @@ fn a_jail_holds_the_same_mounts_whatever_is_mounted_in_the_container() {
 
 #[test]
 fn what_is_mounted_later_is_seen_where_it_is_mounted_alone() {
-    for tier in ["namespace", "user"] {
+    for tier in NAMESPACE_TIERS {
         let volume = Volume::new(Image::Busybox);
         for folder in ["outside", "inside"] {
             std::fs::create_dir(volume.image_root.join(folder)).unwrap();

@@ -2,13 +2,13 @@
 
 use std::net::TcpStream;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 
-use crate::{free_port, succeed, wait_until};
+use crate::{Ended, free_port, succeed, wait_until};
 
 /// Speaks TLS and passes on what it hears.
 pub struct Tls {
-    pub process: Child,
+    pub process: Ended,
     pub port: u16,
 }
 
@@ -40,16 +40,9 @@ impl Tls {
         let port = free_port();
         let mut python = Command::new("/usr/bin/python3");
         python.args(["-c", PROXY, &port.to_string(), &to.to_string()]).arg(dir).stdin(Stdio::null());
-        let process = python.spawn().unwrap();
+        let process = Ended::killed(python.spawn().unwrap());
         wait_until("the TLS server", || TcpStream::connect(("127.0.0.1", port)).is_ok());
         Self { process, port }
-    }
-}
-
-impl Drop for Tls {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
     }
 }
 

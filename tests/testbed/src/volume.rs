@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 
 use tempfile::TempDir;
 
-use crate::{Environment, IMS_SSHD, Image, directory, free_port, succeed, unmount, wait_until, walk};
+use crate::{Environment, IMS_SSHD, Image, directory, free_port, mount, succeed, unmount, wait_until, walk};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
@@ -18,6 +18,9 @@ pub const MODES: [Mode; 2] = [Mode::Jailed, Mode::Plain];
 
 /// How strong a jail can be, best first.
 pub const TIERS: [&str; 3] = ["namespace", "user", "chroot"];
+
+/// Those in which a jail has namespaces, and so mounts and processes of its own.
+pub const NAMESPACE_TIERS: [&str; 2] = [TIERS[0], TIERS[1]];
 
 /// Words before a command that start it where a file of /proc is masked.
 pub const MASKING_PROC: [&str; 8] = [
@@ -55,7 +58,7 @@ impl Volume {
     pub fn in_memory(image: Image) -> Self {
         own_mounts();
         let dir = directory();
-        succeed(Command::new("mount").args(["-t", "tmpfs", "-o", "mode=0755", "tmpfs"]).arg(dir.path()));
+        mount(&["-t", "tmpfs", "-o", "mode=0755", "tmpfs"], dir.path());
         Self::within(dir, image, "image-root")
     }
 
@@ -74,7 +77,7 @@ impl Volume {
                 std::fs::create_dir(&work).unwrap();
                 let options =
                     format!("lowerdir={},upperdir={},workdir={}", original.display(), upper.display(), work.display());
-                succeed(Command::new("mount").args(["-t", "overlay", "-o", &options, "overlay"]).arg(&image_root));
+                mount(&["-t", "overlay", "-o", &options, "overlay"], &image_root);
             }
         }
         let key = client_key();
@@ -230,10 +233,10 @@ pub fn share_apts_settings(environment: &Environment) {
 /// Mounts made from here on belong to this test's thread and to what it starts; they are gone with it.
 fn own_mounts() {
     nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).expect("the tests need root");
-    succeed(Command::new("mount").args(["--make-rprivate", "/"]));
+    mount(&["--make-rprivate"], Path::new("/"));
     // A container's root has no profile of a person who works on this machine, which every session would run, and wait for.
     if Path::new("/root/.bashrc").exists() {
-        succeed(Command::new("mount").args(["--bind", "/dev/null", "/root/.bashrc"]));
+        mount(&["--bind", "/dev/null"], Path::new("/root/.bashrc"));
     }
 }
 
@@ -246,7 +249,7 @@ pub fn replace_root(volume: &Volume, home: &Path, shell: &str) {
     (fields[5], fields[6]) = (&home, shell);
     let file = volume.dir.path().join("passwd");
     std::fs::write(&file, passwd.replacen(root, &fields.join(":"), 1)).unwrap();
-    succeed(Command::new("mount").arg("--bind").arg(&file).arg("/etc/passwd"));
+    mount(&["--bind", file.to_str().unwrap()], Path::new("/etc/passwd"));
 }
 
 /// One key pair for all tests of a run.
