@@ -1,9 +1,11 @@
 //! The life of a build environment: decide, wait, prepare, serve, close, done.
 
+pub mod groundwork;
 pub mod hang_up;
 pub mod machine;
 pub mod presence;
 pub mod processes;
+pub mod recovery;
 pub mod restarts;
 pub mod script;
 pub mod settings;

@@ -1,4 +1,4 @@
-//! The end of all that a job still runs, and of what it has mounted in its image root.
+//! The end of all that a job still runs.
 
 use std::collections::{HashMap, HashSet};
 use std::ops::ControlFlow;
@@ -10,11 +10,11 @@ use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
-use crate::error::{Attempt, Error, Result};
+use crate::error::{Error, Result};
 use crate::jailer::open::{KILL_TIME, OpenJail};
 use crate::log::redaction::without_secrets;
+use crate::sys::poll;
 use crate::sys::process::{Entry, Handle, descendants, numbers, visit_descendants};
-use crate::sys::{mounts, poll};
 
 /// How long a process has to end by itself after SIGTERM.
 const TERM_TIME: Duration = Duration::from_secs(1);
@@ -254,19 +254,4 @@ pub fn reap() -> Vec<WaitStatus> {
             Err(_) => {}
         }
     }
-}
-
-/// Takes down what is mounted below the image root at `path` in this mount namespace, such as an administrator's own
-/// `mount --bind /proc`: whoever packs the tree would walk into it. Deepest first.
-pub fn unmount_below(path: &Path) -> Result<()> {
-    let mountinfo = std::fs::read("/proc/self/mountinfo").attempt(|| "read /proc/self/mountinfo")?;
-    for mount in mounts::mount_points(&mountinfo).iter().rev() {
-        if mount.starts_with(path) && mount != path {
-            mounts::unmount(mount)
-                .attempt(|| format!("unmount {}", mount.display()))
-                .map_err(|e| e.advise("unmount it by hand; packing would walk into it"))?;
-            tracing::warn!("unmounted {}, which somebody had mounted there", mount.display());
-        }
-    }
-    Ok(())
 }

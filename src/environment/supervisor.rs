@@ -11,14 +11,16 @@ use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
 use rustix::event::{PollFd, PollFlags};
 
+use crate::environment::groundwork::Groundwork;
 use crate::environment::hang_up::{Farewell, Progress, hang_up};
 use crate::environment::machine::{Action, Event, Machine, State};
 use crate::environment::presence::Presence;
 use crate::environment::processes;
+use crate::environment::recovery;
 use crate::environment::restarts::Part;
 use crate::environment::script::Script;
 use crate::environment::settings::Settings;
-use crate::environment::sshd_setup::{self, Groundwork};
+use crate::environment::sshd_setup;
 use crate::environment::watchdog::Watchfulness;
 use crate::error::{Attempt, Error, Result};
 use crate::jail::link::Message;
@@ -35,6 +37,7 @@ use crate::sys::tree::Tree;
 use crate::verdict::Verdict;
 use crate::volume::image_root;
 use crate::volume::layout::{BUILD_FAILED, EXITING, READY, SSHD_LISTENING};
+use crate::volume::mounts_below;
 use crate::volume::signal_files::{LOOK_EVERY, SignalFiles, Stamp, Watch};
 use crate::volume::state_directory::StateFolder;
 
@@ -490,7 +493,7 @@ impl<F: FnOnce()> Supervisor<F> {
         }
         files.remove_marks_of_earlier_jobs(self.old_marks)?;
         files.reserve()?;
-        let image_root = sshd_setup::open_image_root(files, self.settings.image_root())?;
+        let image_root = image_root::open(files, self.settings.image_root())?;
         // A create job's is open to be looked at as far as it was built.
         if self.settings.action == JobAction::Customize {
             let shown = files.path().join(self.settings.image_root());
@@ -498,9 +501,9 @@ impl<F: FnOnce()> Supervisor<F> {
             image_root::check(&image_root, &shown, false, refused)?;
         }
         let image_root = &*self.image_root.insert(image_root);
-        let recovered = sshd_setup::recover(&self.settings, files, image_root, &self.state)?;
+        let recovered = recovery::recover(&self.settings, files, image_root, &self.state)?;
         if self.settings.jailed && !recovered {
-            sshd_setup::remove_old_marks(image_root)?;
+            image_root::remove_old_marks(image_root)?;
         }
         let tier = self.groundwork.as_ref().and_then(|groundwork| groundwork.jail.as_ref()).map(|kind| kind.tier);
         self.emulation = match emulation::prepare(image_root, self.settings.architecture, files.parent(), tier) {
@@ -594,7 +597,7 @@ impl<F: FnOnce()> Supervisor<F> {
         let mut marks = self.marks();
         let known = self.machine.verdict() == Some(Verdict::Failed) || marks.contains(&FAILED);
         let image_root = self.image_root.as_ref().filter(|_| self.settings.jailed);
-        match self.files.as_ref().filter(|_| !known).map(|files| sshd_setup::is_marked_failed(files, image_root)) {
+        match self.files.as_ref().filter(|_| !known).map(|files| image_root::is_marked_failed(files, image_root)) {
             Some(Ok(true)) => {
                 tracing::info!("marked failed while closing");
                 marks.push(FAILED);
@@ -631,7 +634,7 @@ impl<F: FnOnce()> Supervisor<F> {
                 note(jail.clear(image_root, files.parent()));
             }
             let path: PathBuf = files.path().join(self.settings.image_root());
-            note(processes::unmount_below(&path));
+            note(mounts_below::unmount_below(&path));
             self.step("nothing is mounted in the image root");
             // First: what it writes to the same disk is then written with the rest.
             note(sshd_setup::unconfigure_sshd(&self.settings).map(|_| ()));
@@ -656,12 +659,12 @@ impl<F: FnOnce()> Supervisor<F> {
         if self.settings.jailed {
             let name = self.settings.image_root();
             let marked = match &self.image_root {
-                Some(image_root) => sshd_setup::mark_in_image(files, image_root, verdict),
+                Some(image_root) => image_root::mark(files, image_root, verdict),
                 // The image root was never opened here, but whoever packs it looks for the mark in it too. A half-unpacked one may have
                 // no place for a mark.
                 None => {
-                    let _ = sshd_setup::open_image_root(files, name)
-                        .and_then(|image_root| sshd_setup::mark_in_image(files, &image_root, verdict));
+                    let _ = image_root::open(files, name)
+                        .and_then(|image_root| image_root::mark(files, &image_root, verdict));
                     Ok(())
                 }
             };

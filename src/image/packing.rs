@@ -6,20 +6,20 @@ use std::fs::File;
 use std::io::{self, IsTerminal};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command};
 
 use rustix::fs::{FileType, OFlags, Stat};
 
 use crate::error::{Attempt, Error, Result};
 use crate::image::kind::{self, Kind};
-use crate::sys::mounts;
 use crate::sys::named;
 use crate::sys::process::Entry;
 use crate::sys::tree::Tree;
 use crate::transfer::Work;
 use crate::transfer::confinement::{Confined, STDIN, all_memory};
 use crate::transfer::progress::Progress;
+use crate::volume::mounts_below::mounts_below;
 use crate::volume::open_tree;
 
 /// The least that mksquashfs gets of memory, and which part of all it takes, as it would by itself.
@@ -241,9 +241,7 @@ fn has_read(child: &Child) -> Option<u64> {
 
 /// mksquashfs would walk into what is mounted, and never come back from /proc.
 fn nothing_is_mounted_below(image_root: &Path, attempted: &str) -> Result<()> {
-    let mountinfo = std::fs::read("/proc/self/mountinfo").attempt(|| "read /proc/self/mountinfo")?;
-    let below = |mount: &&PathBuf| mount.starts_with(image_root) && *mount != image_root;
-    match mounts::mount_points(&mountinfo).iter().find(below) {
+    match mounts_below(image_root)?.first() {
         Some(mount) => Err(Error::new(attempted)
             .because(format!("something is mounted on {}", mount.display()))
             .advise("unmount it: packing would walk into it")),

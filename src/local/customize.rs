@@ -7,7 +7,6 @@ use std::process::{Command, Stdio};
 use rustix::mount::MountAttrFlags;
 
 use crate::environment::settings::Settings;
-use crate::environment::sshd_setup;
 use crate::environment::stage::Stage;
 use crate::environment::supervisor;
 use crate::error::{Attempt, Error, Result};
@@ -28,6 +27,7 @@ use crate::sys::tree::Tree;
 use crate::transfer;
 use crate::transfer::confinement::clear_environment;
 use crate::verdict::Verdict;
+use crate::volume::image_root;
 use crate::volume::layout::{IMAGE_ROOT, READY};
 use crate::volume::open_tree;
 use crate::volume::state_directory::RUN;
@@ -163,7 +163,7 @@ fn open(
     // The supervisor marks what it ends itself, too: that is no change to keep, and the next run would not know whose it is.
     let root = open_tree(opened.image_root)?;
     for verdict in Verdict::ALL {
-        sshd_setup::take_mark(&root, verdict)?;
+        image_root::take_mark(&root, verdict)?;
     }
     drop(root);
     mounts::unmount(&shown).attempt(|| format!("unmount {}", shown.display()))?;

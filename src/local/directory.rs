@@ -1,6 +1,6 @@
 //! A directory as the source of a job: changed above it, in an overlay, or where it is.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use crate::error::{Attempt, Error, Result};
 use crate::image::unpack::{INDEX_OF_LINKS, Overlay, UPPER};
@@ -9,11 +9,11 @@ use crate::local::claim::{is_claimed, refuse_nested, remove_folder};
 use crate::local::left_over::{clear_left_over, end_left_over};
 use crate::local::run_directory::RunFolder;
 use crate::publish::source::Source;
-use crate::sys::mounts;
 use crate::sys::named;
 use crate::sys::tree::Tree;
 use crate::volume::holds;
 use crate::volume::layout::OVERLAY;
+use crate::volume::mounts_below::mounts_below;
 use crate::volume::open_tree;
 use crate::volume::signal_files::claimed;
 
@@ -34,9 +34,7 @@ impl Held {
             let why = format!("its changes would be kept inside it, in {}", work.display());
             return Err(refuse(why).advise("name another place by --work, or change it where it is (--in-place)"));
         }
-        let mountinfo = std::fs::read("/proc/self/mountinfo").attempt(|| "read /proc/self/mountinfo")?;
-        let is_inside = |place: &&PathBuf| place.starts_with(directory) && *place != directory;
-        if let Some(mounted) = mounts::mount_points(&mountinfo).iter().find(is_inside) {
+        if let Some(mounted) = mounts_below(directory)?.first() {
             let why = format!("something is mounted on {}, which would not be seen", mounted.display());
             return Err(refuse(why).advise("unmount it, or change the directory where it is (--in-place)"));
         }

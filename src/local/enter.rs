@@ -16,7 +16,6 @@ use rustix::event::{PollFd, PollFlags};
 
 use crate::environment::processes;
 use crate::environment::settings::of_jail;
-use crate::environment::sshd_setup;
 use crate::environment::stage::Stage;
 use crate::error::{Attempt, Error, Result};
 use crate::jail::binds::Bind;
@@ -40,6 +39,7 @@ use crate::sys::signals::{Signals, hold_none};
 use crate::sys::tree::Tree;
 use crate::transfer::without_query;
 use crate::verdict::Verdict;
+use crate::volume::image_root;
 use crate::volume::state_directory::StateFolder;
 
 /// The command to run, and what follows it.
@@ -290,7 +290,7 @@ impl Session {
         };
         let is_ours = !(self.in_place && is_open_elsewhere(image_root).map_err(cleared)?);
         if is_ours {
-            sshd_setup::remove_old_marks(&tree).map_err(cleared)?;
+            image_root::remove_old_marks(&tree).map_err(cleared)?;
         } else {
             tracing::info!("{} is open elsewhere too: a mark in it is for that environment", image_root.display());
         }
@@ -418,7 +418,7 @@ fn is_open_elsewhere(image_root: &Path) -> Result<bool> {
 fn take_marks(image_root: &Tree) -> Result<Option<Verdict>> {
     let mut found = None;
     for verdict in Verdict::ALL {
-        if sshd_setup::take_mark(image_root, verdict)? {
+        if image_root::take_mark(image_root, verdict)? {
             found = found.max(Some(verdict));
         }
     }

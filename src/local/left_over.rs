@@ -1,6 +1,6 @@
 //! What a killed run has left: ended and cleared before the next.
 
-use crate::environment::sshd_setup;
+use crate::environment::recovery;
 use crate::error::Result;
 use crate::jailer::open;
 use crate::local::claim::{is_claimed, remove_folder};
@@ -15,7 +15,7 @@ use std::path::Path;
 pub fn end_left_over(image_root: &Path) -> Result<()> {
     let parent = RunFolder::place("customize", image_root);
     if !is_claimed(&parent)? && StateFolder::place(&parent).exists() {
-        let found = sshd_setup::end_left_over(&StateFolder::of(&parent)?, Some(&parent.join(SSHD_LOG)))?;
+        let found = recovery::end_left_over(&StateFolder::of(&parent)?, Some(&parent.join(SSHD_LOG)))?;
         if !found.is_empty() {
             tracing::warn!("a customization of this image was killed before; ended: {}", found.join("; "));
         }

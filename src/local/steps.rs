@@ -2,7 +2,6 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::environment::sshd_setup;
 use crate::error::{Attempt, Error, Result};
 use crate::image::boot::{self, BootFiles};
 use crate::image::inventory::{Inventory, write_changes};
@@ -42,7 +41,7 @@ impl Place {
         let folder = real(if is_parent { parent } else { Path::new(".") })?;
         let files = SignalFiles::open(&folder)?.ok_or_else(|| missing(&folder))?;
         let image_root = if is_parent {
-            sshd_setup::open_image_root(&files, settings.image_root())?
+            image_root::open(&files, settings.image_root())?
         } else if parent.is_dir() {
             open_tree(&real(parent)?)?
         } else {

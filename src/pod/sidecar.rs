@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags};
 use serde_json::{Value, json};
 
-use crate::environment::sshd_setup;
 use crate::environment::stage::{Shown, Stage};
 use crate::error::{Attempt, Error, Result};
 use crate::image::boot;
@@ -29,6 +28,7 @@ use crate::sys::poll;
 use crate::sys::tree::Tree;
 use crate::transfer::Work;
 use crate::verdict::Verdict;
+use crate::volume::image_root;
 use crate::volume::layout::{BUILD_FAILED, EXITING, POD_ERROR, READY, SSHD_LISTENING, TRANSFER};
 use crate::volume::signal_files::{LOOK_EVERY, SignalFiles, Stamp, Watch};
 
@@ -276,7 +276,7 @@ impl<'a> Sidecar<'a> {
     }
 
     fn is_marked_failed(&self, image_root: Option<&Tree>) -> bool {
-        let marked = sshd_setup::is_marked_failed(self.files, image_root.filter(|_| self.settings.jailed));
+        let marked = image_root::is_marked_failed(self.files, image_root.filter(|_| self.settings.jailed));
         marked.unwrap_or_else(|e| {
             tracing::error!("{e}; the image is taken as marked failed");
             true
@@ -345,7 +345,7 @@ impl<'a> Sidecar<'a> {
         if self.files.stands(TRANSFER)? || is_remote && is_missing() {
             return Ok(None);
         }
-        sshd_setup::open_image_root(self.files, name).map(Some)
+        image_root::open(self.files, name).map(Some)
     }
 
     fn give_up_with_the_pod(&self) -> Result<()> {
@@ -406,7 +406,7 @@ impl<'a> Sidecar<'a> {
             self.files.retract(name)?;
         }
         if let Some(image_root) = image_root.filter(|_| self.settings.jailed) {
-            sshd_setup::remove_old_marks(image_root)?;
+            image_root::remove_old_marks(image_root)?;
         }
         self.journal.phase = Phase::Ready;
         self.journal.write(self.notes)?;

@@ -29,6 +29,7 @@ use crate::volume::image_root;
 use crate::volume::layout::{
     ARCHIVE, EXITING, FETCHING, INVENTORY, OVERLAY, POD_ERROR, READY, SSHD_LISTENING, TRANSFER, UNPACKING,
 };
+use crate::volume::mounts_below::mounts_below;
 use crate::volume::open_tree;
 use crate::volume::signal_files::SignalFiles;
 
@@ -101,11 +102,10 @@ fn make_parent(parent: &Path) -> Result<()> {
 fn begin_anew(volume: &Tree, settings: &Settings, image_root: &Path) -> Result<()> {
     refuse_links(&settings.parent, image_root)?;
     Record::on(volume, settings)?.remove()?;
-    let mountinfo = std::fs::read("/proc/self/mountinfo").attempt(|| "read /proc/self/mountinfo")?;
     let overlay = settings.parent.join(OVERLAY);
     let ours = [image_root.to_owned(), overlay.join(LOWER)];
     // A place can be mounted more than once.
-    for place in mounts::mount_points(&mountinfo).iter().rev().filter(|place| ours.contains(place)) {
+    for place in mounts_below(&settings.parent)?.iter().rev().filter(|place| ours.contains(place)) {
         mounts::unmount(place).attempt(|| format!("unmount {}", place.display()))?;
     }
     for path in [settings.image_root(), OVERLAY, ARCHIVE, INVENTORY].map(Path::new) {

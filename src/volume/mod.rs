@@ -2,6 +2,7 @@
 
 pub mod image_root;
 pub mod layout;
+pub mod mounts_below;
 pub mod signal_files;
 pub mod state_directory;
 

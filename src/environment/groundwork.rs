@@ -1,0 +1,46 @@
+//! What is prepared while the environment waits for `ready`: host keys, sshd's parts, the kind of jail that can be had.
+
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use crate::environment::settings::Settings;
+use crate::error::{Advise, Attempt, Error, Result};
+use crate::jailer::trial::{self, Choice};
+use crate::sshd::sftp_server;
+use crate::volume::state_directory::StateFolder;
+
+/// What does not depend on the image, and is done while one waits for it.
+pub struct Groundwork {
+    /// sftp-server with all it needs.
+    pub sftp: Vec<(String, PathBuf)>,
+    /// What kind of jail is made; nothing in plain mode.
+    pub jail: Option<Choice>,
+}
+
+impl Groundwork {
+    /// Makes host keys where they are missing (an RSA key takes its time), finds sshd's parts, and finds out which jail can be had.
+    pub fn lay(settings: &Settings, state: &StateFolder) -> Result<Self> {
+        crate::sshd::program()?;
+        crate::sshd::check_rights()?;
+        let sftp = if settings.jailed { sftp_server::files()? } else { Vec::new() };
+        make_host_keys()?;
+        // sshd does not start without it, and in a container nobody else makes it.
+        std::fs::create_dir_all("/run/sshd").attempt(|| "make the folder /run/sshd")?;
+        if !settings.jailed && !settings.binds.is_empty() {
+            tracing::warn!("IMS_JAIL_BINDS is of no use in plain mode: sessions see what the container sees");
+        }
+        let choose = || trial::choose(&settings.tiers, settings.dkms, state);
+        Ok(Self { sftp, jail: settings.jailed.then(choose).transpose()? })
+    }
+}
+
+fn make_host_keys() -> Result<()> {
+    let attempted = || "make sshd's host keys with ssh-keygen -A";
+    let output = Command::new("ssh-keygen").arg("-A").stdin(Stdio::null()).output().attempt(attempted)?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&output.stderr).trim().replace('\n', ", ");
+    Err(Error::new(attempted()).because(said))
+        .advise("/etc/ssh has to be writable; give a read-only container a tmpfs there")
+}

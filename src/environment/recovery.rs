@@ -1,0 +1,62 @@
+//! Cleans up after an environment on this image root that was killed.
+
+use std::path::Path;
+
+use crate::environment::processes;
+use crate::environment::settings::Settings;
+use crate::environment::sshd_setup::unconfigure_sshd;
+use crate::error::{Attempt, Result};
+use crate::jailer::open;
+use crate::sshd::daemon::Daemon;
+use crate::sys::tree::Tree;
+use crate::volume::layout::SSHD_LISTENING;
+use crate::volume::signal_files::SignalFiles;
+use crate::volume::state_directory::StateFolder;
+
+/// Ends the sshd of an earlier environment that was killed, with its sessions; one that was not noted is known by its log. Returns what was
+/// found, in words.
+pub fn end_left_over(state: &StateFolder, log: Option<&Path>) -> Result<Vec<&'static str>> {
+    let mut found = Vec::new();
+    if let Some(listener) = Daemon::noted(&state.sshd()) {
+        processes::end_tree(&listener)?;
+        found.push("a listening sshd, with its sessions");
+    }
+    // A listener that was killed before it was noted, or connections that had lost theirs.
+    let others = log.map(Daemon::with_log).unwrap_or_default();
+    for other in &others {
+        processes::end_tree(other)?;
+    }
+    if !others.is_empty() {
+        found.push("sshd of its connections, with its sessions");
+    }
+    Ok(found)
+}
+
+/// Puts right what an earlier environment on this image root left behind when it was killed. Returns whether there was one.
+pub fn recover(settings: &Settings, files: &SignalFiles, image_root: &Tree, state: &StateFolder) -> Result<bool> {
+    let mut found = end_left_over(state, settings.sshd.log.as_deref())?;
+    // Its init ended with it: the kernel closed its end of their socket.
+    match std::fs::remove_file(state.jail()) {
+        Ok(()) => found.push("the record of its jail"),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+        Err(e) => return Err(e).attempt(|| format!("remove {}", state.jail().display())),
+    }
+    if unconfigure_sshd(settings)? {
+        found.push("its line in sshd's configuration");
+    }
+    if open::clear_image_root(image_root, files.parent())? {
+        found.push("what it had added to the image");
+    }
+    let was_open = files.stands(SSHD_LISTENING)?;
+    if was_open {
+        files.remove(SSHD_LISTENING)?;
+        found.push("'sshd_listening'");
+    }
+    if !found.is_empty() {
+        tracing::warn!(
+            "cleaned up after an environment that was killed here: {}; what was changed in the image is kept",
+            found.join("; ")
+        );
+    }
+    Ok(was_open)
+}

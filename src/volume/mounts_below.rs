@@ -1,0 +1,26 @@
+//! Mounts below an image root: a session's, an administrator's, or those of a killed program.
+
+use std::path::{Path, PathBuf};
+
+use crate::error::{Attempt, Result};
+use crate::sys::mounts;
+
+/// Mount points below `path` in this mount namespace, in the order in which they were mounted.
+pub fn mounts_below(path: &Path) -> Result<Vec<PathBuf>> {
+    let mountinfo = std::fs::read("/proc/self/mountinfo").attempt(|| "read /proc/self/mountinfo")?;
+    let mut found = mounts::mount_points(&mountinfo);
+    found.retain(|mount| mount.starts_with(path) && mount != path);
+    Ok(found)
+}
+
+/// Unmounts everything below the image root at `path`, such as an administrator's own `mount --bind /proc`: a packer would walk into it.
+/// Deepest first.
+pub fn unmount_below(path: &Path) -> Result<()> {
+    for mount in mounts_below(path)?.iter().rev() {
+        mounts::unmount(mount)
+            .attempt(|| format!("unmount {}", mount.display()))
+            .map_err(|e| e.advise("unmount it by hand; packing would walk into it"))?;
+        tracing::warn!("unmounted {}, which somebody had mounted there", mount.display());
+    }
+    Ok(())
+}
