@@ -5,16 +5,14 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
 use nix::sys::signal::Signal;
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
 use crate::error::{Error, Result};
 use crate::jailer::open::{KILL_TIME, OpenJail};
 use crate::log::redaction::without_secrets;
 use crate::sys::poll;
-use crate::sys::process::{Entry, Handle, descendants, numbers, visit_descendants};
+use crate::sys::process::{Entry, Handle, descendants, numbers, reap, visit_descendants};
 
 /// How long a process has to end by itself after SIGTERM.
 const TERM_TIME: Duration = Duration::from_secs(1);
@@ -241,17 +239,5 @@ fn wait_for_all(mut handles: Vec<Handle>, limit: Duration) {
         let _ = poll::wait(&mut sources, left);
         let mut ended = sources.iter().map(|s| !s.revents().is_empty()).collect::<Vec<_>>().into_iter();
         handles.retain(|_| ended.next() != Some(true));
-    }
-}
-
-/// Waits for every child that has ended, ours or inherited, and tells how.
-pub fn reap() -> Vec<WaitStatus> {
-    let mut ended = Vec::new();
-    loop {
-        match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
-            Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => return ended,
-            Ok(status) => ended.push(status),
-            Err(_) => {}
-        }
     }
 }

@@ -31,7 +31,7 @@ use crate::sshd::daemon::{Clients, Daemon, Running};
 use crate::sshd::effective::Effective;
 use crate::sshd::refusals::Refusals;
 use crate::sys::poll;
-use crate::sys::process::{Entry, Expendable};
+use crate::sys::process::{Entry, Expendable, reap};
 use crate::sys::signals::Signals;
 use crate::sys::tree::Tree;
 use crate::verdict::Verdict;
@@ -271,7 +271,7 @@ impl<F: FnOnce()> Supervisor<F> {
             }
         }
         self.log_script();
-        events.extend(processes::reap().into_iter().filter_map(|status| self.ended(status)));
+        events.extend(reap().into_iter().filter_map(|status| self.ended(status)));
         match self.machine.state() {
             State::Waiting => {
                 self.open_parent()?;

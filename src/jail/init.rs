@@ -14,7 +14,7 @@ use nix::errno::Errno;
 use nix::sched::CloneFlags;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
 use nix::sys::signal::Signal;
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{Pid, getpid};
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::{Mode, OFlags};
@@ -28,7 +28,7 @@ use crate::jail::capabilities;
 use crate::jail::link::{Link, Message};
 use crate::jail::tier::Tier;
 use crate::sys::poll;
-use crate::sys::process::{Exec, Fork, close_on_exec_from, exit_now, fork};
+use crate::sys::process::{Exec, Fork, close_on_exec_from, exit_now, fork, reap};
 use crate::sys::seqpacket::Packets;
 use crate::sys::signals::Signals;
 use crate::sys::tree::Tree;
@@ -237,15 +237,6 @@ fn watch_over(link: &Link, inside: Inside) -> u8 {
         while let Ok(Some(_)) = signals.next() {}
         reap();
         watch.drain();
-    }
-}
-
-fn reap() {
-    loop {
-        match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
-            Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => return,
-            Ok(_) | Err(_) => {}
-        }
     }
 }
 

@@ -7,7 +7,6 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
-use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::{Pid, getpid};
 
 use crate::error::{Attempt, Error, Result};
@@ -15,7 +14,7 @@ use crate::sshd;
 use crate::sshd::effective::Effective;
 use crate::sshd::login_shell::LoginShell;
 use crate::sshd::options::Options;
-use crate::sys::process::{Entry, Identity, children, output_within};
+use crate::sys::process::{Entry, Identity, children, output_within, reap};
 
 /// The listening sshd. Its connections and sessions go on when it ends.
 #[derive(Debug)]
@@ -69,7 +68,7 @@ impl Daemon {
             let daemon =
                 Self::children().into_iter().filter(|e| !before.iter().any(|b| b.pid == e.pid)).max_by_key(|e| e.start);
             let Some(daemon) = daemon else {
-                reap_ended();
+                reap();
                 return Err(complaint(String::new()));
             };
             match listening_sockets(daemon.pid) {
@@ -136,10 +135,6 @@ impl Daemon {
     pub fn stop_listening(&self) {
         let _ = kill(self.pid, Signal::SIGTERM);
     }
-}
-
-fn reap_ended() {
-    while waitpid(None, Some(WaitPidFlag::WNOHANG)).is_ok_and(|s| s.pid().is_some()) {}
 }
 
 /// How many sockets the process listens on.

@@ -14,10 +14,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output};
 use std::time::Duration;
 
+use nix::errno::Errno;
 use nix::fcntl::AtFlags;
 use nix::sched::CloneFlags;
 use nix::sys::signal::Signal;
-use nix::sys::wait::WaitStatus;
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, getpid};
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{PidfdFlags, Resource, Rlimit, getrlimit, setrlimit};
@@ -85,6 +86,18 @@ pub fn close_all_but_streams() -> io::Result<()> {
     #[allow(unsafe_code)]
     let result = unsafe { libc::close_range(3, u32::MAX, 0) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Waits for every child that has ended, ours or inherited. Returns how each did.
+pub fn reap() -> Vec<WaitStatus> {
+    let mut ended = Vec::new();
+    loop {
+        match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+            Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => return ended,
+            Ok(status) => ended.push(status),
+            Err(_) => {}
+        }
+    }
 }
 
 /// Ends this process as another one ended: with its exit code, or dying of the same signal, without a core dump of our own.
