@@ -13,10 +13,8 @@ use crate::error::{Attempt, Error, Result};
 use crate::ims::id::Id;
 use crate::publish::settings::Settings;
 use crate::store;
-use crate::sys::named;
 use crate::sys::tree::Tree;
 use crate::volume::layout::KEY;
-use crate::volume::open_tree;
 
 const KEY_LENGTH: usize = 32;
 
@@ -39,10 +37,8 @@ impl Seal {
             let file = folder.join("client-secret");
             std::fs::read(&file).attempt(|| format!("read {}", file.display()))?
         } else if let Some(folder) = settings.store.url.as_deref().and_then(store::folder) {
-            let attempted = || format!("open the store {}", folder.display());
-            let folder = named::resolve_beginning(&folder).attempt(attempted)?;
-            std::fs::create_dir_all(&folder).attempt(attempted)?;
-            key_in(&open_tree(&folder)?)?
+            let opened = store::directory::open_or_make(&folder);
+            key_in(&opened.attempt(|| format!("open the store {}", folder.display()))?.0)?
         } else {
             Vec::new()
         };

@@ -294,7 +294,7 @@ impl Publication<'_> {
             tracing::warn!("{error}; an unfinished upload, if there is one, is left in the store");
         }
         let attempted = |name: &str| format!("give the image its place {}", store.shown(name));
-        while self.is_named(store) && !store.rename(id.as_str(), &name).attempt(|| attempted(&name))? {
+        while !store.place(id.as_str(), &name).attempt(|| attempted(&name))? {
             // Another run of this name was faster.
             name = store.free_name(&self.directory_name());
             for (artifact, key) in artifacts.iter_mut().zip(&keys) {

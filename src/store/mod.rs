@@ -1,13 +1,13 @@
-//! A store of images, by URL: `s3://bucket[/prefix]` or a folder.
+//! A store of images, by URL: `s3://bucket[/prefix]` or a directory.
 
 pub mod bucket;
+pub mod directory;
 pub mod error;
 pub mod place;
 pub mod requests;
 
-use std::fs::File;
 use std::future::Future;
-use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -15,7 +15,6 @@ use std::time::Duration;
 
 use object_store::aws::{AmazonS3, AmazonS3Builder};
 use object_store::client::{HttpClient, HttpConnector};
-use object_store::local::LocalFileSystem;
 use object_store::multipart::{MultipartStore, PartId};
 use object_store::path::Path;
 use object_store::signer::Signer;
@@ -23,12 +22,12 @@ use object_store::{
     Attribute, Attributes, ClientOptions, GetOptions, MultipartId, ObjectStore, ObjectStoreExt, PutPayload, RetryConfig,
 };
 use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
-use rustix::fs::OFlags;
 
 use crate::error::{Advise, Attempt, Error, Result};
 use crate::ims::id::Id;
 use crate::log::redaction::without_secrets;
 use crate::store::bucket::Asked;
+use crate::store::directory::{Directory, Found, etag};
 use crate::store::error::{cause, failure};
 use crate::store::place::{Place, SIGNED_FOR};
 use crate::store::requests::Requests;
@@ -54,10 +53,7 @@ enum Objects {
         client: HttpClient,
         region: String,
     },
-    Folder {
-        files: LocalFileSystem,
-        folder: PathBuf,
-    },
+    Directory(Arc<Directory>),
 }
 
 /// Of the further names that of an object's checksum.
@@ -83,9 +79,6 @@ pub enum Owner {
     /// Another image's or job's.
     Another,
 }
-
-/// In the name of a file that is not whole yet; [`LocalFileSystem`] takes none with it and a number for an object.
-const BEGUN: &str = "#1";
 
 /// Name of an object that is begun to see whether one can be; a random part follows, since several jobs may try one store at a time.
 const PROBE: &str = ".ims-sshd.probe";
@@ -128,12 +121,9 @@ impl Store {
             return Ok(Self { objects, prefix, url: format!("s3://{bucket}") });
         }
         let folder = folder(url).ok_or_else(refuse)?;
-        let attempted = || format!("open the store {}", folder.display());
-        let folder = named::resolve_beginning(&folder).attempt(attempted)?;
-        std::fs::create_dir_all(&folder).attempt(attempted)?;
-        let files = LocalFileSystem::new_with_prefix(&folder).attempt(attempted)?;
-        let url = format!("file://{}", folder.display());
-        Ok(Self { objects: Objects::Folder { files, folder }, prefix: Path::default(), url })
+        let directory = Directory::open(&folder).attempt(|| format!("open the store {}", folder.display()))?;
+        let url = format!("file://{}", directory.path().display());
+        Ok(Self { objects: Objects::Directory(Arc::new(directory)), prefix: Path::default(), url })
     }
 
     /// Makes sure that the store that the variables name takes an object, and leaves nothing of one, nor a directory that was not there.
@@ -141,17 +131,19 @@ impl Store {
     pub async fn check(settings: &Place, network: &Network) -> Result<Option<u64>> {
         let url = settings.url.as_deref().unwrap_or_default();
         let attempted = || format!("write to the store {}", without_secrets(url));
-        let probe = format!("{PROBE}.{}", Id::random()?);
         if let Some(folder) = folder(url) {
             let folder = named::resolve_beginning(&folder).attempt(attempted)?;
             let place = folder.ancestors().find(|place| place.exists()).unwrap_or(&folder);
-            // create_file replaces anything that others have put there under the name.
-            Tree::open(place)
-                .and_then(|tree| tree.create_file(&probe).and_then(|_| tree.remove(&probe)))
-                .attempt(attempted)
-                .advise("name a directory that can be written to, or s3://BUCKET")?;
+            // Without a name, nothing is left of it after a kill.
+            let tried = match Tree::open(place).and_then(|tree| tree.create_nameless()) {
+                // Where there are no such files, one has a name for a moment, and another job has just made it.
+                Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
+                other => other.map(|_| ()),
+            };
+            tried.attempt(attempted).advise("name a directory that can be written to, or s3://BUCKET")?;
             return Ok(rustix::fs::statvfs(place).ok().map(|disk| disk.f_bavail * disk.f_frsize));
         }
+        let probe = format!("{PROBE}.{}", Id::random()?);
         let tried = Self::open(settings, network)?.try_bucket(&probe).await;
         tried.map(|()| None).map_err(|e| Error::new(attempted()).because(cause(&e)))
     }
@@ -194,37 +186,30 @@ impl Store {
 
     /// Returns whether people look into it, and know an image by its directory's name.
     pub fn is_directory(&self) -> bool {
-        matches!(self.objects, Objects::Folder { .. })
+        matches!(self.objects, Objects::Directory(_))
     }
 
     /// Returns the place of an image for people: a path, or a URL.
     pub fn shown(&self, image: &str) -> String {
         match &self.objects {
             Objects::S3 { .. } => self.url_of(image),
-            Objects::Folder { folder, .. } => folder.join(image).display().to_string(),
+            Objects::Directory(directory) => directory.path().join(image).display().to_string(),
         }
     }
 
     /// The first of `name`, and that with a number, that no image of a directory has.
     pub fn free_name(&self, name: &str) -> String {
-        let Objects::Folder { folder, .. } = &self.objects else { return name.to_owned() };
-        let mut free = name.to_owned();
-        let mut number = 1;
-        while folder.join(&free).symlink_metadata().is_ok() {
-            number += 1;
-            free = format!("{name}-{number}");
+        match &self.objects {
+            Objects::S3 { .. } => name.to_owned(),
+            Objects::Directory(directory) => directory.free_name(name),
         }
-        free
     }
 
-    /// Gives the directory of an image another name, unless there is something of that name. Returns whether it has been done.
-    pub fn rename(&self, image: &str, name: &str) -> std::io::Result<bool> {
-        let Objects::Folder { folder, .. } = &self.objects else { return Ok(true) };
-        let place = folder.join(name);
-        // A rename replaces an empty directory, and this one is ours. Not every file system has RENAME_NOREPLACE.
-        match std::fs::DirBuilder::new().mode(0o700).create(&place) {
-            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Ok(false),
-            made => made.and_then(|()| std::fs::rename(folder.join(image), &place)).map(|()| true),
+    /// Puts an image that is whole in its place `name`, unless something of a directory has that name. Returns whether it has been done.
+    pub fn place(&self, image: &str, name: &str) -> std::io::Result<bool> {
+        match &self.objects {
+            Objects::S3 { .. } => Ok(true),
+            Objects::Directory(directory) => directory.place(image, name),
         }
     }
 
@@ -237,24 +222,6 @@ impl Store {
         key.split('/').fold(self.prefix.clone(), Path::join)
     }
 
-    /// An object of a folder that is not whole yet: by its key alone, whatever somebody has noted of it.
-    fn begun(&self, folder: &std::path::Path, key: &str) -> PathBuf {
-        folder.join(format!("{}{BEGUN}", self.path(key)))
-    }
-
-    /// Requests to a bucket that the crate does not make.
-    fn asked(&self) -> Option<Asked<'_>> {
-        let Objects::S3 { bucket, client, region, .. } = &self.objects else { return None };
-        Some(Asked { bucket, client, region })
-    }
-
-    fn objects(&self) -> &dyn ObjectStore {
-        match &self.objects {
-            Objects::S3 { bucket, .. } => bucket.as_ref(),
-            Objects::Folder { files, .. } => files,
-        }
-    }
-
     /// Begins an object that is put together of parts, and returns what the store calls it.
     pub async fn begin(&self, key: &str, description: &Description) -> object_store::Result<MultipartId> {
         match &self.objects {
@@ -264,14 +231,9 @@ impl Store {
                 let describing = builder.as_ref().clone().with_client_options(options).build()?;
                 describing.create_multipart(&self.path(key)).await
             }
-            Objects::Folder { folder, .. } => {
-                let file = self.begun(folder, key);
-                // Never through a link that somebody has put there.
-                let made = make_directory_of(&file).and_then(|()| match std::fs::remove_file(&file) {
-                    Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
-                    _ => File::create_new(&file),
-                });
-                made.map_err(|e| failure(key, e))?;
+            Objects::Directory(directory) => {
+                let (image, name) = parts(key)?;
+                directory.begin(image, name).map_err(|e| failure(key, e))?;
                 Ok(MultipartId::new())
             }
         }
@@ -285,35 +247,33 @@ impl Store {
         (number, at): (usize, u64),
         content: Vec<u8>,
     ) -> impl Future<Output = object_store::Result<String>> + Send + 'static {
-        let (path, id) = (self.path(key), id.clone());
+        let (path, key, id) = (self.path(key), key.to_owned(), id.clone());
         let place = match &self.objects {
             Objects::S3 { bucket, .. } => Ok(bucket.clone()),
-            Objects::Folder { folder, .. } => Err(self.begun(folder, key)),
+            Objects::Directory(directory) => Err(directory.clone()),
         };
         async move {
             match place {
                 Ok(bucket) => Ok(bucket.put_part(&path, &id, number, content.into()).await?.content_id),
-                Err(file) => {
-                    // The same for a link, or a fifo that nobody reads, which has come since.
-                    let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
-                    let file = File::options().write(true).custom_flags(flags).open(file);
-                    file.and_then(|file| file.write_all_at(&content, at)).map_err(|e| failure(path.as_ref(), e))?;
-                    Ok(String::new())
+                Err(directory) => {
+                    let (image, name) = parts(&key)?;
+                    let written = directory.go_on(image, name).and_then(|file| file.write_all_at(&content, at));
+                    written.map(|()| String::new()).map_err(|e| failure(&key, e))
                 }
             }
         }
     }
 
-    /// Makes one object of all parts, whose marks are `parts`.
-    pub async fn complete(&self, key: &str, id: &MultipartId, parts: Vec<String>) -> object_store::Result<()> {
+    /// Makes one object of all parts, whose marks are `marks`.
+    pub async fn complete(&self, key: &str, id: &MultipartId, marks: Vec<String>) -> object_store::Result<()> {
         match &self.objects {
             Objects::S3 { bucket, .. } => {
-                let parts = parts.into_iter().map(|content_id| PartId { content_id }).collect();
+                let parts = marks.into_iter().map(|content_id| PartId { content_id }).collect();
                 bucket.complete_multipart(&self.path(key), id, parts).await.map(|_| ())
             }
-            Objects::Folder { folder, .. } => {
-                let whole = folder.join(self.path(key).as_ref());
-                std::fs::rename(self.begun(folder, key), whole).map_err(|e| failure(key, e))
+            Objects::Directory(directory) => {
+                let (image, name) = parts(key)?;
+                directory.complete(image, name).map_err(|e| failure(key, e))
             }
         }
     }
@@ -322,8 +282,9 @@ impl Store {
     pub async fn abort(&self, key: &str, id: &MultipartId) -> object_store::Result<()> {
         let aborted = match &self.objects {
             Objects::S3 { bucket, .. } => bucket.abort_multipart(&self.path(key), id).await,
-            Objects::Folder { folder, .. } => {
-                std::fs::remove_file(self.begun(folder, key)).map_err(|e| failure(key, e))
+            Objects::Directory(directory) => {
+                let (image, name) = parts(key)?;
+                directory.remove(image, name, false).map_err(|e| failure(key, e))
             }
         };
         match aborted {
@@ -334,44 +295,69 @@ impl Store {
 
     /// Puts a small object in one piece.
     pub async fn put(&self, key: &str, content: Vec<u8>, description: &Description) -> object_store::Result<()> {
-        let attributes = match &self.objects {
-            Objects::S3 { .. } => description.attributes(),
-            Objects::Folder { folder, .. } => {
-                make_directory_of(&folder.join(self.path(key).as_ref())).map_err(|e| failure(key, e))?;
-                Attributes::new()
+        match &self.objects {
+            Objects::S3 { bucket, .. } => {
+                let attributes = description.attributes();
+                bucket.put_opts(&self.path(key), PutPayload::from(content), attributes.into()).await.map(|_| ())
             }
-        };
-        self.objects().put_opts(&self.path(key), PutPayload::from(content), attributes.into()).await.map(|_| ())
+            Objects::Directory(directory) => {
+                let (image, name) = parts(key)?;
+                directory.put(image, name, &content).map_err(|e| failure(key, e))
+            }
+        }
     }
 
     /// The store's own mark of an object's content, without quotes, and the object's size.
     pub async fn head(&self, key: &str) -> object_store::Result<(String, u64)> {
-        let found = self.objects().head(&self.path(key)).await?;
-        Ok((found.e_tag.unwrap_or_default().trim_matches('"').to_owned(), found.size))
+        match &self.objects {
+            Objects::S3 { bucket, .. } => {
+                let found = bucket.head(&self.path(key)).await?;
+                Ok((found.e_tag.unwrap_or_default().trim_matches('"').to_owned(), found.size))
+            }
+            Objects::Directory(directory) => {
+                let (image, name) = parts(key)?;
+                let found = directory.look(image, name).map_err(|e| failure(key, e))?;
+                let found = found.ok_or_else(|| failure(key, std::io::Error::from(std::io::ErrorKind::NotFound)))?;
+                Ok((etag(&found), u64::try_from(found.st_size).unwrap_or(0)))
+            }
+        }
     }
 
-    /// Whether this object is there, as it was described.
+    /// Whether this object is there, as it was described. Files have no description.
     pub async fn holds(&self, key: &str, size: u64, md5: &str) -> bool {
+        let Objects::S3 { bucket, .. } = &self.objects else { return false };
         let head = GetOptions { head: true, ..GetOptions::default() };
         let sum = Attribute::Metadata(MD5.into());
-        let found = self.objects().get_opts(&self.path(key), head).await;
+        let found = bucket.get_opts(&self.path(key), head).await;
         found
             .is_ok_and(|found| found.meta.size == size && found.attributes.get(&sum).is_some_and(|s| s.as_ref() == md5))
     }
 
     /// Whether an object is there.
     pub async fn is_there(&self, key: &str) -> object_store::Result<bool> {
-        match self.objects().head(&self.path(key)).await {
+        match self.head(key).await {
             Ok(_) => Ok(true),
             Err(object_store::Error::NotFound { .. }) => Ok(false),
             Err(e) => Err(e),
         }
     }
 
-    /// Whose an object is, by what is told of it: an object of ours has `marks`.
+    /// Whose an object is, by what is told of it: an object of ours has `marks`. Of a file its directory tells.
     pub async fn owner(&self, key: &str, marks: &[(&'static str, String)]) -> object_store::Result<Owner> {
+        let bucket = match &self.objects {
+            Objects::S3 { bucket, .. } => bucket,
+            Objects::Directory(directory) => {
+                let (image, name) = parts(key)?;
+                if let Found::Others(why) = directory.find(image).map_err(|e| failure(key, e))? {
+                    tracing::warn!("{why}");
+                    return Ok(Owner::Another);
+                }
+                let found = directory.look(image, name).map_err(|e| failure(key, e))?;
+                return Ok(found.map_or(Owner::Nobody, |_| Owner::Untold));
+            }
+        };
         let head = GetOptions { head: true, ..GetOptions::default() };
-        let found = match self.objects().get_opts(&self.path(key), head).await {
+        let found = match bucket.get_opts(&self.path(key), head).await {
             Err(object_store::Error::NotFound { .. }) => return Ok(Owner::Nobody),
             other => other?,
         };
@@ -389,14 +375,14 @@ impl Store {
 
     /// Deletes an object, and makes sure that it is gone; one that is not there is no error.
     pub async fn delete(&self, key: &str) -> object_store::Result<()> {
-        let path = self.path(key);
-        let Some(asked) = self.asked() else {
-            return match self.objects().delete(&path).await {
-                Err(object_store::Error::NotFound { .. }) => Ok(()),
-                other => other,
-            };
+        let asked = match &self.objects {
+            Objects::S3 { bucket, client, region, .. } => Asked { bucket, client, region },
+            Objects::Directory(directory) => {
+                let (image, name) = parts(key)?;
+                return directory.remove(image, name, true).map_err(|e| failure(key, e));
+            }
         };
-        asked.delete(&path).await?;
+        asked.delete(&self.path(key)).await?;
         if self.is_there(key).await? {
             return Err(failure(
                 key,
@@ -406,34 +392,26 @@ impl Store {
         Ok(())
     }
 
-    /// Takes back what of an image is no object: uploads that were begun in a bucket; in a folder beginnings of files, and the image's own
-    /// one if it is empty.
+    /// Takes back what of an image is no object: uploads that were begun in a bucket; in a directory beginnings of files, and the image's
+    /// own one if it is empty.
     pub async fn sweep(&self, image: &str) -> object_store::Result<()> {
-        if let Some(asked) = self.asked() {
-            for (name, id) in asked.below(&self.path(image)).await? {
-                self.abort(&format!("{image}/{name}"), &id).await?;
-            }
-            return Ok(());
+        let asked = match &self.objects {
+            Objects::S3 { bucket, client, region, .. } => Asked { bucket, client, region },
+            Objects::Directory(directory) => return directory.sweep(image).map_err(|e| failure(image, e)),
+        };
+        for (name, id) in asked.below(&self.path(image)).await? {
+            self.abort(&format!("{image}/{name}"), &id).await?;
         }
-        match &self.objects {
-            Objects::S3 { .. } => Ok(()),
-            Objects::Folder { folder, .. } => {
-                let folder = folder.join(self.path(image).as_ref());
-                let entries = std::fs::read_dir(&folder).into_iter().flatten().flatten();
-                for begun in entries.filter(|e| e.file_name().to_string_lossy().contains('#')) {
-                    let _ = std::fs::remove_file(begun.path());
-                }
-                let _ = std::fs::remove_dir(folder);
-                Ok(())
-            }
-        }
+        Ok(())
     }
 }
 
-/// Makes the directory of an object. What is published is an image's owner's alone, as its /etc/shadow is, until he lets others in.
-fn make_directory_of(object: &std::path::Path) -> std::io::Result<()> {
-    let mut make = std::fs::DirBuilder::new();
-    object.parent().map_or(Ok(()), |directory| make.recursive(true).mode(0o700).create(directory))
+/// The image and the name of an object of a directory.
+fn parts(key: &str) -> object_store::Result<(&str, &str)> {
+    let is_name = |name: &str| !matches!(name, "" | "." | "..") && !name.contains('/');
+    key.split_once('/')
+        .filter(|(image, name)| is_name(image) && is_name(name))
+        .ok_or_else(|| failure(key, std::io::Error::from(std::io::ErrorKind::InvalidInput)))
 }
 
 /// The directory that a URL, or a path, names as store.
@@ -565,8 +543,11 @@ mod tests {
     }
 
     #[test]
-    fn several_jobs_may_try_one_store_at_a_time() {
+    fn several_jobs_may_try_one_store_at_a_time_and_a_kill_leaves_nothing() {
+        use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
         let dir = tempfile::tempdir().unwrap();
+        let names = Inotify::init(InitFlags::IN_NONBLOCK).unwrap();
+        names.add_watch(dir.path(), AddWatchFlags::IN_CREATE).unwrap();
         let variables = [("IMAGE_STORE".into(), dir.path().as_os_str().to_owned())];
         let settings = crate::publish::settings::Settings::read(None, variables).unwrap();
         let try_often = || {
@@ -579,6 +560,6 @@ mod tests {
                 job.join().unwrap().unwrap();
             }
         });
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+        assert_eq!(names.read_events().unwrap_err(), nix::errno::Errno::EAGAIN, "a file had a name");
     }
 }

@@ -332,9 +332,10 @@ impl Tree {
         let (folder, name) = tree.parent_of(to.as_ref())?;
         match rustix::fs::renameat_with(&self.folder, from, &folder.folder, &name, RenameFlags::NOREPLACE) {
             // NFS, CephFS and most FUSE file systems do not know the flag.
-            Err(Errno::INVAL) if folder.look(&name)?.is_none() => {
-                rustix::fs::renameat(&self.folder, from, &folder.folder, &name)
-            }
+            Err(Errno::INVAL) => match folder.look(&name)? {
+                None => rustix::fs::renameat(&self.folder, from, &folder.folder, &name),
+                Some(_) => Err(Errno::EXIST),
+            },
             other => other,
         }
         .map_err(Into::into)

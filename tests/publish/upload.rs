@@ -293,6 +293,86 @@ fn links_that_somebody_has_put_into_a_directory_that_is_a_store_are_replaced_and
     assert!(rootfs.symlink_metadata().unwrap().is_file());
 }
 
+/// Another user who may write to the store exchanges the directory of an image for a link to one of his, which holds files of those names.
+#[test]
+fn a_directory_that_is_exchanged_for_a_link_while_it_is_published_is_neither_written_through_nor_emptied() {
+    for ims in [false, true] {
+        let dir = directory();
+        let tree = image(dir.path());
+        let [archive, store, target] = ["sparse.sqsh", "store", "target"].map(|name| dir.path().join(name));
+        succeed(Command::new("truncate").args(["-s", "100M"]).arg(&archive));
+        for directory in [&store, &target] {
+            std::fs::create_dir(directory).unwrap();
+        }
+        let keys = ["boot_parameters", "initrd", "kernel", "manifest.json", "rootfs"];
+        for key in keys {
+            std::fs::write(target.join(key), "precious").unwrap();
+        }
+        let server = ims.then(ImsServer::start);
+        let variables = server.as_ref().map(ImsServer::variables).unwrap_or_default();
+        let mut upload = ims_sshd(&["upload", "--name", "compute", "--store"], &variables);
+        upload.arg(&store).arg("--archive").args([&archive, &tree]).current_dir(dir.path());
+        let child = upload.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let begun = || {
+            let names = std::fs::read_dir(&store).unwrap().map(|entry| entry.unwrap().file_name());
+            names.map(|name| name.into_string().unwrap()).find(|name| name.len() == 36)
+        };
+        let name = loop {
+            if let Some(name) = begun() {
+                break name;
+            }
+        };
+        std::fs::rename(store.join(&name), store.join("moved")).unwrap();
+        std::os::unix::fs::symlink(&target, store.join(&name)).unwrap();
+        let output = child.wait_with_output().unwrap();
+        let said = text(&output.stderr);
+        let mut left: Vec<_> = std::fs::read_dir(&target).unwrap().map(|e| e.unwrap().file_name()).collect();
+        left.sort();
+        assert_eq!(left, keys, "{said}");
+        for key in keys {
+            assert_eq!(std::fs::read(target.join(key)).unwrap(), b"precious", "{key}: {said}");
+        }
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(said.contains("is not the directory that this job has made"), "{said}");
+        assert_eq!(std::fs::read_dir(store.join("moved")).unwrap().count(), 0, "{said}");
+        assert!(!store.join("compute").exists(), "{said}");
+    }
+}
+
+#[test]
+fn a_directory_of_another_user_in_the_place_of_an_image_is_neither_written_nor_deleted() {
+    let dir = directory();
+    let tree = image(dir.path());
+    let squashfs = squashfs_of(&tree);
+    let ims = ImsServer::start();
+    // The first id that this IMS gives.
+    let place = dir.path().join("out/00000000-0000-4000-8000-000000000001");
+    std::fs::create_dir_all(&place).unwrap();
+    std::os::unix::fs::chown(&place, Some(1234), Some(1234)).unwrap();
+    let mut upload = ims_sshd(&["upload", "--name", "compute", "--store", "out", "--archive"], &ims.variables());
+    let output = upload.args([&squashfs, &tree]).current_dir(dir.path()).output().unwrap();
+    let said = text(&output.stderr);
+    assert!(output.status.code() == Some(1) && said.contains("not this job's"), "{said}");
+    assert_eq!(std::fs::read_dir(&place).unwrap().count(), 0, "{said}");
+}
+
+#[test]
+fn an_empty_place_that_a_killed_run_of_an_older_version_left_is_taken_over() {
+    use std::os::unix::fs::DirBuilderExt;
+    let dir = directory();
+    let tree = image(dir.path());
+    let squashfs = squashfs_of(&tree);
+    let store = dir.path().join("store");
+    std::fs::create_dir(&store).unwrap();
+    std::fs::DirBuilder::new().mode(0o700).create(store.join("compute")).unwrap();
+    let mut upload = ims_sshd(&["upload", "--name", "compute", "--store"], &[]);
+    let output = upload.arg(&store).arg("--archive").args([&squashfs, &tree]).current_dir(dir.path()).output().unwrap();
+    let said = text(&output.stderr);
+    assert!(output.status.success() && !said.contains("is an earlier one"), "{said}");
+    assert_eq!(images_in(&store), [store.join("compute")]);
+    assert!(is_whole(&store.join("compute")));
+}
+
 /// An upload of an archive of several parts to a bucket.
 struct Upload {
     dir: tempfile::TempDir,
@@ -502,6 +582,8 @@ fn an_upload_to_a_folder_that_was_killed_leaves_nothing_begun() {
     first.kill().unwrap();
     assert!(!first.wait().unwrap().success(), "killed too late");
     assert_ne!(files(), [""; 0]);
+    let open = succeed(Command::new("find").arg(&store).args(["-type", "f", "-perm", "/077"]));
+    assert_eq!(open, "", "files that are not whole are nobody else's to read");
     let output = command.output().unwrap();
     assert!(output.status.success(), "{output:?}");
     let mut names = files();
