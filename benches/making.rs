@@ -5,7 +5,9 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use ims_sshd::jail::arguments::Arguments;
 use ims_sshd::jail::link::{Link, Message};
+use ims_sshd::jail::plan::Plan;
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::waitpid;
@@ -33,13 +35,15 @@ pub fn making(runs: usize, report: &mut Report) {
         for at in order(round, MOUNTS.len()) {
             let Container { mounts, bare } = &containers[at];
             setns(mounts, CloneFlags::CLONE_NEWNS).unwrap();
-            let mut init = init(&helper, &volume.image_root);
-            for (name, file) in ims_sshd::sshd::sftp_server::files().unwrap() {
-                init.arg("--sftp").arg(format!("{name}={}", file.display()));
-            }
-            init.arg("--bare").arg(format!("/proc/{}/fd/{}", std::process::id(), bare.as_raw_fd()));
+            let bare = format!("/proc/{}/fd/{}", std::process::id(), bare.as_raw_fd());
+            let plan = Plan {
+                image_root: volume.image_root.clone(),
+                programs: ims_sshd::sshd::sftp_server::files().unwrap(),
+                bare: Some(bare.into()),
+                ..Plan::default()
+            };
             let took = [
-                make(init).0,
+                make(init(&helper, plan)).0,
                 succeeding(&mut peers::unshare(&volume.image_root)),
                 succeeding(&mut peers::bwrap(&volume.image_root)),
             ];
@@ -92,7 +96,7 @@ impl Container {
         for point in &points {
             std::fs::create_dir_all(point).unwrap();
         }
-        let (_, mut jail) = make(init(helper, &trial));
+        let (_, mut jail) = make(init(helper, Plan { image_root: trial, ..Plan::default() }));
         // With the mount points go the mounts.
         for point in points {
             std::fs::remove_dir(point).unwrap();
@@ -101,9 +105,9 @@ impl Container {
     }
 }
 
-fn init(helper: &str, root: &Path) -> Command {
+fn init(helper: &str, plan: Plan) -> Command {
     let mut init = Command::new(helper);
-    init.args(["init", "--tier", "namespace", "--root"]).arg(root).current_dir(root).env_clear();
+    init.current_dir(&plan.image_root).args(Arguments::Init(plan).to_words()).env_clear();
     init
 }
 

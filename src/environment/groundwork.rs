@@ -1,10 +1,10 @@
 //! What is prepared while the environment waits for `ready`: host keys, sshd's parts, the kind of jail that can be had.
 
-use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use crate::environment::settings::Settings;
 use crate::error::{Advise, Attempt, Error, Result};
+use crate::jail::programs::Program;
 use crate::jailer::trial::{self, Choice};
 use crate::sshd::sftp_server;
 use crate::volume::state_directory::StateFolder;
@@ -12,7 +12,7 @@ use crate::volume::state_directory::StateFolder;
 /// What does not depend on the image, and is done while one waits for it.
 pub struct Groundwork {
     /// sftp-server with all it needs.
-    pub sftp: Vec<(String, PathBuf)>,
+    pub sftp: Vec<Program>,
     /// What kind of jail is made; nothing in plain mode.
     pub jail: Option<Choice>,
 }

@@ -1,10 +1,10 @@
 //! What stands around sshd: its configuration and its jail.
 
-use std::os::fd::AsFd;
-use std::path::PathBuf;
-
 use crate::environment::settings::Settings;
 use crate::error::{Attempt, Result};
+use crate::jail::arguments::Arguments;
+use crate::jail::plan::Plan;
+use crate::jail::programs::Program;
 use crate::jail::tier::Tier;
 use crate::jailer::open::{self, OpenJail, Wanted};
 use crate::jailer::trial::Choice;
@@ -62,10 +62,7 @@ pub fn unconfigure_sshd(settings: &Settings) -> Result<bool> {
 }
 
 fn force_command(state: &StateFolder) -> Result<String> {
-    let program = open::program()?;
-    // `exec`: the login shell makes way, so that sshd sees the helper's end as its own, a death by signal too.
-    let words = ["exec", &program.to_string_lossy(), "session", &state.jail().to_string_lossy()].map(str::to_owned);
-    Ok(shell_words::join(words))
+    Ok(Arguments::forced_command(&open::program()?, &state.jail()))
 }
 
 /// The shell that sshd is to find for root, so that no shell of the container has part in a session in a jail of this kind; `None` where
@@ -80,28 +77,27 @@ pub fn make_jail(
     settings: &Settings,
     files: &SignalFiles,
     image_root: &Tree,
-    (kind, sftp): (&Choice, &[(String, PathBuf)]),
+    (kind, sftp): (&Choice, &[Program]),
     emulated: Option<Architecture>,
     effective: &Effective,
     state: &StateFolder,
 ) -> Result<OpenJail> {
     let names = effective.set_env().into_iter().map(|(name, _)| name);
     let wanted = Wanted {
-        tier: kind.tier,
-        proc: kind.proc,
-        path: &files.path().join(settings.image_root()),
+        plan: Plan {
+            dkms: settings.dkms,
+            emulated,
+            hostname: settings.hostname.clone(),
+            label: settings.image.clone(),
+            programs: sftp.to_owned(),
+            binds: settings.binds.clone(),
+            ..kind.plan(&files.path().join(settings.image_root()))
+        },
         image_root,
         note_folder: files.parent(),
-        dkms: settings.dkms,
-        emulated,
         job: settings.job.as_deref(),
         in_place: settings.in_place,
-        image: settings.image.as_deref(),
-        hostname: settings.hostname.as_deref(),
         keep: names.chain(effective.accept_env().map(str::to_owned)).collect(),
-        binds: &settings.binds,
-        programs: sftp,
-        bare: kind.bare.as_ref().map(AsFd::as_fd),
     };
-    OpenJail::open(&wanted, state)
+    OpenJail::open(wanted, state)
 }

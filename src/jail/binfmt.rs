@@ -16,7 +16,7 @@ use rustix::fs::{Dir, Mode, OFlags};
 use rustix::mount::MountAttrFlags;
 
 use crate::error::{Advise, Attempt, Error, Result};
-use crate::jail::programs;
+use crate::jail::programs::{self, Program};
 use crate::sys::architecture::{Architecture, HEADER};
 use crate::sys::mounts::{self, Detached};
 use crate::sys::tree::Tree;
@@ -207,7 +207,7 @@ fn register_copy(table: &Table, name: &str, architecture: Architecture, interpre
     let (Some(directory), Some(file)) = (interpreter.parent(), interpreter.file_name()) else {
         return Err(Error::new("copy the interpreter").because("it has no directory"));
     };
-    let (copy, _) = programs::copy([(file.to_string_lossy().as_ref(), interpreter)])?;
+    let (copy, _) = programs::copy([&Program { name: file.to_string_lossy().into(), file: interpreter.into() }])?;
     let register = || -> io::Result<()> {
         nix::sched::unshare(CloneFlags::CLONE_NEWNS)?;
         mounts::make_all_private()?;

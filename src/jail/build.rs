@@ -1,56 +1,29 @@
 //! Makes the jail around an image root, from inside its new namespaces. Read from top to bottom.
 
 use std::collections::HashMap;
-use std::ffi::OsString;
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use nix::sched::CloneFlags;
 use rustix::fs::{FileType, Mode};
 use rustix::mount::MountAttrFlags;
 
 use crate::error::{Advise, Attempt, Error, Result};
-use crate::jail::binds::Bind;
+use crate::jail::arguments::NAME;
 use crate::jail::hostname;
 use crate::jail::mount_table::{
     DEV_LINKS, KERNEL_FILE_ATTRIBUTES, Missing, Mount, PROGRAMS, Proc, ROOT_ATTRIBUTES, Source, mount_table,
 };
-use crate::jail::programs;
+use crate::jail::plan::Plan;
+use crate::jail::programs::{self, Program};
 use crate::jail::resolv_conf;
 use crate::jail::run;
 use crate::jail::tier::Tier;
-use crate::sys::architecture::Architecture;
 use crate::sys::file_kind::FileKind;
 use crate::sys::mounts::{self, Detached};
 use crate::sys::tree::Tree;
-
-/// What the jail is made of.
-#[derive(Debug, Clone, Default)]
-pub struct Plan {
-    /// How strong it is.
-    pub tier: Tier,
-    /// Where its /proc comes from.
-    pub proc: Proc,
-    /// The image root's path, for messages: by the time they are read, another folder may stand there.
-    pub image_root: PathBuf,
-    /// Whether the job builds kernel modules.
-    pub dkms: bool,
-    /// What the image's programs are for, if the jail has to see to it itself that they run.
-    pub emulated: Option<Architecture>,
-    /// The jail's host name, which was asked for.
-    pub hostname: Option<OsString>,
-    /// Its host name otherwise, where it can be given one; the container's if there is none.
-    pub label: Option<OsString>,
-    /// Programs to show, such as sftp-server with its loader and libraries: (name below [`PROGRAMS`], file of the container, not a link).
-    pub programs: Vec<(String, PathBuf)>,
-    /// Bind mounts, with targets that exist and have no link on the way.
-    pub binds: Vec<Bind>,
-    /// A mount namespace that holds next to nothing, of which the jail's becomes a copy; a copy of the container's, with all that is mounted
-    /// there, if there is none.
-    pub bare: Option<PathBuf>,
-}
 
 /// Makes the jail around this process's working folder, which is the image root, and moves the process into it. To be called by the
 /// first process of the new namespaces, which must not have another thread. Returns the [`Programs`] of the jail.
@@ -307,11 +280,10 @@ fn put_resolv_conf(jail: &Jail, text: &[u8]) -> Result<()> {
 /// This program's file, by the container's /proc.
 const OWN_PROGRAM: &str = "/proc/self/exe";
 
-/// Copies this program and `further` ones, (name, file).
-fn copy_programs(further: &[(String, PathBuf)]) -> Result<(Detached, Programs)> {
-    let own = ("ims-jail-shell", Path::new(OWN_PROGRAM));
-    let further = further.iter().map(|(name, file)| (name.as_str(), file.as_path()));
-    let (tmpfs, mut copies) = programs::copy(std::iter::once(own).chain(further))?;
+/// Copies this program and `further` ones.
+fn copy_programs(further: &[Program]) -> Result<(Detached, Programs)> {
+    let own = Program { name: NAME.into(), file: OWN_PROGRAM.into() };
+    let (tmpfs, mut copies) = programs::copy(std::iter::once(&own).chain(further))?;
     Ok((tmpfs, Programs { helper: copies.remove(0), others: copies }))
 }
 

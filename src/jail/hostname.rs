@@ -4,7 +4,6 @@
 //! who has made a user namespace has every capability in it from outside (user_namespaces(7)): so the jail's UTS namespace belongs to
 //! one that its root has made, in which nothing else is and no process lives. `super::refused_calls` keeps everybody from entering it.
 
-use std::ffi::OsStr;
 use std::fs::File;
 use std::os::fd::AsFd;
 
@@ -17,7 +16,7 @@ use crate::sys::seqpacket::Packets;
 
 /// Gives this process, in a new UTS namespace, another one that root may name, and the jail's `name` to it. Where none can be had,
 /// the name cannot be changed from inside, and the jail does without `label`, its name where none is asked for.
-pub fn give(name: Option<&OsStr>, label: Option<&OsStr>) -> Result<()> {
+pub fn give(name: Option<&str>, label: Option<&str>) -> Result<()> {
     let attempted = || "make a UTS namespace that the jail's root may name";
     let (here, outside) = Packets::pair().attempt(attempted)?;
     match fork().attempt(attempted)? {
@@ -44,5 +43,5 @@ pub fn give(name: Option<&OsStr>, label: Option<&OsStr>) -> Result<()> {
         let _ = label.map(nix::unistd::sethostname);
         return Ok(());
     };
-    nix::unistd::sethostname(name).attempt(|| format!("name the jail {}", name.display()))
+    nix::unistd::sethostname(name).attempt(|| format!("name the jail {name}"))
 }

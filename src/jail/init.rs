@@ -3,7 +3,7 @@
 //! When it ends, the kernel ends every process in the jail; when the supervisor dies, it ends.
 
 use std::convert::Infallible;
-use std::ffi::{CStr, OsStr, OsString};
+use std::ffi::{CStr, OsStr};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -22,10 +22,12 @@ use rustix::io::FdFlags;
 use rustix::thread::CapabilitySet;
 
 use crate::error::{Attempt, Result};
+use crate::jail::arguments::Arguments;
 use crate::jail::binfmt::{self, Interpreter};
-use crate::jail::build::{Plan, build};
+use crate::jail::build::build;
 use crate::jail::capabilities;
 use crate::jail::link::{Link, Message};
+use crate::jail::plan::Plan;
 use crate::jail::tier::Tier;
 use crate::sys::poll;
 use crate::sys::process::{Exec, Fork, close_on_exec_from, exit_now, fork, reap};
@@ -141,8 +143,8 @@ fn make(plan: &Plan, link: &Link) -> Result<Infallible> {
     for kept in kept {
         rustix::io::fcntl_setfd(kept, FdFlags::empty()).attempt(|| "keep the jail's programs open")?;
     }
-    let words = ["ims-jail-shell", "serve", plan.tier.name()].map(OsString::from);
-    let copy = Exec::new(Path::new(""), &words, []).attempt(|| "put the init's words together")?;
+    let copy = Exec::new(Path::new(""), &Arguments::Serve(plan.tier).to_argv(), [])
+        .attempt(|| "put the init's words together")?;
     copy.replace_this_process_by(&programs.helper).attempt(|| "start the jail's ims-jail-shell")
 }
 

@@ -1,5 +1,6 @@
 //! The jail: the namespaces around the image root. Made once a job, entered by every session.
 
+pub mod arguments;
 pub mod binds;
 pub mod binfmt;
 pub mod build;
@@ -9,6 +10,7 @@ pub mod hostname;
 pub mod init;
 pub mod link;
 pub mod mount_table;
+pub mod plan;
 pub mod programs;
 pub mod record;
 pub mod refused_calls;

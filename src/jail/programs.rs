@@ -7,7 +7,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags};
 use rustix::mount::MountAttrFlags;
@@ -18,9 +18,18 @@ use crate::sys::tree::Tree;
 
 const ATTRIBUTES: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NOSUID.union(MountAttrFlags::MOUNT_ATTR_NODEV);
 
-/// Copies `files`, (name, file of the container), into a read-only tmpfs. The copies come open for reading: as long as they are, the
+/// A program to copy.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Program {
+    /// Its name in the jail, below [`PROGRAMS`](crate::jail::mount_table::PROGRAMS).
+    pub name: String,
+    /// The file of the container, not a link.
+    pub file: PathBuf,
+}
+
+/// Copies `programs` into a read-only tmpfs. The copies come open for reading: as long as they are, the
 /// kernel gives nobody inside a write lease on one, for which each further session would have to wait (fcntl(2), `F_SETLEASE`).
-pub fn copy<'a>(files: impl IntoIterator<Item = (&'a str, &'a Path)>) -> Result<(Detached, Vec<OwnedFd>)> {
+pub fn copy<'a>(programs: impl IntoIterator<Item = &'a Program>) -> Result<(Detached, Vec<OwnedFd>)> {
     let attempted = || "make a tmpfs for the jail's programs";
     let tmpfs = Detached::filesystem("tmpfs", &[("mode", "0755")], ATTRIBUTES).attempt(attempted)?;
     let directory = Tree::from_fd(tmpfs.as_fd().try_clone_to_owned().attempt(attempted)?);
@@ -30,8 +39,10 @@ pub fn copy<'a>(files: impl IntoIterator<Item = (&'a str, &'a Path)>) -> Result<
         io::copy(&mut File::open(file)?, &mut copy)?;
         directory.open_at(name, OFlags::RDONLY, Mode::empty())
     };
-    let one = |(name, file): (_, &Path)| copy(name, file).attempt(|| format!("copy {} for the jail", file.display()));
-    let copies = files.into_iter().map(one).collect::<Result<_>>()?;
+    let one = |program: &Program| {
+        copy(&program.name, &program.file).attempt(|| format!("copy {} for the jail", program.file.display()))
+    };
+    let copies = programs.into_iter().map(one).collect::<Result<_>>()?;
     mounts::restrict(tmpfs.as_fd(), ATTRIBUTES | MountAttrFlags::MOUNT_ATTR_RDONLY)
         .attempt(|| "make the jail's programs read-only")?;
     Ok((tmpfs, copies))

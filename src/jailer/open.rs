@@ -13,9 +13,11 @@ use nix::unistd::{Pid, getpid};
 use rustix::event::{PollFd, PollFlags};
 
 use crate::error::{Advise, Attempt, Error, Result};
-use crate::jail::binds::Bind;
+use crate::jail::arguments::{Arguments, NAME};
 use crate::jail::link::{Link, Message};
-use crate::jail::mount_table::{Proc, mount_table};
+use crate::jail::mount_table::mount_table;
+use crate::jail::plan::Plan;
+use crate::jail::programs::Program;
 use crate::jail::record::Record;
 use crate::jail::resolv_conf::of_container;
 use crate::jail::seal::Seal;
@@ -24,7 +26,6 @@ use crate::jailer::binds;
 use crate::jailer::mount_points::{self, Made};
 use crate::jailer::resolv_conf::{self, ENVIRONMENT, Lent};
 use crate::log::redaction::without_secrets;
-use crate::sys::architecture::Architecture;
 use crate::sys::poll;
 use crate::sys::process::{Entry, Handle, Identity, numbers};
 use crate::sys::tree::Tree;
@@ -33,39 +34,20 @@ use crate::volume::state_directory::StateFolder;
 use rustix::fs::AtFlags;
 use rustix::fs::StatxFlags;
 
-/// What a jail is made of, as the supervisor knows it.
-#[derive(Clone)]
+/// A jail to make, and what it is made for.
 pub struct Wanted<'a> {
-    /// How strong it is.
-    pub tier: Tier,
-    /// Where its /proc comes from.
-    pub proc: Proc,
-    /// The image root's path, for messages.
-    pub path: &'a Path,
+    /// What it is made of. The image root's path is for messages alone.
+    pub plan: Plan,
     /// The image root itself.
     pub image_root: &'a Tree,
     /// Where it is noted what the image lacks and gets: the image root's parent.
     pub note_folder: &'a Tree,
-    /// Whether the job builds kernel modules.
-    pub dkms: bool,
-    /// What the image's programs are for, if the jail has to see to it itself that they run.
-    pub emulated: Option<Architecture>,
     /// True if changes stay in the image, however the environment ends.
     pub in_place: bool,
     /// The IMS job.
     pub job: Option<&'a str>,
-    /// The image's name, a label of a host name, for people at a shell; the jail's host name where none is asked for.
-    pub image: Option<&'a str>,
-    /// The host name that was asked for.
-    pub hostname: Option<&'a str>,
     /// Variables that sessions keep.
     pub keep: Vec<String>,
-    /// Bind mounts that the job asks for.
-    pub binds: &'a [Bind],
-    /// Programs that the jail shows, as (name, file here): sshd's sftp-server with what it needs, or a script.
-    pub programs: &'a [(String, PathBuf)],
-    /// The bare mount namespace that a jail on trial has left; none if the tier cannot make use of it.
-    pub bare: Option<BorrowedFd<'a>>,
 }
 
 /// An open jail.
@@ -118,20 +100,22 @@ fn holder(mount: u64) -> String {
 
 impl OpenJail {
     /// Makes the jail and writes down in `state` where it is. This process has to be a subreaper (or PID 1).
-    pub fn open(wanted: &Wanted<'_>, state: &StateFolder) -> Result<Self> {
-        let chrooted = wanted.tier == Tier::Chroot;
+    pub fn open(mut wanted: Wanted<'_>, state: &StateFolder) -> Result<Self> {
+        let plan = &mut wanted.plan;
+        let chrooted = plan.tier == Tier::Chroot;
         let mut lacking = if chrooted {
             mount_points::devices(wanted.image_root)?
         } else {
-            mount_points::mount_points(wanted.image_root, mount_table(wanted.dkms, wanted.proc))?
+            mount_points::mount_points(wanted.image_root, mount_table(plan.dkms, plan.proc))?
         };
         let text = match of_container() {
             Some(text) if resolv_conf::has_to_be_lent(wanted.image_root, &text, !chrooted)? => Some(text),
             _ => None,
         };
-        let (placed, lacking_for_binds) = binds::place(wanted.image_root, wanted.tier, wanted.binds)?;
+        let (placed, lacking_for_binds) = binds::place(wanted.image_root, plan.tier, &plan.binds)?;
         lacking.extend(lacking_for_binds);
-        let wanted = &Wanted { binds: &placed, ..wanted.clone() };
+        plan.binds = placed;
+        let wanted = &wanted;
         let made = Made::make(wanted.image_root, wanted.note_folder, lacking)?;
         let opened = text.map_or(Ok(None), |text| lend(wanted.image_root, &text)).and_then(|lent| {
             if chrooted {
@@ -160,7 +144,7 @@ impl OpenJail {
             let handle = Handle::open(identity).map_err(|_| ended())?;
             let jail = Self {
                 without_devices: made.without_devices,
-                tier: wanted.tier,
+                tier: wanted.plan.tier,
                 init: handle,
                 link,
                 doors,
@@ -182,15 +166,15 @@ impl OpenJail {
         let this = Identity::of(getpid())
             .ok_or_else(|| Error::new(attempted()).because("/proc does not show this process"))?;
         let record = Record {
-            tier: wanted.tier,
+            tier: wanted.plan.tier,
             init,
             keeper: this,
             doors: self.doors.iter().map(AsRawFd::as_raw_fd).collect(),
             helper: self.helper.as_raw_fd(),
-            dkms: wanted.dkms,
+            dkms: wanted.plan.dkms,
             in_place: wanted.in_place,
             job: wanted.job.map(Into::into),
-            image: wanted.image.map(Into::into),
+            image: wanted.plan.label.clone(),
             keep: wanted.keep.clone(),
         };
         // In one step for those who read it, but not on disk: it tells of processes, which end before that could matter.
@@ -247,15 +231,10 @@ impl OpenJail {
         let attempted = || "give the image root back";
         let mut is_told = false;
         loop {
-            let mut command = Command::new(program()?);
-            let tried = command.arg("seal").arg(state.jail()).stdin(Stdio::null()).output().attempt(attempted)?;
-            let mount = match Seal::parse(&String::from_utf8_lossy(&tried.stdout)) {
-                Some(Seal::Sealed) => return Ok(()),
-                Some(Seal::Busy(mount)) => mount,
-                None => {
-                    let why = String::from_utf8_lossy(&tried.stderr);
-                    return Err(Error::new(attempted()).because(why.trim().trim_start_matches("ims-jail-shell: ")));
-                }
+            let said = said_by_helper(&Arguments::Seal(state.jail())).attempt(attempted)?;
+            let mount = match Seal::parse(&said).ok_or("ims-jail-shell is of another version").attempt(attempted)? {
+                Seal::Sealed => return Ok(()),
+                Seal::Busy(mount) => mount,
             };
             if Instant::now() >= limit {
                 return Err(Error::new(attempted()).because(holder(mount))).advise(
@@ -336,51 +315,21 @@ fn copy_sftp_server(wanted: &Wanted<'_>, state: &StateFolder) -> Result<()> {
     let folder = state.sftp();
     let copy = || -> std::io::Result<()> {
         std::fs::create_dir_all(&folder)?;
-        wanted.programs.iter().try_for_each(|(name, file)| std::fs::copy(file, folder.join(name)).map(|_| ()))
+        let programs = &wanted.plan.programs;
+        programs.iter().try_for_each(|Program { name, file }| std::fs::copy(file, folder.join(name)).map(drop))
     };
     copy().attempt(|| format!("copy sftp-server to {}", folder.display()))
 }
 
 /// Starts the init. Returns it, the socket to it, and the descriptors that come with [`Message::Made`] and [`Message::Ready`].
 fn start(wanted: &Wanted<'_>) -> Result<(Pid, Link, Vec<OwnedFd>, Vec<OwnedFd>)> {
-    let program = program()?;
-    let attempted = || format!("start {}", program.display());
     let (ours, theirs) = Link::pair().attempt(|| "make a socket to the jail's init")?;
-    // By descriptor: its path may lead to another folder by now.
+    // By descriptor: its path may lead to another directory by now.
     let image_root = format!("/proc/self/fd/{}", wanted.image_root.as_fd().as_raw_fd());
-    let mut command = Command::new(&program);
-    command
-        .arg("init")
-        .args(["--tier", wanted.tier.name(), "--root"])
-        .arg(wanted.path)
-        .stdin(Stdio::from(theirs.into_fd()))
-        .current_dir(image_root)
-        .env_clear();
-    if wanted.dkms {
-        command.arg("--dkms");
-    }
-    if let Some(architecture) = wanted.emulated {
-        command.args(["--emulate", architecture.name()]);
-    }
-    if wanted.proc == Proc::Container {
-        command.arg("--proc-of-container");
-    }
-    match (wanted.hostname, wanted.image) {
-        (Some(name), _) => _ = command.args(["--hostname", name]),
-        (None, Some(label)) => _ = command.args(["--label", label]),
-        (None, None) => {}
-    }
-    for Bind { source, target, read_only } in wanted.binds {
-        command.arg("--bind").args([source, target]).arg(if *read_only { "ro" } else { "rw" });
-    }
-    for (name, file) in wanted.programs {
-        let mut pair = std::ffi::OsString::from(format!("{name}="));
-        pair.push(file);
-        command.arg("--program").arg(pair);
-    }
-    if let Some(bare) = wanted.bare {
-        command.arg("--bare").arg(format!("/proc/{}/fd/{}", getpid(), bare.as_raw_fd()));
-    }
+    let mut command = helper(&Arguments::Init(wanted.plan.clone()))?;
+    let program = PathBuf::from(command.get_program());
+    let attempted = || format!("start {}", program.display());
+    command.stdin(Stdio::from(theirs.into_fd())).current_dir(image_root).env_clear();
     let status = command.status().attempt(attempted)?;
     // Its end of the socket is now the init's alone: it closes when that one ends.
     drop(command);
@@ -421,7 +370,7 @@ fn start(wanted: &Wanted<'_>) -> Result<(Pid, Link, Vec<OwnedFd>, Vec<OwnedFd>)>
 /// `ims-jail-shell`, which is installed beside this program.
 pub fn program() -> Result<PathBuf> {
     let own = std::env::current_exe().attempt(|| "find this program's own file")?;
-    let beside = own.with_file_name("ims-jail-shell");
+    let beside = own.with_file_name(NAME);
     if beside.exists() {
         Ok(beside)
     } else {
@@ -429,6 +378,24 @@ pub fn program() -> Result<PathBuf> {
             .because(format!("{} does not exist", beside.display()))
             .advise("install both programs into one folder"))
     }
+}
+
+/// `ims-jail-shell` with these arguments.
+pub fn helper(arguments: &Arguments) -> Result<Command> {
+    let mut command = Command::new(program()?);
+    command.args(arguments.to_words());
+    Ok(command)
+}
+
+/// Runs it. Returns what it prints; what it complains of is the error.
+pub(crate) fn said_by_helper(arguments: &Arguments) -> std::result::Result<String, String> {
+    let mut command = helper(arguments).map_err(|e| e.to_string())?;
+    let output = command.env_clear().current_dir("/").stdin(Stdio::null()).output().map_err(|e| e.to_string())?;
+    if output.status.success() {
+        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+    }
+    let complaint = String::from_utf8_lossy(&output.stderr);
+    Err(complaint.trim().trim_start_matches(&format!("{NAME}: ")).to_owned())
 }
 
 /// How long the kernel has to end a process after SIGKILL; one that hangs in a dead network file system takes for ever. Together with the

@@ -1,15 +1,17 @@
 //! Which tier this container can have: found out once, by making a jail of each around an empty folder and entering it.
 
-use std::os::fd::OwnedFd;
-use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
+use nix::unistd::getpid;
 
 use crate::error::{Attempt, Error, Result};
+use crate::jail::arguments::Arguments;
 use crate::jail::mount_table::Proc;
+use crate::jail::plan::Plan;
 use crate::jail::tier::Tier;
-use crate::jailer::open::{OpenJail, Wanted, program};
+use crate::jailer::open::{OpenJail, Wanted, said_by_helper};
 use crate::sys::tree::Tree;
 use crate::volume::state_directory::StateFolder;
 
@@ -23,7 +25,15 @@ pub struct Choice {
     /// The mount namespace that the one on trial has left, which holds the empty folder alone: what begins with a copy of it is made
     /// without one of all that is mounted in the container. None but in the tier `namespace`: in a user namespace nobody may copy the
     /// image root's mount as long as it is the container's, nor see it from here.
-    pub bare: Option<OwnedFd>,
+    bare: Option<OwnedFd>,
+}
+
+impl Choice {
+    /// What a jail of this kind around `image_root` is made of; nothing but the image root is shown in it.
+    pub fn plan(&self, image_root: &Path) -> Plan {
+        let bare = self.bare.as_ref().map(|bare| format!("/proc/{}/fd/{}", getpid(), bare.as_raw_fd()).into());
+        Plan { tier: self.tier, proc: self.proc, image_root: image_root.to_owned(), bare, ..Plan::default() }
+    }
 }
 
 /// What is tried, best first. In a user namespace the kernel may refuse a procfs of its own.
@@ -117,24 +127,16 @@ impl Ground {
     /// Makes a jail and enters it, with all that a real one has.
     fn attempt(&self, tier: Tier, proc: Proc, dkms: bool) -> Result<Trial> {
         let wanted = Wanted {
-            tier,
-            proc,
-            path: &self.path,
+            plan: Plan { tier, proc, dkms, image_root: self.path.clone(), ..Plan::default() },
             image_root: &self.image_root,
             note_folder: &self.note_folder,
-            dkms,
-            emulated: None,
             job: None,
             in_place: false,
-            image: None,
-            hostname: None,
             keep: Vec::new(),
-            binds: &[],
-            programs: &[],
-            bare: None,
         };
-        let jail = OpenJail::open(&wanted, &self.state)?;
-        let entered = enter(&self.state);
+        let jail = OpenJail::open(wanted, &self.state)?;
+        let entered =
+            said_by_helper(&Arguments::Try(self.state.jail())).attempt(|| "enter a jail that was made on trial");
         let bare = jail.door("mnt").filter(|_| tier == Tier::Namespace).map(OwnedFd::try_clone).transpose();
         let bare = bare.attempt(|| "keep the mount namespace of a jail that was made on trial");
         let without_devices = jail.without_devices;
@@ -144,19 +146,6 @@ impl Ground {
         entered?;
         Ok(Trial { without_devices, bare: bare? })
     }
-}
-
-fn enter(trial: &StateFolder) -> Result<()> {
-    let helper = program()?;
-    let attempted = || "enter a jail that was made on trial";
-    let mut command = Command::new(helper);
-    command.arg("try").arg(trial.jail()).env_clear().current_dir("/").stdin(Stdio::null());
-    let output = command.output().attempt(attempted)?;
-    if output.status.success() {
-        return Ok(());
-    }
-    let said = String::from_utf8_lossy(&output.stderr);
-    Err(Error::new(attempted()).because(said.trim().trim_start_matches("ims-jail-shell: ")))
 }
 
 fn log(choice: &Choice, without_devices: bool, forced: bool, dkms: bool, refused: &[(Tier, Error)]) {

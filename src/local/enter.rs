@@ -2,10 +2,9 @@
 
 use std::ffi::OsString;
 use std::io::{IsTerminal, Write};
-use std::os::fd::AsFd;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Child, Command};
+use std::process::Child;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
@@ -18,8 +17,10 @@ use crate::environment::processes;
 use crate::environment::settings::of_jail;
 use crate::environment::stage::Stage;
 use crate::error::{Attempt, Error, Result};
+use crate::jail::arguments::Arguments;
 use crate::jail::binds::Bind;
 use crate::jail::link::Message;
+use crate::jail::plan::Plan;
 use crate::jail::tier::Tier;
 use crate::jailer::emulation;
 use crate::jailer::open::{self, OpenJail, TIME_TO_LET_GO, Wanted};
@@ -299,27 +300,26 @@ impl Session {
         let script = script.transpose().map_err(cleared)?;
         let emulation = emulation::prepare(&tree, None, &notes, Some(kind.tier)).map_err(cleared)?;
         let wanted = Wanted {
-            tier: kind.tier,
-            proc: kind.proc,
-            path: image_root,
+            plan: Plan {
+                dkms: self.dkms,
+                emulated: emulation.in_jail,
+                label: Some(self.label.clone()),
+                hostname: self.hostname.clone(),
+                binds: entry.binds.clone(),
+                programs: script.into_iter().collect(),
+                ..kind.plan(image_root)
+            },
             image_root: &tree,
             note_folder: &notes,
-            dkms: self.dkms,
             in_place: self.in_place,
-            emulated: emulation.in_jail,
             job: None,
-            image: Some(&self.label),
-            hostname: self.hostname.as_deref(),
             keep: entry.variables.iter().map(|(name, _)| name.clone()).collect(),
-            binds: &entry.binds,
-            programs: script.as_slice(),
-            bare: kind.bare.as_ref().map(AsFd::as_fd),
         };
-        let jail = OpenJail::open(&wanted, &state).map_err(cleared)?;
+        let jail = OpenJail::open(wanted, &state).map_err(cleared)?;
         registered.reach(Stage::Serving);
-        let mut helper = Command::new(open::program()?);
         let command = entry.script.as_ref().map_or_else(|| entry.command.clone(), Script::command);
-        helper.arg("enter").arg(state.jail()).arg("--").args(command).envs(entry.variables.iter().cloned());
+        let mut helper = open::helper(&Arguments::Enter(state.jail(), command))?;
+        helper.envs(entry.variables.iter().cloned());
         let terminal = self.is_at_terminal().then(TerminalModes::save).flatten();
         let ended = hold_none(&mut helper).spawn().attempt(|| "start ims-jail-shell");
         let ended = ended.and_then(|helper| self.attend(helper, &jail, &signals, is_ours));

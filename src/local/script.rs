@@ -3,18 +3,17 @@
 use std::ffi::OsString;
 use std::io::Read;
 use std::os::fd::AsRawFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use crate::error::{Attempt, Error, Result};
+use crate::jail::arguments;
 use crate::jail::mount_table::PROGRAMS;
+use crate::jail::programs::Program;
 use crate::jail::tier::Tier;
 use crate::sys::named;
 
 /// Size limit in bytes; a device would not end.
 const LARGEST: u64 = 64 << 20;
-
-/// The jail's own program.
-const OWN: &str = "ims-jail-shell";
 
 /// Name of the copy in the jail where the script's own cannot be had.
 const NAME: &str = "script";
@@ -42,13 +41,14 @@ impl Script {
             return Err(refuse("it is empty".into()));
         }
         // The name that the person knows, in messages and in $0, unless it could not stand beside the jail's own program.
-        let is_plain = |name: &&str| name.bytes().all(is_portable) && !name.starts_with(['.', '-']) && *name != OWN;
+        let is_plain =
+            |name: &&str| name.bytes().all(is_portable) && !name.starts_with(['.', '-']) && *name != arguments::NAME;
         let name = path.file_name().and_then(|name| name.to_str()).filter(is_plain).unwrap_or(NAME);
         Ok(Self { name: name.to_owned(), content })
     }
 
-    /// Writes it to `directory`, which is root's, and returns its name in the jail and the file, for a jail of this tier to copy.
-    pub fn put(&self, directory: &Path, tier: Tier) -> Result<(String, PathBuf)> {
+    /// Writes it to `directory`, which is root's, for a jail of this tier to copy.
+    pub fn put(&self, directory: &Path, tier: Tier) -> Result<Program> {
         if tier == Tier::Chroot {
             return Err(Error::new("run --script in the image")
                 .because("nothing can be mounted in the tier 'chroot', and no file of this machine is shown there")
@@ -56,7 +56,7 @@ impl Script {
         }
         let file = directory.join(NAME);
         std::fs::write(&file, &self.content).attempt(|| format!("write {}", file.display()))?;
-        Ok((self.name.clone(), file))
+        Ok(Program { name: self.name.clone(), file })
     }
 
     /// The command that runs it in the jail: itself, or the image's sh if it has no interpreter line.

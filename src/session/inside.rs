@@ -13,6 +13,7 @@ use nix::unistd::Gid;
 use rustix::fs::{Mode, OFlags};
 
 use crate::error::{Attempt, Error, Result};
+use crate::jail::arguments::Arguments;
 use crate::jail::mount_table::PROGRAMS;
 use crate::printable::Printable;
 use crate::session::account::{Account, DEFAULT_SHELL};
@@ -43,7 +44,7 @@ pub struct Errand {
 impl Errand {
     /// The inner stage with these words, for [`Exec::replace_this_process_by`]. EINVAL for a string that holds a NUL byte.
     pub fn program(&self, environment: &[(OsString, OsString)]) -> nix::Result<Exec> {
-        let words = [vec!["ims-jail-shell".into(), "inside".into()], self.to_words()].concat();
+        let words = Arguments::Inside(self.to_words()).to_argv();
         let environment = environment.iter().map(|(name, value)| (name.as_os_str(), value.as_os_str()));
         Exec::new(Path::new(""), &words, environment)
     }

@@ -1,9 +1,10 @@
 //! The container's sftp-server with all it needs to run in an image that holds nothing.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use crate::error::{Attempt, Error, Result};
+use crate::jail::programs::Program;
 
 /// Where distributions install it: Debian, SUSE and Alpine, Fedora, and the upstream default.
 const PLACES: [&str; 4] = [
@@ -13,8 +14,8 @@ const PLACES: [&str; 4] = [
     "/usr/libexec/sftp-server",
 ];
 
-/// The files to show in the jail, as (name there, file here, which is not a link): the server, its loader as `ld.so`, and its libraries.
-pub fn files() -> Result<Vec<(String, PathBuf)>> {
+/// The files to show in the jail: the server, its loader as `ld.so`, and its libraries.
+pub fn files() -> Result<Vec<Program>> {
     let server = PLACES.into_iter().find(|p| Path::new(p).exists()).ok_or_else(|| {
         Error::new("find sftp-server").because(format!("it is at none of {}", PLACES.join(", "))).advise(
             "install the distribution's OpenSSH sftp server; without it neither sftp nor Ansible can transfer a file",
@@ -28,23 +29,24 @@ pub fn files() -> Result<Vec<(String, PathBuf)>> {
         .stderr(Stdio::null())
         .output()
         .attempt(|| format!("list the libraries of {server}"))?;
-    let mut files = vec![("sftp-server".to_owned(), PathBuf::from(server))];
+    let mut files = vec![Program { name: "sftp-server".into(), file: server.into() }];
     files.extend(parse(&String::from_utf8_lossy(&output.stdout)));
-    for (_, file) in &mut files {
+    for Program { file, .. } in &mut files {
         *file = file.canonicalize().attempt(|| format!("find what {} is", file.display()))?;
     }
     Ok(files)
 }
 
 /// Lines are `libc.so.6 => /lib/libc.so.6 (0x…)` for a library, `/lib64/ld-linux.so.2 (0x…)` for the loader.
-fn parse(listing: &str) -> Vec<(String, PathBuf)> {
+fn parse(listing: &str) -> Vec<Program> {
+    let program = |name: &str, file: &str| Program { name: name.into(), file: file.into() };
     listing
         .lines()
         .filter_map(|line| {
             let words: Vec<&str> = line.split_whitespace().collect();
             match words.as_slice() {
-                [name, "=>", file, ..] if file.starts_with('/') => Some(((*name).to_owned(), PathBuf::from(file))),
-                [file, ..] if file.starts_with('/') => Some(("ld.so".to_owned(), PathBuf::from(file))),
+                [name, "=>", file, ..] if file.starts_with('/') => Some(program(name, file)),
+                [file, ..] if file.starts_with('/') => Some(program("ld.so", file)),
                 _ => None,
             }
         })
@@ -60,8 +62,8 @@ mod tests {
         let listing = "\tlinux-vdso.so.1 (0x00007ffe)\n\tlibc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x00007f)\n\
                        \t/lib64/ld-linux-x86-64.so.2 (0x00007f)\n";
         let files = parse(listing);
-        assert_eq!(files[0], ("libc.so.6".into(), "/lib/x86_64-linux-gnu/libc.so.6".into()));
-        assert_eq!(files[1], ("ld.so".into(), "/lib64/ld-linux-x86-64.so.2".into()));
-        assert_eq!(files.len(), 2);
+        let program = |name: &str, file: &str| Program { name: name.into(), file: file.into() };
+        let known = [("libc.so.6", "/lib/x86_64-linux-gnu/libc.so.6"), ("ld.so", "/lib64/ld-linux-x86-64.so.2")];
+        assert_eq!(files, known.map(|(name, file)| program(name, file)));
     }
 }

@@ -333,7 +333,7 @@ const OURS: &str = "for process in /proc/[0-9]*; do program=$(readlink $process/
 fn no_program_of_the_container_can_be_changed_from_inside() {
     let qemu = Path::new("/usr/bin/qemu-aarch64-static");
     let mut files = vec![std::path::PathBuf::from(&*IMS_JAIL_SHELL), qemu.to_owned()];
-    files.extend(ims_sshd::sshd::sftp_server::files().unwrap().into_iter().map(|(_, file)| file));
+    files.extend(ims_sshd::sshd::sftp_server::files().unwrap().into_iter().map(|program| program.file));
     let (mut tried, mut wrong) = (0, Vec::new());
     for (tier, image) in [
         ("namespace", Image::Debian),

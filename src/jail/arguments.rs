@@ -1,0 +1,147 @@
+//! The command line of `ims-jail-shell`: written by ims-sshd, by sshd and by the program itself, read by its `main`.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use crate::jail::plan::Plan;
+use crate::jail::tier::Tier;
+
+/// The program's name, beside ims-sshd and in the jail.
+pub const NAME: &str = "ims-jail-shell";
+
+/// Usage text.
+pub const USAGE: &str = "\
+Makes a jail around an image root, or enters it. Started by ims-sshd and by sshd, not by hand.
+
+  ims-jail-shell init --tier TIER --root FOLDER [--dkms] [--emulate ARCHITECTURE] [--proc-of-container] [--hostname NAME] [--label NAME]
+                      [--bind SOURCE TARGET rw|ro]... [--program NAME FILE]... [--bare NAMESPACE]
+      make the jail around the working folder, which messages call FOLDER, and be its first process; standard input is the socket to
+      the supervisor. Its mount namespace begins as a copy of NAMESPACE, else of the container's
+  ims-jail-shell serve TIER
+      in the jail: be its first process
+  ims-jail-shell session JAIL
+      enter the jail and carry out SSH_ORIGINAL_COMMAND, or start a login shell
+  ims-jail-shell -c LINE
+      as the shell that sshd starts: the forced command 'exec ims-jail-shell session JAIL'
+  ims-jail-shell enter JAIL [-- PROGRAM [ARGUMENT]...]
+      enter the jail and run a program of the image, or a login shell
+  ims-jail-shell inside [--beside] [--job ID] [--image NAME] REQUEST [WORD]...
+      in the jail: carry out what session or enter was asked for
+  ims-jail-shell try JAIL
+      enter the jail and leave it
+  ims-jail-shell seal JAIL
+      once the jail's processes have ended: make its mount of the image root read-only, and print 'sealed' or, if a file on that mount is
+      open for writing, 'busy' and the mount's number
+
+JAIL is the file in which ims-sshd wrote down where the jail is.";
+
+/// What the program is told to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Arguments {
+    /// Make the jail, and be its first process.
+    Init(Plan),
+    /// In the jail: be its first process.
+    Serve(Tier),
+    /// Enter the jail of this record for a client of sshd.
+    Session(PathBuf),
+    /// Enter it and run a program of the image; a login shell if there is none.
+    Enter(PathBuf, Vec<OsString>),
+    /// In the jail: the words of a session's errand.
+    Inside(Vec<OsString>),
+    /// Enter the jail and leave it.
+    Try(PathBuf),
+    /// Make the mount of the image root read-only, after the jail's end.
+    Seal(PathBuf),
+}
+
+impl Arguments {
+    /// The words behind the program's name.
+    pub fn to_words(&self) -> Vec<OsString> {
+        let (name, words): (&str, Vec<OsString>) = match self {
+            Self::Init(plan) => ("init", plan.to_arguments()),
+            Self::Serve(tier) => ("serve", vec![tier.name().into()]),
+            Self::Session(jail) => ("session", vec![jail.into()]),
+            Self::Enter(jail, program) => ("enter", [&[jail.into(), "--".into()], program.as_slice()].concat()),
+            Self::Inside(errand) => ("inside", errand.clone()),
+            Self::Try(jail) => ("try", vec![jail.into()]),
+            Self::Seal(jail) => ("seal", vec![jail.into()]),
+        };
+        [vec![name.into()], words].concat()
+    }
+
+    /// The program's name and these words, for execve(2).
+    pub fn to_argv(&self) -> Vec<OsString> {
+        [vec![NAME.into()], self.to_words()].concat()
+    }
+
+    /// Reads the words; `None` if they are none. They are always ims-sshd's own, so no parser made for people reads them: to build one would be a
+    /// tenth of the time that a session takes to start.
+    pub fn from_words(words: &[OsString]) -> Option<Self> {
+        let (name, words) = words.split_first()?;
+        Some(match (name.to_str()?, words) {
+            ("init", plan) => Self::Init(Plan::from_arguments(plan)?),
+            ("serve", [tier]) => Self::Serve(Tier::from_name(tier.to_str()?)?),
+            ("session", [jail]) => Self::Session(jail.into()),
+            ("-c", [line]) => Self::from_forced_command(line.to_str()?)?,
+            ("enter", [jail]) => Self::Enter(jail.into(), Vec::new()),
+            ("enter", [jail, dashes, program @ ..]) if dashes == "--" => Self::Enter(jail.into(), program.to_vec()),
+            ("inside", errand) => Self::Inside(errand.to_vec()),
+            ("try", [jail]) => Self::Try(jail.into()),
+            ("seal", [jail]) => Self::Seal(jail.into()),
+            _ => return None,
+        })
+    }
+
+    /// The command line with which sshd starts `program` for every session in the jail of the record `jail`.
+    pub fn forced_command(program: &Path, jail: &Path) -> String {
+        // `exec`: the login shell makes way, so that sshd sees the helper's end as its own, a death by signal too.
+        let words = ["exec", &program.to_string_lossy(), "session", &jail.to_string_lossy()].map(str::to_owned);
+        shell_words::join(words)
+    }
+
+    /// Reads it where the program itself is the login shell.
+    fn from_forced_command(line: &str) -> Option<Self> {
+        match shell_words::split(line).ok()?.as_slice() {
+            [exec, _, session, jail] if exec == "exec" && session == "session" => Some(Self::Session(jail.into())),
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+    use std::os::unix::ffi::OsStringExt;
+
+    proptest! {
+        #[test]
+        fn arguments_are_read_as_they_were_written(jail in "-{0,2}\\PC{0,9}", words in vec(vec(1..=255_u8, 0..6), 0..4)) {
+            let (path, words) = (PathBuf::from(&jail), words.into_iter().map(OsString::from_vec).collect::<Vec<_>>());
+            let plan = Plan { image_root: "/".into(), label: Some(jail.clone()), ..Plan::default() };
+            for arguments in [
+                Arguments::Init(plan),
+                Arguments::Serve(Tier::User),
+                Arguments::Session(path.clone()),
+                Arguments::Enter(path.clone(), words.clone()),
+                Arguments::Inside(words),
+                Arguments::Try(path.clone()),
+                Arguments::Seal(path.clone()),
+            ] {
+                prop_assert_eq!(Arguments::from_words(&arguments.to_words()), Some(arguments));
+            }
+            let forced = Arguments::forced_command(&path, &path);
+            prop_assert_eq!(Arguments::from_words(&["-c".into(), forced.into()]), Some(Arguments::Session(path)));
+        }
+    }
+
+    #[test]
+    fn the_login_shell_runs_the_forced_command_and_nothing_else() {
+        for line in
+            ["", "exec", "id", "exec x session", "exec x enter /jail", "x session /jail", "exec x session a b", "'"]
+        {
+            assert_eq!(Arguments::from_words(&["-c".into(), line.into()]), None, "{line}");
+        }
+    }
+}

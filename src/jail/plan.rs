@@ -1,0 +1,125 @@
+//! What a jail is made of, and as the arguments of `ims-jail-shell init`.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use crate::jail::binds::Bind;
+use crate::jail::mount_table::Proc;
+use crate::jail::programs::Program;
+use crate::jail::tier::Tier;
+use crate::sys::architecture::Architecture;
+
+/// What the jail is made of.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// How strong it is.
+    pub tier: Tier,
+    /// Where its /proc comes from.
+    pub proc: Proc,
+    /// The image root's path, for messages: by the time they are read, another directory may stand there.
+    pub image_root: PathBuf,
+    /// Whether the job builds kernel modules.
+    pub dkms: bool,
+    /// What the image's programs are for, if the jail has to see to it itself that they run.
+    pub emulated: Option<Architecture>,
+    /// The jail's host name, which was asked for.
+    pub hostname: Option<String>,
+    /// The image's name, a label of a host name, for people at a shell; the jail's host name where none is asked for and it can be given one.
+    pub label: Option<String>,
+    /// Programs to show: sftp-server with its loader and libraries, or a script.
+    pub programs: Vec<Program>,
+    /// Bind mounts, with targets that exist and have no link on the way.
+    pub binds: Vec<Bind>,
+    /// A mount namespace that holds next to nothing, of which the jail's becomes a copy; a copy of the container's, with all that is mounted
+    /// there, if there is none.
+    pub bare: Option<PathBuf>,
+}
+
+impl Plan {
+    /// The arguments behind `init`.
+    pub fn to_arguments(&self) -> Vec<OsString> {
+        let mut arguments: Vec<OsString> =
+            vec!["--tier".into(), self.tier.name().into(), "--root".into(), self.image_root.clone().into()];
+        let flags = [(self.dkms, "--dkms"), (self.proc == Proc::Container, "--proc-of-container")];
+        arguments.extend(flags.into_iter().filter(|(is_set, _)| *is_set).map(|(_, flag)| flag.into()));
+        let values: [(&str, Option<OsString>); 4] = [
+            ("--emulate", self.emulated.map(|architecture| architecture.name().into())),
+            ("--hostname", self.hostname.clone().map(Into::into)),
+            ("--label", self.label.clone().map(Into::into)),
+            ("--bare", self.bare.clone().map(Into::into)),
+        ];
+        arguments.extend(values.into_iter().filter_map(|(name, value)| Some([name.into(), value?])).flatten());
+        for Bind { source, target, read_only } in &self.binds {
+            let mode = if *read_only { "ro" } else { "rw" };
+            arguments.extend(["--bind".into(), source.into(), target.into(), mode.into()]);
+        }
+        for Program { name, file } in &self.programs {
+            arguments.extend(["--program".into(), name.into(), file.into()]);
+        }
+        arguments
+    }
+
+    /// Reads them; `None` if they are none.
+    pub fn from_arguments(arguments: &[OsString]) -> Option<Self> {
+        let mut plan = Self::default();
+        let mut arguments = arguments.iter();
+        while let Some(option) = arguments.next() {
+            let mut value = || arguments.next();
+            match option.to_str()? {
+                "--tier" => plan.tier = Tier::from_name(value()?.to_str()?)?,
+                "--root" => plan.image_root = value()?.into(),
+                "--dkms" => plan.dkms = true,
+                "--emulate" => plan.emulated = Some(Architecture::from_name(value()?.to_str()?)?),
+                "--proc-of-container" => plan.proc = Proc::Container,
+                "--hostname" => plan.hostname = Some(value()?.to_str()?.to_owned()),
+                "--label" => plan.label = Some(value()?.to_str()?.to_owned()),
+                "--bare" => plan.bare = Some(value()?.into()),
+                "--bind" => plan.binds.push(Bind {
+                    source: value()?.into(),
+                    target: value()?.into(),
+                    read_only: value()? == "ro",
+                }),
+                "--program" => {
+                    plan.programs.push(Program { name: value()?.to_str()?.to_owned(), file: value()?.into() });
+                }
+                _ => return None,
+            }
+        }
+        (!plan.image_root.as_os_str().is_empty()).then_some(plan)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::collection::vec;
+    use proptest::option;
+    use proptest::prelude::*;
+    use std::os::unix::ffi::OsStringExt;
+
+    fn path() -> impl Strategy<Value = PathBuf> {
+        vec(1..=255_u8, 1..6).prop_map(|bytes| OsString::from_vec(bytes).into())
+    }
+
+    fn plan() -> impl Strategy<Value = Plan> {
+        let name = || "-{0,2}[a-z=]{0,4}";
+        let kind = (prop::sample::select(&Tier::ALL[..]), any::<bool>(), any::<bool>());
+        let names = (option::of(prop::sample::select(&Architecture::ALL[..])), option::of(name()), option::of(name()));
+        let program = (name(), path()).prop_map(|(name, file)| Program { name, file });
+        let bind = (path(), path(), any::<bool>());
+        let bind = bind.prop_map(|(source, target, read_only)| Bind { source, target, read_only });
+        let parts = (kind, path(), names, vec(program, 0..3), vec(bind, 0..3), option::of(path()));
+        parts.prop_map(|((tier, own_proc, dkms), image_root, names, programs, binds, bare)| {
+            let (emulated, hostname, label) = names;
+            let proc = if own_proc { Proc::New } else { Proc::Container };
+            Plan { tier, proc, image_root, dkms, emulated, hostname, label, programs, binds, bare }
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn a_plan_is_read_as_it_was_written(plan in plan()) {
+            prop_assert_eq!(Plan::from_arguments(&plan.to_arguments()), Some(plan));
+        }
+    }
+}
