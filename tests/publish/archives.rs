@@ -155,8 +155,7 @@ with tarfile.open(archive, 'w') as tar:
 
 #[test]
 fn a_cpio_archive_becomes_the_same_tree() {
-    let dir = directory();
-    let tree = image(dir.path());
+    let (dir, tree) = bootable_image();
     std::fs::hard_link(tree.join("etc/passwd"), tree.join("etc/second-name")).unwrap();
     symlink("/etc/passwd", tree.join("absolute")).unwrap();
     std::fs::write(tree.join("größe und mehr"), "x").unwrap();
@@ -218,9 +217,7 @@ fn absolute_names_in_a_tar_archive_are_taken_below_the_root_as_tar_does() {
 
 #[test]
 fn a_squashfs_with_zeros_after_it_is_taken() {
-    let dir = directory();
-    let tree = image(dir.path());
-    let squashfs = squashfs_of(&tree);
+    let (dir, tree, squashfs) = packed_image();
     let size = std::fs::metadata(&squashfs).unwrap().len().next_multiple_of(1 << 20) + (1 << 20);
     std::fs::File::options().write(true).open(&squashfs).unwrap().set_len(size).unwrap();
     same_tree(&tree, &taken(&dir.path().join("parent"), &squashfs));

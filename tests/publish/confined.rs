@@ -322,8 +322,7 @@ fn listing(tree: &Path) -> String {
 
 #[test]
 fn real_archives_keep_devices_attributes_capabilities_owners_and_links() {
-    let dir = directory();
-    let tree = image(dir.path());
+    let (dir, tree) = bootable_image();
     let script = "cd $0; mkdir -p usr dev etc/closed; mknod dev/null c 1 3; mknod dev/disk b 7 0; mkfifo fifo; echo one > usr/one; ln usr/one etc/two; \
                   chown 1234:4321 usr/one; chmod 4751 usr/one; cp bin/busybox usr/capable; setcap cap_net_raw+ep usr/capable; \
                   setfattr -n user.note -v u usr/one; setfattr -n trusted.note -v t usr/one; setfattr -n security.selinux -v label usr/one; \

@@ -34,9 +34,7 @@ pub fn nothing_stays(dir: &Path) {
 
 #[test]
 fn what_is_refused_before_the_environment_opens_leaves_no_directory_of_it() {
-    let dir = directory();
-    let tree = image(dir.path());
-    let squashfs = squashfs_of(&tree);
+    let (dir, tree, squashfs) = packed_image();
     for (sources, arguments, variable, reason) in [
         ([&tree, &squashfs], vec![], ("IMS_JAIL_HOSTNAME", "node_1"), "as in host names"),
         ([&tree, &squashfs], vec![], ("IMS_CLOSE_GRACE", "soon"), "whole seconds"),
@@ -63,9 +61,7 @@ fn what_is_refused_before_the_environment_opens_leaves_no_directory_of_it() {
 
 #[test]
 fn every_kind_of_source_is_opened_changed_and_published() {
-    let dir = directory();
-    let tree = image(dir.path());
-    let squashfs = squashfs_of(&tree);
+    let (dir, tree, squashfs) = packed_image();
     let tar = dir.path().join("image.tar.gz");
     succeed(Command::new("tar").args(["-c", "-z", "-f"]).arg(&tar).arg("-C").arg(&tree).arg("."));
     let server = FileServer::start(std::fs::read(&squashfs).unwrap(), &[Fault::ResetAfter(100_000)]);
@@ -98,8 +94,8 @@ fn every_kind_of_source_is_opened_changed_and_published() {
 
 #[test]
 fn an_image_marked_failed_is_not_published() {
-    let dir = directory();
-    let squashfs = squashfs_of(&image(dir.path())).display().to_string();
+    let (dir, _, squashfs) = packed_image();
+    let squashfs = squashfs.display().to_string();
     let store = dir.path().join("out");
     let output = customize(dir.path(), &squashfs, store.to_str().unwrap(), "failed", &[]);
     assert_eq!(output.status.code(), Some(1), "{output:?}");
@@ -141,8 +137,8 @@ fn changes_are_kept_when_a_signal_or_a_failing_script_ends_customize_before_a_ve
         ("kill -KILL $$", 1),
         ("mkdir $IMAGE_ROOT_PARENT/failed", 1),
     ] {
-        let dir = directory();
-        let squashfs = squashfs_of(&image(dir.path())).display().to_string();
+        let (dir, _, squashfs) = packed_image();
+        let squashfs = squashfs.display().to_string();
         let ending = dir.path().join("ending");
         std::fs::write(&ending, format!("{change}; {end}\n")).unwrap();
         let mut command = ims_sshd(&["customize", &squashfs, "--json", "--output", "out", "--host-script"], &[]);
@@ -193,8 +189,8 @@ fn what_was_published_in_part_is_taken_back_when_the_image_is_given_up() {
 
 #[test]
 fn a_customization_that_was_killed_while_it_was_open_is_gone_on_with() {
-    let dir = directory();
-    let squashfs = squashfs_of(&image(dir.path())).display().to_string();
+    let (dir, _, squashfs) = packed_image();
+    let squashfs = squashfs.display().to_string();
     let boot = [("KERNEL_FILENAME", "vmlinuz".into()), ("INITRD_FILENAME", "initrd".into())];
     let first = dir.path().join("first");
     std::fs::write(&first, "echo kept > $IMAGE_ROOT_PARENT/image-root/etc/kept; touch \"$0.done\"\n").unwrap();
@@ -214,8 +210,8 @@ fn a_customization_that_was_killed_while_it_was_open_is_gone_on_with() {
 
 #[test]
 fn nothing_is_left_of_a_killed_customization_when_enter_has_gone_on_with_it() {
-    let dir = directory();
-    let squashfs = squashfs_of(&image(dir.path())).display().to_string();
+    let (dir, _, squashfs) = packed_image();
+    let squashfs = squashfs.display().to_string();
     for answer in ["--yes", "--discard"] {
         let mut command = ims_sshd(&["customize", &squashfs, "--output", "out", "--work", "work"], &[]);
         let mut killed = command.current_dir(dir.path()).stdout(std::process::Stdio::piped()).spawn().unwrap();
@@ -238,8 +234,7 @@ fn nothing_is_left_of_a_killed_customization_when_enter_has_gone_on_with_it() {
 
 #[test]
 fn an_image_that_nobody_boots_is_published_without_a_kernel() {
-    let dir = directory();
-    let tree = image(dir.path());
+    let (dir, tree) = bootable_image();
     std::fs::remove_dir_all(tree.join("boot")).unwrap();
     let squashfs = squashfs_of(&tree).display().to_string();
     let output = customize(dir.path(), &squashfs, "out", "complete", &[]);
@@ -257,8 +252,7 @@ const AS_ON_A_DISK: &str = "set -e\ncd $IMAGE_ROOT_PARENT/image-root\n\
 
 #[test]
 fn a_mounted_source_takes_directory_renames_and_changes_to_hard_links_as_a_disk_does() {
-    let dir = directory();
-    let tree = image(dir.path());
+    let (dir, tree) = bootable_image();
     for name in ["opt/old/in", "srv", "usr"] {
         std::fs::create_dir_all(tree.join(name)).unwrap();
     }
@@ -304,9 +298,8 @@ fn late_failed_mark_is_not_published() {
     for (number, (plain, mark)) in
         [(false, "failed"), (false, "image-root/tmp/failed"), (true, "failed")].into_iter().enumerate()
     {
-        let dir = directory();
-        let tree = image(dir.path());
-        let squashfs = squashfs_of(&tree).display().to_string();
+        let (dir, _, squashfs) = packed_image();
+        let squashfs = squashfs.display().to_string();
         let lines = format!(
             "cd $IMAGE_ROOT_PARENT\n(trap 'touch {mark}; exit' TERM; touch set; while :; do sleep 0.1; done) &\n\
              until [ -e set ]; do sleep 0.1; done\nrm set\ntouch complete\n"
@@ -326,8 +319,7 @@ fn late_failed_mark_is_not_published() {
 
 #[test]
 fn other_users_reach_nothing_of_an_image_that_is_customized() {
-    let dir = directory();
-    let tree = image(dir.path());
+    let (dir, tree) = bootable_image();
     std::fs::write(tree.join("etc/shadow"), "root:secret:::::::\n").unwrap();
     std::fs::set_permissions(tree.join("bin/busybox"), Permissions::from_mode(0o4755)).unwrap();
     let squashfs = squashfs_of(&tree);
@@ -448,8 +440,8 @@ fn a_work_directory_that_others_can_exchange_is_refused() {
 
 #[test]
 fn a_second_customization_of_the_same_source_is_told_of_the_first() {
-    let dir = directory();
-    let squashfs = squashfs_of(&image(dir.path())).display().to_string();
+    let (dir, _, squashfs) = packed_image();
+    let squashfs = squashfs.display().to_string();
     let fifo = dir.path().join("fifo");
     nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
     let waiting = dir.path().join("waiting");
@@ -470,8 +462,7 @@ fn a_second_customization_of_the_same_source_is_told_of_the_first() {
 /// Whatever can be known before the work is known before it.
 #[test]
 fn what_cannot_be_published_or_logged_into_is_refused_before_the_environment_opens() {
-    let dir = directory();
-    let squashfs = squashfs_of(&image(dir.path()));
+    let (dir, _, squashfs) = packed_image();
     let file = |name: &str, text: &str| {
         std::fs::write(dir.path().join(name), text).unwrap();
         name.to_owned()
@@ -535,8 +526,7 @@ fn what_cannot_be_published_or_logged_into_is_refused_before_the_environment_ope
 
 #[test]
 fn a_program_that_is_not_installed_is_missed_before_anything_opens_and_named_with_its_package() {
-    let dir = directory();
-    let squashfs = squashfs_of(&image(dir.path()));
+    let (dir, _, squashfs) = packed_image();
     let path = dir.path().join("bin");
     std::fs::create_dir(&path).unwrap();
     for (missing, package) in [("mksquashfs", "squashfs-tools"), ("ssh-keygen", "openssh-client")] {

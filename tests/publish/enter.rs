@@ -22,9 +22,7 @@ fn enter(dir: &Path, source: &str, options: &[&str], command: &str) -> Output {
 
 #[test]
 fn every_kind_of_source_is_entered_and_its_changes_are_discarded_without_an_output() {
-    let dir = directory();
-    let tree = image(dir.path());
-    let squashfs = squashfs_of(&tree);
+    let (dir, tree, squashfs) = packed_image();
     let tar = dir.path().join("image.tar.gz");
     succeed(Command::new("tar").args(["-c", "-z", "-f"]).arg(&tar).arg("-C").arg(&tree).arg("."));
     let bytes = std::fs::read(&squashfs).unwrap();
@@ -57,8 +55,8 @@ fn the_signature_of_a_url_is_in_no_message() {
 
 #[test]
 fn a_command_that_succeeds_is_published_with_yes_and_kept_without_an_answer() {
-    let dir = directory();
-    let squashfs = squashfs_of(&image(dir.path())).display().to_string();
+    let (dir, _, squashfs) = packed_image();
+    let squashfs = squashfs.display().to_string();
     let unanswered = enter(dir.path(), &squashfs, &["--output", "out"], "touch /etc/first");
     assert_eq!(unanswered.status.code(), Some(1), "{unanswered:?}");
     let said = text(&unanswered.stderr);
@@ -94,8 +92,7 @@ fn the_output_of_a_command_is_its_own_when_the_image_is_published() {
 
 #[test]
 fn a_script_of_this_machine_is_tried_in_an_image_that_stays_as_it_is() {
-    let dir = directory();
-    let tree = image(dir.path());
+    let (dir, tree) = bootable_image();
     squashfs_of(&tree);
     std::fs::write(dir.path().join("try.sh"), "echo tried > /etc/tried; cat /etc/tried; exit 3\n").unwrap();
     for source in [&["tree", "--discard"][..], &["tree.sqsh"]] {
@@ -114,8 +111,7 @@ fn a_script_of_this_machine_is_tried_in_an_image_that_stays_as_it_is() {
 
 #[test]
 fn whoever_looks_at_a_source_is_told_by_name_what_is_open_on_it() {
-    let dir = directory();
-    let tree = image(dir.path());
+    let (dir, tree) = bootable_image();
     let name = format!("looked-at-{}", std::process::id());
     let named = dir.path().join(format!("{name}.sqsh"));
     std::fs::rename(squashfs_of(&tree), &named).unwrap();
@@ -147,8 +143,8 @@ fn whoever_looks_at_a_source_is_told_by_name_what_is_open_on_it() {
 
 #[test]
 fn a_log_that_takes_nothing_is_no_reason_to_lose_the_image() {
-    let dir = directory();
-    let squashfs = squashfs_of(&image(dir.path())).display().to_string();
+    let (dir, _, squashfs) = packed_image();
+    let squashfs = squashfs.display().to_string();
     let full = || std::fs::File::options().write(true).open("/dev/full").unwrap();
     let mut enter = ims_sshd(&["enter", &squashfs, "--output", "out", "--yes", "--kernel", "vmlinuz"], &[]);
     enter.args(["--initrd", "initrd", "--work", "work", "--", "touch", "/etc/new"]).current_dir(dir.path());
@@ -159,8 +155,8 @@ fn a_log_that_takes_nothing_is_no_reason_to_lose_the_image() {
 
 #[test]
 fn marks_and_discard_decide_before_the_exit_code() {
-    let dir = directory();
-    let squashfs = squashfs_of(&image(dir.path())).display().to_string();
+    let (dir, _, squashfs) = packed_image();
+    let squashfs = squashfs.display().to_string();
     let yes: &[&str] = &["--output", "out", "--yes"];
     let discard: &[&str] = &["--output", "out", "--discard"];
     for (options, command, code) in
@@ -183,8 +179,7 @@ fn marks_and_discard_decide_before_the_exit_code() {
 
 #[test]
 fn every_mark_is_obeyed_told_and_removed_however_the_image_is_opened() {
-    let dir = directory();
-    let tree = image(dir.path());
+    let (dir, tree) = bootable_image();
     squashfs_of(&tree);
     std::fs::create_dir_all(dir.path().join("work/ims-sshd")).unwrap();
     let (gone, applied) = ("the changes were thrown away", "applied the changes to");
@@ -246,8 +241,7 @@ fn every_mark_is_obeyed_told_and_removed_however_the_image_is_opened() {
 
 #[test]
 fn a_mark_in_an_image_that_an_environment_has_open_is_for_that_one() {
-    let dir = directory();
-    let tree = image(dir.path());
+    let (dir, tree) = bootable_image();
     let mut open = ims_sshd(&["customize", "tree", "--in-place"], &[]);
     let mut open = Ended::new(open.current_dir(dir.path()).stdout(std::process::Stdio::piped()).spawn().unwrap());
     let mut lines = std::io::BufRead::lines(std::io::BufReader::new(open.stdout.take().unwrap()));
@@ -262,8 +256,7 @@ fn a_mark_in_an_image_that_an_environment_has_open_is_for_that_one() {
 
 #[test]
 fn a_directory_is_published_without_a_change_and_changed_where_it_is_without_an_output() {
-    let dir = directory();
-    let tree = image(dir.path());
+    let (dir, tree) = bootable_image();
     let source = tree.display().to_string();
     let discarded = enter(dir.path(), &source, &["--output", "out", "--discard"], "touch /etc/new /tmp/complete");
     assert_eq!(discarded.status.code(), Some(0), "{discarded:?}");
@@ -280,8 +273,8 @@ fn a_directory_is_published_without_a_change_and_changed_where_it_is_without_an_
 
 #[test]
 fn one_source_is_entered_several_times_at_once_and_after_a_kill() {
-    let dir = directory();
-    let squashfs = squashfs_of(&image(dir.path())).display().to_string();
+    let (dir, _, squashfs) = packed_image();
+    let squashfs = squashfs.display().to_string();
     let mut killed = ims_sshd(&["enter", &squashfs, "--work"], &[]);
     killed.arg(dir.path().join("work")).args(["--", "sh", "-c", "touch /etc/new; echo made; exec sleep 600"]);
     let mut killed = Ended::new(killed.stdout(std::process::Stdio::piped()).spawn().unwrap());
@@ -302,8 +295,8 @@ fn one_source_is_entered_several_times_at_once_and_after_a_kill() {
 
 #[test]
 fn the_directory_of_a_published_image_is_taken_for_its_root_file_system() {
-    let dir = directory();
-    let squashfs = squashfs_of(&image(dir.path())).display().to_string();
+    let (dir, _, squashfs) = packed_image();
+    let squashfs = squashfs.display().to_string();
     let output = enter(dir.path(), &squashfs, &["--output", "out", "--yes"], "touch /etc/new");
     assert!(output.status.success(), "{output:?}");
     let published = std::fs::read_dir(dir.path().join("out")).unwrap().next().unwrap().unwrap().path();

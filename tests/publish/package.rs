@@ -32,8 +32,7 @@ fn nothing_is_packed(folder: &Path) {
 
 #[test]
 fn it_is_the_same_to_the_byte_whenever_it_is_packed() {
-    let dir = directory();
-    let tree = image(dir.path());
+    let (dir, tree) = bootable_image();
     let packed = |name: &str, compression: &str| {
         let archive = dir.path().join(name);
         let output =
@@ -64,8 +63,7 @@ fn a_parent_with_an_image_root_is_packed_where_it_stands() {
 
 #[test]
 fn a_missing_kernel_is_refused_with_what_boot_holds() {
-    let dir = directory();
-    let tree = image(dir.path());
+    let (dir, tree) = bootable_image();
     let archive = dir.path().join("image.sqsh");
     std::fs::rename(tree.join("boot/vmlinuz"), tree.join("boot/vmlinuz-6.1.0")).unwrap();
     let named = |reason: &str| {
@@ -101,8 +99,7 @@ fn an_image_without_a_kernel_is_packed_and_uploaded_unless_one_is_named() {
 
 #[test]
 fn it_is_refused_while_something_is_mounted_or_somebody_stands_in_it() {
-    let dir = directory();
-    let tree = image(dir.path());
+    let (dir, tree) = bootable_image();
     let archive = dir.path().join("image.sqsh");
     std::fs::create_dir(tree.join("proc")).unwrap();
     let script = "mount -t proc proc $1/proc && exec $0 package --archive $2 $1";
@@ -132,8 +129,7 @@ fn it_is_refused_while_something_is_mounted_or_somebody_stands_in_it() {
 
 #[test]
 fn capabilities_and_attributes_of_files_are_kept() {
-    let dir = directory();
-    let tree = image(dir.path());
+    let (dir, tree) = bootable_image();
     succeed(Command::new("setcap").arg("cap_net_raw+ep").arg(tree.join("bin/busybox")));
     let attributes = [("user.note", "one"), ("user.other", "two")];
     for (name, value) in attributes {
@@ -153,8 +149,7 @@ fn capabilities_and_attributes_of_files_are_kept() {
 
 #[test]
 fn kiwis_description_of_the_image_is_packed_for_root_alone() {
-    let dir = directory();
-    let tree = image(dir.path());
+    let (dir, tree) = bootable_image();
     std::fs::create_dir(tree.join("image")).unwrap();
     let mode = |packed: &str, name: &str| {
         let archive = dir.path().join(packed);
@@ -175,8 +170,7 @@ fn kiwis_description_of_the_image_is_packed_for_root_alone() {
 
 #[test]
 fn attributes_that_are_not_packed_are_noticed() {
-    let dir = directory();
-    let tree = image(dir.path());
+    let (dir, tree) = bootable_image();
     succeed(Command::new("setcap").arg("cap_net_raw+ep").arg(tree.join("bin/busybox")));
     // One that was built without them.
     let few = dir.path().join("few");
@@ -193,8 +187,7 @@ fn attributes_that_are_not_packed_are_noticed() {
 
 #[test]
 fn access_lists_for_which_a_squashfs_has_no_place_are_told_and_left_out() {
-    let dir = directory();
-    let tree = image(dir.path());
+    let (dir, tree) = bootable_image();
     // Version, then tag, permissions and number of each entry; as packages of systemd give one to the journal's folder.
     let entries: [(u16, u16, u32); 5] =
         [(0x01, 6, u32::MAX), (0x02, 4, 1000), (0x04, 4, u32::MAX), (0x10, 4, u32::MAX), (0x20, 4, u32::MAX)];
@@ -213,8 +206,7 @@ fn access_lists_for_which_a_squashfs_has_no_place_are_told_and_left_out() {
 /// mksquashfs puts an empty file in its place, and ends well.
 #[test]
 fn a_file_that_cannot_be_read_is_not_packed_as_an_empty_one() {
-    let dir = directory();
-    let tree = image(dir.path());
+    let (dir, tree) = bootable_image();
     let file = squashfs_of(&tree);
     let mut bytes = std::fs::read(&file).unwrap();
     let middle = bytes.len() / 2;
@@ -297,8 +289,7 @@ fn mksquashfs_ends_with_the_program_that_was_killed_and_the_next_one_packs() {
 
 #[test]
 fn what_is_excluded_is_left_out_and_what_has_changed_is_told() {
-    let dir = directory();
-    let tree = image(dir.path());
+    let (dir, tree) = bootable_image();
     std::fs::create_dir_all(tree.join("var/lib/dpkg")).unwrap();
     let status = |version: &str| format!("Package: bash\nStatus: install ok installed\nVersion: {version}\n");
     std::fs::write(tree.join("var/lib/dpkg/status"), status("5.1")).unwrap();
@@ -324,8 +315,7 @@ fn what_is_excluded_is_left_out_and_what_has_changed_is_told() {
 
 #[test]
 fn a_report_of_changes_replaces_links_fifos_and_files_and_follows_and_opens_none() {
-    let dir = directory();
-    let tree = image(dir.path());
+    let (dir, tree) = bootable_image();
     let parent = dir.path().join("parent");
     let [parent_text, tree_text] = [&parent, &tree].map(|p| p.to_str().unwrap());
     assert!(ims_sshd(&["prepare", parent_text, tree_text], &[]).status().unwrap().success());
@@ -402,8 +392,7 @@ fn packages_of_rpm_are_told_and_asked_for_without_a_trace_or_it_is_said_that_the
 
 #[test]
 fn a_full_disk_leaves_no_archive() {
-    let dir = directory();
-    let tree = image(dir.path());
+    let (dir, tree) = bootable_image();
     let disk = dir.path().join("disk");
     std::fs::create_dir(&disk).unwrap();
     let script =
@@ -415,8 +404,7 @@ fn a_full_disk_leaves_no_archive() {
 
 #[test]
 fn patterns_to_exclude_are_below_the_image_root_with_and_without_a_slash() {
-    let dir = directory();
-    let tree = image(dir.path());
+    let (dir, tree) = bootable_image();
     let archive = dir.path().join("image.sqsh");
     let [tree, archive] = [&tree, &archive].map(|path| path.to_str().unwrap());
     let packed = |patterns: &[&str]| {
@@ -438,8 +426,7 @@ fn patterns_to_exclude_are_below_the_image_root_with_and_without_a_slash() {
 /// The sparse lastlog is as large as one for the highest user number.
 #[test]
 fn a_sparse_lastlog_is_packed_empty_in_no_time_and_other_sparse_files_whole() {
-    let dir = directory();
-    let tree = image(dir.path());
+    let (dir, tree) = bootable_image();
     let logs = tree.join("var/log");
     std::fs::create_dir_all(&logs).unwrap();
     for (name, size) in [("lastlog", 300 << 30), ("faillog", 4 << 30), ("disk", 64 << 20)] {

@@ -37,9 +37,7 @@ pub fn same_tree(a: &Path, b: &Path) {
 
 #[test]
 fn every_kind_of_source_becomes_the_same_tree() {
-    let dir = directory();
-    let tree = image(dir.path());
-    let squashfs = squashfs_of(&tree);
+    let (dir, tree, squashfs) = packed_image();
     let mut sources = vec![tree.clone(), squashfs];
     for (suffix, option) in [("tar", None), ("tar.gz", Some("-z")), ("tar.xz", Some("-J")), ("tar.zst", Some("--zstd"))]
     {
@@ -65,8 +63,7 @@ fn every_kind_of_source_becomes_the_same_tree() {
 
 #[test]
 fn what_is_not_what_it_claims_is_refused_and_nothing_is_left() {
-    let dir = directory();
-    let tree = image(dir.path());
+    let (dir, tree) = bootable_image();
     let squashfs = std::fs::read(squashfs_of(&tree)).unwrap();
     let parent = dir.path().join("parent");
     let named = |name: &str, content: &[u8]| {
@@ -147,9 +144,7 @@ with tarfile.open(archive, 'w') as tar:
 
 #[test]
 fn a_download_goes_on_where_it_was_reset_ten_times() {
-    let dir = directory();
-    let tree = image(dir.path());
-    let content = std::fs::read(squashfs_of(&tree)).unwrap();
+    let (dir, tree, content) = served_image();
     let faults: Vec<_> = (1..=10).map(|n| Fault::ResetAfter(content.len() / 12 * (n % 2) + n)).collect();
     let server = FileServer::start(content.clone(), &faults);
     let parent = dir.path().join("parent");
@@ -166,9 +161,7 @@ fn a_download_goes_on_where_it_was_reset_ten_times() {
 
 #[test]
 fn errors_of_the_server_ends_of_connections_and_silence_are_overcome() {
-    let dir = directory();
-    let tree = image(dir.path());
-    let content = std::fs::read(squashfs_of(&tree)).unwrap();
+    let (dir, tree, content) = served_image();
     let faults = [
         Fault::Status(500),
         Fault::Status(503),
@@ -200,9 +193,7 @@ fn a_server_that_only_drips_is_given_up() {
 
 #[test]
 fn a_file_that_changes_on_the_way_is_fetched_anew() {
-    let dir = directory();
-    let tree = image(dir.path());
-    let content = std::fs::read(squashfs_of(&tree)).unwrap();
+    let (dir, tree, content) = served_image();
     let other: Vec<_> = content.iter().map(|byte| !byte).collect();
     let server = FileServer::start(other, &[Fault::ResetAfter(5000), Fault::Change]);
     let parent = dir.path().join("parent");
@@ -213,9 +204,7 @@ fn a_file_that_changes_on_the_way_is_fetched_anew() {
 
 #[test]
 fn a_file_that_becomes_shorter_on_the_way_leaves_nothing_of_the_longer_one() {
-    let dir = directory();
-    let tree = image(dir.path());
-    let content = std::fs::read(squashfs_of(&tree)).unwrap();
+    let (dir, tree, content) = served_image();
     let length = content.len();
     let faults = [Fault::CloseAfter(length + 50_000), Fault::Shorten(length)];
     let server = FileServer::start([content.as_slice(), &vec![1; 100_000]].concat(), &faults);
@@ -240,9 +229,7 @@ fn a_file_that_never_stops_changing_is_given_up() {
 
 #[test]
 fn what_a_server_makes_of_a_range_is_put_where_it_belongs() {
-    let dir = directory();
-    let tree = image(dir.path());
-    let content = std::fs::read(squashfs_of(&tree)).unwrap();
+    let (dir, tree, content) = served_image();
     for (number, fault) in [Fault::OtherRange, Fault::Whole, Fault::ShortRange(3000)].into_iter().enumerate() {
         let server = FileServer::start(content.clone(), &[Fault::ResetAfter(5000), fault]);
         let parent = dir.path().join(format!("parent-{number}"));
@@ -256,8 +243,7 @@ fn what_a_server_makes_of_a_range_is_put_where_it_belongs() {
 
 #[test]
 fn a_wrong_checksum_is_refused_wherever_it_stands() {
-    let dir = directory();
-    let content = std::fs::read(squashfs_of(&image(dir.path()))).unwrap();
+    let (dir, _, content) = served_image();
     let parent = dir.path().join("parent");
     let wrong = md5(b"something else");
     let ims = ImsServer::start();
@@ -285,8 +271,7 @@ fn sha256(bytes: &[u8]) -> String {
 
 #[test]
 fn sha256_is_checked_beside_md5_wherever_it_is_given() {
-    let dir = directory();
-    let tree = image(dir.path());
+    let (dir, tree) = bootable_image();
     let here = squashfs_of(&tree).display().to_string();
     let content = std::fs::read(&here).unwrap();
     let (right, wrong) = (sha256(&content), sha256(b"something else"));
@@ -332,8 +317,7 @@ fn sha256_is_checked_beside_md5_wherever_it_is_given() {
 
 #[test]
 fn plain_http_without_a_checksum_is_warned_of() {
-    let dir = directory();
-    let content = std::fs::read(squashfs_of(&image(dir.path()))).unwrap();
+    let (dir, _, content) = served_image();
     let server = FileServer::start(content.clone(), &[]);
     let warning = "without TLS and without a checksum";
     for (number, (variables, warned)) in [
@@ -352,9 +336,7 @@ fn plain_http_without_a_checksum_is_warned_of() {
 
 #[test]
 fn etags_that_are_no_md5_are_not_taken_for_one() {
-    let dir = directory();
-    let tree = image(dir.path());
-    let content = std::fs::read(squashfs_of(&tree)).unwrap();
+    let (dir, tree, content) = served_image();
     let wrong = md5(b"something else");
     let weak = format!("W/\"{wrong}\"");
     for (number, (etag, fault)) in [
@@ -377,9 +359,7 @@ fn etags_that_are_no_md5_are_not_taken_for_one() {
 
 #[test]
 fn a_download_with_a_weak_etag_goes_on_and_notices_a_change() {
-    let dir = directory();
-    let tree = image(dir.path());
-    let content = std::fs::read(squashfs_of(&tree)).unwrap();
+    let (dir, tree, content) = served_image();
     let server = FileServer::with_etag(content.clone(), "W/\"1\"", &[Fault::ResetAfter(5000)]);
     let output = prepare(&dir.path().join("same"), &server.url, &[]);
     assert!(output.status.success(), "{}", text(&output.stderr));
@@ -395,8 +375,7 @@ fn a_download_with_a_weak_etag_goes_on_and_notices_a_change() {
 
 #[test]
 fn a_disk_that_is_too_small_is_noticed_before_and_one_that_fills_up_meanwhile() {
-    let dir = directory();
-    let tree = image(dir.path());
+    let (dir, tree) = bootable_image();
     std::fs::write(tree.join("zeros"), vec![0; 64 << 20]).unwrap();
     let content = std::fs::read(squashfs_of(&tree)).unwrap();
     let server = FileServer::start(content.clone(), &[]);
@@ -422,8 +401,7 @@ fn a_disk_that_is_too_small_is_noticed_before_and_one_that_fills_up_meanwhile() 
 
 #[test]
 fn killed_at_any_moment_it_is_begun_again_and_ends_well() {
-    let dir = directory();
-    let tree = image(dir.path());
+    let (dir, tree) = bootable_image();
     std::fs::write(tree.join("random"), feed(Command::new("head").args(["-c", "20M", "/dev/urandom"]), b"").stdout)
         .unwrap();
     let content = std::fs::read(squashfs_of(&tree)).unwrap();
@@ -451,9 +429,7 @@ fn killed_at_any_moment_it_is_begun_again_and_ends_well() {
 
 #[test]
 fn an_overlay_shows_the_image_and_keeps_its_source() {
-    let dir = directory();
-    let tree = image(dir.path());
-    let squashfs = squashfs_of(&tree);
+    let (dir, tree, squashfs) = packed_image();
     let before = std::fs::read(&squashfs).unwrap();
     let parent = dir.path().join("parent");
     let script = "set -e; $0 prepare --open overlay $1 $2; cp -a $1/image-root $1/copy; echo more > $1/image-root/etc/more; \
@@ -499,9 +475,7 @@ fn an_overlay_is_mounted_nodev_and_nosuid_and_setuid_programs_work_in_the_jail_a
 
 #[test]
 fn what_was_changed_above_an_overlay_outlives_a_source_that_cannot_be_mounted() {
-    let dir = directory();
-    let tree = image(dir.path());
-    let squashfs = squashfs_of(&tree);
+    let (dir, _, squashfs) = packed_image();
     let wrong = dir.path().join("wrong");
     std::fs::write(&wrong, "<html>").unwrap();
     let parent = dir.path().join("parent");
@@ -518,8 +492,7 @@ fn what_was_changed_above_an_overlay_outlives_a_source_that_cannot_be_mounted() 
 
 #[test]
 fn changes_that_are_in_use_are_not_mounted_a_second_time() {
-    let dir = directory();
-    let squashfs = squashfs_of(&image(dir.path()));
+    let (dir, _, squashfs) = packed_image();
     let parent = dir.path().join("parent");
     // It is in use by a mount that is seen, and by one that is gone but for an open file.
     let elsewhere = "mkfifo $1/begun; unshare -m sh -c 'echo > $0/begun; exec sleep 60' $1 & read line < $1/begun; rm $1/begun; \
@@ -559,8 +532,7 @@ fn a_terminated_prepare_ends_at_once_and_leaves_nothing() {
 
 #[test]
 fn servers_are_found_by_name_though_the_program_is_linked_statically() {
-    let dir = directory();
-    let tree = image(dir.path());
+    let (dir, tree) = bootable_image();
     let squashfs = std::fs::read(squashfs_of(&tree)).unwrap();
     with_names(dir.path(), "images.example.test", "in-file.example.test", || {
         for (number, name) in ["images.example.test", "in-file.example.test"].iter().enumerate() {

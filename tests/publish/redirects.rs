@@ -75,9 +75,7 @@ fn fetched(answers: Vec<Vec<u8>>, parent: &Path, tree: &Path) -> Vec<String> {
 
 #[test]
 fn a_part_of_the_file_is_not_taken_for_the_whole() {
-    let dir = directory();
-    let tree = image(dir.path());
-    let content = std::fs::read(squashfs_of(&tree)).unwrap();
+    let (dir, tree, content) = served_image();
     let length = content.len();
     let part = |from: usize, to: usize, total: &str| {
         let head = format!(
@@ -114,9 +112,7 @@ fn a_part_of_the_file_is_not_taken_for_the_whole() {
 
 #[test]
 fn a_download_goes_on_only_where_the_server_tells_whether_the_file_is_the_same() {
-    let dir = directory();
-    let tree = image(dir.path());
-    let content = std::fs::read(squashfs_of(&tree)).unwrap();
+    let (dir, tree, content) = served_image();
     let length = content.len();
     let changed: Vec<_> = content.iter().map(|byte| !byte).collect();
     let cut_off = |described: &str| {
@@ -159,8 +155,7 @@ fn a_download_goes_on_only_where_the_server_tells_whether_the_file_is_the_same()
 
 #[test]
 fn what_is_sent_to_ims_and_for_a_token_follows_no_redirect() {
-    let dir = directory();
-    let tree = image(dir.path());
+    let (dir, tree) = bootable_image();
     for status in ["301 x", "302 x", "303 x", "307 x", "308 x"] {
         let target = Answers::start(vec![whole(b"{\"access_token\": \"token\"}")]);
         let away = answer(&format!("{status}\r\nlocation: {}/ims\r\ncontent-length: 0", target.url), b"");
@@ -186,9 +181,7 @@ fn what_is_sent_to_ims_and_for_a_token_follows_no_redirect() {
 
 #[test]
 fn a_redirect_to_another_server_takes_no_login_and_no_referer_along() {
-    let dir = directory();
-    let tree = image(dir.path());
-    let content = std::fs::read(squashfs_of(&tree)).unwrap();
+    let (dir, tree, content) = served_image();
     let target = Answers::start(vec![whole(&content)]);
     let server = Answers::start(vec![redirect(&format!("{}/there", target.url))]);
     let url = format!("{}/image?X-Amz-Signature=key", server.url).replace("http://", "http://user:password@");
@@ -239,9 +232,7 @@ fn redirects_without_end_and_from_https_to_http_are_refused_at_once() {
 
 #[test]
 fn a_store_that_leads_to_another_server_is_not_followed_with_its_keys() {
-    let dir = directory();
-    let tree = image(dir.path());
-    let squashfs = squashfs_of(&tree);
+    let (dir, tree, squashfs) = packed_image();
     let target = Answers::start(vec![whole(b"")]);
     let server = Answers::start(vec![redirect(&format!("{}/bucket", target.url))]);
     let variables = [

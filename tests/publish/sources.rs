@@ -304,8 +304,7 @@ fn succeed_bytes(command: &mut Command) -> Vec<u8> {
 
 #[test]
 fn what_is_no_image_is_refused_with_what_was_looked_for_and_left_as_it_is() {
-    let dir = directory();
-    let tree = image(dir.path());
+    let (dir, tree) = bootable_image();
     let place = |name: &str| dir.path().join(name);
     let make = "mkdir empty home around; touch home/.bashrc; cp -a tree around/rootfs; mkdir saved; echo {} > saved/oci-layout
         for name in empty home around; do tar -cf $name.tar -C $name .; tar -czf $name.tgz -C $name .

@@ -29,9 +29,7 @@ fn store(answer_to: impl Fn(&str) -> Option<(u16, Option<String>)> + Send + Sync
 
 /// An upload to this server, and where it is at work.
 fn upload(endpoint: &str, further: &[(&'static str, String)]) -> (tempfile::TempDir, Command) {
-    let dir = directory();
-    let tree = image(dir.path());
-    let squashfs = squashfs_of(&tree);
+    let (dir, tree, squashfs) = packed_image();
     let mut variables = vec![
         ("S3_ENDPOINT", endpoint.to_owned()),
         ("S3_BUCKET", "bucket".into()),

@@ -328,9 +328,8 @@ fn authentic_notes_of_another_volume_roll_back_nothing() {
 
 #[test]
 fn links_that_an_earlier_job_left_on_the_volume_lead_no_image_elsewhere() {
-    let dir = directory();
-    let tree = image(dir.path());
-    let squashfs = squashfs_of(&tree).display().to_string();
+    let (dir, _, squashfs) = packed_image();
+    let squashfs = squashfs.display().to_string();
     let server = FileServer::start(std::fs::read(&squashfs).unwrap(), &[]);
     let elsewhere = dir.path().join("elsewhere");
     std::fs::create_dir(&elsewhere).unwrap();

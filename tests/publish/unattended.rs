@@ -25,8 +25,8 @@ fn script(dir: &Path, name: &str, lines: &str) -> String {
 
 #[test]
 fn a_script_of_this_machine_runs_in_the_image_and_not_on_this_machine() {
-    let dir = directory();
-    let squashfs = squashfs_of(&image(dir.path())).display().to_string();
+    let (dir, _, squashfs) = packed_image();
+    let squashfs = squashfs.display().to_string();
     let marker = dir.path().join("marker");
     let lines = format!("echo \"$0\" \"$SITE\" $(id -u); : > /etc/scripted; ! touch {}\n", marker.display());
     // The first line names an interpreter of the image, one that wants an argument, or none.
@@ -47,8 +47,8 @@ fn a_script_of_this_machine_runs_in_the_image_and_not_on_this_machine() {
 
 #[test]
 fn a_script_that_cannot_be_read_or_run_is_told_by_the_options_name() {
-    let dir = directory();
-    let squashfs = squashfs_of(&image(dir.path())).display().to_string();
+    let (dir, _, squashfs) = packed_image();
+    let squashfs = squashfs.display().to_string();
     std::fs::write(dir.path().join("empty"), "").unwrap();
     for (option, file, why) in [
         ("--script", "./missing", "No such file"),
@@ -75,8 +75,8 @@ fn a_script_that_cannot_be_read_or_run_is_told_by_the_options_name() {
 
 #[test]
 fn a_command_publishes_the_image_if_it_succeeds_and_else_ends_with_its_exit_code() {
-    let dir = directory();
-    let squashfs = squashfs_of(&image(dir.path())).display().to_string();
+    let (dir, _, squashfs) = packed_image();
+    let squashfs = squashfs.display().to_string();
     let failed = customize(dir.path(), &squashfs, &["--", "sh", "-c", "touch /etc/first; exit 9"]);
     assert_eq!(failed.status.code(), Some(9), "{failed:?}");
     assert!(text(&failed.stderr).contains("to go on with it: "), "{failed:?}");
@@ -96,8 +96,7 @@ fn a_command_publishes_the_image_if_it_succeeds_and_else_ends_with_its_exit_code
 
 #[test]
 fn the_command_line_that_the_status_shows_goes_on_with_what_was_kept_from_any_directory() {
-    let dir = directory();
-    let squashfs = squashfs_of(&image(dir.path()));
+    let (dir, _, squashfs) = packed_image();
     let named = dir.path().join("going on with it.sqsh");
     std::fs::rename(&squashfs, &named).unwrap();
     // The first time it fails.
@@ -122,8 +121,8 @@ fn the_command_line_that_the_status_shows_goes_on_with_what_was_kept_from_any_di
 
 #[test]
 fn a_failing_command_wins_over_a_mark_complete() {
-    let dir = directory();
-    let squashfs = squashfs_of(&image(dir.path())).display().to_string();
+    let (dir, _, squashfs) = packed_image();
+    let squashfs = squashfs.display().to_string();
     let failed = customize(dir.path(), &squashfs, &["--", "sh", "-c", "touch /tmp/complete /etc/new; exit 5"]);
     assert_eq!(failed.status.code(), Some(5), "{failed:?}");
     assert!(text(&failed.stderr).contains("to go on with it: "), "{failed:?}");
@@ -136,8 +135,8 @@ fn a_failing_command_wins_over_a_mark_complete() {
 
 #[test]
 fn a_signal_decides_whatever_the_command_makes_of_it() {
-    let dir = directory();
-    let squashfs = squashfs_of(&image(dir.path())).display().to_string();
+    let (dir, _, squashfs) = packed_image();
+    let squashfs = squashfs.display().to_string();
     let lines = "trap 'echo end > /etc/new; exit 0' TERM INT HUP\necho begun\nwhile :; do sleep 0.1; done\n";
     let file = script(dir.path(), "patient", lines);
     let common = ["--output", "out", "--work", "work"];
@@ -215,8 +214,7 @@ fn options_without_effect_and_values_that_are_none_are_refused_as_they_were_type
 
 #[test]
 fn what_can_be_seen_at_the_start_is_refused_then_and_what_fails_late_is_corrected_in_the_same_command() {
-    let dir = directory();
-    let tree = image(dir.path());
+    let (dir, tree) = bootable_image();
     for (name, versioned) in [("vmlinuz", "vmlinuz-6.1.0"), ("initrd", "initrd-6.1.0")] {
         std::fs::rename(tree.join("boot").join(name), tree.join("boot").join(versioned)).unwrap();
     }
@@ -255,8 +253,8 @@ fn what_can_be_seen_at_the_start_is_refused_then_and_what_fails_late_is_correcte
 
 #[test]
 fn changes_that_have_filled_the_disk_are_gone_on_with_or_dropped() {
-    let dir = directory();
-    let squashfs = squashfs_of(&image(dir.path())).display().to_string();
+    let (dir, _, squashfs) = packed_image();
+    let squashfs = squashfs.display().to_string();
     std::fs::create_dir(dir.path().join("disk")).unwrap();
     // Fills the disk, and ends each way out of that.
     let script = "mount -t tmpfs -o size=6m tmpfs disk; run() { $0 \"$@\" 2>&1; echo \"ended $?\"; }
@@ -278,8 +276,7 @@ fn changes_that_have_filled_the_disk_are_gone_on_with_or_dropped() {
 
 #[test]
 fn a_store_that_may_be_too_small_for_a_directory_is_told_before_and_refused_before_the_upload() {
-    let dir = directory();
-    let tree = image(dir.path());
+    let (dir, tree) = bootable_image();
     // No program makes this smaller.
     let random = std::fs::File::open("/dev/urandom").unwrap();
     std::io::copy(&mut std::io::Read::take(random, 4 << 20), &mut std::fs::File::create(tree.join("random")).unwrap())
@@ -298,8 +295,7 @@ fn a_store_that_may_be_too_small_for_a_directory_is_told_before_and_refused_befo
 
 #[test]
 fn a_new_image_is_compressed_as_its_source_unless_another_compression_is_named() {
-    let dir = directory();
-    let tree = image(dir.path());
+    let (dir, tree) = bootable_image();
     let compression = |published: &str| {
         let images = std::fs::read_dir(dir.path().join("out")).unwrap().map(|e| e.unwrap().path().join("rootfs"));
         let shown = succeed(Command::new("unsquashfs").arg("-s").args(images));

@@ -10,9 +10,7 @@ use testbed::*;
 
 #[test]
 fn a_folder_is_a_store_like_any_other() {
-    let dir = directory();
-    let tree = image(dir.path());
-    let squashfs = squashfs_of(&tree);
+    let (dir, tree, squashfs) = packed_image();
     let store = dir.path().join("store");
     let output = ims_sshd(&["upload", "--name", "compute", "--store"], &[])
         .arg(&store)
@@ -72,9 +70,7 @@ fn is_whole(image: &Path) -> bool {
 
 #[test]
 fn runs_of_one_name_that_publish_at_once_all_have_a_place() {
-    let dir = directory();
-    let tree = image(dir.path());
-    let squashfs = squashfs_of(&tree);
+    let (dir, tree, squashfs) = packed_image();
     let runs: Vec<_> = (0..6)
         .map(|number| {
             let place = dir.path().join(number.to_string());
@@ -97,9 +93,7 @@ fn runs_of_one_name_that_publish_at_once_all_have_a_place() {
 
 #[test]
 fn a_packed_image_is_registered_without_a_job() {
-    let dir = directory();
-    let tree = image(dir.path());
-    let squashfs = squashfs_of(&tree);
+    let (dir, tree, squashfs) = packed_image();
     let (bucket, ims) = (Bucket::new(), ImsServer::start());
     let mut variables = bucket.variables();
     variables.extend(ims.variables().into_iter().filter(|(name, _)| *name != "IMS_JOB_ID"));
@@ -118,8 +112,7 @@ fn a_packed_image_is_registered_without_a_job() {
 
 #[test]
 fn an_image_that_was_prepared_anew_is_not_taken_for_one_whose_upload_was_killed() {
-    let dir = directory();
-    let tree = image(dir.path());
+    let (dir, tree) = bootable_image();
     let parent = dir.path().join("parent");
     let (bucket, ims) = (Bucket::new(), ImsServer::start());
     let mut variables = bucket.variables();
@@ -148,9 +141,7 @@ fn an_image_that_was_prepared_anew_is_not_taken_for_one_whose_upload_was_killed(
 #[test]
 fn a_record_or_objects_of_others_are_neither_taken_for_ones_own_nor_overwritten() {
     use serde_json::{Value, json};
-    let dir = directory();
-    let tree = image(dir.path());
-    let squashfs = squashfs_of(&tree);
+    let (dir, tree, squashfs) = packed_image();
     // The first id that this IMS gives.
     let id = "00000000-0000-4000-8000-000000000001";
     let link = json!({"path": format!("s3://b/{id}/manifest.json"), "etag": "e", "type": "s3"});
@@ -221,8 +212,7 @@ fn a_record_or_objects_of_others_are_neither_taken_for_ones_own_nor_overwritten(
 #[test]
 fn a_large_image_is_uploaded_without_being_read_into_memory() {
     let gib = std::env::var("IMS_SSHD_UPLOAD_GIB").map_or(1, |n| n.parse().expect("IMS_SSHD_UPLOAD_GIB: a number"));
-    let dir = directory();
-    let tree = image(dir.path());
+    let (dir, tree) = bootable_image();
     let file = dir.path().join("sparse.sqsh");
     succeed(Command::new("truncate").args(["-s", &format!("{gib}G")]).arg(&file));
     let sink = Sink::start();
@@ -238,9 +228,7 @@ fn a_large_image_is_uploaded_without_being_read_into_memory() {
 
 #[test]
 fn a_store_that_has_lost_something_is_noticed() {
-    let dir = directory();
-    let tree = image(dir.path());
-    let squashfs = squashfs_of(&tree);
+    let (dir, tree, squashfs) = packed_image();
     let sink = Sink::losing(1);
     let output = ims_sshd(&["upload", "--archive"], &sink.variables())
         .args([&squashfs, &tree])
@@ -254,9 +242,7 @@ fn a_store_that_has_lost_something_is_noticed() {
 
 #[test]
 fn a_token_is_not_used_in_its_last_moments() {
-    let dir = directory();
-    let tree = image(dir.path());
-    let squashfs = squashfs_of(&tree);
+    let (dir, tree, squashfs) = packed_image();
     let (bucket, ims) = (Bucket::new(), ImsServer::start());
     ims.state().token_lives = 5;
     let mut variables = bucket.variables();
@@ -271,8 +257,7 @@ fn a_token_is_not_used_in_its_last_moments() {
 
 #[test]
 fn links_that_somebody_has_put_into_a_directory_that_is_a_store_are_replaced_and_not_followed() {
-    let dir = directory();
-    let tree = image(dir.path());
+    let (dir, tree) = bootable_image();
     // The random content makes the image large enough for several parts.
     let random = feed(Command::new("head").args(["-c", "40M", "/dev/urandom"]), b"").stdout;
     std::fs::write(tree.join("random"), random).unwrap();
@@ -388,8 +373,7 @@ const AT_A_TIME: usize = 3;
 
 impl Upload {
     fn new() -> Self {
-        let dir = directory();
-        let tree = image(dir.path());
+        let (dir, tree) = bootable_image();
         let archive = dir.path().join("packed.sqsh");
         write_parts(&archive, 1);
         Self { dir, tree, archive, bucket: Bucket::new() }
@@ -566,8 +550,7 @@ fn an_upload_that_fails_for_good_leaves_no_parts() {
 
 #[test]
 fn an_upload_to_a_folder_that_was_killed_leaves_nothing_begun() {
-    let dir = directory();
-    let tree = image(dir.path());
+    let (dir, tree) = bootable_image();
     let (archive, store) = (dir.path().join("sparse.sqsh"), dir.path().join("store"));
     succeed(Command::new("truncate").args(["-s", "200M"]).arg(&archive));
     let mut command = ims_sshd(&["upload", "--store"], &[]);

@@ -4,10 +4,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
+use tempfile::TempDir;
 
 use crate::ims_server::ImsServer;
 use crate::s3_server::Bucket;
-use crate::{IMS_SSHD, Image, Mode, Volume, cache, feed, processes_with, succeed, text};
+use crate::{IMS_SSHD, Image, Mode, Volume, cache, directory, feed, processes_with, succeed, text};
 
 /// `ims-sshd` with these variables and no others.
 pub fn ims_sshd(arguments: &[&str], variables: &[(&str, String)]) -> Command {
@@ -39,6 +40,26 @@ pub fn squashfs_of(tree: &Path) -> PathBuf {
     let file = tree.with_extension("sqsh");
     succeed(Command::new("mksquashfs").args([tree, &file]).args(["-noappend", "-quiet", "-no-progress"]));
     file
+}
+
+/// [`image`] in a directory of its own.
+pub fn bootable_image() -> (TempDir, PathBuf) {
+    let dir = directory();
+    let tree = image(dir.path());
+    (dir, tree)
+}
+
+/// The same, and a squashfs of it.
+pub fn packed_image() -> (TempDir, PathBuf, PathBuf) {
+    let (dir, tree) = bootable_image();
+    let squashfs = squashfs_of(&tree);
+    (dir, tree, squashfs)
+}
+
+/// The same, and what is in the squashfs, for a server.
+pub fn served_image() -> (TempDir, PathBuf, Vec<u8>) {
+    let (dir, tree, squashfs) = packed_image();
+    (dir, tree, std::fs::read(squashfs).unwrap())
 }
 
 /// Programs of this name whose working directory is `tree`.
