@@ -1,7 +1,6 @@
 //! Hostile answers of servers: without end, or with the secrets that they were sent.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::TcpListener;
 use std::process::Output;
 use std::time::{Duration, Instant};
 
@@ -17,33 +16,24 @@ use testbed::*;
 
 /// Answers each request with what `answer_to` makes of "METHOD /path" and the request's head; `None` is an answer without end.
 pub fn serve(answer_to: impl Fn(&str, &str) -> (u16, Option<String>) + Send + Sync + 'static) -> String {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let url = format!("http://{}", listener.local_addr().unwrap());
-    let answer_to = std::sync::Arc::new(answer_to);
-    std::thread::spawn(move || {
-        for mut connection in listener.incoming().map_while(Result::ok) {
-            let answer_to = answer_to.clone();
-            std::thread::spawn(move || {
-                let mut reader = BufReader::new(connection.try_clone().unwrap());
-                let mut head = String::new();
-                while reader.read_line(&mut head).is_ok_and(|n| n > 2) {}
-                let length =
-                    head.lines().find_map(|line| line.to_lowercase().strip_prefix("content-length: ")?.parse().ok());
-                let _ = reader.read_exact(&mut vec![0; length.unwrap_or(0)]);
-                let asked = head.split(" HTTP/").next().unwrap_or_default().to_owned();
-                let (status, body) = answer_to(&asked, &head);
-                let begin = format!("HTTP/1.1 {status} x\r\nconnection: close\r\n");
-                let Some(body) = body else {
-                    let _ = write!(connection, "{begin}transfer-encoding: chunked\r\n\r\n");
-                    let piece = format!("10000\r\n{}\r\n", "[[1,".repeat(0x4000));
-                    while connection.write_all(piece.as_bytes()).is_ok() {}
-                    return;
-                };
-                let _ = write!(connection, "{begin}content-length: {}\r\n\r\n{body}", body.len());
-            });
-        }
+    let address = listen(move |mut connection| {
+        let mut reader = BufReader::new(connection.try_clone().unwrap());
+        let mut head = String::new();
+        while reader.read_line(&mut head).is_ok_and(|n| n > 2) {}
+        let length = head.lines().find_map(|line| line.to_lowercase().strip_prefix("content-length: ")?.parse().ok());
+        let _ = reader.read_exact(&mut vec![0; length.unwrap_or(0)]);
+        let asked = head.split(" HTTP/").next().unwrap_or_default().to_owned();
+        let (status, body) = answer_to(&asked, &head);
+        let begin = format!("HTTP/1.1 {status} x\r\nconnection: close\r\n");
+        let Some(body) = body else {
+            let _ = write!(connection, "{begin}transfer-encoding: chunked\r\n\r\n");
+            let piece = format!("10000\r\n{}\r\n", "[[1,".repeat(0x4000));
+            while connection.write_all(piece.as_bytes()).is_ok() {}
+            return;
+        };
+        let _ = write!(connection, "{begin}content-length: {}\r\n\r\n{body}", body.len());
     });
-    url
+    format!("http://{address}")
 }
 
 fn credentials(dir: &std::path::Path, server: &str) -> Vec<(&'static str, String)> {

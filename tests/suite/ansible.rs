@@ -1,7 +1,7 @@
 //! Ansible, configured as the Configuration Framework Service configures it, and that service's own sequence over paramiko.
 
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::{Shutdown, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
@@ -209,18 +209,14 @@ struct Proxy {
 
 impl Proxy {
     fn start(target: u16, latency: Duration) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = listener.local_addr().unwrap().port();
-        std::thread::spawn(move || {
-            for client in listener.incoming() {
-                let (Ok(client), Ok(server)) = (client, TcpStream::connect(("127.0.0.1", target))) else { continue };
-                let ends = [(client.try_clone().unwrap(), server.try_clone().unwrap()), (server, client)];
-                for (from, to) in ends {
-                    std::thread::spawn(move || Self::carry(from, to, latency / 2));
-                }
+        let address = listen(move |client| {
+            let Ok(server) = TcpStream::connect(("127.0.0.1", target)) else { return };
+            let ends = [(client.try_clone().unwrap(), server.try_clone().unwrap()), (server, client)];
+            for (from, to) in ends {
+                std::thread::spawn(move || Self::carry(from, to, latency / 2));
             }
         });
-        Self { port }
+        Self { port: address.port() }
     }
 
     fn carry(mut from: TcpStream, mut to: TcpStream, delay: Duration) {

@@ -1,9 +1,11 @@
 //! A server of one file, that knows ranges and If-Match, and misbehaves as it is told to.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
+
+use crate::listen;
 
 /// What happens to one request; those after the last one are answered well.
 #[derive(Clone, Copy, Debug)]
@@ -59,18 +61,13 @@ impl FileServer {
     }
 
     pub fn with_etag(content: Vec<u8>, etag: &str, faults: &[Fault]) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let url = format!("http://{}/boot-images/rootfs?X-Amz-Signature=secret", listener.local_addr().unwrap());
         let requests = Arc::new(Mutex::new(Vec::new()));
-        let served = Arc::new(Mutex::new(Served { content, etag: etag.to_owned(), faults: faults.to_vec() }));
+        let served = Mutex::new(Served { content, etag: etag.to_owned(), faults: faults.to_vec() });
         let heard = requests.clone();
-        std::thread::spawn(move || {
-            for connection in listener.incoming().map_while(Result::ok) {
-                let (served, heard) = (served.clone(), heard.clone());
-                std::thread::spawn(move || answer(&connection, &served, &heard));
-            }
+        let address = listen(move |connection| {
+            answer(&connection, &served, &heard);
         });
-        Self { url, requests }
+        Self { url: format!("http://{address}/boot-images/rootfs?X-Amz-Signature=secret"), requests }
     }
 }
 

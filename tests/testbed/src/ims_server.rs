@@ -3,10 +3,12 @@
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use serde_json::{Value, json};
+
+use crate::listen;
 
 pub const JOB: &str = "46a2731e-a1d0-4f98-ba92-4f78c756bb12";
 
@@ -80,13 +82,13 @@ pub struct ImsServer {
 
 impl ImsServer {
     pub fn start() -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap();
         let job = json!({
             "id": JOB, "status": "creating", "job_type": "customize", "artifact_id": JOB, "public_key_id": JOB,
             "image_root_archive_name": "compute", "resultant_image_id": null,
         });
         let state = Arc::new(Mutex::new(State { job, token_lives: 300, ..State::default() }));
+        let shared = state.clone();
+        let address = listen(move |connection| while answer(&connection, &shared).is_some() {});
         let oauth = tempfile::tempdir().unwrap();
         for (name, text) in [
             ("endpoint", format!("http://{address}/token\n")),
@@ -95,13 +97,6 @@ impl ImsServer {
         ] {
             std::fs::write(oauth.path().join(name), text).unwrap();
         }
-        let shared = state.clone();
-        std::thread::spawn(move || {
-            for connection in listener.incoming().map_while(Result::ok) {
-                let state = shared.clone();
-                std::thread::spawn(move || while answer(&connection, &state).is_some() {});
-            }
-        });
         Self { url: format!("http://{address}/apis/ims"), oauth: Arc::new(oauth), state }
     }
 

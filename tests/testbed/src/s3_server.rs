@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use crate::file_server::reset;
-use crate::{cache, free_port, text, wait_until};
+use crate::{cache, free_port, listen, text, wait_until};
 
 /// A bucket, and where it is.
 pub struct Bucket {
@@ -203,21 +203,14 @@ pub enum Closed {
 
 impl Gate {
     pub fn start(parts: usize, closed: Closed) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let endpoint = format!("http://{}", listener.local_addr().unwrap());
         let asked = Arc::new(Mutex::new(Vec::new()));
         let (heard, to) = (asked.clone(), server());
-        std::thread::spawn(move || {
-            for connection in listener.incoming().map_while(Result::ok) {
-                let heard = heard.clone();
-                std::thread::spawn(move || {
-                    let server = TcpStream::connect(("127.0.0.1", to)).unwrap();
-                    let _ = pass_one(&connection, server, &heard, parts, closed);
-                    let _ = connection.shutdown(std::net::Shutdown::Both);
-                });
-            }
+        let address = listen(move |connection| {
+            let server = TcpStream::connect(("127.0.0.1", to)).unwrap();
+            let _ = pass_one(&connection, server, &heard, parts, closed);
+            let _ = connection.shutdown(std::net::Shutdown::Both);
         });
-        Self { endpoint, asked }
+        Self { endpoint: format!("http://{address}"), asked }
     }
 
     /// The heads of all requests.
@@ -327,17 +320,10 @@ impl Sink {
 
     /// So many bytes of each object are not there afterwards.
     pub fn losing(bytes: u64) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let endpoint = format!("http://{}", listener.local_addr().unwrap());
         let sizes = Arc::new(Mutex::new(std::collections::BTreeMap::new()));
         let shared = sizes.clone();
-        std::thread::spawn(move || {
-            for connection in listener.incoming().map_while(Result::ok) {
-                let sizes = shared.clone();
-                std::thread::spawn(move || while swallow(&connection, &sizes, bytes).is_some() {});
-            }
-        });
-        Self { endpoint, sizes }
+        let address = listen(move |connection| while swallow(&connection, &shared, bytes).is_some() {});
+        Self { endpoint: format!("http://{address}"), sizes }
     }
 
     pub fn variables(&self) -> Vec<(&'static str, String)> {
@@ -383,16 +369,12 @@ fn swallow(connection: &TcpStream, sizes: &Mutex<std::collections::BTreeMap<Stri
 /// A server that answers every request so. Returns its URL.
 pub fn always(status: &str, page: &str) -> String {
     use std::io::{BufRead, BufReader};
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let endpoint = format!("http://{}", listener.local_addr().unwrap());
     let length = page.len();
     let answer = format!("HTTP/1.1 {status}\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{page}");
-    std::thread::spawn(move || {
-        for connection in listener.incoming().map_while(Result::ok) {
-            let lines = BufReader::new(&connection).lines().map_while(Result::ok);
-            let _ = lines.take_while(|line| !line.is_empty()).count();
-            let _ = (&connection).write_all(answer.as_bytes());
-        }
+    let address = listen(move |mut connection| {
+        let lines = BufReader::new(&connection).lines().map_while(Result::ok);
+        let _ = lines.take_while(|line| !line.is_empty()).count();
+        let _ = connection.write_all(answer.as_bytes());
     });
-    endpoint
+    format!("http://{address}")
 }
