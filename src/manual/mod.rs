@@ -8,69 +8,8 @@ use clap_complete::Shell;
 use clap_mangen::Man;
 use clap_mangen::roff::{Inline, Roff, bold, roman};
 
-/// The table of variables of docs/REFERENCE.md, row by row; a test compares them.
-const VARIABLES: &str = include_str!("variables.md");
-
-/// Variables that a build environment reads.
-const ENVIRONMENT: &[&str] = &[
-    "IMS_ACTION",
-    "IMAGE_ROOT_PARENT",
-    "SSH_JAIL",
-    "JOB_ENABLE_DKMS",
-    "ENABLE_DEBUG",
-    "BUILD_ARCH",
-    "IMS_JOB_ID",
-    "REMOTE_BUILD_NODE",
-    "SSHD_OPTIONS",
-    "SSHD_CONFIG_FILE",
-    "CUSTOMIZATION_SCRIPT",
-    "IMS_CLOSE_GRACE",
-    "IMS_IDLE_LIMIT",
-    "IMS_SESSION_LIMIT",
-    "IMS_JAIL_TIER",
-    "IMS_JAIL_HOSTNAME",
-    "IMS_JAIL_BINDS",
-    "IMS_AGENT_FORWARDING",
-];
-
-/// The same on one machine, where options take the place of the others.
-const LOCAL: &[&str] =
-    &["JOB_ENABLE_DKMS", "IMS_CLOSE_GRACE", "IMS_JAIL_TIER", "IMS_JAIL_HOSTNAME", "IMS_AGENT_FORWARDING"];
-
-/// Variables of a job and its image.
-const JOB: &[&str] =
-    &["IMS_ACTION", "IMAGE_ROOT_PARENT", "SSH_JAIL", "ENABLE_DEBUG", "BUILD_ARCH", "IMS_JOB_ID", "REMOTE_BUILD_NODE"];
-
-/// Variables that name the source, the new image and the servers.
-const PUBLISHING: &[&str] = &[
-    "IMAGE_ROOT_ARCHIVE_NAME",
-    "KERNEL_FILENAME",
-    "INITRD_FILENAME",
-    "KERNEL_PARAMETERS_FILENAME",
-    "DOWNLOAD_MD5SUM",
-    "DOWNLOAD_SHA256SUM",
-    "IMAGE_COMPRESSION",
-    "SOURCE_DATE_EPOCH",
-    "IMAGE_STORE",
-    "S3_BUCKET",
-    "S3_ENDPOINT",
-    "S3_ACCESS_KEY",
-    "S3_SECRET_KEY",
-    "S3_SSL_VALIDATE",
-    "AWS_ACCESS_KEY_ID",
-    "AWS_SECRET_ACCESS_KEY",
-    "AWS_SESSION_TOKEN",
-    "AWS_REGION",
-    "AWS_DEFAULT_REGION",
-    "AWS_ENDPOINT_URL_S3",
-    "AWS_ENDPOINT_URL",
-    "AWS_CA_BUNDLE",
-    "CA_CERT",
-    "IMS_URL",
-    "OAUTH_CONFIG_DIR",
-    "IMS_STALL_LIMIT",
-    "IMS_RETRY_LIMIT",
-];
+use crate::job::variables::Program::{self, Environment, Job, Local, Log, Publishing, Sidecar, Status};
+use crate::job::variables::{VARIABLES, Variable};
 
 /// Name and meaning of a file or an exit code.
 type Entry = (&'static str, &'static str);
@@ -98,7 +37,8 @@ const DONE: &[Entry] = &[("0", "It was done."), ("1", "It was not; standard erro
 
 /// Sections of a man page beside the command line's description.
 struct Page {
-    variables: &'static [&'static [&'static str]],
+    /// Variables that these read.
+    variables: &'static [Program],
     files: &'static [&'static [Entry]],
     exit: &'static [Entry],
 }
@@ -107,7 +47,7 @@ struct Page {
 fn page_of(name: &str) -> Page {
     match name {
         "entrypoint" => Page {
-            variables: &[ENVIRONMENT],
+            variables: &[Environment],
             files: &[SIGNAL_FILES, MARKS, RUN],
             exit: &[
                 ("0", "The image was marked complete or failed, or no shell was wanted."),
@@ -117,7 +57,7 @@ fn page_of(name: &str) -> Page {
             ],
         },
         "customize" => Page {
-            variables: &[LOCAL, PUBLISHING],
+            variables: &[Local, Publishing],
             files: &[MARKS, LOGINS, WORK, RUN],
             exit: &[
                 ("0", "The image was marked complete, and published if that was wanted."),
@@ -127,7 +67,7 @@ fn page_of(name: &str) -> Page {
             ],
         },
         "enter" => Page {
-            variables: &[LOCAL, PUBLISHING],
+            variables: &[Local, Publishing],
             files: &[MARKS, WORK, RUN],
             exit: &[
                 ("0", "The image was published, or the command ended so."),
@@ -139,7 +79,7 @@ fn page_of(name: &str) -> Page {
             ],
         },
         "prepare" | "sidecar" | "package" | "upload" => Page {
-            variables: if name == "sidecar" { &[JOB, PUBLISHING, &["IMS_START_LIMIT"]] } else { &[JOB, PUBLISHING] },
+            variables: if name == "sidecar" { &[Job, Publishing, Sidecar] } else { &[Job, Publishing] },
             files: &[SIGNAL_FILES],
             exit: &[
                 ("0", "It was done. Of sidecar: also for a customized image that was marked failed."),
@@ -148,15 +88,9 @@ fn page_of(name: &str) -> Page {
                 SIGNALS,
             ],
         },
-        "complete" | "fail" | "status" => {
-            Page { variables: &[&["IMAGE_ROOT_PARENT"]], files: &[SIGNAL_FILES, RUN], exit: DONE }
-        }
+        "complete" | "fail" | "status" => Page { variables: &[Status], files: &[SIGNAL_FILES, RUN], exit: DONE },
         "completions" | "man" => Page { variables: &[], files: &[], exit: DONE },
-        _ => Page {
-            variables: &[ENVIRONMENT, PUBLISHING, &["IMS_START_LIMIT"]],
-            files: &[SIGNAL_FILES, WORK, RUN],
-            exit: DONE,
-        },
+        _ => Page { variables: &[Environment, Publishing, Sidecar], files: &[SIGNAL_FILES, WORK, RUN], exit: DONE },
     }
 }
 
@@ -212,13 +146,10 @@ fn with_values(synopsis: &str, command: &Command) -> String {
 
 fn environment(roff: &mut Roff, page: &Page) {
     roff.control("SH", ["ENVIRONMENT"]);
-    let names = page.variables.iter().copied().flatten().copied().chain(["LOG_FORMAT", "LOG_LEVEL"]);
-    for row in names.filter_map(|name| VARIABLES.lines().find(|row| row.starts_with(&format!("| `{name}` |")))) {
-        let mut cells = row.trim_matches('|').split(" | ").map(str::trim);
-        let (name, format, default) =
-            (cells.next().unwrap_or_default(), cells.next().unwrap_or_default(), cells.next().unwrap_or_default());
-        roff.control("TP", []).text(marked_up(name));
-        roff.text(marked_up(&format!("{format}. Default: {default}.")));
+    let is_read = |variable: &&Variable| variable.readers.iter().any(|by| *by == Log || page.variables.contains(by));
+    for variable in VARIABLES.iter().filter(is_read) {
+        roff.control("TP", []).text(marked_up(&format!("`{}`", variable.name)));
+        roff.text(marked_up(&format!("{}. Default: {}.", variable.format, variable.default)));
     }
 }
 
@@ -294,13 +225,6 @@ fn with_names(script: &str, shell: Shell) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn every_variable_of_a_page_is_described() {
-        for name in [ENVIRONMENT, LOCAL, JOB, PUBLISHING, &["IMS_START_LIMIT", "LOG_FORMAT", "LOG_LEVEL"]].concat() {
-            assert!(VARIABLES.contains(&format!("\n| `{name}` |")), "{name}");
-        }
-    }
 
     #[test]
     fn a_cells_code_is_bold_and_its_links_are_their_text() {

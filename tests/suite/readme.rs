@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use ims_sshd::job::variables::{Program, VARIABLES, Variable};
 use testbed::*;
 
 const REFERENCE: &str = include_str!("../../docs/REFERENCE.md");
@@ -14,11 +15,17 @@ const ONE_MACHINE: &str = include_str!("../../docs/ONE_MACHINE.md");
 const SECURITY: &str = include_str!("../../SECURITY.md");
 const PAST_CVES: &str = include_str!("../../docs/PAST_CVES.md");
 const ATTEMPTS: &str = include_str!("../attempts/table.rs");
-const VARIABLES: &str = include_str!("../../src/manual/variables.md");
 const MAKEFILE: &str = include_str!("../../Makefile");
-const SETTINGS: &str = include_str!("../../src/environment/settings.rs");
-const PUBLISHING: &str = include_str!("../../src/publish/settings.rs");
-const LOG: &str = include_str!("../../src/log/format.rs");
+/// Files that read variables.
+const READERS: [&str; 7] = [
+    include_str!("../../src/environment/settings.rs"),
+    include_str!("../../src/publish/settings.rs"),
+    include_str!("../../src/store/place.rs"),
+    include_str!("../../src/ims/place.rs"),
+    include_str!("../../src/transfer/network.rs"),
+    include_str!("../../src/local/status.rs"),
+    include_str!("../../src/log/format.rs"),
+];
 const CAPABILITIES: &str = include_str!("../../src/jail/capabilities.rs");
 const REFUSED_CALLS: &str = include_str!("../../src/jail/refused_calls.rs");
 const ACCEPT_ENV: &str = include_str!("../../src/sshd/accept_env.rs");
@@ -216,20 +223,37 @@ fn makes(target: &str) -> bool {
 }
 
 #[test]
-fn every_variable_of_the_reference_is_read_and_every_one_that_is_read_is_in_it() {
-    let documented: BTreeSet<_> =
-        table(section(REFERENCE, "## Environment variables")).map(|row| code(&row[0])).collect();
-    let read: BTreeSet<_> = [SETTINGS, PUBLISHING, LOG].into_iter().flat_map(names_in).collect();
-    assert_eq!(documented, read);
+fn every_variable_that_is_read_is_in_the_table_and_the_other_way_round() {
+    let table: BTreeSet<_> = VARIABLES.iter().map(|variable| variable.name.to_owned()).collect();
+    let sources = sources().into_iter().filter(|path| !path.ends_with("job/variables.rs"));
+    let named: BTreeSet<_> = sources.flat_map(|path| names_in(&std::fs::read_to_string(path).unwrap())).collect();
+    let unread: Vec<_> = table.difference(&named).collect();
+    assert!(unread.is_empty(), "in src/job/variables.rs, and read nowhere: {unread:?}");
+    let read: BTreeSet<_> = READERS.into_iter().flat_map(names_in).collect();
+    // Sessions are given others, of which the reference has a table of its own.
+    let is_given = |name: &&String| REFERENCE.contains(&format!("| `{name}` |"));
+    let missing: Vec<_> = read.difference(&table).filter(|name| !is_given(name)).collect();
+    assert!(missing.is_empty(), "not in src/job/variables.rs: {missing:?}");
 }
 
 #[test]
-fn the_man_pages_describe_variables_as_the_reference_does() {
-    let row = |line: &&str| line.starts_with("| `") && line.split(" | ").count() == 3;
-    let rows = |text: &'static str| text.lines().filter(row).collect::<Vec<_>>();
-    let reference = rows(section(REFERENCE, "## Environment variables"));
-    assert!(reference.len() > 40);
-    assert_eq!(reference, rows(VARIABLES), "copy the rows of docs/REFERENCE.md to src/manual/variables.md");
+fn the_reference_has_the_table_of_variables() {
+    const HEAD: &str = "| variable | format | default |\n|---|---|---|\n";
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/REFERENCE.md");
+    // The first table is of the build environment and the log, the second of what comes before and after.
+    let is_first =
+        |variable: &&Variable| variable.readers.iter().any(|by| [Program::Environment, Program::Log].contains(by));
+    let (first, second): (Vec<_>, Vec<_>) = VARIABLES.iter().partition(is_first);
+    let mut parts = REFERENCE.split(HEAD);
+    let mut written = parts.next().unwrap().to_owned();
+    for (part, variables) in parts.zip([first, second]) {
+        let rows: String = variables.into_iter().map(|variable| variable.row() + "\n").collect();
+        written += &format!("{HEAD}{rows}{}", &part[part.find("\n\n").unwrap() + 1..]);
+    }
+    if written != REFERENCE {
+        std::fs::write(&path, written).unwrap();
+        panic!("the tables of {} were not those of src/job/variables.rs: written anew", path.display());
+    }
 }
 
 #[test]
