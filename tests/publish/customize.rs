@@ -180,10 +180,10 @@ fn what_was_published_in_part_is_taken_back_when_the_image_is_given_up() {
     wait_until("a part to be sent", || gate.parts() > 0);
     child.kill().unwrap();
     child.wait().unwrap();
-    assert_eq!(bucket.begun(), 1);
+    assert_eq!(bucket.unfinished_uploads(), 1);
     let output = customize(dir.path(), &squashfs, &output, "failed", &bucket.variables());
     assert_eq!(output.status.code(), Some(1), "{output:?}");
-    assert_eq!((bucket.begun(), bucket.keys().len()), (0, 0));
+    assert_eq!((bucket.unfinished_uploads(), bucket.keys().len()), (0, 0));
     nothing_stays(dir.path());
 }
 

@@ -735,7 +735,7 @@ fn connections_to_the_store_that_break_are_overcome() {
     let broken = breaker.broken.load(std::sync::atomic::Ordering::Relaxed);
     assert!(broken >= 10, "{broken}");
     job.is_published(&output);
-    assert_eq!(job.bucket.begun(), 0, "though the answers to some were lost");
+    assert_eq!(job.bucket.unfinished_uploads(), 0, "though the answers to some were lost");
 }
 
 /// Kills the sidecar at a moment, and starts it again.
@@ -786,7 +786,7 @@ fn killed_while_the_image_is_published_it_goes_on_with_the_same_image() {
     };
     killed_when("packed", |job| job.volume.parent.join("compute-ö.sqsh").exists());
     killed_when("registered", |job| done(job, "POST", "/images"));
-    killed_when("uploading", |job| !job.bucket.keys().is_empty() || job.bucket.begun() > 0);
+    killed_when("uploading", |job| !job.bucket.keys().is_empty() || job.bucket.unfinished_uploads() > 0);
     killed_when("uploaded", |job| job.bucket.keys().iter().any(|key| key.ends_with("manifest.json")));
     killed_when("linked", |job| done(job, "PATCH", "/images"));
     killed_when("success", |job| job.ims.status() == "success");
@@ -840,7 +840,7 @@ fn a_sidecar_that_was_killed_amid_an_upload_sends_only_what_is_missing() {
     running.sidecar = Some(job.sidecar(Mode::Plain, &[("S3_ENDPOINT", &gate.endpoint)]).spawn().unwrap());
     let output = running.end();
     assert!(output.status.success(), "{}", text(&output.stderr));
-    assert_eq!((gate.parts(), gate.begun(), job.bucket.begun()), (3, 0, 0));
+    assert_eq!((gate.parts(), gate.begun(), job.bucket.unfinished_uploads()), (3, 0, 0));
     job.is_published(&output);
 }
 
@@ -854,7 +854,7 @@ fn killed_amid_an_upload(job: &Job) -> Running<'_> {
     running.mark(Mode::Plain, "complete");
     wait_until("a part to be sent", || gate.parts() > 0);
     running.kill_sidecar();
-    assert_eq!((job.bucket.begun(), job.ims.state().images.len()), (1, 1));
+    assert_eq!((job.bucket.unfinished_uploads(), job.ims.state().images.len()), (1, 1));
     running
 }
 
@@ -908,7 +908,7 @@ fn a_pod_that_begins_again_amid_an_upload_goes_on_with_the_same_image() {
     running.sidecar = Some(job.sidecar(Mode::Plain, &[]).spawn().unwrap());
     let output = running.end();
     assert!(output.status.success(), "{}", text(&output.stderr));
-    assert_eq!(job.bucket.begun(), 0);
+    assert_eq!(job.bucket.unfinished_uploads(), 0);
     job.is_published(&output);
 }
 

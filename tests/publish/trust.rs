@@ -286,11 +286,11 @@ fn forged_notes_on_the_volume_make_the_sidecar_delete_and_call_nothing_of_others
 #[test]
 fn own_notes_roll_back_what_this_job_made_and_nothing_else() {
     let killed = Killed::new();
-    assert!(killed.job.ims.state().images.contains_key(&killed.own) && killed.job.bucket.begun() == 2);
+    assert!(killed.job.ims.state().images.contains_key(&killed.own) && killed.job.bucket.unfinished_uploads() == 2);
     let requests = killed.give_up(&killed.notes);
     killed.is_only_its_own(&requests, "its own");
     assert!(!killed.job.ims.state().images.contains_key(&killed.own));
-    assert_eq!((killed.job.bucket.begun(), killed.job.bucket.keys().len()), (1, 4));
+    assert_eq!((killed.job.bucket.unfinished_uploads(), killed.job.bucket.keys().len()), (1, 4));
     for name in NOTES {
         assert!(!killed.job.volume.parent.join(name).exists());
     }
@@ -305,11 +305,11 @@ fn rollback_leaves_an_image_whose_record_or_objects_are_somebody_elses() {
     for (number, make) in others.iter().enumerate() {
         let killed = Killed::new();
         make(&killed);
-        let before = (killed.job.bucket.keys(), killed.job.bucket.begun());
+        let before = (killed.job.bucket.keys(), killed.job.bucket.unfinished_uploads());
         let requests = killed.give_up(&killed.notes);
         assert!(!requests.iter().any(|request| request.contains("DELETE") || request.contains("?delete")), "{number}");
         assert!(killed.job.ims.state().images.contains_key(&killed.own), "{number}");
-        assert_eq!((killed.job.bucket.keys(), killed.job.bucket.begun()), before, "{number}");
+        assert_eq!((killed.job.bucket.keys(), killed.job.bucket.unfinished_uploads()), before, "{number}");
     }
 }
 

@@ -402,7 +402,7 @@ impl Upload {
         wait_until("the parts to be sent", || gate.parts() == parts + AT_A_TIME);
         child.kill().unwrap();
         child.wait().unwrap();
-        assert_eq!(self.bucket.begun(), 1);
+        assert_eq!(self.bucket.unfinished_uploads(), 1);
     }
 
     /// Runs it to its end; how many parts it has sent, and how often it has begun an upload.
@@ -426,7 +426,7 @@ impl Upload {
         assert_eq!(object.header("content-type"), Some("application/vnd.cray.image.rootfs.squashfs"));
         assert_eq!(object.header("x-amz-meta-md5sum"), Some(md5(&object.body).as_str()));
         assert_eq!(self.bucket.keys().len(), 5, "{:?}", self.bucket.keys());
-        assert_eq!(self.bucket.begun(), others);
+        assert_eq!(self.bucket.unfinished_uploads(), others);
         let left: Vec<_> = std::fs::read_dir(self.dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert_eq!(left.len(), 2, "{left:?}");
         (gate.parts(), gate.begun())
@@ -504,7 +504,7 @@ fn an_upload_that_was_killed_before_it_heard_that_it_had_begun_leaves_nothing_be
     let upload = Upload::new();
     let gate = Gate::start(0, Closed::Unheard);
     let mut child = upload.through(&gate).env("IMS_STALL_LIMIT", "100").spawn().unwrap();
-    wait_until("the upload to begin", || upload.bucket.begun() == 1);
+    wait_until("the upload to begin", || upload.bucket.unfinished_uploads() == 1);
     child.kill().unwrap();
     child.wait().unwrap();
     // What others have begun in the bucket is theirs.
@@ -534,7 +534,7 @@ fn an_upload_to_another_store_takes_back_what_was_begun_before() {
     let mut upload = Upload::killed_after(2);
     let before = std::mem::replace(&mut upload.bucket, Bucket::new());
     assert_eq!(upload.again(), (PARTS, 1));
-    assert_eq!(before.begun(), 0);
+    assert_eq!(before.unfinished_uploads(), 0);
 }
 
 #[test]
@@ -544,7 +544,7 @@ fn an_upload_that_fails_for_good_leaves_no_parts() {
     let output = upload.through(&gate).output().unwrap();
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     assert!(text(&output.stderr).contains("403 Forbidden"), "{output:?}");
-    assert_eq!((upload.bucket.begun(), upload.bucket.keys().len()), (0, 0));
+    assert_eq!((upload.bucket.unfinished_uploads(), upload.bucket.keys().len()), (0, 0));
     assert_eq!(upload.again(), (PARTS, 1));
 }
 

@@ -1,4 +1,4 @@
-//! The close: its steps in their order, an image root that goes away under it, and what a killed environment has left.
+//! The order of steps at the close, image roots that vanish under an open environment, and cleanup after a killed one.
 
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;

@@ -1,4 +1,4 @@
-//! Files of the image that a process outside the jail holds open: who has one for writing when the environment closes fails it.
+//! Descriptors of image files in processes outside the jail: one that is open for writing at the close fails the image.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;

@@ -1,4 +1,4 @@
-//! Limits of time for environments that nobody closes.
+//! Time limits of environments that nobody closes.
 
 use std::process::Stdio;
 use std::time::{Duration, Instant};

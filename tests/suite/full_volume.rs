@@ -16,16 +16,16 @@ fn limited(options: &str) -> Volume {
     volume
 }
 
-/// Takes what the file system at `folder` has left: files until no more can be made, and bytes until no more can be written.
-fn fill(folder: &Path) {
+/// Uses up the file system at `directory`: creates files until no more can be made, then writes until it is full.
+fn fill(directory: &Path) {
     let mut files: Vec<std::fs::File> = Vec::new();
-    while let Ok(file) = std::fs::File::create(folder.join(format!("fill.{}", files.len()))) {
+    while let Ok(file) = std::fs::File::create(directory.join(format!("fill.{}", files.len()))) {
         files.push(file);
     }
     if let Some(last) = files.last_mut() {
         while last.write_all(&[1; 4096]).is_ok() {}
     }
-    assert!(std::fs::File::create(folder.join("one more")).is_err());
+    assert!(std::fs::File::create(directory.join("one more")).is_err());
 }
 
 #[test]

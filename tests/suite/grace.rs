@@ -1,4 +1,4 @@
-//! Who may finish at the close: commands within the grace, on a terminal too, and clients between two sessions of a task.
+//! The grace at the close: which commands and clients may finish, and what is hung up at once.
 
 use std::io::Write;
 use std::process::{Child, Stdio};

@@ -1,4 +1,4 @@
-//! Signal files of an earlier run, of an odd kind, or on a volume that raises no events.
+//! Signal files from an earlier run, of a wrong file type, or on a volume without events.
 
 use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixListener;
@@ -214,8 +214,8 @@ fn what_was_put_aside_before_does_not_keep_exiting_from_being_told() {
     volume.start(Mode::Plain).fails_visibly(0, &["as a signal file: it is a directory"]);
 }
 
-/// A FUSE file system over a directory, which is returned, in place of the volume's own: what is written into the directory raises no
-/// event in it.
+/// Mounts a FUSE file system in place of the volume, and returns the directory behind it. Files written into that
+/// directory appear in the volume without an event.
 fn mirrored(volume: &Volume) -> (Mounted, Ended, PathBuf) {
     let backing = volume.dir.path().join("backing");
     std::fs::rename(&volume.parent, &backing).unwrap();

@@ -1,4 +1,4 @@
-//! What the status and the log tell of sessions, and what neither of them ever tells.
+//! Sessions in the status and in the log, and secrets, which are in neither.
 
 use std::process::{Command, Stdio};
 use std::time::Duration;

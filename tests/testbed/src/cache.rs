@@ -9,13 +9,13 @@ pub fn repository() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).unwrap()
 }
 
-/// Directory that holds whatever is costly to make.
+/// The directory for image roots and everything else that takes long to make.
 pub fn cache_directory() -> PathBuf {
     std::env::var_os("IMS_SSHD_CACHE")
         .map_or_else(|| PathBuf::from(std::env::var_os("HOME").expect("HOME")).join(".cache/ims-sshd"), PathBuf::from)
 }
 
-/// The same, once it is certain that the image roots are there.
+/// The same; fails if it has no image roots yet.
 pub fn cache() -> PathBuf {
     let path = cache_directory();
     assert!(
@@ -26,8 +26,8 @@ pub fn cache() -> PathBuf {
     path
 }
 
-/// A directory that is removed with the returned value. It is not below /tmp: sshd refuses keys in a directory that everybody can
-/// write to.
+/// A directory that is removed with the returned value. It is not below /tmp: sshd refuses keys in a directory that
+/// everybody can write to.
 pub fn directory() -> TempDir {
     let base = cache().join("tests");
     std::fs::create_dir_all(&base).unwrap();

@@ -8,7 +8,7 @@ use tempfile::TempDir;
 
 use crate::{Environment, feed, succeed};
 
-/// For a client that knows nobody.
+/// Options of a client without known hosts and without configuration.
 pub fn ssh_options(key: &Path) -> Vec<String> {
     let mut options: Vec<String> = vec!["-F".into(), "none".into(), "-i".into(), key.display().to_string()];
     for option in [
@@ -26,12 +26,12 @@ pub fn ssh_options(key: &Path) -> Vec<String> {
 impl Environment {
     pub fn ssh_options(&self) -> Vec<String> {
         let mut options = ssh_options(&self.key);
-        // The default one takes longer than all the rest of a session.
+        // The default key exchange takes longer than the rest of a session.
         options.extend(["-o", "KexAlgorithms=curve25519-sha256"].map(Into::into));
         options
     }
 
-    /// `ssh` with further options; the command is to be added after the host, which is the last argument here.
+    /// `ssh` with further options. The caller adds the command after the host, which is the last argument here.
     pub fn ssh(&self, options: &[&str]) -> Command {
         let mut command = Command::new("ssh");
         command.args(self.ssh_options()).args(options).args(["-p", &self.port.to_string(), "root@127.0.0.1"]);
@@ -111,7 +111,7 @@ impl Master<'_> {
         self.socket.path().join("s").display().to_string()
     }
 
-    /// `ssh` over the open connection; the command is to be added.
+    /// `ssh` over the open connection. The caller adds the command.
     pub fn ssh(&self) -> Command {
         self.ssh_with(&[])
     }
@@ -136,7 +136,7 @@ impl Master<'_> {
         self.environment.sftp_client(&[&["-o", &control], options].concat())
     }
 
-    /// `scp` over it; what is to be copied is to be added.
+    /// `scp` over it. The caller adds source and destination.
     pub fn scp(&self) -> Command {
         let mut command = Command::new("scp");
         command.args(self.environment.ssh_options()).args(["-o", &format!("ControlPath={}", self.control())]);

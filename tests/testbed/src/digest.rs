@@ -6,15 +6,15 @@ use std::path::{Path, PathBuf};
 
 use ims_sshd::sys::mounts::mount_points;
 
-/// All paths below `folder`, itself included, in order.
-pub fn walk(folder: &Path) -> Vec<PathBuf> {
-    let mut found = vec![folder.to_owned()];
-    let mut folders = vec![folder.to_owned()];
-    while let Some(folder) = folders.pop() {
-        for entry in std::fs::read_dir(folder).unwrap() {
+/// All paths below `directory`, itself included, sorted.
+pub fn walk(directory: &Path) -> Vec<PathBuf> {
+    let mut found = vec![directory.to_owned()];
+    let mut directories = vec![directory.to_owned()];
+    while let Some(directory) = directories.pop() {
+        for entry in std::fs::read_dir(directory).unwrap() {
             let entry = entry.unwrap();
             if entry.file_type().unwrap().is_dir() {
-                folders.push(entry.path());
+                directories.push(entry.path());
             }
             found.push(entry.path());
         }
@@ -28,8 +28,8 @@ pub fn is_regular(path: &Path) -> bool {
     std::fs::symlink_metadata(path).is_ok_and(|m| m.is_file())
 }
 
-/// All that one can see of a tree, but for times of access and of change of the inode, which nobody can put back: of each path a
-/// description, and the content.
+/// Everything visible in a tree: a description and the content for each path. Access and inode change times are left
+/// out, since no program can restore them.
 pub type Digest = BTreeMap<PathBuf, (String, Vec<u8>)>;
 
 pub fn digest(root: &Path) -> Digest {
@@ -38,7 +38,7 @@ pub fn digest(root: &Path) -> Digest {
         let m = std::fs::symlink_metadata(path).unwrap();
         let content = match m.file_type() {
             t if t.is_symlink() => std::fs::read_link(path).unwrap().into_os_string().into_encoded_bytes(),
-            // Of a file with many names, once.
+            // The content of a file with several names is read once.
             t if t.is_file() && read.insert(m.ino()) => std::fs::read(path).unwrap(),
             _ => Vec::new(),
         };
@@ -50,7 +50,7 @@ pub fn digest(root: &Path) -> Digest {
     walk(root).into_iter().map(|path| (path.strip_prefix(root).unwrap().to_owned(), describe(&path))).collect()
 }
 
-/// In what two digests differ, for a person.
+/// The differences between two digests, for a person.
 pub fn differences(before: &Digest, after: &Digest) -> Vec<String> {
     let describe = |seen: Option<&(String, Vec<u8>)>| seen.map_or("nothing".to_owned(), |(text, _)| text.clone());
     let paths: BTreeSet<_> = before.keys().chain(after.keys()).collect();
@@ -61,8 +61,8 @@ pub fn differences(before: &Digest, after: &Digest) -> Vec<String> {
         .collect()
 }
 
-/// What this thread, and what it starts, sees mounted that was not there `before`, as numbers and places. What vanishes is no matter:
-/// mounts go with the folder that they are on, whoever removes that, as they go along where it is moved.
+/// Mounts that this thread and its children see now and did not see `before`, as mount IDs and mount points. Mounts
+/// that are gone do not count: they vanish with the directory that they are on, and move with it.
 pub fn new_mounts(before: &[(u32, PathBuf)]) -> Vec<(u32, PathBuf)> {
     let mountinfo = std::fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
     let numbers = mountinfo.lines().map(|line| line.split(' ').next().unwrap().parse().unwrap());

@@ -80,14 +80,14 @@ impl Environment {
         self.wait_for_log_times(text, 1);
     }
 
-    /// Waits until the log holds `text` so often.
+    /// Waits until the log holds `text` that many times.
     pub fn wait_for_log_times(&self, text: &str, times: usize) {
         let what = format!("'{text}' in the log ({times}):\n{}", self.log_text());
         wait_until(&what, || self.log_text().matches(text).count() >= times);
     }
 
-    /// Waits for the end, which has to be that of a failed image for everybody who looks: in the log with all of `words`, in the signal
-    /// files, and by the exit code.
+    /// Waits for the end, and asserts that it shows as a failure everywhere: in the exit code, in the signal files, and
+    /// in the log, which has to hold all of `words`.
     pub fn fails_visibly(&mut self, code: i32, words: &[&str]) {
         assert_eq!(self.end(), code, "{}", self.log_text());
         let log = self.log_text();
@@ -117,7 +117,7 @@ impl Environment {
         Pid::from_raw(record.init.pid)
     }
 
-    /// Where the environment has its own files.
+    /// The directory for the environment's own files.
     pub fn state_directory(&self) -> PathBuf {
         ims_sshd::volume::state_directory::StateFolder::place(&self.parent)
     }
@@ -137,7 +137,7 @@ impl Drop for Environment {
     }
 }
 
-/// So few that what a test itself says above them is still seen where the end of its output is shown.
+/// The last 15 lines: more would hide the test's own message, which stands above them.
 fn last_lines(text: &str) -> String {
     let lines: Vec<_> = text.lines().collect();
     lines[lines.len().saturating_sub(15)..].join("\n")

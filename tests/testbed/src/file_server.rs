@@ -1,4 +1,4 @@
-//! A server of one file, that knows ranges and If-Match, and misbehaves as it is told to.
+//! A server of one file. It knows ranges and If-Match, and misbehaves as the test tells it to.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
@@ -7,30 +7,30 @@ use std::time::Duration;
 
 use crate::listen;
 
-/// What happens to one request; those after the last one are answered well.
+/// A fault for one request. Requests after the last fault are answered correctly.
 #[derive(Clone, Copy, Debug)]
 pub enum Fault {
-    /// The connection is reset after so many bytes of the body.
+    /// The connection is reset after this many bytes of the body.
     ResetAfter(usize),
     /// It ends there as if the body had ended.
     CloseAfter(usize),
     /// An answer of this status, with a body.
     Status(u16),
-    /// A byte now and then, for ever.
+    /// The body comes a byte at a time, without end.
     Drip,
-    /// Nothing at all.
+    /// No answer.
     Silence,
     /// The answer to a range begins at the file's start, and says so.
     OtherRange,
-    /// All of the file, whatever part was asked for.
+    /// The answer is the whole file, whichever part the request asks for.
     Whole,
-    /// The answer to a range ends after so many bytes, and says so.
+    /// The answer to a range ends after this many bytes, and says so.
     ShortRange(usize),
     /// The answer to a range goes on behind the file's end.
     LongRange,
     /// The file becomes another one, of the same length, before the answer.
     Change,
-    /// It becomes its own beginning, of so many bytes.
+    /// The file is truncated to this length before the answer.
     Shorten(usize),
     /// The answer has this header besides: name and value.
     Described(&'static str),
@@ -41,7 +41,7 @@ pub struct FileServer {
     pub requests: Arc<Mutex<Vec<Request>>>,
 }
 
-/// What was asked for, and from where on it was answered.
+/// The range and the condition of a request.
 #[derive(Clone, Debug)]
 pub struct Request {
     pub range: Option<u64>,
@@ -122,7 +122,7 @@ fn answer(connection: &TcpStream, served: &Mutex<Served>, requests: &Mutex<Vec<R
     let body = &[&content[from..to], further].concat();
     if !matches!(fault, Some(Fault::Silence)) {
         let length = body.len();
-        // A weak one has its quotes already.
+        // A weak ETag has its quotes already.
         let etag = if etag.starts_with("W/") { etag } else { format!("\"{etag}\"") };
         write!(out, "HTTP/1.1 {head}\r\netag: {etag}\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n").ok()?;
     }

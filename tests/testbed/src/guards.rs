@@ -63,7 +63,8 @@ pub fn mount(options: &[&str], at: &Path) {
     succeed(Command::new("mount").args(options).arg(at));
 }
 
-/// Takes away what is mounted at a place, if something is; who still uses it keeps it.
+/// Unmounts lazily, so that processes which still use the mount do not prevent it. It is no error if nothing is mounted
+/// there.
 pub fn unmount(at: &Path) {
     let _ = Command::new("umount").arg("--lazy").arg(at).stderr(Stdio::null()).status();
 }

@@ -1,5 +1,5 @@
-//! An IMS that takes what its published schema knows and nothing else: an unknown field is 400, a wrong state 409. What it refuses is
-//! told in RFC 7807's details.
+//! An IMS that takes what its published schema knows and nothing else: an unknown field is 400, a wrong state 409. A
+//! refusal is described as in RFC 7807.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -12,7 +12,7 @@ use crate::listen;
 
 pub const JOB: &str = "46a2731e-a1d0-4f98-ba92-4f78c756bb12";
 
-/// As in the schema.
+/// The schema's values of a job's status.
 const STATUSES: [&str; 9] = [
     "creating",
     "fetching_image",
@@ -25,7 +25,7 @@ const STATUSES: [&str; 9] = [
     "success",
 ];
 
-/// What happens to the next request that begins like this: method, path, body.
+/// A fault for the next request that begins like this: method, path, body.
 #[derive(Clone, Debug)]
 pub enum Fault {
     /// An error of the server, and nothing is done.
@@ -53,18 +53,18 @@ pub struct State {
     /// Every request, whatever became of it: method and path.
     pub requests: Vec<String>,
     pub tokens: usize,
-    /// An older IMS, whose images have none.
+    /// Behaves as an older IMS, whose images have no metadata.
     pub without_metadata: bool,
-    /// In seconds.
+    /// Lifetime of a token, in seconds.
     pub token_lives: u64,
-    /// What was refused as wrong.
+    /// Requests that were refused as wrong.
     pub refused: Vec<String>,
     faults: Vec<(String, Fault)>,
     made: usize,
 }
 
 impl State {
-    /// A new image's record; the earlier one comes first.
+    /// Adds an image; its id sorts after those of earlier images.
     pub fn register(&mut self, name: &str, arch: &str, link: &Value) -> Value {
         self.made += 1;
         let id = format!("00000000-0000-4000-8000-{:012}", self.made);
@@ -100,7 +100,7 @@ impl ImsServer {
         Self { url: format!("http://{address}/apis/ims"), oauth: Arc::new(oauth), state }
     }
 
-    /// The same server.
+    /// A second handle for the same server.
     pub fn share(&self) -> Self {
         Self { url: self.url.clone(), oauth: self.oauth.clone(), state: self.state.clone() }
     }
@@ -109,12 +109,12 @@ impl ImsServer {
         self.state.lock().unwrap()
     }
 
-    /// The next request "METHOD /path body" that begins like this goes wrong.
+    /// The next request "METHOD /path body" that begins like this meets the fault.
     pub fn fail(&self, request: &str, fault: Fault) {
         self.state().faults.push((request.to_owned(), fault));
     }
 
-    /// All that was to go wrong has begun to.
+    /// Whether all faults have been met.
     pub fn is_well(&self) -> bool {
         self.state().faults.is_empty()
     }
@@ -123,7 +123,7 @@ impl ImsServer {
         self.state().job["status"].as_str().unwrap().to_owned()
     }
 
-    /// Statuses in their order.
+    /// All statuses of the job, in order.
     pub fn statuses(&self) -> Vec<String> {
         let of_job = |(_, path, body): &(String, String, Value)| {
             path.starts_with("/jobs").then(|| body["status"].as_str().map(str::to_owned)).flatten()
@@ -169,7 +169,7 @@ fn answer(connection: &TcpStream, state: &Mutex<State>) -> Option<()> {
         Some(Fault::Status(status)) => (status, json!({"title": "Out of order", "status": status})),
         Some(Fault::Record(record)) => (201, record),
         Some(Fault::ExpiredToken) => {
-            // And is refused from now on.
+            // Requests with the old token are refused from now on.
             state.lock().unwrap().tokens += 1;
             (401, json!({"error": "invalid_token", "error_description": "The token has expired"}))
         }

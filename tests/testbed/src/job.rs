@@ -1,4 +1,4 @@
-//! What a job of IMS is made of: a volume, the two containers' programs with their variables, and the servers.
+//! The parts of an IMS job: a volume, the two containers' programs with their variables, and the servers.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -20,7 +20,7 @@ pub fn ims_sshd(arguments: &[&str], variables: &[(&str, String)]) -> Command {
     command
 }
 
-/// What only a publication needs of an image.
+/// Adds the boot files, without which an image is not published.
 pub fn make_bootable(image_root: &Path) {
     std::fs::create_dir_all(image_root.join("boot")).unwrap();
     for (name, content) in [("vmlinuz", "a kernel"), ("initrd", "an initrd"), ("kernel-parameters", "quiet\n")] {
@@ -28,7 +28,7 @@ pub fn make_bootable(image_root: &Path) {
     }
 }
 
-/// A busybox that boots, as a squashfs and as a tree.
+/// A busybox tree that boots, in `dir`.
 pub fn image(dir: &Path) -> PathBuf {
     let tree = dir.join("tree");
     succeed(Command::new("cp").arg("-aT").arg(cache().join("busybox")).arg(&tree));
@@ -84,7 +84,7 @@ pub fn place_of(report: &Value) -> String {
     manifest.rsplit('/').nth(1).unwrap().to_owned()
 }
 
-/// The JSON object in it, indented by four as upstream's.
+/// The JSON object in the output, indented by four as upstream's.
 pub fn report_in(said: &str) -> Value {
     let begin = said.find("{\n    \"").unwrap_or_else(|| panic!("no report: {said}"));
     let end = begin + said[begin..].find("\n}\n").unwrap_or_else(|| panic!("no end of the report: {said}")) + 3;
@@ -117,7 +117,7 @@ impl Job {
             ("IMAGE_ROOT_PARENT", self.volume.parent.display().to_string()),
             ("IMAGE_ROOT_ARCHIVE_NAME", "compute-ö".to_owned()),
             ("ENABLE_DEBUG", "False".to_owned()),
-            // To compress is not what is tested.
+            // Compression would only take time.
             ("IMAGE_COMPRESSION", "none".to_owned()),
             ("SSH_JAIL", jailed.to_owned()),
             ("BUILD_ARCH", "x86_64".to_owned()),
@@ -132,23 +132,23 @@ impl Job {
         let mut variables = self.variables(mode);
         variables.extend(further.iter().map(|(n, v)| (*n, (*v).to_owned())));
         let dir = self.volume.dir.path();
-        let [keys, config, folder] =
+        let [keys, config, directory] =
             ["authorized_keys", "sshd_config", "ims"].map(|n| dir.join(n).display().to_string());
         let mut command = ims_sshd(&["sidecar", "--authorized-keys", &keys, "--sshd-config", &config], &variables);
-        command.args(["--sshd-folder", &folder, "--authorities", &dir.join("ca").display().to_string()]);
+        command.args(["--sshd-folder", &directory, "--authorities", &dir.join("ca").display().to_string()]);
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         command
     }
 
-    /// Where its sshd is configured.
+    /// Path of its sshd's configuration.
     pub fn sshd_config(&self) -> String {
         self.volume.dir.path().join("ims/sshd_config").display().to_string()
     }
 
-    /// No object, no record: as if nothing had been.
+    /// Asserts that store and IMS are empty: no object, no unfinished upload, no record.
     pub fn nothing_is_left(&self) {
         assert_eq!(self.bucket.keys(), [""; 0]);
-        assert_eq!(self.bucket.begun(), 0);
+        assert_eq!(self.bucket.unfinished_uploads(), 0);
         assert!(self.ims.state().images.is_empty(), "{:?}", self.ims.state().images);
     }
 
@@ -164,14 +164,14 @@ impl Job {
     }
 }
 
-/// What a job has published.
+/// The published image of a job.
 pub struct Published<'a> {
     pub bucket: &'a Bucket,
     pub ims: &'a ImsServer,
 }
 
 impl Published<'_> {
-    /// Everything is there and fits together, computed without the program under test.
+    /// Asserts that all parts exist and agree. Nothing here is computed by the program under test.
     pub fn is_whole(&self, said: &str) {
         let report = report_in(said);
         assert_eq!(report["result"], "success");

@@ -1,7 +1,8 @@
-//! Build environments for tests and benchmarks: the real programs, a real sshd, real image roots, clients and servers, in directories and
-//! mounts of their own.
+//! Build environments for tests and benchmarks: the real programs, a real sshd, real image roots, clients and servers,
+//! in directories and mounts of their own.
 
-// Tests alone use it: most names say enough, and nothing is made here to be thrown away or made by default.
+// Only tests use this crate: most names say enough, a builder whose result is unused shows in a test that fails, and a
+// `Default` would start servers.
 #![allow(missing_docs, clippy::new_without_default, clippy::return_self_not_must_use)]
 
 mod cache;

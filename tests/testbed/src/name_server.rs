@@ -1,4 +1,4 @@
-//! Networks of a test's own, with a name server: they are this thread's and those of whom it starts, and end with them.
+//! Networks of a test's own, with a name server: they belong to this thread and its children, and end with them.
 
 use std::net::UdpSocket;
 use std::path::Path;
@@ -7,7 +7,8 @@ use nix::sched::{CloneFlags, unshare};
 
 use crate::succeed;
 
-/// Runs `test` where `name` is known to a name server alone, and `in_file` to /etc/hosts alone; both are 127.0.0.1.
+/// Runs `test` in a network where only the name server knows `name`, and only /etc/hosts knows `in_file`; both are
+/// 127.0.0.1.
 pub fn with_names(dir: &Path, name: &'static str, in_file: &str, test: impl FnOnce() + Send) {
     std::fs::write(dir.join("resolv.conf"), "nameserver 127.0.0.1\n").unwrap();
     std::fs::write(dir.join("hosts"), format!("127.0.0.1 {in_file}\n")).unwrap();
@@ -23,7 +24,7 @@ pub fn with_names(dir: &Path, name: &'static str, in_file: &str, test: impl FnOn
     });
 }
 
-/// Answers questions for addresses of `name`, RFC 1035; of all else there is none.
+/// Answers questions for addresses of `name` (RFC 1035), and NXDOMAIN for other names.
 fn serve(socket: &UdpSocket, name: &str) {
     let mut packet = [0; 512];
     while let Ok((length, client)) = socket.recv_from(&mut packet) {
@@ -39,7 +40,7 @@ fn serve(socket: &UdpSocket, name: &str) {
             [&packet[..2], &[0x81, if known { 0x80 } else { 0x83 }, 0, 1, 0, count, 0, 0, 0, 0], &question[..end]]
                 .concat();
         if count == 1 {
-            // The name of the question, an address, for a minute, of four bytes.
+            // A pointer to the question's name; type A, class IN, 60 s, four bytes of address.
             answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4, 127, 0, 0, 1]);
         }
         socket.send_to(&answer, client).unwrap();

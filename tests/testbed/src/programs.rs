@@ -31,8 +31,8 @@ impl fmt::Display for Program {
     }
 }
 
-/// Cargo names the programs of a package to the tests of that package: at compile time to these alone, at run time (since 1.94) to all
-/// that they link. Older versions put tests in a directory below the programs'.
+/// Cargo tells a package's own tests the paths of its programs, at compile time and since 1.94 at run time; a library
+/// has only the latter. With an older Cargo the program lies one directory above the test.
 fn path(name: &str) -> String {
     let beside = || std::env::current_exe().unwrap().parent().unwrap().with_file_name(name);
     let path = std::env::var_os(format!("CARGO_BIN_EXE_{name}")).map_or_else(beside, PathBuf::from);

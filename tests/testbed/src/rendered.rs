@@ -18,7 +18,7 @@ pub fn rendered_for(place: &Path, versions: &[&str]) -> Result<Vec<Value>, Strin
     let python = cache_directory().join("kubernetes-validate/bin/python");
     assert!(python.exists(), "no {}: run the tests with 'make test'", python.display());
     let mut render = Command::new(python);
-    // The folder may be another user's.
+    // The directory may be another user's.
     render.env("PYTHONDONTWRITEBYTECODE", "1").arg(repository().join("tests/deploy/manifests.py"));
     render.args(versions.iter().map(|version| format!("--validate={version}")));
     let output = render.arg(place).output().unwrap();
@@ -28,7 +28,7 @@ pub fn rendered_for(place: &Path, versions: &[&str]) -> Result<Vec<Value>, Strin
     Ok(serde_json::from_slice(&output.stdout).unwrap())
 }
 
-/// The containers of a pod's spec, those that begin first first.
+/// The containers of a pod's spec, in the order in which they start.
 pub fn containers(spec: &Value) -> impl Iterator<Item = &Value> {
     ["initContainers", "containers"].into_iter().flat_map(|list| spec[list].as_array().into_iter().flatten())
 }

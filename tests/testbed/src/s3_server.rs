@@ -1,4 +1,5 @@
-//! moto's server, one for all tests of a run, each with a bucket of its own; and a way to it on which connections break.
+//! An S3 server (moto), one for all tests of a run, each with a bucket of its own; and proxies before it that break
+//! connections or refuse requests.
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -9,7 +10,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use crate::file_server::reset;
 use crate::{cache, free_port, listen, text, wait_until};
 
-/// A bucket, and where it is.
+/// A bucket, and the URL of its store.
 pub struct Bucket {
     pub name: String,
     pub endpoint: String,
@@ -28,7 +29,8 @@ impl Answer {
     }
 }
 
-/// Starts it once. It dies with this process: of the thread that started it, which never ends before.
+/// Starts the server once. PDEATHSIG, which kills it, follows the thread that started it; that thread lives as long as
+/// this process.
 fn server() -> u16 {
     static PORT: OnceLock<u16> = OnceLock::new();
     *PORT.get_or_init(|| {
@@ -56,7 +58,7 @@ impl Bucket {
         bucket
     }
 
-    /// The same bucket.
+    /// A second handle for the same bucket.
     pub fn share(&self) -> Self {
         Self { name: self.name.clone(), endpoint: self.endpoint.clone() }
     }
@@ -101,8 +103,8 @@ impl Bucket {
         keys.collect()
     }
 
-    /// Uploads that were begun and neither ended nor taken back.
-    pub fn begun(&self) -> usize {
+    /// Multipart uploads that were neither completed nor aborted.
+    pub fn unfinished_uploads(&self) -> usize {
         text(self.ask("GET", "?uploads", b"").body).matches("<UploadId>").count()
     }
 }
@@ -111,7 +113,7 @@ pub fn ask(port: u16, method: &str, path: &str, body: &[u8]) -> Answer {
     ask_with(port, method, path, "", body)
 }
 
-/// The same with further headers, each line ended.
+/// The same with further headers, each with its line end.
 fn ask_with(port: u16, method: &str, path: &str, headers: &str, body: &[u8]) -> Answer {
     let mut connection = TcpStream::connect(("127.0.0.1", port)).unwrap();
     let length = body.len();
@@ -127,14 +129,14 @@ fn ask_with(port: u16, method: &str, path: &str, headers: &str, body: &[u8]) -> 
     Answer { status, headers: headers.collect(), body: answer.split_off(end + 4) }
 }
 
-/// Goes between the program and the server, and resets connections after so many bytes of what is sent; one after the other, in turn.
+/// A proxy that resets connections after a number of bytes.
 pub struct Breaker {
     pub endpoint: String,
     pub broken: Arc<AtomicUsize>,
 }
 
 impl Breaker {
-    /// `every`: each so manieth connection breaks; the points in turn.
+    /// Every `every`th connection is reset, each at the next of `points`, until they are used up.
     pub fn start(points: &[usize], every: usize) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let endpoint = format!("http://{}", listener.local_addr().unwrap());
@@ -158,7 +160,7 @@ impl Breaker {
 fn pass(mut client: TcpStream, mut server: TcpStream, point: Option<usize>, broken: &AtomicUsize) {
     let (mut back_from, mut back_to) = (server.try_clone().unwrap(), client.try_clone().unwrap());
     let back = std::thread::spawn(move || {
-        // Half of it stays open after a reset: nothing is said on it then.
+        // After a reset, the client gets no further data and no end.
         if std::io::copy(&mut back_from, &mut back_to).is_ok() {
             let _ = back_to.shutdown(std::net::Shutdown::Write);
         }
@@ -180,24 +182,24 @@ fn pass(mut client: TcpStream, mut server: TcpStream, point: Option<usize>, brok
     let _ = back.join();
 }
 
-/// Goes between the program and the server, and lets so many parts of objects through; what becomes of the others is to be said.
+/// A proxy that lets a number of parts through, and treats the others as [`Closed`] says.
 pub struct Gate {
     pub endpoint: String,
     asked: Arc<Mutex<Vec<String>>>,
 }
 
-/// What becomes of parts that are not let through, or of other requests.
+/// Treatment of the parts that are not let through, or of other requests.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Closed {
-    /// They are never answered.
+    /// Parts are never answered.
     Silent,
-    /// They are refused, for good, and so is whoever asks what was begun.
+    /// Parts are refused with 403, and so is ListMultipartUploads.
     Refusing,
-    /// None comes as far: uploads are begun, and nobody hears of it.
+    /// Uploads are created, but the answer with their ID is lost.
     Unheard,
-    /// All are let through, and the upload ends unheard: the connection is closed. Whoever asks again is told that there is none.
+    /// Parts pass. The upload is completed, but the answer is lost; a second attempt to complete it gets 404.
     EndsUnheard,
-    /// All are let through, and so is everything but what deletes objects: that is answered as done, with an error inside.
+    /// Everything passes but deletions, which are answered with 200 and an error in the body.
     Undeleted,
 }
 
@@ -213,7 +215,7 @@ impl Gate {
         Self { endpoint: format!("http://{address}"), asked }
     }
 
-    /// The heads of all requests.
+    /// Request line and headers of all requests.
     pub fn heads(&self) -> Vec<String> {
         self.asked.lock().unwrap().clone()
     }
@@ -224,12 +226,12 @@ impl Gate {
         self.asked.lock().unwrap().iter().map(words).collect()
     }
 
-    /// How many parts were offered.
+    /// Number of parts that were sent.
     pub fn parts(&self) -> usize {
         self.asked.lock().unwrap().iter().filter(|request| is_part(request)).count()
     }
 
-    /// How often an upload was begun.
+    /// Number of uploads that were created.
     pub fn begun(&self) -> usize {
         self.asked.lock().unwrap().iter().filter(|request| begins(request)).count()
     }
@@ -307,7 +309,7 @@ fn pass_one(
     std::io::copy(&mut server, &mut &*client).map(|_| ())
 }
 
-/// Takes objects of any size as S3 does, and keeps nothing of them but their sizes.
+/// Accepts objects of any size as S3 does, and keeps only their sizes.
 pub struct Sink {
     endpoint: String,
     pub sizes: Arc<Mutex<std::collections::BTreeMap<String, u64>>>,
@@ -318,7 +320,7 @@ impl Sink {
         Self::losing(0)
     }
 
-    /// So many bytes of each object are not there afterwards.
+    /// Reports each object as this many bytes too short.
     pub fn losing(bytes: u64) -> Self {
         let sizes = Arc::new(Mutex::new(std::collections::BTreeMap::new()));
         let shared = sizes.clone();
@@ -366,7 +368,7 @@ fn swallow(connection: &TcpStream, sizes: &Mutex<std::collections::BTreeMap<Stri
         .ok()
 }
 
-/// A server that answers every request so. Returns its URL.
+/// A server that gives every request the same answer. Returns its URL.
 pub fn always(status: &str, page: &str) -> String {
     use std::io::{BufRead, BufReader};
     let length = page.len();

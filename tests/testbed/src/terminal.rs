@@ -10,21 +10,21 @@ use rexpect::session::{Options, PtySession, spawn_with_options};
 
 use crate::{Environment, LIMIT, processes_with, wait_until};
 
-/// What the shells of the tests are told to prompt with, so that nobody's profile decides it.
+/// The prompt that tests give to shells, whatever the profile sets.
 pub const PROMPT: &str = "[prompt]# ";
 
 /// A person's terminal: 31 rows, 200 columns (wide, so that no line editor wraps what is typed), with a program in it.
 pub struct Terminal {
     session: PtySession,
-    /// Everything that was to be seen so far.
+    /// Everything shown so far.
     pub screen: String,
     questions: u32,
 }
 
 impl Terminal {
-    /// Opens a terminal with `command`, of which program, arguments and variables count.
+    /// Opens a terminal with the program, arguments and variables of `command`.
     pub fn with(command: &Command) -> Self {
-        // The pty comes without echo, which ssh would hand on to the other side: no person's terminal is like that.
+        // The pty starts without echo, and ssh would pass that on; a person's terminal echoes.
         let mut started = Command::new("sh");
         started.args(["-c", "stty echo rows 31 cols 200; exec \"$@\"", "sh"]);
         started.arg(command.get_program()).args(command.get_args());
@@ -53,7 +53,8 @@ impl Terminal {
 
     fn wait_for_first_prompt(&mut self) {
         self.see("# ");
-        // A plain login's history is that of whoever runs the tests; the quotes keep the echo of this line from being the prompt.
+        // A plain login would write to the history of the user who runs the tests. The quotes keep the echo of this
+        // line from looking like the prompt.
         self.line("unset HISTFILE; PS1='[pro'\"mpt]# \"");
         self.see(PROMPT);
     }
@@ -89,7 +90,7 @@ impl Terminal {
         self.session.flush().unwrap();
     }
 
-    /// What the shell prints for a command line, trimmed; it prompts again afterwards.
+    /// The shell's output for a command line, trimmed; waits for the next prompt.
     pub fn ask(&mut self, command: &str) -> String {
         self.questions += 1;
         let n = self.questions;
@@ -133,7 +134,7 @@ impl Terminal {
         }
     }
 
-    /// The client is gone without a word, as in a crash.
+    /// Kills the client, as a crash does.
     pub fn vanish(mut self) {
         self.session.process_mut().signal(Signal::SIGKILL).unwrap();
         self.session.process().wait().unwrap();
@@ -149,7 +150,7 @@ pub fn long(environment: &Environment, which: u32) -> String {
 pub fn sleeping(seconds: &str) -> Vec<u32> {
     let exactly = format!("\0sleep\0{seconds}\0");
     let line = |pid: &u32| std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    // An emulator may stand before it; who enters the jail to run it is not it.
+    // An emulator may stand before it. The helper that enters the jail to run it does not count.
     let is_it = |pid: &u32| format!("\0{}", line(pid)).ends_with(&exactly) && !line(pid).contains("\0enter\0");
     processes_with(&format!("sleep {seconds}")).into_iter().filter(is_it).collect()
 }
@@ -168,7 +169,8 @@ pub fn wait_in_front(seconds: &str) {
 
 /// A person's own shell on this machine, from which they enter an image root.
 pub fn own_shell() -> Terminal {
-    // A run in the background of a script has keys ignored, which everything it starts would inherit.
+    // Tests that run in the background of a script have SIGINT and SIGQUIT ignored, and all children would inherit
+    // that.
     let mut shell = Command::new("env");
     shell
         .args(["--default-signal=INT,QUIT,TSTP", "bash", "--norc", "--noprofile", "-i"])

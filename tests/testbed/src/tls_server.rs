@@ -1,4 +1,4 @@
-//! A server that speaks TLS before one that does not, and its certificates.
+//! A TLS proxy before a server without TLS, and its certificates.
 
 use std::net::TcpStream;
 use std::path::Path;
@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 
 use crate::{Ended, free_port, succeed, wait_until};
 
-/// Speaks TLS and passes on what it hears.
+/// A TLS proxy.
 pub struct Tls {
     pub process: Ended,
     pub port: u16,
@@ -14,9 +14,9 @@ pub struct Tls {
 
 const PROXY: &str = "
 import socket, ssl, sys, threading
-port, to, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+port, to, directory = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-context.load_cert_chain(folder + '/server.crt', folder + '/server.key')
+context.load_cert_chain(directory + '/server.crt', directory + '/server.key')
 def copy(a, b):
     try:
         while data := a.recv(65536): b.sendall(data)

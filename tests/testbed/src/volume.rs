@@ -19,10 +19,10 @@ pub const MODES: [Mode; 2] = [Mode::Jailed, Mode::Plain];
 /// How strong a jail can be, best first.
 pub const TIERS: [&str; 3] = ["namespace", "user", "chroot"];
 
-/// Those in which a jail has namespaces, and so mounts and processes of its own.
+/// The tiers whose jails have namespaces, and so mounts and processes of their own.
 pub const NAMESPACE_TIERS: [&str; 2] = [TIERS[0], TIERS[1]];
 
-/// Words before a command that start it where a file of /proc is masked.
+/// A command prefix: runs the rest where a file of /proc is masked.
 pub const MASKING_PROC: [&str; 8] = [
     "unshare",
     "--mount",
@@ -34,7 +34,8 @@ pub const MASKING_PROC: [&str; 8] = [
     "sh",
 ];
 
-/// A folder laid out as a pod's volume, before an environment opens on it. Its mounts are this thread's own and vanish with it.
+/// A directory laid out as a pod's volume, before an environment opens on it. Its mounts are this thread's own and
+/// vanish with it.
 pub struct Volume {
     pub dir: TempDir,
     pub parent: PathBuf,
@@ -54,7 +55,8 @@ impl Volume {
         Self::within(directory(), image, below)
     }
 
-    /// On no disk, for those who open many: each environment has what it changed written to its disk, with all that others did there.
+    /// In memory, for tests that open many environments: each close syncs the file system, with everything that other
+    /// tests wrote to it.
     pub fn in_memory(image: Image) -> Self {
         own_mounts();
         let dir = directory();
@@ -95,7 +97,7 @@ impl Volume {
         Self { dir, parent, image_root, port, config, key }
     }
 
-    /// What an overlay over the cached image holds: the changes, as paths.
+    /// Paths changed in the overlay over the cached image.
     pub fn changes(&self) -> Vec<PathBuf> {
         let upper = self.dir.path().join("upper");
         let mut found: Vec<_> = walk(&upper).into_iter().map(|p| p.strip_prefix(&upper).unwrap().to_owned()).collect();
@@ -170,8 +172,8 @@ impl Volume {
         command
     }
 
-    /// Starts the entrypoint in a container of its own, made of the same image: what a plain session changes is that container's, and
-    /// nothing but the jail tells it from a jailed one.
+    /// Starts the entrypoint in a container made of the same image. A plain session changes only that container, and
+    /// the jail is the only difference between it and a jailed one.
     pub fn start_in_container(self, mode: Mode, further: &[(&str, &str)]) -> Environment {
         const CONTAINER: &str = "mkdir -p \"$1/container\" \"$1/container.work\"\n\
             mount -t overlay -o \"lowerdir=$2,upperdir=$1/container,workdir=$1/container.work\" overlay /mnt\n\
@@ -213,19 +215,19 @@ impl Volume {
 
 impl Drop for Volume {
     fn drop(&mut self) {
-        // A folder with a mount on it cannot be removed, and would stay behind.
+        // A directory with a mount on it cannot be removed.
         for place in [self.image_root.as_path(), &self.parent, self.dir.path()] {
             unmount(place);
         }
     }
 }
 
-/// Gives apt in the image what this machine's apt needs to reach its mirrors, such as a proxy.
+/// Copies to the image's apt the settings by which this machine's apt reaches its mirrors, such as a proxy.
 pub fn share_apts_settings(environment: &Environment) {
     let settings = succeed(Command::new("apt-config").arg("dump"));
     let of_mirrors = |line: &&str| line.starts_with("Acquire::http") || line.starts_with("Acquire::Check-");
     let mut kept: String = settings.lines().filter(of_mirrors).flat_map(|line| [line, "\n"]).collect();
-    // Half of what an update fetches, and nothing that is read here.
+    // Translations are half of the download, and no test reads them.
     kept += "Acquire::Languages \"none\";\n";
     std::fs::write(environment.image_root.join("etc/apt/apt.conf.d/99mirrors"), kept).unwrap();
 }
@@ -234,13 +236,13 @@ pub fn share_apts_settings(environment: &Environment) {
 fn own_mounts() {
     nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).expect("the tests need root");
     mount(&["--make-rprivate"], Path::new("/"));
-    // A container's root has no profile of a person who works on this machine, which every session would run, and wait for.
+    // Every plain session would otherwise run the profile of the machine's own root, and wait for it.
     if Path::new("/root/.bashrc").exists() {
         mount(&["--bind", "/dev/null"], Path::new("/root/.bashrc"));
     }
 }
 
-/// Gives root of this machine, as this thread and what it starts see it, another home and shell.
+/// Gives the machine's root another home and shell, for this thread and its children.
 pub fn replace_root(volume: &Volume, home: &Path, shell: &str) {
     let passwd = std::fs::read_to_string("/etc/passwd").unwrap();
     let root = passwd.lines().find(|line| line.starts_with("root:")).unwrap();

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-/// Nothing here takes longer unless it hangs.
+/// A longer wait means that something hangs.
 pub const LIMIT: Duration = Duration::from_secs(30);
 
 /// Runs `command` with `input`.
@@ -23,7 +23,7 @@ pub fn feed(command: &mut Command, input: &[u8]) -> Output {
     output
 }
 
-/// Waits for something that no event tells of in this process.
+/// Polls for a condition that raises no event in this process.
 pub fn wait_until(what: &str, holds: impl FnMut() -> bool) {
     wait_within(LIMIT, what, holds);
 }
@@ -57,18 +57,20 @@ pub fn listen(answer: impl Fn(TcpStream) + Send + Sync + 'static) -> SocketAddr 
     address
 }
 
-/// A port that nobody is given for the next minute, but who asks for it: the kernel remembers a connection to it that has just ended.
+/// A free port. For the next minute the kernel gives it only to a program that asks for it by number, since a
+/// connection to it is in TIME_WAIT.
 pub fn free_port() -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     let client = TcpStream::connect(address).unwrap();
-    // The side that closes first is the one that is remembered.
+    // The side that closes first is the one in TIME_WAIT.
     drop(listener.accept().unwrap());
     drop(client);
     address.port()
 }
 
-/// Runs each case in a thread of its own, whose mounts are the case's, a few at a time. Returns the names of those that failed.
+/// Runs each case in a thread of its own, whose mounts are the case's, a few at a time. Returns the names of those that
+/// failed.
 pub fn run_each<T: Sync>(
     cases: &[T],
     at_once: usize,
