@@ -12,7 +12,7 @@ use ims_sshd::environment::stage::Stage;
 use ims_sshd::environment::supervisor;
 use ims_sshd::error::{Attempt, Error, Result};
 use ims_sshd::image::boot;
-use ims_sshd::image::packing;
+use ims_sshd::image::exclude;
 use ims_sshd::jail::binds::Bind;
 use ims_sshd::job::DEFAULT_PARENT;
 use ims_sshd::local::command_line::CommandLine;
@@ -287,8 +287,8 @@ struct PackingOptions {
     compression: Option<String>,
     /// Leave out what matches: a path in the image, in which * and ? stand for characters of one name, and [a-z] for one of them; below a
     /// directory that matches, all; after '... ' at any depth, as in '... *.pyc'. Any number of times
-    #[arg(long, value_name = "PATTERN", value_parser = packing::exclude_pattern)]
-    exclude: Vec<String>,
+    #[arg(long, value_name = "PATTERN", value_parser = exclude::Pattern::parse)]
+    exclude: Vec<exclude::Pattern>,
     /// Write what was added, removed and altered since the image was opened, by 'ims-sshd prepare' or this command, as JSON
     #[arg(long, value_name = "FILE")]
     changes: Option<PathBuf>,

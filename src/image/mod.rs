@@ -2,6 +2,7 @@
 
 pub mod boot;
 pub mod cpio;
+pub mod exclude;
 pub mod installed_packages;
 pub mod inventory;
 pub mod kind;

@@ -4,14 +4,16 @@ use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, IsTerminal};
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 
-use rustix::fs::{FileType, OFlags, Stat};
+use rustix::fs::{FileType, MemfdFlags, OFlags, Stat};
 
 use crate::error::{Attempt, Error, Result};
+use crate::image::exclude::{self, Pattern};
 use crate::image::kind::{self, Kind};
 use crate::sys::named;
 use crate::sys::process::Entry;
@@ -99,34 +101,25 @@ pub fn output(file: &Path, called: &str) -> Result<(Tree, String)> {
     Ok((open_tree(&above)?, name.to_owned()))
 }
 
-/// Checks a pattern of what is not packed, which mksquashfs would refuse when all work is done, and returns it relative to the image root.
-pub fn exclude_pattern(pattern: &str) -> std::result::Result<String, String> {
-    // mksquashfs(1): a pattern that begins so matches below any directory.
-    let (anywhere, path) = match pattern.strip_prefix("... ") {
-        Some(path) => ("... ", path),
-        None => ("", pattern),
-    };
-    let names: Vec<_> = path.split('/').filter(|name| !matches!(*name, "" | ".")).collect();
-    if names.is_empty() {
-        return Err("expected a pattern of what lies below the image root, such as 'boot/*'".into());
-    }
-    if names.contains(&"..") {
-        return Err("expected a pattern without '..'".into());
-    }
-    Ok(format!("{anywhere}{}", names.join("/")))
-}
-
 /// Packs `image_root` to the file `to`, which appears when it is whole, and returns what was written: the name may be another file's by
-/// then. `exclude` are patterns below the root, as mksquashfs has them.
-pub fn pack(work: &Work, image_root: &Tree, to: &Archive, packing: &Packing, exclude: &[String]) -> Result<File> {
+/// then. What matches `exclude` is left out.
+pub fn pack(work: &Work, image_root: &Tree, to: &Archive, packing: &Packing, exclude: &[Pattern]) -> Result<File> {
     let shown = image_root.shown();
     let attempted = format!("pack {}", shown.display());
     nothing_is_mounted_below(&shown, &attempted)?;
     nobody_stands_in(&shown, &attempted)?;
+    let excluded = exclude::find(image_root, exclude).attempt(|| attempted.clone())?;
+    if excluded.is_all {
+        let why = "--exclude leaves nothing of it";
+        return Err(Error::new(attempted).because(why).advise("name patterns that match less"));
+    }
+    for pattern in &excluded.useless {
+        tracing::warn!("--exclude '{pattern}' matches nothing in the image");
+    }
     let part = format!("{}.part", to.name);
     // A new file: neither a link nor what an earlier mksquashfs may still write to is in its place.
     let file = to.folder.create_file(&part).attempt(|| format!("create {}.part", to.shown()))?;
-    let result = squash(work, image_root, (&file, to.folder), packing, exclude, &attempted)
+    let result = squash(work, image_root, (&file, to.folder), packing, &excluded.paths, &attempted)
         .and_then(|()| if exclude.is_empty() { attributes_are_kept(image_root, &file, &attempted) } else { Ok(()) })
         .and_then(|()| file.sync_all().attempt(|| format!("write {}.part", to.shown())))
         .and_then(|()| to.folder.rename(&part, to.name).attempt(|| format!("rename {}.part", to.shown())));
@@ -141,7 +134,7 @@ fn squash(
     image_root: &Tree,
     (part, volume): (&File, &Tree),
     packing: &Packing,
-    exclude: &[String],
+    excluded: &[PathBuf],
     attempted: &str,
 ) -> Result<()> {
     let mut mksquashfs = Command::new("mksquashfs");
@@ -160,14 +153,21 @@ fn squash(
     if let Some(owner) = kiwis_own(image_root) {
         mksquashfs.args(["-p", &format!("{KIWIS} m 700 {owner}")]);
     }
-    let emptied = sparse_logs(image_root, exclude);
+    let emptied = sparse_logs(image_root, excluded);
     for (name, found) in &emptied {
         let (mode, user, group) = (found.st_mode & 0o7777, found.st_uid, found.st_gid);
         tracing::warn!("/{name} is packed empty: of its {} bytes nearly all are holes", found.st_size);
         mksquashfs.args(["-p", &format!("{name} f {mode:o} {user} {group} true")]);
     }
-    if !exclude.is_empty() || !emptied.is_empty() {
-        mksquashfs.args(["-wildcards", "-e"]).args(exclude).args(emptied.iter().map(|(name, _)| name));
+    let left_out = excluded.iter().map(PathBuf::as_path).chain(emptied.iter().map(|(name, _)| Path::new(name)));
+    let (list, arguments) = exclude::listed(left_out);
+    // Open until mksquashfs has ended.
+    let list = (!list.is_empty()).then(|| handed_on(&list)).transpose().attempt(|| attempted)?;
+    if let Some(list) = &list {
+        mksquashfs.args(["-wildcards", "-ef", &format!("/proc/self/fd/{}", list.as_raw_fd())]);
+    }
+    if !arguments.is_empty() {
+        mksquashfs.args(["-wildcards", "-e"]).args(arguments);
     }
     // Who looks on sees how much there is; to count it takes a while.
     let total = if io::stderr().is_terminal() { Some(size_of(image_root).attempt(|| attempted)?) } else { None };
@@ -207,7 +207,7 @@ const LOGS: &str = "var/log";
 const LARGE_HOLE: i64 = 1 << 30;
 
 /// Those of the image that are not left out anyway.
-fn sparse_logs(image_root: &Tree, exclude: &[String]) -> Vec<(String, Stat)> {
+fn sparse_logs(image_root: &Tree, excluded: &[PathBuf]) -> Vec<(String, Stat)> {
     let Ok(logs) = image_root.folder_without_links(Path::new(LOGS)) else { return Vec::new() };
     let found = SPARSE_LOGS.into_iter().filter_map(|name| Some((name, logs.look(name).ok()??)));
     let is_sparse = |found: &Stat| {
@@ -215,10 +215,17 @@ fn sparse_logs(image_root: &Tree, exclude: &[String]) -> Vec<(String, Stat)> {
         is_file && found.st_size - found.st_blocks * 512 > LARGE_HOLE
     };
     let sparse = found.filter(|(_, found)| is_sparse(found)).map(|(name, found)| (format!("{LOGS}/{name}"), found));
-    // The part of a pattern before its first special character is a prefix of all that it matches.
-    let may_match =
-        |pattern: &String, name: &str| name.starts_with(pattern.split(['*', '?', '[', '\\', '(']).next().unwrap_or(""));
-    sparse.filter(|(name, _)| !exclude.iter().any(|pattern| may_match(pattern, name))).collect()
+    sparse.filter(|(name, _)| !excluded.iter().any(|path| Path::new(name).starts_with(path))).collect()
+}
+
+/// A file in memory that a program inherits: Landlock lets it open that by its descriptor, as it does what is on no disk.
+fn handed_on(content: &[u8]) -> io::Result<File> {
+    // Kernels before 6.3 do not know the flag, and later ones may insist on it (vm.memfd_noexec).
+    let made = rustix::fs::memfd_create("excluded", MemfdFlags::NOEXEC_SEAL)
+        .or_else(|_| rustix::fs::memfd_create("excluded", MemfdFlags::empty()))?;
+    let file = File::from(made);
+    file.write_all_at(content, 0)?;
+    Ok(file)
 }
 
 /// What all files below `root` come to, in bytes.

@@ -9,6 +9,7 @@ use serde_json::Value;
 use crate::environment::stage::Stage;
 use crate::error::{Attempt, Error, Result};
 use crate::image::boot;
+use crate::image::exclude::Pattern;
 use crate::image::inventory::{Inventory, write_changes};
 use crate::image::kind::{self, Content, Kind};
 use crate::image::packing::{self, Archive};
@@ -69,7 +70,7 @@ pub struct Job {
     /// The directory below which changes are kept.
     pub work: PathBuf,
     /// Patterns below the image root that are not packed.
-    pub exclude: Vec<String>,
+    pub exclude: Vec<Pattern>,
     /// What is told of a publication, beside the log.
     pub reports: Reports,
 }

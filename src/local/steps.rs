@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Attempt, Error, Result};
 use crate::image::boot::{self, BootFiles};
+use crate::image::exclude::Pattern;
 use crate::image::inventory::{Inventory, write_changes};
 use crate::image::kind::Opened;
 use crate::image::packing::{self, Archive};
@@ -74,7 +75,7 @@ pub fn package(
     settings: &Settings,
     named: Option<&Path>,
     archive: Option<&Path>,
-    exclude: &[String],
+    exclude: &[Pattern],
     changes: Option<&Path>,
 ) -> Result<u8> {
     let place = Place::of(settings, named, archive)?;

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use crate::environment::stage::{Shown, Stage};
 use crate::error::{Attempt, Error, Result};
 use crate::image::boot;
+use crate::image::exclude::Pattern;
 use crate::image::inventory::write_changes;
 use crate::image::packing::{self, Archive};
 use crate::ims::client::{Ims, Status};
@@ -57,7 +58,7 @@ pub struct Places {
     /// Authorities that the image gets.
     pub authorities: PathBuf,
     /// Patterns below the image root that are not packed.
-    pub exclude: Vec<String>,
+    pub exclude: Vec<Pattern>,
     /// Where to write what has changed.
     pub changes: Option<PathBuf>,
 }

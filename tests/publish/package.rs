@@ -451,3 +451,137 @@ fn a_sparse_lastlog_is_packed_empty_in_no_time_and_other_sparse_files_whole() {
     assert!(package(&["--exclude", "/var/log/l*", "--archive", archive, tree]).status.success());
     assert!(!succeed(Command::new("unsquashfs").args(["-l", archive])).contains("lastlog"));
 }
+
+/// Packs `tree` without what matches; what was said, and the paths that are packed.
+fn packed_without(tree: &Path, patterns: &[&str]) -> (String, Vec<PathBuf>) {
+    let unpacked = tempfile::tempdir_in(tree.parent().unwrap()).unwrap();
+    let archive = unpacked.path().join("packed.sqsh");
+    let patterns = patterns.iter().flat_map(|pattern| ["--exclude", pattern]);
+    let paths = ["--archive", archive.to_str().unwrap(), tree.to_str().unwrap()];
+    let output = package(&patterns.chain(paths).collect::<Vec<_>>());
+    assert!(output.status.success(), "{output:?}");
+    let to = unpacked.path().join("tree");
+    succeed(Command::new("unsquashfs").args(["-quiet", "-no-progress", "-dest"]).args([&to, &archive]));
+    let mut paths: Vec<_> = walk(&to).iter().map(|path| path.strip_prefix(&to).unwrap().to_owned()).collect();
+    paths.sort();
+    (text(&output.stderr), paths)
+}
+
+#[test]
+fn a_pattern_leaves_out_what_it_matches_and_nothing_else() {
+    let dir = directory();
+    let tree = image(dir.path());
+    for name in [
+        "usr/share/doc/x",
+        "usr/share/zoneinfo/UTC",
+        "usr/doc",
+        "opt/share/doc",
+        "root/.ssh/id",
+        "root/.profile",
+        "root/key",
+        "usr/lib/.cached.pyc",
+        "usr/lib/a.pyc",
+        "srv/a.pyc/kept?",
+        "srv/b",
+        "srv/c/b/c/b",
+        "usr/share/docs",
+    ] {
+        let path = tree.join(name);
+        if !path.exists() {
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            let _ = std::fs::write(&path, name);
+        }
+    }
+    let (_, all) = packed_without(&tree, &[]);
+    for (patterns, wanted) in [
+        (&["... share/doc"][..], &["usr/share/doc", "usr/share/doc/x", "opt/share/doc"][..]),
+        (&["root/*"], &["root/.ssh", "root/.ssh/id", "root/.profile", "root/key"]),
+        (&["root/?profile", "root/.s*"], &["root/.profile", "root/.ssh", "root/.ssh/id"]),
+        (&["... *.pyc"], &["usr/lib/.cached.pyc", "usr/lib/a.pyc", "srv/a.pyc", "srv/a.pyc/kept?"]),
+        (&["/usr/lib/*.pyc", "usr/lib/[!x].pyc"], &["usr/lib/.cached.pyc", "usr/lib/a.pyc"]),
+        (&["... doc"], &["usr/share/doc", "usr/share/doc/x", "usr/doc", "opt/share/doc"]),
+        (&["usr/share/doc", "usr/share/doc/*"], &["usr/share/doc", "usr/share/doc/x"]),
+    ] {
+        let (said, packed) = packed_without(&tree, patterns);
+        let left_out: Vec<_> = all.iter().filter(|path| !packed.contains(path)).collect();
+        let mut wanted: Vec<_> = wanted.iter().map(Path::new).collect();
+        wanted.sort();
+        assert_eq!(left_out, wanted, "{patterns:?}");
+        assert!(!said.contains("WARN"), "{patterns:?}: {said}");
+    }
+    let (said, packed) = packed_without(&tree, &["usr/shar", "root/key"]);
+    assert!(said.contains("--exclude 'usr/shar' matches nothing") && !said.contains("'root/key' matches"), "{said}");
+    assert_eq!(packed.len(), all.len() - 1);
+}
+
+#[test]
+fn names_of_any_bytes_are_left_out_and_no_file_that_is_another_name_or_looks_like_a_pattern_of_them() {
+    use std::os::unix::ffi::OsStrExt;
+    let dir = directory();
+    let tree = image(dir.path());
+    let left_out = tree.join("srv/left out");
+    std::fs::create_dir_all(&left_out).unwrap();
+    let deep = "d/".repeat(20);
+    let names: [&[u8]; 13] = [
+        b" lead",
+        b"#hash",
+        b"a*b",
+        b"new\nline",
+        b"back\\slash",
+        b"trail ",
+        b"[x]",
+        b"+(a)",
+        b"... x",
+        b"\\*",
+        b"\xff\xfe",
+        b"-e",
+        b"tab\t",
+    ];
+    for (number, name) in names.iter().enumerate() {
+        let name = std::ffi::OsStr::from_bytes(name);
+        for place in [left_out.clone(), tree.join(&deep)] {
+            std::fs::create_dir_all(&place).unwrap();
+            std::fs::write(place.join(name), number.to_string()).unwrap();
+        }
+        std::fs::write(tree.join(name), "").unwrap();
+    }
+    for name in ["axb", "x", "a", "back", "lead", "srv/kept"] {
+        std::fs::write(tree.join(name), "").unwrap();
+    }
+    std::fs::hard_link(left_out.join("#hash"), tree.join("srv/another name")).unwrap();
+    let (_, all) = packed_without(&tree, &[]);
+    let (_, packed) = packed_without(&tree, &["... left out/*"]);
+    let gone: Vec<_> = all.iter().filter(|path| !packed.contains(path)).collect();
+    assert!(gone.len() == names.len() && gone.iter().all(|path| path.starts_with("srv/left out")), "{gone:?}");
+    // Each is a line, or an argument, of its own.
+    let (_, packed) = packed_without(
+        &tree,
+        &["[ #+.\\-]*", "a[*]b", "new*", "tab*", "back?slash", "trail ", "[[]x]", "??", "... [ab]*b"],
+    );
+    let gone: Vec<_> = all.iter().filter(|path| !packed.contains(path)).collect();
+    let is_special = |path: &&&PathBuf| names.iter().any(|name| path.as_os_str().as_bytes() == *name);
+    assert_eq!(gone.iter().filter(is_special).count(), names.len(), "{gone:?}");
+    assert!(!gone.iter().any(|path| ["x", "a", "back", "lead"].iter().any(|name| path.ends_with(name))), "{gone:?}");
+}
+
+#[test]
+fn patterns_that_leave_nothing_of_an_image_or_cannot_be_meant_are_refused() {
+    let dir = directory();
+    let tree = image(dir.path());
+    let archive = dir.path().join("image.sqsh");
+    for (pattern, code, reason) in [
+        ("*", 2, "leaves nothing"),
+        ("... *", 2, "leaves nothing"),
+        ("?*", 1, "leaves nothing"),
+        ("... ?*", 1, "leaves nothing"),
+        ("usr/**/doc", 2, "'... doc'"),
+        ("usr/[a", 2, "expected"),
+        ("usr/../etc", 2, "without '..'"),
+    ] {
+        let arguments = ["--exclude", pattern, "--archive", archive.to_str().unwrap(), tree.to_str().unwrap()];
+        let output = package(&arguments);
+        let said = text(&output.stderr);
+        assert!(output.status.code() == Some(code) && said.contains(reason), "{pattern}: {said}");
+        nothing_is_packed(dir.path());
+    }
+}

@@ -1,0 +1,147 @@
+//! What is left out of a packed image. mksquashfs has patterns too: in them `*` matches no name that begins with a dot, `... a/b` matches
+//! all that lies beside `b`, and what matches nothing passes without a word. So the paths are found here, and it gets them one by one.
+
+use std::ffi::OsStr;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use glob::Pattern as Name;
+use rustix::fs::{AtFlags, FileType};
+
+use crate::sys::tree::{Descent, Tree};
+
+/// A pattern that begins so matches at any depth.
+const ANYWHERE: &str = "... ";
+
+/// A pattern of paths below the image root, by `--exclude`.
+#[derive(Debug, Clone)]
+pub struct Pattern {
+    text: String,
+    /// One for each name of a path.
+    names: Vec<Name>,
+    is_anywhere: bool,
+}
+
+impl Pattern {
+    /// Reads one, or says what was expected.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let (is_anywhere, path) = match text.strip_prefix(ANYWHERE) {
+            Some(path) => (true, path),
+            None => (false, text),
+        };
+        let names: Vec<_> = path.split('/').filter(|name| !matches!(*name, "" | ".")).collect();
+        match names.as_slice() {
+            [] => return Err("expected a pattern of what lies below the image root, such as 'boot/*'".into()),
+            ["*"] => return Err("it leaves nothing of the image: expected a pattern such as 'boot/*'".into()),
+            _ => {}
+        }
+        if names.contains(&"..") {
+            return Err("expected a pattern without '..'".into());
+        }
+        if let Some(at) = names.iter().rposition(|name| name.contains("**")) {
+            let rest = names.get(at + 1..).filter(|rest| !rest.is_empty()).unwrap_or(&["NAME"]).join("/");
+            return Err(format!("expected '*' within a name, or '{ANYWHERE}{rest}' for any depth"));
+        }
+        let parsed =
+            names.iter().map(|name| Name::new(name).map_err(|e| format!("expected a pattern: {} in '{name}'", e.msg)));
+        let names = parsed.collect::<Result<_, _>>()?;
+        Ok(Self { text: text.to_owned(), names, is_anywhere })
+    }
+}
+
+/// What patterns match in an image root.
+#[derive(Debug, Default)]
+pub struct Excluded {
+    /// Paths, none below another one.
+    pub paths: Vec<PathBuf>,
+    /// Patterns that match nothing.
+    pub useless: Vec<String>,
+    /// Whether that is all of it.
+    pub is_all: bool,
+}
+
+/// A directory to look through.
+struct Ahead {
+    path: PathBuf,
+    /// Patterns whose first names match its path, and how many of them do.
+    begun: Vec<(usize, usize)>,
+    is_excluded: bool,
+}
+
+/// Looks through `image_root`, as far as something may match. Follows no link.
+pub fn find(image_root: &Tree, patterns: &[Pattern]) -> io::Result<Excluded> {
+    let mut excluded = Excluded::default();
+    let mut has_matched = vec![false; patterns.len()];
+    let anywhere: Vec<_> = (0..patterns.len()).filter(|number| patterns[*number].is_anywhere).map(|n| (n, 0)).collect();
+    let begun = (0..patterns.len()).map(|number| (number, 0)).collect();
+    let mut ahead = vec![Ahead { path: PathBuf::new(), begun, is_excluded: false }];
+    let mut descent = Descent::of(image_root);
+    while let Some(Ahead { path, begun, is_excluded }) = ahead.pop() {
+        let folder = descent.folder_without_links(&path)?;
+        let mut kept = 0;
+        for name in folder.names()? {
+            let text = name.to_string_lossy();
+            let (mut further, mut is_matched) = (anywhere.clone(), false);
+            for &(number, depth) in &begun {
+                let names = &patterns[number].names;
+                if !names[depth].matches(&text) {
+                    continue;
+                }
+                if depth + 1 == names.len() {
+                    (has_matched[number], is_matched) = (true, true);
+                } else {
+                    further.push((number, depth + 1));
+                }
+            }
+            let below = path.join(&name);
+            if is_matched && !is_excluded {
+                excluded.paths.push(below.clone());
+            }
+            kept += usize::from(!is_matched);
+            let is_excluded = is_matched || is_excluded;
+            // Below what is left out, only to see whether a pattern matches at all.
+            further.retain(|(number, _)| !is_excluded || !has_matched[*number]);
+            if further.is_empty() {
+                continue;
+            }
+            let found = rustix::fs::statat(folder, &name, AtFlags::SYMLINK_NOFOLLOW)?;
+            if FileType::from_raw_mode(found.st_mode) == FileType::Directory {
+                ahead.push(Ahead { path: below, begun: further, is_excluded });
+            }
+        }
+        if path == Path::new("") {
+            excluded.is_all = kept == 0 && !excluded.paths.is_empty();
+        }
+    }
+    let useless = patterns.iter().zip(has_matched).filter(|(_, has_matched)| !has_matched);
+    excluded.useless = useless.map(|(pattern, _)| pattern.text.clone()).collect();
+    Ok(excluded)
+}
+
+/// A path as mksquashfs's patterns (`-wildcards`, fnmatch(3)) match it and nothing else.
+pub fn escaped(path: &Path) -> Vec<u8> {
+    let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"/._-".contains(byte) || !byte.is_ascii();
+    let bytes = path.as_os_str().as_bytes();
+    bytes.iter().flat_map(|byte| (!is_plain(byte)).then_some(b'\\').into_iter().chain([*byte])).collect()
+}
+
+/// Longest line of a list that mksquashfs reads, in bytes, with some left.
+const LONGEST_LINE: usize = 16_000;
+
+/// A list of escaped paths as mksquashfs reads it (`-ef`), and those that have no line there: its arguments.
+pub fn listed<'a>(paths: impl IntoIterator<Item = &'a Path>) -> (Vec<u8>, Vec<std::ffi::OsString>) {
+    let (mut list, mut arguments) = (Vec::new(), Vec::new());
+    for path in paths {
+        let path = escaped(path);
+        if path.contains(&b'\n') || path.len() > LONGEST_LINE {
+            arguments.push(OsStr::from_bytes(&path).to_owned());
+        } else {
+            // It takes the first one away, which keeps a blank or # at the beginning.
+            list.push(b'\\');
+            list.extend(path);
+            list.push(b'\n');
+        }
+    }
+    (list, arguments)
+}
