@@ -15,6 +15,7 @@ use rustix::fs::{FileType, MemfdFlags, OFlags, Stat};
 use crate::error::{Attempt, Error, Result};
 use crate::image::exclude::{self, Pattern};
 use crate::image::kind::{self, Kind};
+use crate::sys::file_kind::FileKind;
 use crate::sys::named;
 use crate::sys::process::Entry;
 use crate::sys::tree::Tree;
@@ -78,6 +79,19 @@ impl Archive<'_> {
         Ok(file)
     }
 
+    /// Refuses a directory in which no file can be made.
+    pub fn check_place(&self, called: &str) -> Result<()> {
+        match self.folder.create_nameless() {
+            // Another run makes one at this moment, on a file system on which it has a name.
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+            Err(e) => Err(Error::bad_input(format!(
+                "{called} is '{}': expected a file where one can be made: {e}",
+                self.shown()
+            ))),
+            Ok(_) => Ok(()),
+        }
+    }
+
     /// Its path now, for messages.
     pub fn shown(&self) -> String {
         self.folder.shown().join(self.name).display().to_string()
@@ -98,7 +112,17 @@ pub fn output(file: &Path, called: &str) -> Result<(Tree, String)> {
         // A new file would replace the machine's /dev/null.
         return refuse("a file outside /dev");
     }
-    Ok((open_tree(&above)?, name.to_owned()))
+    let tree = open_tree(&above)?;
+    if tree.look(name).is_ok_and(|found| found.is_some_and(|found| FileKind::of(&found) == FileKind::Directory)) {
+        return refuse("a file, and it is a directory");
+    }
+    Ok((tree, name.to_owned()))
+}
+
+/// The same of a file that is written when all work is done: refused now, if no file can be made there.
+pub fn check_output(file: &Path, called: &str) -> Result<()> {
+    let (folder, name) = output(file, called)?;
+    Archive { folder: &folder, name: &name }.check_place(called)
 }
 
 /// Packs `image_root` to the file `to`, which appears when it is whole, and returns what was written: the name may be another file's by

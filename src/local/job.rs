@@ -286,7 +286,7 @@ impl Job {
             transfer::installed("mksquashfs")?;
             let place = settings.parent.join(name_of(&source, &self.source));
             self.check_store(&work, &settings, &source, holds_changes(&place, &place.join(IMAGE_ROOT)))?;
-            self.reports.changes.as_deref().map(|file| packing::output(file, "--changes")).transpose()?;
+            self.reports.changes.as_deref().map(|file| packing::check_output(file, "--changes")).transpose()?;
         }
         let place = self.claim(&source, &settings.parent)?;
         place.path().clone_into(&mut settings.parent);

@@ -79,6 +79,7 @@ pub fn package(
     changes: Option<&Path>,
 ) -> Result<u8> {
     let place = Place::of(settings, named, archive)?;
+    place.archive().check_place("the archive")?;
     let shown = place.image_root.shown();
     let refused = |why| Error::new(format!("pack {}", shown.display())).because(why);
     image_root::check(&place.image_root, &shown, false, refused)?;
@@ -94,7 +95,7 @@ pub fn package(
     let work = Work::begin(&settings.network)?;
     if let Some(file) = changes {
         // Checked here, since these are used only when all is packed.
-        packing::output(file, "--changes")?;
+        packing::check_output(file, "--changes")?;
         prepare::take_inventory_below(&work, settings, place.files.parent())?;
         Inventory::load(place.files.parent(), INVENTORY)?;
     }

@@ -585,3 +585,39 @@ fn patterns_that_leave_nothing_of_an_image_or_cannot_be_meant_are_refused() {
         nothing_is_packed(dir.path());
     }
 }
+
+#[test]
+fn an_archive_or_a_report_that_cannot_be_written_is_refused_before_anything_is_packed() {
+    let dir = directory();
+    let tree = image(dir.path());
+    let parent = dir.path().join("parent");
+    let [parent_text, tree_text] = [&parent, &tree].map(|p| p.to_str().unwrap());
+    assert!(ims_sshd(&["prepare", parent_text, tree_text], &[]).status().unwrap().success());
+    std::fs::create_dir(dir.path().join("folder")).unwrap();
+    let folder = dir.path().join("folder").display().to_string();
+    // What would be packed tells that it is.
+    let few = dir.path().join("few");
+    std::fs::create_dir(&few).unwrap();
+    std::fs::write(few.join("mksquashfs"), "#!/bin/sh\necho packed >&2; exit 1\n").unwrap();
+    std::fs::set_permissions(few.join("mksquashfs"), std::fs::Permissions::from_mode(0o755)).unwrap();
+    for (option, file, reason) in [
+        ("--archive", folder.as_str(), "it is a directory"),
+        ("--changes", &folder, "it is a directory"),
+        ("--archive", "/proc/q", "'/proc/q'"),
+        ("--changes", "/proc/q", "'/proc/q'"),
+    ] {
+        let mut package = ims_sshd(&["package", option, file, parent_text], &[]);
+        let output = package.env("PATH", &few).output().unwrap();
+        let said = text(&output.stderr);
+        assert!(output.status.code() == Some(2) && said.contains(reason), "{option} {file}: {said}");
+        assert!(!said.contains("packed"), "{option} {file}: {said}");
+        if option == "--changes" {
+            let mut customize =
+                ims_sshd(&["customize", tree_text, "--output", "out", "--work", "work", option, file], &[]);
+            let output = customize.args(["--", "echo", "ran"]).current_dir(dir.path()).output().unwrap();
+            let said = text(&output.stderr);
+            assert!(output.status.code() == Some(2) && said.contains(reason), "{option} {file}: {said}");
+            assert_eq!(text(&output.stdout), "", "{said}");
+        }
+    }
+}
