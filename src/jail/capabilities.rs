@@ -1,29 +1,30 @@
 //! What root may do in the jail.
 
+use caps::{CapSet, Capability};
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
 /// The capabilities that root keeps in the jail, each with who needs it. Everything else leaves the bounding set, so that no
 /// program started in the jail, setuid or with file capabilities, gets it back.
-pub const KEPT: &[(CapabilitySet, &str)] = &[
-    (CapabilitySet::AUDIT_WRITE, "su, sudo and login write audit records"),
-    (CapabilitySet::CHOWN, "rpm, dpkg and tar give files to their owners"),
-    (CapabilitySet::DAC_OVERRIDE, "root edits any file of the image"),
-    (CapabilitySet::FOWNER, "rpm, dpkg and rsync set modes and times of others' files"),
-    (CapabilitySet::FSETID, "rpm and dpkg keep setuid and setgid bits"),
-    (CapabilitySet::KILL, "root ends others' processes in the jail"),
-    (CapabilitySet::MKNOD, "packages such as filesystem, and dracut, make device nodes (which open nothing: nodev)"),
-    (CapabilitySet::NET_BIND_SERVICE, "a package's test starts its service on its own port"),
-    (CapabilitySet::NET_RAW, "ping carries it as a file capability and cannot be started without"),
-    (CapabilitySet::SETFCAP, "rpm and setcap store file capabilities"),
-    (CapabilitySet::SETGID, "su, sudo, apt's sandbox user"),
-    (CapabilitySet::SETPCAP, "programs that give up capabilities of their own"),
-    (CapabilitySet::SETUID, "su, sudo, apt's sandbox user"),
-    (CapabilitySet::SYS_CHROOT, "rpm --root, dracut, scriptlets that use chroot inside the image"),
+pub const KEPT: &[(Capability, &str)] = &[
+    (Capability::CAP_AUDIT_WRITE, "su, sudo and login write audit records"),
+    (Capability::CAP_CHOWN, "rpm, dpkg and tar give files to their owners"),
+    (Capability::CAP_DAC_OVERRIDE, "root edits any file of the image"),
+    (Capability::CAP_FOWNER, "rpm, dpkg and rsync set modes and times of others' files"),
+    (Capability::CAP_FSETID, "rpm and dpkg keep setuid and setgid bits"),
+    (Capability::CAP_KILL, "root ends others' processes in the jail"),
+    (Capability::CAP_MKNOD, "packages such as filesystem, and dracut, make device nodes (which open nothing: nodev)"),
+    (Capability::CAP_NET_BIND_SERVICE, "a package's test starts its service on its own port"),
+    (Capability::CAP_NET_RAW, "ping carries it as a file capability and cannot be started without"),
+    (Capability::CAP_SETFCAP, "rpm and setcap store file capabilities"),
+    (Capability::CAP_SETGID, "su, sudo, apt's sandbox user"),
+    (Capability::CAP_SETPCAP, "programs that give up capabilities of their own"),
+    (Capability::CAP_SETUID, "su, sudo, apt's sandbox user"),
+    (Capability::CAP_SYS_CHROOT, "rpm --root, dracut, scriptlets that use chroot inside the image"),
 ];
 
 /// Leaves this process, and whatever it starts, the kept capabilities only, for good. Takes CAP_SETPCAP if there are others.
 pub fn keep_jail_set() -> rustix::io::Result<()> {
-    let kept = KEPT.iter().map(|(capability, _)| *capability).collect();
+    let kept = mask(KEPT);
     // By number and not by name: this kernel may know capabilities that have no name here yet.
     for capability in (0..u64::BITS).map(|number| CapabilitySet::from_bits_retain(1 << number)) {
         if CapabilitySet::contains(&kept, capability) {
@@ -38,15 +39,28 @@ pub fn keep_jail_set() -> rustix::io::Result<()> {
             }
         }
     }
-    hold_only(kept)
+    hold(kept)
 }
 
 /// Leaves this process `kept` only, of those it has. For one that starts no program, which would have what is in the bounding set.
-pub fn hold_only(kept: CapabilitySet) -> rustix::io::Result<()> {
+pub fn hold_only(kept: &[(Capability, &str)]) -> rustix::io::Result<()> {
+    hold(mask(kept))
+}
+
+fn mask(kept: &[(Capability, &str)]) -> CapabilitySet {
+    CapabilitySet::from_bits_retain(kept.iter().fold(0, |mask, (kept, _)| mask | kept.bitmask()))
+}
+
+fn hold(kept: CapabilitySet) -> rustix::io::Result<()> {
     rustix::thread::clear_ambient_capability_set()?;
     let left = rustix::thread::capabilities(None)?.permitted & kept;
     let sets = CapabilitySets { effective: left, permitted: left, inheritable: CapabilitySet::empty() };
     rustix::thread::set_capabilities(None, sets)
+}
+
+/// Whether this thread, and what it starts, lacks `capability`.
+pub fn lacks(capability: Capability) -> bool {
+    matches!(caps::has_cap(None, CapSet::Effective, capability), Ok(false))
 }
 
 #[cfg(test)]
@@ -56,20 +70,20 @@ mod tests {
     #[test]
     fn what_leads_out_of_the_jail_is_not_kept() {
         for dangerous in [
-            CapabilitySet::SYS_ADMIN,
-            CapabilitySet::SYS_PTRACE,
-            CapabilitySet::SYS_MODULE,
-            CapabilitySet::SYS_RAWIO,
-            CapabilitySet::DAC_READ_SEARCH,
-            CapabilitySet::SYS_BOOT,
-            CapabilitySet::SYS_TIME,
-            CapabilitySet::NET_ADMIN,
-            CapabilitySet::BPF,
-            CapabilitySet::PERFMON,
-            CapabilitySet::SYSLOG,
-            CapabilitySet::CHECKPOINT_RESTORE,
-            CapabilitySet::MAC_ADMIN,
-            CapabilitySet::MAC_OVERRIDE,
+            Capability::CAP_SYS_ADMIN,
+            Capability::CAP_SYS_PTRACE,
+            Capability::CAP_SYS_MODULE,
+            Capability::CAP_SYS_RAWIO,
+            Capability::CAP_DAC_READ_SEARCH,
+            Capability::CAP_SYS_BOOT,
+            Capability::CAP_SYS_TIME,
+            Capability::CAP_NET_ADMIN,
+            Capability::CAP_BPF,
+            Capability::CAP_PERFMON,
+            Capability::CAP_SYSLOG,
+            Capability::CAP_CHECKPOINT_RESTORE,
+            Capability::CAP_MAC_ADMIN,
+            Capability::CAP_MAC_OVERRIDE,
         ] {
             assert!(KEPT.iter().all(|(kept, _)| *kept != dangerous), "{dangerous:?}");
         }

@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::time::Duration;
 
+use caps::Capability;
 use nix::errno::Errno;
 use nix::sched::CloneFlags;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
@@ -19,7 +20,6 @@ use nix::unistd::{Pid, getpid};
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::FdFlags;
-use rustix::thread::CapabilitySet;
 
 use crate::error::{Attempt, Result};
 use crate::jail::arguments::Arguments;
@@ -171,9 +171,9 @@ fn prepare(tier: Tier) -> Result<Inside> {
     nix::sys::prctl::set_dumpable(false).attempt(|| "hide the jail's init from those inside")?;
     let _ = nix::sys::prctl::set_name(comm(&Tree::open(Path::new("/")).attempt(|| "open the image root")?));
     let signals = Signals::hold(&[Signal::SIGCHLD]).attempt(|| "block SIGCHLD")?;
-    // It only looks at names from now on, whatever the modes of a user's /tmp.
-    capabilities::hold_only(CapabilitySet::DAC_READ_SEARCH)
-        .attempt(|| "give up the capabilities of the jail's init")?;
+    let kept =
+        [(Capability::CAP_DAC_READ_SEARCH, "it only looks at names from now on, whatever the modes of a user's /tmp")];
+    capabilities::hold_only(&kept).attempt(|| "give up the capabilities of the jail's init")?;
     let watch = Watch::start(tier);
     Ok(Inside { signals, watch })
 }

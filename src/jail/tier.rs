@@ -1,5 +1,6 @@
 //! The three ways to hold a session in the image root, best first.
 
+use caps::Capability;
 use nix::sched::CloneFlags;
 
 /// How strong a jail is. [`crate::jailer::trial`] chooses.
@@ -57,6 +58,15 @@ impl Tier {
     /// Their flags.
     pub fn flags(self) -> CloneFlags {
         self.namespaces().iter().map(|(_, flag)| *flag).collect()
+    }
+
+    /// Capabilities without which it cannot be had.
+    pub fn capabilities(self) -> &'static [Capability] {
+        match self {
+            Self::Namespace => &[Capability::CAP_SYS_ADMIN],
+            Self::User => &[Capability::CAP_SETUID, Capability::CAP_SETGID, Capability::CAP_SETFCAP],
+            Self::Chroot => &[Capability::CAP_SYS_CHROOT],
+        }
     }
 
     /// What a container must be allowed for it.

@@ -8,6 +8,7 @@ use nix::unistd::getpid;
 
 use crate::error::{Attempt, Error, Result};
 use crate::jail::arguments::Arguments;
+use crate::jail::capabilities::lacks;
 use crate::jail::mount_table::Proc;
 use crate::jail::plan::Plan;
 use crate::jail::tier::Tier;
@@ -95,7 +96,13 @@ fn is_shortage(error: &Error) -> bool {
 fn reasons<'a>(refused: impl Iterator<Item = &'a (Tier, Error)>) -> Vec<String> {
     let refused: Vec<_> = refused.collect();
     let last = |tier| refused.iter().copied().rfind(|(refused, _)| *refused == tier);
-    let sentence = |(tier, why): &(Tier, Error)| format!("{} needs {}: {why}", tier.name(), tier.needs());
+    let sentence = |(tier, why): &(Tier, Error)| {
+        let name = tier.name();
+        match tier.capabilities().iter().find(|needed| lacks(**needed)) {
+            Some(missing) => format!("the tier '{name}' needs {missing}, which this container lacks: {why}"),
+            None => format!("the tier '{name}' needs {}: {why}", tier.needs()),
+        }
+    };
     Tier::ALL.into_iter().filter_map(last).map(sentence).collect()
 }
 

@@ -4,11 +4,11 @@
 use std::convert::Infallible;
 use std::os::fd::{AsFd, OwnedFd};
 
+use caps::Capability;
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, getpgrp, getpid, getsid, setpgid, tcgetpgrp};
 use rustix::event::{PollFd, PollFlags};
-use rustix::thread::CapabilitySet;
 
 use crate::error::{Attempt, Result};
 use crate::jail::enter::Joined;
@@ -103,8 +103,7 @@ fn attend(
     agent: Option<Agent>,
     ended: impl FnOnce(&WaitStatus),
 ) -> u8 {
-    // It needs nothing any more but to send signals to a child that may have become another user.
-    let _ = capabilities::hold_only(CapabilitySet::KILL);
+    let _ = capabilities::hold_only(&[(Capability::CAP_KILL, "the child may have become another user")]);
     let mut agent = agent.filter(|agent| agent.go_outside().is_ok());
     let mut is_to_end = false;
     loop {

@@ -12,9 +12,10 @@ pub mod sftp_server;
 
 use std::time::Duration;
 
-use rustix::thread::CapabilitySet;
+use caps::Capability;
 
-use crate::error::{Advise, Attempt, Error, Result};
+use crate::error::{Advise, Error, Result};
+use crate::jail::capabilities::lacks;
 
 /// Where distributions install sshd, which wants to be started by an absolute path.
 const SSHD_PLACES: [&str; 3] = ["/usr/sbin/sshd", "/usr/local/sbin/sshd", "/sbin/sshd"];
@@ -41,14 +42,10 @@ pub fn program() -> Result<&'static str> {
 /// Refuses a container in which sshd would listen and let nobody in: before it asks for a key it becomes its own unprivileged user, in an
 /// empty root directory.
 pub fn check_rights() -> Result<()> {
-    let attempted = || "accept logins";
-    let held = rustix::thread::capabilities(None).attempt(attempted)?.effective;
-    let why = if !held.contains(CapabilitySet::SETUID | CapabilitySet::SETGID) {
-        "sshd lacks CAP_SETUID or CAP_SETGID"
-    } else if !held.contains(CapabilitySet::SYS_CHROOT) {
-        "sshd lacks CAP_SYS_CHROOT"
-    } else {
-        return Ok(());
-    };
-    Err(Error::new(attempted()).because(why)).advise("the container needs CAP_SETUID, CAP_SETGID and CAP_SYS_CHROOT")
+    let needed = [Capability::CAP_SETUID, Capability::CAP_SETGID, Capability::CAP_SYS_CHROOT];
+    match needed.into_iter().find(|needed| lacks(*needed)) {
+        None => Ok(()),
+        Some(missing) => Err(Error::new("accept logins").because(format!("sshd lacks {missing}")))
+            .advise("the container needs CAP_SETUID, CAP_SETGID and CAP_SYS_CHROOT"),
+    }
 }

@@ -8,14 +8,15 @@ use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::time::Duration;
 
+use caps::Capability;
 use nix::sched::CloneFlags;
 use rustix::fs::{Mode, OFlags};
 use rustix::mount::MountAttrFlags;
 use rustix::process::Resource;
-use rustix::thread::CapabilitySet;
 
 use crate::error::{Attempt, Error, Result};
-use crate::jail::{capabilities, refused_calls};
+use crate::jail::capabilities::{self, lacks};
+use crate::jail::refused_calls;
 use crate::sys::landlock::{Access, Ruleset};
 use crate::sys::mounts::{self, Detached};
 use crate::sys::process;
@@ -24,36 +25,33 @@ use crate::sys::signals::hold_none;
 use crate::sys::tree::Tree;
 
 /// Capabilities of a program that writes a tree, each with its reason.
-const WRITER: &[(CapabilitySet, &str)] = &[
-    (CapabilitySet::CHOWN, "files have their owners"),
-    (CapabilitySet::DAC_OVERRIDE, "directories that nobody may write to are filled"),
-    (CapabilitySet::FOWNER, "files of others have their modes and times"),
-    (CapabilitySet::FSETID, "setuid and setgid bits are kept"),
-    (CapabilitySet::MKNOD, "device nodes are made, which open nothing here"),
-    (CapabilitySet::SETFCAP, "files have their capabilities"),
-    (CapabilitySet::SYS_ADMIN, "trusted.* and security.* attributes are written; the calls below are refused"),
+const WRITER: &[(Capability, &str)] = &[
+    (Capability::CAP_CHOWN, "files have their owners"),
+    (Capability::CAP_DAC_OVERRIDE, "directories that nobody may write to are filled"),
+    (Capability::CAP_FOWNER, "files of others have their modes and times"),
+    (Capability::CAP_FSETID, "setuid and setgid bits are kept"),
+    (Capability::CAP_MKNOD, "device nodes are made, which open nothing here"),
+    (Capability::CAP_SETFCAP, "files have their capabilities"),
+    (Capability::CAP_SYS_ADMIN, "trusted.* and security.* attributes are written; the calls below are refused"),
 ];
 
 /// Capabilities of these that may be missing: without them a device node cannot be made, and that is an error of its own.
-const NOT_NEEDED: CapabilitySet = CapabilitySet::MKNOD.union(CapabilitySet::SYS_ADMIN);
+const NOT_NEEDED: [Capability; 2] = [Capability::CAP_MKNOD, Capability::CAP_SYS_ADMIN];
 
 /// Refuses to unpack as root without the capabilities that it takes: programs leave owners and modes out without a word.
 pub fn refuse_to_lose_attributes() -> Result<()> {
-    let attempted = "unpack an image";
-    let has = rustix::thread::capabilities(None).attempt(|| attempted)?.effective;
-    let is_lacking = |(needed, _): &&(CapabilitySet, &str)| !has.contains(*needed) && !NOT_NEEDED.contains(*needed);
+    let is_lacking = |(needed, _): &&(Capability, &str)| !NOT_NEEDED.contains(needed) && lacks(*needed);
     let lacking = WRITER.iter().find(is_lacking).filter(|_| rustix::process::geteuid().is_root());
     let Some((needed, reason)) = lacking else { return Ok(()) };
-    let name = needed.iter_names().map(|(name, _)| name).next().unwrap_or_default();
-    let refused = Error::new(attempted).because(format!("CAP_{name} is missing, with which {reason}"));
+    let refused = Error::new("unpack an image").because(format!("{needed} is missing, with which {reason}"));
     Err(refused.advise("give it to the container, with those in docs/CAPABILITIES.md"))
 }
 
 /// Capabilities of a program that reads a tree.
-const READER: &[(CapabilitySet, &str)] = &[
-    (CapabilitySet::DAC_OVERRIDE, "files that nobody may read are packed"),
-    (CapabilitySet::DAC_READ_SEARCH, "the same"),
-    (CapabilitySet::SYS_ADMIN, "trusted.* attributes are hidden from others; the calls below are refused"),
+const READER: &[(Capability, &str)] = &[
+    (Capability::CAP_DAC_OVERRIDE, "files that nobody may read are packed"),
+    (Capability::CAP_DAC_READ_SEARCH, "the same"),
+    (Capability::CAP_SYS_ADMIN, "trusted.* attributes are hidden from others; the calls below are refused"),
 ];
 
 /// Calls that lead out: to a network, to other processes, to mounts, to the kernel.
@@ -152,7 +150,7 @@ pub struct Confined<'a> {
     access: Access,
     /// Its standard input, a file or a directory, and its access to that: [`STDIN`] leads to it, whatever has its name.
     stdin: Option<(OwnedFd, Access)>,
-    capabilities: &'static [(CapabilitySet, &'static str)],
+    capabilities: &'static [(Capability, &'static str)],
     /// How far it goes.
     pub limits: Limits,
 }
@@ -214,8 +212,7 @@ impl<'a> Confined<'a> {
             self.own_mounts().attempt(|| "set up mounts that can only be read")?;
         }
         rustix::thread::set_no_new_privs(true).attempt(|| "forgo new privileges")?;
-        capabilities::hold_only(self.capabilities.iter().map(|(kept, _)| *kept).collect())
-            .attempt(|| "give up capabilities")?;
+        capabilities::hold_only(self.capabilities).attempt(|| "give up capabilities")?;
         if let Some(rules) = rules {
             rules.restrict_this_thread().attempt(|| "give up files with Landlock")?;
         }

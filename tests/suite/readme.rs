@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use ims_sshd::jail::capabilities::KEPT;
 use ims_sshd::job::variables::{Program, VARIABLES, Variable};
 use testbed::*;
 
@@ -26,7 +27,6 @@ const READERS: [&str; 7] = [
     include_str!("../../src/local/status.rs"),
     include_str!("../../src/log/format.rs"),
 ];
-const CAPABILITIES: &str = include_str!("../../src/jail/capabilities.rs");
 const REFUSED_CALLS: &str = include_str!("../../src/jail/refused_calls.rs");
 const ACCEPT_ENV: &str = include_str!("../../src/sshd/accept_env.rs");
 const EFFECTIVE: &str = include_str!("../../src/sshd/effective.rs");
@@ -299,12 +299,7 @@ fn the_sample_of_the_log_in_json_is_one_that_the_programs_write() {
 
 #[test]
 fn security_md_has_the_capabilities_and_the_checks_of_the_source() {
-    let kept =
-        CAPABILITIES.lines().filter_map(|line| line.trim().strip_prefix("(CapabilitySet::")?.strip_suffix("\"),"));
-    let mut rows: Vec<String> = kept
-        .map(|line| line.split_once(", \"").unwrap())
-        .map(|(capability, who)| format!("| `CAP_{capability}` | {who} |"))
-        .collect();
+    let mut rows: Vec<String> = KEPT.iter().map(|(capability, who)| format!("| `{capability}` | {who} |")).collect();
     assert_eq!(rows.len(), SECURITY.matches("| `CAP_").count());
     let (_, calls) = REFUSED_CALLS.split_once("const CALLS").unwrap();
     let calls = literals_of(calls.split_once("\n];").unwrap().0);

@@ -322,19 +322,23 @@ fn a_tier_that_cannot_be_had_is_never_replaced_by_another() {
         (
             "namespace",
             "-sys_admin",
-            "cannot have a jail of tier 'namespace', which IMS_JAIL_TIER asks for: namespace needs CAP_SYS_ADMIN",
+            "cannot have a jail of tier 'namespace', which IMS_JAIL_TIER asks for: the tier 'namespace' needs CAP_SYS_ADMIN, which this container lacks",
         ),
         (
             "user",
             "-setuid",
-            "cannot have a jail of tier 'user', which IMS_JAIL_TIER asks for: user needs leave to make user namespaces",
+            "cannot have a jail of tier 'user', which IMS_JAIL_TIER asks for: the tier 'user' needs CAP_SETUID, which this container lacks",
         ),
         (
             "chroot",
             "-sys_chroot",
-            "cannot have a jail of tier 'chroot', which IMS_JAIL_TIER asks for: chroot needs CAP_SYS_CHROOT",
+            "cannot have a jail of tier 'chroot', which IMS_JAIL_TIER asks for: the tier 'chroot' needs CAP_SYS_CHROOT, which this container lacks",
         ),
-        ("auto", "-sys_admin,-setfcap,-sys_chroot", "cannot have a jail of any tier: namespace needs"),
+        (
+            "auto",
+            "-sys_admin,-setfcap,-sys_chroot",
+            "cannot have a jail of any tier: the tier 'namespace' needs CAP_SYS_ADMIN",
+        ),
     ] {
         let output = enter(tier, taken);
         assert_eq!(output.status.code(), Some(1), "{output:?}");
