@@ -13,6 +13,7 @@ use crate::local::left_over::{clear_left_over, end_left_over};
 use crate::log::output::say;
 use crate::publish::journal::{Journal, Notes};
 use crate::publish::manifest::say_result;
+use crate::publish::packed;
 use crate::publish::prepare;
 use crate::publish::publication::{Image, Publication};
 use crate::publish::settings::Settings;
@@ -99,7 +100,8 @@ pub fn package(
         prepare::take_inventory_below(&work, settings, place.files.parent())?;
         Inventory::load(place.files.parent(), INVENTORY)?;
     }
-    packing::pack(&work, &place.image_root, &place.archive(), &settings.packing, exclude)?;
+    let packed = packing::pack(&work, &place.image_root, &place.archive(), &settings.packing, exclude)?;
+    packed::record(place.files.parent(), &place.archive(), &packed, &place.image_root)?;
     if let Some(file) = changes {
         write_changes(&work, place.files.parent(), &place.image_root, file)?;
     }
@@ -116,6 +118,7 @@ pub fn upload(
 ) -> Result<u8> {
     let place = Place::of(settings, named, archive)?;
     let rootfs = place.archive().open().map_err(|e| e.advise("'ims-sshd package' makes it"))?;
+    packed::check(place.files.parent(), &place.archive(), &rootfs, &place.image_root)?;
     let debug_kernel = debug_kernel.map(Opened::open).transpose()?.map(Opened::into_file).transpose()?;
     let image = Image { rootfs, boot: place.boot(settings)?, debug_kernel };
     let work = Work::begin(&settings.network)?;

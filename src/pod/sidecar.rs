@@ -21,6 +21,7 @@ use crate::job::Action;
 use crate::pod::pod_files;
 use crate::publish::journal::{Journal, Notes, Phase};
 use crate::publish::manifest::say_result;
+use crate::publish::packed;
 use crate::publish::publication::{Image, Publication};
 use crate::publish::settings::Settings;
 use crate::sshd::public_keys::check_public_keys;
@@ -511,6 +512,7 @@ impl<'a> Sidecar<'a> {
             archive.open_squashfs()?
         } else if let Some(image_root) = image_root.filter(|_| self.journal.phase < Phase::Packed) {
             let packed = packing::pack(self.work, image_root, &archive, &settings.packing, &self.places.exclude)?;
+            packed::record(parent, &archive, &packed, image_root)?;
             tracing::info!("packed {}", archive.shown());
             if let Some(file) = &self.places.changes
                 && let Err(error) = write_changes(self.work, self.files.parent(), image_root, file)
@@ -523,7 +525,11 @@ impl<'a> Sidecar<'a> {
             packed
         } else {
             // Packed before a restart: what has the name by now may be another file.
-            archive.open_squashfs()?
+            let packed = archive.open_squashfs()?;
+            if let Some(image_root) = image_root {
+                packed::check(parent, &archive, &packed, image_root)?;
+            }
+            packed
         };
         Ok(Image { rootfs, boot, debug_kernel: None })
     }

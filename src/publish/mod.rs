@@ -6,6 +6,7 @@ pub mod identity;
 pub mod journal;
 pub mod manifest;
 pub mod multipart;
+pub mod packed;
 pub mod prepare;
 pub mod publication;
 pub mod settings;

@@ -1,6 +1,6 @@
 //! `ims-sshd prepare`: a source image becomes an image root, or nothing is there.
 
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::Path;
 
 use rustix::io::Errno;
@@ -14,6 +14,7 @@ use crate::ims::client::Status;
 use crate::publish::download;
 use crate::publish::identity::{Identity, Record};
 use crate::publish::journal;
+use crate::publish::packed;
 use crate::publish::settings::Settings;
 use crate::publish::source::Source;
 use crate::store;
@@ -27,7 +28,7 @@ use crate::verdict::Verdict;
 use crate::volume::holds;
 use crate::volume::image_root;
 use crate::volume::layout::{
-    ARCHIVE, EXITING, FETCHING, INVENTORY, OVERLAY, POD_ERROR, READY, SSHD_LISTENING, TRANSFER, UNPACKING,
+    ARCHIVE, EXITING, FETCHING, INVENTORY, OVERLAY, PACKED, POD_ERROR, READY, SSHD_LISTENING, TRANSFER, UNPACKING,
 };
 use crate::volume::mounts_below::mounts_below;
 use crate::volume::open_tree;
@@ -56,7 +57,7 @@ pub fn run(settings: &Settings, source: &str, open: Open, is_fresh: bool) -> Res
         let image_root = settings.parent.join(settings.image_root());
         make_parent(&settings.parent)?;
         if is_fresh {
-            begin_anew(&open_tree(&settings.parent)?, settings, &image_root)?;
+            begin_anew(&open_tree(&settings.parent)?, settings, &source, &image_root)?;
         }
         clear_signals(settings, image_root.exists())?;
         match prepare(&work, settings, &source, Some(open), &image_root)? {
@@ -98,8 +99,8 @@ fn make_parent(parent: &Path) -> Result<()> {
     make.recursive(true).mode(0o700).create(named::resolve_beginning(parent).attempt(attempted)?).attempt(attempted)
 }
 
-/// Removes what an earlier source has become, with all changes.
-fn begin_anew(volume: &Tree, settings: &Settings, image_root: &Path) -> Result<()> {
+/// Removes what an earlier source has become, with all changes, and what was packed of it. `source` stays, wherever it lies.
+fn begin_anew(volume: &Tree, settings: &Settings, source: &Source, image_root: &Path) -> Result<()> {
     refuse_links(&settings.parent, image_root)?;
     Record::on(volume, settings)?.remove()?;
     let overlay = settings.parent.join(OVERLAY);
@@ -108,7 +109,16 @@ fn begin_anew(volume: &Tree, settings: &Settings, image_root: &Path) -> Result<(
     for place in mounts_below(&settings.parent)?.iter().rev().filter(|place| ours.contains(place)) {
         mounts::unmount(place).attempt(|| format!("unmount {}", place.display()))?;
     }
-    for path in [settings.image_root(), OVERLAY, ARCHIVE, INVENTORY].map(Path::new) {
+    let source = match source {
+        Source::Here(path) => std::fs::metadata(path).map(|found| (found.dev(), found.ino())).ok(),
+        _ => None,
+    };
+    let packed = [packed::name(volume).unwrap_or_default(), settings.archive()];
+    let archives = packed.iter().map(String::as_str).chain([ARCHIVE]).filter(|name| {
+        let found = volume.look(name).ok().flatten();
+        found.is_some_and(|found| Some((found.st_dev, found.st_ino)) != source)
+    });
+    for path in [settings.image_root(), OVERLAY, INVENTORY, PACKED].into_iter().chain(archives).map(Path::new) {
         let attempted = || format!("remove {}", settings.parent.join(path).display());
         let above = path.parent().filter(|above| !above.as_os_str().is_empty()).unwrap_or(Path::new("."));
         match volume.folder_without_links(above) {

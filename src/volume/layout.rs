@@ -29,6 +29,8 @@ pub const UNPACKING: &str = ".ims-sshd.unpacking";
 
 /// Identity of the source of the image root.
 pub const SOURCE: &str = ".ims-sshd.source";
+/// Record of the packed image and of the image root that it was made of.
+pub const PACKED: &str = ".ims-sshd.packed";
 /// Inventory of the image as it was before the job.
 pub const INVENTORY: &str = ".ims-sshd.inventory";
 /// Stage that the job has reached.

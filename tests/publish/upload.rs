@@ -589,3 +589,66 @@ fn memory_of(mut child: std::process::Child) -> u64 {
         std::thread::sleep(std::time::Duration::from_millis(5));
     }
 }
+
+/// A packed image is of one image root: published with the kernel of another, it would not boot, or not as it should.
+#[test]
+fn an_archive_of_another_image_root_is_not_uploaded() {
+    let dir = directory();
+    let tree = image(dir.path());
+    let (parent, store) = (dir.path().join("parent"), dir.path().join("store"));
+    let run = |command: &[&str], name: &str| {
+        let variables = [("IMAGE_ROOT_ARCHIVE_NAME", name.into()), ("IMAGE_STORE", store.display().to_string())];
+        ims_sshd(command, &variables).current_dir(dir.path()).output().unwrap()
+    };
+    let done = |command: &[&str], name: &str| {
+        let output = run(command, name);
+        assert!(output.status.success(), "{command:?}: {output:?}");
+    };
+    let refused = |command: &[&str], name: &str, why: &str| {
+        let output = run(command, name);
+        assert!(!output.status.success() && text(&output.stderr).contains(why), "{command:?}: {output:?}");
+        assert!(!store.exists(), "nothing is published");
+    };
+    let [parent, tree] = [&parent, &tree].map(|path| path.to_str().unwrap());
+    done(&["prepare", parent, tree], "first");
+    done(&["package", parent], "first");
+    // The next job calls its image otherwise: the packed one goes all the same.
+    let kept = dir.path().join("kept.sqsh");
+    std::fs::copy(format!("{parent}/first.sqsh"), &kept).unwrap();
+    succeed(Command::new("cp").args(["-p", &format!("{parent}/first.sqsh")]).arg(format!("{parent}/third.sqsh")));
+    done(&["prepare", "--fresh", parent, tree], "second");
+    assert!(
+        !Path::new(parent).join("first.sqsh").exists(),
+        "--fresh removes what was packed of the earlier image root"
+    );
+    refused(&["upload", parent], "second", "'ims-sshd package' makes it");
+    // One that was copied, or packed before there was a record.
+    refused(&["upload", parent], "third", "it was written before the image root was made");
+    done(&["package", parent], "second");
+    std::fs::rename(format!("{parent}/image-root"), format!("{parent}/moved")).unwrap();
+    succeed(Command::new("cp").args(["-a", tree]).arg(format!("{parent}/image-root")));
+    refused(&["upload", parent], "second", "it was packed of another image root");
+
+    // Without a parent of its own, the archives of all image roots have one name.
+    let other = dir.path().join("other");
+    succeed(Command::new("cp").args(["-a", tree]).arg(&other));
+    let other = other.to_str().unwrap();
+    done(&["package", tree], "image");
+    refused(&["upload", other], "image", "it was packed of another image root");
+    done(&["package", other], "image");
+    done(&["upload", other], "image");
+}
+
+#[test]
+fn fresh_leaves_the_source_that_it_begins_anew_with() {
+    let dir = directory();
+    let tree = image(dir.path());
+    let parent = dir.path().join("parent");
+    std::fs::create_dir(&parent).unwrap();
+    let source = parent.join("image.sqsh");
+    std::fs::rename(squashfs_of(&tree), &source).unwrap();
+    for fresh in [&["prepare"][..], &["prepare", "--fresh"]] {
+        let output = ims_sshd(fresh, &[]).args([&parent, &source]).output().unwrap();
+        assert!(output.status.success() && source.exists(), "{output:?}");
+    }
+}
