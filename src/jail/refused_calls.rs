@@ -430,6 +430,25 @@ pub fn refusing(calls: &[libc::c_long]) -> Vec<Instruction> {
     program.instructions[..program.length].to_vec()
 }
 
+/// A program by which a kernel seems to have no audit (linux/netlink.h), to programs of the first convention.
+pub fn without_audit() -> Vec<Instruction> {
+    const FAMILY: Test = In(0, ALL_BITS, &[libc::AF_NETLINK.cast_unsigned()]);
+    const PROTOCOL: Test = In(2, ALL_BITS, &[libc::NETLINK_AUDIT.cast_unsigned()]);
+    const RULE: Rule = If(&[FAMILY, PROTOCOL], libc::EPROTONOSUPPORT);
+    let convention = &CONVENTIONS[0];
+    let mut program = Program::new();
+    program.add(load(ARCHITECTURE));
+    program.add(if_equal(convention.architecture, 1, 0));
+    program.add(ALLOW);
+    for call in CALLS.iter().filter(|call| call.name == "socket") {
+        if let Some(number) = call.numbers[convention.column] {
+            program.answer_call(number, RULE);
+        }
+    }
+    program.add(ALLOW);
+    program.instructions[..program.length].to_vec()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -11,6 +11,7 @@ use nix::unistd::{Pid, getpid};
 
 use crate::error::{Attempt, Error, Result};
 use crate::sshd;
+use crate::sshd::audit;
 use crate::sshd::effective::Effective;
 use crate::sshd::login_shell::LoginShell;
 use crate::sshd::options::Options;
@@ -50,10 +51,11 @@ impl Daemon {
         let before = Self::children();
         let mut command = Command::new(sshd::program()?);
         command.args(&options.words).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
-        // By a thread of its own, whose mounts are another's where sshd's have to be.
+        // By a thread of its own, whose mounts and system calls are others' where sshd's have to be.
         let started = std::thread::scope(|scope| {
             let start = || {
                 shell.map_or(Ok(()), LoginShell::put_in_place)?;
+                audit::hide_from_sshd()?;
                 let sshd = command.spawn().attempt(attempted)?;
                 output_within(sshd, sshd::TIME_LIMIT).attempt(attempted)?.ok_or_else(|| sshd::late(attempted()))
             };

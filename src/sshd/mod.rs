@@ -1,6 +1,7 @@
 //! OpenSSH's server: its options, its configuration, its process.
 
 pub mod accept_env;
+mod audit;
 pub mod config;
 pub mod daemon;
 pub mod effective;

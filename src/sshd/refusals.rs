@@ -1,7 +1,8 @@
 //! Logins that sshd refuses, from its log into ours: a pod's log is what people read, and sshd's own is a file of the container.
 //!
 //! sshd writes several lines about one connection, the last of which ends it. That one is told, with the reason that came before.
-//! Connections of which no login came (probes, scanners of ports) are not told.
+//! Connections of which no login came (probes, scanners of ports) are not told. A login that sshd has accepted may end all the same before
+//! its session begins, which the client is not told the reason of either.
 
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -22,6 +23,21 @@ const PERIOD: Duration = Duration::from_mins(1);
 /// Message of sshd when a client has offered too many keys; `MaxAuthTries`.
 const TOO_MANY: &str = "Too many authentication failures";
 
+/// Beginnings of the lines by which sshd ends a login that it has accepted, or its session (session.c, uidswap.c, auth-pam.c,
+/// audit-linux.c of OpenSSH).
+const ENDS_ACCEPTED: [&str; 10] = [
+    "linux_audit_write_entry failed",
+    "PAM: pam_setcred(): ",
+    "PAM: pam_open_session(): ",
+    "safely_chroot: ",
+    "bad ownership or modes for chroot directory",
+    "chroot(",
+    "setgid",
+    "initgroups: ",
+    "permanently_set_uid: ",
+    "unable to set user context",
+];
+
 /// A line of sshd's log, as far as it tells of a refusal.
 #[derive(Debug, PartialEq, Eq)]
 enum Line<'a> {
@@ -29,6 +45,10 @@ enum Line<'a> {
     Reason(Option<&'a str>, String),
     /// A connection ended before anybody was let in.
     Refused(Refusal<'a>),
+    /// Somebody was let in.
+    Accepted(&'a str, (&'a str, u16)),
+    /// A login that was accepted ended by this.
+    Ended(&'a str),
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -44,6 +64,13 @@ fn parse(line: &str) -> Option<Line<'_>> {
     let line = line.strip_suffix(" [preauth]").unwrap_or(line);
     let reason = |user, text: &str| Some(Line::Reason(user, text.to_owned()));
     let refused = |user, client, reason| Some(Line::Refused(Refusal { user, client, reason }));
+    if let Some(who) = line.strip_prefix("Accepted ").and_then(|rest| rest.split_once(" for ")) {
+        let (user, client) = address(who.1.split_once(" ssh2").map_or(who.1, |(who, _)| who))?;
+        return Some(Line::Accepted(user.strip_suffix(" from").unwrap_or(user), client));
+    }
+    if ENDS_ACCEPTED.iter().any(|begin| line.starts_with(begin)) {
+        return Some(Line::Ended(line));
+    }
     if let Some(why) = line.strip_prefix("Authentication refused: ") {
         return reason(None, why);
     }
@@ -99,6 +126,8 @@ pub struct Refusals {
     last_read: Option<Instant>,
     /// A reason whose connection has not ended yet.
     reason: Option<(Option<String>, String)>,
+    /// User and client of the last login that was accepted.
+    accepted: Option<(String, (String, u16))>,
     period: Instant,
     /// Refusals of this period.
     count: u64,
@@ -108,7 +137,15 @@ impl Refusals {
     /// Refusals that sshd logs to `log` from now on.
     pub fn new(log: &Path) -> Self {
         let position = std::fs::metadata(log).map_or(0, |log| log.len());
-        Self { log: log.to_owned(), position, last_read: None, reason: None, period: Instant::now(), count: 0 }
+        Self {
+            log: log.to_owned(),
+            position,
+            last_read: None,
+            reason: None,
+            accepted: None,
+            period: Instant::now(),
+            count: 0,
+        }
     }
 
     /// Tells what was refused since, if it is time to look.
@@ -164,6 +201,18 @@ impl Refusals {
         match parse(line) {
             None => {}
             Some(Line::Reason(user, reason)) => self.reason = Some((user.map(str::to_owned), reason)),
+            Some(Line::Accepted(user, (client, port))) => {
+                self.accepted = Some((user.to_owned(), (client.to_owned(), port)));
+            }
+            Some(Line::Ended(reason)) => {
+                self.count += 1;
+                if self.count > MOST_LINES {
+                    return;
+                }
+                let (user, client) = self.accepted.take().unzip();
+                let (client, port) = client.unzip();
+                tracing::warn!(client, port, user, reason, "sshd accepted a login that ended before its session began");
+            }
             Some(Line::Refused(refusal)) => {
                 self.count += 1;
                 let is_its = |(user, _): &mut (Option<String>, _)| user.is_none() || user.as_deref() == refusal.user;
@@ -224,7 +273,15 @@ mod tests {
             ("kex_exchange_identification: Connection closed by remote host", None),
             ("banner exchange: Connection from 192.0.2.1 port 7: invalid format", None),
             ("Invalid user x from 192.0.2.1 port 7", None),
-            ("Accepted publickey for root from 192.0.2.1 port 7 ssh2: ED25519 SHA256:x", None),
+            (
+                "Accepted publickey for root from 192.0.2.1 port 7 ssh2: ED25519 SHA256:x",
+                Some(Line::Accepted("root", ("192.0.2.1", 7))),
+            ),
+            (
+                "linux_audit_write_entry failed: Operation not permitted",
+                Some(Line::Ended("linux_audit_write_entry failed: Operation not permitted")),
+            ),
+            ("syslogin_perform_logout: logout() returned an error", None),
             ("Disconnected from user root 192.0.2.1 port 7", None),
             ("", None),
         ] {

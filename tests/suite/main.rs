@@ -8,6 +8,7 @@
 mod agent;
 mod ansible;
 mod as_on_a_node;
+mod audit;
 mod binds;
 mod bounds;
 mod clients;
