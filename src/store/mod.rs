@@ -10,7 +10,6 @@ use std::future::Future;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use object_store::aws::{AmazonS3, AmazonS3Builder};
@@ -30,7 +29,7 @@ use crate::store::bucket::Asked;
 use crate::store::directory::{Directory, Found, etag};
 use crate::store::error::{cause, failure};
 use crate::store::place::{Place, SIGNED_FOR};
-use crate::store::requests::Requests;
+use crate::store::requests::{Outage, Requests};
 use crate::sys::named;
 use crate::sys::tree::Tree;
 use crate::transfer::network::{Network, Validate};
@@ -467,8 +466,7 @@ fn s3(bucket: &str, settings: &Place, network: &Network) -> Result<(AmazonS3Buil
         )));
     }
     // The crate would name the store for an error of the variables.
-    let connector =
-        Connector { network: network.clone(), validate: settings.validate.clone(), is_silent: Arc::default() };
+    let connector = Connector { network: network.clone(), validate: settings.validate.clone(), outage: Arc::default() };
     connector.client(&HeaderMap::new())?;
     // What fails is tried again by the connector's client, within the limits that people set.
     let retry = RetryConfig { max_retries: 0, ..RetryConfig::default() };
@@ -494,7 +492,7 @@ fn s3(bucket: &str, settings: &Place, network: &Network) -> Result<(AmazonS3Buil
 pub struct Connector {
     network: Network,
     validate: Validate,
-    is_silent: Arc<AtomicBool>,
+    outage: Arc<Outage>,
 }
 
 impl Connector {
@@ -510,7 +508,7 @@ impl HttpConnector for Connector {
     fn connect(&self, options: &ClientOptions) -> object_store::Result<HttpClient> {
         let headers = options.get_default_headers().cloned().unwrap_or_default();
         let client = self.client(&headers).map_err(|e| failure("", e))?;
-        Ok(HttpClient::new(Requests::new(client, self.network.clone(), self.is_silent.clone())))
+        Ok(HttpClient::new(Requests::new(client, self.network.clone(), self.outage.clone())))
     }
 }
 

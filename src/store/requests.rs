@@ -35,8 +35,16 @@ pub const ANSWERED: &str = "the answer";
 pub struct Requests {
     client: reqwest::Client,
     network: Network,
+    outage: Arc<Outage>,
+}
+
+/// A store that is out of order, as all of its clients know it.
+#[derive(Debug, Default)]
+pub struct Outage {
     /// Set while the store does not answer: a rollback then does not wait as long again.
-    is_silent: Arc<AtomicBool>,
+    is_silent: AtomicBool,
+    /// Set once the log tells of it, until there is a good answer.
+    is_told: AtomicBool,
 }
 
 /// When a request last came forward.
@@ -67,13 +75,13 @@ enum Failure {
 
 impl Requests {
     /// Sends them with `client`.
-    pub fn new(client: reqwest::Client, network: Network, is_silent: Arc<AtomicBool>) -> Self {
-        Self { client, network, is_silent }
+    pub fn new(client: reqwest::Client, network: Network, outage: Arc<Outage>) -> Self {
+        Self { client, network, outage }
     }
 
     async fn send(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
         let Network { mut stall_limit, mut retry_limit, .. } = self.network;
-        if self.is_silent.load(Ordering::Relaxed) {
+        if self.outage.is_silent.load(Ordering::Relaxed) {
             (stall_limit, retry_limit) = (stall_limit.min(SILENT), retry_limit.min(SILENT));
         }
         let asked = format!("{} {}", request.method(), without_query(&request.uri().to_string()));
@@ -87,22 +95,25 @@ impl Requests {
             let until = *until.get_or_insert_with(|| moved.last() + retry_limit);
             let is_over = Instant::now() + pause >= until;
             let why = match tried {
-                Ok((answer, false)) => return Ok(self.heard(answer)),
+                Ok((answer, false)) => {
+                    self.outage.is_told.store(false, Ordering::Relaxed);
+                    return Ok(self.heard(answer));
+                }
                 Ok((answer, true)) if is_over => return Ok(self.heard(answer)),
                 Ok((answer, true)) => format!("the server answers {}", answer.status()),
                 Err(Failure::Final(why)) => return Err(error(why)),
                 Err(Failure::Passing(why)) if is_over => {
-                    self.is_silent.store(true, Ordering::Relaxed);
+                    self.outage.is_silent.store(true, Ordering::Relaxed);
                     let tried = if is_first { String::new() } else { tried_for(retry_limit) };
                     return Err(error(format!("{why}{tried}")));
                 }
                 Err(Failure::Passing(why)) => why,
             };
-            if is_first {
+            if self.outage.is_told.swap(true, Ordering::Relaxed) {
+                tracing::debug!("no good answer to {asked} yet: {why}; trying again");
+            } else {
                 let limit = retry_limit.as_secs();
                 tracing::warn!("no good answer to {asked} yet: {why}; trying again for {limit} s (IMS_RETRY_LIMIT)");
-            } else {
-                tracing::debug!("no good answer to {asked} yet: {why}; trying again");
             }
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(PAUSE.1);
@@ -110,7 +121,7 @@ impl Requests {
     }
 
     fn heard(&self, answer: HttpResponse) -> HttpResponse {
-        self.is_silent.store(false, Ordering::Relaxed);
+        self.outage.is_silent.store(false, Ordering::Relaxed);
         answer
     }
 
