@@ -30,20 +30,20 @@ pub fn ansible(runs: usize, report: &mut Report) {
 }
 
 fn play(environment: &Environment) -> Command {
-    let folder = environment.dir.path();
+    let directory = environment.dir.path();
     let tasks = "    - ansible.builtin.command: 'true'\n".repeat(TASKS);
     let text = format!("- hosts: all\n  gather_facts: false\n  tasks:\n{tasks}");
-    std::fs::write(folder.join("play.yml"), text).unwrap();
+    std::fs::write(directory.join("play.yml"), text).unwrap();
     let inventory = format!(
         "node ansible_host=127.0.0.1 ansible_user=root ansible_port={} ansible_ssh_common_args='{}' \
          ansible_python_interpreter='/usr/bin/env python3'\n",
         environment.port,
         environment.ssh_options().join(" ")
     );
-    std::fs::write(folder.join("inventory"), inventory).unwrap();
+    std::fs::write(directory.join("inventory"), inventory).unwrap();
     let mut ansible = Command::new("ansible-playbook");
-    ansible.args(["-i", "inventory", "play.yml"]).current_dir(folder).stdin(Stdio::null()).stdout(Stdio::null());
+    ansible.args(["-i", "inventory", "play.yml"]).current_dir(directory).stdin(Stdio::null()).stdout(Stdio::null());
     ansible.env("ANSIBLE_CONFIG", Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/suite/ansible/ansible.cfg"));
-    ansible.env("HOME", folder);
+    ansible.env("HOME", directory);
     ansible
 }

@@ -20,7 +20,7 @@ pub fn is_inside() -> bool {
     std::env::var_os(INSIDE).is_some()
 }
 
-/// Runs this program once more, as the first process of a PID namespace, with mounts of its own and a folder that is removed afterwards.
+/// Runs this program once more, as the first process of a PID namespace, with mounts of its own and a directory that is removed afterwards.
 pub fn run() -> ExitCode {
     let (tests, own) = (cache().join("tests"), tempfile::tempdir_in(cache()).unwrap());
     std::fs::create_dir_all(&tests).unwrap();
@@ -47,7 +47,7 @@ pub fn run() -> ExitCode {
     let groups = format!("*{CONTROL_GROUP}*");
     let mut remove = Command::new("find");
     succeed(remove.args(["/sys/fs/cgroup", "-depth", "-type", "d", "-path", &groups, "-delete"]));
-    own.close().expect("remove the figures' folder");
+    own.close().expect("remove the figures' directory");
     ExitCode::from(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1))
 }
 

@@ -13,11 +13,11 @@ use crate::{Bound, Report, Unit, ratios};
 
 pub fn entering(runs: usize, report: &mut Report) {
     let environment = Environment::open(Image::Debian, Mode::Jailed);
-    let (folder, root) = (environment.dir.path(), environment.image_root.as_path());
+    let (directory, root) = (environment.dir.path(), environment.image_root.as_path());
     let record = environment.state_directory().join("jail");
     let init = environment.jails_init().to_string();
-    let (helper, least) = (installed(Path::new(&IMS_JAIL_SHELL), folder), least(folder));
-    let container = Container::run(root, folder);
+    let (helper, least) = (installed(Path::new(&IMS_JAIL_SHELL), directory), least(directory));
+    let container = Container::run(root, directory);
 
     let mut enter = quiet(&helper);
     enter.arg("enter").arg(&record).args(["--", "/bin/true"]);

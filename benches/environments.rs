@@ -13,7 +13,7 @@ use testbed::{Environment, Image, LIMIT, Mode, Volume, succeed, wait_until};
 /// An entrypoint that waits for `ready`, all it does beforehand done.
 pub fn waiting(volume: Volume, mode: Mode) -> Environment {
     let environment = volume.start(mode);
-    // It claims the folder when it begins to wait; proc(5) tells of the lock.
+    // It claims the directory when it begins to wait; proc(5) tells of the lock.
     let lock = format!(" FLOCK  ADVISORY  WRITE {} ", environment.entrypoint.id());
     wait_until("the entrypoint to wait for 'ready'", || {
         std::fs::read_to_string("/proc/locks").unwrap().contains(&lock)
@@ -57,28 +57,28 @@ pub fn close_all(environments: [(&str, Environment); 3]) {
 }
 
 /// A copy of a program, as an installation makes it: it starts a tenth sooner than the linker's own file, since its pages lie together.
-pub fn installed(program: &Path, folder: &Path) -> String {
-    let copy = folder.join(program.file_name().unwrap());
+pub fn installed(program: &Path, directory: &Path) -> String {
+    let copy = directory.join(program.file_name().unwrap());
     std::fs::copy(program, &copy).unwrap();
     copy.to_str().unwrap().to_owned()
 }
 
 /// The C program that the jail's helper is measured against.
-pub fn least(folder: &Path) -> String {
-    let linked = folder.join("linked");
+pub fn least(directory: &Path) -> String {
+    let linked = directory.join("linked");
     std::fs::create_dir(&linked).unwrap();
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/enter.c");
     succeed(Command::new("cc").args(["-O2", "-static", "-o"]).arg(linked.join("enter")).arg(source));
-    installed(&linked.join("enter"), folder)
+    installed(&linked.join("enter"), directory)
 }
 
-/// Names that appear in a folder, as the kernel tells of them.
+/// Names that appear in a directory, as the kernel tells of them.
 pub struct Creations(Inotify);
 
 impl Creations {
-    pub fn in_folder(folder: &Path) -> Self {
+    pub fn in_directory(directory: &Path) -> Self {
         let events = Inotify::init(InitFlags::IN_CLOEXEC).unwrap();
-        events.add_watch(folder, AddWatchFlags::IN_CREATE | AddWatchFlags::IN_MOVED_TO).unwrap();
+        events.add_watch(directory, AddWatchFlags::IN_CREATE | AddWatchFlags::IN_MOVED_TO).unwrap();
         Self(events)
     }
 

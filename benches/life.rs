@@ -60,7 +60,7 @@ pub fn life(runs: usize, report: &mut Report) {
 
 /// How long it takes from `action` until the signal file appears.
 fn until(environment: &Environment, name: &str, action: impl FnOnce()) -> f64 {
-    let signals = Creations::in_folder(&environment.parent);
+    let signals = Creations::in_directory(&environment.parent);
     time(|| {
         action();
         signals.wait_for(name);
@@ -93,10 +93,10 @@ fn write(environment: &Environment) {
 /// How long sshd takes until it listens, by itself; it writes its number when it does.
 fn bare_sshd(volume: &Volume) -> f64 {
     std::fs::create_dir_all("/run/sshd").unwrap();
-    let folder = volume.dir.path().join("bare");
-    std::fs::create_dir(&folder).unwrap();
-    let created = Creations::in_folder(&folder);
-    let pid_file = folder.join("pid");
+    let directory = volume.dir.path().join("bare");
+    std::fs::create_dir(&directory).unwrap();
+    let created = Creations::in_directory(&directory);
+    let pid_file = directory.join("pid");
     let mut sshd = Command::new(ims_sshd::sshd::program().unwrap());
     sshd.arg("-f").arg(&volume.config).arg("-E").arg(volume.dir.path().join("bare.log"));
     sshd.arg("-o").arg(format!("PidFile={}", pid_file.display()));

@@ -86,12 +86,12 @@ struct Container {
 
 impl Container {
     /// Comes to stand in it.
-    fn with(count: usize, helper: &str, folder: &Path) -> Self {
+    fn with(count: usize, helper: &str, directory: &Path) -> Self {
         let script = "for n in $(seq $1); do mkdir -p $0/$n && mount -t tmpfs -o size=4k tmpfs $0/$n || exit; done";
         unshare(CloneFlags::CLONE_NEWNS).unwrap();
-        let places = folder.join(format!("mounts-{count}"));
+        let places = directory.join(format!("mounts-{count}"));
         succeed(Command::new("sh").args(["-c", script]).arg(places).arg(count.to_string()));
-        let trial = folder.join(format!("trial-{count}"));
+        let trial = directory.join(format!("trial-{count}"));
         let points = ["dev", "proc", "run", "sys"].map(|name| trial.join(name));
         for point in &points {
             std::fs::create_dir_all(point).unwrap();

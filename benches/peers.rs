@@ -39,8 +39,8 @@ pub fn quiet(program: &str) -> Command {
 /// With all that it keeps in `storage`.
 pub fn podman(storage: &Path) -> Command {
     let mut command = quiet("podman");
-    for (option, folder) in [("--root", "root"), ("--runroot", "run"), ("--tmpdir", "tmp")] {
-        command.arg(option).arg(storage.join(folder));
+    for (option, directory) in [("--root", "root"), ("--runroot", "run"), ("--tmpdir", "tmp")] {
+        command.arg(option).arg(storage.join(directory));
     }
     command.env("CONTAINERS_CONF", Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/containers.conf"));
     command
@@ -54,8 +54,8 @@ pub struct Container {
 const NAME: &str = "figures";
 
 impl Container {
-    pub fn run(root: &Path, folder: &Path) -> Self {
-        let container = Self { storage: folder.join("podman") };
+    pub fn run(root: &Path, directory: &Path) -> Self {
+        let container = Self { storage: directory.join("podman") };
         let mut run = container.podman();
         run.args(["run", "--detach", "--name", NAME, "--network=host"]);
         run.args(["--cgroup-parent", CONTROL_GROUP, "--rootfs"]).arg(root);

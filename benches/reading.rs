@@ -10,11 +10,11 @@ use crate::parsing::{CASES, measure};
 use crate::{Bound, Report, Unit};
 
 pub fn reading(_: usize, report: &mut Report) {
-    let folder = tempfile::tempdir().unwrap();
-    let criterion = Criterion::default().output_directory(folder.path()).without_plots();
+    let directory = tempfile::tempdir().unwrap();
+    let criterion = Criterion::default().output_directory(directory.path()).without_plots();
     measure(&mut criterion.warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(2)));
     for (name, what) in CASES {
-        report.add(what, Unit::Microseconds, samples(&folder.path().join(name)), Bound::Information);
+        report.add(what, Unit::Microseconds, samples(&directory.path().join(name)), Bound::Information);
     }
     report.note("`cargo bench --bench micro` shows the same with criterion's own statistics.");
 }

@@ -1,4 +1,4 @@
-//! What a jail costs those who bring much, or many: one large file, and a folder of small ones, by sftp, scp, rsync and ssh.
+//! What a jail costs those who bring much, or many: one large file, and a directory of small ones, by sftp, scp, rsync and ssh.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -66,7 +66,7 @@ pub fn transfers(runs: usize, report: &mut Report) {
     close_all(environments);
 }
 
-/// `command` in the client's folder, by a shell that redirects.
+/// `command` in the client's directory, by a shell that redirects.
 fn redirected(command: &Command, local: &Path, redirection: &str) -> Command {
     let mut shell = Command::new("sh");
     shell.args(["-c", &format!("exec \"$@\" {redirection}"), "sh"]).arg(command.get_program()).args(command.get_args());

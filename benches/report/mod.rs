@@ -123,12 +123,12 @@ impl Report {
         self.current().plots.push(Plot::Lines(lines));
     }
 
-    /// Writes the page, and its plots into the folder `benchmarks` beside it.
+    /// Writes the page, and its plots into the directory `benchmarks` beside it.
     pub fn write(&self, file: &Path) {
-        let folder = file.parent().unwrap().join("benchmarks");
-        std::fs::create_dir_all(&folder).unwrap();
+        let directory = file.parent().unwrap().join("benchmarks");
+        std::fs::create_dir_all(&directory).unwrap();
         for plot in self.sections.iter().flat_map(|section| &section.plots) {
-            plot.draw(&folder);
+            plot.draw(&directory);
         }
         std::fs::write(file, page::page(&self.machine, self.runs, &self.sections)).unwrap();
         println!("\nwritten: {}", file.display());

@@ -58,8 +58,8 @@ impl Plot {
         }
     }
 
-    pub fn draw(&self, folder: &Path) {
-        let file = folder.join(format!("{}.svg", self.file()));
+    pub fn draw(&self, directory: &Path) {
+        let file = directory.join(format!("{}.svg", self.file()));
         match self {
             Self::Bars(bars) => bars.draw(&file),
             Self::Lines(lines) => lines.draw(&file),

@@ -199,7 +199,7 @@ fn is_file(image_root: &Tree, path: &str) -> bool {
 
 /// Names in a directory of the image, in order, as many as any image has; none where there is no such directory.
 fn entries(image_root: &Tree, path: &str) -> Vec<String> {
-    let folder = image_root.folder(path).and_then(|f| f.reopen());
+    let folder = image_root.directory(path).and_then(|f| f.reopen());
     let Some(folder) = folder.ok().and_then(|fd| Dir::new(fd).ok()) else { return Vec::new() };
     let mut names: Vec<_> = folder
         .flatten()
@@ -216,7 +216,7 @@ fn modules(image_root: &Tree) -> Vec<Modules> {
     for above in MODULES {
         for version in entries(image_root, above) {
             let directory = format!("{above}/{version}");
-            if image_root.folder(&directory).is_err() || found.iter().any(|m| m.version == version) {
+            if image_root.directory(&directory).is_err() || found.iter().any(|m| m.version == version) {
                 continue;
             }
             let kernel =
@@ -435,7 +435,7 @@ mod tests {
     #[test]
     fn what_is_no_regular_file_is_not_there() {
         let (dir, tree) = image(&["boot/initrd"]);
-        rustix::fs::mknodat(tree.folder("boot").unwrap(), "vmlinuz", FileType::Fifo, Mode::from_raw_mode(0o600), 0)
+        rustix::fs::mknodat(tree.directory("boot").unwrap(), "vmlinuz", FileType::Fifo, Mode::from_raw_mode(0o600), 0)
             .unwrap();
         assert!(find(&tree, &names("vmlinuz", "initrd"), "x86_64").is_err());
         std::fs::remove_file(dir.path().join("boot/vmlinuz")).unwrap();

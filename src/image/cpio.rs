@@ -75,7 +75,7 @@ pub fn unpack(input: impl Read, root: &Tree, mut look: impl FnMut() -> io::Resul
         if kind == FileType::Directory {
             archive.skip(u64::from(header.size))?;
             match rustix::fs::mkdirat(&parent, &name, Mode::RWXU) {
-                Err(rustix::io::Errno::EXIST) => drop(parent.folder_without_links(&name)?),
+                Err(rustix::io::Errno::EXIST) => drop(parent.directory_without_links(&name)?),
                 other => other?,
             }
             directories.push((path, header));
@@ -121,7 +121,7 @@ pub fn unpack(input: impl Read, root: &Tree, mut look: impl FnMut() -> io::Resul
     }
     // Creating an entry in a directory has changed the directory's time.
     for (path, header) in directories {
-        set_attributes(&root.folder_without_links(&path)?, OsStr::new("."), &header)?;
+        set_attributes(&root.directory_without_links(&path)?, OsStr::new("."), &header)?;
     }
     Ok(())
 }
@@ -227,7 +227,7 @@ fn path_of(name: &[u8]) -> io::Result<Option<PathBuf>> {
 fn make_parent(root: &Tree, path: &Path) -> io::Result<(Tree, OsString)> {
     let name = path.file_name().unwrap_or_default().to_owned();
     let above = path.parent().filter(|above| !above.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    match root.folder_without_links(above) {
+    match root.directory_without_links(above) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => {}
         other => {
             let refused = |e| io::Error::other(format!("'{}' leads through a link or a file: {e}", path.display()));
@@ -236,7 +236,7 @@ fn make_parent(root: &Tree, path: &Path) -> io::Result<(Tree, OsString)> {
     }
     let (parent, last) = make_parent(root, above)?;
     rustix::fs::mkdirat(&parent, &last, Mode::from_raw_mode(0o755))?;
-    Ok((parent.folder_without_links(&last)?, name))
+    Ok((parent.directory_without_links(&last)?, name))
 }
 
 /// Owner first: to change it takes the setuid bit away.

@@ -78,7 +78,7 @@ pub fn find(image_root: &Tree, patterns: &[Pattern]) -> io::Result<Excluded> {
     let mut ahead = vec![Ahead { path: PathBuf::new(), begun, is_excluded: false }];
     let mut descent = Descent::of(image_root);
     while let Some(Ahead { path, begun, is_excluded }) = ahead.pop() {
-        let folder = descent.folder_without_links(&path)?;
+        let folder = descent.directory_without_links(&path)?;
         let mut kept = 0;
         for name in folder.names()? {
             let text = name.to_string_lossy();

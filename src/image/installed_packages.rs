@@ -29,7 +29,7 @@ pub fn of(work: &Work, tree: &Tree) -> Result<BTreeMap<String, String>> {
     let mut packages = of_dpkg(&String::from_utf8_lossy(&tree.read(DPKG, LIMIT).unwrap_or_default()));
     for place in RPM {
         // On many the one is a link to the other.
-        if let Ok(database) = tree.folder(place)
+        if let Ok(database) = tree.directory(place)
             && database.names().is_ok_and(|names| !names.is_empty())
         {
             match of_rpm(work, &database) {

@@ -235,7 +235,7 @@ pub fn merge(layer: &Tree, root: &Tree, began: SystemTime) -> io::Result<()> {
     let mut directories = vec![(PathBuf::from("."), false)];
     let mut attributes = Vec::new();
     while let Some((path, is_new)) = directories.pop() {
-        let (from, to) = (layer.folder_without_links(&path)?, root.folder_without_links(&path)?);
+        let (from, to) = (layer.directory_without_links(&path)?, root.directory_without_links(&path)?);
         let found = rustix::fs::fstat(&from)?;
         let names: BTreeSet<OsString> = from.names()?.into_iter().collect();
         if names.contains(OsStr::from_bytes(OPAQUE)) {
@@ -270,7 +270,7 @@ pub fn merge(layer: &Tree, root: &Tree, began: SystemTime) -> io::Result<()> {
     }
     // Moving an entry into a directory has changed the directory's time.
     for (path, found) in attributes {
-        let [from, to] = [layer, root].map(|tree| tree.folder_without_links(&path));
+        let [from, to] = [layer, root].map(|tree| tree.directory_without_links(&path));
         let (from, to) = (from?, to?);
         let [from, to] = [&from, &to].map(|directory| Node { directory, name: OsStr::new(".") });
         to.take(&found, &from.attributes()?)?;
@@ -464,7 +464,7 @@ mod tests {
         for name in [".wh.", ".wh..", ".wh..."] {
             let (_layer, layer) = tree(&[(name, json!(""))]);
             let (dir, root) = tree(&[("kept/file", json!(""))]);
-            let root = root.folder("kept").unwrap();
+            let root = root.directory("kept").unwrap();
             assert!(merge(&layer, &root, SystemTime::now()).is_err(), "{name}");
             assert!(dir.path().join("kept/file").exists());
         }

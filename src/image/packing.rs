@@ -232,7 +232,7 @@ const LARGE_HOLE: i64 = 1 << 30;
 
 /// Those of the image that are not left out anyway.
 fn sparse_logs(image_root: &Tree, excluded: &[PathBuf]) -> Vec<(String, Stat)> {
-    let Ok(logs) = image_root.folder_without_links(Path::new(LOGS)) else { return Vec::new() };
+    let Ok(logs) = image_root.directory_without_links(Path::new(LOGS)) else { return Vec::new() };
     let found = SPARSE_LOGS.into_iter().filter_map(|name| Some((name, logs.look(name).ok()??)));
     let is_sparse = |found: &Stat| {
         let is_file = FileType::from_raw_mode(found.st_mode) == FileType::RegularFile;

@@ -271,7 +271,7 @@ fn put_resolv_conf(jail: &Jail, text: &[u8]) -> Result<()> {
     for name in resolv_conf::files_below_run(&jail.root) {
         let attempted = || format!("put the container's resolv.conf at /run/{} of the jail", name.display());
         let (run, _) = jail.locate("run/-").attempt(attempted)?;
-        run.make_folders(name.parent().unwrap_or(Path::new(""))).attempt(attempted)?;
+        run.make_directories(name.parent().unwrap_or(Path::new(""))).attempt(attempted)?;
         run.replace(&name, text).attempt(attempted)?;
     }
     Ok(())

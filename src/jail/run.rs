@@ -82,8 +82,8 @@ impl Entry {
 
     fn make(&self, run: &Tree) -> io::Result<()> {
         let above = self.path.parent().unwrap_or(Path::new(""));
-        run.make_folders(above)?;
-        let above = if above.as_os_str().is_empty() { run.folder(".")? } else { run.folder(above)? };
+        run.make_directories(above)?;
+        let above = if above.as_os_str().is_empty() { run.directory(".")? } else { run.directory(above)? };
         let name = self.path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
         match &self.kind {
             Kind::Directory => rustix::fs::mkdirat(&above, name, Mode::from_raw_mode(0o700))?,
@@ -107,11 +107,12 @@ impl Entry {
 
 /// Entries that the image has below its own /run: directories, small files and links.
 fn own_entries(image_root: &Tree) -> io::Result<Vec<Entry>> {
-    let run = image_root.folder_of_same_mount("run")?;
+    let run = image_root.directory_of_same_mount("run")?;
     let (mut entries, mut bytes) = (Vec::new(), 0);
     let mut directories = vec![PathBuf::new()];
     while let Some(path) = directories.pop() {
-        let directory = if path.as_os_str().is_empty() { run.folder(".") } else { run.folder_of_same_mount(&path) };
+        let directory =
+            if path.as_os_str().is_empty() { run.directory(".") } else { run.directory_of_same_mount(&path) };
         let Ok(directory) = directory else { continue };
         for name in directory.first_names(MOST_ENTRIES.saturating_sub(entries.len()))? {
             let Ok(found) = rustix::fs::statat(&directory, &name, AtFlags::SYMLINK_NOFOLLOW) else { continue };
@@ -144,7 +145,7 @@ fn own_entries(image_root: &Tree) -> io::Result<Vec<Entry>> {
 fn of_tmpfiles(image_root: &Tree) -> Vec<Entry> {
     let (mut files, mut bytes) = (BTreeMap::new(), 0);
     for place in ["etc/tmpfiles.d", "usr/local/lib/tmpfiles.d", "usr/lib/tmpfiles.d"] {
-        let Ok(directory) = image_root.folder(place) else { continue };
+        let Ok(directory) = image_root.directory(place) else { continue };
         for name in directory.first_names(MOST_FILES).unwrap_or_default() {
             if name.as_bytes().ends_with(b".conf") && !files.contains_key(&name) && bytes < MOST_RULES {
                 // A link to /dev/null makes a file's namesakes count for nothing.

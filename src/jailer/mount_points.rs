@@ -89,7 +89,7 @@ pub fn devices(image_root: &Tree) -> Result<Vec<Addition>> {
     let folder = match image_root.look("dev").attempt(attempted)?.as_ref().map(FileKind::of) {
         None => Some(Addition { path: "dev".into(), kind: Kind::Folder }),
         Some(FileKind::Directory)
-            if image_root.folder("dev").and_then(|dev| dev.names()).attempt(attempted)?.is_empty() =>
+            if image_root.directory("dev").and_then(|dev| dev.names()).attempt(attempted)?.is_empty() =>
         {
             None
         }
@@ -216,7 +216,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir(dir.path().join("image-root")).unwrap();
         let parent = Tree::open(dir.path()).unwrap();
-        let root = parent.folder("image-root").unwrap();
+        let root = parent.directory("image-root").unwrap();
         let wanted = mount_points(&root, table()).unwrap();
         assert_eq!(wanted.len(), 4);
         Made::make(&root, &parent, wanted).unwrap();

@@ -20,7 +20,7 @@ use crate::volume::layout;
 /// True if a program finds `text` only once a file of ours replaces the image's. `own_run`: /run is the jail's own and not the image's.
 pub fn has_to_be_lent(image_root: &Tree, text: &[u8], own_run: bool) -> Result<bool> {
     let attempted = || "look at /etc/resolv.conf of the image";
-    let etc = match image_root.folder("etc") {
+    let etc = match image_root.directory("etc") {
         Ok(etc) => etc,
         Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => return Ok(false),
         Err(e) => return Err(e).attempt(attempted),
@@ -46,8 +46,8 @@ pub const SIDECAR: Lender = Lender(layout::SIDECAR_RESOLV_CONF);
 /// Directories of the image that can hold a lender's, the best first. A jail covers the first ones with its own mounts, so that no session
 /// sees what was moved aside. An image without them has no packages that could mind.
 fn places(image_root: &Tree) -> impl Iterator<Item = Tree> {
-    let covered = ["proc", "sys"].into_iter().filter_map(|name| image_root.folder_of_same_mount(name).ok());
-    covered.chain(image_root.folder("etc"))
+    let covered = ["proc", "sys"].into_iter().filter_map(|name| image_root.directory_of_same_mount(name).ok());
+    covered.chain(image_root.directory("etc"))
 }
 
 /// In a lender's directory: what stood at /etc/resolv.conf; the file that is to stand there, until it does; and which one that is, its
@@ -76,9 +76,9 @@ pub struct Lent {
 impl Lender {
     /// Puts `text` in the place of the image's own. [`io::ErrorKind::ResourceBusy`] where a lender of this name has done so and lives.
     pub fn lend(&self, image_root: &Tree, text: &[u8]) -> io::Result<Lent> {
-        let etc = image_root.folder("etc")?;
+        let etc = image_root.directory("etc")?;
         let place = self.make_directory(image_root)?;
-        let lock = lock(&place.folder_without_links(self.0)?)?;
+        let lock = lock(&place.directory_without_links(self.0)?)?;
         let lent = Lent { etc, place, name: self.0, _lock: lock };
         lent.put(text).inspect_err(|_| drop(lent.take_back()))?;
         Ok(lent)
@@ -93,7 +93,9 @@ impl Lender {
             match made {
                 Ok(()) => return Ok(place),
                 // The one of a lender that was killed has been taken back before.
-                Err(_) if place.folder_without_links(self.0).is_ok() => return Err(io::ErrorKind::ResourceBusy.into()),
+                Err(_) if place.directory_without_links(self.0).is_ok() => {
+                    return Err(io::ErrorKind::ResourceBusy.into());
+                }
                 Err(e) => last = e,
             }
         }
@@ -104,15 +106,15 @@ impl Lender {
     /// whether what was lent has been changed.
     pub fn take_back(&self, image_root: &Tree) -> Result<Option<bool>> {
         for place in places(image_root) {
-            let Ok(aside) = place.folder_without_links(self.0) else { continue };
+            let Ok(aside) = place.directory_without_links(self.0) else { continue };
             let lock = match lock(&aside) {
                 Err(e) if e.kind() == io::ErrorKind::ResourceBusy => return Ok(None),
                 other => other.attempt(|| "lock what was put aside of the image's /etc/resolv.conf")?,
             };
-            let etc = match image_root.folder("etc") {
+            let etc = match image_root.directory("etc") {
                 Ok(etc) => etc,
                 // A session has removed it, with all that it held.
-                Err(_) => place.folder(self.0).attempt(|| "open what was put aside")?,
+                Err(_) => place.directory(self.0).attempt(|| "open what was put aside")?,
             };
             return Lent { etc, place, name: self.0, _lock: lock }.take_back().map(Some);
         }
@@ -131,7 +133,7 @@ fn lock(aside: &Tree) -> io::Result<OwnedFd> {
 
 impl Lent {
     fn directory(&self) -> io::Result<Tree> {
-        self.place.folder_without_links(self.name)
+        self.place.directory_without_links(self.name)
     }
 
     fn put(&self, text: &[u8]) -> io::Result<()> {
@@ -162,7 +164,7 @@ impl Lent {
             if !aside.names()?.is_empty() {
                 return Ok(changed);
             }
-            self.place.keeping_times(|| self.place.remove_folder(self.name))?;
+            self.place.keeping_times(|| self.place.remove_directory(self.name))?;
             Ok(changed)
         };
         let attempted = || "put the image's own /etc/resolv.conf back";

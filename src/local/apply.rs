@@ -140,7 +140,7 @@ impl Progress {
 
     /// The stage; none if it is gone.
     fn stage(&self, root: &Tree) -> io::Result<Option<Tree>> {
-        let stage = match root.folder_of_same_mount(&self.stage) {
+        let stage = match root.directory_of_same_mount(&self.stage) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
             other => other?,
         };
@@ -203,7 +203,7 @@ fn begin(work: &Tree, upper: &Tree, root: &Tree) -> Result<(Progress, Option<Tre
             return Ok((begun, stage));
         }
         // Killed as it was made: it is empty, and of no use to who has put another thing there.
-        let _ = root.remove_folder(&begun.stage);
+        let _ = root.remove_directory(&begun.stage);
     }
     let stage = loop {
         let mut number = [0; 8];
@@ -248,7 +248,7 @@ pub fn apply(work: &Tree, upper: &Tree, root: &Tree) -> Result<()> {
             begun.write(work)?;
         }
         // Only copies are left in it: all that was put aside has its place.
-        remove_copies(&application.stage).and_then(|()| root.remove_folder(&begun.stage)).attempt(attempted)?;
+        remove_copies(&application.stage).and_then(|()| root.remove_directory(&begun.stage)).attempt(attempted)?;
     }
     take_attributes(upper, root).and_then(|()| root.sync()).attempt(attempted)?;
     begun.step = Step::Applied;
@@ -274,7 +274,7 @@ pub fn give_up(work: &Tree, upper: &Tree, root: &Tree) -> Result<()> {
         return Ok(());
     }
     if begun.number == 0 {
-        let _ = root.remove_folder(&begun.stage);
+        let _ = root.remove_directory(&begun.stage);
         return Ok(());
     }
     let Some(stage) = begun.stage(root).attempt(attempted)? else { return Ok(()) };
@@ -284,7 +284,7 @@ pub fn give_up(work: &Tree, upper: &Tree, root: &Tree) -> Result<()> {
         let by_source: BTreeMap<_, _> =
             origins.values().filter(|o| o.renamed).filter_map(|o| Some((o.below.as_ref()?, &o.aside))).collect();
         for (source, aside) in by_source {
-            let above = root.folder_without_links(this(source.parent().unwrap_or(Path::new(""))));
+            let above = root.directory_without_links(this(source.parent().unwrap_or(Path::new(""))));
             let name = source.file_name().unwrap_or_default();
             if let Ok(above) = above
                 && above.look(name)?.is_none()
@@ -300,7 +300,7 @@ pub fn give_up(work: &Tree, upper: &Tree, root: &Tree) -> Result<()> {
         let why = format!("{} holds directories whose old places are taken", stage.shown().display());
         return Err(Error::new(attempted()).because(why).advise("move them where they belong, and remove it"));
     }
-    root.remove_folder(&begun.stage).map(|_| ()).attempt(attempted)
+    root.remove_directory(&begun.stage).map(|_| ()).attempt(attempted)
 }
 
 /// Refuses, before anything is applied, what the file system would refuse halfway.
@@ -322,7 +322,7 @@ fn unchangeable(upper: &Tree, root: &Tree, origins: &BTreeMap<PathBuf, Origin>) 
     let (mut uppers, mut roots) = (Descent::of(upper), Descent::of(root));
     for (path, origin) in origins {
         let Some(below) = &origin.below else { continue };
-        let directory = match roots.folder_without_links(below) {
+        let directory = match roots.directory_without_links(below) {
             // The session made it; the directory does not have it.
             Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => continue,
             other => other?,
@@ -330,7 +330,7 @@ fn unchangeable(upper: &Tree, root: &Tree, origins: &BTreeMap<PathBuf, Origin>) 
         if is_fixed(directory, OsStr::new("."))? {
             return Ok(Some(below.clone()));
         }
-        for name in uppers.folder_without_links(path)?.names()? {
+        for name in uppers.directory_without_links(path)?.names()? {
             let source = below.join(&name);
             if origins.get(&path.join(&name)).is_none_or(|o| o.below.as_ref() != Some(&source)) {
                 open.push(source);
@@ -341,14 +341,14 @@ fn unchangeable(upper: &Tree, root: &Tree, origins: &BTreeMap<PathBuf, Origin>) 
         if moved.contains(path.as_path()) {
             continue;
         }
-        let directory = roots.folder_without_links(path.parent().unwrap_or(Path::new("")))?;
+        let directory = roots.directory_without_links(path.parent().unwrap_or(Path::new("")))?;
         let name = path.file_name().unwrap_or_default();
         let Some(found) = directory.look(name)? else { continue };
         if is_fixed(directory, name)? {
             return Ok(Some(path));
         }
         if FileType::from_raw_mode(found.st_mode) == FileType::Directory {
-            open.extend(directory.folder_without_links(name)?.names()?.iter().map(|name| path.join(name)));
+            open.extend(directory.directory_without_links(name)?.names()?.iter().map(|name| path.join(name)));
         }
     }
     Ok(None)
@@ -378,7 +378,7 @@ fn origins(upper: &Tree) -> io::Result<BTreeMap<PathBuf, Origin>> {
     let mut origins = BTreeMap::from([(PathBuf::new(), root)]);
     let (mut open, mut descent) = (vec![PathBuf::new()], Descent::of(upper));
     while let Some(path) = open.pop() {
-        let directory = descent.folder_without_links(&path)?;
+        let directory = descent.directory_without_links(&path)?;
         for name in directory.names()? {
             let found = rustix::fs::statat(directory, &name, AtFlags::SYMLINK_NOFOLLOW)?;
             if FileType::from_raw_mode(found.st_mode) != FileType::Directory {
@@ -472,7 +472,7 @@ impl Application<'_> {
             if self.stage.look(aside)?.is_some() {
                 continue;
             }
-            let above = self.root.folder_without_links(this(source.parent().unwrap_or(Path::new(""))))?;
+            let above = self.root.directory_without_links(this(source.parent().unwrap_or(Path::new(""))))?;
             rustix::fs::renameat(&above, source.file_name().unwrap_or_default(), &self.stage, aside)?;
         }
         Ok(())
@@ -483,15 +483,16 @@ impl Application<'_> {
         remove_copies(&self.stage)?;
         let (mut uppers, mut roots) = (Descent::of(self.upper), Descent::of(self.root));
         for (path, origin) in self.origins {
-            let both = uppers.folder_without_links(path).and_then(|from| Ok((from, roots.folder_without_links(path)?)));
+            let both =
+                uppers.directory_without_links(path).and_then(|from| Ok((from, roots.directory_without_links(path)?)));
             both.and_then(|(from, to)| self.fill(path, from, to, origin.below.is_none()))
                 .map_err(|e| io::Error::new(e.kind(), format!("/{}: {e}", path.display())))?;
         }
         // Placing entries has changed the times of their directories.
         let (mut uppers, mut roots) = (Descent::of(self.upper), Descent::of(self.root));
-        self.origins
-            .keys()
-            .try_for_each(|path| take_attributes(uppers.folder_without_links(path)?, roots.folder_without_links(path)?))
+        self.origins.keys().try_for_each(|path| {
+            take_attributes(uppers.directory_without_links(path)?, roots.directory_without_links(path)?)
+        })
     }
 
     /// Gives a directory the entries that the upper layer has of it, and removes those that are seen no more.
@@ -879,12 +880,12 @@ mod tests {
         let mut at = Tree::open(&dir.path().join("upper")).unwrap();
         for _ in 0..1100 {
             rustix::fs::mkdirat(&at, "deep", Mode::RWXU).unwrap();
-            at = at.folder("deep").unwrap();
+            at = at.directory("deep").unwrap();
         }
         at.touch("file").unwrap();
         apply(&record, &upper, &root).unwrap();
         let deepest: PathBuf = std::iter::repeat_n("deep", 1100).collect();
-        assert!(root.folder_without_links(&deepest).unwrap().look("file").unwrap().is_some());
+        assert!(root.directory_without_links(&deepest).unwrap().look("file").unwrap().is_some());
         for tree in [&upper, &root] {
             tree.remove_whole(OsStr::new("deep")).unwrap();
         }

@@ -107,7 +107,7 @@ pub fn refuse_with_changes(directory: &Path, place: &Path) -> Result<()> {
 /// Opens `directory`, a path without links: once, and what is found by that path later is of no matter.
 pub fn open(directory: &Path) -> Result<Tree> {
     let below = directory.strip_prefix("/").ok().filter(|below| *below != Path::new("")).unwrap_or(Path::new("."));
-    let opened = open_tree(Path::new("/"))?.folder_without_links(below);
+    let opened = open_tree(Path::new("/"))?.directory_without_links(below);
     opened.attempt(|| format!("open {}", directory.display()))
 }
 

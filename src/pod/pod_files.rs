@@ -22,7 +22,7 @@ pub const SSHD_CONFIG: &str = "Port 22\nLogLevel INFO\nPermitRootLogin yes\nPubk
 pub fn put_authorities(image_root: &Tree, folder: &Path) -> Result<()> {
     let attempted = || format!("put {} into the image", folder.display());
     let Ok(entries) = std::fs::read_dir(folder) else { return Ok(()) };
-    image_root.make_folders(AUTHORITIES).attempt(attempted)?;
+    image_root.make_directories(AUTHORITIES).attempt(attempted)?;
     for entry in entries {
         let file = entry.attempt(attempted)?.path();
         let name = file.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();

@@ -121,7 +121,7 @@ fn begin_anew(volume: &Tree, settings: &Settings, source: &Source, image_root: &
     for path in [settings.image_root(), OVERLAY, INVENTORY, PACKED].into_iter().chain(archives).map(Path::new) {
         let attempted = || format!("remove {}", settings.parent.join(path).display());
         let above = path.parent().filter(|above| !above.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        match volume.folder_without_links(above) {
+        match volume.directory_without_links(above) {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
             above => {
                 above.and_then(|above| above.remove_whole(path.file_name().unwrap_or_default())).attempt(attempted)?;
@@ -295,7 +295,7 @@ pub fn take_inventory_below(work: &Work, settings: &Settings, volume: &Tree) -> 
     if !has_overlay || volume.look(INVENTORY).attempt(attempted)?.is_some() {
         return Ok(());
     }
-    let mounted = volume.folder_without_links(Path::new(OVERLAY).join(LOWER)).attempt(attempted)?;
+    let mounted = volume.directory_without_links(Path::new(OVERLAY).join(LOWER)).attempt(attempted)?;
     let below = if mounted.names().attempt(attempted)?.is_empty() {
         // A directory, which need not be mounted.
         let source = Record::on(volume, settings)?.read();

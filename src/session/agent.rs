@@ -34,7 +34,7 @@ impl Outside {
 
     /// Listens below /run of the jail, which has been entered and has `image_root` as its root. Changes the working folder.
     pub fn show(self, image_root: &Tree) -> io::Result<Agent> {
-        let run = image_root.folder(RUN)?;
+        let run = image_root.directory(RUN)?;
         // One of a process that was killed may lie there.
         let name = format!("ssh-agent.{}", getpid());
         run.remove(&name)?;

@@ -220,7 +220,7 @@ fn beginning_in_image(options: &[OsString], home: &Path, image_root: &Tree) -> V
     }
     let expanded = wanted.map(|wanted| expand(wanted.as_bytes(), home));
     let candidates = [expanded.as_deref(), Some(home)].into_iter().flatten();
-    let begins = candidates.into_iter().find(|path| path.is_absolute() && image_root.folder(path).is_ok());
+    let begins = candidates.into_iter().find(|path| path.is_absolute() && image_root.directory(path).is_ok());
     let begins = begins.unwrap_or(Path::new("/")).as_os_str().as_bytes();
     let escaped = begins.iter().flat_map(|&b| std::iter::repeat_n(b, if b == b'%' { 2 } else { 1 })).collect();
     kept.extend(["-d".into(), OsString::from_vec(escaped)]);
@@ -349,7 +349,7 @@ fn become_root(account: &Account) {
 
 /// Changes to root's home, resolved below the root and without magic links, by its descriptor; to the root if there is none.
 fn go_home(image_root: &Tree, home: &Path) {
-    let went = image_root.folder(home).and_then(|home| Ok(rustix::process::fchdir(home)?));
+    let went = image_root.directory(home).and_then(|home| Ok(rustix::process::fchdir(home)?));
     if went.is_err() {
         let _ = rustix::process::fchdir(image_root);
     }

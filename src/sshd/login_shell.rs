@@ -33,7 +33,7 @@ impl LoginShell {
         let attempted = || format!("make {} the shell that sshd starts for root", self.program.display());
         let before = std::fs::read(PASSWD).attempt(attempted)?;
         let Some(text) = with_shell(&before, &self.program) else { return Ok(()) };
-        // Read by other accounts too, such as that of an AuthorizedKeysCommand; the folder it is in lets nobody else in.
+        // Read by other accounts too, such as that of an AuthorizedKeysCommand; the directory it is in lets nobody else in.
         std::fs::write(&self.passwd, text).attempt(attempted)?;
         rustix::fs::chmod(&self.passwd, Mode::from_raw_mode(0o644)).attempt(attempted)?;
         nix::sched::unshare(CloneFlags::CLONE_NEWNS).attempt(attempted)?;

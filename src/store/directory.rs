@@ -63,10 +63,10 @@ pub fn open_or_make(named: &Path) -> io::Result<(Tree, PathBuf)> {
             Ok(()) | Err(rustix::io::Errno::EXIST) => {}
             Err(e) => return Err(e.into()),
         }
-        tree = tree.folder_without_links(name)?;
+        tree = tree.directory_without_links(name)?;
     }
     // A file in its place is told now.
-    tree.folder_without_links(".").map(|tree| (tree, path))
+    tree.directory_without_links(".").map(|tree| (tree, path))
 }
 
 impl Directory {
@@ -94,7 +94,7 @@ impl Directory {
             }
             Some(_) => {}
         }
-        let tree = self.root.folder_of_same_mount(id)?;
+        let tree = self.root.directory_of_same_mount(id)?;
         let others = match self.others(&tree)? {
             // Somebody may have given the id to an image that is published.
             None if !may_be(&tree, id)? => Some("holds the manifest of another image".into()),
@@ -211,7 +211,7 @@ impl Directory {
             held.tree.remove(begun)?;
         }
         if held.tree.names()?.is_empty() && self.leads_to(&held.name, &held.tree)? {
-            self.root.remove_folder(&held.name)?;
+            self.root.remove_directory(&held.name)?;
             self.forget();
         }
         Ok(())
@@ -239,7 +239,7 @@ impl Directory {
         if !is_closed || found.st_uid != rustix::process::geteuid().as_raw() {
             return Ok(false);
         }
-        Ok(self.root.folder_of_same_mount(name)?.names()?.is_empty())
+        Ok(self.root.directory_of_same_mount(name)?.names()?.is_empty())
     }
 
     /// Puts an image that is whole in its place `name`, unless something has it. Returns whether it has been done.

@@ -35,7 +35,7 @@ impl Detached {
         Self::copy(CWD, path.as_ref(), recursive, attributes)
     }
 
-    /// The same of what `fd` stands on (a folder, a file).
+    /// The same of what `fd` stands on (a directory, a file).
     pub fn copy_of_fd(fd: impl AsFd, recursive: bool, attributes: MountAttrFlags) -> io::Result<Self> {
         Self::copy(fd.as_fd(), Path::new(""), recursive, attributes)
     }
@@ -116,7 +116,7 @@ fn own_root() -> io::Result<OwnedFd> {
 pub fn switch_root(new_root: impl AsFd) -> io::Result<()> {
     let old_root = own_root()?;
     rustix::process::fchdir(new_root)?;
-    // With both arguments ".", the old root comes to lie on top of the new one, at the same place; no folder for it is needed.
+    // With both arguments ".", the old root comes to lie on top of the new one, at the same place; no directory for it is needed.
     rustix::process::pivot_root(".", ".")?;
     // From the old root itself: "." of the new one would, in the second round below, be the new one.
     rustix::process::fchdir(&old_root)?;
@@ -133,7 +133,7 @@ pub fn switch_root(new_root: impl AsFd) -> io::Result<()> {
     rustix::process::chdir("/").map_err(Into::into)
 }
 
-/// Makes `root` this process's root and working folder, and nothing more: whoever may call chroot again can leave it.
+/// Makes `root` this process's root and working directory, and nothing more: whoever may call chroot again can leave it.
 pub fn change_root(root: impl AsFd) -> io::Result<()> {
     rustix::process::fchdir(root)?;
     rustix::process::chroot(".").map_err(Into::into)

@@ -346,9 +346,9 @@ impl Entry {
     }
 }
 
-/// The processes or threads that a folder of proc(5) has folders of.
-pub fn numbers(folder: &Path) -> impl Iterator<Item = Pid> + use<> {
-    let entries = std::fs::read_dir(folder).into_iter().flatten();
+/// The processes or threads that a directory of proc(5) has directories of.
+pub fn numbers(directory: &Path) -> impl Iterator<Item = Pid> + use<> {
+    let entries = std::fs::read_dir(directory).into_iter().flatten();
     entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).map(Pid::from_raw)
 }
 

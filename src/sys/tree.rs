@@ -1,4 +1,4 @@
-//! A folder whose contents are not trusted, reached by descriptor only.
+//! A directory whose contents are not trusted, reached by descriptor only.
 //!
 //! Every look-up is one `openat2` with `RESOLVE_IN_ROOT`, so that a link in the tree, absolute or with `..`, never
 //! leads out of it (CVE-2021-30465, CVE-2026-41579, CVE-2026-47766 are launchers that used a path).
@@ -37,23 +37,23 @@ pub enum Condition {
     ReadOnly,
 }
 
-/// An open folder, below which names are resolved as if it were `/`.
+/// An open directory, below which names are resolved as if it were `/`.
 #[derive(Debug)]
 pub struct Tree {
-    folder: OwnedFd,
+    directory: OwnedFd,
 }
 
 impl Tree {
-    /// Opens the folder `path`. Its last component must not be a link (ENOTDIR): a link in an untrusted place would choose
+    /// Opens the directory `path`. Its last component must not be a link (ENOTDIR): a link in an untrusted place would choose
     /// another tree.
     pub fn open(path: &Path) -> io::Result<Self> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        Ok(Self { folder: rustix::fs::open(path, flags, Mode::empty())? })
+        Ok(Self { directory: rustix::fs::open(path, flags, Mode::empty())? })
     }
 
-    /// Takes a folder that is already open.
-    pub fn from_fd(folder: OwnedFd) -> Self {
-        Self { folder }
+    /// Takes a directory that is already open.
+    pub fn from_fd(directory: OwnedFd) -> Self {
+        Self { directory }
     }
 
     /// Opens `path` below the tree; every link on the way is resolved inside it, the last component too unless `flags` hold
@@ -64,7 +64,7 @@ impl Tree {
 
     fn resolve(&self, path: &Path, flags: OFlags, mode: Mode, resolve: ResolveFlags) -> io::Result<OwnedFd> {
         for _ in 0..RACE_RETRIES {
-            match rustix::fs::openat2(&self.folder, path, flags | OFlags::CLOEXEC, mode, resolve) {
+            match rustix::fs::openat2(&self.directory, path, flags | OFlags::CLOEXEC, mode, resolve) {
                 Err(Errno::AGAIN | Errno::INTR) => {}
                 other => return other.map_err(Into::into),
             }
@@ -89,21 +89,21 @@ impl Tree {
         self.open_at(path, OFlags::PATH | OFlags::NOFOLLOW, Mode::empty())
     }
 
-    /// A folder below the tree, as a tree of its own.
-    pub fn folder(&self, path: impl AsRef<Path>) -> io::Result<Tree> {
-        Ok(Tree { folder: self.open_at(path, OFlags::PATH | OFlags::DIRECTORY, Mode::empty())? })
+    /// A directory below the tree, as a tree of its own.
+    pub fn directory(&self, path: impl AsRef<Path>) -> io::Result<Tree> {
+        Ok(Tree { directory: self.open_at(path, OFlags::PATH | OFlags::DIRECTORY, Mode::empty())? })
     }
 
     /// The directory `path` below the tree, on whose way nothing is a link.
-    pub fn folder_without_links(&self, path: impl AsRef<Path>) -> io::Result<Tree> {
+    pub fn directory_without_links(&self, path: impl AsRef<Path>) -> io::Result<Tree> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW;
-        Ok(Tree { folder: self.open_without_links(path, flags)? })
+        Ok(Tree { directory: self.open_without_links(path, flags)? })
     }
 
     /// The same, on whose way nothing is mounted (EXDEV) either: names can be moved from there to the tree's other directories.
-    pub fn folder_of_same_mount(&self, path: impl AsRef<Path>) -> io::Result<Tree> {
+    pub fn directory_of_same_mount(&self, path: impl AsRef<Path>) -> io::Result<Tree> {
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
-        Ok(Tree { folder: self.resolve_in_parts(path.as_ref(), OFlags::PATH | OFlags::DIRECTORY, resolve)? })
+        Ok(Tree { directory: self.resolve_in_parts(path.as_ref(), OFlags::PATH | OFlags::DIRECTORY, resolve)? })
     }
 
     /// A handle on the object `path`, on whose way nothing is a link (ELOOP); the object itself may be one.
@@ -120,7 +120,7 @@ impl Tree {
         let (mut above, mut part) = (None::<OwnedFd>, PathBuf::new());
         let open = |above: Option<OwnedFd>, part: &Path, flags| match above {
             None => self.resolve(part, flags, Mode::empty(), resolve),
-            Some(above) => Tree { folder: above }.resolve(part, flags, Mode::empty(), resolve),
+            Some(above) => Tree { directory: above }.resolve(part, flags, Mode::empty(), resolve),
         };
         for name in path.components() {
             if part.as_os_str().len() > LONGEST_PART {
@@ -137,7 +137,7 @@ impl Tree {
         let path = path.as_ref();
         // A name in the tree's own directory needs no descriptor, which this process may have no more of.
         let found = if path.components().eq([Component::Normal(path.as_os_str())]) {
-            rustix::fs::statat(&self.folder, path, AtFlags::SYMLINK_NOFOLLOW).map_err(Into::into)
+            rustix::fs::statat(&self.directory, path, AtFlags::SYMLINK_NOFOLLOW).map_err(Into::into)
         } else {
             self.handle(path).and_then(|fd| Ok(rustix::fs::fstat(fd)?))
         };
@@ -263,13 +263,13 @@ impl Tree {
 
     /// Gives the file `from` of this directory the name `to`, in place of what had it.
     pub fn rename(&self, from: &str, to: &str) -> io::Result<()> {
-        rustix::fs::renameat(&self.folder, from, &self.folder, to).map_err(Into::into)
+        rustix::fs::renameat(&self.directory, from, &self.directory, to).map_err(Into::into)
     }
 
     /// A path that leads to the tree's own directory, whatever its name is by now, as long as this value lives; for this process and for
     /// the working directory of what it starts.
     pub fn path(&self) -> PathBuf {
-        format!("/proc/self/fd/{}", self.folder.as_raw_fd()).into()
+        format!("/proc/self/fd/{}", self.directory.as_raw_fd()).into()
     }
 
     /// Current path of the directory, for messages.
@@ -280,16 +280,16 @@ impl Tree {
     /// Calls `visit` for the directory itself and for everything below it: with the path below the tree, the directory that holds it, its
     /// name there, and what it is. Follows no link, and reaches nothing outside, whatever is renamed meanwhile.
     pub fn walk(&self, mut visit: impl FnMut(&Path, &Tree, &OsStr, &Stat) -> io::Result<()>) -> io::Result<()> {
-        visit(Path::new(""), self, OsStr::new("."), &rustix::fs::fstat(&self.folder)?)?;
-        let (mut folders, mut descent) = (vec![PathBuf::new()], Descent::of(self));
-        while let Some(path) = folders.pop() {
-            let folder = descent.folder_without_links(&path)?;
-            for name in folder.names()? {
+        visit(Path::new(""), self, OsStr::new("."), &rustix::fs::fstat(&self.directory)?)?;
+        let (mut directories, mut descent) = (vec![PathBuf::new()], Descent::of(self));
+        while let Some(path) = directories.pop() {
+            let directory = descent.directory_without_links(&path)?;
+            for name in directory.names()? {
                 let below = path.join(&name);
-                let found = rustix::fs::statat(folder, &name, AtFlags::SYMLINK_NOFOLLOW)?;
-                visit(&below, folder, &name, &found)?;
+                let found = rustix::fs::statat(directory, &name, AtFlags::SYMLINK_NOFOLLOW)?;
+                visit(&below, directory, &name, &found)?;
                 if FileType::from_raw_mode(found.st_mode) == FileType::Directory {
-                    folders.push(below);
+                    directories.push(below);
                 }
             }
         }
@@ -298,9 +298,9 @@ impl Tree {
 
     /// Creates the file `path` if nothing is there, and never through a link. Returns whether it was created.
     pub fn touch(&self, path: impl AsRef<Path>) -> io::Result<bool> {
-        let (folder, name) = self.parent_of(path.as_ref())?;
+        let (parent, name) = self.parent_of(path.as_ref())?;
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
-        match folder.open_at(&name, flags, Mode::from_raw_mode(0o644)) {
+        match parent.open_at(&name, flags, Mode::from_raw_mode(0o644)) {
             Ok(_) => Ok(true),
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(false),
             Err(e) => Err(e),
@@ -310,30 +310,30 @@ impl Tree {
     /// Puts `text` at `path` in one step, so that a reader sees the old file or the new, never a part; what stood there, a link
     /// included, is replaced. Mode 0644, on disk when this returns.
     pub fn replace(&self, path: impl AsRef<Path>, text: &[u8]) -> io::Result<()> {
-        let (folder, name) = self.parent_of(path.as_ref())?;
+        let (parent, name) = self.parent_of(path.as_ref())?;
         let mut temporary = OsString::from(".");
         temporary.push(&name);
         temporary.push(".ims-sshd");
-        folder.remove(&temporary)?;
+        parent.remove(&temporary)?;
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
-        let mut file = File::from(folder.open_at(&temporary, flags, Mode::from_raw_mode(0o644))?);
+        let mut file = File::from(parent.open_at(&temporary, flags, Mode::from_raw_mode(0o644))?);
         let written = file
             .write_all(text)
             .and_then(|()| file.sync_all())
-            .and_then(|()| Ok(rustix::fs::renameat(&folder.folder, &temporary, &folder.folder, &name)?));
+            .and_then(|()| Ok(rustix::fs::renameat(&parent.directory, &temporary, &parent.directory, &name)?));
         if written.is_err() {
-            let _ = folder.remove(&temporary);
+            let _ = parent.remove(&temporary);
         }
         written
     }
 
-    /// Gives the file `from` of this folder the name `to` below `tree`, if nothing has it. Needs no space and no inode.
+    /// Gives the file `from` of this directory the name `to` below `tree`, if nothing has it. Needs no space and no inode.
     pub fn rename_to(&self, from: &str, tree: &Tree, to: impl AsRef<Path>) -> io::Result<()> {
-        let (folder, name) = tree.parent_of(to.as_ref())?;
-        match rustix::fs::renameat_with(&self.folder, from, &folder.folder, &name, RenameFlags::NOREPLACE) {
+        let (parent, name) = tree.parent_of(to.as_ref())?;
+        match rustix::fs::renameat_with(&self.directory, from, &parent.directory, &name, RenameFlags::NOREPLACE) {
             // NFS, CephFS and most FUSE file systems do not know the flag.
-            Err(Errno::INVAL) => match folder.look(&name)? {
-                None => rustix::fs::renameat(&self.folder, from, &folder.folder, &name),
+            Err(Errno::INVAL) => match parent.look(&name)? {
+                None => rustix::fs::renameat(&self.directory, from, &parent.directory, &name),
                 Some(_) => Err(Errno::EXIST),
             },
             other => other,
@@ -343,18 +343,18 @@ impl Tree {
 
     /// Gives the file `from` of this directory the name `to` of `tree`, in the place of what has it.
     pub fn rename_over(&self, from: &str, tree: &Tree, to: &str) -> io::Result<()> {
-        rustix::fs::renameat(&self.folder, from, &tree.folder, to).map_err(Into::into)
+        rustix::fs::renameat(&self.directory, from, &tree.directory, to).map_err(Into::into)
     }
 
-    /// Gives the file `from` of this folder a second name, `to` below `tree`, if nothing has that. Needs no inode on most disks.
+    /// Gives the file `from` of this directory a second name, `to` below `tree`, if nothing has that. Needs no inode on most disks.
     pub fn link_to(&self, from: &str, tree: &Tree, to: impl AsRef<Path>) -> io::Result<()> {
-        let (folder, name) = tree.parent_of(to.as_ref())?;
-        rustix::fs::linkat(&self.folder, from, &folder.folder, &name, AtFlags::empty()).map_err(Into::into)
+        let (parent, name) = tree.parent_of(to.as_ref())?;
+        rustix::fs::linkat(&self.directory, from, &parent.directory, &name, AtFlags::empty()).map_err(Into::into)
     }
 
     /// Whether nothing can be written to the tree's file system, or nothing more fits.
     pub fn condition(&self) -> io::Result<Condition> {
-        let fs = rustix::fs::fstatvfs(&self.folder)?;
+        let fs = rustix::fs::fstatvfs(&self.directory)?;
         Ok(if fs.f_flag.contains(StatVfsMountFlags::RDONLY) {
             Condition::ReadOnly
         } else if fs.f_blocks > 0 && fs.f_bfree == 0 || fs.f_files > 0 && fs.f_ffree == 0 {
@@ -369,8 +369,8 @@ impl Tree {
         self.unlink(path.as_ref(), AtFlags::empty())
     }
 
-    /// Removes the empty folder `path`; nothing there is no error. Returns whether something was removed.
-    pub fn remove_folder(&self, path: impl AsRef<Path>) -> io::Result<bool> {
+    /// Removes the empty directory `path`; nothing there is no error. Returns whether something was removed.
+    pub fn remove_directory(&self, path: impl AsRef<Path>) -> io::Result<bool> {
         self.unlink(path.as_ref(), AtFlags::REMOVEDIR)
     }
 
@@ -378,18 +378,18 @@ impl Tree {
     pub fn remove_whole(&self, name: &OsStr) -> io::Result<()> {
         match self.look(name)?.map(|found| FileType::from_raw_mode(found.st_mode)) {
             None => Ok(()),
-            Some(FileType::Directory) => self.remove_directory(name),
+            Some(FileType::Directory) => self.remove_recursively(name),
             Some(_) => self.remove(name).map(|_| ()),
         }
     }
 
     /// However deep it is, with few descriptors. What is mounted in it stays, and is an error.
-    fn remove_directory(&self, name: &OsStr) -> io::Result<()> {
+    fn remove_recursively(&self, name: &OsStr) -> io::Result<()> {
         let (mut found, mut next) = (vec![PathBuf::from(name)], 0);
         while let Some(path) = found.get(next).cloned() {
-            let folder = self.folder_of_same_mount(&path)?;
-            for name in folder.names()? {
-                match rustix::fs::unlinkat(&folder, &name, AtFlags::empty()) {
+            let directory = self.directory_of_same_mount(&path)?;
+            for name in directory.names()? {
+                match rustix::fs::unlinkat(&directory, &name, AtFlags::empty()) {
                     Ok(()) | Err(Errno::NOENT) => {}
                     Err(Errno::ISDIR) => found.push(path.join(name)),
                     Err(e) => return Err(e.into()),
@@ -398,7 +398,7 @@ impl Tree {
             next += 1;
         }
         for path in found.iter().rev() {
-            let above = self.folder_of_same_mount(
+            let above = self.directory_of_same_mount(
                 path.parent().filter(|above| *above != Path::new("")).unwrap_or(Path::new(".")),
             )?;
             rustix::fs::unlinkat(&above, path.file_name().unwrap_or_default(), AtFlags::REMOVEDIR)?;
@@ -409,8 +409,8 @@ impl Tree {
     /// Makes the empty directory `name` of this one, which only this user reaches (mode 0700), and opens it. Somebody who can rename here
     /// could put another directory in its place: one that is not as the new one is refused.
     pub fn make_private(&self, name: &str) -> io::Result<Tree> {
-        rustix::fs::mkdirat(&self.folder, name, Mode::RWXU)?;
-        let made = self.folder_of_same_mount(name)?;
+        rustix::fs::mkdirat(&self.directory, name, Mode::RWXU)?;
+        let made = self.directory_of_same_mount(name)?;
         let found = rustix::fs::fstat(&made)?;
         let is_ours = found.st_uid == rustix::process::geteuid().as_raw() && found.st_mode.trailing_zeros() >= 6;
         if !is_ours || !made.names()?.is_empty() {
@@ -425,7 +425,7 @@ impl Tree {
     }
 
     /// Makes the directory `path` (mode 0755), and those above it, as far as they are missing.
-    pub fn make_folders(&self, path: impl AsRef<Path>) -> io::Result<()> {
+    pub fn make_directories(&self, path: impl AsRef<Path>) -> io::Result<()> {
         let ancestors: Vec<_> = path.as_ref().ancestors().filter(|path| path.file_name().is_some()).collect();
         for path in ancestors.into_iter().rev() {
             // One name at a time: on a longer way the kernel would follow links out of the tree.
@@ -438,12 +438,12 @@ impl Tree {
         Ok(())
     }
 
-    /// Makes the folder `path` (mode 0755), or the empty file `path`, and leaves its parent's times as they were.
-    pub fn make_mount_point(&self, path: impl AsRef<Path>, folder: bool) -> io::Result<()> {
+    /// Makes the directory `path` (mode 0755), or the empty file `path`, and leaves its parent's times as they were.
+    pub fn make_mount_point(&self, path: impl AsRef<Path>, directory: bool) -> io::Result<()> {
         let (parent, name) = self.parent_of(path.as_ref())?;
         parent.keeping_times(|| {
-            if folder {
-                rustix::fs::mkdirat(&parent.folder, &name, Mode::from_raw_mode(0o755))?;
+            if directory {
+                rustix::fs::mkdirat(&parent.directory, &name, Mode::from_raw_mode(0o755))?;
             } else {
                 parent.touch(&name)?;
             }
@@ -457,7 +457,7 @@ impl Tree {
         let Some(made) = self.look(path.as_ref())? else { return Ok(true) };
         let (parent, name) = self.parent_of(path.as_ref())?;
         parent.keeping_times(|| match FileType::from_raw_mode(made.st_mode) {
-            FileType::Directory => match parent.remove_folder(&name) {
+            FileType::Directory => match parent.remove_directory(&name) {
                 Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(false),
                 other => other.map(|_| true),
             },
@@ -472,7 +472,7 @@ impl Tree {
         let device = rustix::fs::makedev(major, minor);
         parent.keeping_times(|| {
             let mode = Mode::from_raw_mode(0o666);
-            rustix::fs::mknodat(&parent.folder, &name, FileType::CharacterDevice, mode, device)?;
+            rustix::fs::mknodat(&parent.directory, &name, FileType::CharacterDevice, mode, device)?;
             // For all, whatever the umask is. By descriptor: whoever renames here gets no other file's mode changed.
             let node = parent.handle(&name)?;
             if rustix::fs::fstat(&node)?.st_rdev != device {
@@ -495,7 +495,7 @@ impl Tree {
         parent.keeping_times(|| parent.remove(&name)).map(|_| true)
     }
 
-    /// What the folder holds, by name.
+    /// What the directory holds, by name.
     pub fn names(&self) -> io::Result<Vec<OsString>> {
         self.first_names(usize::MAX)
     }
@@ -510,46 +510,50 @@ impl Tree {
     /// Writes all that the tree's file system still holds in memory to its disk (`syncfs`).
     pub fn sync(&self) -> io::Result<()> {
         // syncfs wants a descriptor that is open for reading, which an O_PATH one is not.
-        let folder =
-            rustix::fs::openat(&self.folder, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
-        rustix::fs::syncfs(folder).map_err(Into::into)
+        let directory = rustix::fs::openat(
+            &self.directory,
+            ".",
+            OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )?;
+        rustix::fs::syncfs(directory).map_err(Into::into)
     }
 
-    /// Opens the tree's own folder for reading, as `flock` and `fsync` need it.
+    /// Opens the tree's own directory for reading, as `flock` and `fsync` need it.
     pub fn reopen(&self) -> io::Result<OwnedFd> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        rustix::fs::openat(&self.folder, ".", flags, Mode::empty()).map_err(Into::into)
+        rustix::fs::openat(&self.directory, ".", flags, Mode::empty()).map_err(Into::into)
     }
 
     fn unlink(&self, path: &Path, flags: AtFlags) -> io::Result<bool> {
-        let (folder, name) = match self.parent_of(path) {
+        let (parent, name) = match self.parent_of(path) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false),
             other => other?,
         };
-        match rustix::fs::unlinkat(&folder.folder, &name, flags) {
+        match rustix::fs::unlinkat(&parent.directory, &name, flags) {
             Ok(()) => Ok(true),
             Err(Errno::NOENT) => Ok(false),
             Err(e) => Err(e.into()),
         }
     }
 
-    /// The folder that holds `path`, resolved inside the tree, and the last name.
+    /// The directory that holds `path`, resolved inside the tree, and the last name.
     fn parent_of(&self, path: &Path) -> io::Result<(Tree, OsString)> {
         let name = path
             .file_name()
             .filter(|_| !path.as_os_str().as_bytes().ends_with(b"/"))
             .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "a path without a last name"))?;
         let parent = path.parent().filter(|p| p.components().any(|c| matches!(c, Component::Normal(_))));
-        let folder = match parent {
-            Some(parent) => self.folder(parent)?,
-            None => Tree { folder: self.folder.try_clone()? },
+        let directory = match parent {
+            Some(parent) => self.directory(parent)?,
+            None => Tree { directory: self.directory.try_clone()? },
         };
-        Ok((folder, name.to_owned()))
+        Ok((directory, name.to_owned()))
     }
 
-    /// Runs `change` on this folder and puts its access and modification times back: the image root must look untouched.
+    /// Runs `change` on this directory and puts its access and modification times back: the image root must look untouched.
     pub fn keeping_times<T>(&self, change: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
-        let before = rustix::fs::fstat(&self.folder)?;
+        let before = rustix::fs::fstat(&self.directory)?;
         let result = change()?;
         let times = times(&before);
         rustix::fs::utimensat(self.reopen()?, ".", &times, AtFlags::empty())?;
@@ -571,21 +575,21 @@ impl<'a> Descent<'a> {
     }
 
     /// The directory `path` below the tree, on whose way nothing is a link; that of no name is the tree's own.
-    pub fn folder_without_links(&mut self, path: &Path) -> io::Result<&Tree> {
+    pub fn directory_without_links(&mut self, path: &Path) -> io::Result<&Tree> {
         let last = self.last.take();
         let (from, rest) = match &last {
             Some((above, from)) if path.starts_with(above) => (from, path.strip_prefix(above).unwrap_or(path)),
             _ => (self.tree, path),
         };
         let rest = if rest.as_os_str().is_empty() { Path::new(".") } else { rest };
-        let found = from.folder_without_links(rest)?;
+        let found = from.directory_without_links(rest)?;
         Ok(&self.last.insert((path.to_owned(), found)).1)
     }
 }
 
 impl AsFd for Tree {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.folder.as_fd()
+        self.directory.as_fd()
     }
 }
 
@@ -593,12 +597,12 @@ impl AsFd for Tree {
 /// a directory of the image, whose `self/fd/7` may be a link to anything.
 fn own_descriptors() -> io::Result<Option<OwnedFd>> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let folder = match rustix::fs::open("/proc/self/fd", flags, Mode::empty()) {
+    let directory = match rustix::fs::open("/proc/self/fd", flags, Mode::empty()) {
         Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => return Ok(None),
         other => other?,
     };
-    let is_procfs = rustix::fs::fstatfs(&folder)?.f_type == rustix::fs::PROC_SUPER_MAGIC;
-    Ok(is_procfs.then_some(folder))
+    let is_procfs = rustix::fs::fstatfs(&directory)?.f_type == rustix::fs::PROC_SUPER_MAGIC;
+    Ok(is_procfs.then_some(directory))
 }
 
 /// Times of access and modification, as a call takes them.

@@ -54,7 +54,7 @@ pub fn check(root: &Tree, shown: &Path, archive: bool, refused: impl Fn(String) 
         return Err(error.advise("it is a saved image of a container: 'ims-sshd prepare' unpacks its layers"));
     }
     let below = root.first_names(MOST).unwrap_or_default();
-    let is_below = |name: &&std::ffi::OsString| root.folder_without_links(name).is_ok_and(|tree| is_one(&tree));
+    let is_below = |name: &&std::ffi::OsString| root.directory_without_links(name).is_ok_and(|tree| is_one(&tree));
     let found: Vec<_> = below.iter().filter(is_below).collect();
     let [name] = found.as_slice() else {
         return Err(error.advise("name the directory that holds the image's etc and usr"));
@@ -96,7 +96,7 @@ fn remove_directory(image_root: &Tree, name: &Path) -> Result<()> {
     if image_root.look(name).attempt(attempted)?.as_ref().map(FileKind::of) != Some(FileKind::Directory) {
         return Ok(());
     }
-    match image_root.remove_folder(name) {
+    match image_root.remove_directory(name) {
         Err(e) if e.kind() == std::io::ErrorKind::DirectoryNotEmpty => {
             // No advice, in whose place there may be the caller's.
             let why = "it is a directory that is not empty, in the place of a mark: remove it from the image";

@@ -1,4 +1,4 @@
-//! What attempts are after: made outside, by `attempts decoys FOLDER`, told of as variables, gone when standard input ends.
+//! What attempts are after: made outside, by `attempts decoys DIRECTORY`, told of as variables, gone when standard input ends.
 
 use std::ffi::CString;
 use std::fs::File;
@@ -13,17 +13,17 @@ use rustix::process::PidfdFlags;
 use crate::outside::MARK;
 use crate::sys::{self, Handle};
 
-/// Makes everything in `folder`, prints `OUTSIDE_<name>=<value>` lines and an empty one, and waits. What lies in the folder is
+/// Makes everything in `directory`, prints `OUTSIDE_<name>=<value>` lines and an empty one, and waits. What lies in the directory is
 /// left to whoever made it.
-pub fn stay(folder: &Path) -> std::io::Result<()> {
+pub fn stay(directory: &Path) -> std::io::Result<()> {
     let secret = format!("{MARK}{}", random()?);
     let number = i32::from_str_radix(&random()?[..7], 16).expect("it is hexadecimal");
 
-    let file = folder.join("file");
+    let file = directory.join("file");
     std::fs::write(&file, &secret)?;
     let open = File::open(&file)?;
 
-    let socket = folder.join("socket");
+    let socket = directory.join("socket");
     let abstract_name = format!("decoy-{number}");
     speak(UnixListener::bind(&socket)?, &secret);
     speak(UnixListener::bind_addr(&SocketAddr::from_abstract_name(&abstract_name)?)?, &secret);
@@ -40,7 +40,7 @@ pub fn stay(folder: &Path) -> std::io::Result<()> {
     let mut victim = Command::new(std::env::current_exe()?)
         .args(["victim", &secret])
         .env("SECRET", &secret)
-        .current_dir(folder)
+        .current_dir(directory)
         .stdin(terminal.slave)
         .stdout(Stdio::piped())
         .stderr(open.try_clone()?)

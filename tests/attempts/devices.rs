@@ -7,7 +7,8 @@ use rustix::fs::{FileType, Mode, OFlags};
 use crate::outcome::{Held, Outcome, Step, any};
 
 /// Everywhere that a file system of its own may be; the root first.
-const FOLDERS: [&str; 9] = ["/", "/tmp", "/var/tmp", "/root", "/run", "/dev", "/dev/shm", "/dev/mqueue", "/dev/pts"];
+const DIRECTORIES: [&str; 9] =
+    ["/", "/tmp", "/var/tmp", "/root", "/run", "/dev", "/dev/shm", "/dev/mqueue", "/dev/pts"];
 
 fn open(path: &Path) -> Outcome {
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
@@ -16,11 +17,11 @@ fn open(path: &Path) -> Outcome {
 }
 
 fn make_and_open(kind: FileType, major: u32, minor: u32) -> Outcome {
-    any(FOLDERS, |folder| {
-        let path = Path::new(folder).join(format!("node-{}", std::process::id()));
+    any(DIRECTORIES, |directory| {
+        let path = Path::new(directory).join(format!("node-{}", std::process::id()));
         let device = rustix::fs::makedev(major, minor);
         rustix::fs::mknodat(rustix::fs::CWD, &path, kind, Mode::from_raw_mode(0o600), device)
-            .step(format!("make device {major}:{minor} in {folder}"))?;
+            .step(format!("make device {major}:{minor} in {directory}"))?;
         let outcome = open(&path);
         let _ = std::fs::remove_file(path);
         outcome

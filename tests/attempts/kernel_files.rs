@@ -48,7 +48,7 @@ impl Place {
     /// Makes it.
     pub fn new() -> Self {
         let path = PathBuf::from(format!("/tmp/mount-{}", std::process::id()));
-        std::fs::create_dir_all(&path).expect("a folder can be made");
+        std::fs::create_dir_all(&path).expect("a directory can be made");
         Self(path)
     }
 }
@@ -79,17 +79,17 @@ fn hierarchies() -> Vec<PathBuf> {
 
 /// A program that the kernel starts outside once a cgroup is empty.
 pub fn release_agent() -> Outcome {
-    any(hierarchies(), |folder| writable(&folder.join("release_agent")))
+    any(hierarchies(), |directory| writable(&directory.join("release_agent")))
 }
 
 /// Another cgroup, with other limits.
 pub fn cgroup() -> Outcome {
-    any(hierarchies(), |folder| writable(&folder.join("cgroup.procs")))
+    any(hierarchies(), |directory| writable(&directory.join("cgroup.procs")))
 }
 
-/// A writable file below `folder`, but for what `passes` says is none of the machine's.
-pub fn any_below(folder: &Path, passes: &dyn Fn(&Path) -> bool) -> Outcome {
-    let entries = std::fs::read_dir(folder).step(format!("list {}", folder.display()))?;
+/// A writable file below `directory`, but for what `passes` says is none of the machine's.
+pub fn any_below(directory: &Path, passes: &dyn Fn(&Path) -> bool) -> Outcome {
+    let entries = std::fs::read_dir(directory).step(format!("list {}", directory.display()))?;
     any(entries.flatten().filter(|entry| !passes(&entry.path())), |entry| {
         let path = entry.path();
         let found = entry.metadata().step(format!("look at {}", path.display()))?;
@@ -169,7 +169,7 @@ pub fn shown_programs_remounted() -> Outcome {
 pub fn lease_on_kernel_files() -> Outcome {
     let files =
         ["/sys/kernel/profiling", "/sys/kernel/uevent_seqnum", "/sys/kernel/fscaps", "/sys/kernel/rcu_expedited"];
-    let cgroups = hierarchies().into_iter().map(|folder| folder.join("cgroup.controllers"));
+    let cgroups = hierarchies().into_iter().map(|directory| directory.join("cgroup.controllers"));
     any(files.map(PathBuf::from).into_iter().chain(cgroups), |path| {
         let file = std::fs::File::open(&path).step(format!("open {}", path.display()))?;
         crate::sys::lease(&file).step(format!("take a lease on {}", path.display()))?;

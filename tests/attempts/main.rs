@@ -1,7 +1,7 @@
 //! Attempts to get out of a jail, each by name. Linked statically, so that it runs in any image root and any container.
 //!
 //! ```text
-//! attempts decoys FOLDER    makes what the attempts are after, outside; prints variables for them; stays until its input ends
+//! attempts decoys DIRECTORY    makes what the attempts are after, outside; prints variables for them; stays until its input ends
 //! attempts list             all attempts: name, where it works, source
 //! attempts NAME             one attempt, with those variables
 //! attempts all              all attempts, a line each
@@ -47,14 +47,14 @@ fn main() -> ExitCode {
     match arguments.as_slice() {
         ["list"] => list(),
         ["all"] => return all(),
-        ["decoys", folder] => decoys::stay(Path::new(folder)).expect("decoys can be made"),
+        ["decoys", directory] => decoys::stay(Path::new(directory)).expect("decoys can be made"),
         ["neighbour", socket, file] => decoys::neighbour(socket, Path::new(file)).expect("a neighbour can listen"),
         ["victim", _] => decoys::victim().expect("a victim can sit at its terminal"),
         ["with-session-key", rest @ ..] => decoys::with_session_key(rest).expect("the program can be started"),
         ["type", text] => return terminals::type_text(text),
         ["ambush"] => return report(ambush::ambush()),
         [name] => return one(name),
-        _ => panic!("usage: attempts list | all | decoys FOLDER | NAME"),
+        _ => panic!("usage: attempts list | all | decoys DIRECTORY | NAME"),
     }
     ExitCode::SUCCESS
 }

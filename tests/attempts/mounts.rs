@@ -121,7 +121,7 @@ pub fn pivot_root() -> Outcome {
     let place = Place::new();
     mount("tmpfs", &place.0, "tmpfs", MountFlags::empty(), None).step("mount a tmpfs")?;
     let old = place.0.join("old");
-    std::fs::create_dir(&old).step("make a folder")?;
+    std::fs::create_dir(&old).step("make a directory")?;
     rustix::process::pivot_root(&place.0, &old).step("pivot_root")?;
     match std::fs::read_dir("/old").map(Iterator::count) {
         Ok(count) => Ok(format!("changed the root; the old one has {count} entries")),

@@ -22,9 +22,9 @@ pub fn file() -> PathBuf {
     told("FILE").into()
 }
 
-/// The same below `folder`.
-pub fn file_below(folder: &Path) -> PathBuf {
-    folder.join(file().strip_prefix("/").expect("an absolute path"))
+/// The same below `directory`.
+pub fn file_below(directory: &Path) -> PathBuf {
+    directory.join(file().strip_prefix("/").expect("an absolute path"))
 }
 
 /// The number that the process outside has there. In a PID namespace of one's own, another process may have it.
@@ -61,14 +61,14 @@ pub fn read_secret(path: &Path) -> Outcome {
     read_secret_at(rustix::fs::CWD, path)
 }
 
-/// The same, relative to an open folder.
-pub fn read_secret_at(folder: impl AsFd, path: &Path) -> Outcome {
-    let found = rustix::fs::statat(&folder, path, rustix::fs::AtFlags::empty());
+/// The same, relative to an open directory.
+pub fn read_secret_at(directory: impl AsFd, path: &Path) -> Outcome {
+    let found = rustix::fs::statat(&directory, path, rustix::fs::AtFlags::empty());
     let found = found.step(format!("find {}", path.display()))?;
     if !rustix::fs::FileType::from_raw_mode(found.st_mode).is_file() {
         return Err(Held::by(format!("read {}", path.display()), "it is no regular file"));
     }
-    let open = rustix::fs::openat(folder, path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+    let open = rustix::fs::openat(directory, path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
     let mut bytes = Vec::new();
     let file = std::fs::File::from(open.step(format!("open {}", path.display()))?);
     file.take(4096).read_to_end(&mut bytes).step(format!("read {}", path.display()))?;

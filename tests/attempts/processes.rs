@@ -71,9 +71,10 @@ pub fn environment() -> Outcome {
 pub fn settings() -> Outcome {
     let process = process()?;
     let threads = format!("/proc/{process}/task");
-    let folders = std::fs::read_dir(&threads).step(format!("list {threads}"))?.flatten().map(|thread| thread.path());
-    any(folders.chain([format!("/proc/{process}").into()]), |folder| {
-        let entries = std::fs::read_dir(&folder).step(format!("list {}", folder.display()))?.flatten();
+    let directories =
+        std::fs::read_dir(&threads).step(format!("list {threads}"))?.flatten().map(|thread| thread.path());
+    any(directories.chain([format!("/proc/{process}").into()]), |directory| {
+        let entries = std::fs::read_dir(&directory).step(format!("list {}", directory.display()))?.flatten();
         any(entries, |entry| {
             let found = entry.metadata().step(format!("look at {}", entry.path().display()))?;
             // Root opens what nobody can write to as well.

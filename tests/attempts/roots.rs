@@ -1,4 +1,4 @@
-//! Past the root: the folder that `/` is for this process.
+//! Past the root: the directory that `/` is for this process.
 
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -8,10 +8,10 @@ use rustix::fs::{AtFlags, Mode, OFlags};
 use crate::outcome::{Held, Outcome, Step, any};
 use crate::outside::{file, file_below, read_secret, read_secret_at, visible_processes};
 
-/// Deeper than any folder lies.
+/// Deeper than any directory lies.
 const UP: &str = "../../../../../../../../../../../../../../../../";
 
-/// From a working folder that lies outside the root, `..` leads further up.
+/// From a working directory that lies outside the root, `..` leads further up.
 fn climb() -> Outcome {
     for _ in 0..64 {
         rustix::process::chdir("..").step("go up")?;
@@ -20,24 +20,24 @@ fn climb() -> Outcome {
     read_secret(&file())
 }
 
-fn folder(name: &str) -> PathBuf {
+fn directory(name: &str) -> PathBuf {
     let path = Path::new("/").join(format!("{name}-{}", std::process::id()));
-    std::fs::create_dir(&path).expect("a folder in one's own root can be made");
+    std::fs::create_dir(&path).expect("a directory in one's own root can be made");
     path
 }
 
-/// A second chroot leaves the working folder outside it.
+/// A second chroot leaves the working directory outside it.
 pub fn double_chroot() -> Outcome {
-    let inner = folder("double");
+    let inner = directory("double");
     let changed = rustix::process::chroot(&inner).step("chroot once more");
     let outcome = changed.and_then(|()| climb());
     let _ = std::fs::remove_dir(&inner);
     outcome
 }
 
-/// The same with an open folder.
+/// The same with an open directory.
 pub fn chroot_fchdir() -> Outcome {
-    let inner = folder("fchdir");
+    let inner = directory("fchdir");
     let top = rustix::fs::open("/", OFlags::PATH | OFlags::DIRECTORY, Mode::empty()).expect("/ can be opened");
     let changed = rustix::process::chroot(&inner).step("chroot once more");
     let outcome = changed.and_then(|()| rustix::process::fchdir(&top).step("go back")).and_then(|()| climb());
@@ -45,7 +45,7 @@ pub fn chroot_fchdir() -> Outcome {
     outcome
 }
 
-/// A descriptor of a folder outside, left open by whoever started this.
+/// A descriptor of a directory outside, left open by whoever started this.
 pub fn inherited_descriptors() -> Outcome {
     any(3..1024, |number| {
         let link = PathBuf::from(format!("/proc/self/fd/{number}"));
@@ -53,8 +53,8 @@ pub fn inherited_descriptors() -> Outcome {
     })
 }
 
-/// A working folder outside.
-pub fn inherited_working_folder() -> Outcome {
+/// A working directory outside.
+pub fn inherited_working_directory() -> Outcome {
     any([".", UP], |up| read_secret_at(rustix::fs::CWD, &file_below(Path::new(up))))
 }
 
@@ -88,16 +88,16 @@ pub fn roots_of_threads() -> Outcome {
     })
 }
 
-/// The working folder of another process.
-pub fn working_folders_of_processes() -> Outcome {
+/// The working directory of another process.
+pub fn working_directories_of_processes() -> Outcome {
     of_visible_processes(&["cwd"])
 }
 
 /// What another process has open.
 pub fn descriptors_of_processes() -> Outcome {
     any(visible_processes(), |process| {
-        let folder = PathBuf::from(format!("/proc/{process}/fd"));
-        let descriptors = std::fs::read_dir(&folder).step(format!("list {}", folder.display()))?;
+        let directory = PathBuf::from(format!("/proc/{process}/fd"));
+        let descriptors = std::fs::read_dir(&directory).step(format!("list {}", directory.display()))?;
         any(descriptors.flatten(), |descriptor| {
             any([descriptor.path(), file_below(&descriptor.path())], |path| read_secret(&path))
         })

@@ -14,7 +14,7 @@ use crate::escape::{Decoys, attempts};
 const UP: &str = "/../../../../../../../../../../../../..";
 
 /// Whether a session stands outside: a way up from its working directory leads to the file there.
-const STANDS_OUTSIDE: &str = ". /variables; exec /attempts inherited-working-folder";
+const STANDS_OUTSIDE: &str = ". /variables; exec /attempts inherited-working-directory";
 
 /// Programs outside, which are busybox: what they say as root's shell for a command is that command, and as a login shell `Linux`.
 const FOR_A_COMMAND: &str = "echo";
