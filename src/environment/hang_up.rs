@@ -35,6 +35,8 @@ const NOTICE_TIME: Duration = Duration::from_millis(10);
 pub struct Farewell {
     began: Instant,
     deadline: Instant,
+    /// When to look again at the latest.
+    pub next_look: Instant,
     /// Interactive shells, which were hung up.
     hung_up: Vec<Pid>,
     /// Their ends wake the event loop.
@@ -46,8 +48,8 @@ pub struct Farewell {
 pub enum Progress {
     /// No session is running.
     Idle,
-    /// Some are; look again at this moment at the latest.
-    Until(Instant),
+    /// Some are; look again at [`Farewell::next_look`].
+    Running,
     /// Some are, and their time is up.
     Over,
 }
@@ -89,7 +91,7 @@ impl Farewell {
     /// Waits for `grace` at the most. `hung_up` are those that [`hang_up`] told.
     pub fn start(grace: Duration, hung_up: Vec<Pid>) -> Self {
         let began = Instant::now();
-        Self { began, deadline: began + grace, hung_up, watched: Vec::new() }
+        Self { began, deadline: began + grace, next_look: began, hung_up, watched: Vec::new() }
     }
 
     /// Judges what is running. `script` says whether the customization script is.
@@ -126,7 +128,8 @@ impl Farewell {
             }
             return Progress::Over;
         }
-        Progress::Until(next.min(self.deadline))
+        self.next_look = next.min(self.deadline);
+        Progress::Running
     }
 
     /// Readable when one of the sessions or connections has ended.

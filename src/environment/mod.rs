@@ -3,6 +3,7 @@
 pub mod groundwork;
 pub mod hang_up;
 pub mod machine;
+pub mod open;
 pub mod presence;
 pub mod processes;
 pub mod recovery;

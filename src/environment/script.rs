@@ -16,8 +16,10 @@ use crate::sys::signals::hold_none;
 
 /// A script that was started.
 pub struct Script {
-    pid: Pid,
-    output: OwnedFd,
+    /// As long as it runs.
+    pid: Option<Pid>,
+    /// As long as it can grow: a program that the script has started may write to it after the script's end.
+    output: Option<OwnedFd>,
     /// The beginning of a line whose end has not come yet.
     line: Vec<u8>,
     lines: Lines,
@@ -38,7 +40,8 @@ impl Script {
             command.stdin(Stdio::null()).stdout(theirs.try_clone()?).stderr(theirs);
             // A group of its own, so that it can be ended with what it started.
             let child = hold_none(command.envs(variables.iter().cloned())).process_group(0).spawn()?;
-            Ok(Self { pid: Pid::from_raw(child.id().cast_signed()), output, line: Vec::new(), lines: Lines::default() })
+            let pid = Some(Pid::from_raw(child.id().cast_signed()));
+            Ok(Self { pid, output: Some(output), line: Vec::new(), lines: Lines::default() })
         };
         let in_shell = || {
             let shell = if Path::new("/bin/bash").exists() { "/bin/bash" } else { "/bin/sh" };
@@ -58,19 +61,30 @@ impl Script {
         started.attempt(attempted)
     }
 
-    /// Its number.
-    pub fn pid(&self) -> Pid {
+    /// Its number, as long as it runs.
+    pub fn pid(&self) -> Option<Pid> {
         self.pid
     }
 
-    /// Logs what it has written since; to be called when its output is readable. Returns whether there may be more to come.
-    pub fn log_output(&mut self) -> bool {
+    /// Takes note that it has ended, and logs what it has written.
+    pub fn end(&mut self) {
+        self.pid = None;
+        self.log_output();
+    }
+
+    /// Readable when there is something to log; `None` if nothing will come any more.
+    pub fn output(&self) -> Option<BorrowedFd<'_>> {
+        self.output.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Logs what has been written since.
+    pub fn log_output(&mut self) {
         let mut buffer = [0; 8192];
-        loop {
-            match rustix::io::read(&self.output, &mut buffer) {
+        while let Some(output) = &self.output {
+            match rustix::io::read(output, &mut buffer) {
                 Ok(0) => {
                     self.log_line();
-                    return false;
+                    self.output = None;
                 }
                 Ok(length) => {
                     for &byte in &buffer[..length] {
@@ -83,7 +97,7 @@ impl Script {
                     }
                 }
                 Err(rustix::io::Errno::INTR) => {}
-                Err(_) => return true,
+                Err(_) => return,
             }
         }
     }
@@ -95,11 +109,5 @@ impl Script {
             tracing::info!("customization script: {}", self.lines.without_secrets(&line));
         }
         self.line.clear();
-    }
-}
-
-impl AsFd for Script {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.output.as_fd()
     }
 }

@@ -1,20 +1,15 @@
-//! What stands around sshd: its configuration and its jail.
+//! sshd's configuration and login shell, as a build environment needs them.
 
 use crate::environment::settings::Settings;
 use crate::error::{Attempt, Result};
 use crate::jail::arguments::Arguments;
-use crate::jail::plan::Plan;
-use crate::jail::programs::Program;
 use crate::jail::tier::Tier;
-use crate::jailer::open::{self, OpenJail, Wanted};
+use crate::jailer::open;
 use crate::jailer::trial::Choice;
 use crate::sshd::accept_env;
 use crate::sshd::config;
 use crate::sshd::effective::{Effective, Question};
 use crate::sshd::login_shell::LoginShell;
-use crate::sys::architecture::Architecture;
-use crate::sys::tree::Tree;
-use crate::volume::signal_files::SignalFiles;
 use crate::volume::state_directory::StateFolder;
 
 /// Writes the settings into sshd's configuration and has sshd itself say what they come to. With a jail, refuses a configuration that
@@ -70,34 +65,4 @@ fn force_command(state: &StateFolder) -> Result<String> {
 pub fn login_shell(jail: &Choice, state: &StateFolder) -> Result<Option<LoginShell>> {
     let shell = || Ok(LoginShell { program: open::program()?, passwd: state.passwd() });
     (jail.tier == Tier::Namespace).then(shell).transpose()
-}
-
-/// Makes the jail.
-pub fn make_jail(
-    settings: &Settings,
-    files: &SignalFiles,
-    image_root: &Tree,
-    (kind, sftp): (&Choice, &[Program]),
-    emulated: Option<Architecture>,
-    effective: &Effective,
-    state: &StateFolder,
-) -> Result<OpenJail> {
-    let names = effective.set_env().into_iter().map(|(name, _)| name);
-    let wanted = Wanted {
-        plan: Plan {
-            dkms: settings.dkms,
-            emulated,
-            hostname: settings.hostname.clone(),
-            label: settings.image.clone(),
-            programs: sftp.to_owned(),
-            binds: settings.binds.clone(),
-            ..kind.plan(&files.path().join(settings.image_root()))
-        },
-        image_root,
-        note_folder: files.parent(),
-        job: settings.job.as_deref(),
-        in_place: settings.in_place,
-        keep: names.chain(effective.accept_env().map(str::to_owned)).collect(),
-    };
-    OpenJail::open(wanted, state)
 }

@@ -14,9 +14,8 @@ use rustix::event::{PollFd, PollFlags};
 use crate::environment::groundwork::Groundwork;
 use crate::environment::hang_up::{Farewell, Progress, hang_up};
 use crate::environment::machine::{Action, Event, Machine, State};
-use crate::environment::presence::Presence;
+use crate::environment::open::{Open, Place, succeeded};
 use crate::environment::processes;
-use crate::environment::recovery;
 use crate::environment::restarts::Part;
 use crate::environment::script::Script;
 use crate::environment::settings::Settings;
@@ -24,14 +23,11 @@ use crate::environment::sshd_setup;
 use crate::environment::watchdog::Watchfulness;
 use crate::error::{Attempt, Error, Result};
 use crate::jail::link::Message;
-use crate::jailer::emulation::{self, Emulation};
 use crate::jailer::open::{OpenJail, TIME_TO_LET_GO};
 use crate::job::Action as JobAction;
-use crate::sshd::daemon::{Clients, Daemon, Running};
-use crate::sshd::effective::Effective;
-use crate::sshd::refusals::Refusals;
+use crate::sshd::daemon::Daemon;
 use crate::sys::poll;
-use crate::sys::process::{Entry, Expendable, reap};
+use crate::sys::process::reap;
 use crate::sys::signals::Signals;
 use crate::sys::tree::Tree;
 use crate::verdict::Verdict;
@@ -73,21 +69,10 @@ pub fn run(settings: Settings, files: Option<SignalFiles>, listening: impl FnOnc
         old_marks: [None; 2],
         files,
         image_root: None,
-        emulation: Emulation::default(),
-        effective: None,
-        jail: None,
-        daemon: None,
-        presence: None,
-        refusals: None,
-        clients: Clients::default(),
-        restart: Vec::new(),
-        watchfulness: None,
+        open: None,
         closing_since: None,
-        script: None,
-        script_output: None,
         hung_up: Vec::new(),
         farewell: None,
-        look_again: None,
         listening: Some(listening),
         settings,
     };
@@ -126,27 +111,11 @@ struct Supervisor<F> {
     /// Verdicts as they stood when this run began.
     old_marks: [Option<Stamp>; 2],
     image_root: Option<Tree>,
-    /// What an image of another architecture runs by.
-    emulation: Emulation,
-    effective: Option<Effective>,
-    jail: Option<OpenJail>,
-    daemon: Option<Daemon>,
-    presence: Option<Presence>,
-    /// Logins that sshd refuses, where it logs to a file.
-    refusals: Option<Refusals>,
-    clients: Clients,
-    /// What is to be started again, and when.
-    restart: Vec<(Part, Instant)>,
-    watchfulness: Option<Watchfulness>,
+    open: Option<Open>,
     /// When the verdict came; the close's steps are logged with the time since.
     closing_since: Option<Instant>,
-    /// The customization script, as long as it runs.
-    script: Option<Pid>,
-    /// Its output, as long as that can grow: what the script has started may write to it after the script's end.
-    script_output: Option<Script>,
     hung_up: Vec<Pid>,
     farewell: Option<Farewell>,
-    look_again: Option<Instant>,
     listening: Option<F>,
 }
 
@@ -210,21 +179,22 @@ impl<F: FnOnce()> Supervisor<F> {
         let answer = match action {
             Action::Prepare => Some(self.prepare().unwrap_or_else(|e| broken(&e))),
             Action::Restart(part, wait) => {
-                self.restart.push((part, Instant::now() + wait));
+                self.open.iter_mut().for_each(|open| open.restarts.push((part, Instant::now() + wait)));
                 None
             }
             Action::StopListening => {
-                self.restart.clear();
                 self.closing_since = Some(Instant::now());
-                if let Some(daemon) = &self.daemon {
-                    daemon.stop_listening();
-                    self.step("sshd takes no new connections");
+                if let Some(open) = &mut self.open {
+                    open.restarts.clear();
+                    if let Some(daemon) = &open.daemon {
+                        daemon.stop_listening();
+                        self.step("sshd takes no new connections");
+                    }
                 }
                 None
             }
             Action::HangUp(verdict, grace) => {
-                let running = self.running();
-                let shells = self.interactive(running);
+                let shells = self.open.as_mut().map_or_else(Vec::new, Open::shells);
                 self.hung_up = hang_up(&shells, verdict, grace);
                 if !self.hung_up.is_empty() {
                     self.step("people at a terminal were told, and hung up");
@@ -237,7 +207,7 @@ impl<F: FnOnce()> Supervisor<F> {
             }
             Action::EndProcesses => {
                 self.farewell = None;
-                Some(match processes::end_all(self.jail.as_ref()) {
+                Some(match processes::end_all(self.open.as_ref().and_then(|open| open.jail.as_ref())) {
                     Ok(()) => {
                         self.step("no process of the job is left");
                         Event::AllEnded
@@ -270,7 +240,9 @@ impl<F: FnOnce()> Supervisor<F> {
                 events.push(Event::Stop(signal));
             }
         }
-        self.log_script();
+        if let Some(script) = self.open.as_mut().and_then(|open| open.script.as_mut()) {
+            script.log_output();
+        }
         events.extend(reap().into_iter().filter_map(|status| self.ended(status)));
         match self.machine.state() {
             State::Waiting => {
@@ -295,90 +267,69 @@ impl<F: FnOnce()> Supervisor<F> {
             _ => {}
         }
         self.look_at_sessions();
-        if let Some(refusals) = &mut self.refusals {
+        if let Some(refusals) = self.open.as_mut().and_then(|open| open.refusals.as_mut()) {
             refusals.look();
         }
         if self.machine.state() == State::Serving {
             events.extend(self.start_again());
             events.extend(self.look_after());
         }
-        if self.farewell.is_some() {
-            let (running, script) = (self.running(), self.script.is_some());
-            self.look_again = None;
-            match self.farewell.as_mut().map_or(Progress::Idle, |farewell| farewell.look(running, script)) {
+        if let (Some(farewell), Some(open)) = (&mut self.farewell, &mut self.open) {
+            match farewell.look(open.running(), open.script_runs()) {
                 Progress::Idle => events.push(Event::Idle),
                 Progress::Over => events.push(Event::GraceOver),
-                Progress::Until(moment) => self.look_again = Some(moment),
+                Progress::Running => {}
             }
         }
         Ok(events)
     }
 
     fn look_at_sessions(&mut self) {
-        let Some(presence) = &mut self.presence else { return };
-        for asking in presence.look() {
+        let Some(open) = &mut self.open else { return };
+        for asking in open.presence.look() {
             let _ = asking.send(self.status().to_string().as_bytes());
         }
     }
 
     /// What `ims-sshd status` prints.
     fn status(&self) -> serde_json::Value {
+        let open = self.open.as_ref();
         serde_json::json!({
             "image_root_parent": self.settings.parent,
             "state": self.machine.state().stage().name(),
             "since": humantime::format_rfc3339_seconds(self.since).to_string(),
-            "tier": self.jail.as_ref().map_or("plain", |jail| jail.tier.name()),
+            "tier": open.and_then(|open| open.jail.as_ref()).map_or("plain", |jail| jail.tier.name()),
             "job": self.settings.job,
             "verdict": self.machine.verdict().map(Verdict::signal_file),
-            "sessions": self.presence.as_ref().map(Presence::to_json),
+            "sessions": open.map(|open| open.presence.to_json()),
         })
     }
 
     /// Starts again what has died, when its time has come.
     fn start_again(&mut self) -> Vec<Event> {
-        let now = Instant::now();
-        let due: Vec<Part> = self.restart.extract_if(.., |(_, at)| *at <= now).map(|(part, _)| part).collect();
-        let again = |part| match part {
-            Part::Sshd => self.start_sshd(),
-            Part::Jail => self.remake_jail(),
-        };
-        let tried: Vec<_> = due.iter().copied().map(again).collect();
-        let failed = due.into_iter().zip(tried).filter_map(|(part, tried)| tried.err().map(|e| (part, e)));
-        failed
-            .map(|(part, e)| {
-                tracing::error!("{e}");
-                Event::Died(part, now)
-            })
-            .collect()
+        let Some((open, place)) = self.opened() else { return Vec::new() };
+        open.start_again(place).into_iter().map(|part| Event::Died(part, Instant::now())).collect()
     }
 
     /// Looks, at intervals, whether the environment can still come to a good end.
     fn look_after(&mut self) -> Option<Event> {
-        if !self.watchfulness.as_mut()?.is_due() {
+        let (open, place) = self.opened()?;
+        if !open.watchdog.is_due() {
             return None;
         }
-        let running = self.running();
-        let busy = self.script.is_some() || !running.sessions.is_empty();
-        let shells = self.interactive(running);
-        let last = self.presence.as_ref()?.last_heard();
-        let (files, image_root) = (self.files.as_ref()?, self.image_root.as_ref()?);
-        self.watchfulness.as_mut()?.look(busy, last, &self.settings, &shells, files, image_root)
+        let running = open.running();
+        let busy = open.script_runs() || !running.sessions.is_empty();
+        let shells = open.interactive(running);
+        open.watchdog.look(busy, open.presence.last_heard(), place.settings, &shells, place.files, place.image_root)
     }
 
-    /// Processes that sshd runs for clients. Plain mode learns only here which sessions have begun and ended.
-    fn running(&mut self) -> Running {
-        let running = self.clients.look(self.daemon.as_ref().map(|daemon| daemon.pid));
-        if let Some(presence) = self.presence.as_mut().filter(|_| !self.settings.jailed) {
-            presence.compare(&running.sessions);
-        }
-        running
-    }
-
-    /// The interactive shells among those who are there.
-    fn interactive(&self, running: Running) -> Vec<Entry> {
-        let mut sessions = running.sessions;
-        sessions.retain(|leader| self.presence.as_ref().is_some_and(|presence| presence.is_interactive(leader)));
-        sessions
+    /// The open environment, and where it is.
+    fn opened(&mut self) -> Option<(&mut Open, Place<'_>)> {
+        let Self { settings, state, files: Some(files), image_root: Some(image_root), open: Some(open), .. } = self
+        else {
+            return None;
+        };
+        Some((open, Place { settings, state, files, image_root }))
     }
 
     fn open_parent(&mut self) -> Result<()> {
@@ -408,7 +359,7 @@ impl<F: FnOnce()> Supervisor<F> {
     /// Marks that have been made, in the jail and outside, and that the machine does not know yet.
     fn marks(&mut self) -> Vec<Event> {
         let mut marks = Vec::new();
-        if let Some(jail) = &self.jail {
+        if let Some(jail) = self.open.as_ref().and_then(|open| open.jail.as_ref()) {
             let readable = || {
                 let mut source = [PollFd::from_borrowed_fd(jail.link(), PollFlags::IN)];
                 poll::wait(&mut source, Duration::ZERO).is_ok_and(|ready| ready > 0)
@@ -443,9 +394,9 @@ impl<F: FnOnce()> Supervisor<F> {
     /// What it means that a child has ended.
     fn ended(&mut self, status: WaitStatus) -> Option<Event> {
         let pid = status.pid()?;
-        if self.script == Some(pid) {
-            self.log_script();
-            self.script = None;
+        let open = self.open.as_mut()?;
+        if let Some(script) = open.script.as_mut().filter(|script| script.pid() == Some(pid)) {
+            script.end();
             let script = self.settings.script.as_deref().unwrap_or_else(|| Path::new("")).display();
             if matches!(status, WaitStatus::Exited(_, 0)) {
                 tracing::info!("the customization script {script} has ended");
@@ -463,15 +414,12 @@ impl<F: FnOnce()> Supervisor<F> {
             );
             return Some(Event::Failed);
         }
-        if self.daemon.as_ref().is_some_and(|d| d.pid == pid) {
-            self.daemon = None;
-            if self.machine.state() == State::Serving {
-                let words = Daemon::last_words(&self.settings.sshd);
-                tracing::error!("sshd {}; its log ends with: {words}", how_ended(status));
-                return Some(Event::Died(Part::Sshd, Instant::now()));
-            }
+        if open.daemon.take_if(|daemon| daemon.pid == pid).is_some() && self.machine.state() == State::Serving {
+            let words = Daemon::last_words(&self.settings.sshd);
+            tracing::error!("sshd {}; its log ends with: {words}", how_ended(status));
+            return Some(Event::Died(Part::Sshd, Instant::now()));
         }
-        if self.jail.as_ref().is_some_and(|j| j.init() == pid) && self.machine.state() == State::Serving {
+        if open.jail.as_ref().is_some_and(|jail| jail.init() == pid) && self.machine.state() == State::Serving {
             tracing::error!("the jail's init {}, and with it every process in the jail", how_ended(status));
             return Some(Event::Died(Part::Jail, Instant::now()));
         }
@@ -480,7 +428,7 @@ impl<F: FnOnce()> Supervisor<F> {
 
     fn prepare(&mut self) -> Result<Event> {
         let began = Instant::now();
-        let Some(files) = &self.files else { return Ok(Event::Broken) };
+        let (Some(files), Some(groundwork)) = (&self.files, self.groundwork.take()) else { return Ok(Event::Broken) };
         if files.stands(EXITING)? {
             let error = Error::new(format!("open {} again", files.path().display()))
                 .because(format!(
@@ -501,94 +449,19 @@ impl<F: FnOnce()> Supervisor<F> {
             image_root::check(&image_root, &shown, false, refused)?;
         }
         let image_root = &*self.image_root.insert(image_root);
-        let recovered = recovery::recover(&self.settings, files, image_root, &self.state)?;
-        if self.settings.jailed && !recovered {
-            image_root::remove_old_marks(image_root)?;
-        }
-        let tier = self.groundwork.as_ref().and_then(|groundwork| groundwork.jail.as_ref()).map(|kind| kind.tier);
-        self.emulation = match emulation::prepare(image_root, self.settings.architecture, files.parent(), tier) {
-            // Beside the image root, people may have come for its files alone.
-            Err(e) if !self.settings.jailed => {
-                tracing::warn!("{e}");
-                Emulation::default()
-            }
-            other => other?,
-        };
-        self.effective = Some(sshd_setup::configure_sshd(&self.settings, &self.state)?);
-        self.presence = Some(Presence::listen(self.state.path())?);
-        if self.settings.jailed {
-            self.make_jail()?;
-        }
-        self.refusals = self.settings.sshd.log.as_deref().map(Refusals::new);
-        self.start_sshd()?;
+        let place = Place { settings: &self.settings, state: &self.state, files, image_root };
+        // In its place before anything of it runs: if the rest fails, it is released like an open one.
+        let open = self.open.insert(Open::make(groundwork, place)?);
+        open.make_jail(place)?;
+        open.start_sshd(place)?;
         tracing::info!(milliseconds = milliseconds(began), "the environment is open");
-        if let Some(files) = &self.files {
-            files.touch(SSHD_LISTENING)?;
-        }
+        files.touch(SSHD_LISTENING)?;
         if let Some(listening) = self.listening.take() {
             listening();
         }
-        self.start_script()?;
-        self.watchfulness = Some(Watchfulness::start());
+        open.start_script(&self.settings)?;
+        open.watchdog = Watchfulness::start();
         Ok(Event::Listening)
-    }
-
-    fn start_sshd(&mut self) -> Result<()> {
-        let Some(effective) = &self.effective else { return Ok(()) };
-        let jail = self.groundwork.as_ref().and_then(|groundwork| groundwork.jail.as_ref());
-        let shell = jail.map(|jail| sshd_setup::login_shell(jail, &self.state)).transpose()?.flatten();
-        let _expendable = Expendable::children();
-        let daemon = Daemon::start(&self.settings.sshd, effective, shell.as_ref())?;
-        daemon.note(&self.state.sshd())?;
-        tracing::info!(pid = daemon.pid.as_raw(), "sshd is listening");
-        self.daemon = Some(daemon);
-        Ok(())
-    }
-
-    fn make_jail(&mut self) -> Result<()> {
-        let (Some(files), Some(image_root), Some(groundwork), Some(effective)) =
-            (&self.files, &self.image_root, &self.groundwork, &self.effective)
-        else {
-            return Ok(());
-        };
-        let Some(kind) = &groundwork.jail else { return Ok(()) };
-        let _expendable = Expendable::children();
-        let made_with = (kind, groundwork.sftp.as_slice());
-        let emulated = self.emulation.in_jail;
-        let jail =
-            sshd_setup::make_jail(&self.settings, files, image_root, made_with, emulated, effective, &self.state)?;
-        tracing::info!(tier = kind.tier.name(), dkms = self.settings.dkms, "the jail is made");
-        self.jail = Some(jail);
-        Ok(())
-    }
-
-    fn remake_jail(&mut self) -> Result<()> {
-        // The old jail stays as long as this fails: the kernel tells of the next one's mount nothing about who uses the old one's.
-        if let Some(jail) = &self.jail {
-            jail.seal(&self.state, Instant::now() + TIME_TO_LET_GO)?;
-        }
-        if let (Some(jail), Some(files), Some(image_root)) = (self.jail.take(), &self.files, &self.image_root) {
-            jail.clear(image_root, files.parent())?;
-        }
-        self.make_jail()
-    }
-
-    fn start_script(&mut self) -> Result<()> {
-        let Some(path) = self.settings.script.as_ref().filter(|p| p.exists()) else { return Ok(()) };
-        let mut variables = self.settings.session_variables.clone();
-        variables.push(("IMAGE_ROOT_PARENT".into(), self.settings.parent.display().to_string()));
-        tracing::info!("customization script {} starts", path.display());
-        let _expendable = Expendable::children();
-        let script = Script::start(path, &variables)?;
-        self.script = Some(script.pid());
-        self.script_output = Some(script);
-        Ok(())
-    }
-
-    fn log_script(&mut self) {
-        if self.script_output.as_mut().is_some_and(|output| !output.log_output()) {
-            self.script_output = None;
-        }
     }
 
     /// Marks that were made while the environment closes, in the image too: nobody in the jail watches that any more.
@@ -614,41 +487,25 @@ impl<F: FnOnce()> Supervisor<F> {
     /// Gives the image root back: no trace of ours, nothing mounted, everything on disk. Returns whether all of that was done.
     fn release(&mut self) -> bool {
         let mut cleanly = true;
-        let mut note = |result: Result<()>| {
-            if let Err(e) = result {
-                tracing::error!("{e}");
-                cleanly = false;
-            }
-        };
         if let (Some(files), Some(image_root)) = (&self.files, &self.image_root) {
-            if let Some(jail) = self.jail.take() {
+            if let Some(open) = self.open.take() {
+                let place = Place { settings: &self.settings, state: &self.state, files, image_root };
                 // An image that has failed is not worth a wait.
                 let now = Instant::now();
                 let in_grace = self.closing_since.map_or(now, |since| since + self.settings.close_grace);
                 let is_failed = self.machine.verdict() == Some(Verdict::Failed);
                 let limit = if is_failed { now } else { in_grace.max(now + TIME_TO_LET_GO) };
-                match jail.seal(&self.state, limit) {
-                    Err(e) if is_failed => tracing::warn!("{e}"),
-                    result => note(result),
-                }
-                note(jail.clear(image_root, files.parent()));
+                cleanly &= open.release(place, limit, is_failed);
             }
             let path: PathBuf = files.path().join(self.settings.image_root());
-            note(mounts_below::unmount_below(&path));
+            cleanly &= succeeded(mounts_below::unmount_below(&path));
             self.step("nothing is mounted in the image root");
             // First: what it writes to the same disk is then written with the rest.
-            note(sshd_setup::unconfigure_sshd(&self.settings).map(|_| ()));
-            note(image_root.sync().attempt(|| format!("write {} to its disk", path.display())));
+            cleanly &= succeeded(sshd_setup::unconfigure_sshd(&self.settings).map(|_| ()));
+            cleanly &= succeeded(image_root.sync().attempt(|| format!("write {} to its disk", path.display())));
             self.step("all is on its disk");
         }
-        if let Some(presence) = self.presence.take() {
-            presence.close();
-        }
-        if let Some(refusals) = self.refusals.take() {
-            refusals.close();
-        }
-        self.emulation = Emulation::default();
-        note(self.state.remove());
+        cleanly &= succeeded(self.state.remove());
         cleanly
     }
 
@@ -710,20 +567,17 @@ impl<F: FnOnce()> Supervisor<F> {
             PollFd::from_borrowed_fd(self.signals.as_fd(), PollFlags::IN),
             PollFd::from_borrowed_fd(self.watch.as_fd(), PollFlags::IN),
         ];
-        let link = self.jail.as_ref().map(OpenJail::link);
-        if let Some(link) = link {
-            sources.push(PollFd::from_borrowed_fd(link, PollFlags::IN));
-        }
-        if let Some(output) = &self.script_output {
-            sources.push(PollFd::from_borrowed_fd(output.as_fd(), PollFlags::IN));
+        if let Some(open) = &self.open {
+            let link = open.jail.as_ref().map(OpenJail::link);
+            let output = open.script.as_ref().and_then(Script::output);
+            sources.extend(link.into_iter().chain(output).map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+            sources.extend(open.presence.sources());
         }
         if let Some(farewell) = &self.farewell {
             sources.extend(farewell.ends());
         }
-        if let Some(presence) = &self.presence {
-            sources.extend(presence.sources());
-        }
-        let moments = self.restart.iter().map(|(_, at)| *at).chain(self.look_again);
+        let restarts = self.open.iter().flat_map(|open| &open.restarts).map(|(_, at)| *at);
+        let moments = restarts.chain(self.farewell.as_ref().map(|farewell| farewell.next_look));
         let sooner = moments.min().map(|moment| moment.saturating_duration_since(Instant::now()));
         let limit = sooner.map_or(LOOK_EVERY, |s| s.min(LOOK_EVERY));
         let _ = poll::wait(&mut sources, limit);

@@ -1,0 +1,214 @@
+//! An open environment: what it consists of, how it is made, and how it is given back.
+
+use std::time::Instant;
+
+use crate::environment::groundwork::Groundwork;
+use crate::environment::presence::Presence;
+use crate::environment::recovery::recover;
+use crate::environment::restarts::Part;
+use crate::environment::script::Script;
+use crate::environment::settings::Settings;
+use crate::environment::sshd_setup::{configure_sshd, login_shell};
+use crate::environment::watchdog::Watchfulness;
+use crate::error::Result;
+use crate::jail::plan::Plan;
+use crate::jailer::emulation::{self, Emulation};
+use crate::jailer::open::{OpenJail, TIME_TO_LET_GO, Wanted};
+use crate::sshd::daemon::{Clients, Daemon, Running};
+use crate::sshd::effective::Effective;
+use crate::sshd::refusals::Refusals;
+use crate::sys::process::{Entry, Expendable};
+use crate::sys::tree::Tree;
+use crate::volume::image_root;
+use crate::volume::signal_files::SignalFiles;
+use crate::volume::state_directory::StateFolder;
+
+/// Where an environment is open. All of it outlives the environment: the verdict is recorded there.
+#[derive(Clone, Copy)]
+pub(super) struct Place<'a> {
+    pub(super) settings: &'a Settings,
+    pub(super) state: &'a StateFolder,
+    pub(super) files: &'a SignalFiles,
+    pub(super) image_root: &'a Tree,
+}
+
+/// An environment on an image root.
+pub(super) struct Open {
+    groundwork: Groundwork,
+    effective: Effective,
+    /// Runs the programs of an image of another architecture.
+    emulation: Emulation,
+    /// None in plain mode, and while a new one could not be made.
+    pub(super) jail: Option<OpenJail>,
+    /// None once it has died, until it is started again.
+    pub(super) daemon: Option<Daemon>,
+    clients: Clients,
+    pub(super) presence: Presence,
+    /// Logins that sshd refuses, where it logs to a file.
+    pub(super) refusals: Option<Refusals>,
+    pub(super) watchdog: Watchfulness,
+    pub(super) script: Option<Script>,
+    /// Parts that are to be started again, and when.
+    pub(super) restarts: Vec<(Part, Instant)>,
+}
+
+impl Open {
+    /// Makes all that does not run: cleans up after an environment that was killed, configures sshd, listens for sessions.
+    pub(super) fn make(groundwork: Groundwork, place: Place<'_>) -> Result<Self> {
+        let Place { settings, state, files, image_root } = place;
+        let recovered = recover(settings, files, image_root, state)?;
+        if settings.jailed && !recovered {
+            image_root::remove_old_marks(image_root)?;
+        }
+        let tier = groundwork.jail.as_ref().map(|kind| kind.tier);
+        let emulation = match emulation::prepare(image_root, settings.architecture, files.parent(), tier) {
+            // Beside the image root, people may have come for its files alone.
+            Err(e) if !settings.jailed => {
+                tracing::warn!("{e}");
+                Emulation::default()
+            }
+            other => other?,
+        };
+        Ok(Self {
+            groundwork,
+            effective: configure_sshd(settings, state)?,
+            emulation,
+            jail: None,
+            daemon: None,
+            clients: Clients::default(),
+            presence: Presence::listen(state.path())?,
+            refusals: settings.sshd.log.as_deref().map(Refusals::new),
+            watchdog: Watchfulness::start(),
+            script: None,
+            restarts: Vec::new(),
+        })
+    }
+
+    /// Starts sshd, and waits until it listens.
+    pub(super) fn start_sshd(&mut self, place: Place<'_>) -> Result<()> {
+        let Place { settings, state, .. } = place;
+        let shell = self.groundwork.jail.as_ref().map(|kind| login_shell(kind, state)).transpose()?.flatten();
+        let _expendable = Expendable::children();
+        let daemon = Daemon::start(&settings.sshd, &self.effective, shell.as_ref())?;
+        daemon.note(&state.sshd())?;
+        tracing::info!(pid = daemon.pid.as_raw(), "sshd is listening");
+        self.daemon = Some(daemon);
+        Ok(())
+    }
+
+    /// Makes the jail, except in plain mode.
+    pub(super) fn make_jail(&mut self, place: Place<'_>) -> Result<()> {
+        let Place { settings, state, files, image_root } = place;
+        let Some(kind) = &self.groundwork.jail else { return Ok(()) };
+        let names = self.effective.set_env().into_iter().map(|(name, _)| name);
+        let wanted = Wanted {
+            plan: Plan {
+                dkms: settings.dkms,
+                emulated: self.emulation.in_jail,
+                hostname: settings.hostname.clone(),
+                label: settings.image.clone(),
+                programs: self.groundwork.sftp.clone(),
+                binds: settings.binds.clone(),
+                ..kind.plan(&files.path().join(settings.image_root()))
+            },
+            image_root,
+            note_folder: files.parent(),
+            job: settings.job.as_deref(),
+            in_place: settings.in_place,
+            keep: names.chain(self.effective.accept_env().map(str::to_owned)).collect(),
+        };
+        let _expendable = Expendable::children();
+        self.jail = Some(OpenJail::open(wanted, state)?);
+        tracing::info!(tier = kind.tier.name(), dkms = settings.dkms, "the jail is made");
+        Ok(())
+    }
+
+    fn remake_jail(&mut self, place: Place<'_>) -> Result<()> {
+        // The old jail stays as long as this fails: the next one's mount does not show who uses the old one's.
+        if let Some(jail) = &self.jail {
+            jail.seal(place.state, Instant::now() + TIME_TO_LET_GO)?;
+        }
+        if let Some(jail) = self.jail.take() {
+            jail.clear(place.image_root, place.files.parent())?;
+        }
+        self.make_jail(place)
+    }
+
+    /// Starts parts again whose time has come. Returns those that could not be started.
+    pub(super) fn start_again(&mut self, place: Place<'_>) -> Vec<Part> {
+        let now = Instant::now();
+        let mut due: Vec<_> = self.restarts.extract_if(.., |(_, at)| *at <= now).map(|(part, _)| part).collect();
+        due.retain(|part| {
+            let tried = match part {
+                Part::Sshd => self.start_sshd(place),
+                Part::Jail => self.remake_jail(place),
+            };
+            tried.inspect_err(|e| tracing::error!("{e}")).is_err()
+        });
+        due
+    }
+
+    /// Starts the customization script, if there is one.
+    pub(super) fn start_script(&mut self, settings: &Settings) -> Result<()> {
+        let Some(path) = settings.script.as_ref().filter(|p| p.exists()) else { return Ok(()) };
+        let mut variables = settings.session_variables.clone();
+        variables.push(("IMAGE_ROOT_PARENT".into(), settings.parent.display().to_string()));
+        tracing::info!("customization script {} starts", path.display());
+        let _expendable = Expendable::children();
+        self.script = Some(Script::start(path, &variables)?);
+        Ok(())
+    }
+
+    /// Returns whether the customization script is running.
+    pub(super) fn script_runs(&self) -> bool {
+        self.script.as_ref().is_some_and(|script| script.pid().is_some())
+    }
+
+    /// Processes that sshd runs for clients. Plain mode learns only here which sessions have begun and ended.
+    pub(super) fn running(&mut self) -> Running {
+        let running = self.clients.look(self.daemon.as_ref().map(|daemon| daemon.pid));
+        if self.groundwork.jail.is_none() {
+            self.presence.compare(&running.sessions);
+        }
+        running
+    }
+
+    /// Interactive shells that are running.
+    pub(super) fn shells(&mut self) -> Vec<Entry> {
+        let running = self.running();
+        self.interactive(running)
+    }
+
+    /// The interactive shells among `running`.
+    pub(super) fn interactive(&self, running: Running) -> Vec<Entry> {
+        let mut sessions = running.sessions;
+        sessions.retain(|leader| self.presence.is_interactive(leader));
+        sessions
+    }
+
+    /// Gives the image root back, in which nothing runs any more. Waits until `limit` for processes outside that have a file of it open for
+    /// writing. Logs what could not be done, and returns whether all was; with `is_failed`, such a file does not matter.
+    pub(super) fn release(self, place: Place<'_>, limit: Instant, is_failed: bool) -> bool {
+        let mut cleanly = true;
+        if let Some(jail) = self.jail {
+            cleanly = match jail.seal(place.state, limit) {
+                Err(e) if is_failed => {
+                    tracing::warn!("{e}");
+                    true
+                }
+                result => succeeded(result),
+            };
+            cleanly &= succeeded(jail.clear(place.image_root, place.files.parent()));
+        }
+        self.presence.close();
+        if let Some(refusals) = self.refusals {
+            refusals.close();
+        }
+        cleanly
+    }
+}
+
+/// Logs an error that stops nothing. Returns whether there was none.
+pub(super) fn succeeded(result: Result<()>) -> bool {
+    result.inspect_err(|e| tracing::error!("{e}")).is_ok()
+}
