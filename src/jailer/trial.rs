@@ -174,9 +174,11 @@ fn log(choice: &Choice, without_devices: bool, forced: bool, dkms: bool, refused
     }
     let line = parts.join("; ");
     match choice.tier {
+        // A session can leave the image root.
+        _ if dkms => tracing::warn!(tier, "{line}"),
         Tier::Chroot => tracing::warn!(tier, "{line}"),
         // As it should be; the jail's own line names it.
-        Tier::Namespace if !forced && !dkms => tracing::debug!(tier, "{line}"),
+        Tier::Namespace if !forced => tracing::debug!(tier, "{line}"),
         _ => tracing::info!(tier, "{line}"),
     }
 }
