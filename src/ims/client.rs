@@ -121,12 +121,13 @@ impl<'a> Ims<'a> {
     }
 
     /// Tells how far the job is.
-    pub fn set_status(&mut self, status: Status) -> Result<()> {
-        let Some(job) = self.job.clone().filter(|_| self.is_there()) else { return Ok(()) };
+    pub fn set_status(&mut self, status: Status) -> Result<Option<Value>> {
+        let Some(job) = self.job.clone().filter(|_| self.is_there()) else { return Ok(None) };
         let attempted = format!("set the job's status to {} in IMS (job {job})", status.name());
-        self.call(&attempted, &Method::PATCH, &["jobs", job.as_str()], Some(&json!({ "status": status.name() })))?;
+        let body = json!({ "status": status.name() });
+        let answer = self.call(&attempted, &Method::PATCH, &["jobs", job.as_str()], Some(&body))?;
         tracing::info!("the job's status is {}", status.name());
-        Ok(())
+        Ok(answer)
     }
 
     /// The job's record; nothing without a job.

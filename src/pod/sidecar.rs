@@ -448,7 +448,7 @@ impl<'a> Sidecar<'a> {
                 match self.ims.set_status(Status::WaitingOnUser) {
                     // A signal came meanwhile, and is heeded below.
                     Err(_) if self.work.interrupted().is_some() => {}
-                    other => other?,
+                    other => drop(other?),
                 }
             }
             if self.files.is_claimed() {

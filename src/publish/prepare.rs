@@ -53,7 +53,7 @@ pub fn run(settings: &Settings, source: &str, open: Open, is_fresh: bool) -> Res
     }
     let work = Work::begin(&settings.network)?;
     let mut ims = settings.ims_client(&work);
-    let result = ims.set_status(Status::FetchingImage).and_then(|()| {
+    let result = ims.set_status(Status::FetchingImage).and_then(|_| {
         let image_root = settings.parent.join(settings.image_root());
         make_parent(&settings.parent)?;
         if is_fresh {

@@ -157,18 +157,19 @@ impl Publication<'_> {
         let job = self.ims.set_resultant_image(&id)?;
         // Last: it ends the job, its volume and this pod. Nothing may be rolled back once IMS knows, whatever signal comes.
         self.work.finish_regardless();
-        if let Err(refused) = self.ims.set_status(Status::Success) {
+        let ended = match self.ims.set_status(Status::Success) {
+            Ok(answer) => answer,
             // Of a job that has ended it is refused, though it be the same: the answer to an earlier try may have been lost.
-            let stands = self.ims.job()?.is_some_and(|job| job["status"] == Status::Success.name());
-            if !stands {
-                return Err(refused);
+            Err(refused) => {
+                let job = self.ims.job()?.filter(|job| job["status"] == Status::Success.name());
+                Some(job.ok_or(refused)?)
             }
-        }
+        };
         tracing::info!("the image is {described}");
         Ok(json!({
             "ims_image_artifacts": artifacts.iter().map(Artifact::entry).collect::<Vec<_>>(),
             "ims_image_record": record,
-            "ims_job_record": job.unwrap_or_else(|| json!({})),
+            "ims_job_record": ended.or(job).unwrap_or_else(|| json!({})),
             "result": "success",
         }))
     }

@@ -111,6 +111,7 @@ fn a_customized_image_is_published_jailed_and_plain() {
         assert!(output.status.success(), "{}", text(&output.stderr));
         assert_eq!(job.ims.statuses(), CUSTOMIZED);
         job.is_published(&output);
+        assert_eq!(report(&output)["ims_job_record"]["status"], "success");
         let published = job.unpacked();
         assert_eq!(std::fs::read_to_string(published.join("etc/motd")).unwrap(), "new\n");
         assert_eq!(
