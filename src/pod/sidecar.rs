@@ -34,7 +34,7 @@ use crate::volume::image_root;
 use crate::volume::layout::{BUILD_FAILED, EXITING, POD_ERROR, READY, SSHD_LISTENING, TRANSFER};
 use crate::volume::signal_files::{LOOK_EVERY, SignalFiles, Stamp, Watch};
 
-/// How long an environment that has listened may be without its claim on the volume: one that is being restarted has none.
+/// How long an environment that was there may be without its claim on the volume: one that is being restarted has none.
 const GONE: Duration = Duration::from_secs(5);
 
 /// How long the environment has to close when this container is asked to end.
@@ -435,7 +435,7 @@ impl<'a> Sidecar<'a> {
     fn shell(&mut self, image_root: Option<&Tree>) -> Result<Ended> {
         let mut watch = Watch::new()?;
         let mut last_seen = Instant::now();
-        let (mut listened, mut asked_to_end) = (false, None);
+        let (mut was_there, mut listened, mut asked_to_end) = (false, false, None);
         loop {
             watch.on(self.files.path());
             watch.drain();
@@ -451,14 +451,15 @@ impl<'a> Sidecar<'a> {
                     other => drop(other?),
                 }
             }
-            if self.files.is_claimed() {
-                last_seen = Instant::now();
+            let is_there = self.files.is_claimed();
+            if is_there {
+                (last_seen, was_there) = (Instant::now(), true);
             }
-            let patience = if listened { GONE } else { self.settings.start_limit };
+            let patience = if was_there || listened { GONE } else { self.settings.start_limit };
             if last_seen.elapsed() > patience && !self.files.stands(EXITING)? {
                 let _ = self.files.touch(Verdict::Failed.signal_file());
                 let seconds = patience.as_secs();
-                let limit = if listened { "" } else { " (IMS_START_LIMIT)" };
+                let limit = if was_there || listened { "" } else { " (IMS_START_LIMIT)" };
                 return Err(Error::new("wait for the build environment")
                     .because(format!("it has been gone for {seconds} s{limit} without a word"))
                     .advise("see the log of the container that runs sshd, and the node's"));
@@ -468,8 +469,15 @@ impl<'a> Sidecar<'a> {
                 self.files.touch(Verdict::Failed.signal_file())?;
                 asked_to_end = Some(Instant::now());
                 self.work.finish_regardless();
+                if is_there {
+                    tracing::info!(
+                        "asked to end: waiting for the build environment to close, {} s at the most",
+                        CLOSE_TIME.as_secs()
+                    );
+                }
             }
-            if asked_to_end.is_some_and(|since| since.elapsed() > CLOSE_TIME) {
+            // One that starts only now finds 'failed'.
+            if asked_to_end.is_some_and(|since| !is_there || since.elapsed() > CLOSE_TIME) {
                 break;
             }
             let mut sources = [PollFd::new(&watch, PollFlags::IN), PollFd::new(self.work.signals(), PollFlags::IN)];

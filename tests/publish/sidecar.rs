@@ -564,6 +564,28 @@ fn an_environment_that_was_killed_is_noticed_in_seconds() {
     next.wait().unwrap();
 }
 
+/// Its claim on the volume was seen, so that IMS_START_LIMIT does not count.
+#[test]
+fn an_environment_that_was_killed_before_it_listened_is_noticed_in_seconds() {
+    let job = Job::new();
+    let mut environment = job.volume.entrypoint(Mode::Plain, &[]).spawn().unwrap();
+    wait_until("the environment to wait", || {
+        std::fs::read_to_string(job.volume.log()).unwrap_or_default().contains("waiting for 'ready'")
+    });
+    kill(Pid::from_raw(environment.id().cast_signed()), Signal::SIGSTOP).unwrap();
+    let sidecar = job.sidecar(Mode::Plain, &[]).spawn().unwrap();
+    wait_until("'ready'", || job.volume.signal("ready").exists());
+    // The sidecar looks every second.
+    std::thread::sleep(Duration::from_secs(2));
+    environment.kill().unwrap();
+    environment.wait().unwrap();
+    let began = Instant::now();
+    let output = ended(sidecar);
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+    assert!(text(&output.stderr).contains("it has been gone for 5 s"), "{}", text(&output.stderr));
+    assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
+}
+
 #[test]
 fn a_sidecar_that_is_asked_to_end_closes_the_environment_and_tells() {
     let job = Job::new();
@@ -577,6 +599,20 @@ fn a_sidecar_that_is_asked_to_end_closes_the_environment_and_tells() {
     assert_eq!(job.ims.statuses(), ["waiting_on_user", "error"]);
     assert!(job.volume.signal("exiting").exists());
     job.nothing_is_left();
+}
+
+#[test]
+fn a_sidecar_that_is_asked_to_end_waits_for_no_environment_that_is_not_there() {
+    let job = Job::new();
+    let sidecar = job.sidecar(Mode::Jailed, &[]).spawn().unwrap();
+    wait_until("'ready'", || job.volume.signal("ready").exists());
+    let began = Instant::now();
+    kill(Pid::from_raw(sidecar.id().cast_signed()), Signal::SIGTERM).unwrap();
+    let output = ended(sidecar);
+    assert_eq!(output.status.code(), Some(143), "{}", text(&output.stderr));
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}: {}", began.elapsed(), text(&output.stderr));
+    assert!(job.volume.signal("failed").exists());
+    assert_eq!(job.ims.statuses(), ["error"]);
 }
 
 #[test]
