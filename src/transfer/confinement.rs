@@ -258,7 +258,8 @@ impl<'a> Confined<'a> {
             Err(e) => {
                 static TOLD: OnceLock<()> = OnceLock::new();
                 TOLD.get_or_init(|| {
-                    tracing::info!("programs that unpack and pack are not kept from other files: no Landlock: {e}");
+                    // So it is in every pod without CAP_SYS_ADMIN: Landlock confines them there.
+                    tracing::debug!("programs that unpack and pack are not kept from other files: no Landlock: {e}");
                 });
                 return Ok(None);
             }

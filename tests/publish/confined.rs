@@ -185,7 +185,7 @@ fn a_hostile_unpacker_is_confined_without_privileges_as_far_as_can_be_and_the_lo
     let image = squashfs_header(&place);
     let mut prepare = Command::new("setpriv");
     prepare.args(["--bounding-set", "-sys_admin", &*IMS_SSHD, "prepare"]).arg(place.path("parent")).arg(&image);
-    let output = place.run(&mut prepare);
+    let output = place.run(prepare.env("LOG_LEVEL", "DEBUG"));
     assert!(output.status.success(), "{output:?}");
     let results = ended(&output);
     for name in OUT.iter().chain(&["setuid", "nice"]) {
