@@ -1,6 +1,7 @@
 //! What is prepared while the environment waits for `ready`: host keys, sshd's parts, the kind of jail that can be had.
 
 use std::process::{Command, Stdio};
+use std::time::Instant;
 
 use crate::environment::settings::Settings;
 use crate::error::{Advise, Attempt, Error, Result};
@@ -36,8 +37,15 @@ impl Groundwork {
 
 fn make_host_keys() -> Result<()> {
     let attempted = || "make sshd's host keys with ssh-keygen -A";
+    let began = Instant::now();
     let output = Command::new("ssh-keygen").arg("-A").stdin(Stdio::null()).output().attempt(attempted)?;
     if output.status.success() {
+        // Its line names those that were missing.
+        let said = String::from_utf8_lossy(&output.stdout);
+        if let Some((_, kinds)) = said.trim().split_once("generating new host keys: ") {
+            let milliseconds = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+            tracing::info!(milliseconds, "made sshd's host keys: {}", kinds.trim());
+        }
         return Ok(());
     }
     let said = String::from_utf8_lossy(&output.stderr).trim().replace('\n', ", ");
