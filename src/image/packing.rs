@@ -196,7 +196,8 @@ fn squash(
     // Who looks on sees how much there is; to count it takes a while.
     let total = if io::stderr().is_terminal() { Some(size_of(image_root).attempt(|| attempted)?) } else { None };
     let mut progress = Progress::begin("packing", total);
-    let look = |child: &Child| progress.at(has_read(child).unwrap_or(0));
+    let size = || part.metadata().map_or(0, |found| found.len());
+    let look = |child: &Child| progress.between(has_read(child).unwrap_or(0), size());
     let confined = Confined::packing(image_root, part, volume)?;
     let said = work.succeed(attempted, &mut mksquashfs, Some(&confined), look)?;
     let (mut not_kept, said): (Vec<_>, Vec<_>) = said.lines().partition(|line| line.starts_with(NOT_KEPT));

@@ -11,6 +11,9 @@ const LINE_EVERY: Duration = Duration::from_secs(10);
 /// Between two looks of a bar.
 const BAR_EVERY: Duration = Duration::from_millis(200);
 
+/// A rate is that of at least so long, and not of all the time: it shows when nothing comes any more.
+const RATE_OVER: Duration = Duration::from_secs(2);
+
 const BAR_WIDTH: usize = 30;
 
 /// One step.
@@ -19,7 +22,12 @@ pub struct Progress {
     /// In bytes; `None` where nobody knows.
     total: Option<u64>,
     done: u64,
-    began: Instant,
+    /// Of a step whose output comes long after its input: how much there is of it, in bytes.
+    written: Option<u64>,
+    /// What was done at a moment, which the rate counts from.
+    mark: (Instant, u64),
+    /// Bytes a second; `None` at first.
+    rate: Option<f64>,
     told: Instant,
     terminal: bool,
 }
@@ -30,7 +38,7 @@ impl Progress {
         let now = Instant::now();
         let terminal = std::io::stderr().is_terminal();
         let what = Printable(what.into()).to_string();
-        Self { what, total, done: 0, began: now, told: now, terminal }
+        Self { what, total, done: 0, written: None, mark: (now, 0), rate: None, told: now, terminal }
     }
 
     /// It turns out how much there is to do.
@@ -48,23 +56,44 @@ impl Progress {
         }
     }
 
+    /// So many bytes are read by now, and so many written.
+    pub fn between(&mut self, read: u64, written: u64) {
+        self.written = Some(written);
+        self.at(read.max(self.done));
+    }
+
     /// So many bytes more are done.
     pub fn add(&mut self, bytes: u64) {
         self.at(self.done + bytes);
     }
 
-    fn tell(&self) {
-        let per_second = megabytes(self.done) / self.began.elapsed().as_secs_f64().max(0.001);
-        let amount = match self.total {
-            Some(total) => format!("{:.0} of {:.0} MB", megabytes(self.done), megabytes(total)),
-            None => format!("{:.0} MB", megabytes(self.done)),
-        };
+    fn tell(&mut self) {
+        let (since, before) = self.mark;
+        if since.elapsed() >= RATE_OVER {
+            let bytes = self.done.saturating_sub(before);
+            self.rate = Some(megabytes(bytes) / since.elapsed().as_secs_f64());
+            self.mark = (Instant::now(), self.done);
+        }
+        let amount = amount(self.done, self.total, self.written, self.rate);
         if self.terminal {
             let bar = self.total.map(|total| bar(self.done, total)).unwrap_or_default();
-            let _ = write!(std::io::stderr(), "\r\x1b[K{} {bar}{amount}, {per_second:.0} MB/s", self.what);
+            let _ = write!(std::io::stderr(), "\r\x1b[K{} {bar}{amount}", self.what);
         } else {
-            tracing::info!("{}: {amount}, {per_second:.0} MB/s", self.what);
+            tracing::info!("{}: {amount}", self.what);
         }
+    }
+}
+
+/// A compressor's rate says little: it has read all long before it has written all.
+fn amount(done: u64, total: Option<u64>, written: Option<u64>, rate: Option<f64>) -> String {
+    let done = match total {
+        Some(total) => format!("{:.0} of {:.0} MB", megabytes(done), megabytes(total)),
+        None => format!("{:.0} MB", megabytes(done)),
+    };
+    match (written, rate) {
+        (Some(written), _) => format!("{done} read, {:.0} MB written", megabytes(written)),
+        (None, Some(rate)) => format!("{done}, {rate:.0} MB/s"),
+        (None, None) => done,
     }
 }
 
@@ -91,6 +120,23 @@ fn bar(done: u64, total: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_line_has_the_rate_of_now_or_what_was_read_and_written() {
+        assert_eq!(amount(5_000_000, None, None, None), "5 MB");
+        assert_eq!(amount(5_000_000, Some(9_000_000), None, Some(2.4)), "5 of 9 MB, 2 MB/s");
+        assert_eq!(amount(9_000_000, Some(9_000_000), Some(3_000_000), Some(0.0)), "9 of 9 MB read, 3 MB written");
+        let mut progress = Progress::begin("packing", None);
+        progress.mark.0 -= RATE_OVER;
+        progress.between(4_000_000, 1_000_000);
+        progress.tell();
+        assert!(progress.rate.is_some_and(|rate| (1.0..=2.0).contains(&rate)), "{:?}", progress.rate);
+        progress.mark.0 -= RATE_OVER;
+        // The program has ended, and what it has read is no longer told.
+        progress.between(0, 2_000_000);
+        progress.tell();
+        assert_eq!((progress.done, progress.rate), (4_000_000, Some(0.0)));
+    }
 
     #[test]
     fn a_bar_is_full_at_the_end_and_never_longer() {
