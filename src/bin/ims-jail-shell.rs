@@ -6,7 +6,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 
 use ims_sshd::error::{Attempt, Result};
-use ims_sshd::jail::arguments::{Arguments, USAGE};
+use ims_sshd::jail::arguments::Arguments;
 use ims_sshd::jail::link::{Link, Message};
 use ims_sshd::jail::record::Record;
 use ims_sshd::jail::{enter, init, seal};
@@ -75,7 +75,7 @@ fn start() -> u8 {
 }
 
 fn misused() -> u8 {
-    eprintln!("{USAGE}");
+    eprintln!("ims-jail-shell: started by ims-sshd and by sshd, not by hand; see ims-sshd --help");
     2
 }
 

@@ -9,48 +9,24 @@ use crate::jail::tier::Tier;
 /// The program's name, beside ims-sshd and in the jail.
 pub const NAME: &str = "ims-jail-shell";
 
-/// Usage text.
-pub const USAGE: &str = "\
-Makes a jail around an image root, or enters it. Started by ims-sshd and by sshd, not by hand.
-
-  ims-jail-shell init --tier TIER --root FOLDER [--dkms] [--emulate ARCHITECTURE] [--proc-of-container] [--hostname NAME] [--label NAME]
-                      [--bind SOURCE TARGET rw|ro]... [--program NAME FILE]... [--bare NAMESPACE]
-      make the jail around the working folder, which messages call FOLDER, and be its first process; standard input is the socket to
-      the supervisor. Its mount namespace begins as a copy of NAMESPACE, else of the container's
-  ims-jail-shell serve TIER
-      in the jail: be its first process
-  ims-jail-shell session JAIL
-      enter the jail and carry out SSH_ORIGINAL_COMMAND, or start a login shell
-  ims-jail-shell -c LINE
-      as the shell that sshd starts: the forced command 'exec ims-jail-shell session JAIL'
-  ims-jail-shell enter JAIL [-- PROGRAM [ARGUMENT]...]
-      enter the jail and run a program of the image, or a login shell
-  ims-jail-shell inside [--beside] [--job ID] [--image NAME] REQUEST [WORD]...
-      in the jail: carry out what session or enter was asked for
-  ims-jail-shell try JAIL
-      enter the jail and leave it
-  ims-jail-shell seal JAIL
-      once the jail's processes have ended: make its mount of the image root read-only, and print 'sealed' or, if a file on that mount is
-      open for writing, 'busy' and the mount's number
-
-JAIL is the file in which ims-sshd wrote down where the jail is.";
-
-/// What the program is told to do.
+/// What the program is told to do. `JAIL` is the file of the jail's [`Record`](crate::jail::record::Record).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Arguments {
-    /// Make the jail, and be its first process.
+    /// `init`, with the arguments of a plan: make the jail around the working directory, and be its first process. Standard input is the
+    /// socket to the supervisor.
     Init(Plan),
-    /// In the jail: be its first process.
+    /// `serve TIER`: in the jail, be its first process.
     Serve(Tier),
-    /// Enter the jail of this record for a client of sshd.
+    /// `session JAIL`, and `-c 'exec ims-jail-shell session JAIL'` as the login shell that sshd starts: enter the jail and carry out
+    /// `SSH_ORIGINAL_COMMAND`, or start a login shell.
     Session(PathBuf),
-    /// Enter it and run a program of the image; a login shell if there is none.
+    /// `enter JAIL [-- PROGRAM [ARGUMENT]...]`: enter the jail and run a program of the image, or a login shell.
     Enter(PathBuf, Vec<OsString>),
-    /// In the jail: the words of a session's errand.
+    /// `inside`, with the words of an errand: in the jail, carry out what `session` or `enter` was asked for.
     Inside(Vec<OsString>),
-    /// Enter the jail and leave it.
+    /// `try JAIL`: enter the jail and leave it.
     Try(PathBuf),
-    /// Make the mount of the image root read-only, after the jail's end.
+    /// `seal JAIL`: once the jail's processes have ended, make its mount of the image root read-only, and print how it went.
     Seal(PathBuf),
 }
 

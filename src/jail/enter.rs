@@ -6,6 +6,8 @@
 
 use std::os::fd::OwnedFd;
 
+use nix::sched::CloneFlags;
+
 use crate::error::{Advise, Attempt, Result};
 use crate::jail::record::Record;
 use crate::jail::tier::Tier;
@@ -32,15 +34,10 @@ pub fn join(record: &Record) -> Result<Joined> {
     // The descriptors themselves, which the supervisor had from the init, and not the init's files below /proc: for those, since it is
     // hidden from everybody, one would need CAP_SYS_PTRACE.
     let numbers = [&record.doors[..], &[record.helper]].concat();
-    let attempted = || format!("open the jail's namespaces, which process {} holds", record.keeper.pid);
-    let ended = "the build environment has just ended";
-    let mut doors = record.keeper.open_descriptors(&numbers).attempt(attempted).advise(ended)?;
+    let mut doors = open_doors(record, &numbers).advise("the build environment has just ended")?;
     let helper = doors.pop().ok_or("there is none").attempt(|| "open the jail's copy of ims-jail-shell")?;
     // If one of them stays closed, this process ends: nothing is ever started in a jail half entered.
-    for (door, (name, flag)) in doors.iter().zip(record.tier.namespaces()) {
-        let attempted = || format!("enter the jail's {name} namespace");
-        nix::sched::setns(door, *flag).attempt(attempted)?;
-    }
+    pass(&doors, record.tier, CloneFlags::all())?;
     if let (Tier::Chroot, [image_root]) = (record.tier, doors.as_slice()) {
         change_root(image_root).attempt(|| "change the root to the image root")?;
     }
@@ -48,4 +45,18 @@ pub fn join(record: &Record) -> Result<Joined> {
     // PR_SET_DUMPABLE).
     hide()?;
     Ok(Joined { init, helper })
+}
+
+/// Opens those of the keeper's descriptors.
+pub(crate) fn open_doors(record: &Record, numbers: &[i32]) -> Result<Vec<OwnedFd>> {
+    let attempted = || format!("open the jail's namespaces, which process {} holds", record.keeper.pid);
+    record.keeper.open_descriptors(numbers).attempt(attempted)
+}
+
+/// Joins the namespaces of these kinds that `doors` lead to.
+pub(crate) fn pass(doors: &[OwnedFd], tier: Tier, kinds: CloneFlags) -> Result<()> {
+    for (door, (name, flag)) in doors.iter().zip(tier.namespaces()).filter(|(_, (_, flag))| kinds.contains(*flag)) {
+        nix::sched::setns(door, *flag).attempt(|| format!("enter the jail's {name} namespace"))?;
+    }
+    Ok(())
 }

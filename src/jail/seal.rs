@@ -12,6 +12,7 @@ use rustix::io::Errno;
 use rustix::mount::MountAttrFlags;
 
 use crate::error::{Attempt, Result};
+use crate::jail::enter::{open_doors, pass};
 use crate::jail::record::Record;
 use crate::jail::tier::Tier;
 use crate::sys::mounts;
@@ -51,13 +52,8 @@ pub fn seal(record: &Record) -> Result<Seal> {
     if record.tier == Tier::Chroot || record.dkms {
         return Ok(Seal::Sealed);
     }
-    let attempted = || format!("open the jail's namespaces, which process {} holds", record.keeper.pid);
-    let doors = record.keeper.open_descriptors(&record.doors).attempt(attempted)?;
-    for (door, (name, flag)) in doors.iter().zip(record.tier.namespaces()) {
-        if [CloneFlags::CLONE_NEWUSER, CloneFlags::CLONE_NEWNS].contains(flag) {
-            nix::sched::setns(door, *flag).attempt(|| format!("enter the jail's {name} namespace"))?;
-        }
-    }
+    let doors = open_doors(record, &record.doors)?;
+    pass(&doors, record.tier, CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNS)?;
     make_root_read_only().attempt(|| "make the jail's mount of the image root read-only")
 }
 

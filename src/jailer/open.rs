@@ -121,13 +121,7 @@ impl OpenJail {
             if chrooted {
                 copy_sftp_server(wanted, state)?;
             }
-            let (init, link, mut doors, mut events) = start(wanted)?;
-            let Some(helper) = doors.pop() else {
-                return Err(Error::new("make the jail")
-                    .because("its init is of another version")
-                    .advise("install ims-sshd and ims-jail-shell of one version"));
-            };
-            let events = events.pop();
+            let Started { init, link, mut doors, helper, events } = start(wanted)?;
             if events.is_none() {
                 tell_no_watch();
             }
@@ -321,8 +315,17 @@ fn copy_sftp_server(wanted: &Wanted<'_>, state: &StateFolder) -> Result<()> {
     copy().attempt(|| format!("copy sftp-server to {}", folder.display()))
 }
 
-/// Starts the init. Returns it, the socket to it, and the descriptors that come with [`Message::Made`] and [`Message::Ready`].
-fn start(wanted: &Wanted<'_>) -> Result<(Pid, Link, Vec<OwnedFd>, Vec<OwnedFd>)> {
+/// An init that was started, the socket to it, and the descriptors that come with [`Message::Made`] and [`Message::Ready`].
+struct Started {
+    init: Pid,
+    link: Link,
+    doors: Vec<OwnedFd>,
+    helper: OwnedFd,
+    events: Option<OwnedFd>,
+}
+
+/// Starts the init.
+fn start(wanted: &Wanted<'_>) -> Result<Started> {
     let (ours, theirs) = Link::pair().attempt(|| "make a socket to the jail's init")?;
     // By descriptor: its path may lead to another directory by now.
     let image_root = format!("/proc/self/fd/{}", wanted.image_root.as_fd().as_raw_fd());
@@ -333,7 +336,7 @@ fn start(wanted: &Wanted<'_>) -> Result<(Pid, Link, Vec<OwnedFd>, Vec<OwnedFd>)>
     let status = command.status().attempt(attempted)?;
     // Its end of the socket is now the init's alone: it closes when that one ends.
     drop(command);
-    let (mut init, mut doors, mut events) = (None, Vec::new(), None);
+    let (mut init, mut doors, mut events) = (None, Vec::new(), None::<Vec<OwnedFd>>);
     let failed = |init: Option<Pid>, why: String| {
         if let Some(init) = init {
             let _ = kill(init, Signal::SIGKILL);
@@ -345,8 +348,14 @@ fn start(wanted: &Wanted<'_>) -> Result<(Pid, Link, Vec<OwnedFd>, Vec<OwnedFd>)>
     };
     // The init and the process that started it speak in any order.
     loop {
-        if let (Some(init), Some(events)) = (init, events.take_if(|_| init.is_some())) {
-            return Ok((init, ours, doors, events));
+        if let (Some(init), Some(mut events)) = (init, events.take_if(|_| init.is_some())) {
+            let another_version = || {
+                Error::new("make the jail")
+                    .because("its init is of another version")
+                    .advise("install ims-sshd and ims-jail-shell of one version")
+            };
+            let helper = doors.pop().ok_or_else(another_version)?;
+            return Ok(Started { init, link: ours, doors, helper, events: events.pop() });
         }
         let mut sources = [PollFd::new(&ours, PollFlags::IN)];
         let timely = poll::wait(&mut sources, TIME_TO_MAKE);

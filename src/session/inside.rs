@@ -50,19 +50,13 @@ impl Errand {
     }
 
     fn to_words(&self) -> Vec<OsString> {
-        let mut words: Vec<OsString> = Vec::new();
-        if self.beside {
-            words.push("--beside".into());
-        }
-        if self.in_place {
-            words.push("--in-place".into());
-        }
-        if let Some(job) = &self.job {
-            words.extend(["--job".into(), job.into()]);
-        }
-        if let Some(image) = &self.image {
-            words.extend(["--image".into(), image.into()]);
-        }
+        let flags = [(self.beside, "--beside"), (self.in_place, "--in-place")];
+        let names = [("--job", &self.job), ("--image", &self.image)];
+        let mut words: Vec<OsString> =
+            flags.iter().filter(|(is_set, _)| *is_set).map(|(_, flag)| flag.into()).collect();
+        words.extend(
+            names.into_iter().filter_map(|(name, value)| Some([name.into(), value.as_ref()?.into()])).flatten(),
+        );
         let (kind, further): (_, &[OsString]) = match &self.request {
             Request::Shell => ("shell", &[]),
             Request::Command(line) => ("command", std::slice::from_ref(line)),
@@ -75,24 +69,19 @@ impl Errand {
     }
 
     /// Reads the words behind `inside`; `None` if they are none.
-    pub fn from_words(mut words: &[OsString]) -> Option<Self> {
+    pub fn from_words(words: &[OsString]) -> Option<Self> {
         let (mut beside, mut in_place, mut job, mut image) = (false, false, None, None);
+        let mut words = words.iter();
         let request = loop {
-            let (word, further) = words.split_first()?;
-            words = further;
-            match word.to_str()? {
+            match words.next()?.to_str()? {
                 "--beside" => beside = true,
                 "--in-place" => in_place = true,
-                option @ ("--job" | "--image") => {
-                    let (name, further) = words.split_first()?;
-                    let named = if option == "--job" { &mut job } else { &mut image };
-                    *named = Some(name.to_str()?.to_owned());
-                    words = further;
-                }
+                "--job" => job = Some(words.next()?.to_str()?.to_owned()),
+                "--image" => image = Some(words.next()?.to_str()?.to_owned()),
                 "shell" => break Request::Shell,
-                "command" => break Request::Command(words.first()?.clone()),
-                "sftp" => break Request::Sftp(words.to_vec()),
-                "program" => break Request::Program(words.to_vec()),
+                "command" => break Request::Command(words.next()?.clone()),
+                "sftp" => break Request::Sftp(words.cloned().collect()),
+                "program" => break Request::Program(words.cloned().collect()),
                 _ => return None,
             }
         };

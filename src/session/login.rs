@@ -28,7 +28,7 @@ pub fn run(jail: &Path, request: Request) -> Result<Infallible> {
     let record = &Record::read(jail)?;
     let at_terminal = std::io::stdin().is_terminal();
     // Told before the container's sockets are out of sight.
-    let told = Report::begin(jail, &Beginning::of_this_session(&request, at_terminal));
+    let told = Report::begin(jail, Beginning::of_this_session(&request, at_terminal));
     let beside = outside_sftp_directory(jail, record, &request)?;
     let agent = agent_outside(record, &request);
     let joined = enter::join(record)?;

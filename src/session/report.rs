@@ -54,15 +54,6 @@ impl Beginning {
             request: text(&request.as_bytes()[..request.len().min(LONGEST_REQUEST)]),
         }
     }
-
-    fn to_packet(&self) -> Vec<u8> {
-        let kind = match (self.interactive, self.terminal) {
-            (true, _) => "interactive",
-            (false, true) => "terminal",
-            (false, false) => "",
-        };
-        ["begin", &self.client, &self.credential, kind, &self.request].join("\0").into_bytes()
-    }
 }
 
 /// A packet that the supervisor gets.
@@ -80,7 +71,14 @@ impl Packet {
     /// The packet's bytes: fields, separated by NUL bytes.
     pub fn to_bytes(&self) -> Vec<u8> {
         match self {
-            Self::Begin(beginning) => beginning.to_packet(),
+            Self::Begin(Beginning { client, credential, terminal, interactive, request }) => {
+                let kind = match (interactive, terminal) {
+                    (true, _) => "interactive",
+                    (false, true) => "terminal",
+                    (false, false) => "",
+                };
+                ["begin", client, credential, kind, request].join("\0").into_bytes()
+            }
             Self::End(how) => format!("end\0{how}").into_bytes(),
             Self::Status => b"status".into(),
         }
@@ -110,9 +108,9 @@ pub struct Report(Option<Packets>);
 
 impl Report {
     /// Tells of the beginning, to the socket beside the record at `jail`.
-    pub fn begin(jail: &Path, beginning: &Beginning) -> Self {
+    pub fn begin(jail: &Path, beginning: Beginning) -> Self {
         let packets = Packets::connect(&jail.with_file_name(SOCKET)).ok();
-        Self(packets.filter(|p| p.send(&beginning.to_packet()).is_ok()))
+        Self(packets.filter(|p| p.send(&Packet::Begin(beginning).to_bytes()).is_ok()))
     }
 
     /// Tells of the end and, where sshd lets no client see it, of the reason.
