@@ -1,4 +1,4 @@
-//! What machine a program is for: by its ELF header, and by trying whether such a program runs here.
+//! Which machine a program is for, from its ELF header, and whether such a program runs here.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -16,23 +16,23 @@ pub enum Architecture {
     Aarch64,
 }
 
-/// How much of a file says what machine it is for: ELF's identification, type and machine.
+/// Bytes of a file that identify its machine: ELF's identification, type and machine.
 pub const HEADER: usize = 20;
 
-/// ELF's identification of a 64-bit little-endian file, without the ABI and what comes after it.
+/// ELF identification of a 64-bit little-endian file, up to the version; the ABI follows.
 const IDENTIFICATION: [u8; 7] = *b"\x7fELF\x02\x01\x01";
 
-/// ELF's two types of programs: with a fixed address, and with any (PIE, and the loaders).
+/// ELF types of programs: ET_EXEC (fixed address) and ET_DYN (PIE, and loaders).
 const TYPES: [u8; 2] = [2, 3];
 
 impl Architecture {
-    /// All that are known.
+    /// All known architectures.
     pub const ALL: [Self; 2] = [Self::X86_64, Self::Aarch64];
 
-    /// This machine's.
+    /// The architecture of this machine.
     pub const OWN: Self = if cfg!(target_arch = "aarch64") { Self::Aarch64 } else { Self::X86_64 };
 
-    /// As `uname -m` and `BUILD_ARCH` call it.
+    /// Name as in `uname -m` and `BUILD_ARCH`.
     pub fn name(self) -> &'static str {
         match self {
             Self::X86_64 => "x86_64",
@@ -40,12 +40,12 @@ impl Architecture {
         }
     }
 
-    /// The one of that name.
+    /// The architecture with that name.
     pub fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|architecture| architecture.name() == name)
     }
 
-    /// ELF's number (`e_machine`).
+    /// ELF's `e_machine`.
     fn machine(self) -> u8 {
         match self {
             Self::X86_64 => 62,
@@ -53,14 +53,14 @@ impl Architecture {
         }
     }
 
-    /// The machine of the program that begins with `header`; `None` if it is no ELF program for a known one.
+    /// The architecture of a program that begins with `header`; `None` if it is not an ELF program for a known one.
     pub fn of_elf(header: &[u8]) -> Option<Self> {
         let header = header.get(..HEADER)?;
         let known = header.starts_with(&IDENTIFICATION) && TYPES.contains(&header[16]) && header[17] == 0;
         Self::ALL.into_iter().find(|a| known && header[18..] == [a.machine(), 0])
     }
 
-    /// The two headers that a program for it begins with.
+    /// The two possible headers of a program for it.
     pub fn headers(self) -> [[u8; HEADER]; 2] {
         TYPES.map(|kind| {
             let mut header = [0; HEADER];
@@ -71,13 +71,13 @@ impl Architecture {
         })
     }
 
-    /// Whether a program for it runs here, found out by running one.
+    /// Whether programs for it run here, found out by running one.
     pub fn runs(self) -> bool {
         self.try_smallest().unwrap_or(false)
     }
 
     fn try_smallest(self) -> io::Result<bool> {
-        // Not close-on-exec: an interpreter that is given a name opens it.
+        // Not close-on-exec: a binfmt_misc interpreter opens the file by name.
         let mut file = File::from(rustix::fs::memfd_create("program", MemfdFlags::empty())?);
         file.write_all(&self.smallest_program())?;
         let mut program = Command::new(format!("/proc/self/fd/{}", file.as_raw_fd()));
@@ -85,7 +85,7 @@ impl Architecture {
         Ok(status.code() == Some(EXIT_CODE.into()))
     }
 
-    /// A program that does nothing but end with [`EXIT_CODE`].
+    /// A program that only exits with [`EXIT_CODE`].
     fn smallest_program(self) -> Vec<u8> {
         const ADDRESS: u64 = 0x40_0000;
         let code: [u8; 12] = match self {
@@ -99,11 +99,11 @@ impl Architecture {
         let size = before_code + code.len() as u64;
         let mut program = self.headers()[0].to_vec();
         program.extend(1_u32.to_le_bytes());
-        // Entry, where the segments are described, and that there are no sections.
+        // Entry point, offset of the program headers, no section headers.
         program.extend([ADDRESS + before_code, header.into(), 0].map(u64::to_le_bytes).concat());
         program.extend(0_u32.to_le_bytes());
         program.extend([header, segment, 1, 0, 0, 0].map(u16::to_le_bytes).concat());
-        // One segment: all of the file, loaded, to be read and executed.
+        // One segment: the whole file, loaded readable and executable.
         program.extend([1_u32, 5].map(u32::to_le_bytes).concat());
         program.extend([0, ADDRESS, ADDRESS, size, size, 0x1_0000].map(u64::to_le_bytes).concat());
         program.extend(code);

@@ -1,4 +1,4 @@
-//! Owner, mode, times and extended attributes of a file, ACLs and capabilities among the latter.
+//! Owner, mode, times and extended attributes of a file. The latter include ACLs and capabilities.
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
@@ -12,18 +12,18 @@ use rustix::io::Errno;
 
 use crate::sys::tree::{Tree, times};
 
-/// The kernel lets an attribute, and all names of them, be so long.
+/// The kernel's limit of one value, and of the list of names (xattr(7)), in bytes.
 const LONGEST: usize = 64 << 10;
 
 /// Extended attributes by name.
 pub type Attributes = BTreeMap<OsString, Vec<u8>>;
 
-/// The file `name` of a directory, a link itself and not what it leads to. "." is the directory.
+/// The file `name` of a directory; a link is not followed. "." is the directory itself.
 #[derive(Debug, Clone, Copy)]
 pub struct Node<'a> {
     /// The directory.
     pub directory: &'a Tree,
-    /// Name there.
+    /// Name in it.
     pub name: &'a OsStr,
 }
 
@@ -32,22 +32,22 @@ impl Node<'_> {
         self.directory.handle(self.name).map(Handle)
     }
 
-    /// Its extended attributes; none where the file system has none.
+    /// Its extended attributes; empty if the file system does not support them.
     pub fn attributes(&self) -> io::Result<Attributes> {
         self.open()?.attributes()
     }
 
-    /// Gives it these extended attributes and no others.
+    /// Sets exactly these extended attributes and removes all others.
     pub fn set_attributes(&self, wanted: &Attributes) -> io::Result<()> {
         self.open()?.set_attributes(wanted)
     }
 
-    /// Gives it the owner, mode and times of a file that looked like `found`, and these extended attributes: all to one file, whatever gets
-    /// its name meanwhile.
+    /// Sets owner, mode and times from `found`, and these extended attributes. All go to the same inode, even if the
+    /// name is replaced meanwhile.
     pub fn take(&self, found: &Stat, attributes: &Attributes) -> io::Result<()> {
         let handle = self.open()?;
         let path = handle.path();
-        // First, since a new owner takes a file's capabilities away.
+        // Before the attributes: chown(2) clears a file's capabilities.
         rustix::fs::chown(&path, user(found.st_uid), group(found.st_gid))?;
         handle.set_attributes(attributes)?;
         if FileType::from_raw_mode(found.st_mode) != FileType::Symlink {
@@ -57,11 +57,11 @@ impl Node<'_> {
     }
 }
 
-/// A file that is open as a place only, which any kind of file can be.
+/// An O_PATH descriptor, which any type of file allows.
 struct Handle(OwnedFd);
 
 impl Handle {
-    /// Leads to the file itself, which is not followed if it is a link. The functions for any kind of file take paths only.
+    /// A path to the inode, not following it if it is a link. The calls that work on any type take only paths.
     fn path(&self) -> PathBuf {
         Path::new("/proc/self/fd").join(self.0.as_raw_fd().to_string())
     }
@@ -93,12 +93,12 @@ impl Handle {
     }
 }
 
-/// The user of this number. None for -1, which is nobody's and which chown(2) takes for "as it is": images and archives can hold it.
+/// `None` for -1, which is no valid user and means "unchanged" to chown(2): images and archives can contain it.
 pub fn user(number: u32) -> Option<Uid> {
     (number != u32::MAX).then(|| Uid::from_raw(number))
 }
 
-/// The group of this number; see [`user`].
+/// `None` for -1; see [`user`].
 pub fn group(number: u32) -> Option<Gid> {
     (number != u32::MAX).then(|| Gid::from_raw(number))
 }

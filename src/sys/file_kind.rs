@@ -1,4 +1,4 @@
-//! The type of a file: what is looked at before anything of an untrusted tree is opened.
+//! The type of a file. In an untrusted tree it is checked before the file is opened.
 
 use std::fmt;
 
@@ -19,7 +19,7 @@ pub enum FileKind {
 }
 
 impl FileKind {
-    /// The type of what `stat` describes.
+    /// The type of the file that `stat` describes.
     pub fn of(stat: &Stat) -> Self {
         match FileType::from_raw_mode(stat.st_mode) {
             FileType::RegularFile => Self::Regular,
@@ -34,7 +34,7 @@ impl FileKind {
     }
 }
 
-/// In words for a message.
+/// For messages, with an article.
 impl fmt::Display for FileKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

@@ -1,4 +1,5 @@
-//! A file as a block device (loop(4)), by its descriptor: mount(8) and losetup(8) open the file anew, by a path that may be another's by then.
+//! Loop devices (loop(4)) by descriptor. mount(8) and losetup(8) would reopen the file by path, which may have been
+//! replaced.
 
 use std::fs::File;
 use std::io;
@@ -7,16 +8,16 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags};
 
-// From linux/loop.h; the second one exists since Linux 5.8.
+// From linux/loop.h; LOOP_CONFIGURE exists since Linux 5.8.
 const LOOP_CTL_GET_FREE: libc::Ioctl = 0x4c82;
 const LOOP_CONFIGURE: libc::Ioctl = 0x4c0a;
 const READ_ONLY: u32 = 1;
 const AUTOCLEAR: u32 = 4;
 
-/// Number of tries: another program may take the device that was free.
+/// Number of retries: another program may take the free device first.
 const TRIES: usize = 100;
 
-/// `struct loop_info64`, of which the flags alone are not zero.
+/// `struct loop_info64`; only the flags are not zero.
 #[repr(C)]
 struct Info {
     before: [u64; 6],
@@ -34,7 +35,7 @@ struct Config {
     reserved: [u64; 8],
 }
 
-/// A loop device that can only be read. The kernel frees it when neither this value nor a mount uses it any more.
+/// A read-only loop device. The kernel frees it when neither this value nor a mount uses it.
 #[derive(Debug)]
 pub struct Loop {
     path: PathBuf,
@@ -42,7 +43,7 @@ pub struct Loop {
 }
 
 impl Loop {
-    /// Makes `file` a block device.
+    /// Attaches `file` to a free loop device.
     pub fn of(file: &File) -> io::Result<Self> {
         let fd = u32::try_from(file.as_raw_fd()).map_err(io::Error::other)?;
         let flags = READ_ONLY | AUTOCLEAR;
@@ -51,13 +52,13 @@ impl Loop {
         let control = open(Path::new("/dev/loop-control"), OFlags::RDWR)?;
         let mut tries = 0;
         loop {
-            // SAFETY: this ioctl takes no argument, and changes nothing of this process.
+            // SAFETY: this ioctl takes no argument, and changes nothing in this process.
             #[allow(unsafe_code)]
             let number = checked(unsafe { libc::ioctl(control.as_raw_fd(), LOOP_CTL_GET_FREE) })?;
             let path = PathBuf::from(format!("/dev/loop{number}"));
             let device = open(&path, OFlags::RDONLY)?;
-            // SAFETY: `config` is a live `struct loop_config`, of the size that the number of the ioctl stands for; the kernel only reads it, and
-            // takes its own reference to the file of the descriptor in it.
+            // SAFETY: `config` is a live `struct loop_config`, as this ioctl takes; the kernel only reads it, and takes
+            // its own reference to the file.
             #[allow(unsafe_code)]
             let configured = checked(unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CONFIGURE, &raw const config) });
             match configured {
@@ -67,7 +68,7 @@ impl Loop {
         }
     }
 
-    /// The device's path, for mounting.
+    /// Path of the device, for mounting.
     pub fn path(&self) -> &Path {
         &self.path
     }

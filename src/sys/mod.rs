@@ -1,4 +1,4 @@
-//! System calls as types: the bottom floor, and the only place of `unsafe`.
+//! System calls as types: the bottom floor, and the only one with `unsafe`.
 
 pub mod architecture;
 pub mod attributes;

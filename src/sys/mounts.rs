@@ -1,5 +1,5 @@
-//! Mounts as descriptors: made detached, then put on a target that is itself a descriptor. No path below an untrusted tree is
-//! ever given to the kernel, and there is no second way by path if one of these calls is missing (Linux 5.12).
+//! Mounts by descriptor: created detached, then attached to a target that is a descriptor too. The kernel never gets a
+//! path below an untrusted tree, and there is no fallback by path for kernels without these calls (before Linux 5.12).
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -9,14 +9,14 @@ use rustix::fs::CWD;
 use rustix::io::Errno;
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags};
 
-/// A mount that is attached nowhere yet.
+/// A mount that is not attached yet.
 #[derive(Debug)]
 pub struct Detached {
     fd: OwnedFd,
 }
 
 impl Detached {
-    /// A new file system of type `kind`, with its `options` (name, value; a flag has an empty one) and mount attributes.
+    /// Creates a file system of type `kind` with `options` (name, value; empty for a flag) and mount attributes.
     pub fn filesystem(kind: &str, options: &[(&str, &str)], attributes: MountAttrFlags) -> io::Result<Self> {
         let context = rustix::mount::fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)?;
         for (name, value) in options {
@@ -29,13 +29,13 @@ impl Detached {
         Ok(Self { fd: rustix::mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)? })
     }
 
-    /// A private copy of what is mounted at `path` of a *trusted* tree, with further `attributes`; with `recursive`, all that is mounted
-    /// below it too.
+    /// A private copy of the mount at `path` of a *trusted* tree, with additional `attributes`; `recursive` includes
+    /// the mounts below it.
     pub fn copy_of(path: impl AsRef<Path>, recursive: bool, attributes: MountAttrFlags) -> io::Result<Self> {
         Self::copy(CWD, path.as_ref(), recursive, attributes)
     }
 
-    /// The same of what `fd` stands on (a directory, a file).
+    /// Like [`Detached::copy_of`], of the directory or file that `fd` refers to.
     pub fn copy_of_fd(fd: impl AsFd, recursive: bool, attributes: MountAttrFlags) -> io::Result<Self> {
         Self::copy(fd.as_fd(), Path::new(""), recursive, attributes)
     }
@@ -50,13 +50,13 @@ impl Detached {
             flags |= OpenTreeFlags::AT_EMPTY_PATH;
         }
         let fd = rustix::mount::open_tree(at, path, flags)?;
-        // A copy of a shared mount is shared with it, wherever it is attached.
+        // A copy of a shared mount joins its peer group, wherever it is attached.
         set_attributes(fd.as_fd(), c"", attributes, libc::MS_PRIVATE, recursive)?;
         Ok(Self { fd })
     }
 
-    /// Has setuid bits and file capabilities count in the mount, though what it is a copy of is `nosuid`. A mount of another user
-    /// namespace stays as it is: the kernel has locked it.
+    /// Clears `nosuid`, so that setuid bits and file capabilities take effect. No error if another user namespace has
+    /// locked the flag: the mount stays as it is.
     pub fn honouring_setuid(self) -> io::Result<Self> {
         let attr_clr = u64::from(MountAttrFlags::MOUNT_ATTR_NOSUID.bits());
         match change_attributes(self.fd.as_fd(), c"", &MountAttr { attr_clr, ..MountAttr::default() }, false) {
@@ -65,8 +65,8 @@ impl Detached {
         }
     }
 
-    /// Puts the mount on `target`, which is the object itself: a link is not followed, the mount covers the link.
-    /// Returns the mount's root, which stays a valid handle on what is mounted.
+    /// Attaches the mount to `target`, which is covered itself, even if it is a link. Returns the mount's root as a
+    /// handle.
     pub fn attach(self, target: impl AsFd) -> io::Result<OwnedFd> {
         let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
         rustix::mount::move_mount(&self.fd, "", target.as_fd(), "", flags)?;
@@ -75,7 +75,7 @@ impl Detached {
 }
 
 impl From<Detached> for OwnedFd {
-    /// The mount's root, reached by nobody else.
+    /// The mount's root, which no path leads to.
     fn from(mount: Detached) -> Self {
         mount.fd
     }
@@ -87,22 +87,23 @@ impl AsFd for Detached {
     }
 }
 
-/// Cuts every mount of this namespace off from the others, so that nothing done here is seen elsewhere, nor the other way round.
+/// Makes every mount of this namespace private: mounts no longer propagate in or out.
 pub fn make_all_private() -> io::Result<()> {
     make_all_private_and(MountAttrFlags::empty())
 }
 
-/// The same, with further `attributes` on every mount.
+/// Makes every mount private and adds `attributes` to it.
 pub fn make_all_private_and(attributes: MountAttrFlags) -> io::Result<()> {
     set_attributes(CWD, c"/", attributes, libc::MS_PRIVATE, true)
 }
 
-/// Has every mount of this namespace follow what is done to the one it is a copy of, and not the other way round.
+/// Makes every mount of this namespace a slave: mounts propagate in but not out.
 pub fn make_all_followers() -> io::Result<()> {
     set_attributes(CWD, c"/", MountAttrFlags::empty(), libc::MS_SLAVE, true)
 }
 
-/// Puts `mount` on this namespace's root, where it is seen by nobody yet. Returns the mount's own root, for [`switch_root`].
+/// Attaches `mount` over this namespace's root; lookups still see the old root. Returns the mount's own root, for
+/// [`switch_root`].
 pub fn cover_root(mount: Detached) -> io::Result<OwnedFd> {
     mount.attach(own_root()?)
 }
@@ -112,17 +113,17 @@ fn own_root() -> io::Result<OwnedFd> {
     rustix::fs::open("/", flags, rustix::fs::Mode::empty()).map_err(Into::into)
 }
 
-/// Makes `new_root` (the root of an attached mount) this namespace's root and lets go of the old one altogether.
+/// Makes `new_root` (the root of an attached mount) this namespace's root and detaches the old one.
 pub fn switch_root(new_root: impl AsFd) -> io::Result<()> {
     let old_root = own_root()?;
     rustix::process::fchdir(new_root)?;
-    // With both arguments ".", the old root comes to lie on top of the new one, at the same place; no directory for it is needed.
+    // With "." twice, the old root is stacked on the new one (pivot_root(2)), so no directory is needed for it.
     rustix::process::pivot_root(".", ".")?;
-    // From the old root itself: "." of the new one would, in the second round below, be the new one.
+    // Not from "." of the new root: the second round of the loop below would detach the new root itself.
     rustix::process::fchdir(&old_root)?;
-    // Private first, so that detaching it is not carried into the namespace it came from.
+    // Private first, so that the detach does not propagate to the original namespace.
     set_attributes(CWD, c".", MountAttrFlags::empty(), libc::MS_PRIVATE, true)?;
-    // Until EINVAL, which says that "." is no mount of this namespace any more.
+    // EINVAL means that "." is no longer a mount of this namespace.
     loop {
         match rustix::mount::unmount(".", UnmountFlags::DETACH) {
             Ok(()) => {}
@@ -133,13 +134,14 @@ pub fn switch_root(new_root: impl AsFd) -> io::Result<()> {
     rustix::process::chdir("/").map_err(Into::into)
 }
 
-/// Makes `root` this process's root and working directory, and nothing more: whoever may call chroot again can leave it.
+/// Makes `root` this process's root and working directory. No security boundary: a process that may call chroot(2) can
+/// leave it.
 pub fn change_root(root: impl AsFd) -> io::Result<()> {
     rustix::process::fchdir(root)?;
     rustix::process::chroot(".").map_err(Into::into)
 }
 
-/// Adds mount attributes to an attached mount, by its root.
+/// Adds mount attributes to an attached mount, given its root.
 pub fn restrict(mount: BorrowedFd<'_>, attributes: MountAttrFlags) -> io::Result<()> {
     set_attributes(mount, c"", attributes, 0, false)
 }
@@ -167,8 +169,8 @@ fn set_attributes(
 
 fn change_attributes(at: BorrowedFd<'_>, path: &std::ffi::CStr, change: &MountAttr, recursive: bool) -> io::Result<()> {
     let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
-    // SAFETY: `at` is open for the length of the call, `path` is NUL-terminated, and `change` is a live `struct mount_attr` whose
-    // size is passed with it; the kernel only reads all three.
+    // SAFETY: `at` is open during the call, `path` is NUL-terminated, and `change` is a live `struct mount_attr` passed
+    // with its size; the kernel only reads all three.
     #[allow(unsafe_code)]
     let result = unsafe {
         libc::syscall(
@@ -183,9 +185,10 @@ fn change_attributes(at: BorrowedFd<'_>, path: &std::ffi::CStr, change: &MountAt
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// One line of `/proc/self/mountinfo`: where something is mounted.
+/// Mount points listed in `/proc/self/mountinfo`.
 ///
-/// The format is proc(5)'s: the fifth field is the mount point, with space, tab, newline and backslash as octal escapes.
+/// In the format of proc(5), the fifth field is the mount point, with space, tab, newline and backslash as octal
+/// escapes.
 pub fn mount_points(mountinfo: &[u8]) -> Vec<std::path::PathBuf> {
     use std::os::unix::ffi::OsStringExt;
     mountinfo
@@ -213,7 +216,7 @@ fn unescape(escaped: &[u8]) -> Vec<u8> {
     text
 }
 
-/// Takes down the mount at `path` of a trusted name, the topmost if several are stacked; busy ones are detached.
+/// Unmounts the topmost mount at the trusted path `path`; a busy one is detached.
 pub fn unmount(path: &Path) -> io::Result<()> {
     rustix::mount::unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW).map_err(Into::into)
 }
@@ -234,7 +237,7 @@ mod tests {
         assert!(mount_points(b"\n\nshort line\n").is_empty());
     }
 
-    /// As the kernel writes a path: seq_path_root in its fs/proc_namespace.c escapes these four bytes.
+    /// Escapes a path as the kernel does (seq_path_root, from fs/proc_namespace.c).
     fn escaped(path: &[u8]) -> Vec<u8> {
         let one = |b: &u8| if b" \t\n\\".contains(b) { format!("\\{b:03o}").into_bytes() } else { vec![*b] };
         path.iter().flat_map(one).collect()

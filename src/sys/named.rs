@@ -1,4 +1,4 @@
-//! Paths that the command line names. On the way lie directories that other users write to, such as /tmp.
+//! Paths named on the command line. They may lead through directories that other users can write to, such as /tmp.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -11,17 +11,17 @@ use rustix::io::Errno;
 use crate::sys::tree::Tree;
 use std::fs::File;
 
-/// The kernel follows no more on one way (path_resolution(7)).
+/// The kernel's limit of links in one path (path_resolution(7)).
 const MOST_LINKS: usize = 40;
 
-/// Root, this user, and who has become root to start this program: a directory in his home is as good as his word.
+/// Whether `user` is root, this user, or the user who called sudo, whose home is as trustworthy as the command line.
 pub fn is_trusted(user: u32) -> bool {
     let caller = || std::env::var("SUDO_UID").ok()?.parse::<u32>().ok();
     user == 0 || user == rustix::process::geteuid().as_raw() || caller() == Some(user)
 }
 
-/// Returns the path that `named` leads to, without links. A link of another user on the way, or in its place, is refused: he decides at any
-/// time where it leads (protected_symlinks, proc_sys_fs(5)).
+/// Returns the target of `named`, free of links. Refuses a link owned by another user, who could redirect it at any
+/// time (protected_symlinks in proc_sys_fs(5)).
 pub fn resolve(named: &Path) -> io::Result<PathBuf> {
     let absolute = std::path::absolute(named)?;
     let parts = |path: &Path| path.components().rev().map(|name| PathBuf::from(name.as_os_str())).collect::<Vec<_>>();
@@ -55,7 +55,7 @@ pub fn resolve(named: &Path) -> io::Result<PathBuf> {
             return Err(Errno::LOOP.into());
         }
         let target = std::fs::read_link(&place)?;
-        // A descriptor that has no path, such as a pipe: only the link itself leads to it (proc_pid_fd(5)).
+        // A descriptor without a path, such as a pipe: only its link in procfs opens it (proc_pid_fd(5)).
         if left.is_empty() && is_of_procfs(&at) && std::fs::symlink_metadata(at.join(&target)).is_err() {
             return Ok(place);
         }
@@ -64,7 +64,7 @@ pub fn resolve(named: &Path) -> io::Result<PathBuf> {
     Ok(at)
 }
 
-/// Opens what `named` leads to, as [`resolve`] finds it: a handle (O_PATH), which is no link.
+/// Opens the target of `named`, resolved by [`resolve`], as an O_PATH handle that is not a link.
 pub fn open(named: &Path) -> io::Result<OwnedFd> {
     let real = resolve(named)?;
     let handle = open_without_links(&real)?;
@@ -73,23 +73,23 @@ pub fn open(named: &Path) -> io::Result<OwnedFd> {
     } else if real.parent().is_some_and(is_of_procfs) {
         Ok(rustix::fs::open(&real, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?)
     } else {
-        // Put there since the path was resolved.
+        // A link that was created after the path was resolved.
         Err(Errno::LOOP.into())
     }
 }
 
-/// Opens what stands at the absolute path `real`, on whose way nothing is a link (ELOOP); it may be one itself.
+/// Opens the absolute path `real` as a handle; ELOOP if a component is a link. The last component may be one.
 pub fn open_without_links(real: &Path) -> io::Result<OwnedFd> {
     let below = real.strip_prefix("/").ok().filter(|below| *below != Path::new("")).unwrap_or(Path::new("."));
     Tree::open(Path::new("/"))?.handle_without_links(below)
 }
 
-/// The part of `named` that is there, resolved, with the part that is not.
+/// Resolves the part of `named` that exists, and appends the rest.
 pub fn resolve_beginning(named: &Path) -> io::Result<PathBuf> {
     let absolute = std::path::absolute(named)?;
     let there = |place: &&Path| std::fs::symlink_metadata(place).is_ok();
     let there = absolute.ancestors().find(there).unwrap_or(Path::new("/"));
-    // Path::join of nothing would add a slash.
+    // Path::join with an empty path would add a slash.
     let missing = absolute.strip_prefix(there).unwrap_or(Path::new(""));
     Ok(resolve(there)?.components().chain(missing.components()).collect())
 }
@@ -104,7 +104,7 @@ pub fn can_be_changed(file: &File) -> io::Result<bool> {
     Ok(!is_trusted(found.uid()) || found.mode() & WRITABLE != 0)
 }
 
-/// Bits of a mode with which others than the owner can change a file, or what a directory holds.
+/// Mode bits that let users other than the owner change a file or a directory.
 pub const WRITABLE: u32 = 0o022;
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! Processes: forked, waited for, found in /proc, and left.
+//! Starting processes, waiting for them, finding them in /proc, replacing this one.
 
 use std::collections::{HashMap, VecDeque};
 use std::convert::Infallible;
@@ -29,15 +29,15 @@ use crate::sys::poll;
 pub enum Fork {
     /// This is the new process.
     Child,
-    /// This is the old one; the new one's number, in this process's PID namespace.
+    /// This is the old one, with the child's number in this process's PID namespace.
     Parent(Pid),
 }
 
-/// Forks. For `ims-jail-shell` alone, which never starts a thread: a lock held by another thread would stay locked for ever in
-/// the child.
+/// Forks. Only for `ims-jail-shell`, which is single-threaded: a lock held by another thread would stay locked for ever
+/// in the child.
 pub fn fork() -> io::Result<Fork> {
-    // SAFETY: the caller is single-threaded (see above), so the child, which has the only thread, owns every lock and the
-    // allocator's state is consistent.
+    // SAFETY: the caller is single-threaded (see above), so the only thread survives in the child: no lock is held by
+    // another thread, and the allocator's state is consistent.
     #[allow(unsafe_code)]
     match unsafe { nix::unistd::fork() }? {
         ForkResult::Child => Ok(Fork::Child),
@@ -45,50 +45,50 @@ pub fn fork() -> io::Result<Fork> {
     }
 }
 
-/// Runs `child` in a new process, which ends with the exit code that it returns, and returns that process's number once it has ended or
-/// has become another program. Until then the two share their memory, so that none of it has to be copied, as with vfork(2).
-/// For `ims-jail-shell` alone, as [`fork`] is.
+/// Runs `child` in a new process, which exits with the code it returns. Returns the process's number once it has exited
+/// or called execve. Until then both share memory, which saves copying page tables, as with vfork(2). Only for
+/// `ims-jail-shell`, like [`fork`].
 pub fn spawn(child: impl FnOnce() -> u8) -> io::Result<Pid> {
-    /// Bytes; far more than a child needs that soon becomes another program. The kernel provides the pages that are used.
+    /// Size in bytes, ample for a child that soon calls execve. The kernel allocates only the pages used.
     const STACK: usize = 256 << 10;
     let mut child = Some(child);
     let run = Box::new(|| child.take().map_or(0, |child| isize::from(child())));
     let flags = CloneFlags::CLONE_VM | CloneFlags::CLONE_VFORK;
-    // SAFETY: this process has one thread (see `fork`), which the kernel halts until the child is done with the memory that they share:
-    // the child finds every lock and the allocator as it would find them in this thread, and what it changes, this one finds changed.
-    // It has a stack of its own, so it does not return into frames that are in use.
+    // SAFETY: this process has one thread (see `fork`), and CLONE_VFORK suspends it until the child stops using the
+    // shared memory. The child therefore finds locks and allocator as this thread left them, and this thread sees its
+    // changes. The child runs on a stack of its own, so it does not overwrite frames in use.
     #[allow(unsafe_code)]
     let child = unsafe { nix::sched::clone(run, &mut vec![0; STACK], flags, Some(libc::SIGCHLD)) };
     child.map_err(Into::into)
 }
 
-/// Ends this process at once, without running anything of Rust's or libc's on the way.
+/// Exits at once, without running destructors or atexit handlers.
 pub fn exit_now(code: u8) -> ! {
-    // SAFETY: _exit does not return, and touches nothing of this process's memory.
+    // SAFETY: _exit does not return, and touches no memory of this process.
     #[allow(unsafe_code)]
     unsafe {
         libc::_exit(i32::from(code))
     }
 }
 
-/// Marks every descriptor from `first` on close-on-exec, including those that another program left open.
+/// Marks every descriptor from `first` up close-on-exec, including inherited ones.
 pub fn close_on_exec_from(first: u32) -> io::Result<()> {
     let flags = i32::try_from(libc::CLOSE_RANGE_CLOEXEC).map_err(io::Error::other)?;
-    // SAFETY: the flag only marks descriptors; none is closed under an owner's feet.
+    // SAFETY: the flag only marks descriptors; none is closed while a value owns it.
     #[allow(unsafe_code)]
     let result = unsafe { libc::close_range(first, u32::MAX, flags) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Closes every descriptor from 3 on. For a program that has just started and has opened nothing itself.
+/// Closes every descriptor from 3 up. Only for a program that has just started and has opened nothing itself.
 pub fn close_all_but_streams() -> io::Result<()> {
-    // SAFETY: the caller has opened nothing yet, so no value of this process owns any of these descriptors.
+    // SAFETY: the caller has opened nothing yet, so no value in this process owns any of these descriptors.
     #[allow(unsafe_code)]
     let result = unsafe { libc::close_range(3, u32::MAX, 0) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Waits for every child that has ended, ours or inherited. Returns how each did.
+/// Reaps every ended child, ours or adopted, and returns their statuses.
 pub fn reap() -> Vec<WaitStatus> {
     let mut ended = Vec::new();
     loop {
@@ -100,8 +100,8 @@ pub fn reap() -> Vec<WaitStatus> {
     }
 }
 
-/// Ends this process as another one ended: with its exit code, or dying of the same signal, without a core dump of our own.
-/// sshd reports a death by signal to the client only if the forced command itself dies of it.
+/// Ends this process as another one ended: with its exit code, or by raising the same signal, without a core dump. sshd
+/// reports a death by signal to the client only if the forced command itself dies of it.
 pub fn end_like(status: WaitStatus) -> u8 {
     match status {
         WaitStatus::Exited(_, code) => u8::try_from(code & 0xff).unwrap_or(u8::MAX),
@@ -111,38 +111,39 @@ pub fn end_like(status: WaitStatus) -> u8 {
 }
 
 fn die_of(signal: Signal) -> u8 {
-    // Not dumpable means no core file, whatever the limits say.
+    // A process that is not dumpable writes no core file, whatever the limits say.
     let _ = nix::sys::prctl::set_dumpable(false);
     let _ = crate::sys::signals::default_disposition(signal);
     let _ = nix::sys::signal::SigSet::all().thread_unblock();
     let _ = nix::sys::signal::raise(signal);
-    // Only for a signal that does not kill: what a shell would say.
+    // Reached only if the signal does not kill; the code is what a shell would return.
     128_u8.wrapping_add(u8::try_from(signal as i32).unwrap_or(0))
 }
 
-/// Which process is meant, in a way that no later one of the same number fits.
+/// Identifies a process even if its number is reused later.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Identity {
-    /// Its number.
+    /// Its PID.
     pub pid: i32,
     /// When it started, in clock ticks after boot (/proc/PID/stat field 22).
     pub start: u64,
 }
 
 impl Identity {
-    /// Process `pid`, which must not be able to end meanwhile: this one, or a child that was not waited for.
+    /// Identity of process `pid`, which must not be able to be reaped meanwhile: this process, or a child not yet
+    /// waited for.
     pub fn of(pid: Pid) -> Option<Self> {
         Entry::read(pid).map(|entry| Self { pid: pid.as_raw(), start: entry.start })
     }
 
-    /// Reads what was written with [`fmt::Display`].
+    /// Parses the output of [`fmt::Display`].
     pub fn parse(text: &str) -> Option<Self> {
         let (pid, start) = text.trim_end().split_once(' ')?;
         Some(Self { pid: pid.parse().ok()?, start: start.parse().ok()? })
     }
 
-    /// Opens anew what the process has open under these numbers. ESRCH if it has ended; EACCES if this one may not look at it
-    /// (ptrace(2), PTRACE_MODE_READ), as root may at root's that have no more capabilities.
+    /// Reopens these descriptors of the process. ESRCH if it has ended; EACCES if this process may not inspect it
+    /// (PTRACE_MODE_READ in ptrace(2): root may inspect root's processes with no more capabilities than its own).
     pub fn open_descriptors(self, numbers: &[i32]) -> io::Result<Vec<OwnedFd>> {
         let path = format!("/proc/{}", self.pid);
         let process = rustix::fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
@@ -161,12 +162,12 @@ impl fmt::Display for Identity {
     }
 }
 
-/// A process that is still the one that was meant: a descriptor that no later process of the same number can take over.
+/// A pidfd: it keeps referring to the same process even if its number is reused.
 #[derive(Debug)]
 pub struct Handle {
-    /// The process's descriptor (pidfd), readable when it has ended.
+    /// The pidfd; readable once the process has ended.
     pub fd: OwnedFd,
-    /// Its number.
+    /// Its PID.
     pub pid: Pid,
 }
 
@@ -176,62 +177,63 @@ impl Handle {
         let raw = rustix::process::Pid::from_raw(process.pid).ok_or(io::ErrorKind::InvalidInput)?;
         let fd = rustix::process::pidfd_open(raw, PidfdFlags::empty())?;
         let pid = Pid::from_raw(process.pid);
-        // Read after the descriptor was opened: if the number had changed hands before, the time tells.
+        // Read after opening the pidfd: if the number had been reused before, the start time differs.
         match Entry::read(pid) {
             Some(entry) if entry.start == process.start && !entry.has_ended() => Ok(Self { fd, pid }),
             _ => Err(rustix::io::Errno::SRCH.into()),
         }
     }
 
-    /// Whether it has ended, or does within `limit`.
+    /// Whether it has ended, or ends within `limit`.
     pub fn ends_within(&self, limit: Duration) -> bool {
         use rustix::event::{PollFd, PollFlags};
         poll::wait(&mut [PollFd::new(&self.fd, PollFlags::IN)], limit).is_ok_and(|ready| ready > 0)
     }
 
-    /// Sends it a signal; ESRCH if it has ended, never another process's.
+    /// Sends a signal to it, and never to a later process of the same number; ESRCH if it has ended.
     pub fn signal(&self, signal: Signal) -> io::Result<()> {
         let signal = rustix::process::Signal::from_named_raw(signal as i32).ok_or(io::ErrorKind::InvalidInput)?;
         rustix::process::pidfd_send_signal(&self.fd, signal).map_err(Into::into)
     }
 }
 
-/// Has the kernel kill what `command` starts when this thread ends, however it ends. What writes to a volume must not go on after those who
-/// would read the result.
+/// Has the kernel kill `command`'s process when this thread ends, however it ends. A writer to a volume must not
+/// outlive the process that reads its result.
 pub fn end_with_us(command: &mut Command) -> &mut Command {
     let parent = getpid();
     let bound = move || {
         rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
-        // The parent may have ended before the kernel was told.
+        // The parent may have ended before prctl took effect.
         if nix::unistd::getppid() == parent { Ok(()) } else { Err(io::ErrorKind::Interrupted.into()) }
     };
-    // SAFETY: between fork and exec two system calls run, prctl and getppid; neither allocates nor takes a lock.
+    // SAFETY: between fork and exec only prctl and getppid run; neither allocates nor takes a lock.
     #[allow(unsafe_code)]
     unsafe {
         command.pre_exec(bound)
     }
 }
 
-/// Has `command` begin with these limits, each at most what this process has.
+/// Starts `command` with these limits, each capped at this process's own hard limit.
 pub fn limited<const N: usize>(command: &mut Command, limits: [(Resource, u64); N]) -> &mut Command {
     let limits = limits.map(|(resource, most)| {
         let most = Some(getrlimit(resource).maximum.map_or(most, |maximum| maximum.min(most)));
         (resource, Rlimit { current: most, maximum: most })
     });
     let lower = move || limits.iter().try_for_each(|(resource, limit)| Ok(setrlimit(*resource, *limit)?));
-    // SAFETY: between fork and exec prlimit runs, once a limit, on values that were made before; it neither allocates nor takes a lock.
+    // SAFETY: between fork and exec only setrlimit runs, on values computed before; it neither allocates nor takes a
+    // lock.
     #[allow(unsafe_code)]
     unsafe {
         command.pre_exec(lower)
     }
 }
 
-/// What a child whose output is piped has printed once it has ended; `None` if it did not within `limit`, and was killed.
+/// Output of a child with piped output, once it has ended; `None` if it was still running after `limit` and was killed.
 pub fn output_within(child: Child, limit: Duration) -> io::Result<Option<Output>> {
     let identity = Identity::of(Pid::from_raw(child.id().cast_signed())).ok_or(io::ErrorKind::NotFound)?;
     std::thread::scope(|scope| {
         let is_late = scope.spawn(move || {
-            // One that has ended already cannot be opened.
+            // A child that has already ended cannot be opened.
             let late = Handle::open(identity).ok().filter(|handle| !handle.ends_within(limit));
             late.is_some_and(|handle| handle.signal(Signal::SIGKILL).is_ok())
         });
@@ -240,50 +242,50 @@ pub fn output_within(child: Child, limit: Duration) -> io::Result<Option<Output>
     })
 }
 
-/// What /proc tells of one process.
+/// What /proc/PID/stat says about a process.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
-    /// Its number.
+    /// Its PID.
     pub pid: Pid,
-    /// Its parent's.
+    /// Its parent's PID.
     pub parent: Pid,
-    /// The kernel's short name of its program, at most 15 bytes.
+    /// Its short name (`comm`), at most 15 bytes.
     pub name: String,
-    /// Its state letter: `Z` for one that has ended and was not waited for.
+    /// Its state letter; `Z` for a zombie.
     pub state: char,
-    /// Its process group's number.
+    /// Its process group ID.
     pub group: Pid,
-    /// Its session's number.
+    /// Its session ID.
     pub session: Pid,
-    /// Its controlling terminal as a device number, 0 for none.
+    /// Device number of its controlling terminal, 0 for none.
     pub terminal: u64,
     /// When it started, in clock ticks after boot.
     pub start: u64,
-    /// How many threads it has.
+    /// Number of its threads.
     pub threads: u64,
-    /// Minor page faults of its children that have ended and were waited for: grows with each of them.
+    /// Minor page faults of its reaped children; grows with each child that is reaped.
     pub faults_of_children: u64,
 }
 
 impl Entry {
-    /// Reads /proc/PID/stat; `None` if there is no such process (any more).
+    /// Reads /proc/PID/stat; `None` if the process does not exist.
     pub fn read(pid: Pid) -> Option<Self> {
         Self::from_stat(File::open(format!("/proc/{pid}/stat")).ok()?)
     }
 
     fn from_stat(mut stat: File) -> Option<Self> {
-        // The kernel gives the whole line to the first read that has room for it: 52 numbers at the most.
+        // procfs returns the whole line, at most 52 numbers, to the first read that has room for it.
         let mut line = [0; 2048];
         let length = stat.read(&mut line).ok()?;
         Self::parse(&line[..length])
     }
 
-    /// Which process it is.
+    /// PID and start time.
     pub fn identity(&self) -> Identity {
         Identity { pid: self.pid.as_raw(), start: self.start }
     }
 
-    /// The format is proc(5)'s: the name stands in parentheses and may itself hold any byte, so the last `)` ends it.
+    /// Format of proc(5): the name is in parentheses and may contain any byte, so the last `)` ends it.
     fn parse(stat: &[u8]) -> Option<Self> {
         let open = stat.iter().position(|&b| b == b'(')?;
         let close = stat.iter().rposition(|&b| b == b')')?;
@@ -304,60 +306,60 @@ impl Entry {
         })
     }
 
-    /// Whether it has ended and only its parent has not waited for it yet. A process whose first thread alone has ended is still there.
+    /// Whether it is a zombie. If only its first thread has ended, the state is `Z` too, but the process still runs.
     pub fn has_ended(&self) -> bool {
         self.state == 'Z' && self.threads <= 1
     }
 
-    /// All processes this one can see.
+    /// All processes visible to this one.
     pub fn all() -> Vec<Self> {
         numbers(Path::new("/proc")).filter_map(Self::read).collect()
     }
 
-    /// The path of its terminal, where that is a pty.
+    /// Path of its controlling terminal if that is a pty.
     pub fn terminal_path(&self) -> Option<PathBuf> {
-        // dev_t as the kernel prints it: minor bits 0-7 and 20-31, major bits 8-19; ptys have majors 136 to 143.
+        // The kernel's dev_t encoding: minor in bits 0-7 and 20-31, major in bits 8-19; ptys have majors 136 to 143.
         let major = (self.terminal >> 8) & 0xfff;
         let minor = (self.terminal & 0xff) | ((self.terminal >> 12) & 0xfff00);
         (136..=143).contains(&major).then(|| PathBuf::from(format!("/dev/pts/{}", (major - 136) * 256 + minor)))
     }
 
-    /// Sends it a signal, if it is still there.
+    /// Sends it a signal unless it has ended.
     pub fn signal(&self, signal: Signal) {
         let _ = Handle::open(self.identity()).and_then(|handle| handle.signal(signal));
     }
 
-    /// Whether it was started as a login shell without a command: a name that begins with a dash (login(1)), and nothing more.
+    /// Whether it was started as a login shell without a command: a single argument that begins with a dash (login(1)).
     pub fn is_login_shell(&self) -> bool {
         let line = std::fs::read(format!("/proc/{}/cmdline", self.pid)).unwrap_or_default();
         line.starts_with(b"-") && line.iter().position(|&b| b == 0) == Some(line.len() - 1)
     }
 
-    /// Its command line; its short name where there is none. It may hold secrets, and control characters.
+    /// Its command line, or its short name in brackets if empty. May contain secrets and control characters.
     pub fn command_line(&self) -> String {
         let raw = std::fs::read(format!("/proc/{}/cmdline", self.pid)).unwrap_or_default();
         let words: Vec<_> = raw.split(|&b| b == 0).filter(|w| !w.is_empty()).map(String::from_utf8_lossy).collect();
         match words.as_slice() {
             [] => format!("[{}]", self.name),
-            // A title that the process gave itself.
+            // A title that the process has set itself.
             [title] => title.clone().into_owned(),
             words => shell_words::join(words),
         }
     }
 }
 
-/// The processes or threads that a directory of proc(5) has directories of.
+/// PIDs or thread IDs: the numeric names in a directory of /proc.
 pub fn numbers(directory: &Path) -> impl Iterator<Item = Pid> + use<> {
     let entries = std::fs::read_dir(directory).into_iter().flatten();
     entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).map(Pid::from_raw)
 }
 
-/// The children of process `parent`, by the kernel's lists, so that the machine's other processes cost nothing. This process, as a
-/// subreaper or PID 1, has no descendant as long as it has no child.
+/// Children of process `parent`, from the kernel's `children` lists, at a cost independent of the machine's other
+/// processes. As a subreaper or PID 1, this process has no descendants if it has no children.
 pub fn children(parent: Pid) -> Vec<Pid> {
     let list = |thread: Pid| std::fs::read_to_string(format!("/proc/{parent}/task/{thread}/children"));
     if parent == getpid() && list(parent).is_err() {
-        // The kernel lacks CONFIG_PROC_CHILDREN.
+        // A kernel without CONFIG_PROC_CHILDREN.
         return Entry::all().iter().filter(|e| e.parent == parent).map(|e| e.pid).collect();
     }
     let lists = numbers(Path::new(&format!("/proc/{parent}/task"))).filter_map(|thread| list(thread).ok());
@@ -367,8 +369,8 @@ pub fn children(parent: Pid) -> Vec<Pid> {
         .collect()
 }
 
-/// Calls `visit` for each process that descends from this one, at once when it is found and after the list of its own children was read,
-/// until `visit` breaks. A process whose parent ends meanwhile may be missed; it is a child of this process then.
+/// Calls `visit` for each descendant of this process, once its own children have been listed, until `visit` breaks. A
+/// process whose parent ends meanwhile may be missed; this process has adopted it then.
 pub fn visit_descendants(visit: &mut dyn FnMut(&Entry) -> ControlFlow<()>) {
     let mut found = children(getpid());
     while let Some(pid) = found.pop() {
@@ -379,7 +381,7 @@ pub fn visit_descendants(visit: &mut dyn FnMut(&Entry) -> ControlFlow<()>) {
     }
 }
 
-/// Those of `all` that descend from `ancestor`, nearest first.
+/// Entries of `all` that descend from `ancestor`, nearest first.
 pub fn descendants(all: &[Entry], ancestor: Pid) -> Vec<Entry> {
     let mut of_parent: HashMap<Pid, Vec<&Entry>> = HashMap::new();
     for entry in all.iter().filter(|e| e.pid != ancestor) {
@@ -396,8 +398,8 @@ pub fn descendants(all: &[Entry], ancestor: Pid) -> Vec<Entry> {
     found
 }
 
-/// While this lives, processes that this one starts are ended before it when memory is used up: a tenth of the memory counts as theirs
-/// (proc_pid_oom_score_adj(5)).
+/// While this value lives, the OOM killer prefers new children to this process: their score rises by a tenth of the
+/// memory (proc_pid_oom_score_adj(5)).
 #[derive(Debug)]
 pub struct Expendable {
     before: Option<i32>,
@@ -406,7 +408,7 @@ pub struct Expendable {
 impl Expendable {
     const FILE: &str = "/proc/self/oom_score_adj";
 
-    /// From now on. Without effect where that may not be set.
+    /// Takes effect for children started from now on. Does nothing if the score may not be set.
     pub fn children() -> Self {
         let before: Option<i32> = std::fs::read_to_string(Self::FILE).ok().and_then(|text| text.trim().parse().ok());
         let set = |own: &i32| std::fs::write(Self::FILE, (own + 100).min(1000).to_string()).is_ok();
@@ -422,7 +424,7 @@ impl Drop for Expendable {
     }
 }
 
-/// A program with all that execve(2) takes.
+/// Everything execve(2) takes.
 #[derive(Debug)]
 pub struct Exec {
     path: CString,
@@ -431,7 +433,7 @@ pub struct Exec {
 }
 
 impl Exec {
-    /// EINVAL for a string that holds a NUL byte.
+    /// Fails with EINVAL if a string contains a NUL byte.
     pub fn new<'a>(
         path: &Path,
         arguments: &[OsString],
@@ -446,17 +448,17 @@ impl Exec {
         })
     }
 
-    /// The program's file.
+    /// Path of the program.
     pub fn path(&self) -> &Path {
         Path::new(OsStr::from_bytes(self.path.as_bytes()))
     }
 
-    /// Returns only on failure.
+    /// Calls execve(2). Returns only on failure.
     pub fn replace_this_process(&self) -> nix::Result<Infallible> {
         nix::unistd::execve(&self.path, &self.arguments, &self.environment)
     }
 
-    /// Becomes the program that is open as `program`, whatever the path says. Returns only on failure.
+    /// Executes the open file `program` in place of the path (execveat(2)). Returns only on failure.
     pub fn replace_this_process_by(&self, program: impl AsFd) -> nix::Result<Infallible> {
         nix::unistd::execveat(program, c"", &self.arguments, &self.environment, AtFlags::AT_EMPTY_PATH)
     }
@@ -501,7 +503,7 @@ mod tests {
             let length = shell.stdout.take().unwrap().read(&mut line).unwrap();
             let child = Pid::from_raw(std::str::from_utf8(&line[..length]).unwrap().trim().parse().unwrap());
             drop(shell.stdin.take());
-            // It is found by the first look or, where its parent ended during that, by the second.
+            // The first pass finds it or, if its parent ended during that, the second.
             let mut found = false;
             for _ in 0..2 {
                 visit_descendants(&mut |entry| {

@@ -1,4 +1,4 @@
-//! Local sockets that carry whole packets (`SOCK_SEQPACKET`): what one program of ours tells another, and that it is still there.
+//! Unix sockets of type `SOCK_SEQPACKET`, which preserve message boundaries; one end sees when the other is gone.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -11,10 +11,10 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
 };
 
-/// No packet is longer; what is, is cut.
+/// Longest packet in bytes; the rest is truncated.
 pub const LONGEST: usize = 16 << 10;
 
-/// No packet carries more descriptors; what else comes is closed.
+/// Most descriptors in one packet; the kernel closes any more.
 const MOST_DESCRIPTORS: usize = 8;
 
 /// One end of a connection.
@@ -24,25 +24,25 @@ pub struct Packets {
 }
 
 impl Packets {
-    /// Both ends, close-on-exec.
+    /// Both ends of a new connection, close-on-exec.
     pub fn pair() -> io::Result<(Self, Self)> {
         let (a, b) = net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
         Ok((Self { fd: a }, Self { fd: b }))
     }
 
-    /// Connects to the [`Listener`] at `path`. Does not wait for it to accept.
+    /// Connects to the [`Listener`] at `path`. Does not wait for accept.
     pub fn connect(path: &Path) -> io::Result<Self> {
         let fd = net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
         net::connect(&fd, &SocketAddrUnix::new(path)?)?;
         Ok(Self { fd })
     }
 
-    /// Takes an end that was inherited.
+    /// Takes an inherited end.
     pub fn from_fd(fd: OwnedFd) -> Self {
         Self { fd }
     }
 
-    /// Gives the end away, to be a child's standard input.
+    /// Returns the descriptor, to become a child's standard input.
     pub fn into_fd(self) -> OwnedFd {
         self.fd
     }
@@ -52,7 +52,7 @@ impl Packets {
         self.send_with(packet, &[])
     }
 
-    /// Sends one packet and, with it, a copy of each of `descriptors`.
+    /// Sends one packet with duplicates of `descriptors`.
     pub fn send_with(&self, packet: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
@@ -64,17 +64,17 @@ impl Packets {
         Ok(())
     }
 
-    /// Sends nothing more: the other end sees that, and can still send.
+    /// Shuts down sending: the other end reads end-of-file and can still send.
     pub fn finish(&self) -> io::Result<()> {
         net::shutdown(&self.fd, net::Shutdown::Write).map_err(Into::into)
     }
 
-    /// The next packet, waiting for it; `None` if the other end is gone. Descriptors that come with it are closed.
+    /// Waits for the next packet; `None` if the other end is gone. Descriptors sent with it are closed.
     pub fn receive(&self) -> io::Result<Option<Vec<u8>>> {
         Ok(self.receive_with()?.map(|(packet, _)| packet))
     }
 
-    /// The next packet and the descriptors that came with it, close-on-exec.
+    /// Waits for the next packet and the descriptors sent with it, close-on-exec.
     pub fn receive_with(&self) -> io::Result<Option<(Vec<u8>, Vec<OwnedFd>)>> {
         let mut packet = vec![0; LONGEST];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
@@ -98,7 +98,7 @@ impl Packets {
         }
     }
 
-    /// The process at the other end.
+    /// PID of the process at the other end.
     pub fn peer(&self) -> io::Result<nix::unistd::Pid> {
         let credentials = net::sockopt::socket_peercred(&self.fd)?;
         Ok(nix::unistd::Pid::from_raw(credentials.pid.as_raw_nonzero().get()))
@@ -111,14 +111,14 @@ impl AsFd for Packets {
     }
 }
 
-/// A place to connect to.
+/// A listening socket.
 #[derive(Debug)]
 pub struct Listener {
     fd: OwnedFd,
 }
 
 impl Listener {
-    /// Listens at `path`, where a socket of an earlier process may lie. Only root can connect.
+    /// Listens at `path`, replacing the socket of an earlier process. Only root can connect.
     pub fn bind(path: &Path) -> io::Result<Self> {
         match std::fs::remove_file(path) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
@@ -131,7 +131,7 @@ impl Listener {
         Ok(Self { fd })
     }
 
-    /// The next connection that is waiting, if any.
+    /// Accepts the next pending connection, if any.
     pub fn accept(&self) -> Option<Packets> {
         net::accept_with(&self.fd, SocketFlags::CLOEXEC).ok().map(Packets::from_fd)
     }

@@ -1,4 +1,4 @@
-//! Signals as values: what is blocked, what has arrived.
+//! Blocking signals and reading them from a descriptor.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::process::CommandExt;
@@ -9,15 +9,15 @@ use nix::sys::signal::{SigHandler, SigSet, SigmaskHow, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::Pid;
 
-/// Signals that are held back from this process's handlers and read from a descriptor instead.
+/// Signals blocked in this process and read from a signalfd.
 pub struct Signals {
     fd: SignalFd,
-    /// The mask from before, which a child gets back.
+    /// The previous mask, restored in a child.
     before: SigSet,
 }
 
 impl Signals {
-    /// Blocks `signals` in this thread (and in all it starts later) and opens the descriptor they are read from.
+    /// Blocks `signals` in this thread and all it starts later, and opens the signalfd.
     pub fn hold(signals: &[Signal]) -> nix::Result<Self> {
         let set: SigSet = signals.iter().copied().collect();
         let mut before = SigSet::empty();
@@ -26,15 +26,16 @@ impl Signals {
         Ok(Self { fd, before })
     }
 
-    /// The next signal that has arrived, if any.
+    /// The next pending signal, if any.
     pub fn next(&self) -> nix::Result<Option<Signal>> {
         self.next_with_sender().map(|next| next.map(|(signal, _)| signal))
     }
 
-    /// The next signal, and whether a process has sent it: a terminal's comes from the kernel, and to all of its foreground.
+    /// The next pending signal, and whether a process sent it. The kernel sends a terminal's signals, to its whole
+    /// foreground group.
     pub fn next_with_sender(&self) -> nix::Result<Option<(Signal, bool)>> {
         match self.fd.read_signal() {
-            // SI_USER and its like are not positive (sigaction(2)).
+            // SI_USER and the other codes for a sending process are not positive (sigaction(2)).
             Ok(Some(info)) => {
                 Signal::try_from(info.ssi_signo.cast_signed()).map(|signal| Some((signal, info.ssi_code <= 0)))
             }
@@ -43,8 +44,8 @@ impl Signals {
         }
     }
 
-    /// Gives a child that is about to exec the dispositions a program expects from sshd: the old mask, and SIGPIPE deadly, which is ignored
-    /// here and would be in `yes | head` too.
+    /// Gives a child before exec the state that sshd gives a program: the previous mask, and SIGPIPE with its default
+    /// action. This program ignores SIGPIPE, and an ignored one survives exec: `yes | head` would not end.
     pub fn restore_for_exec(&self) -> nix::Result<()> {
         default_disposition(Signal::SIGPIPE)?;
         self.before.thread_set_mask()
@@ -57,18 +58,18 @@ impl AsFd for Signals {
     }
 }
 
-/// Starts `command` with no signal held back. A mask outlives exec and `Command` hands ours on: without this a shell could not be
-/// interrupted, nor a script terminated.
+/// Starts `command` with no signal blocked. The mask survives exec and `Command` does not reset it: a shell could not
+/// be interrupted, nor a script terminated.
 pub fn hold_none(command: &mut Command) -> &mut Command {
-    // SAFETY: all that runs between fork and exec is one sigprocmask, which is async-signal-safe, on a set made on the stack.
+    // SAFETY: between fork and exec only sigprocmask runs, which is async-signal-safe, on a set on the stack.
     #[allow(unsafe_code)]
     unsafe {
         command.pre_exec(|| SigSet::empty().thread_set_mask().map_err(Into::into))
     }
 }
 
-/// Stops this process's group as Ctrl-Z would, and returns once it was continued. Returns at once if the group is orphaned: the kernel
-/// stops none so that nobody could continue.
+/// Stops this process group as Ctrl-Z does, and returns after SIGCONT. Returns at once if the group is orphaned: the
+/// kernel does not stop a group that no shell could continue.
 pub fn stop_own_group() -> nix::Result<()> {
     default_disposition(Signal::SIGTSTP)?;
     let stop: SigSet = [Signal::SIGTSTP].into_iter().collect();
@@ -79,16 +80,16 @@ pub fn stop_own_group() -> nix::Result<()> {
     result
 }
 
-/// Lets `signal` do to this process what it does by default.
+/// Restores the default action of `signal`.
 pub fn default_disposition(signal: Signal) -> nix::Result<()> {
-    // SAFETY: SIG_DFL is no function of ours, so nothing of this program can run inside a handler.
+    // SAFETY: SIG_DFL is not a function, so no code of this program can run as a handler.
     #[allow(unsafe_code)]
     unsafe { nix::sys::signal::signal(signal, SigHandler::SigDfl) }.map(|_| ())
 }
 
-/// Lets `signal` do nothing to this process.
+/// Ignores `signal`.
 pub fn ignore(signal: Signal) -> nix::Result<()> {
-    // SAFETY: SIG_IGN is no function of ours, so nothing of this program can run inside a handler.
+    // SAFETY: SIG_IGN is not a function, so no code of this program can run as a handler.
     #[allow(unsafe_code)]
     unsafe { nix::sys::signal::signal(signal, SigHandler::SigIgn) }.map(|_| ())
 }
@@ -105,7 +106,7 @@ mod tests {
             String::from_utf8(output.stdout).unwrap().split_whitespace().nth(1).unwrap().to_owned()
         };
         assert_eq!(blocked(hold_none(&mut Command::new("grep"))), "0000000000000000");
-        // Why it is needed: a mask is inherited.
+        // The counterpart: without it the mask is inherited.
         assert_ne!(blocked(&mut Command::new("grep")), "0000000000000000");
         signals.before.thread_set_mask().unwrap();
     }

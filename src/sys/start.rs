@@ -1,5 +1,6 @@
-//! The start of `ims-jail-shell`, without the runtime's of Rust: that opens /proc/self/maps, which in the jail may be anything of the image
-//! (a fifo would hold every login up), and makes a stack for signals. A session starts the program twice.
+//! Start of `ims-jail-shell` in place of Rust's runtime. The runtime opens /proc/self/maps, which in a jail may be a
+//! file of the image (a FIFO would block every login), and sets up a signal stack, a cost that each session would pay
+//! twice.
 
 use std::os::fd::{AsFd, IntoRawFd};
 
@@ -9,8 +10,8 @@ use rustix::fs::{Mode, OFlags};
 
 use crate::sys::signals::ignore;
 
-/// Does what of the runtime's start is needed: streams that are closed are opened on /dev/null, lest the next file that is opened becomes
-/// one; and to write where nobody reads is an error and not the end.
+/// Does the part of the runtime's start that is needed. Opens closed standard streams on /dev/null, so that no later
+/// file takes their number; ignores SIGPIPE, so that writing to a closed pipe is an error.
 pub fn prepare_process() {
     let (stdin, stdout, stderr) = (std::io::stdin(), std::io::stdout(), std::io::stderr());
     let mut streams =
@@ -18,7 +19,7 @@ pub fn prepare_process() {
     let polled = rustix::event::poll(&mut streams, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }));
     let closed = streams.iter().filter(|stream| stream.revents().contains(PollFlags::NVAL)).count();
     for _ in 0..closed {
-        // It gets the lowest number that is free. Kept open as long as the process lives.
+        // open(2) returns the lowest free number. The descriptor stays open until the process exits.
         match rustix::fs::open("/dev/null", OFlags::RDWR, Mode::empty()) {
             Ok(null) => drop(null.into_raw_fd()),
             Err(_) => std::process::abort(),
@@ -29,18 +30,18 @@ pub fn prepare_process() {
     }
 }
 
-/// Makes `$main`, a function that returns an exit code, the program's start. The crate has to be `no_main`.
+/// Makes `$main`, a function that returns an exit code, the program's entry point. The crate must be `no_main`.
 #[macro_export]
 macro_rules! start_at {
     ($main:path) => {
-        /// Called by the C library. `std` has the arguments without it.
-        // SAFETY: no other function of the program has this name, which is the one that the C library calls, with these arguments.
+        /// Called by the C library. `std` gets the arguments by itself.
+        // SAFETY: no other function of the program is named `main`, and the C library calls it with these arguments.
         #[allow(unsafe_code)]
         #[unsafe(no_mangle)]
         extern "C" fn main(_: std::ffi::c_int, _: *const *const std::ffi::c_char) -> std::ffi::c_int {
             $crate::sys::start::prepare_process();
             let code: u8 = $main();
-            // Which writes what is left in standard output's buffer.
+            // Flushes standard output.
             std::process::exit(code.into())
         }
     };

@@ -1,13 +1,13 @@
-//! The controlling terminal, as far as one process hands it to another.
+//! Moving the controlling terminal's foreground from one process group to another.
 
 use std::os::fd::AsFd;
 
 use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 use nix::unistd::Pid;
 
-/// Makes `group` the foreground process group of `terminal`, from the background too.
+/// Makes `group` the foreground process group of `terminal`; works from the background too.
 pub fn set_foreground(terminal: impl AsFd, group: Pid) -> nix::Result<()> {
-    // A process of a background group that does this is stopped by SIGTTOU, unless it holds that signal back.
+    // The kernel stops a background process that does this by SIGTTOU unless the signal is blocked.
     let mut before = SigSet::empty();
     let ttou: SigSet = [Signal::SIGTTOU].into_iter().collect();
     nix::sys::signal::sigprocmask(SigmaskHow::SIG_BLOCK, Some(&ttou), Some(&mut before))?;

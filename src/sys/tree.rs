@@ -1,7 +1,7 @@
-//! A directory whose contents are not trusted, reached by descriptor only.
+//! Access to an untrusted directory by descriptor only.
 //!
-//! Every look-up is one `openat2` with `RESOLVE_IN_ROOT`, so that a link in the tree, absolute or with `..`, never
-//! leads out of it (CVE-2021-30465, CVE-2026-41579, CVE-2026-47766 are launchers that used a path).
+//! Every lookup is one `openat2` with `RESOLVE_IN_ROOT`, so that a link in the tree, absolute or with `..`, never leads
+//! out of it (CVE-2021-30465, CVE-2026-41579 and CVE-2026-47766 are launchers that used a path).
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -17,35 +17,35 @@ use rustix::io::Errno;
 
 use crate::sys::file_kind::FileKind;
 
-/// How often a look-up that raced with a rename or a mount is tried again; the kernel answers EAGAIN then.
+/// Number of retries of a lookup that raced with a rename or a mount (the kernel returns EAGAIN).
 const RACE_RETRIES: usize = 128;
 
-/// Length, in bytes, to which one more name of 255 bytes can be added: the kernel still takes that path.
+/// Length in bytes up to which a path can take one more name of 255 bytes and stay below PATH_MAX.
 const LONGEST_PART: usize = 3000;
 
-/// The kernel follows no more links in one path either.
+/// The kernel's limit of links in one path (path_resolution(7)).
 const MOST_LINKS: usize = 40;
 
-/// What can be done with a file system.
+/// Whether a file system accepts writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Condition {
-    /// It takes what is written.
+    /// Writes succeed.
     Writable,
-    /// It has no space, or no inode.
+    /// No blocks or no inodes are left.
     Full,
-    /// It takes nothing.
+    /// Mounted read-only.
     ReadOnly,
 }
 
-/// An open directory, below which names are resolved as if it were `/`.
+/// An open directory; names below it are resolved as if it were `/`.
 #[derive(Debug)]
 pub struct Tree {
     directory: OwnedFd,
 }
 
 impl Tree {
-    /// Opens the directory `path`. Its last component must not be a link (ENOTDIR): a link in an untrusted place would choose
-    /// another tree.
+    /// Opens the directory `path`. Fails with ENOTDIR if the last component is a link: in an untrusted place it would
+    /// choose another tree.
     pub fn open(path: &Path) -> io::Result<Self> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         Ok(Self { directory: rustix::fs::open(path, flags, Mode::empty())? })
@@ -56,7 +56,7 @@ impl Tree {
         Self { directory }
     }
 
-    /// Opens `path` below the tree; every link on the way is resolved inside it, the last component too unless `flags` hold
+    /// Opens `path` below the tree. Links are resolved inside it, the last component too unless `flags` contain
     /// `NOFOLLOW`.
     pub fn open_at(&self, path: impl AsRef<Path>, flags: OFlags, mode: Mode) -> io::Result<OwnedFd> {
         self.resolve(path.as_ref(), flags, mode, ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS)
@@ -72,41 +72,43 @@ impl Tree {
         Err(Errno::AGAIN.into())
     }
 
-    /// A handle on what stands at `path`, through links that stay in the tree. EXDEV for one that leads out of it, as an absolute one does.
+    /// A handle on `path`, through links that stay in the tree. EXDEV for a link that leads out of it, as any absolute
+    /// one does.
     pub fn beneath(&self, path: impl AsRef<Path>) -> io::Result<OwnedFd> {
         self.resolve(path.as_ref(), OFlags::PATH, Mode::empty(), ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS)
     }
 
-    /// The path below the tree at which the kernel has `found`, which was opened in it. By the time it is used, it may have moved.
+    /// Current path of `found` below the tree it was opened in. It may be outdated when it is used.
     pub fn path_of(&self, found: &OwnedFd) -> io::Result<PathBuf> {
         let own = std::fs::read_link(self.path())?;
         let found = std::fs::read_link(format!("/proc/self/fd/{}", found.as_raw_fd()))?;
         found.strip_prefix(own).map(Path::to_owned).map_err(|_| io::ErrorKind::NotFound.into())
     }
 
-    /// A handle on the object itself, a link included.
+    /// A handle on the object itself, even if it is a link.
     pub fn handle(&self, path: impl AsRef<Path>) -> io::Result<OwnedFd> {
         self.open_at(path, OFlags::PATH | OFlags::NOFOLLOW, Mode::empty())
     }
 
-    /// A directory below the tree, as a tree of its own.
+    /// Opens a directory below the tree as a tree of its own.
     pub fn directory(&self, path: impl AsRef<Path>) -> io::Result<Tree> {
         Ok(Tree { directory: self.open_at(path, OFlags::PATH | OFlags::DIRECTORY, Mode::empty())? })
     }
 
-    /// The directory `path` below the tree, on whose way nothing is a link.
+    /// Opens the directory `path` below the tree; ELOOP or ENOTDIR if a component is a link.
     pub fn directory_without_links(&self, path: impl AsRef<Path>) -> io::Result<Tree> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW;
         Ok(Tree { directory: self.open_without_links(path, flags)? })
     }
 
-    /// The same, on whose way nothing is mounted (EXDEV) either: names can be moved from there to the tree's other directories.
+    /// Like [`Tree::directory_without_links`], and EXDEV at a mount point: names can be renamed between it and this
+    /// tree.
     pub fn directory_of_same_mount(&self, path: impl AsRef<Path>) -> io::Result<Tree> {
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
         Ok(Tree { directory: self.resolve_in_parts(path.as_ref(), OFlags::PATH | OFlags::DIRECTORY, resolve)? })
     }
 
-    /// A handle on the object `path`, on whose way nothing is a link (ELOOP); the object itself may be one.
+    /// A handle on `path`; ELOOP if a component is a link. The last component may be one.
     pub fn handle_without_links(&self, path: impl AsRef<Path>) -> io::Result<OwnedFd> {
         self.open_without_links(path, OFlags::PATH | OFlags::NOFOLLOW)
     }
@@ -115,7 +117,7 @@ impl Tree {
         self.resolve_in_parts(path.as_ref(), flags, ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS)
     }
 
-    /// The kernel takes no path of 4096 bytes. A tree can be deeper: then it is opened part by part.
+    /// Opens a path longer than PATH_MAX (4096 bytes), which a deep tree can have, in several parts.
     fn resolve_in_parts(&self, path: &Path, flags: OFlags, resolve: ResolveFlags) -> io::Result<OwnedFd> {
         let (mut above, mut part) = (None::<OwnedFd>, PathBuf::new());
         let open = |above: Option<OwnedFd>, part: &Path, flags| match above {
@@ -132,10 +134,10 @@ impl Tree {
         open(above, &part, flags)
     }
 
-    /// What stands at `path`, a link included; `None` where nothing does.
+    /// Status of `path`, not following a last link; `None` if nothing is there.
     pub fn look(&self, path: impl AsRef<Path>) -> io::Result<Option<Stat>> {
         let path = path.as_ref();
-        // A name in the tree's own directory needs no descriptor, which this process may have no more of.
+        // A name directly in this directory needs no descriptor; the process may have run out of them.
         let found = if path.components().eq([Component::Normal(path.as_os_str())]) {
             rustix::fs::statat(&self.directory, path, AtFlags::SYMLINK_NOFOLLOW).map_err(Into::into)
         } else {
@@ -148,8 +150,8 @@ impl Tree {
         }
     }
 
-    /// Target of `path`, link by link and the last component too, as names below the tree's root; components that do
-    /// not exist are taken literally. An error if the links form a circle.
+    /// Target of `path` with every link resolved, the last one too, relative to the tree's root. Components that do not
+    /// exist are taken literally. ELOOP if the links form a cycle.
     pub fn leads_to(&self, path: impl AsRef<Path>) -> io::Result<PathBuf> {
         let mut found = PathBuf::new();
         let mut ahead = path.as_ref().to_owned();
@@ -181,7 +183,7 @@ impl Tree {
         }
     }
 
-    /// Target of the link at `path`; `None` if there is no link.
+    /// Target of the link at `path`; `None` if it is not a link.
     fn target(&self, path: &Path) -> io::Result<Option<PathBuf>> {
         let link = match self.handle(path) {
             Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => return Ok(None),
@@ -189,13 +191,13 @@ impl Tree {
         };
         match rustix::fs::readlinkat(&link, "", Vec::new()) {
             Ok(target) => Ok(Some(OsStr::from_bytes(target.to_bytes()).into())),
-            // readlinkat(2) fails like this for a handle on anything but a link.
+            // readlinkat(2) fails like this on a handle that is not a link.
             Err(Errno::NOENT | Errno::INVAL) => Ok(None),
             Err(e) => Err(e.into()),
         }
     }
 
-    /// Reads a regular file of at most `limit` bytes; a larger one is not read at all, however many of its bytes are holes. See
+    /// Reads a regular file of at most `limit` bytes; a larger one, sparse or not, is refused without reading. See
     /// [`Tree::open_regular`].
     pub fn read(&self, path: impl AsRef<Path>, limit: u64) -> io::Result<Vec<u8>> {
         let file = self.open_regular(path, OFlags::RDONLY)?;
@@ -204,7 +206,7 @@ impl Tree {
         if size > limit {
             return Err(too_large());
         }
-        // Files of procfs have no size, and others may grow.
+        // Files of procfs have size 0, and others may grow meanwhile.
         let mut text = Vec::with_capacity(usize::try_from(size).unwrap_or(0) + 1);
         file.take(limit + 1).read_to_end(&mut text)?;
         if text.len() as u64 > limit { Err(too_large()) } else { Ok(text) }
@@ -217,9 +219,9 @@ impl Tree {
         Ok(text)
     }
 
-    /// Opens the regular file `path` with `flags` (access mode, `APPEND`, `NOFOLLOW`), every link on the way resolved inside the tree.
-    /// Anything else at that name is an error and is not opened: opening a device or a fifo acts on it, and may wait for ever. A file
-    /// that another process has leased (`F_SETLEASE`) is EAGAIN instead of a wait of 45 s.
+    /// Opens the regular file `path` with `flags` (access mode, `APPEND`, `NOFOLLOW`); links are resolved inside the
+    /// tree. Any other type is an error and is not opened: opening a device or a FIFO has effects, and may block for
+    /// ever. A file that another process has leased (`F_SETLEASE`) fails with EAGAIN instead of blocking for 45 s.
     pub fn open_regular(&self, path: impl AsRef<Path>, flags: OFlags) -> io::Result<File> {
         let path = path.as_ref();
         let handle = self.open_at(path, OFlags::PATH | (flags & OFlags::NOFOLLOW), Mode::empty())?;
@@ -229,28 +231,30 @@ impl Tree {
         }
         let flags = (flags - OFlags::NOFOLLOW) | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
         if let Some(own) = own_descriptors()? {
-            // The object that was looked at, whatever has its name meanwhile.
+            // Reopens the very inode that was checked, even if its name has been replaced meanwhile.
             return Ok(rustix::fs::openat(own, handle.as_raw_fd().to_string(), flags, Mode::empty())?.into());
         }
-        // A jail of the chroot tier has no procfs. Whoever can exchange names below its root is root in there, and opens any device himself.
+        // A jail of the chroot tier has no procfs. Only root in the jail can replace names there, and root can open any
+        // device.
         let file = self.open_at(path, flags | OFlags::NOFOLLOW, Mode::empty())?;
         let opened = rustix::fs::fstat(&file)?;
         let same = (opened.st_dev, opened.st_ino) == (found.st_dev, found.st_ino);
         if same { Ok(file.into()) } else { Err(Errno::AGAIN.into()) }
     }
 
-    /// Creates the empty file `name` of this directory, for reading and writing, in place of what had the name. Mode 0600.
+    /// Creates the empty file `name` of this directory, mode 0600, open for reading and writing; replaces an existing
+    /// one.
     pub fn create_file(&self, name: impl AsRef<Path>) -> io::Result<File> {
         self.remove(&name)?;
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
         Ok(self.open_at(name, flags, Mode::from_raw_mode(0o600))?.into())
     }
 
-    /// Creates an empty file without a name on this directory's file system, for reading and writing: no other user can open it.
+    /// Creates an empty unnamed file (O_TMPFILE) on this directory's file system; no other user can open it.
     pub fn create_nameless(&self) -> io::Result<File> {
         let flags = OFlags::RDWR | OFlags::TMPFILE;
         match self.open_at(".", flags, Mode::from_raw_mode(0o600)) {
-            // File systems without O_TMPFILE, as NFS.
+            // NFS, for one, has no O_TMPFILE.
             Err(e) if matches!(Errno::from_io_error(&e), Some(Errno::OPNOTSUPP | Errno::ISDIR)) => {
                 let name = ".ims-sshd.copy";
                 let file = self.create_file(name)?;
@@ -261,13 +265,13 @@ impl Tree {
         }
     }
 
-    /// Gives the file `from` of this directory the name `to`, in place of what had it.
+    /// Renames `from` to `to` in this directory; replaces an existing file.
     pub fn rename(&self, from: &str, to: &str) -> io::Result<()> {
         rustix::fs::renameat(&self.directory, from, &self.directory, to).map_err(Into::into)
     }
 
-    /// A path that leads to the tree's own directory, whatever its name is by now, as long as this value lives; for this process and for
-    /// the working directory of what it starts.
+    /// A path to this directory that survives renames of it. Valid for this process while this value lives, and as the
+    /// working directory of a child.
     pub fn path(&self) -> PathBuf {
         format!("/proc/self/fd/{}", self.directory.as_raw_fd()).into()
     }
@@ -277,8 +281,9 @@ impl Tree {
         std::fs::read_link(self.path()).unwrap_or_else(|_| self.path())
     }
 
-    /// Calls `visit` for the directory itself and for everything below it: with the path below the tree, the directory that holds it, its
-    /// name there, and what it is. Follows no link, and reaches nothing outside, whatever is renamed meanwhile.
+    /// Calls `visit` for the directory itself and everything below it, with the path below the tree, the parent
+    /// directory, the name in it, and the status. Follows no link, and never leaves the tree, whatever is renamed
+    /// meanwhile.
     pub fn walk(&self, mut visit: impl FnMut(&Path, &Tree, &OsStr, &Stat) -> io::Result<()>) -> io::Result<()> {
         visit(Path::new(""), self, OsStr::new("."), &rustix::fs::fstat(&self.directory)?)?;
         let (mut directories, mut descent) = (vec![PathBuf::new()], Descent::of(self));
@@ -307,8 +312,8 @@ impl Tree {
         }
     }
 
-    /// Puts `text` at `path` in one step, so that a reader sees the old file or the new, never a part; what stood there, a link
-    /// included, is replaced. Mode 0644, on disk when this returns.
+    /// Replaces `path`, even if it is a link, by a file with `text`: a reader sees either the old or the new content.
+    /// Mode 0644; synced to disk.
     pub fn replace(&self, path: impl AsRef<Path>, text: &[u8]) -> io::Result<()> {
         let (parent, name) = self.parent_of(path.as_ref())?;
         let mut temporary = OsString::from(".");
@@ -327,11 +332,11 @@ impl Tree {
         written
     }
 
-    /// Gives the file `from` of this directory the name `to` below `tree`, if nothing has it. Needs no space and no inode.
+    /// Renames `from` in this directory to `to` below `tree`; EEXIST if that exists. Needs no space and no inode.
     pub fn rename_to(&self, from: &str, tree: &Tree, to: impl AsRef<Path>) -> io::Result<()> {
         let (parent, name) = tree.parent_of(to.as_ref())?;
         match rustix::fs::renameat_with(&self.directory, from, &parent.directory, &name, RenameFlags::NOREPLACE) {
-            // NFS, CephFS and most FUSE file systems do not know the flag.
+            // NFS, CephFS and most FUSE file systems do not support the flag.
             Err(Errno::INVAL) => match parent.look(&name)? {
                 None => rustix::fs::renameat(&self.directory, from, &parent.directory, &name),
                 Some(_) => Err(Errno::EXIST),
@@ -341,18 +346,19 @@ impl Tree {
         .map_err(Into::into)
     }
 
-    /// Gives the file `from` of this directory the name `to` of `tree`, in the place of what has it.
+    /// Renames `from` in this directory to `to` in `tree`; replaces an existing file.
     pub fn rename_over(&self, from: &str, tree: &Tree, to: &str) -> io::Result<()> {
         rustix::fs::renameat(&self.directory, from, &tree.directory, to).map_err(Into::into)
     }
 
-    /// Gives the file `from` of this directory a second name, `to` below `tree`, if nothing has that. Needs no inode on most disks.
+    /// Hard-links `from` in this directory to `to` below `tree`; EEXIST if that exists. Needs no inode on most file
+    /// systems.
     pub fn link_to(&self, from: &str, tree: &Tree, to: impl AsRef<Path>) -> io::Result<()> {
         let (parent, name) = tree.parent_of(to.as_ref())?;
         rustix::fs::linkat(&self.directory, from, &parent.directory, &name, AtFlags::empty()).map_err(Into::into)
     }
 
-    /// Whether nothing can be written to the tree's file system, or nothing more fits.
+    /// Whether the tree's file system is read-only or full.
     pub fn condition(&self) -> io::Result<Condition> {
         let fs = rustix::fs::fstatvfs(&self.directory)?;
         Ok(if fs.f_flag.contains(StatVfsMountFlags::RDONLY) {
@@ -364,17 +370,17 @@ impl Tree {
         })
     }
 
-    /// Removes the file or link `path`; nothing there is no error. Returns whether something was removed.
+    /// Removes the file or link `path`; no error if it does not exist. Returns whether something was removed.
     pub fn remove(&self, path: impl AsRef<Path>) -> io::Result<bool> {
         self.unlink(path.as_ref(), AtFlags::empty())
     }
 
-    /// Removes the empty directory `path`; nothing there is no error. Returns whether something was removed.
+    /// Removes the empty directory `path`; no error if it does not exist. Returns whether something was removed.
     pub fn remove_directory(&self, path: impl AsRef<Path>) -> io::Result<bool> {
         self.unlink(path.as_ref(), AtFlags::REMOVEDIR)
     }
 
-    /// Removes the file `name` of this directory, or the directory with all that is in it; nothing there is no error.
+    /// Removes the file or the whole directory `name` of this directory; no error if it does not exist.
     pub fn remove_whole(&self, name: &OsStr) -> io::Result<()> {
         match self.look(name)?.map(|found| FileType::from_raw_mode(found.st_mode)) {
             None => Ok(()),
@@ -383,7 +389,7 @@ impl Tree {
         }
     }
 
-    /// However deep it is, with few descriptors. What is mounted in it stays, and is an error.
+    /// Works at any depth with few descriptors. Does not cross mount points: those are an error.
     fn remove_recursively(&self, name: &OsStr) -> io::Result<()> {
         let (mut found, mut next) = (vec![PathBuf::from(name)], 0);
         while let Some(path) = found.get(next).cloned() {
@@ -406,8 +412,8 @@ impl Tree {
         Ok(())
     }
 
-    /// Makes the empty directory `name` of this one, which only this user reaches (mode 0700), and opens it. Somebody who can rename here
-    /// could put another directory in its place: one that is not as the new one is refused.
+    /// Creates the empty directory `name`, mode 0700, and opens it. Another user who can rename here could swap in a
+    /// directory of their own; one that is not ours or not empty is refused.
     pub fn make_private(&self, name: &str) -> io::Result<Tree> {
         rustix::fs::mkdirat(&self.directory, name, Mode::RWXU)?;
         let made = self.directory_of_same_mount(name)?;
@@ -416,7 +422,8 @@ impl Tree {
         if !is_ours || !made.names()?.is_empty() {
             return Err(io::Error::other("another directory has taken its place; nobody else may rename there"));
         }
-        // Of a setgid directory, a new one has the group and the bit (inode(7)), which an archive may leave as they are.
+        // In a setgid directory, a new directory inherits the group and the bit (inode(7)); unpacking an archive may
+        // not reset them.
         if found.st_mode & 0o7777 != 0o700 {
             rustix::fs::chownat(&made, ".", None, Some(rustix::process::getegid()), AtFlags::empty())?;
             rustix::fs::chmodat(&made, ".", Mode::RWXU, AtFlags::empty())?;
@@ -424,11 +431,11 @@ impl Tree {
         Ok(made)
     }
 
-    /// Makes the directory `path` (mode 0755), and those above it, as far as they are missing.
+    /// Creates the directory `path` (mode 0755) and its missing parents.
     pub fn make_directories(&self, path: impl AsRef<Path>) -> io::Result<()> {
         let ancestors: Vec<_> = path.as_ref().ancestors().filter(|path| path.file_name().is_some()).collect();
         for path in ancestors.into_iter().rev() {
-            // One name at a time: on a longer way the kernel would follow links out of the tree.
+            // Creates one name at a time: mkdirat(2) with a longer path would follow links out of the tree.
             let (above, name) = self.parent_of(path)?;
             match rustix::fs::mkdirat(&above, name, Mode::from_raw_mode(0o755)) {
                 Ok(()) | Err(Errno::EXIST) => {}
@@ -438,7 +445,7 @@ impl Tree {
         Ok(())
     }
 
-    /// Makes the directory `path` (mode 0755), or the empty file `path`, and leaves its parent's times as they were.
+    /// Creates the directory (mode 0755) or empty file `path`, and preserves its parent's times.
     pub fn make_mount_point(&self, path: impl AsRef<Path>, directory: bool) -> io::Result<()> {
         let (parent, name) = self.parent_of(path.as_ref())?;
         parent.keeping_times(|| {
@@ -451,8 +458,8 @@ impl Tree {
         })
     }
 
-    /// Removes what [`Tree::make_mount_point`] made, if it is still empty, and leaves the parent's times as they were.
-    /// Returns whether it is gone.
+    /// Removes what [`Tree::make_mount_point`] created if it is still empty, and preserves the parent's times. Returns
+    /// whether it is gone.
     pub fn remove_mount_point(&self, path: impl AsRef<Path>) -> io::Result<bool> {
         let Some(made) = self.look(path.as_ref())? else { return Ok(true) };
         let (parent, name) = self.parent_of(path.as_ref())?;
@@ -466,14 +473,14 @@ impl Tree {
         })
     }
 
-    /// Makes the character device `path` (mode 0666), and leaves its parent's times as they were.
+    /// Creates the character device `path` (mode 0666), and preserves its parent's times.
     pub fn make_device(&self, path: impl AsRef<Path>, major: u32, minor: u32) -> io::Result<()> {
         let (parent, name) = self.parent_of(path.as_ref())?;
         let device = rustix::fs::makedev(major, minor);
         parent.keeping_times(|| {
             let mode = Mode::from_raw_mode(0o666);
             rustix::fs::mknodat(&parent.directory, &name, FileType::CharacterDevice, mode, device)?;
-            // For all, whatever the umask is. By descriptor: whoever renames here gets no other file's mode changed.
+            // Overrides the umask. By descriptor: a rename by someone else must not redirect chmod to another file.
             let node = parent.handle(&name)?;
             if rustix::fs::fstat(&node)?.st_rdev != device {
                 return Err(Errno::EXIST.into());
@@ -482,8 +489,8 @@ impl Tree {
         })
     }
 
-    /// Removes what [`Tree::make_device`] made, or a regular file that was written in its place, and leaves the parent's times as they
-    /// were. Returns whether it is gone.
+    /// Removes what [`Tree::make_device`] created, or a regular file written in its place, and preserves the parent's
+    /// times. Returns whether it is gone.
     pub fn remove_device(&self, path: impl AsRef<Path>, major: u32, minor: u32) -> io::Result<bool> {
         let Some(found) = self.look(path.as_ref())? else { return Ok(true) };
         let (parent, name) = self.parent_of(path.as_ref())?;
@@ -495,21 +502,21 @@ impl Tree {
         parent.keeping_times(|| parent.remove(&name)).map(|_| true)
     }
 
-    /// What the directory holds, by name.
+    /// Names in the directory, in no order.
     pub fn names(&self) -> io::Result<Vec<OsString>> {
         self.first_names(usize::MAX)
     }
 
-    /// The first `most` of them, in no order.
+    /// The first `most` names, in no order.
     pub fn first_names(&self, most: usize) -> io::Result<Vec<OsString>> {
         let entries = rustix::fs::Dir::read_from(self.reopen()?)?;
         let names = entries.map(|entry| Ok(OsStr::from_bytes(entry?.file_name().to_bytes()).to_owned()));
         names.filter(|name| !name.as_ref().is_ok_and(|name| name == "." || name == "..")).take(most).collect()
     }
 
-    /// Writes all that the tree's file system still holds in memory to its disk (`syncfs`).
+    /// Writes the tree's file system to disk (syncfs(2)).
     pub fn sync(&self) -> io::Result<()> {
-        // syncfs wants a descriptor that is open for reading, which an O_PATH one is not.
+        // syncfs fails on an O_PATH descriptor.
         let directory = rustix::fs::openat(
             &self.directory,
             ".",
@@ -519,7 +526,7 @@ impl Tree {
         rustix::fs::syncfs(directory).map_err(Into::into)
     }
 
-    /// Opens the tree's own directory for reading, as `flock` and `fsync` need it.
+    /// Opens this directory for reading, as `flock` and `fsync` require.
     pub fn reopen(&self) -> io::Result<OwnedFd> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         rustix::fs::openat(&self.directory, ".", flags, Mode::empty()).map_err(Into::into)
@@ -537,7 +544,7 @@ impl Tree {
         }
     }
 
-    /// The directory that holds `path`, resolved inside the tree, and the last name.
+    /// The parent directory of `path`, resolved inside the tree, and the last component.
     fn parent_of(&self, path: &Path) -> io::Result<(Tree, OsString)> {
         let name = path
             .file_name()
@@ -551,7 +558,7 @@ impl Tree {
         Ok((directory, name.to_owned()))
     }
 
-    /// Runs `change` on this directory and puts its access and modification times back: the image root must look untouched.
+    /// Runs `change` and restores this directory's access and modification times: the image root must look untouched.
     pub fn keeping_times<T>(&self, change: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
         let before = rustix::fs::fstat(&self.directory)?;
         let result = change()?;
@@ -561,20 +568,21 @@ impl Tree {
     }
 }
 
-/// Opens directories of a tree by path, each from the one before if it lies in that: a walk down a deep tree takes time in proportion to its
-/// depth. What has been opened must not get another path meanwhile.
+/// Opens directories of a tree by path, each starting from the previous one if it lies below: walking down a deep tree
+/// takes time linear in its depth. Opened directories must not be renamed meanwhile.
 pub struct Descent<'a> {
     tree: &'a Tree,
     last: Option<(PathBuf, Tree)>,
 }
 
 impl<'a> Descent<'a> {
-    /// Begins at the tree's own directory.
+    /// Starts at the tree's own directory.
     pub fn of(tree: &'a Tree) -> Self {
         Self { tree, last: None }
     }
 
-    /// The directory `path` below the tree, on whose way nothing is a link; that of no name is the tree's own.
+    /// Opens the directory `path` below the tree, or the tree itself if `path` is empty; fails if a component is a
+    /// link.
     pub fn directory_without_links(&mut self, path: &Path) -> io::Result<&Tree> {
         let last = self.last.take();
         let (from, rest) = match &last {
@@ -593,8 +601,8 @@ impl AsFd for Tree {
     }
 }
 
-/// This process's descriptors as procfs shows them, by which one that is O_PATH is opened for use. `None` where /proc is no procfs, but
-/// a directory of the image, whose `self/fd/7` may be a link to anything.
+/// `/proc/self/fd`, used to reopen O_PATH descriptors. `None` if /proc is not procfs but a directory of the image,
+/// whose `self/fd/7` may be a link to anything.
 fn own_descriptors() -> io::Result<Option<OwnedFd>> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let directory = match rustix::fs::open("/proc/self/fd", flags, Mode::empty()) {
@@ -605,7 +613,7 @@ fn own_descriptors() -> io::Result<Option<OwnedFd>> {
     Ok(is_procfs.then_some(directory))
 }
 
-/// Times of access and modification, as a call takes them.
+/// Access and modification times, as utimensat(2) takes them.
 pub fn times(found: &Stat) -> Timestamps {
     let time = |tv_sec, nanoseconds: u64| Timespec { tv_sec, tv_nsec: nanoseconds.cast_signed() };
     Timestamps {
