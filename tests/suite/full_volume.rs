@@ -106,7 +106,9 @@ fn a_disk_that_is_full_before_the_environment_opens_is_told_too() {
 #[test]
 fn a_volume_that_becomes_read_only_ends_the_environment_with_a_word_in_the_log() {
     let mut environment = limited("size=8m").start(Mode::Jailed).ready();
-    mount(&["-o", "remount,ro"], &environment.parent);
+    // The kernel refuses it while a file is open for writing, as the status is for a moment.
+    let remount = || Command::new("mount").args(["-o", "remount,ro"]).arg(&environment.parent).status().unwrap();
+    wait_until("the volume to become read-only", || remount().success());
     assert_eq!(environment.end(), 1);
     let log = environment.log_text();
     assert!(log.contains("has become read-only") && log.contains("/failed: Read-only file system"), "{log}");
