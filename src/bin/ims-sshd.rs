@@ -236,7 +236,7 @@ struct ImageOptions {
     /// Kernel, by its name in the image's /boot; auto is the newest one, if there is one [variable: KERNEL_FILENAME] [default: auto]
     #[arg(long, value_name = "NAME", value_parser = publishing::boot_file)]
     kernel: Option<String>,
-    /// Initrd, by its name in the image's /boot; auto is the one that belongs to the kernel [variable: INITRD_FILENAME] [default: auto]
+    /// Initrd, by its name in the image's /boot; auto is the one that belongs to the kernel, none is no initrd [variable: INITRD_FILENAME] [default: auto]
     #[arg(long, value_name = "NAME", value_parser = publishing::boot_file)]
     initrd: Option<String>,
 }

@@ -34,14 +34,17 @@ pub struct BootFile {
 pub struct BootFiles {
     /// The kernel.
     pub kernel: BootFile,
-    /// What it begins with.
-    pub initrd: BootFile,
+    /// What it begins with; nothing where [`NONE`] is named, or on one machine none is found.
+    pub initrd: Option<BootFile>,
     /// The kernel's parameters, where the image has them.
     pub parameters: Option<BootFile>,
 }
 
 /// Chooses by itself.
 pub const AUTO: &str = "auto";
+
+/// Names no initrd: the image is booted by one that others bring, as Warewulf does, or by none.
+const NONE: &str = "none";
 
 /// How kernels are called, alone or before `-` and their version or flavour (`vmlinuz-lts`); the one that boots everywhere first.
 const KERNELS: [&str; 5] = ["vmlinuz", "Image", "zImage", "bzImage", "vmlinux"];
@@ -91,38 +94,93 @@ struct Kernel {
 
 /// Finds and opens them. `arch` as in `BUILD_ARCH`: on aarch64 the kernel that is called `vmlinuz` is `Image`.
 pub fn find(image_root: &Tree, names: &Names, arch: &str) -> Result<BootFiles> {
-    let boot = entries(image_root, "boot");
-    let modules = modules(image_root);
-    let missing = |what: &str| missing(what, &boot, &modules);
-    let kernel = match names.kernel.as_str() {
-        AUTO => best(kernels(image_root, &boot, &modules), &modules).ok_or_else(|| missing("a kernel"))?,
-        "vmlinuz" if arch == "aarch64" => in_boot(image_root, "Image", &modules),
-        name => in_boot(image_root, name, &modules),
-    };
-    let content = open(image_root, &kernel.path)?.ok_or_else(|| missing(&format!("the kernel /{}", kernel.path)))?;
-    let initrd = match names.initrd.as_str() {
-        AUTO => {
-            let all = kernels(image_root, &boot, &modules);
-            let is_only = all.iter().all(|other| other.version == kernel.version);
-            let found = initrds(&kernel, is_only, &modules).into_iter().find(|path| is_file(image_root, path));
-            found.ok_or_else(|| missing(&format!("the initrd of /{}", kernel.path)))?
-        }
-        name => format!("boot/{name}"),
-    };
-    Ok(BootFiles {
-        kernel: content,
-        initrd: open(image_root, &initrd)?.ok_or_else(|| missing(&format!("the initrd /{initrd}")))?,
-        parameters: open(image_root, &format!("boot/{}", names.parameters))?,
-    })
+    Search::of(image_root, names, arch)?.open(Err)
 }
 
-/// The same of an image that need not be one that is booted: nothing where `auto` finds no kernel at all.
+/// The same of an image that need not be one that is booted, or not by an initrd of its own: nothing where `auto` finds no kernel at all.
 pub fn find_if_any(image_root: &Tree, names: &Names, arch: &str) -> Result<Option<BootFiles>> {
     if names.kernel == AUTO && has_none(image_root) {
         tracing::warn!("the image has no kernel: it is one for a container or a chroot, without boot files");
         return Ok(None);
     }
-    find(image_root, names, arch).map(Some)
+    let search = Search::of(image_root, names, arch)?;
+    let kernel = search.kernel.path.clone();
+    search
+        .open(|_| {
+            tracing::warn!(
+                "the image has no initrd of /{kernel}: it is published without one; --initrd names one, or none"
+            );
+            Ok(())
+        })
+        .map(Some)
+}
+
+/// Warns of an initrd that [`find_if_any`] would not find now.
+pub fn warn_of_missing_initrd(image_root: &Tree, names: &Names, arch: &str) {
+    let Ok(search) = Search::of(image_root, names, arch) else { return };
+    if names.initrd == AUTO && search.initrd().is_none() {
+        let kernel = search.kernel.path;
+        tracing::warn!(
+            "no initrd of /{kernel} is in the image yet: unless one is made, it is published without; --initrd names one, or none"
+        );
+    }
+}
+
+/// What is looked for, and where.
+struct Search<'a> {
+    image_root: &'a Tree,
+    names: &'a Names,
+    boot: Vec<String>,
+    modules: Vec<Modules>,
+    kernel: Kernel,
+}
+
+impl<'a> Search<'a> {
+    /// Chooses the kernel.
+    fn of(image_root: &'a Tree, names: &'a Names, arch: &str) -> Result<Self> {
+        let (boot, modules) = (entries(image_root, "boot"), modules(image_root));
+        let kernel = match names.kernel.as_str() {
+            AUTO => best(kernels(image_root, &boot, &modules), &modules)
+                .ok_or_else(|| missing("a kernel", None, &boot, &modules))?,
+            "vmlinuz" if arch == "aarch64" => in_boot(image_root, "Image", &modules),
+            name => in_boot(image_root, name, &modules),
+        };
+        Ok(Self { image_root, names, boot, modules, kernel })
+    }
+
+    fn missing(&self, what: &str, path: Option<&str>) -> Error {
+        missing(what, path, &self.boot, &self.modules)
+    }
+
+    /// Path of the initrd that belongs to the kernel.
+    fn initrd(&self) -> Option<String> {
+        let all = kernels(self.image_root, &self.boot, &self.modules);
+        let is_only = all.iter().all(|other| other.version == self.kernel.version);
+        let mut paths = initrds(&self.kernel, is_only, &self.modules).into_iter();
+        paths.find(|path| is_file(self.image_root, path))
+    }
+
+    /// Opens all; `without` decides what becomes of an image in which none belongs to the kernel.
+    fn open(&self, without: impl Fn(Error) -> Result<()>) -> Result<BootFiles> {
+        let path = &self.kernel.path;
+        let needed = |what: &str, path: &str| {
+            open(self.image_root, path)?.ok_or_else(|| self.missing(&format!("the {what} /{path}"), Some(path)))
+        };
+        let kernel = needed("kernel", path)?;
+        let initrd = match self.names.initrd.as_str() {
+            NONE => None,
+            AUTO => match self.initrd() {
+                Some(initrd) => Some(needed("initrd", &initrd)?),
+                None => {
+                    without(self.missing(&format!("the initrd of /{path}"), None))?;
+                    None
+                }
+            },
+            name => Some(needed("initrd", &format!("boot/{name}"))?),
+        };
+        let parameters = open(self.image_root, &format!("boot/{}", self.names.parameters))?;
+        Ok(BootFiles { kernel, initrd, parameters })
+    }
 }
 
 /// Refuses a name that the image has no file of, before any work is done. What `auto` finds may only be there at the end.
@@ -130,10 +188,10 @@ pub fn check_named(image_root: &Tree, names: &Names, arch: &str) -> Result<()> {
     let (boot, modules) = (entries(image_root, "boot"), modules(image_root));
     let kernel = if names.kernel == "vmlinuz" && arch == "aarch64" { "Image" } else { &names.kernel };
     let kernel = (kernel != AUTO).then(|| ("kernel", in_boot(image_root, kernel, &modules).path));
-    let initrd = (names.initrd != AUTO).then(|| ("initrd", format!("boot/{}", names.initrd)));
+    let initrd = (![AUTO, NONE].contains(&&*names.initrd)).then(|| ("initrd", format!("boot/{}", names.initrd)));
     for (what, path) in kernel.into_iter().chain(initrd) {
         if !is_file(image_root, &path) {
-            return Err(missing(&format!("the {what} /{path}"), &boot, &modules));
+            return Err(missing(&format!("the {what} /{path}"), Some(&path), &boot, &modules));
         }
     }
     Ok(())
@@ -154,7 +212,8 @@ pub fn left_in(folder: &Tree, names: &Names, arch: &str) -> Result<BootFiles> {
                 .advise("name one by KERNEL_FILENAME and INITRD_FILENAME; 'auto' cannot be had of a remote job")
         })
     };
-    Ok(BootFiles { kernel: needed(kernel)?, initrd: needed(&names.initrd)?, parameters: open(&names.parameters)? })
+    let initrd = (names.initrd != NONE).then(|| needed(&names.initrd)).transpose()?;
+    Ok(BootFiles { kernel: needed(kernel)?, initrd, parameters: open(&names.parameters)? })
 }
 
 /// Whether the image is one that nobody boots: it has no kernel, neither in /boot nor beside modules.
@@ -162,7 +221,8 @@ fn has_none(image_root: &Tree) -> bool {
     kernels(image_root, &entries(image_root, "boot"), &modules(image_root)).is_empty()
 }
 
-fn missing(what: &str, boot: &[String], modules: &[Modules]) -> Error {
+/// `path` is that of a file that was looked for by its name.
+fn missing(what: &str, path: Option<&str>, boot: &[String], modules: &[Modules]) -> Error {
     let mut holds = match boot {
         [] => "nothing".to_owned(),
         names => names[..names.len().min(MOST_NAMES)].join(", "),
@@ -173,7 +233,7 @@ fn missing(what: &str, boot: &[String], modules: &[Modules]) -> Error {
     for kernel in modules.iter().filter_map(|m| m.kernel.as_ref()).take(MOST_NAMES) {
         let _ = write!(holds, ", and there is /{kernel}");
     }
-    let is_there = |name: &String| what.ends_with(&format!("/boot/{name}"));
+    let is_there = |name: &String| path.and_then(|path| path.strip_prefix("boot/")) == Some(name);
     let odd = if boot.iter().any(is_there) { "it is no regular file; " } else { "" };
     Error::new(format!("find {what} in the image")).because(format!("{odd}/boot holds {holds}")).advise(
         "name files of /boot by --kernel and --initrd (in a pod KERNEL_FILENAME and INITRD_FILENAME); auto also looks in /lib/modules, \
@@ -412,7 +472,10 @@ mod tests {
         symlink("/boot/vmlinuz-6.1", dir.path().join("boot/vmlinuz")).unwrap();
         symlink("initrd-6.1", dir.path().join("boot/initrd")).unwrap();
         let found = find(&tree, &names("vmlinuz", "initrd"), "x86_64").unwrap();
-        assert_eq!((text(found.kernel), text(found.initrd)), ("boot/vmlinuz-6.1".into(), "boot/initrd-6.1".into()));
+        assert_eq!(
+            (text(found.kernel), text(found.initrd.unwrap())),
+            ("boot/vmlinuz-6.1".into(), "boot/initrd-6.1".into())
+        );
         assert!(found.parameters.is_none());
     }
 
@@ -463,17 +526,17 @@ mod tests {
         ]);
         let found = find(&tree, &names("auto", "auto"), "x86_64").unwrap();
         assert_eq!(found.kernel.path, "boot/vmlinuz-5.14.21-150500.55.10-default");
-        assert_eq!(found.initrd.path, "boot/initrd-5.14.21-150500.55.10-default");
+        assert_eq!(found.initrd.unwrap().path, "boot/initrd-5.14.21-150500.55.10-default");
         symlink("vmlinuz-5.14.21-150500.55.9-default", dir.path().join("boot/vmlinuz")).unwrap();
         let found = find(&tree, &names("vmlinuz", "auto"), "x86_64").unwrap();
-        assert_eq!(found.initrd.path, "boot/initrd-5.14.21-150500.55.9-default");
+        assert_eq!(found.initrd.unwrap().path, "boot/initrd-5.14.21-150500.55.9-default");
     }
 
     /// Paths that `auto` chooses.
     fn chosen(files: &[&str]) -> (String, String) {
         let (_dir, tree) = image(files);
         let found = find(&tree, &names("auto", "auto"), "x86_64").unwrap();
-        (found.kernel.path, found.initrd.path)
+        (found.kernel.path, found.initrd.unwrap().path)
     }
 
     /// Files of an image, and which are chosen; `V` is a version of EL 9, and directories end with `/`.
@@ -561,7 +624,7 @@ mod tests {
         symlink("../usr/lib/modules/6.9.1-1-default/vmlinuz", dir.path().join("boot/vmlinuz")).unwrap();
         for kernel in ["vmlinuz", "auto"] {
             let found = find(&tree, &names(kernel, "auto"), "x86_64").unwrap();
-            assert_eq!(found.initrd.path, "boot/initrd-6.9.1-1-default");
+            assert_eq!(found.initrd.unwrap().path, "boot/initrd-6.9.1-1-default");
             assert_eq!(text(found.kernel), "usr/lib/modules/6.9.1-1-default/vmlinuz");
         }
     }

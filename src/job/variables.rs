@@ -178,7 +178,7 @@ pub const VARIABLES: &[Variable] = &[
     },
     Variable {
         name: "INITRD_FILENAME",
-        format: "the same; `auto` is the one that belongs to the kernel",
+        format: "the same; `auto` is the one that belongs to the kernel, and `none` publishes no initrd",
         default: "`auto`; of `sidecar`, `initrd`, but `auto` where `KERNEL_FILENAME` is",
         readers: &[Publishing],
     },

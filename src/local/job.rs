@@ -498,7 +498,10 @@ impl Opened<'_> {
             Inventory::of(self.work, &open_tree(&image_root)?)?.save(self.files.parent(), INVENTORY)?;
         }
         if self.settings.store.url.is_some() {
-            boot::check_named(&open_tree(&image_root)?, &self.settings.boot, self.settings.arch)?;
+            // Closed before the session: an open directory keeps a mount.
+            let (root, names, arch) = (open_tree(&image_root)?, &self.settings.boot, self.settings.arch);
+            boot::check_named(&root, names, arch)?;
+            boot::warn_of_missing_initrd(&root, names, arch);
         }
         let (fate, value) = session(&image_root)?;
         match (fate, self.job.end, directory.zip(root)) {

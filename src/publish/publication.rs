@@ -260,7 +260,7 @@ impl Publication<'_> {
         let mut name = if self.is_named(store) { store.free_name(&self.directory_name()) } else { id.to_string() };
         let (mut keys, mut total) = (Vec::new(), 0);
         let (kernel, initrd, parameters) = match image.boot {
-            Some(boot) => (Some(boot.kernel), Some(boot.initrd), boot.parameters),
+            Some(boot) => (Some(boot.kernel), boot.initrd, boot.parameters),
             None => (None, None, None),
         };
         let content = |file: Option<BootFile>| file.map(|file| file.content);

@@ -156,14 +156,16 @@ impl Store {
         let network = Network { retry_limit: network.retry_limit.min(SOON), ..network.clone() };
         let store = Self::open(settings, &network)?;
         let probe = format!("{PROBE}.{}", Id::random()?);
-        let attempted = format!("write to the store {}", without_secrets(url));
+        let shown = without_secrets(url);
         let why = match tokio::time::timeout(SOON * 2, store.try_bucket(&probe)).await {
             Ok(Ok(())) => return Ok(()),
             Ok(Err(e @ object_store::Error::Generic { .. })) => cause(&e),
-            Ok(Err(e)) => return Err(Error::new(attempted).because(cause(&e))),
+            Ok(Err(e)) => return Err(Error::new(format!("write to the store {shown}")).because(cause(&e))),
             Err(_) => format!("no answer within {} s", (SOON * 2).as_secs()),
         };
-        tracing::warn!("cannot {attempted} yet: {why}; the image is published only if that is over by then");
+        tracing::warn!(
+            "cannot write to the store {shown} yet: {why}; the image is published only if that is over by then"
+        );
         Ok(())
     }
 

@@ -11,8 +11,10 @@ use testbed::job::*;
 use testbed::*;
 
 fn package(arguments: &[&str]) -> Output {
-    let output =
-        ims_sshd(&["package"], &[("SOURCE_DATE_EPOCH", "1700000000".into())]).args(arguments).output().unwrap();
+    let mut command = ims_sshd(&["package"], &[("SOURCE_DATE_EPOCH", "1700000000".into())]);
+    // What is recorded of an archive lies where the command is run.
+    let place = directory();
+    let output = command.args(arguments).current_dir(place.path()).output().unwrap();
     assert!(output.status.code().is_some(), "{output:?}");
     output
 }
@@ -95,6 +97,38 @@ fn an_image_without_a_kernel_is_packed_and_uploaded_unless_one_is_named() {
     succeed(&mut ims_sshd(&["upload", "--store", store.to_str().unwrap(), parent], &[]));
     assert!(walk(&store).iter().any(|path| path.ends_with("manifest.json")));
     assert!(!walk(&store).iter().any(|path| path.ends_with("kernel")));
+}
+
+#[test]
+fn an_image_without_an_initrd_is_published_with_a_warning_before_and_after_or_without_one_where_none_is_named() {
+    let dir = directory();
+    let tree = image(dir.path());
+    std::fs::remove_file(tree.join("boot/initrd")).unwrap();
+    let squashfs = squashfs_of(&tree);
+    for (options, warnings) in [(&[][..], 2), (&["--initrd", "none"], 0)] {
+        let mut customize = ims_sshd(&["customize", "--name", "compute", "--output", "out", "--work", "work"], &[]);
+        customize.args(options).arg(&squashfs).args(["--", "echo", "ran"]).current_dir(dir.path());
+        let output = customize.output().unwrap();
+        let said = text(&output.stderr);
+        assert!(output.status.success(), "{options:?}: {said}");
+        assert_eq!(said.matches("no initrd").count(), warnings, "{options:?}: {said}");
+        assert!(!said.contains("regular file"), "{said}");
+        let out = dir.path().join("out");
+        let names: Vec<_> = walk(&out).iter().map(|p| p.file_name().unwrap().to_str().unwrap().to_owned()).collect();
+        assert!(
+            names.contains(&"kernel".to_owned()) && !names.contains(&"initrd".to_owned()),
+            "{options:?}: {names:?}"
+        );
+        std::fs::remove_dir_all(out).unwrap();
+    }
+    // One that is named has to be there.
+    let archive = dir.path().join("image.sqsh");
+    let refused = package(&["--initrd", "initrd", "--archive", archive.to_str().unwrap(), tree.to_str().unwrap()]);
+    assert!(
+        text(&refused.stderr).contains("cannot find the initrd /boot/initrd in the image: /boot holds"),
+        "{refused:?}"
+    );
+    assert_eq!(refused.status.code(), Some(1));
 }
 
 #[test]

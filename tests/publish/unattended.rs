@@ -240,8 +240,8 @@ fn what_can_be_seen_at_the_start_is_refused_then_and_what_fails_late_is_correcte
         assert_eq!(text(&refused.stdout), "", "{options:?}: the command ran");
         assert!(!said.contains("Generic") && !said.contains("IMAGE_ROOT"), "{said}");
     }
-    // The work itself is the reason why auto finds no initrd.
-    let late = run(&["--output", "out"], "mv /boot/initrd-6.1.0 /boot/mine");
+    // The work itself is the reason why the initrd is not found.
+    let late = run(&["--output", "out", "--initrd", "initrd-6.1.0"], "mv /boot/initrd-6.1.0 /boot/mine");
     let said = text(&late.stderr);
     assert!(late.status.code() == Some(1) && said.contains("cannot find the initrd"), "{said}");
     assert!(said.contains("to go on with it: "), "{said}");
