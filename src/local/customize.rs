@@ -114,8 +114,8 @@ struct Opened<'a> {
     in_place: bool,
 }
 
-/// Fills the environment's own directory, before anything runs in it. Returns ssh's configuration.
-fn furnish(wanted: &Customization, settings: &mut Settings, opened: &Opened, run: &Path) -> Result<PathBuf> {
+/// Fills the environment's own directory, before anything runs in it. Returns the line that logs in.
+fn furnish(wanted: &Customization, settings: &mut Settings, opened: &Opened, run: &Path) -> Result<String> {
     own_terminals()?;
     show_image_root(opened.image_root, run)?;
     let source = run.join(SOURCE);
@@ -153,7 +153,6 @@ fn open(
     // Until the directory is removed: who begins before that must not find its files vanish.
     let (files, _claim) = run.into_signal_files()?;
     files.touch(READY)?;
-    let login = format!("ssh -F {} {HOST_ALIAS}", login.display());
     entry.tell(&[("image_root_parent", &parent.display().to_string()), ("login", &login)]);
     let listening = || {
         entry.reach(Stage::Serving);
@@ -194,9 +193,13 @@ fn show_image_root(image_root: &Path, parent: &Path) -> Result<()> {
 fn authorized_keys(given: Option<&Path>, run: &Path) -> Result<(PathBuf, Option<PathBuf>)> {
     let keys = run.join("authorized_keys");
     if let Some(given) = given {
-        let copied = named::resolve(given).and_then(|given| std::fs::copy(given, &keys));
-        copied.attempt(|| format!("copy {}", given.display()))?;
-        return Ok((keys, None));
+        let attempted = || format!("copy {}", given.display());
+        let real = named::resolve(given).attempt(attempted)?;
+        std::fs::copy(&real, &keys).attempt(attempted)?;
+        // ssh-keygen puts the private key beside the public one.
+        let private = real.with_extension("");
+        let is_there = real.extension().is_some_and(|extension| extension == "pub") && private.is_file();
+        return Ok((keys, is_there.then_some(private)));
     }
     let private = make_key(run, "id_ed25519")?;
     std::fs::copy(private.with_extension("pub"), &keys).attempt(|| format!("write {}", keys.display()))?;
@@ -252,16 +255,19 @@ fn configure(run: &Path, address: SocketAddr, keys: &Path) -> Result<PathBuf> {
 const HOST_ALIAS: &str = "image";
 
 /// Writes a configuration for ssh, scp, sftp and Ansible, so that the line that people type is short and the host key is verified: the
-/// key is known before sshd has started.
-fn configure_client(run: &Path, address: SocketAddr, identity: Option<&Path>) -> Result<PathBuf> {
+/// key is known before sshd has started. Returns that line.
+fn configure_client(run: &Path, address: SocketAddr, identity: Option<&Path>) -> Result<String> {
     let public = run.join(HOST_KEY).with_extension("pub");
     let key = std::fs::read_to_string(&public).attempt(|| format!("read {}", public.display()))?;
     let known_hosts = run.join("known_hosts");
     std::fs::write(&known_hosts, format!("{HOST_ALIAS} {key}"))
         .attempt(|| format!("write {}", known_hosts.display()))?;
-    // No quotes: the run directory's name is made of letters, digits, '-', '.' and '_'.
-    let identity =
-        identity.map_or(String::new(), |key| format!("    IdentityFile {}\n    IdentitiesOnly yes\n", key.display()));
+    // ssh_config(5): a percent sign begins a token, and a dollar sign with a brace a variable.
+    let identity = identity.map(|key| key.display().to_string()).filter(|key| !key.contains(['"', '\\', '$', '\n']));
+    let key_option = if identity.is_none() { " -i YOUR_KEY" } else { "" };
+    let identity = identity.map_or(String::new(), |key| {
+        format!("    IdentityFile \"{}\"\n    IdentitiesOnly yes\n", key.replace('%', "%%"))
+    });
     let text = format!(
         "Host {HOST_ALIAS}\n    HostName {}\n    Port {}\n    User root\n{identity}    HostKeyAlias {HOST_ALIAS}\n    \
          UserKnownHostsFile {}\n    GlobalKnownHostsFile /dev/null\n    StrictHostKeyChecking yes\n    SendEnv LANG LC_*\n",
@@ -271,7 +277,7 @@ fn configure_client(run: &Path, address: SocketAddr, identity: Option<&Path>) ->
     );
     let config = run.join("ssh_config");
     std::fs::write(&config, text).attempt(|| format!("write {}", config.display()))?;
-    Ok(config)
+    Ok(format!("ssh -F {}{key_option} {HOST_ALIAS}", config.display()))
 }
 
 /// Tells the person what to do now.

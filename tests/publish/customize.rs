@@ -547,3 +547,27 @@ fn a_program_that_is_not_installed_is_missed_before_anything_opens_and_named_wit
     }
     nothing_stays(dir.path());
 }
+
+#[test]
+fn the_line_that_is_printed_logs_in_with_an_own_key_or_says_where_to_put_it() {
+    let dir = directory();
+    image(dir.path());
+    let keys = dir.path().join("100% own");
+    std::fs::create_dir(&keys).unwrap();
+    succeed(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(keys.join("key")));
+    for (from, to) in [("key.pub", "alone.pub"), ("key", "private")] {
+        std::fs::copy(keys.join(from), dir.path().join(to)).unwrap();
+    }
+    for (key, told) in [("100% own/key.pub", ""), ("alone.pub", " -i YOUR_KEY")] {
+        let mut open = ims_sshd(&["customize", "tree", "--work", "work", "--authorized-key", key], &[]);
+        let mut open = Ended::new(open.current_dir(dir.path()).stdout(std::process::Stdio::piped()).spawn().unwrap());
+        let mut lines = std::io::BufRead::lines(std::io::BufReader::new(open.stdout.take().unwrap()));
+        let line = lines
+            .find_map(|line| Some(line.unwrap().trim().to_owned()).filter(|line| line.starts_with("ssh ")))
+            .unwrap();
+        assert_eq!(line.contains(" -i YOUR_KEY "), !told.is_empty(), "{line}");
+        let line = line.replace("YOUR_KEY", "private");
+        let said = succeed(Command::new("sh").args(["-c", &format!("{line} echo in")]).current_dir(dir.path()));
+        assert_eq!(said, "in\n");
+    }
+}
