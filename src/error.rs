@@ -63,6 +63,13 @@ impl Error {
         self
     }
 
+    /// Adds a further thing that the reader can do.
+    #[must_use]
+    pub fn advise_also(self, advice: &str) -> Self {
+        let advice = self.advice.iter().map(String::as_str).chain([advice]).collect::<Vec<_>>().join("; ");
+        self.advise(advice)
+    }
+
     /// The program's exit code for this error: 2 for refused input, 128 + n after signal n, else 1.
     pub fn exit_code(&self) -> u8 {
         match self.kind {

@@ -12,12 +12,13 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
 use ring::rand::{SecureRandom, SystemRandom};
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat, StatxAttributes, StatxFlags};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat, StatxAttributes, StatxFlags, Timespec, Timestamps, UTIME_NOW};
 use rustix::io::Errno;
 
 use crate::error::{Attempt, Error, Result};
 use crate::sys::attributes::{Attributes, Node};
 use crate::sys::tree::{Descent, Tree, times};
+use crate::volume::layout::SOURCE;
 
 /// Beginning of the name of a directory in the one that is changed: what was renamed waits there, and new files until they are whole. A
 /// number follows that makes it one that neither the source nor the session has.
@@ -34,6 +35,8 @@ const ESCAPED: &[u8] = b"trusted.overlay.overlay.";
 /// Steps of an application, by which it is resumed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd)]
 enum Step {
+    /// The image is complete, and nothing is applied yet.
+    Decided,
     /// Directories that were renamed are put aside.
     Moving,
     /// Everything gets its place.
@@ -44,8 +47,13 @@ enum Step {
     Applied,
 }
 
-const STEPS: [(Step, &[u8]); 4] =
-    [(Step::Moving, b"moving"), (Step::Placing, b"placing"), (Step::Placed, b"placed"), (Step::Applied, b"applied")];
+const STEPS: [(Step, &[u8]); 5] = [
+    (Step::Decided, b"decided"),
+    (Step::Moving, b"moving"),
+    (Step::Placing, b"placing"),
+    (Step::Placed, b"placed"),
+    (Step::Applied, b"applied"),
+];
 
 /// Content of the record.
 #[derive(Debug)]
@@ -105,7 +113,18 @@ fn below(origins: &BTreeMap<PathBuf, Origin>, path: &Path) -> Option<PathBuf> {
     Some(origin.below.as_ref()?.join(path.strip_prefix(above).ok()?))
 }
 
-/// Returns whether an application has begun with the changes kept in `work`.
+/// Records, on disk, that the changes kept in `work` are to be applied to `root`: from here on no command forgets that.
+pub fn decide(work: &Tree, root: &Tree) -> Result<()> {
+    let root_is = identity(root).attempt(|| format!("apply the changes to {}", root.shown().display()))?;
+    Progress { step: Step::Decided, root: root_is, stage: STAGE.into(), number: 0 }.write(work)
+}
+
+/// Returns whether all of it is still to be done: the overlay has to be mounted once more for [`complete_hard_links`].
+pub fn is_only_decided(work: &Tree) -> Result<bool> {
+    Ok(Progress::read(work)?.is_some_and(|progress| progress.step == Step::Decided))
+}
+
+/// Returns whether an application was decided on, or has begun, with the changes kept in `work`.
 pub fn has_begun(work: &Tree) -> Result<bool> {
     let attempted = || format!("read {}", work.shown().join(RECORD).display());
     Ok(work.look(RECORD).attempt(attempted)?.is_some())
@@ -231,8 +250,13 @@ fn begin(work: &Tree, upper: &Tree, root: &Tree) -> Result<(Progress, Option<Tre
 pub fn apply(work: &Tree, upper: &Tree, root: &Tree) -> Result<()> {
     let attempted = || format!("apply the changes to {}", root.shown().display());
     let origins = origins(upper).attempt(attempted)?;
-    if !has_begun(work)? {
-        refuse_unchangeable(upper, root, &origins)?;
+    if !has_begun(work)? || is_only_decided(work)? && is_of(work, root)? {
+        let refused = refuse_unchangeable(upper, root, &origins).and_then(|()| refuse_edited(work, upper, root));
+        if let Err(refusal) = refused {
+            // Nothing is applied: whoever goes on finds the changes as they were.
+            work.remove(RECORD).attempt(|| format!("remove {}", work.shown().join(RECORD).display()))?;
+            return Err(refusal);
+        }
     }
     let (mut begun, stage) = begin(work, upper, root)?;
     if let Some(stage) = stage {
@@ -306,7 +330,8 @@ pub fn give_up(work: &Tree, upper: &Tree, root: &Tree) -> Result<()> {
 /// Refuses, before anything is applied, what the file system would refuse halfway.
 fn refuse_unchangeable(upper: &Tree, root: &Tree, origins: &BTreeMap<PathBuf, Origin>) -> Result<()> {
     let attempted = || format!("apply the changes to {}", root.shown().display());
-    if let Some(path) = unchangeable(upper, root, origins).attempt(attempted)? {
+    let fixed = touched(upper, root, origins, |_, directory, name| is_fixed(directory, name)).attempt(attempted)?;
+    if let Some(path) = fixed.first() {
         let shown = root.shown().join(path);
         return Err(Error::new(attempted())
             .because(format!("{} may not be changed (immutable, or append-only)", shown.display()))
@@ -315,7 +340,109 @@ fn refuse_unchangeable(upper: &Tree, root: &Tree, origins: &BTreeMap<PathBuf, Or
     Ok(())
 }
 
-fn unchangeable(upper: &Tree, root: &Tree, origins: &BTreeMap<PathBuf, Origin>) -> io::Result<Option<PathBuf>> {
+/// Refuses to put the changes kept in `work` over what somebody has changed in `root` since it was opened.
+pub fn refuse_edited(work: &Tree, upper: &Tree, root: &Tree) -> Result<()> {
+    let attempted = || format!("put the changes over {}", root.shown().display());
+    let Some(opened) = work.look(SOURCE).attempt(attempted)? else { return Ok(()) };
+    let is_newer = |path: &Path, directory: &Tree, name: &OsStr| {
+        let found = rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW)?;
+        // A rename of the image root itself changes its ctime alone. Nobody can set the ctime.
+        let changed = if path == Path::new("") {
+            (found.st_mtime, found.st_mtime_nsec)
+        } else {
+            (found.st_ctime, found.st_ctime_nsec)
+        };
+        Ok(changed > (opened.st_mtime, opened.st_mtime_nsec))
+    };
+    let edited = origins(upper).and_then(|origins| touched(upper, root, &origins, is_newer)).attempt(attempted)?;
+    if edited.is_empty() {
+        return Ok(());
+    }
+    let named: Vec<_> = edited.iter().take(3).map(|path| root.shown().join(path).display().to_string()).collect();
+    let further = if edited.len() > 3 { format!(" and {} more", edited.len() - 3) } else { String::new() };
+    Err(Error::new(attempted())
+        .because(format!("it was changed by hand since it was opened: {}{further}", named.join(", ")))
+        .advise(format!(
+            "the changed files are in {}: copy what is needed; then 'ims-sshd fail {}', or the same command with --fresh, drops the changes",
+            upper.shown().display(),
+            root.shown().display()
+        )))
+}
+
+/// Records that the source was looked at now, and that what is changed in it from here on is not in the changes kept in `work`.
+pub fn look_again(work: &Tree) -> Result<()> {
+    let now = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
+    let times = Timestamps { last_access: now, last_modification: now };
+    let touched = rustix::fs::utimensat(work, SOURCE, &times, AtFlags::SYMLINK_NOFOLLOW);
+    touched.attempt(|| format!("touch {}", work.shown().join(SOURCE).display()))
+}
+
+/// Returns whether `upper` changes nothing of `lower`. The jail has directories copied, and the resolv.conf that it gives back.
+pub fn is_unchanged(upper: &Tree, lower: &Tree) -> io::Result<bool> {
+    let (mut uppers, mut lowers) = (Descent::of(upper), Descent::of(lower));
+    let here = OsStr::new(".");
+    for (path, origin) in origins(upper)? {
+        if origin.below.as_ref() != Some(&path) {
+            return Ok(false);
+        }
+        let from = uppers.directory_without_links(this(&path))?;
+        let to = match lowers.directory_without_links(this(&path)) {
+            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => return Ok(false),
+            to => to?,
+        };
+        if !is_alike(from, to, here)? {
+            return Ok(false);
+        }
+        for name in from.names()? {
+            let found = rustix::fs::statat(from, &name, AtFlags::SYMLINK_NOFOLLOW)?;
+            let is_alike = match FileType::from_raw_mode(found.st_mode) {
+                FileType::Directory => true,
+                _ if is_whiteout(&found) => to.look(&name)?.is_none(),
+                _ => to.look(&name)?.is_some() && is_alike(from, to, &name)?,
+            };
+            if !is_alike {
+                return Ok(false);
+            }
+        }
+    }
+    Ok(true)
+}
+
+/// Larger files are taken for changed.
+const LARGEST_COMPARED: u64 = 1 << 20;
+
+/// Returns whether `name` is alike in both, but for the time of a directory.
+fn is_alike(upper: &Tree, lower: &Tree, name: &OsStr) -> io::Result<bool> {
+    let nodes = [upper, lower].map(|directory| Node { directory, name });
+    let [a, b] = [upper, lower].map(|directory| rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW));
+    let (a, b) = (a?, b?);
+    let kind = FileType::from_raw_mode(a.st_mode);
+    let owned = |found: &Stat| (found.st_mode, found.st_uid, found.st_gid, found.st_rdev);
+    let sized = |found: &Stat| (found.st_size, found.st_mtime, found.st_mtime_nsec);
+    let is_sized = kind == FileType::Directory || sized(&a) == sized(&b);
+    if owned(&a) != owned(&b) || !is_sized || shown(nodes[0].attributes()?) != shown(nodes[1].attributes()?) {
+        return Ok(false);
+    }
+    Ok(match kind {
+        FileType::RegularFile => {
+            let read = |directory: &Tree| directory.read(name, LARGEST_COMPARED);
+            a.st_size.cast_unsigned() <= LARGEST_COMPARED && read(upper)? == read(lower)?
+        }
+        FileType::Symlink => {
+            rustix::fs::readlinkat(upper, name, Vec::new())? == rustix::fs::readlinkat(lower, name, Vec::new())?
+        }
+        _ => true,
+    })
+}
+
+/// Paths of `root` that the changes alter or remove, and that are `meant`.
+fn touched(
+    upper: &Tree,
+    root: &Tree,
+    origins: &BTreeMap<PathBuf, Origin>,
+    meant: impl Fn(&Path, &Tree, &OsStr) -> io::Result<bool>,
+) -> io::Result<Vec<PathBuf>> {
+    let mut touched = Vec::new();
     let moved: BTreeSet<&Path> = origins.values().filter(|o| o.renamed).filter_map(|o| o.below.as_deref()).collect();
     // Paths that are changed, or removed with all that is in them.
     let mut open: Vec<PathBuf> = Vec::new();
@@ -327,8 +454,8 @@ fn unchangeable(upper: &Tree, root: &Tree, origins: &BTreeMap<PathBuf, Origin>) 
             Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => continue,
             other => other?,
         };
-        if is_fixed(directory, OsStr::new("."))? {
-            return Ok(Some(below.clone()));
+        if meant(below, directory, OsStr::new("."))? {
+            touched.push(below.clone());
         }
         for name in uppers.directory_without_links(path)?.names()? {
             let source = below.join(&name);
@@ -344,14 +471,15 @@ fn unchangeable(upper: &Tree, root: &Tree, origins: &BTreeMap<PathBuf, Origin>) 
         let directory = roots.directory_without_links(path.parent().unwrap_or(Path::new("")))?;
         let name = path.file_name().unwrap_or_default();
         let Some(found) = directory.look(name)? else { continue };
-        if is_fixed(directory, name)? {
-            return Ok(Some(path));
+        if meant(&path, directory, name)? {
+            touched.push(path.clone());
         }
         if FileType::from_raw_mode(found.st_mode) == FileType::Directory {
             open.extend(directory.directory_without_links(name)?.names()?.iter().map(|name| path.join(name)));
         }
     }
-    Ok(None)
+    touched.sort();
+    Ok(touched)
 }
 
 fn is_fixed(directory: &Tree, name: &OsStr) -> io::Result<bool> {
@@ -455,6 +583,10 @@ fn take(from: Node, found: &Stat, to: Node) -> io::Result<()> {
     }
 }
 
+fn naming(path: &Path, error: &io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("{}: {error}", path.display()))
+}
+
 struct Application<'a> {
     upper: &'a Tree,
     root: &'a Tree,
@@ -485,8 +617,8 @@ impl Application<'_> {
         for (path, origin) in self.origins {
             let both =
                 uppers.directory_without_links(path).and_then(|from| Ok((from, roots.directory_without_links(path)?)));
-            both.and_then(|(from, to)| self.fill(path, from, to, origin.below.is_none()))
-                .map_err(|e| io::Error::new(e.kind(), format!("/{}: {e}", path.display())))?;
+            let at = |e| naming(&self.root.shown().join(path), &e);
+            both.map_err(at).and_then(|(from, to)| self.fill(path, from, to, origin.below.is_none()))?;
         }
         // Placing entries has changed the times of their directories.
         let (mut uppers, mut roots) = (Descent::of(self.upper), Descent::of(self.root));
@@ -503,16 +635,21 @@ impl Application<'_> {
             to.names()?.iter().filter(|name| !names.contains(*name)).try_for_each(|name| to.remove_whole(name))?;
         }
         for name in &names {
-            let found = rustix::fs::statat(from, name, AtFlags::SYMLINK_NOFOLLOW)?;
-            if is_whiteout(&found) {
-                to.remove_whole(name)?;
-            } else if FileType::from_raw_mode(found.st_mode) == FileType::Directory {
-                self.place_directory(to, name, self.origins.get(&path.join(name)))?;
-            } else {
-                self.place_file(from, to, name, &found)?;
-            }
+            let path = path.join(name);
+            self.place_entry(&path, from, to, name).map_err(|e| naming(&self.root.shown().join(&path), &e))?;
         }
         Ok(())
+    }
+
+    fn place_entry(&self, path: &Path, from: &Tree, to: &Tree, name: &OsStr) -> io::Result<()> {
+        let found = rustix::fs::statat(from, name, AtFlags::SYMLINK_NOFOLLOW)?;
+        if is_whiteout(&found) {
+            to.remove_whole(name)
+        } else if FileType::from_raw_mode(found.st_mode) == FileType::Directory {
+            self.place_directory(to, name, self.origins.get(path))
+        } else {
+            self.place_file(from, to, name, &found)
+        }
     }
 
     fn place_directory(&self, to: &Tree, name: &OsStr, origin: Option<&Origin>) -> io::Result<()> {

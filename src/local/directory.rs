@@ -7,7 +7,10 @@ use crate::image::unpack::{INDEX_OF_LINKS, Overlay, UPPER};
 use crate::local::apply;
 use crate::local::claim::{is_claimed, refuse_nested, remove_folder};
 use crate::local::left_over::{clear_left_over, end_left_over};
+use crate::local::register;
 use crate::local::run_directory::RunFolder;
+use crate::local::work_directory;
+use crate::publish::identity::Record;
 use crate::publish::source::Source;
 use crate::sys::named;
 use crate::sys::tree::Tree;
@@ -56,9 +59,46 @@ impl Drop for Held {
     }
 }
 
-/// Refuses to read a directory that an environment changes, or has changed in part.
+/// Refuses a directory above which changes are kept, by whatever path that was, unless they are in `own`. Whoever only `looks` is told of them.
+pub fn refuse_kept(directory: &Path, works: &Path, own: Option<&Path>, looks: bool) -> Result<()> {
+    let attempted = || format!("open {}", directory.display());
+    let root = open_tree(directory)?;
+    for entry in register::left_below(works) {
+        let Some(work) = register::kept_in(&entry) else { continue };
+        let volume = Tree::open(&work).attempt(attempted)?;
+        let is_interrupted = apply::has_begun(&volume)?;
+        let is_other = || Record::private(&volume).read().is_none_or(|source| !source.is_of(&root));
+        if own == Some(&work) && !(looks && is_interrupted) || is_other() {
+            continue;
+        }
+        let [name, source] = ["name", "source"].map(|field| entry[field].as_str().unwrap_or_default());
+        let going_on = if Path::new(source).is_dir() {
+            format!("to go on with them: {}", register::goes_on(&entry))
+        } else {
+            format!("to go on with them, move it back to {source}")
+        };
+        if looks && !is_interrupted {
+            tracing::warn!(
+                "changes to it are kept as {name}, and not shown here; 'ims-sshd fail {name}' drops them; {going_on}"
+            );
+            continue;
+        }
+        let why = if is_interrupted {
+            "applying changes to it was interrupted".to_owned()
+        } else {
+            format!("changes that were made above it are kept as {name}")
+        };
+        return Err(Error::new(attempted())
+            .because(why)
+            .advise(format!("'ims-sshd fail {name}' drops them; {going_on}")));
+    }
+    Ok(())
+}
+
+/// Refuses to read a directory that an environment changes, or has changed in part, or above which changes are kept.
 pub fn refuse_open(directory: &Path) -> Result<()> {
     refuse_half_applied(directory)?;
+    refuse_kept(directory, Path::new(work_directory::DEFAULT), None, false)?;
     for command in COMMANDS {
         if RunFolder::is_claimed(command, directory)? {
             return Err(claimed(directory));

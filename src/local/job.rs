@@ -1,6 +1,7 @@
 //! One image from its source to a store: opened, changed by somebody, and then published, kept or discarded. `customize` and `enter`
 //! differ in what happens between.
 
+use std::cell::Cell;
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
@@ -13,15 +14,15 @@ use crate::image::exclude::Pattern;
 use crate::image::inventory::{Inventory, write_changes};
 use crate::image::kind::{self, Content, Kind};
 use crate::image::packing::{self, Archive};
-use crate::image::unpack::Overlay;
+use crate::image::unpack::{Overlay, UPPER};
 use crate::local::apply;
-use crate::local::command_line::{self, CommandLine};
+use crate::local::command_line::CommandLine;
 use crate::local::directory::{self, Held};
 use crate::local::left_over::{clear_left_over, end_left_over};
 use crate::local::names;
-use crate::local::register::{self, Entry};
+use crate::local::register::{self, Entry, goes_on, has_source};
 use crate::local::source;
-use crate::local::work_directory::WorkDirectory;
+use crate::local::work_directory::{ASIDE, WorkDirectory};
 use crate::publish::journal::{self, Journal, Notes};
 use crate::publish::manifest::say_result;
 use crate::publish::prepare::{holds_changes, known, prepare};
@@ -33,7 +34,7 @@ use crate::sys::named;
 use crate::sys::tree::Tree;
 use crate::transfer::{self, Work, without_query};
 use crate::volume::holds;
-use crate::volume::layout::{ARCHIVE, IMAGE_ROOT, INVENTORY};
+use crate::volume::layout::{ARCHIVE, IMAGE_ROOT, INVENTORY, OVERLAY};
 use crate::volume::open_tree;
 use crate::volume::signal_files::SignalFiles;
 use crate::volume::state_directory::name_for;
@@ -252,9 +253,8 @@ impl Job {
             Source::Here(path) if path.is_dir() => Some(source::image_root(path)?),
             _ => None,
         };
-        if let (true, Some(directory)) = (self.in_place, &directory) {
-            end_left_over(directory)?;
-            directory::refuse_with_changes(directory, &self.work.join(name_of(&source, &self.source)))?;
+        if let Some(directory) = &directory {
+            self.refuse_kept(directory, &source)?;
         }
         if let (Some(settings), Some(directory)) = (&self.settings, &directory) {
             self.refuse_inside(directory, settings)?;
@@ -294,21 +294,10 @@ impl Job {
         let mounted = parent.join(IMAGE_ROOT);
         entry.tell(&[("work", &parent.display().to_string())]);
         end_left_over(&mounted)?;
-        let has_begun = apply::has_begun(place.files().parent())?;
-        if let Some((directory, root)) = changed.filter(|_| has_begun) {
-            if self.fresh {
-                directory::give_up_changes(directory, root, place.files().parent())?;
-                drop_changes(&work, &settings, &place)?;
-            } else {
-                entry.reach(Stage::Applying);
-                directory::apply_changes(directory, root, place.files().parent(), None)?;
-                place.clear()?;
-            }
+        if let Some(changed) = changed.filter(|_| apply::has_begun(place.files().parent()).unwrap_or(true)) {
+            self.end_application(entry, &work, &settings, &source, changed, &place)?;
         }
-        if self.fresh && holds_changes(parent, &mounted) {
-            drop_changes(&work, &settings, &place)?;
-        }
-        self.refuse_others(&work, &settings, &source, &place)?;
+        self.check_kept(&work, &settings, &source, &place, root.as_ref())?;
         entry.note(place.files().parent());
         if holds_changes(parent, &mounted) {
             tracing::info!(
@@ -317,18 +306,30 @@ impl Job {
             );
         }
         let notes = Notes::private(place.files(), &settings);
-        let opened =
-            Opened { job: &self, entry, settings: &settings, work: &work, files: place.files(), notes: &notes };
+        let (files, is_unchanged) = (place.files(), Cell::new(false));
+        let opened = Opened {
+            job: &self,
+            entry,
+            settings: &settings,
+            work: &work,
+            files,
+            notes: &notes,
+            is_unchanged: &is_unchanged,
+        };
         let result = opened.carry_out(&source, directory.as_deref(), root.as_ref(), &mounted, session);
         let result = work.unless_interrupted(result);
-        let kept = || kept_in(parent, entry, &self.command_line.line);
-        if self.end != End::Discarded && holds_changes(parent, &mounted) {
+        // What was to be dropped is dropped once the image is open.
+        if !entry.is_open() && place.take_back()? {
+            is_unchanged.set(false);
+        }
+        let kept = || self.kept_in(files.parent(), entry);
+        if self.end != End::Discarded && holds_changes(parent, &mounted) && !is_unchanged.get() {
             match result {
                 Ok((Fate::Keep, value)) => {
                     tracing::warn!("{}", kept());
                     return Ok(value);
                 }
-                Err(error) => return Err(error.advise(kept())),
+                Err(error) => return Err(error.advise_also(&kept())),
                 Ok(_) => {}
             }
         }
@@ -339,6 +340,88 @@ impl Job {
             tracing::info!("{}", self.given_up());
         }
         Ok(value)
+    }
+
+    /// Refuses a directory above which other changes are kept than those that this run goes on with.
+    fn refuse_kept(&self, directory: &Path, source: &Source) -> Result<()> {
+        let place = self.work.join(name_of(source, &self.source));
+        if self.in_place {
+            end_left_over(directory)?;
+            directory::refuse_with_changes(directory, &place)?;
+        }
+        let own = std::fs::canonicalize(place).ok();
+        let looks = self.end == End::Discarded && !self.in_place;
+        directory::refuse_kept(directory, &self.work, own.as_deref(), looks)
+    }
+
+    /// Ends an application that was interrupted, or gives it up.
+    fn end_application(
+        &self,
+        entry: &Entry,
+        work: &Work,
+        settings: &Settings,
+        source: &Source,
+        (directory, root): (&Path, &Tree),
+        place: &WorkDirectory,
+    ) -> Result<()> {
+        let record = place.files().parent();
+        if self.fresh {
+            if self.end == End::Published {
+                boot::check_named(root, &settings.boot, settings.arch)?;
+            }
+            directory::give_up_changes(directory, root, record)?;
+            return drop_changes(work, settings, place);
+        }
+        entry.reach(Stage::Applying);
+        let applied = apply::is_only_decided(record).and_then(|is_whole| {
+            let mounted = place.path().join(IMAGE_ROOT);
+            let overlay = if is_whole { prepare(work, settings, source, None, &mounted)? } else { None };
+            directory::apply_changes(directory, root, record, overlay)
+        });
+        applied.map_err(|e| e.advise_also(&self.kept_in(record, entry)))?;
+        place.clear()
+    }
+
+    /// Puts aside what `--fresh` drops, and refuses to go on with changes to another source, or to a directory that was edited since.
+    fn check_kept(
+        &self,
+        work: &Work,
+        settings: &Settings,
+        source: &Source,
+        place: &WorkDirectory,
+        root: Option<&Tree>,
+    ) -> Result<()> {
+        let (record, mounted) = (place.files().parent(), place.path().join(IMAGE_ROOT));
+        if self.fresh && holds_changes(place.path(), &mounted) {
+            // Changes that fill the disk leave no place for anything beside them.
+            if has_room(record) {
+                place.put_aside()?;
+            } else {
+                drop_changes(work, settings, place)?;
+            }
+        }
+        self.refuse_others(work, settings, source, place)?;
+        if let Some(root) = root.filter(|_| !self.discards && holds_changes(place.path(), &mounted)) {
+            apply::refuse_edited(record, &open_tree(&place.path().join(OVERLAY).join(UPPER))?, root)?;
+            apply::look_again(record)?;
+        }
+        Ok(())
+    }
+
+    /// Says where changes are kept, and what can be done with them.
+    fn kept_in(&self, place: &Tree, entry: &Entry) -> String {
+        let (shown, name) = (place.shown(), entry.name());
+        let (shown, line) = (shown.display(), entry.before().map_or_else(|| self.command_line.line.clone(), goes_on));
+        if !apply::has_begun(place).unwrap_or(true) {
+            return format!(
+                "what was changed is kept in {shown}; 'ims-sshd fail {name}' drops it; to go on with it: {line}"
+            );
+        }
+        let how_many = if apply::is_only_decided(place).unwrap_or(false) { "none" } else { "some" };
+        format!(
+            "{how_many} of the changes are in it already, and all are in {shown}; if a disk is full, free space on it; 'ims-sshd fail {name}' \
+             gives up those that are not; to apply them: {line}"
+        )
     }
 }
 
@@ -356,19 +439,9 @@ fn open_elsewhere(field: &str, path: &Path) -> Option<String> {
         .map(|run| run["name"].as_str().unwrap_or_default().into())
 }
 
-/// Says where changes are kept, and what can be done with them.
-fn kept_in(place: &Path, entry: &Entry, line: &str) -> String {
-    let (place, name) = (place.display(), entry.name());
-    format!("what was changed is kept in {place}; 'ims-sshd fail {name}' drops it; to go on with it: {line}")
-}
-
-/// The command line that goes on with what the run of this `entry` has left, as it is pasted here.
-pub fn goes_on(entry: &Value) -> String {
-    match (entry["command_line"].as_str(), entry["directory"].as_str()) {
-        (Some(line), Some(directory)) => command_line::from_here(line, Path::new(directory)),
-        // Kept by an earlier release.
-        _ => format!("the same 'ims-sshd {}' again", entry["command"].as_str().unwrap_or("customize")),
-    }
+/// Returns whether the disk of `place` has space for the few files of an image that is opened.
+fn has_room(place: &Tree) -> bool {
+    rustix::fs::fstatvfs(place).is_ok_and(|disk| disk.f_bavail.saturating_mul(disk.f_frsize) >= 1 << 20)
 }
 
 /// Drops what a run has left that has ended: changes that are kept, its sshd, and what it has added to the image. Returns what the source is
@@ -377,8 +450,7 @@ pub fn drop_left(entry: &Value) -> Result<&'static str> {
     source::need_root()?;
     let (name, source) = (entry["name"].as_str().unwrap_or_default(), entry["source"].as_str().unwrap_or_default());
     let path = Path::new(source);
-    // A URL is no absolute path.
-    let is_gone = path.is_absolute() && !path.exists();
+    let is_gone = !has_source(entry);
     let work = entry["work"].as_str().map(Path::new).filter(|work| work.is_dir());
     // Without a work directory it was changed where it is.
     let mut source_is = if work.is_some() { "is as it was" } else { "stays as it is now" };
@@ -392,7 +464,9 @@ pub fn drop_left(entry: &Value) -> Result<&'static str> {
         }
         let record = place.files().parent();
         if apply::has_begun(record)? {
-            source_is = "stays as it is now, with those that were applied";
+            if !apply::is_only_decided(record).unwrap_or(false) {
+                source_is = "stays as it is now, with those that were applied";
+            }
             if path.is_dir() {
                 let directory = source::image_root(path)?;
                 let _held = Held::take(&directory, all)?;
@@ -468,6 +542,8 @@ struct Opened<'a> {
     work: &'a Work,
     files: &'a SignalFiles,
     notes: &'a Notes<'a>,
+    /// True if nothing was changed, and nobody has decided on it.
+    is_unchanged: &'a Cell<bool>,
 }
 
 impl Opened<'_> {
@@ -503,16 +579,33 @@ impl Opened<'_> {
             boot::check_named(&root, names, arch)?;
             boot::warn_of_missing_initrd(&root, names, arch);
         }
-        let (fate, value) = session(&image_root)?;
+        self.give_up_aside()?;
+        let ended = session(&image_root);
+        if let (Some(overlay), Ok((Fate::Keep, _)) | Err(_)) = (&overlay, &ended) {
+            let upper = open_tree(&self.files.path().join(OVERLAY).join(UPPER))?;
+            self.is_unchanged.set(apply::is_unchanged(&upper, &overlay.lower).unwrap_or(false));
+        }
+        let (fate, value) = ended?;
         match (fate, self.job.end, directory.zip(root)) {
             (Fate::Publish, End::Published, _) => self.publish(source, &image_root, overlay)?,
             (Fate::Publish, End::Applied, Some((directory, root))) => {
+                // Before it is told: a run that is killed from here on has it applied by the next.
+                apply::decide(self.files.parent(), root)?;
                 self.entry.reach(Stage::Applying);
                 directory::apply_changes(directory, root, self.files.parent(), overlay)?;
             }
             _ => {}
         }
         Ok((fate, value))
+    }
+
+    /// Gives up what was published in part of changes that are put aside, to be dropped.
+    fn give_up_aside(&self) -> Result<()> {
+        let Some(aside) = SignalFiles::open(&self.files.path().join(ASIDE))? else { return Ok(()) };
+        let notes = Notes::private(&aside, self.settings);
+        let ims = self.settings.ims_client(self.work);
+        let mut publication = Publication { work: self.work, settings: self.settings, ims, notes: &notes };
+        publication.give_up(&mut Journal::read(&notes)?)
     }
 
     fn publication(&self) -> Publication<'_> {

@@ -1,7 +1,7 @@
 //! Register of what is open on this machine: a directory for each run of `customize` and `enter`, locked as long as the run lasts, also while
 //! it fetches and packs. One that is not locked is of a run that was killed, or that has kept changes: see [`left`].
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
@@ -10,9 +10,10 @@ use serde_json::{Value, json};
 
 use crate::environment::stage::Stage;
 use crate::error::{Attempt, Result};
+use crate::local::apply;
 use crate::local::claim::{claim, is_claimed, remove_folder};
+use crate::local::command_line;
 use crate::local::work_directory;
-use crate::publish::prepare::holds_changes;
 use crate::sys::tree::Tree;
 use crate::volume::signal_files::SignalFiles;
 use crate::volume::state_directory::RUN;
@@ -29,6 +30,9 @@ const KEPT_ENTRY: &str = ".ims-sshd.entry";
 /// State of changes that are kept.
 pub const KEPT: &str = "kept";
 
+/// State of kept changes that are to be applied to their directory, and are not, or only in part.
+pub const HALF_APPLIED: &str = "half-applied";
+
 /// State of a run that was killed.
 pub const KILLED: &str = "killed";
 
@@ -41,6 +45,9 @@ pub struct Entry {
     fields: RefCell<Value>,
     /// The work directory, where changes may be kept beyond this run.
     keeps: Option<PathBuf>,
+    /// Entry of the run that has kept changes there, which counts until this one has opened the image.
+    before: Option<Value>,
+    is_open: Cell<bool>,
 }
 
 impl Entry {
@@ -48,10 +55,20 @@ impl Entry {
     /// `keeps`; the name of others that are kept is taken.
     pub fn make(command: &str, source: &str, name: &str, keeps: Option<PathBuf>) -> Result<Self> {
         let register = place();
+        let before = keeps.as_deref().and_then(|work| {
+            let is_ours = |(entry, lasts): &(Value, bool)| !lasts && kept_in(entry).as_deref() == Some(work);
+            let known = all().unwrap_or_default().into_iter().find(is_ours).map(|(entry, _)| entry);
+            known.or_else(|| kept_entry(work))
+        });
+        let known = before.as_ref().and_then(|before| before["name"].as_str()).map(str::to_owned);
         let mut number = 0;
         loop {
             number += 1;
-            let name = if number == 1 { name.to_owned() } else { format!("{name}-{number}") };
+            let name = match (number, &known) {
+                (1, Some(known)) => known.clone(),
+                (1, None) => name.to_owned(),
+                _ => format!("{name}-{number}"),
+            };
             let path = register.join(&name);
             let in_use = || is_claimed(&path).unwrap_or(false);
             let is_kept = || {
@@ -80,7 +97,7 @@ impl Entry {
                 "since": now(),
                 "work": keeps,
             });
-            let entry = Self { files, fields: RefCell::new(fields), keeps };
+            let entry = Self { files, fields: RefCell::new(fields), keeps, before, is_open: Cell::new(false) };
             entry.write();
             return Ok(entry);
         }
@@ -94,6 +111,32 @@ impl Entry {
     /// Tells how far this run is.
     pub fn reach(&self, stage: Stage) {
         self.tell(&[("state", stage.name()), ("since", &now())]);
+        if stage == Stage::Serving && !self.is_open.replace(true) {
+            self.take_over();
+        }
+    }
+
+    /// The image is open: what is kept from here on is this run's.
+    fn take_over(&self) {
+        let Some(work) = &self.keeps else { return };
+        if let Ok(place) = Tree::open(work) {
+            self.note(&place);
+        }
+        match work_directory::drop_aside(work) {
+            Ok(true) => tracing::info!("dropped what was changed before; beginning anew"),
+            Ok(false) => {}
+            Err(e) => tracing::warn!("{e}"),
+        }
+    }
+
+    /// Whether the image was opened by this run.
+    pub fn is_open(&self) -> bool {
+        self.is_open.get()
+    }
+
+    /// Entry of the run whose changes are still kept as they were.
+    pub fn before(&self) -> Option<&Value> {
+        self.before.as_ref().filter(|_| !self.is_open())
     }
 
     /// Tells more of this run.
@@ -104,9 +147,9 @@ impl Entry {
         self.write();
     }
 
-    /// Notes in the work directory `place` whose changes those are.
+    /// Notes in the work directory `place` whose changes those are, unless they are still another run's.
     pub fn note(&self, place: &Tree) {
-        if self.keeps.is_none() {
+        if self.keeps.is_none() || self.before().is_some() {
             return;
         }
         let fields = self.fields.borrow();
@@ -129,6 +172,10 @@ impl Entry {
 impl Drop for Entry {
     fn drop(&mut self) {
         if self.keeps.as_deref().is_some_and(is_kept) {
+            if let Some(before) = self.before() {
+                self.fields.replace(before.clone());
+                return self.write();
+            }
             return self.tell(&[("state", KEPT), ("since", &now())]);
         }
         let _ = remove_folder(self.files.path());
@@ -142,6 +189,11 @@ pub fn entries() -> Result<Vec<Value>> {
 
 /// Entries of runs that were killed, and of changes that are kept.
 pub fn left() -> Vec<Value> {
+    left_below(Path::new(work_directory::DEFAULT))
+}
+
+/// The same, with changes that are kept below `works`, which nothing else tells of once the machine has started anew.
+pub fn left_below(works: &Path) -> Vec<Value> {
     let mut left = Vec::new();
     for (mut entry, lasts) in all().unwrap_or_default() {
         let kept = kept_in(&entry);
@@ -158,17 +210,46 @@ pub fn left() -> Vec<Value> {
         entry.as_object_mut().map(|fields| fields.remove("login"));
         left.push(entry);
     }
-    for work in std::fs::read_dir(work_directory::DEFAULT).into_iter().flatten().flatten().map(|entry| entry.path()) {
+    for work in std::fs::read_dir(works).into_iter().flatten().flatten().map(|entry| entry.path()) {
         let is_known = |entry: &Value| entry["work"].as_str().map(Path::new) == Some(&work);
         if is_kept(&work)
             && !left.iter().any(is_known)
-            && let Some(mut entry) = read_in(&work, KEPT_ENTRY)
+            && let Some(mut entry) = kept_entry(&work)
         {
-            (entry["state"], entry["work"], entry["kept"]) = (json!(KEPT), json!(work), json!(true));
+            entry["kept"] = json!(true);
             left.push(entry);
         }
     }
+    for entry in &mut left {
+        let begun = kept_in(entry).and_then(|work| apply::has_begun(&Tree::open(&work).ok()?).ok());
+        if begun == Some(true) {
+            entry["state"] = json!(HALF_APPLIED);
+        }
+    }
     left
+}
+
+/// Entry of changes that are kept in `work`, as it is noted there.
+fn kept_entry(work: &Path) -> Option<Value> {
+    let mut entry = read_in(work, KEPT_ENTRY).filter(|_| is_kept(work))?;
+    (entry["state"], entry["work"]) = (json!(KEPT), json!(work));
+    Some(entry)
+}
+
+/// The command line that goes on with what the run of this `entry` has left, as it is pasted here.
+pub fn goes_on(entry: &Value) -> String {
+    match (entry["command_line"].as_str(), entry["directory"].as_str()) {
+        (Some(line), Some(directory)) => command_line::from_here(line, Path::new(directory)),
+        // Kept by an earlier release.
+        _ => format!("the same 'ims-sshd {}' again", entry["command"].as_str().unwrap_or("customize")),
+    }
+}
+
+/// Returns whether the source of a run is still there, as far as this machine can tell.
+pub fn has_source(entry: &Value) -> bool {
+    let source = Path::new(entry["source"].as_str().unwrap_or_default());
+    // A URL is no absolute path.
+    !source.is_absolute() || source.exists()
 }
 
 /// Entries of runs that have ended of which nothing is left: their source, or what they had kept, is gone.
@@ -194,7 +275,7 @@ pub fn kept_in(entry: &Value) -> Option<PathBuf> {
 
 /// Returns whether changes are kept in `work`, which no run is using. Changes that are to be discarded do not count.
 fn is_kept(work: &Path) -> bool {
-    holds_changes(work, &work.join("image-root"))
+    work_directory::holds_any_changes(work)
         && !work_directory::is_to_discard(work)
         && SignalFiles::open(work).ok().flatten().is_some_and(|files| !files.is_claimed())
 }

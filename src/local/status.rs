@@ -80,7 +80,12 @@ fn mark_left(left: &Value, verdict: Verdict) -> Result<u8> {
     let (name, source) = (text(left, "name"), text(left, "source"));
     if verdict == Verdict::Complete {
         let why = if left["state"] == register::KILLED { "its run was killed" } else { "its run has ended" };
-        let advice = format!("'ims-sshd fail {name}' drops what it has left; to go on with it: {}", job::goes_on(left));
+        let going_on = if register::has_source(left) {
+            format!("; to go on with it: {}", register::goes_on(left))
+        } else {
+            String::new()
+        };
+        let advice = format!("'ims-sshd fail {name}' drops what it has left{going_on}");
         return Err(Error::new(format!("mark {name} complete")).because(why).advise(advice));
     }
     let source_is = job::drop_left(left)?;
@@ -358,6 +363,7 @@ fn in_words(report: &Value) -> String {
     text += ": ";
     text += &match word(&report["state"]) {
         Some(state) if state == register::KEPT => "kept changes".into(),
+        Some(state) if state == register::HALF_APPLIED => "half applied".into(),
         Some(state) => state,
         None => "not open".into(),
     };
@@ -380,9 +386,13 @@ fn in_words(report: &Value) -> String {
         if kept {
             let _ = writeln!(text, "  changes: {}", word(&report["work"]).unwrap_or_default());
         }
-        let line = Printable(job::goes_on(report)).to_string();
+        let line = Printable(register::goes_on(report)).to_string();
         let masked = if line.contains(MASK) { "   (put in what *** stands for)" } else { "" };
-        let _ = writeln!(text, "  go on: {line}{masked}");
+        if register::has_source(report) {
+            let _ = writeln!(text, "  go on: {line}{masked}");
+        } else {
+            text += "  the source is not there: it was renamed or removed\n";
+        }
         let _ = writeln!(text, "  {}: ims-sshd fail {}", if kept { "drop" } else { "clear up" }, name_of(report));
     }
     for session in report["sessions"].as_array().into_iter().flatten() {

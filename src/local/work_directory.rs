@@ -1,14 +1,15 @@
 //! Work directory of a job on this machine, owned by root, for all that belongs to the image. Setuid programs of the
 //! image and its /etc/shadow lie below, which the machine's other users must neither reach nor exchange.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use crate::error::{Attempt, Error, Result};
 use crate::local::claim::{claim, is_claimed};
+use crate::publish::prepare::holds_changes;
 use crate::sys::named::{WRITABLE, is_trusted};
-use crate::volume::layout::{IMAGE_ROOT, OVERLAY};
+use crate::volume::layout::{CLAIM, IMAGE_ROOT, OVERLAY};
 use crate::volume::signal_files::SignalFiles;
 
 /// The directory of all jobs, where the command line names none.
@@ -25,6 +26,31 @@ pub fn is_to_discard(place: &Path) -> bool {
     place.file_name().is_some_and(|name| name.to_string_lossy().contains(TO_DISCARD))
 }
 
+/// Directory for what is to be dropped as soon as something has taken its place.
+pub const ASIDE: &str = ".aside";
+
+/// Its name as long as it is filled or emptied.
+const MOVING: &str = ".aside.moving";
+
+/// Returns whether changes are in `work`, or put aside there.
+pub fn holds_any_changes(work: &Path) -> bool {
+    let places = [work.to_owned(), work.join(ASIDE), work.join(MOVING)];
+    places.iter().any(|place| holds_changes(place, &place.join(IMAGE_ROOT)))
+}
+
+/// Drops what is put aside in `work`. Returns whether anything was.
+pub fn drop_aside(work: &Path) -> Result<bool> {
+    let attempted = || format!("drop what was changed before in {}", work.display());
+    let Some(files) = SignalFiles::open(work)? else { return Ok(false) };
+    if files.parent().look(ASIDE).attempt(attempted)?.is_none() {
+        return Ok(false);
+    }
+    // A name that nothing has: what cannot be removed must not keep it from being dropped.
+    let dropped = format!(".dropped-{ASIDE}-{}", std::process::id());
+    files.parent().rename(ASIDE, &dropped).attempt(attempted)?;
+    files.parent().remove_whole(OsStr::new(&dropped)).attempt(attempted).map(|()| true)
+}
+
 /// One job's directory, claimed as long as this value lives.
 pub struct WorkDirectory {
     files: SignalFiles,
@@ -34,7 +60,9 @@ impl WorkDirectory {
     /// Makes the directory `name` below `all`, or finds it as an earlier run has left it. Another run that is using it is an error.
     pub fn claim(all: &Path, name: &str) -> Result<Self> {
         let all = own(all)?;
-        claim(|| own(&all.join(name))).map(|files| Self { files })
+        let place = claim(|| own(&all.join(name))).map(|files| Self { files })?;
+        // Of a run that was killed before anything took its place.
+        place.take_back().map(|_| place)
     }
 
     /// The same for changes that are discarded at the end: the first of `name` with a number that no other run is using, without what a run
@@ -59,6 +87,42 @@ impl WorkDirectory {
     /// Its files, among them what is noted of a publication.
     pub fn files(&self) -> &SignalFiles {
         &self.files
+    }
+
+    /// Puts all that is kept aside, to be dropped when something has taken its place, or [`Self::take_back`] has it there again.
+    pub fn put_aside(&self) -> Result<()> {
+        let attempted = || format!("put aside what is kept in {}", self.path().display());
+        let parent = self.files.parent();
+        let aside = parent.make_private(MOVING).attempt(attempted)?;
+        for name in self.kept_names()? {
+            rustix::fs::renameat(parent, &name, &aside, &name).attempt(attempted)?;
+        }
+        // At one stroke: whoever finds that name finds all of it there.
+        parent.rename(MOVING, ASIDE).attempt(attempted)
+    }
+
+    /// Puts what was put aside back, and removes what has begun to take its place. Returns whether anything was aside.
+    pub fn take_back(&self) -> Result<bool> {
+        let attempted = || format!("take back what was put aside in {}", self.path().display());
+        let parent = self.files.parent();
+        if parent.look(ASIDE).attempt(attempted)?.is_some() {
+            self.kept_names()?.iter().try_for_each(|name| parent.remove_whole(name)).attempt(attempted)?;
+            parent.rename(ASIDE, MOVING).attempt(attempted)?;
+        }
+        if parent.look(MOVING).attempt(attempted)?.is_none() {
+            return Ok(false);
+        }
+        let aside = parent.directory_without_links(MOVING).attempt(attempted)?;
+        for name in aside.names().attempt(attempted)? {
+            rustix::fs::renameat(&aside, &name, parent, &name).attempt(attempted)?;
+        }
+        parent.remove_directory(MOVING).map(|_| true).attempt(attempted)
+    }
+
+    /// Names of what an earlier run has left, but for the file that is locked.
+    fn kept_names(&self) -> Result<Vec<OsString>> {
+        let names = self.files.parent().names().attempt(|| format!("list {}", self.path().display()))?;
+        Ok(names.into_iter().filter(|name| ![CLAIM, ASIDE, MOVING].iter().any(|own| name == own)).collect())
     }
 
     /// Removes what an earlier run has left in it.

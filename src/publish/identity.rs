@@ -1,6 +1,8 @@
 //! Identity of the source that an image root was made of, or that changes were made to: the same command must not go on with them on another
 //! one that has taken its name.
 
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::time::{Duration, SystemTime};
 
@@ -51,12 +53,7 @@ impl Identity {
     pub fn of(source: &Source, opened: &Opened, expected: &Expected) -> Result<Self> {
         let attempted = || format!("tell {} from other images", opened.shown.display());
         let (size, modified, content) = match &opened.content {
-            Content::Directory(tree) => {
-                let wanted = StatxFlags::INO | StatxFlags::BTIME;
-                let found = rustix::fs::statx(tree, "", AtFlags::EMPTY_PATH, wanted).attempt(attempted)?;
-                let made = (found.stx_btime.tv_sec, found.stx_btime.tv_nsec);
-                (0, None, format!("directory {} {}.{}", found.stx_ino, made.0, made.1))
-            }
+            Content::Directory(tree) => (0, None, of_directory(tree).attempt(attempted)?),
             Content::File(file) => {
                 let found = file.metadata().attempt(attempted)?;
                 let mut digest = digest::Context::new(&digest::SHA256);
@@ -82,6 +79,18 @@ impl Identity {
         }
         // Not the time: a copy of the same bytes, or touch, gives the file another one.
         self.size == other.size && self.content == other.content
+    }
+
+    /// Returns whether it is that of the directory `root`, whatever path that has by now.
+    pub fn is_of(&self, root: &Tree) -> bool {
+        let is_ours = |found: std::io::Result<String>| found.is_ok_and(|content| content == self.content);
+        if !is_ours(of_directory(root)) {
+            return false;
+        }
+        // A snapshot of the file system has all that tells a directory from others, but is not at its path.
+        let Ok(there) = File::open(&self.source) else { return true };
+        let place = |fd: BorrowedFd<'_>| rustix::fs::fstat(fd).map(|found| (found.st_dev, found.st_ino)).ok();
+        place(there.as_fd()) == place(root.as_fd()) || !is_ours(of_directory(&there))
     }
 
     /// Warns of a file that is the same image, and has been written or copied since.
@@ -127,6 +136,13 @@ impl Identity {
     }
 }
 
+/// Text that tells a directory from another, under whatever path. The number of its device may change when the machine starts anew.
+fn of_directory(directory: impl AsFd) -> std::io::Result<String> {
+    let wanted = StatxFlags::INO | StatxFlags::BTIME;
+    let found = rustix::fs::statx(directory, "", AtFlags::EMPTY_PATH, wanted)?;
+    Ok(format!("directory {} {}.{}", found.stx_ino, found.stx_btime.tv_sec, found.stx_btime.tv_nsec))
+}
+
 fn named(source: &Source) -> String {
     match source {
         Source::Here(path) => std::path::absolute(path).unwrap_or_else(|_| path.clone()).display().to_string(),
@@ -155,6 +171,11 @@ impl<'a> Record<'a> {
         let is_private = found.st_uid == nix::unistd::geteuid().as_raw() && found.st_mode.trailing_zeros() >= 6;
         let is_sealed = !is_private && Seal::has_secret(settings);
         Ok(Self { volume, seal: is_sealed.then(|| Seal::of(settings, volume, false)).transpose()? })
+    }
+
+    /// The record in a directory of our own, that nobody else writes to.
+    pub fn private(volume: &'a Tree) -> Self {
+        Self { volume, seal: None }
     }
 
     /// Reads the identity; nothing if there is none, or somebody else has written it.

@@ -22,7 +22,7 @@ pub fn tree(dir: &Path) -> PathBuf {
 }
 
 /// Content, owners, modes, times and links of a tree.
-fn state(tree: &Path) -> String {
+pub fn state(tree: &Path) -> String {
     let find = "find . ! -path './proc*' -printf '%p %y %m %U %G %n %T@ %l\\n' | sort; find . -type f -exec md5sum {} + | sort";
     succeed(Command::new("sh").args(["-c", find]).current_dir(tree))
 }
@@ -39,7 +39,7 @@ fn work(dir: &Path) -> PathBuf {
 }
 
 /// Changes of every kind, by programs of the image.
-const CHANGES: &str = "set -e; rm /boot/initrd; mkdir -p /srv/new; echo new > /srv/new/file; chmod 4711 /srv/new/file; \
+pub const CHANGES: &str = "set -e; rm /boot/initrd; mkdir -p /srv/new; echo new > /srv/new/file; chmod 4711 /srv/new/file; \
     echo more >> /usr/two; mv /usr/lib/old /usr/lib/new; rm -r /root; ln -s srv /link; chown 5:6 /etc; touch /tmp/file";
 
 pub const CUSTOMIZE: [&str; 4] = ["customize", "tree", "--work", "work"];
@@ -136,10 +136,7 @@ fn an_application_that_was_killed_is_ended_by_the_same_command_and_nothing_else_
     ] {
         let refused = run(dir.path(), command);
         assert_eq!(refused.status.code(), Some(1), "{refused:?}");
-        assert!(
-            text(&refused.stderr).contains("applying changes to it was interrupted; 'ims-sshd customize"),
-            "{refused:?}"
-        );
+        assert!(text(&refused.stderr).contains("applying changes to it was interrupted; 'ims-sshd "), "{refused:?}");
     }
     // No other place is left by those that were refused.
     work(dir.path());
@@ -512,6 +509,7 @@ fn a_directory_in_the_place_of_a_mark_is_removed_at_the_end_and_at_the_start_if_
     let refused = run(dir.path(), &[&CUSTOMIZE[..], &["--fresh", "--", "true"]].concat());
     assert_eq!(refused.status.code(), Some(1), "{refused:?}");
     assert!(text(&refused.stderr).contains("remove it from the image"), "{refused:?}");
+    fail(dir.path());
     nothing_stays(dir.path());
 }
 
@@ -541,6 +539,10 @@ fn a_directory_that_is_open_is_opened_by_no_other_path() {
     }
     open.kill().unwrap();
     open.wait().unwrap();
+    // What it has changed is kept after a kill too.
+    let kept = run(dir.path(), &["enter", "other", "--", "true"]);
+    assert!(text(&kept.stderr).contains("changes that were made above it are kept as"), "{kept:?}");
+    fail(dir.path());
     let output = run(dir.path(), &["enter", "other", "--", "true"]);
     assert!(output.status.success(), "{output:?}");
 }
@@ -559,7 +561,6 @@ fn a_directory_in_one_that_is_open_or_above_one_is_opened_by_nobody_and_an_archi
     ] {
         for opening in [&["customize"][..], &["customize", "--in-place"], &["enter"], &["enter", "--discard"]] {
             let mut first = ims_sshd(opening, &[]);
-            // One each: what is kept above a directory keeps it from being changed where it is.
             first.arg(open).args(["--work", &opening.concat(), "--", "sh", "-c", "echo open; exec sleep 600"]);
             let mut first = Ended::new(first.current_dir(dir.path()).stdout(Stdio::piped()).spawn().unwrap());
             std::io::Read::read_exact(first.stdout.as_mut().unwrap(), &mut [0; 5]).unwrap();
@@ -579,6 +580,7 @@ fn a_directory_in_one_that_is_open_or_above_one_is_opened_by_nobody_and_an_archi
             assert!(looked.status.success(), "{looked:?}");
             first.kill().unwrap();
             first.wait().unwrap();
+            run(dir.path(), &["fail", open.to_str().unwrap()]);
         }
     }
     let entered = run(dir.path(), &["enter", "tree", "--", "true"]);

@@ -1,12 +1,121 @@
 //! Changes that are kept: nothing but their own command goes on with them, nothing loses them, and nothing is told of any that are not there.
 
-use std::process::{Command, Stdio};
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
 use testbed::job::*;
 use testbed::*;
 
 use crate::customize::nothing_stays;
-use crate::directory::{CUSTOMIZE, run, tree};
+use crate::directory::{CHANGES, CUSTOMIZE, run, state, tree};
+
+/// Runs `lines` in the directory `tree`, which fail.
+fn keep(dir: &Path, lines: &str) -> String {
+    let kept = run(dir, &[&CUSTOMIZE[..], &["--", "sh", "-c", &format!("{lines}; exit 3")]].concat());
+    assert_eq!(kept.status.code(), Some(3), "{kept:?}");
+    text(&kept.stderr)
+}
+
+fn refused(output: &Output, why: &[&str]) {
+    let said = text(&output.stderr);
+    assert!(matches!(output.status.code(), Some(1 | 2)), "{output:?}");
+    assert!(why.iter().all(|why| said.contains(why)), "{why:?}: {said}");
+}
+
+/// Entry of what is kept below `dir`.
+fn entry(dir: &Path) -> Value {
+    let all: Value = serde_json::from_str(&succeed(&mut ims_sshd(&["status", "--json"], &[]))).unwrap();
+    let is_ours = |entry: &&Value| entry["work"].as_str().is_some_and(|work| work.starts_with(dir.to_str().unwrap()));
+    all.as_array().unwrap().iter().find(is_ours).cloned().unwrap_or_default()
+}
+
+#[test]
+fn a_directory_with_kept_changes_is_opened_by_no_other_path_and_under_no_other_name() {
+    let dir = directory();
+    let tree = tree(dir.path());
+    let before = state(&tree);
+    keep(dir.path(), "echo new > /etc/new");
+    let name = entry(dir.path())["name"].as_str().unwrap().to_owned();
+    std::os::unix::fs::symlink("tree", dir.path().join("link")).unwrap();
+    let opened_by_nobody = |path: &str| {
+        for command in [
+            &["enter", path, "--", "touch", "/etc/other"][..],
+            &["customize", path, "--work", "work", "--", "touch", "/etc/other"],
+            &["customize", path, "--work", "other", "--", "touch", "/etc/other"],
+            &["customize", path, "--work", "work", "--output", "out", "--", "touch", "/etc/other"],
+            &["customize", path, "--in-place", "--", "touch", "/etc/other"],
+            &["package", "--kernel", "vmlinuz", path],
+            &["prepare", "parent", path],
+        ] {
+            let output = run(dir.path(), command);
+            refused(
+                &output,
+                &[&format!("changes that were made above it are kept as {name}"), &format!("'ims-sshd fail {name}'")],
+            );
+            assert!(!dir.path().join("out").exists() && !dir.path().join("parent/image-root").exists(), "{command:?}");
+        }
+        let looked = run(dir.path(), &["enter", path, "--work", "work", "--discard", "--", "true"]);
+        assert!(looked.status.success() && text(&looked.stderr).contains("not shown here"), "{looked:?}");
+    };
+    opened_by_nobody("link");
+    let moved = dir.path().join("moved");
+    std::fs::rename(&tree, &moved).unwrap();
+    opened_by_nobody("moved");
+    std::fs::create_dir(&tree).unwrap();
+    opened_by_nobody("moved");
+    std::fs::remove_dir(&tree).unwrap();
+    std::fs::rename(&moved, &tree).unwrap();
+    assert_eq!(state(&tree), before);
+    // A copy is another directory.
+    succeed(Command::new("cp").arg("-aT").arg(&tree).arg(&moved));
+    let copy = run(dir.path(), &["enter", "moved", "--", "true"]);
+    assert!(copy.status.success(), "{copy:?}");
+    let output = run(dir.path(), &[&CUSTOMIZE[..], &["--", "test", "-e", "/etc/new"]].concat());
+    assert!(output.status.success(), "{output:?}");
+    assert!(tree.join("etc/new").exists());
+    nothing_stays(dir.path());
+}
+
+#[test]
+fn kept_changes_are_not_put_over_what_was_changed_by_hand_since() {
+    let dir = directory();
+    let tree = tree(dir.path());
+    let edits: [(&str, &dyn Fn()); 4] = [
+        ("usr/one", &|| std::fs::write(tree.join("usr/one"), "by hand\n").unwrap()),
+        ("etc", &|| std::fs::write(tree.join("etc/new"), "by hand\n").unwrap()),
+        ("gone/in/file", &|| std::fs::write(tree.join("gone/in/file"), "by hand\n").unwrap()),
+        ("usr", &|| std::fs::remove_file(tree.join("usr/two")).unwrap()),
+    ];
+    std::fs::create_dir_all(tree.join("gone/in")).unwrap();
+    for (path, edit) in edits {
+        std::fs::write(tree.join("gone/in/file"), "").unwrap();
+        keep(dir.path(), "echo more >> /usr/one; echo new > /etc/new; rm -r /gone");
+        // What the changes do not touch is of no matter.
+        std::fs::write(tree.join("boot/other"), "by hand\n").unwrap();
+        edit();
+        let before = state(&tree);
+        let output = run(dir.path(), &[&CUSTOMIZE[..], &["--", "true"]].concat());
+        refused(&output, &["was changed by hand", &format!("{}", tree.join(path).display()), "'ims-sshd fail "]);
+        assert_eq!(state(&tree), before);
+        let fresh = run(dir.path(), &[&CUSTOMIZE[..], &["--fresh", "--", "true"]].concat());
+        assert!(fresh.status.success(), "{fresh:?}");
+        assert_eq!(state(&tree), before);
+    }
+    let during = "echo more >> /usr/one; echo open; read line";
+    let mut open = ims_sshd(&[&CUSTOMIZE[..], &["--", "sh", "-c", during]].concat(), &[]);
+    open.current_dir(dir.path()).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut open = open.spawn().unwrap();
+    std::io::Read::read_exact(open.stdout.as_mut().unwrap(), &mut [0; 5]).unwrap();
+    std::fs::write(tree.join("usr/one"), "by hand\n").unwrap();
+    std::io::Write::write_all(open.stdin.as_mut().unwrap(), b"\n").unwrap();
+    let output = open.wait_with_output().unwrap();
+    refused(&output, &["was changed by hand", "usr/one", "what was changed is kept in"]);
+    assert_eq!(std::fs::read_to_string(tree.join("usr/one")).unwrap(), "by hand\n");
+}
 
 #[test]
 fn what_was_changed_by_hand_between_two_runs_that_kept_nothing_is_of_no_matter() {
@@ -22,6 +131,166 @@ fn what_was_changed_by_hand_between_two_runs_that_kept_nothing_is_of_no_matter()
     assert!(output.status.success(), "{output:?}");
     assert_eq!(std::fs::read_to_string(tree.join("usr/one")).unwrap(), "by hand\nmore\n");
     nothing_stays(dir.path());
+}
+
+/// A port that is in use.
+fn busy() -> (std::net::TcpListener, String) {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port().to_string();
+    (listener, port)
+}
+
+#[test]
+fn a_command_that_is_refused_neither_drops_what_is_kept_nor_takes_the_place_of_the_line_that_goes_on() {
+    let dir = directory();
+    let tree = tree(dir.path());
+    squashfs_of(&tree);
+    let (_listener, port) = busy();
+    for source in ["tree", "tree.sqsh"] {
+        let common = ["customize", source, "--work", "work"];
+        let named = ["--kernel", "vmlinuz", "--initrd", "initrd"];
+        let kept = [
+            &common[..],
+            &["--output", "out", "--exclude", "srv/x"],
+            &named,
+            &["sh", "-c", "test -e /kept || touch /kept; exit 3"],
+        ];
+        let output = run(dir.path(), &kept.concat());
+        assert_eq!(output.status.code(), Some(3), "{output:?}");
+        let before = entry(dir.path());
+        assert!(before["command_line"].as_str().unwrap().contains("--exclude"), "{before}");
+        std::thread::sleep(Duration::from_millis(1100));
+        let output = ["--output", "out"];
+        for mistake in [
+            &["--output", "/proc/x", "--", "true"][..],
+            &[output[0], output[1], "--kernel", "vmlinuz-9", "--", "true"],
+            &[output[0], output[1], "--initrd", "initrd-9", "--", "true"],
+            &[output[0], output[1], "--changes", "/proc/q", "--kernel", "vmlinuz", "--initrd", "initrd", "--", "true"],
+            &[output[0], output[1], "--port", &port, "--kernel", "vmlinuz", "--initrd", "initrd"],
+            &[output[0], output[1], "--listen", "192.0.2.1", "--kernel", "vmlinuz", "--initrd", "initrd"],
+        ] {
+            for fresh in [&[][..], &["--fresh"]] {
+                let output = run(dir.path(), &[&common[..], fresh, mistake].concat());
+                let said = text(&output.stderr);
+                assert!(!output.status.success(), "{mistake:?}");
+                assert_eq!(entry(dir.path()), before, "{fresh:?} {mistake:?}: {said}");
+                assert!(!said.contains("dropped"), "{said}");
+                assert!(!said.contains("to go on with it: ") || said.contains("--exclude"), "{said}");
+            }
+        }
+        let missing = dir.path().join("aside");
+        std::fs::rename(dir.path().join(source), &missing).unwrap();
+        refused(&run(dir.path(), &[&common[..], &["--output", "out", "--", "true"]].concat()), &["No such file"]);
+        let status = succeed(&mut ims_sshd(&["status", before["name"].as_str().unwrap()], &[]));
+        assert!(!status.contains("go on: ") && status.contains("  drop: ims-sshd fail"), "{status}");
+        std::fs::rename(&missing, dir.path().join(source)).unwrap();
+        assert_eq!(entry(dir.path()), before);
+        let output =
+            run(dir.path(), &[&common[..], &["--output", "out"], &named, &["--", "test", "-e", "/kept"]].concat());
+        assert!(output.status.success(), "{output:?}");
+        nothing_stays(dir.path());
+        std::fs::remove_dir_all(dir.path().join("out")).unwrap();
+    }
+}
+
+#[test]
+fn an_application_that_was_killed_at_its_beginning_is_not_lost_to_another_command() {
+    for milliseconds in [0, 5, 20, 60] {
+        let dir = directory();
+        let tree = tree(dir.path());
+        let lines = format!("{CHANGES}; for i in $(seq 500); do echo $i > /srv/$i; done");
+        let mut killed = ims_sshd(&[&CUSTOMIZE[..], &["--", "sh", "-c", &lines]].concat(), &[]);
+        let mut killed = Ended::new(killed.current_dir(dir.path()).spawn().unwrap());
+        let pid = killed.id();
+        let own = || {
+            let runs = std::fs::read_dir("/run/ims-sshd/.runs").unwrap().flatten();
+            let entries = runs.filter_map(|run| std::fs::read_to_string(run.path().join("entry")).ok());
+            entries.map(|entry| serde_json::from_str::<Value>(&entry).unwrap()).find(|entry| entry["pid"] == pid)
+        };
+        let began = Instant::now();
+        while own().is_none_or(|entry| entry["state"] != "applying") {
+            assert!(began.elapsed() < Duration::from_mins(1) && killed.try_wait().unwrap().is_none());
+        }
+        std::thread::sleep(Duration::from_millis(milliseconds));
+        killed.kill().unwrap();
+        killed.wait().unwrap();
+        let status = text(run(dir.path(), &["status"]).stdout);
+        if dir.path().join("work/ims-sshd").read_dir().unwrap().next().is_some() {
+            let entered = run(dir.path(), &["enter", "tree", "--work", "work", "--discard", "--", "true"]);
+            refused(&entered, &["applying changes to it was interrupted"]);
+        }
+        let arguments = ["--output", "out", "--kernel", "vmlinuz", "--initrd", "auto", "--", "true"];
+        let output = run(dir.path(), &[&CUSTOMIZE[..], &arguments].concat());
+        assert!(
+            tree.join("usr/lib/new/in/file").exists() && tree.join("srv/500").exists(),
+            "{milliseconds}: {output:?} {status}"
+        );
+        assert!(!tree.join("boot/initrd").exists(), "{output:?}");
+        assert_eq!(std::fs::read_to_string(tree.join("usr/one")).unwrap(), "one\nmore\n");
+    }
+}
+
+#[test]
+fn a_disk_that_is_full_as_changes_are_applied_is_told_with_the_file_and_with_what_is_in_the_directory() {
+    let dir = directory();
+    tree(dir.path());
+    std::fs::create_dir(dir.path().join("disk")).unwrap();
+    let script = "mount -t tmpfs -o size=12m tmpfs disk; cp -a tree disk/tree; \
+        $0 customize disk/tree --work work -- sh -c 'echo new > /bin/new; dd if=/dev/zero of=/usr/big bs=65536 count=400' 2>&1; \
+        echo ended $?; $0 status --json; $0 status; mount -o remount,size=60m disk; \
+        $0 customize disk/tree --work work -- true 2>&1; echo ended $?; du -m disk/tree/usr/big";
+    let output =
+        Command::new("unshare").args(["-m", "sh", "-c", script, &*IMS_SSHD]).current_dir(dir.path()).output().unwrap();
+    let said = text(&output.stdout);
+    let (first, rest) = said.split_once("ended 1\n").unwrap_or_else(|| panic!("{said}"));
+    assert!(first.contains("disk/tree/usr/big") && first.contains("No space left on device"), "{first}");
+    assert!(
+        first.contains("some of the changes are in it already") && !first.contains("what was changed is kept"),
+        "{first}"
+    );
+    assert!(first.contains("free space") && first.contains("'ims-sshd fail "), "{first}");
+    assert!(rest.contains("\"state\":\"half-applied\"") && rest.contains(": half applied since"), "{rest}");
+    assert!(rest.contains("ended 0\n25\t"), "{rest}");
+}
+
+#[test]
+fn nothing_is_kept_where_nothing_was_changed() {
+    let dir = directory();
+    let tree = tree(dir.path());
+    squashfs_of(&tree);
+    let (_listener, port) = busy();
+    let named = ["--output", "out", "--kernel", "vmlinuz", "--initrd", "initrd"];
+    for source in [&["tree"][..], &[&["tree.sqsh"], &named[..]].concat()] {
+        let common = [&["customize", "--work", "work"], source].concat();
+        for options in [&["--port", &port][..], &["--listen", "192.0.2.1"], &["--", "false"], &["--", "cat", "/etc/x"]]
+        {
+            let output = run(dir.path(), &[&common[..], options].concat());
+            let said = text(&output.stderr);
+            assert!(!output.status.success() && !said.contains("is kept in"), "{options:?}: {said}");
+            nothing_stays(dir.path());
+        }
+        let mut open = ims_sshd(&common, &[]);
+        open.current_dir(dir.path()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut open = open.spawn().unwrap();
+        let mut lines = std::io::BufRead::lines(std::io::BufReader::new(open.stdout.as_mut().unwrap()));
+        assert!(lines.any(|line| line.unwrap().contains("ims-sshd complete")));
+        drop(lines);
+        kill(Pid::from_raw(open.id().cast_signed()), Signal::SIGINT).unwrap();
+        let output = open.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(130), "{output:?}");
+        assert!(!text(&output.stderr).contains("is kept in"), "{output:?}");
+        nothing_stays(dir.path());
+        // What only looks the same is a change.
+        for change in
+            ["chmod 700 /etc", "rmdir /tmp", "touch /usr/one", "echo eno > /usr/one", "ln /usr/one /usr/three"]
+        {
+            let output = run(dir.path(), &[&common[..], &["--", "sh", "-c", &format!("{change}; exit 3")]].concat());
+            assert!(text(&output.stderr).contains("what was changed is kept in"), "{change}: {output:?}");
+            let fresh = run(dir.path(), &[&common[..], &["--fresh", "--", "false"]].concat());
+            assert_eq!(fresh.status.code(), Some(1), "{fresh:?}");
+            nothing_stays(dir.path());
+        }
+    }
 }
 
 #[test]
