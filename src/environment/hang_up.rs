@@ -1,13 +1,12 @@
 //! Sessions at the close: who is told and hung up, and who may finish.
 
 use std::io::Write;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
-use rustix::event::{PollFd, PollFlags};
 
 use crate::log::redaction::without_secrets;
 use crate::sshd::daemon::Running;
@@ -133,7 +132,7 @@ impl Farewell {
     }
 
     /// Readable when one of the sessions or connections has ended.
-    pub fn ends(&self) -> impl Iterator<Item = PollFd<'_>> {
-        self.watched.iter().map(|h| PollFd::from_borrowed_fd(h.fd.as_fd(), PollFlags::IN))
+    pub fn ends(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.watched.iter().map(|handle| handle.fd.as_fd())
     }
 }

@@ -173,12 +173,6 @@ impl Open {
         running
     }
 
-    /// Interactive shells that are running.
-    pub(super) fn shells(&mut self) -> Vec<Entry> {
-        let running = self.running();
-        self.interactive(running)
-    }
-
     /// The interactive shells among `running`.
     pub(super) fn interactive(&self, running: Running) -> Vec<Entry> {
         let mut sessions = running.sessions;

@@ -1,18 +1,18 @@
 //! Who is in the environment: sessions as their helpers tell of them, and as they are found where no helper is (plain mode).
 
-use std::os::fd::AsFd;
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
 use base64::Engine;
-use rustix::event::{PollFd, PollFlags};
 use serde_json::{Value, json};
 use sha2::Digest;
 
 use crate::error::{Attempt, Result};
 use crate::log::redaction::without_secrets;
 use crate::session::report::{Packet, SOCKET};
-use crate::sys::poll;
+use crate::sys::poll::Sources;
 use crate::sys::process::Entry;
 use crate::sys::seqpacket::{Listener, Packets};
 use crate::sys::tree::Tree;
@@ -85,7 +85,10 @@ struct Line {
 /// All who are there.
 pub struct Presence {
     listener: Listener,
-    lines: Vec<Line>,
+    /// By their descriptors.
+    lines: BTreeMap<RawFd, Line>,
+    /// The lines, and the listener as `None`.
+    sources: Sources<Option<RawFd>>,
     /// Maximum number of lines held at once; sessions beyond it are not noticed.
     most_lines: usize,
     /// True once lines were refused and the log has said so.
@@ -100,22 +103,19 @@ impl Presence {
     /// Listens in the environment's state folder.
     pub fn listen(state: &Path) -> Result<Self> {
         let path = state.join(SOCKET);
-        let listener = Listener::bind(&path).attempt(|| format!("listen at {}", path.display()))?;
+        let attempted = || format!("listen at {}", path.display());
+        let listener = Listener::bind(&path).attempt(attempted)?;
+        let mut sources = Sources::new().attempt(attempted)?;
+        sources.add(&listener, None).attempt(attempted)?;
         let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(u64::MAX);
         let most_lines = usize::try_from(limit.saturating_sub(RESERVED)).unwrap_or(usize::MAX).max(1);
-        Ok(Self { listener, lines: Vec::new(), most_lines, was_full: false, found: Vec::new(), last_heard: None })
-    }
-
-    /// Readable when there is something to [`Presence::look`] at.
-    pub fn sources(&self) -> impl Iterator<Item = PollFd<'_>> {
-        let listener = PollFd::from_borrowed_fd(self.listener.as_fd(), PollFlags::IN);
-        let lines = self.lines.iter().map(|l| PollFd::from_borrowed_fd(l.packets.as_fd(), PollFlags::IN));
-        std::iter::once(listener).chain(lines)
+        let (lines, found) = (BTreeMap::new(), Vec::new());
+        Ok(Self { listener, lines, sources, most_lines, was_full: false, found, last_heard: None })
     }
 
     /// Sessions that are running now.
     pub fn sessions(&self) -> impl Iterator<Item = &Session> {
-        self.lines.iter().filter_map(|l| l.session.as_ref()).chain(self.found.iter().map(|(s, _)| s))
+        self.lines.values().filter_map(|l| l.session.as_ref()).chain(self.found.iter().map(|(s, _)| s))
     }
 
     /// Whether the session whose first process is `leader` is an interactive shell.
@@ -135,9 +135,31 @@ impl Presence {
 
     /// Hears what helpers tell, and returns whether somebody asked for the status.
     pub fn look(&mut self) -> Vec<Packets> {
+        let mut asking = Vec::new();
+        loop {
+            let ready = self.sources.wait(Duration::ZERO);
+            if ready.is_empty() {
+                return asking;
+            }
+            for number in ready {
+                match number.and_then(|number| self.lines.get_mut(&number)).map(Line::hear) {
+                    None => self.accept(),
+                    Some(Heard::News) => {}
+                    Some(Heard::Question) => asking.extend(self.forget(number)),
+                    Some(Heard::End) => {
+                        self.forget(number);
+                        self.last_heard = Some(Instant::now());
+                    }
+                }
+            }
+        }
+    }
+
+    fn accept(&mut self) {
         while let Some(packets) = self.listener.accept() {
-            if self.lines.len() < self.most_lines {
-                self.lines.push(Line { packets, session: None, ended: None });
+            let number = packets.as_fd().as_raw_fd();
+            if self.lines.len() < self.most_lines && self.sources.add(&packets, Some(number)).is_ok() {
+                self.lines.insert(number, Line { packets, session: None, ended: None });
             } else if !std::mem::replace(&mut self.was_full, true) {
                 let most = self.most_lines;
                 tracing::warn!(
@@ -145,19 +167,13 @@ impl Presence {
                 );
             }
         }
-        let mut asking = Vec::new();
-        let mut at = 0;
-        while at < self.lines.len() {
-            match self.lines[at].hear() {
-                Heard::Nothing => at += 1,
-                Heard::End => {
-                    self.lines.swap_remove(at);
-                    self.last_heard = Some(Instant::now());
-                }
-                Heard::Question => asking.push(self.lines.swap_remove(at).packets),
-            }
-        }
-        asking
+    }
+
+    /// Removes a line, which is no source any more even while its descriptor is open.
+    fn forget(&mut self, number: Option<RawFd>) -> Option<Packets> {
+        let line = self.lines.remove(&number?)?;
+        self.sources.remove(&line.packets);
+        Some(line.packets)
     }
 
     /// Logs the end of those that the close has ended.
@@ -194,44 +210,47 @@ impl Presence {
     }
 }
 
+impl AsFd for Presence {
+    /// Readable when there is something to [`Presence::look`] at.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.sources.as_fd()
+    }
+}
+
 enum Heard {
-    Nothing,
+    News,
     Question,
     End,
 }
 
 impl Line {
+    /// Takes one packet, which has come.
     fn hear(&mut self) -> Heard {
-        loop {
-            let mut source = [PollFd::new(&self.packets, PollFlags::IN)];
-            if !poll::wait(&mut source, Duration::ZERO).is_ok_and(|ready| ready > 0) {
-                return Heard::Nothing;
+        match self.packets.receive().ok().flatten().as_deref().map(Packet::parse) {
+            Some(Some(Packet::Begin(beginning))) => {
+                let session = Session {
+                    pid: self.packets.peer().map_or(0, nix::unistd::Pid::as_raw),
+                    client: beginning.client,
+                    key: fingerprint(&beginning.credential).unwrap_or_default(),
+                    terminal: beginning.terminal,
+                    interactive: beginning.interactive,
+                    request: without_secrets(&beginning.request),
+                    since: SystemTime::now(),
+                };
+                session.log_beginning();
+                self.session = Some(session);
             }
-            match self.packets.receive().ok().flatten().as_deref().map(Packet::parse) {
-                Some(Some(Packet::Begin(beginning))) => {
-                    let session = Session {
-                        pid: self.packets.peer().map_or(0, nix::unistd::Pid::as_raw),
-                        client: beginning.client,
-                        key: fingerprint(&beginning.credential).unwrap_or_default(),
-                        terminal: beginning.terminal,
-                        interactive: beginning.interactive,
-                        request: without_secrets(&beginning.request),
-                        since: SystemTime::now(),
-                    };
-                    session.log_beginning();
-                    self.session = Some(session);
+            Some(Some(Packet::End(how))) => self.ended = Some(how),
+            Some(Some(Packet::Status)) => return Heard::Question,
+            Some(None) => {}
+            None => {
+                if let Some(session) = &self.session {
+                    session.log_end(Some(self.ended.as_deref().unwrap_or(": its helper died")));
                 }
-                Some(Some(Packet::End(how))) => self.ended = Some(how),
-                Some(Some(Packet::Status)) => return Heard::Question,
-                Some(None) => {}
-                None => {
-                    if let Some(session) = &self.session {
-                        session.log_end(Some(self.ended.as_deref().unwrap_or(": its helper died")));
-                    }
-                    return Heard::End;
-                }
+                return Heard::End;
             }
         }
+        Heard::News
     }
 }
 

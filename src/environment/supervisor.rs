@@ -2,7 +2,6 @@
 //! descendant, whoever started it.
 
 use std::collections::VecDeque;
-use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -23,10 +22,11 @@ use crate::environment::sshd_setup;
 use crate::environment::watchdog::Watchfulness;
 use crate::error::{Attempt, Error, Result};
 use crate::jail::link::Message;
-use crate::jailer::open::{OpenJail, TIME_TO_LET_GO};
+use crate::jailer::open::TIME_TO_LET_GO;
 use crate::job::Action as JobAction;
 use crate::sshd::daemon::Daemon;
-use crate::sys::poll;
+use crate::sshd::refusals::Refusals;
+use crate::sys::poll::{self, Sources};
 use crate::sys::process::reap;
 use crate::sys::signals::Signals;
 use crate::sys::tree::Tree;
@@ -58,12 +58,20 @@ pub fn run(settings: Settings, files: Option<SignalFiles>, listening: impl FnOnc
         return Ok(Outcome { verdict: None, given_up: false, exit_code: 0 });
     }
     let held = [Signal::SIGCHLD, Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP];
+    let signals = Signals::hold(&held).attempt(|| "block signals")?;
+    let watch = Watch::new()?;
+    let attempted = || "make an event loop";
+    let mut sources = Sources::new().attempt(attempted)?;
+    sources.add(&signals, Source::Signals).attempt(attempted)?;
+    sources.add(&watch, Source::Marks).attempt(attempted)?;
     let mut supervisor = Supervisor {
         machine: Machine::new(settings.close_grace),
         since: SystemTime::now(),
         began: Instant::now(),
-        signals: Signals::hold(&held).attempt(|| "block signals")?,
-        watch: Watch::new()?,
+        sources,
+        next_look: Instant::now(),
+        signals,
+        watch,
         state: StateFolder::of(&settings.parent)?,
         groundwork: None,
         old_marks: [None; 2],
@@ -97,12 +105,29 @@ fn shell_is_wanted(settings: &Settings) -> Result<bool> {
     Ok(false)
 }
 
+/// What wakes the event loop, in the order in which it is heeded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Source {
+    Script,
+    Signals,
+    /// Something happened in the image root parent, or the jail's init has found a mark.
+    Marks,
+    Sessions,
+    /// A session or connection that is waited for has ended.
+    End,
+    /// Time to look at what raises no event.
+    Interval,
+}
+
 struct Supervisor<F> {
     settings: Settings,
     machine: Machine,
     /// When it came into its state.
     since: SystemTime,
     began: Instant,
+    sources: Sources<Source>,
+    /// When [`Source::Interval`] comes next.
+    next_look: Instant,
     signals: Signals,
     watch: Watch,
     state: StateFolder,
@@ -140,11 +165,7 @@ impl<F: FnOnce()> Supervisor<F> {
             Err(e) => self.happen(broken(&e)),
         }
         while self.machine.state() != State::Done {
-            let events = self.look()?;
-            if events.is_empty() {
-                self.wait();
-            }
-            for event in events {
+            for event in self.wait()? {
                 self.happen(event);
             }
         }
@@ -194,8 +215,10 @@ impl<F: FnOnce()> Supervisor<F> {
                 None
             }
             Action::HangUp(verdict, grace) => {
-                let shells = self.open.as_mut().map_or_else(Vec::new, Open::shells);
-                self.hung_up = hang_up(&shells, verdict, grace);
+                if let Some(open) = &mut self.open {
+                    let running = open.running();
+                    self.hung_up = hang_up(&open.interactive(running), verdict, grace);
+                }
                 if !self.hung_up.is_empty() {
                     self.step("people at a terminal were told, and hung up");
                 }
@@ -230,9 +253,59 @@ impl<F: FnOnce()> Supervisor<F> {
         tracing::info!(milliseconds = since, "closing: {what}");
     }
 
-    /// What has happened since the last look.
-    fn look(&mut self) -> Result<Vec<Event>> {
-        self.watch.drain();
+    /// Sleeps until something happens, or until it is time to look whether something has. Returns what has happened.
+    fn wait(&mut self) -> Result<Vec<Event>> {
+        let restarts = self.open.iter().flat_map(|open| &open.restarts).map(|(_, at)| *at);
+        let moments = restarts.chain(self.farewell.as_ref().map(|farewell| farewell.next_look));
+        let next = moments.fold(self.next_look, Instant::min);
+        let mut ready = self.sources.wait(next.saturating_duration_since(Instant::now()));
+        if Instant::now() >= self.next_look {
+            self.next_look = Instant::now() + LOOK_EVERY;
+            // A network file system raises no event for another node's writes.
+            ready.extend([Source::Script, Source::Signals, Source::Marks, Source::Sessions, Source::Interval]);
+        }
+        let mut events = Vec::new();
+        for source in ready {
+            match source {
+                Source::Script => {
+                    self.open.iter_mut().filter_map(|open| open.script.as_mut()).for_each(Script::log_output);
+                }
+                Source::Signals => events.extend(self.signalled()),
+                Source::Marks => {
+                    self.watch.drain();
+                    match self.machine.state() {
+                        State::Waiting => events.extend(self.look_for_ready()?),
+                        State::Serving | State::Grace => events.extend(self.marks()),
+                        _ => {}
+                    }
+                }
+                Source::Sessions => self.look_at_sessions(),
+                Source::End => {}
+                Source::Interval => {
+                    self.open.iter_mut().filter_map(|open| open.refusals.as_mut()).for_each(Refusals::look);
+                    if self.machine.state() == State::Serving {
+                        events.extend(self.look_after());
+                    }
+                }
+            }
+        }
+        if self.machine.state() == State::Serving {
+            events.extend(self.start_again());
+        }
+        if let (Some(farewell), Some(open)) = (&mut self.farewell, &mut self.open) {
+            match farewell.look(open.running(), open.script_runs()) {
+                Progress::Idle => events.push(Event::Idle),
+                Progress::Over => events.push(Event::GraceOver),
+                Progress::Running => {
+                    // One that cannot be registered is found by the next look.
+                    farewell.ends().for_each(|end| _ = self.sources.add(end, Source::End));
+                }
+            }
+        }
+        Ok(events)
+    }
+
+    fn signalled(&mut self) -> Vec<Event> {
         let mut events = Vec::new();
         while let Ok(Some(signal)) = self.signals.next() {
             if signal != Signal::SIGCHLD {
@@ -240,48 +313,24 @@ impl<F: FnOnce()> Supervisor<F> {
                 events.push(Event::Stop(signal));
             }
         }
-        if let Some(script) = self.open.as_mut().and_then(|open| open.script.as_mut()) {
-            script.log_output();
-        }
         events.extend(reap().into_iter().filter_map(|status| self.ended(status)));
-        match self.machine.state() {
-            State::Waiting => {
-                self.open_parent()?;
-                match self.files.as_ref().map(|files| files.stands(READY)) {
-                    None if self.began.elapsed() > TIME_FOR_PARENT => {
-                        let place = self.settings.parent.display();
-                        let error = Error::new(format!("open the image root parent {place}"))
-                            .because(format!("it does not exist after {} s", TIME_FOR_PARENT.as_secs()))
-                            .advise(
-                                "mount the volume there, or name its directory by the argument or IMAGE_ROOT_PARENT",
-                            );
-                        events.push(broken(&error));
-                    }
-                    Some(Ok(true)) => events.push(Event::Ready),
-                    // Nobody will make a better one while this stands there.
-                    Some(Err(e)) => events.push(broken(&e)),
-                    _ => events.extend(self.mark_instead_of_ready()),
-                }
+        events
+    }
+
+    fn look_for_ready(&mut self) -> Result<Option<Event>> {
+        self.open_parent()?;
+        Ok(match self.files.as_ref().map(|files| files.stands(READY)) {
+            None if self.began.elapsed() > TIME_FOR_PARENT => {
+                let error = Error::new(format!("open the image root parent {}", self.settings.parent.display()))
+                    .because(format!("it does not exist after {} s", TIME_FOR_PARENT.as_secs()))
+                    .advise("mount the volume there, or name its directory by the argument or IMAGE_ROOT_PARENT");
+                Some(broken(&error))
             }
-            State::Serving | State::Grace => events.extend(self.marks()),
-            _ => {}
-        }
-        self.look_at_sessions();
-        if let Some(refusals) = self.open.as_mut().and_then(|open| open.refusals.as_mut()) {
-            refusals.look();
-        }
-        if self.machine.state() == State::Serving {
-            events.extend(self.start_again());
-            events.extend(self.look_after());
-        }
-        if let (Some(farewell), Some(open)) = (&mut self.farewell, &mut self.open) {
-            match farewell.look(open.running(), open.script_runs()) {
-                Progress::Idle => events.push(Event::Idle),
-                Progress::Over => events.push(Event::GraceOver),
-                Progress::Running => {}
-            }
-        }
-        Ok(events)
+            Some(Ok(true)) => Some(Event::Ready),
+            // Nobody will make a better one while this stands there.
+            Some(Err(e)) => Some(broken(&e)),
+            _ => self.mark_instead_of_ready(),
+        })
     }
 
     fn look_at_sessions(&mut self) {
@@ -307,16 +356,17 @@ impl<F: FnOnce()> Supervisor<F> {
 
     /// Starts again what has died, when its time has come.
     fn start_again(&mut self) -> Vec<Event> {
-        let Some((open, place)) = self.opened() else { return Vec::new() };
-        open.start_again(place).into_iter().map(|part| Event::Died(part, Instant::now())).collect()
+        let now = Instant::now();
+        let is_due = |(open, _): &(&mut Open, Place<'_>)| open.restarts.iter().any(|(_, at)| *at <= now);
+        let Some((open, place)) = self.opened().filter(is_due) else { return Vec::new() };
+        let failed = open.start_again(place);
+        self.listen();
+        failed.into_iter().map(|part| Event::Died(part, Instant::now())).collect()
     }
 
     /// Looks, at intervals, whether the environment can still come to a good end.
     fn look_after(&mut self) -> Option<Event> {
         let (open, place) = self.opened()?;
-        if !open.watchdog.is_due() {
-            return None;
-        }
         let running = open.running();
         let busy = open.script_runs() || !running.sessions.is_empty();
         let shells = open.interactive(running);
@@ -364,9 +414,12 @@ impl<F: FnOnce()> Supervisor<F> {
                 let mut source = [PollFd::from_borrowed_fd(jail.link(), PollFlags::IN)];
                 poll::wait(&mut source, Duration::ZERO).is_ok_and(|ready| ready > 0)
             };
-            while readable()
-                && let Some(message) = jail.told()
-            {
+            while readable() {
+                let Some(message) = jail.told() else {
+                    // The init has ended: its socket would be ready for ever.
+                    self.sources.remove(jail.link());
+                    break;
+                };
                 match message {
                     Message::Marked(verdict) => {
                         tracing::info!(verdict = verdict.signal_file(), "marked from inside the jail");
@@ -461,7 +514,17 @@ impl<F: FnOnce()> Supervisor<F> {
         }
         open.start_script(&self.settings)?;
         open.watchdog = Watchfulness::start();
+        self.listen();
         Ok(Event::Listening)
+    }
+
+    /// Registers the sources of the open environment.
+    fn listen(&mut self) {
+        let Some(open) = &self.open else { return };
+        // One that is registered already, or cannot be, is no fault: at intervals, all are looked at.
+        let _ = self.sources.add(&open.presence, Source::Sessions);
+        let _ = open.jail.as_ref().map(|jail| self.sources.add(jail.link(), Source::Marks));
+        let _ = open.script.as_ref().and_then(Script::output).map(|output| self.sources.add(output, Source::Script));
     }
 
     /// Marks that were made while the environment closes, in the image too: nobody in the jail watches that any more.
@@ -525,22 +588,18 @@ impl<F: FnOnce()> Supervisor<F> {
                     Ok(())
                 }
             };
-            if let Err(e) = marked {
-                tracing::error!("{e}");
-                cleanly = false;
-                if verdict == Verdict::Complete {
-                    // An image that is not to be packed must not look as if it were.
-                    return Event::Recorded { verdict, cleanly };
-                }
+            cleanly = succeeded(marked);
+            if !cleanly && verdict == Verdict::Complete {
+                // An image that is not to be packed must not look as if it were.
+                return Event::Recorded { verdict, cleanly };
             }
         }
-        if let Err(e) = files.touch(verdict.signal_file()) {
-            tracing::error!("{e}");
+        if !succeeded(files.touch(verdict.signal_file())) {
             return Event::Unrecorded(verdict);
         }
         if verdict == Verdict::Failed {
             // If it stays, 'failed' wins all the same: not a reason to keep the others waiting for 'exiting'.
-            files.retract(Verdict::Complete.signal_file()).unwrap_or_else(|e| tracing::error!("{e}"));
+            succeeded(files.retract(Verdict::Complete.signal_file()));
         }
         self.step("the image root is released, and marked");
         Event::Recorded { verdict, cleanly }
@@ -551,36 +610,12 @@ impl<F: FnOnce()> Supervisor<F> {
         let Some(files) = &self.files else { return true };
         // Gives a full volume the inode that 'exiting' needs.
         let announced = files.release_reserve().and_then(|()| files.touch(EXITING));
-        match &announced {
-            Ok(()) => tracing::info!(
-                verdict = self.machine.verdict().map(Verdict::signal_file),
-                "closed: '{EXITING}' created, nothing writes to the image root any more"
-            ),
-            Err(e) => tracing::error!("{e}"),
+        let cleanly = succeeded(announced);
+        if cleanly {
+            let verdict = self.machine.verdict().map(Verdict::signal_file);
+            tracing::info!(verdict, "closed: '{EXITING}' created, nothing writes to the image root any more");
         }
-        announced.is_ok()
-    }
-
-    /// Sleeps until something happens, or until it is time to look whether something has.
-    fn wait(&self) {
-        let mut sources = vec![
-            PollFd::from_borrowed_fd(self.signals.as_fd(), PollFlags::IN),
-            PollFd::from_borrowed_fd(self.watch.as_fd(), PollFlags::IN),
-        ];
-        if let Some(open) = &self.open {
-            let link = open.jail.as_ref().map(OpenJail::link);
-            let output = open.script.as_ref().and_then(Script::output);
-            sources.extend(link.into_iter().chain(output).map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
-            sources.extend(open.presence.sources());
-        }
-        if let Some(farewell) = &self.farewell {
-            sources.extend(farewell.ends());
-        }
-        let restarts = self.open.iter().flat_map(|open| &open.restarts).map(|(_, at)| *at);
-        let moments = restarts.chain(self.farewell.as_ref().map(|farewell| farewell.next_look));
-        let sooner = moments.min().map(|moment| moment.saturating_duration_since(Instant::now()));
-        let limit = sooner.map_or(LOOK_EVERY, |s| s.min(LOOK_EVERY));
-        let _ = poll::wait(&mut sources, limit);
+        cleanly
     }
 }
 
@@ -609,9 +644,6 @@ pub fn tell_refusal(parent: &std::path::Path) {
         && files.claim().is_ok()
         && ![READY, EXITING].iter().all(|name| files.stands(name).unwrap_or(false))
     {
-        let told = files.touch(Verdict::Failed.signal_file()).and_then(|()| files.touch(EXITING));
-        if let Err(e) = told {
-            tracing::error!("{e}");
-        }
+        succeeded(files.touch(Verdict::Failed.signal_file()).and_then(|()| files.touch(EXITING)));
     }
 }

@@ -16,14 +16,10 @@ const FULL_TIME: Duration = Duration::from_secs(10);
 /// How long before the session limit people at a terminal are warned, at the most.
 const WARNING_TIME: Duration = Duration::from_mins(5);
 
-/// Between two looks.
-const INTERVAL: Duration = Duration::from_secs(1);
-
 /// What was seen so far.
 #[derive(Debug)]
 pub struct Watchfulness {
     opened: Instant,
-    next_look: Instant,
     last_session: Instant,
     warned: bool,
     full_since: Option<Instant>,
@@ -33,17 +29,7 @@ impl Watchfulness {
     /// From now on.
     pub fn start() -> Self {
         let now = Instant::now();
-        Self { opened: now, next_look: now, last_session: now, warned: false, full_since: None }
-    }
-
-    /// Whether it is time to look again.
-    pub fn is_due(&mut self) -> bool {
-        let now = Instant::now();
-        let due = now >= self.next_look;
-        if due {
-            self.next_look = now + INTERVAL;
-        }
-        due
+        Self { opened: now, last_session: now, warned: false, full_since: None }
     }
 
     /// Looks, and says why the environment should close, if it should. `busy` is whether a session or the script is running, `last` when

@@ -12,8 +12,7 @@ use rustix::fs::OFlags;
 
 use crate::sys::tree::Tree;
 
-/// Interval between reads of sshd's log; each takes at most [`LONGEST_READ`] bytes.
-const READ_EVERY: Duration = Duration::from_secs(1);
+/// Most bytes of sshd's log that are read at once.
 const LONGEST_READ: usize = 64 << 10;
 
 /// Lines told within [`PERIOD`]; those beyond are counted, so that nobody who guesses logins fills the node's disk with our log.
@@ -123,7 +122,6 @@ pub struct Refusals {
     log: PathBuf,
     /// Offset up to which the log was read, in bytes.
     position: u64,
-    last_read: Option<Instant>,
     /// A reason whose connection has not ended yet.
     reason: Option<(Option<String>, String)>,
     /// User and client of the last login that was accepted.
@@ -137,23 +135,11 @@ impl Refusals {
     /// Refusals that sshd logs to `log` from now on.
     pub fn new(log: &Path) -> Self {
         let position = std::fs::metadata(log).map_or(0, |log| log.len());
-        Self {
-            log: log.to_owned(),
-            position,
-            last_read: None,
-            reason: None,
-            accepted: None,
-            period: Instant::now(),
-            count: 0,
-        }
+        Self { log: log.to_owned(), position, reason: None, accepted: None, period: Instant::now(), count: 0 }
     }
 
-    /// Tells what was refused since, if it is time to look.
+    /// Tells what was refused since; to be called about once a second.
     pub fn look(&mut self) {
-        if self.last_read.is_some_and(|last| last.elapsed() < READ_EVERY) {
-            return;
-        }
-        self.last_read = Some(Instant::now());
         self.read();
         if self.period.elapsed() >= PERIOD {
             self.end_period();

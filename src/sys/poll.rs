@@ -1,11 +1,86 @@
 //! poll(2) with a `Duration`.
 
+use std::collections::{BTreeSet, HashMap};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::Duration;
 
+use rustix::buffer::spare_capacity;
+use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::event::{PollFd, Timespec};
 
 /// Waits until one of `sources` is ready or `limit` has passed. Returns how many are ready.
 pub fn wait(sources: &mut [PollFd<'_>], limit: Duration) -> rustix::io::Result<usize> {
-    let limit = Timespec { tv_sec: limit.as_secs().cast_signed(), tv_nsec: limit.subsec_nanos().into() };
-    rustix::event::poll(sources, Some(&limit))
+    rustix::event::poll(sources, Some(&timespec(limit)))
+}
+
+fn timespec(limit: Duration) -> Timespec {
+    Timespec { tv_sec: limit.as_secs().cast_signed(), tv_nsec: limit.subsec_nanos().into() }
+}
+
+/// Sources of an event loop, each registered once with the event that it brings. Readable itself while one of them is ready, so that a part
+/// of a program can have sources of its own and be one source of the whole.
+#[derive(Debug)]
+pub struct Sources<E> {
+    epoll: OwnedFd,
+    events: HashMap<RawFd, E>,
+}
+
+impl<E: Copy + Ord> Sources<E> {
+    /// No source yet.
+    pub fn new() -> rustix::io::Result<Self> {
+        Ok(Self { epoll: epoll::create(CreateFlags::CLOEXEC)?, events: HashMap::new() })
+    }
+
+    /// Registers `source`, until it is closed, to bring `event` while it is readable.
+    pub fn add(&mut self, source: impl AsFd, event: E) -> rustix::io::Result<()> {
+        let number = source.as_fd().as_raw_fd();
+        self.events.insert(number, event);
+        epoll::add(&self.epoll, source, EventData::new_u64(number.cast_unsigned().into()), EventFlags::IN)
+    }
+
+    /// Forgets `source`, such as a socket whose other end is gone: it would be ready for ever.
+    pub fn remove(&self, source: impl AsFd) {
+        let _ = epoll::delete(&self.epoll, source);
+    }
+
+    /// Waits for `limit` at the most until a source is ready. Returns the events of those that are.
+    pub fn wait(&self, limit: Duration) -> BTreeSet<E> {
+        // More come with the next wait.
+        let mut ready = Vec::with_capacity(64);
+        let _ = epoll::wait(&self.epoll, spare_capacity(&mut ready), Some(&timespec(limit)));
+        let number = |event: &epoll::Event| RawFd::try_from(event.data.u64()).ok();
+        ready.iter().filter_map(number).filter_map(|number| self.events.get(&number).copied()).collect()
+    }
+}
+
+impl<E> AsFd for Sources<E> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.epoll.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn a_source_brings_its_event_until_it_is_read_removed_or_closed() {
+        let (mut ours, mut theirs) = UnixStream::pair().unwrap();
+        let (mut inner, mut whole) = (Sources::new().unwrap(), Sources::new().unwrap());
+        inner.add(&ours, 'a').unwrap();
+        whole.add(&inner, 'b').unwrap();
+        let ready = || [&inner, &whole].map(|sources| sources.wait(Duration::ZERO).into_iter().collect::<String>());
+        assert_eq!(ready(), ["", ""]);
+        theirs.write_all(b"x").unwrap();
+        assert_eq!(ready(), ["a", "b"]);
+        assert_eq!(ready(), ["a", "b"]);
+        ours.read_exact(&mut [0]).unwrap();
+        assert_eq!(ready(), ["", ""]);
+        drop(theirs);
+        assert_eq!(ready(), ["a", "b"]);
+        inner.remove(&ours);
+        assert_eq!(ready(), ["", ""]);
+    }
 }

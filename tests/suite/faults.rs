@@ -644,6 +644,25 @@ fn an_sshd_that_dies_again_and_again_ends_the_environment_with_its_last_words() 
 }
 
 #[test]
+fn the_supervisor_sleeps_until_it_may_make_the_jail_again() {
+    let environment = Environment::open(Image::Busybox, Mode::Jailed);
+    for times in 1..=3 {
+        environment.wait_for_log_times("the jail is made", times);
+        kill(environment.jails_init(), Signal::SIGKILL).unwrap();
+        environment.wait_for_log_times("the jail's init was killed by SIGKILL", times);
+    }
+    // The third one is made after a second. Processor time is counted in hundredths of one.
+    let spent = || {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", environment.pid())).unwrap();
+        let fields = stat.rsplit_once(") ").unwrap().1.split(' ').skip(11).take(2);
+        fields.map(|ticks| ticks.parse::<u64>().unwrap()).sum::<u64>()
+    };
+    let before = spent();
+    std::thread::sleep(Duration::from_millis(800));
+    assert!(spent() - before < 10, "{before}, then {}", spent());
+}
+
+#[test]
 fn a_connection_that_outlives_its_sshd_is_not_taken_for_the_next_one() {
     let environment = Environment::open(Image::Busybox, Mode::Plain);
     let master = environment.master();
