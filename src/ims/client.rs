@@ -125,7 +125,7 @@ impl<'a> Ims<'a> {
         let Some(job) = self.job.clone().filter(|_| self.is_there()) else { return Ok(None) };
         let attempted = format!("set the job's status to {} in IMS (job {job})", status.name());
         let body = json!({ "status": status.name() });
-        let answer = self.call(&attempted, &Method::PATCH, &["jobs", job.as_str()], Some(&body))?;
+        let answer = self.call_for_record(&attempted, ["jobs", job.as_str()], Some(&body))?;
         tracing::info!("the job's status is {}", status.name());
         Ok(answer)
     }
@@ -133,20 +133,15 @@ impl<'a> Ims<'a> {
     /// The job's record; nothing without a job.
     pub fn job(&mut self) -> Result<Option<Value>> {
         let Some(job) = self.job.clone() else { return Ok(None) };
-        self.call(&format!("read the record of job {job} in IMS"), &Method::GET, &["jobs", job.as_str()], None)
+        self.call_for_record(&format!("read the record of job {job} in IMS"), ["jobs", job.as_str()], None)
     }
 
     /// The new image is this job's.
     pub fn set_resultant_image(&mut self, image: &Id) -> Result<Option<Value>> {
         let Some(job) = self.job.clone() else { return Ok(None) };
         let body = json!({ "resultant_image_id": image.as_str() });
-        let attempted = &*format!("set the resultant image of job {job} in IMS to {image}");
-        let answer = self.call(attempted, &Method::PATCH, &["jobs", job.as_str()], Some(&body))?;
-        let told = answer.as_ref().map_or(&Value::Null, |job| &job["resultant_image_id"]);
-        if !told.is_null() && *told != body["resultant_image_id"] {
-            return Err(contradicts(attempted, &format!("the image {told}")));
-        }
-        Ok(answer)
+        let attempted = format!("set the resultant image of job {job} in IMS to {image}");
+        self.call_for_record(&attempted, ["jobs", job.as_str()], Some(&body))
     }
 
     /// The record that was made by `request`, whose answer was lost to a connection or to a crash. A name proves nothing: another job may
@@ -222,14 +217,8 @@ impl<'a> Ims<'a> {
 
     /// Puts content into an image's record.
     pub fn link_image(&mut self, id: &Id, link: &Value) -> Result<Option<Value>> {
-        let body = json!({ "link": link });
         let attempted = "set the manifest link in the IMS image record";
-        let answer = self.call(attempted, &Method::PATCH, &["images", id.as_str()], Some(&body))?;
-        let told = answer.as_ref().map_or(&Value::Null, |image| &image["link"]);
-        if !told.is_null() && !is_same_link(told, link) {
-            return Err(contradicts(attempted, &format!("the link {told}")));
-        }
-        Ok(answer)
+        self.call_for_record(attempted, ["images", id.as_str()], Some(&json!({ "link": link })))
     }
 
     /// Takes an image's record back; one that is not there is no error.
@@ -243,7 +232,15 @@ impl<'a> Ims<'a> {
         Ok(self.call_for_text(attempted, method, path, body)?.and_then(|text| serde_json::from_slice(&text).ok()))
     }
 
-    /// The same as it was sent.
+    /// A call whose answer is the record at `path`, with the fields `set` in it if those are to be set. An answer without a record, as a
+    /// proxy has one, may pass.
+    fn call_for_record(&mut self, attempted: &str, path: [&str; 2], set: Option<&Value>) -> Result<Option<Value>> {
+        let method = if set.is_some() { Method::PATCH } else { Method::GET };
+        let read = |text: Vec<u8>| record_of(attempted, path[1], set, &text);
+        self.call_and_read(attempted, &method, &path, set, read)
+    }
+
+    /// A call that may be repeated, with its answer as it was sent.
     fn call_for_text(
         &mut self,
         attempted: &str,
@@ -251,6 +248,18 @@ impl<'a> Ims<'a> {
         path: &[&str],
         body: Option<&Value>,
     ) -> Result<Option<Vec<u8>>> {
+        self.call_and_read(attempted, method, path, body, Ok)
+    }
+
+    /// A call that is repeated as long as it, or what `read` makes of its answer, fails by what may pass.
+    fn call_and_read<T>(
+        &mut self,
+        attempted: &str,
+        method: &Method,
+        path: &[&str],
+        body: Option<&Value>,
+        read: impl Fn(Vec<u8>) -> std::result::Result<T, Fault>,
+    ) -> Result<Option<T>> {
         if self.at.is_none() {
             return Ok(None);
         }
@@ -262,7 +271,7 @@ impl<'a> Ims<'a> {
             let answer = this.request(attempted, method, path, body).await;
             // A further try ends with the time for tries.
             this.limit = retry_limit.saturating_sub(began.elapsed()).clamp(SHORTEST, REQUEST_LIMIT);
-            answer
+            answer?.map(&read).transpose()
         }))
     }
 
@@ -407,9 +416,31 @@ fn is_same_link(one: &Value, other: &Value) -> bool {
     ["path", "etag", "type"].iter().all(|name| one[name] == other[name])
 }
 
-fn contradicts(attempted: &str, told: &str) -> Error {
-    let refused = Error::new(attempted).because(format!("IMS answers with another value, {told}"));
-    refused.advise("see what answers at IMS_URL")
+/// The record `id` out of an answer to a request that was to `set` some of its fields.
+fn record_of(attempted: &str, id: &str, set: Option<&Value>, text: &[u8]) -> std::result::Result<Value, Fault> {
+    let record: Value = serde_json::from_slice(text).unwrap_or_default();
+    if record["id"].is_null() {
+        return Err(Fault::Passing("IMS answers without a record; see what answers at IMS_URL".into()));
+    }
+    let contradicts = |told: String| {
+        let refused = Error::new(attempted).because(format!("IMS answers with {told}"));
+        Err(Fault::Final(refused.advise("see what answers at IMS_URL")))
+    };
+    if record["id"] != id {
+        return contradicts(format!("the record of another, {}", quoted(&record["id"])));
+    }
+    for (name, value) in set.and_then(Value::as_object).into_iter().flatten() {
+        let told = &record[name];
+        if told != value && !(value.is_object() && is_same_link(told, value)) {
+            return contradicts(format!("another value, {name} {}", quoted(told)));
+        }
+    }
+    Ok(record)
+}
+
+/// A value of an answer, for a message.
+fn quoted(value: &Value) -> String {
+    value.to_string().chars().take(MOST_QUOTED).collect()
 }
 
 /// So many bytes of a list are read before one looks whether a signal came.
