@@ -117,7 +117,7 @@ pub fn upload(
     debug_kernel: Option<&Path>,
 ) -> Result<u8> {
     let place = Place::of(settings, named, archive)?;
-    let rootfs = place.archive().open().map_err(|e| e.advise("'ims-sshd package' makes it"))?;
+    let rootfs = place.archive().open_squashfs().map_err(|e| e.advise("'ims-sshd package' makes it"))?;
     packed::check(place.files.parent(), &place.archive(), &rootfs, &place.image_root)?;
     let debug_kernel = debug_kernel.map(Opened::open).transpose()?.map(Opened::into_file).transpose()?;
     let image = Image { rootfs, boot: place.boot(settings)?, debug_kernel };

@@ -215,6 +215,7 @@ fn a_large_image_is_uploaded_without_being_read_into_memory() {
     let (dir, tree) = bootable_image();
     let file = dir.path().join("sparse.sqsh");
     succeed(Command::new("truncate").args(["-s", &format!("{gib}G")]).arg(&file));
+    call_squashfs(&file);
     let sink = Sink::start();
     let mut command = ims_sshd(&["upload", "--archive"], &sink.variables());
     command.args([&file, &tree]).current_dir(dir.path());
@@ -224,6 +225,42 @@ fn a_large_image_is_uploaded_without_being_read_into_memory() {
     assert!(most <= 128 << 10, "{most} KiB");
     let sizes = sink.sizes.lock().unwrap();
     assert!(sizes.iter().any(|(path, size)| path.ends_with("/rootfs") && *size == gib << 30), "{sizes:?}");
+}
+
+/// Makes a file one that says of itself that it is a squashfs, as long as it is.
+fn call_squashfs(file: &Path) {
+    use std::os::unix::fs::FileExt;
+    let file = std::fs::OpenOptions::new().write(true).open(file).unwrap();
+    file.write_all_at(b"hsqs", 0).unwrap();
+    file.write_all_at(&file.metadata().unwrap().len().to_le_bytes(), 40).unwrap();
+}
+
+#[test]
+fn an_archive_that_is_no_whole_squashfs_is_refused_before_anything_is_uploaded() {
+    let dir = directory();
+    let tree = image(dir.path());
+    let whole = std::fs::read(squashfs_of(&tree)).unwrap();
+    let tar = dir.path().join("image.tar");
+    succeed(Command::new("tar").arg("-cf").arg(&tar).arg("-C").args([&tree, Path::new(".")]));
+    let junk = [&whole[..], b"junk"].concat();
+    let cases: [(&str, &[u8], &str); 5] = [
+        ("empty", b"", "neither a squashfs nor an archive"),
+        ("text", b"no image\n", "neither a squashfs nor an archive"),
+        ("cut off", &whole[..whole.len() / 2], "it is cut off"),
+        ("followed", &junk, "something follows it"),
+        ("a tar archive", &std::fs::read(&tar).unwrap(), "it is no squashfs"),
+    ];
+    for (what, content, why) in cases {
+        let (bucket, ims) = (Bucket::new(), ImsServer::start());
+        let variables = [bucket.variables(), ims.variables()].concat();
+        let archive = dir.path().join("given.sqsh");
+        std::fs::write(&archive, content).unwrap();
+        let mut command = ims_sshd(&["upload", "--archive"], &variables);
+        let output = command.args([&archive, &tree]).current_dir(dir.path()).output().unwrap();
+        let said = text(&output.stderr);
+        assert!(output.status.code() == Some(1) && said.contains(why), "{what}: {output:?}");
+        assert_eq!((bucket.keys(), ims.state().requests.len()), (Vec::new(), 0), "{what}: {said}");
+    }
 }
 
 #[test]
@@ -437,6 +474,7 @@ impl Upload {
 fn write_parts(file: &Path, seed: u8) {
     let content: Vec<u8> = (seed..).take(PARTS - 1).flat_map(|byte| vec![byte; 16 << 20]).chain([0]).collect();
     std::fs::write(file, content).unwrap();
+    call_squashfs(file);
 }
 
 #[test]
@@ -553,6 +591,7 @@ fn an_upload_to_a_folder_that_was_killed_leaves_nothing_begun() {
     let (dir, tree) = bootable_image();
     let (archive, store) = (dir.path().join("sparse.sqsh"), dir.path().join("store"));
     succeed(Command::new("truncate").args(["-s", "200M"]).arg(&archive));
+    call_squashfs(&archive);
     let mut command = ims_sshd(&["upload", "--store"], &[]);
     command.arg(&store).arg("--archive").args([&archive, &tree]).current_dir(dir.path());
     let mut first = command.stdout(Stdio::piped()).spawn().unwrap();
@@ -572,7 +611,7 @@ fn an_upload_to_a_folder_that_was_killed_leaves_nothing_begun() {
     let mut names = files();
     names.sort();
     assert_eq!(names, ["boot_parameters", "initrd", "kernel", "manifest.json", "rootfs"]);
-    assert_eq!(report(&output)["ims_image_artifacts"][0]["md5"], "3566de3a97906edb98d004d6b947ae9b");
+    assert_eq!(report(&output)["ims_image_artifacts"][0]["md5"], md5(&std::fs::read(&archive).unwrap()));
 }
 
 /// Waits for its end, and returns the most memory that it had, in KiB.
