@@ -37,6 +37,9 @@ use crate::volume::signal_files::{LOOK_EVERY, SignalFiles, Stamp, Watch};
 /// How long an environment that was there may be without its claim on the volume: one that is being restarted has none.
 const GONE: Duration = Duration::from_secs(5);
 
+/// Poll interval for the environment's claim, once it has said that it ends.
+const LOOK_SOON: Duration = Duration::from_millis(20);
+
 /// How long the environment has to close when this container is asked to end.
 const CLOSE_TIME: Duration = Duration::from_secs(20);
 
@@ -277,6 +280,11 @@ impl<'a> Sidecar<'a> {
         self.publish(image)
     }
 
+    /// Returns whether a verdict stands, as an environment leaves it before `exiting`.
+    fn has_verdict(&self, image_root: Option<&Tree>) -> Result<bool> {
+        Ok(self.files.stands(Verdict::Complete.signal_file())? || self.is_marked_failed(image_root))
+    }
+
     fn is_marked_failed(&self, image_root: Option<&Tree>) -> bool {
         let marked = image_root::is_marked_failed(self.files, image_root.filter(|_| self.settings.jailed));
         marked.unwrap_or_else(|e| {
@@ -436,10 +444,13 @@ impl<'a> Sidecar<'a> {
         let mut watch = Watch::new()?;
         let mut last_seen = Instant::now();
         let (mut was_there, mut listened, mut asked_to_end) = (false, false, None);
+        let (mut exiting_since, mut is_warned) = (None, false);
         loop {
             watch.on(self.files.path());
             watch.drain();
-            if self.files.stands(EXITING)? {
+            let is_exiting = self.files.stands(EXITING)?;
+            let is_claimed = self.files.is_claimed();
+            if is_exiting && !is_claimed && self.has_verdict(image_root)? {
                 break;
             }
             self.give_up_with_the_pod()?;
@@ -450,15 +461,33 @@ impl<'a> Sidecar<'a> {
                     Err(_) if self.work.interrupted().is_some() => {}
                     other => drop(other?),
                 }
+                // That may have taken a while.
+                last_seen = Instant::now();
+                continue;
             }
-            let is_there = self.files.is_claimed();
-            if is_there {
+            if is_claimed {
                 (last_seen, was_there) = (Instant::now(), true);
             }
-            let patience = if was_there || listened { GONE } else { self.settings.start_limit };
-            if last_seen.elapsed() > patience && !self.files.stands(EXITING)? {
+            // Sessions of a plain job can make it. The environment's own comes moments before its claim is gone.
+            let since = exiting_since.filter(|_| is_exiting).unwrap_or_else(Instant::now);
+            exiting_since = is_exiting.then_some(since);
+            if is_claimed && !is_warned && since.elapsed() > LOOK_EVERY {
+                is_warned = true;
+                tracing::warn!(
+                    "'{EXITING}' stands, and the environment is still open: a session has made it; waiting on"
+                );
+            }
+            let patience = if was_there || listened || is_exiting { GONE } else { self.settings.start_limit };
+            if last_seen.elapsed() > patience {
                 let _ = self.files.touch(Verdict::Failed.signal_file());
                 let seconds = patience.as_secs();
+                if is_exiting {
+                    return Err(Error::new("publish the image")
+                        .because(format!(
+                            "the environment is gone, and beside '{EXITING}' stands neither 'complete' nor 'failed'"
+                        ))
+                        .advise("see the log of the container that runs sshd, and the node's"));
+                }
                 let limit = if was_there || listened { "" } else { " (IMS_START_LIMIT)" };
                 return Err(Error::new("wait for the build environment")
                     .because(format!("it has been gone for {seconds} s{limit} without a word"))
@@ -469,7 +498,7 @@ impl<'a> Sidecar<'a> {
                 self.files.touch(Verdict::Failed.signal_file())?;
                 asked_to_end = Some(Instant::now());
                 self.work.finish_regardless();
-                if is_there {
+                if is_claimed {
                     tracing::info!(
                         "asked to end: waiting for the build environment to close, {} s at the most",
                         CLOSE_TIME.as_secs()
@@ -477,11 +506,13 @@ impl<'a> Sidecar<'a> {
                 }
             }
             // One that starts only now finds 'failed'.
-            if asked_to_end.is_some_and(|since| !is_there || since.elapsed() > CLOSE_TIME) {
+            if asked_to_end.is_some_and(|since| !is_claimed || since.elapsed() > CLOSE_TIME) {
                 break;
             }
             let mut sources = [PollFd::new(&watch, PollFlags::IN), PollFd::new(self.work.signals(), PollFlags::IN)];
-            let _ = poll::wait(&mut sources, LOOK_EVERY);
+            // No event tells that the claim is gone.
+            let is_ending = is_exiting && since.elapsed() < LOOK_EVERY;
+            let _ = poll::wait(&mut sources, if is_ending { LOOK_SOON } else { LOOK_EVERY });
         }
         if let Some(signal) = self.work.interrupted() {
             return Err(Error::interrupted(signal));

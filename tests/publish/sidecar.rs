@@ -222,6 +222,54 @@ fn failed_mark_made_during_packing_is_not_published() {
     }
 }
 
+/// A session of a plain job writes to the volume, and its environment is still open.
+#[test]
+fn exiting_that_a_session_makes_publishes_nothing_before_the_environment_has_ended() {
+    for verdict in ["failed", "complete"] {
+        let job = Job::new();
+        let running = Running::open(&job, Mode::Plain);
+        running.mark(Mode::Plain, "exiting");
+        std::thread::sleep(Duration::from_secs(3));
+        assert_eq!(job.ims.statuses(), ["waiting_on_user"]);
+        running.mark(Mode::Plain, verdict);
+        let output = running.end();
+        assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+        assert!(text(&output.stderr).contains("the environment is still open"), "{output:?}");
+        if verdict == "complete" {
+            job.is_published(&output);
+        } else {
+            assert_eq!(job.ims.statuses(), ["waiting_on_user", "error"]);
+            job.nothing_is_left();
+        }
+    }
+}
+
+#[test]
+fn environment_that_ended_without_a_mark_is_not_published() {
+    let job = Job::new();
+    let mut running = Running::open(&job, Mode::Plain);
+    running.mark(Mode::Plain, "exiting");
+    running.sshd.kill().unwrap();
+    running.sshd.wait().unwrap();
+    let output = running.end();
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+    assert!(report(&output)["error"].as_str().unwrap().contains("neither 'complete' nor 'failed'"), "{output:?}");
+    assert_eq!(job.ims.statuses(), ["waiting_on_user", "error"]);
+    job.nothing_is_left();
+    ended(
+        job.volume
+            .entrypoint(
+                Mode::Plain,
+                &[
+                    ("SSHD_CONFIG_FILE", ""),
+                    ("SSHD_OPTIONS", &format!("-E {} -f {}", job.volume.sshd_log().display(), job.sshd_config())),
+                ],
+            )
+            .spawn()
+            .unwrap(),
+    );
+}
+
 /// As environments of others mark it, and between two looks.
 #[test]
 fn a_failure_in_the_image_alone_counts_as_does_an_environment_that_was_open_for_a_moment() {
@@ -438,7 +486,9 @@ fn a_remote_customization_is_published_without_an_image_root_in_the_pod() {
     std::fs::remove_dir_all(&job.volume.image_root).unwrap();
     let sidecar = job.sidecar(Mode::Jailed, &[("REMOTE_BUILD_NODE", "x3000c0s17b1n0")]).spawn().unwrap();
     wait_until("'ready'", || job.volume.signal("ready").exists());
-    job.volume.touch("exiting");
+    for signal in ["complete", "exiting"] {
+        job.volume.touch(signal);
+    }
     let output = ended(sidecar);
     assert!(report(&output)["error"].as_str().unwrap().contains("has left no transfer.sqsh"), "{output:?}");
 }
