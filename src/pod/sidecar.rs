@@ -15,6 +15,7 @@ use crate::image::exclude::Pattern;
 use crate::image::inventory::write_changes;
 use crate::image::packing::{self, Archive};
 use crate::ims::client::{Ims, Status};
+use crate::ims::id::Id;
 use crate::jail::resolv_conf::{RESOLV_CONF, of_container};
 use crate::jailer::resolv_conf::{self, ENVIRONMENT, SIDECAR};
 use crate::job::Action;
@@ -84,7 +85,7 @@ pub fn run(
     let (argument, variables) = given;
     let named = variables.iter().filter(|(name, _)| name == "IMAGE_ROOT_PARENT").cloned();
     let parent = Settings::read(argument, named.collect::<Vec<_>>()).ok().map(|read| read.parent);
-    let mut phase = Phase::Begun;
+    let (mut phase, mut is_told) = (Phase::Begun, false);
     let (settings, refusal) = match settings {
         Ok(settings) => (settings, None),
         Err(refusal) => {
@@ -114,7 +115,7 @@ pub fn run(
             {
                 close_environment(&files);
             }
-            return conclude(&work, settings.ims_client(&work), Err(error));
+            return conclude(&work, settings.ims_client(&work), Err(error), false);
         }
     };
     // Another sidecar on this volume tells IMS of the job; this one must not.
@@ -144,7 +145,7 @@ pub fn run(
         {
             tracing::error!("{e}");
         }
-        phase = sidecar.journal.phase;
+        (phase, is_told) = (sidecar.journal.phase, sidecar.journal.is_told);
         result
     };
     let result = live();
@@ -156,14 +157,14 @@ pub fn run(
             "what has failed can be done again: 'ims-sshd sidecar' goes on where it was, without another session"
         );
     }
-    conclude(&work, settings.ims_client(&work), result)
+    conclude(&work, settings.ims_client(&work), result, is_told)
 }
 
 /// Marks the image failed for an environment that waits for `ready`, or is open: nobody is there who would publish it.
 fn close_environment(files: &SignalFiles) {
     let stands = |name| files.stands(name).unwrap_or(false);
-    // One that has ended has its verdict. Without 'ready', 'exiting' is of an earlier one.
-    if stands(READY) && stands(EXITING) {
+    // One that has ended has its verdict. Without 'ready', 'exiting' is of an earlier one, and beside a claim a session has made it.
+    if stands(READY) && stands(EXITING) && !files.is_claimed() {
         return;
     }
     if let Err(e) = files.mark_instead_of_ready(Verdict::Failed) {
@@ -171,14 +172,14 @@ fn close_environment(files: &SignalFiles) {
     }
 }
 
-/// Whatever goes wrong, IMS hears of it, and whoever started this.
-fn conclude(work: &Work, mut ims: Ims, result: Result<u8>) -> Result<u8> {
+/// Whatever goes wrong, IMS hears of it, and whoever started this. A job that may be known as a success keeps its status.
+fn conclude(work: &Work, mut ims: Ims, result: Result<u8>, is_told: bool) -> Result<u8> {
     let error = match work.unless_interrupted(result) {
         Err(error) => error,
         done => return done,
     };
     work.roll_back();
-    if let Err(untold) = ims.set_status(Status::Error) {
+    if !is_told && let Err(untold) = ims.set_status(Status::Error) {
         tracing::error!("{untold}");
     }
     say_result(&json!({ "error": error.to_string(), "result": "failure" }));
@@ -211,10 +212,7 @@ impl<'a> Sidecar<'a> {
         }
         if let Some(job) = self.ims.job()? {
             match job["status"].as_str() {
-                Some("success") => {
-                    say_result(&json!({ "ims_job_record": job, "result": "success" }));
-                    return Ok(0);
-                }
+                Some("success") => return self.published_before(&job),
                 Some("error") => {
                     return Err(Error::new("publish the image")
                         .because("the job's status is error already")
@@ -226,7 +224,8 @@ impl<'a> Sidecar<'a> {
                         "no store is named: expected S3_BUCKET, IMAGE_STORE or --store, since a job's volume goes with it",
                     ));
                 }
-                _ => {}
+                // An earlier run has told it in vain.
+                _ => self.journal.is_told = false,
             }
         }
         self.give_up_with_the_pod()?;
@@ -342,6 +341,31 @@ impl<'a> Sidecar<'a> {
             say_result(&packed_only(&archive));
         }
         Ok(Some(0))
+    }
+
+    /// A job that IMS calls a success. Its answer alone proves nothing, and the volume may be new: the image is looked at.
+    fn published_before(&mut self, job: &Value) -> Result<u8> {
+        // Whatever is found, the status stays, and nothing of the image is rolled back.
+        self.journal.is_told = true;
+        let refused = |why: &dyn std::fmt::Display| {
+            let refused = Error::new("take the job as published, though its status in IMS is success").because(why);
+            refused.advise("nothing is changed; see what answers at IMS_URL, and start a new job for another image")
+        };
+        let image = job["resultant_image_id"].as_str().and_then(Id::parse);
+        let image = image.ok_or_else(|| refused(&"its record names no image (resultant_image_id)"))?;
+        let mut publication = self.publication();
+        let record = self.work.unless_interrupted(publication.look_at(&image)).map_err(|e| refused(&e))?;
+        if !self.files.stands(EXITING)? && !self.files.stands(READY)? {
+            // The environment of a pod that has begun again, in which nothing is left to do.
+            self.files.mark_instead_of_ready(Verdict::Complete)?;
+        }
+        let place = record["link"]["path"].as_str().unwrap_or_default();
+        tracing::info!("the job's image was published before: {place}; nothing is done");
+        if self.journal.image == Some(image) {
+            publication.end(&mut self.journal, Phase::Published)?;
+        }
+        say_result(&json!({ "ims_image_record": record, "ims_job_record": job, "result": "success" }));
+        Ok(0)
     }
 
     /// The image root; nothing where it is on another node, and its packed image is, or was, or will be here.

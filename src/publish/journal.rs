@@ -163,12 +163,14 @@ pub struct Journal {
     pub image: Option<Id>,
     /// Link of the new image's manifest, once that is uploaded.
     pub link: Option<Value>,
+    /// Set once IMS may know the job as a success: until IMS says that it does not, nothing is rolled back.
+    pub is_told: bool,
 }
 
 impl Journal {
     /// Reads how far this job is. Read once: from then on what is in memory counts, whatever becomes of the file.
     pub fn read(notes: &Notes) -> Result<Self> {
-        let mut journal = Self { phase: Phase::Begun, request: None, image: None, link: None };
+        let mut journal = Self { phase: Phase::Begun, request: None, image: None, link: None, is_told: false };
         notes.refuse_irregular()?;
         let Some(text) = notes.text(PUBLICATION) else { return Ok(journal) };
         // `prepare` of a pod that begins again takes it away: then everything before the packing is done again.
@@ -190,20 +192,22 @@ impl Journal {
         journal.request = id(&fields["request"]);
         journal.image = id(&fields["image"]);
         journal.link = Some(fields["link"].clone()).filter(Value::is_object);
+        journal.is_told = fields["told"] == true;
         Ok(journal)
     }
 
     /// Forgets the new image: it is published, rolled back, or not this job's.
     pub fn forget_image(&mut self) {
-        (self.request, self.image, self.link) = (None, None, None);
+        (self.request, self.image, self.link, self.is_told) = (None, None, None, false);
     }
 
     /// Writes it down before what it tells is done.
     pub fn write(&self, notes: &Notes) -> Result<()> {
         let phase = PHASES.iter().find(|(phase, _)| *phase == self.phase).map_or("begun", |(_, name)| *name);
         let [request, image] = [&self.request, &self.image].map(|id| id.as_ref().map(Id::as_str));
-        let (job, link) = (&notes.settings.job, &self.link);
-        let text = json!({ "job": job, "phase": phase, "request": request, "image": image, "link": link });
+        let (job, link, told) = (&notes.settings.job, &self.link, self.is_told);
+        let text =
+            json!({ "job": job, "phase": phase, "request": request, "image": image, "link": link, "told": told });
         notes.write(PUBLICATION, &notes.seal()?.line(JOURNAL, &text.to_string()))
     }
 }
@@ -316,7 +320,7 @@ mod tests {
     fn journal() -> Journal {
         let [a, b] = IDS.map(|id| Id::parse(id).unwrap());
         let link = Some(json!({ "path": "s3://b/p/manifest.json", "etag": "e", "type": "s3" }));
-        Journal { phase: Phase::Packing, request: Some(a), image: Some(b), link }
+        Journal { phase: Phase::Packing, request: Some(a), image: Some(b), link, is_told: true }
     }
 
     fn upload() -> Upload {
@@ -329,7 +333,7 @@ mod tests {
         let (_dir, files) = volume();
         let (ours, other) = (settings("7"), settings("8"));
         let notes = Notes::new(&files, &ours);
-        let absent = Journal { phase: Phase::Begun, request: None, image: None, link: None };
+        let absent = Journal { phase: Phase::Begun, request: None, image: None, link: None, is_told: false };
         assert_eq!(Journal::read(&notes).unwrap(), absent);
         journal().write(&notes).unwrap();
         assert_eq!(Journal::read(&Notes::new(&files, &ours)).unwrap(), journal());

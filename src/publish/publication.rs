@@ -66,6 +66,7 @@ impl Publication<'_> {
         let store = Store::open(&self.settings.store, &self.work.network)?;
         let result = self.forget_published(&store, journal).and_then(|()| self.carry_out(&store, journal, image));
         let noted = match &result {
+            Err(_) if journal.is_told => journal.write(self.notes),
             Err(_) if self.roll_back(&store, journal) => self.begin_again(journal),
             // What is left is known to the next run.
             Err(_) => journal.write(self.notes),
@@ -81,7 +82,7 @@ impl Publication<'_> {
     /// Rolls back what an earlier run has published in part that was killed, where nothing more is published. What cannot be rolled back
     /// stays in the journal.
     pub fn give_up(&mut self, journal: &mut Journal) -> Result<()> {
-        if journal.image.is_none() && journal.request.is_none() {
+        if journal.image.is_none() && journal.request.is_none() || journal.is_told {
             return Ok(());
         }
         let store = Store::open(&self.settings.store, &self.work.network)?;
@@ -155,16 +156,7 @@ impl Publication<'_> {
             artifacts
         };
         let job = self.ims.set_resultant_image(&id)?;
-        // Last: it ends the job, its volume and this pod. Nothing may be rolled back once IMS knows, whatever signal comes.
-        self.work.finish_regardless();
-        let ended = match self.ims.set_status(Status::Success) {
-            Ok(answer) => answer,
-            // Of a job that has ended it is refused, though it be the same: the answer to an earlier try may have been lost.
-            Err(refused) => {
-                let job = self.ims.job()?.filter(|job| job["status"] == Status::Success.name());
-                Some(job.ok_or(refused)?)
-            }
-        };
+        let ended = self.tell_success(journal, &id)?;
         tracing::info!("the image is {described}");
         Ok(json!({
             "ims_image_artifacts": artifacts.iter().map(Artifact::entry).collect::<Vec<_>>(),
@@ -172,6 +164,61 @@ impl Publication<'_> {
             "ims_job_record": ended.or(job).unwrap_or_else(|| json!({})),
             "result": "success",
         }))
+    }
+
+    /// Tells IMS last, which ends the job, its volume and this pod. Nothing may be rolled back once IMS knows, whatever signal comes.
+    /// Returns the job's record.
+    fn tell_success(&mut self, journal: &mut Journal, id: &Id) -> Result<Option<Value>> {
+        if self.settings.job.is_none() || !self.ims.is_there() {
+            return Ok(None);
+        }
+        journal.is_told = true;
+        journal.write(self.notes).inspect_err(|_| journal.is_told = false)?;
+        // A signal shortens the wait.
+        self.work.roll_back();
+        let refused = match self.ims.set_status(Status::Success) {
+            Ok(job) => return Ok(job),
+            Err(refused) => refused,
+        };
+        // Of a job that has ended it is refused, though it be the same: the answer to an earlier try may have been lost.
+        let unknown = match self.ims.job() {
+            Ok(Some(job)) if job["status"] == Status::Success.name() => return Ok(Some(job)),
+            // A try that a signal has cut off may still be carried out.
+            Ok(_) if self.work.is_in_a_hurry() => refused,
+            Ok(_) => {
+                journal.is_told = false;
+                return Err(refused);
+            }
+            Err(silent) => {
+                tracing::error!("{refused}");
+                silent
+            }
+        };
+        let place = self.settings.store.url.as_deref().unwrap_or_default();
+        Err(Error::new(format!("find out whether IMS knows the job as a success: {unknown}"))
+            .because(format!("IMS may know the image as published, so that image {id} stays in IMS and in {place}"))
+            .advise("run the same again on this volume, which asks IMS and goes on; without the volume see the job's status in IMS"))
+    }
+
+    /// Looks at an image that IMS says a job has published, and returns its record.
+    pub fn look_at(&mut self, id: &Id) -> Result<Value> {
+        let attempted = || Error::new(format!("look at image {id}"));
+        let record = self.ims.image(id)?.ok_or_else(|| attempted().because("it has no record in IMS"))?;
+        let link = &record["link"];
+        if link.is_null() {
+            return Err(attempted().because("its record has no link"));
+        }
+        if let Some(why) = Ims::difference(&record, id, None, Some(link)) {
+            return Err(attempted().because(why));
+        }
+        let store = Store::open(&self.settings.store, &self.work.network)?;
+        let manifest = format!("{id}/{}", MANIFEST.0);
+        let url = store.url_of(&manifest);
+        let (etag, _) = self.wait(&format!("look at {url}"), store.head(&manifest))?;
+        if link["path"] != url || link["etag"] != etag {
+            return Err(attempted().because(format!("its link is {link}, and the store has {url}, ETag {etag}")));
+        }
+        Ok(record)
     }
 
     /// The new image's record; one that an earlier run has made is found again. Tells whether nothing can have been uploaded for it yet.

@@ -192,6 +192,11 @@ impl Work {
         }
     }
 
+    /// Returns whether a signal has cut short the wait for servers.
+    pub fn is_in_a_hurry(&self) -> bool {
+        self.hurried.get().is_some()
+    }
+
     /// Fails once a server has had its time after a signal; it was asked at `began`.
     fn hurry(&self, began: Instant) -> Result<()> {
         if self.is_rollback.get()

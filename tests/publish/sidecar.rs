@@ -765,6 +765,38 @@ fn a_success_that_was_told_is_one_whatever_comes_after() {
     }
 }
 
+/// IMS may know the image as published, and cannot be asked.
+#[test]
+fn an_image_of_which_ims_may_have_been_told_is_kept_until_ims_says_what_it_knows() {
+    let told = format!("PATCH /jobs/{} {{\"status\":\"success\"}}", testbed::ims_server::JOB);
+    for is_known in [true, false] {
+        let job = Job::new();
+        job.ims.fail(&told, if is_known { Fault::SilentlyDone } else { Fault::Silence });
+        let running = Running::start(&job, Mode::Jailed, &[("IMS_STALL_LIMIT", "100")]).waiting_on_user();
+        let pid = Pid::from_raw(running.sidecar.as_ref().unwrap().id().cast_signed());
+        running.mark(Mode::Jailed, "complete");
+        wait_until("IMS to be told", || job.ims.is_well());
+        for _ in 0..100 {
+            job.ims.fail("GET /jobs", Fault::Silence);
+        }
+        let began = Instant::now();
+        kill(pid, Signal::SIGTERM).unwrap();
+        let output = running.end();
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(began.elapsed() < Duration::from_secs(10), "{said}");
+        assert!(said.contains("IMS may know the image as published") && said.contains("run the same again"), "{said}");
+        assert_eq!((job.ims.state().images.len(), job.bucket.keys().len()), (1, 5), "{said}");
+        assert_eq!(job.ims.status(), if is_known { "success" } else { "packaging_artifacts" });
+        job.ims.forget_faults();
+        let output = ended(job.sidecar(Mode::Jailed, &[]).spawn().unwrap());
+        assert!(output.status.success(), "{output:?}");
+        assert_eq!(job.ims.status(), "success");
+        assert_eq!(report(&output)["result"], "success");
+        assert_eq!((job.ims.state().images.len(), job.bucket.keys().len()), (1, 5));
+    }
+}
+
 #[test]
 fn an_ims_that_refuses_is_told_with_its_own_words_and_nothing_stays() {
     let job = Job::new();

@@ -9,7 +9,7 @@ use std::time::Duration;
 use ims_sshd::sys::process::output_within;
 use serde_json::{Value, json};
 use testbed::file_server::FileServer;
-use testbed::ims_server::JOB;
+use testbed::ims_server::{Fault, JOB};
 use testbed::job::*;
 use testbed::s3_server::{Closed, Gate};
 use testbed::*;
@@ -408,4 +408,108 @@ fn files_of_the_volume_that_are_no_regular_files_are_neither_followed_nor_waited
         }
     }
     assert!(published > 15, "{published}");
+}
+
+fn within(sidecar: std::process::Child) -> Output {
+    output_within(sidecar, Duration::from_mins(1)).unwrap().expect("the sidecar does not end")
+}
+
+/// What IMS says of a job whose volume is new, or of which nothing is known here.
+#[test]
+fn a_success_that_ims_alone_tells_of_is_looked_at_before_it_is_believed() {
+    type Prepare = fn(&Job) -> Value;
+    const IMAGE: &str = "00000000-0000-4000-8000-000000000001";
+    fn published(job: &Job) -> Value {
+        job.bucket.put(&format!("{IMAGE}/manifest.json"), b"{}");
+        let etag = job.bucket.get(&format!("{IMAGE}/manifest.json")).header("etag").unwrap().replace('"', "");
+        let path = format!("s3://{}/{IMAGE}/manifest.json", job.bucket.name);
+        json!({"path": path, "etag": etag, "type": "s3"})
+    }
+    let cases: [(&str, Prepare, Option<&str>); 7] = [
+        ("nothing", |_| Value::Null, Some("names no image")),
+        ("an id that is none", |_| json!("../jobs"), Some("names no image")),
+        ("an image without a record", |_| json!(JOB), Some("has no record")),
+        (
+            "an image without a link",
+            |job| job.ims.state().register("x", "", &Value::Null)["id"].clone(),
+            Some("no link"),
+        ),
+        (
+            "a link to nothing",
+            |job| {
+                let link = json!({"path": format!("s3://{}/{IMAGE}/manifest.json", job.bucket.name), "etag": "e", "type": "s3"});
+                job.ims.state().register("x", "", &link)["id"].clone()
+            },
+            Some("manifest.json"),
+        ),
+        (
+            "another link",
+            |job| {
+                let mut link = published(job);
+                link["path"] = "s3://elsewhere/manifest.json".into();
+                job.ims.state().register("x", "", &link)["id"].clone()
+            },
+            Some("s3://elsewhere/manifest.json"),
+        ),
+        (
+            "a published image",
+            |job| {
+                let link = published(job);
+                job.ims.state().register("x", "", &link)["id"].clone()
+            },
+            None,
+        ),
+    ];
+    for (what, prepare, refused) in cases {
+        let job = Job::new();
+        let image = prepare(&job);
+        let mut state = job.ims.state();
+        (state.job["status"], state.job["resultant_image_id"]) = ("success".into(), image);
+        drop(state);
+        let objects = job.bucket.keys();
+        let output = within(job.sidecar(Mode::Plain, &[]).spawn().unwrap());
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(refused.map_or(0, |_| 1)), "{what}: {said}");
+        assert!(said.contains(refused.unwrap_or("published before")), "{what}: {said}");
+        assert_eq!(report(&output)["result"], if refused.is_some() { "failure" } else { "success" }, "{what}");
+        // An environment that waits is closed, and what is known of the job elsewhere stays.
+        let verdict = if refused.is_some() { "failed" } else { "complete" };
+        assert!(job.volume.signal(verdict).exists(), "{what}: {said}");
+        assert!(!job.volume.signal("ready").exists(), "{what}");
+        assert_eq!((job.ims.statuses(), job.bucket.keys()), (Vec::new(), objects), "{what}: {said}");
+    }
+    let job = Job::new();
+    job.ims.fail("GET /jobs", Fault::Record(json!({"id": IMAGE, "status": "success", "resultant_image_id": IMAGE})));
+    let output = within(job.sidecar(Mode::Plain, &[]).spawn().unwrap());
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(text(&output.stderr).contains("the record of another"), "{output:?}");
+    assert!(job.volume.signal("failed").exists());
+}
+
+#[test]
+fn answers_of_ims_that_do_not_say_what_was_set_are_no_success() {
+    let image = "00000000-0000-4000-8000-000000000001";
+    for (request, answer, is_asked_again) in [
+        ("PATCH /jobs", json!({}), true),
+        ("PATCH /jobs", Value::Null, true),
+        ("PATCH /jobs", json!({"id": image, "status": "waiting_on_user"}), false),
+        ("PATCH /jobs", json!({"id": JOB, "status": "creating"}), false),
+        ("PATCH /images", json!({}), true),
+        ("PATCH /images", json!({"id": image, "link": null}), false),
+        ("PATCH /images", json!({"id": JOB, "link": null}), false),
+    ] {
+        let job = Job::laid_out("build/image-root");
+        job.ims.fail(request, Fault::Record(answer.clone()));
+        let output = create(&job, &[]);
+        let said = text(&output.stderr);
+        assert!(job.ims.is_well());
+        assert_eq!(output.status.success(), is_asked_again, "{request} {answer}: {said}");
+        assert_eq!(job.ims.status(), if is_asked_again { "success" } else { "error" }, "{request} {answer}: {said}");
+        assert!(said.contains("IMS answers"), "{request} {answer}: {said}");
+        if is_asked_again {
+            job.is_published(&output);
+        } else {
+            job.nothing_is_left();
+        }
+    }
 }
