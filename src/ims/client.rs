@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::path::Path;
+use std::sync::Once;
 use std::time::{Duration, Instant};
 
 use reqwest::{Method, StatusCode, Url};
@@ -89,6 +90,10 @@ const REQUEST_LIMIT: Duration = Duration::from_mins(1);
 impl<'a> Ims<'a> {
     /// The end of the job of this id at `place`.
     pub fn of(work: &'a Work, place: Option<&Place>, job: Option<&str>) -> Self {
+        static WARNING: Once = Once::new();
+        if let Some(place) = place {
+            WARNING.call_once(|| place.in_clear().iter().for_each(|warning| tracing::warn!("{warning}")));
+        }
         Self {
             work,
             at: place.cloned(),

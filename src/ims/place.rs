@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use crate::job::variables::Reader;
 use crate::transfer::network::http_url;
+use crate::transfer::without_query;
 
 /// Where jobs and images are registered.
 #[derive(Debug, Clone)]
@@ -12,6 +13,23 @@ pub struct Place {
     pub url: String,
     /// `OAUTH_CONFIG_DIR`, where it holds credentials.
     pub oauth: Option<PathBuf>,
+}
+
+impl Place {
+    /// What of the credentials is sent without encryption, as warnings.
+    pub fn in_clear(&self) -> Vec<String> {
+        let Some(folder) = &self.oauth else { return Vec::new() };
+        let endpoint = std::fs::read_to_string(folder.join("endpoint")).unwrap_or_default();
+        let urls = [
+            ("OAUTH_CONFIG_DIR/endpoint", endpoint.trim(), "the client secret"),
+            ("IMS_URL", &self.url, "the token of every request"),
+        ];
+        let in_clear = urls.into_iter().filter(|(_, url, _)| url.to_ascii_lowercase().starts_with("http://"));
+        let warning = |(name, url, what): (&str, &str, &str)| {
+            format!("{name} is {}: {what} is sent there without encryption; use https", without_query(url))
+        };
+        in_clear.map(warning).collect()
+    }
 }
 
 const DEFAULT_IMS: &str = "https://api-gw-service-nmn.local/apis/ims";
@@ -29,4 +47,23 @@ pub(crate) fn read(reader: &mut Reader) -> Option<Place> {
     }
     let url = url.unwrap_or_else(|| DEFAULT_IMS.into());
     Some(Place { url: reader.check("IMS_URL", &url, http_url)?, oauth })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn credentials_that_are_sent_in_clear_are_warned_of() {
+        let dir = tempfile::tempdir().unwrap();
+        let warned = |url: &str, endpoint: &str, has_oauth: bool| {
+            std::fs::write(dir.path().join("endpoint"), endpoint).unwrap();
+            Place { url: url.into(), oauth: has_oauth.then(|| dir.path().to_owned()) }.in_clear().join("|")
+        };
+        assert_eq!(warned("https://ims", "https://keycloak/token\n", true), "");
+        assert_eq!(warned("http://ims", "http://keycloak/token", false), "", "nothing secret is sent");
+        let both = warned("http://ims/apis/ims", "HTTP://keycloak/token\n", true);
+        assert!(both.contains("IMS_URL is http://ims/apis/ims: the token"), "{both}");
+        assert!(both.contains("endpoint is HTTP://keycloak/token: the client secret"), "{both}");
+    }
 }
