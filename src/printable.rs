@@ -15,7 +15,19 @@ impl<T: AsRef<str>> fmt::Display for Printable<T> {
     }
 }
 
-/// The same for the text of a JSON value, which means the same afterwards: such characters only stand in its strings, and newlines only
+/// Most entries of a list in a message.
+const MOST_LISTED: usize = 20;
+
+/// A list for a message: an image has as many names as it likes.
+pub fn listed(entries: &[impl AsRef<str>]) -> String {
+    let shown: Vec<_> = entries.iter().take(MOST_LISTED).map(AsRef::as_ref).collect();
+    match entries.len() - shown.len() {
+        0 => shown.join(", "),
+        more => format!("{} and {more} more", shown.join(", ")),
+    }
+}
+
+/// [`Printable`] for the text of a JSON value, which means the same afterwards: such characters only stand in its strings, and newlines only
 /// between them.
 pub fn json(text: &str) -> String {
     text.chars().fold(String::with_capacity(text.len()), |mut shown, c| {
@@ -38,6 +50,14 @@ fn is_printable(c: char) -> bool {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn a_list_has_an_end() {
+        let names: Vec<_> = (0..3000).map(|n| n.to_string()).collect();
+        assert_eq!(listed(&names[..2]), "0, 1");
+        assert_eq!(listed(&names[..20]).matches(", ").count(), 19);
+        assert!(listed(&names).ends_with(", 18, 19 and 2980 more"));
+    }
 
     #[test]
     fn what_is_not_printable_is_escaped_and_the_rest_stays() {

@@ -7,6 +7,7 @@ use std::fs::File;
 use rustix::fs::{Dir, FileType, Mode, OFlags};
 
 use crate::error::{Attempt, Error, Result};
+use crate::printable::listed;
 use crate::sys::tree::Tree;
 
 /// Names in /boot; `auto` chooses.
@@ -90,6 +91,32 @@ struct Kernel {
     flavour: Option<String>,
     /// Tie-breaker: the higher of two kernels with one version is taken.
     preference: usize,
+}
+
+/// Largest boot files, in bytes, holes included: a node's firmware reads each whole into memory, and each is uploaded as it is. A kernel
+/// with its symbols has some 500 MiB, and the kernel takes 4 KiB of parameters at the most.
+const LARGEST_KERNEL: u64 = 1 << 30;
+const LARGEST_INITRD: u64 = 4 << 30;
+const LARGEST_PARAMETERS: u64 = 1 << 20;
+
+impl BootFiles {
+    fn refuse_too_large(self) -> Result<Self> {
+        let files = [
+            (Some(&self.kernel), LARGEST_KERNEL),
+            (self.initrd.as_ref(), LARGEST_INITRD),
+            (self.parameters.as_ref(), LARGEST_PARAMETERS),
+        ];
+        for (file, most) in files {
+            let Some(BootFile { path, content }) = file else { continue };
+            let size = content.metadata().attempt(|| format!("read the size of {path}"))?.len();
+            if size > most {
+                return Err(Error::new(format!("publish {path} of the image"))
+                    .because(format!("it has {size} bytes, expected {most} at the most"))
+                    .advise("see what wrote it: a file of holes is as large as it says"));
+            }
+        }
+        Ok(self)
+    }
 }
 
 /// Finds and opens them. `arch` as in `BUILD_ARCH`: on aarch64 the kernel that is called `vmlinuz` is `Image`.
@@ -179,7 +206,7 @@ impl<'a> Search<'a> {
             name => Some(needed("initrd", &format!("boot/{name}"))?),
         };
         let parameters = open(self.image_root, &format!("boot/{}", self.names.parameters))?;
-        Ok(BootFiles { kernel, initrd, parameters })
+        BootFiles { kernel, initrd, parameters }.refuse_too_large()
     }
 }
 
@@ -213,7 +240,7 @@ pub fn left_in(folder: &Tree, names: &Names, arch: &str) -> Result<BootFiles> {
         })
     };
     let initrd = (names.initrd != NONE).then(|| needed(&names.initrd)).transpose()?;
-    Ok(BootFiles { kernel: needed(kernel)?, initrd, parameters: open(&names.parameters)? })
+    BootFiles { kernel: needed(kernel)?, initrd, parameters: open(&names.parameters)? }.refuse_too_large()
 }
 
 /// Whether the image is one that nobody boots: it has no kernel, neither in /boot nor beside modules.
@@ -225,11 +252,8 @@ fn has_none(image_root: &Tree) -> bool {
 fn missing(what: &str, path: Option<&str>, boot: &[String], modules: &[Modules]) -> Error {
     let mut holds = match boot {
         [] => "nothing".to_owned(),
-        names => names[..names.len().min(MOST_NAMES)].join(", "),
+        names => listed(names),
     };
-    if boot.len() > MOST_NAMES {
-        let _ = write!(holds, " and {} more", boot.len() - MOST_NAMES);
-    }
     for kernel in modules.iter().filter_map(|m| m.kernel.as_ref()).take(MOST_NAMES) {
         let _ = write!(holds, ", and there is /{kernel}");
     }
@@ -464,6 +488,18 @@ mod tests {
         let mut text = String::new();
         file.content.read_to_string(&mut text).unwrap();
         text
+    }
+
+    #[test]
+    fn files_of_holes_are_not_booted_from() {
+        for (name, size) in [("vmlinuz", 2_u64 << 30), ("initrd", (4 << 30) + 1), ("kernel-parameters", 2 << 20)] {
+            let (dir, tree) = image(&["boot/vmlinuz", "boot/initrd", "boot/kernel-parameters"]);
+            assert!(find(&tree, &names("vmlinuz", "initrd"), "x86_64").is_ok());
+            let file = File::options().write(true).open(dir.path().join("boot").join(name)).unwrap();
+            file.set_len(size).unwrap();
+            let refused = find(&tree, &names("vmlinuz", "initrd"), "x86_64").unwrap_err().to_string();
+            assert!(refused.contains(&format!("publish boot/{name}")) && refused.contains("at the most"), "{refused}");
+        }
     }
 
     #[test]

@@ -15,6 +15,7 @@ use rustix::fs::{FileType, MemfdFlags, OFlags, Stat};
 use crate::error::{Attempt, Error, Result};
 use crate::image::exclude::{self, Pattern};
 use crate::image::kind::{self, Kind};
+use crate::printable::listed;
 use crate::sys::file_kind::FileKind;
 use crate::sys::named;
 use crate::sys::process::Entry;
@@ -140,6 +141,7 @@ pub fn pack(work: &Work, image_root: &Tree, to: &Archive, packing: &Packing, exc
     for pattern in &excluded.useless {
         tracing::warn!("--exclude '{pattern}' matches nothing in the image");
     }
+    refuse_holes(image_root, &excluded.paths, &attempted)?;
     let part = format!("{}.part", to.name);
     // A new file: neither a link nor what an earlier mksquashfs may still write to is in its place.
     let file = to.folder.create_file(&part).attempt(|| format!("create {}.part", to.shown()))?;
@@ -209,7 +211,7 @@ fn squash(
     }
     if !said.is_empty() {
         // It passes over what it cannot read, and only says so.
-        return Err(Error::new(attempted).because(said.join(", ")));
+        return Err(Error::new(attempted).because(listed(&said)));
     }
     Ok(())
 }
@@ -231,16 +233,56 @@ const SPARSE_LOGS: [&str; 3] = ["lastlog", "faillog", "tallylog"];
 const LOGS: &str = "var/log";
 const LARGE_HOLE: i64 = 1 << 30;
 
+/// Most bytes of all large holes together. An hour of mksquashfs is some TiB of them.
+const MOST_HOLES: i64 = 64 << 30;
+
 /// Those of the image that are not left out anyway.
 fn sparse_logs(image_root: &Tree, excluded: &[PathBuf]) -> Vec<(String, Stat)> {
     let Ok(logs) = image_root.directory_without_links(Path::new(LOGS)) else { return Vec::new() };
     let found = SPARSE_LOGS.into_iter().filter_map(|name| Some((name, logs.look(name).ok()??)));
-    let is_sparse = |found: &Stat| {
-        let is_file = FileType::from_raw_mode(found.st_mode) == FileType::RegularFile;
-        is_file && found.st_size - found.st_blocks * 512 > LARGE_HOLE
-    };
-    let sparse = found.filter(|(_, found)| is_sparse(found)).map(|(name, found)| (format!("{LOGS}/{name}"), found));
+    let sparse = found.filter(|(_, found)| large_hole(found).is_some());
+    let sparse = sparse.map(|(name, found)| (format!("{LOGS}/{name}"), found));
     sparse.filter(|(name, _)| !excluded.iter().any(|path| Path::new(name).starts_with(path))).collect()
+}
+
+/// How many bytes of a file are in holes, if these are large.
+fn large_hole(found: &Stat) -> Option<i64> {
+    let is_file = FileType::from_raw_mode(found.st_mode) == FileType::RegularFile;
+    let hole = found.st_size.saturating_sub(found.st_blocks.saturating_mul(512));
+    (is_file && hole > LARGE_HOLE).then_some(hole)
+}
+
+/// Refuses holes that keep mksquashfs busy for hours, and warns of others that take it minutes. What is `excluded` does not count.
+fn refuse_holes(image_root: &Tree, excluded: &[PathBuf], attempted: &str) -> Result<()> {
+    let (mut names, mut holes, mut seen) = (Vec::new(), 0_i64, HashSet::new());
+    for (_, log) in sparse_logs(image_root, &[]) {
+        seen.insert((log.st_dev, log.st_ino));
+    }
+    let walked = image_root.walk(|path, _, _, found| {
+        if let Some(hole) = large_hole(found)
+            && !excluded.iter().any(|left_out| path.starts_with(left_out))
+            && seen.insert((found.st_dev, found.st_ino))
+        {
+            names.push(format!("/{}", path.display()));
+            holes = holes.saturating_add(hole);
+        }
+        Ok(())
+    });
+    walked.attempt(|| attempted)?;
+    if holes > MOST_HOLES {
+        return Err(Error::new(attempted)
+            .because(format!(
+                "holes in its files come to {} GiB, expected {} at the most: {}",
+                holes >> 30,
+                MOST_HOLES >> 30,
+                listed(&names)
+            ))
+            .advise("remove them, or leave them out (--exclude): each byte is packed as a zero"));
+    }
+    if !names.is_empty() {
+        tracing::warn!("files of holes ({} GiB) take long to pack: {}", holes >> 30, listed(&names));
+    }
+    Ok(())
 }
 
 /// A file in memory that a program inherits: Landlock lets it open that by its descriptor, as it does what is on no disk.

@@ -655,3 +655,24 @@ fn an_archive_or_a_report_that_cannot_be_written_is_refused_before_anything_is_p
         }
     }
 }
+
+#[test]
+fn files_of_holes_are_warned_of_and_refused_before_they_keep_the_packing_busy() {
+    let (dir, tree) = bootable_image();
+    let archive = dir.path().join("image.sqsh");
+    let grow = |size: u64| std::fs::File::create(tree.join("disk")).unwrap().set_len(size).unwrap();
+    let packed = |further: &[&str]| {
+        let arguments = [further, &["--archive", archive.to_str().unwrap(), tree.to_str().unwrap()]].concat();
+        package(&arguments)
+    };
+    grow(8 << 40);
+    let began = std::time::Instant::now();
+    let output = packed(&[]);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(text(&output.stderr).contains("come to 8192 GiB, expected 64 at the most: /disk"), "{output:?}");
+    assert!(began.elapsed() < std::time::Duration::from_secs(20) && !archive.exists());
+    assert!(packed(&["--exclude", "disk"]).status.success());
+    grow(2 << 30);
+    let output = packed(&["--compression", "none"]);
+    assert!(output.status.success() && text(&output.stderr).contains("take long to pack: /disk"), "{output:?}");
+}
