@@ -13,6 +13,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use crate::error::{Attempt, Error, Result};
+use crate::printable::listed;
 use crate::sys::attributes::Node;
 use crate::sys::tree::Tree;
 
@@ -84,8 +85,9 @@ pub fn layers(saved: &Tree) -> Result<Option<Vec<Layer>>> {
             (config.map(beside), layers.into_iter().map(beside).collect())
         }
         _ if saved.look("oci-layout").is_ok_and(|found| found.is_some()) => {
-            let index = description(saved, "index.json")
-                .ok_or_else(|| Error::new(attempted()).because("there is no index.json"))?;
+            let attempted = || "read index.json of the saved image";
+            let index = saved.read("index.json", LARGEST).attempt(attempted)?;
+            let index = serde_json::from_slice(&index).attempt(attempted)?;
             refuse_confusion(&index, None)
                 .map_err(|why| Error::new("take index.json of the saved image").because(why))?;
             blobs(&image_of(saved, index, 0)?).ok_or_else(strange)?
@@ -164,7 +166,7 @@ fn strings(list: &Value) -> Option<Vec<String>> {
 
 fn several(names: &[&str]) -> Error {
     Error::new("take the saved images as one image root")
-        .because(format!("there are {}: {}", names.len(), names.join(", ")))
+        .because(format!("there are {}: {}", names.len(), listed(names)))
         .advise("save one of them, for one architecture (podman save, skopeo copy --override-arch)")
 }
 
@@ -177,6 +179,9 @@ fn image_of(saved: &Tree, index: Value, depth: usize) -> Result<Value> {
     // Beside an image lies what is attested of it, which is for no architecture.
     let is_image = |entry: &&Value| entry["platform"]["architecture"] != "unknown";
     let images: Vec<_> = entries.iter().filter(is_image).collect();
+    if images.is_empty() {
+        return Err(Error::new("take the saved image").because("its index names no image"));
+    }
     let [image] = images.as_slice() else {
         let name = |entry: &&Value| -> String {
             let name = entry["annotations"]["org.opencontainers.image.ref.name"].as_str();
@@ -443,6 +448,36 @@ mod tests {
         refused("it has no layers", whole(&with("layers", json!([]))));
         refused("it has no layers", found(&[("manifest.json", json!([{"Config": "c", "Layers": []}]))]));
         refused("it has no layers", found(&[("manifest.json", with("layers", json!([]))), ("version", json!(""))]));
+    }
+
+    #[test]
+    fn an_index_that_cannot_be_read_or_names_no_image_is_told_as_that() {
+        let found = |index: Option<&str>| {
+            let (dir, tree) = tree(&[("oci-layout", json!({}))]);
+            if let Some(index) = index {
+                std::fs::write(dir.path().join("index.json"), index).unwrap();
+            }
+            layers(&tree).unwrap_err().to_string()
+        };
+        let large = " ".repeat(usize::try_from(LARGEST).unwrap() + 1);
+        let deep = format!("{}1{}", "[".repeat(1000), "]".repeat(1000));
+        let attested = r#"{"manifests": [{"platform": {"architecture": "unknown"}}]}"#;
+        for (index, why) in [
+            (None, "index.json of the saved image: No such file"),
+            (Some("{"), "index.json of the saved image: EOF while parsing"),
+            (Some(&deep), "recursion limit exceeded"),
+            (Some(&large), "index.json of the saved image: larger than"),
+            (Some(r#"{"manifests": []}"#), "its index names no image"),
+            (Some("{}"), "its index names no image"),
+            (Some(attested), "its index names no image"),
+        ] {
+            let error = found(index);
+            assert!(error.contains(why), "{why}: {error}");
+        }
+        let many: Vec<_> = (0..3000).map(|n| json!({"RepoTags": [format!("a:{n}")], "Layers": []})).collect();
+        let (_dir, tree) = tree(&[("manifest.json", json!(many))]);
+        let error = layers(&tree).unwrap_err().to_string();
+        assert!(error.contains("there are 3000: a:0") && error.contains("a:19 and 2980 more"), "{error}");
     }
 
     #[test]

@@ -20,6 +20,7 @@ use crate::image::cpio;
 use crate::image::kind::{self, Content, Kind, Opened};
 use crate::image::layers::{self, Layer};
 use crate::printable::Printable;
+use crate::printable::listed;
 use crate::sys::attributes::Node;
 use crate::sys::loops::Loop;
 use crate::sys::mounts::{self, Detached};
@@ -89,7 +90,7 @@ fn extract(
     let confined = Confined::unpacking(target, archive.as_fd(), archive.size())?;
     let said = work.succeed(&format!("unpack {}", archive.shown.display()), command, Some(&confined), look)?;
     if !said.is_empty() {
-        tracing::warn!("{name}: {}", said.lines().collect::<Vec<_>>().join(", "));
+        tracing::warn!("{name}: {}", listed(&said.lines().collect::<Vec<_>>()));
     }
     Ok(())
 }
