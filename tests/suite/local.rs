@@ -221,7 +221,7 @@ fn an_own_key_and_port_are_used() {
     let public = key.with_extension("pub");
     let (mut child, printed) =
         customize(&image.path().join("image"), &["--authorized-key", &public.display().to_string(), "--port", &port]);
-    assert!(run_pasted(&printed, "true").status.code() == Some(255), "the key is not ssh's default one");
+    assert!(run_pasted(&printed, "true").status.success(), "the line names the private key beside the public one");
     let login = |key: &Path| {
         let mut ssh = Command::new("ssh");
         ssh.args(["-F", "none", "-o", "BatchMode=yes", "-o", "IdentitiesOnly=yes", "-o", "StrictHostKeyChecking=no"]);
