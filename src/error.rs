@@ -1,4 +1,4 @@
-//! One error for the person who reads a pod's log: what was attempted, on what, what the system said, what to do.
+//! One error type, for the reader of a pod's log: what was attempted, on what, what the system said, what to do.
 
 use std::fmt;
 
@@ -6,30 +6,30 @@ use nix::sys::signal::Signal;
 
 use crate::printable::Printable;
 
-/// A step that could not be done.
+/// A step that failed.
 #[derive(Debug)]
 pub struct Error {
-    /// Completes "cannot …" and names the object.
+    /// Completes "cannot …"; names the object.
     attempted: String,
-    /// What the system, or another program, said.
+    /// Message of the system or another program.
     cause: Option<String>,
-    /// What the reader can do about it.
+    /// What the reader can do.
     advice: Option<String>,
     kind: Kind,
 }
 
-/// Cause of an error, which decides the exit code.
+/// Kind of an error, which decides the exit code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
-    /// The environment broke.
+    /// A step of ours failed.
     Broken,
-    /// An option, a variable or a file that we were given is wrong.
+    /// An option, a variable or a file from outside is wrong.
     BadInput,
-    /// A signal came.
+    /// A signal arrived.
     Interrupted(Signal),
 }
 
-/// What a fallible step returns.
+/// Result of a fallible step.
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
@@ -38,18 +38,18 @@ impl Error {
         Self { attempted: attempted.into(), cause: None, advice: None, kind: Kind::Broken }
     }
 
-    /// An input that is refused: `complaint` is a whole clause that names the value and what was expected.
+    /// A refused input; `complaint` is a complete clause that names the value and what was expected.
     pub fn bad_input(complaint: impl Into<String>) -> Self {
         Self { attempted: complaint.into(), cause: None, advice: None, kind: Kind::BadInput }
     }
 
-    /// Work that was ended by `signal`.
+    /// Work interrupted by `signal`.
     pub fn interrupted(signal: Signal) -> Self {
         let attempted = format!("interrupted by {signal}");
         Self { attempted, cause: None, advice: None, kind: Kind::Interrupted(signal) }
     }
 
-    /// Adds what the system said.
+    /// Adds the message of the system.
     #[must_use]
     pub fn because(mut self, cause: impl fmt::Display) -> Self {
         self.cause = Some(cause.to_string());
@@ -63,14 +63,14 @@ impl Error {
         self
     }
 
-    /// Adds a further thing that the reader can do.
+    /// Adds further advice.
     #[must_use]
     pub fn advise_also(self, advice: &str) -> Self {
         let advice = self.advice.iter().map(String::as_str).chain([advice]).collect::<Vec<_>>().join("; ");
         self.advise(advice)
     }
 
-    /// The program's exit code for this error: 2 for refused input, 128 + n after signal n, else 1.
+    /// Exit code of the program: 2 for refused input, 128 + n for signal n, otherwise 1.
     pub fn exit_code(&self) -> u8 {
         match self.kind {
             Kind::Broken => 1,
@@ -85,7 +85,7 @@ impl fmt::Display for Error {
         if self.kind == Kind::Broken {
             f.write_str("cannot ")?;
         }
-        // A file's name, or what a program said, is in it: one line, wherever it is printed.
+        // May contain a file name or a program's output: escape it to stay on one line.
         write!(f, "{}", Printable(&self.attempted))?;
         if let Some(cause) = &self.cause {
             write!(f, ": {}", Printable(cause))?;
@@ -99,7 +99,7 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {}
 
-/// Turns the bare error of a system call into an [`Error`] at the place that knows the object.
+/// Turns a bare system error into an [`Error`] where the object is known.
 pub trait Attempt<T> {
     /// `attempted` completes "cannot …".
     fn attempt<S: Into<String>>(self, attempted: impl FnOnce() -> S) -> Result<T>;
@@ -113,7 +113,7 @@ impl<T, E: fmt::Display> Attempt<T> for std::result::Result<T, E> {
 
 /// Adds advice to an error that already says what failed.
 pub trait Advise<T> {
-    /// What the reader can do.
+    /// Adds what the reader can do.
     fn advise(self, advice: &str) -> Result<T>;
 }
 

@@ -1,24 +1,24 @@
-//! Opens an image root to people and to Ansible over SSH, jailed inside it, with an orderly end.
+//! Opens an image root to people and to Ansible over SSH, jailed inside it, and closes it in order.
 //!
-//! The directories are floors, and a file imports from floors below its own only; `tests/architecture.rs` holds the order:
+//! The directories are floors. A file imports only from floors below its own; `tests/architecture.rs` checks the order:
 //!
-//! - [`manual`]: man pages and completions, made of the command line's description.
-//! - [`pod`]: what runs in a pod beside the build environment.
+//! - [`manual`]: man pages and completions, generated from the command line's definition.
+//! - [`pod`]: the programs in a pod beside the build environment.
 //! - [`local`]: the same on one machine, without a pod.
-//! - [`publish`]: an image is fetched and opened; what a job has made is uploaded and registered.
+//! - [`publish`]: fetching and preparing an image; uploading and registering a job's result.
 //! - [`environment`]: the life of a build environment, from `ready` to `exiting`.
 //! - [`jailer`]: the supervisor's side of a jail.
-//! - [`sshd`]: OpenSSH's options, its configuration, its process.
-//! - [`session`]: what a client asked for, and the image's root whom it becomes.
-//! - [`image`]: an image is recognized, unpacked, searched and packed.
-//! - [`store`]: a store of images; [`ims`]: the Image Management Service.
-//! - [`volume`]: the image root's parent, which the containers of a pod share.
-//! - [`jail`]: what the jail is (tables), how it is made, its init, how one enters it.
-//! - [`transfer`]: means of long work: subprocesses, HTTP, retries, progress.
-//! - [`log`]: the log's format, and what is masked in it.
+//! - [`sshd`]: OpenSSH's server: options, configuration, process.
+//! - [`session`]: what a client requested, and its way into the image root.
+//! - [`image`]: recognizing, unpacking, inspecting and packing images.
+//! - [`store`]: image stores; [`ims`]: the Image Management Service.
+//! - [`volume`]: the image root's parent directory, which the containers of a pod share.
+//! - [`jail`]: the jail's tables, its setup, its init, and entering it.
+//! - [`transfer`]: long-running work: subprocesses, HTTP, retries, progress.
+//! - [`log`]: the log's format, and masking of secrets.
 //! - [`sys`]: system calls as types; the only `unsafe`.
 //!
-//! The words (image root, build environment, jail, session, signal file) are those of README.md.
+//! README.md defines the terms (image root, build environment, jail, session, signal file).
 
 pub mod environment;
 pub mod error;

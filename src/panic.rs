@@ -1,8 +1,8 @@
-//! A panic, which is a bug of ours, told as everything else is: in one line, without the frames of a stack.
+//! Reports a panic, which is a bug of ours, like any other error: in one line, without a backtrace.
 
 use std::panic::PanicHookInfo;
 
-/// Has `tell` tell of a panic, instead of the standard library. It gets one sentence.
+/// Calls `tell` with one sentence on a panic, in place of the standard library's report.
 pub fn tell_by(tell: impl Fn(&str) + Send + Sync + 'static) {
     std::panic::set_hook(Box::new(move |panic| tell(&sentence(panic))));
 }

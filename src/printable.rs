@@ -1,10 +1,11 @@
-//! Text of others (names of files and processes, what a program or server said) as it is shown to people: in one line, and without
-//! characters that steer a terminal or hide what stands there.
+//! Untrusted text (file and process names, output of programs and servers) made safe to show: one line, without
+//! characters that control a terminal or hide text.
 
 use std::fmt::{self, Write};
 
-/// Writes `text` with what is not printable (control characters, line separators, bidirectional overrides, invisible characters) as the
-/// escapes of Rust's strings: a newline as `\n`, ESC as `\u{1b}`. Backslashes stay single, so to escape twice changes nothing.
+/// Writes unprintable characters of `text` (control characters, line separators, bidirectional overrides, invisible
+/// characters) as Rust's escapes: newline as `\n`, ESC as `\u{1b}`. Backslashes stay single, so that escaping twice
+/// changes nothing.
 pub struct Printable<T>(pub T);
 
 impl<T: AsRef<str>> fmt::Display for Printable<T> {
@@ -18,7 +19,7 @@ impl<T: AsRef<str>> fmt::Display for Printable<T> {
 /// Most entries of a list in a message.
 const MOST_LISTED: usize = 20;
 
-/// A list for a message: an image has as many names as it likes.
+/// Joins a list for a message, truncated: an image may have any number of names.
 pub fn listed(entries: &[impl AsRef<str>]) -> String {
     let shown: Vec<_> = entries.iter().take(MOST_LISTED).map(AsRef::as_ref).collect();
     match entries.len() - shown.len() {
@@ -27,8 +28,8 @@ pub fn listed(entries: &[impl AsRef<str>]) -> String {
     }
 }
 
-/// [`Printable`] for the text of a JSON value, which means the same afterwards: such characters only stand in its strings, and newlines only
-/// between them.
+/// [`Printable`] for JSON text, preserving its meaning: such characters occur only in strings, and newlines only between
+/// values.
 pub fn json(text: &str) -> String {
     text.chars().fold(String::with_capacity(text.len()), |mut shown, c| {
         if c == '\n' || is_printable(c) {

@@ -1,9 +1,9 @@
-//! What became of the image.
+//! The verdict on the image.
 
 use rustix::fs::{FileType, Stat};
 
-/// Returns whether a file with a mark's name in the image's /tmp is one: a regular file, as `touch` makes it. A directory or link of that
-/// name is a program's own, and means nothing.
+/// Whether a file with a verdict file's name in the image's /tmp counts: only a regular file, as `touch` creates it. A
+/// program may have a directory or link of that name.
 pub fn is_mark(found: &Stat) -> bool {
     FileType::from_raw_mode(found.st_mode) == FileType::RegularFile
 }
@@ -11,17 +11,17 @@ pub fn is_mark(found: &Stat) -> bool {
 /// How a build environment ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Verdict {
-    /// The image is to be packed.
+    /// The image will be packed.
     Complete,
-    /// It is not. Wins over [`Verdict::Complete`], which is less.
+    /// It will not. Takes precedence over [`Verdict::Complete`].
     Failed,
 }
 
 impl Verdict {
-    /// Both.
+    /// Both verdicts.
     pub const ALL: [Self; 2] = [Self::Complete, Self::Failed];
 
-    /// The name of its signal file, in the image root's parent as in the jail's /tmp.
+    /// Name of the verdict file, both in the image root's parent and in the jail's /tmp.
     pub fn signal_file(self) -> &'static str {
         match self {
             Self::Complete => "complete",
@@ -29,7 +29,7 @@ impl Verdict {
         }
     }
 
-    /// The other way round.
+    /// The verdict with that file name.
     pub fn from_signal_file(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|v| v.signal_file() == name)
     }

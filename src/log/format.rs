@@ -1,4 +1,4 @@
-//! The log: one line an event on standard error, for a pod's log.
+//! The log: one line per event on standard error.
 
 use std::fmt;
 use std::io::IsTerminal;
@@ -15,16 +15,16 @@ use crate::error::{Error, Result};
 use crate::log::redaction;
 use crate::printable::{self, Printable};
 
-/// How a line looks.
+/// Format of a line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Format {
     /// For people.
     Text,
-    /// One JSON object a line, for collectors.
+    /// One JSON object per line, for collectors.
     Json,
 }
 
-/// Starts the log in `format`, else the one that `LOG_FORMAT` names (default `text`), at the level that `LOG_LEVEL` names (default `info`).
+/// Starts the log in `format`, by default that of `LOG_FORMAT` or else `text`, at level `LOG_LEVEL`, by default `info`.
 pub fn start(format: Option<Format>) -> Result<()> {
     let named = std::env::var("LOG_FORMAT").unwrap_or_default();
     let format = match (format, named.to_ascii_lowercase().as_str()) {
@@ -52,7 +52,7 @@ fn subscriber<W>(format: Format, filter: LevelFilter, ansi: bool, writer: W) -> 
 where
     W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
 {
-    // A standard error that is gone is no reason to die: the crate would say so there, and panic.
+    // A closed standard error is no reason to exit: tracing would report it there, and panic.
     let log = tracing_subscriber::fmt().log_internal_errors(false);
     let log = log.with_max_level(filter).with_target(false).with_ansi(ansi).with_writer(writer);
     match format {
@@ -61,7 +61,7 @@ where
     }
 }
 
-/// Nothing that a message or a field quotes can begin another line, nor steer the terminal that shows it.
+/// Escapes messages and fields: quoted text can neither start another line nor control the terminal.
 fn write_field(writer: &mut Writer<'_>, field: &Field, value: &dyn fmt::Debug) -> fmt::Result {
     let value = format!("{value:?}");
     let value = redaction::without_known(&value);
@@ -94,7 +94,7 @@ mod tests {
     use std::io::Seek;
     use std::sync::Arc;
 
-    /// Log output for `text`: as the message, as an error, and as a field in each way that one is given.
+    /// Log output for `text` as the message, as an error, and as a field of each kind.
     fn logged(format: Format, ansi: bool, text: &str) -> String {
         let log = Arc::new(tempfile::tempfile().unwrap());
         let subscriber = subscriber(format, LevelFilter::INFO, ansi, Arc::clone(&log));
@@ -108,7 +108,7 @@ mod tests {
         std::io::read_to_string(log).unwrap()
     }
 
-    /// Splits as every reader does that there is: a collector, a terminal, Python's splitlines().
+    /// Splits like every kind of reader: a collector, a terminal, Python's splitlines().
     fn lines(log: &str) -> usize {
         let ends = ['\n', '\r', '\u{b}', '\u{c}', '\u{1c}', '\u{1d}', '\u{1e}', '\u{85}', '\u{2028}', '\u{2029}'];
         log.split_terminator(ends).count()
@@ -125,7 +125,7 @@ mod tests {
             assert!(!log.contains(['\x1b', '\u{9b}', '\u{202e}', '\0', '\r']), "{log:?}");
             assert!(log.contains("INFO forged") && log.contains("a message"), "it is still told: {log}");
         }
-        // On a terminal only the log's own colours are left.
+        // On a terminal, only the log's own colour codes remain.
         let log = logged(Format::Text, true, HOSTILE);
         assert!(log.contains("\x1b[") && !log.contains("\x1b[2K"), "{log:?}");
         let plain = logged(Format::Text, false, "größe='a\\b' \"c\"");

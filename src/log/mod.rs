@@ -1,4 +1,4 @@
-//! The log: its format, and what is masked in it.
+//! The log: its format, and masking of secrets.
 
 pub mod format;
 pub mod output;

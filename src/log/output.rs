@@ -1,16 +1,16 @@
-//! What a command prints on standard output.
+//! Output of commands on standard output.
 
 use std::io::Write;
 
 use crate::printable;
 
-/// Prints `text`. Nobody listening any more is no reason to end an environment.
+/// Prints `text`. Ignores errors: a closed pipe must not end an environment.
 pub fn say(text: &str) {
     let mut out = std::io::stdout();
     let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
 }
 
-/// Prints `value` in JSON, in one line.
+/// Prints `value` as one line of JSON.
 pub fn say_json(value: &serde_json::Value) {
     say(&format!("{}\n", printable::json(&value.to_string())));
 }

@@ -1,7 +1,7 @@
-//! Masks secrets in command lines and in messages: logs are read by others than the person who typed them.
+//! Masks secrets in command lines and messages: people other than the one who typed them read the logs.
 //!
-//! Each rule finds the places of values in the text; rather too much is masked than too little. Secrets that this program uses itself are
-//! known, and masked wherever they stand: a server may send back what it was sent.
+//! Each rule finds the ranges of secret values in a text; when in doubt, it masks. Secrets that this program uses
+//! itself are registered and masked everywhere: a server may echo what it was sent.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -10,7 +10,7 @@ use std::sync::RwLock;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD_NO_PAD;
 
-/// A name that contains one of these, written without separators and in lower case, has a secret value.
+/// Substrings of names whose values are secret; compared without separators, in lower case.
 const SECRET: [&str; 20] = [
     "password",
     "passwd",
@@ -34,17 +34,17 @@ const SECRET: [&str; 20] = [
     "sharedaccesssignature",
 ];
 
-/// So has one with a part, between separators, that is or ends with one of these …
+/// Suffixes of parts (between separators) of such names.
 const SECRET_ENDS: [&str; 3] = ["token", "pass", "pwd"];
 
-/// … or is one of these.
+/// Whole parts of such names.
 const SECRET_PARTS: [&str; 7] = ["pw", "rootpw", "bindpw", "psk", "otp", "auth", "authtok"];
 
-/// Words and variables that only look alike.
+/// Words and variables that only look similar.
 const HARMLESS: [&str; 10] =
     ["pwd", "oldpwd", "compass", "bypass", "trespass", "surpass", "encompass", "overpass", "underpass", "multipass"];
 
-/// Names that begin or end like this say something about a secret, such as where it is kept.
+/// Prefixes and suffixes of names that describe a secret, such as where it is stored.
 const HARMLESS_STARTS: [&str; 10] =
     ["no", "ask", "without", "max", "min", "num", "number", "permit", "require", "prompt"];
 const HARMLESS_ENDS: [&str; 27] = [
@@ -77,10 +77,10 @@ const HARMLESS_ENDS: [&str; 27] = [
     "version",
 ];
 
-/// Names of request signatures, which are secret in a URL or form only: `Signature:` is a line of `rpm -qi`.
+/// Names of request signatures, secret only in a URL or form: `Signature:` is a line of `rpm -qi`.
 const SIGNATURES: [&str; 4] = ["signature", "sig", "xamzsignature", "hmac"];
 
-/// Options that are secret with these programs alone; those of one letter also with the value attached to them.
+/// Options that are secret only with these programs. One-letter options may have the value attached.
 const OPTIONS: [(&[&str], &[&str]); 19] = [
     (&["mysql", "mysqldump", "mysqladmin", "mysqlimport", "mysqlcheck", "mysqlsh"], &["-p"]),
     (&["mariadb", "mariadb-dump", "mariadb-admin", "mariadb-import", "mariadb-check"], &["-p"]),
@@ -99,19 +99,19 @@ const OPTIONS: [(&[&str], &[&str]); 19] = [
     (&["ssh-keygen"], &["-N", "-P"]),
     (&["snmpget", "snmpwalk", "snmpset"], &["-c", "-A", "-X"]),
     (&["nmcli"], &["wifi-sec.psk", "password"]),
-    // Codes and keys by which a machine is registered for updates.
+    // Registration codes and keys for updates.
     (&["SUSEConnect", "suseconnect", "registercloudguest", "register"], &["-r"]),
     (&["rhc"], &["-a", "-p"]),
     (&["pro", "ua"], &["attach"]),
 ];
 
-/// Options of some programs that begin as one of a letter does.
+/// Long options of some programs that would otherwise be taken for a one-letter option with a value.
 const LONG_OPTIONS: [&str; 4] = ["-pass", "-passwd", "-password", "-passphrase"];
 
-/// Programs to which the options above do not apply when they are started by one of those.
+/// Programs with options of their own: from such a word on, those of the program before it no longer apply.
 const OTHERS: [&str; 5] = ["ssh", "scp", "sftp", "rsync", "run"];
 
-/// Programs whose arguments are secrets.
+/// Programs all of whose arguments are secret.
 const WHOLLY_SECRET: [&str; 4] = ["mkpasswd", "wpa_passphrase", "htpasswd", "grub-mkpasswd-pbkdf2"];
 
 /// Programs and options that read a secret from standard input.
@@ -130,7 +130,7 @@ const READERS: [&str; 12] = [
     "-S",
 ];
 
-/// Tokens that tell by their beginning what they are.
+/// Prefixes by which services mark their tokens.
 const TOKENS: [&str; 17] = [
     "ghp_",
     "gho_",
@@ -154,16 +154,16 @@ const TOKENS: [&str; 17] = [
 const KEY_BEGINS: (&str, &str) = ("-----BEGIN ", "PRIVATE KEY");
 const KEY_ENDS: &str = "-----END ";
 
-/// Stands for a secret.
+/// Replacement for a secret.
 pub const MASK: &str = "***";
 
-/// Secrets that are masked wherever they stand, the longest first: one may be part of another.
+/// Registered secrets, longest first, since one may contain another.
 static KNOWN: RwLock<Vec<String>> = RwLock::new(Vec::new());
 
-/// A shorter one would be found in other words. Nobody takes such a one for a secret.
+/// Shortest secret registered, in bytes: a shorter one would match ordinary words.
 const SHORTEST: usize = 8;
 
-/// Has [`without_known`] mask `secret` from here on, as it is, in JSON and in base64.
+/// Registers `secret`: [`without_known`] masks it from now on, as it is, in JSON and in base64.
 pub fn keep(secret: &str) {
     let mut known = KNOWN.write().unwrap_or_else(std::sync::PoisonError::into_inner);
     let quoted = serde_json::Value::from(secret).to_string();
@@ -175,7 +175,7 @@ pub fn keep(secret: &str) {
     known.sort_by_key(|form| std::cmp::Reverse(form.len()));
 }
 
-/// `text`, a message, with the secrets masked that [`keep`] was told.
+/// Masks registered secrets in a message.
 pub fn without_known(text: &str) -> Cow<'_, str> {
     let known = KNOWN.read().unwrap_or_else(std::sync::PoisonError::into_inner);
     known.iter().fold(Cow::Borrowed(text), |text, secret| {
@@ -183,7 +183,7 @@ pub fn without_known(text: &str) -> Cow<'_, str> {
     })
 }
 
-/// `text`, a command line or a line that a program wrote, with its secrets masked.
+/// Masks secrets in a command line or a line of a program's output.
 pub fn without_secrets(text: &str) -> String {
     let line = Line { text, quoted: quoted(text), words: words(text) };
     let rules = [Line::named, Line::of_options, Line::read_from_stdin, Line::in_sql, Line::in_urls, Line::tokens];
@@ -202,14 +202,14 @@ pub fn without_secrets(text: &str) -> String {
     shown + &text[at..]
 }
 
-/// The lines of one program, among which a private key takes several.
+/// Lines of one program's output; a private key spans several.
 #[derive(Default)]
 pub struct Lines {
     in_key: bool,
 }
 
 impl Lines {
-    /// The next line with its secrets masked.
+    /// Masks secrets in the next line.
     pub fn without_secrets(&mut self, line: &str) -> String {
         if self.in_key {
             self.in_key = !line.contains(KEY_ENDS);
@@ -220,10 +220,10 @@ impl Lines {
     }
 }
 
-/// A text, and what is known of its form. It is not parsed as a shell would: it may be a program's output, or be cut off.
+/// A text and its quotes and words. It is not parsed like a shell would: it may be a program's output, or truncated.
 struct Line<'a> {
     text: &'a str,
-    /// Text between outermost quotes.
+    /// Ranges between outermost quotes.
     quoted: Vec<Range<usize>>,
     words: Vec<Word<'a>>,
 }
@@ -231,11 +231,11 @@ struct Line<'a> {
 #[derive(Clone, Copy)]
 struct Word<'a> {
     start: usize,
-    /// With the quotes around it.
+    /// End including quotes.
     end: usize,
-    /// Without them.
+    /// Text without quotes.
     text: &'a str,
-    /// True if a command can begin at this word.
+    /// Whether a command can begin here.
     first: bool,
 }
 
@@ -252,7 +252,7 @@ impl Line<'_> {
                 }
                 continue;
             }
-            // Between a name and what separates it: the end of a quote or an index, spaces, a further sign as in `:=`.
+            // Between name and separator: a closing quote or bracket, spaces, another sign as in `:=`.
             let before = text[..at].trim_end_matches([' ', '\t', '=', ':', '+', '?', '!']);
             let before = before.trim_end_matches(['"', '\'', '`', '\\', ']', ')']);
             let start = before
@@ -260,7 +260,7 @@ impl Line<'_> {
                 .map_or(0, |at| at + before[at..].chars().next().map_or(1, char::len_utf8));
             let name = &before[start..];
             let in_form = separator == "=" && SIGNATURES.contains(&parts(name).concat().as_str());
-            // `/etc/passwd: No such file`, `PASS: a test`.
+            // Not `/etc/passwd: No such file` or `PASS: a test`.
             let message = separator == ":"
                 && (before[..start].ends_with('/')
                     || name.eq_ignore_ascii_case("pass") && text[at + 1..].starts_with(' '));
@@ -272,7 +272,7 @@ impl Line<'_> {
             let quote = quote_at(text, value);
             let is_quoted = quote.is_some();
             let spaced = separator == ":" && text[at..value].contains([' ', '\t']);
-            // '--password=a b' and "PASSWORD=a b".
+            // Both '--password=a b' and "PASSWORD=a b".
             let around = quote_before(text, start)
                 .map(|quote| self.close(start - quote.len(), quote).map_or(limit, |close| close - quote.len()));
             found.push(if let Some(quote) = quote.filter(|_| separator == ":") {
@@ -311,7 +311,8 @@ impl Line<'_> {
             }
             let is_option = word.text.starts_with('-') && !word.text.contains(['=', ':']);
             let is_known = options.contains(&word.text);
-            // An attached value comes before a name: '-pPassword1' is the value 'Password1'. Some programs have '-password', too.
+            // Attached values first: '-pPassword1' is the value 'Password1', not a name. But some programs have
+            // '-password', too.
             let attached = options.iter().find(|o| o.len() == 2 && word.text.starts_with(*o)).filter(|_| !is_known);
             if let Some(option) = attached {
                 let value = word.start + self.text[word.start..word.end].find(option).unwrap_or_default() + 2;
@@ -365,7 +366,7 @@ impl Line<'_> {
         self.text.match_indices("://").filter_map(|(at, _)| login(self.text, at + 3)).collect()
     }
 
-    /// Tokens of services, wherever they stand.
+    /// Tokens of services, anywhere in the text.
     fn tokens(&self) -> Vec<Range<usize>> {
         let mut found = Vec::new();
         for run in self.text.split(|c: char| !c.is_ascii_alphanumeric() && !"_-.".contains(c)) {
@@ -380,13 +381,13 @@ impl Line<'_> {
         found
     }
 
-    /// End of the quotes that enclose the position, or else of the text.
+    /// End of the enclosing quotes, or of the text.
     fn limit(&self, at: usize) -> usize {
         self.quoted.iter().find(|quoted| quoted.start <= at && at <= quoted.end).map_or(self.text.len(), |q| q.end)
     }
 
-    /// Returns the position after the `quote` that opens here. It closes with as many backslashes before it as it opened
-    /// with, and not within `$(…)`.
+    /// Returns the position after the quoted text that `quote` opens here. The closing quote has as many backslashes
+    /// before it as the opening one, and is not within `$(…)`.
     fn close(&self, open: usize, quote: &str) -> Option<usize> {
         let start = open + quote.len();
         let closes = |at: &usize| {
@@ -400,7 +401,7 @@ impl Line<'_> {
         Some(found + sign.len())
     }
 
-    /// End of the word that begins here, which may be quoted in part.
+    /// End of the word that begins here, including quoted parts.
     fn end(&self, start: usize) -> usize {
         let limit = self.limit(start);
         let mut at = start;
@@ -442,8 +443,7 @@ fn closing(text: &str) -> Option<usize> {
     None
 }
 
-/// Ranges between outermost quotes. `'\''` is how a shell is given a quote in quotes; one that does not close is an
-/// apostrophe.
+/// Ranges between outermost quotes. `'\''` is a quote within quotes; an unpaired one is an apostrophe.
 fn quoted(text: &str) -> Vec<Range<usize>> {
     let mut found = Vec::new();
     let mut at = 0;
@@ -472,7 +472,7 @@ fn is_escaped(text: &str, at: usize) -> bool {
     (at - text[..at].trim_end_matches('\\').len()) % 2 == 1
 }
 
-/// The quote that stands here, with the backslashes or quotes that are there because it stands in others.
+/// The quote at this position, with the backslashes or quotes that nesting puts before it.
 fn quote_at(text: &str, at: usize) -> Option<&str> {
     let text = &text[at..];
     if text.starts_with(r"'\''") {
@@ -482,7 +482,7 @@ fn quote_at(text: &str, at: usize) -> Option<&str> {
     sign.starts_with(['"', '\'', '`']).then(|| &text[..=text.len() - sign.len()])
 }
 
-/// The quote that stands right before this place.
+/// The quote right before this position.
 fn quote_before(text: &str, at: usize) -> Option<&str> {
     let text = &text[..at];
     if text.ends_with(r"'\''") {
@@ -499,7 +499,7 @@ fn words(text: &str) -> Vec<Word<'_>> {
         let start = run.as_ptr() as usize - text.as_ptr() as usize;
         let ending = run.chars().next_back().filter(|c| c.is_whitespace() || ";|&()".contains(*c));
         let word = &run[..run.len() - ending.map_or(0, char::len_utf8)];
-        // A line that goes on in the next one.
+        // A line continued with a backslash.
         let goes_on = ending == Some('\n') && is_escaped(text, start + word.len());
         if !(word.is_empty() || goes_on && word == "\\") {
             let bare = word.trim_matches(['"', '\'', '`', '\\', '{', '}', '$']);
@@ -515,7 +515,7 @@ fn is_of_name(c: char) -> bool {
     c.is_ascii_alphanumeric() || "_-.".contains(c)
 }
 
-/// `DB_PASS`, `db-pass` and `dbPass` are `db`, `pass`.
+/// Parts of a name: `DB_PASS`, `db-pass` and `dbPass` are `db`, `pass`.
 fn parts(name: &str) -> Vec<String> {
     let mut parts = vec![String::new()];
     let mut before = ' ';
@@ -535,7 +535,7 @@ fn parts(name: &str) -> Vec<String> {
     parts
 }
 
-/// Whether something of this name has a secret value.
+/// Whether the value of this name is secret.
 fn is_secret(name: &str) -> bool {
     let parts = parts(name);
     let (Some(first), Some(last)) = (parts.first(), parts.last()) else { return false };
@@ -554,18 +554,18 @@ fn is_secret(name: &str) -> bool {
         })
 }
 
-/// Returns whether `name` is a header to which the rest of the line belongs: `Authorization: Bearer value`, `Cookie: a=b; c=d`.
+/// Whether `name` is a header whose value is the rest of the line: `Authorization: Bearer value`, `Cookie: a=b; c=d`.
 fn is_header(name: &str) -> bool {
     let name = name.to_ascii_lowercase();
     ["authorization", "cookie"].iter().any(|header| name.ends_with(header))
 }
 
-/// The name and password before a host; `authority` is where they would begin.
+/// Range of the credentials before a host; `authority` is where they would begin.
 pub fn login(text: &str, authority: usize) -> Option<Range<usize>> {
     let rest = &text[authority..];
     let word = &rest[..rest.find(|c: char| c.is_whitespace() || "\"'<>".contains(c)).unwrap_or(rest.len())];
     let host = &word[..word.find(['/', '?', '#']).unwrap_or(word.len())];
-    // A password with a '/' in it, though it should not be written so: no port begins like this.
+    // A password with an unescaped '/': text that is no port follows the colon.
     let odd = || {
         let (_, port) = host.split_once(':')?;
         port.contains(|c: char| !c.is_ascii_digit()).then(|| word.rfind('@')).flatten()
@@ -574,7 +574,7 @@ pub fn login(text: &str, authority: usize) -> Option<Range<usize>> {
     Some(authority..authority + end)
 }
 
-/// Private keys, each up to its end or that of the text.
+/// Private keys, each up to its end or the end of the text.
 fn private_keys(text: &str) -> impl Iterator<Item = Range<usize>> {
     text.match_indices(KEY_BEGINS.0).filter_map(|(at, _)| {
         let key = &text[at..];
@@ -591,7 +591,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// In each, the secret is what contains `hidden`.
+    /// Command lines in which the word that contains `hidden` is secret.
     const STYLES: [&str; 136] = [
         // Variables.
         "PASSWORD=hidden run --x",

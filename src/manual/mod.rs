@@ -1,4 +1,4 @@
-//! Man pages and completions, made of the command line's own description.
+//! Man pages and shell completions, generated from the command line's definition.
 
 use std::io::{self, Write};
 use std::path::Path;
@@ -11,7 +11,7 @@ use clap_mangen::roff::{Inline, Roff, bold, roman};
 use crate::job::variables::Program::{self, Environment, Job, Local, Log, Publishing, Sidecar, Status};
 use crate::job::variables::{VARIABLES, Variable};
 
-/// Name and meaning of a file or an exit code.
+/// Name and description of a file or an exit code.
 type Entry = (&'static str, &'static str);
 
 const SIGNAL_FILES: &[Entry] = &[
@@ -35,15 +35,15 @@ const REFUSED: Entry = ("2", "The command line or a variable was refused.");
 const SIGNALS: Entry = ("129, 130, 143", "SIGHUP, SIGINT or SIGTERM came.");
 const DONE: &[Entry] = &[("0", "It was done."), ("1", "It was not; standard error says why."), REFUSED];
 
-/// Sections of a man page beside the command line's description.
+/// Sections of a man page that clap does not know.
 struct Page {
-    /// Variables that these read.
+    /// Programs whose variables it lists.
     variables: &'static [Program],
     files: &'static [&'static [Entry]],
     exit: &'static [Entry],
 }
 
-/// The page of the command `name`; of the program itself where there is no such command.
+/// The page of the command `name`, or of the program itself if there is no such command.
 fn page_of(name: &str) -> Page {
     match name {
         "entrypoint" => Page {
@@ -94,7 +94,7 @@ fn page_of(name: &str) -> Page {
     }
 }
 
-/// Writes a man page for `program` and one for each of its commands into the directory `into`.
+/// Writes a man page for `program` and one per command into the directory `into`.
 pub fn write_pages(program: Command, into: &Path) -> io::Result<()> {
     std::fs::create_dir_all(into)?;
     let mut program = program.disable_help_subcommand(true);
@@ -133,7 +133,7 @@ fn write_page(command: &Command, page: &Page, into: &Path) -> io::Result<()> {
     std::fs::write(into.join(man.get_filename()), text)
 }
 
-/// The synopsis, where clap_mangen leaves out the values of options.
+/// Adds the values of options, which clap_mangen omits from the synopsis.
 fn with_values(synopsis: &str, command: &Command) -> String {
     let options = command.get_arguments().filter(|option| option.get_action().takes_values());
     options.fold(synopsis.to_owned(), |text, option| {
@@ -164,7 +164,7 @@ fn entries<'a>(roff: &mut Roff, heading: &str, entries: impl IntoIterator<Item =
     }
 }
 
-/// Markdown of a table's cell: code is bold, and a link is its text.
+/// Parses the Markdown of a table cell: code becomes bold, a link its text.
 fn marked_up(cell: &str) -> Vec<Inline> {
     let mut text = String::new();
     let mut rest = cell;
@@ -178,28 +178,29 @@ fn marked_up(cell: &str) -> Vec<Inline> {
     pieces.map(|(at, piece)| if at % 2 == 1 { bold(piece) } else { roman(piece) }).collect()
 }
 
-/// Writes the completions of `program` for `shell`.
+/// Writes completions of `program` for `shell`.
 pub fn write_completions(program: &mut Command, shell: Shell, to: &mut impl Write) -> io::Result<()> {
     let name = program.get_name().to_owned();
     let mut script = Vec::new();
     clap_complete::generate(shell, program, &name, &mut script);
-    // clap_complete 4.6 names a command of bash in two ways where the program's name has a hyphen (clap-rs/clap#6421): no branch is found.
+    // clap_complete 4.6 names bash's branches in two ways if the program's name contains a hyphen, so that none matches
+    // (clap-rs/clap#6421).
     let [wrong, right] = ["__subcmd__", "__"].map(|hyphen| name.replace('-', hyphen) + "__subcmd__");
     let script = String::from_utf8_lossy(&script).replace(&wrong, &right);
     to.write_all(with_names(&script, shell).as_bytes())
 }
 
-/// Commands that take the name of a run.
+/// Commands that take a run's name.
 const NAMED: [&str; 3] = ["complete", "fail", "status"];
 
-/// Prints the names of runs that are open or have left something; none for who is not root.
+/// Shell command that prints the names of runs; nothing unless root.
 const NAMES: &str = r"ims-sshd status 2>/dev/null | sed -n 's/^\([^ /:]*\): .*/\1/p'";
 
-/// The completions, with the names of runs where a command takes one: clap_complete only knows of files.
+/// Adds the names of runs to completions that need them; clap_complete only completes files.
 fn with_names(script: &str, shell: Shell) -> String {
     match shell {
         Shell::Bash => NAMED.iter().fold(script.to_owned(), |script, command| {
-            // Of these, not of `help`, whose branches are called otherwise.
+            // The commands themselves, not `help`, whose branches have other names.
             let branch = format!("        ims__sshd__subcmd__{command})\n            opts=\"");
             script.replace(&branch, &format!("{branch}$({NAMES}) "))
         }),

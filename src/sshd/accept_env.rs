@@ -1,8 +1,8 @@
-//! Which variables a client may set, by any `AcceptEnv` of sshd's configuration.
+//! Which variables clients may set, judged by every `AcceptEnv` in sshd's configuration.
 //!
-//! `sshd -T` tells what holds for one address, and every connection may have another: a `Match` block that it passes over adds its own
-//! patterns to those before. For all other keywords that are judged, sshd takes the first value it finds, which is that of our fragment.
-//! So every file of the configuration is read, and a pattern is judged wherever it stands.
+//! `sshd -T` answers for one address only, and a `Match` block that applies to another adds its patterns to the list.
+//! (For the other keywords checked here, sshd uses the first value found, which is our fragment's.) So every
+//! configuration file is read, and a pattern is judged wherever it stands.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -13,8 +13,8 @@ use std::path::{Path, PathBuf};
 use crate::error::{Attempt, Error, Result};
 use crate::sshd::options::Options;
 
-/// Names, or patterns of names, of variables that make a shell, or the loader of a dynamically linked program, run somebody else's code or
-/// write a file: bash(1), fish(1), zsh(1), ksh(1), ld.so(8), and glibc's list of variables that setuid programs ignore.
+/// Names or patterns of variables by which a client could make a shell or the dynamic loader run code or write a file:
+/// from bash(1), fish(1), zsh(1), ksh(1), ld.so(8), and glibc's list of variables ignored in setuid programs.
 const DANGEROUS: [&str; 22] = [
     "BASH_ENV",
     "BASH_FUNC_*",
@@ -40,7 +40,7 @@ const DANGEROUS: [&str; 22] = [
     "ZDOTDIR",
 ];
 
-/// Refuses `pattern`, which stands at `place`, if a client could set a dangerous variable by it.
+/// Refuses `pattern`, found at `place`, if it lets a client set a dangerous variable.
 pub fn judge(place: &str, pattern: &str) -> Result<()> {
     let Some(name) = DANGEROUS.iter().find(|name| have_a_name_in_common(pattern.as_bytes(), name.as_bytes())) else {
         return Ok(());
@@ -52,9 +52,9 @@ pub fn judge(place: &str, pattern: &str) -> Result<()> {
         .advise("take the pattern out, in whichever Match block it stands; it is not opened, so that no client runs code outside the jail"))
 }
 
-/// Whether some name matches both patterns of sshd: `*` is any number of bytes, `?` is one.
+/// Whether some name matches both of these sshd patterns; `*` matches any number of bytes, `?` one.
 fn have_a_name_in_common(a: &[u8], b: &[u8]) -> bool {
-    // matched[j]: whether what was taken of `a` so far and the first j bytes of `b` have a name in common.
+    // matched[j]: whether some name matches both the part of `a` read so far and the first j bytes of `b`.
     let mut matched = vec![false; b.len() + 1];
     matched[0] = true;
     for j in 0..b.len() {
@@ -72,7 +72,7 @@ fn have_a_name_in_common(a: &[u8], b: &[u8]) -> bool {
     matched[b.len()]
 }
 
-/// Judges all patterns of the configuration that `options` name, and of the options themselves.
+/// Judges all patterns in the configuration that `options` select, and in the options themselves.
 pub fn check(config: &Path, options: &Options) -> Result<()> {
     for line in options.settings() {
         if let Some(Line::AcceptEnv(patterns)) = Line::parse(line) {
@@ -107,7 +107,8 @@ pub fn check(config: &Path, options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// sshd has read the file before, as a whole: it is neither too large nor anything to wait for. Only that it is the same is not sure.
+/// sshd has just read this path whole, but it may have been replaced since: a FIFO must not block, nor a large file
+/// fill memory.
 fn read_regular(path: &Path) -> io::Result<String> {
     let file = File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)?;
     if !file.metadata()?.is_file() {
@@ -118,10 +119,10 @@ fn read_regular(path: &Path) -> io::Result<String> {
     Ok(String::from_utf8_lossy(&text).into_owned())
 }
 
-/// No configuration is larger.
+/// Largest configuration file read, in bytes.
 const LARGEST: u64 = 16 << 20;
 
-/// The files that an Include means. A relative path is relative to sshd's own directory, not to that of the file.
+/// Files matching an Include pattern. Relative patterns start at /etc/ssh, not at the including file.
 fn included(pattern: &str) -> std::result::Result<Vec<PathBuf>, Box<dyn std::error::Error>> {
     if pattern.contains(char::REPLACEMENT_CHARACTER) {
         return Err("it is not UTF-8".into());
@@ -132,7 +133,7 @@ fn included(pattern: &str) -> std::result::Result<Vec<PathBuf>, Box<dyn std::err
     Ok(found.collect::<std::result::Result<_, _>>()?)
 }
 
-/// A line that says something here.
+/// A line that matters here.
 #[derive(Debug, PartialEq, Eq)]
 enum Line {
     AcceptEnv(Vec<String>),
@@ -140,10 +141,10 @@ enum Line {
 }
 
 impl Line {
-    /// Reads a line as every version of sshd may read it. What one takes for several words, another takes for one: both are judged, and a
-    /// comment behind words counts as words, as it did before OpenSSH 8.5.
+    /// Parses a line in every way a version of sshd may. If versions split it into words differently, both results are
+    /// judged; a trailing comment counts as words, as it did before OpenSSH 8.5.
     fn parse(line: &str) -> Option<Self> {
-        // A quote begins anywhere in a keyword, and its end is the keyword's.
+        // A quote may begin anywhere in a keyword, and its end also ends the keyword.
         let mut open = false;
         let ended: String = line
             .chars()
@@ -236,7 +237,7 @@ mod tests {
 
         #[test]
         fn patterns_have_a_name_in_common_if_one_is_found(a in "[AB*?]{0,4}", b in "[AB*?]{0,4}") {
-            // All names of up to eight letters: a shortest one in common is no longer than both patterns.
+            // Names of up to eight letters suffice: the shortest common match is no longer than both patterns together.
             let names = (0..=8_u32).flat_map(|length| {
                 (0..2_u32.pow(length)).map(move |bits| (0..length).map(|at| b"AB"[(bits >> at & 1) as usize]).collect::<Vec<u8>>())
             });

@@ -1,6 +1,6 @@
-//! The kernel's audit log, to which Debian's sshd writes each login on a terminal. Where it may not (EPERM), it ends the session; where the
-//! kernel has no audit, it goes on (linux_audit_record_event of OpenSSH's audit-linux.c). A container without CAP_AUDIT_WRITE is told the
-//! former unless its seccomp profile hides the audit log, as podman's does.
+//! The kernel's audit log, to which Debian's sshd writes each login on a terminal. On EPERM sshd ends the session;
+//! without audit support it goes on (linux_audit_record_event in OpenSSH's audit-linux.c). A container without
+//! CAP_AUDIT_WRITE gets EPERM unless its seccomp profile hides the audit log, as podman's does.
 
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, netlink, socket_with};
@@ -10,8 +10,8 @@ use crate::error::{Attempt, Result};
 use crate::jail::refused_calls;
 use crate::sys::seccomp;
 
-/// Hides the audit log from what this thread starts, if that may not write to it. A filter takes CAP_SYS_ADMIN or `no_new_privs`; the
-/// latter is not set here, since sessions need setuid programs.
+/// Hides the audit log from children of this thread if they may not write to it. A filter needs CAP_SYS_ADMIN or
+/// `no_new_privs`; the latter would break the setuid programs of sessions.
 pub fn hide_from_sshd() -> Result<()> {
     let held = rustix::thread::capabilities(None).attempt(|| "look at this process's capabilities")?.effective;
     if held.contains(CapabilitySet::AUDIT_WRITE)
@@ -26,9 +26,9 @@ pub fn hide_from_sshd() -> Result<()> {
     Ok(())
 }
 
-/// Whether the kernel has no audit, or a profile says so.
+/// Whether the kernel has no audit support, or a seccomp profile pretends so.
 fn is_hidden() -> bool {
     let opened = socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, Some(netlink::AUDIT));
-    // What libaudit takes for it.
+    // libaudit takes these errors for a kernel without audit support.
     matches!(opened, Err(Errno::INVAL | Errno::PROTONOSUPPORT | Errno::AFNOSUPPORT))
 }

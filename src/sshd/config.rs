@@ -1,4 +1,4 @@
-//! What is written into sshd's configuration: a fragment of our own, and one line that includes it.
+//! Changes to sshd's configuration: a fragment of our own, and one line that includes it.
 
 use std::fs::File;
 use std::io::Write;
@@ -11,31 +11,31 @@ use crate::sshd::effective::Effective;
 const ENVIRONMENT: &str = include_str!("../../sshd_config.d/environment.conf");
 const JAIL: &str = include_str!("../../sshd_config.d/jail.conf");
 
-/// The configuration's text with the fragment's `Include` as its first line, and nowhere else.
+/// Returns `config` with the fragment's `Include` as its first line, and nowhere else.
 pub fn including(config: &[u8], fragment: &Path) -> Vec<u8> {
     let line = format!("Include {} {MARK}\n", fragment.display());
     [line.as_bytes(), &without_include(config)].concat()
 }
 
-/// The configuration's text without any line that includes a fragment of ours, whatever environment wrote it. It need not be UTF-8, which
-/// sshd does not ask for.
+/// Removes every line that includes a fragment of ours, from whichever environment. sshd does not require UTF-8, nor
+/// does this.
 pub fn without_include(config: &[u8]) -> Vec<u8> {
     let is_ours = |line: &[u8]| line.starts_with(b"Include /") && line.trim_ascii_end().ends_with(MARK.as_bytes());
     config.split_inclusive(|&b| b == b'\n').filter(|line| !is_ours(line)).flatten().copied().collect()
 }
 
-/// Limits by which sshd makes Ansible with more than ten forks find the host unreachable: sshd's own value (servconf.h), and the line that
-/// replaces it. Sessions of one connection; connections that are not yet authenticated, of which sshd drops some at random.
+/// sshd's default limits (servconf.h) and the lines that raise them: sessions of one connection, and unauthenticated
+/// connections, some of which sshd drops at random. With more than ten Ansible forks, the defaults make hosts
+/// unreachable.
 const RAISED_LIMITS: [(&str, &str, &str); 2] =
     [("maxsessions", "10", "MaxSessions 1000\n"), ("maxstartups", "10:30:100", "MaxStartups 200\n")];
 
-/// By this at its end the line is known again.
+/// Marks our line, at its end.
 const MARK: &str = "# ims-sshd";
 
-/// The fragment's text. `variables` are the job's; those that the configuration sets already (`base`, without our fragment) are kept
-/// where the job has none of that name. A limit of clients that is sshd's own is raised; another one stays.
-/// Without `agent`, clients do not bring their ssh-agent, whatever the configuration says. With `force_command`, root's sessions are
-/// jailed.
+/// Text of the fragment. The job's `variables` override those in `base`, the configuration without our fragment. Limits
+/// are raised only where `base` has sshd's default. Without `agent`, agent forwarding is off, whatever the
+/// configuration says. With `force_command`, root's sessions are jailed.
 pub fn fragment(variables: &[(String, String)], base: &Effective, agent: bool, force_command: Option<&str>) -> String {
     let mut merged = variables.to_vec();
     for (name, value) in base.set_env() {
@@ -49,7 +49,7 @@ pub fn fragment(variables: &[(String, String)], base: &Effective, agent: bool, f
     let agent = if agent { "" } else { "AllowAgentForwarding no" };
     let is_own = |(keyword, own, _): &&(&str, &str, &str)| base.first(keyword).is_none_or(|value| value == *own);
     let limits: String = RAISED_LIMITS.iter().filter(is_own).map(|(.., line)| *line).collect();
-    // The variables last: they are not ours, and may hold anything.
+    // Variables go last: their values come from outside and may contain a placeholder.
     ENVIRONMENT
         .replace("@JAIL@", &jail)
         .replace("@LIMITS@", &limits)
@@ -57,13 +57,13 @@ pub fn fragment(variables: &[(String, String)], base: &Effective, agent: bool, f
         .replace("@SETENV@", &set_env)
 }
 
-/// One word of sshd_config: in double quotes, in which a backslash stands before a quote and before a backslash.
+/// Quotes one word for sshd_config: in double quotes, with a backslash before `"` and `\`.
 fn quoted(word: &str) -> String {
     format!("\"{}\"", word.replace('\\', "\\\\").replace('"', "\\\""))
 }
 
-/// Puts `text` at `path` in one step: sshd sees the old file or the new one. Keeps the mode and owner of a file that stands there;
-/// a link is followed, as sshd does.
+/// Replaces the file at `path` atomically: sshd reads the old content or the new. Keeps mode and owner of an existing
+/// file; follows a link, as sshd does.
 pub fn write(path: &Path, text: impl AsRef<[u8]>) -> Result<()> {
     let attempted = || format!("write {}", path.display());
     let path = match std::fs::canonicalize(path) {
@@ -111,14 +111,14 @@ mod tests {
         assert_eq!(without_include(&once), by_itself);
     }
 
-    /// A line with its end, and whether it is one of ours.
+    /// A line with its line ending, and whether it is ours.
     fn line() -> impl Strategy<Value = (Vec<u8>, bool)> {
         let end = || "[ \t]{0,1}(\n|\r\n)";
         let text = |(line, end): (String, String)| ((line + &end).into_bytes(), false);
         prop_oneof![
             ("[ \t]?(Port 22|Match User root|Include|include /etc/ssh/\\*\\.conf|# ims-sshd|[ -~\u{e9}]{0,12})", end())
                 .prop_map(text),
-            // What somebody else marked like ours.
+            // Lines of others that carry our marker.
             ("(PermitTTY no|#?[ ]?Include|IncludeX /x|[ -~\u{e9}]{0,6}) # ims-sshd", end()).prop_map(text),
             ("/[a-z0-9/._-]{0,12}", end())
                 .prop_map(|(path, end)| (format!("Include {path} {MARK}{end}").into_bytes(), true)),
@@ -174,7 +174,7 @@ mod tests {
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(40))]
-        /// Compared with the real sshd: whatever a value holds, sessions get just that.
+        /// Compares with the real sshd: sessions must get exactly the value, whatever it contains.
         #[test]
         fn sshd_reads_back_the_variables_that_were_written(value in "[ -~]{0,30}", other in "[^\0\n\r]{0,20}") {
             let variables = [("A".to_owned(), value), ("B".to_owned(), other)];

@@ -1,4 +1,4 @@
-//! sshd's process: started as it is told, found again after it went into the background, waited for until it listens.
+//! The sshd process: starting it, finding it after it has gone into the background, waiting until it listens.
 
 use std::collections::{HashMap, HashSet};
 use std::io::{Read, Seek, SeekFrom};
@@ -17,21 +17,22 @@ use crate::sshd::login_shell::LoginShell;
 use crate::sshd::options::Options;
 use crate::sys::process::{Entry, Identity, children, output_within, reap};
 
-/// The listening sshd. Its connections and sessions go on when it ends.
+/// The listening sshd. Connections and sessions survive its end.
 #[derive(Debug)]
 pub struct Daemon {
-    /// Its number.
+    /// Its PID.
     pub pid: Pid,
-    /// When it started, as [`Entry::start`].
+    /// Its start time, as in [`Entry::start`].
     start: u64,
 }
 
-/// sshd listens some milliseconds after it was started, or never.
+/// Timeout for listening; it normally takes milliseconds.
 const TIME_TO_LISTEN: Duration = Duration::from_secs(10);
 
 impl Daemon {
-    /// Starts `sshd $SSHD_OPTIONS`, which finds `shell` for root, and waits until it listens on all addresses of its configuration that
-    /// this machine has. This process has to be a subreaper (or PID 1), whose child the daemon becomes.
+    /// Starts `sshd $SSHD_OPTIONS` with `shell` as root's login shell, and waits until it listens on all configured
+    /// addresses that this machine has. This process must be PID 1 or a subreaper, so that the daemon becomes its
+    /// child.
     pub fn start(options: &Options, effective: &Effective, shell: Option<&LoginShell>) -> Result<Self> {
         let line = format!("sshd {}", shell_words::join(&options.words));
         let attempted = || format!("start {line}");
@@ -47,11 +48,12 @@ impl Daemon {
                 error.because(said)
             }
         };
-        // What is there before is not the listener: connections outlive theirs, and are then children of this process too.
+        // Existing children are not the new listener: connections of an earlier one outlive it and are adopted by this
+        // process.
         let before = Self::children();
         let mut command = Command::new(sshd::program()?);
         command.args(&options.words).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
-        // By a thread of its own, whose mounts and system calls are others' where sshd's have to be.
+        // In a thread of its own: the mount namespace and seccomp filter are for sshd only.
         let started = std::thread::scope(|scope| {
             let start = || {
                 shell.map_or(Ok(()), LoginShell::put_in_place)?;
@@ -76,7 +78,7 @@ impl Daemon {
             match listening_sockets(daemon.pid) {
                 0 => {}
                 sockets => {
-                    // An address that the machine does not have is never bound; the others are within a moment of each other.
+                    // sshd never binds an address that the machine lacks; it binds the others within moments.
                     let since = *first_seen.get_or_insert_with(Instant::now);
                     if sockets >= effective.listen_addresses() || since.elapsed() > Duration::from_millis(200) {
                         return Ok(Self { pid: daemon.pid, start: daemon.start });
@@ -91,28 +93,29 @@ impl Daemon {
         }
     }
 
-    /// sshds in the background: each leads a session of its own and is this process's child.
+    /// sshd processes in the background: session leaders that are children of this process.
     fn children() -> Vec<Entry> {
         let mut own: Vec<_> = children(getpid()).into_iter().filter_map(Entry::read).collect();
         own.retain(|e| e.session == e.pid && e.name.starts_with("sshd") && !e.has_ended());
         own
     }
 
-    /// Writes down which process it is, for an environment that has to go on after this one was killed.
+    /// Records PID and start time in the file `path`, for an environment started after this one was killed.
     pub fn note(&self, path: &Path) -> Result<()> {
         let identity = Identity { pid: self.pid.as_raw(), start: self.start };
         std::fs::write(path, identity.to_string()).attempt(|| format!("write {}", path.display()))
     }
 
-    /// The listener that was noted at `path`, if it is still there.
+    /// The listener recorded in the file `path`, if it still runs.
     pub fn noted(path: &Path) -> Option<Entry> {
         let noted = Identity::parse(&std::fs::read_to_string(path).ok()?)?;
         Entry::read(Pid::from_raw(noted.pid)).filter(|e| e.identity() == noted)
     }
 
-    /// Every sshd that has this log open, listener or connection: those of an earlier environment as long as this one has started none.
+    /// Every sshd process that has this log open, listener or connection. Until this environment starts sshd, they
+    /// belong to an earlier one.
     pub fn with_log(log: &Path) -> Vec<Entry> {
-        // A log that was removed since is still theirs.
+        // The log may have been removed while they kept it open.
         let removed = PathBuf::from(format!("{} (deleted)", log.display()));
         let is_open = |entry: &Entry| {
             std::fs::read_dir(format!("/proc/{}/fd", entry.pid)).is_ok_and(|mut descriptors| {
@@ -124,7 +127,7 @@ impl Daemon {
         Entry::all().into_iter().filter(|e| e.name.starts_with("sshd") && is_open(e)).collect()
     }
 
-    /// What sshd logged last, as one line; empty if it logs to no file.
+    /// The last lines of sshd's log, joined into one; empty if it does not log to a file.
     pub fn last_words(options: &Options) -> String {
         let log = options.log.as_deref();
         log.map_or(String::new(), |log| {
@@ -133,13 +136,13 @@ impl Daemon {
         })
     }
 
-    /// Ends the listener, so that nobody new gets in. Connections stay.
+    /// Ends the listener: no new connections. Existing ones stay.
     pub fn stop_listening(&self) {
         let _ = kill(self.pid, Signal::SIGTERM);
     }
 }
 
-/// How many sockets the process listens on.
+/// Number of sockets the process listens on.
 fn listening_sockets(pid: Pid) -> usize {
     let Ok(descriptors) = std::fs::read_dir(format!("/proc/{pid}/fd")) else { return 0 };
     let inodes: Vec<String> = descriptors
@@ -153,7 +156,7 @@ fn listening_sockets(pid: Pid) -> usize {
         .sum()
 }
 
-/// Inodes of the sockets in /proc/net/tcp (proc(5)) that are in state LISTEN, 0A.
+/// Inodes of sockets in state LISTEN (0A) in /proc/net/tcp (proc(5)).
 fn listening_inodes(table: &str) -> impl Iterator<Item = &str> {
     table.lines().filter_map(|line| {
         let mut fields = line.split_ascii_whitespace();
@@ -161,7 +164,7 @@ fn listening_inodes(table: &str) -> impl Iterator<Item = &str> {
     })
 }
 
-/// The last lines that were added to `log` after its first `start` bytes, as one line.
+/// The last lines appended to `log` after offset `start`, joined into one.
 fn last_lines(log: &Path, start: u64) -> String {
     let mut text = Vec::new();
     let _ = std::fs::File::open(log).and_then(|mut f| {
@@ -177,25 +180,25 @@ fn one_line(text: &str) -> String {
     text.lines().map(str::trim).filter(|l| !l.is_empty()).collect::<Vec<_>>().join(", ")
 }
 
-/// Processes that sshd runs for clients at one moment.
+/// Processes that currently serve clients.
 #[derive(Debug, Default)]
 pub struct Running {
-    /// One process a connection (two for some), whether or not a session is open on it.
+    /// One process per connection (two for some), with or without an open session.
     pub connections: Vec<Entry>,
     /// The first process of each session: the login shell, command, `ims-jail-shell` or internal sftp server.
     pub sessions: Vec<Entry>,
-    /// Sessions of whose end sshd has taken no note yet, and so neither have their clients.
+    /// Ended sessions that sshd has not reaped yet; their clients do not know yet either.
     pub unheard: usize,
-    /// When a session has ended last whose connection stands, as far as the looks tell.
+    /// When a session last ended whose connection still exists, as precisely as the polls tell.
     pub last_end: Option<Instant>,
 }
 
-/// The clients of an sshd, as they are seen from one look to the next.
+/// The clients of an sshd, tracked from one poll to the next.
 #[derive(Debug, Default)]
 pub struct Clients {
-    /// Connections: what they had waited for at the last look, and when that was more than at the look before.
+    /// For each connection: its children's page faults at the last poll, and when they last increased.
     connections: HashMap<Identity, (u64, Option<Instant>)>,
-    /// Children of this process that are no sshd, such as what sessions have left behind: there can be thousands of them.
+    /// Children of this process that are not sshd, such as daemons left behind by sessions; there may be thousands.
     strangers: HashSet<Pid>,
 }
 
@@ -213,7 +216,7 @@ impl Clients {
             } else if within_sshd && (!is_sshd || entry.command_line().ends_with("@internal-sftp")) {
                 running.sessions.push(entry);
             } else if is_sshd {
-                // However short a session was: sshd has waited for its process.
+                // sshd has reaped a session in between, however short that was.
                 let (faults, last_end) = before.remove(&entry.identity()).unwrap_or((0, None));
                 let last_end = if entry.faults_of_children > faults { Some(Instant::now()) } else { last_end };
                 running.last_end = running.last_end.max(last_end);
@@ -224,13 +227,12 @@ impl Clients {
         running
     }
 
-    /// Every sshd below this process and the children of each. What sessions have started is not walked: it can be any number of
-    /// processes.
+    /// Every sshd below this process, and its children. Descendants of sessions are skipped: there may be any number.
     fn sshds_with_children(&mut self) -> Vec<Entry> {
         let mut found = Vec::new();
         let mut seen = HashSet::new();
-        // A connection whose listener ends during a walk may be missed, in a list that was read before and in one that is gone: it is a
-        // child of this process then, and found by the next walk.
+        // A walk may miss a connection whose listener ends meanwhile; this process has adopted it then, and the next
+        // walk finds it.
         for _ in 0..10 {
             let mut parents = vec![getpid()];
             let before = seen.len();

@@ -1,4 +1,5 @@
-//! What sshd itself says its configuration means (`sshd -T`): the one reader of sshd_config that cannot be wrong.
+//! The effective configuration as sshd prints it (`sshd -T`), the only parser of sshd_config that is right by
+//! definition.
 
 use std::process::{Child, Command, Stdio};
 
@@ -6,14 +7,14 @@ use crate::error::{Attempt, Error, Result};
 use crate::sshd::{self, accept_env};
 use crate::sys::process::output_within;
 
-/// A sshd that was asked and has not answered yet. It takes its ten milliseconds; several think at once.
+/// A running `sshd -T`. It takes some 10 ms; several run at once.
 pub struct Question {
     attempted: String,
     sshd: Child,
 }
 
 impl Question {
-    /// Asks what would hold for `user` with these options.
+    /// Starts `sshd -T` for `user` with these options.
     pub fn put(options: &[String], user: &str) -> Result<Self> {
         let attempted = format!("have sshd check its configuration (sshd {} -T)", shell_words::join(options));
         let sshd = Command::new(sshd::program()?)
@@ -27,7 +28,7 @@ impl Question {
         Ok(Self { attempted, sshd })
     }
 
-    /// Waits for the answer. sshd's own complaint is the error's cause.
+    /// Waits for the output. On failure, sshd's complaint is the error's cause.
     pub fn answer(self) -> Result<Effective> {
         let Some(output) = output_within(self.sshd, sshd::TIME_LIMIT).attempt(|| &self.attempted)? else {
             return Err(sshd::late(self.attempted));
@@ -42,19 +43,19 @@ impl Question {
     }
 }
 
-/// The effective configuration for one user: keywords in lower case, with their values, in sshd's order.
+/// The effective configuration for one user: keywords in lower case with their values, in sshd's order.
 #[derive(Debug, Clone, Default)]
 pub struct Effective {
     lines: Vec<(String, String)>,
 }
 
 impl Effective {
-    /// Asks sshd with these options what would hold for `user`. sshd's own complaint is the error's cause.
+    /// Runs `sshd -T` for `user` with these options. On failure, sshd's complaint is the error's cause.
     pub fn ask(options: &[String], user: &str) -> Result<Self> {
         Question::put(options, user)?.answer()
     }
 
-    /// Reads what `sshd -T` prints.
+    /// Parses the output of `sshd -T`.
     pub fn parse(text: &[u8]) -> Self {
         let lines = String::from_utf8_lossy(text)
             .lines()
@@ -74,22 +75,22 @@ impl Effective {
         self.all(keyword).next()
     }
 
-    /// The variables that sessions are given.
+    /// Variables that sshd sets in sessions (SetEnv).
     pub fn set_env(&self) -> Vec<(String, String)> {
         self.all("setenv").filter_map(|v| v.split_once('=')).map(|(n, v)| (n.to_owned(), v.to_owned())).collect()
     }
 
-    /// Patterns of the variables that clients may send.
+    /// Patterns of the variables that clients may set (AcceptEnv).
     pub fn accept_env(&self) -> impl Iterator<Item = &str> {
         self.all("acceptenv").flat_map(str::split_ascii_whitespace)
     }
 
-    /// The addresses sshd will listen on.
+    /// Number of addresses to listen on.
     pub fn listen_addresses(&self) -> usize {
         self.all("listenaddress").count()
     }
 
-    /// Makes sure that root's sessions are forced into the jail by `force_command`, and that nothing goes past it.
+    /// Checks that `force_command` jails root's sessions, and that nothing bypasses it.
     pub fn check_jail(&self, force_command: &str) -> Result<()> {
         let wanted = [
             ("forcecommand", force_command),
@@ -115,7 +116,7 @@ impl Effective {
         self.accept_env().try_for_each(|pattern| accept_env::judge("sshd's effective configuration", pattern))
     }
 
-    /// Makes sure that somebody who is not root does not get in: such a session would stay outside the jail.
+    /// Checks that users other than root are denied: their sessions would run outside the jail.
     pub fn check_denied(&self) -> Result<()> {
         if self.all("denyusers").any(|users| users.split_ascii_whitespace().any(|u| u == "*")) {
             return Ok(());

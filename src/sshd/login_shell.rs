@@ -1,10 +1,10 @@
-//! root's login shell, as sshd alone sees it.
+//! root's login shell, as seen by sshd alone.
 //!
-//! sshd runs every command, a forced one too, by the login shell of the account (sshd_config(5), ForceCommand), and no setting names
-//! another. For a session in the jail, the container's shell would be one program more, which reads the start files of the container's
-//! root and variables that the client may have sent. So sshd is started in a mount namespace where /etc/passwd names the jail's helper.
-//! Where no mount namespace can be made, or accounts come from elsewhere, the container's shell starts the helper: the forced command is
-//! a line for either.
+//! sshd runs every command, even a forced one, with the account's login shell (sshd_config(5), ForceCommand), and no
+//! setting changes that. For a jailed session, the container's shell would be one more program; it would read the
+//! container root's startup files, and variables that the client may have set. So sshd is started in a mount namespace
+//! whose /etc/passwd names the jail's helper. Where no mount namespace can be made, or accounts come from another
+//! source, the container's shell starts the helper: the forced command is valid for either.
 
 use std::path::{Path, PathBuf};
 
@@ -17,23 +17,24 @@ use crate::sys::mounts::{self, Detached};
 
 const PASSWD: &str = "/etc/passwd";
 
-/// The shell that sshd is to find for root.
+/// The login shell that sshd finds for root.
 #[derive(Debug)]
 pub struct LoginShell {
-    /// Its program.
+    /// Path of the program.
     pub program: PathBuf,
-    /// Where the copy of /etc/passwd is written that names it.
+    /// Path of the changed copy of /etc/passwd.
     pub passwd: PathBuf,
 }
 
 impl LoginShell {
-    /// Puts the shell in place for the calling thread, and what it starts from here on, and for nobody else. What is mounted or unmounted
-    /// in the container is so for them too.
+    /// Mounts the copy over /etc/passwd for this thread and its future children only. Their namespace still receives
+    /// mounts and unmounts from the container.
     pub fn put_in_place(&self) -> Result<()> {
         let attempted = || format!("make {} the shell that sshd starts for root", self.program.display());
         let before = std::fs::read(PASSWD).attempt(attempted)?;
         let Some(text) = with_shell(&before, &self.program) else { return Ok(()) };
-        // Read by other accounts too, such as that of an AuthorizedKeysCommand; the directory it is in lets nobody else in.
+        // World-readable: other accounts read it too, such as an AuthorizedKeysCommand's. Its directory keeps everybody
+        // else out.
         std::fs::write(&self.passwd, text).attempt(attempted)?;
         rustix::fs::chmod(&self.passwd, Mode::from_raw_mode(0o644)).attempt(attempted)?;
         nix::sched::unshare(CloneFlags::CLONE_NEWNS).attempt(attempted)?;
@@ -49,7 +50,7 @@ impl LoginShell {
     }
 }
 
-/// The text of passwd(5) with another shell for root; `None` if root has no line there.
+/// passwd(5) with another shell for root; `None` if root has no entry.
 fn with_shell(passwd: &[u8], shell: &Path) -> Option<Vec<u8>> {
     use std::os::unix::ffi::OsStrExt;
     let begins_with_root = passwd.starts_with(b"root:");

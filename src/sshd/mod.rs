@@ -1,4 +1,4 @@
-//! OpenSSH's server: its options, its configuration, its process.
+//! OpenSSH's server: options, configuration, process.
 
 pub mod accept_env;
 mod audit;
@@ -18,11 +18,11 @@ use caps::Capability;
 use crate::error::{Advise, Error, Result};
 use crate::jail::capabilities::lacks;
 
-/// Where distributions install sshd, which wants to be started by an absolute path.
+/// Where distributions install sshd. It insists on being started by an absolute path.
 const SSHD_PLACES: [&str; 3] = ["/usr/sbin/sshd", "/usr/local/sbin/sshd", "/sbin/sshd"];
 
-/// sshd answers, and goes into the background, within milliseconds. What it opens or asks for on the way may keep it for ever: a fifo, a
-/// name server that is gone.
+/// Timeout for sshd to answer or go into the background, normally milliseconds. It may block for ever, on a FIFO in its
+/// configuration or a name server that does not answer.
 const TIME_LIMIT: Duration = Duration::from_secs(20);
 
 fn late(attempted: String) -> Error {
@@ -31,7 +31,7 @@ fn late(attempted: String) -> Error {
         .advise("see what it waits for: a name in ListenAddress, a file of its configuration that cannot be read")
 }
 
-/// The server's program.
+/// Path of sshd.
 pub fn program() -> Result<&'static str> {
     SSHD_PLACES.into_iter().find(|p| std::path::Path::new(p).exists()).ok_or_else(|| {
         Error::new("find sshd")
@@ -40,8 +40,8 @@ pub fn program() -> Result<&'static str> {
     })
 }
 
-/// Refuses a container in which sshd would listen and let nobody in: before it asks for a key it becomes its own unprivileged user, in an
-/// empty root directory.
+/// Refuses a container in which sshd would listen but reject every login: before authentication it changes to its own
+/// unprivileged user and chroots to an empty directory.
 pub fn check_rights() -> Result<()> {
     let needed = [Capability::CAP_SETUID, Capability::CAP_SETGID, Capability::CAP_SYS_CHROOT];
     match needed.into_iter().find(|needed| lacks(*needed)) {

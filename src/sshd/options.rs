@@ -1,31 +1,32 @@
-//! `$SSHD_OPTIONS`: all the options that sshd gets. Read, to know its files and to refuse what cannot work; never added to.
+//! `$SSHD_OPTIONS`: all of sshd's options. They are parsed to find sshd's files and to refuse what cannot work; nothing
+//! is added.
 
 use std::path::PathBuf;
 
 use crate::error::{Error, Result};
 
-/// sshd's options, split and understood.
+/// Parsed options of sshd.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Options {
-    /// The words that sshd is started with.
+    /// The words as sshd gets them.
     pub words: Vec<String>,
-    /// The same without `-E`: to ask sshd for its configuration, and hear its complaints.
+    /// The same without `-E`, so that `sshd -T` complains on standard error.
     pub asking: Vec<String>,
-    /// `-f`: its configuration.
+    /// `-f`: configuration file.
     pub config: Option<PathBuf>,
-    /// `-E`: its log.
+    /// `-E`: log file.
     pub log: Option<PathBuf>,
 }
 
-/// The file that sshd reads without `-f`.
+/// Default of `-f`.
 pub const DEFAULT_CONFIG: &str = "/etc/ssh/sshd_config";
 
-/// Options with an argument, and without; sshd(8).
+/// Options with an argument, then those without (sshd(8)).
 const WITH_ARGUMENT: &str = "bCcEfghkopu";
 const WITHOUT: &str = "46eq";
 
 impl Options {
-    /// Splits `text` as a shell would split words and refuses what cannot work here, with the reason.
+    /// Splits `text` into words like a shell, and refuses options that cannot work here, with the reason.
     pub fn parse(text: &str) -> Result<Self> {
         let refuse = |why: String| Error::bad_input(format!("SSHD_OPTIONS is '{text}': {why}"));
         let words = shell_words::split(text).map_err(|e| refuse(format!("it cannot be split into words ({e})")))?;
@@ -71,13 +72,13 @@ impl Options {
         Ok(())
     }
 
-    /// Lines of configuration among them (`-o`).
+    /// Configuration lines given with `-o`.
     pub fn settings(&self) -> impl Iterator<Item = &str> {
         self.asking.windows(2).filter(|pair| pair[0] == "-o").map(|pair| pair[1].as_str())
     }
 
-    /// The configuration that sshd will really read. `settings_file` is `$SSHD_CONFIG_FILE`: where settings are to be written, which
-    /// must be the same.
+    /// The configuration file that sshd reads. `settings_file` is `$SSHD_CONFIG_FILE`, the file to write settings to;
+    /// the two must be the same.
     pub fn config_file(&self, settings_file: Option<&PathBuf>) -> Result<PathBuf> {
         let read = self.config.clone().unwrap_or_else(|| DEFAULT_CONFIG.into());
         match settings_file {
@@ -151,7 +152,7 @@ mod tests {
         assert!(without.config_file(Some(&"/b".into())).is_err());
     }
 
-    /// One or more letters behind one dash, the last perhaps with an argument, as the next word or in the same.
+    /// One or more letters after a dash; the last may have an argument, in the same word or the next.
     #[derive(Debug, Clone)]
     struct Group {
         flags: String,
@@ -186,7 +187,7 @@ mod tests {
         ]
     }
 
-    /// One word in one of the ways of quoting.
+    /// Quotes a word in one of several ways.
     fn quoted(word: &str, way: u8) -> String {
         match way {
             0 => shell_words::quote(word).into_owned(),

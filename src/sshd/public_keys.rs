@@ -5,7 +5,7 @@ use std::path::Path;
 use crate::error::{Error, Result};
 use crate::sys::named;
 
-/// Refuses a file that lets nobody in, and names the option that named it.
+/// Refuses a file without a valid key. `option` is named in the error.
 pub fn check_public_keys(option: &str, file: &Path) -> Result<()> {
     let refuse = |why: &str| Error::bad_input(format!("{option} is '{}': {why}", file.display()));
     let real = named::resolve(file).map_err(|e| refuse(&e.to_string()))?;
@@ -21,7 +21,7 @@ pub fn check_public_keys(option: &str, file: &Path) -> Result<()> {
     if text.contains("---- BEGIN SSH2 PUBLIC KEY ----") {
         return Err(refuse("it is a key in the format of RFC 4716; 'ssh-keygen -i -f FILE' converts it"));
     }
-    // A key follows the name of its type, after options if there are any, and begins with the length of that name.
+    // A key follows its type name, which may follow options, and begins with the encoded length of that name.
     let is_key = |line: &str| {
         let words: Vec<_> = line.split_whitespace().collect();
         let is_type = |word: &str| ["ssh-", "ecdsa-", "sk-"].iter().any(|begin| word.starts_with(begin));

@@ -1,8 +1,9 @@
-//! Logins that sshd refuses, from its log into ours: a pod's log is what people read, and sshd's own is a file of the container.
+//! Refused logins, copied from sshd's log into ours: people read the pod's log, while sshd's is a file in the
+//! container.
 //!
-//! sshd writes several lines about one connection, the last of which ends it. That one is told, with the reason that came before.
-//! Connections of which no login came (probes, scanners of ports) are not told. A login that sshd has accepted may end all the same before
-//! its session begins, which the client is not told the reason of either.
+//! sshd writes several lines for a connection; the last one ends it. That one is logged, with the reason given before.
+//! Connections without a login attempt (probes, port scanners) are not logged. sshd may also end an accepted login
+//! before its session begins; the client does not see that reason either.
 
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -12,18 +13,18 @@ use rustix::fs::OFlags;
 
 use crate::sys::tree::Tree;
 
-/// Most bytes of sshd's log that are read at once.
+/// Most bytes of sshd's log read at once.
 const LONGEST_READ: usize = 64 << 10;
 
-/// Lines told within [`PERIOD`]; those beyond are counted, so that nobody who guesses logins fills the node's disk with our log.
+/// Lines logged per [`PERIOD`]; the rest are only counted, so that password guessing does not fill the node's disk.
 const MOST_LINES: u64 = 10;
 const PERIOD: Duration = Duration::from_mins(1);
 
-/// Message of sshd when a client has offered too many keys; `MaxAuthTries`.
+/// sshd's message when a client has exceeded `MaxAuthTries`.
 const TOO_MANY: &str = "Too many authentication failures";
 
-/// Beginnings of the lines by which sshd ends a login that it has accepted, or its session (session.c, uidswap.c, auth-pam.c,
-/// audit-linux.c of OpenSSH).
+/// Prefixes of the lines with which sshd ends an accepted login or its session (OpenSSH's session.c, uidswap.c,
+/// auth-pam.c, audit-linux.c).
 const ENDS_ACCEPTED: [&str; 10] = [
     "linux_audit_write_entry failed",
     "PAM: pam_setcred(): ",
@@ -37,16 +38,16 @@ const ENDS_ACCEPTED: [&str; 10] = [
     "unable to set user context",
 ];
 
-/// A line of sshd's log, as far as it tells of a refusal.
+/// A line of sshd's log that concerns logins.
 #[derive(Debug, PartialEq, Eq)]
 enum Line<'a> {
-    /// Why a login that ends soon is refused; with its user, where the line tells.
+    /// Why a login is about to be refused, with its user if the line names one.
     Reason(Option<&'a str>, String),
-    /// A connection ended before anybody was let in.
+    /// A connection ended before a login was accepted.
     Refused(Refusal<'a>),
-    /// Somebody was let in.
+    /// A login was accepted, with user and client.
     Accepted(&'a str, (&'a str, u16)),
-    /// A login that was accepted ended by this.
+    /// The reason why an accepted login ended.
     Ended(&'a str),
 }
 
@@ -57,7 +58,8 @@ struct Refusal<'a> {
     reason: Option<&'a str>,
 }
 
-/// Reads a line. Names of users are the client's, and may look like the rest of a line: addresses are looked for from the end.
+/// Parses a line. A user name comes from the client and may imitate the rest of a line, so addresses are searched from
+/// the end.
 fn parse(line: &str) -> Option<Line<'_>> {
     let line = line.trim_end();
     let line = line.strip_suffix(" [preauth]").unwrap_or(line);
@@ -79,7 +81,7 @@ fn parse(line: &str) -> Option<Line<'_>> {
     if let Some((who, why)) = line.strip_prefix("User ").and_then(|rest| rest.rsplit_once(" not allowed because ")) {
         return reason(Some(who.rsplit_once(" from ")?.0), why);
     }
-    // At LogLevel VERBOSE; of passwords always.
+    // Logged at LogLevel VERBOSE; for passwords, at every level.
     if let Some((method, who)) = line.strip_prefix("Failed ").and_then(|rest| rest.split_once(" for ")) {
         let (who, key) = who.rsplit_once(" ssh2: ").unwrap_or((who, ""));
         let user = who.rsplit_once(" from ")?.0;
@@ -109,36 +111,36 @@ fn parse(line: &str) -> Option<Line<'_>> {
     }
 }
 
-/// Splits a line into the text before an address, and the address: `root 192.0.2.1 port 40000`.
+/// Splits at an address at the end, as in `root 192.0.2.1 port 40000`.
 fn address(text: &str) -> Option<(&str, (&str, u16))> {
     let (before, port) = text.rsplit_once(" port ")?;
     let (user, client) = before.rsplit_once(' ').unwrap_or(("", before));
     Some((user, (client, port.parse().ok()?)))
 }
 
-/// sshd's log, read as it grows.
+/// Follows sshd's log.
 #[derive(Debug)]
 pub struct Refusals {
     log: PathBuf,
-    /// Offset up to which the log was read, in bytes.
+    /// Offset in bytes up to which the log has been read.
     position: u64,
-    /// A reason whose connection has not ended yet.
+    /// User and reason of a refusal whose connection has not ended yet.
     reason: Option<(Option<String>, String)>,
-    /// User and client of the last login that was accepted.
+    /// User and client of the login accepted last.
     accepted: Option<(String, (String, u16))>,
     period: Instant,
-    /// Refusals of this period.
+    /// Refusals in the current period.
     count: u64,
 }
 
 impl Refusals {
-    /// Refusals that sshd logs to `log` from now on.
+    /// Follows `log` from its current end.
     pub fn new(log: &Path) -> Self {
         let position = std::fs::metadata(log).map_or(0, |log| log.len());
         Self { log: log.to_owned(), position, reason: None, accepted: None, period: Instant::now(), count: 0 }
     }
 
-    /// Tells what was refused since; to be called about once a second.
+    /// Logs new refusals. To be called about once a second.
     pub fn look(&mut self) {
         self.read();
         if self.period.elapsed() >= PERIOD {
@@ -146,7 +148,7 @@ impl Refusals {
         }
     }
 
-    /// Tells the last ones.
+    /// Logs the remaining refusals.
     pub fn close(mut self) {
         self.read();
         self.end_period();
@@ -159,8 +161,8 @@ impl Refusals {
         }
     }
 
-    /// Whole lines that were added since. A log that is no regular file is one that is read elsewhere (/dev/stderr), and so is the file that
-    /// our own log goes to.
+    /// Whole lines appended since the last read. Skips a log that is not a regular file (/dev/stderr) or that is our
+    /// own: those lines are in our log already.
     fn added(&mut self) -> std::io::Result<String> {
         let log = Tree::open(Path::new("/"))?.open_regular(&self.log, OFlags::RDONLY)?;
         let found = log.metadata()?;
@@ -249,12 +251,12 @@ mod tests {
                 "Disconnecting authenticating user root 192.0.2.1 port 7: Too many authentication failures [preauth]",
                 Some(refused("root", 7, Some("Too many authentication failures"))),
             ),
-            // A name that looks like an address tells no other address.
+            // A user name that imitates an address does not hide the real one.
             (
                 "Connection closed by invalid user x 198.51.100.9 port 1 192.0.2.1 port 7 [preauth]",
                 Some(refused("x 198.51.100.9 port 1", 7, unknown)),
             ),
-            // Probes and scanners, and those who were let in.
+            // Probes, scanners, and ends of accepted logins.
             ("Connection closed by 192.0.2.1 port 7 [preauth]", None),
             ("kex_exchange_identification: Connection closed by remote host", None),
             ("banner exchange: Connection from 192.0.2.1 port 7: invalid format", None),
@@ -320,7 +322,7 @@ mod tests {
         append("o\n");
         assert_eq!(log.added().unwrap(), "two\n");
         assert_eq!(log.added().unwrap(), "");
-        // Emptied, as logrotate does.
+        // Truncated, as by logrotate's copytruncate.
         std::fs::write(&file, "new\n").unwrap();
         assert_eq!(log.added().unwrap(), "new\n");
         append(&"x".repeat(2 * LONGEST_READ));

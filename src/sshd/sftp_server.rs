@@ -1,4 +1,4 @@
-//! The container's sftp-server with all it needs to run in an image that holds nothing.
+//! The container's sftp-server with everything it needs to run in an empty image.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use crate::error::{Attempt, Error, Result};
 use crate::jail::programs::Program;
 
-/// Where distributions install it: Debian, SUSE and Alpine, Fedora, and the upstream default.
+/// Where Debian, SUSE and Alpine, Fedora, and upstream OpenSSH install it.
 const PLACES: [&str; 4] = [
     "/usr/lib/openssh/sftp-server",
     "/usr/lib/ssh/sftp-server",
@@ -14,14 +14,14 @@ const PLACES: [&str; 4] = [
     "/usr/libexec/sftp-server",
 ];
 
-/// The files to show in the jail: the server, its loader as `ld.so`, and its libraries.
+/// Files to show in the jail: the server, its loader as `ld.so`, its libraries.
 pub fn files() -> Result<Vec<Program>> {
     let server = PLACES.into_iter().find(|p| Path::new(p).exists()).ok_or_else(|| {
         Error::new("find sftp-server").because(format!("it is at none of {}", PLACES.join(", "))).advise(
             "install the distribution's OpenSSH sftp server; without it neither sftp nor Ansible can transfer a file",
         )
     })?;
-    // The loader itself lists what it would load; this is all that ldd does.
+    // The loader can list what it would load; ldd does the same.
     let output = Command::new(server)
         .env_clear()
         .env("LD_TRACE_LOADED_OBJECTS", "1")
@@ -37,7 +37,7 @@ pub fn files() -> Result<Vec<Program>> {
     Ok(files)
 }
 
-/// Lines are `libc.so.6 => /lib/libc.so.6 (0x…)` for a library, `/lib64/ld-linux.so.2 (0x…)` for the loader.
+/// Parses lines like `libc.so.6 => /lib/libc.so.6 (0x…)` for a library and `/lib64/ld-linux.so.2 (0x…)` for the loader.
 fn parse(listing: &str) -> Vec<Program> {
     let program = |name: &str, file: &str| Program { name: name.into(), file: file.into() };
     listing

@@ -1,4 +1,4 @@
-//! Checksums of a file, and the expected ones.
+//! Expected and actual checksums of a file.
 
 use std::fs::File;
 use std::io::{Read, Seek, Write};
@@ -13,7 +13,7 @@ use crate::sys::tree::Tree;
 use crate::transfer::Work;
 use crate::transfer::progress::Progress;
 
-/// Checksums that a source has to come to, in hexadecimal digits.
+/// Expected checksums of a source, in hexadecimal.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Expected {
     /// `DOWNLOAD_MD5SUM`.
@@ -23,13 +23,13 @@ pub struct Expected {
 }
 
 impl Expected {
-    /// Whether any is given.
+    /// Whether at least one is given.
     pub fn is_given(&self) -> bool {
         self.md5.is_some() || self.sha256.is_some()
     }
 
-    /// Compares them with those of `file`, which is called `shown`, and returns the file that has them: a copy in `volume`, without a name, if
-    /// another user can change `file`; without a volume, nobody can.
+    /// Compares them with the checksums of `file`, which messages call `shown`, and returns the verified file. If
+    /// another user can change `file`, that is an unnamed copy in `volume`; without a volume, no other user can.
     pub fn check(&self, work: &Work, file: File, shown: &str, volume: Option<&Tree>) -> Result<File> {
         let mut sums = Sums::of(self);
         let copy = if can_be_changed(&file).attempt(|| format!("open {shown}"))? { volume } else { None };
@@ -43,24 +43,24 @@ impl Expected {
     }
 }
 
-/// Those of what was read so far.
+/// Checksums of the bytes read so far.
 pub struct Sums {
     md5: Option<Md5>,
     sha256: Option<Sha256>,
 }
 
 impl Sums {
-    /// Takes those that are expected.
+    /// Computes those that are expected.
     pub fn of(expected: &Expected) -> Self {
         Self { md5: expected.md5.as_ref().map(|_| Md5::new()), sha256: expected.sha256.as_ref().map(|_| Sha256::new()) }
     }
 
-    /// The same, and the MD5, which a server may tell.
+    /// Computes the MD5 too, which a server may announce.
     pub fn with_md5(expected: &Expected) -> Self {
         Self { md5: Some(Md5::new()), ..Self::of(expected) }
     }
 
-    /// Goes on with further bytes.
+    /// Adds more bytes.
     pub fn update(&mut self, bytes: &[u8]) {
         if let Some(md5) = &mut self.md5 {
             md5.update(bytes);
@@ -70,7 +70,7 @@ impl Sums {
         }
     }
 
-    /// Begins again.
+    /// Starts over.
     pub fn reset(&mut self) {
         if let Some(md5) = &mut self.md5 {
             md5.reset();
@@ -80,7 +80,7 @@ impl Sums {
         }
     }
 
-    /// Compares them; the error tells which one differs.
+    /// Compares them; the error names the one that differs.
     pub fn check(&self, expected: &Expected) -> std::result::Result<(), String> {
         let md5 = self.md5.clone().map(|sum| format!("{:x}", sum.finalize()));
         let sha256 = self.sha256.clone().map(|sum| format!("{:x}", sum.finalize()));
@@ -95,7 +95,7 @@ impl Sums {
     }
 }
 
-/// The MD5 of a file, read once from its start.
+/// MD5 of a file, read from its start, in hexadecimal.
 pub fn md5_of(work: &Work, file: &File, what: &str) -> Result<String> {
     let mut sum = Md5::new();
     read_through(work, file, what, |bytes| {
@@ -121,7 +121,7 @@ fn read_through(work: &Work, mut file: &File, what: &str, mut each: impl FnMut(&
     }
 }
 
-/// A SHA-256.
+/// Checks a SHA-256 in hexadecimal; returns it in lower case.
 pub fn sha256(sum: &str) -> Checked {
     hexadecimal(sum, 64)
 }
@@ -134,7 +134,7 @@ fn hexadecimal(sum: &str, digits: usize) -> Checked {
     Ok(sum)
 }
 
-/// A checksum of so many hexadecimal digits.
+/// Value of a variable that holds a checksum of `digits` hexadecimal digits.
 pub(crate) fn checksum(reader: &mut Reader, variable: &str, digits: usize) -> Option<String> {
     let sum = reader.text(variable)?;
     reader.check(variable, &sum, |sum| hexadecimal(sum, digits))

@@ -1,5 +1,5 @@
-//! Programs that read what anybody may have written (archives, images, databases of packages) run with the rights that their work takes:
-//! one that is taken over writes nowhere but to its target, reads nothing but its source, reaches no network, and does not fill the machine.
+//! Confinement of programs that read untrusted data (archives, images, package databases). An exploited one can write
+//! only to its target and read only its source; it reaches no network and cannot fill the disk or memory.
 
 use std::fs::File;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -24,7 +24,7 @@ use crate::sys::seccomp;
 use crate::sys::signals::hold_none;
 use crate::sys::tree::Tree;
 
-/// Capabilities of a program that writes a tree, each with its reason.
+/// Capabilities of a program that writes a tree, with reasons.
 const WRITER: &[(Capability, &str)] = &[
     (Capability::CAP_CHOWN, "files have their owners"),
     (Capability::CAP_DAC_OVERRIDE, "directories that nobody may write to are filled"),
@@ -35,10 +35,10 @@ const WRITER: &[(Capability, &str)] = &[
     (Capability::CAP_SYS_ADMIN, "trusted.* and security.* attributes are written; the calls below are refused"),
 ];
 
-/// Capabilities of these that may be missing: without them a device node cannot be made, and that is an error of its own.
+/// Those of `WRITER` that may be missing: a device node that cannot be created fails with an error of its own.
 const NOT_NEEDED: [Capability; 2] = [Capability::CAP_MKNOD, Capability::CAP_SYS_ADMIN];
 
-/// Refuses to unpack as root without the capabilities that it takes: programs leave owners and modes out without a word.
+/// Refuses to unpack as root without the needed capabilities: unpackers skip owners and modes silently.
 pub fn refuse_to_lose_attributes() -> Result<()> {
     let is_lacking = |(needed, _): &&(Capability, &str)| !NOT_NEEDED.contains(needed) && lacks(*needed);
     let lacking = WRITER.iter().find(is_lacking).filter(|_| rustix::process::geteuid().is_root());
@@ -54,7 +54,7 @@ const READER: &[(Capability, &str)] = &[
     (Capability::CAP_SYS_ADMIN, "trusted.* attributes are hidden from others; the calls below are refused"),
 ];
 
-/// Calls that lead out: to a network, to other processes, to mounts, to the kernel.
+/// System calls that reach networks, other processes, mounts, or kernel settings.
 const REFUSED: &[libc::c_long] = &[
     libc::SYS_socket,
     libc::SYS_io_uring_setup,
@@ -98,7 +98,8 @@ const REFUSED: &[libc::c_long] = &[
     libc::SYS_reboot,
 ];
 
-/// Files that every program reads: itself, its libraries and their settings. `$PATH` adds more.
+/// Files that every program may read: programs, libraries and their configuration. The directories in `$PATH` are
+/// added.
 const SYSTEM: &[&str] = &[
     "/bin",
     "/etc/alternatives",
@@ -120,43 +121,44 @@ const SYSTEM: &[&str] = &[
     "/usr",
 ];
 
-/// No file of an image is larger, holes counted: a lastlog with the highest user number has 1.2 TB.
+/// Largest file in an image, in bytes, holes included: a lastlog for the highest user ID has 1.2 TB.
 const LARGEST_FILE: u64 = 2 << 40;
 
-/// Path by which a confined program opens its standard input.
+/// Path by which a confined program can reopen its standard input.
 pub const STDIN: &str = "/proc/self/fd/0";
 
-/// Additional memory for each processor's threads: stacks and heaps of their own.
+/// Additional memory per processor for threads, each with a stack and a heap, in bytes.
 const MEMORY_OF_A_PROCESSOR: u64 = 64 << 20;
 
 /// Limits of a confined program.
 #[derive(Debug, Clone)]
 pub struct Limits {
-    /// Limit of its memory, in bytes.
+    /// Data segment limit, in bytes.
     pub memory: u64,
-    /// Limit of each file that it writes, in bytes.
+    /// Limit of each written file, in bytes.
     pub file: u64,
-    /// Time until it is ended.
+    /// Time until it is killed.
     pub time: Duration,
-    /// Volume that it may not fill: it is ended when little space is left.
+    /// Volume to watch: the program is killed when the free space falls below a reserve.
     pub volume: Option<PathBuf>,
 }
 
-/// One program's place and rights.
+/// Working directory, input and rights of one program.
 pub struct Confined<'a> {
     /// Its working directory.
     directory: &'a Tree,
     /// Its access to that directory.
     access: Access,
-    /// Its standard input, a file or a directory, and its access to that: [`STDIN`] leads to it, whatever has its name.
+    /// Its standard input, a file or a directory, and its access to that. [`STDIN`] opens it, even if its name has been
+    /// replaced.
     stdin: Option<(OwnedFd, Access)>,
     capabilities: &'static [(Capability, &'static str)],
-    /// How far it goes.
+    /// Resource limits.
     pub limits: Limits,
 }
 
 impl<'a> Confined<'a> {
-    /// It writes a tree into `target`, out of `source`, a file or a directory of `size` bytes, its standard input.
+    /// For a program that unpacks `source` (a file or directory of `size` bytes, its standard input) into `target`.
     pub fn unpacking(target: &'a Tree, source: BorrowedFd<'_>, size: u64) -> Result<Self> {
         let limits = Limits {
             memory: memory(),
@@ -168,35 +170,35 @@ impl<'a> Confined<'a> {
         Ok(Self { directory: target, access: Access::Write, stdin, capabilities: WRITER, limits })
     }
 
-    /// It reads the tree `image_root` and writes `output`, its standard input, which lies in `volume`.
+    /// For a program that packs the tree `image_root` into `output`, its standard input, which lies in `volume`.
     pub fn packing(image_root: &'a Tree, output: &File, volume: &Tree) -> Result<Self> {
         let used = rustix::fs::fstatvfs(image_root).map_or(0, |disk| (disk.f_blocks - disk.f_bfree) * disk.f_frsize);
         let limits = Limits {
             memory: memory(),
             file: LARGEST_FILE,
-            // To compress a megabyte takes less than a second, and holes of an hour's work are as large as a file may be.
+            // Compressing a megabyte takes less than a second; the base allows for holes up to the largest file size.
             time: Duration::from_hours(6) + Duration::from_secs(used >> 20),
             volume: Some(volume.path()),
         };
-        // mksquashfs opens it anew.
+        // mksquashfs reopens it by path.
         let stdin = Some((output.try_clone().attempt(|| "hand the archive on")?.into(), Access::Write));
         Ok(Self { directory: image_root, access: Access::Read, stdin, capabilities: READER, limits })
     }
 
-    /// It answers questions about a database in `directory`, a copy.
+    /// For a program that queries a copied database in `directory`.
     pub fn asking(directory: &'a Tree) -> Self {
         let limits = Limits { memory: 1 << 30, file: 1 << 30, time: Duration::from_mins(2), volume: None };
         Self { directory, access: Access::Write, stdin: None, capabilities: &[], limits }
     }
 
-    /// It makes something of `input`, a file, that its caller reads.
+    /// For a program that converts the file `input` to standard output.
     pub fn filtering(directory: &'a Tree, input: File) -> Self {
         let limits = Limits { memory: memory(), file: 0, time: Duration::from_hours(1), volume: None };
         let stdin = Some((input.into(), Access::Read));
         Self { directory, access: Access::Read, stdin, capabilities: &[], limits }
     }
 
-    /// Starts `command`. It goes on when this program ends.
+    /// Starts `command`, which outlives this program.
     pub fn spawn(&self, command: &mut Command) -> Result<Child> {
         let attempted = format!("run {}", command.get_program().display());
         self.prepare(clear_environment(command))?;
@@ -205,7 +207,7 @@ impl<'a> Confined<'a> {
         started.map_err(|_| Error::new(&attempted))?.map_err(|e| Error::new(&attempted).because(e))
     }
 
-    /// Confines this thread for good, and all that it starts.
+    /// Confines this thread and its future children, for good.
     pub fn enter(&self) -> Result<()> {
         let rules = self.rules().attempt(|| "choose the files that it reaches")?;
         if Self::has_mounts() {
@@ -219,39 +221,39 @@ impl<'a> Confined<'a> {
         seccomp::filter(&refused_calls::refusing(REFUSED)).attempt(|| "give up system calls")
     }
 
-    /// Has `command` begin with its standard input, and with the limits that the kernel keeps.
+    /// Sets standard input and resource limits of `command`.
     pub fn prepare(&self, command: &mut Command) -> Result<()> {
-        // /dev/null is opened here: there, no device can be.
+        // Opened here: inside, devices cannot be opened.
         let input = match &self.stdin {
             Some((input, _)) => input.try_clone(),
             None => File::open("/dev/null").map(OwnedFd::from),
         };
         command.stdin(Stdio::from(input.attempt(|| "open its standard input")?));
-        // Mounts of its own come with a working directory. Without them the child goes there itself: seccomp profiles of containers refuse
-        // unshare(2), which would give this thread one.
+        // `own_mounts` also changes the working directory. Without it the child changes its own: container seccomp
+        // profiles deny unshare(2), which would give this thread one.
         if !Self::has_mounts() {
             command.current_dir(self.directory.path());
         }
         let seconds = self.limits.time.as_secs() * processors();
         let limits = [
-            // Not of addresses, which threads reserve and never use.
+            // Not the address space, which threads reserve and never use.
             (Resource::Data, self.limits.memory),
             (Resource::Fsize, self.limits.file),
             (Resource::Cpu, seconds),
-            // A core would hold files of the image.
+            // A core dump would contain files of the image.
             (Resource::Core, 0),
         ];
         process::limited(command, limits);
         Ok(())
     }
 
-    /// Whether the volume that is written to is nearly full: the machine goes on, though an archive unpacks to more than anybody has.
+    /// Whether the volume has less free space than the reserve: an archive may unpack to more than any disk holds.
     pub fn volume_is_full(&self) -> bool {
         let volume = self.limits.volume.as_ref().and_then(|path| rustix::fs::statvfs(path).ok());
         volume.is_some_and(|disk| disk.f_bavail * disk.f_frsize < reserve(disk.f_blocks * disk.f_frsize))
     }
 
-    /// All files but those that it needs, out of its reach. `None` where the kernel cannot do so.
+    /// Landlock rules that deny all other files; `None` if the kernel lacks Landlock.
     fn rules(&self) -> std::io::Result<Option<Ruleset>> {
         let rules = match Ruleset::new() {
             Ok(rules) => rules,
@@ -278,13 +280,13 @@ impl<'a> Confined<'a> {
         Ok(Some(rules))
     }
 
-    /// Mounts of this thread's own, in which nothing but the target can be changed, modes and owners included (which Landlock leaves
-    /// alone), and no device can be opened.
+    /// Gives this thread a mount namespace where only the target is writable (Landlock does not cover modes and owners)
+    /// and no device can be opened.
     fn own_mounts(&self) -> std::io::Result<()> {
         let restricted = MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOSUID;
         let writable = self.access == Access::Write;
         let target = writable.then(|| Detached::copy_of_fd(self.directory, false, restricted)).transpose()?;
-        // A working directory is carried over into the new namespace; descriptors are not.
+        // unshare(2) carries the working directory into the new namespace, but not descriptors.
         nix::sched::unshare(CloneFlags::CLONE_FS)?;
         rustix::process::fchdir(self.directory)?;
         nix::sched::unshare(CloneFlags::CLONE_NEWNS)?;
@@ -296,7 +298,7 @@ impl<'a> Confined<'a> {
         Ok(())
     }
 
-    /// Whether a program can have mounts of its own; tried once.
+    /// Whether mount namespaces can be created; tried once.
     fn has_mounts() -> bool {
         static WORK: OnceLock<bool> = OnceLock::new();
         *WORK.get_or_init(|| {
@@ -314,8 +316,8 @@ impl<'a> Confined<'a> {
     }
 }
 
-/// Leaves `command` no variable but `$PATH`, and the language of its messages. Others hold keys and tokens, or options that change what a
-/// program does (`TAR_OPTIONS`, `GZIP`).
+/// Leaves `command` only `$PATH` and a language for messages. Other variables hold keys and tokens, or options such as
+/// `TAR_OPTIONS` and `GZIP`.
 pub fn clear_environment(command: &mut Command) -> &mut Command {
     command.env_clear().env("LANG", "C");
     if let Some(path) = std::env::var_os("PATH") {
@@ -324,7 +326,7 @@ pub fn clear_environment(command: &mut Command) -> &mut Command {
     command
 }
 
-/// Part of a disk that is left for others.
+/// Free space to keep on a disk of `disk` bytes.
 fn reserve(disk: u64) -> u64 {
     (disk / 50).min(1 << 30)
 }
@@ -333,7 +335,8 @@ fn reach(path: &Path) -> rustix::io::Result<OwnedFd> {
     rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
 }
 
-/// Most of what the container has; a program that wants more says so, before the kernel ends whichever process it likes.
+/// Most of the container's memory: a program at its limit reports an error, instead of the OOM killer choosing a
+/// process.
 fn memory() -> u64 {
     (all_memory().unwrap_or(0) / 4 * 3).max(1 << 30) + processors() * MEMORY_OF_A_PROCESSOR
 }
@@ -342,10 +345,10 @@ fn processors() -> u64 {
     std::thread::available_parallelism().map_or(1, |number| number.get() as u64)
 }
 
-/// Where limits of memory are, in either version of cgroups, as a container sees its own.
+/// Memory limits of cgroups v2 and v1, as seen in a container.
 const MEMORY_LIMITS: [&str; 2] = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"];
 
-/// Memory that the container may take of the node's.
+/// Memory available to the container, in bytes.
 pub fn all_memory() -> Option<u64> {
     let limits = MEMORY_LIMITS.iter().filter_map(|file| std::fs::read_to_string(file).ok()?.trim().parse().ok());
     let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();

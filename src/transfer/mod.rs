@@ -1,4 +1,4 @@
-//! What steps are carried out with: servers and programs are waited for, and a signal that asks this program to end interrupts both.
+//! Long-running work: requests to servers and subprocesses, both interrupted by signals.
 
 pub mod checksum;
 pub mod confinement;
@@ -30,13 +30,13 @@ use crate::transfer::network::{Network, Validate};
 use reqwest::redirect::Policy;
 use reqwest::{Response, Url};
 
-/// How often one looks whether a signal came, and how far a program is.
+/// Poll interval for signals and for the progress of a program.
 const TICK: Duration = Duration::from_millis(200);
 
-/// Longest wait for one server after a signal.
+/// Timeout for one server once a signal has arrived.
 const IN_A_HURRY: Duration = Duration::from_secs(2);
 
-/// Programs that not every machine has, and the packages that bring them.
+/// Programs that a machine may lack, and the packages that contain them.
 const SQUASHFS: &str = "squashfs-tools (squashfs on SUSE)";
 const PACKAGES: [(&str, &str); 3] = [
     ("mksquashfs", SQUASHFS),
@@ -44,9 +44,10 @@ const PACKAGES: [(&str, &str); 3] = [
     ("ssh-keygen", "openssh-client (openssh on Fedora, EL and SUSE)"),
 ];
 
-/// Refuses a machine that lacks the program, and names its package: at once, not when hours of work are to be packed.
+/// Fails early, naming the package, if the program is not installed: not after hours of work, when the image is to be
+/// packed.
 pub fn installed(program: &str) -> Result<()> {
-    // The C library looks in places of its own if $PATH is not set.
+    // Without $PATH, execvp searches a default path.
     let Some(path) = std::env::var_os("PATH") else { return Ok(()) };
     if std::env::split_paths(&path).any(|place| place.join(program).is_file()) {
         return Ok(());
@@ -56,42 +57,42 @@ pub fn installed(program: &str) -> Result<()> {
     Err(missing.advise(format!("install the package {package}")))
 }
 
-/// No program that is asked something says more, in bytes.
+/// Limit of a program's output, in bytes.
 const MOST_SAID: u64 = 64 << 20;
 
-/// No server explains more, in bytes.
+/// Limit of a server's error response, in bytes.
 pub const MOST_COMPLAINED: usize = 16 << 10;
 
-/// Between two tries, at first and at the most.
+/// First and longest pause between retries.
 pub const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
 
-/// Servers, programs, and the signals that end both.
+/// HTTP clients, subprocesses, and the signals that interrupt both.
 pub struct Work {
     runtime: Runtime,
-    /// Made when it is needed: to read all authorities of the system takes longer than to mount an image.
+    /// Created on first use: loading the system's CA certificates takes longer than mounting an image.
     client: OnceCell<reqwest::Client>,
-    /// The same for requests with credentials.
+    /// For requests with credentials.
     reader: OnceCell<reqwest::Client>,
-    /// The same that follows no redirect.
+    /// Follows no redirects.
     sender: OnceCell<reqwest::Client>,
     signals: Signals,
-    /// The signal that came.
+    /// The signal that interrupted the work.
     interrupted: Cell<Option<Signal>>,
-    /// Set while what was begun is taken back.
+    /// Set during cleanup: signals no longer interrupt.
     deaf: Cell<bool>,
-    /// Set where that has to be over soon after a signal.
+    /// Set if the cleanup must end soon after a signal.
     is_rollback: Cell<bool>,
-    /// Since when it has to.
+    /// When that started.
     hurried: Cell<Option<Instant>>,
-    /// The limits.
+    /// TLS settings and timeouts.
     pub network: Network,
 }
 
-/// Why a try failed.
+/// Why an attempt failed.
 pub enum Fault {
-    /// It may go better the next time.
+    /// A transient error: a retry may succeed.
     Passing(String),
-    /// It will not.
+    /// A permanent error.
     Final(Error),
 }
 
@@ -103,7 +104,7 @@ impl From<Error> for Fault {
 
 impl From<reqwest::Error> for Fault {
     fn from(error: reqwest::Error) -> Self {
-        // What no header may hold, for example.
+        // The request itself is invalid, such as a header with a forbidden byte.
         if error.is_builder() {
             return Self::Final(Error::new("make a request").because(in_full(&error)));
         }
@@ -119,15 +120,15 @@ impl From<reqwest::Error> for Fault {
     }
 }
 
-/// How many requests of one kind are under way at a time, each worked on by a thread.
+/// Concurrent requests of one kind, each on a thread.
 pub const AT_A_TIME: usize = 3;
 
 impl Work {
-    /// Blocks SIGTERM, SIGINT and SIGHUP from here on: as the first process of a container a program dies of none by itself.
+    /// Blocks SIGTERM, SIGINT and SIGHUP and reads them instead: PID 1 of a container has no default action for them.
     pub fn begin(network: &Network) -> Result<Self> {
-        // Before the threads, which would die of them: they begin with this one's mask.
+        // Before any thread starts: threads inherit the mask, and one without it would be killed.
         let signals = Signals::hold(&[Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP]).attempt(|| "block signals")?;
-        // What is sent is signed and encrypted, which is more than one processor's work.
+        // Uploads are signed and encrypted, more than one processor can do.
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(AT_A_TIME).enable_all().build();
         Ok(Self {
             runtime: runtime.attempt(|| "start an event loop")?,
@@ -143,12 +144,12 @@ impl Work {
         })
     }
 
-    /// The client that fetches from servers other than stores.
+    /// The client for servers other than stores.
     pub fn client(&self) -> Result<&reqwest::Client> {
         self.make(&self.client, Redirects::Anywhere)
     }
 
-    /// The client for requests that read something with credentials.
+    /// The client for reading with credentials.
     pub fn reader(&self) -> Result<&reqwest::Client> {
         self.make(&self.reader, Redirects::Once)
     }
@@ -167,23 +168,23 @@ impl Work {
         Ok(cell.get_or_init(|| made))
     }
 
-    /// The signal that interrupted the work, if one did.
+    /// The signal that interrupted the work, if any.
     pub fn interrupted(&self) -> Option<Signal> {
         self.interrupted.get()
     }
 
-    /// The result of some work, which a signal has ended if it failed after one: whatever failed, did so by that.
+    /// Returns `result`, or the interruption as its error: after a signal, every failure is due to it.
     pub fn unless_interrupted<T>(&self, result: Result<T>) -> Result<T> {
         result.map_err(|error| self.interrupted().map_or(error, Error::interrupted))
     }
 
-    /// What came so far is dealt with: from here on no signal interrupts what is done to put things right.
+    /// From here on, no signal interrupts; for cleanup.
     pub fn finish_regardless(&self) {
         self.deaf.set(true);
     }
 
-    /// The same for what is rolled back or told: once a signal has come, before or meanwhile, no server is waited for long. Whoever sent it
-    /// kills this program soon.
+    /// Like [`Work::finish_regardless`], for rollback and final reports: after a signal, servers get little time. The
+    /// sender will kill this program soon.
     pub fn roll_back(&self) {
         self.finish_regardless();
         self.is_rollback.set(true);
@@ -192,12 +193,12 @@ impl Work {
         }
     }
 
-    /// Returns whether a signal has cut short the wait for servers.
+    /// Whether a signal has shortened the time for servers.
     pub fn is_in_a_hurry(&self) -> bool {
         self.hurried.get().is_some()
     }
 
-    /// Fails once a server has had its time after a signal; it was asked at `began`.
+    /// Fails if a signal has arrived and the server, asked at `began`, has used up its time.
     fn hurry(&self, began: Instant) -> Result<()> {
         if self.is_rollback.get()
             && self.hurried.get().is_none()
@@ -215,12 +216,12 @@ impl Work {
         }
     }
 
-    /// Where a waiting loop of one's own hears of signals.
+    /// For event loops of the caller's own.
     pub fn signals(&self) -> &Signals {
         &self.signals
     }
 
-    /// Looks whether a signal came.
+    /// Fails if a signal has arrived.
     pub fn heed(&self) -> Result<()> {
         if self.deaf.get() {
             return Ok(());
@@ -234,7 +235,7 @@ impl Work {
         }
     }
 
-    /// Waits for `work` of servers.
+    /// Runs `work` to completion or until a signal.
     pub fn wait<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
         self.heed()?;
         let began = Instant::now();
@@ -256,8 +257,8 @@ impl Work {
         })
     }
 
-    /// Runs a program to its end and returns what it said; `look` is called now and then. A signal kills it. Of this process's variables it
-    /// gets `$PATH`. With `confined` it has no more rights than that says.
+    /// Runs a program to its end and returns its output; calls `look` regularly. A signal kills the program. It gets no
+    /// variable but `$PATH`, and only the rights of `confined` if given.
     pub fn run(&self, command: &mut Command, confined: Option<&Confined>, look: impl FnMut(&Child)) -> Result<Output> {
         self.heed()?;
         let name = Path::new(command.get_program()).display().to_string();
@@ -266,7 +267,7 @@ impl Work {
             installed(&name)?;
         }
         clear_environment(command).stdin(Stdio::null());
-        // What it says goes to files: a pipe would fill up while nobody reads it.
+        // Output goes to files: a pipe that nobody reads would fill up.
         let (out, err) = (temporary().attempt(attempted)?, temporary().attempt(attempted)?);
         command.stdout(out.try_clone().attempt(attempted)?).stderr(err.try_clone().attempt(attempted)?);
         let said = [&out, &err];
@@ -277,7 +278,8 @@ impl Work {
             }
             Some(confined) => {
                 confined.prepare(command)?;
-                // The thread that starts it is confined as it is, and lives as long: the kernel takes the one for the parent.
+                // The starting thread is confined as well, and must live as long as the child: PR_SET_PDEATHSIG refers
+                // to the parent thread.
                 std::thread::scope(|scope| {
                     let (started, start) = mpsc::channel();
                     let (_over, end) = mpsc::channel::<()>();
@@ -335,7 +337,7 @@ impl Work {
         }
     }
 
-    /// Runs a program that has to succeed; returns what it said on standard error all the same.
+    /// Runs a program; fails if it does. Returns its standard error output.
     pub fn succeed(
         &self,
         attempted: &str,
@@ -356,7 +358,7 @@ impl Work {
         Err(Error::new(attempted).because(if last.is_empty() { output.status.to_string() } else { last }))
     }
 
-    /// Until the program ends, a signal comes, or a tick has passed.
+    /// Waits for the program's end, a signal, or a tick.
     fn rest(&self, child: &Child) -> std::io::Result<()> {
         let pid = rustix::process::Pid::from_child(child);
         let ended = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?;
@@ -380,31 +382,31 @@ fn read_from_start(mut file: std::fs::File) -> std::io::Result<Vec<u8>> {
     Ok(text)
 }
 
-/// Servers that a redirect may lead to.
+/// Servers that redirects may lead to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Redirects {
-    /// Any: a request without credentials.
+    /// Any; for requests without credentials.
     Anywhere,
-    /// Another one, which leads no further: reqwest sends no credentials to it, but would again from there on.
+    /// One hop to another server: reqwest drops credentials there, but would add them again for the next hop.
     Once,
-    /// The server that was asked: a request has further headers that are secret.
+    /// Only the same server; for requests with other secret headers.
     SameServer,
-    /// None: 307 and 308 would have the body of the request, 301 and 302 make a GET of it.
+    /// None: 307 and 308 would resend the body elsewhere, 301 and 302 would turn the request into a GET.
     Nowhere,
 }
 
-/// No server sends a client further more often.
+/// Longest chain of redirects.
 const MOST_REDIRECTS: usize = 10;
 
 /// Completes "cannot …".
 const SET_UP: fn() -> &'static str = || "set up TLS";
 
-/// Begins the client of every server, as the variables ask for it. How long a request may take is the caller's to say.
+/// A client builder with the configured certificates and redirect rules. The caller sets request timeouts.
 pub fn client(network: &Network, validate: &Validate, redirects: Redirects) -> Result<reqwest::ClientBuilder> {
     let mut builder = reqwest::Client::builder()
         .connect_timeout(network.stall_limit)
         .danger_accept_invalid_certs(*validate == Validate::No)
-        // It would have the query of a signed URL, which is a key.
+        // A Referer would contain the query of a presigned URL, which is a secret.
         .referer(false)
         .redirect(Policy::custom(move |attempt| match refuse_redirect(attempt.previous(), attempt.url(), redirects) {
             Some(why) => attempt.error(why),
@@ -418,7 +420,7 @@ pub fn client(network: &Network, validate: &Validate, redirects: Redirects) -> R
     Ok(builder)
 }
 
-/// Why a redirect to `next` is not followed; `previous` are the URLs before it.
+/// Why a redirect to `next` is refused, or `None`; `previous` are the URLs before it.
 fn refuse_redirect(previous: &[Url], next: &Url, redirects: Redirects) -> Option<String> {
     let shown = without_query(next.as_str());
     let server = |url: &Url| (url.host_str().map(str::to_owned), url.port_or_known_default());
@@ -438,7 +440,7 @@ fn refuse_redirect(previous: &[Url], next: &Url, redirects: Redirects) -> Option
     }
 }
 
-/// The authorities that are trusted beside those of the system, each in DER.
+/// Trusted CA certificates in addition to the system's, in DER.
 pub fn authorities(network: &Network, validate: &Validate) -> Result<Vec<Vec<u8>>> {
     let named = match validate {
         Validate::By(file) => Some(file),
@@ -447,7 +449,7 @@ pub fn authorities(network: &Network, validate: &Validate) -> Result<Vec<Vec<u8>
     let mut found = Vec::new();
     for file in network.ca.iter().chain(named) {
         let pem = match std::fs::read_to_string(file) {
-            // Pods name it whether or not there is one.
+            // Pods set CA_CERT whether or not the file exists.
             Err(e) if e.kind() == std::io::ErrorKind::NotFound && network.ca.as_ref() == Some(file) => continue,
             other => other.attempt(|| format!("read the certificates in {}", file.display()))?,
         };
@@ -465,7 +467,7 @@ fn certificates(pem: &str) -> std::result::Result<Vec<Vec<u8>>, base64::DecodeEr
         .collect()
 }
 
-/// An error of HTTP with all that lies below it: "error sending request" alone says nothing.
+/// An HTTP error with its whole chain of causes: "error sending request" alone says nothing.
 pub fn in_full(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut below = error.source();
@@ -480,7 +482,7 @@ pub fn in_full(error: &dyn std::error::Error) -> String {
     without_query(&text)
 }
 
-/// A presigned URL is a key: what follows its question mark is in no message, nor are a name and password before its host.
+/// Removes queries from URLs in `text`, and credentials before the host: a presigned URL is a secret.
 pub fn without_query(text: &str) -> String {
     let mut kept = String::new();
     let mut rest = text;
@@ -498,7 +500,7 @@ pub fn without_query(text: &str) -> String {
     kept + rest
 }
 
-/// Tries until it succeeds, fails for good, or has not come forward for as long as `limit`. `attempted` completes "cannot …".
+/// Retries with backoff until success, a permanent error, or the end of `limit`. `attempted` completes "cannot …".
 pub async fn patiently<T>(
     limit: Duration,
     attempted: &str,
@@ -522,7 +524,7 @@ pub async fn patiently<T>(
     }
 }
 
-/// Reads an answer, of at most `limit` bytes. A signal interrupts it, however fast its pieces come.
+/// Reads a response of at most `limit` bytes. A signal interrupts it, however fast data arrives.
 pub async fn whole(response: Response, limit: usize) -> std::result::Result<Vec<u8>, Fault> {
     let read = format!("read the answer of {}", without_query(response.url().as_str()));
     match beginning(response, limit).await? {
@@ -531,7 +533,7 @@ pub async fn whole(response: Response, limit: usize) -> std::result::Result<Vec<
     }
 }
 
-/// Reads at most `limit` bytes of an answer, and tells whether that is all.
+/// Reads at most `limit` bytes of a response; the flag says whether that is all.
 async fn beginning(mut response: Response, limit: usize) -> std::result::Result<(Vec<u8>, bool), Fault> {
     let mut text = Vec::new();
     while let Some(piece) = response.chunk().await? {
@@ -540,27 +542,27 @@ async fn beginning(mut response: Response, limit: usize) -> std::result::Result<
         if fits < piece.len() {
             return Ok((text, false));
         }
-        // Lets signals be heard: pieces may come faster than they are read.
+        // Lets the signal check run even if data arrives faster than it is read.
         tokio::task::yield_now().await;
     }
     Ok((text, true))
 }
 
-/// Reads the beginning of an error answer, as far as anybody reads it.
+/// Reads the beginning of an error response, with secrets masked.
 pub async fn complaint(response: Response) -> String {
     let (text, _) = beginning(response, MOST_COMPLAINED).await.unwrap_or_default();
     redaction::without_known(&String::from_utf8_lossy(&text)).into_owned()
 }
 
-/// Whether an answer of this status may be another one the next time.
+/// Whether this HTTP status is a transient error.
 pub fn is_passing(status: reqwest::StatusCode) -> bool {
     status.is_server_error() || [408, 425, 429].contains(&status.as_u16())
 }
 
-/// Characters of a server's answer that a message quotes at the most.
+/// Most characters of a server's response quoted in a message.
 pub const MOST_QUOTED: usize = 300;
 
-/// A further try has at least this time.
+/// Shortest timeout of a retry.
 pub const SHORTEST: Duration = Duration::from_secs(1);
 
 #[cfg(test)]
@@ -590,7 +592,7 @@ mod tests {
         ] {
             assert_eq!(refused(&[from], to, redirects).is_none(), goes, "{from} {to} {redirects:?}");
         }
-        // reqwest compares the last server with the next alone, and would send the credentials again.
+        // reqwest compares only the last two servers, and would send the credentials again.
         assert!(refused(&["http://a/", "http://b/"], "http://b/x", Once).is_some());
         assert!(refused(&["http://a/", "http://b/"], "http://a/", Once).is_some());
         assert!(refused(&["http://a/", "http://a/x"], "http://b/", Once).is_none());

@@ -1,33 +1,33 @@
-//! How servers are talked to, as variables say.
+//! Network settings from variables.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::job::variables::{Checked, Reader};
 
-/// What `S3_SSL_VALIDATE` asks for.
+/// Value of `S3_SSL_VALIDATE`: how certificates are verified.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Validate {
-    /// Against the authorities known here.
+    /// Against the system's CA certificates and `CA_CERT`.
     Yes,
-    /// Not at all.
+    /// Not verified.
     No,
-    /// Against those in a file.
+    /// Against the CA certificates in a file.
     By(PathBuf),
 }
 
-/// How servers are talked to.
+/// TLS settings and timeouts.
 #[derive(Debug, Clone)]
 pub struct Network {
-    /// `CA_CERT`: further authorities, in PEM.
+    /// `CA_CERT`: additional CA certificates, in PEM.
     pub ca: Option<PathBuf>,
-    /// `IMS_STALL_LIMIT`: a connection that brings next to nothing for so long is given up.
+    /// `IMS_STALL_LIMIT`: timeout of a connection that makes hardly any progress.
     pub stall_limit: Duration,
-    /// `IMS_RETRY_LIMIT`: what fails is tried again for so long.
+    /// `IMS_RETRY_LIMIT`: how long failed requests are retried.
     pub retry_limit: Duration,
 }
 
-/// URL of a server, as every client parses it. The crate of stores panics on one that it cannot parse.
+/// Checks a server's URL with the clients' own parser. The store crate panics on a URL it cannot parse.
 pub fn http_url(url: &str) -> Checked {
     let parsed = reqwest::Url::parse(url).ok();
     let parsed = parsed.filter(|url| ["http", "https"].contains(&url.scheme()) && url.has_host());
@@ -35,12 +35,12 @@ pub fn http_url(url: &str) -> Checked {
     Ok(parsed.as_str().trim_end_matches('/').to_owned())
 }
 
-/// Returns whether a key or token can be put into a header.
+/// Whether a key or token is a valid header value.
 pub fn is_header_word(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_graphic())
 }
 
-/// The URL in a variable.
+/// URL in a variable.
 pub(crate) fn url(reader: &mut Reader, variable: &str) -> Option<String> {
     let url = reader.text(variable)?;
     reader.check(variable, &url, http_url)

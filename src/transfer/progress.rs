@@ -1,17 +1,17 @@
-//! How far a long step is: a bar on a terminal, a line every ten seconds in a pod's log.
+//! Progress of a long step: a bar on a terminal, a line every ten seconds in a log.
 
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
 use crate::printable::Printable;
 
-/// Between two lines of a log.
+/// Interval between log lines.
 const LINE_EVERY: Duration = Duration::from_secs(10);
 
-/// Between two looks of a bar.
+/// Interval between updates of the bar.
 const BAR_EVERY: Duration = Duration::from_millis(200);
 
-/// A rate is that of at least so long, and not of all the time: it shows when nothing comes any more.
+/// Shortest time over which a rate is averaged: long enough to be stable, short enough to show a stall.
 const RATE_OVER: Duration = Duration::from_secs(2);
 
 const BAR_WIDTH: usize = 30;
@@ -19,21 +19,21 @@ const BAR_WIDTH: usize = 30;
 /// One step.
 pub struct Progress {
     what: String,
-    /// In bytes; `None` where nobody knows.
+    /// In bytes; `None` if unknown.
     total: Option<u64>,
     done: u64,
-    /// Of a step whose output comes long after its input: how much there is of it, in bytes.
+    /// For a step whose output comes long after its input: bytes written.
     written: Option<u64>,
-    /// What was done at a moment, which the rate counts from.
+    /// Time and bytes done from which the current rate is computed.
     mark: (Instant, u64),
-    /// Bytes a second; `None` at first.
+    /// In MB/s; `None` at first.
     rate: Option<f64>,
     told: Instant,
     terminal: bool,
 }
 
 impl Progress {
-    /// Begins a step that `what` names.
+    /// Starts a step, called `what`, of `total` bytes if known.
     pub fn begin(what: impl Into<String>, total: Option<u64>) -> Self {
         let now = Instant::now();
         let terminal = std::io::stderr().is_terminal();
@@ -41,12 +41,12 @@ impl Progress {
         Self { what, total, done: 0, written: None, mark: (now, 0), rate: None, told: now, terminal }
     }
 
-    /// It turns out how much there is to do.
+    /// Sets the total in bytes once it is known.
     pub fn expect(&mut self, total: u64) {
         self.total = Some(total);
     }
 
-    /// So many bytes are done by now.
+    /// Sets the number of bytes done.
     pub fn at(&mut self, done: u64) {
         self.done = done;
         let every = if self.terminal { BAR_EVERY } else { LINE_EVERY };
@@ -56,13 +56,13 @@ impl Progress {
         }
     }
 
-    /// So many bytes are read by now, and so many written.
+    /// Sets the bytes read and written so far.
     pub fn between(&mut self, read: u64, written: u64) {
         self.written = Some(written);
         self.at(read.max(self.done));
     }
 
-    /// So many bytes more are done.
+    /// Adds to the number of bytes done.
     pub fn add(&mut self, bytes: u64) {
         self.at(self.done + bytes);
     }
@@ -84,7 +84,7 @@ impl Progress {
     }
 }
 
-/// A compressor's rate says little: it has read all long before it has written all.
+/// Shows no rate for a compressor: it finishes reading long before writing.
 fn amount(done: u64, total: Option<u64>, written: Option<u64>, rate: Option<f64>) -> String {
     let done = match total {
         Some(total) => format!("{:.0} of {:.0} MB", megabytes(done), megabytes(total)),
@@ -98,7 +98,7 @@ fn amount(done: u64, total: Option<u64>, written: Option<u64>, rate: Option<f64>
 }
 
 impl Drop for Progress {
-    /// The bar makes room for the log.
+    /// Removes the bar, to make room for the log.
     fn drop(&mut self) {
         if self.terminal {
             let _ = write!(std::io::stderr(), "\r\x1b[K");
@@ -132,7 +132,7 @@ mod tests {
         progress.tell();
         assert!(progress.rate.is_some_and(|rate| (1.0..=2.0).contains(&rate)), "{:?}", progress.rate);
         progress.mark.0 -= RATE_OVER;
-        // The program has ended, and what it has read is no longer told.
+        // The program has ended, so what it has read is no longer known.
         progress.between(0, 2_000_000);
         progress.tell();
         assert_eq!((progress.done, progress.rate), (4_000_000, Some(0.0)));
