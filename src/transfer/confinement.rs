@@ -260,8 +260,7 @@ impl<'a> Confined<'a> {
             Err(e) => {
                 static TOLD: OnceLock<()> = OnceLock::new();
                 TOLD.get_or_init(|| {
-                    // So it is in every pod without CAP_SYS_ADMIN: Landlock confines them there.
-                    tracing::debug!("programs that unpack and pack are not kept from other files: no Landlock: {e}");
+                    tracing::info!("programs that unpack and pack are not kept from other files: no Landlock: {e}");
                 });
                 return Ok(None);
             }
@@ -309,7 +308,8 @@ impl<'a> Confined<'a> {
             let tried = std::thread::scope(|scope| scope.spawn(attempt).join());
             let failed = tried.unwrap_or_else(|_| Err(std::io::ErrorKind::Other.into())).err();
             if let Some(e) = &failed {
-                tracing::info!("programs that unpack and pack have no read-only mounts of their own: {e}");
+                // Not at INFO: this happens in every pod without CAP_SYS_ADMIN, where Landlock confines them.
+                tracing::debug!("programs that unpack and pack have no read-only mounts of their own: {e}");
             }
             failed.is_none()
         })
