@@ -14,7 +14,7 @@ const TASKS: usize = 30;
 pub fn ansible(runs: usize, report: &mut Report) {
     let environments = three_ways();
     let [_, _, (_, chroot)] = &environments;
-    // Without /dev/null no module runs there.
+    // No Ansible module runs there without /dev/null.
     succeed(Command::new("mount").args(["--bind", "/dev"]).arg(chroot.image_root.join("dev")));
     let mut plays = environments.each_ref().map(|(_, environment)| play(environment));
     let samples = in_turns(runs.div_ceil(3), plays.each_mut());

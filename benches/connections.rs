@@ -1,4 +1,4 @@
-//! `ssh host true`: over a connection that stands, and over new ones.
+//! `ssh host true` over an existing connection, and over new ones.
 
 use testbed::Environment;
 

@@ -1,4 +1,4 @@
-//! Many `ssh host true` at the same time, each over a connection of its own.
+//! Many concurrent `ssh host true`, each over a connection of its own.
 
 use std::process::Stdio;
 use std::sync::Barrier;
@@ -14,13 +14,13 @@ use crate::{Bound, Report, Unit, ratios};
 
 const AT_ONCE: [usize; 4] = [1, 10, 50, 100];
 
-/// One way of opening an image root, of so many clients: a value of each crowd.
+/// Results of one way of opening an image root with one number of clients; one value per round.
 #[derive(Default)]
 struct Crowds {
     per_second: Vec<f64>,
-    /// Milliseconds: half of a crowd's clients waited no longer.
+    /// Median latency in milliseconds.
     p50: Vec<f64>,
-    /// All but a hundredth of them.
+    /// 99th percentile.
     p99: Vec<f64>,
     failures: usize,
 }
@@ -28,7 +28,7 @@ struct Crowds {
 pub fn crowd(runs: usize, report: &mut Report) {
     let environments = three_ways();
     let seen = AT_ONCE.map(|clients| {
-        // A hundred clients are a hundred samples; of one there are to be some too.
+        // A hundred clients yield a hundred samples per round, but one client only one.
         let rounds = runs.div_ceil(3) * if clients == 1 { 10 } else { 1 };
         let mut ways: [Crowds; 3] = Default::default();
         for round in 0..rounds {
@@ -74,7 +74,7 @@ pub fn crowd(runs: usize, report: &mut Report) {
     close_all(environments);
 }
 
-/// Lets so many clients begin at the same time, from which each one's waiting counts.
+/// Starts all clients at the same time and measures each one's latency.
 fn meet(environment: &Environment, clients: usize, crowds: &mut Crowds) {
     let start = Barrier::new(clients + 1);
     let seen: Vec<_> = std::thread::scope(|scope| {

@@ -1,4 +1,4 @@
-//! Everything that the figures start ends with them: they run in namespaces of their own, which go when they go, however that comes about.
+//! Namespaces for the benchmarks: whatever they start ends with them, however they end.
 
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitCode};
@@ -10,17 +10,18 @@ use testbed::{cache, succeed};
 /// Set for the program inside.
 const INSIDE: &str = "IMS_SSHD_BENCH_INSIDE";
 
-/// A /run of their own too, where runc and nspawn note down what they run.
+/// /run is private too: runc and nspawn keep their state there.
 const ENTER: &str = "mount --bind \"$1\" \"$2\"; mount -t tmpfs -o mode=0755 tmpfs /run; shift 2; exec \"$@\"";
 
-/// Below this, in each hierarchy, are the control groups of containers.
+/// Parent of the containers' control groups in each hierarchy.
 pub const CONTROL_GROUP: &str = "/ims-sshd-figures";
 
 pub fn is_inside() -> bool {
     std::env::var_os(INSIDE).is_some()
 }
 
-/// Runs this program once more, as the first process of a PID namespace, with mounts of its own and a directory that is removed afterwards.
+/// Runs this program again as PID 1 of a new PID namespace, with a mount namespace and a directory that is removed
+/// afterwards.
 pub fn run() -> ExitCode {
     let (tests, own) = (cache().join("tests"), tempfile::tempdir_in(cache()).unwrap());
     std::fs::create_dir_all(&tests).unwrap();
@@ -31,9 +32,9 @@ pub fn run() -> ExitCode {
         .args([own.path(), &tests])
         .arg(std::env::current_exe().unwrap())
         .args(std::env::args_os().skip(1));
-    // Not of the terminal's process group: Ctrl-C comes to this process, and clients of the figures' do not see it.
+    // Outside the terminal's process group: Ctrl-C reaches this process but not the clients.
     let mut child = unshare.env(INSIDE, "1").env("TMPDIR", &tests).process_group(0).spawn().expect("start unshare");
-    // Not before the start: what is started would have them blocked too.
+    // After the start, because children inherit the mask.
     let signals = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGCHLD]);
     signals.thread_block().unwrap();
     let status = loop {
@@ -51,7 +52,7 @@ pub fn run() -> ExitCode {
     ExitCode::from(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1))
 }
 
-/// Ends the first process of the namespace, and by that all others. `unshare` returns when none is left.
+/// Kills PID 1 of the namespace, and with it all others. `unshare` returns when none is left.
 fn kill_inside(unshare: &Child) {
     let pid = unshare.id();
     let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();

@@ -1,4 +1,4 @@
-//! What it takes to run a program in a jail that stands, against others who do so, and against those who make one each time.
+//! Time to run a program in an existing jail, compared with tools that do the same and tools that create one each time.
 
 use std::path::Path;
 use std::process::Command;
@@ -77,7 +77,7 @@ pub fn entering(runs: usize, report: &mut Report) {
     report.add("enter / podman exec", Unit::Times, ratios(&beside_slow, &exec), Bound::Information);
     report.add("the C program / nsenter", Unit::Times, ratios(&c, &nsenter), Bound::Information);
     report.add("the C program / bwrap", Unit::Times, ratios(&c, &bwrap), Bound::Information);
-    // Most of it is the shell's own start.
+    // Most of the time is the start of the shell itself.
     let of_shells = ratios(&session, &nsenter_shell);
     report.add("a session's `true` by the image's bash", Unit::Milliseconds, session, Bound::Information);
     report.add("the same by the C program", Unit::Milliseconds, c_shell, Bound::Information);
@@ -98,7 +98,7 @@ pub fn entering(runs: usize, report: &mut Report) {
     close(environment);
 }
 
-/// Into the namespaces that the jail has.
+/// Enters the jail's namespaces.
 fn nsenter(init: &str, program: &[&str]) -> Command {
     let mut nsenter = quiet("nsenter");
     nsenter.args(["-t", init, "-m", "-p", "-i", "-u"]).args(program);

@@ -1,4 +1,4 @@
-//! Environments as the figures need them: watched by the kernel's events, and ended without a trace.
+//! Environments for the benchmarks: observed by inotify, and ended without leaving anything.
 
 use std::io::Write;
 use std::os::fd::AsFd;
@@ -10,10 +10,10 @@ use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use rustix::event::{PollFd, PollFlags};
 use testbed::{Environment, Image, LIMIT, Mode, Volume, succeed, wait_until};
 
-/// An entrypoint that waits for `ready`, all it does beforehand done.
+/// An entrypoint that has done all its preparation and waits for `ready`.
 pub fn waiting(volume: Volume, mode: Mode) -> Environment {
     let environment = volume.start(mode);
-    // It claims the directory when it begins to wait; proc(5) tells of the lock.
+    // It locks the directory when it starts waiting; /proc/locks shows the lock.
     let lock = format!(" FLOCK  ADVISORY  WRITE {} ", environment.entrypoint.id());
     wait_until("the entrypoint to wait for 'ready'", || {
         std::fs::read_to_string("/proc/locks").unwrap().contains(&lock)
@@ -21,13 +21,13 @@ pub fn waiting(volume: Volume, mode: Mode) -> Environment {
     environment
 }
 
-/// The three ways to open an image root that are compared: jailed, plain, and sshd's own `ChrootDirectory`. The first two are in containers
-/// made of the image root's own image, so that what runs at the other end is the same everywhere.
+/// The ways to open an image root that are compared: jailed, plain, and sshd's own `ChrootDirectory`. The first two run
+/// in containers of the same image as the image root, so that sessions run the same programs everywhere.
 pub fn three_ways() -> [(&'static str, Environment); 3] {
     let volume = || {
         let volume = Volume::in_memory(Image::Managed);
-        // Debian's bash reads the files of an interactive shell for the one whom sshd starts it for, but not below another shell:
-        // they are to be read nowhere.
+        // Debian's bash reads .bashrc when started by sshd, but not below another shell (SHLVL): it must not read it in
+        // any of them.
         let mut config = std::fs::File::options().append(true).open(&volume.config).unwrap();
         config.write_all(b"SetEnv SHLVL=1\n").unwrap();
         volume
@@ -40,7 +40,7 @@ pub fn three_ways() -> [(&'static str, Environment); 3] {
     ]
 }
 
-/// Ends an environment. What a peer has not let go of yet goes with the enclosure.
+/// Ends an environment. Anything that another tool still keeps goes with the enclosure.
 pub fn close(mut environment: Environment) {
     if !environment.signal("complete").exists() {
         environment.touch("complete");
@@ -48,7 +48,7 @@ pub fn close(mut environment: Environment) {
     assert_eq!(environment.end(), 0, "{}", environment.log_text());
 }
 
-/// Ends each of [`three_ways`].
+/// Ends all of [`three_ways`].
 pub fn close_all(environments: [(&str, Environment); 3]) {
     let [(_, jailed), (_, plain), (_, chroot)] = environments;
     close(jailed);
@@ -56,14 +56,15 @@ pub fn close_all(environments: [(&str, Environment); 3]) {
     drop(chroot);
 }
 
-/// A copy of a program, as an installation makes it: it starts a tenth sooner than the linker's own file, since its pages lie together.
+/// A copy of a program, like an installed one: its pages are contiguous, so it starts a tenth faster than the linker's
+/// output.
 pub fn installed(program: &Path, directory: &Path) -> String {
     let copy = directory.join(program.file_name().unwrap());
     std::fs::copy(program, &copy).unwrap();
     copy.to_str().unwrap().to_owned()
 }
 
-/// The C program that the jail's helper is measured against.
+/// The C program that the jail's helper is compared with.
 pub fn least(directory: &Path) -> String {
     let linked = directory.join("linked");
     std::fs::create_dir(&linked).unwrap();
@@ -72,7 +73,7 @@ pub fn least(directory: &Path) -> String {
     installed(&linked.join("enter"), directory)
 }
 
-/// Names that appear in a directory, as the kernel tells of them.
+/// Names created in a directory, reported by inotify.
 pub struct Creations(Inotify);
 
 impl Creations {

@@ -1,12 +1,13 @@
-//! The project's figures, measured on whole processes: the real programs, a real sshd, a real image root, and the programs that others
-//! would use instead.
+//! The project's benchmarks on whole processes: the real programs, a real sshd, a real image root, and the
+//! alternatives.
 //!
-//! What is compared is measured in turns within one run, and a ratio or a difference is taken within each turn, so that a busy machine
-//! disturbs both sides alike. Arguments are names of groups; without any, all are run and docs/BENCHMARKS.md is written.
-//! `IMS_SSHD_BENCH_RUNS` (default 10) is how many environments are opened; processes are started twenty times as often, and what takes
-//! seconds a third as often. `IMS_SSHD_BENCH_PAGE` is another file for the page, whichever groups are run.
+//! Alternatives take turns within one run, and ratios and differences are computed within each turn, so that load on
+//! the machine affects all sides alike. Arguments are names of groups; without any, all groups run and
+//! docs/BENCHMARKS.md is written. `IMS_SSHD_BENCH_RUNS` (default 10) is the number of environments opened; processes
+//! are started twenty times as often, and steps of several seconds run a third as often. `IMS_SSHD_BENCH_PAGE` names
+//! another file for the page, whichever groups run.
 //!
-//! Exits with 1 if a limit is missed by more than half of it.
+//! Exits with 1 if a limit is exceeded by more than half.
 
 #![allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)]
 
@@ -34,7 +35,7 @@ use std::process::ExitCode;
 use measure::{in_turns, ratios};
 use report::{Bound, Report, Unit};
 
-/// A group of figures: its name, the page's heading, and what takes them.
+/// A group: name, heading on the page, function.
 type Group = (&'static str, &'static str, fn(usize, &mut Report));
 
 const GROUPS: [Group; 11] = [
@@ -52,7 +53,7 @@ const GROUPS: [Group; 11] = [
 ];
 
 fn main() -> ExitCode {
-    // Those with dashes are cargo's.
+    // cargo passes arguments with dashes.
     let names: Vec<_> = std::env::args().skip(1).filter(|argument| !argument.starts_with("--")).collect();
     if let Some(unknown) = names.iter().find(|name| !GROUPS.iter().any(|(known, ..)| known == name)) {
         eprintln!("there is no group '{unknown}', only {}", GROUPS.map(|(name, ..)| name).join(", "));
@@ -66,7 +67,7 @@ fn main() -> ExitCode {
     for (name, heading, take) in GROUPS {
         if names.is_empty() || names.iter().any(|wanted| wanted == name) {
             report.section(heading);
-            // Its mounts are its thread's own, and gone with that.
+            // A thread of its own: mounts made by the group end with it.
             let group = std::thread::scope(|scope| scope.spawn(|| take(runs, &mut report)).join());
             if group.is_err() {
                 return ExitCode::FAILURE;
@@ -79,7 +80,7 @@ fn main() -> ExitCode {
     report.exit_code()
 }
 
-/// Where the page is to be written, if it is.
+/// File to write the page to, if any.
 fn page(all: bool) -> Option<PathBuf> {
     let own = all.then(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/BENCHMARKS.md"));
     std::env::var_os("IMS_SSHD_BENCH_PAGE").map(PathBuf::from).or(own)

@@ -1,4 +1,4 @@
-//! An environment's life: from `ready` to `sshd_listening`, and from a mark, or a signal, to its end.
+//! An environment's life: from `ready` to `sshd_listening`, and from a verdict file or signal to its end.
 
 use std::path::Path;
 use std::process::Command;
@@ -12,7 +12,7 @@ use crate::environments::{Creations, close, waiting};
 use crate::measure::time;
 use crate::{Bound, Report, Unit};
 
-/// How many processes write into the image root until the end ends them.
+/// Number of processes that write into the image root while the environment is closed.
 const WRITERS: usize = 200;
 
 const ORIGINAL: &str = "The bash entrypoint that this replaces looks for `ready`, and for `complete` and `failed`, every 5 s (`sleep 5` in \
@@ -58,7 +58,7 @@ pub fn life(runs: usize, report: &mut Report) {
     report.note(ORIGINAL);
 }
 
-/// How long it takes from `action` until the signal file appears.
+/// Time from `action` until the signal file appears.
 fn until(environment: &Environment, name: &str, action: impl FnOnce()) -> f64 {
     let signals = Creations::in_directory(&environment.parent);
     time(|| {
@@ -90,7 +90,7 @@ fn write(environment: &Environment) {
     wait_until("the last writer to write", || last.exists());
 }
 
-/// How long sshd takes until it listens, by itself; it writes its number when it does.
+/// Time that sshd alone takes to listen; it writes its PID file then.
 fn bare_sshd(volume: &Volume) -> f64 {
     std::fs::create_dir_all("/run/sshd").unwrap();
     let directory = volume.dir.path().join("bare");
@@ -104,7 +104,7 @@ fn bare_sshd(volume: &Volume) -> f64 {
         assert!(sshd.status().unwrap().success());
         created.wait_for("pid");
     });
-    // It went into the background, and is thereby the child of the first process, which this one is.
+    // It has gone into the background, so this process, PID 1, has adopted it.
     let pid = number_in(&pid_file);
     kill(pid, Signal::SIGTERM).unwrap();
     waitpid(pid, None).unwrap();

@@ -1,4 +1,4 @@
-//! What it takes to make a jail, as the container's mounts grow in number, against those who make theirs for each program.
+//! Time to create a jail as the container's mounts grow in number, compared with tools that create one per program.
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -21,7 +21,7 @@ use crate::report::LineChart;
 use crate::report::statistics::median;
 use crate::{Bound, Report, Unit, ratios};
 
-/// How many mounts the container has beside its own.
+/// Numbers of additional mounts in the container.
 const MOUNTS: [usize; 3] = [0, 100, 1000];
 
 const NAMES: [&str; 3] = ["ims-jail-shell init until `ready`", "unshare, chroot: `/bin/true`", "bwrap: `/bin/true`"];
@@ -47,7 +47,7 @@ pub fn making(runs: usize, report: &mut Report) {
                 succeeding(&mut peers::unshare(&volume.image_root)),
                 succeeding(&mut peers::bwrap(&volume.image_root)),
             ];
-            // The first round warms up.
+            // The first round is a warm-up.
             if round > 0 {
                 samples.iter_mut().zip(took).for_each(|(samples, took)| samples[at].push(took));
             }
@@ -78,14 +78,14 @@ pub fn making(runs: usize, report: &mut Report) {
     });
 }
 
-/// A mount namespace with so many more mounts, and the bare one that a jail on trial has left, as the supervisor makes one.
+/// A mount namespace with additional mounts, and the empty one that the supervisor keeps from trying out a jail.
 struct Container {
     mounts: File,
     bare: OwnedFd,
 }
 
 impl Container {
-    /// Comes to stand in it.
+    /// Enters a new one.
     fn with(count: usize, helper: &str, directory: &Path) -> Self {
         let script = "for n in $(seq $1); do mkdir -p $0/$n && mount -t tmpfs -o size=4k tmpfs $0/$n || exit; done";
         unshare(CloneFlags::CLONE_NEWNS).unwrap();
@@ -97,7 +97,7 @@ impl Container {
             std::fs::create_dir_all(point).unwrap();
         }
         let (_, mut jail) = make(init(helper, Plan { image_root: trial, ..Plan::default() }));
-        // With the mount points go the mounts.
+        // Removing mount points removes the mounts.
         for point in points {
             std::fs::remove_dir(point).unwrap();
         }
@@ -111,7 +111,8 @@ fn init(helper: &str, plan: Plan) -> Command {
     init
 }
 
-/// Makes a jail as the supervisor does, and ends it. Returns how long it takes until it can be entered, and what it is entered by.
+/// Creates a jail as the supervisor does, and ends it. Returns the time until it can be entered, and the descriptors to
+/// enter it by.
 fn make(mut init: Command) -> (f64, Vec<OwnedFd>) {
     let (ours, theirs) = Link::pair().unwrap();
     init.stdin(Stdio::from(theirs.into_fd()));

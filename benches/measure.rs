@@ -1,9 +1,9 @@
-//! How time is taken, and how what is compared takes turns.
+//! Measuring time, and taking turns.
 
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-/// Milliseconds.
+/// Runs `action`; returns the time in milliseconds.
 pub fn time(action: impl FnOnce()) -> f64 {
     let began = Instant::now();
     action();
@@ -14,8 +14,7 @@ pub fn milliseconds(time: Duration) -> f64 {
     time.as_secs_f64() * 1000.0
 }
 
-/// How long each of `commands` takes, in rounds of one after the other; before them, one that warms up and does not count. Who wants a
-/// single round wants it soon, and gets it cold.
+/// Times of each of `commands`, taking turns, after a warm-up round. A single round is run without one.
 #[allow(clippy::needless_pass_by_value)]
 pub fn in_turns<const N: usize>(rounds: usize, commands: [&mut Command; N]) -> [Vec<f64>; N] {
     let mut samples = [const { Vec::new() }; N];
@@ -30,7 +29,7 @@ pub fn in_turns<const N: usize>(rounds: usize, commands: [&mut Command; N]) -> [
     samples
 }
 
-/// How long it takes, if it succeeds.
+/// Time of `command`, which must succeed.
 pub fn succeeding(command: &mut Command) -> f64 {
     let mut status = None;
     let took = time(|| status = Some(command.status()));
@@ -39,24 +38,24 @@ pub fn succeeding(command: &mut Command) -> f64 {
     took
 }
 
-/// Another order in each round, so that nobody always follows the same neighbour, whose work the caches still hold.
+/// A different order in each round: caches hold the work of the predecessor, which must not always be the same.
 pub fn order(round: usize, count: usize) -> Vec<usize> {
     let mut order: Vec<_> = (0..count).collect();
     let mut state = round as u64;
     for at in (1..count).rev() {
-        // Knuth's generator; its upper bits are the better ones.
+        // Knuth's linear congruential generator; its upper bits are more random.
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         order.swap(at, (state >> 33) as usize % (at + 1));
     }
     order
 }
 
-/// `a / b` of each round.
+/// `a / b` for each round.
 pub fn ratios(a: &[f64], b: &[f64]) -> Vec<f64> {
     a.iter().zip(b).map(|(a, b)| a / b).collect()
 }
 
-/// `a - b` of each round.
+/// `a - b` for each round.
 pub fn differences(a: &[f64], b: &[f64]) -> Vec<f64> {
     a.iter().zip(b).map(|(a, b)| a - b).collect()
 }

@@ -1,4 +1,4 @@
-//! What the programs have in memory while nothing happens: proportional set size, in which a page that several have counts in parts.
+//! Memory of idle programs: proportional set size, which divides shared pages among the processes that map them.
 
 use std::io::Read;
 use std::process::{Child, Stdio};
@@ -20,7 +20,7 @@ const ADDED: &str = "all that a session adds";
 pub fn memory(_: usize, report: &mut Report) {
     let volume = Volume::new(Image::Debian);
     let config = std::fs::read_to_string(&volume.config).unwrap();
-    // All over one connection: what counts is what a session adds.
+    // All over one connection, to measure what each additional session costs.
     std::fs::write(&volume.config, config + "MaxSessions 200\n").unwrap();
     let environment = volume.start(Mode::Jailed).ready();
     let master = environment.master();
@@ -71,16 +71,16 @@ pub fn memory(_: usize, report: &mut Report) {
     close(environment);
 }
 
-/// One that waits in the jail, until its client is gone.
+/// A session that waits in the jail until its client disconnects.
 fn session(master: &Master<'_>) -> Child {
     let mut client =
         master.ssh().arg("echo in; exec cat").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("start ssh");
-    // When this arrives, the program in the jail is another one than the helper that waits for it.
+    // Once this arrives, the helper has executed the program in the jail.
     client.stdout.as_mut().unwrap().read_exact(&mut [0; 3]).unwrap();
     client
 }
 
-/// In KiB, as proc(5)'s `smaps_rollup` has it.
+/// In KiB, from /proc/PID/smaps_rollup.
 fn pss(pid: u32) -> f64 {
     let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
     let value = text.lines().find_map(|line| line.strip_prefix("Pss:")).unwrap();

@@ -1,4 +1,4 @@
-//! Criterion's own report of what is read: `cargo bench --bench micro`.
+//! Criterion's own report of the parsers: `cargo bench --bench micro`.
 
 mod parsing;
 

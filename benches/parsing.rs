@@ -1,4 +1,4 @@
-//! What is read at each start of a session, or of an environment, on texts as they are met.
+//! Parsers that run at each start of a session or an environment, on realistic input.
 
 use std::ffi::OsStr;
 use std::hint::black_box;
@@ -14,7 +14,7 @@ use ims_sshd::sshd::options::Options;
 use ims_sshd::sys::mounts::mount_points;
 use ims_sshd::sys::tree::Tree;
 
-/// What is measured, as criterion names its directories.
+/// What is measured, with criterion's name of its directory.
 pub const CASES: [(&str, &str); 6] = [
     ("account", "passwd of 41 lines and group of 60: root's account"),
     ("request", "`SSH_ORIGINAL_COMMAND` of a task of Ansible's"),

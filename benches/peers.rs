@@ -1,4 +1,4 @@
-//! Others who run a program in an image root: as command lines that do what is closest to the jail.
+//! Other tools that run a program in an image root, with the options closest to a jail.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -14,7 +14,7 @@ pub fn bwrap(root: &Path) -> Command {
     command
 }
 
-/// The namespaces of the jail, a fresh /proc, and chroot.
+/// unshare(1) with the jail's namespaces, a fresh /proc, and chroot.
 pub fn unshare(root: &Path) -> Command {
     let mut command = quiet("unshare");
     command.args(["--mount", "--pid", "--ipc", "--uts", "--fork", "--mount-proc"]);
@@ -22,7 +22,7 @@ pub fn unshare(root: &Path) -> Command {
     command
 }
 
-/// Without systemd around it, and with none of what it does for a machine that boots.
+/// systemd-nspawn without systemd, and without the setup for a booting machine.
 pub fn nspawn(root: &Path) -> Command {
     let mut command = quiet("systemd-nspawn");
     command.args(["--quiet", "--register=no", "--keep-unit", "--settings=no", "--link-journal=no", "--pipe"]);
@@ -36,7 +36,7 @@ pub fn quiet(program: &str) -> Command {
     command
 }
 
-/// With all that it keeps in `storage`.
+/// podman with all its state in `storage`.
 pub fn podman(storage: &Path) -> Command {
     let mut command = quiet("podman");
     for (option, directory) in [("--root", "root"), ("--runroot", "run"), ("--tmpdir", "tmp")] {
@@ -46,7 +46,7 @@ pub fn podman(storage: &Path) -> Command {
     command
 }
 
-/// podman's container of an image root, in a storage of its own, until this is dropped.
+/// podman's container of an image root, with its own storage; removed on drop.
 pub struct Container {
     storage: PathBuf,
 }
@@ -77,7 +77,7 @@ impl Container {
 impl Drop for Container {
     fn drop(&mut self) {
         let _ = self.podman().args(["rm", "--force", "--time=0", NAME]).output();
-        // podman mounts its storage on itself.
+        // podman bind-mounts its storage on itself.
         let _ = Command::new("umount").arg("--recursive").arg(self.storage.join("root/overlay")).output();
     }
 }

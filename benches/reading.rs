@@ -1,4 +1,4 @@
-//! Criterion's samples of what is read, as figures among the others.
+//! Criterion's samples of the parsers, as part of the report.
 
 use std::path::Path;
 use std::time::Duration;
@@ -19,7 +19,7 @@ pub fn reading(_: usize, report: &mut Report) {
     report.note("`cargo bench --bench micro` shows the same with criterion's own statistics.");
 }
 
-/// Microseconds of one iteration, of each of criterion's samples, which are in nanoseconds.
+/// Microseconds per iteration of each sample; criterion stores nanoseconds.
 fn samples(case: &Path) -> Vec<f64> {
     let text = std::fs::read_to_string(case.join("new/sample.json")).unwrap();
     let sample: Value = serde_json::from_str(&text).unwrap();

@@ -1,4 +1,4 @@
-//! How large what is installed is, and how long the container image takes to build.
+//! Sizes of what is installed, and time to build the container image.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -9,7 +9,7 @@ use crate::measure::time;
 use crate::peers::{podman, quiet};
 use crate::{Bound, Report, Unit};
 
-/// What `make test` and `make bench` build, and of what; tests/container-images.
+/// Images built by `make test` and `make bench` (tests/container-images).
 const IMAGE: &str = "localhost/ims-sshd-test/ims-sshd:latest";
 const BASE: &str = "localhost/ims-sshd-test/debian:bookworm-slim";
 const RUST: &str = "localhost/ims-sshd-test/rust:bookworm";
@@ -23,7 +23,7 @@ pub fn sizes(runs: usize, report: &mut Report) {
     let [image, base] = [IMAGE, BASE].map(size);
     report.add("the container image", Unit::Mebibytes, vec![image], Bound::Information);
     report.add("of that, the Debian it is built on", Unit::Mebibytes, vec![base], Bound::Information);
-    // Minutes, which a short run does not have.
+    // It takes minutes, too long for a short run.
     if runs >= 10 {
         let what = "building the container image, nothing cached but the crates' sources";
         report.add(what, Unit::Seconds, vec![build()], Bound::Information);
@@ -37,8 +37,8 @@ fn size(image: &str) -> f64 {
     succeed(&mut inspect).trim().parse::<f64>().unwrap() / f64::from(1 << 20)
 }
 
-/// How many seconds `make image` takes with this machine's Rust, and packages from the distribution's mirrors: in a storage that goes
-/// with this function, however that ends, which finds the images it builds on in the other one.
+/// Time in seconds of `make image` with this machine's Rust, and packages from the distribution's mirrors. Builds in a
+/// temporary storage on top of the images in the other one.
 fn build() -> f64 {
     let storage = tempfile::tempdir().unwrap();
     let toolchain =
@@ -59,7 +59,7 @@ fn build() -> f64 {
     make.arg(format!("BUILDER=podman {}", words.join(" "))).arg(format!("BUILD_FLAGS={flags}"));
     make.envs(podman.get_envs().filter_map(|(name, value)| Some((name, value?))));
     let milliseconds = time(|| drop(succeed(&mut make)));
-    // podman mounts its storage on itself.
+    // podman bind-mounts its storage on itself.
     let _ = Command::new("umount").arg(storage.path().join("root/overlay")).output();
     milliseconds / 1000.0
 }

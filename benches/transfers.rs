@@ -1,4 +1,4 @@
-//! What a jail costs those who bring much, or many: one large file, and a directory of small ones, by sftp, scp, rsync and ssh.
+//! Cost of a jail for transfers: one large file, and a directory of small ones, by sftp, scp, rsync and ssh.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -9,7 +9,7 @@ use crate::{Bound, Report, Unit, in_turns, ratios};
 const MEBIBYTES: f64 = 512.0;
 const FILES: usize = 2000;
 
-/// What a transfer moves, which says in what it is told.
+/// What a transfer moves; decides the unit.
 #[derive(Clone, Copy)]
 enum Load {
     Large,
@@ -20,7 +20,7 @@ use testbed::{Environment, succeed};
 
 type Client = fn(&Environment, &Path) -> Command;
 
-/// The least share of a plain login's throughput that is meant to be left.
+/// Name, load, least share of a plain login's throughput, client.
 const TRANSFERS: [(&str, Load, f64, Client); 11] = [
     ("sftp put", Large, 0.95, |e, local| sftp(e, local, "put sent /srv/sent")),
     ("sftp get", Large, 0.95, |e, local| sftp(e, local, "get /srv/sent got")),
@@ -37,7 +37,7 @@ const TRANSFERS: [(&str, Load, f64, Client); 11] = [
 
 pub fn transfers(runs: usize, report: &mut Report) {
     let environments = three_ways();
-    // No disk has part in it.
+    // In memory: no disk is involved.
     let local = environments[0].1.dir.path().join("local");
     let make = format!(
         "mkdir -p $0/small && head -c {MEBIBYTES}M /dev/urandom > $0/sent\n\
@@ -66,7 +66,7 @@ pub fn transfers(runs: usize, report: &mut Report) {
     close_all(environments);
 }
 
-/// `command` in the client's directory, by a shell that redirects.
+/// `command` in the client's directory, run by a shell with a redirection.
 fn redirected(command: &Command, local: &Path, redirection: &str) -> Command {
     let mut shell = Command::new("sh");
     shell.args(["-c", &format!("exec \"$@\" {redirection}"), "sh"]).arg(command.get_program()).args(command.get_args());

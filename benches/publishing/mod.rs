@@ -1,4 +1,4 @@
-//! From a source to a published image, against the tools that do the bare work.
+//! From a source to a published image, compared with the bare tools.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -12,7 +12,7 @@ use crate::measure::{in_turns, ratios, time};
 use crate::peers;
 use crate::{Bound, Report, Unit};
 
-/// Of the image whose size does not matter to an overlay, and of the one that is uploaded.
+/// Size of the image for mounting and uploading.
 const MEGABYTES: usize = 1024;
 
 pub fn publishing(runs: usize, report: &mut Report) {
@@ -27,7 +27,7 @@ pub fn publishing(runs: usize, report: &mut Report) {
     customizing(dir.path(), rounds, report);
 }
 
-/// A squashfs of a gigabyte that nothing can compress.
+/// An incompressible squashfs of [`MEGABYTES`].
 fn large(dir: &Path) -> std::path::PathBuf {
     let tree = dir.join("large");
     std::fs::create_dir_all(tree.join("files")).unwrap();
@@ -39,7 +39,7 @@ fn large(dir: &Path) -> std::path::PathBuf {
     squashfs
 }
 
-/// Without its log either.
+/// Silences standard error too.
 fn quiet(program: &str) -> Command {
     let mut command = peers::quiet(program);
     command.stderr(Stdio::null());
@@ -50,7 +50,7 @@ fn opening(dir: &Path, squashfs: &Path, rounds: usize, report: &mut Report) {
     let [overlay, bare] = ["overlay", "bare"].map(|name| dir.join(name));
     let [mut ours, mut unpacked] = [const { Vec::new() }; 2];
     for round in 0..=rounds {
-        // What the other one has written is on its disk before this one begins.
+        // Flush the predecessor's writes to disk first.
         succeed(&mut Command::new("sync"));
         let took = (mounted(&overlay, squashfs), {
             let mut unsquashfs = quiet("unsquashfs");
@@ -58,7 +58,7 @@ fn opening(dir: &Path, squashfs: &Path, rounds: usize, report: &mut Report) {
             time(|| assert!(unsquashfs.status().unwrap().success()))
         });
         std::fs::remove_dir_all(&bare).unwrap();
-        // The first round warms up.
+        // The first round is a warm-up.
         if round > 0 {
             ours.push(took.0);
             unpacked.push(took.1);
@@ -69,7 +69,7 @@ fn opening(dir: &Path, squashfs: &Path, rounds: usize, report: &mut Report) {
     report.add("prepare by overlay", Unit::Milliseconds, ours, Bound::Information);
 }
 
-/// How long it takes until the image is there. Its mounts end with a shell that waits, which is not measured.
+/// Time until the image is mounted. The mounts end with a waiting shell, which is not measured.
 fn mounted(parent: &Path, squashfs: &Path) -> f64 {
     let mut shell = Command::new("unshare");
     shell.args([
@@ -123,7 +123,7 @@ fn uploading(dir: &Path, squashfs: &Path, rounds: usize, report: &mut Report) {
     checksum.arg(squashfs);
     let [ours, curl, checksum] = in_turns(rounds, [&mut ours, &mut curl, &mut checksum]);
     let raw: Vec<_> = curl.iter().zip(&checksum).map(|(put, sum)| put + sum).collect();
-    // As fast as nine tenths of it.
+    // Nine tenths of its speed.
     let limit = Bound::Limit(1.0 / 0.9);
     report.add("upload, against md5sum and curl one after the other", Unit::Times, ratios(&ours, &raw), limit);
     report.add("upload, against curl alone", Unit::Times, ratios(&ours, &curl), Bound::Information);
@@ -156,7 +156,7 @@ fn customizing(dir: &Path, rounds: usize, report: &mut Report) {
             wait_until("sshd to listen", || TcpStream::connect(("127.0.0.1", port)).is_ok());
             ssh("true");
         }));
-        // Given up: what is packed and stored of it is measured by itself.
+        // Discards the result: packing and storing are measured separately.
         ssh("touch /tmp/failed");
         assert_eq!(child.unwrap().wait().unwrap().code(), Some(1));
     }

@@ -1,10 +1,10 @@
-//! What the figures were taken on and with.
+//! The machine and the program versions measured.
 
 use std::fmt::Write;
 use std::process::{Command, Stdio};
 use std::time::SystemTime;
 
-/// Who is measured, or measured against, and what prints its version.
+/// Programs, with the command that prints their version.
 const VERSIONS: [(&str, &str, &str); 12] = [
     ("Linux", "uname", "-r"),
     ("OpenSSH", "ssh", "-V"),
@@ -48,7 +48,7 @@ impl Machine {
     }
 }
 
-/// The value of the first line that has this name.
+/// The value on the first line with this name.
 fn field(file: &str, name: &str) -> String {
     let text = std::fs::read_to_string(file).unwrap();
     let line = text.lines().find(|line| line.starts_with(name));
@@ -60,13 +60,13 @@ fn kibibytes(value: &str) -> u64 {
     value.trim_end_matches(" kB").parse().unwrap()
 }
 
-/// Of the last one, five and fifteen minutes.
+/// Load average of the last one, five and fifteen minutes.
 fn load() -> String {
     let text = std::fs::read_to_string("/proc/loadavg").unwrap();
     text.split(' ').take(3).collect::<Vec<_>>().join(", ")
 }
 
-/// The first line of what it prints, from the first digit on.
+/// The first line that it prints, from the first digit on.
 fn version(program: &str, option: &str) -> String {
     let output = Command::new(program).arg(option).stdin(Stdio::null()).output();
     let output = output.unwrap_or_else(|e| panic!("{program}: {e}: run the figures with 'make bench'"));

@@ -1,4 +1,4 @@
-//! The figures as they come in: printed at once, judged, and kept for the page.
+//! Results: printed at once, judged, and collected for the page.
 
 mod machine;
 mod page;
@@ -47,12 +47,12 @@ impl Unit {
 
 #[derive(Clone, Copy)]
 pub enum Bound {
-    /// What the median must not exceed.
+    /// Upper limit of the median.
     Limit(f64),
     Information,
 }
 
-/// One figure.
+/// One result.
 struct Row {
     name: String,
     unit: Unit,
@@ -60,7 +60,7 @@ struct Row {
     judgement: String,
 }
 
-/// A group of figures, as the page shows it.
+/// A group of results, as on the page.
 struct Section {
     heading: &'static str,
     rows: Vec<Row>,
@@ -68,7 +68,7 @@ struct Section {
     plots: Vec<Plot>,
 }
 
-/// The figures so far, and whether one is missed by far.
+/// The results so far, and whether one exceeds its limit by far.
 pub struct Report {
     machine: Machine,
     runs: usize,
@@ -82,7 +82,7 @@ impl Report {
         Self { machine: Machine::now(), runs, sections: Vec::new(), missed_by_far: false }
     }
 
-    /// All that is added from here on belongs to a group of this heading.
+    /// Starts a group: all results added from here on belong to it.
     pub fn section(&mut self, heading: &'static str) {
         println!("\n{heading}");
         self.sections.push(Section { heading, rows: Vec::new(), notes: Vec::new(), plots: Vec::new() });
@@ -109,7 +109,7 @@ impl Report {
         self.current().rows.push(Row { name: name.to_owned(), unit, summary, judgement });
     }
 
-    /// A sentence below the table.
+    /// Adds a sentence below the table.
     pub fn note(&mut self, sentence: &str) {
         println!("  {sentence}");
         self.current().notes.push(sentence.to_owned());
@@ -139,7 +139,7 @@ impl Report {
     }
 }
 
-/// With three digits that count.
+/// Formats with three significant digits.
 fn number(value: f64) -> String {
     match value.abs() {
         0.0 => "0".to_owned(),

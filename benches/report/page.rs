@@ -16,7 +16,7 @@ What is compared takes turns within one run, in another order each time, and a r
 the median; half of all samples lie between the two numbers of the third column. A limit is what the median is held to.
 ";
 
-/// Markdown of all figures.
+/// Markdown of all results.
 pub fn page(machine: &Machine, runs: usize, sections: &[Section]) -> String {
     let mut page = String::from(INTRODUCTION);
     let _ = write!(page, "\n## The machine\n\n{}", machine.table());

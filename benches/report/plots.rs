@@ -1,4 +1,4 @@
-//! Plots, as SVG.
+//! Plots as SVG.
 
 use std::path::Path;
 
@@ -8,7 +8,7 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 use super::number;
 use super::statistics::Summary;
 
-/// Colours that people who see fewer of them can tell apart (Okabe and Ito's).
+/// Okabe and Ito's palette, which is safe for colour-blind readers.
 const COLOURS: [RGBColor; 5] = [
     RGBColor(0, 114, 178),
     RGBColor(213, 94, 0),
@@ -19,7 +19,7 @@ const COLOURS: [RGBColor; 5] = [
 const SIZE: (u32, u32) = (860, 480);
 const FONT: &str = "sans-serif";
 
-/// Medians with their quartiles, on a logarithmic axis.
+/// Medians with quartiles, on a logarithmic axis.
 pub struct BarChart {
     pub file: &'static str,
     pub title: &'static str,
@@ -27,13 +27,13 @@ pub struct BarChart {
     pub bars: Vec<(String, Vec<f64>)>,
 }
 
-/// What becomes of something as something else grows, on a logarithmic axis.
+/// One quantity as another grows, on a logarithmic axis.
 pub struct LineChart {
     pub file: &'static str,
     pub title: &'static str,
     pub x: &'static str,
     pub y: &'static str,
-    /// So many of them in a row have one colour; the first is the thickest.
+    /// Number of consecutive lines that share a colour; the first is the thickest.
     pub of_a_colour: usize,
     pub lines: Vec<(String, Vec<(f64, f64)>)>,
 }
@@ -74,7 +74,7 @@ impl BarChart {
         let summaries: Vec<_> = self.bars.iter().map(|(name, samples)| (name, Summary::of(samples))).collect();
         let (least, most) = decades(summaries.iter().map(|(_, summary)| summary.median()));
         let count = self.bars.len() as f64;
-        // Beside the longest bar there is room for its number.
+        // Leaves room for the number beside the longest bar.
         let mut chart = ChartBuilder::on(&root)
             .caption(self.title, (FONT, 20))
             .margin(12)
@@ -115,7 +115,7 @@ impl LineChart {
         let points = || self.lines.iter().flat_map(|(_, points)| points);
         let widest = points().map(|point| point.0).fold(0.0, f64::max);
         let (least, most) = decades(points().map(|point| point.1));
-        // Above all lines there is room for their names.
+        // Leaves room for the names above the lines.
         let mut chart = ChartBuilder::on(&root)
             .caption(self.title, (FONT, 20))
             .margin(12)
@@ -153,7 +153,7 @@ impl LineChart {
     }
 }
 
-/// The powers of ten between which all of them lie.
+/// The powers of ten that enclose all values.
 fn decades(values: impl Iterator<Item = f64> + Clone) -> (f64, f64) {
     let least = values.clone().fold(f64::MAX, f64::min);
     let most = values.fold(0.0, f64::max);

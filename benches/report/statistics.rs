@@ -1,6 +1,6 @@
-//! What is said of many samples.
+//! Statistics of samples.
 
-/// Of how many samples what is told.
+/// Quartiles and extremes of samples, and their number.
 #[derive(Clone)]
 pub struct Summary {
     pub count: usize,
@@ -28,7 +28,7 @@ pub fn median(samples: &[f64]) -> f64 {
     quantile(samples, 0.5)
 }
 
-/// Below which `share` of the samples lie; between two samples, as far between them as the share is.
+/// The `share` quantile, linearly interpolated.
 pub fn quantile(samples: &[f64], share: f64) -> f64 {
     let mut sorted = samples.to_vec();
     sorted.sort_by(f64::total_cmp);

@@ -1,5 +1,5 @@
-//! `attempts ambush`: lies in wait for the helpers of sessions that enter the jail, which are still programs of the environment when
-//! they are first to be seen (CVE-2016-9962, CVE-2024-21626).
+//! `attempts ambush`: waits for the helpers of sessions entering the jail. When they first become visible, they are
+//! still programs of the environment (CVE-2016-9962, CVE-2024-21626).
 
 use std::collections::HashSet;
 use std::os::fd::AsRawFd;
@@ -7,10 +7,11 @@ use std::os::fd::AsRawFd;
 use crate::outcome::{Outcome, Step, any};
 use crate::outside::visible_processes;
 
-/// The kernel's name of a helper.
+/// The helper's `comm`.
 const HELPER: &str = "ims-jail-shell";
 
-/// Ends with the first helper that can be looked into, or once three could not be. Somebody has to start sessions meanwhile.
+/// Ends with the first helper that can be inspected, or after three that could not. Needs sessions to be started
+/// meanwhile.
 pub fn ambush() -> Outcome {
     let mut seen = HashSet::new();
     loop {
@@ -21,7 +22,7 @@ pub fn ambush() -> Outcome {
             }
             match look_into(process) {
                 Ok(evidence) => return Ok(evidence),
-                // It went on to be a program of the image meanwhile, or has ended.
+                // It has executed a program of the image meanwhile, or has ended.
                 Err(held) if held.is_absent() => {}
                 Err(held) => {
                     seen.insert(process);
@@ -34,8 +35,8 @@ pub fn ambush() -> Outcome {
     }
 }
 
-/// Tries to read the container's helper: its copy in the jail holds nothing that a session does not have. A read of the
-/// copy, or of the program which the helper becomes, has come too late.
+/// Tries to read the container's helper. Reading its copy in the jail, or the program that it executes, is no escape: a
+/// session can read those anyway.
 fn look_into(process: i32) -> Outcome {
     any(["exe", "maps", "environ"], |name| {
         let path = format!("/proc/{process}/{name}");
@@ -56,5 +57,5 @@ fn look_into(process: i32) -> Outcome {
     })
 }
 
-/// The helper's copy, as the jail shows it.
+/// The helper's copy in the jail.
 const COPY: &str = "/run/.ims-sshd/ims-jail-shell";

@@ -1,4 +1,4 @@
-//! An attempt's second half, in a process of its own.
+//! Second half of an attempt, in a process of its own.
 
 use std::process::Command;
 
@@ -11,7 +11,7 @@ pub fn is_this() -> bool {
     std::env::var_os(VARIABLE).is_some()
 }
 
-/// Starts the second half of this same attempt, and ends as it does.
+/// Starts the second half of the same attempt, and returns its outcome.
 pub fn goes_on() -> Outcome {
     let this = std::env::current_exe().step("find this program")?;
     let attempt = std::env::args().next_back().expect("an attempt's name");

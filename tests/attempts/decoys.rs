@@ -1,4 +1,5 @@
-//! What attempts are after: made outside, by `attempts decoys DIRECTORY`, told of as variables, gone when standard input ends.
+//! Targets outside the jail, created by `attempts decoys DIRECTORY`, announced as variables, removed when standard
+//! input closes.
 
 use std::ffi::CString;
 use std::fs::File;
@@ -13,8 +14,8 @@ use rustix::process::PidfdFlags;
 use crate::outside::MARK;
 use crate::sys::{self, Handle};
 
-/// Makes everything in `directory`, prints `OUTSIDE_<name>=<value>` lines and an empty one, and waits. What lies in the directory is
-/// left to whoever made it.
+/// Creates everything in `directory`, prints `OUTSIDE_<name>=<value>` lines and an empty one, and waits. The caller
+/// removes the contents of the directory.
 pub fn stay(directory: &Path) -> std::io::Result<()> {
     let secret = format!("{MARK}{}", random()?);
     let number = i32::from_str_radix(&random()?[..7], 16).expect("it is hexadecimal");
@@ -32,7 +33,7 @@ pub fn stay(directory: &Path) -> std::io::Result<()> {
     let queue = CString::new(format!("/decoy-{number}")).expect("a name");
     sys::make_queue(&queue, secret.as_bytes())?;
     let key = CString::new(format!("decoy-{number}")).expect("a name");
-    // Not in a container whose seccomp profile refuses it.
+    // A container's seccomp profile may deny it.
     let user_key = sys::add_key(&key, secret.as_bytes(), sys::USER_KEYRING);
 
     let terminal = nix::pty::openpty(None, None)?;
@@ -45,7 +46,7 @@ pub fn stay(directory: &Path) -> std::io::Result<()> {
         .stdout(Stdio::piped())
         .stderr(open.try_clone()?)
         .spawn()?;
-    // One line says that it sits at its terminal.
+    // It prints a line once it has its terminal.
     std::io::BufReader::new(victim.stdout.take().expect("a pipe")).read_line(&mut String::new())?;
     let process = rustix::process::Pid::from_child(&victim);
     let neighbours_socket = format!("neighbour-{number}");
@@ -69,7 +70,7 @@ pub fn stay(directory: &Path) -> std::io::Result<()> {
         ("KEY", key.to_string_lossy().into_owned()),
         ("TERMINAL", path.display().to_string()),
         ("PROCESS", process.to_string()),
-        // Kernels before 6.14 and 6.18 know no handles on these.
+        // Kernels before 6.14 and 6.18 have no file handles for these.
         ("PROCESS_HANDLE", handle(handle_on_process)),
         ("NAMESPACE_HANDLE", handle(File::open("/proc/self/ns/mnt")?)),
     ] {
@@ -90,7 +91,7 @@ pub fn stay(directory: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
-/// A handle, or one that is on nothing, where the file system or the container's seccomp profile gives none.
+/// A file handle, or an invalid one if the file system or the container's seccomp profile denies it.
 fn handle(fd: impl std::os::fd::AsFd) -> String {
     Handle::of(fd).map_or_else(|_| "0".into(), |handle| handle.to_string())
 }
@@ -101,7 +102,7 @@ fn random() -> std::io::Result<String> {
     Ok(bytes.map(|byte| format!("{byte:02x}")).concat())
 }
 
-/// Tells the secret to everybody who connects.
+/// Sends the secret to everybody who connects.
 fn speak(listener: UnixListener, secret: &str) {
     let secret = secret.to_owned();
     std::thread::spawn(move || {
@@ -111,11 +112,11 @@ fn speak(listener: UnixListener, secret: &str) {
     });
 }
 
-/// `attempts victim`: a process that sits at the terminal that is its standard input, with a secret in its memory.
+/// `attempts victim`: a process with a secret in its memory, with standard input as its controlling terminal.
 pub fn victim() -> std::io::Result<()> {
     rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
     nix::unistd::setsid()?;
-    // Something else to enter than what everybody is in, where that can be had.
+    // A namespace of its own to enter, if it may create one.
     let _ = nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWUTS);
     rustix::process::ioctl_tiocsctty(std::io::stdin())?;
     println!();
@@ -124,8 +125,9 @@ pub fn victim() -> std::io::Result<()> {
     }
 }
 
-/// `attempts neighbour SOCKET FILE`: a process of root's with no capabilities, which so may be looked into by any other of root's. It has a
-/// file open, listens at an abstract socket, and answers a byte to everybody, and to each message.
+/// `attempts neighbour SOCKET FILE`: a process of root without capabilities, which any other process of root may
+/// therefore inspect. It has a file open, listens at an abstract socket, and answers one byte to every connection and
+/// message.
 pub fn neighbour(socket: &str, file: &Path) -> std::io::Result<()> {
     rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
     let _open = File::open(file)?;
@@ -148,7 +150,7 @@ pub fn neighbour(socket: &str, file: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
-/// `attempts with-session-key NAME SECRET PROGRAM…`: starts a program with a session keyring in which there is a key.
+/// `attempts with-session-key NAME SECRET PROGRAM…`: starts a program with a key in its session keyring.
 pub fn with_session_key(arguments: &[&str]) -> std::io::Result<()> {
     let [name, secret, program, rest @ ..] = arguments else { panic!("NAME SECRET PROGRAM…") };
     sys::new_session_keyring()?;

@@ -1,4 +1,4 @@
-//! At devices: nodes made here, and nodes that were found in the image.
+//! Devices: nodes created here, and nodes found in the image.
 
 use std::path::Path;
 
@@ -6,7 +6,7 @@ use rustix::fs::{FileType, Mode, OFlags};
 
 use crate::outcome::{Held, Outcome, Step, any};
 
-/// Everywhere that a file system of its own may be; the root first.
+/// Directories that may be file systems of their own; the root first.
 const DIRECTORIES: [&str; 9] =
     ["/", "/tmp", "/var/tmp", "/root", "/run", "/dev", "/dev/shm", "/dev/mqueue", "/dev/pts"];
 
@@ -28,7 +28,7 @@ fn make_and_open(kind: FileType, major: u32, minor: u32) -> Outcome {
     })
 }
 
-/// Major and minor numbers of the machine's disks, whatever they are.
+/// Major and minor numbers of all disks of the machine.
 fn disks() -> Vec<(u32, u32)> {
     let disks = std::fs::read_dir("/sys/block").into_iter().flatten().flatten();
     let number = |disk: std::fs::DirEntry| {
@@ -39,42 +39,42 @@ fn disks() -> Vec<(u32, u32)> {
     disks.filter_map(number).collect()
 }
 
-/// The machine's disks.
+/// A new node of each of the machine's disks.
 pub fn disk() -> Outcome {
     any(disks(), |(major, minor)| make_and_open(FileType::BlockDevice, major, minor))
 }
 
-/// The kernel's log.
+/// A new node of the kernel log.
 pub fn kernel_log() -> Outcome {
     make_and_open(FileType::CharacterDevice, 1, 11)
 }
 
-/// A file system of one's own making, which the kernel would then trust.
+/// A new node of /dev/fuse, for a file system of the session's own, which the kernel would trust.
 pub fn fuse() -> Outcome {
     make_and_open(FileType::CharacterDevice, 10, 229)
 }
 
-/// New loop devices.
+/// A new node of /dev/loop-control, for loop devices.
 pub fn loop_control() -> Outcome {
     make_and_open(FileType::CharacterDevice, 10, 237)
 }
 
-/// Network devices.
+/// A new node of /dev/net/tun, for network devices.
 pub fn tun() -> Outcome {
     make_and_open(FileType::CharacterDevice, 10, 200)
 }
 
-/// The screen of the machine's console.
+/// A new node of the machine's console screen.
 pub fn console_screen() -> Outcome {
     make_and_open(FileType::CharacterDevice, 7, 0)
 }
 
-/// A disk's node that came with the image: `/planted-disk`.
+/// `/planted-disk`, a node of a disk contained in the image.
 pub fn planted_node() -> Outcome {
     open(Path::new("/planted-disk"))
 }
 
-/// All nodes that /dev has: each must be one of those that everybody may have.
+/// All nodes in /dev: only those on the list of harmless ones may be there.
 pub fn found_nodes() -> Outcome {
     use std::os::unix::fs::{FileTypeExt, MetadataExt};
     const HARMLESS: [(u32, u32); 6] = [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0)];

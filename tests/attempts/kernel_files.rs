@@ -1,4 +1,4 @@
-//! At the kernel's settings, which are the whole machine's. A file that can be opened for writing is evidence; nothing is written.
+//! Kernel settings, which apply to the whole machine. Opening one for writing is the evidence; nothing is written.
 
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
@@ -9,43 +9,43 @@ use rustix::mount::MountFlags;
 
 use crate::outcome::{Held, Outcome, Step, any};
 
-/// Whether `path` lets itself be opened for writing.
+/// Whether `path` can be opened for writing.
 pub fn writable(path: &Path) -> Outcome {
     let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::NOCTTY | OFlags::CLOEXEC;
     rustix::fs::open(path, flags, Mode::empty()).step(format!("open {} for writing", path.display()))?;
     Ok(format!("can write to {}", path.display()))
 }
 
-/// `echo b` there restarts the machine.
+/// `echo b` to it restarts the machine.
 pub fn sysrq_trigger() -> Outcome {
     writable(Path::new("/proc/sysrq-trigger"))
 }
 
-/// A program that the kernel starts outside whenever a process dumps core.
+/// The program that the kernel starts, outside, on a core dump.
 pub fn core_pattern() -> Outcome {
     writable(Path::new("/proc/sys/kernel/core_pattern"))
 }
 
-/// A program that the kernel starts outside to load a module.
+/// The program that the kernel starts, outside, to load a module.
 pub fn modprobe() -> Outcome {
     writable(Path::new("/proc/sys/kernel/modprobe"))
 }
 
-/// A program that the kernel starts outside to switch the machine off.
+/// The program that the kernel starts, outside, to power off.
 pub fn poweroff_command() -> Outcome {
     writable(Path::new("/proc/sys/kernel/poweroff_cmd"))
 }
 
-/// A program that the kernel starts outside for every device that comes.
+/// The program that the kernel starts, outside, for every new device.
 pub fn uevent_helper() -> Outcome {
     writable(Path::new("/sys/kernel/uevent_helper"))
 }
 
-/// A place in the root to mount on, gone with the attempt if that is held.
+/// A mount point in the root; removed on drop if the mount was refused.
 pub struct Place(pub PathBuf);
 
 impl Place {
-    /// Makes it.
+    /// Creates it.
     pub fn new() -> Self {
         let path = PathBuf::from(format!("/tmp/mount-{}", std::process::id()));
         std::fs::create_dir_all(&path).expect("a directory can be made");
@@ -60,14 +60,14 @@ impl Drop for Place {
     }
 }
 
-/// Mounts a new file system of `kind` and looks for one of `files` there that can be written to.
+/// Mounts a new file system of `kind` and looks for a writable one of `files` in it.
 pub fn mount_and_write(kind: &str, files: &[&str]) -> Outcome {
     let place = Place::new();
     rustix::mount::mount(kind, &place.0, kind, MountFlags::empty(), None).step(format!("mount a new {kind}"))?;
     any(files, |file| writable(&place.0.join(file)))
 }
 
-/// Programs that the kernel starts for files of a kind.
+/// Interpreters that the kernel starts for files of a type.
 pub fn binfmt_register() -> Outcome {
     writable(Path::new("/proc/sys/fs/binfmt_misc/register")).or_else(|_| mount_and_write("binfmt_misc", &["register"]))
 }
@@ -77,7 +77,7 @@ fn hierarchies() -> Vec<PathBuf> {
     entries.map(|entry| entry.path()).chain([PathBuf::from("/sys/fs/cgroup")]).collect()
 }
 
-/// A program that the kernel starts outside once a cgroup is empty.
+/// The program that the kernel starts, outside, when a cgroup becomes empty.
 pub fn release_agent() -> Outcome {
     any(hierarchies(), |directory| writable(&directory.join("release_agent")))
 }
@@ -87,7 +87,7 @@ pub fn cgroup() -> Outcome {
     any(hierarchies(), |directory| writable(&directory.join("cgroup.procs")))
 }
 
-/// A writable file below `directory`, but for what `passes` says is none of the machine's.
+/// A writable file below `directory`, except those that `passes` exempts.
 pub fn any_below(directory: &Path, passes: &dyn Fn(&Path) -> bool) -> Outcome {
     let entries = std::fs::read_dir(directory).step(format!("list {}", directory.display()))?;
     any(entries.flatten().filter(|entry| !passes(&entry.path())), |entry| {
@@ -96,7 +96,7 @@ pub fn any_below(directory: &Path, passes: &dyn Fn(&Path) -> bool) -> Outcome {
         if found.is_dir() {
             return any_below(&path, passes);
         }
-        // Root opens what nobody can write to as well.
+        // Root can open files without any write permission, too.
         if !found.is_file() || found.mode() & 0o222 == 0 {
             return Err(Held::by(format!("open {}", path.display()), "it is no file that can be written to"));
         }
@@ -104,7 +104,8 @@ pub fn any_below(directory: &Path, passes: &dyn Fn(&Path) -> bool) -> Outcome {
     })
 }
 
-/// Any setting in /proc. What processes have there is their own; a pressure file (psi) is opened for writing to wait for an event.
+/// Any setting in /proc. Files in process directories concern only that process; pressure files (PSI) are opened for
+/// writing to wait for an event.
 pub fn any_in_proc() -> Outcome {
     any_below(Path::new("/proc"), &|path| {
         let top = path.strip_prefix("/proc").ok().and_then(|p| p.components().next()?.as_os_str().to_str());
@@ -112,7 +113,7 @@ pub fn any_in_proc() -> Outcome {
     })
 }
 
-/// The mode of a file in /proc, which is that of every procfs of the machine; to the one that it has.
+/// Sets the mode of a file in /proc to its current value; modes are shared by all procfs mounts of the machine.
 pub fn mode_in_proc() -> Outcome {
     let files = ["version", "meminfo", "stat", "cpuinfo"].map(|name| Path::new("/proc").join(name));
     any(files, |path| {
@@ -142,12 +143,12 @@ fn shown() -> Vec<PathBuf> {
     std::fs::read_dir(SHOWN).into_iter().flatten().flatten().map(|entry| entry.path()).collect()
 }
 
-/// The environment's own programs, as far as the jail shows them.
+/// The environment's programs, as shown in the jail.
 pub fn shown_programs() -> Outcome {
     any(shown(), |path| writable(&path))
 }
 
-/// A lease on one, for which everybody else who opens them has to wait.
+/// A lease on one of them, which blocks everybody else who opens it.
 pub fn lease_on_shown_programs() -> Outcome {
     any(shown(), |path| {
         let file = std::fs::File::open(&path).step(format!("open {}", path.display()))?;
@@ -156,7 +157,7 @@ pub fn lease_on_shown_programs() -> Outcome {
     })
 }
 
-/// The same after the mount was made writable.
+/// The same after remounting them writable.
 pub fn shown_programs_remounted() -> Outcome {
     any(shown(), |path| {
         let name = std::ffi::CString::new(path.as_os_str().as_encoded_bytes()).expect("a name");
@@ -165,7 +166,7 @@ pub fn shown_programs_remounted() -> Outcome {
     })
 }
 
-/// A lease on a file of the kernel's that is shown, for which everybody else who opens it has to wait.
+/// A lease on a kernel file shown in the jail, which blocks everybody else who opens it.
 pub fn lease_on_kernel_files() -> Outcome {
     let files =
         ["/sys/kernel/profiling", "/sys/kernel/uevent_seqnum", "/sys/kernel/fscaps", "/sys/kernel/rcu_expedited"];

@@ -1,16 +1,16 @@
-//! Attempts to get out of a jail, each by name. Linked statically, so that it runs in any image root and any container.
+//! Attempts to escape from a jail, each by name. Statically linked, to run in any image root and any container.
 //!
 //! ```text
-//! attempts decoys DIRECTORY    makes what the attempts are after, outside; prints variables for them; stays until its input ends
-//! attempts list             all attempts: name, where it works, source
-//! attempts NAME             one attempt, with those variables
-//! attempts all              all attempts, a line each
-//! attempts ambush            looks into those who enter the jail meanwhile
-//! attempts type TEXT        pushes TEXT into the terminal that is standard input, for whoever reads from it next
+//! attempts decoys DIRECTORY   create the targets outside, print their variables, stay until standard input closes
+//! attempts list               list all attempts: name, where it works, source
+//! attempts NAME               run one attempt, with those variables
+//! attempts all                run all attempts, a line each
+//! attempts ambush             inspect the helpers of sessions that enter the jail meanwhile
+//! attempts type TEXT          push TEXT into the terminal on standard input, for whoever reads it next
 //! ```
 //!
-//! Exit code 0: out, with evidence on standard output. 1: held, and by what. 3: this kernel has no such thing. Anything else: the
-//! attempt itself is broken. `all` ends with 0 if all were held, with 1 if one got out, with 2 if one is broken.
+//! Exit codes: 0, escaped, with evidence on standard output; 1, held, with the reason; 3, not supported by this kernel;
+//! any other, the attempt itself is broken. `all` exits with 0 if all were held, 1 if one escaped, 2 if one is broken.
 
 #![allow(clippy::pedantic)]
 
@@ -83,9 +83,9 @@ fn report(outcome: Outcome) -> ExitCode {
     }
 }
 
-/// Each in a process of its own: an attempt leaves that in a state that no other could begin from.
+/// Each in a process of its own, since an attempt may leave it in a state from which no other can start.
 fn all() -> ExitCode {
-    // By the name it was called by: there may be no /proc.
+    // By argv[0]: there may be no /proc.
     let this = std::env::args_os().next().expect("this program's name");
     let (mut out, mut broken) = (false, false);
     for attempt in ATTEMPTS {

@@ -1,4 +1,4 @@
-//! With mounts of one's own.
+//! Mounts made by the session.
 
 use std::ffi::CStr;
 use std::path::Path;
@@ -12,7 +12,7 @@ use rustix::mount::{
 use crate::kernel_files::{Place, mount_and_write, writable};
 use crate::outcome::{Held, Outcome, Step, any};
 
-/// What a jail covers up.
+/// Paths that a jail masks.
 pub const COVERED: [&str; 9] = [
     "/proc/kcore",
     "/proc/keys",
@@ -25,22 +25,22 @@ pub const COVERED: [&str; 9] = [
     "/sys",
 ];
 
-/// A new procfs has nothing covered up.
+/// A new procfs has no masked paths.
 pub fn new_proc() -> Outcome {
     mount_and_write("proc", &["sys/kernel/core_pattern", "sysrq-trigger"])
 }
 
-/// A new sysfs is not read-only.
+/// A new sysfs is writable.
 pub fn new_sys() -> Outcome {
     mount_and_write("sysfs", &["kernel/uevent_helper", "kernel/rcu_expedited", "kernel/profiling"])
 }
 
-/// All cgroups of the machine.
+/// A new cgroup file system shows all cgroups of the machine.
 pub fn new_cgroup() -> Outcome {
     mount_and_write("cgroup2", &["cgroup.procs"])
 }
 
-/// All devices of the machine.
+/// A new devtmpfs has all devices of the machine.
 pub fn new_dev() -> Outcome {
     let place = Place::new();
     mount("devtmpfs", &place.0, "devtmpfs", MountFlags::empty(), None).step("mount a new devtmpfs")?;
@@ -49,7 +49,7 @@ pub fn new_dev() -> Outcome {
     Ok(format!("{} is there: {:?}", kmsg.display(), found.file_type()))
 }
 
-/// By the newer calls.
+/// The same as `new_proc`, by fsopen(2).
 pub fn fsmount_proc() -> Outcome {
     let context = fsopen("proc", FsOpenFlags::FSOPEN_CLOEXEC).step("fsopen proc")?;
     fsconfig_create(&context).step("fsconfig")?;
@@ -59,21 +59,21 @@ pub fn fsmount_proc() -> Outcome {
     Ok(format!("has a procfs of its own, with a file of mode {:o}", file.st_mode))
 }
 
-/// A copy of a mount is without what was mounted on it.
+/// A copied mount lacks the mounts on top of it.
 pub fn copy_of_proc() -> Outcome {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     let copy = open_tree(CWD, "/proc", flags).step("open_tree /proc")?;
     writable(Path::new(&format!("/proc/self/fd/{}/sys/kernel/core_pattern", std::os::fd::AsRawFd::as_raw_fd(&copy))))
 }
 
-/// The same by mounting it elsewhere.
+/// The same by bind mount.
 pub fn bind_of_proc() -> Outcome {
     let place = Place::new();
     mount_bind("/proc", &place.0).step("mount /proc elsewhere")?;
     writable(&place.0.join("sys/kernel/core_pattern"))
 }
 
-/// Taking covers away.
+/// Unmounts the masks.
 pub fn unmount_covers() -> Outcome {
     any(COVERED, |path| {
         unmount(path, UnmountFlags::DETACH).step(format!("unmount {path}"))?;
@@ -81,7 +81,7 @@ pub fn unmount_covers() -> Outcome {
     })
 }
 
-/// Moving covers away.
+/// Moves the masks away.
 pub fn move_covers() -> Outcome {
     let place = Place::new();
     let file = place.0.with_extension("file");
@@ -96,7 +96,7 @@ pub fn move_covers() -> Outcome {
     outcome
 }
 
-/// Making the read-only writable.
+/// Remounts read-only mounts writable.
 pub fn remount() -> Outcome {
     const READ_ONLY: [&CStr; 4] = [c"/proc/sys", c"/proc/sysrq-trigger", c"/sys", c"/proc/irq"];
     any(READ_ONLY, |path| {
@@ -105,7 +105,7 @@ pub fn remount() -> Outcome {
     })
 }
 
-/// Making devices open where they do not (`nodev`): a copy of the root without that.
+/// Circumvents `nodev` with a new mount.
 pub fn devices_in_a_new_tmpfs() -> Outcome {
     let place = Place::new();
     mount("tmpfs", &place.0, "tmpfs", MountFlags::empty(), None).step("mount a tmpfs")?;
@@ -116,7 +116,7 @@ pub fn devices_in_a_new_tmpfs() -> Outcome {
     Ok("opened the kernel's log".into())
 }
 
-/// Another root, and then the old one below it.
+/// Changes the root, and then looks for the old one below it.
 pub fn pivot_root() -> Outcome {
     let place = Place::new();
     mount("tmpfs", &place.0, "tmpfs", MountFlags::empty(), None).step("mount a tmpfs")?;

@@ -1,4 +1,4 @@
-//! Into other namespaces: those outside, and new ones in which one has every right.
+//! Other namespaces: those outside, and new ones in which the process has all capabilities.
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -20,7 +20,7 @@ fn enter_mounts(namespace: impl AsFd) -> Outcome {
     read_secret(&file())
 }
 
-/// The mount namespaces of all processes that are to be seen.
+/// Mount namespaces of all visible processes.
 pub fn of_visible_processes() -> Outcome {
     any(visible_processes(), |process| {
         let path = format!("/proc/{process}/ns/mnt");
@@ -28,7 +28,7 @@ pub fn of_visible_processes() -> Outcome {
     })
 }
 
-/// Any other namespace of those.
+/// Their other namespaces.
 pub fn other_kinds_of_visible_processes() -> Outcome {
     any(visible_processes(), |process| {
         any(["user", "pid", "ipc", "uts", "cgroup", "net", "time"], |kind| {
@@ -44,20 +44,20 @@ pub fn other_kinds_of_visible_processes() -> Outcome {
     })
 }
 
-/// That of the process outside, by a descriptor on it.
+/// Those of the process outside, by pidfd.
 pub fn of_process() -> Outcome {
     let process = Pid::from_raw(process()?).expect("a process number");
     enter_mounts(rustix::process::pidfd_open(process, PidfdFlags::empty()).step("pidfd_open")?)
 }
 
-/// That of the process outside, by a handle on it.
+/// Those of the process outside, by file handle.
 pub fn by_handle() -> Outcome {
     let handle: sys::Handle = told("NAMESPACE_HANDLE").parse().expect("a handle");
     let place = File::open("/proc/self/ns/mnt").step("open /proc/self/ns/mnt")?;
     enter_mounts(handle.open(place, libc::O_RDONLY).step("open_by_handle_at")?)
 }
 
-/// From one mount namespace to the next, through all that the kernel has.
+/// From one mount namespace to the next, through all in the kernel.
 pub fn neighbours() -> Outcome {
     any([true, false], |after| {
         let mut here: OwnedFd = File::open("/proc/self/ns/mnt").step("open /proc/self/ns/mnt")?.into();
@@ -70,13 +70,13 @@ pub fn neighbours() -> Outcome {
     })
 }
 
-/// A mount namespace of one's own, in the same user namespace.
+/// A new mount namespace in the same user namespace.
 pub fn new_mounts() -> Outcome {
     unshare(CloneFlags::CLONE_NEWNS).step("unshare the mount namespace")?;
     Ok("has a mount namespace of its own".into())
 }
 
-/// A user namespace of one's own, in which one has every capability, with other new namespaces that it then owns.
+/// Enters a new user namespace, with every capability in it, and other new namespaces that it owns.
 fn every_capability(others: CloneFlags) -> Result<(), Held> {
     unshare(CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNS | others).step("unshare the user namespace")?;
     for (name, text) in [("setgroups", "deny"), ("uid_map", "0 0 1"), ("gid_map", "0 0 1")] {
@@ -85,13 +85,13 @@ fn every_capability(others: CloneFlags) -> Result<(), Held> {
     Ok(())
 }
 
-/// The same by the calls of 32-bit programs.
+/// The same by 32-bit system calls.
 pub fn nested_by_32_bits() -> Outcome {
     sys::unshare_by_32_bits(libc::CLONE_NEWUSER | libc::CLONE_NEWNS).step("unshare the user namespace")?;
     Ok("has a user namespace of its own".into())
 }
 
-/// The user namespace that the host name belongs to: its owner may enter it, and there has every capability.
+/// The user namespace that owns the UTS namespace: its owner may enter it, and gains every capability there.
 pub fn owner_of_the_name() -> Outcome {
     let names = File::open("/proc/self/ns/uts").step("open /proc/self/ns/uts")?;
     let owner = sys::owner(names.as_fd()).step("ask for its user namespace")?;
@@ -104,7 +104,7 @@ pub fn owner_of_the_name() -> Outcome {
     Ok("has every capability in a user namespace, and mounts of its own".into())
 }
 
-/// There: taking away what is covered up.
+/// In a new user namespace: unmounts masks.
 pub fn nested_uncover() -> Outcome {
     every_capability(CloneFlags::empty())?;
     let uncovered = any(COVERED, |path| {
@@ -123,7 +123,7 @@ pub fn nested_uncover() -> Outcome {
     uncovered.or_else(|_| writable_again()).or_else(|_| elsewhere())
 }
 
-/// There: a procfs of one's own, with a PID namespace of one's own.
+/// In a new user namespace: a new procfs, with a new PID namespace.
 pub fn nested_proc() -> Outcome {
     if child::is_this() {
         let place = Place::new();
@@ -134,7 +134,7 @@ pub fn nested_proc() -> Outcome {
     child::goes_on()
 }
 
-/// There: a sysfs of one's own, with a network namespace of one's own.
+/// In a new user namespace: a new sysfs, with a new network namespace.
 pub fn nested_sys() -> Outcome {
     every_capability(CloneFlags::CLONE_NEWNET)?;
     let place = Place::new();
@@ -142,7 +142,7 @@ pub fn nested_sys() -> Outcome {
     any_below(&place.0.join("kernel"), &|_| false)
 }
 
-/// There: the cgroup that this process is in, with all others in it.
+/// In a new user namespace: this process's cgroup and all below it.
 pub fn nested_cgroup() -> Outcome {
     every_capability(CloneFlags::CLONE_NEWCGROUP)?;
     let place = Place::new();

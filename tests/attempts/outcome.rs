@@ -1,12 +1,12 @@
-//! How an attempt went: out, with evidence, or held, and by what.
+//! Outcome of an attempt: out, with evidence, or held, with the reason.
 
 use std::fmt::{Display, Formatter};
 use std::io;
 
-/// Evidence of having got out, or what held.
+/// Evidence of an escape, or what prevented it.
 pub type Outcome = Result<String, Held>;
 
-/// What stood in the way.
+/// What prevented it.
 #[derive(Debug)]
 pub struct Held {
     step: String,
@@ -14,12 +14,12 @@ pub struct Held {
 }
 
 impl Held {
-    /// Held by something that is no error of the system's.
+    /// Held by something other than a system error.
     pub fn by(step: impl Display, why: &'static str) -> Self {
         Self { step: step.to_string(), why: io::Error::other(why) }
     }
 
-    /// Whether the kernel lacks what was tried, which is then no way out of anything.
+    /// Whether the kernel lacks what was tried, so that there is nothing to defend.
     pub fn is_absent(&self) -> bool {
         matches!(self.why.raw_os_error(), Some(libc::ENOENT | libc::ENOSYS | libc::ENOTTY))
     }
@@ -31,9 +31,9 @@ impl Display for Held {
     }
 }
 
-/// Says which step of an attempt a failure held.
+/// Names the step at which an attempt failed.
 pub trait Step<T> {
-    /// `what` as in "open /dev/mem".
+    /// `what` is, for example, "open /dev/mem".
     fn step(self, what: impl Display) -> Result<T, Held>;
 }
 
@@ -43,7 +43,7 @@ impl<T, E: Into<io::Error>> Step<T> for Result<T, E> {
     }
 }
 
-/// Tries one after the other: the first that gets out, else what held the last one.
+/// Tries `ways` in order: returns the first success, or the last failure.
 pub fn any<T>(ways: impl IntoIterator<Item = T>, attempt: impl Fn(T) -> Outcome) -> Outcome {
     let mut held = Held::by("find a way to try", "there is none");
     for way in ways {

@@ -1,4 +1,4 @@
-//! What lies outside, as an attempt is told of it by `OUTSIDE_*` variables, and how it is known again.
+//! What is outside, as `OUTSIDE_*` variables announce it, and how it is recognized.
 
 use std::io::Read;
 use std::os::fd::AsFd;
@@ -8,16 +8,16 @@ use rustix::fs::{Mode, OFlags};
 
 use crate::outcome::{Held, Outcome, Step};
 
-/// Every secret outside begins with this; what follows, only those outside know.
+/// Prefix of every secret outside; the rest is known only outside.
 pub const MARK: &str = "decoy-of-ims-sshd-";
 
-/// The value of `OUTSIDE_<name>`. An attempt that is not told where to go is broken.
+/// Value of `OUTSIDE_<name>`. Without it the attempt is broken.
 pub fn told(name: &str) -> String {
     let name = format!("OUTSIDE_{name}");
     std::env::var(&name).unwrap_or_else(|_| panic!("{name} is not set: see `attempts decoys`"))
 }
 
-/// The decoy file's path, as it is outside.
+/// Path of the decoy file, as outside.
 pub fn file() -> PathBuf {
     told("FILE").into()
 }
@@ -27,7 +27,7 @@ pub fn file_below(directory: &Path) -> PathBuf {
     directory.join(file().strip_prefix("/").expect("an absolute path"))
 }
 
-/// The number that the process outside has there. In a PID namespace of one's own, another process may have it.
+/// PID of the process outside, in its own namespace; in another PID namespace it may be a different process.
 pub fn process() -> Result<i32, Held> {
     let number: i32 = told("PROCESS").parse().expect("a process number");
     let line = std::fs::read_to_string(format!("/proc/{number}/cmdline")).unwrap_or_default();
@@ -37,13 +37,13 @@ pub fn process() -> Result<i32, Held> {
     Err(Held::by(format!("find process {number}"), "the number is another's"))
 }
 
-/// The numbers of all processes that are to be seen.
+/// PIDs of all visible processes.
 pub fn visible_processes() -> Vec<i32> {
     let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
 }
 
-/// Evidence, if a secret is in `bytes`.
+/// The secret in `bytes`, as evidence.
 pub fn secret_in(bytes: &[u8]) -> Option<String> {
     let text = String::from_utf8_lossy(bytes);
     let secret = &text[text.find(MARK)?..];
@@ -51,12 +51,12 @@ pub fn secret_in(bytes: &[u8]) -> Option<String> {
     (end > MARK.len()).then(|| secret[..end].to_owned())
 }
 
-/// The evidence in what was got, or that there was none.
+/// The secret in `bytes`, or that there was none.
 pub fn secret(bytes: &[u8]) -> Outcome {
     secret_in(bytes).ok_or_else(|| Held::by("look for the secret", "it is not there"))
 }
 
-/// Reads the file at `path`, if it is a regular one: nothing else is opened, lest that has effects of its own.
+/// Reads `path` if it is a regular file: opening anything else may have effects.
 pub fn read_secret(path: &Path) -> Outcome {
     read_secret_at(rustix::fs::CWD, path)
 }

@@ -1,4 +1,4 @@
-//! At the processes outside.
+//! Processes outside.
 
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
@@ -11,10 +11,10 @@ use crate::outcome::{Held, Outcome, Step, any};
 use crate::outside::{process, secret, told, visible_processes};
 use crate::sys;
 
-/// A signal that nobody is harmed by: the right to send it is the right to send any.
+/// A harmless signal: permission to send it is permission to send any.
 const HARMLESS: Signal = Signal::WINCH;
 
-/// The process outside, by its number; and the jail's own init, which is known by its root.
+/// PID of the process outside, and of the jail's init, which is recognized by its root.
 fn targets() -> Result<Vec<i32>, Held> {
     let init = std::fs::read_link("/proc/1/root").is_ok_and(|root| root == Path::new("/proc"));
     match (process(), init) {
@@ -29,7 +29,7 @@ fn pid(number: i32) -> Pid {
     Pid::from_raw(number).expect("a process number")
 }
 
-/// Tracing.
+/// Traces a process.
 pub fn trace() -> Outcome {
     any(targets()?, |process| {
         sys::ptrace_seize(process).step(format!("trace process {process}"))?;
@@ -37,7 +37,7 @@ pub fn trace() -> Outcome {
     })
 }
 
-/// Reading its memory.
+/// Reads its memory.
 pub fn memory() -> Outcome {
     any(targets()?, |process| {
         let maps = std::fs::read_to_string(format!("/proc/{process}/maps")).step(format!("read {process}'s maps"))?;
@@ -50,7 +50,7 @@ pub fn memory() -> Outcome {
     })
 }
 
-/// Opening its memory as a file.
+/// Opens its memory as a file.
 pub fn memory_file() -> Outcome {
     any(targets()?, |process| {
         let path = format!("/proc/{process}/mem");
@@ -59,7 +59,7 @@ pub fn memory_file() -> Outcome {
     })
 }
 
-/// Its environment variables.
+/// Reads its environment variables.
 pub fn environment() -> Outcome {
     any(visible_processes(), |process| {
         let path = format!("/proc/{process}/environ");
@@ -67,7 +67,7 @@ pub fn environment() -> Outcome {
     })
 }
 
-/// Its settings in /proc, and its threads': whom the kernel ends first, what a core dump holds, its name, its groups.
+/// Changes its settings in /proc, and those of its threads: OOM score, contents of a core dump, name, groups.
 pub fn settings() -> Outcome {
     let process = process()?;
     let threads = format!("/proc/{process}/task");
@@ -77,7 +77,7 @@ pub fn settings() -> Outcome {
         let entries = std::fs::read_dir(&directory).step(format!("list {}", directory.display()))?.flatten();
         any(entries, |entry| {
             let found = entry.metadata().step(format!("look at {}", entry.path().display()))?;
-            // Root opens what nobody can write to as well.
+            // Root can open files without any write permission, too.
             if !found.is_file() || found.mode() & 0o222 == 0 {
                 return Err(Held::by(
                     format!("open {}", entry.path().display()),
@@ -89,14 +89,14 @@ pub fn settings() -> Outcome {
     })
 }
 
-/// Sending it a signal.
+/// Sends it a signal.
 pub fn kill() -> Outcome {
     let process = process()?;
     rustix::process::kill_process(pid(process), HARMLESS).step(format!("send process {process} a signal"))?;
     Ok(format!("sent process {process} a signal"))
 }
 
-/// Sending a signal to whoever leads this session, which sshd started outside.
+/// Sends a signal to the leader of this session, which sshd started outside.
 pub fn kill_session_leader() -> Outcome {
     let leader = nix::unistd::getsid(None).step("ask for the session's leader")?;
     if leader.as_raw() == 0 {
@@ -113,14 +113,14 @@ fn handle_on_process() -> Result<OwnedFd, Held> {
     rustix::process::pidfd_open(pid(process()?), PidfdFlags::empty()).step("pidfd_open")
 }
 
-/// Taking a descriptor of it.
+/// Duplicates a descriptor of it.
 pub fn steal_descriptor() -> Outcome {
     let handle = handle_on_process()?;
     let taken = rustix::process::pidfd_getfd(handle, 0, PidfdGetfdFlags::empty()).step("pidfd_getfd")?;
     Ok(format!("has its standard input: {taken:?}"))
 }
 
-/// Reaching it by a handle from outside, which is no number.
+/// Reaches it by a file handle from outside instead of a PID.
 pub fn process_handle() -> Outcome {
     let handle: sys::Handle = told("PROCESS_HANDLE").parse().expect("a handle");
     let place = rustix::process::pidfd_open(rustix::process::getpid(), PidfdFlags::empty()).step("pidfd_open")?;
@@ -129,7 +129,7 @@ pub fn process_handle() -> Outcome {
     Ok("sent the process a signal".into())
 }
 
-/// Changing its limits.
+/// Changes its limits.
 pub fn limits() -> Outcome {
     let process = pid(process()?);
     let limit = Rlimit { current: Some(0), maximum: Some(0) };
@@ -137,13 +137,13 @@ pub fn limits() -> Outcome {
     Ok("changed its limits".into())
 }
 
-/// Changing the limits of the first process that is seen, to what they are.
+/// Sets the limits of the first visible process to their current values.
 pub fn limits_of_init() -> Outcome {
     sys::set_limit_again(1).step("prlimit")?;
     Ok("changed the limits of process 1".into())
 }
 
-/// Changing how the kernel treats the first process that is seen.
+/// Changes settings of the first visible process in /proc.
 pub fn settings_of_init() -> Outcome {
     any(["oom_score_adj", "autogroup", "coredump_filter", "comm", "task/1/comm"], |name| {
         writable(&Path::new("/proc/1").join(name))

@@ -1,4 +1,4 @@
-//! Past the root: the directory that `/` is for this process.
+//! Paths that lead out of this process's root directory.
 
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -8,10 +8,10 @@ use rustix::fs::{AtFlags, Mode, OFlags};
 use crate::outcome::{Held, Outcome, Step, any};
 use crate::outside::{file, file_below, read_secret, read_secret_at, visible_processes};
 
-/// Deeper than any directory lies.
+/// Deeper than any directory.
 const UP: &str = "../../../../../../../../../../../../../../../../";
 
-/// From a working directory that lies outside the root, `..` leads further up.
+/// From a working directory outside the root, `..` leads further up.
 fn climb() -> Outcome {
     for _ in 0..64 {
         rustix::process::chdir("..").step("go up")?;
@@ -45,7 +45,7 @@ pub fn chroot_fchdir() -> Outcome {
     outcome
 }
 
-/// A descriptor of a directory outside, left open by whoever started this.
+/// A descriptor of a directory outside, left open by the caller.
 pub fn inherited_descriptors() -> Outcome {
     any(3..1024, |number| {
         let link = PathBuf::from(format!("/proc/self/fd/{number}"));
@@ -58,7 +58,7 @@ pub fn inherited_working_directory() -> Outcome {
     any([".", UP], |up| read_secret_at(rustix::fs::CWD, &file_below(Path::new(up))))
 }
 
-/// Above `/`.
+/// `..` above `/`.
 pub fn dot_dot() -> Outcome {
     let magic = ["/proc/self/root", "/proc/self/cwd", "/proc/thread-self/root"].map(|link| Path::new(link).join(UP));
     any([Path::new("/").to_owned(), Path::new("/").join(UP)].into_iter().chain(magic), |top| {
@@ -93,7 +93,7 @@ pub fn working_directories_of_processes() -> Outcome {
     of_visible_processes(&["cwd"])
 }
 
-/// What another process has open.
+/// Descriptors of another process.
 pub fn descriptors_of_processes() -> Outcome {
     any(visible_processes(), |process| {
         let directory = PathBuf::from(format!("/proc/{process}/fd"));
@@ -104,7 +104,7 @@ pub fn descriptors_of_processes() -> Outcome {
     })
 }
 
-/// The program of another process, where that is no file of this root.
+/// The program of another process, if it is outside this root.
 pub fn programs_of_processes() -> Outcome {
     any(visible_processes(), |process| {
         let link = format!("/proc/{process}/exe");
@@ -119,7 +119,7 @@ pub fn programs_of_processes() -> Outcome {
     })
 }
 
-/// Attributes of the program of another process, where that is no file of this root. Removing one that is not there changes nothing.
+/// Attributes of the program of another process, if it is outside this root. Removing a missing one changes nothing.
 pub fn attributes_of_programs() -> Outcome {
     any(visible_processes(), |process| {
         let link = format!("/proc/{process}/exe");
@@ -136,7 +136,7 @@ pub fn attributes_of_programs() -> Outcome {
     })
 }
 
-/// A file by its handle, which is no path.
+/// A file by its handle instead of a path.
 pub fn file_handle() -> Outcome {
     let handle: crate::sys::Handle = crate::outside::told("HANDLE").parse().expect("a handle");
     let root = rustix::fs::open("/", OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty()).expect("/ can be opened");

@@ -1,4 +1,4 @@
-//! At what listens outside, and at what is shared without a path: memory, queues, keys.
+//! Listeners outside, and what is shared without a path: memory, queues, keys.
 
 use std::ffi::CString;
 use std::io::Read;
@@ -31,12 +31,12 @@ fn connect(abstract_name: String) -> Result<UnixStream, Held> {
     UnixStream::connect_addr(&address).step("connect to the abstract socket outside")
 }
 
-/// A socket with an abstract name, which belongs to the network.
+/// A socket with an abstract name, which belongs to the network namespace.
 pub fn abstract_name() -> Outcome {
     hear(connect(told("ABSTRACT_SOCKET"))?)
 }
 
-/// A file that the neighbour of this handle has open.
+/// A file that the neighbour with this pidfd has open.
 fn file_of(neighbour: OwnedFd) -> Outcome {
     any(3..64, |number| {
         let taken = rustix::process::pidfd_getfd(&neighbour, number, PidfdGetfdFlags::empty()).step("pidfd_getfd")?;
@@ -46,13 +46,13 @@ fn file_of(neighbour: OwnedFd) -> Outcome {
     })
 }
 
-/// A file of whoever listens at a socket outside, by a handle on it.
+/// A file of a listener outside, by its pidfd.
 pub fn peer() -> Outcome {
     let stream = connect(told("NEIGHBOUR"))?;
     file_of(sys::peer(stream.as_fd()).step("ask for a handle on the peer")?)
 }
 
-/// The same by the calls of 32-bit programs.
+/// The same by 32-bit system calls.
 pub fn peer_by_32_bits() -> Outcome {
     let stream = connect(told("NEIGHBOUR"))?;
     any([false, true], |multiplexed| {
@@ -60,11 +60,11 @@ pub fn peer_by_32_bits() -> Outcome {
     })
 }
 
-/// A file of whoever sends a message from outside, by a handle that comes with it.
+/// A file of a sender outside, by the pidfd that comes with its message.
 pub fn sender() -> Outcome {
     let stream = connect(told("NEIGHBOUR"))?;
     sys::ask_for_senders(stream.as_fd()).step("ask for handles on senders")?;
-    // A message that was sent before comes without one.
+    // The first message was sent before and has none.
     rustix::io::write(&stream, b"again").step("have the neighbour send a message")?;
     any(0..2, |_| file_of(sys::sender(stream.as_fd()).step("receive a handle on the sender")?))
 }
@@ -75,18 +75,18 @@ fn opened(family: i32, kind: i32, protocol: i32) -> Outcome {
     Ok(what)
 }
 
-/// All packets of the network, of which /proc/net/packet then tells.
+/// All packets of the network; /proc/net/packet lists the socket.
 pub fn packets() -> Outcome {
     opened(libc::AF_PACKET, libc::SOCK_RAW, i32::from(3_u16.to_be()))
 }
 
-/// The same by their old name.
+/// The same by the old socket type.
 #[allow(deprecated)]
 pub fn packets_by_their_old_name() -> Outcome {
     any([libc::AF_INET, libc::AF_INET6], |family| opened(family, libc::SOCK_PACKET, i32::from(3_u16.to_be())))
 }
 
-/// Packets that others in the network are sent by TCP and UDP.
+/// Packets that others in the network namespace receive by TCP and UDP.
 pub fn raw() -> Outcome {
     any([libc::AF_INET, libc::AF_INET6], |family| {
         any([libc::IPPROTO_TCP, libc::IPPROTO_UDP, libc::IPPROTO_RAW], |protocol| {
@@ -95,18 +95,18 @@ pub fn raw() -> Outcome {
     })
 }
 
-/// Families other than those that an image needs; three-quarters of the numbers mean none.
+/// Socket families that no image needs; three-quarters of the numbers are unused.
 fn other_families() -> impl Iterator<Item = i32> {
     let needed = [libc::AF_UNSPEC, libc::AF_UNIX, libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK];
     (0..128).filter(move |family| !needed.contains(family))
 }
 
-/// Any other kind of sockets that the kernel has: of virtual machines, of its ciphers, …
+/// Sockets of any other family: virtual machines, kernel crypto, and so on.
 pub fn other_families_of_any_type() -> Outcome {
     any(other_families(), |family| any(1..=6, |kind| opened(family, kind, 0)))
 }
 
-/// The same by the calls of 32-bit programs.
+/// The same by 32-bit system calls.
 pub fn other_families_by_32_bits() -> Outcome {
     any([false, true], |multiplexed| {
         any(other_families(), |family| {
@@ -119,7 +119,7 @@ pub fn other_families_by_32_bits() -> Outcome {
     })
 }
 
-/// The supervisor's own socket.
+/// The supervisor's socket.
 pub fn supervisor() -> Outcome {
     let packets = Packets::connect(Path::new(&told("CONTROL"))).step("connect to the supervisor")?;
     packets.send(&Packet::Status.to_bytes()).step("ask the supervisor")?;
@@ -144,12 +144,12 @@ fn key(ring: i32) -> Outcome {
     secret(&sys::read_key(&name, ring).step("read the key")?)
 }
 
-/// A key of root's own keyring.
+/// A key in root's user keyring.
 pub fn user_key() -> Outcome {
     key(sys::USER_KEYRING)
 }
 
-/// A key of the keyring that processes inherit.
+/// A key in the inherited session keyring.
 pub fn session_key() -> Outcome {
     key(sys::SESSION_KEYRING)
 }

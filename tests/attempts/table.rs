@@ -3,28 +3,28 @@
 use crate::outcome::Outcome;
 use crate::{devices, kernel_files, mounts, namespaces, privileges, processes, roots, sockets, terminals};
 
-/// One way out.
+/// One way out of a jail.
 pub struct Attempt {
-    /// Its name on the command line.
+    /// Name on the command line.
     pub name: &'static str,
-    /// Where it works, which shows that it would tell a hole.
+    /// Where it succeeds, which proves that it would detect a hole.
     pub bites: Place,
     /// Where it is known from.
     pub source: &'static str,
-    /// Carries it out.
+    /// Runs it.
     pub run: fn() -> Outcome,
 }
 
-/// A weaker place than a jail.
+/// A place weaker than a jail.
 #[derive(Clone, Copy, Debug)]
 pub enum Place {
-    /// A chroot with every capability, the machine's /proc, /sys and /dev, and a descriptor that was left open.
+    /// A chroot with every capability, the machine's /proc, /sys and /dev, and an inherited descriptor.
     Chroot,
-    /// The machine's root itself, with mounts of its own.
+    /// The machine's own root, in a new mount namespace.
     Machine,
-    /// As in a chroot, where the kernel has it: not every kernel is built with it, and then there is nothing to defend.
+    /// Like `Chroot`, if the kernel is built with the feature; otherwise there is nothing to defend.
     ChrootIfBuilt,
-    /// As with the machine's root, where the kernel is new enough to have it.
+    /// Like `Machine`, if the kernel is new enough for the feature.
     MachineIfBuilt,
 }
 
@@ -34,7 +34,7 @@ const fn attempt(name: &'static str, bites: Place, run: fn() -> Outcome, source:
 
 use Place::{Chroot, ChrootIfBuilt, Machine, MachineIfBuilt};
 
-/// In the order of their themes. Those that spoil what they find come last.
+/// Grouped by subject. Attempts that damage what they find come last.
 pub const ATTEMPTS: &[Attempt] = &[
     attempt("double-chroot", Chroot, roots::double_chroot, "chroot(2), NOTES: the escape by mkdir, chroot, chdir .."),
     attempt("chroot-fchdir", Chroot, roots::chroot_fchdir, "chroot(2), NOTES: open directories"),

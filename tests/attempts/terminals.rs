@@ -1,4 +1,4 @@
-//! At a terminal outside.
+//! A terminal outside.
 
 use std::fs::File;
 use std::os::unix::fs::OpenOptionsExt;
@@ -13,16 +13,16 @@ fn terminal() -> Result<File, Held> {
     File::options().read(true).write(true).custom_flags(libc::O_NOCTTY).open(&path).step(format!("open {path}"))
 }
 
-/// Typing in the place of whoever sits there.
+/// Pushes input as if the user had typed it.
 pub fn push_input() -> Outcome {
     sys::push_input(terminal()?, b'#').step("push a character into it")?;
     Ok("typed at another's terminal".into())
 }
 
-/// Taking it away from its session, to then type.
+/// Steals it from its session, in order to type.
 pub fn steal() -> Outcome {
     if !child::is_this() {
-        // The leader of a process group cannot leave its session.
+        // A process group leader cannot leave its session.
         return child::goes_on();
     }
     let terminal = terminal()?;
@@ -32,7 +32,7 @@ pub fn steal() -> Outcome {
     Ok("took another's terminal away and typed there".into())
 }
 
-/// `attempts type TEXT`: that and Enter, for whoever reads next from this process's own terminal.
+/// `attempts type TEXT`: pushes TEXT and Enter into this process's terminal, for whoever reads it next.
 pub fn type_text(text: &str) -> std::process::ExitCode {
     match text.bytes().chain([b'\n']).try_for_each(|byte| sys::push_input(std::io::stdin(), byte)) {
         Ok(()) => std::process::ExitCode::SUCCESS,
