@@ -14,7 +14,7 @@ use ims_sshd::sshd::options::Options;
 use ims_sshd::sys::mounts::mount_points;
 use ims_sshd::sys::tree::Tree;
 
-/// What is measured, with criterion's name of its directory.
+/// The cases, with criterion's names of their directories.
 pub const CASES: [(&str, &str); 6] = [
     ("account", "passwd of 41 lines and group of 60: root's account"),
     ("request", "`SSH_ORIGINAL_COMMAND` of a task of Ansible's"),

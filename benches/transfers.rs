@@ -9,7 +9,7 @@ use crate::{Bound, Report, Unit, in_turns, ratios};
 const MEBIBYTES: f64 = 512.0;
 const FILES: usize = 2000;
 
-/// What a transfer moves; decides the unit.
+/// Kind of a transfer, which decides the unit.
 #[derive(Clone, Copy)]
 enum Load {
     Large,

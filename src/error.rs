@@ -13,7 +13,7 @@ pub struct Error {
     attempted: String,
     /// Message of the system or another program.
     cause: Option<String>,
-    /// What the reader can do.
+    /// Advice to the reader.
     advice: Option<String>,
     kind: Kind,
 }
@@ -56,7 +56,7 @@ impl Error {
         self
     }
 
-    /// Adds what the reader can do.
+    /// Adds advice to the reader.
     #[must_use]
     pub fn advise(mut self, advice: impl Into<String>) -> Self {
         self.advice = Some(advice.into());
@@ -113,7 +113,7 @@ impl<T, E: fmt::Display> Attempt<T> for std::result::Result<T, E> {
 
 /// Adds advice to an error that already says what failed.
 pub trait Advise<T> {
-    /// Adds what the reader can do.
+    /// Adds advice to the reader.
     fn advise(self, advice: &str) -> Result<T>;
 }
 

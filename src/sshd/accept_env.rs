@@ -1,4 +1,4 @@
-//! Which variables clients may set, judged by every `AcceptEnv` in sshd's configuration.
+//! Variables that clients may set, judged by every `AcceptEnv` in sshd's configuration.
 //!
 //! `sshd -T` answers for one address only, and a `Match` block that applies to another adds its patterns to the list.
 //! (For the other keywords checked here, sshd uses the first value found, which is our fragment's.) So every

@@ -111,7 +111,7 @@ fn parse(line: &str) -> Option<Line<'_>> {
     }
 }
 
-/// Splits at an address at the end, as in `root 192.0.2.1 port 40000`.
+/// Splits off the address at the end, as in `root 192.0.2.1 port 40000`.
 fn address(text: &str) -> Option<(&str, (&str, u16))> {
     let (before, port) = text.rsplit_once(" port ")?;
     let (user, client) = before.rsplit_once(' ').unwrap_or(("", before));

@@ -1,4 +1,4 @@
-//! Which machine a program is for, from its ELF header, and whether such a program runs here.
+//! The machine that a program is for, from its ELF header, and whether such a program runs here.
 
 use std::fs::File;
 use std::io::{self, Write};

@@ -130,7 +130,7 @@ pub struct Identity {
 }
 
 impl Identity {
-    /// Identity of process `pid`, which must not be able to be reaped meanwhile: this process, or a child not yet
+    /// Identity of process `pid`, which must not be reaped meanwhile: this process, or a child not yet
     /// waited for.
     pub fn of(pid: Pid) -> Option<Self> {
         Entry::read(pid).map(|entry| Self { pid: pid.as_raw(), start: entry.start })
@@ -242,7 +242,7 @@ pub fn output_within(child: Child, limit: Duration) -> io::Result<Option<Output>
     })
 }
 
-/// What /proc/PID/stat says about a process.
+/// Fields of /proc/PID/stat.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
     /// Its PID.

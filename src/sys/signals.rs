@@ -106,7 +106,7 @@ mod tests {
             String::from_utf8(output.stdout).unwrap().split_whitespace().nth(1).unwrap().to_owned()
         };
         assert_eq!(blocked(hold_none(&mut Command::new("grep"))), "0000000000000000");
-        // The counterpart: without it the mask is inherited.
+        // Without it, the mask is inherited.
         assert_ne!(blocked(&mut Command::new("grep")), "0000000000000000");
         signals.before.thread_set_mask().unwrap();
     }

@@ -6,7 +6,7 @@ use std::io;
 /// Evidence of an escape, or what prevented it.
 pub type Outcome = Result<String, Held>;
 
-/// What prevented it.
+/// The step that failed, and why.
 #[derive(Debug)]
 pub struct Held {
     step: String,

@@ -1,4 +1,4 @@
-//! What is outside, as `OUTSIDE_*` variables announce it, and how it is recognized.
+//! Targets outside the jail, announced in `OUTSIDE_*` variables, and recognizing their secrets.
 
 use std::io::Read;
 use std::os::fd::AsFd;
@@ -17,7 +17,7 @@ pub fn told(name: &str) -> String {
     std::env::var(&name).unwrap_or_else(|_| panic!("{name} is not set: see `attempts decoys`"))
 }
 
-/// Path of the decoy file, as outside.
+/// Path of the decoy file outside.
 pub fn file() -> PathBuf {
     told("FILE").into()
 }
