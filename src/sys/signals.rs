@@ -31,8 +31,8 @@ impl Signals {
         self.next_with_sender().map(|next| next.map(|(signal, _)| signal))
     }
 
-    /// The next pending signal, and whether a process sent it. The kernel sends a terminal's signals, to its whole
-    /// foreground group.
+    /// The next pending signal, and whether a process sent it. Signals typed at a terminal come from the kernel,
+    /// and go to its whole foreground group.
     pub fn next_with_sender(&self) -> nix::Result<Option<(Signal, bool)>> {
         match self.fd.read_signal() {
             // SI_USER and the other codes for a sending process are not positive (sigaction(2)).
