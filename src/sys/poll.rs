@@ -1,4 +1,4 @@
-//! poll(2) with a `Duration`.
+//! Waiting for descriptors: poll(2), and epoll(7) for event loops.
 
 use std::collections::{BTreeSet, HashMap};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -17,8 +17,8 @@ fn timespec(limit: Duration) -> Timespec {
     Timespec { tv_sec: limit.as_secs().cast_signed(), tv_nsec: limit.subsec_nanos().into() }
 }
 
-/// Sources of an event loop, each registered once with the event that it brings. Readable itself while one of them is ready, so that a part
-/// of a program can have sources of its own and be one source of the whole.
+/// Sources of an event loop, each registered once with its event. Readable itself while one of them is ready, so that a
+/// part of a program can have its own sources and be a single source of the whole.
 #[derive(Debug)]
 pub struct Sources<E> {
     epoll: OwnedFd,
@@ -26,26 +26,26 @@ pub struct Sources<E> {
 }
 
 impl<E: Copy + Ord> Sources<E> {
-    /// No source yet.
+    /// Starts without sources.
     pub fn new() -> rustix::io::Result<Self> {
         Ok(Self { epoll: epoll::create(CreateFlags::CLOEXEC)?, events: HashMap::new() })
     }
 
-    /// Registers `source`, until it is closed, to bring `event` while it is readable.
+    /// Registers `source` until it is closed: while it is readable, `wait` returns `event`.
     pub fn add(&mut self, source: impl AsFd, event: E) -> rustix::io::Result<()> {
         let number = source.as_fd().as_raw_fd();
         self.events.insert(number, event);
         epoll::add(&self.epoll, source, EventData::new_u64(number.cast_unsigned().into()), EventFlags::IN)
     }
 
-    /// Forgets `source`, such as a socket whose other end is gone: it would be ready for ever.
+    /// Unregisters `source`, such as a socket whose other end is gone: it would stay ready.
     pub fn remove(&self, source: impl AsFd) {
         let _ = epoll::delete(&self.epoll, source);
     }
 
-    /// Waits for `limit` at the most until a source is ready. Returns the events of those that are.
+    /// Waits until a source is ready or `limit` has passed. Returns the events of the ready ones.
     pub fn wait(&self, limit: Duration) -> BTreeSet<E> {
-        // More come with the next wait.
+        // Any more are returned by the next call.
         let mut ready = Vec::with_capacity(64);
         let _ = epoll::wait(&self.epoll, spare_capacity(&mut ready), Some(&timespec(limit)));
         let number = |event: &epoll::Event| RawFd::try_from(event.data.u64()).ok();
