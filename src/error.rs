@@ -34,7 +34,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
     /// `attempted` completes the sentence "cannot …".
-    pub fn new(attempted: impl Into<String>) -> Self {
+    pub(crate) fn new(attempted: impl Into<String>) -> Self {
         Self { attempted: attempted.into(), cause: None, advice: None, kind: Kind::Broken }
     }
 
@@ -44,14 +44,14 @@ impl Error {
     }
 
     /// Work interrupted by `signal`.
-    pub fn interrupted(signal: Signal) -> Self {
+    pub(crate) fn interrupted(signal: Signal) -> Self {
         let attempted = format!("interrupted by {signal}");
         Self { attempted, cause: None, advice: None, kind: Kind::Interrupted(signal) }
     }
 
     /// Adds the message of the system.
     #[must_use]
-    pub fn because(mut self, cause: impl fmt::Display) -> Self {
+    pub(crate) fn because(mut self, cause: impl fmt::Display) -> Self {
         self.cause = Some(cause.to_string());
         self
     }
@@ -65,7 +65,7 @@ impl Error {
 
     /// Adds further advice.
     #[must_use]
-    pub fn advise_also(self, advice: &str) -> Self {
+    pub(crate) fn advise_also(self, advice: &str) -> Self {
         let advice = self.advice.iter().map(String::as_str).chain([advice]).collect::<Vec<_>>().join("; ");
         self.advise(advice)
     }
@@ -112,7 +112,7 @@ impl<T, E: fmt::Display> Attempt<T> for std::result::Result<T, E> {
 }
 
 /// Adds advice to an error that already says what failed.
-pub trait Advise<T> {
+pub(crate) trait Advise<T> {
     /// Adds advice to the reader.
     fn advise(self, advice: &str) -> Result<T>;
 }

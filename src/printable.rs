@@ -20,7 +20,7 @@ impl<T: AsRef<str>> fmt::Display for Printable<T> {
 const MOST_LISTED: usize = 20;
 
 /// Joins a list for a message, truncated: an image may have any number of names.
-pub fn listed(entries: &[impl AsRef<str>]) -> String {
+pub(crate) fn listed(entries: &[impl AsRef<str>]) -> String {
     let shown: Vec<_> = entries.iter().take(MOST_LISTED).map(AsRef::as_ref).collect();
     match entries.len() - shown.len() {
         0 => shown.join(", "),
@@ -30,7 +30,7 @@ pub fn listed(entries: &[impl AsRef<str>]) -> String {
 
 /// [`Printable`] for JSON text, preserving its meaning: such characters occur only in strings, and newlines only between
 /// values.
-pub fn json(text: &str) -> String {
+pub(crate) fn json(text: &str) -> String {
     text.chars().fold(String::with_capacity(text.len()), |mut shown, c| {
         if c == '\n' || is_printable(c) {
             shown.push(c);

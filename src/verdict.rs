@@ -4,7 +4,7 @@ use rustix::fs::{FileType, Stat};
 
 /// Whether a file with a verdict file's name in the image's /tmp counts: only a regular file, as `touch` creates it. A
 /// program may have a directory or link of that name.
-pub fn is_mark(found: &Stat) -> bool {
+pub(crate) fn is_mark(found: &Stat) -> bool {
     FileType::from_raw_mode(found.st_mode) == FileType::RegularFile
 }
 
@@ -19,10 +19,10 @@ pub enum Verdict {
 
 impl Verdict {
     /// Both verdicts.
-    pub const ALL: [Self; 2] = [Self::Complete, Self::Failed];
+    pub(crate) const ALL: [Self; 2] = [Self::Complete, Self::Failed];
 
     /// Name of the verdict file, both in the image root's parent and in the jail's /tmp.
-    pub fn signal_file(self) -> &'static str {
+    pub(crate) fn signal_file(self) -> &'static str {
         match self {
             Self::Complete => "complete",
             Self::Failed => "failed",
@@ -30,7 +30,7 @@ impl Verdict {
     }
 
     /// The verdict with that file name.
-    pub fn from_signal_file(name: &str) -> Option<Self> {
+    pub(crate) fn from_signal_file(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|v| v.signal_file() == name)
     }
 }

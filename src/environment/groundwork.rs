@@ -11,16 +11,16 @@ use crate::sshd::sftp_server;
 use crate::volume::state_directory::StateFolder;
 
 /// What does not depend on the image, and is done while one waits for it.
-pub struct Groundwork {
+pub(crate) struct Groundwork {
     /// sftp-server with all it needs.
-    pub sftp: Vec<Program>,
+    pub(crate) sftp: Vec<Program>,
     /// What kind of jail is made; nothing in plain mode.
-    pub jail: Option<Choice>,
+    pub(crate) jail: Option<Choice>,
 }
 
 impl Groundwork {
     /// Makes host keys where they are missing (an RSA key takes its time), finds sshd's parts, and finds out which jail can be had.
-    pub fn lay(settings: &Settings, state: &StateFolder) -> Result<Self> {
+    pub(crate) fn lay(settings: &Settings, state: &StateFolder) -> Result<Self> {
         crate::sshd::program()?;
         crate::sshd::check_rights()?;
         let sftp = if settings.jailed { sftp_server::files()? } else { Vec::new() };

@@ -31,11 +31,11 @@ const NAMED: usize = 20;
 const NOTICE_TIME: Duration = Duration::from_millis(10);
 
 /// The wait for sessions to end.
-pub struct Farewell {
+pub(crate) struct Farewell {
     began: Instant,
     deadline: Instant,
     /// When to look again at the latest.
-    pub next_look: Instant,
+    pub(crate) next_look: Instant,
     /// Interactive shells, which were hung up.
     hung_up: Vec<Pid>,
     /// Their ends wake the event loop.
@@ -44,7 +44,7 @@ pub struct Farewell {
 
 /// What the wait has come to.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Progress {
+pub(crate) enum Progress {
     /// No session is running.
     Idle,
     /// Some are; look again at [`Farewell::next_look`].
@@ -54,7 +54,7 @@ pub enum Progress {
 }
 
 /// Writes one line to the terminal of each of `shells`. Never to that of a command, whose output a program may read.
-pub fn tell_terminals(shells: &[Entry], what: &str) {
+pub(crate) fn tell_terminals(shells: &[Entry], what: &str) {
     for path in shells.iter().filter_map(Entry::terminal_path) {
         // Somebody may have stopped the terminal's output: not a reason to wait.
         let flags = libc::O_NOCTTY | libc::O_NONBLOCK;
@@ -64,7 +64,7 @@ pub fn tell_terminals(shells: &[Entry], what: &str) {
 }
 
 /// Tells people at interactive shells what comes, and hangs up as a lost line would. Returns whom.
-pub fn hang_up(shells: &[Entry], verdict: Verdict, grace: Duration) -> Vec<Pid> {
+pub(crate) fn hang_up(shells: &[Entry], verdict: Verdict, grace: Duration) -> Vec<Pid> {
     let word = match verdict {
         Verdict::Complete => "marked complete and will be packed",
         Verdict::Failed => "marked failed and will not be packed",
@@ -88,13 +88,13 @@ fn carried_out(session: &Entry) -> Entry {
 
 impl Farewell {
     /// Waits for `grace` at the most. `hung_up` are those that [`hang_up`] told.
-    pub fn start(grace: Duration, hung_up: Vec<Pid>) -> Self {
+    pub(crate) fn start(grace: Duration, hung_up: Vec<Pid>) -> Self {
         let began = Instant::now();
         Self { began, deadline: began + grace, next_look: began, hung_up, watched: Vec::new() }
     }
 
     /// Judges what is running. `script` says whether the customization script is.
-    pub fn look(&mut self, running: Running, script: bool) -> Progress {
+    pub(crate) fn look(&mut self, running: Running, script: bool) -> Progress {
         let now = Instant::now();
         let Running { connections, mut sessions, unheard, last_end } = running;
         if now >= self.began + HANG_UP_TIME {
@@ -132,7 +132,7 @@ impl Farewell {
     }
 
     /// Readable when one of the sessions or connections has ended.
-    pub fn ends(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+    pub(crate) fn ends(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.watched.iter().map(|handle| handle.fd.as_fd())
     }
 }

@@ -21,7 +21,7 @@ use crate::verdict::Verdict;
 
 /// Where the environment is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum State {
+pub(crate) enum State {
     /// For `ready`.
     Waiting,
     /// Configuration, jail, sshd.
@@ -44,7 +44,7 @@ pub enum State {
 
 impl State {
     /// Stage of the job that `status` prints.
-    pub fn stage(self) -> Stage {
+    pub(crate) fn stage(self) -> Stage {
         match self {
             Self::Waiting => Stage::Waiting,
             Self::Preparing => Stage::Preparing,
@@ -57,7 +57,7 @@ impl State {
 
 /// What can happen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Event {
+pub(crate) enum Event {
     /// The sidecar says that the image is there.
     Ready,
     /// sshd accepts connections.
@@ -103,7 +103,7 @@ pub enum Event {
 
 /// What is to be done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Action {
+pub(crate) enum Action {
     /// Make everything up to a listening sshd; answer with [`Event::Listening`] or [`Event::Broken`].
     Prepare,
     /// Start what has died again, after this time; answer with [`Event::Died`] if it cannot be.
@@ -126,7 +126,7 @@ pub enum Action {
 
 /// The machine.
 #[derive(Debug)]
-pub struct Machine {
+pub(crate) struct Machine {
     state: State,
     grace: Duration,
     restarts: Restarts,
@@ -140,7 +140,7 @@ const GRACE_AFTER_SIGNAL: Duration = Duration::from_secs(1);
 
 impl Machine {
     /// A machine at the beginning; `grace` is what running commands get after a verdict.
-    pub fn new(grace: Duration) -> Self {
+    pub(crate) fn new(grace: Duration) -> Self {
         Self {
             state: State::Waiting,
             grace,
@@ -152,27 +152,27 @@ impl Machine {
     }
 
     /// Where the environment is.
-    pub fn state(&self) -> State {
+    pub(crate) fn state(&self) -> State {
         self.state
     }
 
     /// What became of the image, so far.
-    pub fn verdict(&self) -> Option<Verdict> {
+    pub(crate) fn verdict(&self) -> Option<Verdict> {
         self.verdict
     }
 
     /// True if somebody marked the image failed. A signal or a fault fails it without a mark, and its changes are kept.
-    pub fn is_given_up(&self) -> bool {
+    pub(crate) fn is_given_up(&self) -> bool {
         self.given_up
     }
 
     /// The program's exit code, once the state is [`State::Done`].
-    pub fn exit_code(&self) -> u8 {
+    pub(crate) fn exit_code(&self) -> u8 {
         self.exit_code
     }
 
     /// Takes note of `event` and says what is to be done now.
-    pub fn on(&mut self, event: Event) -> Vec<Action> {
+    pub(crate) fn on(&mut self, event: Event) -> Vec<Action> {
         match (self.state, event) {
             (State::Waiting, Event::Ready) => self.go(State::Preparing, [Action::Prepare]),
             // The sidecar has given up, or somebody else, or nothing is left to do.

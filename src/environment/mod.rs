@@ -1,16 +1,16 @@
 //! The life of a build environment: decide, wait, prepare, serve, close, done.
 
-pub mod groundwork;
-pub mod hang_up;
-pub mod machine;
-pub mod open;
-pub mod presence;
-pub mod processes;
-pub mod recovery;
-pub mod restarts;
-pub mod script;
+pub(crate) mod groundwork;
+pub(crate) mod hang_up;
+pub(crate) mod machine;
+pub(crate) mod open;
+pub(crate) mod presence;
+pub(crate) mod processes;
+pub(crate) mod recovery;
+pub(crate) mod restarts;
+pub(crate) mod script;
 pub mod settings;
-pub mod sshd_setup;
+pub(crate) mod sshd_setup;
 pub mod stage;
 pub mod supervisor;
-pub mod watchdog;
+pub(crate) mod watchdog;

@@ -22,21 +22,21 @@ const RESERVED: u64 = 48;
 
 /// A session that is running.
 #[derive(Debug, Clone)]
-pub struct Session {
+pub(crate) struct Session {
     /// Its first process: the helper, or in plain mode the shell or command.
-    pub pid: i32,
+    pub(crate) pid: i32,
     /// The client's address.
-    pub client: String,
+    pub(crate) client: String,
     /// The fingerprint of its key, as sshd logs it; empty where it is not known.
-    pub key: String,
+    pub(crate) key: String,
     /// Whether there is a terminal.
-    pub terminal: bool,
+    pub(crate) terminal: bool,
     /// Whether it is a shell at a terminal, without a command of the client's.
-    pub interactive: bool,
+    pub(crate) interactive: bool,
     /// `shell`, `sftp`, or the command line, without what looks like a secret.
-    pub request: String,
+    pub(crate) request: String,
     /// When it began.
-    pub since: SystemTime,
+    pub(crate) since: SystemTime,
 }
 
 impl Session {
@@ -83,7 +83,7 @@ struct Line {
 }
 
 /// All who are there.
-pub struct Presence {
+pub(crate) struct Presence {
     listener: Listener,
     /// By their descriptors.
     lines: BTreeMap<RawFd, Line>,
@@ -101,7 +101,7 @@ pub struct Presence {
 
 impl Presence {
     /// Listens in the environment's state folder.
-    pub fn listen(state: &Path) -> Result<Self> {
+    pub(crate) fn listen(state: &Path) -> Result<Self> {
         let path = state.join(SOCKET);
         let attempted = || format!("listen at {}", path.display());
         let listener = Listener::bind(&path).attempt(attempted)?;
@@ -114,27 +114,27 @@ impl Presence {
     }
 
     /// Sessions that are running now.
-    pub fn sessions(&self) -> impl Iterator<Item = &Session> {
+    pub(crate) fn sessions(&self) -> impl Iterator<Item = &Session> {
         self.lines.values().filter_map(|l| l.session.as_ref()).chain(self.found.iter().map(|(s, _)| s))
     }
 
     /// Whether the session whose first process is `leader` is an interactive shell.
-    pub fn is_interactive(&self, leader: &Entry) -> bool {
+    pub(crate) fn is_interactive(&self, leader: &Entry) -> bool {
         self.sessions().any(|session| session.interactive && session.pid == leader.pid.as_raw())
     }
 
     /// Sessions that are running now, for the status.
-    pub fn to_json(&self) -> Value {
+    pub(crate) fn to_json(&self) -> Value {
         self.sessions().map(Session::to_json).collect()
     }
 
     /// When a session was last heard to end.
-    pub fn last_heard(&self) -> Option<Instant> {
+    pub(crate) fn last_heard(&self) -> Option<Instant> {
         self.last_heard
     }
 
     /// Hears what helpers tell, and returns whether somebody asked for the status.
-    pub fn look(&mut self) -> Vec<Packets> {
+    pub(crate) fn look(&mut self) -> Vec<Packets> {
         let mut asking = Vec::new();
         loop {
             let ready = self.sources.wait(Duration::ZERO);
@@ -177,13 +177,13 @@ impl Presence {
     }
 
     /// Logs the end of those that the close has ended.
-    pub fn close(mut self) {
+    pub(crate) fn close(mut self) {
         self.look();
         self.compare(&[]);
     }
 
     /// Compares with the first processes of all sessions, as they are found in plain mode: logs who has come and gone.
-    pub fn compare(&mut self, leaders: &[Entry]) {
+    pub(crate) fn compare(&mut self, leaders: &[Entry]) {
         let gone = |(session, start): &(Session, u64)| {
             !leaders.iter().any(|e| e.pid.as_raw() == session.pid && e.start == *start)
         };

@@ -28,7 +28,7 @@ const WATCHED: usize = 16;
 
 /// Ends every process of the job: each descendant of this process, which has to be a subreaper (or PID 1), and whoever is in `jail`: TERM,
 /// and KILL for those that stay. A process that only has its working directory in the image root is not the job's.
-pub fn end_all(jail: Option<&OpenJail>) -> Result<()> {
+pub(crate) fn end_all(jail: Option<&OpenJail>) -> Result<()> {
     let mut ending = Ending::begin();
     let (init, mounts) = (jail.map(OpenJail::init), jail.and_then(|jail| jail.namespace("mnt")));
     let visit = |visit: Visitor<'_>| {
@@ -48,7 +48,7 @@ pub fn end_all(jail: Option<&OpenJail>) -> Result<()> {
 }
 
 /// Ends the process `root` of an earlier environment with all that descends from it.
-pub fn end_tree(root: &Entry) -> Result<()> {
+pub(crate) fn end_tree(root: &Entry) -> Result<()> {
     Ending::begin().finish(|visit| {
         let all = Entry::all();
         let root = all.iter().find(|e| e.identity() == root.identity());

@@ -15,7 +15,7 @@ use crate::volume::state_directory::StateFolder;
 
 /// Ends the sshd of an earlier environment that was killed, with its sessions; one that was not noted is known by its log. Returns what was
 /// found, in words.
-pub fn end_left_over(state: &StateFolder, log: Option<&Path>) -> Result<Vec<&'static str>> {
+pub(crate) fn end_left_over(state: &StateFolder, log: Option<&Path>) -> Result<Vec<&'static str>> {
     let mut found = Vec::new();
     if let Some(listener) = Daemon::noted(&state.sshd()) {
         processes::end_tree(&listener)?;
@@ -33,7 +33,12 @@ pub fn end_left_over(state: &StateFolder, log: Option<&Path>) -> Result<Vec<&'st
 }
 
 /// Puts right what an earlier environment on this image root left behind when it was killed. Returns whether there was one.
-pub fn recover(settings: &Settings, files: &SignalFiles, image_root: &Tree, state: &StateFolder) -> Result<bool> {
+pub(crate) fn recover(
+    settings: &Settings,
+    files: &SignalFiles,
+    image_root: &Tree,
+    state: &StateFolder,
+) -> Result<bool> {
     let mut found = end_left_over(state, settings.sshd.log.as_deref())?;
     // Its init ended with it: the kernel closed its end of their socket.
     match std::fs::remove_file(state.jail()) {

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 /// What can die and be started again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Part {
+pub(crate) enum Part {
     /// sshd's listener.
     Sshd,
     /// The jail's init, and with it all that ran in the jail.
@@ -13,7 +13,7 @@ pub enum Part {
 
 impl Part {
     /// Its name in messages.
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Sshd => "sshd",
             Self::Jail => "the jail's init",
@@ -23,7 +23,7 @@ impl Part {
 
 /// Remembers restarts of the last minute.
 #[derive(Debug, Default)]
-pub struct Restarts {
+pub(crate) struct Restarts {
     past: Vec<(Part, Instant)>,
 }
 
@@ -34,7 +34,7 @@ const MINUTE: Duration = Duration::from_mins(1);
 impl Restarts {
     /// The wait before `part`, which died at `now`, is started again: none, then 0.5 s, doubled each time. `None` if it has been
     /// started too often.
-    pub fn next(&mut self, part: Part, now: Instant) -> Option<Duration> {
+    pub(crate) fn next(&mut self, part: Part, now: Instant) -> Option<Duration> {
         self.past.retain(|(_, at)| now.saturating_duration_since(*at) < MINUTE);
         let before = self.past.iter().filter(|(p, _)| *p == part).count();
         if before >= MOST {

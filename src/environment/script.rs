@@ -15,7 +15,7 @@ use crate::log::redaction::Lines;
 use crate::sys::signals::hold_none;
 
 /// A script that was started.
-pub struct Script {
+pub(crate) struct Script {
     /// As long as it runs.
     pid: Option<Pid>,
     /// As long as it can grow: a program that the script has started may write to it after the script's end.
@@ -31,7 +31,7 @@ const LONGEST_LINE: usize = 16 << 10;
 impl Script {
     /// Starts the script at `path` with these variables beside our own. An executable one is started as it is; one that is not is a
     /// shell script, since it may have been written to be sourced.
-    pub fn start(path: &Path, variables: &[(String, String)]) -> Result<Self> {
+    pub(crate) fn start(path: &Path, variables: &[(String, String)]) -> Result<Self> {
         let attempted = || format!("start the customization script {}", path.display());
         let executable = std::fs::metadata(path).attempt(attempted)?.permissions().mode() & 0o111 != 0;
         let spawn = |mut command: Command| -> std::io::Result<Self> {
@@ -62,23 +62,23 @@ impl Script {
     }
 
     /// Its number, as long as it runs.
-    pub fn pid(&self) -> Option<Pid> {
+    pub(crate) fn pid(&self) -> Option<Pid> {
         self.pid
     }
 
     /// Takes note that it has ended, and logs what it has written.
-    pub fn end(&mut self) {
+    pub(crate) fn end(&mut self) {
         self.pid = None;
         self.log_output();
     }
 
     /// Readable when there is something to log; `None` if nothing will come any more.
-    pub fn output(&self) -> Option<BorrowedFd<'_>> {
+    pub(crate) fn output(&self) -> Option<BorrowedFd<'_>> {
         self.output.as_ref().map(AsFd::as_fd)
     }
 
     /// Logs what has been written since.
-    pub fn log_output(&mut self) {
+    pub(crate) fn log_output(&mut self) {
         let mut buffer = [0; 8192];
         while let Some(output) = &self.output {
             match rustix::io::read(output, &mut buffer) {

@@ -19,45 +19,45 @@ use crate::volume::layout;
 #[allow(clippy::struct_excessive_bools)]
 pub struct Settings {
     /// `IMS_ACTION`.
-    pub action: Action,
+    pub(crate) action: Action,
     /// The argument, else `IMAGE_ROOT_PARENT`, else [`DEFAULT_PARENT`].
-    pub parent: PathBuf,
+    pub(crate) parent: PathBuf,
     /// `SSHD_OPTIONS`, understood.
-    pub sshd: Options,
+    pub(crate) sshd: Options,
     /// The configuration sshd reads, into which settings are written.
-    pub sshd_config: PathBuf,
+    pub(crate) sshd_config: PathBuf,
     /// `CUSTOMIZATION_SCRIPT`.
-    pub script: Option<PathBuf>,
+    pub(crate) script: Option<PathBuf>,
     /// `SSH_JAIL`.
-    pub jailed: bool,
+    pub(crate) jailed: bool,
     /// `IMS_JAIL_TIER`: the tiers that will do; the best that can be had if there is none.
-    pub tiers: Vec<Tier>,
+    pub(crate) tiers: Vec<Tier>,
     /// `JOB_ENABLE_DKMS`.
-    pub dkms: bool,
+    pub(crate) dkms: bool,
     /// `IMS_JAIL_HOSTNAME`: the jail's host name; the container's if there is none.
-    pub hostname: Option<String>,
+    pub(crate) hostname: Option<String>,
     /// Name of the image, for people at a shell; not known in a pod.
-    pub image: Option<String>,
+    pub(crate) image: Option<String>,
     /// True for a directory that is changed where it is: changes stay, however the environment ends.
-    pub in_place: bool,
+    pub(crate) in_place: bool,
     /// `IMS_JAIL_BINDS`: what of the container is shown in the jail.
-    pub binds: Vec<Bind>,
+    pub(crate) binds: Vec<Bind>,
     /// `IMS_AGENT_FORWARDING`: whether clients may bring their ssh-agent, as far as sshd lets them.
-    pub agent: bool,
+    pub(crate) agent: bool,
     /// `ENABLE_DEBUG`.
-    pub debug: bool,
+    pub(crate) debug: bool,
     /// `BUILD_ARCH`.
-    pub architecture: Option<Architecture>,
+    pub(crate) architecture: Option<Architecture>,
     /// `IMS_JOB_ID`.
-    pub job: Option<String>,
+    pub(crate) job: Option<String>,
     /// `IMS_CLOSE_GRACE`: how long running commands may go on after a verdict.
-    pub close_grace: Duration,
+    pub(crate) close_grace: Duration,
     /// `IMS_IDLE_LIMIT`: how long an environment without a session stays open; for ever if not set.
-    pub idle_limit: Option<Duration>,
+    pub(crate) idle_limit: Option<Duration>,
     /// `IMS_SESSION_LIMIT`: how long an environment stays open at the most; for ever if not set.
-    pub session_limit: Option<Duration>,
+    pub(crate) session_limit: Option<Duration>,
     /// What sessions are given: names as sessions see them.
-    pub session_variables: Vec<(String, String)>,
+    pub(crate) session_variables: Vec<(String, String)>,
 }
 
 /// As the Ansible tasks of a typical play take.
@@ -139,7 +139,7 @@ impl Settings {
     }
 
     /// The image root, relative to the parent.
-    pub fn image_root(&self) -> &'static str {
+    pub(crate) fn image_root(&self) -> &'static str {
         match self.action {
             Action::Customize => layout::IMAGE_ROOT,
             Action::Create => layout::CREATED_IMAGE_ROOT,
@@ -148,7 +148,9 @@ impl Settings {
 }
 
 /// `IMS_JAIL_TIER`, `IMS_JAIL_HOSTNAME` and `JOB_ENABLE_DKMS` alone, for a jail without sshd.
-pub fn of_jail(variables: impl IntoIterator<Item = (OsString, OsString)>) -> Result<(Vec<Tier>, Option<String>, bool)> {
+pub(crate) fn of_jail(
+    variables: impl IntoIterator<Item = (OsString, OsString)>,
+) -> Result<(Vec<Tier>, Option<String>, bool)> {
     let mut reader = Reader::of(variables);
     let found = (reader.tiers(), reader.host_name("IMS_JAIL_HOSTNAME"), reader.dkms());
     if reader.complaints.is_empty() { Ok(found) } else { Err(Error::bad_input(reader.complaints.join("; also, "))) }

@@ -14,7 +14,7 @@ use crate::volume::state_directory::StateFolder;
 
 /// Writes the settings into sshd's configuration and has sshd itself say what they come to. With a jail, refuses a configuration that
 /// would let a session land outside.
-pub fn configure_sshd(settings: &Settings, state: &StateFolder) -> Result<Effective> {
+pub(crate) fn configure_sshd(settings: &Settings, state: &StateFolder) -> Result<Effective> {
     let fragment = state.fragment();
     let options = &settings.sshd.asking;
     let shown = settings.sshd_config.display();
@@ -43,7 +43,7 @@ pub fn configure_sshd(settings: &Settings, state: &StateFolder) -> Result<Effect
 }
 
 /// Takes the settings out of sshd's configuration again. Returns whether there were any.
-pub fn unconfigure_sshd(settings: &Settings) -> Result<bool> {
+pub(crate) fn unconfigure_sshd(settings: &Settings) -> Result<bool> {
     let shown = settings.sshd_config.display();
     let before = match std::fs::read(&settings.sshd_config) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(false),
@@ -62,7 +62,7 @@ fn force_command(state: &StateFolder) -> Result<String> {
 
 /// The shell that sshd is to find for root, so that no shell of the container has part in a session in a jail of this kind; `None` where
 /// no mount namespace can be made for sshd.
-pub fn login_shell(jail: &Choice, state: &StateFolder) -> Result<Option<LoginShell>> {
+pub(crate) fn login_shell(jail: &Choice, state: &StateFolder) -> Result<Option<LoginShell>> {
     let shell = || Ok(LoginShell { program: open::program()?, passwd: state.passwd() });
     (jail.tier == Tier::Namespace).then(shell).transpose()
 }

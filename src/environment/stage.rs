@@ -61,14 +61,14 @@ impl Stage {
 }
 
 /// A stage that others see, until this is dropped.
-pub struct Shown<'a> {
+pub(crate) struct Shown<'a> {
     parent: &'a Tree,
     file: File,
 }
 
 impl<'a> Shown<'a> {
     /// Shows `stage` to those who ask for the status in `parent`, in other containers too.
-    pub fn begin(parent: &'a Tree, stage: Stage) -> io::Result<Self> {
+    pub(crate) fn begin(parent: &'a Tree, stage: Stage) -> io::Result<Self> {
         let file = parent.create_file(STAGE)?;
         rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)?;
         let shown = Self { parent, file };
@@ -77,7 +77,7 @@ impl<'a> Shown<'a> {
     }
 
     /// Shows the next one. Names of later stages are not shorter, so that one write replaces all of an earlier one.
-    pub fn next(&self, stage: Stage) -> io::Result<()> {
+    pub(crate) fn next(&self, stage: Stage) -> io::Result<()> {
         self.file.write_all_at(stage.name().as_bytes(), 0)
     }
 }
@@ -89,7 +89,7 @@ impl Drop for Shown<'_> {
 }
 
 /// The stage that a publisher shows in `parent`, and since when.
-pub fn shown(parent: &Tree) -> Option<(Stage, SystemTime)> {
+pub(crate) fn shown(parent: &Tree) -> Option<(Stage, SystemTime)> {
     let mut file = parent.open_regular(STAGE, OFlags::RDONLY | OFlags::NOFOLLOW).ok()?;
     if rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared) != Err(Errno::WOULDBLOCK) {
         return None;

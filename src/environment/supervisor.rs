@@ -46,7 +46,7 @@ pub struct Outcome {
     /// What became of the image; nothing if no shell was wanted.
     pub verdict: Option<Verdict>,
     /// Whether somebody has marked the image failed.
-    pub given_up: bool,
+    pub(crate) given_up: bool,
     /// The exit code of the contract: 0 for complete and failed, 1 if the environment broke, 128 + n after signal n.
     pub exit_code: u8,
 }

@@ -18,7 +18,7 @@ const WARNING_TIME: Duration = Duration::from_mins(5);
 
 /// What was seen so far.
 #[derive(Debug)]
-pub struct Watchfulness {
+pub(crate) struct Watchfulness {
     opened: Instant,
     last_session: Instant,
     warned: bool,
@@ -27,14 +27,14 @@ pub struct Watchfulness {
 
 impl Watchfulness {
     /// From now on.
-    pub fn start() -> Self {
+    pub(crate) fn start() -> Self {
         let now = Instant::now();
         Self { opened: now, last_session: now, warned: false, full_since: None }
     }
 
     /// Looks, and says why the environment should close, if it should. `busy` is whether a session or the script is running, `last` when
     /// one ended that may have been too short to be seen running; `shells` are the interactive ones.
-    pub fn look(
+    pub(crate) fn look(
         &mut self,
         busy: bool,
         last: Option<Instant>,

@@ -12,33 +12,33 @@ use crate::sys::tree::Tree;
 
 /// Names in /boot; `auto` chooses.
 #[derive(Debug, Clone)]
-pub struct Names {
+pub(crate) struct Names {
     /// The kernel.
-    pub kernel: String,
+    pub(crate) kernel: String,
     /// What it begins with.
-    pub initrd: String,
+    pub(crate) initrd: String,
     /// The kernel's parameters, which an image need not have.
-    pub parameters: String,
+    pub(crate) parameters: String,
 }
 
 /// A file to be published, open.
 #[derive(Debug)]
-pub struct BootFile {
+pub(crate) struct BootFile {
     /// Its path in the image.
-    pub path: String,
+    pub(crate) path: String,
     /// Its content.
-    pub content: File,
+    pub(crate) content: File,
 }
 
 /// What is published beside the packed image.
 #[derive(Debug)]
-pub struct BootFiles {
+pub(crate) struct BootFiles {
     /// The kernel.
-    pub kernel: BootFile,
+    pub(crate) kernel: BootFile,
     /// What it begins with; nothing where [`NONE`] is named, or on one machine none is found.
-    pub initrd: Option<BootFile>,
+    pub(crate) initrd: Option<BootFile>,
     /// The kernel's parameters, where the image has them.
-    pub parameters: Option<BootFile>,
+    pub(crate) parameters: Option<BootFile>,
 }
 
 /// Chooses by itself.
@@ -120,12 +120,12 @@ impl BootFiles {
 }
 
 /// Finds and opens them. `arch` as in `BUILD_ARCH`: on aarch64 the kernel that is called `vmlinuz` is `Image`.
-pub fn find(image_root: &Tree, names: &Names, arch: &str) -> Result<BootFiles> {
+pub(crate) fn find(image_root: &Tree, names: &Names, arch: &str) -> Result<BootFiles> {
     Search::of(image_root, names, arch)?.open(Err)
 }
 
 /// The same of an image that need not be one that is booted, or not by an initrd of its own: nothing where `auto` finds no kernel at all.
-pub fn find_if_any(image_root: &Tree, names: &Names, arch: &str) -> Result<Option<BootFiles>> {
+pub(crate) fn find_if_any(image_root: &Tree, names: &Names, arch: &str) -> Result<Option<BootFiles>> {
     if names.kernel == AUTO && has_none(image_root) {
         tracing::warn!("the image has no kernel: it is one for a container or a chroot, without boot files");
         return Ok(None);
@@ -143,7 +143,7 @@ pub fn find_if_any(image_root: &Tree, names: &Names, arch: &str) -> Result<Optio
 }
 
 /// Warns of an initrd that [`find_if_any`] would not find now.
-pub fn warn_of_missing_initrd(image_root: &Tree, names: &Names, arch: &str) {
+pub(crate) fn warn_of_missing_initrd(image_root: &Tree, names: &Names, arch: &str) {
     let Ok(search) = Search::of(image_root, names, arch) else { return };
     if names.initrd == AUTO && search.initrd().is_none() {
         let kernel = search.kernel.path;
@@ -211,7 +211,7 @@ impl<'a> Search<'a> {
 }
 
 /// Refuses a name that the image has no file of, before any work is done. What `auto` finds may only be there at the end.
-pub fn check_named(image_root: &Tree, names: &Names, arch: &str) -> Result<()> {
+pub(crate) fn check_named(image_root: &Tree, names: &Names, arch: &str) -> Result<()> {
     let (boot, modules) = (entries(image_root, "boot"), modules(image_root));
     let kernel = if names.kernel == "vmlinuz" && arch == "aarch64" { "Image" } else { &names.kernel };
     let kernel = (kernel != AUTO).then(|| ("kernel", in_boot(image_root, kernel, &modules).path));
@@ -225,7 +225,7 @@ pub fn check_named(image_root: &Tree, names: &Names, arch: &str) -> Result<()> {
 }
 
 /// Opens those that a remote job has left in `folder` itself, beside its packed image. Links are none of what it has left.
-pub fn left_in(folder: &Tree, names: &Names, arch: &str) -> Result<BootFiles> {
+pub(crate) fn left_in(folder: &Tree, names: &Names, arch: &str) -> Result<BootFiles> {
     let kernel = if names.kernel == "vmlinuz" && arch == "aarch64" { "Image" } else { &names.kernel };
     let open = |name: &str| match folder.open_regular(name, OFlags::RDONLY | OFlags::NOFOLLOW) {
         Ok(content) => Ok(Some(BootFile { path: name.to_owned(), content })),

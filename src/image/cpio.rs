@@ -51,7 +51,7 @@ struct Reader<R> {
 
 /// Writes what `input` holds below `root`, an empty directory of ours. `look` is called now and then, and ends it with an error. Leading
 /// `/` of names are left out; a name with `..`, or one that leads through a link, is refused.
-pub fn unpack(input: impl Read, root: &Tree, mut look: impl FnMut() -> io::Result<()>) -> io::Result<()> {
+pub(crate) fn unpack(input: impl Read, root: &Tree, mut look: impl FnMut() -> io::Result<()>) -> io::Result<()> {
     let mut archive = Reader { input, at: 0, ended: false };
     let mut directories = Vec::new();
     // By what tells files apart where they were archived: the name that each got first here.

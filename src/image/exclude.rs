@@ -52,13 +52,13 @@ impl Pattern {
 
 /// What patterns match in an image root.
 #[derive(Debug, Default)]
-pub struct Excluded {
+pub(crate) struct Excluded {
     /// Paths, none below another one.
-    pub paths: Vec<PathBuf>,
+    pub(crate) paths: Vec<PathBuf>,
     /// Patterns that match nothing.
-    pub useless: Vec<String>,
+    pub(crate) useless: Vec<String>,
     /// Whether that is all of it.
-    pub is_all: bool,
+    pub(crate) is_all: bool,
 }
 
 /// A directory to look through.
@@ -70,7 +70,7 @@ struct Ahead {
 }
 
 /// Looks through `image_root`, as far as something may match. Follows no link.
-pub fn find(image_root: &Tree, patterns: &[Pattern]) -> io::Result<Excluded> {
+pub(crate) fn find(image_root: &Tree, patterns: &[Pattern]) -> io::Result<Excluded> {
     let mut excluded = Excluded::default();
     let mut has_matched = vec![false; patterns.len()];
     let anywhere: Vec<_> = (0..patterns.len()).filter(|number| patterns[*number].is_anywhere).map(|n| (n, 0)).collect();
@@ -120,7 +120,7 @@ pub fn find(image_root: &Tree, patterns: &[Pattern]) -> io::Result<Excluded> {
 }
 
 /// A path as mksquashfs's patterns (`-wildcards`, fnmatch(3)) match it and nothing else.
-pub fn escaped(path: &Path) -> Vec<u8> {
+pub(crate) fn escaped(path: &Path) -> Vec<u8> {
     let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"/._-".contains(byte) || !byte.is_ascii();
     let bytes = path.as_os_str().as_bytes();
     bytes.iter().flat_map(|byte| (!is_plain(byte)).then_some(b'\\').into_iter().chain([*byte])).collect()
@@ -130,7 +130,7 @@ pub fn escaped(path: &Path) -> Vec<u8> {
 const LONGEST_LINE: usize = 16_000;
 
 /// A list of escaped paths as mksquashfs reads it (`-ef`), and those that have no line there: its arguments.
-pub fn listed<'a>(paths: impl IntoIterator<Item = &'a Path>) -> (Vec<u8>, Vec<std::ffi::OsString>) {
+pub(crate) fn listed<'a>(paths: impl IntoIterator<Item = &'a Path>) -> (Vec<u8>, Vec<std::ffi::OsString>) {
     let (mut list, mut arguments) = (Vec::new(), Vec::new());
     for path in paths {
         let path = escaped(path);

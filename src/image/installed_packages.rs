@@ -25,7 +25,7 @@ const LIMIT: u64 = 64 << 20;
 const RPM_LIMIT: u64 = 1 << 30;
 
 /// Names with versions. What cannot be read of an image, which is anybody's, is told in the log and is no error.
-pub fn of(work: &Work, tree: &Tree) -> Result<BTreeMap<String, String>> {
+pub(crate) fn of(work: &Work, tree: &Tree) -> Result<BTreeMap<String, String>> {
     let mut packages = of_dpkg(&String::from_utf8_lossy(&tree.read(DPKG, LIMIT).unwrap_or_default()));
     for place in RPM {
         // On many the one is a link to the other.

@@ -21,7 +21,7 @@ const LIMIT: u64 = 1 << 30;
 
 /// A tree as it was at one time: of each path what tells that it has changed.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Inventory {
+pub(crate) struct Inventory {
     files: BTreeMap<String, String>,
     /// Packages with their versions; of rpm where its program is there.
     packages: BTreeMap<String, String>,
@@ -29,7 +29,7 @@ pub struct Inventory {
 
 impl Inventory {
     /// Looks through a tree.
-    pub fn of(work: &Work, root: &Tree) -> Result<Self> {
+    pub(crate) fn of(work: &Work, root: &Tree) -> Result<Self> {
         let attempted = || format!("look through {}", root.shown().display());
         let mut files = BTreeMap::new();
         let mut interrupted = Ok(());
@@ -50,7 +50,7 @@ impl Inventory {
     }
 
     /// Keeps it in the file `name` of a directory.
-    pub fn save(&self, folder: &Tree, name: &str) -> Result<()> {
+    pub(crate) fn save(&self, folder: &Tree, name: &str) -> Result<()> {
         let attempted = || format!("write {}/{name}", folder.shown().display());
         let mut file = io::BufWriter::new(folder.create_file(name).attempt(attempted)?);
         for (kind, map) in [("file", &self.files), ("package", &self.packages)] {
@@ -62,7 +62,7 @@ impl Inventory {
     }
 
     /// Reads what was kept. On a shared volume it may be anybody's: it decides on nothing but what is told.
-    pub fn load(folder: &Tree, name: &str) -> Result<Self> {
+    pub(crate) fn load(folder: &Tree, name: &str) -> Result<Self> {
         let attempted = || format!("read what the image was before, {}/{name}", folder.shown().display());
         let text = folder
             .read(name, LIMIT)
@@ -82,7 +82,7 @@ impl Inventory {
     }
 
     /// What has become of it, as JSON.
-    pub fn changes_to(&self, now: &Self) -> Value {
+    pub(crate) fn changes_to(&self, now: &Self) -> Value {
         let names = |in_a: &BTreeMap<String, String>, not_in: &BTreeMap<String, String>| -> Vec<Value> {
             in_a.keys().filter(|name| !not_in.contains_key(*name)).map(|n| n.as_str().into()).collect()
         };
@@ -125,7 +125,7 @@ fn state(folder: &Tree, name: &OsStr, found: &Stat) -> String {
 
 /// Writes what has changed since the inventory in `folder` was made to the new file `to`. The directory may be somebody else's: what has the
 /// name there, a link or a fifo perhaps, is replaced, and neither followed nor opened.
-pub fn write_changes(work: &Work, folder: &Tree, image_root: &Tree, to: &Path) -> Result<()> {
+pub(crate) fn write_changes(work: &Work, folder: &Tree, image_root: &Tree, to: &Path) -> Result<()> {
     let (above, name) = packing::output(to, "the report of changes")?;
     let changes = Inventory::load(folder, INVENTORY)?.changes_to(&Inventory::of(work, image_root)?);
     above.replace(name, format!("{changes:#}\n").as_bytes()).attempt(|| format!("write {}", to.display()))

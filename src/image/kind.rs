@@ -19,16 +19,16 @@ use crate::transfer::confinement::clear_environment;
 
 /// A source on this machine, opened once: what was checked is what is unpacked, whatever has its name by then.
 #[derive(Debug)]
-pub struct Opened {
+pub(crate) struct Opened {
     /// Its path, for messages.
-    pub shown: PathBuf,
+    pub(crate) shown: PathBuf,
     /// The open file or directory.
-    pub content: Content,
+    pub(crate) content: Content,
 }
 
 /// Type of a source.
 #[derive(Debug)]
-pub enum Content {
+pub(crate) enum Content {
     /// An archive or a squashfs.
     File(File),
     /// A tree, or a saved image of a container.
@@ -38,7 +38,7 @@ pub enum Content {
 impl Opened {
     /// Opens what `path` leads to, through links that no other user can exchange. Its type is looked at first: to open a fifo or a device can
     /// wait for ever, or act on it.
-    pub fn open(path: &Path) -> Result<Self> {
+    pub(crate) fn open(path: &Path) -> Result<Self> {
         let attempted = || format!("open {}", path.display());
         let handle = named::open(path).attempt(attempted)?;
         let found = rustix::fs::fstat(&handle).attempt(attempted)?;
@@ -56,7 +56,7 @@ impl Opened {
     }
 
     /// A regular file. `None` for a directory.
-    pub fn file(&self) -> Option<&File> {
+    pub(crate) fn file(&self) -> Option<&File> {
         match &self.content {
             Content::File(file) => Some(file),
             Content::Directory(_) => None,
@@ -64,7 +64,7 @@ impl Opened {
     }
 
     /// The same for which a directory is an error.
-    pub fn into_file(self) -> Result<File> {
+    pub(crate) fn into_file(self) -> Result<File> {
         match self.content {
             Content::File(file) => Ok(file),
             Content::Directory(_) => {
@@ -74,12 +74,12 @@ impl Opened {
     }
 
     /// Returns the type of the file; `None` for a directory. A file of another type, or shorter or longer than it says, is refused.
-    pub fn kind(&self) -> Result<Option<Kind>> {
+    pub(crate) fn kind(&self) -> Result<Option<Kind>> {
         self.file().map(|file| kind_of_file(file, &self.shown.display().to_string(), u64::MAX)).transpose()
     }
 
     /// Its size in bytes; 0 for a directory.
-    pub fn size(&self) -> u64 {
+    pub(crate) fn size(&self) -> u64 {
         self.file().and_then(|file| file.metadata().ok()).map_or(0, |found| found.len())
     }
 }
@@ -95,7 +95,7 @@ impl AsFd for Opened {
 
 /// What a file is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub(crate) enum Kind {
     /// A squashfs, whole.
     Squashfs,
     /// A tar archive, with the program that unpacks it first.
@@ -128,7 +128,7 @@ const OLD_CPIO: [&[u8]; 3] = [b"070707", b"\xc7\x71", b"\x71\xc7"];
 const TAR_BLOCK: usize = 512;
 
 /// Looks at an open file, which is called `shown`; a squashfs has at most `padding` bytes of zeros after it. See [`Opened::kind`].
-pub fn kind_of_file(file: &File, shown: &str, padding: u64) -> Result<Kind> {
+pub(crate) fn kind_of_file(file: &File, shown: &str, padding: u64) -> Result<Kind> {
     let attempted = || format!("take {shown} as an image");
     let size = file.metadata().attempt(attempted)?.len();
     let start = read_up_to(file, TAR_BLOCK).attempt(attempted)?;
@@ -170,7 +170,7 @@ pub fn kind_of_file(file: &File, shown: &str, padding: u64) -> Result<Kind> {
 }
 
 /// Compression of the squashfs at `path`, as `IMAGE_COMPRESSION` calls it; nothing of another one, or of another file.
-pub fn compression(path: &Path) -> Option<&'static str> {
+pub(crate) fn compression(path: &Path) -> Option<&'static str> {
     let start = read_up_to(&File::open(path).ok()?, TAR_BLOCK).ok()?;
     let number = |at: usize| Some(u16::from_le_bytes(start.get(at..at + 2)?.try_into().ok()?));
     let (algorithm, flags) = (number(SQUASHFS_COMPRESSION)?, number(SQUASHFS_FLAGS)?);
@@ -185,7 +185,7 @@ pub fn compression(path: &Path) -> Option<&'static str> {
 }
 
 /// Whether the file is a tar archive without a member, uncompressed: it begins with the zeros that end one.
-pub fn is_empty_tar(file: &File) -> io::Result<bool> {
+pub(crate) fn is_empty_tar(file: &File) -> io::Result<bool> {
     let size = file.metadata()?.len();
     is_zero(file, 0, size)
 }

@@ -38,13 +38,13 @@ const CLOCK_TICK: Duration = Duration::from_millis(50);
 
 /// One layer of a saved image.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Layer {
+pub(crate) struct Layer {
     /// Path below the directory of the saved image, without links.
-    pub path: PathBuf,
+    pub(crate) path: PathBuf,
     /// SHA-256 of the file, if it is named by that, in hexadecimal digits.
-    pub digest: Option<String>,
+    pub(crate) digest: Option<String>,
     /// The same of the tar archive, before it was compressed, if the image's configuration has it.
-    pub diff_id: Option<String>,
+    pub(crate) diff_id: Option<String>,
 }
 
 /// Content that is named by its SHA-256: the digits, where it lies, and its length in bytes if that is told.
@@ -63,7 +63,7 @@ const MANIFESTS: [&str; 2] =
 
 /// The layers of the image that is saved in the directory `saved`, lowest first; nothing if it is no saved image. What is named by its digest
 /// on the way to them is compared with that.
-pub fn layers(saved: &Tree) -> Result<Option<Vec<Layer>>> {
+pub(crate) fn layers(saved: &Tree) -> Result<Option<Vec<Layer>>> {
     let attempted = || "read the description of the saved image";
     let strange =
         || Error::new(attempted()).because("it does not name its layers as docker and OCI do, by SHA-256 and size");
@@ -236,7 +236,7 @@ fn sha256(digest: &str) -> Option<String> {
 
 /// Moves what is in `layer`, which was unpacked after `began`, over `root`, and removes what it hides there. Both are on one file system
 /// and nobody else changes them; no link is followed.
-pub fn merge(layer: &Tree, root: &Tree, began: SystemTime) -> io::Result<()> {
+pub(crate) fn merge(layer: &Tree, root: &Tree, began: SystemTime) -> io::Result<()> {
     let mut directories = vec![(PathBuf::from("."), false)];
     let mut attributes = Vec::new();
     while let Some((path, is_new)) = directories.pop() {

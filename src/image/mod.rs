@@ -1,11 +1,11 @@
 //! An image: recognized, unpacked, searched, packed.
 
 pub mod boot;
-pub mod cpio;
+pub(crate) mod cpio;
 pub mod exclude;
-pub mod installed_packages;
-pub mod inventory;
-pub mod kind;
-pub mod layers;
+pub(crate) mod installed_packages;
+pub(crate) mod inventory;
+pub(crate) mod kind;
+pub(crate) mod layers;
 pub mod packing;
-pub mod unpack;
+pub(crate) mod unpack;

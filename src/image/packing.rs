@@ -44,16 +44,16 @@ const NOT_KEPT: &str = "Unrecognised xattr prefix ";
 const PADDING: u64 = 1 << 20;
 
 /// Location of a packed image.
-pub struct Archive<'a> {
+pub(crate) struct Archive<'a> {
     /// The directory.
-    pub folder: &'a Tree,
+    pub(crate) folder: &'a Tree,
     /// Its name there.
-    pub name: &'a str,
+    pub(crate) name: &'a str,
 }
 
 impl Archive<'_> {
     /// Opens one that is there.
-    pub fn open(&self) -> Result<File> {
+    pub(crate) fn open(&self) -> Result<File> {
         self.folder
             .open_regular(self.name, OFlags::RDONLY | OFlags::NOFOLLOW)
             .attempt(|| format!("open {}", self.shown()))
@@ -61,7 +61,7 @@ impl Archive<'_> {
 
     /// Opens one that is published as it is, and that somebody else may have packed. It has to be a whole squashfs, with no more after it
     /// than its padding, and no larger than its file system, which a file of holes can be: all of it would be uploaded.
-    pub fn open_squashfs(&self) -> Result<File> {
+    pub(crate) fn open_squashfs(&self) -> Result<File> {
         let file = self.open()?;
         let shown = self.shown();
         let attempted = || format!("take {shown} as an image");
@@ -81,7 +81,7 @@ impl Archive<'_> {
     }
 
     /// Refuses a directory in which no file can be made.
-    pub fn check_place(&self, called: &str) -> Result<()> {
+    pub(crate) fn check_place(&self, called: &str) -> Result<()> {
         match self.folder.create_nameless() {
             // Another run makes one at this moment, on a file system on which it has a name.
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
@@ -94,14 +94,14 @@ impl Archive<'_> {
     }
 
     /// Its path now, for messages.
-    pub fn shown(&self) -> String {
+    pub(crate) fn shown(&self) -> String {
         self.folder.shown().join(self.name).display().to_string()
     }
 }
 
 /// Opens the directory of a file that was named for output, once, and returns it with the file's name there. `called` is what messages call
 /// the file.
-pub fn output(file: &Path, called: &str) -> Result<(Tree, String)> {
+pub(crate) fn output(file: &Path, called: &str) -> Result<(Tree, String)> {
     let file = std::path::absolute(file).attempt(|| format!("find {}", file.display()))?;
     let refuse = |expected| Err(Error::bad_input(format!("{called} is '{}': expected {expected}", file.display())));
     let (Some(above), Some(name)) = (file.parent(), file.file_name().and_then(OsStr::to_str)) else {
@@ -121,14 +121,20 @@ pub fn output(file: &Path, called: &str) -> Result<(Tree, String)> {
 }
 
 /// The same of a file that is written when all work is done: refused now, if no file can be made there.
-pub fn check_output(file: &Path, called: &str) -> Result<()> {
+pub(crate) fn check_output(file: &Path, called: &str) -> Result<()> {
     let (folder, name) = output(file, called)?;
     Archive { folder: &folder, name: &name }.check_place(called)
 }
 
 /// Packs `image_root` to the file `to`, which appears when it is whole, and returns what was written: the name may be another file's by
 /// then. What matches `exclude` is left out.
-pub fn pack(work: &Work, image_root: &Tree, to: &Archive, packing: &Packing, exclude: &[Pattern]) -> Result<File> {
+pub(crate) fn pack(
+    work: &Work,
+    image_root: &Tree,
+    to: &Archive,
+    packing: &Packing,
+    exclude: &[Pattern],
+) -> Result<File> {
     let shown = image_root.shown();
     let attempted = format!("pack {}", shown.display());
     nothing_is_mounted_below(&shown, &attempted)?;
@@ -402,11 +408,11 @@ fn attribute_sets(file: &File) -> io::Result<u64> {
 
 /// How the packed image is made.
 #[derive(Debug, Clone)]
-pub struct Packing {
+pub(crate) struct Packing {
     /// `IMAGE_COMPRESSION`, one of [`COMPRESSIONS`]; the source's or the default if there is none.
-    pub compression: Option<&'static str>,
+    pub(crate) compression: Option<&'static str>,
     /// `SOURCE_DATE_EPOCH`: the time that all in the image gets, in seconds.
-    pub epoch: Option<u64>,
+    pub(crate) epoch: Option<u64>,
 }
 
 /// Compressions of the packed image.

@@ -33,7 +33,7 @@ use crate::transfer::progress::Progress;
 
 /// Writes the tree out of `archive` to the new directory `name` of `volume`, and returns that: its name may be another's by then. A directory
 /// is copied; of a container's image that was saved the tree is that of its layers.
-pub fn unpack(work: &Work, archive: &Opened, volume: &Tree, name: &str) -> Result<Tree> {
+pub(crate) fn unpack(work: &Work, archive: &Opened, volume: &Tree, name: &str) -> Result<Tree> {
     confinement::refuse_to_lose_attributes()?;
     let before = used(volume);
     let mut progress = Progress::begin("unpacking", None);
@@ -231,17 +231,17 @@ fn used(volume: &Tree) -> u64 {
 // overlay hides its own attributes from sessions. A redirect in the source has no further layer to lead to.
 
 /// A directory of the source can be renamed; without it, rename(2) fails with EXDEV.
-pub const REDIRECT: (&str, &str) = ("redirect_dir", "on");
+pub(crate) const REDIRECT: (&str, &str) = ("redirect_dir", "on");
 
 /// A file of several names stays one file when one of them is changed. The kernel then refuses changes to another source (ESTALE), and
 /// changes that are mounted elsewhere (EBUSY).
-pub const INDEX: (&str, &str) = ("index", "on");
+pub(crate) const INDEX: (&str, &str) = ("index", "on");
 
 /// All files are of one device, as tar --one-file-system and rsync -x expect.
-pub const ONE_DEVICE: (&str, &str) = ("xino", "on");
+pub(crate) const ONE_DEVICE: (&str, &str) = ("xino", "on");
 
 /// Whatever the module's default is: an attribute in the source could else lend a file the content of another.
-pub const NO_METACOPY: (&str, &str) = ("metacopy", "off");
+pub(crate) const NO_METACOPY: (&str, &str) = ("metacopy", "off");
 
 /// Those of the options that the kernel has left out, which it does without an error where a file system lacks what they need.
 fn lacking(image_root: &Path) -> Vec<&'static str> {
@@ -266,33 +266,33 @@ fn without(option: &str) -> &'static str {
 }
 
 /// Mount point of a squashfs, in an overlay's own directory.
-pub const LOWER: &str = "lower";
+pub(crate) const LOWER: &str = "lower";
 
 /// Directory for the changes there.
-pub const UPPER: &str = "upper";
+pub(crate) const UPPER: &str = "upper";
 
 /// Directory of the kernel's own.
 const INNER: &str = "work";
 /// Directory of changed files that have several names.
-pub const INDEX_OF_LINKS: &str = "work/index";
+pub(crate) const INDEX_OF_LINKS: &str = "work/index";
 
 /// The kernel unmounts what a process was alone to see within this time after its end.
 const TIME_TO_LET_GO: Duration = Duration::from_secs(3);
 
 /// A tree that is mounted: the source below, what is changed above it.
 #[derive(Debug)]
-pub struct Overlay {
+pub(crate) struct Overlay {
     /// Where it is seen.
-    pub image_root: PathBuf,
+    pub(crate) image_root: PathBuf,
     /// The source itself, as it was.
-    pub lower: Tree,
+    pub(crate) lower: Tree,
     mounted: Vec<PathBuf>,
 }
 
 impl Overlay {
     /// Mounts `source`, a squashfs or a folder, at `image_root`; `folder` takes what is changed. One that was mounted like this before is
     /// found as it was left. To be mounted by one container after the other, never by two at a time.
-    pub fn mount(source: &Opened, folder: &Path, image_root: &Path) -> Result<Self> {
+    pub(crate) fn mount(source: &Opened, folder: &Path, image_root: &Path) -> Result<Self> {
         let attempted = || format!("mount {} on {}", source.shown.display(), image_root.display());
         let [squashfs, upper, inner] = [LOWER, UPPER, INNER].map(|name| folder.join(name));
         let first = !upper.exists();
@@ -363,12 +363,12 @@ impl Overlay {
     }
 
     /// Whether anything was changed above the source; nothing if there is no overlay in `folder`.
-    pub fn changes(folder: &Path) -> Option<bool> {
+    pub(crate) fn changes(folder: &Path) -> Option<bool> {
         std::fs::read_dir(folder.join(UPPER)).ok().map(|mut names| names.next().is_some())
     }
 
     /// Whether the overlay of `folder` is mounted at `image_root`, and seen there from here.
-    pub fn is_mounted(folder: &Path, image_root: &Path) -> bool {
+    pub(crate) fn is_mounted(folder: &Path, image_root: &Path) -> bool {
         let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         let real = |path: &Path| std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
         let (place, upper) = (real(image_root), folder.join(UPPER));
@@ -379,12 +379,12 @@ impl Overlay {
     }
 
     /// Takes the mounts down.
-    pub fn unmount(mut self) -> Result<()> {
+    pub(crate) fn unmount(mut self) -> Result<()> {
         self.take_down()
     }
 
     /// Leaves them as they are when this program ends, and returns where they are, lowest first.
-    pub fn keep(mut self) -> Vec<PathBuf> {
+    pub(crate) fn keep(mut self) -> Vec<PathBuf> {
         std::mem::take(&mut self.mounted)
     }
 

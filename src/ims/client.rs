@@ -22,7 +22,7 @@ use crate::transfer::{Fault, Work, complaint, is_passing, patiently, whole, with
 
 /// How far a job is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Status {
+pub(crate) enum Status {
     /// The image is fetched and opened.
     FetchingImage,
     /// sshd accepts connections.
@@ -37,7 +37,7 @@ pub enum Status {
 
 impl Status {
     /// As IMS names it.
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::FetchingImage => "fetching_image",
             Self::WaitingOnUser => "waiting_on_user",
@@ -49,7 +49,7 @@ impl Status {
 }
 
 /// A job's end of IMS; every call says nothing where there is none.
-pub struct Ims<'a> {
+pub(crate) struct Ims<'a> {
     work: &'a Work,
     at: Option<Place>,
     job: Option<Id>,
@@ -89,7 +89,7 @@ const REQUEST_LIMIT: Duration = Duration::from_mins(1);
 
 impl<'a> Ims<'a> {
     /// The end of the job of this id at `place`.
-    pub fn of(work: &'a Work, place: Option<&Place>, job: Option<&str>) -> Self {
+    pub(crate) fn of(work: &'a Work, place: Option<&Place>, job: Option<&str>) -> Self {
         static WARNING: Once = Once::new();
         if let Some(place) = place {
             WARNING.call_once(|| place.in_clear().iter().for_each(|warning| tracing::warn!("{warning}")));
@@ -106,27 +106,27 @@ impl<'a> Ims<'a> {
     }
 
     /// Whether there is one.
-    pub fn is_there(&self) -> bool {
+    pub(crate) fn is_there(&self) -> bool {
         self.at.is_some()
     }
 
     /// Returns whether a request for an image's record may have reached IMS. False means that there is none.
-    pub fn has_asked(&self) -> bool {
+    pub(crate) fn has_asked(&self) -> bool {
         self.has_asked
     }
 
     /// Returns whether a record of an image tells by which request it was made.
-    pub fn takes_metadata(&self) -> bool {
+    pub(crate) fn takes_metadata(&self) -> bool {
         self.takes_metadata
     }
 
     /// Makes sure that IMS answers, and takes the credentials.
-    pub fn check(&mut self) -> Result<()> {
+    pub(crate) fn check(&mut self) -> Result<()> {
         self.image(&Id::random()?).map(|_| ())
     }
 
     /// Tells how far the job is.
-    pub fn set_status(&mut self, status: Status) -> Result<Option<Value>> {
+    pub(crate) fn set_status(&mut self, status: Status) -> Result<Option<Value>> {
         let Some(job) = self.job.clone().filter(|_| self.is_there()) else { return Ok(None) };
         let attempted = format!("set the job's status to {} in IMS (job {job})", status.name());
         let body = json!({ "status": status.name() });
@@ -136,13 +136,13 @@ impl<'a> Ims<'a> {
     }
 
     /// The job's record; nothing without a job.
-    pub fn job(&mut self) -> Result<Option<Value>> {
+    pub(crate) fn job(&mut self) -> Result<Option<Value>> {
         let Some(job) = self.job.clone() else { return Ok(None) };
         self.call_for_record(&format!("read the record of job {job} in IMS"), ["jobs", job.as_str()], None)
     }
 
     /// The new image is this job's.
-    pub fn set_resultant_image(&mut self, image: &Id) -> Result<Option<Value>> {
+    pub(crate) fn set_resultant_image(&mut self, image: &Id) -> Result<Option<Value>> {
         let Some(job) = self.job.clone() else { return Ok(None) };
         let body = json!({ "resultant_image_id": image.as_str() });
         let attempted = format!("set the resultant image of job {job} in IMS to {image}");
@@ -151,7 +151,7 @@ impl<'a> Ims<'a> {
 
     /// The record that was made by `request`, whose answer was lost to a connection or to a crash. A name proves nothing: another job may
     /// register one at the same moment.
-    pub fn find_image(&mut self, request: &Id) -> Result<Option<Value>> {
+    pub(crate) fn find_image(&mut self, request: &Id) -> Result<Option<Value>> {
         let attempted = "read the records of all images in IMS";
         let Some(text) = self.call_for_text(attempted, &Method::GET, &["images"], None)? else { return Ok(None) };
         let look = || self.work.heed().is_ok();
@@ -162,7 +162,7 @@ impl<'a> Ims<'a> {
     }
 
     /// The record of a new image, made by `request`. Where the answer is lost, a record that names this request is taken, and no other.
-    pub fn create_image(&mut self, name: &str, arch: &str, request: &Id) -> Result<Value> {
+    pub(crate) fn create_image(&mut self, name: &str, arch: &str, request: &Id) -> Result<Value> {
         let attempted = format!("register the image '{name}' in IMS");
         let began = Instant::now();
         loop {
@@ -187,7 +187,7 @@ impl<'a> Ims<'a> {
     }
 
     /// Refuses a record of an image `name` that `request` cannot have made just now: what is published next would replace another's.
-    pub fn refuse_foreign(&self, record: &Value, name: &str, request: &Id) -> Result<()> {
+    pub(crate) fn refuse_foreign(&self, record: &Value, name: &str, request: &Id) -> Result<()> {
         let why = if record.get("link").is_some_and(|link| !link.is_null()) {
             "it has a link already".to_owned()
         } else if record["name"] != name {
@@ -204,7 +204,7 @@ impl<'a> Ims<'a> {
     }
 
     /// What of a record cannot be of the image `id` that `request` has made, as far as that is known, and that `link` was put into.
-    pub fn difference(record: &Value, id: &Id, request: Option<&Id>, link: Option<&Value>) -> Option<String> {
+    pub(crate) fn difference(record: &Value, id: &Id, request: Option<&Id>, link: Option<&Value>) -> Option<String> {
         let told = &record["link"];
         if record["id"] != id.as_str() {
             return Some(format!("its id is {}", record["id"]));
@@ -216,18 +216,18 @@ impl<'a> Ims<'a> {
     }
 
     /// An image's record; nothing if there is none.
-    pub fn image(&mut self, id: &Id) -> Result<Option<Value>> {
+    pub(crate) fn image(&mut self, id: &Id) -> Result<Option<Value>> {
         self.call(&format!("read the record of image {id} in IMS"), &Method::GET, &["images", id.as_str()], None)
     }
 
     /// Puts content into an image's record.
-    pub fn link_image(&mut self, id: &Id, link: &Value) -> Result<Option<Value>> {
+    pub(crate) fn link_image(&mut self, id: &Id, link: &Value) -> Result<Option<Value>> {
         let attempted = "set the manifest link in the IMS image record";
         self.call_for_record(attempted, ["images", id.as_str()], Some(&json!({ "link": link })))
     }
 
     /// Takes an image's record back; one that is not there is no error.
-    pub fn delete_image(&mut self, id: &Id) -> Result<()> {
+    pub(crate) fn delete_image(&mut self, id: &Id) -> Result<()> {
         self.call(&format!("delete the record of image {id} in IMS"), &Method::DELETE, &["images", id.as_str()], None)
             .map(|_| ())
     }
@@ -452,7 +452,7 @@ fn quoted(value: &Value) -> String {
 const LOOK_EVERY: usize = 1 << 20;
 
 /// The id in a record; `None` in one whose id is none that IMS makes.
-pub fn id_of(record: &Value) -> Option<Id> {
+pub(crate) fn id_of(record: &Value) -> Option<Id> {
     record["id"].as_str().and_then(Id::parse)
 }
 

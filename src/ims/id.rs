@@ -6,11 +6,11 @@ use crate::error::{Attempt, Result};
 
 /// A UUID as IMS writes it: lower case, with hyphens. IMS compares ids as text and finds no other spelling.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Id(String);
+pub(crate) struct Id(String);
 
 impl Id {
     /// Takes a UUID and nothing else.
-    pub fn parse(text: &str) -> Option<Self> {
+    pub(crate) fn parse(text: &str) -> Option<Self> {
         let groups = [8, 4, 4, 4, 12];
         let is_digit = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
         let mut parts = text.split('-');
@@ -20,13 +20,13 @@ impl Id {
     }
 
     /// A new one.
-    pub fn random() -> Result<Self> {
+    pub(crate) fn random() -> Result<Self> {
         let id = std::fs::read_to_string("/proc/sys/kernel/random/uuid").attempt(|| "make an image's id")?;
         Ok(Self(id.trim().to_owned()))
     }
 
     /// Its text.
-    pub fn as_str(&self) -> &str {
+    pub(crate) fn as_str(&self) -> &str {
         &self.0
     }
 }

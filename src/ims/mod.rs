@@ -1,5 +1,5 @@
 //! The Image Management Service, as its clients see it.
 
-pub mod client;
-pub mod id;
-pub mod place;
+pub(crate) mod client;
+pub(crate) mod id;
+pub(crate) mod place;

@@ -12,12 +12,12 @@ pub struct Place {
     /// `IMS_URL`.
     pub url: String,
     /// `OAUTH_CONFIG_DIR`, where it holds credentials.
-    pub oauth: Option<PathBuf>,
+    pub(crate) oauth: Option<PathBuf>,
 }
 
 impl Place {
     /// What of the credentials is sent without encryption, as warnings.
-    pub fn in_clear(&self) -> Vec<String> {
+    pub(crate) fn in_clear(&self) -> Vec<String> {
         let Some(folder) = &self.oauth else { return Vec::new() };
         let endpoint = std::fs::read_to_string(folder.join("endpoint")).unwrap_or_default();
         let urls = [

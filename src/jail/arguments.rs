@@ -7,7 +7,7 @@ use crate::jail::plan::Plan;
 use crate::jail::tier::Tier;
 
 /// The program's name, beside ims-sshd and in the jail.
-pub const NAME: &str = "ims-jail-shell";
+pub(crate) const NAME: &str = "ims-jail-shell";
 
 /// What the program is told to do. `JAIL` is the file of the jail's [`Record`](crate::jail::record::Record).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -46,7 +46,7 @@ impl Arguments {
     }
 
     /// The program's name and these words, for execve(2).
-    pub fn to_argv(&self) -> Vec<OsString> {
+    pub(crate) fn to_argv(&self) -> Vec<OsString> {
         [vec![NAME.into()], self.to_words()].concat()
     }
 
@@ -69,7 +69,7 @@ impl Arguments {
     }
 
     /// The command line with which sshd starts `program` for every session in the jail of the record `jail`.
-    pub fn forced_command(program: &Path, jail: &Path) -> String {
+    pub(crate) fn forced_command(program: &Path, jail: &Path) -> String {
         // `exec`: the login shell makes way, so that sshd sees the helper's end as its own, a death by signal too.
         let words = ["exec", &program.to_string_lossy(), "session", &jail.to_string_lossy()].map(str::to_owned);
         shell_words::join(words)

@@ -17,11 +17,11 @@ use crate::sys::tree::Tree;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Bind {
     /// The source: a path of the container without links.
-    pub source: PathBuf,
+    pub(crate) source: PathBuf,
     /// The target, relative to the image root.
-    pub target: PathBuf,
+    pub(crate) target: PathBuf,
     /// Read-only, with everything that is mounted below it.
-    pub read_only: bool,
+    pub(crate) read_only: bool,
 }
 
 /// Paths that the jail itself mounts or puts into the image.
@@ -68,7 +68,7 @@ impl Bind {
     }
 
     /// A copy of what is mounted at the source, with all that is mounted below it, which may cover something on purpose.
-    pub fn copy(&self) -> Result<Detached> {
+    pub(crate) fn copy(&self) -> Result<Detached> {
         let mut attributes = MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOSUID;
         attributes.set(MountAttrFlags::MOUNT_ATTR_RDONLY, self.read_only);
         let copy =
@@ -77,7 +77,7 @@ impl Bind {
     }
 
     /// Puts the copy on the target.
-    pub fn attach(&self, copy: Detached, root: &Tree) -> Result<()> {
+    pub(crate) fn attach(&self, copy: Detached, root: &Tree) -> Result<()> {
         let target = root.handle(&self.target).map_err(|e| self.refuse(format!("the target: {e}")))?;
         // The kernel says no more than EINVAL of a directory and a file (move_mount(2)). Both were looked at before: see `place`.
         let kind =

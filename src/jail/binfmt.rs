@@ -23,15 +23,15 @@ use crate::sys::tree::Tree;
 
 /// One entry of the table.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Entry {
+pub(crate) struct Entry {
     /// Its file's name.
     pub name: String,
     /// Whether it is switched on.
-    pub enabled: bool,
+    pub(crate) enabled: bool,
     /// The interpreter.
-    pub interpreter: PathBuf,
+    pub(crate) interpreter: PathBuf,
     /// Letters, as in a registration.
-    pub flags: String,
+    pub(crate) flags: String,
     /// Where in a file the magic is.
     offset: usize,
     magic: Vec<u8>,
@@ -41,7 +41,7 @@ pub struct Entry {
 
 impl Entry {
     /// Reads an entry's file as the kernel shows it; `None` if it goes by a file's extension, or is none.
-    pub fn parse(name: &str, text: &str) -> Option<Self> {
+    pub(crate) fn parse(name: &str, text: &str) -> Option<Self> {
         let value = |field: &str| text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(' '));
         Some(Self {
             name: name.to_owned(),
@@ -55,7 +55,7 @@ impl Entry {
     }
 
     /// Whether the kernel would take it for a file that begins with `header`.
-    pub fn takes(&self, header: &[u8]) -> bool {
+    pub(crate) fn takes(&self, header: &[u8]) -> bool {
         let masks = self.mask.iter().copied().chain(std::iter::repeat(0xff));
         let Some(place) = header.get(self.offset..).and_then(|rest| rest.get(..self.magic.len())) else { return false };
         self.enabled && place.iter().zip(&self.magic).zip(masks).all(|((byte, magic), mask)| (byte ^ magic) & mask == 0)
@@ -83,7 +83,7 @@ fn bytes(hexadecimal: &str) -> Option<Vec<u8>> {
 ///
 /// Which of two entries the kernel takes is not to be seen. So one that would not work in a jail spoils the others; the last one
 /// registered comes first.
-pub fn serving(entries: &[Entry], architecture: Architecture) -> Option<&Entry> {
+pub(crate) fn serving(entries: &[Entry], architecture: Architecture) -> Option<&Entry> {
     let takes = |entry: &&Entry| architecture.headers().iter().all(|header| entry.takes(header));
     let mut matching = entries.iter().filter(takes);
     if !matching.clone().all(Entry::holds_its_interpreter) {
@@ -97,7 +97,7 @@ pub fn serving(entries: &[Entry], architecture: Architecture) -> Option<&Entry> 
 /// `F`: the kernel opens it now, so that it is found in every jail. `P`: it learns the name that the program was called by, which
 /// login shells and busybox go by. `O`: it is handed the program open. Not `C`: a setuid program does not make QEMU setuid, whose
 /// variables would let a user write as root.
-pub fn registration(name: &str, architecture: Architecture, interpreter: &Path) -> String {
+pub(crate) fn registration(name: &str, architecture: Architecture, interpreter: &Path) -> String {
     let escaped = |bytes: &[u8]| {
         bytes.iter().fold(String::new(), |mut text, byte| {
             let _ = write!(text, "\\x{byte:02x}");
@@ -113,13 +113,13 @@ pub fn registration(name: &str, architecture: Architecture, interpreter: &Path) 
 }
 
 /// Where the static QEMU for `architecture` is installed, as distributions and this project's container image have it.
-pub fn interpreter(architecture: Architecture) -> PathBuf {
+pub(crate) fn interpreter(architecture: Architecture) -> PathBuf {
     format!("/usr/bin/qemu-{}-static", architecture.name()).into()
 }
 
 /// By what programs for another architecture run.
 #[derive(Debug)]
-pub enum Interpreter {
+pub(crate) enum Interpreter {
     /// By somebody else's entry.
     Registered(Entry),
     /// By one that cannot be seen from here, but works.
@@ -130,7 +130,7 @@ pub enum Interpreter {
 
 impl Interpreter {
     /// The table in which our entry is, which vanishes with its last mount.
-    pub fn table(&self) -> Option<BorrowedFd<'_>> {
+    pub(crate) fn table(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Self::Own(registration) => Some(registration.table.0.as_fd()),
             Self::Registered(_) | Self::Unseen => None,
@@ -140,7 +140,7 @@ impl Interpreter {
 
 /// Our entry, which is removed when this is dropped.
 #[derive(Debug)]
-pub struct Registration {
+pub(crate) struct Registration {
     table: Table,
     name: String,
 }
@@ -161,7 +161,7 @@ impl Drop for Registration {
 /// container's or the node's would run inside by its own file, whose mode and owner a session could change through /proc/PID/exe.
 ///
 /// If it registers an entry, the calling thread has a mount namespace of its own afterwards.
-pub fn provide(architecture: Architecture, owner: &str, own: bool) -> Result<Interpreter> {
+pub(crate) fn provide(architecture: Architecture, owner: &str, own: bool) -> Result<Interpreter> {
     let attempted = || format!("set up emulation of {} programs", architecture.name());
     let interpreter = interpreter(architecture);
     let works = || !own && architecture.runs();

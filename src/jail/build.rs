@@ -27,7 +27,7 @@ use crate::sys::tree::Tree;
 
 /// Makes the jail around this process's working folder, which is the image root, and moves the process into it. To be called by the
 /// first process of the new namespaces, which must not have another thread. Returns the [`Programs`] of the jail.
-pub fn build(plan: &Plan) -> Result<Programs> {
+pub(crate) fn build(plan: &Plan) -> Result<Programs> {
     let shown = plan.image_root.display();
     let place = Tree::open(Path::new(".")).attempt(|| format!("open the image root {shown}"))?;
     if plan.tier == Tier::Chroot {
@@ -99,11 +99,11 @@ pub fn build(plan: &Plan) -> Result<Programs> {
 }
 
 /// The jail's copies of the container's programs, to be kept open ([`programs::copy`]).
-pub struct Programs {
+pub(crate) struct Programs {
     /// `ims-jail-shell`. In the chroot tier it is the container's own: where nothing can be mounted, no copy could be kept as it is.
-    pub helper: OwnedFd,
+    pub(crate) helper: OwnedFd,
     /// sftp-server, its loader and its libraries.
-    pub others: Vec<OwnedFd>,
+    pub(crate) others: Vec<OwnedFd>,
 }
 
 /// The jail while it is made.

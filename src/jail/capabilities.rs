@@ -23,7 +23,7 @@ pub const KEPT: &[(Capability, &str)] = &[
 ];
 
 /// Leaves this process, and whatever it starts, the kept capabilities only, for good. Takes CAP_SETPCAP if there are others.
-pub fn keep_jail_set() -> rustix::io::Result<()> {
+pub(crate) fn keep_jail_set() -> rustix::io::Result<()> {
     let kept = mask(KEPT);
     // By number and not by name: this kernel may know capabilities that have no name here yet.
     for capability in (0..u64::BITS).map(|number| CapabilitySet::from_bits_retain(1 << number)) {
@@ -43,7 +43,7 @@ pub fn keep_jail_set() -> rustix::io::Result<()> {
 }
 
 /// Leaves this process `kept` only, of those it has. For one that starts no program, which would have what is in the bounding set.
-pub fn hold_only(kept: &[(Capability, &str)]) -> rustix::io::Result<()> {
+pub(crate) fn hold_only(kept: &[(Capability, &str)]) -> rustix::io::Result<()> {
     hold(mask(kept))
 }
 
@@ -59,7 +59,7 @@ fn hold(kept: CapabilitySet) -> rustix::io::Result<()> {
 }
 
 /// Whether this thread, and what it starts, lacks `capability`.
-pub fn lacks(capability: Capability) -> bool {
+pub(crate) fn lacks(capability: Capability) -> bool {
     matches!(caps::has_cap(None, CapSet::Effective, capability), Ok(false))
 }
 

@@ -19,7 +19,7 @@ pub struct Joined {
     /// The jail's init.
     pub init: Handle,
     /// The jail's copy of this program, open.
-    pub(crate) helper: OwnedFd,
+    pub helper: OwnedFd,
 }
 
 /// Moves this process into the jail: its root becomes the image root, its children live in the jail's PID namespace. It cannot

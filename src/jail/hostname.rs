@@ -16,7 +16,7 @@ use crate::sys::seqpacket::Packets;
 
 /// Gives this process, in a new UTS namespace, another one that root may name, and the jail's `name` to it. Where none can be had,
 /// the name cannot be changed from inside, and the jail does without `label`, its name where none is asked for.
-pub fn give(name: Option<&str>, label: Option<&str>) -> Result<()> {
+pub(crate) fn give(name: Option<&str>, label: Option<&str>) -> Result<()> {
     let attempted = || "make a UTS namespace that the jail's root may name";
     let (here, outside) = Packets::pair().attempt(attempted)?;
     match fork().attempt(attempted)? {

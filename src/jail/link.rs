@@ -35,7 +35,7 @@ impl Message {
     }
 
     /// The mark that it tells of, if it does.
-    pub fn mark(self) -> Option<Verdict> {
+    pub(crate) fn mark(self) -> Option<Verdict> {
         match self {
             Self::Marked(verdict) => Some(verdict),
             _ => None,
@@ -83,12 +83,12 @@ impl Link {
     }
 
     /// Sends `message` and, with it, a copy of each of `descriptors`.
-    pub fn send_with(&self, message: &Message, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+    pub(crate) fn send_with(&self, message: &Message, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
         self.packets.send_with(message.to_text().as_bytes(), descriptors)
     }
 
     /// Tells the other end that nothing more is sent; it can still send.
-    pub fn finish(&self) -> io::Result<()> {
+    pub(crate) fn finish(&self) -> io::Result<()> {
         self.packets.finish()
     }
 

@@ -2,20 +2,20 @@
 
 pub mod arguments;
 pub mod binds;
-pub mod binfmt;
-pub mod build;
+pub(crate) mod binfmt;
+pub(crate) mod build;
 pub mod capabilities;
 pub mod enter;
-pub mod hostname;
+pub(crate) mod hostname;
 pub mod init;
 pub mod link;
 pub mod mount_table;
 pub mod plan;
-pub mod programs;
+pub(crate) mod programs;
 pub mod record;
 pub mod refused_calls;
-pub mod resolv_conf;
-pub mod run;
+pub(crate) mod resolv_conf;
+pub(crate) mod run;
 pub mod seal;
-pub mod streams;
+pub(crate) mod streams;
 pub mod tier;

@@ -4,7 +4,7 @@ use rustix::mount::MountAttrFlags;
 
 /// Where a mount comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Source {
+pub(crate) enum Source {
     /// A new file system of this type with these options.
     New(&'static str, &'static [(&'static str, &'static str)]),
     /// What the container has at this path, with all that is mounted below it.
@@ -15,7 +15,7 @@ pub enum Source {
 
 /// What is done where the target does not exist.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Missing {
+pub(crate) enum Missing {
     /// The image lacks the folder: made for the life of the jail, recorded, and removed at the end.
     MountPoint,
     /// It stands in a file system of our own: made there.
@@ -30,11 +30,11 @@ pub struct Mount {
     /// Where.
     pub target: &'static str,
     /// What.
-    pub source: Source,
+    pub(crate) source: Source,
     /// Restrictions, beyond those the source has.
-    pub attributes: MountAttrFlags,
+    pub(crate) attributes: MountAttrFlags,
     /// What if the target is missing.
-    pub missing: Missing,
+    pub(crate) missing: Missing,
 }
 
 const NOSUID: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NOSUID;
@@ -44,10 +44,10 @@ const RDONLY: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_RDONLY;
 const NOTHING: MountAttrFlags = MountAttrFlags::empty();
 
 /// Restrictions of what stands in /proc beside the processes: one file for all the machine, whose mode root could change for everybody.
-pub const KERNEL_FILE_ATTRIBUTES: MountAttrFlags = RDONLY.union(NOSUID).union(NODEV).union(NOEXEC);
+pub(crate) const KERNEL_FILE_ATTRIBUTES: MountAttrFlags = RDONLY.union(NOSUID).union(NODEV).union(NOEXEC);
 
 /// Restrictions of the image root itself: a device node that stands in the image opens nothing.
-pub const ROOT_ATTRIBUTES: MountAttrFlags = NODEV;
+pub(crate) const ROOT_ATTRIBUTES: MountAttrFlags = NODEV;
 
 const fn mount(target: &'static str, source: Source, attributes: MountAttrFlags, missing: Missing) -> Mount {
     Mount { target, source, attributes, missing }
@@ -72,7 +72,7 @@ const PROC: Mount = mount("proc", Source::New("proc", &[]), NOSUID.union(NODEV).
 /// container's nodes, since a user namespace can make none.
 /// /proc and /sys are masked as OCI runtimes do (runtime-spec, "Linux masked and read-only paths"); of /proc, all that is no process is
 /// read-only ([`KERNEL_FILE_ATTRIBUTES`]).
-pub const JAILED: &[Mount] = &[
+pub(crate) const JAILED: &[Mount] = &[
     mount(
         "dev",
         Source::New("tmpfs", &[("mode", "0755"), ("size", "64m")]),
@@ -107,7 +107,7 @@ pub const JAILED: &[Mount] = &[
 ];
 
 /// The jail of a job that builds kernel modules (`JOB_ENABLE_DKMS=True`): everything that the container has.
-pub const DKMS: &[Mount] = &[
+pub(crate) const DKMS: &[Mount] = &[
     mount("dev", Source::Container("/dev"), NOTHING, Missing::MountPoint),
     PROC,
     mount("sys", Source::Container("/sys"), NOTHING, Missing::MountPoint),
@@ -138,7 +138,7 @@ pub fn mount_table(dkms: bool, proc: Proc) -> impl Iterator<Item = Mount> {
 }
 
 /// Links in the jail's own /dev, as (name, target).
-pub const DEV_LINKS: &[(&str, &str)] = &[
+pub(crate) const DEV_LINKS: &[(&str, &str)] = &[
     // A link and not a node: only so does openpty find the terminal it made below /dev/pts.
     ("ptmx", "pts/ptmx"),
     ("fd", "/proc/self/fd"),
@@ -149,7 +149,7 @@ pub const DEV_LINKS: &[(&str, &str)] = &[
 
 /// Directory of the jail's copies of the container's programs, relative to the root: below the jail's own /run, so that
 /// the image needs no directory for them.
-pub const PROGRAMS: &str = "run/.ims-sshd";
+pub(crate) const PROGRAMS: &str = "run/.ims-sshd";
 
 #[cfg(test)]
 mod tests {

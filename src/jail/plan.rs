@@ -37,7 +37,7 @@ pub struct Plan {
 
 impl Plan {
     /// The arguments behind `init`.
-    pub fn to_arguments(&self) -> Vec<OsString> {
+    pub(crate) fn to_arguments(&self) -> Vec<OsString> {
         let mut arguments: Vec<OsString> =
             vec!["--tier".into(), self.tier.name().into(), "--root".into(), self.image_root.clone().into()];
         let flags = [(self.dkms, "--dkms"), (self.proc == Proc::Container, "--proc-of-container")];
@@ -60,7 +60,7 @@ impl Plan {
     }
 
     /// Reads them; `None` if they are none.
-    pub fn from_arguments(arguments: &[OsString]) -> Option<Self> {
+    pub(crate) fn from_arguments(arguments: &[OsString]) -> Option<Self> {
         let mut plan = Self::default();
         let mut arguments = arguments.iter();
         while let Some(option) = arguments.next() {

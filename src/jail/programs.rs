@@ -29,7 +29,7 @@ pub struct Program {
 
 /// Copies `programs` into a read-only tmpfs. The copies come open for reading: as long as they are, the
 /// kernel gives nobody inside a write lease on one, for which each further session would have to wait (fcntl(2), `F_SETLEASE`).
-pub fn copy<'a>(programs: impl IntoIterator<Item = &'a Program>) -> Result<(Detached, Vec<OwnedFd>)> {
+pub(crate) fn copy<'a>(programs: impl IntoIterator<Item = &'a Program>) -> Result<(Detached, Vec<OwnedFd>)> {
     let attempted = || "make a tmpfs for the jail's programs";
     let tmpfs = Detached::filesystem("tmpfs", &[("mode", "0755")], ATTRIBUTES).attempt(attempted)?;
     let directory = Tree::from_fd(tmpfs.as_fd().try_clone_to_owned().attempt(attempted)?);

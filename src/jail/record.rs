@@ -26,30 +26,30 @@ use crate::sys::process::Identity;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Record {
     /// How strong the jail is.
-    pub tier: Tier,
+    pub(crate) tier: Tier,
     /// The jail's init, as the container numbers it.
     pub init: Identity,
     /// The process that holds the doors.
     pub keeper: Identity,
     /// Numbers of the keeper's descriptors.
-    pub doors: Vec<i32>,
+    pub(crate) doors: Vec<i32>,
     /// Number of the keeper's descriptor of the jail's copy of `ims-jail-shell`, which is all that runs inside of our own.
-    pub helper: i32,
+    pub(crate) helper: i32,
     /// Whether sessions keep the container's capabilities.
-    pub dkms: bool,
+    pub(crate) dkms: bool,
     /// True if changes stay in the image, however the environment ends.
-    pub in_place: bool,
+    pub(crate) in_place: bool,
     /// The IMS job.
-    pub job: Option<String>,
+    pub(crate) job: Option<String>,
     /// The image's name.
-    pub image: Option<String>,
+    pub(crate) image: Option<String>,
     /// Names of variables that the server's configuration gives to sessions (`SetEnv`, `AcceptEnv`).
-    pub keep: Vec<String>,
+    pub(crate) keep: Vec<String>,
 }
 
 impl Record {
     /// The file's text.
-    pub fn to_text(&self) -> String {
+    pub(crate) fn to_text(&self) -> String {
         use std::fmt::Write;
         let mut text =
             format!("tier {}\ninit {}\nkeeper {}\ndkms {}\n", self.tier.name(), self.init, self.keeper, self.dkms);
@@ -70,7 +70,7 @@ impl Record {
     }
 
     /// Reads the file's text; `None` if it is not one.
-    pub fn parse(text: &str) -> Option<Self> {
+    pub(crate) fn parse(text: &str) -> Option<Self> {
         let (mut tier, mut init, mut keeper, mut helper) = (None, None, None, None);
         let (mut dkms, mut in_place) = (None, None);
         let (mut job, mut image, mut doors, mut keep) = (None, None, Vec::new(), Vec::new());

@@ -393,7 +393,7 @@ const PROGRAM: Program = {
 };
 
 /// The program, for [`crate::sys::seccomp::filter`].
-pub fn program() -> &'static [Instruction] {
+pub(crate) fn program() -> &'static [Instruction] {
     const LENGTH: usize = PROGRAM.length;
     static INSTRUCTIONS: [Instruction; LENGTH] = {
         let mut all = [ALLOW; LENGTH];
@@ -409,7 +409,7 @@ pub fn program() -> &'static [Instruction] {
 
 /// A program that refuses `calls` (`SYS_…` of libc) to one that has no use for them, and user namespaces, in which it would have every
 /// capability. Only the first convention exists.
-pub fn refusing(calls: &[libc::c_long]) -> Vec<Instruction> {
+pub(crate) fn refusing(calls: &[libc::c_long]) -> Vec<Instruction> {
     let convention = &CONVENTIONS[0];
     let mut program = Program::new();
     program.add(load(ARCHITECTURE));
@@ -431,7 +431,7 @@ pub fn refusing(calls: &[libc::c_long]) -> Vec<Instruction> {
 }
 
 /// A program by which a kernel seems to have no audit (linux/netlink.h), to programs of the first convention.
-pub fn without_audit() -> Vec<Instruction> {
+pub(crate) fn without_audit() -> Vec<Instruction> {
     const FAMILY: Test = In(0, ALL_BITS, &[libc::AF_NETLINK.cast_unsigned()]);
     const PROTOCOL: Test = In(2, ALL_BITS, &[libc::NETLINK_AUDIT.cast_unsigned()]);
     const RULE: Rule = If(&[FAMILY, PROTOCOL], libc::EPROTONOSUPPORT);

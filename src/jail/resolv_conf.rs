@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use crate::sys::tree::Tree;
 
 /// The container's file, and the image's.
-pub const RESOLV_CONF: &str = "etc/resolv.conf";
+pub(crate) const RESOLV_CONF: &str = "etc/resolv.conf";
 
 /// A larger file is not taken for one.
 pub(crate) const LIMIT: u64 = 1 << 20;
@@ -21,12 +21,12 @@ const BELOW_RUN: [&str; 5] = [
 ];
 
 /// The container's text; `None` where it has none.
-pub fn of_container() -> Option<Vec<u8>> {
+pub(crate) fn of_container() -> Option<Vec<u8>> {
     std::fs::read(Path::new("/").join(RESOLV_CONF)).ok().filter(|text| text.len() as u64 <= LIMIT)
 }
 
 /// The files below /run that a jail gets.
-pub fn files_below_run(image_root: &Tree) -> Vec<PathBuf> {
+pub(crate) fn files_below_run(image_root: &Tree) -> Vec<PathBuf> {
     BELOW_RUN.into_iter().map(PathBuf::from).chain(link_into_run(image_root)).collect()
 }
 

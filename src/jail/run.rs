@@ -15,7 +15,7 @@ use crate::sys::tree::Tree;
 
 /// One name below /run.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Entry {
+pub(crate) struct Entry {
     /// Relative to /run.
     path: PathBuf,
     kind: Kind,
@@ -53,7 +53,7 @@ const LEFT_OUT: [&str; 2] = ["systemd/system", ".containerenv"];
 const OURS: &[u8] = b".ims-sshd";
 
 /// Entries for the jail's /run, in the order in which they are made: the first of two entries with one name counts.
-pub fn of_boot(image_root: &Tree) -> Vec<Entry> {
+pub(crate) fn of_boot(image_root: &Tree) -> Vec<Entry> {
     let mut entries = own_entries(image_root).unwrap_or_default();
     entries.extend(of_tmpfiles(image_root));
     let directory = |path: &str, mode| Entry { path: path.into(), kind: Kind::Directory, mode, uid: 0, gid: 0 };
@@ -67,7 +67,7 @@ pub fn of_boot(image_root: &Tree) -> Vec<Entry> {
 }
 
 /// Makes the entries in `run`, which is a file system of the jail's own. What stands there already stays.
-pub fn make(run: &Tree, entries: &[Entry]) {
+pub(crate) fn make(run: &Tree, entries: &[Entry]) {
     for entry in entries {
         // An odd entry of the image is no reason to refuse it.
         let _ = entry.make(run);

@@ -36,7 +36,7 @@ impl Seal {
     }
 
     /// The other way round.
-    pub fn parse(text: &str) -> Option<Self> {
+    pub(crate) fn parse(text: &str) -> Option<Self> {
         match text.trim_end().split_once(' ') {
             None if text.trim_end() == "sealed" => Some(Self::Sealed),
             Some(("busy", mount)) => mount.parse().ok().map(Self::Busy),

@@ -54,7 +54,7 @@ enum Way {
 }
 
 /// The streams of a session, until it ends.
-pub struct Streams {
+pub(crate) struct Streams {
     ways: [Way; 3],
     /// The replacement of each stream that does not come in unchanged.
     replaced: [Option<OwnedFd>; 3],
@@ -74,7 +74,7 @@ impl Streams {
     /// Looks at this process's streams, and starts copiers for those that need one. To be called before the jail is joined, so that the
     /// copiers stay outside. Fails for a directory, which would be a way out of the jail, and for a descriptor that is not open but names a
     /// file (`O_PATH`).
-    pub fn of_this_process() -> Result<Self> {
+    pub(crate) fn of_this_process() -> Result<Self> {
         let (stdin, stdout, stderr) = (std::io::stdin(), std::io::stdout(), std::io::stderr());
         let streams = [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()];
         let mut found = Vec::with_capacity(streams.len());
@@ -123,7 +123,7 @@ impl Streams {
     }
 
     /// Opens the jail's own nodes, in `image_root` as it is seen in the jail, for streams that are the container's.
-    pub fn open_own_nodes(&mut self, image_root: &Tree) -> Result<()> {
+    pub(crate) fn open_own_nodes(&mut self, image_root: &Tree) -> Result<()> {
         for (way, replaced) in self.ways.iter().zip(&mut self.replaced) {
             if let Way::Own(node, access) = *way {
                 let attempted = || format!("open /{} of the jail", node.0);
@@ -140,7 +140,7 @@ impl Streams {
     }
 
     /// Makes them the streams of this process, a child that is about to become another program.
-    pub fn take(&self) -> io::Result<()> {
+    pub(crate) fn take(&self) -> io::Result<()> {
         let [stdin, stdout, stderr] = &self.replaced;
         stdin.as_ref().map_or(Ok(()), rustix::stdio::dup2_stdin)?;
         stdout.as_ref().map_or(Ok(()), rustix::stdio::dup2_stdout)?;
@@ -148,13 +148,13 @@ impl Streams {
     }
 
     /// Leaves the pipes to the child: their ends tell when nobody reads or writes any more.
-    pub fn are_taken(&mut self) {
+    pub(crate) fn are_taken(&mut self) {
         self.replaced = [None, None, None];
     }
 
     /// Has the copiers finish what the session has written. Returns whether all of it was copied. Nobody may ever read what they write:
     /// where this program `is_to_end` they have a second for it, and a further signal that ends a program ends them at once.
-    pub fn finish(&mut self, signals: &Signals, is_to_end: bool) -> bool {
+    pub(crate) fn finish(&mut self, signals: &Signals, is_to_end: bool) -> bool {
         self.stop = None;
         let mut is_whole = true;
         let limit = if is_to_end { TIME_TO_FINISH } else { Duration::MAX };
@@ -182,7 +182,7 @@ impl Streams {
 const TIME_TO_FINISH: Duration = Duration::from_secs(1);
 
 /// Signals by which a user or a supervisor ends this program.
-pub const ENDING: [Signal; 4] = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM];
+pub(crate) const ENDING: [Signal; 4] = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM];
 
 /// Decides how a stream comes in.
 fn look(stream: BorrowedFd<'_>, name: &str) -> Result<(Way, Stat)> {

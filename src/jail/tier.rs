@@ -30,7 +30,7 @@ const NAMESPACES: [Namespace; 5] = [
 
 impl Tier {
     /// All of them, best first.
-    pub const ALL: [Self; 3] = [Self::Namespace, Self::User, Self::Chroot];
+    pub(crate) const ALL: [Self; 3] = [Self::Namespace, Self::User, Self::Chroot];
 
     /// As `IMS_JAIL_TIER` and the log have it.
     pub fn name(self) -> &'static str {
@@ -42,12 +42,12 @@ impl Tier {
     }
 
     /// The tier of that name.
-    pub fn from_name(name: &str) -> Option<Self> {
+    pub(crate) fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|tier| tier.name() == name)
     }
 
     /// The namespaces that its jail has of its own.
-    pub fn namespaces(self) -> &'static [Namespace] {
+    pub(crate) fn namespaces(self) -> &'static [Namespace] {
         match self {
             Self::Namespace => &NAMESPACES[1..],
             Self::User => &NAMESPACES,
@@ -56,12 +56,12 @@ impl Tier {
     }
 
     /// Their flags.
-    pub fn flags(self) -> CloneFlags {
+    pub(crate) fn flags(self) -> CloneFlags {
         self.namespaces().iter().map(|(_, flag)| *flag).collect()
     }
 
     /// Capabilities without which it cannot be had.
-    pub fn capabilities(self) -> &'static [Capability] {
+    pub(crate) fn capabilities(self) -> &'static [Capability] {
         match self {
             Self::Namespace => &[Capability::CAP_SYS_ADMIN],
             Self::User => &[Capability::CAP_SETUID, Capability::CAP_SETGID, Capability::CAP_SETFCAP],
@@ -70,7 +70,7 @@ impl Tier {
     }
 
     /// What a container must be allowed for it.
-    pub fn needs(self) -> &'static str {
+    pub(crate) fn needs(self) -> &'static str {
         match self {
             Self::Namespace => "CAP_SYS_ADMIN (a privileged container)",
             Self::User => {
@@ -82,7 +82,7 @@ impl Tier {
     }
 
     /// What a session lacks that it has in the tier above it.
-    pub fn lacks(self) -> Option<&'static str> {
+    pub(crate) fn lacks(self) -> Option<&'static str> {
         match self {
             Self::Namespace => None,
             Self::User => {

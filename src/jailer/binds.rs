@@ -13,7 +13,7 @@ use std::io;
 
 /// The binds as they lie in this image, with no link on the way to a target, and what the image lacks for them. Everything that can be
 /// refused is refused here.
-pub fn place(image_root: &Tree, tier: Tier, binds: &[Bind]) -> Result<(Vec<Bind>, Vec<Addition>)> {
+pub(crate) fn place(image_root: &Tree, tier: Tier, binds: &[Bind]) -> Result<(Vec<Bind>, Vec<Addition>)> {
     let (mut placed, mut lacking): (Vec<Bind>, Vec<Addition>) = (Vec::new(), Vec::new());
     let root = rustix::fs::fstat(image_root).attempt(|| "look at the image root")?;
     for bind in binds {

@@ -20,7 +20,7 @@ const TELLTALES: [&str; 6] = [
 ];
 
 /// The first file of the image that says what machine it is for: what a session starts, else any that is known.
-pub fn telltale(image_root: &Tree) -> Option<(PathBuf, Architecture)> {
+pub(crate) fn telltale(image_root: &Tree) -> Option<(PathBuf, Architecture)> {
     let shell = Account::root_of(image_root).shell;
     let paths = std::iter::once(shell).chain(TELLTALES.into_iter().map(PathBuf::from));
     paths.into_iter().find_map(|path| {
@@ -31,9 +31,9 @@ pub fn telltale(image_root: &Tree) -> Option<(PathBuf, Architecture)> {
 
 /// By whom the image's programs are made to run; as long as this is kept.
 #[derive(Debug, Default)]
-pub struct Emulation {
+pub(crate) struct Emulation {
     /// What they are for, if the jail has to see to it itself.
-    pub in_jail: Option<Architecture>,
+    pub(crate) in_jail: Option<Architecture>,
     /// Ours.
     registration: Option<Registration>,
 }
@@ -41,7 +41,12 @@ pub struct Emulation {
 /// Has the image's programs run on this machine, if they are for another one. `told` is what `BUILD_ARCH` says; where the image says
 /// something else, it is the image that counts. `parent` is the image root's parent, whose environment owns what is registered. A jail
 /// of tier `tier` that is a user namespace has a table of its own, where it troubles nobody and needs no privilege.
-pub fn prepare(image_root: &Tree, told: Option<Architecture>, parent: &Tree, tier: Option<Tier>) -> Result<Emulation> {
+pub(crate) fn prepare(
+    image_root: &Tree,
+    told: Option<Architecture>,
+    parent: &Tree,
+    tier: Option<Tier>,
+) -> Result<Emulation> {
     let seen = telltale(image_root);
     if let (Some(told), Some((path, seen))) = (told, &seen)
         && told != *seen

@@ -1,8 +1,8 @@
 //! The supervisor's side of a jail: tried, made, watched, ended.
 
-pub mod binds;
-pub mod emulation;
+pub(crate) mod binds;
+pub(crate) mod emulation;
 pub mod mount_points;
-pub mod open;
-pub mod resolv_conf;
-pub mod trial;
+pub(crate) mod open;
+pub(crate) mod resolv_conf;
+pub(crate) mod trial;

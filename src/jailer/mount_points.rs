@@ -17,12 +17,12 @@ pub struct Addition {
     /// Relative to the image root.
     pub path: PathBuf,
     /// What is made there.
-    pub kind: Kind,
+    pub(crate) kind: Kind,
 }
 
 /// What can be added.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub(crate) enum Kind {
     /// An empty folder, to mount on.
     Folder,
     /// An empty file, to mount on.
@@ -84,7 +84,7 @@ const DEVICES: [(&str, u32, u32); 6] =
     [("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)];
 
 /// The device nodes of a jail without mounts, if the image's /dev is empty or missing; an image that has something there is left alone.
-pub fn devices(image_root: &Tree) -> Result<Vec<Addition>> {
+pub(crate) fn devices(image_root: &Tree) -> Result<Vec<Addition>> {
     let attempted = || "look at /dev of the image";
     let folder = match image_root.look("dev").attempt(attempted)?.as_ref().map(FileKind::of) {
         None => Some(Addition { path: "dev".into(), kind: Kind::Folder }),
@@ -100,17 +100,17 @@ pub fn devices(image_root: &Tree) -> Result<Vec<Addition>> {
 }
 
 /// Additions that were made to an image root. They are noted in its parent before they are made.
-pub struct Made<'a> {
+pub(crate) struct Made<'a> {
     image_root: &'a Tree,
     note_folder: &'a Tree,
     additions: Vec<Addition>,
     /// Whether the kernel refused to make device nodes.
-    pub without_devices: bool,
+    pub(crate) without_devices: bool,
 }
 
 impl<'a> Made<'a> {
     /// Notes `wanted` in `note_folder` and makes them; device nodes only as far as this container may.
-    pub fn make(image_root: &'a Tree, note_folder: &'a Tree, wanted: Vec<Addition>) -> Result<Self> {
+    pub(crate) fn make(image_root: &'a Tree, note_folder: &'a Tree, wanted: Vec<Addition>) -> Result<Self> {
         if !wanted.is_empty() {
             let text = wanted.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
             note_folder
@@ -143,21 +143,21 @@ impl<'a> Made<'a> {
     }
 
     /// The mount points, open, each with the path at which it was made.
-    pub fn mount_points(&self) -> Vec<(PathBuf, OwnedFd)> {
+    pub(crate) fn mount_points(&self) -> Vec<(PathBuf, OwnedFd)> {
         let made = self.additions.iter().filter(|addition| matches!(addition.kind, Kind::Folder | Kind::File));
         made.filter_map(|addition| Some((addition.path.clone(), self.image_root.handle(&addition.path).ok()?)))
             .collect()
     }
 
     /// What an earlier environment on the same parent made and, killed, did not remove.
-    pub fn left_over(image_root: &'a Tree, note_folder: &'a Tree) -> Option<Self> {
+    pub(crate) fn left_over(image_root: &'a Tree, note_folder: &'a Tree) -> Option<Self> {
         let note = note_folder.read(ADDITIONS, 1 << 16).ok()?;
         let additions = String::from_utf8_lossy(&note).lines().filter_map(Addition::parse).collect();
         Some(Self { image_root, note_folder, additions, without_devices: false })
     }
 
     /// Removes them, and the note. Returns what could not be removed because somebody put something there.
-    pub fn remove(self) -> Result<Vec<PathBuf>> {
+    pub(crate) fn remove(self) -> Result<Vec<PathBuf>> {
         let mut kept = Vec::new();
         // A folder after what was made in it.
         for addition in self.additions.iter().rev() {
@@ -177,7 +177,7 @@ impl<'a> Made<'a> {
 
 /// Removes those of [`Made::mount_points`] that a session has moved, as by renaming a directory above. To be called when none is left who
 /// could move them. Returns what could not be removed because somebody put something there.
-pub fn remove_moved(image_root: &Tree, made: &[(PathBuf, OwnedFd)]) -> Result<Vec<PathBuf>> {
+pub(crate) fn remove_moved(image_root: &Tree, made: &[(PathBuf, OwnedFd)]) -> Result<Vec<PathBuf>> {
     let mut kept = Vec::new();
     for (path, handle) in made.iter().rev() {
         let Ok(now) = image_root.path_of(handle) else { continue };

@@ -35,28 +35,28 @@ use rustix::fs::AtFlags;
 use rustix::fs::StatxFlags;
 
 /// A jail to make, and what it is made for.
-pub struct Wanted<'a> {
+pub(crate) struct Wanted<'a> {
     /// What it is made of. The image root's path is for messages alone.
-    pub plan: Plan,
+    pub(crate) plan: Plan,
     /// The image root itself.
-    pub image_root: &'a Tree,
+    pub(crate) image_root: &'a Tree,
     /// Where it is noted what the image lacks and gets: the image root's parent.
-    pub note_folder: &'a Tree,
+    pub(crate) note_folder: &'a Tree,
     /// True if changes stay in the image, however the environment ends.
-    pub in_place: bool,
+    pub(crate) in_place: bool,
     /// The IMS job.
-    pub job: Option<&'a str>,
+    pub(crate) job: Option<&'a str>,
     /// Variables that sessions keep.
-    pub keep: Vec<String>,
+    pub(crate) keep: Vec<String>,
 }
 
 /// An open jail.
 #[derive(Debug)]
-pub struct OpenJail {
+pub(crate) struct OpenJail {
     /// Whether the image's empty /dev has stayed so, since this container may not make device nodes.
-    pub without_devices: bool,
+    pub(crate) without_devices: bool,
     /// How strong it is.
-    pub tier: Tier,
+    pub(crate) tier: Tier,
     init: Handle,
     link: Link,
     /// By these it is entered: the tier's namespaces or, in the chroot tier, the image root. Sessions open them where this process has
@@ -82,7 +82,7 @@ const TIME_TO_FINISH: Duration = Duration::from_millis(200);
 const TIME_BETWEEN_SEALS: Duration = Duration::from_millis(50);
 
 /// Minimum time for a process outside to be done with a file that a session has sent it.
-pub const TIME_TO_LET_GO: Duration = Duration::from_secs(1);
+pub(crate) const TIME_TO_LET_GO: Duration = Duration::from_secs(1);
 
 /// Says who keeps a file open for writing on the mount of this number.
 fn holder(mount: u64) -> String {
@@ -100,7 +100,7 @@ fn holder(mount: u64) -> String {
 
 impl OpenJail {
     /// Makes the jail and writes down in `state` where it is. This process has to be a subreaper (or PID 1).
-    pub fn open(mut wanted: Wanted<'_>, state: &StateFolder) -> Result<Self> {
+    pub(crate) fn open(mut wanted: Wanted<'_>, state: &StateFolder) -> Result<Self> {
         let plan = &mut wanted.plan;
         let chrooted = plan.tier == Tier::Chroot;
         let mut lacking = if chrooted {
@@ -177,34 +177,34 @@ impl OpenJail {
     }
 
     /// Its own namespace of this kind; nothing if it has none.
-    pub fn door(&self, kind: &str) -> Option<&OwnedFd> {
+    pub(crate) fn door(&self, kind: &str) -> Option<&OwnedFd> {
         self.doors.get(self.tier.namespaces().iter().position(|(name, _)| *name == kind)?)
     }
 
     /// The namespace's name, as links below `/proc/PID/ns` have it.
-    pub fn namespace(&self, kind: &str) -> Option<PathBuf> {
+    pub(crate) fn namespace(&self, kind: &str) -> Option<PathBuf> {
         let found = rustix::fs::fstat(self.door(kind)?).ok()?;
         Some(format!("{kind}:[{}]", found.st_ino).into())
     }
 
     /// The jail's first process.
-    pub fn init(&self) -> Pid {
+    pub(crate) fn init(&self) -> Pid {
         self.init.pid
     }
 
     /// Readable when [`OpenJail::told`] has something.
-    pub fn link(&self) -> BorrowedFd<'_> {
+    pub(crate) fn link(&self) -> BorrowedFd<'_> {
         self.link.as_fd()
     }
 
     /// What the init tells; to be called when the link is readable. `None` if the init has ended.
-    pub fn told(&self) -> Option<Message> {
+    pub(crate) fn told(&self) -> Option<Message> {
         self.link.receive().ok().flatten().map(|(message, _)| message)
     }
 
     /// Ends every process in the jail. When this succeeds, none is left: the kernel lets the init end only after all others. In the
     /// chroot tier it ends the init alone.
-    pub fn end(&self) -> Result<()> {
+    pub(crate) fn end(&self) -> Result<()> {
         // The init looks for marks once more, and ends. The link then has what it found.
         let _ = self.link.finish();
         if !self.init.ends_within(TIME_TO_FINISH) {
@@ -221,7 +221,7 @@ impl OpenJail {
 
     /// Has nobody outside write to the image root any more, after the jail's end: a session can have sent descriptors of its files to a
     /// process outside. Waits until `limit` for those to be closed that are open for writing; if they are not, the image root is in use.
-    pub fn seal(&self, state: &StateFolder, limit: Instant) -> Result<()> {
+    pub(crate) fn seal(&self, state: &StateFolder, limit: Instant) -> Result<()> {
         let attempted = || "give the image root back";
         let mut is_told = false;
         loop {
@@ -243,7 +243,7 @@ impl OpenJail {
     }
 
     /// Removes the jail's traces from the image root, after its end: puts its resolv.conf back, removes what was added.
-    pub fn clear(self, image_root: &Tree, note_folder: &Tree) -> Result<()> {
+    pub(crate) fn clear(self, image_root: &Tree, note_folder: &Tree) -> Result<()> {
         let events = self.events;
         // If no thread can be started, the inotify is closed here.
         let _ = std::thread::Builder::new().spawn(move || drop(events));
@@ -258,7 +258,7 @@ impl OpenJail {
 const RESOLV_CONF_EDITED: &str = "a session changed /etc/resolv.conf: it stays in the image as it is";
 
 /// Removes what was noted, by this environment or by an earlier one that was killed. Returns whether there was anything.
-pub fn clear_image_root(image_root: &Tree, note_folder: &Tree) -> Result<bool> {
+pub(crate) fn clear_image_root(image_root: &Tree, note_folder: &Tree) -> Result<bool> {
     let lent = ENVIRONMENT.take_back(image_root)?;
     if lent == Some(true) {
         tracing::info!("{RESOLV_CONF_EDITED}");
@@ -377,7 +377,7 @@ fn start(wanted: &Wanted<'_>) -> Result<Started> {
 }
 
 /// `ims-jail-shell`, which is installed beside this program.
-pub fn program() -> Result<PathBuf> {
+pub(crate) fn program() -> Result<PathBuf> {
     let own = std::env::current_exe().attempt(|| "find this program's own file")?;
     let beside = own.with_file_name(NAME);
     if beside.exists() {
@@ -390,7 +390,7 @@ pub fn program() -> Result<PathBuf> {
 }
 
 /// `ims-jail-shell` with these arguments.
-pub fn helper(arguments: &Arguments) -> Result<Command> {
+pub(crate) fn helper(arguments: &Arguments) -> Result<Command> {
     let mut command = Command::new(program()?);
     command.args(arguments.to_words());
     Ok(command)
@@ -409,7 +409,7 @@ pub(crate) fn said_by_helper(arguments: &Arguments) -> std::result::Result<Strin
 
 /// How long the kernel has to end a process after SIGKILL; one that hangs in a dead network file system takes for ever. Together with the
 /// time to ask, less than the 5 s that a close takes at most after the grace.
-pub const KILL_TIME: Duration = Duration::from_millis(3500);
+pub(crate) const KILL_TIME: Duration = Duration::from_millis(3500);
 
 /// Returns the processes that have a file open for writing on the mount of this number.
 fn writers_on(mount: u64) -> Vec<Entry> {

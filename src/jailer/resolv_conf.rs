@@ -18,7 +18,7 @@ use crate::sys::tree::Tree;
 use crate::volume::layout;
 
 /// True if a program finds `text` only once a file of ours replaces the image's. `own_run`: /run is the jail's own and not the image's.
-pub fn has_to_be_lent(image_root: &Tree, text: &[u8], own_run: bool) -> Result<bool> {
+pub(crate) fn has_to_be_lent(image_root: &Tree, text: &[u8], own_run: bool) -> Result<bool> {
     let attempted = || "look at /etc/resolv.conf of the image";
     let etc = match image_root.directory("etc") {
         Ok(etc) => etc,
@@ -35,13 +35,13 @@ pub fn has_to_be_lent(image_root: &Tree, text: &[u8], own_run: bool) -> Result<b
 
 /// Someone who lends the image a text, by the name of the directory that holds what belongs to it. The names differ because a sidecar's text
 /// stands there while environments come and go, and clean up after an earlier one.
-pub struct Lender(&'static str);
+pub(crate) struct Lender(&'static str);
 
 /// A build environment.
-pub const ENVIRONMENT: Lender = Lender(layout::RESOLV_CONF);
+pub(crate) const ENVIRONMENT: Lender = Lender(layout::RESOLV_CONF);
 
 /// A sidecar, for sessions of any kind.
-pub const SIDECAR: Lender = Lender(layout::SIDECAR_RESOLV_CONF);
+pub(crate) const SIDECAR: Lender = Lender(layout::SIDECAR_RESOLV_CONF);
 
 /// Directories of the image that can hold a lender's, the best first. A jail covers the first ones with its own mounts, so that no session
 /// sees what was moved aside. An image without them has no packages that could mind.
@@ -65,7 +65,7 @@ fn is_folder(tree: &Tree, name: &str) -> bool {
 
 /// A text that stands in the image, by descriptors: whoever renames directories meanwhile changes nothing about what is put back.
 #[derive(Debug)]
-pub struct Lent {
+pub(crate) struct Lent {
     etc: Tree,
     place: Tree,
     name: &'static str,
@@ -75,7 +75,7 @@ pub struct Lent {
 
 impl Lender {
     /// Puts `text` in the place of the image's own. [`io::ErrorKind::ResourceBusy`] where a lender of this name has done so and lives.
-    pub fn lend(&self, image_root: &Tree, text: &[u8]) -> io::Result<Lent> {
+    pub(crate) fn lend(&self, image_root: &Tree, text: &[u8]) -> io::Result<Lent> {
         let etc = image_root.directory("etc")?;
         let place = self.make_directory(image_root)?;
         let lock = lock(&place.directory_without_links(self.0)?)?;
@@ -104,7 +104,7 @@ impl Lender {
 
     /// Puts the image's own back where an earlier lender of this name was killed. Returns nothing if there was none, or if it lives, else
     /// whether what was lent has been changed.
-    pub fn take_back(&self, image_root: &Tree) -> Result<Option<bool>> {
+    pub(crate) fn take_back(&self, image_root: &Tree) -> Result<Option<bool>> {
         for place in places(image_root) {
             let Ok(aside) = place.directory_without_links(self.0) else { continue };
             let lock = match lock(&aside) {
@@ -150,7 +150,7 @@ impl Lent {
     }
 
     /// Puts the image's own back, unless somebody has changed what was lent: then that stays. Returns whether it was changed.
-    pub fn take_back(&self) -> Result<bool> {
+    pub(crate) fn take_back(&self) -> Result<bool> {
         let put_back = || -> io::Result<bool> {
             let aside = match self.directory() {
                 // Somebody has removed it.

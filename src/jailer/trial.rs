@@ -18,11 +18,11 @@ use crate::volume::state_directory::StateFolder;
 
 /// A kind of jail that can be had.
 #[derive(Debug)]
-pub struct Choice {
+pub(crate) struct Choice {
     /// How strong it is.
-    pub tier: Tier,
+    pub(crate) tier: Tier,
     /// Where its /proc comes from.
-    pub proc: Proc,
+    pub(crate) proc: Proc,
     /// The mount namespace that the one on trial has left, which holds the empty folder alone: what begins with a copy of it is made
     /// without one of all that is mounted in the container. None but in the tier `namespace`: in a user namespace nobody may copy the
     /// image root's mount as long as it is the container's, nor see it from here.
@@ -31,7 +31,7 @@ pub struct Choice {
 
 impl Choice {
     /// What a jail of this kind around `image_root` is made of; nothing but the image root is shown in it.
-    pub fn plan(&self, image_root: &Path) -> Plan {
+    pub(crate) fn plan(&self, image_root: &Path) -> Plan {
         let bare = self.bare.as_ref().map(|bare| format!("/proc/{}/fd/{}", getpid(), bare.as_raw_fd()).into());
         Plan { tier: self.tier, proc: self.proc, image_root: image_root.to_owned(), bare, ..Plan::default() }
     }
@@ -47,7 +47,7 @@ const KINDS: [(Tier, Proc); 4] = [
 
 /// The best kind that can be had, of the tiers `wanted` if any is named. Logs what it is, why it is no better one, and what is lost by that.
 /// This process has to be a subreaper (or PID 1).
-pub fn choose(wanted: &[Tier], dkms: bool, state: &StateFolder) -> Result<Choice> {
+pub(crate) fn choose(wanted: &[Tier], dkms: bool, state: &StateFolder) -> Result<Choice> {
     let ground = Ground::new(state)?;
     let mut refused: Vec<(Tier, Error)> = Vec::new();
     for (tier, proc) in KINDS.into_iter().filter(|(tier, _)| wanted.is_empty() || wanted.contains(tier)) {

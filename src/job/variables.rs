@@ -12,9 +12,9 @@ pub struct Variable {
     /// Its name.
     pub name: &'static str,
     /// Values that it takes, in Markdown.
-    pub format: &'static str,
+    pub(crate) format: &'static str,
     /// Value that counts where it is not set, in Markdown.
-    pub default: &'static str,
+    pub(crate) default: &'static str,
     /// Programs that read it.
     pub readers: &'static [Program],
 }

@@ -79,7 +79,7 @@ struct Origin {
 
 /// Names of one file that one of them has changed in the overlay: each gets its place in the upper layer. Called while the overlay of
 /// `lower` and `upper` is mounted at `merged`, with its index in `index`.
-pub fn complete_hard_links(lower: &Tree, upper: &Tree, index: &Path, merged: &Tree) -> Result<()> {
+pub(crate) fn complete_hard_links(lower: &Tree, upper: &Tree, index: &Path, merged: &Tree) -> Result<()> {
     if std::fs::read_dir(index).map_or(true, |mut entries| entries.next().is_none()) {
         return Ok(());
     }
@@ -114,18 +114,18 @@ fn below(origins: &BTreeMap<PathBuf, Origin>, path: &Path) -> Option<PathBuf> {
 }
 
 /// Records, on disk, that the changes kept in `work` are to be applied to `root`: from here on no command forgets that.
-pub fn decide(work: &Tree, root: &Tree) -> Result<()> {
+pub(crate) fn decide(work: &Tree, root: &Tree) -> Result<()> {
     let root_is = identity(root).attempt(|| format!("apply the changes to {}", root.shown().display()))?;
     Progress { step: Step::Decided, root: root_is, stage: STAGE.into(), number: 0 }.write(work)
 }
 
 /// Returns whether all of it is still to be done: the overlay has to be mounted once more for [`complete_hard_links`].
-pub fn is_only_decided(work: &Tree) -> Result<bool> {
+pub(crate) fn is_only_decided(work: &Tree) -> Result<bool> {
     Ok(Progress::read(work)?.is_some_and(|progress| progress.step == Step::Decided))
 }
 
 /// Returns whether an application was decided on, or has begun, with the changes kept in `work`.
-pub fn has_begun(work: &Tree) -> Result<bool> {
+pub(crate) fn has_begun(work: &Tree) -> Result<bool> {
     let attempted = || format!("read {}", work.shown().join(RECORD).display());
     Ok(work.look(RECORD).attempt(attempted)?.is_some())
 }
@@ -194,7 +194,7 @@ fn identity(root: &Tree) -> io::Result<String> {
 }
 
 /// Name of the stage of an application to `root`, if one has left it there.
-pub fn stage_in(root: &Tree) -> io::Result<Option<OsString>> {
+pub(crate) fn stage_in(root: &Tree) -> io::Result<Option<OsString>> {
     for name in root.names()?.into_iter().filter(|name| name.as_bytes().starts_with(STAGE.as_bytes())) {
         let found = root.look(&name)?;
         if found.is_some_and(|found| FileType::from_raw_mode(found.st_mode) == FileType::Directory && is_ours(&found)) {
@@ -247,7 +247,7 @@ fn begin(work: &Tree, upper: &Tree, root: &Tree) -> Result<(Progress, Option<Tre
 
 /// Changes `root` to what the overlay of it and `upper` has shown, or goes on with that. The overlay is mounted no more, and nobody else
 /// writes to either. Once this has begun the image is complete: it ends only when everything is applied.
-pub fn apply(work: &Tree, upper: &Tree, root: &Tree) -> Result<()> {
+pub(crate) fn apply(work: &Tree, upper: &Tree, root: &Tree) -> Result<()> {
     let attempted = || format!("apply the changes to {}", root.shown().display());
     let origins = origins(upper).attempt(attempted)?;
     if !has_begun(work)? || is_only_decided(work)? && is_of(work, root)? {
@@ -280,18 +280,18 @@ pub fn apply(work: &Tree, upper: &Tree, root: &Tree) -> Result<()> {
 }
 
 /// Returns whether all is applied. Any part of the changes kept in `work` may be gone by then.
-pub fn has_ended(work: &Tree) -> Result<bool> {
+pub(crate) fn has_ended(work: &Tree) -> Result<bool> {
     Progress::read(work).map(|progress| progress.is_some_and(|progress| progress.step == Step::Applied))
 }
 
 /// Returns whether `root` is the directory to which the changes kept in `work` were being applied.
-pub fn is_of(work: &Tree, root: &Tree) -> Result<bool> {
+pub(crate) fn is_of(work: &Tree, root: &Tree) -> Result<bool> {
     let root = identity(root).attempt(|| format!("look at {}", root.shown().display()))?;
     Ok(Progress::read(work).is_ok_and(|progress| progress.is_some_and(|progress| progress.root == root)))
 }
 
 /// Gives an application up that was interrupted: what was put aside gets its old place again. What is applied stays.
-pub fn give_up(work: &Tree, upper: &Tree, root: &Tree) -> Result<()> {
+pub(crate) fn give_up(work: &Tree, upper: &Tree, root: &Tree) -> Result<()> {
     let attempted = || format!("give up the changes to {}", root.shown().display());
     let Some(begun) = Progress::read(work).unwrap_or(None) else { return Ok(()) };
     if begun.step == Step::Applied || begun.root != identity(root).attempt(attempted)? {
@@ -341,7 +341,7 @@ fn refuse_unchangeable(upper: &Tree, root: &Tree, origins: &BTreeMap<PathBuf, Or
 }
 
 /// Refuses to put the changes kept in `work` over what somebody has changed in `root` since it was opened.
-pub fn refuse_edited(work: &Tree, upper: &Tree, root: &Tree) -> Result<()> {
+pub(crate) fn refuse_edited(work: &Tree, upper: &Tree, root: &Tree) -> Result<()> {
     let attempted = || format!("put the changes over {}", root.shown().display());
     let Some(opened) = work.look(SOURCE).attempt(attempted)? else { return Ok(()) };
     let is_newer = |path: &Path, directory: &Tree, name: &OsStr| {
@@ -370,7 +370,7 @@ pub fn refuse_edited(work: &Tree, upper: &Tree, root: &Tree) -> Result<()> {
 }
 
 /// Records that the source was looked at now, and that what is changed in it from here on is not in the changes kept in `work`.
-pub fn look_again(work: &Tree) -> Result<()> {
+pub(crate) fn look_again(work: &Tree) -> Result<()> {
     let now = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
     let times = Timestamps { last_access: now, last_modification: now };
     let touched = rustix::fs::utimensat(work, SOURCE, &times, AtFlags::SYMLINK_NOFOLLOW);
@@ -378,7 +378,7 @@ pub fn look_again(work: &Tree) -> Result<()> {
 }
 
 /// Returns whether `upper` changes nothing of `lower`. The jail has directories copied, and the resolv.conf that it gives back.
-pub fn is_unchanged(upper: &Tree, lower: &Tree) -> io::Result<bool> {
+pub(crate) fn is_unchanged(upper: &Tree, lower: &Tree) -> io::Result<bool> {
     let (mut uppers, mut lowers) = (Descent::of(upper), Descent::of(lower));
     let here = OsStr::new(".");
     for (path, origin) in origins(upper)? {

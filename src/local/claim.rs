@@ -23,14 +23,14 @@ const PATH: &str = "path";
 const LIMIT: u64 = 4096;
 
 /// An image root that is claimed for one command.
-pub struct Claim {
+pub(crate) struct Claim {
     files: SignalFiles,
 }
 
 impl Claim {
     /// Claims the image root for `command`, as long as the value lives. An image root that lies in one that is open, or that one lies in, is
     /// refused: each would be packed, and changed, with the other.
-    pub fn take(command: &str, image_root: &Path) -> Result<Self> {
+    pub(crate) fn take(command: &str, image_root: &Path) -> Result<Self> {
         let path = place(command, &look(image_root)?);
         let make = || {
             let attempted = || format!("make {}", path.display());
@@ -48,7 +48,7 @@ impl Claim {
     }
 
     /// Returns whether a run of `command` has claimed the image root, by whatever path.
-    pub fn is_taken(command: &str, image_root: &Path) -> Result<bool> {
+    pub(crate) fn is_taken(command: &str, image_root: &Path) -> Result<bool> {
         is_claimed(&place(command, &look(image_root)?))
     }
 }
@@ -60,7 +60,7 @@ impl Drop for Claim {
 }
 
 /// Refuses a directory that lies in an image root that is open, or that holds one.
-pub fn refuse_nested(directory: &Path) -> Result<()> {
+pub(crate) fn refuse_nested(directory: &Path) -> Result<()> {
     let here = look(directory)?;
     let real = std::fs::canonicalize(directory).attempt(|| format!("open {}", directory.display()))?;
     let above: Vec<String> =
@@ -102,7 +102,7 @@ fn look(image_root: &Path) -> Result<Metadata> {
 }
 
 /// Removes a folder with the files in it. Never descends: an image root may be mounted below.
-pub fn remove_folder(path: &Path) -> Result<()> {
+pub(crate) fn remove_folder(path: &Path) -> Result<()> {
     remove_files(path, |_| true)?;
     std::fs::remove_dir(path).attempt(|| format!("remove {}", path.display()))
 }
@@ -137,6 +137,6 @@ pub(crate) fn claim(make: impl Fn() -> Result<PathBuf>) -> Result<SignalFiles> {
 }
 
 /// Returns whether a run has claimed the directory `path`, which may be missing.
-pub fn is_claimed(path: &Path) -> Result<bool> {
+pub(crate) fn is_claimed(path: &Path) -> Result<bool> {
     Ok(SignalFiles::open(path)?.is_some_and(|files| files.is_claimed()))
 }

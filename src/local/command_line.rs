@@ -14,11 +14,11 @@ const DROPPING: [&str; 2] = ["--fresh", "--discard"];
 #[derive(Debug, Clone)]
 pub struct CommandLine {
     /// Name of the command: `customize` or `enter`.
-    pub command: &'static str,
+    pub(crate) command: &'static str,
     /// The line that goes on with what this one has kept. A secret is masked, and a URL has no signature.
-    pub line: String,
+    pub(crate) line: String,
     /// The directory that relative paths in it start from.
-    pub directory: PathBuf,
+    pub(crate) directory: PathBuf,
 }
 
 impl CommandLine {
@@ -33,7 +33,7 @@ impl CommandLine {
 }
 
 /// `line` as it is pasted here, if it was typed in `directory`.
-pub fn from_here(line: &str, directory: &Path) -> String {
+pub(crate) fn from_here(line: &str, directory: &Path) -> String {
     if std::env::current_dir().is_ok_and(|here| here == directory) {
         return line.to_owned();
     }

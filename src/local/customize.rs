@@ -33,7 +33,7 @@ use crate::volume::open_tree;
 use crate::volume::state_directory::RUN;
 
 /// File in the folder of the run that names what is customized, for `status` after a kill.
-pub const SOURCE: &str = "source";
+pub(crate) const SOURCE: &str = "source";
 
 /// How the environment is opened.
 #[derive(Debug)]

@@ -21,17 +21,17 @@ use crate::volume::open_tree;
 use crate::volume::signal_files::claimed;
 
 /// Commands that change an image root where it is.
-pub const COMMANDS: [&str; 2] = ["customize", "enter"];
+pub(crate) const COMMANDS: [&str; 2] = ["customize", "enter"];
 
 /// A directory below an overlay: as long as this value lives, no run changes it where it is. The kernel does not define what the overlay
 /// would show.
-pub struct Held {
+pub(crate) struct Held {
     folders: Vec<RunFolder>,
 }
 
 impl Held {
     /// Takes `directory`, whose changes are kept in a directory of `work`.
-    pub fn take(directory: &Path, work: &Path) -> Result<Self> {
+    pub(crate) fn take(directory: &Path, work: &Path) -> Result<Self> {
         let refuse = |why: String| Error::new(format!("mount an overlay above {}", directory.display())).because(why);
         if holds(directory, work)? {
             let why = format!("its changes would be kept inside it, in {}", work.display());
@@ -60,7 +60,7 @@ impl Drop for Held {
 }
 
 /// Refuses a directory above which changes are kept, by whatever path that was, unless they are in `own`. Whoever only `looks` is told of them.
-pub fn refuse_kept(directory: &Path, works: &Path, own: Option<&Path>, looks: bool) -> Result<()> {
+pub(crate) fn refuse_kept(directory: &Path, works: &Path, own: Option<&Path>, looks: bool) -> Result<()> {
     let attempted = || format!("open {}", directory.display());
     let root = open_tree(directory)?;
     for entry in register::left_below(works) {
@@ -96,7 +96,7 @@ pub fn refuse_kept(directory: &Path, works: &Path, own: Option<&Path>, looks: bo
 }
 
 /// Refuses to read a directory that an environment changes, or has changed in part, or above which changes are kept.
-pub fn refuse_open(directory: &Path) -> Result<()> {
+pub(crate) fn refuse_open(directory: &Path) -> Result<()> {
     refuse_half_applied(directory)?;
     refuse_kept(directory, Path::new(work_directory::DEFAULT), None, false)?;
     for command in COMMANDS {
@@ -108,7 +108,7 @@ pub fn refuse_open(directory: &Path) -> Result<()> {
 }
 
 /// Refuses a directory that has some of its changes, of a run that was killed as it applied them.
-pub fn refuse_half_applied(directory: &Path) -> Result<()> {
+pub(crate) fn refuse_half_applied(directory: &Path) -> Result<()> {
     let attempted = || format!("open {}", directory.display());
     let Some(stage) = apply::stage_in(&open_tree(directory)?).attempt(attempted)? else { return Ok(()) };
     let advice = format!(
@@ -121,12 +121,12 @@ pub fn refuse_half_applied(directory: &Path) -> Result<()> {
 }
 
 /// Returns whether the changes kept in `place` were being applied.
-pub fn is_half_applied_by(place: &Path) -> bool {
+pub(crate) fn is_half_applied_by(place: &Path) -> bool {
     Tree::open(place).is_ok_and(|place| apply::has_begun(&place).unwrap_or(true))
 }
 
 /// Refuses to change a directory where it is as long as changes made above it are kept in `place`.
-pub fn refuse_with_changes(directory: &Path, place: &Path) -> Result<()> {
+pub(crate) fn refuse_with_changes(directory: &Path, place: &Path) -> Result<()> {
     refuse_half_applied(directory)?;
     if is_claimed(place)? {
         return Err(Error::new(format!("change {} where it is", directory.display()))
@@ -145,7 +145,7 @@ pub fn refuse_with_changes(directory: &Path, place: &Path) -> Result<()> {
 }
 
 /// Opens `directory`, a path without links: once, and what is found by that path later is of no matter.
-pub fn open(directory: &Path) -> Result<Tree> {
+pub(crate) fn open(directory: &Path) -> Result<Tree> {
     let below = directory.strip_prefix("/").ok().filter(|below| *below != Path::new("")).unwrap_or(Path::new("."));
     let opened = open_tree(Path::new("/"))?.directory_without_links(below);
     opened.attempt(|| format!("open {}", directory.display()))
@@ -157,13 +157,13 @@ fn leads_to(directory: &Path, root: &Tree) -> bool {
 }
 
 /// Returns whether both are one directory.
-pub fn is_same(a: &Tree, b: &Tree) -> bool {
+pub(crate) fn is_same(a: &Tree, b: &Tree) -> bool {
     let found = |tree| rustix::fs::fstat(tree).map(|found| (found.st_dev, found.st_ino));
     found(a).is_ok_and(|a| found(b) == Ok(a))
 }
 
 /// Gives up changes that an earlier run has begun to apply.
-pub fn give_up_changes(directory: &Path, root: &Tree, place: &Tree) -> Result<()> {
+pub(crate) fn give_up_changes(directory: &Path, root: &Tree, place: &Tree) -> Result<()> {
     tracing::warn!(
         "applying changes to {} was interrupted; it stays as it is now, and those that are not applied are dropped",
         directory.display()
@@ -176,7 +176,7 @@ pub fn give_up_changes(directory: &Path, root: &Tree, place: &Tree) -> Result<()
 
 /// Applies what was changed above `root`, which had the path `directory` when it was opened, and is kept in `place`: what `overlay` shows, or
 /// what an earlier run has begun to apply.
-pub fn apply_changes(directory: &Path, root: &Tree, place: &Tree, overlay: Option<Overlay>) -> Result<()> {
+pub(crate) fn apply_changes(directory: &Path, root: &Tree, place: &Tree, overlay: Option<Overlay>) -> Result<()> {
     if apply::has_ended(place)? {
         return Ok(());
     }

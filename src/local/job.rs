@@ -87,7 +87,7 @@ pub struct Reports {
 
 /// Fate of the changes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fate {
+pub(crate) enum Fate {
     /// They are packed and published, or applied to the directory that they were made above.
     Publish,
     /// They stay on this machine, and the same command goes on with them.
@@ -98,12 +98,12 @@ pub enum Fate {
 
 impl Job {
     /// Whether a directory is changed where it is, and nothing is published.
-    pub fn is_in_place(&self) -> bool {
+    pub(crate) fn is_in_place(&self) -> bool {
         self.settings.is_none()
     }
 
     /// Returns whether a mark, or an answer, decides on the changes at the end.
-    pub fn decides(&self) -> bool {
+    pub(crate) fn decides(&self) -> bool {
         !self.is_in_place() && self.end != End::Discarded
     }
 
@@ -117,7 +117,7 @@ impl Job {
     }
 
     /// Name of the image, as a label of a host name.
-    pub fn label(&self) -> String {
+    pub(crate) fn label(&self) -> String {
         match &self.settings {
             Some(settings) => names::host_label(&settings.name),
             None => names::host_label(&names::of_source(&self.source)),
@@ -125,7 +125,7 @@ impl Job {
     }
 
     /// The source, for people and for the register: a path is absolute, and a URL has no signature.
-    pub fn shown(&self) -> String {
+    pub(crate) fn shown(&self) -> String {
         match Source::parse(&self.source) {
             Ok(Source::Here(path)) => std::path::absolute(&path).unwrap_or(path).display().to_string(),
             _ => without_query(&self.source),
@@ -232,7 +232,7 @@ impl Job {
     }
 
     /// Enters this job into the register of what is open on this machine.
-    pub fn register(&self) -> Result<Entry> {
+    pub(crate) fn register(&self) -> Result<Entry> {
         let work = std::fs::canonicalize(&self.work).unwrap_or_else(|_| self.work.clone());
         let source = Source::parse(&self.source)?;
         let keeps = (self.decides()).then(|| work.join(name_of(&source, &self.source)));
@@ -244,7 +244,7 @@ impl Job {
 
     /// Opens the image and gives its root to `session`, which says what becomes of the changes. Returns what the session returned
     /// beside that. Unless the job [`Job::is_in_place`], the caller has called [`local::own_mounts`] before.
-    pub fn run<T>(mut self, entry: &Entry, session: impl FnOnce(&Path) -> Result<(Fate, T)>) -> Result<T> {
+    pub(crate) fn run<T>(mut self, entry: &Entry, session: impl FnOnce(&Path) -> Result<(Fate, T)>) -> Result<T> {
         let source = Source::parse(&self.source)?;
         if let Source::Here(path) = &source {
             named::resolve(path).map_err(|e| Error::bad_input(format!("SOURCE is '{}': {e}", path.display())))?;
@@ -446,7 +446,7 @@ fn has_room(place: &Tree) -> bool {
 
 /// Drops what a run has left that has ended: changes that are kept, its sshd, and what it has added to the image. Returns what the source is
 /// now, in words.
-pub fn drop_left(entry: &Value) -> Result<&'static str> {
+pub(crate) fn drop_left(entry: &Value) -> Result<&'static str> {
     source::need_root()?;
     let (name, source) = (entry["name"].as_str().unwrap_or_default(), entry["source"].as_str().unwrap_or_default());
     let path = Path::new(source);

@@ -12,7 +12,7 @@ use std::path::Path;
 
 /// Ends the sshd of a customization of `image_root` that was killed. Its mounts live as long as it does, and keep the changes from being
 /// mounted again.
-pub fn end_left_over(image_root: &Path) -> Result<()> {
+pub(crate) fn end_left_over(image_root: &Path) -> Result<()> {
     let parent = RunFolder::place("customize", image_root);
     if !is_claimed(&parent)? && StateFolder::place(&parent).exists() {
         let found = recovery::end_left_over(&StateFolder::of(&parent)?, Some(&parent.join(SSHD_LOG)))?;
@@ -24,7 +24,7 @@ pub fn end_left_over(image_root: &Path) -> Result<()> {
 }
 
 /// Removes what runs of `commands` on `image_root` have left that were killed: what they have added to it, and their directories.
-pub fn clear_left_over(commands: &[&str], image_root: &Path) -> Result<()> {
+pub(crate) fn clear_left_over(commands: &[&str], image_root: &Path) -> Result<()> {
     for command in commands {
         if SignalFiles::open(&RunFolder::place(command, image_root))?.is_none_or(|files| files.is_claimed()) {
             continue;

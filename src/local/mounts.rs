@@ -11,7 +11,7 @@ use crate::sys::tree::Tree;
 
 /// Mounts that only this program and what it starts see, with terminals of their own: a session in the image must not reach those
 /// of this machine's users.
-pub fn own_mounts() -> Result<()> {
+pub(crate) fn own_mounts() -> Result<()> {
     nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS)
         .attempt(|| "make own mounts")
         .map_err(|e| e.advise("run it as root, with CAP_SYS_ADMIN"))?;
@@ -19,7 +19,7 @@ pub fn own_mounts() -> Result<()> {
 }
 
 /// Gives sessions terminals of their own.
-pub fn own_terminals() -> Result<()> {
+pub(crate) fn own_terminals() -> Result<()> {
     let attempted = || "mount terminals of their own for sessions on /dev/pts";
     // The machine has 4096 (kernel.pty.max), of which sessions must not use up all.
     let options = [("ptmxmode", "0666"), ("mode", "0620"), ("gid", "5"), ("max", "1024")];

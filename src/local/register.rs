@@ -28,19 +28,19 @@ const ENTRY: &str = "entry";
 const KEPT_ENTRY: &str = ".ims-sshd.entry";
 
 /// State of changes that are kept.
-pub const KEPT: &str = "kept";
+pub(crate) const KEPT: &str = "kept";
 
 /// State of kept changes that are to be applied to their directory, and are not, or only in part.
-pub const HALF_APPLIED: &str = "half-applied";
+pub(crate) const HALF_APPLIED: &str = "half-applied";
 
 /// State of a run that was killed.
-pub const KILLED: &str = "killed";
+pub(crate) const KILLED: &str = "killed";
 
 /// An entry is far smaller.
 const LIMIT: u64 = 64 << 10;
 
 /// This run's entry, as long as this value lives.
-pub struct Entry {
+pub(crate) struct Entry {
     files: SignalFiles,
     fields: RefCell<Value>,
     /// The work directory, where changes may be kept beyond this run.
@@ -53,7 +53,7 @@ pub struct Entry {
 impl Entry {
     /// Enters a run of `command` on `source`, which is shown, under `name`, or that with a number. Its changes may be kept in the work directory
     /// `keeps`; the name of others that are kept is taken.
-    pub fn make(command: &str, source: &str, name: &str, keeps: Option<PathBuf>) -> Result<Self> {
+    pub(crate) fn make(command: &str, source: &str, name: &str, keeps: Option<PathBuf>) -> Result<Self> {
         let register = place();
         let before = keeps.as_deref().and_then(|work| {
             let is_ours = |(entry, lasts): &(Value, bool)| !lasts && kept_in(entry).as_deref() == Some(work);
@@ -104,12 +104,12 @@ impl Entry {
     }
 
     /// Name of this run.
-    pub fn name(&self) -> String {
+    pub(crate) fn name(&self) -> String {
         self.fields.borrow()["name"].as_str().unwrap_or_default().to_owned()
     }
 
     /// Tells how far this run is.
-    pub fn reach(&self, stage: Stage) {
+    pub(crate) fn reach(&self, stage: Stage) {
         self.tell(&[("state", stage.name()), ("since", &now())]);
         if stage == Stage::Serving && !self.is_open.replace(true) {
             self.take_over();
@@ -130,17 +130,17 @@ impl Entry {
     }
 
     /// Whether the image was opened by this run.
-    pub fn is_open(&self) -> bool {
+    pub(crate) fn is_open(&self) -> bool {
         self.is_open.get()
     }
 
     /// Entry of the run whose changes are still kept as they were.
-    pub fn before(&self) -> Option<&Value> {
+    pub(crate) fn before(&self) -> Option<&Value> {
         self.before.as_ref().filter(|_| !self.is_open())
     }
 
     /// Tells more of this run.
-    pub fn tell(&self, told: &[(&str, &str)]) {
+    pub(crate) fn tell(&self, told: &[(&str, &str)]) {
         for (field, value) in told {
             self.fields.borrow_mut()[*field] = json!(value);
         }
@@ -148,7 +148,7 @@ impl Entry {
     }
 
     /// Notes in the work directory `place` whose changes those are, unless they are still another run's.
-    pub fn note(&self, place: &Tree) {
+    pub(crate) fn note(&self, place: &Tree) {
         if self.keeps.is_none() || self.before().is_some() {
             return;
         }
@@ -183,17 +183,17 @@ impl Drop for Entry {
 }
 
 /// Entries of all runs that last, by name.
-pub fn entries() -> Result<Vec<Value>> {
+pub(crate) fn entries() -> Result<Vec<Value>> {
     Ok(all()?.into_iter().filter_map(|(entry, lasts)| lasts.then_some(entry)).collect())
 }
 
 /// Entries of runs that were killed, and of changes that are kept.
-pub fn left() -> Vec<Value> {
+pub(crate) fn left() -> Vec<Value> {
     left_below(Path::new(work_directory::DEFAULT))
 }
 
 /// The same, with changes that are kept below `works`, which nothing else tells of once the machine has started anew.
-pub fn left_below(works: &Path) -> Vec<Value> {
+pub(crate) fn left_below(works: &Path) -> Vec<Value> {
     let mut left = Vec::new();
     for (mut entry, lasts) in all().unwrap_or_default() {
         let kept = kept_in(&entry);
@@ -237,7 +237,7 @@ fn kept_entry(work: &Path) -> Option<Value> {
 }
 
 /// The command line that goes on with what the run of this `entry` has left, as it is pasted here.
-pub fn goes_on(entry: &Value) -> String {
+pub(crate) fn goes_on(entry: &Value) -> String {
     match (entry["command_line"].as_str(), entry["directory"].as_str()) {
         (Some(line), Some(directory)) => command_line::from_here(line, Path::new(directory)),
         // Kept by an earlier release.
@@ -246,21 +246,21 @@ pub fn goes_on(entry: &Value) -> String {
 }
 
 /// Returns whether the source of a run is still there, as far as this machine can tell.
-pub fn has_source(entry: &Value) -> bool {
+pub(crate) fn has_source(entry: &Value) -> bool {
     let source = Path::new(entry["source"].as_str().unwrap_or_default());
     // A URL is no absolute path.
     !source.is_absolute() || source.exists()
 }
 
 /// Entries of runs that have ended of which nothing is left: their source, or what they had kept, is gone.
-pub fn gone() -> Vec<Value> {
+pub(crate) fn gone() -> Vec<Value> {
     let left = left();
     let is_gone = |(entry, lasts): &(Value, bool)| !lasts && !left.iter().any(|left| left["name"] == entry["name"]);
     all().unwrap_or_default().into_iter().filter(is_gone).map(|(entry, _)| entry).collect()
 }
 
 /// Removes the entry of a run that has ended.
-pub fn forget(name: &str) -> Result<()> {
+pub(crate) fn forget(name: &str) -> Result<()> {
     let path = place().join(name);
     match SignalFiles::open(&path)? {
         Some(files) if !files.is_claimed() => remove_folder(&path),
@@ -269,7 +269,7 @@ pub fn forget(name: &str) -> Result<()> {
 }
 
 /// The work directory in which changes of the run are kept.
-pub fn kept_in(entry: &Value) -> Option<PathBuf> {
+pub(crate) fn kept_in(entry: &Value) -> Option<PathBuf> {
     entry["work"].as_str().map(PathBuf::from).filter(|work| is_kept(work))
 }
 

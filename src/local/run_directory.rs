@@ -11,7 +11,7 @@ use crate::volume::signal_files::SignalFiles;
 use crate::volume::state_directory::{RUN, name_for};
 
 /// The folder of one run on an image root; the image root's parent, as a pod's environment has one.
-pub struct RunFolder {
+pub(crate) struct RunFolder {
     files: SignalFiles,
     claim: Claim,
 }
@@ -19,7 +19,7 @@ pub struct RunFolder {
 impl RunFolder {
     /// Makes and claims the folder for `image_root`, of which only one run can be open. Others can open what they know the name of: who has
     /// an authorized key, ssh's configuration. Private keys are root's.
-    pub fn claim(command: &str, image_root: &Path) -> Result<Self> {
+    pub(crate) fn claim(command: &str, image_root: &Path) -> Result<Self> {
         let path = Self::place(command, image_root);
         let all = Path::new(RUN).join(command);
         let by_inode = Claim::take(command, image_root)?;
@@ -37,22 +37,22 @@ impl RunFolder {
     }
 
     /// Returns its path, whether or not it exists.
-    pub fn place(command: &str, image_root: &Path) -> PathBuf {
+    pub(crate) fn place(command: &str, image_root: &Path) -> PathBuf {
         Path::new(RUN).join(command).join(name_for(image_root))
     }
 
     /// The folder.
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         self.files.path()
     }
 
     /// Returns whether a run of `command` has the image root open, by this path or another.
-    pub fn is_claimed(command: &str, image_root: &Path) -> Result<bool> {
+    pub(crate) fn is_claimed(command: &str, image_root: &Path) -> Result<bool> {
         Ok(is_claimed(&Self::place(command, image_root))? || Claim::is_taken(command, image_root)?)
     }
 
     /// Its signal files, and with them the claims, which also last as long as these values do.
-    pub fn into_signal_files(self) -> Result<(SignalFiles, (Option<OwnedFd>, Claim))> {
+    pub(crate) fn into_signal_files(self) -> Result<(SignalFiles, (Option<OwnedFd>, Claim))> {
         let claim = self.files.share_claim().attempt(|| format!("keep {} claimed", self.path().display()))?;
         Ok((self.files, (claim, self.claim)))
     }

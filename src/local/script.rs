@@ -48,7 +48,7 @@ impl Script {
     }
 
     /// Writes it to `directory`, which is root's, for a jail of this tier to copy.
-    pub fn put(&self, directory: &Path, tier: Tier) -> Result<Program> {
+    pub(crate) fn put(&self, directory: &Path, tier: Tier) -> Result<Program> {
         if tier == Tier::Chroot {
             return Err(Error::new("run --script in the image")
                 .because("nothing can be mounted in the tier 'chroot', and no file of this machine is shown there")
@@ -60,7 +60,7 @@ impl Script {
     }
 
     /// The command that runs it in the jail: itself, or the image's sh if it has no interpreter line.
-    pub fn command(&self) -> Vec<OsString> {
+    pub(crate) fn command(&self) -> Vec<OsString> {
         let path = Path::new("/").join(PROGRAMS).join(&self.name).into_os_string();
         let is_program = [&b"#!"[..], b"\x7fELF"].iter().any(|begin| self.content.starts_with(begin));
         if is_program { vec![path] } else { vec!["sh".into(), path] }

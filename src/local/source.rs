@@ -8,7 +8,7 @@ use crate::sys::tree::Tree;
 use crate::volume;
 
 /// Refuses who is not root.
-pub fn need_root() -> Result<()> {
+pub(crate) fn need_root() -> Result<()> {
     if nix::unistd::geteuid().is_root() {
         return Ok(());
     }
@@ -16,7 +16,7 @@ pub fn need_root() -> Result<()> {
 }
 
 /// The image root that was named, without links on the way to it.
-pub fn image_root(source: &Path) -> Result<PathBuf> {
+pub(crate) fn image_root(source: &Path) -> Result<PathBuf> {
     need_root()?;
     let refuse = |why: String| Error::bad_input(format!("SOURCE is '{}': {why}", source.display()));
     let real = named::resolve(source).map_err(|e| refuse(e.to_string()))?;
@@ -33,6 +33,6 @@ pub fn image_root(source: &Path) -> Result<PathBuf> {
 }
 
 /// The directory that `source` names, if it is one.
-pub fn directory_of(source: &str) -> Option<PathBuf> {
+pub(crate) fn directory_of(source: &str) -> Option<PathBuf> {
     std::fs::canonicalize(source).ok().filter(|path| path.is_dir())
 }

@@ -22,24 +22,24 @@ const STICKY: u32 = 0o1000;
 const TO_DISCARD: &str = "+discard";
 
 /// Returns whether changes in `place` are discarded at the end.
-pub fn is_to_discard(place: &Path) -> bool {
+pub(crate) fn is_to_discard(place: &Path) -> bool {
     place.file_name().is_some_and(|name| name.to_string_lossy().contains(TO_DISCARD))
 }
 
 /// Directory for what is to be dropped as soon as something has taken its place.
-pub const ASIDE: &str = ".aside";
+pub(crate) const ASIDE: &str = ".aside";
 
 /// Its name as long as it is filled or emptied.
 const MOVING: &str = ".aside.moving";
 
 /// Returns whether changes are in `work`, or put aside there.
-pub fn holds_any_changes(work: &Path) -> bool {
+pub(crate) fn holds_any_changes(work: &Path) -> bool {
     let places = [work.to_owned(), work.join(ASIDE), work.join(MOVING)];
     places.iter().any(|place| holds_changes(place, &place.join(IMAGE_ROOT)))
 }
 
 /// Drops what is put aside in `work`. Returns whether anything was.
-pub fn drop_aside(work: &Path) -> Result<bool> {
+pub(crate) fn drop_aside(work: &Path) -> Result<bool> {
     let attempted = || format!("drop what was changed before in {}", work.display());
     let Some(files) = SignalFiles::open(work)? else { return Ok(false) };
     if files.parent().look(ASIDE).attempt(attempted)?.is_none() {
@@ -52,13 +52,13 @@ pub fn drop_aside(work: &Path) -> Result<bool> {
 }
 
 /// One job's directory, claimed as long as this value lives.
-pub struct WorkDirectory {
+pub(crate) struct WorkDirectory {
     files: SignalFiles,
 }
 
 impl WorkDirectory {
     /// Makes the directory `name` below `all`, or finds it as an earlier run has left it. Another run that is using it is an error.
-    pub fn claim(all: &Path, name: &str) -> Result<Self> {
+    pub(crate) fn claim(all: &Path, name: &str) -> Result<Self> {
         let all = own(all)?;
         let place = claim(|| own(&all.join(name))).map(|files| Self { files })?;
         // Of a run that was killed before anything took its place.
@@ -67,7 +67,7 @@ impl WorkDirectory {
 
     /// The same for changes that are discarded at the end: the first of `name` with a number that no other run is using, without what a run
     /// that was killed has left in it.
-    pub fn claim_to_discard(all: &Path, name: &str) -> Result<Self> {
+    pub(crate) fn claim_to_discard(all: &Path, name: &str) -> Result<Self> {
         let mut number = 1;
         loop {
             let name = format!("{name}{TO_DISCARD}{number}");
@@ -80,17 +80,17 @@ impl WorkDirectory {
     }
 
     /// The directory, without links on the way to it.
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         self.files.path()
     }
 
     /// Its files, among them what is noted of a publication.
-    pub fn files(&self) -> &SignalFiles {
+    pub(crate) fn files(&self) -> &SignalFiles {
         &self.files
     }
 
     /// Puts all that is kept aside, to be dropped when something has taken its place, or [`Self::take_back`] has it there again.
-    pub fn put_aside(&self) -> Result<()> {
+    pub(crate) fn put_aside(&self) -> Result<()> {
         let attempted = || format!("put aside what is kept in {}", self.path().display());
         let parent = self.files.parent();
         let aside = parent.make_private(MOVING).attempt(attempted)?;
@@ -102,7 +102,7 @@ impl WorkDirectory {
     }
 
     /// Puts what was put aside back, and removes what has begun to take its place. Returns whether anything was aside.
-    pub fn take_back(&self) -> Result<bool> {
+    pub(crate) fn take_back(&self) -> Result<bool> {
         let attempted = || format!("take back what was put aside in {}", self.path().display());
         let parent = self.files.parent();
         if parent.look(ASIDE).attempt(attempted)?.is_some() {
@@ -126,7 +126,7 @@ impl WorkDirectory {
     }
 
     /// Removes what an earlier run has left in it.
-    pub fn clear(&self) -> Result<()> {
+    pub(crate) fn clear(&self) -> Result<()> {
         let attempted = || format!("clear {}", self.path().display());
         let parent = self.files.parent();
         // Changes go at one stroke: a run that finds half of them would go on with those, and lose what they had moved.
@@ -148,7 +148,7 @@ impl WorkDirectory {
     }
 
     /// Removes it with what is in it.
-    pub fn remove(self) -> Result<()> {
+    pub(crate) fn remove(self) -> Result<()> {
         self.clear()?;
         std::fs::remove_dir(self.path()).attempt(|| format!("remove {}", self.path().display()))
     }

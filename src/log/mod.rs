@@ -1,5 +1,5 @@
 //! The log: its format, and masking of secrets.
 
 pub mod format;
-pub mod output;
-pub mod redaction;
+pub(crate) mod output;
+pub(crate) mod redaction;

@@ -5,12 +5,12 @@ use std::io::Write;
 use crate::printable;
 
 /// Prints `text`. Ignores errors: a closed pipe must not end an environment.
-pub fn say(text: &str) {
+pub(crate) fn say(text: &str) {
     let mut out = std::io::stdout();
     let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
 }
 
 /// Prints `value` as one line of JSON.
-pub fn say_json(value: &serde_json::Value) {
+pub(crate) fn say_json(value: &serde_json::Value) {
     say(&format!("{}\n", printable::json(&value.to_string())));
 }

@@ -155,7 +155,7 @@ const KEY_BEGINS: (&str, &str) = ("-----BEGIN ", "PRIVATE KEY");
 const KEY_ENDS: &str = "-----END ";
 
 /// Replacement for a secret.
-pub const MASK: &str = "***";
+pub(crate) const MASK: &str = "***";
 
 /// Registered secrets, longest first, since one may contain another.
 static KNOWN: RwLock<Vec<String>> = RwLock::new(Vec::new());
@@ -164,7 +164,7 @@ static KNOWN: RwLock<Vec<String>> = RwLock::new(Vec::new());
 const SHORTEST: usize = 8;
 
 /// Registers `secret`: [`without_known`] masks it from now on, as it is, in JSON and in base64.
-pub fn keep(secret: &str) {
+pub(crate) fn keep(secret: &str) {
     let mut known = KNOWN.write().unwrap_or_else(std::sync::PoisonError::into_inner);
     let quoted = serde_json::Value::from(secret).to_string();
     for form in [secret.to_owned(), quoted[1..quoted.len() - 1].to_owned(), STANDARD_NO_PAD.encode(secret)] {
@@ -176,7 +176,7 @@ pub fn keep(secret: &str) {
 }
 
 /// Masks registered secrets in a message.
-pub fn without_known(text: &str) -> Cow<'_, str> {
+pub(crate) fn without_known(text: &str) -> Cow<'_, str> {
     let known = KNOWN.read().unwrap_or_else(std::sync::PoisonError::into_inner);
     known.iter().fold(Cow::Borrowed(text), |text, secret| {
         if text.contains(secret.as_str()) { Cow::Owned(text.replace(secret.as_str(), MASK)) } else { text }
@@ -184,7 +184,7 @@ pub fn without_known(text: &str) -> Cow<'_, str> {
 }
 
 /// Masks secrets in a command line or a line of a program's output.
-pub fn without_secrets(text: &str) -> String {
+pub(crate) fn without_secrets(text: &str) -> String {
     let line = Line { text, quoted: quoted(text), words: words(text) };
     let rules = [Line::named, Line::of_options, Line::read_from_stdin, Line::in_sql, Line::in_urls, Line::tokens];
     let mut found: Vec<_> = rules.iter().flat_map(|rule| rule(&line)).chain(private_keys(text)).collect();
@@ -204,13 +204,13 @@ pub fn without_secrets(text: &str) -> String {
 
 /// Lines of one program's output; a private key spans several.
 #[derive(Default)]
-pub struct Lines {
+pub(crate) struct Lines {
     in_key: bool,
 }
 
 impl Lines {
     /// Masks secrets in the next line.
-    pub fn without_secrets(&mut self, line: &str) -> String {
+    pub(crate) fn without_secrets(&mut self, line: &str) -> String {
         if self.in_key {
             self.in_key = !line.contains(KEY_ENDS);
             return MASK.into();
@@ -561,7 +561,7 @@ fn is_header(name: &str) -> bool {
 }
 
 /// Range of the credentials before a host; `authority` is where they would begin.
-pub fn login(text: &str, authority: usize) -> Option<Range<usize>> {
+pub(crate) fn login(text: &str, authority: usize) -> Option<Range<usize>> {
     let rest = &text[authority..];
     let word = &rest[..rest.find(|c: char| c.is_whitespace() || "\"'<>".contains(c)).unwrap_or(rest.len())];
     let host = &word[..word.find(['/', '?', '#']).unwrap_or(word.len())];

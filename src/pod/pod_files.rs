@@ -19,7 +19,7 @@ pub const SSHD_CONFIG: &str = "Port 22\nLogLevel INFO\nPermitRootLogin yes\nPubk
     Subsystem sftp internal-sftp\n";
 
 /// Copies the authorities of `folder` into the image, without the links by which Kubernetes keeps them.
-pub fn put_authorities(image_root: &Tree, folder: &Path) -> Result<()> {
+pub(crate) fn put_authorities(image_root: &Tree, folder: &Path) -> Result<()> {
     let attempted = || format!("put {} into the image", folder.display());
     let Ok(entries) = std::fs::read_dir(folder) else { return Ok(()) };
     image_root.make_directories(AUTHORITIES).attempt(attempted)?;
@@ -39,7 +39,7 @@ pub fn put_authorities(image_root: &Tree, folder: &Path) -> Result<()> {
 }
 
 /// Puts keys and configuration where the other container's sshd reads them.
-pub fn configure_sshd(folder: &Path, keys: &str, config: Option<&Path>) -> Result<()> {
+pub(crate) fn configure_sshd(folder: &Path, keys: &str, config: Option<&Path>) -> Result<()> {
     let attempted = || format!("write sshd's configuration into {}", folder.display());
     std::fs::create_dir_all(folder).attempt(attempted)?;
     // sshd takes no keys from a folder that everybody can write to, which a new volume is.

@@ -19,7 +19,7 @@ use crate::volume::layout::KEY;
 const KEY_LENGTH: usize = 32;
 
 /// Signs and verifies the notes of one job on one volume.
-pub struct Seal {
+pub(crate) struct Seal {
     key: hmac::Key,
 }
 
@@ -27,7 +27,7 @@ impl Seal {
     /// Signs notes of `settings`' job on the volume `parent`. The key comes of a secret that a restart does not change and that nobody else
     /// who writes to the volume has: one kept there, if that is nobody; the store's; that of IMS; one kept in a store that is a directory.
     /// Without any of these nothing is published: notes say how far the job is, as signal files do, which others can make as well.
-    pub fn of(settings: &Settings, parent: &Tree, is_private: bool) -> Result<Self> {
+    pub(crate) fn of(settings: &Settings, parent: &Tree, is_private: bool) -> Result<Self> {
         let oauth = settings.ims.as_ref().and_then(|ims| ims.oauth.as_ref());
         let secret = if is_private {
             key_in(parent)?
@@ -46,7 +46,7 @@ impl Seal {
     }
 
     /// Returns whether the job has a secret that others who write to its volume have not, and that a restart does not change.
-    pub fn has_secret(settings: &Settings) -> bool {
+    pub(crate) fn has_secret(settings: &Settings) -> bool {
         settings.store.keys.is_some() || settings.ims.as_ref().is_some_and(|ims| ims.oauth.is_some())
     }
 
@@ -61,13 +61,13 @@ impl Seal {
     }
 
     /// `text`, which has no line break, as a line that [`Seal::open`] takes for the same `kind`.
-    pub fn line(&self, kind: &str, text: &str) -> String {
+    pub(crate) fn line(&self, kind: &str, text: &str) -> String {
         let tag = hmac::sign(&self.key, format!("{kind}\0{text}").as_bytes());
         format!("{} {text}\n", URL_SAFE_NO_PAD.encode(tag))
     }
 
     /// The text of a line, if it was written here, as one of this `kind`. Cut off, it was not.
-    pub fn open<'a>(&self, kind: &str, line: &'a str) -> Option<&'a str> {
+    pub(crate) fn open<'a>(&self, kind: &str, line: &'a str) -> Option<&'a str> {
         let (tag, text) = line.strip_suffix('\n')?.split_once(' ')?;
         let tag = URL_SAFE_NO_PAD.decode(tag).ok()?;
         hmac::verify(&self.key, format!("{kind}\0{text}").as_bytes(), &tag).ok()?;

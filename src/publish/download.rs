@@ -39,7 +39,14 @@ struct Download<'a> {
 
 /// Fetches `url` to the new file `name` of a directory, in place of what is there, and returns that file: by the end its name may be
 /// another's. `copies` is how often its size has to fit on the disk.
-pub fn fetch(work: &Work, url: &str, expected: &Expected, folder: &Tree, name: &str, copies: u64) -> Result<File> {
+pub(crate) fn fetch(
+    work: &Work,
+    url: &str,
+    expected: &Expected,
+    folder: &Tree,
+    name: &str,
+    copies: u64,
+) -> Result<File> {
     let shown = without_query(url);
     let attempted = format!("fetch {shown}");
     if url.starts_with("http://") && !expected.is_given() {

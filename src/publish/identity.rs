@@ -34,7 +34,7 @@ const END: u64 = 64 << 10;
 
 /// Properties that tell a source from another.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Identity {
+pub(crate) struct Identity {
     /// Path, or URL without its signature.
     source: String,
     /// Checksums that it was verified by.
@@ -50,7 +50,7 @@ pub struct Identity {
 
 impl Identity {
     /// Identity of a source that is open, and was verified if checksums are expected.
-    pub fn of(source: &Source, opened: &Opened, expected: &Expected) -> Result<Self> {
+    pub(crate) fn of(source: &Source, opened: &Opened, expected: &Expected) -> Result<Self> {
         let attempted = || format!("tell {} from other images", opened.shown.display());
         let (size, modified, content) = match &opened.content {
             Content::Directory(tree) => (0, None, of_directory(tree).attempt(attempted)?),
@@ -73,7 +73,7 @@ impl Identity {
     }
 
     /// Returns whether both are of the same image, under whatever path.
-    pub fn is_same(&self, other: &Self) -> bool {
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
         if let (Some(ours), Some(theirs)) = (&self.sums, &other.sums) {
             return ours == theirs;
         }
@@ -82,7 +82,7 @@ impl Identity {
     }
 
     /// Returns whether it is that of the directory `root`, whatever path that has by now.
-    pub fn is_of(&self, root: &Tree) -> bool {
+    pub(crate) fn is_of(&self, root: &Tree) -> bool {
         let is_ours = |found: std::io::Result<String>| found.is_ok_and(|content| content == self.content);
         if !is_ours(of_directory(root)) {
             return false;
@@ -94,7 +94,7 @@ impl Identity {
     }
 
     /// Warns of a file that is the same image, and has been written or copied since.
-    pub fn tell_other_time(&self, now: &Self) {
+    pub(crate) fn tell_other_time(&self, now: &Self) {
         if self.sums.is_none()
             && let (Some(before), Some(modified)) = (&self.modified, &now.modified)
             && before != modified
@@ -119,17 +119,17 @@ impl Identity {
     }
 
     /// Returns whether it is what `source` names, as far as that can be told without fetching it.
-    pub fn is_named(&self, source: &Source, expected: &Expected) -> bool {
+    pub(crate) fn is_named(&self, source: &Source, expected: &Expected) -> bool {
         self.source == named(source) && sums(expected).is_none_or(|sums| self.sums.as_ref() == Some(&sums))
     }
 
     /// Path of the source, or its URL.
-    pub fn source(&self) -> &str {
+    pub(crate) fn source(&self) -> &str {
         &self.source
     }
 
     /// Describes it for messages, with the time at which it was recorded.
-    pub fn shown(&self) -> String {
+    pub(crate) fn shown(&self) -> String {
         let size = if self.size == 0 { String::new() } else { format!(" ({} bytes)", self.size) };
         let time = self.recorded.as_ref().map_or_else(String::new, |time| format!(", {time}"));
         format!("{}{size}{time}", self.source)
@@ -158,7 +158,7 @@ fn sums(expected: &Expected) -> Option<String> {
 }
 
 /// The file that holds the identity.
-pub struct Record<'a> {
+pub(crate) struct Record<'a> {
     volume: &'a Tree,
     /// None in a directory that nobody else can write to, and where the job has no secret.
     seal: Option<Seal>,
@@ -166,7 +166,7 @@ pub struct Record<'a> {
 
 impl<'a> Record<'a> {
     /// The record of `settings`' job on a volume. A volume that others write to could have one that they have written.
-    pub fn on(volume: &'a Tree, settings: &Settings) -> Result<Self> {
+    pub(crate) fn on(volume: &'a Tree, settings: &Settings) -> Result<Self> {
         let found = rustix::fs::fstat(volume).attempt(|| format!("look at {}", volume.shown().display()))?;
         let is_private = found.st_uid == nix::unistd::geteuid().as_raw() && found.st_mode.trailing_zeros() >= 6;
         let is_sealed = !is_private && Seal::has_secret(settings);
@@ -174,12 +174,12 @@ impl<'a> Record<'a> {
     }
 
     /// The record in a directory of our own, that nobody else writes to.
-    pub fn private(volume: &'a Tree) -> Self {
+    pub(crate) fn private(volume: &'a Tree) -> Self {
         Self { volume, seal: None }
     }
 
     /// Reads the identity; nothing if there is none, or somebody else has written it.
-    pub fn read(&self) -> Option<Identity> {
+    pub(crate) fn read(&self) -> Option<Identity> {
         let text = String::from_utf8(self.volume.read(SOURCE, LIMIT).ok()?).ok()?;
         let line = match &self.seal {
             Some(seal) => seal.open(KIND, &text)?,
@@ -200,7 +200,7 @@ impl<'a> Record<'a> {
     }
 
     /// Writes it down.
-    pub fn write(&self, identity: &Identity) -> Result<()> {
+    pub(crate) fn write(&self, identity: &Identity) -> Result<()> {
         let Identity { source, sums, size, modified, content, recorded: _ } = identity;
         let fields = json!({
             "source": source, "sums": sums, "size": size, "modified": modified, "content": content,
@@ -212,7 +212,7 @@ impl<'a> Record<'a> {
     }
 
     /// Why one cannot go on with what is at `place`, which is of another source than `source`, or of an unknown one.
-    pub fn refusal(place: &str, source: &Source, known: Option<&Identity>, now: Option<&Identity>) -> Error {
+    pub(crate) fn refusal(place: &str, source: &Source, known: Option<&Identity>, now: Option<&Identity>) -> Error {
         let why = match known {
             Some(known) if known.source == named(source) => {
                 let was = now.map_or_else(String::new, |now| format!(", which was {}", known.difference(now)));
@@ -228,7 +228,7 @@ impl<'a> Record<'a> {
     }
 
     /// Removes it, with what it told of.
-    pub fn remove(&self) -> Result<()> {
+    pub(crate) fn remove(&self) -> Result<()> {
         self.volume.remove(SOURCE).attempt(|| format!("remove {}/{SOURCE}", self.volume.shown().display())).map(|_| ())
     }
 }

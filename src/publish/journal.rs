@@ -18,14 +18,14 @@ use crate::volume::signal_files::SignalFiles;
 const LIMIT: u64 = 16 << 20;
 
 /// A store takes no more parts than this of one object.
-pub const MOST_PARTS: usize = 10_000;
+pub(crate) const MOST_PARTS: usize = 10_000;
 
 /// Labels under which lines are authenticated, one for each file.
 const JOURNAL: &str = "journal";
 const KIND_OF_UPLOAD: &str = "upload";
 
 /// Directory of the records, and the key that authenticates them.
-pub struct Notes<'a> {
+pub(crate) struct Notes<'a> {
     files: &'a SignalFiles,
     settings: &'a Settings,
     /// Whether nobody else writes there.
@@ -36,12 +36,12 @@ pub struct Notes<'a> {
 
 impl<'a> Notes<'a> {
     /// Notes of the job of `settings`, in the image root's parent.
-    pub fn new(files: &'a SignalFiles, settings: &'a Settings) -> Self {
+    pub(crate) fn new(files: &'a SignalFiles, settings: &'a Settings) -> Self {
         Self { files, settings, is_private: false, seal: OnceCell::new() }
     }
 
     /// The same in a directory of our own, that nobody else writes to.
-    pub fn private(files: &'a SignalFiles, settings: &'a Settings) -> Self {
+    pub(crate) fn private(files: &'a SignalFiles, settings: &'a Settings) -> Self {
         Self { is_private: true, ..Self::new(files, settings) }
     }
 
@@ -97,7 +97,7 @@ impl<'a> Notes<'a> {
     }
 
     /// Removes all notes: everything is done, or rolled back.
-    pub fn clear(&self) -> Result<()> {
+    pub(crate) fn clear(&self) -> Result<()> {
         clear(self.files)
     }
 }
@@ -114,21 +114,21 @@ fn irregular(kind: FileType) -> Option<&'static str> {
 }
 
 /// Returns whether something was published in part.
-pub fn is_begun(files: &SignalFiles) -> Result<bool> {
+pub(crate) fn is_begun(files: &SignalFiles) -> Result<bool> {
     let found =
         files.parent().look(PUBLICATION).attempt(|| format!("look for {}/{PUBLICATION}", files.path().display()))?;
     Ok(found.is_some())
 }
 
 /// Removes whatever notes stand there.
-pub fn clear(files: &SignalFiles) -> Result<()> {
+pub(crate) fn clear(files: &SignalFiles) -> Result<()> {
     files.remove(UPLOAD)?;
     files.remove(PUBLICATION)
 }
 
 /// How far a sidecar was.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Phase {
+pub(crate) enum Phase {
     /// Nothing has been done.
     Begun,
     /// The environment was told that it may open.
@@ -154,22 +154,22 @@ const PHASES: [(Phase, &str); 6] = [
 
 /// How far one job is.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Journal {
+pub(crate) struct Journal {
     /// How far the sidecar was.
-    pub phase: Phase,
+    pub(crate) phase: Phase,
     /// Identifies the request for the new image's record, and is kept in its metadata; nothing until the request.
-    pub request: Option<Id>,
+    pub(crate) request: Option<Id>,
     /// The new image.
-    pub image: Option<Id>,
+    pub(crate) image: Option<Id>,
     /// Link of the new image's manifest, once that is uploaded.
-    pub link: Option<Value>,
+    pub(crate) link: Option<Value>,
     /// Set once IMS may know the job as a success: until IMS says that it does not, nothing is rolled back.
-    pub is_told: bool,
+    pub(crate) is_told: bool,
 }
 
 impl Journal {
     /// Reads how far this job is. Read once: from then on what is in memory counts, whatever becomes of the file.
-    pub fn read(notes: &Notes) -> Result<Self> {
+    pub(crate) fn read(notes: &Notes) -> Result<Self> {
         let mut journal = Self { phase: Phase::Begun, request: None, image: None, link: None, is_told: false };
         notes.refuse_irregular()?;
         let Some(text) = notes.text(PUBLICATION) else { return Ok(journal) };
@@ -197,12 +197,12 @@ impl Journal {
     }
 
     /// Forgets the new image: it is published, rolled back, or not this job's.
-    pub fn forget_image(&mut self) {
+    pub(crate) fn forget_image(&mut self) {
         (self.request, self.image, self.link, self.is_told) = (None, None, None, false);
     }
 
     /// Writes it down before what it tells is done.
-    pub fn write(&self, notes: &Notes) -> Result<()> {
+    pub(crate) fn write(&self, notes: &Notes) -> Result<()> {
         let phase = PHASES.iter().find(|(phase, _)| *phase == self.phase).map_or("begun", |(_, name)| *name);
         let [request, image] = [&self.request, &self.image].map(|id| id.as_ref().map(Id::as_str));
         let (job, link, told) = (&notes.settings.job, &self.link, self.is_told);
@@ -214,24 +214,24 @@ impl Journal {
 
 /// An object on its way to a store in parts.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Upload {
+pub(crate) struct Upload {
     /// Where it is to be.
-    pub url: String,
+    pub(crate) url: String,
     /// Its key in that store.
-    pub place: String,
+    pub(crate) place: String,
     /// What it comes to when it is whole.
-    pub md5: String,
+    pub(crate) md5: String,
     /// How large each part is, but for the last one.
-    pub part: u64,
+    pub(crate) part: u64,
     /// What the store calls it as long as it is in parts.
-    pub id: String,
+    pub(crate) id: String,
     /// The store's ETags of the parts that are there.
-    pub parts: Vec<Option<String>>,
+    pub(crate) parts: Vec<Option<String>>,
 }
 
 impl Upload {
     /// Reads what was noted, if anything was.
-    pub fn read(notes: &Notes) -> Result<Option<Self>> {
+    pub(crate) fn read(notes: &Notes) -> Result<Option<Self>> {
         let Some(text) = notes.text(UPLOAD) else { return Ok(None) };
         let seal = notes.seal()?;
         let mut lines = text.split_inclusive('\n');
@@ -260,7 +260,7 @@ impl Upload {
     }
 
     /// Notes it as it is.
-    pub fn write(&self, notes: &Notes) -> Result<()> {
+    pub(crate) fn write(&self, notes: &Notes) -> Result<()> {
         let seal = notes.seal()?;
         let what = json!({ "url": self.url, "place": self.place, "md5": self.md5, "part": self.part, "id": self.id });
         let mut text = seal.line(KIND_OF_UPLOAD, &what.to_string());
@@ -271,7 +271,7 @@ impl Upload {
     }
 
     /// Notes that a part is there. In one piece, and not waited for: it outlives this program, and need not outlive the machine.
-    pub fn add(&mut self, notes: &Notes, number: usize, mark: &str) -> Result<()> {
+    pub(crate) fn add(&mut self, notes: &Notes, number: usize, mark: &str) -> Result<()> {
         self.set(number, mark);
         let line = self.line(notes.seal()?, number, mark);
         let flags = OFlags::WRONLY | OFlags::APPEND | OFlags::NOFOLLOW;
@@ -294,7 +294,7 @@ impl Upload {
     }
 
     /// It is whole, or rolled back.
-    pub fn clear(notes: &Notes) -> Result<()> {
+    pub(crate) fn clear(notes: &Notes) -> Result<()> {
         notes.files.remove(UPLOAD)
     }
 }

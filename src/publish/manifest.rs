@@ -11,41 +11,41 @@ use serde_json::{Value, json};
 
 /// One published file.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Artifact {
+pub(crate) struct Artifact {
     /// Where it is, as URL.
-    pub path: String,
+    pub(crate) path: String,
     /// The store's own mark of its content, without quotes.
-    pub etag: String,
+    pub(crate) etag: String,
     /// Its MD5, in hexadecimal digits.
-    pub md5: String,
+    pub(crate) md5: String,
     /// Its media type.
-    pub media_type: &'static str,
+    pub(crate) media_type: &'static str,
 }
 
 impl Artifact {
     /// A link as IMS and the manifest have it.
-    pub fn link(&self) -> Value {
+    pub(crate) fn link(&self) -> Value {
         let kind = if self.path.starts_with("file:") { "file" } else { "s3" };
         json!({ "etag": self.etag, "path": self.path, "type": kind })
     }
 
     /// An entry of the manifest.
-    pub fn entry(&self) -> Value {
+    pub(crate) fn entry(&self) -> Value {
         json!({ "link": self.link(), "md5": self.md5, "type": self.media_type })
     }
 }
 
 /// Id and name of an image, in the manifest of one whose place says neither.
 #[derive(Debug, Clone, Copy)]
-pub struct Identity<'a> {
+pub(crate) struct Identity<'a> {
     /// The id.
-    pub id: &'a str,
+    pub(crate) id: &'a str,
     /// The name, as it was given.
-    pub name: &'a str,
+    pub(crate) name: &'a str,
 }
 
 /// The manifest's text: keys sorted, indented by four, as Python's `json.dumps(…, indent=4, sort_keys=True)` writes it.
-pub fn text(artifacts: &[Artifact], created: SystemTime, identity: Option<Identity>) -> Vec<u8> {
+pub(crate) fn text(artifacts: &[Artifact], created: SystemTime, identity: Option<Identity>) -> Vec<u8> {
     // "2018-02-16T00:31:37.123456Z" with a space, and no zone.
     let created = humantime::format_rfc3339_micros(created).to_string().replace('T', " ").replace('Z', "");
     let entries: Vec<_> = artifacts.iter().map(Artifact::entry).collect();
@@ -57,7 +57,7 @@ pub fn text(artifacts: &[Artifact], created: SystemTime, identity: Option<Identi
 }
 
 /// JSON as Python's `json.dumps(…, indent=4, sort_keys=True)` writes it.
-pub fn indented(value: &Value) -> Vec<u8> {
+pub(crate) fn indented(value: &Value) -> Vec<u8> {
     let mut text = Vec::new();
     let mut serializer = Serializer::with_formatter(&mut text, PrettyFormatter::with_indent(b"    "));
     // Nothing in it that JSON has no form for, and a vector takes all.
@@ -66,7 +66,7 @@ pub fn indented(value: &Value) -> Vec<u8> {
 }
 
 /// Prints what became of a publication, as upstream prints it: people and scripts search pod logs for it.
-pub fn say_result(value: &serde_json::Value) {
+pub(crate) fn say_result(value: &serde_json::Value) {
     let text = String::from_utf8_lossy(&indented(value)).into_owned();
     // Records of IMS, and what servers have said, are in it.
     say(&format!("{}\n", printable::json(&redaction::without_known(&text))));

@@ -15,37 +15,37 @@ use crate::transfer::progress::Progress;
 use crate::transfer::{AT_A_TIME, Fault, Work, patiently};
 
 /// As much as goes in one request. What is under way is in memory.
-pub const PART: u64 = 16 << 20;
+pub(crate) const PART: u64 = 16 << 20;
 
 /// Who sends it, and where to.
-pub struct Sender<'a> {
+pub(crate) struct Sender<'a> {
     /// Servers.
-    pub work: &'a Work,
+    pub(crate) work: &'a Work,
     /// The store.
-    pub store: &'a Store,
+    pub(crate) store: &'a Store,
     /// What opens another one.
-    pub settings: &'a Place,
+    pub(crate) settings: &'a Place,
     /// Where it is noted.
-    pub notes: &'a Notes<'a>,
+    pub(crate) notes: &'a Notes<'a>,
 }
 
 /// What is sent.
-pub struct Large<'a> {
+pub(crate) struct Large<'a> {
     /// Its key.
-    pub place: &'a str,
+    pub(crate) place: &'a str,
     /// The file.
-    pub content: &'a File,
+    pub(crate) content: &'a File,
     /// Its size, in bytes.
-    pub size: u64,
+    pub(crate) size: u64,
     /// What it comes to.
-    pub md5: &'a str,
+    pub(crate) md5: &'a str,
     /// What is told of it.
-    pub description: &'a Description,
+    pub(crate) description: &'a Description,
 }
 
 impl Sender<'_> {
     /// Sends what of `object` is not there yet. What fails stays noted, for [`Sender::abort`] or for the next one.
-    pub fn send(&self, object: &Large) -> Result<()> {
+    pub(crate) fn send(&self, object: &Large) -> Result<()> {
         let attempted = format!("upload {}", self.store.url_of(object.place));
         let mut noted = self.noted(object)?;
         loop {
@@ -92,7 +92,7 @@ impl Sender<'_> {
     }
 
     /// Aborts the recorded upload. One in another store is aborted with the keys of this one, which are good for all buckets of a server.
-    pub fn abort(&self) -> Result<()> {
+    pub(crate) fn abort(&self) -> Result<()> {
         let Some(upload) = Upload::read(self.notes)? else { return Ok(()) };
         let attempted = format!("abort the unfinished upload of {}", upload.url);
         let url = upload.url.strip_suffix(&upload.place).map(str::to_owned);

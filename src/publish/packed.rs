@@ -16,7 +16,7 @@ use crate::volume::layout::PACKED;
 const LIMIT: u64 = 64 << 10;
 
 /// Records in the directory `notes` that `packed`, which is `archive`, was made of `image_root`.
-pub fn record(notes: &Tree, archive: &Archive, packed: &File, image_root: &Tree) -> Result<()> {
+pub(crate) fn record(notes: &Tree, archive: &Archive, packed: &File, image_root: &Tree) -> Result<()> {
     let attempted = || format!("write {}", notes.shown().join(PACKED).display());
     let fields = json!({
         "name": archive.name,
@@ -28,7 +28,7 @@ pub fn record(notes: &Tree, archive: &Archive, packed: &File, image_root: &Tree)
 
 /// Refuses to publish `packed`, which is `archive`, with what `image_root` boots by, if it was made of another image root. One without a
 /// record, which may have been packed by another program, must not be older than the image root.
-pub fn check(notes: &Tree, archive: &Archive, packed: &File, image_root: &Tree) -> Result<()> {
+pub(crate) fn check(notes: &Tree, archive: &Archive, packed: &File, image_root: &Tree) -> Result<()> {
     let attempted = || format!("publish {} with the kernel of {}", archive.shown(), image_root.shown().display());
     let refused = |why| {
         let advice = "'ims-sshd package' packs this image root";
@@ -45,7 +45,7 @@ pub fn check(notes: &Tree, archive: &Archive, packed: &File, image_root: &Tree) 
 }
 
 /// Name of the file that was packed last, as recorded in its own directory `notes`.
-pub fn name(notes: &Tree) -> Option<String> {
+pub(crate) fn name(notes: &Tree) -> Option<String> {
     let name = read(notes)?["name"].as_str()?.to_owned();
     (!name.is_empty() && !name.starts_with('.') && !name.contains('/')).then_some(name)
 }

@@ -147,7 +147,7 @@ fn clear_signals(settings: &Settings, is_prepared: bool) -> Result<()> {
 
 /// Makes the image root of `source`; what it was made of on the way is gone if that fails. One that stands there is whole: it gets its
 /// name last. Where nobody says how to open it, in the best way that there is.
-pub fn prepare(
+pub(crate) fn prepare(
     work: &Work,
     settings: &Settings,
     source: &Source,
@@ -266,7 +266,12 @@ fn check(source: &Opened, tree: &Tree) -> Result<()> {
 
 /// Identity of what an image root that is there was made of; nothing if none is there. An error if that was not `source`, as far as this can
 /// be told without fetching it.
-pub fn known(settings: &Settings, source: &Source, volume: &Tree, image_root: &Path) -> Result<Option<Identity>> {
+pub(crate) fn known(
+    settings: &Settings,
+    source: &Source,
+    volume: &Tree,
+    image_root: &Path,
+) -> Result<Option<Identity>> {
     if Overlay::changes(&settings.parent.join(OVERLAY)).is_none() && !image_root.exists() {
         return Ok(None);
     }
@@ -289,7 +294,7 @@ pub fn known(settings: &Settings, source: &Source, volume: &Tree, image_root: &P
 }
 
 /// Takes the inventory of what an overlay on `volume` lies above, unless there is one: to open it needs none.
-pub fn take_inventory_below(work: &Work, settings: &Settings, volume: &Tree) -> Result<()> {
+pub(crate) fn take_inventory_below(work: &Work, settings: &Settings, volume: &Tree) -> Result<()> {
     let attempted = || format!("look for {}", volume.shown().join(INVENTORY).display());
     let has_overlay = volume.look(OVERLAY).attempt(attempted)?.is_some();
     if !has_overlay || volume.look(INVENTORY).attempt(attempted)?.is_some() {
@@ -310,7 +315,7 @@ pub fn take_inventory_below(work: &Work, settings: &Settings, volume: &Tree) -> 
 }
 
 /// Whether `parent` holds an image root that somebody may have changed: an unpacked one, or an overlay with something in its upper layer.
-pub fn holds_changes(parent: &Path, image_root: &Path) -> bool {
+pub(crate) fn holds_changes(parent: &Path, image_root: &Path) -> bool {
     match Overlay::changes(&parent.join(OVERLAY)) {
         Some(changes) => changes,
         None => image_root.exists(),

@@ -33,25 +33,25 @@ const MANIFEST: (&str, &str) = ("manifest.json", "application/json");
 const KEYS: [&str; 6] = [ROOTFS.0, KERNEL.0, INITRD.0, DEBUG_KERNEL.0, PARAMETERS.0, MANIFEST.0];
 
 /// What is published.
-pub struct Image {
+pub(crate) struct Image {
     /// The packed image.
-    pub rootfs: File,
+    pub(crate) rootfs: File,
     /// What boots it; nothing of one that is never booted.
-    pub boot: Option<BootFiles>,
+    pub(crate) boot: Option<BootFiles>,
     /// The kernel with its symbols.
-    pub debug_kernel: Option<File>,
+    pub(crate) debug_kernel: Option<File>,
 }
 
 /// Where it is published, and what is noted of it.
-pub struct Publication<'a> {
+pub(crate) struct Publication<'a> {
     /// Servers.
-    pub work: &'a Work,
+    pub(crate) work: &'a Work,
     /// The variables.
-    pub settings: &'a Settings,
+    pub(crate) settings: &'a Settings,
     /// Registers it.
-    pub ims: Ims<'a>,
+    pub(crate) ims: Ims<'a>,
     /// Where the journal is.
-    pub notes: &'a Notes<'a>,
+    pub(crate) notes: &'a Notes<'a>,
 }
 
 /// A size for people.
@@ -62,7 +62,7 @@ fn in_words(bytes: u64) -> String {
 
 impl Publication<'_> {
     /// Uploads and registers `image`, and returns what is printed of it. What fails is rolled back.
-    pub fn publish(&mut self, journal: &mut Journal, image: Image) -> Result<Value> {
+    pub(crate) fn publish(&mut self, journal: &mut Journal, image: Image) -> Result<Value> {
         let store = Store::open(&self.settings.store, &self.work.network)?;
         let result = self.forget_published(&store, journal).and_then(|()| self.carry_out(&store, journal, image));
         let noted = match &result {
@@ -81,7 +81,7 @@ impl Publication<'_> {
 
     /// Rolls back what an earlier run has published in part that was killed, where nothing more is published. What cannot be rolled back
     /// stays in the journal.
-    pub fn give_up(&mut self, journal: &mut Journal) -> Result<()> {
+    pub(crate) fn give_up(&mut self, journal: &mut Journal) -> Result<()> {
         if journal.image.is_none() && journal.request.is_none() || journal.is_told {
             return Ok(());
         }
@@ -106,7 +106,7 @@ impl Publication<'_> {
     }
 
     /// Records that a job has ended; outside a job nothing stays recorded.
-    pub fn end(&self, journal: &mut Journal, phase: Phase) -> Result<()> {
+    pub(crate) fn end(&self, journal: &mut Journal, phase: Phase) -> Result<()> {
         let link = journal.link.take();
         journal.forget_image();
         if journal.phase < Phase::Packing {
@@ -201,7 +201,7 @@ impl Publication<'_> {
     }
 
     /// Looks at an image that IMS says a job has published, and returns its record.
-    pub fn look_at(&mut self, id: &Id) -> Result<Value> {
+    pub(crate) fn look_at(&mut self, id: &Id) -> Result<Value> {
         let attempted = || Error::new(format!("look at image {id}"));
         let record = self.ims.image(id)?.ok_or_else(|| attempted().because("it has no record in IMS"))?;
         let link = &record["link"];

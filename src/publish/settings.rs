@@ -27,23 +27,23 @@ pub struct Settings {
     /// The argument, else `IMAGE_ROOT_PARENT`, else the default.
     pub parent: PathBuf,
     /// `IMS_JOB_ID`.
-    pub job: Option<String>,
+    pub(crate) job: Option<String>,
     /// Whether `REMOTE_BUILD_NODE` is set: the image root is there, and the packed image comes from there.
-    pub remote: bool,
+    pub(crate) remote: bool,
     /// `SSH_JAIL`.
-    pub jailed: bool,
+    pub(crate) jailed: bool,
     /// `ENABLE_DEBUG`.
-    pub debug: bool,
+    pub(crate) debug: bool,
     /// `IMAGE_ROOT_ARCHIVE_NAME`: the new image's name.
-    pub name: String,
+    pub(crate) name: String,
     /// `BUILD_ARCH`.
-    pub arch: &'static str,
+    pub(crate) arch: &'static str,
     /// `KERNEL_FILENAME`, `INITRD_FILENAME`, `KERNEL_PARAMETERS_FILENAME`.
-    pub boot: Names,
+    pub(crate) boot: Names,
     /// `DOWNLOAD_MD5SUM`, `DOWNLOAD_SHA256SUM`: what the source has to come to.
-    pub expected: Expected,
+    pub(crate) expected: Expected,
     /// How the packed image is made.
-    pub packing: Packing,
+    pub(crate) packing: Packing,
     /// Store of images.
     pub store: store::place::Place,
     /// Where jobs and images are registered; nowhere, on one machine.
@@ -132,17 +132,17 @@ impl Settings {
     }
 
     /// The job's end of IMS.
-    pub fn ims_client<'a>(&self, work: &'a Work) -> Ims<'a> {
+    pub(crate) fn ims_client<'a>(&self, work: &'a Work) -> Ims<'a> {
         Ims::of(work, self.ims.as_ref(), self.job.as_deref())
     }
 
     /// How the packed image is called.
-    pub fn archive(&self) -> String {
+    pub(crate) fn archive(&self) -> String {
         format!("{}.sqsh", self.name)
     }
 
     /// The image root's place below the parent.
-    pub fn image_root(&self) -> &'static str {
+    pub(crate) fn image_root(&self) -> &'static str {
         match self.action {
             Some(Action::Create) => layout::CREATED_IMAGE_ROOT,
             _ => layout::IMAGE_ROOT,

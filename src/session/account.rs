@@ -21,11 +21,11 @@ pub struct Account {
     /// The login shell.
     pub shell: PathBuf,
     /// Whether passwd says all this; where not, it is what is customary.
-    pub known: bool,
+    pub(crate) known: bool,
 }
 
 /// What passwd(5) says of an account without a shell.
-pub const DEFAULT_SHELL: &str = "/bin/sh";
+pub(crate) const DEFAULT_SHELL: &str = "/bin/sh";
 
 /// No passwd or group file of an image is larger, which is one of 50,000 users; a larger one is taken as missing. Each session reads them.
 const LIMIT: u64 = 4 << 20;

@@ -18,7 +18,7 @@ use rustix::fs::Mode;
 use crate::sys::tree::Tree;
 
 /// The socket that sshd has made in the container for this process's session.
-pub struct Outside {
+pub(crate) struct Outside {
     folder: Tree,
     name: OsString,
     sshd: Pid,
@@ -26,14 +26,14 @@ pub struct Outside {
 
 impl Outside {
     /// To be called before the jail is entered. `None` if the client does not bring its agent, or may not.
-    pub fn of_this_session() -> Option<Self> {
+    pub(crate) fn of_this_session() -> Option<Self> {
         let path = PathBuf::from(std::env::var_os("SSH_AUTH_SOCK")?);
         let folder = Tree::open(path.parent()?).ok()?;
         Some(Self { folder, name: path.file_name()?.to_owned(), sshd: getppid() })
     }
 
     /// Listens below /run of the jail, which has been entered and has `image_root` as its root. Changes the working folder.
-    pub fn show(self, image_root: &Tree) -> io::Result<Agent> {
+    pub(crate) fn show(self, image_root: &Tree) -> io::Result<Agent> {
         let run = image_root.directory(RUN)?;
         // One of a process that was killed may lie there.
         let name = format!("ssh-agent.{}", getpid());
@@ -60,7 +60,7 @@ const MOST_CONNECTIONS: usize = 16;
 const CHUNK: usize = 16 << 10;
 
 /// An agent that is there in the jail.
-pub struct Agent {
+pub(crate) struct Agent {
     outside: Outside,
     run: Tree,
     name: String,
@@ -70,23 +70,23 @@ pub struct Agent {
 
 impl Agent {
     /// The socket's path in the jail.
-    pub fn path(&self) -> PathBuf {
+    pub(crate) fn path(&self) -> PathBuf {
         Path::new("/").join(RUN).join(&self.name)
     }
 
     /// Makes sshd's folder this process's working folder, where no path of the jail leads, and names have to be without one.
-    pub fn go_outside(&self) -> io::Result<()> {
+    pub(crate) fn go_outside(&self) -> io::Result<()> {
         rustix::process::fchdir(&self.outside.folder).map_err(Into::into)
     }
 
     /// What it waits for.
-    pub fn interests(&self) -> impl Iterator<Item = PollFd<'_>> {
+    pub(crate) fn interests(&self) -> impl Iterator<Item = PollFd<'_>> {
         let listener = self.has_room().then(|| PollFd::new(&self.listener, PollFlags::IN));
         listener.into_iter().chain(self.connections.iter().flat_map(Connection::interests))
     }
 
     /// Goes on where it can: `ready` says of each of its interests whether that has come.
-    pub fn go_on(&mut self, mut ready: impl Iterator<Item = bool>) {
+    pub(crate) fn go_on(&mut self, mut ready: impl Iterator<Item = bool>) {
         let somebody_comes = self.has_room() && ready.next() == Some(true);
         self.connections.retain_mut(|connection| connection.go_on(&mut ready));
         // Who cannot be connected sees the connection end, as when the client is gone.
@@ -114,7 +114,7 @@ impl Agent {
     }
 
     /// Takes the socket away. Another one of that name is in the jail's memory only, too.
-    pub fn remove(&self) {
+    pub(crate) fn remove(&self) {
         let _ = self.run.remove(&self.name);
     }
 }

@@ -9,14 +9,14 @@ use crate::sys::tree::Tree;
 const LIMIT: u64 = 64 << 10;
 
 /// The variables that the file of `image_root` sets; none where there is no file.
-pub fn read(image_root: &Tree) -> Vec<(OsString, OsString)> {
+pub(crate) fn read(image_root: &Tree) -> Vec<(OsString, OsString)> {
     parse(&image_root.read("etc/environment", LIMIT).unwrap_or_default())
 }
 
 /// Reads the text as Linux-PAM does (`_parse_env_file` and `_assemble_line` in its modules/pam_env/pam_env.c): a `#` begins a comment
 /// wherever it stands, a backslash at the end of a line joins the next one, `export ` is passed over, quotes are taken off, and nothing is
 /// expanded. A name alone takes away what an earlier line has set.
-pub fn parse(text: &[u8]) -> Vec<(OsString, OsString)> {
+pub(crate) fn parse(text: &[u8]) -> Vec<(OsString, OsString)> {
     let mut variables: Vec<(OsString, OsString)> = Vec::new();
     for line in joined_lines(text) {
         let blanks = line.iter().take_while(|b| BLANKS.contains(b)).count();

@@ -38,7 +38,7 @@ const PASSED_ON: [Signal; 8] = [
 /// Starts the `inner` stage in the jail that was [`join`]ed, with these `streams`, in the working directory `directory` if one is given, else
 /// in this process's, which lies inside. This process ends as that does, with its exit code or dying of the same signal, after `ended` has
 /// been told how. Until then it serves the client's `agent`.
-pub fn run(
+pub(crate) fn run(
     record: &Record,
     joined: &Joined,
     inner: &Exec,

@@ -30,20 +30,20 @@ use crate::sys::tree::Tree;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Errand {
     /// The request to carry out.
-    pub request: Request,
+    pub(crate) request: Request,
     /// Whether sftp-server stands in the working directory, outside the root (chroot tier).
-    pub beside: bool,
+    pub(crate) beside: bool,
     /// The IMS job, for the greeting.
-    pub job: Option<String>,
+    pub(crate) job: Option<String>,
     /// The image's name, for greeting and prompt.
-    pub image: Option<String>,
+    pub(crate) image: Option<String>,
     /// True if changes stay in the image, however the environment ends.
-    pub in_place: bool,
+    pub(crate) in_place: bool,
 }
 
 impl Errand {
     /// The inner stage with these words, for [`Exec::replace_this_process_by`]. EINVAL for a string that holds a NUL byte.
-    pub fn program(&self, environment: &[(OsString, OsString)]) -> nix::Result<Exec> {
+    pub(crate) fn program(&self, environment: &[(OsString, OsString)]) -> nix::Result<Exec> {
         let words = Arguments::Inside(self.to_words()).to_argv();
         let environment = environment.iter().map(|(name, value)| (name.as_os_str(), value.as_os_str()));
         Exec::new(Path::new(""), &words, environment)
@@ -127,7 +127,7 @@ pub fn run(errand: &Errand) -> Result<u8> {
 }
 
 /// Why sftp-server cannot work in this image, if that is to be seen.
-pub fn why_no_transfer(image_root: &Tree) -> Option<String> {
+pub(crate) fn why_no_transfer(image_root: &Tree) -> Option<String> {
     if let Err(error) = check_what_sftp_server_opens(image_root) {
         return Some(error.to_string());
     }

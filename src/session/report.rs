@@ -16,13 +16,13 @@ pub struct Beginning {
     /// The client's address, as sshd saw it.
     pub client: String,
     /// What it authenticated with, a line of `ExposeAuthInfo`: `publickey ssh-ed25519 AAAA…`.
-    pub credential: String,
+    pub(crate) credential: String,
     /// Whether there is a terminal.
-    pub terminal: bool,
+    pub(crate) terminal: bool,
     /// Whether it is a shell at a terminal, without a command of the client's.
-    pub interactive: bool,
+    pub(crate) interactive: bool,
     /// `shell`, `sftp`, or the command line.
-    pub request: String,
+    pub(crate) request: String,
 }
 
 /// No log line needs more of a command.
@@ -30,7 +30,7 @@ const LONGEST_REQUEST: usize = 1000;
 
 impl Beginning {
     /// Of this process's session, from what sshd gave it.
-    pub fn of_this_session(request: &Request, terminal: bool) -> Self {
+    pub(crate) fn of_this_session(request: &Request, terminal: bool) -> Self {
         let interactive = terminal && *request == Request::Shell;
         let variable = |name| std::env::var_os(name).unwrap_or_default();
         let connection = variable("SSH_CONNECTION");
@@ -85,7 +85,7 @@ impl Packet {
     }
 
     /// Reads a packet; `None` if it is none.
-    pub fn parse(bytes: &[u8]) -> Option<Self> {
+    pub(crate) fn parse(bytes: &[u8]) -> Option<Self> {
         let text = String::from_utf8_lossy(bytes);
         let fields: Vec<&str> = text.split('\0').collect();
         Some(match fields.as_slice() {
@@ -104,17 +104,17 @@ impl Packet {
 }
 
 /// The line to the supervisor, open for the session's length.
-pub struct Report(Option<Packets>);
+pub(crate) struct Report(Option<Packets>);
 
 impl Report {
     /// Tells of the beginning, to the socket beside the record at `jail`.
-    pub fn begin(jail: &Path, beginning: Beginning) -> Self {
+    pub(crate) fn begin(jail: &Path, beginning: Beginning) -> Self {
         let packets = Packets::connect(&jail.with_file_name(SOCKET)).ok();
         Self(packets.filter(|p| p.send(&Packet::Begin(beginning).to_bytes()).is_ok()))
     }
 
     /// Tells of the end and, where sshd lets no client see it, of the reason.
-    pub fn end(&self, status: &WaitStatus, reason: Option<&str>) {
+    pub(crate) fn end(&self, status: &WaitStatus, reason: Option<&str>) {
         let how = match status {
             WaitStatus::Exited(_, code) => code.to_string(),
             WaitStatus::Signaled(_, signal, _) => signal.to_string(),
@@ -128,7 +128,7 @@ impl Report {
 }
 
 /// The supervisor's socket, in its state folder.
-pub const SOCKET: &str = "control";
+pub(crate) const SOCKET: &str = "control";
 
 #[cfg(test)]
 mod tests {

@@ -9,7 +9,7 @@ use crate::sys::tree::Tree;
 const DATABASES: [&str; 4] = ["etc/terminfo", "lib/terminfo", "usr/lib/terminfo", "usr/share/terminfo"];
 
 /// Whether the image describes terminals, and this one not. An image that describes none has no program that looks for it.
-pub fn is_unknown(terminal: &OsStr, image_root: &Tree) -> bool {
+pub(crate) fn is_unknown(terminal: &OsStr, image_root: &Tree) -> bool {
     let name = terminal.as_bytes();
     let [first, ..] = name else { return false };
     // What no description is called by.

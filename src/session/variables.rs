@@ -19,7 +19,7 @@ const RESERVED: &[&str] = &["SSH_*", "IMS_*"];
 const CHANGED: &[&str] = &["PATH", "MAIL", "LANG", "LANGUAGE", "LC_*", "SYSTEMD_OFFLINE"];
 
 /// What a login on the booted image would find before its profile is read.
-pub const LOGIN_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+pub(crate) const LOGIN_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Variables that are set for the image's root; the client cannot override them.
 const OWN: [&str; 6] = ["USER", "LOGNAME", "HOME", "SHELL", "PATH", "MAIL"];
@@ -27,7 +27,7 @@ const OWN: [&str; 6] = ["USER", "LOGNAME", "HOME", "SHELL", "PATH", "MAIL"];
 /// The variables that come into the jail: those of `given` that match [`KEPT`] or `keep` (names that the server's
 /// configuration gives). The container's own variables (its PATH, HOME, `LD_*`, `BASH_ENV` and all the rest) do not
 /// come in.
-pub fn client_environment(
+pub(crate) fn client_environment(
     given: impl IntoIterator<Item = (OsString, OsString)>,
     keep: &[String],
 ) -> Vec<(OsString, OsString)> {
@@ -68,7 +68,7 @@ pub fn variable(text: &str) -> std::result::Result<(String, String), String> {
 
 /// A session's variables: those of the client, then those of the account, then those of the image's /etc/environment that take nothing
 /// from the client and the job.
-pub fn session_environment(
+pub(crate) fn session_environment(
     client: Vec<(OsString, OsString)>,
     account: &Account,
     of_image: Vec<(OsString, OsString)>,
@@ -95,7 +95,7 @@ pub fn session_environment(
 }
 
 /// Whether `name` matches sshd's `pattern`: `*` any number of bytes, `?` one.
-pub fn matches(pattern: &[u8], name: &[u8]) -> bool {
+pub(crate) fn matches(pattern: &[u8], name: &[u8]) -> bool {
     // The classic two-finger walk: on a mismatch go back to the last star and let it take one byte more.
     let (mut p, mut n) = (0, 0);
     let mut star = None;

@@ -41,7 +41,7 @@ const DANGEROUS: [&str; 22] = [
 ];
 
 /// Refuses `pattern`, found at `place`, if it lets a client set a dangerous variable.
-pub fn judge(place: &str, pattern: &str) -> Result<()> {
+pub(crate) fn judge(place: &str, pattern: &str) -> Result<()> {
     let Some(name) = DANGEROUS.iter().find(|name| have_a_name_in_common(pattern.as_bytes(), name.as_bytes())) else {
         return Ok(());
     };
@@ -73,7 +73,7 @@ fn have_a_name_in_common(a: &[u8], b: &[u8]) -> bool {
 }
 
 /// Judges all patterns in the configuration that `options` select, and in the options themselves.
-pub fn check(config: &Path, options: &Options) -> Result<()> {
+pub(crate) fn check(config: &Path, options: &Options) -> Result<()> {
     for line in options.settings() {
         if let Some(Line::AcceptEnv(patterns)) = Line::parse(line) {
             patterns.iter().try_for_each(|pattern| judge("SSHD_OPTIONS", pattern))?;

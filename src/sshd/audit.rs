@@ -12,7 +12,7 @@ use crate::sys::seccomp;
 
 /// Hides the audit log from children of this thread if they may not write to it. A filter needs CAP_SYS_ADMIN or
 /// `no_new_privs`; the latter would break the setuid programs of sessions.
-pub fn hide_from_sshd() -> Result<()> {
+pub(crate) fn hide_from_sshd() -> Result<()> {
     let held = rustix::thread::capabilities(None).attempt(|| "look at this process's capabilities")?.effective;
     if held.contains(CapabilitySet::AUDIT_WRITE)
         || is_hidden()

@@ -19,7 +19,7 @@ pub fn including(config: &[u8], fragment: &Path) -> Vec<u8> {
 
 /// Removes every line that includes a fragment of ours, from whichever environment. sshd does not require UTF-8, nor
 /// does this.
-pub fn without_include(config: &[u8]) -> Vec<u8> {
+pub(crate) fn without_include(config: &[u8]) -> Vec<u8> {
     let is_ours = |line: &[u8]| line.starts_with(b"Include /") && line.trim_ascii_end().ends_with(MARK.as_bytes());
     config.split_inclusive(|&b| b == b'\n').filter(|line| !is_ours(line)).flatten().copied().collect()
 }
@@ -64,7 +64,7 @@ fn quoted(word: &str) -> String {
 
 /// Replaces the file at `path` atomically: sshd reads the old content or the new. Keeps mode and owner of an existing
 /// file; follows a link, as sshd does.
-pub fn write(path: &Path, text: impl AsRef<[u8]>) -> Result<()> {
+pub(crate) fn write(path: &Path, text: impl AsRef<[u8]>) -> Result<()> {
     let attempted = || format!("write {}", path.display());
     let path = match std::fs::canonicalize(path) {
         Ok(real) => real,

@@ -21,7 +21,7 @@ use crate::sys::process::{Entry, Identity, children, output_within, reap};
 #[derive(Debug)]
 pub struct Daemon {
     /// Its PID.
-    pub pid: Pid,
+    pub(crate) pid: Pid,
     /// Its start time, as in [`Entry::start`].
     start: u64,
 }
@@ -33,7 +33,7 @@ impl Daemon {
     /// Starts `sshd $SSHD_OPTIONS` with `shell` as root's login shell, and waits until it listens on all configured
     /// addresses that this machine has. This process must be PID 1 or a subreaper, so that the daemon becomes its
     /// child.
-    pub fn start(options: &Options, effective: &Effective, shell: Option<&LoginShell>) -> Result<Self> {
+    pub(crate) fn start(options: &Options, effective: &Effective, shell: Option<&LoginShell>) -> Result<Self> {
         let line = format!("sshd {}", shell_words::join(&options.words));
         let attempted = || format!("start {line}");
         let log_start = options.log.as_deref().and_then(|log| std::fs::metadata(log).ok()).map_or(0, |m| m.len());
@@ -101,7 +101,7 @@ impl Daemon {
     }
 
     /// Records PID and start time in the file `path`, for an environment started after this one was killed.
-    pub fn note(&self, path: &Path) -> Result<()> {
+    pub(crate) fn note(&self, path: &Path) -> Result<()> {
         let identity = Identity { pid: self.pid.as_raw(), start: self.start };
         std::fs::write(path, identity.to_string()).attempt(|| format!("write {}", path.display()))
     }
@@ -114,7 +114,7 @@ impl Daemon {
 
     /// Every sshd process that has this log open, listener or connection. Until this environment starts sshd, they
     /// belong to an earlier one.
-    pub fn with_log(log: &Path) -> Vec<Entry> {
+    pub(crate) fn with_log(log: &Path) -> Vec<Entry> {
         // The log may have been removed while they kept it open.
         let removed = PathBuf::from(format!("{} (deleted)", log.display()));
         let is_open = |entry: &Entry| {
@@ -128,7 +128,7 @@ impl Daemon {
     }
 
     /// The last lines of sshd's log, joined into one; empty if it does not log to a file.
-    pub fn last_words(options: &Options) -> String {
+    pub(crate) fn last_words(options: &Options) -> String {
         let log = options.log.as_deref();
         log.map_or(String::new(), |log| {
             let length = std::fs::metadata(log).map_or(0, |m| m.len());
@@ -137,7 +137,7 @@ impl Daemon {
     }
 
     /// Ends the listener: no new connections. Existing ones stay.
-    pub fn stop_listening(&self) {
+    pub(crate) fn stop_listening(&self) {
         let _ = kill(self.pid, Signal::SIGTERM);
     }
 }
@@ -182,20 +182,20 @@ fn one_line(text: &str) -> String {
 
 /// Processes that currently serve clients.
 #[derive(Debug, Default)]
-pub struct Running {
+pub(crate) struct Running {
     /// One process per connection (two for some), with or without an open session.
-    pub connections: Vec<Entry>,
+    pub(crate) connections: Vec<Entry>,
     /// The first process of each session: the login shell, command, `ims-jail-shell` or internal sftp server.
-    pub sessions: Vec<Entry>,
+    pub(crate) sessions: Vec<Entry>,
     /// Ended sessions that sshd has not reaped yet; their clients do not know yet either.
-    pub unheard: usize,
+    pub(crate) unheard: usize,
     /// When a session last ended whose connection still exists, as precisely as the polls tell.
-    pub last_end: Option<Instant>,
+    pub(crate) last_end: Option<Instant>,
 }
 
 /// The clients of an sshd, tracked from one poll to the next.
 #[derive(Debug, Default)]
-pub struct Clients {
+pub(crate) struct Clients {
     /// For each connection: its children's page faults at the last poll, and when they last increased.
     connections: HashMap<Identity, (u64, Option<Instant>)>,
     /// Children of this process that are not sshd, such as daemons left behind by sessions; there may be thousands.
@@ -205,7 +205,7 @@ pub struct Clients {
 impl Clients {
     /// Processes below this one that serve clients. Sessions are children of connections; those of a listener that has
     /// ended count too.
-    pub fn look(&mut self, listener: Option<Pid>) -> Running {
+    pub(crate) fn look(&mut self, listener: Option<Pid>) -> Running {
         let mut running = Running::default();
         let mut before = std::mem::take(&mut self.connections);
         for entry in self.sshds_with_children().into_iter().filter(|e| Some(e.pid) != listener) {

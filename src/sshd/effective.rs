@@ -8,14 +8,14 @@ use crate::sshd::{self, accept_env};
 use crate::sys::process::output_within;
 
 /// A running `sshd -T`. It takes some 10 ms; several run at once.
-pub struct Question {
+pub(crate) struct Question {
     attempted: String,
     sshd: Child,
 }
 
 impl Question {
     /// Starts `sshd -T` for `user` with these options.
-    pub fn put(options: &[String], user: &str) -> Result<Self> {
+    pub(crate) fn put(options: &[String], user: &str) -> Result<Self> {
         let attempted = format!("have sshd check its configuration (sshd {} -T)", shell_words::join(options));
         let sshd = Command::new(sshd::program()?)
             .args(options)
@@ -29,7 +29,7 @@ impl Question {
     }
 
     /// Waits for the output. On failure, sshd's complaint is the error's cause.
-    pub fn answer(self) -> Result<Effective> {
+    pub(crate) fn answer(self) -> Result<Effective> {
         let Some(output) = output_within(self.sshd, sshd::TIME_LIMIT).attempt(|| &self.attempted)? else {
             return Err(sshd::late(self.attempted));
         };
@@ -66,12 +66,12 @@ impl Effective {
     }
 
     /// All values of `keyword`.
-    pub fn all<'a>(&'a self, keyword: &'a str) -> impl Iterator<Item = &'a str> {
+    pub(crate) fn all<'a>(&'a self, keyword: &'a str) -> impl Iterator<Item = &'a str> {
         self.lines.iter().filter(move |(k, _)| k == keyword).map(|(_, value)| value.as_str())
     }
 
     /// The first value of `keyword`.
-    pub fn first<'a>(&'a self, keyword: &'a str) -> Option<&'a str> {
+    pub(crate) fn first<'a>(&'a self, keyword: &'a str) -> Option<&'a str> {
         self.all(keyword).next()
     }
 
@@ -81,12 +81,12 @@ impl Effective {
     }
 
     /// Patterns of the variables that clients may set (AcceptEnv).
-    pub fn accept_env(&self) -> impl Iterator<Item = &str> {
+    pub(crate) fn accept_env(&self) -> impl Iterator<Item = &str> {
         self.all("acceptenv").flat_map(str::split_ascii_whitespace)
     }
 
     /// Number of addresses to listen on.
-    pub fn listen_addresses(&self) -> usize {
+    pub(crate) fn listen_addresses(&self) -> usize {
         self.all("listenaddress").count()
     }
 

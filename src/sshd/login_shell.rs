@@ -19,17 +19,17 @@ const PASSWD: &str = "/etc/passwd";
 
 /// The login shell that sshd finds for root.
 #[derive(Debug)]
-pub struct LoginShell {
+pub(crate) struct LoginShell {
     /// Path of the program.
-    pub program: PathBuf,
+    pub(crate) program: PathBuf,
     /// Path of the changed copy of /etc/passwd.
-    pub passwd: PathBuf,
+    pub(crate) passwd: PathBuf,
 }
 
 impl LoginShell {
     /// Mounts the copy over /etc/passwd for this thread and its future children only. Their namespace still receives
     /// mounts and unmounts from the container.
-    pub fn put_in_place(&self) -> Result<()> {
+    pub(crate) fn put_in_place(&self) -> Result<()> {
         let attempted = || format!("make {} the shell that sshd starts for root", self.program.display());
         let before = std::fs::read(PASSWD).attempt(attempted)?;
         let Some(text) = with_shell(&before, &self.program) else { return Ok(()) };

@@ -1,14 +1,14 @@
 //! OpenSSH's server: options, configuration, process.
 
-pub mod accept_env;
+pub(crate) mod accept_env;
 mod audit;
 pub mod config;
 pub mod daemon;
 pub mod effective;
-pub mod login_shell;
+pub(crate) mod login_shell;
 pub mod options;
-pub mod public_keys;
-pub mod refusals;
+pub(crate) mod public_keys;
+pub(crate) mod refusals;
 pub mod sftp_server;
 
 use std::time::Duration;
@@ -42,7 +42,7 @@ pub fn program() -> Result<&'static str> {
 
 /// Refuses a container in which sshd would listen but reject every login: before authentication it changes to its own
 /// unprivileged user and chroots to an empty directory.
-pub fn check_rights() -> Result<()> {
+pub(crate) fn check_rights() -> Result<()> {
     let needed = [Capability::CAP_SETUID, Capability::CAP_SETGID, Capability::CAP_SYS_CHROOT];
     match needed.into_iter().find(|needed| lacks(*needed)) {
         None => Ok(()),

@@ -9,17 +9,17 @@ use crate::error::{Error, Result};
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Options {
     /// The words as sshd gets them.
-    pub words: Vec<String>,
+    pub(crate) words: Vec<String>,
     /// The same without `-E`, so that `sshd -T` complains on standard error.
-    pub asking: Vec<String>,
+    pub(crate) asking: Vec<String>,
     /// `-f`: configuration file.
-    pub config: Option<PathBuf>,
+    pub(crate) config: Option<PathBuf>,
     /// `-E`: log file.
-    pub log: Option<PathBuf>,
+    pub(crate) log: Option<PathBuf>,
 }
 
 /// Default of `-f`.
-pub const DEFAULT_CONFIG: &str = "/etc/ssh/sshd_config";
+pub(crate) const DEFAULT_CONFIG: &str = "/etc/ssh/sshd_config";
 
 /// Options with an argument, then those without (sshd(8)).
 const WITH_ARGUMENT: &str = "bCcEfghkopu";
@@ -73,13 +73,13 @@ impl Options {
     }
 
     /// Configuration lines given with `-o`.
-    pub fn settings(&self) -> impl Iterator<Item = &str> {
+    pub(crate) fn settings(&self) -> impl Iterator<Item = &str> {
         self.asking.windows(2).filter(|pair| pair[0] == "-o").map(|pair| pair[1].as_str())
     }
 
     /// The configuration file that sshd reads. `settings_file` is `$SSHD_CONFIG_FILE`, the file to write settings to;
     /// the two must be the same.
-    pub fn config_file(&self, settings_file: Option<&PathBuf>) -> Result<PathBuf> {
+    pub(crate) fn config_file(&self, settings_file: Option<&PathBuf>) -> Result<PathBuf> {
         let read = self.config.clone().unwrap_or_else(|| DEFAULT_CONFIG.into());
         match settings_file {
             Some(written) if *written != read => Err(Error::bad_input(format!(

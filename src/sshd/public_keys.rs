@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::sys::named;
 
 /// Refuses a file without a valid key. `option` is named in the error.
-pub fn check_public_keys(option: &str, file: &Path) -> Result<()> {
+pub(crate) fn check_public_keys(option: &str, file: &Path) -> Result<()> {
     let refuse = |why: &str| Error::bad_input(format!("{option} is '{}': {why}", file.display()));
     let real = named::resolve(file).map_err(|e| refuse(&e.to_string()))?;
     let found = std::fs::metadata(&real).map_err(|e| refuse(&e.to_string()))?;

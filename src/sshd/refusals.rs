@@ -120,7 +120,7 @@ fn address(text: &str) -> Option<(&str, (&str, u16))> {
 
 /// Follows sshd's log.
 #[derive(Debug)]
-pub struct Refusals {
+pub(crate) struct Refusals {
     log: PathBuf,
     /// Offset in bytes up to which the log has been read.
     position: u64,
@@ -135,13 +135,13 @@ pub struct Refusals {
 
 impl Refusals {
     /// Follows `log` from its current end.
-    pub fn new(log: &Path) -> Self {
+    pub(crate) fn new(log: &Path) -> Self {
         let position = std::fs::metadata(log).map_or(0, |log| log.len());
         Self { log: log.to_owned(), position, reason: None, accepted: None, period: Instant::now(), count: 0 }
     }
 
     /// Logs new refusals. To be called about once a second.
-    pub fn look(&mut self) {
+    pub(crate) fn look(&mut self) {
         self.read();
         if self.period.elapsed() >= PERIOD {
             self.end_period();
@@ -149,7 +149,7 @@ impl Refusals {
     }
 
     /// Logs the remaining refusals.
-    pub fn close(mut self) {
+    pub(crate) fn close(mut self) {
         self.read();
         self.end_period();
     }

@@ -13,18 +13,18 @@ use crate::store::error::failure;
 use crate::store::place::SIGNED_FOR;
 
 /// A bucket, and what requests to it are made with.
-pub struct Asked<'a> {
+pub(crate) struct Asked<'a> {
     /// The bucket.
-    pub bucket: &'a AmazonS3,
+    pub(crate) bucket: &'a AmazonS3,
     /// Sends them.
-    pub client: &'a HttpClient,
+    pub(crate) client: &'a HttpClient,
     /// What they are signed for.
-    pub region: &'a str,
+    pub(crate) region: &'a str,
 }
 
 impl Asked<'_> {
     /// All unfinished uploads whose keys lie below `folder`: the last name of each key, with what the store calls the upload.
-    pub async fn below(&self, folder: &Path) -> object_store::Result<Vec<(String, MultipartId)>> {
+    pub(crate) async fn below(&self, folder: &Path) -> object_store::Result<Vec<(String, MultipartId)>> {
         let query = [("uploads", ""), ("prefix", &format!("{folder}/"))];
         let answer = self.ask(Method::GET, &Path::default(), &query).await?;
         // No such bucket.
@@ -38,7 +38,7 @@ impl Asked<'_> {
     }
 
     /// Deletes an object. Whether it is gone is not told by the answer.
-    pub async fn delete(&self, key: &Path) -> object_store::Result<()> {
+    pub(crate) async fn delete(&self, key: &Path) -> object_store::Result<()> {
         let answer = self.ask(Method::DELETE, key, &[]).await?;
         if answer.status() == StatusCode::NOT_FOUND { Ok(()) } else { refuse(key, &answer) }
     }

@@ -26,7 +26,7 @@ const MOST_OF_A_MANIFEST: u64 = 1 << 20;
 const MANIFEST: &str = "manifest.json";
 
 /// A directory of images.
-pub struct Directory {
+pub(crate) struct Directory {
     root: Tree,
     path: PathBuf,
     /// The image that was looked for last: a job has one.
@@ -35,7 +35,7 @@ pub struct Directory {
 
 /// The directory of an image, open.
 #[derive(Clone)]
-pub struct Held {
+pub(crate) struct Held {
     id: String,
     /// Its name now: the id, until it is published under another one.
     name: String,
@@ -43,7 +43,7 @@ pub struct Held {
 }
 
 /// What stands in the place of an image.
-pub enum Found {
+pub(crate) enum Found {
     /// Nothing.
     Nothing,
     /// A directory that this user has made.
@@ -53,7 +53,7 @@ pub enum Found {
 }
 
 /// Opens the directory that is named as a store, and makes it where it is missing. Links of other users are refused.
-pub fn open_or_make(named: &Path) -> io::Result<(Tree, PathBuf)> {
+pub(crate) fn open_or_make(named: &Path) -> io::Result<(Tree, PathBuf)> {
     let path = named::resolve_beginning(named)?;
     let there = path.ancestors().find(|place| place.symlink_metadata().is_ok()).unwrap_or(Path::new("/"));
     let mut tree = Tree::from_fd(named::open_without_links(there)?);
@@ -71,18 +71,18 @@ pub fn open_or_make(named: &Path) -> io::Result<(Tree, PathBuf)> {
 
 impl Directory {
     /// Opens it, and makes it where it is missing.
-    pub fn open(named: &Path) -> io::Result<Self> {
+    pub(crate) fn open(named: &Path) -> io::Result<Self> {
         let (root, path) = open_or_make(named)?;
         Ok(Self { root, path, held: Mutex::default() })
     }
 
     /// Its path, without links.
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
     /// What stands in the place of the image `id`.
-    pub fn find(&self, id: &str) -> io::Result<Found> {
+    pub(crate) fn find(&self, id: &str) -> io::Result<Found> {
         let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(held) = held.as_ref().filter(|held| held.id == id) {
             return Ok(Found::Ours(held.clone()));
@@ -161,12 +161,12 @@ impl Directory {
     }
 
     /// Begins the object `key` of the image `id`.
-    pub fn begin(&self, id: &str, key: &str) -> io::Result<File> {
+    pub(crate) fn begin(&self, id: &str, key: &str) -> io::Result<File> {
         self.make(id)?.tree.create_file(begun(key))
     }
 
     /// Opens the object `key` of the image `id`, which was begun, to write more of it.
-    pub fn go_on(&self, id: &str, key: &str) -> io::Result<File> {
+    pub(crate) fn go_on(&self, id: &str, key: &str) -> io::Result<File> {
         let Found::Ours(held) = self.find(id)? else { return Err(io::ErrorKind::NotFound.into()) };
         let file = held.tree.open_regular(begun(key), OFlags::WRONLY | OFlags::NOFOLLOW)?;
         // Another name of it would be a file of somebody else's.
@@ -174,19 +174,19 @@ impl Directory {
     }
 
     /// Makes an object of what was begun.
-    pub fn complete(&self, id: &str, key: &str) -> io::Result<()> {
+    pub(crate) fn complete(&self, id: &str, key: &str) -> io::Result<()> {
         let Found::Ours(held) = self.find(id)? else { return Err(io::ErrorKind::NotFound.into()) };
         held.tree.rename(&begun(key), key)
     }
 
     /// Puts an object in one piece.
-    pub fn put(&self, id: &str, key: &str, content: &[u8]) -> io::Result<()> {
+    pub(crate) fn put(&self, id: &str, key: &str, content: &[u8]) -> io::Result<()> {
         self.begin(id, key)?.write_all_at(content, 0)?;
         self.complete(id, key)
     }
 
     /// What the object `key` of the image `id` is; `None` where there is none.
-    pub fn look(&self, id: &str, key: &str) -> io::Result<Option<Stat>> {
+    pub(crate) fn look(&self, id: &str, key: &str) -> io::Result<Option<Stat>> {
         match self.find(id)? {
             Found::Ours(held) => held.tree.look(key),
             Found::Nothing => Ok(None),
@@ -195,7 +195,7 @@ impl Directory {
     }
 
     /// Removes an object, and what was begun of it; one that is not there is no error.
-    pub fn remove(&self, id: &str, key: &str, is_whole: bool) -> io::Result<()> {
+    pub(crate) fn remove(&self, id: &str, key: &str, is_whole: bool) -> io::Result<()> {
         match self.find(id)? {
             Found::Ours(held) if is_whole => held.tree.remove(key).map(|_| ()),
             Found::Ours(held) => held.tree.remove(begun(key)).map(|_| ()),
@@ -205,7 +205,7 @@ impl Directory {
     }
 
     /// Removes what of an image is no object: files that were begun, and its directory if it is empty.
-    pub fn sweep(&self, id: &str) -> io::Result<()> {
+    pub(crate) fn sweep(&self, id: &str) -> io::Result<()> {
         let Found::Ours(held) = self.find(id)? else { return Ok(()) };
         for begun in held.tree.names()?.iter().filter(|name| name.as_bytes().contains(&b'#')) {
             held.tree.remove(begun)?;
@@ -218,7 +218,7 @@ impl Directory {
     }
 
     /// The first of `name`, and that with a number, that no image has.
-    pub fn free_name(&self, name: &str) -> String {
+    pub(crate) fn free_name(&self, name: &str) -> String {
         let is_taken = |name: &str| {
             let is_there = self.root.look(name).is_ok_and(|found| found.is_some());
             is_there && !self.is_left_empty(name).unwrap_or(false)
@@ -243,7 +243,7 @@ impl Directory {
     }
 
     /// Puts an image that is whole in its place `name`, unless something has it. Returns whether it has been done.
-    pub fn place(&self, id: &str, name: &str) -> io::Result<bool> {
+    pub(crate) fn place(&self, id: &str, name: &str) -> io::Result<bool> {
         let Found::Ours(held) = self.find(id)? else { return Err(self.exchanged(id)) };
         for key in held.tree.names()? {
             let file = held.tree.open_regular(&key, OFlags::RDONLY | OFlags::NOFOLLOW)?;
@@ -298,7 +298,7 @@ fn may_be(tree: &Tree, id: &str) -> io::Result<bool> {
 }
 
 /// A file's mark: another one where its content may be another, as web servers make ETags.
-pub fn etag(found: &Stat) -> String {
+pub(crate) fn etag(found: &Stat) -> String {
     let micros = i128::from(found.st_mtime) * 1_000_000 + i128::from(found.st_mtime_nsec / 1000);
     format!("{:x}-{micros:x}-{:x}", found.st_ino, found.st_size)
 }

@@ -5,7 +5,7 @@ use crate::store::requests::ANSWERED;
 use crate::transfer::{MOST_QUOTED, in_full};
 
 /// An error of one's own among those of stores.
-pub fn failure(key: &str, cause: impl std::error::Error + Send + Sync + 'static) -> object_store::Error {
+pub(crate) fn failure(key: &str, cause: impl std::error::Error + Send + Sync + 'static) -> object_store::Error {
     let source: Box<dyn std::error::Error + Send + Sync> = Box::new(cause);
     let is_missing = source.downcast_ref().is_some_and(|e: &std::io::Error| e.kind() == std::io::ErrorKind::NotFound);
     if is_missing {
@@ -16,7 +16,7 @@ pub fn failure(key: &str, cause: impl std::error::Error + Send + Sync + 'static)
 
 /// Cause of a store's error, once and for a reader: the crate names the object, which the message does already, its kinds of errors and its
 /// settings, and quotes a server's whole page.
-pub fn cause(error: &object_store::Error) -> String {
+pub(crate) fn cause(error: &object_store::Error) -> String {
     let below = std::error::Error::source(error);
     told(&below.map_or_else(|| in_full(error), in_full))
 }

@@ -1,10 +1,10 @@
 //! A store of images, by URL: `s3://bucket[/prefix]` or a directory.
 
-pub mod bucket;
-pub mod directory;
-pub mod error;
-pub mod place;
-pub mod requests;
+pub(crate) mod bucket;
+pub(crate) mod directory;
+pub(crate) mod error;
+pub(crate) mod place;
+pub(crate) mod requests;
 
 use std::future::Future;
 use std::os::unix::fs::FileExt;
@@ -36,7 +36,7 @@ use crate::transfer::network::{Network, Validate};
 use crate::transfer::{Redirects, client};
 
 /// Store of images.
-pub struct Store {
+pub(crate) struct Store {
     objects: Objects,
     /// Before every key.
     prefix: Path,
@@ -56,19 +56,19 @@ enum Objects {
 }
 
 /// Of the further names that of an object's checksum.
-pub const MD5: &str = "md5sum";
+pub(crate) const MD5: &str = "md5sum";
 
 /// What is told of an object beside its content. Files have neither.
-pub struct Description {
+pub(crate) struct Description {
     /// Its media type.
-    pub media_type: &'static str,
+    pub(crate) media_type: &'static str,
     /// Further names and values.
-    pub metadata: Vec<(&'static str, String)>,
+    pub(crate) metadata: Vec<(&'static str, String)>,
 }
 
 /// Whose an object is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Owner {
+pub(crate) enum Owner {
     /// There is none.
     Nobody,
     /// This job's.
@@ -93,7 +93,7 @@ const TRIES_TO_SWEEP: usize = 3;
 
 impl Store {
     /// Opens the store that the variables name. A folder is made if it is not there.
-    pub fn open(settings: &Place, network: &Network) -> Result<Self> {
+    pub(crate) fn open(settings: &Place, network: &Network) -> Result<Self> {
         let Some(url) = &settings.url else {
             return Err(Error::bad_input("no store is named: expected S3_BUCKET, IMAGE_STORE or --store"));
         };
@@ -127,7 +127,7 @@ impl Store {
 
     /// Makes sure that the store that the variables name takes an object, and leaves nothing of one, nor a directory that was not there.
     /// Returns how many bytes fit, where that can be told.
-    pub async fn check(settings: &Place, network: &Network) -> Result<Option<u64>> {
+    pub(crate) async fn check(settings: &Place, network: &Network) -> Result<Option<u64>> {
         let url = settings.url.as_deref().unwrap_or_default();
         let attempted = || format!("write to the store {}", without_secrets(url));
         if let Some(folder) = folder(url) {
@@ -148,7 +148,7 @@ impl Store {
     }
 
     /// The same where people wait for the answer: what may be otherwise when the image is there is only warned of.
-    pub async fn check_soon(settings: &Place, network: &Network) -> Result<()> {
+    pub(crate) async fn check_soon(settings: &Place, network: &Network) -> Result<()> {
         let url = settings.url.as_deref().unwrap_or_default();
         if folder(url).is_some() {
             return Self::check(settings, network).await.map(|_| ());
@@ -186,12 +186,12 @@ impl Store {
     }
 
     /// Returns whether people look into it, and know an image by its directory's name.
-    pub fn is_directory(&self) -> bool {
+    pub(crate) fn is_directory(&self) -> bool {
         matches!(self.objects, Objects::Directory(_))
     }
 
     /// Returns the place of an image for people: a path, or a URL.
-    pub fn shown(&self, image: &str) -> String {
+    pub(crate) fn shown(&self, image: &str) -> String {
         match &self.objects {
             Objects::S3 { .. } => self.url_of(image),
             Objects::Directory(directory) => directory.path().join(image).display().to_string(),
@@ -199,7 +199,7 @@ impl Store {
     }
 
     /// The first of `name`, and that with a number, that no image of a directory has.
-    pub fn free_name(&self, name: &str) -> String {
+    pub(crate) fn free_name(&self, name: &str) -> String {
         match &self.objects {
             Objects::S3 { .. } => name.to_owned(),
             Objects::Directory(directory) => directory.free_name(name),
@@ -207,7 +207,7 @@ impl Store {
     }
 
     /// Puts an image that is whole in its place `name`, unless something of a directory has that name. Returns whether it has been done.
-    pub fn place(&self, image: &str, name: &str) -> std::io::Result<bool> {
+    pub(crate) fn place(&self, image: &str, name: &str) -> std::io::Result<bool> {
         match &self.objects {
             Objects::S3 { .. } => Ok(true),
             Objects::Directory(directory) => directory.place(image, name),
@@ -215,7 +215,7 @@ impl Store {
     }
 
     /// The URL of a key.
-    pub fn url_of(&self, key: &str) -> String {
+    pub(crate) fn url_of(&self, key: &str) -> String {
         format!("{}/{}", self.url, self.path(key))
     }
 
@@ -224,7 +224,7 @@ impl Store {
     }
 
     /// Begins an object that is put together of parts, and returns what the store calls it.
-    pub async fn begin(&self, key: &str, description: &Description) -> object_store::Result<MultipartId> {
+    pub(crate) async fn begin(&self, key: &str, description: &Description) -> object_store::Result<MultipartId> {
         match &self.objects {
             Objects::S3 { builder, .. } => {
                 // The crate gives no description to an upload whose name one gets to know, but such headers to every request.
@@ -241,7 +241,7 @@ impl Store {
     }
 
     /// Puts part `number`, which begins at byte `at`, and returns the store's mark of it. One that is there already is replaced.
-    pub fn put_part(
+    pub(crate) fn put_part(
         &self,
         key: &str,
         id: &MultipartId,
@@ -266,7 +266,7 @@ impl Store {
     }
 
     /// Makes one object of all parts, whose marks are `marks`.
-    pub async fn complete(&self, key: &str, id: &MultipartId, marks: Vec<String>) -> object_store::Result<()> {
+    pub(crate) async fn complete(&self, key: &str, id: &MultipartId, marks: Vec<String>) -> object_store::Result<()> {
         match &self.objects {
             Objects::S3 { bucket, .. } => {
                 let parts = marks.into_iter().map(|content_id| PartId { content_id }).collect();
@@ -280,7 +280,7 @@ impl Store {
     }
 
     /// Leaves nothing of an object that was begun; one that is not there is no error.
-    pub async fn abort(&self, key: &str, id: &MultipartId) -> object_store::Result<()> {
+    pub(crate) async fn abort(&self, key: &str, id: &MultipartId) -> object_store::Result<()> {
         let aborted = match &self.objects {
             Objects::S3 { bucket, .. } => bucket.abort_multipart(&self.path(key), id).await,
             Objects::Directory(directory) => {
@@ -295,7 +295,7 @@ impl Store {
     }
 
     /// Puts a small object in one piece.
-    pub async fn put(&self, key: &str, content: Vec<u8>, description: &Description) -> object_store::Result<()> {
+    pub(crate) async fn put(&self, key: &str, content: Vec<u8>, description: &Description) -> object_store::Result<()> {
         match &self.objects {
             Objects::S3 { bucket, .. } => {
                 let attributes = description.attributes();
@@ -309,7 +309,7 @@ impl Store {
     }
 
     /// The store's own mark of an object's content, without quotes, and the object's size.
-    pub async fn head(&self, key: &str) -> object_store::Result<(String, u64)> {
+    pub(crate) async fn head(&self, key: &str) -> object_store::Result<(String, u64)> {
         match &self.objects {
             Objects::S3 { bucket, .. } => {
                 let found = bucket.head(&self.path(key)).await?;
@@ -325,7 +325,7 @@ impl Store {
     }
 
     /// Whether this object is there, as it was described. Files have no description.
-    pub async fn holds(&self, key: &str, size: u64, md5: &str) -> bool {
+    pub(crate) async fn holds(&self, key: &str, size: u64, md5: &str) -> bool {
         let Objects::S3 { bucket, .. } = &self.objects else { return false };
         let head = GetOptions { head: true, ..GetOptions::default() };
         let sum = Attribute::Metadata(MD5.into());
@@ -335,7 +335,7 @@ impl Store {
     }
 
     /// Whether an object is there.
-    pub async fn is_there(&self, key: &str) -> object_store::Result<bool> {
+    pub(crate) async fn is_there(&self, key: &str) -> object_store::Result<bool> {
         match self.head(key).await {
             Ok(_) => Ok(true),
             Err(object_store::Error::NotFound { .. }) => Ok(false),
@@ -344,7 +344,7 @@ impl Store {
     }
 
     /// Whose an object is, by what is told of it: an object of ours has `marks`. Of a file its directory tells.
-    pub async fn owner(&self, key: &str, marks: &[(&'static str, String)]) -> object_store::Result<Owner> {
+    pub(crate) async fn owner(&self, key: &str, marks: &[(&'static str, String)]) -> object_store::Result<Owner> {
         let bucket = match &self.objects {
             Objects::S3 { bucket, .. } => bucket,
             Objects::Directory(directory) => {
@@ -375,7 +375,7 @@ impl Store {
     }
 
     /// Deletes an object, and makes sure that it is gone; one that is not there is no error.
-    pub async fn delete(&self, key: &str) -> object_store::Result<()> {
+    pub(crate) async fn delete(&self, key: &str) -> object_store::Result<()> {
         let asked = match &self.objects {
             Objects::S3 { bucket, client, region, .. } => Asked { bucket, client, region },
             Objects::Directory(directory) => {
@@ -395,7 +395,7 @@ impl Store {
 
     /// Takes back what of an image is no object: uploads that were begun in a bucket; in a directory beginnings of files, and the image's
     /// own one if it is empty.
-    pub async fn sweep(&self, image: &str) -> object_store::Result<()> {
+    pub(crate) async fn sweep(&self, image: &str) -> object_store::Result<()> {
         let asked = match &self.objects {
             Objects::S3 { bucket, client, region, .. } => Asked { bucket, client, region },
             Objects::Directory(directory) => return directory.sweep(image).map_err(|e| failure(image, e)),
@@ -416,7 +416,7 @@ fn parts(key: &str) -> object_store::Result<(&str, &str)> {
 }
 
 /// The directory that a URL, or a path, names as store.
-pub fn folder(url: &str) -> Option<PathBuf> {
+pub(crate) fn folder(url: &str) -> Option<PathBuf> {
     match url.split_once("://") {
         Some(("file", path)) => Some(path.into()),
         Some(_) => None,
@@ -446,7 +446,7 @@ impl Description {
 }
 
 /// A URL that leads to an object without further keys.
-pub async fn sign(bucket: &str, key: &str, settings: &Place, network: &Network) -> Result<String> {
+pub(crate) async fn sign(bucket: &str, key: &str, settings: &Place, network: &Network) -> Result<String> {
     let attempted = || format!("sign a URL of s3://{bucket}/{key}");
     let path = Path::parse(key).attempt(attempted)?;
     let (builder, _) = s3(bucket, settings, network)?;
@@ -491,7 +491,7 @@ fn s3(bucket: &str, settings: &Place, network: &Network) -> Result<(AmazonS3Buil
 
 /// Makes a store's client as those of other servers are made.
 #[derive(Debug, Clone)]
-pub struct Connector {
+pub(crate) struct Connector {
     network: Network,
     validate: Validate,
     outage: Arc<Outage>,

@@ -11,16 +11,16 @@ pub struct Place {
     /// `IMAGE_STORE`, else the bucket `S3_BUCKET`, as URL.
     pub url: Option<String>,
     /// `S3_ENDPOINT`, else `AWS_ENDPOINT_URL_S3`, else `AWS_ENDPOINT_URL`.
-    pub endpoint: Option<String>,
+    pub(crate) endpoint: Option<String>,
     /// `S3_ACCESS_KEY` and `S3_SECRET_KEY`, else `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`.
-    pub keys: Option<(String, String)>,
+    pub(crate) keys: Option<(String, String)>,
     /// `AWS_SESSION_TOKEN`: what belongs to keys that are good for a while.
-    pub token: Option<String>,
+    pub(crate) token: Option<String>,
     /// `AWS_REGION`, else `AWS_DEFAULT_REGION`: what requests are signed for. Where no endpoint is set, it names Amazon's server.
-    pub region: Option<String>,
+    pub(crate) region: Option<String>,
     /// `S3_SSL_VALIDATE`: whether the server's certificate is checked, and by which authorities if a file is named, there or by
     /// `AWS_CA_BUNDLE`.
-    pub validate: Validate,
+    pub(crate) validate: Validate,
 }
 
 const DEFAULT_BUCKET: &str = "boot-images";
@@ -110,4 +110,4 @@ fn region_name(name: &str) -> Checked {
 }
 
 /// How long a URL that was signed here is good for.
-pub const SIGNED_FOR: Duration = Duration::from_hours(6);
+pub(crate) const SIGNED_FOR: Duration = Duration::from_hours(6);

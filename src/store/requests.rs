@@ -28,11 +28,11 @@ const PIECE: usize = 64 << 10;
 const SILENT: Duration = Duration::from_secs(5);
 
 /// A server's words in an error of ours: it has answered.
-pub const ANSWERED: &str = "the answer";
+pub(crate) const ANSWERED: &str = "the answer";
 
 /// Sends the requests of a store.
 #[derive(Debug, Clone)]
-pub struct Requests {
+pub(crate) struct Requests {
     client: reqwest::Client,
     network: Network,
     outage: Arc<Outage>,
@@ -40,7 +40,7 @@ pub struct Requests {
 
 /// A store that is out of order, as all of its clients know it.
 #[derive(Debug, Default)]
-pub struct Outage {
+pub(crate) struct Outage {
     /// Set while the store does not answer: a rollback then does not wait as long again.
     is_silent: AtomicBool,
     /// Set once the log tells of it, until there is a good answer.
@@ -75,7 +75,7 @@ enum Failure {
 
 impl Requests {
     /// Sends them with `client`.
-    pub fn new(client: reqwest::Client, network: Network, outage: Arc<Outage>) -> Self {
+    pub(crate) fn new(client: reqwest::Client, network: Network, outage: Arc<Outage>) -> Self {
         Self { client, network, outage }
     }
 

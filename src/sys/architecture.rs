@@ -17,7 +17,7 @@ pub enum Architecture {
 }
 
 /// Bytes of a file that identify its machine: ELF's identification, type and machine.
-pub const HEADER: usize = 20;
+pub(crate) const HEADER: usize = 20;
 
 /// ELF identification of a 64-bit little-endian file, up to the version; the ABI follows.
 const IDENTIFICATION: [u8; 7] = *b"\x7fELF\x02\x01\x01";
@@ -27,13 +27,13 @@ const TYPES: [u8; 2] = [2, 3];
 
 impl Architecture {
     /// All known architectures.
-    pub const ALL: [Self; 2] = [Self::X86_64, Self::Aarch64];
+    pub(crate) const ALL: [Self; 2] = [Self::X86_64, Self::Aarch64];
 
     /// The architecture of this machine.
-    pub const OWN: Self = if cfg!(target_arch = "aarch64") { Self::Aarch64 } else { Self::X86_64 };
+    pub(crate) const OWN: Self = if cfg!(target_arch = "aarch64") { Self::Aarch64 } else { Self::X86_64 };
 
     /// Name as in `uname -m` and `BUILD_ARCH`.
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::X86_64 => "x86_64",
             Self::Aarch64 => "aarch64",
@@ -41,7 +41,7 @@ impl Architecture {
     }
 
     /// The architecture with that name.
-    pub fn from_name(name: &str) -> Option<Self> {
+    pub(crate) fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|architecture| architecture.name() == name)
     }
 
@@ -54,14 +54,14 @@ impl Architecture {
     }
 
     /// The architecture of a program that begins with `header`; `None` if it is not an ELF program for a known one.
-    pub fn of_elf(header: &[u8]) -> Option<Self> {
+    pub(crate) fn of_elf(header: &[u8]) -> Option<Self> {
         let header = header.get(..HEADER)?;
         let known = header.starts_with(&IDENTIFICATION) && TYPES.contains(&header[16]) && header[17] == 0;
         Self::ALL.into_iter().find(|a| known && header[18..] == [a.machine(), 0])
     }
 
     /// The two possible headers of a program for it.
-    pub fn headers(self) -> [[u8; HEADER]; 2] {
+    pub(crate) fn headers(self) -> [[u8; HEADER]; 2] {
         TYPES.map(|kind| {
             let mut header = [0; HEADER];
             header[..IDENTIFICATION.len()].copy_from_slice(&IDENTIFICATION);
@@ -72,7 +72,7 @@ impl Architecture {
     }
 
     /// Whether programs for it run here, found out by running one.
-    pub fn runs(self) -> bool {
+    pub(crate) fn runs(self) -> bool {
         self.try_smallest().unwrap_or(false)
     }
 

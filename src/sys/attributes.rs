@@ -16,15 +16,15 @@ use crate::sys::tree::{Tree, times};
 const LONGEST: usize = 64 << 10;
 
 /// Extended attributes by name.
-pub type Attributes = BTreeMap<OsString, Vec<u8>>;
+pub(crate) type Attributes = BTreeMap<OsString, Vec<u8>>;
 
 /// The file `name` of a directory; a link is not followed. "." is the directory itself.
 #[derive(Debug, Clone, Copy)]
-pub struct Node<'a> {
+pub(crate) struct Node<'a> {
     /// The directory.
-    pub directory: &'a Tree,
+    pub(crate) directory: &'a Tree,
     /// Name in it.
-    pub name: &'a OsStr,
+    pub(crate) name: &'a OsStr,
 }
 
 impl Node<'_> {
@@ -33,18 +33,18 @@ impl Node<'_> {
     }
 
     /// Its extended attributes; empty if the file system does not support them.
-    pub fn attributes(&self) -> io::Result<Attributes> {
+    pub(crate) fn attributes(&self) -> io::Result<Attributes> {
         self.open()?.attributes()
     }
 
     /// Sets exactly these extended attributes and removes all others.
-    pub fn set_attributes(&self, wanted: &Attributes) -> io::Result<()> {
+    pub(crate) fn set_attributes(&self, wanted: &Attributes) -> io::Result<()> {
         self.open()?.set_attributes(wanted)
     }
 
     /// Sets owner, mode and times from `found`, and these extended attributes. All go to the same inode, even if the
     /// name is replaced meanwhile.
-    pub fn take(&self, found: &Stat, attributes: &Attributes) -> io::Result<()> {
+    pub(crate) fn take(&self, found: &Stat, attributes: &Attributes) -> io::Result<()> {
         let handle = self.open()?;
         let path = handle.path();
         // Before the attributes: chown(2) clears a file's capabilities.
@@ -94,11 +94,11 @@ impl Handle {
 }
 
 /// `None` for -1, which is no valid user and means "unchanged" to chown(2): images and archives can contain it.
-pub fn user(number: u32) -> Option<Uid> {
+pub(crate) fn user(number: u32) -> Option<Uid> {
     (number != u32::MAX).then(|| Uid::from_raw(number))
 }
 
 /// `None` for -1; see [`user`].
-pub fn group(number: u32) -> Option<Gid> {
+pub(crate) fn group(number: u32) -> Option<Gid> {
     (number != u32::MAX).then(|| Gid::from_raw(number))
 }

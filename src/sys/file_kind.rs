@@ -7,7 +7,7 @@ use rustix::fs::{FileType, Stat};
 /// The type of a file (inode(7)).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[allow(missing_docs)]
-pub enum FileKind {
+pub(crate) enum FileKind {
     Regular,
     Directory,
     SymbolicLink,
@@ -20,7 +20,7 @@ pub enum FileKind {
 
 impl FileKind {
     /// The type of the file that `stat` describes.
-    pub fn of(stat: &Stat) -> Self {
+    pub(crate) fn of(stat: &Stat) -> Self {
         match FileType::from_raw_mode(stat.st_mode) {
             FileType::RegularFile => Self::Regular,
             FileType::Directory => Self::Directory,

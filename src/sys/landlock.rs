@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
 /// Access rights below a directory, or to a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Access {
+pub(crate) enum Access {
     /// Read and execute files, list directories.
     Read,
     /// Everything.
@@ -47,7 +47,7 @@ const ASK_FOR_VERSION: u32 = 1;
 
 /// A set of allowed accesses; everything else is denied.
 #[derive(Debug)]
-pub struct Ruleset {
+pub(crate) struct Ruleset {
     fd: OwnedFd,
     rights: u64,
 }
@@ -55,7 +55,7 @@ pub struct Ruleset {
 impl Ruleset {
     /// Creates a ruleset that allows nothing. ENOSYS or EOPNOTSUPP if the kernel has no Landlock or is older than Linux
     /// 5.19, whose Landlock denies every link and rename between directories.
-    pub fn new() -> io::Result<Self> {
+    pub(crate) fn new() -> io::Result<Self> {
         let rights = match version()? {
             ..2 => return Err(rustix::io::Errno::OPNOTSUPP.into()),
             2 => UP_TO_REFER,
@@ -77,7 +77,7 @@ impl Ruleset {
     }
 
     /// Allows `access` to the file `to`, or to everything below it if it is a directory. `to` may be O_PATH.
-    pub fn allow(&self, to: impl AsFd, access: Access) -> io::Result<()> {
+    pub(crate) fn allow(&self, to: impl AsFd, access: Access) -> io::Result<()> {
         let to = to.as_fd();
         let wanted = match access {
             Access::Read => EXECUTE | READ_FILE | READ_DIR,
@@ -96,7 +96,7 @@ impl Ruleset {
     }
 
     /// Applies the ruleset to this thread and its future children. Requires `no_new_privs`.
-    pub fn restrict_this_thread(self) -> io::Result<()> {
+    pub(crate) fn restrict_this_thread(self) -> io::Result<()> {
         // SAFETY: the descriptor is open during the call, which changes only this thread's credentials.
         #[allow(unsafe_code)]
         let result = unsafe { libc::syscall(libc::SYS_landlock_restrict_self, self.fd.as_raw_fd(), 0_u32) };

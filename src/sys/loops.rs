@@ -37,14 +37,14 @@ struct Config {
 
 /// A read-only loop device. The kernel frees it when neither this value nor a mount uses it.
 #[derive(Debug)]
-pub struct Loop {
+pub(crate) struct Loop {
     path: PathBuf,
     _device: OwnedFd,
 }
 
 impl Loop {
     /// Attaches `file` to a free loop device.
-    pub fn of(file: &File) -> io::Result<Self> {
+    pub(crate) fn of(file: &File) -> io::Result<Self> {
         let fd = u32::try_from(file.as_raw_fd()).map_err(io::Error::other)?;
         let flags = READ_ONLY | AUTOCLEAR;
         let info = Info { before: [0; 6], encrypt_key_size: 0, flags, behind: [0; 22] };
@@ -69,7 +69,7 @@ impl Loop {
     }
 
     /// Path of the device, for mounting.
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 }

@@ -1,17 +1,17 @@
 //! System calls as types: the bottom floor, and the only one with `unsafe`.
 
-pub mod architecture;
-pub mod attributes;
-pub mod file_kind;
-pub mod landlock;
-pub mod loops;
+pub(crate) mod architecture;
+pub(crate) mod attributes;
+pub(crate) mod file_kind;
+pub(crate) mod landlock;
+pub(crate) mod loops;
 pub mod mounts;
-pub mod named;
+pub(crate) mod named;
 pub mod poll;
 pub mod process;
-pub mod seccomp;
+pub(crate) mod seccomp;
 pub mod seqpacket;
-pub mod signals;
+pub(crate) mod signals;
 pub mod start;
-pub mod terminal;
+pub(crate) mod terminal;
 pub mod tree;

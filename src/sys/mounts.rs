@@ -11,13 +11,13 @@ use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, O
 
 /// A mount that is not attached yet.
 #[derive(Debug)]
-pub struct Detached {
+pub(crate) struct Detached {
     fd: OwnedFd,
 }
 
 impl Detached {
     /// Creates a file system of type `kind` with `options` (name, value; empty for a flag) and mount attributes.
-    pub fn filesystem(kind: &str, options: &[(&str, &str)], attributes: MountAttrFlags) -> io::Result<Self> {
+    pub(crate) fn filesystem(kind: &str, options: &[(&str, &str)], attributes: MountAttrFlags) -> io::Result<Self> {
         let context = rustix::mount::fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)?;
         for (name, value) in options {
             match *value {
@@ -31,12 +31,12 @@ impl Detached {
 
     /// A private copy of the mount at `path` of a *trusted* tree, with additional `attributes`; `recursive` includes
     /// the mounts below it.
-    pub fn copy_of(path: impl AsRef<Path>, recursive: bool, attributes: MountAttrFlags) -> io::Result<Self> {
+    pub(crate) fn copy_of(path: impl AsRef<Path>, recursive: bool, attributes: MountAttrFlags) -> io::Result<Self> {
         Self::copy(CWD, path.as_ref(), recursive, attributes)
     }
 
     /// Like [`Detached::copy_of`], of the directory or file that `fd` refers to.
-    pub fn copy_of_fd(fd: impl AsFd, recursive: bool, attributes: MountAttrFlags) -> io::Result<Self> {
+    pub(crate) fn copy_of_fd(fd: impl AsFd, recursive: bool, attributes: MountAttrFlags) -> io::Result<Self> {
         Self::copy(fd.as_fd(), Path::new(""), recursive, attributes)
     }
 
@@ -57,7 +57,7 @@ impl Detached {
 
     /// Clears `nosuid`, so that setuid bits and file capabilities take effect. No error if another user namespace has
     /// locked the flag: the mount stays as it is.
-    pub fn honouring_setuid(self) -> io::Result<Self> {
+    pub(crate) fn honouring_setuid(self) -> io::Result<Self> {
         let attr_clr = u64::from(MountAttrFlags::MOUNT_ATTR_NOSUID.bits());
         match change_attributes(self.fd.as_fd(), c"", &MountAttr { attr_clr, ..MountAttr::default() }, false) {
             Err(e) if e.raw_os_error() == Some(libc::EPERM) => Ok(self),
@@ -67,7 +67,7 @@ impl Detached {
 
     /// Attaches the mount to `target`, which is covered itself, even if it is a link. Returns the mount's root as a
     /// handle.
-    pub fn attach(self, target: impl AsFd) -> io::Result<OwnedFd> {
+    pub(crate) fn attach(self, target: impl AsFd) -> io::Result<OwnedFd> {
         let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
         rustix::mount::move_mount(&self.fd, "", target.as_fd(), "", flags)?;
         Ok(self.fd)
@@ -88,23 +88,23 @@ impl AsFd for Detached {
 }
 
 /// Makes every mount of this namespace private: mounts no longer propagate in or out.
-pub fn make_all_private() -> io::Result<()> {
+pub(crate) fn make_all_private() -> io::Result<()> {
     make_all_private_and(MountAttrFlags::empty())
 }
 
 /// Makes every mount private and adds `attributes` to it.
-pub fn make_all_private_and(attributes: MountAttrFlags) -> io::Result<()> {
+pub(crate) fn make_all_private_and(attributes: MountAttrFlags) -> io::Result<()> {
     set_attributes(CWD, c"/", attributes, libc::MS_PRIVATE, true)
 }
 
 /// Makes every mount of this namespace a slave: mounts propagate in but not out.
-pub fn make_all_followers() -> io::Result<()> {
+pub(crate) fn make_all_followers() -> io::Result<()> {
     set_attributes(CWD, c"/", MountAttrFlags::empty(), libc::MS_SLAVE, true)
 }
 
 /// Attaches `mount` over this namespace's root; lookups still see the old root. Returns the mount's own root, for
 /// [`switch_root`].
-pub fn cover_root(mount: Detached) -> io::Result<OwnedFd> {
+pub(crate) fn cover_root(mount: Detached) -> io::Result<OwnedFd> {
     mount.attach(own_root()?)
 }
 
@@ -114,7 +114,7 @@ fn own_root() -> io::Result<OwnedFd> {
 }
 
 /// Makes `new_root` (the root of an attached mount) this namespace's root and detaches the old one.
-pub fn switch_root(new_root: impl AsFd) -> io::Result<()> {
+pub(crate) fn switch_root(new_root: impl AsFd) -> io::Result<()> {
     let old_root = own_root()?;
     rustix::process::fchdir(new_root)?;
     // With "." twice, the old root is stacked on the new one (pivot_root(2)), so no directory is needed for it.
@@ -136,13 +136,13 @@ pub fn switch_root(new_root: impl AsFd) -> io::Result<()> {
 
 /// Makes `root` this process's root and working directory. No security boundary: a process that may call chroot(2) can
 /// leave it.
-pub fn change_root(root: impl AsFd) -> io::Result<()> {
+pub(crate) fn change_root(root: impl AsFd) -> io::Result<()> {
     rustix::process::fchdir(root)?;
     rustix::process::chroot(".").map_err(Into::into)
 }
 
 /// Adds mount attributes to an attached mount, given its root.
-pub fn restrict(mount: BorrowedFd<'_>, attributes: MountAttrFlags) -> io::Result<()> {
+pub(crate) fn restrict(mount: BorrowedFd<'_>, attributes: MountAttrFlags) -> io::Result<()> {
     set_attributes(mount, c"", attributes, 0, false)
 }
 

@@ -15,14 +15,14 @@ use std::fs::File;
 const MOST_LINKS: usize = 40;
 
 /// Whether `user` is root, this user, or the user who called sudo, whose home is as trustworthy as the command line.
-pub fn is_trusted(user: u32) -> bool {
+pub(crate) fn is_trusted(user: u32) -> bool {
     let caller = || std::env::var("SUDO_UID").ok()?.parse::<u32>().ok();
     user == 0 || user == rustix::process::geteuid().as_raw() || caller() == Some(user)
 }
 
 /// Returns the target of `named`, free of links. Refuses a link owned by another user, who could redirect it at any
 /// time (protected_symlinks in proc_sys_fs(5)).
-pub fn resolve(named: &Path) -> io::Result<PathBuf> {
+pub(crate) fn resolve(named: &Path) -> io::Result<PathBuf> {
     let absolute = std::path::absolute(named)?;
     let parts = |path: &Path| path.components().rev().map(|name| PathBuf::from(name.as_os_str())).collect::<Vec<_>>();
     let (mut left, mut at, mut links) = (parts(&absolute), PathBuf::from("/"), 0);
@@ -65,7 +65,7 @@ pub fn resolve(named: &Path) -> io::Result<PathBuf> {
 }
 
 /// Opens the target of `named`, resolved by [`resolve`], as an O_PATH handle that is not a link.
-pub fn open(named: &Path) -> io::Result<OwnedFd> {
+pub(crate) fn open(named: &Path) -> io::Result<OwnedFd> {
     let real = resolve(named)?;
     let handle = open_without_links(&real)?;
     if FileType::from_raw_mode(rustix::fs::fstat(&handle)?.st_mode) != FileType::Symlink {
@@ -79,13 +79,13 @@ pub fn open(named: &Path) -> io::Result<OwnedFd> {
 }
 
 /// Opens the absolute path `real` as a handle; ELOOP if a component is a link. The last component may be one.
-pub fn open_without_links(real: &Path) -> io::Result<OwnedFd> {
+pub(crate) fn open_without_links(real: &Path) -> io::Result<OwnedFd> {
     let below = real.strip_prefix("/").ok().filter(|below| *below != Path::new("")).unwrap_or(Path::new("."));
     Tree::open(Path::new("/"))?.handle_without_links(below)
 }
 
 /// Resolves the part of `named` that exists, and appends the rest.
-pub fn resolve_beginning(named: &Path) -> io::Result<PathBuf> {
+pub(crate) fn resolve_beginning(named: &Path) -> io::Result<PathBuf> {
     let absolute = std::path::absolute(named)?;
     let there = |place: &&Path| std::fs::symlink_metadata(place).is_ok();
     let there = absolute.ancestors().find(there).unwrap_or(Path::new("/"));
@@ -99,13 +99,13 @@ fn is_of_procfs(directory: &Path) -> bool {
 }
 
 /// Returns whether another user can change the content of an open file.
-pub fn can_be_changed(file: &File) -> io::Result<bool> {
+pub(crate) fn can_be_changed(file: &File) -> io::Result<bool> {
     let found = file.metadata()?;
     Ok(!is_trusted(found.uid()) || found.mode() & WRITABLE != 0)
 }
 
 /// Mode bits that let users other than the owner change a file or a directory.
-pub const WRITABLE: u32 = 0o022;
+pub(crate) const WRITABLE: u32 = 0o022;
 
 #[cfg(test)]
 mod tests {

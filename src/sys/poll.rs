@@ -20,31 +20,31 @@ fn timespec(limit: Duration) -> Timespec {
 /// Sources of an event loop, each registered once with its event. Readable itself while one of them is ready, so that a
 /// part of a program can have its own sources and be a single source of the whole.
 #[derive(Debug)]
-pub struct Sources<E> {
+pub(crate) struct Sources<E> {
     epoll: OwnedFd,
     events: HashMap<RawFd, E>,
 }
 
 impl<E: Copy + Ord> Sources<E> {
     /// Starts without sources.
-    pub fn new() -> rustix::io::Result<Self> {
+    pub(crate) fn new() -> rustix::io::Result<Self> {
         Ok(Self { epoll: epoll::create(CreateFlags::CLOEXEC)?, events: HashMap::new() })
     }
 
     /// Registers `source` until it is closed: while it is readable, `wait` returns `event`.
-    pub fn add(&mut self, source: impl AsFd, event: E) -> rustix::io::Result<()> {
+    pub(crate) fn add(&mut self, source: impl AsFd, event: E) -> rustix::io::Result<()> {
         let number = source.as_fd().as_raw_fd();
         self.events.insert(number, event);
         epoll::add(&self.epoll, source, EventData::new_u64(number.cast_unsigned().into()), EventFlags::IN)
     }
 
     /// Unregisters `source`, such as a socket whose other end is gone: it would stay ready.
-    pub fn remove(&self, source: impl AsFd) {
+    pub(crate) fn remove(&self, source: impl AsFd) {
         let _ = epoll::delete(&self.epoll, source);
     }
 
     /// Waits until a source is ready or `limit` has passed. Returns the events of the ready ones.
-    pub fn wait(&self, limit: Duration) -> BTreeSet<E> {
+    pub(crate) fn wait(&self, limit: Duration) -> BTreeSet<E> {
         // Any more are returned by the next call.
         let mut ready = Vec::with_capacity(64);
         let _ = epoll::wait(&self.epoll, spare_capacity(&mut ready), Some(&timespec(limit)));

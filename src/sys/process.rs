@@ -26,7 +26,7 @@ use rustix::process::{PidfdFlags, Resource, Rlimit, getrlimit, setrlimit};
 use crate::sys::poll;
 
 /// The two sides of a fork.
-pub enum Fork {
+pub(crate) enum Fork {
     /// This is the new process.
     Child,
     /// This is the old one, with the child's number in this process's PID namespace.
@@ -35,7 +35,7 @@ pub enum Fork {
 
 /// Forks. Only for `ims-jail-shell`, which is single-threaded: a lock held by another thread would stay locked for ever
 /// in the child.
-pub fn fork() -> io::Result<Fork> {
+pub(crate) fn fork() -> io::Result<Fork> {
     // SAFETY: the caller is single-threaded (see above), so the only thread survives in the child: no lock is held by
     // another thread, and the allocator's state is consistent.
     #[allow(unsafe_code)]
@@ -48,7 +48,7 @@ pub fn fork() -> io::Result<Fork> {
 /// Runs `child` in a new process, which exits with the code it returns. Returns the process's number once it has exited
 /// or called execve. Until then both share memory, which saves copying page tables, as with vfork(2). Only for
 /// `ims-jail-shell`, like [`fork`].
-pub fn spawn(child: impl FnOnce() -> u8) -> io::Result<Pid> {
+pub(crate) fn spawn(child: impl FnOnce() -> u8) -> io::Result<Pid> {
     /// Size in bytes, ample for a child that soon calls execve. The kernel allocates only the pages used.
     const STACK: usize = 256 << 10;
     let mut child = Some(child);
@@ -72,7 +72,7 @@ pub fn exit_now(code: u8) -> ! {
 }
 
 /// Marks every descriptor from `first` up close-on-exec, including inherited ones.
-pub fn close_on_exec_from(first: u32) -> io::Result<()> {
+pub(crate) fn close_on_exec_from(first: u32) -> io::Result<()> {
     let flags = i32::try_from(libc::CLOSE_RANGE_CLOEXEC).map_err(io::Error::other)?;
     // SAFETY: the flag only marks descriptors; none is closed while a value owns it.
     #[allow(unsafe_code)]
@@ -81,7 +81,7 @@ pub fn close_on_exec_from(first: u32) -> io::Result<()> {
 }
 
 /// Closes every descriptor from 3 up. Only for a program that has just started and has opened nothing itself.
-pub fn close_all_but_streams() -> io::Result<()> {
+pub(crate) fn close_all_but_streams() -> io::Result<()> {
     // SAFETY: the caller has opened nothing yet, so no value in this process owns any of these descriptors.
     #[allow(unsafe_code)]
     let result = unsafe { libc::close_range(3, u32::MAX, 0) };
@@ -89,7 +89,7 @@ pub fn close_all_but_streams() -> io::Result<()> {
 }
 
 /// Reaps every ended child, ours or adopted, and returns their statuses.
-pub fn reap() -> Vec<WaitStatus> {
+pub(crate) fn reap() -> Vec<WaitStatus> {
     let mut ended = Vec::new();
     loop {
         match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
@@ -102,7 +102,7 @@ pub fn reap() -> Vec<WaitStatus> {
 
 /// Ends this process as another one ended: with its exit code, or by raising the same signal, without a core dump. sshd
 /// reports a death by signal to the client only if the forced command itself dies of it.
-pub fn end_like(status: WaitStatus) -> u8 {
+pub(crate) fn end_like(status: WaitStatus) -> u8 {
     match status {
         WaitStatus::Exited(_, code) => u8::try_from(code & 0xff).unwrap_or(u8::MAX),
         WaitStatus::Signaled(_, signal, _) => die_of(signal),
@@ -126,13 +126,13 @@ pub struct Identity {
     /// Its PID.
     pub pid: i32,
     /// When it started, in clock ticks after boot (/proc/PID/stat field 22).
-    pub start: u64,
+    pub(crate) start: u64,
 }
 
 impl Identity {
     /// Identity of process `pid`, which must not be reaped meanwhile: this process, or a child not yet
     /// waited for.
-    pub fn of(pid: Pid) -> Option<Self> {
+    pub(crate) fn of(pid: Pid) -> Option<Self> {
         Entry::read(pid).map(|entry| Self { pid: pid.as_raw(), start: entry.start })
     }
 
@@ -144,7 +144,7 @@ impl Identity {
 
     /// Reopens these descriptors of the process. ESRCH if it has ended; EACCES if this process may not inspect it
     /// (PTRACE_MODE_READ in ptrace(2): root may inspect root's processes with no more capabilities than its own).
-    pub fn open_descriptors(self, numbers: &[i32]) -> io::Result<Vec<OwnedFd>> {
+    pub(crate) fn open_descriptors(self, numbers: &[i32]) -> io::Result<Vec<OwnedFd>> {
         let path = format!("/proc/{}", self.pid);
         let process = rustix::fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
         let open = |name: &str| rustix::fs::openat(&process, name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
@@ -168,12 +168,12 @@ pub struct Handle {
     /// The pidfd; readable once the process has ended.
     pub fd: OwnedFd,
     /// Its PID.
-    pub pid: Pid,
+    pub(crate) pid: Pid,
 }
 
 impl Handle {
     /// Opens the process. ESRCH if it has ended.
-    pub fn open(process: Identity) -> io::Result<Self> {
+    pub(crate) fn open(process: Identity) -> io::Result<Self> {
         let raw = rustix::process::Pid::from_raw(process.pid).ok_or(io::ErrorKind::InvalidInput)?;
         let fd = rustix::process::pidfd_open(raw, PidfdFlags::empty())?;
         let pid = Pid::from_raw(process.pid);
@@ -185,13 +185,13 @@ impl Handle {
     }
 
     /// Whether it has ended, or ends within `limit`.
-    pub fn ends_within(&self, limit: Duration) -> bool {
+    pub(crate) fn ends_within(&self, limit: Duration) -> bool {
         use rustix::event::{PollFd, PollFlags};
         poll::wait(&mut [PollFd::new(&self.fd, PollFlags::IN)], limit).is_ok_and(|ready| ready > 0)
     }
 
     /// Sends a signal to it, and never to a later process of the same number; ESRCH if it has ended.
-    pub fn signal(&self, signal: Signal) -> io::Result<()> {
+    pub(crate) fn signal(&self, signal: Signal) -> io::Result<()> {
         let signal = rustix::process::Signal::from_named_raw(signal as i32).ok_or(io::ErrorKind::InvalidInput)?;
         rustix::process::pidfd_send_signal(&self.fd, signal).map_err(Into::into)
     }
@@ -199,7 +199,7 @@ impl Handle {
 
 /// Has the kernel kill `command`'s process when this thread ends, however it ends. A writer to a volume must not
 /// outlive the process that reads its result.
-pub fn end_with_us(command: &mut Command) -> &mut Command {
+pub(crate) fn end_with_us(command: &mut Command) -> &mut Command {
     let parent = getpid();
     let bound = move || {
         rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
@@ -214,7 +214,7 @@ pub fn end_with_us(command: &mut Command) -> &mut Command {
 }
 
 /// Starts `command` with these limits, each capped at this process's own hard limit.
-pub fn limited<const N: usize>(command: &mut Command, limits: [(Resource, u64); N]) -> &mut Command {
+pub(crate) fn limited<const N: usize>(command: &mut Command, limits: [(Resource, u64); N]) -> &mut Command {
     let limits = limits.map(|(resource, most)| {
         let most = Some(getrlimit(resource).maximum.map_or(most, |maximum| maximum.min(most)));
         (resource, Rlimit { current: most, maximum: most })
@@ -254,17 +254,17 @@ pub struct Entry {
     /// Its state letter; `Z` for a zombie.
     pub state: char,
     /// Its process group ID.
-    pub group: Pid,
+    pub(crate) group: Pid,
     /// Its session ID.
-    pub session: Pid,
+    pub(crate) session: Pid,
     /// Device number of its controlling terminal, 0 for none.
-    pub terminal: u64,
+    pub(crate) terminal: u64,
     /// When it started, in clock ticks after boot.
-    pub start: u64,
+    pub(crate) start: u64,
     /// Number of its threads.
-    pub threads: u64,
+    pub(crate) threads: u64,
     /// Minor page faults of its reaped children; grows with each child that is reaped.
-    pub faults_of_children: u64,
+    pub(crate) faults_of_children: u64,
 }
 
 impl Entry {
@@ -281,7 +281,7 @@ impl Entry {
     }
 
     /// PID and start time.
-    pub fn identity(&self) -> Identity {
+    pub(crate) fn identity(&self) -> Identity {
         Identity { pid: self.pid.as_raw(), start: self.start }
     }
 
@@ -307,7 +307,7 @@ impl Entry {
     }
 
     /// Whether it is a zombie. If only its first thread has ended, the state is `Z` too, but the process still runs.
-    pub fn has_ended(&self) -> bool {
+    pub(crate) fn has_ended(&self) -> bool {
         self.state == 'Z' && self.threads <= 1
     }
 
@@ -317,7 +317,7 @@ impl Entry {
     }
 
     /// Path of its controlling terminal if that is a pty.
-    pub fn terminal_path(&self) -> Option<PathBuf> {
+    pub(crate) fn terminal_path(&self) -> Option<PathBuf> {
         // The kernel's dev_t encoding: minor in bits 0-7 and 20-31, major in bits 8-19; ptys have majors 136 to 143.
         let major = (self.terminal >> 8) & 0xfff;
         let minor = (self.terminal & 0xff) | ((self.terminal >> 12) & 0xfff00);
@@ -330,7 +330,7 @@ impl Entry {
     }
 
     /// Whether it was started as a login shell without a command: a single argument that begins with a dash (login(1)).
-    pub fn is_login_shell(&self) -> bool {
+    pub(crate) fn is_login_shell(&self) -> bool {
         let line = std::fs::read(format!("/proc/{}/cmdline", self.pid)).unwrap_or_default();
         line.starts_with(b"-") && line.iter().position(|&b| b == 0) == Some(line.len() - 1)
     }
@@ -349,14 +349,14 @@ impl Entry {
 }
 
 /// PIDs or thread IDs: the numeric names in a directory of /proc.
-pub fn numbers(directory: &Path) -> impl Iterator<Item = Pid> + use<> {
+pub(crate) fn numbers(directory: &Path) -> impl Iterator<Item = Pid> + use<> {
     let entries = std::fs::read_dir(directory).into_iter().flatten();
     entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).map(Pid::from_raw)
 }
 
 /// Children of process `parent`, from the kernel's `children` lists, at a cost independent of the machine's other
 /// processes. As a subreaper or PID 1, this process has no descendants if it has no children.
-pub fn children(parent: Pid) -> Vec<Pid> {
+pub(crate) fn children(parent: Pid) -> Vec<Pid> {
     let list = |thread: Pid| std::fs::read_to_string(format!("/proc/{parent}/task/{thread}/children"));
     if parent == getpid() && list(parent).is_err() {
         // A kernel without CONFIG_PROC_CHILDREN.
@@ -371,7 +371,7 @@ pub fn children(parent: Pid) -> Vec<Pid> {
 
 /// Calls `visit` for each descendant of this process, once its own children have been listed, until `visit` breaks. A
 /// process whose parent ends meanwhile may be missed; this process has adopted it then.
-pub fn visit_descendants(visit: &mut dyn FnMut(&Entry) -> ControlFlow<()>) {
+pub(crate) fn visit_descendants(visit: &mut dyn FnMut(&Entry) -> ControlFlow<()>) {
     let mut found = children(getpid());
     while let Some(pid) = found.pop() {
         found.extend(children(pid));
@@ -401,7 +401,7 @@ pub fn descendants(all: &[Entry], ancestor: Pid) -> Vec<Entry> {
 /// While this value lives, the OOM killer prefers new children to this process: their score rises by a tenth of the
 /// memory (proc_pid_oom_score_adj(5)).
 #[derive(Debug)]
-pub struct Expendable {
+pub(crate) struct Expendable {
     before: Option<i32>,
 }
 
@@ -409,7 +409,7 @@ impl Expendable {
     const FILE: &str = "/proc/self/oom_score_adj";
 
     /// Takes effect for children started from now on. Does nothing if the score may not be set.
-    pub fn children() -> Self {
+    pub(crate) fn children() -> Self {
         let before: Option<i32> = std::fs::read_to_string(Self::FILE).ok().and_then(|text| text.trim().parse().ok());
         let set = |own: &i32| std::fs::write(Self::FILE, (own + 100).min(1000).to_string()).is_ok();
         Self { before: before.filter(set) }
@@ -426,7 +426,7 @@ impl Drop for Expendable {
 
 /// Everything execve(2) takes.
 #[derive(Debug)]
-pub struct Exec {
+pub(crate) struct Exec {
     path: CString,
     arguments: Vec<CString>,
     environment: Vec<CString>,
@@ -434,7 +434,7 @@ pub struct Exec {
 
 impl Exec {
     /// Fails with EINVAL if a string contains a NUL byte.
-    pub fn new<'a>(
+    pub(crate) fn new<'a>(
         path: &Path,
         arguments: &[OsString],
         environment: impl IntoIterator<Item = (&'a OsStr, &'a OsStr)>,
@@ -448,18 +448,13 @@ impl Exec {
         })
     }
 
-    /// Path of the program.
-    pub fn path(&self) -> &Path {
-        Path::new(OsStr::from_bytes(self.path.as_bytes()))
-    }
-
     /// Calls execve(2). Returns only on failure.
-    pub fn replace_this_process(&self) -> nix::Result<Infallible> {
+    pub(crate) fn replace_this_process(&self) -> nix::Result<Infallible> {
         nix::unistd::execve(&self.path, &self.arguments, &self.environment)
     }
 
     /// Executes the open file `program` in place of the path (execveat(2)). Returns only on failure.
-    pub fn replace_this_process_by(&self, program: impl AsFd) -> nix::Result<Infallible> {
+    pub(crate) fn replace_this_process_by(&self, program: impl AsFd) -> nix::Result<Infallible> {
         nix::unistd::execveat(program, c"", &self.arguments, &self.environment, AtFlags::AT_EMPTY_PATH)
     }
 }

@@ -12,7 +12,7 @@ use rustix::net::{
 };
 
 /// Longest packet in bytes; the rest is truncated.
-pub const LONGEST: usize = 16 << 10;
+pub(crate) const LONGEST: usize = 16 << 10;
 
 /// Most descriptors in one packet; the kernel closes any more.
 const MOST_DESCRIPTORS: usize = 8;
@@ -25,7 +25,7 @@ pub struct Packets {
 
 impl Packets {
     /// Both ends of a new connection, close-on-exec.
-    pub fn pair() -> io::Result<(Self, Self)> {
+    pub(crate) fn pair() -> io::Result<(Self, Self)> {
         let (a, b) = net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
         Ok((Self { fd: a }, Self { fd: b }))
     }
@@ -43,7 +43,7 @@ impl Packets {
     }
 
     /// Returns the descriptor, to become a child's standard input.
-    pub fn into_fd(self) -> OwnedFd {
+    pub(crate) fn into_fd(self) -> OwnedFd {
         self.fd
     }
 
@@ -53,7 +53,7 @@ impl Packets {
     }
 
     /// Sends one packet with duplicates of `descriptors`.
-    pub fn send_with(&self, packet: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+    pub(crate) fn send_with(&self, packet: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
         if !descriptors.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(descriptors)) {
@@ -65,7 +65,7 @@ impl Packets {
     }
 
     /// Shuts down sending: the other end reads end-of-file and can still send.
-    pub fn finish(&self) -> io::Result<()> {
+    pub(crate) fn finish(&self) -> io::Result<()> {
         net::shutdown(&self.fd, net::Shutdown::Write).map_err(Into::into)
     }
 
@@ -99,7 +99,7 @@ impl Packets {
     }
 
     /// PID of the process at the other end.
-    pub fn peer(&self) -> io::Result<nix::unistd::Pid> {
+    pub(crate) fn peer(&self) -> io::Result<nix::unistd::Pid> {
         let credentials = net::sockopt::socket_peercred(&self.fd)?;
         Ok(nix::unistd::Pid::from_raw(credentials.pid.as_raw_nonzero().get()))
     }
@@ -113,13 +113,13 @@ impl AsFd for Packets {
 
 /// A listening socket.
 #[derive(Debug)]
-pub struct Listener {
+pub(crate) struct Listener {
     fd: OwnedFd,
 }
 
 impl Listener {
     /// Listens at `path`, replacing the socket of an earlier process. Only root can connect.
-    pub fn bind(path: &Path) -> io::Result<Self> {
+    pub(crate) fn bind(path: &Path) -> io::Result<Self> {
         match std::fs::remove_file(path) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
             _ => {}
@@ -132,7 +132,7 @@ impl Listener {
     }
 
     /// Accepts the next pending connection, if any.
-    pub fn accept(&self) -> Option<Packets> {
+    pub(crate) fn accept(&self) -> Option<Packets> {
         net::accept_with(&self.fd, SocketFlags::CLOEXEC).ok().map(Packets::from_fd)
     }
 }

@@ -10,7 +10,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::Pid;
 
 /// Signals blocked in this process and read from a signalfd.
-pub struct Signals {
+pub(crate) struct Signals {
     fd: SignalFd,
     /// The previous mask, restored in a child.
     before: SigSet,
@@ -18,7 +18,7 @@ pub struct Signals {
 
 impl Signals {
     /// Blocks `signals` in this thread and all it starts later, and opens the signalfd.
-    pub fn hold(signals: &[Signal]) -> nix::Result<Self> {
+    pub(crate) fn hold(signals: &[Signal]) -> nix::Result<Self> {
         let set: SigSet = signals.iter().copied().collect();
         let mut before = SigSet::empty();
         nix::sys::signal::sigprocmask(SigmaskHow::SIG_BLOCK, Some(&set), Some(&mut before))?;
@@ -27,13 +27,13 @@ impl Signals {
     }
 
     /// The next pending signal, if any.
-    pub fn next(&self) -> nix::Result<Option<Signal>> {
+    pub(crate) fn next(&self) -> nix::Result<Option<Signal>> {
         self.next_with_sender().map(|next| next.map(|(signal, _)| signal))
     }
 
     /// The next pending signal, and whether a process sent it. Signals typed at a terminal come from the kernel,
     /// and go to its whole foreground group.
-    pub fn next_with_sender(&self) -> nix::Result<Option<(Signal, bool)>> {
+    pub(crate) fn next_with_sender(&self) -> nix::Result<Option<(Signal, bool)>> {
         match self.fd.read_signal() {
             // SI_USER and the other codes for a sending process are not positive (sigaction(2)).
             Ok(Some(info)) => {
@@ -46,7 +46,7 @@ impl Signals {
 
     /// Gives a child before exec the state that sshd gives a program: the previous mask, and SIGPIPE with its default
     /// action. This program ignores SIGPIPE, and an ignored one survives exec: `yes | head` would not end.
-    pub fn restore_for_exec(&self) -> nix::Result<()> {
+    pub(crate) fn restore_for_exec(&self) -> nix::Result<()> {
         default_disposition(Signal::SIGPIPE)?;
         self.before.thread_set_mask()
     }
@@ -60,7 +60,7 @@ impl AsFd for Signals {
 
 /// Starts `command` with no signal blocked. The mask survives exec and `Command` does not reset it: a shell could not
 /// be interrupted, nor a script terminated.
-pub fn hold_none(command: &mut Command) -> &mut Command {
+pub(crate) fn hold_none(command: &mut Command) -> &mut Command {
     // SAFETY: between fork and exec only sigprocmask runs, which is async-signal-safe, on a set on the stack.
     #[allow(unsafe_code)]
     unsafe {
@@ -70,7 +70,7 @@ pub fn hold_none(command: &mut Command) -> &mut Command {
 
 /// Stops this process group as Ctrl-Z does, and returns after SIGCONT. Returns at once if the group is orphaned: the
 /// kernel does not stop a group that no shell could continue.
-pub fn stop_own_group() -> nix::Result<()> {
+pub(crate) fn stop_own_group() -> nix::Result<()> {
     default_disposition(Signal::SIGTSTP)?;
     let stop: SigSet = [Signal::SIGTSTP].into_iter().collect();
     let mut before = SigSet::empty();
@@ -81,14 +81,14 @@ pub fn stop_own_group() -> nix::Result<()> {
 }
 
 /// Restores the default action of `signal`.
-pub fn default_disposition(signal: Signal) -> nix::Result<()> {
+pub(crate) fn default_disposition(signal: Signal) -> nix::Result<()> {
     // SAFETY: SIG_DFL is not a function, so no code of this program can run as a handler.
     #[allow(unsafe_code)]
     unsafe { nix::sys::signal::signal(signal, SigHandler::SigDfl) }.map(|_| ())
 }
 
 /// Ignores `signal`.
-pub fn ignore(signal: Signal) -> nix::Result<()> {
+pub(crate) fn ignore(signal: Signal) -> nix::Result<()> {
     // SAFETY: SIG_IGN is not a function, so no code of this program can run as a handler.
     #[allow(unsafe_code)]
     unsafe { nix::sys::signal::signal(signal, SigHandler::SigIgn) }.map(|_| ())

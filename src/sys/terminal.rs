@@ -6,7 +6,7 @@ use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 use nix::unistd::Pid;
 
 /// Makes `group` the foreground process group of `terminal`; works from the background too.
-pub fn set_foreground(terminal: impl AsFd, group: Pid) -> nix::Result<()> {
+pub(crate) fn set_foreground(terminal: impl AsFd, group: Pid) -> nix::Result<()> {
     // The kernel stops a background process that does this by SIGTTOU unless the signal is blocked.
     let mut before = SigSet::empty();
     let ttou: SigSet = [Signal::SIGTTOU].into_iter().collect();

@@ -28,7 +28,7 @@ const MOST_LINKS: usize = 40;
 
 /// Whether a file system accepts writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Condition {
+pub(crate) enum Condition {
     /// Writes succeed.
     Writable,
     /// No blocks or no inodes are left.
@@ -52,13 +52,13 @@ impl Tree {
     }
 
     /// Takes a directory that is already open.
-    pub fn from_fd(directory: OwnedFd) -> Self {
+    pub(crate) fn from_fd(directory: OwnedFd) -> Self {
         Self { directory }
     }
 
     /// Opens `path` below the tree. Links are resolved inside it, the last component too unless `flags` contain
     /// `NOFOLLOW`.
-    pub fn open_at(&self, path: impl AsRef<Path>, flags: OFlags, mode: Mode) -> io::Result<OwnedFd> {
+    pub(crate) fn open_at(&self, path: impl AsRef<Path>, flags: OFlags, mode: Mode) -> io::Result<OwnedFd> {
         self.resolve(path.as_ref(), flags, mode, ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS)
     }
 
@@ -74,42 +74,42 @@ impl Tree {
 
     /// A handle on `path`, through links that stay in the tree. EXDEV for a link that leads out of it, as any absolute
     /// one does.
-    pub fn beneath(&self, path: impl AsRef<Path>) -> io::Result<OwnedFd> {
+    pub(crate) fn beneath(&self, path: impl AsRef<Path>) -> io::Result<OwnedFd> {
         self.resolve(path.as_ref(), OFlags::PATH, Mode::empty(), ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS)
     }
 
     /// Current path of `found` below the tree it was opened in. It may be outdated when it is used.
-    pub fn path_of(&self, found: &OwnedFd) -> io::Result<PathBuf> {
+    pub(crate) fn path_of(&self, found: &OwnedFd) -> io::Result<PathBuf> {
         let own = std::fs::read_link(self.path())?;
         let found = std::fs::read_link(format!("/proc/self/fd/{}", found.as_raw_fd()))?;
         found.strip_prefix(own).map(Path::to_owned).map_err(|_| io::ErrorKind::NotFound.into())
     }
 
     /// A handle on the object itself, even if it is a link.
-    pub fn handle(&self, path: impl AsRef<Path>) -> io::Result<OwnedFd> {
+    pub(crate) fn handle(&self, path: impl AsRef<Path>) -> io::Result<OwnedFd> {
         self.open_at(path, OFlags::PATH | OFlags::NOFOLLOW, Mode::empty())
     }
 
     /// Opens a directory below the tree as a tree of its own.
-    pub fn directory(&self, path: impl AsRef<Path>) -> io::Result<Tree> {
+    pub(crate) fn directory(&self, path: impl AsRef<Path>) -> io::Result<Tree> {
         Ok(Tree { directory: self.open_at(path, OFlags::PATH | OFlags::DIRECTORY, Mode::empty())? })
     }
 
     /// Opens the directory `path` below the tree; ELOOP or ENOTDIR if a component is a link.
-    pub fn directory_without_links(&self, path: impl AsRef<Path>) -> io::Result<Tree> {
+    pub(crate) fn directory_without_links(&self, path: impl AsRef<Path>) -> io::Result<Tree> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW;
         Ok(Tree { directory: self.open_without_links(path, flags)? })
     }
 
     /// Like [`Tree::directory_without_links`], and EXDEV at a mount point: names can be renamed between it and this
     /// tree.
-    pub fn directory_of_same_mount(&self, path: impl AsRef<Path>) -> io::Result<Tree> {
+    pub(crate) fn directory_of_same_mount(&self, path: impl AsRef<Path>) -> io::Result<Tree> {
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
         Ok(Tree { directory: self.resolve_in_parts(path.as_ref(), OFlags::PATH | OFlags::DIRECTORY, resolve)? })
     }
 
     /// A handle on `path`; ELOOP if a component is a link. The last component may be one.
-    pub fn handle_without_links(&self, path: impl AsRef<Path>) -> io::Result<OwnedFd> {
+    pub(crate) fn handle_without_links(&self, path: impl AsRef<Path>) -> io::Result<OwnedFd> {
         self.open_without_links(path, OFlags::PATH | OFlags::NOFOLLOW)
     }
 
@@ -135,7 +135,7 @@ impl Tree {
     }
 
     /// Status of `path`, not following a last link; `None` if nothing is there.
-    pub fn look(&self, path: impl AsRef<Path>) -> io::Result<Option<Stat>> {
+    pub(crate) fn look(&self, path: impl AsRef<Path>) -> io::Result<Option<Stat>> {
         let path = path.as_ref();
         // A name directly in this directory needs no descriptor; the process may have run out of them.
         let found = if path.components().eq([Component::Normal(path.as_os_str())]) {
@@ -152,7 +152,7 @@ impl Tree {
 
     /// Target of `path` with every link resolved, the last one too, relative to the tree's root. Components that do not
     /// exist are taken literally. ELOOP if the links form a cycle.
-    pub fn leads_to(&self, path: impl AsRef<Path>) -> io::Result<PathBuf> {
+    pub(crate) fn leads_to(&self, path: impl AsRef<Path>) -> io::Result<PathBuf> {
         let mut found = PathBuf::new();
         let mut ahead = path.as_ref().to_owned();
         let mut links = 0;
@@ -199,7 +199,7 @@ impl Tree {
 
     /// Reads a regular file of at most `limit` bytes; a larger one, sparse or not, is refused without reading. See
     /// [`Tree::open_regular`].
-    pub fn read(&self, path: impl AsRef<Path>, limit: u64) -> io::Result<Vec<u8>> {
+    pub(crate) fn read(&self, path: impl AsRef<Path>, limit: u64) -> io::Result<Vec<u8>> {
         let file = self.open_regular(path, OFlags::RDONLY)?;
         let too_large = || io::Error::new(io::ErrorKind::FileTooLarge, format!("larger than {limit} bytes"));
         let size = file.metadata()?.len();
@@ -213,7 +213,7 @@ impl Tree {
     }
 
     /// Reads the first `length` bytes of a regular file, or all of a shorter one.
-    pub fn read_beginning(&self, path: impl AsRef<Path>, length: usize) -> io::Result<Vec<u8>> {
+    pub(crate) fn read_beginning(&self, path: impl AsRef<Path>, length: usize) -> io::Result<Vec<u8>> {
         let mut text = Vec::with_capacity(length);
         self.open_regular(path, OFlags::RDONLY)?.take(length as u64).read_to_end(&mut text)?;
         Ok(text)
@@ -222,7 +222,7 @@ impl Tree {
     /// Opens the regular file `path` with `flags` (access mode, `APPEND`, `NOFOLLOW`); links are resolved inside the
     /// tree. Any other type is an error and is not opened: opening a device or a FIFO has effects, and may block for
     /// ever. A file that another process has leased (`F_SETLEASE`) fails with EAGAIN instead of blocking for 45 s.
-    pub fn open_regular(&self, path: impl AsRef<Path>, flags: OFlags) -> io::Result<File> {
+    pub(crate) fn open_regular(&self, path: impl AsRef<Path>, flags: OFlags) -> io::Result<File> {
         let path = path.as_ref();
         let handle = self.open_at(path, OFlags::PATH | (flags & OFlags::NOFOLLOW), Mode::empty())?;
         let found = rustix::fs::fstat(&handle)?;
@@ -244,14 +244,14 @@ impl Tree {
 
     /// Creates the empty file `name` of this directory, mode 0600, open for reading and writing; replaces an existing
     /// one.
-    pub fn create_file(&self, name: impl AsRef<Path>) -> io::Result<File> {
+    pub(crate) fn create_file(&self, name: impl AsRef<Path>) -> io::Result<File> {
         self.remove(&name)?;
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
         Ok(self.open_at(name, flags, Mode::from_raw_mode(0o600))?.into())
     }
 
     /// Creates an empty unnamed file (O_TMPFILE) on this directory's file system; no other user can open it.
-    pub fn create_nameless(&self) -> io::Result<File> {
+    pub(crate) fn create_nameless(&self) -> io::Result<File> {
         let flags = OFlags::RDWR | OFlags::TMPFILE;
         match self.open_at(".", flags, Mode::from_raw_mode(0o600)) {
             // NFS, for one, has no O_TMPFILE.
@@ -266,25 +266,25 @@ impl Tree {
     }
 
     /// Renames `from` to `to` in this directory; replaces an existing file.
-    pub fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+    pub(crate) fn rename(&self, from: &str, to: &str) -> io::Result<()> {
         rustix::fs::renameat(&self.directory, from, &self.directory, to).map_err(Into::into)
     }
 
     /// A path to this directory that survives renames of it. Valid for this process while this value lives, and as the
     /// working directory of a child.
-    pub fn path(&self) -> PathBuf {
+    pub(crate) fn path(&self) -> PathBuf {
         format!("/proc/self/fd/{}", self.directory.as_raw_fd()).into()
     }
 
     /// Current path of the directory, for messages.
-    pub fn shown(&self) -> PathBuf {
+    pub(crate) fn shown(&self) -> PathBuf {
         std::fs::read_link(self.path()).unwrap_or_else(|_| self.path())
     }
 
     /// Calls `visit` for the directory itself and everything below it, with the path below the tree, the parent
     /// directory, the name in it, and the status. Follows no link, and never leaves the tree, whatever is renamed
     /// meanwhile.
-    pub fn walk(&self, mut visit: impl FnMut(&Path, &Tree, &OsStr, &Stat) -> io::Result<()>) -> io::Result<()> {
+    pub(crate) fn walk(&self, mut visit: impl FnMut(&Path, &Tree, &OsStr, &Stat) -> io::Result<()>) -> io::Result<()> {
         visit(Path::new(""), self, OsStr::new("."), &rustix::fs::fstat(&self.directory)?)?;
         let (mut directories, mut descent) = (vec![PathBuf::new()], Descent::of(self));
         while let Some(path) = directories.pop() {
@@ -302,7 +302,7 @@ impl Tree {
     }
 
     /// Creates the file `path` if nothing is there, and never through a link. Returns whether it was created.
-    pub fn touch(&self, path: impl AsRef<Path>) -> io::Result<bool> {
+    pub(crate) fn touch(&self, path: impl AsRef<Path>) -> io::Result<bool> {
         let (parent, name) = self.parent_of(path.as_ref())?;
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
         match parent.open_at(&name, flags, Mode::from_raw_mode(0o644)) {
@@ -314,7 +314,7 @@ impl Tree {
 
     /// Replaces `path`, even if it is a link, by a file with `text`: a reader sees either the old or the new content.
     /// Mode 0644; synced to disk.
-    pub fn replace(&self, path: impl AsRef<Path>, text: &[u8]) -> io::Result<()> {
+    pub(crate) fn replace(&self, path: impl AsRef<Path>, text: &[u8]) -> io::Result<()> {
         let (parent, name) = self.parent_of(path.as_ref())?;
         let mut temporary = OsString::from(".");
         temporary.push(&name);
@@ -333,7 +333,7 @@ impl Tree {
     }
 
     /// Renames `from` in this directory to `to` below `tree`; EEXIST if that exists. Needs no space and no inode.
-    pub fn rename_to(&self, from: &str, tree: &Tree, to: impl AsRef<Path>) -> io::Result<()> {
+    pub(crate) fn rename_to(&self, from: &str, tree: &Tree, to: impl AsRef<Path>) -> io::Result<()> {
         let (parent, name) = tree.parent_of(to.as_ref())?;
         match rustix::fs::renameat_with(&self.directory, from, &parent.directory, &name, RenameFlags::NOREPLACE) {
             // NFS, CephFS and most FUSE file systems do not support the flag.
@@ -347,19 +347,19 @@ impl Tree {
     }
 
     /// Renames `from` in this directory to `to` in `tree`; replaces an existing file.
-    pub fn rename_over(&self, from: &str, tree: &Tree, to: &str) -> io::Result<()> {
+    pub(crate) fn rename_over(&self, from: &str, tree: &Tree, to: &str) -> io::Result<()> {
         rustix::fs::renameat(&self.directory, from, &tree.directory, to).map_err(Into::into)
     }
 
     /// Hard-links `from` in this directory to `to` below `tree`; EEXIST if that exists. Needs no inode on most file
     /// systems.
-    pub fn link_to(&self, from: &str, tree: &Tree, to: impl AsRef<Path>) -> io::Result<()> {
+    pub(crate) fn link_to(&self, from: &str, tree: &Tree, to: impl AsRef<Path>) -> io::Result<()> {
         let (parent, name) = tree.parent_of(to.as_ref())?;
         rustix::fs::linkat(&self.directory, from, &parent.directory, &name, AtFlags::empty()).map_err(Into::into)
     }
 
     /// Whether the tree's file system is read-only or full.
-    pub fn condition(&self) -> io::Result<Condition> {
+    pub(crate) fn condition(&self) -> io::Result<Condition> {
         let fs = rustix::fs::fstatvfs(&self.directory)?;
         Ok(if fs.f_flag.contains(StatVfsMountFlags::RDONLY) {
             Condition::ReadOnly
@@ -371,17 +371,17 @@ impl Tree {
     }
 
     /// Removes the file or link `path`; no error if it does not exist. Returns whether something was removed.
-    pub fn remove(&self, path: impl AsRef<Path>) -> io::Result<bool> {
+    pub(crate) fn remove(&self, path: impl AsRef<Path>) -> io::Result<bool> {
         self.unlink(path.as_ref(), AtFlags::empty())
     }
 
     /// Removes the empty directory `path`; no error if it does not exist. Returns whether something was removed.
-    pub fn remove_directory(&self, path: impl AsRef<Path>) -> io::Result<bool> {
+    pub(crate) fn remove_directory(&self, path: impl AsRef<Path>) -> io::Result<bool> {
         self.unlink(path.as_ref(), AtFlags::REMOVEDIR)
     }
 
     /// Removes the file or the whole directory `name` of this directory; no error if it does not exist.
-    pub fn remove_whole(&self, name: &OsStr) -> io::Result<()> {
+    pub(crate) fn remove_whole(&self, name: &OsStr) -> io::Result<()> {
         match self.look(name)?.map(|found| FileType::from_raw_mode(found.st_mode)) {
             None => Ok(()),
             Some(FileType::Directory) => self.remove_recursively(name),
@@ -414,7 +414,7 @@ impl Tree {
 
     /// Creates the empty directory `name`, mode 0700, and opens it. Another user who can rename here could swap in a
     /// directory of their own; one that is not ours or not empty is refused.
-    pub fn make_private(&self, name: &str) -> io::Result<Tree> {
+    pub(crate) fn make_private(&self, name: &str) -> io::Result<Tree> {
         rustix::fs::mkdirat(&self.directory, name, Mode::RWXU)?;
         let made = self.directory_of_same_mount(name)?;
         let found = rustix::fs::fstat(&made)?;
@@ -432,7 +432,7 @@ impl Tree {
     }
 
     /// Creates the directory `path` (mode 0755) and its missing parents.
-    pub fn make_directories(&self, path: impl AsRef<Path>) -> io::Result<()> {
+    pub(crate) fn make_directories(&self, path: impl AsRef<Path>) -> io::Result<()> {
         let ancestors: Vec<_> = path.as_ref().ancestors().filter(|path| path.file_name().is_some()).collect();
         for path in ancestors.into_iter().rev() {
             // Creates one name at a time: mkdirat(2) with a longer path would follow links out of the tree.
@@ -446,7 +446,7 @@ impl Tree {
     }
 
     /// Creates the directory (mode 0755) or empty file `path`, and preserves its parent's times.
-    pub fn make_mount_point(&self, path: impl AsRef<Path>, directory: bool) -> io::Result<()> {
+    pub(crate) fn make_mount_point(&self, path: impl AsRef<Path>, directory: bool) -> io::Result<()> {
         let (parent, name) = self.parent_of(path.as_ref())?;
         parent.keeping_times(|| {
             if directory {
@@ -460,7 +460,7 @@ impl Tree {
 
     /// Removes what [`Tree::make_mount_point`] created if it is still empty, and preserves the parent's times. Returns
     /// whether it is gone.
-    pub fn remove_mount_point(&self, path: impl AsRef<Path>) -> io::Result<bool> {
+    pub(crate) fn remove_mount_point(&self, path: impl AsRef<Path>) -> io::Result<bool> {
         let Some(made) = self.look(path.as_ref())? else { return Ok(true) };
         let (parent, name) = self.parent_of(path.as_ref())?;
         parent.keeping_times(|| match FileType::from_raw_mode(made.st_mode) {
@@ -474,7 +474,7 @@ impl Tree {
     }
 
     /// Creates the character device `path` (mode 0666), and preserves its parent's times.
-    pub fn make_device(&self, path: impl AsRef<Path>, major: u32, minor: u32) -> io::Result<()> {
+    pub(crate) fn make_device(&self, path: impl AsRef<Path>, major: u32, minor: u32) -> io::Result<()> {
         let (parent, name) = self.parent_of(path.as_ref())?;
         let device = rustix::fs::makedev(major, minor);
         parent.keeping_times(|| {
@@ -491,7 +491,7 @@ impl Tree {
 
     /// Removes what [`Tree::make_device`] created, or a regular file written in its place, and preserves the parent's
     /// times. Returns whether it is gone.
-    pub fn remove_device(&self, path: impl AsRef<Path>, major: u32, minor: u32) -> io::Result<bool> {
+    pub(crate) fn remove_device(&self, path: impl AsRef<Path>, major: u32, minor: u32) -> io::Result<bool> {
         let Some(found) = self.look(path.as_ref())? else { return Ok(true) };
         let (parent, name) = self.parent_of(path.as_ref())?;
         match FileType::from_raw_mode(found.st_mode) {
@@ -503,19 +503,19 @@ impl Tree {
     }
 
     /// Names in the directory, in no order.
-    pub fn names(&self) -> io::Result<Vec<OsString>> {
+    pub(crate) fn names(&self) -> io::Result<Vec<OsString>> {
         self.first_names(usize::MAX)
     }
 
     /// The first `most` names, in no order.
-    pub fn first_names(&self, most: usize) -> io::Result<Vec<OsString>> {
+    pub(crate) fn first_names(&self, most: usize) -> io::Result<Vec<OsString>> {
         let entries = rustix::fs::Dir::read_from(self.reopen()?)?;
         let names = entries.map(|entry| Ok(OsStr::from_bytes(entry?.file_name().to_bytes()).to_owned()));
         names.filter(|name| !name.as_ref().is_ok_and(|name| name == "." || name == "..")).take(most).collect()
     }
 
     /// Writes the tree's file system to disk (syncfs(2)).
-    pub fn sync(&self) -> io::Result<()> {
+    pub(crate) fn sync(&self) -> io::Result<()> {
         // syncfs fails on an O_PATH descriptor.
         let directory = rustix::fs::openat(
             &self.directory,
@@ -527,7 +527,7 @@ impl Tree {
     }
 
     /// Opens this directory for reading, as `flock` and `fsync` require.
-    pub fn reopen(&self) -> io::Result<OwnedFd> {
+    pub(crate) fn reopen(&self) -> io::Result<OwnedFd> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         rustix::fs::openat(&self.directory, ".", flags, Mode::empty()).map_err(Into::into)
     }
@@ -559,7 +559,7 @@ impl Tree {
     }
 
     /// Runs `change` and restores this directory's access and modification times: the image root must look untouched.
-    pub fn keeping_times<T>(&self, change: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    pub(crate) fn keeping_times<T>(&self, change: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
         let before = rustix::fs::fstat(&self.directory)?;
         let result = change()?;
         let times = times(&before);
@@ -570,20 +570,20 @@ impl Tree {
 
 /// Opens directories of a tree by path, each starting from the previous one if it lies below: walking down a deep tree
 /// takes time linear in its depth. Opened directories must not be renamed meanwhile.
-pub struct Descent<'a> {
+pub(crate) struct Descent<'a> {
     tree: &'a Tree,
     last: Option<(PathBuf, Tree)>,
 }
 
 impl<'a> Descent<'a> {
     /// Starts at the tree's own directory.
-    pub fn of(tree: &'a Tree) -> Self {
+    pub(crate) fn of(tree: &'a Tree) -> Self {
         Self { tree, last: None }
     }
 
     /// Opens the directory `path` below the tree, or the tree itself if `path` is empty; fails if a component is a
     /// link.
-    pub fn directory_without_links(&mut self, path: &Path) -> io::Result<&Tree> {
+    pub(crate) fn directory_without_links(&mut self, path: &Path) -> io::Result<&Tree> {
         let last = self.last.take();
         let (from, rest) = match &last {
             Some((above, from)) if path.starts_with(above) => (from, path.strip_prefix(above).unwrap_or(path)),
@@ -614,7 +614,7 @@ fn own_descriptors() -> io::Result<Option<OwnedFd>> {
 }
 
 /// Access and modification times, as utimensat(2) takes them.
-pub fn times(found: &Stat) -> Timestamps {
+pub(crate) fn times(found: &Stat) -> Timestamps {
     let time = |tv_sec, nanoseconds: u64| Timespec { tv_sec, tv_nsec: nanoseconds.cast_signed() };
     Timestamps {
         last_access: time(found.st_atime, found.st_atime_nsec),

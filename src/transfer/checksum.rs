@@ -15,22 +15,22 @@ use crate::transfer::progress::Progress;
 
 /// Expected checksums of a source, in hexadecimal.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Expected {
+pub(crate) struct Expected {
     /// `DOWNLOAD_MD5SUM`.
-    pub md5: Option<String>,
+    pub(crate) md5: Option<String>,
     /// `DOWNLOAD_SHA256SUM`.
-    pub sha256: Option<String>,
+    pub(crate) sha256: Option<String>,
 }
 
 impl Expected {
     /// Whether at least one is given.
-    pub fn is_given(&self) -> bool {
+    pub(crate) fn is_given(&self) -> bool {
         self.md5.is_some() || self.sha256.is_some()
     }
 
     /// Compares them with the checksums of `file`, which messages call `shown`, and returns the verified file. If
     /// another user can change `file`, that is an unnamed copy in `volume`; without a volume, no other user can.
-    pub fn check(&self, work: &Work, file: File, shown: &str, volume: Option<&Tree>) -> Result<File> {
+    pub(crate) fn check(&self, work: &Work, file: File, shown: &str, volume: Option<&Tree>) -> Result<File> {
         let mut sums = Sums::of(self);
         let copy = if can_be_changed(&file).attempt(|| format!("open {shown}"))? { volume } else { None };
         let copy = copy.map(Tree::create_nameless).transpose().attempt(|| format!("copy {shown}"))?;
@@ -44,24 +44,24 @@ impl Expected {
 }
 
 /// Checksums of the bytes read so far.
-pub struct Sums {
+pub(crate) struct Sums {
     md5: Option<Md5>,
     sha256: Option<Sha256>,
 }
 
 impl Sums {
     /// Computes those that are expected.
-    pub fn of(expected: &Expected) -> Self {
+    pub(crate) fn of(expected: &Expected) -> Self {
         Self { md5: expected.md5.as_ref().map(|_| Md5::new()), sha256: expected.sha256.as_ref().map(|_| Sha256::new()) }
     }
 
     /// Computes the MD5 too, which a server may announce.
-    pub fn with_md5(expected: &Expected) -> Self {
+    pub(crate) fn with_md5(expected: &Expected) -> Self {
         Self { md5: Some(Md5::new()), ..Self::of(expected) }
     }
 
     /// Adds more bytes.
-    pub fn update(&mut self, bytes: &[u8]) {
+    pub(crate) fn update(&mut self, bytes: &[u8]) {
         if let Some(md5) = &mut self.md5 {
             md5.update(bytes);
         }
@@ -71,7 +71,7 @@ impl Sums {
     }
 
     /// Starts over.
-    pub fn reset(&mut self) {
+    pub(crate) fn reset(&mut self) {
         if let Some(md5) = &mut self.md5 {
             md5.reset();
         }
@@ -81,7 +81,7 @@ impl Sums {
     }
 
     /// Compares them; the error names the one that differs.
-    pub fn check(&self, expected: &Expected) -> std::result::Result<(), String> {
+    pub(crate) fn check(&self, expected: &Expected) -> std::result::Result<(), String> {
         let md5 = self.md5.clone().map(|sum| format!("{:x}", sum.finalize()));
         let sha256 = self.sha256.clone().map(|sum| format!("{:x}", sum.finalize()));
         for (kind, sum, expected) in [("MD5", md5, &expected.md5), ("SHA-256", sha256, &expected.sha256)] {
@@ -96,7 +96,7 @@ impl Sums {
 }
 
 /// MD5 of a file, read from its start, in hexadecimal.
-pub fn md5_of(work: &Work, file: &File, what: &str) -> Result<String> {
+pub(crate) fn md5_of(work: &Work, file: &File, what: &str) -> Result<String> {
     let mut sum = Md5::new();
     read_through(work, file, what, |bytes| {
         sum.update(bytes);

@@ -39,7 +39,7 @@ const WRITER: &[(Capability, &str)] = &[
 const NOT_NEEDED: [Capability; 2] = [Capability::CAP_MKNOD, Capability::CAP_SYS_ADMIN];
 
 /// Refuses to unpack as root without the needed capabilities: unpackers skip owners and modes silently.
-pub fn refuse_to_lose_attributes() -> Result<()> {
+pub(crate) fn refuse_to_lose_attributes() -> Result<()> {
     let is_lacking = |(needed, _): &&(Capability, &str)| !NOT_NEEDED.contains(needed) && lacks(*needed);
     let lacking = WRITER.iter().find(is_lacking).filter(|_| rustix::process::geteuid().is_root());
     let Some((needed, reason)) = lacking else { return Ok(()) };
@@ -125,26 +125,26 @@ const SYSTEM: &[&str] = &[
 const LARGEST_FILE: u64 = 2 << 40;
 
 /// Path by which a confined program can reopen its standard input.
-pub const STDIN: &str = "/proc/self/fd/0";
+pub(crate) const STDIN: &str = "/proc/self/fd/0";
 
 /// Additional memory per processor for threads, each with a stack and a heap, in bytes.
 const MEMORY_OF_A_PROCESSOR: u64 = 64 << 20;
 
 /// Limits of a confined program.
 #[derive(Debug, Clone)]
-pub struct Limits {
+pub(crate) struct Limits {
     /// Data segment limit, in bytes.
-    pub memory: u64,
+    pub(crate) memory: u64,
     /// Limit of each written file, in bytes.
-    pub file: u64,
+    pub(crate) file: u64,
     /// Time until it is killed.
-    pub time: Duration,
+    pub(crate) time: Duration,
     /// Volume to watch: the program is killed when the free space falls below a reserve.
-    pub volume: Option<PathBuf>,
+    pub(crate) volume: Option<PathBuf>,
 }
 
 /// Working directory, input and rights of one program.
-pub struct Confined<'a> {
+pub(crate) struct Confined<'a> {
     /// Its working directory.
     directory: &'a Tree,
     /// Its access to that directory.
@@ -154,12 +154,12 @@ pub struct Confined<'a> {
     stdin: Option<(OwnedFd, Access)>,
     capabilities: &'static [(Capability, &'static str)],
     /// Resource limits.
-    pub limits: Limits,
+    pub(crate) limits: Limits,
 }
 
 impl<'a> Confined<'a> {
     /// For a program that unpacks `source` (a file or directory of `size` bytes, its standard input) into `target`.
-    pub fn unpacking(target: &'a Tree, source: BorrowedFd<'_>, size: u64) -> Result<Self> {
+    pub(crate) fn unpacking(target: &'a Tree, source: BorrowedFd<'_>, size: u64) -> Result<Self> {
         let limits = Limits {
             memory: memory(),
             file: LARGEST_FILE,
@@ -171,7 +171,7 @@ impl<'a> Confined<'a> {
     }
 
     /// For a program that packs the tree `image_root` into `output`, its standard input, which lies in `volume`.
-    pub fn packing(image_root: &'a Tree, output: &File, volume: &Tree) -> Result<Self> {
+    pub(crate) fn packing(image_root: &'a Tree, output: &File, volume: &Tree) -> Result<Self> {
         let used = rustix::fs::fstatvfs(image_root).map_or(0, |disk| (disk.f_blocks - disk.f_bfree) * disk.f_frsize);
         let limits = Limits {
             memory: memory(),
@@ -186,20 +186,20 @@ impl<'a> Confined<'a> {
     }
 
     /// For a program that queries a copied database in `directory`.
-    pub fn asking(directory: &'a Tree) -> Self {
+    pub(crate) fn asking(directory: &'a Tree) -> Self {
         let limits = Limits { memory: 1 << 30, file: 1 << 30, time: Duration::from_mins(2), volume: None };
         Self { directory, access: Access::Write, stdin: None, capabilities: &[], limits }
     }
 
     /// For a program that converts the file `input` to standard output.
-    pub fn filtering(directory: &'a Tree, input: File) -> Self {
+    pub(crate) fn filtering(directory: &'a Tree, input: File) -> Self {
         let limits = Limits { memory: memory(), file: 0, time: Duration::from_hours(1), volume: None };
         let stdin = Some((input.into(), Access::Read));
         Self { directory, access: Access::Read, stdin, capabilities: &[], limits }
     }
 
     /// Starts `command`, which outlives this program.
-    pub fn spawn(&self, command: &mut Command) -> Result<Child> {
+    pub(crate) fn spawn(&self, command: &mut Command) -> Result<Child> {
         let attempted = format!("run {}", command.get_program().display());
         self.prepare(clear_environment(command))?;
         let start = || self.enter().and_then(|()| hold_none(command).spawn().attempt(|| "start it"));
@@ -208,7 +208,7 @@ impl<'a> Confined<'a> {
     }
 
     /// Confines this thread and its future children, for good.
-    pub fn enter(&self) -> Result<()> {
+    pub(crate) fn enter(&self) -> Result<()> {
         let rules = self.rules().attempt(|| "choose the files that it reaches")?;
         if Self::has_mounts() {
             self.own_mounts().attempt(|| "set up mounts that can only be read")?;
@@ -222,7 +222,7 @@ impl<'a> Confined<'a> {
     }
 
     /// Sets standard input and resource limits of `command`.
-    pub fn prepare(&self, command: &mut Command) -> Result<()> {
+    pub(crate) fn prepare(&self, command: &mut Command) -> Result<()> {
         // Opened here: inside, devices cannot be opened.
         let input = match &self.stdin {
             Some((input, _)) => input.try_clone(),
@@ -248,7 +248,7 @@ impl<'a> Confined<'a> {
     }
 
     /// Whether the volume has less free space than the reserve: an archive may unpack to more than any disk holds.
-    pub fn volume_is_full(&self) -> bool {
+    pub(crate) fn volume_is_full(&self) -> bool {
         let volume = self.limits.volume.as_ref().and_then(|path| rustix::fs::statvfs(path).ok());
         volume.is_some_and(|disk| disk.f_bavail * disk.f_frsize < reserve(disk.f_blocks * disk.f_frsize))
     }
@@ -318,7 +318,7 @@ impl<'a> Confined<'a> {
 
 /// Leaves `command` only `$PATH` and a language for messages. Other variables hold keys and tokens, or options such as
 /// `TAR_OPTIONS` and `GZIP`.
-pub fn clear_environment(command: &mut Command) -> &mut Command {
+pub(crate) fn clear_environment(command: &mut Command) -> &mut Command {
     command.env_clear().env("LANG", "C");
     if let Some(path) = std::env::var_os("PATH") {
         command.env("PATH", path);
@@ -349,7 +349,7 @@ fn processors() -> u64 {
 const MEMORY_LIMITS: [&str; 2] = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"];
 
 /// Memory available to the container, in bytes.
-pub fn all_memory() -> Option<u64> {
+pub(crate) fn all_memory() -> Option<u64> {
     let limits = MEMORY_LIMITS.iter().filter_map(|file| std::fs::read_to_string(file).ok()?.trim().parse().ok());
     let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let total = meminfo.split_whitespace().nth(1).and_then(|kilobytes| kilobytes.parse::<u64>().ok());

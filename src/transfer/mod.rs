@@ -1,7 +1,7 @@
 //! Long-running work: requests to servers and subprocesses, both interrupted by signals.
 
 pub mod checksum;
-pub mod confinement;
+pub(crate) mod confinement;
 pub mod network;
 pub mod progress;
 
@@ -46,7 +46,7 @@ const PACKAGES: [(&str, &str); 3] = [
 
 /// Fails early, naming the package, if the program is not installed: not after hours of work, when the image is to be
 /// packed.
-pub fn installed(program: &str) -> Result<()> {
+pub(crate) fn installed(program: &str) -> Result<()> {
     // Without $PATH, execvp searches a default path.
     let Some(path) = std::env::var_os("PATH") else { return Ok(()) };
     if std::env::split_paths(&path).any(|place| place.join(program).is_file()) {
@@ -61,13 +61,13 @@ pub fn installed(program: &str) -> Result<()> {
 const MOST_SAID: u64 = 64 << 20;
 
 /// Limit of a server's error response, in bytes.
-pub const MOST_COMPLAINED: usize = 16 << 10;
+pub(crate) const MOST_COMPLAINED: usize = 16 << 10;
 
 /// First and longest pause between retries.
-pub const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
+pub(crate) const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
 
 /// HTTP clients, subprocesses, and the signals that interrupt both.
-pub struct Work {
+pub(crate) struct Work {
     runtime: Runtime,
     /// Created on first use: loading the system's CA certificates takes longer than mounting an image.
     client: OnceCell<reqwest::Client>,
@@ -85,11 +85,11 @@ pub struct Work {
     /// When that started.
     hurried: Cell<Option<Instant>>,
     /// TLS settings and timeouts.
-    pub network: Network,
+    pub(crate) network: Network,
 }
 
 /// Why an attempt failed.
-pub enum Fault {
+pub(crate) enum Fault {
     /// A transient error: a retry may succeed.
     Passing(String),
     /// A permanent error.
@@ -121,11 +121,11 @@ impl From<reqwest::Error> for Fault {
 }
 
 /// Concurrent requests of one kind, each on a thread.
-pub const AT_A_TIME: usize = 3;
+pub(crate) const AT_A_TIME: usize = 3;
 
 impl Work {
     /// Blocks SIGTERM, SIGINT and SIGHUP and reads them instead: PID 1 of a container has no default action for them.
-    pub fn begin(network: &Network) -> Result<Self> {
+    pub(crate) fn begin(network: &Network) -> Result<Self> {
         // Before any thread starts: threads inherit the mask, and one without it would be killed.
         let signals = Signals::hold(&[Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP]).attempt(|| "block signals")?;
         // Uploads are signed and encrypted, more than one processor can do.
@@ -145,17 +145,17 @@ impl Work {
     }
 
     /// The client for servers other than stores.
-    pub fn client(&self) -> Result<&reqwest::Client> {
+    pub(crate) fn client(&self) -> Result<&reqwest::Client> {
         self.make(&self.client, Redirects::Anywhere)
     }
 
     /// The client for reading with credentials.
-    pub fn reader(&self) -> Result<&reqwest::Client> {
+    pub(crate) fn reader(&self) -> Result<&reqwest::Client> {
         self.make(&self.reader, Redirects::Once)
     }
 
     /// The client for requests that change something.
-    pub fn sender(&self) -> Result<&reqwest::Client> {
+    pub(crate) fn sender(&self) -> Result<&reqwest::Client> {
         self.make(&self.sender, Redirects::Nowhere)
     }
 
@@ -169,23 +169,23 @@ impl Work {
     }
 
     /// The signal that interrupted the work, if any.
-    pub fn interrupted(&self) -> Option<Signal> {
+    pub(crate) fn interrupted(&self) -> Option<Signal> {
         self.interrupted.get()
     }
 
     /// Returns `result`, or the interruption as its error: after a signal, every failure is due to it.
-    pub fn unless_interrupted<T>(&self, result: Result<T>) -> Result<T> {
+    pub(crate) fn unless_interrupted<T>(&self, result: Result<T>) -> Result<T> {
         result.map_err(|error| self.interrupted().map_or(error, Error::interrupted))
     }
 
     /// From here on, no signal interrupts; for cleanup.
-    pub fn finish_regardless(&self) {
+    pub(crate) fn finish_regardless(&self) {
         self.deaf.set(true);
     }
 
     /// Like [`Work::finish_regardless`], for rollback and final reports: after a signal, servers get little time. The
     /// sender will kill this program soon.
-    pub fn roll_back(&self) {
+    pub(crate) fn roll_back(&self) {
         self.finish_regardless();
         self.is_rollback.set(true);
         if self.interrupted().is_some() {
@@ -194,7 +194,7 @@ impl Work {
     }
 
     /// Whether a signal has shortened the time for servers.
-    pub fn is_in_a_hurry(&self) -> bool {
+    pub(crate) fn is_in_a_hurry(&self) -> bool {
         self.hurried.get().is_some()
     }
 
@@ -217,12 +217,12 @@ impl Work {
     }
 
     /// For event loops of the caller's own.
-    pub fn signals(&self) -> &Signals {
+    pub(crate) fn signals(&self) -> &Signals {
         &self.signals
     }
 
     /// Fails if a signal has arrived.
-    pub fn heed(&self) -> Result<()> {
+    pub(crate) fn heed(&self) -> Result<()> {
         if self.deaf.get() {
             return Ok(());
         }
@@ -236,7 +236,7 @@ impl Work {
     }
 
     /// Runs `work` to completion or until a signal.
-    pub fn wait<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
+    pub(crate) fn wait<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
         self.heed()?;
         let began = Instant::now();
         self.runtime.block_on(async {
@@ -259,7 +259,12 @@ impl Work {
 
     /// Runs a program to its end and returns its output; calls `look` regularly. A signal kills the program. It gets no
     /// variable but `$PATH`, and only the rights of `confined` if given.
-    pub fn run(&self, command: &mut Command, confined: Option<&Confined>, look: impl FnMut(&Child)) -> Result<Output> {
+    pub(crate) fn run(
+        &self,
+        command: &mut Command,
+        confined: Option<&Confined>,
+        look: impl FnMut(&Child),
+    ) -> Result<Output> {
         self.heed()?;
         let name = Path::new(command.get_program()).display().to_string();
         let attempted = || format!("run {name}");
@@ -338,7 +343,7 @@ impl Work {
     }
 
     /// Runs a program; fails if it does. Returns its standard error output.
-    pub fn succeed(
+    pub(crate) fn succeed(
         &self,
         attempted: &str,
         command: &mut Command,
@@ -384,7 +389,7 @@ fn read_from_start(mut file: std::fs::File) -> std::io::Result<Vec<u8>> {
 
 /// Servers that redirects may lead to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Redirects {
+pub(crate) enum Redirects {
     /// Any; for requests without credentials.
     Anywhere,
     /// One hop to another server: reqwest drops credentials there, but would add them again for the next hop.
@@ -402,7 +407,7 @@ const MOST_REDIRECTS: usize = 10;
 const SET_UP: fn() -> &'static str = || "set up TLS";
 
 /// A client builder with the configured certificates and redirect rules. The caller sets request timeouts.
-pub fn client(network: &Network, validate: &Validate, redirects: Redirects) -> Result<reqwest::ClientBuilder> {
+pub(crate) fn client(network: &Network, validate: &Validate, redirects: Redirects) -> Result<reqwest::ClientBuilder> {
     let mut builder = reqwest::Client::builder()
         .connect_timeout(network.stall_limit)
         .danger_accept_invalid_certs(*validate == Validate::No)
@@ -441,7 +446,7 @@ fn refuse_redirect(previous: &[Url], next: &Url, redirects: Redirects) -> Option
 }
 
 /// Trusted CA certificates in addition to the system's, in DER.
-pub fn authorities(network: &Network, validate: &Validate) -> Result<Vec<Vec<u8>>> {
+pub(crate) fn authorities(network: &Network, validate: &Validate) -> Result<Vec<Vec<u8>>> {
     let named = match validate {
         Validate::By(file) => Some(file),
         _ => None,
@@ -468,7 +473,7 @@ fn certificates(pem: &str) -> std::result::Result<Vec<Vec<u8>>, base64::DecodeEr
 }
 
 /// An HTTP error with its whole chain of causes: "error sending request" alone says nothing.
-pub fn in_full(error: &dyn std::error::Error) -> String {
+pub(crate) fn in_full(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut below = error.source();
     while let Some(cause) = below {
@@ -501,7 +506,7 @@ pub fn without_query(text: &str) -> String {
 }
 
 /// Retries with backoff until success, a permanent error, or the end of `limit`. `attempted` completes "cannot …".
-pub async fn patiently<T>(
+pub(crate) async fn patiently<T>(
     limit: Duration,
     attempted: &str,
     mut attempt: impl AsyncFnMut() -> std::result::Result<T, Fault>,
@@ -525,7 +530,7 @@ pub async fn patiently<T>(
 }
 
 /// Reads a response of at most `limit` bytes. A signal interrupts it, however fast data arrives.
-pub async fn whole(response: Response, limit: usize) -> std::result::Result<Vec<u8>, Fault> {
+pub(crate) async fn whole(response: Response, limit: usize) -> std::result::Result<Vec<u8>, Fault> {
     let read = format!("read the answer of {}", without_query(response.url().as_str()));
     match beginning(response, limit).await? {
         (text, true) => Ok(text),
@@ -549,21 +554,21 @@ async fn beginning(mut response: Response, limit: usize) -> std::result::Result<
 }
 
 /// Reads the beginning of an error response, with secrets masked.
-pub async fn complaint(response: Response) -> String {
+pub(crate) async fn complaint(response: Response) -> String {
     let (text, _) = beginning(response, MOST_COMPLAINED).await.unwrap_or_default();
     redaction::without_known(&String::from_utf8_lossy(&text)).into_owned()
 }
 
 /// Whether this HTTP status is a transient error.
-pub fn is_passing(status: reqwest::StatusCode) -> bool {
+pub(crate) fn is_passing(status: reqwest::StatusCode) -> bool {
     status.is_server_error() || [408, 425, 429].contains(&status.as_u16())
 }
 
 /// Most characters of a server's response quoted in a message.
-pub const MOST_QUOTED: usize = 300;
+pub(crate) const MOST_QUOTED: usize = 300;
 
 /// Shortest timeout of a retry.
-pub const SHORTEST: Duration = Duration::from_secs(1);
+pub(crate) const SHORTEST: Duration = Duration::from_secs(1);
 
 #[cfg(test)]
 mod tests {

@@ -7,7 +7,7 @@ use crate::job::variables::{Checked, Reader};
 
 /// Value of `S3_SSL_VALIDATE`: how certificates are verified.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Validate {
+pub(crate) enum Validate {
     /// Against the system's CA certificates and `CA_CERT`.
     Yes,
     /// Not verified.
@@ -22,9 +22,9 @@ pub struct Network {
     /// `CA_CERT`: additional CA certificates, in PEM.
     pub ca: Option<PathBuf>,
     /// `IMS_STALL_LIMIT`: timeout of a connection that makes hardly any progress.
-    pub stall_limit: Duration,
+    pub(crate) stall_limit: Duration,
     /// `IMS_RETRY_LIMIT`: how long failed requests are retried.
-    pub retry_limit: Duration,
+    pub(crate) retry_limit: Duration,
 }
 
 /// Checks a server's URL with the clients' own parser. The store crate panics on a URL it cannot parse.
@@ -36,7 +36,7 @@ pub fn http_url(url: &str) -> Checked {
 }
 
 /// Whether a key or token is a valid header value.
-pub fn is_header_word(text: &str) -> bool {
+pub(crate) fn is_header_word(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_graphic())
 }
 

@@ -17,7 +17,7 @@ const RATE_OVER: Duration = Duration::from_secs(2);
 const BAR_WIDTH: usize = 30;
 
 /// One step.
-pub struct Progress {
+pub(crate) struct Progress {
     what: String,
     /// In bytes; `None` if unknown.
     total: Option<u64>,
@@ -34,7 +34,7 @@ pub struct Progress {
 
 impl Progress {
     /// Starts a step, called `what`, of `total` bytes if known.
-    pub fn begin(what: impl Into<String>, total: Option<u64>) -> Self {
+    pub(crate) fn begin(what: impl Into<String>, total: Option<u64>) -> Self {
         let now = Instant::now();
         let terminal = std::io::stderr().is_terminal();
         let what = Printable(what.into()).to_string();
@@ -42,12 +42,12 @@ impl Progress {
     }
 
     /// Sets the total in bytes once it is known.
-    pub fn expect(&mut self, total: u64) {
+    pub(crate) fn expect(&mut self, total: u64) {
         self.total = Some(total);
     }
 
     /// Sets the number of bytes done.
-    pub fn at(&mut self, done: u64) {
+    pub(crate) fn at(&mut self, done: u64) {
         self.done = done;
         let every = if self.terminal { BAR_EVERY } else { LINE_EVERY };
         if self.told.elapsed() >= every {
@@ -57,13 +57,13 @@ impl Progress {
     }
 
     /// Sets the bytes read and written so far.
-    pub fn between(&mut self, read: u64, written: u64) {
+    pub(crate) fn between(&mut self, read: u64, written: u64) {
         self.written = Some(written);
         self.at(read.max(self.done));
     }
 
     /// Adds to the number of bytes done.
-    pub fn add(&mut self, bytes: u64) {
+    pub(crate) fn add(&mut self, bytes: u64) {
         self.at(self.done + bytes);
     }
 

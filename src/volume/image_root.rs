@@ -21,7 +21,7 @@ const SAVED: [&str; 2] = ["oci-layout", "manifest.json"];
 const MOST: usize = 100;
 
 /// Opens the image root. It has to be a directory of the parent and not a link.
-pub fn open(files: &SignalFiles, name: &str) -> Result<Tree> {
+pub(crate) fn open(files: &SignalFiles, name: &str) -> Result<Tree> {
     let shown = files.path().join(name);
     let attempted = || format!("open the image root {}", shown.display());
     // The descriptor that was looked at is the one that is used: what was a directory a moment ago may be a link now.
@@ -44,7 +44,7 @@ pub fn open(files: &SignalFiles, name: &str) -> Result<Tree> {
 
 /// Refuses a directory that is no image root. `refused` makes the error of a reason; `shown` is the directory's path, or an archive's that it
 /// is in.
-pub fn check(root: &Tree, shown: &Path, archive: bool, refused: impl Fn(String) -> Error) -> Result<()> {
+pub(crate) fn check(root: &Tree, shown: &Path, archive: bool, refused: impl Fn(String) -> Error) -> Result<()> {
     if is_one(root) {
         return Ok(());
     }
@@ -71,7 +71,7 @@ fn is_one(root: &Tree) -> bool {
 }
 
 /// Removes marks that came with the image: a job must not end before it began. A link or fifo of that name is removed too.
-pub fn remove_old_marks(image_root: &Tree) -> Result<()> {
+pub(crate) fn remove_old_marks(image_root: &Tree) -> Result<()> {
     for verdict in Verdict::ALL {
         let name = mark_of(verdict);
         remove_directory(image_root, &name)?;
@@ -110,7 +110,7 @@ fn remove_directory(image_root: &Tree, name: &Path) -> Result<()> {
 
 /// Removes the mark from the image's /tmp, and an empty directory in its place. Returns whether the mark stood there. What else is no
 /// regular file is no mark, and stays.
-pub fn take_mark(image_root: &Tree, verdict: Verdict) -> Result<bool> {
+pub(crate) fn take_mark(image_root: &Tree, verdict: Verdict) -> Result<bool> {
     let name = mark_of(verdict);
     let attempted = || removing(&name);
     remove_directory(image_root, &name)?;
@@ -122,7 +122,7 @@ pub fn take_mark(image_root: &Tree, verdict: Verdict) -> Result<bool> {
 
 /// Returns whether `failed` stands in the parent or, for a jailed job, in the image's /tmp. A place that cannot be looked at is an error: an
 /// image whose verdict is not known is not packed.
-pub fn is_marked_failed(files: &SignalFiles, image_root: Option<&Tree>) -> Result<bool> {
+pub(crate) fn is_marked_failed(files: &SignalFiles, image_root: Option<&Tree>) -> Result<bool> {
     let name = mark_of(Verdict::Failed);
     let in_image = |root: &Tree| {
         let found = root.look(&name).attempt(|| format!("look for /{} in the image", name.display()))?;
@@ -133,7 +133,7 @@ pub fn is_marked_failed(files: &SignalFiles, image_root: Option<&Tree>) -> Resul
 
 /// Makes the image's own mark as a sidecar expects it after a jailed job: a failure stands in its /tmp too, a success leaves
 /// nothing there.
-pub fn mark(files: &SignalFiles, image_root: &Tree, verdict: Verdict) -> Result<()> {
+pub(crate) fn mark(files: &SignalFiles, image_root: &Tree, verdict: Verdict) -> Result<()> {
     let failed = mark_of(Verdict::Failed);
     remove_directory(image_root, &failed)?;
     if verdict == Verdict::Failed {

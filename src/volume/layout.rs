@@ -1,55 +1,55 @@
 //! Every name in the image root's parent, the directory that the containers of a pod share.
 
 /// The image root of a job that changes an image.
-pub const IMAGE_ROOT: &str = "image-root";
+pub(crate) const IMAGE_ROOT: &str = "image-root";
 /// The image root of a job that builds one from a recipe.
-pub const CREATED_IMAGE_ROOT: &str = "build/image-root";
+pub(crate) const CREATED_IMAGE_ROOT: &str = "build/image-root";
 
 /// Signal file: the sidecar has unpacked the image and written sshd's configuration.
-pub const READY: &str = "ready";
+pub(crate) const READY: &str = "ready";
 /// Signal file: sshd accepts connections.
-pub const SSHD_LISTENING: &str = "sshd_listening";
+pub(crate) const SSHD_LISTENING: &str = "sshd_listening";
 /// Signal file: nobody writes to the image root any more.
-pub const EXITING: &str = "exiting";
+pub(crate) const EXITING: &str = "exiting";
 /// Signal file: a build from a recipe failed.
-pub const BUILD_FAILED: &str = "build_failed";
+pub(crate) const BUILD_FAILED: &str = "build_failed";
 /// Signal file: a container of the pod has failed.
-pub const POD_ERROR: &str = "pod_error";
+pub(crate) const POD_ERROR: &str = "pod_error";
 
 /// The packed image of a remote job.
-pub const TRANSFER: &str = "transfer.sqsh";
+pub(crate) const TRANSFER: &str = "transfer.sqsh";
 /// The source image, if it is mounted or was fetched.
-pub const ARCHIVE: &str = "image.sqsh";
+pub(crate) const ARCHIVE: &str = "image.sqsh";
 /// The source image while it is fetched.
-pub const FETCHING: &str = "image.sqsh.part";
+pub(crate) const FETCHING: &str = "image.sqsh.part";
 /// Directory for what an overlay keeps.
-pub const OVERLAY: &str = "overlay";
+pub(crate) const OVERLAY: &str = "overlay";
 /// The image root while it is unpacked.
-pub const UNPACKING: &str = ".ims-sshd.unpacking";
+pub(crate) const UNPACKING: &str = ".ims-sshd.unpacking";
 
 /// Identity of the source of the image root.
-pub const SOURCE: &str = ".ims-sshd.source";
+pub(crate) const SOURCE: &str = ".ims-sshd.source";
 /// Record of the packed image and of the image root that it was made of.
-pub const PACKED: &str = ".ims-sshd.packed";
+pub(crate) const PACKED: &str = ".ims-sshd.packed";
 /// Inventory of the image as it was before the job.
-pub const INVENTORY: &str = ".ims-sshd.inventory";
+pub(crate) const INVENTORY: &str = ".ims-sshd.inventory";
 /// Stage that the job has reached.
-pub const STAGE: &str = ".ims-sshd.stage";
+pub(crate) const STAGE: &str = ".ims-sshd.stage";
 /// Record of what a sidecar has done.
-pub const PUBLICATION: &str = ".ims-sshd.publication";
+pub(crate) const PUBLICATION: &str = ".ims-sshd.publication";
 /// Record of the parts that a sidecar has uploaded.
-pub const UPLOAD: &str = ".ims-sshd.upload";
+pub(crate) const UPLOAD: &str = ".ims-sshd.upload";
 /// Key of a work directory that only its owner can read; also in a store that is a directory.
-pub const KEY: &str = ".ims-sshd.key";
+pub(crate) const KEY: &str = ".ims-sshd.key";
 /// Record of what was made in the image for the jail.
-pub const ADDITIONS: &str = ".ims-sshd.additions";
+pub(crate) const ADDITIONS: &str = ".ims-sshd.additions";
 /// Directory for the image's resolv.conf while a build environment lends it another.
-pub const RESOLV_CONF: &str = ".ims-sshd.resolv.conf";
+pub(crate) const RESOLV_CONF: &str = ".ims-sshd.resolv.conf";
 /// The same while a sidecar does.
-pub const SIDECAR_RESOLV_CONF: &str = ".ims-sshd.sidecar.resolv.conf";
+pub(crate) const SIDECAR_RESOLV_CONF: &str = ".ims-sshd.sidecar.resolv.conf";
 /// File that is locked as long as a build environment is open.
-pub const CLAIM: &str = ".ims-sshd.claim";
+pub(crate) const CLAIM: &str = ".ims-sshd.claim";
 /// File that is locked as long as a sidecar runs.
-pub const SIDECAR_CLAIM: &str = ".ims-sshd.sidecar";
+pub(crate) const SIDECAR_CLAIM: &str = ".ims-sshd.sidecar";
 /// Empty files that can become signal files by a rename where the disk is full: the verdict in the parent and in the image, and `exiting`.
-pub const RESERVED: [&str; 3] = [".ims-sshd.reserve-1", ".ims-sshd.reserve-2", ".ims-sshd.reserve-3"];
+pub(crate) const RESERVED: [&str; 3] = [".ims-sshd.reserve-1", ".ims-sshd.reserve-2", ".ims-sshd.reserve-3"];

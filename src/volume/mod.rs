@@ -1,9 +1,9 @@
 //! The image root's parent, which the containers of a pod share: its signal files, and what lies in it.
 
-pub mod image_root;
-pub mod layout;
-pub mod mounts_below;
-pub mod signal_files;
+pub(crate) mod image_root;
+pub(crate) mod layout;
+pub(crate) mod mounts_below;
+pub(crate) mod signal_files;
 pub mod state_directory;
 
 use std::os::unix::fs::MetadataExt;
@@ -13,12 +13,12 @@ use crate::error::{Attempt, Result};
 use crate::sys::tree::Tree;
 
 /// Opens a directory that was named, whose last name must not be a link.
-pub fn open_tree(path: &Path) -> Result<Tree> {
+pub(crate) fn open_tree(path: &Path) -> Result<Tree> {
     Tree::open(path).attempt(|| format!("open {}", path.display()))
 }
 
 /// Returns whether `place`, which may be yet to be made, is `directory` or lies in it, by whatever links and mounts.
-pub fn holds(directory: &Path, place: &Path) -> Result<bool> {
+pub(crate) fn holds(directory: &Path, place: &Path) -> Result<bool> {
     let attempted = || format!("find {}", place.display());
     let place = std::path::absolute(place).attempt(attempted)?;
     let there = place.ancestors().find(|place| place.exists()).unwrap_or(Path::new("/"));

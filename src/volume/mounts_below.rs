@@ -6,7 +6,7 @@ use crate::error::{Attempt, Result};
 use crate::sys::mounts;
 
 /// Mount points below `path` in this mount namespace, in the order in which they were mounted.
-pub fn mounts_below(path: &Path) -> Result<Vec<PathBuf>> {
+pub(crate) fn mounts_below(path: &Path) -> Result<Vec<PathBuf>> {
     let mountinfo = std::fs::read("/proc/self/mountinfo").attempt(|| "read /proc/self/mountinfo")?;
     let mut found = mounts::mount_points(&mountinfo);
     found.retain(|mount| mount.starts_with(path) && mount != path);
@@ -15,7 +15,7 @@ pub fn mounts_below(path: &Path) -> Result<Vec<PathBuf>> {
 
 /// Unmounts everything below the image root at `path`, such as an administrator's own `mount --bind /proc`: a packer would walk into it.
 /// Deepest first.
-pub fn unmount_below(path: &Path) -> Result<()> {
+pub(crate) fn unmount_below(path: &Path) -> Result<()> {
     for mount in mounts_below(path)?.iter().rev() {
         mounts::unmount(mount)
             .attempt(|| format!("unmount {}", mount.display()))

@@ -27,13 +27,13 @@ const INSTEAD_LIMIT: u64 = 256;
 const EARLIER: Duration = Duration::from_mins(10);
 
 /// Tells a signal file from one that had its name before: inode, and time of its last change.
-pub type Stamp = (u64, i64, u64);
+pub(crate) type Stamp = (u64, i64, u64);
 
 /// How long a signal file can stay unseen at the most where the file system raises no event.
-pub const LOOK_EVERY: Duration = Duration::from_secs(1);
+pub(crate) const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// Keeps other sidecars away.
-pub struct SidecarClaim<'a> {
+pub(crate) struct SidecarClaim<'a> {
     files: &'a SignalFiles,
     lock: Option<OwnedFd>,
 }
@@ -56,7 +56,7 @@ pub struct SignalFiles {
 
 impl SignalFiles {
     /// Opens the parent; `None` if it does not exist (yet).
-    pub fn open(path: &Path) -> Result<Option<Self>> {
+    pub(crate) fn open(path: &Path) -> Result<Option<Self>> {
         match Tree::open(path) {
             Ok(parent) => Ok(Some(Self { parent, path: path.to_owned(), lock: None })),
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -67,17 +67,17 @@ impl SignalFiles {
     }
 
     /// The parent's path, for messages and for programs that are told it.
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
     /// The parent itself.
-    pub fn parent(&self) -> &Tree {
+    pub(crate) fn parent(&self) -> &Tree {
         &self.parent
     }
 
     /// Claims the parent for this environment, as long as this value lives.
-    pub fn claim(&mut self) -> Result<()> {
+    pub(crate) fn claim(&mut self) -> Result<()> {
         let attempted = || claiming(&self.path);
         // More than one try: `status` looks by sharing the lock for a moment, which is no claim, however long the machine makes of it.
         let began = Instant::now();
@@ -145,7 +145,7 @@ impl SignalFiles {
 
     /// Claims the parent for its sidecar, which stands beside the environment, as long as the value that is returned lives. An error if
     /// another one has it; where that cannot be told, what comes next goes on, or says why it cannot.
-    pub fn claim_for_sidecar(&self) -> Result<SidecarClaim<'_>> {
+    pub(crate) fn claim_for_sidecar(&self) -> Result<SidecarClaim<'_>> {
         let mut claim = SidecarClaim { files: self, lock: None };
         // Somebody may remove it, again and again.
         for _ in 0..100 {
@@ -180,18 +180,18 @@ impl SignalFiles {
     }
 
     /// A descriptor that keeps the claim beyond this value's life.
-    pub fn share_claim(&self) -> io::Result<Option<OwnedFd>> {
+    pub(crate) fn share_claim(&self) -> io::Result<Option<OwnedFd>> {
         self.lock.as_ref().map(OwnedFd::try_clone).transpose()
     }
 
     /// Whether another process has claimed the parent.
-    pub fn is_claimed(&self) -> bool {
+    pub(crate) fn is_claimed(&self) -> bool {
         let Ok(Some(lock)) = self.lockable(false) else { return false };
         rustix::fs::flock(lock, FlockOperation::NonBlockingLockShared) == Err(rustix::io::Errno::WOULDBLOCK)
     }
 
     /// Whether the signal file `name` stands there. Only a regular file is one; what else has the name is an error.
-    pub fn stands(&self, name: &str) -> Result<bool> {
+    pub(crate) fn stands(&self, name: &str) -> Result<bool> {
         let shown = || format!("{}/{name}", self.path.display());
         let found = self.parent.look(name).attempt(|| format!("look for {}", shown()))?;
         match found.as_ref().map(FileKind::of) {
@@ -204,7 +204,7 @@ impl SignalFiles {
     }
 
     /// Creates the signal file `name`, or finds it there. What else has the name is put aside, never followed.
-    pub fn touch(&self, name: &str) -> Result<()> {
+    pub(crate) fn touch(&self, name: &str) -> Result<()> {
         let attempted = || format!("create {}/{name}", self.path.display());
         if let Ok(Some(odd)) =
             self.parent.look(name).map(|found| found.filter(|f| FileKind::of(f) != FileKind::Regular))
@@ -218,7 +218,7 @@ impl SignalFiles {
 
     /// Creates the file `name` below `tree`, which lies on the parent's volume: if the volume is full, with one of the reserved files, or
     /// as another name of `ready`, where it was full before any could be reserved.
-    pub fn create(&self, tree: &Tree, name: &Path) -> io::Result<()> {
+    pub(crate) fn create(&self, tree: &Tree, name: &Path) -> io::Result<()> {
         match tree.touch(name) {
             Err(e) if matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) => {
                 let reserved = RESERVED.iter().any(|reserved| self.parent.rename_to(reserved, tree, name).is_ok());
@@ -229,7 +229,7 @@ impl SignalFiles {
     }
 
     /// Puts files aside, to have them when a full volume takes no new one: a verdict has to be told all the same.
-    pub fn reserve(&self) -> Result<()> {
+    pub(crate) fn reserve(&self) -> Result<()> {
         for name in RESERVED {
             self.parent
                 .touch(name)
@@ -240,12 +240,12 @@ impl SignalFiles {
     }
 
     /// Removes what of the reserve was not needed.
-    pub fn release_reserve(&self) -> Result<()> {
+    pub(crate) fn release_reserve(&self) -> Result<()> {
         RESERVED.iter().try_for_each(|name| self.remove(name))
     }
 
     /// Marks the image for an environment that waits for `ready`.
-    pub fn mark_instead_of_ready(&self, verdict: Verdict) -> Result<()> {
+    pub(crate) fn mark_instead_of_ready(&self, verdict: Verdict) -> Result<()> {
         let name = verdict.signal_file();
         let text = [INSTEAD_OF_READY[0], host_name().trim_ascii(), INSTEAD_OF_READY[1]].concat();
         // A full volume takes no new file, but perhaps an empty one.
@@ -253,7 +253,7 @@ impl SignalFiles {
     }
 
     /// The verdict of an environment that waits for `ready`, if it has one already. `old` is the stamp of the `failed` from before.
-    pub fn verdict_instead_of_ready(&self, old: Option<Stamp>) -> Option<Verdict> {
+    pub(crate) fn verdict_instead_of_ready(&self, old: Option<Stamp>) -> Option<Verdict> {
         let failed = Verdict::Failed.signal_file();
         if self.stands(failed).is_ok_and(|stands| stands) && self.stamp(failed) != old {
             return Some(Verdict::Failed);
@@ -270,7 +270,7 @@ impl SignalFiles {
     }
 
     /// Removes marks that the sidecar of an earlier pod made instead of `ready`: they would close an environment that has just begun.
-    pub fn remove_marks_of_earlier_pods(&self) -> Result<()> {
+    pub(crate) fn remove_marks_of_earlier_pods(&self) -> Result<()> {
         let here = host_name();
         for name in Verdict::ALL.map(Verdict::signal_file) {
             let Some(host) = self.sidecar_of(name).filter(|host| host != here.trim_ascii()) else { continue };
@@ -293,13 +293,13 @@ impl SignalFiles {
     }
 
     /// Stamps of the verdicts, as in [`Verdict::ALL`].
-    pub fn verdict_stamps(&self) -> [Option<Stamp>; 2] {
+    pub(crate) fn verdict_stamps(&self) -> [Option<Stamp>; 2] {
         Verdict::ALL.map(|verdict| self.stamp(verdict.signal_file()))
     }
 
     /// Removes verdicts that stood when this run began, with the stamps `old`, and are older than `ready`. They are an earlier job's: whoever
     /// creates `ready` has removed those, and a mark of this job is made after it.
-    pub fn remove_marks_of_earlier_jobs(&self, old: [Option<Stamp>; 2]) -> Result<()> {
+    pub(crate) fn remove_marks_of_earlier_jobs(&self, old: [Option<Stamp>; 2]) -> Result<()> {
         let Some((_, seconds, nanoseconds)) = self.stamp(READY) else { return Ok(()) };
         for (verdict, old) in Verdict::ALL.into_iter().zip(old) {
             let name = verdict.signal_file();
@@ -317,18 +317,18 @@ impl SignalFiles {
     }
 
     /// Stamp of the file `name`.
-    pub fn stamp(&self, name: &str) -> Option<Stamp> {
+    pub(crate) fn stamp(&self, name: &str) -> Option<Stamp> {
         let found = self.parent.look(name).ok()??;
         Some((found.st_ino, found.st_ctime, found.st_ctime_nsec))
     }
 
     /// Removes the signal file `name` if it stands there.
-    pub fn remove(&self, name: &str) -> Result<()> {
+    pub(crate) fn remove(&self, name: &str) -> Result<()> {
         self.parent.remove(name).attempt(|| format!("remove {}/{name}", self.path.display())).map(|_| ())
     }
 
     /// Takes the mark `name` back: whatever has that name is removed, or put aside.
-    pub fn retract(&self, name: &str) -> Result<()> {
+    pub(crate) fn retract(&self, name: &str) -> Result<()> {
         let attempted = || format!("remove {}/{name}", self.path.display());
         match self.parent.remove(name) {
             Err(e) if e.kind() == io::ErrorKind::IsADirectory => {
@@ -348,7 +348,7 @@ impl SignalFiles {
     }
 
     /// Whether `tree` is still what stands at `name`.
-    pub fn holds(&self, name: &str, tree: &Tree) -> bool {
+    pub(crate) fn holds(&self, name: &str, tree: &Tree) -> bool {
         let identity = |stat: rustix::fs::Stat| (stat.st_dev, stat.st_ino);
         match (self.parent.look(name), rustix::fs::fstat(tree)) {
             (Ok(Some(now)), Ok(then)) => identity(now) == identity(then),
@@ -357,7 +357,7 @@ impl SignalFiles {
     }
 
     /// The verdict that stands there. `failed` wins.
-    pub fn verdict(&self) -> Result<Option<Verdict>> {
+    pub(crate) fn verdict(&self) -> Result<Option<Verdict>> {
         for verdict in [Verdict::Failed, Verdict::Complete] {
             if self.stands(verdict.signal_file())? {
                 return Ok(Some(verdict));
@@ -386,14 +386,14 @@ fn claiming(path: &Path) -> String {
 }
 
 /// Why nothing else can be done with `path`.
-pub fn claimed(path: &Path) -> Error {
+pub(crate) fn claimed(path: &Path) -> Error {
     Error::new(claiming(path)).because("another build environment is open on it").advise(
         "'ims-sshd status' names it; an 'enter' ends with its shell or command, others with 'ims-sshd fail NAME'",
     )
 }
 
 /// Warns, once, that one looks at intervals.
-pub fn tell_no_watch() {
+pub(crate) fn tell_no_watch() {
     static TOLD: std::sync::Once = std::sync::Once::new();
     TOLD.call_once(|| {
         tracing::warn!(
@@ -405,7 +405,7 @@ pub fn tell_no_watch() {
 
 /// Wakes the event loop when something happens in a folder. A hint and no more: a network file system tells nothing of another node's
 /// writes, so whoever waits has to look at intervals too.
-pub struct Watch {
+pub(crate) struct Watch {
     wake: OwnedFd,
     /// The folder that is watched, and by what; nothing if the kernel has no watch to spare.
     watched: Option<(PathBuf, notify::RecommendedWatcher)>,
@@ -413,13 +413,13 @@ pub struct Watch {
 
 impl Watch {
     /// A watch on nothing.
-    pub fn new() -> Result<Self> {
+    pub(crate) fn new() -> Result<Self> {
         let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         Ok(Self { wake: wake.attempt(|| "make an event descriptor")?, watched: None })
     }
 
     /// Watches `path`, or as long as it does not exist the nearest folder above it that does.
-    pub fn on(&mut self, path: &Path) {
+    pub(crate) fn on(&mut self, path: &Path) {
         let Some(folder) = path.ancestors().find(|p| p.is_dir()) else { return };
         if self.watched.as_ref().is_some_and(|(watched, _)| watched == folder) {
             return;
@@ -441,7 +441,7 @@ impl Watch {
     }
 
     /// Takes note of what woke us.
-    pub fn drain(&self) {
+    pub(crate) fn drain(&self) {
         let mut count = [0; 8];
         let _ = rustix::io::read(&self.wake, &mut count);
     }

@@ -10,7 +10,7 @@ use sha2::Digest;
 use crate::error::{Attempt, Result};
 
 /// All environments of this machine or container have their folders here.
-pub const RUN: &str = "/run/ims-sshd";
+pub(crate) const RUN: &str = "/run/ims-sshd";
 
 /// `path` as the name of one file: `/mnt/image` becomes `mnt-image`, much as systemd-escape does. Of a long one, the end and a digest
 /// of the whole: the folder's name has to fit a file system, and a socket in it the kernel's 108 bytes.
@@ -71,7 +71,7 @@ impl StateFolder {
     }
 
     /// The folder.
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
@@ -81,32 +81,32 @@ impl StateFolder {
     }
 
     /// sshd's configuration fragment.
-    pub fn fragment(&self) -> PathBuf {
+    pub(crate) fn fragment(&self) -> PathBuf {
         self.path.join("sshd.conf")
     }
 
     /// The copy of the container's /etc/passwd that sshd sees.
-    pub fn passwd(&self) -> PathBuf {
+    pub(crate) fn passwd(&self) -> PathBuf {
         self.path.join("passwd")
     }
 
     /// Which process sshd's listener is.
-    pub fn sshd(&self) -> PathBuf {
+    pub(crate) fn sshd(&self) -> PathBuf {
         self.path.join("sshd")
     }
 
     /// sftp-server with what it needs, for a jail in which nothing can be mounted.
-    pub fn sftp(&self) -> PathBuf {
+    pub(crate) fn sftp(&self) -> PathBuf {
         self.path.join("sftp")
     }
 
     /// A folder below it, of the same kind, for a jail that is made on trial.
-    pub fn trial(&self) -> Result<Self> {
+    pub(crate) fn trial(&self) -> Result<Self> {
         Self::at(self.path.join("trial"))
     }
 
     /// Removes the folder with all that is in it.
-    pub fn remove(&self) -> Result<()> {
+    pub(crate) fn remove(&self) -> Result<()> {
         std::fs::remove_dir_all(&self.path).attempt(|| format!("remove {}", self.path.display()))
     }
 }
