@@ -125,8 +125,8 @@ impl Open {
 
     fn remake_jail(&mut self, place: Place<'_>) -> Result<()> {
         // The old jail stays as long as this fails: the next one's mount does not show who uses the old one's.
-        if let Some(jail) = &self.jail {
-            jail.seal(place.state, Instant::now() + TIME_TO_LET_GO)?;
+        if self.jail.is_some() {
+            OpenJail::seal(place.state, Instant::now() + TIME_TO_LET_GO)?;
         }
         if let Some(jail) = self.jail.take() {
             jail.clear(place.image_root, place.files.parent())?;
@@ -185,7 +185,7 @@ impl Open {
     pub(super) fn release(self, place: Place<'_>, limit: Instant, is_failed: bool) -> bool {
         let mut cleanly = true;
         if let Some(jail) = self.jail {
-            cleanly = match jail.seal(place.state, limit) {
+            cleanly = match OpenJail::seal(place.state, limit) {
                 Err(e) if is_failed => {
                     tracing::warn!("{e}");
                     true

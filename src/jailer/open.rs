@@ -221,7 +221,7 @@ impl OpenJail {
 
     /// Has nobody outside write to the image root any more, after the jail's end: a session can have sent descriptors of its files to a
     /// process outside. Waits until `limit` for those to be closed that are open for writing; if they are not, the image root is in use.
-    pub(crate) fn seal(&self, state: &StateFolder, limit: Instant) -> Result<()> {
+    pub(crate) fn seal(state: &StateFolder, limit: Instant) -> Result<()> {
         let attempted = || "give the image root back";
         let mut is_told = false;
         loop {

@@ -334,7 +334,7 @@ impl Session {
             terminal.restore();
         }
         drop(emulation);
-        let all_ended = all_ended.and_then(|()| jail.seal(&state, Instant::now() + TIME_TO_LET_GO));
+        let all_ended = all_ended.and_then(|()| OpenJail::seal(&state, Instant::now() + TIME_TO_LET_GO));
         jail.clear(&tree, &notes)?;
         state.remove()?;
         remove_folder(run.path())?;
