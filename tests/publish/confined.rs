@@ -17,6 +17,7 @@ import ctypes, errno, os, resource, socket, stat, sys
 libc = ctypes.CDLL(None, use_errno=True)
 outside = os.path.dirname(os.path.dirname(os.path.abspath(sys.argv[0]))) + '/outside/'
 port = int(open(os.path.dirname(os.path.abspath(sys.argv[0])) + '/port').read())
+results = []
 
 def call(name, *arguments):
     if getattr(libc, name)(*arguments) < 0:
@@ -29,7 +30,7 @@ def attempt(name, *steps):
         result = 'done'
     except OSError as e:
         result = errno.errorcode[e.errno]
-    print(f'{name}: {result}', file=sys.stderr)
+    results.append(f'{name}: {result}')
 
 def connect(family, address):
     s = socket.socket(family)
@@ -66,8 +67,10 @@ attempt('trusted', lambda: os.setxattr('.', 'trusted.x', b'x'))
 attempt('read here', lambda: os.listdir('.'))
 attempt('unshare', lambda: call('unshare', 0x10000000))
 for name in ['DATA', 'FSIZE', 'CPU', 'CORE']:
-    print(f'{name}: {resource.getrlimit(getattr(resource, "RLIMIT_" + name))[1]}', file=sys.stderr)
-print(f'privileges: {libc.prctl(39, 0, 0, 0, 0)}', file=sys.stderr)
+    results.append(f'{name}: {resource.getrlimit(getattr(resource, "RLIMIT_" + name))[1]}')
+results.append(f'privileges: {libc.prctl(39, 0, 0, 0, 0)}')
+# In one line: of many, a message quotes the first ones.
+print(', '.join(results), file=sys.stderr)
 "#;
 
 /// Makes its target an image root.
