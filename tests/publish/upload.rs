@@ -323,6 +323,7 @@ fn a_directory_that_is_exchanged_for_a_link_while_it_is_published_is_neither_wri
         let tree = image(dir.path());
         let [archive, store, target] = ["sparse.sqsh", "store", "target"].map(|name| dir.path().join(name));
         succeed(Command::new("truncate").args(["-s", "100M"]).arg(&archive));
+        call_squashfs(&archive);
         for directory in [&store, &target] {
             std::fs::create_dir(directory).unwrap();
         }
