@@ -42,6 +42,15 @@ pub(crate) struct Image {
     pub(crate) debug_kernel: Option<File>,
 }
 
+/// One file of it.
+struct Piece {
+    key: &'static str,
+    media_type: &'static str,
+    content: File,
+    md5: String,
+    size: u64,
+}
+
 /// Where it is published, and what is noted of it.
 pub(crate) struct Publication<'a> {
     /// Servers.
@@ -64,9 +73,13 @@ impl Publication<'_> {
     /// Uploads and registers `image`, and returns what is printed of it. What fails is rolled back.
     pub(crate) fn publish(&mut self, journal: &mut Journal, image: Image) -> Result<Value> {
         let store = Store::open(&self.settings.store, &self.work.network)?;
-        let result = self.forget_published(&store, journal).and_then(|()| self.carry_out(&store, journal, image));
+        let mut is_published = false;
+        let result = self.pieces(image).and_then(|pieces| {
+            is_published = self.forget_published(&store, journal, &pieces)?;
+            self.carry_out(&store, journal, &pieces, is_published)
+        });
         let noted = match &result {
-            Err(_) if journal.is_told => journal.write(self.notes),
+            Err(_) if journal.is_told || is_published => journal.write(self.notes),
             Err(_) if self.roll_back(&store, journal) => self.begin_again(journal),
             // What is left is known to the next run.
             Err(_) => journal.write(self.notes),
@@ -87,7 +100,7 @@ impl Publication<'_> {
         }
         let store = Store::open(&self.settings.store, &self.work.network)?;
         self.work.roll_back();
-        self.forget_published(&store, journal)?;
+        self.forget_published(&store, journal, &[])?;
         if !self.roll_back(&store, journal) {
             return Ok(());
         }
@@ -117,21 +130,39 @@ impl Publication<'_> {
         journal.write(self.notes)
     }
 
-    /// Forgets an image that is whole. Without an IMS its manifest says so, which comes last: nothing is left to do to it, and notes of that
-    /// time, put back by somebody, make it neither overwritten nor deleted.
-    fn forget_published(&self, store: &Store, journal: &mut Journal) -> Result<()> {
+    /// Forgets an image that is whole, unless it is made of `pieces`: then it is the one that is to be published, and nothing is left to do
+    /// to it. Without an IMS its manifest says that it is whole, which comes last. Notes of that time, put back by somebody, make it neither
+    /// overwritten nor deleted. Returns whether it is the one.
+    fn forget_published(&self, store: &Store, journal: &mut Journal, pieces: &[Piece]) -> Result<bool> {
         // An image of a directory is not published before it has its name, and has left its id's place then.
         let is_asked = !self.ims.is_there() && !self.is_named(store);
-        let Some(id) = journal.image.clone().filter(|_| is_asked) else { return Ok(()) };
+        let Some(id) = journal.image.clone().filter(|_| is_asked) else { return Ok(false) };
         let manifest = format!("{id}/{}", MANIFEST.0);
-        if self.wait(&format!("look at {}", store.url_of(&manifest)), store.is_there(&manifest))? {
-            tracing::info!("image {id} was published before");
+        if !self.wait(&format!("look at {}", store.url_of(&manifest)), store.is_there(&manifest))? {
+            return Ok(false);
+        }
+        tracing::info!("image {id} was published before");
+        let is_there = |piece: &Piece| {
+            let place = format!("{id}/{}", piece.key);
+            self.work.wait(async { Ok(store.holds(&place, piece.size, &piece.md5).await) })
+        };
+        let mut is_same = !pieces.is_empty();
+        for piece in pieces {
+            is_same = is_same && is_there(piece)?;
+        }
+        if !is_same {
             journal.forget_image();
         }
-        Ok(())
+        Ok(is_same)
     }
 
-    fn carry_out(&mut self, store: &Store, journal: &mut Journal, image: Image) -> Result<Value> {
+    fn carry_out(
+        &mut self,
+        store: &Store,
+        journal: &mut Journal,
+        pieces: &[Piece],
+        is_published: bool,
+    ) -> Result<Value> {
         let (mut record, is_new) = self.register(journal)?;
         let id = id_of(&record).ok_or_else(|| Error::new("publish the image").because("its record has no id"))?;
         if !self.is_place_ours(store, &id, is_new)? {
@@ -148,7 +179,7 @@ impl Publication<'_> {
             self.check_manifest(store, &id, link)?;
             Vec::new()
         } else {
-            let (artifacts, link, uploaded) = self.upload(store, &id, image)?;
+            let (artifacts, link, uploaded) = self.upload(store, &id, pieces, is_published)?;
             described = uploaded;
             journal.link = Some(link.clone());
             journal.write(self.notes)?;
@@ -302,41 +333,63 @@ impl Publication<'_> {
         store.is_directory() && !self.ims.is_there()
     }
 
-    /// Uploads everything; returns the artifacts, the manifest's link, and the place and size for people.
-    fn upload(&self, store: &Store, id: &Id, image: Image) -> Result<(Vec<Artifact>, Value, String)> {
-        let mut name = if self.is_named(store) { store.free_name(&self.directory_name()) } else { id.to_string() };
-        let (mut keys, mut total) = (Vec::new(), 0);
+    /// What an image consists of, with checksums.
+    fn pieces(&self, image: Image) -> Result<Vec<Piece>> {
         let (kernel, initrd, parameters) = match image.boot {
             Some(boot) => (Some(boot.kernel), boot.initrd, boot.parameters),
             None => (None, None, None),
         };
         let content = |file: Option<BootFile>| file.map(|file| file.content);
-        let pieces = [
+        let files = [
             (ROOTFS, Some(image.rootfs)),
             (KERNEL, content(kernel)),
             (INITRD, content(initrd)),
             (DEBUG_KERNEL, image.debug_kernel),
             (PARAMETERS, content(parameters)),
         ];
-        let mut artifacts = Vec::new();
-        for ((key, media_type), content) in pieces {
-            let Some(content) = content else { continue };
+        let piece = |((key, media_type), content): ((&'static str, &'static str), File)| {
             let md5 = md5_of(self.work, &content, key)?;
+            let size = content.metadata().attempt(|| format!("read the size of {key}"))?.len();
+            Ok(Piece { key, media_type, content, md5, size })
+        };
+        files.into_iter().filter_map(|(what, content)| Some((what, content?))).map(piece).collect()
+    }
+
+    /// Uploads everything, unless it `is_published`; returns the artifacts, the manifest's link, and the place and size for people.
+    fn upload(
+        &self,
+        store: &Store,
+        id: &Id,
+        pieces: &[Piece],
+        is_published: bool,
+    ) -> Result<(Vec<Artifact>, Value, String)> {
+        let mut name = if self.is_named(store) { store.free_name(&self.directory_name()) } else { id.to_string() };
+        let (mut artifacts, mut keys, mut total) = (Vec::new(), Vec::new(), 0);
+        for &Piece { key, media_type, ref content, ref md5, size } in pieces {
             let mut metadata = vec![(MD5, md5.clone()), ("x-shasta-ims-image-name", self.settings.name.clone())];
             metadata.extend(self.marks(id));
             let place = format!("{id}/{key}");
             let url = store.url_of(&format!("{name}/{key}"));
-            let size = content.metadata().attempt(|| format!("read the size of {key}"))?.len();
-            let description = Description { media_type, metadata };
-            let object = Large { place: &place, content: &content, size, md5: &md5, description: &description };
-            self.put(store, &object)?;
+            if !is_published {
+                let description = Description { media_type, metadata };
+                self.put(store, &Large { place: &place, content, size, md5, description: &description })?;
+            }
             let etag = self.etag(store, &place, size)?;
-            tracing::info!(md5, etag, "uploaded {url}");
-            artifacts.push(Artifact { path: url, etag, md5, media_type });
+            if !is_published {
+                tracing::info!(md5, etag, "uploaded {url}");
+            }
+            artifacts.push(Artifact { path: url, etag, md5: md5.clone(), media_type });
             keys.push(key);
             total += size;
         }
-        let mut link = self.put_manifest(store, id, &name, &artifacts)?;
+        let mut link = if is_published {
+            let manifest = format!("{id}/{}", MANIFEST.0);
+            let url = store.url_of(&manifest);
+            let (etag, _) = self.wait(&format!("look at {url}"), store.head(&manifest))?;
+            Artifact { path: url, etag, md5: String::new(), media_type: MANIFEST.1 }.link()
+        } else {
+            self.put_manifest(store, id, &name, &artifacts)?
+        };
         if let Err(error) = self.sweep(store, id) {
             self.work.heed()?;
             tracing::warn!("{error}; an unfinished upload, if there is one, is left in the store");

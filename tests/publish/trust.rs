@@ -513,3 +513,39 @@ fn answers_of_ims_that_do_not_say_what_was_set_are_no_success() {
         }
     }
 }
+
+/// As a sidecar leaves them that is killed after it has put the manifest.
+#[test]
+fn an_image_whose_manifest_was_put_before_a_kill_is_found_again_without_ims_if_it_is_the_same() {
+    let alone = [("IMS_URL", ""), ("OAUTH_CONFIG_DIR", ""), ("IMS_ACTION", "create")];
+    let job = Job::laid_out("build/image-root");
+    let journal = job.volume.parent.join(".ims-sshd.publication");
+    let mut sidecar = job.sidecar(Mode::Plain, &alone).spawn().unwrap();
+    let mut amid = String::new();
+    while sidecar.try_wait().unwrap().is_none() {
+        let now = std::fs::read_to_string(&journal).unwrap_or_default();
+        if now.contains("\"image\":\"") && now.ends_with('\n') {
+            amid = now;
+        }
+    }
+    let first = sidecar.wait_with_output().unwrap();
+    assert!(first.status.success() && amid.contains("\"phase\":\"packed\""), "{amid} {first:?}");
+    let objects = |job: &Job| job.bucket.keys().into_iter().map(|k| (job.bucket.get(&k).body, k)).collect::<Vec<_>>();
+    let published = objects(&job);
+
+    std::fs::write(&journal, &amid).unwrap();
+    let again = within(job.sidecar(Mode::Plain, &alone).spawn().unwrap());
+    assert!(again.status.success() && text(&again.stderr).contains("was published before"), "{again:?}");
+    assert_eq!(report(&again), report(&first));
+    assert!(objects(&job) == published, "{:?}", job.bucket.keys());
+
+    // Somebody has put the notes back, and the image is another one.
+    std::fs::write(&journal, &amid).unwrap();
+    std::fs::write(job.volume.image_root.join("etc/new"), "new").unwrap();
+    let packed = squashfs_of(&job.volume.image_root);
+    std::fs::rename(packed, job.volume.parent.join("compute-ö.sqsh")).unwrap();
+    let other = within(job.sidecar(Mode::Plain, &alone).spawn().unwrap());
+    assert!(other.status.success(), "{other:?}");
+    let all = objects(&job);
+    assert!(all.len() == 2 * published.len() && published.iter().all(|object| all.contains(object)), "{other:?}");
+}
