@@ -289,11 +289,13 @@ impl Session {
             let _ = std::fs::remove_dir(run.path());
             e
         };
-        let is_ours = !(self.in_place && is_open_elsewhere(image_root).map_err(cleared)?);
-        if is_ours {
-            image_root::remove_old_marks(&tree).map_err(cleared)?;
-        } else {
+        let mut is_ours = !(self.in_place && is_open_elsewhere(image_root).map_err(cleared)?);
+        if !is_ours {
             tracing::info!("{} is open elsewhere too: a mark in it is for that environment", image_root.display());
+        } else if let Err(error) = image_root::remove_old_marks(&tree) {
+            // An image whose /tmp is no directory, or cannot be written to, can be looked at all the same.
+            tracing::warn!("{error}; /tmp/complete and /tmp/failed do not count");
+            is_ours = false;
         }
         let kind = trial::choose(&self.tiers, self.dkms, &state).map_err(cleared)?;
         let script = entry.script.as_ref().map(|script| script.put(run.path(), kind.tier));

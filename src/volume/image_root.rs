@@ -75,7 +75,9 @@ pub(crate) fn remove_old_marks(image_root: &Tree) -> Result<()> {
     for verdict in Verdict::ALL {
         let name = mark_of(verdict);
         remove_directory(image_root, &name)?;
-        if image_root.remove(&name).attempt(|| removing(&name))? {
+        let attempted = || removing(&name);
+        // Looked at first: where the image is read-only, the kernel refuses to remove what is not there, too.
+        if image_root.look(&name).attempt(attempted)?.is_some() && image_root.remove(&name).attempt(attempted)? {
             tracing::info!("removed /{}, which came with the image", name.display());
         }
     }
