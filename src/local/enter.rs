@@ -293,7 +293,10 @@ impl Session {
         if !is_ours {
             tracing::info!("{} is open elsewhere too: a mark in it is for that environment", image_root.display());
         } else if let Err(error) = image_root::remove_old_marks(&tree) {
-            // An image whose /tmp is no directory, or cannot be written to, can be looked at all the same.
+            if tree.directory("tmp").is_ok() {
+                return Err(cleared(error));
+            }
+            // An image whose /tmp is no directory can be looked at all the same.
             tracing::warn!("{error}; /tmp/complete and /tmp/failed do not count");
             is_ours = false;
         }
