@@ -149,12 +149,11 @@ impl Trial {
             };
             command.arg(format!("--volume={}:{at}", self.dir.path().join(folder).display()));
         }
+        // Those of a Secret name the store, which is tried elsewhere.
         for variable in self.container["env"].as_array().unwrap() {
-            command.arg(format!(
-                "--env={}={}",
-                variable["name"].as_str().unwrap(),
-                variable["value"].as_str().unwrap()
-            ));
+            if let (Some(name), Some(value)) = (variable["name"].as_str(), variable["value"].as_str()) {
+                command.arg(format!("--env={name}={value}"));
+            }
         }
         command.args(options).arg(IMAGE).args(further);
         command
