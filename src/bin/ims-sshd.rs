@@ -241,7 +241,7 @@ struct ImageOptions {
     initrd: Option<String>,
 }
 
-/// What is published beside the image, and not part of the packed one.
+/// Files published beside the packed image.
 #[derive(Args)]
 #[command(next_help_heading = "Image")]
 struct ParametersOption {

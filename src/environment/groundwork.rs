@@ -1,4 +1,4 @@
-//! What is prepared while the environment waits for `ready`: host keys, sshd's parts, the kind of jail that can be had.
+//! Preparations made while the environment waits for `ready`: host keys, sshd's parts, the kind of jail that can be had.
 
 use std::process::{Command, Stdio};
 use std::time::Instant;
@@ -10,11 +10,11 @@ use crate::jailer::trial::{self, Choice};
 use crate::sshd::sftp_server;
 use crate::volume::state_directory::StateFolder;
 
-/// What does not depend on the image, and is done while one waits for it.
+/// Preparations that do not depend on the image, made while the environment waits for it.
 pub(crate) struct Groundwork {
     /// sftp-server with all it needs.
     pub(crate) sftp: Vec<Program>,
-    /// What kind of jail is made; nothing in plain mode.
+    /// Kind of jail that is made; `None` in plain mode.
     pub(crate) jail: Option<Choice>,
 }
 

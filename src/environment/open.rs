@@ -23,7 +23,7 @@ use crate::volume::image_root;
 use crate::volume::signal_files::SignalFiles;
 use crate::volume::state_directory::StateFolder;
 
-/// Where an environment is open. All of it outlives the environment: the verdict is recorded there.
+/// Place of an open environment. It outlives the environment: the verdict is recorded there.
 #[derive(Clone, Copy)]
 pub(super) struct Place<'a> {
     pub(super) settings: &'a Settings,

@@ -16,9 +16,9 @@ use crate::sys::signals::hold_none;
 
 /// A script that was started.
 pub(crate) struct Script {
-    /// As long as it runs.
+    /// Its process; `None` once it has ended.
     pid: Option<Pid>,
-    /// As long as it can grow: a program that the script has started may write to it after the script's end.
+    /// Its output; a program that the script has started may write to it after the script's end.
     output: Option<OwnedFd>,
     /// The beginning of a line whose end has not come yet.
     line: Vec<u8>,

@@ -156,7 +156,7 @@ pub(crate) fn of_jail(
     if reader.complaints.is_empty() { Ok(found) } else { Err(Error::bad_input(reader.complaints.join("; also, "))) }
 }
 
-/// What `true` and `false` are in a variable.
+/// Values of a variable that is true or false.
 const TRUTH: [(&str, bool); 2] = [("true", true), ("false", false)];
 
 /// Values that only a build environment reads.

@@ -105,7 +105,7 @@ fn shell_is_wanted(settings: &Settings) -> Result<bool> {
     Ok(false)
 }
 
-/// What wakes the event loop, in the order in which it is heeded.
+/// Sources that wake the event loop, in the order in which they are handled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Source {
     Script,

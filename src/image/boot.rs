@@ -35,7 +35,7 @@ pub(crate) struct BootFile {
 pub(crate) struct BootFiles {
     /// The kernel.
     pub(crate) kernel: BootFile,
-    /// What it begins with; nothing where [`NONE`] is named, or on one machine none is found.
+    /// The initrd; `None` where [`NONE`] is named, or where none is found on one machine.
     pub(crate) initrd: Option<BootFile>,
     /// The kernel's parameters, where the image has them.
     pub(crate) parameters: Option<BootFile>,
@@ -153,7 +153,7 @@ pub(crate) fn warn_of_missing_initrd(image_root: &Tree, names: &Names, arch: &st
     }
 }
 
-/// What is looked for, and where.
+/// A search for the boot files of an image.
 struct Search<'a> {
     image_root: &'a Tree,
     names: &'a Names,

@@ -1,5 +1,6 @@
-//! What is left out of a packed image. mksquashfs has patterns too: in them `*` matches no name that begins with a dot, `... a/b` matches
-//! all that lies beside `b`, and what matches nothing passes without a word. So the paths are found here, and it gets them one by one.
+//! Patterns of paths that are left out of a packed image. In mksquashfs's own patterns `*` matches no name that begins
+//! with a dot, `... a/b` matches all that lies beside `b`, and a pattern that matches nothing passes without a word. So
+//! the paths are found here, and mksquashfs gets them one by one.
 
 use std::ffi::OsStr;
 use std::io;
