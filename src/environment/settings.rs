@@ -7,8 +7,8 @@ use std::time::Duration;
 use crate::error::{Error, Result};
 use crate::jail::binds::Bind;
 use crate::jail::tier::Tier;
+use crate::job::Action;
 use crate::job::variables::{Case, Reader};
-use crate::job::{Action, DEFAULT_PARENT};
 use crate::sshd::options::Options;
 use crate::sys::architecture::Architecture;
 use crate::volume::layout;
@@ -20,7 +20,7 @@ use crate::volume::layout;
 pub struct Settings {
     /// `IMS_ACTION`.
     pub(crate) action: Action,
-    /// The argument, else `IMAGE_ROOT_PARENT`, else [`DEFAULT_PARENT`].
+    /// The argument, else `IMAGE_ROOT_PARENT`, else the default.
     pub(crate) parent: PathBuf,
     /// `SSHD_OPTIONS`, understood.
     pub(crate) sshd: Options,
@@ -80,14 +80,7 @@ impl Settings {
         if action.is_none() && reader.text("IMS_ACTION").is_none() {
             reader.complaints.push("IMS_ACTION is not set: expected 'customize' or 'create'".into());
         }
-        let argument = argument.map(|argument| std::path::absolute(&argument).unwrap_or(argument));
-        let parent = argument.or_else(|| reader.text("IMAGE_ROOT_PARENT").map(Into::into));
-        let parent = parent.unwrap_or_else(|| DEFAULT_PARENT.into());
-        if !parent.is_absolute() {
-            reader
-                .complaints
-                .push(format!("the image root parent is '{}': expected an absolute path", parent.display()));
-        }
+        let parent = reader.parent(argument);
         let sshd_options = reader.text("SSHD_OPTIONS").unwrap_or_default();
         let sshd = reader.accept(Options::parse(&sshd_options));
         let written = reader.text("SSHD_CONFIG_FILE").map(PathBuf::from);
@@ -212,6 +205,7 @@ impl Reader {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::job::DEFAULT_PARENT;
 
     fn read(variables: &[(&str, &str)]) -> Result<Settings> {
         Settings::read(None, variables.iter().map(|(n, v)| ((*n).into(), (*v).into())))

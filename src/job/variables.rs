@@ -2,9 +2,11 @@
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::error::Result;
+use crate::job::DEFAULT_PARENT;
 
 /// A variable, as docs/REFERENCE.md and the man pages describe it.
 #[derive(Debug)]
@@ -369,6 +371,18 @@ impl Reader {
                 None
             }
         }
+    }
+
+    /// The image root's parent: the argument, else `IMAGE_ROOT_PARENT`, else the default.
+    pub(crate) fn parent(&mut self, argument: Option<PathBuf>) -> PathBuf {
+        let argument = argument.map(|argument| std::path::absolute(&argument).unwrap_or(argument));
+        let parent = argument.or_else(|| self.text("IMAGE_ROOT_PARENT").map(Into::into));
+        let parent = parent.unwrap_or_else(|| DEFAULT_PARENT.into());
+        if !parent.is_absolute() {
+            let complaint = format!("the image root parent is '{}': expected an absolute path", parent.display());
+            self.complaints.push(complaint);
+        }
+        parent
     }
 
     /// A value that ends up as one word of a configuration line; it may be empty.

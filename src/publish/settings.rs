@@ -11,8 +11,8 @@ use crate::image::packing::{COMPRESSIONS, Packing};
 use crate::ims;
 use crate::ims::client::Ims;
 use crate::ims::id::Id;
+use crate::job::Action;
 use crate::job::variables::{Case, Checked, Reader};
-use crate::job::{Action, DEFAULT_PARENT};
 use crate::store;
 use crate::transfer::Work;
 use crate::transfer::checksum::{Expected, checksum};
@@ -61,13 +61,7 @@ impl Settings {
         // IMS itself finds an unknown action in the sidecar's report.
         let action =
             reader.choice("IMS_ACTION", &[("customize", Action::Customize), ("create", Action::Create)], Case::Exact);
-        let argument = argument.map(|argument| std::path::absolute(&argument).unwrap_or(argument));
-        let parent = argument.or_else(|| reader.text("IMAGE_ROOT_PARENT").map(Into::into));
-        let parent = parent.unwrap_or_else(|| DEFAULT_PARENT.into());
-        if !parent.is_absolute() {
-            let complaint = format!("the image root parent is '{}': expected an absolute path", parent.display());
-            reader.complaints.push(complaint);
-        }
+        let parent = reader.parent(argument);
         let truth = [("true", true), ("false", false)];
         let jailed = reader.choice("SSH_JAIL", &[("True", true), ("False", false)], Case::Exact).unwrap_or(false);
         let debug = reader.choice("ENABLE_DEBUG", &truth, Case::Any).unwrap_or(false);
