@@ -7,13 +7,13 @@ use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use ring::hmac;
 use ring::rand::{SecureRandom, SystemRandom};
-use rustix::fs::{AtFlags, OFlags, StatxFlags};
+use rustix::fs::OFlags;
 
 use crate::error::{Attempt, Error, Result};
 use crate::ims::id::Id;
 use crate::publish::settings::Settings;
 use crate::store;
-use crate::sys::tree::Tree;
+use crate::sys::tree::{Tree, inode_and_birth};
 use crate::volume::layout::KEY;
 
 const KEY_LENGTH: usize = 32;
@@ -52,10 +52,8 @@ impl Seal {
 
     /// For a job and a volume each of its own: what is authentic for one job, or was on another volume, means nothing here.
     fn new(secret: &[u8], job: Option<&str>, parent: &Tree) -> io::Result<Self> {
-        let wanted = StatxFlags::INO | StatxFlags::BTIME;
-        let volume = rustix::fs::statx(parent, "", AtFlags::EMPTY_PATH, wanted)?;
-        let made = (volume.stx_btime.tv_sec, volume.stx_btime.tv_nsec);
-        let context = format!("ims-sshd notes 1\0{job:?}\0{}\0{made:?}", volume.stx_ino);
+        let (inode, made) = inode_and_birth(parent)?;
+        let context = format!("ims-sshd notes 1\0{job:?}\0{inode}\0{made:?}");
         let derived = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, secret), context.as_bytes());
         Ok(Self { key: hmac::Key::new(hmac::HMAC_SHA256, derived.as_ref()) })
     }

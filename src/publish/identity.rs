@@ -9,7 +9,6 @@ use std::time::{Duration, SystemTime};
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use ring::digest;
-use rustix::fs::{AtFlags, StatxFlags};
 use serde_json::{Value, json};
 
 use crate::error::{Attempt, Error, Result};
@@ -17,7 +16,7 @@ use crate::image::kind::{Content, Opened};
 use crate::publish::authentication::Seal;
 use crate::publish::settings::Settings;
 use crate::publish::source::Source;
-use crate::sys::tree::Tree;
+use crate::sys::tree::{Tree, inode_and_birth};
 use crate::transfer::checksum::Expected;
 use crate::transfer::without_query;
 use crate::volume::layout::SOURCE;
@@ -138,9 +137,8 @@ impl Identity {
 
 /// Text that tells a directory from another, under whatever path. The number of its device may change when the machine starts anew.
 fn of_directory(directory: impl AsFd) -> std::io::Result<String> {
-    let wanted = StatxFlags::INO | StatxFlags::BTIME;
-    let found = rustix::fs::statx(directory, "", AtFlags::EMPTY_PATH, wanted)?;
-    Ok(format!("directory {} {}.{}", found.stx_ino, found.stx_btime.tv_sec, found.stx_btime.tv_nsec))
+    let (inode, made) = inode_and_birth(directory)?;
+    Ok(format!("directory {inode} {}.{}", made.0, made.1))
 }
 
 fn named(source: &Source) -> String {

@@ -5,12 +5,11 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 
-use rustix::fs::{AtFlags, StatxFlags};
 use serde_json::{Value, json};
 
 use crate::error::{Attempt, Error, Result};
 use crate::image::packing::Archive;
-use crate::sys::tree::Tree;
+use crate::sys::tree::{Tree, inode_and_birth};
 use crate::volume::layout::PACKED;
 
 const LIMIT: u64 = 64 << 10;
@@ -66,7 +65,6 @@ fn written(file: &File) -> io::Result<(i64, u32)> {
 
 /// An image root's identity, and the time at which it was made; 1970 where the file system keeps none.
 fn root_identity(root: &Tree) -> io::Result<(String, (i64, u32))> {
-    let found = rustix::fs::statx(root, "", AtFlags::EMPTY_PATH, StatxFlags::INO | StatxFlags::BTIME)?;
-    let made = (found.stx_btime.tv_sec, found.stx_btime.tv_nsec);
-    Ok((format!("{} {}.{}", found.stx_ino, made.0, made.1), made))
+    let (inode, made) = inode_and_birth(root)?;
+    Ok((format!("{inode} {}.{}", made.0, made.1), made))
 }

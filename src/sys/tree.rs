@@ -11,7 +11,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{
-    AtFlags, FileType, Mode, OFlags, RenameFlags, ResolveFlags, Stat, StatVfsMountFlags, Timespec, Timestamps,
+    AtFlags, FileType, Mode, OFlags, RenameFlags, ResolveFlags, Stat, StatVfsMountFlags, StatxFlags, Timespec,
+    Timestamps,
 };
 use rustix::io::Errno;
 
@@ -620,6 +621,12 @@ pub(crate) fn times(found: &Stat) -> Timestamps {
         last_access: time(found.st_atime, found.st_atime_nsec),
         last_modification: time(found.st_mtime, found.st_mtime_nsec),
     }
+}
+
+/// Inode number and birth time, in seconds and nanoseconds, of an open directory: the number alone is used again.
+pub(crate) fn inode_and_birth(directory: impl AsFd) -> io::Result<(u64, (i64, u32))> {
+    let found = rustix::fs::statx(directory, "", AtFlags::EMPTY_PATH, StatxFlags::INO | StatxFlags::BTIME)?;
+    Ok((found.stx_ino, (found.stx_btime.tv_sec, found.stx_btime.tv_nsec)))
 }
 
 #[cfg(test)]
