@@ -51,14 +51,14 @@ impl Pattern {
     }
 }
 
-/// What patterns match in an image root.
+/// Paths of an image root that patterns match.
 #[derive(Debug, Default)]
 pub(crate) struct Excluded {
     /// Paths, none below another one.
     pub(crate) paths: Vec<PathBuf>,
     /// Patterns that match nothing.
     pub(crate) useless: Vec<String>,
-    /// Whether that is all of it.
+    /// True if that is all of the image root.
     pub(crate) is_all: bool,
 }
 

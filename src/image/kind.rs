@@ -93,7 +93,7 @@ impl AsFd for Opened {
     }
 }
 
-/// What a file is.
+/// Type of an image that is a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     /// A squashfs, whole.
@@ -104,7 +104,7 @@ pub(crate) enum Kind {
     Cpio(Option<&'static str>),
 }
 
-/// What compressed files begin with.
+/// Magic numbers of compressed files, with the program that unpacks them.
 const COMPRESSED: [(&[u8], &str); 3] =
     [(&[0x1f, 0x8b], "gzip"), (&[0xfd, b'7', b'z', b'X', b'Z', 0], "xz"), (&[0x28, 0xb5, 0x2f, 0xfd], "zstd")];
 
@@ -184,7 +184,7 @@ pub(crate) fn compression(path: &Path) -> Option<&'static str> {
     }
 }
 
-/// Whether the file is a tar archive without a member, uncompressed: it begins with the zeros that end one.
+/// Returns whether the file is an uncompressed tar archive without a member: it begins with the zeros that end one.
 pub(crate) fn is_empty_tar(file: &File) -> io::Result<bool> {
     let size = file.metadata()?.len();
     is_zero(file, 0, size)
@@ -227,7 +227,7 @@ fn uncompressed(file: &File, program: &str) -> io::Result<Vec<u8>> {
     Ok(start)
 }
 
-/// Whether all from `at` on is zero. Holes are not read.
+/// Returns whether all from `at` on is zero. Holes are not read.
 fn is_zero(file: &File, mut at: u64, size: u64) -> io::Result<bool> {
     let mut buffer = vec![0; 1 << 20];
     while at < size {

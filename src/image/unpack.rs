@@ -367,7 +367,7 @@ impl Overlay {
         std::fs::read_dir(folder.join(UPPER)).ok().map(|mut names| names.next().is_some())
     }
 
-    /// Whether the overlay of `folder` is mounted at `image_root`, and seen there from here.
+    /// Returns whether the overlay of `folder` is mounted at `image_root`, and seen there from here.
     pub(crate) fn is_mounted(folder: &Path, image_root: &Path) -> bool {
         let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         let real = |path: &Path| std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());

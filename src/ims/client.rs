@@ -203,7 +203,8 @@ impl<'a> Ims<'a> {
             .advise("nothing was written to it; see what answers at IMS_URL"))
     }
 
-    /// What of a record cannot be of the image `id` that `request` has made, as far as that is known, and that `link` was put into.
+    /// Returns a part of a record that cannot be of the image `id`, which `request` has made, as far as that is known,
+    /// and into which `link` was put.
     pub(crate) fn difference(record: &Value, id: &Id, request: Option<&Id>, link: Option<&Value>) -> Option<String> {
         let told = &record["link"];
         if record["id"] != id.as_str() {

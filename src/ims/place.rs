@@ -1,4 +1,4 @@
-//! Where IMS is, as variables say.
+//! The place of IMS, as variables say.
 
 use std::path::PathBuf;
 
@@ -6,7 +6,7 @@ use crate::job::variables::Reader;
 use crate::transfer::network::http_url;
 use crate::transfer::without_query;
 
-/// Where jobs and images are registered.
+/// The place of IMS, where jobs and images are registered.
 #[derive(Debug, Clone)]
 pub struct Place {
     /// `IMS_URL`.
@@ -16,7 +16,7 @@ pub struct Place {
 }
 
 impl Place {
-    /// What of the credentials is sent without encryption, as warnings.
+    /// Warnings of credentials that are sent without encryption.
     pub(crate) fn in_clear(&self) -> Vec<String> {
         let Some(folder) = &self.oauth else { return Vec::new() };
         let endpoint = std::fs::read_to_string(folder.join("endpoint")).unwrap_or_default();

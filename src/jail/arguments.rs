@@ -9,7 +9,7 @@ use crate::jail::tier::Tier;
 /// The program's name, beside ims-sshd and in the jail.
 pub(crate) const NAME: &str = "ims-jail-shell";
 
-/// What the program is told to do. `JAIL` is the file of the jail's [`Record`](crate::jail::record::Record).
+/// A command of the program. `JAIL` is the file of the jail's [`Record`](crate::jail::record::Record).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Arguments {
     /// `init`, with the arguments of a plan: make the jail around the working directory, and be its first process. Standard input is the

@@ -1,4 +1,6 @@
-//! What a killed run has left: ended and cleared before the next.
+//! Leftovers of a killed run: ended and cleared before the next run.
+
+use std::path::Path;
 
 use crate::environment::recovery;
 use crate::error::Result;
@@ -8,7 +10,9 @@ use crate::local::run_directory::RunFolder;
 use crate::volume::open_tree;
 use crate::volume::signal_files::SignalFiles;
 use crate::volume::state_directory::StateFolder;
-use std::path::Path;
+
+/// sshd's log, in the directory of the run.
+pub(crate) const SSHD_LOG: &str = "sshd.log";
 
 /// Ends the sshd of a customization of `image_root` that was killed. Its mounts live as long as it does, and keep the changes from being
 /// mounted again.
@@ -38,6 +42,3 @@ pub(crate) fn clear_left_over(commands: &[&str], image_root: &Path) -> Result<()
     }
     Ok(())
 }
-
-/// sshd's log, in the folder of the run.
-pub(crate) const SSHD_LOG: &str = "sshd.log";
