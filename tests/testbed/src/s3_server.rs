@@ -120,13 +120,20 @@ fn ask_with(port: u16, method: &str, path: &str, headers: &str, body: &[u8]) -> 
     write!(connection, "{method} {path} HTTP/1.0\r\nhost: 127.0.0.1:{port}\r\nauthorization: AWS4-HMAC-SHA256 Credential=access/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0\r\ncontent-length: {length}\r\n{headers}\r\n").unwrap();
     connection.write_all(body).unwrap();
     let mut answer = Vec::new();
-    connection.read_to_end(&mut answer).unwrap();
-    let end = answer.windows(4).position(|w| w == b"\r\n\r\n").expect("headers");
+    // The server may reset the connection once it has answered.
+    let read = connection.read_to_end(&mut answer);
+    let end = answer.windows(4).position(|w| w == b"\r\n\r\n").unwrap_or_else(|| panic!("no headers: {read:?}"));
     let head = text(&answer[..end]);
     let mut lines = head.lines();
     let status = lines.next().unwrap().split(' ').nth(1).unwrap().parse().unwrap();
     let headers = lines.filter_map(|l| l.split_once(": ")).map(|(n, v)| (n.to_lowercase(), v.to_owned()));
-    Answer { status, headers: headers.collect(), body: answer.split_off(end + 4) }
+    let answer = Answer { status, headers: headers.collect(), body: answer.split_off(end + 4) };
+    if let Err(error) = read {
+        let length = answer.headers.iter().find(|(name, _)| name == "content-length");
+        let length = length.and_then(|(_, length)| length.parse().ok());
+        assert_eq!(length, Some(answer.body.len()), "the answer is cut off: {error}");
+    }
+    answer
 }
 
 /// A proxy that resets connections after a number of bytes.
