@@ -8,7 +8,7 @@ use crate::error::{Advise, Attempt, Error, Result};
 use crate::jail::programs::Program;
 use crate::jailer::trial::{self, Choice};
 use crate::sshd::sftp_server;
-use crate::volume::state_directory::StateFolder;
+use crate::volume::state_directory::StateDirectory;
 
 /// Preparations that do not depend on the image, made while the environment waits for it.
 pub(crate) struct Groundwork {
@@ -20,7 +20,7 @@ pub(crate) struct Groundwork {
 
 impl Groundwork {
     /// Makes host keys where they are missing (an RSA key takes its time), finds sshd's parts, and finds out which jail can be had.
-    pub(crate) fn lay(settings: &Settings, state: &StateFolder) -> Result<Self> {
+    pub(crate) fn lay(settings: &Settings, state: &StateDirectory) -> Result<Self> {
         crate::sshd::program()?;
         crate::sshd::check_rights()?;
         let sftp = if settings.jailed { sftp_server::files()? } else { Vec::new() };

@@ -31,7 +31,7 @@ const NAMED: usize = 20;
 const NOTICE_TIME: Duration = Duration::from_millis(10);
 
 /// The wait for sessions to end.
-pub(crate) struct Farewell {
+pub(crate) struct GracePeriod {
     began: Instant,
     deadline: Instant,
     /// When to look again at the latest.
@@ -47,7 +47,7 @@ pub(crate) struct Farewell {
 pub(crate) enum Progress {
     /// No session is running.
     Idle,
-    /// Some are; look again at [`Farewell::next_look`].
+    /// Some are; look again at [`GracePeriod::next_look`].
     Running,
     /// Some are, and their time is up.
     Over,
@@ -86,7 +86,7 @@ fn carried_out(session: &Entry) -> Entry {
     inside.unwrap_or_else(|| session.clone())
 }
 
-impl Farewell {
+impl GracePeriod {
     /// Waits for `grace` at the most. `hung_up` are those that [`hang_up`] told.
     pub(crate) fn start(grace: Duration, hung_up: Vec<Pid>) -> Self {
         let began = Instant::now();

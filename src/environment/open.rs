@@ -9,11 +9,11 @@ use crate::environment::restarts::Part;
 use crate::environment::script::Script;
 use crate::environment::settings::Settings;
 use crate::environment::sshd_setup::{configure_sshd, login_shell};
-use crate::environment::watchdog::Watchfulness;
+use crate::environment::watchdog::Watchdog;
 use crate::error::Result;
 use crate::jail::plan::Plan;
 use crate::jailer::emulation::{self, Emulation};
-use crate::jailer::open::{OpenJail, TIME_TO_LET_GO, Wanted};
+use crate::jailer::open::{OpenJail, TIME_TO_CLOSE_FILES, Wanted};
 use crate::sshd::daemon::{Clients, Daemon, Running};
 use crate::sshd::effective::Effective;
 use crate::sshd::refusals::Refusals;
@@ -21,13 +21,13 @@ use crate::sys::process::{Entry, Expendable};
 use crate::sys::tree::Tree;
 use crate::volume::image_root;
 use crate::volume::signal_files::SignalFiles;
-use crate::volume::state_directory::StateFolder;
+use crate::volume::state_directory::StateDirectory;
 
 /// Place of an open environment. It outlives the environment: the verdict is recorded there.
 #[derive(Clone, Copy)]
 pub(super) struct Place<'a> {
     pub(super) settings: &'a Settings,
-    pub(super) state: &'a StateFolder,
+    pub(super) state: &'a StateDirectory,
     pub(super) files: &'a SignalFiles,
     pub(super) image_root: &'a Tree,
 }
@@ -46,7 +46,7 @@ pub(super) struct Open {
     pub(super) presence: Presence,
     /// Logins that sshd refuses, where it logs to a file.
     pub(super) refusals: Option<Refusals>,
-    pub(super) watchdog: Watchfulness,
+    pub(super) watchdog: Watchdog,
     pub(super) script: Option<Script>,
     /// Parts that are to be started again, and when.
     pub(super) restarts: Vec<(Part, Instant)>,
@@ -78,7 +78,7 @@ impl Open {
             clients: Clients::default(),
             presence: Presence::listen(state.path())?,
             refusals: settings.sshd.log.as_deref().map(Refusals::new),
-            watchdog: Watchfulness::start(),
+            watchdog: Watchdog::start(),
             script: None,
             restarts: Vec::new(),
         })
@@ -112,7 +112,7 @@ impl Open {
                 ..kind.plan(&files.path().join(settings.image_root()))
             },
             image_root,
-            note_folder: files.parent(),
+            record_directory: files.parent(),
             job: settings.job.as_deref(),
             in_place: settings.in_place,
             keep: names.chain(self.effective.accept_env().map(str::to_owned)).collect(),
@@ -126,7 +126,7 @@ impl Open {
     fn remake_jail(&mut self, place: Place<'_>) -> Result<()> {
         // The old jail stays as long as this fails: the next one's mount does not show who uses the old one's.
         if self.jail.is_some() {
-            OpenJail::seal(place.state, Instant::now() + TIME_TO_LET_GO)?;
+            OpenJail::seal(place.state, Instant::now() + TIME_TO_CLOSE_FILES)?;
         }
         if let Some(jail) = self.jail.take() {
             jail.clear(place.image_root, place.files.parent())?;

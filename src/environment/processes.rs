@@ -30,7 +30,7 @@ const WATCHED: usize = 16;
 /// and KILL for those that stay. A process that only has its working directory in the image root is not the job's.
 pub(crate) fn end_all(jail: Option<&OpenJail>) -> Result<()> {
     let mut ending = Ending::begin();
-    let (init, mounts) = (jail.map(OpenJail::init), jail.and_then(|jail| jail.namespace("mnt")));
+    let (init, mounts) = (jail.map(OpenJail::init), jail.and_then(|jail| jail.namespace_name("mnt")));
     let visit = |visit: Visitor<'_>| {
         // The init is ended last, by its jail.
         let visit = &mut |entry: &Entry| if Some(entry.pid) == init { ControlFlow::Continue(()) } else { visit(entry) };
@@ -186,7 +186,7 @@ impl Ending {
 
     /// Names those who are killed with their jail, of whom the last sweep has found so many left.
     fn tell_killed_with(&mut self, jail: &OpenJail, left: usize) {
-        let Some(pids) = jail.namespace("pid") else { return };
+        let Some(pids) = jail.namespace_name("pid") else { return };
         visit_descendants(&mut |entry| {
             let is_inside = || std::fs::read_link(format!("/proc/{}/ns/pid", entry.pid)).is_ok_and(|own| own == pids);
             if entry.pid != jail.init() && !entry.has_ended() && is_inside() {

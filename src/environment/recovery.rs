@@ -11,11 +11,11 @@ use crate::sshd::daemon::Daemon;
 use crate::sys::tree::Tree;
 use crate::volume::layout::SSHD_LISTENING;
 use crate::volume::signal_files::SignalFiles;
-use crate::volume::state_directory::StateFolder;
+use crate::volume::state_directory::StateDirectory;
 
 /// Ends the sshd of an earlier environment that was killed, with its sessions; one that was not noted is known by its log. Returns what was
 /// found, in words.
-pub(crate) fn end_left_over(state: &StateFolder, log: Option<&Path>) -> Result<Vec<&'static str>> {
+pub(crate) fn end_left_over(state: &StateDirectory, log: Option<&Path>) -> Result<Vec<&'static str>> {
     let mut found = Vec::new();
     if let Some(listener) = Daemon::noted(&state.sshd()) {
         processes::end_tree(&listener)?;
@@ -37,7 +37,7 @@ pub(crate) fn recover(
     settings: &Settings,
     files: &SignalFiles,
     image_root: &Tree,
-    state: &StateFolder,
+    state: &StateDirectory,
 ) -> Result<bool> {
     let mut found = end_left_over(state, settings.sshd.log.as_deref())?;
     // Its init ended with it: the kernel closed its end of their socket.

@@ -10,11 +10,11 @@ use crate::sshd::accept_env;
 use crate::sshd::config;
 use crate::sshd::effective::{Effective, Question};
 use crate::sshd::login_shell::LoginShell;
-use crate::volume::state_directory::StateFolder;
+use crate::volume::state_directory::StateDirectory;
 
 /// Writes the settings into sshd's configuration and has sshd itself say what they come to. With a jail, refuses a configuration that
 /// would let a session land outside.
-pub(crate) fn configure_sshd(settings: &Settings, state: &StateFolder) -> Result<Effective> {
+pub(crate) fn configure_sshd(settings: &Settings, state: &StateDirectory) -> Result<Effective> {
     let fragment = state.fragment();
     let options = &settings.sshd.asking;
     let shown = settings.sshd_config.display();
@@ -56,13 +56,13 @@ pub(crate) fn unconfigure_sshd(settings: &Settings) -> Result<bool> {
     config::write(&settings.sshd_config, &after).map(|()| true)
 }
 
-fn force_command(state: &StateFolder) -> Result<String> {
+fn force_command(state: &StateDirectory) -> Result<String> {
     Ok(Arguments::forced_command(&open::program()?, &state.jail()))
 }
 
 /// The shell that sshd is to find for root, so that no shell of the container has part in a session in a jail of this kind; `None` where
 /// no mount namespace can be made for sshd.
-pub(crate) fn login_shell(jail: &Choice, state: &StateFolder) -> Result<Option<LoginShell>> {
+pub(crate) fn login_shell(jail: &Choice, state: &StateDirectory) -> Result<Option<LoginShell>> {
     let shell = || Ok(LoginShell { program: open::program()?, passwd: state.passwd() });
     (jail.tier == Tier::Namespace).then(shell).transpose()
 }

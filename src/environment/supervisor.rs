@@ -11,7 +11,7 @@ use nix::unistd::Pid;
 use rustix::event::{PollFd, PollFlags};
 
 use crate::environment::groundwork::Groundwork;
-use crate::environment::hang_up::{Farewell, Progress, hang_up};
+use crate::environment::hang_up::{GracePeriod, Progress, hang_up};
 use crate::environment::machine::{Action, Event, Machine, State};
 use crate::environment::open::{Open, Place, succeeded};
 use crate::environment::processes;
@@ -19,10 +19,10 @@ use crate::environment::restarts::Part;
 use crate::environment::script::Script;
 use crate::environment::settings::Settings;
 use crate::environment::sshd_setup;
-use crate::environment::watchdog::Watchfulness;
+use crate::environment::watchdog::Watchdog;
 use crate::error::{Attempt, Error, Result};
 use crate::jail::link::Message;
-use crate::jailer::open::TIME_TO_LET_GO;
+use crate::jailer::open::TIME_TO_CLOSE_FILES;
 use crate::job::Action as JobAction;
 use crate::sshd::daemon::Daemon;
 use crate::sshd::refusals::Refusals;
@@ -35,7 +35,7 @@ use crate::volume::image_root;
 use crate::volume::layout::{BUILD_FAILED, EXITING, READY, SSHD_LISTENING};
 use crate::volume::mounts_below;
 use crate::volume::signal_files::{LOOK_EVERY, SignalFiles, Stamp, Watch};
-use crate::volume::state_directory::StateFolder;
+use crate::volume::state_directory::StateDirectory;
 
 /// How long the image root parent may be missing. A pod's volumes are there before its containers start; a mount of a machine may come later.
 const TIME_FOR_PARENT: Duration = Duration::from_secs(30);
@@ -58,7 +58,7 @@ pub fn run(settings: Settings, files: Option<SignalFiles>, listening: impl FnOnc
         return Ok(Outcome { verdict: None, given_up: false, exit_code: 0 });
     }
     let held = [Signal::SIGCHLD, Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP];
-    let signals = Signals::hold(&held).attempt(|| "block signals")?;
+    let signals = Signals::block(&held).attempt(|| "block signals")?;
     let watch = Watch::new()?;
     let attempted = || "make an event loop";
     let mut sources = Sources::new().attempt(attempted)?;
@@ -72,7 +72,7 @@ pub fn run(settings: Settings, files: Option<SignalFiles>, listening: impl FnOnc
         next_look: Instant::now(),
         signals,
         watch,
-        state: StateFolder::of(&settings.parent)?,
+        state: StateDirectory::of(&settings.parent)?,
         groundwork: None,
         old_marks: [None; 2],
         files,
@@ -80,7 +80,7 @@ pub fn run(settings: Settings, files: Option<SignalFiles>, listening: impl FnOnc
         open: None,
         closing_since: None,
         hung_up: Vec::new(),
-        farewell: None,
+        grace_period: None,
         listening: Some(listening),
         settings,
     };
@@ -130,7 +130,7 @@ struct Supervisor<F> {
     next_look: Instant,
     signals: Signals,
     watch: Watch,
-    state: StateFolder,
+    state: StateDirectory,
     groundwork: Option<Groundwork>,
     files: Option<SignalFiles>,
     /// Verdicts as they stood when this run began.
@@ -140,7 +140,7 @@ struct Supervisor<F> {
     /// When the verdict came; the close's steps are logged with the time since.
     closing_since: Option<Instant>,
     hung_up: Vec<Pid>,
-    farewell: Option<Farewell>,
+    grace_period: Option<GracePeriod>,
     listening: Option<F>,
 }
 
@@ -225,11 +225,11 @@ impl<F: FnOnce()> Supervisor<F> {
                 None
             }
             Action::AwaitSessions(grace) => {
-                self.farewell = Some(Farewell::start(grace, std::mem::take(&mut self.hung_up)));
+                self.grace_period = Some(GracePeriod::start(grace, std::mem::take(&mut self.hung_up)));
                 None
             }
             Action::EndProcesses => {
-                self.farewell = None;
+                self.grace_period = None;
                 Some(match processes::end_all(self.open.as_ref().and_then(|open| open.jail.as_ref())) {
                     Ok(()) => {
                         self.step("no process of the job is left");
@@ -256,7 +256,7 @@ impl<F: FnOnce()> Supervisor<F> {
     /// Sleeps until something happens, or until it is time to look whether something has. Returns what has happened.
     fn wait(&mut self) -> Result<Vec<Event>> {
         let restarts = self.open.iter().flat_map(|open| &open.restarts).map(|(_, at)| *at);
-        let moments = restarts.chain(self.farewell.as_ref().map(|farewell| farewell.next_look));
+        let moments = restarts.chain(self.grace_period.as_ref().map(|grace_period| grace_period.next_look));
         let next = moments.fold(self.next_look, Instant::min);
         let mut ready = self.sources.wait(next.saturating_duration_since(Instant::now()));
         if Instant::now() >= self.next_look {
@@ -292,13 +292,13 @@ impl<F: FnOnce()> Supervisor<F> {
         if self.machine.state() == State::Serving {
             events.extend(self.start_again());
         }
-        if let (Some(farewell), Some(open)) = (&mut self.farewell, &mut self.open) {
-            match farewell.look(open.running(), open.script_runs()) {
+        if let (Some(grace_period), Some(open)) = (&mut self.grace_period, &mut self.open) {
+            match grace_period.look(open.running(), open.script_runs()) {
                 Progress::Idle => events.push(Event::Idle),
                 Progress::Over => events.push(Event::GraceOver),
                 Progress::Running => {
                     // One that cannot be registered is found by the next look.
-                    farewell.ends().for_each(|end| _ = self.sources.add(end, Source::End));
+                    grace_period.ends().for_each(|end| _ = self.sources.add(end, Source::End));
                 }
             }
         }
@@ -513,7 +513,7 @@ impl<F: FnOnce()> Supervisor<F> {
             listening();
         }
         open.start_script(&self.settings)?;
-        open.watchdog = Watchfulness::start();
+        open.watchdog = Watchdog::start();
         self.listen();
         Ok(Event::Listening)
     }
@@ -557,7 +557,7 @@ impl<F: FnOnce()> Supervisor<F> {
                 let now = Instant::now();
                 let in_grace = self.closing_since.map_or(now, |since| since + self.settings.close_grace);
                 let is_failed = self.machine.verdict() == Some(Verdict::Failed);
-                let limit = if is_failed { now } else { in_grace.max(now + TIME_TO_LET_GO) };
+                let limit = if is_failed { now } else { in_grace.max(now + TIME_TO_CLOSE_FILES) };
                 cleanly &= open.release(place, limit, is_failed);
             }
             let path: PathBuf = files.path().join(self.settings.image_root());

@@ -18,14 +18,14 @@ const WARNING_TIME: Duration = Duration::from_mins(5);
 
 /// What was seen so far.
 #[derive(Debug)]
-pub(crate) struct Watchfulness {
+pub(crate) struct Watchdog {
     opened: Instant,
     last_session: Instant,
     warned: bool,
     full_since: Option<Instant>,
 }
 
-impl Watchfulness {
+impl Watchdog {
     /// From now on.
     pub(crate) fn start() -> Self {
         let now = Instant::now();

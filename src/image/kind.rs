@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use crate::error::{Attempt, Error, Result};
 use crate::sys::file_kind::FileKind;
 use crate::sys::named;
-use crate::sys::signals::hold_none;
+use crate::sys::signals::unblock_signals;
 use crate::sys::tree::Tree;
 use crate::transfer::confinement::clear_environment;
 
@@ -217,7 +217,7 @@ fn uncompressed(file: &File, program: &str) -> io::Result<Vec<u8>> {
     let mut command = Command::new(program);
     rustix::fs::seek(file, SeekFrom::Start(0))?;
     command.arg("-dc").stdin(file.try_clone()?).stdout(Stdio::piped()).stderr(Stdio::null());
-    let mut child = hold_none(clear_environment(&mut command)).spawn()?;
+    let mut child = unblock_signals(clear_environment(&mut command)).spawn()?;
     let mut start = Vec::new();
     if let Some(out) = child.stdout.take() {
         out.take(TAR_BLOCK as u64).read_to_end(&mut start)?;

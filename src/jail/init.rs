@@ -170,7 +170,7 @@ fn prepare(tier: Tier) -> Result<Inside> {
     // Once more after exec. The supervisor lets nobody in yet.
     nix::sys::prctl::set_dumpable(false).attempt(|| "hide the jail's init from those inside")?;
     let _ = nix::sys::prctl::set_name(comm(&Tree::open(Path::new("/")).attempt(|| "open the image root")?));
-    let signals = Signals::hold(&[Signal::SIGCHLD]).attempt(|| "block SIGCHLD")?;
+    let signals = Signals::block(&[Signal::SIGCHLD]).attempt(|| "block SIGCHLD")?;
     let kept =
         [(Capability::CAP_DAC_READ_SEARCH, "it only looks at names from now on, whatever the modes of a user's /tmp")];
     capabilities::hold_only(&kept).attempt(|| "give up the capabilities of the jail's init")?;

@@ -6,15 +6,15 @@ use std::path::{Path, PathBuf};
 use crate::error::{Advise, Attempt, Result};
 use crate::jail::binds::{Bind, overlap, taken};
 use crate::jail::tier::Tier;
-use crate::jailer::mount_points::{Addition, Kind};
+use crate::jailer::mount_points::{Kind, MountPoint};
 use crate::sys::file_kind::FileKind;
 use crate::sys::tree::Tree;
 use std::io;
 
 /// The binds as they lie in this image, with no link on the way to a target, and what the image lacks for them. Everything that can be
 /// refused is refused here.
-pub(crate) fn place(image_root: &Tree, tier: Tier, binds: &[Bind]) -> Result<(Vec<Bind>, Vec<Addition>)> {
-    let (mut placed, mut lacking): (Vec<Bind>, Vec<Addition>) = (Vec::new(), Vec::new());
+pub(crate) fn place(image_root: &Tree, tier: Tier, binds: &[Bind]) -> Result<(Vec<Bind>, Vec<MountPoint>)> {
+    let (mut placed, mut lacking): (Vec<Bind>, Vec<MountPoint>) = (Vec::new(), Vec::new());
     let root = rustix::fs::fstat(image_root).attempt(|| "look at the image root")?;
     for bind in binds {
         let attempted = || bind.attempted();
@@ -28,7 +28,7 @@ pub(crate) fn place(image_root: &Tree, tier: Tier, binds: &[Bind]) -> Result<(Ve
             return Err(refuse("the source lies in the image root".into())).advise("name a source outside the image");
         }
         let is_directory = std::fs::symlink_metadata(&bind.source).attempt(attempted)?.is_dir();
-        let kind = if is_directory { Kind::Folder } else { Kind::File };
+        let kind = if is_directory { Kind::Directory } else { Kind::File };
         let (there, missing) = nearest(image_root, &bind.target).map_err(refuse)?;
         // Path::join of nothing would add a slash, which only a directory's name may end with.
         let target: PathBuf = there.components().chain(missing.components()).collect();
@@ -49,10 +49,10 @@ pub(crate) fn place(image_root: &Tree, tier: Tier, binds: &[Bind]) -> Result<(Ve
             }
         }
         for above in missing.ancestors().filter(|path| !path.as_os_str().is_empty()).collect::<Vec<_>>().iter().rev() {
-            let kind = if **above == missing { kind } else { Kind::Folder };
-            let addition = Addition { path: there.join(above), kind };
-            if !lacking.contains(&addition) {
-                lacking.push(addition);
+            let kind = if **above == missing { kind } else { Kind::Directory };
+            let mount_point = MountPoint { path: there.join(above), kind };
+            if !lacking.contains(&mount_point) {
+                lacking.push(mount_point);
             }
         }
         placed.push(Bind { target, ..bind.clone() });

@@ -9,11 +9,11 @@ use crate::error::{Advise, Attempt, Error, Result};
 use crate::jail::mount_table::{Missing, Mount};
 use crate::sys::file_kind::FileKind;
 use crate::sys::tree::Tree;
-use crate::volume::layout::ADDITIONS;
+use crate::volume::layout::MOUNT_POINTS;
 
 /// A name that does not exist in the image root, and is to.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Addition {
+pub struct MountPoint {
     /// Relative to the image root.
     pub path: PathBuf,
     /// What is made there.
@@ -24,7 +24,7 @@ pub struct Addition {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     /// An empty folder, to mount on.
-    Folder,
+    Directory,
     /// An empty file, to mount on.
     File,
     /// A character device, by major and minor number.
@@ -32,22 +32,22 @@ pub(crate) enum Kind {
 }
 
 /// Lines of the note: `folder PATH`, `file PATH`, `device MAJOR:MINOR PATH`.
-impl fmt::Display for Addition {
+impl fmt::Display for MountPoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let path = self.path.display();
         match self.kind {
-            Kind::Folder => write!(f, "folder {path}"),
+            Kind::Directory => write!(f, "folder {path}"),
             Kind::File => write!(f, "file {path}"),
             Kind::Device(major, minor) => write!(f, "device {major}:{minor} {path}"),
         }
     }
 }
 
-impl Addition {
+impl MountPoint {
     fn parse(line: &str) -> Option<Self> {
         let (word, rest) = line.split_once(' ')?;
         let (kind, path) = match word {
-            "folder" => (Kind::Folder, rest),
+            "folder" => (Kind::Directory, rest),
             "file" => (Kind::File, rest),
             "device" => {
                 let (numbers, path) = rest.split_once(' ')?;
@@ -62,12 +62,12 @@ impl Addition {
 
 /// Which of the table's targets the image lacks. Refuses an image in which something else than a folder stands in a target's
 /// place: a link there would move the mount elsewhere.
-pub fn mount_points(image_root: &Tree, table: impl Iterator<Item = Mount>) -> Result<Vec<Addition>> {
+pub fn mount_points(image_root: &Tree, table: impl Iterator<Item = Mount>) -> Result<Vec<MountPoint>> {
     let mut missing = Vec::new();
     for mount in table.filter(|m| m.missing == Missing::MountPoint) {
         let found = image_root.look(mount.target).attempt(|| format!("look at /{} of the image", mount.target))?;
         match found.as_ref().map(FileKind::of) {
-            None => missing.push(Addition { path: mount.target.into(), kind: Kind::Folder }),
+            None => missing.push(MountPoint { path: mount.target.into(), kind: Kind::Directory }),
             Some(FileKind::Directory) => {}
             Some(other) => {
                 return Err(Error::new(format!("mount on /{} of the image", mount.target))
@@ -84,10 +84,10 @@ const DEVICES: [(&str, u32, u32); 6] =
     [("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)];
 
 /// The device nodes of a jail without mounts, if the image's /dev is empty or missing; an image that has something there is left alone.
-pub(crate) fn devices(image_root: &Tree) -> Result<Vec<Addition>> {
+pub(crate) fn devices(image_root: &Tree) -> Result<Vec<MountPoint>> {
     let attempted = || "look at /dev of the image";
     let folder = match image_root.look("dev").attempt(attempted)?.as_ref().map(FileKind::of) {
-        None => Some(Addition { path: "dev".into(), kind: Kind::Folder }),
+        None => Some(MountPoint { path: "dev".into(), kind: Kind::Directory }),
         Some(FileKind::Directory)
             if image_root.directory("dev").and_then(|dev| dev.names()).attempt(attempted)?.is_empty() =>
         {
@@ -95,47 +95,50 @@ pub(crate) fn devices(image_root: &Tree) -> Result<Vec<Addition>> {
         }
         Some(_) => return Ok(Vec::new()),
     };
-    let node = |(name, major, minor)| Addition { path: Path::new("dev").join(name), kind: Kind::Device(major, minor) };
+    let node =
+        |(name, major, minor)| MountPoint { path: Path::new("dev").join(name), kind: Kind::Device(major, minor) };
     Ok(folder.into_iter().chain(DEVICES.map(node)).collect())
 }
 
 /// Additions that were made to an image root. They are noted in its parent before they are made.
 pub(crate) struct Made<'a> {
     image_root: &'a Tree,
-    note_folder: &'a Tree,
-    additions: Vec<Addition>,
+    record_directory: &'a Tree,
+    mount_points: Vec<MountPoint>,
     /// Whether the kernel refused to make device nodes.
     pub(crate) without_devices: bool,
 }
 
 impl<'a> Made<'a> {
-    /// Notes `wanted` in `note_folder` and makes them; device nodes only as far as this container may.
-    pub(crate) fn make(image_root: &'a Tree, note_folder: &'a Tree, wanted: Vec<Addition>) -> Result<Self> {
+    /// Notes `wanted` in `record_directory` and makes them; device nodes only as far as this container may.
+    pub(crate) fn make(image_root: &'a Tree, record_directory: &'a Tree, wanted: Vec<MountPoint>) -> Result<Self> {
         if !wanted.is_empty() {
             let text = wanted.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
-            note_folder
-                .replace(ADDITIONS, text.as_bytes())
-                .attempt(|| format!("note what is to be added to the image in {ADDITIONS} beside the image root"))?;
+            record_directory
+                .replace(MOUNT_POINTS, text.as_bytes())
+                .attempt(|| format!("note what is to be added to the image in {MOUNT_POINTS} beside the image root"))?;
         }
-        let mut made = Self { image_root, note_folder, additions: wanted, without_devices: false };
-        for addition in &made.additions {
-            let result = match addition.kind {
-                Kind::Folder => image_root.make_mount_point(&addition.path, true),
-                Kind::File => image_root.make_mount_point(&addition.path, false),
-                Kind::Device(major, minor) => image_root.make_device(&addition.path, major, minor),
+        let mut made = Self { image_root, record_directory, mount_points: wanted, without_devices: false };
+        for mount_point in &made.mount_points {
+            let result = match mount_point.kind {
+                Kind::Directory => image_root.make_mount_point(&mount_point.path, true),
+                Kind::File => image_root.make_mount_point(&mount_point.path, false),
+                Kind::Device(major, minor) => image_root.make_device(&mount_point.path, major, minor),
             };
             match result {
-                Err(e) if matches!(addition.kind, Kind::Device(..)) && e.kind() == io::ErrorKind::PermissionDenied => {
+                Err(e)
+                    if matches!(mount_point.kind, Kind::Device(..)) && e.kind() == io::ErrorKind::PermissionDenied =>
+                {
                     made.without_devices = true;
                     // A program that discards its output would make the file; one that needs the name, such as sftp-server, does not start.
-                    if addition.path == Path::new("dev/null") {
+                    if mount_point.path == Path::new("dev/null") {
                         image_root
-                            .make_mount_point(&addition.path, false)
+                            .make_mount_point(&mount_point.path, false)
                             .attempt(|| "make the file /dev/null in the image")?;
                     }
                 }
                 other => other
-                    .attempt(|| format!("make /{} in the image", addition.path.display()))
+                    .attempt(|| format!("make /{} in the image", mount_point.path.display()))
                     .advise("the image root has to be writable and to have space")?,
             }
         }
@@ -144,33 +147,36 @@ impl<'a> Made<'a> {
 
     /// The mount points, open, each with the path at which it was made.
     pub(crate) fn mount_points(&self) -> Vec<(PathBuf, OwnedFd)> {
-        let made = self.additions.iter().filter(|addition| matches!(addition.kind, Kind::Folder | Kind::File));
-        made.filter_map(|addition| Some((addition.path.clone(), self.image_root.handle(&addition.path).ok()?)))
+        let made =
+            self.mount_points.iter().filter(|mount_point| matches!(mount_point.kind, Kind::Directory | Kind::File));
+        made.filter_map(|mount_point| Some((mount_point.path.clone(), self.image_root.handle(&mount_point.path).ok()?)))
             .collect()
     }
 
     /// What an earlier environment on the same parent made and, killed, did not remove.
-    pub(crate) fn left_over(image_root: &'a Tree, note_folder: &'a Tree) -> Option<Self> {
-        let note = note_folder.read(ADDITIONS, 1 << 16).ok()?;
-        let additions = String::from_utf8_lossy(&note).lines().filter_map(Addition::parse).collect();
-        Some(Self { image_root, note_folder, additions, without_devices: false })
+    pub(crate) fn left_over(image_root: &'a Tree, record_directory: &'a Tree) -> Option<Self> {
+        let note = record_directory.read(MOUNT_POINTS, 1 << 16).ok()?;
+        let mount_points = String::from_utf8_lossy(&note).lines().filter_map(MountPoint::parse).collect();
+        Some(Self { image_root, record_directory, mount_points, without_devices: false })
     }
 
     /// Removes them, and the note. Returns what could not be removed because somebody put something there.
     pub(crate) fn remove(self) -> Result<Vec<PathBuf>> {
         let mut kept = Vec::new();
         // A folder after what was made in it.
-        for addition in self.additions.iter().rev() {
-            let gone = match addition.kind {
-                Kind::Folder | Kind::File => self.image_root.remove_mount_point(&addition.path),
-                Kind::Device(major, minor) => self.image_root.remove_device(&addition.path, major, minor),
+        for mount_point in self.mount_points.iter().rev() {
+            let gone = match mount_point.kind {
+                Kind::Directory | Kind::File => self.image_root.remove_mount_point(&mount_point.path),
+                Kind::Device(major, minor) => self.image_root.remove_device(&mount_point.path, major, minor),
             };
-            let gone = gone.attempt(|| format!("remove /{} from the image", addition.path.display()))?;
+            let gone = gone.attempt(|| format!("remove /{} from the image", mount_point.path.display()))?;
             if !gone {
-                kept.push(addition.path.clone());
+                kept.push(mount_point.path.clone());
             }
         }
-        self.note_folder.remove(ADDITIONS).attempt(|| format!("remove {ADDITIONS} beside the image root"))?;
+        self.record_directory
+            .remove(MOUNT_POINTS)
+            .attempt(|| format!("remove {MOUNT_POINTS} beside the image root"))?;
         Ok(kept)
     }
 }

@@ -24,13 +24,13 @@ use crate::jail::seal::Seal;
 use crate::jail::tier::Tier;
 use crate::jailer::binds;
 use crate::jailer::mount_points::{self, Made};
-use crate::jailer::resolv_conf::{self, ENVIRONMENT, Lent};
+use crate::jailer::resolv_conf::{self, ENVIRONMENT, Replaced};
 use crate::log::redaction::without_secrets;
 use crate::sys::poll;
 use crate::sys::process::{Entry, Handle, Identity, numbers};
 use crate::sys::tree::Tree;
-use crate::volume::signal_files::tell_no_watch;
-use crate::volume::state_directory::StateFolder;
+use crate::volume::signal_files::warn_without_inotify;
+use crate::volume::state_directory::StateDirectory;
 use rustix::fs::AtFlags;
 use rustix::fs::StatxFlags;
 
@@ -41,7 +41,7 @@ pub(crate) struct Wanted<'a> {
     /// The image root itself.
     pub(crate) image_root: &'a Tree,
     /// Where it is noted what the image lacks and gets: the image root's parent.
-    pub(crate) note_folder: &'a Tree,
+    pub(crate) record_directory: &'a Tree,
     /// True if changes stay in the image, however the environment ends.
     pub(crate) in_place: bool,
     /// The IMS job.
@@ -61,7 +61,7 @@ pub(crate) struct OpenJail {
     link: Link,
     /// By these it is entered: the tier's namespaces or, in the chroot tier, the image root. Sessions open them where this process has
     /// them, so they stay open as long as the jail is.
-    doors: Vec<OwnedFd>,
+    namespaces: Vec<OwnedFd>,
     /// The jail's copy of `ims-jail-shell`, which sessions open here too.
     helper: OwnedFd,
     /// The init's inotify, closed in the background.
@@ -69,7 +69,7 @@ pub(crate) struct OpenJail {
     /// The mount points that were made in the image, wherever a session moves them.
     made: Vec<(PathBuf, OwnedFd)>,
     /// The container's resolv.conf, where the image has it for as long as the jail is open.
-    lent: Option<Lent>,
+    replaced: Option<Replaced>,
 }
 
 /// A jail is made in milliseconds, or never.
@@ -82,7 +82,7 @@ const TIME_TO_FINISH: Duration = Duration::from_millis(200);
 const TIME_BETWEEN_SEALS: Duration = Duration::from_millis(50);
 
 /// Minimum time for a process outside to be done with a file that a session has sent it.
-pub(crate) const TIME_TO_LET_GO: Duration = Duration::from_secs(1);
+pub(crate) const TIME_TO_CLOSE_FILES: Duration = Duration::from_secs(1);
 
 /// Says who keeps a file open for writing on the mount of this number.
 fn holder(mount: u64) -> String {
@@ -100,7 +100,7 @@ fn holder(mount: u64) -> String {
 
 impl OpenJail {
     /// Makes the jail and writes down in `state` where it is. This process has to be a subreaper (or PID 1).
-    pub(crate) fn open(mut wanted: Wanted<'_>, state: &StateFolder) -> Result<Self> {
+    pub(crate) fn open(mut wanted: Wanted<'_>, state: &StateDirectory) -> Result<Self> {
         let plan = &mut wanted.plan;
         let chrooted = plan.tier == Tier::Chroot;
         let mut lacking = if chrooted {
@@ -109,24 +109,24 @@ impl OpenJail {
             mount_points::mount_points(wanted.image_root, mount_table(plan.dkms, plan.proc))?
         };
         let text = match of_container() {
-            Some(text) if resolv_conf::has_to_be_lent(wanted.image_root, &text, !chrooted)? => Some(text),
+            Some(text) if resolv_conf::needs_replacing(wanted.image_root, &text, !chrooted)? => Some(text),
             _ => None,
         };
         let (placed, lacking_for_binds) = binds::place(wanted.image_root, plan.tier, &plan.binds)?;
         lacking.extend(lacking_for_binds);
         plan.binds = placed;
         let wanted = &wanted;
-        let made = Made::make(wanted.image_root, wanted.note_folder, lacking)?;
-        let opened = text.map_or(Ok(None), |text| lend(wanted.image_root, &text)).and_then(|lent| {
+        let made = Made::make(wanted.image_root, wanted.record_directory, lacking)?;
+        let opened = text.map_or(Ok(None), |text| replace(wanted.image_root, &text)).and_then(|replaced| {
             if chrooted {
                 copy_sftp_server(wanted, state)?;
             }
-            let Started { init, link, mut doors, helper, events } = start(wanted)?;
+            let Started { init, link, mut namespaces, helper, events } = start(wanted)?;
             if events.is_none() {
-                tell_no_watch();
+                warn_without_inotify();
             }
             if chrooted {
-                doors.push(wanted.image_root.reopen().attempt(|| "open the image root for sessions")?);
+                namespaces.push(wanted.image_root.reopen().attempt(|| "open the image root for sessions")?);
             }
             // It was not waited for, so its number is still its own.
             let ended = || {
@@ -141,21 +141,21 @@ impl OpenJail {
                 tier: wanted.plan.tier,
                 init: handle,
                 link,
-                doors,
+                namespaces,
                 helper,
                 events,
                 made: made.mount_points(),
-                lent,
+                replaced,
             };
             jail.record(wanted, identity, state).inspect_err(|_| drop(jail.end()))?;
             Ok(jail)
         });
         opened.inspect_err(|_| {
-            let _ = clear_image_root(wanted.image_root, wanted.note_folder);
+            let _ = clear_image_root(wanted.image_root, wanted.record_directory);
         })
     }
 
-    fn record(&self, wanted: &Wanted<'_>, init: Identity, state: &StateFolder) -> Result<()> {
+    fn record(&self, wanted: &Wanted<'_>, init: Identity, state: &StateDirectory) -> Result<()> {
         let attempted = || format!("write {}", state.jail().display());
         let this = Identity::of(getpid())
             .ok_or_else(|| Error::new(attempted()).because("/proc does not show this process"))?;
@@ -163,7 +163,7 @@ impl OpenJail {
             tier: wanted.plan.tier,
             init,
             keeper: this,
-            doors: self.doors.iter().map(AsRawFd::as_raw_fd).collect(),
+            doors: self.namespaces.iter().map(AsRawFd::as_raw_fd).collect(),
             helper: self.helper.as_raw_fd(),
             dkms: wanted.plan.dkms,
             in_place: wanted.in_place,
@@ -177,13 +177,13 @@ impl OpenJail {
     }
 
     /// Its own namespace of this kind; nothing if it has none.
-    pub(crate) fn door(&self, kind: &str) -> Option<&OwnedFd> {
-        self.doors.get(self.tier.namespaces().iter().position(|(name, _)| *name == kind)?)
+    pub(crate) fn namespace_fd(&self, kind: &str) -> Option<&OwnedFd> {
+        self.namespaces.get(self.tier.namespaces().iter().position(|(name, _)| *name == kind)?)
     }
 
     /// The namespace's name, as links below `/proc/PID/ns` have it.
-    pub(crate) fn namespace(&self, kind: &str) -> Option<PathBuf> {
-        let found = rustix::fs::fstat(self.door(kind)?).ok()?;
+    pub(crate) fn namespace_name(&self, kind: &str) -> Option<PathBuf> {
+        let found = rustix::fs::fstat(self.namespace_fd(kind)?).ok()?;
         Some(format!("{kind}:[{}]", found.st_ino).into())
     }
 
@@ -221,11 +221,11 @@ impl OpenJail {
 
     /// Has nobody outside write to the image root any more, after the jail's end: a session can have sent descriptors of its files to a
     /// process outside. Waits until `limit` for those to be closed that are open for writing; if they are not, the image root is in use.
-    pub(crate) fn seal(state: &StateFolder, limit: Instant) -> Result<()> {
+    pub(crate) fn seal(state: &StateDirectory, limit: Instant) -> Result<()> {
         let attempted = || "give the image root back";
         let mut is_told = false;
         loop {
-            let said = said_by_helper(&Arguments::Seal(state.jail())).attempt(attempted)?;
+            let said = helper_output(&Arguments::Seal(state.jail())).attempt(attempted)?;
             let mount = match Seal::parse(&said).ok_or("ims-jail-shell is of another version").attempt(attempted)? {
                 Seal::Sealed => return Ok(()),
                 Seal::Busy(mount) => mount,
@@ -243,28 +243,28 @@ impl OpenJail {
     }
 
     /// Removes the jail's traces from the image root, after its end: puts its resolv.conf back, removes what was added.
-    pub(crate) fn clear(self, image_root: &Tree, note_folder: &Tree) -> Result<()> {
+    pub(crate) fn clear(self, image_root: &Tree, record_directory: &Tree) -> Result<()> {
         let events = self.events;
         // If no thread can be started, the inotify is closed here.
         let _ = std::thread::Builder::new().spawn(move || drop(events));
-        if self.lent.as_ref().map(Lent::take_back).transpose()? == Some(true) {
+        if self.replaced.as_ref().map(Replaced::restore).transpose()? == Some(true) {
             tracing::info!("{RESOLV_CONF_EDITED}");
         }
         tell_kept(&mount_points::remove_moved(image_root, &self.made)?);
-        clear_image_root(image_root, note_folder).map(|_| ())
+        clear_image_root(image_root, record_directory).map(|_| ())
     }
 }
 
 const RESOLV_CONF_EDITED: &str = "a session changed /etc/resolv.conf: it stays in the image as it is";
 
 /// Removes what was noted, by this environment or by an earlier one that was killed. Returns whether there was anything.
-pub(crate) fn clear_image_root(image_root: &Tree, note_folder: &Tree) -> Result<bool> {
-    let lent = ENVIRONMENT.take_back(image_root)?;
-    if lent == Some(true) {
+pub(crate) fn clear_image_root(image_root: &Tree, record_directory: &Tree) -> Result<bool> {
+    let replaced = ENVIRONMENT.restore(image_root)?;
+    if replaced == Some(true) {
         tracing::info!("{RESOLV_CONF_EDITED}");
     }
-    let made = Made::left_over(image_root, note_folder);
-    let found = made.is_some() || lent.is_some();
+    let made = Made::left_over(image_root, record_directory);
+    let found = made.is_some() || replaced.is_some();
     if let Some(made) = made {
         tell_kept(&made.remove()?);
     }
@@ -281,8 +281,8 @@ fn tell_kept(paths: &[PathBuf]) {
 }
 
 /// Puts the container's resolv.conf into the image. One that cannot be written to is entered all the same.
-fn lend(image_root: &Tree, text: &[u8]) -> Result<Option<Lent>> {
-    match ENVIRONMENT.lend(image_root, text) {
+fn replace(image_root: &Tree, text: &[u8]) -> Result<Option<Replaced>> {
+    match ENVIRONMENT.replace(image_root, text) {
         // Another program has entered this image root: names are resolved as there.
         Err(e) if e.kind() == ErrorKind::ResourceBusy => Ok(None),
         Err(e)
@@ -291,21 +291,21 @@ fn lend(image_root: &Tree, text: &[u8]) -> Result<Option<Lent>> {
                 ErrorKind::ReadOnlyFilesystem | ErrorKind::StorageFull | ErrorKind::QuotaExceeded
             ) =>
         {
-            tracing::warn!("cannot {LEND}: {e}; names are resolved as the image says");
+            tracing::warn!("cannot {REPLACE}: {e}; names are resolved as the image says");
             Ok(None)
         }
         other => {
             let advice =
                 "the image's /etc has to be writable; 'lsattr -d' shows whether 'chattr +i' has made it immutable";
-            other.attempt(|| LEND).advise(advice).map(Some)
+            other.attempt(|| REPLACE).advise(advice).map(Some)
         }
     }
 }
 
-const LEND: &str = "put the container's /etc/resolv.conf into the image";
+const REPLACE: &str = "put the container's /etc/resolv.conf into the image";
 
 /// For a jail in which nothing can be mounted.
-fn copy_sftp_server(wanted: &Wanted<'_>, state: &StateFolder) -> Result<()> {
+fn copy_sftp_server(wanted: &Wanted<'_>, state: &StateDirectory) -> Result<()> {
     let folder = state.sftp();
     let copy = || -> std::io::Result<()> {
         std::fs::create_dir_all(&folder)?;
@@ -319,7 +319,7 @@ fn copy_sftp_server(wanted: &Wanted<'_>, state: &StateFolder) -> Result<()> {
 struct Started {
     init: Pid,
     link: Link,
-    doors: Vec<OwnedFd>,
+    namespaces: Vec<OwnedFd>,
     helper: OwnedFd,
     events: Option<OwnedFd>,
 }
@@ -336,7 +336,7 @@ fn start(wanted: &Wanted<'_>) -> Result<Started> {
     let status = command.status().attempt(attempted)?;
     // Its end of the socket is now the init's alone: it closes when that one ends.
     drop(command);
-    let (mut init, mut doors, mut events) = (None, Vec::new(), None::<Vec<OwnedFd>>);
+    let (mut init, mut namespaces, mut events) = (None, Vec::new(), None::<Vec<OwnedFd>>);
     let failed = |init: Option<Pid>, why: String| {
         if let Some(init) = init {
             let _ = kill(init, Signal::SIGKILL);
@@ -354,8 +354,8 @@ fn start(wanted: &Wanted<'_>) -> Result<Started> {
                     .because("its init is of another version")
                     .advise("install ims-sshd and ims-jail-shell of one version")
             };
-            let helper = doors.pop().ok_or_else(another_version)?;
-            return Ok(Started { init, link: ours, doors, helper, events: events.pop() });
+            let helper = namespaces.pop().ok_or_else(another_version)?;
+            return Ok(Started { init, link: ours, namespaces, helper, events: events.pop() });
         }
         let mut sources = [PollFd::new(&ours, PollFlags::IN)];
         let timely = poll::wait(&mut sources, TIME_TO_MAKE);
@@ -364,7 +364,7 @@ fn start(wanted: &Wanted<'_>) -> Result<Started> {
         }
         match ours.receive().attempt(|| "hear from the jail's init")? {
             Some((Message::Started(pid), _)) => init = Some(Pid::from_raw(pid)),
-            Some((Message::Made, descriptors)) => doors = descriptors,
+            Some((Message::Made, descriptors)) => namespaces = descriptors,
             Some((Message::Ready, descriptors)) => events = Some(descriptors),
             Some((Message::Failed(why), _)) => return failed(init, why),
             // Not lost: it stands in the image's /tmp.
@@ -397,7 +397,7 @@ pub(crate) fn helper(arguments: &Arguments) -> Result<Command> {
 }
 
 /// Runs it. Returns what it prints; what it complains of is the error.
-pub(crate) fn said_by_helper(arguments: &Arguments) -> std::result::Result<String, String> {
+pub(crate) fn helper_output(arguments: &Arguments) -> std::result::Result<String, String> {
     let mut command = helper(arguments).map_err(|e| e.to_string())?;
     let output = command.env_clear().current_dir("/").stdin(Stdio::null()).output().map_err(|e| e.to_string())?;
     if output.status.success() {

@@ -18,7 +18,7 @@ use crate::sys::tree::Tree;
 use crate::volume::layout;
 
 /// True if a program finds `text` only once a file of ours replaces the image's. `own_run`: /run is the jail's own and not the image's.
-pub(crate) fn has_to_be_lent(image_root: &Tree, text: &[u8], own_run: bool) -> Result<bool> {
+pub(crate) fn needs_replacing(image_root: &Tree, text: &[u8], own_run: bool) -> Result<bool> {
     let attempted = || "look at /etc/resolv.conf of the image";
     let etc = match image_root.directory("etc") {
         Ok(etc) => etc,
@@ -35,13 +35,13 @@ pub(crate) fn has_to_be_lent(image_root: &Tree, text: &[u8], own_run: bool) -> R
 
 /// Someone who lends the image a text, by the name of the directory that holds what belongs to it. The names differ because a sidecar's text
 /// stands there while environments come and go, and clean up after an earlier one.
-pub(crate) struct Lender(&'static str);
+pub(crate) struct Replacer(&'static str);
 
 /// A build environment.
-pub(crate) const ENVIRONMENT: Lender = Lender(layout::RESOLV_CONF);
+pub(crate) const ENVIRONMENT: Replacer = Replacer(layout::RESOLV_CONF);
 
 /// A sidecar, for sessions of any kind.
-pub(crate) const SIDECAR: Lender = Lender(layout::SIDECAR_RESOLV_CONF);
+pub(crate) const SIDECAR: Replacer = Replacer(layout::SIDECAR_RESOLV_CONF);
 
 /// Directories of the image that can hold a lender's, the best first. A jail covers the first ones with its own mounts, so that no session
 /// sees what was moved aside. An image without them has no packages that could mind.
@@ -65,7 +65,7 @@ fn is_folder(tree: &Tree, name: &str) -> bool {
 
 /// A text that stands in the image, by descriptors: whoever renames directories meanwhile changes nothing about what is put back.
 #[derive(Debug)]
-pub(crate) struct Lent {
+pub(crate) struct Replaced {
     etc: Tree,
     place: Tree,
     name: &'static str,
@@ -73,15 +73,15 @@ pub(crate) struct Lent {
     _lock: OwnedFd,
 }
 
-impl Lender {
+impl Replacer {
     /// Puts `text` in the place of the image's own. [`io::ErrorKind::ResourceBusy`] where a lender of this name has done so and lives.
-    pub(crate) fn lend(&self, image_root: &Tree, text: &[u8]) -> io::Result<Lent> {
+    pub(crate) fn replace(&self, image_root: &Tree, text: &[u8]) -> io::Result<Replaced> {
         let etc = image_root.directory("etc")?;
         let place = self.make_directory(image_root)?;
         let lock = lock(&place.directory_without_links(self.0)?)?;
-        let lent = Lent { etc, place, name: self.0, _lock: lock };
-        lent.put(text).inspect_err(|_| drop(lent.take_back()))?;
-        Ok(lent)
+        let replaced = Replaced { etc, place, name: self.0, _lock: lock };
+        replaced.put(text).inspect_err(|_| drop(replaced.restore()))?;
+        Ok(replaced)
     }
 
     /// Returns the directory in which the lender's was made.
@@ -103,8 +103,8 @@ impl Lender {
     }
 
     /// Puts the image's own back where an earlier lender of this name was killed. Returns nothing if there was none, or if it lives, else
-    /// whether what was lent has been changed.
-    pub(crate) fn take_back(&self, image_root: &Tree) -> Result<Option<bool>> {
+    /// whether what was replaced has been changed.
+    pub(crate) fn restore(&self, image_root: &Tree) -> Result<Option<bool>> {
         for place in places(image_root) {
             let Ok(aside) = place.directory_without_links(self.0) else { continue };
             let lock = match lock(&aside) {
@@ -116,7 +116,7 @@ impl Lender {
                 // A session has removed it, with all that it held.
                 Err(_) => place.directory(self.0).attempt(|| "open what was put aside")?,
             };
-            return Lent { etc, place, name: self.0, _lock: lock }.take_back().map(Some);
+            return Replaced { etc, place, name: self.0, _lock: lock }.restore().map(Some);
         }
         Ok(None)
     }
@@ -131,7 +131,7 @@ fn lock(aside: &Tree) -> io::Result<OwnedFd> {
     }
 }
 
-impl Lent {
+impl Replaced {
     fn directory(&self) -> io::Result<Tree> {
         self.place.directory_without_links(self.name)
     }
@@ -149,8 +149,8 @@ impl Lent {
         })
     }
 
-    /// Puts the image's own back, unless somebody has changed what was lent: then that stays. Returns whether it was changed.
-    pub(crate) fn take_back(&self) -> Result<bool> {
+    /// Puts the image's own back, unless somebody has changed what was replaced: then that stays. Returns whether it was changed.
+    pub(crate) fn restore(&self) -> Result<bool> {
         let put_back = || -> io::Result<bool> {
             let aside = match self.directory() {
                 // Somebody has removed it.
@@ -177,21 +177,21 @@ impl Lent {
             .advise("remove that directory from the image"))
     }
 
-    /// Returns whether what was lent has been changed.
+    /// Returns whether what was replaced has been changed.
     fn settle(&self, aside: &Tree) -> io::Result<bool> {
         let has_original = aside.look(ORIGINAL)?.is_some();
         let note = aside.read(NOTE, LIMIT).unwrap_or_default();
         if note.is_empty() || aside.look(NEW)?.is_some() {
-            // Killed before it was lent.
+            // Killed before it was replaced.
             if has_original && self.etc.look("resolv.conf")?.is_none() {
                 self.etc.keeping_times(|| aside.rename_to(ORIGINAL, &self.etc, "resolv.conf"))?;
             }
             return Ok(false);
         }
-        self.etc.keeping_times(|| self.settle_lent(aside, &note, has_original))
+        self.etc.keeping_times(|| self.settle_replaced(aside, &note, has_original))
     }
 
-    fn settle_lent(&self, aside: &Tree, note: &[u8], has_original: bool) -> io::Result<bool> {
+    fn settle_replaced(&self, aside: &Tree, note: &[u8], has_original: bool) -> io::Result<bool> {
         if self.is_ours("resolv.conf", note) {
             self.give_back("resolv.conf", aside, has_original)?;
             return Ok(false);
@@ -211,7 +211,7 @@ impl Lent {
         if has_original { aside.rename_over(ORIGINAL, &self.etc, name) } else { self.etc.remove(name).map(|_| ()) }
     }
 
-    /// True if the file of this name in /etc is the lent one, unchanged.
+    /// True if the file of this name in /etc is the replaced one, unchanged.
     fn is_ours(&self, name: &str, note: &[u8]) -> bool {
         let as_made = |found: &Stat| {
             FileType::from_raw_mode(found.st_mode) == FileType::RegularFile
@@ -264,8 +264,8 @@ mod tests {
             std::fs::write(self.path(RESOLV_CONF), text).unwrap();
         }
 
-        fn lend(&self, text: &str) -> Lent {
-            ENVIRONMENT.lend(&self.tree, text.as_bytes()).unwrap()
+        fn replace(&self, text: &str) -> Replaced {
+            ENVIRONMENT.replace(&self.tree, text.as_bytes()).unwrap()
         }
 
         /// State of every file: names, inodes and times.
@@ -288,12 +288,12 @@ mod tests {
         let image = Image::new();
         std::fs::create_dir(image.path("run")).unwrap();
         symlink("/run", image.path("var-run")).unwrap();
-        let lent = |own_run| has_to_be_lent(&image.tree, b"a", own_run).unwrap();
-        assert!(lent(true), "nothing stands there");
+        let replaced = |own_run| needs_replacing(&image.tree, b"a", own_run).unwrap();
+        assert!(replaced(true), "nothing stands there");
         image.write("a");
-        assert!(!lent(true), "the same text");
+        assert!(!replaced(true), "the same text");
         image.write("b");
-        assert!(lent(true));
+        assert!(replaced(true));
         for (target, below) in [
             ("/run/netconfig/resolv.conf", Some("netconfig/resolv.conf")),
             ("../run/a/b", Some("a/b")),
@@ -306,13 +306,13 @@ mod tests {
             std::fs::remove_file(image.path(RESOLV_CONF)).unwrap();
             symlink(target, image.path(RESOLV_CONF)).unwrap();
             assert_eq!(link_into_run(&image.tree), below.map(PathBuf::from), "{target}");
-            assert_eq!((lent(true), lent(false)), (below.is_none(), true), "{target}");
+            assert_eq!((replaced(true), replaced(false)), (below.is_none(), true), "{target}");
         }
         std::fs::remove_file(image.path(RESOLV_CONF)).unwrap();
         std::fs::create_dir(image.path(RESOLV_CONF)).unwrap();
-        assert!(!lent(true), "a directory");
+        assert!(!replaced(true), "a directory");
         std::fs::remove_dir_all(image.path("etc")).unwrap();
-        assert!(!lent(true), "no /etc");
+        assert!(!replaced(true), "no /etc");
     }
 
     #[test]
@@ -328,15 +328,15 @@ mod tests {
             shape(&image);
             let state = || if number == 3 { Vec::new() } else { image.state() };
             let before = state();
-            let lent = image.lend("container's");
+            let replaced = image.replace("container's");
             assert_eq!(image.text(), "container's");
             assert_eq!(std::fs::metadata(image.path(RESOLV_CONF)).unwrap().mode() & 0o777, 0o644);
-            assert!(!lent.take_back().unwrap());
+            assert!(!replaced.restore().unwrap());
             assert_eq!(state(), before, "{number}");
-            assert_eq!(ENVIRONMENT.take_back(&image.tree).unwrap(), None, "nothing is lent");
+            assert_eq!(ENVIRONMENT.restore(&image.tree).unwrap(), None, "nothing is replaced");
             // Killed: found by its name.
-            image.lend("container's");
-            assert_eq!(ENVIRONMENT.take_back(&image.tree).unwrap(), Some(false));
+            image.replace("container's");
+            assert_eq!(ENVIRONMENT.restore(&image.tree).unwrap(), Some(false));
             assert_eq!(state(), before, "{number}");
             if number == 3 {
                 assert_eq!(std::fs::read_dir(image.path("etc")).unwrap().count(), 0);
@@ -350,7 +350,7 @@ mod tests {
             let image = Image::new();
             image.write("image's");
             let before = image.state();
-            drop(image.lend("container's"));
+            drop(image.replace("container's"));
             let aside = image.path("proc").join(ENVIRONMENT.0);
             let (file, original) = (image.path(RESOLV_CONF), aside.join(ORIGINAL));
             // Undone from the last step on.
@@ -366,7 +366,7 @@ mod tests {
             if step > 3 {
                 std::fs::remove_file(aside.join(NEW)).unwrap();
             }
-            assert_eq!(ENVIRONMENT.take_back(&image.tree).unwrap(), Some(false), "{step}");
+            assert_eq!(ENVIRONMENT.restore(&image.tree).unwrap(), Some(false), "{step}");
             assert_eq!(image.text(), "image's");
             let times =
                 |state: &[(PathBuf, u64, i64, i64)]| state.iter().map(|s| (s.0.clone(), s.1)).collect::<Vec<_>>();
@@ -378,7 +378,7 @@ mod tests {
 
     #[test]
     fn what_a_session_has_done_to_the_file_is_the_images() {
-        let replaced = |image: &Image, text: &str| {
+        let overwrite = |image: &Image, text: &str| {
             std::fs::write(image.path("etc/new"), text).unwrap();
             std::fs::rename(image.path("etc/new"), image.path(RESOLV_CONF)).unwrap();
         };
@@ -404,9 +404,9 @@ mod tests {
                 if let Some(own) = own {
                     image.write(own);
                 }
-                let lent = image.lend("container's");
+                let replaced = image.replace("container's");
                 act(&image);
-                assert!(lent.take_back().unwrap(), "{number}");
+                assert!(replaced.restore().unwrap(), "{number}");
                 assert_eq!(std::fs::read_to_string(image.path(RESOLV_CONF)).ok().as_deref(), *wanted, "{number}");
                 // The moved file was the image's.
                 let moved = std::fs::read_to_string(image.path("etc/moved")).ok();
@@ -416,17 +416,17 @@ mod tests {
         }
         let image = Image::new();
         image.write("image's");
-        let lent = image.lend("container's");
-        replaced(&image, "container's");
-        assert!(lent.take_back().unwrap(), "another file of the same text");
+        let replaced = image.replace("container's");
+        overwrite(&image, "container's");
+        assert!(replaced.restore().unwrap(), "another file of the same text");
         assert_eq!(image.text(), "container's");
-        let lent = image.lend("again");
+        let replaced = image.replace("again");
         std::fs::remove_dir_all(image.path("etc")).unwrap();
-        assert!(lent.take_back().unwrap(), "with all of /etc");
+        assert!(replaced.restore().unwrap(), "with all of /etc");
         std::fs::create_dir(image.path("etc")).unwrap();
-        image.lend("again");
+        image.replace("again");
         std::fs::remove_dir_all(image.path("etc")).unwrap();
-        assert_eq!(ENVIRONMENT.take_back(&image.tree).unwrap(), Some(true));
+        assert_eq!(ENVIRONMENT.restore(&image.tree).unwrap(), Some(true));
         assert_eq!(std::fs::read_dir(image.path("proc")).unwrap().count(), 0);
     }
 
@@ -435,13 +435,13 @@ mod tests {
         let image = Image::new();
         image.write("image's");
         let before = image.state();
-        SIDECAR.lend(&image.tree, b"pod's").unwrap();
-        assert_eq!(ENVIRONMENT.take_back(&image.tree).unwrap(), None, "an environment that begins");
-        image.lend("container's");
+        SIDECAR.replace(&image.tree, b"pod's").unwrap();
+        assert_eq!(ENVIRONMENT.restore(&image.tree).unwrap(), None, "an environment that begins");
+        image.replace("container's");
         assert_eq!(image.text(), "container's");
-        assert_eq!(ENVIRONMENT.take_back(&image.tree).unwrap(), Some(false));
+        assert_eq!(ENVIRONMENT.restore(&image.tree).unwrap(), Some(false));
         assert_eq!(image.text(), "pod's");
-        assert_eq!(SIDECAR.take_back(&image.tree).unwrap(), Some(false));
+        assert_eq!(SIDECAR.restore(&image.tree).unwrap(), Some(false));
         assert_eq!(image.state(), before);
     }
 
@@ -449,11 +449,11 @@ mod tests {
     fn what_a_lender_that_lives_has_lent_stays() {
         let image = Image::new();
         image.write("image's");
-        let lent = image.lend("container's");
-        assert_eq!(ENVIRONMENT.take_back(&image.tree).unwrap(), None);
-        assert_eq!(ENVIRONMENT.lend(&image.tree, b"other").unwrap_err().kind(), io::ErrorKind::ResourceBusy);
+        let replaced = image.replace("container's");
+        assert_eq!(ENVIRONMENT.restore(&image.tree).unwrap(), None);
+        assert_eq!(ENVIRONMENT.replace(&image.tree, b"other").unwrap_err().kind(), io::ErrorKind::ResourceBusy);
         assert_eq!(image.text(), "container's");
-        assert!(!lent.take_back().unwrap());
+        assert!(!replaced.restore().unwrap());
         assert_eq!(image.text(), "image's");
     }
 
@@ -466,7 +466,7 @@ mod tests {
             let file = aside.join(name);
             std::fs::create_dir_all(file.parent().unwrap()).unwrap();
             std::fs::write(&file, content).unwrap();
-            let result = ENVIRONMENT.take_back(&image.tree);
+            let result = ENVIRONMENT.restore(&image.tree);
             assert_eq!(image.text(), "image's");
             if name == "note" {
                 result.unwrap();
@@ -483,7 +483,7 @@ mod tests {
         let aside = image.path("proc").join(ENVIRONMENT.0);
         std::fs::create_dir(&aside).unwrap();
         std::fs::write(aside.join(".note.ims-sshd"), "1").unwrap();
-        ENVIRONMENT.take_back(&image.tree).unwrap();
+        ENVIRONMENT.restore(&image.tree).unwrap();
         assert!(!aside.exists());
     }
 
@@ -495,9 +495,9 @@ mod tests {
             assert!(std::process::Command::new("chattr").arg(flag).arg(image.path("etc")).status().unwrap().success());
         };
         chattr("+i");
-        let lent = ENVIRONMENT.lend(&image.tree, b"container's");
+        let replaced = ENVIRONMENT.replace(&image.tree, b"container's");
         chattr("-i");
-        assert_eq!(lent.unwrap_err().kind(), io::ErrorKind::PermissionDenied);
+        assert_eq!(replaced.unwrap_err().kind(), io::ErrorKind::PermissionDenied);
         assert_eq!(std::fs::read_dir(image.path("proc")).unwrap().count(), 0);
         assert_eq!(image.text(), "image's");
     }
@@ -508,8 +508,8 @@ mod tests {
         std::fs::write(outside.path().join(ORIGINAL), "outside").unwrap();
         let image = Image::new();
         symlink(outside.path(), image.path("proc").join(ENVIRONMENT.0)).unwrap();
-        assert_eq!(ENVIRONMENT.take_back(&image.tree).unwrap(), None);
-        image.lend("container's").take_back().unwrap();
+        assert_eq!(ENVIRONMENT.restore(&image.tree).unwrap(), None);
+        image.replace("container's").restore().unwrap();
         assert_eq!(std::fs::read_to_string(outside.path().join(ORIGINAL)).unwrap(), "outside");
     }
 }

@@ -12,9 +12,9 @@ use crate::jail::capabilities::lacks;
 use crate::jail::mount_table::Proc;
 use crate::jail::plan::Plan;
 use crate::jail::tier::Tier;
-use crate::jailer::open::{OpenJail, Wanted, said_by_helper};
+use crate::jailer::open::{OpenJail, Wanted, helper_output};
 use crate::sys::tree::Tree;
-use crate::volume::state_directory::StateFolder;
+use crate::volume::state_directory::StateDirectory;
 
 /// A kind of jail that can be had.
 #[derive(Debug)]
@@ -47,7 +47,7 @@ const KINDS: [(Tier, Proc); 4] = [
 
 /// The best kind that can be had, of the tiers `wanted` if any is named. Logs what it is, why it is no better one, and what is lost by that.
 /// This process has to be a subreaper (or PID 1).
-pub(crate) fn choose(wanted: &[Tier], dkms: bool, state: &StateFolder) -> Result<Choice> {
+pub(crate) fn choose(wanted: &[Tier], dkms: bool, state: &StateDirectory) -> Result<Choice> {
     let ground = Ground::new(state)?;
     let mut refused: Vec<(Tier, Error)> = Vec::new();
     for (tier, proc) in KINDS.into_iter().filter(|(tier, _)| wanted.is_empty() || wanted.contains(tier)) {
@@ -114,21 +114,21 @@ struct Trial {
 
 /// Where jails are made on trial: an empty image root, and a folder for what belongs to them.
 struct Ground {
-    state: StateFolder,
+    state: StateDirectory,
     path: PathBuf,
     image_root: Tree,
-    note_folder: Tree,
+    record_directory: Tree,
 }
 
 impl Ground {
-    fn new(state: &StateFolder) -> Result<Self> {
+    fn new(state: &StateDirectory) -> Result<Self> {
         let state = state.trial()?;
         let path = state.path().join("image-root");
         let attempted = || format!("make the folder {}, for a jail on trial", path.display());
         std::fs::create_dir_all(&path).attempt(attempted)?;
         let image_root = Tree::open(&path).attempt(attempted)?;
-        let note_folder = Tree::open(state.path()).attempt(attempted)?;
-        Ok(Self { state, path, image_root, note_folder })
+        let record_directory = Tree::open(state.path()).attempt(attempted)?;
+        Ok(Self { state, path, image_root, record_directory })
     }
 
     /// Makes a jail and enters it, with all that a real one has.
@@ -136,20 +136,20 @@ impl Ground {
         let wanted = Wanted {
             plan: Plan { tier, proc, dkms, image_root: self.path.clone(), ..Plan::default() },
             image_root: &self.image_root,
-            note_folder: &self.note_folder,
+            record_directory: &self.record_directory,
             job: None,
             in_place: false,
             keep: Vec::new(),
         };
         let jail = OpenJail::open(wanted, &self.state)?;
         let entered =
-            said_by_helper(&Arguments::Try(self.state.jail())).attempt(|| "enter a jail that was made on trial");
-        let bare = jail.door("mnt").filter(|_| tier == Tier::Namespace).map(OwnedFd::try_clone).transpose();
+            helper_output(&Arguments::Try(self.state.jail())).attempt(|| "enter a jail that was made on trial");
+        let bare = jail.namespace_fd("mnt").filter(|_| tier == Tier::Namespace).map(OwnedFd::try_clone).transpose();
         let bare = bare.attempt(|| "keep the mount namespace of a jail that was made on trial");
         let without_devices = jail.without_devices;
         jail.end()?;
         // With the mount points go the mounts: the kernel takes them down in all namespaces.
-        jail.clear(&self.image_root, &self.note_folder)?;
+        jail.clear(&self.image_root, &self.record_directory)?;
         entered?;
         Ok(Trial { without_devices, bare: bare? })
     }

@@ -162,7 +162,7 @@ fn open(
     // The supervisor marks what it ends itself, too: that is no change to keep, and the next run would not know whose it is.
     let root = open_tree(opened.image_root)?;
     for verdict in Verdict::ALL {
-        image_root::take_mark(&root, verdict)?;
+        image_root::remove_mark(&root, verdict)?;
     }
     drop(root);
     mounts::unmount(&shown).attempt(|| format!("unmount {}", shown.display()))?;

@@ -23,7 +23,7 @@ use crate::jail::link::Message;
 use crate::jail::plan::Plan;
 use crate::jail::tier::Tier;
 use crate::jailer::emulation;
-use crate::jailer::open::{self, OpenJail, TIME_TO_LET_GO, Wanted};
+use crate::jailer::open::{self, OpenJail, TIME_TO_CLOSE_FILES, Wanted};
 use crate::jailer::trial;
 use crate::local::claim::{is_claimed, remove_folder};
 use crate::local::job::{End, Fate, Job};
@@ -36,12 +36,12 @@ use crate::local::source;
 use crate::printable::Printable;
 use crate::sys::poll;
 use crate::sys::process::end_like;
-use crate::sys::signals::{Signals, hold_none};
+use crate::sys::signals::{Signals, unblock_signals};
 use crate::sys::tree::Tree;
 use crate::transfer::without_query;
 use crate::verdict::Verdict;
 use crate::volume::image_root;
-use crate::volume::state_directory::StateFolder;
+use crate::volume::state_directory::StateDirectory;
 
 /// The command to run, and what follows it.
 #[derive(Debug)]
@@ -207,7 +207,7 @@ impl Question {
             return Ok(None);
         }
         let attempted = || "read the answer";
-        let signals = Signals::hold(&[Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP]).attempt(attempted)?;
+        let signals = Signals::block(&[Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP]).attempt(attempted)?;
         let drain = || while let Ok(Some(_)) = signals.next() {};
         // Those that were meant for the session.
         drain();
@@ -276,10 +276,10 @@ impl Session {
         let run = RunFolder::claim("enter", image_root)?;
         // The command is in the foreground; what it does about these is its own business.
         let held = [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGCHLD];
-        let signals = Signals::hold(&held).attempt(|| "block signals")?;
+        let signals = Signals::block(&held).attempt(|| "block signals")?;
         nix::sys::prctl::set_child_subreaper(true).attempt(|| "become the parent of orphaned processes")?;
 
-        let state = StateFolder::of(run.path())?;
+        let state = StateDirectory::of(run.path())?;
         let tree = Tree::open(image_root).attempt(|| format!("open the image root {}", image_root.display()))?;
         let notes = Tree::open(run.path()).attempt(|| format!("open {}", run.path().display()))?;
         open::clear_image_root(&tree, &notes)?;
@@ -315,7 +315,7 @@ impl Session {
                 ..kind.plan(image_root)
             },
             image_root: &tree,
-            note_folder: &notes,
+            record_directory: &notes,
             in_place: self.in_place,
             job: None,
             keep: entry.variables.iter().map(|(name, _)| name.clone()).collect(),
@@ -326,7 +326,7 @@ impl Session {
         let mut helper = open::helper(&Arguments::Enter(state.jail(), command))?;
         helper.envs(entry.variables.iter().cloned());
         let terminal = self.is_at_terminal().then(TerminalModes::save).flatten();
-        let ended = hold_none(&mut helper).spawn().attempt(|| "start ims-jail-shell");
+        let ended = unblock_signals(&mut helper).spawn().attempt(|| "start ims-jail-shell");
         let ended = ended.and_then(|helper| self.attend(helper, &jail, &signals, is_ours));
 
         let all_ended = processes::end_all(Some(&jail));
@@ -339,7 +339,7 @@ impl Session {
             terminal.restore();
         }
         drop(emulation);
-        let all_ended = all_ended.and_then(|()| OpenJail::seal(&state, Instant::now() + TIME_TO_LET_GO));
+        let all_ended = all_ended.and_then(|()| OpenJail::seal(&state, Instant::now() + TIME_TO_CLOSE_FILES));
         jail.clear(&tree, &notes)?;
         state.remove()?;
         remove_folder(run.path())?;
@@ -423,7 +423,7 @@ fn is_open_elsewhere(image_root: &Path) -> Result<bool> {
 fn take_marks(image_root: &Tree) -> Result<Option<Verdict>> {
     let mut found = None;
     for verdict in Verdict::ALL {
-        if image_root::take_mark(image_root, verdict)? {
+        if image_root::remove_mark(image_root, verdict)? {
             found = found.max(Some(verdict));
         }
     }

@@ -9,7 +9,7 @@ use crate::local::claim::{is_claimed, remove_folder};
 use crate::local::run_directory::RunFolder;
 use crate::volume::open_tree;
 use crate::volume::signal_files::SignalFiles;
-use crate::volume::state_directory::StateFolder;
+use crate::volume::state_directory::StateDirectory;
 
 /// sshd's log, in the directory of the run.
 pub(crate) const SSHD_LOG: &str = "sshd.log";
@@ -18,8 +18,8 @@ pub(crate) const SSHD_LOG: &str = "sshd.log";
 /// mounted again.
 pub(crate) fn end_left_over(image_root: &Path) -> Result<()> {
     let parent = RunFolder::place("customize", image_root);
-    if !is_claimed(&parent)? && StateFolder::place(&parent).exists() {
-        let found = recovery::end_left_over(&StateFolder::of(&parent)?, Some(&parent.join(SSHD_LOG)))?;
+    if !is_claimed(&parent)? && StateDirectory::place(&parent).exists() {
+        let found = recovery::end_left_over(&StateDirectory::of(&parent)?, Some(&parent.join(SSHD_LOG)))?;
         if !found.is_empty() {
             tracing::warn!("a customization of this image was killed before; ended: {}", found.join("; "));
         }
@@ -35,8 +35,8 @@ pub(crate) fn clear_left_over(commands: &[&str], image_root: &Path) -> Result<()
         }
         let folder = RunFolder::claim(command, image_root)?;
         open::clear_image_root(&open_tree(image_root)?, &open_tree(folder.path())?)?;
-        if StateFolder::place(folder.path()).exists() {
-            StateFolder::of(folder.path())?.remove()?;
+        if StateDirectory::place(folder.path()).exists() {
+            StateDirectory::of(folder.path())?.remove()?;
         }
         remove_folder(folder.path())?;
     }

@@ -23,7 +23,7 @@ use crate::transfer::without_query;
 use crate::verdict::Verdict;
 use crate::volume::layout::{CREATED_IMAGE_ROOT, EXITING, IMAGE_ROOT, READY, SSHD_LISTENING};
 use crate::volume::signal_files::SignalFiles;
-use crate::volume::state_directory::{RUN, StateFolder};
+use crate::volume::state_directory::{RUN, StateDirectory};
 
 /// A path or URL is far shorter.
 const LIMIT: u64 = 64 << 10;
@@ -225,10 +225,10 @@ fn killed() -> Vec<Value> {
     let folders = std::fs::read_dir(Path::new(RUN).join("customize")).into_iter().flatten().flatten();
     let left = |parent: PathBuf| {
         let files = SignalFiles::open(&parent).ok()??;
-        if files.is_claimed() || !StateFolder::place(&parent).exists() {
+        if files.is_claimed() || !StateDirectory::place(&parent).exists() {
             return None;
         }
-        Daemon::noted(&StateFolder::of(&parent).ok()?.sshd())?;
+        Daemon::noted(&StateDirectory::of(&parent).ok()?.sshd())?;
         let source = String::from_utf8(files.parent().read(SOURCE, LIMIT).ok()?).ok()?;
         tracing::warn!(
             "the customization of {} was killed, and its sshd is left; the same command ends that",
@@ -313,7 +313,7 @@ fn name_of(report: &Value) -> String {
 
 /// A run, with what its supervisor says if it has one.
 fn with_report(mut run: Value) -> Value {
-    let report = run["image_root_parent"].as_str().and_then(|parent| ask_at(&StateFolder::place(Path::new(parent))));
+    let report = run["image_root_parent"].as_str().and_then(|parent| ask_at(&StateDirectory::place(Path::new(parent))));
     if let (Some(run), Some(Value::Object(report))) = (run.as_object_mut(), report) {
         run.extend(report);
     }
@@ -322,7 +322,7 @@ fn with_report(mut run: Value) -> Value {
 
 fn report_of(parent: &Path) -> Result<Value> {
     let files = open(parent)?;
-    if let Some(report) = ask_at(&StateFolder::place(parent)) {
+    if let Some(report) = ask_at(&StateDirectory::place(parent)) {
         return Ok(report);
     }
     let (stage, since) = match stage::shown(files.parent()) {

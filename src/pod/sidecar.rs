@@ -248,8 +248,8 @@ impl<'a> Sidecar<'a> {
                 let ended = self.shell(image_root.as_ref())?;
                 if let Some(image_root) = &image_root {
                     // An environment that was killed has left its own above it.
-                    ENVIRONMENT.take_back(image_root)?;
-                    if SIDECAR.take_back(image_root)? == Some(true) {
+                    ENVIRONMENT.restore(image_root)?;
+                    if SIDECAR.restore(image_root)? == Some(true) {
                         tracing::info!("/{RESOLV_CONF} of the image was changed, and stays as it is");
                     }
                 }
@@ -432,7 +432,7 @@ impl<'a> Sidecar<'a> {
         let (now, old) = (self.stamps(), self.old);
         if now.iter().zip(old).any(|(now, old)| now.is_some() && *now != old) {
             if let Some(image_root) = image_root {
-                SIDECAR.take_back(image_root)?;
+                SIDECAR.restore(image_root)?;
             }
             return Ok(false);
         }
@@ -452,12 +452,12 @@ impl<'a> Sidecar<'a> {
     /// The pod's name servers for the image, until the environment has ended.
     fn lend_resolv_conf(image_root: &Tree) -> Result<()> {
         // An earlier run was killed amid this.
-        SIDECAR.take_back(image_root)?;
+        SIDECAR.restore(image_root)?;
         match of_container() {
             // In plain mode, /run is the image's.
-            Some(text) if resolv_conf::has_to_be_lent(image_root, &text, false)? => {
-                let lent = SIDECAR.lend(image_root, &text);
-                lent.attempt(|| "put the pod's /etc/resolv.conf into the image").map(|_| ())
+            Some(text) if resolv_conf::needs_replacing(image_root, &text, false)? => {
+                let replaced = SIDECAR.replace(image_root, &text);
+                replaced.attempt(|| "put the pod's /etc/resolv.conf into the image").map(|_| ())
             }
             _ => Ok(()),
         }

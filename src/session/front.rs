@@ -49,7 +49,7 @@ pub(crate) fn run(
 ) -> Result<Infallible> {
     let mut held = PASSED_ON.to_vec();
     held.extend([Signal::SIGCHLD, Signal::SIGCONT]);
-    let signals = Signals::hold(&held).attempt(|| "block signals")?;
+    let signals = Signals::block(&held).attempt(|| "block signals")?;
     let mut terminal = Terminal::of_this_process();
     // Not in the chroot tier, which lacks CAP_SYS_ADMIN for it and holds nobody anyway.
     let refused = (record.tier != Tier::Chroot).then(refused_calls::program);

@@ -18,7 +18,7 @@ pub(crate) struct Signals {
 
 impl Signals {
     /// Blocks `signals` in this thread and all it starts later, and opens the signalfd.
-    pub(crate) fn hold(signals: &[Signal]) -> nix::Result<Self> {
+    pub(crate) fn block(signals: &[Signal]) -> nix::Result<Self> {
         let set: SigSet = signals.iter().copied().collect();
         let mut before = SigSet::empty();
         nix::sys::signal::sigprocmask(SigmaskHow::SIG_BLOCK, Some(&set), Some(&mut before))?;
@@ -60,7 +60,7 @@ impl AsFd for Signals {
 
 /// Starts `command` with no signal blocked. The mask survives exec and `Command` does not reset it: a shell could not
 /// be interrupted, nor a script terminated.
-pub(crate) fn hold_none(command: &mut Command) -> &mut Command {
+pub(crate) fn unblock_signals(command: &mut Command) -> &mut Command {
     // SAFETY: between fork and exec only sigprocmask runs, which is async-signal-safe, on a set on the stack.
     #[allow(unsafe_code)]
     unsafe {
@@ -99,13 +99,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_held_here_is_not_held_by_what_is_started() {
-        let signals = Signals::hold(&[Signal::SIGTERM, Signal::SIGTSTP]).unwrap();
+    fn signals_blocked_here_are_not_blocked_in_started_programs() {
+        let signals = Signals::block(&[Signal::SIGTERM, Signal::SIGTSTP]).unwrap();
         let blocked = |command: &mut Command| {
             let output = command.args(["SigBlk", "/proc/self/status"]).output().unwrap();
             String::from_utf8(output.stdout).unwrap().split_whitespace().nth(1).unwrap().to_owned()
         };
-        assert_eq!(blocked(hold_none(&mut Command::new("grep"))), "0000000000000000");
+        assert_eq!(blocked(unblock_signals(&mut Command::new("grep"))), "0000000000000000");
         // Without it, the mask is inherited.
         assert_ne!(blocked(&mut Command::new("grep")), "0000000000000000");
         signals.before.thread_set_mask().unwrap();

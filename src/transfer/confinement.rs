@@ -21,7 +21,7 @@ use crate::sys::landlock::{Access, Ruleset};
 use crate::sys::mounts::{self, Detached};
 use crate::sys::process;
 use crate::sys::seccomp;
-use crate::sys::signals::hold_none;
+use crate::sys::signals::unblock_signals;
 use crate::sys::tree::Tree;
 
 /// Capabilities of a program that writes a tree, with reasons.
@@ -202,7 +202,7 @@ impl<'a> Confined<'a> {
     pub(crate) fn spawn(&self, command: &mut Command) -> Result<Child> {
         let attempted = format!("run {}", command.get_program().display());
         self.prepare(clear_environment(command))?;
-        let start = || self.enter().and_then(|()| hold_none(command).spawn().attempt(|| "start it"));
+        let start = || self.enter().and_then(|()| unblock_signals(command).spawn().attempt(|| "start it"));
         let started = std::thread::scope(|scope| scope.spawn(start).join());
         started.map_err(|_| Error::new(&attempted))?.map_err(|e| Error::new(&attempted).because(e))
     }

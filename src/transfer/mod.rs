@@ -24,7 +24,7 @@ use crate::error::{Attempt, Error, Result};
 use crate::log::redaction;
 use crate::sys::poll;
 use crate::sys::process::end_with_us;
-use crate::sys::signals::{Signals, hold_none};
+use crate::sys::signals::{Signals, unblock_signals};
 use crate::transfer::confinement::{Confined, clear_environment};
 use crate::transfer::network::{Network, Validate};
 use reqwest::redirect::Policy;
@@ -127,7 +127,7 @@ impl Work {
     /// Blocks SIGTERM, SIGINT and SIGHUP and reads them instead: PID 1 of a container has no default action for them.
     pub(crate) fn begin(network: &Network) -> Result<Self> {
         // Before any thread starts: threads inherit the mask, and one without it would be killed.
-        let signals = Signals::hold(&[Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP]).attempt(|| "block signals")?;
+        let signals = Signals::block(&[Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP]).attempt(|| "block signals")?;
         // Uploads are signed and encrypted, more than one processor can do.
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(AT_A_TIME).enable_all().build();
         Ok(Self {
@@ -278,7 +278,7 @@ impl Work {
         let said = [&out, &err];
         let status = match confined {
             None => {
-                let child = end_with_us(hold_none(command)).spawn().attempt(attempted)?;
+                let child = end_with_us(unblock_signals(command)).spawn().attempt(attempted)?;
                 self.await_end(child, &name, said, None, look)?
             }
             Some(confined) => {
@@ -291,7 +291,7 @@ impl Work {
                     scope.spawn(move || {
                         let child = confined
                             .enter()
-                            .and_then(|()| end_with_us(hold_none(command)).spawn().attempt(|| "start it"));
+                            .and_then(|()| end_with_us(unblock_signals(command)).spawn().attempt(|| "start it"));
                         let _ = started.send(child);
                         let _ = end.recv();
                     });

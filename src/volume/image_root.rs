@@ -112,7 +112,7 @@ fn remove_directory(image_root: &Tree, name: &Path) -> Result<()> {
 
 /// Removes the mark from the image's /tmp, and an empty directory in its place. Returns whether the mark stood there. What else is no
 /// regular file is no mark, and stays.
-pub(crate) fn take_mark(image_root: &Tree, verdict: Verdict) -> Result<bool> {
+pub(crate) fn remove_mark(image_root: &Tree, verdict: Verdict) -> Result<bool> {
     let name = mark_of(verdict);
     let attempted = || removing(&name);
     remove_directory(image_root, &name)?;
@@ -141,7 +141,7 @@ pub(crate) fn mark(files: &SignalFiles, image_root: &Tree, verdict: Verdict) -> 
     if verdict == Verdict::Failed {
         files.create(image_root, &failed).attempt(|| "create /tmp/failed in the image")?;
     }
-    match take_mark(image_root, Verdict::Complete) {
+    match remove_mark(image_root, Verdict::Complete) {
         Err(e) if verdict == Verdict::Failed => tracing::warn!("{e}"),
         taken => drop(taken?),
     }
@@ -202,13 +202,13 @@ mod tests {
         std::fs::create_dir_all(root.join("tmp/failed")).unwrap();
         assert!(!is_marked(Some(&tree)).unwrap(), "a directory is no mark");
         std::fs::write(root.join("tmp/failed/file"), "").unwrap();
-        let told = take_mark(&tree, Verdict::Failed).unwrap_err().to_string();
+        let told = remove_mark(&tree, Verdict::Failed).unwrap_err().to_string();
         assert!(told.ends_with("in the place of a mark: remove it from the image"), "{told}");
         std::fs::remove_file(root.join("tmp/failed/file")).unwrap();
-        assert!(!take_mark(&tree, Verdict::Failed).unwrap() && !root.join("tmp/failed").exists());
+        assert!(!remove_mark(&tree, Verdict::Failed).unwrap() && !root.join("tmp/failed").exists());
         std::fs::write(root.join("tmp/failed"), "").unwrap();
         assert!(is_marked(Some(&tree)).unwrap());
-        assert!(take_mark(&tree, Verdict::Failed).unwrap());
+        assert!(remove_mark(&tree, Verdict::Failed).unwrap());
         std::fs::write(dir.path().join("failed"), "").unwrap();
         assert!(is_marked(None).unwrap());
     }

@@ -42,7 +42,7 @@ pub(crate) const UPLOAD: &str = ".ims-sshd.upload";
 /// Key of a work directory that only its owner can read; also in a store that is a directory.
 pub(crate) const KEY: &str = ".ims-sshd.key";
 /// Record of what was made in the image for the jail.
-pub(crate) const ADDITIONS: &str = ".ims-sshd.additions";
+pub(crate) const MOUNT_POINTS: &str = ".ims-sshd.additions";
 /// Directory for the image's resolv.conf while a build environment lends it another.
 pub(crate) const RESOLV_CONF: &str = ".ims-sshd.resolv.conf";
 /// The same while a sidecar does.

@@ -393,7 +393,7 @@ pub(crate) fn claimed(path: &Path) -> Error {
 }
 
 /// Warns, once, that one looks at intervals.
-pub(crate) fn tell_no_watch() {
+pub(crate) fn warn_without_inotify() {
     static TOLD: std::sync::Once = std::sync::Once::new();
     TOLD.call_once(|| {
         tracing::warn!(
@@ -436,7 +436,7 @@ impl Watch {
             Some((folder.to_owned(), watcher))
         });
         if self.watched.is_none() {
-            tell_no_watch();
+            warn_without_inotify();
         }
     }
 

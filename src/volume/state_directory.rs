@@ -44,11 +44,11 @@ const LONGEST_NAME: usize = 64;
 
 /// One environment's folder.
 #[derive(Debug, Clone)]
-pub struct StateFolder {
+pub struct StateDirectory {
     path: PathBuf,
 }
 
-impl StateFolder {
+impl StateDirectory {
     /// Where the folder of the environment on `parent` is, or would be.
     pub fn place(parent: &Path) -> PathBuf {
         Path::new(RUN).join(name_for(parent))

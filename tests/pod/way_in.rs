@@ -11,7 +11,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
 
-use ims_sshd::volume::state_directory::StateFolder;
+use ims_sshd::volume::state_directory::StateDirectory;
 use nix::libc::c_long;
 use nix::sys::ptrace::{self, Event, Options};
 use nix::sys::signal::{Signal, kill};
@@ -46,7 +46,7 @@ fn a_session_takes_no_more_instructions_and_system_calls_to_begin_than_are_commi
     succeed(&mut podman(&["rm", &container]));
     let environment = volume.start_by(&ims_sshd, Mode::Jailed, &[]).ready();
 
-    let record = StateFolder::of(&environment.parent).unwrap().jail();
+    let record = StateDirectory::of(&environment.parent).unwrap().jail();
     // As sshd starts it.
     let line = format!("exec {} session {}", program.display(), record.display());
     let session = ["-c".as_ref(), line.as_ref()];

@@ -183,7 +183,7 @@ fn what_a_killed_entrypoint_left_is_found_told_and_cleared() {
         std::fs::create_dir(volume.image_root.join("proc")).unwrap();
         // The record of a jail whose init is no more: this number belongs to somebody else now.
         let mut somebody = outsider(Command::new("sleep").arg("97010"));
-        let folder = ims_sshd::volume::state_directory::StateFolder::place(&volume.parent);
+        let folder = ims_sshd::volume::state_directory::StateDirectory::place(&volume.parent);
         std::fs::create_dir_all(&folder).unwrap();
         std::fs::write(folder.join("jail"), format!("tier namespace\ninit {} 1\n", somebody.id())).unwrap();
         std::fs::write(folder.join("sshd"), format!("{} 1\n", somebody.id())).unwrap();

@@ -54,7 +54,7 @@ impl Decoys {
         let lines = BufReader::new(program.stdout.take().unwrap()).lines().map(Result::unwrap);
         let variable = |line: String| line.split_once('=').map(|(name, value)| (name.to_owned(), value.to_owned()));
         let mut variables: Vec<_> = lines.take_while(|line| !line.is_empty()).filter_map(variable).collect();
-        let control = ims_sshd::volume::state_directory::StateFolder::place(&volume.parent).join("control");
+        let control = ims_sshd::volume::state_directory::StateDirectory::place(&volume.parent).join("control");
         variables.push(("OUTSIDE_CONTROL".into(), control.display().to_string()));
         let secret = std::fs::read_to_string(folder.join("file")).unwrap();
         Self { program, variables, secret }

@@ -119,7 +119,7 @@ impl Environment {
 
     /// The directory for the environment's own files.
     pub fn state_directory(&self) -> PathBuf {
-        ims_sshd::volume::state_directory::StateFolder::place(&self.parent)
+        ims_sshd::volume::state_directory::StateDirectory::place(&self.parent)
     }
 }
 
