@@ -1,4 +1,4 @@
-//! What a customization has changed, against the image that it began with.
+//! Comparison of an image with the image that its customization began with.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -16,31 +16,31 @@ use crate::transfer::Work;
 use crate::volume::layout::INVENTORY;
 use std::path::Path;
 
-/// An inventory of a million files with long names is smaller.
+/// Largest inventory in bytes: more than a million files with long names need.
 const LIMIT: u64 = 1 << 30;
 
-/// A tree as it was at one time: of each path what tells that it has changed.
+/// State of a tree at one time: for each path, a text that changes when the file does.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Inventory {
     files: BTreeMap<String, String>,
-    /// Packages with their versions; of rpm where its program is there.
+    /// Packages with their versions; those of rpm only where the program rpm is installed.
     packages: BTreeMap<String, String>,
 }
 
 impl Inventory {
-    /// Looks through a tree.
+    /// Takes the inventory of a tree.
     pub(crate) fn of(work: &Work, root: &Tree) -> Result<Self> {
-        let attempted = || format!("look through {}", root.shown().display());
+        let attempted = || format!("list the files of {}", root.shown().display());
         let mut files = BTreeMap::new();
         let mut interrupted = Ok(());
-        let looked = root.walk(|path, folder, name, found| {
+        let looked = root.walk(|path, directory, name, found| {
             interrupted = work.heed();
             if interrupted.is_err() {
                 return Err(io::ErrorKind::Interrupted.into());
             }
             if !path.as_os_str().is_empty() {
                 let path = path.as_os_str().as_bytes().escape_ascii();
-                files.insert(format!("/{path}"), state(folder, name, found));
+                files.insert(format!("/{path}"), state(directory, name, found));
             }
             Ok(())
         });
@@ -49,10 +49,10 @@ impl Inventory {
         Ok(Self { files, packages: installed_packages::of(work, root)? })
     }
 
-    /// Keeps it in the file `name` of a directory.
-    pub(crate) fn save(&self, folder: &Tree, name: &str) -> Result<()> {
-        let attempted = || format!("write {}/{name}", folder.shown().display());
-        let mut file = io::BufWriter::new(folder.create_file(name).attempt(attempted)?);
+    /// Writes it to the file `name` of a directory.
+    pub(crate) fn save(&self, directory: &Tree, name: &str) -> Result<()> {
+        let attempted = || format!("write {}/{name}", directory.shown().display());
+        let mut file = io::BufWriter::new(directory.create_file(name).attempt(attempted)?);
         for (kind, map) in [("file", &self.files), ("package", &self.packages)] {
             for (name, state) in map {
                 writeln!(file, "{kind}\t{name}\t{state}").attempt(attempted)?;
@@ -61,13 +61,14 @@ impl Inventory {
         file.flush().attempt(attempted)
     }
 
-    /// Reads what was kept. On a shared volume it may be anybody's: it decides on nothing but what is told.
-    pub(crate) fn load(folder: &Tree, name: &str) -> Result<Self> {
-        let attempted = || format!("read what the image was before, {}/{name}", folder.shown().display());
-        let text = folder
+    /// Reads a saved inventory. On a shared volume anybody may have written it: it decides nothing but what the report
+    /// says.
+    pub(crate) fn load(directory: &Tree, name: &str) -> Result<Self> {
+        let attempted = || format!("read the inventory of the image as it was, {}/{name}", directory.shown().display());
+        let text = directory
             .read(name, LIMIT)
             .attempt(attempted)
-            .map_err(|e| e.advise("only an image that 'ims-sshd prepare' has opened can be compared"))?;
+            .map_err(|e| e.advise("'ims-sshd prepare' writes it when it opens an image"))?;
         let text = String::from_utf8(text).attempt(attempted)?;
         let mut inventory = Self::default();
         for line in text.lines() {
@@ -81,7 +82,7 @@ impl Inventory {
         Ok(inventory)
     }
 
-    /// What has become of it, as JSON.
+    /// Differences between this inventory and a later one, as JSON.
     pub(crate) fn changes_to(&self, now: &Self) -> Value {
         let names = |in_a: &BTreeMap<String, String>, not_in: &BTreeMap<String, String>| -> Vec<Value> {
             in_a.keys().filter(|name| !not_in.contains_key(*name)).map(|n| n.as_str().into()).collect()
@@ -110,24 +111,26 @@ impl Inventory {
     }
 }
 
-/// A directory's size and time change with what is in it, which is told by itself.
-fn state(folder: &Tree, name: &OsStr, found: &Stat) -> String {
+/// State of one file. A directory's size and times are left out: they change with its entries, which are reported
+/// themselves.
+fn state(directory: &Tree, name: &OsStr, found: &Stat) -> String {
     let owner = format!("{:o} {} {}", found.st_mode, found.st_uid, found.st_gid);
     match FileType::from_raw_mode(found.st_mode) {
         FileType::Directory => owner,
         FileType::Symlink => {
-            let target = rustix::fs::readlinkat(folder, name, Vec::new()).unwrap_or_default();
+            let target = rustix::fs::readlinkat(directory, name, Vec::new()).unwrap_or_default();
             format!("{owner} -> {}", target.as_bytes().escape_ascii())
         }
         _ => format!("{owner} {} {}.{} {}", found.st_size, found.st_mtime, found.st_mtime_nsec, found.st_rdev),
     }
 }
 
-/// Writes what has changed since the inventory in `folder` was made to the new file `to`. The directory may be somebody else's: what has the
-/// name there, a link or a fifo perhaps, is replaced, and neither followed nor opened.
-pub(crate) fn write_changes(work: &Work, folder: &Tree, image_root: &Tree, to: &Path) -> Result<()> {
+/// Writes the changes since the inventory in `directory` was made to the new file `to`. Others may write to the
+/// target's directory: whatever has the name there, such as a link or a fifo, is replaced, and neither followed nor
+/// opened.
+pub(crate) fn write_changes(work: &Work, directory: &Tree, image_root: &Tree, to: &Path) -> Result<()> {
     let (above, name) = packing::output(to, "the report of changes")?;
-    let changes = Inventory::load(folder, INVENTORY)?.changes_to(&Inventory::of(work, image_root)?);
+    let changes = Inventory::load(directory, INVENTORY)?.changes_to(&Inventory::of(work, image_root)?);
     above.replace(name, format!("{changes:#}\n").as_bytes()).attempt(|| format!("write {}", to.display()))
 }
 
@@ -136,7 +139,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_added_removed_and_altered_is_told_apart() {
+    fn report_of_changes_separates_added_removed_and_altered() {
         let of = |files: &[(&str, &str)], packages: &[(&str, &str)]| {
             let owned = |list: &[(&str, &str)]| list.iter().map(|(a, b)| ((*a).to_owned(), (*b).to_owned())).collect();
             Inventory { files: owned(files), packages: owned(packages) }
@@ -151,8 +154,8 @@ mod tests {
             })
         );
         let dir = tempfile::tempdir().unwrap();
-        let folder = Tree::open(dir.path()).unwrap();
-        before.save(&folder, "inventory").unwrap();
-        assert_eq!(Inventory::load(&folder, "inventory").unwrap(), before);
+        let directory = Tree::open(dir.path()).unwrap();
+        before.save(&directory, "inventory").unwrap();
+        assert_eq!(Inventory::load(&directory, "inventory").unwrap(), before);
     }
 }

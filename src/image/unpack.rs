@@ -311,7 +311,9 @@ impl Overlay {
             }
             Content::Directory(tree) => tree.as_fd().try_clone_to_owned().map(Tree::from_fd).attempt(attempted)?,
             Content::File(_) if source.kind()? != Some(Kind::Squashfs) => {
-                return Err(Error::new(attempted()).because("it is no squashfs").advise("unpack it (--open unpack)"));
+                return Err(Error::new(attempted())
+                    .because("it is not a squashfs")
+                    .advise("unpack it (--open unpack)"));
             }
             Content::File(file) => {
                 mount_squashfs(file, &squashfs, attributes)

@@ -628,7 +628,7 @@ impl Opened<'_> {
             write_changes(work, workplace, &tree, to)?;
         }
         let boot = boot::find_if_any(&tree, &settings.boot, settings.arch)?;
-        let archive = Archive { folder: workplace, name: "packed.sqsh" };
+        let archive = Archive { directory: workplace, name: "packed.sqsh" };
         let rootfs = packing::pack(work, &tree, &archive, &packing, &job.exclude)?;
         drop(tree);
         if let Some(overlay) = overlay {

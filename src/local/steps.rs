@@ -55,7 +55,7 @@ impl Place {
     }
 
     fn archive(&self) -> Archive<'_> {
-        Archive { folder: &self.archive_folder, name: &self.archive_name }
+        Archive { directory: &self.archive_folder, name: &self.archive_name }
     }
 
     fn boot(&self, settings: &Settings) -> Result<Option<BootFiles>> {

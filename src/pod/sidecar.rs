@@ -565,7 +565,7 @@ impl<'a> Sidecar<'a> {
             None => boot::left_in(parent, &settings.boot, settings.arch),
         };
         let boot = has_store.then(find).transpose()?;
-        let archive = Archive { folder: parent, name: &settings.archive() };
+        let archive = Archive { directory: parent, name: &settings.archive() };
         let rootfs = if is_transferred {
             // Noted before it is renamed: from then on nothing but this tells that there is no image root.
             self.journal.phase = Phase::Packed;

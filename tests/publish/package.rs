@@ -142,7 +142,7 @@ fn it_is_refused_while_something_is_mounted_or_somebody_stands_in_it() {
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stderr).contains("something is mounted on"), "{output:?}");
     let mut somebody = Command::new("cat").current_dir(tree.join("etc")).stdin(Stdio::piped()).spawn().unwrap();
-    refused(&tree, &archive, &format!("process {} (cat) stands in it", somebody.id()));
+    refused(&tree, &archive, &format!("process {} (cat) has its root or working directory in it", somebody.id()));
     drop(somebody.stdin.take());
     somebody.wait().unwrap();
     // Its working folder stays outside, and it says when it stands there.
@@ -155,7 +155,7 @@ fn it_is_refused_while_something_is_mounted_or_somebody_stands_in_it() {
         .spawn()
         .unwrap();
     somebody.stdout.take().unwrap().read_exact(&mut [0]).unwrap();
-    refused(&tree, &archive, &format!("process {} (python3) stands in it", somebody.id()));
+    refused(&tree, &archive, &format!("process {} (python3) has its root or working directory in it", somebody.id()));
     drop(somebody.stdin.take());
     somebody.wait().unwrap();
     assert!(package(&["--archive", archive.to_str().unwrap(), tree.to_str().unwrap()]).status.success());
@@ -215,7 +215,10 @@ fn attributes_that_are_not_packed_are_noticed() {
     let mut command = ims_sshd(&["package", "--archive", "image.sqsh"], &[]);
     let output = command.arg(&tree).env("PATH", &few).current_dir(dir.path()).output().unwrap();
     assert_eq!(output.status.code(), Some(1), "{output:?}");
-    assert!(text(&output.stderr).contains("1 different sets of extended attributes, and the squashfs 0"), "{output:?}");
+    assert!(
+        text(&output.stderr).contains("1 different sets of extended attributes, and the squashfs has 0"),
+        "{output:?}"
+    );
     nothing_is_packed(dir.path());
 }
 
@@ -669,7 +672,7 @@ fn files_of_holes_are_warned_of_and_refused_before_they_keep_the_packing_busy() 
     let began = std::time::Instant::now();
     let output = packed(&[]);
     assert_eq!(output.status.code(), Some(1), "{output:?}");
-    assert!(text(&output.stderr).contains("come to 8192 GiB, expected 64 at the most: /disk"), "{output:?}");
+    assert!(text(&output.stderr).contains("have 8192 GiB of holes, expected at most 64: /disk"), "{output:?}");
     assert!(began.elapsed() < std::time::Duration::from_secs(20) && !archive.exists());
     assert!(packed(&["--exclude", "disk"]).status.success());
     grow(2 << 30);

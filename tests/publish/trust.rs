@@ -116,7 +116,7 @@ fn links_in_place_of_the_archive_are_neither_written_through_nor_published() {
 fn damaged_inventory_of_any_kind_costs_the_report_and_not_the_image() {
     let makes = [
         ("it is a fifo", "mkfifo $0"),
-        ("cannot read what the image was before", "ln -s /etc/passwd $0"),
+        ("cannot read the inventory of the image as it was", "ln -s /etc/passwd $0"),
         ("larger than", "truncate -s 100G $0"),
         ("it is damaged", "echo root:x:0:0 > $0"),
     ];

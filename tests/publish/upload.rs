@@ -248,7 +248,7 @@ fn an_archive_that_is_no_whole_squashfs_is_refused_before_anything_is_uploaded()
         ("text", b"no image\n", "neither a squashfs nor an archive"),
         ("cut off", &whole[..whole.len() / 2], "it is cut off"),
         ("followed", &junk, "something follows it"),
-        ("a tar archive", &std::fs::read(&tar).unwrap(), "it is no squashfs"),
+        ("a tar archive", &std::fs::read(&tar).unwrap(), "it is not a squashfs"),
     ];
     for (what, content, why) in cases {
         let (bucket, ims) = (Bucket::new(), ImsServer::start());
