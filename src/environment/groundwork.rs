@@ -23,15 +23,15 @@ impl Groundwork {
     pub(crate) fn lay(settings: &Settings, state: &StateDirectory) -> Result<Self> {
         crate::sshd::program()?;
         crate::sshd::check_rights()?;
-        let sftp = if settings.jailed { sftp_server::files()? } else { Vec::new() };
+        let sftp = if settings.job.jailed { sftp_server::files()? } else { Vec::new() };
         make_host_keys()?;
         // sshd does not start without it, and in a container nobody else makes it.
         std::fs::create_dir_all("/run/sshd").attempt(|| "make the folder /run/sshd")?;
-        if !settings.jailed && !settings.binds.is_empty() {
+        if !settings.job.jailed && !settings.binds.is_empty() {
             tracing::warn!("IMS_JAIL_BINDS is of no use in plain mode: sessions see what the container sees");
         }
         let choose = || trial::choose(&settings.tiers, settings.dkms, state);
-        Ok(Self { sftp, jail: settings.jailed.then(choose).transpose()? })
+        Ok(Self { sftp, jail: settings.job.jailed.then(choose).transpose()? })
     }
 }
 

@@ -57,13 +57,13 @@ impl Open {
     pub(super) fn make(groundwork: Groundwork, place: Place<'_>) -> Result<Self> {
         let Place { settings, state, files, image_root } = place;
         let recovered = recover(settings, files, image_root, state)?;
-        if settings.jailed && !recovered {
+        if settings.job.jailed && !recovered {
             image_root::remove_old_marks(image_root)?;
         }
         let tier = groundwork.jail.as_ref().map(|kind| kind.tier);
-        let emulation = match emulation::prepare(image_root, settings.architecture, files.parent(), tier) {
+        let emulation = match emulation::prepare(image_root, settings.job.architecture, files.parent(), tier) {
             // Beside the image root, people may have come for its files alone.
-            Err(e) if !settings.jailed => {
+            Err(e) if !settings.job.jailed => {
                 tracing::warn!("{e}");
                 Emulation::default()
             }
@@ -109,11 +109,11 @@ impl Open {
                 label: settings.image.clone(),
                 programs: self.groundwork.sftp.clone(),
                 binds: settings.binds.clone(),
-                ..kind.plan(&files.path().join(settings.image_root()))
+                ..kind.plan(&files.path().join(settings.job.image_root()))
             },
             image_root,
             record_directory: files.parent(),
-            job: settings.job.as_deref(),
+            job: settings.job.id.as_deref(),
             in_place: settings.in_place,
             keep: names.chain(self.effective.accept_env().map(str::to_owned)).collect(),
         };
@@ -152,7 +152,7 @@ impl Open {
     pub(super) fn start_script(&mut self, settings: &Settings) -> Result<()> {
         let Some(path) = settings.script.as_ref().filter(|p| p.exists()) else { return Ok(()) };
         let mut variables = settings.session_variables.clone();
-        variables.push(("IMAGE_ROOT_PARENT".into(), settings.parent.display().to_string()));
+        variables.push(("IMAGE_ROOT_PARENT".into(), settings.job.parent.display().to_string()));
         tracing::info!("customization script {} starts", path.display());
         let _expendable = Expendable::children();
         self.script = Some(Script::start(path, &variables)?);

@@ -4,32 +4,26 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::jail::binds::Bind;
 use crate::jail::tier::Tier;
-use crate::job::Action;
-use crate::job::variables::{Case, Reader};
+use crate::job::Job;
+use crate::job::variables::{Case, Reader, TRUTH};
 use crate::sshd::options::Options;
-use crate::sys::architecture::Architecture;
-use crate::volume::layout;
 
 /// Everything that decides on a build environment.
 #[derive(Debug, Clone)]
 // Each is a variable that says yes or no.
 #[allow(clippy::struct_excessive_bools)]
 pub struct Settings {
-    /// `IMS_ACTION`.
-    pub(crate) action: Action,
-    /// The argument, else `IMAGE_ROOT_PARENT`, else the default.
-    pub(crate) parent: PathBuf,
+    /// The job, whose action is known.
+    pub(crate) job: Job,
     /// `SSHD_OPTIONS`, understood.
     pub(crate) sshd: Options,
     /// The configuration sshd reads, into which settings are written.
     pub(crate) sshd_config: PathBuf,
     /// `CUSTOMIZATION_SCRIPT`.
     pub(crate) script: Option<PathBuf>,
-    /// `SSH_JAIL`.
-    pub(crate) jailed: bool,
     /// `IMS_JAIL_TIER`: the tiers that will do; the best that can be had if there is none.
     pub(crate) tiers: Vec<Tier>,
     /// `JOB_ENABLE_DKMS`.
@@ -44,12 +38,6 @@ pub struct Settings {
     pub(crate) binds: Vec<Bind>,
     /// `IMS_AGENT_FORWARDING`: whether clients may bring their ssh-agent, as far as sshd lets them.
     pub(crate) agent: bool,
-    /// `ENABLE_DEBUG`.
-    pub(crate) debug: bool,
-    /// `BUILD_ARCH`.
-    pub(crate) architecture: Option<Architecture>,
-    /// `IMS_JOB_ID`.
-    pub(crate) job: Option<String>,
     /// `IMS_CLOSE_GRACE`: how long running commands may go on after a verdict.
     pub(crate) close_grace: Duration,
     /// `IMS_IDLE_LIMIT`: how long an environment without a session stays open; for ever if not set.
@@ -75,21 +63,16 @@ impl Settings {
     /// Reads `variables`; `argument` is the command line's image root parent. All complaints come at once.
     pub fn read(argument: Option<PathBuf>, variables: impl IntoIterator<Item = (OsString, OsString)>) -> Result<Self> {
         let mut reader = Reader::of(variables);
-        let action =
-            reader.choice("IMS_ACTION", &[("customize", Action::Customize), ("create", Action::Create)], Case::Exact);
-        if action.is_none() && reader.text("IMS_ACTION").is_none() {
-            reader.complaints.push("IMS_ACTION is not set: expected 'customize' or 'create'".into());
+        let job = Job::read(&mut reader, argument);
+        if reader.text("IMS_ACTION").is_none() {
+            reader.accept(job.required_action());
         }
-        let parent = reader.parent(argument);
         let sshd_options = reader.text("SSHD_OPTIONS").unwrap_or_default();
         let sshd = reader.accept(Options::parse(&sshd_options));
         let written = reader.text("SSHD_CONFIG_FILE").map(PathBuf::from);
         let sshd_config = sshd.as_ref().and_then(|o| reader.accept(o.config_file(written.as_ref())));
 
-        let jailed = reader.choice("SSH_JAIL", &[("True", true), ("False", false)], Case::Exact).unwrap_or(false);
         let dkms = reader.dkms();
-        let debug = reader.choice("ENABLE_DEBUG", &TRUTH, Case::Any).unwrap_or(false);
-        let architecture = reader.choice("BUILD_ARCH", &Architecture::ALL.map(|a| (a.name(), a)), Case::Exact);
         let tiers = reader.tiers();
         let hostname = reader.host_name("IMS_JAIL_HOSTNAME");
         let binds = reader.binds("IMS_JAIL_BINDS");
@@ -102,41 +85,24 @@ impl Settings {
             .iter()
             .filter_map(|(name, from)| Some(((*name).to_owned(), reader.line(from)?)))
             .collect();
-        let job = reader.line("IMS_JOB_ID").filter(|job| !job.is_empty());
 
-        match (action, sshd, sshd_config) {
-            (Some(action), Some(sshd), Some(sshd_config)) if reader.complaints.is_empty() => Ok(Self {
-                action,
-                parent,
-                sshd,
-                sshd_config,
-                script,
-                jailed,
-                tiers,
-                dkms,
-                hostname,
-                image: None,
-                in_place: false,
-                binds,
-                agent,
-                debug,
-                architecture,
-                job,
-                close_grace,
-                idle_limit,
-                session_limit,
-                session_variables,
-            }),
-            _ => Err(Error::bad_input(reader.complaints.join("; also, "))),
-        }
-    }
-
-    /// The image root, relative to the parent.
-    pub(crate) fn image_root(&self) -> &'static str {
-        match self.action {
-            Action::Customize => layout::IMAGE_ROOT,
-            Action::Create => layout::CREATED_IMAGE_ROOT,
-        }
+        reader.finish(sshd.zip(sshd_config)).map(|(sshd, sshd_config)| Self {
+            job,
+            sshd,
+            sshd_config,
+            script,
+            tiers,
+            dkms,
+            hostname,
+            image: None,
+            in_place: false,
+            binds,
+            agent,
+            close_grace,
+            idle_limit,
+            session_limit,
+            session_variables,
+        })
     }
 }
 
@@ -146,11 +112,8 @@ pub(crate) fn of_jail(
 ) -> Result<(Vec<Tier>, Option<String>, bool)> {
     let mut reader = Reader::of(variables);
     let found = (reader.tiers(), reader.host_name("IMS_JAIL_HOSTNAME"), reader.dkms());
-    if reader.complaints.is_empty() { Ok(found) } else { Err(Error::bad_input(reader.complaints.join("; also, "))) }
+    reader.finish(Some(found))
 }
-
-/// Values of a variable that is true or false.
-const TRUTH: [(&str, bool); 2] = [("true", true), ("false", false)];
 
 /// Values that only a build environment reads.
 impl Reader {
@@ -163,7 +126,7 @@ impl Reader {
         let named: Option<Vec<_>> = value.split(',').map(Tier::from_name).collect();
         if named.is_none() && !value.is_empty() {
             let known = Tier::ALL.map(Tier::name).join("' or '");
-            self.complaints.push(format!(
+            self.complain(format!(
                 "IMS_JAIL_TIER is '{value}': expected 'auto' or '{known}', or several tiers with commas between them"
             ));
         }
@@ -181,7 +144,7 @@ impl Reader {
         if value.len() <= 64 && value.split('.').all(is_label) {
             return Some(value);
         }
-        self.complaints.push(format!(
+        self.complain(format!(
             "{name} is '{}': expected at most 64 letters, digits, dots and dashes, as in host names",
             value.escape_debug()
         ));
@@ -193,11 +156,11 @@ impl Reader {
         let words = match shell_words::split(&value) {
             Ok(words) => words,
             Err(e) => {
-                self.complaints.push(format!("{name} is '{value}': {e}"));
+                self.complain(format!("{name} is '{value}': {e}"));
                 return Vec::new();
             }
         };
-        let mut bind = |word: &String| Bind::parse(word).map_err(|why| self.complaints.push(format!("{name}: {why}")));
+        let mut bind = |word: &String| Bind::parse(word).map_err(|why| self.complain(format!("{name}: {why}")));
         words.iter().filter_map(|word| bind(word).ok()).collect()
     }
 }
@@ -226,8 +189,8 @@ mod tests {
             ("REMOTE_BUILD_NODE", ""),
         ])
         .unwrap();
-        assert!(settings.jailed && settings.dkms && !settings.debug);
-        assert_eq!(settings.image_root(), "image-root");
+        assert!(settings.job.jailed && settings.dkms && !settings.job.debug);
+        assert_eq!(settings.job.image_root(), "image-root");
         let variables: Vec<_> = settings.session_variables.iter().map(|(n, v)| (n.as_str(), v.as_str())).collect();
         let wanted =
             [("IMS_JOB_ID", "7"), ("IMS_ARCH", "x86_64"), ("IMS_DKMS_ENABLED", "TRUE"), ("REMOTE_BUILD_NODE", "")];
@@ -237,11 +200,11 @@ mod tests {
     #[test]
     fn the_argument_comes_before_the_variable_before_the_default() {
         let action = ("IMS_ACTION", "create");
-        assert_eq!(read(&[action]).unwrap().parent, PathBuf::from(DEFAULT_PARENT));
-        assert_eq!(read(&[action, ("IMAGE_ROOT_PARENT", "/v")]).unwrap().parent, PathBuf::from("/v"));
+        assert_eq!(read(&[action]).unwrap().job.parent, PathBuf::from(DEFAULT_PARENT));
+        assert_eq!(read(&[action, ("IMAGE_ROOT_PARENT", "/v")]).unwrap().job.parent, PathBuf::from("/v"));
         let given = Settings::read(Some("/a".into()), [("IMS_ACTION".into(), "create".into())]).unwrap();
-        assert_eq!(given.parent, PathBuf::from("/a"));
-        assert_eq!(given.image_root(), "build/image-root");
+        assert_eq!(given.job.parent, PathBuf::from("/a"));
+        assert_eq!(given.job.image_root(), "build/image-root");
     }
 
     #[test]

@@ -21,7 +21,7 @@ pub(crate) fn configure_sshd(settings: &Settings, state: &StateDirectory) -> Res
     // Without the fragment, whose Include sshd passes over as long as it does not exist: what the configuration says by itself.
     let _ = std::fs::remove_file(&fragment);
     let base = Effective::ask(options, "root")?;
-    let force_command = settings.jailed.then(|| force_command(state)).transpose()?;
+    let force_command = settings.job.jailed.then(|| force_command(state)).transpose()?;
     let text = config::fragment(&settings.session_variables, &base, settings.agent, force_command.as_deref());
     std::fs::write(&fragment, &text).attempt(|| format!("write {}", fragment.display()))?;
     let before = std::fs::read(&settings.sshd_config).attempt(|| format!("read {shown}"))?;

@@ -72,7 +72,7 @@ pub fn run(settings: Settings, files: Option<SignalFiles>, listening: impl FnOnc
         next_look: Instant::now(),
         signals,
         watch,
-        state: StateDirectory::of(&settings.parent)?,
+        state: StateDirectory::of(&settings.job.parent)?,
         groundwork: None,
         old_marks: [None; 2],
         files,
@@ -90,14 +90,14 @@ pub fn run(settings: Settings, files: Option<SignalFiles>, listening: impl FnOnc
 
 /// A create job's shell is for looking at a failed build, if somebody asked for it.
 fn shell_is_wanted(settings: &Settings) -> Result<bool> {
-    if settings.action == JobAction::Customize {
+    if settings.job.action == Some(JobAction::Customize) {
         return Ok(true);
     }
-    let failed = match SignalFiles::open(&settings.parent)? {
+    let failed = match SignalFiles::open(&settings.job.parent)? {
         Some(files) => files.stands(BUILD_FAILED)?,
         None => false,
     };
-    match (failed, settings.debug) {
+    match (failed, settings.job.debug) {
         (true, true) => return Ok(true),
         (true, false) => tracing::info!("the build failed, and ENABLE_DEBUG is not true: no shell is wanted"),
         (false, _) => tracing::info!("the build did not fail: no shell is wanted"),
@@ -148,15 +148,15 @@ impl<F: FnOnce()> Supervisor<F> {
     fn live(&mut self) -> Result<Outcome> {
         self.open_parent()?;
         tracing::info!(
-            parent = %self.settings.parent.display(),
-            jailed = self.settings.jailed,
-            job = self.settings.job.as_deref(),
+            parent = %self.settings.job.parent.display(),
+            jailed = self.settings.job.jailed,
+            job = self.settings.job.id.as_deref(),
             "waiting for '{READY}'",
         );
         if self.files.is_none() {
             tracing::warn!(
                 "{} does not exist: it is waited for {} s, as a volume may be mounted late",
-                self.settings.parent.display(),
+                self.settings.job.parent.display(),
                 TIME_FOR_PARENT.as_secs()
             );
         }
@@ -321,7 +321,7 @@ impl<F: FnOnce()> Supervisor<F> {
         self.open_parent()?;
         Ok(match self.files.as_ref().map(|files| files.stands(READY)) {
             None if self.began.elapsed() > TIME_FOR_PARENT => {
-                let error = Error::new(format!("open the image root parent {}", self.settings.parent.display()))
+                let error = Error::new(format!("open the image root parent {}", self.settings.job.parent.display()))
                     .because(format!("it does not exist after {} s", TIME_FOR_PARENT.as_secs()))
                     .advise("mount the volume there, or name its directory by the argument or IMAGE_ROOT_PARENT");
                 Some(broken(&error))
@@ -344,11 +344,11 @@ impl<F: FnOnce()> Supervisor<F> {
     fn status(&self) -> serde_json::Value {
         let open = self.open.as_ref();
         serde_json::json!({
-            "image_root_parent": self.settings.parent,
+            "image_root_parent": self.settings.job.parent,
             "state": self.machine.state().stage().name(),
             "since": humantime::format_rfc3339_seconds(self.since).to_string(),
             "tier": open.and_then(|open| open.jail.as_ref()).map_or("plain", |jail| jail.tier.name()),
-            "job": self.settings.job,
+            "job": self.settings.job.id,
             "verdict": self.machine.verdict().map(Verdict::signal_file),
             "sessions": open.map(|open| open.presence.to_json()),
         })
@@ -384,15 +384,15 @@ impl<F: FnOnce()> Supervisor<F> {
 
     fn open_parent(&mut self) -> Result<()> {
         if self.files.is_none() {
-            self.watch.on(&self.settings.parent);
-            if let Some(mut files) = SignalFiles::open(&self.settings.parent)? {
+            self.watch.on(&self.settings.job.parent);
+            if let Some(mut files) = SignalFiles::open(&self.settings.job.parent)? {
                 files.claim()?;
                 files.remove_marks_of_earlier_pods()?;
                 self.old_marks = files.verdict_stamps();
                 self.files = Some(files);
             }
         }
-        self.watch.on(&self.settings.parent);
+        self.watch.on(&self.settings.job.parent);
         Ok(())
     }
 
@@ -456,7 +456,7 @@ impl<F: FnOnce()> Supervisor<F> {
                 return None;
             }
             let how = how_ended(status);
-            if self.settings.debug {
+            if self.settings.job.debug {
                 tracing::error!(
                     "the customization script {script} {how}; ENABLE_DEBUG is true, so the environment stays open"
                 );
@@ -494,10 +494,10 @@ impl<F: FnOnce()> Supervisor<F> {
         }
         files.remove_marks_of_earlier_jobs(self.old_marks)?;
         files.reserve()?;
-        let image_root = image_root::open(files, self.settings.image_root())?;
+        let image_root = image_root::open(files, self.settings.job.image_root())?;
         // A create job's is open to be looked at as far as it was built.
-        if self.settings.action == JobAction::Customize {
-            let shown = files.path().join(self.settings.image_root());
+        if self.settings.job.action == Some(JobAction::Customize) {
+            let shown = files.path().join(self.settings.job.image_root());
             let refused = |why| Error::new(format!("open the image root {}", shown.display())).because(why);
             image_root::check(&image_root, &shown, false, refused)?;
         }
@@ -532,7 +532,7 @@ impl<F: FnOnce()> Supervisor<F> {
         const FAILED: Event = Event::Marked(Verdict::Failed);
         let mut marks = self.marks();
         let known = self.machine.verdict() == Some(Verdict::Failed) || marks.contains(&FAILED);
-        let image_root = self.image_root.as_ref().filter(|_| self.settings.jailed);
+        let image_root = self.image_root.as_ref().filter(|_| self.settings.job.jailed);
         match self.files.as_ref().filter(|_| !known).map(|files| image_root::is_marked_failed(files, image_root)) {
             Some(Ok(true)) => {
                 tracing::info!("marked failed while closing");
@@ -560,7 +560,7 @@ impl<F: FnOnce()> Supervisor<F> {
                 let limit = if is_failed { now } else { in_grace.max(now + TIME_TO_CLOSE_FILES) };
                 cleanly &= open.release(place, limit, is_failed);
             }
-            let path: PathBuf = files.path().join(self.settings.image_root());
+            let path: PathBuf = files.path().join(self.settings.job.image_root());
             cleanly &= succeeded(mounts_below::unmount_below(&path));
             self.step("nothing is mounted in the image root");
             // First: what it writes to the same disk is then written with the rest.
@@ -576,8 +576,8 @@ impl<F: FnOnce()> Supervisor<F> {
     fn record(&self, verdict: Verdict) -> Event {
         let mut cleanly = true;
         let Some(files) = &self.files else { return Event::Recorded { verdict, cleanly } };
-        if self.settings.jailed {
-            let name = self.settings.image_root();
+        if self.settings.job.jailed {
+            let name = self.settings.job.image_root();
             let marked = match &self.image_root {
                 Some(image_root) => image_root::mark(files, image_root, verdict),
                 // The image root was never opened here, but whoever packs it looks for the mark in it too. A half-unpacked one may have

@@ -79,7 +79,7 @@ impl Watchdog {
         files: &SignalFiles,
         image_root: &Tree,
     ) -> Option<Event> {
-        let name = settings.image_root();
+        let name = settings.job.image_root();
         let shown = files.path().join(name);
         let shown = shown.display();
         if !files.holds(name, image_root) {

@@ -1,8 +1,14 @@
-//! A job: what it is about, and the variables that tell.
+//! A job: its description, and the variables that give it.
 
 pub mod variables;
 
-/// What the job is about (`IMS_ACTION`).
+use std::path::PathBuf;
+
+use crate::error::{Error, Result};
+use crate::job::variables::{Case, Reader, TRUTH};
+use crate::sys::architecture::Architecture;
+
+/// Kind of a job (`IMS_ACTION`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {
     /// An image is changed.
@@ -11,5 +17,61 @@ pub enum Action {
     Create,
 }
 
-/// The image root's parent where nobody says another one.
+/// Default of the image root's parent.
 pub const DEFAULT_PARENT: &str = "/mnt/image";
+
+/// The variables that every program of a job reads.
+#[derive(Debug, Clone)]
+pub struct Job {
+    /// `IMS_ACTION`.
+    pub(crate) action: Option<Action>,
+    /// The argument, else `IMAGE_ROOT_PARENT`, else the default.
+    pub(crate) parent: PathBuf,
+    /// `IMS_JOB_ID`.
+    pub(crate) id: Option<String>,
+    /// True if `REMOTE_BUILD_NODE` is set: the image root is on that node, and the packed image comes from it.
+    pub(crate) is_remote: bool,
+    /// `SSH_JAIL`.
+    pub(crate) jailed: bool,
+    /// `ENABLE_DEBUG`.
+    pub(crate) debug: bool,
+    /// `BUILD_ARCH`.
+    pub(crate) architecture: Option<Architecture>,
+}
+
+impl Job {
+    /// Reads the job's variables; `argument` is the command line's image root parent.
+    pub(crate) fn read(reader: &mut Reader, argument: Option<PathBuf>) -> Self {
+        let actions = [("customize", Action::Customize), ("create", Action::Create)];
+        Self {
+            action: reader.choice("IMS_ACTION", &actions, Case::Exact),
+            parent: parent(reader, argument),
+            id: reader.line("IMS_JOB_ID").filter(|id| !id.is_empty()),
+            is_remote: reader.line("REMOTE_BUILD_NODE").is_some_and(|node| !node.is_empty()),
+            jailed: reader.choice("SSH_JAIL", &[("True", true), ("False", false)], Case::Exact).unwrap_or(false),
+            debug: reader.choice("ENABLE_DEBUG", &TRUTH, Case::Any).unwrap_or(false),
+            architecture: reader.choice("BUILD_ARCH", &Architecture::ALL.map(|a| (a.name(), a)), Case::Exact),
+        }
+    }
+
+    /// The action, for a program that does nothing without one.
+    pub(crate) fn required_action(&self) -> Result<Action> {
+        self.action.ok_or_else(|| Error::bad_input("IMS_ACTION is not set: expected 'customize' or 'create'"))
+    }
+
+    /// Name of the image's architecture; this machine's if the job names none.
+    pub(crate) fn arch(&self) -> &'static str {
+        self.architecture.unwrap_or(Architecture::OWN).name()
+    }
+}
+
+/// The image root's parent: the argument, else `IMAGE_ROOT_PARENT`, else the default.
+fn parent(reader: &mut Reader, argument: Option<PathBuf>) -> PathBuf {
+    let argument = argument.map(|argument| std::path::absolute(&argument).unwrap_or(argument));
+    let named = argument.or_else(|| reader.text("IMAGE_ROOT_PARENT").map(Into::into));
+    let parent = named.unwrap_or_else(|| DEFAULT_PARENT.into());
+    if !parent.is_absolute() {
+        reader.complain(format!("the image root parent is '{}': expected an absolute path", parent.display()));
+    }
+    parent
+}

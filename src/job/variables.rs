@@ -2,11 +2,9 @@
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
-use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::error::Result;
-use crate::job::DEFAULT_PARENT;
+use crate::error::{Error, Result};
 
 /// A variable, as docs/REFERENCE.md and the man pages describe it.
 #[derive(Debug)]
@@ -350,10 +348,13 @@ pub(crate) enum Case {
     Any,
 }
 
+/// Values of a variable that is true or false.
+pub(crate) const TRUTH: [(&str, bool); 2] = [("true", true), ("false", false)];
+
 /// Takes values out of the variables and collects what is wrong with them. An empty variable counts as not set.
 pub(crate) struct Reader {
     variables: HashMap<OsString, OsString>,
-    pub(crate) complaints: Vec<String>,
+    complaints: Vec<String>,
 }
 
 impl Reader {
@@ -362,27 +363,29 @@ impl Reader {
         Self { variables: variables.into_iter().collect(), complaints: Vec::new() }
     }
 
+    /// Adds a complaint, once: several parts of a program may read the same variable.
+    pub(crate) fn complain(&mut self, complaint: String) {
+        if !self.complaints.contains(&complaint) {
+            self.complaints.push(complaint);
+        }
+    }
+
+    /// Returns what was read, or all complaints as one error. A value that is missing has its complaint.
+    pub(crate) fn finish<T>(self, read: Option<T>) -> Result<T> {
+        let refusal = || Error::bad_input(self.complaints.join("; also, "));
+        read.filter(|_| self.complaints.is_empty()).ok_or_else(refusal)
+    }
+
     pub(crate) fn text(&mut self, name: &str) -> Option<String> {
         let value = self.variables.get(OsStr::new(name)).filter(|v| !v.is_empty())?;
         match value.to_str() {
             Some(text) => Some(text.to_owned()),
             None => {
-                self.complaints.push(format!("{name} is '{}': expected UTF-8", value.to_string_lossy()));
+                let complaint = format!("{name} is '{}': expected UTF-8", value.to_string_lossy());
+                self.complain(complaint);
                 None
             }
         }
-    }
-
-    /// The image root's parent: the argument, else `IMAGE_ROOT_PARENT`, else the default.
-    pub(crate) fn parent(&mut self, argument: Option<PathBuf>) -> PathBuf {
-        let argument = argument.map(|argument| std::path::absolute(&argument).unwrap_or(argument));
-        let parent = argument.or_else(|| self.text("IMAGE_ROOT_PARENT").map(Into::into));
-        let parent = parent.unwrap_or_else(|| DEFAULT_PARENT.into());
-        if !parent.is_absolute() {
-            let complaint = format!("the image root parent is '{}': expected an absolute path", parent.display());
-            self.complaints.push(complaint);
-        }
-        parent
     }
 
     /// A value that ends up as one word of a configuration line; it may be empty.
@@ -390,8 +393,10 @@ impl Reader {
         self.variables.get(OsStr::new(name))?;
         let value = self.text(name).unwrap_or_default();
         if value.contains(|c: char| c.is_control()) {
-            self.complaints
-                .push(format!("{name} is '{}': expected one line without control characters", value.escape_debug()));
+            self.complain(format!(
+                "{name} is '{}': expected one line without control characters",
+                value.escape_debug()
+            ));
             return None;
         }
         Some(value)
@@ -406,7 +411,7 @@ impl Reader {
         if found.is_none() {
             let known: Vec<_> = choices.iter().map(|(word, _)| format!("'{word}'")).collect();
             let exactly = if case == Case::Exact { ", in this spelling" } else { "" };
-            self.complaints.push(format!("{name} is '{value}': expected {}{exactly}", known.join(" or ")));
+            self.complain(format!("{name} is '{value}': expected {}{exactly}", known.join(" or ")));
         }
         found.map(|(_, choice)| *choice)
     }
@@ -415,7 +420,7 @@ impl Reader {
         let value = self.text(name)?;
         let seconds = value.parse().ok().map(Duration::from_secs);
         if seconds.is_none() {
-            self.complaints.push(format!("{name} is '{value}': expected whole seconds"));
+            self.complain(format!("{name} is '{value}': expected whole seconds"));
         }
         seconds
     }
@@ -427,11 +432,11 @@ impl Reader {
         value: &str,
         check: impl FnOnce(&str) -> std::result::Result<T, String>,
     ) -> Option<T> {
-        let refused = |expected| self.complaints.push(format!("{name} is '{value}': {expected}"));
+        let refused = |expected| self.complain(format!("{name} is '{value}': {expected}"));
         check(value).map_err(refused).ok()
     }
 
     pub(crate) fn accept<T>(&mut self, result: Result<T>) -> Option<T> {
-        result.map_err(|e| self.complaints.push(e.to_string())).ok()
+        result.map_err(|e| self.complain(e.to_string())).ok()
     }
 }

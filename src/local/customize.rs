@@ -126,7 +126,7 @@ fn furnish(wanted: &Customization, settings: &mut Settings, opened: &Opened, run
     let options = ["-E", &run.join(SSHD_LOG).to_string_lossy(), "-f", &config.to_string_lossy()].map(str::to_owned);
     settings.sshd = Options::parse(&shell_words::join(options))?;
     settings.sshd_config = config;
-    run.clone_into(&mut settings.parent);
+    run.clone_into(&mut settings.job.parent);
     configure_client(run, address, identity.as_deref())
 }
 

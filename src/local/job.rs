@@ -181,12 +181,12 @@ impl Job {
             (_, Some(Kind::Squashfs)) => (image.size(), 0),
             _ => (image.size(), image.size()),
         };
-        let work_directory = settings.parent.ancestors().find(|place| place.exists()).unwrap_or(Path::new("/"));
+        let work_directory = settings.job.parent.ancestors().find(|place| place.exists()).unwrap_or(Path::new("/"));
         let space = rustix::fs::statvfs(work_directory).ok().map(|disk| disk.f_bavail * disk.f_frsize);
         // Kept changes are dropped first, and free their space.
         let space = space.filter(|_| !(self.fresh && goes_on));
         let on_disks = [
-            (space, size + unpacked, settings.parent.display().to_string(), "--work names another disk"),
+            (space, size + unpacked, settings.job.parent.display().to_string(), "--work names another disk"),
             (in_store, size, "the store".to_owned(), "--output names another disk"),
         ];
         for (space, needed, place, advice) in on_disks {
@@ -284,13 +284,13 @@ impl Job {
         let work = Work::begin(&settings.network)?;
         if publishes {
             transfer::installed("mksquashfs")?;
-            let place = settings.parent.join(name_of(&source, &self.source));
+            let place = settings.job.parent.join(name_of(&source, &self.source));
             self.check_store(&work, &settings, &source, holds_changes(&place, &place.join(IMAGE_ROOT)))?;
             self.reports.changes.as_deref().map(|file| packing::check_output(file, "--changes")).transpose()?;
         }
-        let place = self.claim(&source, &settings.parent)?;
-        place.path().clone_into(&mut settings.parent);
-        let parent = &settings.parent;
+        let place = self.claim(&source, &settings.job.parent)?;
+        place.path().clone_into(&mut settings.job.parent);
+        let parent = &settings.job.parent;
         let mounted = parent.join(IMAGE_ROOT);
         entry.tell(&[("work", &parent.display().to_string())]);
         end_left_over(&mounted)?;
@@ -367,7 +367,7 @@ impl Job {
         let record = place.files().parent();
         if self.fresh {
             if self.end == End::Published {
-                boot::check_named(root, &settings.boot, settings.arch)?;
+                boot::check_named(root, &settings.boot, settings.job.arch())?;
             }
             directory::give_up_changes(directory, root, record)?;
             return drop_changes(work, settings, place);
@@ -575,7 +575,7 @@ impl Opened<'_> {
         }
         if self.settings.store.url.is_some() {
             // Closed before the session: an open directory keeps a mount.
-            let (root, names, arch) = (open_tree(&image_root)?, &self.settings.boot, self.settings.arch);
+            let (root, names, arch) = (open_tree(&image_root)?, &self.settings.boot, self.settings.job.arch());
             boot::check_named(&root, names, arch)?;
             boot::warn_of_missing_initrd(&root, names, arch);
         }
@@ -617,7 +617,7 @@ impl Opened<'_> {
         let Self { job, settings, work, .. } = self;
         self.entry.reach(Stage::Packing);
         let mut packing = settings.packing.clone();
-        let fetched = settings.parent.join(ARCHIVE);
+        let fetched = settings.job.parent.join(ARCHIVE);
         let archive = if let Source::Here(path) = source { path } else { &fetched };
         packing.compression = packing.compression.or_else(|| kind::compression(archive));
         let (workplace, tree) = (self.files.parent(), open_tree(image_root)?);
@@ -627,7 +627,7 @@ impl Opened<'_> {
             }
             write_changes(work, workplace, &tree, to)?;
         }
-        let boot = boot::find_if_any(&tree, &settings.boot, settings.arch)?;
+        let boot = boot::find_if_any(&tree, &settings.boot, settings.job.arch())?;
         let archive = Archive { directory: workplace, name: "packed.sqsh" };
         let rootfs = packing::pack(work, &tree, &archive, &packing, &job.exclude)?;
         drop(tree);

@@ -38,12 +38,12 @@ struct Place {
 impl Place {
     /// `named` is an image root's parent, or an image root; the archive of the latter is put where one stands.
     fn of(settings: &Settings, named: Option<&Path>, archive: Option<&Path>) -> Result<Self> {
-        let parent = named.unwrap_or(&settings.parent);
-        let is_parent = named.is_none() || parent.join(settings.image_root()).is_dir();
+        let parent = named.unwrap_or(&settings.job.parent);
+        let is_parent = named.is_none() || parent.join(settings.job.image_root()).is_dir();
         let folder = real(if is_parent { parent } else { Path::new(".") })?;
         let files = SignalFiles::open(&folder)?.ok_or_else(|| missing(&folder))?;
         let image_root = if is_parent {
-            image_root::open(&files, settings.image_root())?
+            image_root::open(&files, settings.job.image_root())?
         } else if parent.is_dir() {
             open_tree(&real(parent)?)?
         } else {
@@ -59,7 +59,7 @@ impl Place {
     }
 
     fn boot(&self, settings: &Settings) -> Result<Option<BootFiles>> {
-        boot::find_if_any(&self.image_root, &settings.boot, settings.arch)
+        boot::find_if_any(&self.image_root, &settings.boot, settings.job.arch())
     }
 }
 

@@ -84,7 +84,7 @@ pub fn run(
 ) -> Result<u8> {
     let (argument, variables) = given;
     let named = variables.iter().filter(|(name, _)| name == "IMAGE_ROOT_PARENT").cloned();
-    let parent = Settings::read(argument, named.collect::<Vec<_>>()).ok().map(|read| read.parent);
+    let parent = Settings::read(argument, named.collect::<Vec<_>>()).ok().map(|read| read.job.parent);
     let (mut phase, mut is_told) = (Phase::Begun, false);
     let (settings, refusal) = match settings {
         Ok(settings) => (settings, None),
@@ -98,9 +98,9 @@ pub fn run(
     };
     let work = Work::begin(&settings.network)?;
     let files = refusal.map_or(Ok(()), Err).and_then(|()| {
-        let files = SignalFiles::open(&settings.parent)?;
+        let files = SignalFiles::open(&settings.job.parent)?;
         files.ok_or_else(|| {
-            Error::new(format!("open {}", settings.parent.display()))
+            Error::new(format!("open {}", settings.job.parent.display()))
                 .because("it does not exist")
                 .advise("mount the volume there, or set IMAGE_ROOT_PARENT")
         })
@@ -151,7 +151,7 @@ pub fn run(
     let result = live();
     if result.is_err() && phase < Phase::Packing {
         close_environment(&files);
-    } else if result.is_err() && (settings.job.is_none() || settings.ims.is_none()) {
+    } else if result.is_err() && (settings.job.id.is_none() || settings.ims.is_none()) {
         // IMS ends a job with its error.
         tracing::warn!(
             "what has failed can be done again: 'ims-sshd sidecar' goes on where it was, without another session"
@@ -202,10 +202,7 @@ struct Sidecar<'a> {
 
 impl<'a> Sidecar<'a> {
     fn live(&mut self) -> Result<u8> {
-        let action = self
-            .settings
-            .action
-            .ok_or_else(|| Error::bad_input("IMS_ACTION is not set: expected 'customize' or 'create'"))?;
+        let action = self.settings.job.required_action()?;
         // A container that is started again after the job has ended does nothing more.
         if let Some(code) = self.ended(action)? {
             return Ok(code);
@@ -232,7 +229,7 @@ impl<'a> Sidecar<'a> {
         let wants_shell = match action {
             Action::Customize => true,
             Action::Create if !self.files.stands(BUILD_FAILED)? => false,
-            Action::Create if self.settings.debug => true,
+            Action::Create if self.settings.job.debug => true,
             Action::Create => {
                 return Err(Error::new("publish the image")
                     .because("its build failed")
@@ -285,7 +282,7 @@ impl<'a> Sidecar<'a> {
     }
 
     fn is_marked_failed(&self, image_root: Option<&Tree>) -> bool {
-        let marked = image_root::is_marked_failed(self.files, image_root.filter(|_| self.settings.jailed));
+        let marked = image_root::is_marked_failed(self.files, image_root.filter(|_| self.settings.job.jailed));
         marked.unwrap_or_else(|e| {
             tracing::error!("{e}; the image is taken as marked failed");
             true
@@ -370,12 +367,12 @@ impl<'a> Sidecar<'a> {
 
     /// The image root; nothing where it is on another node, and its packed image is, or was, or will be here.
     fn image_root(&self) -> Result<Option<Tree>> {
-        let name = self.settings.image_root();
+        let name = self.settings.job.image_root();
         let is_missing = || {
             let found = self.files.parent().handle_without_links(name);
             found.is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound)
         };
-        let is_remote = self.settings.remote || self.journal.phase == Phase::Packed;
+        let is_remote = self.settings.job.is_remote || self.journal.phase == Phase::Packed;
         if self.files.stands(TRANSFER)? || is_remote && is_missing() {
             return Ok(None);
         }
@@ -399,10 +396,10 @@ impl<'a> Sidecar<'a> {
     fn check(&mut self, image_root: Option<&Tree>, action: Action) -> Result<()> {
         check_public_keys("--authorized-keys", &self.places.authorized_keys)?;
         // IMS has answered already where there is a job: its record was read.
-        if self.settings.job.is_none() {
+        if self.settings.job.id.is_none() {
             self.ims.check()?;
         }
-        let Settings { boot, store, network, arch, .. } = self.settings;
+        let Settings { boot, store, network, job, .. } = self.settings;
         if store.url.is_none() {
             tracing::warn!(
                 "no store is named (S3_BUCKET, IMAGE_STORE): the packed image stays in {}, and is gone with that volume",
@@ -412,7 +409,7 @@ impl<'a> Sidecar<'a> {
         }
         // A session may install what is missing, and a build that has failed has neither.
         if let (Action::Customize, Some(image_root)) = (action, image_root)
-            && let Err(missing) = boot::check_named(image_root, boot, arch)
+            && let Err(missing) = boot::check_named(image_root, boot, job.arch())
         {
             tracing::warn!("{missing}; the image is published only if a session makes it");
         }
@@ -439,7 +436,7 @@ impl<'a> Sidecar<'a> {
         for name in [EXITING, SSHD_LISTENING].into_iter().chain(Verdict::ALL.map(Verdict::signal_file)) {
             self.files.retract(name)?;
         }
-        if let Some(image_root) = image_root.filter(|_| self.settings.jailed) {
+        if let Some(image_root) = image_root.filter(|_| self.settings.job.jailed) {
             image_root::remove_old_marks(image_root)?;
         }
         self.journal.phase = Phase::Ready;
@@ -561,8 +558,8 @@ impl<'a> Sidecar<'a> {
                 .advise("see the log of the container that runs sshd, and the node's"));
         }
         let find = || match image_root {
-            Some(image_root) => boot::find(image_root, &settings.boot, settings.arch),
-            None => boot::left_in(parent, &settings.boot, settings.arch),
+            Some(image_root) => boot::find(image_root, &settings.boot, settings.job.arch()),
+            None => boot::left_in(parent, &settings.boot, settings.job.arch()),
         };
         let boot = has_store.then(find).transpose()?;
         let archive = Archive { directory: parent, name: &settings.archive() };

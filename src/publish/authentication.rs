@@ -42,7 +42,8 @@ impl Seal {
         } else {
             Vec::new()
         };
-        Self::new(&secret, settings.job.as_deref(), parent).attempt(|| format!("look at {}", parent.shown().display()))
+        Self::new(&secret, settings.job.id.as_deref(), parent)
+            .attempt(|| format!("look at {}", parent.shown().display()))
     }
 
     /// Returns whether the job has a secret that others who write to its volume have not, and that a restart does not change.

@@ -177,7 +177,7 @@ impl Journal {
         let may_be_open = notes.files.stands(READY)?;
         let Some(authentic) = notes.seal()?.open(JOURNAL, &text) else {
             let claimed = text.find('{').and_then(|at| serde_json::from_str::<Value>(&text[at..]).ok());
-            let is_of_another_job = claimed.is_some_and(|claimed| claimed["job"] != json!(notes.settings.job));
+            let is_of_another_job = claimed.is_some_and(|claimed| claimed["job"] != json!(notes.settings.job.id));
             if !is_of_another_job {
                 notes.ignored(PUBLICATION, "this job's sidecar has not written it, or its keys have changed");
                 // An environment that is open, or has ended, is not begun again. Who can write the file can create 'ready' too.
@@ -205,7 +205,7 @@ impl Journal {
     pub(crate) fn write(&self, notes: &Notes) -> Result<()> {
         let phase = PHASES.iter().find(|(phase, _)| *phase == self.phase).map_or("begun", |(_, name)| *name);
         let [request, image] = [&self.request, &self.image].map(|id| id.as_ref().map(Id::as_str));
-        let (job, link, told) = (&notes.settings.job, &self.link, self.is_told);
+        let (job, link, told) = (&notes.settings.job.id, &self.link, self.is_told);
         let text =
             json!({ "job": job, "phase": phase, "request": request, "image": image, "link": link, "told": told });
         notes.write(PUBLICATION, &notes.seal()?.line(JOURNAL, &text.to_string()))

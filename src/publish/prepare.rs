@@ -49,15 +49,15 @@ pub fn run(settings: &Settings, source: &str, open: Open, is_fresh: bool) -> Res
     if let Source::Here(path) = &source
         && path.is_dir()
     {
-        check_directory(path, &settings.parent)?;
+        check_directory(path, &settings.job.parent)?;
     }
     let work = Work::begin(&settings.network)?;
     let mut ims = settings.ims_client(&work);
     let result = ims.set_status(Status::FetchingImage).and_then(|_| {
-        let image_root = settings.parent.join(settings.image_root());
-        make_parent(&settings.parent)?;
+        let image_root = settings.job.parent.join(settings.job.image_root());
+        make_parent(&settings.job.parent)?;
         if is_fresh {
-            begin_anew(&open_tree(&settings.parent)?, settings, &source, &image_root)?;
+            begin_anew(&open_tree(&settings.job.parent)?, settings, &source, &image_root)?;
         }
         clear_signals(settings, image_root.exists())?;
         match prepare(&work, settings, &source, Some(open), &image_root)? {
@@ -101,12 +101,12 @@ fn make_parent(parent: &Path) -> Result<()> {
 
 /// Removes what an earlier source has become, with all changes, and what was packed of it. `source` stays, wherever it lies.
 fn begin_anew(volume: &Tree, settings: &Settings, source: &Source, image_root: &Path) -> Result<()> {
-    refuse_links(&settings.parent, image_root)?;
+    refuse_links(&settings.job.parent, image_root)?;
     Record::on(volume, settings)?.remove()?;
-    let overlay = settings.parent.join(OVERLAY);
+    let overlay = settings.job.parent.join(OVERLAY);
     let ours = [image_root.to_owned(), overlay.join(LOWER)];
     // A place can be mounted more than once.
-    for place in mounts_below(&settings.parent)?.iter().rev().filter(|place| ours.contains(place)) {
+    for place in mounts_below(&settings.job.parent)?.iter().rev().filter(|place| ours.contains(place)) {
         mounts::unmount(place).attempt(|| format!("unmount {}", place.display()))?;
     }
     let source = match source {
@@ -118,8 +118,8 @@ fn begin_anew(volume: &Tree, settings: &Settings, source: &Source, image_root: &
         let found = volume.look(name).ok().flatten();
         found.is_some_and(|found| Some((found.st_dev, found.st_ino)) != source)
     });
-    for path in [settings.image_root(), OVERLAY, INVENTORY, PACKED].into_iter().chain(archives).map(Path::new) {
-        let attempted = || format!("remove {}", settings.parent.join(path).display());
+    for path in [settings.job.image_root(), OVERLAY, INVENTORY, PACKED].into_iter().chain(archives).map(Path::new) {
+        let attempted = || format!("remove {}", settings.job.parent.join(path).display());
         let above = path.parent().filter(|above| !above.as_os_str().is_empty()).unwrap_or(Path::new("."));
         match volume.directory_without_links(above) {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
@@ -134,7 +134,7 @@ fn begin_anew(volume: &Tree, settings: &Settings, source: &Source, image_root: &
 /// Removes signals: an earlier job's mean nothing to this one, and this one's are of a pod that is gone. What this job published in part is
 /// gone on with if the image root is the same.
 fn clear_signals(settings: &Settings, is_prepared: bool) -> Result<()> {
-    let parent = &settings.parent;
+    let parent = &settings.job.parent;
     let files = SignalFiles::open(parent)?.ok_or_else(|| {
         Error::new(format!("open {}", parent.display())).because("it has been removed").advise("run it again")
     })?;
@@ -158,7 +158,7 @@ pub(crate) fn prepare(
         // Checked before anything is fetched.
         confinement::refuse_to_lose_attributes()?;
     }
-    let parent = &settings.parent;
+    let parent = &settings.job.parent;
     let volume = open_tree(parent)?;
     refuse_links(parent, image_root)?;
     remove(&volume, UNPACKING)?;
@@ -272,7 +272,7 @@ pub(crate) fn known(
     volume: &Tree,
     image_root: &Path,
 ) -> Result<Option<Identity>> {
-    if Overlay::changes(&settings.parent.join(OVERLAY)).is_none() && !image_root.exists() {
+    if Overlay::changes(&settings.job.parent.join(OVERLAY)).is_none() && !image_root.exists() {
         return Ok(None);
     }
     let known = Record::on(volume, settings)?.read();
@@ -363,9 +363,9 @@ fn archive(
     // Unpacked it takes as much again, and more.
     let copies = if open == Some(Open::Unpack) { 2 } else { 1 };
     let file = download::fetch(work, &url, &settings.expected, volume, FETCHING, copies)?;
-    let opened = Opened { shown: settings.parent.join(ARCHIVE), content: Content::File(file) };
+    let opened = Opened { shown: settings.job.parent.join(ARCHIVE), content: Content::File(file) };
     compare(&opened)?;
-    volume.rename(FETCHING, ARCHIVE).attempt(|| format!("rename {}/{FETCHING}", settings.parent.display()))?;
+    volume.rename(FETCHING, ARCHIVE).attempt(|| format!("rename {}/{FETCHING}", settings.job.parent.display()))?;
     Ok(opened)
 }
 

@@ -200,7 +200,7 @@ impl Publication<'_> {
     /// Tells IMS last, which ends the job, its volume and this pod. Nothing may be rolled back once IMS knows, whatever signal comes.
     /// Returns the job's record.
     fn tell_success(&mut self, journal: &mut Journal, id: &Id) -> Result<Option<Value>> {
-        if self.settings.job.is_none() || !self.ims.is_there() {
+        if self.settings.job.id.is_none() || !self.ims.is_there() {
             return Ok(None);
         }
         journal.is_told = true;
@@ -260,7 +260,7 @@ impl Publication<'_> {
             let id = journal.image.take().map_or_else(Id::random, Ok)?;
             journal.image = Some(id.clone());
             journal.write(self.notes)?;
-            return Ok((json!({ "id": id.as_str(), "name": name, "arch": self.settings.arch }), is_new));
+            return Ok((json!({ "id": id.as_str(), "name": name, "arch": self.settings.job.arch() }), is_new));
         }
         if let Some(id) = &journal.image
             && let Some(record) = self.ims.image(id)?
@@ -277,7 +277,7 @@ impl Publication<'_> {
             Some(record) => record,
             None => {
                 journal.write(self.notes)?;
-                let made = self.ims.create_image(name, self.settings.arch, &request);
+                let made = self.ims.create_image(name, self.settings.job.arch(), &request);
                 if made.is_err() && is_new && !self.ims.has_asked() {
                     journal.request = None;
                 }
@@ -303,15 +303,15 @@ impl Publication<'_> {
     /// What of a record cannot be of the image `id` that this job has begun. One that is linked is published: a job ends with it, so that
     /// without a job it is done.
     fn difference(&self, record: &Value, id: &Id, journal: &Journal) -> Option<String> {
-        let Settings { name, arch, job, .. } = self.settings;
+        let Settings { name, job, .. } = self.settings;
         if record["name"] != **name {
             return Some(format!("its name is {}", record["name"]));
         }
         // An older IMS knows no architectures.
-        if record["arch"].as_str().is_some_and(|told| !told.is_empty() && told != *arch) {
+        if record["arch"].as_str().is_some_and(|told| !told.is_empty() && told != job.arch()) {
             return Some(format!("its arch is {}", record["arch"]));
         }
-        let link = journal.link.as_ref().filter(|_| job.is_some());
+        let link = journal.link.as_ref().filter(|_| job.id.is_some());
         Ims::difference(record, id, journal.request.as_ref(), link)
     }
 
@@ -436,7 +436,7 @@ impl Publication<'_> {
 
     /// Metadata of an object that tells this image's from others'.
     fn marks(&self, id: &Id) -> [(&'static str, String); 2] {
-        let job = self.settings.job.clone().unwrap_or_default();
+        let job = self.settings.job.id.clone().unwrap_or_default();
         [("x-shasta-ims-image-id", id.to_string()), ("x-shasta-ims-job-id", job)]
     }
 
@@ -468,7 +468,7 @@ impl Publication<'_> {
     }
 
     fn local_record(&self, id: &Id, link: &Value) -> Value {
-        json!({ "id": id.as_str(), "name": self.settings.name, "arch": self.settings.arch, "link": link })
+        json!({ "id": id.as_str(), "name": self.settings.name, "arch": self.settings.job.arch(), "link": link })
     }
 
     /// What no run has noted: a store that has begun an upload may be the only one who knows.

@@ -5,39 +5,26 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::image::boot::{AUTO, Names};
 use crate::image::packing::{COMPRESSIONS, Packing};
 use crate::ims;
 use crate::ims::client::Ims;
 use crate::ims::id::Id;
-use crate::job::Action;
+use crate::job::Job;
 use crate::job::variables::{Case, Checked, Reader};
 use crate::store;
 use crate::transfer::Work;
 use crate::transfer::checksum::{Expected, checksum};
 use crate::transfer::network::Network;
-use crate::volume::layout;
 
 /// Everything that decides on how an image is fetched and published.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// `IMS_ACTION`.
-    pub action: Option<Action>,
-    /// The argument, else `IMAGE_ROOT_PARENT`, else the default.
-    pub parent: PathBuf,
-    /// `IMS_JOB_ID`.
-    pub(crate) job: Option<String>,
-    /// Whether `REMOTE_BUILD_NODE` is set: the image root is there, and the packed image comes from there.
-    pub(crate) remote: bool,
-    /// `SSH_JAIL`.
-    pub(crate) jailed: bool,
-    /// `ENABLE_DEBUG`.
-    pub(crate) debug: bool,
+    /// The job; IMS itself finds an unknown action in the sidecar's report.
+    pub(crate) job: Job,
     /// `IMAGE_ROOT_ARCHIVE_NAME`: the new image's name.
     pub(crate) name: String,
-    /// `BUILD_ARCH`.
-    pub(crate) arch: &'static str,
     /// `KERNEL_FILENAME`, `INITRD_FILENAME`, `KERNEL_PARAMETERS_FILENAME`.
     pub(crate) boot: Names,
     /// `DOWNLOAD_MD5SUM`, `DOWNLOAD_SHA256SUM`: what the source has to come to.
@@ -58,15 +45,7 @@ impl Settings {
     /// Reads `variables`; where one comes twice, the later one counts. All complaints come at once.
     pub fn read(argument: Option<PathBuf>, variables: impl IntoIterator<Item = (OsString, OsString)>) -> Result<Self> {
         let mut reader = Reader::of(variables);
-        // IMS itself finds an unknown action in the sidecar's report.
-        let action =
-            reader.choice("IMS_ACTION", &[("customize", Action::Customize), ("create", Action::Create)], Case::Exact);
-        let parent = reader.parent(argument);
-        let truth = [("true", true), ("false", false)];
-        let jailed = reader.choice("SSH_JAIL", &[("True", true), ("False", false)], Case::Exact).unwrap_or(false);
-        let debug = reader.choice("ENABLE_DEBUG", &truth, Case::Any).unwrap_or(false);
-        let arches = [("x86_64", "x86_64"), ("aarch64", "aarch64")];
-        let arch = reader.choice("BUILD_ARCH", &arches, Case::Exact).unwrap_or(std::env::consts::ARCH);
+        let job = Job::read(&mut reader, argument);
         let kernel = file_name(&mut reader, "KERNEL_FILENAME").unwrap_or_else(|| "vmlinuz".into());
         let initrd = file_name(&mut reader, "INITRD_FILENAME");
         let boot = Names {
@@ -95,52 +74,23 @@ impl Settings {
             retry_limit: reader.seconds("IMS_RETRY_LIMIT").unwrap_or(Duration::from_secs(200)),
         };
         let start_limit = reader.seconds("IMS_START_LIMIT").unwrap_or(Duration::from_mins(2));
-        let job = reader.line("IMS_JOB_ID").filter(|job| !job.is_empty());
-        // Without an IMS it is told and nothing more; with one it ends in URLs.
-        if let Some(wrong) = job.as_ref().filter(|job| job.contains('/') || ims.is_some() && Id::parse(job).is_none()) {
+        // Without an IMS the ID is only reported; with one it becomes part of URLs.
+        if let Some(wrong) = job.id.as_ref().filter(|id| id.contains('/') || ims.is_some() && Id::parse(id).is_none()) {
             let expected = if ims.is_some() { "the id of a job of IMS, a UUID" } else { "one without '/'" };
-            reader.complaints.push(format!("IMS_JOB_ID is '{wrong}': expected {expected}"));
-        }
-        let remote = reader.line("REMOTE_BUILD_NODE").is_some_and(|node| !node.is_empty());
-        if !reader.complaints.is_empty() {
-            return Err(Error::bad_input(reader.complaints.join("; also, ")));
+            reader.complain(format!("IMS_JOB_ID is '{wrong}': expected {expected}"));
         }
         let name = name.unwrap_or_else(|| "image".into());
-        Ok(Self {
-            action,
-            parent,
-            job,
-            remote,
-            jailed,
-            debug,
-            name,
-            arch,
-            boot,
-            expected,
-            packing,
-            store,
-            ims,
-            network,
-            start_limit,
-        })
+        reader.finish(Some(Self { job, name, boot, expected, packing, store, ims, network, start_limit }))
     }
 
     /// The job's end of IMS.
     pub(crate) fn ims_client<'a>(&self, work: &'a Work) -> Ims<'a> {
-        Ims::of(work, self.ims.as_ref(), self.job.as_deref())
+        Ims::of(work, self.ims.as_ref(), self.job.id.as_deref())
     }
 
     /// How the packed image is called.
     pub(crate) fn archive(&self) -> String {
         format!("{}.sqsh", self.name)
-    }
-
-    /// The image root's place below the parent.
-    pub(crate) fn image_root(&self) -> &'static str {
-        match self.action {
-            Some(Action::Create) => layout::CREATED_IMAGE_ROOT,
-            _ => layout::IMAGE_ROOT,
-        }
     }
 }
 
@@ -200,16 +150,16 @@ mod tests {
         assert_eq!(settings.store.url.as_deref(), Some("s3://boot-images"));
         assert_eq!(settings.store.validate, Validate::No);
         assert_eq!((settings.boot.initrd.as_str(), settings.name.as_str()), ("initrd", "compute ä"));
-        assert!(settings.ims.is_none() && settings.jailed);
+        assert!(settings.ims.is_none() && settings.job.jailed);
         assert_eq!(settings.network.retry_limit, Duration::from_secs(200));
     }
 
     #[test]
     fn without_ims_and_store_everything_stays_on_this_machine() {
         let settings = read(&[]).unwrap();
-        assert!(settings.ims.is_none() && settings.store.url.is_none() && settings.job.is_none());
-        assert_eq!(settings.image_root(), "image-root");
-        assert_eq!(read(&[("IMS_ACTION", "create")]).unwrap().image_root(), "build/image-root");
+        assert!(settings.ims.is_none() && settings.store.url.is_none() && settings.job.id.is_none());
+        assert_eq!(settings.job.image_root(), "image-root");
+        assert_eq!(read(&[("IMS_ACTION", "create")]).unwrap().job.image_root(), "build/image-root");
     }
 
     #[test]

@@ -59,7 +59,7 @@ pub(crate) fn read(reader: &mut Reader) -> Place {
         Some(file) if file.starts_with('/') => Validate::By(file.into()),
         Some(other) => {
             let complaint = format!("S3_SSL_VALIDATE is '{other}': expected 'true', 'false' or a file of certificates");
-            reader.complaints.push(complaint);
+            reader.complain(complaint);
             Validate::Yes
         }
     };
@@ -81,7 +81,7 @@ fn pair(reader: &mut Reader, (first, second): (&str, &str)) -> Option<(String, S
         // One of them was refused.
         _ if reader.text(first).is_some() == reader.text(second).is_some() => None,
         _ => {
-            reader.complaints.push(format!("of {first} and {second} one is not set: expected both"));
+            reader.complain(format!("of {first} and {second} one is not set: expected both"));
             None
         }
     }
@@ -95,7 +95,7 @@ fn credential(reader: &mut Reader, variable: &str) -> Option<String> {
         // It is a secret, and is not quoted.
         let complaint =
             format!("{variable} holds spaces, newlines or other bytes that no key or token has: set it without them");
-        reader.complaints.push(complaint);
+        reader.complain(complaint);
         return None;
     }
     Some(text.to_owned())

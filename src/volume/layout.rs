@@ -1,9 +1,21 @@
 //! Every name in the image root's parent, the directory that the containers of a pod share.
 
+use crate::job::{Action, Job};
+
 /// The image root of a job that changes an image.
 pub(crate) const IMAGE_ROOT: &str = "image-root";
 /// The image root of a job that builds one from a recipe.
 pub(crate) const CREATED_IMAGE_ROOT: &str = "build/image-root";
+
+impl Job {
+    /// The image root, relative to the parent.
+    pub(crate) fn image_root(&self) -> &'static str {
+        match self.action {
+            Some(Action::Create) => CREATED_IMAGE_ROOT,
+            _ => IMAGE_ROOT,
+        }
+    }
+}
 
 /// Signal file: the sidecar has unpacked the image and written sshd's configuration.
 pub(crate) const READY: &str = "ready";
