@@ -18,7 +18,7 @@ use crate::log::redaction;
 use crate::transfer::MOST_QUOTED;
 use crate::transfer::SHORTEST;
 use crate::transfer::network::is_header_word;
-use crate::transfer::{Fault, Work, complaint, is_passing, patiently, whole, without_query};
+use crate::transfer::{Fault, Work, complaint, is_transient, retry, whole, without_query};
 
 /// How far a job is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -273,7 +273,7 @@ impl<'a> Ims<'a> {
         let retry_limit = work.network.retry_limit;
         self.limit = REQUEST_LIMIT;
         let this = &mut *self;
-        work.wait(patiently(retry_limit, attempted, async || {
+        work.wait(retry(retry_limit, attempted, async || {
             let answer = this.request(attempted, method, path, body).await;
             // A further try ends with the time for tries.
             this.limit = retry_limit.saturating_sub(began.elapsed()).clamp(SHORTEST, REQUEST_LIMIT);
@@ -296,7 +296,7 @@ impl<'a> Ims<'a> {
         work.wait(async {
             match this.request(attempted, method, path, body).await {
                 Ok(answer) => Ok(Ok(answer.and_then(|text| serde_json::from_slice(&text).ok()))),
-                Err(Fault::Passing(cause)) => {
+                Err(Fault::Transient(cause)) => {
                     tokio::time::sleep(Duration::from_millis(200)).await;
                     Ok(Err(cause))
                 }
@@ -335,14 +335,18 @@ impl<'a> Ims<'a> {
         let cause = problem(status, &complaint(response).await);
         if status == StatusCode::UNAUTHORIZED && self.token.take().is_some() {
             // It may have expired, or been taken back: the next try has a new one.
-            return Err(Fault::Passing(cause));
+            return Err(Fault::Transient(cause));
         }
         if REFUSED_FIELDS.contains(&status) && body.is_some_and(|body| body.get("metadata").is_some()) {
             // An IMS from before images had metadata. Without it, a record whose answer is lost is left behind.
             self.takes_metadata = false;
-            return Err(Fault::Passing(cause));
+            return Err(Fault::Transient(cause));
         }
-        Err(if is_passing(status) { Fault::Passing(cause) } else { Fault::Final(Error::new(attempted).because(cause)) })
+        Err(if is_transient(status) {
+            Fault::Transient(cause)
+        } else {
+            Fault::Final(Error::new(attempted).because(cause))
+        })
     }
 
     /// A token of OAuth, by client credentials.
@@ -368,7 +372,7 @@ impl<'a> Ims<'a> {
         if !status.is_success() {
             let cause = problem(status, &complaint(response).await);
             let error = Error::new(attempted).because(&cause).advise("see the credentials in OAUTH_CONFIG_DIR");
-            return Err(if is_passing(status) { Fault::Passing(cause) } else { Fault::Final(error) });
+            return Err(if is_transient(status) { Fault::Transient(cause) } else { Fault::Final(error) });
         }
         let answer: Value = serde_json::from_slice(&whole(response, LONGEST_TOKEN).await?).unwrap_or_default();
         let Some(bearer) = answer["access_token"].as_str() else {
@@ -426,7 +430,7 @@ fn is_same_link(one: &Value, other: &Value) -> bool {
 fn record_of(attempted: &str, id: &str, set: Option<&Value>, text: &[u8]) -> std::result::Result<Value, Fault> {
     let record: Value = serde_json::from_slice(text).unwrap_or_default();
     if record["id"].is_null() {
-        return Err(Fault::Passing("IMS answers without a record; see what answers at IMS_URL".into()));
+        return Err(Fault::Transient("IMS answers without a record; see what answers at IMS_URL".into()));
     }
     let contradicts = |told: String| {
         let refused = Error::new(attempted).because(format!("IMS answers with {told}"));

@@ -11,7 +11,7 @@ use crate::error::{Attempt, Error, Result};
 use crate::sys::tree::Tree;
 use crate::transfer::checksum::{Expected, Sums};
 use crate::transfer::progress::Progress;
-use crate::transfer::{Fault, Work, complaint, in_full, is_passing, patiently, without_query};
+use crate::transfer::{Fault, Work, complaint, in_full, is_transient, retry, without_query};
 
 /// A connection that brings less than this within the stall limit is one that stalls. What has come further by as much than ever before
 /// begins the time for further tries anew.
@@ -73,10 +73,10 @@ pub(crate) fn fetch(
     let mut reached = 0;
     work.wait(async {
         loop {
-            let result = patiently(work.network.retry_limit, &attempted, async || {
+            let result = retry(work.network.retry_limit, &attempted, async || {
                 match download.go_on(copies).await {
                     // The patience of another round.
-                    Err(Fault::Passing(cause)) if download.length >= reached + LEAST => {
+                    Err(Fault::Transient(cause)) if download.length >= reached + LEAST => {
                         reached = download.length;
                         tracing::warn!("cannot {attempted} yet: {cause}; going on at {} bytes", download.length);
                         Ok(false)
@@ -126,15 +126,15 @@ impl Download<'_> {
             StatusCode::PARTIAL_CONTENT if self.goes_on(response.headers()) => {}
             StatusCode::PRECONDITION_FAILED | StatusCode::RANGE_NOT_SATISFIABLE | StatusCode::PARTIAL_CONTENT => {
                 self.begin_anew()?;
-                return Err(Fault::Passing("it has changed on the server; beginning again".into()));
+                return Err(Fault::Transient("it has changed on the server; beginning again".into()));
             }
             _ => {
                 let said = complaint(response).await;
                 let said = said.split_whitespace().collect::<Vec<_>>().join(" ");
                 let cause = format!("the server answers {status} {}", said.chars().take(300).collect::<String>());
                 let cause = cause.trim().to_owned();
-                return Err(if is_passing(status) {
-                    Fault::Passing(cause)
+                return Err(if is_transient(status) {
+                    Fault::Transient(cause)
                 } else {
                     Fault::Final(Error::new(format!("fetch {}", without_query(self.url))).because(cause))
                 });
@@ -157,13 +157,13 @@ impl Download<'_> {
                 let brought = self.length - there;
                 if brought < LEAST {
                     let slow = format!("{brought} bytes within {} s (IMS_STALL_LIMIT)", window.as_secs());
-                    return Err(Fault::Passing(slow));
+                    return Err(Fault::Transient(slow));
                 }
                 (since, there) = (Instant::now(), self.length);
             }
             let left = window.saturating_sub(since.elapsed());
             let Ok(chunk) = tokio::time::timeout(left, response.chunk()).await else { continue };
-            let Some(chunk) = chunk.map_err(|e| Fault::Passing(in_full(&e)))? else { break };
+            let Some(chunk) = chunk.map_err(|e| Fault::Transient(in_full(&e)))? else { break };
             self.file.write_all(&chunk).attempt(|| format!("write {}", self.path))?;
             self.sums.update(&chunk);
             self.length += chunk.len() as u64;
@@ -177,7 +177,9 @@ impl Download<'_> {
             }
         }
         match self.total {
-            Some(total) if self.length < total => Err(Fault::Passing(format!("{} of {total} bytes came", self.length))),
+            Some(total) if self.length < total => {
+                Err(Fault::Transient(format!("{} of {total} bytes came", self.length)))
+            }
             _ => Ok(()),
         }
     }

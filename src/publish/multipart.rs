@@ -12,7 +12,7 @@ use crate::store::error::cause;
 use crate::store::place::Place;
 use crate::store::{Description, Store};
 use crate::transfer::progress::Progress;
-use crate::transfer::{AT_A_TIME, Fault, Work, patiently};
+use crate::transfer::{AT_A_TIME, Fault, Work, retry};
 
 /// As much as goes in one request. What is under way is in memory.
 pub(crate) const PART: u64 = 16 << 20;
@@ -54,12 +54,12 @@ impl Sender<'_> {
                 match self.try_send(object, noted.take()).await {
                     Ok(()) => Ok(true),
                     Err(Fault::Final(error)) => Err(error),
-                    Err(Fault::Passing(cause)) if goes_on => {
+                    Err(Fault::Transient(cause)) if goes_on => {
                         let url = self.store.url_of(object.place);
                         tracing::warn!("cannot go on with the unfinished upload of {url}: {cause}; uploading it anew");
                         Ok(false)
                     }
-                    Err(Fault::Passing(cause)) => Err(Error::new(&attempted).because(cause)),
+                    Err(Fault::Transient(cause)) => Err(Error::new(&attempted).because(cause)),
                 }
             });
             if sent? {
@@ -98,15 +98,15 @@ impl Sender<'_> {
         let url = upload.url.strip_suffix(&upload.place).map(str::to_owned);
         let store = Store::open(&Place { url, ..self.settings.clone() }, &self.work.network)?;
         let limit = self.work.network.retry_limit;
-        self.work.wait(patiently(limit, &attempted, async || {
-            store.abort(&upload.place, &upload.id).await.map_err(|e| Fault::Passing(cause(&e)))
+        self.work.wait(retry(limit, &attempted, async || {
+            store.abort(&upload.place, &upload.id).await.map_err(|e| Fault::Transient(cause(&e)))
         }))?;
         Upload::clear(self.notes)
     }
 
     /// What the store refuses of one upload, because it has forgotten it, it may take of another.
     async fn try_send(&self, object: &Large<'_>, noted: Option<Upload>) -> std::result::Result<(), Fault> {
-        let told = |error: object_store::Error| Fault::Passing(cause(&error));
+        let told = |error: object_store::Error| Fault::Transient(cause(&error));
         let part = part_of(object.size);
         let mut upload = match noted {
             Some(upload) => upload,

@@ -16,7 +16,7 @@ use reqwest::Method;
 
 use crate::transfer::SHORTEST;
 use crate::transfer::network::Network;
-use crate::transfer::{MOST_COMPLAINED, PAUSE, in_full, is_passing, without_query};
+use crate::transfer::{MOST_COMPLAINED, PAUSE, in_full, is_transient, without_query};
 
 /// No answer to a request of ours is longer, in bytes: objects are fetched otherwise.
 const LONGEST: usize = 4 << 20;
@@ -68,7 +68,7 @@ impl Moved {
 /// A try that brought no answer.
 enum Failure {
     /// It may go better the next time.
-    Passing(String),
+    Transient(String),
     /// It will not.
     Final(String),
 }
@@ -102,12 +102,12 @@ impl Requests {
                 Ok((answer, true)) if is_over => return Ok(self.heard(answer)),
                 Ok((answer, true)) => format!("the server answers {}", answer.status()),
                 Err(Failure::Final(why)) => return Err(error(why)),
-                Err(Failure::Passing(why)) if is_over => {
+                Err(Failure::Transient(why)) if is_over => {
                     self.outage.is_silent.store(true, Ordering::Relaxed);
                     let tried = if is_first { String::new() } else { tried_for(retry_limit) };
                     return Err(error(format!("{why}{tried}")));
                 }
-                Err(Failure::Passing(why)) => why,
+                Err(Failure::Transient(why)) => why,
             };
             if self.outage.is_told.swap(true, Ordering::Relaxed) {
                 tracing::debug!("no good answer to {asked} yet: {why}; trying again");
@@ -140,7 +140,7 @@ impl Requests {
             }
             if moved.last().elapsed() >= stall_limit {
                 let seconds = stall_limit.as_secs();
-                return Err(Failure::Passing(format!("nothing came for {seconds} s (IMS_STALL_LIMIT)")));
+                return Err(Failure::Transient(format!("nothing came for {seconds} s (IMS_STALL_LIMIT)")));
             }
         }
     }
@@ -158,7 +158,7 @@ impl Requests {
         let failed = |e: reqwest::Error| {
             let is_final = e.is_redirect() || e.is_builder();
             let why = in_full(&e.without_url());
-            if is_final { Failure::Final(why) } else { Failure::Passing(why) }
+            if is_final { Failure::Final(why) } else { Failure::Transient(why) }
         };
         let mut response = self.client.execute(request).await.map_err(failed)?;
         moved.again();
@@ -187,7 +187,7 @@ impl Requests {
         let mut answer = HttpResponse::new(HttpResponseBody::from(text));
         *answer.status_mut() = status;
         *answer.headers_mut() = response.headers().clone();
-        Ok((answer, is_passing(status) || is_late))
+        Ok((answer, is_transient(status) || is_late))
     }
 }
 

@@ -91,7 +91,7 @@ pub(crate) struct Work {
 /// Why an attempt failed.
 pub(crate) enum Fault {
     /// A transient error: a retry may succeed.
-    Passing(String),
+    Transient(String),
     /// A permanent error.
     Final(Error),
 }
@@ -109,7 +109,7 @@ impl From<reqwest::Error> for Fault {
             return Self::Final(Error::new("make a request").because(in_full(&error)));
         }
         if !error.is_redirect() {
-            return Self::Passing(in_full(&error));
+            return Self::Transient(in_full(&error));
         }
         let from = error.url().map_or(String::new(), |url| without_query(url.as_str()));
         let mut cause: &dyn std::error::Error = &error;
@@ -506,7 +506,7 @@ pub fn without_query(text: &str) -> String {
 }
 
 /// Retries with backoff until success, a permanent error, or the end of `limit`. `attempted` completes "cannot …".
-pub(crate) async fn patiently<T>(
+pub(crate) async fn retry<T>(
     limit: Duration,
     attempted: &str,
     mut attempt: impl AsyncFnMut() -> std::result::Result<T, Fault>,
@@ -517,7 +517,7 @@ pub(crate) async fn patiently<T>(
         let cause = match attempt().await {
             Ok(done) => return Ok(done),
             Err(Fault::Final(error)) => return Err(error),
-            Err(Fault::Passing(cause)) => cause,
+            Err(Fault::Transient(cause)) => cause,
         };
         if began.elapsed() + pause > limit {
             let tried = format!("tried for {} s (IMS_RETRY_LIMIT)", limit.as_secs());
@@ -560,7 +560,7 @@ pub(crate) async fn complaint(response: Response) -> String {
 }
 
 /// Whether this HTTP status is a transient error.
-pub(crate) fn is_passing(status: reqwest::StatusCode) -> bool {
+pub(crate) fn is_transient(status: reqwest::StatusCode) -> bool {
     status.is_server_error() || [408, 425, 429].contains(&status.as_u16())
 }
 
