@@ -2,6 +2,7 @@
 //!
 //! The directories are floors. A file imports only from floors below its own; `tests/architecture.rs` checks the order:
 //!
+//! - [`cli`]: the command line: its definition, and what each command starts.
 //! - [`manual`]: man pages and completions, generated from the command line's definition.
 //! - [`pod`]: the programs in a pod beside the build environment.
 //! - [`local`]: the same on one machine, without a pod.
@@ -20,6 +21,7 @@
 //!
 //! README.md defines the terms (image root, build environment, jail, session, signal file).
 
+pub mod cli;
 pub mod environment;
 pub mod error;
 pub mod image;

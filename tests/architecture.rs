@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 /// Floors of the library, top to bottom. A file imports from floors below its own, and from its own directory.
 const FLOORS: &[&str] = &[
+    "cli",
     "manual",
     "pod",
     "local",

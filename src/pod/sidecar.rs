@@ -59,7 +59,7 @@ pub struct Places {
     /// How sshd is configured, if not as usual.
     pub sshd_config: Option<PathBuf>,
     /// Where the other container's sshd reads both.
-    pub sshd_folder: PathBuf,
+    pub sshd_directory: PathBuf,
     /// Authorities that the image gets.
     pub authorities: PathBuf,
     /// Patterns below the image root that are not packed.
@@ -425,7 +425,7 @@ impl<'a> Sidecar<'a> {
         }
         let keys = &self.places.authorized_keys;
         let keys = std::fs::read_to_string(keys).attempt(|| format!("read the public keys in {}", keys.display()))?;
-        pod_files::configure_sshd(&self.places.sshd_folder, &keys, self.places.sshd_config.as_deref())?;
+        pod_files::configure_sshd(&self.places.sshd_directory, &keys, self.places.sshd_config.as_deref())?;
         let (now, old) = (self.stamps(), self.old);
         if now.iter().zip(old).any(|(now, old)| now.is_some() && *now != old) {
             if let Some(image_root) = image_root {

@@ -135,7 +135,7 @@ impl Job {
         let [keys, config, directory] =
             ["authorized_keys", "sshd_config", "ims"].map(|n| dir.join(n).display().to_string());
         let mut command = ims_sshd(&["sidecar", "--authorized-keys", &keys, "--sshd-config", &config], &variables);
-        command.args(["--sshd-folder", &directory, "--authorities", &dir.join("ca").display().to_string()]);
+        command.args(["--sshd-directory", &directory, "--authorities", &dir.join("ca").display().to_string()]);
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         command
     }

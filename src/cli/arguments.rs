@@ -1,0 +1,533 @@
+//! The command line: commands, options, and the variables that options stand for.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+use clap::{Args, CommandFactory, Parser, Subcommand};
+
+use crate::environment::stage::Stage;
+use crate::error::{Error, Result};
+use crate::image::boot;
+use crate::image::exclude;
+use crate::image::packing;
+use crate::jail::binds::Bind;
+use crate::local::names;
+use crate::log::format;
+use crate::publish::prepare::Open;
+use crate::publish::settings;
+use crate::session::variables;
+use crate::transfer::{checksum, network};
+
+/// Opens an image root over SSH, jailed inside it, and ends in an order that lets it be packed.
+#[derive(Parser)]
+#[command(version, arg_required_else_help = true, after_help = EXAMPLES)]
+pub struct Arguments {
+    /// Format of the log on standard error; $LOG_LEVEL is its level (debug, info, warning, error)
+    /// [variable: LOG_FORMAT] [default: text]
+    #[arg(long, global = true, value_enum)]
+    pub(super) log_format: Option<format::Format>,
+    #[command(subcommand)]
+    pub(super) command: Command,
+}
+
+#[derive(Subcommand)]
+pub(super) enum Command {
+    /// Be a pod's build environment, as its variables say (see docs/REFERENCE.md)
+    #[command(after_help = ENTRYPOINT_EXAMPLES)]
+    Entrypoint {
+        /// Directory of image-root and the signal files [default: $IMAGE_ROOT_PARENT, else /mnt/image]
+        image_root_parent: Option<PathBuf>,
+    },
+    /// Open an image on this machine over SSH until it is marked complete or failed, or run a command in it
+    #[command(after_help = CUSTOMIZE_EXAMPLES, mut_args = only_to_publish)]
+    #[command(mut_arg("bind", |bind| bind.conflicts_with("plain")))]
+    Customize(CustomizeArguments),
+    /// Open an image in this terminal, without SSH, and run a shell or a command in it
+    #[command(after_help = ENTER_EXAMPLES, mut_args = only_to_publish)]
+    Enter(EnterArguments),
+    /// Fetch an image and make an image root from it
+    #[command(after_help = PREPARE_EXAMPLES)]
+    Prepare {
+        /// Directory in which to make image-root; omitted if only SOURCE is given
+        /// [default: $IMAGE_ROOT_PARENT, else /mnt/image]
+        #[arg(value_name = "IMAGE_ROOT_PARENT")]
+        first: String,
+        /// An image: URL (https, s3), squashfs, tar or cpio archive (plain, gzip, xz, zstd), saved container image or
+        /// directory
+        #[arg(value_name = "SOURCE")]
+        second: Option<String>,
+        /// How the image becomes a tree
+        #[arg(long, value_enum, default_value = "unpack")]
+        open: Open,
+        /// Remove an existing image root with all its changes, and start over
+        #[arg(long)]
+        fresh: bool,
+        #[command(flatten)]
+        checksum: ChecksumOptions,
+        #[command(flatten)]
+        servers: ServerOptions,
+    },
+    /// Run beside a pod's build environment: let it open, wait until it ends, publish the image
+    #[command(after_help = SIDECAR_EXAMPLES, mut_args = as_pods_have_it)]
+    Sidecar(SidecarArguments),
+    /// Pack an image root
+    #[command(after_help = PACKAGE_EXAMPLES, mut_arg("name", |name| name.conflicts_with("archive")))]
+    Package {
+        /// The image root, or the directory that holds image-root [default: $IMAGE_ROOT_PARENT, else /mnt/image]
+        image_root: Option<PathBuf>,
+        /// The squashfs to write [default: NAME.sqsh beside image-root, else in the current directory]
+        #[arg(long, value_name = "FILE")]
+        archive: Option<PathBuf>,
+        #[command(flatten)]
+        packing: PackingOptions,
+        #[command(flatten)]
+        image: ImageOptions,
+    },
+    /// Upload a packed image with its boot files and manifest.json, and register it with IMS where there is one
+    #[command(after_help = UPLOAD_EXAMPLES)]
+    Upload {
+        /// The image root, or the directory that holds image-root [default: $IMAGE_ROOT_PARENT, else /mnt/image]
+        image_root: Option<PathBuf>,
+        /// The squashfs [default: NAME.sqsh beside image-root, else in the current directory]
+        #[arg(long, value_name = "FILE")]
+        archive: Option<PathBuf>,
+        /// A kernel with debugging symbols, to upload as well
+        #[arg(long, value_name = "FILE")]
+        debug_kernel: Option<PathBuf>,
+        #[command(flatten)]
+        image: ImageOptions,
+        #[command(flatten)]
+        parameters: ParametersOption,
+        #[command(flatten)]
+        store: StoreOption,
+        #[command(flatten)]
+        servers: ServerOptions,
+    },
+    /// Mark the image complete: its environment closes and it may be packed
+    #[command(after_help = COMPLETE_EXAMPLES)]
+    Complete(Named),
+    /// Mark the image failed: its environment closes and it is not packed
+    #[command(after_help = FAIL_EXAMPLES)]
+    Fail(Named),
+    /// Show the state of an environment, or of all on this machine if no name is given
+    #[command(after_help = STATUS_EXAMPLES)]
+    Status {
+        #[command(flatten)]
+        named: Named,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        /// Exit with 0 if the environment is in one of these states, otherwise with 1
+        #[arg(long, value_name = "STATE", value_delimiter = ',')]
+        is: Vec<Stage>,
+    },
+    /// Print completions for a shell
+    #[command(after_help = COMPLETIONS_EXAMPLES)]
+    Completions {
+        /// The shell
+        #[arg(value_enum)]
+        shell: clap_complete::Shell,
+    },
+    /// Write the man pages into a directory
+    #[command(after_help = MAN_EXAMPLES)]
+    Man {
+        /// The directory, created if it does not exist
+        #[arg(value_hint = clap::ValueHint::DirPath)]
+        directory: PathBuf,
+    },
+}
+
+const EXAMPLES: &str = "Examples:
+  ims-sshd enter ./image.sqsh --output ./out
+  ims-sshd customize ./image.sqsh --output ./out
+  ims-sshd status";
+
+const ENTRYPOINT_EXAMPLES: &str = "Examples:
+  IMS_ACTION=customize SSH_JAIL=True ims-sshd entrypoint
+  IMS_ACTION=customize SSH_JAIL=True ims-sshd entrypoint /srv/image";
+
+const CUSTOMIZE_EXAMPLES: &str = "Examples:
+  ims-sshd customize ./image-root
+  ims-sshd customize ./image.sqsh --output ./out
+  ims-sshd customize ./image.sqsh --output ./out --script ./install.sh
+  ims-sshd customize ./image.sqsh --output s3://boot-images -- zypper --non-interactive update";
+
+const ENTER_EXAMPLES: &str = "Examples:
+  ims-sshd enter ./image-root
+  ims-sshd enter ./image-root ls -l /boot
+  ims-sshd enter ./image-root --discard --script ./try.sh
+  ims-sshd enter ./image.sqsh --output ./out
+  ims-sshd enter ./image.sqsh --output ./out --yes dnf -y update";
+
+const PREPARE_EXAMPLES: &str = "Examples:
+  ims-sshd prepare /mnt/image 'https://s3.example/boot-images/…/rootfs?X-Amz-Signature=…'
+  ims-sshd prepare --open overlay /srv/work ./image.sqsh";
+
+const PACKAGE_EXAMPLES: &str = "Examples:
+  ims-sshd package
+  ims-sshd package --compression zstd --archive compute.sqsh ./image-root";
+
+const UPLOAD_EXAMPLES: &str = "Examples:
+  ims-sshd upload --name compute
+  ims-sshd upload --store ./store --archive compute.sqsh ./image-root";
+
+const SIDECAR_EXAMPLES: &str = "Examples:
+  IMS_ACTION=customize ims-sshd sidecar --name compute --store s3://boot-images
+  IMS_ACTION=customize ims-sshd sidecar --kernel auto --store /srv/store /srv/image";
+
+const COMPLETE_EXAMPLES: &str = "Examples:
+  ims-sshd complete compute
+  ims-sshd complete /mnt/image";
+
+const FAIL_EXAMPLES: &str = "Examples:
+  ims-sshd fail compute
+  ims-sshd fail /mnt/image";
+
+const STATUS_EXAMPLES: &str = "Examples:
+  ims-sshd status
+  ims-sshd status --json compute
+  ims-sshd status --is serving /mnt/image";
+
+const COMPLETIONS_EXAMPLES: &str = "Examples:
+  ims-sshd completions bash > /usr/share/bash-completion/completions/ims-sshd
+  ims-sshd completions zsh > /usr/share/zsh/vendor-completions/_ims-sshd
+  ims-sshd completions fish > /usr/share/fish/vendor_completions.d/ims-sshd.fish";
+
+const MAN_EXAMPLES: &str = "Examples:
+  ims-sshd man /usr/share/man/man1";
+
+/// Variables that options set, under their names in a pod.
+type Variables = Vec<(&'static str, Option<String>)>;
+
+#[derive(Args)]
+pub(super) struct ChecksumOptions {
+    /// Expected SHA-256 of the source [variable: DOWNLOAD_SHA256SUM]
+    #[arg(long, value_name = "SUM", value_parser = checksum::sha256)]
+    pub(super) sha256: Option<String>,
+}
+
+impl ChecksumOptions {
+    pub(super) fn variables(self) -> Variables {
+        vec![("DOWNLOAD_SHA256SUM", self.sha256)]
+    }
+}
+
+#[derive(Args)]
+#[command(next_help_heading = "Image")]
+pub(super) struct ImageOptions {
+    /// Name of the new image [variable: IMAGE_ROOT_ARCHIVE_NAME] [default: image]
+    #[arg(long, value_parser = settings::image_name)]
+    pub(super) name: Option<String>,
+    /// Name of the kernel in the image's /boot; auto is the newest one, if there is one [variable: KERNEL_FILENAME]
+    /// [default: auto]
+    #[arg(long, value_name = "NAME", value_parser = settings::boot_file)]
+    pub(super) kernel: Option<String>,
+    /// Name of the initrd in the image's /boot; auto is the kernel's, none publishes no initrd
+    /// [variable: INITRD_FILENAME] [default: auto]
+    #[arg(long, value_name = "NAME", value_parser = settings::boot_file)]
+    pub(super) initrd: Option<String>,
+}
+
+#[derive(Args)]
+#[command(next_help_heading = "Image")]
+pub(super) struct ParametersOption {
+    /// Name of the file in the image's /boot that holds the kernel's command line; it may be missing
+    /// [variable: KERNEL_PARAMETERS_FILENAME] [default: kernel-parameters]
+    #[arg(long, value_name = "NAME", value_parser = settings::boot_file)]
+    pub(super) kernel_parameters: Option<String>,
+}
+
+impl ParametersOption {
+    pub(super) fn variables(self) -> Variables {
+        vec![("KERNEL_PARAMETERS_FILENAME", self.kernel_parameters)]
+    }
+}
+
+impl ImageOptions {
+    /// Names the image after its source unless an option or a variable names it.
+    pub(super) fn named_by(mut self, source: &str) -> Self {
+        let named = self.name.take().or_else(|| std::env::var("IMAGE_ROOT_ARCHIVE_NAME").ok());
+        self.name = Some(named.filter(|name| !name.is_empty()).unwrap_or_else(|| names::of_source(source)));
+        self
+    }
+
+    /// The variables, with `auto` for boot files that nothing names: a person at a command line names them only if
+    /// it matters.
+    pub(super) fn variables_or_auto(mut self) -> Variables {
+        for (option, name) in [(&mut self.kernel, "KERNEL_FILENAME"), (&mut self.initrd, "INITRD_FILENAME")] {
+            let named = option.take().or_else(|| std::env::var(name).ok()).filter(|name| !name.is_empty());
+            *option = Some(named.unwrap_or_else(|| boot::AUTO.into()));
+        }
+        self.variables()
+    }
+
+    pub(super) fn variables(self) -> Variables {
+        vec![("IMAGE_ROOT_ARCHIVE_NAME", self.name), ("KERNEL_FILENAME", self.kernel), ("INITRD_FILENAME", self.initrd)]
+    }
+}
+
+#[derive(Args)]
+#[command(next_help_heading = "Packing")]
+pub(super) struct PackingOptions {
+    /// Compression of the squashfs [variable: IMAGE_COMPRESSION] [default: gzip]
+    #[arg(long, value_name = "ALGORITHM", value_parser = packing::COMPRESSIONS)]
+    pub(super) compression: Option<String>,
+    /// Omit matching paths, and everything below a matching directory. In a path of the image, * and ? match
+    /// characters of one name, [a-z] one of a set; '... ' before a name matches at any depth, as in '... *.pyc'.
+    /// May be repeated
+    #[arg(long, value_name = "PATTERN", value_parser = exclude::Pattern::parse)]
+    pub(super) exclude: Vec<exclude::Pattern>,
+    /// Write as JSON what was added, removed and changed since this command or 'ims-sshd prepare' opened the image
+    #[arg(long, value_name = "FILE")]
+    pub(super) changes: Option<PathBuf>,
+}
+
+#[derive(Args)]
+#[command(next_help_heading = "Servers")]
+pub(super) struct StoreOption {
+    /// Store of images: s3://BUCKET, or a directory [variable: IMAGE_STORE] [default: s3://$S3_BUCKET]
+    #[arg(long, value_name = "URL")]
+    pub(super) store: Option<String>,
+}
+
+#[derive(Args)]
+#[command(next_help_heading = "Servers")]
+pub(super) struct ServerOptions {
+    /// URL of the S3 server; its keys are $S3_ACCESS_KEY and $S3_SECRET_KEY [variable: S3_ENDPOINT]
+    #[arg(long, value_name = "URL", value_parser = network::http_url)]
+    pub(super) s3_endpoint: Option<String>,
+    /// URL of the IMS that registers jobs and images [variable: IMS_URL] [default: none, without $OAUTH_CONFIG_DIR]
+    #[arg(long, value_name = "URL", value_parser = network::http_url)]
+    pub(super) ims_url: Option<String>,
+}
+
+impl ServerOptions {
+    pub(super) fn variables(self) -> Variables {
+        vec![("S3_ENDPOINT", self.s3_endpoint), ("IMS_URL", self.ims_url)]
+    }
+}
+
+#[derive(Args)]
+pub(super) struct SidecarArguments {
+    /// Directory of image-root and the signal files [default: $IMAGE_ROOT_PARENT, else /mnt/image]
+    pub(super) image_root_parent: Option<PathBuf>,
+    /// Public keys that may log in
+    #[arg(long, value_name = "FILE", default_value = "/etc/cray/authorized_keys")]
+    pub(super) authorized_keys: PathBuf,
+    /// sshd's configuration [default: port 22, root by key alone]
+    #[arg(long, value_name = "FILE")]
+    pub(super) sshd_config: Option<PathBuf>,
+    /// Directory into which both are copied, for the build environment's sshd
+    #[arg(long, alias = "sshd-folder", value_name = "DIRECTORY", default_value = "/etc/cray/ims")]
+    pub(super) sshd_directory: PathBuf,
+    /// Certificates of authorities to add to the image
+    #[arg(long, value_name = "DIRECTORY", default_value = "/etc/cray/ca")]
+    pub(super) authorities: PathBuf,
+    #[command(flatten)]
+    pub(super) packing: PackingOptions,
+    #[command(flatten)]
+    pub(super) image: ImageOptions,
+    #[command(flatten)]
+    pub(super) parameters: ParametersOption,
+    #[command(flatten)]
+    pub(super) store: StoreOption,
+    #[command(flatten)]
+    pub(super) servers: ServerOptions,
+}
+
+/// This process's variables, overridden by options.
+pub(super) fn variables(
+    options: impl IntoIterator<Item = (&'static str, Option<String>)>,
+) -> Vec<(OsString, OsString)> {
+    let given = options.into_iter().filter_map(|(name, value)| Some((name.into(), value?.into())));
+    std::env::vars_os().chain(given).collect()
+}
+
+#[derive(Args)]
+pub(super) struct Named {
+    /// Name that 'ims-sshd status' prints, source, or directory of image-root and the signal files
+    /// [default: $IMAGE_ROOT_PARENT; in a pod, the environment that is open there]
+    #[arg(value_name = "NAME")]
+    pub(super) name: Option<PathBuf>,
+}
+
+/// Makes options of `customize` and `enter` that describe the new image require an output.
+fn only_to_publish(option: clap::Arg) -> clap::Arg {
+    const OPTIONS: [&str; 6] = ["kernel", "initrd", "kernel_parameters", "exclude", "changes", "json"];
+    match option.get_id().as_str() {
+        "compression" => {
+            with_default(option, "gzip", "the source's, if it is a squashfs, else gzip").requires("output")
+        }
+        "name" => with_default(option, "image", "the source's name").requires("output"),
+        name if OPTIONS.contains(&name) => option.requires("output"),
+        _ => option,
+    }
+}
+
+/// Gives the sidecar's boot files the default names of IMS.
+fn as_pods_have_it(option: clap::Arg) -> clap::Arg {
+    match option.get_id().as_str() {
+        "kernel" => with_default(option, "auto", "vmlinuz"),
+        "initrd" => with_default(option, "auto", "initrd"),
+        _ => option,
+    }
+}
+
+/// `option` with another default in its help.
+fn with_default(option: clap::Arg, usual: &str, here: &str) -> clap::Arg {
+    let help = option.get_help().map(ToString::to_string).unwrap_or_default();
+    option.help(help.replace(&format!("[default: {usual}]"), &format!("[default: {here}]")))
+}
+
+#[derive(Args)]
+pub(super) struct CustomizeArguments {
+    /// An unpacked image, to which the changes are applied once it is complete; with --output also a squashfs, an
+    /// archive, or a URL (https, s3)
+    pub(super) source: String,
+    /// Port to listen on [default: a free one]
+    #[arg(long)]
+    pub(super) port: Option<u16>,
+    /// Address to listen on
+    #[arg(long, default_value = "127.0.0.1")]
+    pub(super) listen: std::net::IpAddr,
+    /// Public keys that may log in [default: a key pair made for this run]
+    #[arg(long, value_name = "FILE")]
+    pub(super) authorized_key: Option<PathBuf>,
+    /// Start sessions on this machine beside the image root, not in it
+    #[arg(long)]
+    pub(super) plain: bool,
+    #[command(flatten)]
+    pub(super) jail: JailOptions,
+    /// Run this script of this machine in the image, unattended, and publish the image if the script succeeds
+    #[arg(long, value_name = "FILE", conflicts_with_all = OVER_SSH)]
+    pub(super) script: Option<PathBuf>,
+    /// Run this script as root on this machine, not in the image, once sessions can log in; the image root is
+    /// $IMAGE_ROOT_PARENT/image-root
+    #[arg(long, value_name = "FILE")]
+    pub(super) host_script: Option<PathBuf>,
+    /// A command to run in the image, unattended, with its arguments; the image is published if it succeeds
+    /// [default: wait for people who log in]
+    #[arg(trailing_var_arg = true, conflicts_with_all = OVER_SSH, conflicts_with = "script")]
+    pub(super) command: Vec<OsString>,
+    #[command(flatten)]
+    pub(super) job: JobOptions,
+}
+
+/// Options of `customize` for people who log in.
+const OVER_SSH: [&str; 5] = ["port", "listen", "authorized_key", "plain", "host_script"];
+
+#[derive(Args)]
+pub(super) struct EnterArguments {
+    /// An unpacked image, which is changed in place; or a squashfs, an archive, or a URL (https, s3), whose changes are
+    /// discarded at the end without --output
+    pub(super) source: String,
+    /// Publish at the end without asking, unless the command failed
+    #[arg(long, requires = "output", conflicts_with = "discard")]
+    pub(super) yes: bool,
+    /// Discard the changes at the end without asking; a directory is opened below an overlay and stays as it is
+    #[arg(long, conflicts_with = "in_place")]
+    pub(super) discard: bool,
+    #[command(flatten)]
+    pub(super) jail: JailOptions,
+    /// Run this script of this machine in the image
+    #[arg(long, value_name = "FILE")]
+    pub(super) script: Option<PathBuf>,
+    /// The command and its arguments, after all options [default: the login shell]
+    #[arg(trailing_var_arg = true, conflicts_with = "script")]
+    pub(super) command: Vec<OsString>,
+    #[command(flatten)]
+    pub(super) job: JobOptions,
+}
+
+#[derive(Args)]
+pub(super) struct JailOptions {
+    /// Show a directory or file of this machine in the image, at the same path unless TARGET is given; it is not
+    /// packed. May be repeated
+    #[arg(long, value_name = "SOURCE[:TARGET[:ro]]", value_parser = Bind::parse)]
+    pub(super) bind: Vec<Bind>,
+    /// Set a variable for everything that runs in the image; without a value, to the one it has here. May be repeated
+    #[arg(long, value_name = "NAME[=VALUE]", value_parser = variables::variable)]
+    pub(super) env: Vec<(String, String)>,
+}
+
+/// Options that decide what becomes of an image on one machine.
+#[derive(Args)]
+pub(super) struct JobOptions {
+    /// Publish the new image to this store: a directory, or s3://BUCKET
+    #[arg(long, value_name = "STORE")]
+    pub(super) output: Option<String>,
+    /// Change a directory in place, not in an overlay until the image is complete
+    #[arg(long)]
+    pub(super) in_place: bool,
+    /// Drop the changes that an earlier run kept, and start over
+    #[arg(long, conflicts_with = "in_place")]
+    pub(super) fresh: bool,
+    /// Directory for the changes until they are published or applied, on a disk with space for two new images
+    /// [default: /var/lib]
+    #[arg(long, value_name = "DIRECTORY")]
+    pub(super) work: Option<PathBuf>,
+    #[command(flatten)]
+    pub(super) checksum: ChecksumOptions,
+    /// Print the result of the publication as JSON
+    #[arg(long)]
+    pub(super) json: bool,
+    #[command(flatten)]
+    pub(super) packing: PackingOptions,
+    #[command(flatten)]
+    pub(super) image: ImageOptions,
+    #[command(flatten)]
+    pub(super) parameters: ParametersOption,
+}
+
+/// Parses the command line of this process; ends it after a refusal, and for help and version.
+pub fn parse() -> Arguments {
+    let mut words: Vec<_> = std::env::args_os().collect();
+    // A pod's manifest may still start this program under the name of the script that it replaces.
+    if words.first().is_some_and(|name| Path::new(name).file_name() == Some("entrypoint.sh".as_ref())) {
+        words.splice(..1, ["ims-sshd".into(), "entrypoint".into()]);
+    }
+    Arguments::try_parse_from(words).unwrap_or_else(|refusal| with_owners(refusal).exit())
+}
+
+/// The refusal of an unknown option, with the commands that have the option instead of a similar option's name.
+fn with_owners(mut refusal: clap::Error) -> clap::Error {
+    let Some(ContextValue::String(unknown)) = refusal.get(ContextKind::InvalidArg) else { return refusal };
+    if refusal.kind() != ErrorKind::UnknownArgument {
+        return refusal;
+    }
+    let name = unknown.split_once('=').map_or(unknown.as_str(), |(name, _)| name).to_owned();
+    let has = |option: &clap::Arg| option.get_long().is_some_and(|long| name.strip_prefix("--") == Some(long));
+    let program = Arguments::command();
+    let commands = program.get_subcommands().filter(|command| command.get_arguments().any(has));
+    let owners: Vec<_> = commands.map(|command| format!("'ims-sshd {}'", command.get_name())).collect();
+    if !owners.is_empty() {
+        refusal.remove(ContextKind::SuggestedArg);
+        let tip = format!("{name} is an option of {}", owners.join(", "));
+        refusal.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip.into()]));
+    }
+    refusal
+}
+
+/// Refuses options of this program in the command of `customize` or `enter`, which would receive them. Options after
+/// `--` are the command's own.
+pub(super) fn refuse_late_options(name: &str, command: &[OsString], given: &[OsString]) -> Result<()> {
+    let (before, _) = given.split_at(given.len().saturating_sub(command.len()));
+    if before.iter().any(|word| word == "--") {
+        return Ok(());
+    }
+    let mut program = Arguments::command();
+    program.build();
+    let options = program.find_subcommand(name).into_iter().flat_map(clap::Command::get_arguments);
+    // `--help` is more often meant for the command than for this program.
+    let longs: Vec<_> = options.filter_map(clap::Arg::get_long).filter(|long| *long != "help").collect();
+    let is_ours = |word: &&OsString| {
+        let word = word.to_string_lossy();
+        let Some(word) = word.strip_prefix("--") else { return false };
+        longs.contains(&word.split_once('=').map_or(word, |(name, _)| name))
+    };
+    command.iter().find(is_ours).map_or(Ok(()), |word| {
+        Err(Error::bad_input(format!("'{}' is part of the command, which would receive it", word.display()))
+            .advise("options come before the command; write -- before the command if it is its own"))
+    })
+}

@@ -1,0 +1,4 @@
+//! The command line: its definition, and what each command starts.
+
+pub mod arguments;
+pub mod run;

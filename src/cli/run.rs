@@ -1,0 +1,224 @@
+//! Dispatch of commands, and the policy that the command line adds to them.
+
+use std::path::{Path, PathBuf};
+
+use clap::CommandFactory;
+
+use crate::cli::arguments::{
+    Arguments, Command, CustomizeArguments, EnterArguments, JobOptions, Named, SidecarArguments, refuse_late_options,
+    variables,
+};
+use crate::environment::settings::Settings;
+use crate::environment::supervisor;
+use crate::error::{Attempt, Error, Result};
+use crate::job::DEFAULT_PARENT;
+use crate::local::command_line::CommandLine;
+use crate::local::customize::{self, Customization};
+use crate::local::directory;
+use crate::local::enter::{self, Answer, Entry};
+use crate::local::job::{End, Job, Reports};
+use crate::local::script::Script;
+use crate::local::status::{self, Shown};
+use crate::local::{steps, work_directory};
+use crate::log::format;
+use crate::manual;
+use crate::pod::sidecar::{self, Places};
+use crate::publish::prepare;
+use crate::publish::settings as publishing;
+use crate::publish::source::{self, Source};
+use crate::transfer::without_query;
+use crate::verdict::Verdict;
+
+/// Carries out the command and returns the exit code.
+pub fn run(arguments: Arguments) -> Result<u8> {
+    format::start(arguments.log_format)?;
+    match arguments.command {
+        Command::Entrypoint { image_root_parent } => entrypoint(image_root_parent),
+        Command::Customize(arguments) => run_customize(arguments),
+        Command::Enter(arguments) => run_enter(arguments),
+        Command::Complete(Named { name }) => status::mark(name.as_deref(), Verdict::Complete),
+        Command::Fail(Named { name }) => status::mark(name.as_deref(), Verdict::Failed),
+        Command::Status { named, json, is } => status::print(named.name.as_deref(), Shown { as_json: json, is: &is }),
+        Command::Prepare { first, second, open, fresh, checksum, servers } => {
+            let (parent, source) = second.map_or((None, first.clone()), |source| (Some(first.into()), source));
+            let options = checksum.variables().into_iter().chain(servers.variables());
+            let settings = publishing::Settings::read(parent, variables(options))?;
+            let source = source::rootfs_of(source);
+            directory::refuse_open_source(&source)?;
+            prepare::run(&settings, &source, open, fresh)
+        }
+        Command::Sidecar(arguments) => run_sidecar(arguments),
+        Command::Package { image_root, archive, packing, image } => {
+            let compression = [("IMAGE_COMPRESSION", packing.compression)];
+            let options = image.variables_or_auto().into_iter().chain(compression);
+            let settings = publishing::Settings::read(None, variables(options))?;
+            let (named, archive, changes) = (image_root.as_deref(), archive.as_deref(), packing.changes.as_deref());
+            steps::package(&settings, named, archive, &packing.exclude, changes)
+        }
+        Command::Upload { image_root, archive, debug_kernel, image, parameters, store, servers } => {
+            let options =
+                image.variables_or_auto().into_iter().chain(parameters.variables()).chain(servers.variables());
+            let options = options.chain([("IMAGE_STORE", store.store)]);
+            let settings = publishing::Settings::read(None, variables(options))?;
+            steps::upload(&settings, image_root.as_deref(), archive.as_deref(), debug_kernel.as_deref())
+        }
+        Command::Completions { shell } => {
+            let mut to = std::io::stdout();
+            let written = manual::write_completions(&mut Arguments::command(), shell, &mut to);
+            written.attempt(|| "print the completions").map(|()| 0)
+        }
+        Command::Man { directory } => {
+            let written = manual::write_pages(Arguments::command(), &directory);
+            written.attempt(|| format!("write the man pages into {}", directory.display())).map(|()| 0)
+        }
+    }
+}
+
+/// The image root's parent, if other containers of a pod wait there for this command and must hear of its refusal.
+pub fn awaited_parent(arguments: &Arguments) -> Option<PathBuf> {
+    match &arguments.command {
+        Command::Entrypoint { image_root_parent } => Some(parent_or_default(image_root_parent.clone())),
+        _ => None,
+    }
+}
+
+fn parent_or_default(given: Option<PathBuf>) -> PathBuf {
+    let named = || std::env::var_os("IMAGE_ROOT_PARENT").filter(|p| !p.is_empty()).map(PathBuf::from);
+    given.or_else(named).unwrap_or_else(|| DEFAULT_PARENT.into())
+}
+
+fn entrypoint(image_root_parent: Option<PathBuf>) -> Result<u8> {
+    let parent = parent_or_default(image_root_parent.clone());
+    let settings = Settings::read(image_root_parent, std::env::vars_os()).map_err(|refusal| {
+        // A container started without any variable lacks the volume as well; name both at once.
+        let missing = || format!("{} does not exist: mount the job's volume there", parent.display());
+        if parent.exists() { refusal } else { refusal.advise(missing()) }
+    })?;
+    supervisor::run(settings, None, || {}).map(|outcome| outcome.exit_code)
+}
+
+fn run_customize(mut arguments: CustomizeArguments) -> Result<u8> {
+    let given: Vec<_> = std::env::args_os().collect();
+    refuse_late_options("customize", &arguments.command, &given)?;
+    arguments.source = source::rootfs_of(arguments.source);
+    if arguments.job.output.is_none() && !Path::new(&arguments.source).is_dir() {
+        return Err(without_output(&arguments.source));
+    }
+    let line = CommandLine::new("customize", &given, arguments.command.len());
+    let is_unattended = arguments.script.is_some() || !arguments.command.is_empty();
+    let script = arguments.script.as_deref().map(Script::read).transpose()?;
+    let job = local_job(arguments.job, arguments.source, Some(End::Applied), line)?;
+    if is_unattended {
+        let entry = Entry {
+            command: arguments.command,
+            script,
+            variables: arguments.jail.env,
+            binds: arguments.jail.bind,
+            answer: Some(Answer::Yes),
+            heeds_dkms: true,
+        };
+        return enter::run(job, &entry);
+    }
+    let wanted = Customization {
+        port: arguments.port,
+        listen: arguments.listen,
+        authorized_key: arguments.authorized_key,
+        jailed: !arguments.plain,
+        binds: arguments.jail.bind,
+        variables: arguments.jail.env,
+        host_script: arguments.host_script,
+    };
+    customize::run(job, &wanted)
+}
+
+fn run_enter(mut arguments: EnterArguments) -> Result<u8> {
+    let given: Vec<_> = std::env::args_os().collect();
+    refuse_late_options("enter", &arguments.command, &given)?;
+    arguments.source = source::rootfs_of(arguments.source);
+    let answer = match (arguments.yes, arguments.discard) {
+        (true, _) => Some(Answer::Yes),
+        (_, true) => Some(Answer::Discard),
+        _ => None,
+    };
+    let line = CommandLine::new("enter", &given, arguments.command.len());
+    let entry = Entry {
+        command: arguments.command,
+        script: arguments.script.as_deref().map(Script::read).transpose()?,
+        variables: arguments.jail.env,
+        binds: arguments.jail.bind,
+        answer,
+        heeds_dkms: false,
+    };
+    // With `--discard` nothing is kept; without it the directory itself is changed, as by chroot.
+    let end = arguments.discard.then_some(End::Discarded);
+    let job = local_job(arguments.job, arguments.source, end, line)?;
+    enter::run(Job { discards: arguments.discard, ..job }, &entry)
+}
+
+/// The job on `source`. The changes to a directory without an output end as `end` says; without an `end` the directory
+/// is changed in place.
+fn local_job(options: JobOptions, source: String, end: Option<End>, command_line: CommandLine) -> Result<Job> {
+    let JobOptions { output, in_place, fresh, work, checksum, json, packing, image, parameters } = options;
+    let is_directory = Path::new(&source).is_dir();
+    if is_directory && checksum.sha256.is_some() {
+        let complaint = format!("--sha256 is given, and SOURCE is '{source}': expected a file or a URL");
+        return Err(Error::bad_input(complaint));
+    }
+    if in_place && !is_directory {
+        let shown = without_query(&source);
+        return Err(Error::bad_input(format!("--in-place is given, and SOURCE is '{shown}': expected a directory")));
+    }
+    let work = work.map_or_else(|| work_directory::DEFAULT.into(), |directory| directory.join("ims-sshd"));
+    let work = std::path::absolute(&work).attempt(|| format!("find {}", work.display()))?;
+    let in_place = is_directory && (in_place || output.is_none() && end.is_none());
+    let end = if output.is_some() { End::Published } else { end.unwrap_or(End::Discarded) };
+    if fresh && (in_place || end == End::Discarded) {
+        return Err(Error::bad_input("--fresh is given, and this run neither uses nor keeps changes")
+            .advise("'ims-sshd fail SOURCE' drops kept changes"));
+    }
+    // A directory that is changed in place and not published needs no settings.
+    let settings = if output.is_none() && in_place {
+        None
+    } else {
+        let options = image.named_by(&source).variables_or_auto().into_iter().chain(checksum.variables());
+        let options = options.chain(parameters.variables());
+        let variables = variables(options.chain([("IMAGE_COMPRESSION", packing.compression)]));
+        let mut settings = publishing::Settings::read(Some(work.clone()), variables)?;
+        settings.store.url = output;
+        Some(settings)
+    };
+    let (exclude, reports) = (packing.exclude, Reports { changes: packing.changes, result: json });
+    Ok(Job { source, command_line, in_place, fresh, discards: false, end, settings, work, exclude, reports })
+}
+
+/// Refuses a source that cannot be changed in place.
+fn without_output(source: &str) -> Error {
+    if let Ok(Source::Here(path)) = Source::parse(source)
+        && let Err(e) = std::fs::metadata(&path)
+    {
+        return Error::bad_input(format!("SOURCE is '{source}': {e}"));
+    }
+    let shown = without_query(source);
+    let command = shell_words::join(["ims-sshd", "customize", &shown, "--output", "./out"]);
+    Error::bad_input("--output is missing: SOURCE is a file or URL and stays as it is, so the new image needs a place")
+        .advise(format!("for example: {command}"))
+}
+
+fn run_sidecar(arguments: SidecarArguments) -> Result<u8> {
+    let compression = [("IMAGE_COMPRESSION", arguments.packing.compression)];
+    let options = arguments.image.variables().into_iter().chain(arguments.parameters.variables());
+    let options = options.chain(arguments.servers.variables()).chain(compression);
+    let options = options.chain([("IMAGE_STORE", arguments.store.store)]);
+    let variables = variables(options);
+    let parent = arguments.image_root_parent;
+    let settings = publishing::Settings::read(parent.clone(), variables.clone());
+    let places = Places {
+        authorized_keys: arguments.authorized_keys,
+        sshd_config: arguments.sshd_config,
+        sshd_directory: arguments.sshd_directory,
+        authorities: arguments.authorities,
+        exclude: arguments.packing.exclude,
+        changes: arguments.packing.changes,
+    };
+    sidecar::run(settings, (parent, variables), &places)
+}
