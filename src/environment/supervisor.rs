@@ -1,5 +1,5 @@
-//! Carries the machine's actions out and brings it what happens. As PID 1 or as a subreaper: every process of the job is a
-//! descendant, whoever started it.
+//! Carries the machine's actions out and brings it what happens. As PID 1 or as a subreaper: every process of the job
+//! is a descendant, whoever started it.
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
@@ -37,7 +37,8 @@ use crate::volume::mounts_below;
 use crate::volume::signal_files::{LOOK_EVERY, SignalFiles, Stamp, Watch};
 use crate::volume::state_directory::StateDirectory;
 
-/// How long the image root parent may be missing. A pod's volumes are there before its containers start; a mount of a machine may come later.
+/// How long the image root parent may be missing. A pod's volumes are there before its containers start; a mount of a
+/// machine may come later.
 const TIME_FOR_PARENT: Duration = Duration::from_secs(30);
 
 /// How an environment ended.
@@ -51,8 +52,8 @@ pub struct Outcome {
     pub exit_code: u8,
 }
 
-/// Runs a build environment from start to end. `files` is the image root's parent if the caller has claimed it already; `listening` is
-/// called once, when sshd accepts connections.
+/// Runs a build environment from start to end. `files` is the image root's parent if the caller has claimed it already;
+/// `listening` is called once, when sshd accepts connections.
 pub fn run(settings: Settings, files: Option<SignalFiles>, listening: impl FnOnce()) -> Result<Outcome> {
     if !shell_is_wanted(&settings)? {
         return Ok(Outcome { verdict: None, given_up: false, exit_code: 0 });
@@ -242,7 +243,8 @@ impl<F: FnOnce()> Supervisor<F> {
             Action::Record(verdict) => Some(self.record(verdict)),
             Action::Announce => Some(Event::Announced { cleanly: self.announce() }),
         };
-        // A process may mark the image as it is ended, and another container at any time: until the others are told, it counts.
+        // A process may mark the image as it is ended, and another container at any time: until the others are told, it
+        // counts.
         let late = if closing { self.late_marks() } else { Vec::new() };
         late.into_iter().chain(answer).collect()
     }
@@ -415,7 +417,7 @@ impl<F: FnOnce()> Supervisor<F> {
                 poll::wait(&mut source, Duration::ZERO).is_ok_and(|ready| ready > 0)
             };
             while readable() {
-                let Some(message) = jail.told() else {
+                let Some(message) = jail.receive() else {
                     // The init has ended: its socket would be ready for ever.
                     self.sources.remove(jail.link());
                     break;
@@ -547,7 +549,8 @@ impl<F: FnOnce()> Supervisor<F> {
         marks
     }
 
-    /// Gives the image root back: no trace of ours, nothing mounted, everything on disk. Returns whether all of that was done.
+    /// Gives the image root back: no trace of ours, nothing mounted, everything on disk. Returns whether all of that
+    /// was done.
     fn release(&mut self) -> bool {
         let mut cleanly = true;
         if let (Some(files), Some(image_root)) = (&self.files, &self.image_root) {
@@ -580,8 +583,8 @@ impl<F: FnOnce()> Supervisor<F> {
             let name = self.settings.job.image_root();
             let marked = match &self.image_root {
                 Some(image_root) => image_root::mark(files, image_root, verdict),
-                // The image root was never opened here, but whoever packs it looks for the mark in it too. A half-unpacked one may have
-                // no place for a mark.
+                // The image root was never opened here, but whoever packs it looks for the mark in it too. A
+                // half-unpacked one may have no place for a mark.
                 None => {
                     let _ = image_root::open(files, name)
                         .and_then(|image_root| image_root::mark(files, &image_root, verdict));
@@ -637,8 +640,9 @@ fn how_ended(status: WaitStatus) -> String {
     }
 }
 
-/// Tells the other containers that no environment will open on `parent`, so that nobody waits for one. For what goes wrong before an
-/// environment exists; one that is open there, or has ended, is left alone. Without `ready`, `exiting` is an earlier one's.
+/// Tells the other containers that no environment will open on `parent`, so that nobody waits for one. For what goes
+/// wrong before an environment exists; one that is open there, or has ended, is left alone. Without `ready`, `exiting`
+/// is an earlier one's.
 pub fn tell_refusal(parent: &std::path::Path) {
     if let Ok(Some(mut files)) = SignalFiles::open(parent)
         && files.claim().is_ok()

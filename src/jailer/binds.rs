@@ -1,4 +1,4 @@
-//! Bind mounts as they lie in an image: checked, and what it lacks for them.
+//! Checks bind mounts against an image, and finds the mount points that it lacks for them.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -11,8 +11,8 @@ use crate::sys::file_kind::FileKind;
 use crate::sys::tree::Tree;
 use std::io;
 
-/// The binds as they lie in this image, with no link on the way to a target, and what the image lacks for them. Everything that can be
-/// refused is refused here.
+/// Resolves the targets of `binds` in this image, so that no link is left in them. Returns the binds and the mount
+/// points that the image lacks. All checks of a bind against the image are made here.
 pub(crate) fn place(image_root: &Tree, tier: Tier, binds: &[Bind]) -> Result<(Vec<Bind>, Vec<MountPoint>)> {
     let (mut placed, mut lacking): (Vec<Bind>, Vec<MountPoint>) = (Vec::new(), Vec::new());
     let root = rustix::fs::fstat(image_root).attempt(|| "look at the image root")?;
@@ -30,14 +30,14 @@ pub(crate) fn place(image_root: &Tree, tier: Tier, binds: &[Bind]) -> Result<(Ve
         let is_directory = std::fs::symlink_metadata(&bind.source).attempt(attempted)?.is_dir();
         let kind = if is_directory { Kind::Directory } else { Kind::File };
         let (there, missing) = nearest(image_root, &bind.target).map_err(refuse)?;
-        // Path::join of nothing would add a slash, which only a directory's name may end with.
+        // Not Path::join: with an empty path it adds a trailing slash, which the kernel refuses for a file.
         let target: PathBuf = there.components().chain(missing.components()).collect();
         if let Some(why) = taken(&target) {
             return Err(refuse(format!("a link of the image leads to /{}: {why}", target.display())));
         }
         if let Some(other) = placed.iter().find(|other| overlap(&other.target, &target)) {
             let why = format!("{} is bound to /{}", other.source.display(), other.target.display());
-            return Err(refuse(why)).advise("no target can be, or lie in, another one");
+            return Err(refuse(why)).advise("no target may be, or lie in, another one");
         }
         let found = image_root.look(&target).attempt(attempted)?;
         match (found.as_ref().map(FileKind::of), is_directory) {
@@ -60,8 +60,8 @@ pub(crate) fn place(image_root: &Tree, tier: Tier, binds: &[Bind]) -> Result<(Ve
     Ok((placed, lacking))
 }
 
-/// The part of `target` that exists in the image, as a path without links, and the rest. Links are followed as long as
-/// they stay in the image.
+/// Splits `target` into the part that exists in the image, as a path without links, and the rest. Links are followed as
+/// long as they stay in the image.
 fn nearest(image_root: &Tree, target: &Path) -> std::result::Result<(PathBuf, PathBuf), String> {
     for path in target.ancestors() {
         let shown = || format!("/{} of the image", path.display());
@@ -74,7 +74,7 @@ fn nearest(image_root: &Tree, target: &Path) -> std::result::Result<(PathBuf, Pa
             }
             Err(e) if e.kind() == io::ErrorKind::NotFound => match image_root.look(path) {
                 Ok(None) => {}
-                Ok(Some(_)) => return Err(format!("{} is a link to nothing", shown())),
+                Ok(Some(_)) => return Err(format!("{} is a dangling link", shown())),
                 Err(e) => return Err(format!("{}: {e}", shown())),
             },
             Err(e) if e.raw_os_error() == Some(libc::EXDEV) => {
@@ -92,7 +92,7 @@ mod tests {
     use std::os::unix::fs::symlink;
 
     #[test]
-    fn a_target_is_found_in_the_image_and_links_out_of_it_are_refused() {
+    fn bind_target_is_resolved_in_the_image_and_links_out_of_it_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         let (root, source) = (dir.path().join("root"), dir.path().join("source"));
         std::fs::create_dir_all(root.join("usr/lib")).unwrap();
@@ -123,14 +123,14 @@ mod tests {
             (&["out/x"][..], "leads out of the image root"),
             (&["out"], "leads out of the image root"),
             (&["up/x"], "leads out of the image root"),
-            (&["nothing/x"], "is a link to nothing"),
+            (&["nothing/x"], "is a dangling link"),
             (&["loop"], "Too many levels"),
             (&["running/x"], "leads to /run/x: /run is the jail's own"),
             (&["odd/passwd"], "control characters"),
             (&["file"], "the source is a directory, and the target is a regular file"),
             (&["file/x"], "Not a directory"),
-            (&["lib/x", "usr/lib/x"], "no target can be, or lie in, another one"),
-            (&["opt", "opt/x"], "no target can be, or lie in, another one"),
+            (&["lib/x", "usr/lib/x"], "no target may be, or lie in, another one"),
+            (&["opt", "opt/x"], "no target may be, or lie in, another one"),
         ] {
             let binds: Vec<_> = targets.iter().map(|target| bind(target)).collect();
             let refused = place(&tree, Tier::User, &binds).unwrap_err().to_string();

@@ -1,4 +1,4 @@
-//! An image of another architecture than this machine's: seen by its programs, and made to run before sshd listens.
+//! Emulation of an image of another architecture: recognized by the image's programs, and set up before sshd listens.
 
 use std::path::PathBuf;
 
@@ -9,7 +9,7 @@ use crate::session::account::Account;
 use crate::sys::architecture::{Architecture, HEADER};
 use crate::sys::tree::Tree;
 
-/// Files that are there in most images, and are programs of its own architecture.
+/// Programs of the image's own architecture, of which most images have one.
 const TELLTALES: [&str; 6] = [
     "bin/sh",
     "usr/bin/env",
@@ -19,7 +19,7 @@ const TELLTALES: [&str; 6] = [
     "lib/ld-musl-x86_64.so.1",
 ];
 
-/// The first file of the image that says what machine it is for: what a session starts, else any that is known.
+/// Finds a program of the image and its architecture: root's login shell, else the first of [`TELLTALES`].
 pub(crate) fn telltale(image_root: &Tree) -> Option<(PathBuf, Architecture)> {
     let shell = Account::root_of(image_root).shell;
     let paths = std::iter::once(shell).chain(TELLTALES.into_iter().map(PathBuf::from));
@@ -29,18 +29,19 @@ pub(crate) fn telltale(image_root: &Tree) -> Option<(PathBuf, Architecture)> {
     })
 }
 
-/// By whom the image's programs are made to run; as long as this is kept.
+/// How the image's programs are emulated. Dropping it removes the registration.
 #[derive(Debug, Default)]
 pub(crate) struct Emulation {
-    /// What they are for, if the jail has to see to it itself.
+    /// Architecture that the jail has to register in its own user namespace.
     pub(crate) in_jail: Option<Architecture>,
-    /// Ours.
+    /// Registration in the node's kernel that this environment made.
     registration: Option<Registration>,
 }
 
-/// Has the image's programs run on this machine, if they are for another one. `told` is what `BUILD_ARCH` says; where the image says
-/// something else, it is the image that counts. `parent` is the image root's parent, whose environment owns what is registered. A jail
-/// of tier `tier` that is a user namespace has a table of its own, where it troubles nobody and needs no privilege.
+/// Sets up emulation if the image is for another architecture than this machine. `told` is `BUILD_ARCH`; if the image's
+/// programs differ from it, they decide. `parent` is the image root parent, whose identity names the registration. A
+/// jail of tier `user` has a table of its own (binfmt_misc is per user namespace), where a registration affects nobody
+/// else and needs no privilege.
 pub(crate) fn prepare(
     image_root: &Tree,
     told: Option<Architecture>,
@@ -52,7 +53,7 @@ pub(crate) fn prepare(
         && told != *seen
     {
         tracing::warn!(
-            "BUILD_ARCH is {}, but /{} of the image is for {}: the image is taken as the latter",
+            "BUILD_ARCH is {}, but /{} of the image is for {}: the image's architecture is used",
             told.name(),
             path.strip_prefix("/").unwrap_or(path).display(),
             seen.name()
@@ -69,9 +70,11 @@ pub(crate) fn prepare(
         return Ok(emulation);
     }
     let place = rustix::fs::fstat(parent).attempt(|| "look at the image root's parent")?;
-    // One volume, one environment: unique among all that share the kernel's table, and found again after a restart.
+    // A volume has one environment at a time, so its identity is unique in the kernel's table and the same after a
+    // restart.
     let owner = format!("{:x}x{:x}", place.st_dev, place.st_ino);
-    // In a thread of its own, which it leaves with other mounts. Plain sessions and the chroot tier are root of the container anyway.
+    // Run in a thread of its own, since it may leave the mount namespace. Only the tier `namespace` needs that:
+    // sessions in plain mode and in the chroot tier are root of the container anyway.
     let own = tier == Some(Tier::Namespace);
     let provided = std::thread::scope(|scope| scope.spawn(|| binfmt::provide(architecture, &owner, own)).join());
     match provided.unwrap_or_else(|panic| std::panic::resume_unwind(panic))? {
@@ -81,10 +84,12 @@ pub(crate) fn prepare(
                 entry.interpreter.display()
             );
         }
-        Interpreter::Unseen => tracing::info!("{name} programs are emulated by what the node has registered"),
+        Interpreter::Unseen => {
+            tracing::info!("{name} programs are emulated by an interpreter that the node has registered");
+        }
         Interpreter::Own(registration) => {
             let interpreter = binfmt::interpreter(architecture);
-            tracing::info!("{name} programs are emulated by {}, registered until the end", interpreter.display());
+            tracing::info!("{name} programs are emulated by {}, registered until the close", interpreter.display());
             emulation.registration = Some(registration);
         }
     }
@@ -97,18 +102,18 @@ mod tests {
     use std::os::unix::fs::symlink;
 
     #[test]
-    fn an_images_architecture_is_that_of_its_login_shell_else_of_what_else_it_has() {
+    fn architecture_is_that_of_the_login_shell_or_else_of_another_known_program() {
         let dir = tempfile::tempdir().unwrap();
         let tree = Tree::open(dir.path()).unwrap();
         let seen = || telltale(&tree).map(|(path, architecture)| (path.display().to_string(), architecture));
         assert_eq!(seen(), None);
-        for folder in ["bin", "etc", "lib", "usr/bin"] {
-            std::fs::create_dir_all(dir.path().join(folder)).unwrap();
+        for name in ["bin", "etc", "lib", "usr/bin"] {
+            std::fs::create_dir_all(dir.path().join(name)).unwrap();
         }
         let [x86, arm] = [Architecture::X86_64, Architecture::Aarch64].map(|a| a.headers()[1]);
         std::fs::write(dir.path().join("lib/ld-linux-aarch64.so.1"), arm).unwrap();
         assert_eq!(seen(), Some(("lib/ld-linux-aarch64.so.1".into(), Architecture::Aarch64)));
-        // The host's own busybox, by a link out of the image, is not the image's.
+        // A link out of the image does not lead to the host's own busybox.
         symlink("../../../../../../../../../bin/busybox", dir.path().join("bin/sh")).unwrap();
         assert_eq!(seen(), Some(("lib/ld-linux-aarch64.so.1".into(), Architecture::Aarch64)));
         std::fs::write(dir.path().join("bin/busybox"), x86).unwrap();

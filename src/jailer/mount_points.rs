@@ -1,4 +1,5 @@
-//! What the image lacks and the jail needs: made before it, noted before that, removed after it.
+//! Mount points and device nodes that the jail needs and the image lacks: recorded, then created, and removed after the
+//! jail's end.
 
 use std::fmt;
 use std::io;
@@ -11,27 +12,27 @@ use crate::sys::file_kind::FileKind;
 use crate::sys::tree::Tree;
 use crate::volume::layout::MOUNT_POINTS;
 
-/// A name that does not exist in the image root, and is to.
+/// A mount point that the image lacks or, where nothing can be mounted, a device node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MountPoint {
     /// Relative to the image root.
     pub path: PathBuf,
-    /// What is made there.
+    /// Kind of file to create.
     pub(crate) kind: Kind,
 }
 
-/// What can be added.
+/// Kind of a mount point.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// An empty folder, to mount on.
+    /// An empty directory.
     Directory,
-    /// An empty file, to mount on.
+    /// An empty file.
     File,
     /// A character device, by major and minor number.
     Device(u32, u32),
 }
 
-/// Lines of the note: `folder PATH`, `file PATH`, `device MAJOR:MINOR PATH`.
+/// Line of the record: `folder PATH` (a directory), `file PATH` or `device MAJOR:MINOR PATH`.
 impl fmt::Display for MountPoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let path = self.path.display();
@@ -60,8 +61,8 @@ impl MountPoint {
     }
 }
 
-/// Which of the table's targets the image lacks. Refuses an image in which something else than a folder stands in a target's
-/// place: a link there would move the mount elsewhere.
+/// Returns the targets of `table` that the image lacks. A target that exists has to be a directory: a link would move
+/// the mount elsewhere.
 pub fn mount_points(image_root: &Tree, table: impl Iterator<Item = Mount>) -> Result<Vec<MountPoint>> {
     let mut missing = Vec::new();
     for mount in table.filter(|m| m.missing == Missing::MountPoint) {
@@ -79,14 +80,16 @@ pub fn mount_points(image_root: &Tree, table: impl Iterator<Item = Mount>) -> Re
     Ok(missing)
 }
 
-/// The nodes that a shell needs where nothing can be mounted: without them `>/dev/null` would make a file, which would be packed.
+/// Device nodes that a shell needs where nothing can be mounted. Without them `>/dev/null` would create a file, and
+/// that would be packed.
 const DEVICES: [(&str, u32, u32); 6] =
     [("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)];
 
-/// The device nodes of a jail without mounts, if the image's /dev is empty or missing; an image that has something there is left alone.
+/// Returns the device nodes of a jail without mounts, if the image's /dev is empty or missing. A /dev with content is
+/// left as it is.
 pub(crate) fn devices(image_root: &Tree) -> Result<Vec<MountPoint>> {
     let attempted = || "look at /dev of the image";
-    let folder = match image_root.look("dev").attempt(attempted)?.as_ref().map(FileKind::of) {
+    let directory = match image_root.look("dev").attempt(attempted)?.as_ref().map(FileKind::of) {
         None => Some(MountPoint { path: "dev".into(), kind: Kind::Directory }),
         Some(FileKind::Directory)
             if image_root.directory("dev").and_then(|dev| dev.names()).attempt(attempted)?.is_empty() =>
@@ -97,26 +100,26 @@ pub(crate) fn devices(image_root: &Tree) -> Result<Vec<MountPoint>> {
     };
     let node =
         |(name, major, minor)| MountPoint { path: Path::new("dev").join(name), kind: Kind::Device(major, minor) };
-    Ok(folder.into_iter().chain(DEVICES.map(node)).collect())
+    Ok(directory.into_iter().chain(DEVICES.map(node)).collect())
 }
 
-/// Additions that were made to an image root. They are noted in its parent before they are made.
+/// Mount points that were created in an image root. They are recorded in its parent before they are created.
 pub(crate) struct Made<'a> {
     image_root: &'a Tree,
     record_directory: &'a Tree,
     mount_points: Vec<MountPoint>,
-    /// Whether the kernel refused to make device nodes.
+    /// True if the kernel refused to create device nodes.
     pub(crate) without_devices: bool,
 }
 
 impl<'a> Made<'a> {
-    /// Notes `wanted` in `record_directory` and makes them; device nodes only as far as this container may.
+    /// Records `wanted` in `record_directory` and creates them, device nodes only if this container may.
     pub(crate) fn make(image_root: &'a Tree, record_directory: &'a Tree, wanted: Vec<MountPoint>) -> Result<Self> {
         if !wanted.is_empty() {
             let text = wanted.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
             record_directory
                 .replace(MOUNT_POINTS, text.as_bytes())
-                .attempt(|| format!("note what is to be added to the image in {MOUNT_POINTS} beside the image root"))?;
+                .attempt(|| format!("record the jail's mount points in {MOUNT_POINTS} beside the image root"))?;
         }
         let mut made = Self { image_root, record_directory, mount_points: wanted, without_devices: false };
         for mount_point in &made.mount_points {
@@ -130,7 +133,8 @@ impl<'a> Made<'a> {
                     if matches!(mount_point.kind, Kind::Device(..)) && e.kind() == io::ErrorKind::PermissionDenied =>
                 {
                     made.without_devices = true;
-                    // A program that discards its output would make the file; one that needs the name, such as sftp-server, does not start.
+                    // Create /dev/null as a file: a program that discards its output would create it anyway, and one
+                    // that only opens it, such as sftp-server, would not start.
                     if mount_point.path == Path::new("dev/null") {
                         image_root
                             .make_mount_point(&mount_point.path, false)
@@ -145,7 +149,7 @@ impl<'a> Made<'a> {
         Ok(made)
     }
 
-    /// The mount points, open, each with the path at which it was made.
+    /// Descriptors of the mount points, each with the path at which it was created.
     pub(crate) fn mount_points(&self) -> Vec<(PathBuf, OwnedFd)> {
         let made =
             self.mount_points.iter().filter(|mount_point| matches!(mount_point.kind, Kind::Directory | Kind::File));
@@ -153,17 +157,17 @@ impl<'a> Made<'a> {
             .collect()
     }
 
-    /// What an earlier environment on the same parent made and, killed, did not remove.
+    /// Mount points that an earlier environment on the same parent recorded and, being killed, did not remove.
     pub(crate) fn left_over(image_root: &'a Tree, record_directory: &'a Tree) -> Option<Self> {
-        let note = record_directory.read(MOUNT_POINTS, 1 << 16).ok()?;
-        let mount_points = String::from_utf8_lossy(&note).lines().filter_map(MountPoint::parse).collect();
+        let record = record_directory.read(MOUNT_POINTS, 1 << 16).ok()?;
+        let mount_points = String::from_utf8_lossy(&record).lines().filter_map(MountPoint::parse).collect();
         Some(Self { image_root, record_directory, mount_points, without_devices: false })
     }
 
-    /// Removes them, and the note. Returns what could not be removed because somebody put something there.
+    /// Removes the mount points and their record. Returns those that stay because a session put something into them.
     pub(crate) fn remove(self) -> Result<Vec<PathBuf>> {
         let mut kept = Vec::new();
-        // A folder after what was made in it.
+        // Remove a directory after what was created in it.
         for mount_point in self.mount_points.iter().rev() {
             let gone = match mount_point.kind {
                 Kind::Directory | Kind::File => self.image_root.remove_mount_point(&mount_point.path),
@@ -181,8 +185,8 @@ impl<'a> Made<'a> {
     }
 }
 
-/// Removes those of [`Made::mount_points`] that a session has moved, as by renaming a directory above. To be called when none is left who
-/// could move them. Returns what could not be removed because somebody put something there.
+/// Removes those of [`Made::mount_points`] that a session has moved, for example by renaming a directory above them. No
+/// process that could move them again may be left. Returns those that stay because a session put something into them.
 pub(crate) fn remove_moved(image_root: &Tree, made: &[(PathBuf, OwnedFd)]) -> Result<Vec<PathBuf>> {
     let mut kept = Vec::new();
     for (path, handle) in made.iter().rev() {
@@ -209,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn a_link_in_the_place_of_a_mount_point_is_refused_by_name() {
+    fn link_at_a_mount_point_of_the_image_is_refused_by_name() {
         let dir = tempfile::tempdir().unwrap();
         let tree = Tree::open(dir.path()).unwrap();
         symlink("/tmp", dir.path().join("dev")).unwrap();
@@ -218,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_killed_environment_added_is_found_and_removed() {
+    fn mount_points_of_a_killed_environment_are_found_and_removed() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir(dir.path().join("image-root")).unwrap();
         let parent = Tree::open(dir.path()).unwrap();
@@ -234,11 +238,11 @@ mod tests {
     }
 
     #[test]
-    fn device_nodes_are_made_in_an_empty_dev_only_and_taken_away_with_what_was_written_in_their_place() {
+    fn device_nodes_are_created_only_in_an_empty_dev_and_removed_with_files_that_replaced_them() {
         let dir = tempfile::tempdir().unwrap();
         let tree = Tree::open(dir.path()).unwrap();
         let dev = dir.path().join("dev");
-        assert_eq!(devices(&tree).unwrap().len(), DEVICES.len() + 1, "no /dev: it is made too");
+        assert_eq!(devices(&tree).unwrap().len(), DEVICES.len() + 1, "without /dev, it is created too");
         std::fs::create_dir(&dev).unwrap();
         let before = std::fs::metadata(&dev).unwrap();
         let made = Made::make(&tree, &tree, devices(&tree).unwrap()).unwrap();
@@ -249,9 +253,9 @@ mod tests {
         std::fs::write(dev.join("null"), "output that was to vanish").unwrap();
         std::fs::remove_file(dev.join("tty")).unwrap();
         symlink("elsewhere", dev.join("tty")).unwrap();
-        assert!(devices(&tree).unwrap().is_empty(), "somebody has something there");
+        assert!(devices(&tree).unwrap().is_empty(), "/dev has content");
         let kept = Made::left_over(&tree, &tree).unwrap().remove().unwrap();
-        assert_eq!(kept, [Path::new("dev/tty")], "that was meant");
+        assert_eq!(kept, [Path::new("dev/tty")], "a link was put there on purpose");
         std::fs::remove_file(dev.join("tty")).unwrap();
         assert!(std::fs::read_dir(&dev).unwrap().next().is_none());
         assert_eq!(std::fs::metadata(&dev).unwrap().ino(), before.ino());

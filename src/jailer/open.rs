@@ -1,4 +1,5 @@
-//! The jail as the supervisor has it: made, recorded, watched, ended, and no trace of it left in the image root.
+//! The supervisor's handle of a jail: makes it, records it for sessions, watches it, ends it, and removes its traces
+//! from the image root.
 
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -34,72 +35,73 @@ use crate::volume::state_directory::StateDirectory;
 use rustix::fs::AtFlags;
 use rustix::fs::StatxFlags;
 
-/// A jail to make, and what it is made for.
+/// Parameters of a new jail.
 pub(crate) struct Wanted<'a> {
-    /// What it is made of. The image root's path is for messages alone.
+    /// Plan of the jail. The image root's path in it is used in messages only.
     pub(crate) plan: Plan,
     /// The image root itself.
     pub(crate) image_root: &'a Tree,
-    /// Where it is noted what the image lacks and gets: the image root's parent.
+    /// Directory of the record of created mount points: the image root parent.
     pub(crate) record_directory: &'a Tree,
     /// True if changes stay in the image, however the environment ends.
     pub(crate) in_place: bool,
     /// The IMS job.
     pub(crate) job: Option<&'a str>,
-    /// Variables that sessions keep.
+    /// Names of variables that sessions keep.
     pub(crate) keep: Vec<String>,
 }
 
 /// An open jail.
 #[derive(Debug)]
 pub(crate) struct OpenJail {
-    /// Whether the image's empty /dev has stayed so, since this container may not make device nodes.
+    /// True if this container may not create device nodes, so the image's /dev has none.
     pub(crate) without_devices: bool,
-    /// How strong it is.
+    /// Tier of the jail.
     pub(crate) tier: Tier,
     init: Handle,
     link: Link,
-    /// By these it is entered: the tier's namespaces or, in the chroot tier, the image root. Sessions open them where this process has
-    /// them, so they stay open as long as the jail is.
+    /// Descriptors by which sessions enter: the tier's namespaces or, in the chroot tier, the image root. Sessions open
+    /// them through this process's /proc/PID/fd, so they stay open as long as the jail.
     namespaces: Vec<OwnedFd>,
-    /// The jail's copy of `ims-jail-shell`, which sessions open here too.
+    /// The jail's copy of `ims-jail-shell`, which sessions open in the same way.
     helper: OwnedFd,
-    /// The init's inotify, closed in the background.
+    /// Duplicate of the init's inotify. Closing an inotify takes ~10 ms; with a duplicate the init's exit does not wait
+    /// for it.
     events: Option<OwnedFd>,
-    /// The mount points that were made in the image, wherever a session moves them.
+    /// Descriptors of the mount points that were created in the image, valid wherever a session moves them.
     made: Vec<(PathBuf, OwnedFd)>,
-    /// The container's resolv.conf, where the image has it for as long as the jail is open.
+    /// The container's resolv.conf in the image, if it replaces the image's own.
     replaced: Option<Replaced>,
 }
 
-/// A jail is made in milliseconds, or never.
+/// Timeout for making a jail, which takes milliseconds.
 const TIME_TO_MAKE: Duration = Duration::from_secs(10);
 
-/// How long the init has to end by itself, unless a session keeps all processors busy.
+/// Time for the init to exit by itself, which it does unless a session keeps all processors busy.
 const TIME_TO_FINISH: Duration = Duration::from_millis(200);
 
-/// Nothing tells when a file is closed.
+/// Poll interval for sealing the image root; the kernel raises no event when another process closes a file.
 const TIME_BETWEEN_SEALS: Duration = Duration::from_millis(50);
 
-/// Minimum time for a process outside to be done with a file that a session has sent it.
+/// Minimum time for a process outside to close a file whose descriptor a session has sent it.
 pub(crate) const TIME_TO_CLOSE_FILES: Duration = Duration::from_secs(1);
 
-/// Says who keeps a file open for writing on the mount of this number.
+/// Describes the process that has a file open for writing on the mount of this number.
 fn holder(mount: u64) -> String {
     let name = |entry: &Entry| format!("process {} ({})", entry.pid, without_secrets(&entry.command_line()));
     if let Some(entry) = writers_on(mount).first() {
-        return format!("{} outside the jail has a file of it open for writing", name(entry));
+        return format!("{} outside the jail has one of its files open for writing", name(entry));
     }
     if let Some(entry) = mapped_on(mount).first() {
-        return format!("{} outside the jail has a file of it mapped, and for that open for writing", name(entry));
+        return format!("{} outside the jail has one of its files mapped for writing", name(entry));
     }
-    "somebody outside the jail has a file of it open for writing: a process that cannot be seen from here, or it is in the queue of a \
-     socket that it was sent to and that nobody has read yet"
+    "one of its files is open for writing outside the jail: in a process that is not visible from here, or in the \
+     queue of a socket that nobody has read yet"
         .into()
 }
 
 impl OpenJail {
-    /// Makes the jail and writes down in `state` where it is. This process has to be a subreaper (or PID 1).
+    /// Makes the jail and records in `state` how to enter it. This process has to be a subreaper (or PID 1).
     pub(crate) fn open(mut wanted: Wanted<'_>, state: &StateDirectory) -> Result<Self> {
         let plan = &mut wanted.plan;
         let chrooted = plan.tier == Tier::Chroot;
@@ -128,7 +130,7 @@ impl OpenJail {
             if chrooted {
                 namespaces.push(wanted.image_root.reopen().attempt(|| "open the image root for sessions")?);
             }
-            // It was not waited for, so its number is still its own.
+            // The init has not been reaped, so its PID cannot belong to another process.
             let ended = || {
                 Error::new("make the jail")
                     .because("its init ended at once")
@@ -171,17 +173,18 @@ impl OpenJail {
             image: wanted.plan.label.clone(),
             keep: wanted.keep.clone(),
         };
-        // In one step for those who read it, but not on disk: it tells of processes, which end before that could matter.
+        // Replace the file atomically for readers, without fsync: it describes processes, which a crash of the machine
+        // ends.
         let new = state.jail().with_extension("new");
         std::fs::write(&new, record.to_text()).and_then(|()| std::fs::rename(new, state.jail())).attempt(attempted)
     }
 
-    /// Its own namespace of this kind; nothing if it has none.
+    /// Descriptor of the jail's own namespace of this kind; `None` if the tier has none.
     pub(crate) fn namespace_fd(&self, kind: &str) -> Option<&OwnedFd> {
         self.namespaces.get(self.tier.namespaces().iter().position(|(name, _)| *name == kind)?)
     }
 
-    /// The namespace's name, as links below `/proc/PID/ns` have it.
+    /// Name of that namespace, as in the links below `/proc/PID/ns`.
     pub(crate) fn namespace_name(&self, kind: &str) -> Option<PathBuf> {
         let found = rustix::fs::fstat(self.namespace_fd(kind)?).ok()?;
         Some(format!("{kind}:[{}]", found.st_ino).into())
@@ -192,20 +195,20 @@ impl OpenJail {
         self.init.pid
     }
 
-    /// Readable when [`OpenJail::told`] has something.
+    /// Readable when [`OpenJail::receive`] has a message.
     pub(crate) fn link(&self) -> BorrowedFd<'_> {
         self.link.as_fd()
     }
 
-    /// What the init tells; to be called when the link is readable. `None` if the init has ended.
-    pub(crate) fn told(&self) -> Option<Message> {
+    /// Receives a message of the init, once the link is readable. `None` if the init has ended.
+    pub(crate) fn receive(&self) -> Option<Message> {
         self.link.receive().ok().flatten().map(|(message, _)| message)
     }
 
-    /// Ends every process in the jail. When this succeeds, none is left: the kernel lets the init end only after all others. In the
-    /// chroot tier it ends the init alone.
+    /// Ends every process in the jail. On success none is left: the kernel ends a PID namespace's init only after all
+    /// its other processes. In the chroot tier, which has no PID namespace, only the init ends.
     pub(crate) fn end(&self) -> Result<()> {
-        // The init looks for marks once more, and ends. The link then has what it found.
+        // Have the init look for marks once more and exit. The link then holds the marks that it found.
         let _ = self.link.finish();
         if !self.init.ends_within(TIME_TO_FINISH) {
             let _ = self.init.signal(Signal::SIGKILL);
@@ -219,45 +222,47 @@ impl OpenJail {
         Ok(())
     }
 
-    /// Has nobody outside write to the image root any more, after the jail's end: a session can have sent descriptors of its files to a
-    /// process outside. Waits until `limit` for those to be closed that are open for writing; if they are not, the image root is in use.
+    /// Makes sure that no process outside can write to the image root any more, after the jail's end: a session can
+    /// have sent descriptors of its files to such a process. Waits until `limit` for files that are open for writing to
+    /// be closed, then fails.
     pub(crate) fn seal(state: &StateDirectory, limit: Instant) -> Result<()> {
-        let attempted = || "give the image root back";
-        let mut is_told = false;
+        let attempted = || "release the image root";
+        let mut is_logged = false;
         loop {
-            let said = helper_output(&Arguments::Seal(state.jail())).attempt(attempted)?;
-            let mount = match Seal::parse(&said).ok_or("ims-jail-shell is of another version").attempt(attempted)? {
+            let output = helper_output(&Arguments::Seal(state.jail())).attempt(attempted)?;
+            let mount = match Seal::parse(&output).ok_or("ims-jail-shell is of another version").attempt(attempted)? {
                 Seal::Sealed => return Ok(()),
                 Seal::Busy(mount) => mount,
             };
             if Instant::now() >= limit {
                 return Err(Error::new(attempted()).because(holder(mount))).advise(
-                    "a session has sent it there; end that process, or the one that has the socket, before the image is marked",
+                    "a session passed the file on; end that process, or the one that owns the socket, before marking the image",
                 );
             }
-            if !std::mem::replace(&mut is_told, true) {
+            if !std::mem::replace(&mut is_logged, true) {
                 tracing::warn!("{}: waiting for it to close the file", holder(mount));
             }
             std::thread::sleep(TIME_BETWEEN_SEALS);
         }
     }
 
-    /// Removes the jail's traces from the image root, after its end: puts its resolv.conf back, removes what was added.
+    /// Removes the jail's traces from the image root after its end: restores resolv.conf and removes the mount points.
     pub(crate) fn clear(self, image_root: &Tree, record_directory: &Tree) -> Result<()> {
         let events = self.events;
-        // If no thread can be started, the inotify is closed here.
+        // Close the inotify in the background; if no thread can be started, the closure is dropped here and closes it.
         let _ = std::thread::Builder::new().spawn(move || drop(events));
         if self.replaced.as_ref().map(Replaced::restore).transpose()? == Some(true) {
             tracing::info!("{RESOLV_CONF_EDITED}");
         }
-        tell_kept(&mount_points::remove_moved(image_root, &self.made)?);
+        log_kept(&mount_points::remove_moved(image_root, &self.made)?);
         clear_image_root(image_root, record_directory).map(|_| ())
     }
 }
 
-const RESOLV_CONF_EDITED: &str = "a session changed /etc/resolv.conf: it stays in the image as it is";
+const RESOLV_CONF_EDITED: &str = "a session changed /etc/resolv.conf: the change stays in the image";
 
-/// Removes what was noted, by this environment or by an earlier one that was killed. Returns whether there was anything.
+/// Restores the image root from the records of this environment or of an earlier one that was killed. Returns whether
+/// there was anything to restore.
 pub(crate) fn clear_image_root(image_root: &Tree, record_directory: &Tree) -> Result<bool> {
     let replaced = ENVIRONMENT.restore(image_root)?;
     if replaced == Some(true) {
@@ -266,12 +271,12 @@ pub(crate) fn clear_image_root(image_root: &Tree, record_directory: &Tree) -> Re
     let made = Made::left_over(image_root, record_directory);
     let found = made.is_some() || replaced.is_some();
     if let Some(made) = made {
-        tell_kept(&made.remove()?);
+        log_kept(&made.remove()?);
     }
     Ok(found)
 }
 
-fn tell_kept(paths: &[PathBuf]) {
+fn log_kept(paths: &[PathBuf]) {
     for path in paths {
         tracing::info!(
             "/{} was made for the jail and stays in the image, since something was put into it",
@@ -280,10 +285,10 @@ fn tell_kept(paths: &[PathBuf]) {
     }
 }
 
-/// Puts the container's resolv.conf into the image. One that cannot be written to is entered all the same.
+/// Puts the container's resolv.conf into the image. A full or read-only image is entered without it.
 fn replace(image_root: &Tree, text: &[u8]) -> Result<Option<Replaced>> {
     match ENVIRONMENT.replace(image_root, text) {
-        // Another program has entered this image root: names are resolved as there.
+        // Another program has entered this image root and replaced the file; share that.
         Err(e) if e.kind() == ErrorKind::ResourceBusy => Ok(None),
         Err(e)
             if matches!(
@@ -291,7 +296,7 @@ fn replace(image_root: &Tree, text: &[u8]) -> Result<Option<Replaced>> {
                 ErrorKind::ReadOnlyFilesystem | ErrorKind::StorageFull | ErrorKind::QuotaExceeded
             ) =>
         {
-            tracing::warn!("cannot {REPLACE}: {e}; names are resolved as the image says");
+            tracing::warn!("cannot {REPLACE}: {e}; names are resolved by the image's own");
             Ok(None)
         }
         other => {
@@ -304,18 +309,18 @@ fn replace(image_root: &Tree, text: &[u8]) -> Result<Option<Replaced>> {
 
 const REPLACE: &str = "put the container's /etc/resolv.conf into the image";
 
-/// For a jail in which nothing can be mounted.
+/// Copies sftp-server for a jail in which nothing can be mounted.
 fn copy_sftp_server(wanted: &Wanted<'_>, state: &StateDirectory) -> Result<()> {
-    let folder = state.sftp();
+    let directory = state.sftp();
     let copy = || -> std::io::Result<()> {
-        std::fs::create_dir_all(&folder)?;
+        std::fs::create_dir_all(&directory)?;
         let programs = &wanted.plan.programs;
-        programs.iter().try_for_each(|Program { name, file }| std::fs::copy(file, folder.join(name)).map(drop))
+        programs.iter().try_for_each(|Program { name, file }| std::fs::copy(file, directory.join(name)).map(drop))
     };
-    copy().attempt(|| format!("copy sftp-server to {}", folder.display()))
+    copy().attempt(|| format!("copy sftp-server to {}", directory.display()))
 }
 
-/// An init that was started, the socket to it, and the descriptors that come with [`Message::Made`] and [`Message::Ready`].
+/// A started init, the socket to it, and the descriptors that [`Message::Made`] and [`Message::Ready`] carry.
 struct Started {
     init: Pid,
     link: Link,
@@ -324,17 +329,17 @@ struct Started {
     events: Option<OwnedFd>,
 }
 
-/// Starts the init.
+/// Starts the init and waits until the jail is ready.
 fn start(wanted: &Wanted<'_>) -> Result<Started> {
     let (ours, theirs) = Link::pair().attempt(|| "make a socket to the jail's init")?;
-    // By descriptor: its path may lead to another directory by now.
+    // Name the image root by descriptor: its path may lead to another directory by now.
     let image_root = format!("/proc/self/fd/{}", wanted.image_root.as_fd().as_raw_fd());
     let mut command = helper(&Arguments::Init(wanted.plan.clone()))?;
     let program = PathBuf::from(command.get_program());
     let attempted = || format!("start {}", program.display());
     command.stdin(Stdio::from(theirs.into_fd())).current_dir(image_root).env_clear();
     let status = command.status().attempt(attempted)?;
-    // Its end of the socket is now the init's alone: it closes when that one ends.
+    // Close this process's copy of the init's end, so that the socket closes when the init ends.
     drop(command);
     let (mut init, mut namespaces, mut events) = (None, Vec::new(), None::<Vec<OwnedFd>>);
     let failed = |init: Option<Pid>, why: String| {
@@ -342,11 +347,11 @@ fn start(wanted: &Wanted<'_>) -> Result<Started> {
             let _ = kill(init, Signal::SIGKILL);
             let _ = waitpid(init, None);
         }
-        // The init's own sentence begins with "cannot".
+        // The init's message begins with "cannot", which Error adds again.
         let why = why.strip_prefix("cannot ").map(str::to_owned).unwrap_or(why);
         Err(Error::new(why))
     };
-    // The init and the process that started it speak in any order.
+    // Messages of the init and of the process that started it arrive in any order.
     loop {
         if let (Some(init), Some(mut events)) = (init, events.take_if(|_| init.is_some())) {
             let another_version = || {
@@ -358,19 +363,22 @@ fn start(wanted: &Wanted<'_>) -> Result<Started> {
             return Ok(Started { init, link: ours, namespaces, helper, events: events.pop() });
         }
         let mut sources = [PollFd::new(&ours, PollFlags::IN)];
-        let timely = poll::wait(&mut sources, TIME_TO_MAKE);
-        if matches!(timely, Ok(0)) {
+        let ready = poll::wait(&mut sources, TIME_TO_MAKE);
+        if matches!(ready, Ok(0)) {
             return failed(init, format!("make the jail within {} s", TIME_TO_MAKE.as_secs()));
         }
-        match ours.receive().attempt(|| "hear from the jail's init")? {
+        match ours.receive().attempt(|| "receive a message of the jail's init")? {
             Some((Message::Started(pid), _)) => init = Some(Pid::from_raw(pid)),
             Some((Message::Made, descriptors)) => namespaces = descriptors,
             Some((Message::Ready, descriptors)) => events = Some(descriptors),
             Some((Message::Failed(why), _)) => return failed(init, why),
-            // Not lost: it stands in the image's /tmp.
+            // The mark is not lost: its file is in the image's /tmp.
             Some((Message::Marked(_), _)) => {}
             None => {
-                return failed(init, format!("make the jail: {} ended without a word ({status})", program.display()));
+                return failed(
+                    init,
+                    format!("make the jail: {} ended without a message ({status})", program.display()),
+                );
             }
         }
     }
@@ -385,35 +393,35 @@ pub(crate) fn program() -> Result<PathBuf> {
     } else {
         Err(Error::new("find ims-jail-shell")
             .because(format!("{} does not exist", beside.display()))
-            .advise("install both programs into one folder"))
+            .advise("install both programs into the same directory"))
     }
 }
 
-/// `ims-jail-shell` with these arguments.
+/// Command that runs `ims-jail-shell` with these arguments.
 pub(crate) fn helper(arguments: &Arguments) -> Result<Command> {
     let mut command = Command::new(program()?);
     command.args(arguments.to_words());
     Ok(command)
 }
 
-/// Runs it. Returns what it prints; what it complains of is the error.
+/// Runs `ims-jail-shell`. Returns its standard output, or its standard error if it fails.
 pub(crate) fn helper_output(arguments: &Arguments) -> std::result::Result<String, String> {
     let mut command = helper(arguments).map_err(|e| e.to_string())?;
     let output = command.env_clear().current_dir("/").stdin(Stdio::null()).output().map_err(|e| e.to_string())?;
     if output.status.success() {
         return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
-    let complaint = String::from_utf8_lossy(&output.stderr);
-    Err(complaint.trim().trim_start_matches(&format!("{NAME}: ")).to_owned())
+    let message = String::from_utf8_lossy(&output.stderr);
+    Err(message.trim().trim_start_matches(&format!("{NAME}: ")).to_owned())
 }
 
-/// How long the kernel has to end a process after SIGKILL; one that hangs in a dead network file system takes for ever. Together with the
-/// time to ask, less than the 5 s that a close takes at most after the grace.
+/// Time for the kernel to end a process after SIGKILL. A process that hangs in a dead network file system never ends.
+/// With the time to ask, this is less than the 5 s that a close may take after the grace period.
 pub(crate) const KILL_TIME: Duration = Duration::from_millis(3500);
 
 /// Returns the processes that have a file open for writing on the mount of this number.
 fn writers_on(mount: u64) -> Vec<Entry> {
-    // The format is proc_pid_fdinfo(5)'s: `flags:` in octal, as open(2) has them, and `mnt_id:`.
+    // Format of proc_pid_fdinfo(5): `flags:` of open(2) in octal, and `mnt_id:`.
     let is_writer = |text: &str| {
         let field = |name| text.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
         let flags = field("flags:").and_then(|flags| i32::from_str_radix(flags, 8).ok()).unwrap_or(0);
@@ -428,8 +436,9 @@ fn writers_on(mount: u64) -> Vec<Entry> {
     numbers(Path::new("/proc")).filter(writes).filter_map(Entry::read).collect()
 }
 
-/// Returns the processes that have a file on the mount of this number mapped writable. Finds none where this process lacks CAP_SYS_ADMIN in
-/// the machine's first user namespace: the kernel lets nobody else follow the links (proc_pid_map_files(5)).
+/// Returns the processes that have a file on the mount of this number mapped for writing. Finds none if this process
+/// lacks CAP_SYS_ADMIN in the initial user namespace, without which the kernel does not follow the links
+/// (proc_pid_map_files(5)).
 fn mapped_on(mount: u64) -> Vec<Entry> {
     let is_writable = |link: &Path| std::fs::symlink_metadata(link).is_ok_and(|found| found.mode() & 0o200 != 0);
     let is_on_it = |link: &Path| {

@@ -1,8 +1,8 @@
-//! The image's /etc/resolv.conf: it holds the container's text while the jail is open, and its own before and after.
+//! Replaces the image's /etc/resolv.conf with the container's text while the jail is open, and restores it afterwards.
 //!
-//! It is no mount, so that it can be renamed, removed and replaced as on a node. A link into /run is left as it is, and leads to a file in
-//! the jail's own /run. Anything else is moved aside, by rename, and a file of ours takes its place; at the end, or after a crash, it is
-//! moved back if nobody has touched that file.
+//! It is not a mount, so that programs can rename, remove and replace it as on a node. A link into /run is left as it
+//! is, and leads to a file in the jail's own /run. Anything else is renamed into a directory of ours, and a new file
+//! takes its name. At the close, or after a crash, it is renamed back unless somebody has touched the new file.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -17,7 +17,8 @@ use crate::sys::file_kind::FileKind;
 use crate::sys::tree::Tree;
 use crate::volume::layout;
 
-/// True if a program finds `text` only once a file of ours replaces the image's. `own_run`: /run is the jail's own and not the image's.
+/// Returns whether programs in the jail read `text` only if the image's file is replaced. `own_run` is true if the jail
+/// has a /run of its own.
 pub(crate) fn needs_replacing(image_root: &Tree, text: &[u8], own_run: bool) -> Result<bool> {
     let attempted = || "look at /etc/resolv.conf of the image";
     let etc = match image_root.directory("etc") {
@@ -33,8 +34,9 @@ pub(crate) fn needs_replacing(image_root: &Tree, text: &[u8], own_run: bool) -> 
     })
 }
 
-/// Someone who lends the image a text, by the name of the directory that holds what belongs to it. The names differ because a sidecar's text
-/// stands there while environments come and go, and clean up after an earlier one.
+/// Someone who temporarily replaces the image's resolv.conf, identified by the name of the directory of the saved file.
+/// A sidecar has another name than an environment: its text stays while environments come, go, and clean up after
+/// killed ones.
 pub(crate) struct Replacer(&'static str);
 
 /// A build environment.
@@ -43,57 +45,60 @@ pub(crate) const ENVIRONMENT: Replacer = Replacer(layout::RESOLV_CONF);
 /// A sidecar, for sessions of any kind.
 pub(crate) const SIDECAR: Replacer = Replacer(layout::SIDECAR_RESOLV_CONF);
 
-/// Directories of the image that can hold a lender's, the best first. A jail covers the first ones with its own mounts, so that no session
-/// sees what was moved aside. An image without them has no packages that could mind.
-fn places(image_root: &Tree) -> impl Iterator<Item = Tree> {
+/// Directories of the image that can contain a replacer's directory, best first. A jail covers /proc and /sys with its
+/// own mounts, so that no session sees the saved file there. An image without either has no packages that would notice
+/// it in /etc.
+fn locations(image_root: &Tree) -> impl Iterator<Item = Tree> {
     let covered = ["proc", "sys"].into_iter().filter_map(|name| image_root.directory_of_same_mount(name).ok());
     covered.chain(image_root.directory("etc"))
 }
 
-/// In a lender's directory: what stood at /etc/resolv.conf; the file that is to stand there, until it does; and which one that is, its
-/// inode's number and its text's SHA-256. All of it lies in the image root, so it is the image's word: it decides on nothing but this file.
+/// Files in a replacer's directory: the image's own resolv.conf; the new file until it is renamed to /etc; and the
+/// record, which holds the inode number of the new file and the SHA-256 of its text. They lie in the image root, where
+/// a session can change them, so they decide about this file only.
 const ORIGINAL: &str = "original";
 const NEW: &str = "new";
-const NOTE: &str = "note";
+const RECORD: &str = "note";
 
-/// All of that; and under which names the latter two are written, which a kill leaves behind.
-const OURS: [&str; 5] = [ORIGINAL, NEW, NOTE, ".new.ims-sshd", ".note.ims-sshd"];
+/// These files, and the temporary names under which the latter two are written.
+const OURS: [&str; 5] = [ORIGINAL, NEW, RECORD, ".new.ims-sshd", ".note.ims-sshd"];
 
-fn is_folder(tree: &Tree, name: &str) -> bool {
+fn is_directory(tree: &Tree, name: &str) -> bool {
     matches!(tree.look(name), Ok(Some(found)) if FileType::from_raw_mode(found.st_mode) == FileType::Directory)
 }
 
-/// A text that stands in the image, by descriptors: whoever renames directories meanwhile changes nothing about what is put back.
+/// A replaced resolv.conf. Its directories are open, so that a session that renames them does not change what is
+/// restored.
 #[derive(Debug)]
 pub(crate) struct Replaced {
     etc: Tree,
-    place: Tree,
+    location: Tree,
     name: &'static str,
-    /// Locked as long as this value lives (flock(2)): another program that enters the same image root takes nothing back.
+    /// Lock (flock(2)) that keeps another program that enters the same image root from restoring the file.
     _lock: OwnedFd,
 }
 
 impl Replacer {
-    /// Puts `text` in the place of the image's own. [`io::ErrorKind::ResourceBusy`] where a lender of this name has done so and lives.
+    /// Replaces the image's own file with `text`. Fails with [`io::ErrorKind::ResourceBusy`] if a live replacer of this
+    /// name has done so.
     pub(crate) fn replace(&self, image_root: &Tree, text: &[u8]) -> io::Result<Replaced> {
         let etc = image_root.directory("etc")?;
-        let place = self.make_directory(image_root)?;
-        let lock = lock(&place.directory_without_links(self.0)?)?;
-        let replaced = Replaced { etc, place, name: self.0, _lock: lock };
+        let location = self.make_directory(image_root)?;
+        let lock = lock(&location.directory_without_links(self.0)?)?;
+        let replaced = Replaced { etc, location, name: self.0, _lock: lock };
         replaced.put(text).inspect_err(|_| drop(replaced.restore()))?;
         Ok(replaced)
     }
 
-    /// Returns the directory in which the lender's was made.
+    /// Creates the replacer's directory. Returns the directory that contains it.
     fn make_directory(&self, image_root: &Tree) -> io::Result<Tree> {
         let mut last = io::ErrorKind::NotFound.into();
-        for place in places(image_root) {
-            let made = place
-                .keeping_times(|| rustix::fs::mkdirat(&place, self.0, Mode::from_raw_mode(0o700)).map_err(Into::into));
-            match made {
-                Ok(()) => return Ok(place),
-                // The one of a lender that was killed has been taken back before.
-                Err(_) if place.directory_without_links(self.0).is_ok() => {
+        for location in locations(image_root) {
+            let mode = Mode::from_raw_mode(0o700);
+            match location.keeping_times(|| rustix::fs::mkdirat(&location, self.0, mode).map_err(Into::into)) {
+                Ok(()) => return Ok(location),
+                // The replacer lives: the directory of a killed one was removed at the start.
+                Err(_) if location.directory_without_links(self.0).is_ok() => {
                     return Err(io::ErrorKind::ResourceBusy.into());
                 }
                 Err(e) => last = e,
@@ -102,29 +107,30 @@ impl Replacer {
         Err(last)
     }
 
-    /// Puts the image's own back where an earlier lender of this name was killed. Returns nothing if there was none, or if it lives, else
-    /// whether what was replaced has been changed.
+    /// Restores the image's own file after a replacer of this name was killed. Returns `None` if there was none or it
+    /// lives, else whether the new file was changed.
     pub(crate) fn restore(&self, image_root: &Tree) -> Result<Option<bool>> {
-        for place in places(image_root) {
-            let Ok(aside) = place.directory_without_links(self.0) else { continue };
-            let lock = match lock(&aside) {
+        for location in locations(image_root) {
+            let Ok(saved) = location.directory_without_links(self.0) else { continue };
+            let lock = match lock(&saved) {
                 Err(e) if e.kind() == io::ErrorKind::ResourceBusy => return Ok(None),
-                other => other.attempt(|| "lock what was put aside of the image's /etc/resolv.conf")?,
+                other => other.attempt(|| "lock the saved /etc/resolv.conf of the image")?,
             };
             let etc = match image_root.directory("etc") {
                 Ok(etc) => etc,
-                // A session has removed it, with all that it held.
-                Err(_) => place.directory(self.0).attempt(|| "open what was put aside")?,
+                // A session has removed /etc. The saved directory stands in for it, so that the cleanup is the same.
+                Err(_) => location.directory(self.0).attempt(|| "open the directory of the saved /etc/resolv.conf")?,
             };
-            return Replaced { etc, place, name: self.0, _lock: lock }.restore().map(Some);
+            return Replaced { etc, location, name: self.0, _lock: lock }.restore().map(Some);
         }
         Ok(None)
     }
 }
 
-/// Locks a lender's directory. [`io::ErrorKind::ResourceBusy`] if another process has. Where the file system has no locks (NFS), nobody has.
-fn lock(aside: &Tree) -> io::Result<OwnedFd> {
-    let directory = aside.reopen()?;
+/// Locks a replacer's directory. Fails with [`io::ErrorKind::ResourceBusy`] if another process has locked it. On a file
+/// system without locks (NFS) nobody has.
+fn lock(saved: &Tree) -> io::Result<OwnedFd> {
+    let directory = saved.reopen()?;
     match rustix::fs::flock(&directory, FlockOperation::NonBlockingLockExclusive) {
         Err(Errno::WOULDBLOCK) => Err(io::ErrorKind::ResourceBusy.into()),
         _ => Ok(directory),
@@ -133,86 +139,88 @@ fn lock(aside: &Tree) -> io::Result<OwnedFd> {
 
 impl Replaced {
     fn directory(&self) -> io::Result<Tree> {
-        self.place.directory_without_links(self.name)
+        self.location.directory_without_links(self.name)
     }
 
     fn put(&self, text: &[u8]) -> io::Result<()> {
-        let aside = self.directory()?;
-        aside.replace(NEW, text)?;
-        let inode = aside.look(NEW)?.map_or(0, |found| found.st_ino);
-        aside.replace(NOTE, format!("{inode} {}", digest(text)).as_bytes())?;
+        let saved = self.directory()?;
+        saved.replace(NEW, text)?;
+        let inode = saved.look(NEW)?.map_or(0, |found| found.st_ino);
+        saved.replace(RECORD, format!("{inode} {}", digest(text)).as_bytes())?;
         self.etc.keeping_times(|| {
             if self.etc.look("resolv.conf")?.is_some() {
-                self.etc.rename_to("resolv.conf", &aside, ORIGINAL)?;
+                self.etc.rename_to("resolv.conf", &saved, ORIGINAL)?;
             }
-            aside.rename_to(NEW, &self.etc, "resolv.conf")
+            saved.rename_to(NEW, &self.etc, "resolv.conf")
         })
     }
 
-    /// Puts the image's own back, unless somebody has changed what was replaced: then that stays. Returns whether it was changed.
+    /// Restores the image's own file unless somebody has changed the new one, which then stays. Returns whether it was
+    /// changed.
     pub(crate) fn restore(&self) -> Result<bool> {
-        let put_back = || -> io::Result<bool> {
-            let aside = match self.directory() {
-                // Somebody has removed it.
+        let restore = || -> io::Result<bool> {
+            let saved = match self.directory() {
+                // A session has removed the directory.
                 Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false),
                 directory => directory?,
             };
-            let changed = self.settle(&aside)?;
-            for name in OURS.into_iter().filter(|name| !is_folder(&aside, name)) {
-                aside.remove(name)?;
+            let changed = self.restore_from(&saved)?;
+            for name in OURS.into_iter().filter(|name| !is_directory(&saved, name)) {
+                saved.remove(name)?;
             }
-            if !aside.names()?.is_empty() {
+            if !saved.names()?.is_empty() {
                 return Ok(changed);
             }
-            self.place.keeping_times(|| self.place.remove_directory(self.name))?;
+            self.location.keeping_times(|| self.location.remove_directory(self.name))?;
             Ok(changed)
         };
-        let attempted = || "put the image's own /etc/resolv.conf back";
-        let changed = put_back().attempt(attempted).advise("the image root has to be writable")?;
+        let attempted = || "restore the image's own /etc/resolv.conf";
+        let changed = restore().attempt(attempted).advise("the image root has to be writable")?;
         let Ok(left) = self.directory() else { return Ok(changed) };
         let names = left.names().attempt(attempted)?;
         let name = names.first().map(|name| name.display().to_string()).unwrap_or_default();
         Err(Error::new(attempted())
-            .because(format!("{} holds '{name}', which is not ours", left.shown().display()))
+            .because(format!("{} contains '{name}', which ims-sshd did not create", left.shown().display()))
             .advise("remove that directory from the image"))
     }
 
-    /// Returns whether what was replaced has been changed.
-    fn settle(&self, aside: &Tree) -> io::Result<bool> {
-        let has_original = aside.look(ORIGINAL)?.is_some();
-        let note = aside.read(NOTE, LIMIT).unwrap_or_default();
-        if note.is_empty() || aside.look(NEW)?.is_some() {
-            // Killed before it was replaced.
+    /// Renames the saved file back unless the new one was changed. Returns whether it was.
+    fn restore_from(&self, saved: &Tree) -> io::Result<bool> {
+        let has_original = saved.look(ORIGINAL)?.is_some();
+        let record = saved.read(RECORD, LIMIT).unwrap_or_default();
+        if record.is_empty() || saved.look(NEW)?.is_some() {
+            // The replacer was killed before the new file was in /etc.
             if has_original && self.etc.look("resolv.conf")?.is_none() {
-                self.etc.keeping_times(|| aside.rename_to(ORIGINAL, &self.etc, "resolv.conf"))?;
+                self.etc.keeping_times(|| saved.rename_to(ORIGINAL, &self.etc, "resolv.conf"))?;
             }
             return Ok(false);
         }
-        self.etc.keeping_times(|| self.settle_replaced(aside, &note, has_original))
+        self.etc.keeping_times(|| self.find_and_restore(saved, &record, has_original))
     }
 
-    fn settle_replaced(&self, aside: &Tree, note: &[u8], has_original: bool) -> io::Result<bool> {
-        if self.is_ours("resolv.conf", note) {
-            self.give_back("resolv.conf", aside, has_original)?;
+    fn find_and_restore(&self, saved: &Tree, record: &[u8], has_original: bool) -> io::Result<bool> {
+        if self.is_ours("resolv.conf", record) {
+            self.restore_as("resolv.conf", saved, has_original)?;
             return Ok(false);
         }
-        // A session has moved it, to put another one there: it has moved the image's own.
+        // A session may have renamed the file, for example to keep it as a backup. The image's own then gets that name.
         for name in self.etc.names()? {
-            if let Some(name) = name.to_str().filter(|name| self.is_ours(name, note)) {
-                self.give_back(name, aside, has_original)?;
+            if let Some(name) = name.to_str().filter(|name| self.is_ours(name, record)) {
+                self.restore_as(name, saved, has_original)?;
                 break;
             }
         }
         Ok(true)
     }
 
-    /// In one step where there is an original, so that a crash leaves one of the two.
-    fn give_back(&self, name: &str, aside: &Tree, has_original: bool) -> io::Result<()> {
-        if has_original { aside.rename_over(ORIGINAL, &self.etc, name) } else { self.etc.remove(name).map(|_| ()) }
+    /// Replaces the new file with the image's own by one rename, so that a crash leaves one of the two. Without an
+    /// original, removes the new file.
+    fn restore_as(&self, name: &str, saved: &Tree, has_original: bool) -> io::Result<()> {
+        if has_original { saved.rename_over(ORIGINAL, &self.etc, name) } else { self.etc.remove(name).map(|_| ()) }
     }
 
-    /// True if the file of this name in /etc is the replaced one, unchanged.
-    fn is_ours(&self, name: &str, note: &[u8]) -> bool {
+    /// Returns whether the file of this name in /etc is the new one, unchanged.
+    fn is_ours(&self, name: &str, record: &[u8]) -> bool {
         let as_made = |found: &Stat| {
             FileType::from_raw_mode(found.st_mode) == FileType::RegularFile
                 && (found.st_mode & 0o7777, found.st_uid, found.st_gid) == (0o644, 0, 0)
@@ -220,9 +228,9 @@ impl Replaced {
         let Ok(Some(found)) = self.etc.look(name) else { return false };
         let inode = format!("{} ", found.st_ino);
         as_made(&found)
-            && note
+            && record
                 .strip_prefix(inode.as_bytes())
-                .is_some_and(|noted| self.etc.read(name, LIMIT).is_ok_and(|text| digest(&text).as_bytes() == noted))
+                .is_some_and(|sum| self.etc.read(name, LIMIT).is_ok_and(|text| digest(&text).as_bytes() == sum))
     }
 }
 
@@ -245,8 +253,8 @@ mod tests {
     impl Image {
         fn new() -> Self {
             let dir = tempfile::tempdir().unwrap();
-            for folder in ["etc", "proc"] {
-                std::fs::create_dir(dir.path().join(folder)).unwrap();
+            for name in ["etc", "proc"] {
+                std::fs::create_dir(dir.path().join(name)).unwrap();
             }
             let tree = Tree::open(dir.path()).unwrap();
             Self { dir, tree }
@@ -268,12 +276,12 @@ mod tests {
             ENVIRONMENT.replace(&self.tree, text.as_bytes()).unwrap()
         }
 
-        /// State of every file: names, inodes and times.
+        /// Name, inode and mtime of every file.
         fn state(&self) -> Vec<(PathBuf, u64, i64, i64)> {
             let mut found = Vec::new();
-            for folder in ["etc", "proc"] {
-                let entries = std::fs::read_dir(self.path(folder)).unwrap().map(|entry| entry.unwrap().path());
-                found.extend(entries.chain([self.path(folder)]).map(|path| {
+            for name in ["etc", "proc"] {
+                let entries = std::fs::read_dir(self.path(name)).unwrap().map(|entry| entry.unwrap().path());
+                found.extend(entries.chain([self.path(name)]).map(|path| {
                     let m = std::fs::symlink_metadata(&path).unwrap();
                     (path, m.ino(), m.mtime(), m.mtime_nsec())
                 }));
@@ -284,16 +292,16 @@ mod tests {
     }
 
     #[test]
-    fn a_text_is_lent_where_the_image_does_not_lead_to_it_already() {
+    fn resolv_conf_is_replaced_unless_the_image_already_leads_to_the_same_text() {
         let image = Image::new();
         std::fs::create_dir(image.path("run")).unwrap();
         symlink("/run", image.path("var-run")).unwrap();
-        let replaced = |own_run| needs_replacing(&image.tree, b"a", own_run).unwrap();
-        assert!(replaced(true), "nothing stands there");
+        let needed = |own_run| needs_replacing(&image.tree, b"a", own_run).unwrap();
+        assert!(needed(true), "there is no file");
         image.write("a");
-        assert!(!replaced(true), "the same text");
+        assert!(!needed(true), "the same text");
         image.write("b");
-        assert!(replaced(true));
+        assert!(needed(true));
         for (target, below) in [
             ("/run/netconfig/resolv.conf", Some("netconfig/resolv.conf")),
             ("../run/a/b", Some("a/b")),
@@ -306,17 +314,17 @@ mod tests {
             std::fs::remove_file(image.path(RESOLV_CONF)).unwrap();
             symlink(target, image.path(RESOLV_CONF)).unwrap();
             assert_eq!(link_into_run(&image.tree), below.map(PathBuf::from), "{target}");
-            assert_eq!((replaced(true), replaced(false)), (below.is_none(), true), "{target}");
+            assert_eq!((needed(true), needed(false)), (below.is_none(), true), "{target}");
         }
         std::fs::remove_file(image.path(RESOLV_CONF)).unwrap();
         std::fs::create_dir(image.path(RESOLV_CONF)).unwrap();
-        assert!(!replaced(true), "a directory");
+        assert!(!needed(true), "a directory");
         std::fs::remove_dir_all(image.path("etc")).unwrap();
-        assert!(!replaced(true), "no /etc");
+        assert!(!needed(true), "no /etc");
     }
 
     #[test]
-    fn an_untouched_image_gets_its_own_back_inode_and_times_alike() {
+    fn untouched_resolv_conf_is_restored_with_its_inode_and_times() {
         let shapes: [fn(&Image); 4] = [
             |_| {},
             |image| image.write("image's"),
@@ -334,7 +342,7 @@ mod tests {
             assert!(!replaced.restore().unwrap());
             assert_eq!(state(), before, "{number}");
             assert_eq!(ENVIRONMENT.restore(&image.tree).unwrap(), None, "nothing is replaced");
-            // Killed: found by its name.
+            // Stand in for a killed replacer, which is found by its name.
             image.replace("container's");
             assert_eq!(ENVIRONMENT.restore(&image.tree).unwrap(), Some(false));
             assert_eq!(state(), before, "{number}");
@@ -345,26 +353,26 @@ mod tests {
     }
 
     #[test]
-    fn a_lender_that_was_killed_at_any_step_has_lost_nothing() {
+    fn replacer_killed_at_any_step_loses_nothing() {
         for step in 0..5 {
             let image = Image::new();
             image.write("image's");
             let before = image.state();
             drop(image.replace("container's"));
-            let aside = image.path("proc").join(ENVIRONMENT.0);
-            let (file, original) = (image.path(RESOLV_CONF), aside.join(ORIGINAL));
-            // Undone from the last step on.
+            let saved = image.path("proc").join(ENVIRONMENT.0);
+            let (file, original) = (image.path(RESOLV_CONF), saved.join(ORIGINAL));
+            // Undo the steps, the last one first.
             if step > 0 {
-                std::fs::rename(&file, aside.join(NEW)).unwrap();
+                std::fs::rename(&file, saved.join(NEW)).unwrap();
             }
             if step > 1 {
                 std::fs::rename(&original, &file).unwrap();
             }
             if step > 2 {
-                std::fs::remove_file(aside.join(NOTE)).unwrap();
+                std::fs::remove_file(saved.join(RECORD)).unwrap();
             }
             if step > 3 {
-                std::fs::remove_file(aside.join(NEW)).unwrap();
+                std::fs::remove_file(saved.join(NEW)).unwrap();
             }
             assert_eq!(ENVIRONMENT.restore(&image.tree).unwrap(), Some(false), "{step}");
             assert_eq!(image.text(), "image's");
@@ -377,7 +385,7 @@ mod tests {
     type Action = (fn(&Image), Option<&'static str>);
 
     #[test]
-    fn what_a_session_has_done_to_the_file_is_the_images() {
+    fn changes_of_a_session_to_resolv_conf_stay_in_the_image() {
         let overwrite = |image: &Image, text: &str| {
             std::fs::write(image.path("etc/new"), text).unwrap();
             std::fs::rename(image.path("etc/new"), image.path(RESOLV_CONF)).unwrap();
@@ -408,7 +416,7 @@ mod tests {
                 act(&image);
                 assert!(replaced.restore().unwrap(), "{number}");
                 assert_eq!(std::fs::read_to_string(image.path(RESOLV_CONF)).ok().as_deref(), *wanted, "{number}");
-                // The moved file was the image's.
+                // The file that the session moved away becomes the image's own.
                 let moved = std::fs::read_to_string(image.path("etc/moved")).ok();
                 assert_eq!(moved.as_deref(), own.filter(|_| number > 2), "{number}");
                 assert_eq!(std::fs::read_dir(image.path("proc")).unwrap().count(), 0);
@@ -418,11 +426,11 @@ mod tests {
         image.write("image's");
         let replaced = image.replace("container's");
         overwrite(&image, "container's");
-        assert!(replaced.restore().unwrap(), "another file of the same text");
+        assert!(replaced.restore().unwrap(), "another file with the same text");
         assert_eq!(image.text(), "container's");
         let replaced = image.replace("again");
         std::fs::remove_dir_all(image.path("etc")).unwrap();
-        assert!(replaced.restore().unwrap(), "with all of /etc");
+        assert!(replaced.restore().unwrap(), "all of /etc is gone");
         std::fs::create_dir(image.path("etc")).unwrap();
         image.replace("again");
         std::fs::remove_dir_all(image.path("etc")).unwrap();
@@ -431,7 +439,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_sidecar_lent_stays_while_environments_come_and_go() {
+    fn resolv_conf_of_a_sidecar_stays_while_environments_come_and_go() {
         let image = Image::new();
         image.write("image's");
         let before = image.state();
@@ -446,7 +454,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_lender_that_lives_has_lent_stays() {
+    fn resolv_conf_of_a_live_replacer_stays() {
         let image = Image::new();
         image.write("image's");
         let replaced = image.replace("container's");
@@ -458,19 +466,19 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_that_an_image_brings_is_refused_by_name_or_removed_if_it_is_a_leftover() {
+    fn foreign_directory_of_the_replacers_name_is_refused_and_a_leftover_is_removed() {
         for (name, content) in [("resolv.conf", "x"), ("note", "odd"), ("note/x", ""), (".new.ims-sshd/x", "")] {
             let image = Image::new();
             image.write("image's");
-            let aside = image.path("proc").join(ENVIRONMENT.0);
-            let file = aside.join(name);
+            let saved = image.path("proc").join(ENVIRONMENT.0);
+            let file = saved.join(name);
             std::fs::create_dir_all(file.parent().unwrap()).unwrap();
             std::fs::write(&file, content).unwrap();
             let result = ENVIRONMENT.restore(&image.tree);
             assert_eq!(image.text(), "image's");
             if name == "note" {
                 result.unwrap();
-                assert!(!aside.exists(), "{name}");
+                assert!(!saved.exists(), "{name}");
                 continue;
             }
             let error = result.unwrap_err().to_string();
@@ -478,17 +486,17 @@ mod tests {
                 assert!(error.contains(words), "{words}: {error}");
             }
         }
-        // Killed as it wrote a file there.
+        // Stand in for a replacer that was killed while it wrote a file there.
         let image = Image::new();
-        let aside = image.path("proc").join(ENVIRONMENT.0);
-        std::fs::create_dir(&aside).unwrap();
-        std::fs::write(aside.join(".note.ims-sshd"), "1").unwrap();
+        let saved = image.path("proc").join(ENVIRONMENT.0);
+        std::fs::create_dir(&saved).unwrap();
+        std::fs::write(saved.join(".note.ims-sshd"), "1").unwrap();
         ENVIRONMENT.restore(&image.tree).unwrap();
-        assert!(!aside.exists());
+        assert!(!saved.exists());
     }
 
     #[test]
-    fn an_etc_that_cannot_be_changed_is_refused_and_nothing_is_left_in_the_image() {
+    fn immutable_etc_is_refused_and_nothing_is_left_in_the_image() {
         let image = Image::new();
         image.write("image's");
         let chattr = |flag: &str| {
@@ -503,7 +511,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_that_an_image_brings_leads_nothing_out_of_it() {
+    fn link_of_the_replacers_name_in_the_image_is_not_followed() {
         let outside = tempfile::tempdir().unwrap();
         std::fs::write(outside.path().join(ORIGINAL), "outside").unwrap();
         let image = Image::new();

@@ -1,4 +1,4 @@
-//! Which tier this container can have: found out once, by making a jail of each around an empty folder and entering it.
+//! Finds out, once, which tier this container can have, by making a jail around an empty directory and entering it.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -16,28 +16,28 @@ use crate::jailer::open::{OpenJail, Wanted, helper_output};
 use crate::sys::tree::Tree;
 use crate::volume::state_directory::StateDirectory;
 
-/// A kind of jail that can be had.
+/// A kind of jail that this container can make.
 #[derive(Debug)]
 pub(crate) struct Choice {
     /// How strong it is.
     pub(crate) tier: Tier,
     /// Where its /proc comes from.
     pub(crate) proc: Proc,
-    /// The mount namespace that the one on trial has left, which holds the empty folder alone: what begins with a copy of it is made
-    /// without one of all that is mounted in the container. None but in the tier `namespace`: in a user namespace nobody may copy the
-    /// image root's mount as long as it is the container's, nor see it from here.
+    /// Mount namespace of the trial jail, which contains nothing but the empty directory. A jail cloned from this
+    /// namespace does not copy the container's mounts. Only the tier `namespace` uses it: in a user namespace the
+    /// kernel does not allow the image root's mount to be copied while it is the container's.
     bare: Option<OwnedFd>,
 }
 
 impl Choice {
-    /// What a jail of this kind around `image_root` is made of; nothing but the image root is shown in it.
+    /// Plan of a jail of this kind around `image_root`, with no binds or programs.
     pub(crate) fn plan(&self, image_root: &Path) -> Plan {
         let bare = self.bare.as_ref().map(|bare| format!("/proc/{}/fd/{}", getpid(), bare.as_raw_fd()).into());
         Plan { tier: self.tier, proc: self.proc, image_root: image_root.to_owned(), bare, ..Plan::default() }
     }
 }
 
-/// What is tried, best first. In a user namespace the kernel may refuse a procfs of its own.
+/// Kinds to try, best first. In a user namespace the kernel may refuse to mount a new procfs.
 const KINDS: [(Tier, Proc); 4] = [
     (Tier::Namespace, Proc::New),
     (Tier::User, Proc::New),
@@ -45,8 +45,8 @@ const KINDS: [(Tier, Proc); 4] = [
     (Tier::Chroot, Proc::Container),
 ];
 
-/// The best kind that can be had, of the tiers `wanted` if any is named. Logs what it is, why it is no better one, and what is lost by that.
-/// This process has to be a subreaper (or PID 1).
+/// Chooses the best kind that this container can make, among the tiers `wanted` unless that is empty. Logs the choice,
+/// why no better one is possible, and what is lost by that. This process has to be a subreaper (or PID 1).
 pub(crate) fn choose(wanted: &[Tier], dkms: bool, state: &StateDirectory) -> Result<Choice> {
     let ground = Ground::new(state)?;
     let mut refused: Vec<(Tier, Error)> = Vec::new();
@@ -54,7 +54,8 @@ pub(crate) fn choose(wanted: &[Tier], dkms: bool, state: &StateDirectory) -> Res
         match ground.attempt(tier, proc, dkms) {
             Ok(shown) => {
                 let choice = Choice { tier, proc, bare: shown.bare };
-                // Nothing can be mounted on a folder that was removed: with a bare namespace it goes with the state folder.
+                // The kernel mounts nothing on a removed directory. With a bare namespace the trial's directory has to
+                // stay, and is removed with the state directory.
                 if choice.bare.is_none() {
                     ground.state.remove()?;
                 }
@@ -63,7 +64,8 @@ pub(crate) fn choose(wanted: &[Tier], dkms: bool, state: &StateDirectory) -> Res
             }
             Err(e) if is_shortage(&e) => {
                 ground.state.remove()?;
-                let advice = "this is a shortage and says nothing about the tier; raise the limit, or try again later";
+                let advice =
+                    "a resource has run out, so the tier is still unknown; raise the limit, or try again later";
                 return Err(e.advise(advice));
             }
             Err(e) => refused.push((tier, e)),
@@ -75,24 +77,24 @@ pub(crate) fn choose(wanted: &[Tier], dkms: bool, state: &StateDirectory) -> Res
         names if names.is_empty() => "any tier".into(),
         names => format!("tier {names}, which IMS_JAIL_TIER asks for"),
     };
-    Err(Error::new(format!("have a jail of {tier}")).because(reasons(refused.iter()).join("; ")).advise(
-        "allow the container what is missing (docs/KUBERNETES.md, \"What a pod may do\"), or name another tier in IMS_JAIL_TIER",
+    Err(Error::new(format!("make a jail of {tier}")).because(reasons(refused.iter()).join("; ")).advise(
+        "give the container what it lacks (docs/KUBERNETES.md, \"What a pod may do\"), or name another tier in IMS_JAIL_TIER",
     ))
 }
 
-/// Errors that tell of a shortage or a limit, and not of a missing right: a weaker tier is not chosen for them.
+/// Errors of a resource that has run out. They do not mean a missing right, so no weaker tier is chosen for them.
 const SHORTAGES: [Errno; 6] = [Errno::EMFILE, Errno::ENFILE, Errno::EFBIG, Errno::ENOMEM, Errno::EAGAIN, Errno::EIO];
 
 fn is_shortage(error: &Error) -> bool {
     let text = error.to_string();
-    // The standard library and nix print them in different ways.
+    // The standard library prints the number of an errno, nix its name.
     let is_told = |errno: &Errno| {
         text.contains(&format!("(os error {})", *errno as i32)) || text.contains(&format!("{errno:?}: "))
     };
     SHORTAGES.iter().any(is_told)
 }
 
-/// One for each tier: the last, since it is why the tier was given up.
+/// One sentence for each refused tier, with the last error of that tier.
 fn reasons<'a>(refused: impl Iterator<Item = &'a (Tier, Error)>) -> Vec<String> {
     let refused: Vec<_> = refused.collect();
     let last = |tier| refused.iter().copied().rfind(|(refused, _)| *refused == tier);
@@ -106,13 +108,13 @@ fn reasons<'a>(refused: impl Iterator<Item = &'a (Tier, Error)>) -> Vec<String> 
     Tier::ALL.into_iter().filter_map(last).map(sentence).collect()
 }
 
-/// What a trial has shown beside that it can be done.
+/// Result of a successful trial.
 struct Trial {
     without_devices: bool,
     bare: Option<OwnedFd>,
 }
 
-/// Where jails are made on trial: an empty image root, and a folder for what belongs to them.
+/// Directories of the trial jails: an empty image root, and a state directory for their records.
 struct Ground {
     state: StateDirectory,
     path: PathBuf,
@@ -124,14 +126,14 @@ impl Ground {
     fn new(state: &StateDirectory) -> Result<Self> {
         let state = state.trial()?;
         let path = state.path().join("image-root");
-        let attempted = || format!("make the folder {}, for a jail on trial", path.display());
+        let attempted = || format!("create the directory {} for a trial jail", path.display());
         std::fs::create_dir_all(&path).attempt(attempted)?;
         let image_root = Tree::open(&path).attempt(attempted)?;
         let record_directory = Tree::open(state.path()).attempt(attempted)?;
         Ok(Self { state, path, image_root, record_directory })
     }
 
-    /// Makes a jail and enters it, with all that a real one has.
+    /// Makes a jail like a real one, and enters it.
     fn attempt(&self, tier: Tier, proc: Proc, dkms: bool) -> Result<Trial> {
         let wanted = Wanted {
             plan: Plan { tier, proc, dkms, image_root: self.path.clone(), ..Plan::default() },
@@ -142,13 +144,12 @@ impl Ground {
             keep: Vec::new(),
         };
         let jail = OpenJail::open(wanted, &self.state)?;
-        let entered =
-            helper_output(&Arguments::Try(self.state.jail())).attempt(|| "enter a jail that was made on trial");
+        let entered = helper_output(&Arguments::Try(self.state.jail())).attempt(|| "enter a trial jail");
         let bare = jail.namespace_fd("mnt").filter(|_| tier == Tier::Namespace).map(OwnedFd::try_clone).transpose();
-        let bare = bare.attempt(|| "keep the mount namespace of a jail that was made on trial");
+        let bare = bare.attempt(|| "keep the mount namespace of a trial jail");
         let without_devices = jail.without_devices;
         jail.end()?;
-        // With the mount points go the mounts: the kernel takes them down in all namespaces.
+        // Removing a mount point removes its mounts: the kernel detaches them in all namespaces.
         jail.clear(&self.image_root, &self.record_directory)?;
         entered?;
         Ok(Trial { without_devices, bare: bare? })
@@ -158,10 +159,10 @@ impl Ground {
 fn log(choice: &Choice, without_devices: bool, forced: bool, dkms: bool, refused: &[(Tier, Error)]) {
     let mut lacks: Vec<_> = choice.tier.lacks().into_iter().collect();
     if choice.tier == Tier::User && choice.proc == Proc::Container {
-        lacks.push("/proc is the container's, read-only, so that its processes can be seen");
+        lacks.push("a /proc of its own (/proc is the container's, read-only, and shows the container's processes)");
     }
     if without_devices {
-        lacks.push("device nodes (CAP_MKNOD), so that /dev/null is a file, which is removed at the end");
+        lacks.push("device nodes (CAP_MKNOD; /dev/null is a regular file, removed at the close)");
     }
     let tier = choice.tier.name();
     let mut parts = vec![format!("the jail's tier is {tier}{}", if forced { ", as IMS_JAIL_TIER says" } else { "" })];
@@ -174,10 +175,10 @@ fn log(choice: &Choice, without_devices: bool, forced: bool, dkms: bool, refused
     }
     let line = parts.join("; ");
     match choice.tier {
-        // A session can leave the image root.
+        // Warn of what lets a session leave the image root.
         _ if dkms => tracing::warn!(tier, "{line}"),
         Tier::Chroot => tracing::warn!(tier, "{line}"),
-        // As it should be; the jail's own line names it.
+        // The usual case: the line about the jail names the tier as well.
         Tier::Namespace if !forced => tracing::debug!(tier, "{line}"),
         _ => tracing::info!(tier, "{line}"),
     }

@@ -332,7 +332,7 @@ impl Session {
         let all_ended = processes::end_all(Some(&jail));
         // The init has looked for marks once more before it ended.
         let told_last = match all_ended {
-            Ok(()) if is_ours => std::iter::from_fn(|| jail.told()).filter_map(Message::mark).max(),
+            Ok(()) if is_ours => std::iter::from_fn(|| jail.receive()).filter_map(Message::mark).max(),
             _ => None,
         };
         if let Some(terminal) = terminal {
@@ -390,7 +390,7 @@ impl Session {
                     let _ = kill(pid, signal);
                 }
             }
-            match is_told.then(|| jail.told().map(Message::mark)) {
+            match is_told.then(|| jail.receive().map(Message::mark)) {
                 Some(Some(Some(verdict))) => {
                     marked = marked.max(Some(verdict));
                     if self.is_at_terminal() && hung_up.is_none() {

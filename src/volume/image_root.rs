@@ -1,5 +1,5 @@
-//! The image root: opened, told from other directories (an empty one, somebody's home, the top directory of an archive) by its files, and
-//! marked.
+//! Opens the image root, distinguishes it from other directories (an empty one, a home, the top directory of an
+//! archive) by its files, and marks it with the verdict.
 
 use std::path::{Path, PathBuf};
 
@@ -11,20 +11,21 @@ use crate::sys::tree::Tree;
 use crate::verdict::{Verdict, is_mark};
 use crate::volume::signal_files::SignalFiles;
 
-/// Each is enough: a distribution, an image without one (distroless), a busybox. systemd-nspawn looks for the former.
+/// Any one of these files makes a directory an image root. systemd-nspawn looks for os-release; distroless images have
+/// only etc/passwd, a busybox image only a shell.
 const KNOWN_BY: [&str; 5] = ["etc/os-release", "usr/lib/os-release", "etc/passwd", "bin/sh", "usr/bin/sh"];
 
-/// Files of a saved container image, which holds layers and no tree.
+/// Files of a saved container image (docker save, OCI layout), which holds layers instead of a tree.
 const SAVED: [&str; 2] = ["oci-layout", "manifest.json"];
 
-/// So many names are looked at for an image root one directory below.
+/// Number of subdirectories searched for an image root to suggest.
 const MOST: usize = 100;
 
-/// Opens the image root. It has to be a directory of the parent and not a link.
+/// Opens the image root, which has to be a directory of the parent and not a link.
 pub(crate) fn open(files: &SignalFiles, name: &str) -> Result<Tree> {
     let shown = files.path().join(name);
     let attempted = || format!("open the image root {}", shown.display());
-    // The descriptor that was looked at is the one that is used: what was a directory a moment ago may be a link now.
+    // Check and use the same descriptor: a session can replace the directory with a link in between.
     let found = match files.parent().handle_without_links(name) {
         Err(e) if Errno::from_io_error(&e) == Some(Errno::LOOP) => {
             return Err(Error::new(attempted()).because("a directory on the way to it is a symbolic link"))
@@ -32,7 +33,7 @@ pub(crate) fn open(files: &SignalFiles, name: &str) -> Result<Tree> {
         }
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
             return Err(Error::new(attempted()).because("it does not exist"))
-                .advise("whoever creates 'ready' has to unpack the image there first");
+                .advise("unpack the image there before creating 'ready'");
         }
         other => other.attempt(attempted)?,
     };
@@ -42,16 +43,16 @@ pub(crate) fn open(files: &SignalFiles, name: &str) -> Result<Tree> {
     }
 }
 
-/// Refuses a directory that is no image root. `refused` makes the error of a reason; `shown` is the directory's path, or an archive's that it
-/// is in.
+/// Refuses a directory that is not an image root. `refused` makes the error from a reason; `shown` is the path of the
+/// directory, or of the archive that contains it.
 pub(crate) fn check(root: &Tree, shown: &Path, archive: bool, refused: impl Fn(String) -> Error) -> Result<()> {
     if is_one(root) {
         return Ok(());
     }
     let (last, others) = KNOWN_BY.split_last().unwrap_or((&"", &[]));
-    let error = refused(format!("it is no image root, which has {} or {last}", others.join(", ")));
+    let error = refused(format!("it is not an image root, which has {} or {last}", others.join(", ")));
     if SAVED.iter().any(|name| matches!(root.look(name), Ok(Some(_)))) {
-        return Err(error.advise("it is a saved image of a container: 'ims-sshd prepare' unpacks its layers"));
+        return Err(error.advise("it is a saved container image: 'ims-sshd prepare' unpacks its layers"));
     }
     let below = root.first_names(MOST).unwrap_or_default();
     let is_below = |name: &&std::ffi::OsString| root.directory_without_links(name).is_ok_and(|tree| is_one(&tree));
@@ -70,13 +71,14 @@ fn is_one(root: &Tree) -> bool {
     KNOWN_BY.iter().any(|path| matches!(root.look(path), Ok(Some(_))))
 }
 
-/// Removes marks that came with the image: a job must not end before it began. A link or fifo of that name is removed too.
+/// Removes marks that came with the image, which would end the job before it began. A link or fifo of that name is
+/// removed too.
 pub(crate) fn remove_old_marks(image_root: &Tree) -> Result<()> {
     for verdict in Verdict::ALL {
         let name = mark_of(verdict);
         remove_directory(image_root, &name)?;
         let attempted = || removing(&name);
-        // Looked at first: where the image is read-only, the kernel refuses to remove what is not there, too.
+        // Look first: on a read-only file system unlink fails with EROFS even if the file does not exist.
         if image_root.look(&name).attempt(attempted)?.is_some() && image_root.remove(&name).attempt(attempted)? {
             tracing::info!("removed /{}, which came with the image", name.display());
         }
@@ -92,7 +94,8 @@ fn removing(mark: &Path) -> String {
     format!("remove /{} of the image", mark.display())
 }
 
-/// Removes an empty directory in the place of a mark: with it in the way, no session could make the mark. One that is not empty is an error.
+/// Removes an empty directory with the name of a mark, which would keep sessions from creating the mark. A directory
+/// that is not empty is an error.
 fn remove_directory(image_root: &Tree, name: &Path) -> Result<()> {
     let attempted = || removing(name);
     if image_root.look(name).attempt(attempted)?.as_ref().map(FileKind::of) != Some(FileKind::Directory) {
@@ -100,18 +103,18 @@ fn remove_directory(image_root: &Tree, name: &Path) -> Result<()> {
     }
     match image_root.remove_directory(name) {
         Err(e) if e.kind() == std::io::ErrorKind::DirectoryNotEmpty => {
-            // No advice, in whose place there may be the caller's.
-            let why = "it is a directory that is not empty, in the place of a mark: remove it from the image";
+            // The advice is part of the reason: a caller may set an advice of its own.
+            let why = "it is a non-empty directory with the name of a mark: remove it from the image";
             return Err(Error::new(attempted()).because(why));
         }
         other => other.attempt(attempted)?,
     };
-    tracing::warn!("removed the empty directory /{} of the image, which has the name of a mark", name.display());
+    tracing::warn!("removed the empty directory /{} of the image, which had the name of a mark", name.display());
     Ok(())
 }
 
-/// Removes the mark from the image's /tmp, and an empty directory in its place. Returns whether the mark stood there. What else is no
-/// regular file is no mark, and stays.
+/// Removes the mark from the image's /tmp, or an empty directory of that name. Returns whether there was a mark. Only a
+/// regular file is one; anything else stays.
 pub(crate) fn remove_mark(image_root: &Tree, verdict: Verdict) -> Result<bool> {
     let name = mark_of(verdict);
     let attempted = || removing(&name);
@@ -122,8 +125,8 @@ pub(crate) fn remove_mark(image_root: &Tree, verdict: Verdict) -> Result<bool> {
     image_root.remove(&name).attempt(attempted)
 }
 
-/// Returns whether `failed` stands in the parent or, for a jailed job, in the image's /tmp. A place that cannot be looked at is an error: an
-/// image whose verdict is not known is not packed.
+/// Returns whether `failed` exists in the parent or, for a jailed job, in the image's /tmp. A place that cannot be read
+/// is an error: an image whose verdict is unknown is not packed.
 pub(crate) fn is_marked_failed(files: &SignalFiles, image_root: Option<&Tree>) -> Result<bool> {
     let name = mark_of(Verdict::Failed);
     let in_image = |root: &Tree| {
@@ -133,8 +136,8 @@ pub(crate) fn is_marked_failed(files: &SignalFiles, image_root: Option<&Tree>) -
     Ok(files.stands(Verdict::Failed.signal_file())? || image_root.map_or(Ok(false), in_image)?)
 }
 
-/// Makes the image's own mark as a sidecar expects it after a jailed job: a failure stands in its /tmp too, a success leaves
-/// nothing there.
+/// Sets the mark in the image as a sidecar expects it after a jailed job: `failed` stands in its /tmp too, and
+/// `complete` is removed.
 pub(crate) fn mark(files: &SignalFiles, image_root: &Tree, verdict: Verdict) -> Result<()> {
     let failed = mark_of(Verdict::Failed);
     remove_directory(image_root, &failed)?;
@@ -165,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn an_image_root_has_a_distribution_users_or_a_shell_and_one_below_is_offered() {
+    fn image_root_is_known_by_os_release_passwd_or_shell_and_a_subdirectory_is_suggested() {
         for name in KNOWN_BY {
             assert_eq!(said(&[name], false), None, "{name}");
         }
@@ -186,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn an_image_is_marked_failed_outside_or_inside_or_where_one_cannot_look() {
+    fn failed_mark_is_found_in_parent_or_image_and_an_unreadable_place_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
         let files = SignalFiles::open(dir.path()).unwrap().unwrap();
         let root = dir.path().join("image-root");
@@ -203,7 +206,7 @@ mod tests {
         assert!(!is_marked(Some(&tree)).unwrap(), "a directory is no mark");
         std::fs::write(root.join("tmp/failed/file"), "").unwrap();
         let told = remove_mark(&tree, Verdict::Failed).unwrap_err().to_string();
-        assert!(told.ends_with("in the place of a mark: remove it from the image"), "{told}");
+        assert!(told.ends_with("with the name of a mark: remove it from the image"), "{told}");
         std::fs::remove_file(root.join("tmp/failed/file")).unwrap();
         assert!(!remove_mark(&tree, Verdict::Failed).unwrap() && !root.join("tmp/failed").exists());
         std::fs::write(root.join("tmp/failed"), "").unwrap();

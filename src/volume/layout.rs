@@ -1,4 +1,4 @@
-//! Every name in the image root's parent, the directory that the containers of a pod share.
+//! Every name in the image root parent, the directory that the containers of a pod share.
 
 use crate::job::{Action, Job};
 
@@ -34,34 +34,35 @@ pub(crate) const TRANSFER: &str = "transfer.sqsh";
 pub(crate) const ARCHIVE: &str = "image.sqsh";
 /// The source image while it is fetched.
 pub(crate) const FETCHING: &str = "image.sqsh.part";
-/// Directory for what an overlay keeps.
+/// Directory of an overlay's upper and work directories.
 pub(crate) const OVERLAY: &str = "overlay";
 /// The image root while it is unpacked.
 pub(crate) const UNPACKING: &str = ".ims-sshd.unpacking";
 
-/// Identity of the source of the image root.
+/// Identity of the source that the image root was made from.
 pub(crate) const SOURCE: &str = ".ims-sshd.source";
-/// Record of the packed image and of the image root that it was made of.
+/// Record of the packed image and of the image root that it was made from.
 pub(crate) const PACKED: &str = ".ims-sshd.packed";
 /// Inventory of the image as it was before the job.
 pub(crate) const INVENTORY: &str = ".ims-sshd.inventory";
 /// Stage that the job has reached.
 pub(crate) const STAGE: &str = ".ims-sshd.stage";
-/// Record of what a sidecar has done.
+/// Journal of the steps that a sidecar has completed.
 pub(crate) const PUBLICATION: &str = ".ims-sshd.publication";
 /// Record of the parts that a sidecar has uploaded.
 pub(crate) const UPLOAD: &str = ".ims-sshd.upload";
-/// Key of a work directory that only its owner can read; also in a store that is a directory.
+/// Key that authenticates records, readable by its owner alone; a store that is a directory has one too.
 pub(crate) const KEY: &str = ".ims-sshd.key";
-/// Record of what was made in the image for the jail.
+/// Record of the mount points that were created in the image for the jail.
 pub(crate) const MOUNT_POINTS: &str = ".ims-sshd.additions";
-/// Directory for the image's resolv.conf while a build environment lends it another.
+/// Directory for the image's own resolv.conf while a build environment replaces it.
 pub(crate) const RESOLV_CONF: &str = ".ims-sshd.resolv.conf";
-/// The same while a sidecar does.
+/// Directory for the image's own resolv.conf while a sidecar replaces it.
 pub(crate) const SIDECAR_RESOLV_CONF: &str = ".ims-sshd.sidecar.resolv.conf";
-/// File that is locked as long as a build environment is open.
+/// File that a build environment locks as long as it is open.
 pub(crate) const CLAIM: &str = ".ims-sshd.claim";
-/// File that is locked as long as a sidecar runs.
+/// File that a sidecar locks as long as it runs.
 pub(crate) const SIDECAR_CLAIM: &str = ".ims-sshd.sidecar";
-/// Empty files that can become signal files by a rename where the disk is full: the verdict in the parent and in the image, and `exiting`.
+/// Empty files that a rename turns into signal files when the disk is full: the verdict in the parent, the verdict in
+/// the image, and `exiting`.
 pub(crate) const RESERVED: [&str; 3] = [".ims-sshd.reserve-1", ".ims-sshd.reserve-2", ".ims-sshd.reserve-3"];

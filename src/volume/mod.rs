@@ -1,4 +1,4 @@
-//! The image root's parent, which the containers of a pod share: its signal files, and what lies in it.
+//! The image root parent, a directory that the containers of a pod share: its signal files and its other content.
 
 pub(crate) mod image_root;
 pub(crate) mod layout;
@@ -12,12 +12,12 @@ use std::path::Path;
 use crate::error::{Attempt, Result};
 use crate::sys::tree::Tree;
 
-/// Opens a directory that was named, whose last name must not be a link.
+/// Opens the directory at `path`, which must not be a link.
 pub(crate) fn open_tree(path: &Path) -> Result<Tree> {
     Tree::open(path).attempt(|| format!("open {}", path.display()))
 }
 
-/// Returns whether `place`, which may be yet to be made, is `directory` or lies in it, by whatever links and mounts.
+/// Returns whether `place` is `directory` or lies in it, through links and mounts too. `place` need not exist.
 pub(crate) fn holds(directory: &Path, place: &Path) -> Result<bool> {
     let attempted = || format!("find {}", place.display());
     let place = std::path::absolute(place).attempt(attempted)?;

@@ -1,11 +1,11 @@
-//! Mounts below an image root: a session's, an administrator's, or those of a killed program.
+//! Mounts below an image root, made by a session, an administrator or a program that was killed.
 
 use std::path::{Path, PathBuf};
 
 use crate::error::{Attempt, Result};
 use crate::sys::mounts;
 
-/// Mount points below `path` in this mount namespace, in the order in which they were mounted.
+/// Mount points below `path` in this mount namespace, oldest mount first.
 pub(crate) fn mounts_below(path: &Path) -> Result<Vec<PathBuf>> {
     let mountinfo = std::fs::read("/proc/self/mountinfo").attempt(|| "read /proc/self/mountinfo")?;
     let mut found = mounts::mount_points(&mountinfo);
@@ -13,8 +13,8 @@ pub(crate) fn mounts_below(path: &Path) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// Unmounts everything below the image root at `path`, such as an administrator's own `mount --bind /proc`: a packer would walk into it.
-/// Deepest first.
+/// Unmounts everything below the image root at `path`, newest mount first. A packer would walk into what an
+/// administrator has left there, such as a `mount --bind /proc`.
 pub(crate) fn unmount_below(path: &Path) -> Result<()> {
     for mount in mounts_below(path)?.iter().rev() {
         mounts::unmount(mount)

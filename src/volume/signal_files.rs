@@ -1,4 +1,4 @@
-//! Signal files: what one container of the pod tells another, by creating a file in the image root's parent.
+//! Signal files, by which one container of the pod notifies another: each is a file in the image root parent.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -16,23 +16,25 @@ use crate::sys::tree::Tree;
 use crate::verdict::Verdict;
 use crate::volume::layout::{CLAIM, READY, RESERVED, SIDECAR_CLAIM};
 
-/// Content of a sidecar's mark for an environment that waits for `ready`, which will not come; the pod's host name stands between. It counts
-/// though it was made before the environment began to wait; other marks from before are an earlier job's.
+/// Content of a mark that a sidecar makes instead of `ready` when it gives up, with the pod's host name in between. An
+/// environment obeys it even if it is older than the environment; other marks that are older belong to an earlier job.
 const INSTEAD_OF_READY: [&[u8]; 2] = [b"by the sidecar on ", b", instead of 'ready'\n"];
 
-/// The content is no longer: a host name has at most 64 bytes.
+/// Maximum length of that content in bytes; a host name has at most 64.
 const INSTEAD_LIMIT: u64 = 256;
 
-/// A sidecar's mark of another host name that is older is an earlier pod's. A container's start takes less, with its image fetched.
+/// Age at which a sidecar's mark with another host name counts as an earlier pod's. Pulling an image and starting a
+/// container takes less.
 const EARLIER: Duration = Duration::from_mins(10);
 
-/// Tells a signal file from one that had its name before: inode, and time of its last change.
+/// Identity of a signal file, to distinguish it from an earlier file of the same name: inode, and seconds and
+/// nanoseconds of its ctime.
 pub(crate) type Stamp = (u64, i64, u64);
 
-/// How long a signal file can stay unseen at the most where the file system raises no event.
+/// Poll interval for signal files, on which the delay depends where the file system raises no event.
 pub(crate) const LOOK_EVERY: Duration = Duration::from_secs(1);
 
-/// Keeps other sidecars away.
+/// Lock that keeps other sidecars away while it lives.
 pub(crate) struct SidecarClaim<'a> {
     files: &'a SignalFiles,
     lock: Option<OwnedFd>,
@@ -46,16 +48,17 @@ impl Drop for SidecarClaim<'_> {
     }
 }
 
-/// The image root's parent, open: signal files are made and looked for by descriptor, and never through a link.
+/// The open image root parent. Signal files are created and looked up by its descriptor, never through a link.
 pub struct SignalFiles {
     parent: Tree,
     path: PathBuf,
-    /// Held for life: two environments on one parent would end each other.
+    /// The environment's claim, kept until this value is dropped: two environments on one parent would end each other's
+    /// processes.
     lock: Option<OwnedFd>,
 }
 
 impl SignalFiles {
-    /// Opens the parent; `None` if it does not exist (yet).
+    /// Opens the parent; `None` if it does not exist.
     pub(crate) fn open(path: &Path) -> Result<Option<Self>> {
         match Tree::open(path) {
             Ok(parent) => Ok(Some(Self { parent, path: path.to_owned(), lock: None })),
@@ -66,7 +69,7 @@ impl SignalFiles {
         }
     }
 
-    /// The parent's path, for messages and for programs that are told it.
+    /// Path of the parent, for messages and for programs that take a path.
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
@@ -76,15 +79,15 @@ impl SignalFiles {
         &self.parent
     }
 
-    /// Claims the parent for this environment, as long as this value lives.
+    /// Claims the parent for this environment until this value is dropped.
     pub(crate) fn claim(&mut self) -> Result<()> {
         let attempted = || claiming(&self.path);
-        // More than one try: `status` looks by sharing the lock for a moment, which is no claim, however long the machine makes of it.
+        // `status` takes a shared lock for a moment, which is not a claim; on a busy machine the moment may be long.
         let began = Instant::now();
         while began.elapsed() < Duration::from_secs(10) {
             let Some(lock) = self.lockable(true).attempt(attempted)? else { continue };
             match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-                // It may have been the claim of one who has removed it since.
+                // Another environment may have removed its claim between this open and the lock.
                 Ok(()) if !self.is_lockable(&lock) => continue,
                 Ok(()) => {
                     self.lock = Some(lock);
@@ -102,20 +105,21 @@ impl SignalFiles {
         Err(claimed(&self.path))
     }
 
-    /// Opens the file that a claim locks: the parent itself, where only root can open it, else a file in it that only root can open, since
-    /// anybody who can open a file can lock it (flock(2)). Nothing if the file is missing and is not to be `made`, or is not root's.
-    fn lockable(&self, made: bool) -> io::Result<Option<OwnedFd>> {
+    /// Opens the file that a claim locks. Whoever can open a file can lock it (flock(2)), so this is the parent itself
+    /// if only root can open it, else a file in it that only root can open. Returns `None` if that file is missing and
+    /// `create` is false, or if another user owns it.
+    fn lockable(&self, create: bool) -> io::Result<Option<OwnedFd>> {
         let parent = rustix::fs::fstat(&self.parent)?;
         if parent.st_mode & 0o044 == 0 {
             return self.parent.reopen().map(Some);
         }
-        let (create, bits) = if made { (OFlags::CREATE, 0o600) } else { (OFlags::empty(), 0) };
-        // Not for writing, which would keep the volume from being made read-only.
-        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | create;
+        let (flag, bits) = if create { (OFlags::CREATE, 0o600) } else { (OFlags::empty(), 0) };
+        // Open for reading only: a writable descriptor would keep the volume from being remounted read-only.
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | flag;
         let file = match self.parent.open_at(CLAIM, flags, Mode::from_raw_mode(bits)) {
             Ok(file) => file,
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-            // A full volume, or one that cannot be written to: what comes next tells so.
+            // Go on with the parent's own lock: the next write reports that the volume is full or read-only.
             Err(e)
                 if matches!(
                     e.kind(),
@@ -127,15 +131,15 @@ impl SignalFiles {
             Err(e) => return Err(e),
         };
         let found = rustix::fs::fstat(&file)?;
-        // Another user who made it may have it open.
+        // A user who created the file may still have it open, and so could lock it.
         let is_ours = found.st_uid == rustix::process::geteuid().as_raw() && found.st_mode & 0o066 == 0;
-        if !is_ours && made {
+        if !is_ours && create {
             self.parent.remove(CLAIM)?;
         }
         Ok(is_ours.then_some(file))
     }
 
-    /// Returns whether `lock` is the file that a claim locks, and has not been removed.
+    /// Returns whether `lock` still is the file that a claim locks.
     fn is_lockable(&self, lock: &OwnedFd) -> bool {
         let identity = |file: BorrowedFd<'_>| rustix::fs::fstat(file).map(|found| (found.st_dev, found.st_ino)).ok();
         let named = self.lockable(false).ok().flatten();
@@ -143,81 +147,81 @@ impl SignalFiles {
         places.into_iter().flatten().any(|place| identity(place) == identity(lock.as_fd()))
     }
 
-    /// Claims the parent for its sidecar, which stands beside the environment, as long as the value that is returned lives. An error if
-    /// another one has it; where that cannot be told, what comes next goes on, or says why it cannot.
+    /// Claims the parent for its sidecar until the returned value is dropped. It is an error if another sidecar has it.
+    /// Where that cannot be found out, the claim succeeds without a lock: later steps work, or report why they cannot.
     pub(crate) fn claim_for_sidecar(&self) -> Result<SidecarClaim<'_>> {
         let mut claim = SidecarClaim { files: self, lock: None };
-        // Somebody may remove it, again and again.
+        // Limited: another process may remove the file each time.
         for _ in 0..100 {
             let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CREATE;
             let lock = self.parent.open_at(SIDECAR_CLAIM, flags, Mode::from_raw_mode(0o600));
             let Ok(lock) = lock.inspect_err(|e| tracing::debug!("cannot look for another sidecar: {e}")) else { break };
             let Ok(found) = rustix::fs::fstat(&lock) else { break };
             if found.st_uid != rustix::process::geteuid().as_raw() || found.st_mode & 0o066 != 0 {
-                // Another user who made it may have it open, and locked.
+                // A user who created the file may still have it open and locked.
                 let _ = self.parent.remove(SIDECAR_CLAIM);
                 continue;
             }
             match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => {
                     let named = self.parent.look(SIDECAR_CLAIM).ok().flatten();
-                    // A file of another number: the run that had this one has removed it.
+                    // Another inode means that the previous sidecar removed the file that was locked here.
                     if named.is_some_and(|named| (named.st_dev, named.st_ino) == (found.st_dev, found.st_ino)) {
                         claim.lock = Some(lock);
                         break;
                     }
                 }
                 Err(rustix::io::Errno::WOULDBLOCK) => {
-                    return Err(Error::new(format!("take care of {}", self.path.display()))
-                        .because("another sidecar does")
-                        .advise("the job goes on with that one; a volume is one job's"));
+                    return Err(Error::new(format!("claim {} for this sidecar", self.path.display()))
+                        .because("another sidecar has it")
+                        .advise("the job goes on with that one; each job needs a volume of its own"));
                 }
-                // A file system without locks.
+                // The file system has no locks.
                 Err(_) => break,
             }
         }
         Ok(claim)
     }
 
-    /// A descriptor that keeps the claim beyond this value's life.
+    /// Duplicates the descriptor of the claim, which keeps the claim after this value is dropped.
     pub(crate) fn share_claim(&self) -> io::Result<Option<OwnedFd>> {
         self.lock.as_ref().map(OwnedFd::try_clone).transpose()
     }
 
-    /// Whether another process has claimed the parent.
+    /// Returns whether another process has claimed the parent.
     pub(crate) fn is_claimed(&self) -> bool {
         let Ok(Some(lock)) = self.lockable(false) else { return false };
         rustix::fs::flock(lock, FlockOperation::NonBlockingLockShared) == Err(rustix::io::Errno::WOULDBLOCK)
     }
 
-    /// Whether the signal file `name` stands there. Only a regular file is one; what else has the name is an error.
+    /// Returns whether the signal file `name` exists. A file of that name that is not regular is an error.
     pub(crate) fn stands(&self, name: &str) -> Result<bool> {
         let shown = || format!("{}/{name}", self.path.display());
         let found = self.parent.look(name).attempt(|| format!("look for {}", shown()))?;
         match found.as_ref().map(FileKind::of) {
             None => Ok(false),
             Some(FileKind::Regular) => Ok(true),
-            Some(other) => Err(Error::new(format!("take {} as a signal file", shown()))
+            Some(other) => Err(Error::new(format!("use {} as a signal file", shown()))
                 .because(format!("it is {other}"))
-                .advise("remove it; 'touch' makes a regular file")),
+                .advise("remove it and create a regular file with 'touch'")),
         }
     }
 
-    /// Creates the signal file `name`, or finds it there. What else has the name is put aside, never followed.
+    /// Creates the signal file `name` if it does not exist. Anything else of that name is renamed, never followed.
     pub(crate) fn touch(&self, name: &str) -> Result<()> {
         let attempted = || format!("create {}/{name}", self.path.display());
         if let Ok(Some(odd)) =
             self.parent.look(name).map(|found| found.filter(|f| FileKind::of(f) != FileKind::Regular))
         {
-            self.put_aside(name, &odd).attempt(attempted)?;
+            self.move_away(name, &odd).attempt(attempted)?;
         }
         self.create(&self.parent, name.as_ref())
             .attempt(attempted)
             .advise("the volume has to be writable and to have space")
     }
 
-    /// Creates the file `name` below `tree`, which lies on the parent's volume: if the volume is full, with one of the reserved files, or
-    /// as another name of `ready`, where it was full before any could be reserved.
+    /// Creates the file `name` below `tree`, which lies on the parent's volume. On a full volume, one of the reserved
+    /// files is renamed, or, if the volume was full before any could be reserved, `ready` gets another link.
     pub(crate) fn create(&self, tree: &Tree, name: &Path) -> io::Result<()> {
         match tree.touch(name) {
             Err(e) if matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) => {
@@ -228,7 +232,7 @@ impl SignalFiles {
         }
     }
 
-    /// Puts files aside, to have them when a full volume takes no new one: a verdict has to be told all the same.
+    /// Creates the reserved files, from which the verdict and `exiting` are made on a full volume.
     pub(crate) fn reserve(&self) -> Result<()> {
         for name in RESERVED {
             self.parent
@@ -239,7 +243,7 @@ impl SignalFiles {
         Ok(())
     }
 
-    /// Removes what of the reserve was not needed.
+    /// Removes the reserved files that were not needed.
     pub(crate) fn release_reserve(&self) -> Result<()> {
         RESERVED.iter().try_for_each(|name| self.remove(name))
     }
@@ -248,11 +252,12 @@ impl SignalFiles {
     pub(crate) fn mark_instead_of_ready(&self, verdict: Verdict) -> Result<()> {
         let name = verdict.signal_file();
         let text = [INSTEAD_OF_READY[0], host_name().trim_ascii(), INSTEAD_OF_READY[1]].concat();
-        // A full volume takes no new file, but perhaps an empty one.
+        // A full volume may have no block for the text and still an inode for an empty file.
         self.parent.replace(name, &text).or_else(|_| self.retract(name).and_then(|()| self.touch(name)))
     }
 
-    /// The verdict of an environment that waits for `ready`, if it has one already. `old` is the stamp of the `failed` from before.
+    /// Verdict for an environment that still waits for `ready`, if somebody has made one. `old` is the stamp of a
+    /// `failed` that existed when the environment started.
     pub(crate) fn verdict_instead_of_ready(&self, old: Option<Stamp>) -> Option<Verdict> {
         let failed = Verdict::Failed.signal_file();
         if self.stands(failed).is_ok_and(|stands| stands) && self.stamp(failed) != old {
@@ -263,13 +268,13 @@ impl SignalFiles {
             .find(|verdict| self.sidecar_of(verdict.signal_file()).is_some())
     }
 
-    /// Host name of the sidecar that made the mark `name` instead of `ready`, if one did.
+    /// Host name of the sidecar that made the mark `name` instead of `ready`; `None` if no sidecar made it.
     fn sidecar_of(&self, name: &str) -> Option<Vec<u8>> {
         let text = self.parent.read(name, INSTEAD_LIMIT).ok()?;
         Some(text.strip_prefix(INSTEAD_OF_READY[0])?.strip_suffix(INSTEAD_OF_READY[1])?.to_vec())
     }
 
-    /// Removes marks that the sidecar of an earlier pod made instead of `ready`: they would close an environment that has just begun.
+    /// Removes marks that the sidecar of an earlier pod made instead of `ready`, which would close the new environment.
     pub(crate) fn remove_marks_of_earlier_pods(&self) -> Result<()> {
         let here = host_name();
         for name in Verdict::ALL.map(Verdict::signal_file) {
@@ -284,7 +289,7 @@ impl SignalFiles {
                 let made = humantime::format_rfc3339_seconds(made);
                 let host = String::from_utf8_lossy(&host);
                 tracing::info!(
-                    "removed '{name}' of an earlier pod: the sidecar on {} made it at {made}",
+                    "removed '{name}' of an earlier pod: the sidecar on {} created it at {made}",
                     Printable(&host)
                 );
             }
@@ -292,24 +297,24 @@ impl SignalFiles {
         Ok(())
     }
 
-    /// Stamps of the verdicts, as in [`Verdict::ALL`].
+    /// Stamps of the verdict files, in the order of [`Verdict::ALL`].
     pub(crate) fn verdict_stamps(&self) -> [Option<Stamp>; 2] {
         Verdict::ALL.map(|verdict| self.stamp(verdict.signal_file()))
     }
 
-    /// Removes verdicts that stood when this run began, with the stamps `old`, and are older than `ready`. They are an earlier job's: whoever
-    /// creates `ready` has removed those, and a mark of this job is made after it.
+    /// Removes verdict files that existed when this run started (with the stamps `old`) and are older than `ready`.
+    /// They belong to an earlier job: a mark of this job is made after `ready`.
     pub(crate) fn remove_marks_of_earlier_jobs(&self, old: [Option<Stamp>; 2]) -> Result<()> {
         let Some((_, seconds, nanoseconds)) = self.stamp(READY) else { return Ok(()) };
         for (verdict, old) in Verdict::ALL.into_iter().zip(old) {
             let name = verdict.signal_file();
             let is_earlier =
                 old.is_some_and(|old| self.stamp(name) == Some(old) && (old.1, old.2) < (seconds, nanoseconds));
-            // What is no signal file is an error later.
+            // A file that is not regular is reported later, as an error.
             if is_earlier && self.stands(name).unwrap_or(false) {
                 self.remove(name)?;
                 tracing::info!(
-                    "removed '{name}', which is older than '{READY}': an earlier job on this volume was marked so"
+                    "removed '{name}', which is older than '{READY}': it belongs to an earlier job on this volume"
                 );
             }
         }
@@ -322,32 +327,32 @@ impl SignalFiles {
         Some((found.st_ino, found.st_ctime, found.st_ctime_nsec))
     }
 
-    /// Removes the signal file `name` if it stands there.
+    /// Removes the signal file `name` if it exists.
     pub(crate) fn remove(&self, name: &str) -> Result<()> {
         self.parent.remove(name).attempt(|| format!("remove {}/{name}", self.path.display())).map(|_| ())
     }
 
-    /// Takes the mark `name` back: whatever has that name is removed, or put aside.
+    /// Retracts the mark `name`: whatever has that name is removed, or renamed if it is a directory.
     pub(crate) fn retract(&self, name: &str) -> Result<()> {
         let attempted = || format!("remove {}/{name}", self.path.display());
         match self.parent.remove(name) {
             Err(e) if e.kind() == io::ErrorKind::IsADirectory => {
-                self.parent.look(name).and_then(|found| found.map_or(Ok(()), |odd| self.put_aside(name, &odd)))
+                self.parent.look(name).and_then(|found| found.map_or(Ok(()), |odd| self.move_away(name, &odd)))
             }
             other => other.map(|_| ()),
         }
         .attempt(attempted)
     }
 
-    /// Gives what is no signal file another name, which nothing else has.
-    fn put_aside(&self, name: &str, odd: &Stat) -> io::Result<()> {
+    /// Renames something that blocks a signal file to a unique name.
+    fn move_away(&self, name: &str, odd: &Stat) -> io::Result<()> {
         let aside = format!("{name}.{}", odd.st_ino);
         self.parent.rename_to(name, &self.parent, &aside)?;
         tracing::warn!("{name} was {} and has been renamed to {aside}", FileKind::of(odd));
         Ok(())
     }
 
-    /// Whether `tree` is still what stands at `name`.
+    /// Returns whether `name` still leads to `tree`.
     pub(crate) fn holds(&self, name: &str, tree: &Tree) -> bool {
         let identity = |stat: rustix::fs::Stat| (stat.st_dev, stat.st_ino);
         match (self.parent.look(name), rustix::fs::fstat(tree)) {
@@ -356,7 +361,7 @@ impl SignalFiles {
         }
     }
 
-    /// The verdict that stands there. `failed` wins.
+    /// Verdict of the signal files; `failed` wins over `complete`.
     pub(crate) fn verdict(&self) -> Result<Option<Verdict>> {
         for verdict in [Verdict::Failed, Verdict::Complete] {
             if self.stands(verdict.signal_file())? {
@@ -369,14 +374,14 @@ impl SignalFiles {
 
 impl Drop for SignalFiles {
     fn drop(&mut self) {
-        // Under the lock: who has opened it meanwhile finds that it is gone.
+        // Remove the file before unlocking it: a process that opened it meanwhile finds that it is gone.
         if self.lock.is_some() {
             let _ = self.parent.remove(CLAIM);
         }
     }
 }
 
-/// Host name, which all containers of a pod share and no other pod has.
+/// Host name. All containers of a pod share it, and no other pod has it.
 fn host_name() -> Vec<u8> {
     std::fs::read("/proc/sys/kernel/hostname").unwrap_or_default()
 }
@@ -385,62 +390,62 @@ fn claiming(path: &Path) -> String {
     format!("claim {}", path.display())
 }
 
-/// Why nothing else can be done with `path`.
+/// Error of a parent that another environment has claimed.
 pub(crate) fn claimed(path: &Path) -> Error {
     Error::new(claiming(path)).because("another build environment is open on it").advise(
         "'ims-sshd status' names it; an 'enter' ends with its shell or command, others with 'ims-sshd fail NAME'",
     )
 }
 
-/// Warns, once, that one looks at intervals.
+/// Warns once that marks and signal files are polled.
 pub(crate) fn warn_without_inotify() {
     static TOLD: std::sync::Once = std::sync::Once::new();
     TOLD.call_once(|| {
         tracing::warn!(
-            "root has no inotify instance left (fs.inotify.max_user_instances): marks and signal files are seen within {} s",
+            "no inotify instance is left for root (fs.inotify.max_user_instances): polling marks and signal files every {} s",
             LOOK_EVERY.as_secs()
         );
     });
 }
 
-/// Wakes the event loop when something happens in a folder. A hint and no more: a network file system tells nothing of another node's
-/// writes, so whoever waits has to look at intervals too.
+/// Wakes the event loop when something happens in a directory. It is only a hint: a network file system raises no event
+/// for another node's writes, so the event loop polls as well.
 pub(crate) struct Watch {
     wake: OwnedFd,
-    /// The folder that is watched, and by what; nothing if the kernel has no watch to spare.
+    /// The watched directory and its watcher; `None` if the kernel has no watch left.
     watched: Option<(PathBuf, notify::RecommendedWatcher)>,
 }
 
 impl Watch {
-    /// A watch on nothing.
+    /// Creates a watch that has no directory yet.
     pub(crate) fn new() -> Result<Self> {
         let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         Ok(Self { wake: wake.attempt(|| "make an event descriptor")?, watched: None })
     }
 
-    /// Watches `path`, or as long as it does not exist the nearest folder above it that does.
+    /// Watches `path` or, until it exists, its nearest existing ancestor.
     pub(crate) fn on(&mut self, path: &Path) {
-        let Some(folder) = path.ancestors().find(|p| p.is_dir()) else { return };
-        if self.watched.as_ref().is_some_and(|(watched, _)| watched == folder) {
+        let Some(directory) = path.ancestors().find(|p| p.is_dir()) else { return };
+        if self.watched.as_ref().is_some_and(|(watched, _)| watched == directory) {
             return;
         }
         let Ok(wake) = self.wake.try_clone() else { return };
         let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
-            // Reads of the folder, ours among them, are no news.
+            // Ignore reads of the directory, which the event loop itself causes.
             if !matches!(event, Ok(notify::Event { kind: notify::EventKind::Access(_), .. })) {
                 let _ = rustix::io::write(&wake, &1_u64.to_ne_bytes());
             }
         });
         self.watched = watcher.ok().and_then(|mut watcher| {
-            watcher.watch(folder, RecursiveMode::NonRecursive).ok()?;
-            Some((folder.to_owned(), watcher))
+            watcher.watch(directory, RecursiveMode::NonRecursive).ok()?;
+            Some((directory.to_owned(), watcher))
         });
         if self.watched.is_none() {
             warn_without_inotify();
         }
     }
 
-    /// Takes note of what woke us.
+    /// Resets the wake-up descriptor.
     pub(crate) fn drain(&self) {
         let mut count = [0; 8];
         let _ = rustix::io::read(&self.wake, &mut count);
@@ -475,18 +480,18 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_regular_file_is_no_signal_file() {
+    fn file_that_is_not_regular_is_refused_as_a_signal_file_and_moved_away_by_touch() {
         let (dir, files) = parent();
         std::fs::create_dir(dir.path().join("complete")).unwrap();
         std::os::unix::fs::symlink("/etc/passwd", dir.path().join("failed")).unwrap();
         assert!(files.stands("complete").unwrap_err().to_string().contains("a directory"));
         assert!(files.stands("failed").unwrap_err().to_string().contains("a symbolic link"));
         files.touch("failed").unwrap();
-        assert!(files.stands("failed").unwrap(), "what was in the way has been put aside");
+        assert!(files.stands("failed").unwrap(), "the link in its way was renamed");
     }
 
     #[test]
-    fn a_parent_is_claimed_by_one() {
+    fn parent_is_claimed_by_one_environment_at_a_time() {
         let (dir, mut files) = parent();
         assert!(!files.is_claimed());
         files.claim().unwrap();
@@ -494,7 +499,7 @@ mod tests {
         assert!(second.is_claimed());
         assert!(second.claim().unwrap_err().to_string().contains("another build environment"));
         drop(files);
-        // A child that another test has just started has it open until it becomes another program.
+        // A child that another test has just forked has the descriptor open until it calls exec.
         let began = Instant::now();
         while let Err(error) = second.claim() {
             assert!(began.elapsed() < Duration::from_secs(5), "{error}");
@@ -502,7 +507,7 @@ mod tests {
     }
 
     #[test]
-    fn no_other_user_can_lock_a_parent_that_he_can_read() {
+    fn claim_ignores_locks_of_other_users_on_a_parent_that_they_can_read() {
         for mode in [0o755, 0o1777, 0o700] {
             let (dir, mut files) = parent();
             std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(mode)).unwrap();
@@ -511,7 +516,8 @@ mod tests {
                 std::fs::write(&theirs, "").unwrap();
                 std::os::unix::fs::chown(&theirs, Some(1000), None).unwrap();
             }
-            // Any user can do this: 'flock -x DIR' and, where he may make files, one of that name.
+            // Any user can lock the directory ('flock -x DIR') and, where the mode allows it, create a file of that
+            // name.
             let directory = (mode != 0o700).then(|| std::fs::File::open(dir.path()).unwrap());
             let file = std::fs::File::open(&theirs).ok();
             for held in directory.iter().chain(&file) {
@@ -529,22 +535,22 @@ mod tests {
     }
 
     #[test]
-    fn to_look_whether_a_parent_is_claimed_does_not_keep_others_from_claiming_it() {
+    fn shared_lock_of_status_does_not_keep_an_environment_from_claiming_the_parent() {
         let (dir, mut files) = parent();
-        // As one who looks, and whom the kernel lets wait in the midst of it.
-        let folder = std::fs::File::open(dir.path()).unwrap();
-        rustix::fs::flock(&folder, FlockOperation::LockShared).unwrap();
+        // Stand in for a `status` that is preempted while it has the shared lock.
+        let directory = std::fs::File::open(dir.path()).unwrap();
+        rustix::fs::flock(&directory, FlockOperation::LockShared).unwrap();
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 std::thread::sleep(Duration::from_millis(200));
-                drop(folder);
+                drop(directory);
             });
             files.claim().unwrap();
         });
     }
 
     #[test]
-    fn a_parent_that_does_not_exist_is_watched_for() {
+    fn watch_wakes_when_a_missing_parent_is_created() {
         let dir = tempfile::tempdir().unwrap();
         let late = dir.path().join("late");
         assert!(SignalFiles::open(&late).unwrap().is_none());

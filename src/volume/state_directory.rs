@@ -1,4 +1,5 @@
-//! The environment's own folder below /run: what its helper and its sshd read, and nobody else writes.
+//! The environment's own directory below /run. Its helper and its sshd read it; only root of the container can write
+//! there.
 
 use std::fmt::Write;
 use std::os::unix::ffi::OsStrExt;
@@ -9,11 +10,12 @@ use sha2::Digest;
 
 use crate::error::{Attempt, Result};
 
-/// All environments of this machine or container have their folders here.
+/// Holds the state directories of all environments of this machine or container.
 pub(crate) const RUN: &str = "/run/ims-sshd";
 
-/// `path` as the name of one file: `/mnt/image` becomes `mnt-image`, much as systemd-escape does. Of a long one, the end and a digest
-/// of the whole: the folder's name has to fit a file system, and a socket in it the kernel's 108 bytes.
+/// Turns `path` into the name of one file: `/mnt/image` becomes `mnt-image`, much as systemd-escape does. A long path
+/// is cut to its end plus a digest of the whole: the name has to fit a file system, and a socket in the directory the
+/// kernel's 108 bytes.
 pub fn name_for(path: &Path) -> String {
     let names = path.components().filter_map(|c| match c {
         Component::Normal(name) => Some(name.as_bytes()),
@@ -42,19 +44,19 @@ pub fn name_for(path: &Path) -> String {
 
 const LONGEST_NAME: usize = 64;
 
-/// One environment's folder.
+/// The state directory of one environment.
 #[derive(Debug, Clone)]
 pub struct StateDirectory {
     path: PathBuf,
 }
 
 impl StateDirectory {
-    /// Where the folder of the environment on `parent` is, or would be.
+    /// Path of the state directory of the environment on `parent`, whether it exists or not.
     pub fn place(parent: &Path) -> PathBuf {
         Path::new(RUN).join(name_for(parent))
     }
 
-    /// The folder of the environment on the image root parent `parent`; made if it is not there.
+    /// The state directory of the environment on the image root parent `parent`, created if it is missing.
     pub fn of(parent: &Path) -> Result<Self> {
         Self::at(Self::place(parent))
     }
@@ -65,17 +67,17 @@ impl StateDirectory {
             .recursive(true)
             .mode(0o700)
             .create(&state.path)
-            .attempt(|| format!("make the folder {}", state.path.display()))
-            .map_err(|e| e.advise("/run has to be writable; give a read-only container a tmpfs there"))?;
+            .attempt(|| format!("create the directory {}", state.path.display()))
+            .map_err(|e| e.advise("/run has to be writable; mount a tmpfs there in a read-only container"))?;
         Ok(state)
     }
 
-    /// The folder.
+    /// Path of the directory.
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Where the jail is.
+    /// Record of the jail.
     pub fn jail(&self) -> PathBuf {
         self.path.join("jail")
     }
@@ -90,22 +92,22 @@ impl StateDirectory {
         self.path.join("passwd")
     }
 
-    /// Which process sshd's listener is.
+    /// Record of sshd's listening process.
     pub(crate) fn sshd(&self) -> PathBuf {
         self.path.join("sshd")
     }
 
-    /// sftp-server with what it needs, for a jail in which nothing can be mounted.
+    /// Copies of sftp-server and the files it needs, for a jail in which nothing can be mounted.
     pub(crate) fn sftp(&self) -> PathBuf {
         self.path.join("sftp")
     }
 
-    /// A folder below it, of the same kind, for a jail that is made on trial.
+    /// A directory of the same kind below it, for a trial jail.
     pub(crate) fn trial(&self) -> Result<Self> {
         Self::at(self.path.join("trial"))
     }
 
-    /// Removes the folder with all that is in it.
+    /// Removes the directory and its content.
     pub(crate) fn remove(&self) -> Result<()> {
         std::fs::remove_dir_all(&self.path).attempt(|| format!("remove {}", self.path.display()))
     }
@@ -121,7 +123,7 @@ mod tests {
         assert_eq!(name_for(Path::new("/mnt/im-age/")), "mnt-im_2dage");
         assert_eq!(name_for(Path::new("/.hidden/x.y")), "_2ehidden-x.y");
         assert_eq!(name_for(Path::new("/")), "-");
-        let long = "/a-long-folder".repeat(20);
+        let long = "/a-long-directory".repeat(20);
         let names = [name_for(Path::new(&long)), name_for(Path::new(&format!("/x{long}")))];
         assert!(names.iter().all(|n| n.len() <= LONGEST_NAME) && names[0] != names[1], "{names:?}");
     }

@@ -496,14 +496,17 @@ fn a_directory_in_the_place_of_a_mark_is_removed_at_the_end_and_at_the_start_if_
     ] {
         let output = run(dir.path(), &[&CUSTOMIZE[..], end].concat());
         assert_eq!(output.status.code(), Some(0), "{output:?}");
-        let told = "removed the empty directory /tmp/complete of the image, which has the name of a mark";
+        let told = "removed the empty directory /tmp/complete of the image, which had the name of a mark";
         assert!(text(&output.stderr).contains(told), "{output:?}");
         assert_eq!(std::fs::read_to_string(tree.join("etc/new")).unwrap(), content);
         assert!(!tree.join("tmp/complete").exists() && !tree.join("tmp/failed").exists());
     }
     let full = run(dir.path(), &[&CUSTOMIZE[..], &["--", "mkdir", "-p", "/tmp/complete/in"]].concat());
     assert_eq!(full.status.code(), Some(1), "{full:?}");
-    assert!(text(&full.stderr).contains("not empty, in the place of a mark: remove it from the image"), "{full:?}");
+    assert!(
+        text(&full.stderr).contains("a non-empty directory with the name of a mark: remove it from the image"),
+        "{full:?}"
+    );
     assert!(!tree.join("tmp/complete").exists(), "not applied");
     std::fs::create_dir_all(tree.join("tmp/complete/in")).unwrap();
     let refused = run(dir.path(), &[&CUSTOMIZE[..], &["--fresh", "--", "true"]].concat());

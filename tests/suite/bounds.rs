@@ -210,7 +210,7 @@ fn environment_without_inotify_instances_looks_for_marks_at_intervals() {
         environment.says(&format!("touch {mark}"));
         assert_eq!(environment.end(), 0, "{mode:?}: {}", environment.log_text());
         assert!(environment.signal("complete").exists());
-        let told = environment.log_text().matches("root has no inotify instance left").count();
+        let told = environment.log_text().matches("no inotify instance is left for root").count();
         assert_eq!(told, 1, "{mode:?}: {}", environment.log_text());
     }
 }

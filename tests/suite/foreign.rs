@@ -10,10 +10,10 @@ use nix::sys::signal::{Signal, kill};
 use testbed::*;
 
 /// What environments log.
-const OURS: &str = "aarch64 programs are emulated by /usr/bin/qemu-aarch64-static, registered until the end";
+const OURS: &str = "aarch64 programs are emulated by /usr/bin/qemu-aarch64-static, registered until the close";
 const OTHERS: &str = "aarch64 programs are emulated by /usr/bin/qemu-aarch64-static, which was registered before";
 const THE_JAILS: &str = "aarch64 programs are emulated by QEMU, registered inside the jail only";
-const UNSEEN: &str = "aarch64 programs are emulated by what the node has registered";
+const UNSEEN: &str = "aarch64 programs are emulated by an interpreter that the node has registered";
 
 fn open(tier: &str) -> Environment {
     let variables = [("BUILD_ARCH", "aarch64"), ("IMS_JAIL_TIER", tier)];

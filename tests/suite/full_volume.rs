@@ -132,7 +132,7 @@ fn a_full_run_or_a_full_folder_of_sshds_configuration_fails_the_environment() {
         fill(&folder);
     };
     let cases: [Case; 2] = [
-        ("cannot make the folder", "trial: No space left on device", &run),
+        ("cannot create the directory", "trial: No space left on device", &run),
         ("cannot write", "sshd_config: No space left on device", &config),
     ];
     for (attempted, reason, full) in cases {

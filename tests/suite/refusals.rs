@@ -227,7 +227,7 @@ fn an_image_root_that_is_none_is_refused() {
         std::fs::create_dir(&volume.image_root).unwrap();
         std::fs::rename(below, volume.image_root.join("rootfs")).unwrap();
         let advice = format!("; {} is one", volume.image_root.join("rootfs").display());
-        refused(volume, mode, &[], 1, &["cannot open the image root", "it is no image root, which has", &advice]);
+        refused(volume, mode, &[], 1, &["cannot open the image root", "it is not an image root, which has", &advice]);
     }
 }
 
@@ -283,7 +283,7 @@ fn whatever_the_reason_nobody_is_left_waiting() {
         ("IMS_ACTION is 'destroy'", &[("IMS_ACTION", "destroy")], &|_| (), 2),
         ("LOG_LEVEL is 'loud'", &[("LOG_LEVEL", "loud")], &|_| (), 2),
         ("build_failed as a signal file", &[("IMS_ACTION", "create")], &odd_mark, 1),
-        ("cannot make the folder /run/ims-sshd/", &[], &locked, 1),
+        ("cannot create the directory /run/ims-sshd/", &[], &locked, 1),
     ];
     for (reason, variables, before, code) in cases {
         let volume = Volume::new(Image::Busybox);
@@ -322,22 +322,22 @@ fn a_tier_that_cannot_be_had_is_never_replaced_by_another() {
         (
             "namespace",
             "-sys_admin",
-            "cannot have a jail of tier 'namespace', which IMS_JAIL_TIER asks for: the tier 'namespace' needs CAP_SYS_ADMIN, which this container lacks",
+            "cannot make a jail of tier 'namespace', which IMS_JAIL_TIER asks for: the tier 'namespace' needs CAP_SYS_ADMIN, which this container lacks",
         ),
         (
             "user",
             "-setuid",
-            "cannot have a jail of tier 'user', which IMS_JAIL_TIER asks for: the tier 'user' needs CAP_SETUID, which this container lacks",
+            "cannot make a jail of tier 'user', which IMS_JAIL_TIER asks for: the tier 'user' needs CAP_SETUID, which this container lacks",
         ),
         (
             "chroot",
             "-sys_chroot",
-            "cannot have a jail of tier 'chroot', which IMS_JAIL_TIER asks for: the tier 'chroot' needs CAP_SYS_CHROOT, which this container lacks",
+            "cannot make a jail of tier 'chroot', which IMS_JAIL_TIER asks for: the tier 'chroot' needs CAP_SYS_CHROOT, which this container lacks",
         ),
         (
             "auto",
             "-sys_admin,-setfcap,-sys_chroot",
-            "cannot have a jail of any tier: the tier 'namespace' needs CAP_SYS_ADMIN",
+            "cannot make a jail of any tier: the tier 'namespace' needs CAP_SYS_ADMIN",
         ),
     ] {
         let output = enter(tier, taken);

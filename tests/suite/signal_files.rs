@@ -65,7 +65,7 @@ fn a_sidecar_of_an_earlier_pod_closes_no_new_environment() {
             assert_eq!(environment.end(), 0, "{}", environment.log_text());
             continue;
         }
-        environment.wait_for_log("removed 'failed' of an earlier pod: the sidecar on another made it at ");
+        environment.wait_for_log("removed 'failed' of an earlier pod: the sidecar on another created it at ");
         drop(environment.ready());
     }
 }
@@ -143,7 +143,7 @@ fn what_is_no_signal_file_hangs_nothing_and_is_no_success() {
                     volume.start(mode)
                 };
                 let code = i32::from(matches!(name, "ready" | "exiting"));
-                let word = format!("cannot take {} as a signal file: it is ", odd.display());
+                let word = format!("cannot use {} as a signal file: it is ", odd.display());
                 environment.fails_visibly(code, &[&word]);
                 assert_eq!(std::fs::read(outside.join("target")).unwrap(), b"text", "{kind} {name}");
                 assert!(!outside.join("nothing").exists(), "{kind} {name}: something was made behind a link");
