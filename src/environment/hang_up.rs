@@ -1,4 +1,4 @@
-//! Sessions at the close: who is told and hung up, and who may finish.
+//! Sessions at the close: interactive shells are notified and hung up, commands may finish within the grace period.
 
 use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -13,57 +13,58 @@ use crate::sshd::daemon::Running;
 use crate::sys::process::{Entry, Handle, children};
 use crate::verdict::Verdict;
 
-/// A shell that was hung up writes its history and goes; one that does not go by then is not waited for.
+/// Time for a shell that was hung up to write its history and exit; afterwards it does not delay the close.
 const HANG_UP_TIME: Duration = Duration::from_secs(2);
 
-/// How long a client may take from one session to the next: Ansible removes its temporary directory in a session of its own, and the
-/// machine that it runs on may have 500 of them to serve, far away.
+/// How long a client may take from one session to the next. Ansible removes its temporary directory in a session of its
+/// own, and a distant control node may have 500 hosts to serve.
 const NEXT_SESSION_TIME: Duration = Duration::from_secs(5);
 
-/// Number of sessions and connections watched for their end, each by a descriptor; the next look finds the end of the
-/// others.
+/// Number of sessions and connections watched for their end, each by a descriptor; the end of the others is polled.
 const WATCHED: usize = 16;
 
-/// So many sessions are named that are still running when the grace is over.
+/// Number of sessions that the log names if they are still running when the grace period ends.
 const NAMED: usize = 20;
 
 /// Poll interval for sshd reaping an ended session; the kernel raises no event for it.
 const NOTICE_TIME: Duration = Duration::from_millis(10);
 
-/// The wait for sessions to end.
+/// The wait for sessions to end at the close.
 pub(crate) struct GracePeriod {
     began: Instant,
     deadline: Instant,
-    /// When to look again at the latest.
+    /// Time of the next poll.
     pub(crate) next_look: Instant,
-    /// Interactive shells, which were hung up.
+    /// Interactive shells that were hung up.
     hung_up: Vec<Pid>,
-    /// Their ends wake the event loop.
+    /// Sessions and connections whose end wakes the event loop.
     watched: Vec<Handle>,
 }
 
-/// What the wait has come to.
+/// State of that wait.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Progress {
     /// No session is running.
     Idle,
-    /// Some are; look again at [`GracePeriod::next_look`].
+    /// A session is running; poll again at [`GracePeriod::next_look`].
     Running,
-    /// Some are, and their time is up.
+    /// A session is running, and the grace period has ended.
     Over,
 }
 
-/// Writes one line to the terminal of each of `shells`. Never to that of a command, whose output a program may read.
+/// Writes one line to the terminal of each of `shells`. The terminal of a command gets none: a program may read its
+/// output.
 pub(crate) fn tell_terminals(shells: &[Entry], what: &str) {
     for path in shells.iter().filter_map(Entry::terminal_path) {
-        // Somebody may have stopped the terminal's output: not a reason to wait.
+        // Do not block on a terminal whose output is stopped (Ctrl-S).
         let flags = libc::O_NOCTTY | libc::O_NONBLOCK;
         let terminal = std::fs::OpenOptions::new().write(true).custom_flags(flags).open(path);
         let _ = terminal.and_then(|mut t| t.write_all(format!("\r\nims-sshd: {what}\r\n").as_bytes()));
     }
 }
 
-/// Tells people at interactive shells what comes, and hangs up as a lost line would. Returns whom.
+/// Notifies people at interactive shells of the close, and ends the shells as a lost connection would. Returns those
+/// shells.
 pub(crate) fn hang_up(shells: &[Entry], verdict: Verdict, grace: Duration) -> Vec<Pid> {
     let word = match verdict {
         Verdict::Complete => "marked complete and will be packed",
@@ -78,22 +79,23 @@ pub(crate) fn hang_up(shells: &[Entry], verdict: Verdict, grace: Duration) -> Ve
     shells.iter().map(|e| e.pid).collect()
 }
 
-/// The program that a session runs: in a jail it is the child of the process in front, which people do not know.
-fn carried_out(session: &Entry) -> Entry {
-    const IN_FRONT: &str = "ims-jail-shell";
+/// The program that a session runs. In a jail it is a child of `ims-jail-shell`, a name that would mean nothing to the
+/// reader.
+fn program_of(session: &Entry) -> Entry {
+    const HELPER: &str = "ims-jail-shell";
     let children = || children(session.pid).into_iter().filter_map(Entry::read);
-    let inside = if session.name == IN_FRONT { children().find(|child| child.name != IN_FRONT) } else { None };
+    let inside = if session.name == HELPER { children().find(|child| child.name != HELPER) } else { None };
     inside.unwrap_or_else(|| session.clone())
 }
 
 impl GracePeriod {
-    /// Waits for `grace` at the most. `hung_up` are those that [`hang_up`] told.
+    /// Starts a wait of at most `grace`. `hung_up` are the shells that [`hang_up`] returned.
     pub(crate) fn start(grace: Duration, hung_up: Vec<Pid>) -> Self {
         let began = Instant::now();
         Self { began, deadline: began + grace, next_look: began, hung_up, watched: Vec::new() }
     }
 
-    /// Judges what is running. `script` says whether the customization script is.
+    /// Decides whether the close has to wait for `running`. `script` is true if the customization script is running.
     pub(crate) fn look(&mut self, running: Running, script: bool) -> Progress {
         let now = Instant::now();
         let Running { connections, mut sessions, unheard, last_end } = running;
@@ -107,8 +109,8 @@ impl GracePeriod {
         } else if unheard > 0 {
             now + NOTICE_TIME
         } else {
-            // Without a connection there is no next session; and a connection that has long been idle is one that its client keeps for
-            // later.
+            // Wait for the next session only if one has ended recently: a connection that has long been idle is one
+            // that its client keeps for later (ControlPersist).
             match last_end.map(|end| end + NEXT_SESSION_TIME) {
                 Some(moment) if now < moment => moment,
                 _ => return Progress::Idle,
@@ -118,7 +120,7 @@ impl GracePeriod {
             for session in sessions.iter().take(NAMED) {
                 tracing::warn!(
                     pid = session.pid.as_raw(),
-                    command = without_secrets(&carried_out(session).command_line()),
+                    command = without_secrets(&program_of(session).command_line()),
                     "still running when the grace period ended; ending it"
                 );
             }
@@ -131,7 +133,7 @@ impl GracePeriod {
         Progress::Running
     }
 
-    /// Readable when one of the sessions or connections has ended.
+    /// Descriptors that become readable when a watched session or connection ends.
     pub(crate) fn ends(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.watched.iter().map(|handle| handle.fd.as_fd())
     }

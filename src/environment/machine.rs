@@ -1,15 +1,16 @@
-//! The life of a build environment as a state machine: what is, what happens, what is to be done. No system call is made here.
+//! The life of a build environment as a state machine: states, events and actions. It makes no system call.
 //!
 //! ```text
-//! Waiting ──ready──► Preparing ──listening──► Serving ──verdict──► Grace ──idle, or time is up──► Ending ──all ended──► Releasing
-//!    │                   │                                          ▲                                                        │
-//!    │ SIGTERM, mark     └──────────── could not ──────────────────►│ (nothing runs: straight on to Ending)        released  │
-//!    └──────────────────────────────────────────────────────────────┘                                                        ▼
-//!                                                                                  Done ◄── Announcing ◄──recorded── Recording ⟲ failed
+//! Waiting ──ready──► Preparing ──listening──► Serving ──verdict──► Grace ──idle, or timeout──► Ending
+//!    │                   │                                                                     ▲  │ all ended
+//!    │ mark, SIGTERM     │ error, SIGTERM                                                      │  ▼
+//!    └───────────────────┴─────────────────────────────────────────────────────────────────────┘ Releasing
+//!                                                                                                 │ released
+//!                                        Done ◄──announced── Announcing ◄──recorded── Recording ◄─┘
 //! ```
 //!
-//! The machine alone decides the verdict, and hears of every mark until 'exiting' stands: what it says last is what the verdict
-//! file, the mark in the image, the exit code and whoever publishes the image go by.
+//! The machine alone decides the verdict, and takes marks into account until `exiting` exists. Its last verdict
+//! determines the verdict file, the mark in the image, the exit code and whether the image is published.
 
 use std::time::{Duration, Instant};
 
@@ -19,26 +20,26 @@ use crate::environment::restarts::{Part, Restarts};
 use crate::environment::stage::Stage;
 use crate::verdict::Verdict;
 
-/// Where the environment is in its life.
+/// State of the environment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum State {
-    /// For `ready`.
+    /// Waits for `ready`.
     Waiting,
-    /// Configuration, jail, sshd.
+    /// Makes configuration, jail and sshd.
     Preparing,
-    /// Sessions come and go.
+    /// Accepts sessions.
     Serving,
-    /// A verdict stands: nobody new gets in, running commands have a while to finish.
+    /// A verdict exists: no new connection is accepted, running commands may finish.
     Grace,
-    /// What still runs is being ended.
+    /// Ends the remaining processes.
     Ending,
-    /// The image root is being unmounted, synced and cleared of what is ours.
+    /// Unmounts and syncs the image root, and removes everything of ours from it.
     Releasing,
-    /// The verdict is being written to where others look for it.
+    /// Writes the verdict to the verdict file and the image.
     Recording,
-    /// The others are being told that nobody writes to the image root any more.
+    /// Creates `exiting`: nothing writes to the image root any more.
     Announcing,
-    /// `exiting` stands.
+    /// `exiting` exists.
     Done,
 }
 
@@ -55,76 +56,77 @@ impl State {
     }
 }
 
-/// What can happen.
+/// Event that the machine reacts to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Event {
-    /// The sidecar says that the image is there.
+    /// `ready` exists: the image root is complete.
     Ready,
     /// sshd accepts connections.
     Listening,
-    /// Somebody marked the image.
+    /// A session, an administrator or another container marked the image.
     Marked(Verdict),
-    /// The customization script failed, or marks cannot be looked at; why has been logged. Nobody has given the image up.
+    /// The customization script failed, or marks cannot be read; the reason has been logged. This is not a mark:
+    /// changes may be kept.
     Failed,
     /// SIGTERM, SIGINT or SIGHUP.
     Stop(Signal),
-    /// The environment cannot go on; why has been logged.
+    /// A step of the environment failed; the reason has been logged.
     Broken,
-    /// A part of it has died, at this moment.
+    /// A part of the environment died at this time.
     Died(Part, Instant),
-    /// Nobody has come for too long, or it has been open for too long.
+    /// A limit is over: no session for too long, or open for too long.
     Forgotten,
     /// No session is running.
     Idle,
-    /// The time that was given with [`Action::AwaitSessions`] is up.
+    /// The time given in [`Action::AwaitSessions`] is over.
     GraceOver,
-    /// Nothing of the job is running any more.
+    /// No process of the job is running any more.
     AllEnded,
     /// The image root is released.
     Released {
-        /// True if nothing of ours is left in it.
+        /// True if nothing of ours is left in the image root.
         cleanly: bool,
     },
-    /// This verdict stands in its signal file.
+    /// The verdict file exists.
     Recorded {
-        /// The one that was asked for.
+        /// The verdict of [`Action::Record`].
         verdict: Verdict,
-        /// True if the verdict is recorded in the image too, where the jailed mode asks for that.
+        /// True if the image has the mark too, which the jailed mode requires.
         cleanly: bool,
     },
-    /// This verdict's signal file could not be made.
+    /// The verdict file could not be created.
     Unrecorded(Verdict),
-    /// The others know, or cannot be told.
+    /// `exiting` was created, or could not be.
     Announced {
         /// True if `exiting` was created.
         cleanly: bool,
     },
 }
 
-/// What is to be done.
+/// Action that the supervisor carries out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Action {
-    /// Make everything up to a listening sshd; answer with [`Event::Listening`] or [`Event::Broken`].
+    /// Make the jail and start sshd; answer with [`Event::Listening`] or [`Event::Broken`].
     Prepare,
-    /// Start what has died again, after this time; answer with [`Event::Died`] if it cannot be.
+    /// Restart a part that died, after this time; answer with [`Event::Died`] if that fails.
     Restart(Part, Duration),
-    /// End sshd's listener: nobody new gets in.
+    /// End sshd's listener, so that no new connection is accepted.
     StopListening,
-    /// Tell people at a terminal, and how long the others have, and hang up.
+    /// Notify interactive shells of the verdict and the grace period of commands, and hang them up.
     HangUp(Verdict, Duration),
-    /// Answer with [`Event::Idle`] as soon as no session runs, with [`Event::GraceOver`] after this time.
+    /// Wait for sessions; answer with [`Event::Idle`] when none is running, or [`Event::GraceOver`] after this time.
     AwaitSessions(Duration),
     /// End every process of the job; answer with [`Event::AllEnded`] or [`Event::Broken`].
     EndProcesses,
-    /// Unmount, sync, remove leftovers; answer with [`Event::Released`].
+    /// Unmount and sync the image root and remove leftovers; answer with [`Event::Released`].
     Release,
-    /// Mark the image root with the verdict; answer with [`Event::Recorded`] or [`Event::Unrecorded`].
+    /// Create the verdict file and the mark in the image; answer with [`Event::Recorded`] or [`Event::Unrecorded`].
     Record(Verdict),
-    /// Touch `exiting`; answer with [`Event::Announced`].
+    /// Create `exiting`; answer with [`Event::Announced`].
     Announce,
 }
 
-/// The machine.
+/// The state machine.
 #[derive(Debug)]
 pub(crate) struct Machine {
     state: State,
@@ -135,11 +137,11 @@ pub(crate) struct Machine {
     exit_code: u8,
 }
 
-/// After SIGTERM nothing is kept, so nothing is waited for but the end of what is in the middle of a write.
+/// Grace period after a signal: the image has failed, so commands only get time to finish a write.
 const GRACE_AFTER_SIGNAL: Duration = Duration::from_secs(1);
 
 impl Machine {
-    /// A machine at the beginning; `grace` is what running commands get after a verdict.
+    /// Creates a machine in state [`State::Waiting`]; `grace` is the grace period of running commands after a verdict.
     pub(crate) fn new(grace: Duration) -> Self {
         Self {
             state: State::Waiting,
@@ -151,31 +153,32 @@ impl Machine {
         }
     }
 
-    /// Where the environment is.
+    /// Current state.
     pub(crate) fn state(&self) -> State {
         self.state
     }
 
-    /// What became of the image, so far.
+    /// Verdict so far.
     pub(crate) fn verdict(&self) -> Option<Verdict> {
         self.verdict
     }
 
-    /// True if somebody marked the image failed. A signal or a fault fails it without a mark, and its changes are kept.
+    /// Returns whether somebody marked the image failed. After a failure without a mark (a signal or an error) changes
+    /// are kept.
     pub(crate) fn is_given_up(&self) -> bool {
         self.given_up
     }
 
-    /// The program's exit code, once the state is [`State::Done`].
+    /// Exit code of the program, valid in state [`State::Done`].
     pub(crate) fn exit_code(&self) -> u8 {
         self.exit_code
     }
 
-    /// Takes note of `event` and says what is to be done now.
+    /// Changes the state by `event` and returns the actions to carry out now.
     pub(crate) fn on(&mut self, event: Event) -> Vec<Action> {
         match (self.state, event) {
             (State::Waiting, Event::Ready) => self.go(State::Preparing, [Action::Prepare]),
-            // The sidecar has given up, or somebody else, or nothing is left to do.
+            // The sidecar or an administrator has given up, or nothing is left to do.
             (State::Waiting, Event::Marked(verdict)) => {
                 self.mark(verdict);
                 self.go(State::Ending, [Action::EndProcesses])
@@ -205,7 +208,7 @@ impl Machine {
                 self.judge(Verdict::Failed);
                 vec![]
             }
-            // The mark was made while 'exiting' was created; whoever packs the image reads the verdict after that.
+            // This mark came while 'exiting' was created, after which the sidecar reads the verdict.
             (State::Announcing, Event::Marked(Verdict::Failed)) if self.verdict != Some(Verdict::Failed) => {
                 self.mark(Verdict::Failed);
                 vec![Action::Record(Verdict::Failed)]
@@ -250,15 +253,15 @@ impl Machine {
             }
             (State::Recording, Event::Unrecorded(verdict)) => {
                 self.broke();
-                // Without its verdict file a failed image must not be announced: it would look complete.
+                // Do not create 'exiting' without the verdict file: a failed image would look complete.
                 if self.verdict == Some(verdict) { self.go(State::Done, []) } else { self.record() }
             }
             (State::Announcing, Event::Announced { cleanly }) => {
                 self.broke_unless(cleanly);
                 self.go(State::Done, [])
             }
-            // Everything else is no news where it happens: a second `ready`, a session that ends while all is well, a signal when the
-            // image root is being released.
+            // Ignore every other event: a second `ready`, an idle environment while serving, a signal while the image
+            // root is released.
             _ => vec![],
         }
     }
@@ -284,7 +287,7 @@ impl Machine {
     }
 
     fn judge(&mut self, verdict: Verdict) {
-        // Once failed, always failed.
+        // `failed` is greater than `complete`, and final.
         self.verdict = self.verdict.max(Some(verdict));
     }
 
@@ -328,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failed_mark_that_is_made_as_the_others_are_told_is_recorded_too() {
+    fn failed_mark_made_while_exiting_is_created_is_recorded() {
         let mut machine = serving();
         for event in [Event::Marked(Verdict::Complete), Event::Idle, Event::AllEnded, RELEASED] {
             machine.on(event);
@@ -344,7 +347,7 @@ mod tests {
     }
 
     #[test]
-    fn a_completed_image() {
+    fn complete_mark_closes_in_order_with_exit_code_0() {
         let mut machine = serving();
         let close = [Action::StopListening, Action::HangUp(Verdict::Complete, GRACE), Action::AwaitSessions(GRACE)];
         assert_eq!(machine.on(Event::Marked(Verdict::Complete)), close);
@@ -360,7 +363,7 @@ mod tests {
     }
 
     #[test]
-    fn failed_wins_however_late_it_comes() {
+    fn late_failed_mark_wins_over_complete() {
         let mut machine = serving();
         machine.on(Event::Marked(Verdict::Complete));
         machine.on(Event::GraceOver);
@@ -370,11 +373,11 @@ mod tests {
         assert_eq!(machine.on(RELEASED), [Action::Record(Verdict::Failed)]);
         assert_eq!(machine.on(recorded(Verdict::Failed)), [Action::Announce]);
         machine.on(ANNOUNCED);
-        assert_eq!(machine.exit_code(), 0, "a marked failure is the sidecar's to report");
+        assert_eq!(machine.exit_code(), 0, "a marked failure is a verdict and not an error");
     }
 
     #[test]
-    fn failed_wins_while_the_image_root_is_released_and_while_the_verdict_is_recorded() {
+    fn failed_mark_wins_during_release_and_while_the_verdict_is_recorded() {
         for before_recording in [true, false] {
             let mut machine = serving();
             machine.on(Event::Marked(Verdict::Complete));
@@ -394,7 +397,7 @@ mod tests {
     }
 
     #[test]
-    fn a_verdict_that_cannot_be_recorded_is_failed_and_is_not_announced_without_its_file() {
+    fn verdict_that_cannot_be_recorded_is_failed_and_exiting_needs_the_verdict_file() {
         let mut machine = serving();
         machine.on(Event::Marked(Verdict::Complete));
         machine.on(Event::Idle);
@@ -407,7 +410,7 @@ mod tests {
     }
 
     #[test]
-    fn a_signal_marks_failed_and_is_the_exit_code() {
+    fn signal_records_failed_and_sets_the_exit_code() {
         for (signal, code) in [(Signal::SIGTERM, 143), (Signal::SIGINT, 130)] {
             let mut machine = Machine::new(GRACE);
             assert_eq!(machine.on(Event::Stop(signal)), [Action::StopListening, Action::EndProcesses]);
@@ -418,7 +421,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_released_is_never_complete() {
+    fn image_root_that_cannot_be_released_is_failed() {
         let mut machine = serving();
         machine.on(Event::Marked(Verdict::Complete));
         machine.on(Event::Idle);
@@ -428,7 +431,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_mark_gives_the_image_up() {
+    fn only_a_failed_mark_gives_the_changes_up() {
         for (event, given_up) in [
             (Event::Marked(Verdict::Failed), true),
             (Event::Failed, false),
@@ -440,12 +443,12 @@ mod tests {
             machine.on(event);
             assert_eq!((machine.verdict(), machine.is_given_up()), (Some(Verdict::Failed), given_up), "{event:?}");
             machine.on(Event::Marked(Verdict::Failed));
-            assert!(machine.is_given_up(), "however late");
+            assert!(machine.is_given_up(), "a later mark counts");
         }
     }
 
     #[test]
-    fn what_dies_is_started_again_until_it_has_died_too_often() {
+    fn dead_part_is_restarted_five_times_and_then_the_environment_closes() {
         let mut machine = serving();
         let died = Event::Died(Part::Sshd, Instant::now());
         for _ in 0..5 {
@@ -453,7 +456,7 @@ mod tests {
         }
         assert_eq!(machine.on(died)[0], Action::StopListening);
         assert_eq!((machine.verdict(), machine.exit_code()), (Some(Verdict::Failed), 1));
-        assert_eq!(machine.on(died), [], "nothing is started again in a close");
+        assert_eq!(machine.on(died), [], "nothing is restarted during a close");
     }
 
     fn verdict() -> impl Strategy<Value = Verdict> {
@@ -484,7 +487,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(10 * ProptestConfig::default().cases))]
         #[test]
-        fn in_no_order_of_events_is_a_step_left_out_or_a_failure_forgotten(events in proptest::collection::vec(event(), 0..40)) {
+        fn no_order_of_events_skips_a_step_or_forgets_a_failure(events in proptest::collection::vec(event(), 0..40)) {
             let mut machine = Machine::new(GRACE);
             let (mut ended, mut failed, mut recorded) = (false, false, None);
             for event in events {
@@ -498,17 +501,17 @@ mod tests {
                 let actions = machine.on(event);
                 for action in &actions {
                     match action {
-                        Action::Release => prop_assert!(ended, "released before all had ended"),
+                        Action::Release => prop_assert!(ended, "released before all processes had ended"),
                         Action::Record(verdict) => {
                             prop_assert_eq!(Some(*verdict), machine.verdict());
-                            prop_assert!(!(failed && *verdict == Verdict::Complete), "complete after failed");
+                            prop_assert!(!(failed && *verdict == Verdict::Complete), "recorded complete after failed");
                             prop_assert!(*verdict == Verdict::Failed || machine.exit_code() == 0);
                         }
-                        Action::Announce => prop_assert_eq!(recorded, machine.verdict(), "another verdict than recorded"),
+                        Action::Announce => prop_assert_eq!(recorded, machine.verdict(), "announced another verdict than recorded"),
                         _ => {}
                     }
                 }
-                // A state that waits for an answer was entered by asking for it.
+                // Entering a state that waits for an answer has to request that answer.
                 let asked = |wanted: fn(&Action) -> bool| before == machine.state() || actions.iter().any(wanted);
                 match machine.state() {
                     State::Preparing => prop_assert!(asked(|a| *a == Action::Prepare)),

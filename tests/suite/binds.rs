@@ -193,7 +193,7 @@ fn plain_mode_says_that_binds_are_of_no_use() {
     let sources = Sources::new(&volume);
     let binds = sources.binds();
     let mut environment = volume.start_with(Mode::Plain, &[("IMS_JAIL_BINDS", &binds)]).ready();
-    assert!(environment.log_text().contains("IMS_JAIL_BINDS is of no use in plain mode"));
+    assert!(environment.log_text().contains("IMS_JAIL_BINDS has no effect in plain mode"));
     assert_eq!(environment.complete(), 0);
     let output = Command::new(&IMS_SSHD).args(["customize", "--plain", "--bind", "/srv", "/nowhere"]).output().unwrap();
     assert_eq!(output.status.code(), Some(2));
