@@ -1,4 +1,5 @@
-//! The files that a node boots from: found in the image's /boot and beside its modules, and nowhere but in the image.
+//! Boot files of an image: kernel, initrd and parameters, looked for in /boot and beside the kernel modules, and never
+//! outside the image.
 
 use std::cmp::Ordering;
 use std::fmt::Write;
@@ -10,64 +11,66 @@ use crate::error::{Attempt, Error, Result};
 use crate::printable::listed;
 use crate::sys::tree::Tree;
 
-/// Names in /boot; `auto` chooses.
+/// Names of files in /boot. `auto` chooses one.
 #[derive(Debug, Clone)]
 pub(crate) struct Names {
     /// The kernel.
     pub(crate) kernel: String,
-    /// What it begins with.
+    /// The initrd; `none` for no initrd.
     pub(crate) initrd: String,
-    /// The kernel's parameters, which an image need not have.
+    /// The kernel parameters, which an image may lack.
     pub(crate) parameters: String,
 }
 
-/// A file to be published, open.
+/// An open file to be published.
 #[derive(Debug)]
 pub(crate) struct BootFile {
-    /// Its path in the image.
+    /// Path in the image.
     pub(crate) path: String,
-    /// Its content.
+    /// Content.
     pub(crate) content: File,
 }
 
-/// What is published beside the packed image.
+/// Files that are published beside the packed image.
 #[derive(Debug)]
 pub(crate) struct BootFiles {
     /// The kernel.
     pub(crate) kernel: BootFile,
-    /// The initrd; `None` where [`NONE`] is named, or where none is found on one machine.
+    /// The initrd; `None` if [`NONE`] was given, or if none was found on one machine.
     pub(crate) initrd: Option<BootFile>,
-    /// The kernel's parameters, where the image has them.
+    /// The kernel parameters, if the image has them.
     pub(crate) parameters: Option<BootFile>,
 }
 
-/// Chooses by itself.
+/// Name that has the file chosen automatically.
 pub const AUTO: &str = "auto";
 
-/// Names no initrd: the image is booted by one that others bring, as Warewulf does, or by none.
+/// Name for no initrd: the node boots without one or with one from elsewhere, as Warewulf does it.
 const NONE: &str = "none";
 
-/// How kernels are called, alone or before `-` and their version or flavour (`vmlinuz-lts`); the one that boots everywhere first.
+/// Names of kernels, alone or followed by `-` and a version or flavour (`vmlinuz-lts`). The first boots on every
+/// firmware.
 const KERNELS: [&str; 5] = ["vmlinuz", "Image", "zImage", "bzImage", "vmlinux"];
 
-/// Endings of what lies beside a kernel: its checksum, its signature, what it was before an upgrade, the same with its symbols.
+/// Extensions of files beside a kernel: its checksum, its signature, the previous kernel, a kernel with symbols.
 const BESIDE_KERNELS: [&str; 5] = [".hmac", ".old", ".sig", ".gz", ".xz"];
 
-/// How the initrd of a kernel is called: before and after its version or flavour.
+/// Prefix and suffix of an initrd's name around its kernel's version or flavour.
 const INITRDS: [(&str, &str); 5] =
     [("initrd-", ""), ("initrd.img-", ""), ("initramfs-", ".img"), ("initramfs-", ""), ("initrd-", ".img")];
 
-/// How it is called where it is the only one: in a directory of modules (ostree, MicroOS), or beside a kernel without a version.
+/// Names of an initrd without a version: in a directory of modules (ostree, MicroOS), or beside a kernel without a
+/// version.
 const BARE_INITRDS: [&str; 4] = ["initrd", "initrd.img", "initramfs.img", "initramfs"];
 
-/// Directories of modules, each kernel's in a subdirectory named after its version. In most images the first is a link
-/// to the second.
+/// Directories of modules, with one subdirectory for each kernel version. In most images the first is a link to the
+/// second.
 const MODULES: [&str; 2] = ["lib/modules", "usr/lib/modules"];
 
-/// No image has more kernels, and one that is made to keep us busy does not.
+/// Most kernels of an image; a larger number could only be made to waste time.
 const MOST_ENTRIES: usize = 1000;
 
-/// No message needs more names of a directory.
+/// Most names of a directory that a message lists.
 const MOST_NAMES: usize = 20;
 
 /// The modules of one kernel.
@@ -75,26 +78,26 @@ const MOST_NAMES: usize = 20;
 struct Modules {
     version: String,
     directory: String,
-    /// The kernel itself, where the package keeps it (EL 9 and later, Fedora, Arch), and kernel-install would copy it from.
+    /// The kernel itself, if its package keeps it here for kernel-install to copy (EL 9 and later, Fedora, Arch).
     kernel: Option<String>,
-    /// Name of this kernel in /boot, as Arch's mkinitcpio has it.
+    /// Suffix of this kernel's name in /boot, which Arch's mkinitcpio records in `pkgbase`.
     flavour: Option<String>,
 }
 
-/// A kernel that the image has.
+/// A kernel of the image.
 #[derive(Debug)]
 struct Kernel {
     path: String,
     /// Version of its modules, if known.
     version: Option<String>,
-    /// Suffix after `vmlinuz-` in its name, or the one it would have.
+    /// Suffix after `vmlinuz-` in its name, or the suffix that the name would have.
     flavour: Option<String>,
-    /// Tie-breaker: the higher of two kernels with one version is taken.
+    /// Tie-breaker between two kernels of one version: the higher one is chosen.
     preference: usize,
 }
 
-/// Largest boot files, in bytes, holes included: a node's firmware reads each whole into memory, and each is uploaded as it is. A kernel
-/// with its symbols has some 500 MiB, and the kernel takes 4 KiB of parameters at the most.
+/// Largest boot files in bytes, holes included: the firmware reads each file whole into memory, and each is uploaded as
+/// it is. A kernel with symbols has about 500 MiB, and the kernel accepts at most 4 KiB of parameters.
 const LARGEST_KERNEL: u64 = 1 << 30;
 const LARGEST_INITRD: u64 = 4 << 30;
 const LARGEST_PARAMETERS: u64 = 1 << 20;
@@ -112,22 +115,23 @@ impl BootFiles {
             if size > most {
                 return Err(Error::new(format!("publish {path} of the image"))
                     .because(format!("it has {size} bytes, expected {most} at the most"))
-                    .advise("see what wrote it: a file of holes is as large as it says"));
+                    .advise("see what wrote it: a sparse file counts with its full size"));
             }
         }
         Ok(self)
     }
 }
 
-/// Finds and opens them. `arch` as in `BUILD_ARCH`: on aarch64 the kernel that is called `vmlinuz` is `Image`.
+/// Finds and opens the boot files. `arch` is a value of `BUILD_ARCH`; on aarch64 the kernel named `vmlinuz` is `Image`.
 pub(crate) fn find(image_root: &Tree, names: &Names, arch: &str) -> Result<BootFiles> {
     Search::of(image_root, names, arch)?.open(Err)
 }
 
-/// The same of an image that need not be one that is booted, or not by an initrd of its own: nothing where `auto` finds no kernel at all.
+/// Like [`find`], for an image that may have no kernel or no initrd of its own. Returns `None` if `auto` finds no
+/// kernel.
 pub(crate) fn find_if_any(image_root: &Tree, names: &Names, arch: &str) -> Result<Option<BootFiles>> {
     if names.kernel == AUTO && has_none(image_root) {
-        tracing::warn!("the image has no kernel: it is one for a container or a chroot, without boot files");
+        tracing::warn!("the image has no kernel: it is published without boot files, for a container or a chroot");
         return Ok(None);
     }
     let search = Search::of(image_root, names, arch)?;
@@ -135,20 +139,20 @@ pub(crate) fn find_if_any(image_root: &Tree, names: &Names, arch: &str) -> Resul
     search
         .open(|_| {
             tracing::warn!(
-                "the image has no initrd of /{kernel}: it is published without one; --initrd names one, or none"
+                "the image has no initrd for /{kernel}: it is published without one; name one with --initrd, or none"
             );
             Ok(())
         })
         .map(Some)
 }
 
-/// Warns of an initrd that [`find_if_any`] would not find now.
+/// Warns about an initrd that [`find_if_any`] would not find at this point.
 pub(crate) fn warn_of_missing_initrd(image_root: &Tree, names: &Names, arch: &str) {
     let Ok(search) = Search::of(image_root, names, arch) else { return };
     if names.initrd == AUTO && search.initrd().is_none() {
         let kernel = search.kernel.path;
         tracing::warn!(
-            "no initrd of /{kernel} is in the image yet: unless one is made, it is published without; --initrd names one, or none"
+            "the image has no initrd for /{kernel} yet: unless one is made, it is published without one; name one with --initrd, or none"
         );
     }
 }
@@ -187,7 +191,7 @@ impl<'a> Search<'a> {
         paths.find(|path| is_file(self.image_root, path))
     }
 
-    /// Opens all; `without` decides what becomes of an image in which none belongs to the kernel.
+    /// Opens the files. `without` decides whether an image without an initrd for the kernel is an error.
     fn open(&self, without: impl Fn(Error) -> Result<()>) -> Result<BootFiles> {
         let path = &self.kernel.path;
         let needed = |what: &str, path: &str| {
@@ -210,7 +214,7 @@ impl<'a> Search<'a> {
     }
 }
 
-/// Refuses a name that the image has no file of, before any work is done. What `auto` finds may only be there at the end.
+/// Checks early that the image has the files named. A file that `auto` finds may be created later.
 pub(crate) fn check_named(image_root: &Tree, names: &Names, arch: &str) -> Result<()> {
     let (boot, modules) = (entries(image_root, "boot"), modules(image_root));
     let kernel = if names.kernel == "vmlinuz" && arch == "aarch64" { "Image" } else { &names.kernel };
@@ -224,31 +228,31 @@ pub(crate) fn check_named(image_root: &Tree, names: &Names, arch: &str) -> Resul
     Ok(())
 }
 
-/// Opens those that a remote job has left in `folder` itself, beside its packed image. Links are none of what it has left.
-pub(crate) fn left_in(folder: &Tree, names: &Names, arch: &str) -> Result<BootFiles> {
+/// Opens the boot files that a remote job left in `directory`, beside its packed image. Refuses links.
+pub(crate) fn left_in(directory: &Tree, names: &Names, arch: &str) -> Result<BootFiles> {
     let kernel = if names.kernel == "vmlinuz" && arch == "aarch64" { "Image" } else { &names.kernel };
-    let open = |name: &str| match folder.open_regular(name, OFlags::RDONLY | OFlags::NOFOLLOW) {
+    let open = |name: &str| match directory.open_regular(name, OFlags::RDONLY | OFlags::NOFOLLOW) {
         Ok(content) => Ok(Some(BootFile { path: name.to_owned(), content })),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(e).attempt(|| format!("open {name}, which the remote job left")),
     };
     let needed = |name: &str| {
         open(name)?.ok_or_else(|| {
-            Error::new(format!("find {name} in {}", folder.shown().display()))
+            Error::new(format!("find {name} in {}", directory.shown().display()))
                 .because("the remote job has left none beside its packed image")
-                .advise("name one by KERNEL_FILENAME and INITRD_FILENAME; 'auto' cannot be had of a remote job")
+                .advise("name one in KERNEL_FILENAME and INITRD_FILENAME; 'auto' does not work for a remote job")
         })
     };
     let initrd = (names.initrd != NONE).then(|| needed(&names.initrd)).transpose()?;
     BootFiles { kernel: needed(kernel)?, initrd, parameters: open(&names.parameters)? }.refuse_too_large()
 }
 
-/// Whether the image is one that nobody boots: it has no kernel, neither in /boot nor beside modules.
+/// True if the image has no kernel, neither in /boot nor beside modules, so nobody boots it.
 fn has_none(image_root: &Tree) -> bool {
     kernels(image_root, &entries(image_root, "boot"), &modules(image_root)).is_empty()
 }
 
-/// `path` is that of a file that was looked for by its name.
+/// Error for a boot file that was not found; `path` is set if it was looked for by name.
 fn missing(what: &str, path: Option<&str>, boot: &[String], modules: &[Modules]) -> Error {
     let mut holds = match boot {
         [] => "nothing".to_owned(),
@@ -260,13 +264,13 @@ fn missing(what: &str, path: Option<&str>, boot: &[String], modules: &[Modules])
     let is_there = |name: &String| path.and_then(|path| path.strip_prefix("boot/")) == Some(name);
     let odd = if boot.iter().any(is_there) { "it is no regular file; " } else { "" };
     Error::new(format!("find {what} in the image")).because(format!("{odd}/boot holds {holds}")).advise(
-        "name files of /boot by --kernel and --initrd (in a pod KERNEL_FILENAME and INITRD_FILENAME); auto also looks in /lib/modules, \
+        "name files of /boot with --kernel and --initrd (in a pod KERNEL_FILENAME and INITRD_FILENAME); auto also looks in /lib/modules, \
          when all work is done",
     )
 }
 
-/// Opens the file `path`, every link on the way resolved inside the image. What is no regular file is not there: a fifo would hang, and a
-/// device would not end.
+/// Opens the file `path`, with every link resolved inside the image. Ignores anything but a regular file: a fifo would
+/// block, and a device would never end.
 fn open(image_root: &Tree, path: &str) -> Result<Option<BootFile>> {
     if !is_file(image_root, path) {
         return Ok(None);
@@ -275,17 +279,18 @@ fn open(image_root: &Tree, path: &str) -> Result<Option<BootFile>> {
     Ok(Some(BootFile { path: path.to_owned(), content }))
 }
 
-/// Whether `path` leads to a regular file. Without opening it for reading: to open a device can do something.
+/// True if `path` leads to a regular file. Checked without opening it for reading, which can have side effects on a
+/// device.
 fn is_file(image_root: &Tree, path: &str) -> bool {
     let found = image_root.open_at(path, OFlags::PATH, Mode::empty()).and_then(|fd| Ok(rustix::fs::fstat(fd)?));
     found.is_ok_and(|found| FileType::from_raw_mode(found.st_mode) == FileType::RegularFile)
 }
 
-/// Names in a directory of the image, in order, as many as any image has; none where there is no such directory.
+/// Sorted names in a directory of the image, up to a limit; empty if there is no such directory.
 fn entries(image_root: &Tree, path: &str) -> Vec<String> {
-    let folder = image_root.directory(path).and_then(|f| f.reopen());
-    let Some(folder) = folder.ok().and_then(|fd| Dir::new(fd).ok()) else { return Vec::new() };
-    let mut names: Vec<_> = folder
+    let directory = image_root.directory(path).and_then(|f| f.reopen());
+    let Some(directory) = directory.ok().and_then(|fd| Dir::new(fd).ok()) else { return Vec::new() };
+    let mut names: Vec<_> = directory
         .flatten()
         .map(|entry| entry.file_name().to_string_lossy().into_owned())
         .filter(|n| n != "." && n != "..")
@@ -323,14 +328,14 @@ fn kernels(image_root: &Tree, boot: &[String], modules: &[Modules]) -> Vec<Kerne
     found
 }
 
-/// The kernel /boot/`name`, whether it is there or not.
+/// The kernel /boot/`name`, even if it does not exist.
 fn in_boot(image_root: &Tree, name: &str, modules: &[Modules]) -> Kernel {
     let path = format!("boot/{name}");
     let target = image_root.handle(&path).ok().and_then(|link| rustix::fs::readlinkat(link, "", Vec::new()).ok());
     let target = target.map(|target| target.to_string_lossy().into_owned()).unwrap_or_default();
     let (above, last) = target.rsplit_once('/').unwrap_or(("", &target));
     let above = above.rsplit('/').next().unwrap_or_default();
-    // `vmlinuz` is mostly a link to the kernel with its version, in /boot or in the directory of its modules.
+    // `vmlinuz` is usually a link to the kernel with a version, in /boot or in the directory of its modules.
     let own = flavour_of(name).filter(|flavour| !flavour.is_empty());
     let flavour = own.or_else(|| flavour_of(last).filter(|flavour| !flavour.is_empty()));
     let version = flavour
@@ -346,7 +351,7 @@ fn in_boot(image_root: &Tree, name: &str, modules: &[Modules]) -> Kernel {
     }
 }
 
-/// Suffix after the `-` in a kernel's name, or nothing; `None` if this is no kernel's name.
+/// Suffix after the `-` in a kernel's name, or an empty string; `None` if it is not a kernel's name.
 fn flavour_of(name: &str) -> Option<&str> {
     if BESIDE_KERNELS.iter().any(|ending| name.ends_with(ending)) {
         return None;
@@ -357,7 +362,7 @@ fn flavour_of(name: &str) -> Option<&str> {
     })
 }
 
-/// The version of a kernel whose name has none: the newest of its flavour, or the only one.
+/// Version of a kernel without one in its name: the newest of its flavour, or the only one.
 fn version_of<'a>(flavour: Option<&str>, modules: &'a [Modules]) -> Option<&'a str> {
     let Some(flavour) = flavour else {
         return if let [only] = modules { Some(&only.version) } else { None };
@@ -367,8 +372,8 @@ fn version_of<'a>(flavour: Option<&str>, modules: &'a [Modules]) -> Option<&'a s
     modules.iter().filter(of_flavour).map(|m| m.version.as_str()).max_by(|a, b| compare_versions(a, b))
 }
 
-/// The kernel to boot by default: one that has modules, no debug kernel, the highest version; and only where there is no other one that
-/// is there for crashes and repairs.
+/// The kernel that `auto` chooses: one with modules, not a debug kernel, of the highest version. Kernels for crash
+/// dumps and rescue come last.
 fn best(kernels: Vec<Kernel>, modules: &[Modules]) -> Option<Kernel> {
     let is_called = |kernel: &Kernel, words: &[&str]| {
         let name = [kernel.version.as_deref(), kernel.flavour.as_deref()].into_iter().flatten();
@@ -385,7 +390,8 @@ fn best(kernels: Vec<Kernel>, modules: &[Modules]) -> Option<Kernel> {
     })
 }
 
-/// Possible paths of the initrd of `kernel`, best first. One without a version belongs to a kernel without one, or to the only kernel.
+/// Possible paths of the initrd of `kernel`, best first. An initrd without a version belongs to a kernel without one,
+/// or to the only kernel.
 fn initrds(kernel: &Kernel, is_only: bool, modules: &[Modules]) -> Vec<String> {
     let own = modules.iter().find(|m| Some(&m.version) == kernel.version.as_ref());
     let of_modules = own.and_then(|m| m.flavour.as_deref());
@@ -399,19 +405,19 @@ fn initrds(kernel: &Kernel, is_only: bool, modules: &[Modules]) -> Vec<String> {
     found
 }
 
-/// A piece of a version, in the order in which pieces count: `6.9~rc1` and `6.9-rc1` come before `6.9`, that before `6.9-a`, and that
+/// A part of a version, ordered so that `6.9~rc1` and `6.9-rc1` come before `6.9`, `6.9` before `6.9-a`, and that
 /// before `6.9.1`.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Piece<'a> {
     Before(&'a str),
     End,
     Word(&'a str),
-    /// Without leading zeros, by length first: of any size.
+    /// Without leading zeros, compared by length first, so that any size fits.
     Number(usize, &'a str),
 }
 
-/// Versions as package managers order them, but that `-rc1` comes before the release, as in what the kernel calls itself, and a variant
-/// (`.aarch64+64k`) before the kernel that it is one of.
+/// Compares versions as package managers do, with two exceptions: `-rc1` comes before the release, as in the kernel's
+/// own version, and a variant (`.aarch64+64k`) before its base kernel.
 fn compare_versions(a: &str, b: &str) -> Ordering {
     let ((a, variant_of_a), (b, variant_of_b)) = (without_variant(a), without_variant(b));
     let (mut pieces_of_a, mut pieces_of_b) = (pieces(a), pieces(b));
@@ -426,7 +432,7 @@ fn compare_versions(a: &str, b: &str) -> Ordering {
     variant_of_a.is_none().cmp(&variant_of_b.is_none()).then_with(|| variant_of_a.cmp(&variant_of_b))
 }
 
-/// Red Hat's kernels have their variant after the architecture.
+/// Splits off the variant of Red Hat's kernels, which follows the architecture.
 fn without_variant(version: &str) -> (&str, Option<&str>) {
     match version.rsplit_once('+') {
         Some((version, variant)) if [".x86_64", ".aarch64"].iter().any(|arch| version.ends_with(arch)) => {
@@ -436,7 +442,7 @@ fn without_variant(version: &str) -> (&str, Option<&str>) {
     }
 }
 
-/// The runs of digits and of letters.
+/// Runs of digits and runs of letters.
 fn pieces(version: &str) -> impl Iterator<Item = Piece<'_>> {
     let mut rest = version;
     std::iter::from_fn(move || {
@@ -491,7 +497,7 @@ mod tests {
     }
 
     #[test]
-    fn files_of_holes_are_not_booted_from() {
+    fn sparse_boot_files_that_are_too_large_are_refused() {
         for (name, size) in [("vmlinuz", 2_u64 << 30), ("initrd", (4 << 30) + 1), ("kernel-parameters", 2 << 20)] {
             let (dir, tree) = image(&["boot/vmlinuz", "boot/initrd", "boot/kernel-parameters"]);
             assert!(find(&tree, &names("vmlinuz", "initrd"), "x86_64").is_ok());
@@ -516,7 +522,7 @@ mod tests {
     }
 
     #[test]
-    fn a_link_out_of_the_image_publishes_nothing_of_what_is_there() {
+    fn links_out_of_the_image_do_not_publish_their_targets() {
         let outside = tempfile::tempdir().unwrap();
         std::fs::write(outside.path().join("client-secret"), "secret").unwrap();
         let (dir, tree) = image(&["boot/initrd", "boot/other"]);
@@ -532,7 +538,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_regular_file_is_not_there() {
+    fn boot_files_that_are_not_regular_files_are_ignored() {
         let (dir, tree) = image(&["boot/initrd"]);
         rustix::fs::mknodat(tree.directory("boot").unwrap(), "vmlinuz", FileType::Fifo, Mode::from_raw_mode(0o600), 0)
             .unwrap();
@@ -543,13 +549,13 @@ mod tests {
     }
 
     #[test]
-    fn vmlinuz_of_aarch64_is_image() {
+    fn vmlinuz_means_image_on_aarch64() {
         let (_dir, tree) = image(&["boot/Image", "boot/initrd"]);
         assert_eq!(text(find(&tree, &names("vmlinuz", "initrd"), "aarch64").unwrap().kernel), "boot/Image");
     }
 
     #[test]
-    fn auto_takes_the_newest_kernel_with_modules_and_the_initrd_that_belongs_to_it() {
+    fn auto_chooses_the_newest_kernel_with_modules_and_its_initrd() {
         let (dir, tree) = image(&[
             "boot/vmlinuz-5.14.21-150500.55.9-default",
             "boot/vmlinuz-5.14.21-150500.55.10-default",
@@ -575,11 +581,11 @@ mod tests {
         (found.kernel.path, found.initrd.unwrap().path)
     }
 
-    /// Files of an image, and which are chosen; `V` is a version of EL 9, and directories end with `/`.
+    /// Files of an image and the paths that `auto` chooses. `V` stands for a version of EL 9; directories end with `/`.
     const LAYOUTS: [(&str, &str); 14] = [
-        // EL 9 and later in a container, without kernel-install's copy; dracut was run by hand.
+        // EL 9 and later in a container, where kernel-install made no copy and dracut was run by hand.
         ("lib/modules/V/vmlinuz boot/initramfs-V.img", "lib/modules/V/vmlinuz boot/initramfs-V.img"),
-        // The same where /lib is no link.
+        // The same where /lib is not a link.
         ("usr/lib/modules/V/vmlinuz boot/initramfs-V.img", "usr/lib/modules/V/vmlinuz boot/initramfs-V.img"),
         // ostree and bootc, openSUSE MicroOS.
         ("lib/modules/V/vmlinuz lib/modules/V/initramfs.img", "lib/modules/V/vmlinuz lib/modules/V/initramfs.img"),
@@ -597,7 +603,7 @@ mod tests {
              lib/modules/6.6.40-0-virt/ boot/vmlinuz-virt boot/initramfs-virt",
             "boot/vmlinuz-virt boot/initramfs-virt",
         ),
-        // Arch, and its image before the hook that copies the kernel has run.
+        // Arch, with the hook that copies the kernel, and before it ran.
         (
             "usr/lib/modules/6.9.1-arch1-1/vmlinuz usr/lib/modules/6.9.1-arch1-1/pkgbase=linux boot/vmlinuz-linux \
              boot/initramfs-linux.img boot/initramfs-linux-fallback.img usr/lib/modules/6.6.31-1-lts/pkgbase=linux-lts \
@@ -613,7 +619,7 @@ mod tests {
         ("boot/zImage boot/initramfs.img", "boot/zImage boot/initramfs.img"),
         ("lib/modules/6.9.1/ boot/vmlinuz boot/initrd.img-6.9.1", "boot/vmlinuz boot/initrd.img-6.9.1"),
         ("boot/Image-6.9.1 boot/initrd-6.9.1", "boot/Image-6.9.1 boot/initrd-6.9.1"),
-        // The only kernel's, whatever it is called.
+        // The only kernel's initrd, whatever its name.
         ("boot/vmlinuz-V boot/initrd lib/modules/V/", "boot/vmlinuz-V boot/initrd"),
     ];
 
@@ -627,7 +633,7 @@ mod tests {
     }
 
     #[test]
-    fn auto_takes_no_debug_kdump_or_rescue_kernel_before_another() {
+    fn auto_prefers_other_kernels_to_debug_kdump_and_rescue_kernels() {
         for (worse, better) in [
             ("6.9.0", "6.9.1"),
             ("6.9.0-rc1", "6.9.0"),
@@ -646,15 +652,15 @@ mod tests {
                 assert_eq!(chosen(&files).0, format!("boot/vmlinuz-{better}"));
             }
         }
-        // One of two kernels has no initrd.
+        // With two kernels, an initrd without a version belongs to neither.
         let (_dir, tree) = image(&["boot/vmlinuz-6.9.1", "boot/vmlinuz-6.9.0", "boot/initrd"]);
         assert!(find(&tree, &names("auto", "auto"), "x86_64").is_err());
-        // A debug kernel is taken if there is no other.
+        // A debug kernel is chosen if it is the only one.
         assert_eq!(chosen(&["boot/vmlinuz-6.9.1-debug", "boot/initrd-6.9.1-debug"]).0, "boot/vmlinuz-6.9.1-debug");
     }
 
     #[test]
-    fn a_kernel_of_lib_modules_that_boot_links_to_has_the_initrd_of_its_version() {
+    fn kernel_linked_from_boot_to_lib_modules_gets_the_initrd_of_its_version() {
         let (dir, tree) =
             image(&["usr/lib/modules/6.9.1-1-default/vmlinuz", "boot/initrd-6.9.1-1-default", "boot/initrd-6.9.0"]);
         symlink("../usr/lib/modules/6.9.1-1-default/vmlinuz", dir.path().join("boot/vmlinuz")).unwrap();
@@ -666,7 +672,7 @@ mod tests {
     }
 
     #[test]
-    fn an_image_with_a_kernel_anywhere_is_one_that_is_booted() {
+    fn image_with_a_kernel_in_boot_or_lib_modules_is_bootable() {
         for file in [
             "boot/vmlinuz-lts",
             "boot/Image",
@@ -676,12 +682,12 @@ mod tests {
         ] {
             assert!(!has_none(&image(&[file]).1), "{file}");
         }
-        // Headers, and modules alone, of a container.
+        // A container image may have headers and modules, but no kernel.
         assert!(has_none(&image(&["lib/modules/6.1/modules.dep", "boot/config-6.1", "boot/initrd-6.1"]).1));
     }
 
     #[test]
-    fn a_name_that_the_image_does_not_have_is_told_with_those_that_it_has() {
+    fn missing_boot_file_is_reported_with_the_names_in_boot() {
         let (_dir, tree) = image(&["boot/config-6.1", "lib/modules/6.1/vmlinuz"]);
         let error = find(&tree, &names("nonesuch", "auto"), "x86_64").unwrap_err().to_string();
         assert!(error.contains("/boot holds config-6.1") && error.contains("/lib/modules/6.1/vmlinuz"), "{error}");
@@ -692,7 +698,7 @@ mod tests {
     }
 
     #[test]
-    fn versions_are_ordered_as_distributions_do() {
+    fn kernel_versions_are_ordered_as_distributions_order_them() {
         for (older, newer) in [
             ("6.1.9", "6.1.10"),
             ("6.1.0-rc1", "6.1.0-1"),

@@ -1,5 +1,5 @@
-//! A cpio archive of the format `newc`, which xCAT, Warewulf and dracut make, is written out. Not by cpio(1): that follows links which the
-//! archive itself has made.
+//! Unpacks cpio archives of the format `newc`, which xCAT, Warewulf and dracut make. cpio(1) is not used because it
+//! follows links that the archive itself has created.
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
@@ -13,16 +13,16 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, Timespec, Timestamps};
 use crate::sys::attributes;
 use crate::sys::tree::Tree;
 
-/// Before each name, in ASCII: the magic, and thirteen numbers of eight hexadecimal digits.
+/// Size of an entry's header: the magic number and thirteen numbers of eight hexadecimal digits, all ASCII.
 const HEADER: usize = 110;
 
-/// Names and contents begin at multiples of this.
+/// Alignment of names and contents.
 const ALIGNED: u64 = 4;
 
-/// The last entry.
+/// Name of the last entry.
 const TRAILER: &[u8] = b"TRAILER!!!";
 
-/// No path of the kernel is longer, nor the target of a link.
+/// Longest path and link target that the kernel accepts (PATH_MAX).
 const LONGEST_NAME: u32 = 4096;
 
 /// Header of an entry.
@@ -40,28 +40,28 @@ struct Header {
     name_size: u32,
 }
 
-/// An archive that is being read.
+/// An archive being read.
 struct Reader<R> {
     input: R,
     /// Bytes read so far.
     at: u64,
-    /// Whether the last entry was the trailer, without which the archive is cut off.
+    /// True after the trailer entry; without it, the archive is cut off.
     ended: bool,
 }
 
-/// Writes what `input` holds below `root`, an empty directory of ours. `look` is called now and then, and ends it with an error. Leading
-/// `/` of names are left out; a name with `..`, or one that leads through a link, is refused.
+/// Unpacks `input` into `root`, an empty directory of ours. Calls `look` now and then, and stops at its error. Strips
+/// leading slashes; refuses a name that contains `..` or leads through a link.
 pub(crate) fn unpack(input: impl Read, root: &Tree, mut look: impl FnMut() -> io::Result<()>) -> io::Result<()> {
     let mut archive = Reader { input, at: 0, ended: false };
     let mut directories = Vec::new();
-    // By what tells files apart where they were archived: the name that each got first here.
+    // Path of the first name of each file with several names, by inode and device in the archive.
     let mut linked: HashMap<(u32, (u32, u32)), PathBuf> = HashMap::new();
     while let Some(header) = archive.header()? {
         look()?;
         let name = archive.name(&header)?;
         archive.ended = name == TRAILER;
         if archive.ended {
-            // Inode numbers of the next archive mean other files.
+            // The next archive reuses inode numbers for other files.
             linked.clear();
             continue;
         }
@@ -83,7 +83,7 @@ pub(crate) fn unpack(input: impl Read, root: &Tree, mut look: impl FnMut() -> io
         }
         let of_several = kind == FileType::RegularFile && header.links > 1;
         let first = linked.get(&(header.inode, header.device)).filter(|_| of_several);
-        // A later entry of a name replaces an earlier one; but for directories, as cpio does it.
+        // A later entry replaces an earlier one of the same name, except a directory, as cpio does it.
         match rustix::fs::unlinkat(&parent, &name, AtFlags::empty()) {
             Err(rustix::io::Errno::NOENT) => {}
             other => other?,
@@ -99,7 +99,7 @@ pub(crate) fn unpack(input: impl Read, root: &Tree, mut look: impl FnMut() -> io
                     flags |= OFlags::CREATE | OFlags::EXCL;
                 }
                 let mut file = File::from(rustix::fs::openat(&parent, &name, flags, Mode::RUSR | Mode::WUSR)?);
-                // The last entry of a file with several names has the content.
+                // In this format, the last entry of a file with several names has the content.
                 archive.copy(u64::from(header.size), &mut file, &mut look)?;
                 if of_several && first.is_none() {
                     linked.insert((header.inode, header.device), path);
@@ -119,7 +119,7 @@ pub(crate) fn unpack(input: impl Read, root: &Tree, mut look: impl FnMut() -> io
         archive.align()?;
         set_attributes(&parent, &name, &header)?;
     }
-    // Creating an entry in a directory has changed the directory's time.
+    // Creating entries in a directory changed its times.
     for (path, header) in directories {
         set_attributes(&root.directory_without_links(&path)?, OsStr::new("."), &header)?;
     }
@@ -127,7 +127,7 @@ pub(crate) fn unpack(input: impl Read, root: &Tree, mut look: impl FnMut() -> io
 }
 
 impl<R: Read> Reader<R> {
-    /// The next entry's header; nothing at the end of the input. Between two archives, and at the end, there may be zeros.
+    /// Header of the next entry; `None` at the end of the input. Zeros may stand between archives and at the end.
     fn header(&mut self) -> io::Result<Option<Header>> {
         let mut text = [0; HEADER];
         while text[0] == 0 {
@@ -138,7 +138,7 @@ impl<R: Read> Reader<R> {
         }
         self.read(&mut text[1..])?;
         if !matches!(&text[..6], b"070701" | b"070702") {
-            return Err(invalid("something that is no entry follows"));
+            return Err(invalid("the data after an entry is not an entry"));
         }
         let mut numbers = [0; 13];
         for (number, digits) in numbers.iter_mut().zip(text[6..].chunks_exact(8)) {
@@ -157,7 +157,7 @@ impl<R: Read> Reader<R> {
         let mut name = vec![0; short(header.name_size)?];
         self.read(&mut name)?;
         self.align()?;
-        let end = name.iter().position(|&b| b == 0).ok_or_else(|| invalid("a name does not end"))?;
+        let end = name.iter().position(|&b| b == 0).ok_or_else(|| invalid("a name is not terminated"))?;
         name.truncate(end);
         Ok(name)
     }
@@ -207,7 +207,7 @@ fn short(length: u32) -> io::Result<usize> {
     usize::try_from(length).map_err(io::Error::other)
 }
 
-/// The path of an entry below the root; nothing for the root itself.
+/// Path of an entry below the root; `None` for the root itself.
 fn path_of(name: &[u8]) -> io::Result<Option<PathBuf>> {
     let mut path = PathBuf::new();
     for component in Path::new(OsStr::from_bytes(name)).components() {
@@ -216,14 +216,14 @@ fn path_of(name: &[u8]) -> io::Result<Option<PathBuf>> {
             Component::RootDir | Component::CurDir => {}
             Component::ParentDir | Component::Prefix(_) => {
                 let shown = String::from_utf8_lossy(name);
-                return Err(invalid(&format!("'{shown}' has '..' in it")));
+                return Err(invalid(&format!("'{shown}' contains '..'")));
             }
         }
     }
     Ok(Some(path).filter(|path| !path.as_os_str().is_empty()))
 }
 
-/// The directory of `path`, made if the archive has left it out, and the last name.
+/// Parent directory of `path`, created if the archive left it out, and the last component.
 fn make_parent(root: &Tree, path: &Path) -> io::Result<(Tree, OsString)> {
     let name = path.file_name().unwrap_or_default().to_owned();
     let above = path.parent().filter(|above| !above.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -239,7 +239,7 @@ fn make_parent(root: &Tree, path: &Path) -> io::Result<(Tree, OsString)> {
     Ok((parent.directory_without_links(&last)?, name))
 }
 
-/// Owner first: to change it takes the setuid bit away.
+/// Sets the owner first: chown(2) clears the setuid bit.
 fn set_attributes(directory: &Tree, name: &OsStr, header: &Header) -> io::Result<()> {
     let (user, group) = (attributes::user(header.user), attributes::group(header.group));
     rustix::fs::chownat(directory, name, user, group, AtFlags::SYMLINK_NOFOLLOW)?;
@@ -258,7 +258,7 @@ mod tests {
     use std::fmt::Write as _;
     use std::os::unix::fs::MetadataExt;
 
-    /// An entry as cpio writes it.
+    /// An entry in the format that cpio writes.
     fn entry(name: &str, mode: u32, links: u32, content: &[u8]) -> Vec<u8> {
         let mut header = String::from("070701");
         let numbers = [7, mode, 0, 0, links, 1, u32::try_from(content.len()).unwrap(), 0, 0, 0, 0];
@@ -289,8 +289,8 @@ mod tests {
     fn nothing_is_written_outside_the_root_of_a_cpio_archive() {
         let trailer = entry("TRAILER!!!", 0, 1, b"");
         for (entries, word) in [
-            (vec![entry("../outside/made", FILE, 1, b"hostile")], "'..' in it"),
-            (vec![entry("a/../../outside/made", FILE, 1, b"hostile")], "'..' in it"),
+            (vec![entry("../outside/made", FILE, 1, b"hostile")], "contains '..'"),
+            (vec![entry("a/../../outside/made", FILE, 1, b"hostile")], "contains '..'"),
             (
                 vec![entry("way", LINK, 1, b"../outside"), entry("way/made", FILE, 1, b"hostile")],
                 "leads through a link",
@@ -306,7 +306,7 @@ mod tests {
             let error = result.unwrap_err().to_string();
             assert!(error.contains(word), "{error}");
         }
-        // Through a link that is replaced nothing is written, and no attribute is changed.
+        // Nothing is written through a link that is replaced, and no attribute of its target changes.
         let entries = [
             entry("way", LINK, 1, b"../outside/made"),
             entry("way", FILE, 1, b"own"),
@@ -320,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn a_damaged_cpio_archive_is_refused_wherever_it_is_cut_off() {
+    fn truncated_or_damaged_cpio_archive_is_refused() {
         let whole =
             [entry("a", FILE, 2, b""), entry("b", FILE, 2, b"content"), entry("TRAILER!!!", 0, 1, b"")].concat();
         unpacked(&whole).1.unwrap();
@@ -337,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn an_owner_that_chown_does_not_know_becomes_root_as_in_the_kernels_initramfs() {
+    fn invalid_owner_becomes_root_as_in_the_kernels_initramfs() {
         let mut archive = entry("a", FILE, 1, b"");
         archive[22..38].fill(b'f');
         let (dir, result) = unpacked(&[archive, entry("TRAILER!!!", 0, 1, b"")].concat());
@@ -348,7 +348,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_are_taken_or_refused(at in 0_usize..200, byte: u8) {
+        fn arbitrary_bytes_do_not_panic(at in 0_usize..200, byte: u8) {
             let mut archive = [entry("a/b", FILE, 1, b"content"), entry("l", LINK, 1, b"a"), entry("TRAILER!!!", 0, 1, b"")].concat();
             archive[at] = byte;
             let _ = unpacked(&archive).1;

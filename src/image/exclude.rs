@@ -1,6 +1,6 @@
-//! Patterns of paths that are left out of a packed image. In mksquashfs's own patterns `*` matches no name that begins
-//! with a dot, `... a/b` matches all that lies beside `b`, and a pattern that matches nothing passes without a word. So
-//! the paths are found here, and mksquashfs gets them one by one.
+//! Patterns of paths that a packed image leaves out (`--exclude`). They are matched here, and mksquashfs gets the paths
+//! one by one, because its own patterns differ: `*` skips names that begin with a dot, `... a/b` matches everything
+//! beside `b`, and a pattern without a match passes silently.
 
 use std::ffi::OsStr;
 use std::io;
@@ -12,20 +12,20 @@ use rustix::fs::{AtFlags, FileType};
 
 use crate::sys::tree::{Descent, Tree};
 
-/// A pattern that begins so matches at any depth.
+/// Prefix of a pattern that matches at any depth.
 const ANYWHERE: &str = "... ";
 
-/// A pattern of paths below the image root, by `--exclude`.
+/// A pattern of paths below the image root (`--exclude`).
 #[derive(Debug, Clone)]
 pub struct Pattern {
     text: String,
-    /// One for each name of a path.
+    /// One pattern for each component of the path.
     names: Vec<Name>,
     is_anywhere: bool,
 }
 
 impl Pattern {
-    /// Reads one, or says what was expected.
+    /// Parses a pattern. The error says what was expected.
     pub fn parse(text: &str) -> Result<Self, String> {
         let (is_anywhere, path) = match text.strip_prefix(ANYWHERE) {
             Some(path) => (true, path),
@@ -33,8 +33,8 @@ impl Pattern {
         };
         let names: Vec<_> = path.split('/').filter(|name| !matches!(*name, "" | ".")).collect();
         match names.as_slice() {
-            [] => return Err("expected a pattern of what lies below the image root, such as 'boot/*'".into()),
-            ["*"] => return Err("it leaves nothing of the image: expected a pattern such as 'boot/*'".into()),
+            [] => return Err("expected a pattern of paths below the image root, such as 'boot/*'".into()),
+            ["*"] => return Err("it matches everything in the image: expected a pattern such as 'boot/*'".into()),
             _ => {}
         }
         if names.contains(&"..") {
@@ -51,26 +51,26 @@ impl Pattern {
     }
 }
 
-/// Paths of an image root that patterns match.
+/// Paths of an image root that match patterns.
 #[derive(Debug, Default)]
 pub(crate) struct Excluded {
     /// Paths, none below another one.
     pub(crate) paths: Vec<PathBuf>,
     /// Patterns that match nothing.
     pub(crate) useless: Vec<String>,
-    /// True if that is all of the image root.
+    /// True if nothing of the image root would be left.
     pub(crate) is_all: bool,
 }
 
-/// A directory to look through.
+/// A directory still to be searched.
 struct Ahead {
     path: PathBuf,
-    /// Patterns whose first names match its path, and how many of them do.
+    /// Patterns whose first names match the path, each with the number of names matched.
     begun: Vec<(usize, usize)>,
     is_excluded: bool,
 }
 
-/// Looks through `image_root`, as far as something may match. Follows no link.
+/// Finds what the patterns match in `image_root`. Follows no link, and descends only where something can still match.
 pub(crate) fn find(image_root: &Tree, patterns: &[Pattern]) -> io::Result<Excluded> {
     let mut excluded = Excluded::default();
     let mut has_matched = vec![false; patterns.len()];
@@ -79,9 +79,9 @@ pub(crate) fn find(image_root: &Tree, patterns: &[Pattern]) -> io::Result<Exclud
     let mut ahead = vec![Ahead { path: PathBuf::new(), begun, is_excluded: false }];
     let mut descent = Descent::of(image_root);
     while let Some(Ahead { path, begun, is_excluded }) = ahead.pop() {
-        let folder = descent.directory_without_links(&path)?;
+        let directory = descent.directory_without_links(&path)?;
         let mut kept = 0;
-        for name in folder.names()? {
+        for name in directory.names()? {
             let text = name.to_string_lossy();
             let (mut further, mut is_matched) = (anywhere.clone(), false);
             for &(number, depth) in &begun {
@@ -101,12 +101,13 @@ pub(crate) fn find(image_root: &Tree, patterns: &[Pattern]) -> io::Result<Exclud
             }
             kept += usize::from(!is_matched);
             let is_excluded = is_matched || is_excluded;
-            // Below what is left out, only to see whether a pattern matches at all.
+            // Below an excluded path, patterns without a match so far are still tried: a match anywhere makes them
+            // useful.
             further.retain(|(number, _)| !is_excluded || !has_matched[*number]);
             if further.is_empty() {
                 continue;
             }
-            let found = rustix::fs::statat(folder, &name, AtFlags::SYMLINK_NOFOLLOW)?;
+            let found = rustix::fs::statat(directory, &name, AtFlags::SYMLINK_NOFOLLOW)?;
             if FileType::from_raw_mode(found.st_mode) == FileType::Directory {
                 ahead.push(Ahead { path: below, begun: further, is_excluded });
             }
@@ -120,17 +121,17 @@ pub(crate) fn find(image_root: &Tree, patterns: &[Pattern]) -> io::Result<Exclud
     Ok(excluded)
 }
 
-/// A path as mksquashfs's patterns (`-wildcards`, fnmatch(3)) match it and nothing else.
+/// Escapes a path so that mksquashfs's patterns (`-wildcards`, fnmatch(3)) match it and nothing else.
 pub(crate) fn escaped(path: &Path) -> Vec<u8> {
     let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"/._-".contains(byte) || !byte.is_ascii();
     let bytes = path.as_os_str().as_bytes();
     bytes.iter().flat_map(|byte| (!is_plain(byte)).then_some(b'\\').into_iter().chain([*byte])).collect()
 }
 
-/// Longest line of a list that mksquashfs reads, in bytes, with some left.
+/// Longest line of mksquashfs's exclude file in bytes, with a margin.
 const LONGEST_LINE: usize = 16_000;
 
-/// A list of escaped paths as mksquashfs reads it (`-ef`), and those that have no line there: its arguments.
+/// An exclude file for mksquashfs (`-ef`) with the escaped paths, and arguments for paths that cannot be a line of it.
 pub(crate) fn listed<'a>(paths: impl IntoIterator<Item = &'a Path>) -> (Vec<u8>, Vec<std::ffi::OsString>) {
     let (mut list, mut arguments) = (Vec::new(), Vec::new());
     for path in paths {
@@ -138,7 +139,7 @@ pub(crate) fn listed<'a>(paths: impl IntoIterator<Item = &'a Path>) -> (Vec<u8>,
         if path.contains(&b'\n') || path.len() > LONGEST_LINE {
             arguments.push(OsStr::from_bytes(&path).to_owned());
         } else {
-            // It takes the first one away, which keeps a blank or # at the beginning.
+            // mksquashfs strips this backslash; it protects a space or # at the start of the line.
             list.push(b'\\');
             list.extend(path);
             list.push(b'\n');

@@ -1,4 +1,4 @@
-//! A file or directory that is taken as an image: opened once, and what it is.
+//! Type of an image's source, a file or a directory that is opened once.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -17,10 +17,11 @@ use crate::sys::signals::unblock_signals;
 use crate::sys::tree::Tree;
 use crate::transfer::confinement::clear_environment;
 
-/// A source on this machine, opened once: what was checked is what is unpacked, whatever has its name by then.
+/// A source on this machine, opened once: what was checked is what is unpacked, even if its name is given to another
+/// file meanwhile.
 #[derive(Debug)]
 pub(crate) struct Opened {
-    /// Its path, for messages.
+    /// Path, for messages.
     pub(crate) shown: PathBuf,
     /// The open file or directory.
     pub(crate) content: Content,
@@ -31,13 +32,13 @@ pub(crate) struct Opened {
 pub(crate) enum Content {
     /// An archive or a squashfs.
     File(File),
-    /// A tree, or a saved image of a container.
+    /// A directory tree, or a saved container image.
     Directory(Tree),
 }
 
 impl Opened {
-    /// Opens what `path` leads to, through links that no other user can exchange. Its type is looked at first: to open a fifo or a device can
-    /// wait for ever, or act on it.
+    /// Opens `path`, through links that no other user can change. The type is checked before the file is opened for
+    /// reading: opening a fifo or a device can block forever or have side effects.
     pub(crate) fn open(path: &Path) -> Result<Self> {
         let attempted = || format!("open {}", path.display());
         let handle = named::open(path).attempt(attempted)?;
@@ -55,7 +56,7 @@ impl Opened {
         Ok(Self { shown, content })
     }
 
-    /// A regular file. `None` for a directory.
+    /// The regular file; `None` for a directory.
     pub(crate) fn file(&self) -> Option<&File> {
         match &self.content {
             Content::File(file) => Some(file),
@@ -63,7 +64,7 @@ impl Opened {
         }
     }
 
-    /// The same for which a directory is an error.
+    /// The regular file; a directory is an error.
     pub(crate) fn into_file(self) -> Result<File> {
         match self.content {
             Content::File(file) => Ok(file),
@@ -73,12 +74,13 @@ impl Opened {
         }
     }
 
-    /// Returns the type of the file; `None` for a directory. A file of another type, or shorter or longer than it says, is refused.
+    /// Type of the file; `None` for a directory. Refuses unknown types, and files that are shorter or longer than their
+    /// header says.
     pub(crate) fn kind(&self) -> Result<Option<Kind>> {
         self.file().map(|file| kind_of_file(file, &self.shown.display().to_string(), u64::MAX)).transpose()
     }
 
-    /// Its size in bytes; 0 for a directory.
+    /// Size in bytes; 0 for a directory.
     pub(crate) fn size(&self) -> u64 {
         self.file().and_then(|file| file.metadata().ok()).map_or(0, |found| found.len())
     }
@@ -96,38 +98,39 @@ impl AsFd for Opened {
 /// Type of an image that is a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// A squashfs, whole.
+    /// A complete squashfs.
     Squashfs,
-    /// A tar archive, with the program that unpacks it first.
+    /// A tar archive, with its decompressor.
     Tar(Option<&'static str>),
-    /// A cpio archive of the format `newc`, the same.
+    /// A cpio archive of the format `newc`, with its decompressor.
     Cpio(Option<&'static str>),
 }
 
-/// Magic numbers of compressed files, with the program that unpacks them.
+/// Magic numbers of compressed files, with the programs that decompress them.
 const COMPRESSED: [(&[u8], &str); 3] =
     [(&[0x1f, 0x8b], "gzip"), (&[0xfd, b'7', b'z', b'X', b'Z', 0], "xz"), (&[0x28, 0xb5, 0x2f, 0xfd], "zstd")];
 
-/// The magic of a squashfs, and where its size stands in the superblock.
+/// Magic number of a squashfs, and the offset of its size in the superblock.
 const SQUASHFS: (&[u8], usize) = (b"hsqs", 40);
 
-/// Positions in the superblock (squashfs_fs.h): the compression's number, the flags, and of these the one of data that is not compressed.
+/// Offsets of compression and flags in the superblock, and the flag for uncompressed data (squashfs_fs.h).
 const SQUASHFS_COMPRESSION: usize = 20;
 
 const SQUASHFS_FLAGS: usize = 24;
 
 const SQUASHFS_PLAIN_DATA: u16 = 1 << 1;
 
-/// Magic numbers of entries of cpio archives: `newc`, without checksums and with them.
+/// Magic numbers of cpio entries in the format `newc`, without and with checksums.
 const CPIO: [&[u8]; 2] = [b"070701", b"070702"];
 
-/// Older formats of cpio, which hold no file above 2 or 8 GiB: `odc`, and binary in either byte order.
+/// Magic numbers of older cpio formats, whose files are limited to 2 or 8 GiB: `odc`, and binary in both byte orders.
 const OLD_CPIO: [&[u8]; 3] = [b"070707", b"\xc7\x71", b"\x71\xc7"];
 
-/// A tar archive is made of blocks of this size, and ends with two that are empty.
+/// Size of a tar block. An archive ends with two empty blocks.
 const TAR_BLOCK: usize = 512;
 
-/// Looks at an open file, which is called `shown`; a squashfs has at most `padding` bytes of zeros after it. See [`Opened::kind`].
+/// Detects the type of an open file, which messages call `shown`. A squashfs may have up to `padding` zero bytes after
+/// it. See [`Opened::kind`].
 pub(crate) fn kind_of_file(file: &File, shown: &str, padding: u64) -> Result<Kind> {
     let attempted = || format!("take {shown} as an image");
     let size = file.metadata().attempt(attempted)?.len();
@@ -139,10 +142,10 @@ pub(crate) fn kind_of_file(file: &File, shown: &str, padding: u64) -> Result<Kin
         };
         let used = u64::from_le_bytes(bytes.try_into().unwrap_or_default());
         return if size < used {
-            refuse(format!("it is cut off: {size} bytes of a squashfs of {used}"))
+            refuse(format!("it is cut off: the file has {size} bytes, its squashfs {used}"))
         } else if size - used > padding || !is_zero(file, used, size).attempt(attempted)? {
-            // It is padded to the blocks of a device or a tape, with zeros.
-            refuse(format!("something follows it: {size} bytes, and a squashfs of {used}"))
+            // Zeros pad it to the blocks of a device or tape.
+            refuse(format!("something follows it: the file has {size} bytes, its squashfs {used}"))
         } else {
             Ok(Kind::Squashfs)
         };
@@ -152,7 +155,7 @@ pub(crate) fn kind_of_file(file: &File, shown: &str, padding: u64) -> Result<Kin
         return match archive(&content) {
             Some(Archive::Tar) => Ok(Kind::Tar(Some(program))),
             Some(Archive::Cpio) => Ok(Kind::Cpio(Some(program))),
-            None => refuse(format!("what {program} has compressed is {}", unknown(&content))),
+            None => refuse(format!("its content, compressed with {program}, is {}", unknown(&content))),
         };
     }
     match archive(&start) {
@@ -169,7 +172,8 @@ pub(crate) fn kind_of_file(file: &File, shown: &str, padding: u64) -> Result<Kin
     Ok(Kind::Tar(None))
 }
 
-/// Compression of the squashfs at `path`, as `IMAGE_COMPRESSION` calls it; nothing of another one, or of another file.
+/// Compression of the squashfs at `path`, as a value of `IMAGE_COMPRESSION`; `None` for other compressions and other
+/// files.
 pub(crate) fn compression(path: &Path) -> Option<&'static str> {
     let start = read_up_to(&File::open(path).ok()?, TAR_BLOCK).ok()?;
     let number = |at: usize| Some(u16::from_le_bytes(start.get(at..at + 2)?.try_into().ok()?));
@@ -184,7 +188,7 @@ pub(crate) fn compression(path: &Path) -> Option<&'static str> {
     }
 }
 
-/// Returns whether the file is an uncompressed tar archive without a member: it begins with the zeros that end one.
+/// True if the file is an uncompressed tar archive without members, which is all zeros.
 pub(crate) fn is_empty_tar(file: &File) -> io::Result<bool> {
     let size = file.metadata()?.len();
     is_zero(file, 0, size)
@@ -212,7 +216,7 @@ fn unknown(start: &[u8]) -> &'static str {
     }
 }
 
-/// First block of a compressed file, uncompressed; less if it is damaged.
+/// First block of a compressed file, decompressed; shorter if the file is damaged.
 fn uncompressed(file: &File, program: &str) -> io::Result<Vec<u8>> {
     let mut command = Command::new(program);
     rustix::fs::seek(file, SeekFrom::Start(0))?;
@@ -227,7 +231,7 @@ fn uncompressed(file: &File, program: &str) -> io::Result<Vec<u8>> {
     Ok(start)
 }
 
-/// Returns whether all from `at` on is zero. Holes are not read.
+/// True if all bytes from `at` on are zero. Skips holes.
 fn is_zero(file: &File, mut at: u64, size: u64) -> io::Result<bool> {
     let mut buffer = vec![0; 1 << 20];
     while at < size {
@@ -263,7 +267,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_is_what_it_says_no_shorter_and_no_longer() {
+    fn file_type_is_detected_and_truncated_or_trailing_data_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("file");
         let of = |content: &[u8]| {
@@ -280,7 +284,7 @@ mod tests {
         assert_eq!(of(&squashfs).unwrap(), Kind::Squashfs, "with zeros after it");
         squashfs.push(1);
         assert!(of(&squashfs).unwrap_err().contains("something follows"));
-        // A hole of 16 TB is not read.
+        // The 8 TiB hole is not read.
         of(&squashfs[..3 << 20]).unwrap();
         File::options().write(true).open(&path).unwrap().set_len(1 << 43).unwrap();
         assert_eq!(Opened::open(&path).unwrap().kind().unwrap(), Some(Kind::Squashfs));

@@ -1,4 +1,5 @@
-//! Images of containers as they are saved (`docker save`, `podman save`, an OCI layout): layers, each a tar archive, one above the other.
+//! Saved container images (`docker save`, `podman save`, an OCI layout): layers that are tar archives, one above the
+//! other.
 
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
@@ -17,37 +18,37 @@ use crate::printable::listed;
 use crate::sys::attributes::Node;
 use crate::sys::tree::Tree;
 
-/// A file of this name says that its directory has nothing of the layers below; with another name after the first part, that they have
-/// no file of that name any more (OCI image layer specification, "Whiteouts").
+/// An opaque whiteout says that the directory hides all entries of the layers below. A whiteout with another name after
+/// the prefix hides the entry of that name (OCI image layer specification, "Whiteouts").
 const OPAQUE: &[u8] = b".wh..wh..opq";
 const WHITEOUT: &[u8] = b".wh.";
-/// Prefix of files that a storage driver (aufs) kept for itself.
+/// Prefix of files that the storage driver aufs keeps for itself.
 const OF_DRIVER: &[u8] = b".wh..wh.";
 
-/// No description of an image is larger.
+/// Largest description of an image that is read, in bytes.
 const LARGEST: u64 = 4 << 20;
 
-/// No engine makes an image of more layers.
+/// Most layers of an image; no container engine makes more.
 const MOST_LAYERS: usize = 1000;
 
-/// An index of indexes of indexes is made to keep us busy.
+/// Deepest nesting of indexes; deeper ones could only be made to waste time.
 const DEEPEST: usize = 4;
 
-/// Times of files are those of the clock's last tick.
+/// Resolution of file times: they are taken from the kernel's last clock tick.
 const CLOCK_TICK: Duration = Duration::from_millis(50);
 
 /// One layer of a saved image.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Layer {
-    /// Path below the directory of the saved image, without links.
+    /// Path below the directory of the saved image, with links resolved.
     pub(crate) path: PathBuf,
-    /// SHA-256 of the file, if it is named by that, in hexadecimal digits.
+    /// SHA-256 of the file in hexadecimal digits, if the image names the file by it.
     pub(crate) digest: Option<String>,
-    /// The same of the tar archive, before it was compressed, if the image's configuration has it.
+    /// SHA-256 of the uncompressed tar archive, if the image's configuration has it.
     pub(crate) diff_id: Option<String>,
 }
 
-/// Content that is named by its SHA-256: the digits, where it lies, and its length in bytes if that is told.
+/// Content that is named by its SHA-256: the digits, the path, and the size in bytes if the description has one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Named {
     digest: Option<String>,
@@ -55,14 +56,15 @@ struct Named {
     size: Option<u64>,
 }
 
-/// Media types of indexes, and of manifests (OCI image specification, "Media Types"; docker's "Image Manifest V 2, Schema 2").
+/// Media types of indexes and of manifests (OCI image specification, "Media Types"; Docker's "Image Manifest V 2,
+/// Schema 2").
 const INDEXES: [&str; 2] =
     ["application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json"];
 const MANIFESTS: [&str; 2] =
     ["application/vnd.oci.image.manifest.v1+json", "application/vnd.docker.distribution.manifest.v2+json"];
 
-/// The layers of the image that is saved in the directory `saved`, lowest first; nothing if it is no saved image. What is named by its digest
-/// on the way to them is compared with that.
+/// Layers of the image that is saved in the directory `saved`, lowest first; `None` if it is not a saved image.
+/// Verifies every description that is named by its digest.
 pub(crate) fn layers(saved: &Tree) -> Result<Option<Vec<Layer>>> {
     let attempted = || "read the description of the saved image";
     let strange =
@@ -77,7 +79,7 @@ pub(crate) fn layers(saved: &Tree) -> Result<Option<Vec<Layer>>> {
             let layers = strings(&image["Layers"]).ok_or_else(strange)?;
             (image["Config"].as_str().map(docker), layers.iter().map(|path| docker(path)).collect::<Vec<_>>())
         }
-        // `podman save --format docker-dir`, `skopeo copy … dir:`.
+        // Saved by `podman save --format docker-dir` or `skopeo copy … dir:`.
         Some(image) if image["layers"].is_array() && saved.look("version").is_ok_and(|found| found.is_some()) => {
             let beside = |blob: Named| Named { path: blob.digest.clone().unwrap_or_default(), ..blob };
             refuse_confusion(&image, None).map_err(|why| Error::new(attempted()).because(why))?;
@@ -109,7 +111,7 @@ pub(crate) fn layers(saved: &Tree) -> Result<Option<Vec<Layer>>> {
     let resolve = |(number, Named { digest, path, size }): (usize, Named)| {
         let attempted = || format!("find the layer {path} of the saved image");
         let found = saved.leads_to(&path).attempt(attempted)?;
-        // A device or a fifo is no layer.
+        // Refuses a device or a fifo as a layer.
         let file = saved.open_regular(&found, OFlags::RDONLY | OFlags::NOFOLLOW).attempt(attempted)?;
         let length = file.metadata().attempt(attempted)?.len();
         refuse_length(length, size).map_err(|why| Error::new(attempted()).because(why))?;
@@ -122,7 +124,7 @@ fn description(saved: &Tree, path: &str) -> Option<Value> {
     serde_json::from_slice(&saved.read(path, LARGEST).ok()?).ok()
 }
 
-/// A description that is named by its digest, which its bytes have to have.
+/// Reads a description that is named by its digest, and verifies the digest.
 fn verified(saved: &Tree, named: &Named) -> Result<Value> {
     let digest = named.digest.as_deref().unwrap_or_default();
     let attempted = || format!("take sha256:{digest} of the saved image");
@@ -135,7 +137,7 @@ fn verified(saved: &Tree, named: &Named) -> Result<Value> {
     serde_json::from_slice(&text).attempt(attempted)
 }
 
-/// Why content of `length` bytes is not what has this `size`.
+/// Refuses content whose `length` is not the described `size`.
 fn refuse_length(length: u64, size: Option<u64>) -> std::result::Result<(), String> {
     match size {
         Some(size) if size != length => Err(format!("it has {length} bytes, expected {size}")),
@@ -143,8 +145,8 @@ fn refuse_length(length: u64, size: Option<u64>) -> std::result::Result<(), Stri
     }
 }
 
-/// Why a description is neither an index nor a manifest: programs that disagree on which it is take different images from it (CVE-2021-41190).
-/// `expected` is the type that the index above tells of it.
+/// Refuses a description that is both an index and a manifest, or of another type than it says: programs that disagree
+/// on the type take different images from it (CVE-2021-41190). `expected` is the type that the index above gives.
 fn refuse_confusion(description: &Value, expected: Option<&Value>) -> std::result::Result<(), String> {
     let (is_index, is_manifest) = (!description["manifests"].is_null(), !description["layers"].is_null());
     if is_index && is_manifest {
@@ -170,13 +172,13 @@ fn several(names: &[&str]) -> Error {
         .advise("save one of them, for one architecture (podman save, skopeo copy --override-arch)")
 }
 
-/// The manifest of the only image that `index` leads to.
+/// Manifest of the only image that `index` leads to.
 fn image_of(saved: &Tree, index: Value, depth: usize) -> Result<Value> {
     if index["layers"].is_array() {
         return Ok(index);
     }
     let entries = index["manifests"].as_array().map(Vec::as_slice).unwrap_or_default();
-    // Beside an image lies what is attested of it, which is for no architecture.
+    // Skips attestations, which buildx lists beside the image with an unknown architecture.
     let is_image = |entry: &&Value| entry["platform"]["architecture"] != "unknown";
     let images: Vec<_> = entries.iter().filter(is_image).collect();
     if images.is_empty() {
@@ -197,45 +199,46 @@ fn image_of(saved: &Tree, index: Value, depth: usize) -> Result<Value> {
     let named = blob(image)
         .ok_or_else(|| refused().because("expected sha256: and 64 hexadecimal digits, and a size in bytes"))?;
     if depth == DEEPEST {
-        return Err(refused().because("it is an index in an index, again and again"));
+        return Err(refused().because("its indexes are nested too deeply"));
     }
     let below = verified(saved, &named)?;
     refuse_confusion(&below, Some(&image["mediaType"])).map_err(|why| refused().because(why))?;
     image_of(saved, below, depth + 1)
 }
 
-/// The configuration and the layers that a manifest of OCI names.
+/// Configuration and layers that an OCI manifest names.
 fn blobs(manifest: &Value) -> Option<(Option<Named>, Vec<Named>)> {
     let config = &manifest["config"];
     let config = if config.is_null() { None } else { Some(blob(config)?) };
     Some((config, manifest["layers"].as_array()?.iter().map(blob).collect::<Option<_>>()?))
 }
 
-/// The content that a descriptor names.
+/// Content that a descriptor names.
 fn blob(descriptor: &Value) -> Option<Named> {
     let digest = sha256(descriptor["digest"].as_str()?)?;
     let size = descriptor.get("size").map(Value::as_u64);
-    // One that is told is a number.
+    // A size that is given must be a number.
     let size = if size == Some(None) { return None } else { size.flatten() };
     Some(Named { path: format!("blobs/sha256/{digest}"), digest: Some(digest), size })
 }
 
-/// The content that docker's manifest names by a path, whose last name may be a digest, with an ending: `DIGEST.tar`, `blobs/sha256/DIGEST`.
+/// Content that Docker's manifest names by path. The last component may be a digest with an extension: `DIGEST.tar`,
+/// `blobs/sha256/DIGEST`.
 fn docker(path: &str) -> Named {
     let name = path.rsplit('/').next().unwrap_or_default();
     let stem = name.strip_prefix("sha256:").unwrap_or(name).split('.').next().unwrap_or_default();
     Named { digest: sha256(&format!("sha256:{stem}")), path: path.to_owned(), size: None }
 }
 
-/// The digits of a digest.
+/// Hexadecimal digits of a digest.
 fn sha256(digest: &str) -> Option<String> {
     let digits = digest.strip_prefix("sha256:")?;
     let is_digit = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
     (digits.len() == 64 && digits.bytes().all(is_digit)).then(|| digits.to_owned())
 }
 
-/// Moves what is in `layer`, which was unpacked after `began`, over `root`, and removes what it hides there. Both are on one file system
-/// and nobody else changes them; no link is followed.
+/// Moves the entries of `layer`, unpacked after `began`, over `root`, and removes what the layer hides there. Both are
+/// on one file system, and nobody else changes them. Follows no link.
 pub(crate) fn merge(layer: &Tree, root: &Tree, began: SystemTime) -> io::Result<()> {
     let mut directories = vec![(PathBuf::from("."), false)];
     let mut attributes = Vec::new();
@@ -268,12 +271,12 @@ pub(crate) fn merge(layer: &Tree, root: &Tree, began: SystemTime) -> io::Result<
                 rustix::fs::renameat(&from, name, &to, name)?;
             }
         }
-        // A directory that the layer only has on the way to something else, tar has made just now.
+        // tar has just created this directory if the layer only has entries below it, and not the directory itself.
         if is_new || modified(&found) + CLOCK_TICK < began {
             attributes.push((path, found));
         }
     }
-    // Moving an entry into a directory has changed the directory's time.
+    // Moving entries into a directory changed its times.
     for (path, found) in attributes {
         let [from, to] = [layer, root].map(|tree| tree.directory_without_links(&path));
         let (from, to) = (from?, to?);
@@ -309,7 +312,7 @@ mod tests {
     }
 
     #[test]
-    fn layers_are_those_that_docker_podman_and_oci_name() {
+    fn layers_are_read_from_docker_podman_and_oci_layouts() {
         let found = |files: &[(&str, Value)]| {
             let (_dir, tree) = tree(files);
             layers(&tree).map_err(|e| e.to_string())

@@ -1,4 +1,4 @@
-//! An image: recognized, unpacked, searched, packed.
+//! Images: recognizing, unpacking, searching and packing them.
 
 pub mod boot;
 pub(crate) mod cpio;

@@ -1,4 +1,4 @@
-//! An archive becomes a tree: written out, or mounted below an overlay.
+//! Unpacks an image into a directory, or mounts it below an overlay.
 
 use std::ffi::OsStr;
 use std::fs::{File, Permissions};
@@ -31,8 +31,8 @@ use crate::transfer::checksum::Expected;
 use crate::transfer::confinement::{self, Confined, STDIN};
 use crate::transfer::progress::Progress;
 
-/// Writes the tree out of `archive` to the new directory `name` of `volume`, and returns that: its name may be another's by then. A directory
-/// is copied; of a container's image that was saved the tree is that of its layers.
+/// Unpacks `archive` into the new directory `name` of `volume`, and returns that directory, since its name may be
+/// another's by then. Copies a directory; merges the layers of a saved container image.
 pub(crate) fn unpack(work: &Work, archive: &Opened, volume: &Tree, name: &str) -> Result<Tree> {
     confinement::refuse_to_lose_attributes()?;
     let before = used(volume);
@@ -47,13 +47,13 @@ pub(crate) fn unpack(work: &Work, archive: &Opened, volume: &Tree, name: &str) -
     match archive.kind()? {
         None => {
             let mut copy = Command::new("cp");
-            // The dot has the link followed that STDIN is.
+            // The trailing dot makes cp follow STDIN, which is a link.
             copy.args(["-aT", "--reflink=auto"]).arg(Path::new(STDIN).join(".")).arg(".");
             extract(work, archive, &mut copy, &target, look)?;
         }
         Some(Kind::Squashfs) => {
             let mut unsquashfs = Command::new("unsquashfs");
-            // Forced, since its directory is there.
+            // Needs -force because the directory exists.
             unsquashfs.args(["-quiet", "-no-progress", "-force", "-dest", ".", STDIN]);
             extract(work, archive, &mut unsquashfs, &target, look)?;
         }
@@ -72,13 +72,13 @@ pub(crate) fn unpack(work: &Work, archive: &Opened, volume: &Tree, name: &str) -
     Ok(target)
 }
 
-/// Makes the directory in which what unpacks stands: it reaches nothing else but the archive.
+/// Creates the directory that the confined unpacker works in; besides it, the unpacker can reach only the archive.
 fn make(volume: &Tree, name: &str) -> Result<Tree> {
     let attempted = || format!("make the directory {}", volume.shown().join(name).display());
     volume.make_private(name).attempt(attempted)
 }
 
-/// Runs a program that reads `archive` as its standard input and writes the tree into `target`.
+/// Runs a program that reads `archive` from its standard input and unpacks it into `target`.
 fn extract(
     work: &Work,
     archive: &Opened,
@@ -95,14 +95,14 @@ fn extract(
     Ok(())
 }
 
-/// A directory of ours that is gone when this is.
+/// A directory of ours, removed when dropped.
 struct Removed<'a> {
     volume: &'a Tree,
     name: String,
 }
 
 impl<'a> Removed<'a> {
-    /// A place beside the directory `name`, where nothing is.
+    /// Reserves a name beside the directory `name`, and removes what is there.
     fn beside(volume: &'a Tree, name: &str, ending: &str) -> Self {
         let place = Self { volume, name: format!("{name}{ending}") };
         place.remove();
@@ -120,7 +120,7 @@ impl Drop for Removed<'_> {
     }
 }
 
-/// `private` says that no other user reaches what is `saved`, whoever owns it.
+/// Merges the layers. `private` says that no other user can reach `saved`, whoever owns it.
 fn unpack_layers(
     work: &Work,
     (saved, private): (&Tree, bool),
@@ -133,7 +133,7 @@ fn unpack_layers(
         let attempted = || format!("unpack the layer {}", path.display());
         let file = saved.open_regular(&path, OFlags::RDONLY | OFlags::NOFOLLOW).attempt(attempted)?;
         let kind = |file: &File| kind::kind_of_file(file, &path.display().to_string(), u64::MAX);
-        // One that changes nothing holds nothing but the two blocks that end an archive.
+        // An empty layer has only the two zero blocks that end an archive.
         let is_empty = kind::is_empty_tar(&file).attempt(attempted)?;
         let is_compressed = !is_empty && kind(&file)? != Kind::Tar(None);
         let sha256 = digest.or(diff_id.filter(|_| !is_compressed));
@@ -150,7 +150,7 @@ fn unpack_layers(
         let Kind::Tar(compressed) = kind(&file)? else {
             return Err(Error::new(attempted())
                 .because("it is no tar archive")
-                .advise("save the image of the container anew"));
+                .advise("save the container image again"));
         };
         let began = SystemTime::now();
         let directory = Removed::beside(volume, name, ".layer");
@@ -174,7 +174,7 @@ fn unpack_tar(
     if let Some(program) = compressed {
         tar.arg(format!("--use-compress-program={program}"));
     }
-    // It fails at a member whose path has '..' in it, and leaves out the leading '/' of others and of what hard links lead to.
+    // tar fails at a member with '..' in its path, and strips the leading '/' of names and hard link targets.
     extract(work, archive, tar.args(["--file", STDIN]), target, look)
 }
 
@@ -190,7 +190,7 @@ fn unpack_cpio(work: &Work, archive: &Opened, compressed: Option<&str>, root: &T
     file.rewind().attempt(attempted)?;
     let position = file.try_clone().attempt(attempted)?;
     let look = || {
-        // The program that unpacks it first reads by the same descriptor.
+        // A decompressor reads through the same open file description, so this shows its progress too.
         progress.at(rustix::fs::tell(&position)?);
         work.heed().map_err(io::Error::other)
     };
@@ -206,7 +206,7 @@ fn unpack_cpio(work: &Work, archive: &Opened, compressed: Option<&str>, root: &T
                 let _ = child.kill();
             }
             let status = child.wait().attempt(attempted)?;
-            // It has read all there is, up to the checksum at the end.
+            // Its exit status covers the checksum at the end of the file.
             unpacked.and_then(|()| {
                 let failed = || io::Error::other(format!("{program}: {status}"));
                 status.success().then_some(()).ok_or_else(failed)
@@ -222,28 +222,29 @@ fn unpack_cpio(work: &Work, archive: &Opened, compressed: Option<&str>, root: &T
     })
 }
 
-/// Returns the bytes used on the volume.
+/// Bytes used on the volume.
 fn used(volume: &Tree) -> u64 {
     rustix::fs::fstatvfs(volume).map_or(0, |disk| (disk.f_blocks - disk.f_bfree).saturating_mul(disk.f_frsize))
 }
 
-// Options that make an overlay behave as a disk does. Nobody else can redirect a change: the upper directory is root's alone, and the
-// overlay hides its own attributes from sessions. A redirect in the source has no further layer to lead to.
+// Options that make an overlay behave like a disk. Nobody else can forge a redirect: the upper directory belongs to
+// root, and the overlay hides its own attributes from sessions. A redirect in the source has no lower layer to lead to.
 
-/// A directory of the source can be renamed; without it, rename(2) fails with EXDEV.
+/// Allows renaming a directory of the source; without it, rename(2) fails with EXDEV.
 pub(crate) const REDIRECT: (&str, &str) = ("redirect_dir", "on");
 
-/// A file of several names stays one file when one of them is changed. The kernel then refuses changes to another source (ESTALE), and
-/// changes that are mounted elsewhere (EBUSY).
+/// Keeps a file with several names one file when it is changed. In return, the kernel refuses an upper directory that
+/// was used with another source (ESTALE) or is mounted elsewhere (EBUSY).
 pub(crate) const INDEX: (&str, &str) = ("index", "on");
 
-/// All files are of one device, as tar --one-file-system and rsync -x expect.
+/// Reports one device number for all files, as tar --one-file-system and rsync -x expect.
 pub(crate) const ONE_DEVICE: (&str, &str) = ("xino", "on");
 
-/// Whatever the module's default is: an attribute in the source could else lend a file the content of another.
+/// Set explicitly, because the module's default may be on: an attribute in the source could then give a file the
+/// content of another one.
 pub(crate) const NO_METACOPY: (&str, &str) = ("metacopy", "off");
 
-/// Those of the options that the kernel has left out, which it does without an error where a file system lacks what they need.
+/// Options that the kernel dropped, which it does silently where a file system lacks what they need.
 fn lacking(image_root: &Path) -> Vec<&'static str> {
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let is_ours = |line: &&str| mounts::mount_points(line.as_bytes()) == [image_root];
@@ -265,43 +266,45 @@ fn without(option: &str) -> &'static str {
     }
 }
 
-/// Mount point of a squashfs, in an overlay's own directory.
+/// Mount point of a squashfs in an overlay's own directory.
 pub(crate) const LOWER: &str = "lower";
 
-/// Directory for the changes there.
+/// Directory for the changes.
 pub(crate) const UPPER: &str = "upper";
 
-/// Directory of the kernel's own.
+/// The kernel's work directory.
 const INNER: &str = "work";
-/// Directory of changed files that have several names.
+/// Index of changed files that have several names.
 pub(crate) const INDEX_OF_LINKS: &str = "work/index";
 
-/// The kernel unmounts what a process was alone to see within this time after its end.
-const TIME_TO_LET_GO: Duration = Duration::from_secs(3);
+/// Time for the kernel to tear down the mounts of a process that has just ended.
+const TIME_TO_UNMOUNT: Duration = Duration::from_secs(3);
 
-/// A tree that is mounted: the source below, what is changed above it.
+/// A mounted overlay: the source below, the changes above it.
 #[derive(Debug)]
 pub(crate) struct Overlay {
-    /// Where it is seen.
+    /// Mount point.
     pub(crate) image_root: PathBuf,
-    /// The source itself, as it was.
+    /// The source, unchanged.
     pub(crate) lower: Tree,
     mounted: Vec<PathBuf>,
 }
 
 impl Overlay {
-    /// Mounts `source`, a squashfs or a folder, at `image_root`; `folder` takes what is changed. One that was mounted like this before is
-    /// found as it was left. To be mounted by one container after the other, never by two at a time.
-    pub(crate) fn mount(source: &Opened, folder: &Path, image_root: &Path) -> Result<Self> {
+    /// Mounts an overlay of `source`, a squashfs or a directory, at `image_root`. `directory` holds the changes, and an
+    /// overlay that was mounted with it before continues with them. Two containers must never mount it at the same
+    /// time.
+    pub(crate) fn mount(source: &Opened, directory: &Path, image_root: &Path) -> Result<Self> {
         let attempted = || format!("mount {} on {}", source.shown.display(), image_root.display());
-        let [squashfs, upper, inner] = [LOWER, UPPER, INNER].map(|name| folder.join(name));
+        let [squashfs, upper, inner] = [LOWER, UPPER, INNER].map(|name| directory.join(name));
         let first = !upper.exists();
-        for made in [folder, &squashfs, &upper, &inner, image_root] {
-            std::fs::create_dir_all(made).attempt(|| format!("make the folder {}", made.display()))?;
+        for made in [directory, &squashfs, &upper, &inner, image_root] {
+            std::fs::create_dir_all(made).attempt(|| format!("make the directory {}", made.display()))?;
         }
-        // Setuid programs in the upper directory count; in the overlay, which others may see, they do not.
-        std::fs::set_permissions(folder, Permissions::from_mode(0o700)).attempt(attempted)?;
-        // The machine's users may see it: no setuid program of the image runs outside a jail, which honours them inside.
+        // Keeps others out: setuid programs in the upper directory work, while the overlay itself is nosuid.
+        std::fs::set_permissions(directory, Permissions::from_mode(0o700)).attempt(attempted)?;
+        // Users of this machine may see the overlay, so it is nosuid: setuid programs of the image work only inside a
+        // jail.
         let attributes = MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOSUID;
         let mut mounted_below = Vec::new();
         let lower = match &source.content {
@@ -324,11 +327,11 @@ impl Overlay {
             }
         };
         let mut overlay = Self { image_root: image_root.to_owned(), lower, mounted: mounted_below };
-        // The root's owner, mode and time are the upper folder's.
+        // The root of an overlay takes owner, mode and times from the upper directory.
         if first {
             copy_root(&overlay.lower, &upper).attempt(attempted)?;
         }
-        // The open directory is mounted, whatever has its path by now.
+        // Mounts the directory that was opened, even if its path leads elsewhere by now.
         let names = [overlay.lower.path().as_path(), &upper, &inner].map(escape);
         let layers = [("lowerdir", names[0].as_str()), ("upperdir", &names[1]), ("workdir", &names[2])];
         let mount = |further: &[(&'static str, &'static str)]| {
@@ -338,11 +341,12 @@ impl Overlay {
         };
         let is_busy = |e: &io::Error| Errno::from_io_error(e) == Some(Errno::BUSY);
         let began = Instant::now();
-        // The kernel would mount a busy upper layer without the index, and each of two runs would see half of what the other changes.
+        // With a busy upper directory the kernel would mount without the index, and each of two runs would see half of
+        // the other's changes.
         let mounted = loop {
             match mount(&[REDIRECT, INDEX, ONE_DEVICE, NO_METACOPY]) {
-                // The jail of a run that was killed is on its way to its end, of which no event tells.
-                Err(e) if is_busy(&e) && began.elapsed() < TIME_TO_LET_GO => std::thread::sleep(TIME_TO_LET_GO / 300),
+                // The jail of a killed run may still be ending, and no event reports its end.
+                Err(e) if is_busy(&e) && began.elapsed() < TIME_TO_UNMOUNT => std::thread::sleep(TIME_TO_UNMOUNT / 300),
                 other => break other,
             }
         };
@@ -356,7 +360,7 @@ impl Overlay {
         }
         mounted
             .attempt(attempted)
-            .map_err(|e| e.advise(format!("if {} holds changes to another image, remove it", folder.display())))?;
+            .map_err(|e| e.advise(format!("if {} holds changes to another image, remove it", directory.display())))?;
         overlay.mounted.push(image_root.to_owned());
         for option in lacking(image_root) {
             tracing::warn!("the overlay on {} lacks {option}: {}", image_root.display(), without(option));
@@ -364,28 +368,28 @@ impl Overlay {
         Ok(overlay)
     }
 
-    /// Whether anything was changed above the source; nothing if there is no overlay in `folder`.
-    pub(crate) fn changes(folder: &Path) -> Option<bool> {
-        std::fs::read_dir(folder.join(UPPER)).ok().map(|mut names| names.next().is_some())
+    /// True if anything was changed above the source; `None` if there is no overlay in `directory`.
+    pub(crate) fn changes(directory: &Path) -> Option<bool> {
+        std::fs::read_dir(directory.join(UPPER)).ok().map(|mut names| names.next().is_some())
     }
 
-    /// Returns whether the overlay of `folder` is mounted at `image_root`, and seen there from here.
-    pub(crate) fn is_mounted(folder: &Path, image_root: &Path) -> bool {
+    /// True if the overlay of `directory` is mounted at `image_root` in this mount namespace.
+    pub(crate) fn is_mounted(directory: &Path, image_root: &Path) -> bool {
         let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         let real = |path: &Path| std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
-        let (place, upper) = (real(image_root), folder.join(UPPER));
+        let (place, upper) = (real(image_root), directory.join(UPPER));
         let options = [&upper, &real(&upper)].map(|upper| format!("upperdir={}", escape(upper)));
         let is_there = |line: &&str| mounts::mount_points(line.as_bytes()) == [place.as_path()];
         let top = mounts.lines().rfind(is_there);
         top.is_some_and(|line| line.split([' ', ',']).any(|word| options.iter().any(|option| word == option)))
     }
 
-    /// Takes the mounts down.
+    /// Unmounts it.
     pub(crate) fn unmount(mut self) -> Result<()> {
         self.take_down()
     }
 
-    /// Leaves them as they are when this program ends, and returns where they are, lowest first.
+    /// Keeps the mounts when this program ends, and returns the mount points, lowest first.
     pub(crate) fn keep(mut self) -> Vec<PathBuf> {
         std::mem::take(&mut self.mounted)
     }
@@ -404,7 +408,7 @@ impl Drop for Overlay {
     }
 }
 
-/// A process that sees an overlay of the upper directory `upper` mounted, by proc_pid_mountinfo(5).
+/// A process in whose mount namespace an overlay with the upper directory `upper` is mounted (proc_pid_mountinfo(5)).
 fn process_with(upper: &Path) -> Option<Entry> {
     let option = format!("upperdir={}", upper.display());
     let is_there = |text: &str| text.lines().any(|line| line.split([' ', ',']).any(|word| word == option));
@@ -412,7 +416,7 @@ fn process_with(upper: &Path) -> Option<Entry> {
     numbers(Path::new("/proc")).filter(sees).find_map(Entry::read)
 }
 
-/// Mounts the squashfs in `file`, whatever has its name.
+/// Mounts the squashfs in `file`, even if its name leads elsewhere by now.
 fn mount_squashfs(file: &File, place: &Path, attributes: MountAttrFlags) -> io::Result<()> {
     let target = Tree::open(place)?;
     let device = Loop::of(file)?;
@@ -424,12 +428,12 @@ fn copy_root(root: &Tree, upper: &Path) -> io::Result<()> {
     let upper = Tree::open(upper)?;
     let [from, to] = [root, &upper].map(|directory| Node { directory, name: OsStr::new(".") });
     let mut attributes = from.attributes()?;
-    // These belong to an overlay that the source is the upper layer of.
+    // Attributes of another overlay, whose upper layer the source was.
     attributes.retain(|name, _| !name.as_bytes().starts_with(b"trusted.overlay."));
     to.take(&rustix::fs::fstat(root)?, &attributes)
 }
 
-/// A path as an option of overlay takes it.
+/// Escapes a path for an overlay mount option.
 fn escape(path: &Path) -> String {
     let text = String::from_utf8_lossy(path.as_os_str().as_bytes());
     text.replace('\\', "\\\\").replace(':', "\\:").replace(',', "\\,")

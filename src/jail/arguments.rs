@@ -1,4 +1,4 @@
-//! The command line of `ims-jail-shell`: written by ims-sshd, by sshd and by the program itself, read by its `main`.
+//! The command line of `ims-jail-shell`, which ims-sshd, sshd and the program itself write, and its `main` reads.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -6,32 +6,33 @@ use std::path::{Path, PathBuf};
 use crate::jail::plan::Plan;
 use crate::jail::tier::Tier;
 
-/// The program's name, beside ims-sshd and in the jail.
+/// Name of the program, beside ims-sshd and in the jail.
 pub(crate) const NAME: &str = "ims-jail-shell";
 
 /// A command of the program. `JAIL` is the file of the jail's [`Record`](crate::jail::record::Record).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Arguments {
-    /// `init`, with the arguments of a plan: make the jail around the working directory, and be its first process. Standard input is the
-    /// socket to the supervisor.
+    /// `init`, with the arguments of a plan: make the jail around the working directory and become its first process.
+    /// Standard input is the socket to the supervisor.
     Init(Plan),
-    /// `serve TIER`: in the jail, be its first process.
+    /// `serve TIER`: become the first process of the jail, from inside it.
     Serve(Tier),
-    /// `session JAIL`, and `-c 'exec ims-jail-shell session JAIL'` as the login shell that sshd starts: enter the jail and carry out
-    /// `SSH_ORIGINAL_COMMAND`, or start a login shell.
+    /// `session JAIL`, and `-c 'exec ims-jail-shell session JAIL'` where sshd starts the program as login shell: enter
+    /// the jail and carry out `SSH_ORIGINAL_COMMAND`, or start a login shell.
     Session(PathBuf),
     /// `enter JAIL [-- PROGRAM [ARGUMENT]...]`: enter the jail and run a program of the image, or a login shell.
     Enter(PathBuf, Vec<OsString>),
-    /// `inside`, with the words of an errand: in the jail, carry out what `session` or `enter` was asked for.
+    /// `inside`, with the words of an errand: carry out the request of `session` or `enter`, inside the jail.
     Inside(Vec<OsString>),
     /// `try JAIL`: enter the jail and leave it.
     Try(PathBuf),
-    /// `seal JAIL`: once the jail's processes have ended, make its mount of the image root read-only, and print how it went.
+    /// `seal JAIL`: make the jail's mount of the image root read-only once the jail's processes have ended, and print
+    /// the result.
     Seal(PathBuf),
 }
 
 impl Arguments {
-    /// The words behind the program's name.
+    /// The words after the program's name.
     pub fn to_words(&self) -> Vec<OsString> {
         let (name, words): (&str, Vec<OsString>) = match self {
             Self::Init(plan) => ("init", plan.to_arguments()),
@@ -50,8 +51,8 @@ impl Arguments {
         [vec![NAME.into()], self.to_words()].concat()
     }
 
-    /// Reads the words; `None` if they are none. They are always ims-sshd's own, so no parser made for people reads them: to build one would be a
-    /// tenth of the time that a session takes to start.
+    /// Parses the words; `None` if they are invalid. They always come from ims-sshd, so no parser made for people is
+    /// needed: building one would take a tenth of the time that a session needs to start.
     pub fn from_words(words: &[OsString]) -> Option<Self> {
         let (name, words) = words.split_first()?;
         Some(match (name.to_str()?, words) {
@@ -68,14 +69,14 @@ impl Arguments {
         })
     }
 
-    /// The command line with which sshd starts `program` for every session in the jail of the record `jail`.
+    /// Command line with which sshd starts `program` for every session in the jail of the record `jail`.
     pub(crate) fn forced_command(program: &Path, jail: &Path) -> String {
-        // `exec`: the login shell makes way, so that sshd sees the helper's end as its own, a death by signal too.
+        // `exec` replaces the login shell, so that sshd sees the helper's exit code or signal itself.
         let words = ["exec", &program.to_string_lossy(), "session", &jail.to_string_lossy()].map(str::to_owned);
         shell_words::join(words)
     }
 
-    /// Reads it where the program itself is the login shell.
+    /// Parses the command line where the program itself is the login shell.
     fn from_forced_command(line: &str) -> Option<Self> {
         match shell_words::split(line).ok()?.as_slice() {
             [exec, _, session, jail] if exec == "exec" && session == "session" => Some(Self::Session(jail.into())),
@@ -93,7 +94,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn arguments_are_read_as_they_were_written(jail in "-{0,2}\\PC{0,9}", words in vec(vec(1..=255_u8, 0..6), 0..4)) {
+        fn arguments_round_trip_through_their_words(jail in "-{0,2}\\PC{0,9}", words in vec(vec(1..=255_u8, 0..6), 0..4)) {
             let (path, words) = (PathBuf::from(&jail), words.into_iter().map(OsString::from_vec).collect::<Vec<_>>());
             let plan = Plan { image_root: "/".into(), label: Some(jail.clone()), ..Plan::default() };
             for arguments in [
@@ -113,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn the_login_shell_runs_the_forced_command_and_nothing_else() {
+    fn login_shell_runs_nothing_but_the_forced_command() {
         for line in
             ["", "exec", "id", "exec x session", "exec x enter /jail", "x session /jail", "exec x session a b", "'"]
         {

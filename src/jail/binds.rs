@@ -1,6 +1,6 @@
-//! Bind mounts: directories and files of the container that a job asks to see in the jail, as `SOURCE[:TARGET[:ro]]`.
+//! Bind mounts: directories and files of the container that a job wants to see in the jail, as `SOURCE[:TARGET[:ro]]`.
 //!
-//! The source is the administrator's and trusted; the target lies in the image, which is not.
+//! The source comes from the administrator and is trusted; the target is in the image and is not.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Component, Path, PathBuf};
@@ -16,23 +16,23 @@ use crate::sys::tree::Tree;
 /// One bind mount.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Bind {
-    /// The source: a path of the container without links.
+    /// Source: a path of the container, with links resolved.
     pub(crate) source: PathBuf,
-    /// The target, relative to the image root.
+    /// Target, relative to the image root.
     pub(crate) target: PathBuf,
-    /// Read-only, with everything that is mounted below it.
+    /// Read-only, including everything mounted below it.
     pub(crate) read_only: bool,
 }
 
 /// Paths that the jail itself mounts or puts into the image.
 const TAKEN_TARGETS: [&str; 5] = ["proc", "sys", "dev", "run", "etc/resolv.conf"];
 
-/// Paths that the jail hides or restricts and a bind mount must not expose again; the last one has the keys of open
+/// Paths that the jail hides or restricts, so a bind mount must not expose them. The last one has the keys of open
 /// environments.
 const HIDDEN_SOURCES: [&str; 4] = ["/proc", "/sys", "/dev", "/run/ims-sshd"];
 
 impl Bind {
-    /// Understands `SOURCE[:TARGET[:ro]]`, and looks at the source. Returns what is wrong with it, which begins with SOURCE or TARGET.
+    /// Parses `SOURCE[:TARGET[:ro]]` and checks the source. The error begins with SOURCE or TARGET.
     pub fn parse(text: &str) -> std::result::Result<Self, String> {
         let words: Vec<_> = text.split(':').collect();
         let (source, target, read_only) = match words[..] {
@@ -53,7 +53,7 @@ impl Bind {
             Err(e) => return refuse(&e.to_string()),
         }
         if let Some(hidden) = HIDDEN_SOURCES.iter().find(|hidden| overlap(&real, Path::new(hidden))) {
-            return refuse(&format!("it is, holds or lies in {hidden}, which a session must not reach"));
+            return refuse(&format!("it is, contains or lies in {hidden}, which a session must not reach"));
         }
         let target = target.map_or(named.clone(), PathBuf::from);
         let refuse = |why: &str| Err(format!("TARGET is '{}': {why}", target.display()));
@@ -67,7 +67,7 @@ impl Bind {
         Ok(Self { source: real, target: relative, read_only })
     }
 
-    /// A copy of what is mounted at the source, with all that is mounted below it, which may cover something on purpose.
+    /// Copies the mount of the source with everything mounted below it: a mount may cover something on purpose.
     pub(crate) fn copy(&self) -> Result<Detached> {
         let mut attributes = MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOSUID;
         attributes.set(MountAttrFlags::MOUNT_ATTR_RDONLY, self.read_only);
@@ -76,17 +76,17 @@ impl Bind {
         copy.map_err(|e| self.refuse(format!("the source: {e}")))
     }
 
-    /// Puts the copy on the target.
+    /// Attaches the copy to the target.
     pub(crate) fn attach(&self, copy: Detached, root: &Tree) -> Result<()> {
         let target = root.handle(&self.target).map_err(|e| self.refuse(format!("the target: {e}")))?;
-        // The kernel says no more than EINVAL of a directory and a file (move_mount(2)). Both were looked at before: see `place`.
+        // move_mount(2) answers EINVAL for a directory on a file or the reverse, so say more. Both were checked before:
+        // see `place`.
         let kind =
             |fd: BorrowedFd<'_>| rustix::fs::fstat(fd).map(|found| FileKind::of(&found)).attempt(|| self.attempted());
         let (source_is, target_is) = (kind(copy.as_fd())?, kind(target.as_fd())?);
         if source_is != target_is {
-            let why =
-                format!("the source is {source_is} by now, and the target {target_is}: one of them was exchanged");
-            return Err(self.refuse(why).advise("run it again when nobody changes them"));
+            let why = format!("the source is now {source_is} and the target {target_is}: one of them was replaced");
+            return Err(self.refuse(why).advise("run it again while nothing changes them"));
         }
         copy.attach(target).attempt(|| self.attempted()).map(drop)
     }
@@ -100,21 +100,21 @@ impl Bind {
     }
 }
 
-/// True if the paths are equal or one lies in the other.
+/// True if the paths are equal or one contains the other.
 pub(crate) fn overlap(a: &Path, b: &Path) -> bool {
     a.starts_with(b) || b.starts_with(a)
 }
 
-/// Why nothing can be bound at `target`, relative to the image root.
+/// Reason why nothing can be bound at `target`, relative to the image root.
 pub(crate) fn taken(target: &Path) -> Option<String> {
     if target.as_os_str().is_empty() {
         return Some("that is the image root itself".into());
     }
-    // The record of created paths is line-based.
+    // The record of created mount points has one path a line.
     if target.as_os_str().as_encoded_bytes().iter().any(u8::is_ascii_control) {
         return Some("expected a path without control characters".into());
     }
-    // Not what holds them: /etc as a whole may be covered, with resolv.conf in it.
+    // A directory that contains one of them is allowed: all of /etc may be covered, with resolv.conf in it.
     let taken = TAKEN_TARGETS.iter().find(|taken| target.starts_with(taken));
     taken.map(|taken| format!("/{taken} is the jail's own"))
 }
@@ -125,7 +125,7 @@ mod tests {
     use std::os::unix::fs::symlink;
 
     #[test]
-    fn a_bind_is_read_as_source_target_and_ro() {
+    fn bind_is_parsed_as_source_target_and_ro() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().canonicalize().unwrap();
         let shown = path.display();
@@ -142,9 +142,9 @@ mod tests {
             (String::new(), "SOURCE is ''"),
             (format!("{shown}/missing:/opt"), "No such file"),
             (format!("{shown}/socket:/opt"), "expected a directory or a regular file"),
-            ("/:/opt".into(), "it is, holds or lies in /proc"),
-            ("/proc/sys:/opt".into(), "it is, holds or lies in /proc"),
-            ("/dev/shm:/opt".into(), "it is, holds or lies in /dev"),
+            ("/:/opt".into(), "it is, contains or lies in /proc"),
+            ("/proc/sys:/opt".into(), "it is, contains or lies in /proc"),
+            ("/dev/shm:/opt".into(), "it is, contains or lies in /dev"),
             (format!("{shown}:"), "expected an absolute path"),
             (format!("{shown}:opt"), "expected an absolute path"),
             (format!("{shown}:/opt/../etc"), "without '..'"),
@@ -160,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn a_source_or_target_that_is_exchanged_meanwhile_is_named() {
+    fn source_or_target_replaced_before_the_mount_is_named_in_the_error() {
         let exchange = || {
             let dir = tempfile::tempdir().unwrap();
             let (root, source) = (dir.path().join("root"), dir.path().join("source"));
@@ -178,7 +178,7 @@ mod tests {
             std::fs::remove_dir(&source).unwrap();
             refused("the source: No such file or directory");
             symlink("/etc", &source).unwrap();
-            refused("the source is a symbolic link by now, and the target a directory");
+            refused("the source is now a symbolic link and the target a directory");
             std::fs::remove_file(&source).unwrap();
             symlink("/", dir.path().join("way")).unwrap();
             let way = Bind { source: dir.path().join("way/etc"), ..bind.clone() };
@@ -187,9 +187,9 @@ mod tests {
             std::fs::remove_dir(root.join("target")).unwrap();
             refused("the target: No such file or directory");
             std::fs::write(root.join("target"), "").unwrap();
-            refused("the source is a directory by now, and the target a regular file");
+            refused("the source is now a directory and the target a regular file");
         };
-        // Mounts of its own are a thread's.
+        // A thread of its own, since it gets a mount namespace of its own.
         std::thread::spawn(exchange).join().unwrap();
     }
 }

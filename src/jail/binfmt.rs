@@ -1,10 +1,11 @@
-//! The kernel's table of interpreters for programs of other kinds (binfmt_misc): what is in it, and our own entry.
+//! The kernel's table of interpreters for foreign programs (binfmt_misc), and our entry in it.
 //!
-//! The table is the user namespace's (since Linux 6.7; before, there is one for the whole machine), so it is shared with all other
-//! containers of the node. It is reached through a mount of our own that is attached nowhere. What is there is never changed: another
-//! environment, or the node itself, may run by it. Our entry bears a name of its own, and goes with its environment.
+//! The table belongs to the user namespace (since Linux 6.7; before, to the machine), so all other containers of the
+//! node share it. It is reached through a detached mount of our own. Existing entries are never changed, because
+//! another environment or the node may use them. Our entry has a unique name and is removed with its environment.
 //!
-//! Since Linux 6.7 the entries vanish with the last mount of the table. So ours is kept open for as long as its entry is needed.
+//! Since Linux 6.7 the entries vanish with the last mount of the table, so our mount stays open as long as its entry is
+//! needed.
 
 use std::fmt::Write as _;
 use std::io::{self, ErrorKind};
@@ -24,23 +25,23 @@ use crate::sys::tree::Tree;
 /// One entry of the table.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(crate) struct Entry {
-    /// Its file's name.
+    /// Name of its file.
     pub name: String,
-    /// Whether it is switched on.
+    /// True if it is enabled.
     pub(crate) enabled: bool,
-    /// The interpreter.
+    /// Path of the interpreter.
     pub(crate) interpreter: PathBuf,
-    /// Letters, as in a registration.
+    /// Flags, as in a registration.
     pub(crate) flags: String,
-    /// Where in a file the magic is.
+    /// Offset of the magic in a file.
     offset: usize,
     magic: Vec<u8>,
-    /// Which bits of the magic count; all if it is empty.
+    /// Bits of the magic that are compared; all if empty.
     mask: Vec<u8>,
 }
 
 impl Entry {
-    /// Reads an entry's file as the kernel shows it; `None` if it goes by a file's extension, or is none.
+    /// Parses an entry's file as the kernel shows it; `None` if it matches by file extension, or is not an entry.
     pub(crate) fn parse(name: &str, text: &str) -> Option<Self> {
         let value = |field: &str| text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(' '));
         Some(Self {
@@ -54,24 +55,25 @@ impl Entry {
         })
     }
 
-    /// Whether the kernel would take it for a file that begins with `header`.
+    /// True if the kernel would use this entry for a file that begins with `header`.
     pub(crate) fn takes(&self, header: &[u8]) -> bool {
         let masks = self.mask.iter().copied().chain(std::iter::repeat(0xff));
         let Some(place) = header.get(self.offset..).and_then(|rest| rest.get(..self.magic.len())) else { return false };
         self.enabled && place.iter().zip(&self.magic).zip(masks).all(|((byte, magic), mask)| (byte ^ magic) & mask == 0)
     }
 
-    /// Whether its interpreter is found in every jail: opened when it was registered, and not looked for again.
-    fn holds_its_interpreter(&self) -> bool {
+    /// True if the interpreter was opened at registration (flag `F`), so every jail has it; otherwise the kernel looks
+    /// it up by path.
+    fn is_opened_at_registration(&self) -> bool {
         self.flags.contains('F')
     }
 
-    fn is_an_environments(&self) -> bool {
+    fn belongs_to_an_environment(&self) -> bool {
         self.name.starts_with(PREFIX)
     }
 }
 
-/// Names of environments' own entries begin so.
+/// Prefix of the entries of environments.
 const PREFIX: &str = "ims-sshd-";
 
 fn bytes(hexadecimal: &str) -> Option<Vec<u8>> {
@@ -79,24 +81,23 @@ fn bytes(hexadecimal: &str) -> Option<Vec<u8>> {
     (0..hexadecimal.len()).step_by(2).map(digit).collect()
 }
 
-/// The entry that runs programs for `architecture` in a jail, and that no environment takes away at its end.
+/// The entry that runs programs for `architecture` in a jail and that no environment removes at its end.
 ///
-/// Which of two entries the kernel takes is not to be seen. So one that would not work in a jail spoils the others; the last one
-/// registered comes first.
+/// The kernel takes the entry registered last, and the table hides the order; one match without `F` disqualifies all.
 pub(crate) fn serving(entries: &[Entry], architecture: Architecture) -> Option<&Entry> {
     let takes = |entry: &&Entry| architecture.headers().iter().all(|header| entry.takes(header));
     let mut matching = entries.iter().filter(takes);
-    if !matching.clone().all(Entry::holds_its_interpreter) {
+    if !matching.clone().all(Entry::is_opened_at_registration) {
         return None;
     }
-    matching.find(|entry| !entry.is_an_environments())
+    matching.find(|entry| !entry.belongs_to_an_environment())
 }
 
 /// The line that registers `interpreter` under `name`.
 ///
-/// `F`: the kernel opens it now, so that it is found in every jail. `P`: it learns the name that the program was called by, which
-/// login shells and busybox go by. `O`: it is handed the program open. Not `C`: a setuid program does not make QEMU setuid, whose
-/// variables would let a user write as root.
+/// `F`: the kernel opens the interpreter now, so every jail has it. `P`: the interpreter gets the program's argv[0],
+/// which login shells and busybox evaluate. `O`: it gets the program as an open descriptor. Not `C`: a setuid program
+/// would make QEMU setuid, whose variables would let a user write as root.
 pub(crate) fn registration(name: &str, architecture: Architecture, interpreter: &Path) -> String {
     let escaped = |bytes: &[u8]| {
         bytes.iter().fold(String::new(), |mut text, byte| {
@@ -106,30 +107,30 @@ pub(crate) fn registration(name: &str, architecture: Architecture, interpreter: 
     };
     let [magic, other_type] = architecture.headers();
     let mut mask = [0xff; HEADER];
-    // Programs for any operating system's ABI.
+    // Ignore the OS ABI byte of the ELF header.
     mask[7] = 0;
     mask[16] = !(magic[16] ^ other_type[16]);
     format!(":{name}:M:0:{}:{}:{}:POF", escaped(&magic), escaped(&mask), interpreter.display())
 }
 
-/// Where the static QEMU for `architecture` is installed, as distributions and this project's container image have it.
+/// Path of the static QEMU for `architecture` in distributions and in this project's container image.
 pub(crate) fn interpreter(architecture: Architecture) -> PathBuf {
     format!("/usr/bin/qemu-{}-static", architecture.name()).into()
 }
 
-/// By what programs for another architecture run.
+/// The entry that runs programs for another architecture.
 #[derive(Debug)]
 pub(crate) enum Interpreter {
-    /// By somebody else's entry.
+    /// An entry that was there before.
     Registered(Entry),
-    /// By one that cannot be seen from here, but works.
+    /// An entry that cannot be seen from here, but works.
     Unseen,
-    /// By ours.
+    /// Our entry.
     Own(Registration),
 }
 
 impl Interpreter {
-    /// The table in which our entry is, which vanishes with its last mount.
+    /// The mount with our entry, which must stay open.
     pub(crate) fn table(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Self::Own(registration) => Some(registration.table.0.as_fd()),
@@ -138,7 +139,7 @@ impl Interpreter {
     }
 }
 
-/// Our entry, which is removed when this is dropped.
+/// Our entry, removed when dropped.
 #[derive(Debug)]
 pub(crate) struct Registration {
     table: Table,
@@ -149,24 +150,24 @@ impl Drop for Registration {
     fn drop(&mut self) {
         if let Err(e) = self.table.remove(&self.name) {
             tracing::warn!(
-                "cannot remove the interpreter {} from the kernel's table: {e}; 'echo -1' to its file in binfmt_misc does",
+                "cannot remove the interpreter {} from the kernel's table: {e}; write -1 to its file in binfmt_misc",
                 self.name
             );
         }
     }
 }
 
-/// Has programs for `architecture` run in every jail of this user namespace, by what is there already or by an entry of our own, of
-/// which there is one for each `owner` (letters and digits). For a jail that has to hold, `own` is set: its QEMU must be a copy. The
-/// container's or the node's would run inside by its own file, whose mode and owner a session could change through /proc/PID/exe.
+/// Makes programs for `architecture` run in every jail of this user namespace, through an existing entry or one of our
+/// own, named after `owner` (letters and digits). A jail that must confine sets `own`, so that its QEMU is a copy: a
+/// session could change mode and owner of the container's or the node's file through /proc/PID/exe.
 ///
-/// If it registers an entry, the calling thread has a mount namespace of its own afterwards.
+/// After registering an entry, the calling thread has a mount namespace of its own.
 pub(crate) fn provide(architecture: Architecture, owner: &str, own: bool) -> Result<Interpreter> {
     let attempted = || format!("set up emulation of {} programs", architecture.name());
     let interpreter = interpreter(architecture);
     let works = || !own && architecture.runs();
     if !interpreter.exists() && works() {
-        // Not looked at: the first look into a user namespace's own table, still empty, takes away the node's.
+        // Do not open the table: the first mount of a user namespace's own table, still empty, hides the node's.
         return Ok(Interpreter::Unseen);
     }
     let table = match Table::open() {
@@ -182,7 +183,7 @@ pub(crate) fn provide(architecture: Architecture, owner: &str, own: bool) -> Res
         }
     };
     let name = format!("{PREFIX}{}-{owner}", architecture.name());
-    // Left by an environment of the same owner that was killed.
+    // An entry left by a killed environment of the same owner.
     table.remove(&name).attempt(attempted)?;
     if !table.is_on().attempt(attempted)? {
         return Err(Error::new(attempted()).because("binfmt_misc is switched off"))
@@ -193,7 +194,7 @@ pub(crate) fn provide(architecture: Architecture, owner: &str, own: bool) -> Res
     }
     if !interpreter.exists() {
         return Err(Error::new(attempted()).because(format!("{} does not exist", interpreter.display())))
-            .advise("install qemu-user-static (Fedora's package ends with the architecture), or take an image of this machine's");
+            .advise("install qemu-user-static (Fedora appends the architecture to the package's name), or use an image for this machine's architecture");
     }
     register_copy(&table, &name, architecture, &interpreter).attempt(|| {
         format!("register {} as the interpreter of programs for {}", interpreter.display(), architecture.name())
@@ -201,8 +202,8 @@ pub(crate) fn provide(architecture: Architecture, owner: &str, own: bool) -> Res
     Ok(Interpreter::Own(Registration { table, name }))
 }
 
-/// Registers a read-only copy of `interpreter` under the interpreter's own path, by which programs show it (`ps`). The kernel looks the path
-/// up once, as this thread sees it: the copy covers the directory meanwhile, in a mount namespace of this thread's own.
+/// Registers a read-only copy of `interpreter` under the interpreter's own path, which `ps` shows. The kernel resolves
+/// the path once, in this thread's mount namespace, where the copy covers the directory meanwhile.
 fn register_copy(table: &Table, name: &str, architecture: Architecture, interpreter: &Path) -> Result<()> {
     let (Some(directory), Some(file)) = (interpreter.parent(), interpreter.file_name()) else {
         return Err(Error::new("copy the interpreter").because("it has no directory"));
@@ -219,7 +220,7 @@ fn register_copy(table: &Table, name: &str, architecture: Architecture, interpre
     register().attempt(|| "write to binfmt_misc")
 }
 
-/// The table, open.
+/// An open mount of the table.
 #[derive(Debug)]
 struct Table(Tree);
 
@@ -238,7 +239,7 @@ impl Table {
         let mut entries = Vec::new();
         for found in Dir::new(self.0.reopen()?)? {
             let name = found?.file_name().to_string_lossy().into_owned();
-            // Not the folder itself nor the file to register with, nor an entry that was removed meanwhile.
+            // Skips the directory itself, the file `register`, and entries removed meanwhile.
             if let Ok(text) = self.0.read(&name, LARGEST_ENTRY) {
                 entries.extend(Entry::parse(&name, &String::from_utf8_lossy(&text)));
             }
@@ -250,7 +251,7 @@ impl Table {
         self.write("register", line)
     }
 
-    /// Removes an entry; that there is none is no error.
+    /// Removes an entry; a missing one is no error.
     fn remove(&self, name: &str) -> io::Result<()> {
         match self.write(name, "-1") {
             Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
@@ -260,12 +261,12 @@ impl Table {
 
     fn write(&self, name: &str, text: &str) -> io::Result<()> {
         let file = self.0.open_at(name, OFlags::WRONLY, Mode::empty())?;
-        // In one call: the kernel takes each for a whole line.
+        // In one call, because the kernel parses each write as a complete line.
         rustix::io::write(file, text.as_bytes()).map(drop).map_err(Into::into)
     }
 }
 
-/// The kernel shows an entry in one page.
+/// Most bytes of an entry's file; the kernel shows an entry in one page.
 const LARGEST_ENTRY: u64 = 64 << 10;
 
 #[cfg(test)]
@@ -281,9 +282,9 @@ mod tests {
     }
 
     #[test]
-    fn an_entry_of_the_kernels_table_is_understood() {
+    fn binfmt_misc_entry_is_parsed() {
         let found = entry("qemu-aarch64", OTHERS);
-        assert!(found.enabled && found.holds_its_interpreter());
+        assert!(found.enabled && found.is_opened_at_registration());
         assert_eq!(found.interpreter, Path::new("/usr/libexec/qemu-binfmt/aarch64-binfmt-P"));
         assert!(Architecture::Aarch64.headers().iter().all(|h| found.takes(h)));
         assert!(Architecture::X86_64.headers().iter().all(|h| !found.takes(h)));
@@ -296,7 +297,7 @@ mod tests {
     }
 
     #[test]
-    fn an_entry_that_works_in_every_jail_is_left_and_any_other_is_not_enough() {
+    fn only_an_entry_that_works_in_every_jail_is_reused() {
         let without = |old: &str, new: &str| OTHERS.replace(old, new);
         let decide = |entries: &[Entry]| serving(entries, Architecture::Aarch64).map(|e| e.name.clone());
         let good = entry("good", OTHERS);
@@ -314,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_registered_takes_both_types_of_programs_and_those_of_no_other_machine() {
+    fn registration_matches_both_elf_types_of_its_architecture_only() {
         for architecture in Architecture::ALL {
             let line = registration("x", architecture, Path::new("/usr/bin/qemu"));
             let fields: Vec<_> = line.split(':').collect();
@@ -340,7 +341,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_entry_breaks_it(text in "(enabled\n|interpreter /x\n|flags: F\n|offset 99\n|magic 7F4\n|magic é0\n|mask 0\n|.{0,20}\n){0,9}") {
+        fn arbitrary_entries_do_not_panic(text in "(enabled\n|interpreter /x\n|flags: F\n|offset 99\n|magic 7F4\n|magic é0\n|mask 0\n|.{0,20}\n){0,9}") {
             if let Some(entry) = Entry::parse("x", &text) {
                 entry.takes(&Architecture::Aarch64.headers()[0]);
             }

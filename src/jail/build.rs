@@ -1,4 +1,4 @@
-//! Makes the jail around an image root, from inside its new namespaces. Read from top to bottom.
+//! Builds the jail around an image root, from inside its new namespaces. Read it from top to bottom.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -25,8 +25,8 @@ use crate::sys::file_kind::FileKind;
 use crate::sys::mounts::{self, Detached};
 use crate::sys::tree::Tree;
 
-/// Makes the jail around this process's working folder, which is the image root, and moves the process into it. To be called by the
-/// first process of the new namespaces, which must not have another thread. Returns the [`Programs`] of the jail.
+/// Builds the jail around the working directory, which is the image root, and moves this process into it. Must be
+/// called by the first process of the new namespaces, with a single thread. Returns the [`Programs`] of the jail.
 pub(crate) fn build(plan: &Plan) -> Result<Programs> {
     let shown = plan.image_root.display();
     let place = Tree::open(Path::new(".")).attempt(|| format!("open the image root {shown}"))?;
@@ -36,17 +36,17 @@ pub(crate) fn build(plan: &Plan) -> Result<Programs> {
         return Ok(Programs { helper: helper.into(), others: Vec::new() });
     }
     hostname::give(plan.hostname.as_deref(), plan.label.as_deref())?;
-    // Modes of folders are as the tables say them.
+    // Directories get exactly the modes in the tables.
     rustix::process::umask(Mode::empty());
 
-    // All that comes from the container, as copies that are attached nowhere yet: soon its mounts are out of sight. So are new file
-    // systems: the kernel gives a user namespace a procfs only where one can be seen.
-    // The image root becomes a mount of its own: only a mount can be switched to, and only a mount can be nodev. An overlay is nosuid
-    // outside, and sudo has to work inside.
+    // Copies of all container mounts, attached nowhere yet, and new file systems, because the container's mounts are
+    // soon out of sight: the kernel allows a new procfs in a user namespace only where one is visible. The image root
+    // becomes a mount of its own: pivot_root(2) needs a mount, and so does nodev. An overlay is nosuid outside, but
+    // sudo must work inside.
     let root = Detached::copy_of_fd(&place, false, ROOT_ATTRIBUTES)
         .and_then(Detached::honouring_setuid)
         .attempt(|| format!("copy the mount of the image root {shown}"))
-        .advise("nothing may be mounted below it")?;
+        .advise("unmount what is mounted below it")?;
     let table = mount_table(plan.dkms, plan.proc);
     let table = table.map(|mount| source(&mount).map(|source| (mount, source)).map_err(|e| e.attempted_on(&mount)));
     let table = table.collect::<Result<Vec<_>>>()?;
@@ -55,10 +55,10 @@ pub(crate) fn build(plan: &Plan) -> Result<Programs> {
     let (copies, programs) = copy_programs(&plan.programs)?;
     let binds = plan.binds.iter().map(|bind| Ok((bind, bind.copy()?))).collect::<Result<Vec<_>>>()?;
 
-    // What is mounted from here on must not appear in the container, nor the other way round.
+    // From here on, mounts must not propagate between the jail and the container.
     match &plan.bare {
-        Some(namespace) => copy_namespace(namespace).attempt(|| "copy the mount namespace of the jail on trial"),
-        None => mounts::make_all_private().attempt(|| "cut the jail's mounts off from the container's"),
+        Some(namespace) => copy_namespace(namespace).attempt(|| "copy the mount namespace of the trial jail"),
+        None => mounts::make_all_private().attempt(|| "make the jail's mounts private"),
     }?;
     // From here on, the tree is reached through its own mount.
     let root = mounts::cover_root(root).attempt(|| format!("attach the image root {shown}"))?;
@@ -67,16 +67,16 @@ pub(crate) fn build(plan: &Plan) -> Result<Programs> {
     for (mount, source) in table {
         carry_out(&mut jail, &mount, source).map_err(|e| e.attempted_on(&mount))?;
         match mount.target {
-            "dev" if !plan.dkms => furnish_dev(&jail)?,
-            // The container's is read-only as a whole.
+            "dev" if !plan.dkms => link_dev(&jail)?,
+            // The container's /proc is read-only as a whole.
             "proc" if !plan.dkms && plan.proc == Proc::New => protect_kernel_files(&jail)?,
             "run" => {
                 make_utmp(&jail)?;
                 if let Some(text) = &resolv_conf {
                     put_resolv_conf(&jail, text)?;
                 }
-                // After what has to be there: what the image has instead could be anything.
-                run::make(jail.locate("run/-").attempt(|| "furnish /run of the jail")?.0, &of_boot);
+                // After the jail's own entries, since the image's can be anything.
+                run::make(jail.locate("run/-").attempt(|| "fill /run of the jail")?.0, &of_boot);
                 show_root_of_init(&jail)?;
                 if plan.proc == Proc::Container {
                     show_name_of_init(&jail)?;
@@ -87,12 +87,13 @@ pub(crate) fn build(plan: &Plan) -> Result<Programs> {
     }
     show_programs(&jail, copies)?;
 
-    // Last: a source may hold anything, and no name of it is looked up.
+    // Last, because a source may contain anything: no name in it is looked up afterwards.
     for (bind, copy) in binds {
         bind.attach(copy, &jail.root)?;
     }
 
-    // Not chroot: whoever may call chroot again could leave it. The old root is gone from this namespace after this.
+    // pivot_root and not chroot, which a process that may call chroot could leave. The old root is then gone from this
+    // namespace.
     mounts::switch_root(&jail.root).attempt(|| format!("switch the root to {shown}"))?;
     rustix::process::umask(Mode::from_raw_mode(0o022));
     Ok(programs)
@@ -100,22 +101,22 @@ pub(crate) fn build(plan: &Plan) -> Result<Programs> {
 
 /// The jail's copies of the container's programs, to be kept open ([`programs::copy`]).
 pub(crate) struct Programs {
-    /// `ims-jail-shell`. In the chroot tier it is the container's own: where nothing can be mounted, no copy could be kept as it is.
+    /// `ims-jail-shell`. In the chroot tier it is the container's own file: without mounts no copy could be protected.
     pub(crate) helper: OwnedFd,
     /// sftp-server, its loader and its libraries.
     pub(crate) others: Vec<OwnedFd>,
 }
 
-/// The jail while it is made.
+/// The jail while it is being built.
 struct Jail {
     root: Tree,
-    /// What is mounted on the image's own folders so far, by their names.
+    /// Mounts on directories of the image so far, by their names.
     mounted: HashMap<&'static str, Tree>,
 }
 
 impl Jail {
-    /// The tree to find `path` in, and the path there. What lies in a mount of ours is found by way of that mount: whoever renames
-    /// things in the image meanwhile has no say in it, and so cannot keep a part of /proc from being restricted.
+    /// Tree and relative path for `path`. A path below one of our mounts is resolved from that mount: renaming things
+    /// in the image meanwhile cannot keep a part of /proc from being restricted.
     fn locate<'a>(&self, path: &'a str) -> io::Result<(&Tree, &'a str)> {
         match path.split_once('/') {
             Some((mount, rest)) => Ok((self.mounted.get(mount).ok_or(io::ErrorKind::NotFound)?, rest)),
@@ -124,7 +125,7 @@ impl Jail {
     }
 }
 
-/// A step of one mount that failed.
+/// A failed step of one mount.
 struct Failure(io::Error);
 
 impl Failure {
@@ -144,7 +145,7 @@ impl<E: Into<io::Error>> From<E> for Failure {
     }
 }
 
-/// What is to be mounted, attached nowhere yet. Nothing for a mask, which depends on what it is to cover.
+/// The file system to mount, still detached; `None` for a mask, which depends on the type of its target.
 fn source(mount: &Mount) -> std::result::Result<Option<Detached>, Failure> {
     Ok(match mount.source {
         Source::New(kind, options) => Some(Detached::filesystem(kind, options, mount.attributes)?),
@@ -153,7 +154,7 @@ fn source(mount: &Mount) -> std::result::Result<Option<Detached>, Failure> {
     })
 }
 
-/// Moves this process into a mount namespace of its own that begins as a copy of the one that can be opened at `path`.
+/// Moves this process into a copy of the mount namespace at `path`.
 fn copy_namespace(path: &Path) -> io::Result<()> {
     nix::sched::setns(File::open(path)?, CloneFlags::CLONE_NEWNS)?;
     nix::sched::unshare(CloneFlags::CLONE_NEWNS).map_err(Into::into)
@@ -164,21 +165,21 @@ fn carry_out(jail: &mut Jail, mount: &Mount, source: Option<Detached>) -> std::r
     let target = match tree.handle(path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound && mount.missing == Missing::Skipped => return Ok(()),
         Err(e) if e.kind() == io::ErrorKind::NotFound && mount.missing == Missing::Made => {
-            tree.make_mount_point(path, source.as_ref().map_or(Ok(true), is_folder)?)?;
+            tree.make_mount_point(path, source.as_ref().map_or(Ok(true), is_directory)?)?;
             tree.handle(path)?
         }
         other => other?,
     };
     let found = rustix::fs::fstat(&target)?;
-    let is_folder = FileType::from_raw_mode(found.st_mode) == FileType::Directory;
-    // A handle on a link is a handle on the link itself, so a mount could not go astray; but a linked /proc or /dev would still
-    // be where the image wants it and not where programs look.
-    if mount.missing == Missing::MountPoint && !is_folder {
+    let is_directory = FileType::from_raw_mode(found.st_mode) == FileType::Directory;
+    // The handle is on the link itself, so a mount could not leave the image; but a mount on a linked /proc or /dev
+    // would not be where programs look.
+    if mount.missing == Missing::MountPoint && !is_directory {
         return Err(Failure(io::Error::new(io::ErrorKind::NotADirectory, format!("it is {}", FileKind::of(&found)))));
     }
     let source = match source {
         Some(source) => source,
-        None if is_folder => Detached::filesystem("tmpfs", &[("size", "4k"), ("mode", "0555")], mount.attributes)?,
+        None if is_directory => Detached::filesystem("tmpfs", &[("size", "4k"), ("mode", "0555")], mount.attributes)?,
         None => {
             let (dev, null) = jail.locate("dev/null")?;
             Detached::copy_of_fd(dev.handle(null)?, false, mount.attributes)?
@@ -191,12 +192,12 @@ fn carry_out(jail: &mut Jail, mount: &Mount, source: Option<Detached>) -> std::r
     Ok(())
 }
 
-/// Whether what is mounted is a directory, and not one file.
-fn is_folder(mount: &Detached) -> io::Result<bool> {
+/// True if a directory is mounted, and not a single file.
+fn is_directory(mount: &Detached) -> io::Result<bool> {
     Ok(FileType::from_raw_mode(rustix::fs::fstat(mount)?.st_mode) == FileType::Directory)
 }
 
-fn furnish_dev(jail: &Jail) -> Result<()> {
+fn link_dev(jail: &Jail) -> Result<()> {
     for (name, target) in DEV_LINKS {
         let attempted = || format!("link /dev/{name} in the jail");
         let dev = jail.mounted.get("dev").ok_or("it is not mounted").attempt(attempted)?;
@@ -205,15 +206,15 @@ fn furnish_dev(jail: &Jail) -> Result<()> {
     Ok(())
 }
 
-/// Makes all in /proc that is no process read-only, and the directory of the jail's init, by a mount of each on itself: whoever is root in
-/// the jail could otherwise have the kernel end the init before others (`oom_score_adj`), or slow it down (`autogroup`).
+/// Makes everything in /proc but the processes read-only by mounting it on itself, and the init's directory too: root
+/// in the jail could otherwise have the kernel kill the init first (`oom_score_adj`) or slow it down (`autogroup`).
 fn protect_kernel_files(jail: &Jail) -> Result<()> {
-    let attempted = || "make /proc of the jail read-only where it is not the sessions'";
+    let attempted = || "make the kernel files in /proc of the jail read-only";
     let (proc, _) = jail.locate("proc/self").attempt(attempted)?;
     let protect = |name: &str| -> io::Result<()> {
         let file = proc.handle(name)?;
         let kind = FileType::from_raw_mode(rustix::fs::fstat(&file)?.st_mode);
-        // Links have no mode; what is something else is masked by the container.
+        // Links have no mode, and other types are masked by the container.
         if matches!(kind, FileType::RegularFile | FileType::Directory) {
             Detached::copy_of_fd(&file, true, KERNEL_FILE_ATTRIBUTES)?.attach(file)?;
         }
@@ -228,26 +229,26 @@ fn protect_kernel_files(jail: &Jail) -> Result<()> {
     Ok(())
 }
 
-/// Nobody is logged in yet, as on a node that has just booted: screen, for one, complains if there is no such file to write to.
+/// Creates an empty utmp, as on a node that has just booted: screen complains without it.
 fn make_utmp(jail: &Jail) -> Result<()> {
     let attempted = || "make /run/utmp in the jail";
     let (run, name) = jail.locate("run/utmp").attempt(attempted)?;
     run.touch(name).attempt(attempted).map(|_| ())
 }
 
-/// Covers the link /proc/1/root with one to /proc: nobody inside may follow the kernel's own, as the init is hidden from them. systemctl,
-/// udevadm and Ansible follow it and take themselves to be in a chroot if it leads to another directory than `/`; where they
-/// cannot follow it, they try to reach a running systemd and fail.
+/// Covers the link /proc/1/root with a link to /proc. Nobody inside may follow the kernel's own link, because the init
+/// is not dumpable. systemctl, udevadm and Ansible follow it, and conclude that they are in a chroot if it leads
+/// elsewhere than to `/`; if they cannot follow it, they try to reach a running systemd and fail.
 fn show_root_of_init(jail: &Jail) -> Result<()> {
     const NAME: &str = ".ims-sshd.root";
     let show = || -> io::Result<()> {
         let ((run, _), (proc, link)) = (jail.locate("run/-")?, jail.locate("proc/1/root")?);
         let target = match proc.handle(link) {
-            // A /proc of the container that hides others' processes (hidepid).
+            // A /proc of the container that hides other users' processes (hidepid).
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
             other => other?,
         };
-        // A link can be mounted on a link, and is then followed as any is. The mount outlives its name.
+        // A link can be mounted on a link, and is then followed. The mount stays when the name is removed.
         rustix::fs::symlinkat("/proc", run, NAME)?;
         Detached::copy_of_fd(run.handle(NAME)?, false, MountAttrFlags::empty())?.attach(target)?;
         run.remove(NAME).map(|_| ())
@@ -255,7 +256,8 @@ fn show_root_of_init(jail: &Jail) -> Result<()> {
     show().attempt(|| "mount a link on /proc/1/root of the jail")
 }
 
-/// Gives the container's first process the name of the jail's, if the jail shows the container's /proc.
+/// Where the jail shows the container's /proc, covers the name of the container's first process with that of the jail's
+/// init.
 fn show_name_of_init(jail: &Jail) -> Result<()> {
     let show = || -> io::Result<()> {
         let (proc, _) = jail.locate("proc/-")?;
@@ -266,7 +268,7 @@ fn show_name_of_init(jail: &Jail) -> Result<()> {
     show().attempt(|| "show the init's name in /proc of the jail")
 }
 
-/// Has links at /etc/resolv.conf that lead below /run find the container's text.
+/// Creates the targets of links at /etc/resolv.conf that lead below /run, with the container's text.
 fn put_resolv_conf(jail: &Jail, text: &[u8]) -> Result<()> {
     for name in resolv_conf::files_below_run(&jail.root) {
         let attempted = || format!("put the container's resolv.conf at /run/{} of the jail", name.display());
@@ -277,17 +279,17 @@ fn put_resolv_conf(jail: &Jail, text: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// This program's file, by the container's /proc.
+/// This program's file in the container's /proc.
 const OWN_PROGRAM: &str = "/proc/self/exe";
 
-/// Copies this program and `further` ones.
+/// Copies this program and the `further` ones.
 fn copy_programs(further: &[Program]) -> Result<(Detached, Programs)> {
     let own = Program { name: NAME.into(), file: OWN_PROGRAM.into() };
     let (tmpfs, mut copies) = programs::copy(std::iter::once(&own).chain(further))?;
     Ok((tmpfs, Programs { helper: copies.remove(0), others: copies }))
 }
 
-/// Shows the copies in the jail: an image need not have an sftp-server, nor a libc, nor our architecture.
+/// Mounts the copies in the jail: an image may lack sftp-server or a libc, or be for another architecture.
 fn show_programs(jail: &Jail, copies: Detached) -> Result<()> {
     let show = || -> io::Result<()> {
         let (run, name) = jail.locate(PROGRAMS)?;

@@ -1,10 +1,10 @@
-//! What root may do in the jail.
+//! Capabilities of root in the jail.
 
 use caps::{CapSet, Capability};
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
-/// The capabilities that root keeps in the jail, each with who needs it. Everything else leaves the bounding set, so that no
-/// program started in the jail, setuid or with file capabilities, gets it back.
+/// Capabilities that root keeps in the jail, each with the programs that need it. All others leave the bounding set, so
+/// that no program in the jail, setuid or with file capabilities, regains them.
 pub const KEPT: &[(Capability, &str)] = &[
     (Capability::CAP_AUDIT_WRITE, "su, sudo and login write audit records"),
     (Capability::CAP_CHOWN, "rpm, dpkg and tar give files to their owners"),
@@ -22,16 +22,16 @@ pub const KEPT: &[(Capability, &str)] = &[
     (Capability::CAP_SYS_CHROOT, "rpm --root, dracut, scriptlets that use chroot inside the image"),
 ];
 
-/// Leaves this process, and whatever it starts, the kept capabilities only, for good. Takes CAP_SETPCAP if there are others.
+/// Reduces this process and everything it starts to the kept capabilities, for good. Needs CAP_SETPCAP to drop others.
 pub(crate) fn keep_jail_set() -> rustix::io::Result<()> {
     let kept = mask(KEPT);
-    // By number and not by name: this kernel may know capabilities that have no name here yet.
+    // By number, because the kernel may have capabilities without a name here.
     for capability in (0..u64::BITS).map(|number| CapabilitySet::from_bits_retain(1 << number)) {
         if CapabilitySet::contains(&kept, capability) {
             continue;
         }
         if let Err(error) = rustix::thread::remove_capability_from_bounding_set(capability) {
-            // It may be gone already, or the kernel's last one may have been the one before.
+            // It may already be gone, or be beyond the kernel's last one.
             match rustix::thread::capability_is_in_bounding_set(capability) {
                 Ok(true) => return Err(error),
                 Ok(false) => {}
@@ -39,26 +39,26 @@ pub(crate) fn keep_jail_set() -> rustix::io::Result<()> {
             }
         }
     }
-    hold(kept)
+    set(kept)
 }
 
-/// Leaves this process `kept` only, of those it has. For one that starts no program, which would have what is in the bounding set.
-pub(crate) fn hold_only(kept: &[(Capability, &str)]) -> rustix::io::Result<()> {
-    hold(mask(kept))
+/// Reduces this process to `kept`. Only for a process that starts no program, which would get the bounding set.
+pub(crate) fn keep_only(kept: &[(Capability, &str)]) -> rustix::io::Result<()> {
+    set(mask(kept))
 }
 
 fn mask(kept: &[(Capability, &str)]) -> CapabilitySet {
     CapabilitySet::from_bits_retain(kept.iter().fold(0, |mask, (kept, _)| mask | kept.bitmask()))
 }
 
-fn hold(kept: CapabilitySet) -> rustix::io::Result<()> {
+fn set(kept: CapabilitySet) -> rustix::io::Result<()> {
     rustix::thread::clear_ambient_capability_set()?;
     let left = rustix::thread::capabilities(None)?.permitted & kept;
     let sets = CapabilitySets { effective: left, permitted: left, inheritable: CapabilitySet::empty() };
     rustix::thread::set_capabilities(None, sets)
 }
 
-/// Whether this thread, and what it starts, lacks `capability`.
+/// True if this thread, and what it starts, lacks `capability`.
 pub(crate) fn lacks(capability: Capability) -> bool {
     matches!(caps::has_cap(None, CapSet::Effective, capability), Ok(false))
 }
@@ -68,7 +68,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_leads_out_of_the_jail_is_not_kept() {
+    fn capabilities_that_lead_out_of_the_jail_are_dropped() {
         for dangerous in [
             Capability::CAP_SYS_ADMIN,
             Capability::CAP_SYS_PTRACE,

@@ -1,8 +1,9 @@
 //! Entering the jail: this process joins all its namespaces.
 //!
-//! The child that it starts there holds descriptors of the container and runs the container's program, so it must not look at anything that
-//! the image says: a path such as /proc/self/fd/4 or an interpreter such as /proc/self/exe would lead outside (CVE-2024-21626,
-//! CVE-2019-5736). It becomes the jail's own copy of this program, without descriptors but the three streams.
+//! The child that it starts there still has descriptors of the container and runs the container's program, so it must
+//! not use any path of the image: /proc/self/fd/4 or an interpreter such as /proc/self/exe would lead outside
+//! (CVE-2024-21626, CVE-2019-5736). It becomes the jail's own copy of this program, with no descriptors but the three
+//! streams.
 
 use std::os::fd::OwnedFd;
 
@@ -16,47 +17,52 @@ use crate::sys::process::Handle;
 
 /// A jail that this process has joined.
 pub struct Joined {
-    /// The jail's init.
+    /// Init of the jail.
     pub init: Handle,
     /// The jail's copy of this program, open.
     pub helper: OwnedFd,
 }
 
-/// Moves this process into the jail: its root becomes the image root, its children live in the jail's PID namespace. It cannot
-/// be seen from inside itself.
+/// Moves this process into the jail: its root becomes the image root, and its children live in the jail's PID
+/// namespace. Processes inside cannot see this process.
 pub fn join(record: &Record) -> Result<Joined> {
-    let hide = || nix::sys::prctl::set_dumpable(false).attempt(|| "hide from those inside the jail");
-    // Until exec, the child has this program's memory and descriptors; nobody inside may look into it (CVE-2024-21626).
+    let hide = || nix::sys::prctl::set_dumpable(false).attempt(|| "hide this process from the jail (PR_SET_DUMPABLE)");
+    // Until exec, the child has this program's memory and descriptors, which nobody inside may read (CVE-2024-21626).
     hide()?;
     let gone = "it has just ended; if the build environment is not closing, log in again in a moment";
     let attempted = || format!("reach the jail's init (process {})", record.init.pid);
     let init = Handle::open(record.init).attempt(attempted).advise(gone)?;
-    // The descriptors themselves, which the supervisor had from the init, and not the init's files below /proc: for those, since it is
-    // hidden from everybody, one would need CAP_SYS_PTRACE.
-    let numbers = [&record.doors[..], &[record.helper]].concat();
-    let mut doors = open_doors(record, &numbers).advise("the build environment has just ended")?;
-    let helper = doors.pop().ok_or("there is none").attempt(|| "open the jail's copy of ims-jail-shell")?;
-    // If one of them stays closed, this process ends: nothing is ever started in a jail half entered.
-    pass(&doors, record.tier, CloneFlags::all())?;
-    if let (Tier::Chroot, [image_root]) = (record.tier, doors.as_slice()) {
+    // The supervisor's duplicates of the namespace descriptors, and not /proc/PID/ns of the init: the init is not
+    // dumpable, so reading that would need CAP_SYS_PTRACE.
+    let numbers = [&record.descriptors[..], &[record.helper]].concat();
+    let mut descriptors = open_descriptors(record, &numbers).advise("the build environment has just ended")?;
+    let helper = descriptors
+        .pop()
+        .ok_or("it is missing from the record")
+        .attempt(|| "open the jail's copy of ims-jail-shell")?;
+    // On an error this process ends: nothing is ever started in a half-entered jail.
+    join_namespaces(&descriptors, record.tier, CloneFlags::all())?;
+    if let (Tier::Chroot, [image_root]) = (record.tier, descriptors.as_slice()) {
         change_root(image_root).attempt(|| "change the root to the image root")?;
     }
-    // A change of credentials, as by joining a user namespace, resets dumpable to fs.suid_dumpable (prctl(2),
+    // Changed credentials, as by joining a user namespace, reset dumpable to fs.suid_dumpable (prctl(2),
     // PR_SET_DUMPABLE).
     hide()?;
     Ok(Joined { init, helper })
 }
 
-/// Opens those of the keeper's descriptors.
-pub(crate) fn open_doors(record: &Record, numbers: &[i32]) -> Result<Vec<OwnedFd>> {
-    let attempted = || format!("open the jail's namespaces, which process {} holds", record.keeper.pid);
+/// Duplicates these descriptors of the keeper.
+pub(crate) fn open_descriptors(record: &Record, numbers: &[i32]) -> Result<Vec<OwnedFd>> {
+    let attempted = || format!("open the jail's namespaces, which process {} keeps open", record.keeper.pid);
     record.keeper.open_descriptors(numbers).attempt(attempted)
 }
 
-/// Joins the namespaces of these kinds that `doors` lead to.
-pub(crate) fn pass(doors: &[OwnedFd], tier: Tier, kinds: CloneFlags) -> Result<()> {
-    for (door, (name, flag)) in doors.iter().zip(tier.namespaces()).filter(|(_, (_, flag))| kinds.contains(*flag)) {
-        nix::sched::setns(door, *flag).attempt(|| format!("enter the jail's {name} namespace"))?;
+/// Joins those namespaces of `descriptors` that are of the given kinds.
+pub(crate) fn join_namespaces(descriptors: &[OwnedFd], tier: Tier, kinds: CloneFlags) -> Result<()> {
+    for (descriptor, (name, flag)) in
+        descriptors.iter().zip(tier.namespaces()).filter(|(_, (_, flag))| kinds.contains(*flag))
+    {
+        nix::sched::setns(descriptor, *flag).attempt(|| format!("enter the jail's {name} namespace"))?;
     }
     Ok(())
 }

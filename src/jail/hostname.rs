@@ -1,8 +1,9 @@
-//! The jail's host name: its own, and its root's to change.
+//! The jail's host name, which its root can change.
 //!
-//! sethostname(2) asks for CAP_SYS_ADMIN in the user namespace that owns the UTS namespace. That capability would open the jail. But
-//! who has made a user namespace has every capability in it from outside (user_namespaces(7)): so the jail's UTS namespace belongs to
-//! one that its root has made, in which nothing else is and no process lives. `super::refused_calls` keeps everybody from entering it.
+//! sethostname(2) needs CAP_SYS_ADMIN in the user namespace that owns the UTS namespace, and that capability would open
+//! the jail. But the user who created a user namespace has every capability in it from outside (user_namespaces(7)). So
+//! the jail's UTS namespace belongs to a user namespace that the jail's root created, which owns nothing else and has
+//! no process. `super::refused_calls` keeps everybody from entering it.
 
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -14,8 +15,8 @@ use crate::error::{Attempt, Result};
 use crate::sys::process::{Fork, exit_now, fork};
 use crate::sys::seqpacket::Packets;
 
-/// Gives this process, in a new UTS namespace, another one that root may name, and the jail's `name` to it. Where none can be had,
-/// the name cannot be changed from inside, and the jail does without `label`, its name where none is asked for.
+/// Moves this process into a UTS namespace that root can name, and sets the host name `name`, or else `label`. Where
+/// such a namespace cannot be made, root cannot change the name, and a failure to set `label` is ignored.
 pub(crate) fn give(name: Option<&str>, label: Option<&str>) -> Result<()> {
     let attempted = || "make a UTS namespace that the jail's root may name";
     let (here, outside) = Packets::pair().attempt(attempted)?;
@@ -34,7 +35,7 @@ pub(crate) fn give(name: Option<&str>, label: Option<&str>) -> Result<()> {
             let made = here.receive_with().attempt(attempted)?;
             waitpid(child, None).attempt(attempted)?;
             for namespace in made.into_iter().flat_map(|(_, namespaces)| namespaces) {
-                // Refused where a security module gives nobody rights in user namespaces.
+                // Fails where a security module grants no capabilities in user namespaces.
                 let _ = setns(namespace, CloneFlags::CLONE_NEWUTS);
             }
         }

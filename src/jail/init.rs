@@ -1,6 +1,6 @@
-//! `ims-jail-shell init`: makes the jail, then is its first process: reaps, and watches for a user's mark.
+//! `ims-jail-shell init`: builds the jail, then stays as its first process, which reaps, and watches for a user's mark.
 //!
-//! When it ends, the kernel ends every process in the jail; when the supervisor dies, it ends.
+//! When it ends, the kernel kills every process in the jail. It ends when the supervisor dies.
 
 use std::convert::Infallible;
 use std::ffi::{CStr, OsStr};
@@ -36,14 +36,15 @@ use crate::sys::signals::Signals;
 use crate::sys::tree::Tree;
 use crate::verdict::{Verdict, is_mark};
 
-/// Makes the jail and stays as its first process. `supervisor` is this program's end of the [`Link`].
+/// Builds the jail and stays as its first process. `supervisor` is this program's end of the [`Link`].
 ///
-/// Returns in the process that was called, as soon as the jail's own first process exists; that one is then the supervisor's
-/// child, which is the nearest subreaper.
+/// The calling process returns as soon as the jail's first process exists, which the supervisor then inherits as the
+/// nearest subreaper.
 pub fn run(plan: &Plan, supervisor: OwnedFd) -> Result<()> {
     let link = Link::from_fd(supervisor);
-    // Before anything of this process can be seen from the jail: nobody inside may look into it (CVE-2024-21626, CVE-2019-5736).
-    nix::sys::prctl::set_dumpable(false).attempt(|| "hide the jail's init from those inside")?;
+    // Before this process is visible in the jail: nobody inside may read its memory or descriptors (CVE-2024-21626,
+    // CVE-2019-5736).
+    nix::sys::prctl::set_dumpable(false).attempt(|| "hide the jail's init from the jail (PR_SET_DUMPABLE)")?;
     let made = make_namespaces(plan)
         .attempt(|| "make the jail's namespaces")
         .and_then(|()| fork().attempt(|| "start the jail's init"));
@@ -58,8 +59,8 @@ pub fn run(plan: &Plan, supervisor: OwnedFd) -> Result<()> {
     }
 }
 
-/// Leaves the container's namespaces, but not its mounts where [`build`] leaves them for a bare namespace. Its first child is then the
-/// first process of the new PID namespace.
+/// Leaves the container's namespaces, except the mount namespace where [`build`] copies a bare one. The first child is
+/// the first process of the new PID namespace.
 fn make_namespaces(plan: &Plan) -> io::Result<()> {
     let mut flags = plan.tier.flags();
     if plan.bare.is_some() {
@@ -68,7 +69,7 @@ fn make_namespaces(plan: &Plan) -> io::Result<()> {
     if plan.tier != Tier::User {
         return nix::sched::unshare(flags).map_err(Into::into);
     }
-    // Only somebody who has stayed outside may write a map of more than one user.
+    // Only a process outside may write a map of more than one user (user_namespaces(7)).
     let (here, outside) = Packets::pair()?;
     let this = getpid();
     match fork()? {
@@ -97,9 +98,9 @@ fn make_namespaces(plan: &Plan) -> io::Result<()> {
     }
 }
 
-/// Gives the users and groups of the user namespace that `process` has made the numbers that they have here, all that there are here.
+/// Gives all users and groups of the user namespace of `process` the same IDs as in this one.
 ///
-/// The format is user_namespaces(7)'s: lines of the first number inside, the first number outside, how many.
+/// Each line of the map has the first ID inside, the first ID outside, and the count (user_namespaces(7)).
 fn map_identity(process: Pid) -> io::Result<()> {
     for file in ["uid_map", "gid_map"] {
         let ours = std::fs::read_to_string(format!("/proc/self/{file}"))?;
@@ -116,39 +117,40 @@ fn map_identity(process: Pid) -> io::Result<()> {
     Ok(())
 }
 
-/// Makes the jail around this process, which then becomes the jail's own copy of this program, to [`serve`]. With it goes whatever else came
-/// with the start: descriptors of the container, the log, and the container's program, which /proc/1/exe would lead to.
+/// Builds the jail around this process, which then becomes the jail's own copy of this program to [`serve`]. That exec
+/// drops the container's descriptors, the log, and the container's program, which /proc/1/exe would lead to.
 fn make(plan: &Plan, link: &Link) -> Result<Infallible> {
-    // The links in it are this process's, whatever namespaces it is in when one is opened.
+    // The links in it lead to this process's namespaces at the time one is opened.
     let own = Tree::open(Path::new("/proc/self/ns")).attempt(|| "open the directory of this process's namespaces")?;
     let null = File::options().read(true).write(true).open("/dev/null").attempt(|| "open /dev/null")?;
-    // The scheduler's group (autogroup) is that of the session, and /proc/1/autogroup sets its nice value: the supervisor's, and in 'enter'
-    // the caller's, otherwise.
+    // A session of its own, because the scheduler's autogroup belongs to the session: writing to /proc/1/autogroup
+    // would otherwise change the nice value of the supervisor or of the caller of 'enter'.
     nix::unistd::setsid().attempt(|| "make a session of the jail's init")?;
-    // Before the root is switched: the interpreter is the container's.
+    // Before the root is switched, because the interpreter is in the container.
     let interpreter = plan.emulated.map(|architecture| binfmt::provide(architecture, "jail", true)).transpose()?;
     let programs = build(plan)?;
     let open = |name: &str| rustix::fs::openat(&own, name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
     let namespaces = plan.tier.namespaces().iter().map(|(name, _)| Ok(open(name)?)).collect::<io::Result<Vec<_>>>();
     let namespaces = namespaces.attempt(|| "open the jail's namespaces")?;
-    let doors: Vec<_> = namespaces.iter().map(AsFd::as_fd).chain([programs.helper.as_fd()]).collect();
-    link.send_with(&Message::Made, &doors).attempt(|| "tell the supervisor")?;
-    // The streams but for the socket to the supervisor, which is standard input.
+    let descriptors: Vec<_> = namespaces.iter().map(AsFd::as_fd).chain([programs.helper.as_fd()]).collect();
+    link.send_with(&Message::Made, &descriptors).attempt(|| "tell the supervisor")?;
+    // Standard input stays: it is the socket to the supervisor.
     rustix::stdio::dup2_stdout(&null)
         .and_then(|()| rustix::stdio::dup2_stderr(&null))
         .attempt(|| "close the container's streams")?;
     close_on_exec_from(3).attempt(|| "mark descriptors close-on-exec")?;
-    // These stay open as long as the init lives, and nothing is done with them.
+    // Kept open until the init ends, so that the binfmt_misc entry and the copies of programs stay.
     let kept = interpreter.iter().filter_map(Interpreter::table).chain(programs.others.iter().map(AsFd::as_fd));
     for kept in kept {
         rustix::io::fcntl_setfd(kept, FdFlags::empty()).attempt(|| "keep the jail's programs open")?;
     }
     let copy = Exec::new(Path::new(""), &Arguments::Serve(plan.tier).to_argv(), [])
-        .attempt(|| "put the init's words together")?;
+        .attempt(|| "build the init's command line")?;
     copy.replace_this_process_by(&programs.helper).attempt(|| "start the jail's ims-jail-shell")
 }
 
-/// Serves as the jail's init, which [`make`] has become. `supervisor` is this program's end of the [`Link`]. Returns the exit code.
+/// Serves as the jail's init, which [`make`] has become. `supervisor` is this program's end of the [`Link`]. Returns
+/// the exit code.
 pub fn serve(tier: Tier, supervisor: OwnedFd) -> u8 {
     let link = Link::from_fd(supervisor);
     match prepare(tier) {
@@ -160,42 +162,41 @@ pub fn serve(tier: Tier, supervisor: OwnedFd) -> u8 {
     }
 }
 
-/// What the jail's init has to do with.
+/// Resources of the jail's init.
 struct Inside {
     signals: Signals,
     watch: Watch,
 }
 
 fn prepare(tier: Tier) -> Result<Inside> {
-    // Once more after exec. The supervisor lets nobody in yet.
-    nix::sys::prctl::set_dumpable(false).attempt(|| "hide the jail's init from those inside")?;
+    // Again, because exec resets it. The supervisor lets nobody in yet.
+    nix::sys::prctl::set_dumpable(false).attempt(|| "hide the jail's init from the jail (PR_SET_DUMPABLE)")?;
     let _ = nix::sys::prctl::set_name(comm(&Tree::open(Path::new("/")).attempt(|| "open the image root")?));
     let signals = Signals::block(&[Signal::SIGCHLD]).attempt(|| "block SIGCHLD")?;
-    let kept =
-        [(Capability::CAP_DAC_READ_SEARCH, "it only looks at names from now on, whatever the modes of a user's /tmp")];
-    capabilities::hold_only(&kept).attempt(|| "give up the capabilities of the jail's init")?;
+    let kept = [(Capability::CAP_DAC_READ_SEARCH, "it only checks names, and a user's /tmp may have any mode")];
+    capabilities::keep_only(&kept).attempt(|| "give up the capabilities of the jail's init")?;
     let watch = Watch::start(tier);
     Ok(Inside { signals, watch })
 }
 
-/// The name that the image's own init has once it is booted, as in /proc/1/comm: Ansible's `service_mgr`, Chef and Puppet choose by it how
-/// services are managed, and should choose as on the node.
+/// Name that /proc/1/comm has on the booted image. Ansible's `service_mgr`, Chef and Puppet choose the service manager
+/// by it, and should choose as on the node.
 fn comm(image_root: &Tree) -> &'static CStr {
     let is_there = |path: &str| matches!(image_root.look(path), Ok(Some(_)));
     let init = ["sbin/init", "usr/sbin/init"].into_iter().find(|path| is_there(path));
     let program = init.and_then(|init| image_root.leads_to(init).ok());
     match program.as_deref().and_then(Path::file_name).and_then(OsStr::to_str) {
         Some("systemd") => c"systemd",
-        // The first replaces itself by the second.
+        // runit-init replaces itself with runit.
         Some("runit-init" | "runit") => c"runit",
-        // On SUSE, the initrd starts it without the link.
+        // SUSE's initrd starts systemd without the link.
         None if is_there("usr/lib/systemd/systemd") => c"systemd",
-        // On the node, others' names do not tell them apart either: Ansible then looks for their files.
+        // Other inits have no telling name on a node either: Ansible then checks for their files.
         _ => c"init",
     }
 }
 
-/// How long a mark can stay unseen at the most if no event tells of it, as on a network file system another node writes to.
+/// Longest delay for a mark that raises no event, as on a network file system that another node writes to.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 fn watch_over(link: &Link, inside: Inside) -> u8 {
@@ -231,8 +232,8 @@ fn watch_over(link: &Link, inside: Inside) -> u8 {
             Err(_) => return 1,
         }
         if !sources[0].revents().is_empty() {
-            // The supervisor closes the environment, or has died. A mark that was made as the processes in the jail were asked to end
-            // is seen only here: /tmp may be a mount of the jail's own.
+            // The supervisor closes the environment, or has died. A mark made while the jail's processes are being
+            // ended is seen only here, because /tmp may be a mount of the jail's own.
             let _ = tell_marks();
             return 1;
         }
@@ -244,9 +245,11 @@ fn watch_over(link: &Link, inside: Inside) -> u8 {
 
 /// Watches /tmp *as users see it*: a /tmp that is replaced, linked elsewhere or mounted over is followed at once.
 struct Watch {
-    /// None if root has no instance or watch left, which a session can use up: one looks at intervals then.
+    /// `None` if root has no inotify instance or watch left, which a session can use up; /tmp is then checked at
+    /// intervals.
     events: Option<Inotify>,
-    /// The kernel raises a priority event on this when the jail's mounts change. None where /proc is the image's, which may hold anything.
+    /// Mount table, on which the kernel raises a priority event when the jail's mounts change. `None` where /proc is
+    /// the image's and may contain anything.
     mounts: Option<File>,
     tmp: Option<(WatchDescriptor, (u64, u64))>,
 }
@@ -263,7 +266,7 @@ impl Watch {
         watch
     }
 
-    /// Watches the folder that /tmp is now, if it is another one than before.
+    /// Watches the current directory at /tmp, if it is another one than before.
     fn renew(&mut self) {
         let Some(events) = &self.events else { return };
         let now = rustix::fs::stat("/tmp").ok().map(|s| (s.st_dev, s.st_ino));
@@ -291,7 +294,7 @@ mod tests {
     use std::os::unix::fs::symlink;
 
     #[test]
-    fn the_jails_init_has_the_name_that_the_images_own_has_when_booted() {
+    fn jail_init_has_the_name_of_the_booted_images_init() {
         for (link, file, wanted) in [
             ("/lib/systemd/systemd", "lib/systemd/systemd", c"systemd"),
             ("../lib/systemd/systemd", "usr/lib/systemd/systemd", c"systemd"),

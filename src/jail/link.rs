@@ -1,4 +1,5 @@
-//! What the jail's init tells the supervisor, over a socket that is also their bond: when either end closes, the other has died.
+//! Messages of the jail's init to the supervisor. When one end of the socket closes, the other end knows that its
+//! process has died.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -6,20 +7,20 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use crate::sys::seqpacket::Packets;
 use crate::verdict::Verdict;
 
-/// One message, one packet.
+/// A message, sent as one packet.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Message {
-    /// The init's number in the container; sent by the process that started it.
+    /// The init's process ID in the container, sent by the process that started it.
     Started(i32),
-    /// The jail is made, and entered by the descriptors that come with this: the tier's namespaces, then the jail's copy of
-    /// `ims-jail-shell`.
+    /// The jail is built. The message carries the descriptors for entering it: the tier's namespaces, then the jail's
+    /// copy of `ims-jail-shell`.
     Made,
-    /// The init serves; the jail can be entered. The descriptor that comes with this is the init's inotify: closing an inotify takes some
-    /// ten milliseconds, and the supervisor keeps a duplicate so that the init's exit does not wait for it.
+    /// The init serves, and the jail can be entered. The message carries the init's inotify: closing an inotify takes
+    /// about 10 ms, so the supervisor keeps a duplicate, and the init's exit does not wait for it.
     Ready,
-    /// A user marked the image, from inside.
+    /// A user marked the image from inside.
     Marked(Verdict),
-    /// The jail could not be made, or its init has met a bug of its own; a whole sentence.
+    /// The jail could not be built, or its init failed. The text is a whole sentence.
     Failed(String),
 }
 
@@ -34,7 +35,7 @@ impl Message {
         }
     }
 
-    /// The mark that it tells of, if it does.
+    /// The verdict, if this is a mark.
     pub(crate) fn mark(self) -> Option<Verdict> {
         match self {
             Self::Marked(verdict) => Some(verdict),
@@ -67,35 +68,35 @@ impl Link {
         Ok((Self { packets: a }, Self { packets: b }))
     }
 
-    /// Takes an end that was inherited.
+    /// Takes over an inherited end.
     pub fn from_fd(fd: OwnedFd) -> Self {
         Self { packets: Packets::from_fd(fd) }
     }
 
-    /// Gives the end away, to be a child's standard input.
+    /// Releases the end, to be a child's standard input.
     pub fn into_fd(self) -> OwnedFd {
         self.packets.into_fd()
     }
 
-    /// Sends `message`; EPIPE if the other end is gone.
+    /// Sends `message`; EPIPE if the other end is closed.
     pub fn send(&self, message: &Message) -> io::Result<()> {
         self.send_with(message, &[])
     }
 
-    /// Sends `message` and, with it, a copy of each of `descriptors`.
+    /// Sends `message` with duplicates of `descriptors`.
     pub(crate) fn send_with(&self, message: &Message, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
         self.packets.send_with(message.to_text().as_bytes(), descriptors)
     }
 
-    /// Tells the other end that nothing more is sent; it can still send.
+    /// Tells the other end that nothing more will be sent; it can still send.
     pub(crate) fn finish(&self) -> io::Result<()> {
         self.packets.finish()
     }
 
-    /// The next message and the descriptors that came with it, waiting for it; `None` if the other end is gone.
+    /// Waits for the next message and its descriptors; `None` if the other end is closed.
     pub fn receive(&self) -> io::Result<Option<(Message, Vec<OwnedFd>)>> {
         let Some((packet, descriptors)) = self.packets.receive_with()? else { return Ok(None) };
-        let foreign = || io::Error::other("a message of another version");
+        let foreign = || io::Error::other("the message is of another version of ims-jail-shell");
         let message = Message::parse(&String::from_utf8_lossy(&packet)).ok_or_else(foreign)?;
         Ok(Some((message, descriptors)))
     }
@@ -112,7 +113,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn messages_arrive_as_they_were_sent_and_the_end_is_seen() {
+    fn messages_arrive_unchanged_and_the_end_is_detected() {
         let (a, b) = Link::pair().unwrap();
         let messages = [
             Message::Started(5),

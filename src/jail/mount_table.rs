@@ -1,39 +1,39 @@
-//! What is mounted in the jail, as a table. [`super::build`] carries it out from top to bottom.
+//! Table of the jail's mounts, which [`super::build`] carries out from top to bottom.
 
 use rustix::mount::MountAttrFlags;
 
-/// Where a mount comes from.
+/// Source of a mount.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Source {
     /// A new file system of this type with these options.
     New(&'static str, &'static [(&'static str, &'static str)]),
-    /// What the container has at this path, with all that is mounted below it.
+    /// The container's tree at this path, with everything mounted below it.
     Container(&'static str),
-    /// Nothing to see: an empty folder or, on a file, /dev/null.
+    /// An empty directory or, for a file, /dev/null.
     Masked,
 }
 
-/// What is done where the target does not exist.
+/// Action where the target does not exist.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Missing {
-    /// The image lacks the folder: made for the life of the jail, recorded, and removed at the end.
+    /// The image lacks the directory: it is created for the life of the jail, recorded, and removed at the end.
     MountPoint,
-    /// It stands in a file system of our own: made there.
+    /// Create it, since it is in a file system of our own.
     Made,
-    /// There is then nothing to restrict.
+    /// Skip the mount, since there is nothing to restrict.
     Skipped,
 }
 
 /// One mount. Targets are relative to the jail's root.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Mount {
-    /// Where.
+    /// Target.
     pub target: &'static str,
-    /// What.
+    /// Source.
     pub(crate) source: Source,
-    /// Restrictions, beyond those the source has.
+    /// Attributes in addition to those of the source.
     pub(crate) attributes: MountAttrFlags,
-    /// What if the target is missing.
+    /// Action if the target is missing.
     pub(crate) missing: Missing,
 }
 
@@ -43,17 +43,19 @@ const NOEXEC: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NOEXEC;
 const RDONLY: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_RDONLY;
 const NOTHING: MountAttrFlags = MountAttrFlags::empty();
 
-/// Restrictions of what stands in /proc beside the processes: one file for all the machine, whose mode root could change for everybody.
+/// Attributes of everything in /proc but the processes: these files are the machine's, and root could change their
+/// modes for everybody.
 pub(crate) const KERNEL_FILE_ATTRIBUTES: MountAttrFlags = RDONLY.union(NOSUID).union(NODEV).union(NOEXEC);
 
-/// Restrictions of the image root itself: a device node that stands in the image opens nothing.
+/// Attributes of the image root: device nodes in the image cannot be opened.
 pub(crate) const ROOT_ATTRIBUTES: MountAttrFlags = NODEV;
 
 const fn mount(target: &'static str, source: Source, attributes: MountAttrFlags, missing: Missing) -> Mount {
     Mount { target, source, attributes, missing }
 }
 
-/// Read-only, which keeps nobody from reading and writing the device, but does from changing the mode of the container's node.
+/// Mounts a device node read-only: reading and writing the device still works, but nobody can change the mode of the
+/// container's node.
 const fn device(node: &'static str) -> Mount {
     mount(node.split_at(1).1, Source::Container(node), RDONLY.union(NOSUID).union(NOEXEC), Missing::Made)
 }
@@ -66,12 +68,12 @@ const RUN: Mount = mount("run", Source::New("tmpfs", &[("mode", "0755")]), NOSUI
 
 const PROC: Mount = mount("proc", Source::New("proc", &[]), NOSUID.union(NODEV).union(NOEXEC), Missing::MountPoint);
 
-/// The jail of an ordinary job.
+/// Mounts of an ordinary job's jail.
 ///
-/// /dev is a tmpfs in which nothing that a session makes is a device (nodev); the six nodes below it are mounts of their own, of the
-/// container's nodes, since a user namespace can make none.
-/// /proc and /sys are masked as OCI runtimes do (runtime-spec, "Linux masked and read-only paths"); of /proc, all that is no process is
-/// read-only ([`KERNEL_FILE_ATTRIBUTES`]).
+/// /dev is a nodev tmpfs, so nodes that a session makes cannot be opened. The six devices in it are mounts of the
+/// container's nodes, since a user namespace cannot create nodes. /proc and /sys are masked as in OCI runtimes
+/// (runtime-spec, "Linux masked and read-only paths"); in /proc, everything but the processes is read-only
+/// ([`KERNEL_FILE_ATTRIBUTES`]).
 pub(crate) const JAILED: &[Mount] = &[
     mount(
         "dev",
@@ -85,7 +87,7 @@ pub(crate) const JAILED: &[Mount] = &[
     device("/dev/random"),
     device("/dev/urandom"),
     device("/dev/tty"),
-    // The container's instance, not a new one: `tty` then finds the terminal that sshd opened.
+    // The container's instance, not a new one, so that `tty` finds the terminal that sshd opened.
     mount("dev/pts", Source::Container("/dev/pts"), NOSUID.union(NOEXEC), Missing::Made),
     mount("dev/shm", Source::New("tmpfs", &[("mode", "1777")]), NOSUID.union(NODEV), Missing::Made),
     mount("dev/mqueue", Source::New("mqueue", &[]), NOSUID.union(NODEV).union(NOEXEC), Missing::Made),
@@ -106,7 +108,7 @@ pub(crate) const JAILED: &[Mount] = &[
     RUN,
 ];
 
-/// The jail of a job that builds kernel modules (`JOB_ENABLE_DKMS=True`): everything that the container has.
+/// Mounts of a job that builds kernel modules (`JOB_ENABLE_DKMS=True`), which sees all the container's devices.
 pub(crate) const DKMS: &[Mount] = &[
     mount("dev", Source::Container("/dev"), NOTHING, Missing::MountPoint),
     PROC,
@@ -114,19 +116,19 @@ pub(crate) const DKMS: &[Mount] = &[
     RUN,
 ];
 
-/// Where the jail's /proc comes from.
+/// Source of the jail's /proc.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Proc {
-    /// A procfs of the jail's own, which shows the jail's processes only.
+    /// A procfs of the jail's own, which shows only the jail's processes.
     #[default]
     New,
-    /// The container's, with what is masked there, and read-only: it shows the processes outside, whose files (`oom_score_adj`,
-    /// `coredump_filter`, `autogroup`, …) any root may write to. For a user namespace: the kernel gives it no new one where that would
-    /// uncover what is masked (`mount_too_revealing`).
+    /// The container's, with its masks, and read-only: it shows the processes outside, and any root may write to some
+    /// of their files (`oom_score_adj`, `coredump_filter`, `autogroup`, …). Used for a user namespace, where the kernel
+    /// refuses a new procfs that would reveal what is masked (`mount_too_revealing`).
     Container,
 }
 
-/// The table for a job.
+/// Mounts of a job.
 pub fn mount_table(dkms: bool, proc: Proc) -> impl Iterator<Item = Mount> {
     let (table, restricted) = if dkms { (DKMS, NOTHING) } else { (JAILED, RDONLY) };
     table.iter().map(move |mount| match (mount.source, proc) {
@@ -139,7 +141,7 @@ pub fn mount_table(dkms: bool, proc: Proc) -> impl Iterator<Item = Mount> {
 
 /// Links in the jail's own /dev, as (name, target).
 pub(crate) const DEV_LINKS: &[(&str, &str)] = &[
-    // A link and not a node: only so does openpty find the terminal it made below /dev/pts.
+    // A link and not a node, because openpty otherwise does not find its terminal below /dev/pts.
     ("ptmx", "pts/ptmx"),
     ("fd", "/proc/self/fd"),
     ("stdin", "/proc/self/fd/0"),
@@ -147,8 +149,8 @@ pub(crate) const DEV_LINKS: &[(&str, &str)] = &[
     ("stderr", "/proc/self/fd/2"),
 ];
 
-/// Directory of the jail's copies of the container's programs, relative to the root: below the jail's own /run, so that
-/// the image needs no directory for them.
+/// Directory for the jail's copies of the container's programs, relative to the root. It is below the jail's own /run,
+/// so that the image needs no directory for it.
 pub(crate) const PROGRAMS: &str = "run/.ims-sshd";
 
 #[cfg(test)]
@@ -156,7 +158,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_the_image_lacks_is_only_ever_a_top_folder() {
+    fn mount_points_created_in_the_image_are_top_level_directories() {
         for m in JAILED.iter().chain(DKMS) {
             if m.missing == Missing::MountPoint {
                 assert!(!m.target.contains('/'), "{} would be made inside the image", m.target);
@@ -165,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mount_stands_after_the_one_it_lies_in() {
+    fn mounts_come_after_the_mount_that_contains_them() {
         for table in [JAILED, DKMS] {
             for (at, m) in table.iter().enumerate() {
                 if let Some((top, _)) = m.target.split_once('/') {
@@ -176,11 +178,11 @@ mod tests {
     }
 
     #[test]
-    fn nothing_a_session_can_write_to_opens_a_device() {
+    fn device_nodes_cannot_be_opened_on_writable_mounts() {
         assert!(ROOT_ATTRIBUTES.contains(NODEV));
         for m in JAILED {
-            let writable_folder = matches!(m.source, Source::New("tmpfs", _));
-            assert!(!writable_folder || m.attributes.contains(NODEV), "{}", m.target);
+            let is_writable = matches!(m.source, Source::New("tmpfs", _));
+            assert!(!is_writable || m.attributes.contains(NODEV), "{}", m.target);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What a jail is made of, and as the arguments of `ims-jail-shell init`.
+//! The plan of a jail, and its form as arguments of `ims-jail-shell init`.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -9,34 +9,35 @@ use crate::jail::programs::Program;
 use crate::jail::tier::Tier;
 use crate::sys::architecture::Architecture;
 
-/// What the jail is made of.
+/// Everything that determines a jail.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Plan {
-    /// How strong it is.
+    /// Tier of the jail.
     pub tier: Tier,
-    /// Where its /proc comes from.
+    /// Source of its /proc.
     pub proc: Proc,
-    /// The image root's path, for messages: by the time they are read, another directory may stand there.
+    /// Path of the image root, for messages: another directory may have it by the time they are read.
     pub image_root: PathBuf,
-    /// Whether the job builds kernel modules.
+    /// True if the job builds kernel modules.
     pub dkms: bool,
-    /// What the image's programs are for, if the jail has to see to it itself that they run.
+    /// Architecture of the image's programs, if the jail must register an emulator for it.
     pub emulated: Option<Architecture>,
-    /// The jail's host name, which was asked for.
+    /// Requested host name of the jail.
     pub hostname: Option<String>,
-    /// The image's name, a label of a host name, for people at a shell; the jail's host name where none is asked for and it can be given one.
+    /// Name of the image as a host name label, for people at a shell. It becomes the jail's host name if none is
+    /// requested and setting it is possible.
     pub label: Option<String>,
-    /// Programs to show: sftp-server with its loader and libraries, or a script.
+    /// Programs to show in the jail: sftp-server with its loader and libraries, or a script.
     pub programs: Vec<Program>,
-    /// Bind mounts, with targets that exist and have no link on the way.
+    /// Bind mounts whose targets exist and have no link in their paths.
     pub binds: Vec<Bind>,
-    /// A mount namespace that holds next to nothing, of which the jail's becomes a copy; a copy of the container's, with all that is mounted
-    /// there, if there is none.
+    /// An almost empty mount namespace that the jail's is copied from; without it, the jail's begins as a copy of the
+    /// container's, with all its mounts.
     pub bare: Option<PathBuf>,
 }
 
 impl Plan {
-    /// The arguments behind `init`.
+    /// The arguments after `init`.
     pub(crate) fn to_arguments(&self) -> Vec<OsString> {
         let mut arguments: Vec<OsString> =
             vec!["--tier".into(), self.tier.name().into(), "--root".into(), self.image_root.clone().into()];
@@ -59,7 +60,7 @@ impl Plan {
         arguments
     }
 
-    /// Reads them; `None` if they are none.
+    /// Parses the arguments; `None` if they are invalid.
     pub(crate) fn from_arguments(arguments: &[OsString]) -> Option<Self> {
         let mut plan = Self::default();
         let mut arguments = arguments.iter();
@@ -118,7 +119,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_plan_is_read_as_it_was_written(plan in plan()) {
+        fn plan_round_trips_through_its_arguments(plan in plan()) {
             prop_assert_eq!(Plan::from_arguments(&plan.to_arguments()), Some(plan));
         }
     }

@@ -1,8 +1,8 @@
-//! Copies of the container's programs, for what runs in a jail or is shown there.
+//! Copies of the container's programs that run in a jail or are shown there.
 //!
-//! A process inside can open what it runs (/proc/PID/exe), and root there owns files of root. With the container's own files instead of
-//! copies it could change their modes, owners and attributes, and could take leases on them even through a read-only mount. CVE-2019-5736
-//! is of this kind.
+//! A process in the jail can open the file of a running program (/proc/PID/exe), and root in the jail owns root's
+//! files. If these were the container's own files, it could change mode, owner and attributes, and take leases even
+//! through a read-only mount (compare CVE-2019-5736).
 
 use std::fs::File;
 use std::io;
@@ -21,14 +21,14 @@ const ATTRIBUTES: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NOSUID.union(Mount
 /// A program to copy.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Program {
-    /// Its name in the jail, below [`PROGRAMS`](crate::jail::mount_table::PROGRAMS).
+    /// Name in the jail, below [`PROGRAMS`](crate::jail::mount_table::PROGRAMS).
     pub name: String,
-    /// The file of the container, not a link.
+    /// File of the container, not a link.
     pub file: PathBuf,
 }
 
-/// Copies `programs` into a read-only tmpfs. The copies come open for reading: as long as they are, the
-/// kernel gives nobody inside a write lease on one, for which each further session would have to wait (fcntl(2), `F_SETLEASE`).
+/// Copies `programs` into a read-only tmpfs, and returns the copies open for reading: while they are open, the kernel
+/// grants nobody inside a write lease, which every further session would have to wait for (fcntl(2), `F_SETLEASE`).
 pub(crate) fn copy<'a>(programs: impl IntoIterator<Item = &'a Program>) -> Result<(Detached, Vec<OwnedFd>)> {
     let attempted = || "make a tmpfs for the jail's programs";
     let tmpfs = Detached::filesystem("tmpfs", &[("mode", "0755")], ATTRIBUTES).attempt(attempted)?;

@@ -1,19 +1,20 @@
-//! Where the jail is: the file by which `ims-jail-shell` finds the jail that it has to enter.
+//! The record of a jail: the file from which `ims-jail-shell` learns how to enter the jail.
 //!
-//! Lines of a name and its value; written by the supervisor below /run, where only the build environment's root writes:
+//! It has lines of a name and a value. The supervisor writes it below /run, where only the build environment's root can
+//! write:
 //!
 //! ```text
-//! tier NAME          how strong the jail is
-//! init PID START     its number, and its start in clock ticks after boot
-//! keeper PID START   the process that holds the descriptors by which the jail is entered
-//! door FD            one of them, by its number there; any number, in this order: the tier's namespaces, or
+//! tier NAME          the jail's tier
+//! init PID START     process ID of the init, and its start in clock ticks after boot
+//! keeper PID START   the process that keeps the descriptors for entering the jail
+//! descriptor FD      one of them, by its number in the keeper; repeated in this order: the tier's namespaces, or
 //!                    in the chroot tier the image root
-//! helper FD          the jail's copy of ims-jail-shell, by its number there
-//! dkms BOOL          whether sessions keep the container's capabilities
-//! in-place BOOL      whether what is changed stays, however the environment ends
-//! job ID             the IMS job, for the greeting; may be missing
-//! image NAME         the image's name, for greeting and prompt; may be missing
-//! keep PATTERN       a name (with * and ?) of a variable that sessions keep; any number
+//! helper FD          the jail's copy of ims-jail-shell, by its number in the keeper
+//! dkms BOOL          true if sessions keep the container's capabilities
+//! in-place BOOL      true if changes stay however the environment ends
+//! job ID             the IMS job, for the greeting; optional
+//! image NAME         the image's name, for greeting and prompt; optional
+//! keep PATTERN       name (with * and ?) of a variable that sessions keep; repeated
 //! ```
 
 use std::path::Path;
@@ -22,40 +23,41 @@ use crate::error::{Attempt, Error, Result};
 use crate::jail::tier::Tier;
 use crate::sys::process::Identity;
 
-/// What a session needs to know of the jail.
+/// Facts about the jail that a session needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Record {
-    /// How strong the jail is.
+    /// Tier of the jail.
     pub(crate) tier: Tier,
-    /// The jail's init, as the container numbers it.
+    /// Init of the jail, with its process ID in the container.
     pub init: Identity,
-    /// The process that holds the doors.
+    /// Process that keeps the descriptors open.
     pub keeper: Identity,
-    /// Numbers of the keeper's descriptors.
-    pub(crate) doors: Vec<i32>,
-    /// Number of the keeper's descriptor of the jail's copy of `ims-jail-shell`, which is all that runs inside of our own.
+    /// Numbers of the keeper's descriptors for the namespaces, or for the image root in the chroot tier.
+    pub(crate) descriptors: Vec<i32>,
+    /// Number of the keeper's descriptor for the jail's copy of `ims-jail-shell`, the only program of ours that runs
+    /// inside.
     pub(crate) helper: i32,
-    /// Whether sessions keep the container's capabilities.
+    /// True if sessions keep the container's capabilities.
     pub(crate) dkms: bool,
-    /// True if changes stay in the image, however the environment ends.
+    /// True if changes stay in the image however the environment ends.
     pub(crate) in_place: bool,
-    /// The IMS job.
+    /// IMS job.
     pub(crate) job: Option<String>,
-    /// The image's name.
+    /// Name of the image.
     pub(crate) image: Option<String>,
     /// Names of variables that the server's configuration gives to sessions (`SetEnv`, `AcceptEnv`).
     pub(crate) keep: Vec<String>,
 }
 
 impl Record {
-    /// The file's text.
+    /// Formats the file.
     pub(crate) fn to_text(&self) -> String {
         use std::fmt::Write;
         let mut text =
             format!("tier {}\ninit {}\nkeeper {}\ndkms {}\n", self.tier.name(), self.init, self.keeper, self.dkms);
         let _ = writeln!(text, "helper {}\nin-place {}", self.helper, self.in_place);
-        for door in &self.doors {
-            let _ = writeln!(text, "door {door}");
+        for descriptor in &self.descriptors {
+            let _ = writeln!(text, "descriptor {descriptor}");
         }
         if let Some(job) = &self.job {
             let _ = writeln!(text, "job {job}");
@@ -69,18 +71,18 @@ impl Record {
         text
     }
 
-    /// Reads the file's text; `None` if it is not one.
+    /// Parses the file; `None` if it is invalid.
     pub(crate) fn parse(text: &str) -> Option<Self> {
         let (mut tier, mut init, mut keeper, mut helper) = (None, None, None, None);
         let (mut dkms, mut in_place) = (None, None);
-        let (mut job, mut image, mut doors, mut keep) = (None, None, Vec::new(), Vec::new());
+        let (mut job, mut image, mut descriptors, mut keep) = (None, None, Vec::new(), Vec::new());
         for line in text.lines() {
             let (name, value) = line.split_once(' ')?;
             match name {
                 "tier" => tier = Tier::from_name(value),
                 "init" => init = Identity::parse(value),
                 "keeper" => keeper = Identity::parse(value),
-                "door" => doors.push(value.parse().ok()?),
+                "descriptor" => descriptors.push(value.parse().ok()?),
                 "helper" => helper = value.parse().ok(),
                 "dkms" => dkms = value.parse().ok(),
                 "in-place" => in_place = value.parse().ok(),
@@ -94,7 +96,7 @@ impl Record {
             tier: tier?,
             init: init?,
             keeper: keeper?,
-            doors,
+            descriptors,
             helper: helper?,
             dkms: dkms?,
             in_place: in_place?,
@@ -102,19 +104,19 @@ impl Record {
             image,
             keep,
         };
-        // With one less, a session would come to stand outside.
-        (record.doors.len() == record.tier.namespaces().len().max(1)).then_some(record)
+        // With one descriptor missing, a session would stay in a namespace of the container.
+        (record.descriptors.len() == record.tier.namespaces().len().max(1)).then_some(record)
     }
 
     /// Reads the file at `path`.
     pub fn read(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path)
-            .attempt(|| format!("read where the jail is from {}", path.display()))
+            .attempt(|| format!("read the record of the jail, {}", path.display()))
             .map_err(|e| e.advise("the build environment is closing or was never opened"))?;
         Self::parse(&text).ok_or_else(|| {
-            Error::new(format!("understand {}", path.display()))
-                .because("it is no record of a jail of this version")
-                .advise("install ims-sshd and ims-jail-shell of one version")
+            Error::new(format!("parse the record of the jail, {}", path.display()))
+                .because("it was written by another version")
+                .advise("install ims-sshd and ims-jail-shell of the same version")
         })
     }
 }
@@ -124,12 +126,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_record_is_read_as_it_was_written() {
+    fn record_round_trips_through_its_text() {
         let record = Record {
             tier: Tier::User,
             init: Identity { pid: 7, start: 99 },
             keeper: Identity { pid: 1, start: 3 },
-            doors: vec![9, 4, 5, 6, 7],
+            descriptors: vec![9, 4, 5, 6, 7],
             helper: 8,
             dkms: true,
             in_place: true,
@@ -139,7 +141,7 @@ mod tests {
         };
         let text = record.to_text();
         assert_eq!(Record::parse(&text), Some(record));
-        assert_eq!(Record::parse(&text.replace("door 9\n", "")), None, "a door is missing");
+        assert_eq!(Record::parse(&text.replace("descriptor 9\n", "")), None, "a descriptor is missing");
         assert_eq!(Record::parse(""), None);
         assert_eq!(Record::parse("tier user\ninit x 1\n"), None);
     }

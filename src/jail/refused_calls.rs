@@ -1,33 +1,33 @@
-//! System calls that lead out of the jail although they need no capability, as a table, and the program by which the kernel refuses
-//! them.
+//! Table of system calls that lead out of the jail although they need no capability, and the seccomp program that
+//! refuses them.
 
 use crate::sys::seccomp::Instruction;
 
-/// What is done about a call.
+/// Answer to a call.
 #[derive(Debug, Clone, Copy)]
 enum Rule {
-    /// It always fails with this error.
+    /// Always fails with this error.
     Always(i32),
-    /// It fails with this error if all these tests of its arguments hold.
+    /// Fails with this error if all these tests of its arguments hold.
     If(&'static [Test], i32),
 }
 
 use Rule::{Always, If};
 
-/// A test of the lower 32 bits of one argument, counted from 0.
+/// A test of the lower 32 bits of one argument; arguments are counted from 0.
 #[derive(Debug, Clone, Copy)]
 enum Test {
-    /// It has one of these bits.
+    /// The argument has one of these bits.
     HasAny(u32, u32),
-    /// Its bits in the mask equal one of these values.
+    /// The masked argument equals one of these values.
     In(u32, u32, &'static [u32]),
-    /// They are none of these values.
+    /// The masked argument equals none of these values.
     NotIn(u32, u32, &'static [u32]),
 }
 
 use Test::{HasAny, In, NotIn};
 
-/// One call. A test compares the names and reasons with SECURITY.md.
+/// A call. A test compares names and reasons with SECURITY.md.
 #[allow(dead_code)]
 struct Call {
     name: &'static str,
@@ -36,15 +36,15 @@ struct Call {
     why: &'static str,
 }
 
-/// A call's numbers on x86_64, i386, aarch64 and arm. `None` where it does not exist.
+/// Numbers of a call on x86_64, i386, aarch64 and arm. `None` where it does not exist.
 type Numbers = [Option<u32>; 4];
 
-/// Numbers are those of arch/x86/entry/syscalls, asm-generic/unistd.h and arch/arm/tools/syscall.tbl in Linux.
+/// Numbers from arch/x86/entry/syscalls, asm-generic/unistd.h and arch/arm/tools/syscall.tbl of Linux.
 const fn numbers(x86_64: u32, i386: u32, aarch64: u32, arm: u32) -> Numbers {
     [Some(x86_64), Some(i386), Some(aarch64), Some(arm)]
 }
 
-/// Calls that came after Linux 5.1 have one number everywhere.
+/// Calls added after Linux 5.1 have the same number everywhere.
 const fn everywhere(number: u32) -> Numbers {
     [Some(number); 4]
 }
@@ -64,11 +64,11 @@ const ALLOWED_FAMILIES: &[u32] = &[
 const OTHER_FAMILY: Rule = If(&[NotIn(0, ALL_BITS, ALLOWED_FAMILIES)], libc::EAFNOSUPPORT);
 const ALL_BITS: u32 = u32::MAX;
 
-/// A socket's type has flags beside it (`SOCK_TYPE_MASK` of linux/net.h).
+/// Bits of the socket type, whose other bits are flags (`SOCK_TYPE_MASK` of linux/net.h).
 const TYPE_BITS: u32 = 0xf;
 const SOCK_PACKET: u32 = 10;
 
-/// A pidfd is asked for at this level, by these options (asm-generic/socket.h).
+/// Level and options that give a pidfd (asm-generic/socket.h).
 const AT_SOCKET: Test = In(1, ALL_BITS, &[libc::SOL_SOCKET.cast_unsigned()]);
 const SO_PASSPIDFD: u32 = 76;
 const SO_PEERPIDFD: u32 = 77;
@@ -77,21 +77,21 @@ const SO_PEERPIDFD: u32 = 77;
 const TIOCSTI: u32 = 0x5412;
 const TIOCLINUX: u32 = 0x541c;
 
-/// A delegation is a lease on a directory too (Linux 6.19); its number is that of uapi/linux/fcntl.h.
+/// A delegation is a lease on a directory (Linux 6.19); the number is from uapi/linux/fcntl.h.
 const F_SETDELEG: u32 = F_SETLEASE + 16;
 const F_SETLEASE: u32 = libc::F_SETLEASE.cast_unsigned();
 
-/// A file system without leases gives this error (`simple_nosetlease` of fs/libfs.c).
+/// The error of a file system without leases (`simple_nosetlease` of fs/libfs.c).
 const LEASE: Rule = If(&[In(1, ALL_BITS, &[F_SETLEASE, F_SETDELEG])], libc::EINVAL);
 
-/// Calls, what is done about each, and why. The error is one that programs expect of a kernel without the call, so that they go on by
-/// another way.
+/// Calls, answers and reasons. Each error is one that programs expect from a kernel without the call, so that they fall
+/// back to something else.
 const CALLS: &[Call] = &[
     call(
         "add_key",
         numbers(248, 286, 217, 309),
         Always(libc::ENOSYS),
-        "the keyrings of root outside are those of root inside",
+        "root inside and root outside share one keyring",
     ),
     call("request_key", numbers(249, 287, 218, 310), Always(libc::ENOSYS), "the same"),
     call("keyctl", numbers(250, 288, 219, 311), Always(libc::ENOSYS), "the same"),
@@ -99,67 +99,68 @@ const CALLS: &[Call] = &[
         "unshare",
         numbers(272, 310, 97, 337),
         NEW_USER,
-        "who makes a user namespace has every capability in it, and reaches the container's own cgroup",
+        "the creator of a user namespace has every capability in it, and reaches the container's own cgroup",
     ),
     call("clone", numbers(56, 120, 220, 120), NEW_USER, "the same"),
-    // C libraries then take clone.
+    // C libraries then fall back to clone.
     call(
         "clone3",
         everywhere(435),
         Always(libc::ENOSYS),
-        "the same: its flags stand in memory, where a filter cannot look",
+        "the same: its flags are in memory, which a filter cannot read",
     ),
     call(
         "setns",
         numbers(308, 346, 268, 375),
         Always(libc::EPERM),
-        "root would have every capability in the user namespace that the jail's host name belongs to; into any other it may not",
+        "root would have every capability in the user namespace that owns the jail's host name; no other one can be entered anyway",
     ),
-    // The kernel looks at 32 bits of the request only (CVE-2019-10063), and so does this.
+    // The kernel compares only 32 bits of the request (CVE-2019-10063), and so does this filter.
     call(
         "ioctl",
         numbers(16, 54, 29, 54),
         If(&[In(1, ALL_BITS, &[TIOCSTI, TIOCLINUX])], libc::EPERM),
-        "types for the shell that 'ims-sshd enter' was started from, on a virtual console too (CVE-2016-2568, CVE-2023-28100)",
+        "injects input into the shell that started 'ims-sshd enter', also on a virtual console (CVE-2016-2568, CVE-2023-28100)",
     ),
-    // The kernel looks at 32 bits of the command.
+    // The kernel compares 32 bits of the command.
     call(
         "fcntl",
         numbers(72, 55, 25, 55),
         LEASE,
-        "on a file that can only be read, such as one in /sys, everybody outside who opens it would wait (45 seconds)",
+        "a lease on a readable file, such as one in /sys, makes everybody outside who opens it wait (45 seconds)",
     ),
     call("fcntl64", [None, Some(221), None, Some(221)], LEASE, "the same"),
-    // Limits are not read either: a filter compares halves of the address of the new ones, which costs more than it gives.
+    // Reading the init's limits is refused too: allowing it would need comparing both halves of a pointer, which
+    // is not worth it.
     call(
         "prlimit64",
         numbers(302, 340, 261, 369),
         If(&[In(0, ALL_BITS, &[1])], libc::EPERM),
-        "a limit of processor time ends the jail's init, and with it every session",
+        "a CPU time limit would kill the jail's init, and with it every session",
     ),
     call(
         "pidfd_getfd",
         everywhere(438),
         Always(libc::ENOSYS),
-        "takes a descriptor of any process of root's that has no more capabilities: the handle on it need not come from this PID namespace",
+        "copies a descriptor of any process of root that has no more capabilities; its pidfd need not come from this PID namespace",
     ),
     call(
         "getsockopt",
         numbers(55, 365, 209, 295),
         If(&[AT_SOCKET, In(2, ALL_BITS, &[SO_PEERPIDFD])], libc::ENOPROTOOPT),
-        "gives such a handle on whoever listens at a socket outside",
+        "gives such a pidfd of the process that listens on a socket outside",
     ),
     call(
         "setsockopt",
         numbers(54, 366, 208, 294),
         If(&[AT_SOCKET, In(2, ALL_BITS, &[SO_PASSPIDFD])], libc::ENOPROTOOPT),
-        "has one come with each message from outside",
+        "attaches such a pidfd to each message from outside",
     ),
     call(
         "socket",
         numbers(41, 359, 198, 281),
         OTHER_FAMILY,
-        "AF_PACKET sees all packets of the pod; AF_VSOCK reaches the machine that the node runs on; AF_ALG and others reach parts of the \
+        "AF_PACKET sees all packets of the pod; AF_VSOCK reaches the node's hypervisor; AF_ALG and others reach parts of the \
          kernel that no image needs (CVE-2026-31431)",
     ),
     call(
@@ -179,20 +180,20 @@ const CALLS: &[Call] = &[
             ],
             libc::EPERM,
         ),
-        "it sees what others in the pod are sent; ping needs no more than ICMP",
+        "it receives packets of others in the pod; ping needs only ICMP",
     ),
     call("socketpair", numbers(53, 360, 199, 288), OTHER_FAMILY, "the same as for socket"),
     call(
         "socketcall",
         [None, Some(102), None, None],
         Always(libc::ENOSYS),
-        "all calls about sockets in one: its arguments stand in memory, where a filter cannot look",
+        "all socket calls in one: its arguments are in memory, which a filter cannot read",
     ),
     call(
         "io_uring_setup",
         everywhere(425),
         Always(libc::ENOSYS),
-        "what is done through it, sockets too, passes by this filter",
+        "its operations, sockets included, bypass this filter",
     ),
     call("io_uring_enter", everywhere(426), Always(libc::ENOSYS), "the same"),
     call("io_uring_register", everywhere(427), Always(libc::ENOSYS), "the same"),
@@ -200,33 +201,33 @@ const CALLS: &[Call] = &[
         "userfaultfd",
         numbers(323, 374, 282, 388),
         Always(libc::ENOSYS),
-        "holds the kernel up in the middle of a copy, by which holes in it are used",
+        "pauses the kernel in the middle of a copy, which helps exploits",
     ),
     call(
         "bpf",
         numbers(321, 357, 280, 386),
         Always(libc::EPERM),
-        "a program in the kernel, which some nodes leave to everybody",
+        "loads a program into the kernel, which some nodes allow everybody",
     ),
     call(
         "perf_event_open",
         numbers(298, 336, 241, 364),
         Always(libc::EPERM),
-        "counts what others do, which some nodes leave to everybody",
+        "monitors other processes, which some nodes allow everybody",
     ),
     call(
         "syslog",
         numbers(103, 103, 116, 103),
         Always(libc::EPERM),
-        "the kernel's log is the node's, and some nodes leave it to everybody",
+        "reads the node's kernel log, which some nodes allow everybody",
     ),
 ];
 
-/// A way of calling the kernel: every processor has one of 64 and one of 32 bits, and any program may use both.
+/// A system call convention. Every processor has a 64-bit and a 32-bit one, and any program may use both.
 struct Convention {
     /// `AUDIT_ARCH_…` of linux/audit.h.
     architecture: u32,
-    /// Which of a call's numbers.
+    /// Column of [`Numbers`].
     column: usize,
 }
 
@@ -238,12 +239,13 @@ const CONVENTIONS: [Convention; 2] =
 const CONVENTIONS: [Convention; 2] =
     [Convention { architecture: 0xc000_00b7, column: 2 }, Convention { architecture: 0x4000_0028, column: 3 }];
 
-/// Where struct seccomp_data has the call's number, its convention, and the lower half of its first argument (little-endian).
+/// Offsets in struct seccomp_data: the call's number, the convention, and the lower half of the first argument
+/// (little-endian).
 const NUMBER: u32 = 0;
 const ARCHITECTURE: u32 = 4;
 const ARGUMENTS: u32 = 16;
 
-/// x32, a third convention of x86_64, has the number of the first with this bit.
+/// Bit in the numbers of x32, a third convention of x86_64.
 const X32: u32 = 0x4000_0000;
 
 const ALLOW: Instruction = give(libc::SECCOMP_RET_ALLOW);
@@ -270,20 +272,20 @@ const fn keep_bits(mask: u32) -> Instruction {
     instruction(libc::BPF_ALU | libc::BPF_AND | libc::BPF_K, mask, 0, 0)
 }
 
-/// Skips so many instructions if what was loaded is `value`, or if it is not.
+/// Skips `skip_if` instructions if the loaded value equals `value`, otherwise `skip_if_not`.
 const fn if_equal(value: u32, skip_if: u8, skip_if_not: u8) -> Instruction {
     instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, value, skip_if, skip_if_not)
 }
 
-/// Skips so many instructions if what was loaded has none of `bits`.
+/// Skips `skip` instructions if the loaded value has none of `bits`.
 const fn unless_any_bit(bits: u32, skip: u8) -> Instruction {
     instruction(libc::BPF_JMP | libc::BPF_JSET | libc::BPF_K, bits, 0, skip)
 }
 
-/// A jump to the end of the part of the program that it stands in, until that is known.
+/// Placeholder for a jump to the end of the current part, until its length is known.
 const END: u8 = u8::MAX;
 
-/// The program while it is made, by the compiler: a session does not wait for it.
+/// The program while it is assembled. This happens at compile time, so no session waits for it.
 struct Program {
     instructions: [Instruction; 512],
     length: usize,
@@ -299,7 +301,7 @@ impl Program {
         self.length += 1;
     }
 
-    /// Ends the part that began when the program had this length.
+    /// Ends the part that began at `start`, and resolves its jumps.
     const fn end_part(&mut self, start: usize) {
         let mut at = start;
         while at < self.length {
@@ -320,7 +322,7 @@ impl Program {
         }
     }
 
-    /// Answers the calls of a convention.
+    /// Adds the answers to all calls of a convention.
     const fn answer_calls(&mut self, convention: &Convention) {
         let start = self.length;
         self.add(if_equal(convention.architecture, 0, END));
@@ -338,10 +340,10 @@ impl Program {
         self.end_part(start);
     }
 
-    /// Answers one call, if it is to fail; what comes after it, if not.
+    /// Adds the answer to one call; a call that does not match continues after it.
     const fn answer_call(&mut self, number: u32, rule: Rule) {
         let start = self.length;
-        // The tests of the call before may have loaded something else.
+        // Reload the number, because the tests of the previous call may have loaded an argument.
         self.add(load(NUMBER));
         self.add(if_equal(number, 0, END));
         let (tests, error) = match rule {
@@ -357,7 +359,7 @@ impl Program {
         self.end_part(start);
     }
 
-    /// Goes on if the test holds; else to the end of the part.
+    /// Continues if the test holds, and otherwise jumps to the end of the part.
     const fn test(&mut self, test: Test) {
         let (argument, mask, values, equal, none_equal) = match test {
             HasAny(argument, bits) => {
@@ -373,7 +375,7 @@ impl Program {
         let mut further = values.len();
         while further > 0 {
             further -= 1;
-            // If equal, over the comparisons that are left.
+            // If equal, skip the remaining comparisons.
             #[allow(clippy::cast_possible_truncation)]
             let equal = if equal == END { END } else { further as u8 };
             let value = values[values.len() - 1 - further];
@@ -387,12 +389,12 @@ const PROGRAM: Program = {
     program.add(load(ARCHITECTURE));
     program.answer_calls(&CONVENTIONS[0]);
     program.answer_calls(&CONVENTIONS[1]);
-    // Calls by an unknown convention fail as if they did not exist.
+    // Calls of an unknown convention fail as if they did not exist.
     program.add(fail(libc::ENOSYS));
     program
 };
 
-/// The program, for [`crate::sys::seccomp::filter`].
+/// The program for [`crate::sys::seccomp::filter`].
 pub(crate) fn program() -> &'static [Instruction] {
     const LENGTH: usize = PROGRAM.length;
     static INSTRUCTIONS: [Instruction; LENGTH] = {
@@ -407,8 +409,8 @@ pub(crate) fn program() -> &'static [Instruction] {
     &INSTRUCTIONS
 }
 
-/// A program that refuses `calls` (`SYS_…` of libc) to one that has no use for them, and user namespaces, in which it would have every
-/// capability. Only the first convention exists.
+/// A program that refuses `calls` (`SYS_…` of libc), and user namespaces, in which a process would have every
+/// capability. Only the first convention is allowed.
 pub(crate) fn refusing(calls: &[libc::c_long]) -> Vec<Instruction> {
     let convention = &CONVENTIONS[0];
     let mut program = Program::new();
@@ -430,7 +432,7 @@ pub(crate) fn refusing(calls: &[libc::c_long]) -> Vec<Instruction> {
     program.instructions[..program.length].to_vec()
 }
 
-/// A program by which a kernel seems to have no audit (linux/netlink.h), to programs of the first convention.
+/// A program that makes the kernel appear to lack audit (linux/netlink.h), for the first convention.
 pub(crate) fn without_audit() -> Vec<Instruction> {
     const FAMILY: Test = In(0, ALL_BITS, &[libc::AF_NETLINK.cast_unsigned()]);
     const PROTOCOL: Test = In(2, ALL_BITS, &[libc::NETLINK_AUDIT.cast_unsigned()]);
@@ -454,7 +456,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_of_this_processor_are_those_of_libc() {
+    fn call_numbers_agree_with_libc() {
         for (name, number) in [
             ("add_key", libc::SYS_add_key),
             ("request_key", libc::SYS_request_key),
@@ -490,7 +492,7 @@ mod tests {
         assert_eq!(u64::from(TIOCLINUX), libc::TIOCLINUX);
     }
 
-    /// The kernel's answer to a call by `program`: carries out the instructions that are used here.
+    /// The answer of `program` to a call. Interprets only the instructions used here.
     fn answer(program: &[Instruction], architecture: u32, number: u32, arguments: [u32; 3]) -> u32 {
         let (mut at, mut loaded) = (0, 0);
         loop {
@@ -516,7 +518,7 @@ mod tests {
         }
     }
 
-    /// The table's rule for a call, read literally.
+    /// The answer that the table gives, without the program.
     fn meant(convention: &Convention, number: u32, arguments: [u32; 3]) -> u32 {
         let holds = |test: &Test| match *test {
             HasAny(at, bits) => arguments[at as usize] & bits != 0,
@@ -534,7 +536,7 @@ mod tests {
     }
 
     #[test]
-    fn the_program_does_what_the_table_says() {
+    fn seccomp_program_agrees_with_the_table() {
         let program = program();
         let values = [
             0,

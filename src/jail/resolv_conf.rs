@@ -1,17 +1,17 @@
-//! The container's resolv.conf in the jail: where programs of an image look for it.
+//! The container's resolv.conf, placed in the jail where programs of an image look for it.
 
 use std::path::{Path, PathBuf};
 
 use crate::sys::tree::Tree;
 
-/// The container's file, and the image's.
+/// Path of the file, in the container and in the image.
 pub(crate) const RESOLV_CONF: &str = "etc/resolv.conf";
 
-/// A larger file is not taken for one.
+/// Largest resolv.conf in bytes; a larger file is ignored.
 pub(crate) const LIMIT: u64 = 1 << 20;
 
-/// Targets below /run of links at /etc/resolv.conf: systemd-resolved's, SUSE's netconfig's, resolvconf's,
-/// NetworkManager's. A session can install such a program, and its next command still has to resolve names.
+/// Common targets below /run of a link at /etc/resolv.conf: those of systemd-resolved, SUSE's netconfig, resolvconf and
+/// NetworkManager. A session can install one of these, and names must still resolve afterwards.
 const BELOW_RUN: [&str; 5] = [
     "systemd/resolve/stub-resolv.conf",
     "systemd/resolve/resolv.conf",
@@ -20,12 +20,12 @@ const BELOW_RUN: [&str; 5] = [
     "NetworkManager/resolv.conf",
 ];
 
-/// The container's text; `None` where it has none.
+/// Text of the container's file; `None` if there is none.
 pub(crate) fn of_container() -> Option<Vec<u8>> {
     std::fs::read(Path::new("/").join(RESOLV_CONF)).ok().filter(|text| text.len() as u64 <= LIMIT)
 }
 
-/// The files below /run that a jail gets.
+/// Files below /run that a jail gets.
 pub(crate) fn files_below_run(image_root: &Tree) -> Vec<PathBuf> {
     BELOW_RUN.into_iter().map(PathBuf::from).chain(link_into_run(image_root)).collect()
 }

@@ -1,6 +1,6 @@
-//! Contents of the jail's own /run, as if the image had been booted: the image's own entries, the directories and links
-//! of its tmpfiles.d (tmpfiles.d(5)), and those that every distribution makes. All of it comes from the image and is
-//! untrusted, so everything has a bound, and odd entries are left out.
+//! Contents of the jail's own /run, as after a boot: the image's own entries, the directories and links of its
+//! tmpfiles.d (tmpfiles.d(5)), and those that every distribution makes. All of it comes from the image and is
+//! untrusted, so everything has a limit, and odd entries are left out.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -13,7 +13,7 @@ use rustix::fs::{AtFlags, FileType, Mode};
 use crate::sys::attributes;
 use crate::sys::tree::Tree;
 
-/// One name below /run.
+/// An entry below /run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Entry {
     /// Relative to /run.
@@ -31,34 +31,34 @@ enum Kind {
     Link(PathBuf),
 }
 
-/// Bounds of what is taken over, in entries, bytes and levels.
+/// Limits of the image's own /run, in entries, bytes and levels.
 const MOST_ENTRIES: usize = 1000;
 const LARGEST_FILE: u64 = 64 << 10;
 const MOST_BYTES: usize = 1 << 20;
 const DEEPEST: usize = 8;
 
-/// Bounds of tmpfiles.d, in files of a directory, in bytes of one, and in bytes of all.
+/// Limits of tmpfiles.d: files per directory, bytes per file, bytes in total.
 const MOST_FILES: usize = 500;
 const LARGEST_RULES: u64 = 64 << 10;
 const MOST_RULES: usize = 1 << 20;
 
-/// No passwd or group is larger.
+/// Largest passwd or group file, in bytes.
 const LARGEST_ACCOUNTS: u64 = 1 << 20;
 
-/// Names below /run by which programs tell what runs: systemd as init (sd_booted(3)), or podman's or buildah's container around it. In an image
-/// they are left over, and no boot makes them.
+/// Entries below /run that no boot makes, and that would tell programs of a running systemd (sd_booted(3)) or of a
+/// container of podman or buildah. In an image they are left over from its build.
 const LEFT_OUT: [&str; 2] = ["systemd/system", ".containerenv"];
 
-/// Names that begin with this are the jail's own.
+/// Prefix of the jail's own names.
 const OURS: &[u8] = b".ims-sshd";
 
-/// Entries for the jail's /run, in the order in which they are made: the first of two entries with one name counts.
+/// Entries of the jail's /run in the order of their creation. Of two entries with one name, the first counts.
 pub(crate) fn of_boot(image_root: &Tree) -> Vec<Entry> {
     let mut entries = own_entries(image_root).unwrap_or_default();
     entries.extend(of_tmpfiles(image_root));
     let directory = |path: &str, mode| Entry { path: path.into(), kind: Kind::Directory, mode, uid: 0, gid: 0 };
     entries.extend([directory("lock", 0o1777), directory("user", 0o755)]);
-    // sshd refuses to check a configuration without it. On a node its service makes it.
+    // sshd refuses to check its configuration without this directory, which its service creates on a node.
     let sshd = ["usr/sbin/sshd", "usr/bin/sshd"].into_iter().any(|path| matches!(image_root.look(path), Ok(Some(_))));
     entries.extend(sshd.then(|| directory("sshd", 0o755)));
     entries.retain(|entry| !LEFT_OUT.iter().any(|left_out| entry.path.starts_with(left_out)) && !entry.is_ours());
@@ -66,16 +66,16 @@ pub(crate) fn of_boot(image_root: &Tree) -> Vec<Entry> {
     entries
 }
 
-/// Makes the entries in `run`, which is a file system of the jail's own. What stands there already stays.
+/// Creates the entries in `run`, a file system of the jail's own. Existing entries stay.
 pub(crate) fn make(run: &Tree, entries: &[Entry]) {
     for entry in entries {
-        // An odd entry of the image is no reason to refuse it.
+        // An odd entry of the image is no reason to refuse the image.
         let _ = entry.make(run);
     }
 }
 
 impl Entry {
-    /// Returns whether it lies where the jail itself makes something.
+    /// True if its name is reserved for the jail.
     fn is_ours(&self) -> bool {
         self.path.as_os_str().as_bytes().starts_with(OURS)
     }
@@ -95,7 +95,7 @@ impl Entry {
                 above.replace(name, content)?;
             }
         }
-        // A user namespace need not have every user.
+        // A user namespace need not map every user.
         let (user, group) = (attributes::user(self.uid), attributes::group(self.gid));
         let owned = rustix::fs::chownat(&above, name, user, group, AtFlags::SYMLINK_NOFOLLOW);
         if !matches!(self.kind, Kind::Link(_)) {
@@ -105,7 +105,7 @@ impl Entry {
     }
 }
 
-/// Entries that the image has below its own /run: directories, small files and links.
+/// Entries below the image's own /run: directories, small files and links.
 fn own_entries(image_root: &Tree) -> io::Result<Vec<Entry>> {
     let run = image_root.directory_of_same_mount("run")?;
     let (mut entries, mut bytes) = (Vec::new(), 0);
@@ -141,14 +141,15 @@ fn own_entries(image_root: &Tree) -> io::Result<Vec<Entry>> {
     Ok(entries)
 }
 
-/// The directories and links below /run of the image's tmpfiles.d. Of two files of one name, the one of the first directory counts.
+/// Directories and links below /run from the image's tmpfiles.d. Of two files with one name, the first directory's
+/// counts.
 fn of_tmpfiles(image_root: &Tree) -> Vec<Entry> {
     let (mut files, mut bytes) = (BTreeMap::new(), 0);
     for place in ["etc/tmpfiles.d", "usr/local/lib/tmpfiles.d", "usr/lib/tmpfiles.d"] {
         let Ok(directory) = image_root.directory(place) else { continue };
         for name in directory.first_names(MOST_FILES).unwrap_or_default() {
             if name.as_bytes().ends_with(b".conf") && !files.contains_key(&name) && bytes < MOST_RULES {
-                // A link to /dev/null makes a file's namesakes count for nothing.
+                // A link to /dev/null disables the files of the same name in later directories.
                 let rules = image_root.read(Path::new(place).join(&name), LARGEST_RULES).unwrap_or_default();
                 bytes += rules.len();
                 files.insert(name, rules);
@@ -163,10 +164,9 @@ fn of_tmpfiles(image_root: &Tree) -> Vec<Entry> {
     lines.filter_map(|line| of_rule(&line, &passwd, &group)).take(MOST_ENTRIES).collect()
 }
 
-/// Entry that a line of tmpfiles.d makes below /run: `TYPE PATH MODE USER GROUP AGE ARGUMENT`; `-` stands for the
-/// default.
+/// Entry below /run of a line of tmpfiles.d: `TYPE PATH MODE USER GROUP AGE ARGUMENT`, with `-` for a default.
 fn of_rule(line: &str, passwd: &str, group: &str) -> Option<Entry> {
-    // Quoted words and specifiers (%m) are of no directory that a program asks for.
+    // Skips quoted words and specifiers (%m), which no directory that programs need has.
     if line.contains(['"', '\'', '\\', '%']) {
         return None;
     }
@@ -178,7 +178,7 @@ fn of_rule(line: &str, passwd: &str, group: &str) -> Option<Entry> {
         return None;
     }
     let [mode, user, owner, _age] = [(); 4].map(|()| words.next().filter(|word| *word != "-"));
-    // A file system is made by each boot: what is done at boot only (!), is done.
+    // Boot-only lines (!) apply, since a boot starts with an empty /run too.
     let kind = match kind.trim_end_matches(['!', '+', '-', '=', '~', '^', '$']) {
         "d" | "D" => Kind::Directory,
         "L" => Kind::Link(words.next()?.into()),
@@ -190,7 +190,7 @@ fn of_rule(line: &str, passwd: &str, group: &str) -> Option<Entry> {
     Some(Entry { path: below.to_owned(), kind, mode: mode & 0o7777, uid, gid })
 }
 
-/// The number of a user or group, by the lines of passwd or group.
+/// ID of a user or group, from the lines of passwd or group.
 fn number(name: &str, accounts: &str) -> Option<u32> {
     let name = name.trim_start_matches(':');
     let of_line = |line: &str| {
@@ -210,7 +210,7 @@ mod tests {
     const GROUP: &str = "root:x:0:\nmunge:x:102:\n";
 
     #[test]
-    fn rules_of_tmpfiles_make_directories_and_links_below_run() {
+    fn tmpfiles_rules_create_directories_and_links_below_run() {
         for (line, wanted) in [
             ("d /run/lock 1777 root root -", Some(("lock", Kind::Directory, 0o1777, 0, 0))),
             ("D! /var/run/munge/in 0750 munge munge 10d", Some(("munge/in", Kind::Directory, 0o750, 101, 102))),
@@ -240,7 +240,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_rule_leads_out_of_run(line in "[dDL]!? /(var/)?run/?[a./]{0,12} [0-7]{0,5}") {
+        fn tmpfiles_rules_cannot_leave_run(line in "[dDL]!? /(var/)?run/?[a./]{0,12} [0-7]{0,5}") {
             if let Some(entry) = of_rule(&line, PASSWD, GROUP) {
                 prop_assert!(entry.path.components().all(|c| matches!(c, Component::Normal(_))), "{:?}", entry);
             }
@@ -248,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn run_is_made_of_the_images_own_and_its_rules_within_bounds() {
+    fn run_gets_the_images_entries_and_tmpfiles_rules_within_limits() {
         let dir = tempfile::tempdir().unwrap();
         let at = |path: &str| dir.path().join(path);
         for path in ["run/own/deep", "run/systemd/system", "etc/tmpfiles.d", "usr/lib/tmpfiles.d", "usr/sbin"] {

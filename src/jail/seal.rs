@@ -1,8 +1,10 @@
-//! The last step of a jail: once its processes have ended, its image root is made read-only for whoever outside still has a descriptor of it.
+//! Sealing, the last step of a jail: once its processes have ended, the image root becomes read-only for processes
+//! outside that still have descriptors of it.
 //!
-//! A session can send descriptors to a process outside, as by an abstract Unix socket (unix(7)), since the network is the container's. They
-//! outlive the jail, and all of them belong to the jail's own mount of the image root. The kernel makes that mount read-only only if no file
-//! on it is open for writing (mount_setattr(2), EBUSY), and after that nobody can open one through it.
+//! A session can send descriptors to a process outside, for example through an abstract Unix socket (unix(7)), since
+//! the network is the container's. They outlive the jail, and all belong to the jail's own mount of the image root. The
+//! kernel makes that mount read-only only if no file on it is open for writing (mount_setattr(2), EBUSY); afterwards
+//! nobody can open one through it.
 
 use std::io;
 
@@ -12,17 +14,18 @@ use rustix::io::Errno;
 use rustix::mount::MountAttrFlags;
 
 use crate::error::{Attempt, Result};
-use crate::jail::enter::{open_doors, pass};
+use crate::jail::enter::{join_namespaces, open_descriptors};
 use crate::jail::record::Record;
 use crate::jail::tier::Tier;
 use crate::sys::mounts;
 
-/// Result of one try.
+/// Result of one attempt.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Seal {
     /// The jail's mount of the image root is read-only.
     Sealed,
-    /// A file is open for writing, on the mount of this number, as in /proc/PID/fdinfo; 0 where the kernel does not tell it (Linux 5.8).
+    /// A file is open for writing on the mount with this ID, as in /proc/PID/fdinfo; 0 before Linux 5.8, which does not
+    /// report it.
     Busy(u64),
 }
 
@@ -35,7 +38,7 @@ impl Seal {
         }
     }
 
-    /// The other way round.
+    /// Parses that text.
     pub(crate) fn parse(text: &str) -> Option<Self> {
         match text.trim_end().split_once(' ') {
             None if text.trim_end() == "sealed" => Some(Self::Sealed),
@@ -45,15 +48,15 @@ impl Seal {
     }
 }
 
-/// Makes the image root of the jail read-only where the jail has it mounted. This process joins the jail's mounts for that, so no process of
-/// the jail may be left. Does nothing for a jail without mounts of its own, nor for one of DKMS: a session there can have mounts and loop
-/// devices of its own, and leave.
+/// Makes the jail's mount of the image root read-only. This process joins the jail's mount namespace for that, so no
+/// process of the jail may be left. Does nothing for a jail without mounts of its own or with DKMS, where a session can
+/// leave, and make its own mounts and loop devices.
 pub fn seal(record: &Record) -> Result<Seal> {
     if record.tier == Tier::Chroot || record.dkms {
         return Ok(Seal::Sealed);
     }
-    let doors = open_doors(record, &record.doors)?;
-    pass(&doors, record.tier, CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNS)?;
+    let descriptors = open_descriptors(record, &record.descriptors)?;
+    join_namespaces(&descriptors, record.tier, CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNS)?;
     make_root_read_only().attempt(|| "make the jail's mount of the image root read-only")
 }
 

@@ -1,9 +1,9 @@
-//! The three streams of a session, as they come into the jail: no file of the container is among them.
+//! Standard input, output and error of a session in the jail, none of which is a file of the container.
 //!
-//! A process that has a file open can open it once more for writing (/proc/self/fd/0), and change its mode, owner and
-//! attributes, whatever the open mode: a setuid program outside could be made of it. sshd gives sessions sockets and
-//! terminals; the caller of `ims-sshd enter` may give anything. A file or device is replaced by a pipe, which a process
-//! that stays outside copies from or to.
+//! A process that has a file open can reopen it for writing (/proc/self/fd/0) and change its mode, owner and
+//! attributes, whatever the open mode: it could become a setuid program outside. sshd gives sessions sockets and
+//! terminals, but the caller of `ims-sshd enter` may give anything. So a file or device is replaced by a pipe, and a
+//! process outside copies between them.
 
 use std::io::{self, IsTerminal};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -24,28 +24,28 @@ use crate::sys::process::{Fork, exit_now, fork};
 use crate::sys::signals::Signals;
 use crate::sys::tree::Tree;
 
-/// Their names, by their numbers.
+/// Names of the streams, by descriptor.
 const NAMES: [&str; 3] = ["input", "output", "error"];
 
-/// Bytes read at once: the default capacity of a pipe.
+/// Bytes per read: the default capacity of a pipe.
 const CHUNK: usize = 64 << 10;
 
-/// `PIPEFS_MAGIC` of linux/magic.h.
+/// Magic number of pipes, `PIPEFS_MAGIC` of linux/magic.h.
 const PIPES: u64 = 0x5049_5045;
 
-/// A device node: its path below the root, its major and minor number.
+/// A device node: path below the root, major and minor number.
 type Node = (&'static str, u32, u32);
 
-/// Nodes that the jail has of its own, mounted read-only, so that nobody inside can change the mode of the machine's.
+/// Nodes that the jail has itself, mounted read-only, so that nobody inside can change the mode of the machine's node.
 const OWN_NODES: [Node; 2] = [("dev/null", 1, 3), ("dev/tty", 5, 0)];
 
-/// Nodes that isatty(3) takes for a terminal, and that are everybody's: /dev/console and /dev/ptmx, which a pty's master is too.
+/// Shared nodes that isatty(3) calls terminals: /dev/console and /dev/ptmx (also the master of a pty).
 const SHARED_TERMINALS: [(u32, u32); 2] = [(5, 1), (5, 2)];
 
-/// How a stream comes in.
+/// Form in which a stream enters the jail.
 #[derive(Clone, Copy, PartialEq)]
 enum Way {
-    /// Itself: an anonymous pipe, which is opened anew, a socket or a terminal.
+    /// Unchanged: a socket or a terminal; an anonymous pipe is reopened.
     Itself,
     /// Replaced by the jail's own node of the same device, opened with this access mode.
     Own(Node, OFlags),
@@ -53,17 +53,17 @@ enum Way {
     Copied,
 }
 
-/// The streams of a session, until it ends.
+/// Streams of a session, until it ends.
 pub(crate) struct Streams {
     ways: [Way; 3],
-    /// The replacement of each stream that does not come in unchanged.
+    /// Replacement of each stream that does not enter unchanged.
     replaced: [Option<OwnedFd>; 3],
     copiers: Vec<Pid>,
-    /// Copiers end when this is closed, and so when this process ends.
+    /// The copiers end when this is closed, which also happens when this process ends.
     stop: Option<OwnedFd>,
 }
 
-/// A pipe in the place of a stream.
+/// A pipe in place of a stream.
 struct Relay {
     number: usize,
     from: OwnedFd,
@@ -71,9 +71,9 @@ struct Relay {
 }
 
 impl Streams {
-    /// Looks at this process's streams, and starts copiers for those that need one. To be called before the jail is joined, so that the
-    /// copiers stay outside. Fails for a directory, which would be a way out of the jail, and for a descriptor that is not open but names a
-    /// file (`O_PATH`).
+    /// Examines this process's streams and starts the copiers they need. Must be called before the jail is joined, so
+    /// that the copiers stay outside. Fails for a directory, which would lead out of the jail, and for a descriptor
+    /// that only names a file (`O_PATH`).
     pub(crate) fn of_this_process() -> Result<Self> {
         let (stdin, stdout, stderr) = (std::io::stdin(), std::io::stdout(), std::io::stderr());
         let streams = [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()];
@@ -85,10 +85,10 @@ impl Streams {
         let replaced = [0, 1, 2].map(|number| reopened(streams[number], &found[number]));
         let mut this = Self { ways, replaced, copiers: Vec::new(), stop: None };
         if ways.contains(&Way::Copied) {
-            // Output to one file stays in order only through a single pipe.
+            // Output of two streams to one file stays in order only through a single pipe.
             let file = |number: usize| (found[number].1.st_dev, found[number].1.st_ino);
             let is_shared = ways[1] == Way::Copied && ways[2] == Way::Copied && file(1) == file(2);
-            this.start(streams, is_shared).attempt(|| "copy a stream that is a file")?;
+            this.start(streams, is_shared).attempt(|| "start copying a stream that is a file")?;
         }
         Ok(this)
     }
@@ -99,7 +99,8 @@ impl Streams {
         for number in (0..3).filter(|&number| self.ways[number] == Way::Copied && !(is_shared && number == 2)) {
             let (from, to) = pipe_with(PipeFlags::CLOEXEC)?;
             self.replaced[number] = Some(if number == 0 { &from } else { &to }.try_clone()?);
-            // The copier waits for the session's end too. Only its own end: the other one's mode is that of the session's programs.
+            // Only the copier's end is non-blocking, because it also waits for the session's end; the programs of the
+            // session share the other end's mode.
             rustix::fs::fcntl_setfl(if number == 0 { &to } else { &from }, OFlags::NONBLOCK)?;
             relays.push(Relay { number, from, to });
         }
@@ -122,7 +123,7 @@ impl Streams {
         Ok(())
     }
 
-    /// Opens the jail's own nodes, in `image_root` as it is seen in the jail, for streams that are the container's.
+    /// Opens the jail's own nodes, below `image_root` as seen in the jail, in place of the container's.
     pub(crate) fn open_own_nodes(&mut self, image_root: &Tree) -> Result<()> {
         for (way, replaced) in self.ways.iter().zip(&mut self.replaced) {
             if let Way::Own(node, access) = *way {
@@ -139,7 +140,7 @@ impl Streams {
         Ok(())
     }
 
-    /// Makes them the streams of this process, a child that is about to become another program.
+    /// Installs the streams in this process, a child that is about to exec.
     pub(crate) fn take(&self) -> io::Result<()> {
         let [stdin, stdout, stderr] = &self.replaced;
         stdin.as_ref().map_or(Ok(()), rustix::stdio::dup2_stdin)?;
@@ -147,13 +148,14 @@ impl Streams {
         Ok(stderr.as_ref().map_or(Ok(()), rustix::stdio::dup2_stderr)?)
     }
 
-    /// Leaves the pipes to the child: their ends tell when nobody reads or writes any more.
-    pub(crate) fn are_taken(&mut self) {
+    /// Closes this process's ends of the pipes, so that the child's ends alone decide when a pipe ends.
+    pub(crate) fn close(&mut self) {
         self.replaced = [None, None, None];
     }
 
-    /// Has the copiers finish what the session has written. Returns whether all of it was copied. Nobody may ever read what they write:
-    /// where this program `is_to_end` they have a second for it, and a further signal that ends a program ends them at once.
+    /// Waits until the copiers have written the session's remaining output, and returns whether they could. Nobody may
+    /// ever read it: if this program `is_to_end`, they have a second, and another terminating signal kills them at
+    /// once.
     pub(crate) fn finish(&mut self, signals: &Signals, is_to_end: bool) -> bool {
         self.stop = None;
         let mut is_whole = true;
@@ -165,7 +167,7 @@ impl Streams {
                     Err(nix::errno::Errno::EINTR) => continue,
                     ended => break ended,
                 }
-                // SIGCHLD is among them.
+                // SIGCHLD is among the signals.
                 let is_late = matches!(poll::wait(&mut [PollFd::new(signals, PollFlags::IN)], limit), Ok(0));
                 let told = std::iter::from_fn(|| signals.next().ok().flatten());
                 if told.filter(|signal| ENDING.contains(signal)).count() > 0 || is_late {
@@ -178,28 +180,28 @@ impl Streams {
     }
 }
 
-/// Time for copiers to finish once this program is to end.
+/// Time for the copiers to finish when this program is to end.
 const TIME_TO_FINISH: Duration = Duration::from_secs(1);
 
-/// Signals by which a user or a supervisor ends this program.
+/// Signals with which a user or a supervisor ends this program.
 pub(crate) const ENDING: [Signal; 4] = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM];
 
-/// Decides how a stream comes in.
+/// Decides in which form a stream enters.
 fn look(stream: BorrowedFd<'_>, name: &str) -> Result<(Way, Stat)> {
-    let attempted = || format!("look at standard {name}");
+    let attempted = || format!("examine standard {name}");
     let refuse = |what: &str| {
-        let because = format!("standard {name} is {what}, which would lead out of it");
+        let because = format!("standard {name} is {what}, which would lead out of the jail");
         Err(Error::new("enter the jail").because(because).advise("redirect it from or to a file"))
     };
     let flags = rustix::fs::fcntl_getfl(stream).attempt(attempted)?;
     if flags.contains(OFlags::PATH) {
-        return refuse("a descriptor that names a file and is not open (O_PATH)");
+        return refuse("a descriptor that only names a file (O_PATH)");
     }
     let found = rustix::fs::fstat(stream).attempt(attempted)?;
     let way = match FileType::from_raw_mode(found.st_mode) {
         FileType::Directory => return refuse("a directory"),
         FileType::Socket => Way::Itself,
-        // A fifo with a name has an owner and a mode.
+        // A named fifo has an owner and a mode, and an anonymous pipe's do not matter.
         FileType::Fifo if is_anonymous(stream).attempt(attempted)? => Way::Itself,
         _ => match own_node(&found) {
             Some(node) => Way::Own(node, flags & OFlags::RWMODE),
@@ -210,7 +212,7 @@ fn look(stream: BorrowedFd<'_>, name: &str) -> Result<(Way, Stat)> {
     Ok((way, found))
 }
 
-/// The node of the jail that is the same device.
+/// The jail's node of the same device.
 fn own_node(found: &Stat) -> Option<Node> {
     let is_device = FileType::from_raw_mode(found.st_mode) == FileType::CharacterDevice;
     OWN_NODES.into_iter().find(|(_, major, minor)| is_device && found.st_rdev == makedev(*major, *minor))
@@ -220,15 +222,15 @@ fn is_shared_terminal(found: &Stat) -> bool {
     SHARED_TERMINALS.into_iter().any(|(major, minor)| found.st_rdev == makedev(major, minor))
 }
 
-/// An anonymous pipe once more, with flags of its own: a session that sets O_NONBLOCK does so to none of the caller's descriptors, nor to
-/// those by which this program and ims-sshd write their messages.
+/// Reopens an anonymous pipe, so that its flags are separate: a session that sets O_NONBLOCK affects neither the caller
+/// nor the messages of this program and ims-sshd.
 fn reopened(stream: BorrowedFd<'_>, (way, found): &(Way, Stat)) -> Option<OwnedFd> {
     if *way != Way::Itself || FileType::from_raw_mode(found.st_mode) != FileType::Fifo {
         return None;
     }
     let flags = rustix::fs::fcntl_getfl(stream).ok()?;
     let access = (flags & OFlags::RWMODE) | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    // Fails where nobody reads any more: then there is nothing to lose.
+    // Fails if nobody reads the pipe any more, and then nothing can be lost.
     let new = rustix::fs::open(format!("/proc/self/fd/{}", stream.as_raw_fd()), access, Mode::empty()).ok()?;
     rustix::fs::fcntl_setfl(&new, flags).ok()?;
     Some(new)
@@ -238,9 +240,9 @@ fn is_anonymous(pipe: BorrowedFd<'_>) -> io::Result<bool> {
     Ok(u64::try_from(rustix::fs::fstatfs(pipe)?.f_type).is_ok_and(|kind| kind == PIPES))
 }
 
-/// Body of a copier. Returns its exit code.
+/// Body of a copier. Returns the exit code.
 fn copier(relay: Relay, streams: [BorrowedFd<'_>; 3], stopped: &OwnedFd) -> u8 {
-    // It ends with the session, whoever ends that, and with the process that waits for it.
+    // It ends with the session, whatever signal ends that, and with its parent.
     let _ = SigSet::all().thread_block();
     let _ = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL);
     let Relay { number, from, to } = relay;
@@ -255,7 +257,7 @@ fn copier(relay: Relay, streams: [BorrowedFd<'_>; 3], stopped: &OwnedFd) -> u8 {
         (copy_out(&from, stream, stopped), "write")
     };
     match copied {
-        // Nobody reads what is written, which the session's program then hears too.
+        // The reader is gone, and the session's program gets EPIPE too.
         Ok(()) | Err(Errno::PIPE) => 0,
         Err(error) => {
             let error = io::Error::from(error);
@@ -265,8 +267,8 @@ fn copier(relay: Relay, streams: [BorrowedFd<'_>; 3], stopped: &OwnedFd) -> u8 {
     }
 }
 
-/// Copies what the caller's `stream` has into the pipe. What the session has not read by its end, is left to who reads the stream next:
-/// `read` has as much from the pipe.
+/// Copies the caller's `stream` into the pipe. At the end of the session, input that it has not read, still in the pipe
+/// at `read`, is given back for the next reader of the stream.
 fn copy_in(stream: BorrowedFd<'_>, read: &OwnedFd, write: OwnedFd, stopped: &OwnedFd) -> rustix::io::Result<()> {
     let mut chunk = vec![0; CHUNK];
     let mut left = 0;
@@ -287,21 +289,21 @@ fn copy_in(stream: BorrowedFd<'_>, read: &OwnedFd, write: OwnedFd, stopped: &Own
             }
         }
     }
-    // The end of input.
+    // Signals the end of input.
     drop(write);
     while wait_for(stopped, None)? {}
     let unread = u64::try_from(left).unwrap_or(0) + rustix::io::ioctl_fionread(read)?;
     if let (1.., Ok(unread)) = (unread, i64::try_from(unread)) {
-        // Devices cannot go back.
+        // Seeking fails on devices.
         let _ = rustix::fs::seek(stream, SeekFrom::Current(-unread));
     }
     Ok(())
 }
 
-/// The same for a fifo, which cannot go back: what it has is shown to the session (tee(2)), a page at a time, and taken from the fifo once
-/// the session has read it.
+/// Like [`copy_in`], for a fifo, which cannot seek: shows a page at a time to the session (tee(2)), and consumes it
+/// from the fifo once the session has read it.
 fn pass_in(fifo: BorrowedFd<'_>, read: &OwnedFd, write: OwnedFd, stopped: &OwnedFd) -> rustix::io::Result<()> {
-    /// Size of the pipe: with room for one page, it is full until that page was read to its end.
+    /// Size of the pipe: with room for only one page, it stays full until that page has been read completely.
     const PAGE: usize = 4096;
     rustix::pipe::fcntl_setpipe_size(&write, PAGE)?;
     let mut shown = 0;
@@ -317,14 +319,14 @@ fn pass_in(fifo: BorrowedFd<'_>, read: &OwnedFd, write: OwnedFd, stopped: &Owned
         take(fifo, shown)?;
         shown = 0;
     }
-    // The end of input.
+    // Signals the end of input.
     drop(write);
     while wait_for(stopped, None)? {}
     let unread = usize::try_from(rustix::io::ioctl_fionread(read)?).unwrap_or(0);
     take(fifo, shown.saturating_sub(unread))
 }
 
-/// Reads `length` bytes that the fifo has, unless somebody else has read them.
+/// Consumes `length` bytes of the fifo, unless another process has.
 fn take(fifo: BorrowedFd<'_>, mut length: usize) -> rustix::io::Result<()> {
     let mut bytes = [0; 4096];
     while length > 0 && poll::wait(&mut [PollFd::from_borrowed_fd(fifo, PollFlags::IN)], Duration::ZERO)? > 0 {
@@ -338,8 +340,8 @@ fn take(fifo: BorrowedFd<'_>, mut length: usize) -> rustix::io::Result<()> {
     Ok(())
 }
 
-/// Copies what comes by the pipe to the caller's `stream`, until all who could write have closed it, or the session has ended: a process that
-/// is left in the jail may have it open for longer.
+/// Copies the pipe to the caller's `stream` until all writers have closed it or the session has ended, since a process
+/// left in the jail may keep it open.
 fn copy_out(pipe: &OwnedFd, stream: BorrowedFd<'_>, stopped: &OwnedFd) -> rustix::io::Result<()> {
     let mut chunk = vec![0; CHUNK];
     while wait(stopped, pipe.as_fd(), PollFlags::IN)? {

@@ -1,25 +1,25 @@
-//! The three ways to hold a session in the image root, best first.
+//! The three tiers of confinement for sessions, best first.
 
 use caps::Capability;
 use nix::sched::CloneFlags;
 
-/// How strong a jail is. [`crate::jailer::trial`] chooses.
+/// Tier of a jail. [`crate::jailer::trial`] chooses it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Tier {
-    /// Namespaces of its own, made with CAP_SYS_ADMIN.
+    /// Own namespaces, made with CAP_SYS_ADMIN.
     #[default]
     Namespace,
-    /// The same inside a user namespace, in which users have the numbers that they have outside.
+    /// Own namespaces inside a user namespace, in which users have the same IDs as outside.
     User,
     /// `chroot` alone.
     Chroot,
 }
 
-/// A namespace's name below `/proc/PID/ns`, and its flag.
+/// Name of a namespace below `/proc/PID/ns`, and its flag.
 type Namespace = (&'static str, CloneFlags);
 
-/// The namespaces that a jail can have of its own, in the order in which they are entered: the user namespace gives the right to enter
-/// the others. The network is the container's: sessions work with the pod's addresses.
+/// Namespaces that a jail can have, in the order of entering: the user namespace first, since it gives the right to
+/// enter the others. The network is shared, so that sessions use the pod's addresses.
 const NAMESPACES: [Namespace; 5] = [
     ("user", CloneFlags::CLONE_NEWUSER),
     ("mnt", CloneFlags::CLONE_NEWNS),
@@ -29,10 +29,10 @@ const NAMESPACES: [Namespace; 5] = [
 ];
 
 impl Tier {
-    /// All of them, best first.
+    /// All tiers, best first.
     pub(crate) const ALL: [Self; 3] = [Self::Namespace, Self::User, Self::Chroot];
 
-    /// As `IMS_JAIL_TIER` and the log have it.
+    /// Name in `IMS_JAIL_TIER` and in the log.
     pub fn name(self) -> &'static str {
         match self {
             Self::Namespace => "namespace",
@@ -46,7 +46,7 @@ impl Tier {
         Self::ALL.into_iter().find(|tier| tier.name() == name)
     }
 
-    /// The namespaces that its jail has of its own.
+    /// Namespaces of a jail of this tier.
     pub(crate) fn namespaces(self) -> &'static [Namespace] {
         match self {
             Self::Namespace => &NAMESPACES[1..],
@@ -55,12 +55,12 @@ impl Tier {
         }
     }
 
-    /// Their flags.
+    /// Flags of these namespaces.
     pub(crate) fn flags(self) -> CloneFlags {
         self.namespaces().iter().map(|(_, flag)| *flag).collect()
     }
 
-    /// Capabilities without which it cannot be had.
+    /// Capabilities that the tier requires.
     pub(crate) fn capabilities(self) -> &'static [Capability] {
         match self {
             Self::Namespace => &[Capability::CAP_SYS_ADMIN],
@@ -69,19 +69,19 @@ impl Tier {
         }
     }
 
-    /// What a container must be allowed for it.
+    /// Permissions that the container needs for the tier.
     pub(crate) fn needs(self) -> &'static str {
         match self {
             Self::Namespace => "CAP_SYS_ADMIN (a privileged container)",
             Self::User => {
-                "leave to make user namespaces and to mount in them (seccomp, AppArmor, user.max_user_namespaces), and CAP_SETUID, \
+                "permission to create user namespaces and to mount in them (seccomp, AppArmor, user.max_user_namespaces), and CAP_SETUID, \
                  CAP_SETGID, CAP_SETFCAP"
             }
             Self::Chroot => "CAP_SYS_CHROOT",
         }
     }
 
-    /// What a session lacks that it has in the tier above it.
+    /// Features that a session lacks compared with the tier above.
     pub(crate) fn lacks(self) -> Option<&'static str> {
         match self {
             Self::Namespace => None,
@@ -100,7 +100,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn tiers_are_known_by_their_names_and_the_user_namespace_is_entered_first() {
+    fn tiers_have_unique_names_and_enter_the_user_namespace_first() {
         for tier in Tier::ALL {
             assert_eq!(Tier::from_name(tier.name()), Some(tier));
         }

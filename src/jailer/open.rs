@@ -165,7 +165,7 @@ impl OpenJail {
             tier: wanted.plan.tier,
             init,
             keeper: this,
-            doors: self.namespaces.iter().map(AsRawFd::as_raw_fd).collect(),
+            descriptors: self.namespaces.iter().map(AsRawFd::as_raw_fd).collect(),
             helper: self.helper.as_raw_fd(),
             dkms: wanted.plan.dkms,
             in_place: wanted.in_place,

@@ -1,4 +1,4 @@
-//! The image's root: what its passwd and group files say, whatever else they hold.
+//! The account of the image's root, from any content of its passwd and group files.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -7,43 +7,45 @@ use std::path::PathBuf;
 use crate::sys::attributes;
 use crate::sys::tree::Tree;
 
-/// Whom a session becomes.
+/// Account that a session runs as.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Account {
-    /// The login name.
+    /// Login name.
     pub name: String,
-    /// The primary group.
+    /// Primary group.
     pub group: u32,
-    /// Further groups.
+    /// Supplementary groups.
     pub groups: Vec<u32>,
-    /// The home folder.
+    /// Home directory.
     pub home: PathBuf,
-    /// The login shell.
+    /// Login shell.
     pub shell: PathBuf,
-    /// Whether passwd says all this; where not, it is what is customary.
+    /// True if passwd has an entry for root; otherwise the fields have the customary values.
     pub(crate) known: bool,
 }
 
-/// What passwd(5) says of an account without a shell.
+/// Shell of an account whose entry has none (passwd(5)).
 pub(crate) const DEFAULT_SHELL: &str = "/bin/sh";
 
-/// No passwd or group file of an image is larger, which is one of 50,000 users; a larger one is taken as missing. Each session reads them.
+/// Largest passwd or group file that is read, in bytes: enough for 50,000 users. A larger file counts as missing,
+/// because every session reads them.
 const LIMIT: u64 = 4 << 20;
 
-/// No line of passwd is longer; a longer one is taken as missing. Its home is an argument for every program, which the kernel refuses
-/// from 128 KiB on: nobody could log in to mend the line.
+/// Longest line of passwd; a longer one counts as missing. The home directory is an argument of every program, and the
+/// kernel refuses arguments of 128 KiB: nobody could log in to repair the line.
 const LONGEST_LINE: usize = 16 << 10;
 
 impl Account {
-    /// Root as `image_root` knows it; the customary values where it does not say.
+    /// Account of root in `image_root`, with customary values for what the image does not say.
     pub fn root_of(image_root: &Tree) -> Self {
         let passwd = image_root.read("etc/passwd", LIMIT).unwrap_or_default();
         let group = image_root.read("etc/group", LIMIT).unwrap_or_default();
         Self::parse(&passwd, &group)
     }
 
-    /// Reads passwd(5) and group(5) as glibc's getpwuid and getgrouplist do: the first entry with user number 0 counts, comments and
-    /// NIS's `+` and `-` are none, fields at the end may be missing. The customary values stand in for what is no absolute path.
+    /// Reads passwd(5) and group(5) as glibc's getpwuid and getgrouplist do: the first entry with user ID 0 counts,
+    /// comments and NIS entries (`+`, `-`) do not, and trailing fields may be missing. A path that is not absolute gets
+    /// the customary value.
     pub fn parse(passwd: &[u8], group: &[u8]) -> Self {
         let mut account = Self {
             name: "root".into(),
@@ -55,7 +57,7 @@ impl Account {
         };
         let mut lines = passwd.split(|&b| b == b'\n').filter(|line| line.len() <= LONGEST_LINE);
         let root = lines.find_map(|line| {
-            // The last field holds the rest of the line.
+            // The last field is the rest of the line.
             let fields: Vec<&[u8]> = line.trim_ascii_start().splitn(7, |&b| b == b':').collect();
             let is_entry = !matches!(fields[0], [] | [b'#' | b'+' | b'-', ..]) && !line.contains(&0);
             let is_root = is_entry && number(fields.get(2)?) == Some(0) && number(fields.get(3)?).is_some();
@@ -82,10 +84,11 @@ impl Account {
     }
 }
 
-/// The kernel allows 65536; no root needs more than a few.
+/// Most supplementary groups. The kernel allows 65536, but no root needs that many.
 const MOST_GROUPS: usize = 1024;
 
-/// getgrouplist knows no comments, other than getpwuid: on the booted image, too, root is in a group whose line was commented out.
+/// Unlike getpwuid, getgrouplist knows no comments: on the booted image too, root is in a group whose line is commented
+/// out.
 fn groups_of(name: &[u8], group: &[u8]) -> Vec<u32> {
     let lines = group.split(|&b| b == b'\n').map(|line| line.splitn(4, |&b| b == b':').collect::<Vec<_>>());
     lines
@@ -95,7 +98,7 @@ fn groups_of(name: &[u8], group: &[u8]) -> Vec<u32> {
         .collect()
 }
 
-/// Parses a group number; one that is none would make setgroups(2) refuse the others too.
+/// Parses a group ID. An invalid one is dropped, because setgroups(2) would refuse the others with it.
 fn group_number(digits: &[u8]) -> Option<u32> {
     number(digits).filter(|number| attributes::group(*number).is_some())
 }
@@ -111,7 +114,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn root_is_whom_the_image_says() {
+    fn root_has_the_shell_home_and_groups_of_the_image() {
         let passwd = b"#\nbin:x:1:1::/bin:/bin/false\nroot:x:0:0:root:/root:/bin/zsh\ntoor:x:0:0::/toor:/bin/sh\n";
         let account = Account::parse(passwd, b"root:x:0:\nwheel:x:10:bin,root\nother:x:11:rooter\n");
         assert_eq!(account.shell, PathBuf::from("/bin/zsh"));
@@ -120,14 +123,14 @@ mod tests {
     }
 
     #[test]
-    fn a_group_that_the_kernel_does_not_know_costs_root_none_of_the_others() {
+    fn invalid_group_id_does_not_cost_root_its_other_groups() {
         let account = Account::parse(b"root:x:0:4294967295::/r:/bin/zsh\n", b"a:x:4294967295:root\nb:x:10:root\n");
         assert_eq!((account.group, account.groups), (0, vec![0, 10]));
         assert_eq!(account.shell, PathBuf::from("/bin/zsh"));
     }
 
     #[test]
-    fn an_image_without_root_still_has_one() {
+    fn image_without_an_entry_for_root_gets_the_customary_one() {
         for passwd in [
             &b""[..],
             b"root:x:0:0",
@@ -141,7 +144,7 @@ mod tests {
         }
     }
 
-    /// A line of passwd, and whether it makes root.
+    /// A line of passwd, and the account of root if the line has one.
     fn passwd_line() -> impl Strategy<Value = (Vec<u8>, Option<Root>)> {
         let text = |line: String| (line.into_bytes(), None);
         let name = "[a-z][a-z0-9 .#+-]{0,4}";
@@ -153,13 +156,13 @@ mod tests {
                     (line.into_bytes(), Some(Root { name, group, home, shell }))
                 },
             ),
-            // With fields left out, or empty, the customary ones are taken.
+            // Fields that are missing or empty get the customary values.
             2 => (name, 0..100_u32, ":{0,3}").prop_map(|(name, group, colons)| {
                 let line = format!("{name}:x:0:{group}{colons}").into_bytes();
                 (line, Some(Root { name, group, home: "/root".into(), shell: DEFAULT_SHELL.into() }))
             }),
             4 => (name, "[1-9][0-9]{0,9}", path).prop_map(move |(name, user, home)| text(format!("{name}:x:{user}:0::{home}:/bin/u"))),
-            // Comments, NIS's entries, what lacks a number or a field, blanks.
+            // Comments, NIS entries, lines that lack a number or a field, and blanks.
             1 => "[ \\t]{0,1}[#+-][a-z]{0,4}:x:0:0::/evil:/bin/evil".prop_map(text),
             1 => "[a-z]{1,3}(:x)?|[ \\t:]{0,4}".prop_map(text),
             1 => "[a-z]{1,3}:x:((0x|zero|)?:0:|0:[a-z]?):/evil:/bin/evil".prop_map(text),
@@ -178,7 +181,7 @@ mod tests {
         shell: String,
     }
 
-    /// A line of group, and the number of the group that `root` is in by it.
+    /// A line of group, and the ID of the group if `root` is a member.
     fn group_line() -> impl Strategy<Value = (String, Option<u32>)> {
         let others = || "([a-qs-z][a-z0]{0,3},){0,2}";
         prop_oneof![
@@ -191,7 +194,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn root_is_the_first_entry_with_number_0_whatever_stands_around_it(
+        fn root_is_the_first_entry_with_user_id_0(
             lines in vec(passwd_line(), 0..6),
             end in "\n?",
         ) {
@@ -227,7 +230,7 @@ mod tests {
         }
 
         #[test]
-        fn no_file_breaks_it(passwd in soup(), group in soup()) {
+        fn arbitrary_passwd_and_group_files_give_a_usable_account(passwd in soup(), group in soup()) {
             let account = Account::parse(&passwd, &group);
             prop_assert!(account.home.is_absolute() && account.shell.is_absolute());
             for text in [account.name.as_bytes(), account.home.as_os_str().as_bytes(), account.shell.as_os_str().as_bytes()] {
@@ -236,7 +239,7 @@ mod tests {
         }
     }
 
-    /// Mostly what means something.
+    /// Mostly pieces that mean something in these files.
     fn soup() -> impl Strategy<Value = Vec<u8>> {
         let known =
             prop::sample::select(&["root", "root:x:0:0:", "g:x:5:root", ":", "0", ",", "/", "#", "\n", "\n", "\0"][..]);

@@ -1,8 +1,8 @@
-//! The client's ssh-agent in the jail: a socket below the jail's /run, and what is said there is said to the one that sshd has made in
-//! the container.
+//! The client's ssh-agent in the jail: a socket below the jail's /run, whose connections are relayed to the socket that
+//! sshd created in the container.
 //!
-//! Handed on and not mounted: in the user tier nobody may copy a mount of the container's, and nobody who has given up his capabilities
-//! could take it down again.
+//! sshd's socket is relayed and not mounted: in the user tier no mount of the container can be copied, and a process
+//! without capabilities could not unmount it again.
 
 use std::ffi::OsString;
 use std::io::{self, ErrorKind, Read, Write};
@@ -17,30 +17,32 @@ use rustix::fs::Mode;
 
 use crate::sys::tree::Tree;
 
-/// The socket that sshd has made in the container for this process's session.
+/// Socket of the agent that sshd created in the container for this session.
 pub(crate) struct Outside {
-    folder: Tree,
+    directory: Tree,
     name: OsString,
     sshd: Pid,
 }
 
 impl Outside {
-    /// To be called before the jail is entered. `None` if the client does not bring its agent, or may not.
+    /// Must be called before the jail is entered. `None` if the client does not forward its agent.
     pub(crate) fn of_this_session() -> Option<Self> {
         let path = PathBuf::from(std::env::var_os("SSH_AUTH_SOCK")?);
-        let folder = Tree::open(path.parent()?).ok()?;
-        Some(Self { folder, name: path.file_name()?.to_owned(), sshd: getppid() })
+        let directory = Tree::open(path.parent()?).ok()?;
+        Some(Self { directory, name: path.file_name()?.to_owned(), sshd: getppid() })
     }
 
-    /// Listens below /run of the jail, which has been entered and has `image_root` as its root. Changes the working folder.
+    /// Creates the socket below /run of the jail, which this process has entered and whose root is `image_root`.
+    /// Changes the working directory.
     pub(crate) fn show(self, image_root: &Tree) -> io::Result<Agent> {
         let run = image_root.directory(RUN)?;
-        // One of a process that was killed may lie there.
+        // A killed process with the same ID may have left its socket.
         let name = format!("ssh-agent.{}", getpid());
         run.remove(&name)?;
-        // A name without a slash: whatever somebody puts there meanwhile, the kernel makes a socket in this folder or none.
+        // A name without a slash: whatever a session puts there, the kernel creates the socket in this directory or not
+        // at all.
         rustix::process::fchdir(&run)?;
-        // For root alone, as sshd's own.
+        // Only for root, like sshd's own socket.
         let umask = rustix::process::umask(Mode::from_raw_mode(0o177));
         let listener = UnixListener::bind(&name);
         rustix::process::umask(umask);
@@ -50,16 +52,16 @@ impl Outside {
     }
 }
 
-/// Relative to the image root; a tmpfs of the jail's own, so that no socket comes into the image.
+/// Directory of the sockets, relative to the image root: the jail's own tmpfs, so that no socket gets into the image.
 const RUN: &str = "run";
 
-/// So many programs can talk to the agent at once; others wait.
+/// Most simultaneous connections; further ones wait.
 const MOST_CONNECTIONS: usize = 16;
 
-/// What is read at once.
+/// Bytes per read.
 const CHUNK: usize = 16 << 10;
 
-/// An agent that is there in the jail.
+/// The agent's socket in the jail.
 pub(crate) struct Agent {
     outside: Outside,
     run: Tree,
@@ -69,28 +71,29 @@ pub(crate) struct Agent {
 }
 
 impl Agent {
-    /// The socket's path in the jail.
+    /// Path of the socket in the jail.
     pub(crate) fn path(&self) -> PathBuf {
         Path::new("/").join(RUN).join(&self.name)
     }
 
-    /// Makes sshd's folder this process's working folder, where no path of the jail leads, and names have to be without one.
+    /// Changes to the directory of sshd's socket, which no path of the jail leads to; the socket is then reached by its
+    /// name alone.
     pub(crate) fn go_outside(&self) -> io::Result<()> {
-        rustix::process::fchdir(&self.outside.folder).map_err(Into::into)
+        rustix::process::fchdir(&self.outside.directory).map_err(Into::into)
     }
 
-    /// What it waits for.
+    /// Descriptors to poll.
     pub(crate) fn interests(&self) -> impl Iterator<Item = PollFd<'_>> {
         let listener = self.has_room().then(|| PollFd::new(&self.listener, PollFlags::IN));
         listener.into_iter().chain(self.connections.iter().flat_map(Connection::interests))
     }
 
-    /// Goes on where it can: `ready` says of each of its interests whether that has come.
+    /// Makes progress where it can. `ready` says for each of [`Self::interests`] whether its event has occurred.
     pub(crate) fn go_on(&mut self, mut ready: impl Iterator<Item = bool>) {
-        let somebody_comes = self.has_room() && ready.next() == Some(true);
+        let is_connecting = self.has_room() && ready.next() == Some(true);
         self.connections.retain_mut(|connection| connection.go_on(&mut ready));
-        // Who cannot be connected sees the connection end, as when the client is gone.
-        if somebody_comes && let Ok(connection) = self.connect() {
+        // A program that cannot be connected sees its connection close, as when the client is gone.
+        if is_connecting && let Ok(connection) = self.connect() {
             self.connections.push(connection);
         }
     }
@@ -102,7 +105,7 @@ impl Agent {
     fn connect(&self) -> io::Result<Connection> {
         let (inside, _) = self.listener.accept()?;
         let outside = UnixStream::connect(&self.outside.name)?;
-        // Where AcceptEnv lets it, a client may have named another socket of the container.
+        // If AcceptEnv allows SSH_AUTH_SOCK, a client may have named another socket of the container.
         let listener = rustix::net::sockopt::socket_peercred(&outside)?.pid;
         if listener.as_raw_nonzero().get() != self.outside.sshd.as_raw() {
             return Err(ErrorKind::PermissionDenied.into());
@@ -113,29 +116,29 @@ impl Agent {
         Ok(Connection { ends: [inside, outside], flows: Default::default() })
     }
 
-    /// Takes the socket away. Another one of that name is in the jail's memory only, too.
+    /// Removes the socket. If a session has put another file there, that one is removed, from the jail's tmpfs.
     pub(crate) fn remove(&self) {
         let _ = self.run.remove(&self.name);
     }
 }
 
-/// A program in the jail and sshd.
+/// A connection between a program in the jail and sshd.
 struct Connection {
     ends: [UnixStream; 2],
-    /// The first from the first end to the second, the second back.
+    /// Data from the first end to the second, and back.
     flows: [Flow; 2],
 }
 
-/// What one end says to the other.
+/// Data in one direction.
 #[derive(Default)]
 struct Flow {
-    /// Read, and not yet written. Nothing more is read before it is.
+    /// Bytes read and not yet written. Nothing more is read until they are written.
     pending: Vec<u8>,
     ended: bool,
 }
 
 impl Connection {
-    /// One of each flow that has not ended.
+    /// One interest for each flow that has not ended.
     fn interests(&self) -> impl Iterator<Item = PollFd<'_>> {
         self.flows.iter().enumerate().filter(|(_, flow)| !flow.ended).map(|(from, flow)| {
             let (end, what) = if flow.pending.is_empty() { (from, PollFlags::IN) } else { (1 - from, PollFlags::OUT) };
@@ -143,7 +146,7 @@ impl Connection {
         })
     }
 
-    /// Returns whether anything is still to come.
+    /// Returns whether more data may come.
     fn go_on(&mut self, ready: &mut impl Iterator<Item = bool>) -> bool {
         let mut whole = true;
         for from in 0..2 {
@@ -158,21 +161,21 @@ impl Connection {
         let (mut source, mut sink, flow) = (&self.ends[from], &self.ends[1 - from], &mut self.flows[from]);
         if flow.pending.is_empty() {
             let mut chunk = [0; CHUNK];
-            let Some(length) = unless_early(source.read(&mut chunk))? else { return Ok(()) };
+            let Some(length) = unless_not_ready(source.read(&mut chunk))? else { return Ok(()) };
             if length == 0 {
                 flow.ended = true;
                 return sink.shutdown(Shutdown::Write);
             }
             flow.pending.extend_from_slice(&chunk[..length]);
         }
-        let written = unless_early(sink.write(&flow.pending))?.unwrap_or(0);
+        let written = unless_not_ready(sink.write(&flow.pending))?.unwrap_or(0);
         flow.pending.drain(..written);
         Ok(())
     }
 }
 
-/// `None` where one has to wait.
-fn unless_early(result: io::Result<usize>) -> io::Result<Option<usize>> {
+/// `None` for an error that means to wait.
+fn unless_not_ready(result: io::Result<usize>) -> io::Result<Option<usize>> {
     match result {
         Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => Ok(None),
         other => other.map(Some),

@@ -1,21 +1,21 @@
-//! /etc/environment of the image, which on the booted node `pam_env` reads.
+//! Variables from the image's /etc/environment, which `pam_env` reads on the booted node.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 
 use crate::sys::tree::Tree;
 
-/// No such file of an image is larger; a larger one is taken as missing.
+/// Largest file that is read, in bytes; a larger one counts as missing.
 const LIMIT: u64 = 64 << 10;
 
-/// The variables that the file of `image_root` sets; none where there is no file.
+/// Variables that the file of `image_root` sets; empty if there is no file.
 pub(crate) fn read(image_root: &Tree) -> Vec<(OsString, OsString)> {
     parse(&image_root.read("etc/environment", LIMIT).unwrap_or_default())
 }
 
-/// Reads the text as Linux-PAM does (`_parse_env_file` and `_assemble_line` in its modules/pam_env/pam_env.c): a `#` begins a comment
-/// wherever it stands, a backslash at the end of a line joins the next one, `export ` is passed over, quotes are taken off, and nothing is
-/// expanded. A name alone takes away what an earlier line has set.
+/// Parses the text as Linux-PAM does (`_parse_env_file` and `_assemble_line` in its modules/pam_env/pam_env.c): a `#`
+/// begins a comment anywhere, a backslash at the end of a line joins the next one, `export ` is skipped, quotes are
+/// removed, and nothing is expanded. A name alone unsets a variable of an earlier line.
 pub(crate) fn parse(text: &[u8]) -> Vec<(OsString, OsString)> {
     let mut variables: Vec<(OsString, OsString)> = Vec::new();
     for line in joined_lines(text) {
@@ -36,10 +36,10 @@ pub(crate) fn parse(text: &[u8]) -> Vec<(OsString, OsString)> {
     variables
 }
 
-/// What may stand before a name, and behind a backslash.
+/// Characters allowed before a name and after a trailing backslash.
 const BLANKS: [u8; 2] = *b" \t";
 
-/// Lines without comments, each with those that its last backslash joins to it.
+/// Lines without comments, each joined with those that follow a trailing backslash.
 fn joined_lines(text: &[u8]) -> Vec<Vec<u8>> {
     let mut lines = Vec::new();
     let mut begun: Option<Vec<u8>> = None;
@@ -59,11 +59,11 @@ fn joined_lines(text: &[u8]) -> Vec<Vec<u8>> {
             }
         }
     }
-    // What a backslash joins to nothing counts as never written.
+    // A last line that ends with a backslash is dropped.
     lines
 }
 
-/// The value without the quotes in it, if it begins with one.
+/// The value, without its quotes if it begins with one.
 fn unquoted(value: &[u8]) -> Vec<u8> {
     match value {
         [b'"' | b'\'', rest @ ..] => {

@@ -1,5 +1,5 @@
-//! The process in front of a session, outside the jail: starts the inner stage in the jail, passes signals in, lends the terminal, serves
-//! the client's agent, and ends as the session does.
+//! The process outside the jail that stands for a session: starts the inner stage in the jail, forwards signals, lends
+//! the terminal, relays the client's agent, and ends as the session does.
 
 use std::convert::Infallible;
 use std::os::fd::{AsFd, OwnedFd};
@@ -23,7 +23,7 @@ use crate::sys::signals::{Signals, stop_own_group};
 use crate::sys::terminal::set_foreground;
 use crate::sys::tree::Tree;
 
-/// Signals that somebody may send to the process in front and that are meant for the one inside.
+/// Signals that this process forwards to the session's program.
 const PASSED_ON: [Signal; 8] = [
     Signal::SIGHUP,
     Signal::SIGINT,
@@ -35,9 +35,9 @@ const PASSED_ON: [Signal; 8] = [
     Signal::SIGTSTP,
 ];
 
-/// Starts the `inner` stage in the jail that was [`join`]ed, with these `streams`, in the working directory `directory` if one is given, else
-/// in this process's, which lies inside. This process ends as that does, with its exit code or dying of the same signal, after `ended` has
-/// been told how. Until then it serves the client's `agent`.
+/// Starts the `inner` stage in the jail that was [`join`](crate::jail::enter::join)ed, with these `streams`, in
+/// `directory` or else in the current directory, which is inside. Relays the client's `agent` meanwhile. Calls `ended`,
+/// and then ends as the inner stage did, with its exit code or by the same signal.
 pub(crate) fn run(
     record: &Record,
     joined: &Joined,
@@ -47,11 +47,11 @@ pub(crate) fn run(
     agent: Option<Agent>,
     ended: impl FnOnce(&WaitStatus),
 ) -> Result<Infallible> {
-    let mut held = PASSED_ON.to_vec();
-    held.extend([Signal::SIGCHLD, Signal::SIGCONT]);
-    let signals = Signals::block(&held).attempt(|| "block signals")?;
+    let mut blocked = PASSED_ON.to_vec();
+    blocked.extend([Signal::SIGCHLD, Signal::SIGCONT]);
+    let signals = Signals::block(&blocked).attempt(|| "block signals")?;
     let mut terminal = Terminal::of_this_process();
-    // Not in the chroot tier, which lacks CAP_SYS_ADMIN for it and holds nobody anyway.
+    // The chroot tier lacks CAP_SYS_ADMIN, which the filter needs, and confines nobody anyway.
     let refused = (record.tier != Tier::Chroot).then(refused_calls::program);
     let child = spawn(|| {
         let prepared = prepare(record.dkms, refused, &signals, &terminal, directory)
@@ -63,12 +63,12 @@ pub(crate) fn run(
         1
     });
     let child = child.attempt(|| "start a process in the jail")?;
-    streams.are_taken();
-    // At once: the client waits for this end.
+    streams.close();
+    // Without cleanup: the client waits for this process to end.
     exit_now(attend(child, &signals, &mut terminal, streams, agent, ended))
 }
 
-/// Makes the child ready to become the inner stage. It looks up no name here.
+/// Prepares the child for the inner stage. Resolves no path of the image.
 fn prepare(
     dkms: bool,
     refused: Option<&[Instruction]>,
@@ -76,12 +76,13 @@ fn prepare(
     terminal: &Terminal,
     directory: Option<&Tree>,
 ) -> Result<()> {
-    // Its own process group: `kill 0` inside reaches what is inside and not the process in front, whose group, seen from
-    // here, would be 0, which fish and others do not cope with. Not its own session: sshd's hang-up would miss it.
+    // A process group of its own, so that `kill 0` inside does not reach this process; with this process's group the
+    // child would see its group as 0, which fish and others cannot handle. The session stays the same, so that sshd's
+    // hang-up reaches the child.
     setpgid(Pid::from_raw(0), Pid::from_raw(0)).attempt(|| "make a process group in the jail")?;
     terminal.show_in_front(getpid());
     if !dkms {
-        // First, since it takes CAP_SYS_ADMIN.
+        // The filter comes first, because it needs CAP_SYS_ADMIN.
         if let Some(refused) = refused {
             seccomp::filter(refused).attempt(|| "give up system calls")?;
         }
@@ -94,7 +95,7 @@ fn prepare(
     close_on_exec_from(3).attempt(|| "mark descriptors close-on-exec")
 }
 
-/// The process in front: passes signals in, the agent's words in and out, and the end out.
+/// Forwards signals and agent data until the child ends, and returns this process's exit code.
 fn attend(
     child: Pid,
     signals: &Signals,
@@ -103,7 +104,7 @@ fn attend(
     agent: Option<Agent>,
     ended: impl FnOnce(&WaitStatus),
 ) -> u8 {
-    let _ = capabilities::hold_only(&[(Capability::CAP_KILL, "the child may have become another user")]);
+    let _ = capabilities::keep_only(&[(Capability::CAP_KILL, "the child may have changed its user")]);
     let mut agent = agent.filter(|agent| agent.go_outside().is_ok());
     let mut is_to_end = false;
     loop {
@@ -134,7 +135,7 @@ fn attend(
         while let Ok(Some(signal)) = signals.next() {
             match signal {
                 Signal::SIGCHLD => {}
-                // A shell outside has continued this job, in front or not.
+                // A shell outside continued this job, in the foreground or not.
                 Signal::SIGCONT => terminal.go_on(child),
                 passed_on => {
                     is_to_end |= ENDING.contains(&passed_on);
@@ -145,13 +146,14 @@ fn attend(
     }
 }
 
-/// The controlling terminal, which is lent to the jail while this process is in its foreground.
+/// The controlling terminal, lent to the jail while this process is in the foreground.
 struct Terminal {
-    /// None if there is none.
+    /// `None` without a controlling terminal.
     fd: Option<OwnedFd>,
-    /// Whether this process leads its session, as one that sshd started does. There is then no shell outside to go back to.
+    /// True if this process leads its session, as one started by sshd does: then no shell outside waits for the
+    /// terminal.
     leader: bool,
-    /// Whether the jail has it.
+    /// True while the jail has the terminal.
     lent: bool,
 }
 
@@ -159,7 +161,7 @@ impl Terminal {
     fn of_this_process() -> Self {
         let (stdin, stdout, stderr) = (std::io::stdin(), std::io::stdout(), std::io::stderr());
         let mut streams = [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()].into_iter();
-        // Only of the controlling terminal does the kernel tell the foreground group.
+        // The kernel tells the foreground process group only of the controlling terminal.
         let terminal = streams.find(|stream| tcgetpgrp(stream).is_ok());
         let fd = terminal.and_then(|terminal| terminal.try_clone_to_owned().ok());
         let mut this = Self { fd, leader: getsid(None) == Ok(getpid()), lent: false };
@@ -167,7 +169,7 @@ impl Terminal {
         this
     }
 
-    /// Whether this process is in the foreground.
+    /// True if this process is in the foreground.
     fn is_ours(&self) -> bool {
         self.fd.as_ref().is_some_and(|fd| tcgetpgrp(fd) == Ok(getpgrp()))
     }
@@ -179,9 +181,9 @@ impl Terminal {
         }
     }
 
-    /// Only for the sake of a shell outside, and only what the jail has: in the background the terminal is that shell's. A session
-    /// leader leaves it as it is: the kernel then sends the hang-up of its end to what still runs in the foreground inside, as after a
-    /// plain login.
+    /// Takes the terminal back for a shell outside, but only while the jail has it: in the background it is that
+    /// shell's. A session leader leaves it lent, so that at its end the kernel hangs up what still runs in the
+    /// foreground inside, as after a plain login.
     fn take_back(&mut self) {
         if !self.leader {
             self.show_in_front(getpgrp());
@@ -189,27 +191,27 @@ impl Terminal {
         }
     }
 
-    /// The child was stopped.
+    /// Handles a child that was stopped.
     fn stopped(&mut self, child: Pid, signal: Signal) {
         if self.leader {
-            // Nobody could ever continue it. After a plain login its group would be orphaned, and these signals without effect; the
-            // same comes out here.
+            // Nobody could continue it. After a plain login its process group would be orphaned and these signals would
+            // have no effect; continuing it at once has the same result.
             if matches!(signal, Signal::SIGTSTP | Signal::SIGTTIN | Signal::SIGTTOU) {
                 self.show_in_front(child);
                 let _ = killpg(child, Signal::SIGCONT);
             }
         } else if self.is_ours() && matches!(signal, Signal::SIGTTIN | Signal::SIGTTOU) {
-            // A shell outside has put a running job in front, of which it tells nobody.
+            // A shell outside put a running job in the foreground, which raises no event.
             self.go_on(child);
         } else {
-            // Somebody pressed Ctrl-Z. The shell outside has to see its job stopped: this process and the one that started it.
+            // Somebody pressed Ctrl-Z. The shell outside must see its whole job stop: this process and its parent.
             self.take_back();
             let _ = stop_own_group();
             self.go_on(child);
         }
     }
 
-    /// The shell outside has continued this process, and in front if it gave it the terminal.
+    /// The shell outside continued this process, in the foreground if it also gave it the terminal.
     fn go_on(&mut self, child: Pid) {
         if !self.leader {
             self.lent |= self.is_ours();

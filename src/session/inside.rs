@@ -1,6 +1,6 @@
-//! `ims-jail-shell inside`, the inner stage: the jail's copy of this program, started in the jail by [`crate::jail::enter`]. It closes every
-//! descriptor but the three streams, and only then looks at what the image says: passwd, group, /etc/environment, home and shell, the
-//! greeting. Nothing that it could open or become by a path of the image lies outside then, whatever the path is.
+//! `ims-jail-shell inside`, the inner stage: the jail's copy of this program, started in the jail by
+//! [`crate::session::front`]. It first closes every descriptor but the three streams, and only then reads the image:
+//! passwd, group, /etc/environment, home, shell and greeting. So no path in the image can lead it outside.
 
 use std::ffi::{OsStr, OsString};
 use std::io::{BufRead, IsTerminal, Read, Write};
@@ -26,23 +26,23 @@ use crate::sys::process::{Exec, close_all_but_streams};
 use crate::sys::signals::default_disposition;
 use crate::sys::tree::Tree;
 
-/// Instructions for the inner stage: words of its command line. Its environment is the client's part of the session's.
+/// Instructions for the inner stage: the words of its command line. Its environment has the client's variables.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Errand {
-    /// The request to carry out.
+    /// Request to carry out.
     pub(crate) request: Request,
-    /// Whether sftp-server stands in the working directory, outside the root (chroot tier).
+    /// True if the working directory, outside the root, has sftp-server (chroot tier).
     pub(crate) beside: bool,
-    /// The IMS job, for the greeting.
+    /// IMS job, for the greeting.
     pub(crate) job: Option<String>,
-    /// The image's name, for greeting and prompt.
+    /// Name of the image, for greeting and prompt.
     pub(crate) image: Option<String>,
-    /// True if changes stay in the image, however the environment ends.
+    /// True if changes stay in the image however the environment ends.
     pub(crate) in_place: bool,
 }
 
 impl Errand {
-    /// The inner stage with these words, for [`Exec::replace_this_process_by`]. EINVAL for a string that holds a NUL byte.
+    /// The inner stage with these words, for [`Exec::replace_this_process_by`]. EINVAL for a string with a NUL byte.
     pub(crate) fn program(&self, environment: &[(OsString, OsString)]) -> nix::Result<Exec> {
         let words = Arguments::Inside(self.to_words()).to_argv();
         let environment = environment.iter().map(|(name, value)| (name.as_os_str(), value.as_os_str()));
@@ -68,7 +68,7 @@ impl Errand {
         words
     }
 
-    /// Reads the words behind `inside`; `None` if they are none.
+    /// Parses the words after `inside`; `None` if they are invalid.
     pub fn from_words(words: &[OsString]) -> Option<Self> {
         let (mut beside, mut in_place, mut job, mut image) = (false, false, None, None);
         let mut words = words.iter();
@@ -91,7 +91,7 @@ impl Errand {
 
 /// Carries out `errand`. Returns the exit code if no program could be started.
 pub fn run(errand: &Errand) -> Result<u8> {
-    close_all_but_streams().attempt(|| "close the descriptors that came into the jail")?;
+    close_all_but_streams().attempt(|| "close the inherited descriptors")?;
     let image_root = Tree::open(Path::new("/")).attempt(|| "open the image root")?;
     let account = Account::root_of(&image_root);
     let request = &errand.request;
@@ -99,7 +99,7 @@ pub fn run(errand: &Errand) -> Result<u8> {
     if transfer {
         check_what_sftp_server_opens(&image_root)?;
     }
-    // The container's sftp-server needs none of the image's settings, and could be kept from starting by them.
+    // The container's sftp-server needs no setting of the image, and one could keep it from starting.
     let of_image = if transfer { Vec::new() } else { etc_environment::read(&image_root) };
     let mut environment = session_environment(std::env::vars_os().collect(), &account, of_image);
     let is_entered = matches!(request, Request::Program(words) if words.is_empty());
@@ -117,7 +117,7 @@ pub fn run(errand: &Errand) -> Result<u8> {
     if !errand.beside {
         go_home(&image_root, &account.home);
     }
-    // Ignored since the start of this program; `yes | head` would inherit that.
+    // The Rust runtime ignores SIGPIPE, which `yes | head` would inherit.
     default_disposition(Signal::SIGPIPE).attempt(|| "restore SIGPIPE")?;
     let programs = programs.iter().map(|program| Ok((program, program.prepared(&environment)?)));
     let programs = programs.collect::<nix::Result<Vec<_>>>();
@@ -126,13 +126,13 @@ pub fn run(errand: &Errand) -> Result<u8> {
     Ok(report(program, error, interpreter(&image_root, program).as_deref()))
 }
 
-/// Why sftp-server cannot work in this image, if that is to be seen.
+/// Reason why sftp-server cannot work in this image, if one is visible.
 pub(crate) fn why_no_transfer(image_root: &Tree) -> Option<String> {
     if let Err(error) = check_what_sftp_server_opens(image_root) {
         return Some(error.to_string());
     }
-    let nobody = "/etc/passwd of the image has no user number 0, whom sftp-server looks for";
-    (!Account::root_of(image_root).known).then(|| nobody.to_owned())
+    let missing = "/etc/passwd of the image has no entry with user ID 0, which sftp-server needs";
+    (!Account::root_of(image_root).known).then(|| missing.to_owned())
 }
 
 /// A program to try, with its arguments.
@@ -154,7 +154,7 @@ impl Program {
     }
 }
 
-/// Programs that may carry out `request`, best first.
+/// Programs that can carry out `request`, best first.
 fn programs(request: &Request, account: &Account) -> Vec<Program> {
     let in_shell = |shell: &Path| {
         let name = shell.file_name().unwrap_or(OsStr::new("sh"));
@@ -181,23 +181,24 @@ fn programs(request: &Request, account: &Account) -> Vec<Program> {
     programs
 }
 
-/// The places of the login path where the program could be; itself if it is a path.
+/// Candidates on the login path for a name; only the path itself for a path.
 fn on_path(words: &[OsString]) -> Vec<Program> {
     let name = Path::new(&words[0]);
-    let folders = if name.components().count() > 1 { "" } else { LOGIN_PATH };
-    let candidate = |folder| Program { path: Path::new(folder).join(name), arguments: words.to_vec(), is_shell: false };
-    folders.split(':').map(candidate).collect()
+    let directories = if name.components().count() > 1 { "" } else { LOGIN_PATH };
+    let candidate =
+        |directory| Program { path: Path::new(directory).join(name), arguments: words.to_vec(), is_shell: false };
+    directories.split(':').map(candidate).collect()
 }
 
-/// sftp-server's options where it is started outside the root, in a working directory that it must leave: it stays there if it cannot
-/// change to its start directory. So what could hide our `-d` from it (another `-d`, a word that ends the options) goes, the directory has
-/// to exist, and a `%`, which it would expand, is doubled.
+/// sftp-server's options where it is started in a working directory outside the root. It must leave that directory, but
+/// stays there if it cannot change to its start directory. So anything that could override our `-d` (another `-d`, the
+/// end of options) is dropped, the start directory must exist, and a `%`, which sftp-server expands, is doubled.
 fn beginning_in_image(options: &[OsString], home: &Path, image_root: &Tree) -> Vec<OsString> {
     let mut kept = Vec::new();
     let mut wanted = None;
     let mut words = options.iter();
     while let Some(word) = words.next() {
-        // sftp-server(8); every letter is a word of its own here, and a value the next one.
+        // By sftp-server(8), whose options are separate words here, and their values too.
         match word.as_encoded_bytes() {
             b"-c" | b"-e" | b"-h" | b"-R" => kept.push(word.clone()),
             b"-f" | b"-l" | b"-P" | b"-p" | b"-Q" | b"-u" => {
@@ -216,7 +217,7 @@ fn beginning_in_image(options: &[OsString], home: &Path, image_root: &Tree) -> V
     kept
 }
 
-/// The start directory that sftp-server(8) takes this for.
+/// Expands `%` in a start directory as sftp-server(8) does.
 fn expand(wanted: &[u8], home: &Path) -> PathBuf {
     let mut path = Vec::new();
     let mut bytes = wanted.iter();
@@ -231,7 +232,7 @@ fn expand(wanted: &[u8], home: &Path) -> PathBuf {
     OsString::from_vec(path).into()
 }
 
-/// The container's sftp-server in `directory`, by the container's loader: nothing of it is looked up in the image.
+/// The container's sftp-server in `directory`, started by the container's loader, which looks up nothing in the image.
 fn sftp_programs(directory: &Path, options: &[OsString]) -> Vec<Program> {
     let server = directory.join("sftp-server");
     let loader = directory.join("ld.so");
@@ -240,7 +241,7 @@ fn sftp_programs(directory: &Path, options: &[OsString]) -> Vec<Program> {
     arguments.extend_from_slice(options);
     let mut direct: Vec<OsString> = vec![server.clone().into()];
     direct.extend_from_slice(options);
-    // A server that is linked statically comes without a loader.
+    // A statically linked server comes without a loader.
     vec![
         Program { path: loader, arguments, is_shell: false },
         Program { path: server, arguments: direct, is_shell: false },
@@ -251,14 +252,12 @@ fn sftp_programs(directory: &Path, options: &[OsString]) -> Vec<Program> {
 const READ_BY_SFTP_SERVER: [&str; 5] =
     ["etc/ld.so.preload", "etc/nsswitch.conf", "etc/passwd", "etc/group", "etc/localtime"];
 
-/// They would wait for ever for somebody to write to a fifo, and the client with them. And of what sftp-server says before it ends, sshd
-/// passes nothing on.
+/// Refuses an image in which sftp-server cannot work: it would wait forever on a fifo, and sshd does not forward its
+/// standard error.
 fn check_what_sftp_server_opens(image_root: &Tree) -> Result<()> {
     let attempted = || "start sftp-server in this image";
     open_null(image_root).attempt(|| "open its /dev/null").map_err(|e| {
-        Error::new(attempted())
-            .because(e)
-            .advise("only an empty /dev of the image is furnished where nothing can be mounted")
+        Error::new(attempted()).because(e).advise("in the tier 'chroot' only an empty /dev of the image is filled")
     })?;
     for name in READ_BY_SFTP_SERVER {
         let found = image_root.open_at(name, OFlags::PATH, Mode::empty()).and_then(|fd| Ok(rustix::fs::fstat(fd)?));
@@ -269,7 +268,7 @@ fn check_what_sftp_server_opens(image_root: &Tree) -> Result<()> {
     Ok(())
 }
 
-/// Opens /dev/null as sftp-server does. Another device of that name, which the image may have brought, is not opened.
+/// Opens /dev/null as sftp-server does, but no other device of that name that the image may have.
 fn open_null(image_root: &Tree) -> std::io::Result<()> {
     let found = rustix::fs::fstat(image_root.open_at("dev/null", OFlags::PATH, Mode::empty())?)?;
     if FileKind::of(&found) == FileKind::CharacterDevice && found.st_rdev != rustix::fs::makedev(1, 3) {
@@ -281,8 +280,8 @@ fn open_null(image_root: &Tree) -> std::io::Result<()> {
 
 /// Replaces this process with the first of `programs` that can be started; returns why the last one could not.
 ///
-/// A path is looked up below the root and without magic links (/proc/self/exe) before the kernel follows it. The kernel looks it up again,
-/// and somebody inside may have changed it meanwhile: there is nothing outside left that it could lead to.
+/// The path is first resolved below the root without magic links (/proc/self/exe). The kernel resolves it again, and a
+/// session may change it in between, but nothing outside is left that it could lead to.
 fn run_first<'a>(programs: &[(&'a Program, Exec)], image_root: &Tree) -> (&'a Path, Errno) {
     let mut failed = (Path::new(""), Errno::ENOENT);
     for (program, prepared) in programs {
@@ -303,15 +302,15 @@ fn run_first<'a>(programs: &[(&'a Program, Exec)], image_root: &Tree) -> (&'a Pa
     failed
 }
 
-/// Says why nothing could be started, and gives the exit code that shells use for it.
+/// Prints why nothing could be started, and returns the exit code that shells use for it.
 fn report(program: &Path, error: Errno, interpreter: Option<&str>) -> u8 {
     let missing = error == Errno::ENOENT;
     let advice = match interpreter {
         Some(line) if missing && line.ends_with('\r') => {
             "its first line has Windows line ends, which 'dos2unix' converts".to_owned()
         }
-        Some(line) if missing => format!("the image has no {}, which its first line names", Printable(line)),
-        _ if missing => "it, or the loader it names, is not there".to_owned(),
+        Some(line) if missing => format!("its first line names {}, which the image lacks", Printable(line)),
+        _ if missing => "the program or its loader does not exist".to_owned(),
         _ => "is it built for this architecture and executable?".to_owned(),
     };
     let program = program.to_string_lossy();
@@ -319,24 +318,25 @@ fn report(program: &Path, error: Errno, interpreter: Option<&str>) -> u8 {
     if missing { 127 } else { 126 }
 }
 
-/// The interpreter that a script's first line names; with a carriage return at its end if the line has one.
+/// The interpreter in a script's first line, with a trailing carriage return if the line ends with one.
 fn interpreter(image_root: &Tree, program: &Path) -> Option<String> {
     let file = image_root.open_regular(program, OFlags::RDONLY).ok()?;
     let mut line = String::new();
-    // The kernel looks at no more (execve(2)).
+    // The kernel reads no more (execve(2)).
     std::io::BufReader::new(file.take(256)).read_line(&mut line).ok()?;
     let line = line.strip_prefix("#!")?.trim_end_matches('\n').trim_start_matches([' ', '\t']);
     Some(line.split([' ', '\t']).next().unwrap_or_default().to_owned())
 }
 
 fn become_root(account: &Account) {
-    // A group that the image lacks is not worth losing the session over: one can still mend it from inside.
+    // A group that cannot be set is no reason to refuse the session, from which the image can be repaired.
     let groups: Vec<Gid> = account.groups.iter().map(|g| Gid::from_raw(*g)).collect();
     let _ = nix::unistd::setgroups(&groups);
     let _ = nix::unistd::setgid(Gid::from_raw(account.group));
 }
 
-/// Changes to root's home, resolved below the root and without magic links, by its descriptor; to the root if there is none.
+/// Changes to root's home directory by descriptor, resolved below the root without magic links; to the root if there is
+/// none.
 fn go_home(image_root: &Tree, home: &Path) {
     let went = image_root.directory(home).and_then(|home| Ok(rustix::process::fchdir(home)?));
     if went.is_err() {
@@ -344,10 +344,12 @@ fn go_home(image_root: &Tree, home: &Path) {
     }
 }
 
-/// Shells that expand variables in their prompt and take it from $PS1; others show the host name by themselves, or are no such shells.
+/// Shells that take their prompt from $PS1 and expand variables in it. Others show the host name themselves, or have
+/// another syntax.
 const POSIX_SHELLS: [&str; 6] = ["sh", "bash", "dash", "ash", "ksh", "mksh"];
 
-/// Prompt of a shell whose own is `#`, or its version: where neither the image's profile nor its root's says another one, it names the image.
+/// A prompt that names the image, for shells whose default is `#` or their version. The profiles of the image and its
+/// root override it.
 fn prompt(image: &str, shell: &Path) -> Option<(OsString, OsString)> {
     let is_posix = shell.file_name().is_some_and(|name| POSIX_SHELLS.iter().any(|posix| name == *posix));
     is_posix.then(|| ("PS1".into(), format!("root@{image}:$PWD# ").into()))
@@ -378,7 +380,7 @@ fn greet(image_root: &Tree, account: &Account, errand: &Errand) {
         let terminal = terminal.display();
         let _ = writeln!(
             out,
-            "The image knows no terminal '{terminal}' (terminfo). Most work as: export TERM=xterm-256color"
+            "The image has no terminfo entry for '{terminal}'. Most terminals work with: export TERM=xterm-256color"
         );
     }
     let _ = out.flush();
@@ -402,14 +404,14 @@ mod tests {
     }
 
     #[test]
-    fn a_program_is_looked_up_on_the_images_path() {
+    fn program_is_looked_up_on_the_login_path() {
         let tried = tried(&Request::Program(vec!["id".into(), "-u".into()]), "/bin/zsh");
         assert_eq!(tried.len(), LOGIN_PATH.split(':').count());
         assert!(tried.contains(&("/bin/id".into(), vec!["id".into(), "-u".into()])));
     }
 
     #[test]
-    fn a_shell_is_a_login_shell_and_a_command_is_not() {
+    fn only_a_session_without_a_command_gets_a_login_shell() {
         let shell =
             |path: &str, arguments: &[&str]| (path.to_owned(), arguments.iter().map(ToString::to_string).collect());
         assert_eq!(tried(&Request::Shell, "/bin/zsh"), [shell("/bin/zsh", &["-zsh"]), shell("/bin/sh", &["-sh"])]);
@@ -434,13 +436,13 @@ mod tests {
 
     proptest! {
         #[test]
-        fn an_errand_is_read_as_it_was_written(errand in errand()) {
+        fn errand_round_trips_through_its_words(errand in errand()) {
             prop_assert_eq!(Errand::from_words(&errand.to_words()), Some(errand));
         }
     }
 
     #[test]
-    fn an_sftp_server_outside_the_root_begins_in_a_directory_that_exists() {
+    fn sftp_server_outside_the_root_starts_in_an_existing_directory() {
         let dir = tempfile::tempdir().unwrap();
         for name in ["a%%b", "srv/root", "there"] {
             std::fs::create_dir_all(dir.path().join(name)).unwrap();

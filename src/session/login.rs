@@ -1,5 +1,5 @@
-//! `ims-jail-shell` as forced command, the outer stage: enters the jail for a client's request and has the inner stage carry it out
-//! ([`crate::session::inside`]).
+//! The outer stage of a session, `ims-jail-shell` as forced command: enters the jail and has the inner stage carry out
+//! the client's request ([`crate::session::inside`]).
 
 use std::convert::Infallible;
 use std::io::IsTerminal;
@@ -22,19 +22,19 @@ use crate::session::request::Request;
 use crate::session::variables::client_environment;
 use crate::sys::tree::Tree;
 
-/// Enters the jail that the record at `jail` tells of and carries out `request` there. This process ends as that does.
+/// Enters the jail of the record at `jail` and carries out `request` there. This process ends as the request does.
 pub fn run(jail: &Path, request: Request) -> Result<Infallible> {
     let mut streams = Streams::of_this_process()?;
     let record = &Record::read(jail)?;
     let at_terminal = std::io::stdin().is_terminal();
-    // Told before the container's sockets are out of sight.
+    // Reported now, while the container's sockets can still be reached.
     let told = Report::begin(jail, Beginning::of_this_session(&request, at_terminal));
     let beside = outside_sftp_directory(jail, record, &request)?;
     let agent = agent_outside(record, &request);
     let joined = enter::join(record)?;
     // `/` is the image root from here on.
     let image_root = Tree::open(Path::new("/")).attempt(|| "open the image root")?;
-    // In the chroot tier it is the image's, if there is one.
+    // In the chroot tier /dev is the image's, and may lack the nodes.
     if record.tier != Tier::Chroot {
         streams.open_own_nodes(&image_root)?;
     }
@@ -47,9 +47,9 @@ pub fn run(jail: &Path, request: Request) -> Result<Infallible> {
     let transfer = matches!(request, Request::Sftp(_));
     let (job, image) = (record.job.clone(), record.image.clone());
     let errand = Errand { request, beside: beside.is_some(), job, image, in_place: record.in_place };
-    let inner = errand.program(&environment).attempt(|| "put the request's words together")?;
+    let inner = errand.program(&environment).attempt(|| "build the inner stage's command line")?;
     let ended = |status: &WaitStatus| {
-        // sshd passes on nothing of what an sftp-server says on standard error.
+        // sshd does not forward sftp-server's standard error.
         let failed = transfer && !matches!(status, WaitStatus::Exited(_, 0));
         let reason = if failed { why_no_transfer(&image_root) } else { None };
         told.end(status, reason.as_deref());
@@ -62,22 +62,23 @@ pub fn run(jail: &Path, request: Request) -> Result<Infallible> {
     front::run(record, &joined, &inner, streams, beside.as_ref(), agent, ended)
 }
 
-/// Tells systemctl that no systemd runs. Without /proc, older versions do not notice that by themselves.
+/// Tells systemctl that systemd is not running. Older versions do not notice it without /proc.
 const OFFLINE: &str = "SYSTEMD_OFFLINE";
 
-/// A killed init ends after all others in the jail, once the last of those was waited for: after this session's process.
+/// Time for a killed init to end after this session's process: it ends only after it has waited for all others in the
+/// jail.
 const TIME_TO_FOLLOW: Duration = Duration::from_millis(200);
 
 const LOG_IN_AGAIN: &str = "if it is not closing, log in again in a moment";
 
-/// The client's agent, for who can use one. The chroot tier has no /run that does not belong to the image.
+/// The client's agent, for requests that can use it. In the chroot tier there is no /run but the image's own.
 fn agent_outside(record: &Record, request: &Request) -> Option<Outside> {
     let wanted = record.tier != Tier::Chroot && matches!(request, Request::Shell | Request::Command(_));
     wanted.then(Outside::of_this_session)?
 }
 
-/// In the chroot tier, the directory in which the container's sftp-server stands, open: where nothing can be mounted, it is not shown in the
-/// image.
+/// In the chroot tier, the directory with the container's sftp-server, open: it is not visible in the image, since
+/// nothing can be mounted.
 fn outside_sftp_directory(jail: &Path, record: &Record, request: &Request) -> Result<Option<Tree>> {
     if record.tier != Tier::Chroot || !matches!(request, Request::Sftp(_)) {
         return Ok(None);

@@ -1,4 +1,4 @@
-//! A session: what a client asked for, and whom it becomes in the image.
+//! Sessions: a client's request and the account in the image that carries it out.
 
 pub mod account;
 pub(crate) mod agent;

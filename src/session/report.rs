@@ -1,5 +1,5 @@
-//! What `ims-jail-shell` tells the supervisor of its session: who came, for what, and how it ended. Told, not asked: a session does
-//! not wait for an answer, and goes on if nobody listens.
+//! Messages of `ims-jail-shell` to the supervisor about its session: client, request, and how it ended. The session
+//! waits for no answer, and continues if nobody listens.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -13,23 +13,23 @@ use crate::sys::seqpacket::Packets;
 /// The beginning of a session.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Beginning {
-    /// The client's address, as sshd saw it.
+    /// Address of the client, as sshd saw it.
     pub client: String,
-    /// What it authenticated with, a line of `ExposeAuthInfo`: `publickey ssh-ed25519 AAAA…`.
+    /// Authentication method and key, a line of `ExposeAuthInfo`: `publickey ssh-ed25519 AAAA…`.
     pub(crate) credential: String,
-    /// Whether there is a terminal.
+    /// True if the session has a terminal.
     pub(crate) terminal: bool,
-    /// Whether it is a shell at a terminal, without a command of the client's.
+    /// True for a shell at a terminal, without a command.
     pub(crate) interactive: bool,
     /// `shell`, `sftp`, or the command line.
     pub(crate) request: String,
 }
 
-/// No log line needs more of a command.
+/// Most bytes of a command that are logged.
 const LONGEST_REQUEST: usize = 1000;
 
 impl Beginning {
-    /// Of this process's session, from what sshd gave it.
+    /// Describes this process's session from the variables that sshd set.
     pub(crate) fn of_this_session(request: &Request, terminal: bool) -> Self {
         let interactive = terminal && *request == Request::Shell;
         let variable = |name| std::env::var_os(name).unwrap_or_default();
@@ -56,19 +56,19 @@ impl Beginning {
     }
 }
 
-/// A packet that the supervisor gets.
+/// A packet to the supervisor.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Packet {
-    /// A session begins; its end is told on the same connection, or the connection closes.
+    /// A session begins. It ends with [`Packet::End`] on the same connection, or when the connection closes.
     Begin(Beginning),
-    /// It ended: an exit code, or a signal's name.
+    /// The session ended: an exit code or the name of a signal.
     End(String),
-    /// Somebody asks how things are.
+    /// A request for the environment's status.
     Status,
 }
 
 impl Packet {
-    /// The packet's bytes: fields, separated by NUL bytes.
+    /// The packet's bytes: fields separated by NUL bytes.
     pub fn to_bytes(&self) -> Vec<u8> {
         match self {
             Self::Begin(Beginning { client, credential, terminal, interactive, request }) => {
@@ -84,7 +84,7 @@ impl Packet {
         }
     }
 
-    /// Reads a packet; `None` if it is none.
+    /// Parses a packet; `None` if it is invalid.
     pub(crate) fn parse(bytes: &[u8]) -> Option<Self> {
         let text = String::from_utf8_lossy(bytes);
         let fields: Vec<&str> = text.split('\0').collect();
@@ -103,17 +103,17 @@ impl Packet {
     }
 }
 
-/// The line to the supervisor, open for the session's length.
+/// Connection to the supervisor, open as long as the session lasts.
 pub(crate) struct Report(Option<Packets>);
 
 impl Report {
-    /// Tells of the beginning, to the socket beside the record at `jail`.
+    /// Reports the beginning to the socket beside the record at `jail`.
     pub(crate) fn begin(jail: &Path, beginning: Beginning) -> Self {
         let packets = Packets::connect(&jail.with_file_name(SOCKET)).ok();
         Self(packets.filter(|p| p.send(&Packet::Begin(beginning).to_bytes()).is_ok()))
     }
 
-    /// Tells of the end and, where sshd lets no client see it, of the reason.
+    /// Reports the end, with the reason where sshd does not show it to the client.
     pub(crate) fn end(&self, status: &WaitStatus, reason: Option<&str>) {
         let how = match status {
             WaitStatus::Exited(_, code) => code.to_string(),
@@ -127,7 +127,7 @@ impl Report {
     }
 }
 
-/// The supervisor's socket, in its state folder.
+/// Name of the supervisor's socket in its state directory.
 pub(crate) const SOCKET: &str = "control";
 
 #[cfg(test)]
@@ -135,7 +135,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn packets_are_read_as_they_were_written() {
+    fn packets_round_trip_through_their_bytes() {
         let beginning = Beginning {
             client: "192.0.2.1".into(),
             credential: "publickey ssh-ed25519 AAAA".into(),

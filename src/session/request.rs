@@ -1,4 +1,4 @@
-//! What the client asked sshd for.
+//! The client's request, as sshd passes it on.
 
 use std::ffi::{OsStr, OsString};
 
@@ -9,17 +9,17 @@ pub enum Request {
     Shell,
     /// A command line for the shell.
     Command(OsString),
-    /// The file transfer server, with the options its configuration gives it. Modern scp comes here too.
+    /// The file transfer server, with the options from sshd's configuration. Modern scp uses it too.
     Sftp(Vec<OsString>),
-    /// A program with its arguments, from `ims-sshd enter`: no shell in between.
+    /// A program with its arguments, without a shell, from `ims-sshd enter`.
     Program(Vec<OsString>),
 }
 
 impl Request {
-    /// Reads `SSH_ORIGINAL_COMMAND`, which sshd leaves unset for a shell.
+    /// Parses `SSH_ORIGINAL_COMMAND`, which sshd leaves unset for a shell.
     ///
-    /// For the sftp subsystem it holds the server's command from sshd_config: literally `internal-sftp` with its options, or the
-    /// path of the container's sftp-server. A person who types one of these as a command means the same.
+    /// For the sftp subsystem it has the server's command from sshd_config: literally `internal-sftp` with its options,
+    /// or the path of the container's sftp-server. A person who types one of these means the same.
     pub fn from_original_command(command: Option<&OsStr>) -> Self {
         let Some(command) = command else { return Self::Shell };
         match command.to_str().and_then(sftp_options) {
@@ -30,14 +30,14 @@ impl Request {
 }
 
 fn sftp_options(command: &str) -> Option<Vec<OsString>> {
-    // Anything that a shell would do more with than split it is a command. `%u` is sftp-server's own, in its start folder.
+    // A shell would do more with such a line than split it, so it is a command. sftp-server itself expands `%u`.
     let plain = |b: u8| b.is_ascii_alphanumeric() || b" _-./,=:+%".contains(&b);
     if !command.bytes().all(plain) {
         return None;
     }
     let mut words = command.split_ascii_whitespace();
     let server = words.next()?;
-    // As text: paths would be equal to those with a `/` or `/.` behind them, which name no program.
+    // Compared as text: as a path, one with a trailing `/` or `/.` would be equal, and names no program.
     let known = server == "internal-sftp" || server.starts_with('/') && server.ends_with("/sftp-server");
     known.then(|| words.map(OsString::from).collect())
 }
@@ -50,7 +50,7 @@ mod tests {
     use std::os::unix::ffi::OsStrExt;
 
     #[test]
-    fn requests_are_told_apart() {
+    fn original_command_is_parsed_into_a_request() {
         let sftp = |options: &[&str]| Request::Sftp(options.iter().map(OsString::from).collect());
         let command = |text: &str| Request::Command(text.into());
         for (original, meant) in [
@@ -73,7 +73,7 @@ mod tests {
         assert_eq!(Request::from_original_command(None), Request::Shell);
     }
 
-    /// The server as configurations name it, near misses, options, and what shells read as more than a word.
+    /// Names of the server in configurations, near misses, options, and characters that are special to a shell.
     fn piece() -> impl Strategy<Value = String> {
         prop_oneof![
             "internal-sftp|/usr/lib(exec|64)?/(openssh/|ssh/)?sftp-server",
@@ -86,7 +86,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn sftp_is_what_a_shell_would_only_split_and_all_else_stays_as_it_is(
+        fn sftp_needs_a_line_without_shell_syntax_and_other_lines_stay_unchanged(
             server in "(internal-sftp|/lib/sftp-server)? {0,2}",
             pieces in vec((piece(), " {0,2}"), 0..6),
         ) {
@@ -105,7 +105,7 @@ mod tests {
         }
 
         #[test]
-        fn every_subsystem_of_a_configuration_is_sftp(
+        fn every_sftp_subsystem_of_a_configuration_is_recognized(
             server in "internal-sftp|(/[a-z0-9_.+-]{1,8}){0,3}/sftp-server",
             options in vec("-[a-zA-Z]|[a-zA-Z0-9/=,.:+_%-]{1,8}", 0..5),
         ) {
@@ -115,7 +115,7 @@ mod tests {
         }
 
         #[test]
-        fn a_command_is_kept_byte_for_byte(raw in vec(any::<u8>(), 0..40), at in any::<prop::sample::Index>()) {
+        fn command_is_passed_on_byte_for_byte(raw in vec(any::<u8>(), 0..40), at in any::<prop::sample::Index>()) {
             let mut raw = raw;
             raw.insert(at.index(raw.len() + 1), 0xff);
             let raw = OsStr::from_bytes(&raw);

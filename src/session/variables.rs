@@ -1,32 +1,31 @@
-//! A session's environment variables, as a table: what is kept of the ones sshd gives, and what the image's root gets.
+//! Environment variables of a session as tables: those kept from sshd, and those set for the image's root.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 
 use crate::session::account::Account;
 
-/// Names that belong to the client and to the job, in every environment; `*` and `?` as in sshd's patterns.
+/// Names that come from the client and the job, in every environment, with `*` and `?` as in sshd's patterns.
 const KEPT: &[&str] = &["TERM", "COLORTERM", "LANG", "LANGUAGE", "LC_*", "SSH_*", "IMS_*"];
 
-/// Names that belong to the container although they look like the client's: they point to files outside the jail.
+/// Names that are dropped although they match [`KEPT`]: they refer to files outside the jail.
 const DROPPED: &[&str] = &["SSH_AUTH_SOCK", "SSH_USER_AUTH", "SSH_ORIGINAL_COMMAND", "SSH_ASKPASS"];
 
-/// Names that say something of the client or of the job, which no file of the image knows.
+/// Names that describe the client or the job, which no file of the image may set.
 const RESERVED: &[&str] = &["SSH_*", "IMS_*"];
 
-/// Of the names that a session has already, those that /etc/environment of the image changes, as on the booted image: there, too, its
-/// locale comes before the client's.
+/// Names that /etc/environment of the image overrides, as on the booted image, where its locale also precedes the
+/// client's.
 const CHANGED: &[&str] = &["PATH", "MAIL", "LANG", "LANGUAGE", "LC_*", "SYSTEMD_OFFLINE"];
 
-/// What a login on the booted image would find before its profile is read.
+/// Login PATH before any profile is read.
 pub(crate) const LOGIN_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// Variables that are set for the image's root; the client cannot override them.
+/// Variables set for the image's root; the client cannot override them.
 const OWN: [&str; 6] = ["USER", "LOGNAME", "HOME", "SHELL", "PATH", "MAIL"];
 
-/// The variables that come into the jail: those of `given` that match [`KEPT`] or `keep` (names that the server's
-/// configuration gives). The container's own variables (its PATH, HOME, `LD_*`, `BASH_ENV` and all the rest) do not
-/// come in.
+/// Variables that enter the jail: those of `given` that match [`KEPT`] or `keep` (names from the server's
+/// configuration). The container's own variables (PATH, HOME, `LD_*`, `BASH_ENV` and all others) do not.
 pub(crate) fn client_environment(
     given: impl IntoIterator<Item = (OsString, OsString)>,
     keep: &[String],
@@ -46,7 +45,8 @@ pub(crate) fn client_environment(
     environment
 }
 
-/// Understands `NAME=VALUE`, or the NAME of a variable of this process, as a variable that sessions are given. Returns what is wrong with it.
+/// Parses a variable for sessions, `NAME=VALUE` or the NAME of a variable of this process. The error says what was
+/// expected.
 pub fn variable(text: &str) -> std::result::Result<(String, String), String> {
     let (name, value) = match text.split_once('=') {
         Some((name, value)) => (name, value.to_owned()),
@@ -57,17 +57,17 @@ pub fn variable(text: &str) -> std::result::Result<(String, String), String> {
         return Err("expected a NAME of letters, digits and '_'".into());
     }
     if OWN.iter().chain(DROPPED).any(|other| name == *other) {
-        return Err(format!("{name} is set by the login, as the image says"));
+        return Err(format!("{name} is set at login, from the image"));
     }
-    // sshd's configuration, by which sessions of `customize` get it, has one line for it.
+    // sshd's configuration, which sets it for sessions of `customize`, has one line for each variable.
     if value.contains(|c: char| c.is_control()) {
         return Err(format!("expected a value of {name} without control characters"));
     }
     Ok((name.to_owned(), value))
 }
 
-/// A session's variables: those of the client, then those of the account, then those of the image's /etc/environment that take nothing
-/// from the client and the job.
+/// Variables of a session: the client's, then the account's, then those of the image's /etc/environment that replace
+/// nothing of the client and the job.
 pub(crate) fn session_environment(
     client: Vec<(OsString, OsString)>,
     account: &Account,
@@ -94,9 +94,9 @@ pub(crate) fn session_environment(
     environment
 }
 
-/// Whether `name` matches sshd's `pattern`: `*` any number of bytes, `?` one.
+/// True if `name` matches sshd's `pattern`, in which `*` stands for any bytes and `?` for one byte.
 pub(crate) fn matches(pattern: &[u8], name: &[u8]) -> bool {
-    // The classic two-finger walk: on a mismatch go back to the last star and let it take one byte more.
+    // On a mismatch, go back to the last star and let it match one more byte.
     let (mut p, mut n) = (0, 0);
     let mut star = None;
     while n < name.len() {
@@ -128,7 +128,7 @@ mod tests {
     use proptest::collection::vec;
     use proptest::prelude::*;
 
-    /// What root of that image has of its own.
+    /// Variables of the root account in these tests.
     const OWN: [(&str, &str); 6] = [
         ("USER", "root"),
         ("LOGNAME", "root"),
@@ -148,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_the_containers_stays_there_and_what_is_the_jobs_comes_in() {
+    fn session_gets_the_jobs_variables_and_none_of_the_containers() {
         let given = [
             ("TERM", "xterm"),
             ("LC_TIME", "C"),
@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn the_images_file_gives_what_neither_the_client_nor_the_job_nor_the_account_has_and_the_locale() {
+    fn etc_environment_adds_variables_and_overrides_only_locale_and_path() {
         let given = [("TERM", "xterm"), ("LANG", "client"), ("REMOTE_BUILD_NODE", "job"), ("SSH_CLIENT", "a")];
         let of_image = "TERM LANG LC_ALL REMOTE_BUILD_NODE SSH_CLIENT SSH_AUTH_SOCK IMS_X HOME USER PATH NEW";
         let pair = |(name, value): (&str, &str)| (name.into(), value.into());
@@ -193,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn patterns_match_as_sshd_matches_them() {
+    fn patterns_match_as_in_sshd() {
         for (pattern, name, wanted) in [
             ("LC_*", "LC_ALL", true),
             ("LC_*", "LC_", true),
@@ -210,7 +210,7 @@ mod tests {
         }
     }
 
-    /// The meaning of a pattern, word for word.
+    /// The meaning of a pattern, implemented naively.
     fn means(pattern: &[u8], name: &[u8]) -> bool {
         match (pattern, name) {
             ([], []) => true,
@@ -237,12 +237,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_pattern_matches_what_it_means(pattern in "[AB*?]{0,8}", name in "[AB]{0,10}") {
+        fn pattern_matching_agrees_with_a_naive_implementation(pattern in "[AB*?]{0,8}", name in "[AB]{0,10}") {
             prop_assert_eq!(matches(pattern.as_bytes(), name.as_bytes()), means(pattern.as_bytes(), name.as_bytes()));
         }
 
         #[test]
-        fn a_session_gets_what_is_the_jobs_and_nothing_of_the_containers(
+        fn session_never_gets_a_variable_of_the_container(
             given in vec((name(), "[a-z/]{0,3}"), 0..12),
             keep in vec(pattern(), 0..4),
         ) {
@@ -256,7 +256,7 @@ mod tests {
                 prop_assert_eq!(got.iter().filter(|(n, _)| n == name).count(), 1, "{} twice", name);
                 let meant = match OWN.iter().find(|(n, _)| n == name) {
                     Some((_, value)) => value,
-                    // As getenv finds it: the first of several.
+                    // With duplicate names, the first one counts, as with getenv(3).
                     None if wanted(name) => given_to.iter().find(|(n, _)| n == name).map(|(_, v)| v).unwrap(),
                     None => return Err(TestCaseError::fail(format!("{name} came in"))),
                 };

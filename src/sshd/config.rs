@@ -88,7 +88,7 @@ pub(crate) fn write(path: &Path, text: impl AsRef<[u8]>) -> Result<()> {
             let _ = std::fs::remove_file(&temporary);
         })
         .attempt(attempted)
-        .advise("its folder has to be writable and to have space, and the file must not be a mount of its own")
+        .advise("its directory has to be writable and to have space, and the file must not be a mount of its own")
 }
 
 #[cfg(test)]

@@ -71,7 +71,7 @@ impl Architecture {
         })
     }
 
-    /// Whether programs for it run here, found out by running one.
+    /// True if programs for it run here, determined by running one.
     pub(crate) fn runs(self) -> bool {
         self.try_smallest().unwrap_or(false)
     }
@@ -118,7 +118,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_program_says_what_machine_it_is_for() {
+    fn elf_header_names_the_architecture() {
         for architecture in Architecture::ALL {
             for header in architecture.headers() {
                 assert_eq!(Architecture::of_elf(&header), Some(architecture));
@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_program_for_a_known_machine_says_nothing() {
+    fn other_files_have_no_architecture() {
         let header = Architecture::Aarch64.headers()[0];
         for (at, value) in [(0, b'#'), (4, 1), (5, 2), (16, 1), (17, 1), (18, 40), (19, 1)] {
             let mut other = header;
@@ -142,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn a_program_for_this_machine_runs() {
+    fn program_for_this_machine_runs() {
         assert!(Architecture::OWN.runs());
     }
 }

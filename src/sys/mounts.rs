@@ -250,7 +250,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_mount_point_is_found_as_it_is(mounts in vec((path(), path(), "( (shared|master):[0-9]{1,3}){0,2}"), 0..6)) {
+        fn every_mount_point_is_found_and_unescaped(mounts in vec((path(), path(), "( (shared|master):[0-9]{1,3}){0,2}"), 0..6)) {
             let line = |(root, point, tags): &(Vec<u8>, Vec<u8>, String)| {
                 let fields = [b"36 35 98:0".to_vec(), escaped(root), escaped(point), format!("rw{tags} - ext3 /dev/root rw\n").into()];
                 fields.join(&b' ')
@@ -260,7 +260,7 @@ mod tests {
         }
 
         #[test]
-        fn no_text_breaks_it(text in vec(prop_oneof![any::<u8>(), prop::sample::select(b" \n\\0789".to_vec())], 0..120)) {
+        fn arbitrary_mountinfo_does_not_panic(text in vec(prop_oneof![any::<u8>(), prop::sample::select(b" \n\\0789".to_vec())], 0..120)) {
             let lines = text.split(|&b| b == b'\n').filter(|line| line.split(|&b| b == b' ').count() >= 5).count();
             prop_assert_eq!(mount_points(&text).len(), lines);
         }

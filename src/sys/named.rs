@@ -14,7 +14,7 @@ use std::fs::File;
 /// The kernel's limit of links in one path (path_resolution(7)).
 const MOST_LINKS: usize = 40;
 
-/// Whether `user` is root, this user, or the user who called sudo, whose home is as trustworthy as the command line.
+/// True if `user` is root, this user, or the user who called sudo, whose home is as trustworthy as the command line.
 pub(crate) fn is_trusted(user: u32) -> bool {
     let caller = || std::env::var("SUDO_UID").ok()?.parse::<u32>().ok();
     user == 0 || user == rustix::process::geteuid().as_raw() || caller() == Some(user)
@@ -46,9 +46,7 @@ pub(crate) fn resolve(named: &Path) -> io::Result<PathBuf> {
         }
         if !is_trusted(found.uid()) {
             let (place, user) = (place.display(), found.uid());
-            return Err(io::Error::other(format!(
-                "{place} is a link, which belongs to user {user}; name what it leads to"
-            )));
+            return Err(io::Error::other(format!("{place} is a link, which belongs to user {user}; name its target")));
         }
         links += 1;
         if links > MOST_LINKS {
@@ -98,7 +96,7 @@ fn is_of_procfs(directory: &Path) -> bool {
     rustix::fs::statfs(directory).is_ok_and(|found| found.f_type == rustix::fs::PROC_SUPER_MAGIC)
 }
 
-/// Returns whether another user can change the content of an open file.
+/// True if another user can change the content of an open file.
 pub(crate) fn can_be_changed(file: &File) -> io::Result<bool> {
     let found = file.metadata()?;
     Ok(!is_trusted(found.uid()) || found.mode() & WRITABLE != 0)
@@ -115,7 +113,7 @@ mod tests {
     use std::os::unix::fs::{lchown, symlink};
 
     #[test]
-    fn a_path_is_resolved_as_by_the_kernel_and_links_of_another_user_are_refused() {
+    fn path_is_resolved_like_in_the_kernel_except_links_of_other_users() {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
         std::fs::create_dir_all(at("tree/etc")).unwrap();
@@ -147,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn a_descriptor_without_a_path_is_opened_by_its_link_in_procfs() {
+    fn descriptor_without_a_path_is_opened_by_its_link_in_procfs() {
         let (reader, mut writer) = std::io::pipe().unwrap();
         writer.write_all(b"said").unwrap();
         drop(writer);

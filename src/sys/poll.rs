@@ -66,7 +66,7 @@ mod tests {
     use std::os::unix::net::UnixStream;
 
     #[test]
-    fn a_source_brings_its_event_until_it_is_read_removed_or_closed() {
+    fn source_returns_its_event_until_it_is_read_or_removed() {
         let (mut ours, mut theirs) = UnixStream::pair().unwrap();
         let (mut inner, mut whole) = (Sources::new().unwrap(), Sources::new().unwrap());
         inner.add(&ours, 'a').unwrap();

@@ -29,7 +29,7 @@ use crate::sys::poll;
 pub(crate) enum Fork {
     /// This is the new process.
     Child,
-    /// This is the old one, with the child's number in this process's PID namespace.
+    /// This is the parent; the child's ID is the one in this process's PID namespace.
     Parent(Pid),
 }
 
@@ -45,8 +45,8 @@ pub(crate) fn fork() -> io::Result<Fork> {
     }
 }
 
-/// Runs `child` in a new process, which exits with the code it returns. Returns the process's number once it has exited
-/// or called execve. Until then both share memory, which saves copying page tables, as with vfork(2). Only for
+/// Runs `child` in a new process, which exits with the code that it returns. Returns the process ID once the child has
+/// exited or called execve. Until then both share memory, as with vfork(2), which saves copying page tables. Only for
 /// `ims-jail-shell`, like [`fork`].
 pub(crate) fn spawn(child: impl FnOnce() -> u8) -> io::Result<Pid> {
     /// Size in bytes, ample for a child that soon calls execve. The kernel allocates only the pages used.
@@ -120,7 +120,7 @@ fn die_of(signal: Signal) -> u8 {
     128_u8.wrapping_add(u8::try_from(signal as i32).unwrap_or(0))
 }
 
-/// Identifies a process even if its number is reused later.
+/// Identifies a process even if its ID is reused later.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Identity {
     /// Its PID.
@@ -162,7 +162,7 @@ impl fmt::Display for Identity {
     }
 }
 
-/// A pidfd: it keeps referring to the same process even if its number is reused.
+/// A pidfd: it keeps referring to the same process even if the ID is reused.
 #[derive(Debug)]
 pub struct Handle {
     /// The pidfd; readable once the process has ended.
@@ -177,20 +177,20 @@ impl Handle {
         let raw = rustix::process::Pid::from_raw(process.pid).ok_or(io::ErrorKind::InvalidInput)?;
         let fd = rustix::process::pidfd_open(raw, PidfdFlags::empty())?;
         let pid = Pid::from_raw(process.pid);
-        // Read after opening the pidfd: if the number had been reused before, the start time differs.
+        // Read after opening the pidfd: if the ID was reused before, the start time differs.
         match Entry::read(pid) {
             Some(entry) if entry.start == process.start && !entry.has_ended() => Ok(Self { fd, pid }),
             _ => Err(rustix::io::Errno::SRCH.into()),
         }
     }
 
-    /// Whether it has ended, or ends within `limit`.
+    /// Returns whether it has ended or ends within `limit`.
     pub(crate) fn ends_within(&self, limit: Duration) -> bool {
         use rustix::event::{PollFd, PollFlags};
         poll::wait(&mut [PollFd::new(&self.fd, PollFlags::IN)], limit).is_ok_and(|ready| ready > 0)
     }
 
-    /// Sends a signal to it, and never to a later process of the same number; ESRCH if it has ended.
+    /// Sends it a signal, and never to a later process with the same ID; ESRCH if it has ended.
     pub(crate) fn signal(&self, signal: Signal) -> io::Result<()> {
         let signal = rustix::process::Signal::from_named_raw(signal as i32).ok_or(io::ErrorKind::InvalidInput)?;
         rustix::process::pidfd_send_signal(&self.fd, signal).map_err(Into::into)
@@ -306,7 +306,7 @@ impl Entry {
         })
     }
 
-    /// Whether it is a zombie. If only its first thread has ended, the state is `Z` too, but the process still runs.
+    /// True for a zombie. If only its first thread has ended, the state is `Z` too, but the process still runs.
     pub(crate) fn has_ended(&self) -> bool {
         self.state == 'Z' && self.threads <= 1
     }
@@ -329,7 +329,7 @@ impl Entry {
         let _ = Handle::open(self.identity()).and_then(|handle| handle.signal(signal));
     }
 
-    /// Whether it was started as a login shell without a command: a single argument that begins with a dash (login(1)).
+    /// True if it was started as a login shell without a command: a single argument that begins with a dash (login(1)).
     pub(crate) fn is_login_shell(&self) -> bool {
         let line = std::fs::read(format!("/proc/{}/cmdline", self.pid)).unwrap_or_default();
         line.starts_with(b"-") && line.iter().position(|&b| b == 0) == Some(line.len() - 1)
@@ -464,7 +464,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_process_name_may_hold_anything() {
+    fn process_name_may_contain_parentheses_and_spaces() {
         let line = b"17 (a) S 1 (b) R 5 6 7 34817 8 0 0 0 0 0 0 0 0 0 20 0 1 0 4711 0 0";
         let entry = Entry::parse(line).unwrap();
         assert_eq!((entry.name.as_str(), entry.parent.as_raw(), entry.start), ("a) S 1 (b", 5, 4711));
@@ -475,7 +475,7 @@ mod tests {
     }
 
     #[test]
-    fn a_handle_is_refused_when_the_number_has_changed_hands() {
+    fn handle_is_refused_when_the_process_id_was_reused() {
         let me = nix::unistd::getpid();
         let this = Identity::of(me).unwrap();
         assert_eq!(Identity::parse(&this.to_string()), Some(this));
@@ -487,7 +487,7 @@ mod tests {
     }
 
     #[test]
-    fn a_descendant_is_found_while_its_parent_ends() {
+    fn descendant_is_found_while_its_parent_ends() {
         use std::process::{Command, Stdio};
         nix::sys::prctl::set_child_subreaper(true).unwrap();
         for _ in 0..300 {

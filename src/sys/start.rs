@@ -10,8 +10,8 @@ use rustix::fs::{Mode, OFlags};
 
 use crate::sys::signals::ignore;
 
-/// Does the part of the runtime's start that is needed. Opens closed standard streams on /dev/null, so that no later
-/// file takes their number; ignores SIGPIPE, so that writing to a closed pipe is an error.
+/// Does the necessary part of the runtime's start: opens closed standard streams on /dev/null, so that no later file
+/// takes their numbers, and ignores SIGPIPE, so that writing to a closed pipe is an error.
 pub fn prepare_process() {
     let (stdin, stdout, stderr) = (std::io::stdin(), std::io::stdout(), std::io::stderr());
     let mut streams =

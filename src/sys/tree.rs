@@ -27,7 +27,7 @@ const LONGEST_PART: usize = 3000;
 /// The kernel's limit of links in one path (path_resolution(7)).
 const MOST_LINKS: usize = 40;
 
-/// Whether a file system accepts writes.
+/// State of a file system with respect to writing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Condition {
     /// Writes succeed.
@@ -359,7 +359,7 @@ impl Tree {
         rustix::fs::linkat(&self.directory, from, &parent.directory, &name, AtFlags::empty()).map_err(Into::into)
     }
 
-    /// Whether the tree's file system is read-only or full.
+    /// Checks whether the tree's file system is read-only or full.
     pub(crate) fn condition(&self) -> io::Result<Condition> {
         let fs = rustix::fs::fstatvfs(&self.directory)?;
         Ok(if fs.f_flag.contains(StatVfsMountFlags::RDONLY) {
@@ -623,7 +623,7 @@ pub(crate) fn times(found: &Stat) -> Timestamps {
     }
 }
 
-/// Inode number and birth time, in seconds and nanoseconds, of an open directory: the number alone is used again.
+/// Inode number and birth time (seconds, nanoseconds) of an open directory. The number alone may be reused.
 pub(crate) fn inode_and_birth(directory: impl AsFd) -> io::Result<(u64, (i64, u32))> {
     let found = rustix::fs::statx(directory, "", AtFlags::EMPTY_PATH, StatxFlags::INO | StatxFlags::BTIME)?;
     Ok((found.stx_ino, (found.stx_btime.tv_sec, found.stx_btime.tv_nsec)))
@@ -650,7 +650,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_is_resolved_link_by_link_below_the_root_and_beyond_what_exists() {
+    fn leads_to_resolves_links_below_the_root_and_keeps_missing_components() {
         let dir = tempfile::tempdir().unwrap();
         let tree = Tree::open(dir.path()).unwrap();
         std::fs::create_dir_all(dir.path().join("etc/real")).unwrap();
@@ -679,7 +679,7 @@ mod tests {
     }
 
     #[test]
-    fn a_signal_file_is_never_created_through_a_link() {
+    fn touch_never_creates_a_file_through_a_link() {
         let outside = tempfile::tempdir().unwrap();
         let inside = tempfile::tempdir().unwrap();
         symlink(outside.path().join("target"), inside.path().join("complete")).unwrap();
@@ -689,7 +689,7 @@ mod tests {
     }
 
     #[test]
-    fn a_private_directory_is_made_in_a_setgid_directory() {
+    fn private_directory_does_not_inherit_setgid() {
         use std::os::unix::fs::{MetadataExt, PermissionsExt};
         let dir = tempfile::tempdir().unwrap();
         std::os::unix::fs::chown(dir.path(), None, Some(1234)).unwrap();
@@ -702,7 +702,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tree_that_is_a_link_is_refused() {
+    fn tree_is_not_opened_through_a_link() {
         let real = tempfile::tempdir().unwrap();
         let other = tempfile::tempdir().unwrap();
         symlink(real.path(), other.path().join("link")).unwrap();
@@ -710,7 +710,7 @@ mod tests {
     }
 
     #[test]
-    fn mount_points_leave_no_trace_and_full_ones_stay() {
+    fn mount_points_are_removed_without_a_trace_unless_filled() {
         let dir = tempfile::tempdir().unwrap();
         let before = std::fs::metadata(dir.path()).unwrap().modified().unwrap();
         let tree = Tree::open(dir.path()).unwrap();
@@ -726,7 +726,7 @@ mod tests {
     }
 
     #[test]
-    fn reading_a_fifo_does_not_hang_and_a_large_file_is_refused() {
+    fn read_refuses_a_fifo_and_a_large_file() {
         let dir = tempfile::tempdir().unwrap();
         let tree = Tree::open(dir.path()).unwrap();
         rustix::fs::mknodat(&tree, "fifo", FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
@@ -737,7 +737,7 @@ mod tests {
     }
 
     #[test]
-    fn replacing_takes_the_place_of_a_link_and_leaves_its_target() {
+    fn replace_replaces_a_link_and_not_its_target() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("target"), "old").unwrap();
         symlink("target", dir.path().join("link")).unwrap();

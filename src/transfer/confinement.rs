@@ -214,7 +214,7 @@ impl<'a> Confined<'a> {
             self.own_mounts().attempt(|| "set up mounts that can only be read")?;
         }
         rustix::thread::set_no_new_privs(true).attempt(|| "forgo new privileges")?;
-        capabilities::hold_only(self.capabilities).attempt(|| "give up capabilities")?;
+        capabilities::keep_only(self.capabilities).attempt(|| "give up capabilities")?;
         if let Some(rules) = rules {
             rules.restrict_this_thread().attempt(|| "give up files with Landlock")?;
         }

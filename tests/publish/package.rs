@@ -422,7 +422,7 @@ fn packages_of_rpm_are_told_and_asked_for_without_a_trace_or_it_is_said_that_the
     let (told, said) = packed(few.to_str().unwrap());
     assert_eq!(told["added"], serde_json::json!(["/usr/lib/sysimage/rpm/rpmdb.sqlite"]));
     assert!(
-        said.contains("packages of rpm, in /usr/lib/sysimage/rpm of the image, are not told: cannot run rpm"),
+        said.contains("cannot list rpm's packages in /usr/lib/sysimage/rpm of the image: cannot run rpm"),
         "{said}"
     );
 }

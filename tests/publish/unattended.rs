@@ -198,7 +198,7 @@ fn options_without_effect_and_values_that_are_none_are_refused_as_they_were_type
         (&["customize", &tree, "--discard"], "tip: --discard is an option of 'ims-sshd enter'\n"),
         (&["enter", &tree, "--plain"], "tip: --plain is an option of 'ims-sshd customize'\n"),
         (&["enter", &tree, "--port=22"], "tip: --port is an option of 'ims-sshd customize'\n"),
-        (&["enter", &tree, "--env", "PATH=/x", "true"], "PATH is set by the login"),
+        (&["enter", &tree, "--env", "PATH=/x", "true"], "PATH is set at login"),
         (&["enter", &tree, "--env", "a-b=c", "true"], "letters, digits"),
         (&["enter", &tree, "--env", "NOT_SET_HERE", "true"], "that is set"),
         (&["enter", &tree, "--env", "A=b\nc", "true"], "without control characters"),

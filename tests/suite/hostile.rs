@@ -47,7 +47,7 @@ enum Outcome {
     NoTransfer(&'static str),
 }
 
-const NO_USER: Outcome = NoTransfer("/etc/passwd of the image has no user number 0");
+const NO_USER: Outcome = NoTransfer("/etc/passwd of the image has no entry with user ID 0");
 
 use Outcome::{Answered, NoTransfer, Refused, Works};
 

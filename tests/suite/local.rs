@@ -288,12 +288,12 @@ fn a_script_whose_interpreter_is_missing_or_has_windows_line_ends_is_told_so() {
     let image = image_root();
     let (path, script) = (image.path().join("image").display().to_string(), image.path().join("script"));
     for (content, told) in [
-        ("#!/bin/no-bash -e\ntrue\n", "the image has no /bin/no-bash, which its first line names"),
+        ("#!/bin/no-bash -e\ntrue\n", "its first line names /bin/no-bash, which the image lacks"),
         ("#!/bin/sh\r\ntrue\r\n", "its first line has Windows line ends"),
     ] {
         std::fs::write(&script, content).unwrap();
         let output = ims_sshd(&["enter", &path, "--", "/script"]);
-        assert!(text(&output.stderr).contains("it, or the loader it names"), "{output:?}");
+        assert!(text(&output.stderr).contains("the program or its loader"), "{output:?}");
         std::fs::copy(&script, image.path().join("image/odd")).unwrap();
         succeed(Command::new("chmod").arg("+x").arg(image.path().join("image/odd")));
         let output = ims_sshd(&["enter", &path, "--", "/odd"]);

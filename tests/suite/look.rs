@@ -219,7 +219,7 @@ fn a_terminal_that_the_image_does_not_know_is_told_of_once() {
         let mut shell = Terminal::at_a_shell_of(&environment, terminal);
         shell.line("exec sh -c 'echo $TERM; exit 0'");
         let (_, screen) = shell.end();
-        let times = screen.matches(&format!("The image knows no terminal '{terminal}'")).count();
+        let times = screen.matches(&format!("The image has no terminfo entry for '{terminal}'")).count();
         assert_eq!(times, usize::from(told), "{screen}");
         assert!(screen.contains(terminal), "it is kept: {screen}");
         let (_, screen) = Terminal::running(&environment, "echo only").end();
