@@ -98,7 +98,7 @@ impl GracePeriod {
     /// Decides whether the close has to wait for `running`. `script` is true if the customization script is running.
     pub(crate) fn look(&mut self, running: Running, script: bool) -> Progress {
         let now = Instant::now();
-        let Running { connections, mut sessions, unheard, last_end } = running;
+        let Running { connections, mut sessions, unreaped, last_end } = running;
         if now >= self.began + HANG_UP_TIME {
             sessions.retain(|e| !self.hung_up.contains(&e.pid));
         }
@@ -106,7 +106,7 @@ impl GracePeriod {
         self.watched = watched.filter_map(|e| Handle::open(e.identity()).ok()).collect();
         let next = if !sessions.is_empty() || script {
             (self.began + HANG_UP_TIME).max(now + Duration::from_millis(100))
-        } else if unheard > 0 {
+        } else if unreaped > 0 {
             now + NOTICE_TIME
         } else {
             // Wait for the next session only if one has ended recently: a connection that has long been idle is one

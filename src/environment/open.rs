@@ -90,7 +90,7 @@ impl Open {
         let shell = self.groundwork.jail.as_ref().map(|kind| login_shell(kind, state)).transpose()?.flatten();
         let _expendable = Expendable::children();
         let daemon = Daemon::start(&settings.sshd, &self.effective, shell.as_ref())?;
-        daemon.note(&state.sshd())?;
+        daemon.record(&state.sshd())?;
         tracing::info!(pid = daemon.pid.as_raw(), "sshd is listening");
         self.daemon = Some(daemon);
         Ok(())

@@ -17,7 +17,7 @@ use crate::volume::state_directory::StateDirectory;
 /// found, in words.
 pub(crate) fn end_left_over(state: &StateDirectory, log: Option<&Path>) -> Result<Vec<&'static str>> {
     let mut found = Vec::new();
-    if let Some(listener) = Daemon::noted(&state.sshd()) {
+    if let Some(listener) = Daemon::recorded(&state.sshd()) {
         processes::end_tree(&listener)?;
         found.push("a listening sshd, with its sessions");
     }

@@ -228,7 +228,7 @@ fn killed() -> Vec<Value> {
         if files.is_claimed() || !StateDirectory::place(&parent).exists() {
             return None;
         }
-        Daemon::noted(&StateDirectory::of(&parent).ok()?.sshd())?;
+        Daemon::recorded(&StateDirectory::of(&parent).ok()?.sshd())?;
         let source = String::from_utf8(files.parent().read(SOURCE, LIMIT).ok()?).ok()?;
         tracing::warn!(
             "the customization of {} was killed, and its sshd is left; the same command ends that",

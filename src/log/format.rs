@@ -118,12 +118,12 @@ mod tests {
         "vmlinuz\n2026-01-01T00:00:00Z  INFO forged\r\u{2028}x\u{85}\x1b[2K\u{9b}\u{202e}\0\"}\n{\"level\":\"INFO\"}";
 
     #[test]
-    fn a_name_with_a_newline_forges_no_log_line_and_steers_no_terminal() {
+    fn text_with_newlines_or_control_characters_forges_no_log_line() {
         for format in [Format::Text, Format::Json] {
             let log = logged(format, false, HOSTILE);
             assert_eq!(lines(&log), 3, "{log}");
             assert!(!log.contains(['\x1b', '\u{9b}', '\u{202e}', '\0', '\r']), "{log:?}");
-            assert!(log.contains("INFO forged") && log.contains("a message"), "it is still told: {log}");
+            assert!(log.contains("INFO forged") && log.contains("a message"), "it is still logged: {log}");
         }
         // On a terminal, only the log's own colour codes remain.
         let log = logged(Format::Text, true, HOSTILE);
@@ -133,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn a_log_in_json_has_the_text_as_it_was() {
+    fn json_log_preserves_the_text() {
         let log = logged(Format::Json, false, HOSTILE);
         let line: serde_json::Value = serde_json::from_str(log.lines().nth(1).unwrap()).unwrap();
         assert_eq!((line["field"].as_str(), line["message"].as_str()), (Some(HOSTILE), Some("a message")));
@@ -141,7 +141,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_event_is_exactly_one_line_whatever_its_text(text: String, classes in "[\\p{C}\\p{Z}a]{0,20}") {
+        fn every_event_is_exactly_one_line(text: String, classes in "[\\p{C}\\p{Z}a]{0,20}") {
             for text in [text, classes] {
                 for (format, ansi) in [(Format::Text, false), (Format::Text, true), (Format::Json, false)] {
                     let log = logged(format, ansi, &text);

@@ -235,7 +235,7 @@ struct Word<'a> {
     end: usize,
     /// Text without quotes.
     text: &'a str,
-    /// Whether a command can begin here.
+    /// True if a command can begin here.
     first: bool,
 }
 
@@ -535,7 +535,7 @@ fn parts(name: &str) -> Vec<String> {
     parts
 }
 
-/// Whether the value of this name is secret.
+/// True if the value of this name is secret.
 fn is_secret(name: &str) -> bool {
     let parts = parts(name);
     let (Some(first), Some(last)) = (parts.first(), parts.last()) else { return false };
@@ -554,7 +554,7 @@ fn is_secret(name: &str) -> bool {
         })
 }
 
-/// Whether `name` is a header whose value is the rest of the line: `Authorization: Bearer value`, `Cookie: a=b; c=d`.
+/// True if `name` is a header whose value is the rest of the line: `Authorization: Bearer value`, `Cookie: a=b; c=d`.
 fn is_header(name: &str) -> bool {
     let name = name.to_ascii_lowercase();
     ["authorization", "cookie"].iter().any(|header| name.ends_with(header))
@@ -737,7 +737,7 @@ mod tests {
     ];
 
     #[test]
-    fn known_secrets_are_masked_in_each_form() {
+    fn registered_secrets_are_masked_in_each_encoding() {
         for secret in ["known-\"secret\"", "known-\"secret\"-and-more", "short"] {
             keep(secret);
         }
@@ -760,7 +760,7 @@ mod tests {
     }
 
     #[test]
-    fn what_stands_around_a_secret_is_shown() {
+    fn text_around_a_secret_is_shown() {
         for (line, shown) in [
             ("PASSWORD=abc run --x", "PASSWORD=*** run --x"),
             ("PASSWORD='a b c' run", "PASSWORD=*** run"),

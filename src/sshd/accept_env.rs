@@ -49,12 +49,12 @@ pub(crate) fn judge(place: &str, pattern: &str) -> Result<()> {
         .because(format!(
             "{place}: AcceptEnv {pattern} lets a client set {name} for the login shell that starts the jail's helper"
         ))
-        .advise("take the pattern out, in whichever Match block it stands; it is not opened, so that no client runs code outside the jail"))
+        .advise("remove the pattern, in whichever Match block it is: a client could run code outside the jail"))
 }
 
-/// Whether some name matches both of these sshd patterns; `*` matches any number of bytes, `?` one.
+/// True if some name matches both of these sshd patterns; `*` matches any number of bytes, `?` one.
 fn have_a_name_in_common(a: &[u8], b: &[u8]) -> bool {
-    // matched[j]: whether some name matches both the part of `a` read so far and the first j bytes of `b`.
+    // matched[j]: true if some name matches both the part of `a` read so far and the first j bytes of `b`.
     let mut matched = vec![false; b.len() + 1];
     matched[0] = true;
     for j in 0..b.len() {
@@ -95,7 +95,7 @@ pub(crate) fn check(config: &Path, options: &Options) -> Result<()> {
                 Some(Line::Include(patterns)) => {
                     for pattern in patterns {
                         let found = included(&pattern)
-                            .attempt(|| format!("find what Include {pattern} means ({})", place()))?;
+                            .attempt(|| format!("find the files of Include {pattern} ({})", place()))?;
                         unread.extend(found);
                     }
                 }

@@ -26,7 +26,7 @@ pub(crate) fn hide_from_sshd() -> Result<()> {
     Ok(())
 }
 
-/// Whether the kernel has no audit support, or a seccomp profile pretends so.
+/// True if the kernel has no audit support, or a seccomp profile pretends so.
 fn is_hidden() -> bool {
     let opened = socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, Some(netlink::AUDIT));
     // libaudit takes these errors for a kernel without audit support.

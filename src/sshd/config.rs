@@ -88,7 +88,7 @@ pub(crate) fn write(path: &Path, text: impl AsRef<[u8]>) -> Result<()> {
             let _ = std::fs::remove_file(&temporary);
         })
         .attempt(attempted)
-        .advise("its directory has to be writable and to have space, and the file must not be a mount of its own")
+        .advise("its directory must be writable and have space, and the file must not be a mount point")
 }
 
 #[cfg(test)]
@@ -99,7 +99,7 @@ mod tests {
     use std::process::Command;
 
     #[test]
-    fn the_include_is_the_first_line_once() {
+    fn include_is_the_first_line_and_occurs_once() {
         let by_itself = b"PermitTTY no # ims-sshd\n# G\xfcnter's\nPort 22";
         let once = including(by_itself, Path::new("/run/ims-sshd/x/sshd.conf"));
         let line = b"Include /run/ims-sshd/x/sshd.conf # ims-sshd\n";
@@ -132,7 +132,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_include_comes_first_and_all_lines_that_are_not_ours_stay(
+        fn include_comes_first_and_other_lines_stay(
             lines in vec(line(), 0..8),
             last in "(Port 22|# ims-sshd)?",
             path in "/[a-z0-9/._-]{0,20}",
@@ -150,7 +150,7 @@ mod tests {
         }
 
         #[test]
-        fn the_fragment_holds_each_variable_as_one_word(
+        fn fragment_has_each_variable_as_one_word(
             job in vec(("[A-Z_]{1,3}", "[^\0\r\n]{0,12}"), 0..4),
             base in vec(("[A-Z_]{1,3}", "[ -~]{0,12}"), 0..4),
             command in prop::option::of("exec [a-z/' ]{0,12}"),
@@ -188,14 +188,14 @@ mod tests {
     }
 
     #[test]
-    fn a_variable_that_the_configuration_sets_is_kept_unless_the_job_has_it() {
+    fn variables_of_the_configuration_stay_unless_the_job_sets_them() {
         let base = Effective::parse(b"setenv IMS_JOB_ID=old\nsetenv SITE=x y\n");
         let text = fragment(&[("IMS_JOB_ID".into(), "new".into())], &base, true, None);
         assert!(text.contains("SetEnv \"IMS_JOB_ID=new\" \"SITE=x y\"\n"), "{text}");
     }
 
     #[test]
-    fn many_clients_are_let_in_unless_the_configuration_limits_them() {
+    fn limits_are_raised_unless_the_configuration_sets_them() {
         for (answer, raised) in [
             ("maxsessions 10\nmaxstartups 10:30:100\n", &["MaxSessions 1000", "MaxStartups 200"][..]),
             ("maxsessions 3\nmaxstartups 10:30:100\n", &["MaxStartups 200"]),
@@ -207,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn writing_keeps_mode_and_link_and_leaves_nothing_beside() {
+    fn writing_keeps_mode_and_link_and_leaves_no_temporary_file() {
         let dir = tempfile::tempdir().unwrap();
         let real = dir.path().join("real");
         let link = dir.path().join("link");

@@ -43,7 +43,7 @@ impl Daemon {
                 [Some(said).filter(|s| !s.is_empty()), log].into_iter().flatten().collect::<Vec<_>>().join(" | ");
             let error = Error::new(attempted());
             if said.is_empty() {
-                error.because("it ended without a word").advise("give it -E FILE in SSHD_OPTIONS to see why")
+                error.because("it ended without a message").advise("add -E FILE to SSHD_OPTIONS to see why")
             } else {
                 error.because(said)
             }
@@ -101,15 +101,15 @@ impl Daemon {
     }
 
     /// Records PID and start time in the file `path`, for an environment started after this one was killed.
-    pub(crate) fn note(&self, path: &Path) -> Result<()> {
+    pub(crate) fn record(&self, path: &Path) -> Result<()> {
         let identity = Identity { pid: self.pid.as_raw(), start: self.start };
         std::fs::write(path, identity.to_string()).attempt(|| format!("write {}", path.display()))
     }
 
     /// The listener recorded in the file `path`, if it still runs.
-    pub fn noted(path: &Path) -> Option<Entry> {
-        let noted = Identity::parse(&std::fs::read_to_string(path).ok()?)?;
-        Entry::read(Pid::from_raw(noted.pid)).filter(|e| e.identity() == noted)
+    pub fn recorded(path: &Path) -> Option<Entry> {
+        let recorded = Identity::parse(&std::fs::read_to_string(path).ok()?)?;
+        Entry::read(Pid::from_raw(recorded.pid)).filter(|e| e.identity() == recorded)
     }
 
     /// Every sshd process that has this log open, listener or connection. Until this environment starts sshd, they
@@ -187,8 +187,8 @@ pub(crate) struct Running {
     pub(crate) connections: Vec<Entry>,
     /// The first process of each session: the login shell, command, `ims-jail-shell` or internal sftp server.
     pub(crate) sessions: Vec<Entry>,
-    /// Ended sessions that sshd has not reaped yet; their clients do not know yet either.
-    pub(crate) unheard: usize,
+    /// Ended sessions that sshd has not reaped yet, so their clients have not been told.
+    pub(crate) unreaped: usize,
     /// When a session last ended whose connection still exists, as precisely as the polls tell.
     pub(crate) last_end: Option<Instant>,
 }
@@ -212,7 +212,7 @@ impl Clients {
             let within_sshd = entry.parent != getpid();
             let is_sshd = entry.name.starts_with("sshd");
             if entry.has_ended() {
-                running.unheard += usize::from(within_sshd && Some(entry.parent) != listener);
+                running.unreaped += usize::from(within_sshd && Some(entry.parent) != listener);
             } else if within_sshd && (!is_sshd || entry.command_line().ends_with("@internal-sftp")) {
                 running.sessions.push(entry);
             } else if is_sshd {
@@ -271,7 +271,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn listening_sockets_are_told_from_others() {
+    fn only_sockets_in_state_listen_count() {
         let table = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n   \
                      0: 0100007F:0016 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 4711 1 x\n   \
                      1: 0100007F:0016 0100007F:C350 01 00000000:00000000 00:00000000 00000000     0        0 4712 1 x\n";
@@ -279,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_was_added_to_a_log_is_quoted() {
+    fn only_lines_added_to_a_log_are_quoted() {
         let dir = tempfile::tempdir().unwrap();
         let log = dir.path().join("log");
         std::fs::write(&log, "old\nnew one\n\nnew two\n").unwrap();

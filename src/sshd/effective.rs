@@ -160,14 +160,14 @@ mod tests {
     }
 
     #[test]
-    fn others_than_root_are_denied() {
+    fn users_other_than_root_are_denied() {
         Effective::parse(b"denyusers *\n").check_denied().unwrap();
         assert!(Effective::parse(b"denyusers bob\n").check_denied().is_err());
     }
 
     proptest! {
         #[test]
-        fn what_sshd_answers_is_understood_line_by_line(
+        fn output_of_sshd_is_parsed_line_by_line(
             lines in prop::collection::vec(("[a-z]{1,4}|AcceptEnv|setenv", "[!-~\u{e9}][ -~\u{e9}]{0,8}"), 0..6),
             asked in "[a-z]{1,2}",
         ) {
@@ -182,7 +182,7 @@ mod tests {
         }
 
         #[test]
-        fn a_value_that_differs_anywhere_is_refused(
+        fn effective_value_that_differs_is_refused(
             at in any::<prop::sample::Index>(),
             value in "yes|no|none|exec|exec x |exec xx| ?exec y|/|all",
             more in "(acceptenv [A-Z]{2}_X\n|port 22\n){0,2}",

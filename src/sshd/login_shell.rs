@@ -67,7 +67,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn roots_shell_alone_is_another() {
+    fn only_roots_shell_is_replaced() {
         let shell =
             |passwd: &str| with_shell(passwd.as_bytes(), Path::new("/x")).map(|t| String::from_utf8(t).unwrap());
         let roots = |passwd: &str| shell(passwd).unwrap();

@@ -18,7 +18,7 @@ use caps::Capability;
 use crate::error::{Advise, Error, Result};
 use crate::jail::capabilities::lacks;
 
-/// Where distributions install sshd. It insists on being started by an absolute path.
+/// Paths of sshd in distributions. It insists on being started by an absolute path.
 const SSHD_PLACES: [&str; 3] = ["/usr/sbin/sshd", "/usr/local/sbin/sshd", "/sbin/sshd"];
 
 /// Timeout for sshd to answer or go into the background, normally milliseconds. It may block for ever, on a FIFO in its
@@ -27,7 +27,7 @@ const TIME_LIMIT: Duration = Duration::from_secs(20);
 
 fn late(attempted: String) -> Error {
     Error::new(attempted)
-        .because(format!("it was not done after {} s", TIME_LIMIT.as_secs()))
+        .because(format!("it had not finished after {} s", TIME_LIMIT.as_secs()))
         .advise("see what it waits for: a name in ListenAddress, a file of its configuration that cannot be read")
 }
 

@@ -42,7 +42,7 @@ impl Options {
                     let attached: String = letters.by_ref().collect();
                     let argument = if attached.is_empty() { rest.next() } else { Some(attached) };
                     let argument = argument.ok_or_else(|| refuse(format!("-{letter} lacks its argument")))?;
-                    options.note(letter, &argument).map_err(&refuse)?;
+                    options.add(letter, &argument).map_err(&refuse)?;
                 } else if WITHOUT.contains(letter) {
                     options.asking.push(format!("-{letter}"));
                 } else {
@@ -53,11 +53,11 @@ impl Options {
         Ok(options)
     }
 
-    fn note(&mut self, letter: char, argument: &str) -> std::result::Result<(), String> {
+    fn add(&mut self, letter: char, argument: &str) -> std::result::Result<(), String> {
         if matches!(letter, 'f' | 'E') && !argument.starts_with('/') {
             return Err(format!(
-                "-{letter} {argument} is a relative path; sshd starts itself anew from / for each connection and would refuse \
-                 every one without a word, so give the absolute path"
+                "-{letter} {argument} is a relative path; sshd restarts itself from / for each connection and would refuse \
+                 each one silently, so give the absolute path"
             ));
         }
         match letter {
@@ -100,7 +100,7 @@ fn reason_against(letter: char) -> String {
         'd' => "-d serves one connection in the foreground and ends; use -o LogLevel=DEBUG".into(),
         'i' => "-i serves one connection on standard input, there is none; leave it out".into(),
         't' | 'T' | 'G' | 'V' | 'Q' => format!("-{letter} makes sshd print something and end; leave it out"),
-        other => format!("-{other} is not an option that sshd can be started with here"),
+        other => format!("-{other} is not an option for starting sshd"),
     }
 }
 
@@ -110,7 +110,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn options_are_split_as_a_shell_splits_them() {
+    fn options_are_split_like_shell_words() {
         let options = Options::parse("-E /etc/cray/ims/sshd.log -f '/a b/sshd_config' -qo 'Port 2222' -p22").unwrap();
         assert_eq!(options.config, Some("/a b/sshd_config".into()));
         assert_eq!(options.log, Some("/etc/cray/ims/sshd.log".into()));
@@ -121,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_work_is_refused_with_the_reason() {
+    fn options_that_cannot_work_are_refused_with_the_reason() {
         for (text, reason) in [
             ("-D", "background"),
             ("-4De", "background"),
@@ -142,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn settings_go_where_sshd_reads() {
+    fn settings_file_must_be_the_one_that_sshd_reads() {
         let with = Options::parse("-f /a").unwrap();
         assert_eq!(with.config_file(None).unwrap(), PathBuf::from("/a"));
         assert_eq!(with.config_file(Some(&"/a".into())).unwrap(), PathBuf::from("/a"));
@@ -215,7 +215,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_was_meant_is_understood_however_it_is_written(groups in prop::collection::vec(group(), 0..6), ways in ways()) {
+        fn options_are_parsed_whatever_their_quoting(groups in prop::collection::vec(group(), 0..6), ways in ways()) {
             let words: Vec<String> = groups.iter().flat_map(Group::words).collect();
             let options = Options::parse(&line(&words, &ways)).unwrap();
             prop_assert_eq!(options.config, Group::last_of(&groups, 'f'));
@@ -232,7 +232,7 @@ mod tests {
         }
 
         #[test]
-        fn what_cannot_work_is_refused_wherever_it_stands(
+        fn options_that_cannot_work_are_refused_at_any_position(
             groups in prop::collection::vec(group(), 0..5),
             at in any::<prop::sample::Index>(),
             bad in "-[46eq]{0,2}[DditTGVQRrz\u{e9}][46eq]{0,2}|-[46eq]{0,2}[fE]([a-z.]/?.{0,4})|[a-z/]{0,5}|--?|--[a-z]{1,5}",
@@ -246,7 +246,7 @@ mod tests {
         }
 
         #[test]
-        fn no_line_breaks_it(text in "[-fEDiop /a'\"\\\\\\$# \t\n]{0,30}|\\PC{0,20}") {
+        fn arbitrary_text_does_not_panic(text in "[-fEDiop /a'\"\\\\\\$# \t\n]{0,30}|\\PC{0,20}") {
             if let Ok(options) = Options::parse(&text) {
                 prop_assert!(options.config.is_none_or(|path| path.is_absolute()));
                 prop_assert!(options.log.is_none_or(|path| path.is_absolute()));

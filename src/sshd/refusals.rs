@@ -157,7 +157,7 @@ impl Refusals {
     fn read(&mut self) {
         let text = self.added().unwrap_or_default();
         for line in text.lines() {
-            self.hear(line);
+            self.handle(line);
         }
     }
 
@@ -185,7 +185,7 @@ impl Refusals {
         Ok(String::from_utf8_lossy(&text).into_owned())
     }
 
-    fn hear(&mut self, line: &str) {
+    fn handle(&mut self, line: &str) {
         match parse(line) {
             None => {}
             Some(Line::Reason(user, reason)) => self.reason = Some((user.map(str::to_owned), reason)),
@@ -234,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn the_line_that_ends_a_refused_login_is_told_from_others() {
+    fn refused_logins_are_recognized_by_their_last_line() {
         let unknown = Some("there is no such user");
         for (line, means) in [
             (
@@ -285,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn reasons_are_those_of_sshd() {
+    fn refusal_reasons_are_extracted_from_sshds_log() {
         let reason = |user: Option<&'static str>, why: &str| Some(Line::Reason(user, why.to_owned()));
         for (line, means) in [
             (
@@ -308,7 +308,7 @@ mod tests {
     }
 
     #[test]
-    fn a_log_is_read_once_in_whole_lines_and_never_waited_for() {
+    fn log_is_read_once_in_whole_lines_without_blocking() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("log");
         std::fs::write(&file, "before\n").unwrap();
@@ -328,7 +328,7 @@ mod tests {
         append(&"x".repeat(2 * LONGEST_READ));
         append("\nlast\n");
         let read: String = (0..4).map(|_| log.added().unwrap()).collect();
-        assert!(read.ends_with("\nlast\n"), "a line without an end holds nothing up");
+        assert!(read.ends_with("\nlast\n"), "a line without an end blocks nothing");
         std::fs::remove_file(&file).unwrap();
         nix::unistd::mkfifo(&file, nix::sys::stat::Mode::S_IRWXU).unwrap();
         assert!(log.added().is_err());

@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use crate::error::{Attempt, Error, Result};
 use crate::jail::programs::Program;
 
-/// Where Debian, SUSE and Alpine, Fedora, and upstream OpenSSH install it.
+/// Paths in Debian, in SUSE and Alpine, in Fedora, and of upstream OpenSSH.
 const PLACES: [&str; 4] = [
     "/usr/lib/openssh/sftp-server",
     "/usr/lib/ssh/sftp-server",
@@ -32,7 +32,7 @@ pub fn files() -> Result<Vec<Program>> {
     let mut files = vec![Program { name: "sftp-server".into(), file: server.into() }];
     files.extend(parse(&String::from_utf8_lossy(&output.stdout)));
     for Program { file, .. } in &mut files {
-        *file = file.canonicalize().attempt(|| format!("find what {} is", file.display()))?;
+        *file = file.canonicalize().attempt(|| format!("resolve {}", file.display()))?;
     }
     Ok(files)
 }
@@ -58,7 +58,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_loaders_listing_is_understood() {
+    fn the_loaders_listing_is_parsed() {
         let listing = "\tlinux-vdso.so.1 (0x00007ffe)\n\tlibc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x00007f)\n\
                        \t/lib64/ld-linux-x86-64.so.2 (0x00007f)\n";
         let files = parse(listing);

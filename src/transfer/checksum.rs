@@ -23,7 +23,7 @@ pub(crate) struct Expected {
 }
 
 impl Expected {
-    /// Whether at least one is given.
+    /// True if at least one is given.
     pub(crate) fn is_given(&self) -> bool {
         self.md5.is_some() || self.sha256.is_some()
     }

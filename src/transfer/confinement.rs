@@ -166,7 +166,7 @@ impl<'a> Confined<'a> {
             time: Duration::from_hours(1) + Duration::from_secs(size >> 20),
             volume: Some(target.path()),
         };
-        let stdin = Some((source.try_clone_to_owned().attempt(|| "hand the archive on")?, Access::Read));
+        let stdin = Some((source.try_clone_to_owned().attempt(|| "duplicate the archive's descriptor")?, Access::Read));
         Ok(Self { directory: target, access: Access::Write, stdin, capabilities: WRITER, limits })
     }
 
@@ -181,7 +181,7 @@ impl<'a> Confined<'a> {
             volume: Some(volume.path()),
         };
         // mksquashfs reopens it by path.
-        let stdin = Some((output.try_clone().attempt(|| "hand the archive on")?.into(), Access::Write));
+        let stdin = Some((output.try_clone().attempt(|| "duplicate the archive's descriptor")?.into(), Access::Write));
         Ok(Self { directory: image_root, access: Access::Read, stdin, capabilities: READER, limits })
     }
 
@@ -209,14 +209,14 @@ impl<'a> Confined<'a> {
 
     /// Confines this thread and its future children, for good.
     pub(crate) fn enter(&self) -> Result<()> {
-        let rules = self.rules().attempt(|| "choose the files that it reaches")?;
+        let rules = self.rules().attempt(|| "choose the files that it may open")?;
         if Self::has_mounts() {
-            self.own_mounts().attempt(|| "set up mounts that can only be read")?;
+            self.own_mounts().attempt(|| "set up read-only mounts")?;
         }
-        rustix::thread::set_no_new_privs(true).attempt(|| "forgo new privileges")?;
+        rustix::thread::set_no_new_privs(true).attempt(|| "set no_new_privs")?;
         capabilities::keep_only(self.capabilities).attempt(|| "give up capabilities")?;
         if let Some(rules) = rules {
-            rules.restrict_this_thread().attempt(|| "give up files with Landlock")?;
+            rules.restrict_this_thread().attempt(|| "restrict file access with Landlock")?;
         }
         seccomp::filter(&refused_calls::refusing(REFUSED)).attempt(|| "give up system calls")
     }
@@ -247,7 +247,7 @@ impl<'a> Confined<'a> {
         Ok(())
     }
 
-    /// Whether the volume has less free space than the reserve: an archive may unpack to more than any disk holds.
+    /// True if the volume has less free space than the reserve: an archive may unpack to more than any disk holds.
     pub(crate) fn volume_is_full(&self) -> bool {
         let volume = self.limits.volume.as_ref().and_then(|path| rustix::fs::statvfs(path).ok());
         volume.is_some_and(|disk| disk.f_bavail * disk.f_frsize < reserve(disk.f_blocks * disk.f_frsize))
@@ -260,7 +260,9 @@ impl<'a> Confined<'a> {
             Err(e) => {
                 static TOLD: OnceLock<()> = OnceLock::new();
                 TOLD.get_or_init(|| {
-                    tracing::info!("programs that unpack and pack are not kept from other files: no Landlock: {e}");
+                    tracing::info!(
+                        "programs that pack and unpack are not confined to their own files: no Landlock: {e}"
+                    );
                 });
                 return Ok(None);
             }
@@ -297,7 +299,7 @@ impl<'a> Confined<'a> {
         Ok(())
     }
 
-    /// Whether mount namespaces can be created; tried once.
+    /// True if mount namespaces can be created; tried once.
     fn has_mounts() -> bool {
         static WORK: OnceLock<bool> = OnceLock::new();
         *WORK.get_or_init(|| {
@@ -309,7 +311,7 @@ impl<'a> Confined<'a> {
             let failed = tried.unwrap_or_else(|_| Err(std::io::ErrorKind::Other.into())).err();
             if let Some(e) = &failed {
                 // Not at INFO: this happens in every pod without CAP_SYS_ADMIN, where Landlock confines them.
-                tracing::debug!("programs that unpack and pack have no read-only mounts of their own: {e}");
+                tracing::debug!("programs that pack and unpack have no read-only mounts of their own: {e}");
             }
             failed.is_none()
         })

@@ -106,7 +106,7 @@ impl From<reqwest::Error> for Fault {
     fn from(error: reqwest::Error) -> Self {
         // The request itself is invalid, such as a header with a forbidden byte.
         if error.is_builder() {
-            return Self::Final(Error::new("make a request").because(in_full(&error)));
+            return Self::Final(Error::new("build a request").because(in_full(&error)));
         }
         if !error.is_redirect() {
             return Self::Transient(in_full(&error));
@@ -193,7 +193,7 @@ impl Work {
         }
     }
 
-    /// Whether a signal has shortened the time for servers.
+    /// True if a signal has shortened the time for servers.
     pub(crate) fn is_in_a_hurry(&self) -> bool {
         self.hurried.get().is_some()
     }
@@ -323,7 +323,7 @@ impl Work {
             }
             let too_much = || said.iter().any(|file| file.metadata().is_ok_and(|said| said.len() > MOST_SAID));
             let why = match confined {
-                _ if too_much() => Some("it says too much".to_owned()),
+                _ if too_much() => Some("its output is too long".to_owned()),
                 Some(confined) if began.elapsed() > confined.limits.time => {
                     Some(format!("it was still at work after {} s", confined.limits.time.as_secs()))
                 }
@@ -431,15 +431,15 @@ fn refuse_redirect(previous: &[Url], next: &Url, redirects: Redirects) -> Option
     let server = |url: &Url| (url.host_str().map(str::to_owned), url.port_or_known_default());
     let last = previous.last()?;
     if redirects == Redirects::Nowhere {
-        Some(format!("it leads to {shown}, and what is sent is for the server that was named"))
+        Some(format!("it leads to {shown}, but the request is meant only for the named server"))
     } else if previous.len() > MOST_REDIRECTS {
-        Some(format!("it is the last of {MOST_REDIRECTS}, and leads on to {shown}"))
+        Some(format!("it leads to {shown}, after {MOST_REDIRECTS} redirects already"))
     } else if last.scheme() == "https" && next.scheme() != "https" {
-        Some(format!("it leads from https to {shown}, where anybody on the way can read and replace what is sent"))
+        Some(format!("it leads from https to {shown}, where anybody on the way can read and replace the data"))
     } else if redirects == Redirects::Once && server(previous.first()?) != server(last) {
-        Some(format!("it leads from another server on to {shown}, which the credentials of the first are not for"))
+        Some(format!("it leads from another server to {shown}, which must not get the first server's credentials"))
     } else if redirects == Redirects::SameServer && server(last) != server(next) {
-        Some(format!("it leads to another server, {shown}, which the keys of this one are not for"))
+        Some(format!("it leads to another server, {shown}, which must not get this one's keys"))
     } else {
         None
     }
@@ -559,7 +559,7 @@ pub(crate) async fn complaint(response: Response) -> String {
     redaction::without_known(&String::from_utf8_lossy(&text)).into_owned()
 }
 
-/// Whether this HTTP status is a transient error.
+/// True if this HTTP status is a transient error.
 pub(crate) fn is_transient(status: reqwest::StatusCode) -> bool {
     status.is_server_error() || [408, 425, 429].contains(&status.as_u16())
 }
@@ -577,7 +577,7 @@ mod tests {
     use Redirects::{Anywhere, Nowhere, Once, SameServer};
 
     #[test]
-    fn a_redirect_neither_gives_tls_up_nor_goes_on_without_end_nor_carries_keys_to_others() {
+    fn redirects_without_tls_without_end_or_with_credentials_elsewhere_are_refused() {
         let refused = |previous: &[&str], next: &str, redirects| {
             let previous: Vec<_> = previous.iter().map(|url| Url::parse(url).unwrap()).collect();
             refuse_redirect(&previous, &Url::parse(next).unwrap(), redirects)
@@ -608,7 +608,7 @@ mod tests {
     }
 
     #[test]
-    fn the_key_in_a_presigned_url_is_in_no_message() {
+    fn presigned_url_is_shown_without_its_signature() {
         let text = "error sending request for url (http://s3/b/k?X-Amz-Signature=abc): refused";
         assert_eq!(without_query(text), "error sending request for url (http://s3/b/k): refused");
         assert_eq!(without_query("https://me:a?b@s3/k?sig=abc and http://s3/k"), "https://***@s3/k and http://s3/k");
@@ -616,7 +616,7 @@ mod tests {
     }
 
     #[test]
-    fn certificates_are_taken_out_of_pem_whatever_stands_around_them() {
+    fn certificates_are_extracted_from_pem_with_text_around_them() {
         let pem = "# one\n-----BEGIN CERTIFICATE-----\nAAEC\nAwQ=\n-----END CERTIFICATE-----\n-----BEGIN CERTIFICATE-----\nBQ==\n-----END CERTIFICATE-----\n";
         assert_eq!(certificates(pem).unwrap(), [vec![0, 1, 2, 3, 4], vec![5]]);
         assert!(certificates("-----BEGIN CERTIFICATE-----\n!\n-----END CERTIFICATE-----").is_err());

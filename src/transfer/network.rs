@@ -35,7 +35,7 @@ pub fn http_url(url: &str) -> Checked {
     Ok(parsed.as_str().trim_end_matches('/').to_owned())
 }
 
-/// Whether a key or token is a valid header value.
+/// True if a key or token is a valid header value.
 pub(crate) fn is_header_word(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_graphic())
 }

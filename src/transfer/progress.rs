@@ -122,7 +122,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_has_the_rate_of_now_or_what_was_read_and_written() {
+    fn progress_line_has_the_current_rate_or_the_bytes_read_and_written() {
         assert_eq!(amount(5_000_000, None, None, None), "5 MB");
         assert_eq!(amount(5_000_000, Some(9_000_000), None, Some(2.4)), "5 of 9 MB, 2 MB/s");
         assert_eq!(amount(9_000_000, Some(9_000_000), Some(3_000_000), Some(0.0)), "9 of 9 MB read, 3 MB written");
@@ -139,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bar_is_full_at_the_end_and_never_longer() {
+    fn progress_bar_is_full_at_the_end_and_never_longer() {
         assert_eq!(bar(0, 10), format!("[{}] ", "-".repeat(30)));
         assert_eq!(bar(5, 10), format!("[{}{}] ", "#".repeat(15), "-".repeat(15)));
         assert_eq!(bar(11, 10), bar(10, 10));

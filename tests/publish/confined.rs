@@ -292,7 +292,7 @@ fn programs_get_none_of_the_variables_in_which_secrets_are() {
 #[test]
 fn an_unpacker_that_says_or_writes_without_end_is_ended() {
     for (script, reason) in [
-        ("#!/bin/sh\nexec yes >&2\n", "it says too much"),
+        ("#!/bin/sh\nexec yes >&2\n", "its output is too long"),
         ("#!/bin/sh\nexec truncate -s 3T large\n", "a file in it is larger than 2 TB"),
         ("#!/bin/sh\nexec cat /usr/bin/* /usr/bin/* /usr/bin/* > large\n", "space left"),
     ] {

@@ -47,7 +47,7 @@ fn options_that_cannot_work_are_refused() {
         ("-E sshd.log -f CONFIG", "-E sshd.log is a relative path"),
         ("-f /other/config", "SSHD_CONFIG_FILE is '"),
         ("", "but sshd reads '/etc/ssh/sshd_config' (no -f in SSHD_OPTIONS)"),
-        ("-f CONFIG -Z", "-Z is not an option that sshd can be started with here"),
+        ("-f CONFIG -Z", "-Z is not an option for starting sshd"),
         ("-f 'CONFIG", "it cannot be split into words"),
     ] {
         let volume = Volume::new(Image::Busybox);
@@ -82,7 +82,7 @@ fn a_configuration_that_sshd_does_not_come_to_the_end_of_is_refused_in_time() {
     let config = std::fs::read_to_string(&volume.config).unwrap();
     std::fs::write(&volume.config, format!("{config}Include {}\n", fifo.display())).unwrap();
     let reason = "cannot have sshd check its configuration";
-    refused(volume, Mode::Jailed, &[], 1, &[reason, "it was not done after 20 s"]);
+    refused(volume, Mode::Jailed, &[], 1, &[reason, "it had not finished after 20 s"]);
 }
 
 #[test]

@@ -208,7 +208,7 @@ fn what_is_mounted_later_is_seen_where_it_is_mounted_alone() {
         assert_eq!(mounted_inside(&environment), before.0, "{tier}");
         assert_eq!(new_mounts(&before.1).len(), 3);
         // sshd has mounts of its own, but not such that a volume of the container would stay busy.
-        let sshd = Daemon::noted(&environment.state_directory().join("sshd")).unwrap().pid;
+        let sshd = Daemon::recorded(&environment.state_directory().join("sshd")).unwrap().pid;
         let seen_by_sshd = || {
             let mounts = std::fs::read(format!("/proc/{sshd}/mountinfo")).unwrap();
             mount_points(&mounts).contains(&outside)
