@@ -74,7 +74,7 @@ pub(crate) fn unpack(work: &Work, archive: &Opened, volume: &Tree, name: &str) -
 
 /// Creates the directory that the confined unpacker works in; besides it, the unpacker can reach only the archive.
 fn make(volume: &Tree, name: &str) -> Result<Tree> {
-    let attempted = || format!("make the directory {}", volume.shown().join(name).display());
+    let attempted = || format!("create the directory {}", volume.shown().join(name).display());
     volume.make_private(name).attempt(attempted)
 }
 
@@ -299,7 +299,7 @@ impl Overlay {
         let [squashfs, upper, inner] = [LOWER, UPPER, INNER].map(|name| directory.join(name));
         let first = !upper.exists();
         for made in [directory, &squashfs, &upper, &inner, image_root] {
-            std::fs::create_dir_all(made).attempt(|| format!("make the directory {}", made.display()))?;
+            std::fs::create_dir_all(made).attempt(|| format!("create the directory {}", made.display()))?;
         }
         // Keeps others out: setuid programs in the upper directory work, while the overlay itself is nosuid.
         std::fs::set_permissions(directory, Permissions::from_mode(0o700)).attempt(attempted)?;
