@@ -5,10 +5,12 @@ use std::path::Path;
 use crate::error::{Attempt, Error, Result};
 use crate::image::unpack::{INDEX_OF_LINKS, Overlay, UPPER};
 use crate::local::apply;
+use crate::local::apply_progress;
 use crate::local::claim::{is_claimed, refuse_nested, remove_folder};
 use crate::local::left_over::{clear_left_over, end_left_over};
 use crate::local::register;
 use crate::local::run_directory::RunFolder;
+use crate::local::upper_layer;
 use crate::local::work_directory;
 use crate::publish::identity::Record;
 use crate::publish::source::Source;
@@ -66,7 +68,7 @@ pub(crate) fn refuse_kept(directory: &Path, works: &Path, own: Option<&Path>, lo
     for entry in register::left_below(works) {
         let Some(work) = register::kept_in(&entry) else { continue };
         let volume = Tree::open(&work).attempt(attempted)?;
-        let is_interrupted = apply::has_begun(&volume)?;
+        let is_interrupted = apply_progress::has_begun(&volume)?;
         let is_other = || Record::private(&volume).read().is_none_or(|source| !source.is_of(&root));
         if own == Some(&work) && !(looks && is_interrupted) || is_other() {
             continue;
@@ -110,7 +112,7 @@ pub(crate) fn refuse_open(directory: &Path) -> Result<()> {
 /// Refuses a directory that has some of its changes, of a run that was killed as it applied them.
 pub(crate) fn refuse_half_applied(directory: &Path) -> Result<()> {
     let attempted = || format!("open {}", directory.display());
-    let Some(stage) = apply::stage_in(&open_tree(directory)?).attempt(attempted)? else { return Ok(()) };
+    let Some(stage) = apply_progress::stage_in(&open_tree(directory)?).attempt(attempted)? else { return Ok(()) };
     let advice = format!(
         "'ims-sshd customize {0}' goes on with that, with the same --work; with --fresh it gives it up, as 'ims-sshd fail {0}' does; if \
          those changes are gone, remove {0}/{1}",
@@ -122,7 +124,7 @@ pub(crate) fn refuse_half_applied(directory: &Path) -> Result<()> {
 
 /// Returns whether the changes kept in `place` were being applied.
 pub(crate) fn is_half_applied_by(place: &Path) -> bool {
-    Tree::open(place).is_ok_and(|place| apply::has_begun(&place).unwrap_or(true))
+    Tree::open(place).is_ok_and(|place| apply_progress::has_begun(&place).unwrap_or(true))
 }
 
 /// Refuses to change a directory where it is as long as changes made above it are kept in `place`.
@@ -168,16 +170,16 @@ pub(crate) fn give_up_changes(directory: &Path, root: &Tree, place: &Tree) -> Re
         "applying changes to {} was interrupted; it stays as it is now, and those that are not applied are dropped",
         directory.display()
     );
-    if apply::has_ended(place).unwrap_or(false) {
+    if apply_progress::has_ended(place).unwrap_or(false) {
         return Ok(());
     }
-    apply::give_up(place, &open_tree(&place.shown().join(OVERLAY).join(UPPER))?, root)
+    apply::abort(place, &open_tree(&place.shown().join(OVERLAY).join(UPPER))?, root)
 }
 
 /// Applies what was changed above `root`, which had the path `directory` when it was opened, and is kept in `place`: what `overlay` shows, or
 /// what an earlier run has begun to apply.
 pub(crate) fn apply_changes(directory: &Path, root: &Tree, place: &Tree, overlay: Option<Overlay>) -> Result<()> {
-    if apply::has_ended(place)? {
+    if apply_progress::has_ended(place)? {
         return Ok(());
     }
     if overlay.is_none() {
@@ -186,7 +188,7 @@ pub(crate) fn apply_changes(directory: &Path, root: &Tree, place: &Tree, overlay
     let folder = place.shown().join(OVERLAY);
     let upper = open_tree(&folder.join(UPPER))?;
     if let Some(overlay) = overlay {
-        apply::complete_hard_links(root, &upper, &folder.join(INDEX_OF_LINKS), &open_tree(&overlay.image_root)?)?;
+        upper_layer::complete_hard_links(root, &upper, &folder.join(INDEX_OF_LINKS), &open_tree(&overlay.image_root)?)?;
         overlay.unmount()?;
     }
     apply::apply(place, &upper, root)?;

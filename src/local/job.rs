@@ -15,7 +15,6 @@ use crate::image::inventory::{Inventory, write_changes};
 use crate::image::kind::{self, Content, Kind};
 use crate::image::packing::{self, Archive};
 use crate::image::unpack::{Overlay, UPPER};
-use crate::local::apply;
 use crate::local::command_line::CommandLine;
 use crate::local::directory::{self, Held};
 use crate::local::left_over::{clear_left_over, end_left_over};
@@ -23,6 +22,7 @@ use crate::local::names;
 use crate::local::register::{self, Entry, goes_on, has_source};
 use crate::local::source;
 use crate::local::work_directory::{ASIDE, WorkDirectory};
+use crate::local::{apply_checks, apply_progress, upper_layer};
 use crate::publish::journal::{self, Journal, Notes};
 use crate::publish::manifest::say_result;
 use crate::publish::prepare::{holds_changes, known, prepare};
@@ -294,7 +294,7 @@ impl Job {
         let mounted = parent.join(IMAGE_ROOT);
         entry.tell(&[("work", &parent.display().to_string())]);
         end_left_over(&mounted)?;
-        if let Some(changed) = changed.filter(|_| apply::has_begun(place.files().parent()).unwrap_or(true)) {
+        if let Some(changed) = changed.filter(|_| apply_progress::has_begun(place.files().parent()).unwrap_or(true)) {
             self.end_application(entry, &work, &settings, &source, changed, &place)?;
         }
         self.check_kept(&work, &settings, &source, &place, root.as_ref())?;
@@ -373,7 +373,7 @@ impl Job {
             return drop_changes(work, settings, place);
         }
         entry.reach(Stage::Applying);
-        let applied = apply::is_only_decided(record).and_then(|is_whole| {
+        let applied = apply_progress::is_only_decided(record).and_then(|is_whole| {
             let mounted = place.path().join(IMAGE_ROOT);
             let overlay = if is_whole { prepare(work, settings, source, None, &mounted)? } else { None };
             directory::apply_changes(directory, root, record, overlay)
@@ -402,8 +402,8 @@ impl Job {
         }
         self.refuse_others(work, settings, source, place)?;
         if let Some(root) = root.filter(|_| !self.discards && holds_changes(place.path(), &mounted)) {
-            apply::refuse_edited(record, &open_tree(&place.path().join(OVERLAY).join(UPPER))?, root)?;
-            apply::look_again(record)?;
+            apply_checks::refuse_edited(record, &open_tree(&place.path().join(OVERLAY).join(UPPER))?, root)?;
+            apply_checks::record_check(record)?;
         }
         Ok(())
     }
@@ -412,12 +412,12 @@ impl Job {
     fn kept_in(&self, place: &Tree, entry: &Entry) -> String {
         let (shown, name) = (place.shown(), entry.name());
         let (shown, line) = (shown.display(), entry.before().map_or_else(|| self.command_line.line.clone(), goes_on));
-        if !apply::has_begun(place).unwrap_or(true) {
+        if !apply_progress::has_begun(place).unwrap_or(true) {
             return format!(
                 "what was changed is kept in {shown}; 'ims-sshd fail {name}' drops it; to go on with it: {line}"
             );
         }
-        let how_many = if apply::is_only_decided(place).unwrap_or(false) { "none" } else { "some" };
+        let how_many = if apply_progress::is_only_decided(place).unwrap_or(false) { "none" } else { "some" };
         format!(
             "{how_many} of the changes are in it already, and all are in {shown}; if a disk is full, free space on it; 'ims-sshd fail {name}' \
              gives up those that are not; to apply them: {line}"
@@ -463,16 +463,16 @@ pub(crate) fn drop_left(entry: &Value) -> Result<&'static str> {
                 .advise(format!("'{command} --output STORE --discard true' removes that too")));
         }
         let record = place.files().parent();
-        if apply::has_begun(record)? {
-            if !apply::is_only_decided(record).unwrap_or(false) {
+        if apply_progress::has_begun(record)? {
+            if !apply_progress::is_only_decided(record).unwrap_or(false) {
                 source_is = "stays as it is now, with those that were applied";
             }
             if path.is_dir() {
                 let directory = source::image_root(path)?;
                 let _held = Held::take(&directory, all)?;
                 let root = directory::open(&directory)?;
-                if !apply::is_of(record, &root)? {
-                    source_is = "is another directory than the one that has some of them";
+                if !apply_progress::is_of(record, &root)? {
+                    source_is = "is not the directory to which some of them were applied";
                 }
                 directory::give_up_changes(&directory, &root, record)?;
             }
@@ -583,14 +583,14 @@ impl Opened<'_> {
         let ended = session(&image_root);
         if let (Some(overlay), Ok((Fate::Keep, _)) | Err(_)) = (&overlay, &ended) {
             let upper = open_tree(&self.files.path().join(OVERLAY).join(UPPER))?;
-            self.is_unchanged.set(apply::is_unchanged(&upper, &overlay.lower).unwrap_or(false));
+            self.is_unchanged.set(upper_layer::is_unchanged(&upper, &overlay.lower).unwrap_or(false));
         }
         let (fate, value) = ended?;
         match (fate, self.job.end, directory.zip(root)) {
             (Fate::Publish, End::Published, _) => self.publish(source, &image_root, overlay)?,
             (Fate::Publish, End::Applied, Some((directory, root))) => {
                 // Before it is told: a run that is killed from here on has it applied by the next.
-                apply::decide(self.files.parent(), root)?;
+                apply_progress::decide(self.files.parent(), root)?;
                 self.entry.reach(Stage::Applying);
                 directory::apply_changes(directory, root, self.files.parent(), overlay)?;
             }

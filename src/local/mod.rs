@@ -1,6 +1,8 @@
 //! The same on one machine, without a pod.
 
 pub(crate) mod apply;
+pub(crate) mod apply_checks;
+pub(crate) mod apply_progress;
 pub(crate) mod claim;
 pub mod command_line;
 pub mod customize;
@@ -16,4 +18,5 @@ pub mod script;
 pub(crate) mod source;
 pub mod status;
 pub mod steps;
+pub(crate) mod upper_layer;
 pub mod work_directory;

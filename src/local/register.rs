@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::environment::stage::Stage;
 use crate::error::{Attempt, Result};
-use crate::local::apply;
+use crate::local::apply_progress;
 use crate::local::claim::{claim, is_claimed, remove_folder};
 use crate::local::command_line;
 use crate::local::work_directory;
@@ -221,7 +221,7 @@ pub(crate) fn left_below(works: &Path) -> Vec<Value> {
         }
     }
     for entry in &mut left {
-        let begun = kept_in(entry).and_then(|work| apply::has_begun(&Tree::open(&work).ok()?).ok());
+        let begun = kept_in(entry).and_then(|work| apply_progress::has_begun(&Tree::open(&work).ok()?).ok());
         if begun == Some(true) {
             entry["state"] = json!(HALF_APPLIED);
         }

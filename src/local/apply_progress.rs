@@ -1,0 +1,216 @@
+//! The record of an application: how far the changes to a directory are applied to it.
+
+use std::ffi::OsString;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+
+use ring::rand::{SecureRandom, SystemRandom};
+use rustix::fs::{AtFlags, FileType, Stat, StatxFlags};
+
+use crate::error::{Attempt, Error, Result};
+use crate::sys::tree::Tree;
+
+/// Prefix of the stage's name: a directory in the one that is changed, for renamed directories until they have their
+/// place and for new files until they are complete. A random number follows, so that neither source nor session has it.
+const STAGE: &str = ".ims-sshd.applying.";
+
+/// File in the work directory that records how far the application is.
+pub(crate) const RECORD: &str = ".ims-sshd.applying";
+
+/// Steps of an application, at which it is resumed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd)]
+pub(crate) enum Step {
+    /// The image is complete, and nothing is applied yet.
+    Decided,
+    /// Renamed directories are being moved into the stage.
+    Moving,
+    /// Everything is being put in its place.
+    Placing,
+    /// Everything is in its place.
+    Placed,
+    /// Nothing is left to do.
+    Applied,
+}
+
+const STEPS: [(Step, &[u8]); 5] = [
+    (Step::Decided, b"decided"),
+    (Step::Moving, b"moving"),
+    (Step::Placing, b"placing"),
+    (Step::Placed, b"placed"),
+    (Step::Applied, b"applied"),
+];
+
+/// Advice on an application that cannot be resumed.
+pub(crate) const DROP: &str =
+    "the same command with --fresh, or 'ims-sshd fail' with the directory, drops what is not applied yet";
+
+/// Content of the record.
+#[derive(Debug)]
+pub(crate) struct Progress {
+    /// The current step.
+    pub(crate) step: Step,
+    /// Identity of the directory that is changed.
+    root: String,
+    /// Name of the stage.
+    pub(crate) stage: String,
+    /// Inode number of the stage; 0 until it exists.
+    number: u64,
+}
+
+/// Records that the changes kept in `work` are to be applied to `root`, on disk, so that no later command forgets it.
+pub(crate) fn decide(work: &Tree, root: &Tree) -> Result<()> {
+    let root_is = identity(root).attempt(|| format!("apply the changes to {}", root.shown().display()))?;
+    Progress { step: Step::Decided, root: root_is, stage: STAGE.into(), number: 0 }.write(work)
+}
+
+/// Returns whether nothing is applied yet: the overlay must be mounted again to complete hard links.
+pub(crate) fn is_only_decided(work: &Tree) -> Result<bool> {
+    Ok(Progress::read(work)?.is_some_and(|progress| progress.step == Step::Decided))
+}
+
+/// Returns whether the changes kept in `work` are to be applied, or are being applied.
+pub(crate) fn has_begun(work: &Tree) -> Result<bool> {
+    let attempted = || format!("read {}", work.shown().join(RECORD).display());
+    Ok(work.look(RECORD).attempt(attempted)?.is_some())
+}
+
+/// Returns whether everything is applied. The changes kept in `work` may then be incomplete.
+pub(crate) fn has_ended(work: &Tree) -> Result<bool> {
+    Progress::read(work).map(|progress| progress.is_some_and(|progress| progress.step == Step::Applied))
+}
+
+/// Returns whether `root` is the directory to which the changes kept in `work` were being applied.
+pub(crate) fn is_of(work: &Tree, root: &Tree) -> Result<bool> {
+    let root = identity(root).attempt(|| format!("look at {}", root.shown().display()))?;
+    Ok(Progress::read(work).is_ok_and(|progress| progress.is_some_and(|progress| progress.root == root)))
+}
+
+impl Progress {
+    /// Reads the record in `work`; none if nothing was decided.
+    pub(crate) fn read(work: &Tree) -> Result<Option<Self>> {
+        if !has_begun(work)? {
+            return Ok(None);
+        }
+        let attempted = || format!("read {}", work.shown().join(RECORD).display());
+        let text = work.read(RECORD, 4096).attempt(attempted)?;
+        let parsed = Self::parse(&text);
+        parsed.map(Some).ok_or_else(|| Error::new(attempted()).because("it is damaged").advise(DROP))
+    }
+
+    fn parse(text: &[u8]) -> Option<Self> {
+        let text = std::str::from_utf8(text).ok()?;
+        let [step, root, stage, number] = text.split(' ').collect::<Vec<_>>().try_into().ok()?;
+        let (step, _) = STEPS.iter().find(|(_, name)| *name == step.as_bytes())?;
+        let is_name = stage.starts_with(STAGE) && !stage.contains('/');
+        is_name.then_some(())?;
+        Some(Self { step: *step, root: root.into(), stage: stage.into(), number: number.parse().ok()? })
+    }
+
+    /// Writes the record to disk.
+    pub(crate) fn write(&self, work: &Tree) -> Result<()> {
+        let step = STEPS.iter().find(|(known, _)| *known == self.step).map_or(&b""[..], |(_, name)| *name);
+        let rest = format!(" {} {} {}", self.root, self.stage, self.number);
+        let attempted = || format!("write {}", work.shown().join(RECORD).display());
+        work.replace(RECORD, &[step, rest.as_bytes()].concat()).and_then(|()| work.sync()).attempt(attempted)
+    }
+
+    /// The stage; none if it does not exist.
+    pub(crate) fn open_stage(&self, root: &Tree) -> io::Result<Option<Tree>> {
+        let stage = match root.directory_of_same_mount(&self.stage) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            other => other?,
+        };
+        let found = rustix::fs::fstat(&stage)?;
+        if !is_private_to_root(&found) || found.st_ino != self.number {
+            return Err(io::Error::other(format!(
+                "another directory has taken the place of {}",
+                stage.shown().display()
+            )));
+        }
+        Ok(Some(stage))
+    }
+
+    /// Begins the application of `upper` to `root`, or finds the one that has begun. Returns the stage too, unless it
+    /// was removed already.
+    pub(crate) fn begin(work: &Tree, upper: &Tree, root: &Tree) -> Result<(Self, Option<Tree>)> {
+        let attempted = || format!("apply the changes to {}", root.shown().display());
+        let root_is = identity(root).attempt(attempted)?;
+        if let Some(begun) = Self::read(work)? {
+            if begun.root != root_is {
+                let why = "it is not the directory to which some of them were applied";
+                return Err(Error::new(attempted()).because(why).advise(format!("put that one in its place; {DROP}")));
+            }
+            if begun.number != 0 {
+                let stage = begun.open_stage(root).attempt(attempted)?;
+                if stage.is_none() && begun.step < Step::Placed {
+                    let why = format!("{} is gone, with the renamed directories in it", begun.stage);
+                    return Err(Error::new(attempted()).because(why).advise(DROP));
+                }
+                return Ok((begun, stage));
+            }
+            // The run was killed before it recorded the stage, which is still empty; an entry of others is left alone.
+            let _ = root.remove_directory(&begun.stage);
+        }
+        let stage = loop {
+            let mut number = [0; 8];
+            SystemRandom::new().fill(&mut number).map_err(io::Error::other).attempt(attempted)?;
+            let name = format!("{STAGE}{:016x}", u64::from_ne_bytes(number));
+            if root.look(&name).attempt(attempted)?.is_none() && upper.look(&name).attempt(attempted)?.is_none() {
+                break name;
+            }
+        };
+        let mut begun = Self { step: Step::Moving, root: root_is, stage, number: 0 };
+        begun.write(work)?;
+        let make = || {
+            let stage = root.make_private(&begun.stage)?;
+            root.sync()?;
+            io::Result::Ok((rustix::fs::fstat(&stage)?.st_ino, stage))
+        };
+        let (number, stage) = make().attempt(attempted)?;
+        begun.number = number;
+        begun.write(work)?;
+        Ok((begun, Some(stage)))
+    }
+
+    /// The stage of an application that is to be aborted; none if there is nothing to undo. Removes a stage that was not
+    /// recorded yet.
+    pub(crate) fn stage_to_abort(&self, root: &Tree) -> io::Result<Option<Tree>> {
+        if self.step == Step::Applied || self.root != identity(root)? {
+            return Ok(None);
+        }
+        if self.number == 0 {
+            let _ = root.remove_directory(&self.stage);
+            return Ok(None);
+        }
+        self.open_stage(root)
+    }
+}
+
+/// Identifies a directory, also after a reboot, which may change the number of its device.
+fn identity(root: &Tree) -> io::Result<String> {
+    let found = rustix::fs::statx(root, "", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS | StatxFlags::BTIME)?;
+    let made = if found.stx_mask & StatxFlags::BTIME.bits() == 0 {
+        format!("{}:{}", found.stx_dev_major, found.stx_dev_minor)
+    } else {
+        format!("{}.{:09}", found.stx_btime.tv_sec, found.stx_btime.tv_nsec)
+    };
+    Ok(format!("{},{made}", found.stx_ino))
+}
+
+/// Name of the stage that an interrupted application left in `root`, if there is one.
+pub(crate) fn stage_in(root: &Tree) -> io::Result<Option<OsString>> {
+    for name in root.names()?.into_iter().filter(|name| name.as_bytes().starts_with(STAGE.as_bytes())) {
+        let found = root.look(&name)?;
+        if found.is_some_and(|found| {
+            FileType::from_raw_mode(found.st_mode) == FileType::Directory && is_private_to_root(&found)
+        }) {
+            return Ok(Some(name));
+        }
+    }
+    Ok(None)
+}
+
+/// Returns whether the directory belongs to root and nobody else can reach its content.
+fn is_private_to_root(found: &Stat) -> bool {
+    found.st_uid == rustix::process::geteuid().as_raw() && found.st_mode.trailing_zeros() >= 6
+}
