@@ -16,11 +16,13 @@ use ims_sshd::session::inside::{self, Errand};
 use ims_sshd::session::login;
 use ims_sshd::session::request::Request;
 use ims_sshd::sys::process::exit_now;
+use ims_sshd::sys::umask;
 
 ims_sshd::start_at!(start);
 
 /// Returns the exit code.
 fn start() -> u8 {
+    umask::set_own();
     let words: Vec<_> = std::env::args_os().skip(1).collect();
     let arguments = Arguments::from_words(&words);
     let of_init = match arguments {

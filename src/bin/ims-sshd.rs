@@ -6,8 +6,10 @@ use ims_sshd::cli::{arguments, run};
 use ims_sshd::environment::supervisor;
 use ims_sshd::panic;
 use ims_sshd::printable::Printable;
+use ims_sshd::sys::umask;
 
 fn main() -> ExitCode {
+    umask::set_own();
     panic::tell_by(report);
     let arguments = arguments::parse();
     let awaited = run::awaited_parent(&arguments);

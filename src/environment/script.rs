@@ -13,6 +13,7 @@ use rustix::pipe::PipeFlags;
 use crate::error::{Attempt, Result};
 use crate::log::redaction::Lines;
 use crate::sys::signals::unblock_signals;
+use crate::sys::umask;
 
 /// A script that was started.
 pub(crate) struct Script {
@@ -39,7 +40,8 @@ impl Script {
             rustix::fs::fcntl_setfl(&output, OFlags::NONBLOCK)?;
             command.stdin(Stdio::null()).stdout(theirs.try_clone()?).stderr(theirs);
             // A group of its own, so that it can be ended with what it started.
-            let child = unblock_signals(command.envs(variables.iter().cloned())).process_group(0).spawn()?;
+            umask::with_callers(unblock_signals(command.envs(variables.iter().cloned()))).process_group(0);
+            let child = command.spawn()?;
             let pid = Some(Pid::from_raw(child.id().cast_signed()));
             Ok(Self { pid, output: Some(output), line: Vec::new(), lines: Lines::default() })
         };

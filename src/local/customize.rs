@@ -189,13 +189,18 @@ fn show_image_root(image_root: &Path, parent: &Path) -> Result<()> {
         .map(|_| ())
 }
 
+/// File of the run that holds the keys.
+const AUTHORIZED_KEYS: &str = "authorized_keys";
+
 /// The keys that may log in, and the private key that was made for it.
 fn authorized_keys(given: Option<&Path>, run: &Path) -> Result<(PathBuf, Option<PathBuf>)> {
-    let keys = run.join("authorized_keys");
+    let keys = run.join(AUTHORIZED_KEYS);
     if let Some(given) = given {
         let attempted = || format!("copy {}", given.display());
         let real = named::resolve(given).attempt(attempted)?;
-        std::fs::copy(&real, &keys).attempt(attempted)?;
+        // Not its mode: whoever can write to the copy can log in.
+        let copied = std::fs::read(&real).and_then(|text| Tree::open(run)?.replace(AUTHORIZED_KEYS, &text));
+        copied.attempt(attempted)?;
         // ssh-keygen puts the private key beside the public one.
         let private = real.with_extension("");
         let is_there = real.extension().is_some_and(|extension| extension == "pub") && private.is_file();

@@ -38,6 +38,7 @@ use crate::sys::poll;
 use crate::sys::process::end_like;
 use crate::sys::signals::{Signals, unblock_signals};
 use crate::sys::tree::Tree;
+use crate::sys::umask;
 use crate::transfer::without_query;
 use crate::verdict::Verdict;
 use crate::volume::image_root;
@@ -326,7 +327,7 @@ impl Session {
         let mut helper = open::helper(&Arguments::Enter(state.jail(), command))?;
         helper.envs(entry.variables.iter().cloned());
         let terminal = self.is_at_terminal().then(TerminalModes::save).flatten();
-        let ended = unblock_signals(&mut helper).spawn().attempt(|| "start ims-jail-shell");
+        let ended = umask::with_callers(unblock_signals(&mut helper)).spawn().attempt(|| "start ims-jail-shell");
         let ended = ended.and_then(|helper| self.attend(helper, &jail, &signals, is_ours));
 
         let all_ended = processes::end_all(Some(&jail));

@@ -1,7 +1,7 @@
 //! A script of this machine that runs in the image.
 
 use std::ffi::OsString;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::path::Path;
 
@@ -11,6 +11,7 @@ use crate::jail::mount_table::PROGRAMS;
 use crate::jail::programs::Program;
 use crate::jail::tier::Tier;
 use crate::sys::named;
+use crate::sys::tree::Tree;
 
 /// Size limit in bytes; a device would not end.
 const LARGEST: u64 = 64 << 20;
@@ -55,7 +56,9 @@ impl Script {
                 .advise("copy it into the image, and name it as the command"));
         }
         let file = directory.join(NAME);
-        std::fs::write(&file, &self.content).attempt(|| format!("write {}", file.display()))?;
+        // For root alone: it may hold secrets, and others can enter this directory.
+        let write = || Tree::open(directory)?.create_file(NAME)?.write_all(&self.content);
+        write().attempt(|| format!("write {}", file.display()))?;
         Ok(Program { name: self.name.clone(), file })
     }
 

@@ -22,6 +22,7 @@ use crate::sys::seccomp::{self, Instruction};
 use crate::sys::signals::{Signals, stop_own_group};
 use crate::sys::terminal::set_foreground;
 use crate::sys::tree::Tree;
+use crate::sys::umask;
 
 /// Signals that this process forwards to the session's program.
 const PASSED_ON: [Signal; 8] = [
@@ -89,6 +90,7 @@ fn prepare(
         capabilities::keep_jail_set().attempt(|| "give up capabilities")?;
     }
     signals.restore_for_exec().attempt(|| "restore signals")?;
+    umask::restore_callers();
     if let Some(directory) = directory {
         rustix::process::fchdir(directory).attempt(|| "change to the directory of sftp-server")?;
     }

@@ -25,6 +25,7 @@ use crate::sys::file_kind::FileKind;
 use crate::sys::process::{Exec, close_all_but_streams};
 use crate::sys::signals::default_disposition;
 use crate::sys::tree::Tree;
+use crate::sys::umask;
 
 /// Instructions for the inner stage: the words of its command line. Its environment has the client's variables.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -119,6 +120,7 @@ pub fn run(errand: &Errand) -> Result<u8> {
     }
     // The Rust runtime ignores SIGPIPE, which `yes | head` would inherit.
     default_disposition(Signal::SIGPIPE).attempt(|| "restore SIGPIPE")?;
+    umask::restore_callers();
     let programs = programs.iter().map(|program| Ok((program, program.prepared(&environment)?)));
     let programs = programs.collect::<nix::Result<Vec<_>>>();
     let programs = programs.attempt(|| "put the arguments of the program together")?;

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
 use crate::error::{Advise, Attempt, Error, Result};
@@ -75,7 +75,12 @@ pub(crate) fn write(path: &Path, text: impl AsRef<[u8]>) -> Result<()> {
     let temporary = path.with_file_name(format!(".{}.ims-sshd", name.to_string_lossy()));
     let before = std::fs::metadata(&path).ok();
     let put = || -> std::io::Result<()> {
-        let mut file = File::create(&temporary)?;
+        if let Err(e) = std::fs::remove_file(&temporary)
+            && e.kind() != std::io::ErrorKind::NotFound
+        {
+            return Err(e);
+        }
+        let mut file = File::options().write(true).create_new(true).mode(0o600).open(&temporary)?;
         let (mode, owner) = before.as_ref().map_or((0o600, (0, 0)), |m| (m.mode() & 0o7777, (m.uid(), m.gid())));
         file.set_permissions(std::fs::Permissions::from_mode(mode))?;
         std::os::unix::fs::fchown(&file, Some(owner.0), Some(owner.1))?;

@@ -16,6 +16,7 @@ use crate::sshd::effective::Effective;
 use crate::sshd::login_shell::LoginShell;
 use crate::sshd::options::Options;
 use crate::sys::process::{Entry, Identity, children, output_within, reap};
+use crate::sys::umask;
 
 /// The listening sshd. Connections and sessions survive its end.
 #[derive(Debug)]
@@ -52,6 +53,8 @@ impl Daemon {
         // process.
         let before = Self::children();
         let mut command = Command::new(sshd::program()?);
+        // Sessions get it from sshd, which adds 022.
+        umask::with_callers(&mut command);
         command.args(&options.words).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         // In a thread of its own: the mount namespace and seccomp filter are for sshd only.
         let started = std::thread::scope(|scope| {

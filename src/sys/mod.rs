@@ -15,3 +15,4 @@ pub(crate) mod signals;
 pub mod start;
 pub(crate) mod terminal;
 pub mod tree;
+pub mod umask;

@@ -322,9 +322,12 @@ impl Tree {
         temporary.push(".ims-sshd");
         parent.remove(&temporary)?;
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
-        let mut file = File::from(parent.open_at(&temporary, flags, Mode::from_raw_mode(0o644))?);
-        let written = file
-            .write_all(text)
+        let mode = Mode::from_raw_mode(0o644);
+        let mut file = File::from(parent.open_at(&temporary, flags, mode)?);
+        // Sets what the umask or an ACL of the directory has taken away.
+        let written = rustix::fs::fchmod(&file, mode)
+            .map_err(Into::into)
+            .and_then(|()| file.write_all(text))
             .and_then(|()| file.sync_all())
             .and_then(|()| Ok(rustix::fs::renameat(&parent.directory, &temporary, &parent.directory, &name)?));
         if written.is_err() {

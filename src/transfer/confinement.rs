@@ -23,6 +23,7 @@ use crate::sys::process;
 use crate::sys::seccomp;
 use crate::sys::signals::unblock_signals;
 use crate::sys::tree::Tree;
+use crate::sys::umask;
 
 /// Capabilities of a program that writes a tree, with reasons.
 const WRITER: &[(Capability, &str)] = &[
@@ -228,7 +229,7 @@ impl<'a> Confined<'a> {
             Some((input, _)) => input.try_clone(),
             None => File::open("/dev/null").map(OwnedFd::from),
         };
-        command.stdin(Stdio::from(input.attempt(|| "open its standard input")?));
+        umask::with_own(command).stdin(Stdio::from(input.attempt(|| "open its standard input")?));
         // `own_mounts` also changes the working directory. Without it the child changes its own: container seccomp
         // profiles deny unshare(2), which would give this thread one.
         if !Self::has_mounts() {

@@ -17,5 +17,6 @@ mod sources;
 mod store;
 mod tls;
 mod trust;
+mod umask;
 mod unattended;
 mod upload;

@@ -1,0 +1,50 @@
+//! The file mode creation mask (umask(2)): 022 in our programs, whatever their caller has, so that modes of our files
+//! are as the code says. The caller's goes to what the caller starts through us: commands, sessions and scripts.
+
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::sync::OnceLock;
+
+use rustix::fs::Mode;
+
+/// Takes the right to write from others.
+const OWN: Mode = Mode::from_raw_mode(0o022);
+
+/// The umask that this process was started with.
+static CALLERS: OnceLock<Mode> = OnceLock::new();
+
+/// Sets the umask of this process. To be called first, before there is a second thread: all threads share it.
+pub fn set_own() {
+    let _ = CALLERS.set(rustix::process::umask(OWN));
+}
+
+/// Gives this process the caller's umask back, for the program that it becomes.
+pub(crate) fn restore_callers() {
+    if let Some(callers) = CALLERS.get() {
+        rustix::process::umask(*callers);
+    }
+}
+
+/// Starts `command` with the caller's umask.
+pub(crate) fn with_callers(command: &mut Command) -> &mut Command {
+    match CALLERS.get() {
+        Some(callers) => with(command, *callers),
+        None => command,
+    }
+}
+
+/// Starts `command` with 022: an unpacker takes the modes of directories that no archive names from it.
+pub(crate) fn with_own(command: &mut Command) -> &mut Command {
+    with(command, OWN)
+}
+
+fn with(command: &mut Command, mask: Mode) -> &mut Command {
+    // SAFETY: between fork and exec only umask runs, which cannot fail, allocates nothing and takes no lock.
+    #[allow(unsafe_code)]
+    unsafe {
+        command.pre_exec(move || {
+            rustix::process::umask(mask);
+            Ok(())
+        })
+    }
+}
