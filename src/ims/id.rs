@@ -1,15 +1,26 @@
-//! Ids of jobs and images, which end in URLs, in keys of stores, and in what is deleted.
+//! IDs of jobs and images. They become part of URLs and of keys in stores, and decide what is deleted.
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::{Attempt, Result};
 
-/// A UUID as IMS writes it: lower case, with hyphens. IMS compares ids as text and finds no other spelling.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Id(String);
+/// A UUID as IMS writes it: lower case, with hyphens. IMS compares IDs as text and finds no other spelling.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Id(String);
+
+impl TryFrom<String> for Id {
+    type Error = String;
+
+    fn try_from(text: String) -> std::result::Result<Self, String> {
+        Self::parse(&text).ok_or_else(|| format!("the id is '{text}': expected a UUID"))
+    }
+}
 
 impl Id {
-    /// Takes a UUID and nothing else.
+    /// Parses a UUID; refuses any other text.
     pub(crate) fn parse(text: &str) -> Option<Self> {
         let groups = [8, 4, 4, 4, 12];
         let is_digit = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
@@ -19,13 +30,13 @@ impl Id {
         (fits && parts.next().is_none()).then(|| Self(text.to_owned()))
     }
 
-    /// A new one.
+    /// Generates a random ID.
     pub(crate) fn random() -> Result<Self> {
-        let id = std::fs::read_to_string("/proc/sys/kernel/random/uuid").attempt(|| "make an image's id")?;
+        let id = std::fs::read_to_string("/proc/sys/kernel/random/uuid").attempt(|| "generate an id")?;
         Ok(Self(id.trim().to_owned()))
     }
 
-    /// Its text.
+    /// The ID as text.
     pub(crate) fn as_str(&self) -> &str {
         &self.0
     }

@@ -1,5 +1,7 @@
-//! The Image Management Service, as its clients see it.
+//! The Image Management Service (IMS), as its clients see it.
 
 pub(crate) mod client;
-pub(crate) mod id;
+pub mod id;
 pub(crate) mod place;
+pub(crate) mod problem;
+pub mod records;

@@ -15,6 +15,7 @@ use crate::image::inventory::{Inventory, write_changes};
 use crate::image::kind::{self, Content, Kind};
 use crate::image::packing::{self, Archive};
 use crate::image::unpack::{Overlay, UPPER};
+use crate::ims::client::Ims;
 use crate::local::command_line::CommandLine;
 use crate::local::directory::{self, Held};
 use crate::local::left_over::{clear_left_over, end_left_over};
@@ -23,7 +24,7 @@ use crate::local::register::{self, Entry, goes_on, has_source};
 use crate::local::source;
 use crate::local::work_directory::{ASIDE, WorkDirectory};
 use crate::local::{apply_checks, apply_progress, upper_layer};
-use crate::publish::journal::{self, Journal, Notes};
+use crate::publish::journal::{self, Journal, JournalDirectory};
 use crate::publish::manifest::say_result;
 use crate::publish::prepare::{holds_changes, known, prepare};
 use crate::publish::publication::{Image, Publication};
@@ -203,12 +204,12 @@ impl Job {
     }
 
     /// Refuses to go on with changes of another source; where they would be discarded anyway, drops them.
-    fn refuse_others(&self, work: &Work, settings: &Settings, source: &Source, place: &WorkDirectory) -> Result<()> {
+    fn refuse_others(&self, ims: &Ims, settings: &Settings, source: &Source, place: &WorkDirectory) -> Result<()> {
         if self.in_place {
             return Ok(());
         }
         match known(settings, source, place.files().parent(), &place.path().join(IMAGE_ROOT)) {
-            Err(_) if self.discards => drop_changes(work, settings, place),
+            Err(_) if self.discards => drop_changes(ims, settings, place),
             known => known.map(|_| ()),
         }
     }
@@ -282,6 +283,7 @@ impl Job {
             }
         }
         let work = Work::begin(&settings.network)?;
+        let ims = settings.ims_client(&work);
         if publishes {
             transfer::installed("mksquashfs")?;
             let place = settings.job.parent.join(name_of(&source, &self.source));
@@ -295,9 +297,9 @@ impl Job {
         entry.tell(&[("work", &parent.display().to_string())]);
         end_left_over(&mounted)?;
         if let Some(changed) = changed.filter(|_| apply_progress::has_begun(place.files().parent()).unwrap_or(true)) {
-            self.end_application(entry, &work, &settings, &source, changed, &place)?;
+            self.end_application(entry, &ims, &settings, &source, changed, &place)?;
         }
-        self.check_kept(&work, &settings, &source, &place, root.as_ref())?;
+        self.check_kept(&ims, &settings, &source, &place, root.as_ref())?;
         entry.note(place.files().parent());
         if holds_changes(parent, &mounted) {
             tracing::info!(
@@ -305,7 +307,7 @@ impl Job {
                 parent.display()
             );
         }
-        let notes = Notes::private(place.files(), &settings);
+        let journal = JournalDirectory::private(place.files(), &settings);
         let (files, is_unchanged) = (place.files(), Cell::new(false));
         let opened = Opened {
             job: &self,
@@ -313,7 +315,8 @@ impl Job {
             settings: &settings,
             work: &work,
             files,
-            notes: &notes,
+            ims: &ims,
+            journal: &journal,
             is_unchanged: &is_unchanged,
         };
         let result = opened.carry_out(&source, directory.as_deref(), root.as_ref(), &mounted, session);
@@ -333,7 +336,7 @@ impl Job {
                 Ok(_) => {}
             }
         }
-        opened.publication().give_up(&mut Journal::read(&notes)?)?;
+        opened.publication(&journal).give_up(&mut Journal::read(&journal)?)?;
         place.remove()?;
         let (fate, value) = result?;
         if fate == Fate::Discard {
@@ -358,7 +361,7 @@ impl Job {
     fn end_application(
         &self,
         entry: &Entry,
-        work: &Work,
+        ims: &Ims,
         settings: &Settings,
         source: &Source,
         (directory, root): (&Path, &Tree),
@@ -370,12 +373,12 @@ impl Job {
                 boot::check_named(root, &settings.boot, settings.job.arch())?;
             }
             directory::give_up_changes(directory, root, record)?;
-            return drop_changes(work, settings, place);
+            return drop_changes(ims, settings, place);
         }
         entry.reach(Stage::Applying);
         let applied = apply_progress::is_only_decided(record).and_then(|is_whole| {
             let mounted = place.path().join(IMAGE_ROOT);
-            let overlay = if is_whole { prepare(work, settings, source, None, &mounted)? } else { None };
+            let overlay = if is_whole { prepare(ims.work, settings, source, None, &mounted)? } else { None };
             directory::apply_changes(directory, root, record, overlay)
         });
         applied.map_err(|e| e.advise_also(&self.kept_in(record, entry)))?;
@@ -385,7 +388,7 @@ impl Job {
     /// Puts aside what `--fresh` drops, and refuses to go on with changes to another source, or to a directory that was edited since.
     fn check_kept(
         &self,
-        work: &Work,
+        ims: &Ims,
         settings: &Settings,
         source: &Source,
         place: &WorkDirectory,
@@ -397,10 +400,10 @@ impl Job {
             if has_room(record) {
                 place.put_aside()?;
             } else {
-                drop_changes(work, settings, place)?;
+                drop_changes(ims, settings, place)?;
             }
         }
-        self.refuse_others(work, settings, source, place)?;
+        self.refuse_others(ims, settings, source, place)?;
         if let Some(root) = root.filter(|_| !self.discards && holds_changes(place.path(), &mounted)) {
             apply_checks::refuse_edited(record, &open_tree(&place.path().join(OVERLAY).join(UPPER))?, root)?;
             apply_checks::record_check(record)?;
@@ -497,10 +500,10 @@ pub(crate) fn drop_left(entry: &Value) -> Result<&'static str> {
 }
 
 /// Drops what was changed before, and what was published of it in part.
-fn drop_changes(work: &Work, settings: &Settings, place: &WorkDirectory) -> Result<()> {
-    let notes = Notes::private(place.files(), settings);
-    let mut publication = Publication { work, settings, ims: settings.ims_client(work), notes: &notes };
-    publication.give_up(&mut Journal::read(&notes)?)?;
+fn drop_changes(ims: &Ims, settings: &Settings, place: &WorkDirectory) -> Result<()> {
+    let directory = JournalDirectory::private(place.files(), settings);
+    let publication = Publication { work: ims.work, settings, ims, directory: &directory };
+    publication.give_up(&mut Journal::read(&directory)?)?;
     place.clear()?;
     tracing::info!("dropped what was changed before; beginning anew");
     Ok(())
@@ -541,7 +544,8 @@ struct Opened<'a> {
     settings: &'a Settings,
     work: &'a Work,
     files: &'a SignalFiles,
-    notes: &'a Notes<'a>,
+    ims: &'a Ims<'a>,
+    journal: &'a JournalDirectory<'a>,
     /// True if nothing was changed, and nobody has decided on it.
     is_unchanged: &'a Cell<bool>,
 }
@@ -602,15 +606,12 @@ impl Opened<'_> {
     /// Gives up what was published in part of changes that are put aside, to be dropped.
     fn give_up_aside(&self) -> Result<()> {
         let Some(aside) = SignalFiles::open(&self.files.path().join(ASIDE))? else { return Ok(()) };
-        let notes = Notes::private(&aside, self.settings);
-        let ims = self.settings.ims_client(self.work);
-        let mut publication = Publication { work: self.work, settings: self.settings, ims, notes: &notes };
-        publication.give_up(&mut Journal::read(&notes)?)
+        let directory = JournalDirectory::private(&aside, self.settings);
+        self.publication(&directory).give_up(&mut Journal::read(&directory)?)
     }
 
-    fn publication(&self) -> Publication<'_> {
-        let ims = self.settings.ims_client(self.work);
-        Publication { work: self.work, settings: self.settings, ims, notes: self.notes }
+    fn publication<'a>(&'a self, directory: &'a JournalDirectory) -> Publication<'a> {
+        Publication { work: self.work, settings: self.settings, ims: self.ims, directory }
     }
 
     fn publish(&self, source: &Source, image_root: &Path, overlay: Option<Overlay>) -> Result<()> {
@@ -634,7 +635,7 @@ impl Opened<'_> {
         if let Some(overlay) = overlay {
             overlay.unmount()?;
         }
-        let mut journal = Journal::read(self.notes)?;
+        let mut journal = Journal::read(self.journal)?;
         let size = rootfs.metadata().attempt(|| format!("look at {}", archive.shown()))?.len();
         // An interrupted upload has left its parts there, which take no further space.
         if journal.image.is_none()
@@ -645,7 +646,7 @@ impl Opened<'_> {
         }
         let image = Image { rootfs, boot, debug_kernel: None };
         self.entry.reach(Stage::Uploading);
-        let report = self.publication().publish(&mut journal, image)?;
+        let report = self.publication(self.journal).publish(&mut journal, image)?;
         if job.reports.result {
             say_result(&report);
         }

@@ -11,7 +11,7 @@ use crate::image::packing::{self, Archive};
 use crate::local::directory;
 use crate::local::left_over::{clear_left_over, end_left_over};
 use crate::log::output::say;
-use crate::publish::journal::{Journal, Notes};
+use crate::publish::journal::{Journal, JournalDirectory};
 use crate::publish::manifest::say_result;
 use crate::publish::packed;
 use crate::publish::prepare;
@@ -123,9 +123,10 @@ pub fn upload(
     let image = Image { rootfs, boot: place.boot(settings)?, debug_kernel };
     let work = Work::begin(&settings.network)?;
     let ims = settings.ims_client(&work);
-    let notes = Notes::new(&place.files, settings);
-    let mut journal = Journal::read(&notes)?;
-    let report = Publication { work: &work, settings, ims, notes: &notes }.publish(&mut journal, image)?;
+    let directory = JournalDirectory::new(&place.files, settings);
+    let mut journal = Journal::read(&directory)?;
+    let report =
+        Publication { work: &work, settings, ims: &ims, directory: &directory }.publish(&mut journal, image)?;
     say_result(&report);
     Ok(0)
 }

@@ -14,13 +14,14 @@ use crate::image::boot;
 use crate::image::exclude::Pattern;
 use crate::image::inventory::write_changes;
 use crate::image::packing::{self, Archive};
-use crate::ims::client::{Ims, Status};
+use crate::ims::client::Ims;
 use crate::ims::id::Id;
+use crate::ims::records::{self, Status};
 use crate::jail::resolv_conf::{RESOLV_CONF, of_container};
 use crate::jailer::resolv_conf::{self, ENVIRONMENT, SIDECAR};
 use crate::job::Action;
 use crate::pod::pod_files;
-use crate::publish::journal::{Journal, Notes, Phase};
+use crate::publish::journal::{Journal, JournalDirectory, Phase};
 use crate::publish::manifest::say_result;
 use crate::publish::packed;
 use crate::publish::publication::{Image, Publication};
@@ -97,6 +98,7 @@ pub fn run(
         }
     };
     let work = Work::begin(&settings.network)?;
+    let ims = settings.ims_client(&work);
     let files = refusal.map_or(Ok(()), Err).and_then(|()| {
         let files = SignalFiles::open(&settings.job.parent)?;
         files.ok_or_else(|| {
@@ -115,24 +117,23 @@ pub fn run(
             {
                 close_environment(&files);
             }
-            return conclude(&work, settings.ims_client(&work), Err(error), false);
+            return conclude(&work, &ims, Err(error), false);
         }
     };
     // Another sidecar on this volume tells IMS of the job; this one must not.
     let _claim = files.claim_for_sidecar()?;
     let mut live = || {
-        let notes = Notes::new(&files, &settings);
-        let journal = Journal::read(&notes)?;
-        let ims = settings.ims_client(&work);
+        let directory = JournalDirectory::new(&files, &settings);
+        let journal = Journal::read(&directory)?;
         let mut sidecar = Sidecar {
             work: &work,
             settings: &settings,
             places,
             files: &files,
             old: [None; 2],
-            notes: &notes,
+            directory: &directory,
             journal,
-            ims,
+            ims: &ims,
             has_published: false,
         };
         sidecar.old = sidecar.stamps();
@@ -157,7 +158,7 @@ pub fn run(
             "what has failed can be done again: 'ims-sshd sidecar' goes on where it was, without another session"
         );
     }
-    conclude(&work, settings.ims_client(&work), result, is_told)
+    conclude(&work, &ims, result, is_told)
 }
 
 /// Marks the image failed for an environment that waits for `ready`, or is open: nobody is there who would publish it.
@@ -173,7 +174,7 @@ fn close_environment(files: &SignalFiles) {
 }
 
 /// Whatever goes wrong, IMS hears of it, and whoever started this. A job that may be known as a success keeps its status.
-fn conclude(work: &Work, mut ims: Ims, result: Result<u8>, is_told: bool) -> Result<u8> {
+fn conclude(work: &Work, ims: &Ims, result: Result<u8>, is_told: bool) -> Result<u8> {
     let error = match work.unless_interrupted(result) {
         Err(error) => error,
         done => return done,
@@ -193,9 +194,9 @@ struct Sidecar<'a> {
     files: &'a SignalFiles,
     /// `failed` and `exiting` as they stood before.
     old: [Option<Stamp>; 2],
-    notes: &'a Notes<'a>,
+    directory: &'a JournalDirectory<'a>,
     journal: Journal,
-    ims: Ims<'a>,
+    ims: &'a Ims<'a>,
     /// Set once a publication was tried.
     has_published: bool,
 }
@@ -208,9 +209,9 @@ impl<'a> Sidecar<'a> {
             return Ok(code);
         }
         if let Some(job) = self.ims.job()? {
-            match job["status"].as_str() {
-                Some("success") => return self.published_before(&job),
-                Some("error") => {
+            match job.status {
+                Status::Success => return self.published_before(&job),
+                Status::Error => {
                     return Err(Error::new("publish the image")
                         .because("the job's status is error already")
                         .advise("start a new job"));
@@ -257,7 +258,7 @@ impl<'a> Sidecar<'a> {
                 pod_files::put_authorities(image_root, &self.places.authorities)?;
             }
             self.journal.phase = Phase::Packing;
-            self.journal.write(self.notes)?;
+            self.journal.write(self.directory)?;
         } else if wants_shell && !self.files.stands(EXITING)? && !self.files.stands(READY)? {
             // The environment of a pod that has begun again, in which nothing is left to do.
             tracing::info!("the image was marked complete before: publishing it, without another session");
@@ -295,7 +296,7 @@ impl<'a> Sidecar<'a> {
         self.publication().give_up(&mut self.journal)?;
         self.ims.set_status(Status::Error)?;
         self.journal.phase = Phase::Failed;
-        self.journal.write(self.notes)?;
+        self.journal.write(self.directory)?;
         Ok(Self::say_failed(action))
     }
 
@@ -324,13 +325,12 @@ impl<'a> Sidecar<'a> {
             tracing::info!("the job has ended before: {FAILED}; {again}");
             if self.journal.image.is_some() || self.journal.request.is_some() {
                 self.publication().give_up(&mut self.journal)?;
-                self.journal.write(self.notes)?;
+                self.journal.write(self.directory)?;
             }
             return Ok(Some(Self::say_failed(action)));
         }
         if let Some(link) = &self.journal.link {
-            let place = link["path"].as_str().unwrap_or_default();
-            tracing::info!("the job has ended before: its image is published, {place}; {again}");
+            tracing::info!("the job has ended before: its image is published, {}; {again}", link.path);
             say_result(&json!({ "ims_image_record": { "link": link }, "result": "success" }));
         } else {
             let archive = self.files.path().join(self.settings.archive());
@@ -341,22 +341,22 @@ impl<'a> Sidecar<'a> {
     }
 
     /// A job that IMS calls a success. Its answer alone proves nothing, and the volume may be new: the image is looked at.
-    fn published_before(&mut self, job: &Value) -> Result<u8> {
+    fn published_before(&mut self, job: &records::Job) -> Result<u8> {
         // Whatever is found, the status stays, and nothing of the image is rolled back.
         self.journal.is_told = true;
         let refused = |why: &dyn std::fmt::Display| {
             let refused = Error::new("take the job as published, though its status in IMS is success").because(why);
             refused.advise("nothing is changed; see what answers at IMS_URL, and start a new job for another image")
         };
-        let image = job["resultant_image_id"].as_str().and_then(Id::parse);
+        let image = job.resultant_image_id.as_deref().and_then(Id::parse);
         let image = image.ok_or_else(|| refused(&"its record names no image (resultant_image_id)"))?;
-        let mut publication = self.publication();
+        let publication = self.publication();
         let record = self.work.unless_interrupted(publication.look_at(&image)).map_err(|e| refused(&e))?;
         if !self.files.stands(EXITING)? && !self.files.stands(READY)? {
             // The environment of a pod that has begun again, in which nothing is left to do.
             self.files.mark_instead_of_ready(Verdict::Complete)?;
         }
-        let place = record["link"]["path"].as_str().unwrap_or_default();
+        let place = record.link.as_ref().map_or("", |link| &link.path);
         tracing::info!("the job's image was published before: {place}; nothing is done");
         if self.journal.image == Some(image) {
             publication.end(&mut self.journal, Phase::Published)?;
@@ -440,7 +440,7 @@ impl<'a> Sidecar<'a> {
             image_root::remove_old_marks(image_root)?;
         }
         self.journal.phase = Phase::Ready;
-        self.journal.write(self.notes)?;
+        self.journal.write(self.directory)?;
         self.files.touch(READY)?;
         tracing::info!("'{READY}': the environment may open");
         Ok(true)
@@ -566,7 +566,7 @@ impl<'a> Sidecar<'a> {
         let rootfs = if is_transferred {
             // Noted before it is renamed: from then on nothing but this tells that there is no image root.
             self.journal.phase = Phase::Packed;
-            self.journal.write(self.notes)?;
+            self.journal.write(self.directory)?;
             parent.rename(TRANSFER, archive.name).attempt(|| format!("rename {TRANSFER}"))?;
             tracing::info!("{TRANSFER} is what a remote job has packed: published as it is");
             archive.open_squashfs()?
@@ -581,7 +581,7 @@ impl<'a> Sidecar<'a> {
                 tracing::warn!("{error}; the image is published all the same");
             }
             self.journal.phase = Phase::Packed;
-            self.journal.write(self.notes)?;
+            self.journal.write(self.directory)?;
             packed
         } else {
             // Packed before a restart: what has the name by now may be another file.
@@ -612,7 +612,6 @@ impl<'a> Sidecar<'a> {
     }
 
     fn publication(&self) -> Publication<'a> {
-        let ims = self.settings.ims_client(self.work);
-        Publication { work: self.work, settings: self.settings, ims, notes: self.notes }
+        Publication { work: self.work, settings: self.settings, ims: self.ims, directory: self.directory }
     }
 }

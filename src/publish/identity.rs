@@ -9,7 +9,8 @@ use std::time::{Duration, SystemTime};
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use ring::digest;
-use serde_json::{Value, json};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
 
 use crate::error::{Attempt, Error, Result};
 use crate::image::kind::{Content, Opened};
@@ -32,7 +33,7 @@ const LIMIT: u64 = 64 << 10;
 const END: u64 = 64 << 10;
 
 /// Properties that tell a source from another.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Identity {
     /// Path, or URL without its signature.
     source: String,
@@ -43,7 +44,8 @@ pub(crate) struct Identity {
     modified: Option<String>,
     /// Digest of the ends of a file; inode number and birth time of a directory.
     content: String,
-    /// Time at which it was recorded.
+    /// Time at which it was recorded: that of the record's file.
+    #[serde(skip)]
     recorded: Option<String>,
 }
 
@@ -183,28 +185,17 @@ impl<'a> Record<'a> {
             Some(seal) => seal.open(KIND, &text)?,
             None => &text,
         };
-        let fields: Value = serde_json::from_str(line).ok()?;
-        let text = |name: &str| fields[name].as_str().map(str::to_owned);
+        let identity: Identity = serde_json::from_str(line).ok()?;
         let written = self.volume.look(SOURCE).ok()?.and_then(|found| u64::try_from(found.st_mtime).ok());
         let written = written.map(|seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds));
-        Some(Identity {
-            source: text("source")?,
-            sums: text("sums"),
-            size: fields["size"].as_u64()?,
-            modified: text("modified"),
-            content: text("content")?,
-            recorded: written.map(|time| humantime::format_rfc3339_seconds(time).to_string()),
-        })
+        let recorded = written.map(|time| humantime::format_rfc3339_seconds(time).to_string());
+        Some(Identity { recorded, ..identity })
     }
 
     /// Writes it down.
     pub(crate) fn write(&self, identity: &Identity) -> Result<()> {
-        let Identity { source, sums, size, modified, content, recorded: _ } = identity;
-        let fields = json!({
-            "source": source, "sums": sums, "size": size, "modified": modified, "content": content,
-        });
-        let line =
-            self.seal.as_ref().map_or_else(|| format!("{fields}\n"), |seal| seal.line(KIND, &fields.to_string()));
+        let text = json!(identity).to_string();
+        let line = self.seal.as_ref().map_or_else(|| format!("{text}\n"), |seal| seal.line(KIND, &text));
         let attempted = || format!("write {}/{SOURCE}", self.volume.shown().display());
         self.volume.replace(SOURCE, line.as_bytes()).attempt(attempted)
     }

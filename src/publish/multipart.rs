@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use tokio::task::JoinSet;
 
 use crate::error::{Attempt, Error, Result};
-use crate::publish::journal::{MOST_PARTS, Notes, Upload};
+use crate::publish::journal::{JournalDirectory, MOST_PARTS, Upload};
 use crate::store::error::cause;
 use crate::store::place::Place;
 use crate::store::{Description, Store};
@@ -26,7 +26,7 @@ pub(crate) struct Sender<'a> {
     /// What opens another one.
     pub(crate) settings: &'a Place,
     /// Where it is noted.
-    pub(crate) notes: &'a Notes<'a>,
+    pub(crate) directory: &'a JournalDirectory<'a>,
 }
 
 /// What is sent.
@@ -63,7 +63,7 @@ impl Sender<'_> {
                 }
             });
             if sent? {
-                return Upload::clear(self.notes);
+                return Upload::clear(self.directory);
             }
             self.forget()?;
         }
@@ -73,9 +73,9 @@ impl Sender<'_> {
     /// space all the same.
     fn noted(&self, object: &Large) -> Result<Option<Upload>> {
         let url = self.store.url_of(object.place);
-        match Upload::read(self.notes)? {
+        match Upload::read(self.directory)? {
             Some(upload) if upload.url == url && upload.md5 == object.md5 && upload.part == part_of(object.size) => {
-                upload.write(self.notes)?;
+                upload.write(self.directory)?;
                 Ok(Some(upload))
             }
             _ => self.forget().map(|()| None),
@@ -93,7 +93,7 @@ impl Sender<'_> {
 
     /// Aborts the recorded upload. One in another store is aborted with the keys of this one, which are good for all buckets of a server.
     pub(crate) fn abort(&self) -> Result<()> {
-        let Some(upload) = Upload::read(self.notes)? else { return Ok(()) };
+        let Some(upload) = Upload::read(self.directory)? else { return Ok(()) };
         let attempted = format!("abort the unfinished upload of {}", upload.url);
         let url = upload.url.strip_suffix(&upload.place).map(str::to_owned);
         let store = Store::open(&Place { url, ..self.settings.clone() }, &self.work.network)?;
@@ -101,7 +101,7 @@ impl Sender<'_> {
         self.work.wait(retry(limit, &attempted, async || {
             store.abort(&upload.place, &upload.id).await.map_err(|e| Fault::Transient(cause(&e)))
         }))?;
-        Upload::clear(self.notes)
+        Upload::clear(self.directory)
     }
 
     /// What the store refuses of one upload, because it has forgotten it, it may take of another.
@@ -114,7 +114,7 @@ impl Sender<'_> {
                 let id = self.store.begin(object.place, object.description).await.map_err(told)?;
                 let (url, place) = (self.store.url_of(object.place), object.place.to_owned());
                 let begun = Upload { url, place, md5: object.md5.to_owned(), part, id, parts: Vec::new() };
-                begun.write(self.notes)?;
+                begun.write(self.directory)?;
                 begun
             }
         };
@@ -143,7 +143,7 @@ impl Sender<'_> {
                 sending.spawn(async move { (number, length, sent.await) });
             } else if let Some(ended) = sending.join_next().await {
                 let (number, length, mark) = ended.attempt(|| "send a part")?;
-                upload.add(self.notes, number, &mark.map_err(told)?)?;
+                upload.add(self.directory, number, &mark.map_err(told)?)?;
                 progress.add(length);
             } else {
                 break;

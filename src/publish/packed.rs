@@ -1,11 +1,12 @@
-//! Which image root a packed image was made of: published with the kernel and initrd of another one, it would not boot. The record is no
-//! proof, since whoever can write to its directory can replace the packed image as well.
+//! Record of the image root that an image was packed from: with another one's kernel and initrd, the image would not
+//! boot. The record is no proof: whoever can write to its directory can also replace the packed image.
 
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 
-use serde_json::{Value, json};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
 
 use crate::error::{Attempt, Error, Result};
 use crate::image::packing::Archive;
@@ -14,43 +15,50 @@ use crate::volume::layout::PACKED;
 
 const LIMIT: u64 = 64 << 10;
 
-/// Records in the directory `notes` that `packed`, which is `archive`, was made of `image_root`.
-pub(crate) fn record(notes: &Tree, archive: &Archive, packed: &File, image_root: &Tree) -> Result<()> {
-    let attempted = || format!("write {}", notes.shown().join(PACKED).display());
-    let fields = json!({
-        "name": archive.name,
-        "archive": archive_identity(packed).attempt(attempted)?,
-        "image_root": root_identity(image_root).attempt(attempted)?.0,
-    });
-    notes.replace(PACKED, format!("{fields}\n").as_bytes()).attempt(attempted)
+#[derive(Serialize, Deserialize)]
+struct Record {
+    name: String,
+    archive: String,
+    image_root: String,
 }
 
-/// Refuses to publish `packed`, which is `archive`, with what `image_root` boots by, if it was made of another image root. One without a
-/// record, which may have been packed by another program, must not be older than the image root.
-pub(crate) fn check(notes: &Tree, archive: &Archive, packed: &File, image_root: &Tree) -> Result<()> {
+/// Records in `directory` that `packed`, which is `archive`, was packed from `image_root`.
+pub(crate) fn record(directory: &Tree, archive: &Archive, packed: &File, image_root: &Tree) -> Result<()> {
+    let attempted = || format!("write {}", directory.shown().join(PACKED).display());
+    let record = Record {
+        name: archive.name.to_owned(),
+        archive: archive_identity(packed).attempt(attempted)?,
+        image_root: root_identity(image_root).attempt(attempted)?.0,
+    };
+    directory.replace(PACKED, format!("{}\n", json!(record)).as_bytes()).attempt(attempted)
+}
+
+/// Refuses to publish `packed`, which is `archive`, with the boot files of `image_root` if it was packed from another
+/// image root. Without a record, as another program leaves it, `packed` must not be older than the image root.
+pub(crate) fn check(directory: &Tree, archive: &Archive, packed: &File, image_root: &Tree) -> Result<()> {
     let attempted = || format!("publish {} with the kernel of {}", archive.shown(), image_root.shown().display());
     let refused = |why| {
         let advice = "'ims-sshd package' packs this image root";
         Err(Error::new(attempted()).because(why).advise(advice))
     };
     let (root, made) = root_identity(image_root).attempt(attempted)?;
-    let recorded = read(notes).filter(|record| archive_identity(packed).is_ok_and(|found| record["archive"] == found));
+    let recorded = read(directory).filter(|record| archive_identity(packed).is_ok_and(|found| record.archive == found));
     match recorded {
-        Some(record) if record["image_root"] == root => Ok(()),
-        Some(_) => refused("it was packed of another image root"),
+        Some(record) if record.image_root == root => Ok(()),
+        Some(_) => refused("it was packed from another image root"),
         None if written(packed).attempt(attempted)? < made => refused("it was written before the image root was made"),
         None => Ok(()),
     }
 }
 
-/// Name of the file that was packed last, as recorded in its own directory `notes`.
-pub(crate) fn name(notes: &Tree) -> Option<String> {
-    let name = read(notes)?["name"].as_str()?.to_owned();
+/// Name of the file in `directory` that was packed last.
+pub(crate) fn name(directory: &Tree) -> Option<String> {
+    let name = read(directory)?.name;
     (!name.is_empty() && !name.starts_with('.') && !name.contains('/')).then_some(name)
 }
 
-fn read(notes: &Tree) -> Option<Value> {
-    serde_json::from_slice(&notes.read(PACKED, LIMIT).ok()?).ok()
+fn read(directory: &Tree) -> Option<Record> {
+    serde_json::from_slice(&directory.read(PACKED, LIMIT).ok()?).ok()
 }
 
 fn archive_identity(file: &File) -> io::Result<String> {
@@ -63,7 +71,7 @@ fn written(file: &File) -> io::Result<(i64, u32)> {
     Ok((found.mtime(), u32::try_from(found.mtime_nsec()).unwrap_or(0)))
 }
 
-/// An image root's identity, and the time at which it was made; 1970 where the file system keeps none.
+/// Identity of an image root, and its birth time; 1970 if the file system keeps none.
 fn root_identity(root: &Tree) -> io::Result<(String, (i64, u32))> {
     let (inode, made) = inode_and_birth(root)?;
     Ok((format!("{inode} {}.{}", made.0, made.1), made))

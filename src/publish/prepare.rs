@@ -10,7 +10,7 @@ use crate::image::inventory::Inventory;
 use crate::image::kind::{Content, Kind, Opened};
 use crate::image::layers::layers;
 use crate::image::unpack::{LOWER, Overlay, unpack};
-use crate::ims::client::Status;
+use crate::ims::records::Status;
 use crate::publish::download;
 use crate::publish::identity::{Identity, Record};
 use crate::publish::journal;
@@ -52,7 +52,7 @@ pub fn run(settings: &Settings, source: &str, open: Open, is_fresh: bool) -> Res
         check_directory(path, &settings.job.parent)?;
     }
     let work = Work::begin(&settings.network)?;
-    let mut ims = settings.ims_client(&work);
+    let ims = settings.ims_client(&work);
     let result = ims.set_status(Status::FetchingImage).and_then(|_| {
         let image_root = settings.job.parent.join(settings.job.image_root());
         make_parent(&settings.job.parent)?;

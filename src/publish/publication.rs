@@ -1,4 +1,4 @@
-//! Artifacts go to the store, the manifest last, and the image is registered.
+//! Publishing: uploads the files of an image, its manifest last, and registers the image in IMS.
 
 use std::fs::File;
 use std::future::Future;
@@ -6,14 +6,15 @@ use std::os::unix::fs::FileExt;
 use std::time::SystemTime;
 
 use md5::{Digest, Md5};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::error::{Attempt, Error, Result};
 use crate::image::boot::{BootFile, BootFiles};
-use crate::ims::client::{Ims, Status, id_of};
+use crate::ims::client::Ims;
 use crate::ims::id::Id;
-use crate::publish::journal::{Journal, Notes, Phase, Upload};
-use crate::publish::manifest::{self, Artifact, Identity};
+use crate::ims::records::{self, Artifact, Link, Status};
+use crate::publish::journal::{Journal, JournalDirectory, Phase, Upload};
+use crate::publish::manifest::{self, Identity};
 use crate::publish::multipart::{Large, PART, Sender};
 use crate::publish::settings::Settings;
 use crate::store::error::cause;
@@ -21,7 +22,7 @@ use crate::store::{Description, MD5, Owner, Store};
 use crate::transfer::Work;
 use crate::transfer::checksum::md5_of;
 
-/// Keys below the image's, with their types.
+/// Keys below the image's ID, and their media types.
 const ROOTFS: (&str, &str) = ("rootfs", "application/vnd.cray.image.rootfs.squashfs");
 const KERNEL: (&str, &str) = ("kernel", "application/vnd.cray.image.kernel");
 const INITRD: (&str, &str) = ("initrd", "application/vnd.cray.image.initrd");
@@ -29,20 +30,20 @@ const DEBUG_KERNEL: (&str, &str) = ("debug_kernel", "application/vnd.cray.image.
 const PARAMETERS: (&str, &str) = ("boot_parameters", "application/vnd.cray.image.parameters.boot");
 const MANIFEST: (&str, &str) = ("manifest.json", "application/json");
 
-/// All that can be of an image.
+/// All keys that an image can have.
 const KEYS: [&str; 6] = [ROOTFS.0, KERNEL.0, INITRD.0, DEBUG_KERNEL.0, PARAMETERS.0, MANIFEST.0];
 
-/// What is published.
+/// An image to publish.
 pub(crate) struct Image {
     /// The packed image.
     pub(crate) rootfs: File,
-    /// What boots it; nothing of one that is never booted.
+    /// Kernel, initrd and parameters; `None` for an image that is never booted.
     pub(crate) boot: Option<BootFiles>,
     /// The kernel with its symbols.
     pub(crate) debug_kernel: Option<File>,
 }
 
-/// One file of it.
+/// One file of an image.
 struct Piece {
     key: &'static str,
     media_type: &'static str,
@@ -51,50 +52,49 @@ struct Piece {
     size: u64,
 }
 
-/// Where it is published, and what is noted of it.
+/// Publishes an image, and rolls back one that was published in part.
 pub(crate) struct Publication<'a> {
-    /// Servers.
+    /// Sends requests.
     pub(crate) work: &'a Work,
     /// The variables.
     pub(crate) settings: &'a Settings,
-    /// Registers it.
-    pub(crate) ims: Ims<'a>,
-    /// Where the journal is.
-    pub(crate) notes: &'a Notes<'a>,
+    /// Client of IMS.
+    pub(crate) ims: &'a Ims<'a>,
+    /// Directory of the journal.
+    pub(crate) directory: &'a JournalDirectory<'a>,
 }
 
-/// A size for people.
+/// Size in KiB or MiB, for messages.
 fn in_words(bytes: u64) -> String {
     let (unit, name) = if bytes < 1 << 20 { (1_u64 << 10, "KiB") } else { (1 << 20, "MiB") };
     format!("{} {name}", bytes.div_ceil(unit))
 }
 
 impl Publication<'_> {
-    /// Uploads and registers `image`, and returns what is printed of it. What fails is rolled back.
-    pub(crate) fn publish(&mut self, journal: &mut Journal, image: Image) -> Result<Value> {
+    /// Uploads and registers `image`, and returns the report to print. Rolls back on failure.
+    pub(crate) fn publish(&self, journal: &mut Journal, image: Image) -> Result<Value> {
         let store = Store::open(&self.settings.store, &self.work.network)?;
         let mut is_published = false;
         let result = self.pieces(image).and_then(|pieces| {
             is_published = self.forget_published(&store, journal, &pieces)?;
             self.carry_out(&store, journal, &pieces, is_published)
         });
-        let noted = match &result {
-            Err(_) if journal.is_told || is_published => journal.write(self.notes),
+        let recorded = match &result {
+            Err(_) if journal.is_told || is_published => journal.write(self.directory),
             Err(_) if self.roll_back(&store, journal) => self.begin_again(journal),
-            // What is left is known to the next run.
-            Err(_) => journal.write(self.notes),
-            // A published image stays published, even if the record of it was replaced.
+            // The next run rolls back what is left.
+            Err(_) => journal.write(self.directory),
+            // Even if this cannot be recorded, the image stays published.
             Ok(_) => self.end(journal, Phase::Published),
         };
-        if let Err(error) = noted {
+        if let Err(error) = recorded {
             tracing::warn!("{error}");
         }
         result
     }
 
-    /// Rolls back what an earlier run has published in part that was killed, where nothing more is published. What cannot be rolled back
-    /// stays in the journal.
-    pub(crate) fn give_up(&mut self, journal: &mut Journal) -> Result<()> {
+    /// Rolls back what an earlier run, which was killed, published in part. The journal keeps what cannot be rolled back.
+    pub(crate) fn give_up(&self, journal: &mut Journal) -> Result<()> {
         if journal.image.is_none() && journal.request.is_none() || journal.is_told {
             return Ok(());
         }
@@ -105,36 +105,37 @@ impl Publication<'_> {
             return Ok(());
         }
         journal.forget_image();
-        self.notes.clear()
+        self.directory.clear()
     }
 
-    /// Forgets what was rolled back, and not that the environment has ended: a sidecar that is run again publishes its image.
+    /// Removes what was rolled back from the journal, but keeps that the environment has ended: the next run of the
+    /// sidecar publishes its image.
     fn begin_again(&self, journal: &mut Journal) -> Result<()> {
         journal.forget_image();
         if journal.phase < Phase::Packing {
-            return self.notes.clear();
+            return self.directory.clear();
         }
-        Upload::clear(self.notes)?;
-        journal.write(self.notes)
+        Upload::clear(self.directory)?;
+        journal.write(self.directory)
     }
 
-    /// Records that a job has ended; outside a job nothing stays recorded.
+    /// Records that the sidecar has ended; without a sidecar, removes the journal.
     pub(crate) fn end(&self, journal: &mut Journal, phase: Phase) -> Result<()> {
         let link = journal.link.take();
         journal.forget_image();
         if journal.phase < Phase::Packing {
-            return self.notes.clear();
+            return self.directory.clear();
         }
         (journal.phase, journal.link) = (phase, link);
-        Upload::clear(self.notes)?;
-        journal.write(self.notes)
+        Upload::clear(self.directory)?;
+        journal.write(self.directory)
     }
 
-    /// Forgets an image that is whole, unless it is made of `pieces`: then it is the one that is to be published, and nothing is left to do
-    /// to it. Without an IMS its manifest says that it is whole, which comes last. Notes of that time, put back by somebody, make it neither
-    /// overwritten nor deleted. Returns whether it is the one.
+    /// Without an IMS, an image whose manifest is in the store is complete, since the manifest is uploaded last. Returns
+    /// whether it consists of `pieces`, so that it need not be uploaded again. Any other is removed from the journal:
+    /// somebody may have restored an old journal, and the image must be neither overwritten nor deleted.
     fn forget_published(&self, store: &Store, journal: &mut Journal, pieces: &[Piece]) -> Result<bool> {
-        // An image of a directory is not published before it has its name, and has left its id's place then.
+        // In a directory, an image is renamed from its ID to its name when it is complete.
         let is_asked = !self.ims.is_there() && !self.is_named(store);
         let Some(id) = journal.image.clone().filter(|_| is_asked) else { return Ok(false) };
         let manifest = format!("{id}/{}", MANIFEST.0);
@@ -156,17 +157,11 @@ impl Publication<'_> {
         Ok(is_same)
     }
 
-    fn carry_out(
-        &mut self,
-        store: &Store,
-        journal: &mut Journal,
-        pieces: &[Piece],
-        is_published: bool,
-    ) -> Result<Value> {
+    fn carry_out(&self, store: &Store, journal: &mut Journal, pieces: &[Piece], is_published: bool) -> Result<Value> {
         let (mut record, is_new) = self.register(journal)?;
-        let id = id_of(&record).ok_or_else(|| Error::new("publish the image").because("its record has no id"))?;
+        let id = record.id.clone();
         if !self.is_place_ours(store, &id, is_new)? {
-            // And nothing of it is deleted.
+            // Nothing of it is deleted either.
             journal.forget_image();
             let upload = Error::new(format!("upload to {}", store.url_of(id.as_str())));
             return Err(upload
@@ -174,47 +169,48 @@ impl Publication<'_> {
                 .advise("nothing was written; see who publishes there, and delete the image's record by hand"));
         }
         let mut described = store.shown(id.as_str());
-        let artifacts = if let Some(link) = journal.link.as_ref().filter(|_| !record["link"].is_null()) {
-            // An earlier run got as far as this: all is uploaded. Its record was compared with the journal.
+        let artifacts = if let Some(link) = journal.link.as_ref().filter(|_| record.link.is_some()) {
+            // An earlier run uploaded everything. The record was compared with the journal.
             self.check_manifest(store, &id, link)?;
             Vec::new()
         } else {
             let (artifacts, link, uploaded) = self.upload(store, &id, pieces, is_published)?;
             described = uploaded;
             journal.link = Some(link.clone());
-            journal.write(self.notes)?;
-            record = self.ims.link_image(&id, &link)?.unwrap_or_else(|| self.local_record(&id, &link));
+            journal.write(self.directory)?;
+            record = self.ims.link_image(&id, &link)?.unwrap_or_else(|| self.local_record(id.clone(), Some(link)));
             artifacts
         };
         let job = self.ims.set_resultant_image(&id)?;
         let ended = self.tell_success(journal, &id)?;
         tracing::info!("the image is {described}");
         Ok(json!({
-            "ims_image_artifacts": artifacts.iter().map(Artifact::entry).collect::<Vec<_>>(),
+            "ims_image_artifacts": artifacts,
             "ims_image_record": record,
-            "ims_job_record": ended.or(job).unwrap_or_else(|| json!({})),
+            "ims_job_record": ended.or(job).map_or_else(|| json!({}), |job| json!(job)),
             "result": "success",
         }))
     }
 
-    /// Tells IMS last, which ends the job, its volume and this pod. Nothing may be rolled back once IMS knows, whatever signal comes.
-    /// Returns the job's record.
-    fn tell_success(&mut self, journal: &mut Journal, id: &Id) -> Result<Option<Value>> {
+    /// Sets the job's status to success, last: that ends the job, its volume and this pod. Once IMS may know it, nothing
+    /// is rolled back, even after a signal. Returns the job's record.
+    fn tell_success(&self, journal: &mut Journal, id: &Id) -> Result<Option<records::Job>> {
         if self.settings.job.id.is_none() || !self.ims.is_there() {
             return Ok(None);
         }
         journal.is_told = true;
-        journal.write(self.notes).inspect_err(|_| journal.is_told = false)?;
-        // A signal shortens the wait.
+        journal.write(self.directory).inspect_err(|_| journal.is_told = false)?;
+        // From here on, a signal only shortens the wait.
         self.work.roll_back();
         let refused = match self.ims.set_status(Status::Success) {
             Ok(job) => return Ok(job),
             Err(refused) => refused,
         };
-        // Of a job that has ended it is refused, though it be the same: the answer to an earlier try may have been lost.
+        // IMS refuses any status change of a finished job, even to the same status. The answer to an earlier attempt may
+        // have been lost.
         let unknown = match self.ims.job() {
-            Ok(Some(job)) if job["status"] == Status::Success.name() => return Ok(Some(job)),
-            // A try that a signal has cut off may still be carried out.
+            Ok(Some(job)) if job.status == Status::Success => return Ok(Some(job)),
+            // A request that a signal cut off may still be carried out.
             Ok(_) if self.work.is_in_a_hurry() => refused,
             Ok(_) => {
                 journal.is_told = false;
@@ -231,36 +227,34 @@ impl Publication<'_> {
             .advise("run the same again on this volume, which asks IMS and goes on; without the volume see the job's status in IMS"))
     }
 
-    /// Looks at an image that IMS says a job has published, and returns its record.
-    pub(crate) fn look_at(&mut self, id: &Id) -> Result<Value> {
+    /// Verifies an image that IMS names as the result of a job: its record and its manifest must exist and match.
+    pub(crate) fn look_at(&self, id: &Id) -> Result<records::Image> {
         let attempted = || Error::new(format!("look at image {id}"));
         let record = self.ims.image(id)?.ok_or_else(|| attempted().because("it has no record in IMS"))?;
-        let link = &record["link"];
-        if link.is_null() {
-            return Err(attempted().because("its record has no link"));
-        }
-        if let Some(why) = Ims::difference(&record, id, None, Some(link)) {
+        let Some(link) = &record.link else { return Err(attempted().because("its record has no link")) };
+        if let Some(why) = record.difference(id, None, Some(link)) {
             return Err(attempted().because(why));
         }
         let store = Store::open(&self.settings.store, &self.work.network)?;
         let manifest = format!("{id}/{}", MANIFEST.0);
         let url = store.url_of(&manifest);
         let (etag, _) = self.wait(&format!("look at {url}"), store.head(&manifest))?;
-        if link["path"] != url || link["etag"] != etag {
+        if link.path != url || link.etag != etag {
             return Err(attempted().because(format!("its link is {link}, and the store has {url}, ETag {etag}")));
         }
         Ok(record)
     }
 
-    /// The new image's record; one that an earlier run has made is found again. Tells whether nothing can have been uploaded for it yet.
-    fn register(&mut self, journal: &mut Journal) -> Result<(Value, bool)> {
+    /// Creates the image's record, or finds the one that an earlier run created. The flag says whether nothing can have
+    /// been uploaded for it yet.
+    fn register(&self, journal: &mut Journal) -> Result<(records::Image, bool)> {
         let name = &self.settings.name;
         if !self.ims.is_there() {
             let is_new = journal.image.is_none();
             let id = journal.image.take().map_or_else(Id::random, Ok)?;
             journal.image = Some(id.clone());
-            journal.write(self.notes)?;
-            return Ok((json!({ "id": id.as_str(), "name": name, "arch": self.settings.job.arch() }), is_new));
+            journal.write(self.directory)?;
+            return Ok((self.local_record(id, None), is_new));
         }
         if let Some(id) = &journal.image
             && let Some(record) = self.ims.image(id)?
@@ -276,7 +270,7 @@ impl Publication<'_> {
         let record = match asked_before {
             Some(record) => record,
             None => {
-                journal.write(self.notes)?;
+                journal.write(self.directory)?;
                 let made = self.ims.create_image(name, self.settings.job.arch(), &request);
                 if made.is_err() && is_new && !self.ims.has_asked() {
                     journal.request = None;
@@ -284,43 +278,39 @@ impl Publication<'_> {
                 made?
             }
         };
-        // No record that is refused is deleted.
+        // A refused record is not deleted.
         self.ims.refuse_foreign(&record, name, &request).inspect_err(|_| journal.request = None)?;
-        let Some(id) = id_of(&record) else {
-            return Err(Error::new(format!("register the image '{name}'"))
-                .because(format!("the id of its record is {}: expected a UUID", record["id"])));
-        };
-        journal.image = Some(id.clone());
+        journal.image = Some(record.id.clone());
         if !self.ims.takes_metadata() {
-            // No record tells of it.
+            // No record names the request.
             journal.request = None;
         }
-        journal.write(self.notes)?;
-        tracing::info!(image = id.as_str(), "registered the image '{name}' in IMS");
+        journal.write(self.directory)?;
+        tracing::info!(image = record.id.as_str(), "registered the image '{name}' in IMS");
         Ok((record, true))
     }
 
-    /// What of a record cannot be of the image `id` that this job has begun. One that is linked is published: a job ends with it, so that
-    /// without a job it is done.
-    fn difference(&self, record: &Value, id: &Id, journal: &Journal) -> Option<String> {
+    /// Why a record is not that of the image `id` that this job began; `None` if it may be. Outside a job, a record with
+    /// a link is that of an image whose publication has ended.
+    fn difference(&self, record: &records::Image, id: &Id, journal: &Journal) -> Option<String> {
         let Settings { name, job, .. } = self.settings;
-        if record["name"] != **name {
-            return Some(format!("its name is {}", record["name"]));
+        if record.name != *name {
+            return Some(format!("its name is {:?}", record.name));
         }
-        // An older IMS knows no architectures.
-        if record["arch"].as_str().is_some_and(|told| !told.is_empty() && told != job.arch()) {
-            return Some(format!("its arch is {}", record["arch"]));
+        // An older IMS has no architectures.
+        if let Some(told) = record.arch.as_deref().filter(|told| !told.is_empty() && *told != job.arch()) {
+            return Some(format!("its arch is {told:?}"));
         }
         let link = journal.link.as_ref().filter(|_| job.id.is_some());
-        Ims::difference(record, id, journal.request.as_ref(), link)
+        record.difference(id, journal.request.as_ref(), link)
     }
 
-    /// Makes sure that the manifest of a linked image is the one that was uploaded.
-    fn check_manifest(&self, store: &Store, id: &Id, link: &Value) -> Result<()> {
+    /// Verifies that the manifest of a linked image is the one that was uploaded.
+    fn check_manifest(&self, store: &Store, id: &Id, link: &Link) -> Result<()> {
         let place = format!("{id}/{}", MANIFEST.0);
         let attempted = format!("go on with image {id}");
         let (etag, _) = self.wait(&format!("look at {}", store.url_of(&place)), store.head(&place))?;
-        if link["path"] == store.url_of(&place) && link["etag"] == etag {
+        if link.path == store.url_of(&place) && link.etag == etag {
             return Ok(());
         }
         Err(Error::new(attempted)
@@ -328,12 +318,12 @@ impl Publication<'_> {
             .advise("see who writes to the store; run it again for a new image"))
     }
 
-    /// Returns whether images are known by a name in this store. IMS knows them by their ids, and has one name for several.
+    /// Whether the store has a directory for each image's name. In IMS, several images may share a name.
     fn is_named(&self, store: &Store) -> bool {
         store.is_directory() && !self.ims.is_there()
     }
 
-    /// What an image consists of, with checksums.
+    /// Files of an image, with their checksums.
     fn pieces(&self, image: Image) -> Result<Vec<Piece>> {
         let (kernel, initrd, parameters) = match image.boot {
             Some(boot) => (Some(boot.kernel), boot.initrd, boot.parameters),
@@ -355,19 +345,20 @@ impl Publication<'_> {
         files.into_iter().filter_map(|(what, content)| Some((what, content?))).map(piece).collect()
     }
 
-    /// Uploads everything, unless it `is_published`; returns the artifacts, the manifest's link, and the place and size for people.
+    /// Uploads everything unless it `is_published`. Returns the artifacts, the link to the manifest, and the place and
+    /// size for the log.
     fn upload(
         &self,
         store: &Store,
         id: &Id,
         pieces: &[Piece],
         is_published: bool,
-    ) -> Result<(Vec<Artifact>, Value, String)> {
+    ) -> Result<(Vec<Artifact>, Link, String)> {
         let mut name = if self.is_named(store) { store.free_name(&self.directory_name()) } else { id.to_string() };
         let (mut artifacts, mut keys, mut total) = (Vec::new(), Vec::new(), 0);
         for &Piece { key, media_type, ref content, ref md5, size } in pieces {
             let mut metadata = vec![(MD5, md5.clone()), ("x-shasta-ims-image-name", self.settings.name.clone())];
-            metadata.extend(self.marks(id));
+            metadata.extend(self.owner_metadata(id));
             let place = format!("{id}/{key}");
             let url = store.url_of(&format!("{name}/{key}"));
             if !is_published {
@@ -378,7 +369,11 @@ impl Publication<'_> {
             if !is_published {
                 tracing::info!(md5, etag, "uploaded {url}");
             }
-            artifacts.push(Artifact { path: url, etag, md5: md5.clone(), media_type });
+            artifacts.push(Artifact {
+                link: Link::new(url, etag),
+                md5: md5.clone(),
+                media_type: media_type.to_owned(),
+            });
             keys.push(key);
             total += size;
         }
@@ -386,7 +381,7 @@ impl Publication<'_> {
             let manifest = format!("{id}/{}", MANIFEST.0);
             let url = store.url_of(&manifest);
             let (etag, _) = self.wait(&format!("look at {url}"), store.head(&manifest))?;
-            Artifact { path: url, etag, md5: String::new(), media_type: MANIFEST.1 }.link()
+            Link::new(url, etag)
         } else {
             self.put_manifest(store, id, &name, &artifacts)?
         };
@@ -394,12 +389,12 @@ impl Publication<'_> {
             self.work.heed()?;
             tracing::warn!("{error}; an unfinished upload, if there is one, is left in the store");
         }
-        let attempted = |name: &str| format!("give the image its place {}", store.shown(name));
+        let attempted = |name: &str| format!("rename the image to {}", store.shown(name));
         while !store.place(id.as_str(), &name).attempt(|| attempted(&name))? {
-            // Another run of this name was faster.
+            // Another run has taken the name.
             name = store.free_name(&self.directory_name());
             for (artifact, key) in artifacts.iter_mut().zip(&keys) {
-                artifact.path = store.url_of(&format!("{name}/{key}"));
+                artifact.link.path = store.url_of(&format!("{name}/{key}"));
             }
             link = self.put_manifest(store, id, &name, &artifacts)?;
         }
@@ -411,20 +406,19 @@ impl Publication<'_> {
         Ok((artifacts, link, described))
     }
 
-    /// Uploads the manifest of an image whose place will be `name`, and returns its link.
-    fn put_manifest(&self, store: &Store, id: &Id, name: &str, artifacts: &[Artifact]) -> Result<Value> {
-        let identity = Identity { id: id.as_str(), name: &self.settings.name };
+    /// Uploads the manifest of an image that will be called `name` in the store, and returns the link to it.
+    fn put_manifest(&self, store: &Store, id: &Id, name: &str, artifacts: &[Artifact]) -> Result<Link> {
+        let identity = Identity { id, name: &self.settings.name };
         let text = manifest::text(artifacts, SystemTime::now(), self.is_named(store).then_some(identity));
         let md5 = format!("{:x}", Md5::digest(&text));
         let (place, size) = (format!("{id}/{}", MANIFEST.0), text.len() as u64);
-        let description = Description { media_type: MANIFEST.1, metadata: vec![(MD5, md5.clone())] };
+        let description = Description { media_type: MANIFEST.1, metadata: vec![(MD5, md5)] };
         self.wait(&format!("upload {}", store.url_of(&place)), store.put(&place, text, &description))?;
         let etag = self.etag(store, &place, size)?;
-        let path = store.url_of(&format!("{name}/{}", MANIFEST.0));
-        Ok(Artifact { path, etag, md5, media_type: MANIFEST.1 }.link())
+        Ok(Link::new(store.url_of(&format!("{name}/{}", MANIFEST.0)), etag))
     }
 
-    /// The image's name as that of a directory.
+    /// Name of the image's directory.
     fn directory_name(&self) -> String {
         let is_kept = |c: char| c.is_alphanumeric() || "._-+".contains(c);
         let name: String = self.settings.name.chars().map(|c| if is_kept(c) { c } else { '_' }).take(200).collect();
@@ -434,13 +428,13 @@ impl Publication<'_> {
         }
     }
 
-    /// Metadata of an object that tells this image's from others'.
-    fn marks(&self, id: &Id) -> [(&'static str, String); 2] {
+    /// Object metadata that tells this image's objects from others'.
+    fn owner_metadata(&self, id: &Id) -> [(&'static str, String); 2] {
         let job = self.settings.job.id.clone().unwrap_or_default();
         [("x-shasta-ims-image-id", id.to_string()), ("x-shasta-ims-job-id", job)]
     }
 
-    /// Uploads one file, a large one in parts.
+    /// Uploads one file; a large one in parts.
     fn put(&self, store: &Store, object: &Large) -> Result<()> {
         if object.size > PART {
             return self.sender(store).send(object);
@@ -452,7 +446,7 @@ impl Publication<'_> {
     }
 
     fn sender<'a>(&'a self, store: &'a Store) -> Sender<'a> {
-        Sender { work: self.work, store, settings: &self.settings.store, notes: self.notes }
+        Sender { work: self.work, store, settings: &self.settings.store, directory: self.directory }
     }
 
     fn etag(&self, store: &Store, place: &str, size: u64) -> Result<String> {
@@ -467,25 +461,27 @@ impl Publication<'_> {
         self.work.wait(async { work.await.map_err(|e| Error::new(attempted).because(cause(&e))) })
     }
 
-    fn local_record(&self, id: &Id, link: &Value) -> Value {
-        json!({ "id": id.as_str(), "name": self.settings.name, "arch": self.settings.job.arch(), "link": link })
+    /// Record of an image without an IMS.
+    fn local_record(&self, id: Id, link: Option<Link>) -> records::Image {
+        let (name, arch) = (self.settings.name.clone(), Some(self.settings.job.arch().to_owned()));
+        records::Image { id, name, link, arch, metadata: None, further: Map::new() }
     }
 
-    /// What no run has noted: a store that has begun an upload may be the only one who knows.
+    /// Aborts unfinished uploads of which only the store knows: their ID was never received.
     fn sweep(&self, store: &Store, id: &Id) -> Result<()> {
         let image = id.as_str();
-        self.wait(&format!("look for uploads to {} that were begun", store.url_of(image)), store.sweep(image))
+        self.wait(&format!("look for unfinished uploads to {}", store.url_of(image)), store.sweep(image))
     }
 
-    /// Leaves neither objects nor a record of an image that is none, whatever signal comes. What cannot be this job's is left. Returns
-    /// whether nothing of this job's is left: as long as objects may be, their record stays, which tells whose they are.
-    fn roll_back(&mut self, store: &Store, journal: &Journal) -> bool {
+    /// Deletes the objects and the record of an unfinished image, even after a signal; leaves what cannot be this job's.
+    /// Returns whether nothing of this job's is left. The record stays as long as objects may: it says whose they are.
+    fn roll_back(&self, store: &Store, journal: &Journal) -> bool {
         const AGAIN: &str = "run the same again, which rolls it back, or delete it by hand";
         self.work.roll_back();
         let image = match (&journal.image, &journal.request) {
             (Some(id), _) => Ok(Some(id.clone())),
-            // It may have been asked for, and the answer was not noted.
-            (None, Some(request)) => self.ims.find_image(request).map(|record| id_of(&record?)),
+            // The request may have been sent, and its answer not recorded.
+            (None, Some(request)) => self.ims.find_image(request).map(|record| Some(record?.id)),
             (None, None) => Ok(None),
         };
         let id = match image {
@@ -496,7 +492,7 @@ impl Publication<'_> {
                 return false;
             }
         };
-        match self.was_made_here(store, &id, journal) {
+        match self.foreign(store, &id, journal) {
             Ok(None) => {}
             Ok(Some(why)) => {
                 tracing::error!("image {id} is not what this job began: {why}; left as it is");
@@ -508,7 +504,7 @@ impl Publication<'_> {
             }
         }
         let aborted = self.sender(store).abort();
-        // The object that tells whose they are goes last.
+        // The rootfs says whose the objects are, and is deleted last.
         let deleted = KEYS.iter().rev().try_for_each(|key| {
             let key = format!("{id}/{key}");
             self.wait(&format!("delete {}", store.url_of(&key)), store.delete(&key))
@@ -530,8 +526,8 @@ impl Publication<'_> {
         failed.is_empty()
     }
 
-    /// What of an image is somebody else's, its record or an object, by what they say themselves.
-    fn was_made_here(&mut self, store: &Store, id: &Id, journal: &Journal) -> Result<Option<String>> {
+    /// Why an image is somebody else's, by what its record and its objects say; `None` if it is this job's.
+    fn foreign(&self, store: &Store, id: &Id, journal: &Journal) -> Result<Option<String>> {
         if let Some(why) = self.ims.image(id)?.and_then(|record| self.difference(&record, id, journal)) {
             return Ok(Some(why));
         }
@@ -539,13 +535,14 @@ impl Publication<'_> {
         Ok((!is_ours).then(|| "an object of it is another job's".into()))
     }
 
-    /// Returns whether all objects of an image are this job's; one that `is_new` has none. A manifest has no marks, and is whose the others
-    /// are. A directory's files have none either: that of an image that was begun before is this job's by the journal.
+    /// Whether all objects of an image are this job's; an image that `is_new` has none. A manifest has no metadata that
+    /// names an owner, and belongs to the owner of the other objects. Files in a directory have no metadata: the journal
+    /// says that the image is this job's.
     fn is_place_ours(&self, store: &Store, id: &Id, is_new: bool) -> Result<bool> {
-        let marks = self.marks(id);
+        let metadata = self.owner_metadata(id);
         let look = |key: &&str| {
             let key = format!("{id}/{key}");
-            self.wait(&format!("look at {}", store.url_of(&key)), store.owner(&key, &marks))
+            self.wait(&format!("look at {}", store.url_of(&key)), store.owner(&key, &metadata))
         };
         let owners = KEYS.iter().map(look).collect::<Result<Vec<_>>>()?;
         let has_ours = owners.contains(&Owner::Ours) || store.is_directory();

@@ -667,14 +667,14 @@ fn an_archive_of_another_image_root_is_not_uploaded() {
     done(&["package", parent], "second");
     std::fs::rename(format!("{parent}/image-root"), format!("{parent}/moved")).unwrap();
     succeed(Command::new("cp").args(["-a", tree]).arg(format!("{parent}/image-root")));
-    refused(&["upload", parent], "second", "it was packed of another image root");
+    refused(&["upload", parent], "second", "it was packed from another image root");
 
     // Without a parent of its own, the archives of all image roots have one name.
     let other = dir.path().join("other");
     succeed(Command::new("cp").args(["-a", tree]).arg(&other));
     let other = other.to_str().unwrap();
     done(&["package", tree], "image");
-    refused(&["upload", other], "image", "it was packed of another image root");
+    refused(&["upload", other], "image", "it was packed from another image root");
     done(&["package", other], "image");
     done(&["upload", other], "image");
 }
