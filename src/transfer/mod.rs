@@ -28,7 +28,7 @@ use crate::sys::signals::{Signals, unblock_signals};
 use crate::transfer::confinement::{Confined, clear_environment};
 use crate::transfer::network::{Network, Validate};
 use reqwest::redirect::Policy;
-use reqwest::{Response, Url};
+use reqwest::{Certificate, Response, Url};
 
 /// Poll interval for signals and for the progress of a program.
 const TICK: Duration = Duration::from_millis(200);
@@ -419,8 +419,7 @@ pub(crate) fn client(network: &Network, validate: &Validate, redirects: Redirect
         }))
         .user_agent(concat!("ims-sshd/", env!("CARGO_PKG_VERSION")));
     for certificate in authorities(network, validate)? {
-        let attempted = || "take the certificates of CA_CERT";
-        builder = builder.add_root_certificate(reqwest::Certificate::from_der(&certificate).attempt(attempted)?);
+        builder = builder.add_root_certificate(certificate);
     }
     Ok(builder)
 }
@@ -445,31 +444,23 @@ fn refuse_redirect(previous: &[Url], next: &Url, redirects: Redirects) -> Option
     }
 }
 
-/// Trusted CA certificates in addition to the system's, in DER.
-pub(crate) fn authorities(network: &Network, validate: &Validate) -> Result<Vec<Vec<u8>>> {
+/// Trusted CA certificates in addition to the system's.
+fn authorities(network: &Network, validate: &Validate) -> Result<Vec<Certificate>> {
     let named = match validate {
         Validate::By(file) => Some(file),
         _ => None,
     };
     let mut found = Vec::new();
     for file in network.ca.iter().chain(named) {
-        let pem = match std::fs::read_to_string(file) {
+        let attempted = || format!("read the certificates in {}", file.display());
+        let pem = match std::fs::read(file) {
             // Pods set CA_CERT whether or not the file exists.
             Err(e) if e.kind() == std::io::ErrorKind::NotFound && network.ca.as_ref() == Some(file) => continue,
-            other => other.attempt(|| format!("read the certificates in {}", file.display()))?,
+            other => other.attempt(attempted)?,
         };
-        found.extend(certificates(&pem).attempt(|| format!("read the certificates in {}", file.display()))?);
+        found.extend(Certificate::from_pem_bundle(&pem).map_err(|e| in_full(&e)).attempt(attempted)?);
     }
     Ok(found)
-}
-
-fn certificates(pem: &str) -> std::result::Result<Vec<Vec<u8>>, base64::DecodeError> {
-    use base64::Engine;
-    let blocks = pem.split("-----BEGIN CERTIFICATE-----").skip(1);
-    let blocks = blocks.filter_map(|rest| rest.split("-----END CERTIFICATE-----").next());
-    blocks
-        .map(|block| base64::engine::general_purpose::STANDARD.decode(block.split_whitespace().collect::<String>()))
-        .collect()
 }
 
 /// An HTTP error with its whole chain of causes: "error sending request" alone says nothing.
@@ -618,8 +609,9 @@ mod tests {
     #[test]
     fn certificates_are_extracted_from_pem_with_text_around_them() {
         let pem = "# one\n-----BEGIN CERTIFICATE-----\nAAEC\nAwQ=\n-----END CERTIFICATE-----\n-----BEGIN CERTIFICATE-----\nBQ==\n-----END CERTIFICATE-----\n";
-        assert_eq!(certificates(pem).unwrap(), [vec![0, 1, 2, 3, 4], vec![5]]);
-        assert!(certificates("-----BEGIN CERTIFICATE-----\n!\n-----END CERTIFICATE-----").is_err());
-        assert!(certificates("nothing").unwrap().is_empty());
+        let read = |pem: &str| Certificate::from_pem_bundle(pem.as_bytes()).map(|found| found.len());
+        assert_eq!(read(pem).unwrap(), 2);
+        assert!(read("-----BEGIN CERTIFICATE-----\n!\n-----END CERTIFICATE-----").is_err());
+        assert_eq!(read("nothing").unwrap(), 0);
     }
 }
