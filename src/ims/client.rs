@@ -413,7 +413,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_name_of_a_path_is_one_segment() {
+    fn each_name_in_a_path_becomes_one_segment() {
         let url = |path: &[&str]| below("http://ims/apis/ims", path).unwrap().to_string();
         assert_eq!(url(&["images", "46a2731e"]), "http://ims/apis/ims/images/46a2731e");
         assert_eq!(below("http://ims/", &["jobs"]).unwrap().as_str(), "http://ims/jobs");
@@ -422,7 +422,7 @@ mod tests {
     }
 
     #[test]
-    fn a_record_is_found_in_a_list_by_its_request_and_nothing_else_is_kept() {
+    fn record_is_found_in_a_list_by_its_request_only() {
         let request = Id::random().unwrap();
         let ours = json!({"id": Id::random().unwrap(), "link": null, "name": "a", "metadata": {REQUEST: request}});
         let named = json!({"id": Id::random().unwrap(), "name": request, "metadata": {"x": request}});

@@ -53,7 +53,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_uuid_as_ims_writes_it_is_an_id() {
+    fn only_a_lower_case_uuid_is_an_id() {
         let id = Id::random().unwrap();
         assert_eq!(Id::parse(id.as_str()), Some(id.clone()));
         let uuid = "46a2731e-a1d0-4f98-ba92-4f78c756bb12";

@@ -1,4 +1,4 @@
-//! The place of IMS, as variables say.
+//! Variables that say where IMS is.
 
 use std::path::PathBuf;
 
@@ -6,20 +6,20 @@ use crate::job::variables::Reader;
 use crate::transfer::network::http_url;
 use crate::transfer::without_query;
 
-/// The place of IMS, where jobs and images are registered.
+/// Address of IMS, and credentials for it.
 #[derive(Debug, Clone)]
 pub struct Place {
     /// `IMS_URL`.
     pub url: String,
-    /// `OAUTH_CONFIG_DIR`, where it holds credentials.
+    /// `OAUTH_CONFIG_DIR`, if it contains credentials.
     pub(crate) oauth: Option<PathBuf>,
 }
 
 impl Place {
-    /// Warnings of credentials that are sent without encryption.
+    /// Warnings about credentials that are sent without encryption.
     pub(crate) fn in_clear(&self) -> Vec<String> {
-        let Some(folder) = &self.oauth else { return Vec::new() };
-        let endpoint = std::fs::read_to_string(folder.join("endpoint")).unwrap_or_default();
+        let Some(directory) = &self.oauth else { return Vec::new() };
+        let endpoint = std::fs::read_to_string(directory.join("endpoint")).unwrap_or_default();
         let urls = [
             ("OAUTH_CONFIG_DIR/endpoint", endpoint.trim(), "the client secret"),
             ("IMS_URL", &self.url, "the token of every request"),
@@ -36,12 +36,12 @@ const DEFAULT_IMS: &str = "https://api-gw-service-nmn.local/apis/ims";
 
 pub(crate) fn read(reader: &mut Reader) -> Option<Place> {
     let url = reader.text("IMS_URL");
-    // Mounted into every container of a pod, and empty where there is no IMS.
+    // The directory is mounted into every container of a pod, and is empty without an IMS.
     let oauth = reader.text("OAUTH_CONFIG_DIR").map(PathBuf::from).filter(|dir| dir.join("endpoint").exists());
     if url.is_none() && oauth.is_none() {
         return None;
     }
-    // One that cannot be read is told of when a token is asked for.
+    // A file that cannot be read is reported when a token is requested.
     if let Some(endpoint) = oauth.as_ref().and_then(|dir| std::fs::read_to_string(dir.join("endpoint")).ok()) {
         reader.check("OAUTH_CONFIG_DIR/endpoint", endpoint.trim(), http_url);
     }
@@ -54,7 +54,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn credentials_that_are_sent_in_clear_are_warned_of() {
+    fn credentials_sent_without_encryption_cause_warnings() {
         let dir = tempfile::tempdir().unwrap();
         let warned = |url: &str, endpoint: &str, has_oauth: bool| {
             std::fs::write(dir.path().join("endpoint"), endpoint).unwrap();

@@ -152,7 +152,7 @@ impl Job {
     /// Refuses to put the new image, or the changes, into the directory that they are made of.
     fn refuse_inside(&self, source: &Path, settings: &Settings) -> Result<()> {
         let url = settings.store.url.as_deref().unwrap_or_default();
-        if let Some(output) = store::folder(url).filter(|_| !url.is_empty())
+        if let Some(output) = store::named_directory(url).filter(|_| !url.is_empty())
             && holds(source, &output)?
         {
             let why = format!("--output is '{url}': expected a directory outside SOURCE");

@@ -1,4 +1,4 @@
-//! What runs in a pod beside the build environment.
+//! Programs in a pod beside the build environment.
 
 pub mod pod_files;
 pub mod sidecar;

@@ -1,4 +1,4 @@
-//! What an image gets of the pod: its authorities. And what sshd gets: keys and a configuration.
+//! Files that the pod provides: CA certificates for the image; keys and a configuration for sshd.
 
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
@@ -7,21 +7,21 @@ use std::path::Path;
 use crate::error::{Attempt, Result};
 use crate::sys::tree::Tree;
 
-/// Authorities in the image.
+/// Directory of CA certificates in the image.
 const AUTHORITIES: &str = "etc/cray/ca";
 
-/// The one that a pod names, whatever its file is called.
+/// Name under which programs of the image expect the pod's CA certificate.
 const AUTHORITY: &str = "certificate_authority.crt";
 
-/// sshd's configuration where none is given.
+/// Default configuration of sshd.
 pub const SSHD_CONFIG: &str = "Port 22\nLogLevel INFO\nPermitRootLogin yes\nPubkeyAuthentication yes\n\
     AuthorizedKeysFile /etc/cray/ims/authorized_keys\nPasswordAuthentication no\nChallengeResponseAuthentication no\n\
     Subsystem sftp internal-sftp\n";
 
-/// Copies the authorities of `folder` into the image, without the links by which Kubernetes keeps them.
-pub(crate) fn put_authorities(image_root: &Tree, folder: &Path) -> Result<()> {
-    let attempted = || format!("put {} into the image", folder.display());
-    let Ok(entries) = std::fs::read_dir(folder) else { return Ok(()) };
+/// Copies the CA certificates in `directory` into the image, without the links through which Kubernetes mounts them.
+pub(crate) fn put_authorities(image_root: &Tree, directory: &Path) -> Result<()> {
+    let attempted = || format!("copy {} into the image", directory.display());
+    let Ok(entries) = std::fs::read_dir(directory) else { return Ok(()) };
     image_root.make_directories(AUTHORITIES).attempt(attempted)?;
     for entry in entries {
         let file = entry.attempt(attempted)?.path();
@@ -38,18 +38,18 @@ pub(crate) fn put_authorities(image_root: &Tree, folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Puts keys and configuration where the other container's sshd reads them.
-pub(crate) fn configure_sshd(folder: &Path, keys: &str, config: Option<&Path>) -> Result<()> {
-    let attempted = || format!("write sshd's configuration into {}", folder.display());
-    std::fs::create_dir_all(folder).attempt(attempted)?;
-    // sshd takes no keys from a folder that everybody can write to, which a new volume is.
-    std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o755)).attempt(attempted)?;
+/// Writes keys and configuration to the directory from which sshd in the other container reads them.
+pub(crate) fn configure_sshd(directory: &Path, keys: &str, config: Option<&Path>) -> Result<()> {
+    let attempted = || format!("write sshd's configuration into {}", directory.display());
+    std::fs::create_dir_all(directory).attempt(attempted)?;
+    // A new volume is writable for everybody, and sshd refuses keys in such a directory (StrictModes).
+    std::fs::set_permissions(directory, std::fs::Permissions::from_mode(0o755)).attempt(attempted)?;
     let config = match config {
         Some(file) => std::fs::read_to_string(file).attempt(|| format!("read {}", file.display()))?,
         None => SSHD_CONFIG.to_owned(),
     };
-    // The other container writes there too: new files, in place of links that lead to files of this one.
-    let tree = Tree::open(&std::fs::canonicalize(folder).attempt(attempted)?).attempt(attempted)?;
+    // The other container writes there, too: its links must not lead to files of this container.
+    let tree = Tree::open(&std::fs::canonicalize(directory).attempt(attempted)?).attempt(attempted)?;
     for (name, text) in [("authorized_keys", keys), ("sshd_config", &config)] {
         tree.create_file(name).and_then(|mut file| file.write_all(text.as_bytes())).attempt(attempted)?;
     }
@@ -69,7 +69,7 @@ mod tests {
     }
 
     #[test]
-    fn links_in_an_image_lead_nothing_of_ours_out_of_it() {
+    fn certificates_are_not_copied_through_links_out_of_the_image() {
         let outside = tempfile::tempdir().unwrap();
         let authorities = tempfile::tempdir().unwrap();
         std::fs::write(authorities.path().join("certificate_authority.crt"), "authority").unwrap();
@@ -85,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn links_beside_the_keys_of_sshd_lead_to_no_file_of_the_sidecar() {
+    fn sshd_files_are_not_written_through_links() {
         let (shared, own) = (tempfile::tempdir().unwrap(), tempfile::NamedTempFile::new().unwrap());
         for name in ["authorized_keys", "sshd_config"] {
             symlink(own.path(), shared.path().join(name)).unwrap();
@@ -99,14 +99,14 @@ mod tests {
     }
 
     #[test]
-    fn authorities_are_copied_without_the_links_of_kubernetes_again_and_again() {
+    fn certificates_are_copied_repeatedly_without_links_of_kubernetes() {
         let pod = tempfile::tempdir().unwrap();
         std::fs::create_dir(pod.path().join("..2026")).unwrap();
         std::fs::write(pod.path().join("..2026/certificate_authority.crt"), "authority").unwrap();
         symlink("..2026", pod.path().join("..data")).unwrap();
         symlink("..data/certificate_authority.crt", pod.path().join("certificate_authority.crt")).unwrap();
         let (dir, tree) = image();
-        // As an image has it that was customized by others.
+        // Left by upstream's sidecar.
         let there = dir.path().join("etc/cray/ca");
         std::fs::create_dir_all(&there).unwrap();
         symlink("..data/certificate_authority.crt", there.join("certificate_authority.crt")).unwrap();

@@ -1,5 +1,5 @@
-//! `ims-sshd sidecar`: what stands beside a pod's build environment, on events. It lets the environment open, tells IMS how far it is,
-//! and publishes the image when the environment has ended well. It never waits for one that is gone.
+//! `ims-sshd sidecar`: runs beside the build environment in a pod. Lets the environment open, reports the job's status
+//! to IMS, and publishes the image after the environment has closed. Never waits for an environment that is gone.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -36,48 +36,48 @@ use crate::volume::image_root;
 use crate::volume::layout::{BUILD_FAILED, EXITING, POD_ERROR, READY, SSHD_LISTENING, TRANSFER};
 use crate::volume::signal_files::{LOOK_EVERY, SignalFiles, Stamp, Watch};
 
-/// How long an environment that was there may be without its claim on the volume: one that is being restarted has none.
+/// Longest time for which an environment may have no claim on the volume; it has none while its container restarts.
 const GONE: Duration = Duration::from_secs(5);
 
-/// Poll interval for the environment's claim, once it has said that it ends.
+/// Poll interval for the environment's claim, once 'exiting' exists.
 const LOOK_SOON: Duration = Duration::from_millis(20);
 
-/// How long the environment has to close when this container is asked to end.
+/// Time for the environment to close after this container was asked to terminate.
 const CLOSE_TIME: Duration = Duration::from_secs(20);
 
 const FAILED: &str = "the image was marked failed: it is not published";
 
-/// The report of an image that is packed, and for which no store is named.
+/// Report of an image that was packed without a store to publish it in.
 fn packed_only(archive: &Path) -> Value {
     json!({ "archive": archive, "ims_image_artifacts": [], "published": false, "result": "success" })
 }
 
-/// What belongs to the command line alone.
+/// Options that only the command line has.
 #[derive(Debug, Clone)]
 pub struct Places {
-    /// Who may log in.
+    /// Public keys of users who may log in.
     pub authorized_keys: PathBuf,
-    /// How sshd is configured, if not as usual.
+    /// Configuration of sshd, unless the default.
     pub sshd_config: Option<PathBuf>,
-    /// Where the other container's sshd reads both.
+    /// Directory from which sshd in the other container reads both.
     pub sshd_directory: PathBuf,
-    /// Authorities that the image gets.
+    /// Directory of CA certificates for the image.
     pub authorities: PathBuf,
-    /// Patterns below the image root that are not packed.
+    /// Patterns below the image root to leave out of the image.
     pub exclude: Vec<Pattern>,
-    /// Where to write what has changed.
+    /// File to write the changes to.
     pub changes: Option<PathBuf>,
 }
 
-/// How the other container ended.
+/// Verdict with which the environment closed.
 #[derive(Debug, PartialEq, Eq)]
 enum Ended {
     Well,
     Failed,
 }
 
-/// Runs a sidecar from start to end. `settings` that are refused are told IMS, as far as they name one, and the build environment; `given`
-/// is what they were read of.
+/// Runs a sidecar from start to end. Refused `settings` are reported to the build environment and, if they name one, to
+/// IMS. `given` are the argument and variables that they were read from.
 pub fn run(
     settings: Result<Settings>,
     given: (Option<PathBuf>, Vec<(OsString, OsString)>),
@@ -92,7 +92,7 @@ pub fn run(
         Err(refusal) => {
             let to_tell = ["IMS_URL", "OAUTH_CONFIG_DIR", "IMS_JOB_ID", "CA_CERT"];
             let few = variables.into_iter().filter(|(name, _)| to_tell.iter().any(|known| name == *known));
-            // A job's id that is none is refused again, and IMS cannot be told.
+            // If these are refused as well, such as an invalid job ID, nothing can be reported to IMS.
             let to_tell = Settings::read(None, few).or_else(|_| Settings::read(None, []))?;
             (to_tell, Some(refusal))
         }
@@ -110,7 +110,7 @@ pub fn run(
     let files = match files {
         Ok(files) => files,
         Err(error) => {
-            // Another one may be at work.
+            // Another sidecar may be running.
             let files = parent.and_then(|parent| SignalFiles::open(&parent).ok()?);
             if let Some(files) = files
                 && let Ok(_claim) = files.claim_for_sidecar()
@@ -120,7 +120,7 @@ pub fn run(
             return conclude(&work, &ims, Err(error), false);
         }
     };
-    // Another sidecar on this volume tells IMS of the job; this one must not.
+    // If another sidecar runs on this volume, only that one reports to IMS.
     let _claim = files.claim_for_sidecar()?;
     let mut live = || {
         let directory = JournalDirectory::new(&files, &settings);
@@ -137,9 +137,8 @@ pub fn run(
             has_published: false,
         };
         sidecar.old = sidecar.stamps();
-        // Before IMS hears of it: it ends the job, and its volume with it.
         let result = sidecar.live();
-        // A publication that fails is rolled back by itself.
+        // Rolled back before IMS hears of the failure, which ends the job with its volume. `publish` rolls back itself.
         if result.is_err()
             && !sidecar.has_published
             && let Err(e) = sidecar.publication().give_up(&mut sidecar.journal)
@@ -153,18 +152,19 @@ pub fn run(
     if result.is_err() && phase < Phase::Packing {
         close_environment(&files);
     } else if result.is_err() && (settings.job.id.is_none() || settings.ims.is_none()) {
-        // IMS ends a job with its error.
+        // With IMS, the error ends the job.
         tracing::warn!(
-            "what has failed can be done again: 'ims-sshd sidecar' goes on where it was, without another session"
+            "the failed step can be repeated: 'ims-sshd sidecar' continues from there, without another session"
         );
     }
     conclude(&work, &ims, result, is_told)
 }
 
-/// Marks the image failed for an environment that waits for `ready`, or is open: nobody is there who would publish it.
+/// Marks the image failed, to close an environment that waits for `ready` or is open: nobody would publish its image.
 fn close_environment(files: &SignalFiles) {
     let stands = |name| files.stands(name).unwrap_or(false);
-    // One that has ended has its verdict. Without 'ready', 'exiting' is of an earlier one, and beside a claim a session has made it.
+    // A closed environment has its verdict. Without 'ready', 'exiting' is left from an earlier environment; beside a
+    // claim, a session created it.
     if stands(READY) && stands(EXITING) && !files.is_claimed() {
         return;
     }
@@ -173,7 +173,7 @@ fn close_environment(files: &SignalFiles) {
     }
 }
 
-/// Whatever goes wrong, IMS hears of it, and whoever started this. A job that may be known as a success keeps its status.
+/// Reports a failure to IMS and on standard output. If IMS may know the job as a success, the job keeps its status.
 fn conclude(work: &Work, ims: &Ims, result: Result<u8>, is_told: bool) -> Result<u8> {
     let error = match work.unless_interrupted(result) {
         Err(error) => error,
@@ -192,19 +192,19 @@ struct Sidecar<'a> {
     settings: &'a Settings,
     places: &'a Places,
     files: &'a SignalFiles,
-    /// `failed` and `exiting` as they stood before.
+    /// `failed` and `exiting` as they were at start.
     old: [Option<Stamp>; 2],
     directory: &'a JournalDirectory<'a>,
     journal: Journal,
     ims: &'a Ims<'a>,
-    /// Set once a publication was tried.
+    /// Whether the publication has started.
     has_published: bool,
 }
 
 impl<'a> Sidecar<'a> {
     fn live(&mut self) -> Result<u8> {
         let action = self.settings.job.required_action()?;
-        // A container that is started again after the job has ended does nothing more.
+        // A container that restarts after the end of the job does nothing more.
         if let Some(code) = self.ended(action)? {
             return Ok(code);
         }
@@ -216,13 +216,14 @@ impl<'a> Sidecar<'a> {
                         .because("the job's status is error already")
                         .advise("start a new job"));
                 }
-                // Its volume goes with the job, and the packed image with that.
+                // The volume is deleted with the job, and the packed image with it.
                 _ if self.settings.store.url.is_none() => {
                     return Err(Error::bad_input(
-                        "no store is named: expected S3_BUCKET, IMAGE_STORE or --store, since a job's volume goes with it",
+                        "no store is named: expected S3_BUCKET, IMAGE_STORE or --store, since a job's volume is \
+                         deleted with it",
                     ));
                 }
-                // An earlier run has told it in vain.
+                // An earlier run tried to set the status to success, and failed.
                 _ => self.journal.is_told = false,
             }
         }
@@ -245,10 +246,10 @@ impl<'a> Sidecar<'a> {
                 }
                 let ended = self.shell(image_root.as_ref())?;
                 if let Some(image_root) = &image_root {
-                    // An environment that was killed has left its own above it.
+                    // An environment that was killed left its own text in place of ours.
                     ENVIRONMENT.restore(image_root)?;
                     if SIDECAR.restore(image_root)? == Some(true) {
-                        tracing::info!("/{RESOLV_CONF} of the image was changed, and stays as it is");
+                        tracing::info!("/{RESOLV_CONF} of the image was changed, and keeps its new content");
                     }
                 }
                 if ended == Ended::Failed {
@@ -260,14 +261,14 @@ impl<'a> Sidecar<'a> {
             self.journal.phase = Phase::Packing;
             self.journal.write(self.directory)?;
         } else if wants_shell && !self.files.stands(EXITING)? && !self.files.stands(READY)? {
-            // The environment of a pod that has begun again, in which nothing is left to do.
+            // The pod has started over, and its environment has nothing left to do.
             tracing::info!("the image was marked complete before: publishing it, without another session");
             self.files.mark_instead_of_ready(Verdict::Complete)?;
         }
-        // On a full volume nobody is told, and the image may be uploaded all the same.
+        // Without space on the volume, the stage is not shown, but the image may still be uploaded.
         let shown = Shown::begin(self.files.parent(), Stage::Packing).ok();
         let image = self.pack(image_root.as_ref())?;
-        // A mark that was made since then, or before this container was started again.
+        // The image may have been marked failed meanwhile, or before this container restarted.
         if wants_shell && self.is_marked_failed(image_root.as_ref()) {
             return self.end_as_failed(action);
         }
@@ -277,7 +278,7 @@ impl<'a> Sidecar<'a> {
         self.publish(image)
     }
 
-    /// Returns whether a verdict stands, as an environment leaves it before `exiting`.
+    /// Whether there is a verdict file, as an environment leaves it before `exiting`.
     fn has_verdict(&self, image_root: Option<&Tree>) -> Result<bool> {
         Ok(self.files.stands(Verdict::Complete.signal_file())? || self.is_marked_failed(image_root))
     }
@@ -285,12 +286,12 @@ impl<'a> Sidecar<'a> {
     fn is_marked_failed(&self, image_root: Option<&Tree>) -> bool {
         let marked = image_root::is_marked_failed(self.files, image_root.filter(|_| self.settings.job.jailed));
         marked.unwrap_or_else(|e| {
-            tracing::error!("{e}; the image is taken as marked failed");
+            tracing::error!("{e}; the image is taken as failed");
             true
         })
     }
 
-    /// Ends the job as failed, and rolls back the publication that an earlier run has begun.
+    /// Ends the job as failed, and rolls back a publication that an earlier run started.
     fn end_as_failed(&mut self, action: Action) -> Result<u8> {
         tracing::info!("{FAILED}");
         self.publication().give_up(&mut self.journal)?;
@@ -305,8 +306,8 @@ impl<'a> Sidecar<'a> {
         u8::from(action == Action::Create)
     }
 
-    /// The exit code of a job that has ended before, which is said again. Nothing is done but what an earlier run could not roll back, and
-    /// an environment that waits is closed.
+    /// Exit code of a job that ended in an earlier run; `None` if it did not. Prints the report again, rolls back what
+    /// the earlier run could not, and closes an environment that waits.
     fn ended(&mut self, action: Action) -> Result<Option<u8>> {
         let verdict = match self.journal.phase {
             Phase::Published => Verdict::Complete,
@@ -314,15 +315,15 @@ impl<'a> Sidecar<'a> {
             _ => return Ok(None),
         };
         let again = format!(
-            "nothing is done; for another image in {}, run 'ims-sshd prepare --fresh' first",
+            "nothing is left to do; for another image in {}, run 'ims-sshd prepare --fresh' first",
             self.files.path().display()
         );
-        // The environment of a pod that has begun again, in which nothing is left to do.
+        // The pod has started over, and its environment has nothing left to do.
         if !self.files.stands(EXITING)? && !self.files.stands(READY)? {
             self.files.mark_instead_of_ready(verdict)?;
         }
         if verdict == Verdict::Failed {
-            tracing::info!("the job has ended before: {FAILED}; {again}");
+            tracing::info!("the job has ended already: {FAILED}; {again}");
             if self.journal.image.is_some() || self.journal.request.is_some() {
                 self.publication().give_up(&mut self.journal)?;
                 self.journal.write(self.directory)?;
@@ -330,34 +331,35 @@ impl<'a> Sidecar<'a> {
             return Ok(Some(Self::say_failed(action)));
         }
         if let Some(link) = &self.journal.link {
-            tracing::info!("the job has ended before: its image is published, {}; {again}", link.path);
+            tracing::info!("the job has ended already: its image is published, {}; {again}", link.path);
             say_result(&json!({ "ims_image_record": { "link": link }, "result": "success" }));
         } else {
             let archive = self.files.path().join(self.settings.archive());
-            tracing::info!("the job has ended before: its image is {}; {again}", archive.display());
+            tracing::info!("the job has ended already: its image is {}; {again}", archive.display());
             say_result(&packed_only(&archive));
         }
         Ok(Some(0))
     }
 
-    /// A job that IMS calls a success. Its answer alone proves nothing, and the volume may be new: the image is looked at.
+    /// Ends a job that IMS calls a success. That alone proves nothing, and the volume may be new: verifies the image
+    /// first.
     fn published_before(&mut self, job: &records::Job) -> Result<u8> {
-        // Whatever is found, the status stays, and nothing of the image is rolled back.
+        // In any case the status stays, and nothing of the image is rolled back.
         self.journal.is_told = true;
         let refused = |why: &dyn std::fmt::Display| {
-            let refused = Error::new("take the job as published, though its status in IMS is success").because(why);
-            refused.advise("nothing is changed; see what answers at IMS_URL, and start a new job for another image")
+            let refused = Error::new("accept the job as published, although its status in IMS is success").because(why);
+            refused.advise("nothing was changed; see what answers at IMS_URL, and start a new job for another image")
         };
         let image = job.resultant_image_id.as_deref().and_then(Id::parse);
         let image = image.ok_or_else(|| refused(&"its record names no image (resultant_image_id)"))?;
         let publication = self.publication();
         let record = self.work.unless_interrupted(publication.look_at(&image)).map_err(|e| refused(&e))?;
         if !self.files.stands(EXITING)? && !self.files.stands(READY)? {
-            // The environment of a pod that has begun again, in which nothing is left to do.
+            // The pod has started over, and its environment has nothing left to do.
             self.files.mark_instead_of_ready(Verdict::Complete)?;
         }
         let place = record.link.as_ref().map_or("", |link| &link.path);
-        tracing::info!("the job's image was published before: {place}; nothing is done");
+        tracing::info!("the job's image was published before: {place}; nothing is left to do");
         if self.journal.image == Some(image) {
             publication.end(&mut self.journal, Phase::Published)?;
         }
@@ -365,7 +367,7 @@ impl<'a> Sidecar<'a> {
         Ok(0)
     }
 
-    /// The image root; nothing where it is on another node, and its packed image is, or was, or will be here.
+    /// Opens the image root; `None` if it is on a remote node, which sends the packed image.
     fn image_root(&self) -> Result<Option<Tree>> {
         let name = self.settings.job.image_root();
         let is_missing = || {
@@ -384,39 +386,41 @@ impl<'a> Sidecar<'a> {
             return Ok(());
         }
         Err(Error::new("publish the image")
-            .because(format!("'{POD_ERROR}' stands in {}", self.files.path().display()))
-            .advise("see the logs of the pod's other containers: one of them has given the job up"))
+            .because(format!("there is a file '{POD_ERROR}' in {}", self.files.path().display()))
+            .advise("see the logs of the pod's other containers: one of them gave the job up"))
     }
 
     fn stamps(&self) -> [Option<Stamp>; 2] {
         [Verdict::Failed.signal_file(), EXITING].map(|name| self.files.stamp(name))
     }
 
-    /// Refuses what is certain to fail when the image is published, before anybody changes it; warns of what may be otherwise by then.
+    /// Checks, before anybody changes the image, that it can be published. Only warns of what may be corrected by then.
     fn check(&mut self, image_root: Option<&Tree>, action: Action) -> Result<()> {
         check_public_keys("--authorized-keys", &self.places.authorized_keys)?;
-        // IMS has answered already where there is a job: its record was read.
+        // With a job, its record was read from IMS already.
         if self.settings.job.id.is_none() {
             self.ims.check()?;
         }
         let Settings { boot, store, network, job, .. } = self.settings;
         if store.url.is_none() {
             tracing::warn!(
-                "no store is named (S3_BUCKET, IMAGE_STORE): the packed image stays in {}, and is gone with that volume",
+                "no store is named (S3_BUCKET, IMAGE_STORE): the packed image stays in {}, and is deleted with that \
+                 volume",
                 self.files.path().display()
             );
             return Ok(());
         }
-        // A session may install what is missing, and a build that has failed has neither.
+        // A session may install a missing file. A failed build has none.
         if let (Action::Customize, Some(image_root)) = (action, image_root)
             && let Err(missing) = boot::check_named(image_root, boot, job.arch())
         {
-            tracing::warn!("{missing}; the image is published only if a session makes it");
+            tracing::warn!("{missing}; the image is published only if a session creates it");
         }
         self.work.wait(Store::check_soon(store, network))
     }
 
-    /// Everything that the environment needs, then `ready`. Returns false if the image was marked failed meanwhile.
+    /// Prepares all that the environment needs, then creates `ready`. Returns false if the image was marked failed
+    /// meanwhile.
     fn let_open(&mut self, image_root: Option<&Tree>, action: Action) -> Result<bool> {
         self.check(image_root, action)?;
         if let (Action::Customize, Some(image_root)) = (action, image_root) {
@@ -446,12 +450,12 @@ impl<'a> Sidecar<'a> {
         Ok(true)
     }
 
-    /// The pod's name servers for the image, until the environment has ended.
+    /// Puts the pod's resolv.conf into the image until the environment has closed.
     fn lend_resolv_conf(image_root: &Tree) -> Result<()> {
-        // An earlier run was killed amid this.
+        // An earlier run may have been killed during this.
         SIDECAR.restore(image_root)?;
         match of_container() {
-            // In plain mode, /run is the image's.
+            // Decided for plain mode, in which /run is the image's own.
             Some(text) if resolv_conf::needs_replacing(image_root, &text, false)? => {
                 let replaced = SIDECAR.replace(image_root, &text);
                 replaced.attempt(|| "put the pod's /etc/resolv.conf into the image").map(|_| ())
@@ -460,7 +464,7 @@ impl<'a> Sidecar<'a> {
         }
     }
 
-    /// Waits for the environment's end, and notices when nobody is there who could bring it about.
+    /// Waits until the environment has closed; fails if it is gone without a verdict.
     fn shell(&mut self, image_root: Option<&Tree>) -> Result<Ended> {
         let mut watch = Watch::new()?;
         let mut last_seen = Instant::now();
@@ -478,25 +482,23 @@ impl<'a> Sidecar<'a> {
             if !listened && self.files.stands(SSHD_LISTENING)? {
                 listened = true;
                 match self.ims.set_status(Status::WaitingOnUser) {
-                    // A signal came meanwhile, and is heeded below.
+                    // A signal has arrived; it is handled below.
                     Err(_) if self.work.interrupted().is_some() => {}
                     other => drop(other?),
                 }
-                // That may have taken a while.
+                // The request may have taken some time.
                 last_seen = Instant::now();
                 continue;
             }
             if is_claimed {
                 (last_seen, was_there) = (Instant::now(), true);
             }
-            // Sessions of a plain job can make it. The environment's own comes moments before its claim is gone.
+            // Sessions of a plain job can create 'exiting'. The environment does so just before it drops its claim.
             let since = exiting_since.filter(|_| is_exiting).unwrap_or_else(Instant::now);
             exiting_since = is_exiting.then_some(since);
             if is_claimed && !is_warned && since.elapsed() > LOOK_EVERY {
                 is_warned = true;
-                tracing::warn!(
-                    "'{EXITING}' stands, and the environment is still open: a session has made it; waiting on"
-                );
+                tracing::warn!("'{EXITING}' exists, but the environment is still open: a session created it; ignored");
             }
             let patience = if was_there || listened || is_exiting { GONE } else { self.settings.start_limit };
             if last_seen.elapsed() > patience {
@@ -505,33 +507,33 @@ impl<'a> Sidecar<'a> {
                 if is_exiting {
                     return Err(Error::new("publish the image")
                         .because(format!(
-                            "the environment is gone, and beside '{EXITING}' stands neither 'complete' nor 'failed'"
+                            "the environment is gone: '{EXITING}' exists, but neither 'complete' nor 'failed'"
                         ))
                         .advise("see the log of the container that runs sshd, and the node's"));
                 }
                 let limit = if was_there || listened { "" } else { " (IMS_START_LIMIT)" };
                 return Err(Error::new("wait for the build environment")
-                    .because(format!("it has been gone for {seconds} s{limit} without a word"))
+                    .because(format!("it has been gone for {seconds} s{limit} without a verdict"))
                     .advise("see the log of the container that runs sshd, and the node's"));
             }
             if asked_to_end.is_none() && self.work.heed().is_err() {
-                // The environment closes in order, and this container after it.
+                // The environment closes in order, then this container terminates.
                 self.files.touch(Verdict::Failed.signal_file())?;
                 asked_to_end = Some(Instant::now());
                 self.work.finish_regardless();
                 if is_claimed {
                     tracing::info!(
-                        "asked to end: waiting for the build environment to close, {} s at the most",
+                        "asked to terminate: waiting at most {} s for the build environment to close",
                         CLOSE_TIME.as_secs()
                     );
                 }
             }
-            // One that starts only now finds 'failed'.
+            // An environment that starts only now finds 'failed'.
             if asked_to_end.is_some_and(|since| !is_claimed || since.elapsed() > CLOSE_TIME) {
                 break;
             }
             let mut sources = [PollFd::new(&watch, PollFlags::IN), PollFd::new(self.work.signals(), PollFlags::IN)];
-            // No event tells that the claim is gone.
+            // The kernel raises no event when the claim is dropped.
             let is_ending = is_exiting && since.elapsed() < LOOK_EVERY;
             let _ = poll::wait(&mut sources, if is_ending { LOOK_SOON } else { LOOK_EVERY });
         }
@@ -544,17 +546,17 @@ impl<'a> Sidecar<'a> {
         Ok(if self.is_marked_failed(image_root) { Ended::Failed } else { Ended::Well })
     }
 
-    /// Packs the image root. Everything is read by descriptors from here on: sessions of a plain job may still be there, and rename what
-    /// they like.
+    /// Packs the image root. Reads everything by descriptor: sessions of a plain job may still run, and rename
+    /// anything.
     fn pack(&mut self, image_root: Option<&Tree>) -> Result<Image> {
         self.ims.set_status(Status::PackagingArtifacts)?;
-        // What is missing is told before anything is packed.
+        // Missing boot files are reported before packing.
         let has_store = self.settings.store.url.is_some();
         let (parent, settings) = (self.files.parent(), self.settings);
         let is_transferred = self.files.stands(TRANSFER)?;
         if image_root.is_none() && !is_transferred && self.journal.phase < Phase::Packed {
             return Err(Error::new("publish the image")
-                .because(format!("the remote job has left no {TRANSFER} in {}", self.files.path().display()))
+                .because(format!("the remote job left no {TRANSFER} in {}", self.files.path().display()))
                 .advise("see the log of the container that runs sshd, and the node's"));
         }
         let find = || match image_root {
@@ -564,11 +566,11 @@ impl<'a> Sidecar<'a> {
         let boot = has_store.then(find).transpose()?;
         let archive = Archive { directory: parent, name: &settings.archive() };
         let rootfs = if is_transferred {
-            // Noted before it is renamed: from then on nothing but this tells that there is no image root.
+            // Recorded before the rename: afterwards only the journal says that there is no image root.
             self.journal.phase = Phase::Packed;
             self.journal.write(self.directory)?;
             parent.rename(TRANSFER, archive.name).attempt(|| format!("rename {TRANSFER}"))?;
-            tracing::info!("{TRANSFER} is what a remote job has packed: published as it is");
+            tracing::info!("publishing {TRANSFER}, which a remote job packed, as it is");
             archive.open_squashfs()?
         } else if let Some(image_root) = image_root.filter(|_| self.journal.phase < Phase::Packed) {
             let packed = packing::pack(self.work, image_root, &archive, &settings.packing, &self.places.exclude)?;
@@ -584,7 +586,7 @@ impl<'a> Sidecar<'a> {
             self.journal.write(self.directory)?;
             packed
         } else {
-            // Packed before a restart: what has the name by now may be another file.
+            // Packed before a restart; another file may have this name now.
             let packed = archive.open_squashfs()?;
             if let Some(image_root) = image_root {
                 packed::check(parent, &archive, &packed, image_root)?;
@@ -598,7 +600,8 @@ impl<'a> Sidecar<'a> {
         if self.settings.store.url.is_none() {
             let archive = self.files.path().join(self.settings.archive());
             tracing::warn!(
-                "the image is not published: no store is named (S3_BUCKET, IMAGE_STORE); it is {}, and is gone with that volume",
+                "the image is not published: no store is named (S3_BUCKET, IMAGE_STORE); it is {}, and is deleted \
+                 with that volume",
                 archive.display()
             );
             self.publication().end(&mut self.journal, Phase::Published)?;

@@ -1,4 +1,5 @@
-//! Authenticates what is kept on the volume, which other containers write to: only what this job's own sidecar wrote there is believed.
+//! Authentication of files on the volume, which other containers write to: only lines that this job's own sidecar wrote
+//! are believed.
 
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -18,27 +19,28 @@ use crate::volume::layout::KEY;
 
 const KEY_LENGTH: usize = 32;
 
-/// Signs and verifies the notes of one job on one volume.
+/// Signs and verifies lines of one job on one volume.
 pub(crate) struct Seal {
     key: hmac::Key,
 }
 
 impl Seal {
-    /// Signs notes of `settings`' job on the volume `parent`. The key comes of a secret that a restart does not change and that nobody else
-    /// who writes to the volume has: one kept there, if that is nobody; the store's; that of IMS; one kept in a store that is a directory.
-    /// Without any of these nothing is published: notes say how far the job is, as signal files do, which others can make as well.
+    /// Seal for the job of `settings` on the volume `parent`. The key is derived from a secret that survives a restart
+    /// and that other writers to the volume do not have: a key file on the volume, if nobody else writes there; the
+    /// keys of the store; the client secret of IMS; a key file in the store, if that is a directory. Without any of
+    /// these nothing is published, and the journal is worth no more than signal files, which others can create as well.
     pub(crate) fn of(settings: &Settings, parent: &Tree, is_private: bool) -> Result<Self> {
         let oauth = settings.ims.as_ref().and_then(|ims| ims.oauth.as_ref());
         let secret = if is_private {
             key_in(parent)?
         } else if let Some((_, secret)) = &settings.store.keys {
             secret.clone().into_bytes()
-        } else if let Some(folder) = oauth {
-            let file = folder.join("client-secret");
+        } else if let Some(directory) = oauth {
+            let file = directory.join("client-secret");
             std::fs::read(&file).attempt(|| format!("read {}", file.display()))?
-        } else if let Some(folder) = settings.store.url.as_deref().and_then(store::folder) {
-            let opened = store::directory::open_or_make(&folder);
-            key_in(&opened.attempt(|| format!("open the store {}", folder.display()))?.0)?
+        } else if let Some(named) = settings.store.url.as_deref().and_then(store::named_directory) {
+            let opened = store::directory::open_or_make(&named);
+            key_in(&opened.attempt(|| format!("open the store {}", named.display()))?.0)?
         } else {
             Vec::new()
         };
@@ -46,12 +48,12 @@ impl Seal {
             .attempt(|| format!("look at {}", parent.shown().display()))
     }
 
-    /// Returns whether the job has a secret that others who write to its volume have not, and that a restart does not change.
+    /// Whether the job has a secret that survives a restart and that other writers to its volume do not have.
     pub(crate) fn has_secret(settings: &Settings) -> bool {
         settings.store.keys.is_some() || settings.ims.as_ref().is_some_and(|ims| ims.oauth.is_some())
     }
 
-    /// For a job and a volume each of its own: what is authentic for one job, or was on another volume, means nothing here.
+    /// Derives a key for one job on one volume: lines of another job, or copied from another volume, are not authentic.
     fn new(secret: &[u8], job: Option<&str>, parent: &Tree) -> io::Result<Self> {
         let (inode, made) = inode_and_birth(parent)?;
         let context = format!("ims-sshd notes 1\0{job:?}\0{inode}\0{made:?}");
@@ -59,13 +61,13 @@ impl Seal {
         Ok(Self { key: hmac::Key::new(hmac::HMAC_SHA256, derived.as_ref()) })
     }
 
-    /// `text`, which has no line break, as a line that [`Seal::open`] takes for the same `kind`.
+    /// Signs `text`, which has no line break, as a line for [`Seal::open`] with the same `kind`.
     pub(crate) fn line(&self, kind: &str, text: &str) -> String {
         let tag = hmac::sign(&self.key, format!("{kind}\0{text}").as_bytes());
         format!("{} {text}\n", URL_SAFE_NO_PAD.encode(tag))
     }
 
-    /// The text of a line, if it was written here, as one of this `kind`. Cut off, it was not.
+    /// Text of a line that was signed as this `kind`; `None` for any other, also for a truncated one.
     pub(crate) fn open<'a>(&self, kind: &str, line: &'a str) -> Option<&'a str> {
         let (tag, text) = line.strip_suffix('\n')?.split_once(' ')?;
         let tag = URL_SAFE_NO_PAD.decode(tag).ok()?;
@@ -76,19 +78,19 @@ impl Seal {
 
 fn random_key() -> Result<Vec<u8>> {
     let mut key = vec![0; KEY_LENGTH];
-    SystemRandom::new().fill(&mut key).attempt(|| "make a key")?;
+    SystemRandom::new().fill(&mut key).attempt(|| "generate a key")?;
     Ok(key)
 }
 
-/// The key that is kept in a directory; made if it has none.
+/// Key in the key file of a directory; creates the file if it is missing.
 fn key_in(tree: &Tree) -> Result<Vec<u8>> {
-    let attempted = || format!("take {} as a key", tree.shown().join(KEY).display());
+    let attempted = || format!("read the key {}", tree.shown().join(KEY).display());
     if tree.look(KEY).attempt(attempted)?.is_none() {
         let temporary = format!("{KEY}.{}", Id::random()?);
         let mut file = tree.create_file(&temporary).attempt(attempted)?;
         io::Write::write_all(&mut file, &random_key()?).and_then(|()| file.sync_all()).attempt(attempted)?;
         match tree.rename_to(&temporary, tree, KEY) {
-            // Another one has just made it.
+            // Another process has just created the file.
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => drop(tree.remove(&temporary)),
             other => other.attempt(attempted)?,
         }
@@ -116,14 +118,14 @@ mod tests {
     }
 
     #[test]
-    fn a_line_is_authentic_for_its_secret_job_volume_and_kind_alone() {
+    fn line_is_authentic_only_for_its_secret_job_volume_and_kind() {
         let [volume, other] = [(); 2].map(|()| tempfile::tempdir().unwrap());
         let ours = seal("s", Some("a"), volume.path());
         let line = ours.line("journal", "text");
         assert_eq!(ours.open("journal", &line), Some("text"));
         assert_eq!(seal("s", Some("a"), volume.path()).open("journal", &line), Some("text"), "after a restart");
         assert_eq!(ours.open("upload", &line), None);
-        assert_eq!(ours.open("journal", line.trim_end()), None, "cut off");
+        assert_eq!(ours.open("journal", line.trim_end()), None, "truncated");
         for (secret, job, parent) in
             [("t", Some("a"), &volume), ("s", Some("b"), &volume), ("s", None, &volume), ("s", Some("a"), &other)]
         {
@@ -132,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_in_a_directory_of_images_is_made_once_and_refused_if_others_can_read_it() {
+    fn key_file_is_created_once_and_refused_if_others_can_read_it() {
         use std::os::unix::fs::PermissionsExt;
         let dir = tempfile::tempdir().unwrap();
         let store = Tree::open(dir.path()).unwrap();

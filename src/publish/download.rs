@@ -1,4 +1,4 @@
-//! A file from a server: streamed to disk, resumed where a connection broke, its checksum taken on the way.
+//! Download: streams a file to disk, resumes after a broken connection, and computes the checksum on the way.
 
 use std::fs::File;
 use std::io::{Seek, Write};
@@ -13,11 +13,11 @@ use crate::transfer::checksum::{Expected, Sums};
 use crate::transfer::progress::Progress;
 use crate::transfer::{Fault, Work, complaint, in_full, is_transient, retry, without_query};
 
-/// A connection that brings less than this within the stall limit is one that stalls. What has come further by as much than ever before
-/// begins the time for further tries anew.
+/// A connection that receives fewer bytes than this within the stall limit has stalled. Progress of this many bytes
+/// past the previous maximum restarts the retry clock.
 const LEAST: u64 = 64 * 1024;
 
-/// One file on its way.
+/// Download of one file.
 struct Download<'a> {
     work: &'a Work,
     url: &'a str,
@@ -27,23 +27,23 @@ struct Download<'a> {
     /// Number of bytes received.
     length: u64,
     sums: Sums,
-    /// What it comes to, once the server has said so.
+    /// Length of the whole file, once the server has said it.
     total: Option<u64>,
     etag: Option<String>,
-    /// Time of its last change, as the server writes it.
+    /// Last-Modified, as the server writes it.
     modified: Option<String>,
     /// Whether the ETag can be the content's MD5.
     etag_is_md5: bool,
     progress: Progress,
 }
 
-/// Fetches `url` to the new file `name` of a directory, in place of what is there, and returns that file: by the end its name may be
-/// another's. `copies` is how often its size has to fit on the disk.
+/// Fetches `url` into a new file `name` in a directory, replacing any other, and returns the open file: somebody may
+/// have renamed it meanwhile. The disk must have room for `copies` files of its size.
 pub(crate) fn fetch(
     work: &Work,
     url: &str,
     expected: &Expected,
-    folder: &Tree,
+    directory: &Tree,
     name: &str,
     copies: u64,
 ) -> Result<File> {
@@ -51,12 +51,12 @@ pub(crate) fn fetch(
     let attempted = format!("fetch {shown}");
     if url.starts_with("http://") && !expected.is_given() {
         tracing::warn!(
-            "{shown} is fetched without TLS and without a checksum: anybody on the way can replace the image; use https, or give its \
-             checksum (--sha256, DOWNLOAD_SHA256SUM)"
+            "{shown} is fetched without TLS and without a checksum: anybody on the way can replace the image; use \
+             https, or give its checksum (--sha256, DOWNLOAD_SHA256SUM)"
         );
     }
-    let path = folder.shown().join(name).display().to_string();
-    let file = folder.create_file(name).attempt(|| format!("create {path}"))?;
+    let path = directory.shown().join(name).display().to_string();
+    let file = directory.create_file(name).attempt(|| format!("create {path}"))?;
     let mut download = Download {
         work,
         url,
@@ -75,7 +75,7 @@ pub(crate) fn fetch(
         loop {
             let result = retry(work.network.retry_limit, &attempted, async || {
                 match download.go_on(copies).await {
-                    // The patience of another round.
+                    // Progress: the retry clock restarts.
                     Err(Fault::Transient(cause)) if download.length >= reached + LEAST => {
                         reached = download.length;
                         tracing::warn!("cannot {attempted} yet: {cause}; going on at {} bytes", download.length);
@@ -97,9 +97,9 @@ pub(crate) fn fetch(
 }
 
 impl Download<'_> {
-    /// One request, from where the last one ended.
+    /// Sends one request, for the part after what was received.
     async fn go_on(&mut self, copies: u64) -> std::result::Result<(), Fault> {
-        // Nothing else tells whether the rest is of the same file.
+        // Without both, the rest may belong to another file.
         if self.etag.is_none() && self.modified.is_none() {
             self.begin_anew()?;
         }
@@ -108,7 +108,7 @@ impl Download<'_> {
         let mut request = client.get(self.url);
         if self.length > 0 {
             request = request.header(RANGE, format!("bytes={}-", self.length));
-            // A weak ETag matches nothing there (RFC 9110, 13.1.1): the answer's is compared below.
+            // If-Match never matches a weak ETag (RFC 9110, 13.1.1): the ETag of the response is compared below.
             if let Some(etag) = self.etag.as_ref().filter(|etag| !is_weak(etag)) {
                 request = request.header(IF_MATCH, etag);
             }
@@ -120,13 +120,13 @@ impl Download<'_> {
             StatusCode::PARTIAL_CONTENT if self.length == 0 => {
                 let part = Error::new(format!("fetch {}", without_query(self.url)));
                 return Err(Fault::Final(
-                    part.because(format!("the server answers {status} though all was asked for")),
+                    part.because(format!("the server answers {status} to a request for the whole file")),
                 ));
             }
             StatusCode::PARTIAL_CONTENT if self.goes_on(response.headers()) => {}
             StatusCode::PRECONDITION_FAILED | StatusCode::RANGE_NOT_SATISFIABLE | StatusCode::PARTIAL_CONTENT => {
                 self.begin_anew()?;
-                return Err(Fault::Transient("it has changed on the server; beginning again".into()));
+                return Err(Fault::Transient("it has changed on the server; starting again".into()));
             }
             _ => {
                 let said = complaint(response).await;
@@ -168,17 +168,17 @@ impl Download<'_> {
             self.sums.update(&chunk);
             self.length += chunk.len() as u64;
             self.progress.at(self.length);
-            // Lets signals be heard, as `whole` does.
+            // Lets the signal check run, as `whole` does.
             tokio::task::yield_now().await;
             if self.total.is_some_and(|total| self.length > total) {
-                let longer =
-                    Error::new(format!("fetch {}", without_query(self.url))).because("it is longer than it said");
+                let longer = Error::new(format!("fetch {}", without_query(self.url)))
+                    .because("it is longer than the server announced");
                 return Err(Fault::Final(longer));
             }
         }
         match self.total {
             Some(total) if self.length < total => {
-                Err(Fault::Transient(format!("{} of {total} bytes came", self.length)))
+                Err(Fault::Transient(format!("only {} of {total} bytes were received", self.length)))
             }
             _ => Ok(()),
         }
@@ -187,12 +187,12 @@ impl Download<'_> {
     fn begin_anew(&mut self) -> Result<()> {
         (self.length, self.total, self.etag, self.modified) = (0, None, None, None);
         self.sums.reset();
-        self.file.set_len(0).and_then(|()| self.file.rewind()).attempt(|| "begin the file again")
+        self.file.set_len(0).and_then(|()| self.file.rewind()).attempt(|| format!("truncate {}", self.path))
     }
 
-    /// Returns whether a partial answer goes on with the content that was begun with, and its end is known.
+    /// Whether a partial response continues the same content, and its end is known.
     fn goes_on(&mut self, headers: &HeaderMap) -> bool {
-        // A partial answer has all that the whole one would have (RFC 9110, 15.3.7).
+        // A partial response has all headers of the whole one (RFC 9110, 15.3.7).
         let is_same = match &self.etag {
             Some(etag) => text_of(headers, ETAG.as_str()) == Some(etag),
             None => text_of(headers, LAST_MODIFIED.as_str()) == self.modified.as_deref(),
@@ -218,31 +218,33 @@ fn is_weak(etag: &str) -> bool {
     etag.starts_with("W/")
 }
 
-/// Whether the ETag of an answer is the MD5 of its content: it looks like one, and no header says that it is something else.
+/// Whether the ETag of a response is the MD5 of its content: it looks like one, and no header says otherwise.
 fn is_md5(headers: &HeaderMap) -> bool {
     let etag = text_of(headers, ETAG.as_str()).filter(|etag| !is_weak(etag)).unwrap_or_default().trim_matches('"');
     let names = headers.keys().map(HeaderName::as_str);
-    // Encrypted with keys that are not the store's (SSE-C, SSE-KMS); Swift's large objects, made of others.
+    // Objects that are encrypted with keys of others (SSE-C, SSE-KMS), and Swift's large objects, made of several.
     let other = ["x-amz-server-side-encryption", "x-static-large-object", "x-object-manifest"];
     etag.len() == 32
         && etag.bytes().all(|b| b.is_ascii_hexdigit())
         && !names.into_iter().any(|name| other.iter().any(|other| name.starts_with(other)))
 }
 
-/// Parses a Content-Range: the start of a partial answer, and the length of the whole if it tells (RFC 9110, 14.4).
+/// Parses a Content-Range: start of the partial response, and length of the whole if given (RFC 9110, 14.4).
 fn range(text: &str) -> Option<(u64, Option<u64>)> {
     let (range, total) = text.strip_prefix("bytes ")?.split_once('/')?;
     let start = range.split('-').next()?.parse().ok()?;
     Some((start, if total == "*" { None } else { Some(total.parse().ok()?) }))
 }
 
-/// Refuses what will not fit.
+/// Refuses a download that does not fit on the disk.
 fn check_space(file: &File, path: &str, needed: u64) -> Result<()> {
     let attempted = || format!("put {needed} bytes into {path}");
     let disk = rustix::fs::fstatvfs(file).attempt(attempted)?;
     let free = disk.f_bavail.saturating_mul(disk.f_frsize);
     if free < needed {
-        return Err(Error::new(attempted()).because(format!("{free} are free")).advise("give the volume more space"));
+        return Err(Error::new(attempted())
+            .because(format!("only {free} bytes are free"))
+            .advise("give the volume more space"));
     }
     Ok(())
 }
@@ -252,7 +254,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_etag_that_is_no_md5_is_taken_for_none() {
+    fn only_an_etag_that_can_be_an_md5_is_used_as_one() {
         let sum = "\"d41d8cd98f00b204e9800998ecf8427e\"";
         let of = |headers: &[(&'static str, &'static str)]| {
             let pairs = headers.iter().map(|(name, value)| (HeaderName::from_static(name), value.parse().unwrap()));

@@ -1,5 +1,5 @@
-//! Identity of the source that an image root was made of, or that changes were made to: the same command must not go on with them on another
-//! one that has taken its name.
+//! Identity of the source of an image root, or of changes: the same command must not continue with them on another
+//! source that has taken the name of the first.
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -22,27 +22,27 @@ use crate::transfer::checksum::Expected;
 use crate::transfer::without_query;
 use crate::volume::layout::SOURCE;
 
-/// Kind of the record, which its seal covers.
+/// Label under which the record is authenticated.
 const KIND: &str = "source";
 
-/// A record is far smaller.
+/// Largest record, in bytes.
 const LIMIT: u64 = 64 << 10;
 
-/// So much of either end of a file tells it from others: of a squashfs the superblock with its times and its tables, of a compressed archive
-/// the checksum.
+/// Number of bytes at each end of a file that identify it: a squashfs has its superblock with times and its tables
+/// there, a compressed archive its checksum.
 const END: u64 = 64 << 10;
 
-/// Properties that tell a source from another.
+/// Properties that tell one source from another.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Identity {
     /// Path, or URL without its signature.
     source: String,
-    /// Checksums that it was verified by.
+    /// Checksums that it was verified against.
     sums: Option<String>,
     size: u64,
-    /// Time of its last change, of a file on this machine.
+    /// Time of the last change, for a file on this machine.
     modified: Option<String>,
-    /// Digest of the ends of a file; inode number and birth time of a directory.
+    /// Digest of both ends of a file; inode number and birth time of a directory.
     content: String,
     /// Time at which it was recorded: that of the record's file.
     #[serde(skip)]
@@ -50,7 +50,7 @@ pub(crate) struct Identity {
 }
 
 impl Identity {
-    /// Identity of a source that is open, and was verified if checksums are expected.
+    /// Identity of an open source, which was verified if checksums are expected.
     pub(crate) fn of(source: &Source, opened: &Opened, expected: &Expected) -> Result<Self> {
         let attempted = || format!("tell {} from other images", opened.shown.display());
         let (size, modified, content) = match &opened.content {
@@ -64,7 +64,7 @@ impl Identity {
                     digest.update(&bytes);
                 }
                 let content = URL_SAFE_NO_PAD.encode(digest.finish());
-                // A copy without a name is of now.
+                // A file without a name is a copy that was made just now.
                 let is_source = matches!(source, Source::Here(_)) && found.nlink() > 0;
                 let modified = is_source.then(|| format!("{}.{}", found.mtime(), found.mtime_nsec()));
                 (found.len(), modified, format!("file {content}"))
@@ -73,53 +73,54 @@ impl Identity {
         Ok(Self { source: named(source), sums: sums(expected), size, modified, content, recorded: None })
     }
 
-    /// Returns whether both are of the same image, under whatever path.
+    /// Whether both are the same image, whatever their paths.
     pub(crate) fn is_same(&self, other: &Self) -> bool {
         if let (Some(ours), Some(theirs)) = (&self.sums, &other.sums) {
             return ours == theirs;
         }
-        // Not the time: a copy of the same bytes, or touch, gives the file another one.
+        // The time does not count: copying a file changes it.
         self.size == other.size && self.content == other.content
     }
 
-    /// Returns whether it is that of the directory `root`, whatever path that has by now.
+    /// Whether this is the identity of the directory `root`, whatever its path now.
     pub(crate) fn is_of(&self, root: &Tree) -> bool {
         let is_ours = |found: std::io::Result<String>| found.is_ok_and(|content| content == self.content);
         if !is_ours(of_directory(root)) {
             return false;
         }
-        // A snapshot of the file system has all that tells a directory from others, but is not at its path.
+        // A directory in a snapshot of the file system has the same identity, but not this path.
         let Ok(there) = File::open(&self.source) else { return true };
         let place = |fd: BorrowedFd<'_>| rustix::fs::fstat(fd).map(|found| (found.st_dev, found.st_ino)).ok();
         place(there.as_fd()) == place(root.as_fd()) || !is_ours(of_directory(&there))
     }
 
-    /// Warns of a file that is the same image, and has been written or copied since.
+    /// Warns of a file that is the same image, but was written or copied since.
     pub(crate) fn tell_other_time(&self, now: &Self) {
         if self.sums.is_none()
             && let (Some(before), Some(modified)) = (&self.modified, &now.modified)
             && before != modified
         {
             tracing::warn!(
-                "{} has another time than before, and the same size and content at both ends: going on with it",
+                "{} has another time than before, but the same size and the same content at both ends: going on \
+                 with it",
                 now.source
             );
         }
     }
 
-    /// Tells how `now`, which is not the same, differs.
+    /// Describes how `now`, which is not the same, differs.
     fn difference(&self, now: &Self) -> String {
         match (&self.sums, &now.sums) {
-            (Some(before), Some(sums)) => format!("verified by {before} before, and now by {sums}"),
-            _ if self.size != now.size => format!("{} bytes before, and has now {}", self.size, now.size),
+            (Some(before), Some(sums)) => format!("its checksum was {before}, and is now {sums}"),
+            _ if self.size != now.size => format!("its size was {} bytes, and is now {}", self.size, now.size),
             _ if self.content.starts_with("directory") || now.content.starts_with("directory") => {
-                "another directory, or a file, before".into()
+                "another directory, or a file, was there".into()
             }
-            _ => format!("{} bytes before as now, with another content", self.size),
+            _ => format!("its size is still {} bytes, but its content is another", self.size),
         }
     }
 
-    /// Returns whether it is what `source` names, as far as that can be told without fetching it.
+    /// Whether this is the identity of `source`, as far as that can be decided without fetching it.
     pub(crate) fn is_named(&self, source: &Source, expected: &Expected) -> bool {
         self.source == named(source) && sums(expected).is_none_or(|sums| self.sums.as_ref() == Some(&sums))
     }
@@ -137,7 +138,7 @@ impl Identity {
     }
 }
 
-/// Text that tells a directory from another, under whatever path. The number of its device may change when the machine starts anew.
+/// Identity of a directory, whatever its path. The device number is no part of it: it may change on a reboot.
 fn of_directory(directory: impl AsFd) -> std::io::Result<String> {
     let (inode, made) = inode_and_birth(directory)?;
     Ok(format!("directory {inode} {}.{}", made.0, made.1))
@@ -157,15 +158,15 @@ fn sums(expected: &Expected) -> Option<String> {
     (!all.is_empty()).then(|| all.join(" "))
 }
 
-/// The file that holds the identity.
+/// File that holds an identity.
 pub(crate) struct Record<'a> {
     volume: &'a Tree,
-    /// None in a directory that nobody else can write to, and where the job has no secret.
+    /// `None` in a directory that nobody else can write to, and for a job without a secret.
     seal: Option<Seal>,
 }
 
 impl<'a> Record<'a> {
-    /// The record of `settings`' job on a volume. A volume that others write to could have one that they have written.
+    /// Record of the job of `settings` on a volume. It is sealed if others can write to the volume.
     pub(crate) fn on(volume: &'a Tree, settings: &Settings) -> Result<Self> {
         let found = rustix::fs::fstat(volume).attempt(|| format!("look at {}", volume.shown().display()))?;
         let is_private = found.st_uid == nix::unistd::geteuid().as_raw() && found.st_mode.trailing_zeros() >= 6;
@@ -173,12 +174,12 @@ impl<'a> Record<'a> {
         Ok(Self { volume, seal: is_sealed.then(|| Seal::of(settings, volume, false)).transpose()? })
     }
 
-    /// The record in a directory of our own, that nobody else writes to.
+    /// Record in a directory that nobody else writes to.
     pub(crate) fn private(volume: &'a Tree) -> Self {
         Self { volume, seal: None }
     }
 
-    /// Reads the identity; nothing if there is none, or somebody else has written it.
+    /// Reads the identity; `None` if there is none, or if somebody else wrote it.
     pub(crate) fn read(&self) -> Option<Identity> {
         let text = String::from_utf8(self.volume.read(SOURCE, LIMIT).ok()?).ok()?;
         let line = match &self.seal {
@@ -192,7 +193,7 @@ impl<'a> Record<'a> {
         Some(Identity { recorded, ..identity })
     }
 
-    /// Writes it down.
+    /// Writes the identity.
     pub(crate) fn write(&self, identity: &Identity) -> Result<()> {
         let text = json!(identity).to_string();
         let line = self.seal.as_ref().map_or_else(|| format!("{text}\n"), |seal| seal.line(KIND, &text));
@@ -200,23 +201,23 @@ impl<'a> Record<'a> {
         self.volume.replace(SOURCE, line.as_bytes()).attempt(attempted)
     }
 
-    /// Why one cannot go on with what is at `place`, which is of another source than `source`, or of an unknown one.
+    /// Error for `place`, which was made from another source than `source`, or from an unknown one.
     pub(crate) fn refusal(place: &str, source: &Source, known: Option<&Identity>, now: Option<&Identity>) -> Error {
         let why = match known {
             Some(known) if known.source == named(source) => {
-                let was = now.map_or_else(String::new, |now| format!(", which was {}", known.difference(now)));
+                let was = now.map_or_else(String::new, |now| format!("; {}", known.difference(now)));
                 let time = known.recorded.as_ref().map_or_else(String::new, |time| format!(", {time}"));
-                format!("it was made of what {} was before{time}{was}", known.source)
+                format!("it was made of an earlier version of {}{time}{was}", known.source)
             }
             Some(known) => format!("it was made of {}", known.shown()),
-            None => "it is there already, and nothing reliable says of what it was made".into(),
+            None => "it is there already, and no reliable record says of what it was made".into(),
         };
-        let advice = "--fresh drops it with all changes and begins anew ('enter --discard' drops it too); to go on with it, \
-            give the source that it was made of";
+        let advice = "--fresh drops it with all changes and begins anew ('enter --discard' drops it too); to go on \
+            with it, name the source that it was made of";
         Error::new(format!("go on with {place} for {}", named(source))).because(why).advise(advice)
     }
 
-    /// Removes it, with what it told of.
+    /// Removes the record.
     pub(crate) fn remove(&self) -> Result<()> {
         self.volume.remove(SOURCE).attempt(|| format!("remove {}/{SOURCE}", self.volume.shown().display())).map(|_| ())
     }
@@ -238,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn an_image_is_the_same_under_another_name_and_another_one_at_its_path_is_not() {
+    fn identity_follows_a_renamed_image_and_not_its_path() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("image");
         let any = Expected { md5: None, sha256: None };
@@ -248,10 +249,10 @@ mod tests {
         std::fs::rename(&file, &moved).unwrap();
         assert!(before.is_same(&of(&moved, &any)));
         for (content, difference) in [
-            (vec![1; 200_001], Some("200000 bytes before, and has now 200001")),
-            ([vec![1; 199_999], vec![2]].concat(), Some("with another content")),
-            (Vec::new(), Some("has now 0")),
-            // A copy, with the time of when it was made.
+            (vec![1; 200_001], Some("its size was 200000 bytes, and is now 200001")),
+            ([vec![1; 199_999], vec![2]].concat(), Some("its content is another")),
+            (Vec::new(), Some("is now 0")),
+            // A copy with a time of its own.
             (vec![1; 200_000], None),
         ] {
             std::fs::write(&file, content).unwrap();
@@ -268,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn a_record_on_a_volume_of_others_is_believed_with_the_jobs_seal_alone() {
+    fn record_on_a_shared_volume_is_believed_only_with_the_jobs_seal() {
         use std::os::unix::fs::PermissionsExt;
         let dir = tempfile::tempdir().unwrap();
         let volume = Tree::open(dir.path()).unwrap();

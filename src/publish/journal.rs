@@ -1,6 +1,6 @@
 //! Journal on the volume: records how far a job is, so that a sidecar that restarts after a crash continues from there.
-//! Sessions of a plain job can write to the volume too, so every line is authenticated, and a line that is not authentic
-//! is ignored.
+//! Sessions of a plain job can write to the volume too, so every line is authenticated, and a line that is not
+//! authentic is ignored.
 
 use std::cell::OnceCell;
 use std::io::Write;
@@ -412,7 +412,8 @@ mod tests {
             let read = Journal::read(&directory).unwrap();
             prop_assert!(read == journal() || (read.image, read.request, read.phase) == (None, None, Phase::Begun));
             if let Some(read) = Upload::read(&directory).unwrap() {
-                prop_assert_eq!(&Upload { parts: Vec::new(), ..read.clone() }, &Upload { parts: Vec::new(), ..upload() });
+                let without_parts = |upload: &Upload| Upload { parts: Vec::new(), ..upload.clone() };
+                prop_assert_eq!(without_parts(&read), without_parts(&upload()));
                 for (number, etag) in read.parts.iter().enumerate() {
                     prop_assert!(etag.is_none() || upload().parts.get(number) == Some(etag));
                 }

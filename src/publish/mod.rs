@@ -1,4 +1,4 @@
-//! What stands before `ready` and after `exiting`: an image is fetched and opened, packed, uploaded and registered.
+//! Steps before `ready` and after `exiting`: fetching and opening an image; uploading and registering the packed one.
 
 pub(crate) mod authentication;
 pub(crate) mod download;

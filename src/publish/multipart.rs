@@ -1,5 +1,4 @@
-//! A large file goes to a store in parts. Which of them are there is noted, so that whoever begins again after a crash sends the others
-//! alone.
+//! Multipart upload of a large file. Uploaded parts are recorded, so that after a crash only the missing ones are sent.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -14,44 +13,44 @@ use crate::store::{Description, Store};
 use crate::transfer::progress::Progress;
 use crate::transfer::{AT_A_TIME, Fault, Work, retry};
 
-/// As much as goes in one request. What is under way is in memory.
+/// Size of a part, in bytes. Parts are held in memory while they are sent.
 pub(crate) const PART: u64 = 16 << 20;
 
-/// Who sends it, and where to.
+/// Sends files to a store.
 pub(crate) struct Sender<'a> {
-    /// Servers.
+    /// Sends requests.
     pub(crate) work: &'a Work,
     /// The store.
     pub(crate) store: &'a Store,
-    /// What opens another one.
+    /// Settings, to open another store.
     pub(crate) settings: &'a Place,
-    /// Where it is noted.
+    /// Directory of the journal.
     pub(crate) directory: &'a JournalDirectory<'a>,
 }
 
-/// What is sent.
+/// A file to send.
 pub(crate) struct Large<'a> {
-    /// Its key.
+    /// Key of the object.
     pub(crate) place: &'a str,
-    /// The file.
+    /// Content of the object.
     pub(crate) content: &'a File,
-    /// Its size, in bytes.
+    /// Size, in bytes.
     pub(crate) size: u64,
-    /// What it comes to.
+    /// MD5, in hexadecimal digits.
     pub(crate) md5: &'a str,
-    /// What is told of it.
+    /// Media type and metadata of the object.
     pub(crate) description: &'a Description,
 }
 
 impl Sender<'_> {
-    /// Sends what of `object` is not there yet. What fails stays noted, for [`Sender::abort`] or for the next one.
+    /// Sends the missing parts of `object`. A failed upload stays recorded, for [`Sender::abort`] or the next run.
     pub(crate) fn send(&self, object: &Large) -> Result<()> {
         let attempted = format!("upload {}", self.store.url_of(object.place));
-        let mut noted = self.noted(object)?;
+        let mut unfinished = self.unfinished(object)?;
         loop {
-            let goes_on = noted.is_some();
+            let goes_on = unfinished.is_some();
             let sent = self.work.wait(async {
-                match self.try_send(object, noted.take()).await {
+                match self.try_send(object, unfinished.take()).await {
                     Ok(()) => Ok(true),
                     Err(Fault::Final(error)) => Err(error),
                     Err(Fault::Transient(cause)) if goes_on => {
@@ -69,9 +68,9 @@ impl Sender<'_> {
         }
     }
 
-    /// An unfinished upload of the same content to the same place. Any other is aborted: it is no object, and takes
-    /// space all the same.
-    fn noted(&self, object: &Large) -> Result<Option<Upload>> {
+    /// Finds an unfinished upload of the same content to the same key. Any other one is aborted: its parts take space
+    /// in the store.
+    fn unfinished(&self, object: &Large) -> Result<Option<Upload>> {
         let url = self.store.url_of(object.place);
         match Upload::read(self.directory)? {
             Some(upload) if upload.url == url && upload.md5 == object.md5 && upload.part == part_of(object.size) => {
@@ -82,7 +81,7 @@ impl Sender<'_> {
         }
     }
 
-    /// Aborts the recorded upload, and goes on where the store refuses that.
+    /// Aborts the recorded upload; only warns if the store refuses that.
     fn forget(&self) -> Result<()> {
         if let Err(error) = self.abort() {
             self.work.heed()?;
@@ -91,7 +90,8 @@ impl Sender<'_> {
         Ok(())
     }
 
-    /// Aborts the recorded upload. One in another store is aborted with the keys of this one, which are good for all buckets of a server.
+    /// Aborts the recorded upload. The keys of this store are used for another one, too: keys apply to all buckets of a
+    /// server.
     pub(crate) fn abort(&self) -> Result<()> {
         let Some(upload) = Upload::read(self.directory)? else { return Ok(()) };
         let attempted = format!("abort the unfinished upload of {}", upload.url);
@@ -104,11 +104,12 @@ impl Sender<'_> {
         Upload::clear(self.directory)
     }
 
-    /// What the store refuses of one upload, because it has forgotten it, it may take of another.
-    async fn try_send(&self, object: &Large<'_>, noted: Option<Upload>) -> std::result::Result<(), Fault> {
+    /// Continues the upload `unfinished`, or starts a new one. Every error of the store is transient: it may have
+    /// dropped the old upload, and accept a new one.
+    async fn try_send(&self, object: &Large<'_>, unfinished: Option<Upload>) -> std::result::Result<(), Fault> {
         let told = |error: object_store::Error| Fault::Transient(cause(&error));
         let part = part_of(object.size);
-        let mut upload = match noted {
+        let mut upload = match unfinished {
             Some(upload) => upload,
             None => {
                 let id = self.store.begin(object.place, object.description).await.map_err(told)?;
@@ -142,8 +143,8 @@ impl Sender<'_> {
                 let sent = self.store.put_part(object.place, &upload.id, (number, at), bytes);
                 sending.spawn(async move { (number, length, sent.await) });
             } else if let Some(ended) = sending.join_next().await {
-                let (number, length, mark) = ended.attempt(|| "send a part")?;
-                upload.add(self.directory, number, &mark.map_err(told)?)?;
+                let (number, length, etag) = ended.attempt(|| "send a part")?;
+                upload.add(self.directory, number, &etag.map_err(told)?)?;
                 progress.add(length);
             } else {
                 break;
@@ -151,14 +152,15 @@ impl Sender<'_> {
         }
         let parts = upload.parts.into_iter().flatten().collect();
         match self.store.complete(object.place, &upload.id, parts).await {
-            // An earlier try, or run, may have ended it unheard. Then some stores know nothing of it any more.
+            // An earlier attempt or run may have completed the upload without receiving the answer. Some stores then no
+            // longer know it.
             Err(_) if self.store.holds(object.place, object.size, object.md5).await => Ok(()),
             ended => ended.map_err(told),
         }
     }
 }
 
-/// How large a part is of an object of this size.
+/// Size of a part of an object of `size` bytes.
 fn part_of(size: u64) -> u64 {
     PART.max(size.div_ceil(MOST_PARTS as u64))
 }

@@ -1,4 +1,4 @@
-//! `ims-sshd prepare`: a source image becomes an image root, or nothing is there.
+//! `ims-sshd prepare`: makes an image root from a source image; leaves nothing behind if that fails.
 
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::Path;
@@ -34,16 +34,16 @@ use crate::volume::mounts_below::mounts_below;
 use crate::volume::open_tree;
 use crate::volume::signal_files::SignalFiles;
 
-/// How an archive becomes a tree.
+/// Way to make an image root from an archive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Open {
-    /// Written out. In a pod, where a mount of one container is not seen by the next.
+    /// Unpacks it. For a pod, in which a container does not see another one's mounts.
     Unpack,
-    /// A squashfs, or a folder, mounted below an overlay that takes the changes; whatever its size, in a moment.
+    /// Mounts a squashfs, or a directory, below an overlay that takes the changes; fast, whatever the size.
     Overlay,
 }
 
-/// Fetches and opens `source` in a pod, and tells IMS.
+/// Fetches and opens `source` in a pod, and reports the job's status to IMS.
 pub fn run(settings: &Settings, source: &str, open: Open, is_fresh: bool) -> Result<u8> {
     let source = Source::parse(source)?;
     if let Source::Here(path) = &source
@@ -65,7 +65,7 @@ pub fn run(settings: &Settings, source: &str, open: Open, is_fresh: bool) -> Res
                 let mounted = overlay.keep();
                 let places: Vec<_> = mounted.iter().rev().map(|place| place.display().to_string()).collect();
                 tracing::info!(
-                    "the image root is {}, mounted: '{}' undoes that, and keeps what was changed",
+                    "the image root is {}, mounted: '{}' undoes that, and keeps the changes",
                     image_root.display(),
                     shell_words::join(std::iter::once("umount".to_owned()).chain(places))
                 );
@@ -82,7 +82,7 @@ pub fn run(settings: &Settings, source: &str, open: Open, is_fresh: bool) -> Res
     })
 }
 
-/// Refuses a source that would hold what is made of it.
+/// Refuses a source directory that contains the image root's parent.
 fn check_directory(source: &Path, parent: &Path) -> Result<()> {
     let source = named::resolve(source).attempt(|| format!("open {}", source.display()))?;
     if holds(&source, parent)? {
@@ -92,20 +92,22 @@ fn check_directory(source: &Path, parent: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Setuid programs of the image are out of other users' reach. A volume that is there is shared as its owner wants it.
+/// Creates the image root's parent; other users must not reach setuid programs of the image. A volume that exists keeps
+/// its mode.
 fn make_parent(parent: &Path) -> Result<()> {
-    let attempted = || format!("make the directory {}", parent.display());
+    let attempted = || format!("create the directory {}", parent.display());
     let mut make = std::fs::DirBuilder::new();
     make.recursive(true).mode(0o700).create(named::resolve_beginning(parent).attempt(attempted)?).attempt(attempted)
 }
 
-/// Removes what an earlier source has become, with all changes, and what was packed of it. `source` stays, wherever it lies.
+/// Removes the image root of an earlier source, with all changes and what was packed from it. Keeps `source`, even if
+/// it is one of these files.
 fn begin_anew(volume: &Tree, settings: &Settings, source: &Source, image_root: &Path) -> Result<()> {
     refuse_links(&settings.job.parent, image_root)?;
     Record::on(volume, settings)?.remove()?;
     let overlay = settings.job.parent.join(OVERLAY);
     let ours = [image_root.to_owned(), overlay.join(LOWER)];
-    // A place can be mounted more than once.
+    // Several file systems may be mounted at the same place.
     for place in mounts_below(&settings.job.parent)?.iter().rev().filter(|place| ours.contains(place)) {
         mounts::unmount(place).attempt(|| format!("unmount {}", place.display()))?;
     }
@@ -131,8 +133,8 @@ fn begin_anew(volume: &Tree, settings: &Settings, source: &Source, image_root: &
     Ok(())
 }
 
-/// Removes signals: an earlier job's mean nothing to this one, and this one's are of a pod that is gone. What this job published in part is
-/// gone on with if the image root is the same.
+/// Removes signal files, which are left from an earlier job or an earlier pod. Keeps the journal if the image root
+/// stays: the sidecar continues with what this job published in part.
 fn clear_signals(settings: &Settings, is_prepared: bool) -> Result<()> {
     let parent = &settings.job.parent;
     let files = SignalFiles::open(parent)?.ok_or_else(|| {
@@ -141,12 +143,12 @@ fn clear_signals(settings: &Settings, is_prepared: bool) -> Result<()> {
     for name in [READY, SSHD_LISTENING, EXITING, POD_ERROR].into_iter().chain(Verdict::ALL.map(Verdict::signal_file)) {
         files.retract(name)?;
     }
-    // Nothing that was published in part, or packed elsewhere, is of this image root.
+    // Without an image root, what was published in part or packed elsewhere belongs to another one.
     if is_prepared { Ok(()) } else { journal::clear(&files).and_then(|()| files.remove(TRANSFER)) }
 }
 
-/// Makes the image root of `source`; what it was made of on the way is gone if that fails. One that stands there is whole: it gets its
-/// name last. Where nobody says how to open it, in the best way that there is.
+/// Makes the image root from `source`, in the best way unless `open` says how. Removes everything if that fails. An
+/// image root that exists is complete, since it gets its name last.
 pub(crate) fn prepare(
     work: &Work,
     settings: &Settings,
@@ -155,7 +157,7 @@ pub(crate) fn prepare(
     image_root: &Path,
 ) -> Result<Option<Overlay>> {
     if open == Some(Open::Unpack) {
-        // Checked before anything is fetched.
+        // Checked before fetching.
         confinement::refuse_to_lose_attributes()?;
     }
     let parent = &settings.job.parent;
@@ -180,16 +182,17 @@ pub(crate) fn prepare(
             return Ok(None);
         }
     }
-    // Unpacked before, by this or, for a customization that could not be published, by whoever said nothing.
+    // Unpacked by an earlier run of `prepare` or, if it could not be published, of `customize`.
     if let Some(known) = known.as_ref().filter(|_| !has_overlay && open != Some(Open::Overlay)) {
         tracing::info!(
-            "{} is there already, made of {}: going on with it and with what was changed; --fresh drops it and begins anew",
+            "{} is there already, made of {}: going on with it and with what was changed; --fresh drops it and begins \
+             anew",
             image_root.display(),
             known.shown()
         );
         return Ok(None);
     }
-    // An image fetched into a directory of our own is still the one that the changes were made to.
+    // `customize` and `enter` keep a fetched image in a directory of their own, as long as changes to it are kept.
     let kept = known.is_some()
         && open.is_none()
         && !matches!(source, Source::Here(_))
@@ -214,14 +217,14 @@ pub(crate) fn prepare(
         match open.map_or_else(|| best(&archive), Ok)? {
             Open::Overlay => {
                 unpacked = false;
-                let folder = parent.join(OVERLAY);
-                // What was changed above an earlier one is kept, though it cannot be mounted this time.
-                let is_new = !folder.exists();
-                let mounted = Overlay::mount(&archive, &folder, image_root)
+                let directory = parent.join(OVERLAY);
+                // Changes of an earlier run are kept even if the overlay cannot be mounted now.
+                let is_new = !directory.exists();
+                let mounted = Overlay::mount(&archive, &directory, image_root)
                     .and_then(|overlay| check(&archive, &open_tree(image_root)?).map(|()| overlay));
                 mounted.map(Some).inspect_err(|_| {
                     if is_new {
-                        let _ = std::fs::remove_dir_all(folder).and_then(|()| std::fs::remove_dir(image_root));
+                        let _ = std::fs::remove_dir_all(directory).and_then(|()| std::fs::remove_dir(image_root));
                     }
                 })
             }
@@ -230,11 +233,11 @@ pub(crate) fn prepare(
                 check(&archive, &tree)?;
                 Inventory::of(work, &tree)?.save(&volume, INVENTORY)?;
                 if let Some(above) = image_root.parent() {
-                    std::fs::create_dir_all(above).attempt(|| format!("make the folder {}", above.display()))?;
+                    std::fs::create_dir_all(above).attempt(|| format!("create the directory {}", above.display()))?;
                 }
                 let unpacking = parent.join(UNPACKING);
                 std::fs::rename(&unpacking, image_root).attempt(|| format!("rename {}", unpacking.display()))?;
-                // Somebody who can rename in the volume could have put another directory there.
+                // Somebody who can write to the volume may have put another directory there.
                 if !is_same(&tree, &open_tree(image_root)?).unwrap_or(false) {
                     let taken = format!("another directory has taken the place of {}", unpacking.display());
                     return Err(Error::new(format!("unpack to {}", image_root.display())).because(taken));
@@ -243,7 +246,7 @@ pub(crate) fn prepare(
             }
         }
     });
-    // Changes that are there were made to it.
+    // An archive below an overlay is kept: changes were made to it.
     let ours = matches!(source, Source::Web(_) | Source::S3(..)) && !has_overlay;
     if result.is_err() || unpacked {
         let _ = remove(&volume, UNPACKING);
@@ -258,14 +261,14 @@ pub(crate) fn prepare(
     result
 }
 
-/// Refuses a source whose tree is no image root.
+/// Refuses a source that does not contain an image root.
 fn check(source: &Opened, tree: &Tree) -> Result<()> {
     let refused = |why| Error::new(format!("take {} as an image", source.shown.display())).because(why);
     image_root::check(tree, &source.shown, source.file().is_some(), refused)
 }
 
-/// Identity of what an image root that is there was made of; nothing if none is there. An error if that was not `source`, as far as this can
-/// be told without fetching it.
+/// Identity of the source of an existing image root; `None` if there is no image root. Fails if that is not `source`,
+/// as far as this can be decided without fetching it.
 pub(crate) fn known(
     settings: &Settings,
     source: &Source,
@@ -293,7 +296,8 @@ pub(crate) fn known(
     Ok(known)
 }
 
-/// Takes the inventory of what an overlay on `volume` lies above, unless there is one: to open it needs none.
+/// Takes an inventory of the lower layer of an overlay on `volume`, unless there is one. Only a report of changes needs
+/// it.
 pub(crate) fn take_inventory_below(work: &Work, settings: &Settings, volume: &Tree) -> Result<()> {
     let attempted = || format!("look for {}", volume.shown().join(INVENTORY).display());
     let has_overlay = volume.look(OVERLAY).attempt(attempted)?.is_some();
@@ -302,7 +306,7 @@ pub(crate) fn take_inventory_below(work: &Work, settings: &Settings, volume: &Tr
     }
     let mounted = volume.directory_without_links(Path::new(OVERLAY).join(LOWER)).attempt(attempted)?;
     let below = if mounted.names().attempt(attempted)?.is_empty() {
-        // A directory, which need not be mounted.
+        // A directory is not mounted there.
         let source = Record::on(volume, settings)?.read();
         match source.filter(|source| Path::new(source.source()).is_dir()) {
             Some(source) => open_tree(Path::new(source.source()))?,
@@ -314,7 +318,8 @@ pub(crate) fn take_inventory_below(work: &Work, settings: &Settings, volume: &Tr
     Inventory::of(work, &below)?.save(volume, INVENTORY)
 }
 
-/// Whether `parent` holds an image root that somebody may have changed: an unpacked one, or an overlay with something in its upper layer.
+/// Whether `parent` has an image root that may have been changed: an unpacked one, or an overlay with an upper layer
+/// that is not empty.
 pub(crate) fn holds_changes(parent: &Path, image_root: &Path) -> bool {
     match Overlay::changes(&parent.join(OVERLAY)) {
         Some(changes) => changes,
@@ -322,7 +327,7 @@ pub(crate) fn holds_changes(parent: &Path, image_root: &Path) -> bool {
     }
 }
 
-/// Below an overlay what can be: a squashfs, or a folder.
+/// Best way to open an archive: below an overlay if it is a squashfs or a directory.
 fn best(archive: &Opened) -> Result<Open> {
     let overlay = match &archive.content {
         Content::Directory(tree) => layers(tree)?.is_none(),
@@ -331,7 +336,8 @@ fn best(archive: &Opened) -> Result<Open> {
     Ok(if overlay { Open::Overlay } else { Open::Unpack })
 }
 
-/// The archive, or directory, on this machine: what was checked, by its descriptor.
+/// Opens the archive or directory on this machine, fetched if it has to be. What was checked is accessed by its
+/// descriptor.
 fn archive(
     work: &Work,
     settings: &Settings,
@@ -360,7 +366,7 @@ fn archive(
         Source::Web(url) => url.clone(),
         Source::S3(bucket, key) => work.wait(store::sign(bucket, key, &settings.store, &settings.network))?,
     };
-    // Unpacked it takes as much again, and more.
+    // Unpacked, it needs the same space again, or more.
     let copies = if open == Some(Open::Unpack) { 2 } else { 1 };
     let file = download::fetch(work, &url, &settings.expected, volume, FETCHING, copies)?;
     let opened = Opened { shown: settings.job.parent.join(ARCHIVE), content: Content::File(file) };
@@ -369,7 +375,7 @@ fn archive(
     Ok(opened)
 }
 
-/// Refuses links in the places of directories: on a volume of an earlier job they would have it unpacked, or its changes kept, elsewhere.
+/// Refuses links in place of directories: left by an earlier job, they would lead the image or its changes elsewhere.
 fn refuse_links(parent: &Path, image_root: &Path) -> Result<()> {
     let tree = open_tree(parent)?;
     let places = ["", "lower", "upper", "work"].map(|name| Path::new(OVERLAY).join(name));
@@ -393,7 +399,7 @@ fn is_same(a: &Tree, b: &Tree) -> std::io::Result<bool> {
     Ok((a.st_dev, a.st_ino) == (b.st_dev, b.st_ino))
 }
 
-/// Removes the tree `name` of a directory; one that is not there is no error.
+/// Removes the tree `name` from a directory, if it exists.
 fn remove(volume: &Tree, name: &str) -> Result<()> {
     match std::fs::remove_dir_all(volume.path().join(name)) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => {

@@ -93,7 +93,8 @@ impl Publication<'_> {
         result
     }
 
-    /// Rolls back what an earlier run, which was killed, published in part. The journal keeps what cannot be rolled back.
+    /// Rolls back what an earlier run, which was killed, published in part. The journal keeps what cannot be rolled
+    /// back.
     pub(crate) fn give_up(&self, journal: &mut Journal) -> Result<()> {
         if journal.image.is_none() && journal.request.is_none() || journal.is_told {
             return Ok(());
@@ -131,9 +132,9 @@ impl Publication<'_> {
         journal.write(self.directory)
     }
 
-    /// Without an IMS, an image whose manifest is in the store is complete, since the manifest is uploaded last. Returns
-    /// whether it consists of `pieces`, so that it need not be uploaded again. Any other is removed from the journal:
-    /// somebody may have restored an old journal, and the image must be neither overwritten nor deleted.
+    /// Without an IMS, an image whose manifest is in the store is complete, since the manifest is uploaded last.
+    /// Returns whether it consists of `pieces`, so that it need not be uploaded again. Any other is removed from the
+    /// journal: somebody may have restored an old journal, and the image must be neither overwritten nor deleted.
     fn forget_published(&self, store: &Store, journal: &mut Journal, pieces: &[Piece]) -> Result<bool> {
         // In a directory, an image is renamed from its ID to its name when it is complete.
         let is_asked = !self.ims.is_there() && !self.is_named(store);
@@ -192,8 +193,8 @@ impl Publication<'_> {
         }))
     }
 
-    /// Sets the job's status to success, last: that ends the job, its volume and this pod. Once IMS may know it, nothing
-    /// is rolled back, even after a signal. Returns the job's record.
+    /// Sets the job's status to success, last: that ends the job, its volume and this pod. Once IMS may know it,
+    /// nothing is rolled back, even after a signal. Returns the job's record.
     fn tell_success(&self, journal: &mut Journal, id: &Id) -> Result<Option<records::Job>> {
         if self.settings.job.id.is_none() || !self.ims.is_there() {
             return Ok(None);
@@ -206,8 +207,8 @@ impl Publication<'_> {
             Ok(job) => return Ok(job),
             Err(refused) => refused,
         };
-        // IMS refuses any status change of a finished job, even to the same status. The answer to an earlier attempt may
-        // have been lost.
+        // IMS refuses any status change of a finished job, even to the same status. The answer to an earlier attempt
+        // may have been lost.
         let unknown = match self.ims.job() {
             Ok(Some(job)) if job.status == Status::Success => return Ok(Some(job)),
             // A request that a signal cut off may still be carried out.
@@ -223,8 +224,11 @@ impl Publication<'_> {
         };
         let place = self.settings.store.url.as_deref().unwrap_or_default();
         Err(Error::new(format!("find out whether IMS knows the job as a success: {unknown}"))
-            .because(format!("IMS may know the image as published, so that image {id} stays in IMS and in {place}"))
-            .advise("run the same again on this volume, which asks IMS and goes on; without the volume see the job's status in IMS"))
+            .because(format!("IMS may know the image as published; therefore image {id} stays in IMS and in {place}"))
+            .advise(
+                "run the same again on this volume, which asks IMS and goes on; without the volume, see the job's \
+                 status in IMS",
+            ))
     }
 
     /// Verifies an image that IMS names as the result of a job: its record and its manifest must exist and match.
@@ -290,8 +294,8 @@ impl Publication<'_> {
         Ok((record, true))
     }
 
-    /// Why a record is not that of the image `id` that this job began; `None` if it may be. Outside a job, a record with
-    /// a link is that of an image whose publication has ended.
+    /// Why a record is not that of the image `id` that this job began; `None` if it may be. Outside a job, a record
+    /// with a link is that of an image whose publication has ended.
     fn difference(&self, record: &records::Image, id: &Id, journal: &Journal) -> Option<String> {
         let Settings { name, job, .. } = self.settings;
         if record.name != *name {
@@ -473,8 +477,9 @@ impl Publication<'_> {
         self.wait(&format!("look for unfinished uploads to {}", store.url_of(image)), store.sweep(image))
     }
 
-    /// Deletes the objects and the record of an unfinished image, even after a signal; leaves what cannot be this job's.
-    /// Returns whether nothing of this job's is left. The record stays as long as objects may: it says whose they are.
+    /// Deletes the objects and the record of an unfinished image, even after a signal; leaves what cannot be this
+    /// job's. Returns whether nothing of this job's is left. The record stays as long as objects may: it says whose
+    /// they are.
     fn roll_back(&self, store: &Store, journal: &Journal) -> bool {
         const AGAIN: &str = "run the same again, which rolls it back, or delete it by hand";
         self.work.roll_back();
@@ -536,8 +541,8 @@ impl Publication<'_> {
     }
 
     /// Whether all objects of an image are this job's; an image that `is_new` has none. A manifest has no metadata that
-    /// names an owner, and belongs to the owner of the other objects. Files in a directory have no metadata: the journal
-    /// says that the image is this job's.
+    /// names an owner, and belongs to the owner of the other objects. Files in a directory have no metadata: the
+    /// journal says that the image is this job's.
     fn is_place_ours(&self, store: &Store, id: &Id, is_new: bool) -> Result<bool> {
         let metadata = self.owner_metadata(id);
         let look = |key: &&str| {

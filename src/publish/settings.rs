@@ -1,5 +1,5 @@
-//! The variables of `prepare`, `sidecar`, `package` and `upload`, read once into one value. Options of the command line are variables that
-//! come later, and count before those of the environment.
+//! Variables of `prepare`, `sidecar`, `package` and `upload`, read once into one value. Options of the command line are
+//! passed as later variables, and override those of the environment.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -18,7 +18,7 @@ use crate::transfer::Work;
 use crate::transfer::checksum::{Expected, checksum};
 use crate::transfer::network::Network;
 
-/// Everything that decides on how an image is fetched and published.
+/// Settings for fetching and publishing an image.
 #[derive(Debug, Clone)]
 pub struct Settings {
     /// The job; IMS itself finds an unknown action in the sidecar's report.
@@ -27,29 +27,29 @@ pub struct Settings {
     pub(crate) name: String,
     /// `KERNEL_FILENAME`, `INITRD_FILENAME`, `KERNEL_PARAMETERS_FILENAME`.
     pub(crate) boot: Names,
-    /// `DOWNLOAD_MD5SUM`, `DOWNLOAD_SHA256SUM`: what the source has to come to.
+    /// `DOWNLOAD_MD5SUM`, `DOWNLOAD_SHA256SUM`: checksums that the source must have.
     pub(crate) expected: Expected,
-    /// How the packed image is made.
+    /// Options for packing the image.
     pub(crate) packing: Packing,
     /// Store of images.
     pub store: store::place::Place,
-    /// Where jobs and images are registered; nowhere, on one machine.
+    /// IMS, where jobs and images are registered; `None` on one machine.
     pub ims: Option<ims::place::Place>,
-    /// How servers are talked to.
+    /// TLS settings and timeouts.
     pub network: Network,
-    /// `IMS_START_LIMIT`: how long the build environment may take to start.
+    /// `IMS_START_LIMIT`: longest time in which the build environment must start.
     pub start_limit: Duration,
 }
 
 impl Settings {
-    /// Reads `variables`; where one comes twice, the later one counts. All complaints come at once.
+    /// Reads `variables`. Of two with the same name the later one counts. One error names all wrong values.
     pub fn read(argument: Option<PathBuf>, variables: impl IntoIterator<Item = (OsString, OsString)>) -> Result<Self> {
         let mut reader = Reader::of(variables);
         let job = Job::read(&mut reader, argument);
         let kernel = file_name(&mut reader, "KERNEL_FILENAME").unwrap_or_else(|| "vmlinuz".into());
         let initrd = file_name(&mut reader, "INITRD_FILENAME");
         let boot = Names {
-            // A kernel whose name nobody knows has an initrd whose name nobody knows.
+            // If the kernel is to be searched for, so is its initrd.
             initrd: initrd.unwrap_or_else(|| if kernel == AUTO { AUTO } else { "initrd" }.into()),
             kernel,
             parameters: file_name(&mut reader, "KERNEL_PARAMETERS_FILENAME")
@@ -83,18 +83,18 @@ impl Settings {
         reader.finish(Some(Self { job, name, boot, expected, packing, store, ims, network, start_limit }))
     }
 
-    /// The job's end of IMS.
+    /// Client of IMS for the job; built once in a run.
     pub(crate) fn ims_client<'a>(&self, work: &'a Work) -> Ims<'a> {
         Ims::of(work, self.ims.as_ref(), self.job.id.as_deref())
     }
 
-    /// How the packed image is called.
+    /// File name of the packed image.
     pub(crate) fn archive(&self) -> String {
         format!("{}.sqsh", self.name)
     }
 }
 
-/// A name in the image's /boot.
+/// Checks a file name in the image's /boot.
 pub fn boot_file(name: &str) -> Checked {
     if name.contains('/') || name == "." || name == ".." || name.contains(|c: char| c.is_control()) {
         return Err("expected the name of a file in the image's /boot".into());
@@ -102,7 +102,8 @@ pub fn boot_file(name: &str) -> Checked {
     Ok(name.to_owned())
 }
 
-/// Name of a new image: its archive's and, in a store that is a directory, its directory's.
+/// Checks the name of a new image: it becomes the name of its archive and, in a store that is a directory, of its
+/// directory.
 pub fn image_name(name: &str) -> Checked {
     if name.is_empty() || name.starts_with('.') || name.contains(|c: char| c == '/' || c.is_control()) {
         return Err("expected a name of one line without '/' that does not begin with '.'".into());
@@ -125,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sidecar_as_pods_start_it() {
+    fn variables_of_a_pods_sidecar_are_read() {
         let settings = read(&[
             ("OAUTH_CONFIG_DIR", "/nowhere"),
             ("ENABLE_DEBUG", "False"),
@@ -155,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn without_ims_and_store_everything_stays_on_this_machine() {
+    fn without_variables_there_is_no_ims_and_no_store() {
         let settings = read(&[]).unwrap();
         assert!(settings.ims.is_none() && settings.store.url.is_none() && settings.job.id.is_none());
         assert_eq!(settings.job.image_root(), "image-root");
@@ -163,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn variables_of_aws_count_where_ours_are_not_set() {
+    fn aws_variables_are_used_if_s3_variables_are_not_set() {
         let aws = [
             ("AWS_ACCESS_KEY_ID", "A"),
             ("AWS_SECRET_ACCESS_KEY", "S"),
@@ -176,11 +177,15 @@ mod tests {
         assert_eq!(store.keys, Some(("A".into(), "S".into())));
         assert_eq!((store.token.as_deref(), store.region.as_deref()), (Some("T"), Some("eu-north-1")));
         assert_eq!((store.endpoint.as_deref(), store.validate), (Some("https://s3"), Validate::By("/ca.pem".into())));
-        assert_eq!(store.url, None, "an endpoint of AWS names no bucket");
+        assert_eq!(store.url, None, "an AWS endpoint names no bucket");
         let ours = [("S3_ACCESS_KEY", "a"), ("S3_SECRET_KEY", "s"), ("S3_ENDPOINT", "http://rgw")];
         let store = read(&[&aws[..], &ours, &[("S3_SSL_VALIDATE", "False")]].concat()).unwrap().store;
         assert_eq!(store.keys, Some(("a".into(), "s".into())));
-        assert_eq!((store.token, store.endpoint.as_deref()), (None, Some("http://rgw")), "the token is of other keys");
+        assert_eq!(
+            (store.token, store.endpoint.as_deref()),
+            (None, Some("http://rgw")),
+            "the token belongs to other keys"
+        );
         assert_eq!((store.url.as_deref(), store.validate), (Some("s3://boot-images"), Validate::No));
         let store = read(&[&ours[..2], &aws[2..3]].concat()).unwrap().store;
         assert_eq!((store.token.as_deref(), store.region.as_deref()), (Some("T"), None));
@@ -188,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_and_tokens_lose_the_newline_of_their_file_and_are_refused_where_no_header_may_hold_them() {
+    fn keys_and_tokens_are_trimmed_of_a_newline_and_refused_if_invalid_in_a_header() {
         let keys = |end: &str| {
             let [access, secret, token] =
                 ["A", "the secret", "T"].map(|text| format!("{}{end}", text.replace(' ', "-")));
@@ -212,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn every_wrong_value_is_named_at_once() {
+    fn all_wrong_values_are_named_in_one_error() {
         let wrong = [
             ("IMS_ACTION", "destroy"),
             ("KERNEL_FILENAME", "../../etc/shadow"),

@@ -1,23 +1,23 @@
-//! What an image is made from: where it lies, and what it is.
+//! Source of an image: where it is fetched from.
 
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 use crate::log::redaction::without_secrets;
 
-/// Where it lies.
+/// Location of a source.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Source {
-    /// At an http or https URL, presigned where it has to be.
+    /// An http or https URL; presigned if the server requires that.
     Web(String),
-    /// In a store: bucket and key.
+    /// An object in a store: bucket and key.
     S3(String, String),
-    /// On this machine.
+    /// A file or directory on this machine.
     Here(PathBuf),
 }
 
 impl Source {
-    /// Understands what the command line names.
+    /// Parses a source from the command line.
     pub fn parse(text: &str) -> Result<Self> {
         let refuse =
             |expected: &str| Error::bad_input(format!("SOURCE is '{}': expected {expected}", without_secrets(text)));
@@ -39,7 +39,7 @@ impl Source {
     }
 }
 
-/// Returns the source that `named` means: the root file system, for the directory of a published image.
+/// Replaces the directory of a published image by the root file system in it; returns any other source as it is.
 pub fn rootfs_of(named: String) -> String {
     let path = Path::new(&named);
     let is_published = ["manifest.json", "rootfs"].iter().all(|name| path.join(name).is_file());

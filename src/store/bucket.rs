@@ -1,6 +1,6 @@
-//! Requests to a bucket that the crate does not make. Unfinished multipart uploads whose id was never received, by a crash or a lost
-//! connection: only ListMultipartUploads finds them. And objects are deleted one by one: of DeleteObjects it believes an answer that tells of
-//! no object at all.
+//! Requests to a bucket that the object_store crate does not send. Only ListMultipartUploads finds an unfinished
+//! multipart upload whose ID was lost with a connection or a crash. And objects are deleted one by one: the crate
+//! deletes by DeleteObjects, and takes an answer that names no object for a success.
 
 use object_store::MultipartId;
 use object_store::aws::{AmazonS3, AwsAuthorizer};
@@ -12,32 +12,32 @@ use reqwest::{Method, StatusCode};
 use crate::store::error::failure;
 use crate::store::place::SIGNED_FOR;
 
-/// A bucket, and what requests to it are made with.
+/// Sends requests to a bucket.
 pub(crate) struct Asked<'a> {
-    /// The bucket.
+    /// The bucket; knows its URL and credentials.
     pub(crate) bucket: &'a AmazonS3,
-    /// Sends them.
+    /// HTTP client.
     pub(crate) client: &'a HttpClient,
-    /// What they are signed for.
+    /// Region for which requests are signed.
     pub(crate) region: &'a str,
 }
 
 impl Asked<'_> {
-    /// All unfinished uploads whose keys lie below `folder`: the last name of each key, with what the store calls the upload.
-    pub(crate) async fn below(&self, folder: &Path) -> object_store::Result<Vec<(String, MultipartId)>> {
-        let query = [("uploads", ""), ("prefix", &format!("{folder}/"))];
+    /// Lists unfinished uploads with keys below `prefix`: the last segment of each key, and the upload's ID.
+    pub(crate) async fn below(&self, prefix: &Path) -> object_store::Result<Vec<(String, MultipartId)>> {
+        let query = [("uploads", ""), ("prefix", &format!("{prefix}/"))];
         let answer = self.ask(Method::GET, &Path::default(), &query).await?;
-        // No such bucket.
+        // The bucket does not exist.
         if answer.status() == StatusCode::NOT_FOUND {
             return Ok(Vec::new());
         }
-        refuse(folder, &answer)?;
-        // A thousand at the most, and an image has six keys.
-        let text = answer.into_body().bytes().await.map_err(|e| failure(folder.as_ref(), e))?;
+        refuse(prefix, &answer)?;
+        // One answer lists up to 1000 uploads; an image has six keys.
+        let text = answer.into_body().bytes().await.map_err(|e| failure(prefix.as_ref(), e))?;
         Ok(parse(&String::from_utf8_lossy(&text)))
     }
 
-    /// Deletes an object. Whether it is gone is not told by the answer.
+    /// Deletes an object. The answer does not say whether it is gone.
     pub(crate) async fn delete(&self, key: &Path) -> object_store::Result<()> {
         let answer = self.ask(Method::DELETE, key, &[]).await?;
         if answer.status() == StatusCode::NOT_FOUND { Ok(()) } else { refuse(key, &answer) }
@@ -45,7 +45,7 @@ impl Asked<'_> {
 
     async fn ask(&self, method: Method, key: &Path, query: &[(&str, &str)]) -> object_store::Result<HttpResponse> {
         let failed = |e| failure(key.as_ref(), e);
-        // Tells where the bucket is; the request is signed in its headers.
+        // Only the address is taken from this URL: the request is signed in its headers.
         let mut url = self.bucket.signed_url(method.clone(), key, SIGNED_FOR).await?;
         url.set_query(None);
         if !query.is_empty() {
@@ -68,7 +68,7 @@ fn refuse(key: &Path, answer: &HttpResponse) -> object_store::Result<()> {
     Err(failure(key.as_ref(), std::io::Error::other(format!("the server answers {status}"))))
 }
 
-/// Of an image's keys none has a character that XML writes otherwise.
+/// Parses a listing. The last segment of an image's key contains nothing that XML would escape.
 fn parse(listing: &str) -> Vec<(String, MultipartId)> {
     let field = |text: &str, name: &str| {
         let (_, rest) = text.split_once(&format!("<{name}>"))?;
@@ -85,13 +85,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_listing_names_keys_and_uploads() {
+    fn listing_is_parsed_into_keys_and_upload_ids() {
         let upload = |key, id| {
             format!("<Upload>\n<Key>{key}</Key><Initiator><ID>i</ID></Initiator><UploadId>{id}</UploadId></Upload>")
         };
         let two = format!("<R><Prefix>p/</Prefix>{}{}</R>", upload("a&amp;b/p/rootfs", "2~x"), upload("p/kernel", "3"));
         assert_eq!(parse(&two), [("rootfs".to_owned(), "2~x".to_owned()), ("kernel".to_owned(), "3".to_owned())]);
         assert_eq!(parse("<R></R>"), []);
-        assert_eq!(parse("<Upload><Key>cut off"), []);
+        assert_eq!(parse("<Upload><Key>truncated"), []);
     }
 }

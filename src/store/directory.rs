@@ -1,6 +1,6 @@
-//! A store that is a directory. Others may write to it, as where a group publishes together: they rename what is in it, and put links in
-//! its place. So each image's directory is opened once, found to be one that this user has made, and everything in it reached by that
-//! descriptor. Nobody else gets in before the owner lets him.
+//! A store that is a directory. Other users may write to it, as in a group that publishes together, and could rename
+//! entries or replace them by links. Therefore each image's directory is opened once, checked to be this user's, and
+//! everything in it accessed by that descriptor. Others have no access to it before the image is published.
 
 use std::fs::File;
 use std::io;
@@ -15,73 +15,73 @@ use crate::sys::file_kind::FileKind;
 use crate::sys::named::{self, WRITABLE};
 use crate::sys::tree::Tree;
 
-/// In the name of a file that is not whole yet, which no object has.
-const BEGUN: &str = "#1";
+/// Suffix of a partial file; no object's name contains it.
+const PARTIAL: &str = "#1";
 
-/// What a published file lets others do, whom the owner lets into its directory.
+/// Mode of a published file, for users whom the owner admits to its directory.
 const PUBLISHED: Mode = Mode::from_raw_mode(0o644);
 
-/// No manifest is longer, in bytes.
-const MOST_OF_A_MANIFEST: u64 = 1 << 20;
+/// Largest manifest, in bytes.
+const LARGEST_MANIFEST: u64 = 1 << 20;
 const MANIFEST: &str = "manifest.json";
 
 /// A directory of images.
 pub(crate) struct Directory {
     root: Tree,
     path: PathBuf,
-    /// The image that was looked for last: a job has one.
+    /// The directory of the image that was opened last; a job has one image.
     held: Mutex<Option<Held>>,
 }
 
-/// The directory of an image, open.
+/// Open directory of an image.
 #[derive(Clone)]
 pub(crate) struct Held {
     id: String,
-    /// Its name now: the id, until it is published under another one.
+    /// Current name: the image's ID until it is published.
     name: String,
     tree: Arc<Tree>,
 }
 
-/// What stands in the place of an image.
+/// What exists in place of an image's directory.
 pub(crate) enum Found {
     /// Nothing.
     Nothing,
-    /// A directory that this user has made.
+    /// A directory of this user.
     Ours(Held),
-    /// Something else, and why it is none of ours.
+    /// Something else, with the reason why it is not ours.
     Others(String),
 }
 
-/// Opens the directory that is named as a store, and makes it where it is missing. Links of other users are refused.
+/// Opens the directory of a store; creates it if it is missing. Refuses links of other users.
 pub(crate) fn open_or_make(named: &Path) -> io::Result<(Tree, PathBuf)> {
     let path = named::resolve_beginning(named)?;
     let there = path.ancestors().find(|place| place.symlink_metadata().is_ok()).unwrap_or(Path::new("/"));
     let mut tree = Tree::from_fd(named::open_without_links(there)?);
     for name in path.strip_prefix(there).unwrap_or(Path::new("")) {
         match rustix::fs::mkdirat(&tree, name, Mode::from_raw_mode(0o777)) {
-            // Another run has just made it.
+            // Another run may have just created it.
             Ok(()) | Err(rustix::io::Errno::EXIST) => {}
             Err(e) => return Err(e.into()),
         }
         tree = tree.directory_without_links(name)?;
     }
-    // A file in its place is told now.
+    // Fails here if it is a file.
     tree.directory_without_links(".").map(|tree| (tree, path))
 }
 
 impl Directory {
-    /// Opens it, and makes it where it is missing.
+    /// Opens the store; creates the directory if it is missing.
     pub(crate) fn open(named: &Path) -> io::Result<Self> {
         let (root, path) = open_or_make(named)?;
         Ok(Self { root, path, held: Mutex::default() })
     }
 
-    /// Its path, without links.
+    /// Path of the directory, without links.
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// What stands in the place of the image `id`.
+    /// Opens the directory of the image `id`, if it exists.
     pub(crate) fn find(&self, id: &str) -> io::Result<Found> {
         let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(held) = held.as_ref().filter(|held| held.id == id) {
@@ -96,7 +96,7 @@ impl Directory {
         }
         let tree = self.root.directory_of_same_mount(id)?;
         let others = match self.others(&tree)? {
-            // Somebody may have given the id to an image that is published.
+            // Somebody may have renamed a published image to this ID.
             None if !may_be(&tree, id)? => Some("holds the manifest of another image".into()),
             other => other,
         };
@@ -107,7 +107,7 @@ impl Directory {
         Ok(Found::Ours(held.insert(found).clone()))
     }
 
-    /// The directory of the image `id`, which is made where it is missing.
+    /// Opens the directory of the image `id`; creates it if it is missing.
     fn make(&self, id: &str) -> io::Result<Held> {
         let is_new = match self.find(id)? {
             Found::Ours(_) => false,
@@ -124,7 +124,7 @@ impl Directory {
                 return Err(self.exchanged(id));
             }
         };
-        // One that was made before, by hand, or that somebody has put in the place of the new one.
+        // A directory that existed before, or was created by hand, may be open to others.
         if rustix::fs::fstat(&held.tree)?.st_mode & 0o077 != 0 {
             rustix::fs::chmodat(held.tree.as_ref(), ".", Mode::RWXU, AtFlags::empty())?;
         }
@@ -135,11 +135,11 @@ impl Directory {
         *self.held.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    /// Returns why an open directory is none that this user has made.
+    /// Why an open directory is not this user's; `None` if it is.
     fn others(&self, tree: &Tree) -> io::Result<Option<String>> {
         let found = rustix::fs::fstat(tree)?;
         let is_ours = found.st_uid == rustix::process::geteuid().as_raw()
-            // NFS gives what root makes to nobody (root_squash, exports(5)).
+            // NFS maps root to nobody (root_squash, exports(5)).
             || found.st_uid == rustix::fs::fstat(self.root.create_nameless()?)?.st_uid;
         Ok(match is_ours {
             false => Some(format!("belongs to user {}", found.st_uid)),
@@ -160,32 +160,32 @@ impl Directory {
         self.path.join(name).display().to_string()
     }
 
-    /// Begins the object `key` of the image `id`.
+    /// Creates a partial file for the object `key` of the image `id`.
     pub(crate) fn begin(&self, id: &str, key: &str) -> io::Result<File> {
-        self.make(id)?.tree.create_file(begun(key))
+        self.make(id)?.tree.create_file(partial(key))
     }
 
-    /// Opens the object `key` of the image `id`, which was begun, to write more of it.
+    /// Opens the partial file of the object `key` of the image `id` for writing.
     pub(crate) fn go_on(&self, id: &str, key: &str) -> io::Result<File> {
         let Found::Ours(held) = self.find(id)? else { return Err(io::ErrorKind::NotFound.into()) };
-        let file = held.tree.open_regular(begun(key), OFlags::WRONLY | OFlags::NOFOLLOW)?;
-        // Another name of it would be a file of somebody else's.
+        let file = held.tree.open_regular(partial(key), OFlags::WRONLY | OFlags::NOFOLLOW)?;
+        // A hard link may be somebody else's file.
         if file.metadata()?.nlink() == 1 { Ok(file) } else { Err(self.exchanged(&held.name)) }
     }
 
-    /// Makes an object of what was begun.
+    /// Turns the partial file into the object.
     pub(crate) fn complete(&self, id: &str, key: &str) -> io::Result<()> {
         let Found::Ours(held) = self.find(id)? else { return Err(io::ErrorKind::NotFound.into()) };
-        held.tree.rename(&begun(key), key)
+        held.tree.rename(&partial(key), key)
     }
 
-    /// Puts an object in one piece.
+    /// Writes a whole object.
     pub(crate) fn put(&self, id: &str, key: &str, content: &[u8]) -> io::Result<()> {
         self.begin(id, key)?.write_all_at(content, 0)?;
         self.complete(id, key)
     }
 
-    /// What the object `key` of the image `id` is; `None` where there is none.
+    /// Metadata of the object `key` of the image `id`; `None` if it does not exist.
     pub(crate) fn look(&self, id: &str, key: &str) -> io::Result<Option<Stat>> {
         match self.find(id)? {
             Found::Ours(held) => held.tree.look(key),
@@ -194,21 +194,21 @@ impl Directory {
         }
     }
 
-    /// Removes an object, and what was begun of it; one that is not there is no error.
+    /// Removes an object, or its partial file unless `is_whole`, if it exists.
     pub(crate) fn remove(&self, id: &str, key: &str, is_whole: bool) -> io::Result<()> {
         match self.find(id)? {
             Found::Ours(held) if is_whole => held.tree.remove(key).map(|_| ()),
-            Found::Ours(held) => held.tree.remove(begun(key)).map(|_| ()),
+            Found::Ours(held) => held.tree.remove(partial(key)).map(|_| ()),
             Found::Nothing => Ok(()),
             Found::Others(why) => Err(io::Error::other(why)),
         }
     }
 
-    /// Removes what of an image is no object: files that were begun, and its directory if it is empty.
+    /// Removes partial files of an image, and its directory if it is empty.
     pub(crate) fn sweep(&self, id: &str) -> io::Result<()> {
         let Found::Ours(held) = self.find(id)? else { return Ok(()) };
-        for begun in held.tree.names()?.iter().filter(|name| name.as_bytes().contains(&b'#')) {
-            held.tree.remove(begun)?;
+        for partial in held.tree.names()?.iter().filter(|name| name.as_bytes().contains(&b'#')) {
+            held.tree.remove(partial)?;
         }
         if held.tree.names()?.is_empty() && self.leads_to(&held.name, &held.tree)? {
             self.root.remove_directory(&held.name)?;
@@ -217,7 +217,7 @@ impl Directory {
         Ok(())
     }
 
-    /// The first of `name`, and that with a number, that no image has.
+    /// First unused name among `name` and `name` with a number.
     pub(crate) fn free_name(&self, name: &str) -> String {
         let is_taken = |name: &str| {
             let is_there = self.root.look(name).is_ok_and(|found| found.is_some());
@@ -232,7 +232,7 @@ impl Directory {
         free
     }
 
-    /// Returns whether `name` is a place that an older version had taken for an image when it was killed.
+    /// Whether `name` is an empty directory that an older version reserved for an image before it was killed.
     fn is_left_empty(&self, name: &str) -> io::Result<bool> {
         let Some(found) = self.root.look(name)? else { return Ok(false) };
         let is_closed = FileType::from_raw_mode(found.st_mode) == FileType::Directory && found.st_mode & 0o777 == 0o700;
@@ -242,7 +242,7 @@ impl Directory {
         Ok(self.root.directory_of_same_mount(name)?.names()?.is_empty())
     }
 
-    /// Puts an image that is whole in its place `name`, unless something has it. Returns whether it has been done.
+    /// Renames a complete image to `name`, unless that exists. Returns whether the image was renamed.
     pub(crate) fn place(&self, id: &str, name: &str) -> io::Result<bool> {
         let Found::Ours(held) = self.find(id)? else { return Err(self.exchanged(id)) };
         for key in held.tree.names()? {
@@ -258,7 +258,7 @@ impl Directory {
             return Ok(true);
         }
         let renamed = match self.root.rename_to(&held.name, &self.root, name) {
-            // The kernel replaces no directory but an empty one.
+            // A rename can replace an empty directory.
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists && self.is_left_empty(name)? => {
                 self.root.rename(&held.name, name)
             }
@@ -276,7 +276,7 @@ impl Directory {
         }
     }
 
-    /// Returns whether `name` is this directory, and not what somebody else has put in its place.
+    /// Whether `name` still refers to this directory.
     fn leads_to(&self, name: &str, tree: &Tree) -> io::Result<bool> {
         let made = rustix::fs::fstat(tree)?;
         let found = self.root.look(name)?;
@@ -284,20 +284,20 @@ impl Directory {
     }
 }
 
-fn begun(key: &str) -> String {
-    format!("{key}{BEGUN}")
+fn partial(key: &str) -> String {
+    format!("{key}{PARTIAL}")
 }
 
-/// Returns whether a directory may be the image `id`: the manifest comes last, and names it.
+/// Whether a directory may be that of the image `id`. The manifest, written last, contains the ID.
 fn may_be(tree: &Tree, id: &str) -> io::Result<bool> {
     if tree.look(MANIFEST)?.is_none_or(|found| FileType::from_raw_mode(found.st_mode) != FileType::RegularFile) {
         return Ok(true);
     }
-    let manifest = tree.read(MANIFEST, MOST_OF_A_MANIFEST)?;
+    let manifest = tree.read(MANIFEST, LARGEST_MANIFEST)?;
     Ok(manifest.windows(id.len()).any(|window| window == id.as_bytes()))
 }
 
-/// A file's mark: another one where its content may be another, as web servers make ETags.
+/// ETag of a file: changes whenever the content may have changed, as with web servers.
 pub(crate) fn etag(found: &Stat) -> String {
     let micros = i128::from(found.st_mtime) * 1_000_000 + i128::from(found.st_mtime_nsec / 1000);
     format!("{:x}-{micros:x}-{:x}", found.st_ino, found.st_size)

@@ -1,10 +1,10 @@
-//! Errors of stores, for a reader.
+//! Errors of stores in readable form.
 
 use crate::log::redaction::without_known;
 use crate::store::requests::ANSWERED;
 use crate::transfer::{MOST_QUOTED, in_full};
 
-/// An error of one's own among those of stores.
+/// An error of our own, as one of the store crate.
 pub(crate) fn failure(key: &str, cause: impl std::error::Error + Send + Sync + 'static) -> object_store::Error {
     let source: Box<dyn std::error::Error + Send + Sync> = Box::new(cause);
     let is_missing = source.downcast_ref().is_some_and(|e: &std::io::Error| e.kind() == std::io::ErrorKind::NotFound);
@@ -14,16 +14,16 @@ pub(crate) fn failure(key: &str, cause: impl std::error::Error + Send + Sync + '
     object_store::Error::Generic { store: "the store", source }
 }
 
-/// Cause of a store's error, once and for a reader: the crate names the object, which the message does already, its kinds of errors and its
-/// settings, and quotes a server's whole page.
+/// Cause of a store's error. The crate's text repeats the object, which our message names already, adds its settings,
+/// and quotes the server's whole page.
 pub(crate) fn cause(error: &object_store::Error) -> String {
     let below = std::error::Error::source(error);
     told(&below.map_or_else(|| in_full(error), in_full))
 }
 
-/// The same of the text of an error of requests: `Error performing METHOD URL in TIME, SETTINGS - WHAT`.
+/// Cause in the text of a failed request: `Error performing METHOD URL in TIME, SETTINGS - WHAT`.
 fn told(text: &str) -> String {
-    // Masked before it is cut, which could leave a part of a secret.
+    // Masked before it is shortened, which could leave a part of a secret.
     let text = &*without_known(text);
     let parts = text.strip_prefix("Error performing ").and_then(|rest| rest.split_once(" - "));
     let Some((request, what)) = parts else { return text.to_owned() };
@@ -56,8 +56,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_message_tells_the_cause_of_a_stores_error_once() {
-        let request = "Error performing PUT http://s3:9000/b/k?partNumber=1 in 1.07s, after 5 retries, max_retries: 50, retry_timeout: 1s ";
+    fn cause_of_a_store_error_is_quoted_once() {
+        let request = "Error performing PUT http://s3:9000/b/k?partNumber=1 in 1.07s, after 5 retries, \
+            max_retries: 50, retry_timeout: 1s ";
         let page = "<?xml version=\"1.0\"?><Error><Code>AccessDenied</Code><Message>No.</Message><Key>k</Key></Error>";
         for (what, wanted) in [
             (

@@ -38,14 +38,14 @@ use crate::transfer::{Redirects, client};
 /// Store of images.
 pub(crate) struct Store {
     objects: Objects,
-    /// Before every key.
+    /// Prefix of every key.
     prefix: Path,
-    /// What a published object's URL begins with.
+    /// Beginning of the URLs of published objects.
     url: String,
 }
 
 enum Objects {
-    /// With what it is made of: one that describes an upload is made for that alone.
+    /// A bucket, and what another client of it is built from: each multipart upload needs one with its own headers.
     S3 {
         bucket: Arc<AmazonS3>,
         builder: Box<AmazonS3Builder>,
@@ -55,57 +55,57 @@ enum Objects {
     Directory(Arc<Directory>),
 }
 
-/// Of the further names that of an object's checksum.
+/// Metadata key of an object's MD5.
 pub(crate) const MD5: &str = "md5sum";
 
-/// What is told of an object beside its content. Files have neither.
+/// Media type and metadata of an object. Files have neither.
 pub(crate) struct Description {
-    /// Its media type.
+    /// Media type.
     pub(crate) media_type: &'static str,
-    /// Further names and values.
+    /// Metadata, as keys and values.
     pub(crate) metadata: Vec<(&'static str, String)>,
 }
 
-/// Whose an object is.
+/// Owner of an object.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Owner {
-    /// There is none.
+    /// The object does not exist.
     Nobody,
-    /// This job's.
+    /// This job.
     Ours,
-    /// Nothing is told: a file, a manifest, or what others have put there.
+    /// Unknown: a file, a manifest, or an object that another program uploaded.
     Untold,
-    /// Another image's or job's.
+    /// Another image or job.
     Another,
 }
 
-/// Name of an object that is begun to see whether one can be; a random part follows, since several jobs may try one store at a time.
+/// Beginning of the key of a test upload; a random part follows, since several jobs may test a store at the same time.
 const PROBE: &str = ".ims-sshd.probe";
 
-/// Longest time until people hear that a store does not answer; twice that if it is silent.
+/// Longest wait for a store on behalf of a person, for retries; twice that for a store that is silent.
 const SOON: Duration = Duration::from_secs(10);
 
-/// What requests are signed for where no region is set: stores of one's own do not care.
+/// Region for which requests are signed if none is set; stores other than Amazon's ignore it.
 const DEFAULT_REGION: &str = "us-east-1";
 
-/// Number of tries to find a probe that may be left.
+/// Number of attempts to abort a test upload.
 const TRIES_TO_SWEEP: usize = 3;
 
 impl Store {
-    /// Opens the store that the variables name. A folder is made if it is not there.
+    /// Opens the store that the variables name. Creates a directory if it does not exist.
     pub(crate) fn open(settings: &Place, network: &Network) -> Result<Self> {
         let Some(url) = &settings.url else {
             return Err(Error::bad_input("no store is named: expected S3_BUCKET, IMAGE_STORE or --store"));
         };
         let refuse = || {
             Error::bad_input(format!(
-                "the store is '{}': expected s3://BUCKET, file:///FOLDER or a folder",
+                "the store is '{}': expected s3://BUCKET, file:///DIRECTORY or a directory",
                 without_secrets(url)
             ))
         };
         if let Some(rest) = url.strip_prefix("s3://") {
             let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
-            // The crate panics on what has no place in a URL.
+            // The crate panics on characters that are invalid in a URL.
             if bucket.is_empty() || !bucket.chars().all(|c| c.is_ascii_alphanumeric() || ".-_".contains(c)) {
                 return Err(refuse());
             }
@@ -119,23 +119,24 @@ impl Store {
             let prefix = Path::parse(prefix.trim_matches('/')).map_err(|_| refuse())?;
             return Ok(Self { objects, prefix, url: format!("s3://{bucket}") });
         }
-        let folder = folder(url).ok_or_else(refuse)?;
-        let directory = Directory::open(&folder).attempt(|| format!("open the store {}", folder.display()))?;
+        let named = named_directory(url).ok_or_else(refuse)?;
+        let directory = Directory::open(&named).attempt(|| format!("open the store {}", named.display()))?;
         let url = format!("file://{}", directory.path().display());
         Ok(Self { objects: Objects::Directory(Arc::new(directory)), prefix: Path::default(), url })
     }
 
-    /// Makes sure that the store that the variables name takes an object, and leaves nothing of one, nor a directory that was not there.
-    /// Returns how many bytes fit, where that can be told.
+    /// Checks that the store accepts an object; leaves nothing there and creates no directory. Returns the free space
+    /// in bytes if it is known.
     pub(crate) async fn check(settings: &Place, network: &Network) -> Result<Option<u64>> {
         let url = settings.url.as_deref().unwrap_or_default();
         let attempted = || format!("write to the store {}", without_secrets(url));
-        if let Some(folder) = folder(url) {
-            let folder = named::resolve_beginning(&folder).attempt(attempted)?;
-            let place = folder.ancestors().find(|place| place.exists()).unwrap_or(&folder);
-            // Without a name, nothing is left of it after a kill.
+        if let Some(directory) = named_directory(url) {
+            let directory = named::resolve_beginning(&directory).attempt(attempted)?;
+            let place = directory.ancestors().find(|place| place.exists()).unwrap_or(&directory);
+            // A file without a name leaves nothing behind after a kill.
             let tried = match Tree::open(place).and_then(|tree| tree.create_nameless()) {
-                // Where there are no such files, one has a name for a moment, and another job has just made it.
+                // A file system without such files gives the file a name for a moment, and another job has just used
+                // it.
                 Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
                 other => other.map(|_| ()),
             };
@@ -147,10 +148,10 @@ impl Store {
         tried.map(|()| None).map_err(|e| Error::new(attempted()).because(cause(&e)))
     }
 
-    /// The same where people wait for the answer: what may be otherwise when the image is there is only warned of.
+    /// The same while a person waits: only warns of a failure that may have passed when the image is uploaded.
     pub(crate) async fn check_soon(settings: &Place, network: &Network) -> Result<()> {
         let url = settings.url.as_deref().unwrap_or_default();
-        if folder(url).is_some() {
+        if named_directory(url).is_some() {
             return Self::check(settings, network).await.map(|_| ());
         }
         let network = Network { retry_limit: network.retry_limit.min(SOON), ..network.clone() };
@@ -164,12 +165,12 @@ impl Store {
             Err(_) => format!("no answer within {} s", (SOON * 2).as_secs()),
         };
         tracing::warn!(
-            "cannot write to the store {shown} yet: {why}; the image is published only if that is over by then"
+            "cannot write to the store {shown} yet: {why}; the image is published only if the store works by then"
         );
         Ok(())
     }
 
-    /// Begins an object of a bucket below `probe`, and takes it back; also where the answer to an earlier try was lost.
+    /// Starts an upload below `probe` in a bucket, and aborts it, even if the answer that names it was lost.
     async fn try_bucket(&self, probe: &str) -> object_store::Result<()> {
         let Objects::S3 { bucket, .. } = &self.objects else { return Ok(()) };
         let path = self.path(&format!("{probe}/begun"));
@@ -181,16 +182,16 @@ impl Store {
                 }
             }
         }
-        // Keys that may put objects need not be ones that may list what was begun.
+        // Keys that may upload objects need not be allowed to list uploads.
         bucket.abort_multipart(&path, &begun?).await
     }
 
-    /// Returns whether people look into it, and know an image by its directory's name.
+    /// Whether the store is a directory, in which people find an image by the name of its directory.
     pub(crate) fn is_directory(&self) -> bool {
         matches!(self.objects, Objects::Directory(_))
     }
 
-    /// Returns the place of an image for people: a path, or a URL.
+    /// Path or URL of an image, for messages.
     pub(crate) fn shown(&self, image: &str) -> String {
         match &self.objects {
             Objects::S3 { .. } => self.url_of(image),
@@ -198,7 +199,7 @@ impl Store {
         }
     }
 
-    /// The first of `name`, and that with a number, that no image of a directory has.
+    /// In a directory, the first unused name among `name` and `name` with a number; in a bucket, `name`.
     pub(crate) fn free_name(&self, name: &str) -> String {
         match &self.objects {
             Objects::S3 { .. } => name.to_owned(),
@@ -206,7 +207,7 @@ impl Store {
         }
     }
 
-    /// Puts an image that is whole in its place `name`, unless something of a directory has that name. Returns whether it has been done.
+    /// In a directory, renames a complete image to `name`, unless that exists. Returns whether the image is at `name`.
     pub(crate) fn place(&self, image: &str, name: &str) -> std::io::Result<bool> {
         match &self.objects {
             Objects::S3 { .. } => Ok(true),
@@ -214,7 +215,7 @@ impl Store {
         }
     }
 
-    /// The URL of a key.
+    /// URL of an object.
     pub(crate) fn url_of(&self, key: &str) -> String {
         format!("{}/{}", self.url, self.path(key))
     }
@@ -223,11 +224,12 @@ impl Store {
         key.split('/').fold(self.prefix.clone(), Path::join)
     }
 
-    /// Begins an object that is put together of parts, and returns what the store calls it.
+    /// Starts a multipart upload, and returns its ID.
     pub(crate) async fn begin(&self, key: &str, description: &Description) -> object_store::Result<MultipartId> {
         match &self.objects {
             Objects::S3 { builder, .. } => {
-                // The crate gives no description to an upload whose name one gets to know, but such headers to every request.
+                // The crate takes no metadata for an upload whose ID it returns, but sends default headers with each
+                // request.
                 let options = ClientOptions::new().with_default_headers(description.headers()?);
                 let describing = builder.as_ref().clone().with_client_options(options).build()?;
                 describing.create_multipart(&self.path(key)).await
@@ -240,7 +242,8 @@ impl Store {
         }
     }
 
-    /// Puts part `number`, which begins at byte `at`, and returns the store's mark of it. One that is there already is replaced.
+    /// Uploads part `number`, which starts at byte `at`, and returns its ETag. Replaces a part that was uploaded
+    /// before.
     pub(crate) fn put_part(
         &self,
         key: &str,
@@ -265,11 +268,11 @@ impl Store {
         }
     }
 
-    /// Makes one object of all parts, whose marks are `marks`.
-    pub(crate) async fn complete(&self, key: &str, id: &MultipartId, marks: Vec<String>) -> object_store::Result<()> {
+    /// Completes an upload of parts that have these ETags.
+    pub(crate) async fn complete(&self, key: &str, id: &MultipartId, etags: Vec<String>) -> object_store::Result<()> {
         match &self.objects {
             Objects::S3 { bucket, .. } => {
-                let parts = marks.into_iter().map(|content_id| PartId { content_id }).collect();
+                let parts = etags.into_iter().map(|content_id| PartId { content_id }).collect();
                 bucket.complete_multipart(&self.path(key), id, parts).await.map(|_| ())
             }
             Objects::Directory(directory) => {
@@ -279,7 +282,7 @@ impl Store {
         }
     }
 
-    /// Leaves nothing of an object that was begun; one that is not there is no error.
+    /// Aborts an upload, if it exists.
     pub(crate) async fn abort(&self, key: &str, id: &MultipartId) -> object_store::Result<()> {
         let aborted = match &self.objects {
             Objects::S3 { bucket, .. } => bucket.abort_multipart(&self.path(key), id).await,
@@ -294,7 +297,7 @@ impl Store {
         }
     }
 
-    /// Puts a small object in one piece.
+    /// Uploads a small object in one request.
     pub(crate) async fn put(&self, key: &str, content: Vec<u8>, description: &Description) -> object_store::Result<()> {
         match &self.objects {
             Objects::S3 { bucket, .. } => {
@@ -308,7 +311,7 @@ impl Store {
         }
     }
 
-    /// The store's own mark of an object's content, without quotes, and the object's size.
+    /// ETag of an object, without quotes, and its size.
     pub(crate) async fn head(&self, key: &str) -> object_store::Result<(String, u64)> {
         match &self.objects {
             Objects::S3 { bucket, .. } => {
@@ -324,7 +327,7 @@ impl Store {
         }
     }
 
-    /// Whether this object is there, as it was described. Files have no description.
+    /// Whether an object exists and has this size and MD5. Files have no metadata: always false.
     pub(crate) async fn holds(&self, key: &str, size: u64, md5: &str) -> bool {
         let Objects::S3 { bucket, .. } = &self.objects else { return false };
         let head = GetOptions { head: true, ..GetOptions::default() };
@@ -334,7 +337,7 @@ impl Store {
             .is_ok_and(|found| found.meta.size == size && found.attributes.get(&sum).is_some_and(|s| s.as_ref() == md5))
     }
 
-    /// Whether an object is there.
+    /// Whether an object exists.
     pub(crate) async fn is_there(&self, key: &str) -> object_store::Result<bool> {
         match self.head(key).await {
             Ok(_) => Ok(true),
@@ -343,8 +346,9 @@ impl Store {
         }
     }
 
-    /// Whose an object is, by what is told of it: an object of ours has `marks`. Of a file its directory tells.
-    pub(crate) async fn owner(&self, key: &str, marks: &[(&'static str, String)]) -> object_store::Result<Owner> {
+    /// Owner of an object, by its metadata: an object of ours has `metadata`. A file belongs to the owner of its
+    /// directory.
+    pub(crate) async fn owner(&self, key: &str, metadata: &[(&'static str, String)]) -> object_store::Result<Owner> {
         let bucket = match &self.objects {
             Objects::S3 { bucket, .. } => bucket,
             Objects::Directory(directory) => {
@@ -362,11 +366,11 @@ impl Store {
             Err(object_store::Error::NotFound { .. }) => return Ok(Owner::Nobody),
             other => other?,
         };
-        let is_as_marked = |(name, value): &(&'static str, String)| {
+        let is_as_ours = |(name, value): &(&'static str, String)| {
             let told = found.attributes.get(&Attribute::Metadata((*name).into()))?;
             Some(told.as_ref() == in_ascii(value))
         };
-        let told: Vec<_> = marks.iter().filter_map(is_as_marked).collect();
+        let told: Vec<_> = metadata.iter().filter_map(is_as_ours).collect();
         Ok(match told.iter().all(|is_same| *is_same) {
             _ if told.is_empty() => Owner::Untold,
             true => Owner::Ours,
@@ -374,7 +378,7 @@ impl Store {
         })
     }
 
-    /// Deletes an object, and makes sure that it is gone; one that is not there is no error.
+    /// Deletes an object, if it exists, and checks that it is gone.
     pub(crate) async fn delete(&self, key: &str) -> object_store::Result<()> {
         let asked = match &self.objects {
             Objects::S3 { bucket, client, region, .. } => Asked { bucket, client, region },
@@ -387,14 +391,14 @@ impl Store {
         if self.is_there(key).await? {
             return Err(failure(
                 key,
-                std::io::Error::other("the store says that it is deleted, and it is still there"),
+                std::io::Error::other("the store answers that it is deleted, but it is still there"),
             ));
         }
         Ok(())
     }
 
-    /// Takes back what of an image is no object: uploads that were begun in a bucket; in a directory beginnings of files, and the image's
-    /// own one if it is empty.
+    /// Removes what is left of unfinished uploads of an image: in a bucket aborts them; in a directory removes partial
+    /// files, and the image's directory if it is empty.
     pub(crate) async fn sweep(&self, image: &str) -> object_store::Result<()> {
         let asked = match &self.objects {
             Objects::S3 { bucket, client, region, .. } => Asked { bucket, client, region },
@@ -407,7 +411,7 @@ impl Store {
     }
 }
 
-/// The image and the name of an object of a directory.
+/// Splits the key of an object in a directory into its image and its name.
 fn parts(key: &str) -> object_store::Result<(&str, &str)> {
     let is_name = |name: &str| !matches!(name, "" | "." | "..") && !name.contains('/');
     key.split_once('/')
@@ -415,12 +419,12 @@ fn parts(key: &str) -> object_store::Result<(&str, &str)> {
         .ok_or_else(|| failure(key, std::io::Error::from(std::io::ErrorKind::InvalidInput)))
 }
 
-/// The directory that a URL, or a path, names as store.
-pub(crate) fn folder(url: &str) -> Option<PathBuf> {
+/// Directory that a URL or a path names as a store.
+pub(crate) fn named_directory(url: &str) -> Option<PathBuf> {
     match url.split_once("://") {
         Some(("file", path)) => Some(path.into()),
         Some(_) => None,
-        // A URL with too few slashes, and no directory that anybody has.
+        // A URL with too few slashes; no directory has such a name.
         None if ["s3:", "file:", "http:", "https:"].iter().any(|scheme| url.starts_with(scheme)) => None,
         None => Some(url.into()),
     }
@@ -445,7 +449,7 @@ impl Description {
     }
 }
 
-/// A URL that leads to an object without further keys.
+/// Presigned URL of an object.
 pub(crate) async fn sign(bucket: &str, key: &str, settings: &Place, network: &Network) -> Result<String> {
     let attempted = || format!("sign a URL of s3://{bucket}/{key}");
     let path = Path::parse(key).attempt(attempted)?;
@@ -454,23 +458,25 @@ pub(crate) async fn sign(bucket: &str, key: &str, settings: &Place, network: &Ne
     url.map(|url| url.to_string()).map_err(|e| Error::new(attempted()).because(cause(&e)))
 }
 
-/// What a bucket is opened with.
+/// Builder of a client for a bucket.
 fn s3(bucket: &str, settings: &Place, network: &Network) -> Result<(AmazonS3Builder, Connector)> {
     let Some((access, secret)) = &settings.keys else {
         return Err(Error::bad_input(
-            "S3_ACCESS_KEY and S3_SECRET_KEY, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, are not set: expected the store's keys",
+            "the store's keys are not set: expected S3_ACCESS_KEY and S3_SECRET_KEY, \
+             or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
         ));
     };
     // The crate would send the keys, and the image, to Amazon.
     if settings.endpoint.is_none() && settings.region.is_none() {
         return Err(Error::bad_input(format!(
-            "no server is named for the store s3://{bucket}: expected its URL in S3_ENDPOINT or AWS_ENDPOINT_URL, or AWS_REGION if it is Amazon's"
+            "no server is named for the store s3://{bucket}: expected its URL in S3_ENDPOINT or AWS_ENDPOINT_URL, \
+             or AWS_REGION if it is Amazon's"
         )));
     }
-    // The crate would name the store for an error of the variables.
+    // Checked here: the crate would report a wrong CA file as an error of the store.
     let connector = Connector { network: network.clone(), validate: settings.validate.clone(), outage: Arc::default() };
     connector.client(&HeaderMap::new())?;
-    // What fails is tried again by the connector's client, within the limits that people set.
+    // The connector's client retries, within the limits of the variables.
     let retry = RetryConfig { max_retries: 0, ..RetryConfig::default() };
     let mut builder = AmazonS3Builder::new()
         .with_bucket_name(bucket)
@@ -483,13 +489,13 @@ fn s3(bucket: &str, settings: &Place, network: &Network) -> Result<(AmazonS3Buil
         builder = builder.with_token(token);
     }
     if let Some(endpoint) = &settings.endpoint {
-        // Over TLS nothing is lost by it, and the content is not read once more for its checksum.
+        // TLS protects the content; signing it, too, would read it once more for its checksum.
         builder = builder.with_endpoint(endpoint).with_unsigned_payload(endpoint.starts_with("https:"));
     }
     Ok((builder, connector))
 }
 
-/// Makes a store's client as those of other servers are made.
+/// Builds HTTP clients for a store with the same TLS settings as for other servers.
 #[derive(Debug, Clone)]
 pub(crate) struct Connector {
     network: Network,
@@ -500,7 +506,7 @@ pub(crate) struct Connector {
 impl Connector {
     fn client(&self, headers: &HeaderMap) -> Result<reqwest::Client> {
         let builder = client(&self.network, &self.validate, Redirects::SameServer)?.default_headers(headers.clone());
-        // The limit is for one request: a part of an object at the most.
+        // Timeout of one request, which sends one part of an object at most.
         let builder = builder.timeout(self.network.stall_limit.saturating_mul(10)).http1_only();
         builder.build().attempt(|| "set up TLS")
     }
@@ -519,7 +525,7 @@ fn build(bucket: &str, builder: AmazonS3Builder) -> Result<AmazonS3> {
     built.map_err(|e| Error::new(format!("open the store s3://{bucket}")).because(cause(&e)))
 }
 
-/// What is not ASCII has no place in a header: written as in a URL.
+/// Escapes bytes that are invalid in a header, as in a URL.
 fn in_ascii(text: &str) -> String {
     use std::fmt::Write;
     text.bytes().fold(String::new(), |mut written, byte| {
@@ -537,13 +543,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn metadata_is_ascii_whatever_an_image_is_called() {
+    fn metadata_is_escaped_to_ascii() {
         assert_eq!(in_ascii("compute-1.0 x"), "compute-1.0 x");
         assert_eq!(in_ascii("größe 100%\n"), "gr%C3%B6%C3%9Fe 100%25%0A");
     }
 
     #[test]
-    fn several_jobs_may_try_one_store_at_a_time_and_a_kill_leaves_nothing() {
+    fn checks_of_a_directory_run_concurrently_and_leave_no_file() {
         use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
         let dir = tempfile::tempdir().unwrap();
         let names = Inotify::init(InitFlags::IN_NONBLOCK).unwrap();

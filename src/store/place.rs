@@ -1,4 +1,4 @@
-//! Where a store is, and by which keys it is reached, as variables say.
+//! Variables that say where the store is, and with which keys it is accessed.
 
 use crate::job::variables::{Checked, Reader};
 use crate::log::redaction;
@@ -14,19 +14,20 @@ pub struct Place {
     pub(crate) endpoint: Option<String>,
     /// `S3_ACCESS_KEY` and `S3_SECRET_KEY`, else `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`.
     pub(crate) keys: Option<(String, String)>,
-    /// `AWS_SESSION_TOKEN`: what belongs to keys that are good for a while.
+    /// `AWS_SESSION_TOKEN`: belongs to temporary keys.
     pub(crate) token: Option<String>,
-    /// `AWS_REGION`, else `AWS_DEFAULT_REGION`: what requests are signed for. Where no endpoint is set, it names Amazon's server.
+    /// `AWS_REGION`, else `AWS_DEFAULT_REGION`: region for which requests are signed. Without an endpoint, it selects
+    /// Amazon's server.
     pub(crate) region: Option<String>,
-    /// `S3_SSL_VALIDATE`: whether the server's certificate is checked, and by which authorities if a file is named, there or by
-    /// `AWS_CA_BUNDLE`.
+    /// `S3_SSL_VALIDATE`: whether the server's certificate is verified, and against which CA certificates if a file is
+    /// named, there or in `AWS_CA_BUNDLE`.
     pub(crate) validate: Validate,
 }
 
 const DEFAULT_BUCKET: &str = "boot-images";
 
-/// Access keys that a store makes are as long, in characters.
-const LENGTH_OF_KEYS: usize = 16;
+/// Shortest access key that is masked in the log, in characters. Stores generate keys of this length or longer.
+const SHORTEST_KEY: usize = 16;
 
 pub(crate) fn read(reader: &mut Reader) -> Place {
     let store = reader.text("IMAGE_STORE");
@@ -36,13 +37,13 @@ pub(crate) fn read(reader: &mut Reader) -> Place {
     let [ours, aws] = [("S3_ACCESS_KEY", "S3_SECRET_KEY"), ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")]
         .map(|names| pair(reader, names));
     for (access, secret) in ours.iter().chain(&aws) {
-        // Names of people as some stores give them are in paths, too.
-        if access.len() >= LENGTH_OF_KEYS {
+        // Shorter access keys may be names of people, which also occur in paths.
+        if access.len() >= SHORTEST_KEY {
             redaction::keep(access);
         }
         redaction::keep(secret);
     }
-    // A token belongs to the keys that it came with.
+    // The token belongs to the AWS keys.
     let token = credential(reader, "AWS_SESSION_TOKEN").filter(|_| ours.is_none() || aws.is_none());
     if let Some(token) = &token {
         redaction::keep(token);
@@ -73,26 +74,26 @@ pub(crate) fn read(reader: &mut Reader) -> Place {
     }
 }
 
-/// Two variables of which neither is of use alone.
+/// Reads two variables that are only useful together.
 fn pair(reader: &mut Reader, (first, second): (&str, &str)) -> Option<(String, String)> {
     match (credential(reader, first), credential(reader, second)) {
         (Some(a), Some(b)) => Some((a, b)),
         (None, None) => None,
-        // One of them was refused.
+        // Both or neither is set, and one was refused.
         _ if reader.text(first).is_some() == reader.text(second).is_some() => None,
         _ => {
-            reader.complain(format!("of {first} and {second} one is not set: expected both"));
+            reader.complain(format!("only one of {first} and {second} is set: expected both"));
             None
         }
     }
 }
 
-/// A key or token, which goes into headers. A newline at its end is of the file that it was read from.
+/// Reads a key or token, which is sent in headers. Removes the newline at the end of the file that it was read from.
 fn credential(reader: &mut Reader, variable: &str) -> Option<String> {
     let text = reader.text(variable)?;
     let text = text.strip_suffix('\n').map_or(&*text, |line| line.strip_suffix('\r').unwrap_or(line));
     if !is_header_word(text) {
-        // It is a secret, and is not quoted.
+        // Not quoted, since it is a secret.
         let complaint =
             format!("{variable} holds spaces, newlines or other bytes that no key or token has: set it without them");
         reader.complain(complaint);
@@ -101,7 +102,7 @@ fn credential(reader: &mut Reader, variable: &str) -> Option<String> {
     Some(text.to_owned())
 }
 
-/// A region: a part of what signs a request, and of a host's name.
+/// Checks a region, which becomes part of signatures and of a host name.
 fn region_name(name: &str) -> Checked {
     if !name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte)) {
         return Err("expected the name of a region, as in us-east-1".into());
@@ -109,5 +110,5 @@ fn region_name(name: &str) -> Checked {
     Ok(name.to_owned())
 }
 
-/// How long a URL that was signed here is good for.
+/// Time for which a presigned URL is valid.
 pub(crate) const SIGNED_FOR: Duration = Duration::from_hours(6);

@@ -1,5 +1,6 @@
-//! Requests to a store: tried again within the limits of the variables, and of an answer no more is read than it can need. The crate reads
-//! answers whole, waits as long as a request may take at all, and its own retries neither end in time nor say what is asked.
+//! Requests to a store: retried within the limits of the variables, with a limit on the length of an answer. The crate
+//! itself reads answers of any length, has no timeout for a stalled request, and neither ends its retries in time nor
+//! logs them.
 
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,19 +19,19 @@ use crate::transfer::SHORTEST;
 use crate::transfer::network::Network;
 use crate::transfer::{MOST_COMPLAINED, PAUSE, in_full, is_transient, without_query};
 
-/// No answer to a request of ours is longer, in bytes: objects are fetched otherwise.
+/// Longest answer, in bytes. Objects are fetched by other means.
 const LONGEST: usize = 4 << 20;
 
-/// A request hands on its content in pieces of this size, so that one can see it come forward.
+/// Size of the pieces in which content is sent, in bytes; each one sent is progress.
 const PIECE: usize = 64 << 10;
 
-/// Limits of requests to a store that has not answered within the usual ones.
+/// Limits of requests to a store that did not answer within the usual limits.
 const SILENT: Duration = Duration::from_secs(5);
 
-/// A server's words in an error of ours: it has answered.
+/// Beginning of an error about an answer, as opposed to a missing one.
 pub(crate) const ANSWERED: &str = "the answer";
 
-/// Sends the requests of a store.
+/// Sends requests to a store.
 #[derive(Debug, Clone)]
 pub(crate) struct Requests {
     client: reqwest::Client,
@@ -38,16 +39,16 @@ pub(crate) struct Requests {
     outage: Arc<Outage>,
 }
 
-/// A store that is out of order, as all of its clients know it.
+/// Outage of a store, shared by all of its clients.
 #[derive(Debug, Default)]
 pub(crate) struct Outage {
-    /// Set while the store does not answer: a rollback then does not wait as long again.
+    /// Set while the store does not answer: a rollback then uses shorter limits.
     is_silent: AtomicBool,
-    /// Set once the log tells of it, until there is a good answer.
+    /// Set once the outage is logged, until a request succeeds.
     is_told: AtomicBool,
 }
 
-/// When a request last came forward.
+/// Time of a request's last progress.
 #[derive(Clone)]
 struct Moved(Arc<Mutex<Instant>>);
 
@@ -65,16 +66,16 @@ impl Moved {
     }
 }
 
-/// A try that brought no answer.
+/// Failure of a request without an answer.
 enum Failure {
-    /// It may go better the next time.
+    /// A transient error: a retry may succeed.
     Transient(String),
-    /// It will not.
+    /// A permanent error.
     Final(String),
 }
 
 impl Requests {
-    /// Sends them with `client`.
+    /// Sends requests with `client`.
     pub(crate) fn new(client: reqwest::Client, network: Network, outage: Arc<Outage>) -> Self {
         Self { client, network, outage }
     }
@@ -91,7 +92,7 @@ impl Requests {
             let left = until.map(|until: Instant| until.saturating_duration_since(Instant::now()).max(SHORTEST));
             let tried = self.try_once(request.clone(), &moved, stall_limit.min(left.unwrap_or(stall_limit))).await;
             let is_first = until.is_none();
-            // As long as the content goes on its way, a store is not silent.
+            // The retry clock starts at the last progress of the first attempt.
             let until = *until.get_or_insert_with(|| moved.last() + retry_limit);
             let is_over = Instant::now() + pause >= until;
             let why = match tried {
@@ -125,7 +126,8 @@ impl Requests {
         answer
     }
 
-    /// The answer, and whether it may be another one the next time. A try that does not come forward within `stall_limit` is given up.
+    /// Sends a request once. Returns the answer, and whether it is a transient error. Fails after `stall_limit` without
+    /// progress.
     async fn try_once(
         &self,
         request: HttpRequest,
@@ -140,7 +142,7 @@ impl Requests {
             }
             if moved.last().elapsed() >= stall_limit {
                 let seconds = stall_limit.as_secs();
-                return Err(Failure::Transient(format!("nothing came for {seconds} s (IMS_STALL_LIMIT)")));
+                return Err(Failure::Transient(format!("no progress for {seconds} s (IMS_STALL_LIMIT)")));
             }
         }
     }
@@ -170,7 +172,7 @@ impl Requests {
             let fits = piece.len().min(limit - text.len());
             text.extend_from_slice(&piece[..fits]);
             if fits == piece.len() {
-                // Lets signals be heard: pieces may come faster than they are read.
+                // Lets the signal check run even if data arrives faster than it is read.
                 tokio::task::yield_now().await;
             } else if status.is_success() {
                 return Err(Failure::Final(format!("{ANSWERED} is longer than {} MiB", limit >> 20)));
@@ -178,9 +180,9 @@ impl Requests {
                 break;
             }
         }
-        // The crate takes no error page that is cut off amid a character.
+        // The crate rejects an error page that is truncated within a character.
         let text = if status.is_success() { text } else { String::from_utf8_lossy(&text).into_owned().into_bytes() };
-        // S3 tells some errors after it has begun to answer with 200.
+        // S3 reports some errors after it has sent the status 200 (CompleteMultipartUpload).
         let is_late = status.is_success()
             && is_post
             && [&b"InternalError"[..], b"SlowDown"].iter().any(|word| holds(&text, word));
@@ -192,7 +194,7 @@ impl Requests {
 }
 
 impl HttpService for Requests {
-    // As async_trait writes it.
+    // The signature that async_trait generates.
     fn call<'a, 'call>(
         &'a self,
         request: HttpRequest,
@@ -217,10 +219,10 @@ fn error(why: String) -> HttpError {
     HttpError::new(HttpErrorKind::Unknown, std::io::Error::other(why))
 }
 
-/// What is sent, and when the last piece of it was taken.
+/// Body of a request that records its progress.
 struct Watched {
     body: HttpRequestBody,
-    /// What is left of a frame.
+    /// Rest of the current frame.
     piece: Bytes,
     moved: Moved,
 }

@@ -144,7 +144,7 @@ fn memory_that_is_used_up_ends_the_session_and_an_image_of_a_killed_container_is
     assert_eq!(pod.end("sidecar"), 1);
     assert!(pod.volume.join("failed").exists());
     assert!(!pod.volume.join("customized.sqsh").exists());
-    assert!(pod.logs("sidecar").contains("without a word"), "{}", pod.logs("sidecar"));
+    assert!(pod.logs("sidecar").contains("without a verdict"), "{}", pod.logs("sidecar"));
 }
 
 #[test]

@@ -61,7 +61,7 @@ fn changes_are_not_put_over_another_image_at_the_same_path_and_fresh_drops_them(
     assert_eq!(kept.status.code(), Some(3), "{kept:?}");
     std::fs::rename(dir.path().join("image.sqsh"), dir.path().join("aside")).unwrap();
     std::fs::rename(&two, dir.path().join("image.sqsh")).unwrap();
-    refused(&customize(dir.path(), "image.sqsh", &[], "true"), "it was made of what");
+    refused(&customize(dir.path(), "image.sqsh", &[], "true"), "it was made of an earlier version of");
     // The image that they belong to is gone on with.
     std::fs::rename(dir.path().join("image.sqsh"), &two).unwrap();
     std::fs::rename(dir.path().join("aside"), dir.path().join("image.sqsh")).unwrap();
@@ -85,13 +85,16 @@ fn another_time_alone_makes_no_other_image_and_what_differs_is_said() {
     std::fs::File::options().write(true).open(&image).unwrap().set_modified(std::time::UNIX_EPOCH).unwrap();
     let again = customize(dir.path(), "image.sqsh", &[], "test -e /etc/kept && exit 3");
     assert_eq!(again.status.code(), Some(3), "{again:?}");
-    assert!(text(&again.stderr).contains("has another time than before, and the same size and content"), "{again:?}");
+    assert!(
+        text(&again.stderr).contains("has another time than before, but the same size and the same content"),
+        "{again:?}"
+    );
     // The kernel fills files up with zeros.
     let mut longer = std::fs::read(&two).unwrap();
     longer.resize(longer.len() + 4096, 0);
     std::fs::write(&image, longer).unwrap();
     let other = customize(dir.path(), "image.sqsh", &[], "true");
-    refused(&other, "bytes before, and has now ");
+    refused(&other, " bytes, and is now ");
     assert!(text(&other.stderr).contains("--discard"), "{other:?}");
     let mut enter = ims_sshd(&["enter", "image.sqsh", "--output", "out", "--work", "work", "--discard", "--"], &[]);
     let dropped = enter.args(["test", "!", "-e", "/etc/kept"]).current_dir(dir.path()).output().unwrap();
@@ -172,17 +175,17 @@ fn an_image_root_that_somebody_has_planted_is_not_the_source() {
     let volume = dir.path().join("volume");
     std::fs::create_dir_all(volume.join("image-root/etc")).unwrap();
     std::fs::set_permissions(&volume, std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
-    refused(&prepare(dir.path(), &["volume", &server.url], &secret), "nothing reliable says of what it was made");
+    refused(&prepare(dir.path(), &["volume", &server.url], &secret), "no reliable record says of what it was made");
     let fresh = prepare(dir.path(), &["--fresh", "volume", &server.url], &secret);
     assert!(fresh.status.success() && volume.join("image-root/etc/one").exists(), "{fresh:?}");
     // The pod begins again.
     let again = prepare(dir.path(), &["volume", &server.url], &secret);
     assert!(again.status.success() && !text(&again.stderr).contains(" fetched "), "{again:?}");
     let other: Vec<_> = [("DOWNLOAD_SHA256SUM", "0".repeat(64))].into_iter().chain(secret.clone()).collect();
-    refused(&prepare(dir.path(), &["volume", &server.url], &other), "it was made of what");
+    refused(&prepare(dir.path(), &["volume", &server.url], &other), "it was made of an earlier version of");
     // A record of another job, or of nobody's, counts for nothing.
     let record = volume.join(".ims-sshd.source");
     let written = std::fs::read_to_string(&record).unwrap();
     std::fs::write(&record, written.split_once(' ').unwrap().1).unwrap();
-    refused(&prepare(dir.path(), &["volume", &server.url], &secret), "nothing reliable says");
+    refused(&prepare(dir.path(), &["volume", &server.url], &secret), "no reliable record says");
 }

@@ -238,7 +238,7 @@ fn what_a_server_makes_of_a_range_is_put_where_it_belongs() {
         same_tree(&tree, &parent.join("image-root"));
     }
     let server = FileServer::start(content, &[Fault::ResetAfter(5000), Fault::LongRange]);
-    refused(&dir.path().join("long"), &server.url, "it is longer than it said");
+    refused(&dir.path().join("long"), &server.url, "it is longer than the server announced");
 }
 
 #[test]

@@ -490,7 +490,7 @@ fn a_remote_customization_is_published_without_an_image_root_in_the_pod() {
         job.volume.touch(signal);
     }
     let output = ended(sidecar);
-    assert!(report(&output)["error"].as_str().unwrap().contains("has left no transfer.sqsh"), "{output:?}");
+    assert!(report(&output)["error"].as_str().unwrap().contains("left no transfer.sqsh"), "{output:?}");
 }
 
 #[test]
@@ -1150,7 +1150,7 @@ fn a_sidecar_that_could_not_publish_goes_on_with_publishing_when_it_is_run_again
         running.mark(Mode::Jailed, "complete");
         let output = running.end();
         assert_eq!(output.status.code(), Some(1), "{output:?}");
-        assert!(text(&output.stderr).contains("goes on where it was"), "{output:?}");
+        assert!(text(&output.stderr).contains("continues from there"), "{output:?}");
         assert_eq!(job.bucket.ask("PUT", "", b"").status, 200);
         if begins_again {
             // `prepare` leaves the same.
@@ -1184,7 +1184,7 @@ fn has_ended(job: &Job, further: &[(&'static str, &str)], first: &Output) -> Out
     let began = Instant::now();
     let output = ended(job.sidecar(Mode::Plain, further).spawn().unwrap());
     assert_eq!(output.status.code(), first.status.code(), "{output:?}");
-    assert!(text(&output.stderr).contains("the job has ended before"), "{output:?}");
+    assert!(text(&output.stderr).contains("the job has ended already"), "{output:?}");
     assert_eq!(report(&output)["result"], report(first)["result"]);
     assert_eq!(stamps(), before);
     assert!(began.elapsed() < Duration::from_secs(5));

@@ -100,7 +100,7 @@ fn nobody_waits_longer_for_a_store_that_hangs_than_was_asked_for() {
     let output = ended(command.spawn().unwrap());
     let said = text(&output.stderr);
     assert!(hung.load(Ordering::Relaxed) && output.status.code() == Some(1), "{said}");
-    assert!(said.contains("nothing came for") && said.contains("tried for 5 s (IMS_RETRY_LIMIT)"), "{said}");
+    assert!(said.contains("no progress for") && said.contains("tried for 5 s (IMS_RETRY_LIMIT)"), "{said}");
     assert!(began.elapsed() < Duration::from_secs(14), "{:?}: {said}", began.elapsed());
     assert_eq!(
         said.matches("trying again").count(),
