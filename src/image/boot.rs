@@ -585,7 +585,7 @@ mod tests {
     const LAYOUTS: [(&str, &str); 14] = [
         // EL 9 and later in a container, where kernel-install made no copy and dracut was run by hand.
         ("lib/modules/V/vmlinuz boot/initramfs-V.img", "lib/modules/V/vmlinuz boot/initramfs-V.img"),
-        // The same where /lib is not a link.
+        // The same image with /lib not being a link.
         ("usr/lib/modules/V/vmlinuz boot/initramfs-V.img", "usr/lib/modules/V/vmlinuz boot/initramfs-V.img"),
         // ostree and bootc, openSUSE MicroOS.
         ("lib/modules/V/vmlinuz lib/modules/V/initramfs.img", "lib/modules/V/vmlinuz lib/modules/V/initramfs.img"),

@@ -415,7 +415,7 @@ fn attribute_sets(file: &File) -> io::Result<u64> {
     Ok(u32::from_le_bytes(count).into())
 }
 
-/// How the packed image is made.
+/// Settings of the packed image.
 #[derive(Debug, Clone)]
 pub(crate) struct Packing {
     /// `IMAGE_COMPRESSION`, one of [`COMPRESSIONS`]; `None` means the source's, or else the default.

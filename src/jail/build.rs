@@ -256,8 +256,7 @@ fn show_root_of_init(jail: &Jail) -> Result<()> {
     show().attempt(|| "mount a link on /proc/1/root of the jail")
 }
 
-/// Where the jail shows the container's /proc, covers the name of the container's first process with that of the jail's
-/// init.
+/// Covers the name of the container's first process with the init's, where the jail shows the container's /proc.
 fn show_name_of_init(jail: &Jail) -> Result<()> {
     let show = || -> io::Result<()> {
         let (proc, _) = jail.locate("proc/-")?;

@@ -133,7 +133,7 @@ fn included(pattern: &str) -> std::result::Result<Vec<PathBuf>, Box<dyn std::err
     Ok(found.collect::<std::result::Result<_, _>>()?)
 }
 
-/// A line that matters here.
+/// A relevant line.
 #[derive(Debug, PartialEq, Eq)]
 enum Line {
     AcceptEnv(Vec<String>),
@@ -182,7 +182,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn lines_are_read_as_any_sshd_may_read_them() {
+    fn lines_are_parsed_as_any_version_of_sshd_may_parse_them() {
         for line in [
             "AcceptEnv LD_PRELOAD",
             "acceptenv=LD_PRELOAD",
@@ -200,12 +200,12 @@ mod tests {
         for line in ["", "#AcceptEnv LD_PRELOAD", "# AcceptEnv *", "AcceptEnvironment x", "SetEnv LD_PRELOAD=x"] {
             assert_eq!(Line::parse(line), None, "{line}");
         }
-        let Some(Line::Include(files)) = Line::parse("include \"/a b\" c") else { panic!("it includes") };
+        let Some(Line::Include(files)) = Line::parse("include \"/a b\" c") else { panic!("not parsed as an Include") };
         assert!(files.contains(&"/a b".into()) && files.contains(&"c".into()), "{files:?}");
     }
 
     #[test]
-    fn what_clients_send_is_let_in() {
+    fn harmless_patterns_are_accepted() {
         for pattern in ["LANG", "LC_*", "LANGUAGE", "XMODIFIERS", "COLORTERM", "TZ", "GIT_*", "LC_????", "NO_COLOR"] {
             judge("x", pattern).unwrap();
         }
@@ -216,7 +216,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_pattern_is_refused_if_it_takes_a_dangerous_name_however_it_is_written(
+        fn pattern_that_matches_a_dangerous_name_is_refused(
             name in prop::sample::select(&DANGEROUS[..]),
             end in "[A-Z%]{1,4}",
             wild in prop::collection::vec(0..6_u8, 22),

@@ -13,7 +13,7 @@ use crate::sys::seccomp;
 /// Hides the audit log from children of this thread if they may not write to it. A filter needs CAP_SYS_ADMIN or
 /// `no_new_privs`; the latter would break the setuid programs of sessions.
 pub(crate) fn hide_from_sshd() -> Result<()> {
-    let held = rustix::thread::capabilities(None).attempt(|| "look at this process's capabilities")?.effective;
+    let held = rustix::thread::capabilities(None).attempt(|| "read this process's capabilities")?.effective;
     if held.contains(CapabilitySet::AUDIT_WRITE)
         || is_hidden()
         || seccomp::filter(&refused_calls::without_audit()).is_ok()
@@ -29,6 +29,6 @@ pub(crate) fn hide_from_sshd() -> Result<()> {
 /// True if the kernel has no audit support, or a seccomp profile pretends so.
 fn is_hidden() -> bool {
     let opened = socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, Some(netlink::AUDIT));
-    // libaudit takes these errors for a kernel without audit support.
+    // libaudit interprets these errors as a kernel without audit support.
     matches!(opened, Err(Errno::INVAL | Errno::PROTONOSUPPORT | Errno::AFNOSUPPORT))
 }

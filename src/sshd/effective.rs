@@ -105,7 +105,7 @@ impl Effective {
         let refuse = |what: String| {
             Err(Error::new("open a jailed environment")
                 .because(what)
-                .advise("change SSHD_OPTIONS or sshd's configuration; it is not opened, so that no session lands outside the jail"))
+                .advise("change SSHD_OPTIONS or sshd's configuration: a session could land outside the jail"))
         };
         for (keyword, value) in wanted {
             let found = self.first(keyword).unwrap_or("missing");
@@ -140,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn every_way_past_the_helper_is_refused_by_name() {
+    fn every_bypass_of_the_helper_is_refused_by_name() {
         for (from, to, named) in [
             ("forcecommand exec x", "forcecommand none", "forcecommand"),
             ("forcecommand exec x\n", "", "forcecommand"),

@@ -48,7 +48,7 @@ pub(crate) fn refuse_to_lose_attributes() -> Result<()> {
     Err(refused.advise("give it to the container, with those in docs/CAPABILITIES.md"))
 }
 
-/// Capabilities of a program that reads a tree.
+/// Capabilities of a program that reads a tree, with reasons.
 const READER: &[(Capability, &str)] = &[
     (Capability::CAP_DAC_OVERRIDE, "files that nobody may read are packed"),
     (Capability::CAP_DAC_READ_SEARCH, "the same"),

@@ -6,7 +6,7 @@ use crate::outcome::{Outcome, Step};
 
 const VARIABLE: &str = "ATTEMPT_GOES_ON";
 
-/// Whether this process is the second half.
+/// True if this process is the second half.
 pub fn is_this() -> bool {
     std::env::var_os(VARIABLE).is_some()
 }

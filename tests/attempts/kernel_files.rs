@@ -9,7 +9,7 @@ use rustix::mount::MountFlags;
 
 use crate::outcome::{Held, Outcome, Step, any};
 
-/// Whether `path` can be opened for writing.
+/// Opens `path` for writing.
 pub fn writable(path: &Path) -> Outcome {
     let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::NOCTTY | OFlags::CLOEXEC;
     rustix::fs::open(path, flags, Mode::empty()).step(format!("open {} for writing", path.display()))?;
@@ -136,7 +136,7 @@ pub fn kernel_memory() -> Outcome {
     Ok(format!("/proc/kcore begins with {magic:x?}"))
 }
 
-/// Where the jail shows files of the environment, read-only.
+/// Directory in which the jail shows files of the environment, read-only.
 const SHOWN: &str = "/run/.ims-sshd";
 
 fn shown() -> Vec<PathBuf> {
@@ -157,7 +157,7 @@ pub fn lease_on_shown_programs() -> Outcome {
     })
 }
 
-/// The same after remounting them writable.
+/// Writes to one of them after remounting it writable.
 pub fn shown_programs_remounted() -> Outcome {
     any(shown(), |path| {
         let name = std::ffi::CString::new(path.as_os_str().as_encoded_bytes()).expect("a name");

@@ -49,7 +49,7 @@ pub fn new_dev() -> Outcome {
     Ok(format!("{} is there: {:?}", kmsg.display(), found.file_type()))
 }
 
-/// The same as `new_proc`, by fsopen(2).
+/// Like `new_proc`, through fsopen(2).
 pub fn fsmount_proc() -> Outcome {
     let context = fsopen("proc", FsOpenFlags::FSOPEN_CLOEXEC).step("fsopen proc")?;
     fsconfig_create(&context).step("fsconfig")?;
@@ -66,7 +66,7 @@ pub fn copy_of_proc() -> Outcome {
     writable(Path::new(&format!("/proc/self/fd/{}/sys/kernel/core_pattern", std::os::fd::AsRawFd::as_raw_fd(&copy))))
 }
 
-/// The same by bind mount.
+/// A bind mount lacks the mounts on top of its source too.
 pub fn bind_of_proc() -> Outcome {
     let place = Place::new();
     mount_bind("/proc", &place.0).step("mount /proc elsewhere")?;

@@ -44,13 +44,13 @@ pub fn other_kinds_of_visible_processes() -> Outcome {
     })
 }
 
-/// Those of the process outside, by pidfd.
+/// Namespaces of the process outside, through a pidfd.
 pub fn of_process() -> Outcome {
     let process = Pid::from_raw(process()?).expect("a process number");
     enter_mounts(rustix::process::pidfd_open(process, PidfdFlags::empty()).step("pidfd_open")?)
 }
 
-/// Those of the process outside, by file handle.
+/// Namespaces of the process outside, through a file handle.
 pub fn by_handle() -> Outcome {
     let handle: sys::Handle = told("NAMESPACE_HANDLE").parse().expect("a handle");
     let place = File::open("/proc/self/ns/mnt").step("open /proc/self/ns/mnt")?;
@@ -85,7 +85,7 @@ fn every_capability(others: CloneFlags) -> Result<(), Held> {
     Ok(())
 }
 
-/// The same by 32-bit system calls.
+/// A new user namespace through 32-bit system calls.
 pub fn nested_by_32_bits() -> Outcome {
     sys::unshare_by_32_bits(libc::CLONE_NEWUSER | libc::CLONE_NEWNS).step("unshare the user namespace")?;
     Ok("has a user namespace of its own".into())
@@ -104,7 +104,7 @@ pub fn owner_of_the_name() -> Outcome {
     Ok("has every capability in a user namespace, and mounts of its own".into())
 }
 
-/// In a new user namespace: unmounts masks.
+/// Unmounts masks in a new user namespace.
 pub fn nested_uncover() -> Outcome {
     every_capability(CloneFlags::empty())?;
     let uncovered = any(COVERED, |path| {
@@ -123,7 +123,7 @@ pub fn nested_uncover() -> Outcome {
     uncovered.or_else(|_| writable_again()).or_else(|_| elsewhere())
 }
 
-/// In a new user namespace: a new procfs, with a new PID namespace.
+/// Mounts a new procfs in a new user namespace, with a new PID namespace.
 pub fn nested_proc() -> Outcome {
     if child::is_this() {
         let place = Place::new();
@@ -134,7 +134,7 @@ pub fn nested_proc() -> Outcome {
     child::goes_on()
 }
 
-/// In a new user namespace: a new sysfs, with a new network namespace.
+/// Mounts a new sysfs in a new user namespace, with a new network namespace.
 pub fn nested_sys() -> Outcome {
     every_capability(CloneFlags::CLONE_NEWNET)?;
     let place = Place::new();
@@ -142,7 +142,7 @@ pub fn nested_sys() -> Outcome {
     any_below(&place.0.join("kernel"), &|_| false)
 }
 
-/// In a new user namespace: this process's cgroup and all below it.
+/// Mounts the cgroup file system in a new user namespace, with this process's cgroup and all below it.
 pub fn nested_cgroup() -> Outcome {
     every_capability(CloneFlags::CLONE_NEWCGROUP)?;
     let place = Place::new();

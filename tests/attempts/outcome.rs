@@ -19,7 +19,7 @@ impl Held {
         Self { step: step.to_string(), why: io::Error::other(why) }
     }
 
-    /// Whether the kernel lacks what was tried, so that there is nothing to defend.
+    /// True if the kernel lacks the feature, so that there is nothing to defend.
     pub fn is_absent(&self) -> bool {
         matches!(self.why.raw_os_error(), Some(libc::ENOENT | libc::ENOSYS | libc::ENOTTY))
     }

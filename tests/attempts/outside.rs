@@ -22,7 +22,7 @@ pub fn file() -> PathBuf {
     told("FILE").into()
 }
 
-/// The same below `directory`.
+/// Path of the decoy file below `directory`.
 pub fn file_below(directory: &Path) -> PathBuf {
     directory.join(file().strip_prefix("/").expect("an absolute path"))
 }

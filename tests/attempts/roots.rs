@@ -35,7 +35,7 @@ pub fn double_chroot() -> Outcome {
     outcome
 }
 
-/// The same with an open directory.
+/// A second chroot leaves an open directory outside it too.
 pub fn chroot_fchdir() -> Outcome {
     let inner = directory("fchdir");
     let top = rustix::fs::open("/", OFlags::PATH | OFlags::DIRECTORY, Mode::empty()).expect("/ can be opened");

@@ -80,7 +80,7 @@ pub fn packets() -> Outcome {
     opened(libc::AF_PACKET, libc::SOCK_RAW, i32::from(3_u16.to_be()))
 }
 
-/// The same by the old socket type.
+/// All packets of the network, through the old socket type.
 #[allow(deprecated)]
 pub fn packets_by_their_old_name() -> Outcome {
     any([libc::AF_INET, libc::AF_INET6], |family| opened(family, libc::SOCK_PACKET, i32::from(3_u16.to_be())))

@@ -3,13 +3,13 @@
 use crate::outcome::Outcome;
 use crate::{devices, kernel_files, mounts, namespaces, privileges, processes, roots, sockets, terminals};
 
-/// One way out of a jail.
+/// A possible escape from a jail.
 pub struct Attempt {
     /// Name on the command line.
     pub name: &'static str,
-    /// Where it succeeds, which proves that it would detect a hole.
+    /// Place where it succeeds, which proves that it would detect a hole.
     pub bites: Place,
-    /// Where it is known from.
+    /// Source that describes it.
     pub source: &'static str,
     /// Runs it.
     pub run: fn() -> Outcome,

@@ -1,4 +1,4 @@
-//! The client's ssh-agent, where a session lands.
+//! The client's ssh-agent in sessions.
 
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -9,11 +9,11 @@ use testbed::*;
 use crate::clients::Place;
 
 crate::clients::shown! {
-    "OpenSSH ssh", "`-A`: the client's agent lists its keys and signs" => the_clients_agent_lists_its_keys_and_signs;
+    "OpenSSH ssh", "`-A`: the client's agent lists its keys and signs" => client_agent_lists_keys_and_signs;
     "git", "fetches over ssh with the client's agent" => git_fetches_with_the_clients_agent;
 }
 
-/// An agent that holds the key of all tests.
+/// An agent with the key of all tests.
 pub struct Agent {
     _program: Ended,
     pub socket: PathBuf,
@@ -34,14 +34,14 @@ impl Agent {
         Self { _program: program, socket, keys }
     }
 
-    /// What a command line says over `ssh -A` with further options.
+    /// Output of a command over `ssh -A` with further options.
     fn bring(&self, environment: &Environment, options: &[&str], command: &str) -> std::process::Output {
         let mut ssh = environment.ssh(&[&["-A"], options].concat());
         ssh.env("SSH_AUTH_SOCK", &self.socket).arg(command).output().unwrap()
     }
 }
 
-fn the_clients_agent_lists_its_keys_and_signs(place: Place) {
+fn client_agent_lists_keys_and_signs(place: Place) {
     let environment = place.open(Image::Debian);
     let agent = Agent::start(&environment);
     let says = |command: &str| {
@@ -53,21 +53,21 @@ fn the_clients_agent_lists_its_keys_and_signs(place: Place) {
     says(
         "ssh-add -L > /tmp/ims-sshd-$$.pub; ssh-add -T /tmp/ims-sshd-$$.pub; code=$?; rm /tmp/ims-sshd-$$.pub; exit $code",
     );
-    // More than are served at once.
+    // More connections than are served at once.
     let many = says("for i in $(seq 40); do ssh-add -l & done; wait");
     assert_eq!(many, agent.keys.repeat(40));
-    // More than fits anywhere on the way, asked without waiting for answers.
+    // More data than all buffers hold, sent without waiting for answers.
     assert_eq!(says(&format!("timeout 20 python3 -c \"{ASK_MANY}\"")), "60000\n");
-    // One that hangs up without a word does not end the others'.
+    // A program that hangs up does not end other connections.
     let open =
         "import os, socket; s = socket.socket(socket.AF_UNIX); s.connect(os.environ['SSH_AUTH_SOCK']); s.send(b'\\0')";
     assert_eq!(says(&format!("python3 -c \"{open}\"; ssh-add -l")), agent.keys);
     let socket = says("echo $SSH_AUTH_SOCK");
     assert!(environment.run(&format!("test -e {socket}")).status.code() == Some(1), "{socket} was left");
-    // As sshd's own, it is root's alone.
+    // Only root can connect, as to sshd's own socket.
     let others = agent.bring(&environment, &[], "setpriv --reuid 65534 --clear-groups ssh-add -l");
     assert_eq!(others.status.code(), Some(2), "{others:?}");
-    // The umask is the session's, not the socket's.
+    // The socket's umask does not stay in the session.
     assert_eq!(says("umask"), environment.says("umask") + "\n");
 }
 
@@ -94,7 +94,7 @@ fn git_fetches_with_the_clients_agent(place: Place) {
     assert!(text(&without.stderr).contains("Permission denied (publickey)"), "{without:?}");
 }
 
-/// Asks for the keys (draft-ietf-sshm-ssh-agent: a length of 4 bytes, then 11) and counts the answers.
+/// Requests the keys (draft-ietf-sshm-ssh-agent: a length of 4 bytes, then 11) and counts the answers.
 const ASK_MANY: &str = "
 import os, socket, struct, threading
 s = socket.socket(socket.AF_UNIX)
@@ -111,15 +111,15 @@ print(kinds.count(12))
 ";
 
 #[test]
-fn what_is_planted_where_the_agents_socket_comes_leads_nowhere() {
+fn files_planted_at_the_agents_socket_path_are_not_followed() {
     for place in [Place::Namespace, Place::User] {
         let environment = place.open(Image::Debian);
         let agent = Agent::start(&environment);
-        // At every name that it may get: that of its process.
+        // At every name that the socket may get, which contains a process ID.
         let plant = |what: &str| {
             let next = succeed(Command::new("sh").args(["-c", "echo $$"]));
             let most = std::fs::read_to_string("/proc/sys/kernel/pid_max").unwrap();
-            // Where numbers begin again: RESERVED_PIDS of Linux.
+            // Process IDs wrap around to this number: RESERVED_PIDS of Linux.
             let numbers =
                 format!("(n if n < {most} else n - {most} + 300 for n in range({0}, {0} + 20000))", next.trim());
             let names = format!("f'/run/ssh-agent.{{n}}' for n in {}", numbers.replace('\n', ""));
@@ -129,7 +129,7 @@ fn what_is_planted_where_the_agents_socket_comes_leads_nowhere() {
         let ask = "ssh-add -l; test -S $SSH_AUTH_SOCK && test ! -L $SSH_AUTH_SOCK && echo so";
         assert_eq!(text(agent.bring(&environment, &[], ask).stdout), format!("{}so\n", agent.keys), "{place:?}");
         assert!(!environment.image_root.join("root/made").exists());
-        // With its place taken, a session does without.
+        // If its name is taken, the session has no agent.
         plant("(os.path.lexists(name) and os.unlink(name), os.makedirs(name + '/in-it'))");
         let said = agent.bring(&environment, &[], "echo ${SSH_AUTH_SOCK-none}; exit 7");
         let (code, out, err) = (said.status.code(), text(said.stdout), text(said.stderr));
@@ -138,7 +138,7 @@ fn what_is_planted_where_the_agents_socket_comes_leads_nowhere() {
 }
 
 #[test]
-fn an_agent_that_is_not_wanted_stays_outside() {
+fn agent_is_not_forwarded_unless_requested() {
     let ask = "echo ${SSH_AUTH_SOCK-none}; ls -d /run/ssh-agent.* 2>/dev/null; true";
     let with = |config: &str, mode: Mode, variables: &[(&str, &str)]| {
         let volume = Volume::new(Image::Busybox);
@@ -161,7 +161,7 @@ fn an_agent_that_is_not_wanted_stays_outside() {
     let environment = with("", Mode::Jailed, &[]);
     let agent = Agent::start(&environment);
     assert!(text(agent.bring(&environment, &[], ask).stdout).starts_with("/run/ssh-agent."));
-    // Nor has a file transfer any use for it.
+    // A file transfer does not get the agent either.
     let sftp = feed(environment.sftp_client(&["-A"]).env("SSH_AUTH_SOCK", &agent.socket), b"ls /run/ssh-agent.*\n");
     assert!(text(&sftp.stderr).contains("not found"), "{sftp:?}");
 }

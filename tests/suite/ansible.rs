@@ -1,4 +1,5 @@
-//! Ansible, configured as the Configuration Framework Service configures it, and that service's own sequence over paramiko.
+//! Ansible with the settings of the Configuration Framework Service (CFS), and that service's own sequence over
+//! paramiko.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -21,80 +22,80 @@ crate::clients::shown! {
         "the task that marks the image complete reports ok" => debians_ansible_manages_a_node;
     "Ansible (Debian's)",
         "`transfer_method` sftp, scp, scp -O and piped without pipelining; smart with it",
-        "50 names of one node with 20 forks" => debians_ansible_takes_every_way_to_a_node_of_many_names;
+        "50 names of one node with 20 forks" => debians_ansible_uses_every_transfer_method_with_many_host_names;
     "Ansible (Debian's)",
         "with its default configuration: the manual's sample, whose last task (copy, command, file) marks the image; `become`, `async`",
         "the same with 100 ms of latency, and as the Configuration Framework Service configures it",
-        "a last task that marks the image and fails: its own exit code" => debians_ansible_ends_with_the_image;
+        "a last task that marks the image and fails: its own exit code" => debians_ansible_can_mark_the_image_in_its_last_task;
     "Ansible (Debian's)",
-        "50 names of one node with 50 forks and the default configuration, each of which marks the image" => debians_ansible_ends_fifty_names_of_a_node;
+        "50 names of one node with 50 forks and the default configuration, each of which marks the image" => debians_ansible_can_mark_the_image_from_fifty_host_names;
     "Ansible (newest for Python 3.11)",
         "setup, command, shell, copy, template, unarchive, apt, user, service_facts, become",
         "`async` with `poll: 0`, and `async_status`",
         "a failing task's own exit code",
         "/etc/resolv.conf is replaced",
-        "the task that marks the image complete reports ok" => the_newest_ansible_manages_a_node;
+        "the task that marks the image complete reports ok" => newest_ansible_manages_a_node;
     "Ansible (newest for Python 3.11)",
         "`transfer_method` sftp, scp, scp -O and piped without pipelining; smart with it",
-        "50 names of one node with 20 forks" => the_newest_ansible_takes_every_way_to_a_node_of_many_names;
+        "50 names of one node with 20 forks" => newest_ansible_uses_every_transfer_method_with_many_host_names;
     "Ansible (newest for Python 3.11)",
         "with its default configuration: the manual's sample, whose last task (copy, command, file) marks the image; `become`, `async`",
         "the same with 100 ms of latency, and as the Configuration Framework Service configures it",
-        "a last task that marks the image and fails: its own exit code" => the_newest_ansible_ends_with_the_image;
+        "a last task that marks the image and fails: its own exit code" => newest_ansible_can_mark_the_image_in_its_last_task;
     "Ansible (newest for Python 3.11)",
-        "50 names of one node with 50 forks and the default configuration, each of which marks the image" => the_newest_ansible_ends_fifty_names_of_a_node;
+        "50 names of one node with 50 forks and the default configuration, each of which marks the image" => newest_ansible_can_mark_the_image_from_fifty_host_names;
     "paramiko",
         "the probe `echo ~root && sleep 0`",
         "50 commands whose connection is closed at once, none of them lost",
-        "`touch /tmp/complete` in the same way ends the environment" => the_configuration_services_own_commands_are_never_lost;
+        "`touch /tmp/complete` in the same way ends the environment" => cfs_commands_are_never_lost;
 }
 
 fn debians_ansible_manages_a_node(place: Place) {
     manages_a_node(place, debians());
 }
 
-fn the_newest_ansible_manages_a_node(place: Place) {
+fn newest_ansible_manages_a_node(place: Place) {
     manages_a_node(place, newest());
 }
 
-fn debians_ansible_takes_every_way_to_a_node_of_many_names(place: Place) {
+fn debians_ansible_uses_every_transfer_method_with_many_host_names(place: Place) {
     takes_every_way(place, debians());
 }
 
-fn the_newest_ansible_takes_every_way_to_a_node_of_many_names(place: Place) {
+fn newest_ansible_uses_every_transfer_method_with_many_host_names(place: Place) {
     takes_every_way(place, newest());
 }
 
-fn debians_ansible_ends_with_the_image(place: Place) {
+fn debians_ansible_can_mark_the_image_in_its_last_task(place: Place) {
     ends_with_the_image(place, debians);
 }
 
-fn the_newest_ansible_ends_with_the_image(place: Place) {
+fn newest_ansible_can_mark_the_image_in_its_last_task(place: Place) {
     ends_with_the_image(place, newest);
 }
 
-fn debians_ansible_ends_fifty_names_of_a_node(place: Place) {
+fn debians_ansible_can_mark_the_image_from_fifty_host_names(place: Place) {
     ends_fifty_names(place, debians());
 }
 
-fn the_newest_ansible_ends_fifty_names_of_a_node(place: Place) {
+fn newest_ansible_can_mark_the_image_from_fifty_host_names(place: Place) {
     ends_fifty_names(place, newest());
 }
 
 struct Ansible {
     program: PathBuf,
     interpreter: &'static str,
-    /// Whether it has a collection with the module of that name.
+    /// True if it has a collection with the synchronize module.
     synchronizes: bool,
 }
 
 fn debians() -> Ansible {
-    // As the Configuration Framework Service has it.
+    // The settings of the Configuration Framework Service.
     Ansible { program: "/usr/bin/ansible-playbook".into(), interpreter: "/usr/bin/env python3", synchronizes: true }
 }
 
 fn newest() -> Ansible {
-    // It takes the interpreter for one word, and so finds no '/usr/bin/env python3' on any node. It comes without collections, and
+    // It expects the interpreter as one word, and so finds no '/usr/bin/env python3'. It comes without collections, and
     // Debian's is too old for it.
     Ansible {
         program: cache().join("ansible-core/bin/ansible-playbook"),
@@ -119,7 +120,7 @@ fn manages_a_node(place: Place, ansible: Ansible) {
 }
 
 #[test]
-fn ansible_names_a_jail_and_is_told_what_belongs_to_the_node() {
+fn ansible_sets_the_jails_hostname_and_is_refused_node_settings() {
     for place in [Place::Namespace, Place::User] {
         let environment = place.open_in_container();
         let recap = Controller::new(&environment, debians()).play("limits.yml", "");
@@ -138,11 +139,11 @@ fn takes_every_way(place: Place, ansible: Ansible) {
     );
 }
 
-/// How the manual's sample is played.
+/// Variant of the manual's sample playbook.
 struct End {
-    /// The module that marks the image.
+    /// Module that marks the image.
     last: &'static str,
-    /// How modules get to the node where they are not piped to it; none for Ansible's default.
+    /// Transfer method for modules that are not piped to the node; `None` for Ansible's default.
     way: Option<&'static str>,
     configuration: Configuration,
     latency: Duration,
@@ -202,7 +203,8 @@ fn ends_fifty_names(place: Place, ansible: Ansible) {
     assert!(environment.signal("complete").exists());
 }
 
-/// Between clients and an environment: what either says arrives half of `latency` later. It ends when the test does.
+/// A relay between clients and an environment that delays data by half of `latency` in each direction. It ends with the
+/// test.
 struct Proxy {
     port: u16,
 }
@@ -242,14 +244,14 @@ impl Proxy {
     }
 }
 
-/// How Ansible is configured.
+/// Ansible's configuration.
 #[derive(Clone, Copy, Debug)]
 enum Configuration {
     Default,
     OfTheService,
 }
 
-/// What a session touches when the image is complete.
+/// File that a session creates when the image is complete.
 fn marker(place: Place, environment: &Environment) -> String {
     match place.mode() {
         Mode::Jailed => "/tmp/complete".to_owned(),
@@ -257,9 +259,9 @@ fn marker(place: Place, environment: &Environment) -> String {
     }
 }
 
-/// Where Ansible runs: its home, what it brings to nodes, and the nodes that it knows.
+/// The control node: Ansible's home, files for nodes, and inventory.
 struct Controller {
-    folder: TempDir,
+    directory: TempDir,
     ansible: Ansible,
 }
 
@@ -268,10 +270,10 @@ impl Controller {
         Self::reaching(environment, ansible, environment.port)
     }
 
-    /// One that reaches the environment by this port.
+    /// A control node that reaches the environment by this port.
     fn reaching(environment: &Environment, ansible: Ansible, port: u16) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let place = folder.path();
+        let directory = tempfile::tempdir().unwrap();
+        let place = directory.path();
         for (name, text) in [
             ("nothing_file", ""),
             ("default.cfg", ""),
@@ -292,10 +294,10 @@ impl Controller {
         succeed(Command::new("tar").args(["-czf", "packed.tar.gz", "-C", "pack", "unpacked"]).current_dir(place));
         succeed(Command::new("dpkg-deb").args(["--build", "deb", "tree/local.deb"]).current_dir(place));
         std::fs::write(place.join("inventory"), inventory(environment, &ansible, port)).unwrap();
-        Self { folder, ansible }
+        Self { directory, ansible }
     }
 
-    /// What a play reports at its end.
+    /// Report at the end of a play.
     fn play(&self, playbook: &str, complete: &str) -> String {
         let output = self.output(playbook, Configuration::OfTheService, complete, &json!({}));
         let shown = text(&output.stdout);
@@ -303,32 +305,32 @@ impl Controller {
         shown[shown.rfind("PLAY RECAP").unwrap()..].to_owned()
     }
 
-    /// A whole play, with further variables.
+    /// Output of a whole play with further variables.
     fn output(&self, playbook: &str, configuration: Configuration, complete: &str, further: &Value) -> Output {
         let plays = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/suite/ansible");
         let mut command = Command::new(&self.ansible.program);
-        command.arg("-i").arg(self.folder.path().join("inventory")).arg(plays.join(playbook));
-        let folder = self.folder.path();
-        let variables = json!({"files": folder, "complete": complete, "synchronizes": self.ansible.synchronizes});
+        command.arg("-i").arg(self.directory.path().join("inventory")).arg(plays.join(playbook));
+        let directory = self.directory.path();
+        let variables = json!({"files": directory, "complete": complete, "synchronizes": self.ansible.synchronizes});
         command.arg("-e").arg(variables.to_string()).arg("-e").arg(further.to_string());
-        command.env_clear().env("PATH", "/usr/bin:/bin").env("HOME", folder).env("LC_ALL", "C.UTF-8");
+        command.env_clear().env("PATH", "/usr/bin:/bin").env("HOME", directory).env("LC_ALL", "C.UTF-8");
         match configuration {
             Configuration::OfTheService => command.env("ANSIBLE_CONFIG", plays.join("ansible.cfg")),
-            // Names wait for one another between two tasks. On a loaded machine that takes longer than the 60 s for which the default
-            // keeps a connection, and a name without one finds no sshd after the first mark.
+            // Hosts wait for each other between two tasks. On a loaded machine that can take longer than the 60 s for
+            // which the default keeps a connection, and a host that must reconnect after the first mark finds no sshd.
             Configuration::Default => command
-                .env("ANSIBLE_CONFIG", folder.join("default.cfg"))
+                .env("ANSIBLE_CONFIG", directory.join("default.cfg"))
                 .env("ANSIBLE_SSH_ARGS", "-C -o ControlMaster=auto -o ControlPersist=600s")
                 .args(["--forks", "50"]),
         };
-        // Which would be looked for in the newest's own folders.
+        // The newest Ansible would search its own directories for this.
         command.env("ANSIBLE_COLLECTIONS_PATH", "/usr/lib/python3/dist-packages");
         command.output().unwrap()
     }
 }
 
 fn inventory(environment: &Environment, ansible: &Ansible, port: u16) -> String {
-    // Not by an address of this machine, to which synchronize would copy without SSH.
+    // Not an address of this machine, to which synchronize would copy without SSH.
     const WAYS: &str = "by_smart\nby_sftp ansible_ssh_transfer_method=sftp ansible_pipelining=false\n\
         by_scp ansible_ssh_transfer_method=scp ansible_pipelining=false\n\
         by_old_scp ansible_ssh_transfer_method=scp ansible_scp_extra_args=-O ansible_pipelining=false\n\
@@ -343,9 +345,9 @@ fn inventory(environment: &Environment, ansible: &Ansible, port: u16) -> String 
     )
 }
 
-fn the_configuration_services_own_commands_are_never_lost(place: Place) {
+fn cfs_commands_are_never_lost(place: Place) {
     const PROGRAM: &str = "import paramiko, sys\n\
-        port, key, folder, mark = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]\n\
+        port, key, directory, mark = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]\n\
         def connect():\n\
         \x20   client = paramiko.SSHClient()\n\
         \x20   client.set_missing_host_key_policy(paramiko.AutoAddPolicy())\n\
@@ -357,23 +359,23 @@ fn the_configuration_services_own_commands_are_never_lost(place: Place) {
         client.close()\n\
         for number in range(50):\n\
         \x20   client = connect()\n\
-        \x20   client.exec_command('touch %s/%d' % (folder, number))\n\
+        \x20   client.exec_command('touch %s/%d' % (directory, number))\n\
         \x20   client.close()\n\
         client = connect()\n\
         while True:\n\
-        \x20   _, out, _ = client.exec_command('ls %s | wc -l' % folder)\n\
+        \x20   _, out, _ = client.exec_command('ls %s | wc -l' % directory)\n\
         \x20   if out.read() == b'50\\n': break\n\
         client.exec_command('touch ' + mark)\n\
         client.close()\n";
     let mut environment = place.open(Image::Debian);
-    let folder = match place.mode() {
+    let directory = match place.mode() {
         Mode::Jailed => "/srv".to_owned(),
         Mode::Plain => environment.image_root.join("srv").display().to_string(),
     };
     let mark = marker(place, &environment);
     let mut client = Command::new("/usr/bin/python3");
     client.args(["-W", "ignore", "-c", PROGRAM, &environment.port.to_string()]).arg(&environment.key);
-    let client = client.args([&folder, &mark]).spawn().unwrap();
+    let client = client.args([&directory, &mark]).spawn().unwrap();
     let mut client = Ended::new(client);
     wait_until("the client to end", || client.try_wait().unwrap().is_some());
     assert!(client.wait().unwrap().success());

@@ -1,5 +1,5 @@
-//! Programs of the image see either what they would see on the booted node or what they would see in a chroot, and
-//! never a mixture.
+//! The view of programs in the image, which must be consistent: that of a booted node or that of a chroot, and never a
+//! mixture.
 
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
@@ -11,7 +11,7 @@ fn open(volume: Volume, tier: &str) -> Environment {
     volume.start_with(Mode::Jailed, &[("IMS_JAIL_TIER", tier)]).ready()
 }
 
-/// A command line in a plain chroot that has a /proc, where the first process has another root.
+/// Runs a command line in a plain chroot with a /proc, in which process 1 has another root.
 fn in_chroot(image_root: &Path, line: &str) -> Output {
     let script =
         "mount -t proc proc \"$0/proc\"; mount --rbind /dev \"$0/dev\"; chroot \"$0\" /bin/bash -c \"$1\"; exit $?";
@@ -20,7 +20,7 @@ fn in_chroot(image_root: &Path, line: &str) -> Output {
     command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").env("HOME", "/root").output().unwrap()
 }
 
-/// Commands run as root, through programs that pass none of the session's variables on.
+/// Commands run as root through programs that drop the session's variables.
 const SYSTEMD: [&str; 10] = [
     "systemctl restart cron",
     "systemctl daemon-reload",
@@ -38,7 +38,7 @@ const SYSTEMD: [&str; 10] = [
 fn systemctl_behaves_as_in_a_chroot_whatever_the_environment_variables_are() {
     let node = || {
         let volume = Volume::new(Image::Node);
-        // sudo complains of a host name that it cannot resolve.
+        // sudo complains about a host name that it cannot resolve.
         std::fs::copy("/etc/hosts", volume.image_root.join("etc/hosts")).unwrap();
         volume
     };
@@ -55,7 +55,7 @@ fn systemctl_behaves_as_in_a_chroot_whatever_the_environment_variables_are() {
                 "{tier}: {line}"
             );
         }
-        // In a chroot they may not look at the first process, and fail.
+        // In a chroot they may not inspect process 1, and fail.
         assert_eq!(environment.run("su nobody -s /bin/sh -c 'env -i systemctl restart cron'").status.code(), Some(0));
         assert_eq!(environment.says("env | grep -c SYSTEMD || true"), "0", "{tier}");
         assert_eq!(environment.says("ls -A /run | grep -c ims-sshd.root || true"), "0", "{tier}");
@@ -64,10 +64,10 @@ fn systemctl_behaves_as_in_a_chroot_whatever_the_environment_variables_are() {
     assert_eq!(environment.run("systemctl restart cron").status.code(), Some(0));
 }
 
-/// A file, and what it links to; an empty text makes it a program.
+/// A file and its link target; an empty target makes it a program.
 type InitFile = (&'static str, &'static str);
 
-/// An image of an init system, by what it has; and what Ansible finds on the node that is booted from it.
+/// An image of an init system, and the service manager that Ansible finds on the booted node.
 const INITS: [(&str, &[InitFile], &str); 6] = [
     (
         "systemd",
@@ -106,7 +106,7 @@ fn ansible_finds_the_service_manager_that_the_booted_node_has() {
     }
 }
 
-/// One module of Ansible, which has to succeed.
+/// Runs one module of Ansible, which must succeed.
 fn ansible(environment: &Environment, ansible: &Path, module: &str, arguments: &str) -> String {
     let home = tempfile::tempdir().unwrap();
     let mut command = Command::new(ansible);
@@ -119,9 +119,9 @@ fn ansible(environment: &Environment, ansible: &Path, module: &str, arguments: &
 }
 
 #[test]
-fn a_jail_with_the_containers_proc_shows_the_jails_init_too() {
+fn jail_with_the_containers_proc_shows_its_own_init() {
     let volume = Volume::new(Image::Node);
-    // Masked like this by a container runtime, /proc makes the kernel refuse a user namespace its own procfs.
+    // With a /proc that is masked like this, the kernel refuses a new procfs in a user namespace.
     succeed(Command::new("mount").args(["-t", "tmpfs", "tmpfs", "/proc/fs"]));
     let environment = open(volume, "user");
     assert!(environment.log_text().contains("/proc is the container's"), "{}", environment.log_text());
@@ -129,8 +129,8 @@ fn a_jail_with_the_containers_proc_shows_the_jails_init_too() {
 }
 
 #[test]
-fn run_holds_what_a_boot_would_have_made() {
-    // systemd's own program makes the expected /run, from an image that was not booted.
+fn run_has_what_a_boot_would_create() {
+    // The expected /run comes from systemd-tmpfiles on an image that was not booted.
     let booted = Volume::new(Image::Node);
     let prepare = |volume: &Volume| {
         let root = &volume.image_root;
@@ -144,7 +144,7 @@ fn run_holds_what_a_boot_would_have_made() {
     prepare(&booted);
     let mut tmpfiles = Command::new("systemd-tmpfiles");
     tmpfiles.arg(format!("--root={}", booted.image_root.display()));
-    // The exit code is ignored: it tells of a rule that cannot be carried out.
+    // Ignore the exit code: one of the rules cannot be applied.
     let _ = tmpfiles.args(["--create", "--boot", "--prefix=/run", "--prefix=/var/run"]).output().unwrap();
     const FIND: &str = "cd /run && find . -mindepth 1 \\( -type d -o -type l \\) -printf '%P %y %m %U:%G %l\\n' | sort";
     let wanted = in_chroot(&booted.image_root, FIND);

@@ -1,4 +1,5 @@
-//! Bind mounts: what a job asks to see of the container is seen in the jail, and leaves no trace in the image root.
+//! Bind mounts: a job's directories and files of the container appear in the jail, and leave no trace in the image
+//! root.
 
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
@@ -6,8 +7,8 @@ use std::process::Command;
 
 use testbed::*;
 
-/// Paths that the administrator has beside the image: a package repository with a disk of its own below it, a licence,
-/// and a place to write to.
+/// Paths of the administrator beside the image: a package repository with a mount below it, a licence file, and a
+/// writable directory.
 struct Sources {
     dir: PathBuf,
     _disk: Mounted,
@@ -42,7 +43,7 @@ fn start(volume: Volume, further: &[(&str, &str)], binds: &str) -> Environment {
 }
 
 #[test]
-fn bind_mounts_are_seen_in_the_jail_and_leave_no_trace_in_the_image() {
+fn bind_mounts_appear_in_the_jail_and_leave_no_trace_in_the_image() {
     let dkms = [("JOB_ENABLE_DKMS", "True")];
     for further in [&[("IMS_JAIL_TIER", "namespace")][..], &[("IMS_JAIL_TIER", "user")], &dkms] {
         let volume = Volume::new(Image::Busybox);
@@ -72,7 +73,7 @@ fn bind_mounts_are_seen_in_the_jail_and_leave_no_trace_in_the_image() {
         ] {
             assert!(refused(write).contains("Read-only file system"), "{further:?}: {write}");
         }
-        // No way up or out: what is above a bind mount is the image.
+        // No path leads out: the parent of a bind mount is the image.
         assert_eq!(says("cd /opt/vendor/repo/disk && cd ../../.. && pwd && ls"), "/opt\nvendor");
         assert_eq!(says("ls /srv/.. | grep -c sources; true"), "0");
         assert!(!refused("echo x > /srv/null").is_empty(), "a device node in the source opens nothing");
@@ -94,7 +95,7 @@ fn bind_mounts_are_seen_in_the_jail_and_leave_no_trace_in_the_image() {
 }
 
 #[test]
-fn mount_points_of_binds_are_gone_after_a_kill_and_after_a_jail_that_was_remade() {
+fn bind_mount_points_are_removed_after_a_kill_and_after_a_new_jail() {
     let volume = Volume::new(Image::Busybox);
     let sources = Sources::new(&volume);
     let before = digest(&volume.image_root);
@@ -119,7 +120,7 @@ fn mount_points_of_binds_are_gone_after_a_kill_and_after_a_jail_that_was_remade(
 }
 
 #[test]
-fn mount_points_of_binds_are_gone_though_a_session_has_moved_what_they_are_in() {
+fn bind_mount_points_are_removed_although_a_session_moved_their_directory() {
     for tier in NAMESPACE_TIERS {
         let volume = Volume::new(Image::Busybox);
         let sources = Sources::new(&volume);
@@ -141,10 +142,10 @@ fn mount_points_of_binds_are_gone_though_a_session_has_moved_what_they_are_in() 
 }
 
 #[test]
-fn binds_that_cannot_be_are_refused_before_sshd_listens_and_change_nothing() {
+fn invalid_binds_are_refused_before_sshd_listens() {
     type Shape = fn(&Path);
     let nothing: Shape = |_| {};
-    // (binds with sources below the administrator's, what the image is made like, the tier, what is said)
+    // Fields: binds with sources below the administrator's, changes of the image, tier, message.
     let cases: [(&str, Shape, &str, &str); 17] = [
         ("missing:/opt", nothing, "", "missing': No such file"),
         ("repo:/", nothing, "", "that is the image root itself"),
@@ -188,7 +189,7 @@ fn binds_that_cannot_be_are_refused_before_sshd_listens_and_change_nothing() {
 }
 
 #[test]
-fn plain_mode_says_that_binds_are_of_no_use() {
+fn plain_mode_warns_about_binds() {
     let volume = Volume::new(Image::Busybox);
     let sources = Sources::new(&volume);
     let binds = sources.binds();
@@ -201,7 +202,7 @@ fn plain_mode_says_that_binds_are_of_no_use() {
 }
 
 #[test]
-fn a_source_in_the_image_root_is_refused_by_whatever_path_it_is_named() {
+fn bind_source_in_the_image_root_is_refused_by_any_path() {
     let volume = Volume::new(Image::Busybox);
     let other = volume.dir.path().join("other");
     std::fs::create_dir(&other).unwrap();
@@ -218,13 +219,13 @@ fn a_source_in_the_image_root_is_refused_by_whatever_path_it_is_named() {
 }
 
 #[test]
-fn enter_and_customize_show_binds_and_pack_nothing_of_them() {
+fn enter_and_customize_show_binds_but_do_not_pack_them() {
     let volume = Volume::new(Image::Busybox);
     let sources = Sources::new(&volume);
     let squashfs = volume.dir.path().join("image.sqsh");
     succeed(Command::new("mksquashfs").arg(&volume.image_root).arg(&squashfs).args(["-quiet", "-no-progress"]));
     let script = volume.dir.path().join("script");
-    // The image root as others see it, while the jail is open.
+    // The image root as seen outside while the jail is open.
     std::fs::write(
         &script,
         "cd $IMAGE_ROOT_PARENT; test -z \"$(ls -A image-root/opt/repo)\" && chroot image-root touch /etc/new && touch complete\n",

@@ -1,11 +1,12 @@
-//! Which client does what where: docs/CLIENTS.md, made of the tests that show it.
+//! Table of clients and places in docs/CLIENTS.md, generated from the tests that prove it.
 //!
-//! A file of tests lists what it shows with `crate::clients::shown!`, once, and is named in `SHOWN` below, its clients in `VERSIONS`:
+//! A test file lists its rows with `crate::clients::shown!`, once. `SHOWN` below names the file, and `VERSIONS` its
+//! clients:
 //!
 //! ```ignore
 //! crate::clients::shown! {
 //!     "OpenSSH sftp", "a file is put over another by rename" => a_file_is_renamed_over_another;
-//!     "OpenSSH sftp", "the space that is left (`df`)" => the_space_is_told, { User: "the container's" };
+//!     "OpenSSH sftp", "free space (`df`)" => free_space_is_reported, { User: "the container's" };
 //!     "OpenSSH scp", "recursive", "with -p" => trees_are_copied;
 //! }
 //!
@@ -15,16 +16,17 @@
 //! }
 //! ```
 //!
-//! Each text is a row of the page and each line, by the function's name, a test (`…::shown::a_file_is_renamed_over_another`), which calls the
-//! function in every place, each in a thread of its own. So no row stands there that nobody tries. A cell says "yes", or what the line says
-//! of that place instead; the function gets the place and has to show just that.
+//! Each text is a row of the page. Each line makes a test of the function's name
+//! (`…::shown::a_file_is_renamed_over_another`), which calls the function in every place, each in a thread of its own.
+//! So every row is tested. A cell is "yes" or the text that the line has for its place; the function gets the place and
+//! must prove just that.
 
 use std::path::Path;
 use std::process::Command;
 
 use testbed::*;
 
-/// What can be asked for its version on this machine, by a shell line with `$CACHE`, in the order of the page.
+/// Clients that report their version, each with a shell line (`$CACHE` is set), in the order of the page.
 const VERSIONS: &[(&str, &str)] = &[
     ("OpenSSH ssh", "ssh -V 2>&1"),
     ("OpenSSH sftp", "ssh -V 2>&1"),
@@ -50,10 +52,10 @@ const VERSIONS: &[(&str, &str)] = &[
     ("su, sudo, script", "chroot $CACHE/node dpkg-query -W util-linux"),
 ];
 
-/// The rows of each file.
+/// Rows of each file.
 const SHOWN: &[&[Row]] = &[crate::ansible::ROWS, crate::agent::ROWS, crate::transfers::ROWS, crate::people::ROWS];
 
-/// Where a session lands.
+/// Place in which a session lands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
     Namespace,
@@ -68,7 +70,7 @@ impl Place {
         if self == Self::Plain { Mode::Plain } else { Mode::Jailed }
     }
 
-    /// The variables of an environment of this place.
+    /// Variables of an environment in this place.
     pub fn variables(self) -> &'static [(&'static str, &'static str)] {
         match self {
             Self::Namespace => &[("IMS_JAIL_TIER", "namespace")],
@@ -85,7 +87,7 @@ impl Place {
         volume.start_with(self.mode(), self.variables()).ready()
     }
 
-    /// In a container of its own, made of the same image, so that a plain session may change what it likes.
+    /// Opens it in a container made of the same image, so that a plain session may change anything.
     pub fn open_in_container(self) -> Environment {
         Volume::new(Image::Managed).start_in_container(self.mode(), self.variables()).ready()
     }
@@ -96,11 +98,11 @@ impl Place {
 pub struct Row {
     pub client: &'static str,
     pub what: &'static [&'static str],
-    /// Places in which it is not simply "yes".
+    /// Places whose cell is not "yes".
     pub but: &'static [(Place, &'static str)],
 }
 
-/// See the top of this file.
+/// See the documentation of this module.
 macro_rules! shown {
     ($($client:expr, $($what:literal),+ => $test:ident $(, { $($place:ident: $cell:literal),+ })?;)+) => {
         pub const ROWS: &[crate::clients::Row] = &[$(crate::clients::Row {
@@ -125,14 +127,14 @@ pub fn in_every_place(test: fn(Place)) {
 }
 
 #[test]
-fn the_page_of_clients_is_what_the_tests_show() {
+fn clients_page_agrees_with_the_tests() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/CLIENTS.md");
     let shown = shown_page();
-    // Below stand the versions of the machine that wrote the page; another one's do not make it wrong.
+    // The versions below the table are of the machine that wrote the page; other versions do not make it wrong.
     let written = std::fs::read_to_string(&path).unwrap_or_default();
     if written.split(VERSIONS_BEGIN).next() != Some(&shown) {
         std::fs::write(&path, format!("{shown}{VERSIONS_BEGIN}{}", versions())).unwrap();
-        panic!("{} was not what the tests show and has been written anew: look at it, and commit it", path.display());
+        panic!("{} did not agree with the tests and has been rewritten: check and commit it", path.display());
     }
 }
 

@@ -1,5 +1,6 @@
-//! The same command in a jail and on a plain login to the same image: OpenSSH's clients see the same exit code, the same text on standard
-//! error, and the same output. Where they do not, the table says why, and that it is so is tested too.
+//! Differences between a jail and a plain login to the same image. OpenSSH's clients must see the same exit code,
+//! standard error and output for the same command; where they do not, the table has the reason, and the difference is
+//! tested too.
 
 use std::fmt;
 use std::os::unix::process::ExitStatusExt;
@@ -10,33 +11,33 @@ use Client::{Scp, Sftp, Shell, Ssh, Terminal};
 use Column::{Namespace, Original, User};
 use testbed::*;
 
-/// How a line is given to OpenSSH.
+/// OpenSSH client that runs a line.
 #[derive(Clone, Copy, Debug)]
 enum Client {
-    /// As the command of `ssh`, which gets two lines on standard input.
+    /// Command of `ssh`, which gets two lines on standard input.
     Ssh,
-    /// As the command of `ssh -tt`.
+    /// Command of `ssh -tt`.
     Terminal,
-    /// To the login shell, on standard input.
+    /// Standard input of the login shell.
     Shell,
-    /// As a batch of `sftp -b`.
+    /// Batch of `sftp -b`.
     Sftp,
-    /// As arguments of `scp`, in a folder with the file `sent` and the folder `tree`; `host` is the environment.
+    /// Arguments of `scp`, in a directory with the file `sent` and the directory `tree`; `host` is the environment.
     Scp,
 }
 
-/// Where it is run beside the plain login.
+/// Kind of environment that is compared with the plain login.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Column {
     Namespace,
     User,
-    /// sshd's own `ChrootDirectory`, as image roots were opened formerly.
+    /// sshd's own `ChrootDirectory`, which opened image roots formerly.
     Original,
 }
 
 const JAILED: &[Column] = &[Namespace, User];
 
-/// Why a line does not do the same in the columns.
+/// Columns in which a line behaves differently, and the reason.
 type But = (&'static [Column], &'static str);
 
 const OWN_PROCESSES: But =
@@ -47,7 +48,7 @@ const NO_DEV: But = (&[Original], "/dev lacks what links into /proc");
 const NO_DEVPTS: But = (&[Original], "nothing is mounted on /dev/pts");
 
 const TABLE: &[(Client, &str, &[But])] = &[
-    // How a command ends.
+    // Exit codes and signals.
     (Ssh, "true", &[]),
     (Ssh, "false", &[]),
     (Ssh, "exit 0", &[]),
@@ -76,7 +77,7 @@ const TABLE: &[(Client, &str, &[But])] = &[
     (Ssh, "trap '' TERM; kill -TERM $$; echo lived", &[]),
     (Ssh, "set -e; false; echo not here", &[]),
     (Ssh, "true & wait $!; echo $?", &[]),
-    // What cannot be run.
+    // Commands that cannot be run.
     (Ssh, "no-such-program", &[]),
     (Ssh, "/nowhere/at/all", &[]),
     (Ssh, "/etc/passwd", &[]),
@@ -113,7 +114,7 @@ const TABLE: &[(Client, &str, &[But])] = &[
     (Ssh, "head -c 300000 /dev/zero | wc -c", &[]),
     (Ssh, "cat <<END\nhere $HOME\nEND", &[]),
     (Ssh, "diff <(echo a) <(echo b)", &[NO_DEV]),
-    // Who, where, with what.
+    // User, directory and environment.
     (Ssh, "id", &[]),
     (Ssh, "whoami; pwd; umask", &[]),
     (Ssh, "echo $HOME $SHELL $USER $LOGNAME $MAIL", &[]),
@@ -152,14 +153,14 @@ const TABLE: &[(Client, &str, &[But])] = &[
     (Ssh, "head -c 4 /dev/urandom | wc -c", &[]),
     (Ssh, "touch /dev/shm/x && rm /dev/shm/x", &[]),
     (Ssh, "chroot / /bin/echo inside", &[]),
-    // What a jail is for: these are to differ.
+    // The purpose of a jail: these must differ.
     (Ssh, "cat /proc/1/comm", &[OWN_PROCESSES]),
     (Ssh, "ps -e -o comm= | wc -l", &[OWN_PROCESSES]),
     (Ssh, "mknod /root/n c 1 3 && rm /root/n", &[(&[User], "a user namespace may make no device nodes")]),
     (Ssh, "mount -t tmpfs tmpfs /mnt && umount /mnt", &[(JAILED, "no CAP_SYS_ADMIN in a jail")]),
     (Ssh, "nice -n -5 true", &[(JAILED, "no CAP_SYS_NICE in a jail")]),
     (Ssh, "chmod 666 /dev/null", &[(JAILED, "the node is the container's, and read-only")]),
-    // At a terminal.
+    // On a terminal.
     (Terminal, "true", &[]),
     (Terminal, "exit 3", &[]),
     (Terminal, "kill -TERM $$", &[]),
@@ -173,7 +174,7 @@ const TABLE: &[(Client, &str, &[But])] = &[
     (Terminal, "set -m; sleep 0 & wait; fg", &[]),
     (Terminal, "trap 'echo int; exit 1' INT; kill -INT $$", &[]),
     (Terminal, "su - nobody -s /bin/sh -c 'exit 6'", &[]),
-    // A shell that is fed.
+    // A shell that reads its input.
     (Shell, "echo $0; exit 5\n", &[]),
     (Shell, "echo one\nfalse\n", &[]),
     (Shell, "no-such-program\n", &[]),
@@ -209,7 +210,7 @@ const TABLE: &[(Client, &str, &[But])] = &[
     (Sftp, "no-such-command\n", &[]),
     (Sftp, "get /etc/shadow\n", &[]),
     (Sftp, "version\n", &[]),
-    // scp, the new way and the old.
+    // scp with the SFTP protocol and with the old one.
     (Scp, "sent host:/root/sent", &[]),
     (Scp, "host:/root/sent back", &[]),
     (Scp, "-p sent host:", &[]),
@@ -230,7 +231,7 @@ const TABLE: &[(Client, &str, &[But])] = &[
     (Scp, "-O tree host:/root/w", &[]),
 ];
 
-/// What the client of a line shows: its end, its standard error, its standard output.
+/// Exit, standard error and standard output of the client.
 #[derive(PartialEq, Eq)]
 struct Seen(i32, String, String);
 
@@ -241,7 +242,7 @@ impl fmt::Debug for Seen {
 }
 
 #[test]
-fn a_client_sees_no_difference_between_a_jail_and_a_plain_login_but_those_that_are_meant() {
+fn jail_differs_from_a_plain_login_only_as_documented() {
     assert!(TABLE.len() >= 100);
     let columns: [fn() -> Environment; 4] = [
         || Place::Plain.open_in_container(),
@@ -252,9 +253,9 @@ fn a_client_sees_no_difference_between_a_jail_and_a_plain_login_but_those_that_a
     let seen = columns.map(|open| {
         std::thread::spawn(move || {
             let environment = open();
-            let folder = client_folder();
+            let directory = client_directory();
             let master = environment.master();
-            TABLE.iter().map(|(client, line, _)| try_line(&master, folder.path(), *client, line)).collect::<Vec<_>>()
+            TABLE.iter().map(|(client, line, _)| try_line(&master, directory.path(), *client, line)).collect::<Vec<_>>()
         })
     });
     let [plain, namespace, user, original] = seen.map(|column| column.join().unwrap());
@@ -274,7 +275,7 @@ fn a_client_sees_no_difference_between_a_jail_and_a_plain_login_but_those_that_a
     assert!(wrong.is_empty(), "{wrong}");
 }
 
-/// What differs, for the page of clients.
+/// The differences, as a part of docs/CLIENTS.md.
 pub fn page() -> String {
     let mut page = format!(
         "\n## The same command, jailed and plain\n\n\
@@ -315,15 +316,15 @@ impl Column {
     }
 }
 
-fn client_folder() -> tempfile::TempDir {
-    let folder = tempfile::tempdir().unwrap();
-    std::fs::write(folder.path().join("sent"), "text that is sent\n").unwrap();
-    std::fs::create_dir(folder.path().join("tree")).unwrap();
-    std::fs::write(folder.path().join("tree/leaf"), "leaf\n").unwrap();
-    folder
+fn client_directory() -> tempfile::TempDir {
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::write(directory.path().join("sent"), "text that is sent\n").unwrap();
+    std::fs::create_dir(directory.path().join("tree")).unwrap();
+    std::fs::write(directory.path().join("tree/leaf"), "leaf\n").unwrap();
+    directory
 }
 
-fn try_line(master: &Master<'_>, folder: &std::path::Path, client: Client, line: &str) -> Seen {
+fn try_line(master: &Master<'_>, directory: &std::path::Path, client: Client, line: &str) -> Seen {
     let (mut command, input) = match client {
         Ssh => (master.ssh(), "first\nsecond\n"),
         Terminal => (master.ssh(), ""),
@@ -337,6 +338,6 @@ fn try_line(master: &Master<'_>, folder: &std::path::Path, client: Client, line:
         Shell | Sftp => &mut command,
         Scp => command.args(line.split(' ').map(|word| word.replace("host:", "root@127.0.0.1:"))),
     };
-    let output = feed(command.current_dir(folder).env_remove("SSH_AUTH_SOCK"), input.as_bytes());
+    let output = feed(command.current_dir(directory).env_remove("SSH_AUTH_SOCK"), input.as_bytes());
     Seen(output.status.into_raw(), text(output.stderr), text(output.stdout))
 }

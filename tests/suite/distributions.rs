@@ -1,11 +1,11 @@
-//! Images of many makers: what people do in them works as on a node that has booted them.
+//! Images of several distributions: common work in them succeeds as on a booted node.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use testbed::*;
 
-/// What a package's scriptlet does on installation, whatever the package manager. What it has done is looked at in [`check`].
+/// Package scriptlet for every package manager. [`check`] verifies its effects.
 const SCRIPTLET: &str = "set -e
 mknod /opt/node c 1 3 || touch /opt/refused
 mkfifo /opt/fifo
@@ -17,14 +17,14 @@ printf 'd /opt/made 0751 root root\\n' > /etc/tmpfiles.d/tried.conf
 systemd-tmpfiles --create /etc/tmpfiles.d/tried.conf
 ";
 
-/// Looks at what [`SCRIPTLET`] did, from outside the jail.
+/// Verifies the effects of [`SCRIPTLET`] from outside the jail.
 fn check(environment: &mut Environment, tier: &str) {
     use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
     assert_eq!(environment.says("getcap /opt/capable; cat /opt/chrooted"), "/opt/capable cap_net_raw=ep\nfrom chroot");
     assert!(!environment.run("cat /opt/node").status.success(), "a device in the image opens nothing");
     assert_eq!(environment.complete(), 0);
     let look = |name: &str| std::fs::symlink_metadata(environment.image_root.join(name)).unwrap();
-    // In a user namespace nobody can make one.
+    // A user namespace cannot create device nodes.
     assert_eq!(environment.image_root.join("opt/refused").exists(), tier == "user");
     if tier != "user" {
         let node = look("opt/node");
@@ -87,7 +87,7 @@ fn dracut_builds_an_initrd_in_a_debian() {
         let errors = [&built.stdout, &built.stderr].map(text).concat();
         assert!(!errors.to_lowercase().contains("error") && !errors.contains("failed"), "{errors}");
         let listing = environment.says("lsinitrd /boot/initrd");
-        // In a user namespace dracut goes without device nodes; the kernel that boots it makes them.
+        // In a user namespace dracut leaves out device nodes, which the booted kernel creates.
         for (part, found) in [("init -> usr/lib/systemd/systemd", true), ("dev/null", tier != "user")] {
             assert_eq!(listing.contains(part), found, "{part}: {listing}");
         }
@@ -97,7 +97,7 @@ fn dracut_builds_an_initrd_in_a_debian() {
 }
 
 #[test]
-fn an_image_in_the_manner_of_alpine_is_logged_into_changed_and_copied_to() {
+fn musl_image_supports_login_changes_and_transfers() {
     for tier in NAMESPACE_TIERS {
         let mut environment = open(Image::Musl, tier);
         assert_eq!(environment.says("root-shell; echo $0"), "/bin/ash\nash");
@@ -114,7 +114,7 @@ fn an_image_in_the_manner_of_alpine_is_logged_into_changed_and_copied_to() {
 }
 
 #[test]
-fn an_image_of_one_static_program_is_copied_to_and_its_program_run() {
+fn distroless_image_supports_transfers_and_running_its_program() {
     for tier in NAMESPACE_TIERS {
         let mut environment = open(Image::Distroless, tier);
         for (options, command) in [(&[][..], "echo here"), (&["-tt"], ""), (&[], "")] {

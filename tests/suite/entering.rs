@@ -1,5 +1,4 @@
-//! The way into the jail: no path that the image names leads to anything of the container, whatever descriptors are open where a session
-//! comes from.
+//! Entering the jail: no path in the image leads to the container, whatever descriptors the session's parent has open.
 
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
@@ -10,20 +9,20 @@ use testbed::*;
 use crate::agent::Agent;
 use crate::escape::{Decoys, attempts};
 
-/// Leads to the top of the container from any directory of it.
+/// Leads to the container's root from any of its directories.
 const UP: &str = "/../../../../../../../../../../../../..";
 
-/// Whether a session stands outside: a way up from its working directory leads to the file there.
+/// True if the session is outside: a path up from its working directory reaches the file there.
 const STANDS_OUTSIDE: &str = ". /variables; exec /attempts inherited-working-directory";
 
-/// Programs outside, which are busybox: what they say as root's shell for a command is that command, and as a login shell `Linux`.
+/// Programs outside, which are busybox: as root's shell they print a command, and as a login shell `Linux`.
 const FOR_A_COMMAND: &str = "echo";
 const FOR_A_LOGIN: &str = "uname";
 
-/// The image's shell knows no such command.
+/// A command that the image's shell lacks.
 const SAID: &str = "said-by-a-program-outside";
 
-/// Puts into an image what the tests need, and makes what lies outside of it.
+/// Prepares the image and the targets outside.
 fn lay_out(volume: &Volume, tier: &str) -> Decoys {
     let outside = Decoys::lay_out(volume, "outside");
     for program in [FOR_A_COMMAND, FOR_A_LOGIN] {
@@ -43,32 +42,32 @@ fn lay_out(volume: &Volume, tier: &str) -> Decoys {
     std::fs::write(&script, "#!/bin/sh\nexec /bin/bash \"$@\"\n").unwrap();
     std::fs::set_permissions(script, PermissionsExt::from_mode(0o755)).unwrap();
     if tier == "chroot" {
-        // A tier that mounts nothing may find mounts of somebody else.
+        // In a tier without mounts, somebody else may have mounted something.
         mount(&["-t", "proc", "proc"], &root.join("proc"));
         let _ = symlink("/proc/self/fd", root.join("dev/fd"));
     }
     outside
 }
 
-/// Ways of an image to name what is open as `number`.
+/// Paths by which an image can refer to descriptor `number`.
 fn names_of(number: u32) -> [String; 5] {
     ["/proc/self/fd/", "/proc/thread-self/fd/", "/dev/fd/", "/root/link-", "/root/far-"]
         .map(|name| format!("{name}{number}"))
 }
 
-/// Other names that the kernel resolves by itself, and not by their text.
+/// Other magic links, which the kernel resolves without using their text.
 const FURTHER_NAMES: [&str; 4] = ["/proc/self/cwd", "/proc/self/root/..", "/proc/thread-self/cwd", "/proc/1/cwd"];
 
 fn set_root(volume: &Volume, home: &str, shell: &str) {
     std::fs::write(volume.image_root.join("etc/passwd"), format!("root:x:0:0:root:{home}:{shell}\n")).unwrap();
 }
 
-/// A program outside, by way of a directory there.
+/// A program outside, through a directory of the container.
 fn program_by(volume: &Volume, directory: &str, program: &str) -> String {
     format!("{directory}{UP}{}/outside/{program}", volume.dir.path().display())
 }
 
-/// Homes that are honest, and where a session then stands.
+/// Harmless homes, and the directory in which a session then starts.
 const HOMES: [(&str, &str); 8] = [
     ("/root", "/root"),
     ("/root/", "/root"),
@@ -82,7 +81,7 @@ const HOMES: [(&str, &str); 8] = [
 
 const SHELLS: [&str; 4] = ["/bin/bash", "/usr/local/bin/linked", "/usr/local/bin/script", "/bin/../bin/sh"];
 
-/// A client of an environment, with an agent or without.
+/// A client of an environment, with or without an agent.
 struct Client<'a> {
     environment: &'a Environment,
     outside: &'a Decoys,
@@ -91,14 +90,14 @@ struct Client<'a> {
 }
 
 impl Client<'_> {
-    /// A file of the client, which gets what is read.
+    /// File of the client for received data.
     fn got(&self) -> std::path::PathBuf {
         let got = self.environment.dir.path().join("got");
         let _ = std::fs::remove_file(&got);
         got
     }
 
-    /// The path of the file outside, from any directory of the container.
+    /// Path of the file outside, from any directory of the container.
     fn file_outside(&self) -> String {
         format!("{}{}", &UP[1..], self.outside.value("OUTSIDE_FILE"))
     }
@@ -111,11 +110,11 @@ impl Client<'_> {
         self.master.ssh().arg(STANDS_OUTSIDE).output().unwrap().status.success()
     }
 
-    /// The kinds of sessions that get at the file outside.
+    /// Kinds of sessions that reach the file outside.
     fn out(&self) -> Vec<&'static str> {
         let terminal = self.master.ssh_with(&["-tt"]).arg(STANDS_OUTSIDE).output().unwrap();
         let shell = feed(&mut self.master.ssh(), format!("{STANDS_OUTSIDE}\n").as_bytes());
-        // Options that could keep sftp-server where it was started.
+        // Options that could keep sftp-server in its start directory.
         let options = ["sftp-server", "sftp-server --", "sftp-server -R -d /missing", "sftp-server x"];
         let sftp = options.map(|options| {
             let got = self.got();
@@ -136,7 +135,7 @@ impl Client<'_> {
         kinds.into_iter().filter(|(_, out)| *out).map(|(kind, _)| kind).collect()
     }
 
-    /// Whether a program outside becomes the shell of a command, or of a login.
+    /// True if a program outside becomes the shell of a command or of a login.
     fn out_by_shell(&self, directory: &str) -> bool {
         set_root(self.environment, "/root", &program_by(self.environment, directory, FOR_A_COMMAND));
         let command = self.master.ssh().arg(SAID).output().unwrap();
@@ -173,11 +172,11 @@ impl Client<'_> {
     }
 }
 
-/// Numbers of the descriptors that could be open in a program that enters a jail for sshd.
+/// Descriptors that may be open in the process that enters a jail for sshd.
 const NUMBERS: std::ops::RangeInclusive<u32> = 3..=11;
 
 #[test]
-fn no_home_and_no_shell_of_the_image_leads_a_session_outside() {
+fn home_and_shell_in_passwd_cannot_lead_a_session_outside() {
     let (mut tried, mut wrong) = (0, Vec::new());
     for tier in TIERS {
         let volume = Volume::new(Image::Debian);
@@ -187,13 +186,13 @@ fn no_home_and_no_shell_of_the_image_leads_a_session_outside() {
         for socket in [Some(agent.socket.as_path()), None] {
             let master = environment.master_with(socket);
             let client = Client { environment: &environment, outside: &outside, tier, master };
-            // With an agent, there is a directory of the container's open, below whatever number.
+            // With an agent, a directory of the container is open under some number.
             let spellings = if socket.is_some() { usize::MAX } else { 1 };
             let names = NUMBERS.flat_map(|number| names_of(number).into_iter().take(spellings));
             for name in names.chain(FURTHER_NAMES.map(str::to_owned)) {
                 tried += 2;
                 set_root(&environment, &name, "/bin/sh");
-                // The kinds differ in what is open, but not in how a name is spelled.
+                // The kinds of sessions differ in their descriptors, but not in how paths are resolved.
                 let out = if name.contains("self") { client.out() } else { Vec::new() };
                 if !out.is_empty() || client.out_by_command() {
                     wrong.push(format!("{tier}: home {name}: {out:?}"));
@@ -208,7 +207,7 @@ fn no_home_and_no_shell_of_the_image_leads_a_session_outside() {
             }
         }
         outside.assert_unharmed();
-        // No other descriptor takes the place of a stream that is closed.
+        // No other descriptor takes the place of a closed stream.
         let jail = environment.state_directory().join("jail");
         for (closed, number) in [("<&-", 0), (">&-", 1), ("2>&-", 2), ("<&- >&- 2>&-", 1)] {
             let mut helper = Command::new("sh");
@@ -222,7 +221,7 @@ fn no_home_and_no_shell_of_the_image_leads_a_session_outside() {
     println!("{tried} fields of passwd, each by two kinds of sessions or five: none leads outside");
 }
 
-/// `ims-sshd enter`, from a shell that has this many directories of the container open.
+/// `ims-sshd enter`, from a shell with this many open directories of the container.
 fn enter(volume: &Volume, tier: &str, open: u32, program: &[&str]) -> Command {
     let mut enter = Command::new("bash");
     let script = "for ((n = 3; n < 3 + $1; n++)); do eval \"exec $n</\"; done; shift; exec \"$@\"";
@@ -232,7 +231,7 @@ fn enter(volume: &Volume, tier: &str, open: u32, program: &[&str]) -> Command {
 }
 
 #[test]
-fn no_home_and_no_shell_of_the_image_leads_enter_outside_whatever_its_caller_has_open() {
+fn home_and_shell_in_passwd_cannot_lead_enter_outside() {
     let (mut tried, mut wrong) = (0, Vec::new());
     for tier in TIERS {
         let volume = Volume::new(Image::Debian);
@@ -254,7 +253,7 @@ fn no_home_and_no_shell_of_the_image_leads_enter_outside_whatever_its_caller_has
                 }
             }
         }
-        // A directory that is a stream comes in, and then it is no matter what passwd says.
+        // A directory as a stream would enter the jail, whatever passwd says.
         set_root(&volume, "/root", "/bin/sh");
         let script = format!("cd /proc/self/fd/0 && {STANDS_OUTSIDE}");
         let mut command = enter(&volume, tier, 0, &["--", "/bin/sh", "-c", &script]);
@@ -279,8 +278,8 @@ fn no_home_and_no_shell_of_the_image_leads_enter_outside_whatever_its_caller_has
     println!("{tried} fields of passwd: none leads outside");
 }
 
-/// Operations on a file that need no access to its content: each that succeeds prints its name. Only the time of change
-/// really changes.
+/// Operations on a file that need no access to its content; each successful one prints its name. They really change
+/// only the inode change time.
 const MEDDLE: &str = r#"
 import fcntl, os, sys
 path = sys.argv[1]
@@ -303,7 +302,7 @@ with open(path, 'rb') as file:
     attempt('lease', lambda: fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK))
 "#;
 
-/// Files of the container as they are before and after: changing anything but the content changes the time of change.
+/// State of files of the container. Changing anything but the content changes the inode change time.
 fn state_of(files: &[std::path::PathBuf]) -> Vec<(u64, i64, i64)> {
     use std::os::unix::fs::MetadataExt;
     let state = |file: &std::path::PathBuf| {
@@ -313,7 +312,7 @@ fn state_of(files: &[std::path::PathBuf]) -> Vec<(u64, i64, i64)> {
     files.iter().map(state).collect()
 }
 
-/// Those of `files` that somebody has a lease on (proc_locks(5): the sixth field is device and inode).
+/// Those of `files` that have a lease (proc_locks(5): the sixth field is device and inode).
 fn leased(files: &[std::path::PathBuf]) -> Vec<&Path> {
     use std::os::unix::fs::MetadataExt;
     let locks = std::fs::read_to_string("/proc/locks").unwrap();
@@ -325,12 +324,12 @@ fn leased(files: &[std::path::PathBuf]) -> Vec<&Path> {
     files.iter().filter(is_leased).map(|file| file.as_path()).collect()
 }
 
-/// Finds the processes inside whose program is none of the image's: those of the helper, of sftp-server, of QEMU.
+/// Finds processes in the jail whose program is not the image's: those of the helper, sftp-server and QEMU.
 const OURS: &str = "for process in /proc/[0-9]*; do program=$(readlink $process/exe) || continue; \
     case $program in */ims-jail-shell|*/ld.so|*/sftp-server|*/qemu-*|*/ld-linux*) echo $process/exe;; esac; done";
 
 #[test]
-fn no_program_of_the_container_can_be_changed_from_inside() {
+fn programs_of_the_container_cannot_be_changed_from_inside() {
     let qemu = Path::new("/usr/bin/qemu-aarch64-static");
     let mut files = vec![std::path::PathBuf::from(&*IMS_JAIL_SHELL), qemu.to_owned()];
     files.extend(ims_sshd::sshd::sftp_server::files().unwrap().into_iter().map(|program| program.file));
@@ -357,12 +356,11 @@ fn no_program_of_the_container_can_be_changed_from_inside() {
             }
         };
         environment.says("mkfifo /root/fifo");
-        // While nothing of them runs: what runs, the kernel leases to nobody.
+        // Before any of them runs: the kernel grants no write lease on a running program.
         for name in environment.says("ls /run/.ims-sshd").lines() {
             meddle_with(&format!("/run/.ims-sshd/{name}"));
         }
-        // A transfer that goes on, and the helper itself as a program inside, which waits for somebody to write to the fifo: by what passwd
-        // says, and as far as it is shown.
+        // A transfer in progress, and the helper itself as root's shell, which waits for a writer of the fifo.
         let sftp = master.sftp().stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
         let mut waiting = vec![Ended::new(sftp)];
         let mut wait = |line: &str| {

@@ -1,4 +1,4 @@
-//! The jail holds: every known way out is tried, first where it works, then in the jail.
+//! Escapes from the jail: every known one is tried first where it works, and then in the jail.
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -7,10 +7,10 @@ use std::process::{Child, Command, Output, Stdio};
 use ims_sshd::sys::process::{Entry, descendants};
 use testbed::*;
 
-/// What is not defended, and where SECURITY.md says so.
+/// Attempts that SECURITY.md does not claim to defend against, with the sentence that says so.
 const NOT_DEFENDED: [(&str, &str); 1] = [("abstract-socket", "**The network** is the container's")];
 
-/// The program of tests/attempts.
+/// Path of the program in tests/attempts.
 pub fn attempts() -> PathBuf {
     let program = Path::new(&IMS_SSHD).with_file_name("examples").join("attempts");
     assert!(program.exists(), "no attempts: 'cargo build --example attempts' makes them");
@@ -27,13 +27,13 @@ fn all_attempts() -> Vec<Attempt> {
     let parse = |line: &str| {
         let mut fields = line.split('\t').map(str::to_owned);
         let attempt = Attempt { name: fields.next().unwrap(), bites: fields.next().unwrap() };
-        assert!(fields.next().is_some_and(|source| !source.is_empty()), "{line}: where is it known from?");
+        assert!(fields.next().is_some_and(|source| !source.is_empty()), "{line}: it names no source");
         attempt
     };
     list.lines().map(parse).collect()
 }
 
-/// What lies outside: a file, a process at a terminal, sockets, memory, a queue, a key.
+/// Targets outside the jail: a file, a process at a terminal, sockets, memory, a queue, a key.
 pub struct Decoys {
     program: Child,
     pub variables: Vec<(String, String)>,
@@ -42,11 +42,11 @@ pub struct Decoys {
 
 impl Decoys {
     pub fn lay_out(volume: &Volume, name: &str) -> Self {
-        let folder = volume.dir.path().join(name);
-        std::fs::create_dir(&folder).unwrap();
+        let directory = volume.dir.path().join(name);
+        std::fs::create_dir(&directory).unwrap();
         let mut program = Command::new(attempts())
             .arg("decoys")
-            .arg(&folder)
+            .arg(&directory)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -56,7 +56,7 @@ impl Decoys {
         let mut variables: Vec<_> = lines.take_while(|line| !line.is_empty()).filter_map(variable).collect();
         let control = ims_sshd::volume::state_directory::StateDirectory::place(&volume.parent).join("control");
         variables.push(("OUTSIDE_CONTROL".into(), control.display().to_string()));
-        let secret = std::fs::read_to_string(folder.join("file")).unwrap();
+        let secret = std::fs::read_to_string(directory.join("file")).unwrap();
         Self { program, variables, secret }
     }
 
@@ -64,14 +64,14 @@ impl Decoys {
         &self.variables.iter().find(|(known, _)| known == name).unwrap().1
     }
 
-    /// `attempts with-session-key …`, to which a program is to be added that has a keyring of the environment's.
+    /// `attempts with-session-key …`; the caller adds a program, which gets a keyring of the environment.
     fn with_session_key(&self) -> Command {
         let mut command = Command::new(attempts());
         command.args(["with-session-key", self.value("OUTSIDE_KEY"), &self.secret]);
         command
     }
 
-    /// Nobody has done anything to them.
+    /// Asserts that the targets are unchanged.
     pub fn assert_unharmed(&self) {
         assert_eq!(std::fs::read_to_string(self.value("OUTSIDE_FILE")).unwrap(), self.secret);
         let line = std::fs::read_to_string(format!("/proc/{}/cmdline", self.value("OUTSIDE_PROCESS"))).unwrap();
@@ -86,10 +86,10 @@ impl Drop for Decoys {
     }
 }
 
-/// What is put into an image root: the attempts, and a node of a disk.
+/// Adds to an image root the program `attempts` and a device node of a disk.
 fn prepare(image_root: &Path) {
     std::fs::copy(attempts(), image_root.join("attempts")).unwrap();
-    // A loop device comes and goes with other tests.
+    // Other tests attach and detach loop devices.
     let opens = |disk: &Path| {
         let name = disk.file_name().unwrap().to_str().unwrap();
         !name.starts_with("loop") && std::fs::File::open(Path::new("/dev").join(name)).is_ok()
@@ -101,14 +101,14 @@ fn prepare(image_root: &Path) {
     succeed(Command::new("mknod").arg(image_root.join("planted-disk")).args(["b", major, minor]));
 }
 
-/// A chroot with every capability, and with all that a jail does not have. Its mounts are gone with it.
+/// A chroot with every capability and everything that a jail hides. Its mounts vanish with it.
 const CHROOT: &str = r#"
     set -e
     cd "$1"
     mount --bind . .
     cd "$1"
     mkdir -p proc sys dev run/.ims-sshd
-    for folder in proc sys dev; do mount --rbind /$folder $folder; done
+    for directory in proc sys dev; do mount --rbind /$directory $directory; done
     mount --bind /dev/null proc/keys
     touch run/.ims-sshd/server run/.ims-sshd/read-only run/.ims-sshd/unopened
     mount --bind "$OUTSIDE_FILE" run/.ims-sshd/server
@@ -119,10 +119,10 @@ const CHROOT: &str = r#"
     exec chroot . /attempts "$2"
 "#;
 
-/// Makes the attempt where it is said to work.
+/// Runs the attempt where it must succeed.
 fn weakly(attempt: &Attempt, image_root: &Path, decoys: &Decoys) -> Output {
     let mut command = decoys.with_session_key();
-    // The leader of this test's own session may have ended long ago: here one lives.
+    // The leader of this test's own session may have ended, so start one that lives.
     command.args(["setsid", "--fork", "--wait", "sh", "-c", r#""$@"; exit $?"#, "sh"]);
     command.args(["unshare", "--mount", "--propagation", "private"]).envs(decoys.variables.iter().cloned());
     if attempt.bites.starts_with("Chroot") {
@@ -139,7 +139,7 @@ fn kernel_settings() -> Vec<String> {
 }
 
 #[test]
-fn every_attempt_gets_out_where_it_can_and_none_out_of_the_jail() {
+fn attempts_escape_where_they_must_and_never_from_the_jail() {
     let settings = kernel_settings();
     for (tier, masked) in [("namespace", false), ("user", false), ("user", true)] {
         let weak = Volume::new(Image::Busybox);
@@ -177,7 +177,7 @@ fn every_attempt_gets_out_where_it_can_and_none_out_of_the_jail() {
             match output.status.code() {
                 Some(0) => bitten += 1,
                 Some(3) if attempt.bites.ends_with("IfBuilt") => {}
-                _ => wrong.push(format!("{name}: does not get out where it could: {output:?}")),
+                _ => wrong.push(format!("{name}: did not escape where it must: {output:?}")),
             }
 
             let output = master.ssh().arg(format!(". /variables; /attempts {name}")).output().unwrap();
@@ -190,7 +190,7 @@ fn every_attempt_gets_out_where_it_can_and_none_out_of_the_jail() {
         }
         assert!(wrong.is_empty(), "{}", wrong.join("\n"));
         println!(
-            "{bitten} attempts got out where they could, none of them out of a jail of tier {tier} (the container's /proc: {masked})"
+            "{bitten} attempts escaped where they must, none of them from a jail of tier {tier} (the container's /proc: {masked})"
         );
         assert!(bitten >= 70, "only {bitten} attempts were shown to work anywhere");
 
@@ -201,7 +201,7 @@ fn every_attempt_gets_out_where_it_can_and_none_out_of_the_jail() {
     assert_eq!(kernel_settings(), settings);
 }
 
-/// Calls refused in part: the uses that programs of an image need, and the errors that the refused ones get.
+/// Partly refused calls: the uses that programs of an image need, and the errors of the refused ones.
 const SOCKETS: &str = r#"
 import asyncio, errno, os, socket, struct
 
@@ -247,29 +247,29 @@ for arguments, told in [
     except OSError as error:
         assert error.errno == told, (arguments, error)
     else:
-        raise SystemExit(f"{arguments} is there")
+        raise SystemExit(f"{arguments} was allowed")
 print("all as it should be")
 "#;
 
 #[test]
-fn sockets_that_programs_of_an_image_need_are_there_and_the_others_are_refused_as_by_a_kernel_without_them() {
+fn needed_socket_calls_work_and_others_fail_as_if_unsupported() {
     let environment = Environment::open(Image::Managed, Mode::Jailed);
     std::fs::write(environment.image_root.join("sockets.py"), SOCKETS).unwrap();
     assert_eq!(environment.says("python3 /sockets.py"), "all as it should be");
 }
 
 #[test]
-fn what_is_not_defended_is_said() {
+fn security_md_names_what_is_not_defended() {
     let said = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("SECURITY.md")).unwrap();
     for (attempt, sentence) in NOT_DEFENDED {
         assert!(said.contains(sentence), "{attempt}");
     }
 }
 
-/// CVE-2016-2568, CVE-2017-5226: a program pushes a line into its own terminal (TIOCSTI); the shell that it was started from is the
-/// next to read.
+/// CVE-2016-2568, CVE-2017-5226: a program pushes a line into its own terminal (TIOCSTI), and the shell that started it
+/// reads the line next.
 #[test]
-fn what_a_session_types_no_shell_outside_reads() {
+fn pushed_terminal_input_reaches_no_shell_outside() {
     let volume = Volume::new(Image::Busybox);
     prepare(&volume.image_root);
     let marker = |name: &str| volume.dir.path().join(name);
@@ -277,16 +277,16 @@ fn what_a_session_types_no_shell_outside_reads() {
 
     let mut terminal = own_shell();
     terminal.line(&format!("chroot {} {}", volume.image_root.display(), types("chroot")));
-    wait_until("the shell to read what was typed in a chroot", || marker("chroot").exists());
+    wait_until("the shell to read the line pushed in a chroot", || marker("chroot").exists());
     terminal.line("exit");
     terminal.end();
 
     let mut terminal = own_shell();
     terminal.line(&format!("{IMS_SSHD} enter {} -- {}", volume.image_root.display(), types("enter")));
-    // Whatever the shell read before this line, it has carried out before the answer comes.
+    // Commands that the shell read before this line have run when the answer comes.
     terminal.line("true");
     assert_eq!(terminal.ask("echo over"), "over");
-    assert!(!marker("enter").exists(), "the shell read what was typed in the jail");
+    assert!(!marker("enter").exists(), "the shell read the line pushed in the jail");
     terminal.line("exit");
     terminal.end();
 
@@ -294,11 +294,11 @@ fn what_a_session_types_no_shell_outside_reads() {
     let marker = environment.dir.path().join("session");
     Terminal::running(&environment, &format!("/attempts type 'touch {}'", marker.display())).end();
     assert_eq!(environment.complete(), 0);
-    assert!(!marker.exists(), "somebody outside read what was typed in a session");
+    assert!(!marker.exists(), "somebody outside read the line pushed in a session");
 }
 
 #[test]
-fn a_helper_cannot_be_looked_into_on_its_way_into_the_jail() {
+fn helper_cannot_be_inspected_while_it_enters_the_jail() {
     for tier in NAMESPACE_TIERS {
         let volume = Volume::new(Image::Busybox);
         prepare(&volume.image_root);
@@ -329,9 +329,9 @@ fn a_helper_cannot_be_looked_into_on_its_way_into_the_jail() {
     }
 }
 
-/// The network is the container's, and so are its abstract sockets: none of them is ours. What we listen at is a path.
+/// The network is the container's, and so are abstract sockets. None of them may be ours: we listen at a path.
 #[test]
-fn the_supervisor_listens_where_only_root_outside_comes_to() {
+fn supervisor_socket_is_reachable_only_by_root_outside() {
     let environment = Environment::open(Image::Busybox, Mode::Jailed);
     let _session = environment.master();
     let supervisor = environment.pid();
@@ -354,7 +354,7 @@ fn the_supervisor_listens_where_only_root_outside_comes_to() {
             })
         })
         .collect();
-    // proc_net_unix(5): the seventh field is the socket's number, the eighth its name.
+    // proc_net_unix(5): the seventh field is the socket's inode, the eighth its name.
     let listed = std::fs::read_to_string("/proc/net/unix").unwrap();
     let fields = listed.lines().map(|line| line.split_ascii_whitespace().collect::<Vec<_>>());
     let names: Vec<&str> =
@@ -365,7 +365,7 @@ fn the_supervisor_listens_where_only_root_outside_comes_to() {
 
     let ask = |program: &mut Command| program.env("OUTSIDE_CONTROL", &control).arg("supervisor").output().unwrap();
     assert_eq!(ask(&mut Command::new(attempts())).status.code(), Some(0));
-    // Where another user finds it: the test's folders are root's.
+    // A directory that another user can reach: the test's own belong to root.
     let shared = tempfile::tempdir().unwrap();
     std::fs::set_permissions(shared.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
     let program = shared.path().join("attempts");

@@ -1,4 +1,4 @@
-//! What a client of sshd can try, before and beside any program in the jail: each attempt works in plain mode, none does in the jail.
+//! Attempts of an SSH client, outside any program in the jail: each one works in plain mode, and none in the jail.
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -10,7 +10,7 @@ use testbed::*;
 
 use crate::escape::{Decoys, attempts};
 
-/// Somebody with a key, who knows the names of things outside.
+/// A client with a key that knows the names of the targets outside.
 struct Client {
     /// The machine's /etc/passwd, replaced.
     _passwd: Mounted,
@@ -18,7 +18,7 @@ struct Client {
     decoys: Decoys,
 }
 
-/// An attempt's name, where it is known from, and the function that makes it and says whether it got out.
+/// Name of an attempt, its source, and the function that makes it and returns whether it escaped.
 type Attempt = (&'static str, &'static str, fn(&Client) -> bool);
 
 const ATTEMPTS: &[Attempt] = &[
@@ -26,7 +26,7 @@ const ATTEMPTS: &[Attempt] = &[
     ("ssh -R with a socket", "ssh(1), AllowStreamLocalForwarding", Client::makes_socket),
     ("SSH_AUTH_SOCK", "ssh-agent(1); sshd_config(5), AcceptEnv", Client::is_given_other_agent),
     ("LD_PRELOAD", "ld.so(8); sshd_config(5), AcceptEnv", Client::is_preloaded),
-    // A bash that sshd starts reads ~/.bashrc instead; the next one does not.
+    // A bash started by sshd reads ~/.bashrc instead; the next bash reads this.
     ("BASH_ENV", "bash(1); sshd_config(5), AcceptEnv", |c| {
         c.starts(&["-o", "SetEnv=BASH_ENV=SCRIPT"], "bash -c true; true")
     }),
@@ -45,20 +45,23 @@ const ATTEMPTS: &[Attempt] = &[
     ("sftp: ..", "sftp(1); path_resolution(7)", |c| c.sftp_reads("/usr/../../../../../../../..FILE")),
     ("sftp: the root of its own process", "proc_pid_root(5)", |c| c.sftp_reads("/proc/self/root/../../..FILE")),
     ("sftp: the root of a process", "proc_pid_root(5)", Client::sftp_reads_by_process),
-    ("sftp: the folder it was started in", "proc_pid_cwd(5)", |c| c.sftp_reads("/proc/self/cwd/../../../../../..FILE")),
+    ("sftp: the directory it was started in", "proc_pid_cwd(5)", |c| {
+        c.sftp_reads("/proc/self/cwd/../../../../../..FILE")
+    }),
     ("sftp: a link", "sftp(1), symlink", Client::sftp_reads_link),
     ("scp", "scp(1)", |c| c.scp_reads(&[])),
     ("scp -O", "scp(1)", |c| c.scp_reads(&["-O"])),
 ];
 
 impl Client {
-    /// `ssh -N` with forwarding. It is killed in the end: ssh may miss a SIGTERM that comes just before it waits again.
+    /// `ssh -N` with forwarding. It ends by SIGKILL, because ssh can miss a SIGTERM that arrives just before it waits
+    /// again.
     fn forwarding(&self, options: &[&str]) -> Ended {
         let options = [&["-N", "-o", "ExitOnForwardFailure=yes"], options].concat();
         Ended::killed(self.environment.ssh(&options).stderr(Stdio::null()).spawn().unwrap())
     }
 
-    /// An environment whose sshd allows all that it can allow, and whose root has files that sshd runs.
+    /// An environment whose sshd allows everything it can, and whose root has files that sshd runs.
     fn of(mode: Mode) -> Self {
         let volume = Volume::new(Image::Busybox);
         let decoys = Decoys::lay_out(&volume, "decoys");
@@ -67,7 +70,7 @@ impl Client {
         script("script");
         std::fs::copy(attempts(), volume.image_root.join("attempts")).unwrap();
 
-        // Root's home, of which the real one is not to be touched.
+        // A home directory for root, so that the real one is left alone.
         let home = dir.join("home");
         std::fs::create_dir_all(home.join(".ssh")).unwrap();
         replace_root(&volume, &home, "/bin/bash");
@@ -89,7 +92,7 @@ impl Client {
         )
         .unwrap();
         if mode == Mode::Plain {
-            // A jailed environment that accepts these is not opened: see refusals.rs.
+            // A jailed environment that accepts these variables is not opened: see refusals.rs.
             writeln!(config, "AcceptEnv LD_* BASH_ENV").unwrap();
         }
         Self { _passwd: Mounted("/etc/passwd".into()), environment: volume.start(mode).ready(), decoys }
@@ -99,13 +102,13 @@ impl Client {
         self.environment.dir.path().join(name)
     }
 
-    /// `text` with the names of the script and of the file outside.
+    /// `text` with the placeholders replaced by the script and by the file outside.
     fn names(&self, text: &str) -> String {
         let script = self.path("script").display().to_string();
         text.replace("SCRIPT", &script).replace("FILE", self.decoys.value("OUTSIDE_FILE"))
     }
 
-    /// Whether a session with these options and this command has the script outside run, there.
+    /// True if a session with these options and this command runs the script outside.
     fn starts(&self, options: &[&str], command: &str) -> bool {
         let mark = self.path("mark");
         let _ = std::fs::remove_file(&mark);
@@ -154,18 +157,18 @@ impl Client {
         socket.exists()
     }
 
-    /// Whether a socket that the client names is taken for its agent's.
+    /// True if a socket that the client names is used as its agent's.
     fn is_given_other_agent(&self) -> bool {
         let named = format!("SetEnv=SSH_AUTH_SOCK={}", self.decoys.value("OUTSIDE_SOCKET"));
         let image_root = self.environment.image_root.display();
         let listens =
             format!("cd /; test -x attempts || cd {image_root}; OUTSIDE_SOCKET=$SSH_AUTH_SOCK ./attempts socket");
         let output = self.environment.ssh(&["-o", &named]).arg(listens).output().unwrap();
-        assert!(matches!(output.status.code(), Some(0 | 1)), "nobody has tried: {output:?}");
+        assert!(matches!(output.status.code(), Some(0 | 1)), "the attempt did not run: {output:?}");
         output.status.success()
     }
 
-    /// Whether `run` with a name for a copy leaves the secret in it.
+    /// True if `run`, called with a path for a copy, leaves the secret in it.
     fn gets_secret(&self, run: impl FnOnce(&Path)) -> bool {
         let copy = self.path("copy");
         let _ = std::fs::remove_file(&copy);
@@ -202,7 +205,7 @@ impl Client {
 }
 
 #[test]
-fn what_a_client_can_do_plain_it_cannot_do_to_the_environment_of_a_jail() {
+fn client_attempts_work_in_plain_mode_and_fail_in_a_jail() {
     for mode in [Mode::Plain, Mode::Jailed] {
         let mut client = Client::of(mode);
         let wrong = ATTEMPTS.iter().filter(|(_, _, gets_out)| gets_out(&client) != (mode == Mode::Plain));
@@ -213,7 +216,7 @@ fn what_a_client_can_do_plain_it_cannot_do_to_the_environment_of_a_jail() {
     }
 }
 
-/// The answer of a SOCKS 5 proxy to a request for a host by name (RFC 1928): 0 for that it is connected.
+/// Asks a SOCKS 5 proxy for a host by name (RFC 1928). The reply code 0 means connected.
 fn ask_proxy(proxy: u16, host: &str, port: u16) -> (TcpStream, Option<u8>) {
     let mut stream = TcpStream::connect(("127.0.0.1", proxy)).unwrap();
     stream.set_read_timeout(Some(LIMIT)).unwrap();
@@ -227,7 +230,7 @@ fn ask_proxy(proxy: u16, host: &str, port: u16) -> (TcpStream, Option<u8>) {
 }
 
 #[test]
-fn a_proxy_reaches_the_network_which_is_the_containers_and_no_socket() {
+fn proxy_reaches_the_network_but_no_unix_socket() {
     for mode in MODES {
         let client = Client::of(mode);
         let proxy = free_port();
@@ -242,7 +245,7 @@ fn a_proxy_reaches_the_network_which_is_the_containers_and_no_socket() {
         stream.read_exact(&mut said).unwrap();
         assert_eq!(&said, b"here", "{mode:?}");
 
-        // The client says that it is connected before it knows; what comes then is the end.
+        // ssh reports a connection before it has one; then the stream must end.
         let (mut stream, _) = ask_proxy(proxy, client.decoys.value("OUTSIDE_SOCKET"), 0);
         let mut said = Vec::new();
         let _ = stream.read_to_end(&mut said);
@@ -251,7 +254,7 @@ fn a_proxy_reaches_the_network_which_is_the_containers_and_no_socket() {
 }
 
 #[test]
-fn signal_files_that_are_links_lead_nowhere() {
+fn signal_files_that_are_links_are_not_followed() {
     for (links, verdict) in [
         (&[("tmp/failed", "made")][..], "failed"),
         (&[("tmp/complete", "made")], "complete"),
@@ -273,7 +276,7 @@ fn signal_files_that_are_links_lead_nowhere() {
         };
         let plant = links.iter().map(plant).collect::<Vec<_>>().join("; ");
 
-        // What becomes of it where links are followed.
+        // Where links are followed, the files outside change.
         let before = lay_out();
         let naive = volume.dir.path().join("naive");
         std::fs::create_dir_all(naive.join("tmp")).unwrap();

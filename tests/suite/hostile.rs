@@ -1,5 +1,5 @@
-//! Hostile images: odd things where the jail mounts, reads or writes. Each image works or is refused by a message that names what is odd;
-//! nothing beside the image root changes, nothing is mounted there, and nothing hangs.
+//! Hostile images, with odd files where the jail mounts, reads or writes. Each image works, or is refused by a message
+//! that names the odd file; nothing outside the image root changes, no mount appears outside, and nothing hangs.
 
 use std::ffi::OsStr;
 use std::fs::Permissions;
@@ -13,11 +13,11 @@ use std::time::{Duration, Instant};
 use ims_sshd::sys::mounts::mount_points;
 use nix::sys::stat::{Mode as Permission, SFlag, makedev, mknod};
 
-/// A way to be jailed.
+/// A tier of the jail.
 #[derive(Debug)]
 struct Tier {
     name: &'static str,
-    /// Whether anything is mounted in the image root; where not, nothing that stands in the place of a mount matters.
+    /// False if nothing is mounted in the image root, so that odd mount points do not matter.
     mounts: bool,
 }
 
@@ -28,22 +28,22 @@ const WAYS: [Tier; 3] = [
 ];
 
 impl Tier {
-    /// A command that tells what is mounted.
+    /// A command that prints the mount table.
     fn look(&self) -> &'static str {
         if self.mounts { "cat /proc/self/mountinfo" } else { "true" }
     }
 }
 
-/// What comes of an image.
+/// Expected outcome for an image.
 #[derive(Clone, Debug)]
 enum Outcome {
-    /// A command and a file transfer work as in any other.
+    /// A command and a file transfer work as in any other image.
     Works,
-    /// The environment is not opened, and its log says this.
+    /// The environment is not opened, and its log has this text.
     Refused(String),
-    /// The command is answered by this.
+    /// The command fails with this text.
     Answered(&'static str),
-    /// The file transfer is refused, and the log says this, since sshd shows the client nothing; a command works.
+    /// The file transfer fails, and the log has this text, since sshd shows the client nothing; a command works.
     NoTransfer(&'static str),
 }
 
@@ -53,9 +53,9 @@ use Outcome::{Answered, NoTransfer, Refused, Works};
 
 struct Case {
     name: String,
-    /// Makes an image of busybox hostile.
+    /// Makes a busybox image hostile.
     shape: Box<dyn Fn(&Volume) + Sync>,
-    /// What comes of it in each of [`WAYS`].
+    /// Outcome in each of [`WAYS`].
     outcomes: [Outcome; 3],
 }
 
@@ -64,7 +64,8 @@ impl Case {
         Self { name: name.into(), shape: Box::new(shape), outcomes: [(); 3].map(|()| outcome.clone()) }
     }
 
-    /// The kernel gives a user namespace no copy of a mount without what is mounted below it. Without mounts, what is bound is seen.
+    /// In a user namespace the kernel copies no mount without the mounts below it. Without mounts, the bound tree is
+    /// visible.
     fn bound(name: impl Into<String>, seen: Outcome, shape: impl Fn(&Volume) + Sync + 'static) -> Self {
         let mut case = Self::new(name, Works, shape);
         case.outcomes[1] = Refused("nothing may be mounted below it".into());
@@ -77,7 +78,7 @@ impl Case {
     }
 }
 
-/// What stands at a name of the image.
+/// An odd file at some path of the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Thing {
     AbsoluteLink,
@@ -96,11 +97,11 @@ use testbed::*;
 
 const THINGS: [Thing; 9] = [AbsoluteLink, LinkUp, LinkLoop, File, Fifo, Socket, Device, Nothing, Unreadable];
 
-/// Names in the image at which the jail mounts, reads or writes.
+/// Paths in the image where the jail mounts, reads or writes.
 const PLACES: [&str; 7] = ["proc", "sys", "dev", "dev/pts", "etc", "run", "tmp"];
 
 impl Thing {
-    /// The words of a message.
+    /// The file's type, as messages name it.
     fn in_words(self) -> &'static str {
         match self {
             AbsoluteLink | LinkUp | LinkLoop => "a symbolic link",
@@ -108,11 +109,12 @@ impl Thing {
             Fifo => "a fifo",
             Socket => "a socket",
             Device => "a character device",
-            Nothing | Unreadable => "a folder",
+            Nothing | Unreadable => "a directory",
         }
     }
 
-    /// Puts it at `place` of the image. Links lead to the same name of the host, and would arrive there outside a jail.
+    /// Creates it at `place` in the image. Links lead to the same path of the decoy host, where they would arrive
+    /// outside a jail.
     fn put(self, volume: &Volume, place: &str) {
         let path = volume.image_root.join(place);
         std::fs::create_dir_all(&path).unwrap();
@@ -146,22 +148,22 @@ fn fifo(path: &Path) {
     nix::unistd::mkfifo(path, Permission::S_IRUSR | Permission::S_IWUSR).unwrap();
 }
 
-/// A path that fits a socket's address.
+/// A path short enough for a socket's address.
 fn short(path: &Path) -> PathBuf {
-    let folder = std::fs::File::open(path.parent().unwrap()).unwrap();
-    // Open until this process ends, as its name is a number only.
-    let number = std::os::fd::IntoRawFd::into_raw_fd(folder);
+    let directory = std::fs::File::open(path.parent().unwrap()).unwrap();
+    // Kept open until this process ends, because the path refers to it by number.
+    let number = std::os::fd::IntoRawFd::into_raw_fd(directory);
     Path::new("/proc/self/fd").join(number.to_string()).join(path.file_name().unwrap())
 }
 
-/// The decoy: what a link out of the image would find.
+/// The decoy host, which a link out of the image would reach.
 pub fn host(volume: &Volume) -> PathBuf {
     volume.dir.path().join("host")
 }
 
 pub fn make_host(volume: &Volume) {
-    for folder in ["proc", "sys", "dev/pts", "etc", "run", "tmp", "root", "bin"] {
-        std::fs::create_dir_all(host(volume).join(folder)).unwrap();
+    for directory in ["proc", "sys", "dev/pts", "etc", "run", "tmp", "root", "bin"] {
+        std::fs::create_dir_all(host(volume).join(directory)).unwrap();
     }
     for (file, text) in [
         ("etc/passwd", "root:x:0:0:the host's:/root:/bin/sh\n"),
@@ -187,7 +189,7 @@ fn odd_places() -> Vec<Case> {
                 }
                 ("etc", LinkLoop) => Refused("cannot look at /etc/resolv.conf of the image".into()),
                 ("etc", _) => NO_USER,
-                // It leads to where the image has nothing.
+                // It leads to a path that the image lacks.
                 ("tmp", AbsoluteLink | LinkUp) => Works,
                 _ => Refused("cannot remove /tmp/complete of the image".into()),
             };
@@ -228,9 +230,9 @@ fn odd_image_roots() -> Vec<Case> {
             fifo(&volume.image_root);
         }),
         Case::new("names with newlines, and in no encoding", Works, |volume| {
-            for folder in ["", "tmp", "etc", "root"] {
+            for directory in ["", "tmp", "etc", "root"] {
                 for name in [&b"a\nb"[..], b"\xff\xfe", b"-rf *", b"\x1b[2J", b" "] {
-                    std::fs::write(volume.image_root.join(folder).join(OsStr::from_bytes(name)), "").unwrap();
+                    std::fs::write(volume.image_root.join(directory).join(OsStr::from_bytes(name)), "").unwrap();
                 }
             }
         }),
@@ -258,7 +260,7 @@ fn odd_image_roots() -> Vec<Case> {
             let target = host(volume).join("tmp");
             std::fs::create_dir_all(volume.image_root.join(target.strip_prefix("/").unwrap())).unwrap();
         }),
-        Case::new("a mark that is a folder", Refused("cannot remove /tmp/complete of the image".into()), |volume| {
+        Case::new("a mark that is a directory", Refused("cannot remove /tmp/complete of the image".into()), |volume| {
             std::fs::create_dir_all(volume.image_root.join("tmp/complete/full")).unwrap();
         }),
         Case::new("an /etc that lies where the jail mounts", Works, |volume| {
@@ -283,14 +285,14 @@ fn bind(source: &Path, place: &Path) {
     succeed(Command::new("mount").arg("--bind").args([source, place]));
 }
 
-/// Whom a session becomes is what passwd and group say, whatever they hold.
+/// Accounts with any content of passwd and group.
 fn odd_accounts() -> Vec<Case> {
     const LARGE: usize = 100 << 20;
     let shell = |name: &str, shell: Vec<u8>| {
         Case::new(format!("a shell that is {name}"), Works, move |volume| {
             let text = [b"root:x:0:0:root:/root:", &shell[..], b"\n"].concat();
             std::fs::write(volume.image_root.join("etc/passwd"), text).unwrap();
-            std::fs::create_dir(volume.image_root.join("bin/folder")).unwrap();
+            std::fs::create_dir(volume.image_root.join("bin/directory")).unwrap();
             std::fs::write(volume.image_root.join("bin/empty"), "").unwrap();
             std::fs::write(volume.image_root.join("bin/script"), "#!/bin/nowhere\n").unwrap();
             for name in ["empty", "script"] {
@@ -336,7 +338,7 @@ fn odd_accounts() -> Vec<Case> {
         file("root in a hundred thousand groups", Works, "group", || b"g:x:7:root\n".repeat(100_000)),
         file("a group of one endless line", Works, "group", || endless(b"g:x:7:", b',')),
         shell("nowhere", b"/bin/nowhere".into()),
-        shell("a folder", b"/bin/folder".into()),
+        shell("a directory", b"/bin/directory".into()),
         shell("relative", b"sh".into()),
         shell("in no encoding", b"/bin/\xff\xfe".into()),
         shell("a fifo", b"/bin/fifo".into()),
@@ -353,14 +355,14 @@ fn odd_accounts() -> Vec<Case> {
     cases
 }
 
-/// Just as much as is still read.
+/// A file of the largest size that is still read.
 fn endless(begin: &[u8], byte: u8) -> Vec<u8> {
     let mut text = begin.to_vec();
     text.resize((4 << 20) - 1, byte);
     text
 }
 
-/// What programs read before they do anything: none of the helper's business.
+/// Files that programs read at their start, which the helper must ignore.
 fn odd_files() -> Vec<Case> {
     let file = |path: &'static str, text: &'static str| {
         Case::new(format!("/{path} of the image's own"), Works, move |volume| {
@@ -399,7 +401,7 @@ fn odd_files() -> Vec<Case> {
     cases
 }
 
-/// Runs `command`, ending it when it hangs.
+/// Runs `command`, and ends it if it hangs.
 fn limited(command: &Command, input: &[u8]) -> Output {
     let mut limited = Command::new("timeout");
     limited.arg(LIMIT.as_secs().to_string()).arg(command.get_program()).args(command.get_args());
@@ -407,31 +409,32 @@ fn limited(command: &Command, input: &[u8]) -> Output {
     feed(&mut limited, input)
 }
 
-/// What is usual where nothing is hostile.
+/// Time and mounts of an environment on a harmless image.
 struct Usual {
     time: Duration,
     mounts: Vec<PathBuf>,
 }
 
-/// Nothing takes longer than the usual time and this.
+/// Time allowed beyond that of a harmless image.
 const EXTRA: Duration = Duration::from_secs(5);
 
 impl Usual {
-    /// What a life may take: where the usual one takes more than half a second, since others are busy, the rest does so too.
+    /// Time limit for an environment. If the harmless one took more than half a second, the machine is busy, and the
+    /// extra time grows too.
     fn limit(&self) -> Duration {
         self.time + EXTRA.mul_f64(f64::max(1.0, self.time.as_secs_f64() / 0.5))
     }
 }
 
-/// The life of an environment on an image, from `ready` to its end. Returns how long that took and what its jail had mounted.
+/// Runs an environment on an image from `ready` to its end. Returns the time it took, and the mounts of its jail.
 fn live(case: &Case, tier: &Tier) -> Usual {
     let volume = Volume::in_memory(Image::Busybox);
     make_host(&volume);
     let host_before = digest(&host(&volume));
     let mounts_before = new_mounts(&[]);
     (case.shape)(&volume);
-    let image_is_folder = volume.image_root.symlink_metadata().unwrap().is_dir();
-    let image = |volume: &Volume| if image_is_folder { digest(&volume.image_root) } else { Digest::new() };
+    let image_is_directory = volume.image_root.symlink_metadata().unwrap().is_dir();
+    let image = |volume: &Volume| if image_is_directory { digest(&volume.image_root) } else { Digest::new() };
     let nothing_below = new_mounts(&mounts_before).is_empty();
     let image_before = if nothing_below { image(&volume) } else { Digest::new() };
 
@@ -448,7 +451,7 @@ fn live(case: &Case, tier: &Tier) -> Usual {
         Refused(message) => {
             assert_eq!(environment.end(), 1);
             let log = environment.log_text();
-            assert!(log.contains(message), "not named: {message}");
+            assert!(log.contains(message), "missing from the log: {message}");
             assert!(environment.signal("failed").exists() && environment.signal("exiting").exists());
         }
         answer => {
@@ -482,23 +485,23 @@ fn live(case: &Case, tier: &Tier) -> Usual {
         changed.extend(differences(&image_before, &image(&environment)));
     }
     if matches!(case.outcome(tier), Refused(_)) {
-        // The mark that whoever packs looks for.
+        // The mark of a failed job in the image, for whoever packs it.
         changed.retain(|change| !change.starts_with("/tmp: ") && !change.starts_with("/tmp/failed: nothing -> "));
     }
     assert!(changed.is_empty(), "{changed:#?}");
     Usual { time, mounts }
 }
 
-/// How many lives are lived at once. Most of one is waiting.
+/// Number of environments at once. Each mostly waits.
 const AT_ONCE: usize = 4;
 
 #[test]
-fn a_hostile_image_works_or_is_refused_by_name_and_reaches_nothing_outside() {
+fn hostile_image_works_or_is_refused_and_changes_nothing_outside() {
     let only = std::env::var("IMS_SSHD_HOSTILE").unwrap_or_default();
     for tier in &WAYS {
         let mut cases: Vec<_> = odd_places().into_iter().chain(odd_image_roots()).collect();
         if tier.name == WAYS[0].name {
-            // Whom a session becomes, and what its programs read, is the same in all.
+            // Accounts and files are treated alike in all tiers.
             cases.extend(odd_accounts().into_iter().chain(odd_files()));
         }
         println!("{}: {} images", tier.name, cases.len());
@@ -507,7 +510,7 @@ fn a_hostile_image_works_or_is_refused_by_name_and_reaches_nothing_outside() {
         let harmless = Case::new("nothing odd", Works, |_| {});
         let mut usual = Usual { time: Duration::ZERO, mounts: Vec::new() };
         std::thread::scope(|scope| {
-            // As many at once as there will be.
+            // As many at once as in the test, for a comparable time.
             let lives = [(); AT_ONCE].map(|()| scope.spawn(|| live(&harmless, tier)));
             for life in lives {
                 let life = life.join().unwrap();
@@ -522,9 +525,9 @@ fn a_hostile_image_works_or_is_refused_by_name_and_reaches_nothing_outside() {
             |case| {
                 let life = live(case, tier);
                 println!("{:?} {}", life.time, case.name);
-                assert!(life.time < usual.limit(), "it took {:?}, and usually {:?}", life.time, usual.time);
+                assert!(life.time < usual.limit(), "it took {:?}, a harmless image {:?}", life.time, usual.time);
                 if tier.mounts && matches!(case.outcome(tier), Works | NoTransfer(_)) {
-                    assert_eq!(life.mounts, usual.mounts, "the jail lacks a mount, which is elsewhere then");
+                    assert_eq!(life.mounts, usual.mounts, "the jail's mounts differ from those of a harmless image");
                 }
             },
         );
@@ -533,7 +536,7 @@ fn a_hostile_image_works_or_is_refused_by_name_and_reaches_nothing_outside() {
     }
 }
 
-/// A jail without SSH on `case`, by a program that has to make do with this much memory. Returns what the jail had mounted.
+/// Enters `case` without SSH, with limited memory. Returns the mounts of the jail.
 fn enter(case: &Case, tier: &Tier) -> Vec<PathBuf> {
     const MEMORY: usize = 32 << 20;
     let volume = Volume::in_memory(Image::Busybox);
@@ -546,7 +549,7 @@ fn enter(case: &Case, tier: &Tier) -> Vec<PathBuf> {
     command.args(["--", "sh", "-c", tier.look()]).env("IMS_JAIL_TIER", tier.name);
     let output = limited(&command, b"");
     match case.outcome(tier) {
-        // It looks for no marks.
+        // 'enter' checks no marks.
         Refused(message) if !message.contains("/tmp/complete") => {
             assert_eq!(output.status.code(), Some(1), "{output:?}");
             assert!(text(&output.stderr).contains(message), "{output:?}");
@@ -561,7 +564,7 @@ fn enter(case: &Case, tier: &Tier) -> Vec<PathBuf> {
 }
 
 #[test]
-fn a_hostile_image_is_entered_or_refused_without_ssh_in_little_memory() {
+fn hostile_image_is_entered_or_refused_with_limited_memory() {
     for tier in &WAYS {
         let usual = enter(&Case::new("nothing odd", Works, |_| {}), tier);
         let cases: Vec<_> = odd_places().into_iter().chain(odd_accounts()).collect();

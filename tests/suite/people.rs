@@ -1,4 +1,4 @@
-//! What people run at a terminal: shells and programs that take it over, each through a real pty.
+//! Shells and full-screen programs that people run, each through a real pty.
 
 use std::path::PathBuf;
 
@@ -8,7 +8,7 @@ use crate::clients::Place;
 use crate::terminal::COMPLAINTS;
 
 crate::clients::shown! {
-    "OpenSSH ssh", "a terminal with `-t` and none with `-T`, in the client's locale" => a_terminal_is_there_if_it_is_asked_for;
+    "OpenSSH ssh", "a terminal with `-t` and none with `-T`, in the client's locale" => terminal_is_allocated_on_request;
     "bash", "as root's shell: job control, window size, a line of 10,000 characters, exit code" => bash_is_roots_shell;
     "dash", "as root's shell: job control, window size, exit code" => dash_is_roots_shell;
     "zsh", "as root's shell: job control, window size, a line of 10,000 characters, exit code" => zsh_is_roots_shell;
@@ -22,12 +22,12 @@ crate::clients::shown! {
     "su, sudo, script", "keep the terminal" => su_sudo_and_script_keep_the_terminal;
 }
 
-/// Root's home and host, as people have them on a node.
+/// Root's home and host, with what people have on a node.
 struct Desk {
     environment: Environment,
-    /// As sessions name it.
+    /// Path for sessions.
     home: PathBuf,
-    /// As this test does.
+    /// Path for this test.
     notes: PathBuf,
 }
 
@@ -39,7 +39,7 @@ impl Desk {
             Place::Plain => (own.clone(), own),
             _ => ("/root".into(), volume.image_root.join("root")),
         };
-        // Nobody need have made the file in which the machine would note that somebody is there.
+        // The machine may lack the file that records logins.
         let login = if place == Place::Plain { "deflogin off\n" } else { "" };
         for (file, text) in [
             (".profile", format!("PS1='{PROMPT}'; unset HISTFILE\n")),
@@ -81,7 +81,7 @@ impl Desk {
     }
 }
 
-/// Leaves with an exit code, having seen nothing that should not be there.
+/// Exits with a code, and asserts that no complaint was shown.
 fn leave(mut terminal: Terminal) {
     terminal.line("exit 7");
     let (code, screen) = terminal.end();
@@ -91,7 +91,7 @@ fn leave(mut terminal: Terminal) {
     }
 }
 
-fn a_terminal_is_there_if_it_is_asked_for(place: Place) {
+fn terminal_is_allocated_on_request(place: Place) {
     let desk = Desk::new(place, "/bin/bash");
     let ask = |option: &str| {
         let mut ssh = desk.environment.ssh(&[option, "-o", "SendEnv=LC_ALL"]);
@@ -102,7 +102,7 @@ fn a_terminal_is_there_if_it_is_asked_for(place: Place) {
     assert!(code == 7 && screen.starts_with("/dev/pts/"), "{screen}");
     assert!(screen.ends_with("\r\nxterm C.UTF-8\r\nUTF-8\r\na line\r\n"), "{screen}");
     let without = ask("-T").output().unwrap();
-    // bash itself says so where nobody does.
+    // bash itself reports this where there is no terminal.
     let said = "not a tty\ndumb C.UTF-8\nUTF-8\n".to_owned();
     assert_eq!(
         (without.status.code(), text(without.stdout), text(without.stderr)),
@@ -114,7 +114,7 @@ fn is_roots_shell(place: Place, shell: &str, edits_long_lines: bool) {
     let desk = Desk::new(place, shell);
     let seconds = long(&desk.environment, 20);
     let mut terminal = desk.sit_down();
-    // What fish says comes with colours.
+    // fish prints colours too.
     assert!(terminal.ask("tty").contains("/dev/pts/"));
     terminal.line(&format!("sleep {seconds}"));
     wait_in_front(&seconds);
@@ -162,7 +162,7 @@ fn vim_writes_a_file(place: Place) {
     terminal.see("~");
     terminal.keys("ihello\r");
     terminal.keys("\u{1b}:autocmd VimResized * echo 'now' &columns\r:echo 'before' &columns\r");
-    // It has read all that before its window changes.
+    // vim has read all input before the window changes.
     terminal.see("before 200");
     terminal.resize(40, 90);
     terminal.see("now 90");
@@ -205,17 +205,17 @@ fn tmux_is_attached_to_again(place: Place) {
 
 fn screen_is_attached_to_again(place: Place) {
     let (desk, mut terminal) = Desk::bash(place);
-    // Where it would be if it were not the machine's.
-    let folder = format!("export SCREENDIR={}/screens; mkdir -pm 700 $SCREENDIR", desk.home.display());
-    let folder = if place == Place::Plain { &folder } else { "true" };
-    terminal.ask(folder);
-    is_attached_to_again(&desk, terminal, "screen", "\u{1}d", &format!("{folder}; screen -r"));
+    // Directory that screen uses unless the machine sets another.
+    let directory = format!("export SCREENDIR={}/screens; mkdir -pm 700 $SCREENDIR", desk.home.display());
+    let directory = if place == Place::Plain { &directory } else { "true" };
+    terminal.ask(directory);
+    is_attached_to_again(&desk, terminal, "screen", "\u{1}d", &format!("{directory}; screen -r"));
 }
 
 fn is_attached_to_again(desk: &Desk, mut terminal: Terminal, begin: &str, detach: &str, again: &str) {
     let outer = terminal.ask("tty");
     terminal.line(begin);
-    // Its shell is no login shell; whatever it prompts with ends so.
+    // The inner shell is no login shell; every prompt ends like this.
     terminal.see("# ");
     terminal.line("kept=$((6*7)); echo \"in \"$(tty)");
     let inner = terminal.see("in /dev/pts/");

@@ -1,4 +1,4 @@
-//! What is refused, each with the message that tells why, and with nothing half-open left.
+//! Refusals: each has a message with the reason, and leaves nothing half-open.
 
 use std::os::unix::fs::symlink;
 use std::path::Path;
@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 
 use testbed::*;
 
-/// Starts an environment that is refused: its exit code, and what it said.
+/// Starts an environment that must be refused with this exit code and these messages.
 fn refused(volume: Volume, mode: Mode, further: &[(&str, &str)], code: i32, messages: &[&str]) -> Environment {
     volume.touch("ready");
     let mut environment = volume.start_with(mode, further);
@@ -15,15 +15,15 @@ fn refused(volume: Volume, mode: Mode, further: &[(&str, &str)], code: i32, mess
     for message in messages {
         assert!(log.contains(message), "{further:?}: '{message}' is missing in:\n{log}");
     }
-    assert_eq!(log.matches(" ERROR ").count(), 1, "said once:\n{log}");
+    assert_eq!(log.matches(" ERROR ").count(), 1, "one error is logged:\n{log}");
     assert!(environment.signal("failed").exists() && environment.signal("exiting").exists(), "nobody must wait for it");
     assert!(!environment.signal("complete").exists() && !environment.signal("sshd_listening").exists());
-    assert!(!environment.state_directory().exists(), "its folder is left");
+    assert!(!environment.state_directory().exists(), "its state directory is left");
     environment
 }
 
 #[test]
-fn values_that_are_wrong_are_named_before_anything_starts() {
+fn invalid_values_are_reported_before_anything_starts() {
     for (name, value, expected) in [
         ("IMS_ACTION", "destroy", "IMS_ACTION is 'destroy': expected 'customize' or 'create'"),
         ("IMS_ACTION", "", "IMS_ACTION is not set: expected 'customize' or 'create'"),
@@ -57,7 +57,7 @@ fn options_that_cannot_work_are_refused() {
 }
 
 #[test]
-fn a_configuration_that_sshd_does_not_accept_is_refused_in_sshds_words() {
+fn configuration_error_is_reported_in_sshds_words() {
     let volume = Volume::new(Image::Busybox);
     let config = std::fs::read_to_string(&volume.config).unwrap();
     std::fs::write(&volume.config, format!("{config}NoSuchKeyword yes\n")).unwrap();
@@ -75,7 +75,7 @@ fn a_configuration_that_sshd_does_not_accept_is_refused_in_sshds_words() {
 }
 
 #[test]
-fn a_configuration_that_sshd_does_not_come_to_the_end_of_is_refused_in_time() {
+fn configuration_that_blocks_sshd_is_refused_in_time() {
     let volume = Volume::new(Image::Busybox);
     let fifo = volume.dir.path().join("fifo.conf");
     succeed(Command::new("mkfifo").arg(&fifo));
@@ -86,7 +86,7 @@ fn a_configuration_that_sshd_does_not_come_to_the_end_of_is_refused_in_time() {
 }
 
 #[test]
-fn a_configuration_that_leads_past_the_helper_is_refused() {
+fn configuration_that_bypasses_the_helper_is_refused() {
     for (options, reason) in [
         ("-o PermitUserEnvironment=yes", "sshd's effective permituserenvironment for root is 'yes'"),
         ("-o AcceptEnv=*", "AcceptEnv * lets a client set"),
@@ -101,9 +101,9 @@ fn a_configuration_that_leads_past_the_helper_is_refused() {
     }
 }
 
-/// `sshd -T` is asked for one address, and each client has its own.
+/// `sshd -T` answers for one address, but clients have others.
 #[test]
-fn a_dangerous_accept_env_is_refused_in_whichever_match_block_and_file_it_stands() {
+fn dangerous_accept_env_is_refused_in_any_match_block_and_file() {
     let blocks = |inside: &str| {
         [
             "Address 10.0.0.0/8",
@@ -124,20 +124,21 @@ fn a_dangerous_accept_env_is_refused_in_whichever_match_block_and_file_it_stands
         blocks("acceptenv=\"BASH_FUNC_exec%%\"")
             .map(|block| (block, "sshd_config line 15: AcceptEnv BASH_FUNC_exec%%")),
     );
-    cases.extend(blocks("Include FOLDER/*.conf").map(|block| (block, "further.conf line 3: AcceptEnv XDG_*")));
+    cases.extend(blocks("Include DIRECTORY/*.conf").map(|block| (block, "further.conf line 3: AcceptEnv XDG_*")));
     for (block, reason) in cases {
         let volume = Volume::new(Image::Busybox);
-        let folder = volume.dir.path().join("config.d");
-        std::fs::create_dir(&folder).unwrap();
+        let directory = volume.dir.path().join("config.d");
+        std::fs::create_dir(&directory).unwrap();
         std::fs::write(
-            folder.join("first.conf"),
-            "Include FOLDER/deeper/f?rther.conf\n".replace("FOLDER", folder.to_str().unwrap()),
+            directory.join("first.conf"),
+            "Include DIRECTORY/deeper/f?rther.conf\n".replace("DIRECTORY", directory.to_str().unwrap()),
         )
         .unwrap();
-        std::fs::create_dir(folder.join("deeper")).unwrap();
-        std::fs::write(folder.join("deeper/further.conf"), "\nMatch Address 10.9.0.0/16\nAcceptEnv XDG_*\n").unwrap();
+        std::fs::create_dir(directory.join("deeper")).unwrap();
+        std::fs::write(directory.join("deeper/further.conf"), "\nMatch Address 10.9.0.0/16\nAcceptEnv XDG_*\n")
+            .unwrap();
         let config = std::fs::read_to_string(&volume.config).unwrap();
-        std::fs::write(&volume.config, config + &block.replace("FOLDER", folder.to_str().unwrap())).unwrap();
+        std::fs::write(&volume.config, config + &block.replace("DIRECTORY", directory.to_str().unwrap())).unwrap();
         let environment = refused(
             volume,
             Mode::Jailed,
@@ -148,7 +149,7 @@ fn a_dangerous_accept_env_is_refused_in_whichever_match_block_and_file_it_stands
         assert!(!environment.log_text().contains("sshd is listening"));
     }
 
-    // The legitimate: the same blocks with what clients send, and files that are not there.
+    // Legitimate settings: the same blocks with harmless variables, and includes of missing files.
     let volume = Volume::new(Image::Busybox);
     let config = std::fs::read_to_string(&volume.config).unwrap();
     let harmless =
@@ -159,9 +160,9 @@ fn a_dangerous_accept_env_is_refused_in_whichever_match_block_and_file_it_stands
     assert_eq!(text(&output.stdout), "y\n", "{output:?}");
 }
 
-/// The fragment's settings for root come first, so that no block can set them otherwise for another address.
+/// The fragment's settings for root come first, so no later block can change them for another address.
 #[test]
-fn what_a_match_block_says_of_another_address_gives_way_to_the_jail() {
+fn jail_settings_override_match_blocks_for_other_addresses() {
     let volume = Volume::new(Image::Busybox);
     let config = std::fs::read_to_string(&volume.config).unwrap();
     let all = "ForceCommand none\nPermitTTY no\nAllowStreamLocalForwarding yes\nPermitTunnel yes\nX11Forwarding yes\nPermitUserRC yes\n\
@@ -189,7 +190,7 @@ fn what_a_match_block_says_of_another_address_gives_way_to_the_jail() {
 }
 
 #[test]
-fn what_else_the_configuration_says_of_root_gives_way_to_the_jail() {
+fn jail_settings_override_other_settings_for_root() {
     let volume = Volume::new(Image::Busybox);
     let config = std::fs::read_to_string(&volume.config).unwrap();
     let tricks = "ForceCommand /bin/echo outside\nMatch User root\n  ForceCommand /bin/echo outside\n  ChrootDirectory /var\n  PermitTTY no\n";
@@ -203,14 +204,14 @@ fn what_else_the_configuration_says_of_root_gives_way_to_the_jail() {
 }
 
 #[test]
-fn a_port_that_is_taken_is_told_in_sshds_words() {
+fn port_in_use_is_reported_in_sshds_words() {
     let volume = Volume::new(Image::Busybox);
     let _taken = std::net::TcpListener::bind(("127.0.0.1", volume.port)).unwrap();
     refused(volume, Mode::Jailed, &[], 1, &["cannot start sshd", "Address already in use"]);
 }
 
 #[test]
-fn an_image_root_that_is_none_is_refused() {
+fn directory_without_an_image_is_refused() {
     let volume = Volume::new(Image::Busybox);
     std::fs::remove_dir_all(&volume.image_root).unwrap();
     refused(volume, Mode::Jailed, &[], 1, &["cannot open the image root", "it does not exist"]);
@@ -232,7 +233,7 @@ fn an_image_root_that_is_none_is_refused() {
 }
 
 #[test]
-fn a_link_where_the_jail_mounts_is_refused_and_nothing_is_mounted_elsewhere() {
+fn link_at_a_mount_point_is_refused_and_not_followed() {
     for name in ["proc", "sys", "dev", "run"] {
         let volume = Volume::new(Image::Busybox);
         let decoy = volume.dir.path().join("decoy");
@@ -267,13 +268,13 @@ fn an_environment_that_has_ended_is_not_opened_again() {
     assert!(text(&again.stderr).contains("this environment has ended and the image may be being packed"));
 }
 
-/// What the log says, the variables, what is done before, the exit code.
+/// Message in the log, variables, preparation, exit code.
 type Case<'a> = (&'a str, &'a [(&'a str, &'a str)], &'a dyn Fn(&Volume), i32);
 
 #[test]
-fn whatever_the_reason_nobody_is_left_waiting() {
+fn every_refusal_creates_failed_and_exiting() {
     let locked = |volume: &Volume| {
-        // A name that belongs to something else, where the environment wants its own folder.
+        // A file where the environment wants its state directory.
         std::fs::create_dir_all("/run/ims-sshd").unwrap();
         succeed(Command::new("mount").args(["-t", "tmpfs", "-o", "ro", "tmpfs", "/run/ims-sshd"]));
         volume.touch("ready");
@@ -298,7 +299,7 @@ fn whatever_the_reason_nobody_is_left_waiting() {
 }
 
 #[test]
-fn an_environment_that_has_ended_is_not_judged_again_by_a_restart() {
+fn restart_does_not_change_the_verdict_of_an_ended_environment() {
     let volume = Volume::new(Image::Busybox);
     for name in ["ready", "complete", "exiting"] {
         volume.touch(name);
@@ -306,12 +307,12 @@ fn an_environment_that_has_ended_is_not_judged_again_by_a_restart() {
     let mut environment = volume.start(Mode::Jailed);
     assert_eq!(environment.end(), 1);
     assert!(environment.log_text().contains("this environment has ended"), "{}", environment.log_text());
-    assert!(environment.signal("complete").exists(), "'complete' was taken away while the image may be being packed");
+    assert!(environment.signal("complete").exists(), "'complete' was removed although the image may be being packed");
     assert!(!environment.signal("failed").exists());
 }
 
 #[test]
-fn a_tier_that_cannot_be_had_is_never_replaced_by_another() {
+fn forced_tier_is_never_replaced_by_another() {
     let volume = Volume::new(Image::Busybox);
     let enter = |tier: &str, taken: &str| {
         let mut command = Command::new("setpriv");
@@ -344,9 +345,9 @@ fn a_tier_that_cannot_be_had_is_never_replaced_by_another() {
         assert_eq!(output.status.code(), Some(1), "{output:?}");
         assert!(text(&output.stderr).contains(reason), "{output:?}");
         let name = ims_sshd::volume::state_directory::name_for(&volume.image_root);
-        assert!(!Path::new("/run/ims-sshd/enter").join(name).exists(), "its folder is left behind");
+        assert!(!Path::new("/run/ims-sshd/enter").join(name).exists(), "its state directory is left");
     }
-    // Nothing of the namespace tier asks for more than CAP_SYS_ADMIN, nor of the user tier for that.
+    // The namespace tier needs only CAP_SYS_ADMIN, and the user tier does not need it.
     for (taken, tier) in
         [("-sys_ptrace", None), ("-sys_admin,-sys_ptrace", Some("user")), ("-sys_admin,-setfcap", Some("chroot"))]
     {

@@ -1,4 +1,4 @@
-//! Logins that sshd refuses are in the log of the environment, and those who only knock are not.
+//! Logins that sshd refuses appear in the environment's log; connections without a login attempt do not.
 
 use std::io::Write;
 use std::net::TcpStream;
@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 
 use testbed::*;
 
-/// Tries to log in as `user` with a key of that name, which is made.
+/// Tries to log in as `user` with a new key of this name.
 fn try_key(environment: &Environment, user: &str, key: &str) {
     let key = environment.dir.path().join(key);
     if !key.exists() {
@@ -24,10 +24,10 @@ fn refusals(environment: &Environment) -> Vec<String> {
 }
 
 #[test]
-fn a_refused_login_is_in_the_log_once_with_its_client_user_and_reason() {
+fn refused_login_is_logged_once_with_client_user_and_reason() {
     for mode in MODES {
         let mut environment = Environment::open(Image::Busybox, mode);
-        // A probe, and somebody who takes it for a web server.
+        // A probe, and a client that takes it for a web server.
         for said in ["", "GET / HTTP/1.0\r\n\r\n"] {
             let mut probe = TcpStream::connect(("127.0.0.1", environment.port)).unwrap();
             probe.write_all(said.as_bytes()).unwrap();
@@ -42,11 +42,11 @@ fn a_refused_login_is_in_the_log_once_with_its_client_user_and_reason() {
         wait_until("both to be in the log", || refusals(&environment).len() >= 2);
         std::fs::set_permissions(keys, std::fs::Permissions::from_mode(0o777)).unwrap();
         try_key(&environment, "root", "another");
-        // sshd's child may write its last line after the client has gone; the close would end it first.
+        // sshd's child may write its last line after the client is gone; closing now would end it first.
         wait_until("the second of root to be in sshd's log", || {
             log().matches("closed by authenticating user").count() == 2
         });
-        // Refusals of the last second are told at the end.
+        // Refusals of the last second are logged at the end.
         assert_eq!(environment.complete(), 0);
         let told = refusals(&environment);
         assert_eq!(told.len(), 3, "{told:#?}");
@@ -62,7 +62,7 @@ fn a_refused_login_is_in_the_log_once_with_its_client_user_and_reason() {
 }
 
 #[test]
-fn many_refused_logins_are_counted_and_not_told() {
+fn many_refused_logins_are_counted_instead_of_logged() {
     let mut environment = Environment::open(Image::Busybox, Mode::Jailed);
     for _ in 0..14 {
         try_key(&environment, "root", "another");
@@ -74,7 +74,7 @@ fn many_refused_logins_are_counted_and_not_told() {
 }
 
 #[test]
-fn a_log_of_sshd_that_is_the_environments_own_is_not_doubled() {
+fn sshd_log_that_is_the_environments_own_is_not_logged_twice() {
     let volume = Volume::new(Image::Busybox);
     let log = volume.log();
     let config = volume.config.display().to_string();

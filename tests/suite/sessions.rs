@@ -1,4 +1,4 @@
-//! What a client gets: commands, status, bytes, streams, variables, company.
+//! Commands, exit codes, data, streams, variables, and other sessions, as a client gets them.
 
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use testbed::*;
 
 #[test]
-fn a_command_runs_in_the_image_when_jailed_and_beside_it_when_plain() {
+fn command_runs_in_the_image_when_jailed_and_in_the_container_when_plain() {
     let jailed = Environment::open(Image::Debian, Mode::Jailed);
     assert_eq!(jailed.says("cat /etc/motd"), "image of the tests");
     let plain = Environment::open(Image::Debian, Mode::Plain);
@@ -14,15 +14,15 @@ fn a_command_runs_in_the_image_when_jailed_and_beside_it_when_plain() {
 }
 
 #[test]
-fn exit_status_0_to_255_is_the_commands_own() {
+fn exit_status_is_passed_on_from_0_to_255() {
     for (image, mode) in [(Image::Debian, Mode::Jailed), (Image::Busybox, Mode::Jailed), (Image::Busybox, Mode::Plain)]
     {
         let environment = Environment::open(image, mode);
         let master = environment.master();
-        // All of them once; elsewhere those that shells treat in a way of their own.
+        // All of them once; elsewhere only those that shells treat specially.
         let all: Vec<i32> =
             if image == Image::Debian { (0..=255).collect() } else { vec![0, 1, 2, 126, 127, 128, 130, 143, 254, 255] };
-        // As many at once as one connection carries, since the login shell's start takes its time.
+        // As many at once as one connection allows, because the login shell starts slowly.
         for codes in all.chunks(8) {
             let start =
                 |code| master.ssh().arg(format!("exit {code}")).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
@@ -37,7 +37,7 @@ fn exit_status_0_to_255_is_the_commands_own() {
 }
 
 #[test]
-fn a_jailed_command_ends_and_complains_just_as_a_plain_one() {
+fn jailed_command_ends_with_the_same_status_and_errors_as_a_plain_one() {
     let jailed = Environment::open(Image::Debian, Mode::Jailed);
     let plain = Environment::open(Image::Debian, Mode::Plain);
     let (jailed, plain) = (jailed.master(), plain.master());
@@ -84,7 +84,7 @@ fn a_jailed_command_ends_and_complains_just_as_a_plain_one() {
 }
 
 #[test]
-fn ten_megabytes_go_in_and_out_byte_exact_and_stderr_stays_apart() {
+fn ten_megabytes_pass_unchanged_and_stderr_stays_separate() {
     let mut bytes = vec![0; 10 << 20];
     let mut state = 1_u64;
     for chunk in bytes.chunks_mut(8) {
@@ -105,7 +105,7 @@ fn one_connection_carries_many_sessions() {
     for mode in MODES {
         let environment = Environment::open(Image::Debian, mode);
         let master = environment.master();
-        // More than sshd's own limit, which is 10.
+        // More than sshd's default limit of 10.
         let mut running: Vec<_> = (0..30)
             .map(|i| {
                 let mut ssh = master.ssh();
@@ -160,7 +160,7 @@ fn nohup_outlives_its_session() {
 }
 
 #[test]
-fn the_jail_is_a_node_of_its_own() {
+fn jail_looks_like_a_node_of_its_own() {
     let environment = Environment::open(Image::Debian, Mode::Jailed);
     for (command, answer) in [
         ("cat /proc/1/comm", "init"),
@@ -189,7 +189,7 @@ fn the_jail_is_a_node_of_its_own() {
 }
 
 #[test]
-fn root_in_the_jail_has_the_kept_capabilities_and_no_way_to_more() {
+fn root_in_the_jail_has_only_the_kept_capabilities() {
     let environment = Environment::open(Image::Debian, Mode::Jailed);
     let sets = environment.says("grep -h '^Cap' /proc/self/status | cut -f2 | sort -u");
     // CHOWN DAC_OVERRIDE FOWNER FSETID KILL SETGID SETUID SETPCAP NET_BIND_SERVICE NET_RAW SYS_CHROOT MKNOD AUDIT_WRITE SETFCAP
@@ -222,7 +222,7 @@ fn sessions_get_the_jobs_variables_merged_with_the_configurations() {
 }
 
 #[test]
-fn nothing_of_the_containers_variables_comes_in() {
+fn variables_of_the_container_do_not_enter_sessions() {
     let environment = Environment::open(Image::Debian, Mode::Jailed);
     let names = environment.says("env | cut -d= -f1 | sort | tr '\\n' ' '");
     let known = [
@@ -246,11 +246,11 @@ fn nothing_of_the_containers_variables_comes_in() {
 }
 
 #[test]
-fn a_shell_of_the_container_has_no_part_in_a_jailed_session() {
+fn login_shell_of_the_container_does_not_run_in_a_jailed_session() {
     for (mode, tier, shell, code, heard) in [
         (Mode::Plain, "auto", "/bin/bash", 0, true),
         (Mode::Plain, "auto", "/usr/sbin/nologin", 1, false),
-        // In this tier no mount namespace can be made for sshd, and the container's shell makes way for the helper.
+        // In this tier sshd gets no mount namespace of its own, and the container's shell execs the helper.
         (Mode::Jailed, "user", "/bin/bash", 0, true),
         (Mode::Jailed, "namespace", "/bin/bash", 0, false),
         (Mode::Jailed, "namespace", "/usr/sbin/nologin", 0, false),
@@ -264,7 +264,7 @@ fn a_shell_of_the_container_has_no_part_in_a_jailed_session() {
         let output = environment.run("exit 0");
         let said = text(output.stdout);
         assert_eq!((output.status.code(), said == "noise\n"), (Some(code), heard), "{mode:?} {tier} {shell}: {said}");
-        // In the container root is who it was.
+        // Root's shell in the container is unchanged.
         assert!(succeed(Command::new("getent").args(["passwd", "root"])).trim_end().ends_with(shell));
         drop(environment);
         succeed(Command::new("umount").arg("/etc/passwd"));
@@ -272,7 +272,7 @@ fn a_shell_of_the_container_has_no_part_in_a_jailed_session() {
 }
 
 #[test]
-fn an_image_without_roots_shell_falls_back_and_one_without_any_says_so() {
+fn missing_shell_falls_back_to_sh_or_is_reported() {
     let volume = Volume::new(Image::Busybox);
     std::fs::write(volume.image_root.join("etc/passwd"), "root:x:0:0::/nowhere:/bin/zsh\n").unwrap();
     let environment = volume.start(Mode::Jailed).ready();
@@ -285,12 +285,12 @@ fn an_image_without_roots_shell_falls_back_and_one_without_any_says_so() {
     let output = environment.run("true");
     assert_eq!(output.status.code(), Some(127));
     assert!(text(&output.stderr).contains("cannot start /bin/sh in this image: No such file"), "{output:?}");
-    // Files can still be looked after.
+    // Files can still be transferred, to repair the image.
     assert!(environment.sftp("ls /etc/passwd").status.success());
 }
 
 #[test]
-fn only_root_gets_into_a_jailed_environment() {
+fn only_root_can_log_in_to_a_jailed_environment() {
     let environment = Environment::open(Image::Busybox, Mode::Jailed);
     let login = |user: &str| {
         let mut ssh = Command::new("ssh");
@@ -311,14 +311,14 @@ fn only_root_gets_into_a_jailed_environment() {
 }
 
 #[test]
-fn sessions_go_on_when_the_helpers_file_is_what_they_look_for() {
-    // The helper's program is the container's: from inside it can be neither found nor written.
+fn helper_program_of_the_container_is_invisible_in_the_jail() {
+    // The helper is the container's program: from inside it can be neither found nor written.
     let environment = Environment::open(Image::Debian, Mode::Jailed);
     assert_eq!(environment.says(&format!("ls {IMS_JAIL_SHELL} /proc/1/exe 2>/dev/null || echo hidden")), "hidden");
 }
 
 #[test]
-fn the_helper_is_static_and_holds_neither_threads_nor_a_watcher() {
+fn helper_is_static_and_single_threaded() {
     assert!(succeed(Command::new("ldd").arg(&IMS_JAIL_SHELL)).contains("statically linked"));
     let functions = succeed(Command::new("nm").args(["--defined-only", "--demangle", &*IMS_JAIL_SHELL]));
     assert!(functions.contains("ims_sshd::jail::enter::join"));

@@ -1,4 +1,5 @@
-//! Files of an image that programs of ours open outside the jail, as something else than a file: it is not opened, and nothing waits for it.
+//! Special files of an image where programs outside the jail expect a regular file: they are not opened, and nothing
+//! blocks.
 
 use std::os::unix::net::UnixListener;
 use std::path::Path;
@@ -10,7 +11,7 @@ use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, InotifyEvent};
 use nix::sys::stat::{Mode as Permission, SFlag, makedev, mknod};
 use testbed::*;
 
-/// All that the supervisor, `enter`, `prepare`, `package` and sshd's helpers look at in an image, and what libc reads for them.
+/// Paths in an image that the supervisor, `enter`, `prepare`, `package` and sshd's helpers read, also through libc.
 const FILES: [&str; 27] = [
     "bin/sh",
     "boot/initrd",
@@ -62,12 +63,12 @@ impl Kind {
         let _ = std::fs::remove_file(path);
         match self {
             Kind::Fifo => nix::unistd::mkfifo(path, permissions).unwrap(),
-            // null and loop0, which anybody's open succeeds on: inotify tells of no other.
+            // null and loop0 can be opened by anybody; inotify reports only opens on this path.
             Kind::Device => device(SFlag::S_IFCHR, 1, 3),
             Kind::BlockDevice => device(SFlag::S_IFBLK, 7, 0),
             Kind::Socket => {
-                let folder = std::fs::File::open(path.parent().unwrap()).unwrap();
-                let number = std::os::fd::AsRawFd::as_raw_fd(&folder);
+                let directory = std::fs::File::open(path.parent().unwrap()).unwrap();
+                let number = std::os::fd::AsRawFd::as_raw_fd(&directory);
                 let name = path.file_name().unwrap().to_str().unwrap();
                 drop(UnixListener::bind(format!("/proc/self/fd/{number}/{name}")).unwrap());
             }
@@ -77,7 +78,7 @@ impl Kind {
     }
 }
 
-/// Nothing takes longer, however busy the machine is, and no message of a program that was waited for comes later.
+/// Time limit for each program, also on a busy machine.
 const LIMIT: Duration = Duration::from_secs(30);
 
 fn run(what: &str, command: &mut Command) -> Output {
@@ -109,7 +110,7 @@ fn a_special_file_of_an_image_is_never_opened_outside_the_jail() {
             let watch = |path: &Path| {
                 opened.add_watch(path, AddWatchFlags::IN_OPEN | AddWatchFlags::IN_DONT_FOLLOW).unwrap();
             };
-            // A directory is read, and a regular file is what is asked for.
+            // A directory is only listed, and a regular file is expected.
             let is_opened = || {
                 let events = opened.read_events().or_else(|e| if e == Errno::EAGAIN { Ok(Vec::new()) } else { Err(e) });
                 let is_open = |event: &InotifyEvent| event.mask.contains(AddWatchFlags::IN_OPEN);

@@ -1,4 +1,4 @@
-//! The streams of `ims-sshd enter`: they do what the caller's do, and no file of the caller's comes into the jail.
+//! Streams of `ims-sshd enter`: they work like the caller's, and no file of the caller enters the jail.
 
 use std::fs::Metadata;
 use std::os::fd::OwnedFd;
@@ -8,7 +8,7 @@ use std::process::{Command, Output, Stdio};
 use rustix::fs::{Mode, OFlags};
 use testbed::*;
 
-/// Runs a line of the caller's shell, in a directory with an image; `$enter` enters that.
+/// Runs a line in the caller's shell, in a directory with an image; `$enter` enters the image.
 fn shell(volume: &Volume, tier: &str, line: &str) -> Output {
     let mut shell = Command::new("bash");
     shell.args(["-c", line]).current_dir(volume.dir.path()).env("IMS_JAIL_TIER", tier);
@@ -16,24 +16,24 @@ fn shell(volume: &Volume, tier: &str, line: &str) -> Output {
     shell.stdin(Stdio::null()).output().unwrap()
 }
 
-/// Asserts that it prints `said` and succeeds.
+/// Asserts that the line prints `said` and succeeds.
 fn says(volume: &Volume, tier: &str, line: &str, said: &str) {
     let output = shell(volume, tier, line);
     assert!(output.status.success() && text(&output.stdout) == said, "{tier}: {line}: {output:?}");
 }
 
-/// Attributes of a file that a process that has it open could change.
+/// Attributes that a process can change on a file that it has open.
 fn state(found: &Metadata) -> (u32, u32, u32, i64, i64) {
     (found.mode(), found.uid(), found.gid(), found.ctime(), found.ctime_nsec())
 }
 
-/// By any name of an open file: its mode, owner, content and attributes.
+/// Changes mode, owner, content and attributes of a file by all names of its descriptor.
 const CHANGE: &str = "for fd in 0 1 2; do
     chmod 4777 /proc/self/fd/$fd; busybox chown 1:1 /proc/self/fd/$fd; echo changed 1<>/proc/self/fd/$fd; touch /dev/fd/$fd
 done";
 
 #[test]
-fn no_file_that_is_a_stream_of_enter_can_be_changed_from_inside() {
+fn files_as_streams_of_enter_cannot_be_changed_from_inside() {
     for tier in NAMESPACE_TIERS {
         let volume = Volume::new(Image::Busybox);
         let dir = volume.dir.path();
@@ -57,7 +57,7 @@ fn no_file_that_is_a_stream_of_enter_can_be_changed_from_inside() {
             assert!(std::fs::read_to_string(dir.join(name)).unwrap().starts_with(name), "{tier}: {name}");
         }
 
-        // The machine's own; a change to what it is would be seen all the same.
+        // The machine's own /dev/null; writing its current attributes would show too.
         let null = || state(&std::fs::metadata("/dev/null").unwrap());
         let before = null();
         for line in ["< /dev/null > /dev/null", "0<> /dev/null", "0> /dev/null"] {
@@ -74,13 +74,13 @@ fn no_file_that_is_a_stream_of_enter_can_be_changed_from_inside() {
     }
 }
 
-/// Terminals that are everybody's, which isatty(3) takes for the caller's.
+/// Shared device nodes that isatty(3) takes for the caller's terminal.
 #[test]
 fn shared_terminal_devices_of_the_machine_cannot_be_changed_from_inside() {
     for tier in NAMESPACE_TIERS {
         let volume = Volume::new(Image::Busybox);
         let dir = volume.dir.path();
-        // Nodes of the test's own are the same devices as the machine's.
+        // The test's own nodes are the same devices as the machine's.
         succeed(
             Command::new("sh").args(["-c", "mknod tty c 5 0; mknod ptmx c 5 2; chmod 644 tty ptmx"]).current_dir(dir),
         );
@@ -99,15 +99,15 @@ fn shared_terminal_devices_of_the_machine_cannot_be_changed_from_inside() {
 }
 
 #[test]
-fn enter_ends_when_it_is_told_to_though_nobody_reads_its_output() {
+fn enter_ends_on_sigterm_although_nobody_reads_its_output() {
     let volume = Volume::new(Image::Busybox);
-    // 124 tells that SIGTERM was enough.
+    // Exit code 124 means that SIGTERM was enough.
     let line = "mkfifo full; exec 9<> full; timeout -k 20 2 $enter sh -c 'head -c 200000 /dev/zero' > full; echo $?";
     assert_eq!(text(&shell(&volume, "namespace", line).stdout), "124\n");
 }
 
 #[test]
-fn a_stream_that_is_not_open_is_refused() {
+fn o_path_descriptor_as_stream_is_refused() {
     let volume = Volume::new(Image::Busybox);
     let file = volume.dir.path().join("file");
     std::fs::write(&file, "").unwrap();
@@ -120,9 +120,9 @@ fn a_stream_that_is_not_open_is_refused() {
     }
 }
 
-/// A pipe's flags are those of all who have it open by the same descriptor.
+/// Flags of a pipe are shared by all processes that inherited the descriptor.
 #[test]
-fn a_session_changes_no_flag_of_the_callers_pipes() {
+fn session_cannot_change_flags_of_the_callers_pipes() {
     for tier in NAMESPACE_TIERS {
         let volume = Volume::new(Image::Debian);
         let (from, to) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
@@ -142,14 +142,14 @@ fn a_session_changes_no_flag_of_the_callers_pipes() {
 }
 
 #[test]
-fn files_are_streams_of_enter_as_of_any_program() {
+fn files_work_as_streams_of_enter() {
     for tier in NAMESPACE_TIERS {
         let volume = Volume::new(Image::Busybox);
         let dir = volume.dir.path();
         let read = |name: &str| std::fs::read(dir.join(name)).unwrap();
         let says = |line: &str, said: &str| says(&volume, tier, line, said);
 
-        // Any content, more than pipes hold; both ways at once.
+        // Any content, more than a pipe holds, in both directions at once.
         succeed(
             Command::new("dd")
                 .args(["if=/dev/urandom", "bs=1M", "count=20", "status=none"])
@@ -160,7 +160,7 @@ fn files_are_streams_of_enter_as_of_any_program() {
         says("$enter cat < in | cmp - in; $enter sh -c 'cat > /root/copy' < in > out; cat out", "");
         assert!(read("in") == std::fs::read(volume.image_root.join("root/copy")).unwrap());
 
-        // The caller and others go on in the same file.
+        // The caller and other programs continue in the same file.
         says("(echo 1; $enter echo 2; echo 3) > log; $enter echo 4 >> log; cat log", "1\n2\n3\n4\n");
         let script = "i=0; while [ $i -lt 300 ]; do echo out $i; echo err $i >&2; i=$((i + 1)); done";
         let lines: String = (0..300).map(|i| format!("out {i}\nerr {i}\n")).collect();
@@ -170,7 +170,7 @@ fn files_are_streams_of_enter_as_of_any_program() {
         says("seq 3 > list; while read i; do echo $i; $enter true; done < list", "1\n2\n3\n");
         says("seq 30000 > list; ($enter sh -c 'read a; read b; echo $b'; head -n 1) < list", "2\n3\n");
 
-        // The end, and ends that are not the program's.
+        // End of input, and ends of the caller or of a reader.
         says("$enter cat < /dev/null; : > empty; $enter cat < empty; $enter sh -c 'exit 7' < in > out; echo $?", "7\n");
         says("$enter sh -c 'kill -KILL $$' < in > out 2> err; echo $?", "137\n");
         says("$enter yes < in | head -n 1; $enter cat < in | head -c 0; echo ended", "y\nended\n");
@@ -183,11 +183,11 @@ fn files_are_streams_of_enter_as_of_any_program() {
         says("mkfifo long; (seq 100000 > long &) ; $enter cat < long > got; seq 100000 | cmp - got", "");
         says("$enter head -c 3 < /dev/zero | od -An -c | tr -d ' '", "\\0\\0\\0\n");
 
-        // Output that the caller's file does not take is not reported as written.
+        // Output that the caller's file cannot take is reported as an error.
         let output = shell(&volume, tier, "$enter echo lost > /dev/full");
         assert_eq!(output.status.code(), Some(1), "{output:?}");
         assert!(text(&output.stderr).contains("cannot write standard output: No space left"), "{output:?}");
-        // An error of the way in is told where the caller wants it.
+        // An error while entering goes to the caller's standard error.
         let output = shell(&volume, tier, "$enter no-such-program > out 2> err; echo $?; cat err");
         assert!(text(&output.stdout).starts_with("127\n"), "{output:?}");
         assert!(text(&output.stdout).contains("no-such-program"), "{output:?}");

@@ -1,5 +1,5 @@
-//! What a person at a terminal sees, through a real pty around the real `ssh`. What a jailed session is expected to do is what a plain
-//! one does on the same sshd.
+//! Sessions at a terminal, through a real pty around the real `ssh`. A jailed session must behave like a plain one on
+//! the same sshd.
 
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -10,14 +10,14 @@ use nix::unistd::Pid;
 use ims_sshd::sys::process::{Entry, descendants};
 use testbed::*;
 
-/// What shells and terminals say when something is wrong between them.
+/// Complaints of shells and programs about their terminal.
 pub const COMPLAINTS: [&str; 5] =
     ["job control", "not a tty", "cannot set terminal", "nappropriate ioctl", "can't access tty"];
 
-/// What a program started in a shell cannot be reached by.
+/// Wrapper that separates a program from its shell.
 const BLOCKED_SIGNALS: &str = "grep SigBlk /proc/self/status";
 
-/// Everything that runs in the environment.
+/// All processes of the environment.
 fn everything(environment: &Environment) -> Vec<Pid> {
     let entrypoint = environment.pid();
     let mut pids: Vec<Pid> =
@@ -42,7 +42,7 @@ pub fn assert_no_complaint(screen: &str) {
 }
 
 #[test]
-fn a_terminal_is_one_in_every_respect() {
+fn jailed_terminal_works_in_every_respect() {
     for environment in open_both() {
         let mut terminal = Terminal::at_a_shell(&environment);
         let tty = terminal.ask("tty");
@@ -83,7 +83,7 @@ fn a_command_has_a_terminal_only_if_the_client_asks_for_one() {
         assert!(screen.starts_with("/dev/pts/") && screen.ends_with("\r\n0\r\n1\r\n2\r\n"), "{screen:?}");
         let without = environment.ssh(&["-T"]).arg(ttys).output().unwrap();
         assert_eq!((text(without.stdout), text(without.stderr)), ("not a tty\n".to_owned(), String::new()));
-        // One who types into a shell without a terminal sees what it prints, and nothing else.
+        // In a shell without a terminal, a person sees its output and nothing else.
         let shell = feed(&mut environment.ssh(&["-T"]), b"tty\nexit 4\n");
         assert_eq!(shell.status.code(), Some(4));
         assert_eq!(text(shell.stderr), "");
@@ -96,7 +96,7 @@ fn a_command_has_a_terminal_only_if_the_client_asks_for_one() {
 }
 
 #[test]
-fn a_person_is_told_where_they_are_and_how_to_finish_and_a_command_is_not() {
+fn greeting_is_shown_to_interactive_shells_only() {
     for (image, name) in [(Image::Debian, "-bash"), (Image::Busybox, "-sh")] {
         let environment = Environment::open(image, Mode::Jailed);
         if image == Image::Busybox {
@@ -114,7 +114,7 @@ fn a_person_is_told_where_they_are_and_how_to_finish_and_a_command_is_not() {
             assert_eq!(terminal.ask("shopt -q login_shell && echo login"), "login");
         }
         assert_eq!(terminal.ask("pwd; echo $HOME $USER $LOGNAME"), "/root\n/root root root");
-        // No session of their own has it either: a program in the shell's place ends as it should.
+        // The shell leads its session, so a program that replaces it ends as it should.
         terminal.line("exec sh -c 'exit 3'");
         assert_eq!(terminal.end().0, 3);
 
@@ -128,7 +128,7 @@ fn a_person_is_told_where_they_are_and_how_to_finish_and_a_command_is_not() {
 }
 
 #[test]
-fn no_shell_complains_about_the_terminal_and_all_control_jobs() {
+fn shells_have_job_control_and_no_complaint() {
     let [jailed, plain] = open_both();
     let busybox = Environment::open(Image::Busybox, Mode::Jailed);
     controls_jobs(&jailed, "bash");
@@ -175,13 +175,13 @@ fn controls_jobs(environment: &Environment, shell: &str) {
     terminal.line("echo \"ready \"now; cat");
     terminal.see("ready now\r\n");
     terminal.line("a line");
-    // Once typed, once printed.
+    // Once as typed, once as printed.
     terminal.see("a line\r\n");
     terminal.see("a line\r\n");
     terminal.key('d');
     terminal.see(PROMPT);
 
-    // A pipeline is one job: its processes share a group that gets the terminal.
+    // A pipeline is one job: its processes share a group, which gets the terminal.
     terminal.line(&format!("{sleep} | cat"));
     wait_in_front(&seconds);
     terminal.key('c');
@@ -194,7 +194,7 @@ fn controls_jobs(environment: &Environment, shell: &str) {
 }
 
 #[test]
-fn keys_do_to_a_command_what_they_do_to_it_plain() {
+fn control_keys_act_on_a_command_as_in_plain_mode() {
     let by = |key: char| {
         open_both().map(|environment| {
             let seconds = long(&environment, 3);
@@ -232,7 +232,7 @@ fn a_command_that_nobody_could_continue_is_not_stopped() {
         let seconds = long(&environment, 4);
         goes_on_after_the_stop_key(Terminal::running(&environment, ONE_TO_BE_STOPPED));
 
-        // Nor one that stops itself with the terminal's signals.
+        // The same for a command that stops itself with a terminal's signal.
         let stops = format!("kill -TSTP $$; kill -TTIN $$; kill -TTOU $$; echo goes on; exit 7; sleep {seconds}");
         let (code, screen) = Terminal::running(&environment, &stops).end();
         assert_eq!((code, screen.as_str()), (7, "goes on\r\n"));
@@ -240,7 +240,7 @@ fn a_command_that_nobody_could_continue_is_not_stopped() {
 }
 
 #[test]
-fn how_a_shell_ends_is_reported_as_after_a_plain_login() {
+fn shell_exit_is_reported_as_after_a_plain_login() {
     let ends =
         ["exit 0", "exit 3", "exit 255", "kill -9 $$", "kill -HUP $$", "trap - TERM; kill -USR1 $$", "kill -ABRT $$"];
     let codes = open_both().map(|environment| {
@@ -260,7 +260,7 @@ fn how_a_shell_ends_is_reported_as_after_a_plain_login() {
 }
 
 #[test]
-fn what_was_started_with_nohup_goes_on_after_the_logout_until_the_close() {
+fn nohup_process_survives_logout_until_the_close() {
     for mut environment in open_both() {
         let seconds = long(&environment, 5);
         let mut terminal = Terminal::at_a_shell(&environment);
@@ -278,7 +278,7 @@ fn what_was_started_with_nohup_goes_on_after_the_logout_until_the_close() {
 }
 
 #[test]
-fn nothing_is_left_of_a_session_whose_client_vanished() {
+fn session_ends_completely_when_its_client_vanishes() {
     for environment in open_both() {
         let before = everything(&environment);
         for commands in [&["sleep"][..], &["bash --norc", "sleep"], &[]] {
@@ -316,14 +316,14 @@ fn a_command_without_a_terminal_outlives_its_client_but_not_the_close() {
         assert_eq!(sleeping(&seconds).len(), 1);
         let began = Instant::now();
         assert_eq!(environment.complete(), 0);
-        // Nobody waits for it: it has no client that could.
+        // The close does not wait for it, because it has no client.
         assert!(began.elapsed() < Duration::from_secs(9), "{:?}", began.elapsed());
         assert!(sleeping(&seconds).is_empty());
     }
 }
 
 #[test]
-fn a_person_is_told_of_the_close_and_their_shell_gets_to_save_its_state() {
+fn close_is_announced_and_shells_can_save_their_state() {
     for mode in MODES {
         let mut environment = Environment::open(Image::Debian, mode);
         let (notes, image) = match mode {
@@ -335,7 +335,7 @@ fn a_person_is_told_of_the_close_and_their_shell_gets_to_save_its_state() {
 
         let mut idle = Terminal::at_a_shell(&environment);
         idle.ask(&format!("HISTFILE={notes}/history; trap 'echo hung up > {notes}/hup' HUP"));
-        // bash runs the one for HUP only if there is one for EXIT too, on any machine.
+        // bash runs its HUP trap only if it has an EXIT trap too, jailed or not.
         idle.ask(&format!("trap 'echo left > {notes}/exit' EXIT"));
         idle.ask("true something to remember");
         let mut busy = Terminal::at_a_shell(&environment);
@@ -364,7 +364,7 @@ fn a_person_is_told_of_the_close_and_their_shell_gets_to_save_its_state() {
 }
 
 #[test]
-fn a_person_who_finishes_at_the_prompt_is_told_the_same() {
+fn close_is_announced_to_the_person_who_marked_the_image() {
     let mut environment = Environment::open(Image::Debian, Mode::Jailed);
     let mut terminal = Terminal::at_a_shell(&environment);
     terminal.line("touch /tmp/failed");
@@ -374,7 +374,7 @@ fn a_person_who_finishes_at_the_prompt_is_told_the_same() {
 }
 
 #[test]
-fn a_paste_of_ten_thousand_characters_arrives_whole() {
+fn paste_of_ten_thousand_characters_arrives_complete() {
     let pasted = (0..200).map(|n| format!("{n:049}")).collect::<Vec<_>>().join("\n") + "\n";
     assert_eq!(pasted.len(), 10_000);
     for mode in MODES {
@@ -388,7 +388,7 @@ fn a_paste_of_ten_thousand_characters_arrives_whole() {
         terminal.line(&format!("echo \"go \"now; cat > {notes}/lines"));
         terminal.see("go now\r\n");
         terminal.paste(&pasted);
-        // The last line's echo: then nothing of it is under way any more.
+        // After the last line has been echoed, no input is in transit.
         terminal.see(&format!("{:049}\r\n", 199));
         terminal.key('d');
         terminal.see(PROMPT);
@@ -404,7 +404,7 @@ fn a_paste_of_ten_thousand_characters_arrives_whole() {
 }
 
 #[test]
-fn an_image_without_its_shell_is_entered_with_sh_and_one_without_any_says_so() {
+fn terminal_falls_back_to_sh_or_reports_a_missing_shell() {
     let volume = Volume::new(Image::Busybox);
     set_root_shell(&volume, "/bin/bash");
     let environment = volume.start(Mode::Jailed).ready();
@@ -426,7 +426,7 @@ fn an_image_without_its_shell_is_entered_with_sh_and_one_without_any_says_so() {
 }
 
 #[test]
-fn one_can_enter_an_image_root_from_a_shell_and_come_back_to_it() {
+fn enter_from_a_shell_returns_to_it() {
     let volume = Volume::new(Image::Debian);
     let enter = format!("{IMS_SSHD} enter {}", volume.image_root.display());
     let seconds = format!("9{}", volume.port);
@@ -453,7 +453,7 @@ fn one_can_enter_an_image_root_from_a_shell_and_come_back_to_it() {
     terminal.see(PROMPT);
     assert_eq!(terminal.status(), "9");
 
-    // The outer shell has its terminal back, with all that goes with it.
+    // The outer shell has its terminal back, with job control.
     terminal.line(&format!("sleep {seconds}"));
     wait_in_front(&seconds);
     terminal.key('c');
@@ -465,7 +465,7 @@ fn one_can_enter_an_image_root_from_a_shell_and_come_back_to_it() {
 }
 
 #[test]
-fn a_program_in_an_image_root_is_a_job_of_the_shell_it_was_started_from() {
+fn program_started_by_enter_is_a_job_of_the_callers_shell() {
     let volume = Volume::new(Image::Debian);
     let enter = format!("{IMS_SSHD} enter {} --", volume.image_root.display());
     let seconds = format!("8{}", volume.port);
@@ -492,7 +492,7 @@ fn a_program_in_an_image_root_is_a_job_of_the_shell_it_was_started_from() {
     assert_eq!(terminal.status(), "130");
     assert!(sleeping(&seconds).is_empty());
 
-    // One that was sent to the background and then wants to read waits until it is in front again.
+    // A program in the background that reads waits until it is in the foreground again.
     terminal.line(&format!("{enter} sh -c 'echo \"type \"something; read a; echo \"read \"$a; exit 11'"));
     terminal.see("type something\r\n");
     terminal.key('z');
@@ -508,7 +508,7 @@ fn a_program_in_an_image_root_is_a_job_of_the_shell_it_was_started_from() {
     terminal.see(PROMPT);
     assert_eq!(terminal.status(), "11");
 
-    // One that ends in the background does not take the terminal either.
+    // A program that ends in the background does not take the terminal either.
     let sleeps_a_moment = format!("{enter} sh -c 'sleep 1; exit 12'");
     terminal.line(&format!("{sleeps_a_moment} & wait $!"));
     terminal.see(PROMPT);
@@ -517,7 +517,7 @@ fn a_program_in_an_image_root_is_a_job_of_the_shell_it_was_started_from() {
     terminal.line("exit");
     assert_no_complaint(&terminal.end().1);
 
-    // Nor is one stopped that no shell is there to continue.
+    // A program without a shell to continue it is not stopped.
     let mut alone = Command::new(&IMS_SSHD);
     alone.arg("enter").arg(&volume.image_root).args(["--", "sh", "-c", ONE_TO_BE_STOPPED]);
     goes_on_after_the_stop_key(Terminal::with(&alone));

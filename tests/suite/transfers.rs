@@ -1,4 +1,4 @@
-//! Files on their way into an image root and out of it, with all that belongs to them.
+//! File transfers into and out of an image root, with all attributes.
 
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::{Path, PathBuf};
@@ -9,21 +9,21 @@ use testbed::*;
 use crate::clients::Place;
 
 crate::clients::shown! {
-    "OpenSSH sftp", "goes on with what was cut off (`reget`, `reput`)" => what_was_cut_off_goes_on;
-    "OpenSSH sftp", "folders, symbolic and hard links, the space left, renaming over a file" => sftp_knows_more_than_files;
-    "OpenSSH scp", "`-3` from one environment to another" => scp_goes_from_one_environment_to_another;
+    "OpenSSH sftp", "goes on with what was cut off (`reget`, `reput`)" => interrupted_transfer_is_resumed;
+    "OpenSSH sftp", "directories, symbolic and hard links, the space left, renaming over a file" => sftp_handles_directories_links_and_renames;
+    "OpenSSH scp", "`-3` from one environment to another" => scp_copies_between_environments;
     "sshfs", "parallel reads and writes" => sshfs_reads_and_writes_in_parallel;
-    "rsync", "both ways, with ACLs, extended attributes, capabilities, holes and hard links" => rsync_keeps_all_that_a_file_has;
-    "tar", "piped through ssh both ways, with the same" => tar_keeps_all_that_a_file_has;
-    "setcap", "a program has its capability in the packed image" => capabilities_are_there_in_the_packed_image;
+    "rsync", "both ways, with ACLs, extended attributes, capabilities, holes and hard links" => rsync_preserves_all_attributes;
+    "tar", "piped through ssh both ways, with the same" => tar_preserves_all_attributes;
+    "setcap", "a program has its capability in the packed image" => capabilities_survive_packing;
 }
 
-/// A folder of the image root, which both sides know.
+/// A directory of the image root that both sides can reach.
 struct Ground {
     environment: Environment,
-    /// As sessions name it.
+    /// Its path for sessions.
     there: String,
-    /// As this test does.
+    /// Its path for this test.
     here: PathBuf,
     local: tempfile::TempDir,
 }
@@ -47,7 +47,7 @@ impl Ground {
         text(output.stdout)
     }
 
-    /// `ssh` as programs are told to call it.
+    /// The `ssh` command line for other programs.
     fn shell(&self) -> String {
         format!("ssh {} -p {}", self.environment.ssh_options().join(" "), self.environment.port)
     }
@@ -63,7 +63,7 @@ fn bytes() -> Vec<u8> {
     (0..500_000_u32).flat_map(u32::to_le_bytes).collect()
 }
 
-fn what_was_cut_off_goes_on(place: Place) {
+fn interrupted_transfer_is_resumed(place: Place) {
     let ground = Ground::new(place);
     let bytes = bytes();
     std::fs::write(ground.here.join("whole"), &bytes).unwrap();
@@ -76,7 +76,7 @@ fn what_was_cut_off_goes_on(place: Place) {
     assert!(std::fs::read(ground.here.join("put")).unwrap() == bytes);
 }
 
-fn sftp_knows_more_than_files(place: Place) {
+fn sftp_handles_directories_links_and_renames(place: Place) {
     let ground = Ground::new(place);
     std::fs::create_dir_all(ground.local("tree/a/b")).unwrap();
     std::fs::write(ground.local("tree/a/b/file"), "text").unwrap();
@@ -93,7 +93,7 @@ fn sftp_knows_more_than_files(place: Place) {
     assert_eq!(said.lines().filter(|line| line.ends_with('%')).count(), 2, "{said}");
 }
 
-fn scp_goes_from_one_environment_to_another(place: Place) {
+fn scp_copies_between_environments(place: Place) {
     let (from, to) = (Ground::new(place), Ground::new(place));
     let bytes = bytes();
     std::fs::write(from.here.join("file"), &bytes).unwrap();
@@ -134,36 +134,36 @@ fn sshfs_reads_and_writes_in_parallel(place: Place) {
     assert!(sshfs.wait().unwrap().success());
 }
 
-/// Makes files of every kind that is to arrive as it is.
+/// Creates files of every kind whose attributes must survive.
 fn lay_out(tree: &Path) {
-    std::fs::create_dir_all(tree.join("folder")).unwrap();
+    std::fs::create_dir_all(tree.join("directory")).unwrap();
     let file = |name: &str| std::fs::write(tree.join(name), name).unwrap();
     for name in ["plain", "shared", "described", "capable", "others"] {
         file(name);
     }
-    std::fs::hard_link(tree.join("plain"), tree.join("folder/plain-too")).unwrap();
+    std::fs::hard_link(tree.join("plain"), tree.join("directory/plain-too")).unwrap();
     symlink("plain", tree.join("link")).unwrap();
     std::os::unix::fs::lchown(tree.join("others"), Some(12345), Some(54321)).unwrap();
     std::fs::File::create(tree.join("holes")).unwrap().set_len(8 << 20).unwrap();
     let call =
         |line: &str, name: &str| succeed(Command::new("sh").args(["-c", &format!("{line} {name}")]).current_dir(tree));
     call("setfacl -m u:12345:rw,g:54321:r", "shared");
-    call("setfacl -d -m u:12345:rwx", "folder");
+    call("setfacl -d -m u:12345:rwx", "directory");
     call("setfattr -n user.comment -v 'of the test'", "described");
     call("setcap cap_net_bind_service,cap_net_raw+ep", "capable");
     call("touch -d 2001-02-03T04:05:06.789", "plain");
 }
 
-/// All that is to be the same.
+/// Attributes that must stay the same.
 fn description(tree: &Path) -> String {
     let tell = "getfacl -R -n -p .; getfattr -R -h -d -m - -e hex .; find . -type f -o -type l | sort | xargs stat -c '%n %f %u:%g %s %h %Y'";
     let all = succeed(Command::new("sh").args(["-c", tell]).current_dir(tree));
     let blocks = std::fs::metadata(tree.join("holes")).unwrap().blocks();
-    // With holes or without, never with a few.
+    // Sparse or not, regardless of the number of holes.
     format!("{all}\n{}", if blocks < 1000 { "holes" } else { "no holes" })
 }
 
-fn keeps_all_that_a_file_has(ground: &Ground, put: impl Fn(&Path), get: impl Fn(&Path)) {
+fn preserves_all_attributes(ground: &Ground, put: impl Fn(&Path), get: impl Fn(&Path)) {
     let (tree, back) = (ground.local("tree"), ground.local("back"));
     lay_out(&tree);
     std::fs::create_dir(&back).unwrap();
@@ -175,22 +175,22 @@ fn keeps_all_that_a_file_has(ground: &Ground, put: impl Fn(&Path), get: impl Fn(
     assert_eq!(description(&back), before);
 }
 
-fn rsync_keeps_all_that_a_file_has(place: Place) {
+fn rsync_preserves_all_attributes(place: Place) {
     let ground = Ground::new(place);
     let shell = ground.shell();
     let remote = format!("root@127.0.0.1:{}/tree/", ground.there);
     let rsync = |from: &str, to: &str| ground.call("rsync -aAXSH --numeric-ids -e", &[&shell, from, to]);
-    keeps_all_that_a_file_has(
+    preserves_all_attributes(
         &ground,
         |tree| drop(rsync(&format!("{}/", tree.display()), &remote)),
         |back| drop(rsync(&remote, &format!("{}/", back.display()))),
     );
-    // Nothing is left to do.
+    // A second run has nothing left to do.
     let again = ground.call("rsync -aAXSHi --numeric-ids -e", &[&shell, &remote, "back/"]);
     assert_eq!(again, "");
 }
 
-fn tar_keeps_all_that_a_file_has(place: Place) {
+fn tar_preserves_all_attributes(place: Place) {
     let ground = Ground::new(place);
     std::fs::create_dir(ground.here.join("tree")).unwrap();
     let shell = ground.shell();
@@ -199,7 +199,7 @@ fn tar_keeps_all_that_a_file_has(place: Place) {
     let create = format!("tar {options} -cf -");
     let extract = format!("tar {options} -xpf -");
     let pipe = |line: String| drop(succeed(Command::new("bash").args(["-o", "pipefail", "-fc", &line])));
-    keeps_all_that_a_file_has(
+    preserves_all_attributes(
         &ground,
         |tree| {
             pipe(format!(
@@ -213,12 +213,12 @@ fn tar_keeps_all_that_a_file_has(place: Place) {
     );
 }
 
-fn capabilities_are_there_in_the_packed_image(place: Place) {
+fn capabilities_survive_packing(place: Place) {
     let mut ground = Ground::new(place);
     let there = &ground.there;
     ground.environment.says(&format!("cp /bin/busybox {there}/grep && setcap cap_net_raw,cap_kill+ep {there}/grep"));
     let inside = ground.environment.says(&format!("getcap {there}/grep"));
-    // As nobody, in the session, and then in the packed image.
+    // As nobody, first in the session and then in the packed image.
     let has = "grep CapEff /proc/self/status";
     let granted = "CapEff:\t0000000000002020";
     let as_nobody = "setpriv --reuid 65534 --clear-groups";

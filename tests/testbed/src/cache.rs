@@ -1,4 +1,4 @@
-//! What `make test` keeps from run to run, and directories of tests beside it.
+//! The cache that `make test` keeps between runs, and the directories of tests.
 
 use std::path::{Path, PathBuf};
 

@@ -23,7 +23,7 @@ pub fn walk(directory: &Path) -> Vec<PathBuf> {
     found
 }
 
-/// Whether a regular file is there itself, and not a link to one.
+/// True if `path` is a regular file itself, and not a link to one.
 pub fn is_regular(path: &Path) -> bool {
     std::fs::symlink_metadata(path).is_ok_and(|m| m.is_file())
 }

@@ -26,12 +26,12 @@ impl std::ops::Deref for Environment {
 }
 
 impl Environment {
-    /// A ready environment in which one can log in.
+    /// An environment that is ready for logins.
     pub fn open(image: Image, mode: Mode) -> Self {
         Volume::new(image).start(mode).ready()
     }
 
-    /// Says `ready` and waits until sshd listens.
+    /// Creates `ready` and waits until sshd listens.
     pub fn ready(self) -> Self {
         self.touch("ready");
         self.wait_for("sshd_listening");
@@ -100,7 +100,7 @@ impl Environment {
         assert!(!self.signal("complete").exists(), "a false success; the log:\n{log}");
     }
 
-    /// What `ims-sshd status` prints.
+    /// Output of `ims-sshd status`.
     pub fn status(&self, arguments: &[&str]) -> String {
         succeed(Command::new(&IMS_SSHD).arg("status").args(arguments).arg(&self.parent))
     }

@@ -1,4 +1,4 @@
-//! A server of one file. It knows ranges and If-Match, and misbehaves as the test tells it to.
+//! A server of one file, which supports ranges and If-Match, and has the faults that a test requests.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;

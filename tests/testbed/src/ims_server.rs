@@ -1,5 +1,5 @@
-//! An IMS that takes what its published schema knows and nothing else: an unknown field is 400, a wrong state 409. A
-//! refusal is described as in RFC 7807.
+//! An IMS that accepts exactly its published schema: an unknown field is 400, a wrong state 409. Errors are described as
+//! in RFC 7807.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -109,17 +109,17 @@ impl ImsServer {
         self.state.lock().unwrap()
     }
 
-    /// The next request "METHOD /path body" that begins like this meets the fault.
+    /// Applies the fault to the next request "METHOD /path body" that begins like this.
     pub fn fail(&self, request: &str, fault: Fault) {
         self.state().faults.push((request.to_owned(), fault));
     }
 
-    /// Forgets all faults that have not been met.
+    /// Forgets all faults that have not occurred.
     pub fn forget_faults(&self) {
         self.state().faults.clear();
     }
 
-    /// Whether all faults have been met.
+    /// True if all faults have occurred.
     pub fn is_well(&self) -> bool {
         self.state().faults.is_empty()
     }

@@ -49,14 +49,14 @@ pub fn bootable_image() -> (TempDir, PathBuf) {
     (dir, tree)
 }
 
-/// The same, and a squashfs of it.
+/// [`image`] in a directory of its own, and a squashfs of it.
 pub fn packed_image() -> (TempDir, PathBuf, PathBuf) {
     let (dir, tree) = bootable_image();
     let squashfs = squashfs_of(&tree);
     (dir, tree, squashfs)
 }
 
-/// The same, and what is in the squashfs, for a server.
+/// [`packed_image`] with the content of the squashfs, for a server.
 pub fn served_image() -> (TempDir, PathBuf, Vec<u8>) {
     let (dir, tree, squashfs) = packed_image();
     (dir, tree, std::fs::read(squashfs).unwrap())

@@ -16,10 +16,10 @@ pub enum Mode {
 
 pub const MODES: [Mode; 2] = [Mode::Jailed, Mode::Plain];
 
-/// How strong a jail can be, best first.
+/// Tiers of a jail, best first.
 pub const TIERS: [&str; 3] = ["namespace", "user", "chroot"];
 
-/// The tiers whose jails have namespaces, and so mounts and processes of their own.
+/// Tiers whose jails have namespaces, and so mounts and processes of their own.
 pub const NAMESPACE_TIERS: [&str; 2] = [TIERS[0], TIERS[1]];
 
 /// A command prefix: runs the rest where a file of /proc is masked.
