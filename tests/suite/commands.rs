@@ -41,10 +41,10 @@ const JAILED: &[Column] = &[Namespace, User];
 type But = (&'static [Column], &'static str);
 
 const OWN_PROCESSES: But =
-    (&[Namespace, User, Original], "a jail has processes of its own, and under ChrootDirectory there is no /proc");
-const NO_VARIABLES: But = (&[Original], "sshd's ChrootDirectory knows no job");
+    (&[Namespace, User, Original], "a jail has processes of its own, and `ChrootDirectory` alone has no /proc");
+const NO_VARIABLES: But = (&[Original], "with `ChrootDirectory` alone, sshd sets no variables of the job");
 const NO_PROC: But = (&[Original], "nothing is mounted on /proc");
-const NO_DEV: But = (&[Original], "/dev lacks what links into /proc");
+const NO_DEV: But = (&[Original], "/dev has no links into /proc");
 const NO_DEVPTS: But = (&[Original], "nothing is mounted on /dev/pts");
 
 const TABLE: &[(Client, &str, &[But])] = &[
@@ -280,7 +280,7 @@ pub fn page() -> String {
     let mut page = format!(
         "\n## The same command, jailed and plain\n\n\
          {} commands of OpenSSH's `ssh`, `sftp` and `scp` are run in a jail of either tier, under sshd's own `ChrootDirectory`, and on a plain\n\
-         login to the same image (`tests/suite/commands.rs`). Exit code, standard error and standard output are the same, but for these:\n\n\
+         login to the same image (`tests/suite/commands.rs`). Exit code, standard error and standard output are the same, with these exceptions:\n\n\
          | client | command | differs in | why |\n|---|---|---|---|\n",
         TABLE.len()
     );

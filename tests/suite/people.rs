@@ -17,8 +17,8 @@ crate::clients::shown! {
     "vim", "writes a file, in a window that is resized" => vim_writes_a_file;
     "less", "pages to the end" => less_pages_to_the_end;
     "top", "shows processes until `q`" => top_shows_processes;
-    "tmux", "is attached to again by a second session" => tmux_is_attached_to_again;
-    "screen", "is attached to again by a second session" => screen_is_attached_to_again;
+    "tmux", "can be attached again by a second session" => tmux_is_attached_to_again;
+    "screen", "can be attached again by a second session" => screen_is_attached_to_again;
     "su, sudo, script", "keep the terminal" => su_sudo_and_script_keep_the_terminal;
 }
 

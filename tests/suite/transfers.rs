@@ -9,12 +9,12 @@ use testbed::*;
 use crate::clients::Place;
 
 crate::clients::shown! {
-    "OpenSSH sftp", "goes on with what was cut off (`reget`, `reput`)" => interrupted_transfer_is_resumed;
-    "OpenSSH sftp", "directories, symbolic and hard links, the space left, renaming over a file" => sftp_handles_directories_links_and_renames;
-    "OpenSSH scp", "`-3` from one environment to another" => scp_copies_between_environments;
+    "OpenSSH sftp", "resumes an interrupted transfer (`reget`, `reput`)" => interrupted_transfer_is_resumed;
+    "OpenSSH sftp", "directories, symbolic and hard links, free space, renaming over a file" => sftp_handles_directories_links_and_renames;
+    "OpenSSH scp", "`-3` between two environments" => scp_copies_between_environments;
     "sshfs", "parallel reads and writes" => sshfs_reads_and_writes_in_parallel;
     "rsync", "both ways, with ACLs, extended attributes, capabilities, holes and hard links" => rsync_preserves_all_attributes;
-    "tar", "piped through ssh both ways, with the same" => tar_preserves_all_attributes;
+    "tar", "piped through ssh both ways, with the same attributes" => tar_preserves_all_attributes;
     "setcap", "a program has its capability in the packed image" => capabilities_survive_packing;
 }
 
