@@ -1,4 +1,4 @@
-//! An open environment: what it consists of, how it is made, and how it is given back.
+//! An open environment: its parts, how they are made, and how the image root is released.
 
 use std::time::Instant;
 
@@ -23,7 +23,7 @@ use crate::volume::image_root;
 use crate::volume::signal_files::SignalFiles;
 use crate::volume::state_directory::StateDirectory;
 
-/// Place of an open environment. It outlives the environment: the verdict is recorded there.
+/// Settings and directories of an open environment. They outlive it: the verdict is recorded there.
 #[derive(Clone, Copy)]
 pub(super) struct Place<'a> {
     pub(super) settings: &'a Settings,
@@ -36,24 +36,25 @@ pub(super) struct Place<'a> {
 pub(super) struct Open {
     groundwork: Groundwork,
     effective: Effective,
-    /// Runs the programs of an image of another architecture.
+    /// Emulation of an image of another architecture.
     emulation: Emulation,
-    /// None in plain mode, and while a new one could not be made.
+    /// `None` in plain mode, and while the jail could not be made again.
     pub(super) jail: Option<OpenJail>,
-    /// None once it has died, until it is started again.
+    /// `None` between the death of sshd and its restart.
     pub(super) daemon: Option<Daemon>,
     clients: Clients,
     pub(super) presence: Presence,
-    /// Logins that sshd refuses, where it logs to a file.
+    /// Watches sshd's log for refused logins, if sshd logs to a file.
     pub(super) refusals: Option<Refusals>,
     pub(super) watchdog: Watchdog,
     pub(super) script: Option<Script>,
-    /// Parts that are to be started again, and when.
+    /// Parts to restart, and when.
     pub(super) restarts: Vec<(Part, Instant)>,
 }
 
 impl Open {
-    /// Makes all that does not run: cleans up after an environment that was killed, configures sshd, listens for sessions.
+    /// Makes everything but the jail and sshd: cleans up after a killed environment, sets up emulation, configures
+    /// sshd, and listens for sessions.
     pub(super) fn make(groundwork: Groundwork, place: Place<'_>) -> Result<Self> {
         let Place { settings, state, files, image_root } = place;
         let recovered = recover(settings, files, image_root, state)?;
@@ -62,7 +63,7 @@ impl Open {
         }
         let tier = groundwork.jail.as_ref().map(|kind| kind.tier);
         let emulation = match emulation::prepare(image_root, settings.job.architecture, files.parent(), tier) {
-            // Beside the image root, people may have come for its files alone.
+            // In plain mode people may need the files only, not the programs.
             Err(e) if !settings.job.jailed => {
                 tracing::warn!("{e}");
                 Emulation::default()
@@ -124,7 +125,8 @@ impl Open {
     }
 
     fn remake_jail(&mut self, place: Place<'_>) -> Result<()> {
-        // The old jail stays as long as this fails: the next one's mount does not show who uses the old one's.
+        // Keep the old jail until its image root is sealed: a file that is open on the old jail's mount would not be
+        // found through the new one's.
         if self.jail.is_some() {
             OpenJail::seal(place.state, Instant::now() + TIME_TO_CLOSE_FILES)?;
         }
@@ -134,8 +136,8 @@ impl Open {
         self.make_jail(place)
     }
 
-    /// Starts parts again whose time has come. Returns those that could not be started.
-    pub(super) fn start_again(&mut self, place: Place<'_>) -> Vec<Part> {
+    /// Restarts parts whose wait is over. Returns those that could not be restarted.
+    pub(super) fn restart_due(&mut self, place: Place<'_>) -> Vec<Part> {
         let now = Instant::now();
         let mut due: Vec<_> = self.restarts.extract_if(.., |(_, at)| *at <= now).map(|(part, _)| part).collect();
         due.retain(|part| {
@@ -153,7 +155,7 @@ impl Open {
         let Some(path) = settings.script.as_ref().filter(|p| p.exists()) else { return Ok(()) };
         let mut variables = settings.session_variables.clone();
         variables.push(("IMAGE_ROOT_PARENT".into(), settings.job.parent.display().to_string()));
-        tracing::info!("customization script {} starts", path.display());
+        tracing::info!("starting the customization script {}", path.display());
         let _expendable = Expendable::children();
         self.script = Some(Script::start(path, &variables)?);
         Ok(())
@@ -164,7 +166,7 @@ impl Open {
         self.script.as_ref().is_some_and(|script| script.pid().is_some())
     }
 
-    /// Processes that sshd runs for clients. Plain mode learns only here which sessions have begun and ended.
+    /// Processes that sshd runs for clients. In plain mode, this is also how sessions are found and logged.
     pub(super) fn running(&mut self) -> Running {
         let running = self.clients.look(self.daemon.as_ref().map(|daemon| daemon.pid));
         if self.groundwork.jail.is_none() {
@@ -173,15 +175,16 @@ impl Open {
         running
     }
 
-    /// The interactive shells among `running`.
+    /// Interactive shells among `running`.
     pub(super) fn interactive(&self, running: Running) -> Vec<Entry> {
         let mut sessions = running.sessions;
         sessions.retain(|leader| self.presence.is_interactive(leader));
         sessions
     }
 
-    /// Gives the image root back, in which nothing runs any more. Waits until `limit` for processes outside that have a file of it open for
-    /// writing. Logs what could not be done, and returns whether all was; with `is_failed`, such a file does not matter.
+    /// Releases the image root after all processes have ended. Waits until `limit` for processes outside that have one
+    /// of its files open for writing; with `is_failed`, such a file is only logged. Logs errors, and returns whether
+    /// there were none.
     pub(super) fn release(self, place: Place<'_>, limit: Instant, is_failed: bool) -> bool {
         let mut cleanly = true;
         if let Some(jail) = self.jail {
@@ -202,7 +205,7 @@ impl Open {
     }
 }
 
-/// Logs an error that stops nothing. Returns whether there was none.
+/// Logs an error without stopping. Returns whether there was none.
 pub(super) fn succeeded(result: Result<()>) -> bool {
     result.inspect_err(|e| tracing::error!("{e}")).is_ok()
 }

@@ -1,4 +1,5 @@
-//! Who is in the environment: sessions as their helpers tell of them, and as they are found where no helper is (plain mode).
+//! Sessions of the environment, as their helpers report them, or as they are found below sshd where there is no helper
+//! (plain mode).
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
@@ -17,23 +18,24 @@ use crate::sys::process::Entry;
 use crate::sys::seqpacket::{Listener, Packets};
 use crate::sys::tree::Tree;
 
-/// So many descriptors this process keeps for everything else: without one it could neither look for a mark nor end a process.
+/// Number of descriptors reserved for everything else: without one the supervisor could neither read a mark nor end a
+/// process.
 const RESERVED: u64 = 48;
 
 /// A session that is running.
 #[derive(Debug, Clone)]
 pub(crate) struct Session {
-    /// Its first process: the helper, or in plain mode the shell or command.
+    /// PID of its first process: the helper, or in plain mode the shell or command.
     pub(crate) pid: i32,
-    /// The client's address.
+    /// Address of the client.
     pub(crate) client: String,
-    /// The fingerprint of its key, as sshd logs it; empty where it is not known.
+    /// Fingerprint of the client's key, as sshd logs it; empty if it is unknown.
     pub(crate) key: String,
-    /// Whether there is a terminal.
+    /// True if the session has a terminal.
     pub(crate) terminal: bool,
-    /// Whether it is a shell at a terminal, without a command of the client's.
+    /// True for a shell on a terminal, started without a command.
     pub(crate) interactive: bool,
-    /// `shell`, `sftp`, or the command line, without what looks like a secret.
+    /// `shell`, `sftp`, or the command line with secrets masked.
     pub(crate) request: String,
     /// When it began.
     pub(crate) since: SystemTime,
@@ -62,7 +64,8 @@ impl Session {
         );
     }
 
-    /// Logs its end: an exit code, the name of a signal, each perhaps with a reason, or nothing where that is not known.
+    /// Logs the end of the session. `how` is an exit code or the name of a signal, optionally with `: REASON`; `None`
+    /// if that is unknown.
     fn log_end(&self, how: Option<&str>) {
         let seconds = self.since.elapsed().unwrap_or_default().as_secs_f64();
         let (how, reason) =
@@ -74,33 +77,33 @@ impl Session {
     }
 }
 
-/// One line to a helper, or to somebody who asks for the status.
-struct Line {
+/// Connection of a helper, or of a client that asks for the status.
+struct Connection {
     packets: Packets,
     session: Option<Session>,
-    /// How the session ended, once that was told.
+    /// How the session ended, once the helper has reported it.
     ended: Option<String>,
 }
 
-/// All who are there.
+/// All sessions of the environment.
 pub(crate) struct Presence {
     listener: Listener,
-    /// By their descriptors.
-    lines: BTreeMap<RawFd, Line>,
-    /// The lines, and the listener as `None`.
+    /// Connections by their descriptors.
+    connections: BTreeMap<RawFd, Connection>,
+    /// The connections, and the listener as `None`.
     sources: Sources<Option<RawFd>>,
-    /// Maximum number of lines held at once; sessions beyond it are not noticed.
-    most_lines: usize,
-    /// True once lines were refused and the log has said so.
+    /// Maximum number of connections; sessions beyond it are not logged.
+    most_connections: usize,
+    /// True once a connection was refused, which is logged once.
     was_full: bool,
-    /// Sessions without a helper, by number and start of their first process.
+    /// Sessions without a helper, each with the start time of its first process.
     found: Vec<(Session, u64)>,
-    /// When a session was last heard to end, however short it was.
+    /// When a helper last reported the end of a session, however short.
     last_heard: Option<Instant>,
 }
 
 impl Presence {
-    /// Listens in the environment's state folder.
+    /// Listens in the environment's state directory.
     pub(crate) fn listen(state: &Path) -> Result<Self> {
         let path = state.join(SOCKET);
         let attempted = || format!("listen at {}", path.display());
@@ -108,46 +111,46 @@ impl Presence {
         let mut sources = Sources::new().attempt(attempted)?;
         sources.add(&listener, None).attempt(attempted)?;
         let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(u64::MAX);
-        let most_lines = usize::try_from(limit.saturating_sub(RESERVED)).unwrap_or(usize::MAX).max(1);
-        let (lines, found) = (BTreeMap::new(), Vec::new());
-        Ok(Self { listener, lines, sources, most_lines, was_full: false, found, last_heard: None })
+        let most_connections = usize::try_from(limit.saturating_sub(RESERVED)).unwrap_or(usize::MAX).max(1);
+        let (connections, found) = (BTreeMap::new(), Vec::new());
+        Ok(Self { listener, connections, sources, most_connections, was_full: false, found, last_heard: None })
     }
 
     /// Sessions that are running now.
     pub(crate) fn sessions(&self) -> impl Iterator<Item = &Session> {
-        self.lines.values().filter_map(|l| l.session.as_ref()).chain(self.found.iter().map(|(s, _)| s))
+        self.connections.values().filter_map(|l| l.session.as_ref()).chain(self.found.iter().map(|(s, _)| s))
     }
 
-    /// Whether the session whose first process is `leader` is an interactive shell.
+    /// Returns whether the session whose first process is `leader` is an interactive shell.
     pub(crate) fn is_interactive(&self, leader: &Entry) -> bool {
         self.sessions().any(|session| session.interactive && session.pid == leader.pid.as_raw())
     }
 
-    /// Sessions that are running now, for the status.
+    /// Sessions that are running now, as the status prints them.
     pub(crate) fn to_json(&self) -> Value {
         self.sessions().map(Session::to_json).collect()
     }
 
-    /// When a session was last heard to end.
+    /// When a helper last reported the end of a session.
     pub(crate) fn last_heard(&self) -> Option<Instant> {
         self.last_heard
     }
 
-    /// Hears what helpers tell, and returns whether somebody asked for the status.
-    pub(crate) fn look(&mut self) -> Vec<Packets> {
-        let mut asking = Vec::new();
+    /// Receives the reports of helpers. Returns the connections of clients that ask for the status.
+    pub(crate) fn receive(&mut self) -> Vec<Packets> {
+        let mut clients = Vec::new();
         loop {
             let ready = self.sources.wait(Duration::ZERO);
             if ready.is_empty() {
-                return asking;
+                return clients;
             }
             for number in ready {
-                match number.and_then(|number| self.lines.get_mut(&number)).map(Line::hear) {
+                match number.and_then(|number| self.connections.get_mut(&number)).map(Connection::receive) {
                     None => self.accept(),
-                    Some(Heard::News) => {}
-                    Some(Heard::Question) => asking.extend(self.forget(number)),
-                    Some(Heard::End) => {
-                        self.forget(number);
+                    Some(Received::Report) => {}
+                    Some(Received::StatusRequest) => clients.extend(self.remove(number)),
+                    Some(Received::End) => {
+                        self.remove(number);
                         self.last_heard = Some(Instant::now());
                     }
                 }
@@ -158,31 +161,32 @@ impl Presence {
     fn accept(&mut self) {
         while let Some(packets) = self.listener.accept() {
             let number = packets.as_fd().as_raw_fd();
-            if self.lines.len() < self.most_lines && self.sources.add(&packets, Some(number)).is_ok() {
-                self.lines.insert(number, Line { packets, session: None, ended: None });
+            if self.connections.len() < self.most_connections && self.sources.add(&packets, Some(number)).is_ok() {
+                self.connections.insert(number, Connection { packets, session: None, ended: None });
             } else if !std::mem::replace(&mut self.was_full, true) {
-                let most = self.most_lines;
+                let most = self.most_connections;
                 tracing::warn!(
-                    "{most} sessions are open: further ones are not logged, for lack of descriptors (ulimit -n)"
+                    "{most} sessions are open, as many as descriptors allow (ulimit -n): further ones are not logged"
                 );
             }
         }
     }
 
-    /// Removes a line, which is no source any more even while its descriptor is open.
-    fn forget(&mut self, number: Option<RawFd>) -> Option<Packets> {
-        let line = self.lines.remove(&number?)?;
-        self.sources.remove(&line.packets);
-        Some(line.packets)
+    /// Removes a connection. Its descriptor may stay open, so it has to be removed from the sources too.
+    fn remove(&mut self, number: Option<RawFd>) -> Option<Packets> {
+        let connection = self.connections.remove(&number?)?;
+        self.sources.remove(&connection.packets);
+        Some(connection.packets)
     }
 
-    /// Logs the end of those that the close has ended.
+    /// Logs the end of the sessions that the close has ended.
     pub(crate) fn close(mut self) {
-        self.look();
+        self.receive();
         self.compare(&[]);
     }
 
-    /// Compares with the first processes of all sessions, as they are found in plain mode: logs who has come and gone.
+    /// Compares the known sessions with `leaders`, the first processes of the sessions found in plain mode, and logs
+    /// which sessions began and ended.
     pub(crate) fn compare(&mut self, leaders: &[Entry]) {
         let gone = |(session, start): &(Session, u64)| {
             !leaders.iter().any(|e| e.pid.as_raw() == session.pid && e.start == *start)
@@ -211,21 +215,22 @@ impl Presence {
 }
 
 impl AsFd for Presence {
-    /// Readable when there is something to [`Presence::look`] at.
+    /// Readable when [`Presence::receive`] has something to receive.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.sources.as_fd()
     }
 }
 
-enum Heard {
-    News,
-    Question,
+/// Kind of a received packet.
+enum Received {
+    Report,
+    StatusRequest,
     End,
 }
 
-impl Line {
-    /// Takes one packet, which has come.
-    fn hear(&mut self) -> Heard {
+impl Connection {
+    /// Receives one packet, once the connection is readable.
+    fn receive(&mut self) -> Received {
         match self.packets.receive().ok().flatten().as_deref().map(Packet::parse) {
             Some(Some(Packet::Begin(beginning))) => {
                 let session = Session {
@@ -241,20 +246,20 @@ impl Line {
                 self.session = Some(session);
             }
             Some(Some(Packet::End(how))) => self.ended = Some(how),
-            Some(Some(Packet::Status)) => return Heard::Question,
+            Some(Some(Packet::Status)) => return Received::StatusRequest,
             Some(None) => {}
             None => {
                 if let Some(session) = &self.session {
                     session.log_end(Some(self.ended.as_deref().unwrap_or(": its helper died")));
                 }
-                return Heard::End;
+                return Received::End;
             }
         }
-        Heard::News
+        Received::Report
     }
 }
 
-/// What sshd gave a session as `name`.
+/// Value of the variable `name` that sshd gave a session.
 fn variable_of(leader: &Entry, name: &str) -> Option<String> {
     let variables = std::fs::read(format!("/proc/{}/environ", leader.pid)).ok()?;
     let variables = String::from_utf8_lossy(&variables);
@@ -265,14 +270,14 @@ fn first_word(text: &str) -> String {
     text.split(' ').next().unwrap_or_default().to_owned()
 }
 
-/// By the file in which sshd tells a session what it authenticated with.
+/// Fingerprint of a session's key, by the file that sshd writes for it (`ExposeAuthInfo`).
 fn key_of(leader: &Entry) -> Option<String> {
-    // As a tree: the session may have put something there that one would wait for.
-    let told = Tree::open(Path::new("/")).ok()?.read(variable_of(leader, "SSH_USER_AUTH")?, 64 << 10).ok()?;
-    fingerprint(String::from_utf8_lossy(&told).lines().next()?)
+    // Read through a Tree, which refuses anything but a regular file: the session may have put a fifo there.
+    let text = Tree::open(Path::new("/")).ok()?.read(variable_of(leader, "SSH_USER_AUTH")?, 64 << 10).ok()?;
+    fingerprint(String::from_utf8_lossy(&text).lines().next()?)
 }
 
-/// The fingerprint of a key in a line of `ExposeAuthInfo`, as sshd and `ssh-keygen -l` print it.
+/// Fingerprint of the key in a line of `ExposeAuthInfo`, as sshd and `ssh-keygen -l` print it.
 fn fingerprint(credential: &str) -> Option<String> {
     let key = credential.split_ascii_whitespace().nth(2)?;
     let raw = base64::engine::general_purpose::STANDARD.decode(key).ok()?;
@@ -285,7 +290,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_fingerprint_is_the_one_that_ssh_keygen_prints() {
+    fn fingerprint_is_that_of_ssh_keygen() {
         let dir = tempfile::tempdir().unwrap();
         let key = dir.path().join("key");
         let keygen = |arguments: &[&str]| {

@@ -1,4 +1,4 @@
-//! The end of all that a job still runs.
+//! Ends the processes of a job: SIGTERM first, then SIGKILL.
 
 use std::collections::{HashMap, HashSet};
 use std::ops::ControlFlow;
@@ -14,7 +14,7 @@ use crate::log::redaction::without_secrets;
 use crate::sys::poll;
 use crate::sys::process::{Entry, Handle, descendants, numbers, reap, visit_descendants};
 
-/// How long a process has to end by itself after SIGTERM.
+/// Time for a process to end by itself after SIGTERM.
 const TERM_TIME: Duration = Duration::from_secs(1);
 
 /// Time for the programs in a jail to save state (an editor's recovery file) before the jail is killed.
@@ -26,28 +26,28 @@ const NAMED: usize = 20;
 /// Number of processes watched for their end, each by a descriptor.
 const WATCHED: usize = 16;
 
-/// Ends every process of the job: each descendant of this process, which has to be a subreaper (or PID 1), and whoever is in `jail`: TERM,
-/// and KILL for those that stay. A process that only has its working directory in the image root is not the job's.
+/// Ends every process of the job: each descendant of this process, which has to be a subreaper (or PID 1), and every
+/// process in `jail`. A process that only has its working directory in the image root does not belong to the job.
 pub(crate) fn end_all(jail: Option<&OpenJail>) -> Result<()> {
     let mut ending = Ending::begin();
     let (init, mounts) = (jail.map(OpenJail::init), jail.and_then(|jail| jail.namespace_name("mnt")));
     let visit = |visit: Visitor<'_>| {
-        // The init is ended last, by its jail.
+        // Leave the init out: `OpenJail::end` ends it last.
         let visit = &mut |entry: &Entry| if Some(entry.pid) == init { ControlFlow::Continue(()) } else { visit(entry) };
         visit_descendants(visit);
         if let Some(mounts) = &mounts {
-            visit_those_among(mounts, visit);
+            visit_entered(mounts, visit);
         }
     };
     if let Some(jail) = jail {
         let left = ending.ask(visit);
-        ending.tell_killed_with(jail, left);
+        ending.log_killed_with(jail, left);
         jail.end()?;
     }
     ending.finish(visit)
 }
 
-/// Ends the process `root` of an earlier environment with all that descends from it.
+/// Ends the process `root` of an earlier environment and its descendants.
 pub(crate) fn end_tree(root: &Entry) -> Result<()> {
     Ending::begin().finish(|visit| {
         let all = Entry::all();
@@ -59,24 +59,26 @@ pub(crate) fn end_tree(root: &Entry) -> Result<()> {
 
 type Visitor<'a> = &'a mut dyn FnMut(&Entry) -> ControlFlow<()>;
 
-/// Those that have entered the mount namespace of this name, but are not in the jail's PID namespace, as by `nsenter --mount`.
-fn visit_those_among(mounts: &Path, visit: Visitor<'_>) {
-    let among = |pid: &Pid| std::fs::read_link(format!("/proc/{pid}/ns/mnt")).is_ok_and(|own| own == mounts);
-    let found = numbers(Path::new("/proc")).filter(among).filter_map(Entry::read);
+/// Visits processes that have entered the mount namespace of this name from outside, such as by `nsenter --mount`. They
+/// need not be in the jail's PID namespace.
+fn visit_entered(mounts: &Path, visit: Visitor<'_>) {
+    let has_entered = |pid: &Pid| std::fs::read_link(format!("/proc/{pid}/ns/mnt")).is_ok_and(|own| own == mounts);
+    let found = numbers(Path::new("/proc")).filter(has_entered).filter_map(Entry::read);
     let _ = found.into_iter().try_for_each(|entry| visit(&entry));
 }
 
-/// Processes on their way to their end, in sweeps: what forks faster than one looks is found by the next.
+/// State of ending processes. It works in sweeps: a process that forks during one sweep is found by the next.
 struct Ending {
     began: Instant,
+    /// Processes that got SIGTERM.
     asked: HashSet<Pid>,
-    /// Process groups that were signalled as a whole, and by which sweep.
+    /// Process groups that were signalled as a whole, and in which sweep.
     groups: HashMap<(Pid, Signal), usize>,
     sweeps: usize,
-    /// When the newest of those that the first sweep asked had started. A later process may be what a program has started because it was
-    /// asked to end, to save its state.
+    /// Start time of the newest process that the first sweep found. A process that starts later may be one that a
+    /// program runs on SIGTERM, to save its state; it gets no SIGTERM.
     newest: Option<u64>,
-    killed: Told,
+    killed: Killed,
 }
 
 /// Result of one sweep.
@@ -93,11 +95,11 @@ impl Ending {
             groups: HashMap::new(),
             sweeps: 0,
             newest: None,
-            killed: Told::default(),
+            killed: Killed::default(),
         }
     }
 
-    /// Asks everybody to end, and waits for that a moment. Returns how many were left in the end.
+    /// Sends SIGTERM to all processes and waits up to [`ASK_TIME`]. Returns how many are left.
     fn ask(&mut self, visit: impl Fn(Visitor<'_>)) -> usize {
         loop {
             let sweep = self.sweep(&visit, false);
@@ -109,9 +111,10 @@ impl Ending {
         }
     }
 
-    /// Asks everybody to end, kills whoever has not ended in time, and returns when nobody is left.
+    /// Sends SIGTERM to all processes, kills those that do not end in time, and returns when none is left.
     fn finish(mut self, visit: impl Fn(Visitor<'_>)) -> Result<()> {
-        // Counted from the first sweep that kills: where memory is used up, the sweep before it can take seconds.
+        // The time limit starts at the first sweep that kills: when memory is used up, the sweep before it can take
+        // seconds.
         let mut killing: Option<Instant> = None;
         loop {
             if self.began.elapsed() >= TERM_TIME {
@@ -148,66 +151,67 @@ impl Ending {
             }
             sweep.left += 1;
             if kill {
-                self.killed.tell(entry);
+                self.killed.log(entry);
                 self.signal(entry, Signal::SIGKILL);
             } else if (is_first || entry.start < newest) && self.asked.insert(entry.pid) {
                 self.newest = self.newest.max(Some(entry.start));
                 self.signal(entry, Signal::SIGTERM);
-                // One that is stopped would not hear it.
+                // A stopped process handles SIGTERM only once it continues.
                 self.signal(entry, Signal::SIGCONT);
             }
             if sweep.watched.len() < WATCHED {
                 sweep.watched.extend(Handle::open(entry.identity()));
             }
-            // To ask has its time; to kill ends only when all are dead.
+            // Stop asking when its time is over; kill in every sweep until none is left.
             if kill || self.began.elapsed() < TERM_TIME { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
         });
         sweep
     }
 
-    /// Signals a process, with its group if that is the job's own: a crowd is then signalled at once, and nobody escapes by a fork.
+    /// Signals a process, or its whole process group if that belongs to the job. One killpg reaches thousands of
+    /// processes at once, and none escapes by a fork.
     fn signal(&mut self, entry: &Entry, signal: Signal) {
-        // A child that was not waited for keeps the group's number from being another's. Its session was made by a process of the job,
-        // since it is not this process's own, and so was every member.
+        // A child that has not been reaped keeps its group's number from being reused. Its session is not this
+        // process's own, so a process of the job made it, and every member of the group belongs to the job.
         let own_session = nix::unistd::getsid(None);
         if entry.parent == nix::unistd::getpid() && own_session.is_ok_and(|own| own != entry.session) {
             let sweep = *self.groups.entry((entry.group, signal)).or_insert_with(|| {
                 let _ = nix::sys::signal::killpg(entry.group, signal);
                 self.sweeps
             });
-            // A survivor in a group that an earlier sweep has killed was created since.
+            // A process in a group that an earlier sweep has killed was forked since, so it is signalled by itself.
             if sweep == self.sweeps || signal != Signal::SIGKILL {
                 return;
             }
         }
-        // It may have ended since: a number that is another process's by now is not signalled.
+        // Signal by pidfd: the process may have ended and its PID may be another process's.
         let _ = Handle::open(entry.identity()).and_then(|handle| handle.signal(signal));
     }
 
-    /// Names those who are killed with their jail, of whom the last sweep has found so many left.
-    fn tell_killed_with(&mut self, jail: &OpenJail, left: usize) {
+    /// Logs the processes that the jail's end is about to kill; the last sweep found `left` of them.
+    fn log_killed_with(&mut self, jail: &OpenJail, left: usize) {
         let Some(pids) = jail.namespace_name("pid") else { return };
         visit_descendants(&mut |entry| {
             let is_inside = || std::fs::read_link(format!("/proc/{}/ns/pid", entry.pid)).is_ok_and(|own| own == pids);
             if entry.pid != jail.init() && !entry.has_ended() && is_inside() {
-                self.killed.tell(entry);
+                self.killed.log(entry);
             }
-            // To look at each takes longer than to kill them.
+            // Reading every process takes longer than killing all of them.
             if self.killed.pids.len() < NAMED { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
         });
         self.killed.unnamed = left.saturating_sub(self.killed.pids.len());
     }
 }
 
-/// The killed processes, as far as the log names them.
+/// Killed processes: the log names the first ones and counts the others.
 #[derive(Default)]
-struct Told {
+struct Killed {
     pids: HashSet<Pid>,
     unnamed: usize,
 }
 
-impl Told {
-    fn tell(&mut self, entry: &Entry) {
+impl Killed {
+    fn log(&mut self, entry: &Entry) {
         if self.pids.contains(&entry.pid) {
             return;
         }
@@ -221,7 +225,7 @@ impl Told {
     }
 }
 
-impl Drop for Told {
+impl Drop for Killed {
     fn drop(&mut self) {
         if self.pids.len() >= NAMED && self.unnamed > 0 {
             tracing::warn!("killed at least {} more processes, which did not end after SIGTERM", self.unnamed);
@@ -229,7 +233,8 @@ impl Drop for Told {
     }
 }
 
-/// Waits until all of `handles` have ended, or for `limit`: a sweep for each that ends would take longer than they do.
+/// Waits until all of `handles` have ended, or for `limit`. A sweep each time one ends would take longer than waiting
+/// for all.
 fn wait_for_all(mut handles: Vec<Handle>, limit: Duration) {
     use rustix::event::{PollFd, PollFlags};
     let began = Instant::now();

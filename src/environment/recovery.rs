@@ -1,4 +1,4 @@
-//! Cleans up after an environment on this image root that was killed.
+//! Cleanup after an environment on this image root that was killed.
 
 use std::path::Path;
 
@@ -13,26 +13,27 @@ use crate::volume::layout::SSHD_LISTENING;
 use crate::volume::signal_files::SignalFiles;
 use crate::volume::state_directory::StateDirectory;
 
-/// Ends the sshd of an earlier environment that was killed, with its sessions; one that was not noted is known by its log. Returns what was
-/// found, in words.
+/// Ends the sshd of a killed environment, with its sessions. An sshd that was not recorded is recognized by its log
+/// file. Returns what was found, for the log.
 pub(crate) fn end_left_over(state: &StateDirectory, log: Option<&Path>) -> Result<Vec<&'static str>> {
     let mut found = Vec::new();
     if let Some(listener) = Daemon::recorded(&state.sshd()) {
         processes::end_tree(&listener)?;
         found.push("a listening sshd, with its sessions");
     }
-    // A listener that was killed before it was noted, or connections that had lost theirs.
+    // Find a listener that was not recorded yet when the supervisor was killed, and connections whose listener has
+    // ended.
     let others = log.map(Daemon::with_log).unwrap_or_default();
     for other in &others {
         processes::end_tree(other)?;
     }
     if !others.is_empty() {
-        found.push("sshd of its connections, with its sessions");
+        found.push("the sshd processes of its connections, with their sessions");
     }
     Ok(found)
 }
 
-/// Puts right what an earlier environment on this image root left behind when it was killed. Returns whether there was one.
+/// Cleans up what a killed environment left on this image root. Returns whether it was open.
 pub(crate) fn recover(
     settings: &Settings,
     files: &SignalFiles,
@@ -40,7 +41,7 @@ pub(crate) fn recover(
     state: &StateDirectory,
 ) -> Result<bool> {
     let mut found = end_left_over(state, settings.sshd.log.as_deref())?;
-    // Its init ended with it: the kernel closed its end of their socket.
+    // The jail itself is gone: its init ends when the supervisor's end of their socket closes.
     match std::fs::remove_file(state.jail()) {
         Ok(()) => found.push("the record of its jail"),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
@@ -50,7 +51,7 @@ pub(crate) fn recover(
         found.push("its line in sshd's configuration");
     }
     if open::clear_image_root(image_root, files.parent())? {
-        found.push("what it had added to the image");
+        found.push("its additions to the image");
     }
     let was_open = files.stands(SSHD_LISTENING)?;
     if was_open {
@@ -59,7 +60,7 @@ pub(crate) fn recover(
     }
     if !found.is_empty() {
         tracing::warn!(
-            "cleaned up after an environment that was killed here: {}; what was changed in the image is kept",
+            "cleaned up after an environment that was killed here: {}; changes to the image are kept",
             found.join("; ")
         );
     }

@@ -1,18 +1,18 @@
-//! How often something that died is started again, and after which wait.
+//! How often a part that died is restarted, and after which wait.
 
 use std::time::{Duration, Instant};
 
-/// What can die and be started again.
+/// Part of the environment that can die and be restarted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Part {
     /// sshd's listener.
     Sshd,
-    /// The jail's init, and with it all that ran in the jail.
+    /// The jail's init; every process in the jail dies with it.
     Jail,
 }
 
 impl Part {
-    /// Its name in messages.
+    /// Name in messages.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Sshd => "sshd",
@@ -21,19 +21,20 @@ impl Part {
     }
 }
 
-/// Remembers restarts of the last minute.
+/// Restarts of the last minute.
 #[derive(Debug, Default)]
 pub(crate) struct Restarts {
     past: Vec<(Part, Instant)>,
 }
 
-/// More often in a [`MINUTE`] is a fault that starting again does not mend.
+/// Maximum number of restarts of a part in a [`MINUTE`]; a part that dies more often has a fault that a restart does
+/// not mend.
 const MOST: usize = 5;
 const MINUTE: Duration = Duration::from_mins(1);
 
 impl Restarts {
-    /// The wait before `part`, which died at `now`, is started again: none, then 0.5 s, doubled each time. `None` if it has been
-    /// started too often.
+    /// Returns the wait before `part`, which died at `now`, is restarted: none at first, then 0.5 s, doubled each time.
+    /// `None` if it has been restarted too often.
     pub(crate) fn next(&mut self, part: Part, now: Instant) -> Option<Duration> {
         self.past.retain(|(_, at)| now.saturating_duration_since(*at) < MINUTE);
         let before = self.past.iter().filter(|(p, _)| *p == part).count();
@@ -50,7 +51,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn five_times_a_minute_with_growing_waits() {
+    fn parts_are_restarted_five_times_a_minute_with_backoff() {
         let mut restarts = Restarts::default();
         let start = Instant::now();
         let waits: Vec<_> = (0..6).map(|s| restarts.next(Part::Sshd, start + Duration::from_secs(s))).collect();

@@ -1,4 +1,4 @@
-//! The customization script: run in the build environment, its output in the log line by line.
+//! The customization script: runs in the build environment, and its output is logged line by line.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
@@ -15,23 +15,23 @@ use crate::log::redaction::Lines;
 use crate::sys::signals::unblock_signals;
 use crate::sys::umask;
 
-/// A script that was started.
+/// A started script.
 pub(crate) struct Script {
-    /// Its process; `None` once it has ended.
+    /// PID of the script; `None` once it has ended.
     pid: Option<Pid>,
-    /// Its output; a program that the script has started may write to it after the script's end.
+    /// Output pipe. A program that the script has started may write to it after the script's end.
     output: Option<OwnedFd>,
-    /// The beginning of a line whose end has not come yet.
+    /// Beginning of a line that is not complete yet.
     line: Vec<u8>,
     lines: Lines,
 }
 
-/// A longer line is logged in pieces.
+/// Maximum length of a logged line in bytes; a longer one is logged in pieces.
 const LONGEST_LINE: usize = 16 << 10;
 
 impl Script {
-    /// Starts the script at `path` with these variables beside our own. An executable one is started as it is; one that is not is a
-    /// shell script, since it may have been written to be sourced.
+    /// Starts the script at `path` with these variables in addition to this process's own. A file that is not
+    /// executable is run by a shell, since it may have been written to be sourced.
     pub(crate) fn start(path: &Path, variables: &[(String, String)]) -> Result<Self> {
         let attempted = || format!("start the customization script {}", path.display());
         let executable = std::fs::metadata(path).attempt(attempted)?.permissions().mode() & 0o111 != 0;
@@ -39,7 +39,7 @@ impl Script {
             let (output, theirs) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
             rustix::fs::fcntl_setfl(&output, OFlags::NONBLOCK)?;
             command.stdin(Stdio::null()).stdout(theirs.try_clone()?).stderr(theirs);
-            // A group of its own, so that it can be ended with what it started.
+            // Make a process group, so that the script and its children can be signalled together.
             umask::with_callers(unblock_signals(command.envs(variables.iter().cloned()))).process_group(0);
             let child = command.spawn()?;
             let pid = Some(Pid::from_raw(child.id().cast_signed()));
@@ -53,7 +53,7 @@ impl Script {
         };
         let started = if executable {
             match spawn(Command::new(path)) {
-                // Executable but without a first line that names its interpreter.
+                // The file is executable but has no `#!` line.
                 Err(e) if e.raw_os_error() == Some(libc::ENOEXEC) => in_shell(),
                 other => other,
             }
@@ -63,23 +63,23 @@ impl Script {
         started.attempt(attempted)
     }
 
-    /// Its number, as long as it runs.
+    /// PID of the script while it is running.
     pub(crate) fn pid(&self) -> Option<Pid> {
         self.pid
     }
 
-    /// Takes note that it has ended, and logs what it has written.
+    /// Records the end of the script, and logs its remaining output.
     pub(crate) fn end(&mut self) {
         self.pid = None;
         self.log_output();
     }
 
-    /// Readable when there is something to log; `None` if nothing will come any more.
+    /// Readable when there is output to log; `None` after the end of the output.
     pub(crate) fn output(&self) -> Option<BorrowedFd<'_>> {
         self.output.as_ref().map(AsFd::as_fd)
     }
 
-    /// Logs what has been written since.
+    /// Logs new output.
     pub(crate) fn log_output(&mut self) {
         let mut buffer = [0; 8192];
         while let Some(output) = &self.output {
@@ -107,7 +107,7 @@ impl Script {
     fn log_line(&mut self) {
         let line = String::from_utf8_lossy(&self.line).trim_end_matches('\r').to_owned();
         if !line.is_empty() {
-            // `set -x` shows secrets.
+            // Mask secrets, which `set -x` prints.
             tracing::info!("customization script: {}", self.lines.without_secrets(&line));
         }
         self.line.clear();

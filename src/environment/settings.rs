@@ -1,4 +1,5 @@
-//! The variables of the contract, read once into one value. A wrong one is named, with what was expected, before anything starts.
+//! Settings of a build environment, read from the environment variables before anything starts. An error names each
+//! wrong variable and what was expected.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -11,47 +12,47 @@ use crate::job::Job;
 use crate::job::variables::{Case, Reader, TRUTH};
 use crate::sshd::options::Options;
 
-/// Everything that decides on a build environment.
+/// Settings of a build environment.
 #[derive(Debug, Clone)]
-// Each is a variable that says yes or no.
+// Each bool is a variable of its own, not a state.
 #[allow(clippy::struct_excessive_bools)]
 pub struct Settings {
-    /// The job, whose action is known.
+    /// The job; its action is set.
     pub(crate) job: Job,
-    /// `SSHD_OPTIONS`, understood.
+    /// `SSHD_OPTIONS`, parsed.
     pub(crate) sshd: Options,
-    /// The configuration sshd reads, into which settings are written.
+    /// Path of the configuration that sshd reads, into which settings are written.
     pub(crate) sshd_config: PathBuf,
     /// `CUSTOMIZATION_SCRIPT`.
     pub(crate) script: Option<PathBuf>,
-    /// `IMS_JAIL_TIER`: the tiers that will do; the best that can be had if there is none.
+    /// `IMS_JAIL_TIER`: the acceptable tiers; if empty, the best one that is possible.
     pub(crate) tiers: Vec<Tier>,
     /// `JOB_ENABLE_DKMS`.
     pub(crate) dkms: bool,
-    /// `IMS_JAIL_HOSTNAME`: the jail's host name; the container's if there is none.
+    /// `IMS_JAIL_HOSTNAME`: host name of the jail; `None` for the container's.
     pub(crate) hostname: Option<String>,
-    /// Name of the image, for people at a shell; not known in a pod.
+    /// Name of the image, shown in a shell's greeting and prompt; unknown in a pod.
     pub(crate) image: Option<String>,
-    /// True for a directory that is changed where it is: changes stay, however the environment ends.
+    /// True if a directory is changed in place, so that changes stay whatever the verdict.
     pub(crate) in_place: bool,
-    /// `IMS_JAIL_BINDS`: what of the container is shown in the jail.
+    /// `IMS_JAIL_BINDS`: bind mounts from the container into the jail.
     pub(crate) binds: Vec<Bind>,
-    /// `IMS_AGENT_FORWARDING`: whether clients may bring their ssh-agent, as far as sshd lets them.
+    /// `IMS_AGENT_FORWARDING`: whether clients may forward their ssh-agent, if sshd allows it too.
     pub(crate) agent: bool,
-    /// `IMS_CLOSE_GRACE`: how long running commands may go on after a verdict.
+    /// `IMS_CLOSE_GRACE`: grace period of running commands after a verdict.
     pub(crate) close_grace: Duration,
-    /// `IMS_IDLE_LIMIT`: how long an environment without a session stays open; for ever if not set.
+    /// `IMS_IDLE_LIMIT`: how long an environment without a session stays open; no limit if unset.
     pub(crate) idle_limit: Option<Duration>,
-    /// `IMS_SESSION_LIMIT`: how long an environment stays open at the most; for ever if not set.
+    /// `IMS_SESSION_LIMIT`: maximum time that an environment stays open; no limit if unset.
     pub(crate) session_limit: Option<Duration>,
-    /// What sessions are given: names as sessions see them.
+    /// Variables that sessions get, by the names that they see.
     pub(crate) session_variables: Vec<(String, String)>,
 }
 
-/// As the Ansible tasks of a typical play take.
+/// Default grace period: enough for a task of a typical Ansible play.
 const DEFAULT_GRACE: Duration = Duration::from_secs(10);
 
-/// What sessions are given: (their name, the variable it is taken from).
+/// Variables that sessions get: (name in the session, name in this process's environment).
 const SESSION_VARIABLES: [(&str, &str); 4] = [
     ("IMS_JOB_ID", "IMS_JOB_ID"),
     ("IMS_ARCH", "BUILD_ARCH"),
@@ -60,7 +61,7 @@ const SESSION_VARIABLES: [(&str, &str); 4] = [
 ];
 
 impl Settings {
-    /// Reads `variables`; `argument` is the command line's image root parent. All complaints come at once.
+    /// Reads `variables`; `argument` is the image root parent of the command line. The error names all wrong values.
     pub fn read(argument: Option<PathBuf>, variables: impl IntoIterator<Item = (OsString, OsString)>) -> Result<Self> {
         let mut reader = Reader::of(variables);
         let job = Job::read(&mut reader, argument);
@@ -106,7 +107,7 @@ impl Settings {
     }
 }
 
-/// `IMS_JAIL_TIER`, `IMS_JAIL_HOSTNAME` and `JOB_ENABLE_DKMS` alone, for a jail without sshd.
+/// Reads only `IMS_JAIL_TIER`, `IMS_JAIL_HOSTNAME` and `JOB_ENABLE_DKMS`, for a jail without sshd.
 pub(crate) fn of_jail(
     variables: impl IntoIterator<Item = (OsString, OsString)>,
 ) -> Result<(Vec<Tier>, Option<String>, bool)> {
@@ -115,7 +116,7 @@ pub(crate) fn of_jail(
     reader.finish(Some(found))
 }
 
-/// Values that only a build environment reads.
+/// Readers of variables that only a build environment has.
 impl Reader {
     fn dkms(&mut self) -> bool {
         self.choice("JOB_ENABLE_DKMS", &TRUTH, Case::Any).unwrap_or(false)
@@ -127,7 +128,7 @@ impl Reader {
         if named.is_none() && !value.is_empty() {
             let known = Tier::ALL.map(Tier::name).join("' or '");
             self.complain(format!(
-                "IMS_JAIL_TIER is '{value}': expected 'auto' or '{known}', or several tiers with commas between them"
+                "IMS_JAIL_TIER is '{value}': expected 'auto' or '{known}', or several tiers separated by commas"
             ));
         }
         named.unwrap_or_default()
@@ -140,7 +141,7 @@ impl Reader {
                 && !label.starts_with('-')
                 && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
         };
-        // What sethostname takes.
+        // Limit of sethostname(2).
         if value.len() <= 64 && value.split('.').all(is_label) {
             return Some(value);
         }
@@ -175,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn a_customize_job_as_pods_start_it() {
+    fn variables_of_a_customize_pod_are_read() {
         let settings = read(&[
             ("IMS_ACTION", "customize"),
             ("IMAGE_ROOT_PARENT", "/mnt/image"),
@@ -198,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn the_argument_comes_before_the_variable_before_the_default() {
+    fn argument_overrides_variable_and_variable_overrides_default() {
         let action = ("IMS_ACTION", "create");
         assert_eq!(read(&[action]).unwrap().job.parent, PathBuf::from(DEFAULT_PARENT));
         assert_eq!(read(&[action, ("IMAGE_ROOT_PARENT", "/v")]).unwrap().job.parent, PathBuf::from("/v"));
@@ -208,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn several_tiers_can_do_and_auto_is_any() {
+    fn jail_tier_takes_several_tiers_and_auto_means_any() {
         for (value, tiers) in
             [("auto", &[][..]), ("user", &[Tier::User]), ("namespace,user", &[Tier::Namespace, Tier::User])]
         {
@@ -216,12 +217,12 @@ mod tests {
         }
         for value in ["user,", "auto,user", "user, chroot"] {
             let error = read(&[("IMS_ACTION", "customize"), ("IMS_JAIL_TIER", value)]).unwrap_err().to_string();
-            assert!(error.contains("or several tiers with commas between them"), "{error}");
+            assert!(error.contains("or several tiers separated by commas"), "{error}");
         }
     }
 
     #[test]
-    fn every_wrong_value_is_named_with_what_was_expected_at_once() {
+    fn one_error_names_every_wrong_value_with_what_was_expected() {
         let wrong = [
             ("IMS_ACTION", "destroy", "'customize' or 'create'"),
             ("SSH_JAIL", "true", "'True' or 'False', in this spelling"),

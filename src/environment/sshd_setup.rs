@@ -1,4 +1,4 @@
-//! sshd's configuration and login shell, as a build environment needs them.
+//! Sets up sshd's configuration and login shell for a build environment.
 
 use crate::environment::settings::Settings;
 use crate::error::{Attempt, Result};
@@ -12,13 +12,13 @@ use crate::sshd::effective::{Effective, Question};
 use crate::sshd::login_shell::LoginShell;
 use crate::volume::state_directory::StateDirectory;
 
-/// Writes the settings into sshd's configuration and has sshd itself say what they come to. With a jail, refuses a configuration that
-/// would let a session land outside.
+/// Writes the settings into sshd's configuration and asks sshd itself for the effective options (`sshd -T`). With a
+/// jail, refuses a configuration that would let a session land outside it.
 pub(crate) fn configure_sshd(settings: &Settings, state: &StateDirectory) -> Result<Effective> {
     let fragment = state.fragment();
     let options = &settings.sshd.asking;
     let shown = settings.sshd_config.display();
-    // Without the fragment, whose Include sshd passes over as long as it does not exist: what the configuration says by itself.
+    // Ask first without the fragment: sshd ignores an Include of a file that does not exist.
     let _ = std::fs::remove_file(&fragment);
     let base = Effective::ask(options, "root")?;
     let force_command = settings.job.jailed.then(|| force_command(state)).transpose()?;
@@ -29,7 +29,8 @@ pub(crate) fn configure_sshd(settings: &Settings, state: &StateDirectory) -> Res
     if after != before {
         config::write(&settings.sshd_config, &after)?;
     }
-    // The two are asked at once, since a pod waits for the answers, and both are heard, whatever the first one is.
+    // Run both questions at the same time, since the start waits for them. Collect both answers before an error
+    // returns, so that no sshd is left unreaped.
     let nobodys = force_command.is_some().then(|| Question::put(options, "nobody")).transpose()?;
     let roots = Effective::ask(options, "root");
     let nobodys = nobodys.map(Question::answer);
@@ -42,7 +43,7 @@ pub(crate) fn configure_sshd(settings: &Settings, state: &StateDirectory) -> Res
     Ok(effective)
 }
 
-/// Takes the settings out of sshd's configuration again. Returns whether there were any.
+/// Removes the settings from sshd's configuration. Returns whether there were any.
 pub(crate) fn unconfigure_sshd(settings: &Settings) -> Result<bool> {
     let shown = settings.sshd_config.display();
     let before = match std::fs::read(&settings.sshd_config) {
@@ -60,8 +61,8 @@ fn force_command(state: &StateDirectory) -> Result<String> {
     Ok(Arguments::forced_command(&open::program()?, &state.jail()))
 }
 
-/// The shell that sshd is to find for root, so that no shell of the container has part in a session in a jail of this kind; `None` where
-/// no mount namespace can be made for sshd.
+/// Login shell that sshd finds for root, so that no shell of the container runs before the jail is entered. `None` in
+/// tiers where no mount namespace can be made for sshd.
 pub(crate) fn login_shell(jail: &Choice, state: &StateDirectory) -> Result<Option<LoginShell>> {
     let shell = || Ok(LoginShell { program: open::program()?, passwd: state.passwd() });
     (jail.tier == Tier::Namespace).then(shell).transpose()

@@ -1,4 +1,4 @@
-//! Stages of a job, by the names that people, probes and `status` know them by.
+//! Stages of a job, with the names that `status` prints and probes compare.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -14,26 +14,26 @@ use crate::volume::layout::STAGE;
 /// Stages of a job, in their order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Stage {
-    /// The job waits for the signal file that lets the environment open.
+    /// The job waits for the signal file `ready`.
     Waiting,
-    /// Configuration, jail, sshd.
+    /// Configuration, jail and sshd are being made.
     Preparing,
-    /// Sessions come and go.
+    /// sshd accepts sessions.
     Serving,
-    /// A verdict stands; sessions end, and the image root is given back.
+    /// A verdict exists; sessions end, and the image root is released.
     Closing,
-    /// Changes made above a directory become the directory's own.
+    /// The changes in an overlay are being applied to its directory.
     Applying,
-    /// The image root becomes a squashfs.
+    /// The image root is being packed into a squashfs.
     Packing,
-    /// The packed image goes to its store.
+    /// The packed image is being uploaded to its store.
     Uploading,
     /// Nothing is left to do.
     Done,
 }
 
 impl Stage {
-    /// All of them, in their order.
+    /// All stages, in their order.
     pub const ALL: [Self; 8] = [
         Self::Waiting,
         Self::Preparing,
@@ -45,7 +45,7 @@ impl Stage {
         Self::Done,
     ];
 
-    /// Its name.
+    /// Name of the stage.
     pub fn name(self) -> &'static str {
         match self {
             Self::Waiting => "waiting",
@@ -60,14 +60,14 @@ impl Stage {
     }
 }
 
-/// A stage that others see, until this is dropped.
+/// A stage that the status shows until this value is dropped.
 pub(crate) struct Shown<'a> {
     parent: &'a Tree,
     file: File,
 }
 
 impl<'a> Shown<'a> {
-    /// Shows `stage` to those who ask for the status in `parent`, in other containers too.
+    /// Shows `stage` to anyone who asks for the status of `parent`, in other containers too.
     pub(crate) fn begin(parent: &'a Tree, stage: Stage) -> io::Result<Self> {
         let file = parent.create_file(STAGE)?;
         rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)?;
@@ -76,7 +76,7 @@ impl<'a> Shown<'a> {
         Ok(shown)
     }
 
-    /// Shows the next one. Names of later stages are not shorter, so that one write replaces all of an earlier one.
+    /// Shows the next stage. The name of a later stage is never shorter, so one write replaces the whole previous name.
     pub(crate) fn next(&self, stage: Stage) -> io::Result<()> {
         self.file.write_all_at(stage.name().as_bytes(), 0)
     }
@@ -88,7 +88,7 @@ impl Drop for Shown<'_> {
     }
 }
 
-/// The stage that a publisher shows in `parent`, and since when.
+/// Stage that a publisher shows in `parent`, and since when.
 pub(crate) fn shown(parent: &Tree) -> Option<(Stage, SystemTime)> {
     let mut file = parent.open_regular(STAGE, OFlags::RDONLY | OFlags::NOFOLLOW).ok()?;
     if rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared) != Err(Errno::WOULDBLOCK) {
@@ -105,7 +105,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_stage_is_shown_as_long_as_its_publisher_lives() {
+    fn stage_is_shown_while_its_publisher_lives() {
         let dir = tempfile::tempdir().unwrap();
         let parent = Tree::open(dir.path()).unwrap();
         assert!(shown(&parent).is_none());
@@ -115,7 +115,7 @@ mod tests {
         assert_eq!(shown(&parent).unwrap().0, Stage::Uploading);
         drop(publisher);
         assert!(shown(&parent).is_none() && std::fs::read_dir(dir.path()).unwrap().next().is_none());
-        // A killed publisher leaves it like this.
+        // Stand in for a killed publisher, which leaves an unlocked file.
         std::fs::write(dir.path().join(STAGE), "packing").unwrap();
         assert!(shown(&parent).is_none());
     }

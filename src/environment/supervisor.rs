@@ -1,5 +1,5 @@
-//! Carries the machine's actions out and brings it what happens. As PID 1 or as a subreaper: every process of the job
-//! is a descendant, whoever started it.
+//! The supervisor: carries out the actions of the state machine and reports events to it. It is PID 1 or a child
+//! subreaper, so that every process of the job stays its descendant.
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
@@ -37,29 +37,29 @@ use crate::volume::mounts_below;
 use crate::volume::signal_files::{LOOK_EVERY, SignalFiles, Stamp, Watch};
 use crate::volume::state_directory::StateDirectory;
 
-/// How long the image root parent may be missing. A pod's volumes are there before its containers start; a mount of a
-/// machine may come later.
+/// How long to wait for a missing image root parent. A pod's volumes are mounted before its containers start; on one
+/// machine a mount may come later.
 const TIME_FOR_PARENT: Duration = Duration::from_secs(30);
 
 /// How an environment ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Outcome {
-    /// What became of the image; nothing if no shell was wanted.
+    /// Verdict on the image; `None` if no shell was wanted.
     pub verdict: Option<Verdict>,
-    /// Whether somebody has marked the image failed.
+    /// True if somebody has marked the image failed.
     pub(crate) given_up: bool,
-    /// The exit code of the contract: 0 for complete and failed, 1 if the environment broke, 128 + n after signal n.
+    /// Exit code: 0 for complete and failed, 1 after an error, 128 + n after signal n.
     pub exit_code: u8,
 }
 
-/// Runs a build environment from start to end. `files` is the image root's parent if the caller has claimed it already;
+/// Runs a build environment from start to end. `files` is the image root parent if the caller has claimed it already;
 /// `listening` is called once, when sshd accepts connections.
 pub fn run(settings: Settings, files: Option<SignalFiles>, listening: impl FnOnce()) -> Result<Outcome> {
     if !shell_is_wanted(&settings)? {
         return Ok(Outcome { verdict: None, given_up: false, exit_code: 0 });
     }
-    let held = [Signal::SIGCHLD, Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP];
-    let signals = Signals::block(&held).attempt(|| "block signals")?;
+    let blocked = [Signal::SIGCHLD, Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP];
+    let signals = Signals::block(&blocked).attempt(|| "block signals")?;
     let watch = Watch::new()?;
     let attempted = || "make an event loop";
     let mut sources = Sources::new().attempt(attempted)?;
@@ -86,10 +86,11 @@ pub fn run(settings: Settings, files: Option<SignalFiles>, listening: impl FnOnc
         settings,
     };
     nix::sys::prctl::set_child_subreaper(true).attempt(|| "become the parent of orphaned processes")?;
-    supervisor.live()
+    supervisor.run()
 }
 
-/// A create job's shell is for looking at a failed build, if somebody asked for it.
+/// Returns whether the job needs a shell. A create job needs one only to inspect a failed build, if ENABLE_DEBUG asks
+/// for that.
 fn shell_is_wanted(settings: &Settings) -> Result<bool> {
     if settings.job.action == Some(JobAction::Customize) {
         return Ok(true);
@@ -111,34 +112,34 @@ fn shell_is_wanted(settings: &Settings) -> Result<bool> {
 enum Source {
     Script,
     Signals,
-    /// Something happened in the image root parent, or the jail's init has found a mark.
+    /// The image root parent has changed, or the jail's init has found a mark.
     Marks,
     Sessions,
-    /// A session or connection that is waited for has ended.
+    /// A session or connection that delays the close has ended.
     End,
-    /// Time to look at what raises no event.
+    /// Poll of everything that raises no event.
     Interval,
 }
 
 struct Supervisor<F> {
     settings: Settings,
     machine: Machine,
-    /// When it came into its state.
+    /// When the machine entered its state.
     since: SystemTime,
     began: Instant,
     sources: Sources<Source>,
-    /// When [`Source::Interval`] comes next.
+    /// When [`Source::Interval`] is next due.
     next_look: Instant,
     signals: Signals,
     watch: Watch,
     state: StateDirectory,
     groundwork: Option<Groundwork>,
     files: Option<SignalFiles>,
-    /// Verdicts as they stood when this run began.
+    /// Stamps of verdict files that existed when this run began.
     old_marks: [Option<Stamp>; 2],
     image_root: Option<Tree>,
     open: Option<Open>,
-    /// When the verdict came; the close's steps are logged with the time since.
+    /// Start of the close; its steps are logged with the time since then.
     closing_since: Option<Instant>,
     hung_up: Vec<Pid>,
     grace_period: Option<GracePeriod>,
@@ -146,7 +147,7 @@ struct Supervisor<F> {
 }
 
 impl<F: FnOnce()> Supervisor<F> {
-    fn live(&mut self) -> Result<Outcome> {
+    fn run(&mut self) -> Result<Outcome> {
         self.open_parent()?;
         tracing::info!(
             parent = %self.settings.job.parent.display(),
@@ -156,26 +157,26 @@ impl<F: FnOnce()> Supervisor<F> {
         );
         if self.files.is_none() {
             tracing::warn!(
-                "{} does not exist: it is waited for {} s, as a volume may be mounted late",
+                "{} does not exist: waiting up to {} s for the volume to be mounted",
                 self.settings.job.parent.display(),
                 TIME_FOR_PARENT.as_secs()
             );
         }
         match Groundwork::lay(&self.settings, &self.state) {
             Ok(groundwork) => self.groundwork = Some(groundwork),
-            Err(e) => self.happen(broken(&e)),
+            Err(e) => self.handle(broken(&e)),
         }
         while self.machine.state() != State::Done {
             for event in self.wait()? {
-                self.happen(event);
+                self.handle(event);
             }
         }
         let Self { machine, .. } = self;
         Ok(Outcome { verdict: machine.verdict(), given_up: machine.is_given_up(), exit_code: machine.exit_code() })
     }
 
-    /// Brings the machine an event, and what comes of it.
-    fn happen(&mut self, event: Event) {
+    /// Reports an event to the machine, carries out its actions, and reports their results in turn.
+    fn handle(&mut self, event: Event) {
         let mut events = VecDeque::from([event]);
         while let Some(event) = events.pop_front() {
             let before = self.machine.state();
@@ -184,7 +185,7 @@ impl<F: FnOnce()> Supervisor<F> {
                 && self.machine.state() == State::Grace
                 && before == State::Serving
             {
-                tracing::error!("{} has died too often within a minute: closing as failed", part.name());
+                tracing::error!("{} died too often within a minute: closing as failed", part.name());
             }
             if self.machine.state() != before {
                 self.since = SystemTime::now();
@@ -210,7 +211,7 @@ impl<F: FnOnce()> Supervisor<F> {
                     open.restarts.clear();
                     if let Some(daemon) = &open.daemon {
                         daemon.stop_listening();
-                        self.step("sshd takes no new connections");
+                        self.step("sshd accepts no new connections");
                     }
                 }
                 None
@@ -221,7 +222,7 @@ impl<F: FnOnce()> Supervisor<F> {
                     self.hung_up = hang_up(&open.interactive(running), verdict, grace);
                 }
                 if !self.hung_up.is_empty() {
-                    self.step("people at a terminal were told, and hung up");
+                    self.step("interactive shells were notified and hung up");
                 }
                 None
             }
@@ -243,8 +244,8 @@ impl<F: FnOnce()> Supervisor<F> {
             Action::Record(verdict) => Some(self.record(verdict)),
             Action::Announce => Some(Event::Announced { cleanly: self.announce() }),
         };
-        // A process may mark the image as it is ended, and another container at any time: until the others are told, it
-        // counts.
+        // A process may mark the image while it is being ended, and another container at any time. Such a mark counts
+        // until 'exiting' exists.
         let late = if closing { self.late_marks() } else { Vec::new() };
         late.into_iter().chain(answer).collect()
     }
@@ -255,7 +256,7 @@ impl<F: FnOnce()> Supervisor<F> {
         tracing::info!(milliseconds = since, "closing: {what}");
     }
 
-    /// Sleeps until something happens, or until it is time to look whether something has. Returns what has happened.
+    /// Sleeps until a source is ready or the next poll is due. Returns the events.
     fn wait(&mut self) -> Result<Vec<Event>> {
         let restarts = self.open.iter().flat_map(|open| &open.restarts).map(|(_, at)| *at);
         let moments = restarts.chain(self.grace_period.as_ref().map(|grace_period| grace_period.next_look));
@@ -263,7 +264,7 @@ impl<F: FnOnce()> Supervisor<F> {
         let mut ready = self.sources.wait(next.saturating_duration_since(Instant::now()));
         if Instant::now() >= self.next_look {
             self.next_look = Instant::now() + LOOK_EVERY;
-            // A network file system raises no event for another node's writes.
+            // Poll all sources: a network file system raises no event for another node's writes.
             ready.extend([Source::Script, Source::Signals, Source::Marks, Source::Sessions, Source::Interval]);
         }
         let mut events = Vec::new();
@@ -286,20 +287,20 @@ impl<F: FnOnce()> Supervisor<F> {
                 Source::Interval => {
                     self.open.iter_mut().filter_map(|open| open.refusals.as_mut()).for_each(Refusals::look);
                     if self.machine.state() == State::Serving {
-                        events.extend(self.look_after());
+                        events.extend(self.check_limits());
                     }
                 }
             }
         }
         if self.machine.state() == State::Serving {
-            events.extend(self.start_again());
+            events.extend(self.restart_due());
         }
         if let (Some(grace_period), Some(open)) = (&mut self.grace_period, &mut self.open) {
             match grace_period.look(open.running(), open.script_runs()) {
                 Progress::Idle => events.push(Event::Idle),
                 Progress::Over => events.push(Event::GraceOver),
                 Progress::Running => {
-                    // One that cannot be registered is found by the next look.
+                    // A descriptor that cannot be registered is polled at `next_look`.
                     grace_period.ends().for_each(|end| _ = self.sources.add(end, Source::End));
                 }
             }
@@ -325,11 +326,11 @@ impl<F: FnOnce()> Supervisor<F> {
             None if self.began.elapsed() > TIME_FOR_PARENT => {
                 let error = Error::new(format!("open the image root parent {}", self.settings.job.parent.display()))
                     .because(format!("it does not exist after {} s", TIME_FOR_PARENT.as_secs()))
-                    .advise("mount the volume there, or name its directory by the argument or IMAGE_ROOT_PARENT");
+                    .advise("mount the volume there, or name its directory in the argument or in IMAGE_ROOT_PARENT");
                 Some(broken(&error))
             }
             Some(Ok(true)) => Some(Event::Ready),
-            // Nobody will make a better one while this stands there.
+            // Something else than a regular file has the name, so no 'ready' can be created.
             Some(Err(e)) => Some(broken(&e)),
             _ => self.mark_instead_of_ready(),
         })
@@ -337,12 +338,12 @@ impl<F: FnOnce()> Supervisor<F> {
 
     fn look_at_sessions(&mut self) {
         let Some(open) = &mut self.open else { return };
-        for asking in open.presence.look() {
-            let _ = asking.send(self.status().to_string().as_bytes());
+        for client in open.presence.receive() {
+            let _ = client.send(self.status().to_string().as_bytes());
         }
     }
 
-    /// What `ims-sshd status` prints.
+    /// Report that `ims-sshd status` prints.
     fn status(&self) -> serde_json::Value {
         let open = self.open.as_ref();
         serde_json::json!({
@@ -356,26 +357,26 @@ impl<F: FnOnce()> Supervisor<F> {
         })
     }
 
-    /// Starts again what has died, when its time has come.
-    fn start_again(&mut self) -> Vec<Event> {
+    /// Restarts parts whose wait is over.
+    fn restart_due(&mut self) -> Vec<Event> {
         let now = Instant::now();
         let is_due = |(open, _): &(&mut Open, Place<'_>)| open.restarts.iter().any(|(_, at)| *at <= now);
         let Some((open, place)) = self.opened().filter(is_due) else { return Vec::new() };
-        let failed = open.start_again(place);
+        let failed = open.restart_due(place);
         self.listen();
         failed.into_iter().map(|part| Event::Died(part, Instant::now())).collect()
     }
 
-    /// Looks, at intervals, whether the environment can still come to a good end.
-    fn look_after(&mut self) -> Option<Event> {
+    /// Checks, at each poll, the time limits and the image root.
+    fn check_limits(&mut self) -> Option<Event> {
         let (open, place) = self.opened()?;
         let running = open.running();
         let busy = open.script_runs() || !running.sessions.is_empty();
         let shells = open.interactive(running);
-        open.watchdog.look(busy, open.presence.last_heard(), place.settings, &shells, place.files, place.image_root)
+        open.watchdog.check(busy, open.presence.last_heard(), place.settings, &shells, place.files, place.image_root)
     }
 
-    /// The open environment, and where it is.
+    /// The open environment and its place.
     fn opened(&mut self) -> Option<(&mut Open, Place<'_>)> {
         let Self { settings, state, files: Some(files), image_root: Some(image_root), open: Some(open), .. } = self
         else {
@@ -398,7 +399,7 @@ impl<F: FnOnce()> Supervisor<F> {
         Ok(())
     }
 
-    /// A mark that was made instead of `ready`: by somebody who waits no longer, or by a sidecar that has given up.
+    /// Mark made instead of `ready`, by an administrator or a sidecar that has given up.
     fn mark_instead_of_ready(&self) -> Option<Event> {
         let verdict = self.files.as_ref()?.verdict_instead_of_ready(self.old_marks[Verdict::Failed as usize])?;
         tracing::info!(
@@ -408,7 +409,7 @@ impl<F: FnOnce()> Supervisor<F> {
         Some(Event::Marked(verdict))
     }
 
-    /// Marks that have been made, in the jail and outside, and that the machine does not know yet.
+    /// New marks, made in the jail or in the image root parent.
     fn marks(&mut self) -> Vec<Event> {
         let mut marks = Vec::new();
         if let Some(jail) = self.open.as_ref().and_then(|open| open.jail.as_ref()) {
@@ -418,7 +419,7 @@ impl<F: FnOnce()> Supervisor<F> {
             };
             while readable() {
                 let Some(message) = jail.receive() else {
-                    // The init has ended: its socket would be ready for ever.
+                    // The init has ended. Its socket would stay readable, and the event loop would spin.
                     self.sources.remove(jail.link());
                     break;
                 };
@@ -438,7 +439,7 @@ impl<F: FnOnce()> Supervisor<F> {
                 marks.push(Event::Marked(verdict));
             }
             Some(Err(e)) if self.machine.verdict() != Some(Verdict::Failed) => {
-                tracing::error!("{e}; the image is taken as failed");
+                tracing::error!("{e}; the image counts as failed");
                 marks.push(Event::Failed);
             }
             _ => {}
@@ -446,7 +447,7 @@ impl<F: FnOnce()> Supervisor<F> {
         marks
     }
 
-    /// What it means that a child has ended.
+    /// Logs the end of a child, and returns the event that it means for the machine.
     fn ended(&mut self, status: WaitStatus) -> Option<Event> {
         let pid = status.pid()?;
         let open = self.open.as_mut()?;
@@ -465,7 +466,7 @@ impl<F: FnOnce()> Supervisor<F> {
                 return None;
             }
             tracing::error!(
-                "the customization script {script} {how}: the image is marked failed; its output stands above"
+                "the customization script {script} {how}: the image is marked failed; see its output above"
             );
             return Some(Event::Failed);
         }
@@ -475,7 +476,7 @@ impl<F: FnOnce()> Supervisor<F> {
             return Some(Event::Died(Part::Sshd, Instant::now()));
         }
         if open.jail.as_ref().is_some_and(|jail| jail.init() == pid) && self.machine.state() == State::Serving {
-            tracing::error!("the jail's init {}, and with it every process in the jail", how_ended(status));
+            tracing::error!("the jail's init {}; every process in the jail ended with it", how_ended(status));
             return Some(Event::Died(Part::Jail, Instant::now()));
         }
         None
@@ -486,18 +487,16 @@ impl<F: FnOnce()> Supervisor<F> {
         let (Some(files), Some(groundwork)) = (&self.files, self.groundwork.take()) else { return Ok(Event::Broken) };
         if files.stands(EXITING)? {
             let error = Error::new(format!("open {} again", files.path().display()))
-                .because(format!(
-                    "'{EXITING}' stands there: this environment has ended and the image may be being packed"
-                ))
-                .advise("whoever starts a new job removes it before creating 'ready'");
-            // Its verdict stands as well, and is not ours to change.
+                .because(format!("'{EXITING}' exists: its environment has ended and the image may be being packed"))
+                .advise("start a new job, which has to remove 'exiting' before it creates 'ready'");
+            // Forget the parent, so that the verdict file of the ended environment is not changed.
             self.files = None;
             return Err(error);
         }
         files.remove_marks_of_earlier_jobs(self.old_marks)?;
         files.reserve()?;
         let image_root = image_root::open(files, self.settings.job.image_root())?;
-        // A create job's is open to be looked at as far as it was built.
+        // A create job's image root is shown as far as it was built.
         if self.settings.job.action == Some(JobAction::Customize) {
             let shown = files.path().join(self.settings.job.image_root());
             let refused = |why| Error::new(format!("open the image root {}", shown.display())).because(why);
@@ -505,7 +504,7 @@ impl<F: FnOnce()> Supervisor<F> {
         }
         let image_root = &*self.image_root.insert(image_root);
         let place = Place { settings: &self.settings, state: &self.state, files, image_root };
-        // In its place before anything of it runs: if the rest fails, it is released like an open one.
+        // Store it before the jail and sshd start, so that an error releases it like an open environment.
         let open = self.open.insert(Open::make(groundwork, place)?);
         open.make_jail(place)?;
         open.start_sshd(place)?;
@@ -523,13 +522,13 @@ impl<F: FnOnce()> Supervisor<F> {
     /// Registers the sources of the open environment.
     fn listen(&mut self) {
         let Some(open) = &self.open else { return };
-        // One that is registered already, or cannot be, is no fault: at intervals, all are looked at.
+        // Ignore errors, such as a source that is registered already: all sources are polled as well.
         let _ = self.sources.add(&open.presence, Source::Sessions);
         let _ = open.jail.as_ref().map(|jail| self.sources.add(jail.link(), Source::Marks));
         let _ = open.script.as_ref().and_then(Script::output).map(|output| self.sources.add(output, Source::Script));
     }
 
-    /// Marks that were made while the environment closes, in the image too: nobody in the jail watches that any more.
+    /// Marks made during the close, in the image too: the jail's init, which watched for them, has ended.
     fn late_marks(&mut self) -> Vec<Event> {
         const FAILED: Event = Event::Marked(Verdict::Failed);
         let mut marks = self.marks();
@@ -541,7 +540,7 @@ impl<F: FnOnce()> Supervisor<F> {
                 marks.push(FAILED);
             }
             Some(Err(e)) if !marks.contains(&Event::Failed) => {
-                tracing::error!("{e}; the image is taken as failed");
+                tracing::error!("{e}; the image counts as failed");
                 marks.push(Event::Failed);
             }
             _ => {}
@@ -549,14 +548,13 @@ impl<F: FnOnce()> Supervisor<F> {
         marks
     }
 
-    /// Gives the image root back: no trace of ours, nothing mounted, everything on disk. Returns whether all of that
-    /// was done.
+    /// Releases the image root: removes everything of ours, unmounts, syncs. Returns whether all of that succeeded.
     fn release(&mut self) -> bool {
         let mut cleanly = true;
         if let (Some(files), Some(image_root)) = (&self.files, &self.image_root) {
             if let Some(open) = self.open.take() {
                 let place = Place { settings: &self.settings, state: &self.state, files, image_root };
-                // An image that has failed is not worth a wait.
+                // Do not wait for a file of a failed image.
                 let now = Instant::now();
                 let in_grace = self.closing_since.map_or(now, |since| since + self.settings.close_grace);
                 let is_failed = self.machine.verdict() == Some(Verdict::Failed);
@@ -566,16 +564,16 @@ impl<F: FnOnce()> Supervisor<F> {
             let path: PathBuf = files.path().join(self.settings.job.image_root());
             cleanly &= succeeded(mounts_below::unmount_below(&path));
             self.step("nothing is mounted in the image root");
-            // First: what it writes to the same disk is then written with the rest.
+            // Before the sync: the configuration may be on the same disk.
             cleanly &= succeeded(sshd_setup::unconfigure_sshd(&self.settings).map(|_| ()));
-            cleanly &= succeeded(image_root.sync().attempt(|| format!("write {} to its disk", path.display())));
-            self.step("all is on its disk");
+            cleanly &= succeeded(image_root.sync().attempt(|| format!("sync {} to disk", path.display())));
+            self.step("the image root is synced to disk");
         }
         cleanly &= succeeded(self.state.remove());
         cleanly
     }
 
-    /// Marks the image root with the verdict: in the parent and, for a jailed job, in the image.
+    /// Records the verdict: in the parent and, for a jailed job, in the image.
     fn record(&self, verdict: Verdict) -> Event {
         let mut cleanly = true;
         let Some(files) = &self.files else { return Event::Recorded { verdict, cleanly } };
@@ -583,8 +581,8 @@ impl<F: FnOnce()> Supervisor<F> {
             let name = self.settings.job.image_root();
             let marked = match &self.image_root {
                 Some(image_root) => image_root::mark(files, image_root, verdict),
-                // The image root was never opened here, but whoever packs it looks for the mark in it too. A
-                // half-unpacked one may have no place for a mark.
+                // The image root was never opened, but a sidecar looks for the mark in it too. Ignore errors: a
+                // half-unpacked image root may lack the directory for the mark.
                 None => {
                     let _ = image_root::open(files, name)
                         .and_then(|image_root| image_root::mark(files, &image_root, verdict));
@@ -593,7 +591,7 @@ impl<F: FnOnce()> Supervisor<F> {
             };
             cleanly = succeeded(marked);
             if !cleanly && verdict == Verdict::Complete {
-                // An image that is not to be packed must not look as if it were.
+                // Do not create 'complete': the image must not be packed.
                 return Event::Recorded { verdict, cleanly };
             }
         }
@@ -601,17 +599,18 @@ impl<F: FnOnce()> Supervisor<F> {
             return Event::Unrecorded(verdict);
         }
         if verdict == Verdict::Failed {
-            // If it stays, 'failed' wins all the same: not a reason to keep the others waiting for 'exiting'.
+            // An error is only logged: if 'complete' stays, 'failed' wins over it, and the other containers wait for
+            // 'exiting'.
             succeeded(files.retract(Verdict::Complete.signal_file()));
         }
-        self.step("the image root is released, and marked");
+        self.step("the image root is released and the verdict recorded");
         Event::Recorded { verdict, cleanly }
     }
 
-    /// Tells the others that nobody writes to the image root any more. Returns whether that could be done.
+    /// Creates `exiting`: nothing writes to the image root any more. Returns whether that succeeded.
     fn announce(&self) -> bool {
         let Some(files) = &self.files else { return true };
-        // Gives a full volume the inode that 'exiting' needs.
+        // Free the reserved files first: on a full volume 'exiting' needs one of their inodes.
         let announced = files.release_reserve().and_then(|()| files.touch(EXITING));
         let cleanly = succeeded(announced);
         if cleanly {
@@ -622,7 +621,7 @@ impl<F: FnOnce()> Supervisor<F> {
     }
 }
 
-/// Milliseconds since `began`, in a type that the log writes as a number.
+/// Milliseconds since `began`, as a type that the log prints as a number.
 fn milliseconds(began: Instant) -> u64 {
     u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX)
 }
@@ -640,9 +639,9 @@ fn how_ended(status: WaitStatus) -> String {
     }
 }
 
-/// Tells the other containers that no environment will open on `parent`, so that nobody waits for one. For what goes
-/// wrong before an environment exists; one that is open there, or has ended, is left alone. Without `ready`, `exiting`
-/// is an earlier one's.
+/// Creates `failed` and `exiting` in `parent` after an error before an environment exists, so that no other container
+/// waits for one. A parent whose environment is open or has ended is left as it is; `exiting` without `ready` is left
+/// over from an earlier job.
 pub fn tell_refusal(parent: &std::path::Path) {
     if let Ok(Some(mut files)) = SignalFiles::open(parent)
         && files.claim().is_ok()

@@ -1,5 +1,5 @@
-//! What is looked after while the environment serves: that somebody comes, that it does not stay open for ever, and that the image root
-//! can still be written to.
+//! The watchdog of a serving environment: closes it when a time limit is over or the image root cannot be written to
+//! any more.
 
 use std::time::{Duration, Instant};
 
@@ -10,13 +10,13 @@ use crate::sys::process::Entry;
 use crate::sys::tree::{Condition, Tree};
 use crate::volume::signal_files::SignalFiles;
 
-/// An environment without a session on a full volume is given up after this time: nobody can mark it from inside.
+/// Time after which an environment on a full volume closes if it has no session: nobody can mark it from inside.
 const FULL_TIME: Duration = Duration::from_secs(10);
 
-/// How long before the session limit people at a terminal are warned, at the most.
+/// Maximum time before the session limit at which interactive shells are warned.
 const WARNING_TIME: Duration = Duration::from_mins(5);
 
-/// What was seen so far.
+/// State of the watchdog.
 #[derive(Debug)]
 pub(crate) struct Watchdog {
     opened: Instant,
@@ -26,15 +26,16 @@ pub(crate) struct Watchdog {
 }
 
 impl Watchdog {
-    /// From now on.
+    /// Starts the time limits now.
     pub(crate) fn start() -> Self {
         let now = Instant::now();
         Self { opened: now, last_session: now, warned: false, full_since: None }
     }
 
-    /// Looks, and says why the environment should close, if it should. `busy` is whether a session or the script is running, `last` when
-    /// one ended that may have been too short to be seen running; `shells` are the interactive ones.
-    pub(crate) fn look(
+    /// Returns an event if the environment has to close. `busy` is true if a session or the script is running; `last`
+    /// is the end of the last session, which may have been too short to be found running; `shells` are the interactive
+    /// shells.
+    pub(crate) fn check(
         &mut self,
         busy: bool,
         last: Option<Instant>,
@@ -65,7 +66,7 @@ impl Watchdog {
             self.warned = true;
             tell_terminals(
                 shells,
-                &format!("this environment closes as failed in {} s; before that, mark it complete", left.as_secs()),
+                &format!("this environment closes as failed in {} s, unless it is marked complete", left.as_secs()),
             );
         }
         None
@@ -83,9 +84,7 @@ impl Watchdog {
         let shown = files.path().join(name);
         let shown = shown.display();
         if !files.holds(name, image_root) {
-            tracing::error!(
-                "the image root {shown} has vanished, or another folder stands in its place: closing as failed"
-            );
+            tracing::error!("the image root {shown} was removed or replaced by another directory: closing as failed");
             return Some(Event::Broken);
         }
         match image_root.condition() {
@@ -96,7 +95,9 @@ impl Watchdog {
             Ok(Condition::Full) if !busy => match self.full_since {
                 None => {
                     tracing::warn!(
-                        "the volume of {shown} is full and no session is open: make space, or it is given up"
+                        "the volume of {shown} is full and no session is open: closing as failed unless space is freed in \
+                         {} s",
+                        FULL_TIME.as_secs()
                     );
                     self.full_since = Some(now);
                 }

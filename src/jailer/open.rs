@@ -236,7 +236,7 @@ impl OpenJail {
             };
             if Instant::now() >= limit {
                 return Err(Error::new(attempted()).because(holder(mount))).advise(
-                    "a session passed the file on; end that process, or the one that owns the socket, before marking the image",
+                    "a session passed the file on; end that process, or the owner of the socket, before marking the image",
                 );
             }
             if !std::mem::replace(&mut is_logged, true) {

@@ -78,7 +78,8 @@ pub(crate) fn choose(wanted: &[Tier], dkms: bool, state: &StateDirectory) -> Res
         names => format!("tier {names}, which IMS_JAIL_TIER asks for"),
     };
     Err(Error::new(format!("make a jail of {tier}")).because(reasons(refused.iter()).join("; ")).advise(
-        "give the container what it lacks (docs/KUBERNETES.md, \"What a pod may do\"), or name another tier in IMS_JAIL_TIER",
+        "give the container what it lacks (docs/KUBERNETES.md, \"What a pod may do\"), or set another tier in \
+         IMS_JAIL_TIER",
     ))
 }
 

@@ -402,7 +402,8 @@ pub(crate) fn warn_without_inotify() {
     static TOLD: std::sync::Once = std::sync::Once::new();
     TOLD.call_once(|| {
         tracing::warn!(
-            "no inotify instance is left for root (fs.inotify.max_user_instances): polling marks and signal files every {} s",
+            "no inotify instance is left for root (fs.inotify.max_user_instances): polling marks and signal files \
+             every {} s",
             LOOK_EVERY.as_secs()
         );
     });

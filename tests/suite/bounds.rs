@@ -43,7 +43,8 @@ fn nine_thousand_processes_are_ended_in_time_and_with_few_words() {
 /// From the verdict to `exiting`, as the log tells.
 fn close_took(environment: &Environment) -> Duration {
     let log = environment.log_text();
-    let line = log.lines().find(|line| line.contains("closing: the image root is released, and marked")).unwrap();
+    let line =
+        log.lines().find(|line| line.contains("closing: the image root is released and the verdict recorded")).unwrap();
     Duration::from_millis(line.rsplit_once("milliseconds=").unwrap().1.parse().unwrap())
 }
 
@@ -181,14 +182,16 @@ fn descriptor_exhaustion_is_no_verdict() {
             std::io::Read::read_exact(session.stdout.as_mut().unwrap(), &mut [0; 6]).unwrap();
         }
         environment.says(&format!("touch {mark}"));
-        wait_until("the close to begin", || environment.log_text().contains("closing: sshd takes no new connections"));
+        wait_until("the close to begin", || {
+            environment.log_text().contains("closing: sshd accepts no new connections")
+        });
         for session in sessions {
             let output = session.wait_with_output().unwrap();
             assert_eq!((text(output.stdout).as_str(), output.status.code()), ("finished\n", Some(0)), "{mode:?}");
         }
         assert_eq!(environment.end(), 0, "{mode:?}: {}", environment.log_text());
         assert!(environment.signal("complete").exists() && !environment.signal("failed").exists(), "{mode:?}");
-        let told = environment.log_text().matches("for lack of descriptors (ulimit -n)").count();
+        let told = environment.log_text().matches("as many as descriptors allow (ulimit -n)").count();
         assert_eq!(told, usize::from(mode == Mode::Jailed), "{mode:?}: {}", environment.log_text());
     }
 }

@@ -77,12 +77,12 @@ fn the_close_takes_its_steps_in_order_and_logs_each_with_its_time() {
 
         let log = environment.log_text();
         let steps = [
-            "closing: sshd takes no new connections",
-            "closing: people at a terminal were told, and hung up",
+            "closing: sshd accepts no new connections",
+            "closing: interactive shells were notified and hung up",
             "closing: no process of the job is left",
             "closing: nothing is mounted in the image root",
-            "closing: all is on its disk",
-            "closing: the image root is released, and marked",
+            "closing: the image root is synced to disk",
+            "closing: the image root is released and the verdict recorded",
             "closed: 'exiting' created, nothing writes to the image root any more",
         ];
         let mut at = 0;
@@ -149,8 +149,8 @@ fn an_image_root_that_vanishes_or_is_replaced_or_becomes_read_only_fails_the_env
     };
     let read_only = |environment: &Environment| mount(&["-o", "remount,bind,ro"], &environment.image_root);
     let cases: [Case; 3] = [
-        (&vanish, "has vanished, or another folder stands in its place: closing as failed"),
-        (&replace, "has vanished, or another folder stands in its place: closing as failed"),
+        (&vanish, "was removed or replaced by another directory: closing as failed"),
+        (&replace, "was removed or replaced by another directory: closing as failed"),
         (&read_only, "has become read-only: closing as failed"),
     ];
     for (fault, word) in cases {
@@ -197,7 +197,7 @@ fn what_a_killed_entrypoint_left_is_found_told_and_cleared() {
         let found = found.unwrap_or_else(|| panic!("{mode:?}: {log}"));
         for word in [
             "the record of its jail",
-            "what it had added to the image",
+            "its additions to the image",
             "'sshd_listening'",
             "its line in sshd's configuration",
         ] {

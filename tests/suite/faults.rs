@@ -333,7 +333,7 @@ fn run(cell: Cell) {
     };
     if cell.phase == Phase::Closing {
         environment.touch("complete");
-        environment.wait_for_log_times("closing: sshd takes no new connections", 1);
+        environment.wait_for_log_times("closing: sshd accepts no new connections", 1);
     }
 
     // It happens.

@@ -14,7 +14,7 @@ fn a_session_without_a_terminal_gets_the_grace_which_ends_with_it() {
         let mut environment = Volume::new(Image::Busybox).start_with(mode, &[("IMS_CLOSE_GRACE", "25")]).ready();
         let held = Held::open(&environment);
         environment.touch("complete");
-        environment.wait_for_log("closing: sshd takes no new connections");
+        environment.wait_for_log("closing: sshd accepts no new connections");
         assert!(environment.entrypoint.try_wait().unwrap().is_none(), "{mode:?}");
         let began = Instant::now();
         let output = held.finish();
@@ -110,7 +110,7 @@ fn client_between_two_sessions_of_a_task_may_open_the_next_and_an_idle_connectio
         };
         let say = |line: &str| text(master.ssh().arg(line).output().unwrap().stdout);
         assert_eq!(say(&format!("touch {mark}; echo marked")), "marked\n", "{mode:?}");
-        environment.wait_for_log("closing: sshd takes no new connections");
+        environment.wait_for_log("closing: sshd accepts no new connections");
         // A second and more from one session to the next, twice: as a client does that is busy or far away.
         for _ in 0..2 {
             std::thread::sleep(Duration::from_millis(1500));
@@ -154,7 +154,7 @@ fn a_client_hears_how_its_command_ended_however_late_its_sshd_does() {
         let mut first = [0; 6];
         std::io::Read::read_exact(client.stdout.as_mut().unwrap(), &mut first).unwrap();
         environment.touch("complete");
-        environment.wait_for_log("closing: sshd takes no new connections");
+        environment.wait_for_log("closing: sshd accepts no new connections");
         let entrypoint = environment.pid();
         let of_sshd = || descendants(&Entry::all(), entrypoint).into_iter().filter(|e| e.name.starts_with("sshd"));
         wait_until("the listener to end", || of_sshd().count() == 1);
@@ -182,7 +182,7 @@ fn a_signal_during_the_grace_shortens_it() {
         } else {
             environment.send(Signal::SIGTERM);
         }
-        environment.wait_for_log("closing: sshd takes no new connections");
+        environment.wait_for_log("closing: sshd accepts no new connections");
         let began = Instant::now();
         environment.send(Signal::SIGTERM);
         assert_eq!(environment.end(), 143, "{first}");

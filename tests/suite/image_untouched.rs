@@ -130,7 +130,7 @@ fn an_image_gets_its_own_resolv_conf_back_after_a_kill_in_every_tier() {
         wait_until("the second environment to be open", || {
             environment.log_text().matches("the environment is open").count() == 2
         });
-        assert!(environment.log_text().contains("what it had added to the image"), "{}", environment.log_text());
+        assert!(environment.log_text().contains("its additions to the image"), "{}", environment.log_text());
         assert_eq!(environment.says("cat /etc/resolv.conf"), container.trim_end(), "{tier}");
         assert_eq!(environment.complete(), 0);
         let changed = differences(&before, &digest(&environment.image_root));

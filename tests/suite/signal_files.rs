@@ -93,7 +93,7 @@ fn a_parent_that_does_not_come_is_refused_with_its_name() {
     let volume = Volume::new(Image::Busybox);
     std::fs::rename(&volume.parent, volume.dir.path().join("elsewhere")).unwrap();
     let mut environment = volume.start(Mode::Jailed);
-    environment.wait_for_log("does not exist: it is waited for 30 s");
+    environment.wait_for_log("does not exist: waiting up to 30 s");
     std::thread::sleep(Duration::from_secs(29));
     assert_eq!(environment.end(), 1);
     let place = environment.parent.display();
