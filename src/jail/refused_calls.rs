@@ -64,6 +64,15 @@ const ALLOWED_FAMILIES: &[u32] = &[
 const OTHER_FAMILY: Rule = If(&[NotIn(0, ALL_BITS, ALLOWED_FAMILIES)], libc::EAFNOSUPPORT);
 const ALL_BITS: u32 = u32::MAX;
 
+/// Netlink protocols that programs of an image need. SECURITY.md says why these, and why no others.
+const ALLOWED_NETLINK: &[u32] = &[
+    libc::NETLINK_ROUTE.cast_unsigned(),
+    libc::NETLINK_SOCK_DIAG.cast_unsigned(),
+    libc::NETLINK_SELINUX.cast_unsigned(),
+    libc::NETLINK_AUDIT.cast_unsigned(),
+    libc::NETLINK_KOBJECT_UEVENT.cast_unsigned(),
+];
+
 /// Bits of the socket type, whose other bits are flags (`SOCK_TYPE_MASK` of linux/net.h).
 const TYPE_BITS: u32 = 0xf;
 const SOCK_PACKET: u32 = 10;
@@ -181,6 +190,15 @@ const CALLS: &[Call] = &[
             libc::EPERM,
         ),
         "it receives packets of others in the pod; ping needs only ICMP",
+    ),
+    call(
+        "socket",
+        numbers(41, 359, 198, 281),
+        If(
+            &[In(0, ALL_BITS, &[libc::AF_NETLINK.cast_unsigned()]), NotIn(2, ALL_BITS, ALLOWED_NETLINK)],
+            libc::EPROTONOSUPPORT,
+        ),
+        "NETLINK_CONNECTOR tells of processes outside, NETLINK_GENERIC of quotas, devices and the network, and loads kernel modules",
     ),
     call("socketpair", numbers(53, 360, 199, 288), OTHER_FAMILY, "the same as for socket"),
     call(
@@ -544,6 +562,11 @@ mod tests {
             2,
             3,
             10,
+            4,
+            7,
+            9,
+            11,
+            15,
             16,
             17,
             40,

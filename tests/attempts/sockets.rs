@@ -111,10 +111,41 @@ pub fn other_families_by_32_bits() -> Outcome {
     any([false, true], |multiplexed| {
         any(other_families(), |family| {
             any(1..=6, |kind| {
-                let socket = sys::socket_by_32_bits(family.cast_unsigned(), kind, multiplexed);
+                let socket = sys::socket_by_32_bits(family.cast_unsigned(), kind, 0, multiplexed);
                 socket.step(format!("open a socket of family {family}, type {kind}"))?;
                 Ok(format!("has a socket of family {family}"))
             })
+        })
+    })
+}
+
+/// Netlink protocols by which no program of an image reaches the kernel.
+fn other_netlink_protocols() -> impl Iterator<Item = i32> {
+    let needed = [
+        libc::NETLINK_ROUTE,
+        libc::NETLINK_SOCK_DIAG,
+        libc::NETLINK_SELINUX,
+        libc::NETLINK_AUDIT,
+        libc::NETLINK_KOBJECT_UEVENT,
+    ];
+    (0..32).filter(move |protocol| !needed.contains(protocol))
+}
+
+/// The kernel's messages by any other netlink protocol: processes that start and end, quotas, devices.
+pub fn other_netlink() -> Outcome {
+    any(other_netlink_protocols(), |protocol| {
+        any([libc::SOCK_RAW, libc::SOCK_DGRAM], |kind| opened(libc::AF_NETLINK, kind, protocol))
+    })
+}
+
+/// The same by 32-bit system calls.
+pub fn other_netlink_by_32_bits() -> Outcome {
+    any([false, true], |multiplexed| {
+        any(other_netlink_protocols(), |protocol| {
+            let (family, kind) = (libc::AF_NETLINK.cast_unsigned(), libc::SOCK_RAW.cast_unsigned());
+            let socket = sys::socket_by_32_bits(family, kind, protocol.cast_unsigned(), multiplexed);
+            socket.step(format!("open a netlink socket of protocol {protocol}"))?;
+            Ok(format!("has a netlink socket of protocol {protocol}"))
         })
     })
 }

@@ -410,12 +410,12 @@ pub fn socket(family: c_int, kind: c_int, protocol: c_int) -> io::Result<OwnedFd
 }
 
 /// A socket by a 32-bit call, or by socketcall(2) if `multiplexed`.
-pub fn socket_by_32_bits(family: u32, kind: u32, multiplexed: bool) -> io::Result<OwnedFd> {
-    let arguments = LowMemory::new(&[family, kind, 0])?;
+pub fn socket_by_32_bits(family: u32, kind: u32, protocol: u32, multiplexed: bool) -> io::Result<OwnedFd> {
+    let arguments = LowMemory::new(&[family, kind, protocol])?;
     let socket = if multiplexed {
         call_by_32_bits(102, [1, arguments.address(0), 0, 0, 0])
     } else {
-        call_by_32_bits(359, [family, kind, 0, 0, 0])
+        call_by_32_bits(359, [family, kind, protocol, 0, 0])
     };
     owned(socket?.into())
 }

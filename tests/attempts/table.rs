@@ -149,6 +149,8 @@ pub const ATTEMPTS: &[Attempt] = &[
         "address_families(7); vsock(7); CVE-2026-31431",
     ),
     attempt("other-sockets-by-32-bits", ChrootIfBuilt, sockets::other_families_by_32_bits, "socketcall(2)"),
+    attempt("other-netlink", Chroot, sockets::other_netlink, "netlink(7); connector.rst, events of processes"),
+    attempt("other-netlink-by-32-bits", ChrootIfBuilt, sockets::other_netlink_by_32_bits, "socketcall(2)"),
     attempt("shared-memory", Chroot, sockets::shared_memory, "sysvipc(7), ipc_namespaces(7)"),
     attempt("message-queue", Chroot, sockets::message_queue, "mq_overview(7), ipc_namespaces(7)"),
     attempt("user-key", Chroot, sockets::user_key, "keyrings(7), user-keyring(7)"),

@@ -232,7 +232,8 @@ six = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
 # These options have the numbers of those that ask for handles, at another level.
 six.getsockopt(socket.IPPROTO_IPV6, 76)
 six.getsockopt(socket.IPPROTO_IPV6, 77)
-socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0).bind((0, 0))
+for protocol in [0, 4, 15]:
+    socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol).bind((0, 0))
 ping = socket.socket(socket.AF_INET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.IPPROTO_ICMP)
 ping.sendto(b"\x08\x00\xf7\xff" + bytes(4), ("127.0.0.1", 0))
 assert ping.recv(100)[20] in (0, 8)
@@ -241,6 +242,8 @@ for arguments, told in [
     ((socket.AF_PACKET, socket.SOCK_RAW), errno.EAFNOSUPPORT),
     ((socket.AF_VSOCK, socket.SOCK_STREAM), errno.EAFNOSUPPORT),
     ((socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_TCP), errno.EPERM),
+    ((socket.AF_NETLINK, socket.SOCK_RAW, 11), errno.EPROTONOSUPPORT),
+    ((socket.AF_NETLINK, socket.SOCK_DGRAM, 16), errno.EPROTONOSUPPORT),
 ]:
     try:
         socket.socket(*arguments)

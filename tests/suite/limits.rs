@@ -106,6 +106,15 @@ const LIMITS: &[Limit] = &[
         shown: "python3 -c 'import socket; socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)'",
     },
     Limit {
+        who: "nft, iw, devlink",
+        command: "python3 -c 'import socket; socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 16)'",
+        said: "Protocol not supported",
+        like_root_without: "",
+        why: "such parts of the kernel are the node's, and tell of what happens there",
+        instead: "`ip`, `ss`, `ethtool`",
+        shown: "python3 -c 'import socket; socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 4)'",
+    },
+    Limit {
         who: "bubblewrap, rootless containers, `unshare -U`",
         command: "unshare --user true",
         said: "Operation not permitted",
