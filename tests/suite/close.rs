@@ -1,4 +1,5 @@
-//! The order of steps at the close, image roots that vanish under an open environment, and cleanup after a killed one.
+//! The order of steps at the close, image roots that are removed under an open environment, and cleanup after a killed
+//! one.
 
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
@@ -8,12 +9,12 @@ use std::time::{Duration, Instant};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use testbed::*;
 
-/// A process of the test's own, outside the environment.
+/// Starts a process of the test itself, outside the environment.
 fn outsider(command: &mut Command) -> Ended {
     Ended::killed(command.stdin(Stdio::null()).spawn().unwrap())
 }
 
-/// The signal that a process outside died of.
+/// Waits for a process outside to end, and returns the signal that ended it.
 fn died_of(process: &mut Ended) -> Option<i32> {
     let mut status = None;
     wait_until("a process outside to end", || {
@@ -23,7 +24,7 @@ fn died_of(process: &mut Ended) -> Option<i32> {
     status.unwrap().signal()
 }
 
-/// Mounts below `path` that this test and its environments see.
+/// Mounts below `path` in the mount namespace of this test and its environments.
 fn mounts_below(path: &Path) -> Vec<String> {
     let below = format!(" {}/", path.display());
     let mounts = std::fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
@@ -31,31 +32,31 @@ fn mounts_below(path: &Path) -> Vec<String> {
 }
 
 #[test]
-fn the_close_takes_its_steps_in_order_and_logs_each_with_its_time() {
+fn close_takes_its_steps_in_order_and_logs_each_with_its_time() {
     for mode in MODES {
         let environment = Volume::new(Image::Debian).start_with(mode, &[("IMS_CLOSE_GRACE", "1")]);
         let mut environment = environment.ready();
         let root = environment.image_root.clone();
-        // An administrator's own mounts, nested and stacked.
+        // Stand in for an administrator's own mounts, nested and stacked.
         for (source, below) in [("/proc", "proc"), ("/sys", "sys"), ("/dev", "dev"), ("/dev/pts", "dev/pts")] {
             mount(&["--bind", source], &root.join(below));
         }
         mount(&["-t", "tmpfs", "tmpfs"], &root.join("dev/pts"));
         assert_eq!(mounts_below(&root).len(), 5);
-        // Processes that are not the job's, as from `kubectl exec`.
+        // Start processes that do not belong to the job, as `kubectl exec` does.
         let mut in_directory = outsider(Command::new("sleep").arg("97001").current_dir(root.join("etc")));
         let mut with_root = outsider(Command::new("chroot").arg(&root).args(["sleep", "97003"]));
         wait_until("the root to be changed", || comm(with_root.id()) == "sleep");
         let mut in_jail = (mode == Mode::Jailed).then(|| {
             let init = environment.jails_init().to_string();
             let started = outsider(Command::new("nsenter").args(["-t", &init, "-m", "sleep", "97004"]));
-            wait_until("it to have entered", || comm(started.id()) == "sleep");
+            wait_until("nsenter to enter the jail", || comm(started.id()) == "sleep");
             started
         });
         environment.says("trap '' TERM; setsid nohup sleep 97005 >/dev/null 2>&1 & exit 0");
         let mut at_terminal = environment.ssh(&["-tt"]);
         let at_terminal = at_terminal.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-        wait_until("somebody at a terminal", || {
+        wait_until("the session on a terminal", || {
             environment.sessions().iter().any(|session| session["terminal"] == true)
         });
 
@@ -67,10 +68,13 @@ fn the_close_takes_its_steps_in_order_and_logs_each_with_its_time() {
         let told = text(at_terminal.wait_with_output().unwrap().stdout);
         assert!(told.contains("ims-sshd: the image was marked complete and will be packed"), "{mode:?}: {told}");
         for outsider in [&mut in_directory, &mut with_root] {
-            assert!(outsider.try_wait().unwrap().is_none(), "{mode:?}: a process that is not the job's was ended");
+            assert!(
+                outsider.try_wait().unwrap().is_none(),
+                "{mode:?}: a process that does not belong to the job was ended"
+            );
         }
         if let Some(started) = &mut in_jail {
-            assert_eq!(died_of(started), Some(15), "it is in the jail");
+            assert_eq!(died_of(started), Some(15), "a process in the jail was not ended");
         }
         assert_eq!(processes_with("sleep 97005"), [0_u32; 0]);
         assert_eq!(mounts_below(&root), [""; 0], "{mode:?}");
@@ -88,7 +92,7 @@ fn the_close_takes_its_steps_in_order_and_logs_each_with_its_time() {
         let mut at = 0;
         for step in steps {
             let found =
-                log[at..].find(step).unwrap_or_else(|| panic!("{mode:?}: '{step}' not after the others:\n{log}"));
+                log[at..].find(step).unwrap_or_else(|| panic!("{mode:?}: '{step}' is missing or too early:\n{log}"));
             at += found + step.len();
             let line = log[at..].lines().next().unwrap();
             assert!(
@@ -97,7 +101,7 @@ fn the_close_takes_its_steps_in_order_and_logs_each_with_its_time() {
             );
         }
         let killed = log.lines().find(|l| l.contains("sleep 97005") && l.contains("killed, since it did not end"));
-        assert!(killed.is_some_and(|l| l.contains("pid=")), "{mode:?}: who was killed is not named:\n{log}");
+        assert!(killed.is_some_and(|l| l.contains("pid=")), "{mode:?}: the killed process is not named:\n{log}");
         for below in ["proc", "sys", "dev", "dev/pts"] {
             let line = format!("unmounted {}, which somebody had mounted there", root.join(below).display());
             assert_eq!(log.matches(&line).count(), if below == "dev/pts" { 2 } else { 1 }, "{mode:?}: {log}");
@@ -121,7 +125,7 @@ fn comm(pid: u32) -> String {
 }
 
 #[test]
-fn what_was_written_is_on_its_disk_before_exiting() {
+fn image_root_is_synced_before_exiting_is_created() {
     let volume = Volume::new(Image::Busybox);
     let trace = volume.dir.path().join("trace");
     let mut command = Command::new("strace");
@@ -138,9 +142,9 @@ fn what_was_written_is_on_its_disk_before_exiting() {
 }
 
 #[test]
-fn an_image_root_that_vanishes_or_is_replaced_or_becomes_read_only_fails_the_environment() {
+fn image_root_that_is_removed_replaced_or_remounted_read_only_fails_the_environment() {
     type Case<'a> = (&'a dyn Fn(&Environment), &'a str);
-    let vanish = |environment: &Environment| {
+    let remove = |environment: &Environment| {
         std::fs::rename(&environment.image_root, environment.parent.join("elsewhere")).unwrap();
     };
     let replace = |environment: &Environment| {
@@ -149,7 +153,7 @@ fn an_image_root_that_vanishes_or_is_replaced_or_becomes_read_only_fails_the_env
     };
     let read_only = |environment: &Environment| mount(&["-o", "remount,bind,ro"], &environment.image_root);
     let cases: [Case; 3] = [
-        (&vanish, "was removed or replaced by another directory: closing as failed"),
+        (&remove, "was removed or replaced by another directory: closing as failed"),
         (&replace, "was removed or replaced by another directory: closing as failed"),
         (&read_only, "has become read-only: closing as failed"),
     ];
@@ -170,7 +174,7 @@ fn an_image_root_that_vanishes_or_is_replaced_or_becomes_read_only_fails_the_env
 }
 
 #[test]
-fn what_a_killed_entrypoint_left_is_found_told_and_cleared() {
+fn leftovers_of_a_killed_entrypoint_are_logged_and_removed() {
     for mode in MODES {
         let volume = Volume::new(Image::Busybox);
         let clean = std::fs::read_to_string(&volume.config).unwrap();
@@ -181,13 +185,13 @@ fn what_a_killed_entrypoint_left_is_found_told_and_cleared() {
         }
         std::fs::write(volume.signal(".ims-sshd.additions"), "folder proc\nfolder dev\n").unwrap();
         std::fs::create_dir(volume.image_root.join("proc")).unwrap();
-        // The record of a jail whose init is no more: this number belongs to somebody else now.
-        let mut somebody = outsider(Command::new("sleep").arg("97010"));
-        let folder = ims_sshd::volume::state_directory::StateDirectory::place(&volume.parent);
-        std::fs::create_dir_all(&folder).unwrap();
-        std::fs::write(folder.join("jail"), format!("tier namespace\ninit {} 1\n", somebody.id())).unwrap();
-        std::fs::write(folder.join("sshd"), format!("{} 1\n", somebody.id())).unwrap();
-        std::fs::write(folder.join("control"), "").unwrap();
+        // Leave records of a jail and an sshd that have ended and whose PID another process has now.
+        let mut other = outsider(Command::new("sleep").arg("97010"));
+        let state = ims_sshd::volume::state_directory::StateDirectory::place(&volume.parent);
+        std::fs::create_dir_all(&state).unwrap();
+        std::fs::write(state.join("jail"), format!("tier namespace\ninit {} 1\n", other.id())).unwrap();
+        std::fs::write(state.join("sshd"), format!("{} 1\n", other.id())).unwrap();
+        std::fs::write(state.join("control"), "").unwrap();
 
         let mut environment = volume.start(mode).ready();
         environment.wait_for_log("the environment is open");
@@ -203,12 +207,12 @@ fn what_a_killed_entrypoint_left_is_found_told_and_cleared() {
         ] {
             assert!(found.contains(word), "{mode:?}: no '{word}' in '{found}'");
         }
-        assert!(somebody.try_wait().unwrap().is_none(), "a process that has nothing to do with it was ended");
+        assert!(other.try_wait().unwrap().is_none(), "an unrelated process was ended");
         assert_eq!(environment.complete(), 0);
         assert_eq!(std::fs::read_to_string(&environment.config).unwrap(), clean);
-        assert!(!environment.image_root.join("proc").exists() && !folder.exists());
+        assert!(!environment.image_root.join("proc").exists() && !state.exists());
         let left: Vec<_> = std::fs::read_dir(&environment.parent).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert!(left.iter().all(|n| !n.to_string_lossy().starts_with('.')), "{left:?}");
-        drop(somebody);
+        drop(other);
     }
 }

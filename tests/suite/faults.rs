@@ -1,4 +1,5 @@
-//! Whatever dies, and whenever: the environment ends with a clear word, with nothing left running or mounted.
+//! Faults: any part of an environment is killed in any phase. The environment ends with a clear log line, and nothing
+//! is left running or mounted.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::MetadataExt;
@@ -16,8 +17,8 @@ use testbed::*;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Part {
-    /// Its listener; before that listens, the sshd that is asked (plain) or is starting (jailed); in the close, when the listener has
-    /// ended, that of a connection.
+    /// sshd's listener. Before that listens, the sshd that is asked for its configuration (plain mode) or is starting
+    /// (jailed mode); during the close, when the listener has ended, the sshd of a connection.
     Sshd,
     JailInit,
     Helper,
@@ -36,7 +37,7 @@ enum Phase {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Blow {
+enum Fault {
     Kill,
     StopThenKill,
     Term,
@@ -46,15 +47,15 @@ enum Blow {
 struct Cell {
     part: Part,
     phase: Phase,
-    blow: Blow,
+    fault: Fault,
     mode: Mode,
 }
 
 const PARTS: [Part; 6] = [Part::Sshd, Part::JailInit, Part::Helper, Part::Shell, Part::Script, Part::Entrypoint];
 const PHASES: [Phase; 5] = [Phase::BeforeReady, Phase::Preparing, Phase::Idle, Phase::Busy, Phase::Closing];
-const BLOWS: [Blow; 3] = [Blow::Kill, Blow::StopThenKill, Blow::Term];
+const FAULTS: [Fault; 3] = [Fault::Kill, Fault::StopThenKill, Fault::Term];
 
-/// No cell takes longer.
+/// Timeout of one cell.
 const CELL_LIMIT: Duration = Duration::from_secs(25);
 
 impl Cell {
@@ -63,7 +64,7 @@ impl Cell {
         for mode in MODES {
             for part in PARTS {
                 for phase in PHASES {
-                    cells.extend(BLOWS.map(|blow| Self { part, phase, blow, mode }));
+                    cells.extend(FAULTS.map(|fault| Self { part, phase, fault, mode }));
                 }
             }
         }
@@ -71,12 +72,12 @@ impl Cell {
         cells
     }
 
-    /// Whether there is such a part at that time.
+    /// Returns whether the part exists in that phase.
     fn exists(&self) -> bool {
         match (self.part, self.phase) {
             (Part::Entrypoint, _) => true,
             (_, Phase::BeforeReady) => false,
-            // Both come once sshd listens, and a session has to be there for the latter.
+            // The script and sessions start once sshd listens; helper and shell need a session.
             (Part::Script | Part::Helper | Part::Shell, Phase::Preparing) => false,
             (Part::Helper | Part::Shell, Phase::Idle) => false,
             (Part::JailInit | Part::Helper, _) => self.mode == Mode::Jailed,
@@ -84,27 +85,27 @@ impl Cell {
         }
     }
 
-    /// The verdict and the entrypoint's exit code; of its second start where it was killed.
+    /// Expected verdict and exit code of the entrypoint; of its second start if it was killed.
     fn outcome(&self) -> (&'static str, i32) {
-        match (self.part, self.phase, self.blow) {
-            (Part::Entrypoint, _, Blow::Term) => ("failed", 143),
+        match (self.part, self.phase, self.fault) {
+            (Part::Entrypoint, _, Fault::Term) => ("failed", 143),
             (Part::Sshd, Phase::Preparing, _) => ("failed", 1),
             (Part::Script, ..) => ("failed", 0),
             _ => ("complete", 0),
         }
     }
 
-    /// A PID namespace's first process hears of outside signals only those that it cannot refuse.
+    /// Returns whether the signal has no effect: from outside, only SIGKILL and SIGSTOP reach a PID namespace's init.
     fn is_without_effect(&self) -> bool {
-        self.part == Part::JailInit && self.blow == Blow::Term
+        self.part == Part::JailInit && self.fault == Fault::Term
     }
 
-    fn strike(&self, pid: Pid) {
+    fn inject(&self, pid: Pid) {
         let signal = |signal| kill(pid, signal).unwrap();
-        match self.blow {
-            Blow::Kill => signal(Signal::SIGKILL),
-            Blow::Term => signal(Signal::SIGTERM),
-            Blow::StopThenKill => {
+        match self.fault {
+            Fault::Kill => signal(Signal::SIGKILL),
+            Fault::Term => signal(Signal::SIGTERM),
+            Fault::StopThenKill => {
                 signal(Signal::SIGSTOP);
                 wait_until("the stop", || Entry::read(pid).is_none_or(|e| e.state == 'T'));
                 signal(Signal::SIGKILL);
@@ -113,7 +114,7 @@ impl Cell {
     }
 }
 
-/// A host key of sshd's configuration at which each sshd waits: a fifo that nobody writes to.
+/// A gate in sshd's start: a fifo as host key, which sshd blocks on reading.
 struct Gate {
     path: PathBuf,
 }
@@ -123,40 +124,41 @@ impl Gate {
         let path = volume.dir.path().join("gate");
         nix::unistd::mkfifo(&path, nix::sys::stat::Mode::from_bits_truncate(0o600)).unwrap();
         let config = std::fs::read_to_string(&volume.config).unwrap();
-        // Once one host key is named, sshd takes no other that is not.
+        // Name a usable host key too: with any HostKey line, sshd does not load the default ones.
         let keys = format!("HostKey {}\nHostKey /etc/ssh/ssh_host_ed25519_key\n", path.display());
         std::fs::write(&volume.config, format!("{keys}{config}")).unwrap();
         Self { path }
     }
 
-    /// Lets those pass that wait now.
-    fn let_pass(path: &Path) {
-        // For both directions: this open waits for nobody, and a waiting reader then finds the end of the file.
+    /// Releases every sshd that waits now.
+    fn release(path: &Path) {
+        // Open for reading and writing, which does not block; on close, a waiting reader gets the end of the file.
         std::fs::File::options().read(true).write(true).open(path).unwrap();
     }
 
-    /// Lets everybody pass from now on.
+    /// Opens the gate for good.
     fn open(&self) {
         let old = self.path.with_extension("old");
         std::fs::rename(&self.path, &old).unwrap();
         std::fs::write(&self.path, "").unwrap();
-        Self::let_pass(&old);
+        Self::release(&old);
     }
 
-    /// Waits until there is a sshd at the gate, and returns it: the one that is asked first, or the one that is to listen.
-    fn visitor(&self, entrypoint: Pid, asked: bool) -> Pid {
+    /// Waits for an sshd at the gate and returns its PID: the one that is asked for its configuration, or the one that
+    /// is going to listen.
+    fn waiting_sshd(&self, entrypoint: Pid, asked: bool) -> Pid {
         let mut found = None;
-        wait_until("a sshd at the gate", || {
+        wait_until("an sshd at the gate", || {
             for entry in Entry::all().into_iter().filter(|e| e.parent == entrypoint && e.name == "sshd") {
                 let line = entry.command_line();
-                // One that has ended has no command line.
+                // Skip an sshd that has ended, which has no command line.
                 if !line.contains("sshd_config") {
                     continue;
                 }
                 if line.contains(" -T") == asked {
                     found = Some(entry.pid);
                 } else {
-                    Self::let_pass(&self.path);
+                    Self::release(&self.path);
                 }
             }
             found.is_some()
@@ -165,17 +167,17 @@ impl Gate {
     }
 }
 
-/// Everything that a test's thread has started: its UTS namespace is nobody else's, and no process leaves it but into the jail,
-/// where its root is the image root.
-struct Household {
+/// Finds every process that a test's thread has started. The thread has a UTS namespace of its own, which processes
+/// leave only for the jail, where their root is the image root.
+struct Processes {
     uts: PathBuf,
     image_device: u64,
     image_root: PathBuf,
 }
 
-impl Household {
+impl Processes {
     fn of(volume: &Volume) -> Self {
-        // What root's shell runs on this machine at each login is not to be killed half-way: it may hold a lock.
+        // Hide the .bashrc of this machine's root: it may take a lock and must not be killed half-way.
         let profile = nix::unistd::User::from_uid(nix::unistd::Uid::from_raw(0)).unwrap().unwrap().dir.join(".bashrc");
         if profile.exists() {
             mount(&["--bind", "/dev/null"], &profile);
@@ -188,7 +190,7 @@ impl Household {
         }
     }
 
-    fn members(&self) -> Vec<Entry> {
+    fn running(&self) -> Vec<Entry> {
         let device = |entry: &Entry, name: &str| {
             std::fs::metadata(format!("/proc/{}/{name}", entry.pid)).ok().map(|found| found.dev())
         };
@@ -201,8 +203,8 @@ impl Household {
         all
     }
 
-    fn assert_empty(&self) {
-        let left: Vec<_> = self.members().iter().map(|e| format!("{} {}", e.pid, e.command_line())).collect();
+    fn assert_none_left(&self) {
+        let left: Vec<_> = self.running().iter().map(|e| format!("{} {}", e.pid, e.command_line())).collect();
         assert!(left.is_empty(), "left running: {left:#?}");
         let mut mounts = mount_points(&std::fs::read("/proc/thread-self/mountinfo").unwrap());
         mounts.retain(|mount| mount.starts_with(self.image_root.parent().unwrap()));
@@ -210,9 +212,9 @@ impl Household {
     }
 }
 
-impl Drop for Household {
+impl Drop for Processes {
     fn drop(&mut self) {
-        for entry in self.members() {
+        for entry in self.running() {
             entry.signal(Signal::SIGKILL);
         }
     }
@@ -245,7 +247,7 @@ impl Waiting {
         line
     }
 
-    /// The process that reads the line.
+    /// PID of the shell that reads the line.
     fn shell(&self) -> Pid {
         let found: Vec<_> = processes_with(&format!("echo in {}", self.mark))
             .into_iter()
@@ -256,15 +258,15 @@ impl Waiting {
         found[0]
     }
 
-    /// Gives it its line; it has to answer.
-    fn answers(mut self) {
+    /// Writes the line and asserts that the session answers and ends.
+    fn assert_answers(mut self) {
         self.stdin.write_all(b"still there\n").unwrap();
         assert_eq!(self.line(), "still there\n", "{}", self.mark);
         assert!(self.ssh.wait().unwrap().success());
     }
 
-    /// Waits for an end that it did not choose, and returns what it was told.
-    fn cut_off(mut self) -> String {
+    /// Asserts that the session is ended from outside, and returns its standard error.
+    fn assert_cut_off(mut self) -> String {
         assert_eq!(self.line(), "", "{}", self.mark);
         let mut said = String::new();
         self.stderr.read_to_string(&mut said).unwrap();
@@ -286,7 +288,7 @@ const OPEN: &str = "the environment is open";
 
 fn run(cell: Cell) {
     let volume = Volume::new(Image::Debian);
-    let household = Household::of(&volume);
+    let processes = Processes::of(&volume);
     let gate = (cell.phase == Phase::Preparing).then(|| Gate::put_before(&volume));
     let config = std::fs::read_to_string(&volume.config).unwrap();
     let events = Inotify::init(InitFlags::IN_NONBLOCK).unwrap();
@@ -298,7 +300,7 @@ fn run(cell: Cell) {
     }
     let variables = [("CUSTOMIZATION_SCRIPT", script_path.as_str())];
 
-    // To where it is to happen.
+    // Bring the environment into its phase.
     let mut environment = volume.start_with(cell.mode, &variables);
     let mut sessions = Vec::new();
     environment.wait_for_log_times("waiting for 'ready'", 1);
@@ -311,11 +313,11 @@ fn run(cell: Cell) {
         sessions = ["victim", "other"].map(|name| Waiting::begin(&environment, name)).into();
     }
     let victim = sessions.first().map(Waiting::shell);
-    let visitor = gate.as_ref().map(|gate| gate.visitor(environment.pid(), cell.mode == Mode::Plain));
+    let waiting_sshd = gate.as_ref().map(|gate| gate.waiting_sshd(environment.pid(), cell.mode == Mode::Plain));
     let target = match cell.part {
         Part::Entrypoint => environment.pid(),
-        Part::Sshd => match (visitor, victim, cell.phase) {
-            (Some(visitor), ..) => visitor,
+        Part::Sshd => match (waiting_sshd, victim, cell.phase) {
+            (Some(sshd), ..) => sshd,
             (_, Some(shell), Phase::Closing) if cell.mode == Mode::Plain => parent_of(shell),
             (_, Some(shell), Phase::Closing) => parent_of(parent_of(shell)),
             _ => listener(&environment),
@@ -336,10 +338,10 @@ fn run(cell: Cell) {
         environment.wait_for_log_times("closing: sshd accepts no new connections", 1);
     }
 
-    // It happens.
+    // Inject the fault.
     let began = Instant::now();
-    cell.strike(target);
-    let dies = cell.part == Part::Entrypoint && cell.blow != Blow::Term;
+    cell.inject(target);
+    let dies = cell.part == Part::Entrypoint && cell.fault != Fault::Term;
     if dies {
         environment.entrypoint.wait().unwrap();
     }
@@ -348,8 +350,8 @@ fn run(cell: Cell) {
     }
     if dies {
         if cell.mode == Mode::Jailed && cell.phase == Phase::Preparing {
-            // The worst: a sshd that nobody could note any more gets as far as to listen.
-            let sshd = || household.members().iter().any(|e| e.name == "sshd");
+            // The worst case: an sshd that the killed supervisor could not record gets as far as to listen.
+            let sshd = || processes.running().iter().any(|e| e.name == "sshd");
             wait_until("the orphan to listen, or to end", || {
                 std::net::TcpStream::connect(("127.0.0.1", environment.port)).is_ok() || !sshd()
             });
@@ -360,7 +362,7 @@ fn run(cell: Cell) {
         }
     }
 
-    // What is to come of it for those who are in the environment.
+    // Check the sessions.
     let serves = matches!(cell.outcome(), ("complete", _)) && cell.phase != Phase::Closing;
     if serves {
         match cell.part {
@@ -374,31 +376,31 @@ fn run(cell: Cell) {
     let mut sessions = sessions.into_iter();
     match (cell.part, sessions.next(), sessions.next()) {
         (Part::Entrypoint, Some(victim), Some(other)) => {
-            victim.cut_off();
-            other.cut_off();
+            victim.assert_cut_off();
+            other.assert_cut_off();
         }
         (Part::JailInit, Some(victim), Some(other)) if !cell.is_without_effect() => {
             for session in [victim, other] {
-                let said = session.cut_off();
+                let said = session.assert_cut_off();
                 assert!(said.contains("ims-jail-shell: the jail has ended"), "{said}");
             }
         }
         (Part::Helper | Part::Shell, Some(victim), Some(other)) => {
-            victim.cut_off();
-            other.answers();
+            victim.assert_cut_off();
+            other.assert_answers();
         }
         (Part::Sshd, Some(victim), Some(other)) if cell.phase == Phase::Closing => {
-            victim.cut_off();
-            other.answers();
+            victim.assert_cut_off();
+            other.assert_answers();
         }
         (_, Some(victim), Some(other)) => {
-            victim.answers();
-            other.answers();
+            victim.assert_answers();
+            other.assert_answers();
         }
         _ => {}
     }
 
-    // The end.
+    // Check the end.
     let (verdict, code) = cell.outcome();
     if serves {
         environment.touch("complete");
@@ -406,13 +408,13 @@ fn run(cell: Cell) {
     assert_eq!(environment.end(), code);
     let took = began.elapsed();
     assert!(took < CELL_LIMIT, "it took {took:?}");
-    household.assert_empty();
+    processes.assert_none_left();
     assert!(!environment.state_directory().exists());
     let log = environment.log_text();
     if dies && (cell.phase >= Phase::Idle || cell.mode == Mode::Jailed && cell.phase == Phase::Preparing) {
         assert!(
             log.contains("cleaned up after an environment that was killed here: "),
-            "it does not say what it found"
+            "the log does not name what was cleaned up"
         );
     }
     let mut stands: Vec<_> = std::fs::read_dir(&environment.parent).unwrap().map(|e| e.unwrap().file_name()).collect();
@@ -434,11 +436,11 @@ fn run(cell: Cell) {
     assert_eq!(changes, Vec::from_iter(marked));
 }
 
-/// How many cells run at once. Most of a cell's time is waiting.
+/// Number of concurrent cells. A cell spends most of its time waiting.
 const AT_ONCE: usize = 8;
 
 #[test]
-fn whatever_dies_and_whenever_the_environment_ends_with_a_clear_word() {
+fn environment_ends_cleanly_whichever_part_is_killed_in_whichever_phase() {
     let only = std::env::var("IMS_SSHD_FAULTS").unwrap_or_default();
     let mut cells = Cell::all();
     println!("{} cells", cells.len());
@@ -450,9 +452,9 @@ fn whatever_dies_and_whenever_the_environment_ends_with_a_clear_word() {
     assert!(failed.is_empty(), "{} of {} cells failed: {failed:#?}", failed.len(), cells.len());
 }
 
-/// Files with their lengths and times.
-fn look(folder: &Path) -> Vec<(PathBuf, u64, i64, i64)> {
-    let mut found: Vec<_> = std::fs::read_dir(folder)
+/// Files of a directory with their lengths and mtimes.
+fn files(directory: &Path) -> Vec<(PathBuf, u64, i64, i64)> {
+    let mut found: Vec<_> = std::fs::read_dir(directory)
         .unwrap()
         .map(|entry| {
             let entry = entry.unwrap();
@@ -465,15 +467,15 @@ fn look(folder: &Path) -> Vec<(PathBuf, u64, i64, i64)> {
 }
 
 #[test]
-fn nobody_writes_once_exiting_stands_and_writers_do_not_hold_the_close_up() {
+fn nothing_is_written_after_exiting_and_writers_do_not_delay_the_close() {
     for (mode, writers) in [(Mode::Jailed, 200), (Mode::Plain, 50)] {
-        // In this test's thread: the second volume's mounts take the place of the first's.
+        // One mode after the other: both mount over the same paths of this thread's mount namespace.
         let volume = Volume::new(Image::Debian);
-        let household = Household::of(&volume);
+        let processes = Processes::of(&volume);
         let mut environment = volume.start_with(mode, &[("IMS_CLOSE_GRACE", "10")]).ready();
-        let folder = environment.image_root.join("root/written");
-        std::fs::create_dir(&folder).unwrap();
-        let seen = if mode == Mode::Jailed { "/root/written".into() } else { folder.display().to_string() };
+        let written = environment.image_root.join("root/written");
+        std::fs::create_dir(&written).unwrap();
+        let seen = if mode == Mode::Jailed { "/root/written".into() } else { written.display().to_string() };
         // `read -t` on a fifo is a pause without a process of its own.
         let writer = "exec 3<>fifo; while :; do echo a line of $$ >> $1; read -t 0.02 -u 3; done";
         let start = format!(
@@ -481,13 +483,13 @@ fn nobody_writes_once_exiting_stands_and_writers_do_not_hold_the_close_up() {
              setsid nohup bash -c '{writer}' writer $i </dev/null >/dev/null 2>&1 & done"
         );
         environment.says(&start);
-        let lines = || look(&folder).iter().map(|file| file.1).sum::<u64>();
-        wait_until("all writers", || look(&folder).iter().filter(|file| file.1 > 0).count() == writers);
+        let lines = || files(&written).iter().map(|file| file.1).sum::<u64>();
+        wait_until("all writers", || files(&written).iter().filter(|file| file.1 > 0).count() == writers);
         wait_until("the session's connection to end", || {
-            household.members().iter().filter(|e| e.name == "sshd").count() == 1
+            processes.running().iter().filter(|e| e.name == "sshd").count() == 1
         });
         let before = lines();
-        wait_until("them to go on writing", || lines() > before);
+        wait_until("the writers to go on", || lines() > before);
 
         let events = Inotify::init(InitFlags::empty()).unwrap();
         events.add_watch(&environment.parent, AddWatchFlags::IN_CREATE | AddWatchFlags::IN_MOVED_TO).unwrap();
@@ -495,44 +497,44 @@ fn nobody_writes_once_exiting_stands_and_writers_do_not_hold_the_close_up() {
         environment.touch("complete");
         while !events.read_events().unwrap().iter().any(|e| e.name.as_ref().is_some_and(|n| n == "exiting")) {}
         let took = began.elapsed();
-        let at_once = look(&folder);
-        // Not to wait for something: this is how long it is watched that nothing happens.
+        let at_once = files(&written);
+        // Give a remaining writer time to write.
         std::thread::sleep(Duration::from_millis(300));
-        assert_eq!(look(&folder), at_once);
+        assert_eq!(files(&written), at_once);
         assert_eq!(environment.end(), 0);
-        household.assert_empty();
+        processes.assert_none_left();
         println!("{writers} writers, {mode:?}: closed in {} ms", took.as_millis());
-        // Nobody has a session, so there is no grace to wait for.
+        // There is no session, so there is no grace period to wait for.
         assert!(took < CLOSE_LIMIT, "{took:?}");
     }
 }
 
-/// Of an environment without sessions, whatever runs in it: less than the grace. A machine with nothing else to do takes a thirtieth of it;
+/// Maximum time of a close without sessions: less than the grace period. An idle machine takes a thirtieth of it, but
 /// tests run side by side.
 const CLOSE_LIMIT: Duration = Duration::from_secs(8);
 
-/// What an environment holds on to.
+/// Resources of an environment.
 #[derive(Debug, PartialEq, Eq)]
-struct Holdings {
+struct Resources {
     /// Descriptors of the entrypoint and of the jail's init.
     descriptors: [usize; 2],
-    /// Mounts that they see.
+    /// Mounts that the two see.
     mounts: [usize; 2],
     /// Processes, as their command lines.
     processes: Vec<String>,
     files: Vec<PathBuf>,
 }
 
-impl Holdings {
-    fn of(environment: &Environment, household: &Household) -> Self {
+impl Resources {
+    fn of(environment: &Environment, running: &Processes) -> Self {
         let both = [environment.pid(), environment.jails_init()];
         let count = |text: String| text.lines().count();
-        let mut processes: Vec<_> = household.members().iter().map(Entry::command_line).collect();
+        let mut processes: Vec<_> = running.running().iter().map(Entry::command_line).collect();
         processes.sort();
-        let folders = [environment.state_directory(), environment.parent.clone()];
+        let directories = [environment.state_directory(), environment.parent.clone()];
         let files =
-            |folder: &PathBuf| std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().path()).collect::<Vec<_>>();
-        let mut files: Vec<_> = folders.iter().flat_map(files).chain(environment.changes()).collect();
+            |directory: &PathBuf| std::fs::read_dir(directory).unwrap().map(|e| e.unwrap().path()).collect::<Vec<_>>();
+        let mut files: Vec<_> = directories.iter().flat_map(files).chain(environment.changes()).collect();
         files.sort();
         Self {
             descriptors: both.map(|pid| std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()),
@@ -543,14 +545,14 @@ impl Holdings {
     }
 }
 
-/// In KiB.
+/// Resident memory in KiB.
 fn resident(process: Pid) -> i64 {
     let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
     line.trim().trim_end_matches(" kB").parse().unwrap()
 }
 
-/// One session of the kind that is `number`'s turn.
+/// Runs one session; `number` selects its kind.
 fn session(environment: &Environment, number: usize) {
     let said = |output: std::process::Output| text(output.stdout).replace('\r', "");
     match number % 5 {
@@ -573,17 +575,17 @@ fn session(environment: &Environment, number: usize) {
 }
 
 #[test]
-fn nothing_is_left_of_many_sessions() {
+fn many_sessions_leave_no_descriptor_mount_process_or_file() {
     let wanted = std::env::var("IMS_SSHD_SOAK").map_or(100, |n| n.parse().expect("IMS_SSHD_SOAK is a number"));
     let volume = Volume::new(Image::Debian);
-    let household = Household::of(&volume);
+    let processes = Processes::of(&volume);
     let mut environment = volume.start(Mode::Jailed).ready();
     for number in 0..5 {
         session(&environment, number);
     }
-    let alone = || household.members().iter().filter(|e| e.name == "sshd").count() == 1;
+    let alone = || processes.running().iter().filter(|e| e.name == "sshd").count() == 1;
     wait_until("the connections to end", alone);
-    let before = Holdings::of(&environment, &household);
+    let before = Resources::of(&environment, &processes);
     let (next, environment_now) = (AtomicUsize::new(0), &environment);
     let run_up_to = |last: usize| {
         std::thread::scope(|scope| {
@@ -609,27 +611,27 @@ fn nothing_is_left_of_many_sessions() {
         "{wanted} sessions: {early:?} KiB resident after a fifth of them, {late:?} after all (entrypoint, jail's init)"
     );
     wait_until("the connections to end", alone);
-    wait_until(&format!("the same as before: {before:#?} {:#?}", Holdings::of(&environment, &household)), || {
-        Holdings::of(&environment, &household) == before
+    wait_until(&format!("the same as before: {before:#?} {:#?}", Resources::of(&environment, &processes)), || {
+        Resources::of(&environment, &processes) == before
     });
     println!("before and after: {:?} descriptors, {:?} mounts", before.descriptors, before.mounts);
     for (early, late) in early.into_iter().zip(late) {
         assert!(late - early < 1024);
     }
     assert_eq!(environment.complete(), 0);
-    household.assert_empty();
+    processes.assert_none_left();
 }
 
 #[test]
-fn an_sshd_that_dies_again_and_again_ends_the_environment_with_its_last_words() {
+fn sshd_that_dies_six_times_a_minute_ends_the_environment_with_its_last_log_lines() {
     let mut environment = Environment::open(Image::Busybox, Mode::Plain);
-    let noted = environment.state_directory().join("sshd");
+    let record = environment.state_directory().join("sshd");
     let listener = || {
-        let text = std::fs::read_to_string(&noted).unwrap_or_default();
+        let text = std::fs::read_to_string(&record).unwrap_or_default();
         text.split_once(' ').and_then(|(pid, _)| pid.parse().ok()).map(Pid::from_raw)
     };
     let mut killed = None;
-    // Started again five times; the sixth death within a minute is one too many.
+    // sshd is restarted five times a minute; the sixth death closes the environment.
     for _ in 0..6 {
         wait_until("another sshd", || listener().is_some() && listener() != killed);
         killed = listener();
@@ -644,14 +646,14 @@ fn an_sshd_that_dies_again_and_again_ends_the_environment_with_its_last_words() 
 }
 
 #[test]
-fn the_supervisor_sleeps_until_it_may_make_the_jail_again() {
+fn supervisor_sleeps_during_the_wait_before_a_restart() {
     let environment = Environment::open(Image::Busybox, Mode::Jailed);
     for times in 1..=3 {
         environment.wait_for_log_times("the jail is made", times);
         kill(environment.jails_init(), Signal::SIGKILL).unwrap();
         environment.wait_for_log_times("the jail's init was killed by SIGKILL", times);
     }
-    // The third one is made after a second. Processor time is counted in hundredths of one.
+    // The third restart waits a second. /proc counts processor time in hundredths of a second.
     let spent = || {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", environment.pid())).unwrap();
         let fields = stat.rsplit_once(") ").unwrap().1.split(' ').skip(11).take(2);
@@ -663,18 +665,18 @@ fn the_supervisor_sleeps_until_it_may_make_the_jail_again() {
 }
 
 #[test]
-fn a_connection_that_outlives_its_sshd_is_not_taken_for_the_next_one() {
+fn connection_that_outlives_its_sshd_is_not_mistaken_for_the_next_listener() {
     let environment = Environment::open(Image::Busybox, Mode::Plain);
     let master = environment.master();
-    // The next sshd finds its port taken, which it notices in the background only.
+    // The next sshd finds its port taken, an error that it reports only in its log.
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let config = std::fs::read_to_string(&environment.config).unwrap();
     let port = |port: u16| format!("Port {port}\n");
     let other = config.replace(&port(environment.port), &port(taken.local_addr().unwrap().port()));
     std::fs::write(&environment.config, other).unwrap();
-    let noted = std::fs::read_to_string(environment.state_directory().join("sshd")).unwrap();
-    kill(Pid::from_raw(noted.split_once(' ').unwrap().0.parse().unwrap()), Signal::SIGKILL).unwrap();
-    wait_until("the next sshd's complaint", || environment.log_text().contains("cannot start sshd"));
+    let record = std::fs::read_to_string(environment.state_directory().join("sshd")).unwrap();
+    kill(Pid::from_raw(record.split_once(' ').unwrap().0.parse().unwrap()), Signal::SIGKILL).unwrap();
+    wait_until("the error of the next sshd", || environment.log_text().contains("cannot start sshd"));
     assert!(environment.log_text().contains("Address already in use"), "{}", environment.log_text());
     assert_eq!(text(master.ssh().arg("echo open").output().unwrap().stdout), "open\n");
 }

@@ -1,4 +1,5 @@
-//! Descriptors of image files in processes outside the jail: one that is open for writing at the close fails the image.
+//! Descriptors of image files in processes outside the jail. A file that is open for writing at the close fails the
+//! image.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
@@ -11,7 +12,8 @@ use rustix::fs::{AtFlags, Mode as FileMode, OFlags};
 use rustix::io::Errno;
 use testbed::*;
 
-/// Listens outside by an abstract socket, which belongs to the network that sessions share with the container.
+/// Listens outside on an abstract socket. Its name belongs to the network namespace, which sessions share with the
+/// container.
 struct Collector {
     name: String,
     listener: UnixListener,
@@ -24,7 +26,7 @@ impl Collector {
         Self { listener: UnixListener::bind_addr(&address).unwrap(), name }
     }
 
-    /// Has a session send what `opened` opens.
+    /// Makes a session send the descriptor that the Python expression `opened` returns, and receives it.
     fn receive(&self, environment: &Environment, opened: &str) -> OwnedFd {
         have_sent(environment, &self.name, opened);
         let (stream, _) = self.listener.accept().unwrap();
@@ -33,7 +35,7 @@ impl Collector {
     }
 }
 
-/// Has a session send what `opened` opens to whoever listens at the abstract socket `name`.
+/// Makes a session send the descriptor that the Python expression `opened` returns to the abstract socket `name`.
 fn have_sent(environment: &Environment, name: &str, opened: &str) {
     let send = format!(
         "import os, socket\n\
@@ -46,7 +48,7 @@ fn have_sent(environment: &Environment, name: &str, opened: &str) {
 }
 
 #[test]
-fn an_image_that_somebody_outside_can_still_write_to_is_failed() {
+fn image_with_a_file_open_for_writing_outside_is_failed() {
     for tier in NAMESPACE_TIERS {
         let variables = [("IMS_JAIL_TIER", tier), ("IMS_CLOSE_GRACE", "1")];
         let mut environment = Volume::new(Image::Debian).start_with(Mode::Jailed, &variables).ready();
@@ -65,7 +67,7 @@ fn an_image_that_somebody_outside_can_still_write_to_is_failed() {
     }
 }
 
-/// Receives a file by an abstract socket and has nothing left of it but a mapping.
+/// Python program that receives a file from an abstract socket, maps it and closes the descriptor.
 const MAPS: &str = "import ctypes, os, socket, sys\n\
     s = socket.socket(socket.AF_UNIX); s.bind('\\0' + sys.argv[1]); s.listen(); print('listens', flush=True)\n\
     _, (file,), _, _ = socket.recv_fds(s.accept()[0], 1, 1)\n\
@@ -74,7 +76,7 @@ const MAPS: &str = "import ctypes, os, socket, sys\n\
     os.close(file); print('maps', flush=True); sys.stdin.read()\n";
 
 #[test]
-fn an_image_with_a_file_that_is_mapped_outside_or_in_a_sockets_queue_is_failed_and_the_log_tells_why() {
+fn image_with_a_file_mapped_outside_or_in_a_socket_queue_is_failed_with_the_reason_in_the_log() {
     let open = "os.open('/root/kept', os.O_RDWR | os.O_CREAT)";
     let mut environment = Volume::new(Image::Debian).start_with(Mode::Jailed, &[("IMS_CLOSE_GRACE", "1")]).ready();
     let collector = Collector::listen("queued");
@@ -100,7 +102,7 @@ fn an_image_with_a_file_that_is_mapped_outside_or_in_a_sockets_queue_is_failed_a
 }
 
 #[test]
-fn what_a_session_has_sent_outside_may_be_closed_during_the_grace_and_opens_nothing_for_writing_after_it() {
+fn file_sent_outside_may_be_closed_during_the_grace_period_and_gives_no_write_access_afterwards() {
     for tier in NAMESPACE_TIERS {
         let variables = [("IMS_JAIL_TIER", tier), ("IMS_CLOSE_GRACE", "25")];
         let mut environment = Volume::new(Image::Debian).start_with(Mode::Jailed, &variables).ready();
@@ -129,7 +131,7 @@ fn what_a_session_has_sent_outside_may_be_closed_during_the_grace_and_opens_noth
 }
 
 #[test]
-fn a_jail_is_not_made_anew_while_somebody_outside_can_write_through_the_old_one() {
+fn jail_is_not_made_again_while_a_process_outside_can_write_through_the_old_one() {
     let mut environment = Environment::open(Image::Debian, Mode::Jailed);
     let collector = Collector::listen("renewed");
     let kept = collector.receive(&environment, "os.open('/root/kept', os.O_WRONLY | os.O_CREAT)");

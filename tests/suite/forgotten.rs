@@ -6,14 +6,14 @@ use std::time::{Duration, Instant};
 use testbed::*;
 
 #[test]
-fn nobody_for_too_long_closes_as_failed_but_who_comes_now_and_then_is_somebody() {
+fn idle_limit_closes_as_failed_but_short_sessions_and_the_script_reset_it() {
     let limit = [("IMS_IDLE_LIMIT", "4"), ("IMS_CLOSE_GRACE", "0")];
     let reason = "no session for 4 s (IMS_IDLE_LIMIT): closing as failed";
     let in_mode = |mode: Mode| {
         let mut environment = Volume::new(Image::Busybox).start_with(mode, &limit).ready();
         assert_eq!(environment.says("sleep 5; echo still here"), "still here", "{mode:?}");
         if mode == Mode::Jailed {
-            // Each over before anybody looks.
+            // Each session is shorter than the poll interval.
             let coming = Instant::now();
             while coming.elapsed() < Duration::from_millis(5500) {
                 environment.says("sleep 0.01");
@@ -41,7 +41,7 @@ fn nobody_for_too_long_closes_as_failed_but_who_comes_now_and_then_is_somebody()
 }
 
 #[test]
-fn an_environment_that_is_open_for_too_long_warns_and_closes_as_failed() {
+fn session_limit_warns_shells_and_closes_as_failed() {
     for mode in MODES {
         let mut environment = Volume::new(Image::Busybox).start_with(mode, &[("IMS_SESSION_LIMIT", "4")]).ready();
         let mut terminal = environment.ssh(&["-tt"]);

@@ -1,4 +1,4 @@
-//! Full and read-only volumes: a verdict that cannot be written is never a success.
+//! Full and read-only volumes: an image whose verdict cannot be written is never complete.
 
 use std::io::Write;
 use std::path::Path;
@@ -7,7 +7,7 @@ use std::process::Command;
 use nix::sys::signal::Signal;
 use testbed::*;
 
-/// A volume of its own for the image root parent, as an emptyDir with a limit.
+/// Volume whose image root parent is a file system of limited size, like an emptyDir with a size limit.
 fn limited(options: &str) -> Volume {
     let volume = Volume::new(Image::Busybox);
     mount(&["-t", "tmpfs", "-o", options, "tmpfs"], &volume.parent);
@@ -16,7 +16,7 @@ fn limited(options: &str) -> Volume {
     volume
 }
 
-/// Uses up the file system at `directory`: creates files until no more can be made, then writes until it is full.
+/// Fills the file system at `directory`: uses up its inodes, then its blocks.
 fn fill(directory: &Path) {
     let mut files: Vec<std::fs::File> = Vec::new();
     while let Ok(file) = std::fs::File::create(directory.join(format!("fill.{}", files.len()))) {
@@ -29,7 +29,7 @@ fn fill(directory: &Path) {
 }
 
 #[test]
-fn a_verdict_that_cannot_be_written_in_the_jail_is_never_a_success() {
+fn complete_mark_that_cannot_be_created_on_a_full_volume_fails_the_environment() {
     let mut environment = limited("size=8m,nr_inodes=120").start(Mode::Jailed).ready();
     fill(&environment.image_root.join("root"));
     let mark = environment.run("touch /tmp/complete");
@@ -46,7 +46,7 @@ fn a_verdict_that_cannot_be_written_in_the_jail_is_never_a_success() {
 }
 
 #[test]
-fn space_that_was_made_in_time_saves_the_environment() {
+fn environment_on_a_full_volume_stays_open_if_space_is_freed_in_time() {
     let mut environment = limited("size=8m,nr_inodes=120").start(Mode::Jailed).ready();
     fill(&environment.image_root.join("root"));
     environment.wait_for_log("is full and no session is open");
@@ -56,7 +56,7 @@ fn space_that_was_made_in_time_saves_the_environment() {
 }
 
 #[test]
-fn a_full_volume_takes_failed_and_exiting_all_the_same() {
+fn failed_and_exiting_are_created_on_a_full_volume() {
     for mode in MODES {
         let mut environment = limited("size=8m,nr_inodes=120").start(mode).ready();
         fill(&environment.image_root.join("root"));
@@ -69,7 +69,7 @@ fn a_full_volume_takes_failed_and_exiting_all_the_same() {
 }
 
 #[test]
-fn a_mark_from_the_jail_is_told_on_a_full_volume() {
+fn complete_mark_from_the_jail_reaches_the_parent_on_a_full_volume() {
     let mut environment = limited("size=8m,nr_inodes=120").start(Mode::Jailed).ready();
     let root = environment.image_root.join("root");
     fill(&root);
@@ -79,7 +79,7 @@ fn a_mark_from_the_jail_is_told_on_a_full_volume() {
     assert!(environment.signal("complete").exists() && environment.signal("exiting").exists());
 }
 
-/// A disk of its own, with as few inodes as ext4 lets it have; gone when it is unmounted.
+/// Volume on a loop-mounted ext4 with as few inodes as possible; unmounting it releases the loop device.
 fn disk() -> Volume {
     let volume = Volume::new(Image::Busybox);
     let disk = volume.dir.path().join("disk");
@@ -92,7 +92,7 @@ fn disk() -> Volume {
 }
 
 #[test]
-fn a_disk_that_is_full_before_the_environment_opens_is_told_too() {
+fn failed_and_exiting_are_created_on_a_disk_that_is_full_before_the_environment_opens() {
     for mode in MODES {
         let volume = disk();
         volume.touch("ready");
@@ -107,9 +107,9 @@ fn a_disk_that_is_full_before_the_environment_opens_is_told_too() {
 }
 
 #[test]
-fn a_volume_that_becomes_read_only_ends_the_environment_with_a_word_in_the_log() {
+fn volume_remounted_read_only_ends_the_environment_with_the_reason_in_the_log() {
     let mut environment = limited("size=8m").start(Mode::Jailed).ready();
-    // The kernel refuses it while a file is open for writing, as the status is for a moment.
+    // Try until it succeeds: the kernel refuses a read-only remount while a file is open for writing.
     let remount = || Command::new("mount").args(["-o", "remount,ro"]).arg(&environment.parent).status().unwrap();
     wait_until("the volume to become read-only", || remount().success());
     assert_eq!(environment.end(), 1);
@@ -119,7 +119,7 @@ fn a_volume_that_becomes_read_only_ends_the_environment_with_a_word_in_the_log()
 }
 
 #[test]
-fn a_full_run_or_a_full_folder_of_sshds_configuration_fails_the_environment() {
+fn full_run_directory_or_full_sshd_configuration_directory_fails_the_environment() {
     type Case<'a> = (&'a str, &'a str, &'a dyn Fn(&mut Volume));
     let run = |volume: &mut Volume| {
         std::fs::create_dir_all("/run/ims-sshd").unwrap();
@@ -127,12 +127,12 @@ fn a_full_run_or_a_full_folder_of_sshds_configuration_fails_the_environment() {
         let _ = volume;
     };
     let config = |volume: &mut Volume| {
-        let folder = volume.dir.path().join("etc");
-        std::fs::create_dir(&folder).unwrap();
-        mount(&["-t", "tmpfs", "-o", "size=64k,mode=755", "tmpfs"], &folder);
-        std::fs::copy(&volume.config, folder.join("sshd_config")).unwrap();
-        volume.config = folder.join("sshd_config");
-        fill(&folder);
+        let etc = volume.dir.path().join("etc");
+        std::fs::create_dir(&etc).unwrap();
+        mount(&["-t", "tmpfs", "-o", "size=64k,mode=755", "tmpfs"], &etc);
+        std::fs::copy(&volume.config, etc.join("sshd_config")).unwrap();
+        volume.config = etc.join("sshd_config");
+        fill(&etc);
     };
     let cases: [Case; 2] = [
         ("cannot create the directory", "trial: No space left on device", &run),
@@ -145,7 +145,7 @@ fn a_full_run_or_a_full_folder_of_sshds_configuration_fails_the_environment() {
         let before = std::fs::read(&volume.config).unwrap();
         let mut environment = volume.start(Mode::Jailed);
         environment.fails_visibly(1, &[attempted, reason]);
-        assert_eq!(std::fs::read(&environment.config).unwrap(), before, "half a configuration");
+        assert_eq!(std::fs::read(&environment.config).unwrap(), before, "the configuration was changed");
         assert!(environment.image_root.join("tmp/failed").exists());
         for place in [Path::new("/run/ims-sshd"), &environment.dir.path().join("etc")] {
             unmount(place);

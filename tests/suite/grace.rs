@@ -1,4 +1,4 @@
-//! The grace at the close: which commands and clients may finish, and what is hung up at once.
+//! The grace period at the close: which commands and clients may finish, and which sessions are hung up at once.
 
 use std::io::Write;
 use std::process::{Child, Stdio};
@@ -9,7 +9,7 @@ use nix::sys::signal::{Signal, kill};
 use testbed::*;
 
 #[test]
-fn a_session_without_a_terminal_gets_the_grace_which_ends_with_it() {
+fn command_without_a_terminal_may_finish_and_its_end_ends_the_grace_period() {
     for mode in MODES {
         let mut environment = Volume::new(Image::Busybox).start_with(mode, &[("IMS_CLOSE_GRACE", "25")]).ready();
         let held = Held::open(&environment);
@@ -27,7 +27,7 @@ fn a_session_without_a_terminal_gets_the_grace_which_ends_with_it() {
 }
 
 #[test]
-fn when_the_grace_is_over_who_still_runs_is_named_without_secrets() {
+fn commands_running_after_the_grace_period_are_logged_without_secrets() {
     for mode in MODES {
         let mut environment = Volume::new(Image::Busybox).start_with(mode, &[("IMS_CLOSE_GRACE", "1")]).ready();
         let mut command = environment.ssh(&[]);
@@ -39,19 +39,22 @@ fn when_the_grace_is_over_who_still_runs_is_named_without_secrets() {
         let log = environment.log_text();
         let named = log.lines().find(|line| line.contains("still running when the grace period ended")).expect(&log);
         assert!(named.contains("while :"), "{mode:?}: {named}");
-        assert!(!named.contains("ims-jail-shell"), "{mode:?}: that is no program of the user: {named}");
+        assert!(
+            !named.contains("ims-jail-shell"),
+            "{mode:?}: the log names the helper instead of the command: {named}"
+        );
         assert!(log.contains("killed, since it did not end after SIGTERM"), "{mode:?}: {log}");
         assert!(!log.contains("hidden"), "{mode:?}: a secret in the log:\n{log}");
     }
 }
 
 #[test]
-fn a_connection_without_a_session_holds_the_close_for_a_moment_only() {
+fn connection_without_a_session_delays_the_close_for_seconds_only() {
     for mode in MODES {
         let mut environment = Volume::new(Image::Busybox).start_with(mode, &[("IMS_CLOSE_GRACE", "25")]).ready();
         let master = environment.master();
         assert!(master.ssh().arg("true").status().unwrap().success());
-        // The master's socket, and not the connection, is what its end would take away.
+        // Dropping the master would end the connection.
         std::mem::forget(master);
         let began = Instant::now();
         assert_eq!(environment.complete(), 0, "{mode:?}");
@@ -73,7 +76,7 @@ fn command_on_a_terminal_may_finish_while_an_interactive_shell_is_hung_up() {
             let mut session = environment.ssh(&["-tt"]);
             session.args(command).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap()
         };
-        // The name of a shell is a command too.
+        // A shell that is named on the command line is a command.
         let (shell, command) = (at_terminal(None), at_terminal(Some("exec sh")));
         wait_until("both to be there", || environment.sessions().len() == 2);
         let output = environment.ssh(&["-tt"]).arg(format!("touch {mark}; sleep 1; echo done; exit 7")).output();
@@ -89,19 +92,19 @@ fn command_on_a_terminal_may_finish_while_an_interactive_shell_is_hung_up() {
     }
 }
 
-/// Output of a client that is given `input`.
+/// Writes `input` to a running client and returns its output.
 fn feed_running(mut client: Child, input: &[u8]) -> String {
     client.stdin.as_mut().unwrap().write_all(input).unwrap();
     text(client.wait_with_output().unwrap().stdout)
 }
 
 #[test]
-fn client_between_two_sessions_of_a_task_may_open_the_next_and_an_idle_connection_holds_nothing_up() {
+fn client_between_two_sessions_of_a_task_may_open_the_next_and_an_idle_connection_delays_nothing() {
     for mode in MODES {
         let mut environment = Volume::new(Image::Busybox).start_with(mode, &[("IMS_CLOSE_GRACE", "60")]).ready();
         let idle = environment.master();
         assert!(idle.ssh().arg("true").status().unwrap().success());
-        // The master's socket, and not the connection, is what its end would take away.
+        // Dropping the master would end the connection.
         std::mem::forget(idle);
         let master = environment.master();
         let mark = match mode {
@@ -111,7 +114,7 @@ fn client_between_two_sessions_of_a_task_may_open_the_next_and_an_idle_connectio
         let say = |line: &str| text(master.ssh().arg(line).output().unwrap().stdout);
         assert_eq!(say(&format!("touch {mark}; echo marked")), "marked\n", "{mode:?}");
         environment.wait_for_log("closing: sshd accepts no new connections");
-        // A second and more from one session to the next, twice: as a client does that is busy or far away.
+        // Stand in for a busy or distant client, which takes more than a second from one session to the next.
         for _ in 0..2 {
             std::thread::sleep(Duration::from_millis(1500));
             assert_eq!(say("echo still here"), "still here\n", "{mode:?}");
@@ -126,13 +129,13 @@ fn client_between_two_sessions_of_a_task_may_open_the_next_and_an_idle_connectio
 }
 
 #[test]
-fn long_idle_connection_does_not_hold_the_close_at_all() {
+fn long_idle_connection_does_not_delay_the_close() {
     for mode in MODES {
         let mut environment = Volume::new(Image::Busybox).start_with(mode, &[("IMS_CLOSE_GRACE", "60")]).ready();
         let master = environment.master();
         assert!(master.ssh().arg("true").status().unwrap().success());
         std::mem::forget(master);
-        // Longer than a client may take from one session to the next.
+        // Sleep longer than a client may take from one session to the next.
         std::thread::sleep(Duration::from_millis(7500));
         assert_eq!(environment.complete(), 0, "{mode:?}");
         let log = environment.log_text();
@@ -144,7 +147,7 @@ fn long_idle_connection_does_not_hold_the_close_at_all() {
 }
 
 #[test]
-fn a_client_hears_how_its_command_ended_however_late_its_sshd_does() {
+fn client_gets_the_exit_code_even_if_its_sshd_reaps_the_command_late() {
     for mode in MODES {
         let mut environment = Volume::new(Image::Busybox).start_with(mode, &[("IMS_CLOSE_GRACE", "25")]).ready();
         let go = environment.image_root.join("go");
@@ -162,7 +165,7 @@ fn a_client_hears_how_its_command_ended_however_late_its_sshd_does() {
         kill(sshd, Signal::SIGSTOP).unwrap();
         std::fs::write(&go, "").unwrap();
         wait_until("the command to end", || Entry::all().iter().any(|e| e.parent == sshd && e.state == 'Z'));
-        // Not to wait for something: longer than a connection without a session holds the close.
+        // Sleep longer than a connection without a session delays the close.
         std::thread::sleep(Duration::from_millis(500));
         kill(sshd, Signal::SIGCONT).unwrap();
         let output = client.wait_with_output().unwrap();
@@ -172,7 +175,7 @@ fn a_client_hears_how_its_command_ended_however_late_its_sshd_does() {
 }
 
 #[test]
-fn a_signal_during_the_grace_shortens_it() {
+fn signal_during_the_grace_period_shortens_it() {
     for first in ["complete", "SIGTERM"] {
         let mut environment =
             Volume::new(Image::Busybox).start_with(Mode::Jailed, &[("IMS_CLOSE_GRACE", "25")]).ready();

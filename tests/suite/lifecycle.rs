@@ -1,4 +1,4 @@
-//! From `ready` to `exiting`, as the other containers of the pod see it.
+//! The life of an environment from `ready` to `exiting`, as the other containers of the pod see it.
 
 use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt;
@@ -13,7 +13,7 @@ fn listens(port: u16) -> bool {
 }
 
 #[test]
-fn nothing_listens_before_ready_and_the_parent_may_come_late() {
+fn sshd_does_not_listen_before_ready_and_the_parent_may_be_mounted_late() {
     let volume = Volume::new(Image::Busybox);
     let later = volume.dir.path().join("not yet");
     std::fs::rename(&volume.parent, &later).unwrap();
@@ -24,12 +24,12 @@ fn nothing_listens_before_ready_and_the_parent_may_come_late() {
     environment.touch("unrelated");
     assert!(!listens(environment.port));
     let environment = environment.ready();
-    assert!(listens(environment.port), "'sshd_listening' says that one can connect");
+    assert!(listens(environment.port), "'sshd_listening' exists, so sshd has to accept connections");
     assert!(environment.log_text().contains("sshd is listening"), "{}", environment.log_text());
 }
 
 #[test]
-fn complete_from_inside_then_complete_outside_then_exiting() {
+fn complete_from_the_jail_creates_complete_in_the_parent_and_then_exiting() {
     let mut environment = Environment::open(Image::Debian, Mode::Jailed);
     environment.says("echo changed > /root/file; touch /tmp/complete");
     assert_eq!(environment.end(), 0);
@@ -38,11 +38,11 @@ fn complete_from_inside_then_complete_outside_then_exiting() {
     assert!(!environment.signal("failed").exists());
     assert!(!listens(environment.port));
     let left: Vec<_> = environment.changes().into_iter().filter(|p| p.components().count() > 1).collect();
-    assert_eq!(left, [Path::new("root/file")], "nothing of ours is left, not in /tmp either");
+    assert_eq!(left, [Path::new("root/file")], "ims-sshd left files in the image");
 }
 
 #[test]
-fn failed_from_inside_stands_in_both_places() {
+fn failed_from_the_jail_is_recorded_in_the_image_and_in_the_parent() {
     let mut environment = Environment::open(Image::Debian, Mode::Jailed);
     environment.says("touch /tmp/failed");
     assert_eq!(environment.end(), 0);
@@ -52,7 +52,7 @@ fn failed_from_inside_stands_in_both_places() {
 }
 
 #[test]
-fn a_mark_outside_ends_both_modes() {
+fn mark_in_the_parent_closes_jailed_and_plain_environments() {
     for mode in MODES {
         for verdict in ["complete", "failed"] {
             let mut environment = Environment::open(Image::Busybox, mode);
@@ -80,7 +80,7 @@ fn failed_wins_over_complete() {
 }
 
 #[test]
-fn failed_wins_even_if_it_comes_from_the_last_process_that_is_ended() {
+fn failed_mark_of_a_process_that_is_being_ended_wins() {
     for mode in MODES {
         let mut environment = Volume::new(Image::Debian).start_with(mode, &[("IMS_CLOSE_GRACE", "1")]).ready();
         let mark = |name: &str| match mode {
@@ -88,7 +88,7 @@ fn failed_wins_even_if_it_comes_from_the_last_process_that_is_ended() {
             Mode::Plain => environment.signal(name).display().to_string(),
         };
         let late = format!("trap 'touch {}; exit' TERM; echo trapped; while :; do sleep 0.1; done", mark("failed"));
-        // Its first line says that the trap is set.
+        // Wait for the line that the process prints once the trap is set.
         let fifo = "/dev/shm/late.$$";
         environment.says(&format!(
             "mkfifo {fifo} && (setsid nohup sh -c \"{late}\" >{fifo} 2>/dev/null &) && head -n 1 {fifo}; rm {fifo}"
@@ -100,7 +100,7 @@ fn failed_wins_even_if_it_comes_from_the_last_process_that_is_ended() {
 }
 
 #[test]
-fn the_command_that_asks_for_the_end_still_sends_its_result() {
+fn command_that_marks_the_image_still_sends_its_output() {
     for mode in MODES {
         let mut environment = Environment::open(Image::Debian, mode);
         let mark = if mode == Mode::Jailed {
@@ -114,7 +114,7 @@ fn the_command_that_asks_for_the_end_still_sends_its_result() {
 }
 
 #[test]
-fn cfs_says_goodbye_and_hangs_up_at_once() {
+fn client_that_disconnects_right_after_marking_is_served() {
     let script = "\
 import paramiko, sys
 client = paramiko.SSHClient()
@@ -126,7 +126,7 @@ client.exec_command('touch /tmp/complete')
 client.close()
 ";
     let mut environment = Environment::open(Image::Debian, Mode::Jailed);
-    // Debian's Python is the one that python3-paramiko is for.
+    // Use Debian's own Python, for which python3-paramiko is installed.
     let mut python = Command::new("/usr/bin/python3");
     python.args(["-c", script, &environment.port.to_string()]).arg(&environment.key);
     succeed(&mut python);
@@ -135,7 +135,7 @@ client.close()
 }
 
 #[test]
-fn a_mark_is_seen_where_users_see_it_whatever_they_did_to_tmp() {
+fn mark_is_found_after_tmp_was_renamed_linked_or_mounted_over() {
     for trick in [
         "mv /tmp /old && mkdir -m 1777 /tmp",
         "mv /tmp /elsewhere && ln -s elsewhere /tmp",
@@ -147,7 +147,7 @@ fn a_mark_is_seen_where_users_see_it_whatever_they_did_to_tmp() {
         assert_eq!(environment.end(), 0, "{trick}");
         assert!(environment.signal("complete").exists());
     }
-    // Who may mount, as a job that builds kernel modules may.
+    // A job that builds kernel modules may mount over /tmp.
     let environment = Volume::new(Image::Debian).start_with(Mode::Jailed, &[("JOB_ENABLE_DKMS", "True")]);
     let mut environment = environment.ready();
     assert!(environment.sftp("ls /\n").status.success());
@@ -157,7 +157,7 @@ fn a_mark_is_seen_where_users_see_it_whatever_they_did_to_tmp() {
 }
 
 #[test]
-fn marks_that_came_with_the_image_are_no_verdict() {
+fn marks_that_came_with_the_image_are_removed_and_are_no_verdict() {
     let volume = Volume::new(Image::Busybox);
     std::fs::write(volume.image_root.join("tmp/complete"), "").unwrap();
     let mut environment = volume.start(Mode::Jailed).ready();
@@ -168,7 +168,7 @@ fn marks_that_came_with_the_image_are_no_verdict() {
 }
 
 #[test]
-fn a_signal_closes_in_the_same_order_as_failed() {
+fn signal_records_failed_and_creates_exiting_as_a_failed_mark_does() {
     for (signal, code) in [(Signal::SIGTERM, 143), (Signal::SIGINT, 130)] {
         for open in [false, true] {
             let environment = Volume::new(Image::Busybox).start(Mode::Jailed);
@@ -187,12 +187,12 @@ fn a_signal_closes_in_the_same_order_as_failed() {
 }
 
 #[test]
-fn the_close_ends_what_runs_and_what_was_left_running() {
+fn close_ends_running_sessions_and_background_processes() {
     for mode in MODES {
         let mut environment = Volume::new(Image::Debian).start_with(mode, &[("IMS_CLOSE_GRACE", "1")]).ready();
         environment.says("setsid nohup sleep 76543 >/dev/null 2>&1 & exit 0");
         let mut session = environment.ssh(&[]).arg("trap '' HUP TERM; sleep 76543; sleep 76543").spawn().unwrap();
-        wait_until("both", || processes_with("sleep 76543").len() >= 3);
+        wait_until("both processes to run", || processes_with("sleep 76543").len() >= 3);
         assert_eq!(environment.complete(), 0, "{mode:?}");
         session.wait().unwrap();
         let left: Vec<_> = processes_with("sleep 76543").into_iter().filter(|pid| !is_ssh_client(*pid)).collect();
@@ -205,7 +205,7 @@ fn is_ssh_client(pid: u32) -> bool {
 }
 
 #[test]
-fn the_customization_script_runs_executable_or_not_and_its_output_is_logged() {
+fn customization_script_runs_executable_or_not_and_its_output_is_logged() {
     let script =
         "echo \"in $IMAGE_ROOT_PARENT for $IMS_JOB_ID\"\nprintf 'no newline' >&2\ntouch $IMAGE_ROOT_PARENT/complete\n";
     for (mode, head) in [(0o644, ""), (0o755, "#!/bin/sh\n"), (0o755, "")] {
@@ -227,7 +227,7 @@ fn the_customization_script_runs_executable_or_not_and_its_output_is_logged() {
 }
 
 #[test]
-fn a_script_that_fails_marks_the_job_failed_unless_somebody_wants_to_look() {
+fn failing_script_marks_the_image_failed_unless_enable_debug_keeps_it_open() {
     let failing = |debug: &str| {
         let volume = Volume::new(Image::Busybox);
         let path = volume.dir.path().join("run_script.sh");
@@ -249,7 +249,7 @@ fn a_script_that_fails_marks_the_job_failed_unless_somebody_wants_to_look() {
 }
 
 #[test]
-fn a_script_that_does_not_exist_is_no_fault() {
+fn missing_customization_script_is_ignored() {
     let mut environment =
         Volume::new(Image::Busybox).start_with(Mode::Plain, &[("CUSTOMIZATION_SCRIPT", "/nowhere.sh")]).ready();
     assert_eq!(environment.complete(), 0);
@@ -257,7 +257,7 @@ fn a_script_that_does_not_exist_is_no_fault() {
 }
 
 #[test]
-fn a_create_jobs_shell_is_for_failed_builds_that_somebody_wants_to_look_at() {
+fn create_job_opens_a_shell_only_for_a_failed_build_with_enable_debug() {
     let create = |debug: &str, failed: bool| {
         let volume = Volume::laid_out(Image::Busybox, "build/image-root");
         if failed {
@@ -273,7 +273,7 @@ fn a_create_jobs_shell_is_for_failed_builds_that_somebody_wants_to_look_at() {
         assert!(environment.log_text().contains("no shell is wanted"), "{}", environment.log_text());
         assert!(!environment.signal("exiting").exists());
     }
-    // One that failed before there was anything in its tree.
+    // A build may fail before there is anything in its image root.
     let volume = Volume::laid_out(Image::Busybox, "build/image-root");
     std::fs::remove_dir_all(&volume.image_root).and_then(|()| std::fs::create_dir(&volume.image_root)).unwrap();
     volume.touch("build_failed");
@@ -287,7 +287,7 @@ fn a_create_jobs_shell_is_for_failed_builds_that_somebody_wants_to_look_at() {
 }
 
 #[test]
-fn it_is_a_good_pid_1() {
+fn entrypoint_as_pid_1_reaps_orphans() {
     let volume = Volume::new(Image::Debian);
     volume.touch("ready");
     let log = std::fs::File::create(volume.log()).unwrap();
@@ -298,7 +298,7 @@ fn it_is_a_good_pid_1() {
     let mut environment = Environment { entrypoint, volume, status: None };
     environment.wait_for("sshd_listening");
     assert_eq!(environment.says("cat /proc/1/comm"), "ims-sshd");
-    // Orphans are waited for, as soon as they end.
+    // Orphans are reaped as soon as they end.
     environment.says("for i in $(seq 30); do (sleep 0.01 &) ; done; exit 0");
     wait_until("no zombie to be left", || environment.says("ps -e -o stat= | grep -c Z || true") == "0");
     assert_eq!(environment.complete(), 0);
@@ -320,7 +320,7 @@ fn sshd_gets_its_options_and_nothing_else() {
 }
 
 #[test]
-fn the_configuration_is_included_into_once_and_given_back() {
+fn sshd_configuration_gets_one_include_and_is_restored() {
     let volume = Volume::new(Image::Busybox);
     let before = std::fs::read_to_string(&volume.config).unwrap();
     let mut environment = volume.start(Mode::Jailed).ready();

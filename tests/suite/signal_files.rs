@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use testbed::*;
 
 #[test]
-fn marks_that_stand_beside_ready_close_at_once() {
+fn marks_made_after_ready_and_before_the_start_close_at_once() {
     for (marks, verdict) in
         [(&["complete"][..], "complete"), (&["failed"], "failed"), (&["complete", "failed"], "failed")]
     {
@@ -29,14 +29,14 @@ fn marks_that_stand_beside_ready_close_at_once() {
     }
 }
 
-/// An upstream sidecar removes such marks before `ready`; a person may not.
+/// The upstream sidecar removes such marks before it creates `ready`; a person may forget to.
 #[test]
-fn marks_older_than_ready_are_an_earlier_jobs_and_are_removed_with_a_word() {
+fn marks_older_than_ready_belong_to_an_earlier_job_and_are_removed() {
     for mode in MODES {
         let volume = Volume::new(Image::Busybox);
         volume.touch("complete");
         volume.touch("failed");
-        // Longer than a tick of the clock that files have their times of.
+        // Sleep longer than a tick of the clock that the kernel takes file times from.
         std::thread::sleep(Duration::from_millis(50));
         volume.touch("ready");
         let environment = volume.start(mode).ready();
@@ -48,7 +48,7 @@ fn marks_older_than_ready_are_an_earlier_jobs_and_are_removed_with_a_word() {
 }
 
 #[test]
-fn a_sidecar_of_an_earlier_pod_closes_no_new_environment() {
+fn mark_of_an_earlier_pods_sidecar_does_not_close_a_new_environment() {
     let hour_ago = std::time::SystemTime::now() - Duration::from_secs(3600);
     let here = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
     for (host, made, counts) in [
@@ -71,7 +71,7 @@ fn a_sidecar_of_an_earlier_pod_closes_no_new_environment() {
 }
 
 #[test]
-fn an_environment_that_waits_beside_an_earlier_runs_files_is_shown_as_waiting_and_can_be_given_up() {
+fn environment_waiting_beside_signal_files_of_an_earlier_run_shows_waiting_and_can_be_marked_failed() {
     let volume = Volume::new(Image::Busybox);
     for name in ["complete", "exiting"] {
         volume.touch(name);
@@ -89,7 +89,7 @@ fn an_environment_that_waits_beside_an_earlier_runs_files_is_shown_as_waiting_an
 }
 
 #[test]
-fn a_parent_that_does_not_come_is_refused_with_its_name() {
+fn missing_parent_is_an_error_that_names_it_after_30_seconds() {
     let volume = Volume::new(Image::Busybox);
     std::fs::rename(&volume.parent, volume.dir.path().join("elsewhere")).unwrap();
     let mut environment = volume.start(Mode::Jailed);
@@ -102,13 +102,13 @@ fn a_parent_that_does_not_come_is_refused_with_its_name() {
     ));
 }
 
-/// What can have a signal file's name and is none.
-const ODD: [&str; 6] = ["a folder", "a full folder", "a link", "a dangling link", "a fifo", "a socket"];
+/// Kinds of files that can have the name of a signal file without being one.
+const ODD: [&str; 6] = ["a directory", "a full directory", "a link", "a dangling link", "a fifo", "a socket"];
 
 fn make_odd(kind: &str, at: &Path, outside: &Path) {
     match kind {
-        "a folder" => std::fs::create_dir(at).unwrap(),
-        "a full folder" => {
+        "a directory" => std::fs::create_dir(at).unwrap(),
+        "a full directory" => {
             std::fs::create_dir(at).unwrap();
             std::fs::write(at.join("content"), "").unwrap();
         }
@@ -120,11 +120,11 @@ fn make_odd(kind: &str, at: &Path, outside: &Path) {
 }
 
 #[test]
-fn what_is_no_signal_file_hangs_nothing_and_is_no_success() {
+fn file_that_is_not_regular_with_a_signal_files_name_blocks_nothing_and_fails_the_image() {
     let one_after_another = |mode: Mode| {
         for (at, kind) in ODD.into_iter().enumerate() {
             for name in ["ready", "complete", "failed", "exiting"] {
-                // Before the environment opens, and for the marks also while it is open.
+                // Create it before the environment opens; for the marks, in half of the cases while it is open.
                 let late = matches!(name, "complete" | "failed") && at % 2 == usize::from(mode == Mode::Plain);
                 let volume = Volume::new(Image::Busybox);
                 let outside = volume.dir.path().join("outside");
@@ -146,7 +146,7 @@ fn what_is_no_signal_file_hangs_nothing_and_is_no_success() {
                 let word = format!("cannot use {} as a signal file: it is ", odd.display());
                 environment.fails_visibly(code, &[&word]);
                 assert_eq!(std::fs::read(outside.join("target")).unwrap(), b"text", "{kind} {name}");
-                assert!(!outside.join("nothing").exists(), "{kind} {name}: something was made behind a link");
+                assert!(!outside.join("nothing").exists(), "{kind} {name}: a file was created through a link");
                 assert_eq!(environment.image_root.join("tmp/failed").exists(), mode == Mode::Jailed);
             }
         }
@@ -159,11 +159,11 @@ fn what_is_no_signal_file_hangs_nothing_and_is_no_success() {
 }
 
 #[test]
-fn what_is_no_regular_file_is_no_mark_in_the_jail_and_stays_there_unless_it_is_an_empty_directory() {
+fn file_that_is_not_regular_is_no_mark_in_the_jail_and_stays_unless_it_is_an_empty_directory() {
     let odd = [
         ("mkdir /tmp/complete /tmp/failed", 0, false),
         ("mkdir /tmp/failed", 0, false),
-        // Nothing could open it again.
+        // A non-empty directory cannot be removed, so no mark can be made: the image fails.
         ("mkdir -p /tmp/complete/full", 1, true),
         ("touch /tmp/other; ln -s other /tmp/complete; ln -s nothing /tmp/failed", 0, true),
     ];
@@ -174,14 +174,14 @@ fn what_is_no_regular_file_is_no_mark_in_the_jail_and_stays_there_unless_it_is_a
         };
         made("mkdir -p /tmp");
         if number == 0 {
-            // This one came with the image.
+            // The first case is one that came with the image.
             made(make);
         }
         let mut environment = volume.start(Mode::Jailed).ready();
         if number > 0 {
             environment.says(make);
         }
-        // The init has looked, and looks again for what is one.
+        // Wake the init, which looks for marks again.
         environment.says("touch /tmp/other2");
         assert!(environment.entrypoint.try_wait().unwrap().is_none());
         assert_eq!(environment.complete(), code, "{make}: {}", environment.log_text());
@@ -193,7 +193,7 @@ fn what_is_no_regular_file_is_no_mark_in_the_jail_and_stays_there_unless_it_is_a
 }
 
 #[test]
-fn a_tmp_that_cannot_be_looked_into_fails_the_image_with_one_clear_word() {
+fn tmp_that_cannot_be_opened_fails_the_image_with_one_error() {
     let mut environment = Environment::open(Image::Busybox, Mode::Jailed);
     environment.says("rm -rf /tmp; ln -s tmp /tmp");
     let code = environment.complete();
@@ -205,9 +205,9 @@ fn a_tmp_that_cannot_be_looked_into_fails_the_image_with_one_clear_word() {
 }
 
 #[test]
-fn what_was_put_aside_before_does_not_keep_exiting_from_being_told() {
+fn earlier_renamed_file_does_not_prevent_exiting() {
     let volume = Volume::new(Image::Busybox);
-    for name in ["complete", "complete.folder"] {
+    for name in ["complete", "complete.directory"] {
         std::fs::create_dir_all(volume.signal(name).join("content")).unwrap();
     }
     volume.touch("ready");
@@ -228,14 +228,14 @@ fn mirrored(volume: &Volume) -> (Mounted, Ended, PathBuf) {
 }
 
 #[test]
-fn signal_files_are_seen_in_time_where_no_event_tells_of_them() {
+fn signal_files_are_polled_where_the_file_system_raises_no_event() {
     for (mode, mark) in [(Mode::Jailed, "complete"), (Mode::Plain, "complete"), (Mode::Plain, "failed")] {
         let volume = Volume::new(Image::Busybox);
         let (mounted, daemon, backing) = mirrored(&volume);
         let mut environment = volume.start_with(mode, &[("LOG_LEVEL", "debug")]);
         environment.wait_for_log("waiting for 'ready'");
         let seen = |what: &str, word: &str, environment: &Environment| {
-            // Away from the moment at which the environment looks anyway.
+            // Sleep, so that this does not fall on a poll that is just due.
             std::thread::sleep(Duration::from_millis(300));
             let began = Instant::now();
             std::fs::write(backing.join(what), "").unwrap();
@@ -256,7 +256,7 @@ fn signal_files_are_seen_in_time_where_no_event_tells_of_them() {
 }
 
 #[test]
-fn a_volume_that_cannot_rename_without_replacing_takes_all_signal_files() {
+fn signal_files_work_on_a_volume_without_rename_noreplace() {
     let volume = Volume::new(Image::Busybox);
     let (mounted, daemon, backing) = mirrored(&volume);
     std::fs::create_dir(backing.join("complete")).unwrap();

@@ -1,4 +1,4 @@
-//! Sessions in the status and in the log, and secrets, which are in neither.
+//! Sessions in the status and in the log, and secrets, which appear in neither.
 
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -7,14 +7,14 @@ use serde_json::Value;
 use testbed::*;
 
 #[test]
-fn the_status_tells_who_is_there_and_the_log_who_came_and_went() {
+fn status_lists_sessions_and_the_log_has_their_beginnings_and_ends() {
     for mode in MODES {
         let before = std::time::SystemTime::now() - Duration::from_secs(1);
         let mut environment = Environment::open(Image::Debian, mode);
         let held = Held::open(&environment);
         let mut terminal = environment.ssh(&["-tt"]);
         let terminal = terminal.stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
-        wait_until("both to be seen", || environment.sessions().len() == 2);
+        wait_until("both sessions in the status", || environment.sessions().len() == 2);
 
         let report: Value = serde_json::from_str(&environment.status(&["--json"])).unwrap();
         let time = |value: &Value| {
@@ -54,7 +54,7 @@ fn the_status_tells_who_is_there_and_the_log_who_came_and_went() {
         let log = environment.log_text();
         let begun = |request: &str| {
             let line = log.lines().find(|l| l.contains("session begins") && l.contains(request));
-            let line = line.unwrap_or_else(|| panic!("{mode:?}: no beginning of '{request}':\n{log}"));
+            let line = line.unwrap_or_else(|| panic!("{mode:?}: no line 'session begins' of '{request}':\n{log}"));
             assert!(line.contains(r#"client="127.0.0.1""#) && line.contains(fingerprint), "{line}");
         };
         begun("echo begun; cat; echo finished");
@@ -66,7 +66,7 @@ fn the_status_tells_who_is_there_and_the_log_who_came_and_went() {
         } else {
             &["client=\"127.0.0.1\" seconds="; 2]
         };
-        assert_eq!(ends.len(), how.len(), "each session that began has ended; {mode:?}:\n{log}");
+        assert_eq!(ends.len(), how.len(), "not every session that began has ended; {mode:?}:\n{log}");
         for how in how {
             assert!(ends.iter().any(|l| l.contains(how)), "{mode:?}: no {how} in {ends:?}");
         }
@@ -74,7 +74,7 @@ fn the_status_tells_who_is_there_and_the_log_who_came_and_went() {
 }
 
 #[test]
-fn the_status_of_an_environment_in_another_container_is_what_its_signal_files_tell() {
+fn status_of_an_environment_in_another_container_comes_from_its_signal_files() {
     let mut environment = Environment::open(Image::Busybox, Mode::Plain);
     let elsewhere = || {
         let mut command = Command::new("unshare");
@@ -93,7 +93,7 @@ fn the_status_of_an_environment_in_another_container_is_what_its_signal_files_te
 }
 
 #[test]
-fn the_log_has_the_format_and_the_level_that_were_asked_for() {
+fn log_format_and_log_level_are_obeyed() {
     for (level, has, lacks) in [
         ("debug", &["DEBUG", "INFO"][..], &[][..]),
         ("", &["INFO"], &["DEBUG"]),
@@ -103,7 +103,7 @@ fn the_log_has_the_format_and_the_level_that_were_asked_for() {
         let volume = Volume::new(Image::Busybox);
         let mut command = volume.entrypoint(Mode::Plain, &[("LOG_LEVEL", level)]);
         volume.touch(".ims-sshd.additions");
-        // The option comes before the variable.
+        // The command-line option overrides the variable.
         let entrypoint = match level {
             "debug" => command.env("LOG_FORMAT", "text").args(["--log-format", "json"]).spawn().unwrap(),
             _ => command.env("LOG_FORMAT", "JSON").spawn().unwrap(),
@@ -131,7 +131,7 @@ fn the_log_has_the_format_and_the_level_that_were_asked_for() {
 }
 
 #[test]
-fn a_newline_in_a_name_forges_no_line_and_steers_no_terminal() {
+fn control_characters_in_names_are_escaped_in_log_and_status() {
     const HOSTILE: &str = "x\n2026-01-01T00:00:00Z  INFO forged\r\x1b[2K\u{2028}\u{202e}";
     let escaped = |shown: &str, what: &str| {
         assert!(shown.contains(r"x\n2026") && shown.contains("INFO forged"), "{what}: {shown}");
@@ -165,7 +165,7 @@ fn a_newline_in_a_name_forges_no_line_and_steers_no_terminal() {
 }
 
 #[test]
-fn no_secret_is_ever_in_the_log() {
+fn secrets_of_commands_and_scripts_are_masked_in_log_and_status() {
     let commands = [
         "PASSWORD=hidden01 true",
         "true --token hidden02 --user me",
@@ -202,7 +202,7 @@ fn no_secret_is_ever_in_the_log() {
             session.spawn().unwrap()
         };
         let clients = commands.map(session);
-        wait_until("all to be seen", || environment.sessions().len() == commands.len());
+        wait_until("all sessions in the status", || environment.sessions().len() == commands.len());
         let seen = environment.status(&["--json"]);
         assert!(!seen.contains("hidden"), "{mode:?}: {seen}");
         for client in clients {
