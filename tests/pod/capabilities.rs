@@ -1,5 +1,5 @@
-//! Capabilities of each container of the manifests, and the failures without each of them: tried in real containers, and written down
-//! in docs/CAPABILITIES.md.
+//! Capabilities of each container of the manifests, and the failures without each of them: tested in real containers,
+//! and recorded in docs/CAPABILITIES.md.
 
 use std::fmt::Write as _;
 use std::io::{Read, Write as _};
@@ -17,7 +17,7 @@ use testbed::{repository, ssh_options, text};
 
 use crate::podman::*;
 
-/// A container of a manifest, and what tells whether it has what it needs: nothing, or what went wrong.
+/// Container of a manifest, and a check that returns the error, if any.
 struct Kind {
     name: &'static str,
     manifest: &'static str,
@@ -32,7 +32,8 @@ const KINDS: [Kind; 4] = [
     Kind { name: "sidecar", manifest: "base", container: "sidecar", trial: sidecar },
 ];
 
-/// System calls that a jail needs and containerd's profile refuses without CAP_SYS_ADMIN. podman's own allows them.
+/// System calls that a jail needs and containerd's profile refuses without CAP_SYS_ADMIN. podman's own profile allows
+/// them.
 fn runtime_default() -> Value {
     let refused =
         ["unshare", "mount", "umount2", "setns", "pivot_root", "open_tree", "move_mount", "mount_setattr", "fsopen"];
@@ -47,30 +48,30 @@ fn runtime_default() -> Value {
     json!({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": calls})
 }
 
-/// Makes an image of which not all is root's, and not all can be read without a capability.
+/// Creates an image with files of other users, and with files that cannot be read without a capability.
 const ODD: &str = "cd \"$1\"; mkdir -p srv/private tmp dev; mknod dev/console c 5 1
     echo secret > srv/private/file; chmod 0 srv/private/file
     cp bin/busybox srv/setgid; echo x > srv/capable; echo 'nameserver 192.0.2.1' > etc/resolv.conf
     chown -R 1000:1000 srv/private srv/setgid etc/resolv.conf . -h; chown 0:0 etc/passwd; chmod 6755 srv/setgid
     setcap cap_net_raw+ep srv/capable; chmod 0700 . srv/private; chmod 1770 tmp";
 
-/// A session acts in its own user namespace, where it has all capabilities.
+/// A session runs in its own user namespace, in which it has all capabilities.
 const SESSION: &str = "cat /srv/private/file && chown 33:33 /srv/setgid && chmod 6755 /srv/setgid && chroot / true";
 
-/// One container on a volume of its own, with these capabilities.
+/// A container with these capabilities, on a volume of its own.
 struct Trial {
     container: Value,
     capabilities: Vec<String>,
     dir: TempDir,
     name: String,
-    /// One that takes leave to be bound, as 22 does.
+    /// A port that needs a capability to bind, like 22.
     port: u16,
 }
 
-/// The kernel's default, which CRI-O and containerd before 2.0 leave as it is.
+/// The kernel's default, which CRI-O and containerd before 2.0 do not change.
 const UNPRIVILEGED_PORT_START: u16 = 1024;
 
-/// A port of the loopback address that nobody has, and that not everybody may bind.
+/// An unused port of the loopback address that needs a capability to bind.
 fn low_port() -> u16 {
     static NEXT: AtomicU16 = AtomicU16::new(0);
     let start = std::fs::read_to_string("/proc/sys/net/ipv4/ip_unprivileged_port_start").unwrap();
@@ -85,7 +86,7 @@ fn low_port() -> u16 {
         .expect("a free port")
 }
 
-/// A message without the numbers of processes, and without the file that unsquashfs happened to come to first.
+/// A message without process IDs, and without the file that unsquashfs happened to reach first.
 fn without_numbers(message: &str) -> String {
     let inner = |word: &str| word.strip_prefix('(').and_then(|word| word.strip_suffix(')')).map(str::to_owned);
     let is_number = |word: &str| inner(word).as_deref().unwrap_or(word).parse::<u32>().is_ok();
@@ -121,7 +122,7 @@ impl Trial {
         self.dir.path().join("volume")
     }
 
-    /// `podman run` as a runtime of Kubernetes starts the container, with these capabilities instead of the manifest's.
+    /// `podman run` that starts the container as Kubernetes would, with these capabilities instead of the manifest's.
     fn run(&self, options: &[&str], further: &[&str]) -> Command {
         let mut command = podman(&["run", "--network=host", "--name", &self.name]);
         let security = &self.container["securityContext"];
@@ -131,7 +132,7 @@ impl Trial {
         );
         command.args(["--read-only", "--read-only-tmpfs=false", "--security-opt=no-new-privileges", "--cap-drop=ALL"]);
         command.args(self.capabilities.iter().map(|capability| format!("--cap-add={capability}")));
-        // podman's own profile hides the kernel's audit log from a container that may not write to it.
+        // podman's own profile hides the kernel's audit log from a container without CAP_AUDIT_WRITE.
         let profile = match security["seccompProfile"]["type"].as_str() {
             Some("RuntimeDefault") => self.dir.path().join("seccomp.json").display().to_string(),
             _ => "unconfined".to_owned(),
@@ -149,7 +150,7 @@ impl Trial {
             };
             command.arg(format!("--volume={}:{at}", self.dir.path().join(folder).display()));
         }
-        // Those of a Secret name the store, which is tried elsewhere.
+        // Variables from a Secret name the store, which is tested elsewhere.
         for variable in self.container["env"].as_array().unwrap() {
             if let (Some(name), Some(value)) = (variable["name"].as_str(), variable["value"].as_str()) {
                 command.arg(format!("--env={name}={value}"));
@@ -164,7 +165,7 @@ impl Trial {
         String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
     }
 
-    /// The first error, without what differs from run to run.
+    /// First error, without the parts that vary between runs.
     fn complaint(log: &str) -> String {
         let line = log.lines().find_map(|line| line.split_once(" ERROR ")).unwrap_or_else(|| panic!("{log}")).1;
         without_numbers(line.split("; ").next().unwrap())
@@ -183,7 +184,7 @@ impl Trial {
         output(ssh.stdin(Stdio::null()))
     }
 
-    /// Starts sshd's container and waits until one can log in.
+    /// Starts the container of sshd, and waits until logins succeed.
     fn open(&self) -> Result<(), String> {
         std::fs::write(self.volume().join("ready"), "").unwrap();
         succeed(&mut self.run(&["--detach"], &[]));
@@ -201,11 +202,11 @@ impl Trial {
         Ok(())
     }
 
-    /// Marks the image with a client before its login, and waits for a good end.
+    /// Marks the image while a client has not logged in yet, and waits for success.
     fn close(&self, mark: &str) -> Result<(), String> {
         let mut client = TcpStream::connect(("127.0.0.1", self.port)).unwrap();
         client.write_all(b"SSH-2.0-nobody\r\n").unwrap();
-        // Its banner, and its offer: by then its process without privileges is there.
+        // After the banner and the key exchange offer, sshd's unprivileged process exists.
         client.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
         let mut said: Vec<u8> = Vec::new();
         while said.len() < 200 {
@@ -222,7 +223,7 @@ impl Trial {
     }
 }
 
-/// An image whose directories are not all root's, and in which not all can be read by root without a capability.
+/// An image with directories of other users, and with files that root cannot read without a capability.
 fn lay_out(place: &Path) {
     std::fs::create_dir_all(place.parent().unwrap()).unwrap();
     succeed(Command::new("cp").arg("-aT").arg(cache().join("busybox")).arg(place));

@@ -1,4 +1,4 @@
-//! What a jail is in each kind of container, found out in real ones and written down in docs/CONTAINERS.md.
+//! The jail's tier in each kind of container, determined in real ones and recorded in docs/CONTAINERS.md.
 
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader};
@@ -10,7 +10,7 @@ use testbed::{repository, ssh_options};
 
 use crate::podman::*;
 
-/// A kind of container: what it is called, podman's options, and the first user of the machine that it has as root.
+/// A kind of container: its name, podman's options, and the machine's user ID that is root in it.
 struct Kind {
     name: &'static str,
     options: &'static [&'static str],
@@ -40,7 +40,7 @@ const KINDS: [Kind; 8] = [
     },
 ];
 
-/// What SECURITY.md says is not defended.
+/// Attempts that SECURITY.md does not defend against.
 const NOT_DEFENDED: [&str; 1] = ["abstract-socket"];
 
 /// A container in which a jailed environment was opened.
@@ -76,7 +76,7 @@ impl Container {
         );
         std::fs::write(config.join("sshd_config"), text).unwrap();
         succeed(Command::new("chown").args(["-R", &format!("{0}:{0}", kind.root)]).arg(&volume).arg(&config));
-        // Else root of a user namespace does not get to what lies in it.
+        // Otherwise root of a user namespace has no access to it.
         succeed(Command::new("chmod").arg("755").arg(dir.path()));
         std::fs::write(volume.join("ready"), "").unwrap();
 
@@ -122,7 +122,7 @@ impl Container {
         command
     }
 
-    /// What a command line prints; nothing if one cannot log in.
+    /// Output of a command line; `None` if the login fails.
     fn says(&self, options: &[&str], line: &str) -> String {
         let said = output(self.ssh(options).arg(line)).stdout;
         String::from_utf8_lossy(&said).trim_end().replace('\r', "")
@@ -141,7 +141,7 @@ impl Container {
         child.wait().unwrap().success()
     }
 
-    /// How many attempts there were, and which got out.
+    /// Number of attempts, and those that got out.
     fn attempts(&self) -> (usize, Vec<String>) {
         let decoys = Decoys::lay_out(self);
         let variables = decoys.variables.iter().map(|line| format!("export {line}")).collect::<Vec<_>>().join("\n");
@@ -165,7 +165,7 @@ impl Drop for Container {
     }
 }
 
-/// What the attempts are after, in the container beside the jail.
+/// Targets of the attempts, in the container beside the jail.
 struct Decoys {
     program: Child,
     variables: Vec<String>,
@@ -191,7 +191,7 @@ impl Drop for Decoys {
     }
 }
 
-/// A line of the table.
+/// Line of the table.
 fn line(kind: &Kind) -> String {
     let container = match Container::start(kind) {
         Ok(container) => container,
@@ -202,7 +202,7 @@ fn line(kind: &Kind) -> String {
     let tty = if container.says(&["-tt"], "tty").starts_with("/dev/pts/") { "by name" } else { "without a name" };
     let containers = succeed(&mut podman(&["exec", &container.name, "cat", "/etc/resolv.conf"]));
     let dns = if container.says(&[], "cat /etc/resolv.conf") == containers { "the container's" } else { "none" };
-    // A shell that becomes readlink keeps its number.
+    // A shell that executes readlink keeps its PID.
     let proc = match container.says(&[], "echo $$; exec readlink /proc/self").lines().collect::<Vec<_>>().as_slice() {
         [own, shown] if own == shown => "its own",
         [_, _] => "the container's",

@@ -1,4 +1,4 @@
-//! What is in the image, and what it says when it is started wrongly.
+//! Content of the container image, and its errors when it is started wrongly.
 
 use std::collections::BTreeSet;
 
@@ -7,7 +7,7 @@ use testbed::repository;
 use crate::podman::*;
 
 #[test]
-fn started_with_nothing_it_says_what_is_missing() {
+fn entrypoint_without_a_volume_says_what_is_missing() {
     let output = output(&mut podman(&["run", "--rm", "--network=none", IMAGE]));
     assert_eq!(output.status.code(), Some(2), "{output:?}");
     let said = String::from_utf8_lossy(&output.stderr);
@@ -26,7 +26,7 @@ fn entrypoint_sh_is_the_same() {
 fn it_runs_an_image_root_for_aarch64_with_what_a_jail_needs() {
     let image_root = format!("{}:/mnt/image/image-root:O", cache().join("debian-arm64").display());
     let enter = ["--entrypoint=ims-sshd", IMAGE, "enter", "/mnt/image/image-root", "--", "uname", "-m"];
-    // In the tiers that these capabilities allow: namespace, and user.
+    // In the tiers that these capabilities allow: namespace and user.
     for capabilities in [&["--cap-add=SYS_ADMIN,SYS_PTRACE"][..], &[]] {
         let mut container = podman(&["run", "--rm", "--network=none", "--volume", &image_root]);
         assert_eq!(succeed(container.args(capabilities).args(enter)), "aarch64", "{capabilities:?}");
@@ -44,7 +44,7 @@ fn it_has_no_setuid_program_beyond_the_distributions() {
     let base = in_container(BASE, list);
     let image = in_container(IMAGE, list);
     let own: Vec<_> = image.lines().filter(|path| !base.lines().any(|other| other == *path)).collect();
-    // Of Debian's package openssh-client, as it has them.
+    // Setuid programs of Debian's package openssh-client.
     assert_eq!(own, ["/usr/bin/ssh-agent", "/usr/lib/openssh/ssh-keysign"]);
     in_image("dpkg --verify openssh-client");
     assert_eq!(in_image("find /usr/bin/ims-sshd /usr/bin/ims-jail-shell /usr/bin/qemu-* ! -perm 0755"), "");
@@ -70,7 +70,7 @@ fn it_has_no_tool_to_build_with_and_only_the_packages_that_it_needs() {
     assert_eq!(added, ADDED);
 }
 
-/// The packages named in the Dockerfile, and what they depend on.
+/// Packages named in the Dockerfile, and their dependencies.
 const ADDED: [&str; 29] = [
     "ca-certificates",
     "libbsd0",
@@ -130,8 +130,8 @@ fn it_has_the_licences_of_what_is_linked_into_its_programs() {
     assert!(in_image("cat /usr/share/doc/ims-sshd/rust-library.html").contains("The Rust Standard Library"));
 }
 
-/// IMS's own container for a remote build node: a script in bash under `#!/bin/sh` in the place of /entrypoint.sh. This one does, in such a
-/// container, what that one does.
+/// IMS replaces /entrypoint.sh in its container for a remote build node, by a bash script under `#!/bin/sh`. This
+/// script does, in such a container, what IMS's script does.
 #[test]
 fn a_container_that_ims_derives_from_it_for_a_remote_node_runs_its_script_to_the_end() {
     let dir = tempfile::tempdir_in(cache()).unwrap();

@@ -1,6 +1,6 @@
-//! The container image and pods of the manifests, on a real builder and runtime. 'make test' has built the image.
+//! The container image and the pods of the manifests, on a real builder and runtime. 'make test' builds the image.
 //!
-//! Every test runs a container or a pod of its own, which is gone with it.
+//! Every test runs a container or a pod of its own, and removes it.
 
 mod capabilities;
 mod containers;

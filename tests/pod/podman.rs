@@ -1,4 +1,4 @@
-//! podman in a storage of its own, and pods made of the manifests in deploy/.
+//! podman with a storage of its own, and pods from the manifests in deploy/.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -16,10 +16,10 @@ pub const IMAGE: &str = "localhost/ims-sshd-test/ims-sshd:latest";
 pub const BASE: &str = "localhost/ims-sshd-test/debian:bookworm-slim";
 pub const EXAMPLE: &str = "localhost/ims-sshd-test/example:latest";
 
-/// Nothing here takes longer unless it hangs.
+/// Timeout of each step.
 const LIMIT: Duration = Duration::from_mins(3);
 
-/// Where `make test` keeps what is costly to make.
+/// Cache of `make test`.
 pub fn cache() -> PathBuf {
     let path = cache_directory();
     let path = std::fs::canonicalize(&path).unwrap_or(path);
@@ -38,7 +38,7 @@ pub fn podman(arguments: &[&str]) -> Command {
         command.arg(option).arg(storage.join(folder));
     }
     command.env("CONTAINERS_CONF", repository().join("tests/containers.conf"));
-    // conmon leaves a file where it stands when the kernel kills for want of memory.
+    // conmon writes a file to its working directory when the OOM killer strikes.
     command.args(arguments).current_dir(storage).stdin(Stdio::null());
     command
 }
@@ -47,7 +47,7 @@ pub fn output(command: &mut Command) -> Output {
     command.output().unwrap_or_else(|e| panic!("{command:?}: {e}"))
 }
 
-/// Standard output of what has to succeed.
+/// Standard output of a command that has to succeed.
 pub fn succeed(command: &mut Command) -> String {
     let output = output(command);
     assert!(
@@ -59,17 +59,17 @@ pub fn succeed(command: &mut Command) -> String {
     String::from_utf8_lossy(&output.stdout).trim_end().to_owned()
 }
 
-/// Runs `script` in a container of the image that is gone afterwards.
+/// Runs `script` in a container of the image, which is removed afterwards.
 pub fn in_image(script: &str) -> String {
     in_container(IMAGE, script)
 }
 
-/// The same, of another image.
+/// The same with another image.
 pub fn in_container(image: &str, script: &str) -> String {
     succeed(&mut podman(&["run", "--rm", "--network=none", "--entrypoint=/bin/sh", image, "-c", script]))
 }
 
-/// Below those that the kernel gives to clients, which might have one before the pod's sshd has.
+/// Lowest port for a pod's sshd; below the ephemeral ports, which the kernel may assign to clients first.
 pub fn free_port() -> u16 {
     static NEXT: AtomicUsize = AtomicUsize::new(0);
     let begin = 20_000 + (std::process::id() as usize * 17) % 10_000;
@@ -79,40 +79,41 @@ pub fn free_port() -> u16 {
         .expect("a free port")
 }
 
-/// A container of a pod's spec.
+/// Container in a pod's spec.
 pub fn container<'a>(spec: &'a mut Value, name: &str) -> &'a mut Value {
     let list = if name == "prepare" { "initContainers" } else { "containers" };
     let named = |container: &&mut Value| container["name"] == name;
     spec[list].as_array_mut().unwrap().iter_mut().find(named).unwrap_or_else(|| panic!("no container {name}"))
 }
 
-/// A job's pod, running.
+/// Running pod of a job.
 pub struct Pod {
     pub name: String,
     /// The image root parent.
     pub volume: PathBuf,
     pub port: u16,
     pub key: PathBuf,
-    /// The sshd container as the manifest has it.
+    /// The sshd container in the manifest.
     pub sshd: Value,
     volumes: Vec<String>,
     _dir: TempDir,
 }
 
 static COUNT: AtomicUsize = AtomicUsize::new(0);
-/// The first one makes the image of the container that holds a pod together.
+/// The first pod builds the image of the infrastructure container.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
-/// The variant that is run here.
+/// The variant of the manifest that is run.
 pub const VARIANT: &str = "variants/ordinary";
 
 impl Pod {
-    /// Starts the pod of the job `name` on an unpacked `archive` and waits until one can log in. `change` may change the sshd container.
+    /// Starts the pod of the job `name` on an unpacked `archive`, and waits until logins succeed. `change` may change
+    /// the sshd container.
     pub fn open(name: &str, archive: &str, change: impl FnOnce(&mut Value)) -> Self {
         Self::of(name, archive, |spec| change(container(spec, "sshd")))
     }
 
-    /// The same; `change` may change all of the pod.
+    /// The same; `change` may change the whole pod.
     pub fn of(name: &str, archive: &str, change: impl FnOnce(&mut Value)) -> Self {
         let base = cache().join("tests");
         std::fs::create_dir_all(&base).unwrap();
@@ -122,7 +123,7 @@ impl Pod {
         std::fs::copy(cache().join("containers").join(archive), volume.join("image.sqsh")).unwrap();
         let key = dir.path().join("id_ed25519");
         succeed(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(&key));
-        // The pod has the machine's network, so that nothing of it has to be set up; its sshd listens on the loopback address.
+        // The pod uses the machine's network, which needs no setup; its sshd listens on the loopback address.
         let port = free_port();
 
         let own = format!("ims-sshd-test-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
@@ -130,7 +131,7 @@ impl Pod {
         assert_eq!(job["metadata"]["name"], name);
         let config = SSHD_CONFIG.replace("Port 22\n", &format!("Port {port}\nListenAddress 127.0.0.1\n"));
         let keys = std::fs::read_to_string(key.with_extension("pub")).unwrap();
-        // podman keeps it as a volume of that name.
+        // podman stores it as a volume of that name.
         let keys = json!({
             "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": format!("{own}-ims-sshd-keys")},
             "data": {"authorized_keys": keys, "sshd_config": config},
@@ -145,7 +146,7 @@ impl Pod {
             }
             one["name"] = format!("{own}-{}", one["name"].as_str().unwrap()).into();
             if one["configMap"]["optional"] == true {
-                // podman has no optional one.
+                // podman has no optional volumes.
                 *one = json!({"name": one["name"], "emptyDir": {}});
                 volumes.push(one["name"].as_str().unwrap().to_owned());
             } else if let Some(map) = one.get_mut("configMap") {
@@ -159,7 +160,7 @@ impl Pod {
             for container in spec[list].as_array_mut().unwrap() {
                 container["image"] = IMAGE.into();
                 container["imagePullPolicy"] = "Never".into();
-                // No store: the image lies on the volume, and stays there.
+                // Without a store, the image stays on the volume.
                 container.as_object_mut().unwrap().remove("envFrom");
                 container["env"].as_array_mut().unwrap().retain(|variable| variable.get("valueFrom").is_none());
                 for mount in container["volumeMounts"].as_array_mut().unwrap() {
@@ -176,11 +177,11 @@ impl Pod {
         }
         let sshd = container(&mut spec, "sshd").clone();
         let container = self::container(&mut spec, "sshd").as_object_mut().unwrap();
-        // podman makes timers of systemd out of probes; here they are run by the test.
+        // podman would turn probes into systemd timers; the test runs them itself.
         for only_kubernetes in ["readinessProbe", "livenessProbe", "ports"] {
             container.remove(only_kubernetes).unwrap();
         }
-        // To compress is not what is tested.
+        // Compression is not tested here.
         let sidecar = self::container(&mut spec, "sidecar");
         sidecar["command"].as_array_mut().unwrap().extend(["--sshd-config", "/keys/sshd_config"].map(Into::into));
         let variables = sidecar["env"].as_array_mut().unwrap();
@@ -198,7 +199,7 @@ impl Pod {
         pod
     }
 
-    /// Waits until one can log in.
+    /// Waits until logins succeed.
     pub fn listening(self) -> Self {
         self.wait_for("sshd_listening");
         self
@@ -216,7 +217,7 @@ impl Pod {
         format!("{}-{name}", self.name)
     }
 
-    /// Waits for the end of a container; its exit code.
+    /// Waits for the end of a container, and returns its exit code.
     pub fn end(&self, name: &str) -> i32 {
         let container = self.container(name);
         wait_until(&format!("{name} to end"), || self.state(name)["Running"] == false);
@@ -245,7 +246,7 @@ impl Pod {
         ssh_options(&self.key)
     }
 
-    /// `ssh`; the command is to be added.
+    /// `ssh` to the pod, without a command.
     pub fn ssh(&self, options: &[&str]) -> Command {
         let mut command = Command::new("ssh");
         command.args(self.ssh_options()).args(options).args(["-p", &self.port.to_string(), "root@127.0.0.1"]);
@@ -253,12 +254,12 @@ impl Pod {
         command
     }
 
-    /// Standard output of a command line that has to succeed in a session.
+    /// Standard output of a session's command line, which has to succeed.
     pub fn says(&self, command: &str) -> String {
         succeed(self.ssh(&[]).arg(command))
     }
 
-    /// Both containers end well, and say what became of the image.
+    /// Checks that both containers succeed and report the image.
     pub fn ends_well(&self) {
         assert_eq!(self.end("sshd"), 0);
         assert_eq!(self.end("sidecar"), 0);
@@ -284,7 +285,7 @@ pub fn wait_until(what: &str, holds: impl FnMut() -> bool) {
     wait_within(LIMIT, what, holds);
 }
 
-/// The paths in a packed image, with what they are.
+/// Paths in a packed image, with their types.
 pub fn packed(archive: &Path) -> std::collections::BTreeSet<String> {
     let list = succeed(Command::new("unsquashfs").args(["-no-progress", "-lls"]).arg(archive));
     let paths = list.lines().filter_map(|line| {

@@ -1,4 +1,4 @@
-//! The pods of deploy/kubernetes, from `ready` to a packed image.
+//! Pods of deploy/kubernetes, from `ready` to a packed image.
 
 use std::io::Write;
 use std::process::{Command, Stdio};
@@ -14,7 +14,7 @@ use testbed::{job, repository};
 
 use crate::podman::*;
 
-/// What CFS does at its end: asks for it and hangs up at once.
+/// Ends a session as CFS does: marks the image and disconnects at once.
 const GOODBYE: &str = "
 import paramiko, sys
 client = paramiko.SSHClient()
@@ -38,7 +38,7 @@ fn sftp(pod: &Pod, batch: &str) {
 }
 
 #[test]
-fn a_customized_image_is_packed_with_the_change_and_with_nothing_of_ours() {
+fn customized_image_is_packed_with_the_change_and_without_traces() {
     let pod = Pod::open("ims-sshd-customize", "debian.sqsh", |_| {}).listening();
     assert!(pod.probe("readinessProbe") && pod.probe("livenessProbe"));
     let inspected = succeed(&mut podman(&["inspect", &pod.container("sshd")]));
@@ -104,7 +104,7 @@ fn a_plain_session_changes_the_image_from_beside_it() {
 }
 
 #[test]
-fn a_failed_build_is_looked_at_and_repaired() {
+fn failed_build_is_inspected_and_repaired() {
     let pod = Pod::open("ims-sshd-create-debug", "busybox.sqsh", |_| {}).listening();
     assert!(pod.volume.join("build_failed").exists());
     pod.says("echo repaired > /mnt/image/build/image-root/repaired");
@@ -130,14 +130,14 @@ fn a_stopped_container_ends_in_order_and_in_time() {
 }
 
 #[test]
-fn memory_that_is_used_up_ends_the_session_and_an_image_of_a_killed_container_is_not_packed() {
+fn out_of_memory_ends_the_session_and_a_killed_container_is_not_packed() {
     let limited = |sshd: &mut serde_json::Value| sshd["resources"] = json!({"limits": {"memory": "96Mi"}});
     let pod = Pod::open("ims-sshd-customize", "busybox.sqsh", limited).listening();
     let _ = output(pod.ssh(&[]).arg("x=0123456789abcdef; while :; do x=$x$x; done"));
-    // The kernel ends sessions before the supervisor.
+    // The OOM killer ends sessions before the supervisor.
     assert_eq!(pod.says("echo there").trim_end(), "there");
     assert!(pod.logs("sshd").contains("signal=\"SIGKILL\""), "{}", pod.logs("sshd"));
-    // The kernel kills it where there is nothing else to end; with the container's first process all others end.
+    // The OOM killer ends the supervisor once nothing else is left; with PID 1 all processes of the container end.
     let pid = i32::try_from(pod.state("sshd")["Pid"].as_u64().unwrap()).unwrap();
     kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
     assert_eq!(pod.end("sshd"), 137);
@@ -153,7 +153,7 @@ fn a_job_of_ims_fetches_customizes_and_publishes_an_image() {
     let squashfs = std::fs::read(job::squashfs_of(&job::image(dir.path()))).unwrap();
     let server = FileServer::start(squashfs.clone(), &[Fault::ResetAfter(squashfs.len() / 2)]);
     let (bucket, ims) = (Bucket::new(), ImsServer::start());
-    // Found by its name: a static program resolves names by itself.
+    // Found by name: a static program resolves names itself.
     let url = server.url.replace("127.0.0.1", "localhost");
     let mut variables = bucket.variables();
     variables.extend(ims.variables());

@@ -1,5 +1,6 @@
-//! docs/KUBERNETES.md, command by command, in one shell. In the place of a cluster stands tests/pod/kubectl.py, which says what it leaves
-//! out; ssh, curl, the store, IMS and the pods' containers are real. The two blocks of a site's own values are the test's.
+//! Runs docs/KUBERNETES.md, command by command, in one shell. tests/pod/kubectl.py replaces the cluster, and says what
+//! it leaves out; ssh, curl, the store, IMS and the pods' containers are real. The test has its own values for the two
+//! blocks of a site.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -13,7 +14,7 @@ use testbed::{job, repository};
 
 use crate::podman::*;
 
-/// The page's commands, block by block.
+/// Commands of the page, block by block.
 fn blocks(page: &str) -> Vec<&str> {
     page.split("```sh\n").skip(1).map(|rest| rest.split_once("```").unwrap().0).collect()
 }
@@ -26,7 +27,7 @@ fn with_values(block: &str, values: &[(&str, String)]) -> String {
     lines.concat()
 }
 
-/// A job whose store goes away while it is open: the one that the page then rescues.
+/// A job whose store becomes unreachable during the session; the page then rescues the image.
 fn store_down(secret: &Path, gone: &Tls) -> String {
     let (secret, port, pid) = (secret.display(), gone.port, gone.process.id());
     format!(
@@ -40,14 +41,14 @@ fn store_down(secret: &Path, gone: &Tls) -> String {
     )
 }
 
-/// Further steps: the page's functions on a job that is given up, and on an image without a digest.
+/// Further steps: the page's functions on an abandoned job, and on an image without a digest.
 const GIVEN_UP: &str = "configure ordinary \"$IMAGE/rootfs\" compute-failed
     JOB=$(start); opened \"$JOB\"; reach \"$JOB\" 2227; login 2227 touch /tmp/failed
     if published \"$JOB\" > given-up 2> marked-failed; then exit 7; fi
     IMS_SSHD_IMAGE=registry.example/ims-sshd:0.1.0
     if configure ordinary none none 2> no-digest; then exit 7; fi\n";
 
-/// Replaces the page's ports, which are free for a reader, by free ones: two runs of this test can share a machine.
+/// Replaces the page's ports by free ones, so that two runs of this test can share a machine.
 fn with_own_ports(script: &str) -> String {
     let mut parts = script.split(" 222");
     let mut changed = parts.next().unwrap_or_default().to_owned();
@@ -61,7 +62,7 @@ fn with_own_ports(script: &str) -> String {
     changed
 }
 
-/// Ends the pods that a walk has left, and the volumes that podman keeps of each.
+/// Removes pods that a run has left, and their volumes in podman.
 struct Cluster<'a>(&'a Path);
 
 impl Drop for Cluster<'_> {
@@ -85,7 +86,7 @@ impl Drop for Cluster<'_> {
 }
 
 #[test]
-fn the_page_leads_from_nothing_to_published_images() {
+fn commands_of_the_kubernetes_page_publish_images() {
     let dir = tempfile::tempdir_in(cache().join("tests")).unwrap();
     let (state, bin, here) = (dir.path().join("state"), dir.path().join("bin"), dir.path().join("here"));
     for folder in [&state, &bin, &here] {
@@ -101,7 +102,7 @@ fn the_page_leads_from_nothing_to_published_images() {
     let tree = job::image(dir.path());
     std::fs::create_dir_all(tree.join("lib/modules/6.1.0")).unwrap();
     let (bucket, ims) = (Bucket::new(), ImsServer::start());
-    // Certificates are of an authority that no machine knows. One server goes away.
+    // Certificates are signed by an unknown CA. One server disappears.
     certificates(dir.path());
     let front_of = |url: &str| Tls::start(dir.path(), port_of(url));
     let (store, gone, gateway) = (front_of(&bucket.endpoint), front_of(&bucket.endpoint), front_of(&ims.url));
@@ -157,7 +158,7 @@ fn the_page_leads_from_nothing_to_published_images() {
     shell.env("KUBECTL_IMAGE", IMAGE).env("KUBECTL_SSHD_CONFIG", SSHD_CONFIG);
     let said = succeed(&mut shell);
 
-    // The images that the jobs have published, as they were fetched.
+    // Images that the jobs published, as they were fetched.
     let motd = |rootfs: &Path| succeed(Command::new("unsquashfs").args(["-cat"]).arg(rootfs).arg("etc/motd"));
     assert_eq!(motd(&here.join("rootfs")), "customized");
     assert_eq!(std::fs::read_to_string(here.join("kernel")).unwrap(), "a kernel");
@@ -179,7 +180,7 @@ fn the_page_leads_from_nothing_to_published_images() {
     assert!(complaint("marked-failed").contains("has published nothing"), "{}", complaint("marked-failed"));
     assert_eq!(complaint("given-up"), "");
     assert!(complaint("no-digest").contains("expected NAME@sha256:DIGEST"), "{}", complaint("no-digest"));
-    // Registered, without a job of IMS.
+    // Registered without a job in IMS.
     assert!(said.contains("\"ims_image_record\"") && said.contains("compute-registered"), "{said}");
     let images = ims.state().images.values().cloned().collect::<Vec<_>>();
     assert_eq!(images.len(), 1);

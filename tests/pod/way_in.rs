@@ -1,8 +1,8 @@
-//! What a session's way into the jail costs, in numbers that no other load of a machine changes: those of `ims-jail-shell` as the image
-//! has it, from its start until the image's program begins. A change that costs more has to say so here.
+//! Cost of entering the jail, in counts that do not depend on the load of the machine: those of `ims-jail-shell` as the
+//! image has it, from its start until the image's program begins. A change that costs more has to say so here.
 //!
-//! It starts twice: the outer stage joins the jail and becomes, in a child, the jail's copy of it, which looks at the image without any
-//! descriptor of the container.
+//! It starts twice: the outer stage joins the jail and executes, in a child, the jail's copy, which reads the image
+//! without any descriptor of the container.
 //!
 //! Counted by ptrace(2), step by step: Debian's valgrind does not know pidfd_open(2).
 
@@ -21,21 +21,21 @@ use testbed::{Image, Mode, Volume};
 
 use crate::podman::{IMAGE, podman, succeed};
 
-/// Without those that the program takes twice to start and end when it does nothing: the C library's start depends on the processor.
-/// Doing nothing, it prints how it is used, which is one line: the longer that text, the lower this number.
+/// Instructions, without those of two starts and ends of the program that do nothing: the C library's start depends on
+/// the processor. An idle start prints the usage: the longer that text, the lower this number.
 const INSTRUCTIONS: u64 = 87_600;
 
-/// All, the C library's and the runtime's start among them.
-/// The second start takes 11, and 7 hand the request over and close and resolve what the image names. Three tell whether a stream is open
-/// or only names a file. Four set the umask and give the caller's back.
+/// All system calls, including those of the C library's and the runtime's start. The second start takes 11; 7 pass the
+/// request on, close descriptors and resolve what the image names. Three check whether a stream is open or only names a
+/// file. Four set the umask and restore the caller's.
 const SYSTEM_CALLS: u64 = 146;
 
-/// So much more than committed, in hundredths, is no change.
+/// Tolerance above the committed number, in percent.
 const MARGIN: u64 = 5;
 
 #[test]
-fn a_session_takes_no_more_instructions_and_system_calls_to_begin_than_are_committed() {
-    // The environment is opened by the image's programs too: its jail has a copy of them.
+fn session_start_stays_within_committed_instructions_and_system_calls() {
+    // The image's programs open the environment: its jail has a copy of them.
     let volume = Volume::new(Image::Busybox);
     let container = succeed(&mut podman(&["create", IMAGE]));
     let [program, ims_sshd] = ["ims-jail-shell", "ims-sshd"].map(|name| {
@@ -51,9 +51,9 @@ fn a_session_takes_no_more_instructions_and_system_calls_to_begin_than_are_commi
     let line = format!("exec {} session {}", program.display(), record.display());
     let session = ["-c".as_ref(), line.as_ref()];
     let begins = |arguments: &[_], go_on: GoOn| count(&program, arguments, go_on);
-    // One that is told nothing says how it is used, and ends.
+    // Without arguments, the program prints its usage and ends.
     let instructions = begins(&session, ptrace::step) - 2 * begins(&[], ptrace::step);
-    // Each stops twice, before and after; the last one is execve, which does not come back.
+    // Each call stops the process twice, before and after; the last one is execve, which does not return.
     let system_calls = begins(&session, ptrace::syscall).div_ceil(2);
     println!("{instructions} instructions, {system_calls} system calls");
     for (counted, committed, of) in
@@ -63,19 +63,19 @@ fn a_session_takes_no_more_instructions_and_system_calls_to_begin_than_are_commi
     }
 }
 
-/// How a halted process goes on until it is counted again.
+/// How a stopped process continues to the next count.
 type GoOn = fn(Pid, Option<Signal>) -> nix::Result<()>;
 
-/// How often `program` is halted until it ends, or until its copy in a child becomes another program.
+/// Number of stops of `program` until it ends, or until its copy in a child executes another program.
 fn count(program: &Path, arguments: &[&std::ffi::OsStr], go_on: GoOn) -> u64 {
     let mut shell = Command::new("sh");
     shell.args(["-c", r#"kill -STOP $$; exec "$@""#, "sh"]).arg(program).args(arguments);
     shell.env_clear().env("SSH_ORIGINAL_COMMAND", "true").env("SSH_CONNECTION", "192.0.2.1 40000 192.0.2.2 22");
-    // sshd gives sockets too: a file would be copied, and /dev/null opened once more.
+    // Sockets, as from sshd: a file would be copied, and /dev/null opened again.
     let (session, _sshd) = UnixStream::pair().unwrap();
     let stream = || OwnedFd::from(session.try_clone().unwrap());
     shell.stdin(stream()).stdout(stream()).stderr(stream());
-    // Waited for by its number, as its child.
+    // Waited for by its PID, like its child.
     let parent = Pid::from_raw(shell.spawn().unwrap().id().cast_signed());
     assert_eq!(waitpid(parent, Some(WaitPidFlag::WUNTRACED)), Ok(WaitStatus::Stopped(parent, Signal::SIGSTOP)));
     let options = Options::PTRACE_O_TRACEEXEC | Options::PTRACE_O_TRACEVFORK | Options::PTRACE_O_EXITKILL;
@@ -85,8 +85,8 @@ fn count(program: &Path, arguments: &[&std::ffi::OsStr], go_on: GoOn) -> u64 {
     while !is(waitpid(parent, None).unwrap(), Event::PTRACE_EVENT_EXEC) {
         ptrace::cont(parent, None).unwrap();
     }
-    // The child's parent is halted by the kernel until it has become the copy, and not continued after that: there is one to wait for at a
-    // time.
+    // The kernel stops the parent until the child has executed the copy, and the parent is not continued: there is one
+    // process to wait for at a time.
     let (mut counted, mut process, mut is_copy) = (0, parent, false);
     loop {
         go_on(process, None).unwrap();
@@ -97,14 +97,14 @@ fn count(program: &Path, arguments: &[&std::ffi::OsStr], go_on: GoOn) -> u64 {
             status if is(status, Event::PTRACE_EVENT_VFORK) => {
                 let child: c_long = ptrace::getevent(process).unwrap();
                 process = Pid::from_raw(child.try_into().unwrap());
-                // It begins halted.
+                // It starts stopped.
                 waitpid(process, None).unwrap();
                 go_on(parent, None).unwrap();
             }
             _ => counted += 1,
         }
     }
-    // Nothing if it has ended and was waited for.
+    // No process, if it has ended and was waited for.
     for halted in [process, parent] {
         let _ = kill(halted, Signal::SIGKILL);
         let _ = waitpid(halted, None);

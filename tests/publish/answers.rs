@@ -1,4 +1,4 @@
-//! Hostile answers of servers: without end, or with the secrets that they were sent.
+//! Hostile answers of servers: endless ones, and ones that echo secrets.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::Output;
@@ -14,7 +14,7 @@ use testbed::ims_server::JOB;
 use testbed::job::*;
 use testbed::*;
 
-/// Answers each request with what `answer_to` makes of "METHOD /path" and the request's head; `None` is an answer without end.
+/// Answers each request by `answer_to`, which gets "METHOD /path" and the request's head; `None` is an endless answer.
 pub fn serve(answer_to: impl Fn(&str, &str) -> (u16, Option<String>) + Send + Sync + 'static) -> String {
     let address = listen(move |mut connection| {
         let mut reader = BufReader::new(connection.try_clone().unwrap());
@@ -69,7 +69,7 @@ fn sidecar(dir: &std::path::Path, variables: &[(&'static str, String)]) -> Outpu
 }
 
 #[test]
-fn answers_without_end_are_cut_off() {
+fn endless_answers_are_cut_off() {
     for (endless, status, reason) in [
         ("POST /token", 200, "longer than 1 MiB"),
         ("POST /token", 403, "the server answers 403"),
@@ -91,7 +91,7 @@ fn answers_without_end_are_cut_off() {
 }
 
 #[test]
-fn a_token_that_no_header_may_hold_is_refused_at_once() {
+fn token_that_is_invalid_in_a_header_is_refused() {
     let dir = directory();
     let server = serve(|asked, _| match asked {
         "POST /token" => (200, Some(json!({"access_token": "a\r\nx: b", "expires_in": 60}).to_string())),
@@ -106,7 +106,7 @@ fn a_token_that_no_header_may_hold_is_refused_at_once() {
 }
 
 #[test]
-fn a_signal_ends_a_download_without_end() {
+fn signal_ends_an_endless_download() {
     let dir = directory();
     let (reading, read) = std::sync::mpsc::channel();
     let reading = std::sync::Mutex::new(reading);
@@ -122,7 +122,7 @@ fn a_signal_ends_a_download_without_end() {
 }
 
 #[test]
-fn credentials_that_a_server_sends_back_are_in_no_message() {
+fn credentials_echoed_by_a_server_are_masked_in_messages() {
     for format in ["text", "json"] {
         for wrong in ["POST /token", "GET /jobs", "PATCH /jobs", "PUT", ""] {
             let dir = directory();

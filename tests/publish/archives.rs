@@ -21,7 +21,8 @@ fn taken(parent: &Path, source: &Path) -> PathBuf {
     parent.join("image-root")
 }
 
-/// Four layers: files are removed, a link becomes a directory, a directory a link, one is emptied, one gets another mode.
+/// Four layers: files are removed, a link becomes a directory, a directory a link, one is emptied, one changes its
+/// mode.
 const CONTAINERFILE: &str = "FROM scratch
 ADD tree.tar /
 RUN mkdir -p /a/b /gone/deep && echo 1 > /a/b/x && echo 2 > /a/y && ln /a/y /a/z && ln -s /etc/passwd /link && \
@@ -31,7 +32,7 @@ RUN rm -rf /a /gone /sticky && mkdir /a && touch /a/only && ln -s a /sticky && m
 ";
 
 #[test]
-fn a_saved_container_image_is_unpacked_layer_by_layer_as_podman_mounts_it() {
+fn saved_container_image_is_unpacked_as_podman_mounts_it() {
     let dir = directory();
     let place = dir.path();
     succeed(Command::new("tar").arg("-cf").arg(place.join("tree.tar")).arg("-C").arg(cache().join("busybox")).arg("."));
@@ -53,7 +54,7 @@ fn a_saved_container_image_is_unpacked_layer_by_layer_as_podman_mounts_it() {
     let _storage = Mounted(place.join("root/overlay"));
     let _image = Mounted(mounted.clone());
     let same_as_mounted = |image_root: &Path| {
-        // The root itself is in no layer.
+        // No layer contains the root itself.
         for program in ["chmod", "touch"] {
             succeed(Command::new(program).arg(format!("--reference={}", mounted.display())).arg(image_root));
         }
@@ -70,7 +71,7 @@ fn a_saved_container_image_is_unpacked_layer_by_layer_as_podman_mounts_it() {
     succeed(Command::new("gzip").arg(place.join("docker-archive")));
     same_as_mounted(&taken(&place.join("parent-gz"), &place.join("docker-archive.gz")));
 
-    // Two images are not one image root; and layers are no directory that could be mounted.
+    // Two images make no image root, and layers are not a directory that can be mounted.
     podman(&["build", "--isolation=chroot", "--tag=other:1", "--label=a=b", "."]);
     podman(&["save", "--quiet", "--multi-image-archive", "--output=both", "image:1", "other:1"]);
     refused(&place.join("parent"), &place.join("both").display().to_string(), "there are 2");
@@ -81,12 +82,12 @@ fn a_saved_container_image_is_unpacked_layer_by_layer_as_podman_mounts_it() {
 }
 
 #[test]
-fn a_hostile_layer_writes_and_removes_nothing_outside_the_root() {
+fn hostile_layer_neither_writes_nor_removes_outside_the_root() {
     let dir = directory();
     let outside = dir.path().join("outside");
     std::fs::create_dir(&outside).unwrap();
     std::fs::write(outside.join("secret"), "secret").unwrap();
-    // A saved image as no engine makes one; each layer is a list of (name, kind, target).
+    // A saved image that no engine would write; each layer is a list of (name, kind, target).
     let make = "
 import io, json, sys, tarfile
 archive, layers = sys.argv[1], json.loads(sys.argv[2])
@@ -132,7 +133,7 @@ with tarfile.open(archive, 'w') as tar:
         refused(&parent, &archive_of(name, layers).display().to_string(), "cannot unpack");
         untouched();
     }
-    // A path through a link of a lower layer, which would lead out, replaces the link, as with an engine.
+    // A path through a link of a lower layer, which would lead outside, replaces the link, as in container engines.
     for target in [&out, &up] {
         let layers = serde_json::json!([
             [
@@ -154,7 +155,7 @@ with tarfile.open(archive, 'w') as tar:
 }
 
 #[test]
-fn a_cpio_archive_becomes_the_same_tree() {
+fn cpio_archive_is_unpacked_to_the_same_tree() {
     let (dir, tree) = bootable_image();
     std::fs::hard_link(tree.join("etc/passwd"), tree.join("etc/second-name")).unwrap();
     symlink("/etc/passwd", tree.join("absolute")).unwrap();
@@ -191,7 +192,7 @@ fn a_cpio_archive_becomes_the_same_tree() {
 }
 
 #[test]
-fn absolute_names_in_a_tar_archive_are_taken_below_the_root_as_tar_does() {
+fn absolute_names_in_a_tar_archive_are_unpacked_below_the_root() {
     let dir = directory();
     let tree = dir.path().join("tree");
     std::fs::create_dir_all(tree.join("etc")).unwrap();
@@ -216,7 +217,7 @@ fn absolute_names_in_a_tar_archive_are_taken_below_the_root_as_tar_does() {
 }
 
 #[test]
-fn a_squashfs_with_zeros_after_it_is_taken() {
+fn squashfs_with_padding_is_accepted() {
     let (dir, tree, squashfs) = packed_image();
     let size = std::fs::metadata(&squashfs).unwrap().len().next_multiple_of(1 << 20) + (1 << 20);
     std::fs::File::options().write(true).open(&squashfs).unwrap().set_len(size).unwrap();

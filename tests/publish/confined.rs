@@ -1,5 +1,5 @@
-//! Programs that parse hostile data do nothing but their work: one that was taken over is played by a script in its place, which tries what
-//! root can do, and tells how each try ended.
+//! Confinement of programs that parse hostile data. A script plays a program that was taken over: it tries what
+//! root can do, and reports the result of each attempt.
 
 use std::collections::BTreeMap;
 use std::net::TcpListener;
@@ -11,7 +11,7 @@ use std::process::{Command, Output};
 use testbed::job::*;
 use testbed::*;
 
-/// Prints `NAME: done` or `NAME: ERROR` of each try. $0 is the program, the first argument that is no option need not be used.
+/// Prints `NAME: done` or `NAME: ERROR` for each attempt. $0 is the program.
 const TRIES: &str = r#"#!/usr/bin/python3
 import ctypes, errno, os, resource, socket, stat, sys
 libc = ctypes.CDLL(None, use_errno=True)
@@ -73,7 +73,7 @@ results.append(f'privileges: {libc.prctl(39, 0, 0, 0, 0)}')
 print(', '.join(results), file=sys.stderr)
 "#;
 
-/// Makes its target an image root.
+/// Makes the target an image root.
 const IMAGE_ROOT: &str = "\nos.mkdir('etc')\nopen('etc/passwd', 'w').close()\n";
 
 /// Targets outside that the script tries to read or write, and the script itself: `programs/NAME`.
@@ -110,7 +110,7 @@ impl Place {
     }
 }
 
-/// How each try ended.
+/// Result of each attempt.
 fn ended(output: &Output) -> BTreeMap<String, String> {
     let said = text(&output.stderr);
     let tries = said.split(['\n', ',']).filter_map(|part| {
@@ -121,7 +121,7 @@ fn ended(output: &Output) -> BTreeMap<String, String> {
     tries.collect()
 }
 
-/// Tries by which root gets out, and which nothing but mounts of its own keeps it from.
+/// Attempts by which root escapes, and which only mounts of its own prevent.
 const OUT: [&str; 17] = [
     "write outside",
     "append outside",
@@ -153,9 +153,9 @@ fn squashfs_header(place: &Place) -> PathBuf {
 }
 
 #[test]
-fn a_hostile_unpacker_writes_reads_and_connects_nowhere_else() {
+fn hostile_unpacker_has_no_access_to_other_files_or_the_network() {
     let place = Place::new("unsquashfs", &format!("{TRIES}{IMAGE_ROOT}"));
-    // By itself, as root, it can do everything: each try is one.
+    // Unconfined, every attempt succeeds: each one is valid.
     std::fs::create_dir(place.path("free")).unwrap();
     let mut free = Command::new("unshare");
     free.args(["-m", "sh", "-c", "cd free; unsquashfs"]);
@@ -181,9 +181,9 @@ fn a_hostile_unpacker_writes_reads_and_connects_nowhere_else() {
     assert_eq!(std::fs::read(place.path("outside/secret")).unwrap(), b"secret");
 }
 
-/// A pod's capabilities: without CAP_SYS_ADMIN.
+/// Capabilities of a pod: none includes CAP_SYS_ADMIN.
 #[test]
-fn a_hostile_unpacker_is_confined_without_privileges_as_far_as_can_be_and_the_log_says_how_far() {
+fn hostile_unpacker_is_confined_without_privileges_and_limits_are_logged() {
     let place = Place::new("unsquashfs", &format!("{TRIES}{IMAGE_ROOT}"));
     let image = squashfs_header(&place);
     let mut prepare = Command::new("setpriv");
@@ -199,7 +199,7 @@ fn a_hostile_unpacker_is_confined_without_privileges_as_far_as_can_be_and_the_lo
 }
 
 #[test]
-fn without_a_capability_that_keeps_attributes_nothing_is_unpacked() {
+fn unpacking_is_refused_without_capabilities_to_keep_attributes() {
     let place = Place::new("none", "");
     let tree = image(place.dir.path());
     let squashfs = squashfs_of(&tree);
@@ -233,7 +233,7 @@ fn without_a_capability_that_keeps_attributes_nothing_is_unpacked() {
 }
 
 #[test]
-fn a_hostile_packer_changes_nothing_of_the_image_and_reaches_nothing_else() {
+fn hostile_packer_neither_changes_the_image_nor_reads_other_files() {
     let place = Place::new("mksquashfs", TRIES);
     let tree = image(place.dir.path());
     let before = digest(&tree);
@@ -247,7 +247,8 @@ fn a_hostile_packer_changes_nothing_of_the_image_and_reaches_nothing_else() {
     assert_eq!(differences(&before, &digest(&tree)), [""; 0]);
 }
 
-/// Exits after it has written the names in its environment to standard error, and beside itself where it can. A shell adds some.
+/// Writes the names of its variables to standard error, and to a file beside itself if it can, and exits. A shell adds
+/// some.
 const NAMES: &str = r#"#!/bin/sh
 names="names: $(env | cut -d= -f1 | grep -vx 'PWD\|OLDPWD\|SHLVL\|_' | sort | tr '\n' ' ')"
 echo "$names" >&2
@@ -256,7 +257,7 @@ exit 1
 "#;
 
 #[test]
-fn programs_get_none_of_the_variables_in_which_secrets_are() {
+fn programs_do_not_inherit_variables_with_secrets() {
     let secrets = [
         ("S3_ACCESS_KEY", "access".to_owned()),
         ("S3_SECRET_KEY", "secret".into()),
@@ -282,7 +283,7 @@ fn programs_get_none_of_the_variables_in_which_secrets_are() {
         let said = text(&output.stderr);
         assert!(said.contains("names: LANG PATH "), "{program}: {said}");
     }
-    // Looks at the beginning of an archive, unconfined.
+    // Reads the beginning of an archive, unconfined.
     let place = Place::new("gzip", NAMES);
     std::fs::write(place.path("image.tar.gz"), b"\x1f\x8b").unwrap();
     place.run(ims_sshd(&["prepare"], &secrets).args([place.path("parent"), place.path("image.tar.gz")]));
@@ -290,7 +291,7 @@ fn programs_get_none_of_the_variables_in_which_secrets_are() {
 }
 
 #[test]
-fn an_unpacker_that_says_or_writes_without_end_is_ended() {
+fn unpacker_with_endless_output_is_killed() {
     for (script, reason) in [
         ("#!/bin/sh\nexec yes >&2\n", "its output is too long"),
         ("#!/bin/sh\nexec truncate -s 3T large\n", "a file in it is larger than 2 TB"),
@@ -315,7 +316,7 @@ fn an_unpacker_that_says_or_writes_without_end_is_ended() {
     }
 }
 
-/// All that one can see of a tree by the usual programs.
+/// Everything that ordinary programs show of a tree.
 fn listing(tree: &Path) -> String {
     let script = "cd $0; find . -printf '%p %M %U %G %y %l %n %s %T@ %D\\n' | sed 's/ [0-9]*$//' | sort; \
                   find . -type c -o -type b | sort | xargs stat -c '%n %t %T'; getfattr -Rhd -m - . 2>&1 | sort; \

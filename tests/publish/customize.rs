@@ -1,4 +1,4 @@
-//! From a source to a published image on one machine.
+//! `ims-sshd customize`, from a source to a published image on one machine.
 
 use std::fs::Permissions;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -33,7 +33,7 @@ pub fn nothing_stays(dir: &Path) {
 }
 
 #[test]
-fn what_is_refused_before_the_environment_opens_leaves_no_directory_of_it() {
+fn early_refusal_leaves_no_state_directory() {
     let (dir, tree, squashfs) = packed_image();
     for (sources, arguments, variable, reason) in [
         ([&tree, &squashfs], vec![], ("IMS_JAIL_HOSTNAME", "node_1"), "as in host names"),
@@ -50,7 +50,7 @@ fn what_is_refused_before_the_environment_opens_leaves_no_directory_of_it() {
             }
             let output = command.output().unwrap();
             assert!(!output.status.success() && text(&output.stderr).contains(reason), "{variable:?}: {output:?}");
-            // A long path is cut at its beginning.
+            // A long path is shortened at its beginning.
             let unique = dir.path().file_name().unwrap().to_str().unwrap().trim_start_matches(".tmp").to_owned();
             let all = std::fs::read_dir("/run/ims-sshd/customize").unwrap().map(|entry| entry.unwrap().file_name());
             let left: Vec<_> = all.filter(|name| name.to_string_lossy().contains(&unique)).collect();
@@ -68,7 +68,7 @@ fn every_kind_of_source_is_opened_changed_and_published() {
     let before = std::fs::read(&squashfs).unwrap();
     let sources = [squashfs.display().to_string(), tar.display().to_string(), server.url, tree.display().to_string()];
     for (number, source) in sources.iter().enumerate() {
-        // A store of its own each, so that what is in it is this one's.
+        // Each has a store of its own.
         let store = dir.path().join(format!("out-{number}"));
         std::fs::rename(tree.join("boot/vmlinuz"), tree.join("boot/vmlinuz-6.1.0")).ok();
         let named = [
@@ -93,7 +93,7 @@ fn every_kind_of_source_is_opened_changed_and_published() {
 }
 
 #[test]
-fn an_image_marked_failed_is_not_published() {
+fn image_marked_failed_is_not_published() {
     let (dir, _, squashfs) = packed_image();
     let squashfs = squashfs.display().to_string();
     let store = dir.path().join("out");
@@ -104,13 +104,13 @@ fn an_image_marked_failed_is_not_published() {
 }
 
 #[test]
-fn what_was_changed_is_kept_when_it_could_not_be_published() {
+fn changes_are_kept_if_publication_fails() {
     let dir = directory();
     let bucket = Bucket::new();
     let squashfs = squashfs_of(&image(dir.path())).display().to_string();
     let mut variables = bucket.variables();
     variables.extend([("KERNEL_FILENAME", "vmlinuz".into()), ("INITRD_FILENAME", "initrd".into())]);
-    // It could be made at first.
+    // The directory could be created at first.
     let script =
         "echo new > $IMAGE_ROOT_PARENT/image-root/etc/motd; cd \"${0%/*}\"; touch gone $IMAGE_ROOT_PARENT/complete\n";
     std::fs::write(dir.path().join("losing"), script).unwrap();
@@ -125,7 +125,7 @@ fn what_was_changed_is_kept_when_it_could_not_be_published() {
     nothing_stays(dir.path());
 }
 
-/// Only a mark gives changes up.
+/// Only a verdict drops changes.
 #[test]
 fn changes_are_kept_when_a_signal_or_a_failing_script_ends_customize_before_a_verdict() {
     let change = "echo kept > $IMAGE_ROOT_PARENT/image-root/etc/kept";
@@ -163,7 +163,7 @@ fn changes_are_kept_when_a_signal_or_a_failing_script_ends_customize_before_a_ve
 }
 
 #[test]
-fn what_was_published_in_part_is_taken_back_when_the_image_is_given_up() {
+fn partial_publication_is_rolled_back_when_the_image_is_given_up() {
     let dir = directory();
     let (bucket, gate) = (Bucket::new(), Gate::start(0, Closed::Silent));
     let tree = image(dir.path());
@@ -188,7 +188,7 @@ fn what_was_published_in_part_is_taken_back_when_the_image_is_given_up() {
 }
 
 #[test]
-fn a_customization_that_was_killed_while_it_was_open_is_gone_on_with() {
+fn killed_customization_can_be_continued() {
     let (dir, _, squashfs) = packed_image();
     let squashfs = squashfs.display().to_string();
     let boot = [("KERNEL_FILENAME", "vmlinuz".into()), ("INITRD_FILENAME", "initrd".into())];
@@ -209,7 +209,7 @@ fn a_customization_that_was_killed_while_it_was_open_is_gone_on_with() {
 }
 
 #[test]
-fn nothing_is_left_of_a_killed_customization_when_enter_has_gone_on_with_it() {
+fn enter_cleans_up_after_a_killed_customization() {
     let (dir, _, squashfs) = packed_image();
     let squashfs = squashfs.display().to_string();
     for answer in ["--yes", "--discard"] {
@@ -233,7 +233,7 @@ fn nothing_is_left_of_a_killed_customization_when_enter_has_gone_on_with_it() {
 }
 
 #[test]
-fn an_image_that_nobody_boots_is_published_without_a_kernel() {
+fn image_that_is_never_booted_is_published_without_a_kernel() {
     let (dir, tree) = bootable_image();
     std::fs::remove_dir_all(tree.join("boot")).unwrap();
     let squashfs = squashfs_of(&tree).display().to_string();
@@ -251,7 +251,7 @@ const AS_ON_A_DISK: &str = "set -e\ncd $IMAGE_ROOT_PARENT/image-root\n\
     touch ../complete\n";
 
 #[test]
-fn a_mounted_source_takes_directory_renames_and_changes_to_hard_links_as_a_disk_does() {
+fn mounted_source_supports_directory_renames_and_hard_links() {
     let (dir, tree) = bootable_image();
     for name in ["opt/old/in", "srv", "usr"] {
         std::fs::create_dir_all(tree.join(name)).unwrap();
@@ -265,7 +265,7 @@ fn a_mounted_source_takes_directory_renames_and_changes_to_hard_links_as_a_disk_
     let squashfs = squashfs_of(&tree);
     let file = dir.path().join("script");
     std::fs::write(&file, AS_ON_A_DISK).unwrap();
-    // A directory that is customized where it is, on a disk; an archive is mounted below an overlay.
+    // A directory on a disk is customized in place; an archive is mounted below an overlay.
     let published = [&squashfs, &tree].map(|source| {
         let store = dir.path().join(format!("{}.out", source.file_name().unwrap().display()));
         let boot = [("KERNEL_FILENAME", "vmlinuz".into()), ("INITRD_FILENAME", "initrd".into())];
@@ -294,7 +294,7 @@ fn a_mounted_source_takes_directory_renames_and_changes_to_hard_links_as_a_disk_
 
 #[test]
 fn late_failed_mark_is_not_published() {
-    // A process that marks the image as it is ended, outside and in the image; in plain mode too.
+    // A process that marks the image when it is ended, outside and inside the image; also in plain mode.
     for (number, (plain, mark)) in
         [(false, "failed"), (false, "image-root/tmp/failed"), (true, "failed")].into_iter().enumerate()
     {
@@ -318,7 +318,7 @@ fn late_failed_mark_is_not_published() {
 }
 
 #[test]
-fn other_users_reach_nothing_of_an_image_that_is_customized() {
+fn other_users_have_no_access_to_an_image_during_customization() {
     let (dir, tree) = bootable_image();
     std::fs::write(tree.join("etc/shadow"), "root:secret:::::::\n").unwrap();
     std::fs::set_permissions(tree.join("bin/busybox"), Permissions::from_mode(0o4755)).unwrap();
@@ -333,7 +333,7 @@ fn other_users_reach_nothing_of_an_image_that_is_customized() {
                  stat -c '%n %a %u' /var/lib/ims-sshd/*\n\
                  touch /srv/gone $IMAGE_ROOT_PARENT/complete\n";
     std::fs::write(&script, lines).unwrap();
-    // Without --work, whatever variables say.
+    // Without --work, variables do not matter.
     let run = "mount -t tmpfs tmpfs /var/lib; mount -t tmpfs -o mode=0755 tmpfs /srv; $0 customize $1 --output $2 --host-script $3; \
                find /var/lib/ims-sshd -type f -name '*.sqsh' -printf '%f %m\\n'; ls -d /var/tmp/ims-sshd* /tmp/ims-sshd* 2> /dev/null; \
                cd /srv; stat -c '%n %a %u' out out/* out/*/*; as='setpriv --reuid 65534 --clear-groups'; \
@@ -345,7 +345,7 @@ fn other_users_reach_nothing_of_an_image_that_is_customized() {
         let output = command.current_dir(dir.path()).output().unwrap();
         let said = text(&output.stdout) + &text(&output.stderr);
         let reached: Vec<_> = said.split("nobody reads ").skip(1).map(|rest| rest.lines().next().unwrap()).collect();
-        // The last is what a person with a key of his own needs.
+        // A person with a key of his own needs the last part.
         assert!(reached.len() == 2 && reached[0] == "/var/lib" && reached[1].ends_with("/ssh_config"), "{said}");
         for mode in
             ["/var/lib/ims-sshd 700 0", "/overlay/upper/bin/changed 4755 0", "tree.sqsh 700 0", "/id_ed25519 600 0"]
@@ -354,7 +354,7 @@ fn other_users_reach_nothing_of_an_image_that_is_customized() {
         }
         said
     };
-    // An image that could not be published stays.
+    // An image that could not be published is kept.
     let said = customize("/srv/gone");
     assert!(said.contains("\npacked.sqsh 600\n"), "{said}");
     let said = customize("/srv/out");
@@ -363,7 +363,7 @@ fn other_users_reach_nothing_of_an_image_that_is_customized() {
 }
 
 #[test]
-fn a_work_directory_that_others_can_exchange_is_refused() {
+fn work_directory_that_others_can_exchange_is_refused() {
     let dir = directory();
     let place = |name: &str, mode: u32, owner: u32| {
         let path = dir.path().join(name);
@@ -394,7 +394,7 @@ fn a_work_directory_that_others_can_exchange_is_refused() {
     link("below-link/ims-sshd", &real, 65534);
     std::fs::create_dir(dir.path().join("file")).unwrap();
     std::fs::write(dir.path().join("file/ims-sshd"), "").unwrap();
-    // No more than a superblock: it ends where it would be mounted.
+    // Only a superblock: mounting it fails.
     let mut superblock = b"hsqs".to_vec();
     superblock.resize(4096, 0);
     superblock[40..48].copy_from_slice(&4096_u64.to_le_bytes());
@@ -439,7 +439,7 @@ fn a_work_directory_that_others_can_exchange_is_refused() {
 }
 
 #[test]
-fn a_second_customization_of_the_same_source_is_told_of_the_first() {
+fn second_customization_of_a_source_is_refused_with_the_first_one() {
     let (dir, _, squashfs) = packed_image();
     let squashfs = squashfs.display().to_string();
     let fifo = dir.path().join("fifo");
@@ -449,7 +449,7 @@ fn a_second_customization_of_the_same_source_is_told_of_the_first() {
     let mut command = ims_sshd(&["customize", &squashfs, "--json", "--output", "out", "--host-script"], &[]);
     command.arg(&waiting).arg("--work").arg(dir.path().join("work")).current_dir(dir.path());
     let mut first = command.spawn().unwrap();
-    // Opens when the script reads.
+    // The open returns when the script reads.
     let mut goes_on = std::fs::File::options().write(true).open(&fifo).unwrap();
     let second = command.output().unwrap();
     assert_eq!(second.status.code(), Some(1), "{second:?}");
@@ -459,9 +459,9 @@ fn a_second_customization_of_the_same_source_is_told_of_the_first() {
     nothing_stays(dir.path());
 }
 
-/// Whatever can be known before the work is known before it.
+/// Everything that can be checked before the work is checked then.
 #[test]
-fn what_cannot_be_published_or_logged_into_is_refused_before_the_environment_opens() {
+fn hopeless_customizations_are_refused_before_the_environment_opens() {
     let (dir, _, squashfs) = packed_image();
     let file = |name: &str, text: &str| {
         std::fs::write(dir.path().join(name), text).unwrap();
@@ -480,7 +480,7 @@ fn what_cannot_be_published_or_logged_into_is_refused_before_the_environment_ope
     std::fs::create_dir(dir.path().join("small")).unwrap();
     let run = |arguments: &[&str]| {
         let mut command = Command::new("unshare");
-        // Half of the image fits, and root writes to what is mounted for reading only as little as others do.
+        // Half of the image fits; even root cannot write to a read-only mount.
         let mounts = "mount -t tmpfs -o size=500k tmpfs small; mkdir -m 700 ro; mount --bind ro ro; mount -o remount,bind,ro ro; exec \"$@\"";
         command
             .args(["-m", "sh", "-c", mounts, "sh", &*IMS_SSHD, "customize"])
@@ -525,7 +525,7 @@ fn what_cannot_be_published_or_logged_into_is_refused_before_the_environment_ope
 }
 
 #[test]
-fn a_program_that_is_not_installed_is_missed_before_anything_opens_and_named_with_its_package() {
+fn missing_program_is_reported_early_with_its_package() {
     let (dir, _, squashfs) = packed_image();
     let path = dir.path().join("bin");
     std::fs::create_dir(&path).unwrap();
@@ -549,7 +549,7 @@ fn a_program_that_is_not_installed_is_missed_before_anything_opens_and_named_wit
 }
 
 #[test]
-fn the_line_that_is_printed_logs_in_with_an_own_key_or_says_where_to_put_it() {
+fn printed_ssh_command_logs_in_or_says_where_to_put_the_key() {
     let dir = directory();
     image(dir.path());
     let keys = dir.path().join("100% own");

@@ -1,4 +1,4 @@
-//! A directory as a source: changed above it, and applied, published or thrown away; or changed where it is.
+//! A directory as source: changed in an overlay, and then applied, published or dropped; or changed in place.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use testbed::*;
 
 use crate::customize::nothing_stays;
 
-/// A tree that boots, with a file of two names, and what `run` needs to tell whether it was changed.
+/// A bootable tree with a hard link, and its state, by which `run` tells whether it was changed.
 pub fn tree(dir: &Path) -> PathBuf {
     let tree = image(dir);
     for name in ["usr/lib/old/in", "tmp", "etc"] {
@@ -38,14 +38,14 @@ fn work(dir: &Path) -> PathBuf {
     places[0].clone()
 }
 
-/// Changes of every kind, by programs of the image.
+/// Changes of every kind, made by programs of the image.
 pub const CHANGES: &str = "set -e; rm /boot/initrd; mkdir -p /srv/new; echo new > /srv/new/file; chmod 4711 /srv/new/file; \
     echo more >> /usr/two; mv /usr/lib/old /usr/lib/new; rm -r /root; ln -s srv /link; chown 5:6 /etc; touch /tmp/file";
 
 pub const CUSTOMIZE: [&str; 4] = ["customize", "tree", "--work", "work"];
 
 #[test]
-fn changes_to_a_directory_are_applied_once_it_is_complete_and_keep_all_that_it_has() {
+fn changes_to_a_directory_are_applied_on_complete_with_all_attributes() {
     let dir = directory();
     let tree = tree(dir.path());
     let links = std::fs::metadata(tree.join("usr/one")).unwrap().nlink();
@@ -69,7 +69,7 @@ fn changes_to_a_directory_are_applied_once_it_is_complete_and_keep_all_that_it_h
 }
 
 #[test]
-fn a_directory_that_is_given_up_is_as_it_was() {
+fn abandoned_changes_leave_the_directory_unchanged() {
     let dir = directory();
     let tree = tree(dir.path());
     let before = state(&tree);
@@ -96,7 +96,7 @@ fn a_directory_that_is_given_up_is_as_it_was() {
 }
 
 #[test]
-fn changes_to_a_directory_are_kept_when_nobody_decides_and_gone_on_with() {
+fn changes_to_a_directory_are_kept_without_a_verdict() {
     let dir = directory();
     let tree = tree(dir.path());
     let before = state(&tree);
@@ -105,7 +105,7 @@ fn changes_to_a_directory_are_kept_when_nobody_decides_and_gone_on_with() {
     let said = text(&failed.stderr);
     assert!(said.contains("the changes are not applied") && said.contains("to go on with it: "), "{said}");
     assert_eq!(state(&tree), before);
-    // Changes in place would be made below those that are kept.
+    // Changes in place would lie below the kept ones.
     for command in [
         &["enter", "tree", "--work", "work", "--", "true"][..],
         &["customize", "tree", "--work", "work", "--in-place", "--", "true"],
@@ -122,13 +122,13 @@ fn changes_to_a_directory_are_kept_when_nobody_decides_and_gone_on_with() {
 }
 
 #[test]
-fn an_application_that_was_killed_is_ended_by_the_same_command_and_nothing_else_is_done_before() {
+fn killed_application_is_finished_first_by_the_same_command() {
     let dir = directory();
     let tree = tree(dir.path());
     let lines = format!("{CHANGES}; exit 3");
     let kept = run(dir.path(), &[&CUSTOMIZE[..], &["--", "sh", "-c", &lines]].concat());
     assert_eq!(kept.status.code(), Some(3), "{kept:?}");
-    // A program that is killed just after the verdict leaves this.
+    // State after a kill just after the verdict.
     begun(dir.path(), &tree);
     for command in [
         &["enter", "tree", "--work", "work", "--", "true"][..],
@@ -138,7 +138,7 @@ fn an_application_that_was_killed_is_ended_by_the_same_command_and_nothing_else_
         assert_eq!(refused.status.code(), Some(1), "{refused:?}");
         assert!(text(&refused.stderr).contains("applying changes to it was interrupted; 'ims-sshd "), "{refused:?}");
     }
-    // No other place is left by those that were refused.
+    // Refused commands leave no further directory.
     work(dir.path());
     let output = run(dir.path(), &[&CUSTOMIZE[..], &["--", "touch", "/etc/more"]].concat());
     assert_eq!(output.status.code(), Some(0), "{output:?}");
@@ -150,7 +150,7 @@ fn an_application_that_was_killed_is_ended_by_the_same_command_and_nothing_else_
 }
 
 #[test]
-fn an_application_that_was_killed_is_given_up_by_fresh() {
+fn killed_application_is_given_up_with_fresh() {
     let dir = directory();
     let tree = tree(dir.path());
     let before = state(&tree);
@@ -166,7 +166,7 @@ fn an_application_that_was_killed_is_given_up_by_fresh() {
     nothing_stays(dir.path());
 }
 
-/// Leaves changes to `tree` that are kept, and `fail` finds them.
+/// Leaves kept changes to `tree`, which `fail` finds.
 fn keep(dir: &Path) {
     let kept = run(dir, &[&CUSTOMIZE[..], &["--", "sh", "-c", "echo new > /etc/new; exit 3"]].concat());
     assert_eq!(kept.status.code(), Some(3), "{kept:?}");
@@ -182,7 +182,7 @@ fn fail(dir: &Path) -> String {
 }
 
 #[test]
-fn fail_gives_up_an_application_that_was_killed_and_says_that_a_part_is_applied() {
+fn fail_gives_up_a_killed_application_and_reports_the_applied_part() {
     let dir = directory();
     let tree = tree(dir.path());
     keep(dir.path());
@@ -195,7 +195,7 @@ fn fail_gives_up_an_application_that_was_killed_and_says_that_a_part_is_applied(
 }
 
 #[test]
-fn fail_says_that_a_directory_is_not_there_and_clears_what_is_known_of_it() {
+fn fail_clears_the_entry_of_a_missing_directory() {
     let dir = directory();
     let tree = tree(dir.path());
     keep(dir.path());
@@ -220,7 +220,7 @@ fn fail_says_that_a_directory_is_not_there_and_clears_what_is_known_of_it() {
 }
 
 #[test]
-fn changes_are_applied_to_the_directory_that_was_opened_whatever_has_its_path_by_then() {
+fn changes_are_applied_to_the_opened_directory_even_if_renamed() {
     let dir = directory();
     let tree = tree(dir.path());
     let mut customize =
@@ -238,7 +238,7 @@ fn changes_are_applied_to_the_directory_that_was_opened_whatever_has_its_path_by
     assert!(text(&output.stderr).contains("is another directory by now"), "{output:?}");
 }
 
-/// Makes what an application that was killed leaves in a directory.
+/// Leaves a directory as a killed application does.
 fn stage(tree: &Path) -> PathBuf {
     let stage = tree.join(".ims-sshd.applying.0123456789abcdef");
     std::fs::create_dir(&stage).unwrap();
@@ -246,7 +246,7 @@ fn stage(tree: &Path) -> PathBuf {
     stage
 }
 
-/// Leaves all as it is when the program is killed just after the verdict.
+/// Leaves the state of a program that was killed just after the verdict.
 fn begun(dir: &Path, tree: &Path) {
     let stage = stage(tree);
     let found = std::fs::metadata(tree).unwrap();
@@ -262,7 +262,7 @@ fn has_stage(tree: &Path) -> bool {
 }
 
 #[test]
-fn a_directory_below_an_overlay_is_changed_by_nobody_else() {
+fn directory_below_an_overlay_is_not_changed_by_another_run() {
     let dir = directory();
     let tree = tree(dir.path());
     let mut first = ims_sshd(&CUSTOMIZE, &[]);
@@ -288,7 +288,7 @@ fn a_directory_below_an_overlay_is_changed_by_nobody_else() {
 }
 
 #[test]
-fn a_directory_that_cannot_lie_below_an_overlay_is_refused_and_can_be_changed_where_it_is() {
+fn directory_unfit_for_an_overlay_is_refused_but_can_be_changed_in_place() {
     let dir = directory();
     let tree = tree(dir.path());
     std::fs::create_dir(tree.join("mnt")).unwrap();
@@ -310,7 +310,7 @@ fn a_directory_that_cannot_lie_below_an_overlay_is_refused_and_can_be_changed_wh
     assert!(in_place.status.success(), "{in_place:?}");
     assert!(tree.join("etc/new").exists());
 
-    // The sentence that would not be true is not printed.
+    // The sentence is not printed, since it would not be true.
     let script = dir.path().join("script");
     std::fs::write(&script, "cd $IMAGE_ROOT_PARENT; touch image-root/etc/newer failed\n").unwrap();
     let output =
@@ -324,10 +324,10 @@ fn a_directory_that_cannot_lie_below_an_overlay_is_refused_and_can_be_changed_wh
 }
 
 #[test]
-fn what_a_killed_customization_has_left_is_told_and_ended_by_whoever_opens_or_packs_its_source() {
+fn leftovers_of_a_killed_customization_are_reported_and_ended() {
     let dir = directory();
     let tree = tree(dir.path());
-    // The parent of a killed one is named after its directory.
+    // The parent of a killed run is named after its directory.
     let sshd = || {
         processes_with(&format!("{}-tree", dir.path().file_name().unwrap().to_string_lossy().trim_start_matches('.')))
     };
@@ -341,7 +341,7 @@ fn what_a_killed_customization_has_left_is_told_and_ended_by_whoever_opens_or_pa
         let mut killed = Ended::new(customize.stdout(Stdio::piped()).spawn().unwrap());
         let mut lines = std::io::BufRead::lines(std::io::BufReader::new(killed.stdout.take().unwrap()));
         assert!(lines.any(|line| line.unwrap().contains("ims-sshd complete")));
-        // Nothing of an open one is ended.
+        // Processes of an open environment are not ended.
         let refused = run(dir.path(), &[&CUSTOMIZE[..], &["--", "true"]].concat());
         assert_eq!(refused.status.code(), Some(1), "{refused:?}");
         assert!(killed.try_wait().unwrap().is_none() && !sshd().is_empty());
@@ -359,7 +359,7 @@ fn what_a_killed_customization_has_left_is_told_and_ended_by_whoever_opens_or_pa
 }
 
 #[test]
-fn a_source_behind_a_link_of_another_user_is_refused() {
+fn source_behind_a_link_of_another_user_is_refused() {
     let dir = directory();
     let tree = tree(dir.path());
     squashfs_of(&tree);
@@ -384,7 +384,7 @@ fn a_source_behind_a_link_of_another_user_is_refused() {
 }
 
 #[test]
-fn every_path_that_the_command_line_names_is_refused_behind_a_link_of_another_user() {
+fn every_path_on_the_command_line_is_refused_behind_a_link_of_another_user() {
     let dir = directory();
     tree(dir.path());
     std::os::unix::fs::symlink(dir.path(), dir.path().join("way")).unwrap();
@@ -416,7 +416,7 @@ fn every_path_that_the_command_line_names_is_refused_behind_a_link_of_another_us
 }
 
 #[test]
-fn an_output_or_a_work_directory_inside_the_source_is_refused_at_the_start() {
+fn output_or_work_directory_inside_the_source_is_refused() {
     let dir = directory();
     let tree = tree(dir.path());
     std::os::unix::fs::symlink("tree/etc", dir.path().join("link")).unwrap();
@@ -448,13 +448,13 @@ fn an_output_or_a_work_directory_inside_the_source_is_refused_at_the_start() {
     let refused = run(dir.path(), &["prepare", "link/parent", "tree"]);
     assert_eq!(refused.status.code(), Some(2), "{refused:?}");
     assert_eq!(state(&tree), before);
-    // The other way round nothing is in the way.
+    // The other order is allowed.
     let output = run(dir.path(), &["customize", "tree", "--work", "work", "--output", ".", "--", "true"]);
     assert!(output.status.success(), "{output:?}");
 }
 
 #[test]
-fn a_directory_that_an_environment_has_open_is_neither_packed_nor_prepared() {
+fn directory_open_in_an_environment_is_neither_packed_nor_prepared() {
     let dir = directory();
     let tree = tree(dir.path());
     let refused = |what: &str| {
@@ -479,7 +479,7 @@ fn a_directory_that_an_environment_has_open_is_neither_packed_nor_prepared() {
 }
 
 #[test]
-fn a_directory_in_the_place_of_a_mark_is_removed_at_the_end_and_at_the_start_if_it_is_empty() {
+fn empty_directory_in_place_of_a_verdict_file_is_removed() {
     let dir = directory();
     let tree = tree(dir.path());
     std::fs::create_dir_all(tree.join("tmp/failed")).unwrap();
@@ -514,7 +514,7 @@ fn a_directory_in_the_place_of_a_mark_is_removed_at_the_end_and_at_the_start_if_
 }
 
 #[test]
-fn a_directory_that_is_open_is_opened_by_no_other_path() {
+fn open_directory_is_refused_under_another_path() {
     let dir = directory();
     let tree = tree(dir.path());
     let other = dir.path().join("other");
@@ -539,7 +539,7 @@ fn a_directory_that_is_open_is_opened_by_no_other_path() {
     }
     open.kill().unwrap();
     open.wait().unwrap();
-    // What it has changed is kept after a kill too.
+    // Its changes are also kept after a kill.
     let kept = run(dir.path(), &["enter", "other", "--", "true"]);
     assert!(text(&kept.stderr).contains("changes that were made above it are kept as"), "{kept:?}");
     fail(dir.path());
@@ -548,7 +548,7 @@ fn a_directory_that_is_open_is_opened_by_no_other_path() {
 }
 
 #[test]
-fn a_directory_in_one_that_is_open_or_above_one_is_opened_by_nobody_and_an_archive_in_it_is() {
+fn directory_inside_or_above_an_open_one_is_refused_but_an_archive_is_not() {
     let dir = directory();
     let outer = tree(dir.path());
     let inner = outer.join("in");

@@ -1,4 +1,4 @@
-//! `ims-sshd enter`, from a source to a published image, without anybody at a terminal.
+//! `ims-sshd enter`, from a source to a published image, without a person at a terminal.
 
 use std::path::Path;
 use std::process::{Command, Output};
@@ -10,7 +10,8 @@ use testbed::*;
 use crate::customize::nothing_stays;
 use crate::unattended::published;
 
-/// `ims-sshd enter SOURCE` with a work directory in `dir`, a command of the image's shell, and the test image's boot files.
+/// `ims-sshd enter SOURCE` with a work directory in `dir`, a command of the image's shell, and the test image's boot
+/// files.
 fn enter(dir: &Path, source: &str, options: &[&str], command: &str) -> Output {
     let mut enter = ims_sshd(&["enter", source], &[]);
     if options.contains(&"--output") {
@@ -21,7 +22,7 @@ fn enter(dir: &Path, source: &str, options: &[&str], command: &str) -> Output {
 }
 
 #[test]
-fn every_kind_of_source_is_entered_and_its_changes_are_discarded_without_an_output() {
+fn every_kind_of_source_is_entered_and_changes_are_discarded_without_output() {
     let (dir, tree, squashfs) = packed_image();
     let tar = dir.path().join("image.tar.gz");
     succeed(Command::new("tar").args(["-c", "-z", "-f"]).arg(&tar).arg("-C").arg(&tree).arg("."));
@@ -38,7 +39,7 @@ fn every_kind_of_source_is_entered_and_its_changes_are_discarded_without_an_outp
 }
 
 #[test]
-fn the_signature_of_a_url_is_in_no_message() {
+fn signature_of_a_url_is_in_no_message() {
     let dir = directory();
     let server = FileServer::start(std::fs::read(squashfs_of(&image(dir.path()))).unwrap(), &[]);
     let (shown, signature) = server.url.split_once('?').unwrap();
@@ -54,7 +55,7 @@ fn the_signature_of_a_url_is_in_no_message() {
 }
 
 #[test]
-fn a_command_that_succeeds_is_published_with_yes_and_kept_without_an_answer() {
+fn successful_command_is_published_with_yes_and_kept_without_an_answer() {
     let (dir, _, squashfs) = packed_image();
     let squashfs = squashfs.display().to_string();
     let unanswered = enter(dir.path(), &squashfs, &["--output", "out"], "touch /etc/first");
@@ -76,7 +77,7 @@ fn a_command_that_succeeds_is_published_with_yes_and_kept_without_an_answer() {
 }
 
 #[test]
-fn the_output_of_a_command_is_its_own_when_the_image_is_published() {
+fn output_of_a_command_is_not_mixed_with_ours() {
     let dir = directory();
     squashfs_of(&image(dir.path()));
     for place in ["out/tree,", "out/tree is an earlier one"] {
@@ -91,7 +92,7 @@ fn the_output_of_a_command_is_its_own_when_the_image_is_published() {
 }
 
 #[test]
-fn a_script_of_this_machine_is_tried_in_an_image_that_stays_as_it_is() {
+fn script_can_be_tried_without_changing_the_image() {
     let (dir, tree) = bootable_image();
     squashfs_of(&tree);
     std::fs::write(dir.path().join("try.sh"), "echo tried > /etc/tried; cat /etc/tried; exit 3\n").unwrap();
@@ -110,7 +111,7 @@ fn a_script_of_this_machine_is_tried_in_an_image_that_stays_as_it_is() {
 }
 
 #[test]
-fn whoever_looks_at_a_source_is_told_by_name_what_is_open_on_it() {
+fn looking_at_a_source_names_what_is_open_on_it() {
     let (dir, tree) = bootable_image();
     let name = format!("looked-at-{}", std::process::id());
     let named = dir.path().join(format!("{name}.sqsh"));
@@ -126,7 +127,7 @@ fn whoever_looks_at_a_source_is_told_by_name_what_is_open_on_it() {
         let output = enter(dir.path(), &source, &["--discard"], "test ! -e /etc/new");
         let said = text(&output.stderr);
         assert!(said.contains(&format!("is open ({name})")) && !said.contains("fail"), "{said}");
-        // A directory may change below the other's overlay, a file does not.
+        // A directory may change below the other run's overlay, a file does not.
         assert_eq!(output.status.code(), Some(i32::from(options.is_empty())), "{said}");
         let refused = ims_sshd(&["complete", &name], &[]).output().unwrap();
         let stop = format!("to stop that, end process {} with SIGTERM", open.id());
@@ -142,7 +143,7 @@ fn whoever_looks_at_a_source_is_told_by_name_what_is_open_on_it() {
 }
 
 #[test]
-fn a_log_that_takes_nothing_is_no_reason_to_lose_the_image() {
+fn unwritable_log_does_not_lose_the_image() {
     let (dir, _, squashfs) = packed_image();
     let squashfs = squashfs.display().to_string();
     let full = || std::fs::File::options().write(true).open("/dev/full").unwrap();
@@ -178,7 +179,7 @@ fn marks_and_discard_decide_before_the_exit_code() {
 }
 
 #[test]
-fn every_mark_is_obeyed_told_and_removed_however_the_image_is_opened() {
+fn every_verdict_file_is_obeyed_reported_and_removed() {
     let (dir, tree) = bootable_image();
     squashfs_of(&tree);
     std::fs::create_dir_all(dir.path().join("work/ims-sshd")).unwrap();
@@ -201,7 +202,7 @@ fn every_mark_is_obeyed_told_and_removed_however_the_image_is_opened() {
     ] {
         for (mark, told, code) in [("complete", on_complete, 0), ("failed", on_failed, 1)] {
             for is_shell in [false, true] {
-                // The shell of `customize` is one over SSH.
+                // The shell of `customize` is an SSH session.
                 if is_shell && command == "customize" {
                     continue;
                 }
@@ -240,7 +241,7 @@ fn every_mark_is_obeyed_told_and_removed_however_the_image_is_opened() {
 }
 
 #[test]
-fn a_mark_in_an_image_that_an_environment_has_open_is_for_that_one() {
+fn verdict_file_in_an_open_image_belongs_to_its_environment() {
     let (dir, tree) = bootable_image();
     let mut open = ims_sshd(&["customize", "tree", "--in-place"], &[]);
     let mut open = Ended::new(open.current_dir(dir.path()).stdout(std::process::Stdio::piped()).spawn().unwrap());
@@ -255,7 +256,7 @@ fn a_mark_in_an_image_that_an_environment_has_open_is_for_that_one() {
 }
 
 #[test]
-fn a_directory_is_published_without_a_change_and_changed_where_it_is_without_an_output() {
+fn directory_is_published_unchanged_or_changed_in_place() {
     let (dir, tree) = bootable_image();
     let source = tree.display().to_string();
     let discarded = enter(dir.path(), &source, &["--output", "out", "--discard"], "touch /etc/new /tmp/complete");
@@ -265,14 +266,14 @@ fn a_directory_is_published_without_a_change_and_changed_where_it_is_without_an_
     let output = enter(dir.path(), &source, &["--output", "out", "--yes"], "touch /etc/new");
     assert_eq!(output.status.code(), Some(0), "{output:?}");
     assert!(published(dir.path()).contains("etc/new") && !tree.join("etc/new").exists());
-    // Without an output nothing of it is read: variables that would be refused are no matter.
+    // Without an output its variables are not read, so wrong ones do not matter.
     let mut plain = ims_sshd(&["enter", &source, "--", "touch", "/etc/new"], &[("IMAGE_COMPRESSION", "rar".into())]);
     assert!(plain.output().unwrap().status.success() && tree.join("etc/new").exists());
     nothing_stays(dir.path());
 }
 
 #[test]
-fn one_source_is_entered_several_times_at_once_and_after_a_kill() {
+fn source_can_be_entered_concurrently_and_after_a_kill() {
     let (dir, _, squashfs) = packed_image();
     let squashfs = squashfs.display().to_string();
     let mut killed = ims_sshd(&["enter", &squashfs, "--work"], &[]);
@@ -280,7 +281,7 @@ fn one_source_is_entered_several_times_at_once_and_after_a_kill() {
     let mut killed = Ended::new(killed.stdout(std::process::Stdio::piped()).spawn().unwrap());
     let mut said = [0; 5];
     std::io::Read::read_exact(killed.stdout.as_mut().unwrap(), &mut said).unwrap();
-    // Others can look at it meanwhile, each with changes of its own.
+    // Others can enter it meanwhile, each with changes of their own.
     let meanwhile = enter(dir.path(), &squashfs, &[], "test ! -e /etc/new");
     assert_eq!(meanwhile.status.code(), Some(0), "{meanwhile:?}");
     killed.kill().unwrap();
@@ -294,7 +295,7 @@ fn one_source_is_entered_several_times_at_once_and_after_a_kill() {
 }
 
 #[test]
-fn the_directory_of_a_published_image_is_taken_for_its_root_file_system() {
+fn directory_of_a_published_image_stands_for_its_rootfs() {
     let (dir, _, squashfs) = packed_image();
     let squashfs = squashfs.display().to_string();
     let output = enter(dir.path(), &squashfs, &["--output", "out", "--yes"], "touch /etc/new");

@@ -1,4 +1,4 @@
-//! Work on one source is not gone on with for another one.
+//! Work on one source is not continued with another one.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -37,7 +37,7 @@ fn refused(output: &Output, why: &str) {
 }
 
 #[test]
-fn prepare_on_a_used_volume_says_of_what_and_when_it_was_made_and_how_to_begin_anew() {
+fn prepare_on_a_used_volume_names_the_source_and_time_and_fresh() {
     let dir = directory();
     let [one, two] = ["one", "two"].map(|name| squashfs_with(dir.path(), name));
     let [one, two] = [&one, &two].map(|path| path.to_str().unwrap());
@@ -53,7 +53,7 @@ fn prepare_on_a_used_volume_says_of_what_and_when_it_was_made_and_how_to_begin_a
 }
 
 #[test]
-fn changes_are_not_put_over_another_image_at_the_same_path_and_fresh_drops_them() {
+fn changes_are_not_applied_to_another_image_at_the_same_path() {
     let dir = directory();
     let [one, two] = ["one", "two"].map(|name| squashfs_with(dir.path(), name));
     std::fs::copy(&one, dir.path().join("image.sqsh")).unwrap();
@@ -62,7 +62,7 @@ fn changes_are_not_put_over_another_image_at_the_same_path_and_fresh_drops_them(
     std::fs::rename(dir.path().join("image.sqsh"), dir.path().join("aside")).unwrap();
     std::fs::rename(&two, dir.path().join("image.sqsh")).unwrap();
     refused(&customize(dir.path(), "image.sqsh", &[], "true"), "it was made of an earlier version of");
-    // The image that they belong to is gone on with.
+    // With the image that they belong to, the changes are continued.
     std::fs::rename(dir.path().join("image.sqsh"), &two).unwrap();
     std::fs::rename(dir.path().join("aside"), dir.path().join("image.sqsh")).unwrap();
     let again = customize(dir.path(), "image.sqsh", &[], "test -e /etc/kept && exit 3");
@@ -75,7 +75,7 @@ fn changes_are_not_put_over_another_image_at_the_same_path_and_fresh_drops_them(
 }
 
 #[test]
-fn another_time_alone_makes_no_other_image_and_what_differs_is_said() {
+fn changed_time_alone_is_the_same_image_and_differences_are_named() {
     let dir = directory();
     let [one, two] = ["one", "two"].map(|name| squashfs_with(dir.path(), name));
     let image = dir.path().join("image.sqsh");
@@ -89,7 +89,7 @@ fn another_time_alone_makes_no_other_image_and_what_differs_is_said() {
         text(&again.stderr).contains("has another time than before, but the same size and the same content"),
         "{again:?}"
     );
-    // The kernel fills files up with zeros.
+    // `resize` adds zeros.
     let mut longer = std::fs::read(&two).unwrap();
     longer.resize(longer.len() + 4096, 0);
     std::fs::write(&image, longer).unwrap();
@@ -103,7 +103,7 @@ fn another_time_alone_makes_no_other_image_and_what_differs_is_said() {
 }
 
 #[test]
-fn an_image_that_was_fetched_is_not_fetched_again_and_is_the_one_that_was_changed() {
+fn fetched_image_with_changes_is_not_fetched_again() {
     let dir = directory();
     let squashfs = squashfs_with(dir.path(), "one");
     let tar = dir.path().join("image.tar.gz");
@@ -121,7 +121,7 @@ fn an_image_that_was_fetched_is_not_fetched_again_and_is_the_one_that_was_change
 }
 
 #[test]
-fn prepare_takes_an_image_root_for_its_own_source_alone() {
+fn prepare_continues_only_with_an_image_root_of_the_same_source() {
     let dir = directory();
     let [one, two] = ["one", "two"].map(|name| squashfs_with(dir.path(), name).display().to_string());
     for open in ["unpack", "overlay"] {
@@ -146,7 +146,7 @@ fn prepare_takes_an_image_root_for_its_own_source_alone() {
 }
 
 #[test]
-fn package_tells_what_was_changed_above_what_prepare_has_mounted() {
+fn package_reports_changes_in_an_overlay_of_prepare() {
     let dir = directory();
     let squashfs = squashfs_with(dir.path(), "one");
     let script = "set -e; ims=$0; for source in one/tree.sqsh one/tree; do $ims prepare --open overlay w $source; \
@@ -166,7 +166,7 @@ fn package_tells_what_was_changed_above_what_prepare_has_mounted() {
 }
 
 #[test]
-fn an_image_root_that_somebody_has_planted_is_not_the_source() {
+fn planted_image_root_is_refused() {
     let dir = directory();
     let squashfs = squashfs_with(dir.path(), "one");
     let server = FileServer::start(std::fs::read(&squashfs).unwrap(), &[]);
@@ -178,12 +178,12 @@ fn an_image_root_that_somebody_has_planted_is_not_the_source() {
     refused(&prepare(dir.path(), &["volume", &server.url], &secret), "no reliable record says of what it was made");
     let fresh = prepare(dir.path(), &["--fresh", "volume", &server.url], &secret);
     assert!(fresh.status.success() && volume.join("image-root/etc/one").exists(), "{fresh:?}");
-    // The pod begins again.
+    // The pod starts over.
     let again = prepare(dir.path(), &["volume", &server.url], &secret);
     assert!(again.status.success() && !text(&again.stderr).contains(" fetched "), "{again:?}");
     let other: Vec<_> = [("DOWNLOAD_SHA256SUM", "0".repeat(64))].into_iter().chain(secret.clone()).collect();
     refused(&prepare(dir.path(), &["volume", &server.url], &other), "it was made of an earlier version of");
-    // A record of another job, or of nobody's, counts for nothing.
+    // A record of another job, or without a seal, is ignored.
     let record = volume.join(".ims-sshd.source");
     let written = std::fs::read_to_string(&record).unwrap();
     std::fs::write(&record, written.split_once(' ').unwrap().1).unwrap();

@@ -1,4 +1,5 @@
-//! Changes that are kept: nothing but their own command goes on with them, nothing loses them, and nothing is told of any that are not there.
+//! Kept changes: only their own command continues with them, nothing loses them, and none are reported that do not
+//! exist.
 
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
@@ -13,7 +14,7 @@ use testbed::*;
 use crate::customize::nothing_stays;
 use crate::directory::{CHANGES, CUSTOMIZE, run, state, tree};
 
-/// Runs `lines` in the directory `tree`, which fail.
+/// Runs `lines`, which fail, in the directory `tree`.
 fn keep(dir: &Path, lines: &str) -> String {
     let kept = run(dir, &[&CUSTOMIZE[..], &["--", "sh", "-c", &format!("{lines}; exit 3")]].concat());
     assert_eq!(kept.status.code(), Some(3), "{kept:?}");
@@ -26,7 +27,7 @@ fn refused(output: &Output, why: &[&str]) {
     assert!(why.iter().all(|why| said.contains(why)), "{why:?}: {said}");
 }
 
-/// Entry of what is kept below `dir`.
+/// Entry of the changes that are kept below `dir`.
 fn entry(dir: &Path) -> Value {
     let all: Value = serde_json::from_str(&succeed(&mut ims_sshd(&["status", "--json"], &[]))).unwrap();
     let is_ours = |entry: &&Value| entry["work"].as_str().is_some_and(|work| work.starts_with(dir.to_str().unwrap()));
@@ -34,7 +35,7 @@ fn entry(dir: &Path) -> Value {
 }
 
 #[test]
-fn a_directory_with_kept_changes_is_opened_by_no_other_path_and_under_no_other_name() {
+fn directory_with_kept_changes_is_refused_under_other_paths_and_names() {
     let dir = directory();
     let tree = tree(dir.path());
     let before = state(&tree);
@@ -81,7 +82,7 @@ fn a_directory_with_kept_changes_is_opened_by_no_other_path_and_under_no_other_n
 }
 
 #[test]
-fn kept_changes_are_not_put_over_what_was_changed_by_hand_since() {
+fn kept_changes_are_refused_after_edits_by_hand() {
     let dir = directory();
     let tree = tree(dir.path());
     let edits: [(&str, &dyn Fn()); 4] = [
@@ -94,7 +95,7 @@ fn kept_changes_are_not_put_over_what_was_changed_by_hand_since() {
     for (path, edit) in edits {
         std::fs::write(tree.join("gone/in/file"), "").unwrap();
         keep(dir.path(), "echo more >> /usr/one; echo new > /etc/new; rm -r /gone");
-        // What the changes do not touch is of no matter.
+        // Edits of files that the changes do not touch are allowed.
         std::fs::write(tree.join("boot/other"), "by hand\n").unwrap();
         edit();
         let before = state(&tree);
@@ -118,7 +119,7 @@ fn kept_changes_are_not_put_over_what_was_changed_by_hand_since() {
 }
 
 #[test]
-fn what_was_changed_by_hand_between_two_runs_that_kept_nothing_is_of_no_matter() {
+fn edits_by_hand_between_runs_without_kept_changes_are_allowed() {
     let dir = directory();
     let tree = tree(dir.path());
     let mut killed = ims_sshd(&[&CUSTOMIZE[..], &["--", "sh", "-c", "echo open; exec sleep 600"]].concat(), &[]);
@@ -141,7 +142,7 @@ fn busy() -> (std::net::TcpListener, String) {
 }
 
 #[test]
-fn a_command_that_is_refused_neither_drops_what_is_kept_nor_takes_the_place_of_the_line_that_goes_on() {
+fn refused_command_keeps_changes_and_their_command_line() {
     let dir = directory();
     let tree = tree(dir.path());
     squashfs_of(&tree);
@@ -194,7 +195,7 @@ fn a_command_that_is_refused_neither_drops_what_is_kept_nor_takes_the_place_of_t
 }
 
 #[test]
-fn an_application_that_was_killed_at_its_beginning_is_not_lost_to_another_command() {
+fn killed_application_is_not_dropped_by_another_command() {
     for milliseconds in [0, 5, 20, 60] {
         let dir = directory();
         let tree = tree(dir.path());
@@ -231,7 +232,7 @@ fn an_application_that_was_killed_at_its_beginning_is_not_lost_to_another_comman
 }
 
 #[test]
-fn a_disk_that_is_full_as_changes_are_applied_is_told_with_the_file_and_with_what_is_in_the_directory() {
+fn full_disk_while_applying_names_the_file_and_the_state() {
     let dir = directory();
     tree(dir.path());
     std::fs::create_dir(dir.path().join("disk")).unwrap();
@@ -254,7 +255,7 @@ fn a_disk_that_is_full_as_changes_are_applied_is_told_with_the_file_and_with_wha
 }
 
 #[test]
-fn nothing_is_kept_where_nothing_was_changed() {
+fn nothing_is_kept_without_changes() {
     let dir = directory();
     let tree = tree(dir.path());
     squashfs_of(&tree);
@@ -280,7 +281,7 @@ fn nothing_is_kept_where_nothing_was_changed() {
         assert_eq!(output.status.code(), Some(130), "{output:?}");
         assert!(!text(&output.stderr).contains("is kept in"), "{output:?}");
         nothing_stays(dir.path());
-        // What only looks the same is a change.
+        // A file with the same size and time but other content is a change.
         for change in
             ["chmod 700 /etc", "rmdir /tmp", "touch /usr/one", "echo eno > /usr/one", "ln /usr/one /usr/three"]
         {
@@ -294,7 +295,7 @@ fn nothing_is_kept_where_nothing_was_changed() {
 }
 
 #[test]
-fn an_overlay_that_is_mounted_already_is_gone_on_with_and_nothing_is_unpacked_over_it() {
+fn mounted_overlay_is_continued_and_not_unpacked_over() {
     let dir = directory();
     squashfs_of(&tree(dir.path()));
     let script = "set -e; $0 prepare --open overlay parent tree.sqsh; echo more > parent/image-root/etc/more; \
@@ -311,7 +312,7 @@ fn an_overlay_that_is_mounted_already_is_gone_on_with_and_nothing_is_unpacked_ov
 }
 
 #[test]
-fn dkms_gives_a_command_of_customize_all_that_the_container_has() {
+fn dkms_gives_a_command_the_containers_devices_and_capabilities() {
     let dir = directory();
     tree(dir.path());
     for (dkms, code) in [("false", 1), ("True", 0)] {

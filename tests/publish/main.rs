@@ -1,5 +1,5 @@
-//! From a source image to a published one: the real program, real archives, a real S3 server (moto), and an IMS that takes nothing but what
-//! its published schema knows. All of it over real HTTP, on the loopback address.
+//! From a source image to a published one: the real program, real archives, a real S3 server (moto), and an IMS that
+//! takes only what its published schema allows; all over real HTTP, on the loopback address.
 
 mod answers;
 mod archives;

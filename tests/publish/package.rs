@@ -1,4 +1,4 @@
-//! From an image root to a squashfs.
+//! Packing an image root into a squashfs.
 
 use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
@@ -12,7 +12,7 @@ use testbed::*;
 
 fn package(arguments: &[&str]) -> Output {
     let mut command = ims_sshd(&["package"], &[("SOURCE_DATE_EPOCH", "1700000000".into())]);
-    // What is recorded of an archive lies where the command is run.
+    // The record of an archive is written to the current directory.
     let place = directory();
     let output = command.args(arguments).current_dir(place.path()).output().unwrap();
     assert!(output.status.code().is_some(), "{output:?}");
@@ -33,7 +33,7 @@ fn nothing_is_packed(folder: &Path) {
 }
 
 #[test]
-fn it_is_the_same_to_the_byte_whenever_it_is_packed() {
+fn packing_is_reproducible_byte_for_byte() {
     let (dir, tree) = bootable_image();
     let packed = |name: &str, compression: &str| {
         let archive = dir.path().join(name);
@@ -53,7 +53,7 @@ fn it_is_the_same_to_the_byte_whenever_it_is_packed() {
 }
 
 #[test]
-fn a_parent_with_an_image_root_is_packed_where_it_stands() {
+fn image_root_is_packed_into_its_parent() {
     let dir = directory();
     let parent = dir.path().join("parent");
     std::fs::create_dir(&parent).unwrap();
@@ -64,7 +64,7 @@ fn a_parent_with_an_image_root_is_packed_where_it_stands() {
 }
 
 #[test]
-fn a_missing_kernel_is_refused_with_what_boot_holds() {
+fn missing_kernel_is_refused_with_a_list_of_boot() {
     let (dir, tree) = bootable_image();
     let archive = dir.path().join("image.sqsh");
     std::fs::rename(tree.join("boot/vmlinuz"), tree.join("boot/vmlinuz-6.1.0")).unwrap();
@@ -82,7 +82,7 @@ fn a_missing_kernel_is_refused_with_what_boot_holds() {
 }
 
 #[test]
-fn an_image_without_a_kernel_is_packed_and_uploaded_unless_one_is_named() {
+fn image_without_a_kernel_is_packed_unless_a_kernel_is_named() {
     let dir = directory();
     let parent = dir.path().join("work");
     std::fs::create_dir(&parent).unwrap();
@@ -100,7 +100,7 @@ fn an_image_without_a_kernel_is_packed_and_uploaded_unless_one_is_named() {
 }
 
 #[test]
-fn an_image_without_an_initrd_is_published_with_a_warning_before_and_after_or_without_one_where_none_is_named() {
+fn image_without_an_initrd_is_published_with_a_warning() {
     let dir = directory();
     let tree = image(dir.path());
     std::fs::remove_file(tree.join("boot/initrd")).unwrap();
@@ -121,7 +121,7 @@ fn an_image_without_an_initrd_is_published_with_a_warning_before_and_after_or_wi
         );
         std::fs::remove_dir_all(out).unwrap();
     }
-    // One that is named has to be there.
+    // A file that is named must exist.
     let archive = dir.path().join("image.sqsh");
     let refused = package(&["--initrd", "initrd", "--archive", archive.to_str().unwrap(), tree.to_str().unwrap()]);
     assert!(
@@ -132,7 +132,7 @@ fn an_image_without_an_initrd_is_published_with_a_warning_before_and_after_or_wi
 }
 
 #[test]
-fn it_is_refused_while_something_is_mounted_or_somebody_stands_in_it() {
+fn packing_is_refused_with_mounts_or_processes_in_the_image_root() {
     let (dir, tree) = bootable_image();
     let archive = dir.path().join("image.sqsh");
     std::fs::create_dir(tree.join("proc")).unwrap();
@@ -145,7 +145,7 @@ fn it_is_refused_while_something_is_mounted_or_somebody_stands_in_it() {
     refused(&tree, &archive, &format!("process {} (cat) has its root or working directory in it", somebody.id()));
     drop(somebody.stdin.take());
     somebody.wait().unwrap();
-    // Its working folder stays outside, and it says when it stands there.
+    // Its working directory stays outside, and it reports when it is there.
     let script = "import os, sys; os.chroot(sys.argv[1]); print(flush=True); sys.stdin.read()";
     let mut somebody = Command::new("/usr/bin/python3")
         .args(["-c", script])
@@ -162,7 +162,7 @@ fn it_is_refused_while_something_is_mounted_or_somebody_stands_in_it() {
 }
 
 #[test]
-fn capabilities_and_attributes_of_files_are_kept() {
+fn file_capabilities_and_attributes_are_packed() {
     let (dir, tree) = bootable_image();
     succeed(Command::new("setcap").arg("cap_net_raw+ep").arg(tree.join("bin/busybox")));
     let attributes = [("user.note", "one"), ("user.other", "two")];
@@ -182,7 +182,7 @@ fn capabilities_and_attributes_of_files_are_kept() {
 }
 
 #[test]
-fn kiwis_description_of_the_image_is_packed_for_root_alone() {
+fn kiwi_description_is_packed_readable_for_root_only() {
     let (dir, tree) = bootable_image();
     std::fs::create_dir(tree.join("image")).unwrap();
     let mode = |packed: &str, name: &str| {
@@ -203,10 +203,10 @@ fn kiwis_description_of_the_image_is_packed_for_root_alone() {
 }
 
 #[test]
-fn attributes_that_are_not_packed_are_noticed() {
+fn lost_attributes_are_noticed() {
     let (dir, tree) = bootable_image();
     succeed(Command::new("setcap").arg("cap_net_raw+ep").arg(tree.join("bin/busybox")));
-    // One that was built without them.
+    // A mksquashfs that was built without them.
     let few = dir.path().join("few");
     std::fs::create_dir(&few).unwrap();
     let mksquashfs = few.join("mksquashfs");
@@ -223,9 +223,9 @@ fn attributes_that_are_not_packed_are_noticed() {
 }
 
 #[test]
-fn access_lists_for_which_a_squashfs_has_no_place_are_told_and_left_out() {
+fn access_control_lists_are_left_out_with_a_warning() {
     let (dir, tree) = bootable_image();
-    // Version, then tag, permissions and number of each entry; as packages of systemd give one to the journal's folder.
+    // Version, then tag, permissions and number of each entry, as systemd's packages set for the journal's directory.
     let entries: [(u16, u16, u32); 5] =
         [(0x01, 6, u32::MAX), (0x02, 4, 1000), (0x04, 4, u32::MAX), (0x10, 4, u32::MAX), (0x20, 4, u32::MAX)];
     let entries = entries.iter().flat_map(|(tag, permissions, id)| {
@@ -240,16 +240,16 @@ fn access_lists_for_which_a_squashfs_has_no_place_are_told_and_left_out() {
     assert!(text(&output.stderr).contains("system.posix_acl_access"), "{output:?}");
 }
 
-/// mksquashfs puts an empty file in its place, and ends well.
+/// mksquashfs packs an empty file instead, and succeeds.
 #[test]
-fn a_file_that_cannot_be_read_is_not_packed_as_an_empty_one() {
+fn unreadable_file_is_an_error() {
     let (dir, tree) = bootable_image();
     let file = squashfs_of(&tree);
     let mut bytes = std::fs::read(&file).unwrap();
     let middle = bytes.len() / 2;
     bytes[middle..middle + 4096].fill(0xaa);
     std::fs::write(&file, bytes).unwrap();
-    // Opened in place nobody has read all of it before.
+    // Opened in place, nothing has read the whole tree before.
     let script = "mkdir mounted && mount -t squashfs -o loop,ro $1 mounted && $0 package --archive image.sqsh mounted";
     let mut command = Command::new("unshare");
     command.args(["-m", "sh", "-c", script, &*IMS_SSHD]).arg(&file).current_dir(dir.path());
@@ -259,7 +259,7 @@ fn a_file_that_cannot_be_read_is_not_packed_as_an_empty_one() {
     nothing_is_packed(dir.path());
 }
 
-/// A tree that takes a while, and a program that packs it, with its mksquashfs at work.
+/// A tree that takes some time to pack, and a program whose mksquashfs is packing it.
 fn packing(dir: &Path) -> (PathBuf, Child, Pid) {
     let tree = image(dir);
     let random = feed(Command::new("head").args(["-c", "16M", "/dev/urandom"]), b"").stdout;
@@ -273,7 +273,7 @@ fn packing(dir: &Path) -> (PathBuf, Child, Pid) {
 }
 
 #[test]
-fn a_terminated_package_ends_at_once_and_leaves_nothing() {
+fn terminated_package_leaves_nothing() {
     let dir = directory();
     let (_, mut child, mksquashfs) = packing(dir.path());
     kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM).unwrap();
@@ -282,9 +282,9 @@ fn a_terminated_package_ends_at_once_and_leaves_nothing() {
     nothing_is_packed(dir.path());
 }
 
-/// SIGINT and the others, each while mksquashfs is at work for another command.
+/// Each signal, while mksquashfs runs for another command.
 #[test]
-fn a_signal_while_an_image_is_packed_is_the_exit_code() {
+fn signal_during_packing_sets_the_exit_code() {
     for (signal, code) in [(Signal::SIGINT, 130), (Signal::SIGTERM, 143), (Signal::SIGHUP, 129)] {
         let dir = directory();
         let (_, mut child, _) = packing(dir.path());
@@ -310,10 +310,10 @@ fn a_signal_while_an_image_is_packed_is_the_exit_code() {
 }
 
 #[test]
-fn mksquashfs_ends_with_the_program_that_was_killed_and_the_next_one_packs() {
+fn mksquashfs_ends_with_its_killed_parent() {
     let dir = directory();
     let (tree, mut child, mksquashfs) = packing(dir.path());
-    // One that does not notice anything.
+    // A program that ignores the signal.
     kill(mksquashfs, Signal::SIGSTOP).unwrap();
     child.kill().unwrap();
     child.wait().unwrap();
@@ -325,7 +325,7 @@ fn mksquashfs_ends_with_the_program_that_was_killed_and_the_next_one_packs() {
 }
 
 #[test]
-fn what_is_excluded_is_left_out_and_what_has_changed_is_told() {
+fn excluded_files_are_left_out_and_changes_are_reported() {
     let (dir, tree) = bootable_image();
     std::fs::create_dir_all(tree.join("var/lib/dpkg")).unwrap();
     let status = |version: &str| format!("Package: bash\nStatus: install ok installed\nVersion: {version}\n");
@@ -351,12 +351,12 @@ fn what_is_excluded_is_left_out_and_what_has_changed_is_told() {
 }
 
 #[test]
-fn a_report_of_changes_replaces_links_fifos_and_files_and_follows_and_opens_none() {
+fn report_of_changes_replaces_links_and_special_files() {
     let (dir, tree) = bootable_image();
     let parent = dir.path().join("parent");
     let [parent_text, tree_text] = [&parent, &tree].map(|p| p.to_str().unwrap());
     assert!(ims_sshd(&["prepare", parent_text, tree_text], &[]).status().unwrap().success());
-    // A directory of somebody else, who knows the name of the temporary file too.
+    // A directory of another user, who also knows the name of the temporary file.
     let script = "ln -s ../precious to-a-file; ln -s ../absent to-nothing; ln ../precious hard; mkfifo fifo; echo old > old; \
                   for name in to-a-file to-nothing hard fifo old new; do ln -s ../precious .$name.ims-sshd; done";
     let theirs = dir.path().join("theirs");
@@ -365,7 +365,7 @@ fn a_report_of_changes_replaces_links_fifos_and_files_and_follows_and_opens_none
     succeed(Command::new("sh").args(["-c", script]).current_dir(&theirs));
     for name in ["to-a-file", "to-nothing", "hard", "fifo", "old", "new"] {
         let file = theirs.join(name);
-        // It would wait for a reader of the fifo for ever.
+        // Opening the fifo would block forever.
         let mut package = Command::new("timeout");
         package.args(["-s", "KILL", "100", &*IMS_SSHD, "package", "--changes"]).arg(&file).arg(&parent);
         succeed(&mut package);
@@ -375,7 +375,7 @@ fn a_report_of_changes_replaces_links_fifos_and_files_and_follows_and_opens_none
         assert_eq!(std::fs::read(dir.path().join("precious")).unwrap(), b"precious", "{name}");
         assert!(!dir.path().join("absent").exists(), "{name}");
     }
-    // A new file in the place of a device would break the machine: here, a /dev of this test's own.
+    // Replacing a device would break the machine; this is a /dev of the test's own.
     let script = "mount -t tmpfs tmpfs /dev && mknod -m 666 /dev/null c 1 3 && ln -s /proc/self/fd/1 /dev/stdout && \
                   ! $0 package $1 /dev/$2 $3 && test -c /dev/null && test -L /dev/stdout";
     for (option, name) in [("--changes", "null"), ("--changes", "stdout"), ("--archive", "null")] {
@@ -388,20 +388,20 @@ fn a_report_of_changes_replaces_links_fifos_and_files_and_follows_and_opens_none
 }
 
 #[test]
-fn packages_of_rpm_are_told_and_asked_for_without_a_trace_or_it_is_said_that_they_are_not() {
+fn rpm_packages_are_reported_without_changing_the_image() {
     let dir = directory();
     let (tree, parent) = (dir.path().join("source"), dir.path().join("parent"));
     let database = tree.join("usr/lib/sysimage/rpm");
     std::fs::create_dir_all(&database).unwrap();
     std::fs::create_dir_all(tree.join("var/lib")).unwrap();
-    // Which root is meant is the image's, not this machine's.
+    // The root is the image's, not this machine's.
     std::os::unix::fs::symlink("/usr/lib/sysimage/rpm", tree.join("var/lib/rpm")).unwrap();
     std::fs::write(tree.join("usr/lib/os-release"), "ID=test\n").unwrap();
     make_bootable(&tree);
     let parent_text = parent.to_str().unwrap();
     let output = ims_sshd(&["prepare", parent_text, tree.to_str().unwrap()], &[]).output().unwrap();
     assert!(output.status.success(), "{output:?}");
-    // Something is installed.
+    // A package is installed.
     let root = parent.join("image-root");
     std::fs::copy(cache().join("rpm/var/lib/rpm/rpmdb.sqlite"), root.join("usr/lib/sysimage/rpm/rpmdb.sqlite"))
         .unwrap();
@@ -428,7 +428,7 @@ fn packages_of_rpm_are_told_and_asked_for_without_a_trace_or_it_is_said_that_the
 }
 
 #[test]
-fn a_full_disk_leaves_no_archive() {
+fn full_disk_leaves_no_archive() {
     let (dir, tree) = bootable_image();
     let disk = dir.path().join("disk");
     std::fs::create_dir(&disk).unwrap();
@@ -440,7 +440,7 @@ fn a_full_disk_leaves_no_archive() {
 }
 
 #[test]
-fn patterns_to_exclude_are_below_the_image_root_with_and_without_a_slash() {
+fn exclude_patterns_are_relative_to_the_image_root() {
     let (dir, tree) = bootable_image();
     let archive = dir.path().join("image.sqsh");
     let [tree, archive] = [&tree, &archive].map(|path| path.to_str().unwrap());
@@ -462,7 +462,7 @@ fn patterns_to_exclude_are_below_the_image_root_with_and_without_a_slash() {
 
 /// The sparse lastlog is as large as one for the highest user number.
 #[test]
-fn a_sparse_lastlog_is_packed_empty_in_no_time_and_other_sparse_files_whole() {
+fn sparse_lastlog_is_packed_empty_and_other_sparse_files_whole() {
     let (dir, tree) = bootable_image();
     let logs = tree.join("var/log");
     std::fs::create_dir_all(&logs).unwrap();
@@ -484,12 +484,12 @@ fn a_sparse_lastlog_is_packed_empty_in_no_time_and_other_sparse_files_whole() {
     let line = |name: &str| list.lines().find(|line| line.ends_with(name)).unwrap().to_owned();
     assert!(line("/lastlog").starts_with("-rw-rw-r-- 0/43 ") && line("/lastlog").contains(" 0 20"), "{list}");
     assert!(line("/faillog").contains(" 0 20") && line("/disk").contains(" 67108864 20"), "{list}");
-    // Left out by a pattern, it is left out.
+    // A pattern can still exclude it.
     assert!(package(&["--exclude", "/var/log/l*", "--archive", archive, tree]).status.success());
     assert!(!succeed(Command::new("unsquashfs").args(["-l", archive])).contains("lastlog"));
 }
 
-/// Packs `tree` without what matches; what was said, and the paths that are packed.
+/// Packs `tree` without matching files; returns the output and the packed paths.
 fn packed_without(tree: &Path, patterns: &[&str]) -> (String, Vec<PathBuf>) {
     let unpacked = tempfile::tempdir_in(tree.parent().unwrap()).unwrap();
     let archive = unpacked.path().join("packed.sqsh");
@@ -505,7 +505,7 @@ fn packed_without(tree: &Path, patterns: &[&str]) -> (String, Vec<PathBuf>) {
 }
 
 #[test]
-fn a_pattern_leaves_out_what_it_matches_and_nothing_else() {
+fn exclude_pattern_leaves_out_only_what_it_matches() {
     let dir = directory();
     let tree = image(dir.path());
     for name in [
@@ -552,7 +552,7 @@ fn a_pattern_leaves_out_what_it_matches_and_nothing_else() {
 }
 
 #[test]
-fn names_of_any_bytes_are_left_out_and_no_file_that_is_another_name_or_looks_like_a_pattern_of_them() {
+fn excluded_names_may_contain_any_bytes() {
     use std::os::unix::ffi::OsStrExt;
     let dir = directory();
     let tree = image(dir.path());
@@ -590,7 +590,7 @@ fn names_of_any_bytes_are_left_out_and_no_file_that_is_another_name_or_looks_lik
     let (_, packed) = packed_without(&tree, &["... left out/*"]);
     let gone: Vec<_> = all.iter().filter(|path| !packed.contains(path)).collect();
     assert!(gone.len() == names.len() && gone.iter().all(|path| path.starts_with("srv/left out")), "{gone:?}");
-    // Each is a line, or an argument, of its own.
+    // Each name is a line, or an argument, of its own.
     let (_, packed) = packed_without(
         &tree,
         &["[ #+.\\-]*", "a[*]b", "new*", "tab*", "back?slash", "trail ", "[[]x]", "??", "... [ab]*b"],
@@ -602,15 +602,15 @@ fn names_of_any_bytes_are_left_out_and_no_file_that_is_another_name_or_looks_lik
 }
 
 #[test]
-fn patterns_that_leave_nothing_of_an_image_or_cannot_be_meant_are_refused() {
+fn useless_exclude_patterns_are_refused() {
     let dir = directory();
     let tree = image(dir.path());
     let archive = dir.path().join("image.sqsh");
     for (pattern, code, reason) in [
-        ("*", 2, "leaves nothing"),
-        ("... *", 2, "leaves nothing"),
-        ("?*", 1, "leaves nothing"),
-        ("... ?*", 1, "leaves nothing"),
+        ("*", 2, "matches everything"),
+        ("... *", 2, "matches everything"),
+        ("?*", 1, "matches everything"),
+        ("... ?*", 1, "matches everything"),
         ("usr/**/doc", 2, "'... doc'"),
         ("usr/[a", 2, "expected"),
         ("usr/../etc", 2, "without '..'"),
@@ -624,7 +624,7 @@ fn patterns_that_leave_nothing_of_an_image_or_cannot_be_meant_are_refused() {
 }
 
 #[test]
-fn an_archive_or_a_report_that_cannot_be_written_is_refused_before_anything_is_packed() {
+fn unwritable_archive_or_report_is_refused_before_packing() {
     let dir = directory();
     let tree = image(dir.path());
     let parent = dir.path().join("parent");
@@ -632,14 +632,14 @@ fn an_archive_or_a_report_that_cannot_be_written_is_refused_before_anything_is_p
     assert!(ims_sshd(&["prepare", parent_text, tree_text], &[]).status().unwrap().success());
     std::fs::create_dir(dir.path().join("folder")).unwrap();
     let folder = dir.path().join("folder").display().to_string();
-    // What would be packed tells that it is.
+    // A mksquashfs that reports when it is run.
     let few = dir.path().join("few");
     std::fs::create_dir(&few).unwrap();
     std::fs::write(few.join("mksquashfs"), "#!/bin/sh\necho packed >&2; exit 1\n").unwrap();
     std::fs::set_permissions(few.join("mksquashfs"), std::fs::Permissions::from_mode(0o755)).unwrap();
     for (option, file, reason) in [
-        ("--archive", folder.as_str(), "it is a directory"),
-        ("--changes", &folder, "it is a directory"),
+        ("--archive", folder.as_str(), "found a directory"),
+        ("--changes", &folder, "found a directory"),
         ("--archive", "/proc/q", "'/proc/q'"),
         ("--changes", "/proc/q", "'/proc/q'"),
     ] {
@@ -660,7 +660,7 @@ fn an_archive_or_a_report_that_cannot_be_written_is_refused_before_anything_is_p
 }
 
 #[test]
-fn files_of_holes_are_warned_of_and_refused_before_they_keep_the_packing_busy() {
+fn huge_sparse_files_cause_a_warning_or_an_error_before_packing() {
     let (dir, tree) = bootable_image();
     let archive = dir.path().join("image.sqsh");
     let grow = |size: u64| std::fs::File::create(tree.join("disk")).unwrap().set_len(size).unwrap();

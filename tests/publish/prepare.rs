@@ -1,4 +1,4 @@
-//! From a source to an image root, or to nothing.
+//! Making an image root from a source, or leaving nothing.
 
 use std::path::Path;
 use std::process::{Command, Output};
@@ -15,7 +15,7 @@ fn prepare(parent: &Path, source: &str, variables: &[(&str, String)]) -> Output 
     ims_sshd(&["prepare", &parent.display().to_string(), source], variables).output().unwrap()
 }
 
-/// Of a folder in which nothing was prepared.
+/// Checks that nothing was left in a directory.
 pub fn is_empty(parent: &Path) {
     let left: Vec<_> = walk(parent).into_iter().filter(|path| path != parent).collect();
     assert!(left.is_empty(), "{left:?}");
@@ -62,7 +62,7 @@ fn every_kind_of_source_becomes_the_same_tree() {
 }
 
 #[test]
-fn what_is_not_what_it_claims_is_refused_and_nothing_is_left() {
+fn damaged_sources_are_refused_and_leave_nothing() {
     let (dir, tree) = bootable_image();
     let squashfs = std::fs::read(squashfs_of(&tree)).unwrap();
     let parent = dir.path().join("parent");
@@ -96,7 +96,7 @@ fn members_outside_the_root_are_refused_and_write_nothing_there() {
     let parent = dir.path().join("parent");
     let outside = dir.path().join("outside");
     std::fs::create_dir(&outside).unwrap();
-    // A tar archive as no tar makes one.
+    // A tar archive that no tar would write.
     let make = "
 import io, sys, tarfile
 archive, kind, outside = sys.argv[1:]
@@ -121,7 +121,7 @@ with tarfile.open(archive, 'w') as tar:
         refused(&parent, &archive.display().to_string(), "cannot unpack");
         assert_eq!(std::fs::read_dir(&outside).unwrap().count(), 1, "{kind}");
     }
-    // A squashfs, its names as they stand in it replaced.
+    // A squashfs in which names were replaced.
     let tree = dir.path().join("plain");
     std::fs::create_dir_all(tree.join("XXXXXXXXXX")).unwrap();
     std::fs::write(tree.join("XXXXXXXXXX/made"), "hostile").unwrap();
@@ -143,7 +143,7 @@ with tarfile.open(archive, 'w') as tar:
 }
 
 #[test]
-fn a_download_goes_on_where_it_was_reset_ten_times() {
+fn download_resumes_after_ten_resets() {
     let (dir, tree, content) = served_image();
     let faults: Vec<_> = (1..=10).map(|n| Fault::ResetAfter(content.len() / 12 * (n % 2) + n)).collect();
     let server = FileServer::start(content.clone(), &faults);
@@ -160,7 +160,7 @@ fn a_download_goes_on_where_it_was_reset_ten_times() {
 }
 
 #[test]
-fn errors_of_the_server_ends_of_connections_and_silence_are_overcome() {
+fn server_errors_closed_connections_and_silence_are_retried() {
     let (dir, tree, content) = served_image();
     let faults = [
         Fault::Status(500),
@@ -179,7 +179,7 @@ fn errors_of_the_server_ends_of_connections_and_silence_are_overcome() {
 }
 
 #[test]
-fn a_server_that_only_drips_is_given_up() {
+fn server_that_sends_too_slowly_is_given_up() {
     let dir = directory();
     let server = FileServer::start(vec![0; 1 << 20], &vec![Fault::Drip; 100]);
     let parent = dir.path().join("parent");
@@ -192,7 +192,7 @@ fn a_server_that_only_drips_is_given_up() {
 }
 
 #[test]
-fn a_file_that_changes_on_the_way_is_fetched_anew() {
+fn file_that_changes_during_the_download_is_fetched_again() {
     let (dir, tree, content) = served_image();
     let other: Vec<_> = content.iter().map(|byte| !byte).collect();
     let server = FileServer::start(other, &[Fault::ResetAfter(5000), Fault::Change]);
@@ -203,7 +203,7 @@ fn a_file_that_changes_on_the_way_is_fetched_anew() {
 }
 
 #[test]
-fn a_file_that_becomes_shorter_on_the_way_leaves_nothing_of_the_longer_one() {
+fn file_that_shrinks_during_the_download_is_truncated() {
     let (dir, tree, content) = served_image();
     let length = content.len();
     let faults = [Fault::CloseAfter(length + 50_000), Fault::Shorten(length)];
@@ -215,7 +215,7 @@ fn a_file_that_becomes_shorter_on_the_way_leaves_nothing_of_the_longer_one() {
 }
 
 #[test]
-fn a_file_that_never_stops_changing_is_given_up() {
+fn file_that_keeps_changing_is_given_up() {
     let dir = directory();
     let faults = [Fault::ResetAfter(100_000), Fault::Status(412)].repeat(30);
     let server = FileServer::start(vec![0; 1 << 20], &faults);
@@ -228,7 +228,7 @@ fn a_file_that_never_stops_changing_is_given_up() {
 }
 
 #[test]
-fn what_a_server_makes_of_a_range_is_put_where_it_belongs() {
+fn unexpected_answers_to_range_requests_are_handled() {
     let (dir, tree, content) = served_image();
     for (number, fault) in [Fault::OtherRange, Fault::Whole, Fault::ShortRange(3000)].into_iter().enumerate() {
         let server = FileServer::start(content.clone(), &[Fault::ResetAfter(5000), fault]);
@@ -242,7 +242,7 @@ fn what_a_server_makes_of_a_range_is_put_where_it_belongs() {
 }
 
 #[test]
-fn a_wrong_checksum_is_refused_wherever_it_stands() {
+fn wrong_checksum_is_refused_in_a_variable_or_etag() {
     let (dir, _, content) = served_image();
     let parent = dir.path().join("parent");
     let wrong = md5(b"something else");
@@ -270,7 +270,7 @@ fn sha256(bytes: &[u8]) -> String {
 }
 
 #[test]
-fn sha256_is_checked_beside_md5_wherever_it_is_given() {
+fn sha256_is_verified_in_addition_to_md5() {
     let (dir, tree) = bootable_image();
     let here = squashfs_of(&tree).display().to_string();
     let content = std::fs::read(&here).unwrap();
@@ -287,7 +287,7 @@ fn sha256_is_checked_beside_md5_wherever_it_is_given() {
             (false, &right, None, true),
         ] {
             let mut variables: Vec<_> = md5_sum.iter().map(|sum| ("DOWNLOAD_MD5SUM", sum.clone())).collect();
-            // An option counts before the variable.
+            // An option overrides the variable.
             variables.push(("DOWNLOAD_SHA256SUM", if by_option { "0".repeat(64) } else { sum.clone() }));
             let mut command = ims_sshd(&["prepare", &parent_text, source], &variables);
             if by_option {
@@ -316,7 +316,7 @@ fn sha256_is_checked_beside_md5_wherever_it_is_given() {
 }
 
 #[test]
-fn plain_http_without_a_checksum_is_warned_of() {
+fn plain_http_without_a_checksum_causes_a_warning() {
     let (dir, _, content) = served_image();
     let server = FileServer::start(content.clone(), &[]);
     let warning = "without TLS and without a checksum";
@@ -335,7 +335,7 @@ fn plain_http_without_a_checksum_is_warned_of() {
 }
 
 #[test]
-fn etags_that_are_no_md5_are_not_taken_for_one() {
+fn etags_that_are_not_an_md5_are_not_verified() {
     let (dir, tree, content) = served_image();
     let wrong = md5(b"something else");
     let weak = format!("W/\"{wrong}\"");
@@ -358,7 +358,7 @@ fn etags_that_are_no_md5_are_not_taken_for_one() {
 }
 
 #[test]
-fn a_download_with_a_weak_etag_goes_on_and_notices_a_change() {
+fn download_with_a_weak_etag_resumes_and_notices_a_change() {
     let (dir, tree, content) = served_image();
     let server = FileServer::with_etag(content.clone(), "W/\"1\"", &[Fault::ResetAfter(5000)]);
     let output = prepare(&dir.path().join("same"), &server.url, &[]);
@@ -374,14 +374,14 @@ fn a_download_with_a_weak_etag_goes_on_and_notices_a_change() {
 }
 
 #[test]
-fn a_disk_that_is_too_small_is_noticed_before_and_one_that_fills_up_meanwhile() {
+fn disk_that_is_too_small_or_fills_up_is_an_error() {
     let (dir, tree) = bootable_image();
     std::fs::write(tree.join("zeros"), vec![0; 64 << 20]).unwrap();
     let content = std::fs::read(squashfs_of(&tree)).unwrap();
     let server = FileServer::start(content.clone(), &[]);
     let disk = dir.path().join("disk");
     std::fs::create_dir(&disk).unwrap();
-    // 16 MB: enough for the archive, not for what is in it. Mounted for this test's own programs only.
+    // 16 MB: enough for the archive, but not for its content. Mounted for programs of this test only.
     let mounted = |size: usize| {
         let script = format!(
             "mount -t tmpfs -o size={size} tmpfs {0} && {IMS_SSHD} prepare {0}/parent '{1}'; code=$?; ls -A {0}/parent; exit $code",
@@ -400,7 +400,7 @@ fn a_disk_that_is_too_small_is_noticed_before_and_one_that_fills_up_meanwhile() 
 }
 
 #[test]
-fn killed_at_any_moment_it_is_begun_again_and_ends_well() {
+fn prepare_killed_at_any_moment_succeeds_when_run_again() {
     let (dir, tree) = bootable_image();
     std::fs::write(tree.join("random"), feed(Command::new("head").args(["-c", "20M", "/dev/urandom"]), b"").stdout)
         .unwrap();
@@ -419,7 +419,7 @@ fn killed_at_any_moment_it_is_begun_again_and_ends_well() {
         child.kill().unwrap();
         child.wait().unwrap();
     }
-    // unsquashfs of one that was killed.
+    // unsquashfs of the killed program.
     wait_until("its programs to end", || processes_with(&parent_text).is_empty());
     let output = prepare(&parent, &server.url, &[]);
     assert!(output.status.success(), "{}", text(&output.stderr));
@@ -441,7 +441,7 @@ fn an_overlay_shows_the_image_and_keeps_its_source() {
     assert_eq!(std::fs::read(&squashfs).unwrap(), before);
 }
 
-/// Users who see the mounts can use none of the image's own devices and setuid programs; inside the jail, sudo and su
+/// Users who see the mounts cannot use the image's devices and setuid programs; inside the jail, sudo and su
 /// work.
 #[test]
 fn an_overlay_is_mounted_nodev_and_nosuid_and_setuid_programs_work_in_the_jail_alone() {
@@ -474,7 +474,7 @@ fn an_overlay_is_mounted_nodev_and_nosuid_and_setuid_programs_work_in_the_jail_a
 }
 
 #[test]
-fn what_was_changed_above_an_overlay_outlives_a_source_that_cannot_be_mounted() {
+fn changes_in_an_overlay_survive_a_source_that_cannot_be_mounted() {
     let (dir, _, squashfs) = packed_image();
     let wrong = dir.path().join("wrong");
     std::fs::write(&wrong, "<html>").unwrap();
@@ -491,10 +491,10 @@ fn what_was_changed_above_an_overlay_outlives_a_source_that_cannot_be_mounted() 
 }
 
 #[test]
-fn changes_that_are_in_use_are_not_mounted_a_second_time() {
+fn overlay_in_use_is_not_mounted_twice() {
     let (dir, _, squashfs) = packed_image();
     let parent = dir.path().join("parent");
-    // It is in use by a mount that is seen, and by one that is gone but for an open file.
+    // In use by a visible mount, and by one that was unmounted lazily with a file open.
     let elsewhere = "mkfifo $1/begun; unshare -m sh -c 'echo > $0/begun; exec sleep 60' $1 & read line < $1/begun; rm $1/begun; \
                      umount $1/image-root";
     let open = "exec 3< $1/image-root/etc/passwd; umount -l $1/image-root";
@@ -516,7 +516,7 @@ fn changes_that_are_in_use_are_not_mounted_a_second_time() {
 }
 
 #[test]
-fn a_terminated_prepare_ends_at_once_and_leaves_nothing() {
+fn terminated_prepare_leaves_nothing() {
     let dir = directory();
     let server = FileServer::start(vec![0; 1 << 20], &[Fault::Silence]);
     let parent = dir.path().join("parent");
@@ -531,7 +531,7 @@ fn a_terminated_prepare_ends_at_once_and_leaves_nothing() {
 }
 
 #[test]
-fn servers_are_found_by_name_though_the_program_is_linked_statically() {
+fn host_names_are_resolved_by_the_static_program() {
     let (dir, tree) = bootable_image();
     let squashfs = std::fs::read(squashfs_of(&tree)).unwrap();
     with_names(dir.path(), "images.example.test", "in-file.example.test", || {

@@ -1,4 +1,4 @@
-//! Misleading answers of servers: a part for the whole, and redirects to somebody else.
+//! Misleading answers of servers: a part instead of the whole, and redirects to other servers.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpListener;
@@ -12,11 +12,11 @@ use testbed::*;
 
 use crate::prepare::{refused, same_tree};
 
-/// A server with an answer for each request, in their order; the last one again for all that follow. A connection is reset after an
+/// A server with an answer for each request, in order; repeats the last one. A connection is reset after an
 /// answer whose head says so.
 struct Answers {
     url: String,
-    /// Heads of the requests.
+    /// Heads of the received requests.
     heard: Arc<Mutex<Vec<String>>>,
 }
 
@@ -30,7 +30,7 @@ impl Answers {
             for mut connection in listener.incoming().map_while(Result::ok) {
                 let lines = BufReader::new(&connection).lines().map_while(Result::ok);
                 let request: Vec<_> = lines.take_while(|line| !line.is_empty()).collect();
-                // One that only tries whether somebody listens.
+                // A connection that only tests whether the server listens.
                 if request.is_empty() {
                     continue;
                 }
@@ -63,7 +63,7 @@ fn whole(content: &[u8]) -> Vec<u8> {
     answer(&format!("200 OK\r\ncontent-length: {}", content.len()), content)
 }
 
-/// Prepares the image that a server gives in `answers`, which has to be `tree`. Returns the requests that it heard.
+/// Prepares the image that a server sends in `answers`, which must be `tree`. Returns the requests that it received.
 fn fetched(answers: Vec<Vec<u8>>, parent: &Path, tree: &Path) -> Vec<String> {
     let server = Answers::start(answers);
     let output = ims_sshd(&["prepare", &parent.display().to_string(), &server.url], &[]).output().unwrap();
@@ -74,7 +74,7 @@ fn fetched(answers: Vec<Vec<u8>>, parent: &Path, tree: &Path) -> Vec<String> {
 }
 
 #[test]
-fn a_part_of_the_file_is_not_taken_for_the_whole() {
+fn partial_answer_is_not_taken_for_the_whole_file() {
     let (dir, tree, content) = served_image();
     let length = content.len();
     let part = |from: usize, to: usize, total: &str| {
@@ -86,7 +86,7 @@ fn a_part_of_the_file_is_not_taken_for_the_whole() {
         answer(&head, &content[from..to])
     };
     let of = length.to_string();
-    // The answer has no length: the connection's end could be the file's.
+    // The answer has no length: a closed connection could be the end of the file.
     let head = b"HTTP/1.1 200 OK\r\nx-reset: 1\r\netag: \"1\"\r\ntransfer-encoding: chunked\r\n\r\n1000\r\n";
     let cut_off = [&head[..], &content[..4096], b"\r\n"].concat();
     for (number, (first, reason)) in
@@ -111,7 +111,7 @@ fn a_part_of_the_file_is_not_taken_for_the_whole() {
 }
 
 #[test]
-fn a_download_goes_on_only_where_the_server_tells_whether_the_file_is_the_same() {
+fn download_resumes_only_with_an_etag_or_last_modified() {
     let (dir, tree, content) = served_image();
     let length = content.len();
     let changed: Vec<_> = content.iter().map(|byte| !byte).collect();
@@ -143,7 +143,7 @@ fn a_download_goes_on_only_where_the_server_tells_whether_the_file_is_the_same()
         let heard = fetched(answers, &dir.path().join(format!("parent-{number}")), &tree);
         assert_eq!(heard[1].contains("range: bytes=4096-"), second_is_of_a_part, "{number}");
     }
-    // Its time alone is enough, too.
+    // Last-Modified alone is enough.
     let begun = [
         format!("HTTP/1.1 200 OK\r\nx-reset: 1\r\n{old}content-length: {length}\r\n\r\n").as_bytes(),
         &content[..4096],
@@ -154,7 +154,7 @@ fn a_download_goes_on_only_where_the_server_tells_whether_the_file_is_the_same()
 }
 
 #[test]
-fn what_is_sent_to_ims_and_for_a_token_follows_no_redirect() {
+fn requests_with_a_body_to_ims_and_oauth_follow_no_redirect() {
     let (dir, tree) = bootable_image();
     for status in ["301 x", "302 x", "303 x", "307 x", "308 x"] {
         let target = Answers::start(vec![whole(b"{\"access_token\": \"token\"}")]);
@@ -173,14 +173,14 @@ fn what_is_sent_to_ims_and_for_a_token_follows_no_redirect() {
             let parent = tempfile::tempdir_in(dir.path()).unwrap();
             let output = ims_sshd(&["prepare"], &variables).args([parent.path(), &tree]).output().unwrap();
             let said = text(&output.stderr);
-            assert!(said.contains("it leads to ") && said.contains("what is sent"), "{said}");
+            assert!(said.contains("it leads to ") && said.contains("meant only for the named server"), "{said}");
             assert_eq!((output.status.code(), target.heard()), (Some(1), vec![]), "{said}");
         }
     }
 }
 
 #[test]
-fn a_redirect_to_another_server_takes_no_login_and_no_referer_along() {
+fn redirect_to_another_server_carries_no_login_and_no_referer() {
     let (dir, tree, content) = served_image();
     let target = Answers::start(vec![whole(&content)]);
     let server = Answers::start(vec![redirect(&format!("{}/there", target.url))]);
@@ -192,7 +192,7 @@ fn a_redirect_to_another_server_takes_no_login_and_no_referer_along() {
     assert!(server.heard()[0].contains("authorization: basic"), "{:?}", server.heard());
     let heard = target.heard().concat();
     assert!(!heard.contains("authorization") && !heard.contains("referer") && !heard.contains("x-amz"), "{heard}");
-    // IMS, with its token.
+    // Requests to IMS, with the token.
     let tokens = Answers::start(vec![whole(br#"{"access_token": "token-of-ims", "expires_in": 60}"#)]);
     let target = Answers::start(vec![whole(b"{}")]);
     let ims = Answers::start(vec![redirect(&target.url)]);
@@ -205,7 +205,7 @@ fn a_redirect_to_another_server_takes_no_login_and_no_referer_along() {
         ("IMS_JOB_ID", testbed::ims_server::JOB.into()),
         ("IMS_ACTION", "customize".into()),
     ];
-    // It reads the job's record first.
+    // The job's record is read first.
     ims_sshd(&["sidecar"], &variables).arg(dir.path()).output().unwrap();
     assert!(ims.heard()[0].contains("authorization: bearer token-of-ims"), "{:?}", ims.heard());
     let heard = target.heard().concat();
@@ -213,11 +213,11 @@ fn a_redirect_to_another_server_takes_no_login_and_no_referer_along() {
 }
 
 #[test]
-fn redirects_without_end_and_from_https_to_http_are_refused_at_once() {
+fn endless_redirects_and_redirects_from_https_to_http_are_refused() {
     let dir = directory();
     let target = Answers::start(vec![whole(b"hostile")]);
     let (parent, listener) = (dir.path().join("parent"), Answers::start(vec![redirect("/again?key=secret")]));
-    refused(&parent, &listener.url, "it is the last of 10");
+    refused(&parent, &listener.url, "after 10 redirects already");
     assert_eq!(listener.heard().len(), 11);
     certificates(dir.path());
     let server = Answers::start(vec![redirect(&format!("{}/?key=secret", target.url))]);
@@ -231,7 +231,7 @@ fn redirects_without_end_and_from_https_to_http_are_refused_at_once() {
 }
 
 #[test]
-fn a_store_that_leads_to_another_server_is_not_followed_with_its_keys() {
+fn redirect_of_a_store_to_another_server_is_not_followed() {
     let (dir, tree, squashfs) = packed_image();
     let target = Answers::start(vec![whole(b"")]);
     let server = Answers::start(vec![redirect(&format!("{}/bucket", target.url))]);

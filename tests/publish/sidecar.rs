@@ -1,4 +1,4 @@
-//! The whole of a job: the sidecar beside the build environment, a session, and what is published, or that nothing is.
+//! Whole jobs: the sidecar beside the build environment, a session, and the published image or none.
 
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
@@ -37,7 +37,7 @@ impl<'a> Running<'a> {
 
     fn waiting_on_user(self) -> Self {
         wait_until("'waiting_on_user'", || self.job.ims.status() == "waiting_on_user");
-        // Whoever is told so connects at once, and takes a refusal for final.
+        // CFS connects at once then, and takes a refused connection as final.
         std::net::TcpStream::connect(("127.0.0.1", self.job.volume.port)).expect("sshd listens");
         self
     }
@@ -59,13 +59,13 @@ impl<'a> Running<'a> {
         sidecar.wait().unwrap();
     }
 
-    /// The sidecar's end.
+    /// Waits for the end of the sidecar.
     fn end(mut self) -> Output {
         ended(self.sidecar.take().unwrap())
     }
 }
 
-/// What a sidecar has said, which always ends; here within this time.
+/// Output of a sidecar, which has to end within this time.
 fn ended(sidecar: Child) -> Output {
     output_within(sidecar, Duration::from_secs(90)).unwrap().expect("the sidecar does not end")
 }
@@ -98,7 +98,7 @@ fn a_customized_image_is_published_jailed_and_plain() {
         std::fs::write(dir.join("ca/certificate_authority.crt"), "authority").unwrap();
         std::os::unix::fs::symlink("/run/netconfig/resolv.conf", job.volume.image_root.join("etc/resolv.conf"))
             .unwrap();
-        // The mark is of another job.
+        // The verdict file is left from another job.
         for stale in ["sshd_listening", "complete", "failed", "exiting"] {
             job.volume.touch(stale);
         }
@@ -127,10 +127,10 @@ fn a_customized_image_is_published_jailed_and_plain() {
 }
 
 #[test]
-fn a_second_sidecar_on_a_volume_says_so_and_disturbs_nothing() {
+fn second_sidecar_on_a_volume_is_refused() {
     let job = Job::new();
     let mut running = Running::open(&job, Mode::Jailed);
-    // Whatever its variables are.
+    // Its variables do not matter.
     let second = [job.sidecar(Mode::Jailed, &[]), job.sidecar(Mode::Jailed, &[("IMS_ACTION", "create")])];
     for mut second in second {
         let output = ended(second.spawn().unwrap());
@@ -141,7 +141,7 @@ fn a_second_sidecar_on_a_volume_says_so_and_disturbs_nothing() {
     }
     assert!(!job.volume.signal("failed").exists());
     assert_eq!(job.ims.status(), "waiting_on_user");
-    // One that was killed holds nothing.
+    // A killed sidecar holds no claim.
     running.kill_sidecar();
     running.sidecar = Some(job.sidecar(Mode::Jailed, &[]).spawn().unwrap());
     running.mark(Mode::Jailed, "complete");
@@ -152,7 +152,7 @@ fn a_second_sidecar_on_a_volume_says_so_and_disturbs_nothing() {
 }
 
 #[test]
-fn the_calls_of_ims_come_in_the_contracts_order() {
+fn ims_is_called_in_the_order_of_the_contract() {
     let job = Job::new();
     let running = Running::open(&job, Mode::Plain);
     running.mark(Mode::Plain, "complete");
@@ -180,7 +180,7 @@ fn the_calls_of_ims_come_in_the_contracts_order() {
 }
 
 #[test]
-fn a_failed_customization_is_an_error_and_publishes_nothing() {
+fn failed_customization_sets_error_and_publishes_nothing() {
     for mode in MODES {
         let job = Job::new();
         let running = Running::open(&job, mode);
@@ -203,7 +203,7 @@ fn failed_mark_made_during_packing_is_not_published() {
             Mode::Jailed => job.volume.image_root.join("tmp/failed"),
             Mode::Plain => job.volume.signal("failed"),
         };
-        // Packs when the mark stands there.
+        // Packs once the verdict file exists.
         let waits = format!(
             "#!/bin/sh\nuntil [ -e '{}' ]; do sleep 0.05; done\nexec /usr/bin/mksquashfs \"$@\"\n",
             mark.display()
@@ -222,9 +222,9 @@ fn failed_mark_made_during_packing_is_not_published() {
     }
 }
 
-/// A session of a plain job writes to the volume, and its environment is still open.
+/// A session of a plain job can write to the volume while its environment is still open.
 #[test]
-fn exiting_that_a_session_makes_publishes_nothing_before_the_environment_has_ended() {
+fn exiting_created_by_a_session_is_ignored_until_the_environment_closes() {
     for verdict in ["failed", "complete"] {
         let job = Job::new();
         let running = Running::open(&job, Mode::Plain);
@@ -245,7 +245,7 @@ fn exiting_that_a_session_makes_publishes_nothing_before_the_environment_has_end
 }
 
 #[test]
-fn environment_that_ended_without_a_mark_is_not_published() {
+fn environment_that_ended_without_a_verdict_is_not_published() {
     let job = Job::new();
     let mut running = Running::open(&job, Mode::Plain);
     running.mark(Mode::Plain, "exiting");
@@ -270,9 +270,9 @@ fn environment_that_ended_without_a_mark_is_not_published() {
     );
 }
 
-/// As environments of others mark it, and between two looks.
+/// Marks the image as other programs do, or between two polls.
 #[test]
-fn a_failure_in_the_image_alone_counts_as_does_an_environment_that_was_open_for_a_moment() {
+fn failed_mark_inside_the_image_and_a_short_lived_environment_are_noticed() {
     let job = Job::new();
     let mark = job.volume.image_root.join("tmp/failed");
     std::fs::write(&mark, "").unwrap();
@@ -293,11 +293,11 @@ fn a_failure_in_the_image_alone_counts_as_does_an_environment_that_was_open_for_
 }
 
 #[test]
-fn name_servers_that_somebody_has_put_in_stay() {
+fn resolv_conf_changed_in_a_session_stays_in_the_image() {
     let job = Job::new();
     std::fs::write(job.volume.image_root.join("etc/resolv.conf"), "nameserver 203.0.113.1\n").unwrap();
     let running = Running::open(&job, Mode::Jailed);
-    // As Ansible's template does: by a rename.
+    // Replaced by a rename, as Ansible's template does.
     let said = running.ssh("echo nameserver 198.51.100.1 > /etc/new && mv /etc/new /etc/resolv.conf");
     assert!(said.status.success(), "{said:?}");
     running.mark(Mode::Jailed, "complete");
@@ -306,7 +306,7 @@ fn name_servers_that_somebody_has_put_in_stay() {
 }
 
 #[test]
-fn a_missing_kernel_is_an_error_with_what_there_is() {
+fn missing_kernel_is_an_error_that_lists_boot() {
     let job = Job::new();
     let boot = job.volume.image_root.join("boot");
     let running = Running::open(&job, Mode::Plain);
@@ -322,7 +322,7 @@ fn a_missing_kernel_is_an_error_with_what_there_is() {
 }
 
 #[test]
-fn a_kernel_that_is_missing_at_the_start_is_warned_of_and_may_be_installed() {
+fn kernel_missing_at_start_causes_a_warning_and_can_be_installed() {
     let job = Job::new();
     let boot = job.volume.image_root.join("boot");
     std::fs::rename(boot.join("vmlinuz"), boot.join("later")).unwrap();
@@ -336,7 +336,7 @@ fn a_kernel_that_is_missing_at_the_start_is_warned_of_and_may_be_installed() {
 }
 
 #[test]
-fn a_build_that_succeeded_is_published_without_a_shell() {
+fn successful_build_is_published_without_a_shell() {
     let job = Job::laid_out("build/image-root");
     let output = ended(job.sidecar(Mode::Plain, &[("IMS_ACTION", "create")]).spawn().unwrap());
     assert!(output.status.success(), "{}", text(&output.stderr));
@@ -344,7 +344,7 @@ fn a_build_that_succeeded_is_published_without_a_shell() {
     job.is_published(&output);
 }
 
-/// Puts into the image root's parent what a remote job leaves there: no image root.
+/// Puts the files of a remote job into the image root's parent, without an image root.
 fn left_by_a_remote_job(job: &Job) -> Vec<u8> {
     let parent = &job.volume.parent;
     let packed = squashfs_of(&job.volume.image_root);
@@ -396,11 +396,11 @@ fn transfer_sqsh_of_a_remote_build_is_published_as_it_is_with_the_boot_files_bes
 }
 
 #[test]
-fn what_a_remote_job_left_is_refused_where_it_is_not_whole() {
+fn incomplete_files_of_a_remote_job_are_refused() {
     let cases: [(&str, &str, &str); 8] = [
         ("truncate -s +300M transfer.sqsh", "create", "something follows it"),
         ("truncate -s 4T transfer.sqsh", "create", "something follows it"),
-        // One that says itself that it is as large.
+        // A squashfs whose superblock claims this size.
         (
             "truncate -s 4T transfer.sqsh; printf '\\0\\0\\0\\0\\0\\4\\0\\0' | dd of=transfer.sqsh bs=1 seek=40 conv=notrunc",
             "create",
@@ -421,7 +421,7 @@ fn what_a_remote_job_left_is_refused_where_it_is_not_whole() {
         assert!(report(&output)["error"].as_str().unwrap().contains(why), "{make}: {output:?}");
         job.nothing_is_left();
     }
-    // One that was left by an earlier job on the volume is none of this one's.
+    // A file that an earlier job left on the volume is not this job's.
     let job = Job::new();
     let parent = job.volume.dir.path().join("another");
     std::fs::create_dir(&parent).unwrap();
@@ -431,9 +431,9 @@ fn what_a_remote_job_left_is_refused_where_it_is_not_whole() {
     assert!(output.status.success() && !parent.join("transfer.sqsh").exists(), "{output:?}");
 }
 
-/// The file in the place of the packed image may be somebody else's when the sidecar is started again.
+/// After a restart of the sidecar, the file in place of the packed image may be somebody else's.
 #[test]
-fn what_was_packed_before_a_restart_is_refused_where_it_is_not_whole_or_too_large_and_taken_with_padding() {
+fn image_packed_before_a_restart_is_refused_if_incomplete_or_too_large_but_not_for_padding() {
     let cases = [
         ("truncate -s %1M", None),
         ("truncate -s +300M", Some("something follows it")),
@@ -464,9 +464,9 @@ fn what_was_packed_before_a_restart_is_refused_where_it_is_not_whole_or_too_larg
     }
 }
 
-/// The sidecar's part where the image root is on another node.
+/// Runs the sidecar of a job whose image root is on another node.
 #[test]
-fn a_remote_customization_is_published_without_an_image_root_in_the_pod() {
+fn remote_customization_is_published_without_an_image_root_in_the_pod() {
     let job = Job::new();
     let elsewhere = job.volume.dir.path().join("on-the-node");
     std::fs::rename(&job.volume.image_root, &elsewhere).unwrap();
@@ -481,7 +481,7 @@ fn a_remote_customization_is_published_without_an_image_root_in_the_pod() {
     assert!(output.status.success(), "{}", text(&output.stderr));
     assert_eq!(job.ims.statuses(), CUSTOMIZED);
     job.is_published(&output);
-    // Nothing came back.
+    // The remote job has sent nothing.
     let job = Job::new();
     std::fs::remove_dir_all(&job.volume.image_root).unwrap();
     let sidecar = job.sidecar(Mode::Jailed, &[("REMOTE_BUILD_NODE", "x3000c0s17b1n0")]).spawn().unwrap();
@@ -494,7 +494,7 @@ fn a_remote_customization_is_published_without_an_image_root_in_the_pod() {
 }
 
 #[test]
-fn a_build_that_failed_is_an_error_or_gets_its_shell() {
+fn failed_build_is_an_error_or_opens_a_debug_shell() {
     let job = Job::laid_out("build/image-root");
     job.volume.touch("build_failed");
     let output = ended(job.sidecar(Mode::Plain, &[("IMS_ACTION", "create")]).spawn().unwrap());
@@ -514,7 +514,7 @@ fn a_build_that_failed_is_an_error_or_gets_its_shell() {
 }
 
 #[test]
-fn what_cannot_go_well_is_an_error_and_never_waited_for() {
+fn hopeless_jobs_fail_without_waiting() {
     let job = Job::new();
     let began = Instant::now();
     let output = ended(job.sidecar(Mode::Plain, &[("IMS_START_LIMIT", "1")]).spawn().unwrap());
@@ -523,7 +523,7 @@ fn what_cannot_go_well_is_an_error_and_never_waited_for() {
     assert_eq!(job.ims.statuses(), ["error"]);
     assert!(job.volume.signal("failed").exists() && began.elapsed() < Duration::from_secs(15));
 
-    // A link in its place leads elsewhere.
+    // A link in its place points elsewhere.
     let job = Job::new();
     let elsewhere = job.volume.parent.join("build");
     std::fs::create_dir(&elsewhere).unwrap();
@@ -556,7 +556,7 @@ fn what_cannot_go_well_is_an_error_and_never_waited_for() {
 }
 
 #[test]
-fn a_job_that_has_ended_with_an_error_is_not_begun_again() {
+fn job_with_status_error_is_not_started_again() {
     let job = Job::new();
     job.ims.state().job["status"] = "error".into();
     let output = ended(job.sidecar(Mode::Plain, &[("IMS_START_LIMIT", "1")]).spawn().unwrap());
@@ -566,7 +566,7 @@ fn a_job_that_has_ended_with_an_error_is_not_begun_again() {
 }
 
 #[test]
-fn a_job_of_ims_without_a_store_is_an_error_before_anybody_has_changed_the_image() {
+fn ims_job_without_a_store_fails_before_the_environment_opens() {
     let job = Job::new();
     let further = [("S3_BUCKET", ""), ("S3_ENDPOINT", ""), ("IMS_START_LIMIT", "1")];
     let output = ended(job.sidecar(Mode::Plain, &further).spawn().unwrap());
@@ -577,7 +577,7 @@ fn a_job_of_ims_without_a_store_is_an_error_before_anybody_has_changed_the_image
 }
 
 #[test]
-fn a_pod_that_is_given_up_meanwhile_is_an_error() {
+fn pod_error_during_a_session_is_an_error() {
     let job = Job::new();
     let running = Running::open(&job, Mode::Plain);
     job.volume.touch("pod_error");
@@ -589,7 +589,7 @@ fn a_pod_that_is_given_up_meanwhile_is_an_error() {
 }
 
 #[test]
-fn an_environment_that_was_killed_is_noticed_in_seconds() {
+fn killed_environment_is_noticed_within_seconds() {
     let job = Job::new();
     let mut running = Running::open(&job, Mode::Plain);
     running.sshd.kill().unwrap();
@@ -599,7 +599,7 @@ fn an_environment_that_was_killed_is_noticed_in_seconds() {
     assert_eq!(output.status.code(), Some(1));
     assert!(began.elapsed() < Duration::from_secs(20));
     assert_eq!(job.ims.statuses(), ["waiting_on_user", "error"]);
-    // Its sshd lives on without it; the next environment on this volume ends it.
+    // Its sshd survives; the next environment on this volume ends it.
     let mut next = job
         .volume
         .entrypoint(
@@ -614,9 +614,9 @@ fn an_environment_that_was_killed_is_noticed_in_seconds() {
     next.wait().unwrap();
 }
 
-/// Its claim on the volume was seen, so that IMS_START_LIMIT does not count.
+/// The claim on the volume was seen, so IMS_START_LIMIT no longer applies.
 #[test]
-fn an_environment_that_was_killed_before_it_listened_is_noticed_in_seconds() {
+fn environment_killed_before_it_listens_is_noticed_within_seconds() {
     let job = Job::new();
     let mut environment = job.volume.entrypoint(Mode::Plain, &[]).spawn().unwrap();
     wait_until("the environment to wait", || {
@@ -625,7 +625,7 @@ fn an_environment_that_was_killed_before_it_listened_is_noticed_in_seconds() {
     kill(Pid::from_raw(environment.id().cast_signed()), Signal::SIGSTOP).unwrap();
     let sidecar = job.sidecar(Mode::Plain, &[]).spawn().unwrap();
     wait_until("'ready'", || job.volume.signal("ready").exists());
-    // The sidecar looks every second.
+    // The sidecar polls every second.
     std::thread::sleep(Duration::from_secs(2));
     environment.kill().unwrap();
     environment.wait().unwrap();
@@ -637,7 +637,7 @@ fn an_environment_that_was_killed_before_it_listened_is_noticed_in_seconds() {
 }
 
 #[test]
-fn a_sidecar_that_is_asked_to_end_closes_the_environment_and_tells() {
+fn terminated_sidecar_closes_the_environment_and_reports() {
     let job = Job::new();
     let mut running = Running::open(&job, Mode::Jailed);
     let sidecar = running.sidecar.take().unwrap();
@@ -652,7 +652,7 @@ fn a_sidecar_that_is_asked_to_end_closes_the_environment_and_tells() {
 }
 
 #[test]
-fn a_sidecar_that_is_asked_to_end_waits_for_no_environment_that_is_not_there() {
+fn terminated_sidecar_does_not_wait_for_a_missing_environment() {
     let job = Job::new();
     let sidecar = job.sidecar(Mode::Jailed, &[]).spawn().unwrap();
     wait_until("'ready'", || job.volume.signal("ready").exists());
@@ -666,7 +666,7 @@ fn a_sidecar_that_is_asked_to_end_waits_for_no_environment_that_is_not_there() {
 }
 
 #[test]
-fn a_sidecar_that_is_asked_to_end_while_ims_is_silent_closes_the_environment_too() {
+fn terminated_sidecar_closes_the_environment_even_if_ims_is_silent() {
     let job = Job::new();
     job.ims.fail("PATCH /jobs", Fault::Silence);
     let mut running = Running::start(&job, Mode::Plain, &[("IMS_STALL_LIMIT", "100")]);
@@ -679,7 +679,7 @@ fn a_sidecar_that_is_asked_to_end_while_ims_is_silent_closes_the_environment_too
 }
 
 #[test]
-fn errors_lost_answers_and_expired_tokens_of_ims_are_overcome() {
+fn errors_lost_answers_and_expired_tokens_of_ims_are_retried() {
     let job = Job::new();
     for (request, fault) in [
         ("PATCH /jobs", Fault::Status(503)),
@@ -718,7 +718,7 @@ fn record_of_another_job_with_the_same_name_is_never_taken_for_ones_own() {
 }
 
 #[test]
-fn an_ims_whose_images_have_no_metadata_gets_the_image_too() {
+fn image_is_registered_in_an_ims_without_metadata() {
     let job = Job::new();
     job.ims.state().without_metadata = true;
     publishes_an_image_of_its_own(&job, 1);
@@ -726,7 +726,7 @@ fn an_ims_whose_images_have_no_metadata_gets_the_image_too() {
     assert!(!requests.iter().any(|request| request == "GET /apis/ims/images"), "of use to nobody: {requests:?}");
 }
 
-/// Publishes, after which there are `images` records, and those of others are as they were.
+/// Publishes; afterwards there are `images` records, and those of others are unchanged.
 fn publishes_an_image_of_its_own(job: &Job, images: usize) {
     let running = Running::open(job, Mode::Plain);
     running.mark(Mode::Plain, "complete");
@@ -738,14 +738,14 @@ fn publishes_an_image_of_its_own(job: &Job, images: usize) {
     for (id, record) in &state.images {
         let has_objects = job.bucket.keys().iter().any(|key| key.starts_with(id));
         assert_eq!(has_objects, id == own, "{record}");
-        // The server's own records, and others', have none.
+        // Other records have no metadata.
         assert_eq!(record.get("metadata").is_some(), id == own, "{record}");
     }
 }
 
-/// IMS ends the job with it, and asks the pod to end.
+/// IMS ends the job on success, and terminates the pod.
 #[test]
-fn a_success_that_was_told_is_one_whatever_comes_after() {
+fn reported_success_is_final() {
     let success = format!("PATCH /jobs/{} {{\"status\":\"success\"}}", testbed::ims_server::JOB);
     for fault in [Fault::LostAnswer, Fault::SilentlyDone] {
         let job = Job::new();
@@ -759,15 +759,15 @@ fn a_success_that_was_told_is_one_whatever_comes_after() {
         }
         let output = running.end();
         assert!(output.status.success(), "{fault:?}: {}", text(&output.stderr));
-        // What is told again of a job that has ended.
+        // The status of a finished job is sent again.
         assert_eq!(std::mem::take(&mut job.ims.state().refused).len(), 1);
         job.is_published(&output);
     }
 }
 
-/// IMS may know the image as published, and cannot be asked.
+/// IMS may know the image as published, but does not answer.
 #[test]
-fn an_image_of_which_ims_may_have_been_told_is_kept_until_ims_says_what_it_knows() {
+fn image_that_ims_may_know_as_published_is_not_rolled_back() {
     let told = format!("PATCH /jobs/{} {{\"status\":\"success\"}}", testbed::ims_server::JOB);
     for is_known in [true, false] {
         let job = Job::new();
@@ -798,7 +798,7 @@ fn an_image_of_which_ims_may_have_been_told_is_kept_until_ims_says_what_it_knows
 }
 
 #[test]
-fn an_ims_that_refuses_is_told_with_its_own_words_and_nothing_stays() {
+fn refusal_of_ims_is_quoted_and_everything_is_rolled_back() {
     let job = Job::new();
     job.ims.fail("PATCH /images", Fault::Status(400));
     let running = Running::open(&job, Mode::Plain);
@@ -811,7 +811,7 @@ fn an_ims_that_refuses_is_told_with_its_own_words_and_nothing_stays() {
 }
 
 #[test]
-fn an_ims_that_is_gone_is_given_up_in_time() {
+fn unreachable_ims_is_given_up_after_the_retry_limit() {
     let job = Job::new();
     for _ in 0..100 {
         job.ims.fail("GET /jobs", Fault::Status(503));
@@ -825,7 +825,7 @@ fn an_ims_that_is_gone_is_given_up_in_time() {
 }
 
 #[test]
-fn a_store_that_refuses_leaves_neither_objects_nor_a_record() {
+fn refusal_of_the_store_leaves_neither_objects_nor_a_record() {
     let job = Job::new();
     let running = Running::open(&job, Mode::Plain);
     assert_eq!(job.bucket.ask("DELETE", "", b"").status, 204);
@@ -838,13 +838,13 @@ fn a_store_that_refuses_leaves_neither_objects_nor_a_record() {
 }
 
 #[test]
-fn connections_to_the_store_that_break_are_overcome() {
+fn broken_connections_to_the_store_are_retried() {
     let job = Job::new();
     let random = feed(Command::new("head").args(["-c", "40M", "/dev/urandom"]), b"").stdout;
     std::fs::write(job.volume.image_root.join("random"), random).unwrap();
-    // The look whether objects are there breaks off, and is whole: the server closes a connection after each request.
+    // Requests for objects survive: the server closes a connection after each request.
     let (look, upload) = ([0, 1, 20, 50, 100, 200, 300], [500, 100_000, 1_000_000, 2_000_000, 3_000_000]);
-    // Small requests, which come through, spend some of the points.
+    // Small requests, which succeed, use up some of the faults.
     let breaker = Breaker::start(&[&look[..], &[usize::MAX; 6], &upload, &upload, &upload].concat(), 1);
     let running = Running::start(&job, Mode::Plain, &[("S3_ENDPOINT", breaker.endpoint.as_str())].map(|(n, v)| (n, v)))
         .waiting_on_user();
@@ -857,7 +857,7 @@ fn connections_to_the_store_that_break_are_overcome() {
     assert_eq!(job.bucket.unfinished_uploads(), 0, "though the answers to some were lost");
 }
 
-/// Kills the sidecar at a moment, and starts it again.
+/// Kills the sidecar at a given moment, and starts it again.
 fn killed_when(moment: &str, has_come: impl Fn(&Job) -> bool) {
     let job = Job::new();
     let random = feed(Command::new("head").args(["-c", "40M", "/dev/urandom"]), b"").stdout;
@@ -891,7 +891,7 @@ fn killed_when(moment: &str, has_come: impl Fn(&Job) -> bool) {
 }
 
 #[test]
-fn killed_before_the_image_is_packed_it_goes_on() {
+fn sidecar_killed_before_packing_continues() {
     killed_when("ready", |job| job.volume.signal("ready").exists());
     killed_when("listening", |job| job.ims.status() == "waiting_on_user");
     killed_when("closing", |job| job.volume.signal("exiting").exists());
@@ -899,7 +899,7 @@ fn killed_before_the_image_is_packed_it_goes_on() {
 }
 
 #[test]
-fn killed_while_the_image_is_published_it_goes_on_with_the_same_image() {
+fn sidecar_killed_during_publication_continues_with_the_same_image() {
     let done = |job: &Job, method: &str, path: &str| {
         job.ims.state().changes.iter().any(|(m, p, _)| m == method && p.starts_with(path))
     };
@@ -912,7 +912,7 @@ fn killed_while_the_image_is_published_it_goes_on_with_the_same_image() {
 }
 
 #[test]
-fn the_status_tells_that_the_sidecar_packs_and_uploads_as_long_as_it_lives() {
+fn status_shows_packing_and_uploading_only_while_the_sidecar_lives() {
     let job = Job::new();
     let random = feed(Command::new("head").args(["-c", "40M", "/dev/urandom"]), b"").stdout;
     std::fs::write(job.volume.image_root.join("random"), random).unwrap();
@@ -923,7 +923,7 @@ fn the_status_tells_that_the_sidecar_packs_and_uploads_as_long_as_it_lives() {
     let stalling = [("IMS_STALL_LIMIT", "100")];
     let mut running = Running::start(&job, Mode::Plain, &stalling).waiting_on_user();
     assert_eq!(status()["state"], "serving");
-    // It is told that the image is packed, and does not answer.
+    // IMS receives the status of packing, and does not answer.
     job.ims.fail("PATCH /jobs", Fault::Silence);
     running.mark(Mode::Plain, "complete");
     wait_until("'packing'", || status()["state"] == "packing");
@@ -944,7 +944,7 @@ fn the_status_tells_that_the_sidecar_packs_and_uploads_as_long_as_it_lives() {
 }
 
 #[test]
-fn a_sidecar_that_was_killed_amid_an_upload_sends_only_what_is_missing() {
+fn sidecar_killed_during_an_upload_sends_only_missing_parts() {
     let job = Job::new();
     let random = feed(Command::new("head").args(["-c", "60M", "/dev/urandom"]), b"").stdout;
     std::fs::write(job.volume.image_root.join("random"), random).unwrap();
@@ -952,7 +952,7 @@ fn a_sidecar_that_was_killed_amid_an_upload_sends_only_what_is_missing() {
     let further = [("S3_ENDPOINT", gate.endpoint.as_str()), ("IMS_STALL_LIMIT", "100")];
     let mut running = Running::start(&job, Mode::Plain, &further).waiting_on_user();
     running.mark(Mode::Plain, "complete");
-    // One is taken, and the three after it are on their way.
+    // One part is accepted, and the next three are being sent.
     wait_until("the parts to be sent", || gate.parts() == 4);
     running.kill_sidecar();
     let gate = Gate::start(usize::MAX, Closed::Silent);
@@ -963,7 +963,7 @@ fn a_sidecar_that_was_killed_amid_an_upload_sends_only_what_is_missing() {
     job.is_published(&output);
 }
 
-/// A sidecar that was killed amid an upload, and the environment, which has ended.
+/// A sidecar that was killed during an upload, and its environment, which has closed.
 fn killed_amid_an_upload(job: &Job) -> Running<'_> {
     let random = feed(Command::new("head").args(["-c", "40M", "/dev/urandom"]), b"").stdout;
     std::fs::write(job.volume.image_root.join("random"), random).unwrap();
@@ -978,7 +978,7 @@ fn killed_amid_an_upload(job: &Job) -> Running<'_> {
 }
 
 #[test]
-fn what_was_published_in_part_is_taken_back_when_nothing_more_is_published() {
+fn partial_publication_is_rolled_back_if_the_job_fails() {
     let job = Job::new();
     let _running = killed_amid_an_upload(&job);
     job.volume.touch("pod_error");
@@ -990,7 +990,7 @@ fn what_was_published_in_part_is_taken_back_when_nothing_more_is_published() {
 }
 
 #[test]
-fn an_image_that_was_registered_unheard_is_found_again_or_taken_back() {
+fn image_registered_with_a_lost_answer_is_found_or_rolled_back() {
     for given_up in [false, true] {
         let job = Job::new();
         job.ims.fail("POST /images", Fault::SilentlyDone);
@@ -1012,7 +1012,7 @@ fn an_image_that_was_registered_unheard_is_found_again_or_taken_back() {
 }
 
 #[test]
-fn a_pod_that_begins_again_amid_an_upload_goes_on_with_the_same_image() {
+fn pod_restarted_during_an_upload_continues_with_the_same_image() {
     let job = Job::new();
     let source = job.volume.dir.path().join("source");
     std::fs::rename(&job.volume.image_root, &source).unwrap();
@@ -1051,7 +1051,7 @@ fn without_ims_and_store_the_packed_image_stays_on_the_volume() {
 /// Variables without an IMS.
 const ALONE: [(&str, &str); 2] = [("IMS_URL", ""), ("OAUTH_CONFIG_DIR", "")];
 
-/// An entrypoint in the pod of `job`.
+/// Entrypoint in the pod of `job`.
 fn waiting(job: &Job) -> Child {
     let config = job.sshd_config();
     let options = format!("-E {} -f {config}", job.volume.sshd_log().display());
@@ -1075,7 +1075,7 @@ fn has_closed_as_failed(job: &Job, mut sshd: Child) {
 }
 
 #[test]
-fn an_environment_that_waits_closes_when_its_sidecar_gives_up_before_ready() {
+fn waiting_environment_closes_if_the_sidecar_fails_before_ready() {
     type Case<'a> = (&'a str, &'a [(&'static str, &'a str)], u8, &'a str);
     let cases: [Case; 5] = [
         ("a token", &[], 1, "get a token from"),
@@ -1086,7 +1086,7 @@ fn an_environment_that_waits_closes_when_its_sidecar_gives_up_before_ready() {
     ];
     for (number, (missing, further, code, why)) in cases.into_iter().enumerate() {
         let job = Job::new();
-        // The record is of another job.
+        // The journal belongs to another job.
         job.volume.touch("failed");
         let before = (number % 2 == 0).then(|| waiting(&job));
         match missing {
@@ -1107,7 +1107,7 @@ fn an_environment_that_waits_closes_when_its_sidecar_gives_up_before_ready() {
 }
 
 #[test]
-fn an_environment_that_waits_can_be_failed_and_not_completed() {
+fn waiting_environment_can_be_marked_failed_but_not_complete() {
     let job = Job::new();
     job.volume.touch("failed");
     let mut sshd = waiting(&job);
@@ -1121,7 +1121,7 @@ fn an_environment_that_waits_can_be_failed_and_not_completed() {
 }
 
 #[test]
-fn an_ims_or_a_store_that_refuses_is_noticed_before_ready_and_one_that_is_out_of_order_is_warned_of() {
+fn refusal_of_ims_or_store_fails_before_ready_and_an_outage_causes_a_warning() {
     let job = Job::new();
     job.ims.fail("GET /images", Fault::Status(403));
     let output = ended(job.sidecar(Mode::Plain, &[("IMS_JOB_ID", "")]).spawn().unwrap());
@@ -1140,7 +1140,7 @@ fn an_ims_or_a_store_that_refuses_is_noticed_before_ready_and_one_that_is_out_of
 }
 
 #[test]
-fn a_sidecar_that_could_not_publish_goes_on_with_publishing_when_it_is_run_again() {
+fn sidecar_run_again_after_a_failed_publication_publishes() {
     for begins_again in [false, true] {
         let job = Job::new();
         let running = Running::start(&job, Mode::Jailed, &ALONE);
@@ -1153,7 +1153,7 @@ fn a_sidecar_that_could_not_publish_goes_on_with_publishing_when_it_is_run_again
         assert!(text(&output.stderr).contains("continues from there"), "{output:?}");
         assert_eq!(job.bucket.ask("PUT", "", b"").status, 200);
         if begins_again {
-            // `prepare` leaves the same.
+            // As `prepare` leaves it.
             for name in ["ready", "sshd_listening", "complete", "exiting"] {
                 std::fs::remove_file(job.volume.signal(name)).unwrap();
             }
@@ -1170,11 +1170,11 @@ fn a_sidecar_that_could_not_publish_goes_on_with_publishing_when_it_is_run_again
     }
 }
 
-/// Runs the sidecar of a job that has ended again, which does nothing more.
+/// Runs the sidecar of a finished job again, which only reports.
 fn has_ended(job: &Job, further: &[(&'static str, &str)], first: &Output) -> Output {
     let stamps = || {
         let volume = std::fs::read_dir(&job.volume.parent).unwrap().map(Result::unwrap);
-        // Its own claim comes and goes.
+        // Only its own claim changes.
         let files = volume.filter(|entry| !entry.file_name().to_string_lossy().starts_with(".ims-sshd.sidecar"));
         let mut stamps: Vec<_> = files.map(|e| (e.file_name(), e.metadata().unwrap().modified().unwrap())).collect();
         stamps.sort();
@@ -1192,7 +1192,7 @@ fn has_ended(job: &Job, further: &[(&'static str, &str)], first: &Output) -> Out
 }
 
 #[test]
-fn a_sidecar_that_is_run_again_after_the_end_says_so_and_does_nothing() {
+fn sidecar_run_again_after_the_end_only_reports() {
     let nowhere: Vec<_> =
         [&ALONE[..], &[("S3_BUCKET", ""), ("S3_ENDPOINT", ""), ("S3_ACCESS_KEY", ""), ("S3_SECRET_KEY", "")]].concat();
     for (verdict, further) in
@@ -1211,7 +1211,7 @@ fn a_sidecar_that_is_run_again_after_the_end_says_so_and_does_nothing() {
             let link = &report(&output)["ims_image_record"]["link"];
             assert_eq!(*link, report(&first)["ims_image_record"]["link"]);
         }
-        // The environment of a pod that begins again is closed.
+        // The environment of a pod that starts over is closed.
         for name in ["ready", "sshd_listening", "complete", "failed", "exiting"] {
             let _ = std::fs::remove_file(job.volume.signal(name));
         }
@@ -1222,7 +1222,7 @@ fn a_sidecar_that_is_run_again_after_the_end_says_so_and_does_nothing() {
 }
 
 #[test]
-fn a_record_that_has_become_another_one_is_neither_taken_nor_told_as_published() {
+fn changed_image_record_is_neither_used_nor_reported_as_published() {
     type Change = fn(&Job, &str);
     let cases: [(&str, Change, bool); 6] = [
         ("nothing", |_, _| {}, true),
@@ -1260,7 +1260,7 @@ fn a_record_that_has_become_another_one_is_neither_taken_nor_told_as_published()
 }
 
 #[test]
-fn a_job_that_was_marked_failed_ends_with_a_report_too() {
+fn job_marked_failed_ends_with_a_report() {
     let job = Job::new();
     let running = Running::start(&job, Mode::Plain, &ALONE);
     wait_until("sshd", || job.volume.signal("sshd_listening").exists());

@@ -1,5 +1,5 @@
-//! The file that was checked is the one that is unpacked: sources that another user exchanges or changes meanwhile, and content with
-//! another digest.
+//! The checked file is the unpacked one: sources that another user exchanges or changes meanwhile, and content with
+//! a wrong digest.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpListener;
@@ -30,7 +30,7 @@ fn serve(content: Vec<u8>, at_end: impl FnOnce() + Send + 'static) -> String {
     url
 }
 
-/// An image, and another one that only an attacker wants: each a tree and its squashfs.
+/// An image, and one of an attacker: each a tree and its squashfs.
 fn two_images(dir: &Path) -> [(PathBuf, PathBuf); 2] {
     let tree = image(dir);
     let other = dir.join("other");
@@ -44,7 +44,7 @@ fn sha256(content: &[u8]) -> String {
     text(output.stdout).split(' ').next().unwrap().to_owned()
 }
 
-/// A directory of another user, as a volume.
+/// Directory of another user, used as a volume.
 fn users_directory(path: PathBuf) -> PathBuf {
     std::fs::create_dir(&path).unwrap();
     chown(&path, Some(1000), Some(1000)).unwrap();
@@ -52,7 +52,7 @@ fn users_directory(path: PathBuf) -> PathBuf {
 }
 
 #[test]
-fn a_download_that_is_exchanged_on_the_volume_is_not_what_is_unpacked() {
+fn download_exchanged_on_the_volume_is_not_unpacked() {
     let dir = directory();
     let [(tree, squashfs), (_, other)] = two_images(dir.path());
     let content = std::fs::read(&squashfs).unwrap();
@@ -81,7 +81,8 @@ fn a_download_that_is_exchanged_on_the_volume_is_not_what_is_unpacked() {
     }
 }
 
-/// Runs `ims-sshd prepare` with `program` held when it has started, in the directory that it writes to, until `meanwhile` is over.
+/// Runs `ims-sshd prepare`, and stops `program` at its start, in the directory that it writes to, until `meanwhile` has
+/// run.
 fn prepare_held(parent: &Path, source: &Path, program: &str, further: &[&str], meanwhile: impl FnOnce()) -> Output {
     let programs = parent.with_extension("programs");
     std::fs::create_dir(&programs).unwrap();
@@ -98,7 +99,7 @@ fn prepare_held(parent: &Path, source: &Path, program: &str, further: &[&str], m
     let targets = ["", ".layer"].map(|ending| parent.join(format!(".ims-sshd.unpacking{ending}")));
     wait_until("the program to be held", || targets.iter().any(|target| target.join("held").exists()));
     meanwhile();
-    // Only the first run of the program is held.
+    // Only the first run of the program is stopped.
     std::fs::remove_file(&file).unwrap();
     let held = walk(parent).into_iter().find(|path| path.ends_with("held")).unwrap();
     std::fs::write(held.with_file_name("go"), "").unwrap();
@@ -106,7 +107,7 @@ fn prepare_held(parent: &Path, source: &Path, program: &str, further: &[&str], m
 }
 
 #[test]
-fn a_local_archive_that_its_owner_changes_after_the_checksum_is_not_what_is_unpacked() {
+fn local_archive_changed_after_the_checksum_is_not_unpacked() {
     let dir = directory();
     let [(tree, squashfs), (_, other)] = two_images(dir.path());
     let content = std::fs::read(&squashfs).unwrap();
@@ -118,7 +119,7 @@ fn a_local_archive_that_its_owner_changes_after_the_checksum_is_not_what_is_unpa
     });
     assert!(output.status.success(), "{}", text(&output.stderr));
     same_tree(&tree, &parent.join("image-root"));
-    // Root's own file is not copied, and its name may become another's.
+    // A file of root is not copied, and its name may be given to another file.
     let parent = dir.path().join("parent-of-root");
     chown(&squashfs, Some(0), Some(0)).unwrap();
     std::fs::write(&squashfs, &content).unwrap();
@@ -130,7 +131,7 @@ fn a_local_archive_that_its_owner_changes_after_the_checksum_is_not_what_is_unpa
 }
 
 #[test]
-fn a_source_in_a_store_or_on_disk_that_is_renamed_meanwhile_is_still_the_one_that_was_opened() {
+fn source_replaced_by_rename_is_read_from_the_opened_file() {
     let dir = directory();
     let [(tree, squashfs), (_, other)] = two_images(dir.path());
     let bucket = Bucket::new();
@@ -156,7 +157,7 @@ fn a_source_in_a_store_or_on_disk_that_is_renamed_meanwhile_is_still_the_one_tha
 }
 
 #[test]
-fn what_takes_the_place_of_the_directory_that_is_unpacked_to_is_refused() {
+fn directory_exchanged_during_unpacking_is_refused() {
     let dir = directory();
     let [(_, squashfs), (other, _)] = two_images(dir.path());
     let parent = users_directory(dir.path().join("parent"));
@@ -170,7 +171,7 @@ fn what_takes_the_place_of_the_directory_that_is_unpacked_to_is_refused() {
 }
 
 #[test]
-fn a_fifo_a_device_or_a_socket_as_source_is_refused_at_once() {
+fn fifo_device_or_socket_as_source_is_refused() {
     let dir = directory();
     let place = |name: &str| dir.path().join(name);
     succeed(
@@ -200,10 +201,10 @@ fn a_fifo_a_device_or_a_socket_as_source_is_refused_at_once() {
 }
 
 #[test]
-fn content_of_a_saved_image_that_has_not_its_digest_is_refused_by_name() {
+fn saved_image_content_with_a_wrong_digest_is_refused_by_name() {
     let dir = directory();
     let place = dir.path();
-    // Two layers as an engine saves them: a layout of OCI, skopeo's `dir:`, docker's newer and older archives.
+    // Two layers as container engines save them: an OCI layout, skopeo's `dir:`, docker's newer and older archives.
     let make = "
 import hashlib, io, json, os, sys, tarfile
 def tar_of(files):
@@ -266,7 +267,7 @@ for name, files in sets.items():
 }
 
 #[test]
-fn a_layer_that_its_owner_changes_after_it_was_checked_is_not_what_is_unpacked() {
+fn layer_changed_after_its_check_is_not_unpacked() {
     let dir = directory();
     let layout = dir.path().join("layout");
     std::fs::create_dir_all(layout.join("blobs/sha256")).unwrap();
@@ -303,7 +304,7 @@ fn succeed_bytes(command: &mut Command) -> Vec<u8> {
 }
 
 #[test]
-fn what_is_no_image_is_refused_with_what_was_looked_for_and_left_as_it_is() {
+fn source_that_is_not_an_image_is_refused_with_the_reason() {
     let (dir, tree) = bootable_image();
     let place = |name: &str| dir.path().join(name);
     let make = "mkdir empty home around; touch home/.bashrc; cp -a tree around/rootfs; mkdir saved; echo {} > saved/oci-layout
@@ -336,7 +337,7 @@ fn what_is_no_image_is_refused_with_what_was_looked_for_and_left_as_it_is() {
             commands.push(vec!["customize", &source]);
             commands.push(vec!["package", "--archive", "packed.sqsh", &source]);
         }
-        // A saved image has its layers unpacked; this one has none.
+        // Layers of a saved image are unpacked; this one has none.
         if name != "saved" {
             commands.push(vec!["prepare", &parent, &source]);
         }
@@ -356,7 +357,7 @@ fn what_is_no_image_is_refused_with_what_was_looked_for_and_left_as_it_is() {
     }
     assert!(std::fs::read_dir(place("store")).map_or(0, Iterator::count) == 0, "nothing is published");
     assert_eq!(walk(&place("home")).len(), 2);
-    // The advice leads here.
+    // The directory that the advice names.
     let [source, advised] = [tree, place("around/rootfs")];
     for (number, source) in [source, advised].iter().enumerate() {
         let output = ims_sshd(&["prepare"], &[]).args([&place(&format!("taken-{number}")), source]).output().unwrap();

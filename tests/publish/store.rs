@@ -1,5 +1,5 @@
-//! Stores that are wrong, or hung: their answers have limits, nobody waits for them longer than was asked for, and what they say is looked
-//! after.
+//! Faulty and hanging stores: answers and waits have limits, and what a store answers is
+//! verified.
 
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use testbed::*;
 
 use crate::answers::serve;
 
-/// Answers as a store does that holds nothing, but for what is said of a request.
+/// Answers like an empty store, except for requests that `answer_to` answers.
 fn store(answer_to: impl Fn(&str) -> Option<(u16, Option<String>)> + Send + Sync + 'static) -> String {
     serve(move |asked, _| {
         answer_to(asked).unwrap_or_else(|| match asked.split(' ').next() {
@@ -27,7 +27,7 @@ fn store(answer_to: impl Fn(&str) -> Option<(u16, Option<String>)> + Send + Sync
     })
 }
 
-/// An upload to this server, and where it is at work.
+/// An upload to this server, and its directory.
 fn upload(endpoint: &str, further: &[(&'static str, String)]) -> (tempfile::TempDir, Command) {
     let (dir, tree, squashfs) = packed_image();
     let mut variables = vec![
@@ -47,7 +47,7 @@ fn ended(child: Child) -> Output {
 }
 
 #[test]
-fn answers_of_a_store_without_end_are_cut_off() {
+fn endless_answers_of_a_store_are_cut_off() {
     for (endless, status, reason) in [
         ("PUT ", 200, "longer than 4 MiB"),
         ("PUT ", 403, "answers 403"),
@@ -55,7 +55,7 @@ fn answers_of_a_store_without_end_are_cut_off() {
         ("GET ", 200, "longer than 4 MiB"),
         ("GET ", 403, "answers 403"),
     ] {
-        // Something has to fail before anything is deleted.
+        // Objects are deleted only after a failure.
         let fails = if endless == "PUT " { "nothing" } else { "PUT " };
         let server = store(move |asked| match asked {
             asked if asked.starts_with(endless) => Some((status, None)),
@@ -71,7 +71,7 @@ fn answers_of_a_store_without_end_are_cut_off() {
     }
 }
 
-/// A store in front of `bucket`'s that hangs from a moment on.
+/// A proxy of the store of `bucket` that hangs from some request on.
 fn hangs(bucket: &Bucket, has_come: impl Fn(&str) -> bool + Send + Sync + 'static) -> (String, Arc<AtomicBool>) {
     let hung = Arc::new(AtomicBool::new(false));
     let port = bucket.endpoint.rsplit(':').next().unwrap().parse().unwrap();
@@ -91,7 +91,7 @@ fn hangs(bucket: &Bucket, has_come: impl Fn(&str) -> bool + Send + Sync + 'stati
 }
 
 #[test]
-fn nobody_waits_longer_for_a_store_that_hangs_than_was_asked_for() {
+fn hanging_store_is_given_up_after_the_limits() {
     let bucket = Bucket::new();
     let (server, hung) = hangs(&bucket, |asked| asked.starts_with("PUT "));
     let variables = [("S3_BUCKET", bucket.name.clone()), ("IMS_RETRY_LIMIT", "5".into())];
@@ -110,7 +110,7 @@ fn nobody_waits_longer_for_a_store_that_hangs_than_was_asked_for() {
 }
 
 #[test]
-fn a_signal_ends_the_wait_for_servers_that_hang() {
+fn signal_ends_the_wait_for_hanging_servers() {
     for ims_hangs in [false, true] {
         let (bucket, ims) = (Bucket::new(), ImsServer::start());
         let (server, hung) = hangs(&bucket, |asked| asked.starts_with("PUT "));
@@ -137,7 +137,7 @@ fn a_signal_ends_the_wait_for_servers_that_hang() {
 }
 
 #[test]
-fn objects_that_a_store_does_not_delete_keep_their_record_until_they_are_gone() {
+fn record_is_kept_while_the_store_does_not_delete_objects() {
     let (bucket, ims) = (Bucket::new(), ImsServer::start());
     let gate = Gate::start(usize::MAX, Closed::Undeleted);
     let mut variables = bucket.variables();
@@ -152,7 +152,7 @@ fn objects_that_a_store_does_not_delete_keep_their_record_until_they_are_gone() 
     assert_eq!((ims.state().images.len(), bucket.keys().len()), (1, 5), "{said}");
     assert!(dir.path().join(".ims-sshd.publication").exists());
     let id = ims.state().images.keys().next().unwrap().clone();
-    // Another one goes on with it.
+    // The next run continues with the image.
     let output = ended(command.env("S3_ENDPOINT", &bucket.endpoint).spawn().unwrap());
     assert!(output.status.success(), "{output:?}");
     assert_eq!(report(&output)["ims_image_record"]["id"], *id);
@@ -160,7 +160,7 @@ fn objects_that_a_store_does_not_delete_keep_their_record_until_they_are_gone() 
 }
 
 #[test]
-fn a_store_without_a_server_is_refused_with_what_to_set() {
+fn store_without_an_endpoint_is_refused_with_the_variables_to_set() {
     let (_dir, mut command) = upload("", &[]);
     let output = ended(command.spawn().unwrap());
     assert_eq!(output.status.code(), Some(2), "{output:?}");

@@ -1,4 +1,4 @@
-//! Over TLS: who signed the server's certificate is checked, unless that is switched off.
+//! TLS: the server's certificate is verified unless that is switched off.
 
 use testbed::file_server::FileServer;
 use testbed::job::*;
@@ -7,7 +7,7 @@ use testbed::tls_server::{Tls, certificates, port_of};
 use testbed::*;
 
 #[test]
-fn an_image_is_fetched_from_a_server_that_an_authority_has_signed_and_from_no_other() {
+fn server_certificate_is_verified_against_ca_cert() {
     let dir = directory();
     certificates(dir.path());
     let server = FileServer::start(std::fs::read(squashfs_of(&image(dir.path()))).unwrap(), &[]);
@@ -24,7 +24,7 @@ fn an_image_is_fetched_from_a_server_that_an_authority_has_signed_and_from_no_ot
 }
 
 #[test]
-fn a_stores_certificate_is_checked_unless_s3_ssl_validate_is_false() {
+fn store_certificate_is_verified_unless_s3_ssl_validate_is_false() {
     let dir = directory();
     certificates(dir.path());
     let tree = image(dir.path());

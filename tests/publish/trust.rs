@@ -1,5 +1,5 @@
-//! The image root parent is a volume that the other containers of the pod write to. What stands there never makes the sidecar pack, publish,
-//! delete or call anything but what is its own job's.
+//! The image root parent is a volume that the other containers of the pod write to. Nothing there makes the sidecar
+//! pack, publish, delete or request anything that is not its own job's.
 
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ use testbed::job::*;
 use testbed::s3_server::{Closed, Gate};
 use testbed::*;
 
-/// A directory with an image root that is the sidecar's and not the job's.
+/// Directory with an image root that belongs to the sidecar and not to the job.
 fn secrets(job: &Job) -> PathBuf {
     let secrets = job.volume.dir.path().join("secrets");
     std::fs::create_dir(&secrets).unwrap();
@@ -34,7 +34,7 @@ fn linked_build_directory_or_image_root_is_refused() {
         let job = Job::laid_out("build/image-root");
         let secrets = secrets(&job);
         let target = if linked == "build" { secrets.clone() } else { secrets.join("image-root") };
-        // The link means one directory below the volume's root and another below the sidecar's.
+        // The link refers to one directory below the volume's root and to another below the sidecar's.
         let inside = job.volume.parent.join(target.strip_prefix("/").unwrap());
         std::fs::create_dir_all(inside.parent().unwrap()).unwrap();
         std::fs::rename(job.volume.parent.join(linked), &inside).unwrap();
@@ -47,8 +47,8 @@ fn linked_build_directory_or_image_root_is_refused() {
     }
 }
 
-/// The output of a create job in whose mksquashfs somebody else runs `before` and `after` the packing: what a session could do at that
-/// moment, and mksquashfs itself may not.
+/// Output of a create job in which `before` and `after` run around mksquashfs: a session could do that at this
+/// moment, but the confined mksquashfs cannot.
 fn create_meanwhile(job: &Job, before: &str, after: &str) -> Output {
     let dir = job.volume.dir.path().join("programs");
     std::fs::create_dir(&dir).unwrap();
@@ -101,7 +101,7 @@ fn links_in_place_of_the_archive_are_neither_written_through_nor_published() {
         std::fs::write(&secret, "secret").unwrap();
         let part = job.volume.parent.join("compute-ö.sqsh.part").display().to_string();
         let plant = replace(&part, &secret);
-        // From an earlier session: both names lead elsewhere.
+        // Left by an earlier session: both names point elsewhere.
         for name in ["compute-ö.sqsh", "compute-ö.sqsh.part"] {
             symlink(&secret, job.volume.parent.join(name)).unwrap();
         }
@@ -133,19 +133,19 @@ fn damaged_inventory_of_any_kind_costs_the_report_and_not_the_image() {
     }
 }
 
-/// Files in which a sidecar records its progress, and that of an upload.
-const NOTES: [&str; 2] = [".ims-sshd.publication", ".ims-sshd.upload"];
+/// Files of the journal.
+const JOURNAL: [&str; 2] = [".ims-sshd.publication", ".ims-sshd.upload"];
 
-/// A job whose sidecar was killed amid an upload, in a bucket and an IMS in which others have images too.
+/// A job whose sidecar was killed during an upload, with images of others in the same bucket and IMS.
 struct Killed {
     job: Job,
-    /// Its image.
+    /// Image of the job.
     own: String,
-    /// A published image of somebody else, and one of this job's name that somebody else is about to publish.
+    /// A published image of somebody else, and an unpublished one of somebody else with the same name as the job's.
     others: [String; 2],
-    /// An upload that somebody else has begun.
+    /// An unfinished upload of somebody else.
     upload: String,
-    notes: [String; 2],
+    journal: [String; 2],
 }
 
 impl Killed {
@@ -165,13 +165,13 @@ impl Killed {
         }
         let begun = text(job.bucket.ask("POST", &format!("{}/rootfs?uploads", others[0]), b"").body);
         let upload = begun.split_once("<UploadId>").unwrap().1.split('<').next().unwrap().to_owned();
-        let notes = NOTES.map(|name| std::fs::read_to_string(job.volume.parent.join(name)).unwrap());
-        Self { job, own, others, upload, notes }
+        let journal = JOURNAL.map(|name| std::fs::read_to_string(job.volume.parent.join(name)).unwrap());
+        Self { job, own, others, upload, journal }
     }
 
-    /// Gives the job up with these notes, and returns what was asked for of IMS and of the store.
-    fn give_up(&self, notes: &[String; 2]) -> Vec<String> {
-        for (name, text) in NOTES.iter().zip(notes) {
+    /// Ends the job with this journal, and returns the requests to IMS and to the store.
+    fn give_up(&self, journal: &[String; 2]) -> Vec<String> {
+        for (name, text) in JOURNAL.iter().zip(journal) {
             std::fs::write(self.job.volume.parent.join(name), text).unwrap();
         }
         self.job.volume.touch("pod_error");
@@ -184,7 +184,7 @@ impl Killed {
         gate.requests().into_iter().chain(std::mem::take(&mut self.job.ims.state().requests)).collect()
     }
 
-    /// Nothing but this job's own was asked for, and what is others' is there.
+    /// Checks that only this job's own was requested, and that records and objects of others still exist.
     fn is_only_its_own(&self, requests: &[String], what: &str) {
         let (own, bucket) = (&self.own, &self.job.bucket.name);
         let ims = ["GET", "DELETE"].map(|method| format!("{method} /apis/ims/images/{own}"));
@@ -195,7 +195,7 @@ impl Killed {
             let (_, path) = request.split_once(' ').unwrap();
             let of_image = path.starts_with(&format!("/{bucket}/{own}/"))
                 || path.starts_with(&format!("/{bucket}/?uploads")) && path.ends_with(&format!("prefix={own}%2F"));
-            // Which keys stands in the body; those of others are looked for below.
+            // The keys are in the body; those of others are checked below.
             let deletes = *request == format!("POST /{bucket}?delete");
             assert!(whole.contains(request) || of_image || deletes, "{what}: {request}");
         }
@@ -210,7 +210,7 @@ impl Killed {
     }
 }
 
-/// Runs a sidecar until it sends the first part, and kills it; returns its image.
+/// Runs a sidecar, and kills it when it sends the first part; returns its image.
 fn kill_amid_an_upload(job: &Job) -> String {
     let before: Vec<_> = job.ims.state().images.keys().cloned().collect();
     let gate = Gate::start(0, Closed::Silent);
@@ -223,21 +223,21 @@ fn kill_amid_an_upload(job: &Job) -> String {
     images.into_keys().find(|id| !before.contains(id)).unwrap()
 }
 
-/// The notes with fields of the first object in them replaced.
-fn with(notes: &str, fields: &[(&str, Value)]) -> String {
-    let begin = notes.find('{').unwrap();
-    let end = begin + notes[begin..].find('\n').unwrap_or(notes.len() - begin);
-    let mut object: Value = serde_json::from_str(&notes[begin..end]).unwrap();
+/// Replaces fields of the first JSON object in a file of the journal.
+fn with(journal: &str, fields: &[(&str, Value)]) -> String {
+    let begin = journal.find('{').unwrap();
+    let end = begin + journal[begin..].find('\n').unwrap_or(journal.len() - begin);
+    let mut object: Value = serde_json::from_str(&journal[begin..end]).unwrap();
     for (name, value) in fields {
         object[name] = value.clone();
     }
-    format!("{}{object}{}", &notes[..begin], &notes[end..])
+    format!("{}{object}{}", &journal[..begin], &journal[end..])
 }
 
 #[test]
-fn forged_notes_on_the_volume_make_the_sidecar_delete_and_call_nothing_of_others() {
+fn forged_journal_makes_the_sidecar_touch_nothing_of_others() {
     let killed = Killed::new();
-    let [publication, upload] = &killed.notes;
+    let [publication, upload] = &killed.journal;
     let [published, same_name] = &killed.others;
     let bucket = &killed.job.bucket.name;
     let elsewhere = killed.job.volume.dir.path().join("elsewhere");
@@ -276,28 +276,28 @@ fn forged_notes_on_the_volume_make_the_sidecar_delete_and_call_nothing_of_others
     for text in ["", "{", "null", "\n\n", "{}\n{}\n"] {
         forged.push((format!("text {text:?}"), [text.into(), text.into()]));
     }
-    for (what, notes) in &forged {
-        killed.is_only_its_own(&killed.give_up(notes), what);
+    for (what, journal) in &forged {
+        killed.is_only_its_own(&killed.give_up(journal), what);
     }
     assert_eq!(std::fs::read(elsewhere.join(published).join("rootfs#1")).unwrap(), b"of others");
-    println!("{} forged notes", forged.len());
+    println!("{} forged journals", forged.len());
 }
 
 #[test]
-fn own_notes_roll_back_what_this_job_made_and_nothing_else() {
+fn journal_rolls_back_only_what_this_job_created() {
     let killed = Killed::new();
     assert!(killed.job.ims.state().images.contains_key(&killed.own) && killed.job.bucket.unfinished_uploads() == 2);
-    let requests = killed.give_up(&killed.notes);
+    let requests = killed.give_up(&killed.journal);
     killed.is_only_its_own(&requests, "its own");
     assert!(!killed.job.ims.state().images.contains_key(&killed.own));
     assert_eq!((killed.job.bucket.unfinished_uploads(), killed.job.bucket.keys().len()), (1, 4));
-    for name in NOTES {
+    for name in JOURNAL {
         assert!(!killed.job.volume.parent.join(name).exists());
     }
 }
 
 #[test]
-fn rollback_leaves_an_image_whose_record_or_objects_are_somebody_elses() {
+fn rollback_leaves_images_of_others() {
     let others: [&dyn Fn(&Killed); 2] =
         [&|killed| killed.job.ims.state().images.get_mut(&killed.own).unwrap()["name"] = "another".into(), &|killed| {
             killed.job.bucket.put_of_job(&format!("{}/kernel", killed.own), b"of others", &killed.others[0]);
@@ -306,7 +306,7 @@ fn rollback_leaves_an_image_whose_record_or_objects_are_somebody_elses() {
         let killed = Killed::new();
         make(&killed);
         let before = (killed.job.bucket.keys(), killed.job.bucket.unfinished_uploads());
-        let requests = killed.give_up(&killed.notes);
+        let requests = killed.give_up(&killed.journal);
         assert!(!requests.iter().any(|request| request.contains("DELETE") || request.contains("?delete")), "{number}");
         assert!(killed.job.ims.state().images.contains_key(&killed.own), "{number}");
         assert_eq!((killed.job.bucket.keys(), killed.job.bucket.unfinished_uploads()), before, "{number}");
@@ -314,20 +314,20 @@ fn rollback_leaves_an_image_whose_record_or_objects_are_somebody_elses() {
 }
 
 #[test]
-fn authentic_notes_of_another_volume_roll_back_nothing() {
+fn journal_copied_from_another_volume_rolls_back_nothing() {
     let killed = Killed::new();
     let mut other = Job::laid_out("build/image-root");
     std::fs::write(other.volume.image_root.join("random"), vec![7; 20 << 20]).unwrap();
     (other.bucket, other.ims) = (killed.job.bucket.share(), killed.job.ims.share());
     let image = kill_amid_an_upload(&other);
-    let theirs = NOTES.map(|name| std::fs::read_to_string(other.volume.parent.join(name)).unwrap());
+    let theirs = JOURNAL.map(|name| std::fs::read_to_string(other.volume.parent.join(name)).unwrap());
     let requests = killed.give_up(&theirs);
     killed.is_only_its_own(&requests, "of another volume");
     assert!(killed.job.ims.state().images.contains_key(&image));
 }
 
 #[test]
-fn links_that_an_earlier_job_left_on_the_volume_lead_no_image_elsewhere() {
+fn links_left_by_an_earlier_job_on_the_volume_are_not_followed() {
     let (dir, _, squashfs) = packed_image();
     let squashfs = squashfs.display().to_string();
     let server = FileServer::start(std::fs::read(&squashfs).unwrap(), &[]);
@@ -373,7 +373,7 @@ fn links_that_an_earlier_job_left_on_the_volume_lead_no_image_elsewhere() {
 }
 
 #[test]
-fn files_of_the_volume_that_are_no_regular_files_are_neither_followed_nor_waited_for() {
+fn special_files_on_the_volume_are_neither_followed_nor_waited_for() {
     let names = [
         "ready",
         "exiting",
@@ -414,9 +414,9 @@ fn within(sidecar: std::process::Child) -> Output {
     output_within(sidecar, Duration::from_mins(1)).unwrap().expect("the sidecar does not end")
 }
 
-/// What IMS says of a job whose volume is new, or of which nothing is known here.
+/// IMS names a success, and the volume is new or has no journal.
 #[test]
-fn a_success_that_ims_alone_tells_of_is_looked_at_before_it_is_believed() {
+fn success_reported_by_ims_is_verified() {
     type Prepare = fn(&Job) -> Value;
     const IMAGE: &str = "00000000-0000-4000-8000-000000000001";
     fn published(job: &Job) -> Value {
@@ -437,7 +437,8 @@ fn a_success_that_ims_alone_tells_of_is_looked_at_before_it_is_believed() {
         (
             "a link to nothing",
             |job| {
-                let link = json!({"path": format!("s3://{}/{IMAGE}/manifest.json", job.bucket.name), "etag": "e", "type": "s3"});
+                let path = format!("s3://{}/{IMAGE}/manifest.json", job.bucket.name);
+                let link = json!({"path": path, "etag": "e", "type": "s3"});
                 job.ims.state().register("x", "", &link)["id"].clone()
             },
             Some("manifest.json"),
@@ -472,7 +473,7 @@ fn a_success_that_ims_alone_tells_of_is_looked_at_before_it_is_believed() {
         assert_eq!(output.status.code(), Some(refused.map_or(0, |_| 1)), "{what}: {said}");
         assert!(said.contains(refused.unwrap_or("published before")), "{what}: {said}");
         assert_eq!(report(&output)["result"], if refused.is_some() { "failure" } else { "success" }, "{what}");
-        // An environment that waits is closed, and what is known of the job elsewhere stays.
+        // A waiting environment is closed; the job's status and objects stay.
         let verdict = if refused.is_some() { "failed" } else { "complete" };
         assert!(job.volume.signal(verdict).exists(), "{what}: {said}");
         assert!(!job.volume.signal("ready").exists(), "{what}");
@@ -487,7 +488,7 @@ fn a_success_that_ims_alone_tells_of_is_looked_at_before_it_is_believed() {
 }
 
 #[test]
-fn answers_of_ims_that_do_not_say_what_was_set_are_no_success() {
+fn answers_of_ims_without_the_values_that_were_set_are_errors() {
     let image = "00000000-0000-4000-8000-000000000001";
     for (request, answer, is_asked_again) in [
         ("PATCH /jobs", json!({}), true),
@@ -514,9 +515,9 @@ fn answers_of_ims_that_do_not_say_what_was_set_are_no_success() {
     }
 }
 
-/// As a sidecar leaves them that is killed after it has put the manifest.
+/// State of a sidecar that was killed after it had uploaded the manifest.
 #[test]
-fn an_image_whose_manifest_was_put_before_a_kill_is_found_again_without_ims_if_it_is_the_same() {
+fn complete_image_is_found_again_after_a_kill_without_ims() {
     let alone = [("IMS_URL", ""), ("OAUTH_CONFIG_DIR", ""), ("IMS_ACTION", "create")];
     let job = Job::laid_out("build/image-root");
     let journal = job.volume.parent.join(".ims-sshd.publication");
@@ -539,7 +540,7 @@ fn an_image_whose_manifest_was_put_before_a_kill_is_found_again_without_ims_if_i
     assert_eq!(report(&again), report(&first));
     assert!(objects(&job) == published, "{:?}", job.bucket.keys());
 
-    // Somebody has put the notes back, and the image is another one.
+    // Somebody restored an old journal, and the image is another one.
     std::fs::write(&journal, &amid).unwrap();
     std::fs::write(job.volume.image_root.join("etc/new"), "new").unwrap();
     let packed = squashfs_of(&job.volume.image_root);

@@ -1,5 +1,5 @@
-//! `ims-sshd customize` without anybody at a terminal: a script of this machine or a command runs in the image, which is published in the
-//! same line.
+//! `ims-sshd customize` without a person at a terminal: a script or a command runs in the image, which is published by
+//! the same command line.
 
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
@@ -17,19 +17,19 @@ fn customize(dir: &Path, source: &str, end: &[&str]) -> Output {
     command.output().unwrap()
 }
 
-/// A script of this machine, without an execute bit.
+/// Script on this machine, without an execute bit.
 fn script(dir: &Path, name: &str, lines: &str) -> String {
     std::fs::write(dir.join(name), lines).unwrap();
     format!("./{name}")
 }
 
 #[test]
-fn a_script_of_this_machine_runs_in_the_image_and_not_on_this_machine() {
+fn script_runs_inside_the_image_only() {
     let (dir, _, squashfs) = packed_image();
     let squashfs = squashfs.display().to_string();
     let marker = dir.path().join("marker");
     let lines = format!("echo \"$0\" \"$SITE\" $(id -u); : > /etc/scripted; ! touch {}\n", marker.display());
-    // The first line names an interpreter of the image, one that wants an argument, or none.
+    // The first line names an interpreter in the image, one with an argument, or none.
     for (name, first) in [("install.sh", "#!/bin/sh\n"), ("with-e", "#! /bin/sh -e\n"), ("no line", "")] {
         let file = script(dir.path(), name, &format!("{first}{lines}"));
         let output = customize(dir.path(), &squashfs, &["--script", &file, "--env", "SITE=a b"]);
@@ -46,7 +46,7 @@ fn a_script_of_this_machine_runs_in_the_image_and_not_on_this_machine() {
 }
 
 #[test]
-fn a_script_that_cannot_be_read_or_run_is_told_by_the_options_name() {
+fn unusable_script_is_refused_by_the_name_of_the_option() {
     let (dir, _, squashfs) = packed_image();
     let squashfs = squashfs.display().to_string();
     std::fs::write(dir.path().join("empty"), "").unwrap();
@@ -74,7 +74,7 @@ fn a_script_that_cannot_be_read_or_run_is_told_by_the_options_name() {
 }
 
 #[test]
-fn a_command_publishes_the_image_if_it_succeeds_and_else_ends_with_its_exit_code() {
+fn successful_command_publishes_and_a_failed_one_sets_the_exit_code() {
     let (dir, _, squashfs) = packed_image();
     let squashfs = squashfs.display().to_string();
     let failed = customize(dir.path(), &squashfs, &["--", "sh", "-c", "touch /etc/first; exit 9"]);
@@ -83,7 +83,7 @@ fn a_command_publishes_the_image_if_it_succeeds_and_else_ends_with_its_exit_code
     assert!(!dir.path().join("out").exists());
     let killed = customize(dir.path(), &squashfs, &["sh", "-c", "kill -KILL $$"]);
     assert!(!killed.status.success() && !dir.path().join("out").exists(), "{killed:?}");
-    // Options behind the command's name are the command's.
+    // Options after the name of the command belong to the command.
     let output = customize(dir.path(), &squashfs, &["touch", "--yes", "/etc/second"]);
     assert!(!output.status.success(), "touch has no --yes: {output:?}");
     let output = customize(dir.path(), &squashfs, &["cp", "-p", "/etc/first", "/etc/second"]);
@@ -95,7 +95,7 @@ fn a_command_publishes_the_image_if_it_succeeds_and_else_ends_with_its_exit_code
 }
 
 #[test]
-fn the_command_line_that_the_status_shows_goes_on_with_what_was_kept_from_any_directory() {
+fn command_line_in_the_status_continues_from_any_directory() {
     let (dir, _, squashfs) = packed_image();
     let named = dir.path().join("going on with it.sqsh");
     std::fs::rename(&squashfs, &named).unwrap();
@@ -120,7 +120,7 @@ fn the_command_line_that_the_status_shows_goes_on_with_what_was_kept_from_any_di
 }
 
 #[test]
-fn a_failing_command_wins_over_a_mark_complete() {
+fn failed_command_overrides_complete() {
     let (dir, _, squashfs) = packed_image();
     let squashfs = squashfs.display().to_string();
     let failed = customize(dir.path(), &squashfs, &["--", "sh", "-c", "touch /tmp/complete /etc/new; exit 5"]);
@@ -134,7 +134,7 @@ fn a_failing_command_wins_over_a_mark_complete() {
 }
 
 #[test]
-fn a_signal_decides_whatever_the_command_makes_of_it() {
+fn signal_overrides_the_exit_code_of_the_command() {
     let (dir, _, squashfs) = packed_image();
     let squashfs = squashfs.display().to_string();
     let lines = "trap 'echo end > /etc/new; exit 0' TERM INT HUP\necho begun\nwhile :; do sleep 0.1; done\n";
@@ -165,7 +165,7 @@ fn a_signal_decides_whatever_the_command_makes_of_it() {
 }
 
 #[test]
-fn options_without_effect_and_values_that_are_none_are_refused_as_they_were_typed() {
+fn useless_options_and_invalid_values_are_refused_as_typed() {
     let dir = directory();
     let tree = image(dir.path()).display().to_string();
     let squashfs = squashfs_of(Path::new(&tree)).display().to_string();
@@ -213,7 +213,7 @@ fn options_without_effect_and_values_that_are_none_are_refused_as_they_were_type
 }
 
 #[test]
-fn what_can_be_seen_at_the_start_is_refused_then_and_what_fails_late_is_corrected_in_the_same_command() {
+fn early_checks_refuse_and_late_failures_keep_the_changes() {
     let (dir, tree) = bootable_image();
     for (name, versioned) in [("vmlinuz", "vmlinuz-6.1.0"), ("initrd", "initrd-6.1.0")] {
         std::fs::rename(tree.join("boot").join(name), tree.join("boot").join(versioned)).unwrap();
@@ -240,7 +240,7 @@ fn what_can_be_seen_at_the_start_is_refused_then_and_what_fails_late_is_correcte
         assert_eq!(text(&refused.stdout), "", "{options:?}: the command ran");
         assert!(!said.contains("Generic") && !said.contains("IMAGE_ROOT"), "{said}");
     }
-    // The work itself is the reason why the initrd is not found.
+    // The command itself removes the initrd.
     let late = run(&["--output", "out", "--initrd", "initrd-6.1.0"], "mv /boot/initrd-6.1.0 /boot/mine");
     let said = text(&late.stderr);
     assert!(late.status.code() == Some(1) && said.contains("cannot find the initrd"), "{said}");
@@ -252,11 +252,11 @@ fn what_can_be_seen_at_the_start_is_refused_then_and_what_fails_late_is_correcte
 }
 
 #[test]
-fn changes_that_have_filled_the_disk_are_gone_on_with_or_dropped() {
+fn changes_that_fill_the_disk_can_be_continued_or_dropped() {
     let (dir, _, squashfs) = packed_image();
     let squashfs = squashfs.display().to_string();
     std::fs::create_dir(dir.path().join("disk")).unwrap();
-    // Fills the disk, and ends each way out of that.
+    // Fills the disk completely.
     let script = "mount -t tmpfs -o size=6m tmpfs disk; run() { $0 \"$@\" 2>&1; echo \"ended $?\"; }
         fill() { run enter $1 --work disk --output out --yes -- sh -c 'dd if=/dev/zero of=/full bs=4096; exit 3'; }
         fill $1; run customize $1 --work disk --output out --kernel vmlinuz --initrd initrd -- rm /full
@@ -275,9 +275,9 @@ fn changes_that_have_filled_the_disk_are_gone_on_with_or_dropped() {
 }
 
 #[test]
-fn a_store_that_may_be_too_small_for_a_directory_is_told_before_and_refused_before_the_upload() {
+fn store_too_small_for_a_directory_causes_a_warning_and_then_an_error() {
     let (dir, tree) = bootable_image();
-    // No program makes this smaller.
+    // Random data, which does not compress.
     let random = std::fs::File::open("/dev/urandom").unwrap();
     std::io::copy(&mut std::io::Read::take(random, 4 << 20), &mut std::fs::File::create(tree.join("random")).unwrap())
         .unwrap();
@@ -294,7 +294,7 @@ fn a_store_that_may_be_too_small_for_a_directory_is_told_before_and_refused_befo
 }
 
 #[test]
-fn a_new_image_is_compressed_as_its_source_unless_another_compression_is_named() {
+fn image_is_compressed_like_its_source_by_default() {
     let (dir, tree) = bootable_image();
     let compression = |published: &str| {
         let images = std::fs::read_dir(dir.path().join("out")).unwrap().map(|e| e.unwrap().path().join("rootfs"));
@@ -307,7 +307,7 @@ fn a_new_image_is_compressed_as_its_source_unless_another_compression_is_named()
         (&["-comp", "xz"], None, "Compression xz"),
         (&["-comp", "zstd"], Some("gzip"), "Compression gzip"),
         (&["-noI", "-noD", "-noF", "-noX"], None, "Data is uncompressed"),
-        // A new image can have none of this name.
+        // A new image cannot be compressed like this.
         (&["-comp", "lzo"], None, "Compression gzip"),
     ] {
         let squashfs = dir.path().join("source.sqsh");
@@ -334,7 +334,7 @@ fn paths_on_the_command_line_may_be_relative() {
 }
 
 #[test]
-fn the_help_names_the_defaults_that_count() {
+fn help_shows_the_actual_defaults() {
     let help = |command| text(ims_sshd(&[command, "--help"], &[]).output().unwrap().stdout);
     for command in ["customize", "enter", "package", "upload"] {
         assert_eq!(help(command).matches("[default: auto]").count(), 2, "{command}");
@@ -345,7 +345,7 @@ fn the_help_names_the_defaults_that_count() {
     assert!(scripts.contains("not in the image"), "{scripts}");
 }
 
-/// Paths of the one image in the store `out` of `dir`.
+/// Paths in the only image in the store `out` of `dir`.
 pub fn published(dir: &Path) -> String {
     let all = std::fs::read_dir(dir.join("out")).unwrap().map(|e| e.unwrap().path());
     let images: Vec<_> = all.filter(|image| image.is_dir()).collect();

@@ -1,4 +1,4 @@
-//! From a packed image to a store.
+//! Uploading a packed image to a store.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -9,7 +9,7 @@ use testbed::s3_server::{Bucket, Closed, Gate, Sink};
 use testbed::*;
 
 #[test]
-fn a_folder_is_a_store_like_any_other() {
+fn directory_works_as_a_store() {
     let (dir, tree, squashfs) = packed_image();
     let store = dir.path().join("store");
     let output = ims_sshd(&["upload", "--name", "compute", "--store"], &[])
@@ -39,7 +39,7 @@ fn a_folder_is_a_store_like_any_other() {
     assert_eq!(std::fs::read(compute.join("rootfs")).unwrap(), std::fs::read(&squashfs).unwrap());
     assert_eq!(manifest["artifacts"].as_array().unwrap().len(), 4);
 
-    // The next one of this name has another place, and what another run has begun meanwhile stays.
+    // The next image of this name gets another directory, and one that another run has created stays.
     let before = std::fs::read(compute.join("manifest.json")).unwrap();
     std::fs::create_dir(store.join("compute-2")).unwrap();
     let mut again = ims_sshd(&["upload", "--name", "compute", "--store"], &[]);
@@ -50,7 +50,7 @@ fn a_folder_is_a_store_like_any_other() {
     assert!(is_whole(&store.join("compute-3")) && std::fs::read_dir(store.join("compute-2")).unwrap().next().is_none());
 }
 
-/// Directories of a store.
+/// Images in a store that is a directory.
 fn images_in(store: &Path) -> Vec<PathBuf> {
     let mut images: Vec<_> = std::fs::read_dir(store).unwrap().map(|e| e.unwrap().path()).collect();
     images.retain(|path| path.is_dir());
@@ -58,7 +58,7 @@ fn images_in(store: &Path) -> Vec<PathBuf> {
     images
 }
 
-/// Returns whether all that a manifest names is there, as it says.
+/// Whether all files that a manifest lists exist with their checksums.
 fn is_whole(image: &Path) -> bool {
     let manifest: serde_json::Value =
         serde_json::from_slice(&std::fs::read(image.join("manifest.json")).unwrap()).unwrap();
@@ -69,7 +69,7 @@ fn is_whole(image: &Path) -> bool {
 }
 
 #[test]
-fn runs_of_one_name_that_publish_at_once_all_have_a_place() {
+fn concurrent_runs_with_one_name_publish_to_different_directories() {
     let (dir, tree, squashfs) = packed_image();
     let runs: Vec<_> = (0..6)
         .map(|number| {
@@ -111,7 +111,7 @@ fn a_packed_image_is_registered_without_a_job() {
 }
 
 #[test]
-fn an_image_that_was_prepared_anew_is_not_taken_for_one_whose_upload_was_killed() {
+fn newly_prepared_image_does_not_continue_a_killed_upload_of_another() {
     let (dir, tree) = bootable_image();
     let parent = dir.path().join("parent");
     let (bucket, ims) = (Bucket::new(), ImsServer::start());
@@ -137,12 +137,12 @@ fn an_image_that_was_prepared_anew_is_not_taken_for_one_whose_upload_was_killed(
     assert_eq!(bucket.get(&format!("{id}/kernel")).body, b"another kernel");
 }
 
-/// Objects that others have published under an id stay, whatever IMS answers.
+/// Objects of others under an ID stay, whatever IMS answers.
 #[test]
-fn a_record_or_objects_of_others_are_neither_taken_for_ones_own_nor_overwritten() {
+fn records_and_objects_of_others_are_neither_used_nor_overwritten() {
     use serde_json::{Value, json};
     let (dir, tree, squashfs) = packed_image();
-    // The first id that this IMS gives.
+    // The first ID that this IMS assigns.
     let id = "00000000-0000-4000-8000-000000000001";
     let link = json!({"path": format!("s3://b/{id}/manifest.json"), "etag": "e", "type": "s3"});
     let of_another = json!({"ims-sshd-request": "5b3b3b6e-0000-4000-8000-000000000000"});
@@ -167,7 +167,7 @@ fn a_record_or_objects_of_others_are_neither_taken_for_ones_own_nor_overwritten(
             ims.state().without_metadata = is_old;
             if !record.is_null() {
                 if is_old {
-                    // It is asked once more, without.
+                    // The request is repeated without metadata.
                     ims.fail("POST /images", Fault::Status(422));
                 }
                 ims.fail("POST /images", Fault::Record(record.clone()));
@@ -208,7 +208,7 @@ fn a_record_or_objects_of_others_are_neither_taken_for_ones_own_nor_overwritten(
     }
 }
 
-/// `IMS_SSHD_UPLOAD_GIB` (default 1) is how large it is.
+/// `IMS_SSHD_UPLOAD_GIB` (default 1) is the size of the image.
 #[test]
 fn a_large_image_is_uploaded_without_being_read_into_memory() {
     let gib = std::env::var("IMS_SSHD_UPLOAD_GIB").map_or(1, |n| n.parse().expect("IMS_SSHD_UPLOAD_GIB: a number"));
@@ -227,7 +227,7 @@ fn a_large_image_is_uploaded_without_being_read_into_memory() {
     assert!(sizes.iter().any(|(path, size)| path.ends_with("/rootfs") && *size == gib << 30), "{sizes:?}");
 }
 
-/// Makes a file one that says of itself that it is a squashfs, as long as it is.
+/// Writes the beginning of a squashfs superblock into a file, with the size of the file.
 fn call_squashfs(file: &Path) {
     use std::os::unix::fs::FileExt;
     let file = std::fs::OpenOptions::new().write(true).open(file).unwrap();
@@ -236,7 +236,7 @@ fn call_squashfs(file: &Path) {
 }
 
 #[test]
-fn an_archive_that_is_no_whole_squashfs_is_refused_before_anything_is_uploaded() {
+fn archive_that_is_not_a_complete_squashfs_is_refused_before_uploading() {
     let dir = directory();
     let tree = image(dir.path());
     let whole = std::fs::read(squashfs_of(&tree)).unwrap();
@@ -264,7 +264,7 @@ fn an_archive_that_is_no_whole_squashfs_is_refused_before_anything_is_uploaded()
 }
 
 #[test]
-fn a_store_that_has_lost_something_is_noticed() {
+fn object_with_a_wrong_size_in_the_store_is_noticed() {
     let (dir, tree, squashfs) = packed_image();
     let sink = Sink::losing(1);
     let output = ims_sshd(&["upload", "--archive"], &sink.variables())
@@ -278,7 +278,7 @@ fn a_store_that_has_lost_something_is_noticed() {
 }
 
 #[test]
-fn a_token_is_not_used_in_its_last_moments() {
+fn token_is_replaced_before_it_expires() {
     let (dir, tree, squashfs) = packed_image();
     let (bucket, ims) = (Bucket::new(), ImsServer::start());
     ims.state().token_lives = 5;
@@ -293,7 +293,7 @@ fn a_token_is_not_used_in_its_last_moments() {
 }
 
 #[test]
-fn links_that_somebody_has_put_into_a_directory_that_is_a_store_are_replaced_and_not_followed() {
+fn links_in_a_directory_store_are_replaced_and_not_followed() {
     let (dir, tree) = bootable_image();
     // The random content makes the image large enough for several parts.
     let random = feed(Command::new("head").args(["-c", "40M", "/dev/urandom"]), b"").stdout;
@@ -302,7 +302,7 @@ fn links_that_somebody_has_put_into_a_directory_that_is_a_store_are_replaced_and
     let ims = ImsServer::start();
     let precious = dir.path().join("precious");
     std::fs::write(&precious, "precious").unwrap();
-    // The first id that this IMS gives.
+    // The first ID that this IMS assigns.
     let script = "mkdir -p out/$0 && ln -s ../../precious out/$0/rootfs#1";
     let id = "00000000-0000-4000-8000-000000000001";
     succeed(Command::new("sh").args(["-c", script, id]).current_dir(dir.path()));
@@ -315,9 +315,10 @@ fn links_that_somebody_has_put_into_a_directory_that_is_a_store_are_replaced_and
     assert!(rootfs.symlink_metadata().unwrap().is_file());
 }
 
-/// Another user who may write to the store exchanges the directory of an image for a link to one of his, which holds files of those names.
+/// Another user with write access to the store replaces the directory of an image by a link to a directory of his own,
+/// which has files of the same names.
 #[test]
-fn a_directory_that_is_exchanged_for_a_link_while_it_is_published_is_neither_written_through_nor_emptied() {
+fn directory_exchanged_for_a_link_during_publication_is_not_followed() {
     for ims in [false, true] {
         let dir = directory();
         let tree = image(dir.path());
@@ -363,12 +364,12 @@ fn a_directory_that_is_exchanged_for_a_link_while_it_is_published_is_neither_wri
 }
 
 #[test]
-fn a_directory_of_another_user_in_the_place_of_an_image_is_neither_written_nor_deleted() {
+fn directory_of_another_user_in_place_of_an_image_is_left_alone() {
     let dir = directory();
     let tree = image(dir.path());
     let squashfs = squashfs_of(&tree);
     let ims = ImsServer::start();
-    // The first id that this IMS gives.
+    // The first ID that this IMS assigns.
     let place = dir.path().join("out/00000000-0000-4000-8000-000000000001");
     std::fs::create_dir_all(&place).unwrap();
     std::os::unix::fs::chown(&place, Some(1234), Some(1234)).unwrap();
@@ -380,7 +381,7 @@ fn a_directory_of_another_user_in_the_place_of_an_image_is_neither_written_nor_d
 }
 
 #[test]
-fn an_empty_place_that_a_killed_run_of_an_older_version_left_is_taken_over() {
+fn empty_directory_left_by_an_older_version_is_reused() {
     use std::os::unix::fs::DirBuilderExt;
     let dir = directory();
     let tree = image(dir.path());
@@ -396,7 +397,7 @@ fn an_empty_place_that_a_killed_run_of_an_older_version_left_is_taken_over() {
     assert!(is_whole(&store.join("compute")));
 }
 
-/// An upload of an archive of several parts to a bucket.
+/// Upload of an archive in several parts to a bucket.
 struct Upload {
     dir: tempfile::TempDir,
     tree: PathBuf,
@@ -406,7 +407,7 @@ struct Upload {
 
 const PARTS: usize = 6;
 
-/// How many are sent at a time.
+/// Number of parts that are sent concurrently.
 const AT_A_TIME: usize = 3;
 
 impl Upload {
@@ -425,36 +426,36 @@ impl Upload {
         command
     }
 
-    /// Kills it when so many parts are there.
+    /// Starts an upload and kills it after this many parts.
     fn killed_after(parts: usize) -> Self {
         let upload = Self::new();
         upload.kill_after(parts);
         upload
     }
 
-    /// Runs it until so many more are there.
+    /// Runs it until this many more parts are uploaded.
     fn kill_after(&self, parts: usize) {
         let gate = Gate::start(parts, Closed::Silent);
         let mut child = self.through(&gate).env("IMS_STALL_LIMIT", "100").spawn().unwrap();
-        // Others are offered when those that were taken are noted.
+        // Further parts are sent once the accepted ones are recorded.
         wait_until("the parts to be sent", || gate.parts() == parts + AT_A_TIME);
         child.kill().unwrap();
         child.wait().unwrap();
         assert_eq!(self.bucket.unfinished_uploads(), 1);
     }
 
-    /// Runs it to its end; how many parts it has sent, and how often it has begun an upload.
+    /// Runs it to its end; returns the number of parts that it sent, and of uploads that it started.
     fn again(&self) -> (usize, usize) {
         self.again_beside(0)
     }
 
-    /// The same in a bucket in which others have begun as many.
+    /// The same in a bucket with this many unfinished uploads of others.
     fn again_beside(&self, others: usize) -> (usize, usize) {
         self.ended_through(&Gate::start(usize::MAX, Closed::Silent), others)
     }
 
     fn ended_through(&self, gate: &Gate, others: usize) -> (usize, usize) {
-        // A part of an upload that it does not know is an inner error of moto, which is tried again, and not found in S3.
+        // A part of an unknown upload is an internal error in moto, which is retried; in S3 it is 404.
         let output = self.through(gate).env("IMS_RETRY_LIMIT", "3").output().unwrap();
         assert!(output.status.success(), "{output:?}");
         let report = report(&output);
@@ -471,7 +472,7 @@ impl Upload {
     }
 }
 
-/// A file of as many parts, the last one a byte long, all of which differ.
+/// Writes a file of `PARTS` different parts; the last one has one byte.
 fn write_parts(file: &Path, seed: u8) {
     let content: Vec<u8> = (seed..).take(PARTS - 1).flat_map(|byte| vec![byte; 16 << 20]).chain([0]).collect();
     std::fs::write(file, content).unwrap();
@@ -479,24 +480,24 @@ fn write_parts(file: &Path, seed: u8) {
 }
 
 #[test]
-fn an_upload_that_was_killed_goes_on_with_the_parts_that_are_missing() {
+fn killed_upload_continues_with_missing_parts() {
     assert_eq!(Upload::killed_after(2).again(), (PARTS - 2, 0));
 }
 
 #[test]
-fn an_upload_that_the_store_has_forgotten_begins_anew() {
+fn upload_dropped_by_the_store_starts_again() {
     let upload = Upload::killed_after(2);
     let listing = text(upload.bucket.ask("GET", "?uploads", b"").body);
     let field = |name: &str| listing.split_once(name).unwrap().1.split('<').next().unwrap().to_owned();
     let (key, id) = (field("<Key>"), field("<UploadId>"));
     assert_eq!(upload.bucket.ask("DELETE", &format!("{key}?uploadId={id}"), b"").status, 204);
     let (parts, begun) = upload.again();
-    // Those before were tried in vain.
+    // The first parts were sent in vain.
     assert!(parts > PARTS && begun == 1, "{parts} {begun}");
 }
 
 #[test]
-fn an_upload_of_a_file_that_has_changed_is_taken_back_and_begins_anew() {
+fn upload_of_a_changed_file_is_aborted_and_starts_again() {
     let upload = Upload::killed_after(2);
     write_parts(&upload.archive, 100);
     assert_eq!(upload.again(), (PARTS, 1));
@@ -518,13 +519,13 @@ fn requests_are_signed_with_keys_token_and_region_of_aws_variables() {
     let output = command.arg(&upload.archive).arg(&upload.tree).current_dir(upload.dir.path()).output().unwrap();
     assert!(output.status.success(), "{output:?}");
     let heads = gate.heads();
-    // The listing of what was begun is signed by itself.
+    // The listing of unfinished uploads is signed by our own code.
     assert!(heads.iter().any(|head| head.contains("uploads=&prefix=")) && heads.len() > PARTS, "{heads:?}");
     for head in heads {
         assert!(head.contains("/eu-north-1/s3/aws4_request"), "{head}");
         assert!(head.contains("x-amz-security-token: the-token"), "{head}");
     }
-    // Downloads are signed in the URL.
+    // A download has its signature in the URL.
     let key = upload.bucket.keys().into_iter().find(|key| key.ends_with("/kernel")).unwrap();
     let gate = Gate::start(usize::MAX, Closed::Silent);
     let source = format!("s3://{}/{key}", upload.bucket.name);
@@ -539,37 +540,37 @@ fn requests_are_signed_with_keys_token_and_region_of_aws_variables() {
 }
 
 #[test]
-fn an_upload_that_was_killed_before_it_heard_that_it_had_begun_leaves_nothing_begun() {
+fn upload_killed_before_its_id_was_received_is_aborted() {
     let upload = Upload::new();
     let gate = Gate::start(0, Closed::Unheard);
     let mut child = upload.through(&gate).env("IMS_STALL_LIMIT", "100").spawn().unwrap();
     wait_until("the upload to begin", || upload.bucket.unfinished_uploads() == 1);
     child.kill().unwrap();
     child.wait().unwrap();
-    // What others have begun in the bucket is theirs.
+    // Unfinished uploads of others are left alone.
     assert_eq!(upload.bucket.ask("POST", "other/rootfs?uploads", b"").status, 200);
     assert_eq!(upload.again_beside(1), (PARTS, 1));
 }
 
 #[test]
-fn an_upload_that_has_ended_unheard_has_ended() {
+fn upload_completed_with_a_lost_answer_is_complete() {
     let upload = Upload::new();
     let gate = Gate::start(usize::MAX, Closed::EndsUnheard);
     assert_eq!(upload.ended_through(&gate, 0), (PARTS, 1));
 }
 
 #[test]
-fn an_upload_of_which_a_note_was_cut_off_can_be_killed_again() {
+fn upload_with_a_truncated_journal_line_can_be_killed_again() {
     let upload = Upload::killed_after(2);
-    let notes = upload.dir.path().join(".ims-sshd.upload");
-    let text = std::fs::read(&notes).unwrap();
-    std::fs::write(&notes, &text[..text.len() - 3]).unwrap();
+    let journal = upload.dir.path().join(".ims-sshd.upload");
+    let text = std::fs::read(&journal).unwrap();
+    std::fs::write(&journal, &text[..text.len() - 3]).unwrap();
     upload.kill_after(1);
     assert_eq!(upload.again(), (PARTS - 2, 0));
 }
 
 #[test]
-fn an_upload_to_another_store_takes_back_what_was_begun_before() {
+fn upload_to_another_store_aborts_the_unfinished_one() {
     let mut upload = Upload::killed_after(2);
     let before = std::mem::replace(&mut upload.bucket, Bucket::new());
     assert_eq!(upload.again(), (PARTS, 1));
@@ -577,7 +578,7 @@ fn an_upload_to_another_store_takes_back_what_was_begun_before() {
 }
 
 #[test]
-fn an_upload_that_fails_for_good_leaves_no_parts() {
+fn failed_upload_leaves_no_parts() {
     let upload = Upload::new();
     let gate = Gate::start(3, Closed::Refusing);
     let output = upload.through(&gate).output().unwrap();
@@ -588,7 +589,7 @@ fn an_upload_that_fails_for_good_leaves_no_parts() {
 }
 
 #[test]
-fn an_upload_to_a_folder_that_was_killed_leaves_nothing_begun() {
+fn killed_upload_to_a_directory_leaves_no_partial_files() {
     let (dir, tree) = bootable_image();
     let (archive, store) = (dir.path().join("sparse.sqsh"), dir.path().join("store"));
     succeed(Command::new("truncate").args(["-s", "200M"]).arg(&archive));
@@ -598,7 +599,7 @@ fn an_upload_to_a_folder_that_was_killed_leaves_nothing_begun() {
     let mut first = command.stdout(Stdio::piped()).spawn().unwrap();
     let files = || -> Vec<String> {
         let found = succeed(Command::new("find").arg(&store).args(["-type", "f", "-printf", "%f\n"]));
-        // It has a key too, by which its notes are known again.
+        // The directory also has a key file, which authenticates the journal.
         found.lines().filter(|name| !name.starts_with(".ims-sshd.key")).map(str::to_owned).collect()
     };
     wait_until("the upload to begin", || store.exists() && !files().is_empty());
@@ -615,7 +616,7 @@ fn an_upload_to_a_folder_that_was_killed_leaves_nothing_begun() {
     assert_eq!(report(&output)["ims_image_artifacts"][0]["md5"], md5(&std::fs::read(&archive).unwrap()));
 }
 
-/// Waits for its end, and returns the most memory that it had, in KiB.
+/// Waits for its end, and returns its peak memory, in KiB.
 fn memory_of(mut child: std::process::Child) -> u64 {
     let mut most = 0;
     loop {
@@ -630,7 +631,7 @@ fn memory_of(mut child: std::process::Child) -> u64 {
     }
 }
 
-/// A packed image is of one image root: published with the kernel of another, it would not boot, or not as it should.
+/// A packed image belongs to one image root: with the kernel of another one it may not boot.
 #[test]
 fn an_archive_of_another_image_root_is_not_uploaded() {
     let dir = directory();
@@ -652,7 +653,7 @@ fn an_archive_of_another_image_root_is_not_uploaded() {
     let [parent, tree] = [&parent, &tree].map(|path| path.to_str().unwrap());
     done(&["prepare", parent, tree], "first");
     done(&["package", parent], "first");
-    // The next job calls its image otherwise: the packed one goes all the same.
+    // The next job has another name for its image; the packed one is removed anyway.
     let kept = dir.path().join("kept.sqsh");
     std::fs::copy(format!("{parent}/first.sqsh"), &kept).unwrap();
     succeed(Command::new("cp").args(["-p", &format!("{parent}/first.sqsh")]).arg(format!("{parent}/third.sqsh")));
@@ -662,14 +663,14 @@ fn an_archive_of_another_image_root_is_not_uploaded() {
         "--fresh removes what was packed of the earlier image root"
     );
     refused(&["upload", parent], "second", "'ims-sshd package' makes it");
-    // One that was copied, or packed before there was a record.
+    // An archive that was copied, or packed before records existed.
     refused(&["upload", parent], "third", "it was written before the image root was made");
     done(&["package", parent], "second");
     std::fs::rename(format!("{parent}/image-root"), format!("{parent}/moved")).unwrap();
     succeed(Command::new("cp").args(["-a", tree]).arg(format!("{parent}/image-root")));
     refused(&["upload", parent], "second", "it was packed from another image root");
 
-    // Without a parent of its own, the archives of all image roots have one name.
+    // Without a parent of its own, each image root has the same archive name.
     let other = dir.path().join("other");
     succeed(Command::new("cp").args(["-a", tree]).arg(&other));
     let other = other.to_str().unwrap();
@@ -680,7 +681,7 @@ fn an_archive_of_another_image_root_is_not_uploaded() {
 }
 
 #[test]
-fn fresh_leaves_the_source_that_it_begins_anew_with() {
+fn fresh_keeps_a_source_inside_the_volume() {
     let dir = directory();
     let tree = image(dir.path());
     let parent = dir.path().join("parent");
