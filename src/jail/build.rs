@@ -68,8 +68,6 @@ pub(crate) fn build(plan: &Plan) -> Result<Programs> {
         carry_out(&mut jail, &mount, source).map_err(|e| e.attempted_on(&mount))?;
         match mount.target {
             "dev" if !plan.dkms => link_dev(&jail)?,
-            // The container's /proc is read-only as a whole.
-            "proc" if !plan.dkms && plan.proc == Proc::New => protect_kernel_files(&jail)?,
             "run" => {
                 make_utmp(&jail)?;
                 if let Some(text) = &resolv_conf {
@@ -202,29 +200,6 @@ fn link_dev(jail: &Jail) -> Result<()> {
         let attempted = || format!("link /dev/{name} in the jail");
         let dev = jail.mounted.get("dev").ok_or("it is not mounted").attempt(attempted)?;
         rustix::fs::symlinkat(*target, dev, *name).attempt(attempted)?;
-    }
-    Ok(())
-}
-
-/// Makes everything in /proc but the processes read-only by mounting it on itself, and the init's directory too: root
-/// in the jail could otherwise have the kernel kill the init first (`oom_score_adj`) or slow it down (`autogroup`).
-fn protect_kernel_files(jail: &Jail) -> Result<()> {
-    let attempted = || "make the kernel files in /proc of the jail read-only";
-    let (proc, _) = jail.locate("proc/self").attempt(attempted)?;
-    let protect = |name: &str| -> io::Result<()> {
-        let file = proc.handle(name)?;
-        let kind = FileType::from_raw_mode(rustix::fs::fstat(&file)?.st_mode);
-        // Links have no mode, and other types are masked by the container.
-        if matches!(kind, FileType::RegularFile | FileType::Directory) {
-            Detached::copy_of_fd(&file, true, KERNEL_FILE_ATTRIBUTES)?.attach(file)?;
-        }
-        Ok(())
-    };
-    for name in proc.names().attempt(attempted)? {
-        let name = name.to_string_lossy();
-        if name == "1" || !name.bytes().all(|b| b.is_ascii_digit()) {
-            protect(&name).attempt(|| format!("make /proc/{name} of the jail read-only"))?;
-        }
     }
     Ok(())
 }

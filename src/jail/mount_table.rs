@@ -66,14 +66,22 @@ const fn masked(target: &'static str) -> Mount {
 
 const RUN: Mount = mount("run", Source::New("tmpfs", &[("mode", "0755")]), NOSUID.union(NODEV), Missing::MountPoint);
 
-const PROC: Mount = mount("proc", Source::New("proc", &[]), NOSUID.union(NODEV).union(NOEXEC), Missing::MountPoint);
+const fn proc(attributes: MountAttrFlags) -> Mount {
+    let attributes = attributes.union(NOSUID).union(NODEV).union(NOEXEC);
+    mount("proc", Source::New("proc", &[]), attributes, Missing::MountPoint)
+}
 
 /// Mounts of an ordinary job's jail.
 ///
 /// /dev is a nodev tmpfs, so nodes that a session makes cannot be opened. The six devices in it are mounts of the
 /// container's nodes, since a user namespace cannot create nodes. /proc and /sys are masked as in OCI runtimes
-/// (runtime-spec, "Linux masked and read-only paths"); in /proc, everything but the processes is read-only
-/// ([`KERNEL_FILE_ATTRIBUTES`]).
+/// (runtime-spec, "Linux masked and read-only paths").
+///
+/// /proc is read-only as a whole. Files beside the processes are the machine's, and the init's files could have it killed
+/// first (`oom_score_adj`). /proc/PID/net is the container's network's, in which root writes to some files without a
+/// capability (`recent_mt_proc_write` of net/netfilter/xt_recent.c) and changes modes and owners of all, for everybody
+/// in that network (`proc_notify_change` of fs/proc/generic.c); each new process brings such a directory, so that no
+/// mount can cover them.
 pub(crate) const JAILED: &[Mount] = &[
     mount(
         "dev",
@@ -91,7 +99,7 @@ pub(crate) const JAILED: &[Mount] = &[
     mount("dev/pts", Source::Container("/dev/pts"), NOSUID.union(NOEXEC), Missing::Made),
     mount("dev/shm", Source::New("tmpfs", &[("mode", "1777")]), NOSUID.union(NODEV), Missing::Made),
     mount("dev/mqueue", Source::New("mqueue", &[]), NOSUID.union(NODEV).union(NOEXEC), Missing::Made),
-    PROC,
+    proc(RDONLY),
     masked("proc/acpi"),
     masked("proc/asound"),
     masked("proc/interrupts"),
@@ -111,7 +119,7 @@ pub(crate) const JAILED: &[Mount] = &[
 /// Mounts of a job that builds kernel modules (`JOB_ENABLE_DKMS=True`), which sees all the container's devices.
 pub(crate) const DKMS: &[Mount] = &[
     mount("dev", Source::Container("/dev"), NOTHING, Missing::MountPoint),
-    PROC,
+    proc(NOTHING),
     mount("sys", Source::Container("/sys"), NOTHING, Missing::MountPoint),
     RUN,
 ];
@@ -122,19 +130,16 @@ pub enum Proc {
     /// A procfs of the jail's own, which shows only the jail's processes.
     #[default]
     New,
-    /// The container's, with its masks, and read-only: it shows the processes outside, and any root may write to some
-    /// of their files (`oom_score_adj`, `coredump_filter`, `autogroup`, …). Used for a user namespace, where the kernel
+    /// The container's, with its masks: it shows the processes outside. Used for a user namespace, where the kernel
     /// refuses a new procfs that would reveal what is masked (`mount_too_revealing`).
     Container,
 }
 
 /// Mounts of a job.
 pub fn mount_table(dkms: bool, proc: Proc) -> impl Iterator<Item = Mount> {
-    let (table, restricted) = if dkms { (DKMS, NOTHING) } else { (JAILED, RDONLY) };
+    let table = if dkms { DKMS } else { JAILED };
     table.iter().map(move |mount| match (mount.source, proc) {
-        (Source::New("proc", _), Proc::Container) => {
-            Mount { source: Source::Container("/proc"), attributes: mount.attributes.union(restricted), ..*mount }
-        }
+        (Source::New("proc", _), Proc::Container) => Mount { source: Source::Container("/proc"), ..*mount },
         _ => *mount,
     })
 }

@@ -115,8 +115,8 @@ pub fn any_in_proc() -> Outcome {
 
 /// Sets the mode of a file in /proc to its current value; modes are shared by all procfs mounts of the machine.
 pub fn mode_in_proc() -> Outcome {
-    let files = ["version", "meminfo", "stat", "cpuinfo"].map(|name| Path::new("/proc").join(name));
-    any(files, |path| {
+    let files = ["version", "meminfo", "stat", "cpuinfo", "self/net/tcp", "thread-self/net/udp"];
+    any(files.map(|name| Path::new("/proc").join(name)), |path| {
         let permissions = std::fs::metadata(&path).step(format!("look at {}", path.display()))?.permissions();
         std::fs::set_permissions(&path, permissions).step(format!("change the mode of {}", path.display()))?;
         Ok(format!("changed the mode of {}", path.display()))

@@ -116,6 +116,15 @@ const LIMITS: &[Limit] = &[
         shown: "python3 -c 'import socket; socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 4)'",
     },
     Limit {
+        who: "choom; cron, atd and login (pam_loginuid)",
+        command: "sh -c 'echo 5 > /proc/self/oom_score_adj'",
+        said: "Read-only file system",
+        like_root_without: "",
+        why: "/proc/PID/net is the network's of the pod or the machine, and cannot be protected alone",
+        instead: "`OOMScoreAdjust=` of a unit; run a job of cron by hand",
+        shown: "cat /proc/self/oom_score_adj",
+    },
+    Limit {
         who: "bubblewrap, rootless containers, `unshare -U`",
         command: "unshare --user true",
         said: "Operation not permitted",

@@ -33,6 +33,7 @@ mod local;
 mod look;
 mod manual;
 mod names;
+mod network_files;
 mod people;
 mod racing;
 mod readers;
