@@ -51,7 +51,7 @@ pub struct Container {
     storage: PathBuf,
 }
 
-const NAME: &str = "benchmarks";
+const NAME: &str = "figures";
 
 impl Container {
     pub fn run(root: &Path, directory: &Path) -> Self {

@@ -123,13 +123,13 @@ fn uploading(dir: &Path, squashfs: &Path, rounds: usize, report: &mut Report) {
     checksum.arg(squashfs);
     let [ours, curl, checksum] = in_turns(rounds, [&mut ours, &mut curl, &mut checksum]);
     let raw: Vec<_> = curl.iter().zip(&checksum).map(|(put, sum)| put + sum).collect();
-    // Ours has to reach nine tenths of the speed.
+    // Nine tenths of its speed.
     let limit = Bound::Limit(1.0 / 0.9);
     report.add("upload, against md5sum and curl one after the other", Unit::Times, ratios(&ours, &raw), limit);
     report.add("upload, against curl alone", Unit::Times, ratios(&ours, &curl), Bound::Information);
 }
 
-/// Time from the command to the end of a first session in the image that [`packing`] has packed.
+/// From the command to a session in the image that [`packing`] has packed.
 fn customizing(dir: &Path, rounds: usize, report: &mut Report) {
     let key = dir.join("id_ed25519");
     succeed(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(&key));
@@ -156,7 +156,7 @@ fn customizing(dir: &Path, rounds: usize, report: &mut Report) {
             wait_until("sshd to listen", || TcpStream::connect(("127.0.0.1", port)).is_ok());
             ssh("true");
         }));
-        // Mark the image failed, since packing and storing are measured separately.
+        // Discards the result: packing and storing are measured separately.
         ssh("touch /tmp/failed");
         assert_eq!(child.unwrap().wait().unwrap().code(), Some(1));
     }

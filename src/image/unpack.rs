@@ -149,7 +149,7 @@ fn unpack_layers(
         }
         let Kind::Tar(compressed) = kind(&file)? else {
             return Err(Error::new(attempted())
-                .because("it is not a tar archive")
+                .because("it is no tar archive")
                 .advise("save the container image again"));
         };
         let began = SystemTime::now();

@@ -263,7 +263,7 @@ pub(crate) fn prepare(
 
 /// Refuses a source that does not contain an image root.
 fn check(source: &Opened, tree: &Tree) -> Result<()> {
-    let refused = |why| Error::new(format!("use {} as an image", source.shown.display())).because(why);
+    let refused = |why| Error::new(format!("take {} as an image", source.shown.display())).because(why);
     image_root::check(tree, &source.shown, source.file().is_some(), refused)
 }
 

@@ -28,7 +28,7 @@ pub fn of_visible_processes() -> Outcome {
     })
 }
 
-/// Other namespaces of all visible processes.
+/// Their other namespaces.
 pub fn other_kinds_of_visible_processes() -> Outcome {
     any(visible_processes(), |process| {
         any(["user", "pid", "ipc", "uts", "cgroup", "net", "time"], |kind| {

@@ -1,5 +1,5 @@
-//! Operations of a node that a jail refuses, as docs/CLIENTS.md lists them. The tests try each operation and the
-//! advised alternative.
+//! Limits of a jail on the things that people do to a node, as in docs/CLIENTS.md: each is tried, and the advised
+//! alternative too.
 
 use std::process::Command;
 
@@ -7,19 +7,18 @@ use testbed::*;
 
 use crate::clients::Place;
 
-/// One refused operation.
+/// One thing that a jail refuses.
 struct Limit {
-    /// Person or program that does it.
+    /// The person or program that does it.
     who: &'static str,
-    /// Command that does it to the file /root/f or to the node.
+    /// A command that does it to the file /root/f, or to the node.
     command: &'static str,
-    /// Part of its error message.
+    /// A part of what it says.
     said: &'static str,
-    /// Capabilities without which root gets the same message outside a jail, in the syntax of setpriv(1); empty if the
-    /// message is the jail's own.
+    /// Capabilities without which root is told the same anywhere, as setpriv(1) has them; none if it is told something of its own here.
     like_root_without: &'static str,
     why: &'static str,
-    /// Alternative, and a command that shows that it works.
+    /// The alternative, and a command that shows it.
     instead: &'static str,
     shown: &'static str,
 }
@@ -136,7 +135,7 @@ const LIMITS: &[Limit] = &[
 ];
 
 #[test]
-fn refused_operations_fail_as_without_the_capability_and_the_advised_alternatives_work() {
+fn what_a_jail_refuses_is_told_as_a_root_without_the_right_is_told_and_what_is_advised_works() {
     for place in [Place::Namespace, Place::User] {
         let volume = Volume::new(Image::Node);
         std::fs::write(volume.image_root.join("root/f"), "").unwrap();
@@ -159,7 +158,7 @@ fn refused_operations_fail_as_without_the_capability_and_the_advised_alternative
     }
 }
 
-/// The section of docs/CLIENTS.md.
+/// The part of docs/CLIENTS.md.
 pub fn page() -> String {
     let mut page = "\n## What a jail refuses\n\n\
         In the tiers `namespace` and `user`, each with the message that a root without the right gets anywhere, and what to do instead\n\
