@@ -41,9 +41,9 @@ SOURCES := $(shell find src sshd_config.d .cargo -type f) Cargo.toml Cargo.lock 
 ifdef TEST
 TEST_PROGRAMS := $(shell tests/programs-with-test $(call quoted,$(TEST)))
 else
-TEST_PROGRAMS := lib deploy suite publish pod
+TEST_PROGRAMS := lib deploy squashfs suite publish pod
 endif
-NEEDED := $(if $(filter suite publish pod,$(TEST_PROGRAMS)),install-test test-roots) \
+NEEDED := $(if $(filter squashfs suite publish pod,$(TEST_PROGRAMS)),install-test test-roots) \
 	$(if $(filter deploy suite publish pod,$(TEST_PROGRAMS)),test-python) \
 	$(if $(filter pod,$(TEST_PROGRAMS)),test-containers)
 

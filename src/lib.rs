@@ -14,6 +14,7 @@
 //! - [`image`]: recognizing, unpacking, inspecting and packing images.
 //! - [`store`]: image stores; [`ims`]: the Image Management Service.
 //! - [`volume`]: the image root's parent directory, which the containers of a pod share.
+//! - [`squashfs`]: reading and writing of SquashFS 4.0.
 //! - [`jail`]: the jail's tables, its setup, its init, and entering it.
 //! - [`transfer`]: long-running work: subprocesses, HTTP, retries, progress.
 //! - [`log`]: the log's format, and masking of secrets.
@@ -37,6 +38,7 @@ pub mod pod;
 pub mod printable;
 pub mod publish;
 pub mod session;
+pub mod squashfs;
 pub mod sshd;
 pub mod store;
 pub mod sys;

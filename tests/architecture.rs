@@ -17,6 +17,7 @@ const FLOORS: &[&str] = &[
     "store",
     "ims",
     "volume",
+    "squashfs",
     "transfer",
     "sshd",
     "session",

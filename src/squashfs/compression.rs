@@ -1,0 +1,429 @@
+//! Compression of single blocks: gzip, xz, zstd, or none, with the options that an image's superblock names.
+//!
+//! mksquashfs is the measure: its levels and dictionaries are the defaults, and its rule that a block which does not
+//! get smaller is stored as it is. gzip is written by libdeflate, whose level is chosen so that the result is no larger
+//! than zlib's.
+
+use libdeflater::{CompressionError, CompressionLvl};
+use liblzma::stream::{Action, Check, Filters, LzmaOptions, Status, Stream};
+use zstd::zstd_safe::{CCtx, DCtx};
+
+use crate::squashfs::error::Fault;
+use crate::squashfs::format::{Append, Fields, LARGEST_BLOCK, METADATA_BLOCK};
+
+/// Algorithm of an image's compression.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Compression {
+    /// All is stored as it is.
+    None,
+    /// zlib's format.
+    Gzip,
+    /// xz's format.
+    Xz,
+    /// zstd's format.
+    Zstd,
+}
+
+impl Compression {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::None, Self::Gzip, Self::Xz, Self::Zstd];
+
+    /// The name that mksquashfs and `IMAGE_COMPRESSION` use.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Gzip => "gzip",
+            Self::Xz => "xz",
+            Self::Zstd => "zstd",
+        }
+    }
+
+    /// The algorithm called `name`.
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|one| one.name() == name)
+    }
+}
+
+/// Numbers of compressions in the superblock; those from other tools are here for the message.
+const NUMBERS: [(u16, &str); 6] = [(1, "gzip"), (2, "lzma"), (3, "lzo"), (4, "xz"), (5, "lz4"), (6, "zstd")];
+
+/// A compression with its options.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Method {
+    algorithm: Compression,
+    options: Options,
+}
+
+/// What follows the superblock if [`flag::OPTIONS`](crate::squashfs::format::flag::OPTIONS) is set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Options {
+    None,
+    /// Level 1 to 9; window and strategies of zlib, which are kept and not used.
+    Gzip {
+        level: u32,
+        window: u16,
+        strategies: u16,
+    },
+    /// Dictionary in bytes; filters for machine code, by bit.
+    Xz {
+        dictionary: u32,
+        filters: u32,
+    },
+    Zstd {
+        level: u32,
+    },
+}
+
+const GZIP_LEVEL: u32 = 9;
+const GZIP_WINDOW: u16 = 15;
+const ZSTD_LEVEL: u32 = 15;
+const XZ_PRESET: u32 = 6;
+
+/// libdeflate's level for each of zlib's, from 1.
+const LIBDEFLATE_LEVELS: [i32; 9] = [1, 2, 3, 4, 5, 6, 7, 8, 9];
+
+/// Smallest dictionary that mksquashfs lets xz have, in bytes.
+const SMALLEST_DICTIONARY: u32 = 8 << 10;
+/// Filters of xz that liblzma has, by their bit.
+const XZ_FILTERS: u32 = 0xff;
+
+impl Method {
+    /// A compression with mksquashfs's default options, for blocks of `block_size` bytes.
+    pub fn new(algorithm: Compression, block_size: u32) -> Self {
+        let options = match algorithm {
+            Compression::None => Options::None,
+            Compression::Gzip => Options::Gzip { level: GZIP_LEVEL, window: GZIP_WINDOW, strategies: 0 },
+            Compression::Xz => Options::Xz { dictionary: block_size, filters: 0 },
+            Compression::Zstd => Options::Zstd { level: ZSTD_LEVEL },
+        };
+        Self { algorithm, options }
+    }
+
+    /// The algorithm.
+    pub fn algorithm(&self) -> Compression {
+        self.algorithm
+    }
+
+    /// Decodes a superblock's number of the compression and the options behind it.
+    pub(crate) fn decode(number: u16, options: Option<&[u8]>, block_size: u32) -> Result<Self, Fault> {
+        let name = NUMBERS.iter().find(|(known, _)| *known == number).map(|(_, name)| *name);
+        let name = name.ok_or_else(|| Fault::damaged(format!("compression {number} is unknown")))?;
+        let algorithm =
+            Compression::named(name).ok_or_else(|| Fault::Unsupported(format!("the compression {name}")))?;
+        let mut method = Self::new(algorithm, block_size);
+        if let Some(options) = options {
+            let decoded = Self::decode_options(algorithm, Fields(options));
+            method.options = decoded.ok_or_else(|| Fault::damaged(format!("its options of {name} are unknown")))?;
+        }
+        Ok(method)
+    }
+
+    fn decode_options(algorithm: Compression, mut from: Fields) -> Option<Options> {
+        match algorithm {
+            Compression::None => None,
+            Compression::Gzip => {
+                let (level, window, strategies) = (from.u32()?, from.u16()?, from.u16()?);
+                let valid = (1..=9).contains(&level) && (8..=15).contains(&window);
+                valid.then_some(Options::Gzip { level, window, strategies })
+            }
+            Compression::Xz => {
+                let (dictionary, filters) = (from.u32()?, from.u32()?);
+                let valid = (SMALLEST_DICTIONARY..=LARGEST_BLOCK).contains(&dictionary) && filters & !XZ_FILTERS == 0;
+                valid.then_some(Options::Xz { dictionary, filters })
+            }
+            Compression::Zstd => {
+                let level = from.u32()?;
+                (1..=22).contains(&level).then_some(Options::Zstd { level })
+            }
+        }
+    }
+
+    /// The superblock's number of the compression.
+    pub(crate) fn number(&self) -> u16 {
+        // An image without compression says gzip, as mksquashfs's do: all its blocks are marked as stored.
+        let name = if self.algorithm == Compression::None { "gzip" } else { self.algorithm.name() };
+        NUMBERS.iter().find(|(_, known)| *known == name).map_or(0, |(number, _)| *number)
+    }
+
+    /// Length of the options behind the superblock, if they are not the defaults.
+    pub(crate) fn options_length(algorithm: Compression) -> usize {
+        match algorithm {
+            Compression::None => 0,
+            Compression::Gzip | Compression::Xz => 8,
+            Compression::Zstd => 4,
+        }
+    }
+
+    /// The options, as they follow the superblock; `None` if they are the defaults.
+    pub(crate) fn encode_options(&self, block_size: u32) -> Option<Vec<u8>> {
+        if *self == Self::new(self.algorithm, block_size) {
+            return None;
+        }
+        let mut out = Vec::new();
+        match self.options {
+            Options::None => return None,
+            Options::Gzip { level, window, strategies } => {
+                out.u32(level);
+                out.u16(window);
+                out.u16(strategies);
+            }
+            Options::Xz { dictionary, filters } => {
+                out.u32(dictionary);
+                out.u32(filters);
+            }
+            Options::Zstd { level } => out.u32(level),
+        }
+        Some(out)
+    }
+
+    /// Memory in bytes that one [`Compressor`] takes at most for blocks of `block_size` bytes.
+    pub(crate) fn memory(&self, block_size: u32) -> u64 {
+        let block = u64::from(block_size);
+        match self.options {
+            Options::None => 0,
+            Options::Gzip { .. } => 1 << 20,
+            // lzma_easy_encoder_memusage(6) grows by 10.5 of the dictionary; hash tables take the rest.
+            Options::Xz { dictionary, .. } => (2 << 20) + 11 * u64::from(dictionary),
+            Options::Zstd { .. } => (4 << 20) + 12 * block,
+        }
+    }
+}
+
+/// Compresses blocks, one after another.
+pub(crate) struct Compressor {
+    state: CompressorState,
+}
+
+enum CompressorState {
+    None,
+    Gzip(libdeflater::Compressor),
+    Xz { dictionary: u32, filters: u32 },
+    Zstd(CCtx<'static>, i32),
+}
+
+impl Compressor {
+    pub(crate) fn new(method: &Method) -> Self {
+        let state = match method.options {
+            Options::None => CompressorState::None,
+            Options::Gzip { level, .. } => {
+                let ours = LIBDEFLATE_LEVELS.get(level.saturating_sub(1) as usize).copied().unwrap_or(9);
+                // All levels of the table exist.
+                let level = CompressionLvl::new(ours).unwrap_or_default();
+                CompressorState::Gzip(libdeflater::Compressor::new(level))
+            }
+            Options::Xz { dictionary, filters } => CompressorState::Xz { dictionary, filters },
+            Options::Zstd { level } => CompressorState::Zstd(CCtx::create(), level.cast_signed()),
+        };
+        Self { state }
+    }
+
+    /// Replaces `out` by `block`, compressed. False if that is not smaller; `out` is then of no use.
+    pub(crate) fn compress(&mut self, block: &[u8], out: &mut Vec<u8>) -> bool {
+        out.clear();
+        // One byte less than the block: whatever does not fit is stored as it is.
+        let most = block.len().saturating_sub(1);
+        match &mut self.state {
+            CompressorState::None => false,
+            CompressorState::Gzip(compressor) => {
+                out.resize(most, 0);
+                match compressor.zlib_compress(block, out) {
+                    Ok(length) => {
+                        out.truncate(length);
+                        true
+                    }
+                    Err(CompressionError::InsufficientSpace) => false,
+                }
+            }
+            CompressorState::Xz { dictionary, filters } => compress_xz(block, (*dictionary, *filters), most, out),
+            CompressorState::Zstd(context, level) => {
+                out.resize(most, 0);
+                match context.compress(out.as_mut_slice(), block, *level) {
+                    Ok(length) => {
+                        out.truncate(length);
+                        true
+                    }
+                    // It only fails for want of space: ZSTD_error_dstSize_tooSmall.
+                    Err(_) => false,
+                }
+            }
+        }
+    }
+}
+
+/// Compresses once without a filter and once with each, as mksquashfs does, and keeps the smallest.
+fn compress_xz(block: &[u8], (dictionary, filters): (u32, u32), most: usize, out: &mut Vec<u8>) -> bool {
+    // No larger than the block: a metadata block would otherwise pay for tables of a data block's dictionary.
+    let needed = u32::try_from(block.len().next_power_of_two().max(METADATA_BLOCK)).unwrap_or(dictionary);
+    let dictionary = dictionary.min(needed);
+    let mut is_smaller = compress_xz_once(block, dictionary, 0, most, out);
+    for filter in (0..32).map(|bit| 1 << bit).filter(|bit| filters & bit != 0) {
+        let mut filtered = Vec::new();
+        let most = if is_smaller { out.len().saturating_sub(1) } else { most };
+        if compress_xz_once(block, dictionary, filter, most, &mut filtered) {
+            *out = filtered;
+            is_smaller = true;
+        }
+    }
+    is_smaller
+}
+
+fn compress_xz_once(block: &[u8], dictionary: u32, filter: u32, most: usize, out: &mut Vec<u8>) -> bool {
+    let Ok(mut options) = LzmaOptions::new_preset(XZ_PRESET) else { return false };
+    options.dict_size(dictionary);
+    let mut filters = Filters::new();
+    match filter {
+        0x01 => drop(filters.x86()),
+        0x02 => drop(filters.powerpc()),
+        0x04 => drop(filters.ia64()),
+        0x08 => drop(filters.arm()),
+        0x10 => drop(filters.arm_thumb()),
+        0x20 => drop(filters.sparc()),
+        0x40 => drop(filters.arm64()),
+        0x80 => drop(filters.riscv()),
+        _ => {}
+    }
+    filters.lzma2(&options);
+    let Ok(mut stream) = Stream::new_stream_encoder(&filters, Check::Crc32) else { return false };
+    out.clear();
+    out.resize(most, 0);
+    // It ends at once: all input is there, and what does not fit is not wanted.
+    let ended = matches!(stream.process(block, out, Action::Finish), Ok(Status::StreamEnd));
+    out.truncate(usize::try_from(stream.total_out()).unwrap_or(usize::MAX));
+    ended
+}
+
+/// Decompresses blocks, one after another.
+pub(crate) struct Decompressor {
+    state: DecompressorState,
+}
+
+enum DecompressorState {
+    None,
+    Gzip(libdeflater::Decompressor),
+    Xz,
+    Zstd(DCtx<'static>),
+}
+
+/// What liblzma may take for the dictionary of a block: the kernel's limit is the block size.
+const XZ_MEMORY: u64 = 8 << 20;
+
+impl Decompressor {
+    pub(crate) fn new(algorithm: Compression) -> Self {
+        let state = match algorithm {
+            Compression::None => DecompressorState::None,
+            Compression::Gzip => DecompressorState::Gzip(libdeflater::Decompressor::new()),
+            Compression::Xz => DecompressorState::Xz,
+            Compression::Zstd => DecompressorState::Zstd(DCtx::create()),
+        };
+        Self { state }
+    }
+
+    /// Replaces `out` by the content of `block`. One that is longer than `most` bytes is damaged.
+    pub(crate) fn decompress(&mut self, block: &[u8], most: usize, out: &mut Vec<u8>) -> Result<(), Fault> {
+        out.resize(most, 0);
+        let length = match &mut self.state {
+            DecompressorState::None => None,
+            DecompressorState::Gzip(decompressor) => decompressor.zlib_decompress(block, out).ok(),
+            DecompressorState::Xz => decompress_xz(block, out),
+            DecompressorState::Zstd(context) => context.decompress(out.as_mut_slice(), block).ok(),
+        };
+        out.truncate(length.unwrap_or(0));
+        length.map(|_| ()).ok_or_else(|| Fault::damaged("a block cannot be decompressed"))
+    }
+}
+
+fn decompress_xz(block: &[u8], out: &mut [u8]) -> Option<usize> {
+    let mut stream = Stream::new_stream_decoder(XZ_MEMORY, 0).ok()?;
+    let status = stream.process(block, out, Action::Finish).ok()?;
+    (status == Status::StreamEnd).then(|| usize::try_from(stream.total_out()).ok())?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn blocks() -> Vec<Vec<u8>> {
+        let mut number = 1_u32;
+        let mut noise = |length: usize| -> Vec<u8> {
+            let next = || {
+                number = number.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                number.to_be_bytes()[0]
+            };
+            std::iter::repeat_with(next).take(length).collect()
+        };
+        let text: Vec<u8> = (0..20_000_u32).flat_map(|n| format!("line {} of {}\n", n, n % 7).into_bytes()).collect();
+        vec![b"a".to_vec(), vec![0; 131_072], text[..131_072].to_vec(), text[..4096].to_vec(), noise(131_072), noise(5)]
+    }
+
+    #[test]
+    fn a_block_comes_back_as_it_was() {
+        for algorithm in Compression::ALL {
+            let method = Method::new(algorithm, 131_072);
+            let (mut compressor, mut decompressor) = (Compressor::new(&method), Decompressor::new(algorithm));
+            for block in blocks() {
+                let (mut compressed, mut content) = (vec![1; 77], vec![2; 55]);
+                if compressor.compress(&block, &mut compressed) {
+                    assert!(compressed.len() < block.len());
+                    decompressor.decompress(&compressed, block.len(), &mut content).unwrap();
+                    assert!(content == block, "{algorithm:?}");
+                    let short = decompressor.decompress(&compressed, block.len() - 1, &mut content);
+                    assert!(short.is_err(), "{algorithm:?} wrote beyond the limit");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_does_not_shrink_is_told() {
+        for algorithm in Compression::ALL {
+            let mut compressor = Compressor::new(&Method::new(algorithm, 131_072));
+            let shrinks = blocks().iter().map(|block| compressor.compress(block, &mut Vec::new())).collect::<Vec<_>>();
+            let is_any = algorithm != Compression::None;
+            assert_eq!(shrinks, [false, is_any, is_any, is_any, false, false], "{algorithm:?}");
+        }
+    }
+
+    #[test]
+    fn options_are_those_of_the_superblock() {
+        for (number, options, expected) in [
+            (1, None, "Gzip { level: 9, window: 15, strategies: 0 }"),
+            (1, Some([1, 0, 0, 0, 15, 0, 1, 0].as_slice()), "Gzip { level: 1, window: 15, strategies: 1 }"),
+            (4, None, "Xz { dictionary: 131072, filters: 0 }"),
+            (4, Some(&[0, 0, 1, 0, 1, 0, 0, 0]), "Xz { dictionary: 65536, filters: 1 }"),
+            (6, Some(&[3, 0, 0, 0]), "Zstd { level: 3 }"),
+        ] {
+            let method = Method::decode(number, options, 131_072).unwrap();
+            assert_eq!(format!("{:?}", method.options), expected);
+            assert_eq!(method.encode_options(131_072).as_deref(), options);
+            assert_eq!(method.number(), number);
+        }
+        let unsupported = Method::decode(5, None, 131_072).unwrap_err();
+        assert_eq!(unsupported.to_string(), "a squashfs of the compression lz4");
+        for (number, options) in
+            [(9, None), (0, None), (1, Some([0; 8].as_slice())), (6, Some(&[1])), (4, Some(&[0; 8]))]
+        {
+            assert!(matches!(Method::decode(number, options, 131_072), Err(Fault::Damaged(_))), "{number} {options:?}");
+        }
+    }
+
+    #[test]
+    fn filters_of_xz_make_code_smaller_and_are_kept_where_they_do() {
+        // Calls to one place: their relative addresses differ.
+        let code: Vec<u8> = (0..12_000_u32)
+            .flat_map(|n| {
+                let relative = (1_000_000 - n * 9).to_le_bytes();
+                [0xe8, relative[0], relative[1], relative[2], relative[3], 0x90, 0x48, 0x89, 0xc7]
+            })
+            .collect();
+        let [plain, filtered] = [0, 1].map(|filters| {
+            let method = Method { algorithm: Compression::Xz, options: Options::Xz { dictionary: 131_072, filters } };
+            let mut out = Vec::new();
+            assert!(Compressor::new(&method).compress(&code, &mut out));
+            let mut content = Vec::new();
+            Decompressor::new(Compression::Xz).decompress(&out, code.len(), &mut content).unwrap();
+            assert!(content == code);
+            out.len()
+        });
+        assert!(filtered < plain, "{filtered} {plain}");
+    }
+}

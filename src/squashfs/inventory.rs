@@ -1,0 +1,97 @@
+//! Where the content of each file of a source image lies, in memory.
+
+use std::collections::HashMap;
+use std::fs::File;
+
+use crate::squashfs::compression::Method;
+use crate::squashfs::error::Fault;
+use crate::squashfs::format::Fragment;
+use crate::squashfs::options::Options;
+use crate::squashfs::reader::Reader;
+
+/// What a source image holds, checked. It takes about 60 bytes for a file, and 4 for each block of a large one.
+#[derive(Debug)]
+pub struct Inventory {
+    file: File,
+    pub(crate) block_size: u32,
+    pub(crate) method: Method,
+    pub(crate) fragments: Vec<Fragment>,
+    files: HashMap<u32, SourceFile>,
+    blocks: Vec<u32>,
+}
+
+/// A regular file of a source image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct SourceFile {
+    pub(crate) size: u64,
+    /// Start of its first block in the image.
+    pub(crate) start: u64,
+    /// First of its blocks among those of all files, and their number.
+    first: u32,
+    count: u32,
+    /// Index of its fragment block and offset there.
+    pub(crate) fragment: Option<(u32, u32)>,
+}
+
+impl Inventory {
+    /// Reads what the image of `reader` holds.
+    pub fn new(reader: Reader) -> Result<Self, Fault> {
+        let (mut files, mut blocks) = (HashMap::new(), Vec::new());
+        reader.walk(false, &mut |entry| {
+            let Some(extent) = entry.extent() else { return Ok(()) };
+            if files.contains_key(&entry.number()) {
+                return Ok(());
+            }
+            let too_many = |_| Fault::TooLarge("more blocks than are read of a source".into());
+            let first = u32::try_from(blocks.len()).map_err(too_many)?;
+            let count = u32::try_from(extent.blocks.len()).map_err(too_many)?;
+            blocks.extend_from_slice(&extent.blocks);
+            let (size, start) = (extent.size, extent.start);
+            // Some writers give a file without a tail a fragment.
+            let fragment = extent.fragment.filter(|_| size % u64::from(reader.superblock().block_size) > 0);
+            files.insert(entry.number(), SourceFile { size, start, first, count, fragment });
+            Ok(())
+        })?;
+        Ok(Self {
+            block_size: reader.superblock().block_size,
+            method: *reader.method(),
+            fragments: reader.fragments().to_vec(),
+            file: reader.into_file(),
+            files,
+            blocks,
+        })
+    }
+
+    /// Whether blocks of it can be in an image of these options.
+    pub fn fits(&self, options: &Options) -> bool {
+        self.block_size == options.block_size && self.method.number() == options.method.number()
+    }
+
+    pub(crate) fn source(&self) -> &File {
+        &self.file
+    }
+
+    /// The regular file of that inode number.
+    pub(crate) fn file(&self, number: u32) -> Option<SourceFile> {
+        self.files.get(&number).copied()
+    }
+
+    /// All regular files, in no order.
+    pub(crate) fn files(&self) -> impl Iterator<Item = &SourceFile> {
+        self.files.values()
+    }
+
+    /// The part of its fragment block that a file's tail takes: index, offset and end.
+    pub(crate) fn tail(&self, file: &SourceFile) -> Option<(u32, u32, u32)> {
+        let (index, offset) = file.fragment?;
+        let length = u32::try_from(file.size % u64::from(self.block_size)).unwrap_or(0);
+        // The reader has checked that it ends within a block.
+        Some((index, offset, offset.saturating_add(length)))
+    }
+
+    /// Sizes of a file's blocks.
+    pub(crate) fn blocks(&self, file: &SourceFile) -> &[u32] {
+        let (first, count) = (file.first as usize, file.count as usize);
+        self.blocks.get(first..first + count).unwrap_or(&[])
+    }
+}

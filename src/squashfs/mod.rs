@@ -1,0 +1,42 @@
+//! SquashFS 4.0: a reader, and a writer that takes over the compressed blocks of unchanged files.
+//!
+//! A new image is made in three steps:
+//!
+//! 1. [`Plan`] collects what the image is to hold: [`Plan::new`] with the root directory, [`Plan::add`] for each entry,
+//!    [`Plan::link`] for further names. [`gather`] does it for a real directory tree. A regular file is either
+//!    [`Content::Read`] or [`Content::Taken`] from an inode of a source image.
+//! 2. [`Inventory`] is what a source image holds, checked: [`Inventory::new`]. None is needed without a source.
+//! 3. [`write()`] writes the image, and returns a [`Summary`].
+//!
+//! The same plan, source and [`Options`] give the same bytes, whatever the number of processors and the order of
+//! [`Plan::add`]. Nothing is in the image but what the plan holds.
+//!
+//! A source is input from outside: it may be damaged, or made to harm. [`Fault`] says what is wrong with it.
+
+mod blocks;
+pub mod compression;
+mod content;
+mod error;
+mod format;
+pub mod gather;
+mod inventory;
+mod metadata;
+mod options;
+mod plan;
+mod progress;
+mod reader;
+mod tables;
+mod takeover;
+mod walk;
+mod writer;
+
+pub use compression::{Compression, Method};
+pub use content::Open;
+pub use error::{Failure, Fault};
+pub use inventory::Inventory;
+pub use options::{DEFAULT_BLOCK_SIZE, Fragments, Options};
+pub use plan::{Attributes, Content, Limit, NodeId, Object, Plan, can_hold};
+pub use progress::{Progress, Report};
+pub use reader::Reader;
+pub use walk::Entry;
+pub use writer::{Summary, write};

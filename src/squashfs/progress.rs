@@ -1,0 +1,66 @@
+//! How far the writing of an image has come.
+
+use std::sync::{Mutex, PoisonError};
+
+/// How far an image has been written. The bytes of the image are apart: those taken over cost nearly nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Progress {
+    /// Bytes of the image that were taken over from the source.
+    pub taken: u64,
+    /// Bytes of the image that were compressed.
+    pub compressed: u64,
+    /// Bytes of files that were read for that.
+    pub read: u64,
+    /// Bytes that are to be taken over in all.
+    pub to_take: u64,
+    /// Bytes of files that are to be read in all. Files that turn out to be equal to others are skipped.
+    pub to_read: u64,
+}
+
+impl Progress {
+    /// Bytes of the image that are done.
+    pub fn image(&self) -> u64 {
+        self.taken + self.compressed
+    }
+}
+
+/// Called with each change, from several threads, one call at a time. It should return soon.
+pub type Report<'a> = &'a (dyn Fn(&Progress) + Sync);
+
+/// Adds up what the threads have done.
+pub(crate) struct Meter<'a> {
+    report: Report<'a>,
+    so_far: Mutex<Progress>,
+}
+
+impl<'a> Meter<'a> {
+    pub(crate) fn new(report: Report<'a>, to_take: u64, to_read: u64) -> Self {
+        Self { report, so_far: Mutex::new(Progress { to_take, to_read, ..Progress::default() }) }
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Progress)) {
+        let mut so_far = self.so_far.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut so_far);
+        (self.report)(&so_far);
+    }
+
+    pub(crate) fn taken(&self, bytes: u64) {
+        self.change(|so_far| so_far.taken += bytes);
+    }
+
+    /// Bytes of a file that need no compression: holes, and files that are there already.
+    pub(crate) fn read(&self, bytes: u64) {
+        self.change(|so_far| so_far.read += bytes);
+    }
+
+    pub(crate) fn compressed(&self, content: u64, block: u64) {
+        self.change(|so_far| {
+            so_far.read += content;
+            so_far.compressed += block;
+        });
+    }
+
+    pub(crate) fn so_far(&self) -> Progress {
+        *self.so_far.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,129 @@
+//! Images of mksquashfs, as the reader sees them, and taken over.
+
+use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use ims_sshd::squashfs::{Inventory, Reader};
+use testbed::succeed;
+
+use crate::snapshot::{assert_same, inventory, of_image, of_reader, of_tree, pack, pack_from};
+use crate::trees::Drawn;
+
+/// Makes a source with these options of mksquashfs.
+pub fn mksquashfs(root: &Path, image: &Path, options: &[&str]) {
+    let _ = fs::remove_file(image);
+    let mut command = Command::new("mksquashfs");
+    command.arg(root).arg(image).args(["-noappend", "-quiet", "-no-progress", "-xattrs"]);
+    succeed(command.args(options));
+}
+
+/// All kinds of sources, in so far as the compression is one of ours.
+pub const KINDS: [&[&str]; 16] = [
+    &[],
+    &["-comp", "zstd"],
+    &["-comp", "xz"],
+    &["-noI", "-noD", "-noF", "-noX"],
+    &["-b", "4096"],
+    &["-b", "1048576", "-comp", "zstd", "-Xcompression-level", "3"],
+    &["-b", "65536", "-comp", "xz", "-Xbcj", "x86,arm", "-Xdict-size", "32768"],
+    &["-no-fragments"],
+    &["-always-use-fragments", "-b", "4096"],
+    &["-no-duplicates", "-b", "4096"],
+    &["-no-exports", "-comp", "gzip", "-Xcompression-level", "1"],
+    &["-no-sparse", "-b", "4096"],
+    &["-comp", "gzip", "-Xwindow-size", "9", "-Xstrategy", "default,huffman_only"],
+    &["-no-xattrs"],
+    &["-noD", "-noF"],
+    &["-b", "16384", "-noI"],
+];
+
+fn drawn(seed: u64) -> (tempfile::TempDir, PathBuf) {
+    let dir = testbed::directory();
+    let root = dir.path().join("tree");
+    Drawn::new(&root, seed, 4096);
+    (dir, root)
+}
+
+#[test]
+fn the_reader_sees_what_the_kernel_shows() {
+    let (dir, root) = drawn(11);
+    let image = dir.path().join("image");
+    for kind in KINDS {
+        mksquashfs(&root, &image, kind);
+        println!("{kind:?}");
+        let expected = of_image(&image, &dir.path().join("mounted"));
+        assert_same(&expected, &of_reader(&image), &format!("{kind:?}"));
+        let ours = Reader::open(File::open(&image).unwrap()).unwrap().options();
+        let again = dir.path().join("again");
+        pack(&root, &again, &ours);
+        let header = |image: &Path| fs::read(image).unwrap()[12..36].to_vec();
+        let (theirs, ours) = (header(&image), header(&again));
+        // Block size, compression and version.
+        assert_eq!((&theirs[..4], &theirs[8..12], &theirs[16..20]), (&ours[..4], &ours[8..12], &ours[16..20]));
+    }
+}
+
+#[test]
+fn an_unchanged_tree_is_taken_over_as_a_whole() {
+    let (dir, root) = drawn(12);
+    let (image, again) = (dir.path().join("image"), dir.path().join("again"));
+    for kind in KINDS {
+        mksquashfs(&root, &image, kind);
+        let (source, unchanged, options) = inventory(&image, &root);
+        let summary = pack_from(&root, Some((&source, &unchanged)), &again, &options);
+        assert_eq!((summary.files_read, summary.progress.read), (0, 0), "{kind:?}");
+        let mut expected = of_tree(&root);
+        assert_same(&expected, &of_image(&again, &dir.path().join("mounted")), &format!("{kind:?}"));
+        expected.retain(|_, entry| entry.contains("content"));
+        // All of it again, from an image of ours.
+        let (source, unchanged, options) = inventory(&again, &root);
+        pack_from(&root, Some((&source, &unchanged)), &image, &options);
+        assert!(fs::read(&again).unwrap() == fs::read(&image).unwrap(), "{kind:?}: two images of one tree differ");
+    }
+}
+
+#[test]
+fn a_source_of_another_compression_or_block_size_is_not_taken_over() {
+    let (dir, root) = drawn(13);
+    let (image, again) = (dir.path().join("image"), dir.path().join("again"));
+    for (kind, expected) in [(["-comp", "lz4"], "compression lz4"), (["-comp", "lzo"], "compression lzo")] {
+        mksquashfs(&root, &image, &kind);
+        let Err(fault) = Reader::open(File::open(&image).unwrap()) else { panic!("it was opened") };
+        assert_eq!(fault.to_string(), format!("a squashfs of the {expected}"));
+    }
+    mksquashfs(&root, &image, &["-b", "8192"]);
+    let (source, unchanged, mut options) = inventory(&image, &root);
+    options.block_size = 4096;
+    let summary = pack_from(&root, Some((&source, &unchanged)), &again, &options);
+    assert_eq!((summary.files_taken, summary.progress.taken), (0, 0));
+    assert_same(&of_tree(&root), &of_image(&again, &dir.path().join("mounted")), "another block size");
+}
+
+#[test]
+fn a_file_of_another_size_than_in_the_source_is_read() {
+    let (dir, root) = drawn(14);
+    fs::write(root.join("grown"), b"before").unwrap();
+    let (image, again) = (dir.path().join("image"), dir.path().join("again"));
+    mksquashfs(&root, &image, &[]);
+    let (source, unchanged, options) = inventory(&image, &root);
+    fs::write(root.join("grown"), b"and after").unwrap();
+    let summary = pack_from(&root, Some((&source, &unchanged)), &again, &options);
+    assert_eq!(summary.files_read, 1);
+    assert_same(&of_tree(&root), &of_image(&again, &dir.path().join("mounted")), "grown");
+}
+
+#[test]
+fn a_source_that_is_cut_off_is_refused() {
+    let (dir, root) = drawn(15);
+    let image = dir.path().join("image");
+    mksquashfs(&root, &image, &[]);
+    let length = fs::metadata(&image).unwrap().size();
+    for left in [0, 50, 96, 4096, length / 2] {
+        File::options().write(true).open(&image).unwrap().set_len(left).unwrap();
+        let opened = Reader::open(File::open(&image).unwrap()).and_then(Inventory::new);
+        assert!(opened.is_err(), "{left} of {length} bytes");
+        mksquashfs(&root, &image, &[]);
+    }
+}
