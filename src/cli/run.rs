@@ -23,7 +23,6 @@ use crate::local::{steps, work_directory};
 use crate::log::format;
 use crate::manual;
 use crate::pod::sidecar::{self, Places};
-use crate::publish::prepare;
 use crate::publish::settings as publishing;
 use crate::publish::source::{self, Source};
 use crate::transfer::without_query;
@@ -45,7 +44,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
             let settings = publishing::Settings::read(parent, variables(options))?;
             let source = source::rootfs_of(source);
             directory::refuse_open_source(&source)?;
-            prepare::run(&settings, &source, open, fresh)
+            steps::prepare(&settings, &source, open, fresh)
         }
         Command::Sidecar(arguments) => run_sidecar(arguments),
         Command::Package { image_root, archive, packing, image } => {

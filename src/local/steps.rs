@@ -1,5 +1,6 @@
-//! `ims-sshd package` and `ims-sshd upload`: the steps of a sidecar, one by one.
+//! `ims-sshd prepare`, `package` and `upload`: what stands around the environment of a pod, one by one.
 
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Attempt, Error, Result};
@@ -8,23 +9,101 @@ use crate::image::exclude::Pattern;
 use crate::image::inventory::{Inventory, write_changes};
 use crate::image::kind::Opened;
 use crate::image::packing::{self, Archive};
+use crate::ims::records::Status;
 use crate::local::directory;
 use crate::local::left_over::{clear_left_over, end_left_over};
 use crate::log::output::say;
+use crate::publish::anew;
 use crate::publish::journal::{Journal, JournalDirectory};
 use crate::publish::manifest::say_result;
 use crate::publish::packed;
-use crate::publish::prepare;
+use crate::publish::prepare::{self, Open};
 use crate::publish::publication::{Image, Publication};
 use crate::publish::settings::Settings;
+use crate::publish::source::Source;
 use crate::sys::named;
 use crate::sys::tree::Tree;
 use crate::transfer::Work;
+use crate::verdict::Verdict;
 use crate::volume::holds;
 use crate::volume::image_root;
-use crate::volume::layout::INVENTORY;
+use crate::volume::layout::{EXITING, INVENTORY, POD_ERROR, READY, SSHD_LISTENING};
 use crate::volume::open_tree;
 use crate::volume::signal_files::SignalFiles;
+
+/// Fetches and opens `source` in a pod, and reports the job's status to IMS.
+pub fn prepare(settings: &Settings, source: &str, open: Open, is_fresh: bool) -> Result<u8> {
+    let source = Source::parse(source)?;
+    if let Source::Here(path) = &source
+        && path.is_dir()
+    {
+        check_directory(path, &settings.job.parent)?;
+    }
+    let work = Work::begin(&settings.network)?;
+    let ims = settings.ims_client(&work);
+    let result = ims.set_status(Status::FetchingImage).and_then(|_| {
+        let image_root = settings.job.parent.join(settings.job.image_root());
+        make_parent(&settings.job.parent)?;
+        clear_signals(settings, is_fresh || image_root.exists())?;
+        anew::clear(&open_tree(&settings.job.parent)?)?;
+        let made = if is_fresh {
+            anew::prepare(&work, settings, &source, open, &image_root)?
+        } else {
+            prepare::prepare(&work, settings, &source, Some(open), &image_root)?
+        };
+        match made {
+            Some(overlay) => {
+                let mounted = overlay.keep();
+                let places: Vec<_> = mounted.iter().rev().map(|place| place.display().to_string()).collect();
+                tracing::info!(
+                    "the image root is {}, mounted: '{}' undoes that, and keeps the changes",
+                    image_root.display(),
+                    shell_words::join(std::iter::once("umount".to_owned()).chain(places))
+                );
+            }
+            None => tracing::info!("the image root is {}", image_root.display()),
+        }
+        Ok(0)
+    });
+    work.unless_interrupted(result).inspect_err(|_| {
+        work.finish_regardless();
+        if let Err(e) = ims.set_status(Status::Error) {
+            tracing::error!("{e}");
+        }
+    })
+}
+
+/// Refuses a source directory that contains the image root's parent.
+fn check_directory(source: &Path, parent: &Path) -> Result<()> {
+    let source = named::resolve(source).attempt(|| format!("open {}", source.display()))?;
+    if holds(&source, parent)? {
+        let why = format!("the image root's parent is '{}': expected a directory outside SOURCE", parent.display());
+        return Err(Error::bad_input(why));
+    }
+    Ok(())
+}
+
+/// Creates the image root's parent; other users must not reach setuid programs of the image. A volume that exists keeps
+/// its mode.
+fn make_parent(parent: &Path) -> Result<()> {
+    let attempted = || format!("create the directory {}", parent.display());
+    let mut make = std::fs::DirBuilder::new();
+    make.recursive(true).mode(0o700).create(named::resolve_beginning(parent).attempt(attempted)?).attempt(attempted)
+}
+
+/// Removes signal files, which are left from an earlier job or an earlier pod. Keeps the journal if the image root
+/// stays: the sidecar continues with what this job published in part.
+fn clear_signals(settings: &Settings, is_prepared: bool) -> Result<()> {
+    let parent = &settings.job.parent;
+    let files = SignalFiles::open(parent)?.ok_or_else(|| {
+        Error::new(format!("open {}", parent.display())).because("it has been removed").advise("run it again")
+    })?;
+    for name in [READY, SSHD_LISTENING, EXITING, POD_ERROR].into_iter().chain(Verdict::ALL.map(Verdict::signal_file)) {
+        files.retract(name)?;
+    }
+    // Without an image root, what was published in part or packed elsewhere belongs to another one.
+    if is_prepared { Ok(()) } else { prepare::clear_published(&files) }
+}
 
 /// An image root, and where its archive and the notes about it are.
 struct Place {
@@ -81,6 +160,8 @@ pub fn package(
 ) -> Result<u8> {
     let place = Place::of(settings, named, archive)?;
     place.archive().check_place("the archive")?;
+    packed::refuse_source(place.files.parent(), &place.archive(), settings)?;
+    packed::refuse_to_replace(place.files.parent(), &place.archive(), &place.image_root)?;
     let shown = place.image_root.shown();
     let refused = |why| Error::new(format!("pack {}", shown.display())).because(why);
     image_root::check(&place.image_root, &shown, false, refused)?;
@@ -100,8 +181,10 @@ pub fn package(
         prepare::take_inventory_below(&work, settings, place.files.parent())?;
         Inventory::load(place.files.parent(), INVENTORY)?;
     }
+    // Before it is packed: what is changed meanwhile counts as changed later.
+    let was = packed::state(&place.image_root);
     let packed = packing::pack(&work, &place.image_root, &place.archive(), &settings.packing, exclude)?;
-    packed::record(place.files.parent(), &place.archive(), &packed, &place.image_root)?;
+    packed::record(place.files.parent(), &place.archive(), &packed, &place.image_root, was?)?;
     if let Some(file) = changes {
         write_changes(&work, place.files.parent(), &place.image_root, file)?;
     }
@@ -118,7 +201,9 @@ pub fn upload(
 ) -> Result<u8> {
     let place = Place::of(settings, named, archive)?;
     let rootfs = place.archive().open_squashfs().map_err(|e| e.advise("'ims-sshd package' makes it"))?;
-    packed::check(place.files.parent(), &place.archive(), &rootfs, &place.image_root)?;
+    let (notes, archive) = (place.files.parent(), place.archive());
+    packed::check(notes, &archive, &rootfs, &place.image_root)?;
+    packed::check_unchanged(notes, &archive, &rootfs, &place.image_root)?;
     let debug_kernel = debug_kernel.map(Opened::open).transpose()?.map(Opened::into_file).transpose()?;
     let image = Image { rootfs, boot: place.boot(settings)?, debug_kernel };
     let work = Work::begin(&settings.network)?;

@@ -401,6 +401,8 @@ impl<'a> Sidecar<'a> {
         if self.settings.job.id.is_none() {
             self.ims.check()?;
         }
+        let archive = Archive { directory: self.files.parent(), name: &self.settings.archive() };
+        packed::refuse_source(self.files.parent(), &archive, self.settings)?;
         let Settings { boot, store, network, job, .. } = self.settings;
         if store.url.is_none() {
             tracing::warn!(
@@ -573,8 +575,9 @@ impl<'a> Sidecar<'a> {
             tracing::info!("publishing {TRANSFER}, which a remote job packed, as it is");
             archive.open_squashfs()?
         } else if let Some(image_root) = image_root.filter(|_| self.journal.phase < Phase::Packed) {
+            let was = packed::state(image_root);
             let packed = packing::pack(self.work, image_root, &archive, &settings.packing, &self.places.exclude)?;
-            packed::record(parent, &archive, &packed, image_root)?;
+            packed::record(parent, &archive, &packed, image_root, was?)?;
             tracing::info!("packed {}", archive.shown());
             if let Some(file) = &self.places.changes
                 && let Err(error) = write_changes(self.work, self.files.parent(), image_root, file)

@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use base64::Engine;
@@ -125,6 +126,11 @@ impl Identity {
         self.source == named(source) && sums(expected).is_none_or(|sums| self.sums.as_ref() == Some(&sums))
     }
 
+    /// Returns whether the source was fetched, and not a path of this machine.
+    pub(crate) fn is_fetched(&self) -> bool {
+        !Path::new(&self.source).is_absolute()
+    }
+
     /// Path of the source, or its URL.
     pub(crate) fn source(&self) -> &str {
         &self.source
@@ -144,7 +150,7 @@ fn of_directory(directory: impl AsFd) -> std::io::Result<String> {
     Ok(format!("directory {inode} {}.{}", made.0, made.1))
 }
 
-fn named(source: &Source) -> String {
+pub(crate) fn named(source: &Source) -> String {
     match source {
         Source::Here(path) => std::path::absolute(path).unwrap_or_else(|_| path.clone()).display().to_string(),
         Source::Web(url) => without_query(url),

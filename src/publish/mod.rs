@@ -1,5 +1,6 @@
 //! Steps before `ready` and after `exiting`: fetching and opening an image; uploading and registering the packed one.
 
+pub(crate) mod anew;
 pub(crate) mod authentication;
 pub(crate) mod download;
 pub(crate) mod identity;

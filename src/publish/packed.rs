@@ -3,34 +3,132 @@
 
 use std::fs::File;
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use ring::digest;
+use rustix::fs::{OFlags, Stat, XattrFlags};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::error::{Attempt, Error, Result};
 use crate::image::packing::Archive;
+use crate::publish::identity;
+use crate::publish::settings::Settings;
+use crate::sys::file_kind::FileKind;
 use crate::sys::tree::{Tree, inode_and_birth};
-use crate::volume::layout::PACKED;
+use crate::volume::layout::{ARCHIVE, PACKED};
 
+/// Size limit of the record in bytes, and the number of archives in it.
 const LIMIT: u64 = 64 << 10;
+const MOST: usize = 64;
 
+/// An archive that was packed.
 #[derive(Serialize, Deserialize)]
-struct Record {
-    name: String,
+struct Packed {
+    /// Its path; of earlier releases, its name in the directory of the record.
+    #[serde(alias = "name")]
+    file: PathBuf,
     archive: String,
     image_root: String,
+    /// The image root's [`state`] when it was packed; earlier releases did not record it.
+    state: Option<String>,
 }
 
-/// Records in `directory` that `packed`, which is `archive`, was packed from `image_root`.
-pub(crate) fn record(directory: &Tree, archive: &Archive, packed: &File, image_root: &Tree) -> Result<()> {
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum Record {
+    Archives {
+        archives: Vec<Packed>,
+    },
+    /// Written by earlier releases.
+    Last(Packed),
+}
+
+/// Extended attribute of an archive with what it was packed from. It is found in any directory, and holds the inode, so
+/// that it says nothing about a copy.
+const MARK: &str = "trusted.ims-sshd.packed";
+
+/// Records in `directory` that `packed`, which is `archive`, was packed from `image_root` when its [`state`] was `was`.
+pub(crate) fn record(directory: &Tree, archive: &Archive, packed: &File, image_root: &Tree, was: String) -> Result<()> {
     let attempted = || format!("write {}", directory.shown().join(PACKED).display());
-    let record = Record {
-        name: archive.name.to_owned(),
+    let new = Packed {
+        file: archive.directory.shown().join(archive.name),
         archive: archive_identity(packed).attempt(attempted)?,
         image_root: root_identity(image_root).attempt(attempted)?.0,
+        state: Some(was),
     };
-    directory.replace(PACKED, format!("{}\n", json!(record)).as_bytes()).attempt(attempted)
+    // Some file systems have no such attributes; the record does then.
+    let _ = rustix::fs::fsetxattr(packed, MARK, new.mark().as_bytes(), XattrFlags::empty());
+    let mut archives = read(directory);
+    archives.retain(|earlier| earlier.file != new.file);
+    archives.drain(..archives.len().saturating_sub(MOST - 1));
+    archives.push(new);
+    directory.replace(PACKED, format!("{}\n", json!(Record::Archives { archives })).as_bytes()).attempt(attempted)
+}
+
+impl Packed {
+    fn mark(&self) -> String {
+        format!("{}; {}", self.archive, self.image_root)
+    }
+}
+
+/// State of a tree: a digest of the path, mode, size and time of change (ctime) of everything in it. The kernel sets
+/// that time at every change of content, attributes or names, and no program can set it back.
+pub(crate) fn state(tree: &Tree) -> Result<String> {
+    let mut digest = digest::Context::new(&digest::SHA256);
+    let walked = tree.walk(|path, _, _, found| {
+        digest.update(path.as_os_str().as_bytes());
+        let (mode, size, seconds, nanoseconds) = (found.st_mode, found.st_size, found.st_ctime, found.st_ctime_nsec);
+        digest.update(format!("\0{mode} {size} {seconds}.{nanoseconds}\0").as_bytes());
+        Ok(())
+    });
+    walked.attempt(|| format!("look through {}", tree.shown().display()))?;
+    Ok(URL_SAFE_NO_PAD.encode(digest.finish()))
+}
+
+/// Refuses to replace a file that has the name of `archive`, unless it was packed from the same `image_root`.
+pub(crate) fn refuse_to_replace(directory: &Tree, archive: &Archive, image_root: &Tree) -> Result<()> {
+    let attempted = || format!("pack {} into {}", image_root.shown().display(), archive.shown());
+    let refused = |why: &str| {
+        let advice = "name another file by --archive, or remove this one";
+        Err(Error::new(attempted()).because(why).advise(advice))
+    };
+    let Some(found) = archive.directory.look(archive.name).attempt(attempted)? else { return Ok(()) };
+    let kind = FileKind::of(&found);
+    if kind != FileKind::Regular {
+        return refused(&format!("it is {kind}"));
+    }
+    let file = archive.open()?;
+    let there = archive_identity(&file).attempt(attempted)?;
+    let wanted = format!("{there}; {}", root_identity(image_root).attempt(attempted)?.0);
+    let mut mark = [0; 256];
+    let length = rustix::fs::fgetxattr(&file, MARK, &mut mark[..]).unwrap_or(0);
+    let is_marked = mark.get(..length) == Some(wanted.as_bytes());
+    if is_marked || read(directory).iter().any(|packed| packed.mark() == wanted) {
+        return Ok(());
+    }
+    refused("the file exists, and was not packed from this image root")
+}
+
+/// Refuses an `archive` that would replace the file that the image root was made from.
+pub(crate) fn refuse_source(directory: &Tree, archive: &Archive, settings: &Settings) -> Result<()> {
+    let Some(source) = identity::Record::on(directory, settings)?.read() else { return Ok(()) };
+    let source = if source.is_fetched() { directory.shown().join(ARCHIVE) } else { source.source().into() };
+    let attempted = || format!("pack into {}", archive.shown());
+    let found = archive.directory.look(archive.name).attempt(attempted)?;
+    let is_same = |found: &Stat| {
+        let source = std::fs::symlink_metadata(&source);
+        source.is_ok_and(|source| (source.dev(), source.ino()) == (found.st_dev, found.st_ino))
+    };
+    if !found.as_ref().is_some_and(is_same) {
+        return Ok(());
+    }
+    let advice = "name the image otherwise (--name, IMAGE_ROOT_ARCHIVE_NAME)";
+    Err(Error::new(attempted()).because("the image root was made from this file").advise(advice))
 }
 
 /// Refuses to publish `packed`, which is `archive`, with the boot files of `image_root` if it was packed from another
@@ -42,8 +140,7 @@ pub(crate) fn check(directory: &Tree, archive: &Archive, packed: &File, image_ro
         Err(Error::new(attempted()).because(why).advise(advice))
     };
     let (root, made) = root_identity(image_root).attempt(attempted)?;
-    let recorded = read(directory).filter(|record| archive_identity(packed).is_ok_and(|found| record.archive == found));
-    match recorded {
+    match recorded(directory, packed) {
         Some(record) if record.image_root == root => Ok(()),
         Some(_) => refused("it was packed from another image root"),
         None if written(packed).attempt(attempted)? < made => refused("it was written before the image root was made"),
@@ -51,14 +148,44 @@ pub(crate) fn check(directory: &Tree, archive: &Archive, packed: &File, image_ro
     }
 }
 
-/// Name of the file in `directory` that was packed last.
-pub(crate) fn name(directory: &Tree) -> Option<String> {
-    let name = read(directory)?.name;
-    (!name.is_empty() && !name.starts_with('.') && !name.contains('/')).then_some(name)
+/// Refuses to publish `packed`, which is `archive`, if `image_root` was changed since. An archive without a record, as
+/// another program leaves it, is accepted.
+pub(crate) fn check_unchanged(directory: &Tree, archive: &Archive, packed: &File, image_root: &Tree) -> Result<()> {
+    let Some(was) = recorded(directory, packed).and_then(|record| record.state) else { return Ok(()) };
+    if state(image_root)? == was {
+        return Ok(());
+    }
+    Err(Error::new(format!("publish {}", archive.shown()))
+        .because(format!("{} was changed since it was packed", image_root.shown().display()))
+        .advise("'ims-sshd package' packs it again"))
 }
 
-fn read(directory: &Tree) -> Option<Record> {
-    serde_json::from_slice(&directory.read(PACKED, LIMIT).ok()?).ok()
+/// Names of the files in `directory` that were packed, and are as they were then.
+pub(crate) fn names(directory: &Tree) -> Vec<String> {
+    let here = directory.shown();
+    let as_it_was = |packed: Packed| {
+        let name = packed.file.file_name()?.to_str()?.to_owned();
+        let is_here = packed.file.parent().is_some_and(|above| above == Path::new("") || above == here);
+        let file = directory.open_regular(&name, OFlags::RDONLY | OFlags::NOFOLLOW);
+        let is_same = file.and_then(|file| archive_identity(&file)).is_ok_and(|found| packed.archive == found);
+        (is_here && is_same).then_some(name)
+    };
+    read(directory).into_iter().filter_map(as_it_was).collect()
+}
+
+fn recorded(directory: &Tree, packed: &File) -> Option<Packed> {
+    let found = archive_identity(packed).ok()?;
+    read(directory).into_iter().rfind(|record| record.archive == found)
+}
+
+/// The recorded archives, oldest first.
+fn read(directory: &Tree) -> Vec<Packed> {
+    let text = directory.read(PACKED, LIMIT).unwrap_or_default();
+    match serde_json::from_slice(&text) {
+        Ok(Record::Archives { archives }) => archives,
+        Ok(Record::Last(packed)) => vec![packed],
+        Err(_) => Vec::new(),
+    }
 }
 
 fn archive_identity(file: &File) -> io::Result<String> {

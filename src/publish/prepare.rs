@@ -1,6 +1,5 @@
 //! `ims-sshd prepare`: makes an image root from a source image; leaves nothing behind if that fails.
 
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::Path;
 
 use rustix::io::Errno;
@@ -10,27 +9,18 @@ use crate::image::inventory::Inventory;
 use crate::image::kind::{Content, Kind, Opened};
 use crate::image::layers::layers;
 use crate::image::unpack::{LOWER, Overlay, unpack};
-use crate::ims::records::Status;
 use crate::publish::download;
-use crate::publish::identity::{Identity, Record};
+use crate::publish::identity::{Identity, Record, named};
 use crate::publish::journal;
-use crate::publish::packed;
 use crate::publish::settings::Settings;
 use crate::publish::source::Source;
 use crate::store;
 use crate::sys::file_kind::FileKind;
-use crate::sys::mounts;
-use crate::sys::named;
 use crate::sys::tree::Tree;
 use crate::transfer::Work;
 use crate::transfer::confinement;
-use crate::verdict::Verdict;
-use crate::volume::holds;
 use crate::volume::image_root;
-use crate::volume::layout::{
-    ARCHIVE, EXITING, FETCHING, INVENTORY, OVERLAY, PACKED, POD_ERROR, READY, SSHD_LISTENING, TRANSFER, UNPACKING,
-};
-use crate::volume::mounts_below::mounts_below;
+use crate::volume::layout::{ARCHIVE, FETCHING, INVENTORY, OVERLAY, TRANSFER, UNPACKING};
 use crate::volume::open_tree;
 use crate::volume::signal_files::SignalFiles;
 
@@ -43,108 +33,9 @@ pub enum Open {
     Overlay,
 }
 
-/// Fetches and opens `source` in a pod, and reports the job's status to IMS.
-pub fn run(settings: &Settings, source: &str, open: Open, is_fresh: bool) -> Result<u8> {
-    let source = Source::parse(source)?;
-    if let Source::Here(path) = &source
-        && path.is_dir()
-    {
-        check_directory(path, &settings.job.parent)?;
-    }
-    let work = Work::begin(&settings.network)?;
-    let ims = settings.ims_client(&work);
-    let result = ims.set_status(Status::FetchingImage).and_then(|_| {
-        let image_root = settings.job.parent.join(settings.job.image_root());
-        make_parent(&settings.job.parent)?;
-        if is_fresh {
-            begin_anew(&open_tree(&settings.job.parent)?, settings, &source, &image_root)?;
-        }
-        clear_signals(settings, image_root.exists())?;
-        match prepare(&work, settings, &source, Some(open), &image_root)? {
-            Some(overlay) => {
-                let mounted = overlay.keep();
-                let places: Vec<_> = mounted.iter().rev().map(|place| place.display().to_string()).collect();
-                tracing::info!(
-                    "the image root is {}, mounted: '{}' undoes that, and keeps the changes",
-                    image_root.display(),
-                    shell_words::join(std::iter::once("umount".to_owned()).chain(places))
-                );
-            }
-            None => tracing::info!("the image root is {}", image_root.display()),
-        }
-        Ok(0)
-    });
-    work.unless_interrupted(result).inspect_err(|_| {
-        work.finish_regardless();
-        if let Err(e) = ims.set_status(Status::Error) {
-            tracing::error!("{e}");
-        }
-    })
-}
-
-/// Refuses a source directory that contains the image root's parent.
-fn check_directory(source: &Path, parent: &Path) -> Result<()> {
-    let source = named::resolve(source).attempt(|| format!("open {}", source.display()))?;
-    if holds(&source, parent)? {
-        let why = format!("the image root's parent is '{}': expected a directory outside SOURCE", parent.display());
-        return Err(Error::bad_input(why));
-    }
-    Ok(())
-}
-
-/// Creates the image root's parent; other users must not reach setuid programs of the image. A volume that exists keeps
-/// its mode.
-fn make_parent(parent: &Path) -> Result<()> {
-    let attempted = || format!("create the directory {}", parent.display());
-    let mut make = std::fs::DirBuilder::new();
-    make.recursive(true).mode(0o700).create(named::resolve_beginning(parent).attempt(attempted)?).attempt(attempted)
-}
-
-/// Removes the image root of an earlier source, with all changes and what was packed from it. Keeps `source`, even if
-/// it is one of these files.
-fn begin_anew(volume: &Tree, settings: &Settings, source: &Source, image_root: &Path) -> Result<()> {
-    refuse_links(&settings.job.parent, image_root)?;
-    Record::on(volume, settings)?.remove()?;
-    let overlay = settings.job.parent.join(OVERLAY);
-    let ours = [image_root.to_owned(), overlay.join(LOWER)];
-    // Several file systems may be mounted at the same place.
-    for place in mounts_below(&settings.job.parent)?.iter().rev().filter(|place| ours.contains(place)) {
-        mounts::unmount(place).attempt(|| format!("unmount {}", place.display()))?;
-    }
-    let source = match source {
-        Source::Here(path) => std::fs::metadata(path).map(|found| (found.dev(), found.ino())).ok(),
-        _ => None,
-    };
-    let packed = [packed::name(volume).unwrap_or_default(), settings.archive()];
-    let archives = packed.iter().map(String::as_str).chain([ARCHIVE]).filter(|name| {
-        let found = volume.look(name).ok().flatten();
-        found.is_some_and(|found| Some((found.st_dev, found.st_ino)) != source)
-    });
-    for path in [settings.job.image_root(), OVERLAY, INVENTORY, PACKED].into_iter().chain(archives).map(Path::new) {
-        let attempted = || format!("remove {}", settings.job.parent.join(path).display());
-        let above = path.parent().filter(|above| !above.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        match volume.directory_without_links(above) {
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-            above => {
-                above.and_then(|above| above.remove_whole(path.file_name().unwrap_or_default())).attempt(attempted)?;
-            }
-        }
-    }
-    Ok(())
-}
-
-/// Removes signal files, which are left from an earlier job or an earlier pod. Keeps the journal if the image root
-/// stays: the sidecar continues with what this job published in part.
-fn clear_signals(settings: &Settings, is_prepared: bool) -> Result<()> {
-    let parent = &settings.job.parent;
-    let files = SignalFiles::open(parent)?.ok_or_else(|| {
-        Error::new(format!("open {}", parent.display())).because("it has been removed").advise("run it again")
-    })?;
-    for name in [READY, SSHD_LISTENING, EXITING, POD_ERROR].into_iter().chain(Verdict::ALL.map(Verdict::signal_file)) {
-        files.retract(name)?;
-    }
-    // Without an image root, what was published in part or packed elsewhere belongs to another one.
-    if is_prepared { Ok(()) } else { journal::clear(&files).and_then(|()| files.remove(TRANSFER)) }
+/// Removes the journal of what was published in part, and an image packed elsewhere: a new image root has neither.
+pub(crate) fn clear_published(files: &SignalFiles) -> Result<()> {
+    journal::clear(files).and_then(|()| files.remove(TRANSFER))
 }
 
 /// Makes the image root from `source`, in the best way unless `open` says how. Removes everything if that fails. An
@@ -156,6 +47,17 @@ pub(crate) fn prepare(
     open: Option<Open>,
     image_root: &Path,
 ) -> Result<Option<Overlay>> {
+    make(work, settings, source, open, image_root).map(|(overlay, _)| overlay)
+}
+
+/// The same; returns also the archive that the image root was made from by this call.
+pub(crate) fn make(
+    work: &Work,
+    settings: &Settings,
+    source: &Source,
+    open: Option<Open>,
+    image_root: &Path,
+) -> Result<(Option<Overlay>, Option<Opened>)> {
     if open == Some(Open::Unpack) {
         // Checked before fetching.
         confinement::refuse_to_lose_attributes()?;
@@ -179,7 +81,7 @@ pub(crate) fn prepare(
                 image_root.display(),
                 known.shown()
             );
-            return Ok(None);
+            return Ok((None, None));
         }
     }
     // Unpacked by an earlier run of `prepare` or, if it could not be published, of `customize`.
@@ -190,13 +92,14 @@ pub(crate) fn prepare(
             image_root.display(),
             known.shown()
         );
-        return Ok(None);
+        return Ok((None, None));
     }
     // `customize` and `enter` keep a fetched image in a directory of their own, as long as changes to it are kept.
     let kept = known.is_some()
         && open.is_none()
         && !matches!(source, Source::Here(_))
         && volume.look(ARCHIVE).is_ok_and(|f| f.is_some());
+    refuse_to_fetch_over(source, &volume, &record)?;
     let compare = |opened: &Opened| {
         let identity = Identity::of(source, opened, &settings.expected)?;
         match &known {
@@ -222,11 +125,12 @@ pub(crate) fn prepare(
                 let is_new = !directory.exists();
                 let mounted = Overlay::mount(&archive, &directory, image_root)
                     .and_then(|overlay| check(&archive, &open_tree(image_root)?).map(|()| overlay));
-                mounted.map(Some).inspect_err(|_| {
+                let mounted = mounted.inspect_err(|_| {
                     if is_new {
                         let _ = std::fs::remove_dir_all(directory).and_then(|()| std::fs::remove_dir(image_root));
                     }
-                })
+                });
+                Ok((Some(mounted?), Some(archive)))
             }
             Open::Unpack => {
                 let tree = unpack(work, &archive, &volume, UNPACKING)?;
@@ -242,7 +146,7 @@ pub(crate) fn prepare(
                     let taken = format!("another directory has taken the place of {}", unpacking.display());
                     return Err(Error::new(format!("unpack to {}", image_root.display())).because(taken));
                 }
-                Ok(None)
+                Ok((None, Some(archive)))
             }
         }
     });
@@ -259,6 +163,20 @@ pub(crate) fn prepare(
         let _ = record.remove();
     }
     result
+}
+
+/// Refuses to fetch `source` where somebody's file has the name that a fetched image gets.
+fn refuse_to_fetch_over(source: &Source, volume: &Tree, record: &Record) -> Result<()> {
+    let attempted = || format!("fetch {}", named(source));
+    if matches!(source, Source::Here(_)) || volume.look(ARCHIVE).attempt(attempted)?.is_none() {
+        return Ok(());
+    }
+    // An earlier run that was killed may have fetched it.
+    if record.read().is_some_and(|before| before.is_fetched()) {
+        return Ok(());
+    }
+    let why = format!("{} exists, and was not fetched", volume.shown().join(ARCHIVE).display());
+    Err(Error::new(attempted()).because(why).advise("rename or remove that file: the image is kept there"))
 }
 
 /// Refuses a source that does not contain an image root.
@@ -376,7 +294,7 @@ fn archive(
 }
 
 /// Refuses links in place of directories: left by an earlier job, they would lead the image or its changes elsewhere.
-fn refuse_links(parent: &Path, image_root: &Path) -> Result<()> {
+pub(crate) fn refuse_links(parent: &Path, image_root: &Path) -> Result<()> {
     let tree = open_tree(parent)?;
     let places = ["", "lower", "upper", "work"].map(|name| Path::new(OVERLAY).join(name));
     let image_root = image_root.strip_prefix(parent).ok().into_iter().flat_map(Path::ancestors).map(Path::to_owned);

@@ -676,6 +676,8 @@ fn an_archive_of_another_image_root_is_not_uploaded() {
     let other = other.to_str().unwrap();
     done(&["package", tree], "image");
     refused(&["upload", other], "image", "it was packed from another image root");
+    refused(&["package", other], "image", "was not packed from this image root");
+    std::fs::remove_file(dir.path().join("image.sqsh")).unwrap();
     done(&["package", other], "image");
     done(&["upload", other], "image");
 }
