@@ -11,7 +11,6 @@ use nix::unistd::Pid;
 use crate::log::redaction::without_secrets;
 use crate::sshd::daemon::Running;
 use crate::sys::process::{Entry, Handle, children};
-use crate::verdict::Verdict;
 
 /// Time for a shell that was hung up to write its history and exit; afterwards it does not delay the close.
 const HANG_UP_TIME: Duration = Duration::from_secs(2);
@@ -65,13 +64,9 @@ pub(crate) fn tell_terminals(shells: &[Entry], what: &str) {
 
 /// Notifies people at interactive shells of the close, and ends the shells as a lost connection would. Returns those
 /// shells.
-pub(crate) fn hang_up(shells: &[Entry], verdict: Verdict, grace: Duration) -> Vec<Pid> {
-    let word = match verdict {
-        Verdict::Complete => "marked complete and will be packed",
-        Verdict::Failed => "marked failed and will not be packed",
-    };
+pub(crate) fn hang_up(shells: &[Entry], marked: &str, grace: Duration) -> Vec<Pid> {
     let grace = grace.as_secs();
-    tell_terminals(shells, &format!("the image was {word}; this session ends now, running commands have {grace} s"));
+    tell_terminals(shells, &format!("the image was {marked}; this session ends now, running commands have {grace} s"));
     for shell in shells {
         shell.signal(Signal::SIGHUP);
         shell.signal(Signal::SIGCONT);

@@ -11,6 +11,7 @@ use crate::jail::tier::Tier;
 use crate::job::Job;
 use crate::job::variables::{Case, Reader, TRUTH};
 use crate::sshd::options::Options;
+use crate::verdict::Verdict;
 
 /// Settings of a build environment.
 #[derive(Debug, Clone)]
@@ -35,6 +36,8 @@ pub struct Settings {
     pub(crate) image: Option<String>,
     /// True if a directory is changed in place, so that changes stay whatever the verdict.
     pub(crate) in_place: bool,
+    /// What people at a terminal are told at the end.
+    pub(crate) marked: Marked,
     /// `IMS_JAIL_BINDS`: bind mounts from the container into the jail.
     pub(crate) binds: Vec<Bind>,
     /// `IMS_AGENT_FORWARDING`: whether clients may forward their ssh-agent, if sshd allows it too.
@@ -47,6 +50,33 @@ pub struct Settings {
     pub(crate) session_limit: Option<Duration>,
     /// Variables that sessions get, by the names that they see.
     pub(crate) session_variables: Vec<(String, String)>,
+}
+
+/// What people at a terminal are told about the image when the environment closes.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Marked {
+    complete: &'static str,
+    failed: &'static str,
+}
+
+impl Marked {
+    /// In a pod, and where the image is published.
+    pub(crate) const PACKED: Self =
+        Self { complete: "marked complete and will be packed", failed: "marked failed and will not be packed" };
+    /// Where the changes are applied to the directory above which they were made.
+    pub(crate) const APPLIED: Self = Self {
+        complete: "marked complete, and its changes will be applied",
+        failed: "marked failed, and its changes will not be applied",
+    };
+    /// Where a directory is changed in place.
+    pub(crate) const IN_PLACE: Self = Self { complete: "marked complete", failed: "marked failed" };
+
+    pub(super) fn for_verdict(self, verdict: Verdict) -> &'static str {
+        match verdict {
+            Verdict::Complete => self.complete,
+            Verdict::Failed => self.failed,
+        }
+    }
 }
 
 /// Default grace period: enough for a task of a typical Ansible play.
@@ -97,6 +127,7 @@ impl Settings {
             hostname,
             image: None,
             in_place: false,
+            marked: Marked::PACKED,
             binds,
             agent,
             close_grace,

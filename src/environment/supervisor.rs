@@ -219,7 +219,8 @@ impl<F: FnOnce()> Supervisor<F> {
             Action::HangUp(verdict, grace) => {
                 if let Some(open) = &mut self.open {
                     let running = open.running();
-                    self.hung_up = hang_up(&open.interactive(running), verdict, grace);
+                    let marked = self.settings.marked.for_verdict(verdict);
+                    self.hung_up = hang_up(&open.interactive(running), marked, grace);
                 }
                 if !self.hung_up.is_empty() {
                     self.step("interactive shells were notified and hung up");
@@ -465,9 +466,7 @@ impl<F: FnOnce()> Supervisor<F> {
                 );
                 return None;
             }
-            tracing::error!(
-                "the customization script {script} {how}: the image is marked failed; see its output above"
-            );
+            tracing::error!("the customization script {script} {how}: closing as failed; see its output above");
             return Some(Event::Failed);
         }
         if open.daemon.take_if(|daemon| daemon.pid == pid).is_some() && self.machine.state() == State::Serving {

@@ -6,13 +6,13 @@ use std::process::{Command, Stdio};
 
 use rustix::mount::MountAttrFlags;
 
-use crate::environment::settings::Settings;
+use crate::environment::settings::{Marked, Settings};
 use crate::environment::stage::Stage;
 use crate::environment::supervisor;
 use crate::error::{Attempt, Error, Result};
 use crate::jail::binds::Bind;
 use crate::local::claim::remove_folder;
-use crate::local::job::{Fate, Job};
+use crate::local::job::{End, Fate, Job};
 use crate::local::left_over::{SSHD_LOG, clear_left_over};
 use crate::local::mounts::{own_mounts, own_terminals};
 use crate::local::register::Entry;
@@ -76,6 +76,11 @@ pub fn run(job: Job, wanted: &Customization) -> Result<u8> {
     let (entry, label) = (job.register()?, job.label());
     let in_place = job.in_place;
     settings.in_place = in_place;
+    settings.marked = match job.end {
+        End::Published => Marked::PACKED,
+        _ if in_place => Marked::IN_PLACE,
+        End::Applied | End::Discarded => Marked::APPLIED,
+    };
     let (source, shown) = (job.shown(), source::directory_of(&job.source));
     job.run(&entry, |image_root| {
         let shown = shown.as_deref().unwrap_or(image_root);

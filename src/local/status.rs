@@ -268,6 +268,13 @@ fn find(named: &Path) -> Result<Target> {
             return Ok(as_target(found));
         }
     }
+    // A signature is a secret.
+    let shown = without_query(&named.to_string_lossy());
+    let attempted = || Error::new(format!("find '{shown}'"));
+    let advice = "'ims-sshd status' without a name lists what is open or kept";
+    if path.is_file() || shown.contains("://") {
+        return Err(attempted().because("nothing is open or kept of it").advise(advice));
+    }
     if path.is_dir() || named.components().count() > 1 {
         crate::sys::named::resolve_beginning(&path).attempt(|| format!("find {}", named.display()))?;
         return Ok(Target::Parent(path));

@@ -218,8 +218,8 @@ impl<'a> Record<'a> {
             Some(known) => format!("it was made of {}", known.shown()),
             None => "it is there already, and no reliable record says of what it was made".into(),
         };
-        let advice = "--fresh drops it with all changes and begins anew ('enter --discard' drops it too); to go on \
-            with it, name the source that it was made of";
+        let advice = "--fresh drops it with all changes and begins anew; to go on with it, give the source that it was made \
+            of";
         Error::new(format!("go on with {place} for {}", named(source))).because(why).advise(advice)
     }
 

@@ -46,6 +46,9 @@ pub fn run(jail: &Path, request: Request) -> Result<Infallible> {
     environment.extend(agent.as_ref().map(|agent| ("SSH_AUTH_SOCK".into(), agent.path().into())));
     let transfer = matches!(request, Request::Sftp(_));
     let (job, image) = (record.job.clone(), record.image.clone());
+    // One of `enter` has no login.
+    let is_login = !matches!(request, Request::Program(_));
+    let parent = std::os::unix::process::parent_id();
     let errand = Errand { request, beside: beside.is_some(), job, image, in_place: record.in_place };
     let inner = errand.program(&environment).attempt(|| "build the inner stage's command line")?;
     let ended = |status: &WaitStatus| {
@@ -54,9 +57,12 @@ pub fn run(jail: &Path, request: Request) -> Result<Infallible> {
         let reason = if failed { why_no_transfer(&image_root) } else { None };
         told.end(status, reason.as_deref());
         if matches!(status, WaitStatus::Signaled(_, Signal::SIGKILL, _)) && joined.init.ends_within(TIME_TO_FOLLOW) {
-            eprintln!(
-                "ims-jail-shell: the jail has ended: the environment is closing, or its init was killed; {LOG_IN_AGAIN}"
-            );
+            let said = match is_login {
+                true => JAIL_ENDED,
+                false if std::os::unix::process::parent_id() != parent => KILLED,
+                false => "the jail has ended",
+            };
+            eprintln!("ims-jail-shell: {said}");
         }
     };
     front::run(record, &joined, &inner, streams, beside.as_ref(), agent, ended)
@@ -69,7 +75,12 @@ const OFFLINE: &str = "SYSTEMD_OFFLINE";
 /// jail.
 const TIME_TO_FOLLOW: Duration = Duration::from_millis(200);
 
-const LOG_IN_AGAIN: &str = "if it is not closing, log in again in a moment";
+const JAIL_ENDED: &str = "the jail has ended: the environment is closing, or its init was killed; if it is not closing, log in again in \
+    a moment";
+
+/// For a command of `enter`, or one that runs unattended.
+const KILLED: &str =
+    "ims-sshd was killed, and everything in the image ended with it; 'ims-sshd status' shows what is left";
 
 /// The client's agent, for requests that can use it. In the chroot tier there is no /run but the image's own.
 fn agent_outside(record: &Record, request: &Request) -> Option<Outside> {

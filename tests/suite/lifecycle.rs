@@ -239,7 +239,7 @@ fn failing_script_marks_the_image_failed_unless_enable_debug_keeps_it_open() {
     environment.touch("ready");
     assert_eq!(environment.end(), 0);
     assert!(environment.signal("failed").exists());
-    assert!(environment.log_text().contains("exit code 3: the image is marked failed"), "{}", environment.log_text());
+    assert!(environment.log_text().contains("exit code 3: closing as failed"), "{}", environment.log_text());
 
     let mut environment = failing("true").ready();
     wait_until("the end of the script", || environment.log_text().contains("exit code 3; ENABLE_DEBUG is true"));
