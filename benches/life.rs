@@ -104,7 +104,7 @@ fn bare_sshd(volume: &Volume) -> f64 {
         assert!(sshd.status().unwrap().success());
         created.wait_for("pid");
     });
-    // It has gone into the background, so this process, PID 1, has adopted it.
+    // sshd has daemonized, so this process, PID 1, is its parent now.
     let pid = number_in(&pid_file);
     kill(pid, Signal::SIGTERM).unwrap();
     waitpid(pid, None).unwrap();

@@ -38,7 +38,8 @@ pub fn succeeding(command: &mut Command) -> f64 {
     took
 }
 
-/// A different order in each round: caches hold the work of the predecessor, which must not always be the same.
+/// Returns a different order for each round. Caches contain data of the command before, which must not always be the
+/// same one.
 pub fn order(round: usize, count: usize) -> Vec<usize> {
     let mut order: Vec<_> = (0..count).collect();
     let mut state = round as u64;

@@ -123,7 +123,7 @@ fn uploading(dir: &Path, squashfs: &Path, rounds: usize, report: &mut Report) {
     checksum.arg(squashfs);
     let [ours, curl, checksum] = in_turns(rounds, [&mut ours, &mut curl, &mut checksum]);
     let raw: Vec<_> = curl.iter().zip(&checksum).map(|(put, sum)| put + sum).collect();
-    // Nine tenths of its speed.
+    // ims-sshd has to reach nine tenths of that speed.
     let limit = Bound::Limit(1.0 / 0.9);
     report.add("upload, against md5sum and curl one after the other", Unit::Times, ratios(&ours, &raw), limit);
     report.add("upload, against curl alone", Unit::Times, ratios(&ours, &curl), Bound::Information);

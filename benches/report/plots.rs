@@ -27,7 +27,7 @@ pub struct BarChart {
     pub bars: Vec<(String, Vec<f64>)>,
 }
 
-/// One quantity as another grows, on a logarithmic axis.
+/// Line chart of one quantity against another, on a logarithmic axis.
 pub struct LineChart {
     pub file: &'static str,
     pub title: &'static str,

@@ -19,9 +19,9 @@ use crate::volume::state_directory::StateDirectory;
 /// A kind of jail that this container can make.
 #[derive(Debug)]
 pub(crate) struct Choice {
-    /// How strong it is.
+    /// Tier of the jail.
     pub(crate) tier: Tier,
-    /// Where its /proc comes from.
+    /// Kind of its /proc: a new procfs or the container's.
     pub(crate) proc: Proc,
     /// Mount namespace of the trial jail, which contains nothing but the empty directory. A jail cloned from this
     /// namespace does not copy the container's mounts. Only the tier `namespace` uses it: in a user namespace the

@@ -73,7 +73,7 @@ fn the_images_root_is_whom_the_images_own_libc_says() {
         }
         let said = asked(&volume.image_root, &["getent", "-s", "files", "initgroups", "--", &account.name]);
         let said = text(&said);
-        // The first column is the name, which may hold blanks.
+        // The first column is the name, which may contain blanks.
         let said = said.trim_end().strip_prefix(&account.name).unwrap_or_default().split_whitespace();
         let mut wanted: BTreeSet<u32> = said.map(|number| number.parse().unwrap()).collect();
         wanted.insert(account.group);

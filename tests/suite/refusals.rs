@@ -265,7 +265,7 @@ fn an_environment_that_has_ended_is_not_opened_again() {
     assert_eq!(environment.complete(), 0);
     let again = environment.volume.entrypoint(Mode::Jailed, &[]).stderr(Stdio::piped()).output().unwrap();
     assert_eq!(again.status.code(), Some(1));
-    assert!(text(&again.stderr).contains("this environment has ended and the image may be being packed"));
+    assert!(text(&again.stderr).contains("its environment has ended and the image may be being packed"));
 }
 
 /// Message in the log, variables, preparation, exit code.
@@ -306,7 +306,7 @@ fn restart_does_not_change_the_verdict_of_an_ended_environment() {
     }
     let mut environment = volume.start(Mode::Jailed);
     assert_eq!(environment.end(), 1);
-    assert!(environment.log_text().contains("this environment has ended"), "{}", environment.log_text());
+    assert!(environment.log_text().contains("its environment has ended"), "{}", environment.log_text());
     assert!(environment.signal("complete").exists(), "'complete' was removed although the image may be being packed");
     assert!(!environment.signal("failed").exists());
 }
