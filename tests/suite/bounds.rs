@@ -1,5 +1,5 @@
-//! Resources that a session takes without measure: processes, memory, descriptors, watches. The environment closes all
-//! the same.
+//! Resource exhaustion by a session: processes, memory, descriptors, inotify watches. The environment closes
+//! nevertheless.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use testbed::*;
 
-/// Starts 9000 processes, three of which fork without end, and ignores every request to end: one whose children stay, one whose children
-/// do not, and one of which there is another in each moment.
+/// Script that starts 9000 processes and three that fork without end: one whose children stay, one whose children exit
+/// at once, and one that replaces itself all the time. All of them ignore SIGTERM and SIGHUP.
 const CROWD: &str = "trap '' TERM HUP\n\
     echo 'trap \"\" TERM HUP; sh $0 & exit' > RUNNER\n\
     i=0; while [ $i -lt 9000 ]; do sleep 7654321 & i=$((i+1)); done >/dev/null 2>&1\n\
@@ -18,7 +18,7 @@ const CROWD: &str = "trap '' TERM HUP\n\
     echo crowded";
 
 #[test]
-fn nine_thousand_processes_are_ended_in_time_and_with_few_words() {
+fn nine_thousand_processes_are_ended_in_time_with_few_log_lines() {
     for mode in MODES {
         let mut environment = Volume::new(Image::Busybox).start_with(mode, &[("IMS_CLOSE_GRACE", "2")]).ready();
         let runner = match mode {
@@ -35,12 +35,12 @@ fn nine_thousand_processes_are_ended_in_time_and_with_few_words() {
         let log = environment.log_text();
         assert!(log.lines().count() < 60, "{mode:?}: {} lines", log.lines().count());
         let told = log.contains("more processes, which did not end after SIGTERM");
-        // A whole group is dead before each of its processes was looked at.
+        // In plain mode one signal ends the whole process group before its processes are counted.
         assert!(told || mode == Mode::Plain, "{mode:?}: {log}");
     }
 }
 
-/// From the verdict to `exiting`, as the log tells.
+/// Time from the verdict to the end of the close, as logged.
 fn close_took(environment: &Environment) -> Duration {
     let log = environment.log_text();
     let line =
@@ -48,7 +48,7 @@ fn close_took(environment: &Environment) -> Duration {
     Duration::from_millis(line.rsplit_once("milliseconds=").unwrap().1.parse().unwrap())
 }
 
-/// The entrypoint, started by a line of shell.
+/// Starts the entrypoint by a line of shell.
 fn started_through(line: &str, volume: Volume, mode: Mode, further: &[(&str, &str)]) -> Environment {
     let entrypoint = volume.entrypoint(mode, further);
     let mut command = Command::new("sh");
@@ -59,7 +59,7 @@ fn started_through(line: &str, volume: Volume, mode: Mode, further: &[(&str, &st
     Environment { entrypoint, volume, status: None }.ready()
 }
 
-/// A control group of this machine, in either version; whatever is in it ends with it.
+/// A control group (version 1 or 2) whose processes end when it is dropped.
 struct ControlGroup(PathBuf);
 
 impl ControlGroup {
@@ -77,13 +77,13 @@ impl ControlGroup {
         group
     }
 
-    /// Starts the entrypoint in it.
+    /// Starts the entrypoint in the group.
     fn start(&self, volume: Volume, mode: Mode, further: &[(&str, &str)]) -> Environment {
         let line = format!("echo $$ > '{}' && exec \"$@\"", self.0.join("cgroup.procs").display());
         started_through(&line, volume, mode, further)
     }
 
-    /// Whether its memory is used up, or the kernel had to kill somebody for that.
+    /// Returns whether the group has run out of memory or the kernel has killed a process for that.
     fn has_run_out_of_memory(&self) -> bool {
         ["memory.failcnt", "memory.events"]
             .iter()
@@ -132,8 +132,8 @@ fn fork_bomb_at_the_limit_of_processes_does_not_keep_the_environment_from_closin
 }
 
 #[test]
-fn memory_that_is_used_up_does_not_keep_the_environment_from_closing() {
-    // By processes, by files in memory, and by many small processes.
+fn memory_exhaustion_does_not_keep_the_environment_from_closing() {
+    // Use up memory by large processes, by files in memory, and by many small processes.
     let hogs = [
         "while :; do tail /dev/zero & wait; done",
         "dd if=/dev/zero of=/dev/shm/full bs=1M; tail /dev/zero; sleep 1000",
@@ -155,7 +155,7 @@ fn memory_that_is_used_up_does_not_keep_the_environment_from_closing() {
             assert!(took < Duration::from_secs(2 + 5), "{mode:?} {hog}: {took:?}");
             assert!(environment.signal("complete").exists() && environment.signal("exiting").exists());
             let _ = session.wait();
-            // A plain session fills the test's own.
+            // A plain session writes to the test's own /dev/shm.
             let _ = std::fs::remove_file("/dev/shm/full");
         }
     }
@@ -197,8 +197,8 @@ fn descriptor_exhaustion_is_no_verdict() {
 }
 
 #[test]
-fn environment_without_inotify_instances_looks_for_marks_at_intervals() {
-    // In a user namespace of its own: the machine's other users of inotify keep theirs.
+fn environment_without_inotify_instances_polls_marks() {
+    // Limit inotify in a user namespace, so that other programs of this machine keep theirs.
     const LINE: &str = "own() { readlink /proc/$1/ns/user; }\n\
         (until [ \"$(own $$)\" != \"$(own self)\" ]; do sleep 0.05; done\n\
         for map in uid_map gid_map; do echo 0 0 4294967295 > /proc/$$/$map; done) &\n\

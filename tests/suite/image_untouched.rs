@@ -1,4 +1,4 @@
-//! A session that did nothing leaves no trace in the image root: the tree is the same before and after, byte and inode.
+//! An environment leaves no trace of its own in the image root: contents and inodes are the same before and after.
 
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
@@ -7,7 +7,7 @@ use std::process::Command;
 use testbed::*;
 
 #[test]
-fn an_image_root_that_is_entered_beside_an_open_environment_is_not_failed_by_it() {
+fn enter_beside_an_open_environment_does_not_fail_the_image() {
     let volume = Volume::new(Image::Busybox);
     std::fs::write(volume.image_root.join("etc/resolv.conf"), "nameserver 192.0.2.1\n").unwrap();
     let mut environment = volume.start(Mode::Jailed).ready();
@@ -16,7 +16,11 @@ fn an_image_root_that_is_entered_beside_an_open_environment_is_not_failed_by_it(
         let mut enter = Command::new(&IMS_SSHD);
         enter.arg("enter").arg(&environment.image_root).args(["--", "cat", "/etc/resolv.conf"]);
         assert_eq!(succeed(enter.stdin(std::process::Stdio::null())), container);
-        assert_eq!(environment.says("cat /etc/resolv.conf"), container.trim_end(), "what was lent to sessions stays");
+        assert_eq!(
+            environment.says("cat /etc/resolv.conf"),
+            container.trim_end(),
+            "resolv.conf of the environment's sessions stays replaced"
+        );
     }
     environment.touch("complete");
     assert_eq!(environment.end(), 0, "{}", environment.log_text());
@@ -28,7 +32,7 @@ fn an_image_root_that_is_entered_beside_an_open_environment_is_not_failed_by_it(
 }
 
 #[test]
-fn a_tree_is_the_same_before_and_after() {
+fn image_root_is_the_same_before_and_after_for_every_kind_of_resolv_conf() {
     type Shape = fn(&Path);
     let shapes: [(&str, Shape); 10] = [
         ("no resolv.conf, no mount point", |_| {}),
@@ -63,9 +67,9 @@ fn a_tree_is_the_same_before_and_after() {
         let mut environment = volume.start_with(Mode::Jailed, &[("IMS_JAIL_TIER", tier)]).ready();
         let container = std::fs::read_to_string("/etc/resolv.conf").unwrap();
         assert_eq!(environment.says("cat /etc/resolv.conf"), container.trim_end(), "{tier}, {name}");
-        // Without mounts, and without a /proc in the image, no other directory could hold it.
+        // In the chroot tier the saved file lies in /etc: the image has no /proc, and nothing is mounted.
         let listed = environment.says("ls -A /etc").contains("ims-sshd");
-        assert!(tier == "chroot" || !listed, "{tier}, {name}: what is moved aside is listed");
+        assert!(tier == "chroot" || !listed, "{tier}, {name}: the saved file is visible");
         assert!(environment.sftp("ls /\n").status.success());
         assert_eq!(environment.complete(), 0);
         let changed = differences(&before, &digest(&environment.image_root));
@@ -76,7 +80,7 @@ fn a_tree_is_the_same_before_and_after() {
 }
 
 #[test]
-fn a_folder_in_the_place_of_resolv_conf_stays_as_it_is() {
+fn directory_named_resolv_conf_stays_as_it_is() {
     let volume = Volume::new(Image::Busybox);
     std::fs::create_dir(volume.image_root.join("etc/resolv.conf")).unwrap();
     std::fs::write(volume.image_root.join("etc/resolv.conf/file"), "the image's\n").unwrap();
@@ -89,18 +93,18 @@ fn a_folder_in_the_place_of_resolv_conf_stays_as_it_is() {
 }
 
 #[test]
-fn a_debian_image_is_not_written_to_at_all() {
+fn debian_image_is_changed_in_no_directory_but_etc_and_proc() {
     let mut environment = Environment::open(Image::Debian, Mode::Jailed);
     environment.says("true");
     let mut mounts = nothing_mounted_below(&environment);
     assert_eq!(environment.complete(), 0);
     mounts.extend(nothing_mounted_below(&environment));
     assert_eq!(mounts, [""; 0]);
-    // The overlay copies up what is touched in any way: only the directories that held files of ours.
+    // The overlay copies up every directory that is written to: those that held the new and the saved resolv.conf.
     assert_eq!(environment.changes(), [Path::new("etc"), Path::new("proc")]);
 }
 
-/// Mounts below the image root that others can see; the jail's own are private to it.
+/// Mounts below the image root in the test's own namespace; the jail's are not visible there.
 fn nothing_mounted_below(environment: &Environment) -> Vec<String> {
     let below = format!("{}/", environment.image_root.display());
     let mounts = std::fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
@@ -108,7 +112,7 @@ fn nothing_mounted_below(environment: &Environment) -> Vec<String> {
 }
 
 #[test]
-fn an_image_gets_its_own_resolv_conf_back_after_a_kill_in_every_tier() {
+fn resolv_conf_is_restored_after_a_killed_environment_in_every_tier() {
     type Shape = fn(&Path);
     let shapes: [Shape; 3] = [
         |_| {},
@@ -138,8 +142,7 @@ fn an_image_gets_its_own_resolv_conf_back_after_a_kill_in_every_tier() {
     }
 }
 
-/// Operations of people, Ansible and packages on the file. They run where there are /usr/bin/env, a POSIX shell, and
-/// sed.
+/// Operations of people, Ansible and packages on the file. They need a POSIX shell and sed.
 const OPERATIONS: [&str; 10] = [
     "true",
     "echo nameserver 192.0.2.7 > /etc/resolv.conf",
@@ -162,7 +165,7 @@ fn resolv_conf_is_renamed_removed_and_replaced_as_on_a_node() {
             let own = |volume: &Volume| {
                 std::fs::write(volume.image_root.join("etc/resolv.conf"), "#\nnameserver 192.0.2.1\n").unwrap();
             };
-            // In a chroot, as on a node, the file is the image's own.
+            // A chroot stands in for a node, where the file is the image's own.
             let node = Volume::new(Image::Debian);
             own(&node);
             let chroot =
@@ -187,7 +190,7 @@ fn resolv_conf_is_renamed_removed_and_replaced_as_on_a_node() {
                 text(command.arg(root).args(["sh", "-c", FILES]).output().unwrap().stdout)
             };
             let (wanted, got) = (files(&node.image_root), files(&environment.image_root));
-            // The one thing that is not as on a node: a mode is changed of the file that stands there.
+            // The one difference from a node: chmod changes the new file, so its text stays as well.
             let got =
                 if operation.starts_with("chmod") { got.replace(&container, "#\nnameserver 192.0.2.1\n") } else { got };
             assert_eq!(got, wanted, "{tier}: {operation}");
@@ -198,7 +201,7 @@ fn resolv_conf_is_renamed_removed_and_replaced_as_on_a_node() {
 
 #[test]
 fn packages_that_own_or_link_resolv_conf_are_installed_and_names_are_still_resolved() {
-    // The links are made like this by systemd-resolved and resolvconf.
+    // The packages systemd-resolved and resolvconf create the link in this way.
     const LINKS: &str = "#!/bin/sh\nset -e\n[ ! -f /etc/resolv.conf ] || mv /etc/resolv.conf /etc/.resolv.conf.bak\n\
         ln -sf ../run/systemd/resolve/stub-resolv.conf /etc/resolv.conf\n";
     let container = std::fs::read_to_string("/etc/resolv.conf").unwrap();
@@ -206,18 +209,17 @@ fn packages_that_own_or_link_resolv_conf_are_installed_and_names_are_still_resol
         let volume = Volume::new(Image::Debian);
         std::fs::write(volume.image_root.join("etc/resolv.conf"), "nameserver 192.0.2.1\n").unwrap();
         for (package, file, postinst) in [("owner", "etc/resolv.conf", ""), ("resolved", "srv/resolved", LINKS)] {
-            let folder = volume.image_root.join("root").join(package);
-            std::fs::create_dir_all(folder.join("DEBIAN")).unwrap();
-            std::fs::create_dir_all(folder.join(file).parent().unwrap()).unwrap();
-            std::fs::write(folder.join(file), "nameserver 192.0.2.8\n").unwrap();
+            let tree = volume.image_root.join("root").join(package);
+            std::fs::create_dir_all(tree.join("DEBIAN")).unwrap();
+            std::fs::create_dir_all(tree.join(file).parent().unwrap()).unwrap();
+            std::fs::write(tree.join(file), "nameserver 192.0.2.8\n").unwrap();
             let control = format!(
                 "Package: {package}\nVersion: 1\nArchitecture: all\nMaintainer: nobody <n@example.org>\nDescription: a package\n"
             );
-            std::fs::write(folder.join("DEBIAN/control"), control).unwrap();
+            std::fs::write(tree.join("DEBIAN/control"), control).unwrap();
             if !postinst.is_empty() {
-                std::fs::write(folder.join("DEBIAN/postinst"), postinst).unwrap();
-                std::fs::set_permissions(folder.join("DEBIAN/postinst"), std::fs::Permissions::from_mode(0o755))
-                    .unwrap();
+                std::fs::write(tree.join("DEBIAN/postinst"), postinst).unwrap();
+                std::fs::set_permissions(tree.join("DEBIAN/postinst"), std::fs::Permissions::from_mode(0o755)).unwrap();
             }
         }
         let mut environment = volume.start_with(Mode::Jailed, &[("IMS_JAIL_TIER", tier)]).ready();
@@ -228,12 +230,12 @@ fn packages_that_own_or_link_resolv_conf_are_installed_and_names_are_still_resol
         assert_eq!(environment.complete(), 0);
         let read = |name: &str| std::fs::read_to_string(environment.image_root.join("etc").join(name)).unwrap();
         assert_eq!(read("resolv.conf"), "nameserver 192.0.2.8\n");
-        assert_eq!(read(".resolv.conf.bak"), "nameserver 192.0.2.1\n", "what the package moved was the image's own");
+        assert_eq!(read(".resolv.conf.bak"), "nameserver 192.0.2.1\n", "the package has moved the image's own file");
     }
 }
 
 #[test]
-fn an_image_root_that_cannot_be_written_to_is_entered_all_the_same() {
+fn read_only_image_root_is_entered_without_replacing_resolv_conf() {
     let volume = Volume::new(Image::Busybox);
     for name in ["proc", "sys", "dev", "run"] {
         std::fs::create_dir(volume.image_root.join(name)).unwrap();

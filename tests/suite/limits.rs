@@ -1,5 +1,5 @@
-//! Limits of a jail on the things that people do to a node, as in docs/CLIENTS.md: each is tried, and the advised
-//! alternative too.
+//! Operations of a node that a jail refuses, as docs/CLIENTS.md lists them. The tests try each operation and the
+//! advised alternative.
 
 use std::process::Command;
 
@@ -7,18 +7,19 @@ use testbed::*;
 
 use crate::clients::Place;
 
-/// One thing that a jail refuses.
+/// One refused operation.
 struct Limit {
-    /// The person or program that does it.
+    /// Person or program that does it.
     who: &'static str,
-    /// A command that does it to the file /root/f, or to the node.
+    /// Command that does it to the file /root/f or to the node.
     command: &'static str,
-    /// A part of what it says.
+    /// Part of its error message.
     said: &'static str,
-    /// Capabilities without which root is told the same anywhere, as setpriv(1) has them; none if it is told something of its own here.
+    /// Capabilities without which root gets the same message outside a jail, in the syntax of setpriv(1); empty if the
+    /// message is the jail's own.
     like_root_without: &'static str,
     why: &'static str,
-    /// The alternative, and a command that shows it.
+    /// Alternative, and a command that shows that it works.
     instead: &'static str,
     shown: &'static str,
 }
@@ -135,7 +136,7 @@ const LIMITS: &[Limit] = &[
 ];
 
 #[test]
-fn what_a_jail_refuses_is_told_as_a_root_without_the_right_is_told_and_what_is_advised_works() {
+fn refused_operations_fail_as_without_the_capability_and_the_advised_alternatives_work() {
     for place in [Place::Namespace, Place::User] {
         let volume = Volume::new(Image::Node);
         std::fs::write(volume.image_root.join("root/f"), "").unwrap();
@@ -158,7 +159,7 @@ fn what_a_jail_refuses_is_told_as_a_root_without_the_right_is_told_and_what_is_a
     }
 }
 
-/// The part of docs/CLIENTS.md.
+/// The section of docs/CLIENTS.md.
 pub fn page() -> String {
     let mut page = "\n## What a jail refuses\n\n\
         In the tiers `namespace` and `user`, each with the message that a root without the right gets anywhere, and what to do instead\n\

@@ -1,5 +1,5 @@
-//! A racing image: while its jail is made, somebody renames what the jail mounts on, and the image root itself, as fast as he can. A jail
-//! is made of the image or not at all, and nothing is ever mounted or created beside it.
+//! Rename races: while a jail is made, another thread renames its mount points and the image root itself as fast as it
+//! can. The jail is made of the image or not at all, and nothing is ever mounted or created outside it.
 
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::{Path, PathBuf};
@@ -16,10 +16,10 @@ use testbed::*;
 
 use crate::hostile::{host, make_host};
 
-/// Names that change places, and back at once.
+/// Two names that are exchanged and exchanged back.
 type Swap = (PathBuf, PathBuf);
 
-/// Somebody who swaps names as long as this lives, and leaves all as it was.
+/// A thread that exchanges names until this value is dropped, and leaves them as they were.
 struct Racer<'a> {
     state: &'a State,
 }
@@ -41,7 +41,7 @@ impl<'a> Racer<'a> {
         scope.spawn(move || {
             while !state.stop.load(Ordering::Relaxed) {
                 for (a, b) in &swaps {
-                    // What is mounted on cannot be renamed for a moment.
+                    // The kernel refuses to rename a mount point while something is mounted on it.
                     let swap = || rustix::fs::renameat_with(CWD, a, CWD, b, RenameFlags::EXCHANGE).is_ok();
                     if swap() {
                         while !swap() {}
@@ -64,7 +64,7 @@ impl Drop for Racer<'_> {
     }
 }
 
-/// An image with all mount points, and beside each the same name of the host, as a link that leads there by an absolute or by a relative path.
+/// Creates an image with all mount points and, beside each, an absolute or relative link to the same name on the host.
 fn image() -> (Volume, Vec<Swap>) {
     let volume = Volume::in_memory(Image::Busybox);
     make_host(&volume);
@@ -88,13 +88,13 @@ fn image() -> (Volume, Vec<Swap>) {
 }
 
 fn furnish(image_root: &Path) {
-    for folder in ["dev", "proc", "sys", "run"] {
-        std::fs::create_dir_all(image_root.join(folder)).unwrap();
+    for name in ["dev", "proc", "sys", "run"] {
+        std::fs::create_dir_all(image_root.join(name)).unwrap();
     }
     std::fs::write(image_root.join("etc/resolv.conf"), "nameserver 192.0.2.1\n").unwrap();
 }
 
-/// Tells of everything that is created, removed or changed in a tree, however soon it is undone.
+/// Records everything that is created, removed or changed in a tree, even if it is undone at once.
 struct Witness {
     events: Inotify,
 }
@@ -115,12 +115,12 @@ impl Witness {
     }
 }
 
-/// How many jails are made under a race, of 200 in all.
+/// Number of jails to make in a race: `share` of 200, or of IMS_SSHD_SOAK.
 fn rounds(share: usize) -> usize {
     std::env::var("IMS_SSHD_SOAK").map_or(200, |n| n.parse().expect("IMS_SSHD_SOAK is a number")) * share / 200
 }
 
-/// What is mounted inside, which can be seen as soon as /proc is in its place again.
+/// Shell command that prints the mounts of the jail once /proc has its name again.
 const LOOK: &str = "until cat /proc/self/mountinfo; do true; done";
 
 fn enter(volume: &Volume, tier: Tier, command: &str) -> Output {
@@ -130,7 +130,7 @@ fn enter(volume: &Volume, tier: Tier, command: &str) -> Output {
 }
 
 #[test]
-fn a_mount_by_path_goes_astray_in_this_race() {
+fn race_misdirects_a_mount_by_path() {
     let (volume, swaps) = image();
     let before = new_mounts(&[]);
     let state = State::default();
@@ -151,7 +151,7 @@ fn a_mount_by_path_goes_astray_in_this_race() {
 }
 
 #[test]
-fn mount_points_that_are_swapped_for_links_get_no_mount_outside() {
+fn mount_points_exchanged_with_links_cause_no_mount_outside() {
     for (tier, share) in [(Tier::Namespace, 80), (Tier::User, 40)] {
         make_jails_in_a_race(tier, rounds(share));
     }
@@ -174,12 +174,12 @@ fn make_jails_in_a_race(tier: Tier, wanted: usize) {
                 Some(0) => {
                     made += 1;
                     let mounts = mounts(&output);
-                    assert_eq!(mounts.len(), usual, "what is not inside is outside: {mounts:?}");
+                    assert_eq!(mounts.len(), usual, "a mount is missing inside, so it is outside: {mounts:?}");
                 }
                 _ => {
                     refused += 1;
                     assert!(NAMED.iter().any(|name| said.contains(name)), "{output:?}");
-                    assert!(refused < wanted * 20, "too few jails come to be for the race to mean anything");
+                    assert!(refused < wanted * 20, "too few jails were made for the race to mean anything");
                 }
             }
         }
@@ -193,19 +193,19 @@ fn make_jails_in_a_race(tier: Tier, wanted: usize) {
     assert_eq!(new_mounts(&mounts_before), []);
     let after = [digest(&host(&volume)), digest(&volume.image_root)];
     let mut changed: Vec<_> = before.iter().zip(&after).flat_map(|(a, b)| differences(a, b)).collect();
-    // The racer's own times, and what it has exchanged: whoever moves the lent file decides which one stays.
+    // Ignore what the race itself changes: times, and resolv.conf, which stays where it was exchanged to.
     changed.retain(|change| !["/: ", "/etc: ", "/etc/resolv."].iter().any(|own| change.starts_with(own)));
     assert!(changed.is_empty(), "{changed:#?}");
 }
 
-/// What a refusal names.
+/// Words of which every refusal contains one.
 const NAMED: [&str; 6] = ["/dev", "/proc", "/sys", "/run", "/etc/resolv.conf", "cannot start sh in this image"];
 
 #[test]
-fn an_image_root_that_is_swapped_for_another_folder_is_never_half_of_a_jail() {
+fn image_root_exchanged_with_another_directory_never_becomes_half_of_a_jail() {
     let (volume, _) = image();
     let container = std::fs::read_to_string("/etc/resolv.conf").unwrap();
-    // It needs nothing mounted for its name servers, and the other one does.
+    // The first image root has the container's resolv.conf already; the other one needs it replaced.
     std::fs::write(volume.image_root.join("etc/resolv.conf"), &container).unwrap();
     let other = volume.parent.join("other");
     succeed(Command::new("cp").arg("-aT").args([&volume.image_root, &other]));
@@ -218,20 +218,21 @@ fn an_image_root_that_is_swapped_for_another_folder_is_never_half_of_a_jail() {
             let output = enter(&volume, Tier::Namespace, "cat /etc/resolv.conf");
             if output.status.success() {
                 made += 1;
-                assert_eq!(text(&output.stdout), container, "one image root was prepared, and another one entered");
+                assert_eq!(text(&output.stdout), container, "one image root was prepared and another one entered");
             } else {
                 assert!(text(&output.stderr).contains(&volume.image_root.display().to_string()), "{output:?}");
             }
         }
     });
     println!("{made} jails of {rounds} made, during {} swaps", state.swapped.load(Ordering::Relaxed));
-    assert!(made >= rounds / 20, "too few jails came to be for the race to mean anything");
+    assert!(made >= rounds / 20, "too few jails were made for the race to mean anything");
 }
 
-/// One environment, while its image root is swapped for a link to another folder. Returns whether it was opened.
+/// Starts one environment while its image root is exchanged with a link to another directory. Returns whether it
+/// opened.
 fn open_in_a_race() -> bool {
     let (volume, _) = image();
-    // Beside the image root: a link to it does not even lead out of the parent.
+    // The twin lies beside the image root, so that a link to it does not lead out of the parent.
     let twin = volume.parent.join("twin");
     succeed(Command::new("cp").arg("-aT").args([&volume.image_root, &twin]));
     let mut swaps = Vec::new();
@@ -249,16 +250,16 @@ fn open_in_a_race() -> bool {
         let mut environment = volume.start(Mode::Jailed);
         let _racer = Racer::start(scope, &state, swaps);
         environment.touch("ready");
-        wait_until("the environment to open, or to be refused", || {
+        wait_until("the environment to open or to end", || {
             environment.status = environment.entrypoint.try_wait().unwrap();
             environment.status.is_some() || environment.signal("sshd_listening").exists()
         });
-        // It may be closing by now, as it looks whether the image root is still there.
+        // The environment may be closing again, since it checks whether the image root is still there.
         if let Ok(record) = Record::read(&environment.state_directory().join("jail"))
             && let Ok(root) = std::fs::metadata(format!("/proc/{}/root/", record.init.pid))
         {
             opened = true;
-            assert_eq!(root.ino(), image_root, "the jail's root is another folder");
+            assert_eq!(root.ino(), image_root, "the jail's root is another directory");
         }
         environment.touch("complete");
         let code = environment.end();
@@ -271,7 +272,7 @@ fn open_in_a_race() -> bool {
 }
 
 #[test]
-fn an_image_root_that_is_swapped_for_a_link_is_never_left() {
+fn image_root_exchanged_with_a_link_never_leads_the_jail_elsewhere() {
     let rounds = vec![(); rounds(30)];
     let opened = AtomicUsize::new(0);
     let failed = run_each(
@@ -285,5 +286,5 @@ fn an_image_root_that_is_swapped_for_a_link_is_never_left() {
     let opened = opened.into_inner();
     println!("{opened} jails of {} made", rounds.len());
     assert!(failed.is_empty(), "{} of {}", failed.len(), rounds.len());
-    assert!(opened >= rounds.len() / 20, "too few jails came to be for the race to mean anything");
+    assert!(opened >= rounds.len() / 20, "too few jails were made for the race to mean anything");
 }

@@ -1,4 +1,5 @@
-//! What is read of others' formats is what those mean by it: the same text is given to them and to us, and the answers are compared.
+//! Parsers of other programs' formats: the same text is given to the program and to our parser, and the results are
+//! compared.
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -15,7 +16,7 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use testbed::*;
 
-/// Each case starts programs or mounts something.
+/// Configuration with few cases, since each case starts programs or mounts a file system.
 fn few() -> ProptestConfig {
     ProptestConfig { cases: 60, failure_persistence: None, ..ProptestConfig::default() }
 }
@@ -24,7 +25,7 @@ fn passwd_line() -> impl Strategy<Value = String> {
     let name = || "[ \\t]?[a-z+#-][a-z0-9#. -]{0,3}";
     let path = || "(/[a-z]{0,4}){0,2}";
     prop_oneof![
-        // No field too many: getent itself refuses to print such an entry.
+        // Not more than seven fields: getent refuses to print such an entry.
         4 => (name(), "0{0,2}|1", "[0-9]{0,2}", "[^:\n\0]{0,3}", path(), path()).prop_map(
             |(name, user, group, comment, home, shell)| format!("{name}:x:{user}:{group}:{comment}:{home}:{shell}"),
         ),
@@ -40,28 +41,29 @@ fn group_line() -> impl Strategy<Value = String> {
         .prop_map(|(name, number, members)| format!("{name}:x:{number}:{members}"))
 }
 
-/// Standard output of a program of the image, however it ends.
-fn asked(image_root: &Path, words: &[&str]) -> Vec<u8> {
+/// Standard output of a program of the image, whatever its exit code.
+fn output_of(image_root: &Path, words: &[&str]) -> Vec<u8> {
     let output = Command::new("chroot").arg(image_root).args(words).output().unwrap();
     assert!(output.status.code().is_some_and(|code| code < 125), "{words:?}: {output:?}");
     output.stdout
 }
 
 #[test]
-fn the_images_root_is_whom_the_images_own_libc_says() {
+fn root_account_is_the_one_that_the_images_libc_returns() {
     let volume = Volume::new(Image::Debian);
     let etc = volume.image_root.join("etc");
     let strategy = (vec(passwd_line(), 0..6), vec(group_line(), 0..6));
     proptest!(few(), |((passwd, group) in strategy)| {
-        // With every line ended: after one that begins with a blank and does not, glibc reads its last byte twice.
+        // End every line with a newline: glibc reads the last byte of an unterminated line that begins with a blank
+        // twice.
         std::fs::write(etc.join("passwd"), passwd.join("\n") + "\n").unwrap();
         std::fs::write(etc.join("group"), group.join("\n")).unwrap();
         let account = Account::root_of(&Tree::open(&volume.image_root).unwrap());
-        let said = asked(&volume.image_root, &["getent", "-s", "files", "passwd", "0"]);
+        let said = output_of(&volume.image_root, &["getent", "-s", "files", "passwd", "0"]);
         let said: Vec<&[u8]> = said.trim_ascii_end().splitn(7, |&b| b == b':').collect();
         if let [name, _, _, number, _, home, shell] = said[..] {
-            let or = |path: &[u8], customary: &str| {
-                let path = if path.starts_with(b"/") { OsStr::from_bytes(path) } else { OsStr::new(customary) };
+            let or = |path: &[u8], default: &str| {
+                let path = if path.starts_with(b"/") { OsStr::from_bytes(path) } else { OsStr::new(default) };
                 PathBuf::from(path)
             };
             prop_assert_eq!(account.name.as_bytes(), name);
@@ -71,7 +73,7 @@ fn the_images_root_is_whom_the_images_own_libc_says() {
         } else {
             prop_assert_eq!((account.name.as_str(), account.home), ("root", PathBuf::from("/root")));
         }
-        let said = asked(&volume.image_root, &["getent", "-s", "files", "initgroups", "--", &account.name]);
+        let said = output_of(&volume.image_root, &["getent", "-s", "files", "initgroups", "--", &account.name]);
         let said = text(&said);
         // The first column is the name, which may contain blanks.
         let said = said.trim_end().strip_prefix(&account.name).unwrap_or_default().split_whitespace();
@@ -82,7 +84,7 @@ fn the_images_root_is_whom_the_images_own_libc_says() {
 }
 
 #[test]
-fn a_mount_point_of_any_name_is_found_in_the_kernels_list_and_unmounted() {
+fn mount_point_of_any_name_is_found_in_mountinfo_and_unmounted() {
     let volume = Volume::new(Image::Busybox);
     let byte = prop_oneof![any::<u8>(), prop::sample::select(b" \t\n\\0147#".to_vec())];
     let name = vec(byte.prop_filter("no name holds it", |b| *b != 0 && *b != b'/'), 1..12);
@@ -98,7 +100,7 @@ fn a_mount_point_of_any_name_is_found_in_the_kernels_list_and_unmounted() {
     });
 }
 
-/// Keywords that decide where a session lands, with values of theirs.
+/// Keywords that decide where a session lands, each with a pattern of its values.
 const KEYWORDS: [(&str, &str); 11] = [
     ("Match", "User (root|\\*|nobody|!root,\\*)|all"),
     ("ForceCommand", "none|internal-sftp|/bin/sh|\"exec sh\""),
@@ -128,20 +130,20 @@ fn directive() -> impl Strategy<Value = String> {
 proptest! {
     #![proptest_config(few())]
     #[test]
-    fn whatever_sshds_configuration_says_roots_sessions_land_in_the_jail_and_nobody_elses_anywhere(
+    fn any_sshd_configuration_puts_sessions_of_root_into_the_jail_and_refuses_other_users(
         global in vec("(PermitUserEnvironment|permituserenvironment) (yes|no|LANG)|DenyUsers (root|bob)|Port 22", 0..3),
         lines in vec(directive(), 0..10),
     ) {
         const COMMAND: &str = "exec /opt/ims-jail-shell session /run/jail";
-        let folder = tempfile::tempdir().unwrap();
-        let (config, ours) = (folder.path().join("config"), folder.path().join("ours"));
-        let by_itself = [global, lines].concat().join("\n");
+        let directory = tempfile::tempdir().unwrap();
+        let (config, ours) = (directory.path().join("config"), directory.path().join("ours"));
+        let own = [global, lines].concat().join("\n");
         let options = ["-f".to_owned(), config.display().to_string()];
-        std::fs::write(&config, &by_itself).unwrap();
+        std::fs::write(&config, &own).unwrap();
         let base = Effective::ask(&options, "root").unwrap();
         let job = [("IMS_JOB_ID".to_owned(), "new".to_owned())];
         std::fs::write(&ours, fragment(&job, &base, true, Some(COMMAND))).unwrap();
-        std::fs::write(&config, including(by_itself.as_bytes(), &ours)).unwrap();
+        std::fs::write(&config, including(own.as_bytes(), &ours)).unwrap();
         let effective = Effective::ask(&options, "root").unwrap();
         effective.check_jail(COMMAND).unwrap();
         Effective::ask(&options, "nobody").unwrap().check_denied().unwrap();

@@ -1,5 +1,5 @@
-//! docs/TASKS.md: no task takes more commands or terminals than with the best of the others, and each of our lines
-//! does what the task asks for.
+//! Checks docs/TASKS.md: no task takes more commands or terminals with ims-sshd than with the best other tool, and each
+//! of its commands does what the task asks for.
 
 use std::collections::BTreeMap;
 use std::process::Command;
@@ -11,10 +11,10 @@ use crate::readme::Desk;
 const TASKS: &str = include_str!("../../docs/TASKS.md");
 const OURS: &str = "ims-sshd";
 
-/// Task that is not there yet, as the page says.
+/// Task that ims-sshd does not support yet, as the page says.
 const MISSING: &str = "Build an image from a recipe";
 
-/// The commands of each program, of one task.
+/// Commands of each program for the task of one section.
 fn commands(section: &str) -> BTreeMap<&str, Vec<&str>> {
     let rows = section.lines().filter_map(|line| line.strip_prefix("| ")?.strip_suffix(" |")?.split_once(" | "));
     rows.map(|(program, cell)| (program, cell.split("<br>").filter(|line| line.contains('`')).collect())).collect()
@@ -25,13 +25,13 @@ fn sections() -> Vec<(&'static str, BTreeMap<&'static str, Vec<&'static str>>)> 
     sections.map(|(task, text)| (task, commands(text))).collect()
 }
 
-/// Numbers of commands and of terminals; the fewest come first.
+/// Number of commands and number of terminals.
 fn count(lines: &[&str]) -> (usize, usize) {
     (lines.len(), 1 + lines.iter().filter(|line| line.starts_with("in a second terminal")).count())
 }
 
 #[test]
-fn no_task_takes_more_commands_or_terminals_than_with_the_best_of_the_others() {
+fn no_task_takes_more_commands_or_terminals_than_with_the_best_other_tool() {
     let table: Vec<Vec<_>> =
         TASKS.lines().filter(|line| line.starts_with("| ")).map(|line| line.split(" | ").collect()).collect();
     let header: Vec<_> = table[0].iter().skip(1).map(|cell| cell.trim_matches(['|', ' '])).collect();
@@ -55,7 +55,7 @@ fn no_task_takes_more_commands_or_terminals_than_with_the_best_of_the_others() {
 }
 
 #[test]
-fn every_command_of_ours_does_what_the_task_asks_for() {
+fn every_ims_sshd_command_of_the_page_does_what_the_task_asks_for() {
     for (task, commands) in sections().into_iter().filter(|(task, _)| *task != MISSING) {
         let lines: Vec<_> = commands[OURS].iter().map(|line| line.split('`').nth(1).unwrap()).collect();
         let desk = Desk::new();
@@ -128,7 +128,7 @@ fn every_command_of_ours_does_what_the_task_asks_for() {
     }
 }
 
-/// Opens a shell in the image and changes something.
+/// Opens a shell in the image and creates a file.
 fn type_at(desk: &Desk, command: &str) {
     let mut terminal = open(desk, command);
     terminal.line("touch /etc/changed");

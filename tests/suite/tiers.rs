@@ -1,4 +1,4 @@
-//! The tiers of the jail: what a session has in each, and what each leaves behind.
+//! The tiers of the jail: what a session can do in each, and what each leaves behind.
 
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -13,7 +13,7 @@ fn open(image: Image, tier: &str) -> Environment {
 }
 
 #[test]
-fn a_shortage_of_descriptors_is_no_reason_for_a_weaker_tier() {
+fn descriptor_shortage_is_an_error_and_no_reason_for_a_weaker_tier() {
     let volume = Volume::new(Image::Busybox);
     let image_root = volume.image_root.display();
     for limit in 22..28 {
@@ -26,12 +26,12 @@ fn a_shortage_of_descriptors_is_no_reason_for_a_weaker_tier() {
 }
 
 #[test]
-fn a_session_in_every_tier_is_the_images_root_and_ends_with_the_job() {
+fn session_in_every_tier_is_root_of_the_image_and_ends_with_the_job() {
     for tier in TIERS {
         let volume = Volume::new(Image::Debian);
-        // sshd's own ChrootDirectory refuses such an image root; there, no login works.
+        // sshd's own ChrootDirectory refuses a group-writable image root.
         std::fs::set_permissions(&volume.image_root, std::fs::Permissions::from_mode(0o775)).unwrap();
-        // Not a path of the container.
+        // Use a shell at a path that does not exist in the container.
         std::fs::create_dir(volume.image_root.join("odd")).unwrap();
         std::fs::copy(volume.image_root.join("bin/bash"), volume.image_root.join("odd/shell")).unwrap();
         std::fs::write(
@@ -67,9 +67,10 @@ fn a_session_in_every_tier_is_the_images_root_and_ends_with_the_job() {
     }
 }
 
-/// It is read-only, which no program of a session minds; what is written through /proc/self/fd is not written to /proc.
+/// The container's /proc is read-only, which programs of a session tolerate: writing through /proc/self/fd does not
+/// write to /proc.
 #[test]
-fn where_a_jail_has_the_containers_proc_packages_are_installed_and_users_changed() {
+fn packages_and_user_changes_work_with_the_containers_proc() {
     let volume = Volume::new(Image::Managed);
     let mut environment = volume.start_where_proc_is_masked(Mode::Jailed, &[("IMS_JAIL_TIER", "user")]).ready();
     assert!(environment.log_text().contains("/proc is the container's, read-only"), "{}", environment.log_text());
@@ -78,7 +79,7 @@ fn where_a_jail_has_the_containers_proc_packages_are_installed_and_users_changed
         ("su - -c 'echo $0'", "-bash"),
         ("echo y > /dev/stdout; echo z > /proc/self/fd/1", "y\nz"),
         ("bash -c 'cat <(echo a)'", "a"),
-        // Sessions end before the supervisor when memory is used up.
+        // When memory runs out, the kernel kills sessions (oom_score_adj 100) before the supervisor.
         ("cat /proc/self/comm /proc/self/oom_score_adj", "cat\n100"),
         ("python3 -c 'import subprocess as s; print(s.check_output([\"true\"], preexec_fn=lambda: None))'", "b''"),
         ("(echo 5 > /proc/self/oom_score_adj) 2>&1 | grep -o 'Read-only file system'", "Read-only file system"),
@@ -99,7 +100,7 @@ fn where_a_jail_has_the_containers_proc_packages_are_installed_and_users_changed
 }
 
 #[test]
-fn a_terminal_has_its_name_where_devpts_can_be_mounted_and_works_where_it_cannot() {
+fn terminal_has_a_name_where_devpts_can_be_mounted_and_works_without_one() {
     for (tier, name) in [("namespace", "/dev/pts/"), ("user", "/dev/pts/"), ("chroot", "not a tty")] {
         let environment = open(Image::Debian, tier);
         let output =
@@ -110,7 +111,7 @@ fn a_terminal_has_its_name_where_devpts_can_be_mounted_and_works_where_it_cannot
 }
 
 #[test]
-fn a_user_namespace_holds_what_the_tier_says() {
+fn tier_user_has_an_identity_map_no_mknod_and_read_only_device_nodes() {
     let environment = open(Image::Debian, "user");
     let own = std::fs::read_link("/proc/self/ns/user").unwrap();
     assert_ne!(environment.says("readlink /proc/self/ns/user"), own.display().to_string());
@@ -121,25 +122,29 @@ fn a_user_namespace_holds_what_the_tier_says() {
     let refused = environment.run("mknod /root/disk b 8 0");
     assert!(text(&refused.stderr).contains("Operation not permitted"), "{refused:?}");
     let chmod = environment.run("chmod 600 /dev/null");
-    assert!(text(&chmod.stderr).contains("Read-only file system"), "the container's node: {chmod:?}");
+    assert!(
+        text(&chmod.stderr).contains("Read-only file system"),
+        "the mode of the container's node was changed: {chmod:?}"
+    );
     assert_eq!(std::fs::metadata("/dev/null").unwrap().permissions().mode() & 0o777, 0o666);
 }
 
 #[test]
-fn with_dkms_a_package_finds_all_that_a_kernel_build_looks_at() {
+fn dkms_package_finds_the_files_devices_and_mounts_that_a_kernel_build_needs() {
     let volume = Volume::new(Image::Debian);
-    let folder = volume.image_root.join("root/module");
-    std::fs::create_dir_all(folder.join("DEBIAN")).unwrap();
-    std::fs::create_dir_all(folder.join("usr/src/module-1.0")).unwrap();
-    std::fs::write(folder.join("DEBIAN/control"), "Package: module-dkms\nVersion: 1.0\nArchitecture: all\nMaintainer: nobody <n@example.org>\nDescription: a module\n").unwrap();
-    // What dkms, depmod and a module's configure script read; a mount, as initrd builders make it; a loop device's control node.
+    let tree = volume.image_root.join("root/module");
+    std::fs::create_dir_all(tree.join("DEBIAN")).unwrap();
+    std::fs::create_dir_all(tree.join("usr/src/module-1.0")).unwrap();
+    std::fs::write(tree.join("DEBIAN/control"), "Package: module-dkms\nVersion: 1.0\nArchitecture: all\nMaintainer: nobody <n@example.org>\nDescription: a module\n").unwrap();
+    // Reads what dkms, depmod and a module's configure script read, mounts as initrd builders do, and creates a device
+    // node.
     let script = "#!/bin/sh -e\n\
         test -r /proc/version && grep -q processor /proc/cpuinfo && test -e /proc/modules && test -w /proc/sys/kernel/hostname\n\
         test -d /sys/module && test -d /sys/devices/system/cpu && test -w /sys/module\n\
         test -c /dev/null && test -c /dev/kmsg && head -c 1 /dev/urandom > /dev/null\n\
         mkdir -p /tmp/build && mount -t tmpfs tmpfs /tmp/build && cp -r /usr/src/module-1.0 /tmp/build && umount /tmp/build && rmdir /tmp/build\n\
         mknod /usr/src/module-1.0/node c 1 3\n";
-    let postinst = folder.join("DEBIAN/postinst");
+    let postinst = tree.join("DEBIAN/postinst");
     std::fs::write(&postinst, script).unwrap();
     std::fs::set_permissions(&postinst, std::fs::Permissions::from_mode(0o755)).unwrap();
     let environment = volume.start_with(Mode::Jailed, &[("JOB_ENABLE_DKMS", "True")]).ready();
@@ -148,7 +153,7 @@ fn with_dkms_a_package_finds_all_that_a_kernel_build_looks_at() {
     let log = environment.log_text();
     let warned = log.lines().find(|line| line.contains("with JOB_ENABLE_DKMS a session has the container's devices"));
     assert!(warned.is_some_and(|line| line.contains(" WARN the jail's tier is ")), "{log}");
-    // The test can fail: without it, the same package does not install.
+    // Without DKMS the same script fails, so the test is able to fail.
     let environment = open(Image::Debian, "namespace");
     assert!(!environment.run(&format!("cat > /root/p <<'END'\n{script}END\nsh -e /root/p")).status.success());
 }
@@ -164,7 +169,7 @@ fn mounted_inside(environment: &Environment) -> Vec<PathBuf> {
 }
 
 #[test]
-fn a_jail_holds_the_same_mounts_whatever_is_mounted_in_the_container() {
+fn jail_has_the_same_mounts_whatever_is_mounted_in_the_container() {
     for tier in NAMESPACE_TIERS {
         let usual = mounted_inside(&open(Image::Busybox, tier));
         let volume = Volume::new(Image::Busybox);
@@ -175,13 +180,13 @@ fn a_jail_holds_the_same_mounts_whatever_is_mounted_in_the_container() {
         }
         let mut environment = volume.start_with(Mode::Jailed, &[("IMS_JAIL_TIER", tier)]).ready();
         assert_eq!(mounted_inside(&environment), usual, "{tier}");
-        // Made anew, it begins as the first one did, and not with what that one has left.
+        // A jail that is made again has the same mounts too, and none that the first one left.
         let mounts = |init| std::fs::File::open(format!("/proc/{init}/ns/mnt")).unwrap();
-        // Held open: the number of a namespace that is gone may be the next one's.
+        // Keep the namespace open: otherwise the kernel may give its inode number to the next one.
         let first = mounts(environment.jails_init());
         nix::sys::signal::kill(environment.jails_init(), nix::sys::signal::Signal::SIGKILL).unwrap();
         wait_until("another jail", || environment.log_text().matches("the jail is made").count() == 2);
-        assert_eq!(mounted_inside(&environment), usual, "{tier}, made anew");
+        assert_eq!(mounted_inside(&environment), usual, "{tier}, made again");
         let second = mounts(environment.jails_init());
         assert_ne!(second.metadata().unwrap().ino(), first.metadata().unwrap().ino(), "{tier}");
         assert_eq!(environment.complete(), 0);
@@ -189,15 +194,15 @@ fn a_jail_holds_the_same_mounts_whatever_is_mounted_in_the_container() {
 }
 
 #[test]
-fn what_is_mounted_later_is_seen_where_it_is_mounted_alone() {
+fn later_mounts_are_visible_only_where_they_are_made() {
     for tier in NAMESPACE_TIERS {
         let volume = Volume::new(Image::Busybox);
-        for folder in ["outside", "inside"] {
-            std::fs::create_dir(volume.image_root.join(folder)).unwrap();
+        for name in ["outside", "inside"] {
+            std::fs::create_dir(volume.image_root.join(name)).unwrap();
         }
-        // As systemd has it, and a container that propagates mounts (Kubernetes' Bidirectional).
+        // Share mounts, as systemd does, and a container with Kubernetes' mountPropagation: Bidirectional.
         succeed(Command::new("mount").args(["--make-rshared", "/"]));
-        // With DKMS a session may mount.
+        // DKMS lets a session mount.
         let variables = [("IMS_JAIL_TIER", tier), ("JOB_ENABLE_DKMS", "True")];
         let environment = volume.start_with(Mode::Jailed, &variables).ready();
         let before = (mounted_inside(&environment), new_mounts(&[]));
@@ -207,7 +212,8 @@ fn what_is_mounted_later_is_seen_where_it_is_mounted_alone() {
         }
         assert_eq!(mounted_inside(&environment), before.0, "{tier}");
         assert_eq!(new_mounts(&before.1).len(), 3);
-        // sshd has mounts of its own, but not such that a volume of the container would stay busy.
+        // sshd has a mount namespace of its own, but unmounts propagate to it: it does not keep a volume of the
+        // container busy.
         let sshd = Daemon::recorded(&environment.state_directory().join("sshd")).unwrap().pid;
         let seen_by_sshd = || {
             let mounts = std::fs::read(format!("/proc/{sshd}/mountinfo")).unwrap();
