@@ -114,7 +114,7 @@ impl BootFiles {
             let size = content.metadata().attempt(|| format!("read the size of {path}"))?.len();
             if size > most {
                 return Err(Error::new(format!("publish {path} of the image"))
-                    .because(format!("it has {size} bytes, expected {most} at the most"))
+                    .because(format!("it has {size} bytes, expected at most {most}"))
                     .advise("see what wrote it: a sparse file counts with its full size"));
             }
         }
@@ -504,7 +504,7 @@ mod tests {
             let file = File::options().write(true).open(dir.path().join("boot").join(name)).unwrap();
             file.set_len(size).unwrap();
             let refused = find(&tree, &names("vmlinuz", "initrd"), "x86_64").unwrap_err().to_string();
-            assert!(refused.contains(&format!("publish boot/{name}")) && refused.contains("at the most"), "{refused}");
+            assert!(refused.contains(&format!("publish boot/{name}")) && refused.contains("at most"), "{refused}");
         }
     }
 

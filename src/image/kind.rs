@@ -132,7 +132,7 @@ const TAR_BLOCK: usize = 512;
 /// Detects the type of an open file, which messages call `shown`. A squashfs may have up to `padding` zero bytes after
 /// it. See [`Opened::kind`].
 pub(crate) fn kind_of_file(file: &File, shown: &str, padding: u64) -> Result<Kind> {
-    let attempted = || format!("take {shown} as an image");
+    let attempted = || format!("use {shown} as an image");
     let size = file.metadata().attempt(attempted)?.len();
     let start = read_up_to(file, TAR_BLOCK).attempt(attempted)?;
     let refuse = |why: String| Err(Error::new(attempted()).because(why));
@@ -167,7 +167,7 @@ pub(crate) fn kind_of_file(file: &File, shown: &str, padding: u64) -> Result<Kin
     let at = size.saturating_sub(end.len() as u64);
     let whole = size.is_multiple_of(TAR_BLOCK as u64) && file.read_exact_at(&mut end, at).is_ok();
     if !whole || end.iter().any(|&b| b != 0) {
-        return refuse("it is a tar archive that is cut off, or that something follows".into());
+        return refuse("it is a tar archive that is cut off, or something follows it".into());
     }
     Ok(Kind::Tar(None))
 }

@@ -91,7 +91,7 @@ pub(crate) fn layers(saved: &Tree) -> Result<Option<Vec<Layer>>> {
             let index = saved.read("index.json", LARGEST).attempt(attempted)?;
             let index = serde_json::from_slice(&index).attempt(attempted)?;
             refuse_confusion(&index, None)
-                .map_err(|why| Error::new("take index.json of the saved image").because(why))?;
+                .map_err(|why| Error::new("use index.json of the saved image").because(why))?;
             blobs(&image_of(saved, index, 0)?).ok_or_else(strange)?
         }
         _ => return Ok(None),
@@ -127,7 +127,7 @@ fn description(saved: &Tree, path: &str) -> Option<Value> {
 /// Reads a description that is named by its digest, and verifies the digest.
 fn verified(saved: &Tree, named: &Named) -> Result<Value> {
     let digest = named.digest.as_deref().unwrap_or_default();
-    let attempted = || format!("take sha256:{digest} of the saved image");
+    let attempted = || format!("use sha256:{digest} of the saved image");
     let text = saved.read(&named.path, LARGEST).attempt(attempted)?;
     refuse_length(text.len() as u64, named.size).map_err(|why| Error::new(attempted()).because(why))?;
     let sum = format!("{:x}", Sha256::digest(&text));
@@ -167,7 +167,7 @@ fn strings(list: &Value) -> Option<Vec<String>> {
 }
 
 fn several(names: &[&str]) -> Error {
-    Error::new("take the saved images as one image root")
+    Error::new("use the saved images as one image root")
         .because(format!("there are {}: {}", names.len(), listed(names)))
         .advise("save one of them, for one architecture (podman save, skopeo copy --override-arch)")
 }
@@ -182,7 +182,7 @@ fn image_of(saved: &Tree, index: Value, depth: usize) -> Result<Value> {
     let is_image = |entry: &&Value| entry["platform"]["architecture"] != "unknown";
     let images: Vec<_> = entries.iter().filter(is_image).collect();
     if images.is_empty() {
-        return Err(Error::new("take the saved image").because("its index names no image"));
+        return Err(Error::new("use the saved image").because("its index names no image"));
     }
     let [image] = images.as_slice() else {
         let name = |entry: &&Value| -> String {
@@ -194,7 +194,7 @@ fn image_of(saved: &Tree, index: Value, depth: usize) -> Result<Value> {
     };
     let refused = || {
         let digest = image["digest"].as_str().unwrap_or("without a digest");
-        Error::new(format!("take the manifest {digest} of the saved image"))
+        Error::new(format!("use the manifest {digest} of the saved image"))
     };
     let named = blob(image)
         .ok_or_else(|| refused().because("expected sha256: and 64 hexadecimal digits, and a size in bytes"))?;

@@ -67,7 +67,7 @@ impl Archive<'_> {
     pub(crate) fn open_squashfs(&self) -> Result<File> {
         let file = self.open()?;
         let shown = self.shown();
-        let attempted = || format!("take {shown} as an image");
+        let attempted = || format!("use {shown} as an image");
         let Kind::Squashfs = kind::kind_of_file(&file, &shown, PADDING)? else {
             return Err(Error::new(attempted()).because("it is not a squashfs"));
         };
@@ -77,7 +77,7 @@ impl Archive<'_> {
         // Some file systems report no size.
         if holds > 0 && size > holds {
             return Err(
-                Error::new(attempted()).because(format!("it has {size} bytes, and the file system holds {holds}"))
+                Error::new(attempted()).because(format!("it has {size} bytes, but its file system only {holds}"))
             );
         }
         Ok(file)
@@ -89,7 +89,7 @@ impl Archive<'_> {
             // Where O_TMPFILE is not supported the file has a name, and another run is creating it right now.
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
             Err(e) => Err(Error::bad_input(format!(
-                "{called} is '{}': expected a file where one can be made: {e}",
+                "{called} is '{}': expected a path where a file can be created: {e}",
                 self.shown()
             ))),
             Ok(_) => Ok(()),

@@ -149,7 +149,7 @@ fn unpack_layers(
         }
         let Kind::Tar(compressed) = kind(&file)? else {
             return Err(Error::new(attempted())
-                .because("it is no tar archive")
+                .because("it is not a tar archive")
                 .advise("save the container image again"));
         };
         let began = SystemTime::now();

@@ -18,7 +18,7 @@ use crate::sys::seqpacket::Packets;
 /// Moves this process into a UTS namespace that root can name, and sets the host name `name`, or else `label`. Where
 /// such a namespace cannot be made, root cannot change the name, and a failure to set `label` is ignored.
 pub(crate) fn give(name: Option<&str>, label: Option<&str>) -> Result<()> {
-    let attempted = || "make a UTS namespace that the jail's root may name";
+    let attempted = || "make the jail's UTS namespace";
     let (here, outside) = Packets::pair().attempt(attempted)?;
     match fork().attempt(attempted)? {
         Fork::Child => {
@@ -44,5 +44,5 @@ pub(crate) fn give(name: Option<&str>, label: Option<&str>) -> Result<()> {
         let _ = label.map(nix::unistd::sethostname);
         return Ok(());
     };
-    nix::unistd::sethostname(name).attempt(|| format!("name the jail {name}"))
+    nix::unistd::sethostname(name).attempt(|| format!("set the jail's host name to {name}"))
 }

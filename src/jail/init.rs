@@ -174,7 +174,7 @@ fn prepare(tier: Tier) -> Result<Inside> {
     let _ = nix::sys::prctl::set_name(comm(&Tree::open(Path::new("/")).attempt(|| "open the image root")?));
     let signals = Signals::block(&[Signal::SIGCHLD]).attempt(|| "block SIGCHLD")?;
     let kept = [(Capability::CAP_DAC_READ_SEARCH, "it only checks names, and a user's /tmp may have any mode")];
-    capabilities::keep_only(&kept).attempt(|| "give up the capabilities of the jail's init")?;
+    capabilities::keep_only(&kept).attempt(|| "drop capabilities of the jail's init")?;
     let watch = Watch::start(tier);
     Ok(Inside { signals, watch })
 }

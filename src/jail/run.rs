@@ -166,7 +166,7 @@ fn of_tmpfiles(image_root: &Tree) -> Vec<Entry> {
 
 /// Entry below /run of a line of tmpfiles.d: `TYPE PATH MODE USER GROUP AGE ARGUMENT`, with `-` for a default.
 fn of_rule(line: &str, passwd: &str, group: &str) -> Option<Entry> {
-    // Skips quoted words and specifiers (%m), which no directory that programs need has.
+    // Skips lines with quoted words or specifiers (%m): no directory that programs need has such a line.
     if line.contains(['"', '\'', '\\', '%']) {
         return None;
     }

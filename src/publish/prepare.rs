@@ -181,7 +181,7 @@ fn refuse_to_fetch_over(source: &Source, volume: &Tree, record: &Record) -> Resu
 
 /// Refuses a source that does not contain an image root.
 fn check(source: &Opened, tree: &Tree) -> Result<()> {
-    let refused = |why| Error::new(format!("take {} as an image", source.shown.display())).because(why);
+    let refused = |why| Error::new(format!("use {} as an image", source.shown.display())).because(why);
     image_root::check(tree, &source.shown, source.file().is_some(), refused)
 }
 

@@ -174,7 +174,7 @@ impl Connection {
     }
 }
 
-/// `None` for an error that means to wait.
+/// `None` if the call would block or was interrupted.
 fn unless_not_ready(result: io::Result<usize>) -> io::Result<Option<usize>> {
     match result {
         Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => Ok(None),

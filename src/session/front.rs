@@ -56,7 +56,7 @@ pub(crate) fn run(
     let refused = (record.tier != Tier::Chroot).then(refused_calls::program);
     let child = spawn(|| {
         let prepared = prepare(record.dkms, refused, &signals, &terminal, directory)
-            .and_then(|()| streams.take().attempt(|| "take the session's streams"));
+            .and_then(|()| streams.take().attempt(|| "install the session's streams"));
         let become_inner =
             || inner.replace_this_process_by(&joined.helper).attempt(|| "start the jail's ims-jail-shell");
         let Err(error) = prepared.and_then(|()| become_inner());
@@ -85,9 +85,9 @@ fn prepare(
     if !dkms {
         // The filter comes first, because it needs CAP_SYS_ADMIN.
         if let Some(refused) = refused {
-            seccomp::filter(refused).attempt(|| "give up system calls")?;
+            seccomp::filter(refused).attempt(|| "install the seccomp filter")?;
         }
-        capabilities::keep_jail_set().attempt(|| "give up capabilities")?;
+        capabilities::keep_jail_set().attempt(|| "drop capabilities")?;
     }
     signals.restore_for_exec().attempt(|| "restore signals")?;
     umask::restore_callers();

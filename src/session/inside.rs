@@ -123,7 +123,7 @@ pub fn run(errand: &Errand) -> Result<u8> {
     umask::restore_callers();
     let programs = programs.iter().map(|program| Ok((program, program.prepared(&environment)?)));
     let programs = programs.collect::<nix::Result<Vec<_>>>();
-    let programs = programs.attempt(|| "put the arguments of the program together")?;
+    let programs = programs.attempt(|| "build the program's command line")?;
     let (program, error) = run_first(&programs, &image_root);
     Ok(report(program, error, interpreter(&image_root, program).as_deref()))
 }
@@ -200,7 +200,7 @@ fn beginning_in_image(options: &[OsString], home: &Path, image_root: &Tree) -> V
     let mut wanted = None;
     let mut words = options.iter();
     while let Some(word) = words.next() {
-        // By sftp-server(8), whose options are separate words here, and their values too.
+        // Options of sftp-server(8). Each is a word of its own here, and its value is the next word.
         match word.as_encoded_bytes() {
             b"-c" | b"-e" | b"-h" | b"-R" => kept.push(word.clone()),
             b"-f" | b"-l" | b"-P" | b"-p" | b"-Q" | b"-u" => {

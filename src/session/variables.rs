@@ -66,8 +66,8 @@ pub fn variable(text: &str) -> std::result::Result<(String, String), String> {
     Ok((name.to_owned(), value))
 }
 
-/// Variables of a session: the client's, then the account's, then those of the image's /etc/environment that replace
-/// nothing of the client and the job.
+/// Variables of a session: the client's, then the account's, then those of the image's /etc/environment, which override
+/// none of the client's or the job's.
 pub(crate) fn session_environment(
     client: Vec<(OsString, OsString)>,
     account: &Account,

@@ -96,9 +96,9 @@ impl Options {
 
 fn reason_against(letter: char) -> String {
     match letter {
-        'D' => "-D keeps sshd in the foreground, but it has to run in the background; leave it out".into(),
+        'D' => "-D keeps sshd in the foreground, but it must run in the background; leave it out".into(),
         'd' => "-d serves one connection in the foreground and ends; use -o LogLevel=DEBUG".into(),
-        'i' => "-i serves one connection on standard input, there is none; leave it out".into(),
+        'i' => "-i serves one connection on standard input, but sshd must listen; leave it out".into(),
         't' | 'T' | 'G' | 'V' | 'Q' => format!("-{letter} makes sshd print something and end; leave it out"),
         other => format!("-{other} is not an option for starting sshd"),
     }

@@ -27,5 +27,5 @@ pub(crate) fn check_public_keys(option: &str, file: &Path) -> Result<()> {
         let is_type = |word: &str| ["ssh-", "ecdsa-", "sk-"].iter().any(|begin| word.starts_with(begin));
         !line.trim_start().starts_with('#') && words.windows(2).any(|w| is_type(w[0]) && w[1].starts_with("AAAA"))
     };
-    if text.lines().any(is_key) { Ok(()) } else { Err(refuse("it holds no public key of OpenSSH's format")) }
+    if text.lines().any(is_key) { Ok(()) } else { Err(refuse("it holds no public key in OpenSSH's format")) }
 }

@@ -102,8 +102,8 @@ impl Tree {
         Ok(Tree { directory: self.open_without_links(path, flags)? })
     }
 
-    /// Like [`Tree::directory_without_links`], and EXDEV at a mount point: names can be renamed between it and this
-    /// tree.
+    /// Like [`Tree::directory_without_links`], but EXDEV at a mount point, so that names can be renamed between it and
+    /// this tree.
     pub(crate) fn directory_of_same_mount(&self, path: impl AsRef<Path>) -> io::Result<Tree> {
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
         Ok(Tree { directory: self.resolve_in_parts(path.as_ref(), OFlags::PATH | OFlags::DIRECTORY, resolve)? })
@@ -424,7 +424,9 @@ impl Tree {
         let found = rustix::fs::fstat(&made)?;
         let is_ours = found.st_uid == rustix::process::geteuid().as_raw() && found.st_mode.trailing_zeros() >= 6;
         if !is_ours || !made.names()?.is_empty() {
-            return Err(io::Error::other("another directory has taken its place; nobody else may rename there"));
+            return Err(io::Error::other(
+                "another directory has taken its place; use a parent in which only root can rename",
+            ));
         }
         // In a setgid directory, a new directory inherits the group and the bit (inode(7)); unpacking an archive may
         // not reset them.

@@ -38,7 +38,7 @@ impl Expected {
             sums.update(bytes);
             copy.as_ref().map_or(Ok(()), |mut copy| copy.write_all(bytes).attempt(|| format!("copy {shown}")))
         })?;
-        sums.check(self).attempt(|| format!("take {shown}"))?;
+        sums.check(self).attempt(|| format!("use {shown}"))?;
         Ok(copy.unwrap_or(file))
     }
 }

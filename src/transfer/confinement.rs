@@ -27,13 +27,13 @@ use crate::sys::umask;
 
 /// Capabilities of a program that writes a tree, with reasons.
 const WRITER: &[(Capability, &str)] = &[
-    (Capability::CAP_CHOWN, "files have their owners"),
-    (Capability::CAP_DAC_OVERRIDE, "directories that nobody may write to are filled"),
-    (Capability::CAP_FOWNER, "files of others have their modes and times"),
-    (Capability::CAP_FSETID, "setuid and setgid bits are kept"),
-    (Capability::CAP_MKNOD, "device nodes are made, which open nothing here"),
-    (Capability::CAP_SETFCAP, "files have their capabilities"),
-    (Capability::CAP_SYS_ADMIN, "trusted.* and security.* attributes are written; the calls below are refused"),
+    (Capability::CAP_CHOWN, "set the owners of files"),
+    (Capability::CAP_DAC_OVERRIDE, "fill directories that nobody may write to"),
+    (Capability::CAP_FOWNER, "set modes and times of other users' files"),
+    (Capability::CAP_FSETID, "keep setuid and setgid bits"),
+    (Capability::CAP_MKNOD, "create device nodes, which cannot be opened here"),
+    (Capability::CAP_SETFCAP, "set file capabilities"),
+    (Capability::CAP_SYS_ADMIN, "write trusted.* and security.* attributes; the calls below are refused"),
 ];
 
 /// Those of `WRITER` that may be missing: a device node that cannot be created fails with an error of its own.
@@ -44,15 +44,15 @@ pub(crate) fn refuse_to_lose_attributes() -> Result<()> {
     let is_lacking = |(needed, _): &&(Capability, &str)| !NOT_NEEDED.contains(needed) && lacks(*needed);
     let lacking = WRITER.iter().find(is_lacking).filter(|_| rustix::process::geteuid().is_root());
     let Some((needed, reason)) = lacking else { return Ok(()) };
-    let refused = Error::new("unpack an image").because(format!("{needed} is missing, with which {reason}"));
+    let refused = Error::new("unpack an image").because(format!("{needed} is missing, which is needed to {reason}"));
     Err(refused.advise("give it to the container, with those in docs/CAPABILITIES.md"))
 }
 
 /// Capabilities of a program that reads a tree, with reasons.
 const READER: &[(Capability, &str)] = &[
-    (Capability::CAP_DAC_OVERRIDE, "files that nobody may read are packed"),
+    (Capability::CAP_DAC_OVERRIDE, "read files that nobody may read"),
     (Capability::CAP_DAC_READ_SEARCH, "the same"),
-    (Capability::CAP_SYS_ADMIN, "trusted.* attributes are hidden from others; the calls below are refused"),
+    (Capability::CAP_SYS_ADMIN, "read trusted.* attributes; the calls below are refused"),
 ];
 
 /// System calls that reach networks, other processes, mounts, or kernel settings.
@@ -215,11 +215,11 @@ impl<'a> Confined<'a> {
             self.own_mounts().attempt(|| "set up read-only mounts")?;
         }
         rustix::thread::set_no_new_privs(true).attempt(|| "set no_new_privs")?;
-        capabilities::keep_only(self.capabilities).attempt(|| "give up capabilities")?;
+        capabilities::keep_only(self.capabilities).attempt(|| "drop capabilities")?;
         if let Some(rules) = rules {
             rules.restrict_this_thread().attempt(|| "restrict file access with Landlock")?;
         }
-        seccomp::filter(&refused_calls::refusing(REFUSED)).attempt(|| "give up system calls")
+        seccomp::filter(&refused_calls::refusing(REFUSED)).attempt(|| "install the seccomp filter")
     }
 
     /// Sets standard input and resource limits of `command`.

@@ -28,7 +28,7 @@ pub fn of_visible_processes() -> Outcome {
     })
 }
 
-/// Their other namespaces.
+/// Other namespaces of all visible processes.
 pub fn other_kinds_of_visible_processes() -> Outcome {
     any(visible_processes(), |process| {
         any(["user", "pid", "ipc", "uts", "cgroup", "net", "time"], |kind| {

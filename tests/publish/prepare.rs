@@ -84,7 +84,7 @@ fn damaged_sources_are_refused_and_leave_nothing() {
     succeed(Command::new("tar").args(["-c", "-f"]).arg(&tar).arg("-C").arg(&tree).arg("."));
     let tar = std::fs::read(tar).unwrap();
     refused(&parent, &named("short.tar", &tar[..tar.len() / 1024 * 512]), "cut off");
-    refused(&parent, &named("long.tar", &[tar.as_slice(), &[1; 512]].concat()), "cut off, or that something follows");
+    refused(&parent, &named("long.tar", &[tar.as_slice(), &[1; 512]].concat()), "cut off, or something follows it");
     let packed = feed(Command::new("gzip").arg("-c"), &tar).stdout;
     refused(&parent, &named("short.gz", &packed[..packed.len() / 2]), "cannot unpack");
     refused(&parent, &named("long.gz", &[packed.as_slice(), &[1; 512]].concat()), "cannot unpack");

@@ -90,7 +90,7 @@ struct Ansible {
 }
 
 fn debians() -> Ansible {
-    // The settings of the Configuration Framework Service.
+    // The interpreter is the one that the Configuration Framework Service sets.
     Ansible { program: "/usr/bin/ansible-playbook".into(), interpreter: "/usr/bin/env python3", synchronizes: true }
 }
 

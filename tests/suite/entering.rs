@@ -19,7 +19,7 @@ const STANDS_OUTSIDE: &str = ". /variables; exec /attempts inherited-working-dir
 const FOR_A_COMMAND: &str = "echo";
 const FOR_A_LOGIN: &str = "uname";
 
-/// A command that the image's shell lacks.
+/// A command that the image's shell lacks, and that a program outside prints.
 const SAID: &str = "said-by-a-program-outside";
 
 /// Prepares the image and the targets outside.
@@ -42,7 +42,7 @@ fn lay_out(volume: &Volume, tier: &str) -> Decoys {
     std::fs::write(&script, "#!/bin/sh\nexec /bin/bash \"$@\"\n").unwrap();
     std::fs::set_permissions(script, PermissionsExt::from_mode(0o755)).unwrap();
     if tier == "chroot" {
-        // In a tier without mounts, somebody else may have mounted something.
+        // The chroot tier mounts nothing, but the image may have a mounted /proc already.
         mount(&["-t", "proc", "proc"], &root.join("proc"));
         let _ = symlink("/proc/self/fd", root.join("dev/fd"));
     }

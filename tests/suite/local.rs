@@ -356,7 +356,7 @@ fn an_image_root_that_cannot_be_is_refused() {
         ("customize", "/etc/passwd", "--output is missing", 2),
         ("enter", "/", "this machine's own root", 2),
         ("enter", "/nowhere", "No such file", 2),
-        ("enter", "/etc/passwd", "cannot take /etc/passwd as an image", 1),
+        ("enter", "/etc/passwd", "cannot use /etc/passwd as an image", 1),
         ("enter", "", "expected a URL, a ", 2),
     ] {
         let output = ims_sshd(&[command, path]);

@@ -39,7 +39,7 @@ impl Desk {
             Place::Plain => (own.clone(), own),
             _ => ("/root".into(), volume.image_root.join("root")),
         };
-        // The machine may lack the file that records logins.
+        // The machine may lack utmp, in which screen records logins.
         let login = if place == Place::Plain { "deflogin off\n" } else { "" };
         for (file, text) in [
             (".profile", format!("PS1='{PROMPT}'; unset HISTFILE\n")),
@@ -205,7 +205,7 @@ fn tmux_is_attached_to_again(place: Place) {
 
 fn screen_is_attached_to_again(place: Place) {
     let (desk, mut terminal) = Desk::bash(place);
-    // Directory that screen uses unless the machine sets another.
+    // In plain mode, a socket directory of the test's own instead of the machine's.
     let directory = format!("export SCREENDIR={}/screens; mkdir -pm 700 $SCREENDIR", desk.home.display());
     let directory = if place == Place::Plain { &directory } else { "true" };
     terminal.ask(directory);

@@ -110,7 +110,7 @@ fn a_special_file_of_an_image_is_never_opened_outside_the_jail() {
             let watch = |path: &Path| {
                 opened.add_watch(path, AddWatchFlags::IN_OPEN | AddWatchFlags::IN_DONT_FOLLOW).unwrap();
             };
-            // A directory is only listed, and a regular file is expected.
+            // Directories may be opened to list them, and regular files are opened anyway.
             let is_opened = || {
                 let events = opened.read_events().or_else(|e| if e == Errno::EAGAIN { Ok(Vec::new()) } else { Err(e) });
                 let is_open = |event: &InotifyEvent| event.mask.contains(AddWatchFlags::IN_OPEN);

@@ -57,7 +57,7 @@ fn files_as_streams_of_enter_cannot_be_changed_from_inside() {
             assert!(std::fs::read_to_string(dir.join(name)).unwrap().starts_with(name), "{tier}: {name}");
         }
 
-        // The machine's own /dev/null; writing its current attributes would show too.
+        // The machine's own /dev/null. Setting even its current mode and owner would change its ctime.
         let null = || state(&std::fs::metadata("/dev/null").unwrap());
         let before = null();
         for line in ["< /dev/null > /dev/null", "0<> /dev/null", "0> /dev/null"] {
@@ -170,7 +170,7 @@ fn files_work_as_streams_of_enter() {
         says("seq 3 > list; while read i; do echo $i; $enter true; done < list", "1\n2\n3\n");
         says("seq 30000 > list; ($enter sh -c 'read a; read b; echo $b'; head -n 1) < list", "2\n3\n");
 
-        // End of input, and ends of the caller or of a reader.
+        // End of input, exit codes and signals, and readers that end first.
         says("$enter cat < /dev/null; : > empty; $enter cat < empty; $enter sh -c 'exit 7' < in > out; echo $?", "7\n");
         says("$enter sh -c 'kill -KILL $$' < in > out 2> err; echo $?", "137\n");
         says("$enter yes < in | head -n 1; $enter cat < in | head -c 0; echo ended", "y\nended\n");

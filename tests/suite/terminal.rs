@@ -14,7 +14,7 @@ use testbed::*;
 pub const COMPLAINTS: [&str; 5] =
     ["job control", "not a tty", "cannot set terminal", "nappropriate ioctl", "can't access tty"];
 
-/// Wrapper that separates a program from its shell.
+/// Shows the signals that a program started in a shell inherits as blocked.
 const BLOCKED_SIGNALS: &str = "grep SigBlk /proc/self/status";
 
 /// All processes of the environment.

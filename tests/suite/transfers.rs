@@ -159,7 +159,7 @@ fn description(tree: &Path) -> String {
     let tell = "getfacl -R -n -p .; getfattr -R -h -d -m - -e hex .; find . -type f -o -type l | sort | xargs stat -c '%n %f %u:%g %s %h %Y'";
     let all = succeed(Command::new("sh").args(["-c", tell]).current_dir(tree));
     let blocks = std::fs::metadata(tree.join("holes")).unwrap().blocks();
-    // Sparse or not, regardless of the number of holes.
+    // Only whether the file is sparse counts, not how many blocks it has.
     format!("{all}\n{}", if blocks < 1000 { "holes" } else { "no holes" })
 }
 
