@@ -57,7 +57,7 @@ help:
 	@echo 'make install            installs them below /usr/local (PREFIX=…, DESTDIR=…); make uninstall removes them'
 	@echo 'make check              quick: formatting, clippy, unit tests'
 	@echo 'make test               all tests; TEST=NAME those whose name contains NAME, with what they need'
-	@echo 'make bench              the figures beside those of the peers, for docs/BENCHMARKS.md'
+	@echo 'make bench              the benchmarks beside those of the peers, for docs/BENCHMARKS.md'
 	@echo 'make image              the container image (IMAGE=NAME:TAG, BUILDER=…, RUST_IMAGE=…, BASE_IMAGE=…, BUILD_FLAGS=…)'
 	@echo 'make clean              removes what was built; images for tests and for make run stay in $(CACHE)'
 
@@ -117,7 +117,7 @@ test-containers: install-test test-roots
 bench: install-bench build
 	$(SUDO) tests/image-roots $(call quoted,$(CACHE)) debian busybox managed
 	$(SUDO) tests/container-images $(call quoted,$(CACHE)) $(VERSION) $(IMAGE_COMMIT)
-	IMS_SSHD_CACHE=$(call quoted,$(CACHE)) cargo $(AS_ROOT) bench --locked --bench figures
+	IMS_SSHD_CACHE=$(call quoted,$(CACHE)) cargo $(AS_ROOT) bench --locked --bench benchmarks
 
 image: export SOURCE := $(SOURCE)
 image:

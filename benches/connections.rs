@@ -25,7 +25,7 @@ pub fn connections(runs: usize, report: &mut Report) {
     let new = in_turns(runs * 3, commands.each_mut());
     let mut bars = Vec::new();
     for (kind, samples, bound) in
-        [("a connection that stands", warm, Bound::Limit(2.0)), ("a new connection", new, Bound::Information)]
+        [("an existing connection", warm, Bound::Limit(2.0)), ("a new connection", new, Bound::Information)]
     {
         for ((name, _), samples) in environments.iter().zip(&samples) {
             report.add(&format!("{kind}, {name}"), Unit::Milliseconds, samples.clone(), Bound::Information);
@@ -37,8 +37,8 @@ pub fn connections(runs: usize, report: &mut Report) {
         report.add(&format!("{kind}, jailed − ChrootDirectory"), Unit::Milliseconds, more, Bound::Information);
     }
     report.note(
-        "For a plain login sshd starts the container's shell; in a jail it starts `ims-jail-shell`, which starts the image's shell: one \
-         program more.",
+        "A plain login runs one program, the container's shell; a login to a jail runs two, `ims-jail-shell` \
+         and the image's shell.",
     );
     report.bars(BarChart {
         file: "connections",

@@ -65,7 +65,7 @@ pub fn crowd(runs: usize, report: &mut Report) {
     report.note("`MaxStartups` is 200 everywhere. The clients run on the same machine and take most of its time.");
     report.lines(LineChart {
         file: "crowd",
-        title: "ssh host true, many at once, over new connections",
+        title: "ssh host true, many concurrent new connections",
         x: "clients at once",
         y: "milliseconds until the answer (logarithmic)",
         of_a_colour: 2,

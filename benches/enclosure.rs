@@ -14,7 +14,7 @@ const INSIDE: &str = "IMS_SSHD_BENCH_INSIDE";
 const ENTER: &str = "mount --bind \"$1\" \"$2\"; mount -t tmpfs -o mode=0755 tmpfs /run; shift 2; exec \"$@\"";
 
 /// Parent of the containers' control groups in each hierarchy.
-pub const CONTROL_GROUP: &str = "/ims-sshd-figures";
+pub const CONTROL_GROUP: &str = "/ims-sshd-benchmarks";
 
 pub fn is_inside() -> bool {
     std::env::var_os(INSIDE).is_some()
@@ -48,7 +48,7 @@ pub fn run() -> ExitCode {
     let groups = format!("*{CONTROL_GROUP}*");
     let mut remove = Command::new("find");
     succeed(remove.args(["/sys/fs/cgroup", "-depth", "-type", "d", "-path", &groups, "-delete"]));
-    own.close().expect("remove the figures' directory");
+    own.close().expect("remove the directory of the benchmarks");
     ExitCode::from(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1))
 }
 

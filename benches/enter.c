@@ -1,4 +1,4 @@
-/* The least that a program has to do to run another one in a jail: what ims-jail-shell is measured against.
+/* Makes only the calls that are necessary to run a program in a jail; ims-jail-shell is compared with it.
  * usage: enter PID PROGRAM [ARGUMENT...], PID being the jail's init. */
 #define _GNU_SOURCE
 #include <sched.h>

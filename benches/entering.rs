@@ -59,10 +59,10 @@ pub fn entering(runs: usize, report: &mut Report) {
         ("ims-jail-shell enter", &entered),
         ("chroot", &chroot),
         ("nsenter -m -p -i -u", &nsenter),
-        ("unshare, chroot (makes it)", &unshare),
-        ("bwrap (makes it)", &bwrap),
-        ("ims-sshd enter (makes it)", &whole),
-        ("systemd-nspawn (makes it)", &nspawn),
+        ("unshare, chroot (creates it)", &unshare),
+        ("bwrap (creates it)", &bwrap),
+        ("ims-sshd enter (creates it)", &whole),
+        ("systemd-nspawn (creates it)", &nspawn),
         ("podman exec", &exec),
     ];
     for (name, samples) in bars {
@@ -79,14 +79,15 @@ pub fn entering(runs: usize, report: &mut Report) {
     report.add("the C program / bwrap", Unit::Times, ratios(&c, &bwrap), Bound::Information);
     // Most of the time is the start of the shell itself.
     let of_shells = ratios(&session, &nsenter_shell);
-    report.add("a session's `true` by the image's bash", Unit::Milliseconds, session, Bound::Information);
-    report.add("the same by the C program", Unit::Milliseconds, c_shell, Bound::Information);
-    report.add("the same / nsenter of the same shell", Unit::Times, of_shells, Bound::Limit(0.8));
+    report.add("`true` in the image's bash, by ims-jail-shell", Unit::Milliseconds, session, Bound::Information);
+    report.add("`true` in the image's bash, by the C program", Unit::Milliseconds, c_shell, Bound::Information);
+    report.add("`true` in the image's bash: ims-jail-shell / nsenter", Unit::Times, of_shells, Bound::Limit(0.8));
     report.note(
-        "All run `/bin/true` of one Debian image root: the first four and `podman exec` in a jail, a root or a container that stands, the \
-         others in one that each makes for itself. The C program, `benches/enter.c`, does no more than it must: setns, fork, exec, wait. \
-         nspawn and podman take turns with `enter` in rounds of their own. Below the share of a peer's time that the C program takes, nobody \
-         can come: a limit that is lower cannot be kept on such a machine.",
+        "All tools run `/bin/true` of the same Debian image root: the first four and `podman exec` in an \
+         existing jail, root or container, the others in one that they create. The C program, \
+         `benches/enter.c`, makes only the necessary calls: setns, fork, exec, wait. nspawn and podman \
+         alternate with `enter` in separate rounds. No program can enter a jail faster than the C program, so \
+         a limit below its ratio cannot be reached on that machine.",
     );
     report.bars(BarChart {
         file: "entering",

@@ -10,10 +10,10 @@ use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use rustix::event::{PollFd, PollFlags};
 use testbed::{Environment, Image, LIMIT, Mode, Volume, succeed, wait_until};
 
-/// An entrypoint that has done all its preparation and waits for `ready`.
+/// Starts an entrypoint that has made its preparations and waits for `ready`.
 pub fn waiting(volume: Volume, mode: Mode) -> Environment {
     let environment = volume.start(mode);
-    // It locks the directory when it starts waiting; /proc/locks shows the lock.
+    // The entrypoint locks the directory before it waits; /proc/locks shows that.
     let lock = format!(" FLOCK  ADVISORY  WRITE {} ", environment.entrypoint.id());
     wait_until("the entrypoint to wait for 'ready'", || {
         std::fs::read_to_string("/proc/locks").unwrap().contains(&lock)
@@ -73,7 +73,7 @@ pub fn least(directory: &Path) -> String {
     installed(&linked.join("enter"), directory)
 }
 
-/// Names created in a directory, reported by inotify.
+/// Names that inotify reports as created in a directory.
 pub struct Creations(Inotify);
 
 impl Creations {

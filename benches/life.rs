@@ -15,9 +15,9 @@ use crate::{Bound, Report, Unit};
 /// Number of processes that write into the image root while the environment is closed.
 const WRITERS: usize = 200;
 
-const ORIGINAL: &str = "The bash entrypoint that this replaces looks for `ready`, and for `complete` and `failed`, every 5 s (`sleep 5` in \
-    `wait_for_ready` and `wait_for_local_complete`, Cray-HPE/ims-sshd, `entrypoint.sh`): each is seen after 0 to 5000 ms, 2500 ms on \
-    average, before anything is done about it. It ends none of the writers, and takes no notice of SIGTERM.";
+const ORIGINAL: &str = "The bash entrypoint that this replaces polls for `ready`, `complete` and `failed` every 5 s \
+    (`sleep 5` in `wait_for_ready` and `wait_for_local_complete`, Cray-HPE/ims-sshd, `entrypoint.sh`), so it reacts after 0 \
+    to 5000 ms, 2500 ms on average. It ends none of the writers, and ignores SIGTERM.";
 
 #[derive(Default)]
 struct Samples {
@@ -47,7 +47,7 @@ pub fn life(runs: usize, report: &mut Report) {
     }
     let ms = Unit::Milliseconds;
     report.add("bare sshd, from its start until it listens", ms, bare, Bound::Information);
-    report.add("`ready` to `sshd_listening` without bare sshd's, jailed", ms, jailed.opened, Bound::Limit(60.0));
+    report.add("`ready` to `sshd_listening` minus bare sshd's start, jailed", ms, jailed.opened, Bound::Limit(60.0));
     report.add("the same, plain", ms, plain.opened, Bound::Limit(60.0));
     report.add("`complete` to `exiting`, idle, jailed", ms, jailed.completed, Bound::Limit(15.0));
     report.add("the same, plain", ms, plain.completed, Bound::Limit(15.0));

@@ -64,7 +64,8 @@ pub fn making(runs: usize, report: &mut Report) {
         let of_mounts = ratios(&samples[2], &samples[0]);
         report.add(&format!("{name}, {} / {} mounts", MOUNTS[2], MOUNTS[0]), Unit::Times, of_mounts, bound);
     }
-    report.note("unshare and bwrap make theirs and run `/bin/true` in it, which is how they can be had.");
+    report
+        .note("The values of unshare and bwrap include a run of `/bin/true`, without which they do not create a jail.");
     let line = |samples: &[Vec<f64>; 3]| {
         MOUNTS.iter().zip(samples).map(|(count, samples)| (*count as f64, median(samples))).collect()
     };
@@ -85,7 +86,7 @@ struct Container {
 }
 
 impl Container {
-    /// Enters a new one.
+    /// Enters a new mount namespace.
     fn with(count: usize, helper: &str, directory: &Path) -> Self {
         let script = "for n in $(seq $1); do mkdir -p $0/$n && mount -t tmpfs -o size=4k tmpfs $0/$n || exit; done";
         unshare(CloneFlags::CLONE_NEWNS).unwrap();

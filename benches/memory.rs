@@ -20,7 +20,7 @@ const ADDED: &str = "all that a session adds";
 pub fn memory(_: usize, report: &mut Report) {
     let volume = Volume::new(Image::Debian);
     let config = std::fs::read_to_string(&volume.config).unwrap();
-    // All over one connection, to measure what each additional session costs.
+    // Open all sessions over one connection, so that each adds only the cost of a session.
     std::fs::write(&volume.config, config + "MaxSessions 200\n").unwrap();
     let environment = volume.start(Mode::Jailed).ready();
     let master = environment.master();
@@ -56,15 +56,16 @@ pub fn memory(_: usize, report: &mut Report) {
     wait_until("the sessions to end", || processes_with(&helper).is_empty());
     drop(master);
     report.note(
-        "A page that several processes have counts in parts in each, so a process's share falls as sessions join it; what a session adds is \
-         what all three kinds have more than without sessions, divided by these. The first one pays for the pages of its program that the init does not need. sshd's own, and the image's program, \
-         count in no row.",
+        "PSS divides a shared page among the processes that map it, so the share of each process falls as \
+         sessions are added. The cost of a session is the increase of all three kinds of processes, divided by \
+         the number of sessions. The first session also pays for pages of the helper that the init does not \
+         use. sshd's processes and the image's programs are not included.",
     );
     report.lines(LineChart {
         file: "memory",
         title: "Memory while sessions wait",
         x: "sessions",
-        y: "PSS in KiB, of sessions the median (logarithmic)",
+        y: "PSS in KiB, median of sessions (logarithmic)",
         of_a_colour: 1,
         lines: lines.into(),
     });
@@ -80,7 +81,7 @@ fn session(master: &Master<'_>) -> Child {
     client
 }
 
-/// In KiB, from /proc/PID/smaps_rollup.
+/// PSS of a process in KiB, from /proc/PID/smaps_rollup.
 fn pss(pid: u32) -> f64 {
     let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
     let value = text.lines().find_map(|line| line.strip_prefix("Pss:")).unwrap();

@@ -16,12 +16,12 @@ use ims_sshd::sys::tree::Tree;
 
 /// The cases, with criterion's names of their directories.
 pub const CASES: [(&str, &str); 6] = [
-    ("account", "passwd of 41 lines and group of 60: root's account"),
-    ("request", "`SSH_ORIGINAL_COMMAND` of a task of Ansible's"),
-    ("mountinfo", "mountinfo of 1000 lines: the mount points"),
+    ("account", "root's account from passwd (41 lines) and group (60 lines)"),
+    ("request", "`SSH_ORIGINAL_COMMAND` of an Ansible task"),
+    ("mountinfo", "mount points from mountinfo (1000 lines)"),
     ("options", "`SSHD_OPTIONS` of a pod"),
-    ("effective", "what `sshd -T` prints, 120 lines"),
-    ("mount_table", "the mount table, and which mount points a tree lacks"),
+    ("effective", "output of `sshd -T` (120 lines)"),
+    ("mount_table", "the mount table, and the mount points that a tree lacks"),
 ];
 
 const TASK: &str = "/bin/sh -c '/usr/bin/env python3 && sleep 0'";

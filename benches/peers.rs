@@ -51,7 +51,7 @@ pub struct Container {
     storage: PathBuf,
 }
 
-const NAME: &str = "figures";
+const NAME: &str = "benchmarks";
 
 impl Container {
     pub fn run(root: &Path, directory: &Path) -> Self {

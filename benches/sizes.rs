@@ -22,15 +22,15 @@ pub fn sizes(runs: usize, report: &mut Report) {
     }
     let [image, base] = [IMAGE, BASE].map(size);
     report.add("the container image", Unit::Mebibytes, vec![image], Bound::Information);
-    report.add("of that, the Debian it is built on", Unit::Mebibytes, vec![base], Bound::Information);
-    // It takes minutes, too long for a short run.
+    report.add("its Debian base image", Unit::Mebibytes, vec![base], Bound::Information);
+    // Building takes minutes, too long for a short run.
     if runs >= 10 {
-        let what = "building the container image, nothing cached but the crates' sources";
+        let what = "building the container image with only the crates' sources cached";
         report.add(what, Unit::Seconds, vec![build()], Bound::Information);
     }
 }
 
-/// In MiB.
+/// Size in MiB.
 fn size(image: &str) -> f64 {
     let mut inspect = podman(&cache().join("containers"));
     inspect.args(["image", "inspect", "--format", "{{.Size}}", image]).stdout(Stdio::piped());

@@ -20,24 +20,26 @@ use testbed::{Environment, succeed};
 
 type Client = fn(&Environment, &Path) -> Command;
 
-/// Name, load, least share of a plain login's throughput, client.
+/// Name, kind of load, minimum share of a plain login's throughput, and client.
 const TRANSFERS: [(&str, Load, f64, Client); 11] = [
     ("sftp put", Large, 0.95, |e, local| sftp(e, local, "put sent /srv/sent")),
     ("sftp get", Large, 0.95, |e, local| sftp(e, local, "get /srv/sent got")),
-    ("scp there", Large, 0.95, |e, local| scp(e, local, &["sent", "root@127.0.0.1:/srv/sent"])),
-    ("scp back", Large, 0.95, |e, local| scp(e, local, &["root@127.0.0.1:/srv/sent", "got"])),
-    ("rsync there", Large, 0.97, |e, local| rsync(e, local, &["-W", "--inplace", "sent", "root@127.0.0.1:/srv/sent"])),
-    ("rsync back", Large, 0.97, |e, local| rsync(e, local, &["-W", "--inplace", "root@127.0.0.1:/srv/sent", "got"])),
+    ("scp upload", Large, 0.95, |e, local| scp(e, local, &["sent", "root@127.0.0.1:/srv/sent"])),
+    ("scp download", Large, 0.95, |e, local| scp(e, local, &["root@127.0.0.1:/srv/sent", "got"])),
+    ("rsync upload", Large, 0.97, |e, local| rsync(e, local, &["-W", "--inplace", "sent", "root@127.0.0.1:/srv/sent"])),
+    ("rsync download", Large, 0.97, |e, local| {
+        rsync(e, local, &["-W", "--inplace", "root@127.0.0.1:/srv/sent", "got"])
+    }),
     ("ssh cat, in", Large, 0.97, |e, local| shell(e, local, "cat > /srv/sent", "< sent")),
     ("ssh cat, out", Large, 0.97, |e, local| shell(e, local, "cat /srv/sent", "> got")),
     ("sftp put -r", Small, 0.95, |e, local| sftp(e, local, "put -r small /srv/sftp")),
-    ("scp -r there", Small, 0.95, |e, local| scp(e, local, &["-r", "small", "root@127.0.0.1:/srv/scp"])),
-    ("rsync -r there", Small, 0.97, |e, local| rsync(e, local, &["-r", "small", "root@127.0.0.1:/srv/rsync"])),
+    ("scp -r upload", Small, 0.95, |e, local| scp(e, local, &["-r", "small", "root@127.0.0.1:/srv/scp"])),
+    ("rsync -r upload", Small, 0.97, |e, local| rsync(e, local, &["-r", "small", "root@127.0.0.1:/srv/rsync"])),
 ];
 
 pub fn transfers(runs: usize, report: &mut Report) {
     let environments = three_ways();
-    // In memory: no disk is involved.
+    // Use a file system in memory, so that no disk affects the result.
     let local = environments[0].1.dir.path().join("local");
     let make = format!(
         "mkdir -p $0/small && head -c {MEBIBYTES}M /dev/urandom > $0/sent\n\

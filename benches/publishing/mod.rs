@@ -129,7 +129,7 @@ fn uploading(dir: &Path, squashfs: &Path, rounds: usize, report: &mut Report) {
     report.add("upload, against curl alone", Unit::Times, ratios(&ours, &curl), Bound::Information);
 }
 
-/// From the command to a session in the image that [`packing`] has packed.
+/// Time from the command to the end of a first session in the image that [`packing`] has packed.
 fn customizing(dir: &Path, rounds: usize, report: &mut Report) {
     let key = dir.join("id_ed25519");
     succeed(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(&key));
@@ -156,7 +156,7 @@ fn customizing(dir: &Path, rounds: usize, report: &mut Report) {
             wait_until("sshd to listen", || TcpStream::connect(("127.0.0.1", port)).is_ok());
             ssh("true");
         }));
-        // Discards the result: packing and storing are measured separately.
+        // Mark the image failed, since packing and storing are measured separately.
         ssh("touch /tmp/failed");
         assert_eq!(child.unwrap().wait().unwrap().code(), Some(1));
     }

@@ -66,10 +66,10 @@ fn load() -> String {
     text.split(' ').take(3).collect::<Vec<_>>().join(", ")
 }
 
-/// The first line that it prints, from the first digit on.
+/// First line of the program's output, from the first digit on.
 fn version(program: &str, option: &str) -> String {
     let output = Command::new(program).arg(option).stdin(Stdio::null()).output();
-    let output = output.unwrap_or_else(|e| panic!("{program}: {e}: run the figures with 'make bench'"));
+    let output = output.unwrap_or_else(|e| panic!("{program}: {e}: run the benchmarks with 'make bench'"));
     let text = String::from_utf8_lossy(if output.stdout.is_empty() { &output.stderr } else { &output.stdout });
     let line = text.lines().next().unwrap_or_default();
     line.trim_start_matches(|c: char| !c.is_ascii_digit()).trim_end_matches(']').to_owned()

@@ -68,7 +68,7 @@ struct Section {
     plots: Vec<Plot>,
 }
 
-/// The results so far, and whether one exceeds its limit by far.
+/// All results, and whether one exceeds its limit by more than half.
 pub struct Report {
     machine: Machine,
     runs: usize,
@@ -78,7 +78,7 @@ pub struct Report {
 
 impl Report {
     pub fn begin(runs: usize) -> Self {
-        println!("{:<66}{:>9}  {:<10} {:<20} limit", "", "median", "", "half of them within");
+        println!("{:<66}{:>9}  {:<10} {:<20} limit", "", "median", "", "middle half");
         Self { machine: Machine::now(), runs, sections: Vec::new(), missed_by_far: false }
     }
 

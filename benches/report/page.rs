@@ -9,11 +9,12 @@ use super::{Section, number};
 const INTRODUCTION: &str = "\
 # Benchmarks
 
-Measured by `make bench`, which installs the peers, runs them all and writes this page. `cargo bench --bench figures -- entering making`
-runs only the groups named and writes nothing.
+`make bench` installs the peers, runs all benchmarks and writes this page. `cargo bench --bench benchmarks -- entering
+making` runs only the named groups and writes nothing.
 
-What is compared takes turns within one run, in another order each time, and a ratio or a difference is taken within each turn. The middle is
-the median; half of all samples lie between the two numbers of the third column. A limit is what the median is held to.
+Alternatives take turns within one run, in a different order each time, and ratios and differences are computed within
+each turn. The third column has the quartiles: the middle half of the samples lies between them. Each limit applies to
+the median.
 ";
 
 /// Markdown of all results.
@@ -34,8 +35,7 @@ pub fn page(machine: &Machine, runs: usize, sections: &[Section]) -> String {
 }
 
 fn table(section: &Section) -> String {
-    let mut table =
-        String::from("| | median | half of them within | all within | samples | limit |\n|---|--:|---|---|--:|---|\n");
+    let mut table = String::from("| | median | middle half | all | samples | limit |\n|---|--:|---|---|--:|---|\n");
     for row in &section.rows {
         let Summary { count, least, most, .. } = row.summary;
         let all = if count > 1 { format!("{} … {}", number(least), number(most)) } else { String::new() };
@@ -51,7 +51,7 @@ fn table(section: &Section) -> String {
     table
 }
 
-/// The quartiles, if there are any.
+/// Quartiles of more than one sample.
 pub fn spread(summary: &Summary) -> String {
     match (summary.count, summary.quartiles) {
         (1, _) => String::new(),
