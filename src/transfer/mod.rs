@@ -328,7 +328,7 @@ impl Work {
                     Some(format!("it was still at work after {} s", confined.limits.time.as_secs()))
                 }
                 Some(confined) if confined.volume_is_full() => {
-                    Some("the disk that it writes to is almost full".to_owned())
+                    Some("the disk that it writes to has almost no space left".to_owned())
                 }
                 _ => None,
             };

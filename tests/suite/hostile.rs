@@ -68,7 +68,7 @@ impl Case {
     /// visible.
     fn bound(name: impl Into<String>, seen: Outcome, shape: impl Fn(&Volume) + Sync + 'static) -> Self {
         let mut case = Self::new(name, Works, shape);
-        case.outcomes[1] = Refused("nothing may be mounted below it".into());
+        case.outcomes[1] = Refused("unmount what is mounted below it".into());
         case.outcomes[2] = seen;
         case
     }

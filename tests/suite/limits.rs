@@ -129,7 +129,7 @@ const LIMITS: &[Limit] = &[
         command: "unshare --user true",
         said: "Operation not permitted",
         like_root_without: "",
-        why: "who makes a user namespace has every capability in it",
+        why: "the creator of a user namespace has every capability in it",
         instead: "chroot",
         shown: "chroot / true",
     },
