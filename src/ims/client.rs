@@ -167,7 +167,7 @@ impl<'a> Ims<'a> {
             let read = |text: Vec<u8>| serde_json::from_slice(&text).attempt(|| attempted.clone());
             Ok(answer.map(read).transpose()?)
         })?;
-        created.ok_or_else(|| Error::new(attempted).because("there is no record of it"))
+        created.ok_or_else(|| Error::new(attempted).because("IMS answers without its record"))
     }
 
     /// Refuses a record that `request` cannot just have created for an image `name`: publishing would overwrite another
@@ -234,7 +234,7 @@ impl<'a> Ims<'a> {
             let told = if record.id().as_str() == path[1] {
                 contradiction(&record).map(|told| format!("another value, {told}"))
             } else {
-                Some(format!("the record of another, {}", record.id()))
+                Some(format!("the record of another ID, {}", record.id()))
             };
             let Some(told) = told else { return Ok(Some(record)) };
             let told: String = told.chars().take(MOST_QUOTED).collect();
@@ -330,7 +330,7 @@ impl<'a> Ims<'a> {
         let text = whole(response, LONGEST_TOKEN).await?;
         let answer: TokenAnswer = serde_json::from_slice(&text).unwrap_or_default();
         let Some(bearer) = answer.access_token else {
-            return Err(Fault::Final(Error::new(attempted).because("there is none in the answer")));
+            return Err(Fault::Final(Error::new(attempted).because("the answer holds none")));
         };
         if !is_header_word(&bearer) {
             let why = "the one in the answer holds spaces, newlines or other bytes that no header may hold";
@@ -399,7 +399,7 @@ const LOOK_EVERY: usize = 1 << 20;
 
 /// URL of `path` below `base`. Each name is escaped into one segment.
 fn below(base: &str, path: &[&str]) -> Result<Url> {
-    let attempted = || format!("call {base}");
+    let attempted = || format!("use the URL {base}");
     let mut url = Url::parse(base).attempt(attempted)?;
     url.path_segments_mut()
         .map_err(|()| Error::new(attempted()).because("it has no path"))?

@@ -235,7 +235,7 @@ impl<'a> Sidecar<'a> {
             Action::Create => {
                 return Err(Error::new("publish the image")
                     .because("its build failed")
-                    .advise("ENABLE_DEBUG=true opens a shell beside it"));
+                    .advise("ENABLE_DEBUG=true opens a shell in a failed build"));
             }
         };
         let image_root = self.image_root()?;
@@ -448,7 +448,7 @@ impl<'a> Sidecar<'a> {
         self.journal.phase = Phase::Ready;
         self.journal.write(self.directory)?;
         self.files.touch(READY)?;
-        tracing::info!("'{READY}': the environment may open");
+        tracing::info!("created '{READY}': the environment may open");
         Ok(true)
     }
 
@@ -583,7 +583,7 @@ impl<'a> Sidecar<'a> {
                 && let Err(error) = write_changes(self.work, self.files.parent(), image_root, file)
             {
                 self.work.heed()?;
-                tracing::warn!("{error}; the image is published all the same");
+                tracing::warn!("{error}; the image is published anyway");
             }
             self.journal.phase = Phase::Packed;
             self.journal.write(self.directory)?;

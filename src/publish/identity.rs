@@ -53,7 +53,7 @@ pub(crate) struct Identity {
 impl Identity {
     /// Identity of an open source, which was verified if checksums are expected.
     pub(crate) fn of(source: &Source, opened: &Opened, expected: &Expected) -> Result<Self> {
-        let attempted = || format!("tell {} from other images", opened.shown.display());
+        let attempted = || format!("identify {}", opened.shown.display());
         let (size, modified, content) = match &opened.content {
             Content::Directory(tree) => (0, None, of_directory(tree).attempt(attempted)?),
             Content::File(file) => {

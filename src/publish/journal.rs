@@ -78,7 +78,7 @@ impl<'a> JournalDirectory<'a> {
             if let Some(kind) = found.and_then(|found| irregular(FileType::from_raw_mode(found.st_mode))) {
                 return Err(Error::new(attempted())
                     .because(format!("it is {kind}, expected a file"))
-                    .advise("see who made it, and remove it"));
+                    .advise("find out who created it, and remove it"));
             }
         }
         Ok(())

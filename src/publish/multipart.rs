@@ -55,7 +55,7 @@ impl Sender<'_> {
                     Err(Fault::Final(error)) => Err(error),
                     Err(Fault::Transient(cause)) if goes_on => {
                         let url = self.store.url_of(object.place);
-                        tracing::warn!("cannot go on with the unfinished upload of {url}: {cause}; uploading it anew");
+                        tracing::warn!("cannot continue the unfinished upload of {url}: {cause}; starting a new one");
                         Ok(false)
                     }
                     Err(Fault::Transient(cause)) => Err(Error::new(&attempted).because(cause)),

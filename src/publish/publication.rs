@@ -140,7 +140,7 @@ impl Publication<'_> {
         let is_asked = !self.ims.is_there() && !self.is_named(store);
         let Some(id) = journal.image.clone().filter(|_| is_asked) else { return Ok(false) };
         let manifest = format!("{id}/{}", MANIFEST.0);
-        if !self.wait(&format!("look at {}", store.url_of(&manifest)), store.is_there(&manifest))? {
+        if !self.wait(&format!("inspect {}", store.url_of(&manifest)), store.is_there(&manifest))? {
             return Ok(false);
         }
         tracing::info!("image {id} was published before");
@@ -166,8 +166,8 @@ impl Publication<'_> {
             journal.forget_image();
             let upload = Error::new(format!("upload to {}", store.url_of(id.as_str())));
             return Err(upload
-                .because("an object that is there is not this job's")
-                .advise("nothing was written; see who publishes there, and delete the image's record by hand"));
+                .because("an existing object belongs to somebody else")
+                .advise("nothing was written; find out who publishes there, and delete the image's record by hand"));
         }
         let mut described = store.shown(id.as_str());
         let artifacts = if let Some(link) = journal.link.as_ref().filter(|_| record.link.is_some()) {
@@ -233,7 +233,7 @@ impl Publication<'_> {
 
     /// Verifies an image that IMS names as the result of a job: its record and its manifest must exist and match.
     pub(crate) fn look_at(&self, id: &Id) -> Result<records::Image> {
-        let attempted = || Error::new(format!("look at image {id}"));
+        let attempted = || Error::new(format!("verify image {id}"));
         let record = self.ims.image(id)?.ok_or_else(|| attempted().because("it has no record in IMS"))?;
         let Some(link) = &record.link else { return Err(attempted().because("its record has no link")) };
         if let Some(why) = record.difference(id, None, Some(link)) {
@@ -242,7 +242,7 @@ impl Publication<'_> {
         let store = Store::open(&self.settings.store, &self.work.network)?;
         let manifest = format!("{id}/{}", MANIFEST.0);
         let url = store.url_of(&manifest);
-        let (etag, _) = self.wait(&format!("look at {url}"), store.head(&manifest))?;
+        let (etag, _) = self.wait(&format!("inspect {url}"), store.head(&manifest))?;
         if link.path != url || link.etag != etag {
             return Err(attempted().because(format!("its link is {link}, and the store has {url}, ETag {etag}")));
         }
@@ -264,7 +264,7 @@ impl Publication<'_> {
             && let Some(record) = self.ims.image(id)?
         {
             let Some(why) = self.difference(&record, id, journal) else { return Ok((record, false)) };
-            tracing::warn!("image {id} is not what this job began: {why}; left as it is, and another one is made");
+            tracing::warn!("image {id} was not created by this job: {why}; left as it is, and another one is created");
             journal.forget_image();
         }
         let asked_before = journal.request.as_ref().map(|request| self.ims.find_image(request)).transpose()?.flatten();
@@ -294,7 +294,7 @@ impl Publication<'_> {
         Ok((record, true))
     }
 
-    /// Why a record is not that of the image `id` that this job began; `None` if it may be. Outside a job, a record
+    /// Why a record is not that of the image `id` that this job created; `None` if it may be. Outside a job, a record
     /// with a link is that of an image whose publication has ended.
     fn difference(&self, record: &records::Image, id: &Id, journal: &Journal) -> Option<String> {
         let Settings { name, job, .. } = self.settings;
@@ -313,13 +313,13 @@ impl Publication<'_> {
     fn check_manifest(&self, store: &Store, id: &Id, link: &Link) -> Result<()> {
         let place = format!("{id}/{}", MANIFEST.0);
         let attempted = format!("go on with image {id}");
-        let (etag, _) = self.wait(&format!("look at {}", store.url_of(&place)), store.head(&place))?;
+        let (etag, _) = self.wait(&format!("inspect {}", store.url_of(&place)), store.head(&place))?;
         if link.path == store.url_of(&place) && link.etag == etag {
             return Ok(());
         }
         Err(Error::new(attempted)
             .because(format!("{} is not the manifest that an earlier run has uploaded", store.url_of(&place)))
-            .advise("see who writes to the store; run it again for a new image"))
+            .advise("find out who writes to the store; run it again for a new image"))
     }
 
     /// Whether the store has a directory for each image's name. In IMS, several images may share a name.
@@ -384,7 +384,7 @@ impl Publication<'_> {
         let mut link = if is_published {
             let manifest = format!("{id}/{}", MANIFEST.0);
             let url = store.url_of(&manifest);
-            let (etag, _) = self.wait(&format!("look at {url}"), store.head(&manifest))?;
+            let (etag, _) = self.wait(&format!("inspect {url}"), store.head(&manifest))?;
             Link::new(url, etag)
         } else {
             self.put_manifest(store, id, &name, &artifacts)?
@@ -454,7 +454,7 @@ impl Publication<'_> {
     }
 
     fn etag(&self, store: &Store, place: &str, size: u64) -> Result<String> {
-        let attempted = format!("look at {}", store.url_of(place));
+        let attempted = format!("inspect {}", store.url_of(place));
         match self.wait(&attempted, store.head(place))? {
             (etag, found) if found == size => Ok(etag),
             (_, found) => Err(Error::new(attempted).because(format!("it has {found} bytes, expected {size}"))),
@@ -500,7 +500,7 @@ impl Publication<'_> {
         match self.foreign(store, &id, journal) {
             Ok(None) => {}
             Ok(Some(why)) => {
-                tracing::error!("image {id} is not what this job began: {why}; left as it is");
+                tracing::error!("image {id} was not created by this job: {why}; left as it is");
                 return true;
             }
             Err(error) => {
@@ -520,7 +520,9 @@ impl Publication<'_> {
         if failed.is_empty() {
             failed.extend(self.ims.delete_image(&id).err().map(|error| (error, "the record")));
         } else if self.ims.is_there() {
-            tracing::error!("the record of image {id} stays in IMS, since something of it may be left in the store");
+            tracing::error!(
+                "the record of image {id} stays in IMS, since objects of the image may be left in the store"
+            );
         }
         for (error, what) in &failed {
             tracing::error!("{error}; {what} of image {id} may be left: {AGAIN}");
@@ -547,7 +549,7 @@ impl Publication<'_> {
         let metadata = self.owner_metadata(id);
         let look = |key: &&str| {
             let key = format!("{id}/{key}");
-            self.wait(&format!("look at {}", store.url_of(&key)), store.owner(&key, &metadata))
+            self.wait(&format!("inspect {}", store.url_of(&key)), store.owner(&key, &metadata))
         };
         let owners = KEYS.iter().map(look).collect::<Result<Vec<_>>>()?;
         let has_ours = owners.contains(&Owner::Ours) || store.is_directory();

@@ -42,7 +42,7 @@ pub(crate) struct Held {
     tree: Arc<Tree>,
 }
 
-/// What exists in place of an image's directory.
+/// State of the place of an image's directory.
 pub(crate) enum Found {
     /// Nothing.
     Nothing,

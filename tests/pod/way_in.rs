@@ -47,7 +47,7 @@ fn session_start_stays_within_committed_instructions_and_system_calls() {
     let environment = volume.start_by(&ims_sshd, Mode::Jailed, &[]).ready();
 
     let record = StateDirectory::of(&environment.parent).unwrap().jail();
-    // As sshd starts it.
+    // sshd starts the program through the login shell.
     let line = format!("exec {} session {}", program.display(), record.display());
     let session = ["-c".as_ref(), line.as_ref()];
     let begins = |arguments: &[_], go_on: GoOn| count(&program, arguments, go_on);

@@ -1153,7 +1153,7 @@ fn sidecar_run_again_after_a_failed_publication_publishes() {
         assert!(text(&output.stderr).contains("continues from there"), "{output:?}");
         assert_eq!(job.bucket.ask("PUT", "", b"").status, 200);
         if begins_again {
-            // As `prepare` leaves it.
+            // The state after `prepare`.
             for name in ["ready", "sshd_listening", "complete", "exiting"] {
                 std::fs::remove_file(job.volume.signal(name)).unwrap();
             }
@@ -1253,7 +1253,7 @@ fn changed_image_record_is_neither_used_nor_reported_as_published() {
             "manifest" => assert!(published.is_null() && text(&output.stderr).contains("is not the manifest")),
             _ => {
                 assert!(published.is_string() && published != *id, "{what}: {published}");
-                assert!(text(&output.stderr).contains("is not what this job began"), "{what}: {output:?}");
+                assert!(text(&output.stderr).contains("was not created by this job"), "{what}: {output:?}");
             }
         }
     }

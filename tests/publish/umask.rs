@@ -43,7 +43,7 @@ fn no_other_user_can_write_to_what_a_run_makes_whatever_the_umask_is() {
         let said = |name: &str| std::fs::read_to_string(dir.path().join(name)).unwrap();
         assert_eq!(said("writable"), "", "{mask}");
         assert_eq!(said("modes"), "644\n", "{mask}");
-        // What the person's own programs make is the person's business.
+        // Files that the person's own programs create do not count.
         let number = |text: &str| u32::from_str_radix(text.trim(), 8).unwrap();
         assert_eq!(number(&said("umask")), number(mask));
         // sshd adds 022 (`main` of OpenSSH's sshd.c).

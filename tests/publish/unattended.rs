@@ -227,10 +227,10 @@ fn early_checks_refuse_and_late_failures_keep_the_changes() {
     for (options, why) in [
         (&["--output", "text.txt"][..], "name a directory that can be written to"),
         (&["--output", "/proc/x"], "name a directory that can be written to"),
-        (&["--output", "s3://images"], "expected the store's keys"),
+        (&["--output", "s3://images"], "the store's keys are not set"),
         (&["--output", "ftp://images"], "expected s3://BUCKET"),
         (&["--output", "out", "--kernel", "vmlinuz-9"], "/boot holds initrd-6.1.0, "),
-        (&["--output", "out", "--initrd", "initrd-9"], "name files of /boot by --kernel and --initrd"),
+        (&["--output", "out", "--initrd", "initrd-9"], "name files of /boot with --kernel and --initrd"),
         (&["--output", "out", "--changes", "no/where/changes.json"], "no/where"),
         (&["--output", "out", "--exclude", "../boot"], "without '..'"),
     ] {

@@ -157,10 +157,10 @@ fn records_and_objects_of_others_are_neither_used_nor_overwritten() {
         ),
         (json!({"id": id, "name": "compute", "link": link}), true, "rootfs", "it has a link"),
         (json!({"id": id, "name": "another", "link": null}), true, "rootfs", "its name is"),
-        (json!({"id": id, "name": "compute", "link": null}), true, "manifest.json", "not this job's"),
-        (Value::Null, false, "rootfs", "not this job's"),
-        (Value::Null, false, "debug_kernel", "not this job's"),
-        (Value::Null, false, "manifest.json", "not this job's"),
+        (json!({"id": id, "name": "compute", "link": null}), true, "manifest.json", "belongs to somebody else"),
+        (Value::Null, false, "rootfs", "belongs to somebody else"),
+        (Value::Null, false, "debug_kernel", "belongs to somebody else"),
+        (Value::Null, false, "manifest.json", "belongs to somebody else"),
     ] {
         for store in ["s3", "directory"] {
             let (bucket, ims, out) = (Bucket::new(), ImsServer::start(), tempfile::tempdir_in(dir.path()).unwrap());
@@ -376,7 +376,7 @@ fn directory_of_another_user_in_place_of_an_image_is_left_alone() {
     let mut upload = ims_sshd(&["upload", "--name", "compute", "--store", "out", "--archive"], &ims.variables());
     let output = upload.args([&squashfs, &tree]).current_dir(dir.path()).output().unwrap();
     let said = text(&output.stderr);
-    assert!(output.status.code() == Some(1) && said.contains("not this job's"), "{said}");
+    assert!(output.status.code() == Some(1) && said.contains("belongs to somebody else"), "{said}");
     assert_eq!(std::fs::read_dir(&place).unwrap().count(), 0, "{said}");
 }
 
