@@ -108,7 +108,7 @@ impl Settings {
         let hostname = reader.host_name("IMS_JAIL_HOSTNAME");
         let binds = reader.binds("IMS_JAIL_BINDS");
         let agent = reader.choice("IMS_AGENT_FORWARDING", &TRUTH, Case::Any).unwrap_or(true);
-        let close_grace = reader.seconds("IMS_CLOSE_GRACE").unwrap_or(DEFAULT_GRACE);
+        let close_grace = reader.close_grace();
         let idle_limit = reader.seconds("IMS_IDLE_LIMIT");
         let session_limit = reader.seconds("IMS_SESSION_LIMIT");
         let script = reader.text("CUSTOMIZATION_SCRIPT").map(Into::into);
@@ -138,12 +138,12 @@ impl Settings {
     }
 }
 
-/// Reads only `IMS_JAIL_TIER`, `IMS_JAIL_HOSTNAME` and `JOB_ENABLE_DKMS`, for a jail without sshd.
+/// Reads only `IMS_JAIL_TIER`, `IMS_JAIL_HOSTNAME`, `JOB_ENABLE_DKMS` and `IMS_CLOSE_GRACE`, for a jail without sshd.
 pub(crate) fn of_jail(
     variables: impl IntoIterator<Item = (OsString, OsString)>,
-) -> Result<(Vec<Tier>, Option<String>, bool)> {
+) -> Result<(Vec<Tier>, Option<String>, bool, Duration)> {
     let mut reader = Reader::of(variables);
-    let found = (reader.tiers(), reader.host_name("IMS_JAIL_HOSTNAME"), reader.dkms());
+    let found = (reader.tiers(), reader.host_name("IMS_JAIL_HOSTNAME"), reader.dkms(), reader.close_grace());
     reader.finish(Some(found))
 }
 
@@ -151,6 +151,10 @@ pub(crate) fn of_jail(
 impl Reader {
     fn dkms(&mut self) -> bool {
         self.choice("JOB_ENABLE_DKMS", &TRUTH, Case::Any).unwrap_or(false)
+    }
+
+    fn close_grace(&mut self) -> Duration {
+        self.seconds("IMS_CLOSE_GRACE").unwrap_or(DEFAULT_GRACE)
     }
 
     fn tiers(&mut self) -> Vec<Tier> {

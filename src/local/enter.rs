@@ -75,7 +75,7 @@ pub enum Answer {
 pub fn run(job: Job, entry: &Entry) -> Result<u8> {
     source::need_root()?;
     let heeded = |(name, _): &(OsString, OsString)| entry.heeds_dkms || name != "JOB_ENABLE_DKMS";
-    let (tiers, hostname, dkms) = of_jail(std::env::vars_os().filter(heeded))?;
+    let (tiers, hostname, dkms, grace) = of_jail(std::env::vars_os().filter(heeded))?;
     let (decides, end, in_place) = (job.decides(), job.end, job.in_place);
     if !job.is_in_place() {
         // Before anything is opened: a descriptor from before would not see what is mounted from here on.
@@ -91,9 +91,14 @@ pub fn run(job: Job, entry: &Entry) -> Result<u8> {
             tracing::info!("what is changed in {source} is discarded at the end{instead}");
         }
         let is_shell = entry.command.is_empty() && entry.script.is_none();
-        let session = Session { is_shell, end: decides.then_some(end), in_place, tiers, dkms, hostname, label };
+        let is_unattended = decides || entry.answer == Some(Answer::Yes);
+        let grace = is_unattended.then_some(grace);
+        let session = Session { is_shell, grace, end: decides.then_some(end), in_place, tiers, dkms, hostname, label };
         let at_terminal = session.is_at_terminal();
-        let Ended { status, mark, stopped } = session.run(image_root, entry, &registered)?;
+        let Ended { status, mut mark, mut stopped, is_given_up } = session.run(image_root, entry, &registered)?;
+        if is_given_up {
+            (mark, stopped) = (Some(Verdict::Failed), None);
+        }
         // Whoever is at the shell was told as it was hung up.
         if let Some(mark) = mark.filter(|_| !at_terminal) {
             tracing::info!("the image was marked {}", mark.signal_file());
@@ -241,6 +246,9 @@ impl Question {
 /// A shell that was hung up has this long to write its history.
 const HANG_UP_TIME: Duration = Duration::from_secs(2);
 
+/// A signal that follows within this time is no second one.
+const SAME_SIGNAL: Duration = Duration::from_millis(500);
+
 /// Result of a session.
 struct Ended {
     status: WaitStatus,
@@ -248,12 +256,16 @@ struct Ended {
     mark: Option<Verdict>,
     /// Signal that was to end this program.
     stopped: Option<Signal>,
+    /// True if `ims-sshd fail` has ended it.
+    is_given_up: bool,
 }
 
 /// The session that runs in the jail.
 struct Session {
     /// Whether it is the login shell.
     is_shell: bool,
+    /// Time for the command to end after a signal. `None` if a signal is the command's own business.
+    grace: Option<Duration>,
     /// Fate of the changes, if it is decided at the end.
     end: Option<End>,
     in_place: bool,
@@ -322,6 +334,7 @@ impl Session {
             keep: entry.variables.iter().map(|(name, _)| name.clone()).collect(),
         };
         let jail = OpenJail::open(wanted, &state).map_err(cleared)?;
+        registered.tell(&[("run", &run.path().to_string_lossy())]);
         registered.reach(Stage::Serving);
         let command = entry.script.as_ref().map_or_else(|| entry.command.clone(), Script::command);
         let mut helper = open::helper(&Arguments::Enter(state.jail(), command))?;
@@ -342,6 +355,7 @@ impl Session {
         drop(emulation);
         let all_ended = all_ended.and_then(|()| OpenJail::seal(&state, Instant::now() + TIME_TO_CLOSE_FILES));
         jail.clear(&tree, &notes)?;
+        let is_given_up = run.signal_files().stands(Verdict::Failed.signal_file())?;
         state.remove()?;
         remove_folder(run.path())?;
         all_ended?;
@@ -351,7 +365,7 @@ impl Session {
         while let Ok(Some(signal)) = signals.next() {
             ended.stopped = ended.stopped.or(self.stops(signal));
         }
-        Ok(Ended { mark: ended.mark.max(told_last).max(found), ..ended })
+        Ok(Ended { mark: ended.mark.max(told_last).max(found), is_given_up, ..ended })
     }
 
     /// The signal, if it is to end this program. SIGINT is a key of the person at a shell.
@@ -370,12 +384,20 @@ impl Session {
         let pid = Pid::from_raw(helper.id().cast_signed());
         let (mut marked, mut stopped): (Option<Verdict>, Option<Signal>) = (None, None);
         let mut hung_up: Option<Instant> = None;
+        let (mut signalled, mut is_killed): (Option<Instant>, bool) = (None, false);
         loop {
             if let Some(status) = helper.try_wait().attempt(attempted)? {
                 let status = WaitStatus::from_raw(pid, status.into_raw()).attempt(attempted)?;
-                return Ok(Ended { status, mark: marked, stopped });
+                return Ok(Ended { status, mark: marked, stopped, is_given_up: false });
             }
             if hung_up.is_some_and(|since| since.elapsed() >= HANG_UP_TIME) {
+                let _ = jail.end();
+            }
+            if let (Some(grace), Some(since), false) = (self.grace, signalled, is_killed)
+                && since.elapsed() >= grace
+            {
+                tracing::warn!("the command is still running when the grace period ended; killing it");
+                is_killed = true;
                 let _ = jail.end();
             }
             let mut sources = vec![PollFd::new(signals, PollFlags::IN)];
@@ -386,6 +408,24 @@ impl Session {
             let is_told = sources.get(1).is_some_and(|link| !link.revents().is_empty());
             while let Ok(Some((signal, is_sent))) = signals.next_with_sender() {
                 stopped = stopped.or(self.stops(signal));
+                if let (Some(signal), Some(grace)) = (self.stops(signal), self.grace) {
+                    match signalled {
+                        None => {
+                            tracing::info!(
+                                "received {signal}: the command has {} s to end (IMS_CLOSE_GRACE); a second signal kills it",
+                                grace.as_secs()
+                            );
+                            signalled = Some(Instant::now());
+                        }
+                        // A terminal that is closed sends SIGHUP, and the person's shell does once more.
+                        Some(since) if since.elapsed() < SAME_SIGNAL || is_killed => {}
+                        Some(_) => {
+                            tracing::warn!("received {signal} again: killing the command");
+                            is_killed = true;
+                            let _ = jail.end();
+                        }
+                    }
+                }
                 // The terminal sends SIGINT to its whole foreground, the command included.
                 if matches!(signal, Signal::SIGTERM | Signal::SIGHUP) || signal == Signal::SIGINT && is_sent {
                     let _ = kill(pid, signal);

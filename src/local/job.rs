@@ -146,7 +146,7 @@ impl Job {
             let advice = "wait for that to end, or look at a copy";
             return Err(Error::new(format!("open {}", directory.display())).because(why).advise(advice));
         }
-        Held::take(directory, &self.work)
+        Held::take(directory, &self.work).map_err(|e| self.open_already("source", directory).unwrap_or(e))
     }
 
     /// Refuses to put the new image, or the changes, into the directory that they are made of.
@@ -214,11 +214,26 @@ impl Job {
         }
     }
 
+    /// Why the source cannot be opened now, if another run has it open, whose register's `field` is `path`.
+    fn open_already(&self, field: &str, path: &Path) -> Option<Error> {
+        let run = run_elsewhere(field, path)?;
+        let name = run["name"].as_str().unwrap_or_default();
+        let ending = if run["command"] == "enter" {
+            format!("it ends with its shell or command (process {})", run["pid"])
+        } else if run["image_root_parent"].is_null() {
+            format!("wait for its command, or 'ims-sshd fail {name}' ends it and drops what was changed")
+        } else {
+            format!("'ims-sshd complete {name}' or 'ims-sshd fail {name}' ends it")
+        };
+        Some(Error::new(format!("open {}", self.shown())).because(format!("it is open as {name}")).advise(ending))
+    }
+
     /// Claims the work directory. Tells whoever only looks of changes that are not shown.
     fn claim(&self, source: &Source, all: &Path) -> Result<WorkDirectory> {
         let name = name_of(source, &self.source);
         if self.end != End::Discarded {
-            return WorkDirectory::claim(all, &name);
+            let place = all.join(&name);
+            return WorkDirectory::claim(all, &name).map_err(|e| self.open_already("work", &place).unwrap_or(e));
         }
         let (place, source) = (all.join(&name), self.shown());
         if let Some(name) = open_elsewhere("work", &place) {
@@ -430,16 +445,16 @@ impl Job {
 
 /// Name of another run that is open, in the register's `field` of which is `path`.
 fn open_elsewhere(field: &str, path: &Path) -> Option<String> {
+    run_elsewhere(field, path).map(|run| run["name"].as_str().unwrap_or_default().into())
+}
+
+fn run_elsewhere(field: &str, path: &Path) -> Option<Value> {
     let path = std::fs::canonicalize(path).ok()?;
     let is_meant = |run: &Value| {
         let there = run[field].as_str().and_then(|there| std::fs::canonicalize(there).ok());
         there.is_some_and(|there| there == path) && run["pid"] != std::process::id()
     };
-    register::entries()
-        .ok()?
-        .iter()
-        .find(|run| is_meant(run))
-        .map(|run| run["name"].as_str().unwrap_or_default().into())
+    register::entries().ok()?.into_iter().find(is_meant)
 }
 
 /// Returns whether the disk of `place` has space for the few files of an image that is opened.

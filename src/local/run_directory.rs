@@ -46,6 +46,11 @@ impl RunFolder {
         self.files.path()
     }
 
+    /// Its signal files.
+    pub(crate) fn signal_files(&self) -> &SignalFiles {
+        &self.files
+    }
+
     /// Returns whether a run of `command` has the image root open, by this path or another.
     pub(crate) fn is_claimed(command: &str, image_root: &Path) -> Result<bool> {
         Ok(is_claimed(&Self::place(command, image_root))? || Claim::is_taken(command, image_root)?)

@@ -109,9 +109,11 @@ fn mark_run(run: &Value, verdict: Verdict) -> Result<()> {
         (_, "applying") => refuse("it is marked complete, and its changes are being applied", "nothing stops it"),
         // A command runs in it, without an environment.
         ("enter", _) | (_, "serving") if run["image_root_parent"].is_null() => {
-            let there = match text(run, "command").as_str() {
-                "enter" => format!("mark it in there: touch /tmp/{}", verdict.signal_file()),
-                _ => format!("to stop that, end process {pid} with SIGTERM, which keeps the changes"),
+            let name = text(run, "name");
+            let there = match (text(run, "command").as_str(), verdict) {
+                ("enter", _) => format!("mark it in there: touch /tmp/{}", verdict.signal_file()),
+                (_, Verdict::Failed) => return give_up(run),
+                (_, Verdict::Complete) => format!("'ims-sshd fail {name}' ends it, and drops what was changed"),
             };
             refuse("it ends with the shell or the command that runs in it", &there)
         }
@@ -120,6 +122,17 @@ fn mark_run(run: &Value, verdict: Verdict) -> Result<()> {
             None => refuse("it is not open yet", "wait until 'ims-sshd status' says serving"),
         },
     }
+}
+
+/// Ends a command that runs unattended, and has its run drop the changes.
+fn give_up(run: &Value) -> Result<()> {
+    let attempted = || format!("mark {} failed", text(run, "name"));
+    let directory = open(Path::new(run["run"].as_str().unwrap_or_default()))?;
+    directory.touch(Verdict::Failed.signal_file())?;
+    let pid = run["pid"].as_i64().and_then(|pid| i32::try_from(pid).ok()).filter(|pid| *pid > 1);
+    let pid = pid.ok_or_else(|| Error::new(attempted()).because("the register does not name its process"))?;
+    // Its entry is locked as long as it lasts, so the number is still its own.
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGTERM).attempt(attempted)
 }
 
 fn mark_parent(parent: &Path, verdict: Verdict) -> Result<()> {

@@ -6,6 +6,7 @@ mod archives;
 mod confined;
 mod customize;
 mod directory;
+mod ended;
 mod enter;
 mod fresh;
 mod identity;
