@@ -70,6 +70,17 @@ impl Error {
         self.advise(advice)
     }
 
+    /// Returns whether a signal interrupted the work.
+    pub(crate) fn is_interruption(&self) -> bool {
+        matches!(self.kind, Kind::Interrupted(_))
+    }
+
+    /// Adds advice to the reader if a signal interrupted the work.
+    #[must_use]
+    pub(crate) fn advise_if_interrupted(self, advice: impl FnOnce() -> String) -> Self {
+        if self.is_interruption() { self.advise(advice()) } else { self }
+    }
+
     /// Exit code of the program: 2 for refused input, 128 + n for signal n, otherwise 1.
     pub fn exit_code(&self) -> u8 {
         match self.kind {

@@ -8,9 +8,9 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use glob::Pattern as Name;
-use rustix::fs::{AtFlags, FileType};
 
-use crate::sys::tree::{Descent, Tree};
+use crate::sys::tree::Tree;
+use crate::sys::walk::refuse_long;
 
 /// Prefix of a pattern that matches at any depth.
 const ANYWHERE: &str = "... ";
@@ -62,9 +62,8 @@ pub(crate) struct Excluded {
     pub(crate) is_all: bool,
 }
 
-/// A directory still to be searched.
+/// What is known of a directory to be searched.
 struct Ahead {
-    path: PathBuf,
     /// Patterns whose first names match the path, each with the number of names matched.
     begun: Vec<(usize, usize)>,
     is_excluded: bool,
@@ -75,47 +74,34 @@ pub(crate) fn find(image_root: &Tree, patterns: &[Pattern]) -> io::Result<Exclud
     let mut excluded = Excluded::default();
     let mut has_matched = vec![false; patterns.len()];
     let anywhere: Vec<_> = (0..patterns.len()).filter(|number| patterns[*number].is_anywhere).map(|n| (n, 0)).collect();
-    let begun = (0..patterns.len()).map(|number| (number, 0)).collect();
-    let mut ahead = vec![Ahead { path: PathBuf::new(), begun, is_excluded: false }];
-    let mut descent = Descent::of(image_root);
-    while let Some(Ahead { path, begun, is_excluded }) = ahead.pop() {
-        let directory = descent.directory_without_links(&path)?;
-        let mut kept = 0;
-        for name in directory.names()? {
-            let text = name.to_string_lossy();
-            let (mut further, mut is_matched) = (anywhere.clone(), false);
-            for &(number, depth) in &begun {
-                let names = &patterns[number].names;
-                if !names[depth].matches(&text) {
-                    continue;
-                }
-                if depth + 1 == names.len() {
-                    (has_matched[number], is_matched) = (true, true);
-                } else {
-                    further.push((number, depth + 1));
-                }
-            }
-            let below = path.join(&name);
-            if is_matched && !is_excluded {
-                excluded.paths.push(below.clone());
-            }
-            kept += usize::from(!is_matched);
-            let is_excluded = is_matched || is_excluded;
-            // Below an excluded path, patterns without a match so far are still tried: a match anywhere makes them
-            // useful.
-            further.retain(|(number, _)| !is_excluded || !has_matched[*number]);
-            if further.is_empty() {
+    let mut is_any_kept = false;
+    let first = Ahead { begun: (0..patterns.len()).map(|number| (number, 0)).collect(), is_excluded: false };
+    image_root.walk_with(&first, |above: &Ahead, path, _, name, _| {
+        let text = name.to_string_lossy();
+        let (mut further, mut is_matched) = (anywhere.clone(), false);
+        for &(number, depth) in &above.begun {
+            let names = &patterns[number].names;
+            if !names[depth].matches(&text) {
                 continue;
             }
-            let found = rustix::fs::statat(directory, &name, AtFlags::SYMLINK_NOFOLLOW)?;
-            if FileType::from_raw_mode(found.st_mode) == FileType::Directory {
-                ahead.push(Ahead { path: below, begun: further, is_excluded });
+            if depth + 1 == names.len() {
+                (has_matched[number], is_matched) = (true, true);
+            } else {
+                further.push((number, depth + 1));
             }
         }
-        if path == Path::new("") {
-            excluded.is_all = kept == 0 && !excluded.paths.is_empty();
+        if is_matched && !above.is_excluded {
+            refuse_long(path)?;
+            excluded.paths.push(path.to_owned());
         }
-    }
+        is_any_kept |= !is_matched && path == Path::new(name);
+        let is_excluded = is_matched || above.is_excluded;
+        // Below an excluded path, patterns without a match so far are still tried: a match anywhere makes them
+        // useful.
+        further.retain(|(number, _)| !is_excluded || !has_matched[*number]);
+        Ok((!further.is_empty()).then_some(Ahead { begun: further, is_excluded }))
+    })?;
+    excluded.is_all = !is_any_kept && !excluded.paths.is_empty();
     let useless = patterns.iter().zip(has_matched).filter(|(_, has_matched)| !has_matched);
     excluded.useless = useless.map(|(pattern, _)| pattern.text.clone()).collect();
     Ok(excluded)

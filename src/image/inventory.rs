@@ -12,6 +12,7 @@ use crate::error::{Attempt, Error, Result};
 use crate::image::installed_packages;
 use crate::image::packing;
 use crate::sys::tree::Tree;
+use crate::sys::walk::refuse_long;
 use crate::transfer::Work;
 use crate::volume::layout::INVENTORY;
 use std::path::Path;
@@ -39,6 +40,7 @@ impl Inventory {
                 return Err(io::ErrorKind::Interrupted.into());
             }
             if !path.as_os_str().is_empty() {
+                refuse_long(path)?;
                 let path = path.as_os_str().as_bytes().escape_ascii();
                 files.insert(format!("/{path}"), state(directory, name, found));
             }

@@ -17,6 +17,7 @@ use crate::error::{Attempt, Error, Result};
 use crate::printable::listed;
 use crate::sys::attributes::Node;
 use crate::sys::tree::Tree;
+use crate::sys::walk::Descent;
 
 /// An opaque whiteout says that the directory hides all entries of the layers below. A whiteout with another name after
 /// the prefix hides the entry of that name (OCI image layer specification, "Whiteouts").
@@ -240,11 +241,12 @@ fn sha256(digest: &str) -> Option<String> {
 /// Moves the entries of `layer`, unpacked after `began`, over `root`, and removes what the layer hides there. Both are
 /// on one file system, and nobody else changes them. Follows no link.
 pub(crate) fn merge(layer: &Tree, root: &Tree, began: SystemTime) -> io::Result<()> {
-    let mut directories = vec![(PathBuf::from("."), false)];
+    let mut directories = vec![(PathBuf::new(), false)];
     let mut attributes = Vec::new();
+    let (mut layers, mut roots) = (Descent::of(layer), Descent::of(root));
     while let Some((path, is_new)) = directories.pop() {
-        let (from, to) = (layer.directory_without_links(&path)?, root.directory_without_links(&path)?);
-        let found = rustix::fs::fstat(&from)?;
+        let (from, to) = (layers.directory_without_links(&path)?, roots.directory_without_links(&path)?);
+        let found = rustix::fs::fstat(from)?;
         let names: BTreeSet<OsString> = from.names()?.into_iter().collect();
         if names.contains(OsStr::from_bytes(OPAQUE)) {
             to.names()?.iter().try_for_each(|name| to.remove_whole(name))?;
@@ -258,17 +260,17 @@ pub(crate) fn merge(layer: &Tree, root: &Tree, began: SystemTime) -> io::Result<
             }
         }
         for name in names.iter().filter(|name| !is_whiteout(name)) {
-            let (new, old) = (is_directory(&from, name)?, is_directory(&to, name)?);
+            let (new, old) = (is_directory(from, name)?, is_directory(to, name)?);
             if (new, old) == (Some(true), Some(true)) {
                 directories.push((path.join(name), false));
                 continue;
             }
             to.remove_whole(name)?;
             if new == Some(true) {
-                rustix::fs::mkdirat(&to, name, Mode::RWXU)?;
+                rustix::fs::mkdirat(to, name, Mode::RWXU)?;
                 directories.push((path.join(name), true));
             } else {
-                rustix::fs::renameat(&from, name, &to, name)?;
+                rustix::fs::renameat(from, name, to, name)?;
             }
         }
         // tar has just created this directory if the layer only has entries below it, and not the directory itself.
@@ -278,9 +280,8 @@ pub(crate) fn merge(layer: &Tree, root: &Tree, began: SystemTime) -> io::Result<
     }
     // Moving entries into a directory changed its times.
     for (path, found) in attributes {
-        let [from, to] = [layer, root].map(|tree| tree.directory_without_links(&path));
-        let (from, to) = (from?, to?);
-        let [from, to] = [&from, &to].map(|directory| Node { directory, name: OsStr::new(".") });
+        let (from, to) = (layers.directory_without_links(&path)?, roots.directory_without_links(&path)?);
+        let [from, to] = [from, to].map(|directory| Node { directory, name: OsStr::new(".") });
         to.take(&found, &from.attributes()?)?;
     }
     Ok(())

@@ -110,7 +110,7 @@ impl<'a> Removed<'a> {
     }
 
     fn remove(&self) {
-        let _ = std::fs::remove_dir_all(self.volume.path().join(&self.name));
+        let _ = self.volume.remove_whole(OsStr::new(&self.name));
     }
 }
 

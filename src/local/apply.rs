@@ -20,7 +20,9 @@ use crate::local::apply_checks::{refuse_edited, refuse_unchangeable};
 use crate::local::apply_progress::{Progress, RECORD, Step, has_begun, is_of, is_only_decided};
 use crate::local::upper_layer::{Directories, ESCAPED, UpperDirectory, directories, is_whiteout, or_dot, shown};
 use crate::sys::attributes::Node;
-use crate::sys::tree::{Descent, Tree};
+use crate::sys::signals::Pending;
+use crate::sys::tree::Tree;
+use crate::sys::walk::Descent;
 
 /// Changes `root` to what the overlay of `root` and `upper` showed, or resumes that. The overlay must not be mounted any
 /// more, and nobody else may write to either. Once begun, it must be resumed until everything is applied.
@@ -30,6 +32,9 @@ pub(crate) fn apply(work: &Tree, upper: &Tree, root: &Tree) -> Result<()> {
     if !has_begun(work)? || is_only_decided(work)? && is_of(work, root)? {
         let refused = refuse_unchangeable(upper, root, &directories).and_then(|()| refuse_edited(work, upper, root));
         if let Err(refusal) = refused {
+            if Pending::new().check().is_err() {
+                return Err(refusal);
+            }
             // Nothing is applied, and the changes can be resumed as they are.
             work.remove(RECORD).attempt(|| format!("remove {}", work.shown().join(RECORD).display()))?;
             return Err(refusal);
@@ -37,7 +42,7 @@ pub(crate) fn apply(work: &Tree, upper: &Tree, root: &Tree) -> Result<()> {
     }
     let (mut begun, stage) = Progress::begin(work, upper, root)?;
     if let Some(stage) = stage {
-        let application = Application { upper, root, stage, directories: &directories };
+        let application = Application { upper, root, stage, directories: &directories, pending: Pending::new() };
         if begun.step == Step::Moving {
             application.move_renamed().and_then(|()| root.sync()).attempt(attempted)?;
             begun.step = Step::Placing;
@@ -155,12 +160,14 @@ struct Application<'a> {
     root: &'a Tree,
     stage: Tree,
     directories: &'a Directories,
+    pending: Pending,
 }
 
 impl Application<'_> {
     /// Moves renamed directories into the stage, the deepest first, while their paths in the source still hold.
     fn move_renamed(&self) -> io::Result<()> {
         for (source, aside) in renamed(self.directories).into_iter().rev() {
+            self.pending.check()?;
             if self.stage.look(aside)?.is_some() {
                 continue;
             }
@@ -196,6 +203,7 @@ impl Application<'_> {
             to.names()?.iter().filter(|name| !names.contains(*name)).try_for_each(|name| to.remove_whole(name))?;
         }
         for name in &names {
+            self.pending.check()?;
             let path = path.join(name);
             self.place_entry(&path, from, to, name).map_err(|e| naming(&self.root.shown().join(&path), &e))?;
         }
@@ -289,6 +297,9 @@ impl Application<'_> {
     }
 }
 
+/// Bytes of a file that are copied between two looks for a signal.
+const PIECE: u64 = 64 << 20;
+
 /// Copies `size` bytes and keeps holes.
 fn copy_content(mut from: File, mut to: File, size: u64) -> io::Result<()> {
     let mut at = 0;
@@ -299,7 +310,8 @@ fn copy_content(mut from: File, mut to: File, size: u64) -> io::Result<()> {
             Err(Errno::NXIO) => break,
             Err(e) => return Err(e.into()),
         };
-        let end = rustix::fs::seek(&from, rustix::fs::SeekFrom::Hole(at))?;
+        let end = rustix::fs::seek(&from, rustix::fs::SeekFrom::Hole(at))?.min(at + PIECE);
+        Pending::new().check()?;
         from.seek(SeekFrom::Start(at))?;
         to.seek(SeekFrom::Start(at))?;
         io::copy(&mut Read::by_ref(&mut from).take(end - at), &mut to)?;
@@ -671,9 +683,15 @@ mod tests {
         rustix::fs::setxattr(dir.path().join("upper/new"), "trusted.overlay.redirect", b"old", redirect).unwrap();
         let (begun, stage) = Progress::begin(&record, &upper, &root).unwrap();
         let directories = directories(&upper).unwrap();
-        Application { upper: &upper, root: &root, stage: stage.unwrap(), directories: &directories }
-            .move_renamed()
-            .unwrap();
+        Application {
+            upper: &upper,
+            root: &root,
+            stage: stage.unwrap(),
+            directories: &directories,
+            pending: Pending::new(),
+        }
+        .move_renamed()
+        .unwrap();
         assert_eq!(root.names().unwrap(), [begun.stage.as_str()]);
         abort(&record, &upper, &root).unwrap();
         assert_eq!(root.names().unwrap(), ["old"]);

@@ -305,16 +305,17 @@ impl Job {
             self.check_store(&work, &settings, &source, holds_changes(&place, &place.join(IMAGE_ROOT)))?;
             self.reports.changes.as_deref().map(|file| packing::check_output(file, "--changes")).transpose()?;
         }
-        let place = self.claim(&source, &settings.job.parent)?;
+        let place = work.unless_interrupted(self.claim(&source, &settings.job.parent))?;
         place.path().clone_into(&mut settings.job.parent);
         let parent = &settings.job.parent;
         let mounted = parent.join(IMAGE_ROOT);
         entry.tell(&[("work", &parent.display().to_string())]);
         end_left_over(&mounted)?;
         if let Some(changed) = changed.filter(|_| apply_progress::has_begun(place.files().parent()).unwrap_or(true)) {
-            self.end_application(entry, &ims, &settings, &source, changed, &place)?;
+            let ended = self.end_application(entry, &ims, &settings, &source, changed, &place);
+            work.unless_interrupted(ended)?;
         }
-        self.check_kept(&ims, &settings, &source, &place, root.as_ref())?;
+        work.unless_interrupted(self.check_kept(&ims, &settings, &source, &place, root.as_ref()))?;
         entry.note(place.files().parent());
         if holds_changes(parent, &mounted) {
             tracing::info!(
@@ -336,8 +337,9 @@ impl Job {
         };
         let result = opened.carry_out(&source, directory.as_deref(), root.as_ref(), &mounted, session);
         let result = work.unless_interrupted(result);
+        let left = |e: Error| e.advise_if_interrupted(|| left_in(files.path()));
         // What was to be dropped is dropped once the image is open.
-        if !entry.is_open() && place.take_back()? {
+        if !entry.is_open() && work.last(place.take_back()).map_err(left)? {
             is_unchanged.set(false);
         }
         let kept = || self.kept_in(files.parent(), entry);
@@ -352,7 +354,8 @@ impl Job {
             }
         }
         opened.publication(&journal).give_up(&mut Journal::read(&journal)?)?;
-        place.remove()?;
+        let path = place.path().to_owned();
+        work.last(place.remove()).map_err(|e| e.advise_if_interrupted(|| left_in(&path)))?;
         let (fate, value) = result?;
         if fate == Fate::Discard {
             tracing::info!("{}", self.given_up());
@@ -522,6 +525,11 @@ fn drop_changes(ims: &Ims, settings: &Settings, place: &WorkDirectory) -> Result
     place.clear()?;
     tracing::info!("dropped what was changed before; beginning anew");
     Ok(())
+}
+
+/// Advice for a removal that a signal interrupted.
+fn left_in(place: &Path) -> String {
+    format!("what is left to remove is in {}: the same command removes it, or 'rm -r'", place.display())
 }
 
 fn too_small(place: &str, left: u64, needed: u64, advice: &str) -> Error {

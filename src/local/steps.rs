@@ -45,7 +45,7 @@ pub fn prepare(settings: &Settings, source: &str, open: Open, is_fresh: bool) ->
         let image_root = settings.job.parent.join(settings.job.image_root());
         make_parent(&settings.job.parent)?;
         clear_signals(settings, is_fresh || image_root.exists())?;
-        anew::clear(&open_tree(&settings.job.parent)?)?;
+        anew::clear(&work, &open_tree(&settings.job.parent)?)?;
         let made = if is_fresh {
             anew::prepare(&work, settings, &source, open, &image_root)?
         } else {

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
 use std::io;
+use std::ops::Bound::{Excluded, Unbounded};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
@@ -10,7 +11,8 @@ use rustix::fs::{AtFlags, FileType, Stat};
 
 use crate::error::{Attempt, Result};
 use crate::sys::attributes::{Attributes, Node};
-use crate::sys::tree::{Descent, Tree, times};
+use crate::sys::tree::{Tree, times};
+use crate::sys::walk::{Descent, refuse_long};
 
 /// Prefix of the extended attributes in which overlayfs keeps its state of a file in the upper layer.
 const STATE: &[u8] = b"trusted.overlay.";
@@ -56,6 +58,7 @@ pub(crate) fn directories(upper: &Tree) -> io::Result<Directories> {
                 }
             };
             let path = path.join(&name);
+            refuse_long(&path)?;
             open.push(path.clone());
             directories.insert(path, UpperDirectory { source, is_renamed, aside: format!("d{}", found.st_ino) });
         }
@@ -97,6 +100,7 @@ pub(crate) fn complete_hard_links(lower: &Tree, upper: &Tree, index: &Path, merg
         if FileType::from_raw_mode(found.st_mode) == FileType::Directory {
             return Ok(());
         }
+        refuse_long(path)?;
         if upper.handle_without_links(path).is_ok() {
             return Ok(());
         }
@@ -117,8 +121,11 @@ pub(crate) fn complete_hard_links(lower: &Tree, upper: &Tree, index: &Path, merg
 
 /// Path in the source of an entry that the overlay shows at `path` and the upper layer does not have.
 fn source_of(directories: &Directories, path: &Path) -> Option<PathBuf> {
-    let (above, directory) = path.ancestors().skip(1).find_map(|above| Some((above, directories.get(above)?)))?;
-    Some(directory.source.as_ref()?.join(path.strip_prefix(above).ok()?))
+    // Every directory above one of the upper layer is in it too. So the lowest one above `path` is the part that `path`
+    // shares with the one sorted before it.
+    let (before, _) = directories.range::<Path, _>((Unbounded, Excluded(path))).next_back()?;
+    let above: PathBuf = before.iter().zip(path.iter()).take_while(|(a, b)| a == b).map(|(a, _)| a).collect();
+    Some(directories.get(&above)?.source.as_ref()?.join(path.strip_prefix(&above).ok()?))
 }
 
 /// Returns whether `upper` changes nothing of `lower`. Opening a jail copies directories up, and the resolv.conf that it
@@ -217,6 +224,7 @@ pub(crate) fn touched(
         let directory = roots.directory_without_links(path.parent().unwrap_or(Path::new("")))?;
         let name = path.file_name().unwrap_or_default();
         let Some(found) = directory.look(name)? else { continue };
+        refuse_long(&path)?;
         if is_meant(&path, directory, name)? {
             touched.push(path.clone());
         }

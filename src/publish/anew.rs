@@ -67,16 +67,24 @@ pub(crate) fn prepare(
         })
     })?;
     if let Err(e) = volume.remove_whole(DROPPED.as_ref()) {
+        work.heed().map_err(|e| e.advise(left_in(parent)))?;
         tracing::warn!("cannot remove {}: {e}; remove it by hand", parent.join(DROPPED).display());
     }
     Ok(made)
 }
 
+/// Advice for a removal that a signal interrupted.
+fn left_in(parent: &Path) -> String {
+    format!("what is left of an earlier image root is in {}: the next 'prepare' removes it", parent.display())
+}
+
 /// Removes what a run that was killed has left: a new image root that is not complete, and an old one that was dropped.
-pub(crate) fn clear(volume: &Tree) -> Result<()> {
+pub(crate) fn clear(work: &Work, volume: &Tree) -> Result<()> {
     Beside { volume }.unmount()?;
     for name in [FRESH, DROPPED] {
-        volume.remove_whole(name.as_ref()).attempt(|| format!("remove {}", volume.shown().join(name).display()))?;
+        let removed = volume.remove_whole(name.as_ref());
+        let removed = removed.attempt(|| format!("remove {}", volume.shown().join(name).display()));
+        work.unless_interrupted(removed).map_err(|e| e.advise_if_interrupted(|| left_in(&volume.shown())))?;
     }
     Ok(())
 }

@@ -127,7 +127,7 @@ pub(crate) fn make(
                     .and_then(|overlay| check(&archive, &open_tree(image_root)?).map(|()| overlay));
                 let mounted = mounted.inspect_err(|_| {
                     if is_new {
-                        let _ = std::fs::remove_dir_all(directory).and_then(|()| std::fs::remove_dir(image_root));
+                        let _ = remove(&volume, OVERLAY).map(|()| std::fs::remove_dir(image_root));
                     }
                 });
                 Ok((Some(mounted?), Some(archive)))
@@ -319,10 +319,5 @@ fn is_same(a: &Tree, b: &Tree) -> std::io::Result<bool> {
 
 /// Removes the tree `name` from a directory, if it exists.
 fn remove(volume: &Tree, name: &str) -> Result<()> {
-    match std::fs::remove_dir_all(volume.path().join(name)) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-            Err(e).attempt(|| format!("remove {}", volume.shown().join(name).display()))
-        }
-        _ => Ok(()),
-    }
+    volume.remove_whole(name.as_ref()).attempt(|| format!("remove {}", volume.shown().join(name).display()))
 }

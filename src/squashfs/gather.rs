@@ -12,7 +12,8 @@ use rustix::fs::{AtFlags, FileType, OFlags, Stat};
 use crate::squashfs::error::Failure;
 use crate::squashfs::plan::{Attributes, Content, NodeId, Object, Plan, XattrSet, can_hold};
 use crate::sys::attributes::Node;
-use crate::sys::tree::{Descent, Tree};
+use crate::sys::tree::Tree;
+use crate::sys::walk::{Descent, refuse_long};
 
 /// What is to be done with an entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,6 +54,7 @@ pub fn gather(tree: &Tree, choose: &mut dyn FnMut(&Path, &Stat) -> Choice) -> Re
             let below = path.join(&name);
             let found = rustix::fs::statat(directory, &name, AtFlags::SYMLINK_NOFOLLOW).map_err(failed(&below))?;
             let Choice::Pack(content) = choose(&below, &found) else { continue };
+            refuse_long(&below).map_err(in_tree)?;
             let kind = FileType::from_raw_mode(found.st_mode);
             let is_shared = found.st_nlink > 1 && kind != FileType::Directory;
             if is_shared && let Some(known) = linked.get(&(found.st_dev, found.st_ino)) {

@@ -16,3 +16,4 @@ pub mod start;
 pub(crate) mod terminal;
 pub mod tree;
 pub mod umask;
+pub(crate) mod walk;

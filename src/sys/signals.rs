@@ -1,13 +1,19 @@
 //! Blocking signals and reading them from a descriptor.
 
+use std::cell::Cell;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::signal::{SigHandler, SigSet, SigmaskHow, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::Pid;
+use rustix::event::{PollFd, PollFlags};
+
+use crate::sys::poll;
 
 /// Signals blocked in this process and read from a signalfd.
 pub(crate) struct Signals {
@@ -55,6 +61,46 @@ impl Signals {
 impl AsFd for Signals {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
+    }
+}
+
+/// Signals that end the program.
+const ENDING: [Signal; 3] = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP];
+
+/// Shows long work of the file system whether a signal that is to end the program is pending. The signal is only looked
+/// at: who blocked it reads it. Where it is not blocked it ends the program by itself, and is never pending.
+pub(crate) struct Pending {
+    /// `None` if the process has no descriptor left: then the work is not interrupted.
+    fd: Option<SignalFd>,
+    from: Instant,
+    checks: Cell<usize>,
+}
+
+impl Pending {
+    /// Number of checks for which the kernel is asked once.
+    const EACH: usize = 256;
+
+    /// Signals count from now on.
+    pub(crate) fn new() -> Self {
+        Self::after(Duration::ZERO)
+    }
+
+    /// Signals count once `time` has passed.
+    pub(crate) fn after(time: Duration) -> Self {
+        let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
+        let fd = SignalFd::with_flags(&ENDING.into_iter().collect(), flags).ok();
+        Self { fd, from: Instant::now() + time, checks: Cell::new(0) }
+    }
+
+    /// Fails with [`io::ErrorKind::Interrupted`] if a signal is pending. Cheap: asks the kernel now and then only.
+    pub(crate) fn check(&self) -> io::Result<()> {
+        let checks = self.checks.replace(self.checks.get() + 1);
+        let Some(fd) = self.fd.as_ref().filter(|_| checks.is_multiple_of(Self::EACH)) else { return Ok(()) };
+        let mut sources = [PollFd::new(fd, PollFlags::IN)];
+        if Instant::now() >= self.from && matches!(poll::wait(&mut sources, Duration::ZERO), Ok(1)) {
+            return Err(io::Error::new(io::ErrorKind::Interrupted, "interrupted by a signal"));
+        }
+        Ok(())
     }
 }
 

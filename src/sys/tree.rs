@@ -282,26 +282,6 @@ impl Tree {
         std::fs::read_link(self.path()).unwrap_or_else(|_| self.path())
     }
 
-    /// Calls `visit` for the directory itself and everything below it, with the path below the tree, the parent
-    /// directory, the name in it, and the status. Follows no link, and never leaves the tree, whatever is renamed
-    /// meanwhile.
-    pub(crate) fn walk(&self, mut visit: impl FnMut(&Path, &Tree, &OsStr, &Stat) -> io::Result<()>) -> io::Result<()> {
-        visit(Path::new(""), self, OsStr::new("."), &rustix::fs::fstat(&self.directory)?)?;
-        let (mut directories, mut descent) = (vec![PathBuf::new()], Descent::of(self));
-        while let Some(path) = directories.pop() {
-            let directory = descent.directory_without_links(&path)?;
-            for name in directory.names()? {
-                let below = path.join(&name);
-                let found = rustix::fs::statat(directory, &name, AtFlags::SYMLINK_NOFOLLOW)?;
-                visit(&below, directory, &name, &found)?;
-                if FileType::from_raw_mode(found.st_mode) == FileType::Directory {
-                    directories.push(below);
-                }
-            }
-        }
-        Ok(())
-    }
-
     /// Creates the file `path` if nothing is there, and never through a link. Returns whether it was created.
     pub(crate) fn touch(&self, path: impl AsRef<Path>) -> io::Result<bool> {
         let (parent, name) = self.parent_of(path.as_ref())?;
@@ -382,38 +362,6 @@ impl Tree {
     /// Removes the empty directory `path`; no error if it does not exist. Returns whether something was removed.
     pub(crate) fn remove_directory(&self, path: impl AsRef<Path>) -> io::Result<bool> {
         self.unlink(path.as_ref(), AtFlags::REMOVEDIR)
-    }
-
-    /// Removes the file or the whole directory `name` of this directory; no error if it does not exist.
-    pub(crate) fn remove_whole(&self, name: &OsStr) -> io::Result<()> {
-        match self.look(name)?.map(|found| FileType::from_raw_mode(found.st_mode)) {
-            None => Ok(()),
-            Some(FileType::Directory) => self.remove_recursively(name),
-            Some(_) => self.remove(name).map(|_| ()),
-        }
-    }
-
-    /// Works at any depth with few descriptors. Does not cross mount points: those are an error.
-    fn remove_recursively(&self, name: &OsStr) -> io::Result<()> {
-        let (mut found, mut next) = (vec![PathBuf::from(name)], 0);
-        while let Some(path) = found.get(next).cloned() {
-            let directory = self.directory_of_same_mount(&path)?;
-            for name in directory.names()? {
-                match rustix::fs::unlinkat(&directory, &name, AtFlags::empty()) {
-                    Ok(()) | Err(Errno::NOENT) => {}
-                    Err(Errno::ISDIR) => found.push(path.join(name)),
-                    Err(e) => return Err(e.into()),
-                }
-            }
-            next += 1;
-        }
-        for path in found.iter().rev() {
-            let above = self.directory_of_same_mount(
-                path.parent().filter(|above| *above != Path::new("")).unwrap_or(Path::new(".")),
-            )?;
-            rustix::fs::unlinkat(&above, path.file_name().unwrap_or_default(), AtFlags::REMOVEDIR)?;
-        }
-        Ok(())
     }
 
     /// Creates the empty directory `name`, mode 0700, and opens it. Another user who can rename here could swap in a
@@ -571,33 +519,6 @@ impl Tree {
         let times = times(&before);
         rustix::fs::utimensat(self.reopen()?, ".", &times, AtFlags::empty())?;
         Ok(result)
-    }
-}
-
-/// Opens directories of a tree by path, each starting from the previous one if it lies below: walking down a deep tree
-/// takes time linear in its depth. Opened directories must not be renamed meanwhile.
-pub(crate) struct Descent<'a> {
-    tree: &'a Tree,
-    last: Option<(PathBuf, Tree)>,
-}
-
-impl<'a> Descent<'a> {
-    /// Starts at the tree's own directory.
-    pub(crate) fn of(tree: &'a Tree) -> Self {
-        Self { tree, last: None }
-    }
-
-    /// Opens the directory `path` below the tree, or the tree itself if `path` is empty; fails if a component is a
-    /// link.
-    pub(crate) fn directory_without_links(&mut self, path: &Path) -> io::Result<&Tree> {
-        let last = self.last.take();
-        let (from, rest) = match &last {
-            Some((above, from)) if path.starts_with(above) => (from, path.strip_prefix(above).unwrap_or(path)),
-            _ => (self.tree, path),
-        };
-        let rest = if rest.as_os_str().is_empty() { Path::new(".") } else { rest };
-        let found = from.directory_without_links(rest)?;
-        Ok(&self.last.insert((path.to_owned(), found)).1)
     }
 }
 

@@ -175,7 +175,21 @@ impl Work {
 
     /// Returns `result`, or the interruption as its error: after a signal, every failure is due to it.
     pub(crate) fn unless_interrupted<T>(&self, result: Result<T>) -> Result<T> {
-        result.map_err(|error| self.interrupted().map_or(error, Error::interrupted))
+        result.map_err(|error| {
+            if error.is_interruption() {
+                return error;
+            }
+            // A walk of a tree fails when a signal is pending, and does not read it.
+            let _ = self.heed();
+            self.interrupted().map_or(error, Error::interrupted)
+        })
+    }
+
+    /// Result of a removal that comes last: a signal that ended it is its error, even after
+    /// [`Work::finish_regardless`].
+    pub(crate) fn last<T>(&self, result: Result<T>) -> Result<T> {
+        self.deaf.set(false);
+        self.unless_interrupted(result)
     }
 
     /// From here on, no signal interrupts; for cleanup.
