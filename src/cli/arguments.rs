@@ -49,7 +49,8 @@ pub(super) enum Command {
     /// Fetch an image and make an image root from it
     #[command(after_help = PREPARE_EXAMPLES)]
     Prepare {
-        /// Directory in which to make image-root; omitted if only SOURCE is given
+        /// Directory in which to create image-root; omitted if only SOURCE is given. A SOURCE that is a file or URL may
+        /// also come first
         /// [default: $IMAGE_ROOT_PARENT, else /mnt/image]
         #[arg(value_name = "IMAGE_ROOT_PARENT")]
         first: String,

@@ -25,6 +25,7 @@ use crate::manual;
 use crate::pod::sidecar::{self, Places};
 use crate::publish::settings as publishing;
 use crate::publish::source::{self, Source};
+use crate::sys::named;
 use crate::transfer::without_query;
 use crate::verdict::Verdict;
 
@@ -39,7 +40,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
         Command::Fail(Named { name }) => status::mark(name.as_deref(), Verdict::Failed),
         Command::Status { named, json, is } => status::print(named.name.as_deref(), Shown { as_json: json, is: &is }),
         Command::Prepare { first, second, open, fresh, checksum, servers } => {
-            let (parent, source) = second.map_or((None, first.clone()), |source| (Some(first.into()), source));
+            let (parent, source) = parent_and_source(first, second)?;
             let options = checksum.variables().into_iter().chain(servers.variables());
             let settings = publishing::Settings::read(parent, variables(options))?;
             let source = source::rootfs_of(source);
@@ -71,6 +72,22 @@ pub fn run(arguments: Arguments) -> Result<u8> {
             written.attempt(|| format!("write the man pages into {}", directory.display())).map(|()| 0)
         }
     }
+}
+
+/// The image root's parent and the source of `prepare`. The source comes last, but is recognized where it comes first.
+fn parent_and_source(first: String, second: Option<String>) -> Result<(Option<PathBuf>, String)> {
+    let Some(second) = second else { return Ok((None, first)) };
+    let is_source = |named: &str| named.contains("://") || Path::new(named).is_file();
+    if is_source(&first) && !is_source(&second) {
+        return Ok((Some(second.into()), first));
+    }
+    let is_image_root = |named: &str| ["etc", "usr", "bin"].iter().any(|name| Path::new(named).join(name).is_dir());
+    if !is_source(&second) && !Path::new(&second).exists() && is_image_root(&first) {
+        let line = shell_words::join(["ims-sshd", "prepare", &second, &first]);
+        return Err(Error::bad_input(format!("SOURCE is '{second}': No such file or directory"))
+            .advise(format!("SOURCE comes last: {line}")));
+    }
+    Ok((Some(first.into()), second))
 }
 
 /// The image root's parent, if other containers of a pod wait there for this command and must hear of its refusal.
@@ -166,6 +183,10 @@ fn local_job(options: JobOptions, source: String, end: Option<End>, command_line
     if in_place && !is_directory {
         let shown = without_query(&source);
         return Err(Error::bad_input(format!("--in-place is given, and SOURCE is '{shown}': expected a directory")));
+    }
+    if let Some((given, missing)) = work.as_deref().and_then(|given| Some((given, named::missing_parent(given)?))) {
+        let complaint = format!("--work is '{}': {} does not exist", given.display(), missing.display());
+        return Err(Error::bad_input(complaint).advise("create it first"));
     }
     let work = work.map_or_else(|| work_directory::DEFAULT.into(), |directory| directory.join("ims-sshd"));
     let work = std::path::absolute(&work).attempt(|| format!("find {}", work.display()))?;

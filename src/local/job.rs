@@ -269,8 +269,9 @@ impl Job {
             Source::Here(path) if path.is_dir() => Some(source::image_root(path)?),
             _ => None,
         };
-        if let Some(directory) = &directory {
-            self.refuse_kept(directory, &source)?;
+        match &directory {
+            Some(directory) => self.refuse_kept(directory, &source)?,
+            None => self.warn_of_kept(&source),
         }
         if let (Some(settings), Some(directory)) = (&self.settings, &directory) {
             self.refuse_inside(directory, settings)?;
@@ -373,6 +374,27 @@ impl Job {
         let own = std::fs::canonicalize(place).ok();
         let looks = self.end == End::Discarded && !self.in_place;
         directory::refuse_kept(directory, &self.work, own.as_deref(), looks)
+    }
+
+    /// Warns of changes to a source that are kept below another work directory, with which this run does not continue.
+    fn warn_of_kept(&self, source: &Source) {
+        let own = std::fs::canonicalize(self.work.join(name_of(source, &self.source))).ok();
+        let (mut left, shown) = (register::left(), self.shown());
+        left.extend(register::left_below(&self.work));
+        let mut told = HashSet::new();
+        for entry in left.iter().filter(|entry| entry["source"] == *shown) {
+            let Some(work) = register::kept_in(entry) else { continue };
+            if own.as_ref() == Some(&work) || !told.insert(work.clone()) {
+                continue;
+            }
+            let name = entry["name"].as_str().unwrap_or_default();
+            tracing::warn!(
+                "changes to {shown} are kept as {name} in {}, and not used here; 'ims-sshd fail {name}' drops them; to go on \
+                 with them: {}",
+                work.display(),
+                goes_on(entry)
+            );
+        }
     }
 
     /// Ends an application that was interrupted, or gives it up.

@@ -15,6 +15,7 @@ use crate::local::{job, names, register};
 use crate::log::output::{say, say_json};
 use crate::log::redaction::MASK;
 use crate::printable::Printable;
+use crate::publish::identity::Record;
 use crate::session::report::{Packet, SOCKET};
 use crate::sshd::daemon::Daemon;
 use crate::sys::poll;
@@ -22,11 +23,15 @@ use crate::sys::seqpacket::Packets;
 use crate::transfer::without_query;
 use crate::verdict::Verdict;
 use crate::volume::layout::{CREATED_IMAGE_ROOT, EXITING, IMAGE_ROOT, READY, SSHD_LISTENING};
+use crate::volume::mounts_below::mounts_below;
 use crate::volume::signal_files::SignalFiles;
 use crate::volume::state_directory::{RUN, StateDirectory};
 
 /// A path or URL is far shorter.
 const LIMIT: u64 = 64 << 10;
+
+/// Field of a report that names an image root which is not open.
+const PREPARED: &str = "image_root";
 
 /// Target of a status query or of a mark.
 enum Target {
@@ -61,8 +66,9 @@ pub fn mark(named: Option<&Path>, verdict: Verdict) -> Result<u8> {
 
 /// The environment of a pod, which is alone there. A run on this machine may be somebody else's: it has to be named.
 fn pods_own() -> Result<Target> {
-    let all = all()?;
+    let mut all = all()?;
     let attempted = || Error::new("tell which image is meant");
+    all.retain(|report| report[PREPARED].is_null());
     if all.is_empty() {
         return Err(attempted().because("nothing is open on this machine"));
     }
@@ -351,12 +357,11 @@ fn report_of(parent: &Path) -> Result<Value> {
     };
     // One that waits has no verdict yet: what stands there is an earlier run's.
     let verdict = if stage == Some(Stage::Waiting) { None } else { files.verdict()?.map(Verdict::signal_file) };
-    let is_one = || {
-        [IMAGE_ROOT, CREATED_IMAGE_ROOT]
-            .iter()
-            .any(|place| files.parent().look(place).is_ok_and(|found| found.is_some()))
-    };
-    if stage.is_none() && verdict.is_none() && !files.stands(READY)? && !is_one() {
+    let root = [IMAGE_ROOT, CREATED_IMAGE_ROOT]
+        .into_iter()
+        .find(|place| files.parent().look(place).is_ok_and(|found| found.is_some()));
+    let is_ready = files.stands(READY)?;
+    if stage.is_none() && verdict.is_none() && !is_ready && root.is_none() {
         return Err(Error::new(format!("tell the status of {}", parent.display()))
             .because("it holds neither image-root nor a signal file, and nothing is open there")
             .advise("'ims-sshd status' without a name lists what is open"));
@@ -364,6 +369,11 @@ fn report_of(parent: &Path) -> Result<Value> {
     let mut report = json!({ "image_root_parent": parent, "state": stage.map(Stage::name), "verdict": verdict });
     if let Some(since) = since {
         report["since"] = since.into();
+    }
+    // What 'ims-sshd prepare' has made, and no container of a pod waits for.
+    if let Some(root) = root.filter(|_| stage.is_none() && verdict.is_none() && !is_ready) {
+        report[PREPARED] = json!(parent.join(root));
+        report["source"] = json!(Record::private(files.parent()).read().map(|source| source.source().to_owned()));
     }
     Ok(report)
 }
@@ -402,6 +412,9 @@ fn in_words(report: &Value) -> String {
             let _ = writeln!(text, "{before}{value}");
         }
     }
+    if let Some(root) = report[PREPARED].as_str().map(Path::new) {
+        text += &prepared(root, Path::new(report["image_root_parent"].as_str().unwrap_or_default()));
+    }
     if let Some(kept) = report["kept"].as_bool() {
         if kept {
             let _ = writeln!(text, "  changes: {}", word(&report["work"]).unwrap_or_default());
@@ -420,6 +433,20 @@ fn in_words(report: &Value) -> String {
         let _ = writeln!(text, "  {}  since {}  {}", column("client"), column("since"), column("request"));
     }
     text
+}
+
+/// Tells what can be done with an image root that 'ims-sshd prepare' has made in `parent`, and that is not open.
+fn prepared(root: &Path, parent: &Path) -> String {
+    let line = |words: &[&Path]| shell_words::join(words.iter().map(|word| word.to_string_lossy()));
+    let mounts = mounts_below(parent).unwrap_or_default();
+    let mounted: Vec<_> = mounts.iter().rev().map(PathBuf::as_path).collect();
+    let unmount = if mounted.is_empty() { String::new() } else { format!("umount {} && ", line(&mounted)) };
+    let shown = Printable(root.to_string_lossy()).to_string();
+    format!(
+        "  prepared: {shown}\n  open: ims-sshd enter {}\n  remove: {unmount}rm -r {}\n",
+        line(&[root]),
+        line(&[parent])
+    )
 }
 
 fn stage(files: &SignalFiles) -> Result<Option<Stage>> {

@@ -87,6 +87,11 @@ fn check_directory(source: &Path, parent: &Path) -> Result<()> {
 /// its mode.
 fn make_parent(parent: &Path) -> Result<()> {
     let attempted = || format!("create the directory {}", parent.display());
+    if let Some(missing) = named::missing_parent(parent) {
+        return Err(Error::new(attempted())
+            .because(format!("{} does not exist", missing.display()))
+            .advise("create it first"));
+    }
     let mut make = std::fs::DirBuilder::new();
     make.recursive(true).mode(0o700).create(named::resolve_beginning(parent).attempt(attempted)?).attempt(attempted)
 }

@@ -55,6 +55,7 @@ pub(crate) enum Found {
 /// Opens the directory of a store; creates it if it is missing. Refuses links of other users.
 pub(crate) fn open_or_make(named: &Path) -> io::Result<(Tree, PathBuf)> {
     let path = named::resolve_beginning(named)?;
+    refuse_missing_parent(named)?;
     let there = path.ancestors().find(|place| place.symlink_metadata().is_ok()).unwrap_or(Path::new("/"));
     let mut tree = Tree::from_fd(named::open_without_links(there)?);
     for name in path.strip_prefix(there).unwrap_or(Path::new("")) {
@@ -67,6 +68,13 @@ pub(crate) fn open_or_make(named: &Path) -> io::Result<(Tree, PathBuf)> {
     }
     // Fails here if it is a file.
     tree.directory_without_links(".").map(|tree| (tree, path))
+}
+
+/// Refuses a store whose parent does not exist: a slip of the pen would create a tree of directories.
+pub(crate) fn refuse_missing_parent(named: &Path) -> io::Result<()> {
+    let Some(missing) = named::missing_parent(named) else { return Ok(()) };
+    let tilde = if named.starts_with("~") { " (a shell does not expand a quoted ~)" } else { "" };
+    Err(io::Error::other(format!("{} does not exist{tilde}; create it first", missing.display())))
 }
 
 impl Directory {

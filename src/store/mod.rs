@@ -131,6 +131,7 @@ impl Store {
         let url = settings.url.as_deref().unwrap_or_default();
         let attempted = || format!("write to the store {}", without_secrets(url));
         if let Some(directory) = named_directory(url) {
+            directory::refuse_missing_parent(&directory).attempt(attempted)?;
             let directory = named::resolve_beginning(&directory).attempt(attempted)?;
             let place = directory.ancestors().find(|place| place.exists()).unwrap_or(&directory);
             // A file without a name leaves nothing behind after a kill.

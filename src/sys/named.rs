@@ -102,6 +102,13 @@ pub(crate) fn can_be_changed(file: &File) -> io::Result<bool> {
     Ok(!is_trusted(found.uid()) || found.mode() & WRITABLE != 0)
 }
 
+/// The directory above `named` that does not exist, if more than the last component would have to be created.
+pub(crate) fn missing_parent(named: &Path) -> Option<PathBuf> {
+    let absolute = std::path::absolute(named).ok()?;
+    let is_missing = |place: &&Path| std::fs::symlink_metadata(place).is_err();
+    absolute.ancestors().skip(1).take_while(is_missing).last().map(Path::to_owned)
+}
+
 /// Mode bits that let users other than the owner change a file or a directory.
 pub(crate) const WRITABLE: u32 = 0o022;
 

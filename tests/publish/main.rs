@@ -16,6 +16,7 @@ mod prepare;
 mod redirects;
 mod replaced;
 mod sidecar;
+mod slips;
 mod sources;
 mod store;
 mod tls;
