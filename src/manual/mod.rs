@@ -10,6 +10,8 @@ use clap_mangen::roff::{Inline, Roff, bold, roman};
 
 use crate::job::variables::Program::{self, Environment, Job, Local, Log, Publishing, Sidecar, Status};
 use crate::job::variables::{VARIABLES, Variable};
+use crate::store::directory::open_or_make;
+use crate::sys::tree::Tree;
 
 /// Name and description of a file or an exit code.
 type Entry = (&'static str, &'static str);
@@ -96,16 +98,17 @@ fn page_of(name: &str) -> Page {
 
 /// Writes a man page for `program` and one per command into the directory `into`.
 pub fn write_pages(program: Command, into: &Path) -> io::Result<()> {
-    std::fs::create_dir_all(into)?;
+    // Each page is a new file in the directory that was opened: another user may write there too.
+    let (into, _) = open_or_make(into)?;
     let mut program = program.disable_help_subcommand(true);
     program.build();
     for command in program.get_subcommands().filter(|command| !command.is_hide_set()) {
-        write_page(command, &page_of(command.get_name()), into)?;
+        write_page(command, &page_of(command.get_name()), &into)?;
     }
-    write_page(&program, &page_of(""), into)
+    write_page(&program, &page_of(""), &into)
 }
 
-fn write_page(command: &Command, page: &Page, into: &Path) -> io::Result<()> {
+fn write_page(command: &Command, page: &Page, into: &Tree) -> io::Result<()> {
     let man = Man::new(command.clone());
     let mut text = Vec::new();
     man.render_title(&mut text)?;
@@ -130,7 +133,7 @@ fn write_page(command: &Command, page: &Page, into: &Path) -> io::Result<()> {
         roff.control("fi", []);
     }
     roff.to_writer(&mut text)?;
-    std::fs::write(into.join(man.get_filename()), text)
+    into.replace(man.get_filename(), &text)
 }
 
 /// Adds the values of options, which clap_mangen omits from the synopsis.

@@ -59,7 +59,7 @@ pub(crate) fn open_or_make(named: &Path) -> io::Result<(Tree, PathBuf)> {
     let there = path.ancestors().find(|place| place.symlink_metadata().is_ok()).unwrap_or(Path::new("/"));
     let mut tree = Tree::from_fd(named::open_without_links(there)?);
     for name in path.strip_prefix(there).unwrap_or(Path::new("")) {
-        match rustix::fs::mkdirat(&tree, name, Mode::from_raw_mode(0o777)) {
+        match rustix::fs::mkdirat(&tree, name, Mode::from_raw_mode(0o755)) {
             // Another run may have just created it.
             Ok(()) | Err(rustix::io::Errno::EXIST) => {}
             Err(e) => return Err(e.into()),

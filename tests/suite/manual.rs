@@ -1,5 +1,6 @@
 //! Completions in the shells themselves, and man pages as `man` shows them.
 
+use std::os::unix::fs::{chown, lchown, symlink};
 use std::process::Command;
 
 use testbed::*;
@@ -142,4 +143,34 @@ fn man_shows_a_page_of_every_command_with_all_its_sections() {
         }
         assert!(!shown.contains("EXTRA") && !shown.contains('`') && !shown.contains("]("), "{page:?}: {shown}");
     }
+}
+
+#[test]
+fn man_pages_are_new_files_and_no_link_or_fifo_of_another_user_is_opened() {
+    let dir = tempfile::tempdir().unwrap();
+    let [pages, victim, way] = ["pages", "victim", "way"].map(|name| dir.path().join(name));
+    std::fs::create_dir(&pages).unwrap();
+    std::fs::write(&victim, "kept").unwrap();
+    symlink(&victim, pages.join("ims-sshd.1")).unwrap();
+    succeed(Command::new("mkfifo").arg(pages.join("ims-sshd-enter.1")));
+    symlink(&pages, &way).unwrap();
+    lchown(&way, Some(1234), Some(1234)).unwrap();
+    for path in [pages.join("ims-sshd.1"), pages.clone()] {
+        lchown(path, Some(1234), Some(1234)).unwrap();
+    }
+    chown(pages.join("ims-sshd-enter.1"), Some(1234), Some(1234)).unwrap();
+    let man = |to: &std::path::Path| {
+        let line = ["10", &*IMS_SSHD, "man", to.to_str().unwrap()];
+        Command::new("timeout").args(line).output().unwrap()
+    };
+    let output = man(&pages);
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(std::fs::read_to_string(&victim).unwrap(), "kept");
+    for name in ["ims-sshd.1", "ims-sshd-enter.1"] {
+        assert!(std::fs::symlink_metadata(pages.join(name)).unwrap().is_file(), "{name}");
+    }
+    let refused = man(&way.join("deeper"));
+    assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+    assert!(text(&refused.stderr).contains("is a link, which belongs to user 1234"), "{refused:?}");
+    assert!(!pages.join("deeper").exists());
 }
