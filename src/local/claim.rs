@@ -7,6 +7,7 @@ use std::fs::Metadata;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::error::{Attempt, Error, Result};
 use crate::volume::holds;
@@ -37,9 +38,15 @@ impl Claim {
             std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&path).attempt(attempted)?;
             Ok(path.clone())
         };
-        let claim = match claim(make) {
-            Err(_) if is_claimed(&path)? => return Err(claimed(image_root)),
-            taken => Self { files: taken? },
+        remove_abandoned();
+        let mut retries = 0..10;
+        let claim = loop {
+            match claim(make) {
+                // Another run may be removing it, as abandoned.
+                Err(_) if retries.next().is_some() => std::thread::sleep(Duration::from_millis(5)),
+                Err(_) if is_claimed(&path)? => return Err(claimed(image_root)),
+                taken => break Self { files: taken? },
+            }
         };
         // Written before others are looked for: of two that begin at once, at least one sees the other.
         let written = claim.files.parent().replace(PATH, image_root.as_os_str().as_bytes());
@@ -56,6 +63,20 @@ impl Claim {
 impl Drop for Claim {
     fn drop(&mut self) {
         let _ = remove_folder(self.files.path());
+        remove_abandoned();
+    }
+}
+
+/// Removes claims of killed runs. No later run takes those again: an overlay has another device each time.
+fn remove_abandoned() {
+    for entry in std::fs::read_dir(Path::new(RUN).join(CLAIMS)).into_iter().flatten().flatten() {
+        let path = entry.path();
+        // Locked meanwhile, so that a run that takes it now notices.
+        if let Ok(Some(mut files)) = SignalFiles::open(&path)
+            && files.claim().is_ok()
+        {
+            let _ = remove_folder(&path);
+        }
     }
 }
 

@@ -586,3 +586,30 @@ fn directory_inside_or_above_an_open_one_is_refused_but_an_archive_is_not() {
     let entered = run(dir.path(), &["enter", "tree", "--", "true"]);
     assert!(entered.status.success(), "{entered:?}");
 }
+
+#[test]
+fn claims_of_killed_runs_are_removed_when_a_later_run_ends() {
+    let (dir, tree) = bootable_image();
+    let work = dir.path().join("work");
+    let customize = || {
+        let mut command = ims_sshd(&["customize", tree.to_str().unwrap(), "--work", work.to_str().unwrap()], &[]);
+        command.args(["--", "sh", "-c"]);
+        command
+    };
+    for _ in 0..2 {
+        let mut killed = Ended::new(customize().arg("touch /began; sleep 100").spawn().unwrap());
+        wait_until("the command runs", || {
+            work.exists() && walk(&work).iter().any(|path| path.ends_with("upper/began"))
+        });
+        killed.kill().unwrap();
+        killed.wait().unwrap();
+    }
+    assert!(customize().arg("rm -f /began").output().unwrap().status.success());
+    let claims = std::fs::read_dir("/run/ims-sshd/.claims").unwrap().map(|entry| entry.unwrap().path());
+    // Other tests run meanwhile; theirs name other directories.
+    let is_ours = |claim: &PathBuf| {
+        std::fs::read_to_string(claim.join("path")).is_ok_and(|path| path.starts_with(dir.path().to_str().unwrap()))
+    };
+    let left: Vec<_> = claims.filter(is_ours).collect();
+    assert!(left.is_empty(), "{left:?}");
+}
