@@ -47,7 +47,7 @@ impl Opened {
         let shown = std::fs::read_link(&place).attempt(attempted)?;
         let content = match FileType::from_raw_mode(found.st_mode) {
             FileType::Directory => Content::Directory(Tree::from_fd(handle)),
-            FileType::RegularFile => Content::File(File::open(place).attempt(attempted)?),
+            FileType::RegularFile => Content::File(named::reopen(&handle).attempt(attempted)?),
             _ => {
                 let why = format!("it is {}", FileKind::of(&found));
                 return Err(Error::new(attempted()).because(why).advise("name a regular file or a directory"));
@@ -175,7 +175,7 @@ pub(crate) fn kind_of_file(file: &File, shown: &str, padding: u64) -> Result<Kin
 /// Compression of the squashfs at `path`, as a value of `IMAGE_COMPRESSION`; `None` for other compressions and other
 /// files.
 pub(crate) fn compression(path: &Path) -> Option<&'static str> {
-    let start = read_up_to(&File::open(path).ok()?, TAR_BLOCK).ok()?;
+    let start = read_up_to(&named::open_file(path).ok()?, TAR_BLOCK).ok()?;
     let number = |at: usize| Some(u16::from_le_bytes(start.get(at..at + 2)?.try_into().ok()?));
     let (algorithm, flags) = (number(SQUASHFS_COMPRESSION)?, number(SQUASHFS_FLAGS)?);
     match algorithm {

@@ -1,5 +1,6 @@
 //! `ims-sshd customize`: a build environment on this machine, without a pod around it.
 
+use std::io::Read;
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -65,7 +66,7 @@ pub fn run(job: Job, wanted: &Customization) -> Result<u8> {
         if !std::fs::metadata(&real).map_err(|e| refuse(e.to_string()))?.is_file() {
             return Err(refuse("expected a regular file".into()));
         }
-        std::fs::File::open(real).map_err(|e| refuse(e.to_string()))?;
+        named::open_file(&real).map_err(|e| refuse(e.to_string()))?;
     }
     if let Some(file) = &wanted.authorized_key {
         check_public_keys("--authorized-key", file)?;
@@ -204,8 +205,9 @@ fn authorized_keys(given: Option<&Path>, run: &Path) -> Result<(PathBuf, Option<
         let attempted = || format!("copy {}", given.display());
         let real = named::resolve(given).attempt(attempted)?;
         // Not its mode: whoever can write to the copy can log in.
-        let copied = std::fs::read(&real).and_then(|text| Tree::open(run)?.replace(AUTHORIZED_KEYS, &text));
-        copied.attempt(attempted)?;
+        let mut text = Vec::new();
+        let copied = named::open_file(&real).and_then(|mut file| file.read_to_end(&mut text));
+        copied.and_then(|_| Tree::open(run)?.replace(AUTHORIZED_KEYS, &text)).attempt(attempted)?;
         // ssh-keygen puts the private key beside the public one.
         let private = real.with_extension("");
         let is_there = real.extension().is_some_and(|extension| extension == "pub") && private.is_file();

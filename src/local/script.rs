@@ -2,7 +2,6 @@
 
 use std::ffi::OsString;
 use std::io::{Read, Write};
-use std::os::fd::AsRawFd;
 use std::path::Path;
 
 use crate::error::{Attempt, Error, Result};
@@ -31,9 +30,7 @@ impl Script {
     pub fn read(path: &Path) -> Result<Self> {
         let refuse = |why: String| Error::bad_input(format!("--script is '{}': {why}", path.display()));
         let mut content = Vec::new();
-        let file = named::open(path).map_err(|e| refuse(e.to_string()))?;
-        let file = format!("/proc/self/fd/{}", file.as_raw_fd());
-        let file = std::fs::File::open(file).map_err(|e| refuse(e.to_string()))?;
+        let file = named::open_file(path).map_err(|e| refuse(e.to_string()))?;
         file.take(LARGEST + 1).read_to_end(&mut content).map_err(|e| refuse(e.to_string()))?;
         if content.len() as u64 > LARGEST {
             return Err(refuse(format!("expected a script of at most {} MiB", LARGEST >> 20)));

@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
@@ -90,7 +90,9 @@ impl Identity {
             return false;
         }
         // A directory in a snapshot of the file system has the same identity, but not this path.
-        let Ok(there) = File::open(&self.source) else { return true };
+        let mut open = File::options();
+        open.read(true).custom_flags(libc::O_DIRECTORY | libc::O_NONBLOCK);
+        let Ok(there) = open.open(&self.source) else { return true };
         let place = |fd: BorrowedFd<'_>| rustix::fs::fstat(fd).map(|found| (found.st_dev, found.st_ino)).ok();
         place(there.as_fd()) == place(root.as_fd()) || !is_ours(of_directory(&there))
     }

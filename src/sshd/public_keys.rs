@@ -1,5 +1,6 @@
 //! Files of authorized keys.
 
+use std::io::Read;
 use std::path::Path;
 
 use crate::error::{Error, Result};
@@ -13,7 +14,8 @@ pub(crate) fn check_public_keys(option: &str, file: &Path) -> Result<()> {
     if !found.is_file() {
         return Err(refuse("expected a regular file"));
     }
-    let text = std::fs::read(real).map_err(|e| refuse(&e.to_string()))?;
+    let mut text = Vec::new();
+    named::open_file(&real).and_then(|mut file| file.read_to_end(&mut text)).map_err(|e| refuse(&e.to_string()))?;
     let text = String::from_utf8_lossy(&text);
     if text.contains("PRIVATE KEY-----") {
         return Err(refuse("it is a private key; expected the public one, usually beside it as .pub"));

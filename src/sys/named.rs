@@ -1,14 +1,14 @@
 //! Paths named on the command line. They may lead through directories that other users can write to, such as /tmp.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::Errno;
 
-use crate::sys::tree::Tree;
+use crate::sys::tree::{Tree, explain_lease};
 use std::fs::File;
 
 /// The kernel's limit of links in one path (path_resolution(7)).
@@ -76,6 +76,25 @@ pub(crate) fn open(named: &Path) -> io::Result<OwnedFd> {
     }
 }
 
+/// Opens the object of `handle` for reading. A regular file that another program has leased is an error: waiting for the
+/// end of a lease takes up to 45 s (`lease-break-time`), and any user can lease a file of their own (F_SETLEASE(2const)).
+pub(crate) fn reopen(handle: &OwnedFd) -> io::Result<File> {
+    let place = format!("/proc/self/fd/{}", handle.as_raw_fd());
+    let flags = OFlags::RDONLY | OFlags::NOCTTY | OFlags::CLOEXEC;
+    if FileType::from_raw_mode(rustix::fs::fstat(handle)?.st_mode) != FileType::RegularFile {
+        return Ok(rustix::fs::open(place, flags, Mode::empty())?.into());
+    }
+    let file = rustix::fs::open(place, flags | OFlags::NONBLOCK, Mode::empty()).map_err(explain_lease)?;
+    // Programs that inherit it expect none.
+    rustix::fs::fcntl_setfl(&file, OFlags::empty())?;
+    Ok(file.into())
+}
+
+/// Opens the target of `named`, resolved by [`resolve`], for reading, as [`reopen`] does.
+pub(crate) fn open_file(named: &Path) -> io::Result<File> {
+    reopen(&open(named)?)
+}
+
 /// Opens the absolute path `real` as a handle; ELOOP if a component is a link. The last component may be one.
 pub(crate) fn open_without_links(real: &Path) -> io::Result<OwnedFd> {
     let below = real.strip_prefix("/").ok().filter(|below| *below != Path::new("")).unwrap_or(Path::new("."));
@@ -116,7 +135,6 @@ pub(crate) const WRITABLE: u32 = 0o022;
 mod tests {
     use super::*;
     use std::io::{Read, Write};
-    use std::os::fd::AsRawFd;
     use std::os::unix::fs::{lchown, symlink};
 
     #[test]

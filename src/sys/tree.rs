@@ -44,6 +44,17 @@ pub struct Tree {
     directory: OwnedFd,
 }
 
+/// Explains the error of an open with `NONBLOCK`: a lease of another program makes it EAGAIN.
+pub(crate) fn explain_lease(errno: Errno) -> io::Error {
+    match errno {
+        Errno::AGAIN => io::Error::new(
+            io::ErrorKind::WouldBlock,
+            "another program holds a lease on it, which 'lslocks' names; end that program, or copy the file",
+        ),
+        other => other.into(),
+    }
+}
+
 impl Tree {
     /// Opens the directory `path`. Fails with ENOTDIR if the last component is a link: in an untrusted place it would
     /// choose another tree.
@@ -233,7 +244,8 @@ impl Tree {
         let flags = (flags - OFlags::NOFOLLOW) | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
         if let Some(own) = own_descriptors()? {
             // Reopens the very inode that was checked, even if its name has been replaced meanwhile.
-            return Ok(rustix::fs::openat(own, handle.as_raw_fd().to_string(), flags, Mode::empty())?.into());
+            let opened = rustix::fs::openat(own, handle.as_raw_fd().to_string(), flags, Mode::empty());
+            return Ok(opened.map_err(explain_lease)?.into());
         }
         // A jail of the chroot tier has no procfs. Only root in the jail can replace names there, and root can open any
         // device.

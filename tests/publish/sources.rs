@@ -6,7 +6,7 @@ use std::net::TcpListener;
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use testbed::job::*;
 use testbed::s3_server::Bucket;
@@ -362,5 +362,47 @@ fn source_that_is_not_an_image_is_refused_with_the_reason() {
     for (number, source) in [source, advised].iter().enumerate() {
         let output = ims_sshd(&["prepare"], &[]).args([&place(&format!("taken-{number}")), source]).output().unwrap();
         assert!(output.status.success(), "{}", text(&output.stderr));
+    }
+}
+
+/// Program that takes a write lease on a file, says so, and sleeps.
+const LEASE: &str = "import fcntl, os, signal, sys, time\n\
+                     signal.signal(signal.SIGIO, signal.SIG_IGN)\n\
+                     fd = os.open(sys.argv[1], os.O_RDWR)\n\
+                     fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)\n\
+                     print('leased', flush=True)\n\
+                     time.sleep(100)\n";
+
+#[test]
+fn file_that_another_program_has_leased_is_an_error_at_once() {
+    let (dir, tree, squashfs) = packed_image();
+    let script = dir.path().join("script");
+    std::fs::write(&script, "true\n").unwrap();
+    let key = dir.path().join("key.pub");
+    std::fs::write(&key, "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGPKpLkc8jqmsnJzMdQ0V9Zr1fJ0d1n4kAbBbBbBbBbB x\n")
+        .unwrap();
+    let [tree, squashfs] = [&tree, &squashfs].map(|path| path.to_str().unwrap().to_owned());
+    let [parent, out] = ["parent", "out"].map(|name| dir.path().join(name).display().to_string());
+    let [script, key] = [script, key].map(|path| path.to_str().unwrap().to_owned());
+    for (leased, arguments) in [
+        (&squashfs, vec!["prepare", &parent, &squashfs]),
+        (&squashfs, vec!["enter", &squashfs, "--", "true"]),
+        (&squashfs, vec!["customize", &squashfs, "--output", &out, "--", "true"]),
+        (&squashfs, vec!["upload", &tree, "--archive", &squashfs, "--store", &out]),
+        (&script, vec!["enter", &tree, "--script", &script]),
+        (&script, vec!["customize", &tree, "--host-script", &script]),
+        (&key, vec!["customize", &tree, "--authorized-key", &key]),
+    ] {
+        let mut holder = Command::new("python3");
+        let mut holder = Ended::new(holder.args(["-c", LEASE, leased]).stdout(Stdio::piped()).spawn().unwrap());
+        let mut said = [0; 6];
+        std::io::Read::read_exact(holder.stdout.as_mut().unwrap(), &mut said).unwrap();
+        let began = std::time::Instant::now();
+        let mut command = ims_sshd(&arguments, &[]);
+        let output = command.output().unwrap();
+        let took = began.elapsed();
+        holder.kill().unwrap();
+        assert!(!output.status.success() && took.as_secs() < 10, "{arguments:?} {took:?}: {output:?}");
+        assert!(text(&output.stderr).contains("another program holds a lease on it"), "{arguments:?}: {output:?}");
     }
 }
