@@ -388,12 +388,19 @@ impl Tree {
                 "another directory has taken its place; use a parent in which only root can rename",
             ));
         }
+        // Below a default ACL, a new directory and all that is unpacked into it would inherit it (acl(5)).
+        for name in ["system.posix_acl_default", "system.posix_acl_access"] {
+            match rustix::fs::removexattr(made.path(), name) {
+                Ok(()) | Err(Errno::NODATA | Errno::OPNOTSUPP) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
         // In a setgid directory, a new directory inherits the group and the bit (inode(7)); unpacking an archive may
         // not reset them.
-        if found.st_mode & 0o7777 != 0o700 {
+        if found.st_mode & 0o2000 != 0 {
             rustix::fs::chownat(&made, ".", None, Some(rustix::process::getegid()), AtFlags::empty())?;
-            rustix::fs::chmodat(&made, ".", Mode::RWXU, AtFlags::empty())?;
         }
+        rustix::fs::chmodat(&made, ".", Mode::RWXU, AtFlags::empty())?;
         Ok(made)
     }
 

@@ -548,3 +548,32 @@ fn host_names_are_resolved_by_the_static_program() {
         assert!(text(&output.stderr).contains("Name or service not known"), "{}", text(&output.stderr));
     });
 }
+
+#[test]
+fn default_access_list_of_the_volume_does_not_come_into_the_image() {
+    let (dir, tree, squashfs) = packed_image();
+    let [tar, cpio] = ["image.tar", "image.cpio"].map(|name| dir.path().join(name));
+    succeed(Command::new("tar").args(["-c", "-f"]).arg(&tar).arg("-C").arg(&tree).arg("."));
+    let pack = "cd \"$0\" && find . | cpio -o -H newc --quiet > \"$1\"";
+    succeed(Command::new("sh").args(["-c", pack]).arg(&tree).arg(&cpio));
+    for (number, source) in [&tree, &squashfs, &tar, &cpio].into_iter().enumerate() {
+        for open in ["unpack", "overlay"] {
+            if open == "overlay" && number > 1 {
+                continue;
+            }
+            let parent = dir.path().join(format!("parent-{number}-{open}"));
+            std::fs::create_dir(&parent).unwrap();
+            succeed(Command::new("setfacl").args(["-d", "-m", "u:1234:rwx"]).arg(&parent));
+            let root = parent.join("image-root");
+            let mut command = ims_sshd(&["prepare", "--open", open], &[]);
+            succeed(command.args([&parent, source]));
+            std::fs::write(root.join("etc/new"), "").unwrap();
+            let said = succeed(Command::new("getfacl").args(["-R", "-p", "-s"]).arg(&root));
+            assert_eq!(said, "", "{} {open}", source.display());
+            if open == "overlay" {
+                succeed(Command::new("umount").arg("-R").arg(&root));
+            }
+            let _ = Command::new("sh").args(["-c", "umount \"$0\"/overlay/* 2>/dev/null"]).arg(&parent).status();
+        }
+    }
+}
