@@ -1,16 +1,17 @@
 //! Packing of an image root into a squashfs.
 
 use std::collections::HashSet;
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{self, IsTerminal};
 use std::os::fd::AsRawFd;
-use std::os::unix::ffi::OsStrExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 
 use rustix::fs::{FileType, MemfdFlags, OFlags, Stat};
+use rustix::io::Errno;
 
 use crate::error::{Attempt, Error, Result};
 use crate::image::exclude::{self, Pattern};
@@ -151,11 +152,11 @@ pub(crate) fn pack(
     for pattern in &excluded.useless {
         tracing::warn!("--exclude '{pattern}' matches nothing in the image");
     }
-    refuse_holes(image_root, &excluded.paths, &attempted)?;
+    let narrowed = look_through(image_root, &excluded.paths, &attempted)?;
     let part = format!("{}.part", to.name);
     // A new file, so its name is neither a link nor a file that an earlier mksquashfs still writes to.
     let file = to.directory.create_file(&part).attempt(|| format!("create {}.part", to.shown()))?;
-    let result = squash(work, image_root, (&file, to.directory), packing, &excluded.paths, &attempted)
+    let result = squash(work, image_root, (&file, to.directory), packing, (&excluded.paths, &narrowed), &attempted)
         .and_then(|()| if exclude.is_empty() { attributes_are_kept(image_root, &file, &attempted) } else { Ok(()) })
         .and_then(|()| file.sync_all().attempt(|| format!("write {}.part", to.shown())))
         .and_then(|()| to.directory.rename(&part, to.name).attempt(|| format!("rename {}.part", to.shown())));
@@ -170,7 +171,7 @@ fn squash(
     image_root: &Tree,
     (part, volume): (&File, &Tree),
     packing: &Packing,
-    excluded: &[PathBuf],
+    (excluded, narrowed): (&[PathBuf], &[Narrowed]),
     attempted: &str,
 ) -> Result<()> {
     let mut mksquashfs = Command::new("mksquashfs");
@@ -195,6 +196,16 @@ fn squash(
         let (mode, user, group) = (found.st_mode & 0o7777, found.st_uid, found.st_gid);
         tracing::warn!("/{name} is packed empty: nearly all of its {} bytes are holes", found.st_size);
         mksquashfs.args(["-p", &format!("{name} f {mode:o} {user} {group} true")]);
+    }
+    let is_defined = |path: &Path| path == Path::new(KIWI) || emptied.iter().any(|(name, _)| Path::new(name) == path);
+    let (definitions, further) = definitions(narrowed.iter().filter(|narrowed| !is_defined(&narrowed.path)));
+    let definitions = (!definitions.is_empty()).then(|| inheritable_file(&definitions)).transpose();
+    let definitions = definitions.attempt(|| attempted)?;
+    if let Some(definitions) = &definitions {
+        mksquashfs.args(["-pf", &format!("/proc/self/fd/{}", definitions.as_raw_fd())]);
+    }
+    for definition in further {
+        mksquashfs.arg("-p").arg(definition);
     }
     let left_out = excluded.iter().map(PathBuf::as_path).chain(emptied.iter().map(|(name, _)| Path::new(name)));
     let (list, arguments) = exclude::listed(left_out);
@@ -263,14 +274,84 @@ fn large_hole(found: &Stat) -> Option<i64> {
     (is_file && hole > LARGE_HOLE).then_some(hole)
 }
 
+/// A file whose ACL gives its group less than its mode does: with an ACL, the mode has the mask there (acl(5)), which a
+/// squashfs without the ACL would give to the group.
+struct Narrowed {
+    path: PathBuf,
+    /// Mode with the rights of the group's entry, limited by the mask.
+    mode: u32,
+    user: u32,
+    group: u32,
+}
+
+impl Narrowed {
+    fn of(path: &Path, directory: &Tree, name: &OsStr, found: &Stat) -> Option<Self> {
+        let is_link = FileType::from_raw_mode(found.st_mode) == FileType::Symlink;
+        if is_link || found.st_mode & 0o070 == 0 || path.as_os_str().is_empty() {
+            return None;
+        }
+        let mut list = [0; 4096];
+        let at = directory.path().join(name);
+        let length = match rustix::fs::lgetxattr(&at, ACCESS_LIST, &mut list[..]) {
+            Ok(length) => length,
+            // Longer than any that a person writes: the group gets nothing.
+            Err(Errno::RANGE) => 0,
+            Err(_) => return None,
+        };
+        let group = group_rights(&list[..length]).unwrap_or(0) & (found.st_mode >> 3);
+        let mode = found.st_mode & 0o7707 | group << 3;
+        let (user, owner) = (found.st_uid, found.st_gid);
+        (mode != found.st_mode & 0o7777).then(|| Self { path: path.to_owned(), mode, user, group: owner })
+    }
+}
+
+/// Extended attribute that holds an ACL. Its format is that of linux/posix_acl_xattr.h: a version, then tag, rights and
+/// ID of each entry, all little-endian.
+const ACCESS_LIST: &str = "system.posix_acl_access";
+const ACL_GROUP_OBJ: u16 = 0x04;
+
+/// Rights of the group's entry in an ACL.
+fn group_rights(list: &[u8]) -> Option<u32> {
+    let entries = list.get(4..)?.chunks_exact(8);
+    let number = |at: &[u8]| u16::from_le_bytes([at[0], at[1]]);
+    let group = entries.map(|entry| (number(entry), number(&entry[2..]))).find(|(tag, _)| *tag == ACL_GROUP_OBJ);
+    group.map(|(_, rights)| u32::from(rights & 7))
+}
+
+/// Definitions for mksquashfs that set modes: a file of them (`-pf`), and arguments (`-p`) for those that cannot be a
+/// line of it.
+fn definitions<'a>(narrowed: impl Iterator<Item = &'a Narrowed>) -> (Vec<u8>, Vec<OsString>) {
+    let (mut file, mut arguments) = (Vec::new(), Vec::new());
+    for Narrowed { path, mode, user, group } in narrowed {
+        let name = path.as_os_str().as_bytes();
+        // A backslash before any character protects it.
+        let mut definition: Vec<u8> = name.iter().flat_map(|&byte| [b'\\', byte]).collect();
+        definition.extend(format!(" m {mode:o} {user} {group}").bytes());
+        if name.contains(&b'\n') || definition.len() > LONGEST_DEFINITION {
+            arguments.push(OsString::from_vec(definition));
+        } else {
+            file.extend(definition);
+            file.push(b'\n');
+        }
+    }
+    (file, arguments)
+}
+
+/// mksquashfs takes lines of at most 16 KiB.
+const LONGEST_DEFINITION: usize = 16_000;
+
 /// Refuses holes that would keep mksquashfs busy for hours, and warns about those that take minutes. `excluded` paths
-/// do not count.
-fn refuse_holes(image_root: &Tree, excluded: &[PathBuf], attempted: &str) -> Result<()> {
+/// do not count. Returns files that are packed with fewer rights for their group, and warns about them.
+fn look_through(image_root: &Tree, excluded: &[PathBuf], attempted: &str) -> Result<Vec<Narrowed>> {
+    let mut narrowed = Vec::new();
     let (mut names, mut holes, mut seen) = (Vec::new(), 0_i64, HashSet::new());
     for (_, log) in sparse_logs(image_root, &[]) {
         seen.insert((log.st_dev, log.st_ino));
     }
-    let walked = image_root.walk(|path, _, _, found| {
+    let walked = image_root.walk(|path, directory, name, found| {
+        if !excluded.iter().any(|left_out| path.starts_with(left_out)) {
+            narrowed.extend(Narrowed::of(path, directory, name, found));
+        }
         if let Some(hole) = large_hole(found)
             && !excluded.iter().any(|left_out| path.starts_with(left_out))
             && seen.insert((found.st_dev, found.st_ino))
@@ -294,7 +375,12 @@ fn refuse_holes(image_root: &Tree, excluded: &[PathBuf], attempted: &str) -> Res
     if !names.is_empty() {
         tracing::warn!("sparse files ({} GiB of holes) take long to pack: {}", holes >> 30, listed(&names));
     }
-    Ok(())
+    if !narrowed.is_empty() {
+        let shown = narrowed.iter().map(|Narrowed { path, mode, .. }| format!("/{} ({mode:o})", path.display()));
+        let shown: Vec<_> = shown.collect();
+        tracing::warn!("packed with the rights that the access list gives the group: {}", listed(&shown));
+    }
+    Ok(narrowed)
 }
 
 /// A file in memory for a child to open through /proc/self/fd. Landlock allows that, since the file is on no mounted

@@ -679,3 +679,35 @@ fn huge_sparse_files_cause_a_warning_or_an_error_before_packing() {
     let output = packed(&["--compression", "none"]);
     assert!(output.status.success() && text(&output.stderr).contains("take long to pack: /disk"), "{output:?}");
 }
+
+#[test]
+fn group_of_a_file_with_an_access_list_gets_no_more_in_the_image_than_its_entry_allows() {
+    let (dir, tree) = bootable_image();
+    // The mask, which stands where the mode has the group's rights, lets user 1000 write.
+    let names = ["etc/shared", "etc/a b\"c\\d", "etc/#x\ny", " first", "etc/narrow"];
+    for name in names {
+        std::fs::write(tree.join(name), "").unwrap();
+        std::fs::set_permissions(tree.join(name), PermissionsExt::from_mode(0o640)).unwrap();
+    }
+    std::fs::create_dir(tree.join("srv")).unwrap();
+    for (name, list) in [("etc/narrow", "u:1000:r,g::r,m::r"), ("srv", "u:1000:rwx,g::rx")] {
+        succeed(Command::new("setfacl").args(["-m", list]).arg(tree.join(name)));
+    }
+    for name in &names[..4] {
+        succeed(Command::new("setfacl").args(["-m", "u:1000:rw"]).arg(tree.join(name)));
+        let mode = std::fs::metadata(tree.join(name)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o660, "{name}");
+    }
+    let [archive, packed] = ["image.sqsh", "packed"].map(|name| dir.path().join(name));
+    let output = package(&["--archive", archive.to_str().unwrap(), tree.to_str().unwrap()]);
+    assert!(output.status.success(), "{output:?}");
+    let told = "packed with the rights that the access list gives the group";
+    let said = text(&output.stderr);
+    assert!(said.contains(told) && said.contains("/etc/shared (640)") && !said.contains("narrow"), "{said}");
+    succeed(Command::new("unsquashfs").args(["-quiet", "-no-progress", "-dest"]).args([&packed, &archive]));
+    let mode = |name: &str| std::fs::metadata(packed.join(name)).unwrap().permissions().mode() & 0o777;
+    for name in names {
+        assert_eq!(mode(name), 0o640, "{name}");
+    }
+    assert_eq!(mode("srv"), std::fs::metadata(tree.join("srv")).unwrap().permissions().mode() & 0o707 | 0o050);
+}

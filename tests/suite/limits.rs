@@ -40,7 +40,7 @@ const LIMITS: &[Limit] = &[
         said: "Operation not permitted",
         like_root_without: "-sys_admin",
         why: "the same",
-        instead: "leave these out: `user.*`, `security.capability` and ACLs are kept",
+        instead: "leave these out: `user.*` and `security.capability` are kept; ACLs are in the image root, and a squashfs has none",
         shown: "setfattr -n user.x -v 1 /root/f && setfacl -m u:1:r /root/f",
     },
     Limit {
