@@ -16,7 +16,7 @@ use crate::local::command_line::CommandLine;
 use crate::local::customize::{self, Customization};
 use crate::local::directory;
 use crate::local::enter::{self, Answer, Entry};
-use crate::local::job::{End, Job, Reports};
+use crate::local::run::{End, Reports, Run};
 use crate::local::script::Script;
 use crate::local::status::{self, Shown};
 use crate::local::{steps, work_directory};
@@ -123,7 +123,7 @@ fn run_customize(mut arguments: CustomizeArguments) -> Result<u8> {
     let line = CommandLine::new("customize", &given, arguments.command.len());
     let is_unattended = arguments.script.is_some() || !arguments.command.is_empty();
     let script = arguments.script.as_deref().map(Script::read).transpose()?;
-    let job = local_job(arguments.job, arguments.source, Some(End::Applied), line)?;
+    let run = local_run(arguments.job, arguments.source, Some(End::Applied), line)?;
     if is_unattended {
         let entry = Entry {
             command: arguments.command,
@@ -133,7 +133,7 @@ fn run_customize(mut arguments: CustomizeArguments) -> Result<u8> {
             answer: Some(Answer::Yes),
             heeds_dkms: true,
         };
-        return enter::run(job, &entry);
+        return enter::run(run, &entry);
     }
     let wanted = Customization {
         port: arguments.port,
@@ -144,7 +144,7 @@ fn run_customize(mut arguments: CustomizeArguments) -> Result<u8> {
         variables: arguments.jail.env,
         host_script: arguments.host_script,
     };
-    customize::run(job, &wanted)
+    customize::run(run, &wanted)
 }
 
 fn run_enter(mut arguments: EnterArguments) -> Result<u8> {
@@ -167,13 +167,13 @@ fn run_enter(mut arguments: EnterArguments) -> Result<u8> {
     };
     // With `--discard` nothing is kept; without it the directory itself is changed, as by chroot.
     let end = arguments.discard.then_some(End::Discarded);
-    let job = local_job(arguments.job, arguments.source, end, line)?;
-    enter::run(Job { discards: arguments.discard, ..job }, &entry)
+    let run = local_run(arguments.job, arguments.source, end, line)?;
+    enter::run(Run { discards: arguments.discard, ..run }, &entry)
 }
 
-/// The job on `source`. The changes to a directory without an output end as `end` says; without an `end` the directory
+/// The run on `source`. The changes to a directory without an output end as `end` says; without an `end` the directory
 /// is changed in place.
-fn local_job(options: JobOptions, source: String, end: Option<End>, command_line: CommandLine) -> Result<Job> {
+fn local_run(options: JobOptions, source: String, end: Option<End>, command_line: CommandLine) -> Result<Run> {
     let JobOptions { output, in_place, fresh, work, checksum, json, packing, image, parameters } = options;
     let is_directory = Path::new(&source).is_dir();
     if is_directory && checksum.sha256.is_some() {
@@ -208,7 +208,7 @@ fn local_job(options: JobOptions, source: String, end: Option<End>, command_line
         Some(settings)
     };
     let (exclude, reports) = (packing.exclude, Reports { changes: packing.changes, result: json });
-    Ok(Job { source, command_line, in_place, fresh, discards: false, end, settings, work, exclude, reports })
+    Ok(Run { source, command_line, in_place, fresh, discards: false, end, settings, work, exclude, reports })
 }
 
 /// Refuses a source that cannot be changed in place.

@@ -1,6 +1,6 @@
-//! Claims of image roots by device and inode: a bind mount is another path to the same directory. They are no substitute for the locked
-//! directory of a run (see [`RunFolder`]): what a run that was killed has left is found by its path, since an overlay has another
-//! device each time that it is mounted, and none in the mounts of others.
+//! Claims of image roots by device and inode, since a bind mount is another path to the same directory. They do not
+//! replace the locked directory of a run ([`RunDirectory`]): leftovers of a killed run are found by path, because an overlay
+//! has a new device each time it is mounted, and no other mount namespace sees it.
 
 use std::ffi::OsString;
 use std::fs::Metadata;
@@ -17,10 +17,10 @@ use crate::volume::state_directory::RUN;
 /// Directory of claims, below [`RUN`].
 const CLAIMS: &str = ".claims";
 
-/// File in a claim that holds the image root's path, by which the directories above it are found.
+/// File in a claim that holds the image root's path.
 const PATH: &str = "path";
 
-/// The kernel takes no longer path.
+/// Longest path that the kernel accepts (PATH_MAX).
 const LIMIT: u64 = 4096;
 
 /// An image root that is claimed for one command.
@@ -29,12 +29,12 @@ pub(crate) struct Claim {
 }
 
 impl Claim {
-    /// Claims the image root for `command`, as long as the value lives. An image root that lies in one that is open, or that one lies in, is
-    /// refused: each would be packed, and changed, with the other.
+    /// Claims the image root for `command` as long as the value lives. Refuses an image root inside an open one, or around
+    /// one: each would be changed and packed with the other.
     pub(crate) fn take(command: &str, image_root: &Path) -> Result<Self> {
         let path = place(command, &look(image_root)?);
         let make = || {
-            let attempted = || format!("make {}", path.display());
+            let attempted = || format!("create {}", path.display());
             std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&path).attempt(attempted)?;
             Ok(path.clone())
         };
@@ -48,13 +48,13 @@ impl Claim {
                 taken => break Self { files: taken? },
             }
         };
-        // Written before others are looked for: of two that begin at once, at least one sees the other.
+        // Written before looking for others: of two runs that start at once, at least one sees the other.
         let written = claim.files.parent().replace(PATH, image_root.as_os_str().as_bytes());
         written.attempt(|| format!("write {}/{PATH}", path.display()))?;
         refuse_nested(image_root).map(|()| claim)
     }
 
-    /// Returns whether a run of `command` has claimed the image root, by whatever path.
+    /// Returns whether a run of `command` has claimed the image root, by any path.
     pub(crate) fn is_taken(command: &str, image_root: &Path) -> Result<bool> {
         is_claimed(&place(command, &look(image_root)?))
     }
@@ -62,25 +62,25 @@ impl Claim {
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        let _ = remove_folder(self.files.path());
+        let _ = remove_directory(self.files.path());
         remove_abandoned();
     }
 }
 
-/// Removes claims of killed runs. No later run takes those again: an overlay has another device each time.
+/// Removes claims of killed runs, which no later run reuses: an overlay has a new device each time.
 fn remove_abandoned() {
     for entry in std::fs::read_dir(Path::new(RUN).join(CLAIMS)).into_iter().flatten().flatten() {
         let path = entry.path();
-        // Locked meanwhile, so that a run that takes it now notices.
+        // Locked first, so that a run that claims it now notices the removal.
         if let Ok(Some(mut files)) = SignalFiles::open(&path)
             && files.claim().is_ok()
         {
-            let _ = remove_folder(&path);
+            let _ = remove_directory(&path);
         }
     }
 }
 
-/// Refuses a directory that lies in an image root that is open, or that holds one.
+/// Refuses a directory inside an open image root, or around one.
 pub(crate) fn refuse_nested(directory: &Path) -> Result<()> {
     let here = look(directory)?;
     let real = std::fs::canonicalize(directory).attempt(|| format!("open {}", directory.display()))?;
@@ -92,20 +92,20 @@ pub(crate) fn refuse_nested(directory: &Path) -> Result<()> {
         if claimed == identity(&here) || !is_claimed(&entry.path())? {
             continue;
         }
-        // One that is being made has no path yet: who makes it looks for this one.
+        // A claim without a path is just being made; its owner will find this one.
         let path = SignalFiles::open(&entry.path())?.and_then(|files| files.parent().read(PATH, LIMIT).ok());
         let path = path.map(|path| PathBuf::from(OsString::from_vec(path)));
         let shown = path.as_deref().map_or_else(|| "a directory above it".into(), |path| path.display().to_string());
         let why = if above.iter().any(|above| above == claimed) {
-            format!("it lies in {shown}, which is open")
+            format!("it is inside {shown}, which is open")
         } else if path.is_some_and(|path| holds(directory, &path).unwrap_or(false)) {
-            format!("{shown}, which lies in it, is open")
+            format!("{shown} inside it is open")
         } else {
             continue;
         };
         return Err(Error::new(format!("open {}", directory.display()))
             .because(why)
-            .advise("wait until that is closed; 'ims-sshd status' names it"));
+            .advise("wait until that closes; 'ims-sshd status' names it"));
     }
     Ok(())
 }
@@ -122,26 +122,27 @@ fn look(image_root: &Path) -> Result<Metadata> {
     std::fs::metadata(image_root).attempt(|| format!("open {}", image_root.display()))
 }
 
-/// Removes a folder with the files in it. Never descends: an image root may be mounted below.
-pub(crate) fn remove_folder(path: &Path) -> Result<()> {
+/// Removes a directory with the files in it. Never descends: an image root may be mounted below.
+pub(crate) fn remove_directory(path: &Path) -> Result<()> {
     remove_files(path, |_| true)?;
     std::fs::remove_dir(path).attempt(|| format!("remove {}", path.display()))
 }
 
+/// Removes the entries of a directory that `which` accepts, by name; directories only if they are empty.
 pub(crate) fn remove_files(path: &Path, which: impl Fn(&str) -> bool) -> Result<()> {
     let attempted = || format!("clear {}", path.display());
     for entry in std::fs::read_dir(path).attempt(attempted)? {
         let entry = entry.attempt(attempted)?;
         if which(&entry.file_name().to_string_lossy()) {
-            let is_folder = entry.file_type().attempt(attempted)?.is_dir();
-            let remove = if is_folder { std::fs::remove_dir } else { std::fs::remove_file };
+            let is_directory = entry.file_type().attempt(attempted)?.is_dir();
+            let remove = if is_directory { std::fs::remove_dir } else { std::fs::remove_file };
             remove(entry.path()).attempt(|| format!("remove {}", entry.path().display()))?;
         }
     }
     Ok(())
 }
 
-/// Claims the directory that `make` makes or finds, and does so once more if it was removed meanwhile, by the run that had it before.
+/// Claims the directory that `make` creates or finds. Tries again if its previous owner removed it meanwhile.
 pub(crate) fn claim(make: impl Fn() -> Result<PathBuf>) -> Result<SignalFiles> {
     loop {
         let path = make()?;

@@ -1,4 +1,4 @@
-//! The command line of a run, as it is shown to go on with what the run has kept.
+//! The command line of a run, as shown to a person who wants to resume its kept changes.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -7,7 +7,7 @@ use crate::log::redaction::without_secrets;
 use crate::printable::Printable;
 use crate::transfer::without_query;
 
-/// Options that drop what an earlier run has kept.
+/// Options that drop the changes that an earlier run kept.
 const DROPPING: [&str; 2] = ["--fresh", "--discard"];
 
 /// A run's command line.
@@ -15,14 +15,15 @@ const DROPPING: [&str; 2] = ["--fresh", "--discard"];
 pub struct CommandLine {
     /// Name of the command: `customize` or `enter`.
     pub(crate) command: &'static str,
-    /// The line that goes on with what this one has kept. A secret is masked, and a URL has no signature.
+    /// The line that resumes kept changes. Secrets are masked, and URLs have no signature.
     pub(crate) line: String,
-    /// The directory that relative paths in it start from.
+    /// The directory to which relative paths in it refer.
     pub(crate) directory: PathBuf,
 }
 
 impl CommandLine {
-    /// The line of `words`, the first of which is the program; the last `inside` are the command that runs in the image.
+    /// Makes the line from `words`, beginning with the program; the last `inside` of them are the command that runs in the
+    /// image.
     pub fn new(command: &'static str, words: &[OsString], inside: usize) -> Self {
         let (own, inside) = words.split_at(words.len().saturating_sub(inside));
         let own = own.iter().filter(|word| DROPPING.iter().all(|option| *word != option));
@@ -32,7 +33,7 @@ impl CommandLine {
     }
 }
 
-/// `line` as it is pasted here, if it was typed in `directory`.
+/// Returns `line`, which was typed in `directory`, so that it can be pasted here.
 pub(crate) fn from_here(line: &str, directory: &Path) -> String {
     if std::env::current_dir().is_ok_and(|here| here == directory) {
         return line.to_owned();
@@ -40,7 +41,7 @@ pub(crate) fn from_here(line: &str, directory: &Path) -> String {
     format!("cd {} && {line}", quoted(&directory.to_string_lossy()))
 }
 
-/// `word` as bash, zsh and ksh read it, in one line of what is printable.
+/// Quotes `word` for bash, zsh and ksh, in one line of printable characters.
 fn quoted(word: &str) -> String {
     if Printable(word).to_string() == word {
         return shell_words::quote(word).into_owned();
@@ -66,7 +67,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_that_is_pasted_goes_on_without_what_drops_changes_and_without_secrets() {
+    fn a_shown_line_has_no_secrets_and_no_options_that_drop_changes() {
         for (words, inside, pasted) in [
             (
                 &["ims-sshd", "enter", "a b", "--fresh", "--", "rm", "--fresh"][..],

@@ -1,4 +1,4 @@
-//! `ims-sshd customize`: a build environment on this machine, without a pod around it.
+//! `ims-sshd customize`: a build environment on this machine, without a pod.
 
 use std::io::Read;
 use std::net::{IpAddr, SocketAddr, TcpListener};
@@ -12,12 +12,12 @@ use crate::environment::stage::Stage;
 use crate::environment::supervisor;
 use crate::error::{Attempt, Error, Result};
 use crate::jail::binds::Bind;
-use crate::local::claim::remove_folder;
-use crate::local::job::{End, Fate, Job};
+use crate::local::claim::remove_directory;
 use crate::local::left_over::{SSHD_LOG, clear_left_over};
 use crate::local::mounts::{own_mounts, own_terminals};
 use crate::local::register::Entry;
-use crate::local::run_directory::RunFolder;
+use crate::local::run::{End, Fate, Run};
+use crate::local::run_directory::RunDirectory;
 use crate::local::source;
 use crate::log::output::say;
 use crate::sshd::options::Options;
@@ -33,35 +33,35 @@ use crate::volume::layout::{IMAGE_ROOT, READY};
 use crate::volume::open_tree;
 use crate::volume::state_directory::RUN;
 
-/// File in the folder of the run that names what is customized, for `status` after a kill.
+/// File in the run's directory that holds the source, for `status` after a kill.
 pub(crate) const SOURCE: &str = "source";
 
 /// How the environment is opened.
 #[derive(Debug)]
 pub struct Customization {
-    /// Where sshd listens; a free port if none is named.
+    /// The port that sshd listens on; a free one by default.
     pub port: Option<u16>,
-    /// The address it listens on.
+    /// The address that sshd listens on.
     pub listen: IpAddr,
-    /// Public keys that may log in; a key pair is made if none is named.
+    /// File of public keys that may log in; a key pair is created by default.
     pub authorized_key: Option<PathBuf>,
-    /// Whether sessions land in the image root.
+    /// True if sessions start in the image root.
     pub jailed: bool,
-    /// Paths of this machine that are shown in the jail.
+    /// Files and directories of this machine to show in the jail.
     pub binds: Vec<Bind>,
-    /// Variables that sessions are given.
+    /// Variables to set in sessions.
     pub variables: Vec<(String, String)>,
     /// A script to run on this machine once the environment is open.
     pub host_script: Option<PathBuf>,
 }
 
-/// Opens the environment and returns when it has closed, and the new image is published if it is to be: 0 if the image was marked complete,
-/// 1 if it was marked failed.
-pub fn run(job: Job, wanted: &Customization) -> Result<u8> {
+/// Opens the environment, waits until it closes, and publishes or applies the changes. Returns 0 if the image was marked
+/// complete, 1 if it was marked failed.
+pub fn run(run: Run, wanted: &Customization) -> Result<u8> {
     source::need_root()?;
     if let Some(file) = &wanted.host_script {
         let refuse = |why: String| Error::bad_input(format!("--host-script is '{}': {why}", file.display()));
-        // The type is looked at before the file is opened: opening a fifo waits for a writer.
+        // The type comes first: opening a fifo waits for a writer.
         let real = named::resolve(file).map_err(|e| refuse(e.to_string()))?;
         if !std::fs::metadata(&real).map_err(|e| refuse(e.to_string()))?.is_file() {
             return Err(refuse("expected a regular file".into()));
@@ -72,24 +72,24 @@ pub fn run(job: Job, wanted: &Customization) -> Result<u8> {
         check_public_keys("--authorized-key", file)?;
     }
     let mut settings = read_variables(wanted)?;
-    // Before anything is opened: a descriptor from before would not see what is mounted from here on.
+    // Before anything is opened: an earlier descriptor belongs to the machine's mount namespace.
     own_mounts()?;
-    let (entry, label) = (job.register()?, job.label());
-    let in_place = job.in_place;
+    let (entry, label) = (run.register()?, run.label());
+    let in_place = run.in_place;
     settings.in_place = in_place;
-    settings.marked = match job.end {
+    settings.marked = match run.end {
         End::Published => Marked::PACKED,
         _ if in_place => Marked::IN_PLACE,
         End::Applied | End::Discarded => Marked::APPLIED,
     };
-    let (source, shown) = (job.shown(), source::directory_of(&job.source));
-    job.run(&entry, |image_root| {
+    let (source, shown) = (run.shown(), source::directory_of(&run.source));
+    run.carry_out(&entry, |image_root| {
         let shown = shown.as_deref().unwrap_or(image_root);
         open(wanted, settings, &Opened { source: &source, image_root, shown, in_place }, &entry, label)
     })
 }
 
-/// The environment's settings, but for those of its own directory, which is not made before.
+/// Reads the environment's settings, except those about the run's directory, which does not exist yet.
 fn read_variables(wanted: &Customization) -> Result<Settings> {
     let script = wanted.host_script.as_ref().map(std::path::absolute).transpose().attempt(|| "find the script")?;
     let variables = [
@@ -109,31 +109,31 @@ fn read_variables(wanted: &Customization) -> Result<Settings> {
     Ok(settings)
 }
 
-/// The image that is opened.
+/// The image to open.
 struct Opened<'a> {
-    /// Path or URL that was named.
+    /// Path or URL on the command line.
     source: &'a str,
     image_root: &'a Path,
-    /// The directory that people know.
+    /// Path to show to people.
     shown: &'a Path,
-    /// True if it is changed where it is.
+    /// True for a directory that is changed in place.
     in_place: bool,
 }
 
-/// Fills the environment's own directory, before anything runs in it. Returns the line that logs in.
+/// Fills the run's directory with keys and configuration. Returns the command that logs in.
 fn furnish(wanted: &Customization, settings: &mut Settings, opened: &Opened, run: &Path) -> Result<String> {
     own_terminals()?;
     show_image_root(opened.image_root, run)?;
     let source = run.join(SOURCE);
     std::fs::write(&source, opened.source).attempt(|| format!("write {}", source.display()))?;
-    let (keys, identity) = authorized_keys(wanted.authorized_key.as_deref(), run)?;
+    let keys = authorized_keys(wanted.authorized_key.as_deref(), run)?;
     let address = SocketAddr::new(wanted.listen, wanted.port.map_or_else(|| free_port(wanted.listen), Ok)?);
-    let config = configure(run, address, &keys)?;
+    let config = configure(run, address, &keys.authorized)?;
     let options = ["-E", &run.join(SSHD_LOG).to_string_lossy(), "-f", &config.to_string_lossy()].map(str::to_owned);
     settings.sshd = Options::parse(&shell_words::join(options))?;
     settings.sshd_config = config;
     run.clone_into(&mut settings.job.parent);
-    configure_client(run, address, identity.as_deref())
+    configure_client(run, address, keys.identity.as_deref())
 }
 
 /// Opens the environment on an image root.
@@ -145,49 +145,49 @@ fn open(
     label: String,
 ) -> Result<(Fate, u8)> {
     clear_left_over(&["enter"], opened.image_root)?;
-    let run = RunFolder::claim("customize", opened.image_root)?;
+    let run = RunDirectory::claim("customize", opened.image_root)?;
     let shown = run.path().join(IMAGE_ROOT);
     let login = furnish(wanted, &mut settings, opened, run.path()).inspect_err(|_| {
         let _ = mounts::unmount(&shown);
-        let _ = remove_folder(run.path());
+        let _ = remove_directory(run.path());
     })?;
     if wanted.jailed {
         settings.image = Some(label);
     }
 
     let parent = run.path().to_owned();
-    // Until the directory is removed: who begins before that must not find its files vanish.
+    // Claimed until the directory is removed, so that no other run starts in it before.
     let (files, _claim) = run.into_signal_files()?;
     files.touch(READY)?;
-    entry.tell(&[("image_root_parent", &parent.display().to_string()), ("login", &login)]);
+    entry.set(&[("image_root_parent", &parent.display().to_string()), ("login", &login)]);
     let listening = || {
         entry.reach(Stage::Serving);
         announce(opened, &parent, &login, &entry.name(), wanted.jailed);
     };
     let outcome = supervisor::run(settings, Some(files), listening)?;
-    // The supervisor marks what it ends itself, too: that is no change to keep, and the next run would not know whose it is.
+    // The supervisor may have left its own mark in the image; kept with the changes, it would end the next run.
     let root = open_tree(opened.image_root)?;
     for verdict in Verdict::ALL {
         image_root::remove_mark(&root, verdict)?;
     }
     drop(root);
     mounts::unmount(&shown).attempt(|| format!("unmount {}", shown.display()))?;
-    remove_folder(&parent)?;
+    remove_directory(&parent)?;
     Ok(match (outcome.exit_code, outcome.verdict) {
         (0, Some(Verdict::Failed)) if outcome.given_up => (Fate::Discard, 1),
         (0, Some(Verdict::Complete) | None) => (Fate::Publish, 0),
-        // Nobody has given the changes up: the script failed, a signal came, or the environment broke.
+        // Nobody discarded the changes: the script failed, a signal arrived, or the environment broke.
         (code, _) => (Fate::Keep, code.max(1)),
     })
 }
 
-/// Shows the image root where a build environment expects it. In this program's own mounts only: nobody else sees it there.
+/// Mounts the image root where a build environment expects it, in this run's mount namespace only.
 fn show_image_root(image_root: &Path, parent: &Path) -> Result<()> {
     let place = parent.join(IMAGE_ROOT);
     let attempted = || format!("mount {} on {}", image_root.display(), place.display());
     std::fs::create_dir_all(&place).attempt(attempted)?;
     let target = Tree::open(&place).attempt(attempted)?;
-    // An overlay is `nosuid` where others see it. Below this directory, which is root's alone, sudo and su have to work.
+    // The overlay itself is `nosuid`. Sudo and su must work on this mount, which only this run sees.
     Detached::copy_of(image_root, true, MountAttrFlags::empty())
         .and_then(Detached::honouring_setuid)
         .and_then(|mount| mount.attach(target))
@@ -198,29 +198,37 @@ fn show_image_root(image_root: &Path, parent: &Path) -> Result<()> {
 /// File of the run that holds the keys.
 const AUTHORIZED_KEYS: &str = "authorized_keys";
 
-/// The keys that may log in, and the private key that was made for it.
-fn authorized_keys(given: Option<&Path>, run: &Path) -> Result<(PathBuf, Option<PathBuf>)> {
-    let keys = run.join(AUTHORIZED_KEYS);
+/// Keys for logging in.
+struct Keys {
+    /// File of the public keys that may log in.
+    authorized: PathBuf,
+    /// A private key among them, if this machine has it.
+    identity: Option<PathBuf>,
+}
+
+/// Copies or creates the keys that may log in.
+fn authorized_keys(given: Option<&Path>, run: &Path) -> Result<Keys> {
+    let authorized = run.join(AUTHORIZED_KEYS);
     if let Some(given) = given {
         let attempted = || format!("copy {}", given.display());
         let real = named::resolve(given).attempt(attempted)?;
-        // Not its mode: whoever can write to the copy can log in.
+        // Its mode is not copied: a user who can write to the copy could log in.
         let mut text = Vec::new();
         let copied = named::open_file(&real).and_then(|mut file| file.read_to_end(&mut text));
         copied.and_then(|_| Tree::open(run)?.replace(AUTHORIZED_KEYS, &text)).attempt(attempted)?;
         // ssh-keygen puts the private key beside the public one.
         let private = real.with_extension("");
         let is_there = real.extension().is_some_and(|extension| extension == "pub") && private.is_file();
-        return Ok((keys, is_there.then_some(private)));
+        return Ok(Keys { authorized, identity: is_there.then_some(private) });
     }
     let private = make_key(run, "id_ed25519")?;
-    std::fs::copy(private.with_extension("pub"), &keys).attempt(|| format!("write {}", keys.display()))?;
-    Ok((keys, Some(private)))
+    std::fs::copy(private.with_extension("pub"), &authorized).attempt(|| format!("write {}", authorized.display()))?;
+    Ok(Keys { authorized, identity: Some(private) })
 }
 
 fn make_key(run: &Path, name: &str) -> Result<PathBuf> {
     let file = run.join(name);
-    let attempted = || format!("make the key {}", file.display());
+    let attempted = || format!("create the key {}", file.display());
     for old in [file.clone(), file.with_extension("pub")] {
         let _ = std::fs::remove_file(old);
     }
@@ -243,9 +251,10 @@ fn free_port(listen: IpAddr) -> Result<u16> {
     Ok(TcpListener::bind((listen, 0)).and_then(|l| l.local_addr()).attempt(attempted)?.port())
 }
 
-/// The key of the sshd that this run starts.
+/// Host key of this run's sshd.
 const HOST_KEY: &str = "ssh_host_ed25519_key";
 
+/// Writes sshd's configuration and returns its path.
 fn configure(run: &Path, address: SocketAddr, keys: &Path) -> Result<PathBuf> {
     let host_key = make_key(run, HOST_KEY)?;
     let config = run.join("sshd_config");
@@ -263,18 +272,18 @@ fn configure(run: &Path, address: SocketAddr, keys: &Path) -> Result<PathBuf> {
     Ok(config)
 }
 
-/// The name by which ssh's configuration knows the environment.
+/// Name of the environment in ssh's configuration.
 const HOST_ALIAS: &str = "image";
 
-/// Writes a configuration for ssh, scp, sftp and Ansible, so that the line that people type is short and the host key is verified: the
-/// key is known before sshd has started. Returns that line.
+/// Writes a configuration for ssh, scp, sftp and Ansible. It keeps the command line short and pins the host key, which
+/// exists before sshd starts. Returns the command that logs in.
 fn configure_client(run: &Path, address: SocketAddr, identity: Option<&Path>) -> Result<String> {
     let public = run.join(HOST_KEY).with_extension("pub");
     let key = std::fs::read_to_string(&public).attempt(|| format!("read {}", public.display()))?;
     let known_hosts = run.join("known_hosts");
     std::fs::write(&known_hosts, format!("{HOST_ALIAS} {key}"))
         .attempt(|| format!("write {}", known_hosts.display()))?;
-    // ssh_config(5): a percent sign begins a token, and a dollar sign with a brace a variable.
+    // ssh_config(5): % begins a token, and ${ a variable.
     let identity = identity.map(|key| key.display().to_string()).filter(|key| !key.contains(['"', '\\', '$', '\n']));
     let key_option = if identity.is_none() { " -i YOUR_KEY" } else { "" };
     let identity = identity.map_or(String::new(), |key| {
@@ -292,18 +301,18 @@ fn configure_client(run: &Path, address: SocketAddr, identity: Option<&Path>) ->
     Ok(format!("ssh -F {}{key_option} {HOST_ALIAS}", config.display()))
 }
 
-/// Tells the person what to do now.
+/// Tells the person how to log in and how to finish.
 fn announce(opened: &Opened, parent: &Path, login: &str, name: &str, jailed: bool) {
     let shown = opened.shown.display();
     let open = if jailed {
         format!("{shown} is open")
     } else {
-        format!("{shown} is open, as {}/image-root of sessions", parent.display())
+        format!("{shown} is open; sessions see it as {}/image-root", parent.display())
     };
     let inside = if opened.in_place {
         "When done, there: touch /tmp/complete\n"
     } else {
-        "When done, there: touch /tmp/complete    or, to give the changes up: touch /tmp/failed\n"
+        "When done, there: touch /tmp/complete    or, to discard the changes: touch /tmp/failed\n"
     };
     say(&format!(
         "\n{open}. Log in from another terminal:\n\n    {login}\n\n\

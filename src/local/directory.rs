@@ -1,4 +1,4 @@
-//! A directory as the source of a job: changed above it, in an overlay, or where it is.
+//! A directory as the source of a run: changed in an overlay, or in place.
 
 use std::path::Path;
 
@@ -6,10 +6,10 @@ use crate::error::{Attempt, Error, Result};
 use crate::image::unpack::{INDEX_OF_LINKS, Overlay, UPPER};
 use crate::local::apply;
 use crate::local::apply_progress;
-use crate::local::claim::{is_claimed, refuse_nested, remove_folder};
+use crate::local::claim::{is_claimed, refuse_nested, remove_directory};
 use crate::local::left_over::{clear_left_over, end_left_over};
 use crate::local::register;
-use crate::local::run_directory::RunFolder;
+use crate::local::run_directory::RunDirectory;
 use crate::local::upper_layer;
 use crate::local::work_directory;
 use crate::publish::identity::Record;
@@ -22,32 +22,32 @@ use crate::volume::mounts_below::mounts_below;
 use crate::volume::open_tree;
 use crate::volume::signal_files::claimed;
 
-/// Commands that change an image root where it is.
+/// Commands that change an image root in place.
 pub(crate) const COMMANDS: [&str; 2] = ["customize", "enter"];
 
-/// A directory below an overlay: as long as this value lives, no run changes it where it is. The kernel does not define what the overlay
-/// would show.
+/// A directory below an overlay. As long as this value lives, no run changes the directory in place: the kernel leaves
+/// undefined what the overlay would show.
 pub(crate) struct Held {
-    folders: Vec<RunFolder>,
+    directories: Vec<RunDirectory>,
 }
 
 impl Held {
-    /// Takes `directory`, whose changes are kept in a directory of `work`.
+    /// Claims `directory`, whose changes are kept below `work`.
     pub(crate) fn take(directory: &Path, work: &Path) -> Result<Self> {
         let refuse = |why: String| Error::new(format!("mount an overlay above {}", directory.display())).because(why);
         if holds(directory, work)? {
             let why = format!("its changes would be kept inside it, in {}", work.display());
-            return Err(refuse(why).advise("name another place by --work, or change it where it is (--in-place)"));
+            return Err(refuse(why).advise("name another directory with --work, or change it in place with --in-place"));
         }
         if let Some(mounted) = mounts_below(directory)?.first() {
-            let why = format!("something is mounted on {}, which would not be seen", mounted.display());
-            return Err(refuse(why).advise("unmount it, or change the directory where it is (--in-place)"));
+            let why = format!("the overlay would hide the mount on {}", mounted.display());
+            return Err(refuse(why).advise("unmount it, or change the directory in place with --in-place"));
         }
         end_left_over(directory)?;
         clear_left_over(&COMMANDS, directory)?;
-        let mut held = Self { folders: Vec::new() };
+        let mut held = Self { directories: Vec::new() };
         for command in COMMANDS {
-            held.folders.push(RunFolder::claim(command, directory)?);
+            held.directories.push(RunDirectory::claim(command, directory)?);
         }
         Ok(held)
     }
@@ -55,13 +55,14 @@ impl Held {
 
 impl Drop for Held {
     fn drop(&mut self) {
-        for folder in self.folders.drain(..) {
-            let _ = remove_folder(folder.path());
+        for directory in self.directories.drain(..) {
+            let _ = remove_directory(directory.path());
         }
     }
 }
 
-/// Refuses a directory above which changes are kept, by whatever path that was, unless they are in `own`. Whoever only `looks` is told of them.
+/// Refuses a directory to which changes are kept, under any path, except those in `own`. A run that discards its changes
+/// (`looks`) gets a warning instead.
 pub(crate) fn refuse_kept(directory: &Path, works: &Path, own: Option<&Path>, looks: bool) -> Result<()> {
     let attempted = || format!("open {}", directory.display());
     let root = open_tree(directory)?;
@@ -74,100 +75,100 @@ pub(crate) fn refuse_kept(directory: &Path, works: &Path, own: Option<&Path>, lo
             continue;
         }
         let [name, source] = ["name", "source"].map(|field| entry[field].as_str().unwrap_or_default());
-        let going_on = if Path::new(source).is_dir() {
-            format!("to go on with them: {}", register::goes_on(&entry))
+        let resuming = if Path::new(source).is_dir() {
+            format!("to resume: {}", register::resuming_line(&entry))
         } else {
-            format!("to go on with them, move it back to {source}")
+            format!("to resume them, move it back to {source}")
         };
         if looks && !is_interrupted {
             tracing::warn!(
-                "changes to it are kept as {name}, and not shown here; 'ims-sshd fail {name}' drops them; {going_on}"
+                "changes to it are kept as {name} and do not appear here; 'ims-sshd fail {name}' drops them; {resuming}"
             );
             continue;
         }
         let why = if is_interrupted {
             "applying changes to it was interrupted".to_owned()
         } else {
-            format!("changes that were made above it are kept as {name}")
+            format!("changes to it are kept as {name}")
         };
         return Err(Error::new(attempted())
             .because(why)
-            .advise(format!("'ims-sshd fail {name}' drops them; {going_on}")));
+            .advise(format!("'ims-sshd fail {name}' drops them; {resuming}")));
     }
     Ok(())
 }
 
-/// Refuses to read a directory that an environment changes, or has changed in part, or above which changes are kept.
+/// Refuses to read a directory that is open, to which changes are kept, or to which some were applied.
 pub(crate) fn refuse_open(directory: &Path) -> Result<()> {
     refuse_half_applied(directory)?;
     refuse_kept(directory, Path::new(work_directory::DEFAULT), None, false)?;
     for command in COMMANDS {
-        if RunFolder::is_claimed(command, directory)? {
+        if RunDirectory::is_claimed(command, directory)? {
             return Err(claimed(directory));
         }
     }
     refuse_nested(directory)
 }
 
-/// Refuses a directory that has some of its changes, of a run that was killed as it applied them.
+/// Refuses a directory to which a killed run applied only some of its changes.
 pub(crate) fn refuse_half_applied(directory: &Path) -> Result<()> {
     let attempted = || format!("open {}", directory.display());
     let Some(stage) = apply_progress::stage_in(&open_tree(directory)?).attempt(attempted)? else { return Ok(()) };
     let advice = format!(
-        "'ims-sshd customize {0}' goes on with that, with the same --work; with --fresh it gives it up, as 'ims-sshd fail {0}' does; if \
-         those changes are gone, remove {0}/{1}",
+        "'ims-sshd customize {0}', with the same --work, resumes that; with --fresh it drops what is not applied, as does \
+         'ims-sshd fail {0}'; if the changes are gone, remove {0}/{1}",
         directory.display(),
         stage.display()
     );
     Err(Error::new(attempted()).because("applying changes to it was interrupted").advise(advice))
 }
 
-/// Returns whether the changes kept in `place` were being applied.
+/// Returns whether an application of the changes kept in `place` has begun.
 pub(crate) fn is_half_applied_by(place: &Path) -> bool {
     Tree::open(place).is_ok_and(|place| apply_progress::has_begun(&place).unwrap_or(true))
 }
 
-/// Refuses to change a directory where it is as long as changes made above it are kept in `place`.
+/// Refuses to change a directory in place while changes to it are kept in `place`.
 pub(crate) fn refuse_with_changes(directory: &Path, place: &Path) -> Result<()> {
     refuse_half_applied(directory)?;
     if is_claimed(place)? {
-        return Err(Error::new(format!("change {} where it is", directory.display()))
-            .because("it is open, and is being changed above it")
-            .advise("wait for that to end; 'ims-sshd status' names it"));
+        return Err(Error::new(format!("change {} in place", directory.display()))
+            .because("it is open, and is being changed in an overlay")
+            .advise("wait until that closes; 'ims-sshd status' names it"));
     }
     if Overlay::changes(&place.join(OVERLAY)) != Some(true) {
         return Ok(());
     }
-    let why = format!("changes that were made above it are kept in {}", place.display());
+    let why = format!("changes to it are kept in {}", place.display());
     let advice = format!(
-        "'ims-sshd customize' without --in-place goes on with them, 'ims-sshd fail {}' drops them",
+        "'ims-sshd customize' without --in-place resumes them, 'ims-sshd fail {}' drops them",
         directory.display()
     );
-    Err(Error::new(format!("change {} where it is", directory.display())).because(why).advise(advice))
+    Err(Error::new(format!("change {} in place", directory.display())).because(why).advise(advice))
 }
 
-/// Opens `directory`, a path without links: once, and what is found by that path later is of no matter.
+/// Opens `directory`, a path without symbolic links, once; what the path names later does not matter.
 pub(crate) fn open(directory: &Path) -> Result<Tree> {
     let below = directory.strip_prefix("/").ok().filter(|below| *below != Path::new("")).unwrap_or(Path::new("."));
     let opened = open_tree(Path::new("/"))?.directory_without_links(below);
     opened.attempt(|| format!("open {}", directory.display()))
 }
 
-/// Returns whether `directory` still leads to `root`.
-fn leads_to(directory: &Path, root: &Tree) -> bool {
+/// Returns whether `directory` still names `root`.
+fn still_names(directory: &Path, root: &Tree) -> bool {
     open(directory).is_ok_and(|found| is_same(&found, root))
 }
 
-/// Returns whether both are one directory.
+/// Returns whether both are the same directory.
 pub(crate) fn is_same(a: &Tree, b: &Tree) -> bool {
     let found = |tree| rustix::fs::fstat(tree).map(|found| (found.st_dev, found.st_ino));
     found(a).is_ok_and(|a| found(b) == Ok(a))
 }
 
-/// Gives up changes that an earlier run has begun to apply.
-pub(crate) fn give_up_changes(directory: &Path, root: &Tree, place: &Tree) -> Result<()> {
+/// Aborts an application that an earlier run began.
+pub(crate) fn abort_changes(directory: &Path, root: &Tree, place: &Tree) -> Result<()> {
     tracing::warn!(
-        "applying changes to {} was interrupted; it stays as it is now, and those that are not applied are dropped",
+        "applying changes to {} was interrupted; it keeps those that were applied, and the others are dropped",
         directory.display()
     );
     if apply_progress::has_ended(place).unwrap_or(false) {
@@ -176,26 +177,26 @@ pub(crate) fn give_up_changes(directory: &Path, root: &Tree, place: &Tree) -> Re
     apply::abort(place, &open_tree(&place.shown().join(OVERLAY).join(UPPER))?, root)
 }
 
-/// Applies what was changed above `root`, which had the path `directory` when it was opened, and is kept in `place`: what `overlay` shows, or
-/// what an earlier run has begun to apply.
+/// Applies the changes kept in `place` to `root`, which had the path `directory` when it was opened. Without an `overlay`
+/// an earlier run has begun to apply them.
 pub(crate) fn apply_changes(directory: &Path, root: &Tree, place: &Tree, overlay: Option<Overlay>) -> Result<()> {
     if apply_progress::has_ended(place)? {
         return Ok(());
     }
     if overlay.is_none() {
-        tracing::warn!("applying changes to {} was interrupted; going on with that", directory.display());
+        tracing::warn!("applying changes to {} was interrupted; resuming it", directory.display());
     }
-    let folder = place.shown().join(OVERLAY);
-    let upper = open_tree(&folder.join(UPPER))?;
+    let layers = place.shown().join(OVERLAY);
+    let upper = open_tree(&layers.join(UPPER))?;
     if let Some(overlay) = overlay {
-        upper_layer::complete_hard_links(root, &upper, &folder.join(INDEX_OF_LINKS), &open_tree(&overlay.image_root)?)?;
+        upper_layer::complete_hard_links(root, &upper, &layers.join(INDEX_OF_LINKS), &open_tree(&overlay.image_root)?)?;
         overlay.unmount()?;
     }
     apply::apply(place, &upper, root)?;
     tracing::info!("applied the changes to {}", directory.display());
-    if !leads_to(directory, root) {
+    if !still_names(directory, root) {
         tracing::warn!(
-            "{} is another directory by now; the changes are in the one that was opened, which is {}",
+            "{} now names another directory; the changes are in the one that was opened, which is {}",
             directory.display(),
             root.shown().display()
         );
@@ -203,7 +204,7 @@ pub(crate) fn apply_changes(directory: &Path, root: &Tree, place: &Tree, overlay
     Ok(())
 }
 
-/// Refuses a source of `prepare` that is a directory which somebody changes.
+/// Refuses a source of `prepare` that is a directory which a run has open.
 pub fn refuse_open_source(source: &str) -> Result<()> {
     match Source::parse(source)? {
         Source::Here(path) if path.is_dir() => {

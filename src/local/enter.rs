@@ -25,12 +25,12 @@ use crate::jail::tier::Tier;
 use crate::jailer::emulation;
 use crate::jailer::open::{self, OpenJail, TIME_TO_CLOSE_FILES, Wanted};
 use crate::jailer::trial;
-use crate::local::claim::{is_claimed, remove_folder};
-use crate::local::job::{End, Fate, Job};
+use crate::local::claim::{is_claimed, remove_directory};
 use crate::local::left_over::clear_left_over;
 use crate::local::mounts;
 use crate::local::register;
-use crate::local::run_directory::RunFolder;
+use crate::local::run::{End, Fate, Run};
+use crate::local::run_directory::RunDirectory;
 use crate::local::script::Script;
 use crate::local::source;
 use crate::printable::Printable;
@@ -44,24 +44,24 @@ use crate::verdict::Verdict;
 use crate::volume::image_root;
 use crate::volume::state_directory::StateDirectory;
 
-/// The command to run, and what follows it.
+/// The command to run, and its surroundings.
 #[derive(Debug)]
 pub struct Entry {
-    /// A program of the image with its arguments; the login shell if there is none.
+    /// A program of the image with its arguments; the login shell if empty.
     pub command: Vec<OsString>,
-    /// A script of this machine that is run instead.
+    /// A script of this machine to run instead.
     pub script: Option<Script>,
-    /// Variables that it is given.
+    /// Variables to set for the command.
     pub variables: Vec<(String, String)>,
-    /// Paths of this machine that are shown in the jail.
+    /// Files and directories of this machine to show in the jail.
     pub binds: Vec<Bind>,
-    /// Answer about the changes, if it is given beforehand.
+    /// What to do with the changes, if the command line says so.
     pub answer: Option<Answer>,
-    /// True if `JOB_ENABLE_DKMS` is heeded.
+    /// True if `JOB_ENABLE_DKMS` counts.
     pub heeds_dkms: bool,
 }
 
-/// Whether the image is to be published.
+/// The command line's answer to the question at the end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Answer {
     /// `--yes`.
@@ -70,25 +70,25 @@ pub enum Answer {
     Discard,
 }
 
-/// Makes a jail around the job's image root, runs the command in it, and ends everything inside when that has ended. Then the image is
-/// published, kept or discarded. Returns the command's exit code, or dies of the signal it died of; 0 for a published image.
-pub fn run(job: Job, entry: &Entry) -> Result<u8> {
+/// Runs the command in a jail around the image root and then ends everything inside. Publishes, keeps or discards the
+/// changes. Returns the command's exit code, or 0 for a published image; dies of the signal that killed the command.
+pub fn run(run: Run, entry: &Entry) -> Result<u8> {
     source::need_root()?;
     let heeded = |(name, _): &(OsString, OsString)| entry.heeds_dkms || name != "JOB_ENABLE_DKMS";
     let (tiers, hostname, dkms, grace) = of_jail(std::env::vars_os().filter(heeded))?;
-    let (decides, end, in_place) = (job.decides(), job.end, job.in_place);
-    if !job.is_in_place() {
-        // Before anything is opened: a descriptor from before would not see what is mounted from here on.
+    let (decides, end, in_place) = (run.decides(), run.end, run.in_place);
+    if !run.is_in_place() {
+        // Before anything is opened: an earlier descriptor belongs to the machine's mount namespace.
         mounts::own_mounts()?;
     }
-    let question = Question { source: without_query(&job.source), in_place };
-    let is_discarded = !decides && !job.is_in_place();
-    let (registered, label) = (job.register()?, job.label());
-    let ended = job.run(&registered, |image_root| {
+    let question = Question { source: without_query(&run.source), in_place };
+    let is_discarded = !decides && !run.is_in_place();
+    let (registered, label) = (run.register()?, run.label());
+    let ended = run.carry_out(&registered, |image_root| {
         if is_discarded {
             let source = &question.source;
             let instead = if entry.answer == Some(Answer::Discard) { "" } else { "; --output STORE publishes it instead" };
-            tracing::info!("what is changed in {source} is discarded at the end{instead}");
+            tracing::info!("changes to {source} are discarded at the end{instead}");
         }
         let is_shell = entry.command.is_empty() && entry.script.is_none();
         let is_unattended = decides || entry.answer == Some(Answer::Yes);
@@ -99,19 +99,19 @@ pub fn run(job: Job, entry: &Entry) -> Result<u8> {
         if is_given_up {
             (mark, stopped) = (Some(Verdict::Failed), None);
         }
-        // Whoever is at the shell was told as it was hung up.
+        // A person at the shell was told when it was hung up.
         if let Some(mark) = mark.filter(|_| !at_terminal) {
             tracing::info!("the image was marked {}", mark.signal_file());
         }
         let verdict = mark.filter(|mark| *mark == Verdict::Failed || !has_failed(status, at_terminal, true));
-        // A command that only runs in a directory decides itself what a signal is to it, as below chroot.
+        // A command that runs in a directory in place handles signals itself, as with chroot.
         let stopped = stopped.filter(|_| decides || entry.answer == Some(Answer::Yes));
         let status = stopped.map_or(status, |signal| exited(128 + signal as i32));
         if !decides {
-            let is_given_up = mark == Some(Verdict::Failed) || mark.is_some() && is_discarded;
-            let fate = if is_given_up { Fate::Discard } else { Fate::Keep };
+            let marked_to_discard = mark == Some(Verdict::Failed) || mark.is_some() && is_discarded;
+            let fate = if marked_to_discard { Fate::Discard } else { Fate::Keep };
             if verdict == Some(Verdict::Complete) && !is_discarded {
-                tracing::info!("the changes are in {}, which was changed where it is", question.source);
+                tracing::info!("the changes are in {}, which was changed in place", question.source);
             }
             return Ok((fate, verdict.filter(|_| stopped.is_none()).map_or(status, exited_as)));
         }
@@ -128,7 +128,7 @@ pub fn run(job: Job, entry: &Entry) -> Result<u8> {
                 Some(fate) => (fate, exited(0)),
                 None => {
                     tracing::error!(
-                        "the image is not published: there is no terminal to ask at; --yes publishes it, --discard does not"
+                        "the image is not published: there is no terminal on which to ask; --yes publishes it, --discard drops it"
                     );
                     (Fate::Keep, exited(1))
                 }
@@ -154,8 +154,8 @@ fn exited_as(verdict: Verdict) -> WaitStatus {
     exited(i32::from(verdict == Verdict::Failed))
 }
 
-/// Returns whether the command failed. The exit code of a shell at a terminal is that of its last command, and says nothing; once the
-/// image is `marked`, it is hung up, and may die of that.
+/// Returns whether the command failed. The exit code of a shell at a terminal is its last command's and does not count.
+/// Nor does a signal once the image is `marked`, because the shell is hung up then.
 fn has_failed(status: WaitStatus, at_terminal: bool, marked: bool) -> bool {
     match status {
         WaitStatus::Exited(_, code) => code != 0 && !at_terminal,
@@ -163,10 +163,10 @@ fn has_failed(status: WaitStatus, at_terminal: bool, marked: bool) -> bool {
     }
 }
 
-/// Fate of the changes; none if the person has to be asked. A mark `complete` of a command that failed is no `verdict`.
+/// Decides the fate of the changes; none if the person has to be asked. The caller drops a mark `complete` of a failed
+/// command.
 ///
-/// `--discard` was asked for by name, and nothing in the image undoes that. Else a signal to this program counts most, whatever the command
-/// makes of it, and then a mark in the image.
+/// In order of precedence: `--discard`, a signal to this program, a mark in the image, failure of the command, `--yes`.
 fn decide(
     status: WaitStatus,
     verdict: Option<Verdict>,
@@ -184,20 +184,20 @@ fn decide(
     }
 }
 
-/// Tells the person at the terminal, who may be gone.
+/// Writes to the terminal, ignoring errors: it may be gone.
 fn tell(text: &str) {
     let _ = std::io::stderr().write_all(text.as_bytes());
 }
 
-/// Question to the person at the end.
+/// The question to the person at the end.
 struct Question {
     source: String,
-    /// True for a directory that is changed where it is.
+    /// True for a directory that is changed in place.
     in_place: bool,
 }
 
 impl Question {
-    /// Possible answers; the word for no answer comes last.
+    /// Possible answers, with the default in brackets.
     fn choices(&self) -> &'static str {
         if self.in_place {
             "(y)es, (n)o, the directory stays as it is now [n]"
@@ -206,7 +206,8 @@ impl Question {
         }
     }
 
-    /// Asks the person at the terminal; none if there is no terminal. A signal, the end of input, and an empty line keep the changes.
+    /// Asks the person at the terminal; none if there is no terminal. A signal, end of input or an empty line keeps the
+    /// changes.
     fn ask(&self) -> Result<Option<Fate>> {
         let stdin = std::io::stdin();
         if !stdin.is_terminal() || !std::io::stderr().is_terminal() {
@@ -215,16 +216,16 @@ impl Question {
         let attempted = || "read the answer";
         let signals = Signals::block(&[Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP]).attempt(attempted)?;
         let drain = || while let Ok(Some(_)) = signals.next() {};
-        // Those that were meant for the session.
+        // Signals that were meant for the session.
         drain();
         loop {
-            tell(&format!("Publish what has become of {}? {}: ", Printable(&self.source), self.choices()));
+            tell(&format!("Publish the changed image of {}? {}: ", Printable(&self.source), self.choices()));
             let mut sources = [PollFd::new(&stdin, PollFlags::IN), PollFd::new(&signals, PollFlags::IN)];
             match rustix::event::poll(&mut sources, None) {
                 Err(rustix::io::Errno::INTR) => continue,
                 other => other.attempt(attempted)?,
             };
-            // One line, as the terminal has it; the standard library's buffer could take more, which poll would not tell of.
+            // Read directly: the standard library would buffer further lines, which poll does not see.
             let mut line = [0; 64];
             let is_read = sources[1].revents().is_empty();
             let length = if is_read { rustix::io::read(&stdin, &mut line).unwrap_or(0) } else { 0 };
@@ -243,7 +244,7 @@ impl Question {
     }
 }
 
-/// A shell that was hung up has this long to write its history.
+/// Time for a shell to write its history after it was hung up.
 const HANG_UP_TIME: Duration = Duration::from_secs(2);
 
 /// A signal that follows within this time is no second one.
@@ -252,9 +253,9 @@ const SAME_SIGNAL: Duration = Duration::from_millis(500);
 /// Result of a session.
 struct Ended {
     status: WaitStatus,
-    /// The mark that was made in the image.
+    /// Mark in the image.
     mark: Option<Verdict>,
-    /// Signal that was to end this program.
+    /// Signal that this program received to end.
     stopped: Option<Signal>,
     /// True if `ims-sshd fail` has ended it.
     is_given_up: bool,
@@ -262,15 +263,15 @@ struct Ended {
 
 /// The session that runs in the jail.
 struct Session {
-    /// Whether it is the login shell.
+    /// True for the login shell.
     is_shell: bool,
-    /// Time for the command to end after a signal. `None` if a signal is the command's own business.
+    /// Time for the command to end after a signal. None if the command handles signals itself.
     grace: Option<Duration>,
-    /// Fate of the changes, if it is decided at the end.
+    /// What to do with the changes, if that is decided at the end.
     end: Option<End>,
     in_place: bool,
     tiers: Vec<Tier>,
-    /// Whether the jail has all that is here.
+    /// True if the jail gets everything that this process has.
     dkms: bool,
     hostname: Option<String>,
     /// Name of the image.
@@ -278,45 +279,45 @@ struct Session {
 }
 
 impl Session {
-    /// Whether a person is at the shell, who is hung up when the image is marked, as in a session over SSH.
+    /// Returns whether a person is at the shell, which is hung up when the image is marked, as over SSH.
     fn is_at_terminal(&self) -> bool {
         self.is_shell && std::io::stdin().is_terminal()
     }
 
-    /// Returns how it ended.
+    /// Runs the session to its end.
     fn run(&self, image_root: &Path, entry: &Entry, registered: &register::Entry) -> Result<Ended> {
         clear_left_over(&["customize"], image_root)?;
-        let run = RunFolder::claim("enter", image_root)?;
-        // The command is in the foreground; what it does about these is its own business.
-        let held = [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGCHLD];
-        let signals = Signals::block(&held).attempt(|| "block signals")?;
+        let run = RunDirectory::claim("enter", image_root)?;
+        // The command runs in the foreground and handles these itself.
+        let blocked = [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGCHLD];
+        let signals = Signals::block(&blocked).attempt(|| "block signals")?;
         nix::sys::prctl::set_child_subreaper(true).attempt(|| "become the parent of orphaned processes")?;
 
         let state = StateDirectory::of(run.path())?;
         let tree = Tree::open(image_root).attempt(|| format!("open the image root {}", image_root.display()))?;
-        let notes = Tree::open(run.path()).attempt(|| format!("open {}", run.path().display()))?;
-        open::clear_image_root(&tree, &notes)?;
+        let record_directory = Tree::open(run.path()).attempt(|| format!("open {}", run.path().display()))?;
+        open::clear_image_root(&tree, &record_directory)?;
         let cleared = |e: Error| {
             let _ = state.remove();
-            // Stays if it holds the note of an addition that could not be removed.
+            // Kept if it still has the record of a mount point that could not be removed.
             let _ = std::fs::remove_dir(run.path());
             e
         };
         let mut is_ours = !(self.in_place && is_open_elsewhere(image_root).map_err(cleared)?);
         if !is_ours {
-            tracing::info!("{} is open elsewhere too: a mark in it is for that environment", image_root.display());
+            tracing::info!("{} is also open elsewhere: a mark in it counts for that environment", image_root.display());
         } else if let Err(error) = image_root::remove_old_marks(&tree) {
             if tree.directory("tmp").is_ok() {
                 return Err(cleared(error));
             }
-            // An image whose /tmp is no directory can be looked at all the same.
+            // An image whose /tmp is not a directory can be opened all the same.
             tracing::warn!("{error}; /tmp/complete and /tmp/failed do not count");
             is_ours = false;
         }
         let kind = trial::choose(&self.tiers, self.dkms, &state).map_err(cleared)?;
         let script = entry.script.as_ref().map(|script| script.put(run.path(), kind.tier));
         let script = script.transpose().map_err(cleared)?;
-        let emulation = emulation::prepare(&tree, None, &notes, Some(kind.tier)).map_err(cleared)?;
+        let emulation = emulation::prepare(&tree, None, &record_directory, Some(kind.tier)).map_err(cleared)?;
         let wanted = Wanted {
             plan: Plan {
                 dkms: self.dkms,
@@ -328,13 +329,13 @@ impl Session {
                 ..kind.plan(image_root)
             },
             image_root: &tree,
-            record_directory: &notes,
+            record_directory: &record_directory,
             in_place: self.in_place,
             job: None,
             keep: entry.variables.iter().map(|(name, _)| name.clone()).collect(),
         };
         let jail = OpenJail::open(wanted, &state).map_err(cleared)?;
-        registered.tell(&[("run", &run.path().to_string_lossy())]);
+        registered.set(&[("run", &run.path().to_string_lossy())]);
         registered.reach(Stage::Serving);
         let command = entry.script.as_ref().map_or_else(|| entry.command.clone(), Script::command);
         let mut helper = open::helper(&Arguments::Enter(state.jail(), command))?;
@@ -344,8 +345,8 @@ impl Session {
         let ended = ended.and_then(|helper| self.attend(helper, &jail, &signals, is_ours));
 
         let all_ended = processes::end_all(Some(&jail));
-        // The init has looked for marks once more before it ended.
-        let told_last = match all_ended {
+        // The init looked for marks once more before it ended.
+        let last_mark = match all_ended {
             Ok(()) if is_ours => std::iter::from_fn(|| jail.receive()).filter_map(Message::mark).max(),
             _ => None,
         };
@@ -354,21 +355,21 @@ impl Session {
         }
         drop(emulation);
         let all_ended = all_ended.and_then(|()| OpenJail::seal(&state, Instant::now() + TIME_TO_CLOSE_FILES));
-        jail.clear(&tree, &notes)?;
+        jail.clear(&tree, &record_directory)?;
         let is_given_up = run.signal_files().stands(Verdict::Failed.signal_file())?;
         state.remove()?;
-        remove_folder(run.path())?;
+        remove_directory(run.path())?;
         all_ended?;
         let mut ended = ended?;
         let found = if is_ours { take_marks(&tree)? } else { None };
-        // Signals that came after the command's end count too.
+        // Signals that arrived after the command ended count too.
         while let Ok(Some(signal)) = signals.next() {
             ended.stopped = ended.stopped.or(self.stops(signal));
         }
-        Ok(Ended { mark: ended.mark.max(told_last).max(found), is_given_up, ..ended })
+        Ok(Ended { mark: ended.mark.max(last_mark).max(found), is_given_up, ..ended })
     }
 
-    /// The signal, if it is to end this program. SIGINT is a key of the person at a shell.
+    /// Returns the signal if it is to end this program. From a person at a shell, SIGINT is only Ctrl-C.
     fn stops(&self, signal: Signal) -> Option<Signal> {
         let stops = match signal {
             Signal::SIGTERM | Signal::SIGHUP => true,
@@ -378,7 +379,7 @@ impl Session {
         stops.then_some(signal)
     }
 
-    /// Waits for the end of the command, and hangs up a person's shell when the image is marked, if it `listens` to that.
+    /// Waits until the command ends. If it `listens` for marks, hangs up a person's shell when the image is marked.
     fn attend(&self, mut helper: Child, jail: &OpenJail, signals: &Signals, mut listens: bool) -> Result<Ended> {
         let attempted = || "wait for ims-jail-shell";
         let pid = Pid::from_raw(helper.id().cast_signed());
@@ -405,7 +406,7 @@ impl Session {
                 sources.push(PollFd::from_borrowed_fd(jail.link(), PollFlags::IN));
             }
             let _ = poll::wait(&mut sources, HANG_UP_TIME / 4);
-            let is_told = sources.get(1).is_some_and(|link| !link.revents().is_empty());
+            let has_message = sources.get(1).is_some_and(|link| !link.revents().is_empty());
             while let Ok(Some((signal, is_sent))) = signals.next_with_sender() {
                 stopped = stopped.or(self.stops(signal));
                 if let (Some(signal), Some(grace)) = (self.stops(signal), self.grace) {
@@ -417,7 +418,7 @@ impl Session {
                             );
                             signalled = Some(Instant::now());
                         }
-                        // A terminal that is closed sends SIGHUP, and the person's shell does once more.
+                        // A closed terminal sends SIGHUP, and the person's shell sends it again.
                         Some(since) if since.elapsed() < SAME_SIGNAL || is_killed => {}
                         Some(_) => {
                             tracing::warn!("received {signal} again: killing the command");
@@ -426,12 +427,12 @@ impl Session {
                         }
                     }
                 }
-                // The terminal sends SIGINT to its whole foreground, the command included.
+                // A SIGINT from the terminal reaches the command as well: it goes to the whole foreground group.
                 if matches!(signal, Signal::SIGTERM | Signal::SIGHUP) || signal == Signal::SIGINT && is_sent {
                     let _ = kill(pid, signal);
                 }
             }
-            match is_told.then(|| jail.receive().map(Message::mark)) {
+            match has_message.then(|| jail.receive().map(Message::mark)) {
                 Some(Some(Some(verdict))) => {
                     marked = marked.max(Some(verdict));
                     if self.is_at_terminal() && hung_up.is_none() {
@@ -445,7 +446,7 @@ impl Session {
                         hung_up = Some(Instant::now());
                     }
                 }
-                // The init has ended: nothing more will be told.
+                // The init has ended and sends no more.
                 Some(None) => listens = false,
                 Some(Some(None)) | None => {}
             }
@@ -453,14 +454,15 @@ impl Session {
     }
 }
 
-/// Returns whether an environment, which heeds marks, has the image root open too: one of this machine, or a pod's by its image root parent.
+/// Returns whether an environment that obeys marks has the image root open too: one of this machine, or one of a pod,
+/// found by its image root parent.
 fn is_open_elsewhere(image_root: &Path) -> Result<bool> {
-    let is_one = RunFolder::is_claimed("customize", image_root)?;
+    let is_one = RunDirectory::is_claimed("customize", image_root)?;
     let above = image_root.ancestors().skip(1).take(2);
     Ok(is_one || above.map(is_claimed).collect::<Result<Vec<_>>>()?.contains(&true))
 }
 
-/// Removes the marks of the image's /tmp, where they would be packed. Returns which there were.
+/// Removes the marks from the image's /tmp, where they would be packed. Returns the one that counts.
 fn take_marks(image_root: &Tree) -> Result<Option<Verdict>> {
     let mut found = None;
     for verdict in Verdict::ALL {
@@ -471,7 +473,7 @@ fn take_marks(image_root: &Tree) -> Result<Option<Verdict>> {
     Ok(found)
 }
 
-/// The terminal's modes, as the person's own shell has them: a shell that is killed leaves them as its line editor needs them.
+/// The terminal's modes before the session: a killed shell leaves those of its line editor.
 struct TerminalModes(Termios);
 
 impl TerminalModes {
@@ -479,7 +481,7 @@ impl TerminalModes {
         tcgetattr(std::io::stdin()).ok().map(Self)
     }
 
-    /// Only in the foreground: in the background the terminal is another's.
+    /// Restores the modes if this program is in the foreground; otherwise another program owns the terminal.
     fn restore(&self) {
         if tcgetpgrp(std::io::stdin()) == Ok(getpgrp()) {
             let _ = tcsetattr(std::io::stdin(), SetArg::TCSADRAIN, &self.0);
@@ -492,7 +494,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_mark_counts_more_than_yes_a_signal_more_than_a_mark_and_discard_most_and_a_failed_command_is_kept() {
+    fn discard_outranks_a_signal_a_signal_a_mark_and_a_mark_yes() {
         let killed = WaitStatus::Signaled(Pid::from_raw(1), Signal::SIGHUP, false);
         let (yes, discard) = (Some(Answer::Yes), Some(Answer::Discard));
         for (status, verdict, answer, at_terminal, fate) in [

@@ -1,12 +1,12 @@
-//! Leftovers of a killed run: ended and cleared before the next run.
+//! Cleanup after a killed run, before the next one.
 
 use std::path::Path;
 
 use crate::environment::recovery;
 use crate::error::Result;
 use crate::jailer::open;
-use crate::local::claim::{is_claimed, remove_folder};
-use crate::local::run_directory::RunFolder;
+use crate::local::claim::{is_claimed, remove_directory};
+use crate::local::run_directory::RunDirectory;
 use crate::volume::open_tree;
 use crate::volume::signal_files::SignalFiles;
 use crate::volume::state_directory::StateDirectory;
@@ -14,10 +14,10 @@ use crate::volume::state_directory::StateDirectory;
 /// sshd's log, in the directory of the run.
 pub(crate) const SSHD_LOG: &str = "sshd.log";
 
-/// Ends the sshd of a customization of `image_root` that was killed. Its mounts live as long as it does, and keep the changes from being
-/// mounted again.
+/// Ends the sshd that a killed customization of `image_root` left running. Its mount namespace holds the overlay, which
+/// could not be mounted again.
 pub(crate) fn end_left_over(image_root: &Path) -> Result<()> {
-    let parent = RunFolder::place("customize", image_root);
+    let parent = RunDirectory::place("customize", image_root);
     if !is_claimed(&parent)? && StateDirectory::place(&parent).exists() {
         let found = recovery::end_left_over(&StateDirectory::of(&parent)?, Some(&parent.join(SSHD_LOG)))?;
         if !found.is_empty() {
@@ -27,18 +27,18 @@ pub(crate) fn end_left_over(image_root: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Removes what runs of `commands` on `image_root` have left that were killed: what they have added to it, and their directories.
+/// Removes what killed runs of `commands` left: their mount points in `image_root`, and their directories.
 pub(crate) fn clear_left_over(commands: &[&str], image_root: &Path) -> Result<()> {
     for command in commands {
-        if SignalFiles::open(&RunFolder::place(command, image_root))?.is_none_or(|files| files.is_claimed()) {
+        if SignalFiles::open(&RunDirectory::place(command, image_root))?.is_none_or(|files| files.is_claimed()) {
             continue;
         }
-        let folder = RunFolder::claim(command, image_root)?;
-        open::clear_image_root(&open_tree(image_root)?, &open_tree(folder.path())?)?;
-        if StateDirectory::place(folder.path()).exists() {
-            StateDirectory::of(folder.path())?.remove()?;
+        let directory = RunDirectory::claim(command, image_root)?;
+        open::clear_image_root(&open_tree(image_root)?, &open_tree(directory.path())?)?;
+        if StateDirectory::place(directory.path()).exists() {
+            StateDirectory::of(directory.path())?.remove()?;
         }
-        remove_folder(folder.path())?;
+        remove_directory(directory.path())?;
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! The same on one machine, without a pod.
+//! Runs of `customize` and `enter` on one machine, without a pod.
 
 pub(crate) mod apply;
 pub(crate) mod apply_checks;
@@ -7,15 +7,17 @@ pub(crate) mod claim;
 pub mod command_line;
 pub mod customize;
 pub mod directory;
+pub(crate) mod drop;
 pub mod enter;
-pub mod job;
 pub mod left_over;
 pub mod mounts;
 pub mod names;
 pub(crate) mod register;
+pub mod run;
 pub(crate) mod run_directory;
 pub mod script;
 pub(crate) mod source;
+pub(crate) mod space;
 pub mod status;
 pub mod steps;
 pub(crate) mod upper_layer;

@@ -5,14 +5,14 @@ use crate::transfer::without_query;
 /// Longest label of a host name (RFC 1123).
 const LONGEST: usize = 63;
 
-/// Endings of a source's name that say what kind of file it is.
+/// Extensions of a source's file name that are not part of the image's name.
 const ENDINGS: [&str; 13] =
     ["gz", "xz", "zst", "zstd", "tgz", "txz", "tar", "cpio", "sqsh", "sqfs", "squashfs", "img", "oci"];
 
-/// Names that each image has; the directory that holds them says more.
+/// File names that every image has; their directory gives the name instead.
 const COMMON: [&str; 2] = ["rootfs", "image-root"];
 
-/// Name of the image in `source`, a path or a URL: of its file, without endings.
+/// Name of the image in `source`, a path or a URL: the file name without extensions.
 pub fn of_source(source: &str) -> String {
     let source = without_query(source);
     let absolute = std::path::absolute(&source).map_or_else(|_| source.clone(), |path| path.display().to_string());
@@ -20,7 +20,7 @@ pub fn of_source(source: &str) -> String {
     let mut names = path.rsplit('/').filter(|name| !["", ".", ".."].contains(name)).map(without_endings);
     let name = names.next().unwrap_or("image");
     let name = names.next().filter(|_| COMMON.contains(&name)).unwrap_or(name);
-    // A directory of a store cannot be hidden.
+    // The name becomes a directory of a store, which must not be hidden.
     match name.trim_start_matches('.') {
         "" => "image".into(),
         name => name.replace(|c: char| c.is_control(), "_"),
@@ -37,7 +37,7 @@ fn without_endings(mut name: &str) -> &str {
     name
 }
 
-/// `name` as a label of a host name: lower-case letters, digits and hyphens.
+/// Turns `name` into a label of a host name: lower-case letters, digits and hyphens.
 pub(crate) fn host_label(name: &str) -> String {
     let words = name.split(|c: char| !c.is_ascii_alphanumeric()).filter(|word| !word.is_empty());
     let mut label = words.collect::<Vec<_>>().join("-").to_ascii_lowercase();
@@ -54,7 +54,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn a_source_is_called_by_its_file_or_by_the_directory_of_one_that_every_image_has() {
+    fn a_source_is_named_after_its_file_or_the_directory_of_a_common_file_name() {
         for (source, name) in [
             ("/srv/compute-1.2.sqsh", "compute-1.2"),
             ("/srv/.hidden/rootfs", "hidden"),
@@ -80,7 +80,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_label_is_one_of_a_host_name(name in "\\PC{0,100}") {
+        fn every_label_is_valid_in_a_host_name(name in "\\PC{0,100}") {
             let label = host_label(&name);
             prop_assert!((1..=LONGEST).contains(&label.len()));
             prop_assert!(label.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-'));

@@ -1,5 +1,5 @@
-//! Register of what is open on this machine: a directory for each run of `customize` and `enter`, locked as long as the run lasts, also while
-//! it fetches and packs. One that is not locked is of a run that was killed, or that has kept changes: see [`left`].
+//! Register of the runs of `customize` and `enter` on this machine. Each has a directory, locked until the run ends. An
+//! unlocked directory belongs to a run that was killed or kept changes; see [`left`].
 
 use std::cell::{Cell, RefCell};
 use std::os::unix::fs::DirBuilderExt;
@@ -11,48 +11,48 @@ use serde_json::{Value, json};
 use crate::environment::stage::Stage;
 use crate::error::{Attempt, Result};
 use crate::local::apply_progress;
-use crate::local::claim::{claim, is_claimed, remove_folder};
+use crate::local::claim::{claim, is_claimed, remove_directory};
 use crate::local::command_line;
 use crate::local::work_directory;
 use crate::sys::tree::Tree;
 use crate::volume::signal_files::SignalFiles;
 use crate::volume::state_directory::RUN;
 
-/// Directory of the register, below [`RUN`]; no environment's own directory begins with a dot.
+/// Directory of the register, below [`RUN`]; the names of other directories there begin with no dot.
 const REGISTER: &str = ".runs";
 
 /// File that holds a run's entry.
 const ENTRY: &str = "entry";
 
-/// The same in the work directory: the register is gone when the machine has started anew.
+/// A copy in the work directory: the register does not survive a reboot.
 const KEPT_ENTRY: &str = ".ims-sshd.entry";
 
 /// State of changes that are kept.
 pub(crate) const KEPT: &str = "kept";
 
-/// State of kept changes that are to be applied to their directory, and are not, or only in part.
+/// State of kept changes of which not all are applied to their directory yet.
 pub(crate) const HALF_APPLIED: &str = "half-applied";
 
 /// State of a run that was killed.
 pub(crate) const KILLED: &str = "killed";
 
-/// An entry is far smaller.
+/// Size limit of an entry, in bytes.
 const LIMIT: u64 = 64 << 10;
 
-/// This run's entry, as long as this value lives.
+/// This run's entry, which lasts as long as this value lives.
 pub(crate) struct Entry {
     files: SignalFiles,
     fields: RefCell<Value>,
-    /// The work directory, where changes may be kept beyond this run.
+    /// The work directory, if changes may stay in it after this run.
     keeps: Option<PathBuf>,
-    /// Entry of the run that has kept changes there, which counts until this one has opened the image.
+    /// Entry of the run whose changes are kept there; restored if this run does not open the image.
     before: Option<Value>,
     is_open: Cell<bool>,
 }
 
 impl Entry {
-    /// Enters a run of `command` on `source`, which is shown, under `name`, or that with a number. Its changes may be kept in the work directory
-    /// `keeps`; the name of others that are kept is taken.
+    /// Registers a run of `command` on `source` under `name`, with a number appended if another run has that name. Its
+    /// changes may be kept in the work directory `keeps`; if some are kept there already, it gets their name.
     pub(crate) fn make(command: &str, source: &str, name: &str, keeps: Option<PathBuf>) -> Result<Self> {
         let register = place();
         let before = keeps.as_deref().and_then(|work| {
@@ -84,7 +84,7 @@ impl Entry {
                 Ok(path.clone())
             };
             let files = match claim(make) {
-                // Another run was faster.
+                // Another run claimed it first.
                 Err(_) if in_use() => continue,
                 claimed => claimed?,
             };
@@ -108,63 +108,63 @@ impl Entry {
         self.fields.borrow()["name"].as_str().unwrap_or_default().to_owned()
     }
 
-    /// Tells how far this run is.
+    /// Records the stage that this run has reached.
     pub(crate) fn reach(&self, stage: Stage) {
-        self.tell(&[("state", stage.name()), ("since", &now())]);
+        self.set(&[("state", stage.name()), ("since", &now())]);
         if stage == Stage::Serving && !self.is_open.replace(true) {
             self.take_over();
         }
     }
 
-    /// The image is open: what is kept from here on is this run's.
+    /// Drops changes put aside: from here on, kept changes are this run's.
     fn take_over(&self) {
         let Some(work) = &self.keeps else { return };
         if let Ok(place) = Tree::open(work) {
-            self.note(&place);
+            self.record_in(&place);
         }
         match work_directory::drop_aside(work) {
-            Ok(true) => tracing::info!("dropped what was changed before; beginning anew"),
+            Ok(true) => tracing::info!("dropped the earlier changes; starting over"),
             Ok(false) => {}
             Err(e) => tracing::warn!("{e}"),
         }
     }
 
-    /// Whether the image was opened by this run.
+    /// Returns whether this run has opened the image.
     pub(crate) fn is_open(&self) -> bool {
         self.is_open.get()
     }
 
-    /// Entry of the run whose changes are still kept as they were.
+    /// Entry of the earlier run, while its changes are still kept as they were.
     pub(crate) fn before(&self) -> Option<&Value> {
         self.before.as_ref().filter(|_| !self.is_open())
     }
 
-    /// Tells more of this run.
-    pub(crate) fn tell(&self, told: &[(&str, &str)]) {
+    /// Sets fields of the entry.
+    pub(crate) fn set(&self, told: &[(&str, &str)]) {
         for (field, value) in told {
             self.fields.borrow_mut()[*field] = json!(value);
         }
         self.write();
     }
 
-    /// Notes in the work directory `place` whose changes those are, unless they are still another run's.
-    pub(crate) fn note(&self, place: &Tree) {
+    /// Records in the work directory `place` that its changes are this run's, unless they are still an earlier run's.
+    pub(crate) fn record_in(&self, place: &Tree) {
         if self.keeps.is_none() || self.before().is_some() {
             return;
         }
         let fields = self.fields.borrow();
-        let noted = ["name", "command", "source", "command_line", "directory"];
-        let note: Value = noted.into_iter().map(|field| (field.to_owned(), fields[field].clone())).collect();
-        if let Err(e) = place.replace(KEPT_ENTRY, note.to_string().as_bytes()) {
-            tracing::warn!("cannot write {}/{KEPT_ENTRY}: {e}; 'ims-sshd status' tells less", place.shown().display());
+        let recorded = ["name", "command", "source", "command_line", "directory"];
+        let record: Value = recorded.into_iter().map(|field| (field.to_owned(), fields[field].clone())).collect();
+        if let Err(e) = place.replace(KEPT_ENTRY, record.to_string().as_bytes()) {
+            tracing::warn!("cannot write {}/{KEPT_ENTRY}: {e}; 'ims-sshd status' shows less", place.shown().display());
         }
     }
 
-    /// An entry that cannot be written is no reason to end a run.
+    /// Writes the entry; failing to does not end the run.
     fn write(&self) {
         let text = self.fields.borrow().to_string();
         if let Err(e) = self.files.parent().replace(ENTRY, text.as_bytes()) {
-            tracing::warn!("cannot write {}/{ENTRY}: {e}; 'ims-sshd status' tells less", self.files.path().display());
+            tracing::warn!("cannot write {}/{ENTRY}: {e}; 'ims-sshd status' shows less", self.files.path().display());
         }
     }
 }
@@ -176,29 +176,29 @@ impl Drop for Entry {
                 self.fields.replace(before.clone());
                 return self.write();
             }
-            return self.tell(&[("state", KEPT), ("since", &now())]);
+            return self.set(&[("state", KEPT), ("since", &now())]);
         }
-        let _ = remove_folder(self.files.path());
+        let _ = remove_directory(self.files.path());
     }
 }
 
-/// Entries of all runs that last, by name.
+/// Entries of all runs that have not ended, by name.
 pub(crate) fn entries() -> Result<Vec<Value>> {
     Ok(all()?.into_iter().filter_map(|(entry, lasts)| lasts.then_some(entry)).collect())
 }
 
-/// Entries of runs that were killed, and of changes that are kept.
+/// Entries of killed runs and of kept changes.
 pub(crate) fn left() -> Vec<Value> {
     left_below(Path::new(work_directory::DEFAULT))
 }
 
-/// The same, with changes that are kept below `works`, which nothing else tells of once the machine has started anew.
+/// Like [`left`], with changes kept below `works`: after a reboot only the work directories record them.
 pub(crate) fn left_below(works: &Path) -> Vec<Value> {
     let mut left = Vec::new();
     for (mut entry, lasts) in all().unwrap_or_default() {
         let kept = kept_in(&entry);
         let source = entry["source"].as_str().map(Path::new);
-        // The source of a run that was killed may be gone, and nothing be left to tell of.
+        // If a killed run kept nothing and its source is gone, nothing is left of it.
         let is_there = source.is_some_and(|source| source.is_relative() || source.exists());
         if lasts || kept.is_none() && (entry["state"] == KEPT || !is_there) {
             continue;
@@ -229,15 +229,15 @@ pub(crate) fn left_below(works: &Path) -> Vec<Value> {
     left
 }
 
-/// Entry of changes that are kept in `work`, as it is noted there.
+/// Entry of the changes kept in `work`, from the copy there.
 fn kept_entry(work: &Path) -> Option<Value> {
     let mut entry = read_in(work, KEPT_ENTRY).filter(|_| is_kept(work))?;
     (entry["state"], entry["work"]) = (json!(KEPT), json!(work));
     Some(entry)
 }
 
-/// The command line that goes on with what the run of this `entry` has left, as it is pasted here.
-pub(crate) fn goes_on(entry: &Value) -> String {
+/// The command line that resumes what the run of `entry` left, to be pasted here.
+pub(crate) fn resuming_line(entry: &Value) -> String {
     match (entry["command_line"].as_str(), entry["directory"].as_str()) {
         (Some(line), Some(directory)) => command_line::from_here(line, Path::new(directory)),
         // Kept by an earlier release.
@@ -245,14 +245,14 @@ pub(crate) fn goes_on(entry: &Value) -> String {
     }
 }
 
-/// Returns whether the source of a run is still there, as far as this machine can tell.
+/// Returns whether the source of a run still exists, as far as this machine can tell.
 pub(crate) fn has_source(entry: &Value) -> bool {
     let source = Path::new(entry["source"].as_str().unwrap_or_default());
-    // A URL is no absolute path.
+    // A URL is not an absolute path.
     !source.is_absolute() || source.exists()
 }
 
-/// Entries of runs that have ended of which nothing is left: their source, or what they had kept, is gone.
+/// Entries of ended runs that left nothing: their source, or the changes they kept, are gone.
 pub(crate) fn gone() -> Vec<Value> {
     let left = left();
     let is_gone = |(entry, lasts): &(Value, bool)| !lasts && !left.iter().any(|left| left["name"] == entry["name"]);
@@ -263,29 +263,29 @@ pub(crate) fn gone() -> Vec<Value> {
 pub(crate) fn forget(name: &str) -> Result<()> {
     let path = place().join(name);
     match SignalFiles::open(&path)? {
-        Some(files) if !files.is_claimed() => remove_folder(&path),
+        Some(files) if !files.is_claimed() => remove_directory(&path),
         _ => Ok(()),
     }
 }
 
-/// The work directory in which changes of the run are kept.
+/// The work directory in which the run's changes are kept.
 pub(crate) fn kept_in(entry: &Value) -> Option<PathBuf> {
     entry["work"].as_str().map(PathBuf::from).filter(|work| is_kept(work))
 }
 
-/// Returns whether changes are kept in `work`, which no run is using. Changes that are to be discarded do not count.
+/// Returns whether changes are kept in `work`, no run uses it, and they are not to be discarded.
 fn is_kept(work: &Path) -> bool {
     work_directory::holds_any_changes(work)
         && !work_directory::is_to_discard(work)
         && SignalFiles::open(work).ok().flatten().is_some_and(|files| !files.is_claimed())
 }
 
-/// All entries, by name, and whether their run lasts.
+/// All entries, by name, each with true if its run has not ended.
 fn all() -> Result<Vec<(Value, bool)>> {
     let register = place();
     let found = match std::fs::read_dir(&register) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-        found => found.attempt(|| "list what is open on this machine").map_err(|e| e.advise("run it as root"))?,
+        found => found.attempt(|| "list the runs on this machine").map_err(|e| e.advise("run it as root"))?,
     };
     let mut paths: Vec<PathBuf> = found.flatten().map(|entry| entry.path()).collect();
     paths.sort();

@@ -15,10 +15,10 @@ use crate::sys::tree::Tree;
 /// Size limit in bytes; a device would not end.
 const LARGEST: u64 = 64 << 20;
 
-/// Name of the copy in the jail where the script's own cannot be had.
+/// Name of the copy in the jail if the script's own name cannot be used.
 const NAME: &str = "script";
 
-/// A script, read before anything is opened: what changes it meanwhile has no part in it, and a pipe is as good as a file.
+/// A script, read before the image is opened: later changes of the file have no effect, and a pipe works as well.
 #[derive(Debug)]
 pub struct Script {
     name: String,
@@ -26,7 +26,7 @@ pub struct Script {
 }
 
 impl Script {
-    /// Reads the script at `path`, which the command line names by `--script`.
+    /// Reads the script at `path`, the value of `--script`.
     pub fn read(path: &Path) -> Result<Self> {
         let refuse = |why: String| Error::bad_input(format!("--script is '{}': {why}", path.display()));
         let mut content = Vec::new();
@@ -38,19 +38,19 @@ impl Script {
         if content.is_empty() {
             return Err(refuse("it is empty".into()));
         }
-        // The name that the person knows, in messages and in $0, unless it could not stand beside the jail's own program.
+        // Keep the file's name for messages and $0, unless the jail's own program has it.
         let is_plain =
             |name: &&str| name.bytes().all(is_portable) && !name.starts_with(['.', '-']) && *name != arguments::NAME;
         let name = path.file_name().and_then(|name| name.to_str()).filter(is_plain).unwrap_or(NAME);
         Ok(Self { name: name.to_owned(), content })
     }
 
-    /// Writes it to `directory`, which is root's, for a jail of this tier to copy.
+    /// Writes it to `directory`, which belongs to root, for a jail of this tier to copy.
     pub(crate) fn put(&self, directory: &Path, tier: Tier) -> Result<Program> {
         if tier == Tier::Chroot {
             return Err(Error::new("run --script in the image")
-                .because("nothing can be mounted in the tier 'chroot', and no file of this machine is shown there")
-                .advise("copy it into the image, and name it as the command"));
+                .because("the tier 'chroot' cannot mount anything, so the script cannot be shown in the image")
+                .advise("copy it into the image and give it as the command"));
         }
         let file = directory.join(NAME);
         // For root alone: it may hold secrets, and others can enter this directory.

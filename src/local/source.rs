@@ -1,4 +1,4 @@
-//! The SOURCE that the command line names.
+//! The command line's SOURCE.
 
 use std::path::{Path, PathBuf};
 
@@ -7,23 +7,21 @@ use crate::sys::named;
 use crate::sys::tree::Tree;
 use crate::volume;
 
-/// Refuses who is not root.
+/// Refuses any user but root.
 pub(crate) fn need_root() -> Result<()> {
     if nix::unistd::geteuid().is_root() {
         return Ok(());
     }
-    Err(Error::new("open an image root").because("this user may not").advise("run it as root, with sudo"))
+    Err(Error::new("open an image root").because("only root may").advise("run it as root, with sudo"))
 }
 
-/// The image root that was named, without links on the way to it.
+/// Path of the image root that `source` names, without symbolic links.
 pub(crate) fn image_root(source: &Path) -> Result<PathBuf> {
     need_root()?;
     let refuse = |why: String| Error::bad_input(format!("SOURCE is '{}': {why}", source.display()));
     let real = named::resolve(source).map_err(|e| refuse(e.to_string()))?;
     match real.is_dir() {
-        _ if real == Path::new("/") => {
-            Err(refuse("that is this machine's own root; expected an unpacked image".into()))
-        }
+        _ if real == Path::new("/") => Err(refuse("this is the machine's own root; expected an unpacked image".into())),
         true => {
             let tree = Tree::open(&real).map_err(|e| refuse(e.to_string()))?;
             volume::image_root::check(&tree, &real, false, refuse).map(|()| real)

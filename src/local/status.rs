@@ -1,4 +1,4 @@
-//! `ims-sshd complete`, `fail` and `status`: the signal files, from a person's side.
+//! `ims-sshd complete`, `fail` and `status`: marks environments and shows their state.
 
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use crate::environment::stage::{self, Stage};
 use crate::error::{Attempt, Error, Result};
 use crate::job::DEFAULT_PARENT;
 use crate::local::customize::SOURCE;
-use crate::local::{job, names, register};
+use crate::local::{drop, names, register};
 use crate::log::output::{say, say_json};
 use crate::log::redaction::MASK;
 use crate::printable::Printable;
@@ -27,23 +27,23 @@ use crate::volume::mounts_below::mounts_below;
 use crate::volume::signal_files::SignalFiles;
 use crate::volume::state_directory::{RUN, StateDirectory};
 
-/// A path or URL is far shorter.
+/// Size limit of the file that holds a source, in bytes.
 const LIMIT: u64 = 64 << 10;
 
-/// Field of a report that names an image root which is not open.
+/// Field of a report that names an image root that is not open.
 const PREPARED: &str = "image_root";
 
-/// Target of a status query or of a mark.
+/// Target of a status query or a mark.
 enum Target {
     /// A run of `customize` or `enter` on this machine, by its entry in the register.
     Run(Value),
-    /// A run that has ended and left something: it was killed, or has kept changes.
+    /// A run that was killed or kept changes.
     Left(Value),
     /// An image root parent.
     Parent(PathBuf),
 }
 
-/// Marks the image; whoever runs its environment closes it.
+/// Marks the image, so that its environment closes.
 pub fn mark(named: Option<&Path>, verdict: Verdict) -> Result<u8> {
     let target = match named.map(find).or_else(|| variable().map(|parent| Ok(Target::Parent(parent)))) {
         Some(target) => target?,
@@ -64,10 +64,10 @@ pub fn mark(named: Option<&Path>, verdict: Verdict) -> Result<u8> {
     Ok(0)
 }
 
-/// The environment of a pod, which is alone there. A run on this machine may be somebody else's: it has to be named.
+/// The only environment, as in a pod. Runs of `customize` and `enter` must be named: they may be somebody else's.
 fn pods_own() -> Result<Target> {
     let mut all = all()?;
-    let attempted = || Error::new("tell which image is meant");
+    let attempted = || Error::new("choose an image to mark");
     all.retain(|report| report[PREPARED].is_null());
     if all.is_empty() {
         return Err(attempted().because("nothing is open on this machine"));
@@ -78,27 +78,29 @@ fn pods_own() -> Result<Target> {
         return Ok(Target::Parent(parent.into()));
     }
     let names: Vec<_> = all.iter().map(name_of).collect();
-    Err(attempted().because("no name is given").advise(format!("name what is yours; open are {}", names.join(", "))))
+    Err(attempted()
+        .because("no name is given")
+        .advise(format!("give the name of yours; open are {}", names.join(", "))))
 }
 
-/// Drops what is left. Nothing of it can be complete.
+/// Drops what an ended run left; it cannot be complete.
 fn mark_left(left: &Value, verdict: Verdict) -> Result<u8> {
     let (name, source) = (text(left, "name"), text(left, "source"));
     if verdict == Verdict::Complete {
         let why = if left["state"] == register::KILLED { "its run was killed" } else { "its run has ended" };
-        let going_on = if register::has_source(left) {
-            format!("; to go on with it: {}", register::goes_on(left))
+        let resuming = if register::has_source(left) {
+            format!("; to resume: {}", register::resuming_line(left))
         } else {
             String::new()
         };
-        let advice = format!("'ims-sshd fail {name}' drops what it has left{going_on}");
+        let advice = format!("'ims-sshd fail {name}' drops what it left{resuming}");
         return Err(Error::new(format!("mark {name} complete")).because(why).advise(advice));
     }
-    let source_is = job::drop_left(left)?;
+    let source_is = drop::drop_left(left)?;
     say(&if left["kept"] == true {
-        format!("dropped the changes of {name} that were kept; {source} {source_is}\n")
+        format!("dropped the kept changes of {name}; {source} {source_is}\n")
     } else {
-        format!("cleared up after {name}, which has ended; {source} {source_is}\n")
+        format!("cleaned up after {name}, which has ended; {source} {source_is}\n")
     });
     Ok(0)
 }
@@ -109,17 +111,17 @@ fn mark_run(run: &Value, verdict: Verdict) -> Result<()> {
         Err(Error::new(attempted).because(why).advise(advice))
     };
     let pid = text(run, "pid");
-    let stop = format!("to stop that, end process {pid} with SIGINT");
+    let stop = format!("to stop that, send SIGINT to process {pid}");
     match (text(run, "command").as_str(), text(run, "state").as_str()) {
         (_, "packing" | "uploading") => refuse("it is marked complete, and is being published", &stop),
         (_, "applying") => refuse("it is marked complete, and its changes are being applied", "nothing stops it"),
-        // A command runs in it, without an environment.
+        // A single command runs in it, without an environment.
         ("enter", _) | (_, "serving") if run["image_root_parent"].is_null() => {
             let name = text(run, "name");
             let there = match (text(run, "command").as_str(), verdict) {
-                ("enter", _) => format!("mark it in there: touch /tmp/{}", verdict.signal_file()),
+                ("enter", _) => format!("mark it inside: touch /tmp/{}", verdict.signal_file()),
                 (_, Verdict::Failed) => return give_up(run),
-                (_, Verdict::Complete) => format!("'ims-sshd fail {name}' ends it, and drops what was changed"),
+                (_, Verdict::Complete) => format!("'ims-sshd fail {name}' ends it, and drops the changes"),
             };
             refuse("it ends with the shell or the command that runs in it", &there)
         }
@@ -146,17 +148,17 @@ fn mark_parent(parent: &Path, verdict: Verdict) -> Result<()> {
     let attempted = || Error::new(format!("mark the image in {} {}", parent.display(), verdict.signal_file()));
     let is_waiting = is_waiting(&files)?;
     if !is_waiting && files.stands(EXITING)? {
-        return Err(attempted().because("its environment has ended already"));
+        return Err(attempted().because("its environment has already ended"));
     }
     if !files.is_claimed() {
-        // Another container of a pod may mark the image before the environment opens, or see no lock of another node. Directories below
-        // /run are this machine's own: who was there is gone.
+        // On a shared volume, the environment may open later, or its lock be invisible because it runs on another node.
+        // Below /run, a missing lock means that the run has ended.
         if parent.starts_with(RUN) || !files.stands(READY)? {
             return Err(attempted()
                 .because("no environment is open there")
                 .advise("'ims-sshd status' without a name lists those that are"));
         }
-        tracing::warn!("no environment is open in {} yet: one that opens finds the mark", parent.display());
+        tracing::warn!("no environment is open in {} yet; one that opens there will find the mark", parent.display());
     }
     if is_waiting {
         if verdict == Verdict::Complete {
@@ -164,7 +166,7 @@ fn mark_parent(parent: &Path, verdict: Verdict) -> Result<()> {
                 .because("its environment is not open yet: it waits for 'ready'")
                 .advise("wait until 'ims-sshd status' says serving"));
         }
-        // The environment takes one that stood there before for an earlier job's.
+        // Removed first: the environment takes an old mark for an earlier job's.
         files.retract(verdict.signal_file())?;
     }
     files.touch(verdict.signal_file())
@@ -175,12 +177,12 @@ fn mark_parent(parent: &Path, verdict: Verdict) -> Result<()> {
 pub struct Shown<'a> {
     /// True for JSON.
     pub as_json: bool,
-    /// Stages of which the environment has to be in one; 1 is returned if it is not.
+    /// Stages for which 0 is returned, and 1 for all others; empty for no such test.
     pub is: &'a [Stage],
 }
 
-/// Prints where the environment is in its life, and who is in it. Of one in another container it tells what the signal files do. Without a
-/// name, and where no variable has one, it prints all that are open on this machine.
+/// Prints the state of an environment, and who is in it; for one in another container, only what its signal files say.
+/// If neither an argument nor the variable names one, prints all on this machine.
 pub fn print(named: Option<&Path>, shown: Shown<'_>) -> Result<u8> {
     let target =
         match named.map(find).or_else(|| variable().map(|parent| Ok(Target::Parent(parent)))) {
@@ -217,17 +219,17 @@ pub fn print(named: Option<&Path>, shown: Shown<'_>) -> Result<u8> {
     Ok(u8::from(!shown.is.is_empty() && !shown.is.iter().any(is_wanted)))
 }
 
-/// Image root parent that the variable names.
+/// The value of `IMAGE_ROOT_PARENT`.
 fn variable() -> Option<PathBuf> {
     std::env::var_os("IMAGE_ROOT_PARENT").filter(|parent| !parent.is_empty()).map(PathBuf::from)
 }
 
-/// All that are open on this machine.
+/// Reports of all environments and runs on this machine.
 fn all() -> Result<Vec<Value>> {
     let mut all: Vec<Value> = register::entries()?.into_iter().map(with_report).collect();
-    // An entrypoint has no entry.
-    let folders = std::fs::read_dir(RUN).into_iter().flatten().flatten();
-    for report in folders.filter_map(|folder| ask_at(&folder.path())) {
+    // An entrypoint is not in the register.
+    let directories = std::fs::read_dir(RUN).into_iter().flatten().flatten();
+    for report in directories.filter_map(|directory| ask_at(&directory.path())) {
         if !all.iter().any(|known| known["image_root_parent"] == report["image_root_parent"]) {
             all.push(report);
         }
@@ -239,9 +241,9 @@ fn all() -> Result<Vec<Value>> {
     Ok(all)
 }
 
-/// Customizations that were killed and have left their sshd.
+/// Killed customizations whose sshd is still running.
 fn killed() -> Vec<Value> {
-    let folders = std::fs::read_dir(Path::new(RUN).join("customize")).into_iter().flatten().flatten();
+    let directories = std::fs::read_dir(Path::new(RUN).join("customize")).into_iter().flatten().flatten();
     let left = |parent: PathBuf| {
         let files = SignalFiles::open(&parent).ok()??;
         if files.is_claimed() || !StateDirectory::place(&parent).exists() {
@@ -250,18 +252,18 @@ fn killed() -> Vec<Value> {
         Daemon::recorded(&StateDirectory::of(&parent).ok()?.sshd())?;
         let source = String::from_utf8(files.parent().read(SOURCE, LIMIT).ok()?).ok()?;
         tracing::warn!(
-            "the customization of {} was killed, and its sshd is left; the same command ends that",
+            "the customization of {} was killed, and its sshd is still running; the same command ends it",
             Printable(&source)
         );
         Some(json!({ "image_root_parent": parent, "state": "killed", "source": source }))
     };
-    folders.filter_map(|folder| left(folder.path())).collect()
+    directories.filter_map(|directory| left(directory.path())).collect()
 }
 
-/// The run that is meant where nobody says which.
+/// The only environment or run, if nothing names one.
 fn only_one() -> Result<Target> {
     let mut all = all()?;
-    let attempted = || Error::new("tell which environment is meant");
+    let attempted = || Error::new("choose an environment");
     match all.len() {
         0 => Err(attempted().because("nothing is open on this machine")),
         1 => {
@@ -276,7 +278,7 @@ fn only_one() -> Result<Target> {
     }
 }
 
-/// The run of that name, or of which a message has printed that path; else the image root parent.
+/// Finds a run by its name or by a path that messages print; otherwise takes `named` for an image root parent.
 fn find(named: &Path) -> Result<Target> {
     let path = std::path::absolute(named).attempt(|| format!("find {}", named.display()))?;
     let real = std::fs::canonicalize(&path).unwrap_or_else(|_| path.clone());
@@ -300,10 +302,10 @@ fn find(named: &Path) -> Result<Target> {
     }
     Err(Error::new(format!("find '{}'", named.display()))
         .because("no run on this machine has this name, and it is no directory")
-        .advise("'ims-sshd status' without a name lists what is open"))
+        .advise("'ims-sshd status' without a name lists all that are open"))
 }
 
-/// The one of `runs` that is `named`, by its name or a path.
+/// Finds the one of `runs` that is `named`, by its name or a path.
 fn find_in(mut runs: Vec<Value>, named: &Path, path: &Path, real: &Path) -> Result<Option<Value>> {
     let label = names::host_label(&named.to_string_lossy());
     let is_called = |run: &Value| run["name"] == label.as_str() && named.components().count() == 1;
@@ -313,7 +315,7 @@ fn find_in(mut runs: Vec<Value>, named: &Path, path: &Path, real: &Path) -> Resu
     let is_meant = |run: &Value| {
         let paths = ["image_root_parent", "work", "source"].map(|field| run[field].as_str().map(Path::new));
         let is_named = |path: &Path| path.file_name() == Some(named.as_os_str()) && named.components().count() == 1;
-        // A URL is no path.
+        // The source may be a URL, which is not a path.
         run["source"] == without_query(&named.to_string_lossy())
             || paths.into_iter().flatten().any(|known| known == path || known == real)
             || paths[..2].iter().flatten().any(|known| is_named(known))
@@ -324,7 +326,7 @@ fn find_in(mut runs: Vec<Value>, named: &Path, path: &Path, real: &Path) -> Resu
         _ => {
             let called: Vec<_> = runs.iter().map(name_of).collect();
             let why = format!("it is open as {}", called.join(" and as "));
-            Err(Error::new(format!("tell what '{}' is", named.display())).because(why).advise("name one of them"))
+            Err(Error::new(format!("choose a run of '{}'", named.display())).because(why).advise("name one of them"))
         }
     }
 }
@@ -337,7 +339,7 @@ fn name_of(report: &Value) -> String {
     text(report, if report["name"].is_null() { "image_root_parent" } else { "name" })
 }
 
-/// A run, with what its supervisor says if it has one.
+/// Adds the report of the run's supervisor, if it has one.
 fn with_report(mut run: Value) -> Value {
     let report = run["image_root_parent"].as_str().and_then(|parent| ask_at(&StateDirectory::place(Path::new(parent))));
     if let (Some(run), Some(Value::Object(report))) = (run.as_object_mut(), report) {
@@ -355,16 +357,16 @@ fn report_of(parent: &Path) -> Result<Value> {
         Some((stage, since)) => (Some(stage), Some(humantime::format_rfc3339_seconds(since).to_string())),
         None => (stage(&files)?, None),
     };
-    // One that waits has no verdict yet: what stands there is an earlier run's.
+    // A waiting environment has no verdict yet: a mark there is an earlier job's.
     let verdict = if stage == Some(Stage::Waiting) { None } else { files.verdict()?.map(Verdict::signal_file) };
     let root = [IMAGE_ROOT, CREATED_IMAGE_ROOT]
         .into_iter()
         .find(|place| files.parent().look(place).is_ok_and(|found| found.is_some()));
     let is_ready = files.stands(READY)?;
     if stage.is_none() && verdict.is_none() && !is_ready && root.is_none() {
-        return Err(Error::new(format!("tell the status of {}", parent.display()))
+        return Err(Error::new(format!("find the status of {}", parent.display()))
             .because("it holds neither image-root nor a signal file, and nothing is open there")
-            .advise("'ims-sshd status' without a name lists what is open"));
+            .advise("'ims-sshd status' without a name lists all that are open"));
     }
     let mut report = json!({ "image_root_parent": parent, "state": stage.map(Stage::name), "verdict": verdict });
     if let Some(since) = since {
@@ -378,7 +380,7 @@ fn report_of(parent: &Path) -> Result<Value> {
     Ok(report)
 }
 
-/// Asks the supervisor with this state folder; nothing if it is not here, or does not answer in time.
+/// Asks the supervisor with this state directory; none if there is none, or if it does not answer in time.
 fn ask_at(state: &Path) -> Option<Value> {
     let packets = Packets::connect(&state.join(SOCKET)).ok()?;
     packets.send(&Packet::Status.to_bytes()).ok()?;
@@ -419,14 +421,14 @@ fn in_words(report: &Value) -> String {
         if kept {
             let _ = writeln!(text, "  changes: {}", word(&report["work"]).unwrap_or_default());
         }
-        let line = Printable(register::goes_on(report)).to_string();
-        let masked = if line.contains(MASK) { "   (put in what *** stands for)" } else { "" };
+        let line = Printable(register::resuming_line(report)).to_string();
+        let masked = if line.contains(MASK) { "   (replace *** with the secret)" } else { "" };
         if register::has_source(report) {
-            let _ = writeln!(text, "  go on: {line}{masked}");
+            let _ = writeln!(text, "  resume: {line}{masked}");
         } else {
-            text += "  the source is not there: it was renamed or removed\n";
+            text += "  the source does not exist: it was renamed or removed\n";
         }
-        let _ = writeln!(text, "  {}: ims-sshd fail {}", if kept { "drop" } else { "clear up" }, name_of(report));
+        let _ = writeln!(text, "  {}: ims-sshd fail {}", if kept { "drop" } else { "clean up" }, name_of(report));
     }
     for session in report["sessions"].as_array().into_iter().flatten() {
         let column = |name| word(&session[name]).unwrap_or_default();
@@ -465,7 +467,7 @@ fn stage(files: &SignalFiles) -> Result<Option<Stage>> {
     })
 }
 
-/// Whether an environment waits for `ready` there. Other signal files are an earlier run's then.
+/// Returns whether an environment waits for `ready` there. If so, other signal files are an earlier job's.
 fn is_waiting(files: &SignalFiles) -> Result<bool> {
     Ok(files.is_claimed() && !files.stands(READY)?)
 }

@@ -1,4 +1,4 @@
-//! `ims-sshd prepare`, `package` and `upload`: what stands around the environment of a pod, one by one.
+//! `ims-sshd prepare`, `package` and `upload`: single steps around the build environment of a pod.
 
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -110,22 +110,22 @@ fn clear_signals(settings: &Settings, is_prepared: bool) -> Result<()> {
     if is_prepared { Ok(()) } else { prepare::clear_published(&files) }
 }
 
-/// An image root, and where its archive and the notes about it are.
+/// An image root, with the place of its archive and of the records about it.
 struct Place {
     image_root: Tree,
-    /// The notes.
+    /// Directory of the records.
     files: SignalFiles,
-    archive_folder: Tree,
+    archive_directory: Tree,
     archive_name: String,
 }
 
 impl Place {
-    /// `named` is an image root's parent, or an image root; the archive of the latter is put where one stands.
+    /// `named` is an image root's parent or an image root; for an image root, the current directory takes the archive.
     fn of(settings: &Settings, named: Option<&Path>, archive: Option<&Path>) -> Result<Self> {
         let parent = named.unwrap_or(&settings.job.parent);
         let is_parent = named.is_none() || parent.join(settings.job.image_root()).is_dir();
-        let folder = real(if is_parent { parent } else { Path::new(".") })?;
-        let files = SignalFiles::open(&folder)?.ok_or_else(|| missing(&folder))?;
+        let directory = real(if is_parent { parent } else { Path::new(".") })?;
+        let files = SignalFiles::open(&directory)?.ok_or_else(|| missing(&directory))?;
         let image_root = if is_parent {
             image_root::open(&files, settings.job.image_root())?
         } else if parent.is_dir() {
@@ -133,13 +133,13 @@ impl Place {
         } else {
             return Err(missing(parent));
         };
-        let archive = archive.map_or_else(|| folder.join(settings.archive()), Path::to_owned);
-        let (archive_folder, archive_name) = packing::output(&archive, "the archive")?;
-        Ok(Self { image_root, files, archive_folder, archive_name })
+        let archive = archive.map_or_else(|| directory.join(settings.archive()), Path::to_owned);
+        let (archive_directory, archive_name) = packing::output(&archive, "the archive")?;
+        Ok(Self { image_root, files, archive_directory, archive_name })
     }
 
     fn archive(&self) -> Archive<'_> {
-        Archive { directory: &self.archive_folder, name: &self.archive_name }
+        Archive { directory: &self.archive_directory, name: &self.archive_name }
     }
 
     fn boot(&self, settings: &Settings) -> Result<Option<BootFiles>> {
@@ -171,17 +171,17 @@ pub fn package(
     let refused = |why| Error::new(format!("pack {}", shown.display())).because(why);
     image_root::check(&place.image_root, &shown, false, refused)?;
     place.boot(settings)?;
-    if holds(&shown, &place.archive_folder.shown())? {
+    if holds(&shown, &place.archive_directory.shown())? {
         let why = format!("the archive is '{}': expected a file outside the image root", place.archive().shown());
-        return Err(Error::bad_input(why).advise("name one by --archive"));
+        return Err(Error::bad_input(why).advise("name one with --archive"));
     }
     directory::refuse_open(&shown)?;
-    // Processes of a killed run would write to the image as it is packed.
+    // Processes of a killed run could still write to the image while it is packed.
     end_left_over(&shown)?;
     clear_left_over(&directory::COMMANDS, &shown)?;
     let work = Work::begin(&settings.network)?;
     if let Some(file) = changes {
-        // Checked here, since these are used only when all is packed.
+        // Checked now, because they are used only after packing.
         packing::check_output(file, "--changes")?;
         prepare::take_inventory_below(&work, settings, place.files.parent())?;
         Inventory::load(place.files.parent(), INVENTORY)?;
@@ -197,7 +197,7 @@ pub fn package(
     Ok(0)
 }
 
-/// Uploads a packed image with its boot files, and registers it where there is an IMS.
+/// Uploads a packed image with its boot files, and registers it if there is an IMS.
 pub fn upload(
     settings: &Settings,
     named: Option<&Path>,
@@ -205,10 +205,10 @@ pub fn upload(
     debug_kernel: Option<&Path>,
 ) -> Result<u8> {
     let place = Place::of(settings, named, archive)?;
-    let rootfs = place.archive().open_squashfs().map_err(|e| e.advise("'ims-sshd package' makes it"))?;
-    let (notes, archive) = (place.files.parent(), place.archive());
-    packed::check(notes, &archive, &rootfs, &place.image_root)?;
-    packed::check_unchanged(notes, &archive, &rootfs, &place.image_root)?;
+    let rootfs = place.archive().open_squashfs().map_err(|e| e.advise("'ims-sshd package' creates it"))?;
+    let (records, archive) = (place.files.parent(), place.archive());
+    packed::check(records, &archive, &rootfs, &place.image_root)?;
+    packed::check_unchanged(records, &archive, &rootfs, &place.image_root)?;
     let debug_kernel = debug_kernel.map(Opened::open).transpose()?.map(Opened::into_file).transpose()?;
     let image = Image { rootfs, boot: place.boot(settings)?, debug_kernel };
     let work = Work::begin(&settings.network)?;

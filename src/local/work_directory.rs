@@ -12,13 +12,13 @@ use crate::sys::named::{WRITABLE, is_trusted};
 use crate::volume::layout::{CLAIM, IMAGE_ROOT, OVERLAY};
 use crate::volume::signal_files::SignalFiles;
 
-/// The directory of all jobs, where the command line names none.
+/// Default directory of all runs.
 pub const DEFAULT: &str = "/var/lib/ims-sshd";
 
-/// A bit of a directory's mode with which others can change only what is theirs.
+/// Mode bit that lets users change only their own files in a directory.
 const STICKY: u32 = 0o1000;
 
-/// Separates a job's name from a number, where changes are discarded at the end.
+/// Separates a run's name from a number, if its changes are discarded at the end.
 const TO_DISCARD: &str = "+discard";
 
 /// Returns whether changes in `place` are discarded at the end.
@@ -26,47 +26,47 @@ pub(crate) fn is_to_discard(place: &Path) -> bool {
     place.file_name().is_some_and(|name| name.to_string_lossy().contains(TO_DISCARD))
 }
 
-/// Directory for what is to be dropped as soon as something has taken its place.
+/// Directory for changes to be dropped once others have replaced them.
 pub(crate) const ASIDE: &str = ".aside";
 
-/// Its name as long as it is filled or emptied.
+/// Name of that directory while it is filled or emptied.
 const MOVING: &str = ".aside.moving";
 
-/// Returns whether changes are in `work`, or put aside there.
+/// Returns whether `work` holds changes, in use or put aside.
 pub(crate) fn holds_any_changes(work: &Path) -> bool {
     let places = [work.to_owned(), work.join(ASIDE), work.join(MOVING)];
     places.iter().any(|place| holds_changes(place, &place.join(IMAGE_ROOT)))
 }
 
-/// Drops what is put aside in `work`. Returns whether anything was.
+/// Drops the changes put aside in `work`. Returns whether there were any.
 pub(crate) fn drop_aside(work: &Path) -> Result<bool> {
-    let attempted = || format!("drop what was changed before in {}", work.display());
+    let attempted = || format!("drop the earlier changes in {}", work.display());
     let Some(files) = SignalFiles::open(work)? else { return Ok(false) };
     if files.parent().look(ASIDE).attempt(attempted)?.is_none() {
         return Ok(false);
     }
-    // A name that nothing has: what cannot be removed must not keep it from being dropped.
+    // Renamed first, to a new name: they count as dropped even if some file cannot be removed.
     let dropped = format!(".dropped-{ASIDE}-{}", std::process::id());
     files.parent().rename(ASIDE, &dropped).attempt(attempted)?;
     files.parent().remove_whole(OsStr::new(&dropped)).attempt(attempted).map(|()| true)
 }
 
-/// One job's directory, claimed as long as this value lives.
+/// One run's directory, claimed as long as this value lives.
 pub(crate) struct WorkDirectory {
     files: SignalFiles,
 }
 
 impl WorkDirectory {
-    /// Makes the directory `name` below `all`, or finds it as an earlier run has left it. Another run that is using it is an error.
+    /// Creates the directory `name` below `all`, or claims it as an earlier run left it. Fails if another run uses it.
     pub(crate) fn claim(all: &Path, name: &str) -> Result<Self> {
         let all = own(all)?;
         let place = claim(|| own(&all.join(name))).map(|files| Self { files })?;
-        // Of a run that was killed before anything took its place.
-        place.take_back().map(|_| place)
+        // A killed run may have put changes aside without replacing them.
+        place.restore_aside().map(|_| place)
     }
 
-    /// The same for changes that are discarded at the end: the first of `name` with a number that no other run is using, without what a run
-    /// that was killed has left in it.
+    /// Like [`Self::claim`], for changes that are discarded at the end: the first numbered `name` that no run uses, cleared of
+    /// a killed run's files.
     pub(crate) fn claim_to_discard(all: &Path, name: &str) -> Result<Self> {
         let mut number = 1;
         loop {
@@ -79,31 +79,31 @@ impl WorkDirectory {
         }
     }
 
-    /// The directory, without links on the way to it.
+    /// Path of the directory, without symbolic links.
     pub(crate) fn path(&self) -> &Path {
         self.files.path()
     }
 
-    /// Its files, among them what is noted of a publication.
+    /// Its files, among them the records of a publication.
     pub(crate) fn files(&self) -> &SignalFiles {
         &self.files
     }
 
-    /// Puts all that is kept aside, to be dropped when something has taken its place, or [`Self::take_back`] has it there again.
+    /// Puts the kept changes aside, until others replace them or [`Self::restore_aside`] restores them.
     pub(crate) fn put_aside(&self) -> Result<()> {
-        let attempted = || format!("put aside what is kept in {}", self.path().display());
+        let attempted = || format!("put aside the changes kept in {}", self.path().display());
         let parent = self.files.parent();
         let aside = parent.make_private(MOVING).attempt(attempted)?;
         for name in self.kept_names()? {
             rustix::fs::renameat(parent, &name, &aside, &name).attempt(attempted)?;
         }
-        // At one stroke: whoever finds that name finds all of it there.
+        // Atomically: the final name means that everything is there.
         parent.rename(MOVING, ASIDE).attempt(attempted)
     }
 
-    /// Puts what was put aside back, and removes what has begun to take its place. Returns whether anything was aside.
-    pub(crate) fn take_back(&self) -> Result<bool> {
-        let attempted = || format!("take back what was put aside in {}", self.path().display());
+    /// Restores changes that were put aside, and removes those that began to replace them. Returns whether there were any.
+    pub(crate) fn restore_aside(&self) -> Result<bool> {
+        let attempted = || format!("restore the changes put aside in {}", self.path().display());
         let parent = self.files.parent();
         if parent.look(ASIDE).attempt(attempted)?.is_some() {
             self.kept_names()?.iter().try_for_each(|name| parent.remove_whole(name)).attempt(attempted)?;
@@ -119,17 +119,17 @@ impl WorkDirectory {
         parent.remove_directory(MOVING).map(|_| true).attempt(attempted)
     }
 
-    /// Names of what an earlier run has left, but for the file that is locked.
+    /// Names that an earlier run left, except the lock file.
     fn kept_names(&self) -> Result<Vec<OsString>> {
         let names = self.files.parent().names().attempt(|| format!("list {}", self.path().display()))?;
         Ok(names.into_iter().filter(|name| ![CLAIM, ASIDE, MOVING].iter().any(|own| name == own)).collect())
     }
 
-    /// Removes what an earlier run has left in it.
+    /// Removes what an earlier run left in the directory.
     pub(crate) fn clear(&self) -> Result<()> {
         let attempted = || format!("clear {}", self.path().display());
         let parent = self.files.parent();
-        // Changes go at one stroke: a run that finds half of them would go on with those, and lose what they had moved.
+        // Renamed first: a run that found only half of the changes would resume those, and lose renamed directories.
         for name in [OVERLAY, IMAGE_ROOT] {
             let dropped = format!(".dropped-{name}");
             parent.remove_whole(OsStr::new(&dropped)).attempt(attempted)?;
@@ -138,7 +138,7 @@ impl WorkDirectory {
             }
         }
         let mut names = parent.names().attempt(attempted)?;
-        // Hidden files, which record the changes, come last: a run that is killed here has less of them than it says.
+        // Hidden files, the records of the changes, come last, so that no changes are left without a record.
         names.sort_by(|a, b| b.cmp(a));
         for name in names {
             let removed = parent.remove_whole(&name);
@@ -147,32 +147,32 @@ impl WorkDirectory {
         Ok(())
     }
 
-    /// Removes it with what is in it.
+    /// Removes the directory and everything in it.
     pub(crate) fn remove(self) -> Result<()> {
         self.clear()?;
         std::fs::remove_dir(self.path()).attempt(|| format!("remove {}", self.path().display()))
     }
 }
 
-/// Makes the directory `path` (mode 0700) if it is not there, and returns it without links, once it is certain that only root decides
-/// what is found by that path.
+/// Creates the directory `path` (mode 0700) if it does not exist, and returns it without symbolic links. Fails if another
+/// user could replace anything on the way to it.
 fn own(path: &Path) -> Result<PathBuf> {
     let attempted = || format!("keep files of an image in {}", path.display());
-    let advice = "name a directory by --work that only root can change, and all above it";
+    let advice = "name with --work a directory that only root can change, as all above it";
     let refuse = |why: String| Err::<PathBuf, _>(Error::new(attempted()).because(why).advise(advice));
-    // Called before anything is made there, and once more with what was made.
+    // Called before the directory is created, and again with the result.
     let check = |there: &Path| {
         let real = std::fs::canonicalize(there).attempt(attempted)?;
-        // The links on the way first: each is a decision of whoever made it.
+        // Symbolic links on the way count too: their owner decides where they lead.
         for place in there.ancestors().chain(real.ancestors()) {
             let found = std::fs::symlink_metadata(place).attempt(attempted)?;
             if !is_trusted(found.uid()) {
                 let owner = found.uid();
-                return refuse(format!("{} belongs to user {owner}, who can exchange what is there", place.display()));
+                return refuse(format!("{} belongs to user {owner}, who can replace what is there", place.display()));
             }
             let is_open = found.mode() & WRITABLE != 0 && !found.is_symlink();
             if is_open && (there == path && place == real || found.mode() & STICKY == 0) {
-                return refuse(format!("others than its owner can write to {}", place.display()));
+                return refuse(format!("users other than its owner can write to {}", place.display()));
             }
         }
         Ok(real)
@@ -198,7 +198,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_place_that_another_user_can_exchange_is_refused_before_anything_is_made_there() {
+    fn a_place_that_another_user_can_replace_is_refused_before_anything_is_created() {
         let dir = tempfile::tempdir().unwrap();
         let theirs = dir.path().join("theirs");
         std::fs::create_dir(&theirs).unwrap();
@@ -218,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn changes_that_are_dropped_in_part_are_gone_as_a_whole() {
+    fn partly_dropped_changes_count_as_dropped() {
         let dir = tempfile::tempdir().unwrap();
         let place = WorkDirectory::claim(&dir.path().join("all"), "job").unwrap();
         let within = |path: &str| place.path().join(path);
@@ -226,7 +226,7 @@ mod tests {
         std::fs::write(within("overlay/upper/file"), "changed").unwrap();
         let stuck = within("overlay/upper/stuck");
         rustix::mount::mount("t", &stuck, "tmpfs", rustix::mount::MountFlags::empty(), None).unwrap();
-        // It ends in the middle, as by a kill.
+        // It fails halfway, as if killed.
         let error = place.clear().unwrap_err();
         rustix::mount::unmount(within(".dropped-overlay/upper/stuck"), rustix::mount::UnmountFlags::empty()).unwrap();
         assert!(!within("overlay").exists(), "{error}");

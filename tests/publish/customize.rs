@@ -118,7 +118,7 @@ fn changes_are_kept_if_publication_fails() {
     command.arg(dir.path().join("losing")).arg("--work").arg(dir.path().join("work")).current_dir(dir.path());
     let output = command.output().unwrap();
     assert_eq!(output.status.code(), Some(1));
-    assert!(text(&output.stderr).contains("to go on with it: "), "{output:?}");
+    assert!(text(&output.stderr).contains("to resume: "), "{output:?}");
     let output = customize(dir.path(), &squashfs, &format!("s3://{}", bucket.name), "complete", &variables);
     assert!(output.status.success(), "{output:?}");
     assert_eq!(bucket.keys().len(), 5);
@@ -151,7 +151,7 @@ fn changes_are_kept_when_a_signal_or_a_failing_script_ends_customize_before_a_ve
         let named = [("KERNEL_FILENAME", "vmlinuz".into()), ("INITRD_FILENAME", "initrd".into())];
         let output = customize(dir.path(), &squashfs, "out", "complete", &named);
         assert!(output.status.success(), "{end}: {output:?}");
-        assert!(text(&output.stderr).contains("going on with what was changed before"), "{end}: {output:?}");
+        assert!(text(&output.stderr).contains("resuming the changes kept in"), "{end}: {output:?}");
         let id = place_of(&report(&output));
         let listed = succeed(Command::new("unsquashfs").arg("-l").arg(dir.path().join("out").join(id).join("rootfs")));
         assert!(
@@ -410,12 +410,12 @@ fn work_directory_that_others_can_exchange_is_refused() {
     };
     for (name, reason) in [
         ("foreign", "belongs to user 65534"),
-        ("open", "others than its owner can write to"),
-        ("sticky", "others than its owner can write to"),
-        ("group", "others than its owner can write to"),
+        ("open", "users other than its owner can write to"),
+        ("sticky", "users other than its owner can write to"),
+        ("group", "users other than its owner can write to"),
         ("home", "belongs to user 1234"),
         ("homes/deep", "belongs to user 1234"),
-        ("everybodys", "others than its owner can write to"),
+        ("everybodys", "users other than its owner can write to"),
         ("tmp/link", "belongs to user 65534"),
         ("below-link", "belongs to user 65534"),
         ("file", "File exists"),
@@ -503,8 +503,8 @@ fn hopeless_customizations_are_refused_before_the_environment_opens() {
         (&["--output", "s3:/b"], 2, "the store is 's3:/b'"),
         (&["--output", "/proc/out"], 1, "cannot write to the store /proc/out"),
         (&["--output", "ro"], 1, "cannot write to the store"),
-        (&["--output", "out", "--work", "small"], 1, "--work names another disk"),
-        (&["--output", "small/out"], 1, "--output names another disk"),
+        (&["--output", "out", "--work", "small"], 1, "name another disk with --work"),
+        (&["--output", "small/out"], 1, "name another disk with --output"),
     ] {
         let arguments: Vec<_> = if arguments.contains(&"--work") {
             arguments.to_vec()
@@ -513,7 +513,7 @@ fn hopeless_customizations_are_refused_before_the_environment_opens() {
         };
         let (ended, ran, said) = run(&arguments);
         assert_eq!((ended, ran), (Some(code), false), "{arguments:?}: {said}");
-        assert!(said.contains(reason) && !said.contains("is kept in"), "{arguments:?}: {said}");
+        assert!(said.contains(reason) && !said.contains("are kept in"), "{arguments:?}: {said}");
     }
     for arguments in [
         &["--output", "out", "--authorized-key", "options", "--kernel", "vmlinuz", "--initrd", "initrd"][..],

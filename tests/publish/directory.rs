@@ -81,8 +81,8 @@ fn abandoned_changes_leave_the_directory_unchanged() {
         let output = run(dir.path(), &arguments);
         assert_eq!(output.status.code(), Some(1), "{output:?}");
         let said = text(&output.stdout) + &text(&output.stderr);
-        assert!(said.contains("or, to give the changes up: touch /tmp/failed"), "{said}");
-        assert!(said.contains(&format!("the changes were thrown away; {} is as it was", tree.display())), "{said}");
+        assert!(said.contains("or, to discard the changes: touch /tmp/failed"), "{said}");
+        assert!(said.contains(&format!("the changes were discarded; {} is as it was", tree.display())), "{said}");
         assert_eq!(state(&tree), before);
     }
     let looked = run(dir.path(), &["enter", "tree", "--work", "work", "--discard", "--", "sh", "-c", CHANGES]);
@@ -103,7 +103,7 @@ fn changes_to_a_directory_are_kept_without_a_verdict() {
     let failed = run(dir.path(), &[&CUSTOMIZE[..], &["--", "sh", "-c", "echo 1 > /etc/first; exit 3"]].concat());
     assert_eq!(failed.status.code(), Some(3), "{failed:?}");
     let said = text(&failed.stderr);
-    assert!(said.contains("the changes are not applied") && said.contains("to go on with it: "), "{said}");
+    assert!(said.contains("the changes are not applied") && said.contains("to resume: "), "{said}");
     assert_eq!(state(&tree), before);
     // Changes in place would lie below the kept ones.
     for command in [
@@ -112,7 +112,7 @@ fn changes_to_a_directory_are_kept_without_a_verdict() {
     ] {
         let refused = run(dir.path(), command);
         assert_eq!(refused.status.code(), Some(1), "{refused:?}");
-        assert!(text(&refused.stderr).contains("changes that were made above it are kept in"), "{refused:?}");
+        assert!(text(&refused.stderr).contains("changes to it are kept in"), "{refused:?}");
     }
     let output =
         run(dir.path(), &[&CUSTOMIZE[..], &["--", "sh", "-c", "test -e /etc/first && echo 2 > /etc/second"]].concat());
@@ -142,7 +142,7 @@ fn killed_application_is_finished_first_by_the_same_command() {
     work(dir.path());
     let output = run(dir.path(), &[&CUSTOMIZE[..], &["--", "touch", "/etc/more"]].concat());
     assert_eq!(output.status.code(), Some(0), "{output:?}");
-    assert!(text(&output.stderr).contains("was interrupted; going on with that"), "{output:?}");
+    assert!(text(&output.stderr).contains("was interrupted; resuming it"), "{output:?}");
     assert!(tree.join("usr/lib/new/in/file").exists() && !tree.join("boot/initrd").exists());
     assert!(tree.join("etc/more").exists(), "the command was run after that");
     assert!(!has_stage(&tree));
@@ -159,7 +159,7 @@ fn killed_application_is_given_up_with_fresh() {
     begun(dir.path(), &tree);
     let output = run(dir.path(), &[&CUSTOMIZE[..], &["--fresh", "--", "sh", "-c", "echo now"]].concat());
     assert!(output.status.success(), "{output:?}");
-    assert!(text(&output.stderr).contains("those that are not applied are dropped"), "{output:?}");
+    assert!(text(&output.stderr).contains("and the others are dropped"), "{output:?}");
     let untimed =
         |state: &str| state.lines().filter(|line| !line.starts_with(". ")).map(str::to_owned).collect::<Vec<_>>();
     assert_eq!(untimed(&state(&tree)), untimed(&before));
@@ -188,7 +188,7 @@ fn fail_gives_up_a_killed_application_and_reports_the_applied_part() {
     keep(dir.path());
     begun(dir.path(), &tree);
     let said = fail(dir.path());
-    assert!(said.contains(&format!("{} stays as it is now, with those that were applied", tree.display())), "{said}");
+    assert!(said.contains(&format!("{} keeps the changes that were applied", tree.display())), "{said}");
     assert!(!has_stage(&tree));
     let output = run(dir.path(), &["enter", "tree", "--work", "work", "--", "true"]);
     assert!(output.status.success(), "{output:?}");
@@ -201,7 +201,7 @@ fn fail_clears_the_entry_of_a_missing_directory() {
     keep(dir.path());
     std::fs::rename(&tree, dir.path().join("renamed")).unwrap();
     let said = fail(dir.path());
-    assert!(said.contains(&format!("{} is not there: it was renamed or removed", tree.display())), "{said}");
+    assert!(said.contains(&format!("{} does not exist: it was renamed or removed", tree.display())), "{said}");
     std::fs::rename(dir.path().join("renamed"), &tree).unwrap();
     for command in ["enter", "customize"] {
         let mut open = ims_sshd(&[command, "tree", "--in-place", "--work", "work"], &[]);
@@ -212,7 +212,7 @@ fn fail_clears_the_entry_of_a_missing_directory() {
         open.wait().unwrap();
         std::fs::rename(&tree, dir.path().join("renamed")).unwrap();
         let said = fail(dir.path());
-        assert!(said.contains(&format!("{} is not there: it was renamed or removed", tree.display())), "{said}");
+        assert!(said.contains(&format!("{} does not exist: it was renamed or removed", tree.display())), "{said}");
         std::fs::rename(dir.path().join("renamed"), &tree).unwrap();
     }
     let entered = run(dir.path(), &["enter", "tree", "--", "true"]);
@@ -235,7 +235,7 @@ fn changes_are_applied_to_the_opened_directory_even_if_renamed() {
     let output = customize.wait_with_output().unwrap();
     assert!(output.status.success(), "{output:?}");
     assert!(moved.join("etc/new").exists() && !tree.join("etc/new").exists(), "{output:?}");
-    assert!(text(&output.stderr).contains("is another directory by now"), "{output:?}");
+    assert!(text(&output.stderr).contains("now names another directory"), "{output:?}");
 }
 
 /// Leaves a directory as a killed application does.
@@ -302,7 +302,7 @@ fn directory_unfit_for_an_overlay_is_refused_but_can_be_changed_in_place() {
     let refused = in_mounts(&[&CUSTOMIZE[..], &["--", "true"]].concat());
     assert_eq!(refused.status.code(), Some(1), "{refused:?}");
     let said = text(&refused.stderr);
-    assert!(said.contains("tree/mnt, which would not be seen") && said.contains("--in-place"), "{said}");
+    assert!(said.contains("the overlay would hide the mount on ") && said.contains("--in-place"), "{said}");
     let inside = run(dir.path(), &["customize", "tree", "--work", "tree/srv", "--", "true"]);
     assert_eq!(inside.status.code(), Some(1), "{inside:?}");
     assert!(text(&inside.stderr).contains("its changes would be kept inside it"), "{inside:?}");
@@ -541,7 +541,7 @@ fn open_directory_is_refused_under_another_path() {
     open.wait().unwrap();
     // Its changes are also kept after a kill.
     let kept = run(dir.path(), &["enter", "other", "--", "true"]);
-    assert!(text(&kept.stderr).contains("changes that were made above it are kept as"), "{kept:?}");
+    assert!(text(&kept.stderr).contains("changes to it are kept as"), "{kept:?}");
     fail(dir.path());
     let output = run(dir.path(), &["enter", "other", "--", "true"]);
     assert!(output.status.success(), "{output:?}");
@@ -556,8 +556,8 @@ fn directory_inside_or_above_an_open_one_is_refused_but_an_archive_is_not() {
     make_bootable(&inner);
     squashfs_of(&inner);
     for (open, other, why) in [
-        (&outer, "tree/in", format!("it lies in {}, which is open", outer.display())),
-        (&inner, "tree", format!("{}, which lies in it, is open", inner.display())),
+        (&outer, "tree/in", format!("it is inside {}, which is open", outer.display())),
+        (&inner, "tree", format!("{} inside it is open", inner.display())),
     ] {
         for opening in [&["customize"][..], &["customize", "--in-place"], &["enter"], &["enter", "--discard"]] {
             let mut first = ims_sshd(opening, &[]);

@@ -54,7 +54,7 @@ fn command_that_ignores_a_signal_is_killed_after_the_grace_and_changes_are_kept(
         "received SIGTERM: the command has 1 s to end (IMS_CLOSE_GRACE); a second signal kills it",
         "the command is still running when the grace period ended; killing it",
         "received SIGTERM: the image is not published",
-        "to go on with it: ",
+        "to resume: ",
     ];
     assert!(told.iter().all(|told| said.contains(told)), "{said}");
     kept_is(dir.path(), SOURCE, true);
@@ -93,7 +93,7 @@ fn fail_ends_an_unattended_run_and_drops_its_changes() {
     assert!(!second.status.success() && said.contains(wanted), "{said}");
     let complete = ims_sshd(&["complete", "fail-ends-it"], &[]).output().unwrap();
     let said = text(&complete.stderr);
-    assert!(said.contains("'ims-sshd fail fail-ends-it' ends it, and drops what was changed"), "{said}");
+    assert!(said.contains("'ims-sshd fail fail-ends-it' ends it, and drops the changes"), "{said}");
     let told = succeed(&mut ims_sshd(&["fail", "fail-ends-it"], &[]));
     assert!(told.starts_with("marked fail-ends-it (") && told.ends_with("failed\n"), "{told}");
     let (code, said) = end(run);

@@ -32,7 +32,7 @@ fn every_kind_of_source_is_entered_and_changes_are_discarded_without_output() {
         let output = enter(dir.path(), &source, &[], "touch /etc/new && ls /etc/new && exit 7");
         assert_eq!(output.status.code(), Some(7), "{source}: {output:?}");
         assert_eq!(text(&output.stdout), "/etc/new\n", "nothing of ours is in the command's output");
-        assert!(text(&output.stderr).contains("is discarded at the end; --output STORE publishes it"), "{output:?}");
+        assert!(text(&output.stderr).contains("are discarded at the end; --output STORE publishes it"), "{output:?}");
         nothing_stays(dir.path());
     }
     assert!(std::fs::read(&squashfs).unwrap() == bytes, "a source is not changed");
@@ -61,7 +61,7 @@ fn successful_command_is_published_with_yes_and_kept_without_an_answer() {
     let unanswered = enter(dir.path(), &squashfs, &["--output", "out"], "touch /etc/first");
     assert_eq!(unanswered.status.code(), Some(1), "{unanswered:?}");
     let said = text(&unanswered.stderr);
-    assert!(said.contains("--yes publishes it") && said.contains("to go on with it: "), "{said}");
+    assert!(said.contains("--yes publishes it") && said.contains("to resume: "), "{said}");
 
     let failed = enter(dir.path(), &squashfs, &["--output", "out", "--yes"], "touch /etc/second; exit 9");
     assert_eq!(failed.status.code(), Some(9), "{failed:?}");
@@ -130,13 +130,13 @@ fn looking_at_a_source_names_what_is_open_on_it() {
         // A directory may change below the other run's overlay, a file does not.
         assert_eq!(output.status.code(), Some(i32::from(options.is_empty())), "{said}");
         let refused = ims_sshd(&["complete", &name], &[]).output().unwrap();
-        let stop = format!("to stop that, end process {} with SIGTERM", open.id());
+        let stop = format!("to stop that, send SIGTERM to process {}", open.id());
         assert!(text(&refused.stderr).contains(&stop), "{refused:?}");
         open.kill().unwrap();
         open.wait().unwrap();
         let kept = enter(dir.path(), &source, &["--discard"], "test ! -e /etc/new");
         let said = text(&kept.stderr);
-        assert!(kept.status.success() && said.contains("are kept, and not shown here"), "{said}");
+        assert!(kept.status.success() && said.contains("are kept and do not appear here"), "{said}");
         assert!(said.contains("'ims-sshd fail "), "{said}");
         succeed(&mut ims_sshd(&["fail", &name], &[]));
     }
@@ -183,7 +183,7 @@ fn every_verdict_file_is_obeyed_reported_and_removed() {
     let (dir, tree) = bootable_image();
     squashfs_of(&tree);
     std::fs::create_dir_all(dir.path().join("work/ims-sshd")).unwrap();
-    let (gone, applied) = ("the changes were thrown away", "applied the changes to");
+    let (gone, applied) = ("the changes were discarded", "applied the changes to");
     let (stays, has, published) = ("the changes stay in", "the changes are in", "the image is ");
     for (command, source, options, on_complete, on_failed) in [
         ("enter", "tree", &[][..], has, stays),
@@ -249,7 +249,10 @@ fn verdict_file_in_an_open_image_belongs_to_its_environment() {
     assert!(lines.any(|line| line.unwrap().contains("ims-sshd complete")));
     let output = enter(dir.path(), "tree", &[], "touch /tmp/failed");
     let said = text(&output.stderr);
-    assert!(output.status.success() && said.contains("tree is open elsewhere too: a mark in it is for that"), "{said}");
+    assert!(
+        output.status.success() && said.contains("tree is also open elsewhere: a mark in it counts for that"),
+        "{said}"
+    );
     assert!(!said.contains("was marked"), "{said}");
     assert_eq!(open.wait().unwrap().code(), Some(1));
     assert!(!tree.join("tmp/failed").exists());
@@ -261,7 +264,7 @@ fn directory_is_published_unchanged_or_changed_in_place() {
     let source = tree.display().to_string();
     let discarded = enter(dir.path(), &source, &["--output", "out", "--discard"], "touch /etc/new /tmp/complete");
     assert_eq!(discarded.status.code(), Some(0), "{discarded:?}");
-    assert!(text(&discarded.stderr).contains("the changes were thrown away"), "{discarded:?}");
+    assert!(text(&discarded.stderr).contains("the changes were discarded"), "{discarded:?}");
     assert!(!dir.path().join("out").exists() && !tree.join("etc/new").exists());
     let output = enter(dir.path(), &source, &["--output", "out", "--yes"], "touch /etc/new");
     assert_eq!(output.status.code(), Some(0), "{output:?}");

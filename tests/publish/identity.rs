@@ -70,7 +70,7 @@ fn changes_are_not_applied_to_another_image_at_the_same_path() {
     std::fs::rename(&two, dir.path().join("image.sqsh")).unwrap();
     let fresh = customize(dir.path(), "image.sqsh", &["--fresh"], "test ! -e /etc/kept && test -e /etc/two");
     assert!(fresh.status.success(), "{fresh:?}");
-    assert!(text(&fresh.stderr).contains("dropped what was changed before"), "{fresh:?}");
+    assert!(text(&fresh.stderr).contains("dropped the earlier changes"), "{fresh:?}");
     nothing_stays(dir.path());
 }
 

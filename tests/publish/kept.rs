@@ -53,14 +53,11 @@ fn directory_with_kept_changes_is_refused_under_other_paths_and_names() {
             &["prepare", "parent", path],
         ] {
             let output = run(dir.path(), command);
-            refused(
-                &output,
-                &[&format!("changes that were made above it are kept as {name}"), &format!("'ims-sshd fail {name}'")],
-            );
+            refused(&output, &[&format!("changes to it are kept as {name}"), &format!("'ims-sshd fail {name}'")]);
             assert!(!dir.path().join("out").exists() && !dir.path().join("parent/image-root").exists(), "{command:?}");
         }
         let looked = run(dir.path(), &["enter", path, "--work", "work", "--discard", "--", "true"]);
-        assert!(looked.status.success() && text(&looked.stderr).contains("not shown here"), "{looked:?}");
+        assert!(looked.status.success() && text(&looked.stderr).contains("do not appear here"), "{looked:?}");
     };
     opened_by_nobody("link");
     let moved = dir.path().join("moved");
@@ -114,7 +111,7 @@ fn kept_changes_are_refused_after_edits_by_hand() {
     std::fs::write(tree.join("usr/one"), "by hand\n").unwrap();
     std::io::Write::write_all(open.stdin.as_mut().unwrap(), b"\n").unwrap();
     let output = open.wait_with_output().unwrap();
-    refused(&output, &["was changed by hand", "usr/one", "what was changed is kept in"]);
+    refused(&output, &["was changed by hand", "usr/one", "the changes are kept in"]);
     assert_eq!(std::fs::read_to_string(tree.join("usr/one")).unwrap(), "by hand\n");
 }
 
@@ -176,14 +173,14 @@ fn refused_command_keeps_changes_and_their_command_line() {
                 assert!(!output.status.success(), "{mistake:?}");
                 assert_eq!(entry(dir.path()), before, "{fresh:?} {mistake:?}: {said}");
                 assert!(!said.contains("dropped"), "{said}");
-                assert!(!said.contains("to go on with it: ") || said.contains("--exclude"), "{said}");
+                assert!(!said.contains("to resume: ") || said.contains("--exclude"), "{said}");
             }
         }
         let missing = dir.path().join("aside");
         std::fs::rename(dir.path().join(source), &missing).unwrap();
         refused(&run(dir.path(), &[&common[..], &["--output", "out", "--", "true"]].concat()), &["No such file"]);
         let status = succeed(&mut ims_sshd(&["status", before["name"].as_str().unwrap()], &[]));
-        assert!(!status.contains("go on: ") && status.contains("  drop: ims-sshd fail"), "{status}");
+        assert!(!status.contains("resume: ") && status.contains("  drop: ims-sshd fail"), "{status}");
         std::fs::rename(&missing, dir.path().join(source)).unwrap();
         assert_eq!(entry(dir.path()), before);
         let output =
@@ -245,10 +242,7 @@ fn full_disk_while_applying_names_the_file_and_the_state() {
     let said = text(&output.stdout);
     let (first, rest) = said.split_once("ended 1\n").unwrap_or_else(|| panic!("{said}"));
     assert!(first.contains("disk/tree/usr/big") && first.contains("No space left on device"), "{first}");
-    assert!(
-        first.contains("some of the changes are in it already") && !first.contains("what was changed is kept"),
-        "{first}"
-    );
+    assert!(first.contains("some of the changes are applied") && !first.contains("the changes are kept"), "{first}");
     assert!(first.contains("free space") && first.contains("'ims-sshd fail "), "{first}");
     assert!(rest.contains("\"state\":\"half-applied\"") && rest.contains(": half applied since"), "{rest}");
     assert!(rest.contains("ended 0\n25\t"), "{rest}");
@@ -267,7 +261,7 @@ fn nothing_is_kept_without_changes() {
         {
             let output = run(dir.path(), &[&common[..], options].concat());
             let said = text(&output.stderr);
-            assert!(!output.status.success() && !said.contains("is kept in"), "{options:?}: {said}");
+            assert!(!output.status.success() && !said.contains("are kept in"), "{options:?}: {said}");
             nothing_stays(dir.path());
         }
         let mut open = ims_sshd(&common, &[]);
@@ -286,7 +280,7 @@ fn nothing_is_kept_without_changes() {
             ["chmod 700 /etc", "rmdir /tmp", "touch /usr/one", "echo eno > /usr/one", "ln /usr/one /usr/three"]
         {
             let output = run(dir.path(), &[&common[..], &["--", "sh", "-c", &format!("{change}; exit 3")]].concat());
-            assert!(text(&output.stderr).contains("what was changed is kept in"), "{change}: {output:?}");
+            assert!(text(&output.stderr).contains("the changes are kept in"), "{change}: {output:?}");
             let fresh = run(dir.path(), &[&common[..], &["--fresh", "--", "false"]].concat());
             assert_eq!(fresh.status.code(), Some(1), "{fresh:?}");
             nothing_stays(dir.path());

@@ -303,7 +303,7 @@ fn signal_during_packing_sets_the_exit_code() {
         kill(Pid::from_raw(child.id().cast_signed()), signal).unwrap();
         let said = std::io::read_to_string(child.stderr.take().unwrap()).unwrap();
         assert_eq!(child.wait().unwrap().code(), Some(code), "customize: {said}");
-        let interrupted = format!("interrupted by {signal}; what was changed is kept in ");
+        let interrupted = format!("interrupted by {signal}; the changes are kept in ");
         assert!(said.contains(&interrupted), "{said}");
         assert!(!dir.path().join("out").exists());
     }

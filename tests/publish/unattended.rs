@@ -79,7 +79,7 @@ fn successful_command_publishes_and_a_failed_one_sets_the_exit_code() {
     let squashfs = squashfs.display().to_string();
     let failed = customize(dir.path(), &squashfs, &["--", "sh", "-c", "touch /etc/first; exit 9"]);
     assert_eq!(failed.status.code(), Some(9), "{failed:?}");
-    assert!(text(&failed.stderr).contains("to go on with it: "), "{failed:?}");
+    assert!(text(&failed.stderr).contains("to resume: "), "{failed:?}");
     assert!(!dir.path().join("out").exists());
     let killed = customize(dir.path(), &squashfs, &["sh", "-c", "kill -KILL $$"]);
     assert!(!killed.status.success() && !dir.path().join("out").exists(), "{killed:?}");
@@ -104,11 +104,11 @@ fn command_line_in_the_status_continues_from_any_directory() {
     let failed = customize(dir.path(), "going on with it.sqsh", &["--fresh", "sh", "-c", lines]);
     assert_eq!(failed.status.code(), Some(9), "{failed:?}");
     let said = text(&failed.stderr);
-    let (_, pasted) = said.split_once("to go on with it: ").unwrap();
+    let (_, pasted) = said.split_once("to resume: ").unwrap();
     assert!(pasted.starts_with(&*IMS_SSHD) && !pasted.contains("--fresh"), "{said}");
 
     let status = succeed(&mut ims_sshd(&["status", "going-on-with-it"], &[]));
-    let (_, shown) = status.split_once("  go on: ").unwrap();
+    let (_, shown) = status.split_once("  resume: ").unwrap();
     let shown = shown.lines().next().unwrap();
     assert_eq!(shown, format!("cd {} && {}", dir.path().display(), pasted.lines().next().unwrap()), "{status}");
     let json = succeed(&mut ims_sshd(&["status", "--json", "going-on-with-it"], &[]));
@@ -125,7 +125,7 @@ fn failed_command_overrides_complete() {
     let squashfs = squashfs.display().to_string();
     let failed = customize(dir.path(), &squashfs, &["--", "sh", "-c", "touch /tmp/complete /etc/new; exit 5"]);
     assert_eq!(failed.status.code(), Some(5), "{failed:?}");
-    assert!(text(&failed.stderr).contains("to go on with it: "), "{failed:?}");
+    assert!(text(&failed.stderr).contains("to resume: "), "{failed:?}");
     assert!(!dir.path().join("out").exists());
     let output = customize(dir.path(), &squashfs, &["--", "test", "!", "-e", "/tmp/complete"]);
     assert_eq!(output.status.code(), Some(0), "{output:?}");
@@ -244,7 +244,7 @@ fn early_checks_refuse_and_late_failures_keep_the_changes() {
     let late = run(&["--output", "out", "--initrd", "initrd-6.1.0"], "mv /boot/initrd-6.1.0 /boot/mine");
     let said = text(&late.stderr);
     assert!(late.status.code() == Some(1) && said.contains("cannot find the initrd"), "{said}");
-    assert!(said.contains("to go on with it: "), "{said}");
+    assert!(said.contains("to resume: "), "{said}");
     let corrected = run(&["--output", "out", "--initrd", "mine"], "test -e /boot/mine");
     assert!(corrected.status.success(), "{corrected:?}");
     assert!(published(dir.path()).contains("boot/mine"));
@@ -288,9 +288,9 @@ fn store_too_small_for_a_directory_causes_a_warning_and_then_an_error() {
         Command::new("unshare").args(["-m", "sh", "-c", script, &*IMS_SSHD]).current_dir(dir.path()).output().unwrap();
     let said = text(&output.stderr);
     assert_eq!((output.status.code(), text(&output.stdout).as_str()), (Some(1), "ran\nsmall\n"), "{said}");
-    let (warned, refused) = (said.find("may not fit"), said.find("cannot keep the new image in the store"));
+    let (warned, refused) = (said.find("may not fit"), said.find("cannot store the new image in the store"));
     assert!(warned.is_some() && warned < refused, "{said}");
-    assert!(said.contains("to go on with it: "), "{said}");
+    assert!(said.contains("to resume: "), "{said}");
 }
 
 #[test]

@@ -412,7 +412,7 @@ fn enter_asks_at_the_end_whether_to_publish_and_goes_on_with_what_was_kept() {
     terminal.line("");
     let (code, screen) = terminal.end();
     assert_eq!(code, 0, "{screen}");
-    assert!(screen.contains("to go on with it: ") && is_empty(path.join("out")), "{screen}");
+    assert!(screen.contains("to resume: ") && is_empty(path.join("out")), "{screen}");
 
     // To look at it without publishing anything is to look at the source, and leaves what is kept alone.
     let mut terminal = enter_at_a_terminal(path, "");
@@ -511,7 +511,7 @@ fn a_mark_in_the_shell_that_was_entered_ends_it_and_answers() {
     terminal.line("d");
     let (code, screen) = terminal.end();
     assert_eq!(code, 0, "{screen}");
-    assert!(screen.contains("the changes were thrown away"), "{screen}");
+    assert!(screen.contains("the changes were discarded"), "{screen}");
     assert!(!path.join("image/etc/place").exists() && is_empty(path.join("again")));
 
     // In a directory that is changed where it is, neither mark stays.

@@ -149,22 +149,22 @@ fn changes_that_are_kept_are_listed_told_of_and_dropped_by_fail() {
         ims_sshd(&[&["enter", &source, "--work", &work][..], options, &["--", "/bin/sh", "-c", command]].concat())
     };
     let publish = ["--output", &out, "--yes"];
-    let told = "are kept, and not shown here";
+    let told = "are kept and do not appear here";
     for at in [&name, &source] {
         let failed = enter(&publish, "touch /kept; exit 3");
-        assert!(text(&failed.stderr).contains(&format!("'ims-sshd fail {name}' drops it")), "{failed:?}");
+        assert!(text(&failed.stderr).contains(&format!("'ims-sshd fail {name}' drops them")), "{failed:?}");
         let known = text(ims_sshd(&["status"]).stdout);
         let (_, said) = known.split_once(&format!("{name}: kept changes since ")).unwrap_or_else(|| panic!("{known}"));
         assert!(said.contains(&format!("\n  source: {source}\n  changes: {work}/")), "{said}");
         let line =
             format!("{IMS_SSHD} enter {source} --work {work} --output {out} --yes -- /bin/sh -c 'touch /kept; exit 3'");
-        assert!(said.contains(&format!("\n  go on: {line}\n  drop: ims-sshd fail {name}\n")), "{said}");
+        assert!(said.contains(&format!("\n  resume: {line}\n  drop: ims-sshd fail {name}\n")), "{said}");
         // A run that only looks has another name, and is told.
         let look = enter(&[], "test ! -e /kept");
         assert!(look.status.success() && text(&look.stderr).contains(told), "{look:?}");
         assert!(!enter(&publish, "test -e /kept || exit 0; exit 3").status.success());
         let refused = ims_sshd(&["complete", at]);
-        assert!(text(&refused.stderr).contains("to go on with it: "), "{refused:?}");
+        assert!(text(&refused.stderr).contains("to resume: "), "{refused:?}");
         let dropped = ims_sshd(&["fail", at]);
         assert!(text(&dropped.stdout).starts_with(&format!("dropped the changes of {name} ")), "{dropped:?}");
         assert!(!is_listed(&name) && !Path::new(&out).exists(), "{}", listed());
@@ -189,7 +189,7 @@ fn a_killed_run_keeps_its_name_and_fail_clears_up_after_it() {
         assert!(said.contains(&format!("\n  source: {source}\n  changes: /var/lib/ims-sshd/")), "{said}");
         assert!(said.contains(&format!("\n  drop: ims-sshd fail {name}\n")), "{said}");
         let refused = ims_sshd(&["complete", at]);
-        assert!(text(&refused.stderr).contains("to go on with it: "), "{refused:?}");
+        assert!(text(&refused.stderr).contains("to resume: "), "{refused:?}");
         let dropped = ims_sshd(&["fail", at]);
         assert!(dropped.status.success(), "{dropped:?}");
         assert!(!is_listed(&name) && !image.join("root/changed").exists());

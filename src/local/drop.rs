@@ -1,0 +1,67 @@
+//! Drops what an ended run left: `ims-sshd fail` of its name.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::error::{Error, Result};
+use crate::local::directory::{self, Held};
+use crate::local::left_over::{clear_left_over, end_left_over};
+use crate::local::register::{self, has_source};
+use crate::local::work_directory::WorkDirectory;
+use crate::local::{apply_progress, source};
+use crate::publish::journal;
+use crate::sys::named;
+use crate::volume::layout::IMAGE_ROOT;
+
+/// Drops what an ended run left: kept changes, its sshd, and its mount points in the image. Returns a verb phrase that
+/// says what the source is now.
+pub(crate) fn drop_left(entry: &Value) -> Result<&'static str> {
+    source::need_root()?;
+    let (name, source) = (entry["name"].as_str().unwrap_or_default(), entry["source"].as_str().unwrap_or_default());
+    let path = Path::new(source);
+    let is_gone = !has_source(entry);
+    let work = entry["work"].as_str().map(Path::new).filter(|work| work.is_dir());
+    // Without a work directory the source was changed in place.
+    let mut source_is = if work.is_some() { "is as it was" } else { "stays as it is now" };
+    if let Some((all, own)) = work.and_then(|work| Some((work.parent()?, work.file_name()?.to_str()?))) {
+        let place = WorkDirectory::claim(all, own)?;
+        if journal::is_begun(place.files())? {
+            let command = shell_words::join(["ims-sshd", "enter", source]);
+            return Err(Error::new(format!("drop the changes to {source}"))
+                .because("part of the new image is uploaded already")
+                .advise(format!("'{command} --output STORE --discard true' removes that as well")));
+        }
+        let record = place.files().parent();
+        if apply_progress::has_begun(record)? {
+            if !apply_progress::is_only_decided(record).unwrap_or(false) {
+                source_is = "keeps the changes that were applied";
+            }
+            if path.is_dir() {
+                let directory = source::image_root(path)?;
+                let _held = Held::take(&directory, all)?;
+                let root = directory::open(&directory)?;
+                if !apply_progress::is_of(record, &root)? {
+                    source_is = "is not the directory to which some of them were applied";
+                }
+                directory::abort_changes(&directory, &root, record)?;
+            }
+        }
+        let mounted = place.path().join(IMAGE_ROOT);
+        end_left_over(&mounted)?;
+        if mounted.exists() {
+            clear_left_over(&directory::COMMANDS, &mounted)?;
+        }
+        place.remove()?;
+    }
+    if path.is_dir() {
+        let directory = source::image_root(path)?;
+        end_left_over(&directory)?;
+        clear_left_over(&directory::COMMANDS, &directory)?;
+    } else if is_gone {
+        end_left_over(&named::resolve_beginning(path).unwrap_or_else(|_| path.to_owned()))?;
+        source_is = "does not exist: it was renamed or removed";
+    }
+    register::forget(name)?;
+    Ok(source_is)
+}
