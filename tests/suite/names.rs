@@ -166,7 +166,7 @@ fn changes_that_are_kept_are_listed_told_of_and_dropped_by_fail() {
         let refused = ims_sshd(&["complete", at]);
         assert!(text(&refused.stderr).contains("to resume: "), "{refused:?}");
         let dropped = ims_sshd(&["fail", at]);
-        assert!(text(&dropped.stdout).starts_with(&format!("dropped the changes of {name} ")), "{dropped:?}");
+        assert!(text(&dropped.stdout).starts_with(&format!("dropped the kept changes of {name};")), "{dropped:?}");
         assert!(!is_listed(&name) && !Path::new(&out).exists(), "{}", listed());
         assert!(!text(enter(&[], "true").stderr).contains(told));
         assert_eq!(std::fs::read_dir(dir.path().join("work/ims-sshd")).unwrap().count(), 0);
