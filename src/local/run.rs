@@ -167,6 +167,18 @@ impl Run {
         Ok(())
     }
 
+    /// Refuses a store that takes no image, and disks on which none fits, before any work is done.
+    fn check_store(&self, work: &Work, settings: &Settings, source: &Source, resumes: bool) -> Result<()> {
+        let in_store = work.wait(Store::check(&settings.store, &settings.network))?;
+        match source {
+            // Discarding changes needs no space.
+            Source::Here(path) if !self.discards => {
+                space::check(settings, path, in_store, resumes, self.fresh && resumes)
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Refuses to resume changes to another source; drops them if they would be discarded anyway.
     fn refuse_others(&self, ims: &Ims, settings: &Settings, source: &Source, place: &WorkDirectory) -> Result<()> {
         if self.in_place {
@@ -267,12 +279,8 @@ impl Run {
         if publishes {
             transfer::installed("mksquashfs")?;
             let place = settings.job.parent.join(name_of(&source, &self.source));
-            let in_store = work.wait(Store::check(&settings.store, &settings.network))?;
-            // Discarding changes needs no space.
-            if let (Source::Here(path), false) = (&source, self.discards) {
-                let resumes = holds_changes(&place, &place.join(IMAGE_ROOT));
-                space::check(&settings, path, in_store, resumes, self.fresh && resumes)?;
-            }
+            let resumes = holds_changes(&place, &place.join(IMAGE_ROOT));
+            self.check_store(&work, &settings, &source, resumes)?;
             self.reports.changes.as_deref().map(|file| packing::check_output(file, "--changes")).transpose()?;
         }
         let place = work.unless_interrupted(self.claim(&source, &settings.job.parent))?;
