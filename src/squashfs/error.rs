@@ -4,8 +4,6 @@ use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
-use crate::squashfs::plan::Limit;
-
 /// What is wrong with a source image.
 #[derive(Debug)]
 pub enum Fault {
@@ -90,3 +88,46 @@ impl From<Fault> for Failure {
         Self::Source(fault)
     }
 }
+
+/// A property of a tree that a squashfs cannot hold.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Limit {
+    /// Length of a name, which is empty, too long, or has a slash or a zero byte.
+    Name(Vec<u8>),
+    /// Two entries of one directory have the same name.
+    Twice(PathBuf),
+    /// Target of a symbolic link: empty or too long.
+    Target(usize),
+    /// An extended attribute outside of the three name spaces, or with a value above 64 KiB.
+    Xattr(Vec<u8>),
+    /// Only a directory has entries, and a directory has one name.
+    Parent,
+    /// More owners and groups than 65,535.
+    Ids,
+    /// A table of more than 4 GiB.
+    Table,
+    /// A directory whose listing takes more than 4 GiB.
+    Listing,
+    /// More than 2³²-2 inodes, or a device number beyond 12 and 20 bits.
+    Number,
+}
+
+impl fmt::Display for Limit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Name(name) => write!(f, "'{}' is no name of a file", name.escape_ascii()),
+            Self::Twice(path) => write!(f, "{} is there twice", path.display()),
+            Self::Target(length) => write!(f, "a link's target has {length} bytes"),
+            Self::Xattr(name) => {
+                write!(f, "a squashfs has no place for the extended attribute {}", name.escape_ascii())
+            }
+            Self::Parent => f.write_str("only a directory has entries, and it has one name"),
+            Self::Ids => f.write_str("a squashfs holds 65535 different owners and groups, and there are more"),
+            Self::Table => f.write_str("a table of a squashfs holds 4 GiB, and more is needed"),
+            Self::Listing => f.write_str("a directory has more entries than a squashfs can list"),
+            Self::Number => f.write_str("a number is too large for a squashfs"),
+        }
+    }
+}
+
+impl std::error::Error for Limit {}

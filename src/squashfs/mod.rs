@@ -32,10 +32,10 @@ mod writer;
 
 pub use compression::{Compression, Method};
 pub use content::Open;
-pub use error::{Failure, Fault};
+pub use error::{Failure, Fault, Limit};
 pub use inventory::Inventory;
 pub use options::{DEFAULT_BLOCK_SIZE, Fragments, Options};
-pub use plan::{Attributes, Content, Limit, NodeId, Object, Plan, can_hold};
+pub use plan::{Attributes, Content, NodeId, Object, Plan, can_hold};
 pub use progress::{Progress, Report};
 pub use reader::Reader;
 pub use walk::Entry;

@@ -3,12 +3,13 @@
 use std::collections::HashMap;
 
 use crate::squashfs::compression::Method;
+use crate::squashfs::error::Limit;
 use crate::squashfs::format::{
     Append, Body, DOT_ENTRIES, Directory, ENTRIES_PER_HEADER, Extent, Fragment, Header, IndexEntry, Inode, Kind,
     ListingEntry, METADATA_BLOCK, NO_TABLE, NONE, Place, RunHeader, XATTR_ELSEWHERE, split_xattr,
 };
 use crate::squashfs::metadata::{MetadataWriter, indexed_table};
-use crate::squashfs::plan::{Limit, Node, NodeBody, NodeId, Plan, XattrSet};
+use crate::squashfs::plan::{Node, NodeBody, NodeId, Plan, XattrSet};
 
 /// Length of a listing from which it has an index. A shorter one lies in two metadata blocks at most.
 const INDEXED_LISTING: usize = METADATA_BLOCK;
