@@ -471,14 +471,22 @@ impl<'a> Sidecar<'a> {
         let mut watch = Watch::new()?;
         let mut last_seen = Instant::now();
         let (mut was_there, mut listened, mut asked_to_end) = (false, false, None);
-        let (mut exiting_since, mut is_warned) = (None, false);
+        let (mut exiting_since, mut is_warned, mut is_doubted) = (None, false, false);
         loop {
             watch.on(self.files.path());
             watch.drain();
             let is_exiting = self.files.stands(EXITING)?;
             let is_claimed = self.files.is_claimed();
+            was_there |= is_claimed;
             if is_exiting && !is_claimed && self.has_verdict(image_root)? {
-                break;
+                // A failed image is not published, whoever says so.
+                if was_there || listened || self.files.stands(SSHD_LISTENING)? || self.is_marked_failed(image_root) {
+                    break;
+                }
+                if !is_doubted {
+                    is_doubted = true;
+                    tracing::warn!("'{EXITING}' exists, but no environment was open: ignored");
+                }
             }
             self.give_up_with_the_pod()?;
             if !listened && self.files.stands(SSHD_LISTENING)? {
@@ -493,7 +501,7 @@ impl<'a> Sidecar<'a> {
                 continue;
             }
             if is_claimed {
-                (last_seen, was_there) = (Instant::now(), true);
+                last_seen = Instant::now();
             }
             // Sessions of a plain job can create 'exiting'. The environment does so just before it drops its claim.
             let since = exiting_since.filter(|_| is_exiting).unwrap_or_else(Instant::now);
@@ -502,10 +510,16 @@ impl<'a> Sidecar<'a> {
                 is_warned = true;
                 tracing::warn!("'{EXITING}' exists, but the environment is still open: a session created it; ignored");
             }
-            let patience = if was_there || listened || is_exiting { GONE } else { self.settings.start_limit };
+            let patience =
+                if was_there || listened || is_exiting && !is_doubted { GONE } else { self.settings.start_limit };
             if last_seen.elapsed() > patience {
                 let _ = self.files.touch(Verdict::Failed.signal_file());
                 let seconds = patience.as_secs();
+                if is_exiting && is_doubted {
+                    return Err(Error::new("publish the image")
+                        .because(format!("'{EXITING}' exists, but no build environment was open on the volume"))
+                        .advise("see which container created it; only the one that runs sshd may"));
+                }
                 if is_exiting {
                     return Err(Error::new("publish the image")
                         .because(format!(

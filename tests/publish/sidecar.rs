@@ -486,11 +486,27 @@ fn remote_customization_is_published_without_an_image_root_in_the_pod() {
     std::fs::remove_dir_all(&job.volume.image_root).unwrap();
     let sidecar = job.sidecar(Mode::Jailed, &[("REMOTE_BUILD_NODE", "x3000c0s17b1n0")]).spawn().unwrap();
     wait_until("'ready'", || job.volume.signal("ready").exists());
-    for signal in ["complete", "exiting"] {
+    for signal in ["sshd_listening", "complete", "exiting"] {
         job.volume.touch(signal);
     }
     let output = ended(sidecar);
     assert!(report(&output)["error"].as_str().unwrap().contains("left no transfer.sqsh"), "{output:?}");
+}
+
+/// Another container of the pod creates what an environment leaves, before any was open.
+#[test]
+fn exiting_without_an_environment_is_not_published() {
+    let job = Job::new();
+    let sidecar = job.sidecar(Mode::Jailed, &[("IMS_START_LIMIT", "3")]).spawn().unwrap();
+    wait_until("'ready'", || job.volume.signal("ready").exists());
+    for signal in ["complete", "exiting"] {
+        job.volume.touch(signal);
+    }
+    let output = ended(sidecar);
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+    assert!(report(&output)["error"].as_str().unwrap().contains("no build environment was open"), "{output:?}");
+    assert_eq!(job.ims.statuses(), ["error"]);
+    job.nothing_is_left();
 }
 
 #[test]
