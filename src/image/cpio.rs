@@ -65,7 +65,9 @@ pub(crate) fn unpack(input: impl Read, root: &Tree, mut look: impl FnMut() -> io
             linked.clear();
             continue;
         }
-        let Some(path) = path_of(&name)? else {
+        let path = path_of(&name)?;
+        refuse_malformed(&header, &name, path.as_deref())?;
+        let Some(path) = path else {
             archive.skip(u64::from(header.size))?;
             directories.push((PathBuf::from("."), header));
             continue;
@@ -158,6 +160,11 @@ impl<R: Read> Reader<R> {
         self.read(&mut name)?;
         self.align()?;
         let end = name.iter().position(|&b| b == 0).ok_or_else(|| invalid("a name is not terminated"))?;
+        // Some programs pad names with NULs.
+        if name[end..].iter().any(|&b| b != 0) {
+            let shown = String::from_utf8_lossy(&name);
+            return Err(invalid(&format!("the name '{}' has a NUL in it", shown.trim_end_matches('\0'))));
+        }
         name.truncate(end);
         Ok(name)
     }
@@ -207,6 +214,22 @@ fn short(length: u32) -> io::Result<usize> {
     usize::try_from(length).map_err(io::Error::other)
 }
 
+/// Refuses entries that other programs would read as something else. `path` is that of [`path_of`].
+fn refuse_malformed(header: &Header, name: &[u8], path: Option<&Path>) -> io::Result<()> {
+    let refuse = |why: &str| Err(invalid(&format!("'{}' {why}", String::from_utf8_lossy(name))));
+    // -1 is no user, and to chown(2) it means the owner that the file has: root.
+    if header.user == u32::MAX || header.group == u32::MAX {
+        return refuse("belongs to the user or group 4294967295, which no file can");
+    }
+    if name.is_empty() {
+        return Err(invalid("an entry has an empty name"));
+    }
+    if path.is_none() && FileType::from_raw_mode(header.mode) != FileType::Directory {
+        return refuse("is the root of the archive, and not a directory");
+    }
+    Ok(())
+}
+
 /// Path of an entry below the root; `None` for the root itself.
 fn path_of(name: &[u8]) -> io::Result<Option<PathBuf>> {
     let mut path = PathBuf::new();
@@ -241,6 +264,7 @@ fn make_parent(root: &Tree, path: &Path) -> io::Result<(Tree, OsString)> {
 
 /// Sets the owner first: chown(2) clears the setuid bit.
 fn set_attributes(directory: &Tree, name: &OsStr, header: &Header) -> io::Result<()> {
+    // Checked by `refuse_malformed`; chown(2) would keep root for -1.
     let (user, group) = (attributes::user(header.user), attributes::group(header.group));
     rustix::fs::chownat(directory, name, user, group, AtFlags::SYMLINK_NOFOLLOW)?;
     if FileType::from_raw_mode(header.mode) != FileType::Symlink {
@@ -256,7 +280,6 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
     use std::fmt::Write as _;
-    use std::os::unix::fs::MetadataExt;
 
     /// An entry in the format that cpio writes.
     fn entry(name: &str, mode: u32, links: u32, content: &[u8]) -> Vec<u8> {
@@ -337,13 +360,22 @@ mod tests {
     }
 
     #[test]
-    fn invalid_owner_becomes_root_as_in_the_kernels_initramfs() {
-        let mut archive = entry("a", FILE, 1, b"");
-        archive[22..38].fill(b'f');
-        let (dir, result) = unpacked(&[archive, entry("TRAILER!!!", 0, 1, b"")].concat());
-        result.unwrap();
-        let found = std::fs::metadata(dir.path().join("root/a")).unwrap();
-        assert_eq!((found.uid(), found.gid()), (0, 0));
+    fn malformed_entries_of_a_cpio_archive_are_refused_by_name() {
+        let refused = |entry: Vec<u8>, word: &str| {
+            let (_dir, result) = unpacked(&[entry, super::tests::entry("TRAILER!!!", 0, 1, b"")].concat());
+            let error = result.unwrap_err().to_string();
+            assert!(error.contains(word), "{error}");
+        };
+        for owner in [22..30, 30..38] {
+            let mut archive = entry("a", FILE, 1, b"");
+            archive[owner].fill(b'f');
+            refused(archive, "'a' belongs to the user or group 4294967295");
+        }
+        refused(entry("a\0b", FILE, 1, b""), "has a NUL in it");
+        refused(entry("", FILE, 1, b"data"), "an entry has an empty name");
+        refused(entry("", 0o040_755, 1, b""), "an entry has an empty name");
+        refused(entry(".", FILE, 1, b"data"), "'.' is the root of the archive, and not a directory");
+        refused(entry("/", LINK, 1, b"etc"), "'/' is the root of the archive, and not a directory");
     }
 
     proptest! {

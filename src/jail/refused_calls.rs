@@ -377,6 +377,18 @@ impl Program {
         self.end_part(start);
     }
 
+    /// Refuses the owner -1 in `argument` of a call: no user has that number, and to the kernel it means the owner that
+    /// the file has already, which is root for a file that was just created.
+    fn answer_owner(&mut self, number: libc::c_long, argument: u32) {
+        const NOBODY: &[u32] = &[u32::MAX];
+        const USER: Rule = If(&[In(1, ALL_BITS, NOBODY)], libc::EINVAL);
+        const GROUP: Rule = If(&[In(2, ALL_BITS, NOBODY)], libc::EINVAL);
+        const GROUP_AT: Rule = If(&[In(3, ALL_BITS, NOBODY)], libc::EINVAL);
+        if let (Ok(number), Some(rule)) = (u32::try_from(number), [USER, GROUP, GROUP_AT].get(argument as usize - 1)) {
+            self.answer_call(number, *rule);
+        }
+    }
+
     /// Continues if the test holds, and otherwise jumps to the end of the part.
     const fn test(&mut self, test: Test) {
         let (argument, mask, values, equal, none_equal) = match test {
@@ -427,8 +439,8 @@ pub(crate) fn program() -> &'static [Instruction] {
     &INSTRUCTIONS
 }
 
-/// A program that refuses `calls` (`SYS_…` of libc), and user namespaces, in which a process would have every
-/// capability. Only the first convention is allowed.
+/// A program that refuses `calls` (`SYS_…` of libc), the owner -1, and user namespaces, in which a process would have
+/// every capability. Only the first convention is allowed.
 pub(crate) fn refusing(calls: &[libc::c_long]) -> Vec<Instruction> {
     let convention = &CONVENTIONS[0];
     let mut program = Program::new();
@@ -446,9 +458,24 @@ pub(crate) fn refusing(calls: &[libc::c_long]) -> Vec<Instruction> {
             program.answer_call(number, call.rule);
         }
     }
+    for (number, owner) in OWNING {
+        for argument in [*owner, *owner + 1] {
+            program.answer_owner(*number, argument);
+        }
+    }
     program.add(ALLOW);
     program.instructions[..program.length].to_vec()
 }
+
+/// Calls that set an owner, and the number of the argument that is the user; the group follows.
+const OWNING: &[(libc::c_long, u32)] = &[
+    #[cfg(target_arch = "x86_64")]
+    (libc::SYS_chown, 1),
+    #[cfg(target_arch = "x86_64")]
+    (libc::SYS_lchown, 1),
+    (libc::SYS_fchown, 1),
+    (libc::SYS_fchownat, 2),
+];
 
 /// A program that makes the kernel appear to lack audit (linux/netlink.h), for the first convention.
 pub(crate) fn without_audit() -> Vec<Instruction> {

@@ -93,7 +93,7 @@ impl Handle {
     }
 }
 
-/// `None` for -1, which is no valid user and means "unchanged" to chown(2): images and archives can contain it.
+/// `None` for -1, which is no valid user and means "unchanged" to chown(2): text of an image can contain it.
 pub(crate) fn user(number: u32) -> Option<Uid> {
     (number != u32::MAX).then(|| Uid::from_raw(number))
 }

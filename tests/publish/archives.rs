@@ -216,6 +216,33 @@ fn absolute_names_in_a_tar_archive_are_unpacked_below_the_root() {
     assert_eq!(std::fs::read_link(image_root.join("link")).unwrap(), Path::new("/etc/file"));
 }
 
+/// To chown(2), -1 means no change: such a file would be root's.
+#[test]
+fn member_of_a_tar_archive_that_belongs_to_nobody_is_refused_by_name() {
+    let dir = directory();
+    let make = "import io, sys, tarfile
+archive = tarfile.open(sys.argv[1], 'w', format=tarfile.PAX_FORMAT)
+for name, user, group in [('etc/passwd', 0, 0), ('etc/odd', int(sys.argv[2]), int(sys.argv[3]))]:
+    member = tarfile.TarInfo(name)
+    member.uid, member.gid = user, group
+    archive.addfile(member, io.BytesIO())
+archive.close()";
+    for (number, (user, group, refusal)) in
+        [("4294967295", "7", true), ("7", "4294967295", true), ("4294967294", "7", false)].into_iter().enumerate()
+    {
+        let archive = dir.path().join(format!("{number}.tar"));
+        succeed(Command::new("python3").args(["-c", make]).arg(&archive).args([user, group]));
+        let parent = dir.path().join(format!("parent-{number}"));
+        if refusal {
+            refused(&parent, &archive.display().to_string(), "etc/odd: Cannot change ownership to uid");
+            is_empty(&parent);
+        } else {
+            let found = std::fs::metadata(taken(&parent, &archive).join("etc/odd")).unwrap();
+            assert_eq!((found.uid(), found.gid()), (u32::MAX - 1, 7));
+        }
+    }
+}
+
 #[test]
 fn squashfs_with_padding_is_accepted() {
     let (dir, tree, squashfs) = packed_image();
