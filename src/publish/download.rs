@@ -17,6 +17,9 @@ use crate::transfer::{Fault, Work, complaint, in_full, is_transient, retry, with
 /// past the previous maximum restarts the retry clock.
 const LEAST: u64 = 64 * 1024;
 
+/// Bytes between two looks at the disk, and bytes that stay free on it, if the server does not say how long the file is.
+const WITHOUT_LENGTH: u64 = 16 << 20;
+
 /// Download of one file.
 struct Download<'a> {
     work: &'a Work,
@@ -166,7 +169,12 @@ impl Download<'_> {
             let Some(chunk) = chunk.map_err(|e| Fault::Transient(in_full(&e)))? else { break };
             self.file.write_all(&chunk).attempt(|| format!("write {}", self.path))?;
             self.sums.update(&chunk);
+            let before = self.length;
             self.length += chunk.len() as u64;
+            if self.total.is_none() && before / WITHOUT_LENGTH != self.length / WITHOUT_LENGTH {
+                let copies = self.length.saturating_mul(copies.saturating_sub(1));
+                check_space(&self.file, &self.path, WITHOUT_LENGTH.saturating_add(copies))?;
+            }
             self.progress.at(self.length);
             // Lets the signal check run, as `whole` does.
             tokio::task::yield_now().await;

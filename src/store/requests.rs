@@ -88,12 +88,14 @@ impl Requests {
         let asked = format!("{} {}", request.method(), without_query(&request.uri().to_string()));
         let (mut pause, mut until) = (PAUSE.0, None);
         loop {
-            let moved = Moved::now();
+            let (moved, sent) = (Moved::now(), Moved::now());
             let left = until.map(|until: Instant| until.saturating_duration_since(Instant::now()).max(SHORTEST));
-            let tried = self.try_once(request.clone(), &moved, stall_limit.min(left.unwrap_or(stall_limit))).await;
+            let stall_limit = stall_limit.min(left.unwrap_or(stall_limit));
+            let answer_limit = left.unwrap_or_else(|| retry_limit.max(stall_limit));
+            let tried = self.try_once(request.clone(), (&moved, &sent), stall_limit, answer_limit).await;
             let is_first = until.is_none();
-            // The retry clock starts at the last progress of the first attempt.
-            let until = *until.get_or_insert_with(|| moved.last() + retry_limit);
+            // The retry clock starts when the first attempt has sent its last piece.
+            let until = *until.get_or_insert_with(|| sent.last() + retry_limit);
             let is_over = Instant::now() + pause >= until;
             let why = match tried {
                 Ok((answer, false)) => {
@@ -127,16 +129,18 @@ impl Requests {
     }
 
     /// Sends a request once. Returns the answer, and whether it is a transient error. Fails after `stall_limit` without
-    /// progress.
+    /// progress, and if the answer has not ended `answer_limit` after the request was `sent`.
     async fn try_once(
         &self,
         request: HttpRequest,
-        moved: &Moved,
+        (moved, sent): (&Moved, &Moved),
         stall_limit: Duration,
+        answer_limit: Duration,
     ) -> Result<(HttpResponse, bool), Failure> {
-        let mut exchange = std::pin::pin!(self.exchange(request, moved));
+        let mut exchange = std::pin::pin!(self.exchange(request, moved, sent));
         loop {
             let left = stall_limit.saturating_sub(moved.last().elapsed());
+            let left = left.min(answer_limit.saturating_sub(sent.last().elapsed()));
             if let Ok(done) = tokio::time::timeout(left, &mut exchange).await {
                 return done;
             }
@@ -144,10 +148,19 @@ impl Requests {
                 let seconds = stall_limit.as_secs();
                 return Err(Failure::Transient(format!("no progress for {seconds} s (IMS_STALL_LIMIT)")));
             }
+            if sent.last().elapsed() >= answer_limit {
+                let seconds = answer_limit.as_secs();
+                return Err(Failure::Transient(format!("the answer had not ended after {seconds} s")));
+            }
         }
     }
 
-    async fn exchange(&self, request: HttpRequest, moved: &Moved) -> Result<(HttpResponse, bool), Failure> {
+    async fn exchange(
+        &self,
+        request: HttpRequest,
+        moved: &Moved,
+        sent: &Moved,
+    ) -> Result<(HttpResponse, bool), Failure> {
         let (parts, body) = request.into_parts();
         let url = parts.uri.to_string().parse().map_err(|e| Failure::Final(format!("{e}")))?;
         let is_post = parts.method == Method::POST;
@@ -155,7 +168,7 @@ impl Requests {
         *request.headers_mut() = parts.headers;
         *request.body_mut() = Some(match body.as_bytes() {
             Some(bytes) => bytes.clone().into(),
-            None => reqwest::Body::wrap(Watched { body, piece: Bytes::new(), moved: moved.clone() }),
+            None => reqwest::Body::wrap(Watched { body, piece: Bytes::new(), progress: [moved.clone(), sent.clone()] }),
         });
         let failed = |e: reqwest::Error| {
             let is_final = e.is_redirect() || e.is_builder();
@@ -224,7 +237,7 @@ struct Watched {
     body: HttpRequestBody,
     /// Rest of the current frame.
     piece: Bytes,
-    moved: Moved,
+    progress: [Moved; 2],
 }
 
 impl Body for Watched {
@@ -235,7 +248,7 @@ impl Body for Watched {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, HttpError>>> {
-        self.moved.again();
+        self.progress.iter().for_each(Moved::again);
         if self.piece.is_empty() {
             match Pin::new(&mut self.body).poll_frame(context) {
                 Poll::Ready(Some(Ok(frame))) => match frame.into_data() {
@@ -255,5 +268,42 @@ impl Body for Watched {
 
     fn size_hint(&self) -> SizeHint {
         SizeHint::with_exact(self.piece.len() as u64 + self.body.size_hint().lower())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::net::TcpListener;
+
+    /// A store keeps an answer open with blanks while it completes an upload.
+    #[test]
+    fn answer_that_never_ends_is_aborted_at_the_retry_limit() {
+        let server = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}/key", server.local_addr().unwrap());
+        std::thread::spawn(move || {
+            for mut client in server.incoming().flatten() {
+                std::thread::spawn(move || {
+                    let _ = client.read(&mut [0; 4096]);
+                    let _ = client.write_all(b"HTTP/1.1 200 OK\r\n\r\n");
+                    while client.write_all(b" ").is_ok() {
+                        std::thread::sleep(Duration::from_millis(100));
+                    }
+                });
+            }
+        });
+        let network = Network { stall_limit: Duration::from_secs(1), retry_limit: Duration::from_secs(2), ca: None };
+        let requests = Requests::new(reqwest::Client::new(), network, Arc::default());
+        let mut request = HttpRequest::new(HttpRequestBody::empty());
+        *request.method_mut() = Method::POST;
+        *request.uri_mut() = url.parse().unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let began = Instant::now();
+        let answer =
+            runtime.block_on(async { tokio::time::timeout(Duration::from_secs(20), requests.send(request)).await });
+        let error = in_full(&answer.expect("the request ends by itself").unwrap_err());
+        assert!(error.contains("the answer had not ended after 2 s"), "{error}");
+        assert!(began.elapsed() < Duration::from_secs(6), "{:?}", began.elapsed());
     }
 }

@@ -525,7 +525,7 @@ pub(crate) async fn retry<T>(
             Err(Fault::Transient(cause)) => cause,
         };
         if began.elapsed() + pause > limit {
-            let tried = format!("tried for {} s (IMS_RETRY_LIMIT)", limit.as_secs());
+            let tried = format!("tried for {} s (IMS_RETRY_LIMIT)", limit.max(began.elapsed()).as_secs());
             return Err(Error::new(attempted).because(cause).advise(tried));
         }
         tracing::warn!("cannot {attempted} yet: {cause}; trying again");
