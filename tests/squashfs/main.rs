@@ -4,6 +4,7 @@
 
 mod figures;
 mod format;
+mod hostile;
 mod random;
 mod snapshot;
 mod sources;
