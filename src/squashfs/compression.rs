@@ -332,6 +332,39 @@ impl Decompressor {
     }
 }
 
+/// Length of a block's content, as far as the block says so itself. zlib's format does not.
+pub(crate) fn content_length(algorithm: Compression, block: &[u8]) -> Option<u64> {
+    match algorithm {
+        Compression::Zstd => zstd::zstd_safe::get_frame_content_size(block).ok()?,
+        Compression::Xz => xz_content_length(block),
+        Compression::None | Compression::Gzip => None,
+    }
+}
+
+/// Reads the index at the end of a stream of one block: the xz file format, sections 2.1.2 and 4.
+fn xz_content_length(stream: &[u8]) -> Option<u64> {
+    let (rest, footer) = stream.split_last_chunk::<12>()?;
+    let mut fields = Fields(&footer[4..]);
+    let index_length = (usize::try_from(fields.u32()?).ok()? + 1).checked_mul(4)?;
+    let index = rest.get(rest.len().checked_sub(index_length)?..)?;
+    let mut at = index.iter().copied();
+    let mut number = || {
+        let mut value = 0_u64;
+        for shift in (0..63).step_by(7) {
+            let byte = at.next()?;
+            value |= u64::from(byte & 0x7f) << shift;
+            if byte & 0x80 == 0 {
+                return Some(value);
+            }
+        }
+        None
+    };
+    // Indicator, number of blocks, length in the file.
+    let is_one = number()? == 0 && number()? == 1;
+    number()?;
+    number().filter(|_| is_one)
+}
+
 fn decompress_xz(block: &[u8], out: &mut [u8]) -> Option<usize> {
     let mut stream = Stream::new_stream_decoder(XZ_MEMORY, 0).ok()?;
     let status = stream.process(block, out, Action::Finish).ok()?;
@@ -366,6 +399,8 @@ mod tests {
                     assert!(compressed.len() < block.len());
                     decompressor.decompress(&compressed, block.len(), &mut content).unwrap();
                     assert!(content == block, "{algorithm:?}");
+                    let says = content_length(algorithm, &compressed);
+                    assert_eq!(says, (algorithm != Compression::Gzip).then_some(block.len() as u64));
                     let short = decompressor.decompress(&compressed, block.len() - 1, &mut content);
                     assert!(short.is_err(), "{algorithm:?} wrote beyond the limit");
                 }

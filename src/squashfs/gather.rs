@@ -7,11 +7,11 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, FileType, OFlags, Stat};
+use rustix::fs::{FileType, OFlags, Stat};
+use rustix::io::Errno;
 
 use crate::squashfs::error::Failure;
 use crate::squashfs::plan::{Attributes, Content, NodeId, Object, Plan, XattrSet, can_hold};
-use crate::sys::attributes::Node;
 use crate::sys::tree::Tree;
 use crate::sys::walk::{Descent, refuse_long};
 
@@ -36,81 +36,108 @@ pub struct Gathered {
 /// Collects `tree`. `choose` is asked about each entry but the root, by its path and status, as of the kernel's `lstat`.
 /// Extended attributes outside of `user.`, `trusted.` and `security.` are left out. Never follows a link.
 pub fn gather(tree: &Tree, choose: &mut dyn FnMut(&Path, &Stat) -> Choice) -> Result<Gathered, Failure> {
-    let failed = |path: &Path| {
-        let path = path.to_owned();
-        move |error: rustix::io::Errno| Failure::Tree(path, error.into())
-    };
-    let mut collector = Collector::default();
-    let root = rustix::fs::fstat(tree).map_err(failed(Path::new("")))?;
-    let xattrs = collector.xattrs(Node { directory: tree, name: OsStr::new(".") }, Path::new(""))?;
-    let mut plan = Plan::new(&attributes(&root, &xattrs))?;
-    let mut descent = Descent::of(tree);
-    let mut directories = vec![(PathBuf::new(), NodeId::ROOT)];
-    let mut linked: HashMap<(u64, u64), NodeId> = HashMap::new();
-    while let Some((path, parent)) = directories.pop() {
-        let in_tree = |error: io::Error| Failure::Tree(path.clone(), error);
-        let directory = descent.directory_without_links(&path).map_err(in_tree)?;
-        for name in directory.names().map_err(in_tree)? {
-            let below = path.join(&name);
-            let found = rustix::fs::statat(directory, &name, AtFlags::SYMLINK_NOFOLLOW).map_err(failed(&below))?;
-            let Choice::Pack(content) = choose(&below, &found) else { continue };
-            refuse_long(&below).map_err(in_tree)?;
-            let kind = FileType::from_raw_mode(found.st_mode);
-            let is_shared = found.st_nlink > 1 && kind != FileType::Directory;
-            if is_shared && let Some(known) = linked.get(&(found.st_dev, found.st_ino)) {
-                plan.link(parent, &name, *known)?;
-                continue;
-            }
-            let xattrs = collector.xattrs(Node { directory, name: &name }, &below)?;
-            let target;
-            let object = match kind {
-                FileType::Directory => Object::Directory,
-                FileType::RegularFile => Object::File { size: u64::try_from(found.st_size).unwrap_or(0), content },
-                FileType::Symlink => {
-                    target = rustix::fs::readlinkat(directory, &name, Vec::new()).map_err(failed(&below))?;
-                    Object::Symlink(target.to_bytes())
-                }
-                FileType::BlockDevice => Object::BlockDevice(found.st_rdev),
-                FileType::CharacterDevice => Object::CharacterDevice(found.st_rdev),
-                FileType::Fifo => Object::Fifo,
-                FileType::Socket => Object::Socket,
-                FileType::Unknown => {
-                    return Err(Failure::Tree(below, io::Error::other("it is of an unknown type")));
-                }
-            };
-            let node = plan.add(parent, &name, &attributes(&found, &xattrs), &object)?;
-            if is_shared {
-                linked.insert((found.st_dev, found.st_ino), node);
-            }
-            if kind == FileType::Directory {
-                directories.push((below, node));
-            }
-        }
+    let root = rustix::fs::fstat(tree).map_err(|error| Failure::Tree(PathBuf::new(), error.into()))?;
+    let mut attributes = ExtendedAttributes { not_kept: Vec::new(), names: vec![0; 1 << 16], value: vec![0; 1 << 16] };
+    let xattrs = attributes.of(tree, OsStr::new("."), Path::new(""))?;
+    let plan = Plan::new(&of_status(&root, &xattrs))?;
+    let mut gathering = Gathering { plan, attributes, linked: HashMap::new() };
+    let mut failure = None;
+    let walked = tree.walk_with(&NodeId::ROOT, |parent, path, directory, name, found| {
+        let Choice::Pack(content) = choose(path, found) else { return Ok(None) };
+        gathering.add(*parent, path, (directory, name), found, content).map(Some).map_err(|error| {
+            failure = Some(error);
+            io::ErrorKind::Other.into()
+        })
+    });
+    if let Some(failure) = failure {
+        return Err(failure);
     }
-    Ok(Gathered { plan, not_kept: collector.not_kept })
+    walked.map_err(|error| Failure::Tree(PathBuf::new(), error))?;
+    Ok(Gathered { plan: gathering.plan, not_kept: gathering.attributes.not_kept })
 }
 
-fn attributes<'a>(found: &Stat, xattrs: &'a [(Vec<u8>, Vec<u8>)]) -> Attributes<'a> {
+struct Gathering {
+    plan: Plan,
+    attributes: ExtendedAttributes,
+    /// Objects of several names, by device and inode number.
+    linked: HashMap<(u64, u64), NodeId>,
+}
+
+impl Gathering {
+    /// Adds the entry `name` of a directory to the plan.
+    fn add(
+        &mut self,
+        parent: NodeId,
+        path: &Path,
+        (directory, name): (&Tree, &OsStr),
+        found: &Stat,
+        content: Content,
+    ) -> Result<NodeId, Failure> {
+        let failed = |error: io::Error| Failure::Tree(path.to_owned(), error);
+        refuse_long(path).map_err(failed)?;
+        let kind = FileType::from_raw_mode(found.st_mode);
+        let is_shared = found.st_nlink > 1 && kind != FileType::Directory;
+        if is_shared && let Some(known) = self.linked.get(&(found.st_dev, found.st_ino)) {
+            self.plan.link(parent, name, *known)?;
+            return Ok(*known);
+        }
+        let xattrs = self.attributes.of(directory, name, path)?;
+        let target;
+        let object = match kind {
+            FileType::Directory => Object::Directory,
+            FileType::RegularFile => Object::File { size: u64::try_from(found.st_size).unwrap_or(0), content },
+            FileType::Symlink => {
+                target = rustix::fs::readlinkat(directory, name, Vec::new()).map_err(|error| failed(error.into()))?;
+                Object::Symlink(target.to_bytes())
+            }
+            FileType::BlockDevice => Object::BlockDevice(found.st_rdev),
+            FileType::CharacterDevice => Object::CharacterDevice(found.st_rdev),
+            FileType::Fifo => Object::Fifo,
+            FileType::Socket => Object::Socket,
+            FileType::Unknown => return Err(failed(io::Error::other("it is of an unknown type"))),
+        };
+        let node = self.plan.add(parent, name, &of_status(found, &xattrs), &object)?;
+        if is_shared {
+            self.linked.insert((found.st_dev, found.st_ino), node);
+        }
+        Ok(node)
+    }
+}
+
+fn of_status<'a>(found: &Stat, xattrs: &'a [(Vec<u8>, Vec<u8>)]) -> Attributes<'a> {
     let (mode, user, group) = (found.st_mode & 0o7777, found.st_uid, found.st_gid);
     Attributes { mode, user, group, modified: found.st_mtime, xattrs }
 }
 
-#[derive(Default)]
-struct Collector {
+/// Reads extended attributes.
+struct ExtendedAttributes {
     not_kept: Vec<OsString>,
+    /// The kernel's limit of the list of names, and of a value, is 64 KiB (xattr(7)).
+    names: Vec<u8>,
+    value: Vec<u8>,
 }
 
-impl Collector {
-    /// Extended attributes of an entry that an image can hold.
-    fn xattrs(&mut self, node: Node, path: &Path) -> Result<XattrSet, Failure> {
-        let all = node.attributes().map_err(|error| Failure::Tree(path.to_owned(), error))?;
-        let (kept, others): (Vec<_>, Vec<_>) = all.into_iter().partition(|(name, _)| can_hold(name.as_bytes()));
-        for (name, _) in others {
-            if !self.not_kept.contains(&name) {
-                self.not_kept.push(name);
+impl ExtendedAttributes {
+    /// Extended attributes of the entry `name` that an image can hold; `path` is for messages.
+    fn of(&mut self, directory: &Tree, name: &OsStr, path: &Path) -> Result<XattrSet, Failure> {
+        // A path through the descriptor spares opening each entry; the last name is not followed.
+        let entry = directory.path().join(name);
+        let failed = |error: Errno| Failure::Tree(path.to_owned(), error.into());
+        let length = match rustix::fs::llistxattr(&entry, &mut self.names[..]) {
+            Ok(0) | Err(Errno::NOTSUP) => return Ok(XattrSet::new()),
+            other => other.map_err(failed)?,
+        };
+        let mut found = XattrSet::new();
+        for name in self.names[..length].split(|byte| *byte == 0).filter(|name| !name.is_empty()) {
+            let shown = OsStr::from_bytes(name);
+            if can_hold(name) {
+                let length = rustix::fs::lgetxattr(&entry, shown, &mut self.value[..]).map_err(failed)?;
+                found.push((name.to_owned(), self.value[..length].to_vec()));
+            } else if !self.not_kept.iter().any(|known| known == shown) {
+                self.not_kept.push(shown.to_owned());
             }
         }
-        Ok(kept.into_iter().map(|(name, value)| (name.as_bytes().to_vec(), value)).collect())
+        Ok(found)
     }
 }
 

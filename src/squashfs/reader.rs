@@ -8,7 +8,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
-use crate::squashfs::compression::{Decompressor, Method};
+use crate::squashfs::compression::{Compression, Decompressor, Method, content_length};
 use crate::squashfs::error::Fault;
 use crate::squashfs::format::{
     Extent, Fields, Fragment, METADATA_BLOCK, NO_TABLE, Place, STORED_BLOCK, STORED_METADATA, SUPERBLOCK_LENGTH,
@@ -74,7 +74,7 @@ impl Reader {
     pub fn options(&self) -> Options {
         let stored = flag::STORED_DATA | flag::STORED_FRAGMENTS;
         let is_stored = self.superblock.flags & stored == stored;
-        let none = crate::squashfs::compression::Compression::None;
+        let none = Compression::None;
         let block_size = self.superblock.block_size;
         Options {
             method: if is_stored { Method::new(none, block_size) } else { self.method },
@@ -275,6 +275,7 @@ impl Reader {
 /// Reads and decompresses data blocks.
 pub(crate) struct BlockReader<'a> {
     file: &'a File,
+    algorithm: Compression,
     decompressor: Decompressor,
     raw: Vec<u8>,
     content: Vec<u8>,
@@ -282,8 +283,21 @@ pub(crate) struct BlockReader<'a> {
 
 impl<'a> BlockReader<'a> {
     pub(crate) fn new(file: &'a File, method: &Method) -> Self {
-        let decompressor = Decompressor::new(method.algorithm());
-        Self { file, decompressor, raw: Vec::new(), content: Vec::new() }
+        let algorithm = method.algorithm();
+        Self { file, algorithm, decompressor: Decompressor::new(algorithm), raw: Vec::new(), content: Vec::new() }
+    }
+
+    /// Length of the content of a block, which is only decompressed if it does not say so itself.
+    pub(crate) fn length(&mut self, at: u64, size: u32, most: usize) -> Result<u64, Fault> {
+        let length = size & !STORED_BLOCK;
+        if size & STORED_BLOCK == 0 && length > 0 {
+            self.raw.resize(length as usize, 0);
+            self.file.read_exact_at(&mut self.raw, at)?;
+            if let Some(says) = content_length(self.algorithm, &self.raw) {
+                return Ok(says);
+            }
+        }
+        Ok(self.read(at, size, most)?.len() as u64)
     }
 
     /// Content of the block at `at` with the size that its inode or fragment has, of at most `most` bytes. A hole has

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::thread;
 
 use rustix::io::Errno;
 
@@ -95,7 +96,7 @@ impl<'a> Takeover<'a> {
             }
         }
         let live: BTreeMap<u32, Ranges> = live.into_iter().map(|(index, tails)| (index, Ranges::of(tails))).collect();
-        let whole = whole_fragments(source, &live)?;
+        let whole = whole_fragments(source, &live, options.processors)?;
         // With a new fragment block to fill, those that are less than half full are filled up: otherwise each
         // generation of an image would leave one behind.
         let has_new = (has_more && options.fragments != Fragments::Never) || whole.len() < live.len();
@@ -104,7 +105,7 @@ impl<'a> Takeover<'a> {
         for (index, tails) in live {
             let fragment = source.fragments[index as usize];
             let is_full = tails.0.last().is_some_and(|(_, end)| *end >= half);
-            if whole.contains(&index) && (is_full || !has_new) {
+            if whole.binary_search(&index).is_ok() && (is_full || !has_new) {
                 ranges.push((fragment.start, fragment.start + u64::from(fragment.size & !STORED_BLOCK)));
                 kept.push((index, fragment));
             } else {
@@ -216,26 +217,33 @@ impl<'a> Takeover<'a> {
     }
 }
 
-/// Indices of the fragment blocks that hold nothing but the live tails.
-fn whole_fragments(source: &Inventory, live: &BTreeMap<u32, Ranges>) -> Result<Vec<u32>, Fault> {
+/// Indices of the fragment blocks that hold nothing but the live tails, in their order.
+fn whole_fragments(source: &Inventory, live: &BTreeMap<u32, Ranges>, processors: usize) -> Result<Vec<u32>, Fault> {
     let mut ends: HashMap<u32, u64> = HashMap::new();
     for (index, _, end) in source.files().filter_map(|file| source.tail(file)) {
         let known = ends.entry(index).or_default();
         *known = (*known).max(end.into());
     }
-    let mut blocks = BlockReader::new(source.source(), &source.method);
-    let mut whole = Vec::new();
-    for (index, tails) in live {
-        if !ends.get(index).is_some_and(|end| tails.cover(*end)) {
-            continue;
+    let candidates: Vec<_> =
+        live.iter().filter(|(index, tails)| ends.get(index).is_some_and(|end| tails.cover(*end))).collect();
+    // Something may lie behind the tails of all files. Blocks of gzip have to be decompressed for that.
+    let is_whole = |part: &[(&u32, &Ranges)]| {
+        let mut blocks = BlockReader::new(source.source(), &source.method);
+        let mut whole = Vec::new();
+        for (index, tails) in part {
+            let fragment = source.fragments[**index as usize];
+            if tails.cover(blocks.length(fragment.start, fragment.size, source.block_size as usize)?) {
+                whole.push(**index);
+            }
         }
-        let fragment = source.fragments[*index as usize];
-        let content = blocks.read(fragment.start, fragment.size, source.block_size as usize)?;
-        if tails.cover(content.len() as u64) {
-            whole.push(*index);
-        }
-    }
-    Ok(whole)
+        Ok::<_, Fault>(whole)
+    };
+    thread::scope(|scope| {
+        let parts = candidates.chunks(candidates.len().div_ceil(processors.max(1)).max(1));
+        let running: Vec<_> = parts.map(|part| scope.spawn(|| is_whole(part))).collect();
+        let parts = running.into_iter().map(|one| one.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+        Ok(parts.collect::<Result<Vec<_>, _>>()?.concat())
+    })
 }
 
 /// Copies at most `length` bytes, and returns how many.

@@ -44,7 +44,7 @@ fn images() -> Vec<Vec<u8>> {
             made.push(fs::read(&image).unwrap());
         }
     }
-    made.iter_mut().for_each(|image| trim(image));
+    made.iter_mut().for_each(trim);
     // Writing mutants over and over takes the longest.
     made.retain(|image| image.len() < 200_000);
     made
