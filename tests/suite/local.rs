@@ -526,6 +526,26 @@ fn a_mark_in_the_shell_that_was_entered_ends_it_and_answers() {
     }
 }
 
+/// The changes to a directory are applied, and nothing is packed.
+#[test]
+fn people_at_a_shell_are_told_that_the_changes_to_a_directory_are_applied() {
+    let image = image_root();
+    for (verdict, told) in [
+        ("failed", "the image was marked failed, and its changes will not be applied; this session ends now"),
+        ("complete", "the image was marked complete, and its changes will be applied; this session ends now"),
+    ] {
+        let (mut child, printed) = customize(&image.path().join("image"), &[]);
+        let line = printed.lines().find(|line| line.trim_start().starts_with("ssh ")).unwrap().trim();
+        let mut ssh = Command::new("sh");
+        let mut terminal = Terminal::with(ssh.args(["-c", &format!("exec {line}")]));
+        terminal.see("root@image");
+        terminal.line(&format!("touch /tmp/{verdict}"));
+        terminal.see(told);
+        terminal.end();
+        assert_eq!(child.wait().unwrap().code(), Some(i32::from(verdict == "failed")));
+    }
+}
+
 #[test]
 fn it_answers_to_the_name_of_the_script_it_replaces() {
     let dir = tempfile::tempdir().unwrap();
