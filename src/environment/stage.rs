@@ -14,7 +14,7 @@ use crate::volume::layout::STAGE;
 /// Stages of a job, in their order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Stage {
-    /// The job waits for the signal file `ready`.
+    /// The job waits for the signal file ready.
     Waiting,
     /// Configuration, jail and sshd are being made.
     Preparing,
