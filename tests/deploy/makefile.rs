@@ -157,12 +157,12 @@ fn a_missing_tool_is_named_with_its_package() {
 #[test]
 fn one_test_is_found_by_its_name_and_asks_for_what_it_needs() {
     let planned = |name: &str| succeed(&mut make(&["--dry-run", "test", &format!("TEST={name}")]));
-    let unit = planned("a_name_with_a_newline_forges_no_log_line");
+    let unit = planned("text_with_newlines_or_control_characters_forges_no_log_line");
     assert!(unit.contains("--lib") && !unit.contains("tests/install-packages"), "{unit}");
     let manifests = planned("every_job_is_what_kubernetes_expects");
     assert!(manifests.contains("--test deploy") && manifests.contains("kubernetes-validate"), "{manifests}");
     assert!(!manifests.contains("container-images") && !manifests.contains("image-roots"), "{manifests}");
-    let session = planned("exit_status_0_to_255");
+    let session = planned("exit_status_is_passed_on_from_0_to_255");
     assert!(session.contains("--test suite") && session.contains("image-roots"), "{session}");
     assert!(!session.contains("container-images"), "{session}");
     assert!(planned("it_is_small").contains("container-images"));
