@@ -318,8 +318,8 @@ pub const VARIABLES: &[Variable] = &[
     },
     Variable {
         name: "IMS_RETRY_LIMIT",
-        format: "whole seconds for which a request that fails is tried again; a download that comes forward begins \
-            them anew",
+        format: "whole seconds for which a request that fails is tried again, and within which an answer of a store \
+            ends; a download that comes forward begins them anew",
         default: "`200`",
         readers: &[Publishing],
     },
