@@ -98,7 +98,7 @@ fn fail_ends_an_unattended_run_and_drops_its_changes() {
     assert!(told.starts_with("marked fail-ends-it (") && told.ends_with("failed\n"), "{told}");
     let (code, said) = end(run);
     assert_eq!(code, Some(1), "{said}");
-    assert!(said.contains("the changes were thrown away"), "{said}");
+    assert!(said.contains("the changes were discarded"), "{said}");
     kept_is(dir.path(), source, false);
 }
 
