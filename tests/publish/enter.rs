@@ -130,7 +130,7 @@ fn looking_at_a_source_names_what_is_open_on_it() {
         // A directory may change below the other run's overlay, a file does not.
         assert_eq!(output.status.code(), Some(i32::from(options.is_empty())), "{said}");
         let refused = ims_sshd(&["complete", &name], &[]).output().unwrap();
-        let stop = format!("to stop that, send SIGTERM to process {}", open.id());
+        let stop = format!("'ims-sshd fail {name}' ends it, and drops the changes");
         assert!(text(&refused.stderr).contains(&stop), "{refused:?}");
         open.kill().unwrap();
         open.wait().unwrap();

@@ -188,7 +188,7 @@ fn status_tells_where_it_is_as_json_too() {
     assert_eq!(status(), ("done".into(), "complete".into()));
     let late = ims_sshd(&["fail", &environment.parent.display().to_string()]);
     assert_eq!(late.status.code(), Some(1));
-    assert!(text(late.stderr).contains("has ended already"));
+    assert!(text(late.stderr).contains("has already ended"));
     let nowhere = ims_sshd(&["status", "/nowhere"]);
     assert!(text(nowhere.stderr).contains("cannot open the image root parent /nowhere: it does not exist"));
 }
@@ -351,10 +351,10 @@ fn enter_ends_nothing_but_what_it_started() {
 #[test]
 fn an_image_root_that_cannot_be_is_refused() {
     for (command, path, reason, code) in [
-        ("customize", "/", "this machine's own root", 2),
+        ("customize", "/", "the machine's own root", 2),
         ("customize", "/nowhere", "No such file", 2),
         ("customize", "/etc/passwd", "--output is missing", 2),
-        ("enter", "/", "this machine's own root", 2),
+        ("enter", "/", "the machine's own root", 2),
         ("enter", "/nowhere", "No such file", 2),
         ("enter", "/etc/passwd", "cannot use /etc/passwd as an image", 1),
         ("enter", "", "expected a URL, a ", 2),
