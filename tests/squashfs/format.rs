@@ -35,6 +35,20 @@ fn every_compression_and_block_size_is_what_the_kernel_reads() {
 }
 
 #[test]
+fn unsquashfs_unpacks_the_tree_as_it_was() {
+    let dir = testbed::directory();
+    let (root, image, unpacked) = (dir.path().join("tree"), dir.path().join("image"), dir.path().join("unpacked"));
+    for seed in 20..23 {
+        let root = root.join(seed.to_string());
+        Drawn::new(&root, seed, 4096);
+        pack(&root, &image, &options(Compression::Zstd, 4096));
+        succeed(Command::new("unsquashfs").args(["-force", "-no-progress", "-dest"]).arg(&unpacked).arg(&image));
+        assert_same(&of_tree(&root), &of_tree(&unpacked), &format!("seed {seed}"));
+        fs::remove_dir_all(&unpacked).unwrap();
+    }
+}
+
+#[test]
 fn fragments_hold_nothing_small_files_or_tails_too() {
     let dir = testbed::directory();
     let (root, image) = (dir.path().join("tree"), dir.path().join("image"));

@@ -4,7 +4,8 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::process::Command;
 
-use ims_sshd::squashfs::{Compression, Options};
+use ims_sshd::squashfs::gather::Choice;
+use ims_sshd::squashfs::{Compression, Content, Options};
 use testbed::succeed;
 
 use crate::snapshot::{assert_same, inventory, of_image, of_tree, options, pack, pack_from};
@@ -99,6 +100,30 @@ fn a_new_file_equal_to_one_that_is_taken_over_is_stored_once() {
     let grown = fs::metadata(&again).unwrap().len().abs_diff(fs::metadata(&image).unwrap().len());
     assert!(grown <= 4096, "{grown}");
     assert_same(&of_tree(&root), &of_image(&again, &dir.path().join("mounted")), "copies");
+}
+
+#[test]
+fn a_source_that_is_cut_off_meanwhile_is_an_error() {
+    let dir = testbed::directory();
+    let (root, image, again) = (dir.path().join("tree"), dir.path().join("image"), dir.path().join("again"));
+    fs::create_dir(&root).unwrap();
+    for number in 0..20 {
+        fs::write(root.join(number.to_string()), Random(number).bytes(100_000)).unwrap();
+    }
+    mksquashfs(&root, &image, &["-b", "4096"]);
+    let (source, unchanged, options) = inventory(&image, &root);
+    fs::File::options().write(true).open(&image).unwrap().set_len(500_000).unwrap();
+    let tree = ims_sshd::sys::tree::Tree::open(&root).unwrap();
+    let plan = ims_sshd::squashfs::gather::gather(&tree, &mut |_, found| {
+        let known = unchanged.get(&found.st_ino);
+        Choice::Pack(known.map_or(Content::Read, |number| Content::Taken(*number)))
+    });
+    let output = fs::File::options().read(true).write(true).create_new(true).open(&again).unwrap();
+    let mut open = ims_sshd::squashfs::gather::opener(&tree);
+    let written = ims_sshd::squashfs::write(&plan.unwrap().plan, Some(&source), &options, &mut open, &output, &|_| {});
+    let said = written.unwrap_err().to_string();
+    assert!(matches!(&*said, "source: the squashfs is damaged: it was cut off meanwhile"), "{said}");
+    assert!(!fs::read(&again).unwrap().starts_with(b"hsqs"));
 }
 
 #[test]
