@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use ims_sshd::cli::{arguments, run};
 use ims_sshd::environment::supervisor;
+use ims_sshd::image::packer;
 use ims_sshd::panic;
 use ims_sshd::printable::Printable;
 use ims_sshd::sys::umask;
@@ -11,6 +12,9 @@ use ims_sshd::sys::umask;
 fn main() -> ExitCode {
     umask::set_own();
     panic::tell_by(report);
+    if let Some(code) = packer::run_as_child() {
+        return ExitCode::from(code);
+    }
     let arguments = arguments::parse();
     let awaited = run::awaited_parent(&arguments);
     match run::run(arguments) {

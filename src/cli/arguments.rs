@@ -274,6 +274,9 @@ pub(super) struct PackingOptions {
     /// Compression of the squashfs [variable: IMAGE_COMPRESSION] [default: gzip]
     #[arg(long, value_name = "ALGORITHM", value_parser = packing::COMPRESSIONS)]
     pub(super) compression: Option<String>,
+    /// Compress every file, and take nothing over from the source image [variable: IMAGE_FROM_SCRATCH]
+    #[arg(long)]
+    pub(super) from_scratch: bool,
     /// Omit matching paths, and everything below a matching directory. In a path of the image, * and ? match
     /// characters of one name, [a-z] one of a set; '... ' before a name matches at any depth, as in '... *.pyc'.
     /// May be repeated
@@ -282,6 +285,13 @@ pub(super) struct PackingOptions {
     /// Write as JSON what was added, removed and changed since this command or 'ims-sshd prepare' opened the image
     #[arg(long, value_name = "FILE")]
     pub(super) changes: Option<PathBuf>,
+}
+
+impl PackingOptions {
+    pub(super) fn variables(&self) -> Variables {
+        let is_from_scratch = self.from_scratch.then(|| "true".to_owned());
+        vec![("IMAGE_COMPRESSION", self.compression.clone()), ("IMAGE_FROM_SCRATCH", is_from_scratch)]
+    }
 }
 
 #[derive(Args)]
@@ -355,7 +365,7 @@ pub(super) struct Named {
 
 /// Makes options of `customize` and `enter` that describe the new image require an output.
 fn only_to_publish(option: clap::Arg) -> clap::Arg {
-    const OPTIONS: [&str; 6] = ["kernel", "initrd", "kernel_parameters", "exclude", "changes", "json"];
+    const OPTIONS: [&str; 7] = ["from_scratch", "kernel", "initrd", "kernel_parameters", "exclude", "changes", "json"];
     match option.get_id().as_str() {
         "compression" => {
             with_default(option, "gzip", "the source's, if it is a squashfs, else gzip").requires("output")

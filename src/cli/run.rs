@@ -49,8 +49,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
         }
         Command::Sidecar(arguments) => run_sidecar(arguments),
         Command::Package { image_root, archive, packing, image } => {
-            let compression = [("IMAGE_COMPRESSION", packing.compression)];
-            let options = image.variables_or_auto().into_iter().chain(compression);
+            let options = image.variables_or_auto().into_iter().chain(packing.variables());
             let settings = publishing::Settings::read(None, variables(options))?;
             let (named, archive, changes) = (image_root.as_deref(), archive.as_deref(), packing.changes.as_deref());
             steps::package(&settings, named, archive, &packing.exclude, changes)
@@ -202,7 +201,7 @@ fn local_run(options: JobOptions, source: String, end: Option<End>, command_line
     } else {
         let options = image.named_by(&source).variables_or_auto().into_iter().chain(checksum.variables());
         let options = options.chain(parameters.variables());
-        let variables = variables(options.chain([("IMAGE_COMPRESSION", packing.compression)]));
+        let variables = variables(options.chain(packing.variables()));
         let mut settings = publishing::Settings::read(Some(work.clone()), variables)?;
         settings.store.url = output;
         Some(settings)
@@ -225,9 +224,8 @@ fn without_output(source: &str) -> Error {
 }
 
 fn run_sidecar(arguments: SidecarArguments) -> Result<u8> {
-    let compression = [("IMAGE_COMPRESSION", arguments.packing.compression)];
     let options = arguments.image.variables().into_iter().chain(arguments.parameters.variables());
-    let options = options.chain(arguments.servers.variables()).chain(compression);
+    let options = options.chain(arguments.servers.variables()).chain(arguments.packing.variables());
     let options = options.chain([("IMAGE_STORE", arguments.store.store)]);
     let variables = variables(options);
     let parent = arguments.image_root_parent;

@@ -7,5 +7,8 @@ pub(crate) mod installed_packages;
 pub(crate) mod inventory;
 pub(crate) mod kind;
 pub(crate) mod layers;
+pub mod packer;
 pub mod packing;
+pub(crate) mod unchanged;
 pub(crate) mod unpack;
+pub(crate) mod upper_layer;

@@ -10,12 +10,14 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 
-use rustix::fs::{FileType, MemfdFlags, OFlags, Stat};
+use rustix::fs::{FileType, OFlags, Stat};
 use rustix::io::Errno;
 
 use crate::error::{Attempt, Error, Result};
 use crate::image::exclude::{self, Pattern};
 use crate::image::kind::{self, Kind};
+use crate::image::packer::{self, Order};
+use crate::image::unchanged::Source;
 use crate::printable::listed;
 use crate::sys::file_kind::FileKind;
 use crate::sys::named;
@@ -132,13 +134,14 @@ pub(crate) fn check_output(file: &Path, called: &str) -> Result<()> {
 
 /// Packs `image_root` into the file `to`, without what `exclude` matches, and returns the file written. The file
 /// appears under its name only when it is complete. The caller uses the returned descriptor, since the name may be
-/// another file's by then.
+/// another file's by then. Our own packer takes over what is unchanged in `source`.
 pub(crate) fn pack(
     work: &Work,
     image_root: &Tree,
     to: &Archive,
     packing: &Packing,
     exclude: &[Pattern],
+    source: Option<&Source>,
 ) -> Result<File> {
     let shown = image_root.shown();
     let attempted = format!("pack {}", shown.display());
@@ -152,18 +155,56 @@ pub(crate) fn pack(
     for pattern in &excluded.useless {
         tracing::warn!("--exclude '{pattern}' matches nothing in the image");
     }
-    let narrowed = look_through(image_root, &excluded.paths, &attempted)?;
+    let narrowed = look_through(image_root, &excluded.paths, packing.packer, &attempted)?;
     let part = format!("{}.part", to.name);
     // A new file, so its name is neither a link nor a file that an earlier mksquashfs still writes to.
     let file = to.directory.create_file(&part).attempt(|| format!("create {}.part", to.shown()))?;
-    let result = squash(work, image_root, (&file, to.directory), packing, (&excluded.paths, &narrowed), &attempted)
-        .and_then(|()| if exclude.is_empty() { attributes_are_kept(image_root, &file, &attempted) } else { Ok(()) })
+    let paths = (&*excluded.paths, &*narrowed);
+    let written = match packing.packer {
+        Packer::Mksquashfs => squash(work, image_root, (&file, to.directory), packing, paths, &attempted),
+        Packer::Own => {
+            let order = order(image_root, packing, paths);
+            packer::pack(work, image_root, (&file, to.directory), &order, source, &attempted).map(|outcome| {
+                let [all, taken, compressed] =
+                    [outcome.length, outcome.taken, outcome.compressed].map(|bytes| bytes.div_ceil(1_000_000));
+                tracing::info!("packed {all} MB, of which {taken} MB were taken over and {compressed} MB compressed");
+            })
+        }
+    };
+    let result = written
+        .and_then(|()| {
+            if exclude.is_empty() { attributes_are_kept(image_root, &file, packing.packer, &attempted) } else { Ok(()) }
+        })
         .and_then(|()| file.sync_all().attempt(|| format!("write {}.part", to.shown())))
+        .and_then(|()| source.map_or(Ok(()), Source::drop_squashfs).attempt(|| "remove the source image"))
         .and_then(|()| to.directory.rename(&part, to.name).attempt(|| format!("rename {}.part", to.shown())));
     if result.is_err() {
         let _ = to.directory.remove(&part);
     }
     result.map(|()| file)
+}
+
+/// What our own packer is to do.
+fn order(image_root: &Tree, packing: &Packing, (excluded, narrowed): (&[PathBuf], &[Narrowed])) -> Order {
+    let emptied = sparse_logs(image_root, excluded);
+    for (name, found) in &emptied {
+        tell_emptied(name, found);
+    }
+    let kiwi = owner_of_kiwi_directory(image_root).map(|_| (PathBuf::from(KIWI), 0o700));
+    // The last one of a path counts.
+    let modes = narrowed.iter().map(|narrowed| (narrowed.path.clone(), narrowed.mode)).chain(kiwi);
+    Order {
+        compression: packing.compression,
+        epoch: packing.epoch,
+        memory: memory(),
+        left_out: excluded.to_vec(),
+        emptied: emptied.into_iter().map(|(name, _)| name.into()).collect(),
+        modes: modes.collect(),
+    }
+}
+
+fn tell_emptied(name: &str, found: &Stat) {
+    tracing::warn!("/{name} is packed empty: nearly all of its {} bytes are holes", found.st_size);
 }
 
 fn squash(
@@ -194,12 +235,12 @@ fn squash(
     let emptied = sparse_logs(image_root, excluded);
     for (name, found) in &emptied {
         let (mode, user, group) = (found.st_mode & 0o7777, found.st_uid, found.st_gid);
-        tracing::warn!("/{name} is packed empty: nearly all of its {} bytes are holes", found.st_size);
+        tell_emptied(name, found);
         mksquashfs.args(["-p", &format!("{name} f {mode:o} {user} {group} true")]);
     }
     let is_defined = |path: &Path| path == Path::new(KIWI) || emptied.iter().any(|(name, _)| Path::new(name) == path);
     let (definitions, further) = definitions(narrowed.iter().filter(|narrowed| !is_defined(&narrowed.path)));
-    let definitions = (!definitions.is_empty()).then(|| inheritable_file(&definitions)).transpose();
+    let definitions = (!definitions.is_empty()).then(|| packer::inheritable(&definitions)).transpose();
     let definitions = definitions.attempt(|| attempted)?;
     if let Some(definitions) = &definitions {
         mksquashfs.args(["-pf", &format!("/proc/self/fd/{}", definitions.as_raw_fd())]);
@@ -210,7 +251,7 @@ fn squash(
     let left_out = excluded.iter().map(PathBuf::as_path).chain(emptied.iter().map(|(name, _)| Path::new(name)));
     let (list, arguments) = exclude::listed(left_out);
     // Kept open until mksquashfs has ended.
-    let list = (!list.is_empty()).then(|| inheritable_file(&list)).transpose().attempt(|| attempted)?;
+    let list = (!list.is_empty()).then(|| packer::inheritable(&list)).transpose().attempt(|| attempted)?;
     if let Some(list) = &list {
         mksquashfs.args(["-wildcards", "-ef", &format!("/proc/self/fd/{}", list.as_raw_fd())]);
     }
@@ -342,7 +383,7 @@ const LONGEST_DEFINITION: usize = 16_000;
 
 /// Refuses holes that would keep mksquashfs busy for hours, and warns about those that take minutes. `excluded` paths
 /// do not count. Returns files that are packed with fewer rights for their group, and warns about them.
-fn look_through(image_root: &Tree, excluded: &[PathBuf], attempted: &str) -> Result<Vec<Narrowed>> {
+fn look_through(image_root: &Tree, excluded: &[PathBuf], packer: Packer, attempted: &str) -> Result<Vec<Narrowed>> {
     let mut narrowed = Vec::new();
     let (mut names, mut holes, mut seen) = (Vec::new(), 0_i64, HashSet::new());
     for (_, log) in sparse_logs(image_root, &[]) {
@@ -372,7 +413,8 @@ fn look_through(image_root: &Tree, excluded: &[PathBuf], attempted: &str) -> Res
             ))
             .advise("remove them, or exclude them (--exclude): each byte is packed as a zero"));
     }
-    if !names.is_empty() {
+    // Our own packer skips holes.
+    if !names.is_empty() && packer == Packer::Mksquashfs {
         tracing::warn!("sparse files ({} GiB of holes) take long to pack: {}", holes >> 30, listed(&names));
     }
     if !narrowed.is_empty() {
@@ -381,17 +423,6 @@ fn look_through(image_root: &Tree, excluded: &[PathBuf], attempted: &str) -> Res
         tracing::warn!("packed with the rights that the access list gives the group: {}", listed(&shown));
     }
     Ok(narrowed)
-}
-
-/// A file in memory for a child to open through /proc/self/fd. Landlock allows that, since the file is on no mounted
-/// file system.
-fn inheritable_file(content: &[u8]) -> io::Result<File> {
-    // Kernels before 6.3 reject the flag, and later ones may require it (vm.memfd_noexec).
-    let made = rustix::fs::memfd_create("excluded", MemfdFlags::NOEXEC_SEAL)
-        .or_else(|_| rustix::fs::memfd_create("excluded", MemfdFlags::empty()))?;
-    let file = File::from(made);
-    file.write_all_at(content, 0)?;
-    Ok(file)
 }
 
 /// Size of all files below `root`, in bytes.
@@ -447,9 +478,10 @@ fn share_of_memory(all: Option<u64>) -> u64 {
 
 /// Verifies that the squashfs has every set of extended attributes, file capabilities among them. It stores each
 /// different set once, and counts them.
-fn attributes_are_kept(image_root: &Tree, squashfs: &File, attempted: &str) -> Result<()> {
+fn attributes_are_kept(image_root: &Tree, squashfs: &File, packer: Packer, attempted: &str) -> Result<()> {
     let mut sets = HashSet::new();
-    let emptied = sparse_logs(image_root, &[]);
+    // mksquashfs makes other files in the place of these.
+    let emptied = if packer == Packer::Mksquashfs { sparse_logs(image_root, &[]) } else { Vec::new() };
     let collected = image_root.walk(|_, parent, name, found| {
         let is_emptied = |(_, log): &(String, Stat)| (log.st_dev, log.st_ino) == (found.st_dev, found.st_ino);
         if emptied.iter().any(is_emptied) { Ok(()) } else { collect_attributes(&parent.path().join(name), &mut sets) }
@@ -508,7 +540,23 @@ pub(crate) struct Packing {
     pub(crate) compression: Option<&'static str>,
     /// `SOURCE_DATE_EPOCH`: the time given to all files of the image, in seconds since 1970.
     pub(crate) epoch: Option<u64>,
+    /// `IMAGE_PACKER`: the program that packs.
+    pub(crate) packer: Packer,
+    /// `--from-scratch`: nothing is taken over from the source.
+    pub(crate) is_from_scratch: bool,
 }
+
+/// The program that packs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Packer {
+    /// Our own, which takes over what is unchanged.
+    Own,
+    /// mksquashfs, which compresses everything.
+    Mksquashfs,
+}
+
+/// Values of `IMAGE_PACKER`.
+pub(crate) const PACKERS: [(&str, Packer); 2] = [("ims-sshd", Packer::Own), ("mksquashfs", Packer::Mksquashfs)];
 
 /// Values of `IMAGE_COMPRESSION`.
 pub const COMPRESSIONS: [&str; 4] = ["gzip", "zstd", "xz", "none"];

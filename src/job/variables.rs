@@ -207,6 +207,25 @@ pub const VARIABLES: &[Variable] = &[
         readers: &[Publishing],
     },
     Variable {
+        name: "IMAGE_PACKER",
+        format: "`ims-sshd`, which takes over the compressed blocks of unchanged files, or `mksquashfs`, which compresses \
+            everything",
+        default: "`mksquashfs`",
+        readers: &[Publishing],
+    },
+    Variable {
+        name: "IMAGE_FROM_SCRATCH",
+        format: "`true` or `false`, in any case: whether nothing is taken over from the source",
+        default: "`false`",
+        readers: &[Publishing],
+    },
+    Variable {
+        name: "IMAGE_KEEP_SOURCE",
+        format: "`true` or `false`, in any case: whether `prepare` keeps a fetched squashfs for the packer `ims-sshd`",
+        default: "`true` if three times its size is free",
+        readers: &[Publishing],
+    },
+    Variable {
         name: "SOURCE_DATE_EPOCH",
         format: "seconds since 1970: the time of everything in the packed image",
         default: "none: the files' own",

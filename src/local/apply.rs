@@ -16,9 +16,9 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 
 use crate::error::{Attempt, Error, Result};
+use crate::image::upper_layer::{Directories, ESCAPED, UpperDirectory, directories, is_whiteout, or_dot, shown};
 use crate::local::apply_checks::{refuse_edited, refuse_unchangeable};
 use crate::local::apply_progress::{Progress, RECORD, Step, has_begun, is_of, is_only_decided};
-use crate::local::upper_layer::{Directories, ESCAPED, UpperDirectory, directories, is_whiteout, or_dot, shown};
 use crate::sys::attributes::Node;
 use crate::sys::signals::Pending;
 use crate::sys::tree::Tree;
@@ -324,7 +324,7 @@ fn copy_content(mut from: File, mut to: File, size: u64) -> io::Result<()> {
 mod tests {
     use super::*;
     use crate::image::unpack::{INDEX, NO_METACOPY, ONE_DEVICE, REDIRECT};
-    use crate::local::upper_layer::complete_hard_links;
+    use crate::image::upper_layer::complete_hard_links;
     use crate::sys::mounts::{self, Detached};
     use nix::sys::signal::Signal;
     use proptest::collection::vec;

@@ -7,7 +7,7 @@ use std::path::Path;
 use rustix::fs::{AtFlags, StatxAttributes, StatxFlags, Timespec, Timestamps, UTIME_NOW};
 
 use crate::error::{Attempt, Error, Result};
-use crate::local::upper_layer::{Directories, directories, touched};
+use crate::image::upper_layer::{Directories, directories, touched};
 use crate::sys::tree::Tree;
 use crate::volume::layout::SOURCE;
 

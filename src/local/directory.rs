@@ -4,13 +4,13 @@ use std::path::Path;
 
 use crate::error::{Attempt, Error, Result};
 use crate::image::unpack::{INDEX_OF_LINKS, Overlay, UPPER};
+use crate::image::upper_layer;
 use crate::local::apply;
 use crate::local::apply_progress;
 use crate::local::claim::{is_claimed, refuse_nested, remove_directory};
 use crate::local::left_over::{clear_left_over, end_left_over};
 use crate::local::register;
 use crate::local::run_directory::RunDirectory;
-use crate::local::upper_layer;
 use crate::local::work_directory;
 use crate::publish::identity::Record;
 use crate::publish::source::Source;

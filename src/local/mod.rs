@@ -20,5 +20,4 @@ pub(crate) mod source;
 pub(crate) mod space;
 pub mod status;
 pub mod steps;
-pub(crate) mod upper_layer;
 pub mod work_directory;

@@ -15,6 +15,7 @@ use crate::image::inventory::{Inventory, write_changes};
 use crate::image::kind;
 use crate::image::packing::{self, Archive};
 use crate::image::unpack::{Overlay, UPPER};
+use crate::image::upper_layer;
 use crate::ims::client::Ims;
 use crate::local::command_line::CommandLine;
 use crate::local::directory::{self, Held};
@@ -23,7 +24,8 @@ use crate::local::names;
 use crate::local::register::{self, Entry, resuming_line};
 use crate::local::source;
 use crate::local::work_directory::{ASIDE, WorkDirectory};
-use crate::local::{apply_checks, apply_progress, space, upper_layer};
+use crate::local::{apply_checks, apply_progress, space};
+use crate::publish::basis;
 use crate::publish::journal::{Journal, JournalDirectory};
 use crate::publish::manifest::say_result;
 use crate::publish::prepare::{holds_changes, known, prepare};
@@ -571,7 +573,10 @@ impl Opened<'_> {
         }
         let boot = boot::find_if_any(&tree, &settings.boot, settings.job.arch())?;
         let archive = Archive { directory: workplace, name: "packed.sqsh" };
-        let rootfs = packing::pack(work, &tree, &archive, &packing, &run.exclude)?;
+        let basis = basis::of(settings, workplace, &tree, false);
+        let rootfs = packing::pack(work, &tree, &archive, &packing, &run.exclude, basis.as_ref())?;
+        // It may hold the source open, which is below the overlay.
+        drop(basis);
         drop(tree);
         if let Some(overlay) = overlay {
             overlay.unmount()?;

@@ -14,6 +14,7 @@ use crate::local::directory;
 use crate::local::left_over::{clear_left_over, end_left_over};
 use crate::log::output::say;
 use crate::publish::anew;
+use crate::publish::basis;
 use crate::publish::journal::{Journal, JournalDirectory};
 use crate::publish::manifest::say_result;
 use crate::publish::packed;
@@ -188,7 +189,9 @@ pub fn package(
     }
     // Before it is packed: what is changed meanwhile counts as changed later.
     let was = packed::state(&place.image_root);
-    let packed = packing::pack(&work, &place.image_root, &place.archive(), &settings.packing, exclude)?;
+    let source = basis::of(settings, place.files.parent(), &place.image_root, false);
+    let (archive, packing) = (place.archive(), &settings.packing);
+    let packed = packing::pack(&work, &place.image_root, &archive, packing, exclude, source.as_ref())?;
     packed::record(place.files.parent(), &place.archive(), &packed, &place.image_root, was?)?;
     if let Some(file) = changes {
         write_changes(&work, place.files.parent(), &place.image_root, file)?;

@@ -21,6 +21,7 @@ use crate::jail::resolv_conf::{RESOLV_CONF, of_container};
 use crate::jailer::resolv_conf::{self, ENVIRONMENT, SIDECAR};
 use crate::job::Action;
 use crate::pod::pod_files;
+use crate::publish::basis;
 use crate::publish::journal::{Journal, JournalDirectory, Phase};
 use crate::publish::manifest::say_result;
 use crate::publish::packed;
@@ -590,7 +591,10 @@ impl<'a> Sidecar<'a> {
             archive.open_squashfs()?
         } else if let Some(image_root) = image_root.filter(|_| self.journal.phase < Phase::Packed) {
             let was = packed::state(image_root);
-            let packed = packing::pack(self.work, image_root, &archive, &settings.packing, &self.places.exclude)?;
+            let source = basis::of(settings, parent, image_root, true);
+            let packing = &settings.packing;
+            let packed =
+                packing::pack(self.work, image_root, &archive, packing, &self.places.exclude, source.as_ref())?;
             packed::record(parent, &archive, &packed, image_root, was?)?;
             tracing::info!("packed {}", archive.shown());
             if let Some(file) = &self.places.changes

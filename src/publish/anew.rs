@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::error::{Attempt, Error, Result};
 use crate::image::kind::Opened;
 use crate::image::unpack::{LOWER, Overlay};
+use crate::publish::basis;
 use crate::publish::identity::Record;
 use crate::publish::packed;
 use crate::publish::prepare::{self, Open};
@@ -15,7 +16,7 @@ use crate::publish::source::Source;
 use crate::sys::mounts;
 use crate::sys::tree::Tree;
 use crate::transfer::Work;
-use crate::volume::layout::{ARCHIVE, DROPPED, FRESH, INVENTORY, OVERLAY, PACKED, SOURCE};
+use crate::volume::layout::{ARCHIVE, DROPPED, FRESH, INVENTORY, KEPT_SOURCE, OVERLAY, PACKED, SOURCE, UNPACKED};
 use crate::volume::mounts_below::mounts_below;
 use crate::volume::signal_files::SignalFiles;
 use crate::volume::{holds, open_tree};
@@ -141,7 +142,9 @@ impl Old {
             let found = volume.look(name).ok().flatten();
             found.is_some_and(|found| Some((found.st_dev, found.st_ino)) != source)
         });
-        let own = [settings.job.image_root(), OVERLAY, INVENTORY, PACKED].into_iter().map(str::to_owned);
+        let own = [settings.job.image_root(), OVERLAY, INVENTORY, UNPACKED, KEPT_SOURCE, PACKED]
+            .into_iter()
+            .map(str::to_owned);
         Ok(Self { paths: own.chain(archives).map(PathBuf::from).collect() })
     }
 
@@ -181,6 +184,7 @@ impl Old {
             for path in [ARCHIVE, OVERLAY, INVENTORY] {
                 move_in(path).attempt(|| format!("rename {}", made.shown().join(path).display()))?;
             }
+            basis::move_to(&made, volume, settings)?;
             record.write(&identity)?;
             match archive.filter(|_| open == Open::Overlay) {
                 Some(archive) => Overlay::mount(&archive, &parent.join(OVERLAY), image_root).map(Some),
@@ -196,7 +200,7 @@ impl Old {
         };
         let put = put_in_place(&mut aside);
         if put.is_err() {
-            for path in [OVERLAY, INVENTORY, SOURCE, settings.job.image_root()].map(Path::new) {
+            for path in [OVERLAY, INVENTORY, UNPACKED, KEPT_SOURCE, SOURCE, settings.job.image_root()].map(Path::new) {
                 let _ = above_of(volume, path).and_then(|(above, name)| above.remove_whole(name.as_ref()));
             }
             if let Err(e) = aside.put_back() {

@@ -176,10 +176,7 @@ pub(crate) struct Record<'a> {
 impl<'a> Record<'a> {
     /// Record of the job of `settings` on a volume. It is sealed if others can write to the volume.
     pub(crate) fn on(volume: &'a Tree, settings: &Settings) -> Result<Self> {
-        let found = rustix::fs::fstat(volume).attempt(|| format!("look at {}", volume.shown().display()))?;
-        let is_private = found.st_uid == nix::unistd::geteuid().as_raw() && found.st_mode.trailing_zeros() >= 6;
-        let is_sealed = !is_private && Seal::has_secret(settings);
-        Ok(Self { volume, seal: is_sealed.then(|| Seal::of(settings, volume, false)).transpose()? })
+        Ok(Self { volume, seal: seal_of(volume, settings)? })
     }
 
     /// Record in a directory that nobody else writes to.
@@ -229,6 +226,14 @@ impl<'a> Record<'a> {
     pub(crate) fn remove(&self) -> Result<()> {
         self.volume.remove(SOURCE).attempt(|| format!("remove {}/{SOURCE}", self.volume.shown().display())).map(|_| ())
     }
+}
+
+/// Seal for records of the job of `settings` on a volume; `None` if nobody else can write there, or without a secret.
+pub(crate) fn seal_of(volume: &Tree, settings: &Settings) -> Result<Option<Seal>> {
+    let found = rustix::fs::fstat(volume).attempt(|| format!("look at {}", volume.shown().display()))?;
+    let is_private = found.st_uid == nix::unistd::geteuid().as_raw() && found.st_mode.trailing_zeros() >= 6;
+    let is_sealed = !is_private && Seal::has_secret(settings);
+    is_sealed.then(|| Seal::of(settings, volume, false)).transpose()
 }
 
 #[cfg(test)]

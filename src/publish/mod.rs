@@ -2,6 +2,7 @@
 
 pub(crate) mod anew;
 pub(crate) mod authentication;
+pub(crate) mod basis;
 pub(crate) mod download;
 pub(crate) mod identity;
 pub(crate) mod journal;

@@ -9,6 +9,7 @@ use crate::image::inventory::Inventory;
 use crate::image::kind::{Content, Kind, Opened};
 use crate::image::layers::layers;
 use crate::image::unpack::{LOWER, Overlay, unpack};
+use crate::publish::basis;
 use crate::publish::download;
 use crate::publish::identity::{Identity, Record, named};
 use crate::publish::journal;
@@ -100,6 +101,10 @@ pub(crate) fn make(
         && !matches!(source, Source::Here(_))
         && volume.look(ARCHIVE).is_ok_and(|f| f.is_some());
     refuse_to_fetch_over(source, &volume, &record)?;
+    if known.is_none() {
+        // Of an image root that somebody has removed.
+        basis::forget(&volume);
+    }
     let compare = |opened: &Opened| {
         let identity = Identity::of(source, opened, &settings.expected)?;
         match &known {
@@ -136,16 +141,10 @@ pub(crate) fn make(
                 let tree = unpack(work, &archive, &volume, UNPACKING)?;
                 check(&archive, &tree)?;
                 Inventory::of(work, &tree)?.save(&volume, INVENTORY)?;
-                if let Some(above) = image_root.parent() {
-                    std::fs::create_dir_all(above).attempt(|| format!("create the directory {}", above.display()))?;
-                }
-                let unpacking = parent.join(UNPACKING);
-                std::fs::rename(&unpacking, image_root).attempt(|| format!("rename {}", unpacking.display()))?;
-                // Somebody who can write to the volume may have put another directory there.
-                if !is_same(&tree, &open_tree(image_root)?).unwrap_or(false) {
-                    let taken = format!("another directory has taken the place of {}", unpacking.display());
-                    return Err(Error::new(format!("unpack to {}", image_root.display())).because(taken));
-                }
+                // Last, and before anybody else can reach the tree.
+                let is_fetched = !matches!(source, Source::Here(_));
+                basis::keep(settings, is_fetched, &archive, &volume, &tree);
+                give_name(&tree, parent, image_root)?;
                 Ok((None, Some(archive)))
             }
         }
@@ -159,10 +158,26 @@ pub(crate) fn make(
         }
     }
     if result.is_err() && known.is_none() {
+        basis::forget(&volume);
         let _ = volume.remove(INVENTORY);
         let _ = record.remove();
     }
     result
+}
+
+/// Gives an unpacked tree the name of the image root.
+fn give_name(tree: &Tree, parent: &Path, image_root: &Path) -> Result<()> {
+    if let Some(above) = image_root.parent() {
+        std::fs::create_dir_all(above).attempt(|| format!("create the directory {}", above.display()))?;
+    }
+    let unpacking = parent.join(UNPACKING);
+    std::fs::rename(&unpacking, image_root).attempt(|| format!("rename {}", unpacking.display()))?;
+    // Somebody who can write to the volume may have put another directory there.
+    if is_same(tree, &open_tree(image_root)?).unwrap_or(false) {
+        return Ok(());
+    }
+    let taken = format!("another directory has taken the place of {}", unpacking.display());
+    Err(Error::new(format!("unpack to {}", image_root.display())).because(taken))
 }
 
 /// Refuses to fetch `source` where somebody's file has the name that a fetched image gets.

@@ -7,12 +7,12 @@ use std::time::Duration;
 
 use crate::error::Result;
 use crate::image::boot::{AUTO, Names};
-use crate::image::packing::{COMPRESSIONS, Packing};
+use crate::image::packing::{COMPRESSIONS, PACKERS, Packer, Packing};
 use crate::ims;
 use crate::ims::client::Ims;
 use crate::ims::id::Id;
 use crate::job::Job;
-use crate::job::variables::{Case, Checked, Reader};
+use crate::job::variables::{Case, Checked, Reader, TRUTH};
 use crate::store;
 use crate::transfer::Work;
 use crate::transfer::checksum::{Expected, checksum};
@@ -31,6 +31,8 @@ pub struct Settings {
     pub(crate) expected: Expected,
     /// Options for packing the image.
     pub(crate) packing: Packing,
+    /// `IMAGE_KEEP_SOURCE`: whether a fetched squashfs is kept beside an unpacked image root; `None` if there is room.
+    pub(crate) keep_source: Option<bool>,
     /// Store of images.
     pub store: store::place::Place,
     /// IMS, where jobs and images are registered; `None` on one machine.
@@ -65,7 +67,10 @@ impl Settings {
         let packing = Packing {
             compression: reader.choice("IMAGE_COMPRESSION", &compressions, Case::Exact),
             epoch: reader.seconds("SOURCE_DATE_EPOCH").map(|d| d.as_secs()),
+            packer: reader.choice("IMAGE_PACKER", &PACKERS, Case::Exact).unwrap_or(Packer::Mksquashfs),
+            is_from_scratch: reader.choice("IMAGE_FROM_SCRATCH", &TRUTH, Case::Any).unwrap_or(false),
         };
+        let keep_source = reader.choice("IMAGE_KEEP_SOURCE", &TRUTH, Case::Any);
         let store = store::place::read(&mut reader);
         let ims = ims::place::read(&mut reader);
         let network = Network {
@@ -80,7 +85,7 @@ impl Settings {
             reader.complain(format!("IMS_JOB_ID is '{wrong}': expected {expected}"));
         }
         let name = name.unwrap_or_else(|| "image".into());
-        reader.finish(Some(Self { job, name, boot, expected, packing, store, ims, network, start_limit }))
+        reader.finish(Some(Self { job, name, boot, expected, packing, keep_source, store, ims, network, start_limit }))
     }
 
     /// Client of IMS for the job; built once in a run.

@@ -34,8 +34,9 @@ pub struct Gathered {
 }
 
 /// Collects `tree`. `choose` is asked about each entry but the root, by its path and status, as of the kernel's `lstat`.
+/// It may change the permissions and the size that are packed; a file of no bytes is not read.
 /// Extended attributes outside of `user.`, `trusted.` and `security.` are left out. Never follows a link.
-pub fn gather(tree: &Tree, choose: &mut dyn FnMut(&Path, &Stat) -> Choice) -> Result<Gathered, Failure> {
+pub fn gather(tree: &Tree, choose: &mut dyn FnMut(&Path, &mut Stat) -> Choice) -> Result<Gathered, Failure> {
     let root = rustix::fs::fstat(tree).map_err(|error| Failure::Tree(PathBuf::new(), error.into()))?;
     let mut attributes = ExtendedAttributes { not_kept: Vec::new(), names: vec![0; 1 << 16], value: vec![0; 1 << 16] };
     let xattrs = attributes.of(tree, OsStr::new("."), Path::new(""))?;
@@ -43,8 +44,9 @@ pub fn gather(tree: &Tree, choose: &mut dyn FnMut(&Path, &Stat) -> Choice) -> Re
     let mut gathering = Gathering { plan, attributes, linked: HashMap::new() };
     let mut failure = None;
     let walked = tree.walk_with(&NodeId::ROOT, |parent, path, directory, name, found| {
-        let Choice::Pack(content) = choose(path, found) else { return Ok(None) };
-        gathering.add(*parent, path, (directory, name), found, content).map(Some).map_err(|error| {
+        let mut found = *found;
+        let Choice::Pack(content) = choose(path, &mut found) else { return Ok(None) };
+        gathering.add(*parent, path, (directory, name), &found, content).map(Some).map_err(|error| {
             failure = Some(error);
             io::ErrorKind::Other.into()
         })

@@ -6,18 +6,20 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{FileType, Mode, OFlags};
 
 // From linux/loop.h; LOOP_CONFIGURE exists since Linux 5.8.
 const LOOP_CTL_GET_FREE: libc::Ioctl = 0x4c82;
 const LOOP_CONFIGURE: libc::Ioctl = 0x4c0a;
+const LOOP_GET_STATUS64: libc::Ioctl = 0x4c05;
 const READ_ONLY: u32 = 1;
 const AUTOCLEAR: u32 = 4;
 
 /// Number of retries: another program may take the free device first.
 const TRIES: usize = 100;
 
-/// `struct loop_info64`; only the flags are not zero.
+/// `struct loop_info64`. Its first fields are the file's device and inode, the device's own number, and which part of
+/// the file it shows: offset and length, where 0 is all.
 #[repr(C)]
 struct Info {
     before: [u64; 6],
@@ -72,6 +74,26 @@ impl Loop {
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
+}
+
+/// Returns whether the block device `device` is a loop device that shows `file` as a whole. False if unknown.
+pub(crate) fn shows(device: u64, file: &File) -> bool {
+    let shown = || {
+        let path = PathBuf::from(format!("/dev/loop{}", rustix::fs::minor(device)));
+        let opened = open(&path, OFlags::RDONLY)?;
+        let found = rustix::fs::fstat(&opened)?;
+        if FileType::from_raw_mode(found.st_mode) != FileType::BlockDevice || found.st_rdev != device {
+            return Ok(false);
+        }
+        let mut info = Info { before: [0; 6], encrypt_key_size: 0, flags: 0, behind: [0; 22] };
+        // SAFETY: `info` is a live `struct loop_info64`, which this ioctl fills.
+        #[allow(unsafe_code)]
+        checked(unsafe { libc::ioctl(opened.as_raw_fd(), LOOP_GET_STATUS64, &raw mut info) })?;
+        let found = rustix::fs::fstat(file)?;
+        let [device, inode, _, offset, length, _] = info.before;
+        Ok::<_, io::Error>((device, inode, offset, length) == (found.st_dev, found.st_ino, 0, 0))
+    };
+    shown().unwrap_or(false)
 }
 
 fn open(path: &Path, access: OFlags) -> io::Result<OwnedFd> {

@@ -153,6 +153,8 @@ pub(crate) struct Confined<'a> {
     /// Its standard input, a file or a directory, and its access to that. [`STDIN`] opens it, even if its name has been
     /// replaced.
     stdin: Option<(OwnedFd, Access)>,
+    /// Further files that it may read.
+    readable: Vec<OwnedFd>,
     capabilities: &'static [(Capability, &'static str)],
     /// Resource limits.
     pub(crate) limits: Limits,
@@ -168,7 +170,7 @@ impl<'a> Confined<'a> {
             volume: Some(target.path()),
         };
         let stdin = Some((source.try_clone_to_owned().attempt(|| "duplicate the archive's descriptor")?, Access::Read));
-        Ok(Self { directory: target, access: Access::Write, stdin, capabilities: WRITER, limits })
+        Ok(Self { directory: target, access: Access::Write, stdin, readable: Vec::new(), capabilities: WRITER, limits })
     }
 
     /// For a program that packs the tree `image_root` into `output`, its standard input, which lies in `volume`.
@@ -183,20 +185,34 @@ impl<'a> Confined<'a> {
         };
         // mksquashfs reopens it by path.
         let stdin = Some((output.try_clone().attempt(|| "duplicate the archive's descriptor")?.into(), Access::Write));
-        Ok(Self { directory: image_root, access: Access::Read, stdin, capabilities: READER, limits })
+        Ok(Self {
+            directory: image_root,
+            access: Access::Read,
+            stdin,
+            readable: Vec::new(),
+            capabilities: READER,
+            limits,
+        })
+    }
+
+    /// Lets the program read and execute these files too.
+    pub(crate) fn reading<'f>(mut self, files: impl Iterator<Item = BorrowedFd<'f>>) -> Result<Self> {
+        let owned = files.map(|file| file.try_clone_to_owned()).collect::<std::io::Result<Vec<_>>>();
+        self.readable.extend(owned.attempt(|| "duplicate descriptors for a program")?);
+        Ok(self)
     }
 
     /// For a program that queries a copied database in `directory`.
     pub(crate) fn asking(directory: &'a Tree) -> Self {
         let limits = Limits { memory: 1 << 30, file: 1 << 30, time: Duration::from_mins(2), volume: None };
-        Self { directory, access: Access::Write, stdin: None, capabilities: &[], limits }
+        Self { directory, access: Access::Write, stdin: None, readable: Vec::new(), capabilities: &[], limits }
     }
 
     /// For a program that converts the file `input` to standard output.
     pub(crate) fn filtering(directory: &'a Tree, input: File) -> Self {
         let limits = Limits { memory: memory(), file: 0, time: Duration::from_hours(1), volume: None };
         let stdin = Some((input.into(), Access::Read));
-        Self { directory, access: Access::Read, stdin, capabilities: &[], limits }
+        Self { directory, access: Access::Read, stdin, readable: Vec::new(), capabilities: &[], limits }
     }
 
     /// Starts `command`, which outlives this program.
@@ -278,6 +294,9 @@ impl<'a> Confined<'a> {
         rules.allow(self.directory, self.access)?;
         if let Some((stdin, access)) = &self.stdin {
             rules.allow(stdin, *access)?;
+        }
+        for file in &self.readable {
+            rules.allow(file, Access::Read)?;
         }
         Ok(Some(rules))
     }

@@ -16,6 +16,68 @@ const RATE_OVER: Duration = Duration::from_secs(2);
 
 const BAR_WIDTH: usize = 30;
 
+/// How far a packed image has been written, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Written {
+    /// Bytes of the image that were taken over from its source.
+    pub(crate) taken: u64,
+    /// Bytes of the image that were compressed.
+    pub(crate) compressed: u64,
+    /// Bytes of files that were read for that.
+    pub(crate) read: u64,
+    /// Bytes to take over in all.
+    pub(crate) to_take: u64,
+    /// Bytes to read in all.
+    pub(crate) to_read: u64,
+}
+
+impl Written {
+    /// Length as bytes.
+    pub(crate) const LENGTH: usize = 40;
+
+    pub(crate) fn encode(&self) -> [u8; Self::LENGTH] {
+        let mut bytes = [0; Self::LENGTH];
+        let fields = [self.taken, self.compressed, self.read, self.to_take, self.to_read];
+        for (place, field) in bytes.chunks_exact_mut(8).zip(fields) {
+            place.copy_from_slice(&field.to_le_bytes());
+        }
+        bytes
+    }
+
+    pub(crate) fn decode(bytes: &[u8; Self::LENGTH]) -> Self {
+        let (fields, _) = bytes.as_chunks();
+        let field = |index: usize| u64::from_le_bytes(fields[index]);
+        let [taken, compressed, read, to_take, to_read] = [0, 1, 2, 3, 4].map(field);
+        Self { taken, compressed, read, to_take, to_read }
+    }
+
+    /// Work done, and all of it. Taking over costs nearly nothing against compressing, but not nothing.
+    fn work(&self) -> (u64, u64) {
+        let all = |taken: u64, read: u64| (taken / TAKEN_IS_FASTER).saturating_add(read);
+        (all(self.taken, self.read), all(self.to_take, self.to_read))
+    }
+
+    /// The line for people, with a rate in bytes of work per second.
+    fn line(&self, rate: Option<f64>) -> String {
+        let image = megabytes(self.taken.saturating_add(self.compressed));
+        let (taken, compressed) = (megabytes(self.taken), megabytes(self.compressed));
+        let read = format!("{:.0} of {:.0} MB read", megabytes(self.read), megabytes(self.to_read));
+        let line = format!("{image:.0} MB of the image, {taken:.0} taken over and {compressed:.0} compressed; {read}");
+        let (done, all) = self.work();
+        match rate {
+            Some(rate) if rate > 0.0 => {
+                let left = megabytes(all.saturating_sub(done)) / rate;
+                format!("{line}, {rate:.0} MB/s, {left:.0} s left")
+            }
+            Some(rate) => format!("{line}, {rate:.0} MB/s"),
+            None => line,
+        }
+    }
+}
+
+/// How much faster a byte is taken over than one is compressed, about.
+const TAKEN_IS_FASTER: u64 = 32;
+
 /// One step.
 pub(crate) struct Progress {
     what: String,
@@ -24,6 +86,8 @@ pub(crate) struct Progress {
     done: u64,
     /// For a step whose output comes long after its input: bytes written.
     written: Option<u64>,
+    /// For an image that is packed.
+    image: Option<Written>,
     /// Time and bytes done from which the current rate is computed.
     mark: (Instant, u64),
     /// In MB/s; `None` at first.
@@ -38,7 +102,7 @@ impl Progress {
         let now = Instant::now();
         let terminal = std::io::stderr().is_terminal();
         let what = Printable(what.into()).to_string();
-        Self { what, total, done: 0, written: None, mark: (now, 0), rate: None, told: now, terminal }
+        Self { what, total, done: 0, written: None, image: None, mark: (now, 0), rate: None, told: now, terminal }
     }
 
     /// Sets the total in bytes once it is known.
@@ -62,6 +126,14 @@ impl Progress {
         self.at(read.max(self.done));
     }
 
+    /// Sets how far the image has been written.
+    pub(crate) fn of_image(&mut self, written: Written) {
+        self.image = Some(written);
+        let (done, all) = written.work();
+        self.total = (all > 0).then_some(all);
+        self.at(done);
+    }
+
     /// Adds to the number of bytes done.
     pub(crate) fn add(&mut self, bytes: u64) {
         self.at(self.done + bytes);
@@ -74,7 +146,10 @@ impl Progress {
             self.rate = Some(megabytes(bytes) / since.elapsed().as_secs_f64());
             self.mark = (Instant::now(), self.done);
         }
-        let amount = amount(self.done, self.total, self.written, self.rate);
+        let amount = match &self.image {
+            Some(image) => image.line(self.rate),
+            None => amount(self.done, self.total, self.written, self.rate),
+        };
         if self.terminal {
             let bar = self.total.map(|total| bar(self.done, total)).unwrap_or_default();
             let _ = write!(std::io::stderr(), "\r\x1b[K{} {bar}{amount}", self.what);

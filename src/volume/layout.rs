@@ -49,6 +49,10 @@ pub(crate) const SOURCE: &str = ".ims-sshd.source";
 pub(crate) const PACKED: &str = ".ims-sshd.packed";
 /// Inventory of the image as it was before the job.
 pub(crate) const INVENTORY: &str = ".ims-sshd.inventory";
+/// Inventory of an unpacked image root as it was right after unpacking, for the packer.
+pub(crate) const UNPACKED: &str = ".ims-sshd.unpacked";
+/// The squashfs that an image root was unpacked from, if it was fetched and is kept for the packer.
+pub(crate) const KEPT_SOURCE: &str = ".ims-sshd.source.sqsh";
 /// Stage that the job has reached.
 pub(crate) const STAGE: &str = ".ims-sshd.stage";
 /// Journal of the steps that a sidecar has completed.

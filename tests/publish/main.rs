@@ -12,6 +12,7 @@ mod fresh;
 mod identity;
 mod kept;
 mod package;
+mod packer;
 mod prepare;
 mod redirects;
 mod replaced;

@@ -120,7 +120,7 @@ pub(crate) fn complete_hard_links(lower: &Tree, upper: &Tree, index: &Path, merg
 }
 
 /// Path in the source of an entry that the overlay shows at `path` and the upper layer does not have.
-fn source_of(directories: &Directories, path: &Path) -> Option<PathBuf> {
+pub(crate) fn source_of(directories: &Directories, path: &Path) -> Option<PathBuf> {
     // Every directory above one of the upper layer is in it too. So the lowest one above `path` is the part that `path`
     // shares with the one sorted before it.
     let (before, _) = directories.range::<Path, _>((Unbounded, Excluded(path))).next_back()?;

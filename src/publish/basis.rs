@@ -1,0 +1,182 @@
+//! The squashfs that an image root was made from, for the packer to take unchanged files over from it.
+
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use ring::digest;
+use rustix::fs::OFlags;
+
+use crate::error::{Attempt, Error, Result};
+use crate::image::kind::{Kind, Opened};
+use crate::image::packing::Packer;
+use crate::image::unchanged::{self, Source, Unpacked};
+use crate::publish::authentication::Seal;
+use crate::publish::identity::{Record, seal_of};
+use crate::publish::settings::Settings;
+use crate::sys::tree::Tree;
+use crate::volume::layout::{ARCHIVE, KEPT_SOURCE, OVERLAY, UNPACKED};
+
+/// Label under which the inventory of an unpacked image root is authenticated.
+const KIND: &str = "unpacked";
+
+/// Largest inventory in bytes: a million files with long names.
+const LIMIT: u64 = 256 << 20;
+
+/// How many times the size of a source has to be free for it to be kept.
+const ROOM: u64 = 3;
+
+/// The source of `image_root`, whose records are in `directory`, and what is unchanged of it. `None` if the image is to
+/// be packed from scratch; the reason is logged if there could be a source. With `is_last`, a source that was kept for
+/// this is removed once the image is packed.
+pub(crate) fn of(settings: &Settings, directory: &Tree, image_root: &Tree, is_last: bool) -> Option<Source> {
+    if settings.packing.packer != Packer::Own || settings.packing.is_from_scratch {
+        return None;
+    }
+    let found = match below_overlay(settings, directory, image_root) {
+        Ok(None) => unpacked(settings, directory, image_root),
+        found => found,
+    };
+    let mut source = found.unwrap_or_else(|why| {
+        tracing::info!("packing everything anew: {why}");
+        None
+    });
+    if let (true, Some(source), Ok(Some(_))) = (is_last, &mut source, directory.look(KEPT_SOURCE)) {
+        source.is_dropped = directory.directory_without_links(".").ok().map(|directory| (directory, KEPT_SOURCE));
+    }
+    source
+}
+
+/// The source of an image root that is an overlay; `None` if it is none, or above a directory.
+fn below_overlay(settings: &Settings, directory: &Tree, image_root: &Tree) -> Result<Option<Source>> {
+    let attempted = || format!("find the source of {}", image_root.shown().display());
+    if directory.look(OVERLAY).attempt(attempted)?.is_none() {
+        return Ok(None);
+    }
+    let Some(record) = Record::on(directory, settings)?.read() else { return Ok(None) };
+    let fetched = directory.shown().join(ARCHIVE);
+    let opened = Opened::open(if record.is_fetched() { &fetched } else { Path::new(record.source()) })?;
+    if opened.file().is_none() || opened.kind()? != Some(Kind::Squashfs) {
+        return Ok(None);
+    }
+    let overlay = directory.shown().join(OVERLAY);
+    unchanged::of_overlay(&overlay, image_root, opened.into_file()?).attempt(attempted)?.map(Some)
+}
+
+/// The source of an image root that was unpacked; `None` if there is no inventory of it.
+fn unpacked(settings: &Settings, directory: &Tree, image_root: &Tree) -> Result<Option<Source>> {
+    let attempted = || format!("use {}", directory.shown().join(UNPACKED).display());
+    if directory.look(UNPACKED).attempt(attempted)?.is_none() {
+        return Ok(None);
+    }
+    let inventory = load(directory, seal_of(directory, settings)?.as_ref())?;
+    let squashfs = open_source(directory, &inventory)?;
+    inventory.unchanged(image_root, squashfs).map(Some).map_err(|why| Error::new(attempted()).because(why))
+}
+
+fn open_source(directory: &Tree, inventory: &Unpacked) -> Result<File> {
+    match inventory.source() {
+        Some(path) => Opened::open(path)?.into_file(),
+        None => {
+            let opened = directory.open_regular(KEPT_SOURCE, OFlags::RDONLY | OFlags::NOFOLLOW);
+            opened.attempt(|| format!("open {}", directory.shown().join(KEPT_SOURCE).display()))
+        }
+    }
+}
+
+/// Takes the inventory of `root`, which was just unpacked from `archive` in `directory`, and keeps a fetched squashfs if
+/// there is room for it. Nothing else needs either: an error only means that the image is packed from scratch.
+pub(crate) fn keep(settings: &Settings, is_fetched: bool, archive: &Opened, directory: &Tree, root: &Tree) {
+    if settings.packing.packer != Packer::Own || archive.kind().ok().flatten() != Some(Kind::Squashfs) {
+        return;
+    }
+    let Some(squashfs) = archive.file() else { return };
+    if let Err(why) = try_to_keep(settings, is_fetched, (squashfs, &archive.shown), directory, root) {
+        forget(directory);
+        tracing::info!("the image will be packed from scratch: {why}");
+    }
+}
+
+fn try_to_keep(
+    settings: &Settings,
+    is_fetched: bool,
+    (squashfs, shown): (&File, &Path),
+    directory: &Tree,
+    root: &Tree,
+) -> Result<()> {
+    let attempted = || "keep its source".to_owned();
+    let found = squashfs.metadata().attempt(attempted)?;
+    if found.nlink() == 0 {
+        return Err(Error::new(attempted()).because("other users can write to its directory"));
+    }
+    let source: Option<PathBuf> = if is_fetched {
+        let disk = rustix::fs::fstatvfs(directory).attempt(attempted)?;
+        let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+        let wanted = settings.keep_source.unwrap_or(free >= found.len().saturating_mul(ROOM));
+        if !wanted {
+            let why =
+                if settings.keep_source.is_some() { "IMAGE_KEEP_SOURCE is false" } else { "too little space is free" };
+            return Err(Error::new(attempted()).because(why));
+        }
+        directory.rename(ARCHIVE, KEPT_SOURCE).attempt(attempted)?;
+        None
+    } else {
+        Some(shown.to_owned())
+    };
+    let inventory = Unpacked::of(root, squashfs, source).map_err(|why| Error::new(attempted()).because(why))?;
+    save(directory, seal_of(directory, settings)?.as_ref(), &inventory)
+}
+
+/// Removes a source that is kept, and its inventory.
+pub(crate) fn forget(directory: &Tree) {
+    for name in [UNPACKED, KEPT_SOURCE] {
+        let _ = directory.remove(name);
+    }
+}
+
+/// Moves both from the private directory `from` to `to`, with the image root.
+pub(crate) fn move_to(from: &Tree, to: &Tree, settings: &Settings) -> Result<()> {
+    let attempted = || format!("move the image's source to {}", to.shown().display());
+    if from.look(UNPACKED).attempt(attempted)?.is_none() {
+        return Ok(());
+    }
+    let mut inventory = load(from, None)?;
+    if inventory.source().is_none() {
+        from.rename_to(KEPT_SOURCE, to, KEPT_SOURCE).attempt(attempted)?;
+        inventory.moved(&open_source(to, &inventory)?).attempt(attempted)?;
+    }
+    save(to, seal_of(to, settings)?.as_ref(), &inventory)
+}
+
+/// Writes an inventory below a line that authenticates it.
+fn save(directory: &Tree, seal: Option<&Seal>, inventory: &Unpacked) -> Result<()> {
+    let bytes = inventory.encode();
+    let sum = sum(&bytes);
+    let line = seal.map_or_else(|| format!("{sum}\n"), |seal| seal.line(KIND, &sum));
+    let attempted = || format!("write {}", directory.shown().join(UNPACKED).display());
+    directory.replace(UNPACKED, &[line.as_bytes(), &bytes].concat()).attempt(attempted)
+}
+
+/// Reads an inventory, if this job has written it.
+fn load(directory: &Tree, seal: Option<&Seal>) -> Result<Unpacked> {
+    let attempted = || format!("use {}", directory.shown().join(UNPACKED).display());
+    let read = directory.read(UNPACKED, LIMIT).attempt(attempted)?;
+    let refused = |why: &str| Error::new(attempted()).because(why);
+    let end = read.iter().position(|byte| *byte == b'\n').ok_or_else(|| refused("it is damaged"))? + 1;
+    let (line, bytes) = read.split_at(end);
+    let line = std::str::from_utf8(line).map_err(|_| refused("it is damaged"))?;
+    let told = match seal {
+        Some(seal) => seal.open(KIND, line).ok_or_else(|| refused("this job has not written it"))?,
+        None => line.trim_end(),
+    };
+    if told != sum(bytes) {
+        return Err(refused("it is damaged"));
+    }
+    Unpacked::decode(bytes).ok_or_else(|| refused("it is damaged"))
+}
+
+fn sum(bytes: &[u8]) -> String {
+    URL_SAFE_NO_PAD.encode(digest::digest(&digest::SHA256, bytes))
+}

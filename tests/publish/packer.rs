@@ -1,0 +1,304 @@
+//! Our own packer (`IMAGE_PACKER=ims-sshd`): the kernel mounts each result, and every entry is compared with the tree.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use testbed::job::*;
+use testbed::*;
+
+/// Everything of each entry that a squashfs holds.
+fn seen(root: &Path) -> BTreeMap<PathBuf, String> {
+    let mut first: BTreeMap<u64, PathBuf> = BTreeMap::new();
+    let describe = |path: PathBuf| {
+        let found = fs::symlink_metadata(&path).unwrap();
+        let below = path.strip_prefix(root).unwrap().to_owned();
+        let same = first.entry(found.ino()).or_insert_with(|| below.clone()).clone();
+        let content = match found.file_type() {
+            t if t.is_symlink() => fs::read_link(&path).unwrap().into_os_string().into_encoded_bytes(),
+            t if t.is_file() => fs::read(&path).unwrap(),
+            _ => Vec::new(),
+        };
+        // An overlay shows no number of links for its directories.
+        let (size, links) = if found.is_dir() { (0, 0) } else { (found.size(), found.nlink()) };
+        let attributes =
+            Command::new("getfattr").args(["-d", "-h", "-m", "-", "-e", "hex"]).arg(&path).output().unwrap();
+        let attributes: Vec<_> = text(&attributes.stdout).lines().skip(1).map(str::to_owned).collect();
+        let described = format!(
+            "{:o} {}:{} {} {:x} {size} {} {} {} {attributes:?}",
+            found.mode(),
+            found.uid(),
+            found.gid(),
+            links,
+            found.rdev(),
+            found.mtime(),
+            same.display(),
+            md5(&content)
+        );
+        (below, described)
+    };
+    walk(root).into_iter().map(describe).collect()
+}
+
+/// What the kernel shows of an image.
+fn mounted(image: &Path) -> BTreeMap<PathBuf, String> {
+    let place = image.with_extension("mounted");
+    fs::create_dir_all(&place).unwrap();
+    mount(&["-t", "squashfs", "-o", "loop,ro", image.to_str().unwrap()], &place);
+    let _mounted = Mounted(place.clone());
+    seen(&place)
+}
+
+fn is_packed(tree: &Path, image: &Path) {
+    let (wanted, found) = (seen(tree), mounted(image));
+    let differ = |path: &&PathBuf| wanted.get(*path) != found.get(*path);
+    let different: Vec<_> = wanted.keys().chain(found.keys()).filter(differ).collect();
+    let shown: Vec<_> = different.iter().map(|path| (path, wanted.get(*path), found.get(*path))).collect();
+    assert!(different.is_empty(), "{shown:#?}");
+}
+
+fn run(arguments: &[&str], variables: &[(&str, &str)]) -> Output {
+    let variables: Vec<_> =
+        [("IMAGE_PACKER", "ims-sshd")].iter().chain(variables).map(|(n, v)| (*n, (*v).to_owned())).collect();
+    // The record of an archive is written to the current directory.
+    let place = directory();
+    let output = ims_sshd(arguments, &variables).current_dir(place.path()).output().unwrap();
+    assert!(output.status.success(), "{arguments:?}: {output:?}");
+    output
+}
+
+/// Bytes that no compressor makes smaller.
+fn noise(seed: u64, length: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()[0]
+    };
+    std::iter::repeat_with(next).take(length).collect()
+}
+
+/// The command substituted, as a shell runs it in a directory.
+fn sh(directory: &Path, script: &str) {
+    succeed(Command::new("sh").args(["-e", "-c", script]).current_dir(directory));
+}
+
+const SECRET: &str = "the-secret-that-was-removed-0123456789";
+
+/// A tree with every kind of entry, and files for [`edit`].
+fn tree(dir: &Path) -> PathBuf {
+    let tree = image(dir);
+    fs::create_dir_all(tree.join("opt/data/deep/deeper")).unwrap();
+    for number in 0..8 {
+        fs::write(tree.join(format!("opt/data/large-{number}")), noise(number, 300_000)).unwrap();
+    }
+    for number in 0..40 {
+        fs::write(tree.join(format!("opt/data/deep/small-{number}")), format!("small {number}\n").repeat(20)).unwrap();
+    }
+    for name in ["same-size", "mapped", "linked", "renamed-over", "synced", "appended", "truncated", "bound", "moded"] {
+        fs::write(tree.join("opt").join(name), noise(99, 200_000)).unwrap();
+    }
+    fs::hard_link(tree.join("opt/linked"), tree.join("opt/data/other-name")).unwrap();
+    fs::write(tree.join("opt/removed"), format!("{SECRET}\n").repeat(9000)).unwrap();
+    fs::write(tree.join("opt/data/deep/secret"), SECRET).unwrap();
+    fs::write(tree.join("opt/was-secret"), format!("{SECRET} and more\n")).unwrap();
+    sh(
+        &tree,
+        "mknod opt/device c 1 3; mkfifo opt/fifo; ln -s ../etc opt/link; mkdir opt/empty opt/renamed-directory \
+         opt/opaque; echo in > opt/renamed-directory/inside; head -c 200000 /dev/urandom > opt/renamed-directory/large; \
+         echo gone > opt/opaque/gone; truncate -s 3M opt/sparse; chown 12345:4294967290 opt/fifo; chmod 4755 opt/moded; \
+         setfattr -n user.note -v hello etc/passwd; setcap cap_net_raw+ep bin/busybox; \
+         python3 -c 'import socket; socket.socket(socket.AF_UNIX).bind(\"opt/socket\")'; \
+         touch -d @1000000000 opt/* opt/data/*",
+    );
+    tree
+}
+
+/// Changes a tree in all ways that could go unnoticed.
+fn edit(root: &Path) {
+    let place = root.with_extension("bind");
+    fs::create_dir(&place).unwrap();
+    mount(&["--bind", root.join("opt").to_str().unwrap()], &place);
+    let bound = Mounted(place.clone());
+    sh(&place, "printf changed-by-bind | dd of=bound conv=notrunc status=none; touch -d @1000000000 bound");
+    drop(bound);
+    let file = File::options().read(true).write(true).open(root.join("opt/same-size")).unwrap();
+    file.write_all_at(b"other bytes, same size", 1000).unwrap();
+    drop(file);
+    sh(
+        &root.join("opt"),
+        "touch -d @1000000000 same-size
+         python3 -c 'import mmap; f = open(\"mapped\", \"r+b\"); m = mmap.mmap(f.fileno(), 0); m[7:11] = b\"mmap\"; m.close()'
+         touch -d @1000000000 mapped
+         printf through-the-link | dd of=data/other-name conv=notrunc status=none; touch -d @1000000000 linked
+         head -c 200000 /dev/urandom > new; touch -d @1000000000 new; mv new renamed-over
+         cp -a synced ../synced; printf synced-text | dd of=../synced conv=notrunc status=none
+         touch -d @1000000000 ../synced; mv ../synced ../to-sync; cat ../to-sync > synced; touch -r ../to-sync synced
+         rm ../to-sync; echo more >> appended; truncate -s 100000 truncated; chmod 600 moded; setfattr -n user.a -v b moded
+         rm removed data/deep/secret; echo 'nothing to hide' > was-secret
+         mv renamed-directory data/was-renamed; echo changed > data/was-renamed/inside
+         rm -r opaque; mkdir opaque; echo new > opaque/new
+         ln data/large-1 data/new-name; cp -a data/large-2 data/copy; rm data/large-3; mv data/large-4 data/moved",
+    );
+}
+
+/// The result line says how many MB were taken over.
+fn taken(output: &Output) -> u64 {
+    let said = text(&output.stderr);
+    let line = said.lines().find(|line| line.contains("were taken over")).unwrap_or_else(|| panic!("{said}"));
+    let before = line.split(" MB were taken over").next().unwrap();
+    before.rsplit(' ').next().unwrap().parse().unwrap()
+}
+
+/// Asserts that a text is nowhere in the image, neither in its bytes nor in its blocks.
+fn is_nowhere(secret: &str, image: &Path) {
+    let holds = |bytes: &[u8]| bytes.windows(secret.len()).any(|window| window == secret.as_bytes());
+    let bytes = fs::read(image).unwrap();
+    assert!(!holds(&bytes));
+    // Any zlib stream in the file, at whatever place.
+    let script = "import sys, zlib
+data = open(sys.argv[1], 'rb').read()
+at = data.find(b'\\x78')
+while at >= 0:
+    try:
+        if sys.argv[2].encode() in zlib.decompressobj().decompress(data[at:at + (1 << 17)], 1 << 17):
+            sys.exit('found at %d' % at)
+    except zlib.error:
+        pass
+    at = data.find(b'\\x78', at + 1)";
+    succeed(Command::new("python3").args(["-c", script]).arg(image).arg(secret));
+}
+
+#[test]
+fn every_kind_of_entry_is_packed_from_scratch_with_each_compression() {
+    let dir = directory();
+    let tree = tree(dir.path());
+    for compression in ["gzip", "zstd", "xz", "none"] {
+        let archive = dir.path().join(format!("{compression}.sqsh"));
+        let output = run(
+            &["package", "--compression", compression, "--archive", archive.to_str().unwrap(), tree.to_str().unwrap()],
+            &[],
+        );
+        assert_eq!(taken(&output), 0);
+        is_packed(&tree, &archive);
+        if compression == "gzip" {
+            // The same search that finds nothing in other tests.
+            let found = std::panic::catch_unwind(|| is_nowhere(SECRET, &archive));
+            assert!(found.is_err());
+        }
+    }
+}
+
+/// Opens a squashfs of [`tree`] in `parent`, and returns its image root.
+struct Prepared {
+    dir: tempfile::TempDir,
+    squashfs: PathBuf,
+    mounts: Vec<Mounted>,
+}
+
+impl Prepared {
+    fn new(open: &str) -> Self {
+        let dir = directory();
+        let squashfs = squashfs_of(&tree(dir.path()));
+        let parent = dir.path().join("parent");
+        run(&["prepare", "--open", open, parent.to_str().unwrap(), squashfs.to_str().unwrap()], &[]);
+        let mounts = match open {
+            "overlay" => vec![Mounted(parent.join("image-root")), Mounted(parent.join("overlay/lower"))],
+            _ => Vec::new(),
+        };
+        Self { dir, squashfs, mounts }
+    }
+
+    fn root(&self) -> PathBuf {
+        self.dir.path().join("parent/image-root")
+    }
+
+    fn packed(&self) -> PathBuf {
+        self.dir.path().join("parent/image.sqsh")
+    }
+
+    fn package(&self, arguments: &[&str]) -> Output {
+        let parent = self.dir.path().join("parent");
+        run(&[&["package"], arguments, &[parent.to_str().unwrap()]].concat(), &[])
+    }
+}
+
+impl Drop for Prepared {
+    fn drop(&mut self) {
+        // The overlay before what is below it.
+        self.mounts.drain(..).for_each(drop);
+    }
+}
+
+#[test]
+fn unchanged_files_below_an_overlay_are_taken_over_and_changed_ones_are_not() {
+    takes_over_what_is_unchanged("overlay");
+}
+
+#[test]
+fn unchanged_files_of_an_unpacked_image_are_taken_over_and_changed_ones_are_not() {
+    takes_over_what_is_unchanged("unpack");
+}
+
+fn takes_over_what_is_unchanged(open: &str) {
+    let prepared = Prepared::new(open);
+    let all = taken(&prepared.package(&[]));
+    assert!(all >= 4, "{all}");
+    is_packed(&prepared.root(), &prepared.packed());
+    edit(&prepared.root());
+    let output = prepared.package(&[]);
+    let now = taken(&output);
+    assert!(now >= 1 && now < all, "{now} {all} {}", text(&output.stderr));
+    is_packed(&prepared.root(), &prepared.packed());
+    is_nowhere(SECRET, &prepared.packed());
+    let first = fs::read(prepared.packed()).unwrap();
+    prepared.package(&[]);
+    assert!(first == fs::read(prepared.packed()).unwrap(), "the same tree gives the same bytes");
+    assert_eq!(taken(&prepared.package(&["--from-scratch"])), 0);
+    is_packed(&prepared.root(), &prepared.packed());
+    assert_eq!(taken(&prepared.package(&["--compression", "zstd"])), 0);
+    is_packed(&prepared.root(), &prepared.packed());
+}
+
+#[test]
+fn source_that_is_not_the_mounted_one_is_not_used() {
+    let prepared = Prepared::new("overlay");
+    let copy = fs::read(&prepared.squashfs).unwrap();
+    fs::remove_file(&prepared.squashfs).unwrap();
+    fs::write(&prepared.squashfs, copy).unwrap();
+    let output = prepared.package(&[]);
+    let said = text(&output.stderr);
+    assert_eq!(said.matches("packing everything anew: ").count(), 1, "{said}");
+    assert!(said.contains("not the one that is mounted"), "{said}");
+    assert_eq!(taken(&output), 0);
+    is_packed(&prepared.root(), &prepared.packed());
+    fs::remove_file(&prepared.squashfs).unwrap();
+    assert!(text(&prepared.package(&[]).stderr).contains("packing everything anew: "));
+}
+
+#[test]
+fn description_of_kiwi_excluded_paths_and_sparse_logs_are_packed_as_by_mksquashfs() {
+    let dir = directory();
+    let tree = image(dir.path());
+    sh(
+        &tree,
+        "mkdir -p image var/log secret/deep; echo x > image/config.xml; truncate -s 3G var/log/lastlog; \
+         echo secret > secret/deep/file; echo '*' > 'etc/a b*'; echo kept > etc/kept",
+    );
+    let archive = dir.path().join("image.sqsh");
+    let places = [archive.to_str().unwrap(), tree.to_str().unwrap()];
+    let arguments = ["package", "--exclude", "secret", "--exclude", "etc/a b*", "--archive", places[0], places[1]];
+    let output = run(&arguments, &[("SOURCE_DATE_EPOCH", "1700000000")]);
+    assert!(text(&output.stderr).contains("/var/log/lastlog is packed empty"), "{output:?}");
+    let place = dir.path().join("mounted");
+    fs::create_dir(&place).unwrap();
+    mount(&["-t", "squashfs", "-o", "loop,ro", places[0]], &place);
+    let _mounted = Mounted(place.clone());
+    assert_eq!(fs::metadata(place.join("image")).unwrap().permissions().mode() & 0o7777, 0o700);
+    assert_eq!(fs::metadata(place.join("var/log/lastlog")).unwrap().len(), 0);
+    assert!(!place.join("secret").exists() && !place.join("etc/a b*").exists() && place.join("etc/kept").exists());
+    assert_eq!(fs::metadata(place.join("etc/passwd")).unwrap().mtime(), 1_700_000_000);
+}
