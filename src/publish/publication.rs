@@ -18,9 +18,9 @@ use crate::publish::manifest::{self, Identity};
 use crate::publish::multipart::{Large, PART, Sender};
 use crate::publish::settings::Settings;
 use crate::store::error::cause;
-use crate::store::{Description, MD5, Owner, Store};
+use crate::store::{Description, MD5, Owner, SHA256, Store};
 use crate::transfer::Work;
-use crate::transfer::checksum::md5_of;
+use crate::transfer::checksum::sums_of;
 
 /// Keys below the image's ID, and their media types.
 const ROOTFS: (&str, &str) = ("rootfs", "application/vnd.cray.image.rootfs.squashfs");
@@ -49,6 +49,7 @@ struct Piece {
     media_type: &'static str,
     content: File,
     md5: String,
+    sha256: String,
     size: u64,
 }
 
@@ -342,9 +343,9 @@ impl Publication<'_> {
             (PARAMETERS, content(parameters)),
         ];
         let piece = |((key, media_type), content): ((&'static str, &'static str), File)| {
-            let md5 = md5_of(self.work, &content, key)?;
+            let (md5, sha256) = sums_of(self.work, &content, key)?;
             let size = content.metadata().attempt(|| format!("read the size of {key}"))?.len();
-            Ok(Piece { key, media_type, content, md5, size })
+            Ok(Piece { key, media_type, content, md5, sha256, size })
         };
         files.into_iter().filter_map(|(what, content)| Some((what, content?))).map(piece).collect()
     }
@@ -360,8 +361,9 @@ impl Publication<'_> {
     ) -> Result<(Vec<Artifact>, Link, String)> {
         let mut name = if self.is_named(store) { store.free_name(&self.directory_name()) } else { id.to_string() };
         let (mut artifacts, mut keys, mut total) = (Vec::new(), Vec::new(), 0);
-        for &Piece { key, media_type, ref content, ref md5, size } in pieces {
-            let mut metadata = vec![(MD5, md5.clone()), ("x-shasta-ims-image-name", self.settings.name.clone())];
+        for &Piece { key, media_type, ref content, ref md5, ref sha256, size } in pieces {
+            let mut metadata = vec![(MD5, md5.clone()), (SHA256, sha256.clone())];
+            metadata.push(("x-shasta-ims-image-name", self.settings.name.clone()));
             metadata.extend(self.owner_metadata(id));
             let place = format!("{id}/{key}");
             let url = store.url_of(&format!("{name}/{key}"));

@@ -58,6 +58,9 @@ enum Objects {
 /// Metadata key of an object's MD5.
 pub(crate) const MD5: &str = "md5sum";
 
+/// Metadata key of an object's SHA-256.
+pub(crate) const SHA256: &str = "sha256sum";
+
 /// Media type and metadata of an object. Files have neither.
 pub(crate) struct Description {
     /// Media type.

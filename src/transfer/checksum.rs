@@ -2,8 +2,11 @@
 
 use std::fs::File;
 use std::io::{Read, Seek, Write};
+use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
 
 use md5::{Digest, Md5};
+use ring::digest;
 use sha2::Sha256;
 
 use crate::error::{Attempt, Result};
@@ -95,14 +98,32 @@ impl Sums {
     }
 }
 
-/// MD5 of a file, read from its start, in hexadecimal.
-pub(crate) fn md5_of(work: &Work, file: &File, what: &str) -> Result<String> {
-    let mut sum = Md5::new();
-    read_through(work, file, what, |bytes| {
-        sum.update(bytes);
-        Ok(())
-    })?;
-    Ok(format!("{:x}", sum.finalize()))
+/// Pieces of a file that wait for the second checksum.
+const AHEAD: usize = 4;
+
+/// MD5 and SHA-256 of a file, read once from its start, in hexadecimal. Each is computed on a thread.
+pub(crate) fn sums_of(work: &Work, file: &File, what: &str) -> Result<(String, String)> {
+    std::thread::scope(|scope| {
+        let (pieces, received) = sync_channel::<Arc<[u8]>>(AHEAD);
+        let hashing = scope.spawn(move || {
+            let mut sum = digest::Context::new(&digest::SHA256);
+            for piece in received {
+                sum.update(&piece);
+            }
+            sum.finish()
+        });
+        let mut md5 = Md5::new();
+        read_through(work, file, what, |bytes| {
+            let piece = Arc::<[u8]>::from(bytes);
+            pieces.send(Arc::clone(&piece)).attempt(|| format!("compute the SHA-256 of {what}"))?;
+            md5.update(&piece);
+            Ok(())
+        })?;
+        drop(pieces);
+        let sha256 = hashing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        let sha256 = sha256.as_ref().iter().fold(String::new(), |text, byte| format!("{text}{byte:02x}"));
+        Ok((format!("{:x}", md5.finalize()), sha256))
+    })
 }
 
 fn read_through(work: &Work, mut file: &File, what: &str, mut each: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {

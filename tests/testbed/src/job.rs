@@ -217,6 +217,8 @@ impl Published<'_> {
             assert_eq!(artifact["link"]["type"], "s3");
             assert_eq!(header("content-type"), media_type);
             assert_eq!(header("x-amz-meta-md5sum"), md5(&object.body));
+            let sum = feed(&mut Command::new("sha256sum"), &object.body);
+            assert_eq!(header("x-amz-meta-sha256sum"), text(&sum.stdout).split(' ').next().unwrap());
             assert_eq!(header("x-amz-meta-x-shasta-ims-image-id"), **id);
             assert_eq!(header("x-amz-meta-x-shasta-ims-job-id"), crate::ims_server::JOB);
             assert_eq!(header("x-amz-meta-x-shasta-ims-image-name"), "compute-%C3%B6");
