@@ -1,5 +1,5 @@
-//! The one program that touches the jail: `init` makes it, as sshd's forced command it enters it, and a copy of it is the first program
-//! of every session inside.
+//! The only program that touches the jail: `init` builds it, sshd's forced command enters it, and a copy of the program
+//! starts each session inside.
 
 #![no_main]
 
@@ -31,7 +31,7 @@ fn start() -> u8 {
         _ => None,
     };
     panic::tell_by(move |sentence| {
-        // The init's streams may be closed, and a line of the log is the supervisor's to write.
+        // The init's streams may be closed, and only the supervisor writes to the log.
         let tell = |attempted| {
             let failed = Message::Failed(format!("cannot {attempted} the jail: {sentence}"));
             socket().is_ok_and(|socket| Link::from_fd(socket).send(&failed).is_ok())
@@ -39,7 +39,7 @@ fn start() -> u8 {
         if !of_init.is_some_and(tell) {
             eprintln!("ims-jail-shell: {}", Printable(sentence));
         }
-        // Nothing unwinds out of a function that C has called: that would be a second panic.
+        // Unwinding out of a function that C called would be a second panic.
         exit_now(255)
     });
     let result = match arguments {
@@ -70,7 +70,7 @@ fn start() -> u8 {
         Ok(()) => 0,
         Err(error) => {
             eprintln!("ims-jail-shell: {error}");
-            // What ssh itself answers when it cannot get to the host, and what Ansible takes as unreachable.
+            // ssh exits with 255 if it cannot reach the host, and Ansible reports the host as unreachable.
             255
         }
     }
@@ -81,7 +81,7 @@ fn misused() -> u8 {
     2
 }
 
-/// Standard input of the jail's init.
+/// Standard input of the jail's init: its socket to the supervisor.
 fn socket() -> Result<OwnedFd> {
     std::io::stdin().as_fd().try_clone_to_owned().attempt(|| "take over the socket to the supervisor")
 }

@@ -17,7 +17,7 @@ use crate::sys::walk::{Descent, refuse_long};
 /// Prefix of the extended attributes in which overlayfs keeps its state of a file in the upper layer.
 const STATE: &[u8] = b"trusted.overlay.";
 
-/// Prefix under which overlayfs stores an attribute that a session named like its state, to mount an overlay of its own.
+/// Prefix under which overlayfs stores an attribute that a session named like overlayfs's own, to mount an overlay.
 pub(crate) const ESCAPED: &[u8] = b"trusted.overlay.overlay.";
 
 /// A directory of the upper layer.
@@ -128,8 +128,8 @@ pub(crate) fn source_of(directories: &Directories, path: &Path) -> Option<PathBu
     Some(directories.get(&above)?.source.as_ref()?.join(path.strip_prefix(&above).ok()?))
 }
 
-/// Returns whether `upper` changes nothing of `lower`. Opening a jail copies directories up, and the resolv.conf that it
-/// restores at the end.
+/// Returns whether `upper` changes nothing of `lower`. Opening a jail copies directories up, and the resolv.conf that
+/// it restores at the end.
 pub(crate) fn is_unchanged(upper: &Tree, lower: &Tree) -> io::Result<bool> {
     let (mut uppers, mut lowers) = (Descent::of(upper), Descent::of(lower));
     let here = OsStr::new(".");

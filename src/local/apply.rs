@@ -24,8 +24,8 @@ use crate::sys::signals::Pending;
 use crate::sys::tree::Tree;
 use crate::sys::walk::Descent;
 
-/// Changes `root` to what the overlay of `root` and `upper` showed, or resumes that. The overlay must not be mounted any
-/// more, and nobody else may write to either. Once begun, it must be resumed until everything is applied.
+/// Changes `root` to the content of the overlay of `root` and `upper`, or resumes that. The overlay must be unmounted,
+/// and nobody else may write to either. Once begun, it must be resumed until everything is applied.
 pub(crate) fn apply(work: &Tree, upper: &Tree, root: &Tree) -> Result<()> {
     let attempted = || format!("apply the changes to {}", root.shown().display());
     let directories = directories(upper).attempt(attempted)?;
@@ -356,7 +356,8 @@ mod tests {
     }
 
     /// An ACL of version 2: the owner, user 5, the group, the mask, others.
-    const ACL: &[u8] = b"\x02\0\0\0\x01\0\x07\0\xff\xff\xff\xff\x02\0\x04\0\x05\0\0\0\x04\0\x05\0\xff\xff\xff\xff\x10\0\x05\0\xff\xff\xff\xff\x20\0\x04\0\xff\xff\xff\xff";
+    const ACL: &[u8] = b"\x02\0\0\0\x01\0\x07\0\xff\xff\xff\xff\x02\0\x04\0\x05\0\0\0\x04\0\x05\0\xff\xff\xff\xff\
+        \x10\0\x05\0\xff\xff\xff\xff\x20\0\x04\0\xff\xff\xff\xff";
 
     /// A capability set of version 2: CAP_NET_BIND_SERVICE.
     const CAPABILITY: &[u8] = b"\x01\0\0\x02\0\x04\0\0\0\0\0\0\0\0\0\0\0\0\0\0";

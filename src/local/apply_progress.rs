@@ -172,7 +172,7 @@ impl Progress {
         Ok((begun, Some(stage)))
     }
 
-    /// The stage of an application that is to be aborted; none if there is nothing to undo. Removes a stage that was not
+    /// The stage of an application that is to be aborted; none if there is nothing to undo. Removes a stage that is not
     /// recorded yet.
     pub(crate) fn stage_to_abort(&self, root: &Tree) -> io::Result<Option<Tree>> {
         if self.step == Step::Applied || self.root != identity(root)? {

@@ -1,6 +1,6 @@
 //! Claims of image roots by device and inode, since a bind mount is another path to the same directory. They do not
-//! replace the locked directory of a run ([`RunDirectory`]): leftovers of a killed run are found by path, because an overlay
-//! has a new device each time it is mounted, and no other mount namespace sees it.
+//! replace the locked directory of a run ([`RunDirectory`]): leftovers of a killed run are found by path, because an
+//! overlay has a new device each time it is mounted, and no other mount namespace sees it.
 
 use std::ffi::OsString;
 use std::fs::Metadata;
@@ -29,8 +29,8 @@ pub(crate) struct Claim {
 }
 
 impl Claim {
-    /// Claims the image root for `command` as long as the value lives. Refuses an image root inside an open one, or around
-    /// one: each would be changed and packed with the other.
+    /// Claims the image root for `command` as long as the value lives. Refuses an image root inside an open one, or
+    /// around one: each would be changed and packed with the other.
     pub(crate) fn take(command: &str, image_root: &Path) -> Result<Self> {
         let path = place(command, &look(image_root)?);
         let make = || {

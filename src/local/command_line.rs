@@ -22,8 +22,8 @@ pub struct CommandLine {
 }
 
 impl CommandLine {
-    /// Makes the line from `words`, beginning with the program; the last `inside` of them are the command that runs in the
-    /// image.
+    /// Makes the line from `words`, beginning with the program; the last `inside` of them are the command that runs in
+    /// the image.
     pub fn new(command: &'static str, words: &[OsString], inside: usize) -> Self {
         let (own, inside) = words.split_at(words.len().saturating_sub(inside));
         let own = own.iter().filter(|word| DROPPING.iter().all(|option| *word != option));

@@ -55,8 +55,8 @@ pub struct Customization {
     pub host_script: Option<PathBuf>,
 }
 
-/// Opens the environment, waits until it closes, and publishes or applies the changes. Returns 0 if the image was marked
-/// complete, 1 if it was marked failed.
+/// Opens the environment, waits until it closes, and publishes or applies the changes. Returns 0 if the image was
+/// marked complete, 1 if it was marked failed.
 pub fn run(run: Run, wanted: &Customization) -> Result<u8> {
     source::need_root()?;
     if let Some(file) = &wanted.host_script {
@@ -291,7 +291,8 @@ fn configure_client(run: &Path, address: SocketAddr, identity: Option<&Path>) ->
     });
     let text = format!(
         "Host {HOST_ALIAS}\n    HostName {}\n    Port {}\n    User root\n{identity}    HostKeyAlias {HOST_ALIAS}\n    \
-         UserKnownHostsFile {}\n    GlobalKnownHostsFile /dev/null\n    StrictHostKeyChecking yes\n    SendEnv LANG LC_*\n",
+         UserKnownHostsFile {}\n    GlobalKnownHostsFile /dev/null\n    StrictHostKeyChecking yes\n    \
+         SendEnv LANG LC_*\n",
         address.ip(),
         address.port(),
         known_hosts.display(),

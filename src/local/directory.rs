@@ -61,8 +61,8 @@ impl Drop for Held {
     }
 }
 
-/// Refuses a directory to which changes are kept, under any path, except those in `own`. A run that discards its changes
-/// (`looks`) gets a warning instead.
+/// Refuses a directory to which changes are kept, under any path, except those in `own`. A run that discards its
+/// changes (`looks`) gets a warning instead.
 pub(crate) fn refuse_kept(directory: &Path, works: &Path, own: Option<&Path>, looks: bool) -> Result<()> {
     let attempted = || format!("open {}", directory.display());
     let root = open_tree(directory)?;
@@ -115,8 +115,8 @@ pub(crate) fn refuse_half_applied(directory: &Path) -> Result<()> {
     let attempted = || format!("open {}", directory.display());
     let Some(stage) = apply_progress::stage_in(&open_tree(directory)?).attempt(attempted)? else { return Ok(()) };
     let advice = format!(
-        "'ims-sshd customize {0}', with the same --work, resumes that; with --fresh it drops what is not applied, as does \
-         'ims-sshd fail {0}'; if the changes are gone, remove {0}/{1}",
+        "'ims-sshd customize {0}', with the same --work, resumes that; with --fresh it drops what is not applied, as \
+         does 'ims-sshd fail {0}'; if the changes are gone, remove {0}/{1}",
         directory.display(),
         stage.display()
     );
@@ -177,8 +177,8 @@ pub(crate) fn abort_changes(directory: &Path, root: &Tree, place: &Tree) -> Resu
     apply::abort(place, &open_tree(&place.shown().join(OVERLAY).join(UPPER))?, root)
 }
 
-/// Applies the changes kept in `place` to `root`, which had the path `directory` when it was opened. Without an `overlay`
-/// an earlier run has begun to apply them.
+/// Applies the changes kept in `place` to `root`, which had the path `directory` when it was opened. Without an
+/// `overlay` an earlier run has begun to apply them.
 pub(crate) fn apply_changes(directory: &Path, root: &Tree, place: &Tree, overlay: Option<Overlay>) -> Result<()> {
     if apply_progress::has_ended(place)? {
         return Ok(());

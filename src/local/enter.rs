@@ -55,7 +55,7 @@ pub struct Entry {
     pub variables: Vec<(String, String)>,
     /// Files and directories of this machine to show in the jail.
     pub binds: Vec<Bind>,
-    /// What to do with the changes, if the command line says so.
+    /// The answer about the changes, if the command line gives one.
     pub answer: Option<Answer>,
     /// True if `JOB_ENABLE_DKMS` counts.
     pub heeds_dkms: bool,
@@ -87,7 +87,8 @@ pub fn run(run: Run, entry: &Entry) -> Result<u8> {
     let ended = run.carry_out(&registered, |image_root| {
         if is_discarded {
             let source = &question.source;
-            let instead = if entry.answer == Some(Answer::Discard) { "" } else { "; --output STORE publishes it instead" };
+            let is_chosen = entry.answer == Some(Answer::Discard);
+            let instead = if is_chosen { "" } else { "; --output STORE publishes it instead" };
             tracing::info!("changes to {source} are discarded at the end{instead}");
         }
         let is_shell = entry.command.is_empty() && entry.script.is_none();
@@ -128,7 +129,8 @@ pub fn run(run: Run, entry: &Entry) -> Result<u8> {
                 Some(fate) => (fate, exited(0)),
                 None => {
                     tracing::error!(
-                        "the image is not published: there is no terminal on which to ask; --yes publishes it, --discard drops it"
+                        "the image is not published: there is no terminal on which to ask; --yes publishes it, \
+                         --discard drops it"
                     );
                     (Fate::Keep, exited(1))
                 }
@@ -267,7 +269,7 @@ struct Session {
     is_shell: bool,
     /// Time for the command to end after a signal. None if the command handles signals itself.
     grace: Option<Duration>,
-    /// What to do with the changes, if that is decided at the end.
+    /// The end of the changes to ask about; none if it is decided already.
     end: Option<End>,
     in_place: bool,
     tiers: Vec<Tier>,
@@ -413,7 +415,8 @@ impl Session {
                     match signalled {
                         None => {
                             tracing::info!(
-                                "received {signal}: the command has {} s to end (IMS_CLOSE_GRACE); a second signal kills it",
+                                "received {signal}: the command has {} s to end (IMS_CLOSE_GRACE); a second signal \
+                                 kills it",
                                 grace.as_secs()
                             );
                             signalled = Some(Instant::now());

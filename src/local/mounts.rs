@@ -1,4 +1,5 @@
-//! A mount namespace and terminals of this run's own: a session in an image must not reach those of the machine's users.
+//! A mount namespace and terminals of this run's own: a session in an image must not reach those of the machine's
+//! users.
 
 use std::path::Path;
 

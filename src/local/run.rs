@@ -42,7 +42,7 @@ use crate::volume::open_tree;
 use crate::volume::signal_files::SignalFiles;
 use crate::volume::state_directory::name_for;
 
-/// What a run does with changes that are not discarded.
+/// Use of changes that are not discarded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
     /// Publishes the image in a store.
@@ -53,7 +53,7 @@ pub enum End {
     Discarded,
 }
 
-/// What the command line says about a run.
+/// A run as the command line describes it.
 #[derive(Debug)]
 pub struct Run {
     /// A directory, a squashfs, a tar archive, or a URL.
@@ -66,10 +66,10 @@ pub struct Run {
     pub fresh: bool,
     /// True if the changes are discarded in any case, and need no space.
     pub discards: bool,
-    /// What to do with the changes. In place, only [`End::Published`] makes a difference.
+    /// Use of the changes. In place, only [`End::Published`] makes a difference.
     pub end: End,
-    /// Settings to fetch, pack and publish the image, whose parent is the directory below which changes are kept. None if a
-    /// directory is changed in place and not published.
+    /// Settings to fetch, pack and publish the image, whose parent is the directory below which changes are kept. None
+    /// if a directory is changed in place and not published.
     pub settings: Option<Settings>,
     /// The directory below which changes are kept.
     pub work: PathBuf,
@@ -219,7 +219,8 @@ impl Run {
         } else if holds_changes(&place, &place.join(IMAGE_ROOT)) {
             let dropping = shell_words::join(["ims-sshd", "fail", &source]);
             tracing::warn!(
-                "changes to {source} are kept and do not appear here: --output STORE resumes them, '{dropping}' drops them"
+                "changes to {source} are kept and do not appear here: --output STORE resumes them, '{dropping}' \
+                 drops them"
             );
         }
         WorkDirectory::claim_to_discard(all, &name)
@@ -236,8 +237,9 @@ impl Run {
         Ok(entry)
     }
 
-    /// Opens the image and passes its root to `session`, which decides what happens to the changes. Returns the session's
-    /// value. Unless [`Run::is_in_place`], the caller must have called [`own_mounts`](crate::local::mounts::own_mounts).
+    /// Opens the image and passes its root to `session`, which decides what happens to the changes. Returns the
+    /// session's value. Unless [`Run::is_in_place`], the caller must have called
+    /// [`own_mounts`](crate::local::mounts::own_mounts).
     pub(crate) fn carry_out<T>(mut self, entry: &Entry, session: impl FnOnce(&Path) -> Result<(Fate, T)>) -> Result<T> {
         let source = Source::parse(&self.source)?;
         if let Source::Here(path) = &source {
@@ -437,8 +439,8 @@ impl Run {
         }
         let how_many = if apply_progress::is_only_decided(place).unwrap_or(false) { "none" } else { "some" };
         format!(
-            "{how_many} of the changes are applied, and all are in {shown}; if a disk is full, free space on it; 'ims-sshd fail \
-             {name}' drops those that are not applied; to apply them: {line}"
+            "{how_many} of the changes are applied, and all are in {shown}; if a disk is full, free space on it; \
+             'ims-sshd fail {name}' drops those that are not applied; to apply them: {line}"
         )
     }
 }

@@ -23,8 +23,9 @@ pub(crate) struct RunDirectory {
 }
 
 impl RunDirectory {
-    /// Creates and claims the directory for `image_root`, on which only one run can be open. Other users can open files in
-    /// it but not list them: a person with an authorized key needs ssh's configuration. Private keys are root's alone.
+    /// Creates and claims the directory for `image_root`, on which only one run can be open. Other users can open files
+    /// in it but not list them: a person with an authorized key needs ssh's configuration. Only root can read private
+    /// keys.
     pub(crate) fn claim(command: &str, image_root: &Path) -> Result<Self> {
         let path = Self::place(command, image_root);
         let all = Path::new(RUN).join(command);

@@ -9,8 +9,8 @@ use crate::publish::settings::Settings;
 use crate::sys::tree::Tree;
 
 /// Refuses to open the image in `source` if the new one will not fit on the disk of the changes, or into a store with
-/// `in_store` bytes left. Only warns if this is uncertain: a run that `resumes` may free space, and the packed size of a
-/// directory is unknown.
+/// `in_store` bytes left. Only warns if this is uncertain: a run that `resumes` may free space, and the packed size of
+/// a directory is unknown.
 pub(crate) fn check(
     settings: &Settings,
     source: &Path,

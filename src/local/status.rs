@@ -372,7 +372,7 @@ fn report_of(parent: &Path) -> Result<Value> {
     if let Some(since) = since {
         report["since"] = since.into();
     }
-    // What 'ims-sshd prepare' has made, and no container of a pod waits for.
+    // An image root that 'ims-sshd prepare' made and no container of a pod waits for.
     if let Some(root) = root.filter(|_| stage.is_none() && verdict.is_none() && !is_ready) {
         report[PREPARED] = json!(parent.join(root));
         report["source"] = json!(Record::private(files.parent()).read().map(|source| source.source().to_owned()));

@@ -65,8 +65,8 @@ impl WorkDirectory {
         place.restore_aside().map(|_| place)
     }
 
-    /// Like [`Self::claim`], for changes that are discarded at the end: the first numbered `name` that no run uses, cleared of
-    /// a killed run's files.
+    /// Like [`Self::claim`], for changes that are discarded at the end: the first numbered `name` that no run uses,
+    /// cleared of a killed run's files.
     pub(crate) fn claim_to_discard(all: &Path, name: &str) -> Result<Self> {
         let mut number = 1;
         loop {
@@ -101,7 +101,8 @@ impl WorkDirectory {
         parent.rename(MOVING, ASIDE).attempt(attempted)
     }
 
-    /// Restores changes that were put aside, and removes those that began to replace them. Returns whether there were any.
+    /// Restores changes that were put aside, and removes those that began to replace them. Returns whether there were
+    /// any.
     pub(crate) fn restore_aside(&self) -> Result<bool> {
         let attempted = || format!("restore the changes put aside in {}", self.path().display());
         let parent = self.files.parent();
@@ -154,8 +155,8 @@ impl WorkDirectory {
     }
 }
 
-/// Creates the directory `path` (mode 0700) if it does not exist, and returns it without symbolic links. Fails if another
-/// user could replace anything on the way to it.
+/// Creates the directory `path` (mode 0700) if it does not exist, and returns it without symbolic links. Fails if
+/// another user could replace anything on the way to it.
 fn own(path: &Path) -> Result<PathBuf> {
     let attempted = || format!("keep files of an image in {}", path.display());
     let advice = "name with --work a directory that only root can change, as all above it";
