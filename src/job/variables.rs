@@ -1,4 +1,4 @@
-//! The variables of a job: the table of all, and the reader that takes their values.
+//! The table of a job's variables, and the reader that takes their values.
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
@@ -11,9 +11,9 @@ use crate::error::{Error, Result};
 pub struct Variable {
     /// Its name.
     pub name: &'static str,
-    /// Values that it takes, in Markdown.
+    /// Accepted values, in Markdown.
     pub(crate) format: &'static str,
-    /// Value that counts where it is not set, in Markdown.
+    /// Value if the variable is not set, in Markdown.
     pub(crate) default: &'static str,
     /// Programs that read it.
     pub readers: &'static [Program],
@@ -24,7 +24,7 @@ pub struct Variable {
 pub enum Program {
     /// The build environment in a pod.
     Environment,
-    /// The same on one machine, where options take the place of other variables.
+    /// The build environment on one machine, where options replace other variables.
     Local,
     /// Each command of a job.
     Job,
@@ -32,7 +32,7 @@ pub enum Program {
     Publishing,
     /// The sidecar.
     Sidecar,
-    /// Commands that mark an environment or tell of it.
+    /// Commands that mark an environment or show its state.
     Status,
     /// The log, of every command.
     Log,
@@ -44,12 +44,12 @@ pub const VARIABLES: &[Variable] = &[
     Variable {
         name: "IMS_ACTION",
         format: "`customize` or `create`",
-        default: "none: it has to be set",
+        default: "none: required",
         readers: &[Environment, Job],
     },
     Variable {
         name: "IMAGE_ROOT_PARENT",
-        format: "absolute path; an argument comes before it",
+        format: "absolute path; an argument overrides it",
         default: "`/mnt/image`",
         readers: &[Environment, Job, Status],
     },
@@ -61,7 +61,7 @@ pub const VARIABLES: &[Variable] = &[
     },
     Variable {
         name: "JOB_ENABLE_DKMS",
-        format: "`true` or `false`, in any case; `true` gives the jail all that the container has",
+        format: "`true` or `false`, in any case; `true` gives the jail everything that the container has",
         default: "`false`",
         readers: &[Environment, Local],
     },
@@ -73,40 +73,41 @@ pub const VARIABLES: &[Variable] = &[
     },
     Variable {
         name: "BUILD_ARCH",
-        format: "`x86_64` or `aarch64`; if the image's programs are for another one, a warning says so, and they count",
+        format: "`x86_64` or `aarch64`; if the image's programs are for another one, they decide, and a warning is \
+            logged",
         default: "none",
         readers: &[Environment, Job],
     },
     Variable {
         name: "IMS_JOB_ID",
-        format: "one line of text; for the commands below, where there is an IMS, a UUID",
+        format: "one line of text; a UUID if the commands below use an IMS",
         default: "none",
         readers: &[Environment, Job],
     },
     Variable { name: "REMOTE_BUILD_NODE", format: "one line of text", default: "none", readers: &[Environment, Job] },
     Variable {
         name: "SSHD_OPTIONS",
-        format: "sshd's options, quoted as for a shell; none is added. `-E` and `-f` take absolute paths; `-D`, \
-            `-d`, `-i`, `-t`, `-T`, `-G`, `-V` are refused",
+        format: "sshd's options, quoted as for a shell; no other option is added. `-E` and `-f` take absolute paths; \
+            `-D`, `-d`, `-i`, `-t`, `-T`, `-G`, `-V` are refused",
         default: "none",
         readers: &[Environment],
     },
     Variable {
         name: "SSHD_CONFIG_FILE",
-        format: "the file that `-f` names, else `/etc/ssh/sshd_config`; another one is refused",
+        format: "the file that `-f` names, otherwise `/etc/ssh/sshd_config`; any other is refused",
         default: "that file",
         readers: &[Environment],
     },
     Variable {
         name: "CUSTOMIZATION_SCRIPT",
-        format: "path of a program or shell script that runs in the build environment after sshd listens; passed \
-            over if it does not exist",
+        format: "path of a program or shell script that runs in the build environment once sshd listens; ignored \
+            if it does not exist",
         default: "none",
         readers: &[Environment],
     },
     Variable {
         name: "IMS_CLOSE_GRACE",
-        format: "whole seconds that running commands get after a verdict",
+        format: "whole seconds that running commands get to end after a verdict",
         default: "`10`",
         readers: &[Environment, Local],
     },
@@ -119,23 +120,23 @@ pub const VARIABLES: &[Variable] = &[
     },
     Variable {
         name: "IMS_SESSION_LIMIT",
-        format: "whole seconds that the environment stays open at the most; then it closes as failed. People at an \
-            interactive shell are warned five minutes before, or after half of it",
+        format: "whole seconds after which the environment closes as failed. People at an interactive shell are warned \
+            five minutes before, or halfway if the limit is below ten minutes",
         default: "none: it stays open",
         readers: &[Environment],
     },
     Variable {
         name: "IMS_JAIL_TIER",
-        format: "how strong the jail is: `namespace`, `user` or `chroot`, or several with commas between them; the \
-            first of those that can be had, in this order, and not opened if none can. `auto` is any of them",
+        format: "how strong the jail is: `namespace`, `user` or `chroot`, or several of them separated by commas. The \
+            strongest one that is available is used; the environment does not open if none is. `auto` allows all",
         default: "`auto`",
         readers: &[Environment, Local],
     },
     Variable {
         name: "IMS_JAIL_HOSTNAME",
-        format: "the jail's host name; not in the tier `chroot`. One that the image's /etc/hosts knows keeps sudo \
-            from complaining",
-        default: "none: the container's; of `customize` and `enter`, the image's name",
+        format: "the jail's host name; ignored in the tier `chroot`. sudo warns about a name that the image's \
+            /etc/hosts lacks",
+        default: "none: the container's; with `customize` and `enter`, the image's name",
         readers: &[Environment, Local],
     },
     Variable {
@@ -147,14 +148,14 @@ pub const VARIABLES: &[Variable] = &[
     },
     Variable {
         name: "IMS_AGENT_FORWARDING",
-        format: "`true` or `false`, in any case; `false` keeps ssh-agents of clients (`ssh -A`) out, in both modes; \
-            with `true` it is as sshd's `AllowAgentForwarding` says",
+        format: "`true` or `false`, in any case; `false` disables forwarding of clients' ssh-agents (`ssh -A`) in \
+            both modes; with `true`, sshd's `AllowAgentForwarding` decides",
         default: "`true`",
         readers: &[Environment, Local],
     },
     Variable {
         name: "LOG_FORMAT",
-        format: "`text` or `json`, in any case; the option `--log-format` comes before it",
+        format: "`text` or `json`, in any case; the option `--log-format` overrides it",
         default: "`text`",
         readers: &[Log],
     },
@@ -166,44 +167,44 @@ pub const VARIABLES: &[Variable] = &[
     },
     Variable {
         name: "IMAGE_ROOT_ARCHIVE_NAME",
-        format: "the new image's name",
-        default: "`image`; of `customize` and `enter`, the source's",
+        format: "name of the new image",
+        default: "`image`; with `customize` and `enter`, the source's name",
         readers: &[Publishing],
     },
     Variable {
         name: "KERNEL_FILENAME",
         format: "a name in the image's /boot, or `auto`; on aarch64 `vmlinuz` means `Image`",
-        default: "`auto`; of `sidecar`, `vmlinuz`",
+        default: "`auto`; with `sidecar`, `vmlinuz`",
         readers: &[Publishing],
     },
     Variable {
         name: "INITRD_FILENAME",
-        format: "the same; `auto` is the one that belongs to the kernel, and `none` publishes no initrd",
-        default: "`auto`; of `sidecar`, `initrd`, but `auto` where `KERNEL_FILENAME` is",
+        format: "a name in the image's /boot; `auto` finds the initrd of the kernel, and `none` publishes no initrd",
+        default: "`auto`; with `sidecar`, `initrd`, or `auto` if `KERNEL_FILENAME` is `auto`",
         readers: &[Publishing],
     },
     Variable {
         name: "KERNEL_PARAMETERS_FILENAME",
-        format: "the same, of a file that may be missing",
+        format: "a name in the image's /boot; the file may be missing",
         default: "`kernel-parameters`",
         readers: &[Publishing],
     },
     Variable {
         name: "DOWNLOAD_MD5SUM",
-        format: "32 hexadecimal digits that the source has to come to",
-        default: "none: the server's ETag, where that is an MD5",
+        format: "32 hexadecimal digits: the MD5 that the source must have",
+        default: "none: the server's ETag, if that is an MD5",
         readers: &[Publishing],
     },
     Variable {
         name: "DOWNLOAD_SHA256SUM",
-        format: "64 hexadecimal digits, its SHA-256; both are checked where both are given",
+        format: "64 hexadecimal digits: the SHA-256 that the source must have; if both are set, both are checked",
         default: "none",
         readers: &[Publishing],
     },
     Variable {
         name: "IMAGE_COMPRESSION",
         format: "`gzip`, `zstd`, `xz` or `none`",
-        default: "`gzip`; of `customize` and `enter`, that of a squashfs that is the source",
+        default: "`gzip`; with `customize` and `enter`, the source's if it is a squashfs",
         readers: &[Publishing],
     },
     Variable {
@@ -227,118 +228,125 @@ pub const VARIABLES: &[Variable] = &[
     },
     Variable {
         name: "SOURCE_DATE_EPOCH",
-        format: "seconds since 1970: the time of everything in the packed image",
+        format: "seconds since 1970: modification time of all files in the packed image",
         default: "none: the files' own",
         readers: &[Publishing],
     },
     Variable {
         name: "IMAGE_STORE",
-        format: "`s3://BUCKET`, `s3://BUCKET/PREFIX`, `file:///FOLDER` or a folder",
-        default: "`s3://` and `S3_BUCKET`",
+        format: "`s3://BUCKET`, `s3://BUCKET/PREFIX`, `file:///DIRECTORY` or a directory",
+        default: "`s3://` followed by `S3_BUCKET`",
         readers: &[Publishing],
     },
     Variable {
         name: "S3_BUCKET",
         format: "name of a bucket",
-        default: "`boot-images`, where `S3_ENDPOINT` is set",
+        default: "`boot-images`, if `S3_ENDPOINT` is set",
         readers: &[Publishing],
     },
     Variable {
         name: "S3_ENDPOINT",
         format: "URL of the S3 server",
-        default: "`AWS_ENDPOINT_URL_S3`, else `AWS_ENDPOINT_URL`",
+        default: "`AWS_ENDPOINT_URL_S3`, otherwise `AWS_ENDPOINT_URL`",
         readers: &[Publishing],
     },
     Variable {
         name: "S3_ACCESS_KEY",
-        format: "the store's key",
+        format: "access key ID of the store",
         default: "`AWS_ACCESS_KEY_ID`",
         readers: &[Publishing],
     },
     Variable {
         name: "S3_SECRET_KEY",
-        format: "its secret",
+        format: "secret access key of the store",
         default: "`AWS_SECRET_ACCESS_KEY`",
         readers: &[Publishing],
     },
     Variable {
         name: "S3_SSL_VALIDATE",
-        format: "`true` or `false`, in any case, or a file of certificates: whether the store's certificate is checked",
-        default: "`true`, with the certificates in `AWS_CA_BUNDLE`, where that is set",
+        format: "`true` or `false`, in any case, or a file of trusted certificates: whether the store's certificate is \
+            checked",
+        default: "`true`, with the certificates in `AWS_CA_BUNDLE` if that is set",
         readers: &[Publishing],
     },
     Variable {
         name: "AWS_ACCESS_KEY_ID",
-        format: "the store's key, where `S3_ACCESS_KEY` is not set",
+        format: "access key ID of the store, if `S3_ACCESS_KEY` is not set",
         default: "none",
         readers: &[Publishing],
     },
-    Variable { name: "AWS_SECRET_ACCESS_KEY", format: "its secret", default: "none", readers: &[Publishing] },
+    Variable {
+        name: "AWS_SECRET_ACCESS_KEY",
+        format: "secret access key of the store, if `S3_SECRET_KEY` is not set",
+        default: "none",
+        readers: &[Publishing],
+    },
     Variable {
         name: "AWS_SESSION_TOKEN",
-        format: "what belongs to keys that are good for a while; not sent where the keys above and those of \
-            `S3_ACCESS_KEY` are both set",
+        format: "session token of temporary keys; not sent if the keys above and those of `S3_ACCESS_KEY` are both \
+            set",
         default: "none",
         readers: &[Publishing],
     },
     Variable {
         name: "AWS_REGION",
-        format: "the region that requests are signed for; where no endpoint is set, that of Amazon's server",
-        default: "`us-east-1`, where an endpoint is set",
+        format: "region that requests are signed for; if no endpoint is set, the region of Amazon's server",
+        default: "`us-east-1`, if an endpoint is set",
         readers: &[Publishing],
     },
     Variable {
         name: "AWS_DEFAULT_REGION",
-        format: "the same, where `AWS_REGION` is not set",
+        format: "region that requests are signed for, if `AWS_REGION` is not set",
         default: "none",
         readers: &[Publishing],
     },
     Variable {
         name: "AWS_ENDPOINT_URL_S3",
-        format: "URL of the S3 server, where `S3_ENDPOINT` is not set",
+        format: "URL of the S3 server, if `S3_ENDPOINT` is not set",
         default: "none",
         readers: &[Publishing],
     },
     Variable {
         name: "AWS_ENDPOINT_URL",
-        format: "the same, where that is not set either",
+        format: "URL of the S3 server, if `AWS_ENDPOINT_URL_S3` is not set either",
         default: "none",
         readers: &[Publishing],
     },
     Variable {
         name: "AWS_CA_BUNDLE",
-        format: "a file of certificates by which the store's is checked, where `S3_SSL_VALIDATE` names none",
+        format: "a file of trusted certificates to check the store's, if `S3_SSL_VALIDATE` names none",
         default: "none",
         readers: &[Publishing],
     },
     Variable {
         name: "CA_CERT",
-        format: "a file of further authorities' certificates, in PEM; passed over if it does not exist",
+        format: "a PEM file with certificates of further authorities; ignored if it does not exist",
         default: "none",
         readers: &[Publishing],
     },
     Variable {
         name: "IMS_URL",
-        format: "URL of IMS; with `IMS_JOB_ID` the sidecar needs a store besides, since the volume goes with the job",
-        default: "`https://api-gw-service-nmn.local/apis/ims` with credentials, else none: nothing is registered",
+        format: "URL of IMS; with `IMS_JOB_ID` the sidecar also needs a store, because the volume is deleted with \
+            the job",
+        default: "`https://api-gw-service-nmn.local/apis/ims` with credentials, otherwise none: nothing is registered",
         readers: &[Publishing],
     },
     Variable {
         name: "OAUTH_CONFIG_DIR",
-        format: "a folder with `endpoint`, `client-id` and `client-secret`; passed over if it holds no `endpoint`",
+        format: "a directory with `endpoint`, `client-id` and `client-secret`; ignored if it has no `endpoint`",
         default: "none",
         readers: &[Publishing],
     },
     Variable {
         name: "IMS_STALL_LIMIT",
-        format: "whole seconds; a connection that brings less than 64 KiB in them is given up and made again",
+        format: "whole seconds; a connection that transfers less than 64 KiB in that time is closed and opened again",
         default: "`30`",
         readers: &[Publishing],
     },
     Variable {
         name: "IMS_RETRY_LIMIT",
-        format: "whole seconds for which a request that fails is tried again, and within which an answer of a store \
-            ends; a download that comes forward begins them anew",
+        format: "whole seconds during which a failed request is retried, and within which a response of a store must \
+            end; progress of a download restarts them",
         default: "`200`",
         readers: &[Publishing],
     },
@@ -357,10 +365,10 @@ impl Variable {
     }
 }
 
-/// A checked value of the command line or of a variable, or the format that was expected.
+/// A checked value of the command line or a variable, or the format that was expected.
 pub(crate) type Checked = std::result::Result<String, String>;
 
-/// Whether a value's letters have to be in the case that is expected.
+/// Case of letters that a value must have.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Case {
     Exact,
@@ -370,14 +378,14 @@ pub(crate) enum Case {
 /// Values of a variable that is true or false.
 pub(crate) const TRUTH: [(&str, bool); 2] = [("true", true), ("false", false)];
 
-/// Takes values out of the variables and collects what is wrong with them. An empty variable counts as not set.
+/// Reads values of variables and collects complaints about them. An empty variable counts as not set.
 pub(crate) struct Reader {
     variables: HashMap<OsString, OsString>,
     complaints: Vec<String>,
 }
 
 impl Reader {
-    /// Where a variable comes twice, the later one counts.
+    /// Takes the variables; the last of duplicate ones counts.
     pub(crate) fn of(variables: impl IntoIterator<Item = (OsString, OsString)>) -> Self {
         Self { variables: variables.into_iter().collect(), complaints: Vec::new() }
     }
@@ -389,7 +397,7 @@ impl Reader {
         }
     }
 
-    /// Returns what was read, or all complaints as one error. A value that is missing has its complaint.
+    /// Returns the values that were read, or all complaints as one error. Each missing value has its complaint.
     pub(crate) fn finish<T>(self, read: Option<T>) -> Result<T> {
         let refusal = || Error::bad_input(self.complaints.join("; also, "));
         read.filter(|_| self.complaints.is_empty()).ok_or_else(refusal)
@@ -407,7 +415,7 @@ impl Reader {
         }
     }
 
-    /// A value that ends up as one word of a configuration line; it may be empty.
+    /// Reads a value that becomes one word of a configuration line; it may be empty.
     pub(crate) fn line(&mut self, name: &str) -> Option<String> {
         self.variables.get(OsStr::new(name))?;
         let value = self.text(name).unwrap_or_default();
@@ -444,7 +452,7 @@ impl Reader {
         seconds
     }
 
-    /// The value of `name`, if `check` accepts it; it says what it expected else.
+    /// Returns `value` of `name` as `check` parses it; otherwise complains with the format that `check` expected.
     pub(crate) fn check<T>(
         &mut self,
         name: &str,

@@ -17,27 +17,28 @@ use crate::sys::tree::Tree;
 type Entry = (&'static str, &'static str);
 
 const SIGNAL_FILES: &[Entry] = &[
-    ("IMAGE_ROOT_PARENT/image-root", "The image root; of a create job, build/image-root."),
+    ("IMAGE_ROOT_PARENT/image-root", "The image root; build/image-root in a create job."),
     ("IMAGE_ROOT_PARENT/complete", "The image is to be packed."),
-    ("IMAGE_ROOT_PARENT/failed", "The image is not to be packed; wins over complete."),
+    ("IMAGE_ROOT_PARENT/failed", "The image is not to be packed; takes precedence over complete."),
     ("IMAGE_ROOT_PARENT/ready", "The environment may open."),
     ("IMAGE_ROOT_PARENT/sshd_listening", "sshd accepts connections."),
-    ("IMAGE_ROOT_PARENT/exiting", "The environment has ended, and nobody writes to the image root."),
+    ("IMAGE_ROOT_PARENT/exiting", "The environment has closed, and nothing writes to the image root any more."),
 ];
-const MARKS: &[Entry] = &[("/tmp/complete, /tmp/failed", "In the image: mark it complete, or failed.")];
-const RUN: &[Entry] = &[("/run/ims-sshd", "What belongs to environments that are open.")];
+const MARKS: &[Entry] = &[("/tmp/complete, /tmp/failed", "In the image: they mark it complete or failed.")];
+const RUN: &[Entry] = &[("/run/ims-sshd", "State of open environments.")];
 const WORK: &[Entry] =
-    &[("/var/lib/ims-sshd", "Changes until they are published or discarded; --work names another place.")];
+    &[("/var/lib/ims-sshd", "Changes until they are published or discarded; --work names another directory.")];
 const LOGINS: &[Entry] = &[
     ("/run/ims-sshd/customize/NAME/ssh_config", "Configuration for ssh, scp, sftp and Ansible; the host is image."),
-    ("/run/ims-sshd/customize/NAME/sshd.log", "The log of the environment's sshd."),
+    ("/run/ims-sshd/customize/NAME/sshd.log", "Log of the environment's sshd."),
 ];
 
 const REFUSED: Entry = ("2", "The command line or a variable was refused.");
-const SIGNALS: Entry = ("129, 130, 143", "SIGHUP, SIGINT or SIGTERM came.");
-const DONE: &[Entry] = &[("0", "It was done."), ("1", "It was not; standard error says why."), REFUSED];
+const SIGNALS: Entry = ("129, 130, 143", "Interrupted by SIGHUP, SIGINT or SIGTERM.");
+const DONE: &[Entry] =
+    &[("0", "The command succeeded."), ("1", "The command failed; standard error says why."), REFUSED];
 
-/// Sections of a man page that clap does not know.
+/// Sections of a man page that clap does not generate.
 struct Page {
     /// Programs whose variables it lists.
     variables: &'static [Program],
@@ -52,18 +53,18 @@ fn page_of(name: &str) -> Page {
             variables: &[Environment],
             files: &[SIGNAL_FILES, MARKS, RUN],
             exit: &[
-                ("0", "The image was marked complete or failed, or no shell was wanted."),
-                ("1", "The environment broke or could not be opened; the log says why."),
+                ("0", "The image was marked complete or failed, or the job wanted no shell."),
+                ("1", "The environment could not be opened, or it failed; the log says why."),
                 REFUSED,
-                ("129, 130, 143", "SIGHUP, SIGINT or SIGTERM came; the image is marked failed."),
+                ("129, 130, 143", "Interrupted by SIGHUP, SIGINT or SIGTERM; the image is marked failed."),
             ],
         },
         "customize" => Page {
             variables: &[Local, Publishing],
             files: &[MARKS, LOGINS, WORK, RUN],
             exit: &[
-                ("0", "The image was marked complete, and published if that was wanted."),
-                ("1", "The image was marked failed, or the environment broke; the log says which."),
+                ("0", "The image was marked complete, and published if requested."),
+                ("1", "The image was marked failed, or the environment failed; the log says which."),
                 REFUSED,
                 SIGNALS,
             ],
@@ -72,20 +73,20 @@ fn page_of(name: &str) -> Page {
             variables: &[Local, Publishing],
             files: &[MARKS, WORK, RUN],
             exit: &[
-                ("0", "The image was published, or the command ended so."),
-                ("1", "The image was marked failed, or is not published for lack of an answer."),
+                ("0", "The image was published, or the command exited with 0."),
+                ("1", "The image was marked failed, or was not published because nobody could answer."),
                 REFUSED,
-                ("126, 127", "The image's program cannot be started, or the image has none of that name."),
+                ("126, 127", "The program cannot be started, or the image has no program of that name."),
                 ("255", "The jail could not be entered."),
-                ("others", "The command's own; it ends of the signal that the command died of."),
+                ("others", "Exit code of the command; if a signal killed the command, it kills this program too."),
             ],
         },
         "prepare" | "sidecar" | "package" | "upload" => Page {
             variables: if name == "sidecar" { &[Job, Publishing, Sidecar] } else { &[Job, Publishing] },
             files: &[SIGNAL_FILES],
             exit: &[
-                ("0", "It was done. Of sidecar: also for a customized image that was marked failed."),
-                ("1", "It was not, and what was begun is rolled back; the log says why."),
+                ("0", "The command succeeded. sidecar: also if a customized image was marked failed."),
+                ("1", "The command failed and rolled back its work; the log says why."),
                 REFUSED,
                 SIGNALS,
             ],
@@ -231,7 +232,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_cells_code_is_bold_and_its_links_are_their_text() {
+    fn code_becomes_bold_and_a_link_becomes_its_text() {
         let marked = marked_up("`A` or [see](#there), `B`");
         assert_eq!(marked, [roman(""), bold("A"), roman(" or see, "), bold("B"), roman("")]);
     }
