@@ -15,7 +15,7 @@ pub fn cache_directory() -> PathBuf {
         .map_or_else(|| PathBuf::from(std::env::var_os("HOME").expect("HOME")).join(".cache/ims-sshd"), PathBuf::from)
 }
 
-/// The same; fails if it has no image roots yet.
+/// Returns [`cache_directory`]; fails if it has no image roots yet.
 pub fn cache() -> PathBuf {
     let path = cache_directory();
     assert!(

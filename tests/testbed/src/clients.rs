@@ -68,7 +68,7 @@ impl Environment {
         self.master_with(None)
     }
 
-    /// The same, with this agent in each of its sessions.
+    /// Opens a master connection that forwards this agent to each of its sessions.
     pub fn master_with(&self, agent: Option<&Path>) -> Master<'_> {
         let master =
             Master { environment: self, socket: tempfile::tempdir().unwrap(), agent: agent.map(Path::to_owned) };
@@ -116,7 +116,7 @@ impl Master<'_> {
         self.ssh_with(&[])
     }
 
-    /// The same with further options.
+    /// `ssh` over the open connection, with further options.
     pub fn ssh_with(&self, options: &[&str]) -> Command {
         let control = self.control();
         let agent = if self.agent.is_some() { "-A" } else { "-a" };
@@ -130,7 +130,7 @@ impl Master<'_> {
         self.sftp_with(&[])
     }
 
-    /// The same with further options.
+    /// `sftp` over the open connection, with further options.
     pub fn sftp_with(&self, options: &[&str]) -> Command {
         let control = format!("ControlPath={}", self.control());
         self.environment.sftp_client(&[&["-o", &control], options].concat())

@@ -113,7 +113,7 @@ pub fn ask(port: u16, method: &str, path: &str, body: &[u8]) -> Answer {
     ask_with(port, method, path, "", body)
 }
 
-/// The same with further headers, each with its line end.
+/// Like [`ask`], with further headers, each with its line end.
 fn ask_with(port: u16, method: &str, path: &str, headers: &str, body: &[u8]) -> Answer {
     let mut connection = TcpStream::connect(("127.0.0.1", port)).unwrap();
     let length = body.len();

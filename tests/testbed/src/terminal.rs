@@ -44,7 +44,7 @@ impl Terminal {
         Self::at_a_shell_of(environment, "xterm")
     }
 
-    /// The same, from a terminal of another kind.
+    /// `ssh` without a command, once the shell prompts, from a terminal of this kind.
     pub fn at_a_shell_of(environment: &Environment, kind: &str) -> Self {
         let mut terminal = Self::with(environment.ssh(&["-tt", "-e", "none"]).env("TERM", kind));
         terminal.wait_for_first_prompt();

@@ -141,12 +141,12 @@ impl Volume {
         self.start_with(mode, &[])
     }
 
-    /// The same with further variables; an empty one unsets.
+    /// Starts the entrypoint with further variables; an empty one unsets.
     pub fn start_with(self, mode: Mode, further: &[(&str, &str)]) -> Environment {
         self.start_by(Path::new(&IMS_SSHD), mode, further)
     }
 
-    /// The same by another build of `ims-sshd`.
+    /// Starts the entrypoint of another build of `ims-sshd`.
     pub fn start_by(self, ims_sshd: &Path, mode: Mode, further: &[(&str, &str)]) -> Environment {
         let mut command = Command::new(ims_sshd);
         self.equip(command.arg("entrypoint"), mode, further);
@@ -154,7 +154,7 @@ impl Volume {
         Environment { entrypoint, volume: self, status: None }
     }
 
-    /// The same in a container whose /proc is masked: the kernel then gives a user namespace no procfs of its own.
+    /// Starts the entrypoint in a container whose /proc is masked: the kernel then gives a user namespace no procfs of its own.
     pub fn start_where_proc_is_masked(self, mode: Mode, further: &[(&str, &str)]) -> Environment {
         let mut command = Command::new(MASKING_PROC[0]);
         command.args(&MASKING_PROC[1..]);

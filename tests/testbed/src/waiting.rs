@@ -28,7 +28,7 @@ pub fn wait_until(what: &str, holds: impl FnMut() -> bool) {
     wait_within(LIMIT, what, holds);
 }
 
-/// The same with another limit.
+/// Like [`wait_until`], with another limit.
 pub fn wait_within(limit: Duration, what: &str, mut holds: impl FnMut() -> bool) {
     let began = Instant::now();
     while !holds() {
