@@ -21,7 +21,7 @@ pub struct Error {
 /// Kind of an error, which decides the exit code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
-    /// A step of ours failed.
+    /// A step of this program failed.
     Broken,
     /// An option, a variable or a file from outside is wrong.
     BadInput,
@@ -33,17 +33,17 @@ enum Kind {
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
-    /// `attempted` completes the sentence "cannot …".
+    /// Reports a failed step; `attempted` completes the sentence "cannot …".
     pub(crate) fn new(attempted: impl Into<String>) -> Self {
         Self { attempted: attempted.into(), cause: None, advice: None, kind: Kind::Broken }
     }
 
-    /// A refused input; `complaint` is a complete clause that names the value and what was expected.
+    /// Refuses an input; `complaint` is a complete clause that names the value and what was expected.
     pub fn bad_input(complaint: impl Into<String>) -> Self {
         Self { attempted: complaint.into(), cause: None, advice: None, kind: Kind::BadInput }
     }
 
-    /// Work interrupted by `signal`.
+    /// Reports that `signal` interrupted the work.
     pub(crate) fn interrupted(signal: Signal) -> Self {
         let attempted = format!("interrupted by {signal}");
         Self { attempted, cause: None, advice: None, kind: Kind::Interrupted(signal) }
@@ -112,7 +112,7 @@ impl std::error::Error for Error {}
 
 /// Turns a bare system error into an [`Error`] where the object is known.
 pub trait Attempt<T> {
-    /// `attempted` completes "cannot …".
+    /// Names the failed step; `attempted` completes the sentence "cannot …".
     fn attempt<S: Into<String>>(self, attempted: impl FnOnce() -> S) -> Result<T>;
 }
 

@@ -1,8 +1,8 @@
-//! Reports a panic, which is a bug of ours, like any other error: in one line, without a backtrace.
+//! Reports a panic, which is a bug of this program, like any other error: in one line, without a backtrace.
 
 use std::panic::PanicHookInfo;
 
-/// Calls `tell` with one sentence on a panic, in place of the standard library's report.
+/// Calls `tell` with one sentence on a panic, instead of the standard library's report.
 pub fn tell_by(tell: impl Fn(&str) + Send + Sync + 'static) {
     std::panic::set_hook(Box::new(move |panic| tell(&sentence(panic))));
 }
@@ -20,13 +20,13 @@ mod tests {
     use std::process::Command;
 
     #[test]
-    fn a_panic_is_one_line_that_names_place_and_message() {
+    fn a_panic_is_reported_in_one_line_with_location_and_message() {
         const IN_CHILD: &str = "IMS_SSHD_TEST_PANIC";
         if std::env::var_os(IN_CHILD).is_some() {
             tell_by(|sentence| eprintln!("told: {sentence}"));
             assert_eq!(1, 2, "an odd number");
         }
-        let name = "panic::tests::a_panic_is_one_line_that_names_place_and_message";
+        let name = "panic::tests::a_panic_is_reported_in_one_line_with_location_and_message";
         let mut child = Command::new(std::env::current_exe().unwrap());
         let output = child.args(["--exact", name, "--nocapture"]).env(IN_CHILD, "").output().unwrap();
         let told = String::from_utf8_lossy(&output.stderr);

@@ -16,7 +16,7 @@ impl<T: AsRef<str>> fmt::Display for Printable<T> {
     }
 }
 
-/// Most entries of a list in a message.
+/// Limit of entries of a list in a message.
 const MOST_LISTED: usize = 20;
 
 /// Joins a list for a message, truncated: an image may have any number of names.
@@ -53,7 +53,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn a_list_has_an_end() {
+    fn a_long_list_is_truncated() {
         let names: Vec<_> = (0..3000).map(|n| n.to_string()).collect();
         assert_eq!(listed(&names[..2]), "0, 1");
         assert_eq!(listed(&names[..20]).matches(", ").count(), 19);
@@ -61,7 +61,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_printable_is_escaped_and_the_rest_stays() {
+    fn unprintable_characters_are_escaped_and_others_kept() {
         for (text, shown) in [
             ("cannot open 'a\\b' \"größe\" 漢字 🦀", "cannot open 'a\\b' \"größe\" 漢字 🦀"),
             ("a\nb\r\tc\0", r"a\nb\r\tc\0"),

@@ -2,8 +2,8 @@
 
 use rustix::fs::{FileType, Stat};
 
-/// Whether a file with a verdict file's name in the image's /tmp counts: only a regular file, as `touch` creates it. A
-/// program may have a directory or link of that name.
+/// Returns whether a file with a verdict file's name in the image's /tmp counts. Only a regular file does, as `touch`
+/// creates it: a program may have a directory or link of that name.
 pub(crate) fn is_mark(found: &Stat) -> bool {
     FileType::from_raw_mode(found.st_mode) == FileType::RegularFile
 }
@@ -13,7 +13,7 @@ pub(crate) fn is_mark(found: &Stat) -> bool {
 pub enum Verdict {
     /// The image will be packed.
     Complete,
-    /// It will not. Takes precedence over [`Verdict::Complete`].
+    /// The image will not be packed. Takes precedence over [`Verdict::Complete`].
     Failed,
 }
 

@@ -36,7 +36,7 @@ pub struct Settings {
     pub(crate) image: Option<String>,
     /// True if a directory is changed in place, so that changes stay whatever the verdict.
     pub(crate) in_place: bool,
-    /// What people at a terminal are told at the end.
+    /// Messages to people at a terminal at the end.
     pub(crate) marked: Marked,
     /// `IMS_JAIL_BINDS`: bind mounts from the container into the jail.
     pub(crate) binds: Vec<Bind>,
@@ -52,7 +52,7 @@ pub struct Settings {
     pub(crate) session_variables: Vec<(String, String)>,
 }
 
-/// What people at a terminal are told about the image when the environment closes.
+/// Messages about the image to people at a terminal when the environment closes.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Marked {
     complete: &'static str,
@@ -63,12 +63,12 @@ impl Marked {
     /// In a pod, and where the image is published.
     pub(crate) const PACKED: Self =
         Self { complete: "marked complete and will be packed", failed: "marked failed and will not be packed" };
-    /// Where the changes are applied to the directory above which they were made.
+    /// Messages if the changes are applied to the directory above which they were made.
     pub(crate) const APPLIED: Self = Self {
         complete: "marked complete, and its changes will be applied",
         failed: "marked failed, and its changes will not be applied",
     };
-    /// Where a directory is changed in place.
+    /// Messages if a directory is changed in place.
     pub(crate) const IN_PLACE: Self = Self { complete: "marked complete", failed: "marked failed" };
 
     pub(super) fn for_verdict(self, verdict: Verdict) -> &'static str {

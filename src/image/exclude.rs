@@ -62,7 +62,7 @@ pub(crate) struct Excluded {
     pub(crate) is_all: bool,
 }
 
-/// What is known of a directory to be searched.
+/// A directory to be searched.
 struct Ahead {
     /// Patterns whose first names match the path, each with the number of names matched.
     begun: Vec<(usize, usize)>,

@@ -89,7 +89,7 @@ impl Archive<'_> {
     /// Refuses a directory in which no file can be created.
     pub(crate) fn check_place(&self, called: &str) -> Result<()> {
         match self.directory.create_nameless() {
-            // Where O_TMPFILE is not supported the file has a name, and another run is creating it right now.
+            // Without O_TMPFILE the file has a name, and another run is creating it right now.
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
             Err(e) => Err(Error::bad_input(format!(
                 "{called} is '{}': expected a path where a file can be created: {e}",

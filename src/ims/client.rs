@@ -28,9 +28,9 @@ pub(crate) struct Ims<'a> {
     place: Option<Place>,
     job: Option<Id>,
     token: RefCell<Option<Token>>,
-    /// Whether image records can hold the ID of the request that created them.
+    /// True if image records can hold the ID of the request that created them.
     takes_metadata: Cell<bool>,
-    /// Whether a request to create a record may have reached IMS.
+    /// True if a request to create a record may have reached IMS.
     has_asked: Cell<bool>,
     /// Timeout of the next request.
     timeout: Cell<Duration>,
@@ -85,17 +85,17 @@ impl<'a> Ims<'a> {
         }
     }
 
-    /// Whether there is an IMS.
+    /// Returns whether there is an IMS.
     pub(crate) fn is_there(&self) -> bool {
         self.place.is_some()
     }
 
-    /// Whether a request to create a record may have reached IMS. If not, no record was created.
+    /// Returns whether a request to create a record may have reached IMS. If not, no record was created.
     pub(crate) fn has_asked(&self) -> bool {
         self.has_asked.get()
     }
 
-    /// Whether an image record says by which request it was created.
+    /// Returns whether an image record says by which request it was created.
     pub(crate) fn takes_metadata(&self) -> bool {
         self.takes_metadata.get()
     }

@@ -89,7 +89,7 @@ pub(crate) struct NewImage<'a> {
 }
 
 impl Image {
-    /// Whether `request` created this record.
+    /// Returns whether `request` created this record.
     pub(crate) fn was_made_by(&self, request: &Id) -> bool {
         self.metadata.as_ref().and_then(|metadata| metadata.get(REQUEST)).is_some_and(|id| id == request.as_str())
     }

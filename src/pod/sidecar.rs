@@ -198,7 +198,7 @@ struct Sidecar<'a> {
     directory: &'a JournalDirectory<'a>,
     journal: Journal,
     ims: &'a Ims<'a>,
-    /// Whether the publication has started.
+    /// True if the publication has started.
     has_published: bool,
 }
 
@@ -279,7 +279,7 @@ impl<'a> Sidecar<'a> {
         self.publish(image)
     }
 
-    /// Whether there is a verdict file, as an environment leaves it before `exiting`.
+    /// Returns whether there is a verdict file, as an environment leaves it before `exiting`.
     fn has_verdict(&self, image_root: Option<&Tree>) -> Result<bool> {
         Ok(self.files.stands(Verdict::Complete.signal_file())? || self.is_marked_failed(image_root))
     }

@@ -121,7 +121,7 @@ impl Drop for Beside<'_> {
     }
 }
 
-/// What an earlier `prepare` has made, and what was packed of it.
+/// Files that an earlier `prepare` made, and the image packed from them.
 struct Old {
     /// Paths below the image root's parent.
     paths: Vec<PathBuf>,

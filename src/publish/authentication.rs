@@ -48,7 +48,7 @@ impl Seal {
             .attempt(|| format!("look at {}", parent.shown().display()))
     }
 
-    /// Whether the job has a secret that survives a restart and that other writers to its volume do not have.
+    /// Returns whether the job has a secret that survives a restart and that other writers to its volume do not have.
     pub(crate) fn has_secret(settings: &Settings) -> bool {
         settings.store.keys.is_some() || settings.ims.as_ref().is_some_and(|ims| ims.oauth.is_some())
     }

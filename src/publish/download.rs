@@ -35,7 +35,7 @@ struct Download<'a> {
     etag: Option<String>,
     /// Last-Modified, as the server writes it.
     modified: Option<String>,
-    /// Whether the ETag can be the content's MD5.
+    /// True if the ETag can be the content's MD5.
     etag_is_md5: bool,
     progress: Progress,
 }
@@ -198,7 +198,7 @@ impl Download<'_> {
         self.file.set_len(0).and_then(|()| self.file.rewind()).attempt(|| format!("truncate {}", self.path))
     }
 
-    /// Whether a partial response continues the same content, and its end is known.
+    /// Returns whether a partial response continues the same content, and its end is known.
     fn goes_on(&mut self, headers: &HeaderMap) -> bool {
         // A partial response has all headers of the whole one (RFC 9110, 15.3.7).
         let is_same = match &self.etag {
@@ -226,7 +226,7 @@ fn is_weak(etag: &str) -> bool {
     etag.starts_with("W/")
 }
 
-/// Whether the ETag of a response is the MD5 of its content: it looks like one, and no header says otherwise.
+/// Returns whether the ETag of a response is the MD5 of its content: it looks like one, and no header says otherwise.
 fn is_md5(headers: &HeaderMap) -> bool {
     let etag = text_of(headers, ETAG.as_str()).filter(|etag| !is_weak(etag)).unwrap_or_default().trim_matches('"');
     let names = headers.keys().map(HeaderName::as_str);

@@ -74,7 +74,7 @@ impl Identity {
         Ok(Self { source: named(source), sums: sums(expected), size, modified, content, recorded: None })
     }
 
-    /// Whether both are the same image, whatever their paths.
+    /// Returns whether both are the same image, whatever their paths.
     pub(crate) fn is_same(&self, other: &Self) -> bool {
         if let (Some(ours), Some(theirs)) = (&self.sums, &other.sums) {
             return ours == theirs;
@@ -83,7 +83,7 @@ impl Identity {
         self.size == other.size && self.content == other.content
     }
 
-    /// Whether this is the identity of the directory `root`, whatever its path now.
+    /// Returns whether this is the identity of the directory `root`, whatever its path now.
     pub(crate) fn is_of(&self, root: &Tree) -> bool {
         let is_ours = |found: std::io::Result<String>| found.is_ok_and(|content| content == self.content);
         if !is_ours(of_directory(root)) {
@@ -123,7 +123,7 @@ impl Identity {
         }
     }
 
-    /// Whether this is the identity of `source`, as far as that can be decided without fetching it.
+    /// Returns whether this is the identity of `source`, as far as that can be decided without fetching it.
     pub(crate) fn is_named(&self, source: &Source, expected: &Expected) -> bool {
         self.source == named(source) && sums(expected).is_none_or(|sums| self.sums.as_ref() == Some(&sums))
     }

@@ -30,7 +30,7 @@ const KIND_OF_UPLOAD: &str = "upload";
 pub(crate) struct JournalDirectory<'a> {
     files: &'a SignalFiles,
     settings: &'a Settings,
-    /// Whether nobody else writes there.
+    /// True if nobody else writes there.
     is_private: bool,
     /// Made on first use: the key may be kept in a store, which need not exist if nothing is published.
     seal: OnceCell<Seal>,
@@ -113,7 +113,7 @@ fn irregular(kind: FileType) -> Option<&'static str> {
     }
 }
 
-/// Whether there is a journal: an image was published in part.
+/// Returns whether there is a journal: an image was published in part.
 pub(crate) fn is_begun(files: &SignalFiles) -> Result<bool> {
     let found =
         files.parent().look(PUBLICATION).attempt(|| format!("look for {}/{PUBLICATION}", files.path().display()))?;
@@ -157,7 +157,7 @@ pub(crate) struct Journal {
     pub(crate) image: Option<Id>,
     /// Link to the manifest, once that is uploaded.
     pub(crate) link: Option<Link>,
-    /// Whether IMS may know the job as a success. Nothing is rolled back then, until IMS says otherwise.
+    /// True if IMS may know the job as a success. Nothing is rolled back then, until IMS says otherwise.
     #[serde(rename = "told")]
     pub(crate) is_told: bool,
 }

@@ -251,8 +251,8 @@ pub(crate) fn take_inventory_below(work: &Work, settings: &Settings, volume: &Tr
     Inventory::of(work, &below)?.save(volume, INVENTORY)
 }
 
-/// Whether `parent` has an image root that may have been changed: an unpacked one, or an overlay with an upper layer
-/// that is not empty.
+/// Returns whether `parent` has an image root that may have been changed: an unpacked one, or an overlay with an upper
+/// layer that is not empty.
 pub(crate) fn holds_changes(parent: &Path, image_root: &Path) -> bool {
     match Overlay::changes(&parent.join(OVERLAY)) {
         Some(changes) => changes,

@@ -323,7 +323,7 @@ impl Publication<'_> {
             .advise("find out who writes to the store; run it again for a new image"))
     }
 
-    /// Whether the store has a directory for each image's name. In IMS, several images may share a name.
+    /// Returns whether the store has a directory for each image's name. In IMS, several images may share a name.
     fn is_named(&self, store: &Store) -> bool {
         store.is_directory() && !self.ims.is_there()
     }
@@ -544,9 +544,9 @@ impl Publication<'_> {
         Ok((!is_ours).then(|| "an object of it is another job's".into()))
     }
 
-    /// Whether all objects of an image are this job's; an image that `is_new` has none. A manifest has no metadata that
-    /// names an owner, and belongs to the owner of the other objects. Files in a directory have no metadata: the
-    /// journal says that the image is this job's.
+    /// Returns whether all objects of an image are this job's; an image that `is_new` has none. A manifest has no
+    /// metadata that names an owner, and belongs to the owner of the other objects. Files in a directory have no
+    /// metadata: the journal says that the image is this job's.
     fn is_place_ours(&self, store: &Store, id: &Id, is_new: bool) -> Result<bool> {
         let metadata = self.owner_metadata(id);
         let look = |key: &&str| {

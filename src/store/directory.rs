@@ -240,7 +240,7 @@ impl Directory {
         free
     }
 
-    /// Whether `name` is an empty directory that an older version reserved for an image before it was killed.
+    /// Returns whether `name` is an empty directory that an older version reserved for an image before it was killed.
     fn is_left_empty(&self, name: &str) -> io::Result<bool> {
         let Some(found) = self.root.look(name)? else { return Ok(false) };
         let is_closed = FileType::from_raw_mode(found.st_mode) == FileType::Directory && found.st_mode & 0o777 == 0o700;
@@ -284,7 +284,7 @@ impl Directory {
         }
     }
 
-    /// Whether `name` still refers to this directory.
+    /// Returns whether `name` still refers to this directory.
     fn leads_to(&self, name: &str, tree: &Tree) -> io::Result<bool> {
         let made = rustix::fs::fstat(tree)?;
         let found = self.root.look(name)?;
@@ -296,7 +296,7 @@ fn partial(key: &str) -> String {
     format!("{key}{PARTIAL}")
 }
 
-/// Whether a directory may be that of the image `id`. The manifest, written last, contains the ID.
+/// Returns whether a directory may be that of the image `id`. The manifest, written last, contains the ID.
 fn may_be(tree: &Tree, id: &str) -> io::Result<bool> {
     if tree.look(MANIFEST)?.is_none_or(|found| FileType::from_raw_mode(found.st_mode) != FileType::RegularFile) {
         return Ok(true);

@@ -190,7 +190,7 @@ impl Store {
         bucket.abort_multipart(&path, &begun?).await
     }
 
-    /// Whether the store is a directory, in which people find an image by the name of its directory.
+    /// Returns whether the store is a directory, in which people find an image by the name of its directory.
     pub(crate) fn is_directory(&self) -> bool {
         matches!(self.objects, Objects::Directory(_))
     }
@@ -331,7 +331,7 @@ impl Store {
         }
     }
 
-    /// Whether an object exists and has this size and MD5. Files have no metadata: always false.
+    /// Returns whether an object exists and has this size and MD5. Files have no metadata: always false.
     pub(crate) async fn holds(&self, key: &str, size: u64, md5: &str) -> bool {
         let Objects::S3 { bucket, .. } = &self.objects else { return false };
         let head = GetOptions { head: true, ..GetOptions::default() };
@@ -341,7 +341,7 @@ impl Store {
             .is_ok_and(|found| found.meta.size == size && found.attributes.get(&sum).is_some_and(|s| s.as_ref() == md5))
     }
 
-    /// Whether an object exists.
+    /// Returns whether an object exists.
     pub(crate) async fn is_there(&self, key: &str) -> object_store::Result<bool> {
         match self.head(key).await {
             Ok(_) => Ok(true),

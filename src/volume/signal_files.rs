@@ -148,7 +148,7 @@ impl SignalFiles {
     }
 
     /// Claims the parent for its sidecar until the returned value is dropped. It is an error if another sidecar has it.
-    /// Where that cannot be found out, the claim succeeds without a lock: later steps work, or report why they cannot.
+    /// If that cannot be found out, the claim succeeds without a lock: later steps work, or report why they cannot.
     pub(crate) fn claim_for_sidecar(&self) -> Result<SidecarClaim<'_>> {
         let mut claim = SidecarClaim { files: self, lock: None };
         // Limited: another process may remove the file each time.
