@@ -269,7 +269,7 @@ struct Session {
     is_shell: bool,
     /// Time for the command to end after a signal. None if the command handles signals itself.
     grace: Option<Duration>,
-    /// The end of the changes to ask about; none if it is decided already.
+    /// Use of the changes if a mark or an answer decides about them.
     end: Option<End>,
     in_place: bool,
     tiers: Vec<Tier>,
