@@ -209,8 +209,8 @@ pub const VARIABLES: &[Variable] = &[
     },
     Variable {
         name: "IMAGE_PACKER",
-        format: "`ims-sshd`, which takes over the compressed blocks of unchanged files, or `mksquashfs`, which compresses \
-            everything",
+        format: "`ims-sshd`, which takes over the compressed blocks of unchanged files, or `mksquashfs`, which \
+            compresses everything",
         default: "`mksquashfs`",
         readers: &[Publishing],
     },
