@@ -54,7 +54,7 @@ pub struct Method {
     options: Options,
 }
 
-/// What follows the superblock if [`flag::OPTIONS`](crate::squashfs::format::flag::OPTIONS) is set.
+/// Compressor options, which follow the superblock if [`flag::OPTIONS`](crate::squashfs::format::flag::OPTIONS) is set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Options {
     None,
@@ -304,7 +304,7 @@ enum DecompressorState {
     Zstd(DCtx<'static>),
 }
 
-/// What liblzma may take for the dictionary of a block: the kernel's limit is the block size.
+/// Memory that liblzma may take for the dictionary of a block: the kernel's limit is the block size.
 const XZ_MEMORY: u64 = 8 << 20;
 
 impl Decompressor {

@@ -18,7 +18,7 @@ use crate::squashfs::plan::{NodeId, Plan};
 /// Opens a regular file of the tree by its path below the root.
 pub type Open<'a> = &'a mut dyn FnMut(&Path) -> io::Result<File>;
 
-/// Where the content of each file lies.
+/// Places of the content of all files.
 #[derive(Debug)]
 pub(crate) struct Located {
     /// By node.
@@ -31,7 +31,7 @@ enum At {
     /// No content, or none of a file's own.
     #[default]
     Nowhere,
-    /// That of another file.
+    /// The same content as another file.
     SameAs(NodeId),
     /// All of it in a fragment block, with its index and the offset there.
     Fragment(u32, u32),
@@ -263,7 +263,7 @@ impl<'a, 'o> Reading<'a, 'o> {
         Ok(())
     }
 
-    /// Whether another file has this size.
+    /// Returns whether another file has this size.
     fn has_peers(&self, size: u64) -> bool {
         let has = |duplicates: &Duplicates| {
             duplicates.taken.contains_key(&size) || duplicates.sizes.get(&size).is_some_and(|count| *count > 1)
@@ -298,7 +298,7 @@ fn fill(file: &File, at: u64, length: u64, buffer: &mut Vec<u8>) -> io::Result<(
     file.read_exact_at(buffer, at).map_err(|e| if e.kind() == io::ErrorKind::UnexpectedEof { changed() } else { e })
 }
 
-/// Where data begins at or behind `at`; the end of the file if there is none.
+/// Returns the offset at which data begins at or behind `at`; `u64::MAX` if there is none.
 fn next_data(file: &File, at: u64) -> io::Result<u64> {
     match rustix::fs::seek(file, rustix::fs::SeekFrom::Data(at)) {
         Err(rustix::io::Errno::NXIO) => Ok(u64::MAX),

@@ -1,10 +1,10 @@
-//! What can be wrong with a source image, and why an image was not written.
+//! Faults of a source image, and reasons why an image was not written.
 
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
-/// What is wrong with a source image.
+/// A fault of a source image.
 #[derive(Debug)]
 pub enum Fault {
     /// The file is no squashfs at all.

@@ -268,7 +268,7 @@ impl Superblock {
         Err(Fault::damaged("its tables overlap or lie outside of it"))
     }
 
-    /// Whether a bit of [`flag`] is set.
+    /// Returns whether a bit of [`flag`] is set.
     pub(crate) fn has(&self, flag: u16) -> bool {
         self.flags & flag != 0
     }
@@ -299,7 +299,7 @@ impl Kind {
     }
 }
 
-/// What all inodes begin with.
+/// The fields that all inodes begin with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Header {
     /// Permission bits, without the type.
@@ -336,7 +336,7 @@ pub(crate) enum Body {
     Special(Kind),
 }
 
-/// Where a directory's listing lies.
+/// Place of a directory's listing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Directory {
     pub(crate) listing: Place,
@@ -357,7 +357,7 @@ pub(crate) struct IndexEntry {
     pub(crate) name: Vec<u8>,
 }
 
-/// Where a regular file's content lies.
+/// Place of a regular file's content.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(crate) struct Extent {
     pub(crate) size: u64,
@@ -542,7 +542,7 @@ impl<'a> ListingEntry<'a> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Fragment {
     pub(crate) start: u64,
-    /// As in [`Extent::blocks`].
+    /// Encoded like [`Extent::blocks`].
     pub(crate) size: u32,
 }
 

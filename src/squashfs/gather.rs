@@ -15,7 +15,7 @@ use crate::squashfs::plan::{Attributes, Content, NodeId, Object, Plan, XattrSet,
 use crate::sys::tree::Tree;
 use crate::sys::walk::{Descent, refuse_long};
 
-/// What is to be done with an entry.
+/// Treatment of an entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Choice {
     /// It is left out, with all that is below it.
@@ -24,7 +24,7 @@ pub enum Choice {
     Pack(Content),
 }
 
-/// What was collected.
+/// The collected entries.
 #[derive(Debug)]
 pub struct Gathered {
     /// The plan.
@@ -33,9 +33,9 @@ pub struct Gathered {
     pub not_kept: Vec<OsString>,
 }
 
-/// Collects `tree`. `choose` is asked about each entry but the root, by its path and status, as of the kernel's `lstat`.
-/// It may change the permissions and the size that are packed; a file of no bytes is not read.
-/// Extended attributes outside of `user.`, `trusted.` and `security.` are left out. Never follows a link.
+/// Collects `tree`. `choose` is asked about each entry but the root, by its path and status, as of the kernel's
+/// `lstat`. It may change the permissions and the size that are packed; a file of no bytes is not read. Extended
+/// attributes outside of `user.`, `trusted.` and `security.` are left out. Never follows a link.
 pub fn gather(tree: &Tree, choose: &mut dyn FnMut(&Path, &mut Stat) -> Choice) -> Result<Gathered, Failure> {
     let root = rustix::fs::fstat(tree).map_err(|error| Failure::Tree(PathBuf::new(), error.into()))?;
     let mut attributes = ExtendedAttributes { not_kept: Vec::new(), names: vec![0; 1 << 16], value: vec![0; 1 << 16] };

@@ -1,4 +1,4 @@
-//! Where the content of each file of a source image lies, in memory.
+//! Places of the content of all files of a source image, in memory.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -9,7 +9,7 @@ use crate::squashfs::format::Fragment;
 use crate::squashfs::options::Options;
 use crate::squashfs::reader::Reader;
 
-/// What a source image holds, checked. It takes about 60 bytes for a file, and 4 for each block of a large one.
+/// The checked content of a source image. It takes about 60 bytes for a file, and 4 for each block of a large one.
 #[derive(Debug)]
 pub struct Inventory {
     file: File,
@@ -62,7 +62,7 @@ impl Inventory {
         })
     }
 
-    /// Whether blocks of it can be in an image of these options.
+    /// Returns whether an image of these options can hold its blocks.
     pub fn fits(&self, options: &Options) -> bool {
         self.block_size == options.block_size && self.method.number() == options.method.number()
     }

@@ -62,8 +62,8 @@ impl MetadataWriter {
     }
 }
 
-/// A table behind an index of its blocks, as those of ids, fragments and exports are: the blocks, which begin at `start`
-/// in the image, then the index. Returns it and the place of the index in the image.
+/// A table behind an index of its blocks, as those of ids, fragments and exports are: the blocks, which begin at
+/// `start` in the image, then the index. Returns it and the place of the index in the image.
 pub(crate) fn indexed_table(content: &[u8], start: u64, method: &Method) -> (Vec<u8>, u64) {
     let mut writer = MetadataWriter::new(method);
     let mut index = Vec::new();

@@ -4,7 +4,7 @@ use std::thread;
 
 use crate::squashfs::compression::{Compression, Method};
 
-/// What goes into fragment blocks, which hold the content of several files each.
+/// Content that goes into fragment blocks, which hold several files each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fragments {
     /// Nothing.
@@ -28,11 +28,11 @@ pub struct Options {
     /// `SOURCE_DATE_EPOCH`: the time of all objects and of the image, in seconds. Without it, objects keep theirs, and
     /// the image gets the latest of them.
     pub epoch: Option<u32>,
-    /// Whether the image has an export table, which NFS needs.
+    /// True if the image has an export table, which NFS needs.
     pub is_exportable: bool,
-    /// Whether equal files are stored once.
+    /// True if equal files are stored once.
     pub without_duplicates: bool,
-    /// What goes into fragment blocks.
+    /// Content that goes into fragment blocks.
     pub fragments: Fragments,
     /// Number of processors to use.
     pub processors: usize,

@@ -1,4 +1,4 @@
-//! What an image is to hold, in memory: all entries with their attributes, and where each file's content comes from.
+//! The planned content of an image, in memory: all entries with their attributes, and each file's source of content.
 //!
 //! An entry takes about 90 bytes besides its name, so that an image of 200,000 files needs some 25 MB here.
 
@@ -26,7 +26,7 @@ pub struct Attributes<'a> {
     pub xattrs: &'a [(Vec<u8>, Vec<u8>)],
 }
 
-/// Whether an image can hold an extended attribute of that name. It has no place for POSIX ACLs, for one.
+/// Returns whether an image can hold an extended attribute of that name. It cannot hold POSIX ACLs, for example.
 pub fn can_hold(xattr: &[u8]) -> bool {
     crate::squashfs::format::split_xattr(xattr).is_some()
 }
@@ -40,7 +40,7 @@ pub enum Object<'a> {
     File {
         /// Its length in bytes.
         size: u64,
-        /// Where its content comes from.
+        /// Source of its content.
         content: Content,
     },
     /// A symbolic link with its target.
@@ -55,7 +55,7 @@ pub enum Object<'a> {
     Socket,
 }
 
-/// Where the content of a regular file comes from.
+/// Source of the content of a regular file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Content {
     /// The file is read and compressed.
@@ -125,7 +125,7 @@ struct Entry {
 /// Extended attributes of an object, sorted by name.
 pub(crate) type XattrSet = Vec<(Vec<u8>, Vec<u8>)>;
 
-/// What an image is to hold.
+/// The planned content of an image.
 #[derive(Debug)]
 pub struct Plan {
     nodes: Vec<Node>,

@@ -36,7 +36,7 @@ pub struct Reader {
     xattrs: Option<XattrTables>,
 }
 
-/// Where extended attributes lie.
+/// Places of extended attributes.
 struct XattrTables {
     values: Range<u64>,
     sets: Vec<XattrPlace>,
@@ -115,7 +115,7 @@ impl Reader {
         MetadataReader::new(&self.file, self.method.algorithm())
     }
 
-    /// Where the table that begins at `start` ends: where the next one begins.
+    /// Returns the range of the table that begins at `start`; it ends where the next one begins.
     pub(crate) fn table(&self, start: u64) -> Range<u64> {
         let all = &self.superblock;
         let starts =

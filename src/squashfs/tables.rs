@@ -31,12 +31,12 @@ pub(crate) struct Tables {
     pub(crate) xattr_table: u64,
 }
 
-/// What tables are made of.
+/// The parts from which tables are made.
 pub(crate) struct Parts<'a> {
     pub(crate) plan: &'a Plan,
-    /// As [`Plan::in_order`] returns it.
+    /// Result of [`Plan::in_order`].
     pub(crate) order: &'a [NodeId],
-    /// Where the content of a regular file of that size lies.
+    /// Returns the place of the content of a regular file of that size.
     pub(crate) content: &'a dyn Fn(NodeId, u64) -> Extent,
     pub(crate) fragments: &'a [Fragment],
     /// Time of all objects, if it is not their own.
@@ -109,8 +109,8 @@ struct Written {
     places: Vec<Place>,
 }
 
-/// Writes inodes and listings together: a directory's inode points to its listing, which points to the inodes of all its
-/// entries.
+/// Writes inodes and listings together: a directory's inode points to its listing, which points to the inodes of all
+/// its entries.
 fn inodes_and_directories(parts: &Parts, ids: &mut Ids, xattrs: &mut Xattrs) -> Result<Written, Limit> {
     let plan = parts.plan;
     let mut numbers = vec![0; plan.len()];
@@ -204,7 +204,7 @@ fn write_listing(entries: &[Listed], table: &mut MetadataWriter) -> Result<(Plac
         let count = u32::try_from(count).unwrap_or(0);
         RunHeader { count, block: first.place.block, number: first.number }.encode(&mut encoded);
         for entry in run {
-            // As far as run_length allows.
+            // run_length keeps the difference in range.
             let difference = i64::from(entry.number) - i64::from(first.number);
             let difference = i16::try_from(difference).unwrap_or(0);
             let Listed { name, kind, place, .. } = *entry;
@@ -214,7 +214,7 @@ fn write_listing(entries: &[Listed], table: &mut MetadataWriter) -> Result<(Plac
         offset += encoded.len();
         rest = later;
     }
-    // Of no listing nothing is read; at the table's end there may be no block at all.
+    // Nobody reads an empty listing, and at the table's end there may be no block at all.
     let start = if entries.is_empty() { Place::default() } else { start };
     let size = u32::try_from(offset).ok().and_then(|size| size.checked_add(DOT_ENTRIES)).ok_or(Limit::Listing)?;
     Ok((start, size, index))

@@ -1,5 +1,5 @@
-//! What of a source image goes into a new one as it is: compressed data blocks, and fragment blocks of which all is
-//! live. The tails in other fragment blocks are moved into new ones.
+//! Parts of a source image that go unchanged into a new one: compressed data blocks, and fragment blocks of which all
+//! is live. The tails in other fragment blocks are moved into new ones.
 //!
 //! The blocks are copied in the order of the source, without gaps, so that nothing of other files is copied. Files that
 //! share blocks in the source share them in the new image.
@@ -49,14 +49,14 @@ impl Ranges {
         (at < self.0[index].1).then_some(index)
     }
 
-    /// Whether they are all of `0..length`.
+    /// Returns whether they cover all of `0..length`.
     fn cover(&self, length: u64) -> bool {
         let mut covered = 0;
         self.0.iter().all(|(start, end)| (*start == covered).then(|| covered = *end).is_some()) && covered == length
     }
 }
 
-/// What is taken over.
+/// The parts that are taken over.
 #[derive(Debug, Default)]
 pub(crate) struct Takeover<'a> {
     source: Option<&'a Inventory>,
@@ -71,7 +71,7 @@ pub(crate) struct Takeover<'a> {
     moved: BTreeMap<u32, Ranges>,
 }
 
-/// Where the moved tails lie: fragment block of the source and start there, fragment block of the new image and start.
+/// Places of the moved tails: fragment block of the source and start there, fragment block of the new image and start.
 pub(crate) type Moved = HashMap<(u32, u64), (u32, u32)>;
 
 impl<'a> Takeover<'a> {
@@ -194,7 +194,7 @@ impl<'a> Takeover<'a> {
         Ok(places)
     }
 
-    /// Where a file's content lies in the new image.
+    /// Returns the place of a file's content in the new image.
     pub(crate) fn located(&self, file: &SourceFile, moved: &Moved) -> Result<(FileBlocks, Option<(u32, u32)>), Fault> {
         let Some(source) = self.source else { return Ok((FileBlocks::default(), None)) };
         let sizes = source.blocks(file).to_vec();

@@ -85,7 +85,7 @@ impl Entry<'_> {
         Some((number >> 8 & 0xfff, number & 0xff | number >> 12 & 0xf_ff00))
     }
 
-    /// Where a regular file's content lies.
+    /// Returns the place of a regular file's content.
     pub(crate) fn extent(&self) -> Option<&Extent> {
         if let Body::File(extent) = &self.inode.body { Some(extent) } else { None }
     }
