@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
@@ -46,6 +47,8 @@ pub(crate) struct Target<'a> {
     pub(crate) method: &'a Method,
     pub(crate) workers: usize,
     pub(crate) meter: &'a Meter<'a>,
+    /// Set where the image cannot be finished for another reason: no more blocks are taken.
+    pub(crate) is_stopped: &'a AtomicBool,
 }
 
 /// Why no more blocks are handed in.
@@ -113,6 +116,7 @@ pub(crate) struct Queue<'a> {
     jobs: SyncSender<Job>,
     tickets: SyncSender<Ticket>,
     buffers: &'a Buffers,
+    is_stopped: &'a AtomicBool,
 }
 
 impl Queue<'_> {
@@ -132,18 +136,25 @@ impl Queue<'_> {
             return self.holes(node, 1, length);
         }
         let (reply, result) = sync_channel(1);
-        self.tickets.send(Ticket::Block(node, result)).map_err(|_| Stopped)?;
+        self.wait_for(Ticket::Block(node, result))?;
         self.jobs.send(Job { content, reply }).map_err(|_| Stopped)
     }
 
     /// The next `count` blocks of the file `node`, which hold `bytes` bytes of it, are holes.
     pub(crate) fn holes(&self, node: NodeId, count: usize, bytes: u64) -> Result<(), Stopped> {
-        self.tickets.send(Ticket::Holes(node, count, bytes)).map_err(|_| Stopped)
+        self.wait_for(Ticket::Holes(node, count, bytes))
     }
 
     /// So many bytes of a file need no block: they are in the image already.
     pub(crate) fn skipped(&self, bytes: u64) -> Result<(), Stopped> {
-        self.tickets.send(Ticket::Skipped(bytes)).map_err(|_| Stopped)
+        self.wait_for(Ticket::Skipped(bytes))
+    }
+
+    fn wait_for(&self, ticket: Ticket) -> Result<(), Stopped> {
+        if self.is_stopped.load(Ordering::Relaxed) {
+            return Err(Stopped);
+        }
+        self.tickets.send(ticket).map_err(|_| Stopped)
     }
 
     /// Takes a buffer back that was not handed in.
@@ -154,7 +165,7 @@ impl Queue<'_> {
     /// The next fragment block.
     pub(crate) fn fragment(&self, content: Vec<u8>) -> Result<(), Stopped> {
         let (reply, result) = sync_channel(1);
-        self.tickets.send(Ticket::Fragment(result)).map_err(|_| Stopped)?;
+        self.wait_for(Ticket::Fragment(result))?;
         self.jobs.send(Job { content, reply }).map_err(|_| Stopped)
     }
 }
@@ -177,7 +188,7 @@ pub(crate) fn compress<E: From<io::Error>>(
                 workers.spawn(|| work(target.method, queued, buffers));
             }
             let writing = scope.spawn(move || write_in_order(&target, &in_order, buffers));
-            let queue = Queue { jobs, tickets, buffers };
+            let queue = Queue { jobs, tickets, buffers, is_stopped: target.is_stopped };
             let handed_in = feed(&queue);
             drop(queue);
             let written = writing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
@@ -265,8 +276,9 @@ mod tests {
     fn image(workers: usize) -> (Written, Vec<u8>) {
         let file = tempfile::tempfile().unwrap();
         let method = Method::new(Compression::Zstd, 4096);
-        let meter = Meter::new(&|_| {}, 0, 0);
-        let target = Target { output: &file, start: 10, method: &method, workers, meter: &meter };
+        let (meter, is_stopped) = (Meter::new(&|_| {}, 0, 0), AtomicBool::new(false));
+        let target =
+            Target { output: &file, start: 10, method: &method, workers, meter: &meter, is_stopped: &is_stopped };
         let written = compress::<io::Error>(target, |queue| {
             for number in 0..40 {
                 queue.block(NodeId(number / 10), content(number as usize))?;
@@ -298,8 +310,9 @@ mod tests {
     fn a_full_disk_ends_reading() {
         let full = File::options().write(true).open("/dev/full").unwrap();
         let method = Method::new(Compression::None, 4096);
-        let meter = Meter::new(&|_| {}, 0, 0);
-        let target = Target { output: &full, start: 0, method: &method, workers: 2, meter: &meter };
+        let (meter, is_stopped) = (Meter::new(&|_| {}, 0, 0), AtomicBool::new(false));
+        let target =
+            Target { output: &full, start: 0, method: &method, workers: 2, meter: &meter, is_stopped: &is_stopped };
         let mut handed_in = 0;
         let result = compress::<io::Error>(target, |queue| {
             loop {

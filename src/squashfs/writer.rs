@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use crate::squashfs::blocks::{self, Target, Written};
@@ -67,18 +68,24 @@ pub fn write(
     };
     let to_read = read.iter().map(|(_, size)| size).sum::<u64>() + takeover.to_read();
     let meter = Meter::new(report, takeover.to_take(), to_read);
+    let is_stopped = AtomicBool::new(false);
     let target = Target {
         output,
         start: start + takeover.to_take(),
         method: &options.method,
         workers: options.workers(),
         meter: &meter,
+        is_stopped: &is_stopped,
     };
     let mut located = Located::new(plan.len());
     let mut reading = Reading::new(plan, options, &taken, open, takeover.fragments());
     let mut moved = Moved::new();
     let (copied, written) = thread::scope(|scope| {
-        let copying = scope.spawn(|| takeover.copy(output, &meter));
+        let copying = scope.spawn(|| {
+            let copied = takeover.copy(output, &meter);
+            is_stopped.store(copied.is_err(), Ordering::Relaxed);
+            copied
+        });
         let written = blocks::compress::<Failure>(target, |queue| {
             moved = takeover.move_tails(queue, &mut reading)?;
             reading.read_all(&read, queue, &mut located)

@@ -87,12 +87,20 @@ fn from_scratch() {
     let dir = testbed::directory();
     let root = tree(dir.path());
     let (theirs, ours) = (dir.path().join("theirs"), dir.path().join("ours"));
-    for compression in [Compression::Gzip, Compression::Zstd, Compression::Xz] {
+    for compression in compressions() {
         let theirs_took = timed(times(), || mksquashfs(&root, &theirs, compression.name()));
         let ours_took = timed(times(), || _ = pack(&root, &ours, &Options::new(compression)));
         show(&format!("{} mksquashfs", compression.name()), theirs_took, theirs_took);
         show(&format!("{} ours", compression.name()), ours_took, theirs_took);
         println!("{:.0} KiB to {:.0}: {:.4}", length(&theirs), length(&ours), length(&ours) / length(&theirs));
+    }
+}
+
+/// `SQUASHFS_COMPRESSION`, or all but none.
+fn compressions() -> Vec<Compression> {
+    match std::env::var("SQUASHFS_COMPRESSION") {
+        Ok(name) => vec![Compression::named(&name).unwrap()],
+        Err(_) => vec![Compression::Gzip, Compression::Zstd, Compression::Xz],
     }
 }
 
@@ -107,7 +115,7 @@ fn taken_over() {
     let dir = testbed::directory();
     let root = tree(dir.path());
     let (source, image, copy) = (dir.path().join("source"), dir.path().join("image"), dir.path().join("copy"));
-    for compression in [Compression::Gzip, Compression::Zstd, Compression::Xz] {
+    for compression in compressions() {
         let whole = took(|| mksquashfs(&root, &source, compression.name()));
         let copied = timed(5, || _ = succeed(Command::new("cp").arg("--reflink=never").arg(&source).arg(&copy)));
         let name = compression.name();
@@ -161,7 +169,7 @@ fn memory_of_many_files() {
         status.lines().find(|line| line.starts_with("VmHWM")).unwrap().to_owned()
     };
     println!("before {}", peak());
-    for compression in [Compression::Gzip, Compression::Zstd, Compression::Xz] {
+    for compression in compressions() {
         let options = Options { processors: 64, ..Options::new(compression) };
         pack(&root, &image, &options);
         println!("{compression:?} from scratch {}", peak());
