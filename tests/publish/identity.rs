@@ -95,7 +95,7 @@ fn changed_time_alone_is_the_same_image_and_differences_are_named() {
     std::fs::write(&image, longer).unwrap();
     let other = customize(dir.path(), "image.sqsh", &[], "true");
     refused(&other, " bytes, and is now ");
-    assert!(text(&other.stderr).contains("--discard"), "{other:?}");
+    assert!(text(&other.stderr).contains("--fresh drops it"), "{other:?}");
     let mut enter = ims_sshd(&["enter", "image.sqsh", "--output", "out", "--work", "work", "--discard", "--"], &[]);
     let dropped = enter.args(["test", "!", "-e", "/etc/kept"]).current_dir(dir.path()).output().unwrap();
     assert!(dropped.status.success(), "{dropped:?}");

@@ -404,7 +404,7 @@ fn incomplete_files_of_a_remote_job_are_refused() {
         (
             "truncate -s 4T transfer.sqsh; printf '\\0\\0\\0\\0\\0\\4\\0\\0' | dd of=transfer.sqsh bs=1 seek=40 conv=notrunc",
             "create",
-            "the file system holds",
+            "but its file system only",
         ),
         ("truncate -s -5000 transfer.sqsh", "create", "it is cut off"),
         ("echo x > transfer.sqsh", "create", "as an image"),
