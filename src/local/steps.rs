@@ -28,7 +28,7 @@ use crate::transfer::Work;
 use crate::verdict::Verdict;
 use crate::volume::holds;
 use crate::volume::image_root;
-use crate::volume::layout::{EXITING, INVENTORY, POD_ERROR, READY, SSHD_LISTENING};
+use crate::volume::layout::{CREATED_IMAGE_ROOT, EXITING, IMAGE_ROOT, INVENTORY, POD_ERROR, READY, SSHD_LISTENING};
 use crate::volume::open_tree;
 use crate::volume::signal_files::SignalFiles;
 
@@ -40,6 +40,8 @@ pub fn prepare(settings: &Settings, source: &str, open: Open, is_fresh: bool) ->
     {
         check_directory(path, &settings.job.parent)?;
     }
+    // Before IMS hears anything: the job of the open environment goes on.
+    SignalFiles::open(&settings.job.parent)?.map_or(Ok(()), |files| files.refuse_open())?;
     let work = Work::begin(&settings.network)?;
     let ims = settings.ims_client(&work);
     let result = ims.set_status(Status::FetchingImage).and_then(|_| {
@@ -156,6 +158,18 @@ fn missing(image_root: &Path) -> Error {
     Error::bad_input(format!("the image root is '{}': expected an unpacked image", image_root.display()))
 }
 
+/// Refuses an image root that a pod's environment has open. It may be named without its parent, which is at most two
+/// directories above it.
+fn refuse_open_parents(image_root: &Path) -> Result<()> {
+    for parent in image_root.ancestors().skip(1).take(2) {
+        let is_parent = [IMAGE_ROOT, CREATED_IMAGE_ROOT].iter().any(|name| parent.join(name) == image_root);
+        if is_parent && let Some(files) = SignalFiles::open(parent)? {
+            files.refuse_open()?;
+        }
+    }
+    Ok(())
+}
+
 /// Packs an image root.
 pub fn package(
     settings: &Settings,
@@ -177,6 +191,7 @@ pub fn package(
         return Err(Error::bad_input(why).advise("name one with --archive"));
     }
     directory::refuse_open(&shown)?;
+    refuse_open_parents(&shown)?;
     // Processes of a killed run could still write to the image while it is packed.
     end_left_over(&shown)?;
     clear_left_over(&directory::COMMANDS, &shown)?;
@@ -208,6 +223,7 @@ pub fn upload(
     debug_kernel: Option<&Path>,
 ) -> Result<u8> {
     let place = Place::of(settings, named, archive)?;
+    let _claim = place.files.claim_for_upload()?;
     let rootfs = place.archive().open_squashfs().map_err(|e| e.advise("'ims-sshd package' creates it"))?;
     let (records, archive) = (place.files.parent(), place.archive());
     packed::check(records, &archive, &rootfs, &place.image_root)?;

@@ -14,7 +14,7 @@ use crate::printable::Printable;
 use crate::sys::file_kind::FileKind;
 use crate::sys::tree::Tree;
 use crate::verdict::Verdict;
-use crate::volume::layout::{CLAIM, READY, RESERVED, SIDECAR_CLAIM};
+use crate::volume::layout::{CLAIM, READY, RESERVED, SIDECAR_CLAIM, SSHD_LISTENING};
 
 /// Content of a mark that a sidecar makes instead of `ready` when it gives up, with the pod's host name in between. An
 /// environment obeys it even if it is older than the environment; other marks that are older belong to an earlier job.
@@ -34,7 +34,7 @@ pub(crate) type Stamp = (u64, i64, u64);
 /// Poll interval for signal files, on which the delay depends where the file system raises no event.
 pub(crate) const LOOK_EVERY: Duration = Duration::from_secs(1);
 
-/// Lock that keeps other sidecars away while it lives.
+/// Lock that keeps other sidecars and uploads away while it lives.
 pub(crate) struct SidecarClaim<'a> {
     files: &'a SignalFiles,
     lock: Option<OwnedFd>,
@@ -147,9 +147,22 @@ impl SignalFiles {
         places.into_iter().flatten().any(|place| identity(place) == identity(lock.as_fd()))
     }
 
-    /// Claims the parent for its sidecar until the returned value is dropped. It is an error if another sidecar has it.
-    /// If that cannot be found out, the claim succeeds without a lock: later steps work, or report why they cannot.
+    /// Claims the parent for its sidecar until the returned value is dropped. It is an error if another sidecar or an
+    /// `upload` has it.
     pub(crate) fn claim_for_sidecar(&self) -> Result<SidecarClaim<'_>> {
+        let attempted = format!("claim {} for this sidecar", self.path.display());
+        self.claim_journal(&attempted, "the job goes on with that one; each job needs a volume of its own")
+    }
+
+    /// Claims the parent for an `upload`: two that share a journal would publish, and roll back, one and the same
+    /// image.
+    pub(crate) fn claim_for_upload(&self) -> Result<SidecarClaim<'_>> {
+        self.claim_journal(&format!("claim {} for this upload", self.path.display()), "wait until that one has ended")
+    }
+
+    /// Claims the parent for the only process that uses its journal. If the lock cannot be taken for another reason
+    /// than its holder, the claim succeeds without one: later steps work, or report why they cannot.
+    fn claim_journal(&self, attempted: &str, advice: &str) -> Result<SidecarClaim<'_>> {
         let mut claim = SidecarClaim { files: self, lock: None };
         // Limited: another process may remove the file each time.
         for _ in 0..100 {
@@ -172,9 +185,7 @@ impl SignalFiles {
                     }
                 }
                 Err(rustix::io::Errno::WOULDBLOCK) => {
-                    return Err(Error::new(format!("claim {} for this sidecar", self.path.display()))
-                        .because("another sidecar has it")
-                        .advise("the job goes on with that one; each job needs a volume of its own"));
+                    return Err(Error::new(attempted).because("another sidecar or upload has it").advise(advice));
                 }
                 // The file system has no locks.
                 Err(_) => break,
@@ -192,6 +203,15 @@ impl SignalFiles {
     pub(crate) fn is_claimed(&self) -> bool {
         let Ok(Some(lock)) = self.lockable(false) else { return false };
         rustix::fs::flock(lock, FlockOperation::NonBlockingLockShared) == Err(rustix::io::Errno::WOULDBLOCK)
+    }
+
+    /// Refuses a parent whose image root is open in a build environment. One that still waits for `ready` has not opened
+    /// it: `prepare` may run meanwhile.
+    pub(crate) fn refuse_open(&self) -> Result<()> {
+        if self.is_claimed() && (self.stands(READY)? || self.stands(SSHD_LISTENING)?) {
+            return Err(claimed(&self.path));
+        }
+        Ok(())
     }
 
     /// Returns whether the signal file `name` exists. A file of that name that is not regular is an error.

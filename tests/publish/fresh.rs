@@ -85,6 +85,35 @@ fn refused_source_drops_nothing() {
 }
 
 #[test]
+fn image_root_open_in_a_pod_is_neither_replaced_nor_packed() {
+    let (dir, _, squashfs) = packed_image();
+    let mut environment = Environment::open(Image::Busybox, Mode::Jailed);
+    let parent = environment.volume.parent.clone();
+    let image_root = environment.volume.image_root.clone();
+    std::fs::write(image_root.join("etc/mine"), "hours of work").unwrap();
+    let (shown, source) = (parent.to_str().unwrap(), squashfs.to_str().unwrap());
+    for command in [
+        &["prepare", "--fresh", shown, source][..],
+        &["prepare", shown, source],
+        &["package", "--kernel", "auto", shown],
+        &["package", "--kernel", "auto", image_root.to_str().unwrap()],
+    ] {
+        // Like another container, which has the volume and not the mounts of the environment.
+        let mut other = Command::new("unshare");
+        other.args(["-m", &*IMS_SSHD]).args(command).current_dir(dir.path());
+        let refused = other.output().unwrap();
+        assert_eq!(refused.status.code(), Some(1), "{command:?}: {refused:?}");
+        let why = format!("cannot claim {shown}: another build environment is open on it");
+        assert!(text(&refused.stderr).contains(&why), "{command:?}: {refused:?}");
+    }
+    assert_eq!(std::fs::read_to_string(image_root.join("etc/mine")).unwrap(), "hours of work");
+    assert_eq!(environment.says("echo open"), "open");
+    assert_eq!(environment.complete(), 0);
+    succeed(ims_sshd(&["prepare", "--fresh", shown, source], &[]).current_dir(dir.path()));
+    assert!(!image_root.join("etc/mine").exists());
+}
+
+#[test]
 fn new_image_root_replaces_the_old_one_with_its_changes_and_archives() {
     let (dir, tree, squashfs) = packed_image();
     let parent = prepared(dir.path(), squashfs.to_str().unwrap());

@@ -92,6 +92,34 @@ fn concurrent_runs_with_one_name_publish_to_different_directories() {
 }
 
 #[test]
+fn second_upload_of_an_image_root_parent_is_refused() {
+    let (dir, tree, squashfs) = packed_image();
+    let upload = |store: &str, variables: &[(&'static str, String)]| {
+        let mut upload = ims_sshd(&["upload", "--name", "compute", "--store", store, "--archive"], variables);
+        upload.args([&squashfs, &tree]).current_dir(dir.path());
+        upload.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    // A store that never answers.
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let variables = [
+        ("AWS_ACCESS_KEY_ID", "access".to_owned()),
+        ("AWS_SECRET_ACCESS_KEY", "secret".into()),
+        ("AWS_ENDPOINT_URL", format!("http://{}", silent.local_addr().unwrap())),
+    ];
+    let mut first = Ended::new(upload("s3://bucket", &variables));
+    let _request = silent.accept().unwrap();
+    let second = upload("store", &[]).wait_with_output().unwrap();
+    assert_eq!(second.status.code(), Some(1), "{second:?}");
+    let why = format!("cannot claim {} for this upload: another sidecar or upload has it", dir.path().display());
+    assert!(text(&second.stderr).contains(&why), "{second:?}");
+    assert!(!dir.path().join("store/compute").exists());
+    first.kill().unwrap();
+    first.wait().unwrap();
+    let other = upload("store", &[]).wait_with_output().unwrap();
+    assert!(!text(&other.stderr).contains("cannot claim"), "{other:?}");
+}
+
+#[test]
 fn a_packed_image_is_registered_without_a_job() {
     let (dir, tree, squashfs) = packed_image();
     let (bucket, ims) = (Bucket::new(), ImsServer::start());
