@@ -278,7 +278,7 @@ fn directory_below_an_overlay_is_not_changed_by_another_run() {
         let refused = run(dir.path(), command);
         assert_eq!(refused.status.code(), Some(1), "{refused:?}");
         let (said, reasons) =
-            (text(&refused.stderr), ["it is open as tree; ", "another build environment is open on it"]);
+            (text(&refused.stderr), ["it is open as tree", "another build environment is open on it"]);
         assert!(reasons.iter().any(|reason| said.contains(reason)), "{said}");
     }
     first.kill().unwrap();
