@@ -1,6 +1,7 @@
 //! `ims-sshd complete`, `fail` and `status`: marks environments and shows their state.
 
 use std::fmt::Write;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -9,9 +10,10 @@ use serde_json::{Value, json};
 
 use crate::environment::stage::{self, Stage};
 use crate::error::{Attempt, Error, Result};
+use crate::image::unpack::UPPER;
 use crate::job::DEFAULT_PARENT;
 use crate::local::customize::SOURCE;
-use crate::local::{drop, names, register};
+use crate::local::{drop, register};
 use crate::log::output::{say, say_json};
 use crate::log::redaction::MASK;
 use crate::printable::Printable;
@@ -22,7 +24,9 @@ use crate::sys::poll;
 use crate::sys::seqpacket::Packets;
 use crate::transfer::without_query;
 use crate::verdict::Verdict;
-use crate::volume::layout::{CREATED_IMAGE_ROOT, EXITING, IMAGE_ROOT, READY, SSHD_LISTENING};
+use crate::volume::layout::{
+    ARCHIVE, CREATED_IMAGE_ROOT, EXITING, FETCHING, IMAGE_ROOT, OVERLAY, READY, SSHD_LISTENING,
+};
 use crate::volume::mounts_below::mounts_below;
 use crate::volume::signal_files::SignalFiles;
 use crate::volume::state_directory::{RUN, StateDirectory};
@@ -296,7 +300,7 @@ fn find(named: &Path) -> Result<Target> {
     if path.is_file() || shown.contains("://") {
         return Err(attempted().because("nothing is open or kept of it").advise(advice));
     }
-    if path.is_dir() || named.components().count() > 1 {
+    if path.is_dir() || is_path(named) {
         crate::sys::named::resolve_beginning(&path).attempt(|| format!("find {}", named.display()))?;
         return Ok(Target::Parent(path));
     }
@@ -305,16 +309,25 @@ fn find(named: &Path) -> Result<Target> {
         .advise("'ims-sshd status' without a name lists all that are open"))
 }
 
+/// Returns whether `named` is a path. A path is never taken for the name of a run, which may be somebody else's.
+fn is_path(named: &Path) -> bool {
+    let text = named.as_os_str().as_bytes();
+    text.contains(&b'/') || [&b"."[..], b".."].contains(&text)
+}
+
 /// Finds the one of `runs` that is `named`, by its name or a path.
 fn find_in(mut runs: Vec<Value>, named: &Path, path: &Path, real: &Path) -> Result<Option<Value>> {
-    let label = names::host_label(&named.to_string_lossy());
-    let is_called = |run: &Value| run["name"] == label.as_str() && named.components().count() == 1;
+    let is_path = is_path(named);
+    // Compared as typed: a label made of other text, `image` if nothing is left of it, names another run.
+    let typed = named.to_string_lossy();
+    let is_called =
+        |run: &Value| !is_path && run["name"].as_str().is_some_and(|name| name.eq_ignore_ascii_case(&typed));
     if let Some(at) = runs.iter().position(is_called) {
         return Ok(Some(runs.remove(at)));
     }
     let is_meant = |run: &Value| {
         let paths = ["image_root_parent", "work", "source"].map(|field| run[field].as_str().map(Path::new));
-        let is_named = |path: &Path| path.file_name() == Some(named.as_os_str()) && named.components().count() == 1;
+        let is_named = |path: &Path| !is_path && path.file_name() == Some(named.as_os_str());
         // The source may be a URL, which is not a path.
         run["source"] == without_query(&named.to_string_lossy())
             || paths.into_iter().flatten().any(|known| known == path || known == real)
@@ -365,7 +378,7 @@ fn report_of(parent: &Path) -> Result<Value> {
     let is_ready = files.stands(READY)?;
     if stage.is_none() && verdict.is_none() && !is_ready && root.is_none() {
         return Err(Error::new(format!("find the status of {}", parent.display()))
-            .because("it holds neither image-root nor a signal file, and nothing is open there")
+            .because("nothing is open or kept of it, and it holds neither image-root nor a signal file")
             .advise("'ims-sshd status' without a name lists all that are open"));
     }
     let mut report = json!({ "image_root_parent": parent, "state": stage.map(Stage::name), "verdict": verdict });
@@ -415,7 +428,8 @@ fn in_words(report: &Value) -> String {
         }
     }
     if let Some(root) = report[PREPARED].as_str().map(Path::new) {
-        text += &prepared(root, Path::new(report["image_root_parent"].as_str().unwrap_or_default()));
+        let parent = Path::new(report["image_root_parent"].as_str().unwrap_or_default());
+        text += &prepared(root, parent, report["source"].as_str());
     }
     if let Some(kept) = report["kept"].as_bool() {
         if kept {
@@ -437,18 +451,56 @@ fn in_words(report: &Value) -> String {
     text
 }
 
-/// Tells what can be done with an image root that 'ims-sshd prepare' has made in `parent`, and that is not open.
-fn prepared(root: &Path, parent: &Path) -> String {
-    let line = |words: &[&Path]| shell_words::join(words.iter().map(|word| word.to_string_lossy()));
-    let mounts = mounts_below(parent).unwrap_or_default();
-    let mounted: Vec<_> = mounts.iter().rev().map(PathBuf::as_path).collect();
-    let unmount = if mounted.is_empty() { String::new() } else { format!("umount {} && ", line(&mounted)) };
+/// Tells what can be done with an image root in `parent` that is not open. Without a recorded `source`,
+/// 'ims-sshd prepare' has not made it, and nothing is said about removing it.
+fn prepared(root: &Path, parent: &Path, source: Option<&str>) -> String {
     let shown = Printable(root.to_string_lossy()).to_string();
-    format!(
-        "  prepared: {shown}\n  open: ims-sshd enter {}\n  remove: {unmount}rm -r {}\n",
-        line(&[root]),
-        line(&[parent])
-    )
+    let mut text = format!("  prepared: {shown}\n  open: ims-sshd enter {}\n", words_of(&[root.to_owned()]));
+    if let Some(source) = source {
+        let mut mounted = mounts_below(parent).unwrap_or_default();
+        mounted.reverse();
+        let unmount = if mounted.is_empty() { String::new() } else { format!("umount {} && ", words_of(&mounted)) };
+        let _ = writeln!(text, "  remove: {unmount}rm -r {}", words_of(&made(parent, root, source)));
+    }
+    text
+}
+
+/// Paths that 'ims-sshd prepare' made in `parent` from `source`: the parent itself, if nothing else is in it.
+fn made(parent: &Path, root: &Path, source: &str) -> Vec<PathBuf> {
+    let mut all = false;
+    let mut made = Vec::new();
+    if let Ok(entries) = std::fs::read_dir(parent) {
+        all = true;
+        for entry in entries {
+            let Ok(path) = entry.map(|entry| entry.path()) else {
+                all = false;
+                continue;
+            };
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            let is_ours = path == root
+                || name.starts_with(".ims-sshd.")
+                || name == OVERLAY && path.join(UPPER).is_dir()
+                // Only a fetched source is a copy; another file of this name is the person's own.
+                || [ARCHIVE, FETCHING].contains(&&*name) && source.contains("://");
+            if is_ours {
+                made.push(path);
+            } else {
+                all = false;
+            }
+        }
+    }
+    if all {
+        return vec![parent.to_owned()];
+    }
+    if !made.iter().any(|path| path == root) {
+        made.push(root.to_owned());
+    }
+    made.sort();
+    made
+}
+
+fn words_of(paths: &[PathBuf]) -> String {
+    shell_words::join(paths.iter().map(|path| path.to_string_lossy()))
 }
 
 fn stage(files: &SignalFiles) -> Result<Option<Stage>> {
@@ -478,4 +530,47 @@ fn open(parent: &Path) -> Result<SignalFiles> {
             .because("it does not exist")
             .advise("'ims-sshd status' without a name lists what is open on this machine")
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn path_or_other_text_is_never_taken_for_the_name_of_a_run() {
+        let runs = || vec![json!({ "name": "image", "source": "/srv/image.sqsh" })];
+        let is_found = |named: &str| {
+            let path = std::path::absolute(named).unwrap();
+            find_in(runs(), Path::new(named), &path, &path).unwrap().is_some()
+        };
+        for named in
+            [".", "./", "..", "../", "/", " ", "%", "ü", "-", "./image", "image/", "i/mage", "image.", "image.sqsh"]
+        {
+            assert!(!is_found(named), "{named:?}");
+        }
+        for named in ["image", "Image", "/srv/image.sqsh"] {
+            assert!(is_found(named), "{named:?}");
+        }
+    }
+
+    #[test]
+    fn remove_line_names_only_what_was_prepared() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = dir.path().display().to_string();
+        for name in [IMAGE_ROOT, "overlay/upper"] {
+            std::fs::create_dir_all(dir.path().join(name)).unwrap();
+        }
+        std::fs::write(dir.path().join(".ims-sshd.source"), "").unwrap();
+        let line = |source: &str| words_of(&made(dir.path(), &dir.path().join(IMAGE_ROOT), source));
+        assert_eq!(line("/srv/a.sqsh"), place);
+        std::fs::write(dir.path().join("image.sqsh"), "").unwrap();
+        assert_eq!(line("https://store/a.sqsh"), place);
+        let own = format!("{place}/.ims-sshd.source {place}/image-root {place}/overlay");
+        assert_eq!(line("/srv/image.sqsh"), own);
+        std::fs::write(dir.path().join("thesis"), "").unwrap();
+        assert_eq!(
+            line("https://store/a.sqsh"),
+            format!("{place}/.ims-sshd.source {place}/image-root {place}/image.sqsh {place}/overlay")
+        );
+    }
 }
