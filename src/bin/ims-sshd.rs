@@ -7,9 +7,10 @@ use ims_sshd::environment::supervisor;
 use ims_sshd::image::packer;
 use ims_sshd::panic;
 use ims_sshd::printable::Printable;
-use ims_sshd::sys::umask;
+use ims_sshd::sys::{inherited, umask};
 
 fn main() -> ExitCode {
+    inherited::set_own();
     umask::set_own();
     panic::tell_by(report);
     if let Some(code) = packer::run_as_child() {

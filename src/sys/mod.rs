@@ -3,6 +3,7 @@
 pub(crate) mod architecture;
 pub(crate) mod attributes;
 pub(crate) mod file_kind;
+pub mod inherited;
 pub(crate) mod landlock;
 pub(crate) mod loops;
 pub mod mounts;

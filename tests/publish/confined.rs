@@ -350,3 +350,43 @@ fn real_archives_keep_devices_attributes_capabilities_owners_and_links() {
         assert!(differ.is_empty() && found.len() == expected.len(), "{}: {differ:#?}", source.display());
     }
 }
+
+#[test]
+fn program_of_the_image_is_not_run_outside_whatever_the_search_path_is() {
+    let (dir, tree, squashfs) = packed_image();
+    let usual = std::env::var("PATH").unwrap();
+    for name in ["mksquashfs", "unsquashfs", "tar", "cp", "rpm", "ssh-keygen"] {
+        let hostile = tree.join(name);
+        std::fs::write(&hostile, "#!/bin/sh\necho a program of the image runs outside >&2\nexit 1\n").unwrap();
+        std::fs::set_permissions(&hostile, std::fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    for (number, first) in ["", ".", "bin:..:"].into_iter().enumerate() {
+        let path = format!("{first}:{usual}");
+        let (archive, parent) = (dir.path().join(format!("{number}.sqsh")), dir.path().join(format!("parent{number}")));
+        let (store, work) = (dir.path().join(format!("out{number}")), dir.path().join(format!("work{number}")));
+        let mut package = ims_sshd(&["package", "--archive", archive.to_str().unwrap()], &[]);
+        package.arg(&tree);
+        let mut prepare = ims_sshd(&["prepare"], &[]);
+        prepare.arg(&parent).arg(&squashfs);
+        let mut customize = ims_sshd(&["customize", tree.to_str().unwrap(), "--output", store.to_str().unwrap()], &[]);
+        customize.args(["--kernel", "vmlinuz", "--initrd", "initrd", "--work"]).arg(&work).args(["--", "true"]);
+        for command in [&mut package, &mut prepare, &mut customize] {
+            let output = command.env("PATH", &path).current_dir(dir.path()).output().unwrap();
+            assert!(output.status.success(), "'{path}': {output:?}");
+            let said = text(&output.stderr);
+            assert!(!said.contains("runs outside"), "'{path}': {said}");
+        }
+    }
+}
+
+#[test]
+fn ignored_sigchld_of_the_caller_changes_nothing() {
+    let (dir, tree) = bootable_image();
+    let archive = dir.path().join("image.sqsh");
+    let mut package = Command::new("python3");
+    let script =
+        "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])";
+    package.args(["-c", script, &*IMS_SSHD, "package", "--archive"]).arg(&archive).arg(&tree);
+    let output = package.current_dir(dir.path()).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+}
