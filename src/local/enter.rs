@@ -137,6 +137,8 @@ pub fn run(run: Run, entry: &Entry) -> Result<u8> {
             },
         })
     })?;
+    // A signal ends this process without dropping anything, and the register would show the run as killed.
+    drop(registered);
     Ok(end_like(ended))
 }
 

@@ -281,6 +281,9 @@ fn enter_runs_a_command_in_the_jail_and_passes_its_end_on() {
     assert_eq!(missing.status.code(), Some(127));
     let killed = ims_sshd(&["enter", &path, "--", "sh", "-c", "kill -KILL $$"]);
     assert_eq!(killed.status.signal(), Some(9));
+    let register = std::fs::read_dir("/run/ims-sshd/.runs").into_iter().flatten().flatten();
+    let texts = register.filter_map(|run| std::fs::read_to_string(run.path().join("entry")).ok());
+    assert!(!texts.into_iter().any(|text| text.contains(&path)), "a run that has ended is not registered");
 }
 
 #[test]
