@@ -2,10 +2,12 @@
 //! unlocked directory belongs to a run that was killed or kept changes; see [`left`].
 
 use std::cell::{Cell, RefCell};
-use std::os::unix::fs::DirBuilderExt;
+use std::fs::Metadata;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use crate::environment::stage::Stage;
@@ -257,6 +259,16 @@ pub(crate) fn gone() -> Vec<Value> {
     let left = left();
     let is_gone = |(entry, lasts): &(Value, bool)| !lasts && !left.iter().any(|left| left["name"] == entry["name"]);
     all().unwrap_or_default().into_iter().filter(is_gone).map(|(entry, _)| entry).collect()
+}
+
+/// Process of a run that has not ended. `None` if it is in another PID namespace, where its number is another process's
+/// here: the process has the entry's directory open as long as the run lasts.
+pub(crate) fn process(entry: &Value) -> Option<Pid> {
+    let pid = entry["pid"].as_i64().and_then(|pid| i32::try_from(pid).ok())?;
+    let directory = std::fs::metadata(place().join(entry["name"].as_str()?)).ok()?;
+    let mut open = std::fs::read_dir(format!("/proc/{pid}/fd")).ok()?.flatten();
+    let is_it = |found: Metadata| (found.dev(), found.ino()) == (directory.dev(), directory.ino());
+    open.any(|file| std::fs::metadata(file.path()).is_ok_and(is_it)).then_some(Pid::from_raw(pid))
 }
 
 /// Removes the entry of a run that has ended.

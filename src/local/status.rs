@@ -139,12 +139,16 @@ fn mark_run(run: &Value, verdict: Verdict) -> Result<()> {
 /// Ends a command that runs unattended, and has its run drop the changes.
 fn give_up(run: &Value) -> Result<()> {
     let attempted = || format!("mark {} failed", text(run, "name"));
+    // Found before the mark is written, which counts however this ends.
+    let pid = register::process(run).ok_or_else(|| {
+        Error::new(attempted())
+            .because("its process is not in this PID namespace")
+            .advise("run 'ims-sshd fail' where it was started, or end its command")
+    })?;
     let directory = open(Path::new(run["run"].as_str().unwrap_or_default()))?;
     directory.touch(Verdict::Failed.signal_file())?;
-    let pid = run["pid"].as_i64().and_then(|pid| i32::try_from(pid).ok()).filter(|pid| *pid > 1);
-    let pid = pid.ok_or_else(|| Error::new(attempted()).because("the register does not name its process"))?;
     // Its entry is locked as long as it lasts, so the number is still its own.
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGTERM).attempt(attempted)
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).attempt(attempted)
 }
 
 fn mark_parent(parent: &Path, verdict: Verdict) -> Result<()> {

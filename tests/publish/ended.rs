@@ -2,7 +2,7 @@
 
 use std::io::Read;
 use std::path::Path;
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
@@ -94,6 +94,12 @@ fn fail_ends_an_unattended_run_and_drops_its_changes() {
     let complete = ims_sshd(&["complete", "fail-ends-it"], &[]).output().unwrap();
     let said = text(&complete.stderr);
     assert!(said.contains("'ims-sshd fail fail-ends-it' ends it, and drops the changes"), "{said}");
+    // In another PID namespace that number is no process's, or another one's: nothing is marked, and nothing ended.
+    let mut elsewhere = Command::new("unshare");
+    elsewhere.args(["--pid", "--fork", "--mount-proc", &*IMS_SSHD, "fail", "fail-ends-it"]);
+    let refused = elsewhere.output().unwrap();
+    let said = text(&refused.stderr);
+    assert!(!refused.status.success() && said.contains("its process is not in this PID namespace"), "{said}");
     let told = succeed(&mut ims_sshd(&["fail", "fail-ends-it"], &[]));
     assert!(told.starts_with("marked fail-ends-it (") && told.ends_with("failed\n"), "{told}");
     let (code, said) = end(run);
