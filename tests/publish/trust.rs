@@ -366,7 +366,12 @@ fn links_left_by_an_earlier_job_on_the_volume_are_not_followed() {
     for name in ["image.sqsh.part", "image.sqsh", ".ims-sshd.unpacking", ".ims-sshd.inventory"] {
         symlink(elsewhere.join(if name.contains("unpacking") { "" } else { "file" }), parent.join(name)).unwrap();
     }
-    let output = ims_sshd(&["prepare", parent.to_str().unwrap(), &server.url], &[]).output().unwrap();
+    let prepare = || ims_sshd(&["prepare", parent.to_str().unwrap(), &server.url], &[]).output().unwrap();
+    let output = prepare();
+    assert!(text(&output.stderr).contains("image.sqsh exists, and was not fetched"), "{output:?}");
+    is_as_it_was("a link in the place of the archive");
+    std::fs::remove_file(parent.join("image.sqsh")).unwrap();
+    let output = prepare();
     assert!(output.status.success(), "{output:?}");
     assert!(parent.join("image-root/etc/passwd").exists());
     is_as_it_was("files");

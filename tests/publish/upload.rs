@@ -157,7 +157,13 @@ fn newly_prepared_image_does_not_continue_a_killed_upload_of_another() {
     wait_until("the image to be linked", || ims.state().images.values().any(|image| !image["link"].is_null()));
     child.kill().unwrap();
     child.wait().unwrap();
+    // `package` replaces no archive of another image root.
     std::fs::remove_dir_all(parent.join("image-root")).unwrap();
+    for entry in std::fs::read_dir(&parent).unwrap().map(|entry| entry.unwrap().path()) {
+        if entry.extension().is_some_and(|extension| extension == "sqsh") {
+            std::fs::remove_file(entry).unwrap();
+        }
+    }
     std::fs::write(tree.join("boot/vmlinuz"), "another kernel").unwrap();
     let output = packed().output().unwrap();
     assert!(output.status.success(), "{output:?}");
@@ -690,7 +696,7 @@ fn an_archive_of_another_image_root_is_not_uploaded() {
         !Path::new(parent).join("first.sqsh").exists(),
         "--fresh removes what was packed of the earlier image root"
     );
-    refused(&["upload", parent], "second", "'ims-sshd package' makes it");
+    refused(&["upload", parent], "second", "'ims-sshd package' creates it");
     // An archive that was copied, or packed before records existed.
     refused(&["upload", parent], "third", "it was written before the image root was made");
     done(&["package", parent], "second");
