@@ -14,7 +14,6 @@ use crate::error::{Attempt, Error, Result};
 use crate::job::DEFAULT_PARENT;
 use crate::local::command_line::CommandLine;
 use crate::local::customize::{self, Customization};
-use crate::local::directory;
 use crate::local::enter::{self, Answer, Entry};
 use crate::local::run::{End, Reports, Run};
 use crate::local::script::Script;
@@ -31,7 +30,11 @@ use crate::verdict::Verdict;
 
 /// Carries out the command and returns the exit code.
 pub fn run(arguments: Arguments) -> Result<u8> {
-    format::start(arguments.log_format)?;
+    let mut log = format::start(arguments.log_format);
+    // These two report a refusal to IMS.
+    if !matches!(arguments.command, Command::Prepare { .. } | Command::Sidecar(_)) {
+        std::mem::replace(&mut log, Ok(()))?;
+    }
     match arguments.command {
         Command::Entrypoint { image_root_parent } => entrypoint(image_root_parent),
         Command::Customize(arguments) => run_customize(arguments),
@@ -40,14 +43,18 @@ pub fn run(arguments: Arguments) -> Result<u8> {
         Command::Fail(Named { name }) => status::mark(name.as_deref(), Verdict::Failed),
         Command::Status { named, json, is } => status::print(named.name.as_deref(), Shown { as_json: json, is: &is }),
         Command::Prepare { first, second, open, fresh, checksum, servers } => {
-            let (parent, source) = parent_and_source(first, second)?;
-            let options = checksum.variables().into_iter().chain(servers.variables());
-            let settings = publishing::Settings::read(parent, variables(options))?;
-            let source = source::rootfs_of(source);
-            directory::refuse_open_source(&source)?;
+            let variables = variables(checksum.variables().into_iter().chain(servers.variables()));
+            let place = parent_or_default(second.is_some().then(|| PathBuf::from(&first)));
+            let read = log.and_then(|()| {
+                let (parent, source) = parent_and_source(first, second)?;
+                let settings = publishing::Settings::read(parent, variables.clone())?;
+                let source = steps::source_to_prepare(&settings, &source::rootfs_of(source))?;
+                Ok((settings, source))
+            });
+            let (settings, source) = read.inspect_err(|_| steps::report_refusal(&place, variables))?;
             steps::prepare(&settings, &source, open, fresh)
         }
-        Command::Sidecar(arguments) => run_sidecar(arguments),
+        Command::Sidecar(arguments) => run_sidecar(arguments, log),
         Command::Package { image_root, archive, packing, image } => {
             let options = image.variables_or_auto().into_iter().chain(packing.variables());
             let settings = publishing::Settings::read(None, variables(options))?;
@@ -223,13 +230,14 @@ fn without_output(source: &str) -> Error {
         .advise(format!("for example: {command}"))
 }
 
-fn run_sidecar(arguments: SidecarArguments) -> Result<u8> {
+/// Runs a sidecar, which reports a refusal of its `log` or settings.
+fn run_sidecar(arguments: SidecarArguments, log: Result<()>) -> Result<u8> {
     let options = arguments.image.variables().into_iter().chain(arguments.parameters.variables());
     let options = options.chain(arguments.servers.variables()).chain(arguments.packing.variables());
     let options = options.chain([("IMAGE_STORE", arguments.store.store)]);
     let variables = variables(options);
     let parent = arguments.image_root_parent;
-    let settings = publishing::Settings::read(parent.clone(), variables.clone());
+    let settings = log.and_then(|()| publishing::Settings::read(parent.clone(), variables.clone()));
     let places = Places {
         authorized_keys: arguments.authorized_keys,
         sshd_config: arguments.sshd_config,

@@ -1,5 +1,6 @@
 //! `ims-sshd prepare`, `package` and `upload`: single steps around the build environment of a pod.
 
+use std::ffi::OsString;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
@@ -32,14 +33,38 @@ use crate::volume::layout::{CREATED_IMAGE_ROOT, EXITING, IMAGE_ROOT, INVENTORY, 
 use crate::volume::open_tree;
 use crate::volume::signal_files::SignalFiles;
 
-/// Fetches and opens `source` in a pod, and reports the job's status to IMS.
-pub fn prepare(settings: &Settings, source: &str, open: Open, is_fresh: bool) -> Result<u8> {
+/// Reports to IMS that `prepare` refused its arguments or `variables`: its container fails, and no other one begins. If
+/// an environment is open on `parent`, its job goes on.
+pub fn report_refusal(parent: &Path, variables: Vec<(OsString, OsString)>) {
+    if let Ok(Some(files)) = SignalFiles::open(parent)
+        && files.refuse_open().is_err()
+    {
+        return;
+    }
+    let Ok(settings) = Settings::to_report(variables) else { return };
+    let reported = Work::begin(&settings.network).and_then(|work| {
+        let reported = settings.ims_client(&work).set_status(Status::Error).map(drop);
+        work.unless_interrupted(reported)
+    });
+    if let Err(e) = reported {
+        tracing::error!("{e}");
+    }
+}
+
+/// Source of `prepare`; refuses a directory that is open, or that contains the image root's parent.
+pub fn source_to_prepare(settings: &Settings, source: &str) -> Result<Source> {
+    directory::refuse_open_source(source)?;
     let source = Source::parse(source)?;
     if let Source::Here(path) = &source
         && path.is_dir()
     {
         check_directory(path, &settings.job.parent)?;
     }
+    Ok(source)
+}
+
+/// Fetches and opens `source` in a pod, and reports the job's status to IMS.
+pub fn prepare(settings: &Settings, source: &Source, open: Open, is_fresh: bool) -> Result<u8> {
     // Before IMS hears anything: the job of the open environment goes on.
     SignalFiles::open(&settings.job.parent)?.map_or(Ok(()), |files| files.refuse_open())?;
     let work = Work::begin(&settings.network)?;
@@ -50,9 +75,9 @@ pub fn prepare(settings: &Settings, source: &str, open: Open, is_fresh: bool) ->
         clear_signals(settings, is_fresh || image_root.exists())?;
         anew::clear(&work, &open_tree(&settings.job.parent)?)?;
         let made = if is_fresh {
-            anew::prepare(&work, settings, &source, open, &image_root)?
+            anew::prepare(&work, settings, source, open, &image_root)?
         } else {
-            prepare::prepare(&work, settings, &source, Some(open), &image_root)?
+            prepare::prepare(&work, settings, source, Some(open), &image_root)?
         };
         match made {
             Some(overlay) => {

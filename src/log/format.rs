@@ -25,6 +25,7 @@ pub enum Format {
 }
 
 /// Starts the log in `format`, by default that of `LOG_FORMAT` or else `text`, at level `LOG_LEVEL`, by default `info`.
+/// A refused level is an error, which the log itself takes in its format.
 pub fn start(format: Option<Format>) -> Result<()> {
     let named = std::env::var("LOG_FORMAT").unwrap_or_default();
     let format = match (format, named.to_ascii_lowercase().as_str()) {
@@ -35,16 +36,19 @@ pub fn start(format: Option<Format>) -> Result<()> {
     };
     let level = std::env::var("LOG_LEVEL").unwrap_or_default();
     let filter = match level.to_ascii_lowercase().as_str() {
-        "" | "info" => LevelFilter::INFO,
-        "debug" => LevelFilter::DEBUG,
-        "warning" | "warn" => LevelFilter::WARN,
-        "error" | "critical" => LevelFilter::ERROR,
-        _ => {
-            return Err(Error::bad_input(format!("LOG_LEVEL is '{level}': expected DEBUG, INFO, WARNING or ERROR")));
-        }
+        "" | "info" => Ok(LevelFilter::INFO),
+        "debug" => Ok(LevelFilter::DEBUG),
+        "warning" | "warn" => Ok(LevelFilter::WARN),
+        "error" | "critical" => Ok(LevelFilter::ERROR),
+        _ => Err(Error::bad_input(format!("LOG_LEVEL is '{level}': expected DEBUG, INFO, WARNING or ERROR"))),
     };
-    let subscriber = subscriber(format, filter, std::io::stderr().is_terminal(), std::io::stderr);
-    tracing::subscriber::set_global_default(subscriber).map_err(|e| Error::new("start the log").because(e))
+    // Text on standard error needs no log; a collector expects JSON of every line.
+    if filter.is_ok() || format == Format::Json {
+        let level = *filter.as_ref().unwrap_or(&LevelFilter::INFO);
+        let subscriber = subscriber(format, level, std::io::stderr().is_terminal(), std::io::stderr);
+        tracing::subscriber::set_global_default(subscriber).map_err(|e| Error::new("start the log").because(e))?;
+    }
+    filter.map(drop)
 }
 
 /// A log on `writer`, with colours if `ansi`.

@@ -91,11 +91,8 @@ pub fn run(
     let (settings, refusal) = match settings {
         Ok(settings) => (settings, None),
         Err(refusal) => {
-            let to_tell = ["IMS_URL", "OAUTH_CONFIG_DIR", "IMS_JOB_ID", "CA_CERT"];
-            let few = variables.into_iter().filter(|(name, _)| to_tell.iter().any(|known| name == *known));
-            // If these are refused as well, such as an invalid job ID, nothing can be reported to IMS.
-            let to_tell = Settings::read(None, few).or_else(|_| Settings::read(None, []))?;
-            (to_tell, Some(refusal))
+            let to_report = Settings::to_report(variables).or_else(|_| Settings::read(None, []))?;
+            (to_report, Some(refusal))
         }
     };
     let work = Work::begin(&settings.network)?;

@@ -88,6 +88,13 @@ impl Settings {
         reader.finish(Some(Self { job, name, boot, expected, packing, keep_source, store, ims, network, start_limit }))
     }
 
+    /// Settings with which the refusal of `variables` is reported to IMS. Fails if those that name IMS and the job are
+    /// refused as well, such as an invalid job ID: then nothing can be reported.
+    pub(crate) fn to_report(variables: impl IntoIterator<Item = (OsString, OsString)>) -> Result<Self> {
+        let known = ["IMS_URL", "OAUTH_CONFIG_DIR", "IMS_JOB_ID", "CA_CERT"];
+        Self::read(None, variables.into_iter().filter(|(name, _)| known.iter().any(|known| name == *known)))
+    }
+
     /// Client of IMS for the job; built once in a run.
     pub(crate) fn ims_client<'a>(&self, work: &'a Work) -> Ims<'a> {
         Ims::of(work, self.ims.as_ref(), self.job.id.as_deref())

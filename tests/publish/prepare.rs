@@ -264,6 +264,34 @@ fn wrong_checksum_is_refused_in_a_variable_or_etag() {
     refused(&parent, &server.url, "403 Forbidden");
 }
 
+/// The init container of a pod fails, and nothing else tells IMS.
+#[test]
+fn refused_source_or_variable_sets_the_jobs_status_to_error() {
+    let (dir, _, squashfs) = packed_image();
+    let image = squashfs.display().to_string();
+    let parent = dir.path().join("parent");
+    for (source, wrong) in [
+        ("", None),
+        ("ftp://example.com/image", None),
+        (image.as_str(), Some(("DOWNLOAD_MD5SUM", "zz"))),
+        (image.as_str(), Some(("SSH_JAIL", "maybe"))),
+        (image.as_str(), Some(("IMS_RETRY_LIMIT", "long"))),
+        (image.as_str(), Some(("LOG_LEVEL", "verbose"))),
+    ] {
+        let ims = ImsServer::start();
+        let mut variables = ims.variables();
+        variables.extend(wrong.map(|(name, value)| (name, value.to_owned())));
+        let output = prepare(&parent, source, &variables);
+        assert_eq!(output.status.code(), Some(2), "{source} {wrong:?}: {output:?}");
+        assert_eq!(ims.statuses(), ["error"], "{source} {wrong:?}: {output:?}");
+        assert!(!parent.exists());
+    }
+    // Without a job or an IMS, the refusal is the only message.
+    let output = prepare(&parent, &image, &[("IMS_JOB_ID", "../images".into()), ("SSH_JAIL", "maybe".into())]);
+    let said = text(&output.stderr);
+    assert!(output.status.code() == Some(2) && said.contains("IMS_JOB_ID") && said.lines().count() == 1, "{said}");
+}
+
 fn sha256(bytes: &[u8]) -> String {
     let output = feed(&mut Command::new("sha256sum"), bytes);
     text(output.stdout).split(' ').next().unwrap().to_owned()

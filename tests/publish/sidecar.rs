@@ -1093,7 +1093,8 @@ fn has_closed_as_failed(job: &Job, mut sshd: Child) {
 #[test]
 fn waiting_environment_closes_if_the_sidecar_fails_before_ready() {
     type Case<'a> = (&'a str, &'a [(&'static str, &'a str)], u8, &'a str);
-    let cases: [Case; 5] = [
+    let cases: [Case; 6] = [
+        ("a level", &[("LOG_LEVEL", "verbose")], 2, "LOG_LEVEL is 'verbose'"),
         ("a token", &[], 1, "get a token from"),
         ("an action", &[("IMS_ACTION", "")], 2, "IMS_ACTION is not set"),
         ("a key", &[], 2, "it is a private key"),
