@@ -34,7 +34,7 @@ use crate::sys::tree::Tree;
 use crate::transfer::Work;
 use crate::verdict::Verdict;
 use crate::volume::image_root;
-use crate::volume::layout::{BUILD_FAILED, EXITING, POD_ERROR, READY, SSHD_LISTENING, TRANSFER};
+use crate::volume::layout::{BUILD_FAILED, EXITING, POD_ERROR, READY, SOURCE, SSHD_LISTENING, TRANSFER};
 use crate::volume::signal_files::{LOOK_EVERY, SignalFiles, Stamp, Watch};
 
 /// Longest time for which an environment may have no claim on the volume; it has none while its container restarts.
@@ -419,9 +419,25 @@ impl<'a> Sidecar<'a> {
         self.work.wait(Store::check_soon(store, network))
     }
 
+    /// Returns whether the environment ended as failed, without ever having been open, before this container started.
+    /// `prepare` removes the marks of earlier runs, so only marks made since then count, and `complete` never does.
+    fn has_failed_early(&self) -> Result<bool> {
+        let Some((_, seconds, nanoseconds)) = self.files.stamp(SOURCE) else { return Ok(false) };
+        let is_since = |mark: &Option<Stamp>| mark.is_some_and(|mark| (mark.1, mark.2) > (seconds, nanoseconds));
+        // Beside a claim, an environment waits for 'ready', and the marks are of one before it.
+        Ok(self.old.iter().all(is_since) && !self.files.stands(READY)? && !self.files.is_claimed())
+    }
+
     /// Prepares all that the environment needs, then creates `ready`. Returns false if the image was marked failed
     /// meanwhile.
     fn let_open(&mut self, image_root: Option<&Tree>, action: Action) -> Result<bool> {
+        if self.has_failed_early()? {
+            tracing::error!(
+                "the build environment ended as failed before this container started; see the log of the container \
+                 that runs sshd"
+            );
+            return Ok(false);
+        }
         self.check(image_root, action)?;
         if let (Action::Customize, Some(image_root)) = (action, image_root) {
             pod_files::put_authorities(image_root, &self.places.authorities)?;

@@ -270,6 +270,38 @@ fn environment_that_ended_without_a_verdict_is_not_published() {
     );
 }
 
+#[test]
+fn environment_that_failed_before_the_sidecar_started_ends_the_job_at_once() {
+    for mode in MODES {
+        let job = Job::new();
+        // `prepare` leaves this record, and removes the marks of an earlier run.
+        std::fs::write(job.volume.signal(".ims-sshd.source"), "").unwrap();
+        let refused = ended(job.volume.entrypoint(mode, &[("IMS_IDLE_LIMIT", "soon")]).spawn().unwrap());
+        assert_eq!(refused.status.code(), Some(2), "{refused:?}");
+        let output = ended(job.sidecar(mode, &[]).spawn().unwrap());
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(0), "{said}");
+        assert!(said.contains("the build environment ended as failed before this container started"), "{said}");
+        assert_eq!(job.ims.statuses(), ["error"], "{said}");
+        assert!(!job.volume.signal("ready").exists() && job.volume.signal("failed").exists());
+        job.nothing_is_left();
+    }
+}
+
+#[test]
+fn marks_of_an_earlier_run_do_not_end_the_job() {
+    let job = Job::new();
+    for stale in ["failed", "exiting"] {
+        job.volume.touch(stale);
+    }
+    // The kernel counts times of files in ticks.
+    std::thread::sleep(Duration::from_millis(50));
+    std::fs::write(job.volume.signal(".ims-sshd.source"), "").unwrap();
+    let output = ended(job.sidecar(Mode::Plain, &[("IMS_START_LIMIT", "1")]).spawn().unwrap());
+    assert!(text(&output.stderr).contains("it has been gone for 1 s"), "{}", text(&output.stderr));
+    assert_eq!(output.status.code(), Some(1));
+}
+
 /// Marks the image as other programs do, or between two polls.
 #[test]
 fn failed_mark_inside_the_image_and_a_short_lived_environment_are_noticed() {
