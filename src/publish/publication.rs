@@ -506,7 +506,14 @@ impl Publication<'_> {
                 return true;
             }
             Err(error) => {
-                tracing::error!("{error}; image {id} is left in the store and in IMS: {AGAIN}");
+                if self.ims.is_there() {
+                    tracing::error!("{error}; image {id} is left in the store and in IMS: {AGAIN}");
+                } else {
+                    tracing::error!(
+                        "{error}; objects of image {id} may be left in the store: run the same again, which goes on \
+                         with them or deletes them"
+                    );
+                }
                 return false;
             }
         }
