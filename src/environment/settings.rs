@@ -109,8 +109,8 @@ impl Settings {
         let binds = reader.binds("IMS_JAIL_BINDS");
         let agent = reader.choice("IMS_AGENT_FORWARDING", &TRUTH, Case::Any).unwrap_or(true);
         let close_grace = reader.close_grace();
-        let idle_limit = reader.seconds("IMS_IDLE_LIMIT");
-        let session_limit = reader.seconds("IMS_SESSION_LIMIT");
+        let idle_limit = reader.limit("IMS_IDLE_LIMIT");
+        let session_limit = reader.limit("IMS_SESSION_LIMIT");
         let script = reader.text("CUSTOMIZATION_SCRIPT").map(Into::into);
         let session_variables = SESSION_VARIABLES
             .iter()
@@ -268,6 +268,8 @@ mod tests {
             ("IMS_CLOSE_GRACE", "soon", "whole seconds"),
             ("IMS_IDLE_LIMIT", "1h", "whole seconds"),
             ("IMS_SESSION_LIMIT", "1.5", "whole seconds"),
+            ("IMS_SESSION_LIMIT", "0", "at least 1"),
+            ("IMS_IDLE_LIMIT", "0", "at least 1"),
             ("IMS_JAIL_HOSTNAME", "node_1", "as in host names"),
             ("IMS_JAIL_BINDS", "/nowhere:/opt", "SOURCE is '/nowhere'"),
             ("IMS_AGENT_FORWARDING", "no", "'true' or 'false'"),

@@ -452,6 +452,15 @@ impl Reader {
         seconds
     }
 
+    /// Number of seconds of a limit that ends something: 0 would end it at once.
+    pub(crate) fn limit(&mut self, name: &str) -> Option<Duration> {
+        let limit = self.seconds(name)?;
+        if limit.is_zero() {
+            self.complain(format!("{name} is '0': expected whole seconds, at least 1"));
+        }
+        Some(limit)
+    }
+
     /// Returns `value` of `name` as `check` parses it; otherwise complains with the format that `check` expected.
     pub(crate) fn check<T>(
         &mut self,

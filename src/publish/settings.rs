@@ -75,7 +75,7 @@ impl Settings {
         let ims = ims::place::read(&mut reader);
         let network = Network {
             ca: reader.text("CA_CERT").map(Into::into),
-            stall_limit: reader.seconds("IMS_STALL_LIMIT").unwrap_or(Duration::from_secs(30)),
+            stall_limit: reader.limit("IMS_STALL_LIMIT").unwrap_or(Duration::from_secs(30)),
             retry_limit: reader.seconds("IMS_RETRY_LIMIT").unwrap_or(Duration::from_secs(200)),
         };
         let start_limit = reader.seconds("IMS_START_LIMIT").unwrap_or(Duration::from_mins(2));
@@ -242,6 +242,7 @@ mod tests {
             ("IMS_RETRY_LIMIT", "long"),
             ("IMAGE_ROOT_ARCHIVE_NAME", "a/b"),
             ("AWS_REGION", "eu north"),
+            ("IMS_STALL_LIMIT", "0"),
         ];
         let refused = |variables: &[(&str, &str)]| read(variables).unwrap_err().to_string();
         assert!(refused(&[("IMS_URL", "ims")]).contains("IMS_URL"));
