@@ -77,6 +77,7 @@ impl Settings {
             ca: reader.text("CA_CERT").map(Into::into),
             stall_limit: reader.limit("IMS_STALL_LIMIT").unwrap_or(Duration::from_secs(30)),
             retry_limit: reader.seconds("IMS_RETRY_LIMIT").unwrap_or(Duration::from_secs(200)),
+            is_shortened: false,
         };
         let start_limit = reader.seconds("IMS_START_LIMIT").unwrap_or(Duration::from_mins(2));
         // Without an IMS the ID is only reported; with one it becomes part of URLs.

@@ -158,7 +158,8 @@ impl Store {
         if named_directory(url).is_some() {
             return Self::check(settings, network).await.map(|_| ());
         }
-        let network = Network { retry_limit: network.retry_limit.min(SOON), ..network.clone() };
+        let is_shortened = network.retry_limit > SOON;
+        let network = Network { retry_limit: network.retry_limit.min(SOON), is_shortened, ..network.clone() };
         let store = Self::open(settings, &network)?;
         let probe = format!("{PROBE}.{}", Id::random()?);
         let shown = without_secrets(url);

@@ -81,8 +81,9 @@ impl Requests {
     }
 
     async fn send(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
-        let Network { mut stall_limit, mut retry_limit, .. } = self.network;
+        let Network { mut stall_limit, mut retry_limit, mut is_shortened, .. } = self.network;
         if self.outage.is_silent.load(Ordering::Relaxed) {
+            is_shortened |= retry_limit > SILENT;
             (stall_limit, retry_limit) = (stall_limit.min(SILENT), retry_limit.min(SILENT));
         }
         let asked = format!("{} {}", request.method(), without_query(&request.uri().to_string()));
@@ -107,7 +108,11 @@ impl Requests {
                 Err(Failure::Final(why)) => return Err(error(why)),
                 Err(Failure::Transient(why)) if is_over => {
                     self.outage.is_silent.store(true, Ordering::Relaxed);
-                    let tried = if is_first { String::new() } else { tried_for(retry_limit) };
+                    let tried = if is_first {
+                        String::new()
+                    } else {
+                        format!("; tried for {}", shown(retry_limit, is_shortened))
+                    };
                     return Err(error(format!("{why}{tried}")));
                 }
                 Err(Failure::Transient(why)) => why,
@@ -115,8 +120,8 @@ impl Requests {
             if self.outage.is_told.swap(true, Ordering::Relaxed) {
                 tracing::debug!("no good answer to {asked} yet: {why}; trying again");
             } else {
-                let limit = retry_limit.as_secs();
-                tracing::warn!("no good answer to {asked} yet: {why}; trying again for {limit} s (IMS_RETRY_LIMIT)");
+                let limit = shown(retry_limit, is_shortened);
+                tracing::warn!("no good answer to {asked} yet: {why}; trying again for {limit}");
             }
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(PAUSE.1);
@@ -224,8 +229,10 @@ fn holds(text: &[u8], word: &[u8]) -> bool {
     text.windows(word.len()).any(|window| window == word)
 }
 
-fn tried_for(limit: Duration) -> String {
-    format!("; tried for {} s (IMS_RETRY_LIMIT)", limit.as_secs())
+/// Describes how long a request is retried, with the variable that sets it unless that time is shorter.
+fn shown(limit: Duration, is_shortened: bool) -> String {
+    let variable = if is_shortened { "" } else { " (IMS_RETRY_LIMIT)" };
+    format!("{} s{variable}", limit.as_secs())
 }
 
 fn error(why: String) -> HttpError {
@@ -277,6 +284,12 @@ mod tests {
     use std::io::{Read, Write};
     use std::net::TcpListener;
 
+    #[test]
+    fn retry_limit_is_named_only_where_it_applies() {
+        let limit = Duration::from_secs(10);
+        assert_eq!([false, true].map(|short| shown(limit, short)), ["10 s (IMS_RETRY_LIMIT)", "10 s"]);
+    }
+
     /// A store keeps an answer open with blanks while it completes an upload.
     #[test]
     fn answer_that_never_ends_is_aborted_at_the_retry_limit() {
@@ -293,7 +306,12 @@ mod tests {
                 });
             }
         });
-        let network = Network { stall_limit: Duration::from_secs(1), retry_limit: Duration::from_secs(2), ca: None };
+        let network = Network {
+            stall_limit: Duration::from_secs(1),
+            retry_limit: Duration::from_secs(2),
+            is_shortened: false,
+            ca: None,
+        };
         let requests = Requests::new(reqwest::Client::new(), network, Arc::default());
         let mut request = HttpRequest::new(HttpRequestBody::empty());
         *request.method_mut() = Method::POST;

@@ -25,6 +25,8 @@ pub struct Network {
     pub(crate) stall_limit: Duration,
     /// `IMS_RETRY_LIMIT`: how long failed requests are retried.
     pub(crate) retry_limit: Duration,
+    /// True if `retry_limit` is a fixed time that is shorter than `IMS_RETRY_LIMIT`.
+    pub(crate) is_shortened: bool,
 }
 
 /// Checks a server's URL with the clients' own parser. The store crate panics on a URL it cannot parse.
