@@ -1,6 +1,7 @@
 //! `ims-sshd prepare`, `package` and `upload`: single steps around the build environment of a pod.
 
 use std::ffi::OsString;
+use std::fs::File;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
@@ -170,6 +171,16 @@ impl Place {
         Archive { directory: &self.archive_directory, name: &self.archive_name }
     }
 
+    /// Removes the archive, if `packed` still has its name.
+    fn remove_archive(&self, packed: &File) {
+        let there = self.archive_directory.look(&self.archive_name);
+        if let (Ok(Some(there)), Ok(ours)) = (there, rustix::fs::fstat(packed))
+            && (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
+        {
+            let _ = self.archive_directory.remove(&self.archive_name);
+        }
+    }
+
     fn boot(&self, settings: &Settings) -> Result<Option<BootFiles>> {
         boot::find_if_any(&self.image_root, &settings.boot, settings.job.arch())
     }
@@ -232,7 +243,9 @@ pub fn package(
     let source = basis::of(settings, place.files.parent(), &place.image_root, false);
     let (archive, packing) = (place.archive(), &settings.packing);
     let packed = packing::pack(&work, &place.image_root, &archive, packing, exclude, source.as_ref())?;
-    packed::record(place.files.parent(), &place.archive(), &packed, &place.image_root, was?)?;
+    let recorded = was.and_then(|was| packed::record(place.files.parent(), &archive, &packed, &place.image_root, was));
+    // Without its record, the next run would refuse to replace it.
+    recorded.inspect_err(|_| place.remove_archive(&packed))?;
     if let Some(file) = changes {
         write_changes(&work, place.files.parent(), &place.image_root, file)?;
     }

@@ -53,6 +53,18 @@ fn packing_is_reproducible_byte_for_byte() {
 }
 
 #[test]
+fn archive_whose_record_cannot_be_written_is_removed() {
+    let (dir, tree) = bootable_image();
+    let record = dir.path().join(".ims-sshd.packed");
+    std::fs::create_dir_all(record.join("in")).unwrap();
+    let mut command = ims_sshd(&["package", "--archive", "image.sqsh"], &[]);
+    let output = command.arg(&tree).current_dir(dir.path()).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(text(&output.stderr).contains(".ims-sshd.packed"), "{output:?}");
+    nothing_is_packed(dir.path());
+}
+
+#[test]
 fn image_root_is_packed_into_its_parent() {
     let dir = directory();
     let parent = dir.path().join("parent");
