@@ -38,6 +38,8 @@ struct Header {
     device: (u32, u32),
     represents: (u32, u32),
     name_size: u32,
+    /// Sum of the content's bytes, modulo 2^32, in the format with checksums.
+    sum: Option<u32>,
 }
 
 /// An archive being read.
@@ -102,7 +104,11 @@ pub(crate) fn unpack(input: impl Read, root: &Tree, mut look: impl FnMut() -> io
                 }
                 let mut file = File::from(rustix::fs::openat(&parent, &name, flags, Mode::RUSR | Mode::WUSR)?);
                 // In this format, the last entry of a file with several names has the content.
-                archive.copy(u64::from(header.size), &mut file, &mut look)?;
+                let sum = archive.copy(u64::from(header.size), &mut file, &mut look)?;
+                // Among several names, only the entry with the content has its sum.
+                if header.size > 0 && header.sum.is_some_and(|expected| expected != sum) {
+                    return Err(invalid(&format!("the content of '{}' does not match its checksum", path.display())));
+                }
                 if of_several && first.is_none() {
                     linked.insert((header.inode, header.device), path);
                 }
@@ -149,10 +155,11 @@ impl<R: Read> Reader<R> {
                 .and_then(|digits| u32::from_str_radix(digits, 16).ok())
                 .ok_or_else(|| invalid("an entry's header is damaged"))?;
         }
-        let [inode, mode, user, group, links, modified, size, device, minor, represents, its_minor, name_size, _] =
+        let [inode, mode, user, group, links, modified, size, device, minor, represents, its_minor, name_size, sum] =
             numbers;
+        let sum = (&text[..6] == b"070702").then_some(sum);
         let (device, represents) = ((device, minor), (represents, its_minor));
-        Ok(Some(Header { inode, mode, user, group, links, modified, size, device, represents, name_size }))
+        Ok(Some(Header { inode, mode, user, group, links, modified, size, device, represents, name_size, sum }))
     }
 
     fn name(&mut self, header: &Header) -> io::Result<Vec<u8>> {
@@ -180,26 +187,29 @@ impl<R: Read> Reader<R> {
     }
 
     fn skip(&mut self, length: u64) -> io::Result<()> {
-        self.copy(length, &mut io::sink(), &mut || Ok(()))?;
+        let _ = self.copy(length, &mut io::sink(), &mut || Ok(()))?;
         self.align()
     }
 
+    /// Copies the next bytes, and returns their sum modulo 2^32.
     fn copy(
         &mut self,
         mut length: u64,
         to: &mut impl Write,
         look: &mut impl FnMut() -> io::Result<()>,
-    ) -> io::Result<()> {
+    ) -> io::Result<u32> {
+        let mut sum = 0_u32;
         let mut buffer = vec![0; 1 << 20];
         while length > 0 {
             let piece = length.min(buffer.len() as u64);
             let buffer = &mut buffer[..usize::try_from(piece).unwrap_or_default()];
             self.read(buffer)?;
             to.write_all(buffer)?;
+            sum = buffer.iter().fold(sum, |sum, &byte| sum.wrapping_add(byte.into()));
             length -= piece;
             look()?;
         }
-        Ok(())
+        Ok(sum)
     }
 }
 
@@ -376,6 +386,19 @@ mod tests {
         refused(entry("", 0o040_755, 1, b""), "an entry has an empty name");
         refused(entry(".", FILE, 1, b"data"), "'.' is the root of the archive, and not a directory");
         refused(entry("/", LINK, 1, b"etc"), "'/' is the root of the archive, and not a directory");
+    }
+
+    #[test]
+    fn content_that_does_not_match_its_checksum_is_refused() {
+        let trailer = entry("TRAILER!!!", 0, 1, b"");
+        let sum: u32 = b"content".iter().map(|&byte| u32::from(byte)).sum();
+        for (told, is_whole) in [(sum, true), (sum + 1, false)] {
+            let mut file = entry("a", FILE, 1, b"content");
+            file[..6].copy_from_slice(b"070702");
+            file[102..110].copy_from_slice(format!("{told:08x}").as_bytes());
+            let (_dir, result) = unpacked(&[file, trailer.clone()].concat());
+            assert_eq!(result.is_ok(), is_whole, "{result:?}");
+        }
     }
 
     proptest! {
