@@ -131,7 +131,7 @@ pub(crate) fn find(image_root: &Tree, names: &Names, arch: &str) -> Result<BootF
 /// kernel.
 pub(crate) fn find_if_any(image_root: &Tree, names: &Names, arch: &str) -> Result<Option<BootFiles>> {
     if names.kernel == AUTO && has_none(image_root) {
-        tracing::warn!("the image has no kernel: it is published without boot files, for a container or a chroot");
+        tracing::warn!("the image has no kernel, and so no boot files: it serves as a container or a chroot");
         return Ok(None);
     }
     let search = Search::of(image_root, names, arch)?;
