@@ -31,6 +31,12 @@ impl CommandLine {
         let directory = std::env::current_dir().unwrap_or_else(|_| "/".into());
         Self { command, line: without_query(&without_secrets(&line)), directory }
     }
+
+    /// Returns `other`, a line of an earlier run, if it differs in more than the path of the program.
+    pub(crate) fn differs<'a>(&self, other: &'a str) -> Option<&'a str> {
+        let arguments = |line: &str| line.split_once(' ').map(|(_, arguments)| arguments.to_owned());
+        (arguments(&self.line) != arguments(other)).then_some(other)
+    }
 }
 
 /// Returns `line`, which was typed in `directory`, so that it can be pasted here.

@@ -74,7 +74,8 @@ pub fn run(run: Run, wanted: &Customization) -> Result<u8> {
     let mut settings = read_variables(wanted)?;
     // Before anything is opened: an earlier descriptor belongs to the machine's mount namespace.
     own_mounts()?;
-    let (entry, label) = (run.register()?, run.label());
+    let entry = run.register()?;
+    let label = entry.name();
     let in_place = run.in_place;
     settings.in_place = in_place;
     settings.marked = match run.end {

@@ -104,7 +104,15 @@ pub(crate) fn refuse_open(directory: &Path) -> Result<()> {
     refuse_kept(directory, Path::new(work_directory::DEFAULT), None, false)?;
     for command in COMMANDS {
         if RunDirectory::is_claimed(command, directory)? {
-            return Err(claimed(directory));
+            let run = register::run_elsewhere("source", directory);
+            return Err(run.map_or_else(
+                || claimed(directory),
+                |run| {
+                    Error::new(format!("claim {}", directory.display()))
+                        .because("another build environment is open on it")
+                        .advise(register::how_it_ends(&run))
+                },
+            ));
         }
     }
     refuse_nested(directory)

@@ -83,7 +83,8 @@ pub fn run(run: Run, entry: &Entry) -> Result<u8> {
     }
     let question = Question { source: without_query(&run.source), in_place };
     let is_discarded = !decides && !run.is_in_place();
-    let (registered, label) = (run.register()?, run.label());
+    let registered = run.register()?;
+    let label = registered.name();
     let ended = run.carry_out(&registered, |image_root| {
         if is_discarded {
             let source = &question.source;

@@ -3,7 +3,7 @@
 use crate::transfer::without_query;
 
 /// Longest label of a host name (RFC 1123).
-const LONGEST: usize = 63;
+pub(crate) const LONGEST: usize = 63;
 
 /// Extensions of a source's file name that are not part of the image's name.
 const ENDINGS: [&str; 13] =

@@ -3,6 +3,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::fs::Metadata;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
@@ -11,10 +12,11 @@ use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use crate::environment::stage::Stage;
-use crate::error::{Attempt, Result};
+use crate::error::{Attempt, Error, Result};
 use crate::local::apply_progress;
 use crate::local::claim::{claim, is_claimed, remove_directory};
 use crate::local::command_line;
+use crate::local::names;
 use crate::local::work_directory;
 use crate::sys::tree::Tree;
 use crate::volume::signal_files::SignalFiles;
@@ -63,13 +65,19 @@ impl Entry {
             known.or_else(|| kept_entry(work))
         });
         let known = before.as_ref().and_then(|before| before["name"].as_str()).map(str::to_owned);
-        let mut number = 0;
+        let _alone = keeps.is_some().then(alone).transpose()?;
+        if let Some(run) = keeps.as_deref().and_then(open_in) {
+            return Err(Error::new(format!("open {source}"))
+                .because(format!("it is open as {}", run["name"].as_str().unwrap_or_default()))
+                .advise(how_it_ends(&run)));
+        }
+        let mut number = 0_u32;
         loop {
             number += 1;
             let name = match (number, &known) {
                 (1, Some(known)) => known.clone(),
                 (1, None) => name.to_owned(),
-                _ => format!("{name}-{number}"),
+                _ => numbered(name, number),
             };
             let path = register.join(&name);
             let in_use = || is_claimed(&path).unwrap_or(false);
@@ -184,9 +192,54 @@ impl Drop for Entry {
     }
 }
 
+/// Appends `number` to `name`, as a label of a host name.
+fn numbered(name: &str, number: u32) -> String {
+    let end = format!("-{number}");
+    let longest = names::LONGEST - end.len();
+    name.get(..longest).unwrap_or(name).trim_end_matches('-').to_owned() + &end
+}
+
 /// Entries of all runs that have not ended, by name.
 pub(crate) fn entries() -> Result<Vec<Value>> {
     Ok(all()?.into_iter().filter_map(|(entry, lasts)| lasts.then_some(entry)).collect())
+}
+
+/// Locks the register until the value is dropped: of two runs on one source that start at once, the second is refused
+/// before it takes a name.
+fn alone() -> Result<OwnedFd> {
+    let register = place();
+    let attempted = || format!("lock {}", register.display());
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&register).attempt(attempted)?;
+    let opened = OwnedFd::from(std::fs::File::open(&register).attempt(attempted)?);
+    rustix::fs::flock(&opened, rustix::fs::FlockOperation::LockExclusive).attempt(attempted)?;
+    Ok(opened)
+}
+
+/// Entry of the open run that keeps its changes in `work`, which it may not have made yet.
+fn open_in(work: &Path) -> Option<Value> {
+    entries().ok()?.into_iter().find(|run| run["work"].as_str().map(Path::new) == Some(work))
+}
+
+/// Another open run whose entry has `path` in `field`.
+pub(crate) fn run_elsewhere(field: &str, path: &Path) -> Option<Value> {
+    let path = std::fs::canonicalize(path).ok()?;
+    let is_meant = |run: &Value| {
+        let there = run[field].as_str().and_then(|there| std::fs::canonicalize(there).ok());
+        there.is_some_and(|there| there == path) && run["pid"] != std::process::id()
+    };
+    entries().ok()?.into_iter().find(is_meant)
+}
+
+/// Advice on how the open run of `entry` ends.
+pub(crate) fn how_it_ends(entry: &Value) -> String {
+    let name = entry["name"].as_str().unwrap_or_default();
+    if entry["command"] == "enter" {
+        format!("it ends with its shell or command (process {})", entry["pid"])
+    } else if entry["image_root_parent"].is_null() {
+        format!("wait for its command, or 'ims-sshd fail {name}' ends it and drops the changes")
+    } else {
+        format!("'ims-sshd complete {name}' or 'ims-sshd fail {name}' ends it")
+    }
 }
 
 /// Entries of killed runs and of kept changes.
@@ -319,4 +372,16 @@ fn place() -> PathBuf {
 
 fn now() -> String {
     humantime::format_rfc3339_seconds(SystemTime::now()).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbered_name_is_a_label_of_a_host_name() {
+        assert_eq!(numbered("tree", 2), "tree-2");
+        let long = format!("{}-b", "a".repeat(names::LONGEST - 2));
+        assert_eq!(numbered(&long, 10), format!("{}-10", "a".repeat(names::LONGEST - 3)));
+    }
 }

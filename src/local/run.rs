@@ -5,8 +5,6 @@ use std::cell::Cell;
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
-
 use crate::environment::stage::Stage;
 use crate::error::{Attempt, Error, Result};
 use crate::image::boot;
@@ -120,7 +118,7 @@ impl Run {
     }
 
     /// Name of the image as a label of a host name.
-    pub(crate) fn label(&self) -> String {
+    fn label(&self) -> String {
         match &self.settings {
             Some(settings) => names::host_label(&settings.name),
             None => names::host_label(&names::of_source(&self.source)),
@@ -194,15 +192,8 @@ impl Run {
 
     /// The refusal if another run has the source open, with `path` in `field` of its entry.
     fn open_already(&self, field: &str, path: &Path) -> Option<Error> {
-        let run = run_elsewhere(field, path)?;
-        let name = run["name"].as_str().unwrap_or_default();
-        let ending = if run["command"] == "enter" {
-            format!("it ends with its shell or command (process {})", run["pid"])
-        } else if run["image_root_parent"].is_null() {
-            format!("wait for its command, or 'ims-sshd fail {name}' ends it and drops the changes")
-        } else {
-            format!("'ims-sshd complete {name}' or 'ims-sshd fail {name}' ends it")
-        };
+        let run = register::run_elsewhere(field, path)?;
+        let (name, ending) = (run["name"].as_str().unwrap_or_default(), register::how_it_ends(&run));
         Some(Error::new(format!("open {}", self.shown())).because(format!("it is open as {name}")).advise(ending))
     }
 
@@ -218,9 +209,11 @@ impl Run {
             tracing::warn!("{source} is open ({name}): changes made there do not appear here");
         } else if holds_changes(&place, &place.join(IMAGE_ROOT)) {
             let dropping = shell_words::join(["ims-sshd", "fail", &source]);
+            let real = std::fs::canonicalize(&place).ok();
+            let kept = register::left_below(all).into_iter().find(|entry| register::kept_in(entry) == real);
+            let resuming = kept.as_ref().map_or_else(|| "the same command with --output STORE".into(), resuming_line);
             tracing::warn!(
-                "changes to {source} are kept and do not appear here: --output STORE resumes them, '{dropping}' \
-                 drops them"
+                "changes to {source} are kept and do not appear here; '{dropping}' drops them; to resume: {resuming}"
             );
         }
         WorkDirectory::claim_to_discard(all, &name)
@@ -300,7 +293,7 @@ impl Run {
         work.unless_interrupted(self.check_kept(&ims, &settings, &source, &place, root.as_ref()))?;
         entry.record_in(place.files().parent());
         if holds_changes(parent, &mounted) {
-            tracing::info!("resuming the changes kept in {}; --fresh drops them and starts over", parent.display());
+            self.tell_of_resuming(parent, entry);
         }
         let journal = JournalDirectory::private(place.files(), &settings);
         let (files, is_unchanged) = (place.files(), Cell::new(false));
@@ -340,6 +333,18 @@ impl Run {
             tracing::info!("{}", self.discarded());
         }
         Ok(value)
+    }
+
+    /// Reports that changes kept in `place` are resumed; warns if another command made them.
+    fn tell_of_resuming(&self, place: &Path, entry: &Entry) {
+        let shown = place.display();
+        match entry.before().and_then(|before| self.command_line.differs(before["command_line"].as_str()?)) {
+            Some(other) => tracing::warn!(
+                "resuming the changes kept in {shown}, which another command made: {other}; --fresh drops them and \
+                 starts over"
+            ),
+            None => tracing::info!("resuming the changes kept in {shown}; --fresh drops them and starts over"),
+        }
     }
 
     /// Refuses a directory to which changes are kept that this run does not resume.
@@ -447,16 +452,7 @@ impl Run {
 
 /// Name of another open run whose entry has `path` in `field`.
 fn open_elsewhere(field: &str, path: &Path) -> Option<String> {
-    run_elsewhere(field, path).map(|run| run["name"].as_str().unwrap_or_default().into())
-}
-
-fn run_elsewhere(field: &str, path: &Path) -> Option<Value> {
-    let path = std::fs::canonicalize(path).ok()?;
-    let is_meant = |run: &Value| {
-        let there = run[field].as_str().and_then(|there| std::fs::canonicalize(there).ok());
-        there.is_some_and(|there| there == path) && run["pid"] != std::process::id()
-    };
-    register::entries().ok()?.into_iter().find(is_meant)
+    register::run_elsewhere(field, path).map(|run| run["name"].as_str().unwrap_or_default().into())
 }
 
 /// Drops the kept changes, and rolls back what was published of them.

@@ -413,7 +413,7 @@ fn claiming(path: &Path) -> String {
 /// Error of a parent that another environment has claimed.
 pub(crate) fn claimed(path: &Path) -> Error {
     Error::new(claiming(path)).because("another build environment is open on it").advise(
-        "'ims-sshd status' names it; an 'enter' ends with its shell or command, others with 'ims-sshd fail NAME'",
+        "'ims-sshd status' names it; an 'enter' ends with its shell or command, others with 'ims-sshd complete NAME' or 'ims-sshd fail NAME'",
     )
 }
 

@@ -113,6 +113,12 @@ fn two_runs_of_one_name_are_told_apart() {
     assert!(printed.contains(&format!("ims-sshd complete {name} ")), "{printed}");
     let (mut two, printed) = customize(&second);
     assert!(printed.contains(&format!("ims-sshd complete {name}-2 ")), "{printed}");
+    let login = printed.lines().find(|line| line.trim_start().starts_with("ssh ")).unwrap().trim();
+    let called = succeed(Command::new("sh").args(["-c", &format!("{login} -o BatchMode=yes hostname")]));
+    assert_eq!(called, format!("{name}-2\n"));
+    let packed = ims_sshd(&["package", second.to_str().unwrap()]);
+    let wanted = format!("'ims-sshd complete {name}-2' or 'ims-sshd fail {name}-2' ends it");
+    assert!(packed.status.code() == Some(1) && text(&packed.stderr).contains(&wanted), "{packed:?}");
     for (name, run, source) in [(format!("{name}-2"), &mut two, &second), (name.clone(), &mut one, &first)] {
         // The only one is refused too: it may be somebody else's.
         for mark in ["complete", "fail"] {
