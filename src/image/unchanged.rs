@@ -10,7 +10,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use rustix::fs::{FileType, Stat};
+use rustix::fs::{AtFlags, FileType, Stat};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -19,6 +20,7 @@ use crate::image::unpack::{INDEX_OF_LINKS, LOWER, Overlay, UPPER};
 use crate::image::upper_layer::{self, directories};
 use crate::sys::loops;
 use crate::sys::tree::{Tree, inode_and_birth};
+use crate::sys::walk::Descent;
 
 /// An image root's source, and the files that are still as they are there.
 #[derive(Debug)]
@@ -87,13 +89,21 @@ fn untouched(directory: &Path, image_root: &Tree) -> Result<Vec<Unchanged>> {
     // A file that was changed under one of its names has the others still in the source; the index knows such files.
     let names = std::fs::read_dir(directory.join(INDEX_OF_LINKS)).map(|mut names| names.next().is_none());
     let has_whole_links = names.unwrap_or_else(|e| e.kind() == std::io::ErrorKind::NotFound);
+    let lower = Tree::open(&directory.join(LOWER)).attempt(attempted)?;
+    let mut lowers = Descent::of(&lower);
     let mut files = Vec::new();
     let looked = image_root.walk(|path, _, _, found| {
-        let is_doubtful = found.st_nlink > 1 && !has_whole_links;
-        if FileType::from_raw_mode(found.st_mode) != FileType::RegularFile || is_doubtful || in_upper.contains(path) {
+        if FileType::from_raw_mode(found.st_mode) != FileType::RegularFile || in_upper.contains(path) {
             return Ok(());
         }
-        if let Some(source) = upper_layer::source_of(&directories, path) {
+        let Some(source) = upper_layer::source_of(&directories, path) else { return Ok(()) };
+        let (Some(above), Some(name)) = (source.parent(), source.file_name()) else { return Ok(()) };
+        let before = match rustix::fs::statat(lowers.directory_without_links(above)?, name, AtFlags::SYMLINK_NOFOLLOW) {
+            Err(Errno::NOENT) => return Ok(()),
+            before => before?,
+        };
+        // The count of the source decides: all names but one may have been removed after a change.
+        if is_same(&before, found) && (before.st_nlink == 1 || has_whole_links) {
             let source = (source != path).then_some(source);
             files.push(Unchanged { path: path.to_owned(), source, changed: changed(found) });
         }
@@ -101,6 +111,12 @@ fn untouched(directory: &Path, image_root: &Tree) -> Result<Vec<Unchanged>> {
     });
     looked.attempt(attempted)?;
     Ok(files)
+}
+
+/// Whether a file of the overlay has the status of the source's. What was copied up has another time of change.
+fn is_same(before: &Stat, now: &Stat) -> bool {
+    let status = |found: &Stat| (found.st_mode, found.st_size, found.st_mtime, found.st_mtime_nsec, changed(found));
+    status(before) == status(now)
 }
 
 /// File systems whose time of change (ctime) tells every change of content, also one through a mapping of memory, in
