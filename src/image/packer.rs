@@ -256,7 +256,8 @@ fn child(descriptors: &[OsString]) -> std::result::Result<Outcome, String> {
     let progress = open(progress, true).map_err(|e| e.to_string())?;
     let source = source.map(|number| open(number, false)).transpose().map_err(|e| e.to_string())?;
     let output: OwnedFd = io::stdin().as_fd().try_clone_to_owned().map_err(|e| e.to_string())?;
-    write(told, source, &output.into(), &progress)
+    let tree = Tree::open(Path::new(".")).map_err(|e| e.to_string())?;
+    write(&tree, told, source, (&output.into(), &progress))
 }
 
 /// A source that was read.
@@ -299,7 +300,13 @@ fn read(squashfs: File, unchanged: Vec<Unchanged>) -> std::result::Result<Known,
     Ok(Known { inventory, options, files })
 }
 
-fn write(mut told: Told, source: Option<File>, output: &File, progress: &File) -> std::result::Result<Outcome, String> {
+/// Writes the image of `tree` and how far that has come.
+fn write(
+    tree: &Tree,
+    mut told: Told,
+    source: Option<File>,
+    (output, progress): (&File, &File),
+) -> std::result::Result<Outcome, String> {
     let mut anew = None;
     let unchanged = std::mem::take(&mut told.unchanged);
     let known = source.map(|source| read(source, unchanged)).transpose().unwrap_or_else(|fault| {
@@ -318,8 +325,7 @@ fn write(mut told: Told, source: Option<File>, output: &File, progress: &File) -
     options.epoch = told.epoch.map(|epoch| u32::try_from(epoch).unwrap_or(u32::MAX));
     options.memory = options.memory.min(told.memory);
     let files = known.as_ref().map(|known| &known.files);
-    let tree = Tree::open(Path::new(".")).map_err(|e| e.to_string())?;
-    let gathered = gather(&tree, &mut |path, found| {
+    let gathered = gather(tree, &mut |path, found| {
         if told.left_out.contains(path) {
             return Choice::LeaveOut;
         }
@@ -338,7 +344,7 @@ fn write(mut told: Told, source: Option<File>, output: &File, progress: &File) -
         let _ = progress.write_all_at(&Written { taken, compressed, read, to_take, to_read }.encode(), 0);
     };
     let write =
-        |source: Option<&Inventory>| squashfs::write(&plan, source, &options, &mut opener(&tree), output, &report);
+        |source: Option<&Inventory>| squashfs::write(&plan, source, &options, &mut opener(tree), output, &report);
     let inventory = known.as_ref().map(|known| &known.inventory);
     let summary = write(inventory).or_else(|failure| match failure {
         Failure::Source(fault) => {
@@ -379,5 +385,69 @@ mod tests {
         assert_eq!(told.modes, order.modes.iter().cloned().collect());
         assert_eq!(told.unchanged, files);
         assert!(Told::decode(b"{}\0").is_none() && Told::decode(b"").is_none());
+    }
+    /// Packs a tree, whose files are all told to be unchanged, and returns the image, with what the packer says.
+    fn packed(tree: &Tree, source: Option<&[u8]>) -> (Vec<u8>, Outcome) {
+        let dir = tempfile::tempdir().unwrap();
+        let file = |name: &str, content: &[u8]| {
+            let mut options = File::options();
+            let file = options.create_new(true).read(true).write(true).open(dir.path().join(name)).unwrap();
+            file.write_all_at(content, 0).unwrap();
+            file
+        };
+        let mut told = Told { memory: 64 << 20, ..Told::default() };
+        let listed = tree.walk(|path, _, _, found| {
+            told.unchanged.push(Unchanged { path: path.to_owned(), source: None, changed: changed(found) });
+            Ok(())
+        });
+        listed.unwrap();
+        let (output, progress) = (file("output", b""), file("progress", b""));
+        let outcome = write(tree, told, source.map(|bytes| file("source", bytes)), (&output, &progress)).unwrap();
+        let mut now = [0; Written::LENGTH];
+        progress.read_exact_at(&mut now, 0).unwrap();
+        assert_eq!(Written::decode(&now).taken, outcome.taken);
+        (std::fs::read(dir.path().join("output")).unwrap(), outcome)
+    }
+
+    #[test]
+    fn source_that_is_damaged_gives_the_image_that_is_packed_from_scratch() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join("sub")).unwrap();
+        let mut state = 1_u32;
+        let mut noise = |length| {
+            let next = |_| {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                state.to_be_bytes()[0]
+            };
+            (0..length).map(next).collect::<Vec<_>>()
+        };
+        for number in 0..30 {
+            std::fs::write(dir.path().join(format!("sub/small-{number}")), noise(1000)).unwrap();
+            std::fs::write(dir.path().join(format!("large-{number}")), noise(150_000)).unwrap();
+        }
+        let tree = Tree::open(dir.path()).unwrap();
+        let (scratch, outcome) = packed(&tree, None);
+        assert_eq!((outcome.taken, &outcome.anew, outcome.length), (0, &None, scratch.len() as u64));
+        let (_, outcome) = packed(&tree, Some(&scratch));
+        assert!(outcome.taken > 4_000_000 && outcome.anew.is_none(), "{outcome:?}");
+        let mut damaged =
+            vec![b"no squashfs".repeat(1000), scratch[..scratch.len() / 2].to_vec(), scratch[..50].to_vec()];
+        // Its blocks; and then, each in turn, its tables.
+        for part in [96..scratch.len() / 2, scratch.len() - 6000..scratch.len() - 4500, 28..40, 40..96] {
+            let mut copy = scratch.clone();
+            copy[part].fill(0xa5);
+            damaged.push(copy);
+        }
+        for (number, source) in damaged.iter().enumerate() {
+            let (image, outcome) = packed(&tree, Some(source));
+            // Blocks of large files are taken over as they are.
+            if outcome.taken == 0 {
+                assert!(outcome.anew.is_some() && image == scratch, "{number}: {outcome:?}");
+            }
+            assert_eq!(outcome.length, image.len() as u64);
+        }
+        // A source that was cut off after its superblock was read.
+        let told = packed(&tree, Some(&damaged[1])).1;
+        assert!(told.anew.is_some_and(|why| why.starts_with("source: ")));
     }
 }

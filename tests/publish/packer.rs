@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output, Stdio};
 
+use testbed::file_server::FileServer;
 use testbed::job::*;
 use testbed::*;
 
@@ -102,6 +103,9 @@ fn tree(dir: &Path) -> PathBuf {
         fs::write(tree.join("opt").join(name), noise(99, 200_000)).unwrap();
     }
     fs::hard_link(tree.join("opt/linked"), tree.join("opt/data/other-name")).unwrap();
+    // Names of one file: changed by one that is removed afterwards, so that the other one is all that is left.
+    fs::write(tree.join("opt/pair"), noise(7, 150_000)).unwrap();
+    fs::hard_link(tree.join("opt/pair"), tree.join("opt/data/pair")).unwrap();
     fs::write(tree.join("opt/removed"), format!("{SECRET}\n").repeat(9000)).unwrap();
     fs::write(tree.join("opt/data/deep/secret"), SECRET).unwrap();
     fs::write(tree.join("opt/was-secret"), format!("{SECRET} and more\n")).unwrap();
@@ -138,6 +142,7 @@ fn edit(root: &Path) {
          cp -a synced ../synced; printf synced-text | dd of=../synced conv=notrunc status=none
          touch -d @1000000000 ../synced; mv ../synced ../to-sync; cat ../to-sync > synced; touch -r ../to-sync synced
          rm ../to-sync; echo more >> appended; truncate -s 100000 truncated; chmod 600 moded; setfattr -n user.a -v b moded
+         printf changed-pair | dd of=data/pair conv=notrunc status=none; rm data/pair
          rm removed data/deep/secret; echo 'nothing to hide' > was-secret
          mv renamed-directory data/was-renamed; echo changed > data/was-renamed/inside
          rm -r opaque; mkdir opaque; echo new > opaque/new
@@ -301,4 +306,170 @@ fn description_of_kiwi_excluded_paths_and_sparse_logs_are_packed_as_by_mksquashf
     assert_eq!(fs::metadata(place.join("var/log/lastlog")).unwrap().len(), 0);
     assert!(!place.join("secret").exists() && !place.join("etc/a b*").exists() && place.join("etc/kept").exists());
     assert_eq!(fs::metadata(place.join("etc/passwd")).unwrap().mtime(), 1_700_000_000);
+}
+
+/// Starts a `package` that takes long.
+fn long_run() -> (tempfile::TempDir, PathBuf, Child) {
+    let (dir, tree) = bootable_image();
+    for number in 0..8 {
+        fs::write(tree.join(format!("noise-{number}")), noise(number, 8 << 20)).unwrap();
+    }
+    let arguments = ["package", "--compression", "xz", "--archive", "image.sqsh", tree.to_str().unwrap()];
+    let mut command = ims_sshd(&arguments, &[("IMAGE_PACKER", "ims-sshd".into())]);
+    let child = command.current_dir(dir.path()).stderr(Stdio::piped()).spawn().unwrap();
+    (dir, tree, child)
+}
+
+fn packers(tree: &Path) -> Vec<u32> {
+    at_work_in(tree, "pack-as-child")
+}
+
+fn nothing_is_left(dir: &Path) {
+    let names = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let left: Vec<_> = names.filter(|name| name.contains("sqsh")).collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+#[test]
+fn killed_packer_is_an_error_and_leaves_no_file() {
+    let (dir, tree, child) = long_run();
+    wait_until("the packer works", || !packers(&tree).is_empty());
+    for pid in packers(&tree) {
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid.cast_signed()), nix::sys::signal::Signal::SIGKILL)
+            .unwrap();
+    }
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(text(&output.stderr).contains("signal: 9"), "{output:?}");
+    nothing_is_left(dir.path());
+}
+
+#[test]
+fn packer_ends_with_a_killed_command_and_with_a_signal() {
+    let (_dir, tree, mut child) = long_run();
+    wait_until("the packer works", || !packers(&tree).is_empty());
+    child.kill().unwrap();
+    child.wait().unwrap();
+    wait_until("the packer has ended", || packers(&tree).is_empty());
+    let (dir, tree, child) = long_run();
+    wait_until("the packer works", || !packers(&tree).is_empty());
+    let pid = nix::unistd::Pid::from_raw(child.id().cast_signed());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+    assert_eq!(child.wait_with_output().unwrap().status.code(), Some(128 + 15));
+    assert!(packers(&tree).is_empty());
+    nothing_is_left(dir.path());
+}
+
+#[test]
+fn full_disk_is_an_error_and_leaves_no_file() {
+    let dir = directory();
+    let tree = tree(dir.path());
+    let place = dir.path().join("small");
+    fs::create_dir(&place).unwrap();
+    mount(&["-t", "tmpfs", "-o", "size=2m", "tmpfs"], &place);
+    let _mounted = Mounted(place.clone());
+    let archive = place.join("image.sqsh");
+    let arguments = ["package", "--archive", archive.to_str().unwrap(), tree.to_str().unwrap()];
+    let output = ims_sshd(&arguments, &[("IMAGE_PACKER", "ims-sshd".into())]).current_dir(dir.path()).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let said = text(&output.stderr);
+    assert!(said.contains("No space left") || said.contains("almost no space left"), "{said}");
+    nothing_is_left(&place);
+}
+
+/// A fetched image in a parent that exists already.
+fn fetched(parent: &Path, variables: &[(&str, &str)]) -> (FileServer, Output) {
+    let squashfs = squashfs_of(&tree(parent.parent().unwrap()));
+    let server = FileServer::start(fs::read(squashfs).unwrap(), &[]);
+    let output = run(&["prepare", parent.to_str().unwrap(), &server.url], variables);
+    (server, output)
+}
+
+const INVENTORY: &str = ".ims-sshd.unpacked";
+const KEPT: &str = ".ims-sshd.source.sqsh";
+
+#[test]
+fn fetched_source_is_kept_while_there_is_room_and_moves_with_a_fresh_image_root() {
+    let dir = directory();
+    let parent = dir.path().join("parent");
+    let (server, _) = fetched(&parent, &[]);
+    let named = parent.to_str().unwrap();
+    assert!(parent.join(KEPT).exists() && !parent.join("image.sqsh").exists());
+    assert!(taken(&run(&["package", "--name", "compute", named], &[])) >= 4);
+    is_packed(&parent.join("image-root"), &parent.join("compute.sqsh"));
+    fs::write(parent.join("image-root/etc/motd"), "changed").unwrap();
+    run(&["prepare", "--fresh", named, &server.url], &[]);
+    assert!(taken(&run(&["package", "--name", "compute", named], &[])) >= 4);
+    is_packed(&parent.join("image-root"), &parent.join("compute.sqsh"));
+    let output = run(&["prepare", "--fresh", named, &server.url], &[("IMAGE_KEEP_SOURCE", "false")]);
+    assert!(text(&output.stderr).contains("the image will be packed from scratch: "), "{output:?}");
+    assert!(!parent.join(KEPT).exists() && !parent.join(INVENTORY).exists());
+    assert_eq!(taken(&run(&["package", "--name", "compute", named], &[])), 0);
+    is_packed(&parent.join("image-root"), &parent.join("compute.sqsh"));
+}
+
+#[test]
+fn inventory_that_is_damaged_forged_or_from_the_future_is_not_used() {
+    let dir = directory();
+    let parent = dir.path().join("parent");
+    fs::create_dir(&parent).unwrap();
+    // Others can write there, so the records are authenticated by the job's secret.
+    fs::set_permissions(&parent, fs::Permissions::from_mode(0o777)).unwrap();
+    let keys = [("S3_ACCESS_KEY", "a"), ("S3_SECRET_KEY", "s")];
+    let _server = fetched(&parent, &keys);
+    let file = parent.join(INVENTORY);
+    let good = fs::read(&file).unwrap();
+    let package =
+        |variables: &[(&str, &str)]| run(&["package", "--name", "compute", parent.to_str().unwrap()], variables);
+    assert!(taken(&package(&keys)) >= 4);
+    let refused = |variables: &[(&str, &str)], why: &str| {
+        let output = package(variables);
+        let said = text(&output.stderr);
+        assert!(said.contains("packing everything anew: ") && said.contains(why), "{why}: {said}");
+        assert_eq!(taken(&output), 0, "{why}");
+        is_packed(&parent.join("image-root"), &parent.join("compute.sqsh"));
+    };
+    refused(&[("S3_ACCESS_KEY", "a"), ("S3_SECRET_KEY", "other")], "this job has not written it");
+    fs::write(&file, &good[..good.len() - 10]).unwrap();
+    refused(&keys, "it is damaged");
+    // Without a secret, a record is worth what signal files are: its content is checked.
+    let forged = |edit: &str| {
+        let script = "import base64, hashlib, json, sys
+data = open(sys.argv[1], 'rb').read()
+line, body = data.split(b'\\n', 1)
+head, files = body.split(b'\\0', 1)
+head = json.loads(head)
+exec(sys.argv[2])
+body = json.dumps(head).encode() + b'\\0' + files
+sum = base64.urlsafe_b64encode(hashlib.sha256(body).digest()).rstrip(b'=')
+open(sys.argv[1], 'wb').write(sum + b'\\n' + body)";
+        fs::write(&file, &good).unwrap();
+        succeed(Command::new("python3").args(["-c", script]).arg(&file).arg(edit));
+    };
+    for (edit, why) in [
+        ("head['clock']['offset'] += 3600 * 10**9", "the clock was set back"),
+        ("head['clock'].update(boot='another', now=head['clock']['now'] + 10**15)", "the clock was set back"),
+        ("head['root'][0] += 1", "another image root"),
+        ("head['squashfs']['size'] += 1", "the squashfs was changed"),
+        ("files = b'1 2 3\\0'", "it is damaged"),
+        ("head = 7", "it is damaged"),
+        ("head['source'] = '/etc/passwd'", "the squashfs was changed"),
+        ("head['source'] = '/nowhere'", "cannot open /nowhere"),
+    ] {
+        forged(edit);
+        refused(&[], why);
+    }
+    forged("pass");
+    assert!(taken(&package(&[])) >= 4);
+    // Paths that lead nowhere, or to other kinds, take nothing over.
+    forged(
+        "files = b'\\0'.join(f.rsplit(b' ', 1)[0] + b' ../../etc/passwd' for f in files[:-1].split(b'\\0')) + b'\\0'",
+    );
+    assert_eq!(taken(&package(&[])), 0);
+    is_packed(&parent.join("image-root"), &parent.join("compute.sqsh"));
+    // Another kept squashfs.
+    fs::write(&file, &good).unwrap();
+    fs::copy(parent.join(KEPT), parent.join("copy")).unwrap();
+    fs::rename(parent.join("copy"), parent.join(KEPT)).unwrap();
+    refused(&keys, "the squashfs was changed");
 }
