@@ -473,3 +473,22 @@ open(sys.argv[1], 'wb').write(sum + b'\\n' + body)";
     fs::rename(parent.join("copy"), parent.join(KEPT)).unwrap();
     refused(&keys, "the squashfs was changed");
 }
+
+#[test]
+fn sidecar_takes_over_from_a_kept_source_and_removes_it() {
+    let job = Job::laid_out("build/image-root");
+    fs::remove_dir_all(job.volume.parent.join("build")).unwrap();
+    let further = [("IMS_ACTION", "create"), ("IMAGE_PACKER", "ims-sshd"), ("IMAGE_COMPRESSION", "")];
+    let mut variables = job.variables(Mode::Plain);
+    variables.extend(further.map(|(name, value)| (name, value.to_owned())));
+    let squashfs = squashfs_of(&tree(job.volume.dir.path()));
+    let server = FileServer::start(fs::read(squashfs).unwrap(), &[]);
+    let mut prepare = ims_sshd(&["prepare"], &variables);
+    succeed(prepare.arg(&job.volume.parent).arg(&server.url).current_dir(job.volume.dir.path()));
+    assert!(job.volume.parent.join(KEPT).exists());
+    let output = job.sidecar(Mode::Plain, &further).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    assert!(taken(&output) >= 4, "{output:?}");
+    assert!(!job.volume.parent.join(KEPT).exists());
+    job.is_published(&output);
+}
