@@ -29,7 +29,7 @@ const CHILD: &str = "pack-as-child";
 /// This program's own file.
 const OWN_PROGRAM: &str = "/proc/self/exe";
 
-/// What the packer is to do, besides the source.
+/// Instructions for the packer, besides the source.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Order {
     /// Compression; that of the source, or else gzip, if there is none.
@@ -46,7 +46,7 @@ pub(crate) struct Order {
     pub(crate) modes: Vec<(PathBuf, u32)>,
 }
 
-/// What the packer has done.
+/// Result of the packer.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Outcome {
     /// Length of the image in bytes.

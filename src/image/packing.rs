@@ -184,7 +184,7 @@ pub(crate) fn pack(
     result.map(|()| file)
 }
 
-/// What our own packer is to do.
+/// Collects the instructions for our own packer.
 fn order(image_root: &Tree, packing: &Packing, (excluded, narrowed): (&[PathBuf], &[Narrowed])) -> Order {
     let emptied = sparse_logs(image_root, excluded);
     for (name, found) in &emptied {

@@ -113,7 +113,8 @@ fn untouched(directory: &Path, image_root: &Tree) -> Result<Vec<Unchanged>> {
     Ok(files)
 }
 
-/// Whether a file of the overlay has the status of the source's. What was copied up has another time of change.
+/// Compares the status of a file of the overlay with the source's. A file that was copied up has another time of
+/// change.
 fn is_same(before: &Stat, now: &Stat) -> bool {
     let status = |found: &Stat| (found.st_mode, found.st_size, found.st_mtime, found.st_mtime_nsec, changed(found));
     status(before) == status(now)
@@ -152,14 +153,14 @@ impl Clock {
         Ok(Self { boot, now, offset: now - uptime })
     }
 
-    /// Whether the clock was set back between `self` and a later reading: a file that is changed afterwards could get
-    /// the time of change that it had.
+    /// Returns whether the clock was set back between `self` and a later reading: a file that is changed afterwards
+    /// could get the time of change that it had.
     fn was_set_back(&self, later: &Self) -> bool {
         if self.boot == later.boot { later.offset.saturating_add(ADJUSTED) < self.offset } else { later.now < self.now }
     }
 }
 
-/// What tells one state of a squashfs from another.
+/// Fields that tell one state of a squashfs from another.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Mark {
     inode: u64,

@@ -102,7 +102,7 @@ pub(crate) fn make(
         && volume.look(ARCHIVE).is_ok_and(|f| f.is_some());
     refuse_to_fetch_over(source, &volume, &record)?;
     if known.is_none() {
-        // Of an image root that somebody has removed.
+        // Somebody has removed the image root that it describes.
         basis::forget(&volume);
     }
     let compare = |opened: &Opened| {

@@ -24,11 +24,11 @@ use crate::squashfs::progress::Meter;
 pub(crate) struct FileBlocks {
     /// Start of the first block in the image; 0 if all are holes.
     pub(crate) start: u64,
-    /// As in [`Extent::blocks`](crate::squashfs::format::Extent::blocks).
+    /// Sizes of its blocks, as in [`Extent::blocks`](crate::squashfs::format::Extent::blocks).
     pub(crate) sizes: Vec<u32>,
 }
 
-/// What was written.
+/// Places of all blocks that were written.
 #[derive(Debug, Default)]
 pub(crate) struct Written {
     pub(crate) files: HashMap<u32, FileBlocks>,
@@ -38,7 +38,7 @@ pub(crate) struct Written {
     pub(crate) end: u64,
 }
 
-/// Where blocks go, and how.
+/// Output of blocks: the file, the place, and how they are compressed.
 #[derive(Clone, Copy)]
 pub(crate) struct Target<'a> {
     pub(crate) output: &'a File,

@@ -17,7 +17,7 @@ use crate::squashfs::progress::{Meter, Progress, Report};
 use crate::squashfs::tables::{self, Parts};
 use crate::squashfs::takeover::{Moved, Takeover};
 
-/// What was written.
+/// Counts of what was written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Summary {
     /// Length of the image, padding included.

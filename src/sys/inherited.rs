@@ -1,5 +1,5 @@
-//! What the caller of `ims-sshd` must not decide: where programs are looked up, and whether the kernel keeps the status
-//! of a child that has ended.
+//! Removes what the caller of `ims-sshd` must not decide: where programs are looked up, and whether the kernel keeps
+//! the status of a child that has ended.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
