@@ -300,7 +300,8 @@ fn sidecar(trial: &Trial) -> Result<(), String> {
     let stands = |signal: &str| trial.volume().join(signal).exists();
     let runs = || succeed(&mut podman(&["inspect", "--format", "{{.State.Running}}", &trial.name])) == "true";
     wait_until("'ready', or the end", || stands("ready") || !runs());
-    for signal in ["complete", "exiting"] {
+    // The environment that would have been open.
+    for signal in ["sshd_listening", "complete", "exiting"] {
         std::fs::write(trial.volume().join(signal), "").unwrap();
     }
     match trial.ends() {
