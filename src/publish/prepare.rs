@@ -100,7 +100,10 @@ pub(crate) fn make(
         && open.is_none()
         && !matches!(source, Source::Here(_))
         && volume.look(ARCHIVE).is_ok_and(|f| f.is_some());
-    refuse_to_fetch_over(source, &volume, &record)?;
+    // The volume of an IMS job is the job's own: an earlier container of the job may have fetched it.
+    if settings.job.id.is_none() {
+        refuse_to_fetch_over(source, &volume, &record)?;
+    }
     if known.is_none() {
         // Somebody has removed the image root that it describes.
         basis::forget(&volume);
