@@ -34,7 +34,7 @@ const FLOORS: &[&str] = &[
 /// Floors that `ims-jail-shell` is made of: each of its sessions is a start of this program.
 const JAIL_SHELL: &[&str] = &["session", "jail", "sys", "error", "printable", "verdict"];
 
-/// What would make its start longer, or gives it threads.
+/// Crates that would lengthen its start, or give it threads.
 const TOO_HEAVY: &[&str] = &["tokio", "notify", "clap", "reqwest", "object_store", "tracing_subscriber"];
 
 fn root() -> PathBuf {

@@ -44,7 +44,7 @@ fn anchors(text: &str) -> BTreeSet<String> {
 /// Targets of the links in it.
 fn links(text: &str) -> Vec<String> {
     let prose = prose(text);
-    // What stands between backticks is no link.
+    // Text between backticks is no link.
     let outside: String = prose.split('`').step_by(2).collect::<Vec<_>>().join("");
     outside.split("](").skip(1).map(|rest| rest.split(')').next().unwrap().to_owned()).collect()
 }
@@ -119,7 +119,7 @@ fn named(text: &str) -> Vec<&str> {
 fn every_file_that_a_page_names_is_there() {
     let mut found = 0;
     for (page, text) in pages() {
-        // What has been may be gone.
+        // A page on the past may name files that are gone.
         if page.ends_with("CHANGELOG.md") {
             continue;
         }

@@ -43,7 +43,7 @@ fn seen(root: &Path) -> BTreeMap<PathBuf, String> {
     walk(root).into_iter().map(describe).collect()
 }
 
-/// What the kernel shows of an image.
+/// Describes every entry of an image as the kernel shows it.
 fn mounted(image: &Path) -> BTreeMap<PathBuf, String> {
     let place = image.with_extension("mounted");
     fs::create_dir_all(&place).unwrap();

@@ -58,7 +58,7 @@ fn images_in(store: &Path) -> Vec<PathBuf> {
     images
 }
 
-/// Whether all files that a manifest lists exist with their checksums.
+/// Returns whether all files that a manifest lists exist with their checksums.
 fn is_whole(image: &Path) -> bool {
     let manifest: serde_json::Value =
         serde_json::from_slice(&std::fs::read(image.join("manifest.json")).unwrap()).unwrap();

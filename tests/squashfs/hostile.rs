@@ -123,7 +123,7 @@ fn use_as_source(bytes: &[u8]) -> Result<(), Fault> {
     if let Ok(summary) = written {
         let most = 2 * bytes.len() as u64 + 100_000;
         assert!(summary.length < most, "an image of {} bytes became one of {}", bytes.len(), summary.length);
-        // What was taken over can be read again.
+        // The files that were taken over can be read again.
         let again = Reader::open(output).unwrap();
         again.walk(true, &mut |_| Ok(())).unwrap();
     }

@@ -172,7 +172,7 @@ pub fn pack_from(root: &Path, source: Option<(&Inventory, &Unchanged)>, image: &
     ims_sshd::squashfs::write(&gathered.plan, source, options, &mut opener(&tree), &output, &|_| {}).unwrap()
 }
 
-/// What the image holds, and which files of the tree at `root`, which it was made of, are unchanged: all of them.
+/// Entries of the image, with every file of the tree at `root`, from which it was made, marked unchanged.
 pub fn inventory(image: &Path, root: &Path) -> (Inventory, Unchanged, Options) {
     let reader = Reader::open(File::open(image).unwrap()).unwrap();
     let options = reader.options();

@@ -1,4 +1,4 @@
-//! What is taken over of a source, and what must not be.
+//! Content that is taken over from a source, and content that must not be.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -12,7 +12,7 @@ use crate::snapshot::{assert_same, inventory, of_image, of_tree, options, pack, 
 use crate::sources::mksquashfs;
 use crate::trees::Random;
 
-/// Whether `secret` is in `all`.
+/// Returns whether `secret` is in `all`.
 fn holds(all: &[u8], secret: &[u8]) -> bool {
     all.windows(secret.len()).any(|window| window == secret)
 }

@@ -276,7 +276,7 @@ fn signal_files_that_are_links_are_not_followed() {
         };
         let plant = links.iter().map(plant).collect::<Vec<_>>().join("; ");
 
-        // Where links are followed, the files outside change.
+        // A program that follows the links changes the files outside.
         let before = lay_out();
         let naive = volume.dir.path().join("naive");
         std::fs::create_dir_all(naive.join("tmp")).unwrap();

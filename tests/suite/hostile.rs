@@ -510,7 +510,7 @@ fn hostile_image_works_or_is_refused_and_changes_nothing_outside() {
         let harmless = Case::new("nothing odd", Works, |_| {});
         let mut usual = Usual { time: Duration::ZERO, mounts: Vec::new() };
         std::thread::scope(|scope| {
-            // As many at once as in the test, for a comparable time.
+            // The number of calls at once is that of the test, so that the times compare.
             let lives = [(); AT_ONCE].map(|()| scope.spawn(|| live(&harmless, tier)));
             for life in lives {
                 let life = life.join().unwrap();

@@ -1,4 +1,4 @@
-//! What makes the jail look like a booted compute node.
+//! The jail looks like a booted compute node.
 
 use std::path::Path;
 use std::process::Command;
@@ -54,7 +54,7 @@ const ETC_ENVIRONMENT: &str = "# a comment\n\
     export \n\
     LAST=without a newline";
 
-/// What a session has, but for what is its client's and its account's.
+/// Variables of a session, without those of its client and its account.
 fn variables(environment: &Environment) -> Vec<String> {
     let mut ssh = environment.ssh(&["-o", "SendEnv=LANG LC_ALL"]);
     let output = ssh.env("LANG", "of_the_client").env("LC_ALL", "C").arg("env -0").output().unwrap();
@@ -121,7 +121,7 @@ fn etc_environment_takes_nothing_from_the_job_and_holds_nobody_up() {
     std::fs::write(&secret, "X=secret\n").unwrap();
     std::os::unix::fs::symlink(&secret, &file).unwrap();
     assert_eq!(environment.says("echo here $X"), "here", "a link out of the image");
-    // As many as the file may hold.
+    // The file may hold this many.
     std::fs::remove_file(&file).unwrap();
     let many: String = (0..6000).map(|n| format!("V{n}={n}\n")).collect();
     std::fs::write(&file, &many).unwrap();

@@ -268,7 +268,7 @@ fn every_message_of_the_pages_is_one_that_the_programs_print() {
     let rows: Vec<_> = table(section(TROUBLESHOOTING, "## Messages")).collect();
     assert!(rows.len() > 100);
     rows.iter().for_each(|row| check(&code(&row[0])));
-    // What is printed now, beside what was.
+    // Messages printed now stand beside the earlier ones.
     let earlier: Vec<_> = table(section(TROUBLESHOOTING, "## Messages of earlier versions")).collect();
     assert!(earlier.len() > 20);
     for row in &earlier {
@@ -347,7 +347,7 @@ fn every_test_and_every_file_that_the_page_of_past_cves_names_exists() {
     }
 }
 
-/// What stands between backticks.
+/// Texts between backticks.
 fn codes(markdown: &str) -> impl Iterator<Item = &str> {
     markdown.split('`').skip(1).step_by(2)
 }
@@ -377,7 +377,7 @@ fn table(section: &str) -> impl Iterator<Item = Vec<String>> {
         .map(|line| line.trim_matches('|').split(" | ").map(|cell| cell.trim().to_owned()).collect())
 }
 
-/// What stands between the first two backticks.
+/// Text between the first two backticks.
 fn code(cell: &str) -> String {
     cell.split('`').nth(1).unwrap().to_owned()
 }

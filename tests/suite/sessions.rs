@@ -22,7 +22,7 @@ fn exit_status_is_passed_on_from_0_to_255() {
         // All of them once; elsewhere only those that shells treat specially.
         let all: Vec<i32> =
             if image == Image::Debian { (0..=255).collect() } else { vec![0, 1, 2, 126, 127, 128, 130, 143, 254, 255] };
-        // As many at once as one connection allows, because the login shell starts slowly.
+        // One connection carries all sessions that it allows, because the login shell starts slowly.
         for codes in all.chunks(8) {
             let start =
                 |code| master.ssh().arg(format!("exit {code}")).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();

@@ -218,7 +218,7 @@ fn capabilities_survive_packing(place: Place) {
     let there = &ground.there;
     ground.environment.says(&format!("cp /bin/busybox {there}/grep && setcap cap_net_raw,cap_kill+ep {there}/grep"));
     let inside = ground.environment.says(&format!("getcap {there}/grep"));
-    // As nobody, first in the session and then in the packed image.
+    // The user nobody runs it, first in the session and then in the packed image.
     let has = "grep CapEff /proc/self/status";
     let granted = "CapEff:\t0000000000002020";
     let as_nobody = "setpriv --reuid 65534 --clear-groups";
