@@ -19,7 +19,9 @@ use crate::ims::problem::reason;
 use crate::ims::records::{Image, Job, Link, NewImage, REQUEST, Record, Status};
 use crate::log::redaction;
 use crate::transfer::network::is_header_word;
-use crate::transfer::{Fault, MOST_QUOTED, SHORTEST, Work, complaint, is_transient, retry, whole, without_query};
+use crate::transfer::{
+    Fault, MOST_QUOTED, Outage, SHORTEST, Work, complaint, is_transient, retry, whole, without_query,
+};
 
 /// Client of IMS. Without an IMS, every call returns `None`.
 pub(crate) struct Ims<'a> {
@@ -32,6 +34,7 @@ pub(crate) struct Ims<'a> {
     takes_metadata: Cell<bool>,
     /// True if a request to create a record may have reached IMS.
     has_asked: Cell<bool>,
+    outage: Outage,
     /// Timeout of the next request.
     timeout: Cell<Duration>,
 }
@@ -81,6 +84,7 @@ impl<'a> Ims<'a> {
             token: RefCell::default(),
             takes_metadata: Cell::new(true),
             has_asked: Cell::new(false),
+            outage: Outage::default(),
             timeout: Cell::new(REQUEST_LIMIT),
         }
     }
@@ -100,9 +104,16 @@ impl<'a> Ims<'a> {
         self.takes_metadata.get()
     }
 
-    /// Checks that IMS answers and accepts the credentials.
+    /// Checks that IMS answers and accepts the credentials. The probe's ID is logged for those who find it in IMS's log.
     pub(crate) fn check(&self) -> Result<()> {
-        self.image(&Id::random()?).map(|_| ())
+        let (Some(place), id) = (&self.place, Id::random()?) else { return Ok(()) };
+        let attempted = format!("check that IMS answers, by a request for image {id}, which does not exist");
+        self.call(&attempted, async || {
+            self.request(&attempted, &Method::GET, &["images", id.as_str()], None).await.map(|_| ())
+        })?;
+        let url = without_query(&place.url);
+        tracing::info!("IMS at {url} answers to a probe, a request for image {id}, which does not exist");
+        Ok(())
     }
 
     /// Sets the job's status.
@@ -247,7 +258,7 @@ impl<'a> Ims<'a> {
     fn call<T>(&self, attempted: &str, mut attempt: impl AsyncFnMut() -> Tried<T>) -> Result<T> {
         let (retry_limit, began) = (self.work.network.retry_limit, Instant::now());
         self.timeout.set(REQUEST_LIMIT);
-        self.work.wait(retry(retry_limit, attempted, async || {
+        self.work.wait(retry(retry_limit, attempted, &self.outage, async || {
             let answer = attempt().await;
             // A retry ends when the time for retries does.
             self.timeout.set(retry_limit.saturating_sub(began.elapsed()).clamp(SHORTEST, REQUEST_LIMIT));

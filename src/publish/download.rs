@@ -11,7 +11,7 @@ use crate::error::{Attempt, Error, Result};
 use crate::sys::tree::Tree;
 use crate::transfer::checksum::{Expected, Sums};
 use crate::transfer::progress::Progress;
-use crate::transfer::{Fault, Work, complaint, in_full, is_transient, retry, without_query};
+use crate::transfer::{Fault, Outage, Work, complaint, in_full, is_transient, retry, without_query};
 
 /// A connection that receives fewer bytes than this within the stall limit has stalled. Progress of this many bytes
 /// past the previous maximum restarts the retry clock.
@@ -73,10 +73,10 @@ pub(crate) fn fetch(
         etag_is_md5: false,
         progress: Progress::begin("fetching", None),
     };
-    let mut reached = 0;
+    let (mut reached, outage) = (0, Outage::default());
     work.wait(async {
         loop {
-            let result = retry(work.network.retry_limit, &attempted, async || {
+            let result = retry(work.network.retry_limit, &attempted, &outage, async || {
                 match download.go_on(copies).await {
                     // Progress: the retry clock restarts.
                     Err(Fault::Transient(cause)) if download.length >= reached + LEAST => {

@@ -11,7 +11,7 @@ use crate::store::error::cause;
 use crate::store::place::Place;
 use crate::store::{Description, Store};
 use crate::transfer::progress::Progress;
-use crate::transfer::{AT_A_TIME, Fault, Work, retry};
+use crate::transfer::{AT_A_TIME, Fault, Outage, Work, retry};
 
 /// Size of a part, in bytes. Parts are held in memory while they are sent.
 pub(crate) const PART: u64 = 16 << 20;
@@ -98,7 +98,7 @@ impl Sender<'_> {
         let url = upload.url.strip_suffix(&upload.place).map(str::to_owned);
         let store = Store::open(&Place { url, ..self.settings.clone() }, &self.work.network)?;
         let limit = self.work.network.retry_limit;
-        self.work.wait(retry(limit, &attempted, async || {
+        self.work.wait(retry(limit, &attempted, &Outage::default(), async || {
             store.abort(&upload.place, &upload.id).await.map_err(|e| Fault::Transient(cause(&e)))
         }))?;
         Upload::clear(self.directory)

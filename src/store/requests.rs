@@ -17,7 +17,7 @@ use reqwest::Method;
 
 use crate::transfer::SHORTEST;
 use crate::transfer::network::Network;
-use crate::transfer::{MOST_COMPLAINED, PAUSE, in_full, is_transient, without_query};
+use crate::transfer::{self, MOST_COMPLAINED, PAUSE, in_full, is_transient, without_query};
 
 /// Longest answer, in bytes. Objects are fetched by other means.
 const LONGEST: usize = 4 << 20;
@@ -44,8 +44,8 @@ pub(crate) struct Requests {
 pub(crate) struct Outage {
     /// Set while the store does not answer: a rollback then uses shorter limits.
     is_silent: AtomicBool,
-    /// Set once the outage is logged, until a request succeeds.
-    is_told: AtomicBool,
+    /// When it is logged.
+    log: transfer::Outage,
 }
 
 /// Time of a request's last progress.
@@ -100,7 +100,7 @@ impl Requests {
             let is_over = Instant::now() + pause >= until;
             let why = match tried {
                 Ok((answer, false)) => {
-                    self.outage.is_told.store(false, Ordering::Relaxed);
+                    self.outage.log.end();
                     return Ok(self.heard(answer));
                 }
                 Ok((answer, true)) if is_over => return Ok(self.heard(answer)),
@@ -117,11 +117,11 @@ impl Requests {
                 }
                 Err(Failure::Transient(why)) => why,
             };
-            if self.outage.is_told.swap(true, Ordering::Relaxed) {
-                tracing::debug!("no good answer to {asked} yet: {why}; trying again");
+            if self.outage.log.is_due(Instant::now()) {
+                let left = shown(until.saturating_duration_since(Instant::now()), is_shortened);
+                tracing::warn!("no good answer to {asked} yet: {why}; trying again for {left}");
             } else {
-                let limit = shown(retry_limit, is_shortened);
-                tracing::warn!("no good answer to {asked} yet: {why}; trying again for {limit}");
+                tracing::debug!("no good answer to {asked} yet: {why}; trying again");
             }
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(PAUSE.1);
@@ -232,7 +232,7 @@ fn holds(text: &[u8], word: &[u8]) -> bool {
 /// Describes how long a request is retried, with the variable that sets it unless that time is shorter.
 fn shown(limit: Duration, is_shortened: bool) -> String {
     let variable = if is_shortened { "" } else { " (IMS_RETRY_LIMIT)" };
-    format!("{} s{variable}", limit.as_secs())
+    format!("{} s{variable}", limit.as_secs_f64().round())
 }
 
 fn error(why: String) -> HttpError {

@@ -12,7 +12,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::pin::pin;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::sync::mpsc;
+use std::sync::{Mutex, PoisonError, mpsc};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
@@ -510,17 +510,47 @@ pub fn without_query(text: &str) -> String {
     kept + rest
 }
 
+/// Outage of a server. It is logged when it begins and then at growing distances, not at every attempt.
+#[derive(Debug, Default)]
+pub(crate) struct Outage(Mutex<Option<(Instant, Duration)>>);
+
+impl Outage {
+    /// Returns whether a failed attempt at `now` is to be logged as a warning.
+    pub(crate) fn is_due(&self, now: Instant) -> bool {
+        let mut outage = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (began, next) = outage.get_or_insert((now, Duration::ZERO));
+        let lasted = now.saturating_duration_since(*began);
+        let is_due = lasted >= *next;
+        if is_due {
+            *next = (lasted * 2).max(TOLD_AGAIN);
+        }
+        is_due
+    }
+
+    /// Records an answer, which ends the outage.
+    pub(crate) fn end(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+}
+
+/// When an outage is logged for the second time.
+const TOLD_AGAIN: Duration = Duration::from_secs(30);
+
 /// Retries with backoff until success, a permanent error, or the end of `limit`. `attempted` completes "cannot …".
 pub(crate) async fn retry<T>(
     limit: Duration,
     attempted: &str,
+    outage: &Outage,
     mut attempt: impl AsyncFnMut() -> std::result::Result<T, Fault>,
 ) -> Result<T> {
     let began = Instant::now();
     let mut pause = PAUSE.0;
     loop {
         let cause = match attempt().await {
-            Ok(done) => return Ok(done),
+            Ok(done) => {
+                outage.end();
+                return Ok(done);
+            }
             Err(Fault::Final(error)) => return Err(error),
             Err(Fault::Transient(cause)) => cause,
         };
@@ -528,7 +558,12 @@ pub(crate) async fn retry<T>(
             let tried = format!("tried for {} s (IMS_RETRY_LIMIT)", limit.max(began.elapsed()).as_secs());
             return Err(Error::new(attempted).because(cause).advise(tried));
         }
-        tracing::warn!("cannot {attempted} yet: {cause}; trying again");
+        if outage.is_due(Instant::now()) {
+            let left = limit.saturating_sub(began.elapsed()).as_secs_f64().round();
+            tracing::warn!("cannot {attempted} yet: {cause}; trying again for {left} s (IMS_RETRY_LIMIT)");
+        } else {
+            tracing::debug!("cannot {attempted} yet: {cause}; trying again");
+        }
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(PAUSE.1);
     }
@@ -580,6 +615,17 @@ mod tests {
     use super::*;
 
     use Redirects::{Anywhere, Nowhere, Once, SameServer};
+
+    #[test]
+    fn outage_is_logged_at_growing_distances() {
+        let (outage, began) = (Outage::default(), Instant::now());
+        let told = |until| -> Vec<u64> {
+            (0..until).filter(|&second| outage.is_due(began + Duration::from_secs(second))).collect()
+        };
+        assert_eq!(told(600), [0, 30, 60, 120, 240, 480]);
+        outage.end();
+        assert_eq!(told(31), [0, 30]);
+    }
 
     #[test]
     fn redirects_without_tls_without_end_or_with_credentials_elsewhere_are_refused() {

@@ -867,9 +867,22 @@ fn unreachable_ims_is_given_up_after_the_retry_limit() {
     let began = Instant::now();
     let output = ended(job.sidecar(Mode::Plain, &[("IMS_RETRY_LIMIT", "2")]).spawn().unwrap());
     assert_eq!(output.status.code(), Some(1));
-    assert!(text(&output.stderr).contains("IMS_RETRY_LIMIT"), "{}", text(&output.stderr));
+    let said = text(&output.stderr);
+    assert!(said.contains("tried for 2 s (IMS_RETRY_LIMIT)"), "{said}");
+    assert_eq!(said.matches("trying again for 2 s (IMS_RETRY_LIMIT)").count(), 1, "told once: {said}");
     assert!(began.elapsed() < Duration::from_secs(20));
     assert_eq!(job.ims.status(), "error");
+}
+
+#[test]
+fn probe_of_ims_names_the_id_that_it_asks_for() {
+    let job = Job::new();
+    job.ims.fail("GET /images", Fault::Status(403));
+    let output = ended(job.sidecar(Mode::Plain, &[("IMS_JOB_ID", "")]).spawn().unwrap());
+    let said = text(&output.stderr);
+    let asked = job.ims.state().requests.iter().find_map(|r| Some(r.split_once("/images/")?.1.to_owned())).unwrap();
+    let probe = format!("check that IMS answers, by a request for image {asked}, which does not exist");
+    assert!(said.contains(&probe), "{said}");
 }
 
 #[test]
