@@ -34,6 +34,8 @@ pub(crate) struct Ims<'a> {
     takes_metadata: Cell<bool>,
     /// True if a request to create a record may have reached IMS.
     has_asked: Cell<bool>,
+    /// True if IMS has no record of the job.
+    lacks_job: Cell<bool>,
     outage: Outage,
     /// Timeout of the next request.
     timeout: Cell<Duration>,
@@ -84,6 +86,7 @@ impl<'a> Ims<'a> {
             token: RefCell::default(),
             takes_metadata: Cell::new(true),
             has_asked: Cell::new(false),
+            lacks_job: Cell::new(false),
             outage: Outage::default(),
             timeout: Cell::new(REQUEST_LIMIT),
         }
@@ -104,6 +107,11 @@ impl<'a> Ims<'a> {
         self.takes_metadata.get()
     }
 
+    /// Returns whether IMS has answered that the job does not exist.
+    pub(crate) fn lacks_job(&self) -> bool {
+        self.lacks_job.get()
+    }
+
     /// Checks that IMS answers and accepts the credentials. The probe's ID is logged for those who find it in IMS's log.
     pub(crate) fn check(&self) -> Result<()> {
         let (Some(place), id) = (&self.place, Id::random()?) else { return Ok(()) };
@@ -116,19 +124,24 @@ impl<'a> Ims<'a> {
         Ok(())
     }
 
-    /// Sets the job's status.
+    /// Sets the job's status. A job that was already found missing is no second error.
     pub(crate) fn set_status(&self, status: Status) -> Result<Option<Job>> {
         let Some(job) = self.job.as_ref().filter(|_| self.is_there()) else { return Ok(None) };
         let attempted = format!("set the job's status to {status} in IMS (job {job})");
         let body = json!({ "status": status });
+        let was_missing = self.lacks_job.take();
         let answer = self.call_for_record(&attempted, ["jobs", job.as_str()], Some(&body), |record: &Job| {
             (record.status != status).then(|| format!("status {}", record.status))
-        })?;
+        });
+        if was_missing && self.lacks_job() {
+            return Ok(None);
+        }
+        let answer = answer?;
         tracing::info!("the job's status is {status}");
         Ok(answer)
     }
 
-    /// Reads the job's record; `None` without a job.
+    /// Reads the job's record; `None` without a job or an IMS. A job that does not exist is an error.
     pub(crate) fn job(&self) -> Result<Option<Job>> {
         let Some(job) = &self.job else { return Ok(None) };
         let attempted = format!("read the record of job {job} in IMS");
@@ -294,10 +307,15 @@ impl<'a> Ims<'a> {
             let is_list = *method == Method::GET && path.len() == 1;
             return whole(response, if is_list { LONGEST_LIST } else { LONGEST_RECORD }).await.map(Some);
         }
-        if status == StatusCode::NOT_FOUND && [Method::GET, Method::DELETE].contains(method) {
+        if status == StatusCode::NOT_FOUND && path[0] == "images" && [Method::GET, Method::DELETE].contains(method) {
             return Ok(None);
         }
         let cause = reason(status, &complaint(response).await);
+        if let (StatusCode::NOT_FOUND, ["jobs", job]) = (status, path) {
+            self.lacks_job.set(true);
+            let missing = Error::new(format!("find job {job} in IMS at {}", without_query(&place.url))).because(cause);
+            return Err(Fault::Final(missing.advise("see IMS_JOB_ID and IMS_URL; a deleted job needs a new one")));
+        }
         if status == StatusCode::UNAUTHORIZED && self.token.take().is_some() {
             // Expired or revoked; the next attempt gets a new token.
             return Err(Fault::Transient(cause));

@@ -274,6 +274,7 @@ impl Run {
         let work = Work::begin(&settings.network)?;
         let ims = settings.ims_client(&work);
         if publishes {
+            work.unless_interrupted(ims.job())?;
             transfer::installed("mksquashfs")?;
             let place = settings.job.parent.join(name_of(&source, &self.source));
             let resumes = holds_changes(&place, &place.join(IMAGE_ROOT));

@@ -270,6 +270,8 @@ pub fn upload(
     let image = Image { rootfs, boot: place.boot(settings)?, debug_kernel };
     let work = Work::begin(&settings.network)?;
     let ims = settings.ims_client(&work);
+    // Before hours of uploading for a job that IMS does not know.
+    work.unless_interrupted(ims.job())?;
     let directory = JournalDirectory::new(&place.files, settings);
     let mut journal = Journal::read(&directory)?;
     let report =

@@ -214,13 +214,13 @@ impl Publication<'_> {
             Ok(Some(job)) if job.status == Status::Success => return Ok(Some(job)),
             // A request that a signal cut off may still be carried out.
             Ok(_) if self.work.is_in_a_hurry() => refused,
-            Ok(_) => {
-                journal.is_told = false;
-                return Err(refused);
-            }
-            Err(silent) => {
+            Err(silent) if !self.ims.lacks_job() => {
                 tracing::error!("{refused}");
                 silent
+            }
+            _ => {
+                journal.is_told = false;
+                return Err(refused);
             }
         };
         let place = self.settings.store.url.as_deref().unwrap_or_default();

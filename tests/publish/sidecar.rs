@@ -875,6 +875,27 @@ fn unreachable_ims_is_given_up_after_the_retry_limit() {
 }
 
 #[test]
+fn unknown_job_is_refused_before_the_environment_opens() {
+    const UNKNOWN: &str = "00000000-0000-4000-8000-000000000404";
+    let job = Job::new();
+    let further = [("IMS_JOB_ID", UNKNOWN)];
+    // An environment has no credentials for IMS: it hears of the refusal from the sidecar.
+    let sshd = job.volume.entrypoint(Mode::Plain, &further).spawn().unwrap();
+    job.ims.fail("GET /jobs", Fault::Status(503));
+    let output = ended(job.sidecar(Mode::Plain, &further).spawn().unwrap());
+    let said = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    let refusal = format!("cannot find job {UNKNOWN} in IMS at {}: the server answers 404 Not Found: ", job.ims.url);
+    assert_eq!(said.matches(&refusal).count(), 1, "{said}");
+    assert!(said.contains("see IMS_JOB_ID and IMS_URL"), "{said}");
+    assert!(report(&output)["error"].as_str().unwrap().starts_with(&refusal), "{output:?}");
+    assert!(!job.volume.signal("ready").exists() && job.volume.signal("failed").exists());
+    let closed = output_within(sshd, Duration::from_secs(20)).unwrap().expect("the environment closes");
+    assert!(closed.status.success(), "{closed:?}");
+    job.nothing_is_left();
+}
+
+#[test]
 fn probe_of_ims_names_the_id_that_it_asks_for() {
     let job = Job::new();
     job.ims.fail("GET /images", Fault::Status(403));

@@ -729,3 +729,29 @@ fn fresh_keeps_a_source_inside_the_volume() {
         assert!(output.status.success() && source.exists(), "{output:?}");
     }
 }
+
+#[test]
+fn unknown_job_is_refused_before_anything_is_fetched_or_uploaded() {
+    const UNKNOWN: &str = "00000000-0000-4000-8000-000000000404";
+    let (dir, tree, squashfs) = packed_image();
+    let [tree, squashfs, store, parent, work] =
+        [tree, squashfs, dir.path().join("store"), dir.path().join("parent"), dir.path().join("work")]
+            .map(|path| path.display().to_string());
+    for arguments in [
+        vec!["prepare", &parent, &squashfs],
+        vec!["upload", "--name", "compute", "--store", &store, "--archive", &squashfs, &tree],
+        vec!["customize", &squashfs, "--output", &store, "--work", &work, "--", "true"],
+    ] {
+        let ims = ImsServer::start();
+        let mut variables = ims.variables();
+        variables.push(("IMS_JOB_ID", UNKNOWN.into()));
+        let output = ims_sshd(&arguments, &variables).current_dir(dir.path()).output().unwrap();
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {said}");
+        let refusal = format!("cannot find job {UNKNOWN} in IMS at {}: the server answers 404 Not Found: ", ims.url);
+        assert_eq!(said.matches(&refusal).count(), 1, "{arguments:?}: {said}");
+        assert!(said.contains("see IMS_JOB_ID and IMS_URL"), "{arguments:?}: {said}");
+        assert!(!Path::new(&parent).exists() && !Path::new(&store).exists(), "{arguments:?}: {said}");
+        assert!(ims.state().images.is_empty() && ims.state().changes.is_empty(), "{arguments:?}: {said}");
+    }
+}
