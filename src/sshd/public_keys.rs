@@ -3,10 +3,12 @@
 use std::io::Read;
 use std::path::Path;
 
+use chrono::{DateTime, Local, NaiveDateTime, TimeZone, Utc};
+
 use crate::error::{Error, Result};
 use crate::sys::named;
 
-/// Refuses a file without a valid key. `option` is named in the error.
+/// Refuses a file without a valid key, and warns of keys that have expired. `option` is named in the error.
 pub(crate) fn check_public_keys(option: &str, file: &Path) -> Result<()> {
     let refuse = |why: &str| Error::bad_input(format!("{option} is '{}': {why}", file.display()));
     let real = named::resolve(file).map_err(|e| refuse(&e.to_string()))?;
@@ -23,11 +25,103 @@ pub(crate) fn check_public_keys(option: &str, file: &Path) -> Result<()> {
     if text.contains("---- BEGIN SSH2 PUBLIC KEY ----") {
         return Err(refuse("it is a key in the format of RFC 4716; 'ssh-keygen -i -f FILE' converts it"));
     }
-    // A key follows its type name, which may follow options, and begins with the encoded length of that name.
-    let is_key = |line: &str| {
-        let words: Vec<_> = line.split_whitespace().collect();
-        let is_type = |word: &str| ["ssh-", "ecdsa-", "sk-"].iter().any(|begin| word.starts_with(begin));
-        !line.trim_start().starts_with('#') && words.windows(2).any(|w| is_type(w[0]) && w[1].starts_with("AAAA"))
+    let keys: Vec<_> = text.lines().enumerate().filter(|(_, line)| is_key(line)).collect();
+    if keys.is_empty() {
+        return Err(refuse("it holds no public key in OpenSSH's format"));
+    }
+    let expired: Vec<_> =
+        keys.iter().filter_map(|(at, line)| Some((at + 1, expired_by(line, Utc::now(), &Local)?))).collect();
+    if expired.len() == keys.len() {
+        return Err(refuse("every key in it has expired (expiry-time); add one that is valid"));
+    }
+    for (at, time) in expired {
+        let file = file.display();
+        tracing::warn!("the key in line {at} of {file} has expired (expiry-time=\"{time}\"): sshd will refuse it");
+    }
+    Ok(())
+}
+
+/// Returns whether a line holds a key: it follows its type's name, which may follow options, and begins with the encoded
+/// length of that name.
+fn is_key(line: &str) -> bool {
+    let words: Vec<_> = line.split_whitespace().collect();
+    let is_type = |word: &str| ["ssh-", "ecdsa-", "sk-"].iter().any(|begin| word.starts_with(begin));
+    !line.trim_start().starts_with('#') && words.windows(2).any(|w| is_type(w[0]) && w[1].starts_with("AAAA"))
+}
+
+/// Value of the option `expiry-time` because of which sshd refuses a key at `now`: it is past, or no time at all
+/// (parse_absolute_time in OpenSSH's misc.c). sshd reads times in its time zone, `local`.
+fn expired_by<'a>(line: &'a str, now: DateTime<Utc>, local: &impl TimeZone) -> Option<&'a str> {
+    let mut times = options(line).into_iter().filter_map(|option| {
+        let (name, value) = option.split_once('=')?;
+        name.eq_ignore_ascii_case("expiry-time").then(|| value.trim_matches('"'))
+    });
+    times.find(|time| parse(time, local).is_none_or(|until| until < now))
+}
+
+/// The options before a key, which end at a blank outside quotes.
+fn options(line: &str) -> Vec<&str> {
+    let (mut is_quoted, mut is_escaped) = (false, false);
+    let mut is_in_quotes = |c: char| {
+        is_quoted ^= c == '"' && !is_escaped;
+        is_escaped = c == '\\' && !is_escaped;
+        is_quoted
     };
-    if text.lines().any(is_key) { Ok(()) } else { Err(refuse("it holds no public key in OpenSSH's format")) }
+    let line = line.trim_start();
+    let (mut found, mut begin) = (Vec::new(), 0);
+    for (at, c) in line.char_indices() {
+        if is_in_quotes(c) || c != ',' && !c.is_whitespace() {
+            continue;
+        }
+        found.push(&line[begin..at]);
+        begin = at + 1;
+        if c != ',' {
+            break;
+        }
+    }
+    found
+}
+
+/// Parses `YYYYMMDD[HHMM[SS]]`, in UTC if `Z` or `UTC` follows.
+fn parse(time: &str, local: &impl TimeZone) -> Option<DateTime<Utc>> {
+    let upper = time.to_ascii_uppercase();
+    let digits = upper.strip_suffix("UTC").or_else(|| upper.strip_suffix('Z'));
+    let text = digits.unwrap_or(&upper);
+    let full = format!("{text}{}", "0".repeat(14_usize.saturating_sub(text.len())));
+    let is_known = [8, 12, 14].contains(&text.len()) && text.bytes().all(|b| b.is_ascii_digit());
+    let time = NaiveDateTime::parse_from_str(&full, "%Y%m%d%H%M%S").ok().filter(|_| is_known)?;
+    if digits.is_some() { Some(time.and_utc()) } else { Some(local.from_local_datetime(&time).earliest()?.to_utc()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use chrono::FixedOffset;
+
+    #[test]
+    fn expired_keys_are_found_as_sshd_does() {
+        let now = Utc.with_ymd_and_hms(2026, 11, 26, 12, 0, 0).unwrap();
+        let zone = FixedOffset::east_opt(2 * 3600).unwrap();
+        for (options, expired) in [
+            ("", false),
+            ("no-pty,command=\"expiry-time=20200101\" ", false),
+            ("no-pty,command=\"a \\\" b,expiry-time=20200101\" ", false),
+            ("expiry-time=\"20200101\" ", true),
+            ("no-pty,Expiry-Time=\"20200101\",no-pty ", true),
+            ("expiry-time=\"20991231\" ", false),
+            ("expiry-time=\"20991231\",expiry-time=\"20200101\" ", true),
+            // Local time unless Z or UTC says otherwise; here two hours ahead of UTC.
+            ("expiry-time=\"202611261359\" ", true),
+            ("expiry-time=\"202611261401\" ", false),
+            ("expiry-time=\"20261126120001Z\" ", false),
+            ("expiry-time=\"20261126115959z\" ", true),
+            ("expiry-time=\"20261126115959UTC\" ", true),
+            // sshd ignores the whole line.
+            ("expiry-time=\"tomorrow\" ", true),
+            ("expiry-time=\"20261341\" ", true),
+        ] {
+            let line = format!("{options}ssh-ed25519 AAAAC3NzaC1lZDI1NTE5 comment");
+            assert_eq!(expired_by(&line, now, &zone).is_some(), expired, "{line}");
+        }
+    }
 }

@@ -474,7 +474,9 @@ fn hopeless_customizations_are_refused_before_the_environment_opens() {
     let converted = succeed(Command::new("ssh-keygen").args(["-e", "-f"]).arg(dir.path().join("key.pub")));
     file("rfc4716", &converted);
     nix::unistd::mkfifo(&dir.path().join("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
-    file("options", &format!("# one\n\nno-pty,command=\"echo a b\" {public}"));
+    let expired = format!("no-pty,expiry-time=\"20200101\" {public}");
+    file("expired", &expired);
+    file("options", &format!("# one\n\nno-pty,command=\"echo a b\" {public}{expired}"));
     let script = dir.path().join("script");
     std::fs::write(&script, "touch \"$0.ran\"; touch $IMAGE_ROOT_PARENT/failed\n").unwrap();
     std::fs::create_dir(dir.path().join("small")).unwrap();
@@ -496,6 +498,7 @@ fn hopeless_customizations_are_refused_before_the_environment_opens() {
         (&["--output", "out", "--authorized-key", "empty"], 2, "it holds no public key"),
         (&["--output", "out", "--authorized-key", "comment"], 2, "it holds no public key"),
         (&["--output", "out", "--authorized-key", "rfc4716"], 2, "RFC 4716"),
+        (&["--output", "out", "--authorized-key", "expired"], 2, "every key in it has expired"),
         (&["--output", "out", "--authorized-key", "fifo"], 2, "expected a regular file"),
         (&["--output", "out", "--authorized-key", "missing"], 2, "No such file"),
         (&["--output", "out", "--kernel", "nonesuch"], 1, "cannot find the kernel /boot/nonesuch in the image"),
@@ -521,6 +524,7 @@ fn hopeless_customizations_are_refused_before_the_environment_opens() {
     ] {
         let (ended, ran, said) = run(&[arguments, &["--work", "work"]].concat());
         assert_eq!((ended, ran), (Some(1), true), "{arguments:?}: {said}");
+        assert_eq!(said.contains("the key in line 4 of"), arguments.contains(&"options"), "{arguments:?}: {said}");
     }
 }
 
