@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use rustix::fs::{FileType, SeekFrom};
-use rustix::io::Errno;
 
 use crate::error::{Attempt, Error, Result};
+use crate::image::tar::{BLOCK as TAR_BLOCK, first_data, read_up_to};
 use crate::sys::file_kind::FileKind;
 use crate::sys::named;
 use crate::sys::signals::unblock_signals;
@@ -126,15 +126,12 @@ const CPIO: [&[u8]; 2] = [b"070701", b"070702"];
 /// Magic numbers of older cpio formats, whose files are limited to 2 or 8 GiB: `odc`, and binary in both byte orders.
 const OLD_CPIO: [&[u8]; 3] = [b"070707", b"\xc7\x71", b"\x71\xc7"];
 
-/// Size of a tar block. An archive ends with two empty blocks.
-const TAR_BLOCK: usize = 512;
-
 /// Detects the type of an open file, which messages call `shown`. A squashfs may have up to `padding` zero bytes after
 /// it. See [`Opened::kind`].
 pub(crate) fn kind_of_file(file: &File, shown: &str, padding: u64) -> Result<Kind> {
     let attempted = || format!("use {shown} as an image");
     let size = file.metadata().attempt(attempted)?.len();
-    let start = read_up_to(file, TAR_BLOCK).attempt(attempted)?;
+    let start = read_up_to(file, 0, TAR_BLOCK).attempt(attempted)?;
     let refuse = |why: String| Err(Error::new(attempted()).because(why));
     if start.starts_with(SQUASHFS.0) {
         let Some(bytes) = start.get(SQUASHFS.1..SQUASHFS.1 + 8) else {
@@ -163,10 +160,10 @@ pub(crate) fn kind_of_file(file: &File, shown: &str, padding: u64) -> Result<Kin
         Some(Archive::Tar) => {}
         None => return refuse(format!("it is {}", unknown(&start))),
     }
+    // The check of its members finds what lies before that.
     let mut end = [1; 2 * TAR_BLOCK];
     let at = size.saturating_sub(end.len() as u64);
-    let whole = size.is_multiple_of(TAR_BLOCK as u64) && file.read_exact_at(&mut end, at).is_ok();
-    if !whole || end.iter().any(|&b| b != 0) {
+    if file.read_exact_at(&mut end, at).is_err() || end.iter().any(|&b| b != 0) {
         return refuse("it is a tar archive that is cut off, or something follows it".into());
     }
     Ok(Kind::Tar(None))
@@ -175,7 +172,7 @@ pub(crate) fn kind_of_file(file: &File, shown: &str, padding: u64) -> Result<Kin
 /// Compression of the squashfs at `path`, as a value of `IMAGE_COMPRESSION`; `None` for other compressions and other
 /// files.
 pub(crate) fn compression(path: &Path) -> Option<&'static str> {
-    let start = read_up_to(&named::open_file(path).ok()?, TAR_BLOCK).ok()?;
+    let start = read_up_to(&named::open_file(path).ok()?, 0, TAR_BLOCK).ok()?;
     let number = |at: usize| Some(u16::from_le_bytes(start.get(at..at + 2)?.try_into().ok()?));
     let (algorithm, flags) = (number(SQUASHFS_COMPRESSION)?, number(SQUASHFS_FLAGS)?);
     match algorithm {
@@ -231,35 +228,9 @@ fn uncompressed(file: &File, program: &str) -> io::Result<Vec<u8>> {
     Ok(start)
 }
 
-/// True if all bytes from `at` on are zero. Skips holes.
-fn is_zero(file: &File, mut at: u64, size: u64) -> io::Result<bool> {
-    let mut buffer = vec![0; 1 << 20];
-    while at < size {
-        at = match rustix::fs::seek(file, SeekFrom::Data(at)) {
-            Ok(data) => data,
-            Err(Errno::NXIO) => return Ok(true),
-            Err(e) => return Err(e.into()),
-        };
-        let length = file.read_at(&mut buffer, at)?;
-        if length == 0 || buffer[..length].iter().any(|&b| b != 0) {
-            return Ok(length == 0);
-        }
-        at += length as u64;
-    }
-    Ok(true)
-}
-
-fn read_up_to(file: &File, length: usize) -> io::Result<Vec<u8>> {
-    let mut start = vec![0; length];
-    let mut there = 0;
-    while there < length {
-        match file.read_at(&mut start[there..], there as u64)? {
-            0 => break,
-            read => there += read,
-        }
-    }
-    start.truncate(there);
-    Ok(start)
+/// True if all bytes from `at` on are zero.
+fn is_zero(file: &File, at: u64, size: u64) -> io::Result<bool> {
+    first_data(file, at, size).map(|found| found.is_none())
 }
 
 #[cfg(test)]

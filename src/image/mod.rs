@@ -9,6 +9,7 @@ pub(crate) mod kind;
 pub(crate) mod layers;
 pub mod packer;
 pub mod packing;
+pub(crate) mod tar;
 pub(crate) mod unchanged;
 pub(crate) mod unpack;
 pub(crate) mod upper_layer;

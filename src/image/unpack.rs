@@ -2,12 +2,14 @@
 
 use std::ffi::OsStr;
 use std::fs::{File, Permissions};
-use std::io::{self, BufReader, Seek};
-use std::os::fd::AsFd;
+use std::io::{self, BufReader, Read, Seek};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
 use nix::unistd::Pid;
@@ -19,6 +21,7 @@ use crate::error::{Advise, Attempt, Error, Result};
 use crate::image::cpio;
 use crate::image::kind::{self, Content, Kind, Opened};
 use crate::image::layers::{self, Layer};
+use crate::image::tar::{self, Fault, Passed, Plain};
 use crate::printable::Printable;
 use crate::printable::listed;
 use crate::sys::attributes::Node;
@@ -26,10 +29,10 @@ use crate::sys::loops::Loop;
 use crate::sys::mounts::{self, Detached};
 use crate::sys::process::{Entry, numbers};
 use crate::sys::tree::Tree;
-use crate::transfer::Work;
 use crate::transfer::checksum::Expected;
 use crate::transfer::confinement::{self, Confined, STDIN};
 use crate::transfer::progress::Progress;
+use crate::transfer::{TICK, Work};
 
 /// Unpacks `archive` into the new directory `name` of `volume`, and returns that directory, since its name may be
 /// another's by then. Copies a directory; merges the layers of a saved container image.
@@ -49,13 +52,13 @@ pub(crate) fn unpack(work: &Work, archive: &Opened, volume: &Tree, name: &str) -
             let mut copy = Command::new("cp");
             // The trailing dot makes cp follow STDIN, which is a link.
             copy.args(["-aT", "--reflink=auto"]).arg(Path::new(STDIN).join(".")).arg(".");
-            extract(work, archive, &mut copy, &target, look)?;
+            extract(work, archive, copy, archive.as_fd(), &target, look)?;
         }
         Some(Kind::Squashfs) => {
             let mut unsquashfs = Command::new("unsquashfs");
             // Needs -force because the directory exists.
             unsquashfs.args(["-quiet", "-no-progress", "-force", "-dest", ".", STDIN]);
-            extract(work, archive, &mut unsquashfs, &target, look)?;
+            extract(work, archive, unsquashfs, archive.as_fd(), &target, look)?;
         }
         Some(Kind::Tar(compressed)) => {
             unpack_tar(work, archive, compressed, &target, &mut look)?;
@@ -78,17 +81,19 @@ fn make(volume: &Tree, name: &str) -> Result<Tree> {
     volume.make_private(name).attempt(attempted)
 }
 
-/// Runs a program that reads `archive` from its standard input and unpacks it into `target`.
+/// Runs a program that reads `input`, the content of `archive`, from its standard input and unpacks it into `target`.
+/// No copy of `input` is left open: a pipe must break when the program ends.
 fn extract(
     work: &Work,
     archive: &Opened,
-    command: &mut Command,
+    mut command: Command,
+    input: BorrowedFd,
     target: &Tree,
     look: impl FnMut(&Child),
 ) -> Result<()> {
     let name = command.get_program().to_string_lossy().into_owned();
-    let confined = Confined::unpacking(target, archive.as_fd(), archive.size())?;
-    let said = work.succeed(&format!("unpack {}", archive.shown.display()), command, Some(&confined), look)?;
+    let confined = Confined::unpacking(target, input, archive.size())?;
+    let said = work.succeed(&format!("unpack {}", archive.shown.display()), &mut command, Some(&confined), look)?;
     if !said.is_empty() {
         tracing::warn!("{name}: {}", listed(&said.lines().collect::<Vec<_>>()));
     }
@@ -169,48 +174,140 @@ fn unpack_tar(
     target: &Tree,
     look: impl FnMut(&Child),
 ) -> Result<()> {
+    let attempted = || format!("unpack {}", archive.shown.display());
     let mut tar = Command::new("tar");
-    tar.args(["--extract", "--preserve-permissions", "--numeric-owner", "--acls", "--xattrs", "--xattrs-include=*"]);
-    if let Some(program) = compressed {
-        tar.arg(format!("--use-compress-program={program}"));
-    }
     // tar fails at a member with '..' in its path, and strips the leading '/' of names and hard link targets.
-    extract(work, archive, tar.args(["--file", STDIN]), target, look)
+    tar.args(["--extract", "--preserve-permissions", "--numeric-owner", "--acls", "--xattrs", "--xattrs-include=*"]);
+    let Some(program) = compressed else {
+        let file = from_start(archive)?;
+        let checked = tar::check(&mut Plain::new(file), || work.heed().map_err(io::Error::other));
+        work.heed()?;
+        checked.map_err(|fault| refusal(attempted(), fault))?;
+        tar.args(["--file", STDIN]);
+        return extract(work, archive, tar, archive.as_fd(), target, look);
+    };
+    tar.args(["--file", "-"]);
+    let (decompressor, decompressed) = Decompressor::start(program, archive, target)?;
+    // Decompressed once: what is checked goes on to tar.
+    let (input, output) = io::pipe().attempt(attempted)?;
+    std::thread::scope(|scope| {
+        let (report, result) = mpsc::channel();
+        let mut stream = Passed::new(decompressed, output);
+        scope.spawn(move || {
+            let _ = report.send(tar::check(&mut stream, || Ok(())));
+        });
+        let extracted = extract(work, archive, tar, input.as_fd(), target, look);
+        // If tar has failed, this ends the check, and that the decompressor.
+        drop(input);
+        let checked = loop {
+            // Zeros may follow the end mark for long.
+            if let Err(interrupted) = work.heed() {
+                decompressor.kill();
+                return Err(interrupted);
+            }
+            match result.recv_timeout(TICK) {
+                Err(RecvTimeoutError::Timeout) => {}
+                checked => break checked.attempt(attempted)?,
+            }
+        };
+        match checked {
+            // Read to its end: the exit status covers the checksum there.
+            Ok(()) | Err(Fault::Cut) => decompressor.end().attempt(attempted)?,
+            // Its pipe broke.
+            Err(_) => drop(decompressor.end()),
+        }
+        match checked {
+            Err(Fault::Unread(_)) => extracted.and(checked.map_err(|fault| refusal(attempted(), fault))),
+            checked => checked.map_err(|fault| refusal(attempted(), fault)).and(extracted),
+        }
+    })
+}
+
+fn refusal(attempted: String, fault: Fault) -> Error {
+    let error = Error::new(attempted);
+    match fault {
+        Fault::Lossy(why, advice) => error.because(why).advise(advice),
+        Fault::Cut => error.because("the tar archive is cut off").advise("copy or fetch it again"),
+        Fault::Unread(e) => error.because(e),
+    }
+}
+
+/// The file of an archive, to be read from its start.
+fn from_start(archive: &Opened) -> Result<File> {
+    let attempted = || format!("unpack {}", archive.shown.display());
+    let file = archive.file().ok_or_else(|| Error::new(attempted()).because("it is a directory"))?;
+    let mut file = file.try_clone().attempt(attempted)?;
+    file.rewind().attempt(attempted)?;
+    Ok(file)
+}
+
+/// Most bytes that are read of what a decompressor says.
+const MOST_SAID: u64 = 4 << 10;
+
+/// A confined program that decompresses an archive.
+struct Decompressor {
+    name: String,
+    child: Child,
+    said: JoinHandle<String>,
+}
+
+impl Decompressor {
+    /// Starts it. It reads through the same open file description as `archive`, whose position shows its progress. It
+    /// may read `directory`.
+    fn start(program: &str, archive: &Opened, directory: &Tree) -> Result<(Self, ChildStdout)> {
+        let mut command = Command::new(program);
+        command.arg("-dc").stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = Confined::filtering(directory, from_start(archive)?).spawn(&mut command)?;
+        let (Some(output), Some(complaints)) = (child.stdout.take(), child.stderr.take()) else {
+            return Err(Error::new(format!("run {program}")).because("it has no output"));
+        };
+        let said = std::thread::spawn(move || {
+            let mut said = Vec::new();
+            let _ = complaints.take(MOST_SAID).read_to_end(&mut said);
+            String::from_utf8_lossy(&said).trim().to_owned()
+        });
+        Ok((Self { name: program.to_owned(), child, said }, output))
+    }
+
+    fn kill(mut self) {
+        let _ = self.child.kill();
+        let _ = self.end();
+    }
+
+    /// Waits for its end. Its output must be read to the end, or closed.
+    fn end(mut self) -> io::Result<()> {
+        let status = self.child.wait()?;
+        let said = self.said.join().unwrap_or_default();
+        let why = match &*said {
+            "" => format!("{}: {status}", self.name),
+            // Programs begin with their own name.
+            said => listed(&said.lines().collect::<Vec<_>>()),
+        };
+        status.success().then_some(()).ok_or_else(|| io::Error::other(why))
+    }
 }
 
 fn unpack_cpio(work: &Work, archive: &Opened, compressed: Option<&str>, root: &Tree) -> Result<()> {
     let attempted = || format!("unpack {}", archive.shown.display());
     let mut progress = Progress::begin("unpacking", Some(archive.size()));
-    let mut file = archive
-        .file()
-        .map(File::try_clone)
-        .transpose()
-        .attempt(attempted)?
-        .ok_or_else(|| Error::new(attempted()).because("it is a directory"))?;
-    file.rewind().attempt(attempted)?;
+    let file = from_start(archive)?;
     let position = file.try_clone().attempt(attempted)?;
     let look = || {
-        // A decompressor reads through the same open file description, so this shows its progress too.
         progress.at(rustix::fs::tell(&position)?);
         work.heed().map_err(io::Error::other)
     };
     let unpacked = match compressed {
         None => cpio::unpack(BufReader::with_capacity(1 << 20, file), root, look),
         Some(program) => {
-            let mut command = Command::new(program);
-            command.arg("-dc").stdout(Stdio::piped());
-            let mut child = Confined::filtering(root, file).spawn(&mut command)?;
-            let content = child.stdout.take().map(|out| BufReader::with_capacity(1 << 20, out));
-            let unpacked = content.map_or(Ok(()), |content| cpio::unpack(content, root, look));
-            if unpacked.is_err() {
-                let _ = child.kill();
+            let (decompressor, output) = Decompressor::start(program, archive, root)?;
+            match cpio::unpack(BufReader::with_capacity(1 << 20, output), root, look) {
+                // The exit status covers the checksum at the end of the file.
+                Ok(()) => decompressor.end(),
+                Err(e) => {
+                    decompressor.kill();
+                    Err(e)
+                }
             }
-            let status = child.wait().attempt(attempted)?;
-            // Its exit status covers the checksum at the end of the file.
-            unpacked.and_then(|()| {
-                let failed = || io::Error::other(format!("{program}: {status}"));
-                status.success().then_some(()).ok_or_else(failed)
-            })
         }
     };
     work.heed()?;

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use caps::Capability;
 use nix::sched::CloneFlags;
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{FileType, Mode, OFlags};
 use rustix::mount::MountAttrFlags;
 use rustix::process::Resource;
 
@@ -161,7 +161,8 @@ pub(crate) struct Confined<'a> {
 }
 
 impl<'a> Confined<'a> {
-    /// For a program that unpacks `source` (a file or directory of `size` bytes, its standard input) into `target`.
+    /// For a program that unpacks `source` (a file, directory or pipe, its standard input) into `target`. The time that
+    /// it gets depends on `size`, the bytes of the archive.
     pub(crate) fn unpacking(target: &'a Tree, source: BorrowedFd<'_>, size: u64) -> Result<Self> {
         let limits = Limits {
             memory: memory(),
@@ -292,7 +293,10 @@ impl<'a> Confined<'a> {
             }
         }
         rules.allow(self.directory, self.access)?;
-        if let Some((stdin, access)) = &self.stdin {
+        if let Some((stdin, access)) = &self.stdin
+            // Landlock has no rules for pipes (EBADFD), and needs none for what is open already.
+            && FileType::from_raw_mode(rustix::fs::fstat(stdin)?.st_mode) != FileType::Fifo
+        {
             rules.allow(stdin, *access)?;
         }
         for file in &self.readable {

@@ -31,7 +31,7 @@ use reqwest::redirect::Policy;
 use reqwest::{Certificate, Response, Url};
 
 /// Poll interval for signals and for the progress of a program.
-const TICK: Duration = Duration::from_millis(200);
+pub(crate) const TICK: Duration = Duration::from_millis(200);
 
 /// Timeout for one server once a signal has arrived.
 const IN_A_HURRY: Duration = Duration::from_secs(2);

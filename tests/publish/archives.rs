@@ -263,3 +263,174 @@ fn squashfs_with_padding_is_accepted() {
         .unwrap();
     refused(&dir.path().join("other"), &source, "something follows");
 }
+
+/// Writes tar archives: each is a list of (name, kind, target or content).
+const TAR: &str = "
+import io, json, sys, tarfile
+KINDS = {'file': tarfile.REGTYPE, 'link': tarfile.SYMTYPE, 'hard': tarfile.LNKTYPE, 'dir': tarfile.DIRTYPE}
+def tar_of(members, form=tarfile.GNU_FORMAT):
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode='w', format=form) as tar:
+        for name, kind, text in members:
+            member = tarfile.TarInfo(name)
+            member.type, member.mode = KINDS[kind], 0o755
+            content = text.encode() if kind == 'file' else b''
+            member.linkname, member.size = '' if kind == 'file' else text, len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return out.getvalue()
+";
+
+/// tar(1) creates absolute symbolic links, and those through `..`, after all other members.
+#[test]
+fn tar_member_that_replaces_an_absolute_link_is_refused_and_never_lost() {
+    let dir = directory();
+    let make = format!(
+        "{TAR}
+form = tarfile.PAX_FORMAT if sys.argv[3] == 'pax' else tarfile.GNU_FORMAT
+open(sys.argv[1], 'wb').write(tar_of([('etc', 'dir', ''), ('etc/passwd', 'file', '')] + json.loads(sys.argv[2]), form))"
+    );
+    let archive_of = |name: &str, members: &serde_json::Value, form: &str| {
+        let archive = dir.path().join(format!("{name}.tar"));
+        succeed(Command::new("python3").args(["-c", &make]).arg(&archive).arg(members.to_string()).arg(form));
+        archive
+    };
+    let parent = dir.path().join("parent");
+    let long = format!("{}/{}", "d".repeat(120), "n".repeat(120));
+    let (kind, target) = ("link", "/etc/x");
+    for (name, members, lost) in [
+        ("file", serde_json::json!([["a", kind, target], ["a", "file", "new"]]), "a"),
+        ("spelled", serde_json::json!([["/a", kind, target], ["./a", "file", "new"]]), "./a"),
+        ("up", serde_json::json!([["etc/a", "link", "../b"], ["etc/a", "file", "new"]]), "etc/a"),
+        ("inner", serde_json::json!([["a", "link", "etc/../b"], ["a", "file", "new"]]), "a"),
+        ("other-link", serde_json::json!([["a", kind, target], ["a", kind, "/etc/y"]]), "a"),
+        ("relative", serde_json::json!([["a", kind, target], ["a", "link", "etc"]]), "a"),
+        ("directory", serde_json::json!([["a", kind, target], ["a", "dir", ""]]), "a"),
+        ("below", serde_json::json!([["a", kind, "/etc"], ["a/b", "file", "new"]]), "a/b"),
+        ("again", serde_json::json!([["a", "file", "1"], ["a", kind, target], ["a", "file", "new"]]), "a"),
+        ("name", serde_json::json!([["a", kind, target], ["b", "hard", "a"], ["b", "file", "new"]]), "b"),
+        ("alias", serde_json::json!([["s", "link", "etc"], ["etc/a", kind, target], ["s/a", "file", "new"]]), "s/a"),
+        ("long", serde_json::json!([[long, kind, target], [long, "file", "new"]]), long.as_str()),
+    ] {
+        for form in ["gnu", "pax"] {
+            let archive = archive_of(name, &members, form);
+            let packed = dir.path().join("packed.tar.gz");
+            succeed(Command::new("sh").args(["-c", "gzip -c \"$0\" > \"$1\""]).arg(&archive).arg(&packed));
+            for archive in [&archive, &packed] {
+                refused(&parent, &archive.display().to_string(), &format!("the member '{lost}"));
+                refused(&parent, &archive.display().to_string(), "an earlier member");
+            }
+        }
+    }
+    // What is right without a delay stays right.
+    for (number, (members, path, target)) in [
+        (serde_json::json!([["a", kind, target], ["a", kind, target]]), "a", Some("/etc/x")),
+        (serde_json::json!([["a", "file", "old"], ["a", kind, target]]), "a", Some("/etc/x")),
+        (serde_json::json!([["a", "link", "etc"], ["a", "file", "new"]]), "a", None),
+        (serde_json::json!([["a", "link", "etc"], ["a", "dir", ""], ["a/b", "file", "new"]]), "a/b", None),
+        (serde_json::json!([["a", "link", "etc"], ["a/b", "file", "new"]]), "etc/b", None),
+        (serde_json::json!([["a", kind, target], ["b", "hard", "a"], ["b", "hard", "a"]]), "b", Some("/etc/x")),
+        (serde_json::json!([["a", kind, target], ["ab", "file", "new"], ["b/a", "file", "new"]]), "ab", None),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let archive = archive_of(&format!("right-{number}"), &members, "gnu");
+        let path = taken(&dir.path().join(format!("parent-{number}")), &archive).join(path);
+        match target {
+            Some(target) => assert_eq!(std::fs::read_link(path).unwrap(), Path::new(target), "{members}"),
+            None => assert_eq!(std::fs::read_to_string(path).unwrap(), "new", "{members}"),
+        }
+    }
+}
+
+#[test]
+fn later_layer_of_a_saved_image_replaces_an_absolute_link() {
+    let dir = directory();
+    let make = format!(
+        "{TAR}
+layers = [tar_of([('etc', 'dir', ''), ('etc/passwd', 'file', ''), ('a', 'link', '/etc'), ('etc/b', 'link', '../a')]),
+    tar_of([('a', 'dir', ''), ('a/f', 'file', 'new'), ('etc/b', 'file', 'new')])]
+doubled = tar_of([('a', 'link', '/etc/x'), ('a', 'file', 'new')])
+for path, layers in [(sys.argv[1], layers), (sys.argv[2], layers + [doubled])]:
+    members = [('%d.tar' % number, content) for number, content in enumerate(layers)]
+    with tarfile.open(path, 'w') as tar:
+        for name, content in [('manifest.json', json.dumps([{{'Layers': [n for n, _ in members]}}]).encode())] + members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))"
+    );
+    let [saved, doubled] = ["saved.tar", "doubled.tar"].map(|name| dir.path().join(name));
+    succeed(Command::new("python3").args(["-c", &make]).args([&saved, &doubled]));
+    let image_root = taken(&dir.path().join("parent"), &saved);
+    for name in ["a/f", "etc/b"] {
+        assert_eq!(std::fs::read_to_string(image_root.join(name)).unwrap(), "new");
+    }
+    refused(&dir.path().join("other"), &doubled.display().to_string(), "an earlier member");
+}
+
+/// Name, parts of an archive, and why it is refused.
+type Case<'a> = (&'a str, Vec<&'a [u8]>, Option<&'a str>);
+
+#[test]
+fn second_archive_or_data_after_a_tar_archive_is_refused() {
+    let dir = directory();
+    let make = format!(
+        "{TAR}
+open(sys.argv[1], 'wb').write(tar_of([('etc/passwd', 'file', ''), ('one', 'file', '1')]))
+open(sys.argv[2], 'wb').write(tar_of([('two', 'file', '2')]))"
+    );
+    let [one, two] = ["one.tar", "two.tar"].map(|name| dir.path().join(name));
+    succeed(Command::new("python3").args(["-c", &make]).args([&one, &two]));
+    let [one, two] = [one, two].map(|path| std::fs::read(path).unwrap());
+    let without_end = &one[..2 * 512 + 512];
+    let zeros = vec![0; 1 << 20];
+    let cases: [Case; 9] = [
+        ("two", vec![&one, &two], Some("a second tar archive")),
+        ("far", vec![&one, &zeros, &two], Some("a second tar archive")),
+        ("garbage", vec![&one, b"garbage", &zeros], Some("something follows")),
+        ("after-one-empty-block", vec![without_end, &zeros[..512], &two], Some("a second tar archive")),
+        ("whole", vec![&one], None),
+        ("padded", vec![&one, &zeros], None),
+        ("padded-unevenly", vec![&one, &zeros[..100]], None),
+        ("without-end", vec![without_end], Some("cut off")),
+        ("short", vec![&one[..700]], Some("cut off")),
+    ];
+    let parent = dir.path().join("parent");
+    for (name, parts, refusal) in cases {
+        let plain = dir.path().join(format!("{name}.tar"));
+        std::fs::write(&plain, parts.concat()).unwrap();
+        let mut archives = vec![plain.clone()];
+        for program in ["gzip", "xz", "zstd"] {
+            let packed = dir.path().join(format!("{name}.{program}"));
+            succeed(Command::new("sh").args(["-c", "$0 -c \"$1\" > \"$2\"", program]).args([&plain, &packed]));
+            archives.push(packed);
+        }
+        // Each part as a compressed member of its own, which together are one stream.
+        let members = dir.path().join(format!("{name}.members"));
+        for part in &parts {
+            let path = dir.path().join("part");
+            std::fs::write(&path, part).unwrap();
+            succeed(Command::new("sh").args(["-c", "gzip -c \"$0\" >> \"$1\""]).args([&path, &members]));
+        }
+        archives.push(members);
+        for archive in archives {
+            match refusal {
+                Some(reason) => refused(&parent, &archive.display().to_string(), reason),
+                None => {
+                    let image_root = taken(&parent, &archive);
+                    assert!(image_root.join("one").exists());
+                    std::fs::remove_dir_all(&parent).unwrap();
+                }
+            }
+        }
+    }
+    // What follows a compressed stream.
+    for program in ["gzip", "xz", "zstd"] {
+        let path = dir.path().join(format!("whole.{program}"));
+        let mut content = std::fs::read(path).unwrap();
+        content.extend(b"garbage");
+        let archive = dir.path().join(format!("garbage.{program}"));
+        std::fs::write(&archive, content).unwrap();
+        refused(&parent, &archive.display().to_string(), program);
+    }
+}
