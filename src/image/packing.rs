@@ -23,9 +23,9 @@ use crate::sys::file_kind::FileKind;
 use crate::sys::named;
 use crate::sys::process::Entry;
 use crate::sys::tree::Tree;
-use crate::transfer::Work;
 use crate::transfer::confinement::{Confined, STDIN, all_memory};
 use crate::transfer::progress::Progress;
+use crate::transfer::{Work, installed};
 use crate::volume::mounts_below::mounts_below;
 use crate::volume::open_tree;
 
@@ -553,6 +553,13 @@ pub(crate) enum Packer {
     Own,
     /// mksquashfs, which compresses everything.
     Mksquashfs,
+}
+
+impl Packer {
+    /// Fails early if it is a program that is not installed.
+    pub(crate) fn check(self) -> Result<()> {
+        if self == Self::Mksquashfs { installed("mksquashfs") } else { Ok(()) }
+    }
 }
 
 /// Values of `IMAGE_PACKER`.

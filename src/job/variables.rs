@@ -204,14 +204,14 @@ pub const VARIABLES: &[Variable] = &[
     Variable {
         name: "IMAGE_COMPRESSION",
         format: "`gzip`, `zstd`, `xz` or `none`",
-        default: "`gzip`; with `customize` and `enter`, the source's if it is a squashfs",
+        default: "the source's, if it is a squashfs that is there when the image is packed; otherwise `gzip`",
         readers: &[Publishing],
     },
     Variable {
         name: "IMAGE_PACKER",
         format: "`ims-sshd`, which takes over the compressed blocks of unchanged files, or `mksquashfs`, which \
             compresses everything",
-        default: "`mksquashfs`",
+        default: "`ims-sshd`",
         readers: &[Publishing],
     },
     Variable {

@@ -33,7 +33,7 @@ use crate::publish::source::Source;
 use crate::store::{self, Store};
 use crate::sys::named;
 use crate::sys::tree::Tree;
-use crate::transfer::{self, Work, without_query};
+use crate::transfer::{Work, without_query};
 use crate::volume::holds;
 use crate::volume::layout::{ARCHIVE, IMAGE_ROOT, INVENTORY, OVERLAY};
 use crate::volume::open_tree;
@@ -275,7 +275,7 @@ impl Run {
         let ims = settings.ims_client(&work);
         if publishes {
             work.unless_interrupted(ims.job())?;
-            transfer::installed("mksquashfs")?;
+            settings.packing.packer.check()?;
             let place = settings.job.parent.join(name_of(&source, &self.source));
             let resumes = holds_changes(&place, &place.join(IMAGE_ROOT));
             self.check_store(&work, &settings, &source, resumes)?;

@@ -67,7 +67,7 @@ impl Settings {
         let packing = Packing {
             compression: reader.choice("IMAGE_COMPRESSION", &compressions, Case::Exact),
             epoch: reader.seconds("SOURCE_DATE_EPOCH").map(|d| d.as_secs()),
-            packer: reader.choice("IMAGE_PACKER", &PACKERS, Case::Exact).unwrap_or(Packer::Mksquashfs),
+            packer: reader.choice("IMAGE_PACKER", &PACKERS, Case::Exact).unwrap_or(Packer::Own),
             is_from_scratch: reader.choice("IMAGE_FROM_SCRATCH", &TRUTH, Case::Any).unwrap_or(false),
         };
         let keep_source = reader.choice("IMAGE_KEEP_SOURCE", &TRUTH, Case::Any);

@@ -232,12 +232,16 @@ fn unpacking_is_refused_without_capabilities_to_keep_attributes() {
     }
 }
 
+/// A program that can be replaced packs.
+const MKSQUASHFS: [(&str, &str); 1] = [("IMAGE_PACKER", "mksquashfs")];
+
 #[test]
 fn hostile_packer_neither_changes_the_image_nor_reads_other_files() {
     let place = Place::new("mksquashfs", TRIES);
     let tree = image(place.dir.path());
     let before = digest(&tree);
-    let output = place.run(ims_sshd(&["package", "--archive", "image.sqsh"], &[]).arg(&tree));
+    let output = place
+        .run(ims_sshd(&["package", "--archive", "image.sqsh"], &MKSQUASHFS.map(|(n, v)| (n, v.into()))).arg(&tree));
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     let results = ended(&output);
     for name in OUT.iter().chain(&OUT_WITHOUT_MOUNTS).chain(&["target", "trusted", "setuid", "nice"]) {
@@ -272,7 +276,7 @@ fn programs_do_not_inherit_variables_with_secrets() {
         succeed(Command::new("tar").args(["-C", "tree", "-cf", "image.tar", "."]).current_dir(place.dir.path()));
         let mut command = if source.is_empty() {
             let mut package = ims_sshd(&["package", "--archive", "packed.sqsh"], &secrets);
-            package.arg(&tree);
+            package.arg(&tree).envs(MKSQUASHFS);
             package
         } else {
             let mut prepare = ims_sshd(&["prepare"], &secrets);

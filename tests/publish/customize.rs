@@ -542,7 +542,7 @@ fn missing_program_is_reported_early_with_its_package() {
                 std::os::unix::fs::symlink(found.trim(), &link).unwrap();
             }
         }
-        let only = [("PATH", path.display().to_string())];
+        let only = [("PATH", path.display().to_string()), ("IMAGE_PACKER", "mksquashfs".into())];
         let output = customize(dir.path(), squashfs.to_str().unwrap(), "out", "complete", &only);
         let said = String::from_utf8_lossy(&output.stderr);
         let message = format!("cannot run {missing}: it is not installed; install the package {package}");
@@ -550,6 +550,15 @@ fn missing_program_is_reported_early_with_its_package() {
         assert!(dir.path().join("work").exists() == (missing == "ssh-keygen"), "{said}");
     }
     nothing_stays(dir.path());
+    // Our own packer needs none of squashfs-tools.
+    for name in ["ssh-keygen", "touch"] {
+        let found = succeed(Command::new("sh").args(["-c", &format!("command -v {name}")]));
+        std::os::unix::fs::symlink(found.trim(), path.join(name)).unwrap();
+    }
+    std::fs::remove_file(path.join("mksquashfs")).unwrap();
+    let only = [("PATH", path.display().to_string())];
+    let output = customize(dir.path(), squashfs.to_str().unwrap(), "out", "complete", &only);
+    assert!(output.status.success(), "{output:?}");
 }
 
 #[test]

@@ -123,7 +123,14 @@ fn new_image_root_replaces_the_old_one_with_its_changes_and_archives() {
         let output = fresh(dir.path(), &["w", source]);
         assert!(output.status.success(), "{source}: {output:?}");
         crate::prepare::same_tree(&tree, &parent.join("image-root"));
-        let wanted = [".ims-sshd.inventory", ".ims-sshd.source", "image-root", "notes.txt"];
+        // A squashfs that was fetched is kept for the packer, and a directory is no source of one.
+        let kept: &[_] = match source {
+            "tree.sqsh" => &[".ims-sshd.unpacked"],
+            "tree" => &[],
+            _ => &[".ims-sshd.source.sqsh", ".ims-sshd.unpacked"],
+        };
+        let mut wanted = [&[".ims-sshd.inventory", ".ims-sshd.source", "image-root", "notes.txt"], kept].concat();
+        wanted.sort_unstable();
         assert_eq!(names(&parent), wanted, "{source}");
     }
     // The record is the new source's.
@@ -183,5 +190,6 @@ fn killed_run_loses_nothing_and_the_next_one_cleans_up() {
     succeed(ims_sshd(&["prepare", "w", "tree.sqsh"], &[]).current_dir(dir.path()));
     assert_eq!(state(&parent), before);
     succeed(ims_sshd(&["prepare", "--fresh", "w", "tree.sqsh"], &[]).current_dir(dir.path()));
-    assert_eq!(names(&parent), [".ims-sshd.inventory", ".ims-sshd.source", "image-root"]);
+    let wanted = [".ims-sshd.inventory", ".ims-sshd.source", ".ims-sshd.unpacked", "image-root"];
+    assert_eq!(names(&parent), wanted);
 }

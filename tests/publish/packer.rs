@@ -360,6 +360,39 @@ fn packer_ends_with_a_killed_command_and_with_a_signal() {
     nothing_is_left(dir.path());
 }
 
+/// A session could do that while the image is packed: replace the image root, and every name of the archive.
+#[test]
+fn renaming_the_image_root_while_it_is_packed_changes_nothing() {
+    let (dir, tree, child) = long_run();
+    wait_until("the packer works", || !packers(&tree).is_empty());
+    let pids: Vec<_> = packers(&tree).into_iter().map(|pid| nix::unistd::Pid::from_raw(pid.cast_signed())).collect();
+    let send = |signal| pids.iter().for_each(|pid| nix::sys::signal::kill(*pid, signal).unwrap());
+    send(nix::sys::signal::Signal::SIGSTOP);
+    let (away, secret) = (dir.path().join("away"), dir.path().join("secret"));
+    fs::rename(&tree, &away).unwrap();
+    fs::create_dir_all(&secret).unwrap();
+    fs::write(secret.join("client-secret"), "secret").unwrap();
+    std::os::unix::fs::symlink(&secret, &tree).unwrap();
+    send(nix::sys::signal::Signal::SIGCONT);
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    is_packed(&away, &dir.path().join("image.sqsh"));
+}
+
+#[test]
+fn link_in_place_of_the_part_is_not_written_through() {
+    let dir = directory();
+    let tree = tree(dir.path());
+    let secret = dir.path().join("secret");
+    fs::write(&secret, "secret").unwrap();
+    std::os::unix::fs::symlink(&secret, dir.path().join("image.sqsh.part")).unwrap();
+    let archive = dir.path().join("image.sqsh");
+    run(&["package", "--archive", archive.to_str().unwrap(), tree.to_str().unwrap()], &[]);
+    assert_eq!(fs::read(&secret).unwrap(), b"secret");
+    assert!(fs::symlink_metadata(&archive).unwrap().is_file());
+    is_packed(&tree, &archive);
+}
+
 #[test]
 fn full_disk_is_an_error_and_leaves_no_file() {
     let dir = directory();

@@ -211,7 +211,7 @@ fn failed_mark_made_during_packing_is_not_published() {
         std::fs::write(tools.join("mksquashfs"), waits).unwrap();
         succeed(Command::new("chmod").args(["+x"]).arg(tools.join("mksquashfs")));
         let path = format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", tools.display());
-        let running = Running::start(&job, mode, &[("PATH", &path)]).waiting_on_user();
+        let running = Running::start(&job, mode, &[("PATH", &path), ("IMAGE_PACKER", "mksquashfs")]).waiting_on_user();
         running.mark(mode, "complete");
         wait_until("'packaging_artifacts'", || job.ims.status() == "packaging_artifacts");
         std::fs::write(mark, "").unwrap();
@@ -952,7 +952,7 @@ fn killed_when(moment: &str, has_come: impl Fn(&Job) -> bool) {
     }
     wait_until(moment, || has_come(&job));
     running.kill_sidecar();
-    wait_until("mksquashfs to end", || at_work_in(&job.volume.image_root, "mksquashfs").is_empty());
+    wait_until("the packer to end", || at_work_in(&job.volume.image_root, "pack-as-child").is_empty());
     let second = job.sidecar(Mode::Plain, &[]).spawn().unwrap();
     running.sidecar = Some(second);
     if early {

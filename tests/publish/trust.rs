@@ -48,7 +48,7 @@ fn linked_build_directory_or_image_root_is_refused() {
 }
 
 /// Output of a create job in which `before` and `after` run around mksquashfs: a session could do that at this
-/// moment, but the confined mksquashfs cannot.
+/// moment, but the confined mksquashfs cannot. Our own packer can only be stopped, see `tests/publish/packer.rs`.
 fn create_meanwhile(job: &Job, before: &str, after: &str) -> Output {
     let dir = job.volume.dir.path().join("programs");
     std::fs::create_dir(&dir).unwrap();
@@ -61,7 +61,7 @@ fn create_meanwhile(job: &Job, before: &str, after: &str) -> Output {
     std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
     let path = format!("{shown}:/usr/sbin:/usr/bin:/sbin:/bin");
     std::thread::scope(|scope| {
-        let output = scope.spawn(|| create(job, &[("PATH", &path)]));
+        let output = scope.spawn(|| create(job, &[("PATH", &path), ("IMAGE_PACKER", "mksquashfs")]));
         for (program, script, done) in [("mksquashfs", before, "before"), ("packed", after, "after")] {
             wait_until(program, || !processes_with(&format!("{shown}/{program}")).is_empty());
             succeed(Command::new("sh").args(["-e", "-c", script]));
