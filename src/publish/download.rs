@@ -2,9 +2,9 @@
 
 use std::fs::File;
 use std::io::{Seek, Write};
-use std::time::Instant;
+use std::time::{Duration, Instant, SystemTime};
 
-use reqwest::header::{CONTENT_RANGE, ETAG, HeaderMap, HeaderName, IF_MATCH, LAST_MODIFIED, RANGE};
+use reqwest::header::{CONTENT_RANGE, DATE, ETAG, HeaderMap, HeaderName, IF_MATCH, LAST_MODIFIED, RANGE};
 use reqwest::{StatusCode, Url};
 
 use crate::error::{Attempt, Error, Result};
@@ -35,6 +35,11 @@ struct Download<'a> {
     etag: Option<String>,
     /// Last-Modified, as the server writes it.
     modified: Option<String>,
+    /// True if the rest may be requested: a strong validator tells that it belongs to the same content, or a checksum
+    /// tells it at the end.
+    is_resumable: bool,
+    /// True if a checksum is given.
+    is_verified: bool,
     /// True if the ETag can be the content's MD5.
     etag_is_md5: bool,
     progress: Progress,
@@ -70,6 +75,8 @@ pub(crate) fn fetch(
         total: None,
         etag: None,
         modified: None,
+        is_resumable: false,
+        is_verified: expected.is_given(),
         etag_is_md5: false,
         progress: Progress::begin("fetching", None),
     };
@@ -102,8 +109,15 @@ pub(crate) fn fetch(
 impl Download<'_> {
     /// Sends one request, for the part after what was received.
     async fn go_on(&mut self, copies: u64) -> std::result::Result<(), Fault> {
-        // Without both, the rest may belong to another file.
-        if self.etag.is_none() && self.modified.is_none() {
+        // The rest may belong to another file.
+        if !self.is_resumable {
+            if self.length > 0 {
+                tracing::warn!(
+                    "{} is fetched from the beginning: the server names no strong validator (ETag, or Last-Modified \
+                     with Date), and no checksum is given (--sha256, DOWNLOAD_SHA256SUM)",
+                    without_query(self.url)
+                );
+            }
             self.begin_anew()?;
         }
         let has_login = Url::parse(self.url).is_ok_and(|url| !url.username().is_empty() || url.password().is_some());
@@ -146,6 +160,8 @@ impl Download<'_> {
         if status == StatusCode::OK {
             self.etag = text_of(response.headers(), ETAG.as_str()).map(str::to_owned);
             self.modified = text_of(response.headers(), LAST_MODIFIED.as_str()).map(str::to_owned);
+            let has_any = self.etag.is_some() || self.modified.is_some();
+            self.is_resumable = has_strong_validator(response.headers()) || self.is_verified && has_any;
             self.etag_is_md5 = is_md5(response.headers());
             self.total = response.content_length();
             if let Some(total) = self.total {
@@ -194,6 +210,7 @@ impl Download<'_> {
 
     fn begin_anew(&mut self) -> Result<()> {
         (self.length, self.total, self.etag, self.modified) = (0, None, None, None);
+        self.is_resumable = false;
         self.sums.reset();
         self.file.set_len(0).and_then(|()| self.file.rewind()).attempt(|| format!("truncate {}", self.path))
     }
@@ -201,9 +218,10 @@ impl Download<'_> {
     /// Returns whether a partial response continues the same content, and its end is known.
     fn goes_on(&mut self, headers: &HeaderMap) -> bool {
         // A partial response has all headers of the whole one (RFC 9110, 15.3.7).
+        let is_same_tag = text_of(headers, ETAG.as_str()) == self.etag.as_deref();
         let is_same = match &self.etag {
-            Some(etag) => text_of(headers, ETAG.as_str()) == Some(etag),
-            None => text_of(headers, LAST_MODIFIED.as_str()) == self.modified.as_deref(),
+            Some(etag) if !is_weak(etag) => is_same_tag,
+            _ => is_same_tag && text_of(headers, LAST_MODIFIED.as_str()) == self.modified.as_deref(),
         };
         let Some((start, total)) = text_of(headers, CONTENT_RANGE.as_str()).and_then(range) else { return false };
         let fits = total.is_none() || self.total.is_none() || total == self.total;
@@ -224,6 +242,31 @@ fn text_of<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
 
 fn is_weak(etag: &str) -> bool {
     etag.starts_with("W/")
+}
+
+/// A file that was changed at least this long before the answer does not change again within the second that its
+/// Last-Modified names, even if the two clocks differ (RFC 9110, 8.8.2.2; RFC 7232 names this time).
+const LONG_AGO: Duration = Duration::from_mins(1);
+
+/// Returns whether two answers with the validators of this one have the same bytes (RFC 9110, 8.8.1).
+fn has_strong_validator(headers: &HeaderMap) -> bool {
+    if text_of(headers, ETAG.as_str()).is_some_and(|etag| !is_weak(etag)) {
+        return true;
+    }
+    let [modified, answered] = [LAST_MODIFIED, DATE].map(|name| text_of(headers, name.as_str()).and_then(time_of));
+    let age = modified.zip(answered).and_then(|(modified, answered)| answered.duration_since(modified).ok());
+    age.is_some_and(|age| age >= LONG_AGO)
+}
+
+const MONTHS: [&str; 12] = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
+
+/// Parses a date in the format that servers send, `Sun, 06 Nov 1994 08:49:37 GMT` (RFC 9110, 5.6.7). The two obsolete
+/// formats are not read.
+fn time_of(text: &str) -> Option<SystemTime> {
+    let fields: Vec<_> = text.split_once(", ")?.1.split(' ').collect();
+    let [day, month, year, time, "GMT"] = fields[..] else { return None };
+    let month = MONTHS.iter().position(|name| *name == month)? + 1;
+    humantime::parse_rfc3339(&format!("{year}-{month:02}-{day}T{time}Z")).ok()
 }
 
 /// Returns whether the ETag of a response is the MD5 of its content: it looks like one, and no header says otherwise.
@@ -260,6 +303,30 @@ fn check_space(file: &File, path: &str, needed: u64) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn validators_are_strong_as_rfc_9110_says() {
+        let of = |headers: &[(&'static str, &'static str)]| {
+            let pairs = headers.iter().map(|(name, value)| (HeaderName::from_static(name), value.parse().unwrap()));
+            has_strong_validator(&pairs.collect())
+        };
+        let modified = ("last-modified", "Sun, 06 Nov 1994 08:49:37 GMT");
+        assert!(of(&[("etag", "\"1\"")]) && of(&[modified, ("date", "Sun, 06 Nov 1994 08:50:37 GMT")]));
+        assert!(of(&[("etag", "W/\"1\""), modified, ("date", "Mon, 01 Jan 2024 00:00:00 GMT")]));
+        assert!(!of(&[]) && !of(&[("etag", "W/\"1\"")]) && !of(&[modified]));
+        for date in [
+            "Sun, 06 Nov 1994 08:50:36 GMT",
+            "Sun, 06 Nov 1994 08:49:37 GMT",
+            "Sun, 06 Nov 1994 08:00:00 GMT",
+            "Sunday, 06-Nov-95 08:49:37 GMT",
+            "Mon, 06 Nov 1995 08:49:37 CET",
+            "Mon, 31 Feb 1995 08:49:37 GMT",
+            "Mon, ü",
+            "",
+        ] {
+            assert!(!of(&[modified, ("date", date)]), "{date}");
+        }
+    }
 
     #[test]
     fn only_an_etag_that_can_be_an_md5_is_used_as_one() {

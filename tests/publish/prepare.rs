@@ -385,18 +385,33 @@ fn etags_that_are_not_an_md5_are_not_verified() {
     }
 }
 
+/// A weak ETag may stay when the bytes change (RFC 9110, 8.8.1).
 #[test]
-fn download_with_a_weak_etag_resumes_and_notices_a_change() {
+fn download_with_a_weak_etag_resumes_only_if_a_checksum_verifies_it() {
     let (dir, tree, content) = served_image();
-    let server = FileServer::with_etag(content.clone(), "W/\"1\"", &[Fault::ResetAfter(5000)]);
-    let output = prepare(&dir.path().join("same"), &server.url, &[]);
-    assert!(output.status.success(), "{}", text(&output.stderr));
-    same_tree(&tree, &dir.path().join("same/image-root"));
-    let requests = server.requests.lock().unwrap().clone();
-    assert_eq!((requests.len(), requests[1].range.is_some(), requests[1].if_match.clone()), (2, true, None));
+    let cut = Fault::ResetAfter(5000);
+    for (number, (variables, resumes)) in [
+        (vec![], false),
+        (vec![("DOWNLOAD_SHA256SUM", sha256(&content))], true),
+        (vec![("DOWNLOAD_MD5SUM", md5(&content))], true),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let server = FileServer::with_etag(content.clone(), "W/\"1\"", &[cut]);
+        let parent = dir.path().join(format!("same-{number}"));
+        let output = prepare(&parent, &server.url, &variables);
+        let said = text(&output.stderr);
+        assert!(output.status.success(), "{said}");
+        same_tree(&tree, &parent.join("image-root"));
+        let requests = server.requests.lock().unwrap().clone();
+        assert_eq!((requests.len(), requests[1].range.is_some(), requests[1].if_match.clone()), (2, resumes, None));
+        assert_eq!(said.contains("no strong validator"), !resumes, "{said}");
+    }
     let other: Vec<_> = content.iter().map(|byte| !byte).collect();
-    let server = FileServer::with_etag(other, "W/\"1\"", &[Fault::ResetAfter(5000), Fault::Change]);
-    let output = prepare(&dir.path().join("changed"), &server.url, &[]);
+    let server = FileServer::with_etag(other, "W/\"1\"", &[cut, Fault::Change]);
+    let sum = [("DOWNLOAD_SHA256SUM", sha256(&content))];
+    let output = prepare(&dir.path().join("changed"), &server.url, &sum);
     assert!(output.status.success(), "{}", text(&output.stderr));
     same_tree(&tree, &dir.path().join("changed/image-root"));
 }

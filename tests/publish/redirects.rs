@@ -111,7 +111,7 @@ fn partial_answer_is_not_taken_for_the_whole_file() {
 }
 
 #[test]
-fn download_resumes_only_with_an_etag_or_last_modified() {
+fn download_resumes_only_with_a_strong_etag_or_last_modified() {
     let (dir, tree, content) = served_image();
     let length = content.len();
     let changed: Vec<_> = content.iter().map(|byte| !byte).collect();
@@ -127,15 +127,28 @@ fn download_resumes_only_with_an_etag_or_last_modified() {
         );
         answer(&head, &content[4096..])
     };
-    let (old, new) =
-        ("last-modified: Wed, 01 Jan 2025 00:00:00 GMT\r\n", "last-modified: Wed, 01 Jan 2025 00:00:01 GMT\r\n");
+    let [old, new] = ["00", "01"].map(|second| {
+        let modified = format!("last-modified: Wed, 01 Jan 2025 00:00:{second} GMT\r\n");
+        format!("{modified}date: Wed, 01 Jan 2025 00:02:00 GMT\r\n")
+    });
+    let (old, new) = (old.as_str(), new.as_str());
+    let undated = "last-modified: Wed, 01 Jan 2025 00:00:00 GMT\r\n";
+    // The file may have changed again within the same second.
+    let just_now = "last-modified: Wed, 01 Jan 2025 00:00:00 GMT\r\ndate: Wed, 01 Jan 2025 00:00:00 GMT\r\n";
+    let [with_undated, with_old] = [undated, old].map(|modified| format!("etag: W/\"1\"\r\n{modified}"));
     let tag = "etag: \"1\"\r\n";
     for (number, (answers, second_is_of_a_part)) in [
         (vec![cut_off(""), whole(&content)], false),
         (vec![cut_off(old), part(new), whole(&content)], true),
         (vec![cut_off(old), part(""), whole(&content)], true),
         (vec![cut_off(tag), part(""), whole(&content)], true),
-        (vec![cut_off("etag: W/\"1\"\r\n"), part(""), whole(&content)], true),
+        (vec![cut_off("etag: W/\"1\"\r\n"), whole(&content)], false),
+        (vec![cut_off(undated), whole(&content)], false),
+        (vec![cut_off(just_now), whole(&content)], false),
+        (vec![cut_off("last-modified: yesterday\r\ndate: today\r\n"), whole(&content)], false),
+        (vec![cut_off(&with_undated), whole(&content)], false),
+        (vec![cut_off(&with_old), part(new), whole(&content)], true),
+        (vec![cut_off(&with_old), part(&new.replace("01 GMT", "00 GMT")), whole(&content)], true),
     ]
     .into_iter()
     .enumerate()
