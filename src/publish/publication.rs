@@ -20,7 +20,7 @@ use crate::publish::settings::Settings;
 use crate::store::error::cause;
 use crate::store::{Description, MD5, Owner, SHA256, Store};
 use crate::transfer::Work;
-use crate::transfer::checksum::sums_of;
+use crate::transfer::checksum::{looks_like_md5, sums_of};
 
 /// Keys below the image's ID, and their media types.
 const ROOTFS: (&str, &str) = ("rootfs", "application/vnd.cray.image.rootfs.squashfs");
@@ -371,7 +371,7 @@ impl Publication<'_> {
                 let description = Description { media_type, metadata };
                 self.put(store, &Large { place: &place, content, size, md5, description: &description })?;
             }
-            let etag = self.etag(store, &place, size)?;
+            let etag = self.etag(store, &place, size, md5)?;
             if !is_published {
                 tracing::info!(md5, etag, "uploaded {url}");
             }
@@ -418,9 +418,9 @@ impl Publication<'_> {
         let text = manifest::text(artifacts, SystemTime::now(), self.is_named(store).then_some(identity));
         let md5 = format!("{:x}", Md5::digest(&text));
         let (place, size) = (format!("{id}/{}", MANIFEST.0), text.len() as u64);
-        let description = Description { media_type: MANIFEST.1, metadata: vec![(MD5, md5)] };
+        let description = Description { media_type: MANIFEST.1, metadata: vec![(MD5, md5.clone())] };
         self.wait(&format!("upload {}", store.url_of(&place)), store.put(&place, text, &description))?;
-        let etag = self.etag(store, &place, size)?;
+        let etag = self.etag(store, &place, size, &md5)?;
         Ok(Link::new(store.url_of(&format!("{name}/{}", MANIFEST.0)), etag))
     }
 
@@ -455,12 +455,20 @@ impl Publication<'_> {
         Sender { work: self.work, store, settings: &self.settings.store, directory: self.directory }
     }
 
-    fn etag(&self, store: &Store, place: &str, size: u64) -> Result<String> {
+    /// ETag of an object that was uploaded. Refuses one with another size, or with another MD5 if its ETag is one.
+    fn etag(&self, store: &Store, place: &str, size: u64, md5: &str) -> Result<String> {
         let attempted = format!("inspect {}", store.url_of(place));
-        match self.wait(&attempted, store.head(place))? {
-            (etag, found) if found == size => Ok(etag),
-            (_, found) => Err(Error::new(attempted).because(format!("it has {found} bytes, expected {size}"))),
+        let refuse = |why: String| Err(Error::new(&attempted).because(why));
+        let (etag, found) = self.wait(&attempted, store.head(place))?;
+        if found != size {
+            return refuse(format!("it has {found} bytes, expected {size}"));
         }
+        // The ETag of an object that was uploaded in parts is the store's own.
+        let is_other = size <= PART && looks_like_md5(&etag) && !etag.eq_ignore_ascii_case(md5);
+        if is_other && self.wait(&attempted, store.has_md5(place))? {
+            return refuse(format!("its MD5 there is {etag}, expected {md5}"));
+        }
+        Ok(etag)
     }
 
     fn wait<T>(&self, attempted: &str, work: impl Future<Output = object_store::Result<T>>) -> Result<T> {

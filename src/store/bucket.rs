@@ -11,6 +11,7 @@ use reqwest::{Method, StatusCode};
 
 use crate::store::error::failure;
 use crate::store::place::SIGNED_FOR;
+use crate::transfer::checksum::etag_is_md5;
 
 /// Sends requests to a bucket.
 pub(crate) struct Asked<'a> {
@@ -41,6 +42,13 @@ impl Asked<'_> {
     pub(crate) async fn delete(&self, key: &Path) -> object_store::Result<()> {
         let answer = self.ask(Method::DELETE, key, &[]).await?;
         if answer.status() == StatusCode::NOT_FOUND { Ok(()) } else { refuse(key, &answer) }
+    }
+
+    /// Returns whether the ETag of an object is the MD5 of its content, by its headers, which the crate does not show.
+    pub(crate) async fn has_md5(&self, key: &Path) -> object_store::Result<bool> {
+        let answer = self.ask(Method::HEAD, key, &[]).await?;
+        refuse(key, &answer)?;
+        Ok(etag_is_md5(answer.headers()))
     }
 
     async fn ask(&self, method: Method, key: &Path, query: &[(&str, &str)]) -> object_store::Result<HttpResponse> {

@@ -332,6 +332,12 @@ impl Store {
         }
     }
 
+    /// Returns whether the ETag of an object is the MD5 of its content. A file has none.
+    pub(crate) async fn has_md5(&self, key: &str) -> object_store::Result<bool> {
+        let Objects::S3 { bucket, client, region, .. } = &self.objects else { return Ok(false) };
+        Asked { bucket, client, region }.has_md5(&self.path(key)).await
+    }
+
     /// Returns whether an object exists and has this size and MD5. Files have no metadata: always false.
     pub(crate) async fn holds(&self, key: &str, size: u64, md5: &str) -> bool {
         let Objects::S3 { bucket, .. } = &self.objects else { return false };

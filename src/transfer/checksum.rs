@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 
 use md5::{Digest, Md5};
+use reqwest::header::{ETAG, HeaderMap, HeaderName};
 use ring::digest;
 use sha2::Sha256;
 
@@ -159,4 +160,57 @@ fn hexadecimal(sum: &str, digits: usize) -> Checked {
 pub(crate) fn checksum(reader: &mut Reader, variable: &str, digits: usize) -> Option<String> {
     let sum = reader.text(variable)?;
     reader.check(variable, &sum, |sum| hexadecimal(sum, digits))
+}
+
+/// Text of a header; `None` if it is missing or not ASCII.
+pub(crate) fn text_of<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
+    headers.get(name)?.to_str().ok()
+}
+
+/// True for an ETag that may stay when the bytes change (RFC 9110, 8.8.1).
+pub(crate) fn is_weak(etag: &str) -> bool {
+    etag.starts_with("W/")
+}
+
+/// True for an ETag that looks like an MD5, without quotes.
+pub(crate) fn looks_like_md5(etag: &str) -> bool {
+    etag.len() == 32 && etag.bytes().all(|b| b.is_ascii_hexdigit())
+}
+
+/// Returns whether the ETag of a response is the MD5 of its content: it looks like one, and no header says otherwise.
+pub(crate) fn etag_is_md5(headers: &HeaderMap) -> bool {
+    let etag = text_of(headers, ETAG.as_str()).filter(|etag| !is_weak(etag)).unwrap_or_default().trim_matches('"');
+    let mut names = headers.keys().map(HeaderName::as_str);
+    // Objects that are encrypted with keys of others (SSE-C, SSE-KMS), and Swift's large objects, made of several.
+    let other = ["x-amz-server-side-encryption", "x-static-large-object", "x-object-manifest"];
+    looks_like_md5(etag) && !names.any(|name| other.iter().any(|other| name.starts_with(other)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_an_etag_that_can_be_an_md5_is_used_as_one() {
+        let sum = "\"d41d8cd98f00b204e9800998ecf8427e\"";
+        let of = |headers: &[(&'static str, &'static str)]| {
+            let pairs = headers.iter().map(|(name, value)| (HeaderName::from_static(name), value.parse().unwrap()));
+            etag_is_md5(&pairs.collect())
+        };
+        assert!(of(&[("etag", sum)]));
+        assert!(of(&[("etag", "D41D8CD98F00B204E9800998ECF8427E")]), "as Swift writes it, without quotes");
+        for etag in ["W/\"d41d8cd98f00b204e9800998ecf8427e\"", "\"d41d8cd98f00b204e9800998ecf8427e-2\"", "\"x\"", ""] {
+            assert!(!of(&[("etag", etag)]), "{etag}");
+        }
+        for (name, value) in [
+            ("x-static-large-object", "True"),
+            ("x-object-manifest", "container/prefix"),
+            ("x-amz-server-side-encryption", "aws:kms"),
+            ("x-amz-server-side-encryption", "aws:kms:dsse"),
+            ("x-amz-server-side-encryption-customer-algorithm", "AES256"),
+        ] {
+            assert!(!of(&[("etag", sum), (name, value)]), "{name}: {value}");
+        }
+        assert!(!of(&[]));
+    }
 }

@@ -312,6 +312,28 @@ fn object_with_a_wrong_size_in_the_store_is_noticed() {
 }
 
 #[test]
+fn object_with_another_md5_in_the_store_is_noticed() {
+    let (dir, tree, squashfs) = packed_image();
+    let other = md5(b"other content");
+    for (headers, is_refused) in [
+        (format!("etag: \"{other}\""), true),
+        (format!("etag: {other}"), true),
+        // Parts, or an encryption: the ETag is not the content's MD5.
+        (format!("etag: \"{other}-2\""), false),
+        (format!("etag: \"{other}\"\r\nx-amz-server-side-encryption: aws:kms"), false),
+        (format!("etag: \"{other}\"\r\nx-amz-server-side-encryption-customer-algorithm: AES256"), false),
+        (format!("etag: W/\"{other}\""), false),
+    ] {
+        let sink = Sink::describing(&headers);
+        let mut command = ims_sshd(&["upload", "--archive"], &sink.variables());
+        let output = command.args([&squashfs, &tree]).current_dir(dir.path()).output().unwrap();
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(i32::from(is_refused)), "{headers}: {said}");
+        assert_eq!(said.contains(&format!("its MD5 there is {other}, expected ")), is_refused, "{headers}: {said}");
+    }
+}
+
+#[test]
 fn token_is_replaced_before_it_expires() {
     let (dir, tree, squashfs) = packed_image();
     let (bucket, ims) = (Bucket::new(), ImsServer::start());

@@ -329,9 +329,18 @@ impl Sink {
 
     /// Reports each object as this many bytes too short.
     pub fn losing(bytes: u64) -> Self {
+        Self::telling(bytes, "etag: \"e\"")
+    }
+
+    /// Gives each object these headers, without the last line end.
+    pub fn describing(headers: &str) -> Self {
+        Self::telling(0, headers)
+    }
+
+    fn telling(lost: u64, headers: &str) -> Self {
         let sizes = Arc::new(Mutex::new(std::collections::BTreeMap::new()));
-        let shared = sizes.clone();
-        let address = listen(move |connection| while swallow(&connection, &shared, bytes).is_some() {});
+        let (shared, headers) = (sizes.clone(), headers.to_owned());
+        let address = listen(move |connection| while swallow(&connection, &shared, lost, &headers).is_some() {});
         Self { endpoint: format!("http://{address}"), sizes }
     }
 
@@ -341,7 +350,12 @@ impl Sink {
     }
 }
 
-fn swallow(connection: &TcpStream, sizes: &Mutex<std::collections::BTreeMap<String, u64>>, lost: u64) -> Option<()> {
+fn swallow(
+    connection: &TcpStream,
+    sizes: &Mutex<std::collections::BTreeMap<String, u64>>,
+    lost: u64,
+    headers: &str,
+) -> Option<()> {
     use std::io::{BufRead, BufReader};
     let mut reader = BufReader::with_capacity(1 << 20, connection);
     let mut lines = reader.by_ref().lines().map_while(Result::ok).take_while(|line| !line.is_empty());
@@ -371,8 +385,7 @@ fn swallow(connection: &TcpStream, sizes: &Mutex<std::collections::BTreeMap<Stri
         sizes.remove(path);
         return write!(out, "HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n").ok();
     }
-    write!(out, "HTTP/1.1 200 OK\r\netag: \"e\"\r\nlast-modified: {date}\r\ncontent-length: {length}\r\n\r\n{body}")
-        .ok()
+    write!(out, "HTTP/1.1 200 OK\r\n{headers}\r\nlast-modified: {date}\r\ncontent-length: {length}\r\n\r\n{body}").ok()
 }
 
 /// A server that gives every request the same answer. Returns its URL.
