@@ -22,6 +22,9 @@ use crate::sys::tree::Tree;
 /// process.
 const RESERVED: u64 = 48;
 
+/// How long a connection without a session is remembered. `ControlPersist` keeps Ansible's open for a minute.
+const REMEMBERED: Duration = Duration::from_mins(10);
+
 /// A session that is running.
 #[derive(Debug, Clone)]
 pub(crate) struct Session {
@@ -29,6 +32,8 @@ pub(crate) struct Session {
     pub(crate) pid: i32,
     /// Address of the client.
     pub(crate) client: String,
+    /// Port of the client; `None` if it is unknown.
+    pub(crate) port: Option<u16>,
     /// Fingerprint of the client's key, as sshd logs it; empty if it is unknown.
     pub(crate) key: String,
     /// True if the session has a terminal.
@@ -53,15 +58,15 @@ impl Session {
         })
     }
 
-    fn log_beginning(&self) {
-        tracing::info!(
-            pid = self.pid,
-            client = self.client,
-            key = self.key,
-            terminal = self.terminal,
-            request = self.request,
-            "session begins"
-        );
+    /// Logs the beginning of the session, the first one of its connection at a level that is shown by default: Ansible
+    /// runs several for each task.
+    fn log_beginning(&self, is_first: bool) {
+        let Self { pid, client, port, key, terminal, request, .. } = self;
+        if is_first {
+            tracing::info!(pid, client, port, key, terminal, request, "session begins");
+        } else {
+            tracing::debug!(pid, client, port, key, terminal, request, "session begins");
+        }
     }
 
     /// Logs the end of the session. `how` is an exit code or the name of a signal, optionally with `: REASON`; `None`
@@ -72,8 +77,11 @@ impl Session {
             how.map(|how| how.split_once(": ").map_or((how, None), |(how, why)| (how, Some(why)))).unzip();
         let exit: Option<i32> = how.and_then(|how| how.parse().ok());
         let signal = how.filter(|how| exit.is_none() && !how.is_empty());
-        let reason = reason.flatten();
-        tracing::info!(pid = self.pid, client = self.client, exit, signal, reason, seconds, "session ended");
+        let Self { pid, client, port, .. } = self;
+        match reason.flatten() {
+            Some(reason) => tracing::info!(pid, client, port, exit, signal, reason, seconds, "session ended"),
+            None => tracing::debug!(pid, client, port, exit, signal, seconds, "session ended"),
+        }
     }
 }
 
@@ -98,6 +106,8 @@ pub(crate) struct Presence {
     was_full: bool,
     /// Sessions without a helper, each with the start time of its first process.
     found: Vec<(Session, u64)>,
+    /// Connections of clients, by address and port, each with the time of its last new session.
+    clients: BTreeMap<(String, u16), Instant>,
     /// When a helper last reported the end of a session, however short.
     last_heard: Option<Instant>,
 }
@@ -112,8 +122,16 @@ impl Presence {
         sources.add(&listener, None).attempt(attempted)?;
         let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(u64::MAX);
         let most_connections = usize::try_from(limit.saturating_sub(RESERVED)).unwrap_or(usize::MAX).max(1);
-        let (connections, found) = (BTreeMap::new(), Vec::new());
-        Ok(Self { listener, connections, sources, most_connections, was_full: false, found, last_heard: None })
+        Ok(Self {
+            listener,
+            connections: BTreeMap::new(),
+            sources,
+            most_connections,
+            was_full: false,
+            found: Vec::new(),
+            clients: BTreeMap::new(),
+            last_heard: None,
+        })
     }
 
     /// Sessions that are running now.
@@ -147,6 +165,11 @@ impl Presence {
             for number in ready {
                 match number.and_then(|number| self.connections.get_mut(&number)).map(Connection::receive) {
                     None => self.accept(),
+                    Some(Received::Beginning(session)) => {
+                        session.log_beginning(self.is_first(&session));
+                        let connection = number.and_then(|number| self.connections.get_mut(&number));
+                        connection.into_iter().for_each(|connection| connection.session = Some(session.clone()));
+                    }
                     Some(Received::Report) => {}
                     Some(Received::StatusRequest) => clients.extend(self.remove(number)),
                     Some(Received::End) => {
@@ -156,6 +179,15 @@ impl Presence {
                 }
             }
         }
+    }
+
+    /// Records the connection of a new session. Returns whether the session is its first one, as far as is known.
+    fn is_first(&mut self, session: &Session) -> bool {
+        let Some(port) = session.port else { return true };
+        let client = (session.client.clone(), port);
+        let is_running = self.sessions().any(|other| other.port == session.port && other.client == session.client);
+        self.clients.retain(|_, last| last.elapsed() < REMEMBERED);
+        self.clients.insert(client, Instant::now()).is_none() && !is_running
     }
 
     fn accept(&mut self) {
@@ -199,16 +231,18 @@ impl Presence {
             if self.found.iter().any(|(s, start)| s.pid == pid && *start == leader.start) {
                 continue;
             }
+            let (client, port) = client(&variable_of(leader, "SSH_CONNECTION").unwrap_or("unknown".into()));
             let session = Session {
                 pid,
-                client: variable_of(leader, "SSH_CONNECTION").map_or("unknown".into(), |c| first_word(&c)),
+                client,
+                port,
                 key: key_of(leader).unwrap_or_default(),
                 terminal: leader.terminal != 0,
                 interactive: leader.terminal != 0 && leader.is_login_shell(),
                 request: without_secrets(&leader.command_line()),
                 since: SystemTime::now(),
             };
-            session.log_beginning();
+            session.log_beginning(self.is_first(&session));
             self.found.push((session, leader.start));
         }
     }
@@ -223,6 +257,7 @@ impl AsFd for Presence {
 
 /// Kind of a received packet.
 enum Received {
+    Beginning(Session),
     Report,
     StatusRequest,
     End,
@@ -233,17 +268,17 @@ impl Connection {
     fn receive(&mut self) -> Received {
         match self.packets.receive().ok().flatten().as_deref().map(Packet::parse) {
             Some(Some(Packet::Begin(beginning))) => {
-                let session = Session {
+                let (client, port) = client(&beginning.client);
+                return Received::Beginning(Session {
                     pid: self.packets.peer().map_or(0, nix::unistd::Pid::as_raw),
-                    client: beginning.client,
+                    client,
+                    port,
                     key: fingerprint(&beginning.credential).unwrap_or_default(),
                     terminal: beginning.terminal,
                     interactive: beginning.interactive,
                     request: without_secrets(&beginning.request),
                     since: SystemTime::now(),
-                };
-                session.log_beginning();
-                self.session = Some(session);
+                });
             }
             Some(Some(Packet::End(how))) => self.ended = Some(how),
             Some(Some(Packet::Status)) => return Received::StatusRequest,
@@ -266,8 +301,10 @@ fn variable_of(leader: &Entry, name: &str) -> Option<String> {
     variables.split('\0').find_map(|v| v.strip_prefix(name)?.strip_prefix('=')).map(str::to_owned)
 }
 
-fn first_word(text: &str) -> String {
-    text.split(' ').next().unwrap_or_default().to_owned()
+/// Address and port of the client at the beginning of `SSH_CONNECTION`.
+fn client(connection: &str) -> (String, Option<u16>) {
+    let mut words = connection.split(' ');
+    (words.next().unwrap_or_default().to_owned(), words.next().and_then(|port| port.parse().ok()))
 }
 
 /// Fingerprint of a session's key, by the file that sshd writes for it (`ExposeAuthInfo`).

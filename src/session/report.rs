@@ -13,7 +13,7 @@ use crate::sys::seqpacket::Packets;
 /// The beginning of a session.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Beginning {
-    /// Address of the client, as sshd saw it.
+    /// Address and port of the client, as sshd saw them, separated by a blank.
     pub client: String,
     /// Authentication method and key, a line of `ExposeAuthInfo`: `publickey ssh-ed25519 AAAA…`.
     pub(crate) credential: String,
@@ -34,7 +34,8 @@ impl Beginning {
         let interactive = terminal && *request == Request::Shell;
         let variable = |name| std::env::var_os(name).unwrap_or_default();
         let connection = variable("SSH_CONNECTION");
-        let client = connection.as_bytes().split(|&b| b == b' ').next().unwrap_or_default();
+        let end = connection.as_bytes().iter().enumerate().filter(|(_, b)| **b == b' ').nth(1);
+        let client = &connection.as_bytes()[..end.map_or(connection.len(), |(at, _)| at)];
         let credential =
             std::env::var_os("SSH_USER_AUTH").and_then(|file| std::fs::read(file).ok()).unwrap_or_default();
         let credential = credential.split(|&b| b == b'\n').next().unwrap_or_default();
@@ -137,7 +138,7 @@ mod tests {
     #[test]
     fn packets_round_trip_through_their_bytes() {
         let beginning = Beginning {
-            client: "192.0.2.1".into(),
+            client: "192.0.2.1 40000".into(),
             credential: "publickey ssh-ed25519 AAAA".into(),
             terminal: true,
             interactive: false,

@@ -7,10 +7,10 @@ use serde_json::Value;
 use testbed::*;
 
 #[test]
-fn status_lists_sessions_and_the_log_has_their_beginnings_and_ends() {
+fn status_lists_sessions_and_the_debug_log_has_their_beginnings_and_ends() {
     for mode in MODES {
         let before = std::time::SystemTime::now() - Duration::from_secs(1);
-        let mut environment = Environment::open(Image::Debian, mode);
+        let mut environment = Volume::new(Image::Debian).start_with(mode, &[("LOG_LEVEL", "debug")]).ready();
         let held = Held::open(&environment);
         let mut terminal = environment.ssh(&["-tt"]);
         let terminal = terminal.stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
@@ -64,13 +64,31 @@ fn status_lists_sessions_and_the_log_has_their_beginnings_and_ends() {
         let how: &[&str] = if mode == Mode::Jailed {
             &["exit=0 ", "exit=7 ", "signal=\"SIGKILL\"", "signal=\"SIGHUP\""]
         } else {
-            &["client=\"127.0.0.1\" seconds="; 2]
+            &["client=\"127.0.0.1\" port="; 2]
         };
+        assert!(mode == Mode::Jailed || !ends.iter().any(|l| l.contains("exit=") || l.contains("signal=")), "{ends:?}");
         assert_eq!(ends.len(), how.len(), "not every session that began has ended; {mode:?}:\n{log}");
         for how in how {
             assert!(ends.iter().any(|l| l.contains(how)), "{mode:?}: no {how} in {ends:?}");
         }
     }
+}
+
+#[test]
+fn connection_is_logged_once_whatever_the_number_of_its_sessions() {
+    let mut environment = Environment::open(Image::Busybox, Mode::Jailed);
+    let master = environment.master();
+    for number in 1..=5 {
+        assert!(succeed(master.ssh().arg(format!("echo {number}"))).starts_with(&number.to_string()));
+    }
+    drop(master);
+    environment.run("echo other");
+    assert_eq!(environment.complete(), 0);
+    let log = environment.log_text();
+    let begun: Vec<_> = log.lines().filter(|line| line.contains("session begins")).collect();
+    assert_eq!(begun.len(), 2, "{log}");
+    assert!(begun[0].contains("port=") && begun[0].contains("echo 1") && begun[1].contains("echo other"), "{begun:?}");
+    assert!(!log.contains("session ended"), "{log}");
 }
 
 #[test]
