@@ -43,12 +43,26 @@ pub fn report_refusal(parent: &Path, variables: Vec<(OsString, OsString)>) {
         return;
     }
     let Ok(settings) = Settings::to_report(variables) else { return };
+    mark_pod_error(parent, &settings);
     let reported = Work::begin(&settings.network).and_then(|work| {
         let reported = settings.ims_client(&work).set_status(Status::Error).map(drop);
         work.unless_interrupted(reported)
     });
     if let Err(e) = reported {
         tracing::error!("{e}");
+    }
+}
+
+/// Marks the volume of a job whose preparation failed, if it has an image root: nothing else would tell a sidecar
+/// without IMS.
+fn mark_pod_error(parent: &Path, settings: &Settings) {
+    let has_image_root = [IMAGE_ROOT, CREATED_IMAGE_ROOT].iter().any(|name| parent.join(name).exists());
+    if settings.job.id.is_some()
+        && has_image_root
+        && let Ok(Some(files)) = SignalFiles::open(parent)
+        && let Err(e) = files.touch(POD_ERROR)
+    {
+        tracing::warn!("{e}");
     }
 }
 
@@ -96,6 +110,7 @@ pub fn prepare(settings: &Settings, source: &Source, open: Open, is_fresh: bool)
     });
     work.unless_interrupted(result).inspect_err(|_| {
         work.finish_regardless();
+        mark_pod_error(&settings.job.parent, settings);
         if let Err(e) = ims.set_status(Status::Error) {
             tracing::error!("{e}");
         }

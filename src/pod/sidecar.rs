@@ -454,6 +454,9 @@ impl<'a> Sidecar<'a> {
             return Ok(false);
         }
         for name in [EXITING, SSHD_LISTENING].into_iter().chain(Verdict::ALL.map(Verdict::signal_file)) {
+            if name != SSHD_LISTENING && self.files.stands(name)? {
+                tracing::info!("removed the mark '{name}' of an earlier environment");
+            }
             self.files.retract(name)?;
         }
         if let Some(image_root) = image_root.filter(|_| self.settings.job.jailed) {
@@ -463,6 +466,10 @@ impl<'a> Sidecar<'a> {
         self.journal.write(self.directory)?;
         self.files.touch(READY)?;
         tracing::info!("created '{READY}': the environment may open");
+        if !self.files.is_claimed() {
+            let seconds = self.settings.start_limit.as_secs();
+            tracing::info!("no environment waits yet: one has {seconds} s to start (IMS_START_LIMIT)");
+        }
         Ok(true)
     }
 

@@ -289,6 +289,40 @@ fn environment_that_failed_before_the_sidecar_started_ends_the_job_at_once() {
 }
 
 #[test]
+fn failure_of_prepare_ends_a_sidecar_without_ims_at_once() {
+    for refused in [None, Some(("SSH_JAIL", "maybe"))] {
+        let job = Job::new();
+        let mut variables = job.variables(Mode::Plain);
+        variables.retain(|(name, _)| !ALONE.iter().any(|(alone, _)| name == alone));
+        variables.extend(refused.map(|(name, value)| (name, value.to_owned())));
+        let output = ims_sshd(&["prepare", "/nonexistent"], &variables).output().unwrap();
+        assert!(!output.status.success(), "{output:?}");
+        let began = Instant::now();
+        let output = ended(job.sidecar(Mode::Plain, &ALONE).spawn().unwrap());
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{refused:?}: {said}");
+        assert!(said.contains("there is a file 'pod_error' in"), "{refused:?}: {said}");
+        assert!(began.elapsed() < Duration::from_secs(5) && !job.volume.signal("ready").exists(), "{said}");
+    }
+    // Without a job, nobody waits, and nothing is left behind.
+    let dir = directory();
+    assert!(!ims_sshd(&["prepare", "/nonexistent"], &[]).current_dir(dir.path()).arg(".").status().unwrap().success());
+    assert!(dir.path().read_dir().unwrap().next().is_none());
+}
+
+#[test]
+fn sidecar_says_how_long_it_waits_for_an_environment() {
+    let job = Job::new();
+    for stale in ["failed", "exiting"] {
+        job.volume.touch(stale);
+    }
+    let output = ended(job.sidecar(Mode::Plain, &[("IMS_START_LIMIT", "1")]).spawn().unwrap());
+    let said = text(&output.stderr);
+    assert!(said.contains("removed the mark 'failed' of an earlier environment"), "{said}");
+    assert!(said.contains("no environment waits yet: one has 1 s to start (IMS_START_LIMIT)"), "{said}");
+}
+
+#[test]
 fn marks_of_an_earlier_run_do_not_end_the_job() {
     let job = Job::new();
     for stale in ["failed", "exiting"] {
