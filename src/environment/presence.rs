@@ -168,7 +168,9 @@ impl Presence {
                     Some(Received::Beginning(session)) => {
                         session.log_beginning(self.is_first(&session));
                         let connection = number.and_then(|number| self.connections.get_mut(&number));
-                        connection.into_iter().for_each(|connection| connection.session = Some(session.clone()));
+                        if let Some(connection) = connection {
+                            connection.session = Some(session);
+                        }
                     }
                     Some(Received::Report) => {}
                     Some(Received::StatusRequest) => clients.extend(self.remove(number)),
