@@ -107,8 +107,12 @@ pub(crate) enum Kind {
 }
 
 /// Magic numbers of compressed files, with the programs that decompress them.
-const COMPRESSED: [(&[u8], &str); 3] =
-    [(&[0x1f, 0x8b], "gzip"), (&[0xfd, b'7', b'z', b'X', b'Z', 0], "xz"), (&[0x28, 0xb5, 0x2f, 0xfd], "zstd")];
+const COMPRESSED: [(&[u8], &str); 4] = [
+    (&[0x1f, 0x8b], "gzip"),
+    (b"BZh", "bzip2"),
+    (&[0xfd, b'7', b'z', b'X', b'Z', 0], "xz"),
+    (&[0x28, 0xb5, 0x2f, 0xfd], "zstd"),
+];
 
 /// Magic number of a squashfs, and the offset of its size in the superblock.
 const SQUASHFS: (&[u8], usize) = (b"hsqs", 40);
@@ -209,7 +213,7 @@ fn unknown(start: &[u8]) -> &'static str {
     } else if start.starts_with(SQUASHFS.0) {
         "a squashfs, which is compressed itself; unpack the file first"
     } else {
-        "neither a squashfs nor an archive of tar or cpio (plain, or compressed with gzip, xz or zstd)"
+        "neither a squashfs nor an archive of tar or cpio (plain, or compressed with gzip, bzip2, xz or zstd)"
     }
 }
 
@@ -268,7 +272,7 @@ mod tests {
         let cpio = [&b"070701"[..], &[b'0'; 104]].concat();
         assert_eq!(of(&cpio).unwrap(), Kind::Cpio(None));
         assert!(of(b"070707000000").unwrap_err().contains("cpio -o -H newc"));
-        for program in ["gzip", "xz", "zstd"] {
+        for program in ["gzip", "bzip2", "xz", "zstd"] {
             let packed = |content: &[u8]| {
                 std::fs::write(&path, content).unwrap();
                 Command::new(program).arg("-c").stdin(File::open(&path).unwrap()).output().unwrap().stdout
