@@ -31,7 +31,7 @@ FROM ${BASE_IMAGE}
 # Host keys are the environment's own: made at its start, never shared by all that run this image.
 RUN apt-get -q update \
     && DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends \
-        ca-certificates openssh-server openssh-sftp-server squashfs-tools xz-utils zstd \
+        bzip2 ca-certificates openssh-server openssh-sftp-server squashfs-tools xz-utils zstd \
     && rm -rf /etc/ssh/ssh_host_* /var/lib/apt/lists/* /var/cache/apt/*.bin /var/cache/debconf/*-old /var/log/apt /var/log/dpkg.log
 # IMS derives the container for a remote build node from this image: its script is bash under '#!/bin/sh', and puts the site's certificate
 # where SUSE has such.
@@ -42,6 +42,9 @@ COPY --from=build /stage/ /usr/
 ARG REVISION=unknown
 # Manifests start /entrypoint.sh, and a customization script is put over /run_script.sh.
 RUN ln -s /usr/bin/ims-sshd /entrypoint.sh && touch /run_script.sh && echo "${REVISION}" > /gitInfo.txt
+# Manifests of create jobs start the scripts of their init containers by path.
+RUN mkdir /scripts && for script in fetch-recipe.sh wait_for_kiwi_repos.py build_ca_rpm.py; do \
+        ln -s /usr/bin/ims-sshd "/scripts/$script"; done
 
 ENV SSHD_OPTIONS="" \
     IMAGE_ROOT_PARENT=/mnt/image \

@@ -18,7 +18,7 @@ DEMO_PACKAGES := mmdebstrap busybox-static cpio
 TEST_PACKAGES := $(RUN_PACKAGES) $(DEMO_PACKAGES) rsync python3-paramiko strace bindfs \
 	acl attr fish git less libcap2-bin man-db screen sshfs sudo tmux vim zsh \
 	qemu-user-static rpm musl-tools \
-	podman runc catatonit ansible curl python3-venv xz-utils zstd openssl
+	podman runc catatonit ansible curl python3-venv bzip2 xz-utils zstd openssl
 # Kubernetes' schemas, the newest ansible-core that runs on Debian's Python and manages it, an S3 server.
 TEST_PYTHON_PACKAGES := kubernetes-validate==1.37.0 ansible-core==2.19.14 'moto[s3,server]==5.2.1'
 BENCH_PACKAGES := $(RUN_PACKAGES) $(DEMO_PACKAGES) gcc libc6-dev bubblewrap systemd-container util-linux podman runc curl rsync ansible-core
@@ -41,10 +41,10 @@ SOURCES := $(shell find src sshd_config.d .cargo -type f) Cargo.toml Cargo.lock 
 ifdef TEST
 TEST_PROGRAMS := $(shell tests/programs-with-test $(call quoted,$(TEST)))
 else
-TEST_PROGRAMS := lib deploy squashfs suite publish pod
+TEST_PROGRAMS := lib deploy squashfs suite publish recipe pod
 endif
-NEEDED := $(if $(filter squashfs suite publish pod,$(TEST_PROGRAMS)),install-test test-roots) \
-	$(if $(filter deploy suite publish pod,$(TEST_PROGRAMS)),test-python) \
+NEEDED := $(if $(filter squashfs suite publish recipe pod,$(TEST_PROGRAMS)),install-test test-roots) \
+	$(if $(filter deploy suite publish recipe pod,$(TEST_PROGRAMS)),test-python) \
 	$(if $(filter pod,$(TEST_PROGRAMS)),test-containers)
 
 .PHONY: help run build install uninstall check test bench image clean tools demo test-roots test-python test-containers \

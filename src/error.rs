@@ -81,6 +81,12 @@ impl Error {
         if self.is_interruption() { self.advise(advice()) } else { self }
     }
 
+    /// The cause and the advice, for an error that says in other words what failed.
+    pub(crate) fn reason(&self) -> String {
+        let parts = [self.cause.as_ref().or(Some(&self.attempted)), self.advice.as_ref()];
+        parts.into_iter().flatten().map(String::as_str).collect::<Vec<_>>().join("; ")
+    }
+
     /// Exit code of the program: 2 for refused input, 128 + n for signal n, otherwise 1.
     pub fn exit_code(&self) -> u8 {
         match self.kind {

@@ -6,6 +6,7 @@
 //! - [`manual`]: man pages and completions, generated from the command line's definition.
 //! - [`pod`]: the programs in a pod beside the build environment.
 //! - [`local`]: the same on one machine, without a pod.
+//! - [`recipe`]: from a recipe to an image root, around kiwi-ng.
 //! - [`publish`]: fetching and preparing an image; uploading and registering a job's result.
 //! - [`environment`]: the life of a build environment, from `ready` to `exiting`.
 //! - [`jailer`]: the supervisor's side of a jail.
@@ -37,6 +38,7 @@ pub mod panic;
 pub mod pod;
 pub mod printable;
 pub mod publish;
+pub mod recipe;
 pub mod session;
 pub mod squashfs;
 pub mod sshd;

@@ -10,6 +10,7 @@ const FLOORS: &[&str] = &[
     "manual",
     "pod",
     "local",
+    "recipe",
     "publish",
     "environment",
     "jailer",

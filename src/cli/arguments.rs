@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
+use crate::cli::options::{ChecksumOptions, ServerOptions, Variables};
+use crate::cli::recipe;
 use crate::environment::stage::Stage;
 use crate::error::{Error, Result};
 use crate::image::boot;
@@ -17,7 +19,6 @@ use crate::log::format;
 use crate::publish::prepare::Open;
 use crate::publish::settings;
 use crate::session::variables;
-use crate::transfer::{checksum, network};
 
 /// Opens an image root over SSH, jailed inside it, and ends in an order that lets it be packed.
 #[derive(Parser)]
@@ -54,7 +55,8 @@ pub(super) enum Command {
         /// [default: $IMAGE_ROOT_PARENT, else /mnt/image]
         #[arg(value_name = "IMAGE_ROOT_PARENT")]
         first: String,
-        /// An image: URL (https, s3), squashfs, tar or cpio archive (plain, gzip, xz, zstd), saved container image or
+        /// An image: URL (https, s3), squashfs, tar or cpio archive (plain, gzip, bzip2, xz, zstd), saved container image
+        /// or
         /// directory
         #[arg(value_name = "SOURCE")]
         second: Option<String>,
@@ -105,6 +107,15 @@ pub(super) enum Command {
         #[command(flatten)]
         servers: ServerOptions,
     },
+    /// Fetch a recipe and fill in its templates
+    #[command(after_help = recipe::FETCH_EXAMPLES)]
+    FetchRecipe(recipe::FetchArguments),
+    /// Wait until the repositories that a recipe is built from can be read
+    #[command(after_help = recipe::WAIT_EXAMPLES)]
+    WaitForRepos(recipe::WaitArguments),
+    /// Make the rpm package of the site's certificate authority
+    #[command(after_help = recipe::CA_EXAMPLES)]
+    CaRpm(recipe::CaArguments),
     /// Mark the image complete: its environment closes and it may be packed
     #[command(after_help = COMPLETE_EXAMPLES)]
     Complete(Named),
@@ -198,22 +209,6 @@ const COMPLETIONS_EXAMPLES: &str = "Examples:
 const MAN_EXAMPLES: &str = "Examples:
   ims-sshd man /usr/share/man/man1";
 
-/// Variables that options set, under their names in a pod.
-type Variables = Vec<(&'static str, Option<String>)>;
-
-#[derive(Args)]
-pub(super) struct ChecksumOptions {
-    /// Expected SHA-256 of the source [variable: DOWNLOAD_SHA256SUM]
-    #[arg(long, value_name = "SUM", value_parser = checksum::sha256)]
-    pub(super) sha256: Option<String>,
-}
-
-impl ChecksumOptions {
-    pub(super) fn variables(self) -> Variables {
-        vec![("DOWNLOAD_SHA256SUM", self.sha256)]
-    }
-}
-
 #[derive(Args)]
 #[command(next_help_heading = "Image")]
 pub(super) struct ImageOptions {
@@ -303,23 +298,6 @@ pub(super) struct StoreOption {
 }
 
 #[derive(Args)]
-#[command(next_help_heading = "Servers")]
-pub(super) struct ServerOptions {
-    /// URL of the S3 server; its keys are $S3_ACCESS_KEY and $S3_SECRET_KEY [variable: S3_ENDPOINT]
-    #[arg(long, value_name = "URL", value_parser = network::http_url)]
-    pub(super) s3_endpoint: Option<String>,
-    /// URL of the IMS that registers jobs and images [variable: IMS_URL] [default: none, without $OAUTH_CONFIG_DIR]
-    #[arg(long, value_name = "URL", value_parser = network::http_url)]
-    pub(super) ims_url: Option<String>,
-}
-
-impl ServerOptions {
-    pub(super) fn variables(self) -> Variables {
-        vec![("S3_ENDPOINT", self.s3_endpoint), ("IMS_URL", self.ims_url)]
-    }
-}
-
-#[derive(Args)]
 pub(super) struct SidecarArguments {
     /// Directory of image-root and the signal files [default: $IMAGE_ROOT_PARENT, else /mnt/image]
     pub(super) image_root_parent: Option<PathBuf>,
@@ -345,14 +323,6 @@ pub(super) struct SidecarArguments {
     pub(super) store: StoreOption,
     #[command(flatten)]
     pub(super) servers: ServerOptions,
-}
-
-/// This process's variables, overridden by options.
-pub(super) fn variables(
-    options: impl IntoIterator<Item = (&'static str, Option<String>)>,
-) -> Vec<(OsString, OsString)> {
-    let given = options.into_iter().filter_map(|(name, value)| Some((name.into(), value?.into())));
-    std::env::vars_os().chain(given).collect()
 }
 
 #[derive(Args)]
@@ -495,8 +465,10 @@ pub(super) struct JobOptions {
 pub fn parse() -> Arguments {
     let mut words: Vec<_> = std::env::args_os().collect();
     // A pod's manifest may still start this program under the name of the script that it replaces.
-    if words.first().is_some_and(|name| Path::new(name).file_name() == Some("entrypoint.sh".as_ref())) {
-        words.splice(..1, ["ims-sshd".into(), "entrypoint".into()]);
+    let scripts = recipe::SCRIPTS.into_iter().chain([("entrypoint.sh", "entrypoint")]);
+    let name = words.first().and_then(|name| Path::new(name).file_name()?.to_str().map(str::to_owned));
+    if let Some((_, command)) = scripts.into_iter().find(|(script, _)| name.as_deref() == Some(script)) {
+        words.splice(..1, ["ims-sshd".into(), command.into()]);
     }
     Arguments::try_parse_from(words).unwrap_or_else(|refusal| with_owners(refusal).exit())
 }

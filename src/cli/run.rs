@@ -6,8 +6,9 @@ use clap::CommandFactory;
 
 use crate::cli::arguments::{
     Arguments, Command, CustomizeArguments, EnterArguments, JobOptions, Named, SidecarArguments, refuse_late_options,
-    variables,
 };
+use crate::cli::options::variables;
+use crate::cli::recipe;
 use crate::environment::settings::Settings;
 use crate::environment::supervisor;
 use crate::error::{Attempt, Error, Result};
@@ -31,8 +32,16 @@ use crate::verdict::Verdict;
 /// Carries out the command and returns the exit code.
 pub fn run(arguments: Arguments) -> Result<u8> {
     let mut log = format::start(arguments.log_format);
-    // These two report a refusal to IMS.
-    if !matches!(arguments.command, Command::Prepare { .. } | Command::Sidecar(_)) {
+    // These report a refusal to IMS.
+    let reports = matches!(
+        arguments.command,
+        Command::Prepare { .. }
+            | Command::Sidecar(_)
+            | Command::FetchRecipe(_)
+            | Command::WaitForRepos(_)
+            | Command::CaRpm(_)
+    );
+    if !reports {
         std::mem::replace(&mut log, Ok(()))?;
     }
     match arguments.command {
@@ -55,6 +64,9 @@ pub fn run(arguments: Arguments) -> Result<u8> {
             steps::prepare(&settings, &source, open, fresh)
         }
         Command::Sidecar(arguments) => run_sidecar(arguments, log),
+        Command::FetchRecipe(arguments) => recipe::fetch(arguments, log),
+        Command::WaitForRepos(arguments) => recipe::wait(arguments, log),
+        Command::CaRpm(arguments) => recipe::ca_rpm(&arguments, log),
         Command::Package { image_root, archive, packing, image } => {
             let options = image.variables_or_auto().into_iter().chain(packing.variables());
             let settings = publishing::Settings::read(None, variables(options))?;

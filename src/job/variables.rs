@@ -30,6 +30,8 @@ pub enum Program {
     Job,
     /// Commands that fetch, pack or publish.
     Publishing,
+    /// Steps from a recipe to an image root.
+    Recipe,
     /// The sidecar.
     Sidecar,
     /// Commands that mark an environment or show its state.
@@ -37,7 +39,7 @@ pub enum Program {
     /// The log, of every command.
     Log,
 }
-use Program::{Environment, Job, Local, Log, Publishing, Sidecar, Status};
+use Program::{Environment, Job, Local, Log, Publishing, Recipe, Sidecar, Status};
 
 /// All variables.
 pub const VARIABLES: &[Variable] = &[
@@ -76,13 +78,13 @@ pub const VARIABLES: &[Variable] = &[
         format: "`x86_64` or `aarch64`; if the image's programs are for another one, they decide, and a warning is \
             logged",
         default: "none",
-        readers: &[Environment, Job],
+        readers: &[Environment, Job, Recipe],
     },
     Variable {
         name: "IMS_JOB_ID",
         format: "one line of text; a UUID if the commands below use an IMS",
         default: "none",
-        readers: &[Environment, Job],
+        readers: &[Environment, Job, Recipe],
     },
     Variable { name: "REMOTE_BUILD_NODE", format: "one line of text", default: "none", readers: &[Environment, Job] },
     Variable {
@@ -193,13 +195,13 @@ pub const VARIABLES: &[Variable] = &[
         name: "DOWNLOAD_MD5SUM",
         format: "32 hexadecimal digits: the MD5 that the source must have",
         default: "none: the server's ETag, if that is an MD5",
-        readers: &[Publishing],
+        readers: &[Publishing, Recipe],
     },
     Variable {
         name: "DOWNLOAD_SHA256SUM",
         format: "64 hexadecimal digits: the SHA-256 that the source must have; if both are set, both are checked",
         default: "none",
-        readers: &[Publishing],
+        readers: &[Publishing, Recipe],
     },
     Variable {
         name: "IMAGE_COMPRESSION",
@@ -230,7 +232,7 @@ pub const VARIABLES: &[Variable] = &[
         name: "SOURCE_DATE_EPOCH",
         format: "seconds since 1970: modification time of all files in the packed image",
         default: "none: the files' own",
-        readers: &[Publishing],
+        readers: &[Publishing, Recipe],
     },
     Variable {
         name: "IMAGE_STORE",
@@ -248,26 +250,26 @@ pub const VARIABLES: &[Variable] = &[
         name: "S3_ENDPOINT",
         format: "URL of the S3 server",
         default: "`AWS_ENDPOINT_URL_S3`, otherwise `AWS_ENDPOINT_URL`",
-        readers: &[Publishing],
+        readers: &[Publishing, Recipe],
     },
     Variable {
         name: "S3_ACCESS_KEY",
         format: "access key ID of the store",
         default: "`AWS_ACCESS_KEY_ID`",
-        readers: &[Publishing],
+        readers: &[Publishing, Recipe],
     },
     Variable {
         name: "S3_SECRET_KEY",
         format: "secret access key of the store",
         default: "`AWS_SECRET_ACCESS_KEY`",
-        readers: &[Publishing],
+        readers: &[Publishing, Recipe],
     },
     Variable {
         name: "S3_SSL_VALIDATE",
         format: "`true` or `false`, in any case, or a file of trusted certificates: whether the store's certificate is \
             checked",
         default: "`true`, with the certificates in `AWS_CA_BUNDLE` if that is set",
-        readers: &[Publishing],
+        readers: &[Publishing, Recipe],
     },
     Variable {
         name: "AWS_ACCESS_KEY_ID",
@@ -322,33 +324,45 @@ pub const VARIABLES: &[Variable] = &[
         name: "CA_CERT",
         format: "a PEM file with certificates of further authorities; ignored if it does not exist",
         default: "none",
-        readers: &[Publishing],
+        readers: &[Publishing, Recipe],
     },
     Variable {
         name: "IMS_URL",
         format: "URL of IMS; with `IMS_JOB_ID` the sidecar also needs a store, because the volume is deleted with \
             the job",
         default: "`https://api-gw-service-nmn.local/apis/ims` with credentials, otherwise none: nothing is registered",
-        readers: &[Publishing],
+        readers: &[Publishing, Recipe],
     },
     Variable {
         name: "OAUTH_CONFIG_DIR",
         format: "a directory with `endpoint`, `client-id` and `client-secret`; ignored if it has no `endpoint`",
         default: "none",
-        readers: &[Publishing],
+        readers: &[Publishing, Recipe],
     },
     Variable {
         name: "IMS_STALL_LIMIT",
         format: "whole seconds; a connection that transfers less than 64 KiB in that time is closed and opened again",
         default: "`30`",
-        readers: &[Publishing],
+        readers: &[Publishing, Recipe],
     },
     Variable {
         name: "IMS_RETRY_LIMIT",
         format: "whole seconds during which a failed request is retried, and within which a response of a store must \
             end; progress of a download restarts them",
         default: "`200`",
-        readers: &[Publishing],
+        readers: &[Publishing, Recipe],
+    },
+    Variable {
+        name: "RECIPE_ROOT_PARENT",
+        format: "directory of the recipe; an argument overrides it",
+        default: "`/mnt/image/recipe`",
+        readers: &[Recipe],
+    },
+    Variable {
+        name: "TIMEOUT",
+        format: "whole seconds that `wait-for-repos` waits for repositories",
+        default: "`500`",
+        readers: &[Recipe],
     },
     Variable {
         name: "IMS_START_LIMIT",

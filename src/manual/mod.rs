@@ -8,7 +8,7 @@ use clap_complete::Shell;
 use clap_mangen::Man;
 use clap_mangen::roff::{Inline, Roff, bold, roman};
 
-use crate::job::variables::Program::{self, Environment, Job, Local, Log, Publishing, Sidecar, Status};
+use crate::job::variables::Program::{self, Environment, Job, Local, Log, Publishing, Recipe, Sidecar, Status};
 use crate::job::variables::{VARIABLES, Variable};
 use crate::store::directory::open_or_make;
 use crate::sys::tree::Tree;
@@ -28,6 +28,10 @@ const MARKS: &[Entry] = &[("/tmp/complete, /tmp/failed", "In the image: they mar
 const RUN: &[Entry] = &[("/run/ims-sshd", "State of open environments.")];
 const WORK: &[Entry] =
     &[("/var/lib/ims-sshd", "Changes until they are published or discarded; --work names another directory.")];
+const RECIPE: &[Entry] = &[
+    ("/etc/cray/template_dictionary", "Values for the templates of a recipe, in a pod."),
+    ("/etc/cray/ca/certificate_authority.crt", "Certificate of the site's authority, in a pod."),
+];
 const LOGINS: &[Entry] = &[
     ("/run/ims-sshd/customize/NAME/ssh_config", "Configuration for ssh, scp, sftp and Ansible; the host is image."),
     ("/run/ims-sshd/customize/NAME/sshd.log", "Log of the environment's sshd."),
@@ -87,6 +91,16 @@ fn page_of(name: &str) -> Page {
             exit: &[
                 ("0", "The command succeeded. sidecar: also if a customized image was marked failed."),
                 ("1", "The command failed and rolled back its work; the log says why."),
+                REFUSED,
+                SIGNALS,
+            ],
+        },
+        "fetch-recipe" | "wait-for-repos" | "ca-rpm" => Page {
+            variables: &[Recipe],
+            files: &[RECIPE],
+            exit: &[
+                ("0", "The command succeeded."),
+                ("1", "The command failed and left nothing behind; the log says why."),
                 REFUSED,
                 SIGNALS,
             ],

@@ -16,6 +16,7 @@ pub mod job;
 pub mod name_server;
 mod programs;
 pub mod rendered;
+pub mod repository_server;
 pub mod s3_server;
 mod terminal;
 pub mod tls_server;

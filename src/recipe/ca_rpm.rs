@@ -1,0 +1,174 @@
+//! `ims-sshd ca-rpm`: the package of a site's certificate authority, for images of rpm packages.
+//!
+//! It has the name, the version and the path of the package that IMS's recipes have always got, and the path of the
+//! other family of distributions besides. Its scripts run whichever tool the image has, and none if it has none yet.
+
+use std::path::{Path, PathBuf};
+
+use reqwest::Certificate;
+use rpm::{BuildConfig, CompressionType, Dependency, FileOptions, PackageBuilder, Scriptlet};
+
+use crate::error::{Attempt, Error, Result};
+use crate::publish::settings::Settings;
+use crate::recipe::outcome;
+use crate::sys::named;
+use crate::sys::tree::Tree;
+
+/// Name of the package.
+pub(crate) const NAME: &str = "cray_ca_cert";
+const VERSION: &str = "1.0.1";
+const RELEASE: &str = "1";
+
+/// Name of the file.
+pub const FILE: &str = "cray_ca_cert-1.0.1-1.noarch.rpm";
+
+/// Directory of the package in a pod.
+pub const DEFAULT_OUTPUT: &str = "/mnt/ca-rpm";
+
+/// The pod's certificate.
+pub const DEFAULT_CERTIFICATE: &str = "/etc/cray/ca/certificate_authority.crt";
+
+/// Specification of the package that IMS would have built.
+pub const DEFAULT_SPECIFICATION: &str = "/mnt/specfile/cray_ca_cert.spec";
+
+/// Places from which distributions take certificates of further authorities: SUSE, and those like RHEL.
+pub(crate) const ANCHORS: [&str; 2] = [
+    "/usr/share/pki/trust/anchors/cray_certificate_authority.crt",
+    "/etc/pki/ca-trust/source/anchors/cray_certificate_authority.crt",
+];
+
+/// Runs the tool that makes the image's store of authorities. Without one it does nothing, since a failed script would
+/// only be a warning: the trigger below runs it again. Nothing is redirected, because early on there is no /dev/null.
+const SCRIPT: &str = "\
+for tool in update-ca-certificates update-ca-trust; do
+    for place in /usr/sbin /usr/bin; do
+        if [ -x \"$place/$tool\" ]; then
+            \"$place/$tool\" || echo \"cray_ca_cert: $tool failed\"
+            exit 0
+        fi
+    done
+done
+exit 0
+";
+
+/// Package that has the tool, in both families.
+const TOOLS: &str = "ca-certificates";
+
+/// Time of everything in the package, unless `SOURCE_DATE_EPOCH` is set: 2020-01-01.
+const EPOCH: u32 = 1_577_836_800;
+
+/// Longest certificate, in bytes.
+const LONGEST: usize = 4 << 20;
+
+/// Writes the package into the directory `output`.
+pub fn run(settings: &Settings, certificate: Option<&Path>, specification: &Path, output: &Path) -> Result<u8> {
+    // The container has no status of its own, but IMS hears if it fails.
+    outcome::step(settings, None, |_| {
+        let certificate = certificate.map_or_else(|| default_certificate(settings), Path::to_owned);
+        let content = read_certificate(&certificate)?;
+        tell_other_specification(specification);
+        let epoch = settings.packing.epoch.and_then(|epoch| u32::try_from(epoch).ok()).unwrap_or(EPOCH);
+        let package = build(&content, epoch)?;
+        let attempted = || format!("write {}", output.join(FILE).display());
+        std::fs::create_dir_all(output).attempt(attempted)?;
+        let directory = Tree::open(&named::resolve(output).attempt(attempted)?).attempt(attempted)?;
+        directory.replace(FILE, &package).attempt(attempted)?;
+        tracing::info!("wrote {}, with the authority in {}", output.join(FILE).display(), certificate.display());
+        Ok(())
+    })
+}
+
+/// The pod's certificate, else the one that this program trusts.
+fn default_certificate(settings: &Settings) -> PathBuf {
+    let named = settings.network.ca.clone().filter(|file| file.exists() && !Path::new(DEFAULT_CERTIFICATE).exists());
+    named.unwrap_or_else(|| DEFAULT_CERTIFICATE.into())
+}
+
+/// Reads a certificate; refuses a file that has none, which would give an image without the authority.
+pub(crate) fn read_certificate(file: &Path) -> Result<Vec<u8>> {
+    let attempted = || format!("read the certificate {}", file.display());
+    let content = std::fs::read(file).attempt(attempted)?;
+    let advice = "name the site's certificate authority, in PEM";
+    if content.len() > LONGEST {
+        return Err(Error::new(attempted()).because("it is too long").advise(advice));
+    }
+    match Certificate::from_pem_bundle(&content) {
+        Ok(found) if !found.is_empty() => Ok(content),
+        Ok(_) => Err(Error::new(attempted()).because("it holds no certificate").advise(advice)),
+        Err(e) => Err(Error::new(attempted()).because(e).advise(advice)),
+    }
+}
+
+/// The package as bytes; equal input gives equal bytes.
+fn build(certificate: &[u8], epoch: u32) -> Result<Vec<u8>> {
+    let attempted = || format!("make {FILE}");
+    let config = BuildConfig::v4().source_date(epoch).compression(CompressionType::None);
+    let mut builder = PackageBuilder::new(NAME, VERSION, "MIT", "noarch", "Certificate authority of the site");
+    builder.using_config(config).release(RELEASE).build_host("localhost").cookie("ims-sshd");
+    builder.description("The certificate authority of the site, which the image trusts.");
+    for anchor in ANCHORS {
+        builder.with_file_contents(certificate, FileOptions::new(anchor).permissions(0o644)).attempt(attempted)?;
+    }
+    let script = || Scriptlet::new(SCRIPT);
+    builder.post_install_script(script()).post_trans_script(script()).trigger_in(TOOLS, None, script());
+    // The scripts' shell is installed before, and the tool, if it comes in the same transaction.
+    builder.requires(Dependency::script_post("/bin/sh")).order_with_requires(Dependency::any(TOOLS));
+    let mut bytes = Vec::new();
+    builder.build().and_then(|package| package.write(&mut bytes)).attempt(attempted)?;
+    Ok(bytes)
+}
+
+/// Warns if a site's own specification asks for more than this package has.
+fn tell_other_specification(file: &Path) {
+    let Ok(text) = std::fs::read_to_string(file) else { return };
+    let other = other_lines(&text);
+    if !other.is_empty() {
+        tracing::warn!(
+            "{} differs from the package that is made here and is not used: {}; put what it does into a package or a \
+             script of the recipe",
+            file.display(),
+            crate::printable::listed(&other)
+        );
+    }
+}
+
+/// Lines of a specification that this package has no counterpart of.
+fn other_lines(text: &str) -> Vec<String> {
+    let own = [("name:", NAME), ("version:", VERSION), ("release:", RELEASE)];
+    let other = |line: &&str| {
+        let lower = line.to_ascii_lowercase();
+        let tag = own.iter().find_map(|(tag, value)| Some((lower.strip_prefix(tag)?.trim(), *value)));
+        match tag {
+            Some((given, value)) => !given.starts_with(value),
+            None => {
+                let tags = ["requires", "provides:", "conflicts:", "obsoletes:", "epoch:"];
+                let sections = ["%pre", "%postun", "%trigger", "%filetrigger", "%transfiletrigger", "%verifyscript"];
+                let is_prep = lower.starts_with("%prep");
+                tags.iter().any(|tag| lower.starts_with(tag))
+                    || sections.iter().any(|section| lower.starts_with(section)) && !is_prep
+            }
+        }
+    };
+    text.lines().map(str::trim).filter(other).map(str::to_owned).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn package_of_the_same_certificate_has_the_same_bytes() {
+        let [one, two] = [1, 2].map(|_| build(b"certificate", EPOCH).unwrap());
+        assert!(one == two && !one.is_empty());
+        assert!(one != build(b"other", EPOCH).unwrap());
+    }
+
+    #[test]
+    fn own_specification_is_noticed() {
+        let usual = "Name: cray_ca_cert\nVersion: 1.0.1\nRelease: 1\nLicense: MIT\n%description\nx\n%prep\n%install\n\
+            cp a b\n%post\nupdate-ca-certificates\n%files\n/a\n";
+        assert_eq!(other_lines(usual), [""; 0]);
+        let own = usual.replace("1.0.1", "2.0").replace("License", "Requires: openssl\nLicense") + "%postun\nrm x\n";
+        assert_eq!(other_lines(&own), ["Version: 2.0", "Requires: openssl", "%postun"]);
+    }
+}

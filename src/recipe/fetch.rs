@@ -1,0 +1,235 @@
+//! `ims-sshd fetch-recipe`: makes a directory of a recipe, with its templates filled in; leaves nothing behind if that
+//! fails.
+
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::FileType;
+use rustix::io::Errno;
+
+use crate::error::{Attempt, Error, Result};
+use crate::image::kind::{Content, Kind, Opened};
+use crate::image::unpack::unpack;
+use crate::ims::records::Status;
+use crate::publish::download;
+use crate::publish::settings::Settings;
+use crate::publish::source::Source;
+use crate::recipe::description::{self, Description};
+use crate::recipe::outcome;
+use crate::recipe::template::{Values, fill_in, parse_values};
+use crate::store;
+use crate::sys::file_kind::FileKind;
+use crate::sys::named;
+use crate::sys::tree::Tree;
+use crate::transfer::Work;
+use crate::volume::open_tree;
+
+/// File in which a pod has the values of the recipe's templates.
+pub const DEFAULT_VALUES: &str = "/etc/cray/template_dictionary";
+
+/// Longest file of values, in bytes.
+const LONGEST_VALUES: usize = 4 << 20;
+
+/// What is given on the command line.
+#[derive(Debug)]
+pub struct Wanted {
+    /// Directory that becomes the recipe.
+    pub directory: PathBuf,
+    /// Where the recipe comes from.
+    pub source: String,
+    /// File of values; [`DEFAULT_VALUES`] if there is one.
+    pub values: Option<PathBuf>,
+    /// Further values, which override those in the file.
+    pub set: Vec<(String, String)>,
+}
+
+/// Fetches a recipe and reports the job's status to IMS.
+pub fn run(settings: &Settings, wanted: &Wanted) -> Result<u8> {
+    outcome::step(settings, Some(Status::FetchingRecipe), |work| {
+        let source = Source::parse(&wanted.source)?;
+        fetch(work, settings, &source, wanted)
+    })
+}
+
+fn fetch(work: &Work, settings: &Settings, source: &Source, wanted: &Wanted) -> Result<()> {
+    let values = values(wanted)?;
+    let directory = named::resolve_beginning(&wanted.directory)
+        .attempt(|| format!("create the directory {}", wanted.directory.display()))?;
+    let (Some(parent), Some(name)) = (directory.parent(), directory.file_name().and_then(OsStr::to_str)) else {
+        return Err(Error::bad_input(format!(
+            "the recipe's directory is '{}': expected one with a name",
+            directory.display()
+        )));
+    };
+    std::fs::create_dir_all(parent).attempt(|| format!("create the directory {}", parent.display()))?;
+    let volume = open_tree(parent)?;
+    // The volume of an IMS job is the job's own; elsewhere a directory may be somebody's work.
+    if settings.job.id.is_none() && volume.look(name).attempt(|| format!("look for {}", directory.display()))?.is_some()
+    {
+        let refused = Error::new(format!("create the directory {}", directory.display())).because("it exists");
+        return Err(refused.advise("remove it, or name another one"));
+    }
+    let staging = Staging { volume: &volume, names: ["part", "unpacking"].map(|end| format!(".{name}.{end}")) };
+    staging.remove();
+    let [part, unpacking] = &staging.names;
+    let archive = open(work, settings, source, &volume, part)?;
+    let tree = unpack_recipe(work, &archive, &volume, unpacking)?;
+    let nested = nested(&tree)?;
+    let recipe = match &nested {
+        Some(name) => tree.directory_without_links(name).attempt(|| format!("open {name}"))?,
+        None => tree,
+    };
+    check(&recipe)?;
+    fill_in(&recipe, values.as_ref())?;
+    let described = Description::read(&recipe)?;
+    volume.remove_whole(OsStr::new(name)).attempt(|| format!("remove {}", directory.display()))?;
+    let from = nested.map_or_else(|| unpacking.clone(), |nested| format!("{unpacking}/{nested}"));
+    volume.rename(&from, name).attempt(|| format!("create the directory {}", directory.display()))?;
+    tracing::info!(
+        "the recipe '{}' is {}, its description {}",
+        described.name,
+        directory.display(),
+        described.file.display()
+    );
+    Ok(())
+}
+
+/// Files on the volume that are removed at the end.
+struct Staging<'a> {
+    volume: &'a Tree,
+    names: [String; 2],
+}
+
+impl Staging<'_> {
+    fn remove(&self) {
+        for name in &self.names {
+            let _ = self.volume.remove_whole(OsStr::new(name));
+        }
+    }
+}
+
+impl Drop for Staging<'_> {
+    fn drop(&mut self) {
+        self.remove();
+    }
+}
+
+/// Values for the templates; `None` if there are none at all.
+fn values(wanted: &Wanted) -> Result<Option<Values>> {
+    let file = wanted.values.clone().or_else(|| Some(DEFAULT_VALUES.into()).filter(|file: &PathBuf| file.exists()));
+    let mut values = match &file {
+        None => None,
+        Some(file) => {
+            let shown = file.display().to_string();
+            let text = std::fs::read(file).attempt(|| format!("read the values in {shown}"))?;
+            if text.len() > LONGEST_VALUES {
+                return Err(Error::new(format!("read the values in {shown}")).because("it is too long"));
+            }
+            Some(parse_values(&text, &shown)?)
+        }
+    };
+    if !wanted.set.is_empty() {
+        values.get_or_insert_with(BTreeMap::new).extend(wanted.set.iter().cloned());
+    }
+    Ok(values)
+}
+
+/// Opens the recipe's archive or directory, fetched if it has to be.
+fn open(work: &Work, settings: &Settings, source: &Source, volume: &Tree, part: &str) -> Result<Opened> {
+    let url = match source {
+        Source::Here(path) => {
+            let Opened { shown, content } = Opened::open(path)?;
+            let content = match content {
+                Content::File(file) if settings.expected.is_given() => {
+                    Content::File(settings.expected.check(work, file, &shown.display().to_string(), Some(volume))?)
+                }
+                Content::Directory(_) if settings.expected.is_given() => {
+                    let refused = Error::new(format!("take {}", shown.display()));
+                    return Err(refused
+                        .because("it is a directory, which has no checksum")
+                        .advise("leave the checksum out"));
+                }
+                content => content,
+            };
+            return Ok(Opened { shown, content });
+        }
+        Source::Web(url) => url.clone(),
+        Source::S3(bucket, key) => work.wait(store::sign(bucket, key, &settings.store, &settings.network))?,
+    };
+    let file = download::fetch(work, &url, &settings.expected, volume, part, 2)?;
+    Ok(Opened { shown: volume.shown().join(part), content: Content::File(file) })
+}
+
+/// Unpacks or copies the recipe, confined.
+fn unpack_recipe(work: &Work, archive: &Opened, volume: &Tree, name: &str) -> Result<Tree> {
+    let attempted = || format!("take {} as a recipe", archive.shown.display());
+    match archive
+        .kind()
+        .map_err(|e| Error::new(attempted()).because(e.reason()).advise("a recipe is a tar archive or a directory"))?
+    {
+        None | Some(Kind::Tar(_)) => {}
+        Some(_) => {
+            let refused = Error::new(attempted()).because("it is a squashfs or a cpio archive");
+            return Err(refused.advise("a recipe is a tar archive or a directory"));
+        }
+    }
+    let unpacked = unpack(work, archive, volume, name);
+    let tree = work
+        .unless_interrupted(unpacked)
+        .map_err(|e| if e.is_interruption() { e } else { Error::new(attempted()).because(e.reason()) })?;
+    // Everybody may read a recipe that upstream's program unpacks; the build runs as root.
+    rustix::fs::chmodat(&tree, ".", rustix::fs::Mode::from_raw_mode(0o755), rustix::fs::AtFlags::empty())
+        .attempt(attempted)?;
+    Ok(tree)
+}
+
+/// Name of the only directory in `tree`, if that holds the description: archives of a repository have such a directory.
+fn nested(tree: &Tree) -> Result<Option<String>> {
+    if description::is_there(tree) {
+        return Ok(None);
+    }
+    let names = tree.names().attempt(|| "read the recipe's directory")?;
+    let [name] = names.as_slice() else { return Ok(None) };
+    let is_recipe = tree.directory_without_links(name).is_ok_and(|below| description::is_there(&below));
+    Ok(name.to_str().filter(|_| is_recipe).map(str::to_owned))
+}
+
+/// Refuses what no recipe has, and what would let kiwi-ng read outside of it: devices, pipes and sockets, and links at the
+/// recipe's top that lead out of it. Links further down are content of the image, and lead anywhere.
+fn check(recipe: &Tree) -> Result<()> {
+    let refuse = |path: &Path, why: String| {
+        let refused = Error::new(format!("take {} as a part of a recipe", path.display())).because(why);
+        Err(refused.advise("leave it out of the archive"))
+    };
+    let mut wrong = None;
+    let walked = recipe.walk(|path, _, _, found| {
+        let kind = FileType::from_raw_mode(found.st_mode);
+        let why = match kind {
+            FileType::Directory | FileType::RegularFile => None,
+            FileType::Symlink if path.components().count() > 1 => None,
+            FileType::Symlink => leads_out(recipe, path),
+            _ => Some(format!("it is {}", FileKind::of(found))),
+        };
+        if let (None, Some(why)) = (&wrong, why) {
+            wrong = Some((path.to_owned(), why));
+        }
+        Ok(())
+    });
+    walked.attempt(|| "read the recipe")?;
+    wrong.map_or(Ok(()), |(path, why)| refuse(&path, why))
+}
+
+fn leads_out(recipe: &Tree, path: &Path) -> Option<String> {
+    match recipe.beneath(path) {
+        Ok(handle) => {
+            let _ = handle.as_fd();
+            None
+        }
+        Err(e) if Errno::from_io_error(&e) == Some(Errno::XDEV) => {
+            Some("it is a link that leads out of the recipe".into())
+        }
+        Err(e) => Some(format!("it is a link that leads nowhere: {e}")),
+    }
+}

@@ -1,0 +1,12 @@
+//! From a recipe, a description for kiwi-ng, to an image root. Each step stands in for a container of a create job, and
+//! is a command of its own.
+
+pub mod ca_rpm;
+pub(crate) mod description;
+pub mod fetch;
+pub mod outcome;
+pub mod repositories;
+pub mod template;
+
+/// Directory of a recipe in a pod.
+pub const DEFAULT_RECIPE: &str = "/mnt/image/recipe";

@@ -1,0 +1,39 @@
+//! What the rest of a create job hears of a step: statuses in IMS.
+
+use std::ffi::OsString;
+
+use crate::error::Result;
+use crate::ims::records::Status;
+use crate::publish::settings::Settings;
+use crate::transfer::Work;
+
+/// Carries out one step of a create job. The job gets the status `begins` before it, and `error` if it fails: IMS hears
+/// of a failed init container from nobody else.
+pub(crate) fn step(
+    settings: &Settings,
+    begins: Option<Status>,
+    carry_out: impl FnOnce(&Work) -> Result<()>,
+) -> Result<u8> {
+    let work = Work::begin(&settings.network)?;
+    let ims = settings.ims_client(&work);
+    let status = begins.map_or(Ok(()), |status| ims.set_status(status).map(drop));
+    let result = status.and_then(|()| carry_out(&work));
+    work.unless_interrupted(result).map(|()| 0).inspect_err(|_| {
+        work.finish_regardless();
+        if let Err(e) = ims.set_status(Status::Error) {
+            tracing::error!("{e}");
+        }
+    })
+}
+
+/// Reports to IMS that a step refused its arguments or `variables`.
+pub fn report_refusal(variables: Vec<(OsString, OsString)>) {
+    let Ok(settings) = Settings::to_report(variables) else { return };
+    let reported = Work::begin(&settings.network).and_then(|work| {
+        let reported = settings.ims_client(&work).set_status(Status::Error).map(drop);
+        work.unless_interrupted(reported)
+    });
+    if let Err(e) = reported {
+        tracing::error!("{e}");
+    }
+}

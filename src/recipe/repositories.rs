@@ -1,0 +1,320 @@
+//! `ims-sshd wait-for-repos`: waits until the repositories that a recipe is built from can be read.
+//!
+//! Repositories get no token: they are servers that a recipe names. They get their own user and password, if the recipe
+//! has them.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use reqwest::{Client, Method, StatusCode, Url};
+use tokio::task::JoinSet;
+
+use crate::error::{Attempt, Error, Result};
+use crate::ims::records::Status;
+use crate::job::variables::Reader;
+use crate::log::redaction;
+use crate::publish::settings::Settings;
+use crate::recipe::description::{Description, Repository, Selection};
+use crate::recipe::outcome;
+use crate::sys::architecture::Architecture;
+use crate::sys::named;
+use crate::transfer::{Work, in_full, without_query};
+use crate::volume::open_tree;
+
+/// Timeout of one request, as the program that this replaces has it.
+const REQUEST_LIMIT: Duration = Duration::from_secs(10);
+
+/// First and longest pause between two requests to one repository.
+const PAUSE: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(10));
+
+/// How long repositories are waited for, unless `TIMEOUT` says otherwise.
+const DEFAULT_LIMIT: Duration = Duration::from_secs(500);
+
+/// Statuses of servers that do not answer HEAD, but may answer GET.
+const NO_HEAD: [StatusCode; 5] = [
+    StatusCode::BAD_REQUEST,
+    StatusCode::FORBIDDEN,
+    StatusCode::METHOD_NOT_ALLOWED,
+    StatusCode::NOT_FOUND,
+    StatusCode::NOT_IMPLEMENTED,
+];
+
+/// What has to be there for a repository to count as ready.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Sign {
+    /// One of these URLs answers.
+    Url(Vec<String>),
+    /// This directory or file exists.
+    Path(PathBuf),
+    /// Nothing can be asked, for this reason.
+    Unknown(String),
+}
+
+/// Reads `TIMEOUT`.
+pub fn limit(variables: impl IntoIterator<Item = (OsString, OsString)>) -> Result<Duration> {
+    let mut reader = Reader::of(variables);
+    let limit = reader.limit("TIMEOUT").unwrap_or(DEFAULT_LIMIT);
+    reader.finish(Some(limit))
+}
+
+/// Waits for the repositories of the recipe in `directory` that a build of `profiles` uses, at most for `limit`.
+pub fn run(settings: &Settings, directory: &Path, profiles: &[String], limit: Duration) -> Result<u8> {
+    outcome::step(settings, Some(Status::WaitingForRepos), |work| {
+        let real = named::resolve(directory).attempt(|| format!("open {}", directory.display()))?;
+        let description = Description::read(&open_tree(&real)?)?;
+        let architecture = settings.job.architecture.unwrap_or(Architecture::OWN).name();
+        let selection = description.select(profiles, architecture)?;
+        wait(work, &description, &selection, &real, limit)
+    })
+}
+
+/// A repository that is waited for.
+struct Awaited {
+    alias: String,
+    urls: Vec<String>,
+    paths: Vec<PathBuf>,
+    login: Option<(String, String)>,
+    client: Client,
+}
+
+fn wait(work: &Work, description: &Description, selection: &Selection, recipe: &Path, limit: Duration) -> Result<()> {
+    let mut awaited = Vec::new();
+    let used = description
+        .repositories
+        .iter()
+        .filter(|(scope, repository)| scope.holds(selection) && !repository.is_for_image_only);
+    for (_, repository) in used {
+        let shown = without_query(&repository.alias);
+        let (urls, paths) = match sign(repository, description, selection, recipe) {
+            Sign::Url(urls) => (urls, Vec::new()),
+            Sign::Path(path) => (Vec::new(), vec![path]),
+            Sign::Unknown(why) => {
+                tracing::info!("not waiting for the repository {shown}: {why}");
+                continue;
+            }
+        };
+        if let Some((_, password)) = &repository.login {
+            redaction::keep(password);
+        }
+        let has_login = repository.login.is_some()
+            || urls
+                .iter()
+                .any(|url| Url::parse(url).is_ok_and(|url| !url.username().is_empty() || url.password().is_some()));
+        let client = if has_login { work.reader()? } else { work.client()? }.clone();
+        awaited.push(Awaited { alias: shown, urls, paths, login: repository.login.clone(), client });
+    }
+    if awaited.is_empty() {
+        tracing::info!("there is no repository to wait for");
+        return Ok(());
+    }
+    let missing = work.wait(async move {
+        let mut tasks = JoinSet::new();
+        for (number, repository) in awaited.into_iter().enumerate() {
+            tasks.spawn(async move { (number, repository.alias.clone(), repository.come(limit).await) });
+        }
+        let mut missing = Vec::new();
+        while let Some(ended) = tasks.join_next().await {
+            let (number, alias, came) = ended.attempt(|| "wait for a repository")?;
+            missing.extend(came.err().map(|why| (number, alias, why)));
+        }
+        missing.sort();
+        Ok(missing)
+    })?;
+    if missing.is_empty() {
+        return Ok(());
+    }
+    for (_, alias, why) in &missing {
+        tracing::error!("the repository {alias} is missing: {why}");
+    }
+    let names: Vec<_> = missing.iter().map(|(_, alias, _)| alias).collect();
+    let why =
+        format!("after {} s, {} of them missing: {}", limit.as_secs(), missing.len(), crate::printable::listed(&names));
+    let last = missing.first().map(|(_, _, why)| why.clone()).unwrap_or_default();
+    Err(Error::new("read all repositories of the recipe")
+        .because(format!("{why} ({last})"))
+        .advise("see the lines above; TIMEOUT sets the time in seconds"))
+}
+
+impl Awaited {
+    /// Asks until it answers, or until `limit` is over. Fails with the last answer.
+    async fn come(&self, limit: Duration) -> std::result::Result<(), String> {
+        let began = Instant::now();
+        let (mut pause, mut told) = (PAUSE.0, None);
+        loop {
+            let Err(why) = self.ask().await else {
+                tracing::info!("the repository {} is there", self.alias);
+                return Ok(());
+            };
+            let left = limit.saturating_sub(began.elapsed());
+            if left.is_zero() {
+                return Err(format!("for {} s; {why}", began.elapsed().as_secs()));
+            }
+            // Once for each reason: a log of every attempt would be long.
+            if told.as_ref() != Some(&why) {
+                tracing::info!("waiting for the repository {}: {why}", self.alias);
+                told = Some(why);
+            }
+            tokio::time::sleep(pause.min(left)).await;
+            pause = (pause * 2).min(PAUSE.1);
+        }
+    }
+
+    async fn ask(&self) -> std::result::Result<(), String> {
+        let mut reason = String::new();
+        for url in &self.urls {
+            match self.request(url).await {
+                Ok(()) => return Ok(()),
+                // Of several signs, the first one that fails is the usual one.
+                Err(why) if reason.is_empty() => reason = why,
+                Err(_) => {}
+            }
+        }
+        for path in &self.paths {
+            match std::fs::metadata(path) {
+                Ok(_) => return Ok(()),
+                Err(e) => reason = format!("{}: {e}", path.display()),
+            }
+        }
+        Err(reason)
+    }
+
+    async fn request(&self, url: &str) -> std::result::Result<(), String> {
+        let shown = without_query(url);
+        for method in [Method::HEAD, Method::GET] {
+            let is_last = method == Method::GET;
+            let mut request = self.client.request(method, url).timeout(REQUEST_LIMIT);
+            if let Some((user, password)) = &self.login {
+                request = request.basic_auth(user, Some(password));
+            }
+            match request.send().await {
+                Ok(response) if response.status().is_success() => return Ok(()),
+                Ok(response) if !is_last && NO_HEAD.contains(&response.status()) => {}
+                Ok(response) => return Err(format!("{shown} answers {}", response.status())),
+                Err(e) => return Err(in_full(&e)),
+            }
+        }
+        Err(format!("{shown} does not answer"))
+    }
+}
+
+/// What shows that `repository` is there.
+fn sign(repository: &Repository, description: &Description, selection: &Selection, recipe: &Path) -> Sign {
+    let path = variables_replaced(&repository.path, description, selection);
+    if path.is_empty() {
+        return Sign::Unknown("the recipe names no source for it".into());
+    }
+    if path.starts_with('/') {
+        return Sign::Path(path.into());
+    }
+    let Some((scheme, rest)) = path.split_once("://").or_else(|| path.split_once(":/")) else {
+        return Sign::Unknown(format!("its address, {}, has no scheme", without_query(&path)));
+    };
+    match scheme {
+        "http" | "https" if path.contains('$') => {
+            Sign::Unknown(format!("only the package manager knows the variables in {}", without_query(&path)))
+        }
+        "http" | "https" => Sign::Url(urls(repository, description, selection, &path)),
+        // In both, a path follows the scheme.
+        "dir" | "file" | "iso" => Sign::Path(format!("/{}", rest.trim_start_matches('/')).into()),
+        "this" => Sign::Path(recipe.join(rest.trim_start_matches('/'))),
+        _ => Sign::Unknown(format!("only kiwi-ng knows where {scheme}: leads")),
+    }
+}
+
+/// URLs of which one has to answer.
+fn urls(repository: &Repository, description: &Description, selection: &Selection, path: &str) -> Vec<String> {
+    if ["mirrorlist", "metalink"].contains(&repository.source_type.as_str()) {
+        return vec![path.to_owned()];
+    }
+    let is_apt = match repository.kind.as_str() {
+        "" => {
+            description.package_managers.iter().any(|(scope, name)| scope.holds(selection) && name.starts_with("apt"))
+        }
+        kind => kind == "apt-deb",
+    };
+    let below = |name: &str| {
+        let Ok(mut url) = Url::parse(path) else { return format!("{}/{name}", path.trim_end_matches('/')) };
+        url.set_path(&format!("{}/{name}", url.path().trim_end_matches('/')));
+        url.into()
+    };
+    if !is_apt {
+        return vec![below("repodata/repomd.xml")];
+    }
+    // Without a release, or with one that ends in '/', the repository is flat (sources.list(5)).
+    let distribution = repository.distribution.as_str();
+    let place = match distribution.strip_suffix('/') {
+        Some(flat) => format!("{flat}/").trim_start_matches('/').to_owned(),
+        None if distribution.is_empty() => String::new(),
+        None => format!("dists/{distribution}/"),
+    };
+    ["InRelease", "Release"].map(|name| below(&format!("{place}{name}"))).into()
+}
+
+/// `path` with the package managers' variables that are known.
+fn variables_replaced(path: &str, description: &Description, selection: &Selection) -> String {
+    let mut path = path.trim().to_owned();
+    let release = description.release.as_deref();
+    let known =
+        [("basearch", Some(selection.architecture)), ("arch", Some(selection.architecture)), ("releasever", release)];
+    for (name, value) in known.into_iter().filter_map(|(name, value)| Some((name, value?))) {
+        for form in [format!("${{{name}}}"), format!("${name}")] {
+            path = path.replace(&form, value);
+        }
+    }
+    path
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sign_of(attributes: &str, path: &str) -> Sign {
+        let recipe = format!(
+            "<image><preferences><packagemanager>zypper</packagemanager><release-version>15.5</release-version>\
+             </preferences><repository {attributes}><source path='{path}'/></repository></image>"
+        );
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("config.xml"), recipe).unwrap();
+        let description = Description::read(&open_tree(dir.path()).unwrap()).unwrap();
+        let selection = description.select(&[], "x86_64").unwrap();
+        sign(&description.repositories[0].1, &description, &selection, Path::new("/recipe"))
+    }
+
+    #[test]
+    fn each_kind_of_repository_has_its_sign() {
+        let url = |attributes: &str, path: &str| match sign_of(attributes, path) {
+            Sign::Url(urls) => urls.join(" "),
+            other => format!("{other:?}"),
+        };
+        for (attributes, path, wanted) in [
+            ("", "https://h/r", "https://h/r/repodata/repomd.xml"),
+            ("type='rpm-md'", "http://h/r/", "http://h/r/repodata/repomd.xml"),
+            ("", "https://h/r?token=a", "https://h/r/repodata/repomd.xml?token=a"),
+            ("", "https://h/$basearch/${releasever}", "https://h/x86_64/15.5/repodata/repomd.xml"),
+            ("sourcetype='mirrorlist'", "https://h/list?repo=a", "https://h/list?repo=a"),
+            ("sourcetype='metalink'", "https://h/list", "https://h/list"),
+            (
+                "type='apt-deb' distribution='bookworm'",
+                "http://h/debian",
+                "http://h/debian/dists/bookworm/InRelease http://h/debian/dists/bookworm/Release",
+            ),
+            ("type='apt-deb'", "http://h/flat", "http://h/flat/InRelease http://h/flat/Release"),
+            ("type='apt-deb' distribution='./'", "http://h/flat", "http://h/flat/InRelease http://h/flat/Release"),
+        ] {
+            assert_eq!(url(attributes, path), wanted, "{attributes} {path}");
+        }
+        for (path, wanted) in [
+            ("dir:///srv/r", "/srv/r"),
+            ("/srv/r", "/srv/r"),
+            ("file:///srv/r", "/srv/r"),
+            ("iso:///srv/a.iso", "/srv/a.iso"),
+            ("this://repo", "/recipe/repo"),
+        ] {
+            assert_eq!(sign_of("", path), Sign::Path(wanted.into()), "{path}");
+        }
+        for path in ["obs://openSUSE:Leap/standard", "ftp://h/r", "https://h/$stream/r", "nothing", ""] {
+            assert!(matches!(sign_of("", path), Sign::Unknown(_)), "{path}");
+        }
+    }
+}

@@ -1,0 +1,251 @@
+//! Templates in a recipe: files that `.ims_recipe_template.yaml` names, in Jinja's language, filled in with the values
+//! of the job.
+//!
+//! A template is hostile input beside the job's credentials. It has no function that reads a file or starts a program,
+//! loads no other template, and its loops are bounded.
+
+use std::collections::BTreeMap;
+use std::io::{Read, Seek, Write};
+use std::path::{Component, Path};
+
+use minijinja::{AutoEscape, Environment, ErrorKind, UndefinedBehavior};
+use rustix::fs::{FileType, OFlags};
+use serde::Deserialize;
+
+use crate::error::{Attempt, Error, Result};
+use crate::printable::listed;
+use crate::sys::file_kind::FileKind;
+use crate::sys::tree::Tree;
+
+/// File of a recipe that lists its templates.
+const LIST: &str = ".ims_recipe_template.yaml";
+
+/// Longest list, file of values and template, in bytes.
+const LONGEST_LIST: u64 = 1 << 20;
+const LONGEST_TEMPLATE: u64 = 16 << 20;
+
+/// Instructions after which a template is taken for one that does not end.
+const FUEL: u64 = 5_000_000;
+
+/// Values for templates, by name.
+pub(crate) type Values = BTreeMap<String, String>;
+
+/// Content of [`LIST`].
+#[derive(Deserialize)]
+struct Listed {
+    template_files: Vec<String>,
+}
+
+/// Parses the values that IMS hands over, a JSON object of strings; an empty file has none.
+pub(crate) fn parse_values(text: &[u8], shown: &str) -> Result<Values> {
+    if text.trim_ascii().is_empty() {
+        return Ok(Values::new());
+    }
+    let advice = r#"it has to be a JSON object of strings: {"NAME": "VALUE"}"#;
+    serde_json::from_slice(text).map_err(|e| {
+        // Not the message alone: it quotes the value, which may be a password.
+        let why = format!("line {}, column {}: {}", e.line(), e.column(), kind_of(&e));
+        Error::new(format!("read the values in {shown}")).because(why).advise(advice)
+    })
+}
+
+fn kind_of(error: &serde_json::Error) -> &'static str {
+    match error.classify() {
+        serde_json::error::Category::Eof => "it ends too early",
+        serde_json::error::Category::Data => "a value is no string, or this is no object",
+        _ => "this is no JSON",
+    }
+}
+
+/// Fills in the templates of `recipe`, which nobody else can write to. `values` is `None` if the job has none.
+pub(crate) fn fill_in(recipe: &Tree, values: Option<&Values>) -> Result<()> {
+    let list_read = || format!("read {LIST} of the recipe");
+    let values_given = values.filter(|values| !values.is_empty());
+    if recipe.look(LIST).attempt(list_read)?.is_none() {
+        if values_given.is_some() {
+            tracing::warn!("values are given, and the recipe has no {LIST}: nothing is filled in");
+        }
+        return Ok(());
+    }
+    let text = recipe.read(LIST, LONGEST_LIST).attempt(list_read)?;
+    let text = String::from_utf8(text).attempt(list_read)?;
+    let listed: Listed = serde_saphyr::from_str(&text).map_err(|e| {
+        let why = e.to_string().lines().next().unwrap_or_default().to_owned();
+        Error::new(list_read()).because(why).advise("expected 'template_files:' and a list of files")
+    })?;
+    let Some(values) = values_given else {
+        if listed.template_files.is_empty() {
+            return Ok(());
+        }
+        let why =
+            format!("{LIST} names {}, and the job has no values", crate::printable::listed(&listed.template_files));
+        return Err(Error::new("fill in the recipe's templates").because(why).advise(
+            "give the recipe a template_dictionary in IMS, or values on the command line (--set NAME=VALUE, --values)",
+        ));
+    };
+    for name in &listed.template_files {
+        fill_in_file(recipe, name, values)?;
+        tracing::info!("filled in {name}");
+    }
+    Ok(())
+}
+
+fn fill_in_file(recipe: &Tree, name: &str, values: &Values) -> Result<()> {
+    let attempted = || format!("fill in the template {name}");
+    let path = Path::new(name);
+    let path = path.strip_prefix(".").unwrap_or(path);
+    let is_below = path.components().all(|part| matches!(part, Component::Normal(_)));
+    if !is_below || path.as_os_str().is_empty() {
+        let why = format!("{LIST} names a file outside the recipe");
+        return Err(Error::new(attempted()).because(why).advise("name it relative to the recipe"));
+    }
+    let handle = recipe.handle_without_links(path).map_err(|e| {
+        let why = if e.raw_os_error() == Some(libc::ELOOP) {
+            "a directory in its path is a link".into()
+        } else {
+            e.to_string()
+        };
+        Error::new(attempted()).because(why).advise(format!("{LIST} names it"))
+    })?;
+    let found = rustix::fs::fstat(&handle).attempt(attempted)?;
+    if FileType::from_raw_mode(found.st_mode) != FileType::RegularFile {
+        let why = format!("it is {}, and must be a file", FileKind::of(&found));
+        return Err(Error::new(attempted()).because(why).advise(format!("{LIST} names it")));
+    }
+    // In place, so that mode and owner stay.
+    let mut file = recipe.open_regular(path, OFlags::RDWR | OFlags::NOFOLLOW).attempt(attempted)?;
+    let mut text = String::new();
+    (&mut file).take(LONGEST_TEMPLATE + 1).read_to_string(&mut text).attempt(attempted)?;
+    if text.len() as u64 > LONGEST_TEMPLATE {
+        return Err(Error::new(attempted()).because(format!("it is larger than {LONGEST_TEMPLATE} bytes")));
+    }
+    let filled = render(name, &text, values)?;
+    file.rewind().attempt(attempted)?;
+    file.set_len(0).attempt(attempted)?;
+    file.write_all(filled.as_bytes()).attempt(attempted)
+}
+
+/// Fills in `text`, which messages call `name`. Unlike Jinja2 as IMS uses it, a value that is printed and not known is an
+/// error; a condition may ask for one.
+pub(crate) fn render(name: &str, text: &str, values: &Values) -> Result<String> {
+    let mut environment = Environment::new();
+    environment.set_undefined_behavior(UndefinedBehavior::SemiStrict);
+    // By default, the name of a file decides: in config.xml, '&' would become '&amp;', and values hold what belongs there.
+    environment.set_auto_escape_callback(|_| AutoEscape::None);
+    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    environment.set_fuel(Some(FUEL));
+    let template = environment.template_from_named_str(name, text).map_err(|e| refusal(name, text, values, &e, &[]))?;
+    template.render(values).map_err(|e| {
+        let asked: Vec<_> = template.undeclared_variables(false).into_iter().collect();
+        refusal(name, text, values, &e, &asked)
+    })
+}
+
+fn refusal(name: &str, text: &str, values: &Values, error: &minijinja::Error, asked: &[String]) -> Error {
+    let line = error.line();
+    let place = line.map_or_else(|| name.to_owned(), |line| format!("{name}, line {line}"));
+    let refused = Error::new(format!("fill in the template {place}"));
+    let known = || match values.len() {
+        0 => "no value is known".to_owned(),
+        _ => format!("known are {}", listed(&values.keys().collect::<Vec<_>>())),
+    };
+    if error.kind() == ErrorKind::UndefinedError {
+        let on_line = line.and_then(|line| text.lines().nth(line.checked_sub(1)?)).unwrap_or_default();
+        let mut missing: Vec<_> = asked.iter().filter(|name| !values.contains_key(*name)).collect();
+        missing.sort();
+        if missing.iter().any(|name| holds_word(on_line, name)) {
+            missing.retain(|name| holds_word(on_line, name));
+        }
+        let advice = format!("{}; give it a value, or ask with {{% if … is defined %}}", known());
+        return match missing.as_slice() {
+            [] => refused.because("it prints a value that is not defined"),
+            missing => refused.because(format!("there is no value of the name {}", listed(missing))),
+        }
+        .advise(advice);
+    }
+    let why = error.detail().map_or_else(|| error.kind().to_string(), |detail| format!("{}: {detail}", error.kind()));
+    refused.because(why)
+}
+
+fn holds_word(line: &str, word: &str) -> bool {
+    line.split(|c: char| !c.is_alphanumeric() && c != '_').any(|part| part == word)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn filled(text: &str, values: &[(&str, &str)]) -> std::result::Result<String, String> {
+        let values = values.iter().map(|(n, v)| ((*n).to_owned(), (*v).to_owned())).collect();
+        render("config.xml", text, &values).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn values_are_filled_in_as_jinja2_does() {
+        let values = [("A", "x & <y>"), ("V", "15.5"), ("EMPTY", "")];
+        for (template, result) in [
+            ("a {{ A }} b", "a x & <y> b"),
+            ("{{A}}\n", "x & <y>"),
+            ("{{ A }}\n\n", "x & <y>\n"),
+            ("{% if A %}1{% else %}2{% endif %}{% if NO %}1{% else %}2{% endif %}", "12"),
+            ("{{ V.split('.')[0] }}-{{ V.replace('.', '_') }}-{{ V|upper }}", "15-15_5-15.5"),
+            ("{{ NO|default('d') }}{{ EMPTY }}{# not this #}", "d"),
+            ("{% set B = A + '!' %}{{ B }}", "x & <y>!"),
+            ("{% for n in [1, 2] %}{{ n }}{% if not loop.last %},{% endif %}{% endfor %}", "1,2"),
+            ("{% raw %}{{ NO }}{% endraw %}", "{{ NO }}"),
+            ("no template", "no template"),
+        ] {
+            assert_eq!(filled(template, &values).as_deref(), Ok(result), "{template}");
+        }
+    }
+
+    #[test]
+    fn unknown_value_is_an_error_with_file_line_name_and_known_names() {
+        let refused = filled("a\nb {{ CSM_RELASE }} {{ B }}\n{{ C }}", &[("B", ""), ("CSM_RELEASE", "1")]).unwrap_err();
+        let wanted = "cannot fill in the template config.xml, line 2: there is no value of the name CSM_RELASE; known \
+            are B, CSM_RELEASE; give it a value";
+        assert!(refused.starts_with(wanted), "{refused}");
+        for template in ["{{ A.b.c }}", "{{ NO|upper }}", "{% for x in NO %}{{ x }}{% endfor %}", "{{ 'a' ~ NO }}"] {
+            let refused = filled(template, &[("A", "x")]);
+            assert!(refused.as_ref().is_err_and(|e| e.contains("line 1")), "{template}: {refused:?}");
+        }
+    }
+
+    #[test]
+    fn syntax_errors_name_the_line() {
+        for template in ["\n{{ A", "\n{% if A %}", "\n{% unknown %}", "\n{{ A | nofilter }}"] {
+            let refused = filled(template, &[("A", "x")]).unwrap_err();
+            assert!(refused.contains("config.xml, line 2"), "{template:?}: {refused}");
+        }
+    }
+
+    #[test]
+    fn templates_run_no_code_read_no_files_and_end() {
+        for template in [
+            "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
+            "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+            "{{ self.__init__.__globals__ }}",
+            "{% include '/etc/passwd' %}",
+            "{% import '/etc/passwd' as x %}",
+            "{% extends '/etc/passwd' %}",
+            "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}{% endfor %}{% endfor %}",
+        ] {
+            assert!(filled(template, &[]).is_err(), "{template}");
+        }
+    }
+
+    #[test]
+    fn values_are_an_object_of_strings_and_are_not_quoted_in_errors() {
+        assert_eq!(parse_values(b"", "f").unwrap(), Values::new());
+        assert_eq!(parse_values(br#"{"A": "b"}"#, "f").unwrap()["A"], "b");
+        for wrong in
+            ["[]", r#"{"A": 12345678}"#, r#"{"A": ["hidden-12345678"]}"#, "{'A'", r#"{"A": "12345678"#, "12345678"]
+        {
+            let refused = parse_values(wrong.as_bytes(), "f").unwrap_err().to_string();
+            assert!(
+                refused.starts_with("cannot read the values in f: line 1") && !refused.contains("12345678"),
+                "{refused}"
+            );
+        }
+    }
+}

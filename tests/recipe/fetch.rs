@@ -1,0 +1,241 @@
+//! Recipes become directories, or leave nothing.
+
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::Path;
+use std::process::{Command, Output};
+
+use testbed::file_server::{Fault, FileServer};
+use testbed::ims_server::ImsServer;
+use testbed::job::*;
+use testbed::s3_server::Bucket;
+use testbed::*;
+
+use crate::recipes::*;
+
+fn fetch(to: &Path, source: &str, options: &[&str], variables: &[(&str, String)]) -> Output {
+    let mut arguments = vec!["fetch-recipe", to.to_str().unwrap(), source];
+    arguments.extend(options);
+    ims_sshd(&arguments, variables).output().unwrap()
+}
+
+fn content(tree: &Path, name: &str) -> String {
+    std::fs::read_to_string(tree.join(name)).unwrap_or_else(|e| panic!("{name}: {e}"))
+}
+
+/// Checks that the recipe is refused with this reason, and that nothing is left beside it.
+fn refused(dir: &Path, source: &Path, options: &[&str], reason: &str) {
+    let parent = dir.join("volume");
+    std::fs::create_dir_all(&parent).unwrap();
+    let output = fetch(&parent.join("recipe"), source.to_str().unwrap(), options, &[]);
+    let said = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains(reason), "expected '{reason}': {said}");
+    assert_eq!(std::fs::read_dir(&parent).unwrap().count(), 0, "{}", listed(&parent));
+}
+
+#[test]
+fn archive_of_every_kind_url_and_directory_give_the_same_recipe() {
+    let dir = directory();
+    let tree = small(dir.path());
+    std::fs::set_permissions(tree.join("root/etc/motd"), PermissionsExt::from_mode(0o750)).unwrap();
+    symlink("/run/motd", tree.join("root/etc/link")).unwrap();
+    let mut sources = vec![tree.display().to_string()];
+    for (name, options) in
+        [("a.tar", &[][..]), ("a.tgz", &["-z"]), ("a.tar.bz2", &["-j"]), ("a.txz", &["-J"]), ("a.tzst", &["--zstd"])]
+    {
+        sources.push(archive(&tree, name, options).display().to_string());
+    }
+    let bytes = std::fs::read(tree.with_file_name("a.tgz")).unwrap();
+    sources.push(FileServer::start(bytes.clone(), &[Fault::ResetAfter(100)]).url);
+    let bucket = Bucket::new();
+    bucket.put("recipes/a.tgz", &bytes);
+    sources.push(format!("s3://{}/recipes/a.tgz", bucket.name));
+    let values = ["--set", "MIRROR=https://h/?a&amp;b", "--set", "NAME=<me>"];
+    for (number, source) in sources.iter().enumerate() {
+        let to = dir.path().join(format!("recipe-{number}"));
+        let output = fetch(&to, source, &values, &bucket.variables());
+        assert!(output.status.success(), "{source}: {}", text(&output.stderr));
+        // Values are not escaped, and the last newline goes, as with the program that this replaces.
+        assert_eq!(content(&to, "root/etc/motd"), "<me>");
+        assert!(content(&to, "config.xml").ends_with("'https://h/?a&amp;b'/></repository>\n</image>"));
+        let kept = "root/etc/link l 777 /run/motd\nroot/etc/motd f 750 \n";
+        assert!(listed(&to).contains(kept), "{source}: {}", listed(&to));
+        let beside: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert!(!beside.iter().any(|name| name.to_string_lossy().starts_with('.')), "{beside:?}");
+    }
+}
+
+#[test]
+fn container_of_a_pod_is_replaced_with_its_script_name_variables_and_statuses() {
+    let dir = directory();
+    let tree = small(dir.path());
+    let served = FileServer::start(std::fs::read(archive(&tree, "a.tgz", &["-z"])).unwrap(), &[]);
+    let (ims, volume) = (ImsServer::start(), dir.path().join("volume"));
+    std::fs::create_dir(&volume).unwrap();
+    let script = dir.path().join("fetch-recipe.sh");
+    symlink(&*IMS_SSHD, &script).unwrap();
+    let values = dir.path().join("template_dictionary");
+    std::fs::write(&values, r#"{"MIRROR": "https://h"}"#).unwrap();
+    let run = |values: &Path| {
+        let mut command = Command::new(&script);
+        command.arg(volume.join("recipe")).arg(&served.url).arg("--values").arg(values).env_clear();
+        command.env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").env("LOG_LEVEL", "INFO").envs(ims.variables());
+        command.output().unwrap()
+    };
+    // The recipe of a container that was started again is made again.
+    for _ in 0..2 {
+        let output = run(&values);
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        assert_eq!(content(&volume.join("recipe"), "root/etc/motd"), "nobody");
+    }
+    assert_eq!(ims.statuses(), ["fetching_recipe", "fetching_recipe"]);
+    std::fs::write(&values, r#"{"MIRROR": "#).unwrap();
+    let output = run(&values);
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(ims.statuses().last().unwrap(), "error");
+}
+
+#[test]
+fn wrong_checksum_of_an_archive_is_refused() {
+    let dir = directory();
+    let file = archive(&small(dir.path()), "a.tgz", &["-z"]);
+    let sum = md5(&std::fs::read(&file).unwrap());
+    let to = dir.path().join("recipe");
+    let run =
+        |sum: &str| fetch(&to, file.to_str().unwrap(), &["--set", "MIRROR=x"], &[("DOWNLOAD_MD5SUM", sum.to_owned())]);
+    let output = run(&sum.chars().rev().collect::<String>());
+    assert!(text(&output.stderr).contains("its MD5 is"), "{}", text(&output.stderr));
+    assert!(!to.exists());
+    assert!(run(&sum).status.success());
+    // Somebody's directory is not replaced outside of a job.
+    let output = run(&sum);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("it exists; remove it"), "{}", text(&output.stderr));
+}
+
+#[test]
+fn recipe_one_directory_deeper_is_found() {
+    let dir = directory();
+    let tree = dir.path().join("outer");
+    std::fs::create_dir(&tree).unwrap();
+    std::fs::rename(small(dir.path()), tree.join("recipe-main")).unwrap();
+    let to = dir.path().join("recipe");
+    let file = archive(&tree, "a.tgz", &["-z"]);
+    let output = fetch(&to, file.to_str().unwrap(), &["--set", "MIRROR=x"], &[]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert!(to.join("config.xml").exists());
+}
+
+#[test]
+fn hostile_and_damaged_archives_are_refused_and_leave_nothing() {
+    let dir = directory();
+    let tree = small(dir.path());
+    let good = std::fs::read(archive(&tree, "good.tgz", &["-z"])).unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let set = ["--set", "MIRROR=x"];
+    std::fs::write(at("cut"), &good[..good.len() / 2]).unwrap();
+    refused(dir.path(), &at("cut"), &set, "cut as a recipe: ");
+    std::fs::write(at("page"), "<html>").unwrap();
+    refused(dir.path(), &at("page"), &set, "page as a recipe: it is neither");
+    let outside = at("outside");
+    std::fs::create_dir(&outside).unwrap();
+    std::fs::write(outside.join("secret"), "secret").unwrap();
+    let make = "
+import io, sys, tarfile
+archive, kind, outside = sys.argv[1:]
+with tarfile.open(archive, 'w') as tar:
+    def add(name, content=b'<image/>', **fields):
+        member = tarfile.TarInfo(name)
+        for key, value in fields.items(): setattr(member, key, value)
+        member.size = 0 if 'type' in fields else len(content)
+        tar.addfile(member, io.BytesIO(content))
+    add('config.xml')
+    if kind == 'dots': add('../build_failed')
+    if kind == 'absolute-link':
+        add('way', type=tarfile.SYMTYPE, linkname=outside)
+        add('way/made')
+    if kind == 'hardlink': add('copy', type=tarfile.LNKTYPE, linkname=outside + '/secret')
+    if kind == 'device': add('root/dev/sda', type=tarfile.BLKTYPE, devmajor=8, devminor=0)
+    if kind == 'fifo': add('config.sh', type=tarfile.FIFOTYPE)
+    if kind == 'link-out': add('root', type=tarfile.SYMTYPE, linkname='/')
+";
+    for (kind, reason) in [
+        ("dots", "Member name contains '..'"),
+        ("absolute-link", "as a recipe: "),
+        ("hardlink", "as a recipe: "),
+        ("device", "cannot take root/dev/sda as a part of a recipe: it is a block device"),
+        ("fifo", "cannot take config.sh as a part of a recipe: it is a "),
+        ("link-out", "cannot take root as a part of a recipe: it is a link that leads out of the recipe"),
+    ] {
+        let file = at(&format!("{kind}.tar"));
+        succeed(Command::new("/usr/bin/python3").args(["-c", make]).arg(&file).arg(kind).arg(&outside));
+        refused(dir.path(), &file, &set, reason);
+        assert_eq!(std::fs::read_dir(&outside).unwrap().count(), 1, "{kind}");
+    }
+    // An absolute name is one below the recipe.
+    let file = at("absolute.tar");
+    let absolute = "import io, sys, tarfile
+with tarfile.open(sys.argv[1], 'w') as tar:
+    for name in ['config.xml', sys.argv[2]]:
+        member = tarfile.TarInfo(name); member.size = 8
+        tar.addfile(member, io.BytesIO(b'<image/>'))";
+    let way = outside.join("made");
+    succeed(Command::new("/usr/bin/python3").args(["-c", absolute]).arg(&file).arg(&way));
+    let output = fetch(&at("recipe"), file.to_str().unwrap(), &[], &[]);
+    assert!(output.status.success() && !way.exists(), "{}", text(&output.stderr));
+}
+
+#[test]
+fn wrong_templates_are_refused_with_file_line_and_name() {
+    let dir = directory();
+    let tree = small(dir.path());
+    let case = |options: &[&str], reason: &str| refused(dir.path(), &tree, options, reason);
+    case(&[], "the job has no values; give the recipe a template_dictionary");
+    case(&["--set", "MIROR=x"], "config.xml, line 2: there is no value of the name MIRROR; known are MIROR");
+    let set = ["--set", "MIRROR=x"];
+    write(&tree, "root/etc/motd", "a\n{{ cycler.__init__.__globals__.os.popen('id').read() }}\n");
+    case(&set, "root/etc/motd, line 2");
+    write(&tree, "root/etc/motd", "a\n{% if A %}\n");
+    case(&set, "root/etc/motd, line ");
+    for (list, reason) in [
+        ("template_files: [config.xml", "cannot read .ims_recipe_template.yaml of the recipe"),
+        ("templates:\n- config.xml\n", "expected 'template_files:' and a list of files"),
+        ("template_files:\n- /etc/passwd\n", "names a file outside the recipe"),
+        ("template_files:\n- ../recipe-source\n", "names a file outside the recipe"),
+        ("template_files:\n- missing\n", "cannot fill in the template missing: No such file"),
+        ("template_files:\n- root\n", "cannot fill in the template root: it is a directory"),
+        ("template_files:\n- root/etc/link\n", "cannot fill in the template root/etc/link: it is a symbolic link"),
+        ("template_files:\n- root/way/hostname\n", "a directory in its path is a link"),
+    ] {
+        write(&tree, ".ims_recipe_template.yaml", list);
+        let _ = symlink("/etc/hostname", tree.join("root/etc/link"));
+        let _ = symlink("/etc", tree.join("root/way"));
+        case(&set, reason);
+    }
+}
+
+#[test]
+fn recipe_without_templates_is_left_as_it_is() {
+    let dir = directory();
+    let tree = dir.path().join("plain");
+    write(&tree, "appliance.kiwi", "<image name='{{ NAME }}'/>\n");
+    let to = dir.path().join("recipe");
+    let output = fetch(&to, tree.to_str().unwrap(), &["--set", "NAME=x"], &[]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert!(text(&output.stderr).contains("nothing is filled in"), "{}", text(&output.stderr));
+    assert_eq!(content(&to, "appliance.kiwi"), "<image name='{{ NAME }}'/>\n");
+}
+
+#[test]
+fn recipe_without_a_description_is_refused_with_what_it_has() {
+    let dir = directory();
+    let tree = dir.path().join("tree");
+    write(&tree, "config.xnl", "<image/>");
+    write(&tree, "root/etc/motd", "");
+    refused(dir.path(), &tree, &[], "the recipe has no config.xml and no *.kiwi; at its top it has config.xnl, root");
+    write(&tree, "a.kiwi", "<image/>");
+    write(&tree, "b.kiwi", "<image/>");
+    refused(dir.path(), &tree, &[], "the recipe has several: a.kiwi, b.kiwi");
+    write(&tree, "config.xml", "<image><repository></image>");
+    refused(dir.path(), &tree, &[], "cannot read config.xml of the recipe: it is not XML");
+}
