@@ -9,6 +9,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
+use std::time::Duration;
 
 use rustix::fs::{FileType, OFlags, Stat};
 use rustix::io::Errno;
@@ -21,7 +22,7 @@ use crate::image::unchanged::Source;
 use crate::printable::listed;
 use crate::sys::file_kind::FileKind;
 use crate::sys::named;
-use crate::sys::process::Entry;
+use crate::sys::process::{self, Entry};
 use crate::sys::tree::Tree;
 use crate::transfer::confinement::{Confined, STDIN, all_memory};
 use crate::transfer::progress::Progress;
@@ -453,18 +454,28 @@ fn nothing_is_mounted_below(image_root: &Path, attempted: &str) -> Result<()> {
     }
 }
 
+/// Programs that pack, by their short names: mksquashfs, and this program as started by its own packer.
+const PACKING: [&str; 2] = ["mksquashfs", "exe"];
+
+/// Time for the packer of a killed run to end: the kernel kills it with that run, which takes a while.
+const TIME_TO_END: Duration = Duration::from_secs(10);
+
 /// Refuses to pack while a process has its root or working directory in the image root: it may still write.
 fn no_process_is_inside(image_root: &Path, attempted: &str) -> Result<()> {
-    let is_inside = |entry: &Entry| {
-        let link = |name: &str| std::fs::read_link(format!("/proc/{}/{name}", entry.pid)).ok();
-        ["cwd", "root"].into_iter().filter_map(link).any(|path| path.starts_with(image_root))
-    };
-    match Entry::all().into_iter().find(|e| e.pid != nix::unistd::getpid() && is_inside(e)) {
+    match inside(image_root, &PACKING) {
         Some(entry) => Err(Error::new(attempted)
             .because(format!("process {} ({}) has its root or working directory in it", entry.pid, entry.name))
             .advise("end it first: its unfinished writes would be packed")),
         None => Ok(()),
     }
+}
+
+/// A process inside `directory`, once those that a killed run has left there have ended; see [`process::inside`].
+pub(crate) fn inside(directory: &Path, programs: &[&str]) -> Option<Entry> {
+    process::inside(directory, programs, TIME_TO_END, |entry| {
+        let (pid, name, shown) = (entry.pid, &entry.name, directory.display());
+        tracing::info!("waiting for process {pid} ({name}), which a killed run has left in {shown}");
+    })
 }
 
 /// Memory for mksquashfs: a share of the container's limit, not of the node's memory.

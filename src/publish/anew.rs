@@ -82,6 +82,7 @@ fn left_in(parent: &Path) -> String {
 /// Removes what a run that was killed has left: a new image root that is not complete, and an old one that was dropped.
 pub(crate) fn clear(work: &Work, volume: &Tree) -> Result<()> {
     Beside { volume }.unmount()?;
+    prepare::await_unpackers(&volume.shown().join(FRESH));
     for name in [FRESH, DROPPED] {
         let removed = volume.remove_whole(name.as_ref());
         let removed = removed.attempt(|| format!("remove {}", volume.shown().join(name).display()));

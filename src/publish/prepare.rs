@@ -8,6 +8,7 @@ use crate::error::{Attempt, Error, Result};
 use crate::image::inventory::Inventory;
 use crate::image::kind::{Content, Kind, Opened};
 use crate::image::layers::layers;
+use crate::image::packing;
 use crate::image::unpack::{LOWER, Overlay, unpack};
 use crate::publish::basis;
 use crate::publish::download;
@@ -66,6 +67,7 @@ pub(crate) fn make(
     let parent = &settings.job.parent;
     let volume = open_tree(parent)?;
     refuse_links(parent, image_root)?;
+    await_unpackers(&volume.shown().join(UNPACKING));
     remove(&volume, UNPACKING)?;
     let known = known(settings, source, &volume, image_root)?;
     let record = Record::on(&volume, settings)?;
@@ -166,6 +168,17 @@ pub(crate) fn make(
         let _ = record.remove();
     }
     result
+}
+
+/// Programs that unpack, by their short names.
+const UNPACKERS: [&str; 6] = ["tar", "unsquashfs", "cp", "gzip", "xz", "zstd"];
+
+/// Waits for the unpackers of a killed run, which would write to `directory` while it is removed.
+pub(crate) fn await_unpackers(directory: &Path) {
+    if directory.exists() {
+        // Somebody else's shell in there does not matter.
+        let _ = packing::inside(directory, &UNPACKERS);
+    }
 }
 
 /// Gives an unpacked tree the name of the image root.

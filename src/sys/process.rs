@@ -12,7 +12,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::AtFlags;
@@ -242,6 +242,10 @@ pub fn output_within(child: Child, limit: Duration) -> io::Result<Option<Output>
     })
 }
 
+/// Flag of a process that is ending (`PF_EXITING`), and the bit of SIGKILL in a set of signals (proc_pid_status(5)).
+const EXITING: i64 = 4;
+const KILL: u64 = 1 << (libc::SIGKILL - 1);
+
 /// Fields of /proc/PID/stat.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
@@ -253,6 +257,8 @@ pub struct Entry {
     pub name: String,
     /// Its state letter; `Z` for a zombie.
     pub state: char,
+    /// The kernel's flags (`PF_*` in its include/linux/sched.h).
+    flags: i64,
     /// Its process group ID.
     pub(crate) group: Pid,
     /// Its session ID.
@@ -300,6 +306,7 @@ impl Entry {
             group: Pid::from_raw(i32::try_from(number(2)?).ok()?),
             session: Pid::from_raw(i32::try_from(number(3)?).ok()?),
             terminal: number(4)?.cast_unsigned() & 0xffff_ffff,
+            flags: number(6)?,
             start: rest.get(19)?.parse().ok()?,
             threads: rest.get(17)?.parse().ok()?,
             faults_of_children: rest.get(8)?.parse().ok()?,
@@ -309,6 +316,14 @@ impl Entry {
     /// True for a zombie. If only its first thread has ended, the state is `Z` too, but the process still runs.
     pub(crate) fn has_ended(&self) -> bool {
         self.state == 'Z' && self.threads <= 1
+    }
+
+    /// True if it is ending, or is about to: a signal that kills it has arrived.
+    pub(crate) fn is_dying(&self) -> bool {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap_or_default();
+        let pending = status.lines().filter_map(|line| line.strip_prefix("SigPnd:").or(line.strip_prefix("ShdPnd:")));
+        let is_killed = |set: &str| u64::from_str_radix(set.trim(), 16).is_ok_and(|set| set & KILL != 0);
+        self.flags & EXITING != 0 || pending.into_iter().any(is_killed)
     }
 
     /// All processes visible to this one.
@@ -344,6 +359,36 @@ impl Entry {
             // A title that the process has set itself.
             [title] => title.clone().into_owned(),
             words => shell_words::join(words),
+        }
+    }
+}
+
+/// A process other than this one that has its root or working directory in `directory`, which has no links in its path.
+/// Waits up to `limit` for the ones that a killed run of this program has left: those that are dying, and `programs`,
+/// by their short names. Calls `waiting` before it waits.
+pub(crate) fn inside(
+    directory: &Path,
+    programs: &[&str],
+    limit: Duration,
+    mut waiting: impl FnMut(&Entry),
+) -> Option<Entry> {
+    let began = Instant::now();
+    let is_inside = |entry: &Entry| {
+        let link = |name: &str| std::fs::read_link(format!("/proc/{}/{name}", entry.pid)).ok();
+        entry.pid != getpid() && ["cwd", "root"].into_iter().filter_map(link).any(|path| path.starts_with(directory))
+    };
+    loop {
+        let mut inside: Vec<_> = Entry::all().into_iter().filter(is_inside).collect();
+        let is_left = |entry: &Entry| programs.contains(&&*entry.name) || entry.is_dying();
+        if let Some(other) = inside.iter().position(|entry| !is_left(entry)) {
+            return Some(inside.swap_remove(other));
+        }
+        let entry = inside.pop()?;
+        waiting(&entry);
+        match Handle::open(entry.identity()) {
+            Ok(handle) if handle.ends_within(limit.saturating_sub(began.elapsed())) => {}
+            Err(e) if e.raw_os_error() == Some(libc::ESRCH) => {}
+            _ => return Some(entry),
         }
     }
 }
@@ -526,6 +571,7 @@ mod tests {
             start: 0,
             threads: 1,
             faults_of_children: 0,
+            flags: 0,
         };
         let all = [entry(1, 0), entry(2, 1), entry(3, 2), entry(4, 0), entry(5, 4)];
         let found: Vec<_> = descendants(&all, Pid::from_raw(1)).iter().map(|e| e.pid.as_raw()).collect();

@@ -216,7 +216,7 @@ impl<'a> Confined<'a> {
         Self { directory, access: Access::Read, stdin, readable: Vec::new(), capabilities: &[], limits }
     }
 
-    /// Starts `command`, which outlives this program.
+    /// Starts `command`, which the kernel does not kill with this program; the end of its output ends it.
     pub(crate) fn spawn(&self, command: &mut Command) -> Result<Child> {
         let attempted = format!("run {}", command.get_program().display());
         self.prepare(clear_environment(command))?;

@@ -1,6 +1,6 @@
 //! Packing an image root into a squashfs.
 
-use std::io::Read;
+use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -336,11 +336,34 @@ fn packer_ends_with_its_killed_parent() {
         kill(packing, Signal::SIGSTOP).unwrap();
         child.kill().unwrap();
         child.wait().unwrap();
-        wait_until("the packer to end", || kill(packing, None).is_err());
+        // At once: the packer may still be ending.
         let mut command = ims_sshd(&["package", "--compression", "none", "--archive", "image.sqsh"], &[]);
         let output = command.arg(&tree).current_dir(dir.path()).output().unwrap();
         assert!(output.status.success(), "{packer:?}: {output:?}");
         assert!(dir.path().join("image.sqsh").exists() && !dir.path().join("image.sqsh.part").exists());
+        wait_until("the packer to be reaped", || kill(packing, None).is_err());
+    }
+}
+
+#[test]
+fn packing_waits_for_the_packer_of_a_killed_run() {
+    let (dir, tree) = bootable_image();
+    let archive = dir.path().join("image.sqsh");
+    for name in ["mksquashfs", "exe"] {
+        let program = dir.path().join(name);
+        std::fs::copy("/bin/cat", &program).unwrap();
+        let mut packer = Command::new(&program).current_dir(&tree).stdin(Stdio::piped()).spawn().unwrap();
+        let mut command = ims_sshd(&["package", "--archive"], &[]);
+        let mut child = command.args([&archive, &tree]).stderr(Stdio::piped()).spawn().unwrap();
+        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map_while(Result::ok);
+        let waiting = format!("waiting for process {} ({name}), which a killed run has left in", packer.id());
+        assert!(lines.any(|line| line.contains(&waiting)), "{name}");
+        assert!(!archive.exists());
+        drop(packer.stdin.take());
+        packer.wait().unwrap();
+        let further: Vec<_> = lines.collect();
+        assert!(child.wait().unwrap().success(), "{further:?}");
+        std::fs::remove_file(&archive).unwrap();
     }
 }
 
