@@ -27,7 +27,7 @@ use crate::sys::tree::Tree;
 use crate::transfer::confinement::{Confined, STDIN, all_memory};
 use crate::transfer::progress::Progress;
 use crate::transfer::{Work, installed};
-use crate::volume::mounts_below::mounts_below;
+use crate::volume::mounts_below::refuse_mounts_below;
 use crate::volume::open_tree;
 
 /// Minimum memory for mksquashfs in bytes, and the divisor of all memory that gives its share: a quarter, mksquashfs's
@@ -146,7 +146,7 @@ pub(crate) fn pack(
 ) -> Result<File> {
     let shown = image_root.shown();
     let attempted = format!("pack {}", shown.display());
-    nothing_is_mounted_below(&shown, &attempted)?;
+    refuse_mounts_below(&shown, &attempted, "packing")?;
     no_process_is_inside(&shown, &attempted)?;
     let excluded = exclude::find(image_root, exclude).attempt(|| attempted.clone())?;
     if excluded.is_all {
@@ -442,16 +442,6 @@ fn size_of(root: &Tree) -> io::Result<u64> {
 fn has_read(child: &Child) -> Option<u64> {
     let text = std::fs::read_to_string(format!("/proc/{}/io", child.id())).ok()?;
     text.lines().find_map(|line| line.strip_prefix("rchar: ")?.parse().ok())
-}
-
-/// Refuses mounts below the image root: mksquashfs would descend into them, and never finish reading /proc.
-fn nothing_is_mounted_below(image_root: &Path, attempted: &str) -> Result<()> {
-    match mounts_below(image_root)?.first() {
-        Some(mount) => Err(Error::new(attempted)
-            .because(format!("something is mounted on {}", mount.display()))
-            .advise("unmount it: packing would walk into it")),
-        None => Ok(()),
-    }
 }
 
 /// Programs that pack, by their short names: mksquashfs, and this program as started by its own packer.

@@ -13,7 +13,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
 use nix::unistd::Pid;
-use rustix::fs::OFlags;
+use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 use rustix::mount::MountAttrFlags;
 
@@ -33,11 +33,15 @@ use crate::transfer::checksum::Expected;
 use crate::transfer::confinement::{self, Confined, STDIN};
 use crate::transfer::progress::Progress;
 use crate::transfer::{TICK, Work};
+use crate::volume::mounts_below::refuse_mounts_below;
 
 /// Unpacks `archive` into the new directory `name` of `volume`, and returns that directory, since its name may be
 /// another's by then. Copies a directory; merges the layers of a saved container image.
 pub(crate) fn unpack(work: &Work, archive: &Opened, volume: &Tree, name: &str) -> Result<Tree> {
     confinement::refuse_to_lose_attributes()?;
+    if archive.file().is_none() {
+        refuse_mounts(archive)?;
+    }
     let before = used(volume);
     let mut progress = Progress::begin("unpacking", None);
     let mut look = |_: &Child| progress.at(used(volume).saturating_sub(before));
@@ -47,13 +51,12 @@ pub(crate) fn unpack(work: &Work, archive: &Opened, volume: &Tree, name: &str) -
         return unpack_layers(work, (tree, false), layers, (volume, name), look);
     }
     let target = make(volume, name)?;
+    if let Content::Directory(tree) = &archive.content {
+        copy(work, archive, tree, &target, look)?;
+        return Ok(target);
+    }
     match archive.kind()? {
-        None => {
-            let mut copy = Command::new("cp");
-            // The trailing dot makes cp follow STDIN, which is a link.
-            copy.args(["-aT", "--reflink=auto"]).arg(Path::new(STDIN).join(".")).arg(".");
-            extract(work, archive, copy, archive.as_fd(), &target, look)?;
-        }
+        None => {}
         Some(Kind::Squashfs) => {
             let mut unsquashfs = Command::new("unsquashfs");
             // Needs -force because the directory exists.
@@ -79,6 +82,40 @@ pub(crate) fn unpack(work: &Work, archive: &Opened, volume: &Tree, name: &str) -
 fn make(volume: &Tree, name: &str) -> Result<Tree> {
     let attempted = || format!("create the directory {}", volume.shown().join(name).display());
     volume.make_private(name).attempt(attempted)
+}
+
+/// Refuses mounts below a directory that is copied.
+fn refuse_mounts(archive: &Opened) -> Result<()> {
+    refuse_mounts_below(&archive.shown, &format!("copy {}", archive.shown.display()), "copying")
+}
+
+/// Copies the directory `tree`, and nothing that is mounted below it meanwhile.
+fn copy(work: &Work, archive: &Opened, tree: &Tree, target: &Tree, look: impl FnMut(&Child)) -> Result<()> {
+    let mut cp = Command::new("cp");
+    cp.args(["-aT", "--reflink=auto"]);
+    // Later mounts do not appear in a copy of the directory's own mount. It needs CAP_SYS_ADMIN, which a pod may lack.
+    let alone = Detached::copy_of_fd(tree, false, MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOSUID);
+    // Several devices without a mount are subvolumes, whose content cp would leave out.
+    if alone.is_err() && has_one_device(tree).attempt(|| format!("copy {}", archive.shown.display()))? {
+        cp.arg("--one-file-system");
+    }
+    // The trailing dot makes cp follow STDIN, which is a link.
+    cp.arg(Path::new(STDIN).join(".")).arg(".");
+    let source = alone.as_ref().map_or(tree.as_fd(), AsFd::as_fd);
+    extract(work, archive, cp, source, target, look)?;
+    // A mount has hidden files.
+    if alone.is_err() { refuse_mounts(archive) } else { Ok(()) }
+}
+
+/// Returns whether all directories of a tree have the same device number.
+fn has_one_device(tree: &Tree) -> io::Result<bool> {
+    let device = rustix::fs::fstat(tree)?.st_dev;
+    let mut is_one = true;
+    tree.walk(|_, _, _, found| {
+        is_one &= found.st_dev == device || FileType::from_raw_mode(found.st_mode) != FileType::Directory;
+        Ok(())
+    })?;
+    Ok(is_one)
 }
 
 /// Runs a program that reads `input`, the content of `archive`, from its standard input and unpacks it into `target`.

@@ -18,7 +18,7 @@ use crate::sys::named;
 use crate::sys::tree::Tree;
 use crate::volume::holds;
 use crate::volume::layout::OVERLAY;
-use crate::volume::mounts_below::mounts_below;
+use crate::volume::mounts_below::{mounts_below, refuse_mounts_below};
 use crate::volume::open_tree;
 use crate::volume::signal_files::claimed;
 
@@ -212,11 +212,13 @@ pub(crate) fn apply_changes(directory: &Path, root: &Tree, place: &Tree, overlay
     Ok(())
 }
 
-/// Refuses a source of `prepare` that is a directory which a run has open.
+/// Refuses a source of `prepare` that is a directory which a run has open, or below which something is mounted.
 pub fn refuse_open_source(source: &str) -> Result<()> {
     match Source::parse(source)? {
         Source::Here(path) if path.is_dir() => {
-            refuse_open(&named::resolve(&path).attempt(|| format!("open {}", path.display()))?)
+            let directory = named::resolve(&path).attempt(|| format!("open {}", path.display()))?;
+            refuse_open(&directory)?;
+            refuse_mounts_below(&directory, &format!("use {} as an image", directory.display()), "copying")
         }
         _ => Ok(()),
     }

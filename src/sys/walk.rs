@@ -33,7 +33,7 @@ type Identity = (u64, u64);
 impl Tree {
     /// Calls `visit` for the directory itself and everything below it, with the path below the tree, the parent
     /// directory, the name in it, and the status. Follows no link, and never leaves the tree, whatever is renamed
-    /// meanwhile.
+    /// meanwhile. Fails with EXDEV at a directory on which something is mounted.
     pub(crate) fn walk(&self, mut visit: impl FnMut(&Path, &Tree, &OsStr, &Stat) -> io::Result<()>) -> io::Result<()> {
         visit(Path::new(""), self, OsStr::new("."), &rustix::fs::fstat(self)?)?;
         self.walk_with(&(), |(), path, directory, name, found| visit(path, directory, name, found).map(Some))
@@ -68,9 +68,9 @@ impl Tree {
         loop {
             if let Some((name, state)) = ahead.pop() {
                 pending.check()?;
-                let below = here.directory_without_links(&name)?;
-                above.push((identity(&here)?, std::mem::take(&mut ahead)));
                 path.push(&name);
+                let below = here.directory_of_same_mount(&name).map_err(|e| about_mount(e, &path))?;
+                above.push((identity(&here)?, std::mem::take(&mut ahead)));
                 here = below;
                 ahead = list(&here, &state, &mut path)?;
             } else if let Some((came_from, rest)) = above.pop() {
@@ -139,6 +139,15 @@ impl Tree {
     fn another(&self) -> io::Result<Tree> {
         self.as_fd().try_clone_to_owned().map(Tree::from_fd)
     }
+}
+
+/// The error of opening the directory `path` of a tree, in words if something is mounted on it.
+fn about_mount(error: io::Error, path: &Path) -> io::Error {
+    if error.kind() != io::ErrorKind::CrossesDevices {
+        return error;
+    }
+    let why = format!("something is mounted on /{}; unmount it", path.display());
+    io::Error::new(io::ErrorKind::CrossesDevices, why)
 }
 
 fn identity(directory: &Tree) -> io::Result<Identity> {

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::error::{Attempt, Result};
+use crate::error::{Attempt, Error, Result};
 use crate::sys::mounts;
 
 /// Mount points below `path` in this mount namespace, oldest mount first.
@@ -11,6 +11,17 @@ pub(crate) fn mounts_below(path: &Path) -> Result<Vec<PathBuf>> {
     let mut found = mounts::mount_points(&mountinfo);
     found.retain(|mount| mount.starts_with(path) && mount != path);
     Ok(found)
+}
+
+/// Refuses mounts below the directory `path`: `reader` would walk into them, and never finish reading a /proc. `attempted`
+/// completes "cannot …".
+pub(crate) fn refuse_mounts_below(path: &Path, attempted: &str, reader: &str) -> Result<()> {
+    match mounts_below(path)?.first() {
+        Some(mount) => Err(Error::new(attempted)
+            .because(format!("something is mounted on {}", mount.display()))
+            .advise(format!("unmount it: {reader} would walk into it"))),
+        None => Ok(()),
+    }
 }
 
 /// Unmounts everything below the image root at `path`, newest mount first. A packer would walk into what an

@@ -620,3 +620,58 @@ fn default_access_list_of_the_volume_does_not_come_into_the_image() {
         }
     }
 }
+
+#[test]
+fn directory_with_a_mount_below_it_is_refused_before_any_work() {
+    let (dir, tree) = bootable_image();
+    std::fs::create_dir_all(tree.join("run/secrets")).unwrap();
+    let script = "mount -t tmpfs tmpfs $2/run/secrets && echo secret > $2/run/secrets/key && exec $0 prepare --open $3 \
+        $1 $2";
+    for open in ["unpack", "overlay"] {
+        let parent = dir.path().join("parent");
+        let mut run = Command::new("unshare");
+        run.args(["-m", "sh", "-c", script, &*IMS_SSHD]).args([&parent, &tree]).arg(open);
+        let output = run.output().unwrap();
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        let why = format!("something is mounted on {}", tree.join("run/secrets").display());
+        assert!(said.contains(&why) && said.contains("unmount it"), "{said}");
+        assert!(!parent.exists());
+    }
+}
+
+#[test]
+fn mount_made_while_a_directory_is_copied_is_not_copied() {
+    use std::os::unix::fs::PermissionsExt;
+    let (dir, tree) = bootable_image();
+    std::fs::create_dir(tree.join("late")).unwrap();
+    std::fs::write(tree.join("late/own"), "").unwrap();
+    let programs = dir.path().join("programs");
+    std::fs::create_dir(&programs).unwrap();
+    // Stops before the real cp begins.
+    let cp = "#!/bin/sh\nkill -STOP $$\nexec /bin/cp \"$@\"\n";
+    std::fs::write(programs.join("cp"), cp).unwrap();
+    std::fs::set_permissions(programs.join("cp"), PermissionsExt::from_mode(0o755)).unwrap();
+    let script = "PATH=$3:$PATH $0 prepare $1 $2 & run=$!
+        until cp=$(pgrep -P $run -x cp) && grep -q '^State:.T' /proc/$cp/status; do sleep 0.02; done
+        mount -t tmpfs tmpfs $2/late && touch $2/late/secret; kill -CONT $cp; wait $run";
+    // Without CAP_SYS_ADMIN, nothing can be shown alone.
+    let without = ["setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin", "--"];
+    for program in [&[][..], &without] {
+        let parent = dir.path().join("parent");
+        let _ = std::fs::remove_dir_all(&parent);
+        let script = script.replace("$0", &[program, &["$0"]].concat().join(" "));
+        let mut run = Command::new("unshare");
+        run.args(["-m", "sh", "-c", &script, &*IMS_SSHD]).args([&parent, &tree, &programs]);
+        let output = run.output().unwrap();
+        let said = text(&output.stderr);
+        if program.is_empty() {
+            assert!(output.status.success(), "{said}");
+            same_tree(&tree, &parent.join("image-root"));
+        } else {
+            assert_eq!(output.status.code(), Some(1), "{said}");
+            assert!(said.contains("something is mounted on"), "{said}");
+            is_empty(&parent);
+        }
+    }
+}
