@@ -120,10 +120,10 @@ pub(crate) fn is_begun(files: &SignalFiles) -> Result<bool> {
     Ok(found.is_some())
 }
 
-/// Removes the journal, whoever wrote it.
+/// Removes the journal, whoever wrote it. A directory in its place, which is never ours, is renamed.
 pub(crate) fn clear(files: &SignalFiles) -> Result<()> {
-    files.remove(UPLOAD)?;
-    files.remove(PUBLICATION)
+    files.retract(UPLOAD)?;
+    files.retract(PUBLICATION)
 }
 
 /// Progress of a sidecar.

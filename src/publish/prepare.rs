@@ -37,7 +37,7 @@ pub enum Open {
 
 /// Removes the journal of what was published in part, and an image packed elsewhere: a new image root has neither.
 pub(crate) fn clear_published(files: &SignalFiles) -> Result<()> {
-    journal::clear(files).and_then(|()| files.remove(TRANSFER))
+    journal::clear(files).and_then(|()| files.retract(TRANSFER))
 }
 
 /// Makes the image root from `source`, in the best way unless `open` says how. Removes everything if that fails. An

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 use testbed::file_server::{Fault, FileServer};
+use testbed::ims_server::ImsServer;
 use testbed::job::*;
 use testbed::*;
 
@@ -111,6 +112,43 @@ fn image_root_open_in_a_pod_is_neither_replaced_nor_packed() {
     assert_eq!(environment.complete(), 0);
     succeed(ims_sshd(&["prepare", "--fresh", shown, source], &[]).current_dir(dir.path()));
     assert!(!image_root.join("etc/mine").exists());
+}
+
+/// `prepare SOURCE PARENT`, with both in the wrong order or a variable wrong: the job of the open environment goes on.
+#[test]
+fn refusal_by_hand_leaves_the_job_of_an_open_environment_alone() {
+    let (_dir, tree, squashfs) = packed_image();
+    let mut environment = Environment::open(Image::Busybox, Mode::Jailed);
+    let parent = environment.volume.parent.clone();
+    let ims = ImsServer::start();
+    for (source, wrong) in [(&tree, None), (&squashfs, None), (&squashfs, Some(("SSH_JAIL", "maybe".to_owned())))] {
+        for places in [[source, &parent], [&parent, source]] {
+            let variables: Vec<_> = ims.variables().into_iter().chain(wrong.clone()).collect();
+            let refused = ims_sshd(&["prepare"], &variables).args(places).output().unwrap();
+            assert!(!refused.status.success(), "{places:?}: {refused:?}");
+            assert_eq!(ims.statuses(), [""; 0], "{places:?}: {refused:?}");
+            for place in places {
+                assert!(!place.join("pod_error").exists(), "{places:?}");
+            }
+        }
+    }
+    assert_eq!(environment.complete(), 0);
+}
+
+/// A container engine creates a directory where a bind mount names a file that does not exist.
+#[test]
+fn directory_in_place_of_a_record_of_the_publication_does_not_stop_prepare() {
+    let dir = directory();
+    let (_image, _, squashfs) = packed_image();
+    let parent = prepared(dir.path(), squashfs.to_str().unwrap());
+    for name in [".ims-sshd.upload", ".ims-sshd.publication", "transfer.sqsh"] {
+        std::fs::create_dir(parent.join(name)).unwrap();
+        std::fs::write(parent.join(name).join("mine"), "").unwrap();
+        let output = fresh(dir.path(), &["w", squashfs.to_str().unwrap()]);
+        let said = text(&output.stderr);
+        assert!(output.status.success() && said.contains("has been renamed to"), "{name}: {said}");
+        assert!(!parent.join(name).exists());
+    }
 }
 
 #[test]
