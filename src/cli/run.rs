@@ -53,14 +53,16 @@ pub fn run(arguments: Arguments) -> Result<u8> {
         Command::Status { named, json, is } => status::print(named.name.as_deref(), Shown { as_json: json, is: &is }),
         Command::Prepare { first, second, open, fresh, checksum, servers } => {
             let variables = variables(checksum.variables().into_iter().chain(servers.variables()));
-            let place = parent_or_default(second.is_some().then(|| PathBuf::from(&first)));
+            // Either may be the parent.
+            let parent = parent_or_default(second.is_some().then(|| PathBuf::from(&first)));
+            let places: Vec<_> = [parent].into_iter().chain(second.as_ref().map(PathBuf::from)).collect();
             let read = log.and_then(|()| {
                 let (parent, source) = parent_and_source(first, second)?;
                 let settings = publishing::Settings::read(parent, variables.clone())?;
                 let source = steps::source_to_prepare(&settings, &source::rootfs_of(source))?;
                 Ok((settings, source))
             });
-            let (settings, source) = read.inspect_err(|_| steps::report_refusal(&place, variables))?;
+            let (settings, source) = read.inspect_err(|_| steps::report_refusal(&places, variables))?;
             steps::prepare(&settings, &source, open, fresh)
         }
         Command::Sidecar(arguments) => run_sidecar(arguments, log),

@@ -36,14 +36,14 @@ use crate::volume::signal_files::SignalFiles;
 
 /// Reports to IMS that `prepare` refused its arguments or `variables`: its container fails, and no other one begins. If
 /// an environment is open on `parent`, its job goes on.
-pub fn report_refusal(parent: &Path, variables: Vec<(OsString, OsString)>) {
-    if let Ok(Some(files)) = SignalFiles::open(parent)
-        && files.refuse_open().is_err()
-    {
+pub fn report_refusal(places: &[PathBuf], variables: Vec<(OsString, OsString)>) {
+    if places.iter().any(|place| refuse_open_environment(place).is_err()) {
         return;
     }
     let Ok(settings) = Settings::to_report(variables) else { return };
-    mark_pod_error(parent, &settings);
+    for place in places {
+        mark_pod_error(place, &settings);
+    }
     let reported = Work::begin(&settings.network).and_then(|work| {
         let reported = settings.ims_client(&work).set_status(Status::Error).map(drop);
         work.unless_interrupted(reported)
@@ -66,6 +66,14 @@ fn mark_pod_error(parent: &Path, settings: &Settings) {
     }
 }
 
+/// Refuses the parent of an image root, or the image root in it, on which an environment is open.
+fn refuse_open_environment(place: &Path) -> Result<()> {
+    for place in [Some(place), place.parent()].into_iter().flatten().filter(|place| place.is_dir()) {
+        SignalFiles::open(place)?.map_or(Ok(()), |files| files.refuse_open())?;
+    }
+    Ok(())
+}
+
 /// Source of `prepare`; refuses a directory that is open, or that contains the image root's parent.
 pub fn source_to_prepare(settings: &Settings, source: &str) -> Result<Source> {
     directory::refuse_open_source(source)?;
@@ -73,6 +81,8 @@ pub fn source_to_prepare(settings: &Settings, source: &str) -> Result<Source> {
     if let Source::Here(path) = &source
         && path.is_dir()
     {
+        // Somebody may have named the two in the wrong order.
+        refuse_open_environment(path)?;
         check_directory(path, &settings.job.parent)?;
     }
     Ok(source)
