@@ -10,13 +10,19 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread;
 
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::error::{Attempt, Error, Result};
-use crate::image::unchanged::{Source, Unchanged, changed};
-use crate::squashfs::gather::{Choice, Gathered, gather, opener};
+use crate::image::access_list::{ACCESS_LIST, narrowed};
+use crate::image::holes::{self, Holes, sparse_logs};
+use crate::image::state::State;
+use crate::image::unchanged::{Basis, Before, Entries, Overlaid, Source, Unchanged, Unpacked};
+use crate::image::upper_layer::{Directories, UpperDirectory};
+use crate::printable::listed;
+use crate::squashfs::gather::{Choice, Gathered, gather_with, opener};
 use crate::squashfs::{self, Compression, Content, Failure, Fault, Inventory, Method, Options, Reader, Summary};
 use crate::sys::tree::Tree;
 use crate::transfer::Work;
@@ -44,6 +50,8 @@ pub(crate) struct Order {
     pub(crate) emptied: Vec<PathBuf>,
     /// Permissions that differ from those of the tree.
     pub(crate) modes: Vec<(PathBuf, u32)>,
+    /// True if the packer is to tell the state of the tree.
+    pub(crate) tells_state: bool,
 }
 
 /// Result of the packer.
@@ -59,6 +67,10 @@ pub(crate) struct Outcome {
     anew: Option<String>,
     /// Extended attributes that a squashfs cannot hold.
     not_kept: Vec<String>,
+    /// Files that are packed with fewer rights for their group.
+    narrowed: Vec<String>,
+    /// State of the tree, if it was asked for.
+    pub(crate) state: Option<String>,
 }
 
 /// Packs `image_root` into the empty file `part`, which lies in `volume`.
@@ -92,7 +104,9 @@ pub(crate) fn pack(
     drop(shown);
     let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
     if !output.status.success() {
-        return Err(Error::new(attempted).because(if said.is_empty() { output.status.to_string() } else { said }));
+        let (why, advice) = said.split_once(ADVICE).unwrap_or((&said, ""));
+        let error = Error::new(attempted).because(if why.is_empty() { output.status.to_string() } else { why.into() });
+        return Err(if advice.is_empty() { error } else { error.advise(advice) });
     }
     let outcome: Outcome = serde_json::from_slice(&output.stdout).attempt(|| attempted)?;
     if let Some(why) = &outcome.anew {
@@ -101,12 +115,23 @@ pub(crate) fn pack(
     for name in &outcome.not_kept {
         tracing::warn!("extended attribute {name} is not packed: a squashfs cannot store it");
     }
+    if !outcome.narrowed.is_empty() {
+        tell_narrowed(&outcome.narrowed);
+    }
     let length = part.metadata().attempt(|| attempted)?.len();
     if length != outcome.length {
         let why = format!("the image has {length} bytes, expected {}", outcome.length);
         return Err(Error::new(attempted).because(why));
     }
     Ok(outcome)
+}
+
+/// Between a reason and what to do about it, in the child's error.
+const ADVICE: &str = "\n";
+
+/// Warns about files that get fewer rights for their group.
+pub(crate) fn tell_narrowed(shown: &[String]) {
+    tracing::warn!("packed with the rights that the access list gives the group: {}", listed(shown));
 }
 
 /// A file in memory that a child inherits. Landlock lets it be opened, since it is on no mounted file system.
@@ -126,6 +151,9 @@ struct Head {
     compression: Option<String>,
     epoch: Option<u64>,
     memory: u64,
+    tells_state: bool,
+    /// [`Overlaid::has_whole_links`], above an overlay.
+    overlay: Option<bool>,
 }
 
 /// The order as the child reads it.
@@ -134,31 +162,46 @@ struct Told {
     compression: Option<Compression>,
     epoch: Option<u64>,
     memory: u64,
-    left_out: HashSet<PathBuf>,
-    emptied: HashSet<PathBuf>,
-    modes: HashMap<PathBuf, u32>,
-    unchanged: Vec<Unchanged>,
+    tells_state: bool,
+    left_out: HashSet<OsString>,
+    emptied: HashSet<OsString>,
+    modes: HashMap<OsString, u32>,
+    basis: Option<Basis>,
 }
 
 /// Kinds of the records that follow the head. A record ends with a zero byte, which no path has.
 const LEFT_OUT: u8 = b'x';
 const EMPTIED: u8 = b'e';
 const MODE: u8 = b'm';
-const UNCHANGED: u8 = b'u';
-/// Path in the source of the file before.
+/// A file as it was unpacked.
+const UNPACKED: u8 = b'f';
+/// A path in the upper layer of an overlay.
+const UPPER: u8 = b'u';
+/// A directory there, and the directory of the source that the one before is merged with.
+const DIRECTORY: u8 = b'd';
 const SOURCE: u8 = b's';
 
 impl Order {
     fn encode(&self, source: Option<&Source>) -> Vec<u8> {
-        let Self { compression, epoch, memory, .. } = self;
-        let head = json!(Head { compression: compression.map(str::to_owned), epoch: *epoch, memory: *memory });
+        let basis = source.map(|source| &source.basis);
+        let head = json!(Head {
+            compression: self.compression.map(str::to_owned),
+            epoch: self.epoch,
+            memory: self.memory,
+            tells_state: self.tells_state,
+            overlay: if let Some(Basis::Overlay(overlaid)) = basis { Some(overlaid.has_whole_links) } else { None },
+        });
         let mut bytes = head.to_string().into_bytes();
         bytes.push(0);
-        let mut add = |kind: u8, path: &Path| {
+        let mut write = |kind: u8, record: &[u8]| {
             bytes.push(kind);
-            bytes.extend_from_slice(path.as_os_str().as_bytes());
+            bytes.extend_from_slice(record);
             bytes.push(0);
         };
+        if let Some(Basis::Unpacked(files)) = basis {
+            files.encode(&mut |record| write(UNPACKED, record));
+        }
+        let mut add = |kind: u8, path: &Path| write(kind, path.as_os_str().as_bytes());
         for (kind, paths) in [(LEFT_OUT, &self.left_out), (EMPTIED, &self.emptied)] {
             for path in paths {
                 add(kind, path);
@@ -169,12 +212,15 @@ impl Order {
             named.push(path);
             add(MODE, Path::new(&named));
         }
-        for Unchanged { path, source, changed } in source.map(|source| &source.files).into_iter().flatten() {
-            let mut named = OsString::from(format!("{}.{} ", changed.0, changed.1));
-            named.push(path);
-            add(UNCHANGED, Path::new(&named));
-            if let Some(source) = source {
-                add(SOURCE, source);
+        if let Some(Basis::Overlay(Overlaid { in_upper, directories, .. })) = basis {
+            for path in in_upper {
+                add(UPPER, Path::new(path));
+            }
+            for (path, directory) in directories {
+                add(DIRECTORY, path);
+                if let Some(source) = &directory.source {
+                    add(SOURCE, source);
+                }
             }
         }
         bytes
@@ -186,9 +232,11 @@ impl Told {
         let mut records = bytes.strip_suffix(&[0])?.split(|byte| *byte == 0);
         let head: Head = serde_json::from_slice(records.next()?).ok()?;
         let compression = head.compression.as_deref().map(|name| Compression::named(name).ok_or(())).transpose();
-        let mut told =
-            Self { compression: compression.ok()?, epoch: head.epoch, memory: head.memory, ..Self::default() };
-        let path = |bytes: &[u8]| PathBuf::from(OsString::from_vec(bytes.to_vec()));
+        let Head { epoch, memory, tells_state, .. } = head;
+        let mut told = Self { compression: compression.ok()?, epoch, memory, tells_state, ..Self::default() };
+        let path = |bytes: &[u8]| OsString::from_vec(bytes.to_vec());
+        let (mut unpacked, mut in_upper, mut directories) = (Unpacked::default(), HashSet::new(), Directories::new());
+        let mut directory = PathBuf::new();
         for record in records {
             match record.split_first()? {
                 (&LEFT_OUT, rest) => drop(told.left_out.insert(path(rest))),
@@ -197,16 +245,21 @@ impl Told {
                     let (mode, name) = named(rest)?;
                     told.modes.insert(path(name), u32::from_str_radix(mode, 8).ok()?);
                 }
-                (&UNCHANGED, rest) => {
-                    let (changed, name) = named(rest)?;
-                    let (seconds, nanoseconds) = changed.split_once('.')?;
-                    let changed = (seconds.parse().ok()?, nanoseconds.parse().ok()?);
-                    told.unchanged.push(Unchanged { path: path(name), source: None, changed });
+                (&UNPACKED, rest) => unpacked.add(rest)?,
+                (&UPPER, rest) => drop(in_upper.insert(path(rest))),
+                (&DIRECTORY, rest) => {
+                    directory = path(rest).into();
+                    let new = UpperDirectory { source: None, is_renamed: false, aside: String::new() };
+                    directories.insert(directory.clone(), new);
                 }
-                (&SOURCE, rest) => told.unchanged.last_mut()?.source = Some(path(rest)),
+                (&SOURCE, rest) => directories.get_mut(&directory)?.source = Some(path(rest).into()),
                 _ => return None,
             }
         }
+        told.basis = Some(match head.overlay {
+            Some(has_whole_links) => Basis::Overlay(Overlaid::new(in_upper, directories, has_whole_links)),
+            None => Basis::Unpacked(unpacked),
+        });
         Some(told)
     }
 }
@@ -257,59 +310,97 @@ fn child(descriptors: &[OsString]) -> std::result::Result<Outcome, String> {
     let source = source.map(|number| open(number, false)).transpose().map_err(|e| e.to_string())?;
     let output: OwnedFd = io::stdin().as_fd().try_clone_to_owned().map_err(|e| e.to_string())?;
     let tree = Tree::open(Path::new(".")).map_err(|e| e.to_string())?;
-    write(&tree, told, source, (&output.into(), &progress))
+    write(&tree, &told, source, (&output.into(), &progress))
 }
 
 /// A source that was read.
 struct Known {
     inventory: Inventory,
     options: Options,
-    /// Inode numbers of the unchanged files, with the time at which they were found unchanged.
-    files: HashMap<PathBuf, (u32, (i64, u64))>,
+    entries: Entries,
 }
 
 /// Reads a source. All that it says may be wrong.
-fn read(squashfs: File, unchanged: Vec<Unchanged>) -> std::result::Result<Known, Fault> {
+fn read(squashfs: File) -> std::result::Result<Known, Fault> {
     let reader = Reader::open(squashfs)?;
     let options = reader.options();
-    let mut numbers: HashMap<PathBuf, Option<u32>> = HashMap::new();
-    for file in &unchanged {
-        numbers.insert(file.source.as_ref().unwrap_or(&file.path).clone(), None);
-    }
-    let mut twice = HashSet::new();
-    reader.walk(false, &mut |entry| {
-        if let Some(number) = numbers.get_mut(entry.path)
-            && entry.kind() == 0o100_000
-            && number.replace(entry.number()).is_some()
-        {
-            twice.insert(entry.path.to_owned());
-        }
-        Ok(())
+    let mut entries = Entries::new();
+    let inventory = Inventory::with(reader, &mut |entry| {
+        let before = Before {
+            number: entry.number(),
+            mode: entry.kind() | entry.mode(),
+            size: entry.size(),
+            modified: entry.modified(),
+            links: entry.links(),
+            has_attributes: entry.has_xattrs(),
+        };
+        let twice = |known: &mut Option<Before>| *known = None;
+        entries.entry(entry.path.into()).and_modify(twice).or_insert(Some(before));
     })?;
-    let inventory = Inventory::new(reader)?;
-    let mut files = HashMap::with_capacity(unchanged.len());
-    for Unchanged { path, source, changed } in unchanged {
-        let named = source.as_ref().unwrap_or(&path);
-        // Two entries of one path: nobody knows which one the file is.
-        if let Some(Some(number)) = numbers.get(named)
-            && !twice.contains(named)
-        {
-            files.insert(path, (*number, changed));
-        }
+    Ok(Known { inventory, options, entries })
+}
+
+/// What was seen of a tree while it was collected.
+struct Seen {
+    gathered: Gathered,
+    narrowed: Vec<String>,
+    state: Option<String>,
+}
+
+/// Collects `tree` as it was ordered.
+fn look(tree: &Tree, told: &Told, known: Option<&Known>) -> std::result::Result<Seen, String> {
+    let root = rustix::fs::fstat(tree).map_err(|error| error.to_string())?;
+    let mut state = told.tells_state.then(State::new);
+    if let Some(state) = &mut state {
+        state.add(Path::new(""), &root);
     }
-    Ok(Known { inventory, options, files })
+    let mut holes = Holes::new(&sparse_logs(tree));
+    let basis = told.basis.as_ref().zip(known);
+    let mut choose = |path: &Path, found: &mut rustix::fs::Stat| {
+        if let Some(state) = &mut state {
+            state.add(path, found);
+        }
+        let name = path.as_os_str();
+        if told.left_out.contains(name) {
+            return Choice::LeaveOut;
+        }
+        holes.add(path, found);
+        let unchanged = basis.and_then(|(basis, known)| basis.find(path, found, root.st_dev, &known.entries));
+        if told.emptied.contains(name) {
+            found.st_size = 0;
+        }
+        if let Some(mode) = told.modes.get(name) {
+            found.st_mode = found.st_mode & !0o7777 | mode & 0o7777;
+        }
+        match unchanged {
+            None => Choice::Pack(Content::Read),
+            Some(Unchanged { number, is_bare: true }) => Choice::PackBare(Content::Taken(number)),
+            Some(Unchanged { number, is_bare: false }) => Choice::Pack(Content::Taken(number)),
+        }
+    };
+    let mut shown = Vec::new();
+    let mut unkept = |path: &Path, at: &Path, found: &rustix::fs::Stat, name: &[u8]| {
+        let is_list = name == ACCESS_LIST.as_bytes() && !told.modes.contains_key(path.as_os_str());
+        let mode = is_list.then(|| narrowed(at, found)).flatten()?;
+        shown.push(format!("/{} ({mode:o})", path.display()));
+        Some(mode)
+    };
+    let gathered = gather_with(tree, &mut choose, &mut unkept).map_err(|failure| failure.to_string())?;
+    if let Some(why) = holes.refusal() {
+        return Err(format!("{why}{ADVICE}{}", holes::ADVICE));
+    }
+    Ok(Seen { gathered, narrowed: shown, state: state.map(State::finish) })
 }
 
 /// Writes the image of `tree` and how far that has come.
 fn write(
     tree: &Tree,
-    mut told: Told,
+    told: &Told,
     source: Option<File>,
     (output, progress): (&File, &File),
 ) -> std::result::Result<Outcome, String> {
     let mut anew = None;
-    let unchanged = std::mem::take(&mut told.unchanged);
-    let known = source.map(|source| read(source, unchanged)).transpose().unwrap_or_else(|fault| {
+    let mut known = source.map(read).transpose().unwrap_or_else(|fault| {
         anew = Some(format!("source: {fault}"));
         None
     });
@@ -317,36 +408,34 @@ fn write(
     let theirs = options.method.algorithm();
     if let Some(wanted) = told.compression.filter(|wanted| *wanted != theirs) {
         options.method = Method::new(wanted, options.block_size);
-        if known.is_some() {
+        if known.take().is_some() {
             anew =
                 Some(format!("the source is compressed with {}, and the image with {}", theirs.name(), wanted.name()));
         }
     }
     options.epoch = told.epoch.map(|epoch| u32::try_from(epoch).unwrap_or(u32::MAX));
     options.memory = options.memory.min(told.memory);
-    let files = known.as_ref().map(|known| &known.files);
-    let gathered = gather(tree, &mut |path, found| {
-        if told.left_out.contains(path) {
-            return Choice::LeaveOut;
-        }
-        if told.emptied.contains(path) {
-            found.st_size = 0;
-        }
-        if let Some(mode) = told.modes.get(path) {
-            found.st_mode = found.st_mode & !0o7777 | mode & 0o7777;
-        }
-        let known = files.and_then(|files| files.get(path)).filter(|(_, then)| *then == changed(found));
-        Choice::Pack(known.map_or(Content::Read, |(number, _)| Content::Taken(*number)))
+    let (seen, lengths) = thread::scope(|scope| {
+        let inventory = known.as_ref().map(|known| &known.inventory).filter(|_| options.processors > 1);
+        // Another processor has nothing to do until the tree is collected.
+        let measuring = inventory.map(|inventory| scope.spawn(|| inventory.measure()));
+        let seen = look(tree, told, known.as_ref());
+        (seen, measuring.and_then(|measuring| measuring.join().ok()?.ok()))
     });
-    let Gathered { plan, not_kept } = gathered.map_err(|failure| failure.to_string())?;
+    let Seen { gathered: Gathered { plan, not_kept }, narrowed, state } = seen?;
+    let inventory = known.map(|mut known| {
+        if let Some(lengths) = lengths {
+            known.inventory.set_lengths(lengths);
+        }
+        known.inventory
+    });
     let report = |now: &squashfs::Progress| {
         let squashfs::Progress { taken, compressed, read, to_take, to_read } = *now;
         let _ = progress.write_all_at(&Written { taken, compressed, read, to_take, to_read }.encode(), 0);
     };
     let write =
         |source: Option<&Inventory>| squashfs::write(&plan, source, &options, &mut opener(tree), output, &report);
-    let inventory = known.as_ref().map(|known| &known.inventory);
-    let summary = write(inventory).or_else(|failure| match failure {
+    let summary = write(inventory.as_ref()).or_else(|failure| match failure {
         Failure::Source(fault) => {
             anew = Some(format!("source: {fault}"));
             write(None)
@@ -355,7 +444,8 @@ fn write(
     });
     let Summary { length, progress, .. } = summary.map_err(|failure| failure.to_string())?;
     let not_kept = not_kept.iter().map(|name| name.to_string_lossy().into_owned()).collect();
-    Ok(Outcome { length, taken: progress.taken, compressed: progress.compressed, anew, not_kept })
+    let squashfs::Progress { taken, compressed, .. } = progress;
+    Ok(Outcome { length, taken, compressed, anew, not_kept, narrowed, state })
 }
 
 #[cfg(test)]
@@ -372,20 +462,33 @@ mod tests {
             left_out: vec![path(b"a\nb"), path(b"\xff")],
             emptied: vec![path(b"var/log/lastlog")],
             modes: vec![(path(b"a 7 b"), 0o4700)],
+            tells_state: true,
         };
-        let files = vec![
-            Unchanged { path: path(b"1.2 3"), source: None, changed: (-1, 999) },
-            Unchanged { path: path(b"new/x"), source: Some(path(b"old/\xfe")), changed: (1, 0) },
-        ];
-        let source = Source { squashfs: File::open("/dev/null").unwrap(), files: files.clone(), is_dropped: None };
+        let directory = |source: Option<&str>| UpperDirectory {
+            source: source.map(PathBuf::from),
+            is_renamed: false,
+            aside: String::new(),
+        };
+        let directories = [("", directory(Some(""))), ("new", directory(None)), ("moved", directory(Some("a/b")))];
+        let directories: Directories = directories.into_iter().map(|(path, it)| (path.into(), it)).collect();
+        let in_upper = HashSet::from([OsString::from("new"), path(b"a\xff\nb").into_os_string()]);
+        let basis = Basis::Overlay(Overlaid::new(in_upper.clone(), directories, true));
+        let source = Source { squashfs: File::open("/dev/null").unwrap(), basis, is_dropped: None };
         let told = Told::decode(&order.encode(Some(&source))).unwrap();
         assert_eq!((told.compression, told.epoch, told.memory), (Some(Compression::Zstd), Some(7), 8));
-        assert_eq!(told.left_out, order.left_out.iter().cloned().collect());
-        assert_eq!(told.emptied, order.emptied.iter().cloned().collect());
-        assert_eq!(told.modes, order.modes.iter().cloned().collect());
-        assert_eq!(told.unchanged, files);
+        let names = |paths: &[PathBuf]| paths.iter().map(|path| path.clone().into_os_string()).collect();
+        assert_eq!((told.left_out, told.emptied), (names(&order.left_out), names(&order.emptied)));
+        assert_eq!(told.modes, order.modes.iter().map(|(path, mode)| (path.clone().into(), *mode)).collect());
+        let Some(Basis::Overlay(overlaid)) = told.basis else { panic!("it is an overlay") };
+        assert_eq!((overlaid.in_upper, overlaid.has_whole_links), (in_upper, true));
+        let text = |path: &Path| path.to_str().unwrap().to_owned();
+        let sources: Vec<_> =
+            overlaid.directories.iter().map(|(path, it)| (text(path), it.source.as_deref().map(text))).collect();
+        let expected = [("", Some("")), ("moved", Some("a/b")), ("new", None)];
+        assert_eq!(sources, expected.map(|(path, source)| (path.to_owned(), source.map(str::to_owned))));
         assert!(Told::decode(b"{}\0").is_none() && Told::decode(b"").is_none());
     }
+
     /// Packs a tree, whose files are all told to be unchanged, and returns the image, with what the packer says.
     fn packed(tree: &Tree, source: Option<&[u8]>) -> (Vec<u8>, Outcome) {
         let dir = tempfile::tempdir().unwrap();
@@ -395,14 +498,17 @@ mod tests {
             file.write_all_at(content, 0).unwrap();
             file
         };
-        let mut told = Told { memory: 64 << 20, ..Told::default() };
+        let mut files = Unpacked::default();
         let listed = tree.walk(|path, _, _, found| {
-            told.unchanged.push(Unchanged { path: path.to_owned(), source: None, changed: changed(found) });
+            let (modified, changed) = ((found.st_mtime, found.st_mtime_nsec), (found.st_ctime, found.st_ctime_nsec));
+            let times = format!("{} {} {} {}", modified.0, modified.1, changed.0, changed.1);
+            files.add(format!("{} {} {times} - {}", found.st_ino, found.st_size, path.display()).as_bytes()).unwrap();
             Ok(())
         });
         listed.unwrap();
+        let told = Told { memory: 64 << 20, basis: Some(Basis::Unpacked(files)), ..Told::default() };
         let (output, progress) = (file("output", b""), file("progress", b""));
-        let outcome = write(tree, told, source.map(|bytes| file("source", bytes)), (&output, &progress)).unwrap();
+        let outcome = write(tree, &told, source.map(|bytes| file("source", bytes)), (&output, &progress)).unwrap();
         let mut now = [0; Written::LENGTH];
         progress.read_exact_at(&mut now, 0).unwrap();
         assert_eq!(Written::decode(&now).taken, outcome.taken);

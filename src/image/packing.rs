@@ -12,10 +12,11 @@ use std::process::{Child, Command};
 use std::time::Duration;
 
 use rustix::fs::{FileType, OFlags, Stat};
-use rustix::io::Errno;
 
 use crate::error::{Attempt, Error, Result};
+use crate::image::access_list;
 use crate::image::exclude::{self, Pattern};
+use crate::image::holes::{self, Holes, sparse_logs};
 use crate::image::kind::{self, Kind};
 use crate::image::packer::{self, Order};
 use crate::image::unchanged::Source;
@@ -133,9 +134,16 @@ pub(crate) fn check_output(file: &Path, called: &str) -> Result<()> {
     Archive { directory: &directory, name: &name }.check_place(called)
 }
 
-/// Packs `image_root` into the file `to`, without what `exclude` matches, and returns the file written. The file
-/// appears under its name only when it is complete. The caller uses the returned descriptor, since the name may be
-/// another file's by then. Our own packer takes over what is unchanged in `source`.
+/// A packed image.
+pub(crate) struct Packed {
+    /// The file. Its name may be another file's by now.
+    pub(crate) file: File,
+    /// [`State`](crate::image::state::State) of the image root as it was packed, if the packer has told it.
+    pub(crate) state: Option<String>,
+}
+
+/// Packs `image_root` into the file `to`, without what `exclude` matches. The file appears under its name only when it
+/// is complete. Our own packer takes over what is unchanged in `source`.
 pub(crate) fn pack(
     work: &Work,
     image_root: &Tree,
@@ -143,7 +151,7 @@ pub(crate) fn pack(
     packing: &Packing,
     exclude: &[Pattern],
     source: Option<&Source>,
-) -> Result<File> {
+) -> Result<Packed> {
     let shown = image_root.shown();
     let attempted = format!("pack {}", shown.display());
     refuse_mounts_below(&shown, &attempted, "packing")?;
@@ -156,52 +164,71 @@ pub(crate) fn pack(
     for pattern in &excluded.useless {
         tracing::warn!("--exclude '{pattern}' matches nothing in the image");
     }
-    let narrowed = look_through(image_root, &excluded.paths, packing.packer, &attempted)?;
     let part = format!("{}.part", to.name);
-    // A new file, so its name is neither a link nor a file that an earlier mksquashfs still writes to.
-    let file = to.directory.create_file(&part).attempt(|| format!("create {}.part", to.shown()))?;
-    let paths = (&*excluded.paths, &*narrowed);
-    let written = match packing.packer {
-        Packer::Mksquashfs => squash(work, image_root, (&file, to.directory), packing, paths, &attempted),
+    let create = || to.directory.create_file(&part).attempt(|| format!("create {}.part", to.shown()));
+    let (file, packed) = match packing.packer {
+        Packer::Mksquashfs => {
+            let narrowed = look_through(image_root, &excluded.paths, &attempted)?;
+            let file = create()?;
+            let paths = (&*excluded.paths, &*narrowed);
+            let packed = squash(work, image_root, (&file, to.directory), packing, paths, &attempted);
+            let is_checked = exclude.is_empty();
+            let checked = |()| if is_checked { attributes_are_kept(image_root, &file, &attempted) } else { Ok(()) };
+            let packed = packed.and_then(checked).map(|()| None);
+            (file, packed)
+        }
         Packer::Own => {
-            let order = order(image_root, packing, paths);
-            packer::pack(work, image_root, (&file, to.directory), &order, source, &attempted).map(|outcome| {
-                let [all, taken, compressed] =
-                    [outcome.length, outcome.taken, outcome.compressed].map(|bytes| bytes.div_ceil(1_000_000));
-                tracing::info!("packed {all} MB, of which {taken} MB were taken over and {compressed} MB compressed");
-            })
+            let order = order(image_root, packing, &excluded.paths);
+            // A new file, so its name is neither a link nor a file that an earlier run still writes to.
+            let file = create()?;
+            let packed = packer::pack(work, image_root, (&file, to.directory), &order, source, &attempted);
+            (file, packed.map(Some))
         }
     };
-    let result = written
-        .and_then(|()| {
-            if exclude.is_empty() { attributes_are_kept(image_root, &file, packing.packer, &attempted) } else { Ok(()) }
+    if let Ok(Some(outcome)) = &packed {
+        let [all, taken, compressed] =
+            [outcome.length, outcome.taken, outcome.compressed].map(|bytes| bytes.div_ceil(1_000_000));
+        tracing::info!("packed {all} MB, of which {taken} MB were taken over and {compressed} MB compressed");
+    }
+    let result = packed
+        .and_then(|outcome| {
+            file.sync_all().attempt(|| format!("write {}.part", to.shown()))?;
+            Ok(outcome.and_then(|outcome| outcome.state))
         })
-        .and_then(|()| file.sync_all().attempt(|| format!("write {}.part", to.shown())))
-        .and_then(|()| source.map_or(Ok(()), Source::drop_squashfs).attempt(|| "remove the source image"))
-        .and_then(|()| to.directory.rename(&part, to.name).attempt(|| format!("rename {}.part", to.shown())));
+        .and_then(|state| {
+            source.map_or(Ok(()), Source::drop_squashfs).attempt(|| "remove the source image")?;
+            to.directory.rename(&part, to.name).attempt(|| format!("rename {}.part", to.shown()))?;
+            Ok(state)
+        });
     if result.is_err() {
         let _ = to.directory.remove(&part);
     }
-    result.map(|()| file)
+    result.map(|state| Packed { file, state })
 }
 
 /// Collects the instructions for our own packer.
-fn order(image_root: &Tree, packing: &Packing, (excluded, narrowed): (&[PathBuf], &[Narrowed])) -> Order {
-    let emptied = sparse_logs(image_root, excluded);
+fn order(image_root: &Tree, packing: &Packing, excluded: &[PathBuf]) -> Order {
+    let emptied = logs_to_empty(image_root, excluded);
     for (name, found) in &emptied {
         tell_emptied(name, found);
     }
     let kiwi = owner_of_kiwi_directory(image_root).map(|_| (PathBuf::from(KIWI), 0o700));
-    // The last one of a path counts.
-    let modes = narrowed.iter().map(|narrowed| (narrowed.path.clone(), narrowed.mode)).chain(kiwi);
     Order {
         compression: packing.compression,
         epoch: packing.epoch,
         memory: memory(),
         left_out: excluded.to_vec(),
         emptied: emptied.into_iter().map(|(name, _)| name.into()).collect(),
-        modes: modes.collect(),
+        modes: kiwi.into_iter().collect(),
+        // What is left out is not looked at.
+        tells_state: excluded.is_empty(),
     }
+}
+
+/// The sparse logs of the image that are not excluded anyway.
+fn logs_to_empty(image_root: &Tree, excluded: &[PathBuf]) -> Vec<(String, Stat)> {
+    let is_packed = |(name, _): &(String, Stat)| !excluded.iter().any(|path| Path::new(name).starts_with(path));
+    sparse_logs(image_root).into_iter().filter(is_packed).collect()
 }
 
 fn tell_emptied(name: &str, found: &Stat) {
@@ -233,7 +260,7 @@ fn squash(
     if let Some(owner) = owner_of_kiwi_directory(image_root) {
         mksquashfs.args(["-p", &format!("{KIWI} m 700 {owner}")]);
     }
-    let emptied = sparse_logs(image_root, excluded);
+    let emptied = logs_to_empty(image_root, excluded);
     for (name, found) in &emptied {
         let (mode, user, group) = (found.st_mode & 0o7777, found.st_uid, found.st_gid);
         tell_emptied(name, found);
@@ -291,33 +318,7 @@ fn owner_of_kiwi_directory(image_root: &Tree) -> Option<String> {
     found.map(|found| format!("{} {}", found.st_uid, found.st_gid))
 }
 
-/// Logs indexed by user ID: as large as the highest ID requires, and nearly empty. mksquashfs reads holes as data,
-/// which takes minutes for content that no image needs.
-const SPARSE_LOGS: [&str; 3] = ["lastlog", "faillog", "tallylog"];
-const LOGS: &str = "var/log";
-const LARGE_HOLE: i64 = 1 << 30;
-
-/// Most bytes of all large holes together. mksquashfs reads some TiB of holes in an hour.
-const MOST_HOLES: i64 = 64 << 30;
-
-/// The sparse logs of the image that are not excluded anyway.
-fn sparse_logs(image_root: &Tree, excluded: &[PathBuf]) -> Vec<(String, Stat)> {
-    let Ok(logs) = image_root.directory_without_links(Path::new(LOGS)) else { return Vec::new() };
-    let found = SPARSE_LOGS.into_iter().filter_map(|name| Some((name, logs.look(name).ok()??)));
-    let sparse = found.filter(|(_, found)| large_hole(found).is_some());
-    let sparse = sparse.map(|(name, found)| (format!("{LOGS}/{name}"), found));
-    sparse.filter(|(name, _)| !excluded.iter().any(|path| Path::new(name).starts_with(path))).collect()
-}
-
-/// Bytes of a file that are holes, if they are large.
-fn large_hole(found: &Stat) -> Option<i64> {
-    let is_file = FileType::from_raw_mode(found.st_mode) == FileType::RegularFile;
-    let hole = found.st_size.saturating_sub(found.st_blocks.saturating_mul(512));
-    (is_file && hole > LARGE_HOLE).then_some(hole)
-}
-
-/// A file whose ACL gives its group less than its mode does: with an ACL, the mode has the mask there (acl(5)), which a
-/// squashfs without the ACL would give to the group.
+/// A file that is packed with fewer rights for its group, see [`access_list::narrowed`].
 struct Narrowed {
     path: PathBuf,
     /// Mode with the rights of the group's entry, limited by the mask.
@@ -328,36 +329,12 @@ struct Narrowed {
 
 impl Narrowed {
     fn of(path: &Path, directory: &Tree, name: &OsStr, found: &Stat) -> Option<Self> {
-        let is_link = FileType::from_raw_mode(found.st_mode) == FileType::Symlink;
-        if is_link || found.st_mode & 0o070 == 0 || path.as_os_str().is_empty() {
+        if path.as_os_str().is_empty() {
             return None;
         }
-        let mut list = [0; 4096];
-        let at = directory.path().join(name);
-        let length = match rustix::fs::lgetxattr(&at, ACCESS_LIST, &mut list[..]) {
-            Ok(length) => length,
-            // Longer than any that a person writes: the group gets nothing.
-            Err(Errno::RANGE) => 0,
-            Err(_) => return None,
-        };
-        let group = group_rights(&list[..length]).unwrap_or(0) & (found.st_mode >> 3);
-        let mode = found.st_mode & 0o7707 | group << 3;
-        let (user, owner) = (found.st_uid, found.st_gid);
-        (mode != found.st_mode & 0o7777).then(|| Self { path: path.to_owned(), mode, user, group: owner })
+        let mode = access_list::narrowed(&directory.path().join(name), found)?;
+        Some(Self { path: path.to_owned(), mode, user: found.st_uid, group: found.st_gid })
     }
-}
-
-/// Extended attribute that holds an ACL. Its format is that of linux/posix_acl_xattr.h: a version, then tag, rights and
-/// ID of each entry, all little-endian.
-const ACCESS_LIST: &str = "system.posix_acl_access";
-const ACL_GROUP_OBJ: u16 = 0x04;
-
-/// Rights of the group's entry in an ACL.
-fn group_rights(list: &[u8]) -> Option<u32> {
-    let entries = list.get(4..)?.chunks_exact(8);
-    let number = |at: &[u8]| u16::from_le_bytes([at[0], at[1]]);
-    let group = entries.map(|entry| (number(entry), number(&entry[2..]))).find(|(tag, _)| *tag == ACL_GROUP_OBJ);
-    group.map(|(_, rights)| u32::from(rights & 7))
 }
 
 /// Definitions for mksquashfs that set modes: a file of them (`-pf`), and arguments (`-p`) for those that cannot be a
@@ -384,44 +361,26 @@ const LONGEST_DEFINITION: usize = 16_000;
 
 /// Refuses holes that would keep mksquashfs busy for hours, and warns about those that take minutes. `excluded` paths
 /// do not count. Returns files that are packed with fewer rights for their group, and warns about them.
-fn look_through(image_root: &Tree, excluded: &[PathBuf], packer: Packer, attempted: &str) -> Result<Vec<Narrowed>> {
+fn look_through(image_root: &Tree, excluded: &[PathBuf], attempted: &str) -> Result<Vec<Narrowed>> {
     let mut narrowed = Vec::new();
-    let (mut names, mut holes, mut seen) = (Vec::new(), 0_i64, HashSet::new());
-    for (_, log) in sparse_logs(image_root, &[]) {
-        seen.insert((log.st_dev, log.st_ino));
-    }
+    let mut holes = Holes::new(&sparse_logs(image_root));
     let walked = image_root.walk(|path, directory, name, found| {
         if !excluded.iter().any(|left_out| path.starts_with(left_out)) {
             narrowed.extend(Narrowed::of(path, directory, name, found));
-        }
-        if let Some(hole) = large_hole(found)
-            && !excluded.iter().any(|left_out| path.starts_with(left_out))
-            && seen.insert((found.st_dev, found.st_ino))
-        {
-            names.push(format!("/{}", path.display()));
-            holes = holes.saturating_add(hole);
+            holes.add(path, found);
         }
         Ok(())
     });
     walked.attempt(|| attempted)?;
-    if holes > MOST_HOLES {
-        return Err(Error::new(attempted)
-            .because(format!(
-                "its files have {} GiB of holes, expected at most {}: {}",
-                holes >> 30,
-                MOST_HOLES >> 30,
-                listed(&names)
-            ))
-            .advise("remove them, or exclude them (--exclude): each byte is packed as a zero"));
+    if let Some(why) = holes.refusal() {
+        return Err(Error::new(attempted).because(why).advise(holes::ADVICE));
     }
-    // Our own packer skips holes.
-    if !names.is_empty() && packer == Packer::Mksquashfs {
-        tracing::warn!("sparse files ({} GiB of holes) take long to pack: {}", holes >> 30, listed(&names));
+    if let Some((held, names)) = holes.found() {
+        tracing::warn!("sparse files ({held} GiB of holes) take long to pack: {names}");
     }
     if !narrowed.is_empty() {
         let shown = narrowed.iter().map(|Narrowed { path, mode, .. }| format!("/{} ({mode:o})", path.display()));
-        let shown: Vec<_> = shown.collect();
-        tracing::warn!("packed with the rights that the access list gives the group: {}", listed(&shown));
+        packer::tell_narrowed(&shown.collect::<Vec<_>>());
     }
     Ok(narrowed)
 }
@@ -479,10 +438,10 @@ fn share_of_memory(all: Option<u64>) -> u64 {
 
 /// Verifies that the squashfs has every set of extended attributes, file capabilities among them. It stores each
 /// different set once, and counts them.
-fn attributes_are_kept(image_root: &Tree, squashfs: &File, packer: Packer, attempted: &str) -> Result<()> {
+fn attributes_are_kept(image_root: &Tree, squashfs: &File, attempted: &str) -> Result<()> {
     let mut sets = HashSet::new();
     // mksquashfs makes other files in the place of these.
-    let emptied = if packer == Packer::Mksquashfs { sparse_logs(image_root, &[]) } else { Vec::new() };
+    let emptied = sparse_logs(image_root);
     let collected = image_root.walk(|_, parent, name, found| {
         let is_emptied = |(_, log): &(String, Stat)| (log.st_dev, log.st_ino) == (found.st_dev, found.st_ino);
         if emptied.iter().any(is_emptied) { Ok(()) } else { collect_attributes(&parent.path().join(name), &mut sets) }

@@ -1,6 +1,7 @@
 //! Which files of an image root are provably as they are in the squashfs that it was made from. The packer takes their
 //! compressed blocks over. A file is compressed again whenever there is a doubt.
 
+use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 use std::ffi::OsString;
 use std::fs::File;
@@ -10,25 +11,23 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use rustix::fs::{AtFlags, FileType, Stat};
-use rustix::io::Errno;
+use rustix::fs::{FileType, Stat};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::error::{Attempt, Result};
 use crate::image::unpack::{INDEX_OF_LINKS, LOWER, Overlay, UPPER};
-use crate::image::upper_layer::{self, directories};
+use crate::image::upper_layer::{self, Directories, directories};
 use crate::sys::loops;
 use crate::sys::tree::{Tree, inode_and_birth};
-use crate::sys::walk::Descent;
 
-/// An image root's source, and the files that are still as they are there.
+/// An image root's source, and what tells which files are still as they are there.
 #[derive(Debug)]
 pub(crate) struct Source {
     /// The squashfs.
     pub(crate) squashfs: File,
-    /// The files.
-    pub(crate) files: Vec<Unchanged>,
+    /// What tells it.
+    pub(crate) basis: Basis,
     /// Directory and name of a squashfs that nobody needs once the image is packed.
     pub(crate) is_dropped: Option<(Tree, &'static str)>,
 }
@@ -40,24 +39,52 @@ impl Source {
     }
 }
 
-/// A regular file that is unchanged.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Unchanged {
-    /// Path below the image root.
-    pub(crate) path: PathBuf,
-    /// Path in the source, if that is another one: a directory was renamed.
-    pub(crate) source: Option<PathBuf>,
-    /// Time of change (ctime) when this was decided, in seconds and nanoseconds. The packer compares it.
-    pub(crate) changed: (i64, u64),
+/// What tells whether an entry of an image root is as it is in the source. The packer compares it with the status that
+/// it packs, so that the image root is walked through once.
+#[derive(Debug)]
+pub(crate) enum Basis {
+    /// The image root is an overlay above the mounted source.
+    Overlay(Overlaid),
+    /// The image root was unpacked from the source.
+    Unpacked(Unpacked),
 }
 
 /// Time of change of a file.
-pub(crate) fn changed(found: &Stat) -> (i64, u64) {
+fn changed(found: &Stat) -> (i64, u64) {
     (found.st_ctime, found.st_ctime_nsec)
 }
 
-/// Files of the overlay of `directory`, mounted at `image_root`, that nothing in the upper layer touches. `squashfs` is
-/// what the overlay was made from; the error says why it is not known to be.
+/// An entry of a source, as its squashfs says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Before {
+    /// Inode number.
+    pub(crate) number: u32,
+    /// Type and permissions, as in `st_mode`.
+    pub(crate) mode: u32,
+    /// Length of a regular file.
+    pub(crate) size: u64,
+    /// Time of modification, which is also its time of change.
+    pub(crate) modified: u32,
+    /// Number of names.
+    pub(crate) links: u32,
+    /// True if it has extended attributes.
+    pub(crate) has_attributes: bool,
+}
+
+/// Entries of a source by path; `None` for a path that is there twice, since nobody knows which one is meant.
+pub(crate) type Entries = HashMap<OsString, Option<Before>>;
+
+/// An entry that is unchanged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Unchanged {
+    /// Inode number in the source.
+    pub(crate) number: u32,
+    /// True if it has no extended attributes.
+    pub(crate) is_bare: bool,
+}
+
+/// The overlay of `directory`, mounted at `image_root`. `squashfs` is what the overlay was made from; the error says why
+/// it is not known to be.
 pub(crate) fn of_overlay(
     directory: &Path,
     image_root: &Tree,
@@ -71,53 +98,91 @@ pub(crate) fn of_overlay(
     if !lower.is_some_and(|lower| loops::shows(lower.dev(), &squashfs)) {
         return Err("the squashfs is not the one that is mounted");
     }
-    let files = untouched(directory, image_root);
-    Ok(files.map(|files| Source { squashfs, files, is_dropped: None }))
+    let basis = Overlaid::of(directory, image_root).map(Basis::Overlay);
+    Ok(basis.map(|basis| Source { squashfs, basis, is_dropped: None }))
 }
 
-/// Regular files of an overlay that are not in its upper layer in any form: copied up, or put in place of another.
-fn untouched(directory: &Path, image_root: &Tree) -> Result<Vec<Unchanged>> {
-    let attempted = || format!("compare {} with its source", image_root.shown().display());
-    let upper = Tree::open(&directory.join(UPPER)).attempt(attempted)?;
-    let mut in_upper = HashSet::new();
-    let seen = upper.walk(|path, _, _, _| {
-        in_upper.insert(path.to_owned());
-        Ok(())
-    });
-    seen.attempt(attempted)?;
-    let directories = directories(&upper).attempt(attempted)?;
-    // A file that was changed under one of its names has the others still in the source; the index knows such files.
-    let names = std::fs::read_dir(directory.join(INDEX_OF_LINKS)).map(|mut names| names.next().is_none());
-    let has_whole_links = names.unwrap_or_else(|e| e.kind() == std::io::ErrorKind::NotFound);
-    let lower = Tree::open(&directory.join(LOWER)).attempt(attempted)?;
-    let mut lowers = Descent::of(&lower);
-    let mut files = Vec::new();
-    let looked = image_root.walk(|path, _, _, found| {
-        if FileType::from_raw_mode(found.st_mode) != FileType::RegularFile || in_upper.contains(path) {
-            return Ok(());
+/// What the upper layer of an overlay holds.
+#[derive(Debug, Default)]
+pub(crate) struct Overlaid {
+    /// Paths of everything in it: copied up, or put in place of another.
+    pub(crate) in_upper: HashSet<OsString>,
+    /// Its directories.
+    pub(crate) directories: Directories,
+    /// True if no file of several names was changed.
+    pub(crate) has_whole_links: bool,
+    /// The directory that was asked about last, and its source.
+    last: RefCell<Option<(PathBuf, Option<PathBuf>)>>,
+}
+
+impl Overlaid {
+    fn of(directory: &Path, image_root: &Tree) -> Result<Self> {
+        let attempted = || format!("compare {} with its source", image_root.shown().display());
+        let upper = Tree::open(&directory.join(UPPER)).attempt(attempted)?;
+        let mut in_upper = HashSet::new();
+        let seen = upper.walk(|path, _, _, _| {
+            in_upper.insert(path.as_os_str().to_owned());
+            Ok(())
+        });
+        seen.attempt(attempted)?;
+        let directories = directories(&upper).attempt(attempted)?;
+        // A file that was changed under one of its names has the others still in the source; the index knows such
+        // files.
+        let names = std::fs::read_dir(directory.join(INDEX_OF_LINKS)).map(|mut names| names.next().is_none());
+        let has_whole_links = names.unwrap_or_else(|e| e.kind() == io::ErrorKind::NotFound);
+        Ok(Self::new(in_upper, directories, has_whole_links))
+    }
+
+    pub(crate) fn new(in_upper: HashSet<OsString>, directories: Directories, has_whole_links: bool) -> Self {
+        Self { in_upper, directories, has_whole_links, last: RefCell::new(None) }
+    }
+
+    /// Path in the source of an entry that is not in the upper layer.
+    fn source_of(&self, path: &Path) -> Option<PathBuf> {
+        let (above, name) = (path.parent()?, path.file_name()?);
+        let mut last = self.last.borrow_mut();
+        // All entries of a directory that are not in the upper layer have their sources in one directory.
+        if last.as_ref().is_none_or(|(known, _)| known.as_os_str() != above.as_os_str()) {
+            let source = upper_layer::source_of(&self.directories, path);
+            *last = Some((above.to_owned(), source.and_then(|source| source.parent().map(Path::to_owned))));
         }
-        let Some(source) = upper_layer::source_of(&directories, path) else { return Ok(()) };
-        let (Some(above), Some(name)) = (source.parent(), source.file_name()) else { return Ok(()) };
-        let before = match rustix::fs::statat(lowers.directory_without_links(above)?, name, AtFlags::SYMLINK_NOFOLLOW) {
-            Err(Errno::NOENT) => return Ok(()),
-            before => before?,
-        };
+        Some(last.as_ref()?.1.as_ref()?.join(name))
+    }
+
+    /// An entry that nothing in the upper layer touches.
+    fn find(&self, path: &Path, found: &Stat, source: &Entries) -> Option<Unchanged> {
+        if self.in_upper.contains(path.as_os_str()) {
+            return None;
+        }
+        let before = (*source.get(self.source_of(path)?.as_os_str())?)?;
         // The count of the source decides: all names but one may have been removed after a change.
-        if is_same(&before, found) && (before.st_nlink == 1 || has_whole_links) {
-            let source = (source != path).then_some(source);
-            files.push(Unchanged { path: path.to_owned(), source, changed: changed(found) });
-        }
-        Ok(())
-    });
-    looked.attempt(attempted)?;
-    Ok(files)
+        let is_whole =
+            before.links == 1 || self.has_whole_links || FileType::from_raw_mode(before.mode) == FileType::Directory;
+        let Before { number, has_attributes, .. } = before;
+        (is_whole && before.is_still(found)).then_some(Unchanged { number, is_bare: !has_attributes })
+    }
 }
 
-/// Compares the status of a file of the overlay with the source's. A file that was copied up has another time of
-/// change.
-fn is_same(before: &Stat, now: &Stat) -> bool {
-    let status = |found: &Stat| (found.st_mode, found.st_size, found.st_mtime, found.st_mtime_nsec, changed(found));
-    status(before) == status(now)
+impl Before {
+    /// Compares it with the status of an entry of an overlay. A file that was copied up has another time of change.
+    fn is_still(&self, found: &Stat) -> bool {
+        let then = i64::from(self.modified);
+        let is_file = FileType::from_raw_mode(self.mode) == FileType::RegularFile;
+        let has_size = !is_file || u64::try_from(found.st_size) == Ok(self.size);
+        let times = (found.st_mtime, found.st_mtime_nsec, changed(found));
+        has_size && self.mode == found.st_mode && times == (then, 0, (then, 0))
+    }
+}
+
+impl Basis {
+    /// The entry `path` of the image root, which has this status, if it is still as in the source with these entries.
+    /// `device` is that of the image root.
+    pub(crate) fn find(&self, path: &Path, found: &Stat, device: u64, source: &Entries) -> Option<Unchanged> {
+        match self {
+            Self::Overlay(overlaid) => overlaid.find(path, found, source),
+            Self::Unpacked(unpacked) => unpacked.find(found, device, source),
+        }
+    }
 }
 
 /// File systems whose time of change (ctime) tells every change of content, also one through a mapping of memory, in
@@ -194,10 +259,14 @@ struct Head {
 
 /// Inventory of an image root that was just unpacked, and nobody else has reached yet.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Unpacked {
+pub(crate) struct Inventory {
     head: Head,
-    files: HashMap<u64, Then>,
+    files: Unpacked,
 }
+
+/// Regular files of an image root as they were unpacked, by inode number.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(crate) struct Unpacked(HashMap<u64, Then>);
 
 /// A regular file as it was unpacked.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -205,20 +274,25 @@ struct Then {
     size: i64,
     modified: (i64, u64),
     changed: (i64, u64),
+    /// True if it has no extended attributes.
+    is_bare: bool,
     path: PathBuf,
 }
 
-impl Unpacked {
+impl Inventory {
     /// Takes the inventory of `root`, which was unpacked from `squashfs`. `source` is the path of that, unless it is
     /// kept beside the image root. The error says why files could not be told to be unchanged.
     pub(crate) fn of(root: &Tree, squashfs: &File, source: Option<PathBuf>) -> std::result::Result<Self, String> {
         is_precise(root)?;
         let mut files = HashMap::new();
         let mut newest = (0, 0);
-        let walked = root.walk(|path, _, _, found| {
+        // A longer list is an error, and the file is not bare then.
+        let mut names = [0; 1024];
+        let walked = root.walk(|path, directory, name, found| {
             if FileType::from_raw_mode(found.st_mode) == FileType::RegularFile {
                 newest = newest.max(changed(found));
-                files.insert(found.st_ino, Then::of(path, found));
+                let is_bare = matches!(rustix::fs::llistxattr(directory.path().join(name), &mut names[..]), Ok(0));
+                files.insert(found.st_ino, Then::of(path, found, is_bare));
             }
             Ok(())
         });
@@ -240,7 +314,7 @@ impl Unpacked {
             root: inode_and_birth(root).map_err(fail)?,
             clock,
         };
-        Ok(Self { head, files })
+        Ok(Self { head, files: Unpacked(files) })
     }
 
     /// Path of the squashfs; `None` if it is kept beside the image root.
@@ -254,40 +328,28 @@ impl Unpacked {
         Ok(())
     }
 
-    /// Its bytes: a head, and a record of each file that ends with a zero byte.
+    /// Its bytes: a head, and a record of each file; each ends with a zero byte.
     pub(crate) fn encode(&self) -> Vec<u8> {
         let mut bytes = json!(self.head).to_string().into_bytes();
         bytes.push(0);
-        let mut files: Vec<_> = self.files.iter().collect();
-        files.sort_unstable_by_key(|(inode, _)| **inode);
-        for (inode, Then { size, modified, changed, path }) in files {
-            let (modified, changed) =
-                (format!("{} {}", modified.0, modified.1), format!("{} {}", changed.0, changed.1));
-            bytes.extend_from_slice(format!("{inode} {size} {modified} {changed} ").as_bytes());
-            bytes.extend_from_slice(path.as_os_str().as_bytes());
+        self.files.encode(&mut |record| {
+            bytes.extend_from_slice(record);
             bytes.push(0);
-        }
+        });
         bytes
     }
 
-    /// Reads [`Unpacked::encode`]. Somebody else may have written it.
+    /// Reads [`Inventory::encode`]. Somebody else may have written it.
     pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
         let mut records = bytes.strip_suffix(&[0])?.split(|byte| *byte == 0);
         let head = serde_json::from_slice(records.next()?).ok()?;
-        let files = records.map(|record| {
-            let mut fields = record.splitn(7, |byte| *byte == b' ');
-            let mut number = || std::str::from_utf8(fields.next()?).ok();
-            let (inode, size) = (number()?.parse().ok()?, number()?.parse().ok()?);
-            let modified = (number()?.parse().ok()?, number()?.parse().ok()?);
-            let changed = (number()?.parse().ok()?, number()?.parse().ok()?);
-            let path = PathBuf::from(OsString::from_vec(fields.next()?.to_vec()));
-            Some((inode, Then { size, modified, changed, path }))
-        });
-        Some(Self { head, files: files.collect::<Option<_>>()? })
+        let mut files = Unpacked::default();
+        records.try_for_each(|record| files.add(record))?;
+        Some(Self { head, files })
     }
 
-    /// Files of `root` that are as they were unpacked. The error says why that cannot be told.
-    pub(crate) fn unchanged(&self, root: &Tree, squashfs: File) -> std::result::Result<Source, String> {
+    /// The source of `root`, if it still is what was unpacked from `squashfs`. The error says why that cannot be told.
+    pub(crate) fn source_of(self, root: &Tree, squashfs: File) -> std::result::Result<Source, String> {
         let fail = |error: io::Error| error.to_string();
         is_precise(root)?;
         if inode_and_birth(root).map_err(fail)? != self.head.root {
@@ -299,27 +361,54 @@ impl Unpacked {
         if self.head.clock.was_set_back(&Clock::read().map_err(fail)?) {
             return Err("the clock was set back since the image root was unpacked".into());
         }
-        let device = rustix::fs::fstat(root).map_err(|e| e.to_string())?.st_dev;
-        let mut files = Vec::new();
-        let walked = root.walk(|path, _, _, found| {
-            let is_file = FileType::from_raw_mode(found.st_mode) == FileType::RegularFile && found.st_dev == device;
-            if let Some(then) = self.files.get(&found.st_ino).filter(|_| is_file)
-                && then.is_still(found)
-            {
-                let source = (then.path != path).then(|| then.path.clone());
-                files.push(Unchanged { path: path.to_owned(), source, changed: changed(found) });
-            }
-            Ok(())
-        });
-        walked.map_err(fail)?;
-        Ok(Source { squashfs, files, is_dropped: None })
+        Ok(Source { squashfs, basis: Basis::Unpacked(self.files), is_dropped: None })
     }
 }
 
+impl Unpacked {
+    /// Calls `write` with a record of each file, which holds no zero byte.
+    pub(crate) fn encode(&self, write: &mut dyn FnMut(&[u8])) {
+        let mut files: Vec<_> = self.0.iter().collect();
+        files.sort_unstable_by_key(|(inode, _)| **inode);
+        for (inode, Then { size, modified, changed, is_bare, path }) in files {
+            let ((seconds, parts), (changed, its_parts)) = (modified, changed);
+            let kind = if *is_bare { BARE } else { ATTRIBUTED };
+            let fields = format!("{inode} {size} {seconds} {parts} {changed} {its_parts} {kind} ");
+            write(&[fields.as_bytes(), path.as_os_str().as_bytes()].concat());
+        }
+    }
+
+    /// Adds the file of a record.
+    pub(crate) fn add(&mut self, record: &[u8]) -> Option<()> {
+        let mut fields = record.splitn(8, |byte| *byte == b' ');
+        let mut number = || std::str::from_utf8(fields.next()?).ok();
+        let (inode, size) = (number()?.parse().ok()?, number()?.parse().ok()?);
+        let modified = (number()?.parse().ok()?, number()?.parse().ok()?);
+        let changed = (number()?.parse().ok()?, number()?.parse().ok()?);
+        let kind = number()?;
+        let is_bare = [ATTRIBUTED, BARE].into_iter().position(|known| known == kind)? == 1;
+        let path = PathBuf::from(OsString::from_vec(fields.next()?.to_vec()));
+        self.0.insert(inode, Then { size, modified, changed, is_bare, path });
+        Some(())
+    }
+
+    fn find(&self, found: &Stat, device: u64, source: &Entries) -> Option<Unchanged> {
+        let is_file = FileType::from_raw_mode(found.st_mode) == FileType::RegularFile && found.st_dev == device;
+        let then = self.0.get(&found.st_ino).filter(|then| is_file && then.is_still(found))?;
+        let before = (*source.get(then.path.as_os_str())?)?;
+        let is_file = FileType::from_raw_mode(before.mode) == FileType::RegularFile;
+        is_file.then_some(Unchanged { number: before.number, is_bare: then.is_bare })
+    }
+}
+
+/// Words of a record that say whether a file has extended attributes.
+const BARE: &str = "-";
+const ATTRIBUTED: &str = "a";
+
 impl Then {
-    fn of(path: &Path, found: &Stat) -> Self {
+    fn of(path: &Path, found: &Stat, is_bare: bool) -> Self {
         let modified = (found.st_mtime, found.st_mtime_nsec);
-        Self { size: found.st_size, modified, changed: changed(found), path: path.to_owned() }
+        Self { size: found.st_size, modified, changed: changed(found), is_bare, path: path.to_owned() }
     }
 
     fn is_still(&self, found: &Stat) -> bool {
@@ -360,15 +449,35 @@ mod tests {
             std::fs::write(root.join(name), name).unwrap();
         }
         let (tree, file) = (Tree::open(&root).unwrap(), File::open(root.join("z")).unwrap());
-        let Ok(unpacked) = Unpacked::of(&tree, &file, Some("/some where".into())) else {
+        let Ok(unpacked) = Inventory::of(&tree, &file, Some("/some where".into())) else {
             assert!(is_precise(&tree).is_err());
             return;
         };
         let bytes = unpacked.encode();
-        assert_eq!(Unpacked::decode(&bytes).as_ref(), Some(&unpacked));
-        assert_eq!(unpacked.unchanged(&tree, file).unwrap().files.len(), 3);
+        assert_eq!(Inventory::decode(&bytes).as_ref(), Some(&unpacked));
+        let mut source = Entries::new();
+        for (number, name) in (7..).zip(["a b/1 2", "x\ny", "z"]) {
+            let (mode, has_attributes) = (0o100_644, true);
+            let before = Before { number, mode, size: 1, modified: 0, links: 1, has_attributes };
+            source.insert(name.into(), Some(before));
+        }
+        let basis = unpacked.source_of(&tree, file).unwrap().basis;
+        let mut found = Vec::new();
+        let device = rustix::fs::fstat(&tree).unwrap().st_dev;
+        let looked = tree.walk(|path, _, _, status| {
+            found.extend(basis.find(path, status, device, &source));
+            assert_eq!(basis.find(path, status, device + 1, &source), None);
+            let mut changed = *status;
+            changed.st_ctime_nsec = 1;
+            assert_eq!(basis.find(path, &changed, device, &source), None);
+            Ok(())
+        });
+        looked.unwrap();
+        let mut numbers: Vec<_> = found.iter().map(|unchanged| (unchanged.number, unchanged.is_bare)).collect();
+        numbers.sort_unstable();
+        assert_eq!(numbers, [(7, true), (8, true), (9, true)]);
         for cut in [1, 5, 30, bytes.len()] {
-            let cut = Unpacked::decode(&bytes[..bytes.len() - cut]);
+            let cut = Inventory::decode(&bytes[..bytes.len() - cut]);
             assert!(cut.is_none(), "{cut:?}");
         }
     }

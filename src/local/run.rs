@@ -573,7 +573,7 @@ impl Opened<'_> {
         let boot = boot::find_if_any(&tree, &settings.boot, settings.job.arch())?;
         let archive = Archive { directory: workplace, name: "packed.sqsh" };
         let basis = basis::of(settings, workplace, &tree, false);
-        let rootfs = packing::pack(work, &tree, &archive, &packing, &run.exclude, basis.as_ref())?;
+        let rootfs = packing::pack(work, &tree, &archive, &packing, &run.exclude, basis.as_ref())?.file;
         // It may hold the source open, which is below the overlay.
         drop(basis);
         drop(tree);

@@ -263,12 +263,10 @@ pub fn package(
         prepare::take_inventory_below(&work, settings, place.files.parent())?;
         Inventory::load(place.files.parent(), INVENTORY)?;
     }
-    // Before it is packed: what is changed meanwhile counts as changed later.
-    let was = packed::state(&place.image_root);
-    let source = basis::of(settings, place.files.parent(), &place.image_root, false);
-    let (archive, packing) = (place.archive(), &settings.packing);
-    let packed = packing::pack(&work, &place.image_root, &archive, packing, exclude, source.as_ref())?;
-    let recorded = was.and_then(|was| packed::record(place.files.parent(), &archive, &packed, &place.image_root, was));
+    let parent = place.files.parent();
+    let source = basis::of(settings, parent, &place.image_root, false);
+    let (packed, recorded) =
+        packed::pack(&work, parent, &place.image_root, &place.archive(), settings, exclude, source.as_ref())?;
     // Without its record, the next run would refuse to replace it.
     recorded.inspect_err(|_| place.remove_archive(&packed))?;
     if let Some(file) = changes {

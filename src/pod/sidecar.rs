@@ -13,7 +13,7 @@ use crate::error::{Attempt, Error, Result};
 use crate::image::boot;
 use crate::image::exclude::Pattern;
 use crate::image::inventory::write_changes;
-use crate::image::packing::{self, Archive};
+use crate::image::packing::Archive;
 use crate::ims::client::Ims;
 use crate::ims::id::Id;
 use crate::ims::records::{self, Status};
@@ -610,12 +610,11 @@ impl<'a> Sidecar<'a> {
             tracing::info!("publishing {TRANSFER}, which a remote job packed, as it is");
             archive.open_squashfs()?
         } else if let Some(image_root) = image_root.filter(|_| self.journal.phase < Phase::Packed) {
-            let was = packed::state(image_root);
             let source = basis::of(settings, parent, image_root, true);
-            let packing = &settings.packing;
-            let packed =
-                packing::pack(self.work, image_root, &archive, packing, &self.places.exclude, source.as_ref())?;
-            packed::record(parent, &archive, &packed, image_root, was?)?;
+            let exclude = &self.places.exclude;
+            let (packed, recorded) =
+                packed::pack(self.work, parent, image_root, &archive, settings, exclude, source.as_ref())?;
+            recorded?;
             tracing::info!("packed {}", archive.shown());
             if let Some(file) = &self.places.changes
                 && let Err(error) = write_changes(self.work, self.files.parent(), image_root, file)

@@ -12,7 +12,7 @@ use rustix::fs::OFlags;
 use crate::error::{Attempt, Error, Result};
 use crate::image::kind::{Kind, Opened};
 use crate::image::packing::Packer;
-use crate::image::unchanged::{self, Source, Unpacked};
+use crate::image::unchanged::{self, Inventory, Source};
 use crate::publish::authentication::Seal;
 use crate::publish::identity::{Record, seal_of};
 use crate::publish::settings::Settings;
@@ -73,10 +73,10 @@ fn unpacked(settings: &Settings, directory: &Tree, image_root: &Tree) -> Result<
     }
     let inventory = load(directory, seal_of(directory, settings)?.as_ref())?;
     let squashfs = open_source(directory, &inventory)?;
-    inventory.unchanged(image_root, squashfs).map(Some).map_err(|why| Error::new(attempted()).because(why))
+    inventory.source_of(image_root, squashfs).map(Some).map_err(|why| Error::new(attempted()).because(why))
 }
 
-fn open_source(directory: &Tree, inventory: &Unpacked) -> Result<File> {
+fn open_source(directory: &Tree, inventory: &Inventory) -> Result<File> {
     match inventory.source() {
         Some(path) => Opened::open(path)?.into_file(),
         None => {
@@ -125,7 +125,7 @@ fn try_to_keep(
     } else {
         Some(shown.to_owned())
     };
-    let inventory = Unpacked::of(root, squashfs, source).map_err(|why| Error::new(attempted()).because(why))?;
+    let inventory = Inventory::of(root, squashfs, source).map_err(|why| Error::new(attempted()).because(why))?;
     save(directory, seal_of(directory, settings)?.as_ref(), &inventory)
 }
 
@@ -151,7 +151,7 @@ pub(crate) fn move_to(from: &Tree, to: &Tree, settings: &Settings) -> Result<()>
 }
 
 /// Writes an inventory below a line that authenticates it.
-fn save(directory: &Tree, seal: Option<&Seal>, inventory: &Unpacked) -> Result<()> {
+fn save(directory: &Tree, seal: Option<&Seal>, inventory: &Inventory) -> Result<()> {
     let bytes = inventory.encode();
     let sum = sum(&bytes);
     let line = seal.map_or_else(|| format!("{sum}\n"), |seal| seal.line(KIND, &sum));
@@ -160,7 +160,7 @@ fn save(directory: &Tree, seal: Option<&Seal>, inventory: &Unpacked) -> Result<(
 }
 
 /// Reads an inventory, if this job has written it.
-fn load(directory: &Tree, seal: Option<&Seal>) -> Result<Unpacked> {
+fn load(directory: &Tree, seal: Option<&Seal>) -> Result<Inventory> {
     let attempted = || format!("use {}", directory.shown().join(UNPACKED).display());
     let read = directory.read(UNPACKED, LIMIT).attempt(attempted)?;
     let refused = |why: &str| Error::new(attempted()).because(why);
@@ -174,7 +174,7 @@ fn load(directory: &Tree, seal: Option<&Seal>) -> Result<Unpacked> {
     if told != sum(bytes) {
         return Err(refused("it is damaged"));
     }
-    Unpacked::decode(bytes).ok_or_else(|| refused("it is damaged"))
+    Inventory::decode(bytes).ok_or_else(|| refused("it is damaged"))
 }
 
 fn sum(bytes: &[u8]) -> String {

@@ -3,23 +3,23 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use base64::Engine;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use ring::digest;
 use rustix::fs::{OFlags, Stat, XattrFlags};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::error::{Attempt, Error, Result};
-use crate::image::packing::Archive;
+use crate::image::exclude::Pattern;
+use crate::image::packing::{self, Archive, Packed, Packer};
+use crate::image::state::State;
+use crate::image::unchanged::Source;
 use crate::publish::identity;
 use crate::publish::settings::Settings;
 use crate::sys::file_kind::FileKind;
 use crate::sys::tree::{Tree, inode_and_birth};
+use crate::transfer::Work;
 use crate::volume::layout::{ARCHIVE, PACKED};
 
 /// Size limit of the record in bytes, and the number of archives in it.
@@ -28,13 +28,13 @@ const MOST: usize = 64;
 
 /// An archive that was packed.
 #[derive(Serialize, Deserialize)]
-struct Packed {
+struct Entry {
     /// Its path; of earlier releases, its name in the directory of the record.
     #[serde(alias = "name")]
     file: PathBuf,
     archive: String,
     image_root: String,
-    /// The image root's [`state`] when it was packed; earlier releases did not record it.
+    /// The image root's [`State`] when it was packed; earlier releases did not record it.
     state: Option<String>,
 }
 
@@ -42,20 +42,20 @@ struct Packed {
 #[serde(untagged)]
 enum Record {
     Archives {
-        archives: Vec<Packed>,
+        archives: Vec<Entry>,
     },
     /// Written by earlier releases.
-    Last(Packed),
+    Last(Entry),
 }
 
 /// Extended attribute of an archive with what it was packed from. It is found in any directory, and holds the inode, so
 /// that it says nothing about a copy.
 const MARK: &str = "trusted.ims-sshd.packed";
 
-/// Records in `directory` that `packed`, which is `archive`, was packed from `image_root` when its [`state`] was `was`.
-pub(crate) fn record(directory: &Tree, archive: &Archive, packed: &File, image_root: &Tree, was: String) -> Result<()> {
+/// Records in `directory` that `packed`, which is `archive`, was packed from `image_root` when its [`State`] was `was`.
+fn record(directory: &Tree, archive: &Archive, packed: &File, image_root: &Tree, was: String) -> Result<()> {
     let attempted = || format!("write {}", directory.shown().join(PACKED).display());
-    let new = Packed {
+    let new = Entry {
         file: archive.directory.shown().join(archive.name),
         archive: archive_identity(packed).attempt(attempted)?,
         image_root: root_identity(image_root).attempt(attempted)?.0,
@@ -70,24 +70,42 @@ pub(crate) fn record(directory: &Tree, archive: &Archive, packed: &File, image_r
     directory.replace(PACKED, format!("{}\n", json!(Record::Archives { archives })).as_bytes()).attempt(attempted)
 }
 
-impl Packed {
+impl Entry {
     fn mark(&self) -> String {
         format!("{}; {}", self.archive, self.image_root)
     }
 }
 
-/// State of a tree: a digest of the path, mode, size and time of change (ctime) of everything in it. The kernel sets
-/// that time at every change of content, attributes or names, and no program can set it back.
+/// [`State`] of a tree.
 pub(crate) fn state(tree: &Tree) -> Result<String> {
-    let mut digest = digest::Context::new(&digest::SHA256);
+    let mut state = State::new();
     let walked = tree.walk(|path, _, _, found| {
-        digest.update(path.as_os_str().as_bytes());
-        let (mode, size, seconds, nanoseconds) = (found.st_mode, found.st_size, found.st_ctime, found.st_ctime_nsec);
-        digest.update(format!("\0{mode} {size} {seconds}.{nanoseconds}\0").as_bytes());
+        state.add(path, found);
         Ok(())
     });
     walked.attempt(|| format!("look through {}", tree.shown().display()))?;
-    Ok(URL_SAFE_NO_PAD.encode(digest.finish()))
+    Ok(state.finish())
+}
+
+/// Packs `image_root` into `archive`, and records it in `directory`. Returns the packed file.
+pub(crate) fn pack(
+    work: &Work,
+    directory: &Tree,
+    image_root: &Tree,
+    archive: &Archive,
+    settings: &Settings,
+    exclude: &[Pattern],
+    source: Option<&Source>,
+) -> Result<(File, Result<()>)> {
+    let packing = &settings.packing;
+    // Before it is packed: what is changed meanwhile counts as changed later. Our own packer tells it of what it packs.
+    let is_told = packing.packer == Packer::Own && exclude.is_empty();
+    let was = (!is_told).then(|| state(image_root)).transpose();
+    let Packed { file, state } = packing::pack(work, image_root, archive, packing, exclude, source)?;
+    let lost = || Error::new(format!("record {}", archive.shown())).because("its state was not told");
+    let was = was.and_then(|was| was.or(state).ok_or_else(lost));
+    let recorded = was.and_then(|was| record(directory, archive, &file, image_root, was));
+    Ok((file, recorded))
 }
 
 /// Refuses to replace a file that has the name of `archive`, unless it was packed from the same `image_root`.
@@ -163,7 +181,7 @@ pub(crate) fn check_unchanged(directory: &Tree, archive: &Archive, packed: &File
 /// Names of the files in `directory` that were packed, and are as they were then.
 pub(crate) fn names(directory: &Tree) -> Vec<String> {
     let here = directory.shown();
-    let as_it_was = |packed: Packed| {
+    let as_it_was = |packed: Entry| {
         let name = packed.file.file_name()?.to_str()?.to_owned();
         let is_here = packed.file.parent().is_some_and(|above| above == Path::new("") || above == here);
         let file = directory.open_regular(&name, OFlags::RDONLY | OFlags::NOFOLLOW);
@@ -173,13 +191,13 @@ pub(crate) fn names(directory: &Tree) -> Vec<String> {
     read(directory).into_iter().filter_map(as_it_was).collect()
 }
 
-fn recorded(directory: &Tree, packed: &File) -> Option<Packed> {
+fn recorded(directory: &Tree, packed: &File) -> Option<Entry> {
     let found = archive_identity(packed).ok()?;
     read(directory).into_iter().rfind(|record| record.archive == found)
 }
 
 /// The recorded archives, oldest first.
-fn read(directory: &Tree) -> Vec<Packed> {
+fn read(directory: &Tree) -> Vec<Entry> {
     let text = directory.read(PACKED, LIMIT).unwrap_or_default();
     match serde_json::from_slice(&text) {
         Ok(Record::Archives { archives }) => archives,

@@ -82,6 +82,13 @@ const XZ_PRESET: u32 = 6;
 /// libdeflate's level for each of zlib's, from 1.
 const LIBDEFLATE_LEVELS: [i32; 9] = [1, 2, 3, 4, 5, 6, 7, 8, 9];
 
+/// Highest levels for metadata blocks. They have 8 KiB and are a hundredth of an image, and each is compressed on its
+/// own by one thread, since a listing holds the places of compressed inodes. zstd's and xz's own levels would take
+/// longer for them than copying all of the data.
+const METADATA_GZIP_LEVEL: u32 = 6;
+const METADATA_ZSTD_LEVEL: u32 = 5;
+const METADATA_XZ_PRESET: u32 = 1;
+
 /// Smallest dictionary that mksquashfs lets xz have, in bytes.
 const SMALLEST_DICTIONARY: u32 = 8 << 10;
 /// Filters of xz that liblzma has, by their bit.
@@ -197,13 +204,31 @@ pub(crate) struct Compressor {
 enum CompressorState {
     None,
     Gzip(libdeflater::Compressor),
-    Xz { dictionary: u32, filters: u32 },
+    Xz { preset: u32, dictionary: u32, filters: u32 },
     Zstd(CCtx<'static>, i32),
 }
 
 impl Compressor {
     pub(crate) fn new(method: &Method) -> Self {
-        let state = match method.options {
+        Self::with(method.options, XZ_PRESET)
+    }
+
+    /// For metadata blocks.
+    pub(crate) fn for_metadata(method: &Method) -> Self {
+        let options = match method.options {
+            Options::Gzip { level, window, strategies } => {
+                Options::Gzip { level: level.min(METADATA_GZIP_LEVEL), window, strategies }
+            }
+            Options::Zstd { level } => Options::Zstd { level: level.min(METADATA_ZSTD_LEVEL) },
+            // Machine code is in none of them.
+            Options::Xz { dictionary, .. } => Options::Xz { dictionary, filters: 0 },
+            Options::None => Options::None,
+        };
+        Self::with(options, METADATA_XZ_PRESET)
+    }
+
+    fn with(options: Options, preset: u32) -> Self {
+        let state = match options {
             Options::None => CompressorState::None,
             Options::Gzip { level, .. } => {
                 let ours = LIBDEFLATE_LEVELS.get(level.saturating_sub(1) as usize).copied().unwrap_or(9);
@@ -211,7 +236,7 @@ impl Compressor {
                 let level = CompressionLvl::new(ours).unwrap_or_default();
                 CompressorState::Gzip(libdeflater::Compressor::new(level))
             }
-            Options::Xz { dictionary, filters } => CompressorState::Xz { dictionary, filters },
+            Options::Xz { dictionary, filters } => CompressorState::Xz { preset, dictionary, filters },
             Options::Zstd { level } => CompressorState::Zstd(CCtx::create(), level.cast_signed()),
         };
         Self { state }
@@ -234,7 +259,9 @@ impl Compressor {
                     Err(CompressionError::InsufficientSpace) => false,
                 }
             }
-            CompressorState::Xz { dictionary, filters } => compress_xz(block, (*dictionary, *filters), most, out),
+            CompressorState::Xz { preset, dictionary, filters } => {
+                compress_xz(block, (*preset, *dictionary, *filters), most, out)
+            }
             CompressorState::Zstd(context, level) => {
                 out.resize(most, 0);
                 match context.compress(out.as_mut_slice(), block, *level) {
@@ -251,15 +278,15 @@ impl Compressor {
 }
 
 /// Compresses once without a filter and once with each, as mksquashfs does, and keeps the smallest.
-fn compress_xz(block: &[u8], (dictionary, filters): (u32, u32), most: usize, out: &mut Vec<u8>) -> bool {
+fn compress_xz(block: &[u8], (preset, dictionary, filters): (u32, u32, u32), most: usize, out: &mut Vec<u8>) -> bool {
     // No larger than the block: a metadata block would otherwise pay for tables of a data block's dictionary.
     let needed = u32::try_from(block.len().next_power_of_two().max(METADATA_BLOCK)).unwrap_or(dictionary);
     let dictionary = dictionary.min(needed);
-    let mut is_smaller = compress_xz_once(block, dictionary, 0, most, out);
+    let mut is_smaller = compress_xz_once(block, (preset, dictionary, 0), most, out);
     for filter in (0..32).map(|bit| 1 << bit).filter(|bit| filters & bit != 0) {
         let mut filtered = Vec::new();
         let most = if is_smaller { out.len().saturating_sub(1) } else { most };
-        if compress_xz_once(block, dictionary, filter, most, &mut filtered) {
+        if compress_xz_once(block, (preset, dictionary, filter), most, &mut filtered) {
             *out = filtered;
             is_smaller = true;
         }
@@ -267,8 +294,13 @@ fn compress_xz(block: &[u8], (dictionary, filters): (u32, u32), most: usize, out
     is_smaller
 }
 
-fn compress_xz_once(block: &[u8], dictionary: u32, filter: u32, most: usize, out: &mut Vec<u8>) -> bool {
-    let Ok(mut options) = LzmaOptions::new_preset(XZ_PRESET) else { return false };
+fn compress_xz_once(
+    block: &[u8],
+    (preset, dictionary, filter): (u32, u32, u32),
+    most: usize,
+    out: &mut Vec<u8>,
+) -> bool {
+    let Ok(mut options) = LzmaOptions::new_preset(preset) else { return false };
     options.dict_size(dictionary);
     let mut filters = Filters::new();
     match filter {

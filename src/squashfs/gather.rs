@@ -22,7 +22,13 @@ pub enum Choice {
     LeaveOut,
     /// It is packed; the content of a regular file comes from there.
     Pack(Content),
+    /// It is packed, and known to have no extended attributes.
+    PackBare(Content),
 }
+
+/// Called with an attribute that a squashfs cannot hold: path of the object below the tree, path by which its attributes
+/// can be read, status and name. May return other permissions for the object.
+pub type Unkept<'a> = &'a mut dyn FnMut(&Path, &Path, &Stat, &[u8]) -> Option<u32>;
 
 /// The collected entries.
 #[derive(Debug)]
@@ -37,16 +43,29 @@ pub struct Gathered {
 /// `lstat`. It may change the permissions and the size that are packed; a file of no bytes is not read. Extended
 /// attributes outside of `user.`, `trusted.` and `security.` are left out. Never follows a link.
 pub fn gather(tree: &Tree, choose: &mut dyn FnMut(&Path, &mut Stat) -> Choice) -> Result<Gathered, Failure> {
+    gather_with(tree, choose, &mut |_, _, _, _| None)
+}
+
+/// Like [`gather`]. `unkept` decides about attributes that are left out, those of the root excepted.
+pub fn gather_with(
+    tree: &Tree,
+    choose: &mut dyn FnMut(&Path, &mut Stat) -> Choice,
+    unkept: Unkept,
+) -> Result<Gathered, Failure> {
     let root = rustix::fs::fstat(tree).map_err(|error| Failure::Tree(PathBuf::new(), error.into()))?;
     let mut attributes = ExtendedAttributes { not_kept: Vec::new(), names: vec![0; 1 << 16], value: vec![0; 1 << 16] };
-    let xattrs = attributes.of(tree, OsStr::new("."), Path::new(""))?;
+    let mut mode = root;
+    let xattrs = attributes.of((tree, OsStr::new(".")), Path::new(""), &mut mode, &mut |_, _, _, _| None)?;
     let plan = Plan::new(&of_status(&root, &xattrs))?;
-    let mut gathering = Gathering { plan, attributes, linked: HashMap::new() };
+    let mut gathering = Gathering { plan, attributes, linked: HashMap::new(), unkept };
     let mut failure = None;
     let walked = tree.walk_with(&NodeId::ROOT, |parent, path, directory, name, found| {
         let mut found = *found;
-        let Choice::Pack(content) = choose(path, &mut found) else { return Ok(None) };
-        gathering.add(*parent, path, (directory, name), &found, content).map(Some).map_err(|error| {
+        let choice = choose(path, &mut found);
+        if choice == Choice::LeaveOut {
+            return Ok(None);
+        }
+        gathering.add(*parent, path, (directory, name), &mut found, choice).map(Some).map_err(|error| {
             failure = Some(error);
             io::ErrorKind::Other.into()
         })
@@ -58,22 +77,23 @@ pub fn gather(tree: &Tree, choose: &mut dyn FnMut(&Path, &mut Stat) -> Choice) -
     Ok(Gathered { plan: gathering.plan, not_kept: gathering.attributes.not_kept })
 }
 
-struct Gathering {
+struct Gathering<'a> {
     plan: Plan,
     attributes: ExtendedAttributes,
+    unkept: Unkept<'a>,
     /// Objects of several names, by device and inode number.
     linked: HashMap<(u64, u64), NodeId>,
 }
 
-impl Gathering {
+impl Gathering<'_> {
     /// Adds the entry `name` of a directory to the plan.
     fn add(
         &mut self,
         parent: NodeId,
         path: &Path,
         (directory, name): (&Tree, &OsStr),
-        found: &Stat,
-        content: Content,
+        found: &mut Stat,
+        choice: Choice,
     ) -> Result<NodeId, Failure> {
         let failed = |error: io::Error| Failure::Tree(path.to_owned(), error);
         refuse_long(path).map_err(failed)?;
@@ -83,7 +103,11 @@ impl Gathering {
             self.plan.link(parent, name, *known)?;
             return Ok(*known);
         }
-        let xattrs = self.attributes.of(directory, name, path)?;
+        let (content, xattrs) = match choice {
+            Choice::PackBare(content) => (content, XattrSet::new()),
+            Choice::Pack(content) => (content, self.attributes.of((directory, name), path, found, self.unkept)?),
+            Choice::LeaveOut => return Err(failed(io::ErrorKind::InvalidInput.into())),
+        };
         let target;
         let object = match kind {
             FileType::Directory => Object::Directory,
@@ -120,8 +144,15 @@ struct ExtendedAttributes {
 }
 
 impl ExtendedAttributes {
-    /// Extended attributes of the entry `name` that an image can hold; `path` is for messages.
-    fn of(&mut self, directory: &Tree, name: &OsStr, path: &Path) -> Result<XattrSet, Failure> {
+    /// Extended attributes of the entry `name` that an image can hold; `path` is for messages. `unkept` may change the
+    /// permissions in `status`.
+    fn of(
+        &mut self,
+        (directory, name): (&Tree, &OsStr),
+        path: &Path,
+        status: &mut Stat,
+        unkept: Unkept,
+    ) -> Result<XattrSet, Failure> {
         // A path through the descriptor spares opening each entry; the last name is not followed.
         let entry = directory.path().join(name);
         let failed = |error: Errno| Failure::Tree(path.to_owned(), error.into());
@@ -135,8 +166,13 @@ impl ExtendedAttributes {
             if can_hold(name) {
                 let length = rustix::fs::lgetxattr(&entry, shown, &mut self.value[..]).map_err(failed)?;
                 found.push((name.to_owned(), self.value[..length].to_vec()));
-            } else if !self.not_kept.iter().any(|known| known == shown) {
+                continue;
+            }
+            if !self.not_kept.iter().any(|known| known == shown) {
                 self.not_kept.push(shown.to_owned());
+            }
+            if let Some(mode) = unkept(path, &entry, status, name) {
+                status.st_mode = status.st_mode & !0o7777 | mode & 0o7777;
             }
         }
         Ok(found)

@@ -7,7 +7,8 @@ use crate::squashfs::compression::Method;
 use crate::squashfs::error::Fault;
 use crate::squashfs::format::Fragment;
 use crate::squashfs::options::Options;
-use crate::squashfs::reader::Reader;
+use crate::squashfs::reader::{BlockReader, Reader};
+use crate::squashfs::walk::Entry;
 
 /// The checked content of a source image. It takes about 60 bytes for a file, and 4 for each block of a large one.
 #[derive(Debug)]
@@ -18,6 +19,8 @@ pub struct Inventory {
     pub(crate) fragments: Vec<Fragment>,
     files: HashMap<u32, SourceFile>,
     blocks: Vec<u32>,
+    /// Lengths of the content of all fragment blocks, if they were measured.
+    lengths: Vec<u64>,
 }
 
 /// A regular file of a source image.
@@ -36,8 +39,14 @@ pub(crate) struct SourceFile {
 impl Inventory {
     /// Reads what the image of `reader` holds.
     pub fn new(reader: Reader) -> Result<Self, Fault> {
+        Self::with(reader, &mut |_| {})
+    }
+
+    /// Like [`Inventory::new`], and calls `visit` with each entry: the image is walked through once.
+    pub fn with(reader: Reader, visit: &mut dyn FnMut(&Entry)) -> Result<Self, Fault> {
         let (mut files, mut blocks) = (HashMap::new(), Vec::new());
         reader.walk(false, &mut |entry| {
+            visit(entry);
             let Some(extent) = entry.extent() else { return Ok(()) };
             if files.contains_key(&entry.number()) {
                 return Ok(());
@@ -59,7 +68,26 @@ impl Inventory {
             file: reader.into_file(),
             files,
             blocks,
+            lengths: Vec::new(),
         })
+    }
+
+    /// Lengths of the content of all fragment blocks, for [`Inventory::set_lengths`]. Blocks of gzip do not say how
+    /// long they are, and are decompressed; another thread can do that while a tree is collected.
+    pub fn measure(&self) -> Result<Vec<u64>, Fault> {
+        let mut blocks = BlockReader::new(&self.file, &self.method);
+        let most = self.block_size as usize;
+        self.fragments.iter().map(|fragment| blocks.length(fragment.start, fragment.size, most)).collect()
+    }
+
+    /// Stores what [`Inventory::measure`] has returned.
+    pub fn set_lengths(&mut self, lengths: Vec<u64>) {
+        self.lengths = lengths;
+    }
+
+    /// Length of the content of a fragment block, as it was measured.
+    pub(crate) fn length(&self, fragment: u32) -> Option<u64> {
+        self.lengths.get(fragment as usize).copied()
     }
 
     /// Returns whether an image of these options can hold its blocks.

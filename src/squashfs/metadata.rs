@@ -23,7 +23,12 @@ pub(crate) struct MetadataWriter {
 
 impl MetadataWriter {
     pub(crate) fn new(method: &Method) -> Self {
-        Self { compressor: Compressor::new(method), pending: Vec::new(), table: Vec::new(), compressed: Vec::new() }
+        Self {
+            compressor: Compressor::for_metadata(method),
+            pending: Vec::new(),
+            table: Vec::new(),
+            compressed: Vec::new(),
+        }
     }
 
     /// Place of the next byte; `None` in a table of 4 GiB, beyond which no reference reaches.

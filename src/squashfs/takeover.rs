@@ -232,7 +232,11 @@ fn whole_fragments(source: &Inventory, live: &BTreeMap<u32, Ranges>, processors:
         let mut whole = Vec::new();
         for (index, tails) in part {
             let fragment = source.fragments[**index as usize];
-            if tails.cover(blocks.length(fragment.start, fragment.size, source.block_size as usize)?) {
+            let length = match source.length(**index) {
+                Some(length) => length,
+                None => blocks.length(fragment.start, fragment.size, source.block_size as usize)?,
+            };
+            if tails.cover(length) {
                 whole.push(**index);
             }
         }

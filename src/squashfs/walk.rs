@@ -51,6 +51,11 @@ impl Entry<'_> {
         self.inode.header.modified
     }
 
+    /// Returns whether it has extended attributes.
+    pub fn has_xattrs(&self) -> bool {
+        self.inode.xattrs != NONE
+    }
+
     /// Number of names.
     pub fn links(&self) -> u32 {
         self.inode.links

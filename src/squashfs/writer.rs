@@ -10,7 +10,7 @@ use crate::squashfs::compression::Compression;
 use crate::squashfs::content::{Located, Open, Reading};
 use crate::squashfs::error::{Failure, Limit};
 use crate::squashfs::format::{Fragment, NO_TABLE, PADDING, STORED_METADATA, SUPERBLOCK_LENGTH, Superblock, flag};
-use crate::squashfs::inventory::Inventory;
+use crate::squashfs::inventory::{Inventory, SourceFile};
 use crate::squashfs::options::{Fragments, Options};
 use crate::squashfs::plan::{Content, NodeBody, NodeId, Plan};
 use crate::squashfs::progress::{Meter, Progress, Report};
@@ -47,19 +47,7 @@ pub fn write(
     output.set_len(0)?;
     let order = plan.in_order()?;
     let source = source.filter(|source| source.fits(options));
-    let (mut taken, mut read) = (Vec::new(), Vec::new());
-    for node in &order {
-        let NodeBody::File { size, content } = plan.node(*node).body else { continue };
-        let known = match content {
-            Content::Taken(number) => source.and_then(|source| source.file(number)).filter(|file| file.size == size),
-            Content::Read => None,
-        };
-        match known {
-            _ if size == 0 => {}
-            Some(file) => taken.push((*node, file)),
-            None => read.push((*node, size)),
-        }
-    }
+    let (taken, read) = divided(plan, &order, source);
     let compressor_options = options.method.encode_options(options.block_size);
     let start = SUPERBLOCK_LENGTH as u64 + compressor_options.as_ref().map_or(0, |bytes| 2 + bytes.len() as u64);
     let takeover = match source {
@@ -80,7 +68,8 @@ pub fn write(
     let mut located = Located::new(plan.len());
     let mut reading = Reading::new(plan, options, &taken, open, takeover.fragments());
     let mut moved = Moved::new();
-    let (copied, written) = thread::scope(|scope| {
+    // The tables are made while the blocks are copied.
+    let (copied, made) = thread::scope(|scope| {
         let copying = scope.spawn(|| {
             let copied = takeover.copy(output, &meter);
             is_stopped.store(copied.is_err(), Ordering::Relaxed);
@@ -90,26 +79,31 @@ pub fn write(
             moved = takeover.move_tails(queue, &mut reading)?;
             reading.read_all(&read, queue, &mut located)
         });
-        (copying.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), written)
+        let made = written.and_then(|Written { files, fragments: compressed, end }| {
+            located.add_blocks(files);
+            for (node, file) in &taken {
+                located.set(*node, takeover.located(file, &moved)?);
+            }
+            let fragments: Vec<Fragment> = takeover.kept_fragments().chain(compressed).collect();
+            let content = |node, size| located.content(node, size, options.block_size);
+            let parts = Parts {
+                plan,
+                order: &order,
+                content: &content,
+                fragments: &fragments,
+                time: options.epoch,
+                is_exportable: options.is_exportable,
+                method: &options.method,
+            };
+            Ok((tables::make(&parts, end)?, fragments.len(), end))
+        });
+        (copying.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), made)
     });
-    let Written { files, fragments: compressed, end } = written?;
-    copied?;
-    located.add_blocks(files);
-    for (node, file) in &taken {
-        located.set(*node, takeover.located(file, &moved)?);
-    }
-    let fragments: Vec<Fragment> = takeover.kept_fragments().chain(compressed).collect();
-    let content = |node, size| located.content(node, size, options.block_size);
-    let parts = Parts {
-        plan,
-        order: &order,
-        content: &content,
-        fragments: &fragments,
-        time: options.epoch,
-        is_exportable: options.is_exportable,
-        method: &options.method,
+    let (tables, fragments, end) = match (copied, made) {
+        // A source that cannot be copied stops the other side, whose error says less.
+        (Err(failure), _) | (Ok(()), Err(failure)) => return Err(failure),
+        (Ok(()), Ok(made)) => made,
     };
-    let tables = tables::make(&parts, end)?;
     output.write_all_at(&tables.bytes, end)?;
     let length = end + tables.bytes.len() as u64;
     let padded = length.next_multiple_of(PADDING);
@@ -122,7 +116,7 @@ pub fn write(
         inodes: tables.inodes,
         created: options.epoch.unwrap_or_else(|| latest(plan, &order)),
         block_size: options.block_size,
-        fragments: u32::try_from(fragments.len()).map_err(|_| Limit::Table)?,
+        fragments: u32::try_from(fragments).map_err(|_| Limit::Table)?,
         compression: options.method.number(),
         flags: flags(options, compressor_options.is_some(), tables.xattr_table != NO_TABLE),
         ids: tables.ids,
@@ -144,6 +138,26 @@ pub fn write(
         duplicates: located.duplicates(),
         progress: meter.so_far(),
     })
+}
+
+/// Files that are taken over, and files that are read with their sizes.
+type Divided = (Vec<(NodeId, SourceFile)>, Vec<(NodeId, u64)>);
+
+fn divided(plan: &Plan, order: &[NodeId], source: Option<&Inventory>) -> Divided {
+    let (mut taken, mut read) = (Vec::new(), Vec::new());
+    for node in order {
+        let NodeBody::File { size, content } = plan.node(*node).body else { continue };
+        let known = match content {
+            Content::Taken(number) => source.and_then(|source| source.file(number)).filter(|file| file.size == size),
+            Content::Read => None,
+        };
+        match known {
+            _ if size == 0 => {}
+            Some(file) => taken.push((*node, file)),
+            None => read.push((*node, size)),
+        }
+    }
+    (taken, read)
 }
 
 /// The latest time of all objects.
