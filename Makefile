@@ -21,6 +21,9 @@ TEST_PACKAGES := $(RUN_PACKAGES) $(DEMO_PACKAGES) rsync python3-paramiko strace 
 	podman runc catatonit ansible curl python3-venv bzip2 xz-utils zstd openssl
 # Kubernetes' schemas, the newest ansible-core that runs on Debian's Python and manages it, an S3 server.
 TEST_PYTHON_PACKAGES := kubernetes-validate==1.37.0 ansible-core==2.19.14 'moto[s3,server]==5.2.1'
+# kiwi-ng, and the package managers that it builds by.
+RECIPE_PACKAGES := rpm createrepo-c zypper dnf debootstrap busybox-static xz-utils
+KIWI := kiwi==11.1.6
 BENCH_PACKAGES := $(RUN_PACKAGES) $(DEMO_PACKAGES) gcc libc6-dev bubblewrap systemd-container util-linux podman runc curl rsync ansible-core
 
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)
@@ -45,10 +48,10 @@ TEST_PROGRAMS := lib deploy squashfs suite publish recipe pod
 endif
 NEEDED := $(if $(filter squashfs suite publish recipe pod,$(TEST_PROGRAMS)),install-test test-roots) \
 	$(if $(filter deploy suite publish recipe pod,$(TEST_PROGRAMS)),test-python) \
-	$(if $(filter pod,$(TEST_PROGRAMS)),test-containers)
+	$(if $(filter recipe,$(TEST_PROGRAMS)),test-recipes) $(if $(filter pod,$(TEST_PROGRAMS)),test-containers)
 
-.PHONY: help run build install uninstall check test bench image clean tools demo test-roots test-python test-containers \
-	install-run install-demo install-test install-bench
+.PHONY: help run build install uninstall check test bench image clean tools demo test-roots test-python test-recipes test-containers \
+	install-run install-demo install-test install-recipe install-bench
 
 help:
 	@echo 'make run FROM=IMAGE     opens IMAGE (a squashfs, an archive, a URL) over SSH and publishes the result in out/; OUT=… puts it'
@@ -111,6 +114,9 @@ test-python:
 	@tests/install-packages python3-venv
 	$(SUDO) tests/python-packages $(call quoted,$(CACHE)) $(TEST_PYTHON_PACKAGES)
 
+test-recipes: install-recipe test-python
+	$(SUDO) tests/python-packages $(call quoted,$(CACHE)) $(KIWI)
+
 test-containers: install-test test-roots
 	$(SUDO) tests/container-images $(call quoted,$(CACHE)) $(VERSION) $(IMAGE_COMMIT)
 
@@ -130,5 +136,5 @@ clean:
 	rm -rf $(STAGE)
 	cargo clean
 
-install-run install-demo install-test install-bench: install-%:
+install-run install-demo install-test install-recipe install-bench: install-%:
 	@tests/install-packages $($(shell echo $* | tr a-z A-Z)_PACKAGES)

@@ -7,13 +7,14 @@ use ims_sshd::environment::supervisor;
 use ims_sshd::image::packer;
 use ims_sshd::panic;
 use ims_sshd::printable::Printable;
+use ims_sshd::recipe::sandbox;
 use ims_sshd::sys::{inherited, umask};
 
 fn main() -> ExitCode {
     inherited::set_own();
     umask::set_own();
     panic::tell_by(report);
-    if let Some(code) = packer::run_as_child() {
+    if let Some(code) = packer::run_as_child().or_else(sandbox::run_as_child) {
         return ExitCode::from(code);
     }
     let arguments = arguments::parse();

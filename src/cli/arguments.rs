@@ -116,6 +116,9 @@ pub(super) enum Command {
     /// Make the rpm package of the site's certificate authority
     #[command(after_help = recipe::CA_EXAMPLES)]
     CaRpm(recipe::CaArguments),
+    /// Build an image root from a recipe, by kiwi-ng
+    #[command(after_help = recipe::BUILD_EXAMPLES)]
+    Build(recipe::BuildArguments),
     /// Mark the image complete: its environment closes and it may be packed
     #[command(after_help = COMPLETE_EXAMPLES)]
     Complete(Named),

@@ -8,7 +8,7 @@ use crate::cli::options::{ChecksumOptions, ServerOptions, variables};
 use crate::error::Result;
 use crate::publish::settings::Settings;
 use crate::recipe::fetch::{self, Wanted};
-use crate::recipe::{self, ca_rpm, outcome, repositories};
+use crate::recipe::{self, ca_rpm, kiwi, outcome, repositories};
 
 /// Scripts of a create job's containers, and the commands that they became. Manifests still start them.
 pub(super) const SCRIPTS: [(&str, &str); 3] =
@@ -25,6 +25,10 @@ pub(super) const WAIT_EXAMPLES: &str = "Examples:
 pub(super) const CA_EXAMPLES: &str = "Examples:
   ims-sshd ca-rpm
   ims-sshd ca-rpm ./authority.crt --output .";
+
+pub(super) const BUILD_EXAMPLES: &str = "Examples:
+  ims-sshd build
+  ims-sshd build --profile kernel ./work ./out";
 
 #[derive(Args)]
 pub(super) struct FetchArguments {
@@ -126,4 +130,34 @@ pub(super) fn ca_rpm(arguments: &CaArguments, log: Result<()>) -> Result<u8> {
     let settings = log.and_then(|()| Settings::read(None, variables.clone()));
     let settings = settings.inspect_err(|_| outcome::report_refusal(variables))?;
     ca_rpm::run(&settings, arguments.certificate.as_deref(), &arguments.specification, &arguments.output)
+}
+
+#[derive(Args)]
+pub(super) struct BuildArguments {
+    /// The recipe's directory [default: $RECIPE_ROOT_PARENT, else /mnt/image/recipe]
+    recipe: Option<PathBuf>,
+    /// Directory in which to create build/image-root [default: $IMAGE_ROOT_PARENT, else /mnt/image]
+    image_root_parent: Option<PathBuf>,
+    #[command(flatten)]
+    profiles: ProfileOptions,
+    /// Package of the site's authority [default: the pod's, else one that is made of the certificate]
+    #[arg(long, value_name = "FILE")]
+    ca_rpm: Option<PathBuf>,
+    /// Certificate of the site's authority, in PEM [default: /etc/cray/ca/certificate_authority.crt, if it exists]
+    #[arg(long, value_name = "FILE")]
+    authority: Option<PathBuf>,
+    /// A key that packages or repositories are signed with, besides those in /signing-keys and /etc/cray/signing-keys.
+    /// May be repeated
+    #[arg(long, value_name = "FILE")]
+    signing_key: Vec<PathBuf>,
+}
+
+pub(super) fn build(arguments: BuildArguments, log: Result<()>) -> Result<u8> {
+    let BuildArguments { recipe, image_root_parent, profiles, ca_rpm, authority, signing_key } = arguments;
+    let variables = variables([]);
+    let settings = log.and_then(|()| Settings::read(image_root_parent, variables.clone()));
+    let settings = settings.inspect_err(|_| outcome::report_refusal(variables))?;
+    let recipe = recipe.unwrap_or_else(recipe_directory);
+    let profiles = profiles.profile;
+    kiwi::run(&settings, &kiwi::Wanted { recipe, profiles, ca_rpm, authority, signing_keys: signing_key })
 }

@@ -40,6 +40,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
             | Command::FetchRecipe(_)
             | Command::WaitForRepos(_)
             | Command::CaRpm(_)
+            | Command::Build(_)
     );
     if !reports {
         std::mem::replace(&mut log, Ok(()))?;
@@ -69,6 +70,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
         Command::FetchRecipe(arguments) => recipe::fetch(arguments, log),
         Command::WaitForRepos(arguments) => recipe::wait(arguments, log),
         Command::CaRpm(arguments) => recipe::ca_rpm(&arguments, log),
+        Command::Build(arguments) => recipe::build(arguments, log),
         Command::Package { image_root, archive, packing, image } => {
             let options = image.variables_or_auto().into_iter().chain(packing.variables());
             let settings = publishing::Settings::read(None, variables(options))?;

@@ -69,6 +69,12 @@ fn make_namespaces(plan: &Plan) -> io::Result<()> {
     if plan.tier != Tier::User {
         return nix::sched::unshare(flags).map_err(Into::into);
     }
+    unshare_with_users(flags)
+}
+
+/// Leaves the namespaces of `flags`, with a new user namespace in which all users and groups have their numbers. For a
+/// process with one thread.
+pub(crate) fn unshare_with_users(flags: CloneFlags) -> io::Result<()> {
     // Only a process outside may write a map of more than one user (user_namespaces(7)).
     let (here, outside) = Packets::pair()?;
     let this = getpid();

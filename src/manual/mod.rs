@@ -32,6 +32,11 @@ const RECIPE: &[Entry] = &[
     ("/etc/cray/template_dictionary", "Values for the templates of a recipe, in a pod."),
     ("/etc/cray/ca/certificate_authority.crt", "Certificate of the site's authority, in a pod."),
 ];
+const BUILT: &[Entry] = &[
+    ("IMAGE_ROOT_PARENT/build/image-root", "The image root."),
+    ("IMAGE_ROOT_PARENT/kiwi.log", "Log of kiwi-ng, with all details."),
+    ("IMAGE_ROOT_PARENT/build_failed", "In a job, the reason why kiwi-ng failed."),
+];
 const LOGINS: &[Entry] = &[
     ("/run/ims-sshd/customize/NAME/ssh_config", "Configuration for ssh, scp, sftp and Ansible; the host is image."),
     ("/run/ims-sshd/customize/NAME/sshd.log", "Log of the environment's sshd."),
@@ -103,6 +108,16 @@ fn page_of(name: &str) -> Page {
                 ("1", "The command failed and left nothing behind; the log says why."),
                 REFUSED,
                 SIGNALS,
+            ],
+        },
+        "build" => Page {
+            variables: &[Job, Recipe],
+            files: &[RECIPE, BUILT],
+            exit: &[
+                ("0", "The image root was built; in a job, also if kiwi-ng failed, which build_failed says."),
+                ("1", "The build was refused or failed; the log says why."),
+                REFUSED,
+                ("129, 130, 143", "Interrupted by SIGHUP, SIGINT or SIGTERM; nothing of the build runs or is mounted."),
             ],
         },
         "complete" | "fail" | "status" => Page { variables: &[Status], files: &[SIGNAL_FILES, RUN], exit: DONE },

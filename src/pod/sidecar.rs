@@ -37,6 +37,9 @@ use crate::volume::image_root;
 use crate::volume::layout::{BUILD_FAILED, EXITING, POD_ERROR, READY, SOURCE, SSHD_LISTENING, TRANSFER};
 use crate::volume::signal_files::{LOOK_EVERY, SignalFiles, Stamp, Watch};
 
+/// Longest reason of a failed build that is told, in bytes.
+const LONGEST_REASON: u64 = 16 << 10;
+
 /// Longest time for which an environment may have no claim on the volume; it has none while its container restarts.
 const GONE: Duration = Duration::from_secs(5);
 
@@ -231,8 +234,12 @@ impl<'a> Sidecar<'a> {
             Action::Create if !self.files.stands(BUILD_FAILED)? => false,
             Action::Create if self.settings.job.debug => true,
             Action::Create => {
+                // kiwi-ng's own error, if this program has built it.
+                let reason = self.files.parent().read(BUILD_FAILED, LONGEST_REASON).unwrap_or_default();
+                let reason = String::from_utf8_lossy(&reason).trim().to_owned();
+                let why = if reason.is_empty() { String::new() } else { format!(": {reason}") };
                 return Err(Error::new("publish the image")
-                    .because("its build failed")
+                    .because(format!("its build failed{why}"))
                     .advise("ENABLE_DEBUG=true opens a shell in a failed build"));
             }
         };

@@ -67,8 +67,7 @@ pub fn run(settings: &Settings, certificate: Option<&Path>, specification: &Path
         let certificate = certificate.map_or_else(|| default_certificate(settings), Path::to_owned);
         let content = read_certificate(&certificate)?;
         tell_other_specification(specification);
-        let epoch = settings.packing.epoch.and_then(|epoch| u32::try_from(epoch).ok()).unwrap_or(EPOCH);
-        let package = build(&content, epoch)?;
+        let package = build(&content, epoch(settings))?;
         let attempted = || format!("write {}", output.join(FILE).display());
         std::fs::create_dir_all(output).attempt(attempted)?;
         let directory = Tree::open(&named::resolve(output).attempt(attempted)?).attempt(attempted)?;
@@ -76,6 +75,11 @@ pub fn run(settings: &Settings, certificate: Option<&Path>, specification: &Path
         tracing::info!("wrote {}, with the authority in {}", output.join(FILE).display(), certificate.display());
         Ok(())
     })
+}
+
+/// Time of everything in the package.
+pub(crate) fn epoch(settings: &Settings) -> u32 {
+    settings.packing.epoch.and_then(|epoch| u32::try_from(epoch).ok()).unwrap_or(EPOCH)
 }
 
 /// The pod's certificate, else the one that this program trusts.
@@ -100,7 +104,7 @@ pub(crate) fn read_certificate(file: &Path) -> Result<Vec<u8>> {
 }
 
 /// The package as bytes; equal input gives equal bytes.
-fn build(certificate: &[u8], epoch: u32) -> Result<Vec<u8>> {
+pub(crate) fn build(certificate: &[u8], epoch: u32) -> Result<Vec<u8>> {
     let attempted = || format!("make {FILE}");
     let config = BuildConfig::v4().source_date(epoch).compression(CompressionType::None);
     let mut builder = PackageBuilder::new(NAME, VERSION, "MIT", "noarch", "Certificate authority of the site");

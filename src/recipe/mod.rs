@@ -4,8 +4,10 @@
 pub mod ca_rpm;
 pub(crate) mod description;
 pub mod fetch;
+pub mod kiwi;
 pub mod outcome;
 pub mod repositories;
+pub mod sandbox;
 pub mod template;
 
 /// Directory of a recipe in a pod.

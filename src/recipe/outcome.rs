@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ims::records::Status;
 use crate::publish::settings::Settings;
 use crate::transfer::Work;
@@ -14,16 +14,38 @@ pub(crate) fn step(
     begins: Option<Status>,
     carry_out: impl FnOnce(&Work) -> Result<()>,
 ) -> Result<u8> {
+    build(settings, begins, |work| carry_out(work).map(|()| Outcome::Built))
+}
+
+/// Outcome of a build.
+pub(crate) enum Outcome {
+    /// The image root is whole.
+    Built,
+    /// It is not, and the job's next container decides what becomes of it.
+    Failed(Error),
+}
+
+/// Like [`step`], for a step after whose failure the job goes on.
+pub(crate) fn build(
+    settings: &Settings,
+    begins: Option<Status>,
+    carry_out: impl FnOnce(&Work) -> Result<Outcome>,
+) -> Result<u8> {
     let work = Work::begin(&settings.network)?;
     let ims = settings.ims_client(&work);
     let status = begins.map_or(Ok(()), |status| ims.set_status(status).map(drop));
     let result = status.and_then(|()| carry_out(&work));
-    work.unless_interrupted(result).map(|()| 0).inspect_err(|_| {
+    let outcome = work.unless_interrupted(result).inspect_err(|_| {
         work.finish_regardless();
         if let Err(e) = ims.set_status(Status::Error) {
             tracing::error!("{e}");
         }
-    })
+    })?;
+    if let Outcome::Failed(why) = outcome {
+        // An init container that ended with another code would end the job.
+        tracing::error!("{why}");
+    }
+    Ok(0)
 }
 
 /// Reports to IMS that a step refused its arguments or `variables`.

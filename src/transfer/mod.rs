@@ -38,9 +38,10 @@ const IN_A_HURRY: Duration = Duration::from_secs(2);
 
 /// Programs that a machine may lack, and the packages that contain them.
 const SQUASHFS: &str = "squashfs-tools (squashfs on SUSE)";
-const PACKAGES: [(&str, &str); 3] = [
+const PACKAGES: [(&str, &str); 4] = [
     ("mksquashfs", SQUASHFS),
     ("unsquashfs", SQUASHFS),
+    ("apt-get", "apt"),
     ("ssh-keygen", "openssh-client (openssh on Fedora, EL and SUSE)"),
 ];
 
@@ -354,6 +355,16 @@ impl Work {
             self.rest(&child).attempt(attempted)?;
             look(&child);
         }
+    }
+
+    /// Waits for the end of a child. A signal ends the wait, and leaves the child as it is.
+    pub(crate) fn wait_for(&self, child: &mut Child) -> Result<()> {
+        let attempted = || "wait for a program";
+        while child.try_wait().attempt(attempted)?.is_none() {
+            self.heed()?;
+            self.rest(child).attempt(attempted)?;
+        }
+        Ok(())
     }
 
     /// Runs a program; fails if it does. Returns its standard error output.

@@ -28,6 +28,11 @@ pub(crate) const BUILD_FAILED: &str = "build_failed";
 /// Signal file: a container of the pod has failed.
 pub(crate) const POD_ERROR: &str = "pod_error";
 
+/// Log of kiwi-ng.
+pub(crate) const KIWI_LOG: &str = "kiwi.log";
+/// Directory of a build's own files, removed with its end.
+pub(crate) const BUILD: &str = ".ims-sshd.build";
+
 /// The packed image of a remote job.
 pub(crate) const TRANSFER: &str = "transfer.sqsh";
 /// The source image, if it is mounted or was fetched.

@@ -1,5 +1,6 @@
 //! From a recipe to an image root: the real program, real archives, real servers on the loopback address, the real rpm.
 
+mod build;
 mod ca_rpm;
 mod fetch;
 mod recipes;

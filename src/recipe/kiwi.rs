@@ -1,0 +1,575 @@
+//! `ims-sshd build`: builds an image root by kiwi-ng, and leaves no mount and no process, whatever ends it.
+
+use std::collections::BTreeSet;
+use std::ffi::OsString;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use rustix::fs::{AtFlags, Mode};
+
+use crate::error::{Attempt, Error, Result};
+use crate::ims::records::Status;
+use crate::log::redaction;
+use crate::printable::{Printable, listed};
+use crate::publish::settings::Settings;
+use crate::recipe::ca_rpm::{self, ANCHORS};
+use crate::recipe::description::{Description, Selection};
+use crate::recipe::outcome::{self, Outcome};
+use crate::recipe::sandbox::{CACHE, Ended, Order, Running, STATE};
+use crate::sys::architecture::Architecture;
+use crate::sys::named;
+use crate::sys::tree::Tree;
+use crate::transfer::{Work, installed};
+use crate::volume::layout::{BUILD, BUILD_FAILED, CREATED_IMAGE_ROOT, KIWI_LOG};
+use crate::volume::open_tree;
+use crate::volume::signal_files::SignalFiles;
+
+/// Type of image that is built: a tree, and an archive of it that nobody uses.
+const TYPE: &str = "tbz";
+
+/// Package managers, with the program of each that has to be there.
+const PACKAGE_MANAGERS: [(&str, &str); 5] =
+    [("zypper", "zypper"), ("dnf", "dnf"), ("dnf4", "dnf"), ("dnf5", "dnf5"), ("apt", "apt-get")];
+
+/// Free space without which no build is begun, in bytes.
+const LEAST_SPACE: u64 = 256 << 20;
+
+/// First version of kiwi-ng that takes the certificate of an authority.
+const TAKES_AUTHORITY: (u32, u32) = (10, 2);
+
+/// Keys of distributions, for package managers that look for them in a place of the builder's.
+const KEYRINGS: [&str; 2] =
+    ["/usr/share/keyrings/debian-archive-keyring.gpg", "/usr/share/keyrings/ubuntu-archive-keyring.gpg"];
+
+/// Directories in which a pod has keys of repositories: those of the image, and those of the site.
+pub const KEY_DIRECTORIES: [&str; 2] = ["/signing-keys", "/etc/cray/signing-keys"];
+
+/// Directories with credentials in a pod, besides `OAUTH_CONFIG_DIR`. Root in the build does not see them.
+const HIDDEN: [&str; 4] = ["/etc/cray/remote-keys", "/etc/admin-client-auth", "/run/secrets", "/var/run/secrets"];
+
+/// Variables that reach kiwi-ng, which has no others of this process: a site's proxies.
+const PROXIES: [&str; 6] = ["http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"];
+
+/// Place of the site's authority in a Debian image, and the file that its tool makes.
+const DEBIAN_ANCHORS: &str = "usr/local/share/ca-certificates";
+const BUNDLES: [&str; 4] = [
+    "etc/ssl/certs/ca-certificates.crt",
+    "var/lib/ca-certificates/ca-bundle.pem",
+    "etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem",
+    "etc/ssl/ca-bundle.pem",
+];
+
+/// Lines of kiwi-ng that begin a stage, with the stage's name.
+const STAGES: [(&str, &str); 7] = [
+    ("Setup root directory", "preparing the image root"),
+    ("Installing bootstrap packages", "installing the first packages"),
+    ("Installing system (chroot)", "installing packages"),
+    ("Calling config.sh", "running config.sh"),
+    ("Calling images.sh", "running images.sh"),
+    ("compressed tar archive", "making the archive of kiwi-ng"),
+    ("Export rpm packages metadata", "listing packages"),
+];
+
+/// Longest error of kiwi-ng that is quoted, in bytes.
+const LONGEST_ERROR: usize = 4 << 10;
+
+/// What is given on the command line.
+#[derive(Debug)]
+pub struct Wanted {
+    /// Directory of the recipe.
+    pub recipe: PathBuf,
+    /// Profiles to build.
+    pub profiles: Vec<String>,
+    /// The package of the site's authority, if it is not the pod's.
+    pub ca_rpm: Option<PathBuf>,
+    /// The certificate of the site's authority, if it is not the pod's.
+    pub authority: Option<PathBuf>,
+    /// Further keys of repositories.
+    pub signing_keys: Vec<PathBuf>,
+}
+
+/// Builds the image root of a recipe and reports the job's status to IMS.
+///
+/// In a job, a build that failed is `build_failed` and exit code 0: the containers after this one decide what becomes
+/// of it. What is refused before kiwi-ng starts is an error of the job.
+pub fn run(settings: &Settings, wanted: &Wanted) -> Result<u8> {
+    outcome::build(settings, Some(Status::BuildingImage), |work| {
+        let parent = named::resolve(&settings.job.parent)
+            .attempt(|| format!("open the image root parent {}", settings.job.parent.display()))?;
+        let volume = open_tree(&parent)?;
+        let build = Build::check(work, settings, wanted, parent, &volume)?;
+        let result = build.carry_out(work, &volume);
+        let _ = volume.remove_whole(BUILD.as_ref());
+        let files = SignalFiles::open(&build.parent)?;
+        match result {
+            Ok(()) => Ok(Outcome::Built),
+            Err(e) if settings.job.id.is_some() => {
+                if let Some(files) = files {
+                    files.retract(BUILD_FAILED)?;
+                    files.touch(BUILD_FAILED)?;
+                    // The sidecar tells it.
+                    let _ = volume.replace(BUILD_FAILED, format!("{}\n", e.reason()).as_bytes());
+                }
+                if e.is_interruption() { Err(e) } else { Ok(Outcome::Failed(e)) }
+            }
+            Err(e) => Err(e),
+        }
+    })
+}
+
+/// A build that can begin.
+struct Build<'a> {
+    settings: &'a Settings,
+    parent: PathBuf,
+    recipe: PathBuf,
+    description: Description,
+    selection: Selection,
+    profiles: &'a [String],
+    manager: String,
+    kiwi: PathBuf,
+    version: (u32, u32),
+    authority: Authority,
+    keys: Vec<PathBuf>,
+}
+
+impl<'a> Build<'a> {
+    /// Looks for all that can be known before the build.
+    fn check(work: &Work, settings: &'a Settings, wanted: &'a Wanted, parent: PathBuf, volume: &Tree) -> Result<Self> {
+        let attempted = || format!("build the recipe {}", wanted.recipe.display());
+        if !rustix::process::geteuid().is_root() {
+            return Err(Error::new(attempted()).because("only root can install packages").advise("run it as root"));
+        }
+        let recipe = named::resolve(&wanted.recipe).attempt(|| format!("open {}", wanted.recipe.display()))?;
+        let description = Description::read(&open_tree(&recipe)?)?;
+        let architecture = settings.job.architecture.unwrap_or(Architecture::OWN);
+        let selection = description.select(&wanted.profiles, architecture.name())?;
+        let of = |parts: &[(crate::recipe::description::Scope, String)]| -> BTreeSet<String> {
+            parts.iter().filter(|(scope, _)| scope.holds(&selection)).map(|(_, name)| name.clone()).collect()
+        };
+        let types = of(&description.types);
+        if !types.contains(TYPE) {
+            let has = if types.is_empty() { "none".into() } else { listed(&types.iter().collect::<Vec<_>>()) };
+            let why = format!("ims-sshd builds the type {TYPE} only; the recipe has: {has}");
+            return Err(Error::new(attempted())
+                .because(why)
+                .advise(format!("add <type image=\"{TYPE}\"/> to its preferences")));
+        }
+        let managers = of(&description.package_managers);
+        // kiwi-ng's default.
+        let manager = managers.first().cloned().unwrap_or_else(|| "dnf4".into());
+        let Some((_, program)) = PACKAGE_MANAGERS.iter().find(|(name, _)| *name == manager) else {
+            let known: Vec<_> = PACKAGE_MANAGERS.iter().map(|(name, _)| *name).collect();
+            let why = format!("its package manager is '{manager}': expected one of {}", known.join(", "));
+            return Err(Error::new(attempted()).because(why));
+        };
+        installed(program)?;
+        if architecture != Architecture::OWN {
+            let name = architecture.name();
+            if manager == "apt" {
+                let why = format!("kiwi-ng builds for {name} by apt on such a machine only");
+                return Err(Error::new(attempted()).because(why).advise("build it on a node of that architecture"));
+            }
+            if !architecture.runs() {
+                let why = format!("this machine runs no programs for {name}");
+                return Err(Error::new(attempted()).because(why).advise("install qemu-user-static on the node"));
+            }
+        }
+        let image_root = parent.join(CREATED_IMAGE_ROOT);
+        if settings.job.id.is_some() {
+            // The volume is the job's own: this container was started again.
+            for name in [CREATED_IMAGE_ROOT, BUILD] {
+                let (above, name) = name.rsplit_once('/').unwrap_or((".", name));
+                if let Ok(above) = volume.directory_without_links(above) {
+                    above.remove_whole(name.as_ref()).attempt(|| format!("remove {name}"))?;
+                }
+            }
+        } else if std::fs::symlink_metadata(&image_root).is_ok() {
+            let why = format!("{} exists", image_root.display());
+            return Err(Error::new(attempted()).because(why).advise("remove it, or name another image root parent"));
+        }
+        let disk = rustix::fs::fstatvfs(volume).attempt(attempted)?;
+        let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+        if free < LEAST_SPACE {
+            let why = format!("{} has {} MiB of free space", parent.display(), free >> 20);
+            return Err(Error::new(attempted()).because(why).advise("give the volume more space"));
+        }
+        let kiwi = program_in_path("kiwi-ng").ok_or_else(|| {
+            Error::new("run kiwi-ng").because("it is not installed").advise("install kiwi-ng; see docs/RECIPES.md")
+        })?;
+        let output = work.run(Command::new(&kiwi).arg("--version"), None, |_| {})?;
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        let version = version_in(&said).ok_or_else(|| {
+            let said = format!("{said}{}", String::from_utf8_lossy(&output.stderr));
+            let said = said.trim().lines().last().unwrap_or("it says nothing").to_owned();
+            Error::new(format!("find the version of {}", kiwi.display())).because(said)
+        })?;
+        let authority = Authority::read(settings, wanted)?;
+        let keys = keys(wanted, &manager)?;
+        let profiles = &wanted.profiles;
+        Ok(Self { settings, parent, recipe, description, selection, profiles, manager, kiwi, version, authority, keys })
+    }
+
+    /// Runs kiwi-ng, and checks what it has built.
+    fn carry_out(&self, work: &Work, volume: &Tree) -> Result<()> {
+        let attempted = || format!("build '{}'", self.description.name);
+        if let Ok(Some(files)) = SignalFiles::open(&self.parent) {
+            files.retract(BUILD_FAILED)?;
+        }
+        volume.remove_whole(BUILD.as_ref()).attempt(attempted)?;
+        let private = volume.make_private(BUILD).attempt(attempted)?;
+        for name in [STATE, CACHE, "home", "keys"] {
+            private.make_directories(name).attempt(attempted)?;
+        }
+        let before = archives(volume)?;
+        let order = self.order(work, &private)?;
+        tracing::info!(
+            "building '{}' by kiwi-ng {}.{} and {}{}; its log is {}",
+            self.description.name,
+            self.version.0,
+            self.version.1,
+            self.manager,
+            if self.profiles.is_empty() { String::new() } else { format!(", profiles {}", self.profiles.join(", ")) },
+            self.parent.join(KIWI_LOG).display()
+        );
+        let mut running = Running::start(&order)?;
+        let output = running.output.try_clone().attempt(attempted)?;
+        let error = std::thread::scope(|scope| {
+            let reader = scope.spawn(|| tell_output(output));
+            let ended = work.wait_for(running.child());
+            if ended.is_err() {
+                running.end();
+            }
+            // It ends with the last process that can write.
+            let error = reader.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            ended.map(|()| error)
+        })?;
+        let at = || {
+            format!("{} and {}", self.parent.join(KIWI_LOG).display(), self.parent.join(CREATED_IMAGE_ROOT).display())
+        };
+        match running.report() {
+            Some(Ended::Code(0)) => {}
+            Some(Ended::Code(code)) => {
+                let why = error.unwrap_or_else(|| format!("kiwi-ng ended with exit code {code}"));
+                return Err(Error::new(attempted()).because(why).advise(format!("see {}", at())));
+            }
+            Some(Ended::Signal(signal)) => {
+                let why = format!("kiwi-ng was killed by signal {signal}");
+                return Err(Error::new(attempted()).because(why).advise(format!("it may lack memory; see {}", at())));
+            }
+            Some(Ended::Failed(why)) => return Err(Error::new(attempted()).because(why)),
+            None => {
+                return Err(Error::new(attempted())
+                    .because("its first process was killed")
+                    .advise("it may lack memory"));
+            }
+        }
+        self.finish(volume, &before).attempt(attempted)?;
+        tracing::info!("the image root is {}", self.parent.join(CREATED_IMAGE_ROOT).display());
+        Ok(())
+    }
+
+    fn order(&self, work: &Work, private: &Tree) -> Result<Order> {
+        let attempted = || format!("prepare the build of '{}'", self.description.name);
+        let place = self.parent.join(BUILD);
+        let at = |name: &str| place.join(name).display().to_string();
+        let mut command = vec![self.kiwi.display().to_string()];
+        if self.settings.job.debug {
+            command.push("--debug".into());
+        }
+        command.push(format!("--logfile={}", self.parent.join(KIWI_LOG).display()));
+        command.extend(["--type".into(), TYPE.into()]);
+        command.extend(self.profiles.iter().map(|profile| format!("--profile={profile}")));
+        if self.selection.architecture != Architecture::OWN.name() {
+            command.push(format!("--target-arch={}", self.selection.architecture));
+        }
+        if self.parent.starts_with("/var/cache") {
+            command.push(format!("--shared-cache-dir={}", at(CACHE)));
+        }
+        command.extend(["system".into(), "build".into()]);
+        command.push(format!("--description={}", self.recipe.display()));
+        command.push(format!("--target-dir={}", self.parent.display()));
+        let mut authority = None;
+        if let Some(content) = &self.authority.certificate {
+            private.replace("authority.crt", content).attempt(attempted)?;
+            authority = Some(place.join("authority.crt"));
+        }
+        if self.manager == "apt" {
+            if authority.is_some() && self.version >= TAKES_AUTHORITY {
+                command.push(format!("--ca-cert={}", at("authority.crt")));
+                command.push("--ca-target-distribution=debian".into());
+            }
+        } else if let Some(package) = &self.authority.package {
+            private.replace(ca_rpm::FILE, package).attempt(attempted)?;
+            command.push(format!("--add-bootstrap-package=file://{}", at(ca_rpm::FILE)));
+        }
+        let keys = private.directory("keys").attempt(attempted)?;
+        for (number, key) in self.keys.iter().enumerate() {
+            // Under /etc in a pod, which the build sees an overlay of.
+            let name = key.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+            let name = format!("{number}-{name}");
+            let content = std::fs::read(key).attempt(|| format!("read the signing key {}", key.display()))?;
+            keys.replace(&name, &content).attempt(attempted)?;
+            command.push(format!("--signing-key={}", at(&format!("keys/{name}"))));
+        }
+        let home = place.join("home");
+        self.prepare_home(work, &home)?;
+        let path = std::env::var("PATH").unwrap_or_default();
+        let mut variables = vec![
+            ("PATH".to_owned(), path),
+            ("LANG".to_owned(), "C.UTF-8".to_owned()),
+            ("HOME".to_owned(), home.display().to_string()),
+            // Of the archive, which is deleted.
+            ("XZ_OPT".to_owned(), "-0".to_owned()),
+        ];
+        variables.extend(PROXIES.iter().filter_map(|name| Some(((*name).to_owned(), std::env::var(name).ok()?))));
+        let oauth = self.settings.ims.as_ref().and_then(|ims| ims.oauth.clone());
+        let named = std::env::var_os("OAUTH_CONFIG_DIR").filter(|path| !path.is_empty()).map(PathBuf::from);
+        let hidden = HIDDEN.iter().map(PathBuf::from).chain(oauth).chain(named).collect();
+        let kept = vec![self.parent.clone(), self.recipe.clone()];
+        Ok(Order { command, variables, private: place, kept, hidden, authority })
+    }
+
+    /// Gives rpm its database's usual place: where it is below the home directory, as on Debian, the image's database
+    /// would have the path of the builder's home.
+    fn prepare_home(&self, work: &Work, home: &Path) -> Result<()> {
+        let attempted = || format!("write {}", home.join(".rpmmacros").display());
+        if self.manager == "apt" {
+            // kiwi-ng 9.24 calls gpg, which wants it.
+            return std::fs::create_dir_all(home.join(".gnupg")).attempt(attempted);
+        }
+        let mut rpm = Command::new("rpm");
+        let output = work.run(rpm.args(["--eval", "%_dbpath"]), None, |_| {})?;
+        if output.stdout.trim_ascii().ends_with(b"/.rpmdb") {
+            std::fs::write(home.join(".rpmmacros"), "%_dbpath /var/lib/rpm\n").attempt(attempted)?;
+        }
+        Ok(())
+    }
+
+    /// Looks whether the image root has what it has to have, and removes what nobody needs.
+    fn finish(&self, volume: &Tree, before: &BTreeSet<OsString>) -> Result<()> {
+        let root =
+            volume.directory_without_links(CREATED_IMAGE_ROOT).attempt(|| "open the image root that was built")?;
+        self.check_authority(&root)?;
+        // The recipe in it may hold passwords of repositories.
+        if let Ok(image) = root.directory_without_links("image") {
+            rustix::fs::chmodat(&image, ".", Mode::RWXU, AtFlags::empty())
+                .attempt(|| "close /image of the image root")?;
+        }
+        for name in archives(volume)?.difference(before) {
+            volume.remove(name).attempt(|| format!("remove {}", Path::new(name).display()))?;
+        }
+        Ok(())
+    }
+
+    /// zypper passes over a package that it cannot find, and exits with 0.
+    fn check_authority(&self, root: &Tree) -> Result<()> {
+        let Some(content) = &self.authority.certificate else { return Ok(()) };
+        let is_here = |path: &Path| root.read(path, 4 << 20).is_ok_and(|found| found == *content);
+        let found = if self.manager == "apt" {
+            let names = root.directory(DEBIAN_ANCHORS).and_then(|anchors| anchors.names()).unwrap_or_default();
+            names.iter().any(|name| is_here(&Path::new(DEBIAN_ANCHORS).join(name)))
+        } else {
+            ANCHORS.iter().any(|anchor| is_here(Path::new(anchor.trim_start_matches('/'))))
+        };
+        if !found && self.manager == "apt" && self.version < TAKES_AUTHORITY {
+            tracing::warn!(
+                "the image does not have the site's authority: kiwi-ng {}.{} cannot put it into an image of Debian packages; \
+                 kiwi-ng {}.{} can",
+                self.version.0,
+                self.version.1,
+                TAKES_AUTHORITY.0,
+                TAKES_AUTHORITY.1
+            );
+            return Ok(());
+        }
+        if !found {
+            let why = "the image does not have it, though kiwi-ng reports success";
+            return Err(Error::new("add the site's authority").because(why).advise(
+                "see whether the recipe's packages come from repositories that can be read; the image needs ca-certificates",
+            ));
+        }
+        let body = body(content);
+        let is_trusted = BUNDLES.iter().any(|bundle| {
+            let text = root.read(bundle, 64 << 20).unwrap_or_default();
+            !body.is_empty() && without_space(&text).windows(body.len()).any(|part| part == body)
+        });
+        if !is_trusted {
+            tracing::warn!(
+                "the image has the site's authority, and its store of authorities does not: add the package ca-certificates \
+                 to the recipe's bootstrap packages"
+            );
+        }
+        Ok(())
+    }
+}
+
+/// The beginning of the first certificate's base64, by which a bundle is searched.
+fn body(pem: &[u8]) -> Vec<u8> {
+    let text = String::from_utf8_lossy(pem).into_owned();
+    let certificate = text.split_once("-----BEGIN CERTIFICATE-----").map_or("", |(_, rest)| rest);
+    let certificate = certificate.split("-----").next().unwrap_or_default();
+    without_space(certificate.as_bytes())
+}
+
+fn without_space(text: &[u8]) -> Vec<u8> {
+    text.iter().copied().filter(|byte| !byte.is_ascii_whitespace()).collect()
+}
+
+/// Names of kiwi-ng's archives in the image root parent.
+fn archives(volume: &Tree) -> Result<BTreeSet<OsString>> {
+    let names = volume.names().attempt(|| format!("read {}", volume.shown().display()))?;
+    Ok(names.into_iter().filter(|name| name.to_string_lossy().ends_with(".tar.xz")).collect())
+}
+
+/// The site's authority.
+struct Authority {
+    certificate: Option<Vec<u8>>,
+    package: Option<Vec<u8>>,
+}
+
+impl Authority {
+    /// Reads what there is. A job has to have both; elsewhere the package is made of the certificate.
+    fn read(settings: &Settings, wanted: &Wanted) -> Result<Self> {
+        let place = wanted.authority.clone().unwrap_or_else(|| ca_rpm::DEFAULT_CERTIFICATE.into());
+        let file = wanted.ca_rpm.clone().unwrap_or_else(|| Path::new(ca_rpm::DEFAULT_OUTPUT).join(ca_rpm::FILE));
+        let is_job = settings.job.id.is_some();
+        let is_named = is_job || wanted.authority.is_some() || place.exists();
+        let certificate = is_named.then(|| ca_rpm::read_certificate(&place)).transpose()?;
+        let package = if file.exists() || is_job || wanted.ca_rpm.is_some() {
+            let attempted = || format!("read the package of the site's authority, {}", file.display());
+            Some(std::fs::read(&file).attempt(attempted)?)
+        } else {
+            let made = certificate.as_ref().map(|certificate| ca_rpm::build(certificate, ca_rpm::epoch(settings)));
+            made.transpose()?
+        };
+        Ok(Self { certificate, package })
+    }
+}
+
+/// Keys that packages may be signed with.
+fn keys(wanted: &Wanted, manager: &str) -> Result<Vec<PathBuf>> {
+    let mut keys = wanted.signing_keys.clone();
+    for directory in KEY_DIRECTORIES {
+        let Ok(entries) = std::fs::read_dir(directory) else { continue };
+        let mut found = Vec::new();
+        for entry in entries {
+            let path = entry.attempt(|| format!("read {directory}"))?.path();
+            // Kubernetes mounts files as links into directories of such names.
+            let is_hidden = path.file_name().is_none_or(|name| name.to_string_lossy().starts_with('.'));
+            if !is_hidden && path.is_file() {
+                found.push(path);
+            }
+        }
+        found.sort();
+        keys.extend(found);
+    }
+    if keys.is_empty() && manager == "apt" {
+        keys.extend(KEYRINGS.map(PathBuf::from).into_iter().filter(|file| file.exists()));
+    }
+    Ok(keys)
+}
+
+/// Path of a program.
+fn program_in_path(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    std::env::split_paths(&path).map(|place| place.join(name)).find(|file| file.is_file())
+}
+
+/// Major and minor version in what `kiwi-ng --version` prints.
+fn version_in(said: &str) -> Option<(u32, u32)> {
+    let mut numbers = said.trim().rsplit(' ').next()?.split('.');
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
+/// Prints what kiwi-ng prints, as one line of this program's output each, logs its stages, and returns its last error.
+fn tell_output(output: impl Read) -> Option<String> {
+    let mut reader = BufReader::new(output);
+    let mut error = Errors::default();
+    let mut line = Vec::new();
+    let mut out = std::io::stdout();
+    loop {
+        line.clear();
+        match (&mut reader).take(64 << 10).read_until(b'\n', &mut line) {
+            Ok(0) | Err(_) => break,
+            Ok(_) => {}
+        }
+        let text = String::from_utf8_lossy(&line);
+        // A progress bar writes over itself.
+        let text = text.trim_end_matches(['\n', '\r']).rsplit('\r').next().unwrap_or_default();
+        let text = redaction::without_secrets(text);
+        error.hear(&text);
+        let _ = writeln!(out, "{}", Printable(&text));
+        if let Some((_, stage)) = STAGES.iter().find(|(begins, _)| is_info(&text) && text.contains(begins)) {
+            tracing::info!("{stage}");
+        }
+    }
+    let _ = out.flush();
+    error.last()
+}
+
+fn is_info(line: &str) -> bool {
+    line.starts_with("[ INFO")
+}
+
+/// Finds the last error in kiwi-ng's lines.
+#[derive(Default)]
+struct Errors {
+    lines: Vec<String>,
+    length: usize,
+    is_inside: bool,
+}
+
+impl Errors {
+    fn hear(&mut self, line: &str) {
+        if let Some(rest) = line.strip_prefix("[ ERROR") {
+            let message = rest.split_once(" | ").map_or(rest, |(_, message)| message);
+            (self.lines, self.length, self.is_inside) = (Vec::new(), 0, true);
+            self.add(message);
+        } else if line.starts_with("[ ") {
+            self.is_inside = false;
+        } else if self.is_inside {
+            self.add(line);
+        }
+    }
+
+    fn add(&mut self, line: &str) {
+        let line = line.trim().trim_end_matches([':', '.']).trim();
+        if !line.is_empty() && self.length + line.len() <= LONGEST_ERROR {
+            self.length += line.len();
+            self.lines.push(line.to_owned());
+        }
+    }
+
+    fn last(self) -> Option<String> {
+        (!self.lines.is_empty()).then(|| self.lines.join(", "))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn last_error_of_kiwi_is_found_with_the_lines_that_belong_to_it() {
+        let said = "[ INFO    ]: 09:33:46 | --> package: a\n[ ERROR   ]: 09:33:46 | first\n[ INFO    ]: 1 | x\n\
+            [ ERROR   ]: 09:33:47 | KiwiBootStrapPhaseFailed: Bootstrap package installation failed: No provider of 'b' found.\n: \nmore\n";
+        let wanted = "KiwiBootStrapPhaseFailed: Bootstrap package installation failed: No provider of 'b' found, more";
+        assert_eq!(tell_output(said.as_bytes()).as_deref(), Some(wanted));
+        assert_eq!(tell_output(&b"[ INFO    ]: 1 | x\n\xff\n"[..]), None);
+    }
+
+    #[test]
+    fn version_of_kiwi_is_read() {
+        assert_eq!(version_in("KIWI (next generation) version 11.1.6\n"), Some((11, 1)));
+        assert_eq!(version_in("KIWI (next generation) version 9.24.61"), Some((9, 24)));
+        assert_eq!(version_in("Traceback"), None);
+    }
+
+    #[test]
+    fn certificate_is_found_in_a_bundle_whatever_its_lines() {
+        let pem = b"# site\n-----BEGIN CERTIFICATE-----\nAAEC\nAwQ=\n-----END CERTIFICATE-----\n";
+        assert_eq!(body(pem), b"AAECAwQ=");
+        assert!(body(b"nothing").is_empty());
+    }
+}

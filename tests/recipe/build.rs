@@ -1,0 +1,362 @@
+//! kiwi-ng builds image roots: the real one, of PyPI, with Debian's zypper and dnf, from a repository of four tiny rpms.
+
+use std::collections::BTreeSet;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::LazyLock;
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use testbed::ims_server::{ImsServer, JOB};
+use testbed::job::*;
+use testbed::tls_server::certificates;
+use testbed::*;
+
+/// Builds take longer than anything else here.
+const LIMIT: Duration = Duration::from_mins(5);
+
+/// The repository, made once for all tests.
+static REPOSITORY: LazyLock<PathBuf> = LazyLock::new(|| {
+    let place = cache().join("tests/rpm-repository");
+    let made = place.with_extension(std::process::id().to_string());
+    let specs = repository().join("tests/recipe/rpm-local/specs");
+    let top = directory();
+    for spec in std::fs::read_dir(specs).unwrap() {
+        let define = |name: &str, path: &Path| format!("{name} {}", path.display());
+        let mut build = Command::new("rpmbuild");
+        build.args(["-bb", "--quiet", "--nodeps", "--define", &define("_topdir", top.path())]);
+        build.args(["--define", &define("_rpmdir", &made), "--define", &define("_dbpath", &top.path().join("db"))]);
+        succeed(build.args(["--define", "busybox /bin/busybox"]).arg(spec.unwrap().path()));
+    }
+    succeed(Command::new("createrepo_c").arg("--quiet").arg(&made));
+    let _ = std::fs::remove_dir_all(&place);
+    std::fs::rename(&made, &place).unwrap();
+    place
+});
+
+fn path() -> String {
+    format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", cache().join("kiwi/bin").display())
+}
+
+/// A volume with a recipe that has been fetched.
+struct Volume {
+    dir: tempfile::TempDir,
+    ims: ImsServer,
+}
+
+impl Volume {
+    fn new(manager: &str) -> Self {
+        let dir = directory();
+        certificates(dir.path());
+        let volume = Self { dir, ims: ImsServer::start() };
+        std::fs::create_dir(volume.at("image")).unwrap();
+        let recipe = repository().join("tests/recipe/rpm-local");
+        let mut command = ims_sshd(&["fetch-recipe"], &[]);
+        command.arg(volume.at("image/recipe")).arg(recipe);
+        command.args(["--set", &format!("REPOSITORY=dir://{}", REPOSITORY.display())]);
+        succeed(command.args(["--set", &format!("PACKAGE_MANAGER={manager}")]));
+        volume
+    }
+
+    fn at(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Adds lines to the script that runs in the new root.
+    fn with_script(self, lines: &str) -> Self {
+        let file = self.at("image/recipe/config.sh");
+        let text = std::fs::read_to_string(&file).unwrap();
+        std::fs::write(file, text + "\n" + lines + "\n").unwrap();
+        self
+    }
+
+    /// Replaces text of the description.
+    fn with(self, old: &str, new: &str) -> Self {
+        let file = self.at("image/recipe/config.xml");
+        let text = std::fs::read_to_string(&file).unwrap();
+        assert!(text.contains(old), "{text}");
+        std::fs::write(file, text.replace(old, new)).unwrap();
+        self
+    }
+
+    fn build(&self, variables: &[(&str, String)]) -> Command {
+        let mut command = Command::new(&IMS_SSHD);
+        command.arg("build").arg(self.at("image/recipe")).arg(self.at("image"));
+        command.arg("--authority").arg(self.at("ca.crt")).env_clear().env("PATH", path());
+        command.envs(variables.iter().map(|(n, v)| (*n, v.as_str())));
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    /// The build of a job.
+    fn build_of_job(&self, variables: &[(&'static str, String)]) -> Command {
+        let package = ims_sshd(&["ca-rpm"], &[]).arg(self.at("ca.crt")).arg("--output").arg(self.at("ca-rpm")).output();
+        assert!(package.unwrap().status.success());
+        let mut all = self.ims.variables();
+        all.extend_from_slice(variables);
+        let mut command = self.build(&all);
+        command.arg("--ca-rpm").arg(self.at("ca-rpm/cray_ca_cert-1.0.1-1.noarch.rpm"));
+        command
+    }
+
+    fn root(&self) -> PathBuf {
+        self.at("image/build/image-root")
+    }
+
+    fn file(&self, name: &str) -> String {
+        std::fs::read_to_string(self.root().join(name)).unwrap_or_else(|e| panic!("{name}: {e}"))
+    }
+
+    /// Asserts that the build has left no mount, no process, and nothing of its own on the volume.
+    fn nothing_is_left(&self) {
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let here = self.dir.path().display().to_string();
+        assert!(!mounts.contains(&here), "{mounts}");
+        assert_eq!(processes_with(&here), [0; 0], "{here}");
+        assert!(!self.at("image/.ims-sshd.build").exists());
+    }
+
+    /// Asserts that the image root is the recipe's, with the site's authority.
+    fn is_built(&self) {
+        assert_eq!(self.file("etc/hostname"), "rpm-local\n");
+        let authority = std::fs::read_to_string(self.at("ca.crt")).unwrap();
+        assert_eq!(self.file("var/lib/ca-certificates/ca-bundle.pem"), authority);
+        let mut rpm = Command::new("rpm");
+        rpm.arg("--dbpath").arg(self.root().join("var/lib/rpm")).args(["-qa", "--qf", "%{NAME}\n"]);
+        let packages = succeed(&mut rpm);
+        let packages: BTreeSet<_> = packages.lines().collect();
+        let wanted = ["cray_ca_cert", "tiny-busybox", "tiny-certificates", "tiny-filesystem", "tiny-kernel"];
+        assert_eq!(packages, wanted.into());
+        let mode = self.root().join("image").metadata().unwrap().permissions().mode();
+        assert_eq!(mode & 0o7777, 0o700, "it may hold passwords of repositories");
+        let names: Vec<_> = std::fs::read_dir(self.at("image")).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert!(!names.iter().any(|name| name.to_string_lossy().ends_with(".tar.xz")), "{names:?}");
+        self.nothing_is_left();
+    }
+}
+
+fn succeeded(output: &Output) {
+    assert!(output.status.success(), "{}\n{}", text(&output.stdout), text(&output.stderr));
+}
+
+/// What a package manager would change of the machine.
+fn state_of_machine() -> String {
+    let places = ["/var/cache/kiwi", "/var/cache/zypp", "/var/cache/dnf", "/var/lib/dnf", "/var/lib/dpkg", "/etc/zypp"];
+    let mut find = Command::new("find");
+    let there = places.into_iter().filter(|place| Path::new(place).exists());
+    succeed(find.args(there).args(["-printf", "%p %s %T@\n"]))
+}
+
+#[test]
+fn image_root_is_built_by_zypper_and_by_dnf_and_the_machine_stays_as_it_is() {
+    let before = state_of_machine();
+    for manager in ["zypper", "dnf4"] {
+        let volume = Volume::new(manager);
+        let output = volume.build(&[]).output().unwrap();
+        succeeded(&output);
+        volume.is_built();
+        let said = text(&output.stderr);
+        for stage in ["preparing the image root", "installing the first packages", "running config.sh"] {
+            assert_eq!(said.matches(stage).count(), 1, "{stage}: {said}");
+        }
+        assert!(text(&output.stdout).contains("Installing bootstrap packages"), "kiwi-ng's own lines");
+        assert!(volume.at("image/kiwi.log").exists());
+        // A second build over the first is refused.
+        let output = volume.build(&[]).output().unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        assert!(text(&output.stderr).contains("build/image-root exists; remove it"), "{}", text(&output.stderr));
+    }
+    assert_eq!(state_of_machine(), before);
+}
+
+#[test]
+fn container_without_privileges_builds_in_a_user_namespace() {
+    let volume = Volume::new("zypper").with_script("stat -c '%u' /usr/bin/busybox > /owner; ls /sys > /sys-of-build");
+    let build = volume.build(&[]);
+    let mut words =
+        vec!["--drop=cap_sys_admin".to_owned(), "--".to_owned(), "-c".to_owned(), "exec \"$0\" \"$@\"".to_owned()];
+    words.push(IMS_SSHD.to_owned());
+    words.extend(build.get_args().map(|word| word.to_string_lossy().into_owned()));
+    let output = Command::new("capsh").args(words).env_clear().env("PATH", path()).output().unwrap();
+    succeeded(&output);
+    volume.is_built();
+    assert_eq!((volume.file("owner").as_str(), volume.file("sys-of-build").as_str()), ("0\n", ""));
+}
+
+#[test]
+fn build_of_a_job_sets_its_status_and_has_no_secret() {
+    let script = "env > /environment; cat /proc/1/environ > /environment-of-init
+        for number in /proc/[0-9]*; do cat $number/environ >> /environment-of-all; done
+        ls -A /oauth-place > /hidden 2>&1; ls /proc > /processes";
+    let volume = Volume::new("zypper").with_script(script);
+    let secrets = volume.at("oauth");
+    succeed(Command::new("cp").arg("-aT").arg(volume.ims.oauth.path()).arg(&secrets));
+    let oauth = ("OAUTH_CONFIG_DIR", secrets.display().to_string());
+    // The recipe's own script runs in the new root, and another one of kiwi-ng's hooks beside it, outside.
+    let output =
+        volume.build_of_job(&[oauth, ("S3_SECRET_KEY", "hidden-7".into()), ("S3_ACCESS_KEY", "a".into())]).output();
+    succeeded(&output.unwrap());
+    volume.is_built();
+    assert_eq!(volume.ims.statuses(), ["building_image"]);
+    for name in ["environment", "environment-of-init", "environment-of-all"] {
+        let found = std::fs::read(volume.root().join(name)).unwrap();
+        let found = text(&found);
+        assert!(!found.contains("hidden-7") && !found.contains(JOB), "{name}: {found}");
+    }
+    let processes = volume.file("processes");
+    assert!(processes.lines().filter(|line| line.parse::<u32>().is_ok()).count() < 20, "{processes}");
+}
+
+#[test]
+fn failed_build_of_a_job_is_told_by_the_sidecar_with_the_reason_of_kiwi() {
+    let volume = Volume::new("zypper").with("tiny-kernel", "tiny-kernl");
+    let output = volume.build_of_job(&[]).output().unwrap();
+    succeeded(&output);
+    let said = text(&output.stderr);
+    let reason = "No provider of 'tiny-kernl' found";
+    assert_eq!(said.matches(reason).count(), 1, "{said}");
+    assert!(said.contains("cannot build 'rpm-local': KiwiBootStrapPhaseFailed: "), "{said}");
+    volume.nothing_is_left();
+    assert!(std::fs::read_to_string(volume.at("image/build_failed")).unwrap().contains(reason));
+    assert_eq!(volume.ims.statuses(), ["building_image"]);
+    let mut variables = volume.ims.variables();
+    variables.extend([
+        ("IMS_ACTION", "create".into()),
+        ("IMAGE_ROOT_PARENT", volume.at("image").display().to_string()),
+        ("ENABLE_DEBUG", "False".into()),
+        ("IMAGE_STORE", volume.at("store").display().to_string()),
+    ]);
+    std::fs::write(volume.at("keys"), "").unwrap();
+    let mut sidecar = ims_sshd(&["sidecar"], &variables);
+    sidecar.arg("--authorized-keys").arg(volume.at("keys")).arg("--sshd-directory").arg(volume.at("ims"));
+    let output = sidecar.arg("--authorities").arg(volume.at("ca")).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+    assert!(report(&output)["error"].as_str().unwrap().contains(reason), "{}", text(&output.stdout));
+    assert_eq!(volume.ims.statuses().last().unwrap(), "error");
+    // By hand, the same ends with another code.
+    std::fs::remove_dir_all(volume.at("image/build")).unwrap();
+    let output = volume.build(&[]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(!volume.at("image/build_failed").exists());
+}
+
+/// A build whose script waits in the new root, and has started another program that does not end by itself.
+fn waiting(volume: &Volume, mut build: Command) -> Ended {
+    let child: Child = build.spawn().unwrap();
+    let child = Ended::killed(child);
+    wait_within(LIMIT, "the script in the new root", || volume.root().join("waits").exists());
+    child
+}
+
+const WAITS: &str = "sleep 1000 & touch /waits; sleep 2000";
+
+#[test]
+fn killed_build_leaves_no_mount_and_no_process() {
+    for signal in [Signal::SIGKILL, Signal::SIGTERM, Signal::SIGINT] {
+        let volume = Volume::new("zypper").with_script(WAITS);
+        let build = if signal == Signal::SIGTERM { volume.build_of_job(&[]) } else { volume.build(&[]) };
+        let mut child = waiting(&volume, build);
+        kill(Pid::from_raw(child.id().cast_signed()), signal).unwrap();
+        let status = child.wait().unwrap();
+        // After SIGKILL, the kernel does it alone, and nobody waits for it.
+        let root = volume.root();
+        let left = || {
+            let in_root = |pid: &i32| std::fs::read_link(format!("/proc/{pid}/root")).is_ok_and(|found| found == root);
+            let all = std::fs::read_dir("/proc").unwrap().flatten();
+            all.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).filter(in_root).count()
+        };
+        if signal == Signal::SIGKILL {
+            wait_until("the end of all processes", || {
+                left() == 0 && processes_with(&volume.dir.path().display().to_string()).is_empty()
+            });
+            // The job's container that is started again removes what is left, and builds.
+            let script = volume.at("image/recipe/config.sh");
+            let text = std::fs::read_to_string(&script).unwrap();
+            std::fs::write(script, text.replace(WAITS, "")).unwrap();
+            succeeded(&volume.build_of_job(&[]).output().unwrap());
+            volume.is_built();
+            continue;
+        }
+        assert_eq!(status.code(), Some(128 + signal as i32));
+        assert_eq!(left(), 0);
+        volume.nothing_is_left();
+        assert_eq!(volume.at("image/build_failed").exists(), signal == Signal::SIGTERM);
+        // Nothing is mounted in it: it can be removed.
+        std::fs::remove_dir_all(volume.at("image/build")).unwrap();
+    }
+}
+
+#[test]
+fn two_builds_at_once_do_not_meet() {
+    let volumes = [Volume::new("zypper"), Volume::new("zypper")];
+    let builds: Vec<_> = volumes.iter().map(|volume| volume.build(&[]).spawn().unwrap()).collect();
+    for build in builds {
+        succeeded(&build.wait_with_output().unwrap());
+    }
+    volumes.iter().for_each(Volume::is_built);
+}
+
+#[test]
+fn recipes_and_machines_that_cannot_build_are_refused_before_kiwi_starts() {
+    let refused = |volume: &Volume, command: &mut Command, reason: &str| {
+        let output = command.output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{reason}: {}", text(&output.stderr));
+        assert!(text(&output.stderr).contains(reason), "{reason}: {}", text(&output.stderr));
+        assert!(!volume.at("image/kiwi.log").exists() && !volume.root().exists(), "{reason}");
+    };
+    let volume = Volume::new("zypper").with("image=\"tbz\"", "image=\"oem\"");
+    refused(&volume, &mut volume.build(&[]), "ims-sshd builds the type tbz only; the recipe has: oem");
+    let volume = Volume::new("emerge");
+    refused(&volume, &mut volume.build(&[]), "its package manager is 'emerge': expected one of zypper, dnf");
+    let volume = Volume::new("dnf5");
+    refused(&volume, &mut volume.build(&[]), "cannot run dnf5: it is not installed; install the package dnf5");
+    let volume = Volume::new("zypper");
+    refused(
+        &volume,
+        volume.build(&[]).env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"),
+        "cannot run kiwi-ng: it is not installed",
+    );
+    refused(
+        &volume,
+        volume.build(&[]).arg("--ca-rpm").arg(volume.at("no.rpm")),
+        "cannot read the package of the site's authority",
+    );
+    // In a job the authority has to be there, and IMS hears of it.
+    let mut build = volume.build(&volume.ims.variables());
+    refused(&volume, &mut build, "cannot read the package of the site's authority");
+    assert_eq!(volume.ims.statuses(), ["building_image", "error"]);
+}
+
+#[test]
+fn image_without_the_authority_is_no_success() {
+    // zypper passes over a package that it cannot read.
+    let volume = Volume::new("zypper");
+    std::fs::write(volume.at("other.rpm"), "no package").unwrap();
+    let output = volume.build(&[]).arg("--ca-rpm").arg(volume.at("other.rpm")).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+    volume.nothing_is_left();
+}
+
+#[test]
+fn script_of_the_recipe_sees_no_credentials_of_the_pod() {
+    let volume = Volume::new("zypper");
+    let secrets = volume.at("secrets");
+    std::fs::create_dir(&secrets).unwrap();
+    // As Kubernetes shows a secret.
+    mount(&["-t", "tmpfs", "none"], &secrets);
+    let mounted = Mounted(secrets.clone());
+    std::fs::write(secrets.join("client-secret"), "hidden-7").unwrap();
+    // Out of the new root, by that of the build's first process; 'true', since kiwi-ng ends with the last exit code.
+    let script = format!("cat /proc/1/root{}/client-secret > /found 2>&1; true", secrets.display());
+    let volume = volume.with_script(&script);
+    succeeded(&volume.build(&[]).output().unwrap());
+    assert_eq!(volume.file("found"), "hidden-7", "the script gets out of the new root");
+    std::fs::remove_dir_all(volume.at("image/build")).unwrap();
+    succeeded(&volume.build(&[("OAUTH_CONFIG_DIR", secrets.display().to_string())]).output().unwrap());
+    assert!(volume.file("found").contains("No such file"), "{}", volume.file("found"));
+    assert!(secrets.join("client-secret").exists(), "outside of the build it is there");
+    drop(mounted);
+    volume.nothing_is_left();
+}
