@@ -46,8 +46,8 @@ fn root() -> PathBuf {
 type Files = BTreeMap<Vec<String>, String>;
 
 fn files() -> Files {
-    fn gather(folder: &Path, module: &[String], files: &mut Files) {
-        for entry in fs::read_dir(folder).unwrap().map(Result::unwrap) {
+    fn gather(directory: &Path, module: &[String], files: &mut Files) {
+        for entry in fs::read_dir(directory).unwrap().map(Result::unwrap) {
             let path = entry.path();
             let name = path.file_stem().unwrap().to_str().unwrap().to_owned();
             let below = [module, std::slice::from_ref(&name)].concat();

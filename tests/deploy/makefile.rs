@@ -231,7 +231,7 @@ fn fail(command: &mut Command) -> String {
     String::from_utf8(output.stderr).unwrap()
 }
 
-fn files(folder: &Path) -> Vec<PathBuf> {
-    let output = succeed(Command::new("find").arg(folder).args(["-type", "f"]));
+fn files(directory: &Path) -> Vec<PathBuf> {
+    let output = succeed(Command::new("find").arg(directory).args(["-type", "f"]));
     output.lines().map(PathBuf::from).collect()
 }

@@ -1,4 +1,4 @@
-"""Prints what 'kubectl kustomize' would make of the folder or file that is named, as JSON, of what the manifests here use of kustomize:
+"""Prints what 'kubectl kustomize' would make of the directory or file that is named, as JSON, of what the manifests here use of kustomize:
 resources, components, strategic merge patches, the namespace, and names of images. With --validate=VERSION, which may come several times,
 checks it against the schemas of that version of Kubernetes, or of the 'newest' one."""
 

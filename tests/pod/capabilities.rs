@@ -97,18 +97,18 @@ fn without_numbers(message: &str) -> String {
 impl Trial {
     fn new(container: &Value, capabilities: Vec<String>) -> Self {
         let dir = tempfile::tempdir_in(cache().join("tests")).unwrap();
-        for folder in ["volume", "config", "keys"] {
-            std::fs::create_dir(dir.path().join(folder)).unwrap();
+        for directory in ["volume", "config", "keys"] {
+            std::fs::create_dir(dir.path().join(directory)).unwrap();
         }
         let port = low_port();
         let name = format!("ims-sshd-test-{}-{port}", std::process::id());
         let trial = Self { container: container.clone(), capabilities, dir, name, port };
         succeed(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(trial.key()));
         let config = SSHD_CONFIG.replace("Port 22\n", &format!("Port {port}\nListenAddress 127.0.0.1\n"));
-        for folder in ["config", "keys"] {
-            let folder = trial.dir.path().join(folder);
-            std::fs::copy(trial.key().with_extension("pub"), folder.join("authorized_keys")).unwrap();
-            std::fs::write(folder.join("sshd_config"), &config).unwrap();
+        for directory in ["config", "keys"] {
+            let directory = trial.dir.path().join(directory);
+            std::fs::copy(trial.key().with_extension("pub"), directory.join("authorized_keys")).unwrap();
+            std::fs::write(directory.join("sshd_config"), &config).unwrap();
         }
         std::fs::write(trial.dir.path().join("seccomp.json"), runtime_default().to_string()).unwrap();
         trial
@@ -140,7 +140,7 @@ impl Trial {
         command.arg(format!("--security-opt=seccomp={profile}"));
         for mount in self.container["volumeMounts"].as_array().unwrap() {
             let at = mount["mountPath"].as_str().unwrap();
-            let folder = match mount["name"].as_str().unwrap() {
+            let directory = match mount["name"].as_str().unwrap() {
                 "image" => "volume",
                 name @ ("config" | "keys") => name,
                 _ => {
@@ -148,7 +148,7 @@ impl Trial {
                     continue;
                 }
             };
-            command.arg(format!("--volume={}:{at}", self.dir.path().join(folder).display()));
+            command.arg(format!("--volume={}:{at}", self.dir.path().join(directory).display()));
         }
         // Variables from a Secret name the store, which is tested elsewhere.
         for variable in self.container["env"].as_array().unwrap() {

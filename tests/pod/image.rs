@@ -136,8 +136,8 @@ fn it_has_the_licences_of_what_is_linked_into_its_programs() {
 fn a_container_that_ims_derives_from_it_for_a_remote_node_runs_its_script_to_the_end() {
     let dir = tempfile::tempdir_in(cache()).unwrap();
     let (context, volume) = (dir.path().join("context"), dir.path().join("volume"));
-    for folder in [&context, &volume] {
-        std::fs::create_dir(folder).unwrap();
+    for directory in [&context, &volume] {
+        std::fs::create_dir(directory).unwrap();
     }
     std::fs::copy(repository().join("tests/pod/remote-node.sh"), context.join("entrypoint.sh")).unwrap();
     succeed(

@@ -39,12 +39,12 @@ def place(kind, name):
 
 
 def create_object(kind, name, content):
-    folder = place(kind, name)
-    if folder.exists():
+    directory = place(kind, name)
+    if directory.exists():
         fail(f'{kind} "{name}" already exists')
-    folder.mkdir(parents=True)
+    directory.mkdir(parents=True)
     for key, text in content.items():
-        (folder / key).write_text(text)
+        (directory / key).write_text(text)
     print(f"{kind}/{name} created")
 
 
@@ -66,21 +66,21 @@ def content_of(options):
 def create_job(job):
     assert (job["apiVersion"], job["kind"]) == ("batch/v1", "Job"), job
     name = job["metadata"]["generateName"] + "".join(random.choices("bcdfghjklmnpqrstvwxz2456789", k=5))
-    folder = place("jobs", name)
-    folder.mkdir(parents=True)
+    directory = place("jobs", name)
+    directory.mkdir(parents=True)
     spec = job["spec"]["template"]["spec"]
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     config = os.environ["KUBECTL_SSHD_CONFIG"].replace("Port 22\n", f"Port {port}\nListenAddress 127.0.0.1\n")
-    (folder / "sshd_config").write_text(config)
-    (folder / "port").write_text(str(port))
+    (directory / "sshd_config").write_text(config)
+    (directory / "port").write_text(str(port))
     spec["hostNetwork"] = True
 
     volumes = {}
     for volume in spec["volumes"]:
         volume_name = volume.pop("name")
         if "ephemeral" in volume:
-            host = folder / "volume"
+            host = directory / "volume"
             host.mkdir()
         elif "persistentVolumeClaim" in volume:
             # The claim that a pod has made goes with it.
@@ -95,7 +95,7 @@ def create_job(job):
         assert host.is_dir(), f"{volume_name} is missing"
         volumes[volume_name] = {"hostPath": {"path": str(host), "type": "Directory"}}
     spec["volumes"] = [{"name": f"{name}-{volume}", **what} for volume, what in volumes.items()]
-    spec["volumes"].append({"name": f"{name}-sshd", "hostPath": {"path": str(folder), "type": "Directory"}})
+    spec["volumes"].append({"name": f"{name}-sshd", "hostPath": {"path": str(directory), "type": "Directory"}})
 
     for container in spec.get("initContainers", []) + spec["containers"]:
         assert "@sha256:" in container["image"], container["image"]
@@ -119,13 +119,13 @@ def create_job(job):
         container.pop("livenessProbe", None)
         container.pop("ports", None)
         if probe := container.pop("readinessProbe", None):
-            (folder / "probe").write_text(json.dumps([container["name"], probe["exec"]["command"]]))
+            (directory / "probe").write_text(json.dumps([container["name"], probe["exec"]["command"]]))
         if "sidecar" in container.get("command", []):
             container["command"] += ["--sshd-config", "/sshd/sshd_config"]
             container["volumeMounts"].append({"name": f"{name}-sshd", "mountPath": "/sshd", "readOnly": True})
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": spec}
-    (folder / "pod.json").write_text(json.dumps(pod))
-    podman("play", "kube", "--quiet", str(folder / "pod.json"), check=True, stdout=subprocess.DEVNULL)
+    (directory / "pod.json").write_text(json.dumps(pod))
+    podman("play", "kube", "--quiet", str(directory / "pod.json"), check=True, stdout=subprocess.DEVNULL)
     print(f"job.batch/{name}")
 
 
@@ -191,9 +191,9 @@ def main(words):
         case ["apply", "-f", file]:
             for one in yaml.safe_load_all(sys.stdin) if file == "-" else rendered(pathlib.Path(file)):
                 print(f"{one['kind'].lower()}/{one['metadata']['name']} created")
-        case ["kustomize", folder]:
+        case ["kustomize", directory]:
             # As kustomize prints it: two blanks before what lies in 'metadata'.
-            print(yaml.safe_dump_all(rendered(pathlib.Path(folder)), sort_keys=False))
+            print(yaml.safe_dump_all(rendered(pathlib.Path(directory)), sort_keys=False))
         case ["create", "-f", "-", "-o", "name"]:
             for one in yaml.safe_load_all(sys.stdin):
                 create_job(one)

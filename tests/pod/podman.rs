@@ -34,8 +34,8 @@ pub fn cache() -> PathBuf {
 pub fn podman(arguments: &[&str]) -> Command {
     let storage = cache().join("containers");
     let mut command = Command::new("podman");
-    for (option, folder) in [("--root", "root"), ("--runroot", "run"), ("--tmpdir", "tmp")] {
-        command.arg(option).arg(storage.join(folder));
+    for (option, directory) in [("--root", "root"), ("--runroot", "run"), ("--tmpdir", "tmp")] {
+        command.arg(option).arg(storage.join(directory));
     }
     command.env("CONTAINERS_CONF", repository().join("tests/containers.conf"));
     // conmon writes a file to its working directory when the OOM killer strikes.

@@ -24,8 +24,8 @@ unsquashfs -quiet -no-progress -d "$root" "$parent/image.sqsh" || end
 # sshd asks for it of a ChrootDirectory.
 chmod 755 "$root"
 cp /etc/resolv.conf "$root/etc/resolv.conf"
-for folder in proc sys dev; do
-    mount --rbind "/$folder" "$root/$folder" && mount --make-rslave "$root/$folder" || end
+for directory in proc sys dev; do
+    mount --rbind "/$directory" "$root/$directory" && mount --make-rslave "$root/$directory" || end
 done
 
 config=/etc/ssh/sshd_config
@@ -44,8 +44,8 @@ until [[ -e ${marks[0]} || -e ${marks[1]} ]]; do
     sleep 1
 done
 
-for folder in dev sys proc; do
-    umount -R -l "$root/$folder"
+for directory in dev sys proc; do
+    umount -R -l "$root/$directory"
 done
 if [[ -e ${marks[1]} ]]; then
     touch "$parent/failed"

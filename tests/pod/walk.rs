@@ -89,8 +89,8 @@ impl Drop for Cluster<'_> {
 fn commands_of_the_kubernetes_page_publish_images() {
     let dir = tempfile::tempdir_in(cache().join("tests")).unwrap();
     let (state, bin, here) = (dir.path().join("state"), dir.path().join("bin"), dir.path().join("here"));
-    for folder in [&state, &bin, &here] {
-        std::fs::create_dir(folder).unwrap();
+    for directory in [&state, &bin, &here] {
+        std::fs::create_dir(directory).unwrap();
     }
     std::os::unix::fs::symlink(repository().join("deploy"), here.join("deploy")).unwrap();
     let python = cache().join("kubernetes-validate/bin/python");

@@ -26,8 +26,8 @@ fn refused(tree: &Path, archive: &Path, reason: &str) {
     nothing_is_packed(archive.parent().unwrap());
 }
 
-fn nothing_is_packed(folder: &Path) {
-    let names = std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().file_name());
+fn nothing_is_packed(directory: &Path) {
+    let names = std::fs::read_dir(directory).unwrap().map(|e| e.unwrap().file_name());
     let left: Vec<_> = names.filter(|n| n.to_string_lossy().starts_with("image.sqsh")).collect();
     assert!(left.is_empty(), "{left:?}");
 }
@@ -672,11 +672,11 @@ fn unwritable_archive_or_report_is_refused_before_packing() {
     let parent = dir.path().join("parent");
     let [parent_text, tree_text] = [&parent, &tree].map(|p| p.to_str().unwrap());
     assert!(ims_sshd(&["prepare", parent_text, tree_text], &[]).status().unwrap().success());
-    std::fs::create_dir(dir.path().join("folder")).unwrap();
-    let folder = dir.path().join("folder").display().to_string();
+    std::fs::create_dir(dir.path().join("directory")).unwrap();
+    let directory = dir.path().join("directory").display().to_string();
     for (option, file, reason) in [
-        ("--archive", folder.as_str(), "found a directory"),
-        ("--changes", &folder, "found a directory"),
+        ("--archive", directory.as_str(), "found a directory"),
+        ("--changes", &directory, "found a directory"),
         ("--archive", "/proc/q", "'/proc/q'"),
         ("--changes", "/proc/q", "'/proc/q'"),
     ] {

@@ -7,7 +7,7 @@ use testbed::*;
 const PLACES: [(Image, Mode); 3] =
     [(Image::Debian, Mode::Jailed), (Image::Busybox, Mode::Jailed), (Image::Debian, Mode::Plain)];
 
-/// A folder of the image root as sessions name it.
+/// A directory of the image root as sessions name it.
 fn inside(environment: &Environment, mode: Mode, path: &str) -> String {
     match mode {
         Mode::Jailed => path.to_owned(),

@@ -65,7 +65,7 @@ fn the_printed_line_logs_in_and_complete_is_success() {
     assert_eq!(text(output.stdout), "here\n");
     assert!(child.wait().unwrap().success());
     assert_eq!(std::fs::read_to_string(image.path().join("image/root/file")).unwrap(), "in\n");
-    assert!(!parent_in(&printed).exists(), "the run's folder is left");
+    assert!(!parent_in(&printed).exists(), "the run's directory is left");
     assert!(std::fs::read_dir(image.path().join("image/tmp")).unwrap().next().is_none());
 }
 

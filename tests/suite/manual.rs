@@ -16,23 +16,23 @@ const OFFERS: [(&str, &str); 6] = [
 ];
 
 fn completions(shell: &str) -> (tempfile::TempDir, std::path::PathBuf) {
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     // zsh looks for this name.
-    let file = folder.path().join("_ims-sshd");
+    let file = directory.path().join("_ims-sshd");
     std::fs::write(&file, succeed(Command::new(&IMS_SSHD).args(["completions", shell]))).unwrap();
-    (folder, file)
+    (directory, file)
 }
 
 #[test]
 fn bash_completes_commands_and_their_options() {
-    let (_folder, script) = completions("bash");
-    let (folder, _) = completions("bash");
-    std::fs::write(folder.path().join("image.sqsh"), "").unwrap();
+    let (_directory, script) = completions("bash");
+    let (directory, _) = completions("bash");
+    std::fs::write(directory.path().join("image.sqsh"), "").unwrap();
     let mut bash = Command::new("bash");
     let mut terminal =
-        Terminal::with(bash.args(["--norc", "--noprofile", "-i"]).current_dir(&folder).env("PS1", "first# "));
+        Terminal::with(bash.args(["--norc", "--noprofile", "-i"]).current_dir(&directory).env("PS1", "first# "));
     terminal.see("first# ");
-    terminal.line(&format!("cd {}; source {}; PS1='[pro'\"mpt]# \"", folder.path().display(), script.display()));
+    terminal.line(&format!("cd {}; source {}; PS1='[pro'\"mpt]# \"", directory.path().display(), script.display()));
     terminal.see("[prompt]# ");
     for (line, offer) in OFFERS {
         terminal.keys(&format!("{line}\t"));
@@ -47,11 +47,11 @@ fn bash_completes_commands_and_their_options() {
 
 #[test]
 fn zsh_completes_commands_and_their_options() {
-    let (folder, _) = completions("zsh");
+    let (directory, _) = completions("zsh");
     let mut zsh = Command::new("zsh");
     let mut terminal = Terminal::with(zsh.args(["-f", "-i"]).env("PS1", "first# "));
     terminal.see("first# ");
-    let shown = folder.path().display();
+    let shown = directory.path().display();
     terminal.line(&format!("fpath=({shown} $fpath); autoload -U compinit; compinit -D -u; PS1='[pro'\"mpt]# \""));
     terminal.see("[prompt]# ");
     for (line, offer) in OFFERS {
@@ -72,7 +72,7 @@ fn leave(mut terminal: Terminal) {
 
 #[test]
 fn fish_completes_commands_and_their_options() {
-    let (_folder, script) = completions("fish");
+    let (_directory, script) = completions("fish");
     // clap_complete has none for fish of what stands for itself.
     for (line, offer) in &OFFERS[..5] {
         let asked = format!("source {}; complete -C '{line}'", script.display());
@@ -94,7 +94,7 @@ fn shells_complete_the_names_of_what_is_open() {
     let programs = std::path::Path::new(&IMS_SSHD).parent().unwrap().display().to_string();
     let path = format!("{programs}:/usr/bin:/bin");
 
-    let (_folder, script) = completions("bash");
+    let (_directory, script) = completions("bash");
     for command in ["complete", "fail", "status"] {
         let asked = format!(
             "source {}; COMP_WORDS=(ims-sshd {command} compl); COMP_CWORD=2; _ims__sshd ims-sshd compl {command}; echo ${{COMPREPLY[*]}}",
@@ -103,15 +103,15 @@ fn shells_complete_the_names_of_what_is_open() {
         let offers = succeed(Command::new("bash").args(["-c", &asked]).env("PATH", &path));
         assert!(offers.split_whitespace().any(|offer| offer == name), "{command}: {offers}");
     }
-    let (_folder, script) = completions("fish");
+    let (_directory, script) = completions("fish");
     let asked = format!("source {}; complete -C 'ims-sshd fail compl'", script.display());
     let offers = succeed(Command::new("fish").args(["--no-config", "-c", &asked]).env("PATH", &path));
     assert!(offers.lines().any(|offer| offer == name), "{offers}");
-    let (folder, _) = completions("zsh");
+    let (directory, _) = completions("zsh");
     let mut zsh = Command::new("zsh");
     let mut terminal = Terminal::with(zsh.args(["-f", "-i"]).env("PS1", "first# ").env("PATH", &path));
     terminal.see("first# ");
-    let shown = folder.path().display();
+    let shown = directory.path().display();
     terminal.line(&format!("fpath=({shown} $fpath); autoload -U compinit; compinit -D -u; PS1='[pro'\"mpt]# \""));
     terminal.see("[prompt]# ");
     terminal.keys(&format!("ims-sshd status {}\t", &name[..12]));
@@ -121,9 +121,9 @@ fn shells_complete_the_names_of_what_is_open() {
 
 #[test]
 fn man_shows_a_page_of_every_command_with_all_its_sections() {
-    let folder = tempfile::tempdir().unwrap();
-    succeed(Command::new(&IMS_SSHD).arg("man").arg(folder.path()));
-    let mut pages = walk(folder.path());
+    let directory = tempfile::tempdir().unwrap();
+    succeed(Command::new(&IMS_SSHD).arg("man").arg(directory.path()));
+    let mut pages = walk(directory.path());
     pages.retain(|page| page.is_file());
     let help = succeed(Command::new(&IMS_SSHD).arg("--help"));
     let commands = help.split("Commands:\n").nth(1).unwrap().split("\n\n").next().unwrap();

@@ -325,7 +325,7 @@ fn security_md_has_the_capabilities_and_the_checks_of_the_source() {
 #[test]
 fn every_test_and_every_file_that_the_page_of_past_cves_names_exists() {
     let top = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let files = ["src", "tests"].map(|folder| walk(&top.join(folder))).concat();
+    let files = ["src", "tests"].map(|directory| walk(&top.join(directory))).concat();
     let text: String =
         files.iter().filter(|file| file.is_file()).map(|file| std::fs::read_to_string(file).unwrap()).collect();
     let rows: Vec<Vec<&str>> =
