@@ -1,4 +1,5 @@
-//! The order of the source: which directory may import from which, where `unsafe` may stand, and what a session's program links.
+//! The order of the source: which directory may import from which, where `unsafe` may stand, and what a session's
+//! program links.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;

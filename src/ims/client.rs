@@ -112,7 +112,8 @@ impl<'a> Ims<'a> {
         self.lacks_job.get()
     }
 
-    /// Checks that IMS answers and accepts the credentials. The probe's ID is logged for those who find it in IMS's log.
+    /// Checks that IMS answers and accepts the credentials. The probe's ID is logged for those who find it in IMS's
+    /// log.
     pub(crate) fn check(&self) -> Result<()> {
         let (Some(place), id) = (&self.place, Id::random()?) else { return Ok(()) };
         let attempted = format!("check that IMS answers, by a request for image {id}, which does not exist");

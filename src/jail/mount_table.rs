@@ -77,11 +77,11 @@ const fn proc(attributes: MountAttrFlags) -> Mount {
 /// container's nodes, since a user namespace cannot create nodes. /proc and /sys are masked as in OCI runtimes
 /// (runtime-spec, "Linux masked and read-only paths").
 ///
-/// /proc is read-only as a whole. Files beside the processes are the machine's, and the init's files could have it killed
-/// first (`oom_score_adj`). /proc/PID/net is the container's network's, in which root writes to some files without a
-/// capability (`recent_mt_proc_write` of net/netfilter/xt_recent.c) and changes modes and owners of all, for everybody
-/// in that network (`proc_notify_change` of fs/proc/generic.c); each new process brings such a directory, so that no
-/// mount can cover them.
+/// /proc is read-only as a whole. Files beside the processes are the machine's, and the init's files could have it
+/// killed first (`oom_score_adj`). /proc/PID/net is the container's network's, in which root writes to some files
+/// without a capability (`recent_mt_proc_write` of net/netfilter/xt_recent.c) and changes modes and owners of all, for
+/// everybody in that network (`proc_notify_change` of fs/proc/generic.c); each new process brings such a directory, so
+/// that no mount can cover them.
 pub(crate) const JAILED: &[Mount] = &[
     mount(
         "dev",

@@ -49,8 +49,8 @@ impl Seal {
 }
 
 /// Makes the jail's mount of the image root read-only. This process joins the jail's mount namespace for that, so no
-/// process of the jail may be left. Does nothing for a jail without mounts of its own, nor with DKMS, where a session can
-/// leave the jail, and have mounts and loop devices of its own.
+/// process of the jail may be left. Does nothing for a jail without mounts of its own, nor with DKMS, where a session
+/// can leave the jail, and have mounts and loop devices of its own.
 pub fn seal(record: &Record) -> Result<Seal> {
     if record.tier == Tier::Chroot || record.dkms {
         return Ok(Seal::Sealed);

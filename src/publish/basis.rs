@@ -86,8 +86,8 @@ fn open_source(directory: &Tree, inventory: &Inventory) -> Result<File> {
     }
 }
 
-/// Takes the inventory of `root`, which was just unpacked from `archive` in `directory`, and keeps a fetched squashfs if
-/// there is room for it. Nothing else needs either: an error only means that the image is packed from scratch.
+/// Takes the inventory of `root`, which was just unpacked from `archive` in `directory`, and keeps a fetched squashfs
+/// if there is room for it. Nothing else needs either: an error only means that the image is packed from scratch.
 pub(crate) fn keep(settings: &Settings, is_fetched: bool, archive: &Opened, directory: &Tree, root: &Tree) {
     if settings.packing.packer != Packer::Own || archive.kind().ok().flatten() != Some(Kind::Squashfs) {
         return;

@@ -17,7 +17,8 @@ use crate::transfer::{Fault, Outage, Work, complaint, in_full, is_transient, ret
 /// past the previous maximum restarts the retry clock.
 const LEAST: u64 = 64 * 1024;
 
-/// Bytes between two looks at the disk, and bytes that stay free on it, if the server does not say how long the file is.
+/// Bytes between two looks at the disk, and bytes that stay free on it, if the server does not say how long the file
+/// is.
 const WITHOUT_LENGTH: u64 = 16 << 20;
 
 /// Download of one file.

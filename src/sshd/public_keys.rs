@@ -41,8 +41,8 @@ pub(crate) fn check_public_keys(option: &str, file: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Returns whether a line holds a key: it follows its type's name, which may follow options, and begins with the encoded
-/// length of that name.
+/// Returns whether a line holds a key: it follows its type's name, which may follow options, and begins with the
+/// encoded length of that name.
 fn is_key(line: &str) -> bool {
     let words: Vec<_> = line.split_whitespace().collect();
     let is_type = |word: &str| ["ssh-", "ecdsa-", "sk-"].iter().any(|begin| word.starts_with(begin));

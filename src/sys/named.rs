@@ -76,8 +76,9 @@ pub(crate) fn open(named: &Path) -> io::Result<OwnedFd> {
     }
 }
 
-/// Opens the object of `handle` for reading. A regular file that another program has leased is an error: waiting for the
-/// end of a lease takes up to 45 s (`lease-break-time`), and any user can lease a file of their own (F_SETLEASE(2const)).
+/// Opens the object of `handle` for reading. A regular file that another program has leased is an error: waiting for
+/// the end of a lease takes up to 45 s (`lease-break-time`), and any user can lease a file of their own
+/// (F_SETLEASE(2const)).
 pub(crate) fn reopen(handle: &OwnedFd) -> io::Result<File> {
     let place = format!("/proc/self/fd/{}", handle.as_raw_fd());
     let flags = OFlags::RDONLY | OFlags::NOCTTY | OFlags::CLOEXEC;

@@ -39,8 +39,8 @@ impl Tree {
         self.walk_with(&(), |(), path, directory, name, found| visit(path, directory, name, found).map(Some))
     }
 
-    /// Like [`Tree::walk`] without the directory itself, with a state for each directory: `first` for this one, and what
-    /// `visit` returned for one below. `visit` returns `None` for a directory that is not entered.
+    /// Like [`Tree::walk`] without the directory itself, with a state for each directory: `first` for this one, and
+    /// what `visit` returned for one below. `visit` returns `None` for a directory that is not entered.
     pub(crate) fn walk_with<S>(
         &self,
         first: &S,
@@ -170,7 +170,8 @@ pub(crate) fn refuse_long(path: &Path) -> io::Result<()> {
 }
 
 /// Opens directories of a tree by path, each starting from one that was opened shortly before if it lies below: opening
-/// them in the order of their paths takes time linear in their number. Opened directories must not be renamed meanwhile.
+/// them in the order of their paths takes time linear in their number. Opened directories must not be renamed
+/// meanwhile.
 pub(crate) struct Descent<'a> {
     tree: &'a Tree,
     /// Each below the one before it.

@@ -205,8 +205,8 @@ impl SignalFiles {
         rustix::fs::flock(lock, FlockOperation::NonBlockingLockShared) == Err(rustix::io::Errno::WOULDBLOCK)
     }
 
-    /// Refuses a parent whose image root is open in a build environment. One that still waits for `ready` has not opened
-    /// it: `prepare` may run meanwhile.
+    /// Refuses a parent whose image root is open in a build environment. One that still waits for `ready` has not
+    /// opened it: `prepare` may run meanwhile.
     pub(crate) fn refuse_open(&self) -> Result<()> {
         if self.is_claimed() && (self.stands(READY)? || self.stands(SSHD_LISTENING)?) {
             return Err(claimed(&self.path));

@@ -1,4 +1,5 @@
-//! The pages of the repository: every link leads to a file and a heading that are there, and every source that a page names is there too.
+//! The pages of the repository: every link leads to a file and a heading that are there, and every source that a page
+//! names is there too.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};

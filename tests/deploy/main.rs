@@ -1,4 +1,5 @@
-//! Files by which a site puts the programs into service. No test here needs a container image, an image root or the user root.
+//! Files by which a site puts the programs into service. No test here needs a container image, an image root or the
+//! user root.
 
 mod documents;
 mod makefile;

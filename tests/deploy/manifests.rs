@@ -67,7 +67,8 @@ fn every_job_ends_and_goes_and_has_no_unbounded_memory() {
     }
 }
 
-/// Whatever the node lets everybody do: `net.ipv4.ip_unprivileged_port_start` is 0 with some runtimes, and the kernel's 1024 with others.
+/// Whatever the node lets everybody do: `net.ipv4.ip_unprivileged_port_start` is 0 with some runtimes, and the kernel's
+/// 1024 with others.
 #[test]
 fn sshd_may_bind_its_port_and_nobody_else_is_given_leave() {
     for variant in JOBS {

@@ -1,4 +1,5 @@
-//! The function `opened` of docs/KUBERNETES.md, in a bash whose `kubectl` plays a cluster and whose `sleep` takes no time.
+//! The function `opened` of docs/KUBERNETES.md, in a bash whose `kubectl` plays a cluster and whose `sleep` takes no
+//! time.
 
 use std::process::{Command, Output};
 

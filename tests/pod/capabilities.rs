@@ -313,14 +313,17 @@ fn sidecar(trial: &Trial) -> Result<(), String> {
 const HEAD: &str = "\
 # Capabilities of the pod's containers
 
-What the manifests in deploy/kubernetes give each container, with all others dropped and no_new_privs (`allowPrivilegeEscalation: false`), and
-what breaks without each of them. Tried in real containers, on an image whose directories belong to other users too, and written by
-`make test` (tests/pod/capabilities.rs), which fails where this page says something else, or where something could be left out. `prepare`,
-`sidecar` and the debug shell run under a seccomp profile that refuses what containerd's RuntimeDefault refuses, the jailed sshd under none:
-neither hides the kernel's audit log, which Debian's sshd writes to where it may, and which ims-sshd hides from it otherwise. sshd binds a port below
-`net.ipv4.ip_unprivileged_port_start`, which is 1024, the kernel's default: CRI-O and containerd before 2.0 leave it so, later ones set 0.
+What the manifests in deploy/kubernetes give each container, with all others dropped and no_new_privs
+(`allowPrivilegeEscalation: false`), and what breaks without each of them. Tried in real containers, on an image whose
+directories belong to other users too, and written by `make test` (tests/pod/capabilities.rs), which fails where this
+page says something else, or where something could be left out. `prepare`, `sidecar` and the debug shell run under a
+seccomp profile that refuses what containerd's RuntimeDefault refuses, the jailed sshd under none: neither hides the
+kernel's audit log, which Debian's sshd writes to where it may, and which ims-sshd hides from it otherwise. sshd binds a
+port below `net.ipv4.ip_unprivileged_port_start`, which is 1024, the kernel's default: CRI-O and containerd before 2.0
+leave it so, later ones set 0.
 
-A jailed session of the tier `user` has the capabilities of SECURITY.md in a user namespace of its own, whatever the container has.
+A jailed session of the tier `user` has the capabilities of SECURITY.md in a user namespace of its own, whatever the
+container has.
 
 | container | capability | without it |
 |---|---|---|

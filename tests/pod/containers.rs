@@ -223,9 +223,9 @@ fn line(kind: &Kind) -> String {
 const HEAD: &str = "\
 # Jails in containers
 
-What a jailed session has in each kind of container. Found out in real ones (podman and runc, the project's own image) and written by
-`make test` (tests/pod/containers.rs), which fails where this page says something else. The tier is the one that `IMS_JAIL_TIER=auto` comes to; the last column
-is the escape suite (tests/attempts), run as root inside.
+What a jailed session has in each kind of container. Found out in real ones (podman and runc, the project's own image)
+and written by `make test` (tests/pod/containers.rs), which fails where this page says something else. The tier is the
+one that `IMS_JAIL_TIER=auto` comes to; the last column is the escape suite (tests/attempts), run as root inside.
 
 | container | tier | terminal | DNS | /proc | sftp | escape suite |
 |---|---|---|---|---|---|---|

@@ -1,6 +1,6 @@
 #!/bin/sh
-# In the manner of the script that IMS puts over /entrypoint.sh in a container for a remote build node: bash, under this name of it.
-# It takes an image apart, lets users into it, waits for their verdict, and packs it for the pod to fetch.
+# In the manner of the script that IMS puts over /entrypoint.sh in a container for a remote build node: bash, under this
+# name of it. It takes an image apart, lets users into it, waits for their verdict, and packs it for the pod to fetch.
 needed=(IMS_JOB_ID IMAGE_ROOT_PARENT SSH_JAIL)
 parent=$IMAGE_ROOT_PARENT
 root=$parent/image-root

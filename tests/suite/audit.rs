@@ -1,4 +1,5 @@
-//! Logins on a terminal where sshd may not write to the kernel's audit log, in containers that a profile does not keep from it.
+//! Logins on a terminal where sshd may not write to the kernel's audit log, in containers that a profile does not keep
+//! from it.
 
 use std::os::unix::fs::PermissionsExt;
 

@@ -142,8 +142,8 @@ const VERSIONS_BEGIN: &str = "\n## Versions\n";
 
 fn shown_page() -> String {
     let mut page = "# Clients\n\n\
-        What the tests show, with the real programs: the page is written by them (`tests/suite/clients.rs`). The columns are where a session\n\
-        lands: in a jail of the tier `namespace` or `user`, or, in plain mode, in the build environment.\n\n\
+        What the tests show, with the real programs: the page is written by them (`tests/suite/clients.rs`). The columns are\n\
+        where a session lands: in a jail of the tier `namespace` or `user`, or, in plain mode, in the build environment.\n\n\
         | client | what | namespace | user | plain |\n|---|---|---|---|---|\n"
         .to_owned();
     for row in SHOWN.concat() {

@@ -279,8 +279,9 @@ fn jail_differs_from_a_plain_login_only_as_documented() {
 pub fn page() -> String {
     let mut page = format!(
         "\n## The same command, jailed and plain\n\n\
-         {} commands of OpenSSH's `ssh`, `sftp` and `scp` are run in a jail of either tier, under sshd's own `ChrootDirectory`, and on a plain\n\
-         login to the same image (`tests/suite/commands.rs`). Exit code, standard error and standard output are the same, with these exceptions:\n\n\
+         {} commands of OpenSSH's `ssh`, `sftp` and `scp` are run in a jail of either tier, under sshd's own `ChrootDirectory`,\n\
+         and on a plain login to the same image (`tests/suite/commands.rs`). Exit code, standard error and standard output are\n\
+         the same, with these exceptions:\n\n\
          | client | command | differs in | why |\n|---|---|---|---|\n",
         TABLE.len()
     );

@@ -162,8 +162,8 @@ fn refused_operations_fail_as_without_the_capability_and_the_advised_alternative
 /// The section of docs/CLIENTS.md.
 pub fn page() -> String {
     let mut page = "\n## What a jail refuses\n\n\
-        In the tiers `namespace` and `user`, each with the message that a root without the right gets anywhere, and what to do instead\n\
-        (`tests/suite/limits.rs`). With `JOB_ENABLE_DKMS=True` all of it is allowed, and the jail is open.\n\n\
+        In the tiers `namespace` and `user`, each with the message that a root without the right gets anywhere, and what to do\n\
+        instead (`tests/suite/limits.rs`). With `JOB_ENABLE_DKMS=True` all of it is allowed, and the jail is open.\n\n\
         | who | does | is told | why | instead |\n|---|---|---|---|---|\n"
         .to_owned();
     for Limit { who, command, said, why, instead, .. } in LIMITS {

@@ -59,7 +59,8 @@ fn variables(environment: &Environment) -> Vec<String> {
     let mut ssh = environment.ssh(&["-o", "SendEnv=LANG LC_ALL"]);
     let output = ssh.env("LANG", "of_the_client").env("LC_ALL", "C").arg("env -0").output().unwrap();
     let mut found: Vec<_> = text(&output.stdout).split_terminator('\0').map(str::to_owned).collect();
-    // sshd sets the first, PAM the next when it has shown the message of the day; the last are ours, one in the chroot tier only.
+    // sshd sets the first, PAM the next when it has shown the message of the day; the last are ours, one in the chroot
+    // tier only.
     let elsewhere = ["SSH_", "MOTD_SHOWN=", "MAIL=", "SYSTEMD_OFFLINE="];
     found.retain(|variable| !elsewhere.iter().any(|name| variable.starts_with(name)));
     found.sort();

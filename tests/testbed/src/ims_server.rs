@@ -1,5 +1,5 @@
-//! An IMS that accepts exactly its published schema: an unknown field is 400, a wrong state 409. Errors are described as
-//! in RFC 7807.
+//! An IMS that accepts exactly its published schema: an unknown field is 400, a wrong state 409. Errors are described
+//! as in RFC 7807.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};

@@ -154,7 +154,8 @@ impl Volume {
         Environment { entrypoint, volume: self, status: None }
     }
 
-    /// Starts the entrypoint in a container whose /proc is masked: the kernel then gives a user namespace no procfs of its own.
+    /// Starts the entrypoint in a container whose /proc is masked: the kernel then gives a user namespace no procfs of
+    /// its own.
     pub fn start_where_proc_is_masked(self, mode: Mode, further: &[(&str, &str)]) -> Environment {
         let mut command = Command::new(MASKING_PROC[0]);
         command.args(&MASKING_PROC[1..]);
