@@ -270,16 +270,15 @@ fn directory_below_an_overlay_is_not_changed_by_another_run() {
     let mut first = Ended::new(first.spawn().unwrap());
     let mut said = [0; 5];
     std::io::Read::read_exact(first.stdout.as_mut().unwrap(), &mut said).unwrap();
-    for command in [
-        &["enter", "tree", "--", "true"][..],
-        &["customize", "tree", "--in-place", "--work", "other"],
-        &["customize", "tree", "--work", "other", "--", "true"],
+    const CLAIMED: &str = "another build environment is open on it; ";
+    for (command, reason) in [
+        (&["enter", "tree", "--", "true"][..], CLAIMED),
+        (&["customize", "tree", "--in-place", "--work", "other"], CLAIMED),
+        (&["customize", "tree", "--work", "other", "--", "true"], "it is open as tree; "),
     ] {
         let refused = run(dir.path(), command);
         assert_eq!(refused.status.code(), Some(1), "{refused:?}");
-        let (said, reasons) =
-            (text(&refused.stderr), ["it is open as tree", "another build environment is open on it"]);
-        assert!(reasons.iter().any(|reason| said.contains(reason)), "{said}");
+        assert!(text(&refused.stderr).contains(reason), "{command:?}: {refused:?}");
     }
     first.kill().unwrap();
     first.wait().unwrap();
@@ -437,10 +436,16 @@ fn output_or_work_directory_inside_the_source_is_refused() {
             }
         }
     }
-    for options in [&["--work", "link"][..], &["--work", "link", "--in-place"], &["--work", "tree/etc", "--in-place"]] {
+    for (options, code, reason) in [
+        (&["--work", "link"][..], 1, "its changes would be kept inside it, in "),
+        (&["--work", "link", "--in-place"], 1, "/link/ims-sshd is inside it and would be packed"),
+        (&["--work", "tree/etc", "--in-place"], 1, "/tree/etc/ims-sshd is inside it and would be packed"),
+        (&["--work", "tree/x/y", "--in-place"], 2, "/tree/x does not exist; create it first"),
+    ] {
         let options = [&["customize", "tree", "--output", "out"][..], options, &["--", "true"]].concat();
         let refused = run(dir.path(), &options);
-        assert!(!refused.status.success() && text(&refused.stderr).contains("inside it"), "{options:?}: {refused:?}");
+        assert_eq!(refused.status.code(), Some(code), "{options:?}: {refused:?}");
+        assert!(text(&refused.stderr).contains(reason), "{options:?}: {refused:?}");
     }
     for archive in ["tree/image.sqsh", "link/image.sqsh"] {
         let refused = run(dir.path(), &["package", "--kernel", "vmlinuz", "--archive", archive, "tree"]);

@@ -62,7 +62,9 @@ fn a_mark_where_no_environment_is_open_is_an_error_and_leaves_no_file() {
     // Nothing was ever open there, or it could be: what can be told is told.
     let output = ims_sshd(&["status", elsewhere.path().to_str().unwrap()]);
     assert!(output.status.code() == Some(1) && text(&output.stderr).contains("holds neither"), "{output:?}");
-    assert!(succeed(Command::new(&IMS_SSHD).arg("status").arg(dir.path())).contains(": not open\n"));
+    let (parent, root) = (dir.path().display(), image.display());
+    let told = format!("{parent}: not open\n  prepared: {root}\n  open: ims-sshd enter {root}\n");
+    assert_eq!(succeed(Command::new(&IMS_SSHD).arg("status").arg(dir.path())), told);
 }
 
 #[test]
