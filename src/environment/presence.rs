@@ -7,8 +7,8 @@ use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
 use base64::Engine;
+use ring::digest::{SHA256, digest};
 use serde_json::{Value, json};
-use sha2::Digest;
 
 use crate::error::{Attempt, Result};
 use crate::log::redaction::without_secrets;
@@ -320,8 +320,7 @@ fn key_of(leader: &Entry) -> Option<String> {
 fn fingerprint(credential: &str) -> Option<String> {
     let key = credential.split_ascii_whitespace().nth(2)?;
     let raw = base64::engine::general_purpose::STANDARD.decode(key).ok()?;
-    let digest = sha2::Sha256::digest(raw);
-    Some(format!("SHA256:{}", base64::engine::general_purpose::STANDARD_NO_PAD.encode(digest)))
+    Some(format!("SHA256:{}", base64::engine::general_purpose::STANDARD_NO_PAD.encode(digest(&SHA256, &raw))))
 }
 
 #[cfg(test)]

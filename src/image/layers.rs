@@ -11,13 +11,13 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use rustix::fs::{FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 use serde_json::Value;
-use sha2::{Digest, Sha256};
 
 use crate::error::{Attempt, Error, Result};
 use crate::printable::listed;
 use crate::sys::attributes::Node;
 use crate::sys::tree::Tree;
 use crate::sys::walk::Descent;
+use crate::transfer::checksum::sha256_of;
 
 /// An opaque whiteout says that the directory hides all entries of the layers below. A whiteout with another name after
 /// the prefix hides the entry of that name (OCI image layer specification, "Whiteouts").
@@ -131,7 +131,7 @@ fn verified(saved: &Tree, named: &Named) -> Result<Value> {
     let attempted = || format!("use sha256:{digest} of the saved image");
     let text = saved.read(&named.path, LARGEST).attempt(attempted)?;
     refuse_length(text.len() as u64, named.size).map_err(|why| Error::new(attempted()).because(why))?;
-    let sum = format!("{:x}", Sha256::digest(&text));
+    let sum = sha256_of(&text);
     if sum != digest {
         return Err(Error::new(attempted()).because(format!("its SHA-256 is {sum}")));
     }
@@ -324,7 +324,7 @@ mod tests {
             digest: digest.map(str::to_owned),
             diff_id: diff_id.map(str::to_owned),
         };
-        let digest = |content: &Value| format!("{:x}", Sha256::digest(content.to_string()));
+        let digest = |content: &Value| sha256_of(content.to_string().as_bytes());
         let path_of = |content: &Value| format!("blobs/sha256/{}", digest(content));
         let descriptor = |content: &Value| json!({"digest": format!("sha256:{}", digest(content))});
         let (one, two) = (json!("one"), json!("two"));
@@ -405,7 +405,7 @@ mod tests {
 
     #[test]
     fn a_description_that_says_two_things_or_a_wrong_size_or_names_no_layer_is_refused() {
-        let digest = |content: &Value| format!("{:x}", Sha256::digest(content.to_string()));
+        let digest = |content: &Value| sha256_of(content.to_string().as_bytes());
         let sized =
             |content: &Value, size: Value| json!({"digest": format!("sha256:{}", digest(content)), "size": size});
         let descriptor = |content: &Value| sized(content, json!(content.to_string().len()));

@@ -9,12 +9,12 @@ use std::os::fd::OwnedFd;
 
 use rustix::fs::{FileType, FlockOperation, Mode, Stat};
 use rustix::io::Errno;
-use sha2::Digest;
 
 use crate::error::{Advise, Attempt, Error, Result};
 use crate::jail::resolv_conf::{LIMIT, link_into_run};
 use crate::sys::file_kind::FileKind;
 use crate::sys::tree::Tree;
+use crate::transfer::checksum::sha256_of;
 use crate::volume::layout;
 
 /// Returns whether programs in the jail read `text` only if the image's file is replaced. `own_run` is true if the jail
@@ -146,7 +146,7 @@ impl Replaced {
         let saved = self.directory()?;
         saved.replace(NEW, text)?;
         let inode = saved.look(NEW)?.map_or(0, |found| found.st_ino);
-        saved.replace(RECORD, format!("{inode} {}", digest(text)).as_bytes())?;
+        saved.replace(RECORD, format!("{inode} {}", sha256_of(text)).as_bytes())?;
         self.etc.keeping_times(|| {
             if self.etc.look("resolv.conf")?.is_some() {
                 self.etc.rename_to("resolv.conf", &saved, ORIGINAL)?;
@@ -230,12 +230,8 @@ impl Replaced {
         as_made(&found)
             && record
                 .strip_prefix(inode.as_bytes())
-                .is_some_and(|sum| self.etc.read(name, LIMIT).is_ok_and(|text| digest(&text).as_bytes() == sum))
+                .is_some_and(|sum| self.etc.read(name, LIMIT).is_ok_and(|text| sha256_of(&text).as_bytes() == sum))
     }
-}
-
-fn digest(text: &[u8]) -> String {
-    format!("{:x}", sha2::Sha256::digest(text))
 }
 
 #[cfg(test)]

@@ -8,7 +8,6 @@ use std::sync::mpsc::sync_channel;
 use md5::{Digest, Md5};
 use reqwest::header::{ETAG, HeaderMap, HeaderName};
 use ring::digest;
-use sha2::Sha256;
 
 use crate::error::{Attempt, Result};
 use crate::job::variables::{Checked, Reader};
@@ -50,13 +49,16 @@ impl Expected {
 /// Checksums of the bytes read so far.
 pub(crate) struct Sums {
     md5: Option<Md5>,
-    sha256: Option<Sha256>,
+    sha256: Option<digest::Context>,
 }
 
 impl Sums {
     /// Computes those that are expected.
     pub(crate) fn of(expected: &Expected) -> Self {
-        Self { md5: expected.md5.as_ref().map(|_| Md5::new()), sha256: expected.sha256.as_ref().map(|_| Sha256::new()) }
+        Self {
+            md5: expected.md5.as_ref().map(|_| Md5::new()),
+            sha256: expected.sha256.as_ref().map(|_| digest::Context::new(&digest::SHA256)),
+        }
     }
 
     /// Computes the MD5 too, which a server may announce.
@@ -80,14 +82,14 @@ impl Sums {
             md5.reset();
         }
         if let Some(sha256) = &mut self.sha256 {
-            sha256.reset();
+            *sha256 = digest::Context::new(&digest::SHA256);
         }
     }
 
     /// Compares them; the error names the one that differs.
     pub(crate) fn check(&self, expected: &Expected) -> std::result::Result<(), String> {
         let md5 = self.md5.clone().map(|sum| format!("{:x}", sum.finalize()));
-        let sha256 = self.sha256.clone().map(|sum| format!("{:x}", sum.finalize()));
+        let sha256 = self.sha256.clone().map(|sum| hex(&sum.finish()));
         for (kind, sum, expected) in [("MD5", md5, &expected.md5), ("SHA-256", sha256, &expected.sha256)] {
             if let (Some(sum), Some(expected)) = (sum, expected)
                 && !expected.eq_ignore_ascii_case(&sum)
@@ -97,6 +99,15 @@ impl Sums {
         }
         Ok(())
     }
+}
+
+/// SHA-256 of `text`, in hexadecimal.
+pub(crate) fn sha256_of(text: &[u8]) -> String {
+    hex(&digest::digest(&digest::SHA256, text))
+}
+
+fn hex(sum: &digest::Digest) -> String {
+    sum.as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Pieces of a file that wait for the second checksum.
@@ -122,8 +133,7 @@ pub(crate) fn sums_of(work: &Work, file: &File, what: &str) -> Result<(String, S
         })?;
         drop(pieces);
         let sha256 = hashing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        let sha256 = sha256.as_ref().iter().fold(String::new(), |text, byte| format!("{text}{byte:02x}"));
-        Ok((format!("{:x}", md5.finalize()), sha256))
+        Ok((format!("{:x}", md5.finalize()), hex(&sha256)))
     })
 }
 

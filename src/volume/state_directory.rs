@@ -6,7 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Component, Path, PathBuf};
 
-use sha2::Digest;
+use ring::digest::{SHA256, digest};
 
 use crate::error::{Attempt, Result};
 
@@ -33,9 +33,9 @@ pub fn name_for(path: &Path) -> String {
         }
     }
     if escaped.len() > LONGEST_NAME {
-        let digest = sha2::Sha256::digest(&escaped);
+        let digest = digest(&SHA256, escaped.as_bytes());
         escaped.drain(..escaped.len() - LONGEST_NAME / 2);
-        for byte in &digest[..8] {
+        for byte in &digest.as_ref()[..8] {
             let _ = write!(escaped, "_{byte:02x}");
         }
     }
