@@ -5,10 +5,10 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 
 use ring::rand::{SecureRandom, SystemRandom};
-use rustix::fs::{AtFlags, FileType, Stat, StatxFlags};
+use rustix::fs::{FileType, Stat};
 
 use crate::error::{Attempt, Error, Result};
-use crate::sys::tree::Tree;
+use crate::sys::tree::{Tree, inode_and_birth};
 
 /// Prefix of the stage's name: a directory in the one that is changed, for renamed directories until they have their
 /// place and for new files until they are complete. A random number follows, so that neither source nor session has it.
@@ -188,13 +188,12 @@ impl Progress {
 
 /// Identifies a directory, also after a reboot, which may change the number of its device.
 fn identity(root: &Tree) -> io::Result<String> {
-    let found = rustix::fs::statx(root, "", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS | StatxFlags::BTIME)?;
-    let made = if found.stx_mask & StatxFlags::BTIME.bits() == 0 {
-        format!("{}:{}", found.stx_dev_major, found.stx_dev_minor)
-    } else {
-        format!("{}.{:09}", found.stx_btime.tv_sec, found.stx_btime.tv_nsec)
-    };
-    Ok(format!("{},{made}", found.stx_ino))
+    let (inode, made) = inode_and_birth(root)?;
+    let device = rustix::fs::fstat(root)?.st_dev;
+    Ok(match made {
+        (0, 0) => format!("{inode},{}:{}", rustix::fs::major(device), rustix::fs::minor(device)),
+        (seconds, nanoseconds) => format!("{inode},{seconds}.{nanoseconds:09}"),
+    })
 }
 
 /// Name of the stage that an interrupted application left in `root`, if there is one.
