@@ -179,7 +179,7 @@ impl Ending {
                 let _ = nix::sys::signal::killpg(entry.group, signal);
                 self.sweeps
             });
-            // A process in a group that an earlier sweep has killed was forked since, so it is signalled by itself.
+            // A process whose group was killed in an earlier sweep was forked after that; it gets the signal alone.
             if sweep == self.sweeps || signal != Signal::SIGKILL {
                 return;
             }

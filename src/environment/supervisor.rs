@@ -486,7 +486,7 @@ impl<F: FnOnce()> Supervisor<F> {
         let (Some(files), Some(groundwork)) = (&self.files, self.groundwork.take()) else { return Ok(Event::Broken) };
         if files.stands(EXITING)? {
             let error = Error::new(format!("open {} again", files.path().display()))
-                .because(format!("'{EXITING}' exists: its environment has ended and the image may be being packed"))
+                .because(format!("'{EXITING}' exists: its environment has ended, and packing may have begun"))
                 .advise("start a new job, which has to remove 'exiting' before it creates 'ready'");
             // Forget the parent, so that the verdict file of the ended environment is not changed.
             self.files = None;

@@ -262,7 +262,7 @@ fn missing(what: &str, path: Option<&str>, boot: &[String], modules: &[Modules])
         let _ = write!(holds, ", and there is /{kernel}");
     }
     let is_there = |name: &String| path.and_then(|path| path.strip_prefix("boot/")) == Some(name);
-    let odd = if boot.iter().any(is_there) { "it is no regular file; " } else { "" };
+    let odd = if boot.iter().any(is_there) { "it is not a regular file; " } else { "" };
     Error::new(format!("find {what} in the image")).because(format!("{odd}/boot holds {holds}")).advise(
         "name files of /boot with --kernel and --initrd (in a pod KERNEL_FILENAME and INITRD_FILENAME); auto also looks in /lib/modules, \
          when all work is done",

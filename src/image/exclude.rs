@@ -117,7 +117,7 @@ pub(crate) fn escaped(path: &Path) -> Vec<u8> {
 /// Longest line of mksquashfs's exclude file in bytes, with a margin.
 const LONGEST_LINE: usize = 16_000;
 
-/// An exclude file for mksquashfs (`-ef`) with the escaped paths, and arguments for paths that cannot be a line of it.
+/// Exclude file for mksquashfs (`-ef`) with the escaped paths, and arguments for paths that such a file cannot hold.
 pub(crate) fn listed<'a>(paths: impl IntoIterator<Item = &'a Path>) -> (Vec<u8>, Vec<std::ffi::OsString>) {
     let (mut list, mut arguments) = (Vec::new(), Vec::new());
     for path in paths {

@@ -360,7 +360,7 @@ impl<'a> Ims<'a> {
         let text = whole(response, LONGEST_TOKEN).await?;
         let answer: TokenAnswer = serde_json::from_slice(&text).unwrap_or_default();
         let Some(bearer) = answer.access_token else {
-            return Err(Fault::Final(Error::new(attempted).because("the answer holds none")));
+            return Err(Fault::Final(Error::new(attempted).because("the answer has no access_token")));
         };
         if !is_header_word(&bearer) {
             let why = "the one in the answer holds spaces, newlines or other bytes that no header may hold";

@@ -288,7 +288,7 @@ fn log_kept(paths: &[PathBuf]) {
 /// Puts the container's resolv.conf into the image. A full or read-only image is entered without it.
 fn replace(image_root: &Tree, text: &[u8]) -> Result<Option<Replaced>> {
     match ENVIRONMENT.replace(image_root, text) {
-        // Another program has entered this image root and replaced the file; share that.
+        // Another run on this image root has replaced the file already: its replacement serves this jail too.
         Err(e) if e.kind() == ErrorKind::ResourceBusy => Ok(None),
         Err(e)
             if matches!(

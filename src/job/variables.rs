@@ -322,7 +322,7 @@ pub const VARIABLES: &[Variable] = &[
     },
     Variable {
         name: "CA_CERT",
-        format: "a PEM file with certificates of further authorities; ignored if it does not exist",
+        format: "a PEM file of additional CA certificates; ignored if it does not exist",
         default: "none",
         readers: &[Publishing, Recipe],
     },

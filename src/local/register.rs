@@ -34,7 +34,7 @@ const KEPT_ENTRY: &str = ".ims-sshd.entry";
 /// State of changes that are kept.
 pub(crate) const KEPT: &str = "kept";
 
-/// State of kept changes of which not all are applied to their directory yet.
+/// State of kept changes that are only partly applied to their directory.
 pub(crate) const HALF_APPLIED: &str = "half-applied";
 
 /// State of a run that was killed.

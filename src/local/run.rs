@@ -40,14 +40,14 @@ use crate::volume::open_tree;
 use crate::volume::signal_files::SignalFiles;
 use crate::volume::state_directory::name_for;
 
-/// Use of changes that are not discarded.
+/// What happens to the changes at the end of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
     /// Publishes the image in a store.
     Published,
     /// Applies them to the source, a directory.
     Applied,
-    /// Discards them all the same: the person only looks.
+    /// Discards them even so: the session was only for looking.
     Discarded,
 }
 
@@ -197,7 +197,7 @@ impl Run {
         Some(Error::new(format!("open {}", self.shown())).because(format!("it is open as {name}")).advise(ending))
     }
 
-    /// Claims the work directory. Warns a person who only looks of changes that do not appear.
+    /// Claims the work directory. Warns that kept changes do not appear in a session that is only for looking.
     fn claim(&self, source: &Source, all: &Path) -> Result<WorkDirectory> {
         let name = name_of(source, &self.source);
         if self.end != End::Discarded {

@@ -309,7 +309,7 @@ fn find(named: &Path) -> Result<Target> {
         return Ok(Target::Parent(path));
     }
     Err(Error::new(format!("find '{}'", named.display()))
-        .because("no run on this machine has this name, and it is no directory")
+        .because("no run on this machine has this name, and it is not a directory")
         .advise("'ims-sshd status' without a name lists all that are open"))
 }
 
@@ -397,7 +397,7 @@ fn report_of(parent: &Path) -> Result<Value> {
     Ok(report)
 }
 
-/// Asks the supervisor with this state directory; none if there is none, or if it does not answer in time.
+/// Asks the supervisor with this state directory for its report; `None` if no supervisor answers in time.
 fn ask_at(state: &Path) -> Option<Value> {
     let packets = Packets::connect(&state.join(SOCKET)).ok()?;
     packets.send(&Packet::Status.to_bytes()).ok()?;

@@ -21,7 +21,7 @@ use crate::transfer::network::Network;
 /// Settings for fetching and publishing an image.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// The job; IMS itself finds an unknown action in the sidecar's report.
+    /// The job. Its action may be missing or unknown: only the sidecar needs one, and reports that to IMS.
     pub(crate) job: Job,
     /// `IMAGE_ROOT_ARCHIVE_NAME`: the new image's name.
     pub(crate) name: String,

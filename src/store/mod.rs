@@ -152,7 +152,8 @@ impl Store {
         tried.map(|()| None).map_err(|e| Error::new(attempted()).because(cause(&e)))
     }
 
-    /// The same while a person waits: only warns of a failure that may have passed when the image is uploaded.
+    /// Like [`Store::check`], but gives up soon, since a person waits. A failure that may be over when the image is uploaded
+    /// is only a warning.
     pub(crate) async fn check_soon(settings: &Place, network: &Network) -> Result<()> {
         let url = settings.url.as_deref().unwrap_or_default();
         if named_directory(url).is_some() {

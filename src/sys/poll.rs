@@ -17,8 +17,8 @@ fn timespec(limit: Duration) -> Timespec {
     Timespec { tv_sec: limit.as_secs().cast_signed(), tv_nsec: limit.subsec_nanos().into() }
 }
 
-/// Sources of an event loop, each registered once with its event. Readable itself while one of them is ready, so that a
-/// part of a program can have its own sources and be a single source of the whole.
+/// Sources of an event loop, each registered once with its event. The set itself is readable while a source in it is
+/// ready: a part of the program can have its own set, and register that as one source of the main loop.
 #[derive(Debug)]
 pub(crate) struct Sources<E> {
     epoll: OwnedFd,

@@ -316,7 +316,7 @@ impl Tree {
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
         let mode = Mode::from_raw_mode(0o644);
         let mut file = File::from(parent.open_at(&temporary, flags, mode)?);
-        // Sets what the umask or an ACL of the directory has taken away.
+        // Restores mode bits that the umask or a default ACL of the directory removed.
         let written = rustix::fs::fchmod(&file, mode)
             .map_err(Into::into)
             .and_then(|()| file.write_all(text))

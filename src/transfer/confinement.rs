@@ -279,7 +279,7 @@ impl<'a> Confined<'a> {
                 static TOLD: OnceLock<()> = OnceLock::new();
                 TOLD.get_or_init(|| {
                     tracing::info!(
-                        "programs that pack and unpack are not confined to their own files: no Landlock: {e}"
+                        "Landlock is not available, so programs that pack and unpack can reach all files: {e}"
                     );
                 });
                 return Ok(None);

@@ -265,7 +265,7 @@ fn an_environment_that_has_ended_is_not_opened_again() {
     assert_eq!(environment.complete(), 0);
     let again = environment.volume.entrypoint(Mode::Jailed, &[]).stderr(Stdio::piped()).output().unwrap();
     assert_eq!(again.status.code(), Some(1));
-    assert!(text(&again.stderr).contains("its environment has ended and the image may be being packed"));
+    assert!(text(&again.stderr).contains("its environment has ended, and packing may have begun"));
 }
 
 /// Message in the log, variables, preparation, exit code.

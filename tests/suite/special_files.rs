@@ -152,7 +152,7 @@ fn a_special_file_of_an_image_is_never_opened_outside_the_jail() {
             let is_missing = ["boot/vmlinuz", "boot/initrd"].contains(file);
             let said = text(&packed.stderr);
             assert_eq!(packed.status.success(), !is_missing, "{said}");
-            assert!(!is_missing || said.contains(&format!("/{file} in the image: it is no regular file")), "{said}");
+            assert!(!is_missing || said.contains(&format!("/{file} in the image: it is not a regular file")), "{said}");
             assert!(!is_opened(), "'package' opened it");
         },
     );
