@@ -260,7 +260,7 @@ impl Extension {
     fn take(&mut self, kind: u8, content: &[u8]) {
         match kind {
             b'L' | b'K' => self.long[usize::from(kind == b'K')] = Some(up_to_nul(content).to_vec()),
-            // Globally there are no names.
+            // A global header applies to all members, so it names none.
             b'g' => {}
             _ => records(content, |key, value| match key {
                 b"path" => self.path = Some(value.to_vec()),

@@ -423,7 +423,7 @@ fn is_precise(root: &Tree) -> std::result::Result<(), String> {
         return Ok(());
     }
     let known: Vec<_> = PRECISE.iter().map(|(_, name)| *name).collect();
-    Err(format!("times of change are relied on only on {}", known.join(", ")))
+    Err(format!("the packer relies on times of change only on {}", known.join(", ")))
 }
 
 #[cfg(test)]

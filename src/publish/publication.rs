@@ -526,7 +526,7 @@ impl Publication<'_> {
             }
         }
         let aborted = self.sender(store).abort();
-        // The rootfs says whose the objects are, and is deleted last.
+        // The rootfs is deleted last: its metadata tells a later run that the objects are this job's.
         let deleted = KEYS.iter().rev().try_for_each(|key| {
             let key = format!("{id}/{key}");
             self.wait(&format!("delete {}", store.url_of(&key)), store.delete(&key))

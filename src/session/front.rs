@@ -183,9 +183,9 @@ impl Terminal {
         }
     }
 
-    /// Takes the terminal back for a shell outside, but only while the jail has it: in the background it is that
-    /// shell's. A session leader leaves it lent, so that at its end the kernel hangs up what still runs in the
-    /// foreground inside, as after a plain login.
+    /// Takes the terminal back for the shell outside, unless that shell has it already because this process is in the
+    /// background. A session leader does not take it back: when it ends, the kernel hangs up the jail's foreground
+    /// group, as after a plain login.
     fn take_back(&mut self) {
         if !self.leader {
             self.show_in_front(getpgrp());
