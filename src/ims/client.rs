@@ -412,7 +412,7 @@ fn made_by(list: &[u8], request: &Id, look: impl FnMut() -> bool) -> serde_json:
     serde_json::Deserializer::from_slice(list).deserialize_seq(Records(request, look))
 }
 
-/// Reads a record; an answer that is none is a transient error.
+/// Parses a record. An answer without one is a transient error.
 fn record_of<R: DeserializeOwned>(text: &[u8]) -> Tried<R> {
     serde_json::from_slice(text).map_err(|cause| {
         let cause: String = cause.to_string().chars().take(MOST_QUOTED).collect();
