@@ -107,7 +107,7 @@ pub(crate) fn sha256_of(text: &[u8]) -> String {
 }
 
 fn hex(sum: &digest::Digest) -> String {
-    sum.as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
+    sum.as_ref().iter().fold(String::new(), |text, byte| format!("{text}{byte:02x}"))
 }
 
 /// Pieces of a file that wait for the second checksum.
