@@ -263,6 +263,7 @@ fn has_stage(tree: &Path) -> bool {
 
 #[test]
 fn directory_below_an_overlay_is_not_changed_by_another_run() {
+    const CLAIMED: &str = "another build environment is open on it; ";
     let dir = directory();
     let tree = tree(dir.path());
     let mut first = ims_sshd(&CUSTOMIZE, &[]);
@@ -270,7 +271,6 @@ fn directory_below_an_overlay_is_not_changed_by_another_run() {
     let mut first = Ended::new(first.spawn().unwrap());
     let mut said = [0; 5];
     std::io::Read::read_exact(first.stdout.as_mut().unwrap(), &mut said).unwrap();
-    const CLAIMED: &str = "another build environment is open on it; ";
     for (command, reason) in [
         (&["enter", "tree", "--", "true"][..], CLAIMED),
         (&["customize", "tree", "--in-place", "--work", "other"], CLAIMED),
