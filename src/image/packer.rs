@@ -8,6 +8,7 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::FileExt;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
@@ -25,9 +26,9 @@ use crate::printable::listed;
 use crate::squashfs::gather::{Choice, Gathered, gather_with, opener};
 use crate::squashfs::{self, Compression, Content, Failure, Fault, Inventory, Method, Options, Reader, Summary};
 use crate::sys::tree::Tree;
-use crate::transfer::Work;
 use crate::transfer::confinement::Confined;
 use crate::transfer::progress::{Progress, Written};
+use crate::transfer::{Work, too_large};
 
 /// First argument of the child.
 const CHILD: &str = "pack-as-child";
@@ -103,6 +104,9 @@ pub(crate) fn pack(
     let output = work.run(&mut child, Some(&confined), look)?;
     drop(shown);
     let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    if output.status.signal() == Some(libc::SIGXFSZ) {
+        return Err(Error::new(attempted).because(too_large(Some(confined.limits.file))));
+    }
     if !output.status.success() {
         let (why, advice) = said.split_once(ADVICE).unwrap_or((&said, ""));
         let error = Error::new(attempted).because(if why.is_empty() { output.status.to_string() } else { why.into() });

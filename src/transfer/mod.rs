@@ -383,7 +383,7 @@ impl Work {
         let lines: Vec<_> = said.lines().collect();
         let mut last = lines[lines.len().saturating_sub(3)..].join(", ");
         if output.status.signal() == Some(libc::SIGXFSZ) {
-            last = "a file in it is larger than 2 TB".into();
+            last = too_large(confined.map(|confined| confined.limits.file));
         }
         Err(Error::new(attempted).because(if last.is_empty() { output.status.to_string() } else { last }))
     }
@@ -397,6 +397,20 @@ impl Work {
             Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
             Err(e) => Err(e.into()),
         }
+    }
+}
+
+/// Why a program was killed by SIGXFSZ: a file became larger than `limit` bytes, or than this process's own limit.
+pub(crate) fn too_large(limit: Option<u64>) -> String {
+    let own = rustix::process::getrlimit(rustix::process::Resource::Fsize);
+    // A confined program gets the hard limit.
+    let inherited = if limit.is_some() { own.maximum } else { own.current };
+    match (inherited, limit) {
+        (Some(bytes), limit) if limit.is_none_or(|limit| bytes < limit) => format!(
+            "a file would be larger than {bytes} bytes, the limit that this program was started with; raise it (ulimit \
+             -f, LimitFSIZE= of a service)"
+        ),
+        (_, limit) => format!("a file in it is larger than {} bytes", limit.unwrap_or(u64::MAX)),
     }
 }
 

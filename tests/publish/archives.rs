@@ -437,3 +437,27 @@ open(sys.argv[2], 'wb').write(tar_of([('two', 'file', '2')]))"
         refused(&parent, &archive.display().to_string(), program);
     }
 }
+
+#[test]
+fn limit_of_file_sizes_is_named_when_an_unpacker_or_packer_hits_it() {
+    let (dir, tree, _) = packed_image();
+    std::fs::write(tree.join("large"), feed(Command::new("head").args(["-c", "2M", "/dev/urandom"]), b"").stdout)
+        .unwrap();
+    let archive = dir.path().join("large.tar");
+    succeed(Command::new("tar").arg("-cf").arg(&archive).arg("-C").arg(&tree).arg("."));
+    let (tree, archive) = (tree.to_str().unwrap(), archive.to_str().unwrap());
+    let parent = dir.path().join("parent").display().to_string();
+    let packed = dir.path().join("packed.sqsh").display().to_string();
+    let pack = ["package", "--kernel", "auto", "--archive", &packed, tree];
+    for (packer, arguments) in [("", &["prepare", &parent, archive][..]), ("mksquashfs", &pack), ("ims-sshd", &pack)] {
+        let mut command = Command::new("prlimit");
+        command.arg("--fsize=1000000").arg(&*IMS_SSHD).args(arguments).current_dir(dir.path());
+        if !packer.is_empty() {
+            command.env("IMAGE_PACKER", packer);
+        }
+        let output = command.output().unwrap();
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {output:?}");
+        assert!(said.contains("larger than 1000000 bytes") && said.contains("ulimit -f"), "{packer}: {said}");
+    }
+}
