@@ -216,7 +216,7 @@ fn order(image_root: &Tree, packing: &Packing, excluded: &[PathBuf]) -> Order {
     Order {
         compression: packing.compression,
         epoch: packing.epoch,
-        memory: memory(),
+        memory: all_memory().map_or(MEMORY.0, |all| all / MEMORY.1),
         left_out: excluded.to_vec(),
         emptied: emptied.into_iter().map(|(name, _)| name.into()).collect(),
         modes: kiwi.into_iter().collect(),
