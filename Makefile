@@ -15,7 +15,7 @@ AS_ROOT := $(if $(SUDO),--config "target.'cfg(all())'.runner='sudo -E'")
 # Debian's names. tests/install-packages knows those of rpm systems, for the first of these lists.
 RUN_PACKAGES := openssh-server openssh-client openssh-sftp-server squashfs-tools
 DEMO_PACKAGES := mmdebstrap busybox-static cpio
-TEST_PACKAGES := $(RUN_PACKAGES) $(DEMO_PACKAGES) rsync python3-paramiko strace bindfs \
+TEST_PACKAGES := $(RUN_PACKAGES) $(DEMO_PACKAGES) squashfs-tools-ng rsync python3-paramiko strace bindfs \
 	acl attr fish git less libcap2-bin man-db screen sshfs sudo tmux vim zsh \
 	qemu-user-static rpm musl-tools \
 	podman runc catatonit ansible curl python3-venv bzip2 xz-utils zstd openssl

@@ -84,6 +84,44 @@ fn an_unchanged_tree_is_taken_over_as_a_whole() {
     }
 }
 
+/// Another implementation of the format, squashfs-tools-ng, reads our images as we do, and writes sources for us.
+#[test]
+fn images_are_exchanged_with_squashfs_tools_ng() {
+    let (dir, root) = drawn(16);
+    // A tar archive holds no sockets.
+    succeed(Command::new("find").arg(&root).args(["-type", "s", "-delete"]));
+    let path = |name: &str| dir.path().join(name);
+    let (image, again, tar) = (path("image"), path("again"), path("tar"));
+    let options = crate::snapshot::options(ims_sshd::squashfs::Compression::Zstd, 4096);
+    pack(&root, &image, &options);
+    let script = "sqfs2tar --root-becomes . \"$0\" > \"$1\" && mkdir \"$2\" && \
+                  tar --extract --xattrs --xattrs-include='*' --numeric-owner --same-owner -p -C \"$2\" -f \"$1\"";
+    succeed(Command::new("sh").args(["-c", script]).args([&image, &tar, &path("unpacked")]));
+    assert_same(&of_tree(&root), &of_tree(&path("unpacked")), "sqfs2tar");
+    for compression in ["gzip", "zstd", "xz"] {
+        for block_size in ["4096", "131072"] {
+            let _ = fs::remove_file(&image);
+            let mut command = Command::new("sh");
+            command.args(["-c", "tar2sqfs -q -c \"$0\" -b \"$1\" \"$2\" < \"$3\"", compression, block_size]);
+            succeed(command.arg(&image).arg(&tar));
+            is_taken(&root, &image, &again, &format!("tar2sqfs {compression} {block_size}"));
+            let _ = fs::remove_file(&image);
+            let mut command = Command::new("gensquashfs");
+            command.args(["-q", "-k", "-x", "-c", compression, "-b", block_size, "--pack-dir"]);
+            succeed(command.arg(&root).arg(&image));
+            is_taken(&root, &image, &again, &format!("gensquashfs {compression} {block_size}"));
+        }
+    }
+}
+
+/// Asserts that a source of the tree is taken over as a whole, and that the kernel shows the tree.
+fn is_taken(root: &Path, source: &Path, image: &Path, what: &str) {
+    let (inventory, unchanged, options) = inventory(source, root);
+    let summary = pack_from(root, Some((&inventory, &unchanged)), image, &options);
+    assert_eq!(summary.files_read, 0, "{what}");
+    assert_same(&of_tree(root), &of_image(image, &image.with_extension("mounted")), what);
+}
+
 #[test]
 fn a_source_of_another_compression_or_block_size_is_not_taken_over() {
     let (dir, root) = drawn(13);
