@@ -264,6 +264,10 @@ fn takes_over_what_is_unchanged(open: &str) {
     assert!(first == fs::read(prepared.packed()).unwrap(), "the same tree gives the same bytes");
     assert_eq!(taken(&prepared.package(&["--from-scratch"])), 0);
     is_packed(&prepared.root(), &prepared.packed());
+    // Nobody knows a source of the directory alone.
+    let alone = prepared.dir.path().join("alone.sqsh");
+    run(&["package", "--archive", alone.to_str().unwrap(), prepared.root().to_str().unwrap()], &[]);
+    assert!(fs::read(alone).unwrap() == fs::read(prepared.packed()).unwrap(), "from scratch is without a source");
     assert_eq!(taken(&prepared.package(&["--compression", "zstd"])), 0);
     is_packed(&prepared.root(), &prepared.packed());
 }
