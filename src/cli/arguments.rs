@@ -107,6 +107,9 @@ pub(super) enum Command {
         #[command(flatten)]
         servers: ServerOptions,
     },
+    /// Build an image from a recipe on this machine and publish it
+    #[command(after_help = recipe::CREATE_EXAMPLES)]
+    Create(CreateArguments),
     /// Fetch a recipe and fill in its templates
     #[command(after_help = recipe::FETCH_EXAMPLES)]
     FetchRecipe(recipe::FetchArguments),
@@ -400,6 +403,53 @@ pub(super) struct CustomizeArguments {
 
 /// Options of `customize` for people who log in.
 const OVER_SSH: [&str; 5] = ["port", "listen", "authorized_key", "plain", "host_script"];
+
+#[derive(Args)]
+pub(super) struct CreateArguments {
+    /// A recipe: URL (https, s3), tar archive (plain, gzip, bzip2, xz, zstd) or directory
+    pub(super) recipe: String,
+    /// Publish the new image to this store: a directory, or s3://BUCKET
+    #[arg(long, value_name = "STORE")]
+    pub(super) output: String,
+    #[command(flatten)]
+    pub(super) values: recipe::ValueOptions,
+    #[command(flatten)]
+    pub(super) profiles: recipe::ProfileOptions,
+    /// Architecture of the image: x86_64 or aarch64 [variable: BUILD_ARCH] [default: this machine's]
+    #[arg(long, value_name = "NAME")]
+    pub(super) arch: Option<String>,
+    /// Certificate of the site's authority, in PEM [default: /etc/cray/ca/certificate_authority.crt, if it exists]
+    #[arg(long, value_name = "FILE")]
+    pub(super) authority: Option<PathBuf>,
+    #[command(flatten)]
+    pub(super) keys: recipe::KeyOptions,
+    /// Seconds to wait for repositories [variable: TIMEOUT] [default: 500]
+    #[arg(long, value_name = "SECONDS")]
+    pub(super) timeout: Option<String>,
+    /// Directory for what is built, until it is published [default: /var/lib]
+    #[arg(long, value_name = "DIRECTORY")]
+    pub(super) work: Option<PathBuf>,
+    #[command(flatten)]
+    pub(super) checksum: ChecksumOptions,
+    #[command(flatten)]
+    pub(super) packing: CreatedPacking,
+    #[command(flatten)]
+    pub(super) image: ImageOptions,
+    #[command(flatten)]
+    pub(super) parameters: ParametersOption,
+}
+
+/// Options for packing an image that has no source.
+#[derive(Args)]
+#[command(next_help_heading = "Packing")]
+pub(super) struct CreatedPacking {
+    /// Compression of the squashfs [variable: IMAGE_COMPRESSION] [default: gzip]
+    #[arg(long, value_name = "ALGORITHM", value_parser = packing::COMPRESSIONS)]
+    pub(super) compression: Option<String>,
+    /// Omit matching paths, and everything below a matching directory; see 'ims-sshd package'. May be repeated
+    #[arg(long, value_name = "PATTERN", value_parser = exclude::Pattern::parse)]
+    pub(super) exclude: Vec<exclude::Pattern>,
+}
 
 #[derive(Args)]
 pub(super) struct EnterArguments {

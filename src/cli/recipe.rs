@@ -30,6 +30,10 @@ pub(super) const BUILD_EXAMPLES: &str = "Examples:
   ims-sshd build
   ims-sshd build --profile kernel ./work ./out";
 
+pub(super) const CREATE_EXAMPLES: &str = "Examples:
+  ims-sshd create ./recipe --set MIRROR=https://deb.debian.org/debian --set SUITE=bookworm --output ./out
+  ims-sshd create ./recipe.tgz --values ./values.json --profile kernel --output s3://boot-images";
+
 #[derive(Args)]
 pub(super) struct FetchArguments {
     /// Directory in which to create the recipe; omitted if only SOURCE is given
@@ -146,18 +150,24 @@ pub(super) struct BuildArguments {
     /// Certificate of the site's authority, in PEM [default: /etc/cray/ca/certificate_authority.crt, if it exists]
     #[arg(long, value_name = "FILE")]
     authority: Option<PathBuf>,
+    #[command(flatten)]
+    keys: KeyOptions,
+}
+
+#[derive(Args)]
+pub(super) struct KeyOptions {
     /// A key that packages or repositories are signed with, besides those in /signing-keys and /etc/cray/signing-keys.
     /// May be repeated
     #[arg(long, value_name = "FILE")]
-    signing_key: Vec<PathBuf>,
+    pub(super) signing_key: Vec<PathBuf>,
 }
 
 pub(super) fn build(arguments: BuildArguments, log: Result<()>) -> Result<u8> {
-    let BuildArguments { recipe, image_root_parent, profiles, ca_rpm, authority, signing_key } = arguments;
+    let BuildArguments { recipe, image_root_parent, profiles, ca_rpm, authority, keys } = arguments;
     let variables = variables([]);
     let settings = log.and_then(|()| Settings::read(image_root_parent, variables.clone()));
     let settings = settings.inspect_err(|_| outcome::report_refusal(variables))?;
     let recipe = recipe.unwrap_or_else(recipe_directory);
     let profiles = profiles.profile;
-    kiwi::run(&settings, &kiwi::Wanted { recipe, profiles, ca_rpm, authority, signing_keys: signing_key })
+    kiwi::run(&settings, &kiwi::Wanted { recipe, profiles, ca_rpm, authority, signing_keys: keys.signing_key })
 }

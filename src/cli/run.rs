@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use clap::CommandFactory;
 
 use crate::cli::arguments::{
-    Arguments, Command, CustomizeArguments, EnterArguments, JobOptions, Named, SidecarArguments, refuse_late_options,
+    Arguments, Command, CreateArguments, CustomizeArguments, EnterArguments, JobOptions, Named, SidecarArguments,
+    refuse_late_options,
 };
 use crate::cli::options::variables;
 use crate::cli::recipe;
@@ -14,17 +15,19 @@ use crate::environment::supervisor;
 use crate::error::{Attempt, Error, Result};
 use crate::job::DEFAULT_PARENT;
 use crate::local::command_line::CommandLine;
+use crate::local::create;
 use crate::local::customize::{self, Customization};
 use crate::local::enter::{self, Answer, Entry};
 use crate::local::run::{End, Reports, Run};
 use crate::local::script::Script;
 use crate::local::status::{self, Shown};
-use crate::local::{steps, work_directory};
+use crate::local::{names, steps, work_directory};
 use crate::log::format;
 use crate::manual;
 use crate::pod::sidecar::{self, Places};
 use crate::publish::settings as publishing;
 use crate::publish::source::{self, Source};
+use crate::recipe::repositories;
 use crate::sys::named;
 use crate::transfer::without_query;
 use crate::verdict::Verdict;
@@ -67,6 +70,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
             steps::prepare(&settings, &source, open, fresh)
         }
         Command::Sidecar(arguments) => run_sidecar(arguments, log),
+        Command::Create(arguments) => run_create(arguments),
         Command::FetchRecipe(arguments) => recipe::fetch(arguments, log),
         Command::WaitForRepos(arguments) => recipe::wait(arguments, log),
         Command::CaRpm(arguments) => recipe::ca_rpm(&arguments, log),
@@ -191,6 +195,36 @@ fn run_enter(mut arguments: EnterArguments) -> Result<u8> {
     let end = arguments.discard.then_some(End::Discarded);
     let run = local_run(arguments.job, arguments.source, end, line)?;
     enter::run(Run { discards: arguments.discard, ..run }, &entry)
+}
+
+fn run_create(arguments: CreateArguments) -> Result<u8> {
+    let work = arguments.work.unwrap_or_else(|| "/var/lib".into());
+    let work = std::path::absolute(&work).attempt(|| format!("find {}", work.display()))?;
+    let name = names::of_source(&arguments.recipe);
+    let options = arguments.image.named_by(&arguments.recipe).variables_or_auto().into_iter();
+    let options = options.chain(arguments.parameters.variables()).chain(arguments.checksum.variables());
+    let options = options.chain([
+        ("IMAGE_COMPRESSION", arguments.packing.compression),
+        ("IMAGE_STORE", Some(arguments.output)),
+        ("BUILD_ARCH", arguments.arch),
+        ("TIMEOUT", arguments.timeout),
+        ("IMS_ACTION", Some("create".into())),
+        // On one machine there is no job.
+        ("IMS_JOB_ID", Some(String::new())),
+    ]);
+    let variables = variables(options);
+    let limit = repositories::limit(variables.clone())?;
+    let settings = publishing::Settings::read(Some(work.join(create::DIRECTORY).join(name)), variables)?;
+    create::run(&create::Creation {
+        source: arguments.recipe,
+        values: (arguments.values.values, arguments.values.set),
+        profiles: arguments.profiles.profile,
+        limit,
+        authority: arguments.authority,
+        signing_keys: arguments.keys.signing_key,
+        exclude: arguments.packing.exclude,
+        settings,
+    })
 }
 
 /// The run on `source`. The changes to a directory without an output end as `end` says; without an `end` the directory

@@ -5,6 +5,7 @@ pub(crate) mod apply_checks;
 pub(crate) mod apply_progress;
 pub(crate) mod claim;
 pub mod command_line;
+pub mod create;
 pub mod customize;
 pub mod directory;
 pub(crate) mod drop;

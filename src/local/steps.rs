@@ -239,6 +239,19 @@ pub fn package(
     exclude: &[Pattern],
     changes: Option<&Path>,
 ) -> Result<u8> {
+    let archive = pack(settings, named, archive, exclude, changes)?;
+    say(&format!("{archive}\n"));
+    Ok(0)
+}
+
+/// Packs an image root, and returns the archive's path.
+pub(crate) fn pack(
+    settings: &Settings,
+    named: Option<&Path>,
+    archive: Option<&Path>,
+    exclude: &[Pattern],
+    changes: Option<&Path>,
+) -> Result<String> {
     let place = Place::of(settings, named, archive)?;
     place.archive().check_place("the archive")?;
     packed::refuse_source(place.files.parent(), &place.archive(), settings)?;
@@ -272,8 +285,7 @@ pub fn package(
     if let Some(file) = changes {
         write_changes(&work, place.files.parent(), &place.image_root, file)?;
     }
-    say(&format!("{}\n", place.archive().shown()));
-    Ok(0)
+    Ok(place.archive().shown())
 }
 
 /// Uploads a packed image with its boot files, and registers it if there is an IMS.

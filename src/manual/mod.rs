@@ -37,6 +37,8 @@ const BUILT: &[Entry] = &[
     ("IMAGE_ROOT_PARENT/kiwi.log", "Log of kiwi-ng, with all details."),
     ("IMAGE_ROOT_PARENT/build_failed", "In a job, the reason why kiwi-ng failed."),
 ];
+const CREATED: &[Entry] =
+    &[("/var/lib/ims-sshd.create", "Recipes and what is built of them; --work names another directory.")];
 const LOGINS: &[Entry] = &[
     ("/run/ims-sshd/customize/NAME/ssh_config", "Configuration for ssh, scp, sftp and Ansible; the host is image."),
     ("/run/ims-sshd/customize/NAME/sshd.log", "Log of the environment's sshd."),
@@ -106,6 +108,16 @@ fn page_of(name: &str) -> Page {
             exit: &[
                 ("0", "The command succeeded."),
                 ("1", "The command failed and left nothing behind; the log says why."),
+                REFUSED,
+                SIGNALS,
+            ],
+        },
+        "create" => Page {
+            variables: &[Publishing, Recipe],
+            files: &[RECIPE, CREATED],
+            exit: &[
+                ("0", "The image was built and published."),
+                ("1", "A step failed; the log says why, and what was built stays."),
                 REFUSED,
                 SIGNALS,
             ],

@@ -16,7 +16,7 @@ use crate::publish::settings::Settings;
 use crate::recipe::ca_rpm::{self, ANCHORS};
 use crate::recipe::description::{Description, Selection};
 use crate::recipe::outcome::{self, Outcome};
-use crate::recipe::sandbox::{CACHE, Ended, Order, Running, STATE};
+use crate::recipe::sandbox::{CACHE, DEBIAN_ANCHORS, Ended, Order, Running, STATE};
 use crate::sys::architecture::Architecture;
 use crate::sys::named;
 use crate::sys::tree::Tree;
@@ -51,8 +51,7 @@ const HIDDEN: [&str; 4] = ["/etc/cray/remote-keys", "/etc/admin-client-auth", "/
 /// Variables that reach kiwi-ng, which has no others of this process: a site's proxies.
 const PROXIES: [&str; 6] = ["http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"];
 
-/// Place of the site's authority in a Debian image, and the file that its tool makes.
-const DEBIAN_ANCHORS: &str = "usr/local/share/ca-certificates";
+/// Files that the tools for authorities make in an image.
 const BUNDLES: [&str; 4] = [
     "etc/ssl/certs/ca-certificates.crt",
     "var/lib/ca-certificates/ca-bundle.pem",
@@ -327,7 +326,9 @@ impl<'a> Build<'a> {
         let named = std::env::var_os("OAUTH_CONFIG_DIR").filter(|path| !path.is_empty()).map(PathBuf::from);
         let hidden = HIDDEN.iter().map(PathBuf::from).chain(oauth).chain(named).collect();
         let kept = vec![self.parent.clone(), self.recipe.clone()];
-        Ok(Order { command, variables, private: place, kept, hidden, authority })
+        let is_left_out = self.manager == "apt" && self.version < TAKES_AUTHORITY;
+        let trusts_later = is_left_out.then(|| self.parent.join(CREATED_IMAGE_ROOT));
+        Ok(Order { command, variables, private: place, kept, hidden, authority, trusts_later })
     }
 
     /// Gives rpm its database's usual place: where it is below the home directory, as on Debian, the image's database
@@ -372,17 +373,6 @@ impl<'a> Build<'a> {
         } else {
             ANCHORS.iter().any(|anchor| is_here(Path::new(anchor.trim_start_matches('/'))))
         };
-        if !found && self.manager == "apt" && self.version < TAKES_AUTHORITY {
-            tracing::warn!(
-                "the image does not have the site's authority: kiwi-ng {}.{} cannot put it into an image of Debian packages; \
-                 kiwi-ng {}.{} can",
-                self.version.0,
-                self.version.1,
-                TAKES_AUTHORITY.0,
-                TAKES_AUTHORITY.1
-            );
-            return Ok(());
-        }
         if !found {
             let why = "the image does not have it, though kiwi-ng reports success";
             return Err(Error::new("add the site's authority").because(why).advise(

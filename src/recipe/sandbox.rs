@@ -74,6 +74,9 @@ const AUTHORITIES: [(&str, &str); 3] = [
     ("/etc/pki/ca-trust/source/anchors", "update-ca-trust"),
 ];
 
+/// Place of further authorities in an image root of Debian packages.
+pub(crate) const DEBIAN_ANCHORS: &str = "usr/local/share/ca-certificates";
+
 /// Device nodes in /dev of a build in a user namespace, where the machine's /dev cannot be bound further.
 const DEVICES: [&str; 6] = ["null", "zero", "full", "random", "urandom", "tty"];
 
@@ -95,6 +98,8 @@ pub(crate) struct Order {
     pub(crate) hidden: Vec<PathBuf>,
     /// Certificate of the site's authority, for the package manager's own downloads.
     pub(crate) authority: Option<PathBuf>,
+    /// Image root of Debian packages that gets the authority after kiwi-ng, which cannot put it there.
+    pub(crate) trusts_later: Option<PathBuf>,
 }
 
 /// How the child ended.
@@ -259,7 +264,13 @@ fn first_process(order: &Order, has_users: bool, alive: &OwnedFd) -> Result<Ende
     loop {
         for ended in reap() {
             match ended {
-                WaitStatus::Exited(pid, code) if pid == kiwi => return Ok(Ended::Code(code)),
+                WaitStatus::Exited(pid, code) if pid == kiwi => {
+                    let root = order.trusts_later.as_ref().filter(|_| code == 0);
+                    if let (Some(root), Some(authority)) = (root, &order.authority) {
+                        trust_in_image(root, authority)?;
+                    }
+                    return Ok(Ended::Code(code));
+                }
                 WaitStatus::Signaled(pid, signal, _) if pid == kiwi => return Ok(Ended::Signal(signal as i32)),
                 _ => {}
             }
@@ -387,6 +398,24 @@ fn own_devices(state: &Path) -> io::Result<()> {
     let dev = Detached::copy_of(&made, true, MountAttrFlags::empty())?;
     dev.attach(Tree::open(Path::new("/dev"))?)?;
     tmpfs(Path::new("/sys"), "mode=0555")
+}
+
+/// Adds the site's authority to an image root of Debian packages.
+fn trust_in_image(root: &Path, authority: &Path) -> Result<()> {
+    let attempted = || "add the site's authority to the image root";
+    let tree = Tree::open(root).attempt(attempted)?;
+    let content = std::fs::read(authority).attempt(attempted)?;
+    tree.make_directories(DEBIAN_ANCHORS).attempt(attempted)?;
+    tree.replace(Path::new(DEBIAN_ANCHORS).join("cray_certificate_authority.crt"), &content).attempt(attempted)?;
+    let mut tool = Command::new("chroot");
+    tool.arg(root)
+        .arg("update-ca-certificates")
+        .stdin(Stdio::null())
+        .env_clear()
+        .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+    // An image without the tool is warned of later.
+    let _ = unblock_signals(&mut tool).output();
+    Ok(())
 }
 
 /// Tells that the package manager may refuse the site's servers, among the lines of kiwi-ng.

@@ -28,6 +28,8 @@ pub(crate) const BUILD_FAILED: &str = "build_failed";
 /// Signal file: a container of the pod has failed.
 pub(crate) const POD_ERROR: &str = "pod_error";
 
+/// Directory of a recipe.
+pub(crate) const RECIPE: &str = "recipe";
 /// Log of kiwi-ng.
 pub(crate) const KIWI_LOG: &str = "kiwi.log";
 /// Directory of a build's own files, removed with its end.

@@ -4,7 +4,6 @@ use std::collections::BTreeSet;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::sync::LazyLock;
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
@@ -14,31 +13,10 @@ use testbed::job::*;
 use testbed::tls_server::certificates;
 use testbed::*;
 
+use crate::recipes::*;
+
 /// Builds take longer than anything else here.
 const LIMIT: Duration = Duration::from_mins(5);
-
-/// The repository, made once for all tests.
-static REPOSITORY: LazyLock<PathBuf> = LazyLock::new(|| {
-    let place = cache().join("tests/rpm-repository");
-    let made = place.with_extension(std::process::id().to_string());
-    let specs = repository().join("tests/recipe/rpm-local/specs");
-    let top = directory();
-    for spec in std::fs::read_dir(specs).unwrap() {
-        let define = |name: &str, path: &Path| format!("{name} {}", path.display());
-        let mut build = Command::new("rpmbuild");
-        build.args(["-bb", "--quiet", "--nodeps", "--define", &define("_topdir", top.path())]);
-        build.args(["--define", &define("_rpmdir", &made), "--define", &define("_dbpath", &top.path().join("db"))]);
-        succeed(build.args(["--define", "busybox /bin/busybox"]).arg(spec.unwrap().path()));
-    }
-    succeed(Command::new("createrepo_c").arg("--quiet").arg(&made));
-    let _ = std::fs::remove_dir_all(&place);
-    std::fs::rename(&made, &place).unwrap();
-    place
-});
-
-fn path() -> String {
-    format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", cache().join("kiwi/bin").display())
-}
 
 /// A volume with a recipe that has been fetched.
 struct Volume {

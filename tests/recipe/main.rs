@@ -2,6 +2,7 @@
 
 mod build;
 mod ca_rpm;
+mod create;
 mod fetch;
 mod recipes;
 mod repositories;

@@ -2,8 +2,9 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::LazyLock;
 
-use testbed::succeed;
+use testbed::*;
 
 /// A tar archive of `tree` in `dir`, made with these options.
 pub fn archive(tree: &Path, name: &str, options: &[&str]) -> PathBuf {
@@ -34,4 +35,28 @@ pub fn small(dir: &Path) -> PathBuf {
 /// Paths below `tree`, with what they are.
 pub fn listed(tree: &Path) -> String {
     succeed(Command::new("sh").args(["-c", "cd \"$0\" && find . -printf '%P %y %m %l\\n' | sort"]).arg(tree))
+}
+
+/// The repository, made once for all tests.
+pub static REPOSITORY: LazyLock<PathBuf> = LazyLock::new(|| {
+    let place = cache().join("tests/rpm-repository");
+    let made = place.with_extension(std::process::id().to_string());
+    let specs = repository().join("tests/recipe/rpm-local/specs");
+    let top = directory();
+    for spec in std::fs::read_dir(specs).unwrap() {
+        let define = |name: &str, path: &Path| format!("{name} {}", path.display());
+        let mut build = Command::new("rpmbuild");
+        build.args(["-bb", "--quiet", "--nodeps", "--define", &define("_topdir", top.path())]);
+        build.args(["--define", &define("_rpmdir", &made), "--define", &define("_dbpath", &top.path().join("db"))]);
+        succeed(build.args(["--define", "busybox /bin/busybox"]).arg(spec.unwrap().path()));
+    }
+    succeed(Command::new("createrepo_c").arg("--quiet").arg(&made));
+    let _ = std::fs::remove_dir_all(&place);
+    std::fs::rename(&made, &place).unwrap();
+    place
+});
+
+/// A search path with kiwi-ng.
+pub fn path() -> String {
+    format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", cache().join("kiwi/bin").display())
 }
