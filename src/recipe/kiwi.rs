@@ -71,7 +71,7 @@ const STAGES: [(&str, &str); 7] = [
 ];
 
 /// Longest error of kiwi-ng that is quoted, in bytes.
-const LONGEST_ERROR: usize = 4 << 10;
+const LONGEST_ERROR: usize = 1 << 10;
 
 /// What is given on the command line.
 #[derive(Debug)]

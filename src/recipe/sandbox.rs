@@ -252,6 +252,8 @@ fn first_process(order: &Order, has_users: bool, alive: &OwnedFd) -> Result<Ende
     }
     hide(&order.hidden)?;
     set_up(order, has_users)?;
+    // An overlay shows what a directory has below the mounts in it, the covers among them.
+    hide(&order.hidden)?;
     if let Some(authority) = &order.authority {
         trust(authority)?;
     }
