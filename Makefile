@@ -22,7 +22,7 @@ TEST_PACKAGES := $(RUN_PACKAGES) $(DEMO_PACKAGES) squashfs-tools-ng rsync python
 # Kubernetes' schemas, the newest ansible-core that runs on Debian's Python and manages it, an S3 server.
 TEST_PYTHON_PACKAGES := kubernetes-validate==1.37.0 ansible-core==2.19.14 'moto[s3,server]==5.2.1'
 # kiwi-ng, and the package managers that it builds by.
-RECIPE_PACKAGES := rpm createrepo-c zypper dnf debootstrap busybox-static xz-utils
+RECIPE_PACKAGES := rpm createrepo-c zypper dnf debootstrap dpkg-dev busybox-static xz-utils
 KIWI := kiwi==11.1.6
 BENCH_PACKAGES := $(RUN_PACKAGES) $(DEMO_PACKAGES) gcc libc6-dev bubblewrap systemd-container util-linux podman runc curl rsync ansible-core
 
@@ -116,6 +116,7 @@ test-python:
 
 test-recipes: install-recipe test-python
 	$(SUDO) tests/python-packages $(call quoted,$(CACHE)) $(KIWI)
+	$(SUDO) tests/debian-archive $(call quoted,$(CACHE))
 
 test-containers: install-test test-roots
 	$(SUDO) tests/container-images $(call quoted,$(CACHE)) $(VERSION) $(IMAGE_COMMIT)

@@ -10,6 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use testbed::ims_server::{ImsServer, JOB};
 use testbed::job::*;
+use testbed::repository_server::RepositoryServer;
 use testbed::tls_server::certificates;
 use testbed::*;
 
@@ -26,15 +27,22 @@ struct Volume {
 
 impl Volume {
     fn new(manager: &str) -> Self {
+        let values = [format!("REPOSITORY=dir://{}", REPOSITORY.display()), format!("PACKAGE_MANAGER={manager}")];
+        Self::of("rpm-local", &values)
+    }
+
+    fn of(recipe: &str, values: &[String]) -> Self {
         let dir = directory();
         certificates(dir.path());
         let volume = Self { dir, ims: ImsServer::start() };
         std::fs::create_dir(volume.at("image")).unwrap();
-        let recipe = repository().join("tests/recipe/rpm-local");
+        let recipe = repository().join("tests/recipe").join(recipe);
         let mut command = ims_sshd(&["fetch-recipe"], &[]);
         command.arg(volume.at("image/recipe")).arg(recipe);
-        command.args(["--set", &format!("REPOSITORY=dir://{}", REPOSITORY.display())]);
-        succeed(command.args(["--set", &format!("PACKAGE_MANAGER={manager}")]));
+        for value in values {
+            command.args(["--set", value]);
+        }
+        succeed(&mut command);
         volume
     }
 
@@ -336,5 +344,40 @@ fn script_of_the_recipe_sees_no_credentials_of_the_pod() {
     assert!(volume.file("found").contains("No such file"), "{}", volume.file("found"));
     assert!(secrets.join("client-secret").exists(), "outside of the build it is there");
     drop(mounted);
+    volume.nothing_is_left();
+}
+
+#[test]
+fn two_images_of_debian_packages_are_built_at_once_and_the_machine_stays_as_it_is() {
+    let server = RepositoryServer::start(&cache().join("debian-archive"));
+    let before = state_of_machine();
+    let values = [format!("MIRROR={}", server.url), "SUITE=bookworm".to_owned()];
+    let volumes = [1, 2].map(|_| Volume::of("debian", &values));
+    let builds: Vec<_> = volumes.iter().map(|volume| volume.build(&[]).spawn().unwrap()).collect();
+    for build in builds {
+        succeeded(&build.wait_with_output().unwrap());
+    }
+    assert_eq!(state_of_machine(), before);
+    for volume in &volumes {
+        assert_eq!(volume.file("etc/hostname"), "debian\n");
+        let status = volume.file("var/lib/dpkg/status");
+        for package in ["apt", "ca-certificates", "kmod"] {
+            assert!(status.contains(&format!("Package: {package}\n")), "{package}");
+        }
+        let authority = std::fs::read_to_string(volume.at("ca.crt")).unwrap();
+        assert!(volume.file("etc/ssl/certs/ca-certificates.crt").contains(authority.lines().nth(2).unwrap()));
+        volume.nothing_is_left();
+    }
+}
+
+#[test]
+fn credentials_in_a_plain_directory_are_covered_below_an_overlay_too() {
+    let secrets = tempfile::tempdir_in("/tmp").unwrap();
+    std::fs::write(secrets.path().join("client-secret"), "hidden-7").unwrap();
+    let script = format!("cat /proc/1/root{}/client-secret > /found 2>&1; true", secrets.path().display());
+    let volume = Volume::new("zypper").with_script(&script);
+    let variables = [("OAUTH_CONFIG_DIR", secrets.path().display().to_string())];
+    succeeded(&volume.build(&variables).output().unwrap());
+    assert!(volume.file("found").contains("No such file"), "{}", volume.file("found"));
     volume.nothing_is_left();
 }

@@ -63,7 +63,8 @@ fn answer(
     let (method, target) = (words.next()?.to_owned(), words.next()?.to_owned());
     let headers: BTreeMap<_, _> =
         lines.filter_map(|l| l.split_once(": ").map(|(n, v)| (n.to_lowercase(), v.to_owned()))).collect();
-    let path = target.split('?').next()?.to_owned();
+    // apt escapes signs in the names of files, some of which are escaped themselves.
+    let path = target.split('?').next()?.replace("%2b", "+").replace("%7e", "~").replace("%25", "%");
     requests.lock().unwrap().push(Request { method: method.clone(), path: path.clone(), headers: headers.clone() });
     let file: PathBuf = directory.join(path.trim_start_matches('/'));
     let is_let_in = manners.wants.as_ref().is_none_or(|(name, value)| headers.get(*name) == Some(value));
