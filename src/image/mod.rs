@@ -1,6 +1,7 @@
 //! Images: recognizing, unpacking, searching and packing them.
 
 pub(crate) mod access_list;
+pub(crate) mod authorities;
 pub mod boot;
 pub(crate) mod cpio;
 pub mod exclude;

@@ -11,7 +11,7 @@ use rustix::fs::{FileType, FlockOperation, Mode, Stat};
 use rustix::io::Errno;
 
 use crate::error::{Advise, Attempt, Error, Result};
-use crate::jail::resolv_conf::{LIMIT, link_into_run};
+use crate::jail::resolv_conf::{LIMIT, link_into_run, of_container};
 use crate::sys::file_kind::FileKind;
 use crate::sys::tree::Tree;
 use crate::transfer::checksum::sha256_of;
@@ -32,6 +32,21 @@ pub(crate) fn needs_replacing(image_root: &Tree, text: &[u8], own_run: bool) -> 
         Some(FileKind::SymbolicLink) => !(own_run && link_into_run(image_root).is_some()),
         Some(_) => false,
     })
+}
+
+/// Puts the pod's resolv.conf, or the node's, into the image until [`SIDECAR`] restores the image's own, for programs that run
+/// while no jail is open, and for plain sessions.
+pub(crate) fn lend(image_root: &Tree) -> Result<()> {
+    // An earlier run may have been killed during this.
+    SIDECAR.restore(image_root)?;
+    match of_container() {
+        // Decided for plain mode, in which /run is the image's own.
+        Some(text) if needs_replacing(image_root, &text, false)? => {
+            let replaced = SIDECAR.replace(image_root, &text);
+            replaced.attempt(|| "put the pod's /etc/resolv.conf into the image").map(|_| ())
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Someone who temporarily replaces the image's resolv.conf, identified by the name of the directory of the saved file.

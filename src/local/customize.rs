@@ -1,12 +1,12 @@
 //! `ims-sshd customize`: a build environment on this machine, without a pod.
 
 use std::io::Read;
-use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 
 use rustix::mount::MountAttrFlags;
 
+use crate::environment::own_sshd::{self, HOST_KEY, free_port, make_key};
 use crate::environment::settings::{Marked, Settings};
 use crate::environment::stage::Stage;
 use crate::environment::supervisor;
@@ -25,8 +25,6 @@ use crate::sshd::public_keys::check_public_keys;
 use crate::sys::mounts::{self, Detached};
 use crate::sys::named;
 use crate::sys::tree::Tree;
-use crate::transfer;
-use crate::transfer::confinement::clear_environment;
 use crate::verdict::Verdict;
 use crate::volume::image_root;
 use crate::volume::layout::{IMAGE_ROOT, READY};
@@ -129,7 +127,7 @@ fn furnish(wanted: &Customization, settings: &mut Settings, opened: &Opened, run
     std::fs::write(&source, opened.source).attempt(|| format!("write {}", source.display()))?;
     let keys = authorized_keys(wanted.authorized_key.as_deref(), run)?;
     let address = SocketAddr::new(wanted.listen, wanted.port.map_or_else(|| free_port(wanted.listen), Ok)?);
-    let config = configure(run, address, &keys.authorized)?;
+    let config = own_sshd::configure(run, address, &keys.authorized, KEY_COMMENT)?;
     let options = ["-E", &run.join(SSHD_LOG).to_string_lossy(), "-f", &config.to_string_lossy()].map(str::to_owned);
     settings.sshd = Options::parse(&shell_words::join(options))?;
     settings.sshd_config = config;
@@ -199,6 +197,9 @@ fn show_image_root(image_root: &Path, parent: &Path) -> Result<()> {
 /// File of the run that holds the keys.
 const AUTHORIZED_KEYS: &str = "authorized_keys";
 
+/// Comment of the keys.
+const KEY_COMMENT: &str = "ims-sshd customize";
+
 /// Keys for logging in.
 struct Keys {
     /// File of the public keys that may log in.
@@ -222,55 +223,9 @@ fn authorized_keys(given: Option<&Path>, run: &Path) -> Result<Keys> {
         let is_there = real.extension().is_some_and(|extension| extension == "pub") && private.is_file();
         return Ok(Keys { authorized, identity: is_there.then_some(private) });
     }
-    let private = make_key(run, "id_ed25519")?;
+    let private = make_key(run, "id_ed25519", KEY_COMMENT)?;
     std::fs::copy(private.with_extension("pub"), &authorized).attempt(|| format!("write {}", authorized.display()))?;
     Ok(Keys { authorized, identity: Some(private) })
-}
-
-fn make_key(run: &Path, name: &str) -> Result<PathBuf> {
-    let file = run.join(name);
-    let attempted = || format!("create the key {}", file.display());
-    for old in [file.clone(), file.with_extension("pub")] {
-        let _ = std::fs::remove_file(old);
-    }
-    transfer::installed("ssh-keygen")?;
-    let output = clear_environment(&mut Command::new("ssh-keygen"))
-        .args(["-q", "-t", "ed25519", "-N", "", "-C", "ims-sshd customize", "-f"])
-        .arg(&file)
-        .stdin(Stdio::null())
-        .output()
-        .attempt(attempted)?;
-    if output.status.success() {
-        Ok(file)
-    } else {
-        Err(Error::new(attempted()).because(String::from_utf8_lossy(&output.stderr).trim()))
-    }
-}
-
-fn free_port(listen: IpAddr) -> Result<u16> {
-    let attempted = || format!("find a free port on {listen}");
-    Ok(TcpListener::bind((listen, 0)).and_then(|l| l.local_addr()).attempt(attempted)?.port())
-}
-
-/// Host key of this run's sshd.
-const HOST_KEY: &str = "ssh_host_ed25519_key";
-
-/// Writes sshd's configuration and returns its path.
-fn configure(run: &Path, address: SocketAddr, keys: &Path) -> Result<PathBuf> {
-    let host_key = make_key(run, HOST_KEY)?;
-    let config = run.join("sshd_config");
-    let text = format!(
-        "Port {}\nListenAddress {}\nHostKey {}\nPidFile {}\nAuthorizedKeysFile {}\n\
-         PermitRootLogin yes\nPubkeyAuthentication yes\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n\
-         AcceptEnv LANG LC_*\nSubsystem sftp internal-sftp\n",
-        address.port(),
-        address.ip(),
-        host_key.display(),
-        run.join("sshd.pid").display(),
-        keys.display(),
-    );
-    std::fs::write(&config, text).attempt(|| format!("write {}", config.display()))?;
-    Ok(config)
 }
 
 /// Name of the environment in ssh's configuration.

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use crate::environment::stage::{Shown, Stage};
 use crate::error::{Attempt, Error, Result};
+use crate::image::authorities::put_authorities;
 use crate::image::boot;
 use crate::image::exclude::Pattern;
 use crate::image::inventory::write_changes;
@@ -17,7 +18,7 @@ use crate::image::packing::Archive;
 use crate::ims::client::Ims;
 use crate::ims::id::Id;
 use crate::ims::records::{self, Status};
-use crate::jail::resolv_conf::{RESOLV_CONF, of_container};
+use crate::jail::resolv_conf::RESOLV_CONF;
 use crate::jailer::resolv_conf::{self, ENVIRONMENT, SIDECAR};
 use crate::job::Action;
 use crate::pod::pod_files;
@@ -261,7 +262,7 @@ impl<'a> Sidecar<'a> {
                     return self.end_as_failed(action);
                 }
             } else if let Some(image_root) = &image_root {
-                pod_files::put_authorities(image_root, &self.places.authorities)?;
+                put_authorities(image_root, &self.places.authorities)?;
             }
             self.journal.phase = Phase::Packing;
             self.journal.write(self.directory)?;
@@ -379,7 +380,7 @@ impl<'a> Sidecar<'a> {
             let found = self.files.parent().handle_without_links(name);
             found.is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound)
         };
-        let is_remote = self.settings.job.is_remote || self.journal.phase == Phase::Packed;
+        let is_remote = self.settings.job.node.is_some() || self.journal.phase == Phase::Packed;
         if self.files.stands(TRANSFER)? || is_remote && is_missing() {
             return Ok(None);
         }
@@ -447,8 +448,8 @@ impl<'a> Sidecar<'a> {
         }
         self.check(image_root, action)?;
         if let (Action::Customize, Some(image_root)) = (action, image_root) {
-            pod_files::put_authorities(image_root, &self.places.authorities)?;
-            Self::lend_resolv_conf(image_root)?;
+            put_authorities(image_root, &self.places.authorities)?;
+            resolv_conf::lend(image_root)?;
         }
         let keys = &self.places.authorized_keys;
         let keys = std::fs::read_to_string(keys).attempt(|| format!("read the public keys in {}", keys.display()))?;
@@ -478,20 +479,6 @@ impl<'a> Sidecar<'a> {
             tracing::info!("no environment waits yet: one has {seconds} s to start (IMS_START_LIMIT)");
         }
         Ok(true)
-    }
-
-    /// Puts the pod's resolv.conf into the image until the environment has closed.
-    fn lend_resolv_conf(image_root: &Tree) -> Result<()> {
-        // An earlier run may have been killed during this.
-        SIDECAR.restore(image_root)?;
-        match of_container() {
-            // Decided for plain mode, in which /run is the image's own.
-            Some(text) if resolv_conf::needs_replacing(image_root, &text, false)? => {
-                let replaced = SIDECAR.replace(image_root, &text);
-                replaced.attempt(|| "put the pod's /etc/resolv.conf into the image").map(|_| ())
-            }
-            _ => Ok(()),
-        }
     }
 
     /// Waits until the environment has closed; fails if it is gone without a verdict.
