@@ -7,6 +7,7 @@
 //! - [`pod`]: the programs in a pod beside the build environment.
 //! - [`local`]: the same on one machine, without a pod.
 //! - [`recipe`]: from a recipe to an image root, around kiwi-ng.
+//! - [`remote`]: a job whose image is changed on another host, on both sides.
 //! - [`publish`]: fetching and preparing an image; uploading and registering a job's result.
 //! - [`environment`]: the life of a build environment, from `ready` to `exiting`.
 //! - [`jailer`]: the supervisor's side of a jail.
@@ -39,6 +40,7 @@ pub mod pod;
 pub mod printable;
 pub mod publish;
 pub mod recipe;
+pub mod remote;
 pub mod session;
 pub mod squashfs;
 pub mod sshd;

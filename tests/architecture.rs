@@ -11,6 +11,7 @@ const FLOORS: &[&str] = &[
     "manual",
     "pod",
     "local",
+    "remote",
     "recipe",
     "publish",
     "environment",

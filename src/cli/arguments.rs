@@ -18,6 +18,7 @@ use crate::local::names;
 use crate::log::format;
 use crate::publish::prepare::Open;
 use crate::publish::settings;
+use crate::remote::inside::Stage as RemoteStage;
 use crate::session::variables;
 
 /// Opens an image root over SSH, jailed inside it, and ends in an order that lets it be packed.
@@ -139,6 +140,13 @@ pub(super) enum Command {
         /// Exit with 0 if the environment is in one of these states, otherwise with 1
         #[arg(long, value_name = "STATE", value_delimiter = ',')]
         is: Vec<Stage>,
+    },
+    /// Be the far side of a remote job, on a build node; started over SSH
+    #[command(hide = true)]
+    Node {
+        /// Part that runs inside the job's namespaces
+        #[arg(long, value_enum)]
+        inside: Option<RemoteStage>,
     },
     /// Print completions for a shell
     #[command(after_help = COMPLETIONS_EXAMPLES)]

@@ -28,6 +28,7 @@ use crate::pod::sidecar::{self, Places};
 use crate::publish::settings as publishing;
 use crate::publish::source::{self, Source};
 use crate::recipe::repositories;
+use crate::remote::{self, node};
 use crate::sys::named;
 use crate::transfer::without_query;
 use crate::verdict::Verdict;
@@ -88,6 +89,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
             let settings = publishing::Settings::read(None, variables(options))?;
             steps::upload(&settings, image_root.as_deref(), archive.as_deref(), debug_kernel.as_deref())
         }
+        Command::Node { inside } => node::run(inside),
         Command::Completions { shell } => {
             let mut to = std::io::stdout();
             let written = manual::write_completions(&mut Arguments::command(), shell, &mut to);
@@ -136,6 +138,9 @@ fn entrypoint(image_root_parent: Option<PathBuf>) -> Result<u8> {
         let missing = || format!("{} does not exist: mount the job's volume there", parent.display());
         if parent.exists() { refusal } else { refusal.advise(missing()) }
     })?;
+    if remote::entrypoint::is_remote(&settings) {
+        return remote::entrypoint::run(&settings, std::env::vars_os().collect());
+    }
     supervisor::run(settings, None, || {}).map(|outcome| outcome.exit_code)
 }
 

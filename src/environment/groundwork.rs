@@ -37,7 +37,8 @@ impl Groundwork {
     }
 }
 
-fn make_host_keys() -> Result<()> {
+/// Creates sshd's missing host keys, without which it does not even print its configuration.
+pub(crate) fn make_host_keys() -> Result<()> {
     let attempted = || "create sshd's host keys with ssh-keygen -A";
     let began = Instant::now();
     let output = Command::new("ssh-keygen").arg("-A").stdin(Stdio::null()).output().attempt(attempted)?;

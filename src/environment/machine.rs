@@ -184,6 +184,11 @@ impl Machine {
                 self.go(State::Ending, [Action::EndProcesses])
             }
             (State::Preparing, Event::Listening) => self.go(State::Serving, []),
+            // An environment on another host takes long to open.
+            (State::Preparing, Event::Marked(Verdict::Failed)) => {
+                self.mark(Verdict::Failed);
+                self.go(State::Ending, [Action::StopListening, Action::EndProcesses])
+            }
 
             (State::Serving, Event::Marked(verdict)) => {
                 self.mark(verdict);

@@ -48,6 +48,10 @@ pub struct Settings {
     pub(crate) idle_limit: Option<Duration>,
     /// `IMS_SESSION_LIMIT`: maximum time that an environment stays open; no limit if unset.
     pub(crate) session_limit: Option<Duration>,
+    /// `REMOTE_HEARTBEAT_TIMEOUT_COUNT` times 5 s: after so much silence a remote build node is lost.
+    pub(crate) node_silence: Duration,
+    /// `IMS_REMOTE_KEY`: the private key for remote build nodes.
+    pub(crate) node_key: PathBuf,
     /// Variables that sessions get, by the names that they see.
     pub(crate) session_variables: Vec<(String, String)>,
 }
@@ -82,6 +86,13 @@ impl Marked {
 /// Default grace period: enough for a task of a typical Ansible play.
 const DEFAULT_GRACE: Duration = Duration::from_secs(10);
 
+/// Unit of `REMOTE_HEARTBEAT_TIMEOUT_COUNT`, and its default.
+const BEAT: Duration = Duration::from_secs(5);
+const DEFAULT_SILENCE: Duration = Duration::from_mins(1);
+
+/// Where IMS mounts the private key for remote build nodes.
+const DEFAULT_KEY: &str = "/etc/cray/remote-keys/id_ecdsa";
+
 /// Variables that sessions get: (name in the session, name in this process's environment).
 const SESSION_VARIABLES: [(&str, &str); 4] = [
     ("IMS_JOB_ID", "IMS_JOB_ID"),
@@ -111,6 +122,8 @@ impl Settings {
         let close_grace = reader.close_grace();
         let idle_limit = reader.limit("IMS_IDLE_LIMIT");
         let session_limit = reader.limit("IMS_SESSION_LIMIT");
+        let node_silence = reader.node_silence();
+        let node_key = reader.text("IMS_REMOTE_KEY").map_or_else(|| DEFAULT_KEY.into(), PathBuf::from);
         let script = reader.text("CUSTOMIZATION_SCRIPT").map(Into::into);
         let session_variables = SESSION_VARIABLES
             .iter()
@@ -133,6 +146,8 @@ impl Settings {
             close_grace,
             idle_limit,
             session_limit,
+            node_silence,
+            node_key,
             session_variables,
         })
     }
@@ -151,6 +166,16 @@ pub(crate) fn of_jail(
 impl Reader {
     fn dkms(&mut self) -> bool {
         self.choice("JOB_ENABLE_DKMS", &TRUTH, Case::Any).unwrap_or(false)
+    }
+
+    fn node_silence(&mut self) -> Duration {
+        const NAME: &str = "REMOTE_HEARTBEAT_TIMEOUT_COUNT";
+        let Some(value) = self.text(NAME) else { return DEFAULT_SILENCE };
+        let count = |value: &str| match value.parse::<u32>() {
+            Ok(count) if count > 0 => Ok(BEAT.saturating_mul(count)),
+            _ => Err("expected a whole number, at least 1".into()),
+        };
+        self.check(NAME, &value, count).unwrap_or(DEFAULT_SILENCE)
     }
 
     fn close_grace(&mut self) -> Duration {
@@ -269,6 +294,7 @@ mod tests {
             ("IMS_IDLE_LIMIT", "1h", "whole seconds"),
             ("IMS_SESSION_LIMIT", "1.5", "whole seconds"),
             ("IMS_SESSION_LIMIT", "0", "at least 1"),
+            ("REMOTE_HEARTBEAT_TIMEOUT_COUNT", "0", "a whole number, at least 1"),
             ("IMS_IDLE_LIMIT", "0", "at least 1"),
             ("IMS_JAIL_HOSTNAME", "node_1", "as in host names"),
             ("IMS_JAIL_BINDS", "/nowhere:/opt", "SOURCE is '/nowhere'"),

@@ -29,8 +29,8 @@ pub struct Job {
     pub(crate) parent: PathBuf,
     /// `IMS_JOB_ID`.
     pub(crate) id: Option<String>,
-    /// True if `REMOTE_BUILD_NODE` is set: the image root is on that node, and the packed image comes from it.
-    pub(crate) is_remote: bool,
+    /// `REMOTE_BUILD_NODE`: the host on which the image root is, and from which the packed image comes.
+    pub(crate) node: Option<String>,
     /// `SSH_JAIL`.
     pub(crate) jailed: bool,
     /// `ENABLE_DEBUG`.
@@ -47,7 +47,7 @@ impl Job {
             action: reader.choice("IMS_ACTION", &actions, Case::Exact),
             parent: parent(reader, argument),
             id: reader.line("IMS_JOB_ID").filter(|id| !id.is_empty()),
-            is_remote: reader.line("REMOTE_BUILD_NODE").is_some_and(|node| !node.is_empty()),
+            node: reader.line("REMOTE_BUILD_NODE").filter(|node| !node.is_empty()),
             jailed: reader.choice("SSH_JAIL", &[("True", true), ("False", false)], Case::Exact).unwrap_or(false),
             debug: reader.choice("ENABLE_DEBUG", &TRUTH, Case::Any).unwrap_or(false),
             architecture: reader.choice("BUILD_ARCH", &Architecture::ALL.map(|a| (a.name(), a)), Case::Exact),

@@ -86,7 +86,26 @@ pub const VARIABLES: &[Variable] = &[
         default: "none",
         readers: &[Environment, Job, Recipe],
     },
-    Variable { name: "REMOTE_BUILD_NODE", format: "one line of text", default: "none", readers: &[Environment, Job] },
+    Variable {
+        name: "REMOTE_BUILD_NODE",
+        format: "name or address of the host on which the image is changed and packed; see \
+            [REMOTE_NODES.md](REMOTE_NODES.md)",
+        default: "none",
+        readers: &[Environment, Job],
+    },
+    Variable {
+        name: "REMOTE_HEARTBEAT_TIMEOUT_COUNT",
+        format: "whole number; after so many times 5 s of silence a remote build node is lost, and the job fails",
+        default: "`12`",
+        readers: &[Environment],
+    },
+    Variable {
+        name: "IMS_REMOTE_KEY",
+        format: "absolute path of the private key for remote build nodes; if there is a file `known_hosts` beside it, \
+            only host keys in that are accepted",
+        default: "`/etc/cray/remote-keys/id_ecdsa`",
+        readers: &[Environment],
+    },
     Variable {
         name: "SSHD_OPTIONS",
         format: "sshd's options, quoted as for a shell; no other option is added. `-E` and `-f` take absolute paths; \

@@ -12,6 +12,7 @@ use crate::image::inventory::{Inventory, write_changes};
 use crate::image::kind::Opened;
 use crate::image::packing::{self, Archive};
 use crate::ims::records::Status;
+use crate::job::Action;
 use crate::local::directory;
 use crate::local::left_over::{clear_left_over, end_left_over};
 use crate::log::output::say;
@@ -30,7 +31,9 @@ use crate::transfer::Work;
 use crate::verdict::Verdict;
 use crate::volume::holds;
 use crate::volume::image_root;
-use crate::volume::layout::{CREATED_IMAGE_ROOT, EXITING, IMAGE_ROOT, INVENTORY, POD_ERROR, READY, SSHD_LISTENING};
+use crate::volume::layout::{
+    CREATED_IMAGE_ROOT, EXITING, IMAGE_ROOT, INVENTORY, POD_ERROR, READY, REMOTE_PORT, SSHD_LISTENING,
+};
 use crate::volume::open_tree;
 use crate::volume::signal_files::SignalFiles;
 
@@ -99,6 +102,11 @@ pub fn prepare(settings: &Settings, source: &Source, open: Open, is_fresh: bool)
         make_parent(&settings.job.parent)?;
         clear_signals(settings, is_fresh || image_root.exists())?;
         anew::clear(&work, &open_tree(&settings.job.parent)?)?;
+        if let (Some(node), Some(Action::Customize) | None) = (&settings.job.node, settings.job.action) {
+            prepare::fetch(&work, settings, source)?;
+            tracing::info!("the image is fetched, and will be opened on the build node {node}");
+            return Ok(0);
+        }
         let made = if is_fresh {
             anew::prepare(&work, settings, source, open, &image_root)?
         } else {
@@ -157,7 +165,10 @@ fn clear_signals(settings: &Settings, is_prepared: bool) -> Result<()> {
     let files = SignalFiles::open(parent)?.ok_or_else(|| {
         Error::new(format!("open {}", parent.display())).because("it has been removed").advise("run it again")
     })?;
-    for name in [READY, SSHD_LISTENING, EXITING, POD_ERROR].into_iter().chain(Verdict::ALL.map(Verdict::signal_file)) {
+    for name in [READY, SSHD_LISTENING, EXITING, POD_ERROR, REMOTE_PORT]
+        .into_iter()
+        .chain(Verdict::ALL.map(Verdict::signal_file))
+    {
         files.retract(name)?;
     }
     // Without an image root, what was published in part or packed elsewhere belongs to another one.

@@ -1,5 +1,7 @@
 //! `ims-sshd prepare`: makes an image root from a source image; leaves nothing behind if that fails.
 
+use std::fs::File;
+use std::io::{Read, Seek};
 use std::path::Path;
 
 use rustix::io::Errno;
@@ -178,6 +180,47 @@ pub(crate) fn await_unpackers(directory: &Path) {
     if directory.exists() {
         // Somebody else's shell in there does not matter.
         let _ = packing::inside(directory, &UNPACKERS);
+    }
+}
+
+/// Fetches the squashfs `source` for a remote job, and checks it. Its node opens it.
+pub(crate) fn fetch(work: &Work, settings: &Settings, source: &Source) -> Result<()> {
+    let volume = open_tree(&settings.job.parent)?;
+    let record = Record::on(&volume, settings)?;
+    if settings.job.id.is_none() {
+        refuse_to_fetch_over(source, &volume, &record)?;
+    }
+    let write = |opened: &Opened| record.write(&Identity::of(source, opened, &settings.expected)?);
+    let fetched = archive(work, settings, source, Some(Open::Overlay), &volume, write).and_then(|opened| {
+        if opened.kind()? != Some(Kind::Squashfs) {
+            return Err(Error::new(format!("use {} on a build node", named(source)))
+                .because("it is not a squashfs")
+                .advise("'ims-sshd package' makes one of an unpacked image"));
+        }
+        match source {
+            Source::Here(_) => copy(work, opened.into_file()?, &volume),
+            _ => Ok(()),
+        }
+    });
+    fetched.inspect_err(|_| {
+        for name in [FETCHING, ARCHIVE] {
+            let _ = volume.remove(name);
+        }
+        let _ = record.remove();
+    })
+}
+
+/// Copies a file of this machine to where a fetched one lies.
+fn copy(work: &Work, mut from: File, volume: &Tree) -> Result<()> {
+    let attempted = || format!("copy the image to {}", volume.shown().join(ARCHIVE).display());
+    let mut to = volume.create_file(FETCHING).attempt(attempted)?;
+    // It was read to see what it is.
+    from.rewind().attempt(attempted)?;
+    loop {
+        work.heed()?;
+        if std::io::copy(&mut (&mut from).take(64 << 20), &mut to).attempt(attempted)? == 0 {
+            return volume.rename(FETCHING, ARCHIVE).attempt(attempted);
+        }
     }
 }
 

@@ -27,6 +27,8 @@ pub(crate) const EXITING: &str = "exiting";
 pub(crate) const BUILD_FAILED: &str = "build_failed";
 /// Signal file: a container of the pod has failed.
 pub(crate) const POD_ERROR: &str = "pod_error";
+/// File of upstream's prepare: the port of the container that it has started on a remote build node.
+pub(crate) const REMOTE_PORT: &str = "remote_port";
 
 /// Directory of a recipe.
 pub(crate) const RECIPE: &str = "recipe";
@@ -37,6 +39,9 @@ pub(crate) const BUILD: &str = ".ims-sshd.build";
 
 /// The packed image of a remote job.
 pub(crate) const TRANSFER: &str = "transfer.sqsh";
+/// What comes back from a remote build node, until it is whole: the packed image and its boot files.
+pub(crate) const REMOTE_PARTS: [&str; 4] =
+    [".ims-sshd.remote.image", ".ims-sshd.remote.kernel", ".ims-sshd.remote.initrd", ".ims-sshd.remote.parameters"];
 /// The source image, if it is mounted or was fetched.
 pub(crate) const ARCHIVE: &str = "image.sqsh";
 /// The source image while it is fetched.

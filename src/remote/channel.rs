@@ -1,0 +1,291 @@
+//! The line between the two sides of a remote job: messages, data and signs of life over two pipes, without blocking.
+//!
+//! A message is a line of JSON. Data is a line `@LENGTH` and that many bytes. An empty line is a sign of life.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags};
+use rustix::fs::OFlags;
+
+use crate::error::{Attempt, Error, Result};
+use crate::remote::message::Message;
+
+/// Interval of the signs of life.
+const BEAT: Duration = Duration::from_secs(1);
+
+/// Longest line in bytes: an order holds keys and certificates.
+const LONGEST_LINE: usize = 4 << 20;
+
+/// Most bytes of data behind one line.
+const MOST_DATA: usize = 256 << 10;
+
+/// Bytes that are kept ready for the other side. More are read from a file only when these have been taken.
+const ENOUGH: usize = 1 << 20;
+
+/// Bytes that are read at once.
+const AT_ONCE: usize = 128 << 10;
+
+/// What has come from the other side.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Frame {
+    /// A message.
+    Message(Message),
+    /// Part of a file.
+    Data(Vec<u8>),
+}
+
+/// One end of the line.
+pub(crate) struct Channel {
+    input: File,
+    output: File,
+    /// What has been read; the frames before `taken` were returned.
+    inbox: Vec<u8>,
+    taken: usize,
+    outbox: Vec<u8>,
+    heard: Instant,
+    said: Instant,
+    /// How long the other side may be silent; without a limit there are no signs of life either.
+    patience: Option<Duration>,
+    is_over: bool,
+}
+
+impl Channel {
+    /// Takes two pipes, and makes them non-blocking.
+    pub(crate) fn new(input: OwnedFd, output: OwnedFd, patience: Option<Duration>) -> Result<Self> {
+        for end in [&input, &output] {
+            let flags = rustix::fs::fcntl_getfl(end).attempt(|| "read from a pipe")?;
+            rustix::fs::fcntl_setfl(end, flags | OFlags::NONBLOCK).attempt(|| "read from a pipe")?;
+        }
+        let now = Instant::now();
+        Ok(Self {
+            input: input.into(),
+            output: output.into(),
+            inbox: Vec::new(),
+            taken: 0,
+            outbox: Vec::new(),
+            heard: now,
+            said: now,
+            patience,
+            is_over: false,
+        })
+    }
+
+    /// Sets how long the other side may be silent from now on.
+    pub(crate) fn set_patience(&mut self, patience: Duration) {
+        self.patience = Some(patience);
+        self.heard = Instant::now();
+    }
+
+    /// Queues a message.
+    pub(crate) fn say(&mut self, message: &Message) {
+        self.outbox.extend(serde_json::to_vec(message).unwrap_or_default());
+        self.outbox.push(b'\n');
+    }
+
+    /// Queues data.
+    pub(crate) fn send(&mut self, data: &[u8]) {
+        for data in data.chunks(MOST_DATA) {
+            self.outbox.extend(format!("@{}\n", data.len()).bytes());
+            self.outbox.extend(data);
+        }
+    }
+
+    /// Returns whether the other side has yet to take what is queued.
+    pub(crate) fn is_full(&self) -> bool {
+        self.outbox.len() >= ENOUGH
+    }
+
+    /// Returns whether everything was taken.
+    pub(crate) fn is_flushed(&self) -> bool {
+        self.outbox.is_empty()
+    }
+
+    /// Returns whether the other side has closed the line.
+    pub(crate) fn is_over(&self) -> bool {
+        self.is_over
+    }
+
+    /// Descriptors to wait for.
+    pub(crate) fn sources(&self) -> [PollFd<'_>; 2] {
+        // Without a wish, poll(2) still reports an end that is closed, for ever.
+        let [read, write] = [!self.is_over, !self.outbox.is_empty()];
+        let wish = |is: bool, flags| if is { flags } else { PollFlags::empty() };
+        let input = if self.is_over { self.output.as_fd() } else { self.input.as_fd() };
+        let output = if write { self.output.as_fd() } else { input };
+        [
+            PollFd::from_borrowed_fd(input, wish(read, PollFlags::IN)),
+            PollFd::from_borrowed_fd(output, if write { PollFlags::OUT } else { wish(read, PollFlags::IN) }),
+        ]
+    }
+
+    /// Reads and writes as much as is possible now.
+    pub(crate) fn turn(&mut self) -> Result<()> {
+        self.read().attempt(|| "read from the other side")?;
+        if self.patience.is_some() && self.outbox.is_empty() && self.said.elapsed() >= BEAT {
+            self.outbox.push(b'\n');
+        }
+        self.write().attempt(|| "write to the other side")
+    }
+
+    fn read(&mut self) -> io::Result<()> {
+        self.inbox.drain(..self.taken);
+        self.taken = 0;
+        let mut bytes = vec![0; AT_ONCE];
+        while !self.is_over && self.inbox.len() < LONGEST_LINE + ENOUGH {
+            match self.input.read(&mut bytes) {
+                Ok(0) => self.is_over = true,
+                Ok(length) => {
+                    self.heard = Instant::now();
+                    self.inbox.extend(&bytes[..length]);
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+            // The caller has to have its turn as well.
+            if self.inbox.len() >= ENOUGH {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&mut self) -> io::Result<()> {
+        let mut written = 0;
+        let result = loop {
+            match self.output.write(&self.outbox[written..]) {
+                _ if written == self.outbox.len() => break Ok(()),
+                Ok(length) => {
+                    self.said = Instant::now();
+                    written += length;
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => break Ok(()),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                // What the other side has said before it closed the line may still be read.
+                Err(e) if e.kind() == io::ErrorKind::BrokenPipe => {
+                    written = self.outbox.len();
+                    break Ok(());
+                }
+                Err(e) => break Err(e),
+            }
+        };
+        self.outbox.drain(..written);
+        result
+    }
+
+    /// The next frame, if a whole one has come.
+    pub(crate) fn next(&mut self) -> Result<Option<Frame>> {
+        loop {
+            let unread = &self.inbox[self.taken..];
+            let refused = |why: &str| Err(Error::new("understand the other side").because(why));
+            let Some(end) = unread.iter().position(|byte| *byte == b'\n') else {
+                return if unread.len() > LONGEST_LINE { refused("a line is too long") } else { Ok(None) };
+            };
+            let line = &unread[..end];
+            if let Some(length) = line.strip_prefix(b"@") {
+                let length = std::str::from_utf8(length).ok().and_then(|length| length.parse::<usize>().ok());
+                let Some(length) = length.filter(|length| *length <= MOST_DATA) else {
+                    return refused("the length of data is wrong");
+                };
+                let Some(data) = unread.get(end + 1..end + 1 + length) else { return Ok(None) };
+                let data = data.to_vec();
+                self.taken += end + 1 + length;
+                return Ok(Some(Frame::Data(data)));
+            }
+            let message = if line.is_empty() { None } else { Some(serde_json::from_slice(line)) };
+            self.taken += end + 1;
+            match message {
+                None => {}
+                Some(Ok(message)) => return Ok(Some(Frame::Message(message))),
+                Some(Err(e)) => return refused(&e.to_string()),
+            }
+        }
+    }
+
+    /// Fails if the other side has closed the line, or was silent for too long.
+    pub(crate) fn check(&self) -> Result<()> {
+        let lost = |why: String| Err(Error::new("go on with the job").because(why));
+        if self.is_over {
+            return lost("the other side has closed the connection".into());
+        }
+        match self.patience {
+            Some(patience) if self.heard.elapsed() > patience => {
+                lost(format!("nothing was heard from the other side for {} s", patience.as_secs()))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixStream;
+
+    fn pair(patience: Option<Duration>) -> [Channel; 2] {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        [ours, theirs].map(|end| {
+            let input = end.try_clone().unwrap().into();
+            Channel::new(input, end.into(), patience).unwrap()
+        })
+    }
+
+    fn turn(ends: &mut [Channel; 2]) {
+        for end in ends {
+            end.turn().unwrap();
+        }
+    }
+
+    #[test]
+    fn messages_and_data_arrive_whole_and_in_order() {
+        let mut ends = pair(None);
+        let data: Vec<u8> = (0..3 << 20).map(|at: u32| at.to_le_bytes()[1]).collect();
+        ends[0].say(&Message::Listening { port: 22 });
+        ends[0].send(&data);
+        ends[0].say(&Message::End);
+        let (mut messages, mut arrived) = (Vec::new(), Vec::new());
+        while messages.len() < 2 {
+            turn(&mut ends);
+            while let Some(frame) = ends[1].next().unwrap() {
+                match frame {
+                    Frame::Message(message) => messages.push(message),
+                    Frame::Data(data) => arrived.extend(data),
+                }
+            }
+        }
+        assert_eq!(messages, [Message::Listening { port: 22 }, Message::End]);
+        assert!(arrived == data);
+    }
+
+    #[test]
+    fn line_that_is_no_message_is_refused() {
+        for wrong in ["{\"is\":\"order\"}\n", "no JSON\n", "@-1\n", "@262145\n", "@1x\n", "\u{0}\n"] {
+            let mut ends = pair(None);
+            ends[0].output.write_all(wrong.as_bytes()).unwrap();
+            ends[1].turn().unwrap();
+            assert!(ends[1].next().is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn signs_of_life_keep_a_silent_connection_and_silence_or_a_closed_end_loses_it() {
+        let mut ends = pair(Some(BEAT * 2));
+        let began = Instant::now();
+        while began.elapsed() < BEAT * 3 {
+            turn(&mut ends);
+            assert_eq!(ends[1].next().unwrap(), None);
+            ends[1].check().unwrap();
+            let mut sources = ends[1].sources();
+            let _ = crate::sys::poll::wait(&mut sources, BEAT / 10);
+        }
+        ends[1].heard = Instant::now().checked_sub(BEAT * 3).unwrap();
+        assert!(ends[1].check().unwrap_err().to_string().contains("nothing was heard"));
+        let [ours, mut theirs] = ends;
+        drop(ours);
+        theirs.turn().unwrap();
+        assert!(theirs.check().unwrap_err().to_string().contains("closed the connection"));
+    }
+}

@@ -1,0 +1,299 @@
+//! One ssh connection to a node, with the machine's own OpenSSH client. Everything of a job is a channel of it.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use base64::Engine;
+use base64::engine::general_purpose::{STANDARD, STANDARD_NO_PAD};
+use nix::unistd::Pid;
+use sha2::Digest;
+
+use crate::error::{Attempt, Error, Result};
+use crate::printable::Printable;
+use crate::sys::process::{Handle, Identity, end_with_us};
+use crate::sys::signals::unblock_signals;
+use crate::sys::tree::Tree;
+
+/// Time for a connection to stand, login included.
+const TIME_TO_CONNECT: Duration = Duration::from_secs(30);
+
+/// Time for ssh's master process to answer, and for a greeting through a forwarded port.
+const TIME_TO_ANSWER: Duration = Duration::from_secs(10);
+
+/// Interval at which a wait looks whether it is still wanted.
+const TICK: Duration = Duration::from_millis(20);
+
+/// Interval of ssh's own signs of life.
+const ALIVE: Duration = Duration::from_secs(5);
+
+/// Where a node is, and how to log in there.
+#[derive(Debug, Clone)]
+pub(crate) struct Destination {
+    /// `HOST` or `USER@HOST`, see [`is_host`].
+    pub(crate) host: String,
+    /// A private key, and known hosts. Without them the person's own configuration of ssh counts.
+    pub(crate) key: Option<PathBuf>,
+}
+
+/// Returns whether `text` is a host, with a user or without, and neither an option nor part of one.
+pub(crate) fn is_host(text: &str) -> bool {
+    let (user, host) = text.split_once('@').unwrap_or(("root", text));
+    let is_word = |word: &str, further: &[char]| {
+        !word.is_empty()
+            && !word.starts_with('-')
+            && word.chars().all(|c| c.is_ascii_alphanumeric() || further.contains(&c))
+    };
+    host.len() <= 253 && is_word(user, &['-', '_', '.']) && is_word(host, &['-', '_', '.', ':'])
+}
+
+/// Fails if what is waited for is no longer wanted.
+pub(crate) type Heed<'a> = &'a dyn Fn() -> Result<()>;
+
+/// A connection that stands.
+#[derive(Debug)]
+pub(crate) struct Connection {
+    host: String,
+    master: Child,
+    control: PathBuf,
+    log: PathBuf,
+}
+
+impl Connection {
+    /// Connects. `directory` is private, and holds a copy of the key, the hosts' keys and the socket of the master
+    /// process. After `silence` without an answer, the connection is lost.
+    pub(crate) fn open(to: &Destination, directory: &Path, silence: Duration, heed: Heed<'_>) -> Result<Self> {
+        let attempted = || format!("connect to the build node {}", to.host);
+        let log = directory.join("ssh.log");
+        let control = directory.join("ssh");
+        let known_hosts = directory.join("known_hosts");
+        let mut options = Vec::new();
+        if let Some(key) = &to.key {
+            let own = Tree::open(directory).attempt(attempted)?;
+            let strict = copy_keys(key, &own)?;
+            options.extend(["-F", "none", "-i"].map(str::to_owned));
+            options.push(directory.join(KEY).display().to_string());
+            let checking = if strict { "yes" } else { "accept-new" };
+            options.extend(set("StrictHostKeyChecking", checking));
+            options.extend(set("UserKnownHostsFile", &known_hosts.display().to_string()));
+            options.extend(
+                [("GlobalKnownHostsFile", "/dev/null"), ("IdentitiesOnly", "yes")].map(|(n, v)| set(n, v)).concat(),
+            );
+        }
+        let count = silence.as_secs().div_ceil(ALIVE.as_secs()).max(1).to_string();
+        let fixed = [
+            ("BatchMode", "yes"),
+            ("ConnectTimeout", "10"),
+            ("ServerAliveInterval", "5"),
+            ("ServerAliveCountMax", &count),
+            ("ForwardAgent", "no"),
+            ("ForwardX11", "no"),
+            ("PermitLocalCommand", "no"),
+            ("ClearAllForwardings", "yes"),
+        ];
+        options.extend(fixed.map(|(name, value)| set(name, value)).concat());
+        let mut ssh = Command::new("ssh");
+        ssh.args(&options).args(["-M", "-N", "-T", "-S"]).arg(&control).args(["--", &to.host]);
+        let said = File::create(&log).attempt(attempted)?;
+        ssh.stdin(Stdio::null()).stdout(Stdio::null()).stderr(said);
+        // A Ctrl-C at a terminal is ours to handle: the node's part is ended in order.
+        let master =
+            end_with_us(unblock_signals(ssh.process_group(0))).spawn().map_err(|e| missing(&attempted(), e))?;
+        let mut connection = Self { host: to.host.clone(), master, control, log };
+        connection.await_master(heed).map_err(|why| {
+            Error::new(attempted())
+                .because(why)
+                .advise("see that the node is up, that it knows the key, and that its host key is the known one")
+        })?;
+        if to.key.is_some() {
+            tell_host_keys(&to.host, &known_hosts);
+        }
+        Ok(connection)
+    }
+
+    /// Waits until the master has logged in, which is when its socket appears.
+    fn await_master(&mut self, heed: Heed<'_>) -> std::result::Result<(), String> {
+        let began = Instant::now();
+        while !self.control.exists() {
+            heed().map_err(|e| e.to_string())?;
+            if let Ok(Some(status)) = self.master.try_wait() {
+                let said = self.last_words();
+                return Err(if said.is_empty() { status.to_string() } else { said });
+            }
+            if began.elapsed() > TIME_TO_CONNECT {
+                return Err(format!("it took longer than {} s; {}", TIME_TO_CONNECT.as_secs(), self.last_words()));
+            }
+            std::thread::sleep(TICK);
+        }
+        Ok(())
+    }
+
+    /// What the master process has said, on one line.
+    pub(crate) fn last_words(&self) -> String {
+        let said = std::fs::read_to_string(&self.log).unwrap_or_default();
+        said.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join(", ")
+    }
+
+    /// `ssh` over the connection. It needs nothing of a configuration, which might ask for forwardings of its own.
+    fn ssh(&self) -> Command {
+        let mut ssh = Command::new("ssh");
+        ssh.args(["-F", "none", "-o", "BatchMode=yes", "-S"]).arg(&self.control).process_group(0);
+        unblock_signals(&mut ssh);
+        end_with_us(&mut ssh);
+        ssh
+    }
+
+    /// Command that runs `words` on the node. The far shell takes each word as it is.
+    pub(crate) fn command(&self, words: &[&str]) -> Command {
+        let mut ssh = self.ssh();
+        ssh.args(["-T", "--", &self.host]).arg(shell_words::join(words));
+        ssh
+    }
+
+    /// Has the master forward connections to `port` here, on `listen` or on all addresses, to `there` on the node's
+    /// loopback address.
+    pub(crate) fn forward(&self, (listen, port): (Option<IpAddr>, u16), there: u16, heed: Heed<'_>) -> Result<()> {
+        let attempted = || format!("forward port {port} to the build node {}", self.host);
+        let mut ssh = self.ssh();
+        // Of "[::]" ssh would make a port for IPv6 alone.
+        let here = match listen {
+            None => format!("*:{port}"),
+            Some(address) => SocketAddr::new(address, port).to_string(),
+        };
+        ssh.args(["-O", "forward", "-L", &format!("{here}:127.0.0.1:{there}"), "--", &self.host]);
+        let child = ssh.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().attempt(attempted)?;
+        let output = finish(child, TIME_TO_ANSWER, heed).map_err(|e| Error::new(attempted()).because(e))?;
+        if output.status.success() {
+            return Ok(());
+        }
+        let why = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+        Err(Error::new(attempted()).because(why).advise("see whether something else listens there"))
+    }
+
+    /// Waits for sshd's greeting at `address`. Where the node's sshd forbids forwarding, the port is there all the same,
+    /// and each connection is closed.
+    pub(crate) fn await_greeting(&self, address: SocketAddr) -> Result<()> {
+        let attempted = || format!("reach the environment on {} through the connection", self.host);
+        let greeted = || -> io::Result<bool> {
+            let mut stream = TcpStream::connect_timeout(&address, TIME_TO_ANSWER)?;
+            stream.set_read_timeout(Some(TIME_TO_ANSWER))?;
+            let mut greeting = [0; 4];
+            match stream.read_exact(&mut greeting) {
+                Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
+                read => read.map(|()| greeting == *b"SSH-"),
+            }
+        };
+        if greeted().attempt(attempted)? {
+            return Ok(());
+        }
+        let said = self.last_words();
+        let why = if said.is_empty() { "it does not greet".into() } else { said };
+        Err(Error::new(attempted())
+            .because(why)
+            .advise("AllowTcpForwarding of the node's sshd has to be 'yes' or 'local'"))
+    }
+
+    /// Name of the node, as it was given.
+    pub(crate) fn host(&self) -> &str {
+        &self.host
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        let _ = self.master.kill();
+        let _ = self.master.wait();
+        let _ = std::fs::remove_file(&self.control);
+    }
+}
+
+/// File of the copied key.
+const KEY: &str = "id";
+
+/// Copies the key, since ssh refuses one that others can read, and the known hosts beside it. Returns whether there are
+/// any.
+fn copy_keys(key: &Path, directory: &Tree) -> Result<bool> {
+    let copy = |from: &Path, name: &str| {
+        let text = std::fs::read(from).attempt(|| format!("read {}", from.display()))?;
+        directory.replace(name, &text).attempt(|| format!("copy {}", from.display()))?;
+        let path = directory.path().join(name);
+        std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o600))
+            .attempt(|| format!("copy {}", from.display()))
+    };
+    copy(key, KEY)?;
+    let known = key.with_file_name("known_hosts");
+    if known.exists() {
+        return copy(&known, "known_hosts").map(|()| true);
+    }
+    directory.remove("known_hosts").attempt(|| "remove an old known_hosts")?;
+    Ok(false)
+}
+
+fn set(name: &str, value: &str) -> Vec<String> {
+    vec!["-o".into(), format!("{name}={value}")]
+}
+
+fn missing(attempted: &str, why: io::Error) -> Error {
+    let error = Error::new(attempted);
+    if why.kind() == io::ErrorKind::NotFound {
+        return error.because("ssh is not installed").advise("install the package openssh-client (openssh on SUSE)");
+    }
+    error.because(why)
+}
+
+/// Logs the host keys that ssh has accepted, with their fingerprints as ssh-keygen prints them.
+fn tell_host_keys(host: &str, known_hosts: &Path) {
+    for line in std::fs::read_to_string(known_hosts).unwrap_or_default().lines() {
+        let mut words = line.split_whitespace().skip(1);
+        let (Some(kind), Some(Ok(key))) = (words.next(), words.next().map(|key| STANDARD.decode(key))) else {
+            continue;
+        };
+        let print = STANDARD_NO_PAD.encode(sha2::Sha256::digest(key));
+        tracing::info!("the build node {host} has the host key {} SHA256:{print}", Printable(kind));
+    }
+}
+
+/// Output of `child`; an error after `limit`, or if it is no longer wanted. It is killed then.
+pub(crate) fn finish(mut child: Child, limit: Duration, heed: Heed<'_>) -> Result<Output> {
+    let began = Instant::now();
+    let wait = || {
+        // A child that has ended already cannot be opened.
+        let process = Identity::of(Pid::from_raw(child.id().cast_signed())).and_then(|id| Handle::open(id).ok());
+        while let Some(process) = &process
+            && !process.ends_within(TICK)
+        {
+            heed()?;
+            if began.elapsed() > limit {
+                return Err(Error::new("wait any longer").because(format!("it took longer than {} s", limit.as_secs())));
+            }
+        }
+        Ok(())
+    };
+    if let Err(error) = wait() {
+        let _ = child.kill();
+        let _ = child.wait();
+        return Err(error);
+    }
+    child.wait_with_output().attempt(|| "read the output of ssh")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn host_is_a_name_or_an_address_and_never_an_option() {
+        for host in ["x3000c0s17b1n0", "nid001.local", "root@192.0.2.2", "me@fd00::1", "a_b"] {
+            assert!(is_host(host), "{host}");
+        }
+        for wrong in
+            ["", "-oProxyCommand=x", "root@-x", "-x@host", "a b", "a;b", "@host", "root@", "a\n", "$(id)", "a/b"]
+        {
+            assert!(!is_host(wrong), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,137 @@
+//! `ims-sshd entrypoint` in a pod whose job IMS has offloaded to a build node.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use crate::environment::groundwork;
+use crate::environment::settings::Settings;
+use crate::error::{Attempt, Error, Result};
+use crate::job::Action;
+use crate::publish::settings as publishing;
+use crate::remote::connection::{Destination, is_host};
+use crate::remote::message::{Customize, Task, is_job_id};
+use crate::remote::relay::{self, BootNames, Wanted};
+use crate::sshd::effective::Effective;
+use crate::volume::layout::REMOTE_PORT;
+
+/// Variables of the job that its environment on the node gets.
+const PASSED_ON: [&str; 20] = [
+    "BUILD_ARCH",
+    "IMAGE_COMPRESSION",
+    "IMAGE_FROM_SCRATCH",
+    "IMAGE_PACKER",
+    "IMAGE_ROOT_ARCHIVE_NAME",
+    "IMS_AGENT_FORWARDING",
+    "IMS_CLOSE_GRACE",
+    "IMS_IDLE_LIMIT",
+    "IMS_JAIL_HOSTNAME",
+    "IMS_JAIL_TIER",
+    "IMS_JOB_ID",
+    "IMS_SESSION_LIMIT",
+    "INITRD_FILENAME",
+    "JOB_ENABLE_DKMS",
+    "KERNEL_FILENAME",
+    "KERNEL_PARAMETERS_FILENAME",
+    "LOG_LEVEL",
+    "REMOTE_BUILD_NODE",
+    "SOURCE_DATE_EPOCH",
+    "SSH_JAIL",
+];
+
+/// Where a pod has its site's certificates, unless `CA_CERT` names a file elsewhere.
+const AUTHORITIES: &str = "/etc/cray/ca";
+
+/// Largest certificate in bytes.
+const LARGEST: u64 = 1 << 20;
+
+/// Returns whether the job's environment is on a build node.
+pub(crate) fn is_remote(settings: &Settings) -> bool {
+    settings.job.node.is_some() && settings.job.action == Some(Action::Customize)
+}
+
+/// Runs the environment on its node.
+pub(crate) fn run(settings: &Settings, variables: Vec<(OsString, OsString)>) -> Result<u8> {
+    let wanted = || wanted(settings, variables);
+    relay::run(&settings.job.parent, None, wanted, || {}).map(|outcome| outcome.exit_code)
+}
+
+fn wanted(settings: &Settings, variables: Vec<(OsString, OsString)>) -> Result<Wanted> {
+    let host = settings.job.node.clone().unwrap_or_default();
+    if !is_host(&host) || host.contains('@') {
+        return Err(Error::bad_input(format!("REMOTE_BUILD_NODE is '{host}': expected the name or address of a host")));
+    }
+    let job = settings.job.id.clone().unwrap_or_default();
+    if !is_job_id(&job) {
+        return Err(Error::bad_input(format!("IMS_JOB_ID is '{job}': expected letters, digits and dashes")));
+    }
+    if settings.job.parent.join(REMOTE_PORT).exists() {
+        return Err(Error::new(format!("open the image on {host}"))
+            .because(format!("there is a file '{REMOTE_PORT}': the prepare of another image has begun the job there"))
+            .advise("let the containers prepare and sshd come from the same image"));
+    }
+    groundwork::make_host_keys()?;
+    let sshd = Effective::ask(&settings.sshd.asking, "root")?;
+    let port = sshd.first("port").and_then(|port| port.parse().ok()).unwrap_or(22);
+    let authorities = variables.iter().find(|(name, value)| name == "CA_CERT" && !value.is_empty());
+    let authorities = authorities.and_then(|(_, file)| Path::new(file).parent()).unwrap_or(Path::new(AUTHORITIES));
+    let authorities = certificates(authorities)?;
+    let names =
+        publishing::Settings::read(None, variables.iter().filter(|(name, _)| is_boot_name(name)).cloned())?.boot;
+    let is_image = names.kernel == "vmlinuz" && settings.job.arch() == "aarch64";
+    let boot = BootNames {
+        kernel: if is_image { "Image".into() } else { names.kernel },
+        initrd: names.initrd,
+        parameters: names.parameters,
+    };
+    let variables = variables.into_iter().filter_map(|(name, value)| {
+        let name = name.into_string().ok().filter(|name| PASSED_ON.contains(&name.as_str()))?;
+        Some((name, value.into_string().ok()?))
+    });
+    Ok(Wanted {
+        to: Destination { host: format!("root@{host}"), key: Some(settings.node_key.clone()) },
+        job,
+        task: Task::Customize(Customize { variables: variables.collect(), keys: keys(&sshd)?, authorities }),
+        listen: (None, port),
+        boot,
+        silence: settings.node_silence,
+        options: Vec::new(),
+    })
+}
+
+fn is_boot_name(name: &OsString) -> bool {
+    ["KERNEL_FILENAME", "INITRD_FILENAME", "KERNEL_PARAMETERS_FILENAME"].iter().any(|boot| name == boot)
+}
+
+/// Public keys that sshd's configuration lets in as root.
+fn keys(sshd: &Effective) -> Result<String> {
+    let mut keys = String::new();
+    for word in sshd.all("authorizedkeysfile").flat_map(str::split_whitespace).filter(|word| *word != "none") {
+        let word = word.replace("%h", "/root").replace("%u", "root").replace("%%", "%");
+        let path = Path::new("/root").join(word);
+        match std::fs::read_to_string(&path) {
+            Ok(text) => keys.extend([text.as_str(), "\n"]),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+            Err(e) => return Err(e).attempt(|| format!("read the public keys in {}", path.display())),
+        }
+    }
+    if keys.trim().is_empty() {
+        return Err(Error::new("let anybody log in").because("AuthorizedKeysFile of sshd's configuration names no key"));
+    }
+    Ok(keys)
+}
+
+/// The certificates in `directory`, without the links through which Kubernetes mounts them.
+fn certificates(directory: &Path) -> Result<Vec<(String, String)>> {
+    let attempted = || format!("read {}", directory.display());
+    let Ok(entries) = std::fs::read_dir(directory) else { return Ok(Vec::new()) };
+    let mut found = Vec::new();
+    for entry in entries {
+        let file: PathBuf = entry.attempt(attempted)?.path();
+        let name = file.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let is_certificate = std::fs::metadata(&file).is_ok_and(|found| found.is_file() && found.len() <= LARGEST);
+        if !name.starts_with('.') && is_certificate {
+            found.push((name, std::fs::read_to_string(&file).attempt(|| format!("read {}", file.display()))?));
+        }
+    }
+    Ok(found)
+}

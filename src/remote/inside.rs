@@ -1,0 +1,239 @@
+//! The part of a remote job that runs inside: in mount and PID namespaces of its own, as the first process. It makes its
+//! root directory, starts itself again there, opens the environment, and packs the image.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::Command;
+
+use nix::sched::CloneFlags;
+use rustix::event::{PollFd, PollFlags};
+use rustix::mount::MountAttrFlags;
+
+use crate::environment::own_sshd;
+use crate::environment::settings::Settings;
+use crate::environment::supervisor;
+use crate::error::{Attempt, Error, Result};
+use crate::image::authorities::put_authorities;
+use crate::image::boot;
+use crate::image::packer;
+use crate::image::packing::{self, Archive};
+use crate::jailer::resolv_conf::{self, ENVIRONMENT, SIDECAR};
+use crate::publish::basis;
+use crate::publish::prepare::{self, Open};
+use crate::publish::settings as publishing;
+use crate::publish::source::Source;
+use crate::remote::job_directory::{self, JobDirectory};
+use crate::remote::message::{Customize, Message, Order, Part, Task};
+use crate::remote::node_root::{self, PARENT, PROGRAMS, RESULTS};
+use crate::sshd::options::Options;
+use crate::sys::mounts::{self, Detached};
+use crate::sys::poll;
+use crate::sys::tree::Tree;
+use crate::transfer::Work;
+use crate::verdict::Verdict;
+use crate::volume::layout::{ARCHIVE, IMAGE_ROOT, READY};
+use crate::volume::open_tree;
+use crate::volume::signal_files::SignalFiles;
+
+/// Directory of keys, configuration and certificates, which vanishes with the job's /run.
+const OWN: &str = "/run/ims-sshd-job";
+
+/// Comment of the host key.
+const KEY_COMMENT: &str = "ims-sshd node";
+
+/// What this program is started as inside.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Stage {
+    /// Makes the root directory, and becomes the next stage there.
+    Root,
+    /// Carries the order out.
+    Task,
+}
+
+/// Runs a stage. Its order is a line on standard input, and it tells its parent on standard output how far it has come.
+pub(crate) fn run(stage: Stage) -> Result<u8> {
+    if std::process::id() != 1 {
+        return Err(Error::bad_input("this command is started by 'ims-sshd node' alone"));
+    }
+    match stage {
+        Stage::Root => root(),
+        Stage::Task => task(),
+    }
+}
+
+fn root() -> Result<u8> {
+    // The parent removes what this process leaves, and must not be outlived by it.
+    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
+        .attempt(|| "follow the parent")?;
+    let order = read_order()?;
+    let stdin = std::io::stdin();
+    let mut parent = [PollFd::new(&stdin, PollFlags::IN)];
+    let _ = poll::wait(&mut parent, std::time::Duration::ZERO);
+    if parent[0].revents().contains(PollFlags::HUP) {
+        return Err(Error::new("go on with the job").because("its first process has ended"));
+    }
+    nix::sched::unshare(CloneFlags::CLONE_NEWNS).attempt(|| "make a mount namespace")?;
+    mounts::make_all_private().attempt(|| "make all mounts private")?;
+    let place = JobDirectory::path(&order.job);
+    let shown = [job_directory::IMAGE, job_directory::RESULTS].map(|name| place.join(name));
+    node_root::enter(&place, (&shown[0], &shown[1]))?;
+    let mut line = serde_json::to_vec(&Message::Order(Box::new(order))).attempt(|| "pass on the order")?;
+    line.push(b'\n');
+    let line = packer::inheritable(&line).attempt(|| "pass on the order")?;
+    let mut next = Command::new(Path::new(PROGRAMS).join("ims-sshd"));
+    Err(next.args(["node", "--inside", "task"]).stdin(line).exec()).attempt(|| "start this program in the job's root")
+}
+
+fn read_order() -> Result<Order> {
+    let attempted = || "read the order";
+    let mut line = String::new();
+    BufReader::new(std::io::stdin()).read_line(&mut line).attempt(attempted)?;
+    match serde_json::from_str(&line).attempt(attempted)? {
+        Message::Order(order) => Ok(*order),
+        _ => Err(Error::new(attempted()).because("it is another message")),
+    }
+}
+
+/// Tells the parent process.
+struct Parent(File);
+
+impl Parent {
+    /// Takes standard output: nothing that this process starts may write there.
+    fn take() -> Result<Self> {
+        let attempted = || "take over standard output";
+        let own: OwnedFd = rustix::io::fcntl_dupfd_cloexec(std::io::stdout(), 3).attempt(attempted)?;
+        rustix::stdio::dup2_stdout(std::io::stderr()).attempt(attempted)?;
+        let null = File::open("/dev/null").attempt(attempted)?;
+        rustix::stdio::dup2_stdin(null).attempt(attempted)?;
+        Ok(Self(own.into()))
+    }
+
+    fn tell(&mut self, message: &Message) -> Result<()> {
+        let line = serde_json::to_string(message).attempt(|| "tell the parent")?;
+        self.0.write_all(format!("{line}\n").as_bytes()).attempt(|| "tell the parent")
+    }
+}
+
+fn task() -> Result<u8> {
+    let order = read_order()?;
+    let mut parent = Parent::take()?;
+    let done = match &order.task {
+        Task::Customize(wanted) => customize(wanted, &mut parent),
+    };
+    done.map(|()| 0).inspect_err(|e| drop(parent.tell(&Message::Failed { why: e.to_string() })))
+}
+
+/// Opens the image as an environment, and packs it if it was marked complete.
+fn customize(wanted: &Customize, parent: &mut Parent) -> Result<()> {
+    let own = Path::new(OWN);
+    std::fs::DirBuilder::new().mode(0o755).create(own).attempt(|| format!("create the directory {OWN}"))?;
+    let given = wanted.variables.iter().map(|(name, value)| (name.into(), value.into()));
+    let fixed = [("IMS_ACTION".into(), "customize".into())];
+    let variables: Vec<(std::ffi::OsString, std::ffi::OsString)> =
+        [("IMAGE_PACKER".into(), "ims-sshd".into())].into_iter().chain(given).chain(fixed).collect();
+    let publishing = publishing::Settings::read(Some(PARENT.into()), variables.clone())?;
+    let work = Work::begin(&publishing.network)?;
+    let image_root = Path::new(PARENT).join(IMAGE_ROOT);
+    let source = Source::Here(Path::new(PARENT).join(ARCHIVE));
+    let overlay = prepare::prepare(&work, &publishing, &source, Some(Open::Overlay), &image_root)?;
+    honour_setuid(&image_root)?;
+    {
+        let tree = open_tree(&image_root)?;
+        put_certificates(&tree, own, &wanted.authorities)?;
+        resolv_conf::lend(&tree)?;
+    }
+    let (settings, port) = environment(wanted, variables, own)?;
+    let mut files = SignalFiles::open(Path::new(PARENT))?
+        .ok_or_else(|| Error::new(format!("open {PARENT}")).because("it does not exist"))?;
+    files.claim()?;
+    files.touch(READY)?;
+    let mut told = Ok(());
+    let outcome = supervisor::run(settings, Some(files), || told = parent.tell(&Message::Listening { port }))?;
+    told?;
+    let verdict = outcome.verdict.unwrap_or(Verdict::Failed);
+    parent.tell(&Message::Closed { verdict: verdict.into(), exit_code: outcome.exit_code })?;
+    if verdict == Verdict::Failed || outcome.exit_code != 0 {
+        return Ok(());
+    }
+    let parts = pack(&work, &publishing, &image_root)?;
+    mounts::unmount(&image_root).attempt(|| format!("unmount {}", image_root.display()))?;
+    overlay.map_or(Ok(()), crate::image::unpack::Overlay::unmount)?;
+    parent.tell(&Message::Packed { parts })
+}
+
+/// Mounts the image root on itself: the overlay is `nosuid`, and sudo and su must work.
+fn honour_setuid(image_root: &Path) -> Result<()> {
+    let attempted = || format!("mount {}", image_root.display());
+    let target = Tree::open(image_root).attempt(attempted)?;
+    Detached::copy_of(image_root, false, MountAttrFlags::empty())
+        .and_then(Detached::honouring_setuid)
+        .and_then(|mount| mount.attach(target))
+        .attempt(attempted)
+        .map(drop)
+}
+
+fn put_certificates(image_root: &Tree, own: &Path, authorities: &[(String, String)]) -> Result<()> {
+    if authorities.is_empty() {
+        return Ok(());
+    }
+    let directory = own.join("ca");
+    let attempted = || format!("write {}", directory.display());
+    std::fs::create_dir(&directory).attempt(attempted)?;
+    let tree = Tree::open(&directory).attempt(attempted)?;
+    for (name, text) in authorities {
+        if name.is_empty() || name.starts_with('.') || name.contains('/') {
+            return Err(Error::new(attempted()).because(format!("'{name}' is no name of a certificate")));
+        }
+        tree.replace(name, text.as_bytes()).attempt(attempted)?;
+    }
+    put_authorities(image_root, &directory)
+}
+
+/// Settings of the environment, and the port that its sshd is to listen on.
+fn environment(
+    wanted: &Customize,
+    variables: Vec<(std::ffi::OsString, std::ffi::OsString)>,
+    own: &Path,
+) -> Result<(Settings, u16)> {
+    let keys = own.join("authorized_keys");
+    std::fs::write(&keys, &wanted.keys).attempt(|| format!("write {}", keys.display()))?;
+    let address = IpAddr::V4(Ipv4Addr::LOCALHOST);
+    let port = own_sshd::free_port(address)?;
+    let config = own_sshd::configure(own, SocketAddr::new(address, port), &keys, KEY_COMMENT)?;
+    let not_ours = ["SSHD_OPTIONS", "SSHD_CONFIG_FILE", "CUSTOMIZATION_SCRIPT", "IMS_JAIL_BINDS"];
+    let variables = variables.into_iter().filter(|(name, _)| !not_ours.iter().any(|other| name == other));
+    let mut settings = Settings::read(Some(PARENT.into()), variables)?;
+    let words = ["-E", &own.join("sshd.log").to_string_lossy(), "-f", &config.to_string_lossy()].map(str::to_owned);
+    settings.sshd = Options::parse(&shell_words::join(words))?;
+    settings.sshd_config = config;
+    Ok((settings, port))
+}
+
+/// Packs the image into the directory of results, with copies of its boot files.
+fn pack(work: &Work, settings: &publishing::Settings, image_root: &Path) -> Result<Vec<Part>> {
+    let (tree, volume, results) =
+        (open_tree(image_root)?, open_tree(Path::new(PARENT))?, open_tree(Path::new(RESULTS))?);
+    // An environment that was killed left its own text in place of ours.
+    ENVIRONMENT.restore(&tree)?;
+    SIDECAR.restore(&tree)?;
+    let mut parts = vec![Part::Image];
+    if let Some(files) = boot::find_if_any(&tree, &settings.boot, settings.job.arch())? {
+        let optional = [(Part::Initrd, files.initrd), (Part::Parameters, files.parameters)];
+        let found = optional.into_iter().filter_map(|(part, file)| Some((part, file?)));
+        for (part, mut file) in [(Part::Kernel, files.kernel)].into_iter().chain(found) {
+            let attempted = || format!("copy /{} of the image", file.path);
+            let mut copy = results.create_file(part.name()).attempt(attempted)?;
+            std::io::copy(&mut file.content, &mut copy).attempt(attempted)?;
+            parts.push(part);
+        }
+    }
+    let archive = Archive { directory: &results, name: Part::Image.name() };
+    let basis = basis::of(settings, &volume, &tree, false);
+    packing::pack(work, &tree, &archive, &settings.packing, &[], basis.as_ref())?;
+    Ok(parts)
+}

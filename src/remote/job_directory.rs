@@ -1,0 +1,171 @@
+//! A job's directory on a node, `/tmp/ims_JOB`. IMS counts these directories to see how busy a node is.
+//!
+//! A lock in it lives as long as the job's first process. Directories whose lock is free were left by a job that was
+//! killed, or by a node that went down, and the next job removes them.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, OFlags, RenameFlags};
+use rustix::io::Errno;
+
+use crate::error::{Attempt, Error, Result};
+use crate::sys::tree::Tree;
+
+/// Directory of the jobs' directories.
+pub(crate) const TMP: &str = "/tmp";
+
+/// Beginning of the directories' names, which is IMS's.
+const PREFIX: &str = "ims_";
+
+/// Beginning of the name until the lock is taken.
+const NEW: &str = ".ims-sshd.";
+
+/// File that is locked.
+const LOCK: &str = ".ims-sshd.lock";
+
+/// Directories of a job: what sessions and the environment share, and what is sent back.
+pub(crate) const IMAGE: &str = "image";
+pub(crate) const RESULTS: &str = "results";
+
+/// The directory of a job that runs.
+pub(crate) struct JobDirectory {
+    tmp: Tree,
+    name: String,
+    tree: Tree,
+    _lock: OwnedFd,
+}
+
+impl JobDirectory {
+    /// Creates the directory, which must not exist. Removes those of dead jobs first.
+    pub(crate) fn make(job: &str) -> Result<Self> {
+        Self::make_in(Path::new(TMP), job)
+    }
+
+    fn make_in(tmp: &Path, job: &str) -> Result<Self> {
+        let name = format!("{PREFIX}{job}");
+        let shown = tmp.join(&name);
+        let attempted = || format!("create the directory {}", shown.display());
+        let tmp = Tree::open(tmp).attempt(attempted)?;
+        sweep(&tmp);
+        // Locked before it has its name, so that no other job takes it for a dead one's.
+        let new = format!("{NEW}{job}.{}", std::process::id());
+        let tree = tmp.make_private(&new).attempt(attempted)?;
+        let made = fill(&tree).and_then(|lock| {
+            rustix::fs::renameat_with(&tmp, &new, &tmp, &name, RenameFlags::NOREPLACE)?;
+            Ok(lock)
+        });
+        let lock = made.map_err(|e| {
+            let _ = tmp.remove_whole(new.as_ref());
+            let refused = Error::new(attempted());
+            if Errno::from_io_error(&e) != Some(Errno::EXIST) {
+                return refused.because(e);
+            }
+            let is_ours = lock(&tmp, &name).is_err_and(|e| Errno::from_io_error(&e) == Some(Errno::WOULDBLOCK));
+            if is_ours {
+                return refused.because("the job runs there already");
+            }
+            refused.because("it exists, and no job of this program made it").advise("see what it is, and remove it")
+        })?;
+        Ok(Self { tmp, name, tree, _lock: lock })
+    }
+
+    /// The directory itself.
+    pub(crate) fn tree(&self) -> &Tree {
+        &self.tree
+    }
+
+    /// Its path.
+    pub(crate) fn path(job: &str) -> PathBuf {
+        Path::new(TMP).join(format!("{PREFIX}{job}"))
+    }
+
+    /// Removes it with all that is in it.
+    pub(crate) fn remove(self) -> Result<()> {
+        let attempted = || format!("remove {}", self.tmp.shown().join(&self.name).display());
+        self.tmp.remove_whole(self.name.as_ref()).attempt(attempted)
+    }
+}
+
+fn fill(tree: &Tree) -> io::Result<OwnedFd> {
+    for name in [IMAGE, RESULTS] {
+        tree.make_private(name)?;
+    }
+    let lock = tree.create_file(LOCK)?;
+    rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)?;
+    Ok(lock.into())
+}
+
+/// Locks the directory `name`, if it is one of a job of this program, and of root.
+fn lock(tmp: &Tree, name: &str) -> io::Result<OwnedFd> {
+    let tree = tmp.directory_without_links(name)?;
+    let file = tree.open_regular(LOCK, OFlags::RDONLY | OFlags::NOFOLLOW)?;
+    for found in [rustix::fs::fstat(&tree)?, rustix::fs::fstat(&file)?] {
+        if found.st_uid != rustix::process::geteuid().as_raw() || found.st_mode & 0o022 != 0 {
+            return Err(io::ErrorKind::PermissionDenied.into());
+        }
+    }
+    rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+    Ok(file.into())
+}
+
+/// Removes the directories of dead jobs.
+fn sweep(tmp: &Tree) {
+    for name in tmp.names().unwrap_or_default() {
+        let Some(name) = name.to_str().filter(|name| name.starts_with(PREFIX) || name.starts_with(NEW)) else {
+            continue;
+        };
+        let Ok(_lock) = lock(tmp, name) else { continue };
+        match tmp.remove_whole(name.as_ref()) {
+            Ok(()) => tracing::info!("removed {}, which a dead job has left", tmp.shown().join(name).display()),
+            Err(e) => tracing::warn!("cannot remove {}: {e}", tmp.shown().join(name).display()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    #[test]
+    fn only_directories_of_dead_jobs_are_removed() {
+        let tmp = tempfile::tempdir().unwrap();
+        let live = JobDirectory::make_in(tmp.path(), "live").unwrap();
+        let dead = JobDirectory::make_in(tmp.path(), "dead").unwrap();
+        std::fs::write(tmp.path().join("ims_dead/image/file"), "").unwrap();
+        drop(dead);
+        // Upstream's, which has no lock, and one that another user made to look like ours.
+        for name in ["ims_upstream", "ims_other", "other"] {
+            std::fs::create_dir(tmp.path().join(name)).unwrap();
+        }
+        let others = tmp.path().join("ims_other");
+        std::fs::write(others.join(LOCK), "").unwrap();
+        std::os::unix::fs::chown(&others, Some(1000), None).unwrap();
+        std::fs::write(tmp.path().join("other").join(LOCK), "").unwrap();
+        JobDirectory::make_in(tmp.path(), "next").unwrap().remove().unwrap();
+        let mut left: Vec<_> = std::fs::read_dir(tmp.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        left.sort();
+        assert_eq!(left, ["ims_live", "ims_other", "ims_upstream", "other"]);
+        live.remove().unwrap();
+    }
+
+    #[test]
+    fn directory_or_link_that_is_not_ours_is_refused_and_stays() {
+        let tmp = tempfile::tempdir().unwrap();
+        std::fs::create_dir(tmp.path().join("ims_a")).unwrap();
+        std::fs::create_dir(tmp.path().join("target")).unwrap();
+        symlink("target", tmp.path().join("ims_b")).unwrap();
+        let _live = JobDirectory::make_in(tmp.path(), "c").unwrap();
+        for (job, why) in
+            [("a", "no job of this program"), ("b", "no job of this program"), ("c", "runs there already")]
+        {
+            let refused = JobDirectory::make_in(tmp.path(), job).err().unwrap().to_string();
+            assert!(refused.contains(why), "{refused}");
+        }
+        let mode = std::fs::metadata(tmp.path().join("ims_c")).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o700);
+        assert_eq!(std::fs::read_dir(tmp.path()).unwrap().count(), 4);
+    }
+}

@@ -1,0 +1,196 @@
+//! What the two sides of a remote job tell each other, and what a node's parent process and the process inside do:
+//! both ends of the protocol. Each message is a line of JSON on a [`Channel`](crate::remote::channel::Channel).
+
+use serde::{Deserialize, Serialize};
+
+use crate::verdict::Verdict;
+
+/// A message. Each side refuses those that are not meant for it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "is", rename_all = "snake_case")]
+pub(crate) enum Message {
+    /// To the node, first: what it is to do.
+    Order(Box<Order>),
+    /// From the node, before anything is sent to it.
+    Hello(Hello),
+    /// A file follows as data, and then its [`Message::Sum`].
+    File {
+        /// Which file.
+        part: Part,
+        /// Length in bytes.
+        size: u64,
+    },
+    /// Digest of the file that was sent.
+    Sum {
+        /// SHA-256, in hexadecimal digits.
+        sha256: String,
+    },
+    /// From the node: sshd accepts connections on this port of its loopback address.
+    Listening {
+        /// The port.
+        port: u16,
+    },
+    /// To the node: the image is marked.
+    Mark(Judged),
+    /// From the node: the environment has closed.
+    Closed {
+        /// Its verdict.
+        verdict: Judged,
+        /// Its exit code.
+        exit_code: u8,
+    },
+    /// From the process inside to its parent: these files lie in the directory of results.
+    Packed {
+        /// The files.
+        parts: Vec<Part>,
+    },
+    /// From the node: all files were sent.
+    Sent,
+    /// From the node: the job cannot go on.
+    Failed {
+        /// The error's text.
+        why: String,
+    },
+    /// To the node: end everything and remove it.
+    End,
+    /// From the node, last: nothing of the job is left there.
+    Gone,
+}
+
+/// A verdict in a message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Judged {
+    /// [`Verdict::Complete`].
+    Complete,
+    /// [`Verdict::Failed`].
+    Failed,
+}
+
+impl From<Verdict> for Judged {
+    fn from(verdict: Verdict) -> Self {
+        if verdict == Verdict::Complete { Self::Complete } else { Self::Failed }
+    }
+}
+
+impl From<Judged> for Verdict {
+    fn from(judged: Judged) -> Self {
+        if judged == Judged::Complete { Self::Complete } else { Self::Failed }
+    }
+}
+
+/// A file that is sent. The receiver chooses its name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Part {
+    /// The image that the job begins with, a squashfs.
+    Source,
+    /// The packed image.
+    Image,
+    /// Its kernel.
+    Kernel,
+    /// Its initrd.
+    Initrd,
+    /// Its kernel parameters.
+    Parameters,
+}
+
+impl Part {
+    /// Name of the file on the node.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Source => "source",
+            Self::Image => "image",
+            Self::Kernel => "kernel",
+            Self::Initrd => "initrd",
+            Self::Parameters => "parameters",
+        }
+    }
+}
+
+/// An order for a node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Order {
+    /// The job's ID, see [`is_job_id`].
+    pub(crate) job: String,
+    /// Length in bytes of the image that is to be sent.
+    pub(crate) size: u64,
+    /// After so many seconds of silence each side takes the connection for lost.
+    pub(crate) patience: u64,
+    /// What is to be done.
+    pub(crate) task: Task,
+}
+
+/// What runs on a node. A build from a recipe is to become another variant.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Task {
+    /// Opens the image over SSH and packs it.
+    Customize(Customize),
+}
+
+/// An environment on a node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Customize {
+    /// Variables of the job, as a container of a pod has them.
+    pub(crate) variables: Vec<(String, String)>,
+    /// Public keys that may log in, in OpenSSH's format.
+    pub(crate) keys: String,
+    /// Certificates of authorities for the image: file name and content.
+    pub(crate) authorities: Vec<(String, String)>,
+}
+
+/// What a node says of itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Hello {
+    /// Architecture, as `uname -m` prints it.
+    pub(crate) arch: String,
+    /// Release of the kernel.
+    pub(crate) kernel: String,
+    /// Bytes that are free for the job.
+    pub(crate) free: u64,
+    /// Reasons why the job cannot run there, each a sentence.
+    pub(crate) refusals: Vec<String>,
+}
+
+/// Returns whether `id` can be a job's ID: it becomes part of a path on the node.
+pub(crate) fn is_job_id(id: &str) -> bool {
+    (1..=64).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_survive_the_line_they_are_written_as() {
+        let task = Task::Customize(Customize {
+            variables: vec![("SSH_JAIL".into(), "True\n".into())],
+            keys: "ssh-ed25519 AAAA ö\n".into(),
+            authorities: vec![("ca.crt".into(), "-----BEGIN".into())],
+        });
+        let messages = [
+            Message::Order(Box::new(Order { job: "5ec3".into(), size: u64::MAX, patience: 60, task })),
+            Message::Hello(Hello { arch: "x86_64".into(), kernel: "6".into(), free: 1, refusals: vec!["no".into()] }),
+            Message::File { part: Part::Source, size: 0 },
+            Message::Mark(Judged::Failed),
+            Message::Closed { verdict: Judged::Complete, exit_code: 0 },
+            Message::Packed { parts: vec![Part::Image, Part::Kernel] },
+            Message::End,
+        ];
+        for message in messages {
+            let line = serde_json::to_string(&message).unwrap();
+            assert!(!line.contains('\n'), "{line}");
+            assert_eq!(serde_json::from_str::<Message>(&line).unwrap(), message);
+        }
+        assert!(serde_json::from_str::<Message>(r#"{"is":"listening","port":70000}"#).is_err());
+    }
+
+    #[test]
+    fn job_id_is_one_name_without_dots_or_slashes() {
+        assert!(is_job_id("0b51c2ea-9ee6-4b6c-a0d5-8f6e3a1cbd0c"));
+        for wrong in ["", ".", "..", "a/b", "a b", "a;b", "$(id)", "ä", &"a".repeat(65)] {
+            assert!(!is_job_id(wrong), "{wrong}");
+        }
+    }
+}

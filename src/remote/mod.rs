@@ -1,0 +1,15 @@
+//! Remote build nodes: a job whose image is changed on another host. One ssh connection is the job. [`relay`] is the
+//! side of the pod, or of the machine that `customize --node` runs on; [`node`] is the far side, the same program.
+
+pub(crate) mod channel;
+pub(crate) mod connection;
+pub(crate) mod entrypoint;
+pub(crate) mod hello;
+pub mod inside;
+pub(crate) mod job_directory;
+pub(crate) mod message;
+pub mod node;
+pub(crate) mod node_root;
+pub(crate) mod provision;
+pub(crate) mod relay;
+pub(crate) mod transfer;

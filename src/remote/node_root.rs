@@ -1,0 +1,106 @@
+//! The root directory of a job on a node: a throw-away overlay over the node's own, so that a session finds the node's
+//! tools and changes nothing of the node.
+
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use rustix::mount::MountAttrFlags;
+
+use crate::error::{Attempt, Result};
+use crate::jail::resolv_conf::{RESOLV_CONF, of_container};
+use crate::sys::file_kind::FileKind;
+use crate::sys::mounts::{self, Detached};
+use crate::sys::tree::Tree;
+
+/// Where a job's environment finds the image root's parent.
+pub(crate) const PARENT: &str = "/mnt/image";
+
+/// Where it finds this program.
+pub(crate) const PROGRAMS: &str = "/run/ims-sshd-programs";
+
+/// Where it leaves the files that are sent back.
+pub(crate) const RESULTS: &str = "/run/ims-sshd-results";
+
+/// Directories of a system that may be on a disk of their own. What is mounted elsewhere (homes, data, other jobs) is not
+/// shown.
+const SYSTEM: [&str; 9] = ["/boot", "/etc", "/opt", "/root", "/srv", "/usr", "/usr/local", "/var", "/var/lib"];
+
+/// Makes the root in `place`, the job's directory, and enters it. This process has to have a mount namespace of its own;
+/// its working directory is then the new root.
+pub(crate) fn enter(place: &Path, (image, results): (&Path, &Path)) -> Result<()> {
+    let programs = std::env::current_exe().attempt(|| "find this program's own file")?;
+    let programs = programs.parent().unwrap_or(Path::new("/"));
+    let resolv_conf = of_container();
+    let layers = place.join("root");
+    let top = layers.join("top");
+    let attempted = || format!("mount a root directory on {}", top.display());
+    std::fs::create_dir_all(&top).attempt(attempted)?;
+    // Attached first: nothing can be mounted on a mount that has no place yet.
+    let target = Tree::open(&top).attempt(attempted)?;
+    let root = Tree::from_fd(overlay(Path::new("/"), &layers.join("0"))?.attach(target).attempt(attempted)?);
+    let mounted = std::fs::read("/proc/self/mountinfo").attempt(|| "read /proc/self/mountinfo")?;
+    let mut below: Vec<PathBuf> = mounts::mount_points(&mounted);
+    below.retain(|point| SYSTEM.iter().any(|path| Path::new(path) == point));
+    below.sort();
+    below.dedup();
+    for (number, point) in below.iter().enumerate() {
+        attach(overlay(point, &layers.join((number + 1).to_string()))?, &root, point)?;
+    }
+    let none = MountAttrFlags::empty();
+    let quiet = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
+    let tmp = layers.join("tmp");
+    let attempted = || format!("create the directory {}", tmp.display());
+    std::fs::create_dir(&tmp).attempt(attempted)?;
+    std::fs::set_permissions(&tmp, Permissions::from_mode(0o1777)).attempt(attempted)?;
+    let new = |kind: &str, options: &[(&str, &str)]| {
+        Detached::filesystem(kind, options, quiet).attempt(|| format!("mount a new {kind}"))
+    };
+    let shown = |path: &Path, recursive: bool, attributes: MountAttrFlags| {
+        Detached::copy_of(path, recursive, attributes).attempt(|| format!("show {}", path.display()))
+    };
+    let read_only = MountAttrFlags::MOUNT_ATTR_RDONLY;
+    for (point, detached) in [
+        ("/proc", new("proc", &[])?),
+        ("/sys", shown(Path::new("/sys"), true, none)?),
+        ("/dev", shown(Path::new("/dev"), true, none)?),
+        ("/tmp", shown(&tmp, false, quiet)?),
+        ("/run", new("tmpfs", &[("mode", "0755"), ("source", "ims-sshd")])?),
+        (PROGRAMS, shown(programs, false, read_only)?),
+        (RESULTS, shown(results, false, quiet)?),
+        (PARENT, shown(image, false, none)?),
+    ] {
+        attach(detached, &root, Path::new(point))?;
+    }
+    if let Some(text) = resolv_conf {
+        replace_link(&root, &text).attempt(|| "write /etc/resolv.conf")?;
+    }
+    mounts::switch_root(&root).attempt(|| "enter the job's root directory")
+}
+
+/// An overlay over `lower`, without what is mounted below that.
+fn overlay(lower: &Path, layers: &Path) -> Result<Detached> {
+    let attempted = || format!("mount an overlay over {}", lower.display());
+    let [upper, work] = ["upper", "work"].map(|name| layers.join(name));
+    for directory in [&upper, &work] {
+        std::fs::create_dir_all(directory).attempt(attempted)?;
+    }
+    // The root of an overlay takes its mode from the upper directory.
+    let mode = std::fs::metadata(lower).attempt(attempted)?.permissions();
+    std::fs::set_permissions(&upper, mode).attempt(attempted)?;
+    let [lower, upper, work] = [lower, &upper, &work].map(|path| path.to_string_lossy().into_owned());
+    let options = [("lowerdir", lower.as_str()), ("upperdir", &upper), ("workdir", &work), ("source", "ims-sshd")];
+    Detached::filesystem("overlay", &options, MountAttrFlags::empty()).attempt(attempted)
+}
+
+fn attach(mount: Detached, root: &Tree, point: &Path) -> Result<()> {
+    let point = point.strip_prefix("/").unwrap_or(point);
+    let target = root.make_directories(point).and_then(|()| root.directory(point));
+    target.and_then(|target| mount.attach(target)).attempt(|| format!("mount on /{}", point.display())).map(drop)
+}
+
+/// Writes the node's resolv.conf where a link leads into the node's /run.
+fn replace_link(root: &Tree, text: &[u8]) -> std::io::Result<()> {
+    let is_link = root.look(RESOLV_CONF)?.is_some_and(|found| FileKind::of(&found) == FileKind::SymbolicLink);
+    if is_link { root.replace(RESOLV_CONF, text) } else { Ok(()) }
+}

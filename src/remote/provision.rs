@@ -1,0 +1,125 @@
+//! Sends this program to a node, below a directory that is named after its digest: a second job sends nothing, and
+//! another version is another directory.
+
+use std::fs::File;
+use std::io::{Read, Seek};
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
+
+use ring::digest::{SHA256, digest};
+
+use crate::error::{Attempt, Error, Result};
+use crate::image::packer::inheritable;
+use crate::jail::arguments::NAME;
+use crate::jailer::open;
+use crate::remote::connection::{Connection, Heed, finish};
+use crate::remote::transfer::hexadecimal;
+use crate::sys::architecture::Architecture;
+
+/// Directory of the programs on a node.
+const PLACE: &str = "/var/lib/ims-sshd";
+
+/// Time for a node to answer, and to take both programs.
+const TIME_TO_LOOK: Duration = Duration::from_secs(30);
+const TIME_TO_TAKE: Duration = Duration::from_mins(1);
+
+/// Whether the programs in `$place/$1` are root's, can be changed by nobody else, and have the digests $2 and $3.
+const IS_WHOLE: &str = r#"
+PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C
+export PATH LC_ALL
+umask 022
+place=/var/lib/ims-sshd
+is_whole() {
+    [ "$(stat -c '%u %a %F' "$place" "$place/$1" "$place/$1/ims-sshd" "$place/$1/ims-jail-shell" 2>/dev/null)" = "0 755 directory
+0 755 directory
+0 755 regular file
+0 755 regular file" ] && printf '%s  ims-sshd\n%s  ims-jail-shell\n' "$2" "$3" | (cd "$place/$1" && sha256sum -c --status)
+}
+"#;
+
+/// Prints the node's architecture, and whether it has the programs.
+const LOOK: &str = r#"
+uname -m
+if is_whole "$@"; then echo whole; else echo missing; fi
+"#;
+
+/// Takes the programs, of which the first has $4 bytes, within $5 seconds each. Removes what a node that went down has left. The directory gets its name when both are
+/// whole; another job may have been faster.
+const TAKE: &str = r#"
+set -e
+mkdir -p "$place"
+chmod 755 "$place"
+find "$place" -maxdepth 1 -name '.new.*' -mmin +60 -exec rm -rf {} + || true
+new=$(mktemp -d "$place/.new.XXXXXXXX")
+trap 'rm -rf "$new"' EXIT
+trap 'exit 1' HUP INT TERM
+timeout "$5" head -c "$4" >"$new/ims-sshd"
+timeout "$5" cat >"$new/ims-jail-shell"
+chmod 755 "$new" "$new/ims-sshd" "$new/ims-jail-shell"
+is_whole "${new##*/}" "$2" "$3" || { echo 'the programs were altered or cut off on the way' >&2; exit 1; }
+if ! mv -T "$new" "$place/$1" 2>/dev/null && ! is_whole "$@"; then
+    old=$(mktemp -d "$place/.new.XXXXXXXX")
+    mv "$place/$1" "$old"
+    rm -rf "$old"
+    mv -T "$new" "$place/$1"
+fi
+"#;
+
+/// Provides the node with this program, and returns its path there.
+pub(crate) fn provide(connection: &Connection, heed: Heed<'_>) -> Result<String> {
+    let mut programs = Vec::new();
+    let mut digests = Vec::new();
+    let mut first = 0;
+    for program in [std::env::current_exe().attempt(|| "find this program's own file")?, open::program()?] {
+        let attempted = || format!("read {}", program.display());
+        let from = programs.len();
+        File::open(&program).and_then(|mut file| file.read_to_end(&mut programs)).attempt(attempted)?;
+        digests.push(hexadecimal(digest(&SHA256, &programs[from..]).as_ref()));
+        first = if from == 0 { programs.len() } else { first };
+    }
+    let list = format!("{}  ims-sshd\n{}  {NAME}\n", digests[0], digests[1]);
+    let name = hexadecimal(digest(&SHA256, list.as_bytes()).as_ref());
+    let arguments = [name.as_str(), &digests[0], &digests[1], &first.to_string(), &TIME_TO_TAKE.as_secs().to_string()];
+
+    let attempted = || format!("look at the build node {}", connection.host());
+    let mut look = script(connection, LOOK, &arguments);
+    let output = run(look.stdin(Stdio::null()), TIME_TO_LOOK, heed).map_err(|e| Error::new(attempted()).because(e))?;
+    let said = succeeded(&output, attempted)?;
+    let (arch, state) = said.trim().split_once('\n').unwrap_or((said.trim(), ""));
+    let own = Architecture::OWN.name();
+    if arch != own {
+        let why = format!("it is {arch}, and this program is for {own}");
+        return Err(Error::new(format!("use the build node {}", connection.host()))
+            .because(why)
+            .advise("name a node of the image's architecture, from a container image of that architecture"));
+    }
+    if state != "whole" {
+        let attempted = || format!("send ims-sshd to the build node {}", connection.host());
+        let mut input = inheritable(&programs).attempt(attempted)?;
+        input.rewind().attempt(attempted)?;
+        let mut take = script(connection, TAKE, &arguments);
+        let output = run(take.stdin(input), TIME_TO_TAKE, heed).map_err(|e| Error::new(attempted()).because(e))?;
+        succeeded(&output, attempted)?;
+        tracing::info!(bytes = programs.len(), "sent ims-sshd to {}:{PLACE}/{name}", connection.host());
+    }
+    Ok(format!("{PLACE}/{name}/ims-sshd"))
+}
+
+fn script(connection: &Connection, text: &str, arguments: &[&str]) -> Command {
+    let text = format!("{IS_WHOLE}{text}");
+    connection.command(&[&["sh", "-c", &text, "sh"], arguments].concat())
+}
+
+fn run(command: &mut Command, limit: Duration, heed: Heed<'_>) -> Result<Output> {
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().attempt(|| "run ssh")?;
+    finish(child, limit, heed)
+}
+
+fn succeeded(output: &Output, attempted: impl FnOnce() -> String) -> Result<String> {
+    if output.status.success() {
+        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+    }
+    let said = String::from_utf8_lossy(&output.stderr).trim().replace('\n', ", ");
+    let why = if said.is_empty() { output.status.to_string() } else { said };
+    Err(Error::new(attempted()).because(why))
+}

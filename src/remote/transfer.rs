@@ -1,0 +1,136 @@
+//! Files on a channel: sent with their length before and their digest after, and accepted only if both fit.
+
+use std::fmt::Write as _;
+use std::fs::File;
+use std::io::{Read, Write};
+
+use ring::digest::{Context, SHA256};
+
+use crate::error::{Attempt, Error, Result};
+use crate::remote::channel::Channel;
+use crate::remote::message::{Message, Part};
+
+/// Bytes that are read at once.
+const CHUNK: usize = 256 << 10;
+
+/// A file that is being sent.
+pub(crate) struct Sending {
+    file: File,
+    left: u64,
+    digest: Context,
+}
+
+impl Sending {
+    /// Announces the file, which is open at its beginning.
+    pub(crate) fn begin(channel: &mut Channel, part: Part, file: File) -> Result<Self> {
+        let left = file.metadata().attempt(|| format!("read the length of the {}", part.name()))?.len();
+        channel.say(&Message::File { part, size: left });
+        Ok(Self { file, left, digest: Context::new(&SHA256) })
+    }
+
+    /// Sends as much as the other side takes now. Returns whether all was sent.
+    pub(crate) fn go_on(&mut self, channel: &mut Channel) -> Result<bool> {
+        let mut bytes = vec![0; CHUNK];
+        while self.left > 0 && !channel.is_full() {
+            let most = usize::try_from(self.left).unwrap_or(CHUNK).min(CHUNK);
+            let length = self.file.read(&mut bytes[..most]).attempt(|| "read a file that is sent")?;
+            if length == 0 {
+                return Err(Error::new("send a file").because("it became shorter meanwhile"));
+            }
+            self.digest.update(&bytes[..length]);
+            channel.send(&bytes[..length]);
+            self.left -= length as u64;
+        }
+        if self.left > 0 {
+            return Ok(false);
+        }
+        channel.say(&Message::Sum { sha256: hexadecimal(self.digest.clone().finish().as_ref()) });
+        Ok(true)
+    }
+}
+
+/// A file that is being received.
+pub(crate) struct Receiving {
+    /// Which file.
+    pub(crate) part: Part,
+    file: File,
+    left: u64,
+    digest: Context,
+}
+
+impl Receiving {
+    /// Begins with an empty file that is to have `size` bytes.
+    pub(crate) fn begin(part: Part, size: u64, file: File) -> Result<Self> {
+        let room = rustix::fs::fstatvfs(&file).attempt(|| receiving(part))?;
+        let free = room.f_bavail.saturating_mul(room.f_frsize);
+        if room.f_blocks > 0 && size > free {
+            let why = format!("it has {size} bytes, and {free} are free");
+            return Err(Error::new(receiving(part)).because(why).advise("free space there"));
+        }
+        Ok(Self { part, file, left: size, digest: Context::new(&SHA256) })
+    }
+
+    /// Takes data.
+    pub(crate) fn take(&mut self, data: &[u8]) -> Result<()> {
+        let attempted = || receiving(self.part);
+        let Some(left) = self.left.checked_sub(data.len() as u64) else {
+            return Err(Error::new(attempted()).because("it is longer than announced"));
+        };
+        self.digest.update(data);
+        self.file.write_all(data).attempt(attempted)?;
+        self.left = left;
+        Ok(())
+    }
+
+    /// Checks length and digest.
+    pub(crate) fn finish(self, sha256: &str) -> Result<Part> {
+        let refused = |why: &str| Err(Error::new(receiving(self.part)).because(why));
+        if self.left > 0 {
+            return refused("it was cut off");
+        }
+        if hexadecimal(self.digest.finish().as_ref()) != sha256 {
+            return refused("it was altered on the way: its SHA-256 differs");
+        }
+        self.file.sync_all().attempt(|| receiving(self.part))?;
+        Ok(self.part)
+    }
+}
+
+fn receiving(part: Part) -> String {
+    format!("receive the {}", part.name())
+}
+
+/// The bytes as hexadecimal digits.
+pub(crate) fn hexadecimal(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ring::digest::digest;
+
+    fn receive(announced: u64, data: &[&[u8]], sum: &[u8]) -> Result<Part> {
+        let mut receiving = Receiving::begin(Part::Image, announced, tempfile::tempfile().unwrap())?;
+        data.iter().try_for_each(|data| receiving.take(data))?;
+        receiving.finish(&hexadecimal(digest(&SHA256, sum).as_ref()))
+    }
+
+    #[test]
+    fn file_is_accepted_only_with_its_length_and_digest() {
+        assert_eq!(receive(6, &[b"abc", b"def"], b"abcdef").unwrap(), Part::Image);
+        assert_eq!(receive(0, &[], b"").unwrap(), Part::Image);
+        for (announced, data, sum, why) in [
+            (7, "abcdef", "abcdef", "it was cut off"),
+            (5, "abcdef", "abcdef", "longer than announced"),
+            (6, "abcdeg", "abcdef", "altered on the way"),
+            (u64::MAX, "", "", "are free"),
+        ] {
+            let refused = receive(announced, &[data.as_bytes()], sum.as_bytes()).unwrap_err().to_string();
+            assert!(refused.contains(why), "{refused}");
+        }
+    }
+}
