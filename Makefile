@@ -44,10 +44,10 @@ SOURCES := $(shell find src sshd_config.d .cargo -type f) Cargo.toml Cargo.lock 
 ifdef TEST
 TEST_PROGRAMS := $(shell tests/programs-with-test $(call quoted,$(TEST)))
 else
-TEST_PROGRAMS := lib deploy squashfs suite publish recipe pod
+TEST_PROGRAMS := lib deploy squashfs suite publish recipe remote pod
 endif
-NEEDED := $(if $(filter squashfs suite publish recipe pod,$(TEST_PROGRAMS)),install-test test-roots) \
-	$(if $(filter deploy suite publish recipe pod,$(TEST_PROGRAMS)),test-python) \
+NEEDED := $(if $(filter squashfs suite publish recipe remote pod,$(TEST_PROGRAMS)),install-test test-roots) \
+	$(if $(filter deploy suite publish recipe remote pod,$(TEST_PROGRAMS)),test-python) \
 	$(if $(filter recipe,$(TEST_PROGRAMS)),test-recipes) $(if $(filter pod,$(TEST_PROGRAMS)),test-containers)
 
 .PHONY: help run build install uninstall check test bench image clean tools demo test-roots test-python test-recipes test-containers \

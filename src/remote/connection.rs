@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use base64::Engine;
 use base64::engine::general_purpose::{STANDARD, STANDARD_NO_PAD};
 use nix::unistd::Pid;
-use sha2::Digest;
+use ring::digest::{SHA256, digest};
 
 use crate::error::{Attempt, Error, Result};
 use crate::printable::Printable;
@@ -252,7 +252,7 @@ fn tell_host_keys(host: &str, known_hosts: &Path) {
         let (Some(kind), Some(Ok(key))) = (words.next(), words.next().map(|key| STANDARD.decode(key))) else {
             continue;
         };
-        let print = STANDARD_NO_PAD.encode(sha2::Sha256::digest(key));
+        let print = STANDARD_NO_PAD.encode(digest(&SHA256, &key));
         tracing::info!("the build node {host} has the host key {} SHA256:{print}", Printable(kind));
     }
 }

@@ -14,6 +14,7 @@ mod guards;
 pub mod ims_server;
 pub mod job;
 pub mod name_server;
+pub mod node;
 mod programs;
 pub mod rendered;
 pub mod repository_server;

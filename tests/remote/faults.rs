@@ -1,0 +1,287 @@
+//! Jobs that end badly: each within its limit, with the right verdict and word, and without a trace on the node.
+
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use testbed::node::{Lab, NodeOptions, signal};
+use testbed::*;
+
+use crate::remote::Remote;
+
+/// Silence after which each side gives up here (`REMOTE_HEARTBEAT_TIMEOUT_COUNT=1`), and what may be added to it.
+const SILENCE: Duration = Duration::from_secs(5);
+const SOON: Duration = Duration::from_secs(2);
+
+#[test]
+fn both_sides_end_alone_when_the_network_between_them_fails() {
+    let lab = Lab::new();
+    let node = &lab.nodes[0];
+    let before = node.state();
+    for moment in ["connecting", "sending", "open", "receiving"] {
+        let mut remote = if ["sending", "receiving"].contains(&moment) {
+            Remote::large(&lab, node)
+        } else {
+            Remote::new(&lab, node, Mode::Jailed)
+        };
+        let place = node.path(&format!("/tmp/{}", remote.directory()));
+        let size = |path: &Path| std::fs::metadata(path).map_or(0, |found| found.len());
+        match moment {
+            "connecting" => {
+                lab.cut(node);
+                remote.start(&[]);
+                remote.job.volume.touch("ready");
+            }
+            "sending" => {
+                remote.start(&[]);
+                remote.job.volume.touch("ready");
+                wait_until("the image on the node", || size(&place.join("image/image.sqsh")) > 10 << 20);
+                lab.cut(node);
+            }
+            "open" => {
+                remote.open();
+                lab.cut(node);
+            }
+            _ => {
+                remote.open();
+                remote.run("touch /tmp/complete");
+                let arriving = remote.job.volume.signal(".ims-sshd.remote.image");
+                wait_until(&format!("the packed image:\n{}", remote.log()), || size(&arriving) > 10 << 20);
+                lab.cut(node);
+            }
+        }
+        let began = Instant::now();
+        remote.fails(
+            1,
+            if moment == "connecting" { "cannot connect to the build node" } else { "cannot go on with the job" },
+        );
+        let limit = if moment == "connecting" { 2 * SILENCE } else { SILENCE };
+        assert!(began.elapsed() < limit + SOON, "{moment}: {:?}\n{}", began.elapsed(), remote.log());
+        wait_within(SILENCE + SOON, "the node's part to end", || node.jobs().is_empty());
+        assert!(began.elapsed() < limit + 2 * SOON, "{moment}: {:?}", began.elapsed());
+        lab.mend(node);
+        node.is_as_before(&before);
+    }
+}
+
+#[test]
+fn signal_ends_the_job_on_both_sides_at_any_moment() {
+    let lab = Lab::new();
+    let node = &lab.nodes[0];
+    let before = node.state();
+    for (kind, code) in [(Signal::SIGTERM, 143), (Signal::SIGKILL, 137)] {
+        for moment in ["waiting", "connecting", "sending", "open", "receiving"] {
+            let mut remote =
+                if moment == "open" { Remote::new(&lab, node, Mode::Jailed) } else { Remote::large(&lab, node) };
+            remote.start(&[]);
+            remote.wait_for_log("waiting for 'ready'");
+            if moment != "waiting" {
+                remote.job.volume.touch("ready");
+            }
+            match moment {
+                "connecting" => remote.wait_for_log("has the host key"),
+                "sending" => remote.wait_for_log("is able"),
+                "open" => remote.wait_for("sshd_listening"),
+                "receiving" => {
+                    remote.wait_for("sshd_listening");
+                    remote.run("touch /tmp/complete");
+                    remote.wait_for(".ims-sshd.remote.image");
+                }
+                _ => {}
+            }
+            signal(remote.entrypoint.as_ref().unwrap(), kind);
+            if kind == Signal::SIGTERM {
+                remote.fails(code, "received SIGTERM");
+            } else {
+                assert_eq!(remote.end(), code);
+                assert!(!remote.job.volume.signal("complete").exists());
+            }
+            node.is_as_before(&before);
+        }
+    }
+}
+
+#[test]
+fn node_program_that_is_killed_fails_the_job_and_the_next_one_removes_what_is_left() {
+    let lab = Lab::new();
+    let node = &lab.nodes[0];
+    let before = node.state();
+    for line in ["ims-sshd node", "ims-sshd node --inside task"] {
+        let mut remote = Remote::new(&lab, node, Mode::Jailed);
+        remote.open();
+        let (number, _) = node.processes().into_iter().find(|(_, found)| found.ends_with(line)).unwrap();
+        let began = Instant::now();
+        node.kill(number);
+        remote.fails(1, "cannot go on with the job");
+        assert!(began.elapsed() < SOON, "{:?}", began.elapsed());
+        let is_left = line.ends_with("node");
+        assert_eq!(node.jobs().len(), usize::from(is_left));
+        let mut next = Remote::new(&lab, node, Mode::Jailed);
+        next.open();
+        assert_eq!(node.jobs(), [next.directory()]);
+        next.run("touch /tmp/failed");
+        assert_eq!(next.end(), 0);
+        node.is_as_before(&before);
+    }
+}
+
+#[test]
+fn node_that_goes_down_is_noticed_within_the_limit_and_usable_again() {
+    let mut lab = Lab::new();
+    {
+        let mut remote = Remote::new(&lab, &lab.nodes[0], Mode::Jailed);
+        remote.open();
+        let began = Instant::now();
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(lab.nodes[0].pid), Signal::SIGKILL).unwrap();
+        remote.fails(1, "cannot go on with the job");
+        assert!(began.elapsed() < SILENCE + SOON, "{:?}", began.elapsed());
+    }
+    lab.reboot(0);
+    let mut remote = Remote::new(&lab, &lab.nodes[0], Mode::Jailed);
+    remote.open();
+    remote.run("touch /tmp/complete");
+    assert_eq!(remote.end(), 0, "{}", remote.log());
+}
+
+/// In place of ssh: alters or cuts off, at byte $AT, what the program on the node says or hears.
+const ON_THE_WAY: &str = r"#!/usr/bin/python3
+import os, subprocess, sys, threading
+if not sys.argv[-1].endswith(' node'):
+    os.execv('/usr/bin/ssh', ['ssh'] + sys.argv[1:])
+ssh = subprocess.Popen(['/usr/bin/ssh'] + sys.argv[1:], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+def copy(source, to, is_bad):
+    at, bad = 0, int(os.environ['AT'])
+    while True:
+        data = bytearray(os.read(source, 65536))
+        if is_bad and at <= bad < at + len(data):
+            if os.environ['HOW'] == 'cut':
+                ssh.kill()
+                os._exit(1)
+            data[bad - at] ^= 1
+        at += len(data)
+        if not data:
+            break
+        view = memoryview(data)
+        while view:
+            view = view[os.write(to, view):]
+    os.close(to)
+back = os.environ['WAY'] == 'back'
+threading.Thread(target=copy, args=(0, ssh.stdin.fileno(), not back), daemon=True).start()
+copy(ssh.stdout.fileno(), 1, back)
+sys.exit(ssh.wait())
+";
+
+#[test]
+fn image_that_is_altered_or_cut_off_on_the_way_is_neither_opened_nor_published() {
+    let lab = Lab::new();
+    let node = &lab.nodes[0];
+    let before = node.state();
+    let programs = lab.dir.path().join("programs");
+    std::fs::create_dir(&programs).unwrap();
+    std::fs::write(programs.join("ssh"), ON_THE_WAY).unwrap();
+    std::fs::set_permissions(programs.join("ssh"), PermissionsExt::from_mode(0o755)).unwrap();
+    let path = format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", programs.display());
+    // The image has about one MB.
+    let cut_at = (0..8).map(|eighth| ("back", "cut", 2_000 + eighth * 120_000));
+    let altered = [
+        ("there", "alter", 500_000),
+        ("back", "alter", 500_000),
+        ("back", "alter", 900_000),
+        ("there", "cut", 500_000),
+    ];
+    for (way, how, at) in cut_at.chain(altered) {
+        let mut remote = Remote::new(&lab, node, Mode::Jailed);
+        remote.start(&[("PATH", &path), ("WAY", way), ("HOW", how), ("AT", &at.to_string())]);
+        remote.job.volume.touch("ready");
+        if way == "back" {
+            remote.wait_for("sshd_listening");
+            remote.run("touch /tmp/complete");
+        }
+        let log = if how == "cut" { "cannot go on with the job" } else { "it was altered on the way" };
+        remote.fails(1, log);
+        node.is_as_before(&before);
+    }
+}
+
+#[test]
+fn node_that_is_not_able_is_refused_before_the_image_is_sent() {
+    let small = NodeOptions { tmp: "size=1M", sshd: "" };
+    let closed = NodeOptions { tmp: "", sshd: "AllowTcpForwarding no" };
+    let lab = Lab::with(&[NodeOptions::default(), small, closed]);
+    let other_key = lab.dir.path().join("other/id");
+    let strict = lab.dir.path().join("strict/id");
+    for directory in [&other_key, &strict] {
+        std::fs::create_dir(directory.parent().unwrap()).unwrap();
+    }
+    succeed(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(&other_key));
+    std::fs::copy(&lab.key, &strict).unwrap();
+    let public = std::fs::read_to_string(lab.key.with_extension("pub")).unwrap();
+    std::fs::write(strict.with_file_name("known_hosts"), format!("{} {public}", lab.nodes[0].address)).unwrap();
+    let before: Vec<_> = lab.nodes.iter().map(node::Node::state).collect();
+    for (number, key, words) in [
+        (0, &other_key, "Permission denied"),
+        (0, &strict, "Host key verification failed"),
+        (1, &lab.key, "/tmp has "),
+        (2, &lab.key, "AllowTcpForwarding"),
+    ] {
+        let mut remote = Remote::new(&lab, &lab.nodes[number], Mode::Jailed);
+        remote.start(&[("IMS_REMOTE_KEY", &key.display().to_string())]);
+        remote.job.volume.touch("ready");
+        remote.fails(1, words);
+        lab.nodes[number].is_as_before(&before[number]);
+    }
+    let uname = lab.nodes[0].path("/usr/bin/uname");
+    std::fs::rename(&uname, uname.with_extension("own")).unwrap();
+    std::fs::write(&uname, "#!/bin/sh\necho aarch64\n").unwrap();
+    std::fs::set_permissions(&uname, PermissionsExt::from_mode(0o755)).unwrap();
+    let mut remote = Remote::new(&lab, &lab.nodes[0], Mode::Jailed);
+    remote.start(&[]);
+    remote.job.volume.touch("ready");
+    remote.fails(1, "it is aarch64, and this program is for x86_64");
+}
+
+#[test]
+fn directory_of_somebody_else_is_refused_and_left_as_it_is() {
+    let lab = Lab::new();
+    let node = &lab.nodes[0];
+    for kind in ["directory", "link"] {
+        let mut remote = Remote::new(&lab, node, Mode::Jailed);
+        let place = node.path(&format!("/tmp/{}", remote.directory()));
+        match kind {
+            "link" => symlink("/root", &place).unwrap(),
+            _ => {
+                std::fs::create_dir(&place).unwrap();
+                std::fs::write(place.join("file"), "").unwrap();
+                std::os::unix::fs::chown(&place, Some(1000), Some(1000)).unwrap();
+            }
+        }
+        let before = node.state();
+        remote.start(&[]);
+        remote.job.volume.touch("ready");
+        remote.fails(1, "no job of this program made it");
+        node.is_as_before(&before);
+    }
+}
+
+#[test]
+fn full_disk_of_either_side_fails_the_job() {
+    let lab = Lab::with(&[NodeOptions { tmp: "size=64M", sshd: "" }]);
+    let node = &lab.nodes[0];
+    let before = node.state();
+    let mut remote = Remote::new(&lab, node, Mode::Jailed);
+    remote.open();
+    assert!(!remote.run("cat /dev/urandom > /large").status.success());
+    remote.run("touch /tmp/complete");
+    remote.fails(1, "no space left");
+    node.is_as_before(&before);
+    let mut remote = Remote::new(&lab, node, Mode::Jailed);
+    let image = std::fs::read(remote.job.volume.signal("image.sqsh")).unwrap();
+    mount(&["-t", "tmpfs", "-o", "mode=0755,size=2M", "tmpfs"], &remote.job.volume.parent);
+    std::fs::write(remote.job.volume.signal("image.sqsh"), image).unwrap();
+    remote.open();
+    remote.run("head -c 1500000 /dev/urandom > /large; touch /tmp/complete");
+    remote.fails(1, "are free");
+    node.is_as_before(&before);
+}

@@ -1,0 +1,123 @@
+//! Jobs that end well.
+
+use std::process::Command;
+
+use testbed::job::*;
+use testbed::node::Lab;
+use testbed::*;
+
+use crate::remote::Remote;
+
+#[test]
+fn image_is_changed_and_packed_on_the_node_and_published_from_the_pod() {
+    let lab = Lab::new();
+    let node = &lab.nodes[0];
+    let before = node.state();
+    for mode in [Mode::Jailed, Mode::Plain] {
+        let mut remote = Remote::new(&lab, node, mode);
+        std::fs::create_dir(remote.job.volume.dir.path().join("ca")).unwrap();
+        std::fs::write(remote.job.volume.dir.path().join("ca/certificate_authority.crt"), "authority").unwrap();
+        let sidecar = remote.job.sidecar(mode, &[("REMOTE_BUILD_NODE", &node.address)]).spawn().unwrap();
+        remote.start(&[]);
+        remote.wait_for("sshd_listening");
+        wait_until("'waiting_on_user'", || remote.job.ims.status() == "waiting_on_user");
+        assert_eq!(node.jobs(), [remote.directory()]);
+        let root = if mode == Mode::Jailed { "" } else { "/mnt/image/image-root" };
+        assert_eq!(remote.says(&format!("cat {root}/etc/cray/ca/certificate_authority.crt")), "authority");
+        assert_eq!(remote.says(&format!("cat {root}/etc/resolv.conf")), "nameserver 192.0.2.53");
+        assert_eq!(remote.says("echo $REMOTE_BUILD_NODE"), node.address);
+        assert_eq!(remote.run("exit 7").status.code(), Some(7));
+        remote.says(&format!("echo changed > {root}/etc/changed"));
+        let mark = if mode == Mode::Jailed { "/tmp/complete" } else { "/mnt/image/complete" };
+        remote.run(&format!("touch {mark}"));
+        assert_eq!(remote.end(), 0, "{}", remote.log());
+        let output = sidecar.wait_with_output().unwrap();
+        assert!(output.status.success(), "{}\n{}", text(&output.stderr), remote.log());
+        remote.job.is_published(&output);
+        let published = remote.job.unpacked();
+        assert_eq!(std::fs::read_to_string(published.join("etc/changed")).unwrap(), "changed\n");
+        assert_eq!(std::fs::read_to_string(published.join("boot/vmlinuz")).unwrap(), "a kernel");
+        assert!(!published.join("etc/resolv.conf").exists(), "the node's resolv.conf was packed");
+        assert!(!remote.job.volume.signal("pod_error").exists());
+        node.is_as_before(&before);
+    }
+}
+
+#[test]
+fn plain_session_changes_nothing_of_the_node() {
+    let lab = Lab::new();
+    let node = &lab.nodes[0];
+    let before = node.state();
+    let mut remote = Remote::new(&lab, node, Mode::Plain);
+    remote.open();
+    remote.says(
+        "rm -rf /etc/ssh /root /var/lib/dpkg /opt; mkdir /var/lib/new; for d in etc run tmp; do echo x > /$d/new; done",
+    );
+    assert_eq!(remote.says("cat /tmp/new; ls /tmp | grep -c ^ims_ || true"), "x\n0");
+    std::fs::write(remote.job.volume.signal("failed"), "").unwrap();
+    assert_eq!(remote.end(), 0, "{}", remote.log());
+    node.is_as_before(&before);
+}
+
+#[test]
+fn second_job_sends_no_program_and_a_damaged_one_is_replaced() {
+    let lab = Lab::new();
+    let node = &lab.nodes[0];
+    let mut sent = Vec::new();
+    for damage in [false, false, true] {
+        let place = node.path("/var/lib/ims-sshd");
+        if damage {
+            let name = std::fs::read_dir(&place).unwrap().next().unwrap().unwrap().file_name();
+            std::fs::write(place.join(name).join("ims-jail-shell"), "").unwrap();
+        }
+        let mut remote = Remote::new(&lab, node, Mode::Jailed);
+        remote.open();
+        remote.run("touch /tmp/failed");
+        assert_eq!(remote.end(), 0, "{}", remote.log());
+        sent.push(remote.log().contains("sent ims-sshd to"));
+        assert_eq!(std::fs::read_dir(&place).unwrap().count(), 1);
+    }
+    assert_eq!(sent, [true, false, true]);
+}
+
+#[test]
+fn two_jobs_at_once_have_an_environment_each() {
+    let lab = Lab::new();
+    let node = &lab.nodes[0];
+    let before = node.state();
+    let mut jobs: Vec<_> = [Mode::Jailed, Mode::Plain].map(|mode| Remote::new(&lab, node, mode)).into();
+    for job in &mut jobs {
+        job.start(&[]);
+        job.job.volume.touch("ready");
+    }
+    for job in &jobs {
+        job.wait_for("sshd_listening");
+    }
+    assert_eq!(node.jobs().len(), 2);
+    let names: Vec<_> = jobs.iter().map(|job| job.says("echo $IMS_JOB_ID")).collect();
+    assert_ne!(names[0], names[1]);
+    jobs[0].run("touch /tmp/complete");
+    assert_eq!(jobs[0].end(), 0, "{}", jobs[0].log());
+    assert!(jobs[0].job.volume.signal("transfer.sqsh").exists());
+    assert_eq!(jobs[1].says("ls /mnt/image/image-root/etc/passwd"), "/mnt/image/image-root/etc/passwd");
+    jobs[1].run("touch /mnt/image/failed");
+    assert_eq!(jobs[1].end(), 0, "{}", jobs[1].log());
+    node.is_as_before(&before);
+}
+
+#[test]
+fn prepare_of_a_remote_job_fetches_a_squashfs_and_nothing_else() {
+    let (_dir, tree, squashfs) = packed_image();
+    let parent = directory();
+    let variables = [("REMOTE_BUILD_NODE", "x3000c0s17b1n0".to_owned())];
+    let place = parent.path().to_str().unwrap();
+    let output = ims_sshd(&["prepare", place, squashfs.to_str().unwrap()], &variables).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(std::fs::read(parent.path().join("image.sqsh")).unwrap(), std::fs::read(&squashfs).unwrap());
+    assert!(!parent.path().join("image-root").exists());
+    let tar = parent.path().join("image.tar");
+    succeed(Command::new("tar").arg("-C").arg(&tree).args(["-cf", tar.to_str().unwrap(), "."]));
+    let output = ims_sshd(&["prepare", place, tar.to_str().unwrap()], &variables).output().unwrap();
+    assert!(!output.status.success() && text(&output.stderr).contains("it is not a squashfs"), "{output:?}");
+    assert!(!parent.path().join("image.sqsh").exists());
+}

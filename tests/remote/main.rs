@@ -1,0 +1,5 @@
+//! Remote build nodes: real ones with an sshd, a root and a network of their own, from prepare to a published image.
+
+mod faults;
+mod jobs;
+mod remote;
