@@ -228,9 +228,21 @@ pub(crate) fn check_named(image_root: &Tree, names: &Names, arch: &str) -> Resul
     Ok(())
 }
 
+/// Names of the boot files that a remote job leaves beside its packed image. Where the image's names were searched for,
+/// they are the usual ones.
+pub(crate) fn left_names(names: &Names, arch: &str) -> Names {
+    let or = |name: &str, usual: &str| if name == AUTO { usual.to_owned() } else { name.to_owned() };
+    let kernel = or(&names.kernel, "vmlinuz");
+    Names {
+        kernel: if kernel == "vmlinuz" && arch == "aarch64" { "Image".into() } else { kernel },
+        initrd: or(&names.initrd, "initrd"),
+        parameters: names.parameters.clone(),
+    }
+}
+
 /// Opens the boot files that a remote job left in `directory`, beside its packed image. Refuses links.
 pub(crate) fn left_in(directory: &Tree, names: &Names, arch: &str) -> Result<BootFiles> {
-    let kernel = if names.kernel == "vmlinuz" && arch == "aarch64" { "Image" } else { &names.kernel };
+    let left = left_names(names, arch);
     let open = |name: &str| match directory.open_regular(name, OFlags::RDONLY | OFlags::NOFOLLOW) {
         Ok(content) => Ok(Some(BootFile { path: name.to_owned(), content })),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
@@ -240,11 +252,15 @@ pub(crate) fn left_in(directory: &Tree, names: &Names, arch: &str) -> Result<Boo
         open(name)?.ok_or_else(|| {
             Error::new(format!("find {name} in {}", directory.shown().display()))
                 .because("the remote job has left none beside its packed image")
-                .advise("name one in KERNEL_FILENAME and INITRD_FILENAME; 'auto' does not work for a remote job")
+                .advise("name one in KERNEL_FILENAME and INITRD_FILENAME")
         })
     };
-    let initrd = (names.initrd != NONE).then(|| needed(&names.initrd)).transpose()?;
-    BootFiles { kernel: needed(kernel)?, initrd, parameters: open(&names.parameters)? }.refuse_too_large()
+    let initrd = match names.initrd.as_str() {
+        NONE => None,
+        AUTO => open(&left.initrd)?,
+        _ => Some(needed(&left.initrd)?),
+    };
+    BootFiles { kernel: needed(&left.kernel)?, initrd, parameters: open(&left.parameters)? }.refuse_too_large()
 }
 
 /// True if the image has no kernel, neither in /boot nor beside modules, so nobody boots it.
@@ -494,6 +510,24 @@ mod tests {
         let mut text = String::new();
         file.content.read_to_string(&mut text).unwrap();
         text
+    }
+
+    #[test]
+    fn boot_files_of_a_remote_job_have_names_of_their_own_each() {
+        let names = |kernel: &str, initrd: &str| Names {
+            kernel: kernel.into(),
+            initrd: initrd.into(),
+            parameters: "kernel-parameters".into(),
+        };
+        for (given, arch, left) in [
+            (("auto", "auto"), "x86_64", ("vmlinuz", "initrd")),
+            (("auto", "auto"), "aarch64", ("Image", "initrd")),
+            (("vmlinuz", "initrd"), "aarch64", ("Image", "initrd")),
+            (("linux", "initrd.img"), "x86_64", ("linux", "initrd.img")),
+        ] {
+            let found = left_names(&names(given.0, given.1), arch);
+            assert_eq!((found.kernel.as_str(), found.initrd.as_str()), left, "{given:?}");
+        }
     }
 
     #[test]

@@ -6,11 +6,12 @@ use std::path::{Path, PathBuf};
 use crate::environment::groundwork;
 use crate::environment::settings::Settings;
 use crate::error::{Attempt, Error, Result};
+use crate::image::boot::left_names;
 use crate::job::Action;
 use crate::publish::settings as publishing;
 use crate::remote::connection::{Destination, is_host};
 use crate::remote::message::{Customize, Task, is_job_id};
-use crate::remote::relay::{self, BootNames, Wanted};
+use crate::remote::relay::{self, Wanted};
 use crate::sshd::effective::Effective;
 use crate::volume::layout::REMOTE_PORT;
 
@@ -77,12 +78,7 @@ fn wanted(settings: &Settings, variables: Vec<(OsString, OsString)>) -> Result<W
     let authorities = certificates(authorities)?;
     let names =
         publishing::Settings::read(None, variables.iter().filter(|(name, _)| is_boot_name(name)).cloned())?.boot;
-    let is_image = names.kernel == "vmlinuz" && settings.job.arch() == "aarch64";
-    let boot = BootNames {
-        kernel: if is_image { "Image".into() } else { names.kernel },
-        initrd: names.initrd,
-        parameters: names.parameters,
-    };
+    let boot = left_names(&names, settings.job.arch());
     let variables = variables.into_iter().filter_map(|(name, value)| {
         let name = name.into_string().ok().filter(|name| PASSED_ON.contains(&name.as_str()))?;
         Some((name, value.into_string().ok()?))

@@ -14,6 +14,7 @@ use rustix::fs::OFlags;
 use crate::environment::machine::{Action, Event, Machine, State};
 use crate::environment::supervisor::Outcome;
 use crate::error::{Attempt, Error, Result};
+use crate::image::boot::Names;
 use crate::printable::Printable;
 use crate::remote::channel::{Channel, Frame};
 use crate::remote::connection::{Connection, Destination, Heed};
@@ -33,14 +34,6 @@ const TIME_FOR_PARENT: Duration = Duration::from_secs(30);
 /// Time for the node to remove everything at the end. Afterwards its own limit of silence ends it.
 const TIME_TO_CLEAR: Duration = Duration::from_secs(20);
 
-/// Names of the boot files in the image root's parent, where a sidecar looks for them.
-#[derive(Debug, Clone)]
-pub(crate) struct BootNames {
-    pub(crate) kernel: String,
-    pub(crate) initrd: String,
-    pub(crate) parameters: String,
-}
-
 /// A remote job.
 #[derive(Debug)]
 pub(crate) struct Wanted {
@@ -52,8 +45,8 @@ pub(crate) struct Wanted {
     pub(crate) task: Task,
     /// The port here that leads to the environment, on this address or on all.
     pub(crate) listen: (Option<IpAddr>, u16),
-    /// Names for the boot files that come back.
-    pub(crate) boot: BootNames,
+    /// Names for the boot files that come back, where a sidecar looks for them.
+    pub(crate) boot: Names,
     /// Limit of silence.
     pub(crate) silence: Duration,
     /// Options of `ims-sshd` on the node.
@@ -394,7 +387,7 @@ struct Node {
     program: Child,
     channel: Channel,
     listen: (Option<IpAddr>, u16),
-    boot: BootNames,
+    boot: Names,
     step: Step,
     is_marked: bool,
     sending: Option<Sending>,

@@ -17,8 +17,11 @@ fn image_is_changed_and_packed_on_the_node_and_published_from_the_pod() {
         let mut remote = Remote::new(&lab, node, mode);
         std::fs::create_dir(remote.job.volume.dir.path().join("ca")).unwrap();
         std::fs::write(remote.job.volume.dir.path().join("ca/certificate_authority.crt"), "authority").unwrap();
-        let sidecar = remote.job.sidecar(mode, &[("REMOTE_BUILD_NODE", &node.address)]).spawn().unwrap();
-        remote.start(&[]);
+        // The names are searched for in one of the jobs.
+        let kernel = if mode == Mode::Plain { "auto" } else { "vmlinuz" };
+        let names = [("REMOTE_BUILD_NODE", node.address.as_str()), ("KERNEL_FILENAME", kernel)];
+        let sidecar = remote.job.sidecar(mode, &names).spawn().unwrap();
+        remote.start(&names[1..]);
         remote.wait_for("sshd_listening");
         wait_until("'waiting_on_user'", || remote.job.ims.status() == "waiting_on_user");
         assert_eq!(node.jobs(), [remote.directory()]);
