@@ -95,7 +95,8 @@ pub fn run(run: Run, entry: &Entry) -> Result<u8> {
         let is_shell = entry.command.is_empty() && entry.script.is_none();
         let is_unattended = decides || entry.answer == Some(Answer::Yes);
         let grace = is_unattended.then_some(grace);
-        let session = Session { is_shell, grace, end: decides.then_some(end), in_place, tiers, dkms, hostname, label };
+        let (answer, use_of_changes) = (entry.answer, decides.then_some(end));
+        let session = Session { is_shell, grace, answer, end: use_of_changes, in_place, tiers, dkms, hostname, label };
         let at_terminal = session.is_at_terminal();
         let Ended { status, mut mark, mut stopped, is_given_up } = session.run(image_root, entry, &registered)?;
         if is_given_up {
@@ -272,6 +273,8 @@ struct Session {
     is_shell: bool,
     /// Time for the command to end after a signal. None if the command handles signals itself.
     grace: Option<Duration>,
+    /// The answer about the changes, if the command line gives one.
+    answer: Option<Answer>,
     /// Use of the changes if a mark or an answer decides about them.
     end: Option<End>,
     in_place: bool,
@@ -347,7 +350,10 @@ impl Session {
         helper.envs(entry.variables.iter().cloned());
         let terminal = self.is_at_terminal().then(TerminalModes::save).flatten();
         let ended = umask::with_callers(unblock_signals(&mut helper)).spawn().attempt(|| "start ims-jail-shell");
-        let ended = ended.and_then(|helper| self.attend(helper, &jail, &signals, is_ours));
+        let ended = ended.and_then(|helper| {
+            let pid = Pid::from_raw(helper.id().cast_signed());
+            self.attend(helper, &jail, &signals, is_ours).map(|ended| (pid, ended))
+        });
 
         let all_ended = processes::end_all(Some(&jail));
         // The init looked for marks once more before it ended.
@@ -365,20 +371,24 @@ impl Session {
         state.remove()?;
         remove_directory(run.path())?;
         all_ended?;
-        let mut ended = ended?;
+        let (helper, mut ended) = ended?;
         let found = if is_ours { take_marks(&tree)? } else { None };
         // Signals that arrived after the command ended count too.
-        while let Ok(Some(signal)) = signals.next() {
-            ended.stopped = ended.stopped.or(self.stops(signal));
+        while let Ok(Some((signal, sender))) = signals.next_with_sender() {
+            ended.stopped = ended.stopped.or(self.stops(signal, sender == Some(helper)));
         }
         Ok(Ended { mark: ended.mark.max(last_mark).max(found), is_given_up, ..ended })
     }
 
-    /// Returns the signal if it is to end this program. From a person at a shell, SIGINT is only Ctrl-C.
-    fn stops(&self, signal: Signal) -> Option<Signal> {
+    /// Returns the signal if it is to end this program. `is_typed` says that it was typed at the command's terminal: it
+    /// ends an unattended command, whatever that makes of it. From a person at a shell, SIGINT and SIGQUIT are only
+    /// typed.
+    fn stops(&self, signal: Signal, is_typed: bool) -> Option<Signal> {
         let stops = match signal {
             Signal::SIGTERM | Signal::SIGHUP => true,
-            Signal::SIGINT => !self.is_at_terminal(),
+            Signal::SIGINT | Signal::SIGQUIT => {
+                !self.is_at_terminal() && (!is_typed || self.answer == Some(Answer::Yes))
+            }
             _ => false,
         };
         stops.then_some(signal)
@@ -394,6 +404,10 @@ impl Session {
         loop {
             if let Some(status) = helper.try_wait().attempt(attempted)? {
                 let status = WaitStatus::from_raw(pid, status.into_raw()).attempt(attempted)?;
+                // What it has reported at its end must not interrupt the cleanup of a shell.
+                while let Ok(Some((signal, sender))) = signals.next_with_sender() {
+                    stopped = stopped.or(self.stops(signal, sender == Some(pid)));
+                }
                 return Ok(Ended { status, mark: marked, stopped, is_given_up: false });
             }
             if hung_up.is_some_and(|since| since.elapsed() >= HANG_UP_TIME) {
@@ -412,9 +426,12 @@ impl Session {
             }
             let _ = poll::wait(&mut sources, HANG_UP_TIME / 4);
             let has_message = sources.get(1).is_some_and(|link| !link.revents().is_empty());
-            while let Ok(Some((signal, is_sent))) = signals.next_with_sender() {
-                stopped = stopped.or(self.stops(signal));
-                if let (Some(signal), Some(grace)) = (self.stops(signal), self.grace) {
+            while let Ok(Some((signal, sender))) = signals.next_with_sender() {
+                // ims-jail-shell reports what is typed at the terminal while the command has it.
+                let is_typed = sender == Some(pid);
+                let stops = self.stops(signal, is_typed);
+                stopped = stopped.or(stops);
+                if let (Some(signal), Some(grace)) = (stops, self.grace) {
                     match signalled {
                         None => {
                             tracing::info!(
@@ -433,8 +450,11 @@ impl Session {
                         }
                     }
                 }
-                // A SIGINT from the terminal reaches the command as well: it goes to the whole foreground group.
-                if matches!(signal, Signal::SIGTERM | Signal::SIGHUP) || signal == Signal::SIGINT && is_sent {
+                // A signal from the terminal reaches the command as well: it goes to the whole foreground group.
+                let is_sent = sender.is_some() && !is_typed;
+                if matches!(signal, Signal::SIGTERM | Signal::SIGHUP)
+                    || matches!(signal, Signal::SIGINT | Signal::SIGQUIT) && is_sent
+                {
                     let _ = kill(pid, signal);
                 }
             }

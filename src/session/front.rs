@@ -17,6 +17,7 @@ use crate::jail::streams::{ENDING, Streams};
 use crate::jail::tier::Tier;
 use crate::jail::{capabilities, refused_calls};
 use crate::session::agent::Agent;
+use crate::session::typed::Typed;
 use crate::sys::process::{Exec, close_on_exec_from, end_like, exit_now, spawn};
 use crate::sys::seccomp::{self, Instruction};
 use crate::sys::signals::{Signals, stop_own_group};
@@ -36,8 +37,16 @@ const PASSED_ON: [Signal; 8] = [
     Signal::SIGTSTP,
 ];
 
+/// What this process serves beside the session's program.
+pub(crate) struct Beside {
+    /// The client's agent.
+    pub(crate) agent: Option<Agent>,
+    /// The listener for typed signals.
+    pub(crate) typed: Option<Typed>,
+}
+
 /// Starts the `inner` stage in the jail that was [`join`](crate::jail::enter::join)ed, with these `streams`, in
-/// `directory` or else in the current directory, which is inside. Relays the client's `agent` meanwhile. Calls `ended`,
+/// `directory` or else in the current directory, which is inside. Serves what is `beside` it meanwhile. Calls `ended`,
 /// and then ends as the inner stage did, with its exit code or by the same signal.
 pub(crate) fn run(
     record: &Record,
@@ -45,7 +54,7 @@ pub(crate) fn run(
     inner: &Exec,
     mut streams: Streams,
     directory: Option<&Tree>,
-    agent: Option<Agent>,
+    beside: Beside,
     ended: impl FnOnce(&WaitStatus),
 ) -> Result<Infallible> {
     let mut blocked = PASSED_ON.to_vec();
@@ -65,8 +74,9 @@ pub(crate) fn run(
     });
     let child = child.attempt(|| "start a process in the jail")?;
     streams.close();
+    beside.typed.iter().for_each(|typed| typed.join(child));
     // Without cleanup: the client waits for this process to end.
-    exit_now(attend(child, &signals, &mut terminal, streams, agent, ended))
+    exit_now(attend(child, &signals, &mut terminal, streams, beside, ended))
 }
 
 /// Prepares the child for the inner stage. Resolves no path of the image.
@@ -103,7 +113,7 @@ fn attend(
     signals: &Signals,
     terminal: &mut Terminal,
     mut streams: Streams,
-    agent: Option<Agent>,
+    Beside { agent, mut typed }: Beside,
     ended: impl FnOnce(&WaitStatus),
 ) -> u8 {
     let _ = capabilities::keep_only(&[(Capability::CAP_KILL, "the child may have changed its user")]);
@@ -120,6 +130,7 @@ fn attend(
                     }
                     ended(&end);
                     agent.iter().for_each(Agent::remove);
+                    typed.into_iter().for_each(Typed::end);
                     terminal.take_back();
                     return end_like(end);
                 }
@@ -129,8 +140,14 @@ fn attend(
         }
         let mut sources = vec![PollFd::new(signals, PollFlags::IN)];
         sources.extend(agent.iter().flat_map(Agent::interests));
+        let of_agent = 1..sources.len();
+        sources.extend(typed.iter().map(|typed| PollFd::new(typed, PollFlags::IN)));
         let _ = rustix::event::poll(&mut sources, None);
-        let ready: Vec<_> = sources[1..].iter().map(|source| !source.revents().is_empty()).collect();
+        let ready: Vec<_> = sources[of_agent].iter().map(|source| !source.revents().is_empty()).collect();
+        // Read without waiting.
+        if typed.as_mut().is_some_and(|typed| !typed.pass_on()) {
+            typed = None;
+        }
         if let Some(agent) = &mut agent {
             agent.go_on(ready.into_iter());
         }

@@ -15,15 +15,18 @@ use crate::jail::record::Record;
 use crate::jail::streams::Streams;
 use crate::jail::tier::Tier;
 use crate::session::agent::Outside;
-use crate::session::front;
+use crate::session::front::{self, Beside};
 use crate::session::inside::{Errand, why_no_transfer};
 use crate::session::report::{Beginning, Report};
 use crate::session::request::Request;
+use crate::session::typed::Typed;
 use crate::session::variables::client_environment;
 use crate::sys::tree::Tree;
 
 /// Enters the jail of the record at `jail` and carries out `request` there. This process ends as the request does.
 pub fn run(jail: &Path, request: Request) -> Result<Infallible> {
+    // First of all: it must not keep open what is opened here.
+    let typed = typed_signals(&request);
     let mut streams = Streams::of_this_process()?;
     let record = &Record::read(jail)?;
     let at_terminal = std::io::stdin().is_terminal();
@@ -65,7 +68,15 @@ pub fn run(jail: &Path, request: Request) -> Result<Infallible> {
             eprintln!("ims-jail-shell: {said}");
         }
     };
-    front::run(record, &joined, &inner, streams, beside.as_ref(), agent, ended)
+    front::run(record, &joined, &inner, streams, beside.as_ref(), Beside { agent, typed }, ended)
+}
+
+/// Listens for signals typed at the terminal of `enter`, whose command is not always told alone of them.
+fn typed_signals(request: &Request) -> Option<Typed> {
+    let (stdin, stdout, stderr) = (std::io::stdin(), std::io::stdout(), std::io::stderr());
+    let is_at_terminal = stdin.is_terminal() || stdout.is_terminal() || stderr.is_terminal();
+    // Without it, the command alone hears them.
+    (is_at_terminal && matches!(request, Request::Program(_))).then(|| Typed::start().ok()).flatten()
 }
 
 /// Tells systemctl that systemd is not running. Older versions do not notice it without /proc.

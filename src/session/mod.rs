@@ -9,4 +9,5 @@ pub mod login;
 pub mod report;
 pub mod request;
 pub(crate) mod terminfo;
+pub(crate) mod typed;
 pub mod variables;

@@ -37,14 +37,15 @@ impl Signals {
         self.next_with_sender().map(|next| next.map(|(signal, _)| signal))
     }
 
-    /// The next pending signal, and whether a process sent it. Signals typed at a terminal come from the kernel,
-    /// and go to its whole foreground group.
-    pub(crate) fn next_with_sender(&self) -> nix::Result<Option<(Signal, bool)>> {
+    /// The next pending signal, and the process that sent it. Signals typed at a terminal come from the kernel, and go
+    /// to its whole foreground group.
+    pub(crate) fn next_with_sender(&self) -> nix::Result<Option<(Signal, Option<Pid>)>> {
         match self.fd.read_signal() {
             // SI_USER and the other codes for a sending process are not positive (sigaction(2)).
-            Ok(Some(info)) => {
-                Signal::try_from(info.ssi_signo.cast_signed()).map(|signal| Some((signal, info.ssi_code <= 0)))
-            }
+            Ok(Some(info)) => Signal::try_from(info.ssi_signo.cast_signed()).map(|signal| {
+                let sender = (info.ssi_code <= 0).then_some(Pid::from_raw(info.ssi_pid.cast_signed()));
+                Some((signal, sender))
+            }),
             Ok(None) | Err(Errno::EINTR) => Ok(None),
             Err(e) => Err(e),
         }

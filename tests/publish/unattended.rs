@@ -164,6 +164,60 @@ fn signal_overrides_the_exit_code_of_the_command() {
     nothing_stays(dir.path());
 }
 
+/// `ims-sshd` on a terminal, with kept changes and a store in `dir`.
+fn on_a_terminal(dir: &Path, arguments: &[&str]) -> Terminal {
+    let mut run = Command::new("env");
+    run.args(["--default-signal=INT,QUIT,TSTP", "-C"]).arg(dir).arg(&*IMS_SSHD);
+    Terminal::with(run.args(arguments))
+}
+
+#[test]
+fn typed_signal_ends_an_unattended_command_that_handles_it() {
+    let (dir, _, squashfs) = packed_image();
+    let squashfs = squashfs.display().to_string();
+    let common = ["--output", "out", "--work", "work", "--kernel", "vmlinuz", "--initrd", "initrd"];
+    for (number, (command, further, key, code)) in
+        [("customize", &[][..], 'c', 130), ("customize", &[], '\\', 131), ("enter", &["--yes"], 'c', 130)]
+            .into_iter()
+            .enumerate()
+    {
+        let seconds = (Pid::this().as_raw() * 10 + i32::try_from(number).unwrap()).to_string();
+        let lines = format!("trap 'echo heard-$((1 + 1))' INT QUIT; sleep {seconds}; echo half > /etc/new; exit 0");
+        let end = ["--", "sh", "-c", &lines];
+        let mut terminal = on_a_terminal(dir.path(), &[&[command, &squashfs][..], &common, further, &end].concat());
+        wait_in_front(&seconds);
+        terminal.key(key);
+        terminal.see("heard-2");
+        let (status, screen) = terminal.end();
+        assert_eq!(status, code, "{command} {key}: {screen}");
+        assert!(screen.contains("the image is not published"), "{screen}");
+        assert_eq!(screen.matches("heard-2").count(), 1, "the command hears it once: {screen}");
+        assert!(!dir.path().join("out").exists(), "{command} {key}");
+    }
+    let output = customize(dir.path(), &squashfs, &["--", "sh", "-c", "read said < /etc/new; test $said = half"]);
+    assert_eq!(output.status.code(), Some(0), "the changes are kept: {output:?}");
+    nothing_stays(dir.path());
+}
+
+#[test]
+fn typed_signal_is_the_commands_own_where_a_person_decides() {
+    let (dir, _, squashfs) = packed_image();
+    let squashfs = squashfs.display().to_string();
+    let seconds = (Pid::this().as_raw() * 10 + 9).to_string();
+    let lines = format!("trap 'echo caught' INT; sleep {seconds}; touch /etc/new");
+    let enter = ["enter", &squashfs, "--output", "out", "--work", "work", "--kernel", "vmlinuz"];
+    let mut terminal = on_a_terminal(dir.path(), &[&enter[..], &["--", "sh", "-c", &lines]].concat());
+    wait_in_front(&seconds);
+    terminal.key('c');
+    terminal.see("caught");
+    terminal.see("Publish the changed image");
+    terminal.line("y");
+    let (status, screen) = terminal.end();
+    assert_eq!(status, 0, "{screen}");
+    assert!(published(dir.path()).contains("etc/new"));
+    nothing_stays(dir.path());
+}
+
 #[test]
 fn useless_options_and_invalid_values_are_refused_as_typed() {
     let dir = directory();

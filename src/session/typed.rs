@@ -1,0 +1,122 @@
+//! Signals typed at the terminal of a command of `enter`. The kernel sends them to the command's process group alone,
+//! so that a process of ours listens in that group.
+//!
+//! The listener is started before the jail is entered: it is in no PID namespace of the jail, and only signals to the
+//! whole group reach it from inside.
+
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{Pid, getppid, setpgid};
+use rustix::event::{PollFd, PollFlags};
+
+use crate::error::{Attempt, Result};
+use crate::jail::capabilities;
+use crate::sys::process::{Fork, exit_now, fork};
+use crate::sys::signals::Signals;
+
+/// Signals of Ctrl-C and Ctrl-\.
+const TYPED: [Signal; 2] = [Signal::SIGINT, Signal::SIGQUIT];
+
+/// Time for the listener to report what it has heard.
+const TIME_TO_REPORT: Duration = Duration::from_secs(1);
+
+/// The listener, and the process that hears of typed signals: the one that has started this one.
+pub(crate) struct Typed {
+    socket: UnixStream,
+    listener: Pid,
+    parent: Pid,
+}
+
+impl Typed {
+    /// Starts the listener. It hears nothing yet.
+    pub(crate) fn start() -> Result<Self> {
+        let attempted = || "start a process that listens for Ctrl-C";
+        let (socket, other) = UnixStream::pair().attempt(attempted)?;
+        socket.set_nonblocking(true).attempt(attempted)?;
+        let parent = getppid();
+        match fork().attempt(attempted)? {
+            Fork::Child => {
+                drop(socket);
+                exit_now(u8::from(listen(&other).is_err()))
+            }
+            Fork::Parent(listener) => Ok(Self { socket, listener, parent }),
+        }
+    }
+
+    /// Moves the listener into the process group of a command.
+    pub(crate) fn join(&self, group: Pid) {
+        // Fails if the command has ended.
+        let _ = setpgid(self.listener, group);
+    }
+
+    /// Sends what was typed to the parent, which tells it from other signals by its sender. Returns false if the
+    /// listener has ended.
+    pub(crate) fn pass_on(&mut self) -> bool {
+        let mut heard = [0; 16];
+        match self.socket.read(&mut heard) {
+            Ok(0) => false,
+            Ok(length) => {
+                for &number in &heard[..length] {
+                    self.tell(number);
+                }
+                true
+            }
+            Err(e) => matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted),
+        }
+    }
+
+    /// Ends the listener once the command has ended. What was typed before that has reached it: the kernel sends a
+    /// signal to a whole group before a process of the group can end (`tasklist_lock`).
+    pub(crate) fn end(mut self) {
+        let _ = kill(self.listener, Signal::SIGCONT);
+        let _ = self.socket.shutdown(Shutdown::Write);
+        let _ = self.socket.set_nonblocking(false).and_then(|()| self.socket.set_read_timeout(Some(TIME_TO_REPORT)));
+        let mut heard = Vec::new();
+        let _ = self.socket.read_to_end(&mut heard);
+        for number in heard {
+            self.tell(number);
+        }
+    }
+
+    fn tell(&self, number: u8) {
+        // A parent that was killed is replaced by another process.
+        if let Ok(signal) = Signal::try_from(i32::from(number))
+            && getppid() == self.parent
+        {
+            let _ = kill(self.parent, signal);
+        }
+    }
+}
+
+impl AsFd for Typed {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+/// Reports typed signals until the other end of `socket` closes. No signal but SIGKILL ends it.
+fn listen(socket: &UnixStream) -> Result<()> {
+    let attempted = || "listen for Ctrl-C";
+    let all: Vec<_> = Signal::iterator().collect();
+    let signals = Signals::block(&all).attempt(attempted)?;
+    capabilities::keep_only(&[]).attempt(attempted)?;
+    loop {
+        let mut sources = [PollFd::new(&signals, PollFlags::IN), PollFd::new(socket, PollFlags::IN)];
+        let _ = rustix::event::poll(&mut sources, None);
+        let is_over = !sources[1].revents().is_empty();
+        while let Ok(Some((signal, sender))) = signals.next_with_sender() {
+            if sender.is_none() && TYPED.contains(&signal) {
+                let mut socket = socket;
+                socket.write_all(&[u8::try_from(signal as i32).attempt(attempted)?]).attempt(attempted)?;
+            }
+        }
+        if is_over {
+            return Ok(());
+        }
+    }
+}
