@@ -485,7 +485,7 @@ pub(super) struct EnterArguments {
 #[derive(Args)]
 pub(super) struct JailOptions {
     /// Show a directory or file of this machine in the image, at the same path unless TARGET is given; it is not
-    /// packed. May be repeated
+    /// packed. A colon in a path is written '\:'. May be repeated
     #[arg(long, value_name = "SOURCE[:TARGET[:ro]]", value_parser = Bind::parse)]
     pub(super) bind: Vec<Bind>,
     /// Set a variable for everything that runs in the image; without a value, to the one it has here. May be repeated

@@ -1,4 +1,5 @@
 //! Bind mounts: directories and files of the container that a job wants to see in the jail, as `SOURCE[:TARGET[:ro]]`.
+//! A colon in a path is written `\:`, and a backslash before one `\\`.
 //!
 //! The source comes from the administrator and is trusted; the target is in the image and is not.
 
@@ -32,14 +33,16 @@ const TAKEN_TARGETS: [&str; 5] = ["proc", "sys", "dev", "run", "etc/resolv.conf"
 const HIDDEN_SOURCES: [&str; 4] = ["/proc", "/sys", "/dev", "/run/ims-sshd"];
 
 impl Bind {
-    /// Parses `SOURCE[:TARGET[:ro]]` and checks the source. The error begins with SOURCE or TARGET.
+    /// Parses `SOURCE[:TARGET[:ro]]`, with `\:` for a colon and `\\` for a backslash, and checks the source. The error
+    /// begins with SOURCE or TARGET.
     pub fn parse(text: &str) -> std::result::Result<Self, String> {
-        let words: Vec<_> = text.split(':').collect();
+        let words = words(text);
+        let words: Vec<_> = words.iter().map(String::as_str).collect();
         let (source, target, read_only) = match words[..] {
             [source] => (source, None, false),
             [source, target] => (source, Some(target), false),
             [source, target, "ro"] => (source, Some(target), true),
-            _ => return Err("expected SOURCE[:TARGET[:ro]]".into()),
+            _ => return Err("expected SOURCE[:TARGET[:ro]], with '\\:' for a colon in a path".into()),
         };
         let named = std::path::absolute(source).map_err(|e| format!("SOURCE is '{source}': {e}"))?;
         let refuse = |why: &str| Err(format!("SOURCE is '{}': {why}", named.display()));
@@ -100,6 +103,26 @@ impl Bind {
     }
 }
 
+/// Splits at colons, and removes the backslash that protects a colon or another backslash. Other backslashes stay.
+fn words(text: &str) -> Vec<String> {
+    let mut words = vec![String::new()];
+    let mut rest = text.chars().peekable();
+    while let Some(character) = rest.next() {
+        let character = match character {
+            ':' => {
+                words.push(String::new());
+                continue;
+            }
+            '\\' => rest.next_if(|next| [':', '\\'].contains(next)).unwrap_or(character),
+            other => other,
+        };
+        if let Some(word) = words.last_mut() {
+            word.push(character);
+        }
+    }
+    words
+}
+
 /// True if the paths are equal or one contains the other.
 pub(crate) fn overlap(a: &Path, b: &Path) -> bool {
     a.starts_with(b) || b.starts_with(a)
@@ -123,6 +146,29 @@ pub(crate) fn taken(target: &Path) -> Option<String> {
 mod tests {
     use super::*;
     use std::os::unix::fs::symlink;
+
+    #[test]
+    fn backslash_protects_a_colon_of_a_path() {
+        for (text, wanted) in [
+            (r"/a\:b", &["/a:b"][..]),
+            (r"/a\:b:/c\:d:ro", &["/a:b", "/c:d", "ro"]),
+            (r"/a\\:/b", &[r"/a\", "/b"]),
+            (r"/a\b\", &[r"/a\b\"]),
+            ("", &[""]),
+            (":", &["", ""]),
+        ] {
+            assert_eq!(words(text), wanted, "{text}");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().canonicalize().unwrap().join("a:b");
+        std::fs::create_dir(&path).unwrap();
+        let text = path.to_str().unwrap().replace(':', r"\:");
+        let bind = Bind::parse(&format!(r"{text}:/opt/c\:d:ro")).unwrap();
+        assert_eq!(bind, Bind { source: path.clone(), target: "opt/c:d".into(), read_only: true });
+        assert_eq!(Bind::parse(&text).unwrap().target, path.strip_prefix("/").unwrap());
+        let refused = Bind::parse(path.to_str().unwrap()).unwrap_err();
+        assert!(refused.contains("No such file"), "{refused}");
+    }
 
     #[test]
     fn bind_is_parsed_as_source_target_and_ro() {
