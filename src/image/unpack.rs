@@ -162,6 +162,9 @@ impl Drop for Removed<'_> {
     }
 }
 
+/// What tar says of a hard link to a file that is not there.
+const TAR_CANNOT_LINK: &str = "Cannot hard link to";
+
 /// Merges the layers. `private` says that no other user can reach `saved`, whoever owns it.
 fn unpack_layers(
     work: &Work,
@@ -198,7 +201,16 @@ fn unpack_layers(
         let directory = Removed::beside(volume, name, ".layer");
         let tree = make(volume, &directory.name)?;
         let layer = Opened { shown: path.clone(), content: Content::File(file) };
-        unpack_tar(work, &layer, compressed, &tree, &mut look)?;
+        unpack_tar(work, &layer, compressed, &tree, &mut look).map_err(|error| {
+            if !error.to_string().contains(TAR_CANNOT_LINK) {
+                return error;
+            }
+            // Each layer is unpacked alone.
+            let why = "it may have a hard link to a file of an earlier layer, which is not supported";
+            error.advise(format!(
+                "{why}: make one layer of all ('podman create' and 'podman export', or 'crane export')"
+            ))
+        })?;
         layers::merge(&tree, &root, began).attempt(attempted)?;
     }
     Ok(root)

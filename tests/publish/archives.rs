@@ -371,6 +371,26 @@ for path, layers in [(sys.argv[1], layers), (sys.argv[2], layers + [doubled])]:
     refused(&dir.path().join("other"), &doubled.display().to_string(), "an earlier member");
 }
 
+#[test]
+fn layer_with_a_hard_link_to_another_layer_is_refused_with_a_way_out() {
+    let dir = directory();
+    let make = format!(
+        "{TAR}
+layers = [tar_of([('etc', 'dir', ''), ('etc/passwd', 'file', ''), ('base', 'file', 'b')]),
+    tar_of([('n', 'dir', ''), ('n/l', 'hard', 'base')])]
+members = [('%d.tar' % number, content) for number, content in enumerate(layers)]
+with tarfile.open(sys.argv[1], 'w') as tar:
+    for name, content in [('manifest.json', json.dumps([{{'Layers': [n for n, _ in members]}}]).encode())] + members:
+        member = tarfile.TarInfo(name)
+        member.size = len(content)
+        tar.addfile(member, io.BytesIO(content))"
+    );
+    let saved = dir.path().join("saved.tar");
+    succeed(Command::new("python3").args(["-c", &make]).arg(&saved));
+    let reason = "'podman create' and 'podman export'";
+    refused(&dir.path().join("parent"), &saved.display().to_string(), reason);
+}
+
 /// Name, parts of an archive, and why it is refused.
 type Case<'a> = (&'a str, Vec<&'a [u8]>, Option<&'a str>);
 
