@@ -14,6 +14,7 @@ pub mod packer;
 pub mod packing;
 pub(crate) mod state;
 pub(crate) mod tar;
+pub(crate) mod times;
 pub(crate) mod unchanged;
 pub(crate) mod unpack;
 pub(crate) mod upper_layer;

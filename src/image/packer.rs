@@ -20,6 +20,7 @@ use crate::error::{Attempt, Error, Result};
 use crate::image::access_list::{ACCESS_LIST, narrowed};
 use crate::image::holes::{self, Holes, sparse_logs};
 use crate::image::state::State;
+use crate::image::times::OutOfRange;
 use crate::image::unchanged::{Basis, Before, Entries, Overlaid, Source, Unchanged, Unpacked};
 use crate::image::upper_layer::{Directories, UpperDirectory};
 use crate::printable::listed;
@@ -70,6 +71,8 @@ pub(crate) struct Outcome {
     not_kept: Vec<String>,
     /// Files that are packed with fewer rights for their group.
     narrowed: Vec<String>,
+    /// Files that are packed with another time.
+    out_of_range: OutOfRange,
     /// State of the tree, if it was asked for.
     pub(crate) state: Option<String>,
 }
@@ -122,6 +125,7 @@ pub(crate) fn pack(
     if !outcome.narrowed.is_empty() {
         tell_narrowed(&outcome.narrowed);
     }
+    outcome.out_of_range.tell("the nearest time");
     let length = part.metadata().attempt(|| attempted)?.len();
     if length != outcome.length {
         let why = format!("the image has {length} bytes, expected {}", outcome.length);
@@ -348,6 +352,7 @@ fn read(squashfs: File) -> std::result::Result<Known, Fault> {
 struct Seen {
     gathered: Gathered,
     narrowed: Vec<String>,
+    out_of_range: OutOfRange,
     state: Option<String>,
 }
 
@@ -359,6 +364,12 @@ fn look(tree: &Tree, told: &Told, known: Option<&Known>) -> std::result::Result<
         state.add(Path::new(""), &root);
     }
     let mut holes = Holes::new(&sparse_logs(tree));
+    let mut out_of_range = OutOfRange::default();
+    // All get the time that was ordered.
+    let keeps_times = told.epoch.is_none();
+    if keeps_times {
+        out_of_range.add(Path::new(""), &root);
+    }
     let basis = told.basis.as_ref().zip(known);
     let mut choose = |path: &Path, found: &mut rustix::fs::Stat| {
         if let Some(state) = &mut state {
@@ -369,6 +380,9 @@ fn look(tree: &Tree, told: &Told, known: Option<&Known>) -> std::result::Result<
             return Choice::LeaveOut;
         }
         holes.add(path, found);
+        if keeps_times {
+            out_of_range.add(path, found);
+        }
         let unchanged = basis.and_then(|(basis, known)| basis.find(path, found, root.st_dev, &known.entries));
         if told.emptied.contains(name) {
             found.st_size = 0;
@@ -393,7 +407,7 @@ fn look(tree: &Tree, told: &Told, known: Option<&Known>) -> std::result::Result<
     if let Some(why) = holes.refusal() {
         return Err(format!("{why}{ADVICE}{}", holes::ADVICE));
     }
-    Ok(Seen { gathered, narrowed: shown, state: state.map(State::finish) })
+    Ok(Seen { gathered, narrowed: shown, out_of_range, state: state.map(State::finish) })
 }
 
 /// Writes the image of `tree` and how far that has come.
@@ -426,7 +440,7 @@ fn write(
         let seen = look(tree, told, known.as_ref());
         (seen, measuring.and_then(|measuring| measuring.join().ok()?.ok()))
     });
-    let Seen { gathered: Gathered { plan, not_kept }, narrowed, state } = seen?;
+    let Seen { gathered: Gathered { plan, not_kept }, narrowed, out_of_range, state } = seen?;
     let inventory = known.map(|mut known| {
         if let Some(lengths) = lengths {
             known.inventory.set_lengths(lengths);
@@ -449,7 +463,7 @@ fn write(
     let Summary { length, progress, .. } = summary.map_err(|failure| failure.to_string())?;
     let not_kept = not_kept.iter().map(|name| name.to_string_lossy().into_owned()).collect();
     let squashfs::Progress { taken, compressed, .. } = progress;
-    Ok(Outcome { length, taken, compressed, anew, not_kept, narrowed, state })
+    Ok(Outcome { length, taken, compressed, anew, not_kept, narrowed, out_of_range, state })
 }
 
 #[cfg(test)]

@@ -19,6 +19,7 @@ use crate::image::exclude::{self, Pattern};
 use crate::image::holes::{self, Holes, sparse_logs};
 use crate::image::kind::{self, Kind};
 use crate::image::packer::{self, Order};
+use crate::image::times::OutOfRange;
 use crate::image::unchanged::Source;
 use crate::printable::listed;
 use crate::sys::file_kind::FileKind;
@@ -168,7 +169,7 @@ pub(crate) fn pack(
     let create = || to.directory.create_file(&part).attempt(|| format!("create {}.part", to.shown()));
     let (file, packed) = match packing.packer {
         Packer::Mksquashfs => {
-            let narrowed = look_through(image_root, &excluded.paths, &attempted)?;
+            let narrowed = look_through(image_root, &excluded.paths, packing.epoch.is_none(), &attempted)?;
             let file = create()?;
             let paths = (&*excluded.paths, &*narrowed);
             let packed = squash(work, image_root, (&file, to.directory), packing, paths, &attempted);
@@ -360,14 +361,19 @@ fn definitions<'a>(narrowed: impl Iterator<Item = &'a Narrowed>) -> (Vec<u8>, Ve
 const LONGEST_DEFINITION: usize = 16_000;
 
 /// Refuses holes that would keep mksquashfs busy for hours, and warns about those that take minutes. `excluded` paths
-/// do not count. Returns files that are packed with fewer rights for their group, and warns about them.
-fn look_through(image_root: &Tree, excluded: &[PathBuf], attempted: &str) -> Result<Vec<Narrowed>> {
+/// do not count. Returns files that are packed with fewer rights for their group, and warns about them, and about times
+/// if the image `keeps_times`.
+fn look_through(image_root: &Tree, excluded: &[PathBuf], keeps_times: bool, attempted: &str) -> Result<Vec<Narrowed>> {
+    let mut out_of_range = OutOfRange::default();
     let mut narrowed = Vec::new();
     let mut holes = Holes::new(&sparse_logs(image_root));
     let walked = image_root.walk(|path, directory, name, found| {
         if !excluded.iter().any(|left_out| path.starts_with(left_out)) {
             narrowed.extend(Narrowed::of(path, directory, name, found));
             holes.add(path, found);
+            if keeps_times {
+                out_of_range.add(path, found);
+            }
         }
         Ok(())
     });
@@ -378,6 +384,7 @@ fn look_through(image_root: &Tree, excluded: &[PathBuf], attempted: &str) -> Res
     if let Some((held, names)) = holes.found() {
         tracing::warn!("sparse files ({held} GiB of holes) take long to pack: {names}");
     }
+    out_of_range.tell("a wrong time (IMAGE_PACKER=ims-sshd takes the nearest)");
     if !narrowed.is_empty() {
         let shown = narrowed.iter().map(|Narrowed { path, mode, .. }| format!("/{} ({mode:o})", path.display()));
         packer::tell_narrowed(&shown.collect::<Vec<_>>());

@@ -252,6 +252,38 @@ fn access_control_lists_are_left_out_with_a_warning() {
     assert!(text(&output.stderr).contains("system.posix_acl_access"), "{output:?}");
 }
 
+#[test]
+fn times_that_a_squashfs_cannot_hold_become_the_nearest_with_a_warning() {
+    use std::os::unix::fs::MetadataExt;
+    let (dir, tree) = bootable_image();
+    for (name, date) in [("early", "1969-07-20"), ("late", "2107-01-01"), ("last", "2106-02-07 06:28:15")] {
+        succeed(Command::new("touch").args(["-d", &format!("{date} UTC")]).arg(tree.join(name)));
+    }
+    let packed = |packer: &str, epoch: Option<&str>| {
+        let mut variables = vec![("IMAGE_PACKER", packer.to_owned())];
+        variables.extend(epoch.map(|epoch| ("SOURCE_DATE_EPOCH", epoch.to_owned())));
+        let archive = dir.path().join("image.sqsh");
+        let arguments = ["package", "--archive", archive.to_str().unwrap(), tree.to_str().unwrap()];
+        let output = ims_sshd(&arguments, &variables).current_dir(dir.path()).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        let _ = std::fs::remove_dir_all(dir.path().join("unpacked"));
+        let mut unsquashfs = Command::new("unsquashfs");
+        succeed(unsquashfs.args(["-quiet", "-no-progress", "-dest"]).arg(dir.path().join("unpacked")).arg(&archive));
+        std::fs::remove_file(archive).unwrap();
+        let time = |name: &str| std::fs::metadata(dir.path().join("unpacked").join(name)).unwrap().mtime();
+        (text(&output.stderr), ["early", "late", "last"].map(time))
+    };
+    let (said, times) = packed("ims-sshd", None);
+    assert_eq!(times, [0, u32::MAX.into(), u32::MAX.into()]);
+    let warned: Vec<_> = said.lines().filter(|line| line.contains("nearest time")).collect();
+    assert!(warned.len() == 1 && warned[0].contains("packed 2 files with"), "{said}");
+    assert!(warned[0].contains("first /early") || warned[0].contains("first /late"), "{said}");
+    let (said, _) = packed("mksquashfs", None);
+    assert!(said.contains("packed 2 files with a wrong time"), "{said}");
+    let (said, times) = packed("ims-sshd", Some("7"));
+    assert!(times == [7; 3] && !said.contains("time that can"), "{said}");
+}
+
 /// mksquashfs packs an empty file instead, and succeeds.
 #[test]
 fn unreadable_file_is_an_error() {
