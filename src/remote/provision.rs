@@ -16,7 +16,7 @@ use crate::remote::connection::{Connection, Heed, finish};
 use crate::remote::transfer::hexadecimal;
 use crate::sys::architecture::Architecture;
 
-/// Directory of the programs on a node.
+/// Directory of the programs on a node. `customize` keeps changes there too, and others must not look into it.
 const PLACE: &str = "/var/lib/ims-sshd";
 
 /// Time for a node to answer, and to take both programs.
@@ -30,8 +30,11 @@ export PATH LC_ALL
 umask 022
 place=/var/lib/ims-sshd
 is_whole() {
-    [ "$(stat -c '%u %a %F' "$place" "$place/$1" "$place/$1/ims-sshd" "$place/$1/ims-jail-shell" 2>/dev/null)" = "0 755 directory
-0 755 directory
+    case "$(stat -c '%u %a %F' "$place" 2>/dev/null)" in
+        '0 700 directory' | '0 755 directory') ;;
+        *) return 1 ;;
+    esac
+    [ "$(stat -c '%u %a %F' "$place/$1" "$place/$1/ims-sshd" "$place/$1/ims-jail-shell" 2>/dev/null)" = "0 755 directory
 0 755 regular file
 0 755 regular file" ] && printf '%s  ims-sshd\n%s  ims-jail-shell\n' "$2" "$3" | (cd "$place/$1" && sha256sum -c --status)
 }
@@ -47,8 +50,7 @@ if is_whole "$@"; then echo whole; else echo missing; fi
 /// whole; another job may have been faster.
 const TAKE: &str = r#"
 set -e
-mkdir -p "$place"
-chmod 755 "$place"
+mkdir -m 700 "$place" 2>/dev/null || [ -d "$place" ]
 find "$place" -maxdepth 1 -name '.new.*' -mmin +60 -exec rm -rf {} + || true
 new=$(mktemp -d "$place/.new.XXXXXXXX")
 trap 'rm -rf "$new"' EXIT

@@ -1,5 +1,6 @@
 //! Jobs that end well.
 
+use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 
 use testbed::job::*;
@@ -79,6 +80,7 @@ fn second_job_sends_no_program_and_a_damaged_one_is_replaced() {
         assert_eq!(remote.end(), 0, "{}", remote.log());
         sent.push(remote.log().contains("sent ims-sshd to"));
         assert_eq!(std::fs::read_dir(&place).unwrap().count(), 1);
+        assert_eq!(std::fs::metadata(&place).unwrap().permissions().mode() & 0o777, 0o700);
     }
     assert_eq!(sent, [true, false, true]);
 }
