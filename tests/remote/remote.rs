@@ -1,10 +1,10 @@
 //! A remote job on a lab's node.
 
-use std::path::PathBuf;
+use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::OnceLock;
 
-use tempfile::TempDir;
 use testbed::job::*;
 use testbed::node::{Lab, Node, signal};
 use testbed::*;
@@ -30,17 +30,19 @@ impl<'a> Remote<'a> {
 
     /// A job whose image takes a while to be sent: it has 200 MB that cannot be compressed.
     pub fn large(lab: &'a Lab, node: &'a Node) -> Self {
-        static LARGE: OnceLock<(TempDir, PathBuf)> = OnceLock::new();
-        let (_, squashfs) = LARGE.get_or_init(|| {
+        // A file without a name: a static's directory would not be removed.
+        static LARGE: OnceLock<File> = OnceLock::new();
+        let squashfs = LARGE.get_or_init(|| {
             let (dir, tree) = bootable_image();
             let file = format!("of={}", tree.join("large").display());
             succeed(Command::new("dd").args(["if=/dev/urandom", "bs=1M", "count=200", "status=none", &file]));
             let squashfs = dir.path().join("large.sqsh");
             let mut pack = Command::new("mksquashfs");
             succeed(pack.args([&tree, &squashfs]).args(["-noI", "-noD", "-noF", "-noX", "-quiet", "-no-progress"]));
-            (dir, squashfs)
+            File::open(squashfs).unwrap()
         });
         let job = Job::new();
+        let squashfs = format!("/proc/self/fd/{}", squashfs.as_raw_fd());
         std::fs::copy(squashfs, job.volume.parent.join("image.sqsh")).unwrap();
         Self::on(lab, node, Mode::Jailed, job)
     }

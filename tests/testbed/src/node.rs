@@ -2,7 +2,9 @@
 //! to a network of their own too, in which the pod's programs run.
 
 use std::collections::BTreeSet;
+use std::ffi::OsString;
 use std::io::{BufRead, BufReader};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::OnceLock;
@@ -47,7 +49,7 @@ mount -t tmpfs -o "mode=1777,$4" tmpfs tmp
 mkdir -p run/sshd root/.ssh .old
 cp "$3" root/.ssh/authorized_keys
 chmod 700 root/.ssh
-cp "$6"/etc/ssh/ssh_host_* etc/ssh
+cp "$6"/ssh_host_* etc/ssh
 printf 'nameserver 192.0.2.53\n' >etc/resolv.conf
 printf 'PermitRootLogin prohibit-password\nSubsystem sftp internal-sftp\nMaxStartups 100\n%s\n' "$5" >etc/ssh/sshd_config
 ip link set lo up
@@ -67,16 +69,20 @@ fn hold(command: &mut Command) -> Ended {
     Ended::killed(child)
 }
 
-/// One set of host keys for all nodes of a run.
-fn host_keys() -> &'static Path {
-    static KEYS: OnceLock<TempDir> = OnceLock::new();
+/// Writes host keys into a directory, one set for all nodes of a run.
+fn put_host_keys(place: &Path) {
+    static KEYS: OnceLock<Vec<(OsString, Vec<u8>)>> = OnceLock::new();
     let made = KEYS.get_or_init(|| {
         let dir = directory();
         std::fs::create_dir_all(dir.path().join("etc/ssh")).unwrap();
         succeed(Command::new("ssh-keygen").arg("-A").arg("-f").arg(dir.path()));
-        dir
+        let entries = std::fs::read_dir(dir.path().join("etc/ssh")).unwrap().flatten();
+        entries.map(|entry| (entry.file_name(), std::fs::read(entry.path()).unwrap())).collect()
     });
-    made.path()
+    for (name, key) in made {
+        std::fs::write(place.join(name), key).unwrap();
+        succeed(Command::new("chmod").arg("600").arg(place.join(name)));
+    }
 }
 
 /// Options of a node.
@@ -117,12 +123,15 @@ impl Lab {
 
     fn add(&mut self, number: usize, options: NodeOptions) {
         let place = tempfile::tempdir_in(self.dir.path()).unwrap().keep();
+        let keys = place.join("keys");
+        std::fs::create_dir(&keys).unwrap();
+        put_host_keys(&keys);
         let public = self.key.with_extension("pub");
         let tmp = if options.tmp.is_empty() { "size=4G" } else { options.tmp };
         let namespaces = "--net --mount --pid --fork --kill-child --uts --ipc --propagation private";
         let mut command = Command::new("unshare");
         command.args(namespaces.split(' ')).args(["sh", "-ec", BOOT, "sh"]).arg(&place).arg(Image::Managed.root());
-        let holder = hold(command.arg(public).arg(tmp).arg(options.sshd).arg(host_keys()));
+        let holder = hold(command.arg(public).arg(tmp).arg(options.sshd).arg(keys));
         let children = format!("/proc/{0}/task/{0}/children", holder.id());
         let pid: i32 = std::fs::read_to_string(children).unwrap().trim().parse().unwrap();
         let (interface, [here, there]) =
@@ -254,10 +263,11 @@ impl Node {
         processes.sort();
         let mounts = std::fs::read_to_string(format!("/proc/{}/mountinfo", self.pid)).unwrap();
         let mounts = mounts.lines().map(|line| line.split(' ').skip(3).collect::<Vec<_>>().join(" ")).collect();
-        let loops = std::fs::read_dir("/sys/block").unwrap().flatten().filter(|device| {
-            let file = std::fs::read_to_string(device.path().join("loop/backing_file")).unwrap_or_default();
-            file.contains("image.sqsh")
-        });
+        // Loop devices are the machine's: those of this node show files of its /tmp.
+        let device = std::fs::metadata(self.path("/tmp")).unwrap().dev();
+        let device = format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
+        let shown = succeed(Command::new("losetup").args(["--noheadings", "--list", "-O", "BACK-MAJ:MIN"]));
+        let loops = shown.lines().filter(|line| line.trim() == device);
         let mut listening = BTreeSet::new();
         for table in ["tcp", "tcp6"] {
             let text = std::fs::read_to_string(format!("/proc/{}/net/{table}", self.pid)).unwrap();
