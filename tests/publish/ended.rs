@@ -132,3 +132,47 @@ fn source_of_which_nothing_is_kept_is_no_image_root_parent() {
         }
     }
 }
+
+/// What `status --json` prints of `named`, with `_` in place of values that no two runs share.
+fn report(dir: &Path, named: &str) -> String {
+    let printed = succeed(ims_sshd(&["status", "--json", named], &[]).current_dir(dir));
+    let values: serde_json::Value = serde_json::from_str(&printed).unwrap();
+    ["command_line", "name", "pid", "run", "since"].iter().fold(printed, |printed, field| {
+        printed.replace(&format!("\"{field}\":{}", values[field]), &format!("\"{field}\":_"))
+    })
+}
+
+#[test]
+fn json_status_of_open_runs_and_of_left_overs_keeps_every_byte() {
+    let (dir, _, _) = packed_image();
+    let shown = dir.path().display();
+    let mut run = deaf(dir.path(), SOURCE, "1");
+    let work = std::fs::read_dir(dir.path().join("work/ims-sshd")).unwrap().next().unwrap().unwrap().path();
+    let (begin, work) = (format!(r#"{{"command":"customize","command_line":_,"directory":"{shown}","#), work.display());
+    let end = format!(r#""name":_,"pid":_,"run":_,"since":_,"source":"{shown}/{SOURCE}","state":"#);
+    assert_eq!(report(dir.path(), SOURCE), format!("{begin}{end}\"serving\",\"work\":\"{work}\"}}\n"));
+    run.kill().unwrap();
+    run.wait().unwrap();
+    let killed = format!("{begin}\"kept\":true,{end}\"killed\",\"was\":\"serving\",\"work\":\"{work}\"}}\n");
+    assert_eq!(report(dir.path(), SOURCE), killed);
+
+    let run = deaf(dir.path(), SOURCE, "1");
+    signal(&run, Signal::SIGTERM);
+    assert_eq!(self::end(run).0, Some(143));
+    let kept = format!("{begin}\"kept\":true,{end}\"kept\",\"work\":\"{work}\"}}\n");
+    assert_eq!(report(dir.path(), SOURCE), kept);
+    succeed(ims_sshd(&["fail", SOURCE], &[]).current_dir(dir.path()));
+
+    image(dir.path());
+    let mut run = ims_sshd(&["enter", "tree", "--in-place", "--", "sh", "-c", "echo begun; read end"], &[]);
+    run.current_dir(dir.path()).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut run = Ended::killed(run.spawn().unwrap());
+    run.stdout.as_mut().unwrap().read_exact(&mut [0; 6]).unwrap();
+    let in_place = format!(
+        "{{\"command\":\"enter\",\"command_line\":_,\"directory\":\"{shown}\",\"name\":_,\"pid\":_,\"run\":_,\
+         \"since\":_,\"source\":\"{shown}/tree\",\"state\":\"serving\",\"work\":null}}\n"
+    );
+    assert_eq!(report(dir.path(), "tree"), in_place);
+    drop(run.stdin.take());
+    run.wait().unwrap();
+}

@@ -111,6 +111,37 @@ fn status_of_an_environment_in_another_container_comes_from_its_signal_files() {
 }
 
 #[test]
+fn json_status_of_a_serving_environment_keeps_every_byte() {
+    let environment = Volume::new(Image::Busybox).start(Mode::Jailed);
+    wait_until("the entrypoint to wait", || environment.log_text().contains("waiting for"));
+    let parent = environment.parent.display();
+    let waiting = format!("{{\"image_root_parent\":\"{parent}\",\"state\":\"waiting\",\"verdict\":null}}\n");
+    assert_eq!(environment.status(&["--json"]), waiting);
+    environment.touch("ready");
+    environment.wait_for("sshd_listening");
+    // Replaces values that no two environments share.
+    let printed = || {
+        let printed = environment.status(&["--json"]);
+        let report: Value = serde_json::from_str(&printed).unwrap();
+        let of_session = ["key", "pid", "request", "since"].map(|field| (field, &report["sessions"][0][field]));
+        of_session.into_iter().chain([("since", &report["since"])]).fold(printed, |printed, (field, value)| {
+            printed.replace(&format!("\"{field}\":{value}"), &format!("\"{field}\":_"))
+        })
+    };
+    let with = |sessions: &str| {
+        format!(
+            "{{\"image_root_parent\":\"{parent}\",\"job\":\"5ec3b0a1-job\",\"sessions\":[{sessions}],\"since\":_,\
+             \"state\":\"serving\",\"tier\":\"namespace\",\"verdict\":null}}\n"
+        )
+    };
+    assert_eq!(printed(), with(""));
+    let _held = Held::open(&environment);
+    wait_until("the session in the status", || environment.sessions().len() == 1);
+    let session = r#"{"client":"127.0.0.1","key":_,"pid":_,"request":_,"since":_,"terminal":false}"#;
+    assert_eq!(printed(), with(session));
+}
+
+#[test]
 fn log_format_and_log_level_are_obeyed() {
     for (level, has, lacks) in [
         ("debug", &["DEBUG", "INFO"][..], &[][..]),
