@@ -8,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use base64::Engine;
 use ring::digest::{SHA256, digest};
-use serde_json::{Value, json};
+use serde::{Serialize, Serializer};
 
 use crate::error::{Attempt, Result};
 use crate::log::redaction::without_secrets;
@@ -25,39 +25,31 @@ const RESERVED: u64 = 48;
 /// How long a connection without a session is remembered. `ControlPersist` keeps Ansible's open for a minute.
 const REMEMBERED: Duration = Duration::from_mins(10);
 
-/// A session that is running.
-#[derive(Debug, Clone)]
+/// A session that is running. Its JSON is part of the status.
+#[derive(Debug, Clone, Serialize)]
 pub(crate) struct Session {
     /// PID of its first process: the helper, or in plain mode the shell or command.
     pub(crate) pid: i32,
     /// Address of the client.
     pub(crate) client: String,
     /// Port of the client; `None` if it is unknown.
+    #[serde(skip)]
     pub(crate) port: Option<u16>,
     /// Fingerprint of the client's key, as sshd logs it; empty if it is unknown.
     pub(crate) key: String,
     /// True if the session has a terminal.
     pub(crate) terminal: bool,
     /// True for a shell on a terminal, started without a command.
+    #[serde(skip)]
     pub(crate) interactive: bool,
     /// `shell`, `sftp`, or the command line with secrets masked.
     pub(crate) request: String,
-    /// When it began.
+    /// When it began; in JSON as RFC 3339, in seconds.
+    #[serde(serialize_with = "rfc3339")]
     pub(crate) since: SystemTime,
 }
 
 impl Session {
-    fn to_json(&self) -> Value {
-        json!({
-            "pid": self.pid,
-            "client": self.client,
-            "key": self.key,
-            "terminal": self.terminal,
-            "request": self.request,
-            "since": humantime::format_rfc3339_seconds(self.since).to_string(),
-        })
-    }
-
     /// Logs the beginning of the session, the first one of its connection at a level that is shown by default: Ansible
     /// runs several for each task.
     fn log_beginning(&self, is_first: bool) {
@@ -83,6 +75,10 @@ impl Session {
             None => tracing::debug!(pid, client, port, exit, signal, seconds, "session ended"),
         }
     }
+}
+
+fn rfc3339<S: Serializer>(time: &SystemTime, to: S) -> std::result::Result<S::Ok, S::Error> {
+    to.collect_str(&humantime::format_rfc3339_seconds(*time))
 }
 
 /// Connection of a helper, or of a client that asks for the status.
@@ -142,11 +138,6 @@ impl Presence {
     /// Returns whether the session whose first process is `leader` is an interactive shell.
     pub(crate) fn is_interactive(&self, leader: &Entry) -> bool {
         self.sessions().any(|session| session.interactive && session.pid == leader.pid.as_raw())
-    }
-
-    /// Sessions that are running now, as the status prints them.
-    pub(crate) fn to_json(&self) -> Value {
-        self.sessions().map(Session::to_json).collect()
     }
 
     /// When a helper last reported the end of a session.

@@ -354,7 +354,7 @@ impl<F: FnOnce()> Supervisor<F> {
             "tier": open.and_then(|open| open.jail.as_ref()).map_or("plain", |jail| jail.tier.name()),
             "job": self.settings.job.id,
             "verdict": self.machine.verdict().map(Verdict::signal_file),
-            "sessions": open.map(|open| open.presence.to_json()),
+            "sessions": open.map(|open| open.presence.sessions().collect::<Vec<_>>()),
         })
     }
 
