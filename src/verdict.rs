@@ -8,6 +8,22 @@ pub(crate) fn is_mark(found: &Stat) -> bool {
     FileType::from_raw_mode(found.st_mode) == FileType::RegularFile
 }
 
+/// Users whose marks in the image's /tmp count.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Markers {
+    /// Everyone: only processes in the jail reach the image's /tmp.
+    Everyone,
+    /// Root alone: other users of the machine can create files in the image's /tmp.
+    Root,
+}
+
+impl Markers {
+    /// Returns whether a mark of the user `owner` counts.
+    pub(crate) fn include(self, owner: u32) -> bool {
+        self == Self::Everyone || owner == 0
+    }
+}
+
 /// How a build environment ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Verdict {

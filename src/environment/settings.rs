@@ -11,7 +11,7 @@ use crate::jail::tier::Tier;
 use crate::job::Job;
 use crate::job::variables::{Case, Reader, TRUTH};
 use crate::sshd::options::Options;
-use crate::verdict::Verdict;
+use crate::verdict::{Markers, Verdict};
 
 /// Settings of a build environment.
 #[derive(Debug, Clone)]
@@ -36,6 +36,8 @@ pub struct Settings {
     pub(crate) image: Option<String>,
     /// True if a directory is changed in place, so that changes stay whatever the verdict.
     pub(crate) in_place: bool,
+    /// Users whose marks in the image count.
+    pub(crate) markers: Markers,
     /// Messages to people at a terminal at the end.
     pub(crate) marked: Marked,
     /// `IMS_JAIL_BINDS`: bind mounts from the container into the jail.
@@ -140,6 +142,7 @@ impl Settings {
             hostname,
             image: None,
             in_place: false,
+            markers: Markers::Everyone,
             marked: Marked::PACKED,
             binds,
             agent,

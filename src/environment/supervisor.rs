@@ -425,7 +425,7 @@ impl<F: FnOnce()> Supervisor<F> {
                     break;
                 };
                 match message {
-                    Message::Marked(verdict) => {
+                    Message::Marked(verdict, owner) if image_root::counts(self.settings.markers, verdict, owner) => {
                         tracing::info!(verdict = verdict.signal_file(), "marked from inside the jail");
                         marks.push(Event::Marked(verdict));
                     }
@@ -533,7 +533,8 @@ impl<F: FnOnce()> Supervisor<F> {
         let mut marks = self.marks();
         let known = self.machine.verdict() == Some(Verdict::Failed) || marks.contains(&FAILED);
         let image_root = self.image_root.as_ref().filter(|_| self.settings.job.jailed);
-        match self.files.as_ref().filter(|_| !known).map(|files| image_root::is_marked_failed(files, image_root)) {
+        let is_marked_failed = |files| image_root::is_marked_failed(files, image_root, self.settings.markers);
+        match self.files.as_ref().filter(|_| !known).map(is_marked_failed) {
             Some(Ok(true)) => {
                 tracing::info!("marked failed while closing");
                 marks.push(FAILED);

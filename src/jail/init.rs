@@ -216,9 +216,11 @@ fn watch_over(link: &Link, inside: Inside) -> u8 {
     let mut tell_marks = || {
         for verdict in Verdict::ALL {
             let found = rustix::fs::lstat(Path::new("/tmp").join(verdict.signal_file()));
-            if found.is_ok_and(|found| is_mark(&found)) && !told.contains(&verdict) {
-                link.send(&Message::Marked(verdict))?;
-                told.push(verdict);
+            // Once for each owner: the supervisor decides whose marks count.
+            let Some(owner) = found.ok().filter(is_mark).map(|found| found.st_uid) else { continue };
+            if !told.contains(&(verdict, owner)) {
+                link.send(&Message::Marked(verdict, owner))?;
+                told.push((verdict, owner));
             }
         }
         io::Result::Ok(())

@@ -18,8 +18,8 @@ pub enum Message {
     /// The init serves, and the jail can be entered. The message carries the init's inotify: closing an inotify takes
     /// about 10 ms, so the supervisor keeps a duplicate, and the init's exit does not wait for it.
     Ready,
-    /// A user marked the image from inside.
-    Marked(Verdict),
+    /// The image's /tmp has a mark, of the user with that number in the image.
+    Marked(Verdict, u32),
     /// The jail could not be built, or its init failed. The text is a whole sentence.
     Failed(String),
 }
@@ -30,15 +30,15 @@ impl Message {
             Self::Started(pid) => format!("started {pid}"),
             Self::Made => "made".into(),
             Self::Ready => "ready".into(),
-            Self::Marked(verdict) => format!("marked {}", verdict.signal_file()),
+            Self::Marked(verdict, owner) => format!("marked {} {owner}", verdict.signal_file()),
             Self::Failed(why) => format!("failed {why}"),
         }
     }
 
-    /// The verdict, if this is a mark.
-    pub(crate) fn mark(self) -> Option<Verdict> {
+    /// The verdict and the mark's owner, if this is a mark.
+    pub(crate) fn mark(self) -> Option<(Verdict, u32)> {
         match self {
-            Self::Marked(verdict) => Some(verdict),
+            Self::Marked(verdict, owner) => Some((verdict, owner)),
             _ => None,
         }
     }
@@ -48,7 +48,10 @@ impl Message {
             None if text == "made" => Self::Made,
             None if text == "ready" => Self::Ready,
             Some(("started", pid)) => Self::Started(pid.parse().ok()?),
-            Some(("marked", name)) => Self::Marked(Verdict::from_signal_file(name)?),
+            Some(("marked", mark)) => {
+                let (name, owner) = mark.split_once(' ')?;
+                Self::Marked(Verdict::from_signal_file(name)?, owner.parse().ok()?)
+            }
             Some(("failed", why)) => Self::Failed(why.to_owned()),
             _ => return None,
         })
@@ -119,8 +122,8 @@ mod tests {
             Message::Started(5),
             Message::Made,
             Message::Ready,
-            Message::Marked(Verdict::Complete),
-            Message::Marked(Verdict::Failed),
+            Message::Marked(Verdict::Complete, 0),
+            Message::Marked(Verdict::Failed, u32::MAX),
             Message::Failed("cannot mount: no".into()),
         ];
         for message in &messages {

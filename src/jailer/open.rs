@@ -373,7 +373,7 @@ fn start(wanted: &Wanted<'_>) -> Result<Started> {
             Some((Message::Ready, descriptors)) => events = Some(descriptors),
             Some((Message::Failed(why), _)) => return failed(init, why),
             // The mark is not lost: its file is in the image's /tmp.
-            Some((Message::Marked(_), _)) => {}
+            Some((Message::Marked(..), _)) => {}
             None => {
                 return failed(
                     init,

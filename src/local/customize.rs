@@ -82,7 +82,8 @@ pub fn run(run: Run, wanted: &Customization) -> Result<u8> {
         End::Applied | End::Discarded => Marked::APPLIED,
     };
     let (source, shown) = (run.shown(), source::directory_of(&run.source));
-    run.carry_out(&entry, |image_root| {
+    run.carry_out(&entry, |image_root, markers| {
+        settings.markers = markers;
         let shown = shown.as_deref().unwrap_or(image_root);
         open(wanted, settings, &Opened { source: &source, image_root, shown, in_place }, &entry, label)
     })

@@ -1,6 +1,8 @@
 //! A directory as the source of a run: changed in an overlay, or in place.
 
-use std::path::Path;
+use std::ffi::OsStr;
+use std::io;
+use std::path::{Component, Path};
 
 use crate::error::{Attempt, Error, Result};
 use crate::image::unpack::{INDEX_OF_LINKS, Overlay, UPPER};
@@ -14,8 +16,10 @@ use crate::local::run_directory::RunDirectory;
 use crate::local::work_directory;
 use crate::publish::identity::Record;
 use crate::publish::source::Source;
-use crate::sys::named;
+use crate::sys::attributes::Node;
+use crate::sys::named::{self, is_trusted};
 use crate::sys::tree::Tree;
+use crate::verdict::Markers;
 use crate::volume::holds;
 use crate::volume::layout::OVERLAY;
 use crate::volume::mounts_below::{mounts_below, refuse_mounts_below};
@@ -162,6 +166,38 @@ pub(crate) fn open(directory: &Path) -> Result<Tree> {
     opened.attempt(|| format!("open {}", directory.display()))
 }
 
+/// Extended attribute of an ACL.
+const ACL: &str = "system.posix_acl_access";
+
+/// Returns whether other users of the machine reach `directory`, a path without symbolic links. They do if each
+/// directory on the way, and it itself, lets some user other than root search it.
+fn is_reachable(directory: &Path) -> Result<bool> {
+    let attempted = || format!("open {}", directory.display());
+    let mut at = open_tree(Path::new("/"))?;
+    let mut is_reachable = is_searched_by_others(&at).attempt(attempted)?;
+    for name in directory.components().filter(|name| matches!(name, Component::Normal(_))) {
+        at = at.directory_without_links(name).attempt(attempted)?;
+        is_reachable &= is_searched_by_others(&at).attempt(attempted)?;
+    }
+    Ok(is_reachable)
+}
+
+/// Returns whether a user other than root may search the directory. An ACL counts as if it let one.
+fn is_searched_by_others(directory: &Tree) -> io::Result<bool> {
+    let found = rustix::fs::fstat(directory)?;
+    let by_all = found.st_mode & 0o001 != 0;
+    let by_group = found.st_mode & 0o010 != 0 && found.st_gid != 0;
+    let here = Node { directory, name: OsStr::new(".") };
+    // An owner may change the mode.
+    Ok(by_all || by_group || !is_trusted(found.st_uid) || here.attributes()?.contains_key(OsStr::new(ACL)))
+}
+
+/// Users whose marks count in the image root `directory`, or in an overlay above it. Where other users of the machine
+/// reach it, they can create files in its /tmp, which has mode 1777.
+pub(crate) fn markers(directory: &Path) -> Result<Markers> {
+    Ok(if is_reachable(directory)? { Markers::Root } else { Markers::Everyone })
+}
+
 /// Returns whether `directory` still names `root`.
 fn still_names(directory: &Path, root: &Tree) -> bool {
     open(directory).is_ok_and(|found| is_same(&found, root))
@@ -221,5 +257,48 @@ pub fn refuse_open_source(source: &str) -> Result<()> {
             refuse_mounts_below(&directory, &format!("use {} as an image", directory.display()), "copying")
         }
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::{PermissionsExt, chown};
+
+    #[test]
+    fn directory_is_reachable_if_every_directory_on_the_way_lets_others_through() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().canonicalize().unwrap().join("above/root");
+        let above = root.parent().unwrap();
+        std::fs::create_dir_all(&root).unwrap();
+        std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o755)).unwrap();
+        for (mode, owner, group, expected) in [
+            (0o700, 0, 0, false),
+            (0o750, 0, 0, false),
+            (0o750, 0, 1234, true),
+            (0o701, 0, 0, true),
+            (0o740, 0, 1234, false),
+            (0o700, 1234, 0, true),
+        ] {
+            for (changed, other) in [(above, &*root), (&root, above)] {
+                chown(changed, Some(owner), Some(group)).unwrap();
+                std::fs::set_permissions(changed, PermissionsExt::from_mode(mode)).unwrap();
+                chown(other, Some(0), Some(0)).unwrap();
+                std::fs::set_permissions(other, PermissionsExt::from_mode(0o755)).unwrap();
+                assert_eq!(is_reachable(&root).unwrap(), expected, "{mode:o} {owner} {group}");
+            }
+        }
+        chown(&root, Some(0), Some(0)).unwrap();
+        std::fs::set_permissions(&root, PermissionsExt::from_mode(0o700)).unwrap();
+        assert!(!is_reachable(&root).unwrap());
+        // Version 2, then owner rwx, user 1234 --x, group ---, mask --x, others ---.
+        let entry = |tag: u16, may: u16, id: u32| {
+            [&tag.to_le_bytes()[..], &may.to_le_bytes()[..], &id.to_le_bytes()[..]].concat()
+        };
+        let none = u32::MAX;
+        let entries = [entry(1, 7, none), entry(2, 1, 1234), entry(4, 0, none), entry(16, 1, none), entry(32, 0, none)];
+        let acl = [&2_u32.to_le_bytes()[..], &entries.concat()].concat();
+        rustix::fs::setxattr(&root, ACL, &acl, rustix::fs::XattrFlags::empty()).unwrap();
+        assert!(is_reachable(&root).unwrap());
     }
 }

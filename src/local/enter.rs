@@ -40,7 +40,7 @@ use crate::sys::signals::{Signals, unblock_signals};
 use crate::sys::tree::Tree;
 use crate::sys::umask;
 use crate::transfer::without_query;
-use crate::verdict::Verdict;
+use crate::verdict::{Markers, Verdict};
 use crate::volume::image_root;
 use crate::volume::state_directory::StateDirectory;
 
@@ -85,7 +85,7 @@ pub fn run(run: Run, entry: &Entry) -> Result<u8> {
     let is_discarded = !decides && !run.is_in_place();
     let registered = run.register()?;
     let label = registered.name();
-    let ended = run.carry_out(&registered, |image_root| {
+    let ended = run.carry_out(&registered, |image_root, markers| {
         if is_discarded {
             let source = &question.source;
             let is_chosen = entry.answer == Some(Answer::Discard);
@@ -95,8 +95,10 @@ pub fn run(run: Run, entry: &Entry) -> Result<u8> {
         let is_shell = entry.command.is_empty() && entry.script.is_none();
         let is_unattended = decides || entry.answer == Some(Answer::Yes);
         let grace = is_unattended.then_some(grace);
-        let (answer, use_of_changes) = (entry.answer, decides.then_some(end));
-        let session = Session { is_shell, grace, answer, end: use_of_changes, in_place, tiers, dkms, hostname, label };
+        let answer = entry.answer;
+        let end_of_changes = decides.then_some(end);
+        let session =
+            Session { is_shell, grace, answer, end: end_of_changes, in_place, markers, tiers, dkms, hostname, label };
         let at_terminal = session.is_at_terminal();
         let Ended { status, mut mark, mut stopped, is_given_up } = session.run(image_root, entry, &registered)?;
         if is_given_up {
@@ -278,6 +280,8 @@ struct Session {
     /// Use of the changes if a mark or an answer decides about them.
     end: Option<End>,
     in_place: bool,
+    /// Users whose marks count.
+    markers: Markers,
     tiers: Vec<Tier>,
     /// True if the jail gets everything that this process has.
     dkms: bool,
@@ -290,6 +294,12 @@ impl Session {
     /// Returns whether a person is at the shell, which is hung up when the image is marked, as over SSH.
     fn is_at_terminal(&self) -> bool {
         self.is_shell && std::io::stdin().is_terminal()
+    }
+
+    /// The verdict, if the message is a mark that counts.
+    fn mark(&self, message: Message) -> Option<Verdict> {
+        let (verdict, owner) = message.mark()?;
+        image_root::counts(self.markers, verdict, owner).then_some(verdict)
     }
 
     /// Runs the session to its end.
@@ -358,7 +368,7 @@ impl Session {
         let all_ended = processes::end_all(Some(&jail));
         // The init looked for marks once more before it ended.
         let last_mark = match all_ended {
-            Ok(()) if is_ours => std::iter::from_fn(|| jail.receive()).filter_map(Message::mark).max(),
+            Ok(()) if is_ours => std::iter::from_fn(|| jail.receive()).filter_map(|message| self.mark(message)).max(),
             _ => None,
         };
         if let Some(terminal) = terminal {
@@ -372,7 +382,7 @@ impl Session {
         remove_directory(run.path())?;
         all_ended?;
         let (helper, mut ended) = ended?;
-        let found = if is_ours { take_marks(&tree)? } else { None };
+        let found = if is_ours { take_marks(&tree, self.markers)? } else { None };
         // Signals that arrived after the command ended count too.
         while let Ok(Some((signal, sender))) = signals.next_with_sender() {
             ended.stopped = ended.stopped.or(self.stops(signal, sender == Some(helper)));
@@ -458,7 +468,7 @@ impl Session {
                     let _ = kill(pid, signal);
                 }
             }
-            match has_message.then(|| jail.receive().map(Message::mark)) {
+            match has_message.then(|| jail.receive().map(|message| self.mark(message))) {
                 Some(Some(Some(verdict))) => {
                     marked = marked.max(Some(verdict));
                     if self.is_at_terminal() && hung_up.is_none() {
@@ -489,10 +499,10 @@ fn is_open_elsewhere(image_root: &Path) -> Result<bool> {
 }
 
 /// Removes the marks from the image's /tmp, where they would be packed. Returns the one that counts.
-fn take_marks(image_root: &Tree) -> Result<Option<Verdict>> {
+fn take_marks(image_root: &Tree, markers: Markers) -> Result<Option<Verdict>> {
     let mut found = None;
     for verdict in Verdict::ALL {
-        if image_root::remove_mark(image_root, verdict)? {
+        if image_root::remove_mark(image_root, verdict)?.is_some_and(|owner| markers.include(owner)) {
             found = found.max(Some(verdict));
         }
     }

@@ -34,6 +34,7 @@ use crate::store::{self, Store};
 use crate::sys::named;
 use crate::sys::tree::Tree;
 use crate::transfer::{Work, without_query};
+use crate::verdict::Markers;
 use crate::volume::holds;
 use crate::volume::layout::{ARCHIVE, IMAGE_ROOT, INVENTORY, OVERLAY};
 use crate::volume::open_tree;
@@ -230,10 +231,14 @@ impl Run {
         Ok(entry)
     }
 
-    /// Opens the image and passes its root to `session`, which decides what happens to the changes. Returns the
-    /// session's value. Unless [`Run::is_in_place`], the caller must have called
+    /// Opens the image and passes its root to `session`, with the users whose marks count in it. The session decides
+    /// what happens to the changes. Returns the session's value. Unless [`Run::is_in_place`], the caller must have called
     /// [`own_mounts`](crate::local::mounts::own_mounts).
-    pub(crate) fn carry_out<T>(mut self, entry: &Entry, session: impl FnOnce(&Path) -> Result<(Fate, T)>) -> Result<T> {
+    pub(crate) fn carry_out<T>(
+        mut self,
+        entry: &Entry,
+        session: impl FnOnce(&Path, Markers) -> Result<(Fate, T)>,
+    ) -> Result<T> {
         let source = Source::parse(&self.source)?;
         if let Source::Here(path) = &source {
             named::resolve(path).map_err(|e| Error::bad_input(format!("SOURCE is '{}': {e}", path.display())))?;
@@ -249,6 +254,8 @@ impl Run {
         if let (Some(settings), Some(directory)) = (&self.settings, &directory) {
             self.refuse_inside(directory, settings)?;
         }
+        let markers = directory.as_deref().map_or(Ok(Markers::Everyone), directory::markers)?;
+        let session = |image_root: &Path| session(image_root, markers);
         let Some(mut settings) = self.settings.take() else {
             let image_root = directory.ok_or_else(|| Error::bad_input("expected a directory"))?;
             let (fate, value) = session(&image_root)?;
@@ -264,7 +271,6 @@ impl Run {
             .filter(|_| !self.in_place)
             .map(|directory| self.hold(directory, &source))
             .transpose()?;
-        let publishes = self.end == End::Published;
         if let Source::Here(path) = &source {
             let refuse = |e| Error::bad_input(format!("SOURCE is '{}': {e}", path.display()));
             if !std::fs::metadata(path).map_err(refuse)?.is_dir() {
@@ -273,7 +279,7 @@ impl Run {
         }
         let work = Work::begin(&settings.network)?;
         let ims = settings.ims_client(&work);
-        if publishes {
+        if self.end == End::Published {
             work.unless_interrupted(ims.job())?;
             settings.packing.packer.check()?;
             let place = settings.job.parent.join(name_of(&source, &self.source));

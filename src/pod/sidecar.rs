@@ -33,7 +33,7 @@ use crate::store::Store;
 use crate::sys::poll;
 use crate::sys::tree::Tree;
 use crate::transfer::Work;
-use crate::verdict::Verdict;
+use crate::verdict::{Markers, Verdict};
 use crate::volume::image_root;
 use crate::volume::layout::{BUILD_FAILED, EXITING, POD_ERROR, READY, SOURCE, SSHD_LISTENING, TRANSFER};
 use crate::volume::signal_files::{LOOK_EVERY, SignalFiles, Stamp, Watch};
@@ -290,7 +290,8 @@ impl<'a> Sidecar<'a> {
     }
 
     fn is_marked_failed(&self, image_root: Option<&Tree>) -> bool {
-        let marked = image_root::is_marked_failed(self.files, image_root.filter(|_| self.settings.job.jailed));
+        let image_root = image_root.filter(|_| self.settings.job.jailed);
+        let marked = image_root::is_marked_failed(self.files, image_root, Markers::Everyone);
         marked.unwrap_or_else(|e| {
             tracing::error!("{e}; the image is taken as failed");
             true

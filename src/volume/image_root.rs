@@ -8,7 +8,7 @@ use rustix::io::Errno;
 use crate::error::{Advise, Attempt, Error, Result};
 use crate::sys::file_kind::FileKind;
 use crate::sys::tree::Tree;
-use crate::verdict::{Verdict, is_mark};
+use crate::verdict::{Markers, Verdict, is_mark};
 use crate::volume::signal_files::SignalFiles;
 
 /// Any one of these files makes a directory an image root. systemd-nspawn looks for os-release; distroless images have
@@ -113,25 +113,36 @@ fn remove_directory(image_root: &Tree, name: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Removes the mark from the image's /tmp, or an empty directory of that name. Returns whether there was a mark. Only a
-/// regular file is one; anything else stays.
-pub(crate) fn remove_mark(image_root: &Tree, verdict: Verdict) -> Result<bool> {
+/// Returns whether a mark of the user `owner` counts. Logs one that does not.
+pub(crate) fn counts(markers: Markers, verdict: Verdict, owner: u32) -> bool {
+    if !markers.include(owner) {
+        tracing::warn!(
+            "/{} of the image belongs to user {owner} and does not count: other users of this machine reach the image \
+             root, so that only root can mark it there; remove it first, or use 'ims-sshd {}'",
+            mark_of(verdict).display(),
+            if verdict == Verdict::Failed { "fail" } else { "complete" }
+        );
+    }
+    markers.include(owner)
+}
+
+/// Removes the mark from the image's /tmp, or an empty directory of that name. Returns the mark's owner. Only a regular
+/// file is one; anything else stays.
+pub(crate) fn remove_mark(image_root: &Tree, verdict: Verdict) -> Result<Option<u32>> {
     let name = mark_of(verdict);
     let attempted = || removing(&name);
     remove_directory(image_root, &name)?;
-    if !image_root.look(&name).attempt(attempted)?.is_some_and(|found| is_mark(&found)) {
-        return Ok(false);
-    }
-    image_root.remove(&name).attempt(attempted)
+    let Some(found) = image_root.look(&name).attempt(attempted)?.filter(is_mark) else { return Ok(None) };
+    Ok(image_root.remove(&name).attempt(attempted)?.then_some(found.st_uid))
 }
 
-/// Returns whether `failed` exists in the parent or, for a jailed job, in the image's /tmp. A place that cannot be read
+/// Returns whether `failed` exists in the parent or, for a jailed job, as a mark of `markers` in the image. A place that cannot be read
 /// is an error: an image whose verdict is unknown is not packed.
-pub(crate) fn is_marked_failed(files: &SignalFiles, image_root: Option<&Tree>) -> Result<bool> {
+pub(crate) fn is_marked_failed(files: &SignalFiles, image_root: Option<&Tree>, markers: Markers) -> Result<bool> {
     let name = mark_of(Verdict::Failed);
     let in_image = |root: &Tree| {
         let found = root.look(&name).attempt(|| format!("look for /{} in the image", name.display()))?;
-        Ok(found.is_some_and(|found| is_mark(&found)))
+        Ok(found.is_some_and(|found| is_mark(&found) && markers.include(found.st_uid)))
     };
     Ok(files.stands(Verdict::Failed.signal_file())? || image_root.map_or(Ok(false), in_image)?)
 }
@@ -195,7 +206,7 @@ mod tests {
         let root = dir.path().join("image-root");
         std::fs::create_dir(&root).unwrap();
         let tree = open(&files, "image-root").unwrap();
-        let is_marked = |tree: Option<&Tree>| is_marked_failed(&files, tree);
+        let is_marked = |tree: Option<&Tree>| is_marked_failed(&files, tree, Markers::Everyone);
         assert!(!is_marked(Some(&tree)).unwrap(), "without a /tmp");
         std::os::unix::fs::symlink("tmp", root.join("tmp")).unwrap();
         let told = is_marked(Some(&tree)).unwrap_err().to_string();
@@ -208,10 +219,12 @@ mod tests {
         let told = remove_mark(&tree, Verdict::Failed).unwrap_err().to_string();
         assert!(told.ends_with("with the name of a mark: remove it from the image"), "{told}");
         std::fs::remove_file(root.join("tmp/failed/file")).unwrap();
-        assert!(!remove_mark(&tree, Verdict::Failed).unwrap() && !root.join("tmp/failed").exists());
+        assert!(remove_mark(&tree, Verdict::Failed).unwrap().is_none() && !root.join("tmp/failed").exists());
         std::fs::write(root.join("tmp/failed"), "").unwrap();
         assert!(is_marked(Some(&tree)).unwrap());
-        assert!(remove_mark(&tree, Verdict::Failed).unwrap());
+        std::os::unix::fs::chown(root.join("tmp/failed"), Some(1234), None).unwrap();
+        assert!(is_marked(Some(&tree)).unwrap() && !is_marked_failed(&files, Some(&tree), Markers::Root).unwrap());
+        assert_eq!(remove_mark(&tree, Verdict::Failed).unwrap(), Some(1234));
         std::fs::write(dir.path().join("failed"), "").unwrap();
         assert!(is_marked(None).unwrap());
     }

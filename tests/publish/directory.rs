@@ -1,9 +1,11 @@
 //! A directory as source: changed in an overlay, and then applied, published or dropped; or changed in place.
 
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use testbed::job::*;
 use testbed::*;
 
@@ -356,6 +358,51 @@ fn leftovers_of_a_killed_customization_are_reported_and_ended() {
         assert!(output.status.success(), "{command:?}: {output:?}");
         assert!(text(&output.stderr).contains("was killed before; ended: a listening sshd"), "{command:?}: {output:?}");
         assert!(sshd().is_empty(), "{command:?}");
+    }
+}
+
+#[test]
+fn mark_of_another_user_of_the_machine_does_not_count() {
+    // Outside the cache, which is in a home that other users may not reach.
+    let dir = tempfile::tempdir().unwrap();
+    let tree = tree(dir.path());
+    std::fs::set_permissions(tree.join("tmp"), PermissionsExt::from_mode(0o1777)).unwrap();
+    let root = tree.display().to_string();
+    let touch = |name: &str| {
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid=1234", "--regid=1234", "--clear-groups", "touch"]).arg(tree.join("tmp").join(name));
+        succeed(&mut command)
+    };
+    // In a directory that nobody else reaches, every user of the image may mark it.
+    let as_user = "touch /tmp/complete && chown 1234 /tmp/complete";
+    let counted = run(dir.path(), &["customize", &root, "--in-place", "--", "sh", "-c", as_user]);
+    assert!(text(&counted.stderr).contains("the image was marked complete"), "{counted:?}");
+    std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o755)).unwrap();
+    for name in ["complete", "failed"] {
+        let mut customize = ims_sshd(&["customize", &root, "--in-place"], &[]);
+        let mut open = Ended::new(customize.stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap());
+        let mut lines = std::io::BufRead::lines(std::io::BufReader::new(open.stderr.take().unwrap()));
+        assert!(lines.any(|line| line.unwrap().contains("the environment is open")), "it opens");
+        touch(name);
+        let told = format!("/tmp/{name} of the image belongs to user 1234 and does not count: ");
+        assert!(lines.any(|line| line.unwrap().contains(&told)), "{name}");
+        std::fs::remove_file(tree.join("tmp").join(name)).unwrap();
+        std::fs::write(tree.join("tmp").join(name), "").unwrap();
+        let rest: Vec<_> = lines.map(Result::unwrap).collect();
+        assert_eq!(open.wait().unwrap().code(), Some(i32::from(name == "failed")), "{rest:?}");
+        assert!(rest.iter().any(|line| line.contains("marked from inside the jail")), "{rest:?}");
+
+        let mut enter = ims_sshd(&["enter", &root, "--", "sh", "-c", "touch /tmp/open && sleep 1000"], &[]);
+        let mut open = Ended::new(enter.stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap());
+        wait_until("the jail is open", || tree.join("tmp/open").exists());
+        touch(name);
+        let mut lines = std::io::BufRead::lines(std::io::BufReader::new(open.stderr.take().unwrap()));
+        assert!(lines.any(|line| line.unwrap().contains(&told)), "{name}");
+        kill(Pid::from_raw(open.id().cast_signed()), Signal::SIGTERM).unwrap();
+        let rest: Vec<_> = lines.map(Result::unwrap).collect();
+        let ended = open.wait().unwrap();
+        assert!(!ended.success() && !rest.iter().any(|line| line.contains("was marked")), "{ended:?} {rest:?}");
+        std::fs::remove_file(tree.join("tmp/open")).unwrap();
     }
 }
 
