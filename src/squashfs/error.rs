@@ -50,6 +50,8 @@ impl From<io::Error> for Fault {
 pub enum Failure {
     /// A file of the tree could not be read, or changed meanwhile.
     Tree(PathBuf, io::Error),
+    /// The tree could not be walked through; the error names the file.
+    Walk(io::Error),
     /// The source turned out to be damaged.
     Source(Fault),
     /// A squashfs cannot hold it.
@@ -64,7 +66,7 @@ impl fmt::Display for Failure {
             Self::Tree(path, error) => write!(f, "/{}: {error}", path.display()),
             Self::Source(fault) => write!(f, "source: {fault}"),
             Self::Limit(limit) => limit.fmt(f),
-            Self::Output(error) => error.fmt(f),
+            Self::Walk(error) | Self::Output(error) => error.fmt(f),
         }
     }
 }

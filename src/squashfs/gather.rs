@@ -73,7 +73,7 @@ pub fn gather_with(
     if let Some(failure) = failure {
         return Err(failure);
     }
-    walked.map_err(|error| Failure::Tree(PathBuf::new(), error))?;
+    walked.map_err(Failure::Walk)?;
     Ok(Gathered { plan: gathering.plan, not_kept: gathering.attributes.not_kept })
 }
 

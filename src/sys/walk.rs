@@ -52,9 +52,10 @@ impl Tree {
             let mut ahead = Vec::new();
             for name in directory.names()? {
                 pending.check()?;
-                let found = rustix::fs::statat(directory, &name, AtFlags::SYMLINK_NOFOLLOW)?;
+                let found = rustix::fs::statat(directory, &name, AtFlags::SYMLINK_NOFOLLOW);
                 path.push(&name);
-                let next = visit(state, path, directory, &name, &found)?;
+                let found = found.map_err(|e| about_change(e.into(), path))?;
+                let next = visit(state, path, directory, &name, &found).map_err(|e| about_change(e, path))?;
                 path.pop();
                 if let Some(next) = next.filter(|_| FileType::from_raw_mode(found.st_mode) == FileType::Directory) {
                     ahead.push((name, next));
@@ -69,7 +70,8 @@ impl Tree {
             if let Some((name, state)) = ahead.pop() {
                 pending.check()?;
                 path.push(&name);
-                let below = here.directory_of_same_mount(&name).map_err(|e| about_mount(e, &path))?;
+                let below =
+                    here.directory_of_same_mount(&name).map_err(|e| about_change(about_mount(e, &path), &path))?;
                 above.push((identity(&here)?, std::mem::take(&mut ahead)));
                 here = below;
                 ahead = list(&here, &state, &mut path)?;
@@ -148,6 +150,17 @@ fn about_mount(error: io::Error, path: &Path) -> io::Error {
     }
     let why = format!("something is mounted on /{}; unmount it", path.display());
     io::Error::new(io::ErrorKind::CrossesDevices, why)
+}
+
+/// The error of looking at `path` of a tree, in words if the name is gone. An overlay also lists, and does not find,
+/// what was created in its lower directory while it was mounted.
+fn about_change(error: io::Error, path: &Path) -> io::Error {
+    if error.raw_os_error() != Some(Errno::NOENT.raw_os_error()) {
+        return error;
+    }
+    let why =
+        format!("/{} is listed, but not found: the directory was changed from outside while open", path.display());
+    io::Error::new(io::ErrorKind::NotFound, why)
 }
 
 fn identity(directory: &Tree) -> io::Result<Identity> {
@@ -239,6 +252,27 @@ mod tests {
     fn spent() -> Duration {
         let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap();
         Duration::from_nanos(text.split(' ').next().unwrap().parse().unwrap())
+    }
+
+    #[test]
+    fn walk_names_a_file_that_is_removed_meanwhile() {
+        let dir = tempfile::tempdir().unwrap();
+        let tree = Tree::open(dir.path()).unwrap();
+        std::fs::create_dir(dir.path().join("d")).unwrap();
+        for name in ["d/a", "d/b"] {
+            std::fs::write(dir.path().join(name), "").unwrap();
+        }
+        let mut removed = None;
+        let walked = tree.walk(|path, _, _, _| {
+            if path.starts_with("d/a") || path.starts_with("d/b") {
+                let other = if path.ends_with("a") { "b" } else { "a" };
+                std::fs::remove_file(dir.path().join("d").join(other))?;
+                removed = Some(other);
+            }
+            Ok(())
+        });
+        let why = format!("/d/{} is listed, but not found: the directory was changed from outside", removed.unwrap());
+        assert!(walked.unwrap_err().to_string().starts_with(&why));
     }
 
     #[test]

@@ -407,6 +407,32 @@ fn mark_of_another_user_of_the_machine_does_not_count() {
 }
 
 #[test]
+fn file_created_below_an_open_overlay_is_named_when_the_environment_closes() {
+    let dir = directory();
+    let tree = tree(dir.path());
+    let script = dir.path().join("script");
+    let below = tree.join("tmp/failed");
+    let lines = format!(
+        "cd $IMAGE_ROOT_PARENT/image-root\necho more >> usr/two\ntouch {}\ntouch ../complete\n",
+        below.display()
+    );
+    std::fs::write(&script, lines).unwrap();
+    let with_script = ["--host-script", script.to_str().unwrap()];
+    for (end, attempted) in
+        [(&[][..], "cannot find the names of changed files in "), (&["--output", "out"], "cannot pack ")]
+    {
+        let output = run(dir.path(), &[&CUSTOMIZE[..], &with_script, end].concat());
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        let why = "/tmp/failed is listed, but not found: the directory was changed from outside while open";
+        let said = text(&output.stderr);
+        assert!(said.lines().any(|line| line.contains(attempted) && line.contains(&format!(": {why}"))), "{said}");
+        std::fs::remove_file(&below).unwrap();
+        fail(dir.path());
+    }
+    nothing_stays(dir.path());
+}
+
+#[test]
 fn source_behind_a_link_of_another_user_is_refused() {
     let dir = directory();
     let tree = tree(dir.path());
