@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path};
 
 use crate::error::{Attempt, Error, Result};
@@ -17,7 +18,7 @@ use crate::local::work_directory;
 use crate::publish::identity::Record;
 use crate::publish::source::Source;
 use crate::sys::attributes::Node;
-use crate::sys::named::{self, is_trusted};
+use crate::sys::named::{self, WRITABLE, is_trusted};
 use crate::sys::tree::Tree;
 use crate::verdict::Markers;
 use crate::volume::holds;
@@ -192,10 +193,28 @@ fn is_searched_by_others(directory: &Tree) -> io::Result<bool> {
     Ok(by_all || by_group || !is_trusted(found.st_uid) || here.attributes()?.contains_key(OsStr::new(ACL)))
 }
 
+/// Warns if other users of the machine reach the image root `directory`. Returns whether they do.
+pub(crate) fn warn_if_reachable(directory: &Path) -> Result<bool> {
+    let is_reachable = is_reachable(directory)?;
+    if is_reachable {
+        let above = directory.parent().filter(|above| *above != Path::new("/"));
+        let is_own = |above: &&Path| above.metadata().is_ok_and(|found| found.mode() & WRITABLE == 0);
+        let closing = above
+            .filter(is_own)
+            .map_or(String::new(), |above| format!("; if {0} holds nothing else: 'chmod 0700 {0}'", above.display()));
+        tracing::warn!(
+            "other users of this machine reach {}: they can run its setuid programs and write to its /tmp; keep it in \
+             a directory with mode 0700, as /var/lib/machines is{closing}",
+            directory.display()
+        );
+    }
+    Ok(is_reachable)
+}
+
 /// Users whose marks count in the image root `directory`, or in an overlay above it. Where other users of the machine
-/// reach it, they can create files in its /tmp, which has mode 1777.
+/// reach it, which is warned of, they can create files in its /tmp, which has mode 1777.
 pub(crate) fn markers(directory: &Path) -> Result<Markers> {
-    Ok(if is_reachable(directory)? { Markers::Root } else { Markers::Everyone })
+    Ok(if warn_if_reachable(directory)? { Markers::Root } else { Markers::Everyone })
 }
 
 /// Returns whether `directory` still names `root`.

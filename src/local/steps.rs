@@ -97,6 +97,12 @@ pub fn prepare(settings: &Settings, source: &Source, open: Open, is_fresh: bool)
     SignalFiles::open(&settings.job.parent)?.map_or(Ok(()), |files| files.refuse_open())?;
     let work = Work::begin(&settings.network)?;
     let ims = settings.ims_client(&work);
+    // In a pod, the users of the container are the image's.
+    if let (Open::Overlay, Source::Here(path), None) = (open, source, &settings.job.id)
+        && path.is_dir()
+    {
+        directory::warn_if_reachable(&named::resolve(path).attempt(|| format!("open {}", path.display()))?)?;
+    }
     let result = ims.set_status(Status::FetchingImage).and_then(|_| {
         let image_root = settings.job.parent.join(settings.job.image_root());
         make_parent(&settings.job.parent)?;

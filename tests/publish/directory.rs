@@ -407,6 +407,35 @@ fn mark_of_another_user_of_the_machine_does_not_count() {
 }
 
 #[test]
+fn directory_that_other_users_reach_is_warned_of_once() {
+    let dir = tempfile::tempdir().unwrap();
+    tree(dir.path());
+    let warnings = |arguments: &[&str]| -> Vec<String> {
+        let output = run(dir.path(), arguments);
+        assert!(output.status.success(), "{output:?}");
+        let said = text(&output.stderr);
+        said.lines().filter(|line| line.contains("other users of this machine reach")).map(str::to_owned).collect()
+    };
+    let prepared = dir.path().join("parent/image-root");
+    for (mode, expected) in [(0o700, 0), (0o755, 1)] {
+        std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(mode)).unwrap();
+        for arguments in [
+            &["enter", "tree", "--", "true"][..],
+            &["enter", "tree", "--discard", "--work", "work", "--", "true"],
+            &["customize", "tree", "--in-place", "--", "true"],
+            &["customize", "tree", "--work", "work", "--", "touch", "/etc/new"],
+            &["prepare", "--open", "overlay", "parent", "tree"],
+        ] {
+            let told = warnings(arguments);
+            assert_eq!(told.len(), expected, "{mode:o} {arguments:?}: {told:?}");
+            let closing = format!("; if {0} holds nothing else: 'chmod 0700 {0}'", dir.path().display());
+            assert!(told.iter().all(|line| line.contains(&closing)), "{told:?}");
+        }
+        unmount(&prepared);
+    }
+}
+
+#[test]
 fn file_created_below_an_open_overlay_is_named_when_the_environment_closes() {
     let dir = directory();
     let tree = tree(dir.path());
