@@ -63,8 +63,6 @@ pub(crate) struct Outcome {
     pub(crate) length: u64,
     /// Bytes of it that were taken over.
     pub(crate) taken: u64,
-    /// Bytes of it that were compressed.
-    pub(crate) compressed: u64,
     /// Why the source was not used.
     anew: Option<String>,
     /// Extended attributes that a squashfs cannot hold.
@@ -462,8 +460,8 @@ fn write(
     });
     let Summary { length, progress, .. } = summary.map_err(|failure| failure.to_string())?;
     let not_kept = not_kept.iter().map(|name| name.to_string_lossy().into_owned()).collect();
-    let squashfs::Progress { taken, compressed, .. } = progress;
-    Ok(Outcome { length, taken, compressed, anew, not_kept, narrowed, out_of_range, state })
+    let taken = progress.taken;
+    Ok(Outcome { length, taken, anew, not_kept, narrowed, out_of_range, state })
 }
 
 #[cfg(test)]

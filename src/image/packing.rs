@@ -27,7 +27,7 @@ use crate::sys::named;
 use crate::sys::process::{self, Entry};
 use crate::sys::tree::Tree;
 use crate::transfer::confinement::{Confined, STDIN, all_memory};
-use crate::transfer::progress::Progress;
+use crate::transfer::progress::{Progress, parts_in_words};
 use crate::transfer::{Work, installed};
 use crate::volume::mounts_below::refuse_mounts_below;
 use crate::volume::open_tree;
@@ -187,9 +187,8 @@ pub(crate) fn pack(
         }
     };
     if let Ok(Some(outcome)) = &packed {
-        let [all, taken, compressed] =
-            [outcome.length, outcome.taken, outcome.compressed].map(|bytes| bytes.div_ceil(1_000_000));
-        tracing::info!("packed {all} MB, of which {taken} MB were taken over and {compressed} MB compressed");
+        let [all, taken, compressed] = parts_in_words(outcome.length, outcome.taken);
+        tracing::info!("packed {all}, of which {taken} were taken over and {compressed} compressed");
     }
     let result = packed
         .and_then(|outcome| {

@@ -21,6 +21,7 @@ use crate::store::error::cause;
 use crate::store::{Description, MD5, Owner, SHA256, Store};
 use crate::transfer::Work;
 use crate::transfer::checksum::{looks_like_md5, sums_of};
+use crate::transfer::progress::size_in_words;
 
 /// Keys below the image's ID, and their media types.
 const ROOTFS: (&str, &str) = ("rootfs", "application/vnd.cray.image.rootfs.squashfs");
@@ -63,12 +64,6 @@ pub(crate) struct Publication<'a> {
     pub(crate) ims: &'a Ims<'a>,
     /// Directory of the journal.
     pub(crate) directory: &'a JournalDirectory<'a>,
-}
-
-/// Size in KiB or MiB, for messages.
-fn in_words(bytes: u64) -> String {
-    let (unit, name) = if bytes < 1 << 20 { (1_u64 << 10, "KiB") } else { (1 << 20, "MiB") };
-    format!("{} {name}", bytes.div_ceil(unit))
 }
 
 impl Publication<'_> {
@@ -408,7 +403,7 @@ impl Publication<'_> {
         let wanted = self.directory_name();
         let is_second = self.is_named(store) && name != wanted;
         let earlier = if is_second { format!("; {} is an earlier one", store.shown(&wanted)) } else { String::new() };
-        let described = format!("{}, {}: {}{earlier}", store.shown(&name), in_words(total), keys.join(", "));
+        let described = format!("{}, {}: {}{earlier}", store.shown(&name), size_in_words(total), keys.join(", "));
         Ok((artifacts, link, described))
     }
 

@@ -186,6 +186,27 @@ fn megabytes(bytes: u64) -> f64 {
     bytes as f64 / 1e6
 }
 
+/// Unit in which messages give a size of `bytes`, in bytes, and its name.
+fn unit_for(bytes: u64) -> (u64, &'static str) {
+    if bytes < 1 << 20 { (1 << 10, "KiB") } else { (1 << 20, "MiB") }
+}
+
+/// Size in KiB or MiB, for messages.
+pub(crate) fn size_in_words(bytes: u64) -> String {
+    let (unit, name) = unit_for(bytes);
+    format!("{} {name}", bytes.div_ceil(unit))
+}
+
+/// Sizes of an image of `length` bytes, of its `part` and of the rest, all in the unit of the image; the parts add up,
+/// and only a part without bytes is 0.
+pub(crate) fn parts_in_words(length: u64, part: u64) -> [String; 3] {
+    let (unit, name) = unit_for(length);
+    let all = length.div_ceil(unit);
+    let most = all.saturating_sub(u64::from(part < length));
+    let part = ((part + unit / 2) / unit).min(most).max(u64::from(part > 0)).min(all);
+    [all, part, all - part].map(|size| format!("{size} {name}"))
+}
+
 fn bar(done: u64, total: u64) -> String {
     let share = done.min(total).saturating_mul(BAR_WIDTH as u64).checked_div(total).unwrap_or(0);
     let full = usize::try_from(share).unwrap_or(BAR_WIDTH);
@@ -195,6 +216,20 @@ fn bar(done: u64, total: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn parts_of_an_image_have_its_unit_and_add_up() {
+        for (length, part, wanted) in [
+            (1016 << 10, 700 << 10, ["1016 KiB", "700 KiB", "316 KiB"]),
+            (1_040_000, 1_000_000, ["1016 KiB", "977 KiB", "39 KiB"]),
+            (4096, 0, ["4 KiB", "0 KiB", "4 KiB"]),
+            (10 << 20, 100, ["10 MiB", "1 MiB", "9 MiB"]),
+            (10 << 20, (10 << 20) - 100, ["10 MiB", "9 MiB", "1 MiB"]),
+            (4096, 4096, ["4 KiB", "4 KiB", "0 KiB"]),
+        ] {
+            assert_eq!(parts_in_words(length, part), wanted);
+        }
+    }
 
     #[test]
     fn progress_line_has_the_current_rate_or_the_bytes_read_and_written() {

@@ -150,12 +150,14 @@ fn edit(root: &Path) {
     );
 }
 
-/// The result line says how many MB were taken over.
+/// The result line says how many MiB were taken over; parts of one count as a whole.
 fn taken(output: &Output) -> u64 {
     let said = text(&output.stderr);
     let line = said.lines().find(|line| line.contains("were taken over")).unwrap_or_else(|| panic!("{said}"));
-    let before = line.split(" MB were taken over").next().unwrap();
-    before.rsplit(' ').next().unwrap().parse().unwrap()
+    let before = line.split(" were taken over").next().unwrap();
+    let (before, unit) = before.rsplit_once(' ').unwrap();
+    let size: u64 = before.rsplit(' ').next().unwrap().parse().unwrap();
+    if unit == "KiB" { size.div_ceil(1024) } else { size }
 }
 
 /// Asserts that a text is nowhere in the image, neither in its bytes nor in its blocks.
