@@ -105,8 +105,9 @@ pub(crate) fn refuse_kept(directory: &Path, works: &Path, own: Option<&Path>, lo
 
 /// Refuses to read a directory that is open, to which changes are kept, or to which some were applied.
 pub(crate) fn refuse_open(directory: &Path) -> Result<()> {
-    refuse_half_applied(directory)?;
+    // First, because it prints the command line that resumes them.
     refuse_kept(directory, Path::new(work_directory::DEFAULT), None, false)?;
+    refuse_half_applied(directory)?;
     for command in COMMANDS {
         if RunDirectory::is_claimed(command, directory)? {
             let run = register::run_elsewhere("source", directory);
