@@ -257,9 +257,14 @@ impl ParametersOption {
 impl ImageOptions {
     /// Names the image after its source unless an option or a variable names it.
     pub(super) fn named_by(mut self, source: &str) -> Self {
-        let named = self.name.take().or_else(|| std::env::var("IMAGE_ROOT_ARCHIVE_NAME").ok());
-        self.name = Some(named.filter(|name| !name.is_empty()).unwrap_or_else(|| names::of_source(source)));
+        self.name = Some(self.given_name().unwrap_or_else(|| names::of_source(source)));
         self
+    }
+
+    /// Name of the image, if an option or a variable gives one.
+    pub(super) fn given_name(&self) -> Option<String> {
+        let named = self.name.clone().or_else(|| std::env::var("IMAGE_ROOT_ARCHIVE_NAME").ok());
+        named.filter(|name| !name.is_empty())
     }
 
     /// The variables, with `auto` for boot files that nothing names: a person at a command line names them only if

@@ -257,6 +257,7 @@ fn local_run(options: JobOptions, source: String, end: Option<End>, command_line
         return Err(Error::bad_input("--fresh is given, and this run neither uses nor keeps changes")
             .advise("'ims-sshd fail SOURCE' drops kept changes"));
     }
+    let name = image.given_name();
     // A directory that is changed in place and not published needs no settings.
     let settings = if output.is_none() && in_place {
         None
@@ -269,7 +270,7 @@ fn local_run(options: JobOptions, source: String, end: Option<End>, command_line
         Some(settings)
     };
     let (exclude, reports) = (packing.exclude, Reports { changes: packing.changes, result: json });
-    Ok(Run { source, command_line, in_place, fresh, discards: false, end, settings, work, exclude, reports })
+    Ok(Run { source, command_line, name, in_place, fresh, discards: false, end, settings, work, exclude, reports })
 }
 
 /// Refuses a source that cannot be changed in place.

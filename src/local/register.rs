@@ -56,8 +56,14 @@ pub(crate) struct Entry {
 
 impl Entry {
     /// Registers a run of `command` on `source` under `name`, with a number appended if another run has that name. Its
-    /// changes may be kept in the work directory `keeps`; if some are kept there already, it gets their name.
-    pub(crate) fn make(command: &str, source: &str, name: &str, keeps: Option<PathBuf>) -> Result<Self> {
+    /// changes may be kept in the work directory `keeps`; if some are kept there already, it gets their name, unless
+    /// `name` was `chosen` by a person: then that must be free.
+    pub(crate) fn make(
+        command: &str,
+        source: &str,
+        (name, chosen): (&str, bool),
+        keeps: Option<PathBuf>,
+    ) -> Result<Self> {
         let register = place();
         let before = keeps.as_deref().and_then(|work| {
             let is_ours = |(entry, lasts): &(Value, bool)| !lasts && kept_in(entry).as_deref() == Some(work);
@@ -71,12 +77,22 @@ impl Entry {
                 .because(format!("it is open as {}", run["name"].as_str().unwrap_or_default()))
                 .advise(how_it_ends(&run)));
         }
+        let mut renamed = known.as_deref().filter(|known| chosen && *known != name);
         let mut number = 0_u32;
         loop {
             number += 1;
+            if let Some(known) = renamed.filter(|_| number > 1) {
+                if !is_numbered(known, name) {
+                    return Err(Error::new(format!("open {source} as {name}"))
+                        .because("another run has this name")
+                        .advise(format!("name this one otherwise; 'ims-sshd status {name}' shows that one")));
+                }
+                // It goes on under the number that it has.
+                (number, renamed) = (1, None);
+            }
             let name = match (number, &known) {
-                (1, Some(known)) => known.clone(),
-                (1, None) => name.to_owned(),
+                (1, Some(known)) if renamed.is_none() => known.clone(),
+                (1, _) => name.to_owned(),
                 _ => numbered(name, number),
             };
             let path = register.join(&name);
@@ -107,6 +123,9 @@ impl Entry {
                 "since": now(),
                 "work": keeps,
             });
+            if let Some(renamed) = renamed {
+                forget_kept(renamed, keeps.as_deref())?;
+            }
             let entry = Self { files, fields: RefCell::new(fields), keeps, before, is_open: Cell::new(false) };
             entry.write();
             return Ok(entry);
@@ -183,13 +202,43 @@ impl Drop for Entry {
     fn drop(&mut self) {
         if self.keeps.as_deref().is_some_and(is_kept) {
             if let Some(before) = self.before() {
-                self.fields.replace(before.clone());
-                return self.write();
+                let name = self.name();
+                if before["name"] == name || !restore(before) {
+                    self.fields.replace(before.clone());
+                    self.fields.borrow_mut()["name"] = json!(name);
+                    return self.write();
+                }
+                let _ = remove_directory(self.files.path());
+                return;
             }
             return self.set(&[("state", KEPT), ("since", &now())]);
         }
         let _ = remove_directory(self.files.path());
     }
+}
+
+/// Registers an ended run again by the entry that it had. Returns whether its name was still free.
+fn restore(entry: &Value) -> bool {
+    let Some(path) = entry["name"].as_str().map(|name| place().join(name)) else { return false };
+    if std::fs::DirBuilder::new().mode(0o700).create(&path).is_err() {
+        return false;
+    }
+    let written = Tree::open(&path).and_then(|directory| directory.replace(ENTRY, entry.to_string().as_bytes()));
+    written.inspect_err(|_| drop(remove_directory(&path))).is_ok()
+}
+
+/// Removes the entry `name` of changes that are kept in `work`, which have another name now.
+fn forget_kept(name: &str, work: Option<&Path>) -> Result<()> {
+    match read(&place().join(name)) {
+        Some((entry, false)) if kept_in(&entry).as_deref() == work => forget(name),
+        _ => Ok(()),
+    }
+}
+
+/// Returns whether `known` is `name` with a number appended.
+fn is_numbered(known: &str, name: &str) -> bool {
+    let number = known.rsplit_once('-').and_then(|(_, number)| number.parse().ok());
+    number.is_some_and(|number| numbered(name, number) == known)
 }
 
 /// Appends `number` to `name`, as a label of a host name.
@@ -233,7 +282,13 @@ pub(crate) fn run_elsewhere(field: &str, path: &Path) -> Option<Value> {
 /// Advice on how the open run of `entry` ends.
 pub(crate) fn how_it_ends(entry: &Value) -> String {
     let name = entry["name"].as_str().unwrap_or_default();
-    if entry["command"] == "enter" {
+    let state = entry["state"].as_str().unwrap_or_default();
+    // A mark is refused in these states, and a command no longer runs.
+    if ["packing", "uploading"].contains(&state) {
+        format!("wait until it is published; to stop that, send SIGINT to process {}", entry["pid"])
+    } else if state == "applying" {
+        "wait until its changes are applied; nothing stops that".into()
+    } else if entry["command"] == "enter" {
         format!("it ends with its shell or command (process {})", entry["pid"])
     } else if entry["image_root_parent"].is_null() {
         format!("wait for its command, or 'ims-sshd fail {name}' ends it and drops the changes")
@@ -377,6 +432,21 @@ fn now() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn advice_for_a_run_that_is_marked_names_no_mark() {
+        for (state, wanted) in [
+            ("serving", "'ims-sshd complete tree' or 'ims-sshd fail tree' ends it"),
+            ("packing", "wait until it is published; to stop that, send SIGINT to process 7"),
+            ("uploading", "wait until it is published; to stop that, send SIGINT to process 7"),
+            ("applying", "wait until its changes are applied; nothing stops that"),
+        ] {
+            let entry = json!({
+                "name": "tree", "command": "customize", "state": state, "pid": 7, "image_root_parent": "/run/x",
+            });
+            assert_eq!(how_it_ends(&entry), wanted);
+        }
+    }
 
     #[test]
     fn numbered_name_is_a_label_of_a_host_name() {

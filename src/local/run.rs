@@ -59,6 +59,8 @@ pub struct Run {
     pub source: String,
     /// The command line itself.
     pub command_line: CommandLine,
+    /// Name of the image, if an option or a variable gives one.
+    pub name: Option<String>,
     /// True if a directory is changed in place.
     pub in_place: bool,
     /// True if changes kept before are dropped first.
@@ -226,7 +228,7 @@ impl Run {
         let source = Source::parse(&self.source)?;
         let keeps = (self.decides()).then(|| work.join(name_of(&source, &self.source)));
         let CommandLine { command, line, directory } = &self.command_line;
-        let entry = Entry::make(command, &self.shown(), &self.label(), keeps)?;
+        let entry = Entry::make(command, &self.shown(), (&self.label(), self.name.is_some()), keeps)?;
         entry.set(&[("command_line", line), ("directory", &directory.to_string_lossy())]);
         Ok(entry)
     }
@@ -359,11 +361,12 @@ impl Run {
         let place = self.work.join(name_of(source, &self.source));
         if self.in_place {
             end_left_over(directory)?;
-            directory::refuse_with_changes(directory, &place)?;
+            // First, because it prints the command line that resumes them.
+            directory::refuse_kept(directory, &self.work, None, false)?;
+            return directory::refuse_with_changes(directory, &place);
         }
         let own = std::fs::canonicalize(place).ok();
-        let looks = self.end == End::Discarded && !self.in_place;
-        directory::refuse_kept(directory, &self.work, own.as_deref(), looks)
+        directory::refuse_kept(directory, &self.work, own.as_deref(), self.end == End::Discarded)
     }
 
     /// Warns of changes to a source that are kept below another work directory, which this run does not resume.
@@ -443,7 +446,8 @@ impl Run {
 
     /// Message that says where changes are kept, and what can be done with them.
     fn kept_in(&self, place: &Tree, entry: &Entry) -> String {
-        let (shown, name) = (place.shown(), entry.name());
+        let before = entry.before().and_then(|before| before["name"].as_str());
+        let (shown, name) = (place.shown(), before.map_or_else(|| entry.name(), str::to_owned));
         let (shown, line) =
             (shown.display(), entry.before().map_or_else(|| self.command_line.line.clone(), resuming_line));
         if !apply_progress::has_begun(place).unwrap_or(true) {

@@ -317,3 +317,57 @@ fn dkms_gives_a_command_the_containers_devices_and_capabilities() {
     }
     nothing_stays(dir.path());
 }
+
+#[test]
+fn name_of_a_resuming_command_becomes_the_name_of_its_run() {
+    let dir = directory();
+    squashfs_of(&tree(dir.path()));
+    std::fs::copy(dir.path().join("tree.sqsh"), dir.path().join("second.sqsh")).unwrap();
+    let [first, other, last, taken] =
+        ["first", "other", "last", "taken"].map(|n| format!("{n}-{}", std::process::id()));
+    let customize = |source: &str, options: &[&str], command: &str| {
+        let common = ["customize", source, "--work", "work", "--output", "out", "--kernel", "vmlinuz"];
+        run(dir.path(), &[&common[..], options, &["--", "sh", "-c", command]].concat())
+    };
+    let is_known = |name: &str| ims_sshd(&["status", name], &[]).output().unwrap().status.success();
+    let kept_as = |name: &str, output: &Output| {
+        assert_eq!((output.status.code(), text(&output.stdout)), (Some(9), format!("{name}\n")), "{output:?}");
+        assert!(text(&output.stderr).contains(&format!("'ims-sshd fail {name}' drops them")), "{output:?}");
+        assert!(is_known(name), "{output:?}");
+    };
+    let command = "hostname; touch /etc/new; exit 9";
+    kept_as(&first, &customize("tree.sqsh", &["--name", &first], command));
+    kept_as(&other, &customize("tree.sqsh", &["--name", &other], command));
+    assert!(!is_known(&first));
+    // Without a name it is the earlier one.
+    kept_as(&other, &customize("tree.sqsh", &[], command));
+    // A name that another run has is refused, and a command that is refused later changes no name.
+    kept_as(&taken, &customize("second.sqsh", &["--name", &taken], command));
+    let before = succeed(&mut ims_sshd(&["status", &other], &[]));
+    refused(&customize("tree.sqsh", &["--name", &taken], "touch /etc/x"), &[&taken, "another run has this name"]);
+    assert!(!customize("tree.sqsh", &["--name", &last, "--initrd", "no"], "true").status.success());
+    assert!(!is_known(&last));
+    assert_eq!(succeed(&mut ims_sshd(&["status", &other], &[])), before);
+    succeed(&mut ims_sshd(&["fail", &taken], &[]));
+    let published = customize("tree.sqsh", &["--name", &last], "hostname; test -e /etc/new");
+    assert!(published.status.success() && text(&published.stdout) == format!("{last}\n"), "{published:?}");
+    assert!(dir.path().join("out").join(&last).is_dir() && !is_known(&other) && !is_known(&last));
+    nothing_stays(dir.path());
+}
+
+#[test]
+fn interrupted_application_is_refused_by_every_command_in_the_same_words() {
+    let dir = directory();
+    tree(dir.path());
+    std::fs::create_dir(dir.path().join("disk")).unwrap();
+    let script = "mount -t tmpfs -o size=12m tmpfs disk; cp -a tree disk/tree; \
+        $0 customize disk/tree --work work -- sh -c 'dd if=/dev/zero of=/usr/big bs=65536 count=400'; \
+        refuse() { echo refused; $0 enter disk/tree --work work -- true; $0 enter disk/tree --work work --discard -- true; \
+        $0 package --kernel vmlinuz disk/tree; }; exec 2>&1; refuse; rm -r disk/tree/.ims-sshd.applying.*; refuse";
+    let output =
+        Command::new("unshare").args(["-m", "sh", "-c", script, &*IMS_SSHD]).current_dir(dir.path()).output().unwrap();
+    let said = text(&output.stdout);
+    assert_eq!(said.matches("refused\n").count(), 2, "{said}");
+    assert_eq!(said.matches("applying changes to it was interrupted; 'ims-sshd fail ").count(), 6, "{said}");
+    assert_eq!(said.matches("drops them; to resume: ").count(), 6, "{said}");
+}

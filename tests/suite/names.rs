@@ -214,17 +214,24 @@ fn a_run_is_listed_while_it_packs_and_cannot_be_marked_then() {
     std::io::copy(&mut noise, &mut std::fs::File::create(image.join("noise")).unwrap()).unwrap();
     let squashfs = dir.path().join(format!("{name}.sqsh"));
     succeed(Command::new("mksquashfs").args([&image, &squashfs]).args(["-quiet", "-no-progress", "-noD", "-noF"]));
-    let mut enter = Command::new(&IMS_SSHD);
-    enter.arg("enter").arg(&squashfs).args(["--output", "out", "--work", "work", "--yes", "--compression", "xz"]);
-    enter.args(["--", "/bin/sh", "-c", "cp /noise /louder"]).current_dir(dir.path());
-    let mut enter = Ended::new(enter.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
-    wait_until("packing", || {
-        assert!(enter.try_wait().unwrap().is_none(), "it has ended unseen");
-        ims_sshd(&["status", &name, "--is", "packing"]).status.success()
-    });
-    let output = ims_sshd(&["complete", squashfs.to_str().unwrap()]);
-    assert!(!output.status.success() && text(&output.stderr).contains("is being published"), "{output:?}");
-    assert!(enter.wait().unwrap().success());
+    for (command, answer) in [("enter", &["--yes"][..]), ("customize", &[])] {
+        let mut packs = Command::new(&IMS_SSHD);
+        packs.arg(command).arg(&squashfs).args(["--output", "out", "--work", "work", "--compression", "xz"]);
+        packs.args(answer).args(["--", "/bin/sh", "-c", "cp /noise /louder"]).current_dir(dir.path());
+        let mut packs = Ended::new(packs.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
+        wait_until("packing", || {
+            assert!(packs.try_wait().unwrap().is_none(), "it has ended unseen");
+            ims_sshd(&["status", &name, "--is", "packing"]).status.success()
+        });
+        let output = ims_sshd(&["complete", squashfs.to_str().unwrap()]);
+        assert!(!output.status.success() && text(&output.stderr).contains("is being published"), "{output:?}");
+        let mut second = Command::new(&IMS_SSHD);
+        second.arg("customize").arg(&squashfs).args(["--output", "out", "--work", "work", "--", "true"]);
+        let second = second.current_dir(dir.path()).output().unwrap();
+        let stop = format!("wait until it is published; to stop that, send SIGINT to process {}", packs.id());
+        assert!(!second.status.success() && text(&second.stderr).contains(&stop), "{second:?}");
+        assert!(packs.wait().unwrap().success());
+    }
     assert!(!is_listed(&name));
 }
 
