@@ -114,7 +114,7 @@ fn changes_to_a_directory_are_kept_without_a_verdict() {
     ] {
         let refused = run(dir.path(), command);
         assert_eq!(refused.status.code(), Some(1), "{refused:?}");
-        assert!(text(&refused.stderr).contains("changes to it are kept in"), "{refused:?}");
+        assert!(text(&refused.stderr).contains("changes to it are kept as"), "{refused:?}");
     }
     let output =
         run(dir.path(), &[&CUSTOMIZE[..], &["--", "sh", "-c", "test -e /etc/first && echo 2 > /etc/second"]].concat());

@@ -94,7 +94,7 @@ fn tree(dir: &Path) -> PathBuf {
     let tree = image(dir);
     fs::create_dir_all(tree.join("opt/data/deep/deeper")).unwrap();
     for number in 0..8 {
-        fs::write(tree.join(format!("opt/data/large-{number}")), noise(number, 300_000)).unwrap();
+        fs::write(tree.join(format!("opt/data/large-{number}")), noise(number, 800_000)).unwrap();
     }
     for number in 0..40 {
         fs::write(tree.join(format!("opt/data/deep/small-{number}")), format!("small {number}\n").repeat(20)).unwrap();
