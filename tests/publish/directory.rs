@@ -374,6 +374,7 @@ fn mark_of_another_user_of_the_machine_does_not_count() {
         succeed(&mut command)
     };
     // In a directory that nobody else reaches, every user of the image may mark it.
+    std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o700)).unwrap();
     let as_user = "touch /tmp/complete && chown 1234 /tmp/complete";
     let counted = run(dir.path(), &["customize", &root, "--in-place", "--", "sh", "-c", as_user]);
     assert!(text(&counted.stderr).contains("the image was marked complete"), "{counted:?}");
