@@ -162,7 +162,7 @@ impl Old {
         let parent = &settings.job.parent;
         let attempted = || format!("replace {}", image_root.display());
         let made = volume.directory_without_links(FRESH).attempt(attempted)?;
-        let identity = Record::private(&made).read();
+        let identity = Record::on(&made, settings)?.read();
         let identity = identity
             .ok_or_else(|| Error::new(attempted()).because(format!("{} has vanished", beside.path().display())))?;
         // The mount table has no links.

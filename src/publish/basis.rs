@@ -14,7 +14,7 @@ use crate::image::kind::{Kind, Opened};
 use crate::image::packing::Packer;
 use crate::image::unchanged::{self, Inventory, Source};
 use crate::publish::authentication::Seal;
-use crate::publish::identity::{Record, seal_of};
+use crate::publish::identity::{Record, is_own};
 use crate::publish::settings::Settings;
 use crate::sys::tree::Tree;
 use crate::volume::layout::{ARCHIVE, KEPT_SOURCE, OVERLAY, UNPACKED};
@@ -71,7 +71,13 @@ fn unpacked(settings: &Settings, directory: &Tree, image_root: &Tree) -> Result<
     if directory.look(UNPACKED).attempt(attempted)?.is_none() {
         return Ok(None);
     }
-    let inventory = load(directory, seal_of(directory, settings)?.as_ref())?;
+    let seal = seal_of(settings, directory)?;
+    let inventory = load(directory, seal.as_ref())?;
+    // The sidecar sees files that those who can write to the volume do not see.
+    if inventory.source().is_some() && seal.is_none() && !is_own(directory, settings, 0o022)? {
+        return Err(Error::new(attempted())
+            .because("it names a squashfs outside the volume, and other programs could have written it"));
+    }
     let squashfs = open_source(directory, &inventory)?;
     inventory.source_of(image_root, squashfs).map(Some).map_err(|why| Error::new(attempted()).because(why))
 }
@@ -126,7 +132,7 @@ fn try_to_keep(
         Some(shown.to_owned())
     };
     let inventory = Inventory::of(root, squashfs, source).map_err(|why| Error::new(attempted()).because(why))?;
-    save(directory, seal_of(directory, settings)?.as_ref(), &inventory)
+    save(directory, seal_of(settings, directory)?.as_ref(), &inventory)
 }
 
 /// Removes a source that is kept, and its inventory.
@@ -142,12 +148,17 @@ pub(crate) fn move_to(from: &Tree, to: &Tree, settings: &Settings) -> Result<()>
     if from.look(UNPACKED).attempt(attempted)?.is_none() {
         return Ok(());
     }
-    let mut inventory = load(from, None)?;
+    let mut inventory = load(from, seal_of(settings, from)?.as_ref())?;
     if inventory.source().is_none() {
         from.rename_to(KEPT_SOURCE, to, KEPT_SOURCE).attempt(attempted)?;
         inventory.moved(&open_source(to, &inventory)?).attempt(attempted)?;
     }
-    save(to, seal_of(to, settings)?.as_ref(), &inventory)
+    save(to, seal_of(settings, to)?.as_ref(), &inventory)
+}
+
+/// Seal for the inventory of an image root in `directory`, if the job has a secret, whoever can reach the directory.
+fn seal_of(settings: &Settings, directory: &Tree) -> Result<Option<Seal>> {
+    Seal::has_secret(settings).then(|| Seal::of(settings, directory, false)).transpose()
 }
 
 /// Writes an inventory below a line that authenticates it.
@@ -159,7 +170,8 @@ fn save(directory: &Tree, seal: Option<&Seal>, inventory: &Inventory) -> Result<
     directory.replace(UNPACKED, &[line.as_bytes(), &bytes].concat()).attempt(attempted)
 }
 
-/// Reads an inventory, if this job has written it.
+/// Reads an inventory, if this job has written it. Without a seal, anybody may have; the line of one with a seal, which
+/// cannot be verified then, is worth no less.
 fn load(directory: &Tree, seal: Option<&Seal>) -> Result<Inventory> {
     let attempted = || format!("use {}", directory.shown().join(UNPACKED).display());
     let read = directory.read(UNPACKED, LIMIT).attempt(attempted)?;
@@ -169,7 +181,7 @@ fn load(directory: &Tree, seal: Option<&Seal>) -> Result<Inventory> {
     let line = std::str::from_utf8(line).map_err(|_| refused("it is damaged"))?;
     let told = match seal {
         Some(seal) => seal.open(KIND, line).ok_or_else(|| refused("this job has not written it"))?,
-        None => line.trim_end(),
+        None => line.trim_end().rsplit(' ').next().unwrap_or_default(),
     };
     if told != sum(bytes) {
         return Err(refused("it is damaged"));

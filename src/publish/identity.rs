@@ -169,12 +169,12 @@ fn sums(expected: &Expected) -> Option<String> {
 /// File that holds an identity.
 pub(crate) struct Record<'a> {
     volume: &'a Tree,
-    /// `None` in a directory that nobody else can write to, and for a job without a secret.
+    /// `None` in a directory that nobody else can reach, and for a job without a secret.
     seal: Option<Seal>,
 }
 
 impl<'a> Record<'a> {
-    /// Record of the job of `settings` on a volume. It is sealed if others can write to the volume.
+    /// Record of the job of `settings` on a volume. It is sealed if others can reach the volume.
     pub(crate) fn on(volume: &'a Tree, settings: &Settings) -> Result<Self> {
         Ok(Self { volume, seal: seal_of(volume, settings)? })
     }
@@ -196,6 +196,11 @@ impl<'a> Record<'a> {
         let written = written.map(|seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds));
         let recorded = written.map(|time| humantime::format_rfc3339_seconds(time).to_string());
         Some(Identity { recorded, ..identity })
+    }
+
+    /// Returns whether only this job can have written what [`Record::read`] returns.
+    pub(crate) fn is_sealed(&self) -> bool {
+        self.seal.is_some()
     }
 
     /// Writes the identity.
@@ -228,12 +233,22 @@ impl<'a> Record<'a> {
     }
 }
 
-/// Seal for records of the job of `settings` on a volume; `None` if nobody else can write there, or without a secret.
-pub(crate) fn seal_of(volume: &Tree, settings: &Settings) -> Result<Option<Seal>> {
-    let found = rustix::fs::fstat(volume).attempt(|| format!("look at {}", volume.shown().display()))?;
-    let is_private = found.st_uid == nix::unistd::geteuid().as_raw() && found.st_mode.trailing_zeros() >= 6;
-    let is_sealed = !is_private && Seal::has_secret(settings);
+/// Seal for records of the job of `settings` on a volume; `None` if nobody else can reach it, or without a secret.
+fn seal_of(volume: &Tree, settings: &Settings) -> Result<Option<Seal>> {
+    let is_sealed = Seal::has_secret(settings) && !is_own(volume, settings, 0o077)?;
     is_sealed.then(|| Seal::of(settings, volume, false)).transpose()
+}
+
+/// Returns whether the volume is that of a pod, whose other containers write to it.
+pub(crate) fn is_in_pod(settings: &Settings) -> bool {
+    settings.job.id.is_some() || settings.job.action.is_some()
+}
+
+/// Returns whether no program but this user's own wrote the records in `directory`: it is this user's, and nobody else
+/// has any of the rights `closed` to it. In a pod that says nothing: sessions of other containers are root as well.
+pub(crate) fn is_own(directory: &Tree, settings: &Settings, closed: u32) -> Result<bool> {
+    let found = rustix::fs::fstat(directory).attempt(|| format!("look at {}", directory.shown().display()))?;
+    Ok(!is_in_pod(settings) && found.st_uid == nix::unistd::geteuid().as_raw() && found.st_mode & closed == 0)
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ use crate::image::packing;
 use crate::image::unpack::{LOWER, Overlay, unpack};
 use crate::publish::basis;
 use crate::publish::download;
-use crate::publish::identity::{Identity, Record, named};
+use crate::publish::identity::{Identity, Record, is_in_pod, named};
 use crate::publish::journal;
 use crate::publish::settings::Settings;
 use crate::publish::source::Source;
@@ -299,7 +299,8 @@ pub(crate) fn take_inventory_below(work: &Work, settings: &Settings, volume: &Tr
     let mounted = volume.directory_without_links(Path::new(OVERLAY).join(LOWER)).attempt(attempted)?;
     let below = if mounted.names().attempt(attempted)?.is_empty() {
         // A directory is not mounted there.
-        let source = Record::on(volume, settings)?.read();
+        let record = Record::on(volume, settings)?;
+        let source = record.read().filter(|_| record.is_sealed() || !is_in_pod(settings));
         match source.filter(|source| Path::new(source.source()).is_dir()) {
             Some(source) => open_tree(Path::new(source.source()))?,
             None => return Ok(()),

@@ -492,8 +492,8 @@ open(sys.argv[1], 'wb').write(sum + b'\\n' + body)";
         ("head['squashfs']['size'] += 1", "the squashfs was changed"),
         ("files = b'1 2 3\\0'", "it is damaged"),
         ("head = 7", "it is damaged"),
-        ("head['source'] = '/etc/passwd'", "the squashfs was changed"),
-        ("head['source'] = '/nowhere'", "cannot open /nowhere"),
+        ("head['source'] = '/etc/passwd'", "it names a squashfs outside the volume"),
+        ("head['source'] = '/nowhere'", "it names a squashfs outside the volume"),
     ] {
         forged(edit);
         refused(&[], why);
@@ -511,6 +511,61 @@ open(sys.argv[1], 'wb').write(sum + b'\\n' + body)";
     fs::copy(parent.join(KEPT), parent.join("copy")).unwrap();
     fs::rename(parent.join("copy"), parent.join(KEPT)).unwrap();
     refused(&keys, "the squashfs was changed");
+}
+
+type Variables<'a> = &'a [(&'a str, &'a str)];
+
+#[test]
+fn squashfs_outside_the_volume_is_not_packed_from_because_a_record_names_it() {
+    let keys = [("S3_ACCESS_KEY", "a"), ("S3_SECRET_KEY", "s")];
+    let job = [("IMS_JOB_ID", testbed::ims_server::JOB)];
+    let created = [("IMS_ACTION", "customize")];
+    let both = [keys[0], keys[1], job[0]];
+    let (stranger, outside) = ("this job has not written it", "outside the volume");
+    // A record without a key is one that anybody with access to the volume can write.
+    let cases: [(u32, Variables, Variables, Option<&str>); 10] = [
+        (0o700, &[], &[], None),
+        (0o755, &[], &[], None),
+        (0o777, &keys, &keys, None),
+        (0o700, &both, &both, None),
+        // Nobody else writes there, and a record that nobody can check is as good as one without a key.
+        (0o700, &keys, &[], None),
+        (0o777, &[], &[], Some(outside)),
+        (0o700, &job, &job, Some(outside)),
+        (0o700, &created, &created, Some(outside)),
+        (0o700, &[], &keys, Some(stranger)),
+        (0o700, &job, &both, Some(stranger)),
+    ];
+    let dir = directory();
+    let squashfs = squashfs_of(&tree(dir.path()));
+    for (number, (mode, before, after, why)) in cases.into_iter().enumerate() {
+        let parent = dir.path().join(format!("parent-{number}"));
+        let named = parent.to_str().unwrap();
+        fs::create_dir(&parent).unwrap();
+        fs::set_permissions(&parent, fs::Permissions::from_mode(mode)).unwrap();
+        run(&["prepare", "--open", "unpack", named, squashfs.to_str().unwrap()], before);
+        let output = run(&["package", "--name", "compute", named], after);
+        let said = text(&output.stderr);
+        assert_eq!(taken(&output) >= 4, why.is_none(), "{number}: {said}");
+        let told = said.lines().filter(|line| line.contains("packing everything anew: ")).collect::<Vec<_>>();
+        assert_eq!(told.len(), usize::from(why.is_some()), "{number}: {said}");
+        assert!(why.is_none_or(|why| told[0].contains(why)), "{number}: {said}");
+        is_packed(&parent.join("image-root"), &parent.join("compute.sqsh"));
+    }
+}
+
+#[test]
+fn link_in_place_of_the_kept_source_is_not_followed() {
+    let dir = directory();
+    let parent = dir.path().join("parent");
+    fs::create_dir(&parent).unwrap();
+    let _server = fetched(&parent, &[]);
+    // The record describes the file that the link leads to.
+    fs::rename(parent.join(KEPT), dir.path().join("outside.sqsh")).unwrap();
+    std::os::unix::fs::symlink(dir.path().join("outside.sqsh"), parent.join(KEPT)).unwrap();
+    let output = run(&["package", "--name", "compute", parent.to_str().unwrap()], &[]);
+    assert_eq!(taken(&output), 0, "{output:?}");
+    assert!(text(&output.stderr).contains("it is a symbolic link"), "{output:?}");
 }
 
 #[test]
