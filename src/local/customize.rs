@@ -13,6 +13,7 @@ use crate::environment::supervisor;
 use crate::error::{Attempt, Error, Result};
 use crate::jail::binds::Bind;
 use crate::local::claim::remove_directory;
+use crate::local::directory::refuse_while_used;
 use crate::local::left_over::{SSHD_LOG, clear_left_over};
 use crate::local::mounts::{own_mounts, own_terminals};
 use crate::local::register::Entry;
@@ -146,6 +147,7 @@ fn open(
 ) -> Result<(Fate, u8)> {
     clear_left_over(&["enter"], opened.image_root)?;
     let run = RunDirectory::claim("customize", opened.image_root)?;
+    refuse_while_used(opened.image_root).inspect_err(|_| drop(remove_directory(run.path())))?;
     let shown = run.path().join(IMAGE_ROOT);
     let login = furnish(wanted, &mut settings, opened, run.path()).inspect_err(|_| {
         let _ = mounts::unmount(&shown);

@@ -22,10 +22,10 @@ use crate::sys::named::{self, WRITABLE, is_trusted};
 use crate::sys::tree::Tree;
 use crate::verdict::Markers;
 use crate::volume::holds;
-use crate::volume::layout::OVERLAY;
+use crate::volume::layout::{CREATED_IMAGE_ROOT, IMAGE_ROOT, OVERLAY};
 use crate::volume::mounts_below::{mounts_below, refuse_mounts_below};
 use crate::volume::open_tree;
-use crate::volume::signal_files::claimed;
+use crate::volume::signal_files::{SignalFiles, claimed};
 
 /// Commands that change an image root in place.
 pub(crate) const COMMANDS: [&str; 2] = ["customize", "enter"];
@@ -54,6 +54,7 @@ impl Held {
         for command in COMMANDS {
             held.directories.push(RunDirectory::claim(command, directory)?);
         }
+        refuse_while_used(directory)?;
         Ok(held)
     }
 }
@@ -108,6 +109,12 @@ pub(crate) fn refuse_open(directory: &Path) -> Result<()> {
     // First, because it prints the command line that resumes them.
     refuse_kept(directory, Path::new(work_directory::DEFAULT), None, false)?;
     refuse_half_applied(directory)?;
+    refuse_running(directory)?;
+    refuse_nested(directory)
+}
+
+/// Refuses a directory that a run has open.
+pub(crate) fn refuse_running(directory: &Path) -> Result<()> {
     for command in COMMANDS {
         if RunDirectory::is_claimed(command, directory)? {
             let run = register::run_elsewhere("source", directory);
@@ -121,7 +128,22 @@ pub(crate) fn refuse_open(directory: &Path) -> Result<()> {
             ));
         }
     }
-    refuse_nested(directory)
+    Ok(())
+}
+
+/// The image root parents of a directory that is an image root by its name; they are at most two directories above it.
+pub(crate) fn parents_of(image_root: &Path) -> Result<Vec<SignalFiles>> {
+    let is_parent =
+        |parent: &&Path| [IMAGE_ROOT, CREATED_IMAGE_ROOT].iter().any(|name| parent.join(name) == image_root);
+    let parents = image_root.ancestors().skip(1).take(2).filter(is_parent);
+    parents.filter_map(|parent| SignalFiles::open(parent).transpose()).collect()
+}
+
+/// Refuses to open an image root while `prepare` replaces it, or while it is packed. Called once it is claimed, since
+/// those look for a claim once they have theirs.
+pub(crate) fn refuse_while_used(image_root: &Path) -> Result<()> {
+    let real = named::resolve(image_root).attempt(|| format!("open {}", image_root.display()))?;
+    parents_of(&real)?.iter().try_for_each(SignalFiles::refuse_while_used)
 }
 
 /// Refuses a directory to which a killed run applied only some of its changes.

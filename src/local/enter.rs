@@ -26,6 +26,7 @@ use crate::jailer::emulation;
 use crate::jailer::open::{self, OpenJail, TIME_TO_CLOSE_FILES, Wanted};
 use crate::jailer::trial;
 use crate::local::claim::{is_claimed, remove_directory};
+use crate::local::directory::refuse_while_used;
 use crate::local::left_over::clear_left_over;
 use crate::local::mounts;
 use crate::local::register;
@@ -306,6 +307,7 @@ impl Session {
     fn run(&self, image_root: &Path, entry: &Entry, registered: &register::Entry) -> Result<Ended> {
         clear_left_over(&["customize"], image_root)?;
         let run = RunDirectory::claim("enter", image_root)?;
+        refuse_while_used(image_root).inspect_err(|_| drop(remove_directory(run.path())))?;
         // The command runs in the foreground and handles these itself.
         let blocked = [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGCHLD];
         let signals = Signals::block(&blocked).attempt(|| "block signals")?;

@@ -35,12 +35,12 @@ use crate::volume::layout::{
     CREATED_IMAGE_ROOT, EXITING, IMAGE_ROOT, INVENTORY, POD_ERROR, READY, REMOTE_PORT, SSHD_LISTENING,
 };
 use crate::volume::open_tree;
-use crate::volume::signal_files::SignalFiles;
+use crate::volume::signal_files::{SignalFiles, Step};
 
 /// Reports to IMS that `prepare` refused its arguments or `variables`: its container fails, and no other one begins. If
-/// an environment is open on `parent`, its job goes on.
+/// an environment is open on a parent, or another step runs there, its job goes on.
 pub fn report_refusal(places: &[PathBuf], variables: Vec<(OsString, OsString)>) {
-    if places.iter().any(|place| refuse_open_environment(place).is_err()) {
+    if places.iter().any(|place| refuse_open_environment(place).is_err() || is_being_made(place)) {
         return;
     }
     let Ok(settings) = Settings::to_report(variables) else { return };
@@ -77,6 +77,12 @@ fn refuse_open_environment(place: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Returns whether another step runs on `place`.
+fn is_being_made(place: &Path) -> bool {
+    let Ok(Some(files)) = SignalFiles::open(place) else { return false };
+    files.refuse_while_used().is_err()
+}
+
 /// Source of `prepare`; refuses a directory that is open, or that contains the image root's parent.
 pub fn source_to_prepare(settings: &Settings, source: &str) -> Result<Source> {
     directory::refuse_open_source(source)?;
@@ -93,9 +99,25 @@ pub fn source_to_prepare(settings: &Settings, source: &str) -> Result<Source> {
 
 /// Fetches and opens `source` in a pod, and reports the job's status to IMS.
 pub fn prepare(settings: &Settings, source: &Source, open: Open, is_fresh: bool) -> Result<u8> {
-    // Before IMS hears anything: the job of the open environment goes on.
-    SignalFiles::open(&settings.job.parent)?.map_or(Ok(()), |files| files.refuse_open())?;
+    let parent = &settings.job.parent;
+    let image_root = parent.join(settings.job.image_root());
     let work = Work::begin(&settings.network)?;
+    let (files, unmade) = match SignalFiles::open(parent)?.map_or_else(|| make_parent(parent), Ok) {
+        Ok(files) => (Some(files), None),
+        Err(error) => (None, Some(error)),
+    };
+    // Before IMS hears anything: the job of the open environment, or of another `prepare`, goes on.
+    let _claim = match &files {
+        Some(files) => {
+            files.refuse_open()?;
+            let claim = files.claim_for(Step::Prepare)?;
+            if is_fresh && image_root.is_dir() {
+                directory::refuse_running(&image_root)?;
+            }
+            Some(claim)
+        }
+        None => None,
+    };
     let ims = settings.ims_client(&work);
     // In a pod, the users of the container are the image's.
     if let (Open::Overlay, Source::Here(path), None) = (open, source, &settings.job.id)
@@ -104,8 +126,7 @@ pub fn prepare(settings: &Settings, source: &Source, open: Open, is_fresh: bool)
         directory::warn_if_reachable(&named::resolve(path).attempt(|| format!("open {}", path.display()))?)?;
     }
     let result = ims.set_status(Status::FetchingImage).and_then(|_| {
-        let image_root = settings.job.parent.join(settings.job.image_root());
-        make_parent(&settings.job.parent)?;
+        unmade.map_or(Ok(()), Err)?;
         clear_signals(settings, is_fresh || image_root.exists())?;
         anew::clear(&work, &open_tree(&settings.job.parent)?)?;
         if let (Some(node), Some(Action::Customize) | None) = (&settings.job.node, settings.job.action) {
@@ -153,7 +174,7 @@ fn check_directory(source: &Path, parent: &Path) -> Result<()> {
 
 /// Creates the image root's parent; other users must not reach setuid programs of the image. A volume that exists keeps
 /// its mode.
-fn make_parent(parent: &Path) -> Result<()> {
+fn make_parent(parent: &Path) -> Result<SignalFiles> {
     let attempted = || format!("create the directory {}", parent.display());
     if let Some(missing) = named::missing_parent(parent) {
         return Err(Error::new(attempted())
@@ -161,16 +182,19 @@ fn make_parent(parent: &Path) -> Result<()> {
             .advise("create it first"));
     }
     let mut make = std::fs::DirBuilder::new();
-    make.recursive(true).mode(0o700).create(named::resolve_beginning(parent).attempt(attempted)?).attempt(attempted)
+    make.recursive(true).mode(0o700).create(named::resolve_beginning(parent).attempt(attempted)?).attempt(attempted)?;
+    SignalFiles::open(parent)?.ok_or_else(|| removed(parent))
+}
+
+fn removed(parent: &Path) -> Error {
+    Error::new(format!("open {}", parent.display())).because("it has been removed").advise("run it again")
 }
 
 /// Removes signal files, which are left from an earlier job or an earlier pod. Keeps the journal if the image root
 /// stays: the sidecar continues with what this job published in part.
 fn clear_signals(settings: &Settings, is_prepared: bool) -> Result<()> {
     let parent = &settings.job.parent;
-    let files = SignalFiles::open(parent)?.ok_or_else(|| {
-        Error::new(format!("open {}", parent.display())).because("it has been removed").advise("run it again")
-    })?;
+    let files = SignalFiles::open(parent)?.ok_or_else(|| removed(parent))?;
     for name in [READY, SSHD_LISTENING, EXITING, POD_ERROR, REMOTE_PORT]
         .into_iter()
         .chain(Verdict::ALL.map(Verdict::signal_file))
@@ -236,18 +260,6 @@ fn missing(image_root: &Path) -> Error {
     Error::bad_input(format!("the image root is '{}': expected an unpacked image", image_root.display()))
 }
 
-/// Refuses an image root that a pod's environment has open. It may be named without its parent, which is at most two
-/// directories above it.
-fn refuse_open_parents(image_root: &Path) -> Result<()> {
-    for parent in image_root.ancestors().skip(1).take(2) {
-        let is_parent = [IMAGE_ROOT, CREATED_IMAGE_ROOT].iter().any(|name| parent.join(name) == image_root);
-        if is_parent && let Some(files) = SignalFiles::open(parent)? {
-            files.refuse_open()?;
-        }
-    }
-    Ok(())
-}
-
 /// Packs an image root.
 pub fn package(
     settings: &Settings,
@@ -282,11 +294,14 @@ pub(crate) fn pack(
         return Err(Error::bad_input(why).advise("name one with --archive"));
     }
     directory::refuse_open(&shown)?;
-    refuse_open_parents(&shown)?;
+    let parents = directory::parents_of(&shown)?;
+    parents.iter().try_for_each(SignalFiles::refuse_open)?;
     // Processes of a killed run could still write to the image while it is packed.
     end_left_over(&shown)?;
     clear_left_over(&directory::COMMANDS, &shown)?;
     let work = Work::begin(&settings.network)?;
+    let _claims = parents.iter().map(|files| files.claim_for(Step::Package)).collect::<Result<Vec<_>>>()?;
+    directory::refuse_running(&shown)?;
     if let Some(file) = changes {
         // Checked now, because they are used only after packing.
         packing::check_output(file, "--changes")?;
@@ -313,7 +328,7 @@ pub fn upload(
     debug_kernel: Option<&Path>,
 ) -> Result<u8> {
     let place = Place::of(settings, named, archive)?;
-    let _claim = place.files.claim_for_upload()?;
+    let _claim = place.files.claim_for(Step::Upload)?;
     let rootfs = place.archive().open_squashfs().map_err(|e| e.advise("'ims-sshd package' creates it"))?;
     let (records, archive) = (place.files.parent(), place.archive());
     packed::check(records, &archive, &rootfs, &place.image_root)?;

@@ -36,7 +36,7 @@ use crate::transfer::Work;
 use crate::verdict::{Markers, Verdict};
 use crate::volume::image_root;
 use crate::volume::layout::{BUILD_FAILED, EXITING, POD_ERROR, READY, SOURCE, SSHD_LISTENING, TRANSFER};
-use crate::volume::signal_files::{LOOK_EVERY, SignalFiles, Stamp, Watch};
+use crate::volume::signal_files::{LOOK_EVERY, SignalFiles, Stamp, Step, Watch};
 
 /// Longest reason of a failed build that is told, in bytes.
 const LONGEST_REASON: u64 = 16 << 10;
@@ -115,7 +115,7 @@ pub fn run(
             // Another sidecar may be running.
             let files = parent.and_then(|parent| SignalFiles::open(&parent).ok()?);
             if let Some(files) = files
-                && let Ok(_claim) = files.claim_for_sidecar()
+                && let Ok(_claim) = files.claim_for(Step::Sidecar)
             {
                 close_environment(&files);
             }
@@ -123,7 +123,7 @@ pub fn run(
         }
     };
     // If another sidecar runs on this volume, only that one reports to IMS.
-    let _claim = files.claim_for_sidecar()?;
+    let _claim = files.claim_for(Step::Sidecar)?;
     let mut live = || {
         let directory = JournalDirectory::new(&files, &settings);
         let journal = Journal::read(&directory)?;

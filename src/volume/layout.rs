@@ -81,8 +81,9 @@ pub(crate) const RESOLV_CONF: &str = ".ims-sshd.resolv.conf";
 pub(crate) const SIDECAR_RESOLV_CONF: &str = ".ims-sshd.sidecar.resolv.conf";
 /// File that a build environment locks as long as it is open.
 pub(crate) const CLAIM: &str = ".ims-sshd.claim";
-/// File that a sidecar or an `upload` locks as long as it runs: they use one journal.
-pub(crate) const SIDECAR_CLAIM: &str = ".ims-sshd.sidecar";
+/// File that a sidecar, a `prepare`, a `package` or an `upload` locks as long as it runs: one at a time. It holds the
+/// name of that command and its process id.
+pub(crate) const STEP_CLAIM: &str = ".ims-sshd.sidecar";
 /// Empty files that a rename turns into signal files when the disk is full: the verdict in the parent, the verdict in
 /// the image, and `exiting`.
 pub(crate) const RESERVED: [&str; 3] = [".ims-sshd.reserve-1", ".ims-sshd.reserve-2", ".ims-sshd.reserve-3"];

@@ -1,20 +1,22 @@
 //! Signal files, by which one container of the pod notifies another: each is a file in the image root parent.
 
-use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use notify::{RecursiveMode, Watcher};
 use rustix::event::EventfdFlags;
 use rustix::fs::{FlockOperation, Mode, OFlags, Stat};
+use rustix::io::Errno;
 
 use crate::error::{Advise, Attempt, Error, Result};
 use crate::printable::Printable;
 use crate::sys::file_kind::FileKind;
 use crate::sys::tree::Tree;
 use crate::verdict::Verdict;
-use crate::volume::layout::{CLAIM, READY, RESERVED, SIDECAR_CLAIM, SSHD_LISTENING};
+use crate::volume::layout::{CLAIM, READY, RESERVED, SSHD_LISTENING, STEP_CLAIM};
 
 /// Content of a mark that a sidecar makes instead of `ready` when it gives up, with the pod's host name in between. An
 /// environment obeys it even if it is older than the environment; other marks that are older belong to an earlier job.
@@ -34,16 +36,71 @@ pub(crate) type Stamp = (u64, i64, u64);
 /// Poll interval for signal files, on which the delay depends where the file system raises no event.
 pub(crate) const LOOK_EVERY: Duration = Duration::from_secs(1);
 
-/// Lock that keeps other sidecars and uploads away while it lives.
-pub(crate) struct SidecarClaim<'a> {
+/// A command that makes, packs or publishes the image root of a parent: one at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Step {
+    /// `prepare`: another one would write to the same directory and remove it.
+    Prepare,
+    /// `package`: `prepare --fresh` would take the image root away.
+    Package,
+    /// `upload`: two that share a journal would publish, and roll back, one and the same image.
+    Upload,
+    /// `sidecar`: the same.
+    Sidecar,
+}
+
+impl Step {
+    const ALL: [Self; 4] = [Self::Prepare, Self::Package, Self::Upload, Self::Sidecar];
+
+    /// Name of the command.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Prepare => "prepare",
+            Self::Package => "package",
+            Self::Upload => "upload",
+            Self::Sidecar => "sidecar",
+        }
+    }
+
+    /// Advice to the one that comes second.
+    fn advice(self) -> &'static str {
+        match self {
+            Self::Sidecar => "the job goes on with that one; each job needs a volume of its own",
+            _ => "wait until that one has ended",
+        }
+    }
+}
+
+/// Longest text of a holder in bytes: a name and a process id.
+const HOLDER_LIMIT: u64 = 64;
+
+/// Who has the lock: the step and its process id, in its own process namespace. Root of another container can write
+/// the text, so it only chooses the words of a message.
+fn holder(lock: OwnedFd) -> Option<(Step, u32)> {
+    let mut text = String::new();
+    File::from(lock).take(HOLDER_LIMIT).read_to_string(&mut text).ok()?;
+    let (name, process) = text.trim_end().split_once(' ')?;
+    Some((Step::ALL.into_iter().find(|step| step.name() == name)?, process.parse().ok()?))
+}
+
+/// Names the holder of a lock, for a message.
+fn held_by(holder: Option<(Step, u32)>) -> String {
+    match holder {
+        Some((step, process)) => format!("'ims-sshd {}' has it, as process {process}", step.name()),
+        None => "another prepare, package, upload or sidecar has it".into(),
+    }
+}
+
+/// Lock that keeps other steps away while it lives. The kernel drops it with the process.
+pub(crate) struct StepClaim<'a> {
     files: &'a SignalFiles,
     lock: Option<OwnedFd>,
 }
 
-impl Drop for SidecarClaim<'_> {
+impl Drop for StepClaim<'_> {
     fn drop(&mut self) {
         if self.lock.is_some() {
-            let _ = self.files.parent.remove(SIDECAR_CLAIM);
+            let _ = self.files.parent.remove(STEP_CLAIM);
         }
     }
 }
@@ -147,51 +204,86 @@ impl SignalFiles {
         places.into_iter().flatten().any(|place| identity(place) == identity(lock.as_fd()))
     }
 
-    /// Claims the parent for its sidecar until the returned value is dropped. It is an error if another sidecar or an
-    /// `upload` has it.
-    pub(crate) fn claim_for_sidecar(&self) -> Result<SidecarClaim<'_>> {
-        let attempted = format!("claim {} for this sidecar", self.path.display());
-        self.claim_journal(&attempted, "the job goes on with that one; each job needs a volume of its own")
-    }
-
-    /// Claims the parent for an `upload`: two that share a journal would publish, and roll back, one and the same
-    /// image.
-    pub(crate) fn claim_for_upload(&self) -> Result<SidecarClaim<'_>> {
-        self.claim_journal(&format!("claim {} for this upload", self.path.display()), "wait until that one has ended")
-    }
-
-    /// Claims the parent for the only process that uses its journal. If the lock cannot be taken for another reason
-    /// than its holder, the claim succeeds without one: later steps work, or report why they cannot.
-    fn claim_journal(&self, attempted: &str, advice: &str) -> Result<SidecarClaim<'_>> {
-        let mut claim = SidecarClaim { files: self, lock: None };
+    /// Claims the parent for `step` until the returned value is dropped. It is an error if another step has it. If the
+    /// lock cannot be taken for another reason than its holder, the claim succeeds without one: later steps work, or
+    /// report why they cannot.
+    pub(crate) fn claim_for(&self, step: Step) -> Result<StepClaim<'_>> {
+        let mut claim = StepClaim { files: self, lock: None };
         // Limited: another process may remove the file each time.
         for _ in 0..100 {
-            let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CREATE;
-            let lock = self.parent.open_at(SIDECAR_CLAIM, flags, Mode::from_raw_mode(0o600));
-            let Ok(lock) = lock.inspect_err(|e| tracing::debug!("cannot look for another sidecar: {e}")) else { break };
-            let Ok(found) = rustix::fs::fstat(&lock) else { break };
-            if found.st_uid != rustix::process::geteuid().as_raw() || found.st_mode & 0o066 != 0 {
+            let lock = match self.step_lock(OFlags::CREATE) {
+                Ok(Some(lock)) => lock,
                 // A user who created the file may still have it open and locked.
-                let _ = self.parent.remove(SIDECAR_CLAIM);
-                continue;
-            }
+                Ok(None) if self.retract(STEP_CLAIM).is_ok() => continue,
+                Ok(None) => break,
+                Err(e) => {
+                    tracing::debug!("cannot look for another step: {e}");
+                    break;
+                }
+            };
             match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => {
-                    let named = self.parent.look(SIDECAR_CLAIM).ok().flatten();
-                    // Another inode means that the previous sidecar removed the file that was locked here.
-                    if named.is_some_and(|named| (named.st_dev, named.st_ino) == (found.st_dev, found.st_ino)) {
+                    let named = self.parent.look(STEP_CLAIM).ok().flatten();
+                    let found = rustix::fs::fstat(&lock).ok();
+                    let identity = |found: Stat| (found.st_dev, found.st_ino);
+                    // Another inode means that the previous step removed the file that was locked here.
+                    if named.is_some() && named.map(identity) == found.map(identity) {
+                        // Only a message lacks the name if the volume is full. A descriptor that stays writable would
+                        // keep the volume from being remounted read-only.
+                        let path = format!("/proc/self/fd/{}", lock.as_raw_fd());
+                        let _ = std::fs::write(path, format!("{} {}\n", step.name(), std::process::id()));
                         claim.lock = Some(lock);
                         break;
                     }
                 }
                 Err(rustix::io::Errno::WOULDBLOCK) => {
-                    return Err(Error::new(attempted).because("another sidecar or upload has it").advise(advice));
+                    // A step that looks whether the parent is claimed has the lock for a moment.
+                    if rustix::fs::flock(&lock, FlockOperation::NonBlockingLockShared).is_ok() {
+                        std::thread::sleep(Duration::from_millis(1));
+                        continue;
+                    }
+                    let attempted = format!("claim {} for this {}", self.path.display(), step.name());
+                    return Err(Error::new(attempted).because(held_by(holder(lock))).advise(step.advice()));
                 }
                 // The file system has no locks.
                 Err(_) => break,
             }
         }
         Ok(claim)
+    }
+
+    /// Opens the file that the claim of a step locks; `None` if something else has its name, or if others can open it or
+    /// have it under another name.
+    fn step_lock(&self, flag: OFlags) -> io::Result<Option<OwnedFd>> {
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | flag;
+        let bits = if flag.is_empty() { 0 } else { 0o600 };
+        let lock = match self.parent.open_at(STEP_CLAIM, flags, Mode::from_raw_mode(bits)) {
+            Err(e) if matches!(Errno::from_io_error(&e), Some(Errno::LOOP | Errno::ISDIR | Errno::NXIO)) => {
+                return Ok(None);
+            }
+            opened => opened?,
+        };
+        let found = rustix::fs::fstat(&lock)?;
+        let is_private = found.st_uid == rustix::process::geteuid().as_raw() && found.st_mode & 0o066 == 0;
+        // The lock's holder writes to it.
+        let is_own = FileKind::of(&found) == FileKind::Regular && found.st_nlink <= 1;
+        Ok((is_private && is_own).then_some(lock))
+    }
+
+    /// Refuses to change the image root while it is made or packed.
+    pub(crate) fn refuse_while_used(&self) -> Result<()> {
+        let Ok(Some(lock)) = self.step_lock(OFlags::empty()) else { return Ok(()) };
+        if rustix::fs::flock(&lock, FlockOperation::NonBlockingLockShared) != Err(rustix::io::Errno::WOULDBLOCK) {
+            return Ok(());
+        }
+        match holder(lock) {
+            // A sidecar waits for the session, and `upload` reads the packed image.
+            Some((Step::Sidecar | Step::Upload, _)) => Ok(()),
+            other => {
+                let attempted = format!("open the image root in {}", self.path.display());
+                Err(Error::new(attempted).because(held_by(other)).advise("wait until that one has ended"))
+            }
+        }
     }
 
     /// Duplicates the descriptor of the claim, which keeps the claim after this value is dropped.

@@ -1,7 +1,8 @@
 //! Making an image root from a source, or leaving nothing.
 
+use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::time::Instant;
 
 use testbed::file_server::{Fault, FileServer};
@@ -674,4 +675,92 @@ fn mount_made_while_a_directory_is_copied_is_not_copied() {
             is_empty(&parent);
         }
     }
+}
+
+/// One at a time on an image root parent: the second would remove what the first unpacks.
+#[test]
+fn second_prepare_of_a_parent_is_refused_and_the_first_completes() {
+    let (dir, tree, squashfs) = packed_image();
+    let parent = dir.path().join("parent");
+    let server = FileServer::start(std::fs::read(&squashfs).unwrap(), &[Fault::Silence]);
+    // Its server is silent for that long.
+    let mut command = ims_sshd(&["prepare"], &[("IMS_STALL_LIMIT", "6".into())]);
+    let mut first = Ended::new(command.arg(&parent).arg(&server.url).spawn().unwrap());
+    wait_until("the first to fetch", || !server.requests.lock().unwrap().is_empty());
+    let why = |step: &str| {
+        let parent = parent.display();
+        format!("cannot claim {parent} for this {step}: 'ims-sshd prepare' has it, as process {}; wait", first.id())
+    };
+    let ims = ImsServer::start();
+    let before = walk(&parent);
+    for options in [&[][..], &["--fresh"]] {
+        let mut second = ims_sshd(&["prepare"], &ims.variables());
+        let second = second.args(options).args([&parent, &squashfs]).output().unwrap();
+        assert_eq!(second.status.code(), Some(1), "{second:?}");
+        assert!(text(&second.stderr).contains(&why("prepare")), "{second:?}");
+    }
+    assert_eq!((walk(&parent), ims.statuses()), (before, vec![]), "nothing is touched, and the job goes on");
+    assert!(first.wait().unwrap().success());
+    same_tree(&tree, &parent.join("image-root"));
+    assert!(!parent.join(".ims-sshd.sidecar").exists());
+}
+
+/// A container that is killed is started again, and its lock ends with it.
+#[test]
+fn killed_prepare_does_not_keep_the_next_one_away() {
+    let (dir, tree, squashfs) = packed_image();
+    let parent = dir.path().join("parent");
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let source = format!("http://{}/image.sqsh", silent.local_addr().unwrap());
+    let mut first = Ended::new(ims_sshd(&["prepare"], &[]).arg(&parent).arg(source).spawn().unwrap());
+    let _request = silent.accept().unwrap();
+    first.kill().unwrap();
+    first.wait().unwrap();
+    let next = prepare(&parent, squashfs.to_str().unwrap(), &[]);
+    assert!(next.status.success(), "{next:?}");
+    same_tree(&tree, &parent.join("image-root"));
+}
+
+/// An image root that is being replaced is neither packed nor published nor changed, and one that is changed is not
+/// replaced.
+#[test]
+fn image_root_that_is_being_replaced_is_used_by_nobody_else() {
+    let (dir, _, squashfs) = packed_image();
+    let parent = dir.path().join("parent");
+    let image_root = parent.join("image-root");
+    let output = prepare(&parent, squashfs.to_str().unwrap(), &[]);
+    assert!(output.status.success(), "{output:?}");
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let source = format!("http://{}/image.sqsh", silent.local_addr().unwrap());
+    let mut command = ims_sshd(&["prepare", "--fresh"], &[("IMS_STALL_LIMIT", "60".into())]);
+    let first = Ended::new(command.arg(&parent).arg(&source).spawn().unwrap());
+    let _request = silent.accept().unwrap();
+    let held = format!("'ims-sshd prepare' has it, as process {}", first.id());
+    let refused = |arguments: &[&str], place: &Path| {
+        let mut command = ims_sshd(arguments, &[]);
+        command.arg(place).args(["true"].iter().filter(|_| arguments[0] == "enter"));
+        let output = command.current_dir(dir.path()).output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {output:?}");
+        assert!(text(&output.stderr).contains(&held), "{arguments:?}: {output:?}");
+    };
+    for place in [&parent, &image_root] {
+        refused(&["package", "--kernel", "auto", "--archive", "a.sqsh"], place);
+    }
+    refused(&["upload", "--kernel", "auto", "--store", "store"], &parent);
+    refused(&["enter"], &image_root);
+    refused(&["enter", "--discard"], &image_root);
+    drop(first);
+
+    let script = "echo open; read wait";
+    let mut command = ims_sshd(&["enter"], &[]);
+    command.arg(&image_root).args(["sh", "-c", script]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut open = Ended::new(command.spawn().unwrap());
+    let mut said = BufReader::new(open.stdout.take().unwrap()).lines();
+    assert_eq!(said.next().unwrap().unwrap(), "open");
+    let mut fresh = ims_sshd(&["prepare", "--fresh"], &[]);
+    let fresh = fresh.args([&parent, &squashfs]).output().unwrap();
+    assert_eq!(fresh.status.code(), Some(1), "{fresh:?}");
+    assert!(text(&fresh.stderr).contains("another build environment is open on it"), "{fresh:?}");
+    assert!(image_root.join("etc").exists());
+    drop(open.stdin.take());
 }

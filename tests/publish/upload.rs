@@ -110,7 +110,8 @@ fn second_upload_of_an_image_root_parent_is_refused() {
     let _request = silent.accept().unwrap();
     let second = upload("store", &[]).wait_with_output().unwrap();
     assert_eq!(second.status.code(), Some(1), "{second:?}");
-    let why = format!("cannot claim {} for this upload: another sidecar or upload has it", dir.path().display());
+    let (shown, first_is) = (dir.path().display(), first.id());
+    let why = format!("cannot claim {shown} for this upload: 'ims-sshd upload' has it, as process {first_is}; wait");
     assert!(text(&second.stderr).contains(&why), "{second:?}");
     assert!(!dir.path().join("store/compute").exists());
     first.kill().unwrap();
