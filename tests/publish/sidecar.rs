@@ -136,7 +136,10 @@ fn second_sidecar_on_a_volume_is_refused() {
         let output = ended(second.spawn().unwrap());
         let said = text(&output.stderr);
         assert_eq!(output.status.code(), Some(1), "{said}");
-        assert!(said.contains("another sidecar") && !said.contains("resolv.conf"), "{said}");
+        assert!(
+            said.contains("for this sidecar: 'ims-sshd sidecar' has it, as process") && !said.contains("resolv.conf"),
+            "{said}"
+        );
         assert_eq!(text(&output.stdout), "");
     }
     assert!(!job.volume.signal("failed").exists());
