@@ -157,6 +157,10 @@ pub(crate) struct Journal {
     pub(crate) image: Option<Id>,
     /// Link to the manifest, once that is uploaded.
     pub(crate) link: Option<Link>,
+    /// True if this run has set the link, or found it set and the published image to be the same. A link in a journal
+    /// that was restored is no proof: the image may have been published long ago.
+    #[serde(skip)]
+    pub(crate) is_own_link: bool,
     /// True if IMS may know the job as a success. Nothing is rolled back then, until IMS says otherwise.
     #[serde(rename = "told")]
     pub(crate) is_told: bool,
@@ -196,7 +200,8 @@ impl Journal {
 
     /// Removes the new image from the journal: it is published, rolled back, or not this job's.
     pub(crate) fn forget_image(&mut self) {
-        (self.request, self.image, self.link, self.is_told) = (None, None, None, false);
+        (self.request, self.image, self.link) = (None, None, None);
+        (self.is_own_link, self.is_told) = (false, false);
     }
 
     /// Writes the journal; called before the step that it records.
@@ -308,7 +313,15 @@ mod tests {
         let [a, b] = IDS.map(|id| Id::parse(id).unwrap());
         let link = Some(Link::new("s3://b/p/manifest.json".into(), "e".into()));
         let job = Some("7".into());
-        Journal { job, phase: Phase::Packing, request: Some(a), image: Some(b), link, is_told: true }
+        Journal {
+            job,
+            phase: Phase::Packing,
+            request: Some(a),
+            image: Some(b),
+            link,
+            is_own_link: false,
+            is_told: true,
+        }
     }
 
     fn upload() -> Upload {

@@ -128,15 +128,21 @@ impl Publication<'_> {
         journal.write(self.directory)
     }
 
-    /// Without an IMS, an image whose manifest is in the store is complete, since the manifest is uploaded last.
+    /// Looks whether the image in the journal is complete. Without an IMS, it is if its manifest is in the store, since the
+    /// manifest is uploaded last; outside a job, if its record has the link that the journal has, since that is set last.
     /// Returns whether it consists of `pieces`, so that it need not be uploaded again. Any other is removed from the
     /// journal: somebody may have restored an old journal, and the image must be neither overwritten nor deleted.
     fn forget_published(&self, store: &Store, journal: &mut Journal, pieces: &[Piece]) -> Result<bool> {
-        // In a directory, an image is renamed from its ID to its name when it is complete.
-        let is_asked = !self.ims.is_there() && !self.is_named(store);
-        let Some(id) = journal.image.clone().filter(|_| is_asked) else { return Ok(false) };
-        let manifest = format!("{id}/{}", MANIFEST.0);
-        if !self.wait(&format!("inspect {}", store.url_of(&manifest)), store.is_there(&manifest))? {
+        let Some(id) = journal.image.clone() else { return Ok(false) };
+        let is_complete = if self.ims.is_there() {
+            self.settings.job.id.is_none() && self.is_linked(&id, journal)?
+        } else {
+            // In a directory, an image is renamed from its ID to its name when it is complete.
+            let manifest = format!("{id}/{}", MANIFEST.0);
+            let attempted = format!("inspect {}", store.url_of(&manifest));
+            !self.is_named(store) && self.wait(&attempted, store.is_there(&manifest))?
+        };
+        if !is_complete {
             return Ok(false);
         }
         tracing::info!("image {id} was published before");
@@ -148,15 +154,28 @@ impl Publication<'_> {
         for piece in pieces {
             is_same = is_same && is_there(piece)?;
         }
-        if !is_same {
+        if is_same {
+            journal.is_own_link = true;
+        } else {
             journal.forget_image();
         }
         Ok(is_same)
     }
 
+    /// Returns whether the record of the image in the journal has the link in the journal.
+    fn is_linked(&self, id: &Id, journal: &Journal) -> Result<bool> {
+        let link = journal.link.as_ref();
+        if link.is_none() {
+            return Ok(false);
+        }
+        let is_ours =
+            |record: records::Image| record.link.as_ref() == link && self.differs(&record, id, journal, link).is_none();
+        Ok(self.ims.image(id)?.is_some_and(is_ours))
+    }
+
     fn carry_out(&self, store: &Store, journal: &mut Journal, pieces: &[Piece], is_published: bool) -> Result<Value> {
         let (mut record, is_new) = self.register(journal)?;
-        let id = record.id.clone();
+        let (id, is_published) = (record.id.clone(), is_published && !is_new);
         if !self.is_place_ours(store, &id, is_new)? {
             // Nothing of it is deleted either.
             journal.forget_image();
@@ -175,7 +194,8 @@ impl Publication<'_> {
             described = uploaded;
             journal.link = Some(link.clone());
             journal.write(self.directory)?;
-            record = self.ims.link_image(&id, &link)?.unwrap_or_else(|| self.local_record(id.clone(), Some(link)));
+            journal.is_own_link = true;
+            record = self.link(journal, &id, link)?;
             artifacts
         };
         let job = self.ims.set_resultant_image(&id)?;
@@ -187,6 +207,23 @@ impl Publication<'_> {
             "ims_job_record": ended.or(job).map_or_else(|| json!({}), |job| json!(job)),
             "result": "success",
         }))
+    }
+
+    /// Sets the link in the image's record, and returns the record. IMS may have set it although the answer was lost, or
+    /// is not the expected one: then the record tells.
+    fn link(&self, journal: &Journal, id: &Id, link: Link) -> Result<records::Image> {
+        let unknown = match self.ims.link_image(id, &link) {
+            Ok(record) => return Ok(record.unwrap_or_else(|| self.local_record(id.clone(), Some(link)))),
+            Err(unknown) => unknown,
+        };
+        let found = self.ims.image(id).ok().flatten().filter(|record| record.link.as_ref() == Some(&link));
+        match found.filter(|record| self.difference(record, id, journal).is_none()) {
+            Some(record) => {
+                tracing::warn!("{unknown}; the record of image {id} has the link all the same: going on");
+                Ok(record)
+            }
+            None => Err(unknown),
+        }
     }
 
     /// Sets the job's status to success, last: that ends the job, its volume and this pod. Once IMS may know it,
@@ -291,8 +328,14 @@ impl Publication<'_> {
     }
 
     /// Why a record is not that of the image `id` that this job created; `None` if it may be. Outside a job, a record
-    /// with a link is that of an image whose publication has ended.
+    /// with a link that this run has neither set nor compared is that of an image whose publication has ended.
     fn difference(&self, record: &records::Image, id: &Id, journal: &Journal) -> Option<String> {
+        let is_known = self.settings.job.id.is_some() || journal.is_own_link;
+        self.differs(record, id, journal, journal.link.as_ref().filter(|_| is_known))
+    }
+
+    /// The same, where the record may have this link.
+    fn differs(&self, record: &records::Image, id: &Id, journal: &Journal, link: Option<&Link>) -> Option<String> {
         let Settings { name, job, .. } = self.settings;
         if record.name != *name {
             return Some(format!("its name is {:?}", record.name));
@@ -301,7 +344,6 @@ impl Publication<'_> {
         if let Some(told) = record.arch.as_deref().filter(|told| !told.is_empty() && *told != job.arch()) {
             return Some(format!("its arch is {told:?}"));
         }
-        let link = journal.link.as_ref().filter(|_| job.id.is_some());
         record.difference(id, journal.request.as_ref(), link)
     }
 

@@ -11,6 +11,7 @@ mod enter;
 mod fresh;
 mod identity;
 mod kept;
+mod linked;
 mod package;
 mod packer;
 mod prepare;
