@@ -276,7 +276,7 @@ fn check_space(file: &File, path: &str, needed: u64) -> Result<()> {
     let free = disk.f_bavail.saturating_mul(disk.f_frsize);
     if free < needed {
         return Err(Error::new(attempted())
-            .because(format!("only {free} bytes are free"))
+            .because(format!("only {free} bytes are free for the download and what is unpacked from it"))
             .advise("give the volume more space"));
     }
     Ok(())
