@@ -276,7 +276,7 @@ fn directory_below_an_overlay_is_not_changed_by_another_run() {
     for (command, reason) in [
         (&["enter", "tree", "--", "true"][..], CLAIMED),
         (&["customize", "tree", "--in-place", "--work", "other"], CLAIMED),
-        (&["customize", "tree", "--work", "other", "--", "true"], "it is open as tree; "),
+        (&["customize", "tree", "--work", "other", "--", "true"], "it is open as tree"),
     ] {
         let refused = run(dir.path(), command);
         assert_eq!(refused.status.code(), Some(1), "{refused:?}");
@@ -351,9 +351,12 @@ fn leftovers_of_a_killed_customization_are_reported_and_ended() {
         killed.kill().unwrap();
         killed.wait().unwrap();
         assert!(!sshd().is_empty(), "sshd goes on");
-        let status = run(dir.path(), &["status"]);
-        assert!(text(&status.stdout).contains(": killed, was serving since "), "{status:?}");
-        assert!(text(&status.stdout).contains(&format!("\n  source: {root}\n")), "{status:?}");
+        // Its claim ends with the last of its children.
+        wait_until("status lists it as killed", || {
+            let status = run(dir.path(), &["status", &root]);
+            let said = text(&status.stdout);
+            said.contains(": killed, was serving since ") && said.contains(&format!("\n  source: {root}\n"))
+        });
         let output = run(dir.path(), command);
         assert!(output.status.success(), "{command:?}: {output:?}");
         assert!(text(&output.stderr).contains("was killed before; ended: a listening sshd"), "{command:?}: {output:?}");

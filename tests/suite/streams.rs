@@ -2,7 +2,7 @@
 
 use std::fs::Metadata;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::process::{Command, Output, Stdio};
 
 use rustix::fs::{Mode, OFlags};
@@ -10,6 +10,8 @@ use testbed::*;
 
 /// Runs a line in the caller's shell, in a directory with an image; `$enter` enters the image.
 fn shell(volume: &Volume, tier: &str, line: &str) -> Output {
+    // A directory that other users reach is warned of.
+    std::fs::set_permissions(volume.dir.path(), PermissionsExt::from_mode(0o700)).unwrap();
     let mut shell = Command::new("bash");
     shell.args(["-c", line]).current_dir(volume.dir.path()).env("IMS_JAIL_TIER", tier);
     shell.env("enter", format!("{IMS_SSHD} enter {} --", volume.image_root.display()));

@@ -469,6 +469,8 @@ fn program_started_by_enter_is_a_job_of_the_callers_shell() {
     let volume = Volume::new(Image::Debian);
     let enter = format!("{IMS_SSHD} enter {} --", volume.image_root.display());
     let seconds = format!("8{}", volume.port);
+    // A directory that other users reach is warned of.
+    std::fs::set_permissions(volume.dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
     let mut terminal = own_shell();
 
     assert_eq!(terminal.ask(&format!("{enter} cat /etc/motd")), "image of the tests");
