@@ -443,8 +443,8 @@ pub fn descendants(all: &[Entry], ancestor: Pid) -> Vec<Entry> {
     found
 }
 
-/// While this value lives, the OOM killer prefers new children to this process: their score rises by a tenth of the
-/// memory (proc_pid_oom_score_adj(5)).
+/// While this value lives, the OOM killer prefers new children to this process: their score rises by half of the
+/// memory (proc_pid_oom_score_adj(5)). A tenth of 200 MB is less than what this process maps.
 #[derive(Debug)]
 pub(crate) struct Expendable {
     before: Option<i32>,
@@ -456,7 +456,7 @@ impl Expendable {
     /// Takes effect for children started from now on. Does nothing if the score may not be set.
     pub(crate) fn children() -> Self {
         let before: Option<i32> = std::fs::read_to_string(Self::FILE).ok().and_then(|text| text.trim().parse().ok());
-        let set = |own: &i32| std::fs::write(Self::FILE, (own + 100).min(1000).to_string()).is_ok();
+        let set = |own: &i32| std::fs::write(Self::FILE, (own + 500).min(1000).to_string()).is_ok();
         Self { before: before.filter(set) }
     }
 }

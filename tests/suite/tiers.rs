@@ -79,8 +79,8 @@ fn packages_and_user_changes_work_with_the_containers_proc() {
         ("su - -c 'echo $0'", "-bash"),
         ("echo y > /dev/stdout; echo z > /proc/self/fd/1", "y\nz"),
         ("bash -c 'cat <(echo a)'", "a"),
-        // When memory runs out, the kernel kills sessions (oom_score_adj 100) before the supervisor.
-        ("cat /proc/self/comm /proc/self/oom_score_adj", "cat\n100"),
+        // When memory runs out, the kernel kills sessions (oom_score_adj 500) before the supervisor.
+        ("cat /proc/self/comm /proc/self/oom_score_adj", "cat\n500"),
         ("python3 -c 'import subprocess as s; print(s.check_output([\"true\"], preexec_fn=lambda: None))'", "b''"),
         ("(echo 5 > /proc/self/oom_score_adj) 2>&1 | grep -o 'Read-only file system'", "Read-only file system"),
     ] {
