@@ -125,10 +125,12 @@ impl From<reqwest::Error> for Fault {
 pub(crate) const AT_A_TIME: usize = 3;
 
 impl Work {
-    /// Blocks SIGTERM, SIGINT and SIGHUP and reads them instead: PID 1 of a container has no default action for them.
+    /// Blocks the signals that end a program and reads them instead: PID 1 of a container has no default action for
+    /// them. SIGQUIT is one that a command's terminal may pass on after the command has ended.
     pub(crate) fn begin(network: &Network) -> Result<Self> {
         // Before any thread starts: threads inherit the mask, and one without it would be killed.
-        let signals = Signals::block(&[Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP]).attempt(|| "block signals")?;
+        let ending = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGHUP];
+        let signals = Signals::block(&ending).attempt(|| "block signals")?;
         // Uploads are signed and encrypted, more than one processor can do.
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(AT_A_TIME).enable_all().build();
         Ok(Self {
