@@ -70,9 +70,12 @@ impl Session {
         let exit: Option<i32> = how.and_then(|how| how.parse().ok());
         let signal = how.filter(|how| exit.is_none() && !how.is_empty());
         let Self { pid, client, port, .. } = self;
-        match reason.flatten() {
-            Some(reason) => tracing::info!(pid, client, port, exit, signal, reason, seconds, "session ended"),
-            None => tracing::debug!(pid, client, port, exit, signal, seconds, "session ended"),
+        let reason = reason.flatten();
+        // A signal may be the OOM killer's.
+        if reason.is_some() || signal.is_some() {
+            tracing::info!(pid, client, port, exit, signal, reason, seconds, "session ended");
+        } else {
+            tracing::debug!(pid, client, port, exit, seconds, "session ended");
         }
     }
 }
