@@ -92,7 +92,7 @@ const DEFAULT_GRACE: Duration = Duration::from_secs(10);
 const BEAT: Duration = Duration::from_secs(5);
 const DEFAULT_SILENCE: Duration = Duration::from_mins(1);
 
-/// Where IMS mounts the private key for remote build nodes.
+/// Path at which IMS mounts the private key for remote build nodes.
 const DEFAULT_KEY: &str = "/etc/cray/remote-keys/id_ecdsa";
 
 /// Variables that sessions get: (name in the session, name in this process's environment).

@@ -17,7 +17,7 @@ const LARGE_HOLE: i64 = 1 << 30;
 /// Most bytes of all large holes together. mksquashfs reads some TiB of holes in an hour.
 const MOST_HOLES: i64 = 64 << 30;
 
-/// What to do about more.
+/// Advice where there are more.
 pub(crate) const ADVICE: &str = "remove them, or exclude them (--exclude): each byte is packed as a zero";
 
 /// The sparse logs of the image, with their paths.
@@ -43,7 +43,7 @@ pub(crate) struct Holes {
 }
 
 impl Holes {
-    /// Of a tree with these sparse logs.
+    /// Holes of a tree with these sparse logs.
     pub(crate) fn new(logs: &[(String, Stat)]) -> Self {
         let seen = logs.iter().map(|(_, log)| (log.st_dev, log.st_ino)).collect();
         Self { names: Vec::new(), bytes: 0, seen }

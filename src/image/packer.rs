@@ -346,7 +346,7 @@ fn read(squashfs: File) -> std::result::Result<Known, Fault> {
     Ok(Known { inventory, options, entries })
 }
 
-/// What was seen of a tree while it was collected.
+/// A collected tree, and findings made on the way.
 struct Seen {
     gathered: Gathered,
     narrowed: Vec<String>,

@@ -220,7 +220,7 @@ fn order(image_root: &Tree, packing: &Packing, excluded: &[PathBuf]) -> Order {
         left_out: excluded.to_vec(),
         emptied: emptied.into_iter().map(|(name, _)| name.into()).collect(),
         modes: kiwi.into_iter().collect(),
-        // What is left out is not looked at.
+        // Excluded entries are not looked at, so the state would lack them.
         tells_state: excluded.is_empty(),
     }
 }

@@ -13,7 +13,7 @@ use rustix::fs::Stat;
 pub(crate) struct State(Context);
 
 impl State {
-    /// Of nothing so far.
+    /// State of an empty tree.
     pub(crate) fn new() -> Self {
         Self(Context::new(&SHA256))
     }

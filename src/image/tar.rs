@@ -244,7 +244,7 @@ fn is_extension(kind: u8) -> bool {
     matches!(kind, b'L' | b'K' | b'x' | b'X' | b'g')
 }
 
-/// What such headers say.
+/// Values that such headers set for the next member.
 #[derive(Debug, Default)]
 struct Extension {
     /// GNU's long name and long link target.

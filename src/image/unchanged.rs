@@ -26,7 +26,7 @@ use crate::sys::tree::{Tree, inode_and_birth};
 pub(crate) struct Source {
     /// The squashfs.
     pub(crate) squashfs: File,
-    /// What tells it.
+    /// Tells which entries are unchanged.
     pub(crate) basis: Basis,
     /// Directory and name of a squashfs that nobody needs once the image is packed.
     pub(crate) is_dropped: Option<(Tree, &'static str)>,
@@ -39,7 +39,7 @@ impl Source {
     }
 }
 
-/// What tells whether an entry of an image root is as it is in the source. The packer compares it with the status that
+/// Tells whether an entry of an image root is as it is in the source. The packer compares it with the status that
 /// it packs, so that the image root is walked through once.
 #[derive(Debug)]
 pub(crate) enum Basis {
@@ -102,7 +102,7 @@ pub(crate) fn of_overlay(
     Ok(basis.map(|basis| Source { squashfs, basis, is_dropped: None }))
 }
 
-/// What the upper layer of an overlay holds.
+/// Entries of the upper layer of an overlay.
 #[derive(Debug, Default)]
 pub(crate) struct Overlaid {
     /// Paths of everything in it: copied up, or put in place of another.

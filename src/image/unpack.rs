@@ -162,7 +162,7 @@ impl Drop for Removed<'_> {
     }
 }
 
-/// What tar says of a hard link to a file that is not there.
+/// Words of tar for a hard link to a file that is missing.
 const TAR_CANNOT_LINK: &str = "Cannot hard link to";
 
 /// Merges the layers. `private` says that no other user can reach `saved`, whoever owns it.

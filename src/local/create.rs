@@ -23,7 +23,7 @@ pub const DIRECTORY: &str = "ims-sshd.create";
 /// Name of the directory of the image root, kiwi-ng's layout.
 const BUILT: &str = "build";
 
-/// What is given on the command line.
+/// Arguments of the command line.
 #[derive(Debug)]
 pub struct Creation {
     /// Where the recipe comes from.

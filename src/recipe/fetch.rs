@@ -32,7 +32,7 @@ pub const DEFAULT_VALUES: &str = "/etc/cray/template_dictionary";
 /// Longest file of values, in bytes.
 const LONGEST_VALUES: usize = 4 << 20;
 
-/// What is given on the command line.
+/// Arguments of the command line.
 #[derive(Debug)]
 pub struct Wanted {
     /// Directory that becomes the recipe.

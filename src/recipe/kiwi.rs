@@ -73,7 +73,7 @@ const STAGES: [(&str, &str); 7] = [
 /// Longest error of kiwi-ng that is quoted, in bytes.
 const LONGEST_ERROR: usize = 1 << 10;
 
-/// What is given on the command line.
+/// Arguments of the command line.
 #[derive(Debug)]
 pub struct Wanted {
     /// Directory of the recipe.
@@ -318,7 +318,7 @@ impl<'a> Build<'a> {
             ("PATH".to_owned(), path),
             ("LANG".to_owned(), "C.UTF-8".to_owned()),
             ("HOME".to_owned(), home.display().to_string()),
-            // Of the archive, which is deleted.
+            // Compression of the archive, which is deleted.
             ("XZ_OPT".to_owned(), "-0".to_owned()),
         ];
         variables.extend(PROXIES.iter().filter_map(|name| Some(((*name).to_owned(), std::env::var(name).ok()?))));

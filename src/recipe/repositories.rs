@@ -40,7 +40,7 @@ const NO_HEAD: [StatusCode; 5] = [
     StatusCode::NOT_IMPLEMENTED,
 ];
 
-/// What has to be there for a repository to count as ready.
+/// Files that make a repository count as ready.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Sign {
     /// One of these URLs answers.
@@ -165,7 +165,7 @@ impl Awaited {
         for url in &self.urls {
             match self.request(url).await {
                 Ok(()) => return Ok(()),
-                // Of several signs, the first one that fails is the usual one.
+                // The first of several signs is the usual one: its failure is reported.
                 Err(why) if reason.is_empty() => reason = why,
                 Err(_) => {}
             }

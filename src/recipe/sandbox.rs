@@ -83,7 +83,7 @@ const DEVICES: [&str; 6] = ["null", "zero", "full", "random", "urandom", "tty"];
 /// Longest report of the child, in bytes.
 const LONGEST_REPORT: u64 = 64 << 10;
 
-/// What the child is told.
+/// Orders for the child.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Order {
     /// kiwi-ng and its arguments.
@@ -118,7 +118,7 @@ pub(crate) enum Ended {
 pub(crate) struct Running {
     child: Child,
     report: File,
-    /// What kiwi-ng prints.
+    /// Output of kiwi-ng.
     pub(crate) output: File,
 }
 

@@ -41,7 +41,7 @@ pub(crate) enum Frame {
 pub(crate) struct Channel {
     input: File,
     output: File,
-    /// What has been read; the frames before `taken` were returned.
+    /// Bytes that were read; the frames before `taken` were returned.
     inbox: Vec<u8>,
     taken: usize,
     outbox: Vec<u8>,
@@ -164,7 +164,7 @@ impl Channel {
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => break Ok(()),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                // What the other side has said before it closed the line may still be read.
+                // Frames that the other side sent before it closed the line may still be read.
                 Err(e) if e.kind() == io::ErrorKind::BrokenPipe => {
                     written = self.outbox.len();
                     break Ok(());

@@ -132,7 +132,7 @@ impl Connection {
         Ok(())
     }
 
-    /// What the master process has said, on one line.
+    /// Output of the master process, on one line.
     pub(crate) fn last_words(&self) -> String {
         let said = std::fs::read_to_string(&self.log).unwrap_or_default();
         said.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join(", ")
@@ -159,7 +159,7 @@ impl Connection {
     pub(crate) fn forward(&self, (listen, port): (Option<IpAddr>, u16), there: u16, heed: Heed<'_>) -> Result<()> {
         let attempted = || format!("forward port {port} to the build node {}", self.host);
         let mut ssh = self.ssh();
-        // Of "[::]" ssh would make a port for IPv6 alone.
+        // For "[::]" ssh would open a port for IPv6 alone.
         let here = match listen {
             None => format!("*:{port}"),
             Some(address) => SocketAddr::new(address, port).to_string(),

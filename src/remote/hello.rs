@@ -1,4 +1,4 @@
-//! What a node says of itself before anything is sent to it, and why a job cannot run there.
+//! The facts that a node reports before anything is sent to it, and reasons why a job cannot run there.
 
 use std::path::Path;
 

@@ -117,11 +117,11 @@ pub(crate) struct Order {
     pub(crate) size: u64,
     /// After so many seconds of silence each side takes the connection for lost.
     pub(crate) patience: u64,
-    /// What is to be done.
+    /// The work to be done.
     pub(crate) task: Task,
 }
 
-/// What runs on a node. A build from a recipe is to become another variant.
+/// Work that runs on a node. A build from a recipe is to become another variant.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Task {
@@ -140,7 +140,7 @@ pub(crate) struct Customize {
     pub(crate) authorities: Vec<(String, String)>,
 }
 
-/// What a node says of itself.
+/// Facts that a node reports of itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Hello {
     /// Architecture, as `uname -m` prints it.

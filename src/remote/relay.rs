@@ -41,7 +41,7 @@ pub(crate) struct Wanted {
     pub(crate) to: Destination,
     /// The job's ID.
     pub(crate) job: String,
-    /// What is done there.
+    /// The work done there.
     pub(crate) task: Task,
     /// The port here that leads to the environment, on this address or on all.
     pub(crate) listen: (Option<IpAddr>, u16),
@@ -357,7 +357,7 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce()> Relay<W, L> {
     }
 }
 
-/// What a node tells that changes the job's state.
+/// News from a node that changes the job's state.
 #[derive(Debug, Clone, Copy)]
 enum Told {
     /// The environment can be reached.

@@ -39,7 +39,7 @@ pub(crate) const BUILD: &str = ".ims-sshd.build";
 
 /// The packed image of a remote job.
 pub(crate) const TRANSFER: &str = "transfer.sqsh";
-/// What comes back from a remote build node, until it is whole: the packed image and its boot files.
+/// Results of a remote build node, until it is whole: the packed image and its boot files.
 pub(crate) const REMOTE_PARTS: [&str; 4] =
     [".ims-sshd.remote.image", ".ims-sshd.remote.kernel", ".ims-sshd.remote.initrd", ".ims-sshd.remote.parameters"];
 /// The source image, if it is mounted or was fetched.
